@@ -1,0 +1,66 @@
+# Everything a person does in a checkout. `make` alone lists it.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+# Where to get PyTorch from, if not from the package index. On Linux x86-64 the index has the CUDA build (several GB);
+# whoever wants the CPU build names its index here.
+TORCH_INDEX_URL ?=
+CODE := src tests jobs serve benchmarks
+QUICK := not slow and not cluster and not browser and not gpu
+
+.PHONY: help setup setup-dev demo test check bench peers clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(VENV)/.installed ## install apprentice and all it needs into .venv
+
+setup-dev: $(VENV)/.installed-dev ## the same, with what the tests and checks need
+
+demo: setup ## the whole road on a real 135M model: data, training, evaluation, serving
+	@$(BIN)/apprentice quickstart
+
+test: setup-dev ## the quick tests
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "$(QUICK)"
+
+check: setup-dev ## style, types, import rules, lengths
+	@$(BIN)/ruff check $(CODE)
+	@$(BIN)/ruff format --check $(CODE)
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+	@$(BIN)/python -m pytest -q tests/test_architecture.py
+
+bench: setup-dev ## all benchmarks, one JSON object a line; give them the machine alone
+	@for script in $$(grep -l __main__ benchmarks/*.py); do $(BIN)/python $$script || exit 1; done
+
+peers: ## the other projects that the benchmarks compare with, in .venv-peers
+	@$(PYTHON) -m venv .venv-peers
+	@.venv-peers/bin/python -m pip --quiet --disable-pip-version-check install -r benchmarks/peers.txt
+
+clean: ## remove the virtual environments and the tools' caches; runs stay
+	@rm -rf .venv .venv-peers .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis dist
+
+# An interrupted install leaves no stamp and is taken up again; a new pin or dependency makes the stamp old.
+$(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "Installing apprentice into $(VENV) (a few minutes the first time) …"
+	@if [ -n "$(TORCH_INDEX_URL)" ]; then $(PIP) install --no-deps -c constraints.txt --index-url "$(TORCH_INDEX_URL)" torch; fi
+	@$(PIP) install -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	@$(PIP) install -c constraints.txt -e '.[dev]'
+	@touch $@
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+	  { echo "apprentice needs Python 3.11 or newer, and '$(PYTHON)' is not: install one and say make PYTHON=python3.11." >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+	  { echo "'$(PYTHON)' cannot make virtual environments: install its venv package (Debian: apt-get install python3-venv)." >&2; exit 1; }
+	@command -v g++ >/dev/null || \
+	  { echo "DeepSpeed compiles a small part on first use and there is no g++: install a compiler (Debian: apt-get install g++)." >&2; exit 1; }
+	@test -f "$$($(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h" || \
+	  { echo "Python.h is missing, which DeepSpeed compiles against: install the Python headers (Debian: apt-get install python3-dev)." >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV)

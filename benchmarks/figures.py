@@ -1,0 +1,30 @@
+"""One measured figure as one JSON line: our runs and a peer's, interleaved, because the machines are noisy."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from collections.abc import Callable
+
+
+def compare(figure: str, ours: Callable[[], float], peer_name: str, peer: Callable[[], float], *, runs: int, goal: float) -> None:
+    """Prints the median ratio of `ours()` to `peer()`, both in the same unit where larger is better, such as tokens/s."""
+    pairs = [(ours(), peer()) for _ in range(runs)]
+    for number, (mine, theirs) in enumerate(pairs, start=1):
+        print(f"{figure} run {number}: ours {mine:.1f}, {peer_name} {theirs:.1f}", file=sys.stderr)
+    report(
+        figure,
+        statistics.median(mine / theirs for mine, theirs in pairs),
+        unit="ratio",
+        ours=round(statistics.median(mine for mine, _ in pairs), 1),
+        peer={"name": peer_name, "value": round(statistics.median(theirs for _, theirs in pairs), 1)},
+        runs=runs,
+        goal=goal,
+    )
+
+
+def report(figure: str, value: float | None, **rest: object) -> None:
+    """Prints one figure; `value` None comes with a `why`."""
+    rounded = None if value is None else round(value, 4)
+    print(json.dumps({"figure": figure, "value": rounded, **rest}), flush=True)

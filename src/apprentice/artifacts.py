@@ -1,0 +1,212 @@
+"""The run folder, the identity of a run, and the prompt contract that lies beside the weights.
+
+Knows where things lie and what makes two runs the same; knows nothing of how a stage does its work.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from apprentice.errors import ContractError, RunError
+from apprentice.recipe import Recipe, dump_recipe
+from apprentice.storage import Folder, is_uri
+
+# Keys that say where and on how much hardware a run executes, or what happens after it; they do not shape learning.
+NOT_IDENTITY = (
+    "name",
+    "storage",
+    "data.root",
+    "model.attention",
+    "training.workers",
+    "training.resources",
+    "training.micro_batch",
+    "training.deepspeed",
+    "training.checkpoint",
+    "training.max_failures",
+    "training.hang_timeout_s",
+    "evaluation",
+    "serving",
+)
+CONTRACT_FILE = "apprentice.json"
+
+
+def identity(recipe: Recipe) -> dict[str, Any]:
+    """Dotted key → value, for every key that shapes learning."""
+    keys = _flat(recipe.model_dump(mode="json"))
+    tasks = [entry if entry.islower() or "/" not in entry else Path(entry).name for entry in recipe.data.tasks]
+    kept = {key: value for key, value in keys.items() if not any(key == p or key.startswith(p + ".") for p in NOT_IDENTITY)}
+    return kept | {"data.tasks": tasks}
+
+
+def identity_hash(keys: Mapping[str, Any]) -> str:
+    """12 hexadecimal digits that name an identity."""
+    return hashlib.sha256(json.dumps(dict(keys), sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict) or not value:
+        return {prefix: value}
+    items = (_flat(inner, f"{prefix}.{key}" if prefix else str(key)) for key, inner in value.items())
+    return {key: leaf for item in items for key, leaf in item.items()}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run's folder; the properties name what lies in it (design: the tree of a run folder)."""
+
+    folder: Folder
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def recipe_file(self) -> Folder:
+        return self.folder / "recipe.yaml"
+
+    @property
+    def index(self) -> Folder:
+        return self.folder / "index"
+
+    @property
+    def checkpoints(self) -> Folder:
+        return self.folder / "checkpoints"
+
+    @property
+    def model(self) -> Folder:
+        return self.folder / "model"
+
+    @property
+    def adapter(self) -> Folder:
+        return self.folder / "adapter"
+
+    @property
+    def report(self) -> Folder:
+        return self.folder / "report"
+
+    @property
+    def events(self) -> Folder:
+        return self.folder / "events"
+
+    @property
+    def ledger_file(self) -> Folder:
+        return self.folder / "ledger.json"
+
+    @property
+    def is_trained(self) -> bool:
+        """True once the exported model, whose contract is written last, is whole."""
+        return (self.model / CONTRACT_FILE).exists()
+
+    def recipe(self) -> Recipe:
+        """The resolved recipe that the run was started with."""
+        return Recipe.model_validate(yaml.safe_load(self.recipe_file.read_text()))
+
+    def status(self) -> dict[str, Any]:
+        """What `apprentice runs` shows: state, step, steps, loss, …; empty before training starts."""
+        file = self.folder / "status.json"
+        return dict(file.read_json()) if file.exists() else {}
+
+    def update_status(self, **values: Any) -> None:
+        (self.folder / "status.json").write_json(
+            self.status() | values | {"updated": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+        )
+
+
+def open_run(recipe: Recipe, *, restart: bool = False) -> Run:
+    """The run that `recipe` names: a new folder, or the one there if its identity is the same.
+
+    Raises `RunError` listing the keys that differ otherwise; `restart` removes the old run first.
+    """
+    run = Run(Folder.at(recipe.storage) / recipe.name)
+    keys = identity(recipe)
+    file = run.folder / "identity.json"
+    if restart:
+        run.folder.delete()
+    elif file.exists():
+        old = file.read_json()["keys"]
+        if changed := sorted(key for key in old.keys() | keys.keys() if old.get(key) != keys.get(key)):
+            shown = ", ".join(f"{key} ({old.get(key)!r} → {keys.get(key)!r})" for key in changed[:5])
+            more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
+            raise RunError(
+                f"run {recipe.name!r} in {recipe.storage} was made with another recipe: {shown}{more}."
+                " Choose another `name`, or start over with --restart."
+            )
+    run.folder.make()
+    run.recipe_file.write_text(dump_recipe(recipe))
+    file.write_json({"hash": identity_hash(keys), "keys": keys})
+    return run
+
+
+def find_run(text: str, storage: str = "./runs") -> Run | None:
+    """The run that `text` names: a run folder's path or URI, or a name in `storage`; None if there is none."""
+    for folder in (Folder.at(text), Folder.at(storage) / text if not is_uri(text) else None):
+        if folder is not None and (folder / "identity.json").exists():
+            return Run(folder)
+    return None
+
+
+class Golden(BaseModel):
+    """Instruction and input with the ids their prompt must have."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    instruction: str
+    input: str
+    ids: tuple[int, ...]
+
+
+class PromptContract(BaseModel):
+    """`apprentice.json`: how to phrase a request so that the model sees what it saw in training.
+
+    Training writes it; evaluation and serving obey it and refuse what they cannot reproduce.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    version: int = 1
+    layout: str
+    layout_version: int
+    system: str
+    date: str = Field(description="Frozen date for chat templates that insert one.")
+    max_length: int = Field(description="Tokens of one training example.")
+    truncation: str = "exemplars from the last, then input from its end; instruction and answer never"
+    end_ids: tuple[int, ...]
+    stop_ids: tuple[int, ...]
+    tokenizer_sha256: str
+    chat_template_sha256: str | None
+    base: str
+    weights_sha256: str = Field(description="Of the weight files beside the contract, in order of name.")
+    ancestors: tuple[str, ...] = Field((), description="Base models and runs this one comes from, oldest first.")
+    run: str = ""
+    golden: tuple[Golden, ...]
+
+    def write(self, folder: Path) -> None:
+        (Folder.at(folder) / CONTRACT_FILE).write_text(self.model_dump_json(indent=2) + "\n")
+
+
+def read_contract(folder: Path) -> PromptContract | None:
+    """The contract in a model folder; None if there is none. Raises `ContractError` if it cannot be understood."""
+    file = folder / CONTRACT_FILE
+    if not file.is_file():
+        return None
+    try:
+        return PromptContract.model_validate_json(file.read_bytes())
+    except ValidationError as error:
+        raise ContractError(f"{file} is not a prompt contract of this version: {error.errors()[0]['msg']}.") from error
+
+
+def weights_sha256(folder: Path) -> str:
+    """sha256 over the safetensors files of `folder`, in order of name."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.glob("*.safetensors")):
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 22):
+                digest.update(block)
+    return digest.hexdigest()

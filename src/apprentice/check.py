@@ -1,0 +1,179 @@
+"""Everything that can be known before hardware is reserved, each point with one sentence.
+
+`check` looks at all points and lists them; `before_writing` and `after_indexing` raise the first that fails, so that a
+stage stops before it has written or reserved anything.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from apprentice.artifacts import Run
+from apprentice.data.contract import layout_of
+from apprentice.data.pipeline import Corpus, estimate_steps, make_corpus
+from apprentice.data.sources import resolve
+from apprentice.errors import ApprenticeError, DataError, RecipeError, ResourcesError, StorageError
+from apprentice.hub import local_folder
+from apprentice.recipe import Recipe
+from apprentice.storage import Folder
+from apprentice.tasks.loading import select_tasks
+from apprentice.tokenizer import Tokenizer
+
+GIB = 1 << 30
+PROCESS_BYTES = GIB  # what a worker needs before it holds any weight: interpreter, torch, Ray
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One point that was looked at."""
+
+    subject: str
+    ok: bool
+    message: str
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def check(recipe: Recipe) -> list[Finding]:
+    """All points, in the order a person would mend them. Needs Ray to be connected for the last of them."""
+    findings = [_finding(subject, look, recipe) for subject, look in POINTS.items()]
+    if all(finding.ok for finding in findings):
+        with tempfile.TemporaryDirectory(prefix="apprentice-") as folder:
+            findings.append(_finding("training", _trainable, recipe, Run(Folder.at(folder) / recipe.name)))
+    return findings
+
+
+def before_writing(recipe: Recipe) -> None:
+    """Raises the first point that fails."""
+    for look in POINTS.values():
+        look(recipe)
+
+
+def after_indexing(recipe: Recipe, corpus: Corpus) -> str:
+    """What only the frozen index can tell: steps, warm-up, and that each task has something to learn."""
+    steps = int(estimate_steps(corpus)["steps"])
+    warmup = recipe.training.optimizer.warmup_steps
+    if warmup >= steps:
+        raise RecipeError(
+            f"training.optimizer.warmup_steps {warmup} is not shorter than the run, which has {steps} steps; lower it."
+        )
+    empty = [name for name, index in corpus.indices.items() if name not in corpus.held_out and not len(index.train)]
+    if empty:
+        raise DataError(f"task {empty[0]!r} has no usable training row; hold it out or leave it out of data.tasks.")
+    return f"{steps} steps of {recipe.training.global_batch} rows of {recipe.data.packing.length} tokens"
+
+
+def _finding(subject: str, look: Callable[..., str], *arguments: Any) -> Finding:
+    try:
+        return Finding(subject, True, look(*arguments))
+    except ApprenticeError as error:
+        return Finding(subject, False, str(error))
+
+
+def _tasks(recipe: Recipe) -> str:
+    tasks, held_out = select_tasks(recipe.data.tasks, recipe.data.hold_out, Path.cwd())
+    return f"{len(tasks)} tasks, {len(held_out)} of them held out"
+
+
+def _model(recipe: Recipe) -> str:
+    tokenizer = Tokenizer(local_folder(recipe.model.base))
+    layout = layout_of(recipe, tokenizer)
+    return (
+        f"{recipe.model.base}, layout {layout.name}, an answer ends with {tokenizer.decode(layout.end_ids, skip_special=False)!r}"
+    )
+
+
+def _storage(recipe: Recipe) -> str:
+    folder = Folder.at(recipe.storage)
+    probe = folder / f".probe-{os.getpid()}"
+    was_there = folder.exists()
+    try:
+        probe.write_bytes(b"")
+        probe.delete()
+    except OSError as error:
+        raise StorageError(f"storage {folder} cannot be written to: {error}. Choose another `storage`.") from error
+    finally:
+        if not was_there and folder.exists() and not folder.children():
+            folder.delete()
+    return str(folder)
+
+
+def _sources(recipe: Recipe) -> str:
+    tasks, _ = select_tasks(recipe.data.tasks, recipe.data.hold_out, Path.cwd())
+    rows = 0
+    with tempfile.TemporaryDirectory(prefix="apprentice-") as cache:
+        for task in tasks:
+            source = resolve(task, "train", root=recipe.data.root, cache=Folder.at(cache))
+            rows += source.rows if source is not None else 0
+    return f"{rows} training rows"
+
+
+def _resources(recipe: Recipe) -> str:
+    training = recipe.training
+    have = _available()
+    asked = {
+        "CPUs": (training.min_workers * training.resources.cpus + 1, have["CPU"], "one of them for data"),
+        "GPUs": (training.min_workers * training.resources.gpus, have["GPU"], "for the workers"),
+    }
+    for kind, (need, there, why) in asked.items():
+        if need > there:
+            raise ResourcesError(
+                f"training asks for {need:g} {kind} ({training.min_workers} workers, {why}), there are {there:g};"
+                " lower training.workers or training.resources, or use a larger cluster."
+            )
+    need_bytes = worker_bytes(recipe)
+    if training.resources.gpus == 0 and training.min_workers * need_bytes > have["memory"]:
+        raise ResourcesError(
+            f"training needs about {need_bytes / GIB:.1f} GiB for each of {training.min_workers} workers, there are"
+            f" {have['memory'] / GIB:.1f} GiB; use a smaller model, tuning.method lora, a higher deepspeed.stage, or a larger cluster."
+        )
+    return f"{training.max_workers} workers of about {need_bytes / GIB:.1f} GiB; {have['CPU']:g} CPUs, {have['memory'] / GIB:.0f} GiB there"
+
+
+def _trainable(recipe: Recipe, scratch: Run) -> str:
+    return after_indexing(recipe, make_corpus(recipe, scratch))
+
+
+def _available() -> Mapping[str, float]:
+    """CPUs, GPUs and bytes of memory of the cluster that Ray is connected to."""
+    return {"CPU": 0.0, "GPU": 0.0, "memory": 0.0} | ray.cluster_resources()
+
+
+def worker_bytes(recipe: Recipe) -> int:
+    """Bytes that one worker needs for weights, gradients and optimizer (ZeRO, Rajbhandari et al. 2020, section 3.1)."""
+    folder = local_folder(recipe.model.base)
+    parameters = sum(_parameters(file) for file in sorted(folder.glob("*.safetensors")))
+    weight = 2 if recipe.model.dtype == "bfloat16" else 4
+    stage, workers = recipe.training.deepspeed.stage, recipe.training.min_workers
+    if recipe.tuning.method == "lora":
+        return PROCESS_BYTES + parameters * weight // (workers if stage == 3 else 1)
+    optimizer = 12 * parameters // (workers if stage >= 1 else 1)
+    gradients = weight * parameters // (workers if stage >= 2 else 1)
+    return PROCESS_BYTES + optimizer + gradients + weight * parameters // (workers if stage == 3 else 1)
+
+
+def _parameters(file: Path) -> int:
+    """Number of parameters in a safetensors file, from its header."""
+    with file.open("rb") as stream:
+        header = json.loads(stream.read(struct.unpack("<Q", stream.read(8))[0]))
+    return sum(prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
+
+
+POINTS: dict[str, Callable[[Recipe], str]] = {
+    "tasks": _tasks,
+    "model": _model,
+    "storage": _storage,
+    "sources": _sources,
+    "resources": _resources,
+}

@@ -1,0 +1,90 @@
+"""What the person sees: progress on a terminal as one live line, elsewhere as plain lines; results as text or one JSON object.
+
+Knows nothing of what the stages do.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+PLAIN_EVERY_S = 10.0  # between two lines of the same stage where there is no terminal
+
+
+class Screen:
+    """Standard output for results, and progress beside it.
+
+    With `as_json`, standard output gets exactly one JSON object (`result` or `error`) and everything else goes to standard error.
+    """
+
+    def __init__(self, *, as_json: bool = False) -> None:
+        self.as_json = as_json
+        self._log = sys.stderr if as_json else sys.stdout
+        self._stage = ""
+        self._live = False
+        self._last = 0.0
+
+    def say(self, text: str = "") -> None:
+        """A line for the person."""
+        self._end_live()
+        print(text, file=self._log, flush=True)
+
+    def show(self, renderable: Any) -> None:
+        """A rich table or panel for the person."""
+        from rich.console import Console
+
+        self._end_live()
+        Console(file=self._log, width=None if self._log.isatty() else 110).print(renderable)
+
+    def progress(self, stage: str, values: Mapping[str, Any]) -> None:
+        """How far a stage is: one line that renews itself on a terminal, a plain line every few seconds elsewhere."""
+        line = f"{stage:<9} " + "  ".join(text for key, value in values.items() if (text := _shown(key, value)))
+        if self._log.isatty():
+            print(f"\r\033[K{line}", end="", file=self._log, flush=True)
+            self._live = True
+            self._stage = stage
+            return
+        now = time.monotonic()
+        done = values.get("done") or values.get("step") == values.get("steps", "")
+        if stage != self._stage or done or now - self._last >= PLAIN_EVERY_S:
+            print(line, file=self._log, flush=True)
+            self._stage, self._last = stage, now
+
+    def result(self, value: Mapping[str, Any], text: str = "") -> None:
+        """The command's result: the object itself with `as_json`, otherwise `text`."""
+        self._end_live()
+        if self.as_json:
+            print(json.dumps(value, ensure_ascii=False))
+        elif text:
+            print(text)
+
+    def error(self, message: str) -> None:
+        self._end_live()
+        if self.as_json:
+            print(json.dumps({"error": message}, ensure_ascii=False))
+        print(f"error: {message}", file=sys.stderr)
+
+    def _end_live(self) -> None:
+        if self._live:
+            print(file=self._log)
+            self._live = False
+
+
+def _shown(key: str, value: Any) -> str:
+    """One value of a progress line; keys name their units, a `message` stands by itself."""
+    if value is None or key == "done":
+        return ""
+    if key == "message":
+        return str(value)
+    if key.endswith("_share"):
+        return f"{key.removesuffix('_share')} {value:.0%}"
+    if key == "eta_s":
+        return f"eta {int(value) // 60}:{int(value) % 60:02d}"
+    if key == "tokens_per_s":
+        return f"{value:.0f} tokens/s"
+    if isinstance(value, float):
+        return f"{key} {value:.4g}"
+    return f"{key} {value}"

@@ -1,0 +1,1 @@
+"""From datasets to packed rows. Knows tasks and tokenizers; knows nothing of models."""

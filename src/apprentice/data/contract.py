@@ -1,0 +1,103 @@
+"""Making and checking the prompt contract: the part that needs a tokenizer and a layout."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from apprentice.artifacts import Golden, PromptContract, read_contract, weights_sha256
+from apprentice.data.layout import LAYOUT_VERSION, Layout
+from apprentice.errors import ContractError
+from apprentice.recipe import Recipe
+from apprentice.tokenizer import Tokenizer
+
+# Non-ASCII, an empty input, white space at the edges, digits, and text that looks like a heading.
+_GOLDEN = (
+    ("Is the review positive or negative?", "A warm, funny film; I left happy."),
+    ("Name three colours.", ""),
+    ("Übersetze ins Englische: „Grüß Gott“ 你好 🙂", "naïve café — São Paulo"),
+    ("### Input:\nAdd the numbers.", "  17 + 25 =\n"),
+)
+
+
+def layout_of(recipe: Recipe, tokenizer: Tokenizer) -> Layout:
+    """The layout that `recipe` asks for."""
+    return Layout(recipe.data.layout, tokenizer, recipe.data.system)
+
+
+def make_contract(
+    recipe: Recipe, layout: Layout, folder: Path, *, ancestors: tuple[str, ...] = (), run: str = ""
+) -> PromptContract:
+    """The contract for the weights in `folder`, spoken to in `layout`."""
+    golden = (
+        Golden(instruction=asked, input=given, ids=tuple(layout.encode_prompt(layout.prompt(asked, given))))
+        for asked, given in _GOLDEN
+    )
+    return PromptContract(
+        layout=layout.name,
+        layout_version=LAYOUT_VERSION,
+        system=layout.system,
+        date=layout.date,
+        max_length=recipe.data.max_length,
+        end_ids=layout.end_ids,
+        stop_ids=layout.stop_ids,
+        tokenizer_sha256=layout.tokenizer.fingerprint,
+        chat_template_sha256=_template_sha256(layout.tokenizer),
+        base=recipe.model.base,
+        weights_sha256=weights_sha256(folder),
+        ancestors=ancestors or (recipe.model.base,),
+        run=run,
+        golden=tuple(golden),
+    )
+
+
+def layout_under(contract: PromptContract, tokenizer: Tokenizer) -> Layout:
+    """The layout that `contract` prescribes. Raises `ContractError` where the golden ids cannot be reproduced with `tokenizer`."""
+    if contract.layout_version != LAYOUT_VERSION:
+        raise ContractError(
+            f"the contract is for layout version {contract.layout_version}, this apprentice has {LAYOUT_VERSION};"
+            " use the version it was trained with."
+        )
+    if contract.tokenizer_sha256 != tokenizer.fingerprint:
+        raise ContractError(
+            f"the tokenizer in {tokenizer.folder} is not the one of the contract; restore the folder as it was saved."
+        )
+    if contract.chat_template_sha256 != _template_sha256(tokenizer):
+        raise ContractError(
+            f"the chat template in {tokenizer.folder} is not the one of the contract; restore the folder as it was saved."
+        )
+    layout = Layout(contract.layout, tokenizer, contract.system, contract.date)  # type: ignore[arg-type]  # checked at run time
+    for golden in contract.golden:
+        if tuple(layout.encode_prompt(layout.prompt(golden.instruction, golden.input))) != golden.ids:
+            raise ContractError(
+                f"the prompt for {golden.instruction[:40]!r} gets other token ids here than in training;"
+                " restore the tokenizer and the library versions of the run."
+            )
+    return layout
+
+
+def layout_beside(folder: Path, contract: PromptContract | None = None) -> Layout:
+    """The layout for the model in `folder`, from its own contract, or from `contract` for a bare model.
+
+    Raises `ContractError` if there is neither, or the weights are not those that the folder's own contract was written for.
+    """
+    own = read_contract(folder)
+    if own is None and contract is None:
+        raise ContractError(
+            f"{folder} has no prompt contract (apprentice.json), so nobody knows how it was spoken to;"
+            " name one with --contract RUN or --recipe FILE."
+        )
+    tokenizer = Tokenizer(folder)
+    if own is None:
+        assert contract is not None
+        return layout_under(contract, tokenizer)
+    if own.weights_sha256 != weights_sha256(folder):
+        raise ContractError(
+            f"the weights in {folder} are not those its contract was written for; restore the folder as it was saved."
+        )
+    return layout_under(own, tokenizer)
+
+
+def _template_sha256(tokenizer: Tokenizer) -> str | None:
+    template = tokenizer.chat_template
+    return hashlib.sha256(template.encode()).hexdigest() if template is not None else None

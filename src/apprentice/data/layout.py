@@ -1,0 +1,124 @@
+"""Layouts: how instruction, input and exemplars become the model's text, the same in training, evaluation and serving.
+
+plain     instruction, blank line, input; the answer after a newline; exemplars before it, with a separator line
+alpaca    the section headings of Stanford Alpaca (Taori et al. 2023); exemplars as in plain
+chat      the tokenizer's own chat template; exemplars are earlier turns
+
+Prompt and answer are tokenised apart and joined as ids, so that a served prompt has exactly the ids it had in training.
+Knows nothing of tasks or packing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, get_args
+
+from apprentice.errors import ContractError
+from apprentice.tokenizer import Tokenizer
+
+LayoutName = Literal["plain", "alpaca", "chat"]
+LAYOUT_VERSION = 1  # raised whenever a layout's text changes
+SEPARATOR = "\n\n###\n\n"
+_MARK = "\u2402answer\u2403"  # stands for an answer while the text after it is looked up
+_ALPACA_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request."
+)
+_ALPACA = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+
+
+@dataclass(frozen=True, slots=True)
+class Exemplar:
+    """A solved example shown before the question."""
+
+    instruction: str
+    input: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One layout over one tokenizer.
+
+    `system` is the system text (empty: the template's own default); `date` freezes chat templates that insert today's date
+    (`YYYY-MM-DD`; templates see it as `date_string`).
+    """
+
+    name: LayoutName
+    tokenizer: Tokenizer
+    system: str = ""
+    date: str = "2025-01-01"
+
+    def __post_init__(self) -> None:
+        if self.name not in get_args(LayoutName):
+            raise ContractError(f"layout {self.name!r} is unknown; choose one of {', '.join(get_args(LayoutName))}.")
+        if self.name == "chat" and self.tokenizer.chat_template is None:
+            raise ContractError(f"the tokenizer in {self.tokenizer.folder} has no chat template; use layout `plain` or `alpaca`.")
+
+    def prompt(self, instruction: str, input: str = "", exemplars: Sequence[Exemplar] = ()) -> str:
+        """The text up to where the answer starts."""
+        if self.name == "chat":
+            turns = [(_user_text(shot.instruction, shot.input), shot.answer) for shot in exemplars]
+            return self.chat_prompt([*_messages(turns), {"role": "user", "content": _user_text(instruction, input)}])
+        shown = [self._single(shot.instruction, shot.input) + shot.answer for shot in exemplars]
+        head = f"{self.system}\n\n" if self.system else ""
+        return head + SEPARATOR.join([*shown, self._single(instruction, input)])
+
+    def chat_prompt(self, messages: Sequence[dict[str, str]]) -> str:
+        """The chat template's text for OpenAI-style messages, with the assistant's turn opened.
+
+        Raises `ContractError` where the layout has no turns.
+        """
+        if self.name != "chat":
+            raise ContractError(f"layout `{self.name}` has no turns; it takes one instruction.")
+        system = [{"role": "system", "content": self.system}] if self.system and messages[0]["role"] != "system" else []
+        return self.tokenizer.apply_chat_template([*system, *messages], generate=True, date_string=self.date)
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Ids of a prompt's text, with what the tokenizer puts at a text's start (chat templates write that themselves)."""
+        return self.encode_prompts([text])[0]
+
+    def encode_prompts(self, texts: Sequence[str]) -> list[list[int]]:
+        start = [] if self.name == "chat" else list(self.tokenizer.start_ids)
+        encoded = self.tokenizer.encode_batch(texts)
+        return [start + ids for ids in encoded] if start else encoded
+
+    def encode_answers(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of answers, without the end."""
+        return self.tokenizer.encode_batch(texts)
+
+    @cached_property
+    def end_ids(self) -> tuple[int, ...]:
+        """The ids after an answer, trained on: the end token, or what closes the template's assistant turn."""
+        if self.name != "chat":
+            return (self.tokenizer.end_id,)
+        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _MARK}]
+        closing = self.tokenizer.apply_chat_template(turns, generate=False, date_string=self.date).partition(_MARK)[2]
+        ids = tuple(self.tokenizer.encode(closing.rstrip()))
+        return ids or (self.tokenizer.end_id,)
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Ids at which generation ends."""
+        return tuple(sorted({self.tokenizer.end_id, self.end_ids[-1]}))
+
+    def _single(self, instruction: str, input: str) -> str:
+        if self.name == "plain":
+            return f"{_user_text(instruction, input)}\n"
+        if input:
+            return f"{_ALPACA_WITH_INPUT}\n\n### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+        return f"{_ALPACA}\n\n### Instruction:\n{instruction}\n\n### Response:\n"
+
+
+def _user_text(instruction: str, input: str) -> str:
+    return "\n\n".join(part for part in (instruction, input) if part)
+
+
+def _messages(turns: Sequence[tuple[str, str]]) -> list[dict[str, str]]:
+    return [
+        message
+        for asked, answer in turns
+        for message in ({"role": "user", "content": asked}, {"role": "assistant", "content": answer})
+    ]

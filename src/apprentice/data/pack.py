@@ -1,0 +1,95 @@
+"""Packing: which examples share a row, and the arrays that a row becomes.
+
+Examples are never split. Inside a row every example is a segment of its own whose positions restart at 0, so that a
+causal model keeps them apart. Knows nothing of tasks, tokenizers or Ray.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+Rows = dict[str, NDArray[Any]]
+
+
+def pack(lengths: Sequence[int], row_length: int, strategy: Literal["best_fit", "none"] = "best_fit") -> list[list[int]]:
+    """The rows, each a list of indices into `lengths`, no row longer than `row_length` tokens.
+
+    best_fit   best fit decreasing: longest first, each into the fullest row that still has room
+    none       one example a row, in order
+
+    Lengths [3, 5, 2] in rows of 5 give [[1], [0, 2]]. Raises `ValueError` for a length that no row can hold.
+    """
+    if any(not 0 < length <= row_length for length in lengths):
+        raise ValueError(f"lengths must lie between 1 and {row_length}: {sorted(set(lengths))[-3:]}")
+    if strategy == "none":
+        return [[index] for index in range(len(lengths))]
+    rows: list[list[int]] = []
+    rooms: list[int] = []  # the distinct rooms left over, ascending: at most `row_length` of them
+    rows_with: dict[int, list[int]] = {}  # room → the rows that have exactly this much
+    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
+        length = lengths[index]
+        place = bisect_left(rooms, length)
+        if place == len(rooms):
+            room, row = row_length, len(rows)
+            rows.append([])
+        else:
+            room = rooms[place]
+            row = rows_with[room].pop()
+            if not rows_with[room]:
+                del rooms[place]
+        rows[row].append(index)
+        if room > length:
+            left = rows_with.setdefault(room - length, [])
+            if not left:
+                insort(rooms, room - length)
+            left.append(row)
+    return rows
+
+
+def build_rows(
+    ids: NDArray[np.int32],
+    lengths: NDArray[np.int64],
+    prompt_lengths: NDArray[np.int64],
+    rows: Sequence[Sequence[int]],
+    row_length: int,
+    pad_id: int,
+) -> Rows:
+    """The arrays of packed rows.
+
+    `ids` holds all examples one after the other, (tokens,); `lengths` and `prompt_lengths` are (examples,), and everything
+    after an example's prompt is trained on. The result has four arrays of shape (rows, row_length):
+
+    input_ids     int32, `pad_id` behind the last example
+    positions     int32, restarting at 0 with every example and with the padding
+    segment_ids   int32, 1, 2, … and 0 for padding: lengths [3, 2] in a row of 6 give [1, 1, 1, 2, 2, 0]
+    loss_mask     uint8, 1 on the tokens that are trained on (by position, whatever their id)
+    """
+    order = np.fromiter((index for row in rows for index in row), np.int64)
+    counts = np.fromiter((len(row) for row in rows), np.int64, len(rows))
+    packed = lengths[order]
+    row_of = np.repeat(np.arange(len(rows)), counts)
+    first_of_row = np.cumsum(counts) - counts
+    before = np.cumsum(packed) - packed  # tokens of all examples before this one, in packed order
+    used = np.add.reduceat(packed, first_of_row) if len(rows) else np.zeros(0, np.int64)
+    place_in_row = before - np.repeat(before[first_of_row], counts)
+    segment = np.arange(len(order)) - np.repeat(first_of_row, counts) + 1
+
+    within = np.arange(int(packed.sum())) - np.repeat(before, packed)  # each token's place in its example
+    source = np.repeat((np.cumsum(lengths) - lengths)[order], packed) + within
+    target = np.repeat(row_of * row_length + place_in_row, packed) + within
+
+    shape = (len(rows), row_length)
+    input_ids = np.full(shape, pad_id, np.int32)
+    positions = np.maximum(np.arange(row_length, dtype=np.int32) - used[:, None].astype(np.int32), 0)
+    segment_ids = np.zeros(shape, np.int32)
+    loss_mask = np.zeros(shape, np.uint8)
+    input_ids.reshape(-1)[target] = ids[source]
+    positions.reshape(-1)[target] = within
+    segment_ids.reshape(-1)[target] = np.repeat(segment, packed)
+    loss_mask.reshape(-1)[target] = within >= np.repeat(prompt_lengths[order], packed)
+    return {"input_ids": input_ids, "positions": positions, "segment_ids": segment_ids, "loss_mask": loss_mask}

@@ -1,0 +1,88 @@
+"""Every error a user can meet, with the exit code the command line gives it.
+
+    ApprenticeError            the user can mend it: one sentence, exit code 1, no traceback
+    ├── RecipeError            the recipe: unknown key, wrong value, keys that contradict each other
+    ├── TaskError              a task file or one of its templates
+    │   └── RowError           one row cannot be rendered by one template (counted, not fatal by itself)
+    ├── DataError              a source: missing file, missing column, too many bad rows
+    ├── ModelError             a base model or a model folder that cannot be found or loaded
+    ├── ContractError          the prompt contract is missing or cannot be reproduced
+    ├── RunError               the run folder: another identity, damaged checkpoint, nothing to resume
+    ├── ResourcesError         the machine or cluster has less than the recipe asks for
+    ├── TrainingError          training stopped: NaN loss, workers that keep dying
+    ├── EvaluationError        nothing to score, or scores that cannot be made
+    ├── ServingError           the endpoint: port in use, engine that does not fit the model
+    └── StorageError           a path that cannot be read or written
+
+Each message states the fact, the reason and the remedy. Anything else that escapes is our fault (exit code 3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class ApprenticeError(Exception):
+    """Base of all errors that the user can mend."""
+
+
+class RecipeError(ApprenticeError):
+    """The recipe is wrong."""
+
+
+class TaskError(ApprenticeError):
+    """A task file, or a template in it, is wrong."""
+
+
+class RowError(TaskError):
+    """A row that a template cannot render; `reason` is the short word it is counted under."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[type[RowError], tuple[str, str]]:
+        return type(self), (self.reason, str(self))
+
+
+class DataError(ApprenticeError):
+    """A source of rows is missing or unusable."""
+
+
+class ModelError(ApprenticeError):
+    """A model cannot be found or loaded."""
+
+
+class ContractError(ApprenticeError):
+    """The prompt contract is missing, or cannot be reproduced here."""
+
+
+class RunError(ApprenticeError):
+    """The run folder does not allow what was asked."""
+
+
+class ResourcesError(ApprenticeError):
+    """The machine or cluster has less than the recipe asks for."""
+
+
+class TrainingError(ApprenticeError):
+    """Training stopped and cannot go on by itself."""
+
+
+class EvaluationError(ApprenticeError):
+    """Scoring is impossible as asked."""
+
+
+class ServingError(ApprenticeError):
+    """The endpoint cannot start as asked."""
+
+
+class StorageError(ApprenticeError):
+    """A path cannot be read or written."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """` Did you mean 'x'?` with the nearest known name, or an empty string."""
+    near = get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f" Did you mean {near[0]!r}?" if near else ""

@@ -1,0 +1,76 @@
+"""The table of predictions: one row per question and subject, with all that a report needs in the file itself.
+
+A report is a pure function of this table (`apprentice.evaluate.summary`), so it can be made again without any model.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from apprentice.errors import EvaluationError
+from apprentice.storage import Folder
+
+FILE = "predictions.parquet"
+_FACTS = b"apprentice"
+
+QUESTION = pa.schema(
+    [
+        ("task", pa.string()),
+        ("row", pa.int64()),  # of the test source
+        ("template", pa.string()),
+        ("shots", pa.int32()),
+        ("prompt", pa.string()),  # what the model saw, after truncation
+        ("target", pa.string()),
+        ("references", pa.list_(pa.string())),
+        ("choices", pa.list_(pa.string())),  # empty: generated
+        ("exemplars", pa.list_(pa.int64())),  # rows of the training source that were shown
+        ("prompt_tokens", pa.int32()),
+        ("truncated", pa.string()),  # what was cut, or empty
+        ("dropped", pa.string()),  # why the question was not asked, or empty
+    ]
+)
+ENCODED = pa.schema([*QUESTION, ("prompt_ids", pa.list_(pa.int32())), ("choice_ids", pa.list_(pa.list_(pa.int32())))])
+PREDICTION = pa.schema(
+    [
+        ("subject", pa.string()),
+        *QUESTION,
+        ("prediction", pa.string()),  # null where dropped
+        ("choice_logprobs", pa.list_(pa.float64())),
+        ("score", pa.float64()),  # by the task's first metric, 0 to 100; of this one prediction
+    ]
+)
+
+
+def with_facts(table: pa.Table, facts: Mapping[str, Any]) -> pa.Table:
+    """The table with everything besides the predictions that the report says: tasks, subjects, settings, versions."""
+    return table.replace_schema_metadata({_FACTS: json.dumps(dict(facts), ensure_ascii=False).encode()})
+
+
+def facts_of(table: pa.Table) -> dict[str, Any]:
+    """What `with_facts` put in. Raises `EvaluationError` if the table is not one of ours."""
+    try:
+        return dict(json.loads(table.schema.metadata[_FACTS]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise EvaluationError(f"this is no table of predictions of apprentice: its schema carries no facts; choose a {FILE}.") from error
+
+
+def save(table: pa.Table, out: Folder) -> None:
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, compression="zstd")
+    (out / FILE).write_bytes(buffer.getvalue())
+
+
+def read(out: Folder) -> pa.Table:
+    """The predictions of an evaluation. Raises `StorageError` if there are none in `out`."""
+    return pq.read_table(io.BytesIO((out / FILE).read_bytes()))
+
+
+def table_of(records: Sequence[Mapping[str, Any]], schema: pa.Schema) -> pa.Table:
+    """Records as a table of exactly this schema."""
+    return pa.Table.from_pylist([dict(record) for record in records], schema=schema)

@@ -1,0 +1,85 @@
+"""Requests to questions: rendered, with exemplars, as token ids under one layout, cut to a limit.
+
+Knows nothing of models. Exemplars come from the task's training index, for held-out tasks too, and are the same for every subject.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
+
+from apprentice.data.index import TaskIndex
+from apprentice.data.layout import Exemplar, Layout
+from apprentice.data.plan import exemplar_rows
+from apprentice.data.tokenize import TOO_LONG, fit_prompt
+from apprentice.errors import RowError
+from apprentice.evaluate.sampling import Request
+from apprentice.tasks.schema import Example
+
+NOT_A_CHOICE = "target_not_a_choice"
+
+
+class Renders(Protocol):
+    """Rows by number, rendered: `apprentice.data.render.Renderer`."""
+
+    def example(self, task: str, split: str, row: int, template: str) -> Example: ...
+
+
+def questions(
+    requests: Iterable[Request], renderer: Renders, indices: dict[str, TaskIndex], layout: Layout, *, seed: int, max_prompt_tokens: int
+) -> list[dict[str, Any]]:
+    """One record of `predictions.ENCODED` per request, in order; those that cannot be asked say why in `dropped`."""
+    return [_question(request, renderer, indices[request.task], layout, seed, max_prompt_tokens) for request in requests]
+
+
+def _question(
+    request: Request, renderer: Renders, index: TaskIndex, layout: Layout, seed: int, max_prompt_tokens: int
+) -> dict[str, Any]:
+    record: dict[str, Any] = request._asdict() | {"truncated": "", "dropped": ""}
+    try:
+        example = renderer.example(request.task, "test", request.row, request.template)
+    except RowError as error:
+        return record | {"dropped": error.reason}
+    if example.choices and example.target not in example.choices:
+        return record | {"dropped": NOT_A_CHOICE}
+    rows, exemplars = _exemplars(request, renderer, index, seed)
+    fitted = fit_prompt(layout, example, exemplars, max_prompt_tokens)
+    if fitted is None:
+        return record | {"dropped": TOO_LONG}
+    end = list(layout.end_ids)
+    return record | {
+        "prompt": layout.tokenizer.decode(fitted.ids, skip_special=False),
+        "target": example.target,
+        "references": list(example.references),
+        "choices": list(example.choices),
+        "exemplars": rows[: fitted.exemplars_used],
+        "prompt_tokens": len(fitted.ids),
+        "truncated": fitted.truncated or "",
+        "prompt_ids": fitted.ids,
+        "choice_ids": [ids + end for ids in layout.encode_answers(example.choices)] if example.choices else [],
+    }
+
+
+def _exemplars(request: Request, renderer: Renders, index: TaskIndex, seed: int) -> tuple[list[int], list[Exemplar]]:
+    """Rows and exemplars for one request; a row that this template cannot render is left out."""
+    rows: list[int] = []
+    shown: list[Exemplar] = []
+    if request.shots:
+        for row in exemplar_rows(seed, request.task, request.row, request.shots, index.train):
+            try:
+                solved = renderer.example(request.task, "train", row, request.template)
+            except RowError:
+                continue
+            rows.append(int(row))
+            shown.append(Exemplar(solved.instruction, solved.input, solved.target))
+    return rows, shown
+
+
+def can_show(index: TaskIndex, shots: int) -> bool:
+    """True if the task has enough training rows for `shots` exemplars."""
+    return shots == 0 or (index.train_source is not None and len(index.train) > shots)
+
+
+def longest_choice(records: Sequence[dict[str, Any]]) -> int:
+    """Tokens of the longest choice among these questions; 0 where none is ranked."""
+    return max((len(ids) for record in records for ids in record.get("choice_ids") or []), default=0)

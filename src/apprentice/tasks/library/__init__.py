@@ -1,0 +1,1 @@
+"""The task library: `<cluster>/<task>.yaml`, one file a task."""

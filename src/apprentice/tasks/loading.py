@@ -1,0 +1,78 @@
+"""Task files to tasks: the library by name, a user's own files by path or glob."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from apprentice.errors import TaskError, did_you_mean
+from apprentice.tasks.schema import Task
+
+LIBRARY = Path(__file__).parent / "library"
+BUILTIN = LIBRARY / "quickstart"
+
+
+@cache
+def library() -> dict[str, Path]:
+    """Task name → its file, for every task that the package ships."""
+    return {path.stem: path for path in sorted(LIBRARY.glob("*/*.yaml"))}
+
+
+@cache
+def load_task(path: Path) -> Task:
+    """The task in one YAML file. Raises `TaskError` naming file, place and what to change."""
+    try:
+        content: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise TaskError(f"{path} does not exist; check the path in data.tasks.") from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise TaskError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from error
+    try:
+        task = Task.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise TaskError(f"{path}: {place + ': ' if place else ''}{first['msg']}.") from error
+    if path.is_relative_to(LIBRARY):
+        return task
+    files = [spec.files and {split: str(path.parent / file) for split, file in spec.files.items()} for spec in task.sources]
+    sources = [spec.model_copy(update={"files": where}) for spec, where in zip(task.sources, files, strict=True)]
+    return task.model_copy(update={"sources": tuple(sources)})
+
+
+def find_tasks(name: str, folder: Path) -> list[Task]:
+    """The tasks that one entry of `data.tasks` means: a library name, a cluster, or a path or glob relative to `folder`."""
+    if name.endswith((".yaml", ".yml")):
+        paths = sorted(folder.glob(name)) if not Path(name).is_absolute() else [Path(name)]
+        if not paths:
+            raise TaskError(f"data.tasks: no file matches {name!r} in {folder}; check the path.")
+        return [load_task(path.resolve()) for path in paths]
+    if name in library():
+        return [load_task(library()[name])]
+    members = [path for path in library().values() if path.parent.name == name]
+    if members:
+        return [load_task(path) for path in members]
+    known = [*library(), *{path.parent.name for path in library().values()}]
+    raise TaskError(f"data.tasks: {name!r} is not a task.{did_you_mean(name, known)} `apprentice tasks` lists them.")
+
+
+def select_tasks(entries: Sequence[str], hold_out: Sequence[str], folder: Path) -> tuple[tuple[Task, ...], frozenset[str]]:
+    """The tasks that `entries` mean, in order and each once, and the names of those that `hold_out` keeps out of training.
+
+    Raises `TaskError` for an unknown name, a held-out name that no task or cluster has, or when nothing is left to train on.
+    """
+    found = {task.name: task for entry in entries for task in find_tasks(entry, folder)}
+    tasks = tuple(found.values())
+    known = {*found, *(task.cluster for task in tasks)}
+    for name in hold_out:
+        if name not in known:
+            raise TaskError(f"data.hold_out: {name!r} is neither a task nor a cluster of this recipe.{did_you_mean(name, known)}")
+    held_out = frozenset(task.name for task in tasks if task.name in hold_out or task.cluster in hold_out)
+    if len(held_out) == len(tasks):
+        raise TaskError("data.hold_out keeps out every task, so nothing is left to train on; shorten it.")
+    return tasks, held_out

@@ -1,0 +1,263 @@
+"""A task: one dataset with everything needed to learn and score it, declared in one YAML file.
+
+    name: sst2
+    cluster: sentiment
+    summary: Does a sentence from a film review praise or condemn?
+    licence: unknown
+    sources:                              # the first one that can be reached is used
+      - dataset: sst2                     # <data.root>/sst2/<split>.parquet
+        splits: {train: train, test: test}
+      - hub: stanfordnlp/sst2             # Hugging Face hub id
+        splits: {train: train, test: validation}
+        columns: {sentence: sentence}     # our field: the source's column; others keep their name
+    choices: [negative, positive]         # a list, or an expression over the row such as `endings`
+    label: label                          # expression: index of the right choice
+    metrics: [accuracy]
+    templates:
+      - name: praise_or_not
+        instruction: Does the reviewer like the film? Answer "positive" or "negative".
+        input: "{{ sentence }}"
+        output: "{{ answer }}"            # the default
+      - name: write_a_review              # inverted: the answer is given, the input is asked for
+        inverted: true
+        instruction: Write one {{ answer }} sentence about a film.
+        output: "{{ sentence }}"
+
+A task without `choices` gives `answer` (a template, such as `{{ answers.text[0] }}`) and is scored by generation;
+`references` (an expression that gives a list) names all answers that count as right. Expressions, and the task's
+`answer`, see the row as it is; templates see besides, and in place of a field of that name, `answer` and (in a task
+with choices) `choices` and `label`. A template may bring `choices` of its own (same length and order as the task's),
+and `input` may be left out.
+
+Knows nothing of where the rows are read from, nor of tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal, Self
+
+import jinja2
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from apprentice.errors import RowError
+from apprentice.tasks.wording import Expression, Wording
+
+Metric = Literal["accuracy", "exact_match", "token_f1", "rouge_l", "bleu"]
+REPLACEMENT_CHARACTER = "�"
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A rendered template: what is asked, what is right, and where it came from."""
+
+    task: str
+    template: str
+    instruction: str
+    input: str
+    target: str
+    choices: tuple[str, ...] = ()  # empty: scored by generation
+    references: tuple[str, ...] = ()  # all answers that count as right; the target is the first
+
+
+def _compiled(text: str) -> str:
+    """`text` itself, once it is known to be a template."""
+    try:
+        Wording(text)
+    except jinja2.TemplateSyntaxError as error:
+        raise ValueError(f"not a Jinja2 template: {error.message}") from error
+    return text
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class SourceSpec(_Strict):
+    """Where the rows of a task lie. Exactly one of `dataset`, `hub`, `files`, `builtin`."""
+
+    dataset: str | None = Field(None, description="Folder under `data.root` with one Parquet file per split.")
+    hub: str | None = Field(None, description="Dataset id on the Hugging Face hub.")
+    config: str | None = Field(None, description="Configuration of the hub dataset.")
+    revision: str | None = Field(None, description="Commit of the hub dataset; empty when unknown.")
+    files: dict[str, str] | None = Field(None, description="Split → path (Parquet, JSONL or CSV), relative to the task file.")
+    builtin: str | None = Field(None, description="Name of a generator in `apprentice.tasks.builtin`.")
+    splits: dict[Literal["train", "test"], str] = Field({"train": "train", "test": "test"}, description="Our split → the source's.")
+    columns: dict[str, str] = Field({}, description="Our field → the source's column, where the names differ.")
+
+    @model_validator(mode="after")
+    def _one_place(self) -> Self:
+        places = [self.dataset, self.hub, self.files, self.builtin]
+        if sum(place is not None for place in places) != 1:
+            raise ValueError("a source names exactly one of `dataset`, `hub`, `files` and `builtin`")
+        return self
+
+
+class Template(_Strict):
+    """One wording of a task."""
+
+    name: str
+    instruction: str
+    input: str = ""
+    output: str = "{{ answer }}"
+    choices: tuple[str, ...] | None = None
+    inverted: bool = False
+
+    @field_validator("instruction", "input", "output")
+    @classmethod
+    def _compiles(cls, text: str) -> str:
+        return _compiled(text)
+
+    @cached_property
+    def parts(self) -> tuple[Wording, Wording, Wording]:
+        """Instruction, input and output, compiled."""
+        return Wording(self.instruction), Wording(self.input), Wording(self.output)
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Every variable that the three parts need."""
+        return frozenset().union(*(part.names for part in self.parts))
+
+
+class Task(_Strict):
+    """One dataset with its wordings, choices and metrics."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_]*$")
+    cluster: str = Field(pattern=r"^[a-z0-9][a-z0-9_]*$")
+    summary: str = ""
+    licence: str = "unknown"
+    sources: tuple[SourceSpec, ...] = Field(min_length=1)
+    choices: tuple[str, ...] | str | None = None
+    label: str | None = None
+    answer: str | None = None
+    references: str | None = None
+    metrics: tuple[Metric, ...] = Field(min_length=1)
+    templates: tuple[Template, ...] = Field(min_length=1)
+
+    @field_validator("choices", "label", "references")
+    @classmethod
+    def _is_expression(cls, source: Any) -> Any:
+        try:
+            if isinstance(source, str):
+                Expression(source)
+        except jinja2.TemplateSyntaxError as error:
+            raise ValueError(f"not a Jinja2 expression: {error.message}") from error
+        return source
+
+    @field_validator("answer")
+    @classmethod
+    def _is_wording(cls, source: str | None) -> str | None:
+        return source and _compiled(source)
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if (self.choices is None) == (self.answer is None):
+            raise ValueError("a task has either `choices` with a `label`, or an `answer`")
+        if (self.choices is None) != (self.label is None):
+            raise ValueError("`choices` and `label` come together")
+        names = [template.name for template in self.templates]
+        if doubles := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"two templates are called {doubles[0]!r}")
+        for template in self.templates:
+            if template.choices is not None and not isinstance(self.choices, tuple):
+                raise ValueError(f"template {template.name!r} has `choices`, but the task's are not a fixed list")
+            if template.choices is not None and len(template.choices) != len(self.choices or ()):
+                raise ValueError(f"template {template.name!r} must have as many choices as the task")
+        return self
+
+    @property
+    def is_ranked(self) -> bool:
+        """True if answers are ranked among choices, false if they are generated."""
+        return self.choices is not None
+
+    @cached_property
+    def template_by_name(self) -> dict[str, Template]:
+        return {template.name: template for template in self.templates}
+
+    @cached_property
+    def scored_templates(self) -> tuple[Template, ...]:
+        """The wordings that evaluation uses: all but the inverted ones."""
+        return tuple(template for template in self.templates if not template.inverted)
+
+    @cached_property
+    def inverted_templates(self) -> tuple[Template, ...]:
+        return tuple(template for template in self.templates if template.inverted)
+
+    @cached_property
+    def fields(self) -> frozenset[str]:
+        """The row fields that the task needs, from what its templates and expressions name."""
+        worded = frozenset().union(*(template.names for template in self.templates)) - self.given_names
+        return worded.union(*(part.names for part in self._expressions.values()))
+
+    @property
+    def given_names(self) -> frozenset[str]:
+        """What templates see besides the row's fields."""
+        return frozenset(["choices", "label", "answer"] if self.is_ranked else ["answer"])
+
+    @cached_property
+    def _expressions(self) -> dict[str, Wording | Expression]:
+        sources = {"choices": self.choices, "label": self.label, "references": self.references}
+        found: dict[str, Wording | Expression] = {
+            place: Expression(source) for place, source in sources.items() if isinstance(source, str)
+        }
+        return found | ({} if self.answer is None else {"answer": Wording(self.answer)})
+
+    def render(self, row: Mapping[str, Any], template: Template) -> Example:
+        """The example that `template` makes of `row` (field → value).
+
+        Raises `RowError` with reason `missing`, `null`, `unknown_label`, `empty_answer`, `broken_character` or `template`.
+        """
+        for field in self.fields:
+            if row.get(field) is None:
+                reason = "null" if field in row else "missing"
+                raise RowError(reason, f"task {self.name!r}: field {field!r} is {reason}.")
+        try:
+            return self._render(row, template)
+        except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
+            message = f"task {self.name!r}, template {template.name!r}: {error}"
+            raise RowError("template", message) from error
+
+    def _render(self, row: Mapping[str, Any], template: Template) -> Example:
+        values = dict(row)
+        choices = self._choices(values, template)
+        references: tuple[str, ...] = ()
+        if choices:
+            label = self._label(values, len(choices))
+            values |= {"choices": choices, "label": label, "answer": choices[label]}
+        else:
+            values["answer"] = self._expressions["answer"](values)
+            if "references" in self._expressions:
+                references = tuple(str(text).strip() for text in self._expressions["references"](values))
+        instruction, given, output = (part(values) for part in template.parts)
+        if not output:
+            raise RowError("empty_answer", f"task {self.name!r}, template {template.name!r}: the answer is empty.")
+        if REPLACEMENT_CHARACTER in f"{instruction}{given}{output}":
+            raise RowError("broken_character", f"task {self.name!r}: the row holds U+FFFD.")
+        if template.inverted or not choices:
+            return Example(self.name, template.name, instruction, given, output, (), references or (output,))
+        return Example(self.name, template.name, instruction, given, output, choices, (output,))
+
+    def _choices(self, values: Mapping[str, Any], template: Template) -> tuple[str, ...]:
+        if self.choices is None:
+            return ()
+        if template.choices is not None:
+            return template.choices
+        if isinstance(self.choices, tuple):
+            return self.choices
+        return tuple(str(choice).strip() for choice in self._expressions["choices"](values))
+
+    def _label(self, values: Mapping[str, Any], count: int) -> int:
+        label = self._expressions["label"](values)
+        if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < count:
+            raise RowError("unknown_label", f"task {self.name!r}: label {label!r} is not one of {count} choices.")
+        return label
+
+
+def missing_fields(task: Task, spec: SourceSpec, available: Sequence[str]) -> list[tuple[str, str]]:
+    """(template name or `task`, field) for every field that a source with these columns cannot give."""
+    offered = {field for field in task.fields if spec.columns.get(field, field) in available}
+    worded = [(template.name, template.names - task.given_names) for template in task.templates]
+    named = [*worded, *(("task", part.names) for part in task._expressions.values())]
+    return [(place, field) for place, names in named for field in sorted(names - offered)]

@@ -1,0 +1,101 @@
+"""Tokenizers without torch: fast batch encoding, special tokens, the chat template, and a fingerprint.
+
+Wraps the fast tokenizer of a model folder. Knows nothing of layouts or tasks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from apprentice.errors import ModelError
+from apprentice.hub import local_folder
+
+
+class Tokenizer:
+    """The tokenizer in `folder`. Raises `ModelError` if there is none, or it has no end token."""
+
+    def __init__(self, folder: Path) -> None:
+        # Not AutoTokenizer: its import alone brings torch, four seconds in every worker.
+        from transformers import PreTrainedTokenizerFast
+
+        self.folder = folder
+        if not (folder / "tokenizer.json").is_file():
+            raise ModelError(f"{folder} has no tokenizer.json; save the model's fast tokenizer there.")
+        self._inner: Any = PreTrainedTokenizerFast.from_pretrained(folder)
+        self._backend: Any = self._inner.backend_tokenizer
+        self._backend.no_padding()
+        self._backend.no_truncation()
+        if self._inner.eos_token_id is None:
+            raise ModelError(f"the tokenizer in {folder} has no end token (eos_token); set one in tokenizer_config.json.")
+
+    @classmethod
+    def load(cls, base: str) -> Tokenizer:
+        """The tokenizer of the model `base` (folder, hub id or packaged model)."""
+        return cls(local_folder(base))
+
+    def __reduce__(self) -> tuple[type[Tokenizer], tuple[Path]]:
+        return type(self), (self.folder,)
+
+    @property
+    def end_id(self) -> int:
+        return int(self._inner.eos_token_id)
+
+    @property
+    def end_text(self) -> str:
+        return str(self._inner.eos_token)
+
+    @property
+    def pad_id(self) -> int:
+        """The padding id; the end token where there is none (padding is masked by position, so both are safe)."""
+        pad = self._inner.pad_token_id
+        return int(self.end_id if pad is None else pad)
+
+    @property
+    def start_ids(self) -> tuple[int, ...]:
+        """What the tokenizer puts before a text by itself (a `<s>`, or nothing)."""
+        plain = self._backend.encode("a", add_special_tokens=False).ids
+        full = self._backend.encode("a", add_special_tokens=True).ids
+        return tuple(full[: len(full) - len(plain)]) if full[-len(plain) :] == plain else ()
+
+    @property
+    def chat_template(self) -> str | None:
+        template = self._inner.chat_template
+        return template if isinstance(template, str) else None
+
+    def __len__(self) -> int:
+        return len(self._inner)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`, special tokens in it recognised, nothing added."""
+        return list(self._backend.encode(text, add_special_tokens=False).ids)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` for many texts at once."""
+        return [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def cut(self, text: str, tokens: int) -> str:
+        """The start of `text` that its first `tokens` tokens cover, no character halved, white space at its end removed."""
+        offsets = self._backend.encode(text, add_special_tokens=False).offsets
+        return text[: offsets[tokens][0]].rstrip() if tokens < len(offsets) else text
+
+    def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
+        return str(self._backend.decode(list(ids), skip_special_tokens=skip_special))
+
+    def apply_chat_template(self, messages: Sequence[dict[str, str]], *, generate: bool, **variables: Any) -> str:
+        """The chat template's text for `messages`; `generate` adds the opening of the assistant's turn."""
+        text = self._inner.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=generate, **variables)
+        return str(text)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 of vocabulary, merges, normalisation and special tokens."""
+        # Padding and truncation are switched per call; they do not change what a text means.
+        content = json.loads(self._backend.to_str())
+        content.pop("padding", None)
+        content.pop("truncation", None)
+        return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=False).encode()).hexdigest()

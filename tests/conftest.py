@@ -1,0 +1,187 @@
+"""What tests share: a quiet environment, a tiny real model, one local Ray, the data folder, and no skip that nobody expected.
+
+Heavy packages are imported inside the fixtures, so that a test of pure functions starts in a moment.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+DATA_FOLDER = ROOT.parent / "shared" / "data"
+NEEDS_GPU = "needs a GPU"
+NEEDS_DATA = "needs ../shared/data"
+
+# Workers inherit these, so they must stand before anything starts a process.
+os.environ.update(
+    HF_HUB_OFFLINE="1",  # a test that reaches for a hub fails here, not only where there is no network
+    OMP_NUM_THREADS="1",
+    TOKENIZERS_PARALLELISM="false",
+    RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0",
+    RAY_TRAIN_ENABLE_STATE_TRACKING="0",
+    RAY_DEDUP_LOGS="0",
+    RAY_USAGE_STATS_ENABLED="0",
+)
+# DeepSpeed's workers call ninja, which lies beside this Python.
+os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT / "src"), os.environ.get("PYTHONPATH")]))
+
+CHAT_TEMPLATE = (
+    "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are a tiny apprentice.<|im_end|>\n{% endif %}"
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SENTENCES = (
+    "Is the review positive or negative? The film was a delight from the first scene to the last.",
+    "Answer the question with words from the passage. Who wrote the letter that arrived in the morning?",
+    "Translate the sentence into German: the children are playing in the garden behind the house.",
+    "Does the second sentence follow from the first? Answer yes, no or maybe.",
+    "Summarise the conversation in one sentence. Anna asks Ben to bring bread, and Ben says that he will.",
+    "Sort the numbers 3, 17, 42, 5 and 260 from the smallest to the largest.",
+    "Write a short poem about the sea at night, then explain each line in your own words.",
+    "Which topic is this about: sports, business, science or the world? Name one and say why.",
+)
+
+
+class ExpectedSkipsOnly:
+    """In CI (`CI=true`) a skipped test fails the session, unless its reason is one that this machine cannot change."""
+
+    def __init__(self) -> None:
+        self.unexpected: list[str] = []
+
+    def _see(self, report: pytest.TestReport | pytest.CollectReport) -> None:
+        if not report.skipped or hasattr(report, "wasxfail"):
+            return
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        reason = reason.removeprefix("Skipped: ")
+        if not reason.startswith(NEEDS_GPU) and (not reason.startswith(NEEDS_DATA) or DATA_FOLDER.is_dir()):
+            self.unexpected.append(f"{report.nodeid}: {reason}")
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self._see(report)
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        self._see(report)
+
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        if self.unexpected and session.exitstatus == pytest.ExitCode.OK:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def pytest_terminal_summary(self, terminalreporter: Any) -> None:
+        for line in self.unexpected:
+            terminalreporter.write_line(f"UNEXPECTED SKIP {line}", red=True)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if os.environ.get("CI") == "true":
+        config.pluginmanager.register(ExpectedSkipsOnly(), "expected_skips_only")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu"):
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip(NEEDS_GPU)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real datasets beside the checkout: `<dataset>/<split>.parquet`."""
+    if not DATA_FOLDER.is_dir():
+        pytest.skip(NEEDS_DATA)
+    return DATA_FOLDER
+
+
+@pytest.fixture(scope="session")
+def chromium() -> str:
+    """The path of the browser, for `playwright.chromium.launch(executable_path=…)`."""
+    found = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if found is None:
+        pytest.skip("needs chromium (Debian: apt-get install chromium)")
+    return found
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a random Llama (hidden 64, 2 layers, 2 heads, fp32 safetensors) and a byte-level BPE tokenizer of 512 tokens.
+
+    `<|im_end|>` ends, `<|im_start|>` begins, `<|pad|>` pads; the chat template adds a system text of its own when none is given.
+    The same weights and the same tokenizer every time. Do not write into the folder: copy it.
+    """
+    folder = tmp_path_factory.mktemp("tiny_model")
+    _save_tiny_tokenizer(folder)
+    _save_tiny_weights(folder)
+    return folder
+
+
+def _save_tiny_tokenizer(folder: Path) -> None:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=512,
+        min_frequency=1,
+        special_tokens=["<|pad|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(SENTENCES, trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<|pad|>", bos_token="<|im_start|>", eos_token="<|im_end|>"
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.save_pretrained(folder)
+
+
+def _save_tiny_weights(folder: Path) -> None:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=512,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=4096,
+        initializer_range=0.1,  # logits far enough apart that greedy replies are not decided by rounding
+        tie_word_embeddings=True,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        LlamaForCausalLM(config).save_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """One local Ray with 4 CPUs for the whole session, apart from any other Ray on the machine."""
+    import ray
+
+    session = tempfile.mkdtemp(prefix="apprentice-ray-", dir="/tmp")  # short: Unix socket paths hold 107 characters
+    ray.init(
+        "local",
+        num_cpus=4,
+        include_dashboard=False,
+        log_to_driver=False,
+        configure_logging=False,
+        object_store_memory=512 * 2**20,
+        _temp_dir=session,
+    )
+    yield
+    ray.shutdown()
+    shutil.rmtree(session, ignore_errors=True)

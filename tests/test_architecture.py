@@ -1,0 +1,89 @@
+"""The house rules that no linter knows: lengths, names, docstrings, a light command line. Import rules are in pyproject.toml."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+ROOMS = ("src", "jobs", "serve", "benchmarks")
+MAX_FILE_LINES = 400
+MAX_FUNCTION_LINES = 60
+NAMES_OF_NOTHING = {"utils", "util", "helpers", "helper", "common", "misc"}
+
+
+def python_files(*rooms: str) -> list[Path]:
+    return sorted(path for room in rooms for path in (ROOT / room).rglob("*.py"))
+
+
+def functions(tree: ast.AST) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    return (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
+
+
+def too_long(path: Path) -> list[str]:
+    text = path.read_text(encoding="utf-8")
+    lengths = {"the file": (1, len(text.splitlines()), MAX_FILE_LINES)} | {
+        f"{node.name}()": (node.lineno, (node.end_lineno or node.lineno) - node.lineno + 1, MAX_FUNCTION_LINES)
+        for node in functions(ast.parse(text))
+    }
+    return [f"{path}:{line}: {what} has {n} lines, more than {most}" for what, (line, n, most) in lengths.items() if n > most]
+
+
+def test_files_and_functions_are_short() -> None:
+    files = python_files(*ROOMS)
+    assert len(files) >= 20
+    assert [complaint for path in files for complaint in too_long(path)] == []
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        ("x = 1\n" * 400, 0),
+        ("x = 1\n" * 401, 1),
+        ("def f():\n" + "    x = 1\n" * 59, 0),
+        ("def f():\n" + "    x = 1\n" * 60, 1),
+        ("class C:\n    async def f(self):\n" + "        x = 1\n" * 60, 1),
+    ],
+)
+def test_the_length_check_counts(tmp_path: Path, text: str, count: int) -> None:
+    (tmp_path / "some.py").write_text(text)
+    assert len(too_long(tmp_path / "some.py")) == count
+
+
+def test_every_module_says_what_it_is() -> None:
+    files = python_files(*ROOMS)
+    silent = [str(path) for path in files if not ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))]
+    assert silent == []
+    assert [str(path) for path in files if path.stem in NAMES_OF_NOTHING] == []
+
+
+def test_tests_mirror_the_source() -> None:
+    rooms = {path.parent.relative_to(ROOT / "tests") for path in (ROOT / "tests").rglob("test_*.py")}
+    homeless = [str(room) for room in rooms if not (ROOT / "src" / "apprentice" / room).is_dir()]
+    assert len(rooms) > 1
+    assert homeless == []
+
+
+def test_help_is_light() -> None:
+    """`apprentice --help` must not wait for PyTorch, Ray or transformers."""
+    program = (
+        "import sys\n"
+        "sys.argv = ['apprentice', '--help']\n"
+        "from apprentice.cli import main\n"
+        "try:\n"
+        "    code = main()\n"
+        "except SystemExit as stop:\n"
+        "    code = stop.code\n"
+        "print('exit', code or 0)\n"
+        "heavy = {'torch', 'ray', 'transformers', 'deepspeed', 'datasets', 'pandas', 'matplotlib'}\n"
+        "print('heavy', sorted(heavy & set(sys.modules)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.stderr == ""
+    assert done.stdout.splitlines()[-2:] == ["exit 0", "heavy []"]
+    assert "quickstart" in done.stdout

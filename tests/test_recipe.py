@@ -1,0 +1,108 @@
+"""The recipe: what is accepted, what is refused, and with which sentence."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from apprentice.cli import app
+from apprentice.errors import RecipeError
+from apprentice.recipe import Recipe, dump_recipe, find_recipe, load_recipe
+
+SMALL = """\
+name: small
+model: {base: smollm2-135m-instruct}
+data:
+  tasks: [sst2, ./mine.yaml]
+  packing: {length: 1024}
+training:
+  workers: 2
+  steps: 10
+  global_batch: 4
+"""
+
+
+@pytest.fixture
+def write(tmp_path: Path):
+    def _write(text: str) -> Path:
+        file = tmp_path / "recipe.yaml"
+        file.write_text(text, encoding="utf-8")
+        return file
+
+    return _write
+
+
+def test_paths_are_relative_to_the_recipe(write, tmp_path):
+    recipe = load_recipe(write(SMALL))
+    assert recipe.storage == str(tmp_path / "runs")
+    assert recipe.data.tasks == ("sst2", str(tmp_path / "mine.yaml"))
+    assert recipe.model.base == "smollm2-135m-instruct"
+
+
+def test_overrides_reach_any_depth(write):
+    recipe = load_recipe(write(SMALL), ["training.optimizer.learning_rate=2e-4", "data.packing.length=2048", "name=other"])
+    assert recipe.training.optimizer.learning_rate == 2e-4
+    assert recipe.data.packing.length == 2048
+    assert recipe.name == "other"
+
+
+def test_a_dumped_recipe_loads_to_the_same(write, tmp_path):
+    recipe = load_recipe(write(SMALL))
+    again = tmp_path / "again.yaml"
+    again.write_text(dump_recipe(recipe))
+    assert load_recipe(again) == recipe
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line", "words"),
+    [
+        ("  steps: 10", "  step: 10", 8, "Did you mean 'steps'?"),
+        ("  steps: 10", "  steps: 10\n  tokens: 5", 6, "exactly one of `steps`, `tokens` and `epochs`"),
+        ("  global_batch: 4", "  global_batch: 5", 6, "global_batch 5 cannot be divided among 2 workers"),
+        ("  global_batch: 4", "  global_batch: 4\n  micro_batch: 4", 6, "micro_batch 4 does not divide the 2 rows"),
+        ("  steps: 10", "  steps: 10\n  optimizer: {warmup_steps: 10}", 6, "warmup_steps 10 is not shorter"),
+        ("  workers: 2", "  workers: {min: 4, max: 2}", 7, "min 4 is more than max 2"),
+        ("{length: 1024}", "{length: 512}", 3, "max_length 1024 is more than packing.length 512"),
+        ("  packing", "  formats: {zero_shot: 0.5}\n  packing", 5, "add up to 0.5, not to 1"),
+        ("name: small", "name: a/b", 1, "name:"),
+        ("model: {base: smollm2-135m-instruct}\n", "", 1, "model: this key is needed"),
+        ("  tasks: [sst2, ./mine.yaml]", "  tasks: []", 4, "data.tasks:"),
+    ],
+)
+def test_a_wrong_recipe_is_one_sentence_with_its_line(write, old, new, line, words):
+    assert old in SMALL
+    file = write(SMALL.replace(old, new))
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(file)
+    message = str(caught.value)
+    assert message.startswith(f"{file}:{line}: ")
+    assert words in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(("text", "words"), [("- a\n", "mapping of keys"), ("a: [\n", "not YAML"), ("", "mapping of keys")])
+def test_a_file_that_is_no_recipe(write, text, words):
+    with pytest.raises(RecipeError, match=words):
+        load_recipe(write(text))
+
+
+def test_a_missing_recipe_names_what_is_shipped(tmp_path):
+    with pytest.raises(RecipeError, match="cannot be read"):
+        load_recipe(tmp_path / "none.yaml")
+    with pytest.raises(RecipeError, match="Did you mean 'quickstart'"):
+        find_recipe("quickstrat")
+
+
+def test_an_override_without_a_value_is_refused(write):
+    with pytest.raises(RecipeError, match=r"write key\.path=value"):
+        load_recipe(write(SMALL), ["training.steps"])
+
+
+def test_schema_describes_every_top_level_key():
+    printed = CliRunner().invoke(app, ["recipe-schema"])
+    schema = json.loads(printed.stdout)
+    assert set(schema["properties"]) == set(Recipe.model_fields)
+    assert schema["additionalProperties"] is False
