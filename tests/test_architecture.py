@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +17,10 @@ ROOMS = ("src", "jobs", "serve", "benchmarks")
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
 NAMES_OF_NOTHING = {"utils", "util", "helpers", "helper", "common", "misc"}
+
+MODULE_OF = {"pyyaml": "yaml"}  # where the package's name is not the module's
+NEEDED_BY_OTHERS = {"accelerate", "gguf", "ninja"}  # transformers and DeepSpeed ask for them when they need them
+OPTIONAL = {"vllm"}
 
 
 def python_files(*rooms: str) -> list[Path]:
@@ -87,3 +93,28 @@ def test_help_is_light() -> None:
     assert done.stderr == ""
     assert done.stdout.splitlines()[-2:] == ["exit 0", "heavy []"]
     assert "quickstart" in done.stdout
+
+
+def top_level_imports(room: str) -> set[str]:
+    """The packages that the files of `room` import, anywhere in them."""
+    found: set[str] = set()
+    for path in python_files(room):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                found |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                found.add(node.module.split(".")[0])
+    return found - set(sys.stdlib_module_names) - {"apprentice"}
+
+
+def test_dependencies_are_declared_used_and_explained() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    declared = {re.split(r"[\[<>=]", line)[0] for line in project["dependencies"]}
+    needed = {name for name in declared if MODULE_OF.get(name, name.replace("-", "_")) in top_level_imports("src")}
+    assert sorted(declared - needed - NEEDED_BY_OTHERS) == []
+    modules = {MODULE_OF.get(name, name.replace("-", "_")) for name in declared} | OPTIONAL
+    assert sorted(top_level_imports("src") - modules) == []
+    reasons = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").split("## Why each dependency")[1].split("## ")[0]
+    explained = set(re.findall(r"[\w-]+", " ".join(re.findall(r"^\| ([^|]+) \|", reasons, re.MULTILINE))))
+    extras = {re.split(r"[\[<>=]", line)[0] for lines in project["optional-dependencies"].values() for line in lines}
+    assert sorted((declared | extras) - explained) == []

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from apprentice.errors import TaskError
 from apprentice.tasks.loading import find_tasks, library, load_task
 
@@ -93,11 +94,13 @@ def test_a_file_that_is_not_text(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "place"),
     [
-        ("cluster: own", "clusters: own", "cluster: Field required"),
-        ("cluster: own", "cluster: own\ncolour: red", "colour: Extra inputs are not permitted"),
-        ("instruction:", "instructions:", "templates.0.instruction: Field required"),
+        ("cluster: own\n", "", "cluster: Field required."),
+        ("cluster: own", "clusters: own", "clusters: a task has no such key. Did you mean 'cluster'?"),
+        ("cluster: own", "cluster: own\nzzz: red", "zzz: a task has no such key. Remove it."),
+        ("instruction:", "instructions:", "templates.0.instructions: a template has no such key. Did you mean 'instruction'?"),
+        ("{dataset: mine}", "{dataset: mine, colums: {}}", "sources.1.colums: a source has no such key. Did you mean 'columns'?"),
         ("metrics: [exact_match]", "metrics: [exact]", "metrics.0: Input should be"),
-        ('answer: "{{ answer }}"', 'answer: "{{ answer"', "answer: Value error, not a Jinja2 template"),
+        ('answer: "{{ answer }}"', 'answer: "{{ answer"', "answer: not a Jinja2 template"),
         (GOOD, "", "Input should be a valid dictionary"),
     ],
 )

@@ -6,9 +6,10 @@ import pickle
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
+
 from apprentice.errors import RowError
 from apprentice.tasks.schema import Example, SourceSpec, Task, missing_fields
-from pydantic import ValidationError
 
 RANKED: dict[str, Any] = {
     "name": "reviews",
@@ -19,7 +20,12 @@ RANKED: dict[str, Any] = {
     "metrics": ["accuracy"],
     "templates": [
         {"name": "plain", "instruction": "Positive or negative?", "input": "{{ text }}"},
-        {"name": "yes_no", "instruction": "Did they like it ({{ choices | join('/') }})?", "input": "{{ text }}", "choices": ["no", "yes"]},
+        {
+            "name": "yes_no",
+            "instruction": "Did they like it ({{ choices | join('/') }})?",
+            "input": "{{ text }}",
+            "choices": ["no", "yes"],
+        },
         {"name": "write", "instruction": "Write a {{ answer }} review ({{ label }}).", "output": "{{ text }}", "inverted": True},
     ],
 }
@@ -59,7 +65,9 @@ def reason_of(task: Task, row: dict[str, Any], template: str) -> str:
 
 
 def test_a_ranked_example() -> None:
-    expected = Example("reviews", "plain", "Positive or negative?", "Nice film.", "positive", ("negative", "positive"), ("positive",))
+    expected = Example(
+        "reviews", "plain", "Positive or negative?", "Nice film.", "positive", ("negative", "positive"), ("positive",)
+    )
     assert rendered(ranked(), REVIEW, "plain") == expected
 
 
@@ -141,7 +149,9 @@ def test_rows_whose_answer_cannot_be_found(answers: Any, reason: str) -> None:
     assert reason_of(generated(), {"question": "Who?", "answers": answers}, "ask") == reason
 
 
-@pytest.mark.parametrize("instruction", ["{{ text.__class__ }}", "{{ text * 10**9 }}", "{{ text / 2 }}", "{{ 1 // (stars - 1) }}", "{{ text[9] }}"])
+@pytest.mark.parametrize(
+    "instruction", ["{{ text.__class__ }}", "{{ text * 10**9 }}", "{{ text / 2 }}", "{{ 1 // (stars - 1) }}", "{{ text[99] }}"]
+)
 def test_whatever_goes_wrong_in_a_template_is_counted_as_template(instruction: str) -> None:
     task = ranked(templates=[{"name": "bad", "instruction": instruction}])
     assert reason_of(task, REVIEW, "bad") == "template"
@@ -204,7 +214,11 @@ def test_a_wrong_answer_is_refused() -> None:
 def test_missing_fields_say_who_needs_them() -> None:
     task = ranked()
     assert missing_fields(task, SourceSpec(dataset="reviews"), ["text", "stars"]) == []
-    assert missing_fields(task, SourceSpec(dataset="reviews"), ["stars"]) == [("plain", "text"), ("yes_no", "text"), ("write", "text")]
+    assert missing_fields(task, SourceSpec(dataset="reviews"), ["stars"]) == [
+        ("plain", "text"),
+        ("yes_no", "text"),
+        ("write", "text"),
+    ]
     assert missing_fields(task, SourceSpec(dataset="reviews"), ["text"]) == [("task", "stars")]
 
 

@@ -6,10 +6,11 @@ import pickle
 
 import jinja2
 import pytest
-from apprentice.tasks.wording import MAX_REPEAT, Expression, Wording
 from hypothesis import given
 from hypothesis import strategies as st
 from jinja2.sandbox import SecurityError
+
+from apprentice.tasks.wording import MAX_REPEAT, Expression, Wording
 
 
 def test_names_are_the_fields_that_the_text_needs() -> None:

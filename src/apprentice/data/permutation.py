@@ -29,7 +29,8 @@ def mix(numbers: Keys) -> Keys:
     """The finaliser of splitmix64: every input bit reaches every output bit."""
     mixed = (numbers ^ (numbers >> np.uint64(30))) * _MIX_1
     mixed = (mixed ^ (mixed >> np.uint64(27))) * _MIX_2
-    return mixed ^ (mixed >> np.uint64(31))
+    finished: Keys = mixed ^ (mixed >> np.uint64(31))
+    return finished
 
 
 def draw(key: int | Keys, counters: Numbers | Keys) -> Keys:

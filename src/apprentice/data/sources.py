@@ -9,17 +9,17 @@ from __future__ import annotations
 import hashlib
 import time
 from bisect import bisect_right
-from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from fnmatch import fnmatch
+from functools import lru_cache
 from itertools import accumulate
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from apprentice.data.convert import builtin_file, parquet_file
 from apprentice.errors import DataError, StorageError, did_you_mean
@@ -31,6 +31,7 @@ Split = Literal["train", "test"]
 T = TypeVar("T")
 
 RETRY_PAUSES_S = (0.1, 0.5, 2.0)  # between attempts to read what answers with an OSError
+OPEN_FILES = 16  # that one reader holds
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Source:
     task: str
     split: Split
     files: tuple[str, ...]  # local paths or URIs of Parquet files
+    file_groups: tuple[int, ...]  # row groups of every file
     group_rows: tuple[int, ...]  # rows of every row group, over all files in order
     columns: dict[str, str]  # field of the task → column of the files
     fingerprint: str  # of sizes and footers, whatever the folder
@@ -56,81 +58,92 @@ class _Footer(NamedTuple):
 
 
 def resolve(task: Task, split: Split, *, root: str | None, cache: Folder) -> Source | None:
-    """The Parquet files of one split: from the first of the task's places that can be reached; None if that one declares no such split.
+    """The Parquet files of one split, in the first of the task's places that can be reached; None if that has no such split.
 
     Both splits come from the same place, so that train and test stay apart. Raises `DataError` if no place can be reached,
     a file is missing or unreadable, or a column is.
     """
-    spec = _reachable(task, root)
-    name = spec.splits.get(split)
-    if name is None or (spec.files is not None and name not in spec.files):
-        return None
-    files = _files(task, spec, name, split, root, cache)
+    try:
+        spec, absent = _reachable(task, root)
+        name = spec.splits.get(split)
+        if name is None or (spec.files is not None and name not in spec.files):
+            return None
+        files = _files(task, spec, name, root, cache, absent)
+    except OSError as error:
+        raise DataError(f"task {task.name!r}: its source cannot be reached: {error}; check data.root and the network.") from error
     with ThreadPoolExecutor(max_workers=8) as pool:
         footers = list(pool.map(_footer, files))
     for file, footer in zip(files, footers, strict=True):
         if missing := missing_fields(task, spec, footer.columns):
             raise DataError(_missing_column(task, spec, file, footer.columns, missing))
-    digest = hashlib.sha256("\n".join(footer.digest for footer in footers).encode()).hexdigest()
-    groups = tuple(rows for footer in footers for rows in footer.group_rows)
-    columns = {field: spec.columns.get(field, field) for field in sorted(task.fields)}
-    return Source(task.name, split, tuple(files), groups, columns, digest)
+    return Source(
+        task=task.name,
+        split=split,
+        files=tuple(files),
+        file_groups=tuple(len(footer.group_rows) for footer in footers),
+        group_rows=tuple(rows for footer in footers for rows in footer.group_rows),
+        columns={field: spec.columns.get(field, field) for field in sorted(task.fields)},
+        fingerprint=hashlib.sha256("\n".join(footer.digest for footer in footers).encode()).hexdigest(),
+    )
 
 
-def _reachable(task: Task, root: str | None) -> SourceSpec:
-    """The first place that can be reached. A hub is only asked if nothing nearer is there; it answers for itself later."""
-    tried = []
+def _reachable(task: Task, root: str | None) -> tuple[SourceSpec, list[str]]:
+    """The first place that can be reached, and why those before it cannot. A hub is taken if nothing nearer is there."""
+    absent: list[str] = []
     for spec in task.sources:
         if spec.dataset is not None:
             if root is not None and (Folder.at(root) / spec.dataset).exists():
-                return spec
-            tried.append("data.root is not set" if root is None else f"{root}/{spec.dataset} (data.root) does not exist")
+                return spec, absent
+            absent.append(
+                f"dataset {spec.dataset!r} needs data.root, which is not set"
+                if root is None
+                else f"{root}/{spec.dataset} (dataset {spec.dataset!r} under data.root) does not exist"
+            )
         elif spec.files is not None:
             if any(Folder.at(path).exists() for path in spec.files.values()):
-                return spec
-            tried.append(f"{next(iter(spec.files.values()))} does not exist")
+                return spec, absent
+            absent.append(f"{next(iter(spec.files.values()))} does not exist")
         else:
-            return spec
-    first = task.sources[0]
-    remedy = f"put the dataset {first.dataset!r} under data.root" if first.dataset is not None else "correct the path in its file"
-    raise DataError(f"task {task.name!r}: no source can be reached: {'; '.join(tried)}; {remedy}.")
+            return spec, absent
+    raise DataError(f"task {task.name!r}: {'; '.join(absent)}; correct data.root or the paths in the task's file.")
 
 
-def _files(task: Task, spec: SourceSpec, name: str, split: Split, root: str | None, cache: Folder) -> list[str]:
+def _files(task: Task, spec: SourceSpec, name: str, root: str | None, cache: Folder, absent: list[str]) -> list[str]:
     if spec.builtin is not None:
-        return [builtin_file(spec.builtin, split, cache)]
+        return [builtin_file(spec.builtin, name, cache)]
     if spec.files is not None:
         return [parquet_file(spec.files[name], cache, task.name)]
-    if spec.dataset is not None:
-        folder = Folder.at(root or "") / spec.dataset
-        found = [child.uri for child in folder.children() if fnmatch(child.name, f"{name}.parquet")]
-        found = found or _parquet_in(folder, name)
-        if not found:
-            raise DataError(f"task {task.name!r}: {folder}/{name}.parquet does not exist; put it there or correct data.root.")
+    if spec.hub is not None:
+        return _hub_files(task, spec, name, absent)
+    folder = Folder.at(root or "") / (spec.dataset or "")
+    whole = folder / f"{name}.parquet"
+    if found := [whole.uri] if whole.exists() else _parquet_in(folder, name):
         return found
-    return _hub_files(task, spec, name)
+    raise DataError(f"task {task.name!r}: {whole} does not exist; put it there or correct data.root.")
 
 
 def _parquet_in(folder: Folder, name: str) -> list[str]:
-    """`<name>-*.parquet` beside others, or `<name>/*.parquet`."""
-    beside = [child.uri for child in folder.children() if fnmatch(child.name, f"{name}-*.parquet")]
-    return beside or [child.uri for child in (folder / name).children() if child.name.endswith(".parquet")]
+    """`<name>-*.parquet` in the folder, or `<name>/*.parquet`."""
+    beside = [child for child in folder.children() if child.name.startswith(f"{name}-")]
+    inside = [] if beside else (folder / name).children()
+    return [child.uri for child in (*beside, *inside) if child.name.endswith(".parquet")]
 
 
-def _hub_files(task: Task, spec: SourceSpec, name: str) -> list[str]:
+def _hub_files(task: Task, spec: SourceSpec, name: str, absent: list[str]) -> list[str]:
     # The hub keeps a Parquet copy of every dataset in the branch `~parquet`, one folder for each configuration.
     at = Folder(f"hf://datasets/{spec.hub}@{spec.revision or '~parquet'}")
+    before = "".join(f"{reason}; " for reason in absent)
     try:
         for folder in (at / (spec.config or "default"), at / "data", at):
             if found := _parquet_in(folder, name):
                 return found
-    except (OSError, StorageError, ValueError) as error:
+    except (OSError, StorageError) as error:
         raise DataError(
-            f"task {task.name!r}: dataset {spec.hub!r} cannot be reached on the hub ({error.__class__.__name__});"
-            " check the network and HF_TOKEN, or put the dataset under data.root."
+            f"task {task.name!r}: {before}dataset {spec.hub!r} cannot be reached on the hub ({error.__class__.__name__});"
+            " correct data.root, or check the network and HF_TOKEN."
         ) from error
     raise DataError(
-        f"task {task.name!r}: dataset {spec.hub!r} has no Parquet files for split {name!r}, configuration"
+        f"task {task.name!r}: {before}dataset {spec.hub!r} has no Parquet files on the hub for split {name!r} of configuration"
         f" {spec.config or 'default'!r}; correct `splits` or `config` of that source."
     )
 
@@ -184,70 +197,53 @@ def _footer(file: str) -> _Footer:
 
 
 class Reader:
-    """Rows of a source by number. Keeps the last `cached_groups` row groups, decoded, only the columns that the task needs."""
+    """Rows of a source by number. Keeps the last `cached_groups` row groups, only the columns that the task needs."""
 
     def __init__(self, source: Source, cached_groups: int = 8) -> None:
         self.source = source
-        self._cached_groups = cached_groups
+        self.cached_groups = cached_groups
         self._ends = np.cumsum(np.array(source.group_rows, dtype=np.int64))
-        self._groups: OrderedDict[int, pa.Table] = OrderedDict()
-        self._opened: dict[str, pq.ParquetFile] = {}
-        self._first_group: list[int] | None = None
+        self._first_groups = [0, *accumulate(source.file_groups)]
+        self._read_group = lru_cache(maxsize=cached_groups)(self._read_group_anew)
+        self._open = lru_cache(maxsize=OPEN_FILES)(_open)
 
-    def rows(self, ids: Sequence[int]) -> list[dict[str, Any]]:
+    def __reduce__(self) -> tuple[type[Reader], tuple[Source, int]]:
+        return type(self), (self.source, self.cached_groups)
+
+    def rows(self, ids: Sequence[int] | NDArray[np.int64]) -> list[dict[str, Any]]:
         """Field → value for each row number, in the order asked. Raises `DataError` naming the file that cannot be read."""
         wanted = np.asarray(ids, dtype=np.int64)
         if wanted.size and not 0 <= wanted.min() <= wanted.max() < self.source.rows:
-            raise DataError(
-                f"task {self.source.task!r} has {self.source.rows} {self.source.split} rows; row {wanted.max()} is none."
-            )
+            raise ValueError(f"task {self.source.task!r} has {self.source.rows} {self.source.split} rows; asked for {wanted.max()}")
         groups = np.searchsorted(self._ends, wanted, side="right")
         found: list[dict[str, Any]] = [{}] * len(wanted)
         for group in np.unique(groups):
             places = np.flatnonzero(groups == group)
             start = int(self._ends[group]) - self.source.group_rows[group]
-            rows = self._group(int(group)).take(pa.array(wanted[places] - start)).to_pylist()
+            rows = self._read_group(int(group)).take(pa.array(wanted[places] - start)).to_pylist()
             for place, row in zip(places, rows, strict=True):
                 found[place] = row
         return found
 
-    def _group(self, number: int) -> pa.Table:
-        if number not in self._groups:
-            while len(self._groups) >= self._cached_groups:
-                self._groups.popitem(last=False)
-            self._groups[number] = self._read(number)
-        self._groups.move_to_end(number)
-        return self._groups[number]
-
-    def _read(self, number: int) -> pa.Table:
-        file, inside = self._place(number)
-        names: Mapping[str, str] = self.source.columns
+    def _read_group_anew(self, number: int) -> pa.Table:
+        place = bisect_right(self._first_groups, number) - 1
+        file, inside = self.source.files[place], number - self._first_groups[place]
+        columns = self.source.columns
 
         def read() -> pa.Table:
             try:
-                table = self._open(file).read_row_group(inside, columns=sorted(set(names.values())))
+                table = self._open(file).read_row_group(inside, columns=sorted(set(columns.values())))
             except OSError:
-                self._opened.pop(file, None)  # a broken connection stays broken
+                self._open.cache_clear()  # a broken connection stays broken
                 raise
-            return pa.table({field: table[column] for field, column in names.items()}).combine_chunks()
+            return pa.table({field: table[column] for field, column in columns.items()}).combine_chunks()
 
         table = _retrying(file, read)
         if table.num_rows != self.source.group_rows[number]:
             raise DataError(f"{file} has changed since it was indexed; put the old file back or start over with --restart.")
         return table
 
-    def _place(self, number: int) -> tuple[str, int]:
-        """File of a row group, and the group's number in it."""
-        if len(self.source.files) == 1:
-            return self.source.files[0], number
-        if self._first_group is None:
-            counts = [_retrying(file, lambda file=file: self._open(file)).num_row_groups for file in self.source.files]
-            self._first_group = [0, *accumulate(counts)]
-        file = bisect_right(self._first_group, number) - 1
-        return self.source.files[file], number - self._first_group[file]
 
-    def _open(self, file: str) -> pq.ParquetFile:
-        if file not in self._opened:
-            fs, path = Folder.at(file).filesystem()
-            self._opened[file] = pq.ParquetFile(fs.open_input_file(path))
-        return self._opened[file]
+def _open(file: str) -> pq.ParquetFile:
+    fs, path = Folder.at(file).filesystem()
+    return pq.ParquetFile(fs.open_input_file(path))

@@ -1,7 +1,7 @@
 """The majority answer: what a model that never reads the question would score.
 
-Ranked tasks: the choice in the place that is right most often in training. Generated tasks: the most frequent training answer, where
-one answer makes up at least one in a hundred; summaries have no such answer, and no such baseline.
+Ranked tasks: the choice in the place that is right most often in training. Generated tasks: the most frequent training answer,
+where one answer makes up at least one in a hundred; summaries have no such answer, and no such baseline.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ LEAST_SHARE = 0.01
 
 
 def majority_of(task: Task, renderer: Renders, index: TaskIndex, seed: int) -> dict[str, Any] | None:
-    """`{"label": place of the choice or None, "text": answer, "share": of the sample, "sample": rows}`; None where there is none."""
+    """`{"label": place of the choice or None, "text": answer, "share": of the sample, "sample": rows}`, or None."""
     if index.train_source is None or not len(index.train):
         return None
     random = np.random.default_rng(list(hashlib.sha256(f"majority {seed} {task.name}".encode()).digest()))
@@ -60,5 +60,7 @@ def predicted(questions: Sequence[Mapping[str, Any]], majorities: Mapping[str, d
         label, choices = majority["label"], question["choices"]
         if label is None or label < len(choices):
             answer = {"prediction": majority["text"] if label is None else choices[label], "choice_logprobs": None, "prompt": None}
-            answers.append(dict(question) | answer | {"subject": NAME, "shots": 0, "exemplars": [], "prompt_tokens": 0, "truncated": ""})
+            answers.append(
+                dict(question) | answer | {"subject": NAME, "shots": 0, "exemplars": [], "prompt_tokens": 0, "truncated": ""}
+            )
     return answers

@@ -57,7 +57,9 @@ def facts_of(table: pa.Table) -> dict[str, Any]:
     try:
         return dict(json.loads(table.schema.metadata[_FACTS]))
     except (KeyError, TypeError, ValueError) as error:
-        raise EvaluationError(f"this is no table of predictions of apprentice: its schema carries no facts; choose a {FILE}.") from error
+        raise EvaluationError(
+            f"this is no table of predictions of apprentice: its schema carries no facts; choose a {FILE}."
+        ) from error
 
 
 def save(table: pa.Table, out: Folder) -> None:

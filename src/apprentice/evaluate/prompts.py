@@ -5,7 +5,8 @@ Knows nothing of models. Exemplars come from the task's training index, for held
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from apprentice.data.index import TaskIndex
@@ -25,16 +26,27 @@ class Renders(Protocol):
     def example(self, task: str, split: str, row: int, template: str) -> Example: ...
 
 
+@dataclass(frozen=True)
+class Limits:
+    """Tokens: of a prompt, of a generated reply, and of what the model can see at once (None: no bound is known)."""
+
+    prompt: int
+    reply: int
+    context: int | None = None
+
+    def prompt_before(self, answer: int) -> int:
+        """The longest prompt before an answer of so many tokens."""
+        return self.prompt if self.context is None else min(self.prompt, self.context - answer)
+
+
 def questions(
-    requests: Iterable[Request], renderer: Renders, indices: dict[str, TaskIndex], layout: Layout, *, seed: int, max_prompt_tokens: int
+    requests: Iterable[Request], renderer: Renders, indices: Mapping[str, TaskIndex], layout: Layout, *, seed: int, limits: Limits
 ) -> list[dict[str, Any]]:
     """One record of `predictions.ENCODED` per request, in order; those that cannot be asked say why in `dropped`."""
-    return [_question(request, renderer, indices[request.task], layout, seed, max_prompt_tokens) for request in requests]
+    return [_question(request, renderer, indices[request.task], layout, seed, limits) for request in requests]
 
 
-def _question(
-    request: Request, renderer: Renders, index: TaskIndex, layout: Layout, seed: int, max_prompt_tokens: int
-) -> dict[str, Any]:
+def _question(request: Request, renderer: Renders, index: TaskIndex, layout: Layout, seed: int, limits: Limits) -> dict[str, Any]:
     record: dict[str, Any] = request._asdict() | {"truncated": "", "dropped": ""}
     try:
         example = renderer.example(request.task, "test", request.row, request.template)
@@ -43,10 +55,11 @@ def _question(
     if example.choices and example.target not in example.choices:
         return record | {"dropped": NOT_A_CHOICE}
     rows, exemplars = _exemplars(request, renderer, index, seed)
-    fitted = fit_prompt(layout, example, exemplars, max_prompt_tokens)
+    choice_ids = [[*ids, *layout.end_ids] for ids in layout.encode_answers(example.choices)] if example.choices else []
+    room = limits.prompt_before(max(map(len, choice_ids), default=limits.reply))
+    fitted = fit_prompt(layout, example, exemplars, room)
     if fitted is None:
         return record | {"dropped": TOO_LONG}
-    end = list(layout.end_ids)
     return record | {
         "prompt": layout.tokenizer.decode(fitted.ids, skip_special=False),
         "target": example.target,
@@ -56,7 +69,7 @@ def _question(
         "prompt_tokens": len(fitted.ids),
         "truncated": fitted.truncated or "",
         "prompt_ids": fitted.ids,
-        "choice_ids": [ids + end for ids in layout.encode_answers(example.choices)] if example.choices else [],
+        "choice_ids": choice_ids,
     }
 
 
@@ -78,8 +91,3 @@ def _exemplars(request: Request, renderer: Renders, index: TaskIndex, seed: int)
 def can_show(index: TaskIndex, shots: int) -> bool:
     """True if the task has enough training rows for `shots` exemplars."""
     return shots == 0 or (index.train_source is not None and len(index.train) > shots)
-
-
-def longest_choice(records: Sequence[dict[str, Any]]) -> int:
-    """Tokens of the longest choice among these questions; 0 where none is ranked."""
-    return max((len(ids) for record in records for ids in record.get("choice_ids") or []), default=0)

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from apprentice.errors import TaskError, did_you_mean
-from apprentice.tasks.schema import Task
+from apprentice.tasks.schema import SourceSpec, Task, Template
 
 LIBRARY = Path(__file__).parent / "library"
 BUILTIN = LIBRARY / "quickstart"
@@ -35,14 +35,25 @@ def load_task(path: Path) -> Task:
     try:
         task = Task.model_validate(content)
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        raise TaskError(f"{path}: {place + ': ' if place else ''}{first['msg']}.") from error
+        raise TaskError(f"{path}: {_first_fault(error)}") from error
     if path.is_relative_to(LIBRARY):
         return task
     files = [spec.files and {split: str(path.parent / file) for split, file in spec.files.items()} for spec in task.sources]
     sources = [spec.model_copy(update={"files": where}) for spec, where in zip(task.sources, files, strict=True)]
     return task.model_copy(update={"sources": tuple(sources)})
+
+
+def _first_fault(error: ValidationError) -> str:
+    """Place and fault in one sentence; an unknown key before all else, since a missing one is often the same key misspelt."""
+    faults = error.errors()
+    fault = next((fault for fault in faults if fault["type"] == "extra_forbidden"), faults[0])
+    place = ".".join(str(part) for part in fault["loc"])
+    if fault["type"] == "extra_forbidden":
+        rooms: dict[str, type[BaseModel]] = {"sources": SourceSpec, "templates": Template}
+        model = rooms.get(str(fault["loc"][0]), Task) if len(fault["loc"]) > 1 else Task
+        near = did_you_mean(str(fault["loc"][-1]), model.model_fields)
+        return f"{place}: a {model.__name__.removesuffix('Spec').lower()} has no such key.{near or ' Remove it.'}"
+    return f"{place + ': ' if place else ''}{fault['msg'].removeprefix('Value error, ')}."
 
 
 def find_tasks(name: str, folder: Path) -> list[Task]:

@@ -12,7 +12,7 @@ THINGS = ["apples", "marbles", "books", "coins", "stamps", "eggs", "pencils", "s
 
 
 def word_problems(dice: Dice, number: int) -> dict[str, Any]:
-    """`problem`, and `answer`: a whole number from 1 to 20, in digits."""
+    """`problem`, and its `calculation` with the result, such as 7 + 5 = 12."""
     name, other = dice.some(NAMES, 2)
     things = dice.one(THINGS)
     more, has = sorted([dice.between(2, 10), dice.between(3, 10)])
@@ -24,7 +24,7 @@ def word_problems(dice: Dice, number: int) -> dict[str, Any]:
                 f"There are {has} {things} in a box. {name} puts {more} more into it. How many {things} are in the box now?",
             ]
         )
-        return {"problem": story, "answer": str(has + more)}
+        return {"problem": story, "calculation": f"{has} + {more} = {has + more}"}
     has += 1  # so that something is left
     story = dice.one(
         [
@@ -33,7 +33,7 @@ def word_problems(dice: Dice, number: int) -> dict[str, Any]:
             f"{name} has {has} {things} and {other} has {more}. How many more {things} does {name} have?",
         ]
     )
-    return {"problem": story, "answer": str(has - more)}
+    return {"problem": story, "calculation": f"{has} - {more} = {has - more}"}
 
 
 def written_dates(dice: Dice, number: int) -> dict[str, Any]:

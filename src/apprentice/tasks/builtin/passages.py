@@ -19,7 +19,8 @@ DISHES = ["fish soup", "walnut bread", "plum cake", "onion tart", "goat cheese",
 ANIMALS = ["goat", "white owl", "fox", "pony", "otter", "swan", "hedgehog", "raven"]
 
 GOODS = [
-    "kettle", "lamp", "chair", "rucksack", "vase", "scarf", "bicycle", "teapot", "carpet", "umbrella", "notebook", "mirror", "clock",
+    "kettle", "lamp", "chair", "rucksack", "vase", "scarf", "bicycle", "teapot", "carpet", "umbrella", "notebook", "mirror",
+    "clock",
 ]  # fmt: skip
 COLOURS = ["red", "blue", "green", "black", "white", "yellow", "grey", "purple"]
 # What the record says of the stock → how a sentence says it.

@@ -47,8 +47,8 @@ HEADLINES: dict[str, tuple[list[str], list[str], list[str]]] = {
             "Senate committee", "Party congress",
         ],
         [
-            "calls an early election", "rejects the new tax bill", "promises a vote on the treaty", "survives a vote of no confidence",
-            "demands a reform of the voting law", "agrees on a minister for housing",
+            "calls an early election", "rejects the new tax bill", "promises a vote on the treaty",
+            "survives a vote of no confidence", "demands a reform of the voting law", "agrees on a minister for housing",
         ],
         ["after a night of debate", "as polls tighten", "by a narrow majority", "under pressure from voters"],
     ),

@@ -1,0 +1,170 @@
+"""The order of training as a pure function: position → task, format, template, row and exemplars.
+
+Nothing here has state: any stretch of positions can be computed by itself, at the same cost wherever it lies and however
+large the datasets are. Knows nothing of texts, tokens or Ray.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from fractions import Fraction
+from typing import NamedTuple
+
+import numpy as np
+
+from apprentice.data.exemplars import Pool, candidates, exemplar_rows, without
+from apprentice.data.index import TaskIndex, held_out
+from apprentice.data.mixture import shares
+from apprentice.data.permutation import Numbers, below, draw, key_of, permute
+from apprentice.data.rotation import Rotation
+from apprentice.data.row_order import RowOrder
+from apprentice.recipe import Formats, Recipe
+from apprentice.tasks.schema import Task
+
+__all__ = ["FORMATS", "Draw", "Plan", "exemplar_rows"]
+
+FORMATS = ("zero_shot", "few_shot", "inverted")
+_ZERO_SHOT, _FEW_SHOT, _INVERTED = range(3)
+
+
+class Draw(NamedTuple):
+    """What stands at one position of the plan."""
+
+    position: int
+    task: str
+    format: str  # one of FORMATS
+    template: str
+    row: int  # number in the task's training source
+    shots: tuple[int, ...]  # source row numbers of the exemplars, nearest to the instruction's start first
+    pass_: int  # how often every row of the task was drawn before
+
+
+class _Member(NamedTuple):
+    """One task that is trained on."""
+
+    name: str
+    scored: tuple[str, ...]  # templates
+    inverted: tuple[str, ...]
+    order: RowOrder
+
+
+class Plan:
+    """The plan of a run; make it with `Plan.of`."""
+
+    def __init__(self, seed: int, formats: Formats, shots: tuple[int, int], members: Sequence[_Member], weights: Sequence[int]):
+        self._state = (seed, formats, shots, tuple(members), tuple(weights))
+        self._seed, self._shots = seed, shots
+        self._members = tuple(members)
+        self._leaf = {member.name: leaf for leaf, member in enumerate(members)}
+        self._rotation = Rotation(weights)
+        self._pools = [Pool(seed, member.name, member.order.kept) for member in members]
+        self._pool_sizes = np.array([len(pool) for pool in self._pools])
+        # Column f: how many templates format f may use.
+        self._templates = np.array([[len(member.scored)] * 2 + [len(member.inverted)] for member in members])
+        self._bounds = (round(formats.zero_shot * 2**53), 2**53 - round(formats.inverted * 2**53))
+
+    def __reduce__(self) -> tuple[type[Plan], tuple[int, Formats, tuple[int, int], tuple[_Member, ...], tuple[int, ...]]]:
+        return type(self), self._state
+
+    @classmethod
+    def of(cls, recipe: Recipe, tasks: Sequence[Task], indices: Mapping[str, TaskIndex]) -> Plan:
+        """The plan over all tasks that are not held out and have training rows; the order of `tasks` does not matter.
+
+        Raises `RecipeError` if there is none, or if the mixture's weights name other tasks.
+        """
+        held = held_out(tasks, recipe.data.hold_out)
+        trained = {task.name: task for task in sorted(tasks, key=lambda task: task.name) if task.name not in held}
+        weights = shares(recipe.data.mixture, {name: len(indices[name].train) for name in trained})
+        members = []
+        for name in weights:
+            source = indices[name].train_source
+            groups = np.array(source.group_rows if source else (), dtype=np.int64)
+            order = RowOrder(key_of(recipe.seed, name, "order"), indices[name].train, groups)
+            scored = tuple(template.name for template in trained[name].scored_templates)
+            inverted = tuple(template.name for template in trained[name].inverted_templates)
+            members.append(_Member(name, scored, inverted, order))
+        return cls(recipe.seed, recipe.data.formats, recipe.data.shots, members, list(weights.values()))
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Names of the tasks trained on, sorted."""
+        return tuple(member.name for member in self._members)
+
+    @property
+    def shares(self) -> dict[str, Fraction]:
+        """Task → its exact share of the positions."""
+        total = sum(self._rotation.weights)
+        return {name: Fraction(weight, total) for name, weight in zip(self.tasks, self._rotation.weights, strict=True)}
+
+    def task_at(self, position: int) -> str:
+        return self._members[int(self._rotation.turns(np.array([position]))[0][0])].name
+
+    def count(self, task: str, position: int) -> int:
+        """How often `task` stands before `position`: closed form, within 2 of position × share."""
+        return self._rotation.count(self._leaf[task], position)
+
+    def draws(self, start: int, stop: int) -> list[Draw]:
+        """What stands at the positions [start, stop)."""
+        positions = np.arange(start, stop, dtype=np.int64)
+        if not positions.size:
+            return []
+        leaves, counts = self._rotation.turns(positions)
+        formats = self._formats(positions, leaves)
+        usable = self._templates[leaves, formats]
+        templates = below(draw(key_of(self._seed, "template"), positions), usable).tolist()
+        rows, passes = self._rows(leaves, counts)
+        shots = self._exemplars(positions, leaves, formats, rows)
+        columns = zip(positions.tolist(), leaves.tolist(), formats.tolist(), templates, rows.tolist(), passes.tolist(), strict=True)
+        drawn = []
+        for position, leaf, form, template, row, pass_ in columns:
+            member = self._members[leaf]
+            names = member.inverted if form == _INVERTED else member.scored
+            drawn.append(Draw(position, member.name, FORMATS[form], names[template], row, shots.get(position, ()), pass_))
+        return drawn
+
+    def _formats(self, positions: Numbers, leaves: Numbers) -> Numbers:
+        """The drawn format, or zero-shot where the task cannot do that one (and inverted where it can do nothing else)."""
+        chance = (draw(key_of(self._seed, "format"), positions) >> np.uint64(11)).astype(np.int64)
+        formats = (chance >= self._bounds[0]).astype(np.int64) + (chance >= self._bounds[1])
+        too_few = (formats == _FEW_SHOT) & (self._pool_sizes[leaves] <= self._shots[1])
+        formats[too_few | (self._templates[leaves, formats] == 0)] = _ZERO_SHOT
+        formats[self._templates[leaves, formats] == 0] = _INVERTED
+        return formats
+
+    def _rows(self, leaves: Numbers, counts: Numbers) -> tuple[Numbers, Numbers]:
+        """(source row, pass) for the draws numbered `counts` of the tasks `leaves`."""
+        parts = [(self._members[leaf].order, here) for leaf, here in _grouped(leaves)]
+        columns: Numbers = np.empty((3, len(leaves)), dtype=np.int64)
+        keys = np.empty(len(leaves), dtype=np.uint64)
+        for order, here in parts:
+            *columns[:, here], keys[here] = order.spans(counts[here])
+        within, sizes, starts = columns
+        places = starts + permute(within, sizes, keys)  # for all tasks at once: that is where the time goes
+        rows, passes = np.empty_like(places), np.empty_like(places)
+        for order, here in parts:
+            rows[here] = order.rows(counts[here], places[here])
+            passes[here] = counts[here] // len(order)
+        return rows, passes
+
+    def _exemplars(self, positions: Numbers, leaves: Numbers, formats: Numbers, rows: Numbers) -> dict[int, tuple[int, ...]]:
+        """Position → exemplars, for the few-shot ones."""
+        few = np.flatnonzero(formats == _FEW_SHOT)
+        if not few.size:
+            return {}
+        least, most = self._shots
+        counts = least + below(draw(key_of(self._seed, "shots"), positions[few]), most - least + 1)
+        keys = np.empty(len(few), dtype=np.uint64)
+        parts = [(self._pools[leaf], here) for leaf, here in _grouped(leaves[few])]
+        for pool, here in parts:
+            keys[here] = pool.keys(rows[few[here]])
+        places = candidates(self._pool_sizes[leaves[few]], keys, most + 1)
+        for pool, here in parts:
+            places[here] = pool.rows[places[here]]
+        return dict(zip(positions[few].tolist(), without(rows[few], places, counts), strict=True))
+
+
+def _grouped(leaves: Numbers) -> Iterator[tuple[int, Numbers]]:
+    """(leaf, where it stands in `leaves`) for each leaf that occurs."""
+    order = np.argsort(leaves, kind="stable")
+    found, starts = np.unique(leaves[order], return_index=True)
+    yield from zip(found.tolist(), np.split(order, starts[1:]), strict=True)

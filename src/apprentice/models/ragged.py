@@ -1,0 +1,262 @@
+"""One forward pass over many sequences of different lengths, their keys and values in preallocated memory, nothing padded.
+
+The new tokens of all sequences form one flat row: a running sequence adds one token, a new prompt a chunk of many. Every weight is
+so read once a step, whatever the number of sequences. Only attention needs to know which token belongs to whom, and it is
+exchanged through transformers' attention interface:
+
+    sequences  slot 0 at position 5: [x], slot 1 at position 9: [y], slot 3 at position 0: [a, b, c]
+    flat row   x  y  a  b  c
+    positions  5  9  0  1  2
+    attention  x and y together (adjacent slots, lengths 6 and 10), then a, b, c causally
+
+Caches are never copied: keys and values are written in place, and adjacent slots are read as one view. Knows nothing of requests,
+sampling or the end of a reply.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from apprentice.errors import ModelError
+
+ATTENTION = "apprentice_ragged"
+# Slots are attended together while padding them to the longest costs at most this factor.
+_MAX_PADDING = 2.0
+
+
+class Segment(NamedTuple):
+    """New tokens `ids` of the sequence in `slot`, the first of them at position `start`."""
+
+    slot: int
+    start: int
+    ids: Sequence[int]
+
+
+class KvMemory:
+    """Keys and values of every layer, (slots, heads, context, width) each, in the type the model computes them in."""
+
+    def __init__(self, slots: int, context: int) -> None:
+        self.slots = slots
+        self.context = context
+        self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def write(
+        self, layer: int, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Stores `keys` and `values` (tokens, heads, width) at `slots` and `positions`; gives the layer's whole memory."""
+        if layer not in self._layers:
+            self._layers[layer] = self._allocate(keys), self._allocate(values)
+        stored_keys, stored_values = self._layers[layer]
+        stored_keys[slots, :, positions] = keys
+        stored_values[slots, :, positions] = values
+        return stored_keys, stored_values
+
+    def _allocate(self, like: torch.Tensor) -> torch.Tensor:
+        shape = (self.slots, like.shape[1], self.context, like.shape[2])
+        if like.device.type != "cpu":
+            return torch.zeros(shape, dtype=like.dtype, device=like.device)
+        # numpy's zeros are pages that take no memory before they are written, so unused slots and context cost nothing;
+        # they must be zeros, because a masked NaN is still NaN.
+        raw = np.zeros(int(np.prod(shape)) * like.element_size(), dtype=np.uint8)
+        return torch.from_numpy(raw).view(like.dtype).view(shape)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Sequences in adjacent slots that add one token each: tokens [first, first + count) of the row, slots from `slot` on."""
+
+    first: int
+    slot: int
+    lengths: tuple[int, ...]  # with the new token
+
+    @cached_property
+    def longest(self) -> int:
+        return max(self.lengths)
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """`count` new tokens of one sequence: tokens [first, first + count) of the row, positions from `start` on."""
+
+    first: int
+    slot: int
+    start: int
+    count: int
+
+
+def group_slots(slots: Sequence[int], lengths: Sequence[int]) -> list[Group]:
+    """Runs of adjacent slots (ascending) whose padding is worth it.
+
+    Slots [0, 1, 2, 4] with lengths [9, 10, 900, 8] give groups of slots [0, 1], [2] and [4].
+    """
+    groups: list[Group] = []
+    for token, (slot, length) in enumerate(zip(slots, lengths, strict=True)):
+        if groups and groups[-1].slot + len(groups[-1].lengths) == slot:
+            joined = (*groups[-1].lengths, length)
+            if max(joined) * len(joined) <= _MAX_PADDING * sum(joined):
+                groups[-1] = Group(groups[-1].first, groups[-1].slot, joined)
+                continue
+        groups.append(Group(token, slot, (length,)))
+    return groups
+
+
+class Ragged:
+    """Who is who in one flat row: handed through the model to every layer's attention."""
+
+    def __init__(self, memory: KvMemory, segments: Sequence[Segment], device: torch.device) -> None:
+        self.memory = memory
+        self.order = sorted(range(len(segments)), key=lambda number: (len(segments[number].ids) > 1, segments[number].slot))
+        ordered = [segments[number] for number in self.order]
+        singles = [segment for segment in ordered if len(segment.ids) == 1]
+        self.groups = group_slots([segment.slot for segment in singles], [segment.start + 1 for segment in singles])
+        self.chunks: list[Chunk] = []
+        first = len(singles)
+        for segment in ordered[len(singles) :]:
+            self.chunks.append(Chunk(first, segment.slot, segment.start, len(segment.ids)))
+            first += len(segment.ids)
+        counts = np.array([len(segment.ids) for segment in ordered])
+        starts = np.array([segment.start for segment in ordered])
+        before = np.cumsum(counts) - counts
+        positions = np.arange(counts.sum()) - np.repeat(before - starts, counts)
+
+        def on_device(values: Any) -> torch.Tensor:
+            return torch.as_tensor(np.asarray(values, dtype=np.int64), device=device)
+
+        self.ids = on_device([token for segment in ordered for token in segment.ids])
+        self.slots = on_device(np.repeat([segment.slot for segment in ordered], counts))
+        self.positions = on_device(positions)
+        self.last = on_device(before + counts - 1)  # index in the row of each segment's last token
+        self._masks: dict[tuple[Group | Chunk, int | None], torch.Tensor | None] = {}
+
+    def mask(self, part: Group | Chunk, window: int | None) -> torch.Tensor | None:
+        """What the tokens of `part` may see, for attention over the last `window` positions (None: over all).
+
+        Broadcasts to (sequences, heads, tokens, positions); None where no mask is needed. All layers share it.
+        """
+        key = (part, window)
+        if key not in self._masks:
+            self._masks[key] = self._make_mask(part, window)
+        return self._masks[key]
+
+    def _make_mask(self, part: Group | Chunk, window: int | None) -> torch.Tensor | None:
+        if isinstance(part, Group):
+            longest, rows = part.longest, len(part.lengths)
+            if min(part.lengths) == longest and (window is None or longest <= window):
+                return None
+            asking = self.positions[part.first : part.first + rows].view(rows, 1, 1, 1)
+        else:
+            longest = part.start + part.count
+            if part.start == 0 and (window is None or longest <= window):
+                return None  # plainly causal
+            asking = self.positions[part.first : part.first + part.count].view(1, 1, part.count, 1)
+        seen = torch.arange(longest, device=self.positions.device)
+        visible = seen <= asking
+        return visible if window is None else visible & (seen > asking - window)
+
+
+def forward(model: Any, memory: KvMemory, segments: Sequence[Segment]) -> torch.Tensor:
+    """Logits after the last token of each segment, (segments, vocabulary), in the order given.
+
+    At most one segment for each slot. Runs under `torch.inference_mode()`; `model` must have been through `prepare`.
+    """
+    ragged = Ragged(memory, segments, model.device)
+    was = model.config._attn_implementation
+    model.config._attn_implementation = ATTENTION
+    try:
+        with torch.inference_mode():
+            logits = model(
+                input_ids=ragged.ids[None],
+                position_ids=ragged.positions[None],
+                use_cache=False,
+                logits_to_keep=ragged.last,
+                ragged=ragged,
+            ).logits[0]
+    finally:
+        model.config._attn_implementation = was
+    order = torch.as_tensor(ragged.order, device=logits.device)
+    return torch.empty_like(logits).index_copy_(0, order, logits)
+
+
+def _attend(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    ragged: Ragged | None = None,
+    **rest: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention of one layer, for transformers' interface: `query` (1, heads, tokens, width) → (1, tokens, heads, width)."""
+    name = type(module).__name__
+    if ragged is None or attention_mask is not None or any(rest.get(extra) is not None for extra in ("softcap", "s_aux", "position_bias")):
+        raise ModelError(f"{name} attends in a way that our decoder does not know; this model cannot be served or generate here yet.")
+    keys, values = ragged.memory.write(
+        module.layer_idx, key[0].transpose(0, 1), value[0].transpose(0, 1), ragged.slots, ragged.positions
+    )
+    heads, tokens, width = query.shape[1:]
+    kv_heads = keys.shape[1]
+    rows = query[0].transpose(0, 1)  # (tokens, heads, width)
+    result = rows.new_empty(tokens, heads, values.shape[-1])
+    for group in ragged.groups:
+        count = len(group.lengths)
+        of_group, of_slots = slice(group.first, group.first + count), slice(group.slot, group.slot + count)
+        # The query heads that share a key head stand where tokens usually do, so that keys need not be repeated.
+        attended = scaled_dot_product_attention(
+            rows[of_group].reshape(count, kv_heads, heads // kv_heads, width),
+            keys[of_slots, :, : group.longest],
+            values[of_slots, :, : group.longest],
+            attn_mask=ragged.mask(group, sliding_window),
+            scale=scaling,
+        )
+        result[of_group] = attended.reshape(count, heads, -1)
+    for chunk in ragged.chunks:
+        of_chunk, end = slice(chunk.first, chunk.first + chunk.count), chunk.start + chunk.count
+        mask = ragged.mask(chunk, sliding_window)
+        attended = scaled_dot_product_attention(
+            query[:, :, of_chunk],
+            keys[chunk.slot : chunk.slot + 1, :, :end],
+            values[chunk.slot : chunk.slot + 1, :, :end],
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=scaling,
+            enable_gqa=heads != kv_heads,
+        )
+        result[of_chunk] = attended[0].transpose(0, 1)
+    return result[None], None
+
+
+def prepare(model: Any) -> None:
+    """Makes `forward` possible for `model`, and checks on a few tokens that it computes what the model itself computes.
+
+    Raises `ModelError` for models that keep something besides keys and values, or place tokens otherwise than by position ids.
+    """
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(ATTENTION, _attend)
+    kind = type(model).__name__
+    length = 12
+    ids = (torch.arange(length) * 37 + 11) % model.config.get_text_config().vocab_size
+    try:
+        with torch.inference_mode():
+            expected = model(input_ids=ids[None].to(model.device), use_cache=False).logits[0].float()
+        memory = KvMemory(slots=3, context=length)
+        tokens = ids.tolist()
+        forward(model, memory, [Segment(2, 0, tokens[:3]), Segment(0, 0, tokens[:1])])
+        forward(model, memory, [Segment(2, 3, tokens[3:8]), Segment(0, 1, tokens[1:2])])
+        found = forward(model, memory, [Segment(2, 8, tokens[8:9]), Segment(0, 2, tokens[2:])]).float()
+    except (AttributeError, TypeError, ValueError, KeyError, RuntimeError) as error:
+        raise ModelError(f"{kind} cannot generate here: {str(error).splitlines()[0] if str(error) else error!r}.") from error
+    # Rounding differs with the order of sums; a wrong position or mask is far above this.
+    allowed = (1e-3 if model.dtype == torch.float32 else 5e-2) * float(expected.abs().max())
+    apart = float((found - expected[[8, length - 1]]).abs().max())
+    if not apart <= allowed:
+        raise ModelError(f"{kind} gives other logits in company than alone (apart by {apart:.2g}); it cannot generate here yet.")

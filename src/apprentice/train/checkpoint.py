@@ -1,0 +1,197 @@
+"""Checkpoints: float32 weights and moments by parameter name in safetensors, the state as JSON, and checksums.
+
+    <checkpoints>/step-000040/
+      state.json          step, next packed row, token counts, ledger counts, what the tensors belong to
+      tensors-0001.safetensors …
+      checksums.json      sha256 of every other file; written last, so a folder without it is no checkpoint
+
+A checkpoint is whole or absent: on a local disk it is renamed into place, elsewhere `checksums.json` makes it count. It does not
+depend on the number of workers or the ZeRO stage. Knows nothing of Ray or DeepSpeed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from safetensors import safe_open
+from torch import Tensor
+
+from apprentice.errors import StorageError
+from apprentice.storage import Folder
+from apprentice.train.state import State
+
+CHECKSUMS, STATE = "checksums.json", "state.json"
+SHARD_BYTES = 1 << 29  # of tensors held in memory before they are written
+_PART = ".part-"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A whole checkpoint: its folder, how far the run was, and what else was saved with it."""
+
+    folder: Folder
+    state: State
+    facts: dict[str, Any]  # dtype, tuning method: what is needed to export without asking the hardware again
+
+
+def save(checkpoints: Folder, tensors: Iterable[tuple[str, Tensor]], state: State, facts: dict[str, Any]) -> Checkpoint:
+    """Writes one checkpoint, streaming `tensors`, and gives it back once it is whole.
+
+    The name is `step-<n>`; a step that is saved again (after a damaged checkpoint) gets a name of its own.
+    """
+    name = _free_name(checkpoints, state.step)
+    scratch = checkpoints.make().local if checkpoints.is_local else None  # on the same disk, so that it can be renamed
+    part = Path(tempfile.mkdtemp(prefix=_PART, dir=scratch))
+    try:
+        sums = {file.name: _sha256(file) for file in _write_tensors(part, tensors)}
+        Folder.at(part / STATE).write_json({"state": state.to_json(), "facts": facts})
+        sums[STATE] = _sha256(part / STATE)
+        Folder.at(part / CHECKSUMS).write_json(sums)
+        _publish(part, checkpoints / name)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return Checkpoint(checkpoints / name, state, facts)
+
+
+def _free_name(checkpoints: Folder, step: int) -> str:
+    taken = {folder.name for folder in checkpoints.children()}
+    name, number = f"step-{step:06d}", 1
+    while name in taken:
+        number += 1
+        name = f"step-{step:06d}.{number}"
+    return name
+
+
+def _write_tensors(part: Path, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[Path]:
+    """Writes shards of about `SHARD_BYTES`; yields each file once it is written."""
+    held: dict[str, Tensor] = {}
+    number = 0
+    for key, tensor in tensors:
+        held[key] = tensor.contiguous()
+        if sum(value.nbytes for value in held.values()) >= SHARD_BYTES:
+            number += 1
+            yield _write_shard(part, number, held)
+            held = {}
+    if held:
+        yield _write_shard(part, number + 1, held)
+
+
+def _write_shard(part: Path, number: int, held: dict[str, Tensor]) -> Path:
+    file = part / f"tensors-{number:04d}.safetensors"
+    safetensors.torch.save_file(held, file)
+    return file
+
+
+def _publish(part: Path, target: Folder) -> None:
+    if target.is_local:
+        os.replace(part, target.local)
+        return
+    for file in sorted(part.iterdir(), key=lambda file: file.name == CHECKSUMS):
+        (target / file.name).upload(file)
+
+
+def restorable(checkpoints: Folder) -> Checkpoint | None:
+    """The newest whole checkpoint; None if there is none. Damaged ones are passed over with a warning."""
+    for folder in _newest_first(checkpoints):
+        if found := _whole(folder):
+            return found
+    return None
+
+
+def best(checkpoints: Folder) -> Checkpoint | None:
+    """The whole checkpoint with the lowest validation loss (of equals the newest); without validation losses the newest."""
+    found = [whole for folder in _newest_first(checkpoints) if (whole := _whole(folder))]
+    scored = [(checkpoint.state.validation_loss, checkpoint) for checkpoint in found]
+    losses = [(loss, place) for place, (loss, _) in enumerate(scored) if loss is not None]
+    return found[min(losses)[1]] if losses else next(iter(found), None)
+
+
+def prune(checkpoints: Folder, keep: int) -> None:
+    """Leaves the newest checkpoint, the best, and of the others the newest, `keep` in all (2 if those two differ)."""
+    folders = _newest_first(checkpoints)
+    losses = [(loss, place) for place, folder in enumerate(folders) if (loss := _validation_loss(folder)) is not None]
+    chosen = dict.fromkeys([0, *([min(losses)[1]] if losses else []), *range(len(folders))])
+    kept = set(list(chosen)[: max(keep, 2 if losses and min(losses)[1] != 0 else 1)])
+    for place, folder in enumerate(folders):
+        if place not in kept:
+            (folder / CHECKSUMS).delete()  # first, so that half of a deletion leaves no checkpoint
+            folder.delete()
+
+
+def sweep(checkpoints: Folder) -> None:
+    """Removes what interrupted saves left behind. Call it while nobody saves."""
+    for folder in checkpoints.children():
+        if folder.name.startswith(_PART) or (folder.name.startswith("step-") and not (folder / CHECKSUMS).exists()):
+            folder.delete()
+
+
+def _newest_first(checkpoints: Folder) -> list[Folder]:
+    folders = [folder for folder in checkpoints.children() if folder.name.startswith("step-")]
+    return sorted(folders, key=_age, reverse=True)
+
+
+def _age(folder: Folder) -> tuple[int, int]:
+    step, _, again = folder.name.removeprefix("step-").partition(".")
+    return int(step), int(again or 1)
+
+
+def _whole(folder: Folder) -> Checkpoint | None:
+    try:
+        sums = (folder / CHECKSUMS).read_json()
+        damaged = [name for name, digest in sums.items() if _folder_sha256(folder / name) != digest]
+        content = (folder / STATE).read_json()
+        if not damaged and STATE in sums:
+            return Checkpoint(folder, State.from_json(content["state"]), content["facts"])
+        reason = f"{', '.join(damaged)} changed since it was written"
+    except (StorageError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = str(error)
+    warnings.warn(f"checkpoint {folder} is damaged ({reason}) and is passed over", RuntimeWarning, stacklevel=2)
+    return None
+
+
+def _validation_loss(folder: Folder) -> float | None:
+    try:
+        loss = (folder / STATE).read_json()["state"]["validation_loss"]
+    except (StorageError, OSError, ValueError, KeyError, TypeError):
+        return None
+    return None if loss is None else float(loss)
+
+
+@contextmanager
+def tensors_of(checkpoint: Checkpoint) -> Iterator[Callable[[str], Tensor]]:
+    """Gives a function from key to tensor; the files are read tensor by tensor."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = checkpoint.folder.local if checkpoint.folder.is_local else checkpoint.folder.download(Path(scratch))
+        files = {}
+        for path in sorted(folder.glob("*.safetensors")):
+            file: Any = safe_open(path, framework="pt")
+            files.update(dict.fromkeys(file.keys(), file))
+        yield lambda key: files[key].get_tensor(key)
+
+
+def keys_of(checkpoint: Checkpoint) -> list[str]:
+    """The keys of all tensors in `checkpoint`."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = checkpoint.folder.local if checkpoint.folder.is_local else checkpoint.folder.download(Path(scratch))
+        return [key for path in sorted(folder.glob("*.safetensors")) for key in safe_open(path, framework="pt").keys()]
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _folder_sha256(file: Folder) -> str:
+    if file.is_local:
+        return _sha256(file.local)
+    return hashlib.sha256(file.read_bytes()).hexdigest()

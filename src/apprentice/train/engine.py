@@ -1,0 +1,165 @@
+"""The DeepSpeed engine behind a small face: one optimizer step, one validation pass, and its state by parameter name.
+
+The state (float32 weights and Adam's two moments) goes out and in by parameter name and whole, so that a checkpoint means the
+same on any number of workers and at any ZeRO stage. Knows nothing of Ray, of files, or of where the rows come from.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from apprentice.recipe import Training
+from apprentice.train.batch import Micro
+from apprentice.train.deepspeed_config import deepspeed_config
+from apprentice.train.loss import TargetLoss
+from apprentice.train.optim import adamw
+
+WEIGHT, MOMENTS = "weight", ("exp_avg", "exp_avg_sq")
+
+
+class StepOutcome(NamedTuple):
+    """Of one worker: the sum over its target tokens, in nats. Of all: the gradient's norm before clipping."""
+
+    nll: float
+    grad_norm: float
+
+
+class DeepSpeedEngine:
+    """`model` on `device`, trained by `workers` processes that have joined one torch.distributed group."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        training: Training,
+        *,
+        dtype: torch.dtype,
+        workers: int,
+        micro: int,
+        device: torch.device,
+    ) -> None:
+        deepspeed = _deepspeed(device)
+        trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        numbers = sum(parameter.numel() for parameter in trained.values())
+        config = deepspeed_config(training, workers=workers, micro=micro, dtype=dtype, trainable=numbers)
+        wrapped = TargetLoss(model).to(device=device)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # DeepSpeed's own use of PyTorch, nothing a user can act on
+            self._engine = deepspeed.initialize(
+                model=wrapped, optimizer=adamw(trained, training.optimizer), config=config, dist_init_required=False
+            )[0]
+        self._parameters = trained  # DeepSpeed keeps the parameter objects and swaps what is in them
+        self._device = device
+
+    def train_step(self, micros: Sequence[Micro], scale: float, rate: float) -> StepOutcome:
+        """One optimizer step with learning rate `rate` on the summed loss of `micros` times `scale`, added over the workers.
+
+        All workers must give equally many micro-batches.
+        """
+        self._engine.train()
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = rate
+        nll = torch.zeros((), dtype=torch.float64)
+        norm = 0.0
+        workers = self._engine.dp_world_size
+        for number, micro in enumerate(micros, start=1):
+            loss = self._loss(micro)
+            # DeepSpeed averages over the workers, so what each gives is multiplied by their number.
+            self._engine.backward(loss * (scale * workers), scale_wrt_gas=False)
+            if number == len(micros) and not self._engine.zero_optimization():
+                norm = self._plain_norm()
+            self._engine.step()
+            nll += loss.detach().double().cpu()
+        if self._engine.zero_optimization():
+            norm = float(self._engine.get_global_grad_norm())
+        return StepOutcome(float(nll), norm)
+
+    def validation_nll(self, micro: Micro) -> float:
+        """The sum over the target tokens of `micro`, in nats; all workers must call it equally often (ZeRO-3 gathers weights)."""
+        self._engine.eval()
+        with torch.no_grad():
+            return float(self._loss(micro))
+
+    def _loss(self, micro: Micro) -> Tensor:
+        there = micro.to(self._device)
+        loss: Tensor = self._engine(there.input_ids, there.positions, there.is_target)
+        return loss
+
+    def _plain_norm(self) -> float:
+        norms = [parameter.grad.norm() for parameter in self._parameters.values() if parameter.grad is not None]
+        return float(torch.linalg.vector_norm(torch.stack(norms)))
+
+    def state(self) -> Iterator[tuple[str, Tensor]]:
+        """(`weight/<parameter>` or `exp_avg/…`, `exp_avg_sq/…`; whole float32 tensor on the CPU). All workers must run through it."""
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        sharded = self._engine.zero_optimization()
+        for name, parameter in self._parameters.items():
+            weight = safe_get_full_fp32_param(parameter) if sharded else parameter
+            yield f"{WEIGHT}/{name}", weight.detach().float().cpu()
+            for key in MOMENTS:
+                moment = safe_get_full_optimizer_state(parameter, key) if sharded else self._plain_state(parameter)[key]
+                yield f"{key}/{name}", moment.detach().float().cpu()
+
+    def restore(self, read: Callable[[str], Tensor], steps: int) -> None:
+        """Puts back what `state()` gave: `read(key)` gives a tensor, `steps` is how many optimizer steps were made."""
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        self._begin_optimizer_state(steps)
+        sharded = self._engine.zero_optimization()
+        for name, parameter in self._parameters.items():
+            weight = read(f"{WEIGHT}/{name}").to(self._device)
+            if sharded:
+                safe_set_full_fp32_param(parameter, weight)
+            else:
+                parameter.data.copy_(weight)
+            for key in MOMENTS:
+                moment = read(f"{key}/{name}").to(self._device)
+                if sharded:
+                    safe_set_full_optimizer_state(parameter, moment, key)
+                else:
+                    self._plain_state(parameter)[key].copy_(moment)
+
+    def _plain_state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        state: dict[str, Tensor] = self._engine.optimizer.state[parameter]
+        return state
+
+    def _begin_optimizer_state(self, steps: int) -> None:
+        """Adam makes its state in its first step; a restored run needs it before."""
+        zero: Any = self._engine.optimizer
+        inner = zero.optimizer if self._engine.zero_optimization() else zero
+        for master in self._masters():
+            inner.state[master] = {"step": torch.tensor(float(steps), device=master.device)} | {
+                key: torch.zeros_like(master) for key in MOMENTS
+            }
+        if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):
+            zero._lazy_init_hp_params_optimizer_state()
+
+    def _masters(self) -> list[Tensor]:
+        """The flat float32 tensors that the optimizer steps; each ZeRO stage keeps them under another name."""
+        for name in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition"):
+            if hasattr(self._engine.optimizer, name):
+                return list(getattr(self._engine.optimizer, name))
+        return list(self._parameters.values())
+
+
+def _deepspeed(device: torch.device) -> Any:
+    """DeepSpeed, quiet and set for `device`."""
+    os.environ["DS_ACCELERATOR"] = device.type
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.prefix) / "bin"), os.environ.get("PATH", "")])  # ninja, for what it compiles
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import deepspeed
+        from deepspeed.ops import __compatible_ops__
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # On a CPU DeepSpeed would compile a shared-memory reduction (half a minute, with g++) that only inference calls.
+    __compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed

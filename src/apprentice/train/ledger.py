@@ -1,0 +1,67 @@
+"""The ledger: what share of training each task was meant to have, and what it got, in examples and in target tokens.
+
+Pure counting. Knows nothing of how the plan is drawn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from apprentice.train.batch import RowFacts
+
+
+@dataclass
+class Ledger:
+    """Counts so far: per number of a task, and dropped examples per task's name and reason."""
+
+    examples: dict[int, int] = field(default_factory=dict)
+    targets: dict[int, int] = field(default_factory=dict)
+    dropped: dict[str, dict[str, int]] = field(default_factory=dict)
+
+    def add(self, rows: Iterable[RowFacts]) -> None:
+        for row in rows:
+            for task, targets in zip(row.tasks, row.targets, strict=True):
+                self.examples[task] = self.examples.get(task, 0) + 1
+                self.targets[task] = self.targets.get(task, 0) + targets
+            for name, reasons in row.dropped.items():
+                counts = self.dropped.setdefault(name, {})
+                for reason, count in reasons.items():
+                    counts[reason] = counts.get(reason, 0) + count
+
+    def to_json(self) -> dict[str, Any]:
+        return {"examples": _texts(self.examples), "targets": _texts(self.targets), "dropped": self.dropped}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Ledger:
+        return cls(
+            {int(task): count for task, count in value["examples"].items()},
+            {int(task): count for task, count in value["targets"].items()},
+            {name: dict(reasons) for name, reasons in value["dropped"].items()},
+        )
+
+    def report(self, tasks: Sequence[str], requested: Mapping[str, float], rows: Mapping[str, int]) -> dict[str, Any]:
+        """`ledger.json`: for every trained-on task (those with a requested share) what was asked and what came.
+
+        `tasks` are the names in order of their numbers, `rows` the training rows of each.
+        """
+        examples, targets = sum(self.examples.values()), sum(self.targets.values())
+        found = {
+            name: {
+                "requested_share": round(float(requested[name]), 6),
+                "share_of_examples": round(self.examples.get(number, 0) / max(examples, 1), 6),
+                "share_of_target_tokens": round(self.targets.get(number, 0) / max(targets, 1), 6),
+                "examples": self.examples.get(number, 0),
+                "target_tokens": self.targets.get(number, 0),
+                "passes_over_its_rows": round(self.examples.get(number, 0) / max(rows.get(name, 0), 1), 4),
+                "dropped": self.dropped.get(name, {}),
+            }
+            for number, name in enumerate(tasks)
+            if name in requested
+        }
+        return {"examples": examples, "target_tokens": targets, "tasks": found}
+
+
+def _texts(counts: Mapping[int, int]) -> dict[str, int]:
+    return {str(task): count for task, count in sorted(counts.items())}

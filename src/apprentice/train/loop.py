@@ -1,0 +1,203 @@
+"""The training loop: packed rows in, optimizer steps, records and checkpoints out.
+
+It gets the engine, the rows and everything that leaves the process as arguments, so it runs under Ray Train and in one plain
+process alike. Knows nothing of Ray, DeepSpeed, files or datasets.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from apprentice.errors import TrainingError
+from apprentice.recipe import Optimizer
+from apprentice.train.batch import Micro, PackedRows, RowFacts
+from apprentice.train.engine import StepOutcome
+from apprentice.train.optim import learning_rate
+from apprentice.train.peers import Peers
+from apprentice.train.state import Goal, State
+
+RECENT_STEPS = 20  # that speed and the estimate of the end are taken from
+
+
+class Engine(Protocol):
+    """What the loop needs of an engine."""
+
+    def train_step(self, micros: Sequence[Micro], scale: float, rate: float) -> StepOutcome: ...
+
+    def validation_nll(self, micro: Micro) -> float: ...
+
+
+@dataclass(frozen=True)
+class Course:
+    """The settings of one run of the loop."""
+
+    seed: int
+    goal: Goal
+    optimizer: Optimizer
+    micro: int  # packed rows at once
+    checkpoint_every: int  # steps
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One step's rows on all workers, put together."""
+
+    rows: list[RowFacts]  # in order of the stream
+    tokens: int
+    targets: int
+
+
+def train_loop(
+    engine: Engine,
+    batches: Iterator[PackedRows],
+    state: State,
+    course: Course,
+    *,
+    peers: Peers,
+    record: Callable[[dict[str, Any]], None],
+    save: Callable[[State], None],
+    validate: Callable[[], float | None],
+) -> State:
+    """Trains from `state` to the goal; every batch is this worker's part of one step.
+
+    `record` gets each finished step (on every worker), `save` the state at each checkpoint and at the end, after `validate` gave
+    the validation loss. Raises `TrainingError` if the loss is no number, the stream ends early, or does not begin where
+    `state` says.
+    """
+    clock = _Clock()
+    started_at = (state.window, state.row)
+    first = True
+    while course.goal.reached(state) < 1.0:
+        rows = _next_rows(batches, state)
+        clock.data_came()
+        step = _put_together(rows, peers)
+        if first:
+            _check_begin(step, started_at)
+            first = False
+        steps = course.goal.expected_steps(state)
+        rate = learning_rate(course.optimizer, state.step, course.goal.reached(state) * course.goal.steps, course.goal.steps)
+        torch.manual_seed(_step_seed(course.seed, state.step, peers.rank))
+        outcome = engine.train_step(rows.micros(course.micro), 1.0 / max(step.targets, 1), rate)
+        loss = peers.sum([outcome.nll])[0] / max(step.targets, 1)
+        _advance(state, step, loss)
+        clock.step_done(step.tokens)
+        finite = math.isfinite(loss) and math.isfinite(outcome.grad_norm)
+        record(
+            {
+                "step": state.step,
+                "steps": course.goal.expected_steps(state) if finite else steps,
+                "loss": loss,
+                "learning_rate": rate,
+                "grad_norm": outcome.grad_norm,
+                "tokens": step.tokens,
+                "target_tokens": step.targets,
+                "examples": [position for row in step.rows for position in row.examples],
+                **clock.figures(course.goal, state),
+            }
+        )
+        if not finite:
+            raise _no_number(state.step, loss, step)
+        if state.step % course.checkpoint_every == 0 or course.goal.reached(state) == 1.0:
+            state.validation_loss = validate()
+            save(state)
+            clock.restart()
+    return state
+
+
+def validation_loss(engine: Engine, rows: PackedRows, micro: int, peers: Peers) -> float | None:
+    """Mean negative log-likelihood of the target tokens of `rows`, which every worker has whole; None if there are none."""
+    if len(rows) == 0 or rows.targets == 0:
+        return None
+    mine = rows.share(peers.rank, peers.workers).micros(micro)
+    # ZeRO-3 gathers weights in step: who has fewer micro-batches repeats one, and does not count it.
+    rounds = math.ceil(math.ceil(len(rows) / peers.workers) / micro)
+    spare = rows.micros(micro)[0]
+    nll = 0.0
+    for number in range(rounds):
+        value = engine.validation_nll(mine[number] if number < len(mine) else spare)
+        nll += value if number < len(mine) else 0.0
+    return peers.sum([nll])[0] / rows.targets
+
+
+def _next_rows(batches: Iterator[PackedRows], state: State) -> PackedRows:
+    try:
+        return next(batches)
+    except StopIteration:
+        message = f"the stream of training rows ended after step {state.step}, before the run did"
+        raise TrainingError(f"{message}; this is a defect of the data pipeline.") from None
+
+
+def _put_together(rows: PackedRows, peers: Peers) -> _Step:
+    gathered = peers.gather((rows.facts, rows.tokens, rows.targets))
+    facts = sorted((fact for part, _, _ in gathered for fact in part), key=lambda fact: (fact.window, fact.row))
+    return _Step(facts, sum(tokens for _, tokens, _ in gathered), sum(targets for _, _, targets in gathered))
+
+
+def _check_begin(step: _Step, start: tuple[int, int]) -> None:
+    """The stream begins at `start`, or with the window after it if that window has no further row."""
+    begin = (step.rows[0].window, step.rows[0].row)
+    if begin != start and not (begin[1] == 0 and begin[0] > start[0]):
+        raise TrainingError(f"the stream begins at (window, row) {begin}, the checkpoint ends before {start}; restore the run's index.")
+
+
+def _advance(state: State, step: _Step, loss: float) -> None:
+    state.step += 1
+    state.window, state.row = step.rows[-1].window, step.rows[-1].row + 1
+    state.tokens += step.tokens
+    state.target_tokens += step.targets
+    state.positions += sum(len(row.examples) for row in step.rows)
+    state.positions += sum(count for row in step.rows for reasons in row.dropped.values() for count in reasons.values())
+    state.loss = loss
+    state.ledger.add(step.rows)
+
+
+def _step_seed(seed: int, step: int, rank: int) -> int:
+    """Dropout depends on the step, not on how often the run was interrupted before."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{step}/{rank}".encode()).digest()[:7], "big")
+
+
+def _no_number(step: int, loss: float, rows: _Step) -> TrainingError:
+    ids = [position for row in rows.rows for position in row.examples]
+    shown = ", ".join(map(str, ids[:20])) + (" …" if len(ids) > 20 else "")
+    return TrainingError(
+        f"step {step}: the loss or its gradient is not a number (loss {loss}), with the plan's positions {shown};"
+        " lower training.optimizer.learning_rate, or look at these examples with `apprentice preview`."
+    )
+
+
+class _Clock:
+    """Seconds spent on data and on steps."""
+
+    def __init__(self) -> None:
+        self._recent: deque[tuple[float, float, int]] = deque(maxlen=RECENT_STEPS)  # seconds, of them waiting, tokens
+        self.restart()
+
+    def restart(self) -> None:
+        """Leaves out what came since the last step, such as saving a checkpoint."""
+        self._begin = time.perf_counter()
+
+    def data_came(self) -> None:
+        self._waited = time.perf_counter() - self._begin
+
+    def step_done(self, tokens: int) -> None:
+        now = time.perf_counter()
+        self._recent.append((now - self._begin, self._waited, tokens))
+        self._begin = now
+
+    def figures(self, goal: Goal, state: State) -> dict[str, float]:
+        seconds, waited, tokens = (sum(column) for column in zip(*self._recent, strict=True))
+        return {
+            "seconds": self._recent[-1][0],
+            "data_wait_s": self._recent[-1][1],
+            "tokens_per_s": tokens / seconds,
+            "data_wait": waited / seconds,
+            "eta_s": (goal.expected_steps(state) - state.step) * seconds / len(self._recent),
+        }

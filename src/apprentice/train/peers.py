@@ -1,0 +1,45 @@
+"""What a worker says to the others: sums and gathered values over torch.distributed, or alone in one plain process.
+
+Goes over gloo, whatever carries the gradients, so that small Python values never wait for a GPU. Knows nothing of training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+T = TypeVar("T")
+
+
+class Peers:
+    """The workers of one run. In a process without torch.distributed there is one."""
+
+    def __init__(self) -> None:
+        together = dist.is_available() and dist.is_initialized()
+        self.rank = dist.get_rank() if together else 0
+        self.workers = dist.get_world_size() if together else 1
+        self._group: Any = dist.new_group(backend="gloo") if self.workers > 1 else None
+
+    def gather(self, value: T) -> list[T]:
+        """Every worker's `value`, in order of rank, on every worker."""
+        if self._group is None:
+            return [value]
+        found: list[Any] = [None] * self.workers
+        dist.all_gather_object(found, value, group=self._group)
+        return found
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """The sum over the workers of each of `values`."""
+        if self._group is None:
+            return [float(value) for value in values]
+        total = torch.tensor(list(values), dtype=torch.float64)
+        dist.all_reduce(total, group=self._group)
+        return [float(value) for value in total]
+
+    def wait(self) -> None:
+        """Returns when all workers have called it."""
+        if self._group is not None:
+            dist.barrier(group=self._group)

@@ -1,0 +1,63 @@
+"""How far a run is: the part of a checkpoint that is not tensors, and when the run ends.
+
+Pure. Knows nothing of files, models or workers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from apprentice.train.ledger import Ledger
+
+
+@dataclass
+class State:
+    """After `step` optimizer steps. `window` and `row` name the packed row that comes next."""
+
+    step: int = 0
+    window: int = 0
+    row: int = 0
+    tokens: int = 0  # real tokens, padding excluded
+    target_tokens: int = 0
+    positions: int = 0  # of the plan: examples trained on, and those dropped
+    loss: float = 0.0  # of the last step
+    validation_loss: float | None = None  # at the last checkpoint
+    ledger: Ledger = field(default_factory=Ledger)
+
+    def to_json(self) -> dict[str, Any]:
+        return {**vars(self), "ledger": self.ledger.to_json()}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> State:
+        return cls(**{**value, "ledger": Ledger.from_json(value["ledger"])})
+
+
+@dataclass(frozen=True)
+class Goal:
+    """Where a run ends: after `steps`, or else with the step that reaches `tokens` or `positions` of the plan.
+
+    `steps` is exact in the first case and an estimate in the others.
+    """
+
+    steps: int
+    tokens: int | None = None
+    positions: int | None = None
+
+    def reached(self, state: State) -> float:
+        """The part of the run that is done, from 0 to 1."""
+        if self.tokens is not None:
+            return min(state.tokens / self.tokens, 1.0)
+        if self.positions is not None:
+            return min(state.positions / self.positions, 1.0)
+        return min(state.step / self.steps, 1.0)
+
+    def expected_steps(self, state: State) -> int:
+        """Steps that the run will have, from what the steps so far brought; never fewer than are done."""
+        part = self.reached(state)
+        if part == 1.0:
+            return state.step
+        if (self.tokens is None and self.positions is None) or state.step < 5:
+            return max(self.steps, state.step + 1)
+        return max(round(state.step / part), state.step + 1)

@@ -1,0 +1,92 @@
+"""The command line: exit codes, one sentence for what the user can mend, one JSON object where it is asked for."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+
+from apprentice import cli
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Runs `apprentice …` in this process; gives (exit code, standard output, standard error)."""
+
+    def _command(*words: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["apprentice", *words])
+        with pytest.raises(SystemExit) as done:
+            cli.main()
+        out, err = capsys.readouterr()
+        return int(done.value.code or 0), out, err
+
+    return _command
+
+
+def test_help_lists_every_command(command):
+    code, out, _ = command("--help")
+    assert code == 0
+    for name in ("quickstart", "check", "tasks", "preview", "prepare", "train", "runs", "evaluate", "serve", "ask", "recipe-schema"):
+        assert name in out
+
+
+def test_wrong_usage_is_two(command):
+    assert command("nonsense")[0] == 2
+    assert command("train")[0] == 2
+
+
+def test_the_users_mistake_is_one_and_one_sentence(command):
+    code, out, err = command("train", "flan_mimi")
+    assert code == 1
+    assert out == ""
+    assert err.startswith("error: 'flan_mimi' is not a file and not a recipe")
+    assert "Did you mean 'flan_mini'?" in err
+    assert len(err.splitlines()) == 1
+
+
+def test_the_users_mistake_as_json(command):
+    code, out, _ = command("train", "flan_mimi", "--json")
+    assert code == 1
+    assert json.loads(out)["error"].startswith("'flan_mimi'")
+
+
+def test_our_fault_is_three_with_a_traceback_and_where_to_report(command, monkeypatch):
+    def broken(name: str, overrides: list[str] | None) -> None:
+        raise ZeroDivisionError("inside")
+
+    monkeypatch.setattr(cli, "_recipe", broken)
+    code, _, err = command("train", "flan_mini")
+    assert code == 3
+    assert "ZeroDivisionError: inside" in err
+    assert "please report it" in err
+
+
+def test_tasks_are_listed_and_described(command):
+    code, out, _ = command("tasks", "--json")
+    rows = json.loads(out)["tasks"]
+    assert code == 0
+    assert {"name": "sst2", "cluster": "sentiment"}.items() <= next(row for row in rows if row["name"] == "sst2").items()
+    code, out, _ = command("tasks")
+    assert len(out.splitlines()) == len(rows) + 1
+    code, out, _ = command("tasks", "sst2")
+    assert code == 0
+    assert "{{ sentence }}" in out
+    assert "(inverted)" in out
+
+
+def test_an_unknown_task_has_a_near_name(command):
+    code, _, err = command("tasks", "muliti_nli")
+    assert code == 1
+    assert "Did you mean 'multi_nli'?" in err
+
+
+def test_runs_of_an_empty_place(command, tmp_path):
+    code, out, _ = command("runs", "--storage", str(tmp_path), "--json")
+    assert (code, json.loads(out)) == (0, {"runs": []})
+
+
+def test_nobody_answers(command):
+    code, _, err = command("ask", "Say yes.", "--url", "http://127.0.0.1:9")
+    assert code == 1
+    assert "no endpoint answers at http://127.0.0.1:9" in err

@@ -1,0 +1,186 @@
+"""The whole road through the command line with the tiny model, and what a person may get wrong on it."""
+
+from __future__ import annotations
+
+import json
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from apprentice import cli, road
+from tests.recipes import tiny_recipe
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
+
+
+@pytest.fixture
+def command(monkeypatch, capsys, ray_cluster):
+    """Runs `apprentice …` in this process on the session's Ray; gives (exit code, standard output, standard error)."""
+
+    def _command(*words: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["apprentice", *map(str, words)])
+        with pytest.raises(SystemExit) as done:
+            cli.main()
+        out, err = capsys.readouterr()
+        return int(done.value.code or 0), out, err
+
+    return _command
+
+
+@pytest.fixture(scope="module")
+def trained(ray_cluster, tiny_model, tmp_path_factory) -> Path:
+    """A recipe whose run is trained."""
+    recipe = tiny_recipe(tmp_path_factory.mktemp("road"), tiny_model)
+    from apprentice.recipe import load_recipe
+
+    result = road.train(load_recipe(recipe), progress=lambda stage, values: None)
+    assert result["steps"] == 4
+    return recipe
+
+
+def test_the_run_folder_holds_what_the_design_names(trained):
+    run = trained.parent / "runs" / "tiny"
+    there = {path.name for path in run.iterdir()}
+    assert there >= {"recipe.yaml", "identity.json", "index", "ledger.json", "checkpoints", "model", "adapter", "events", "status.json"}
+    assert json.loads((run / "model" / "apprentice.json").read_text())["layout"] == "chat"
+
+
+def test_training_again_says_it_is_done(command, trained):
+    code, out, _ = command("train", trained, "--json")
+    assert code == 0
+    assert json.loads(out)["already"] is True
+
+
+def test_runs_lists_it(command, trained):
+    code, out, _ = command("runs", "--storage", trained.parent / "runs", "--json")
+    listed = json.loads(out)["runs"]
+    assert (code, [run["name"] for run in listed], listed[0]["state"], listed[0]["step"]) == (0, ["tiny"], "trained", 4)
+
+
+def test_evaluate_writes_the_three_reports(command, trained):
+    code, out, err = command("evaluate", trained, "--json")
+    assert code == 0, err
+    report = json.loads(out)
+    folder = trained.parent / "runs" / "tiny" / "report"
+    assert {"report.json", "report.md", "report.html", "predictions.parquet"} <= {path.name for path in folder.iterdir()}
+    assert json.loads((folder / "report.json").read_text()) == report
+
+
+def test_serve_answers_and_stops(trained):
+    with road.endpoint(str(trained.parent / "runs" / "tiny"), progress=lambda stage, values: None) as url:
+        reply = road.ask(url, "Name a colour.", "", max_tokens=4)
+    assert isinstance(reply, str)
+    with socket.socket() as probe:
+        assert probe.connect_ex(("127.0.0.1", int(url.rsplit(":", 1)[1]))) != 0
+
+
+def test_preview_shows_examples_and_leaves_nothing(command, tiny_model, tmp_path):
+    recipe = tiny_recipe(tmp_path, tiny_model)
+    code, out, err = command("preview", recipe, "-n", "3", "--json")
+    assert code == 0, err
+    assert len(json.loads(out)["examples"]) == 3
+    page = tmp_path / "page.html"
+    assert command("preview", recipe, "--html", page)[0] == 0
+    assert page.read_text().startswith("<!doctype html>")
+    assert not (tmp_path / "runs" / "tiny").exists()
+
+
+def test_check_of_a_good_recipe(command, tiny_model, tmp_path):
+    code, out, _ = command("check", tiny_recipe(tmp_path, tiny_model), "--json")
+    result = json.loads(out)
+    assert (code, result["ready"]) == (0, True), result
+    assert [finding["subject"] for finding in result["findings"]] == ["tasks", "model", "storage", "sources", "resources", "training"]
+
+
+def own_task(folder: Path, **template: str) -> str:
+    """A task file over one Parquet file that has the columns `text` and `label`."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table({"text": ["good", "bad"] * 20, "label": [1, 0] * 20}), folder / "rows.parquet")
+    content = {
+        "name": "mine",
+        "cluster": "own",
+        "sources": [{"files": {"train": "rows.parquet", "test": "rows.parquet"}}],
+        "choices": ["bad", "good"],
+        "label": "label",
+        "metrics": ["accuracy"],
+        "templates": [{"name": "ask", "instruction": "Good or bad?", "input": "{{ text }}"} | template],
+    }
+    file = folder / "mine.yaml"
+    file.write_text(yaml.safe_dump(content))
+    return str(file)
+
+
+WRONG = {
+    "unknown_key": ({"training__stepps": 3}, "Did you mean 'steps'?"),
+    "unknown_task": ({"data__tasks": ["quickstart", "muliti_nli"]}, "Did you mean 'multi_nli'?"),
+    "unknown_hold_out": ({"data__hold_out": ["topics"]}, "Did you mean 'topic'?"),
+    "missing_task_file": ({"data__tasks": ["quickstart", "./none.yaml"]}, "none.yaml"),
+    "missing_data": ({"data__tasks": ["quickstart", "sst2"], "data__root": "/nowhere"}, "/nowhere"),
+    "global_batch": ({"training__global_batch": 3}, "global_batch 3 cannot be divided among 2 workers"),
+    "warm_up": ({"training__optimizer__warmup_steps": 4}, "warmup_steps 4 is not shorter than the run's 4 steps"),
+    "too_many_cpus": ({"training__workers": 4, "training__resources": {"cpus": 100}}, "lower training.workers or training.resources"),
+    "no_gpu": ({"training__resources": {"cpus": 1, "gpus": 1}}, "GPU"),
+    "no_model": ({"model__base": "./nowhere"}, "nowhere"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_recipes_end_in_one_sentence_with_nothing_written(command, tiny_model, tmp_path, name):
+    changes, words = WRONG[name]
+    code, out, err = command("train", tiny_recipe(tmp_path, tiny_model, **changes))
+    assert code == 1, err
+    assert out == ""
+    assert words in err
+    assert len(err.strip().splitlines()) == 1, err
+    assert not (tmp_path / "runs" / "tiny").exists()
+
+
+def test_not_enough_memory_is_said_before_anything_starts(command, tiny_model, tmp_path, monkeypatch):
+    from apprentice import check
+
+    monkeypatch.setattr(check, "PROCESS_BYTES", 1 << 50)
+    code, _, err = command("train", tiny_recipe(tmp_path, tiny_model))
+    assert code == 1
+    assert "GiB for each of 2 workers" in err
+    assert not (tmp_path / "runs" / "tiny").exists()
+
+
+def test_a_template_that_names_a_missing_column(command, tiny_model, tmp_path):
+    task = own_task(tmp_path, input="{{ txt }}")
+    code, _, err = command("train", tiny_recipe(tmp_path, tiny_model, data__tasks=["quickstart", task]))
+    assert code == 1
+    assert "txt" in err
+    assert "Did you mean 'text'?" in err
+    assert "mine" in err
+    assert not (tmp_path / "runs" / "tiny").exists()
+
+
+def test_the_same_name_with_another_recipe(command, trained):
+    before = sorted(path.name for path in (trained.parent / "runs" / "tiny").iterdir())
+    code, _, err = command("train", trained, "seed=4")
+    assert code == 1
+    assert "seed (3 → 4)" in err
+    assert "--restart" in err
+    assert sorted(path.name for path in (trained.parent / "runs" / "tiny").iterdir()) == before
+
+
+def test_a_port_in_use(command, trained):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        code, _, err = command("serve", trained.parent / "runs" / "tiny", "--port", str(port))
+    assert code == 1
+    assert f"port {port}" in err
+
+
+def test_a_bare_model_without_a_contract(command, tiny_model):
+    code, _, err = command("serve", tiny_model)
+    assert code == 1
+    assert "no prompt contract" in err
+    assert "--contract" in err
