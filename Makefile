@@ -30,7 +30,7 @@ check: setup-dev ## style, types, import rules, lengths
 	@$(BIN)/ruff check $(CODE)
 	@$(BIN)/ruff format --check $(CODE)
 	@$(BIN)/mypy
-	@$(BIN)/lint-imports
+	@$(BIN)/lint-imports --no-logo
 	@$(BIN)/python -m pytest -q tests/test_architecture.py
 
 bench: setup-dev ## all benchmarks, one JSON object a line; give them the machine alone

@@ -1,4 +1,4 @@
-"""`ray job submit … -- python jobs/pipeline.py --recipe R [key=value …]`: prepare, train and evaluate; prints the run folder last."""
+"""`ray job submit … -- python jobs/pipeline.py --recipe R [key=value …]`: train and evaluate; prints the run folder last."""
 
 from apprentice import road
 from apprentice.jobs import run_job

@@ -26,8 +26,6 @@ os.environ.update(
     OMP_NUM_THREADS="1",
     TOKENIZERS_PARALLELISM="false",
     RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0",
-    RAY_TRAIN_ENABLE_STATE_TRACKING="0",
-    RAY_DEDUP_LOGS="0",
     RAY_USAGE_STATS_ENABLED="0",
 )
 # DeepSpeed's workers call ninja, which lies beside this Python.

@@ -29,8 +29,21 @@ def recipe(tmp_path: Path, **changes) -> Recipe:
     return Recipe.model_validate(content)
 
 
-SAME = {"training__workers": 1, "training__micro_batch": 2, "evaluation__max_examples": 3, "serving__port": 1, "training__max_failures": 0}
-OTHER = {"seed": 1, "data__tasks": ["snli"], "training__steps": 6, "tuning__rank": 2, "model__base": "n", "training__global_batch": 8}
+SAME = {
+    "training__workers": 1,
+    "training__micro_batch": 2,
+    "training__max_failures": 0,
+    "evaluation__max_examples": 3,
+    "serving__port": 1,
+}
+OTHER = {
+    "seed": 1,
+    "data__tasks": ["snli"],
+    "training__steps": 6,
+    "tuning__rank": 2,
+    "model__base": "n",
+    "training__global_batch": 8,
+}
 
 
 @pytest.mark.parametrize(("key", "value"), SAME.items())

@@ -27,7 +27,19 @@ def command(monkeypatch, capsys):
 def test_help_lists_every_command(command):
     code, out, _ = command("--help")
     assert code == 0
-    for name in ("quickstart", "check", "tasks", "preview", "prepare", "train", "runs", "evaluate", "serve", "ask", "recipe-schema"):
+    for name in [
+        "quickstart",
+        "check",
+        "tasks",
+        "preview",
+        "prepare",
+        "train",
+        "runs",
+        "evaluate",
+        "serve",
+        "ask",
+        "recipe-schema",
+    ]:
         assert name in out
 
 

@@ -31,9 +31,13 @@ def free_port() -> int:
 @pytest.fixture(scope="module")
 def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The dashboard's address of a cluster of its own, stopped at the end."""
-    dashboard, ports = free_port(), {name: free_port() for name in ("port", "ray-client-server-port", "dashboard-agent-listen-port")}
+    dashboard, ports = (
+        free_port(),
+        {name: free_port() for name in ("port", "ray-client-server-port", "dashboard-agent-listen-port")},
+    )
     log = tmp_path_factory.mktemp("head") / "ray.log"
-    command = [RAY, "start", "--head", "--block", "--num-cpus=4", "--node-ip-address=127.0.0.1", f"--dashboard-port={dashboard}"]
+    command = [RAY, "start", "--head", "--block", "--num-cpus=4", "--node-ip-address=127.0.0.1"]
+    ports["dashboard-port"] = dashboard
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     with log.open("wb") as out:
         process = subprocess.Popen(

@@ -10,7 +10,7 @@ import json
 import os
 import struct
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
@@ -22,15 +22,12 @@ from apprentice.artifacts import Run
 from apprentice.data.contract import layout_of
 from apprentice.data.pipeline import Corpus, estimate_steps, make_corpus
 from apprentice.data.sources import resolve
-from apprentice.errors import ApprenticeError, DataError, RecipeError, ResourcesError, StorageError
+from apprentice.errors import ApprenticeError, DataError, RecipeError, StorageError
 from apprentice.hub import local_folder
 from apprentice.recipe import Recipe
 from apprentice.storage import Folder
 from apprentice.tasks.loading import select_tasks
 from apprentice.tokenizer import Tokenizer
-
-GIB = 1 << 30
-PROCESS_BYTES = GIB  # what a worker needs before it holds any weight: interpreter, torch, Ray
 
 
 @dataclass(frozen=True)
@@ -120,47 +117,20 @@ def _sources(recipe: Recipe) -> str:
 
 
 def _resources(recipe: Recipe) -> str:
-    training = recipe.training
-    have = _available()
-    asked = {
-        "CPUs": (training.min_workers * training.resources.cpus + 1, have["CPU"], "one of them for data"),
-        "GPUs": (training.min_workers * training.resources.gpus, have["GPU"], "for the workers"),
-    }
-    for kind, (need, there, why) in asked.items():
-        if need > there:
-            raise ResourcesError(
-                f"training asks for {need:g} {kind} ({training.min_workers} workers, {why}), there are {there:g};"
-                " lower training.workers or training.resources, or use a larger cluster."
-            )
-    need_bytes = worker_bytes(recipe)
-    if training.resources.gpus == 0 and training.min_workers * need_bytes > have["memory"]:
-        raise ResourcesError(
-            f"training needs about {need_bytes / GIB:.1f} GiB for each of {training.min_workers} workers, there are"
-            f" {have['memory'] / GIB:.1f} GiB; use a smaller model, tuning.method lora, a higher deepspeed.stage, or a larger cluster."
-        )
-    return f"{training.max_workers} workers of about {need_bytes / GIB:.1f} GiB; {have['CPU']:g} CPUs, {have['memory'] / GIB:.0f} GiB there"
+    from apprentice.models.loading import resolve_dtype
+    from apprentice.train.resources import GIB, check_resources, required_resources
+
+    folder = local_folder(recipe.model.base)
+    parameters = sum(_parameters(file) for file in sorted(folder.glob("*.safetensors")))
+    ask = required_resources(recipe, parameters, resolve_dtype(recipe.model.dtype))
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    check_resources(ask, nodes)
+    cpus = sum(node.get("CPU", 0.0) for node in nodes)
+    return f"{ask.workers} workers of {ask.cpus:g} CPUs and at least {ask.memory / GIB:.1f} GiB; {cpus:g} CPUs there"
 
 
 def _trainable(recipe: Recipe, scratch: Run) -> str:
     return after_indexing(recipe, make_corpus(recipe, scratch))
-
-
-def _available() -> Mapping[str, float]:
-    """CPUs, GPUs and bytes of memory of the cluster that Ray is connected to."""
-    return {"CPU": 0.0, "GPU": 0.0, "memory": 0.0} | ray.cluster_resources()
-
-
-def worker_bytes(recipe: Recipe) -> int:
-    """Bytes that one worker needs for weights, gradients and optimizer (ZeRO, Rajbhandari et al. 2020, section 3.1)."""
-    folder = local_folder(recipe.model.base)
-    parameters = sum(_parameters(file) for file in sorted(folder.glob("*.safetensors")))
-    weight = 2 if recipe.model.dtype == "bfloat16" else 4
-    stage, workers = recipe.training.deepspeed.stage, recipe.training.min_workers
-    if recipe.tuning.method == "lora":
-        return PROCESS_BYTES + parameters * weight // (workers if stage == 3 else 1)
-    optimizer = 12 * parameters // (workers if stage >= 1 else 1)
-    gradients = weight * parameters // (workers if stage >= 2 else 1)
-    return PROCESS_BYTES + optimizer + gradients + weight * parameters // (workers if stage == 3 else 1)
 
 
 def _parameters(file: Path) -> int:

@@ -220,8 +220,8 @@ def main() -> None:
     except Exception:
         traceback.print_exc()
         screen.error(
-            f"this is a fault of apprentice {__version__} (Python {platform.python_version()}); please report it with the lines above"
-            " at the project's issue tracker."
+            f"this is a fault of apprentice {__version__} (Python {platform.python_version()});"
+            " please report it with the lines above at the project's issue tracker."
         )
         sys.exit(3)
 
@@ -239,7 +239,9 @@ def _recipe(name: str, overrides: list[str] | None) -> Any:
 def _table(columns: list[str], rows: list[list[str]]) -> Any:
     from rich.table import Table
 
-    table = Table(*columns, box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False)
+    for column in columns:
+        table.add_column(column, no_wrap=True)
     for row in rows:
         table.add_row(*row)
     return table

@@ -317,7 +317,7 @@ def _sentence(error: ValidationError, file: Path, text: str) -> str:
 def _keys_of(place: Sequence[str | int]) -> list[str | int]:
     """The keys of a pydantic error's place, without the names it gives to the branches of a union."""
     return [
-        part for part in place if isinstance(part, int) or part.replace("_", "").isalnum() and part not in ("int", "WorkerRange")
+        part for part in place if isinstance(part, int) or (part.replace("_", "").isalnum() and part not in ("int", "WorkerRange"))
     ]
 
 

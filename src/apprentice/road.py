@@ -15,7 +15,6 @@ from typing import Any
 
 from apprentice import check
 from apprentice.artifacts import PromptContract, Run, find_run, open_run, read_contract
-from apprentice.data import preview as view
 from apprentice.data.contract import layout_of, make_contract
 from apprentice.data.pipeline import Corpus, estimate_steps, make_corpus
 from apprentice.errors import ApprenticeError, ContractError, RecipeError, RunError, ServingError
@@ -82,8 +81,10 @@ def check_recipe(recipe: Recipe) -> list[check.Finding]:
         return check.check(recipe)
 
 
-def preview(recipe: Recipe, number: int) -> list[view.Shown]:
-    """The first `number` examples of the plan, as the model will see them."""
+def preview(recipe: Recipe, number: int) -> list[Any]:
+    """The first `number` examples of the plan, as the model will see them (`apprentice.data.preview`)."""
+    from apprentice.data import preview as view
+
     with ray_session(), _scratch_run(recipe) as run:
         return view.preview(make_corpus(recipe, run), number)
 
@@ -177,7 +178,7 @@ def endpoint(
     settings = (run.recipe() if run is not None else _settings_for_bare(recipe, contract, storage)).serving
     settings = settings.model_copy(update={k: v for k, v in (("host", host), ("port", port)) if v is not None})
     words = None if run is not None else _contract_for(folder, contract, recipe, storage)
-    deployment.refuse_unusable(folder, settings, contract=words)
+    deployment.check(folder, settings, words)
     with ray_session():
         progress("serve", {"message": f"loading {folder}"})
         running = deployment.start(folder, settings, model_name=run.name if run is not None else folder.name, contract=words)

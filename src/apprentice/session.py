@@ -15,12 +15,15 @@ from pathlib import Path
 
 import ray
 
+from apprentice.errors import ResourcesError
+
 # Third parties' noise that says nothing to the person at the screen; set before workers start, inherited by them.
 QUIET = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_raylet_start_wait_time_s": "120",
     "TRANSFORMERS_VERBOSITY": "error",
     "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -41,6 +44,19 @@ def quiet() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
+def _connect() -> None:
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(logging_level="error", log_to_driver=False)
+        return
+    ray.init(
+        address="local",
+        num_cpus=len(os.sched_getaffinity(0)) + SPARE_CPUS,
+        include_dashboard=False,
+        logging_level="error",
+        log_to_driver=False,
+    )
+
+
 @contextmanager
 def ray_session() -> Iterator[None]:
     """Ray, connected; a local session is shut down at the end, a cluster of somebody else's is only left."""
@@ -52,18 +68,12 @@ def ray_session() -> Iterator[None]:
     scripts = str(Path(sys.executable).parent)
     if scripts not in os.environ.get("PATH", "").split(os.pathsep):
         os.environ["PATH"] = os.pathsep.join([scripts, os.environ.get("PATH", "")])
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(logging_level="error", log_to_driver=False)
-    else:
-        cores = len(os.sched_getaffinity(0))
-        ray.init(
-            address="local",
-            num_cpus=cores + SPARE_CPUS,
-            include_dashboard=False,
-            logging_level="error",
-            log_to_driver=False,
-            _system_config={"metrics_report_interval_ms": 60_000},
-        )
+    try:
+        _connect()
+    except Exception as error:  # Ray raises bare exceptions here
+        raise ResourcesError(
+            f"Ray did not start: {' '.join(str(error).split())} Look for a full disk or a busy machine."
+        ) from error
     quiet()  # ray.init sets its own loggers up anew
     ray.data.DataContext.get_current().enable_progress_bars = False
     try:

@@ -16,7 +16,9 @@ Numbers = NDArray[np.int64]
 
 _GOLDEN = 0x9E3779B97F4A7C15  # odd, so that multiplying by it permutes the 64-bit numbers
 _MIX_1, _MIX_2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
-_ROUNDS = 6
+# Measured: with fewer rounds or bits, small permutations are not equally likely.
+_ROUNDS = 8
+_LEAST_BITS = 6
 
 
 def key_of(*parts: object) -> int:
@@ -47,13 +49,14 @@ def below(numbers: Keys, bounds: Numbers | int) -> Numbers:
 def permute(indices: Numbers, sizes: Numbers | int, keys: Keys | int) -> Numbers:
     """Where the permutation of [0, size) that `key` names sends `index`, for each element; the three broadcast to `indices`.
 
-    A Feistel network permutes the next power of two; what falls outside [0, size) walks on along its cycle until it is inside.
+    A Feistel network permutes the next power of two (64 at least); what falls outside [0, size) walks on along its cycle until
+    it is inside.
     """
     shape = indices.shape
     place = indices.astype(np.uint64).ravel()
     limit = np.broadcast_to(np.asarray(sizes).astype(np.uint64), shape).ravel()
     key = np.broadcast_to(np.asarray(keys, dtype=np.uint64), shape).ravel()
-    bits = _bit_length(limit - np.uint64(1)) if place.size else limit
+    bits = np.where(limit == 1, np.uint64(0), np.maximum(_bit_length(limit - np.uint64(1)), np.uint64(_LEAST_BITS)))
     round_keys = [mix(key + np.uint64(number * _GOLDEN % 2**64)) for number in range(1, _ROUNDS + 1)]
     place = _feistel(place, bits, round_keys)
     while (outside := np.flatnonzero(place >= limit)).size:
@@ -72,13 +75,15 @@ def _feistel(place: Keys, bits: Keys, round_keys: list[Keys]) -> Keys:
             high = high ^ (_half_mix(low ^ key) & high_mask)
         else:
             low = low ^ (_half_mix(high ^ key) & low_mask)
-    return (high << low_bits) | low
+    permuted: Keys = (high << low_bits) | low
+    return permuted
 
 
 def _half_mix(numbers: Keys) -> Keys:
     """A cheap hash whose low 32 bits are good."""
     mixed = (numbers ^ (numbers >> np.uint64(32))) * _MIX_1
-    return (mixed ^ (mixed >> np.uint64(29))) >> np.uint64(24)
+    hashed: Keys = (mixed ^ (mixed >> np.uint64(29))) >> np.uint64(24)
+    return hashed
 
 
 def _bit_length(numbers: Keys) -> Keys:

@@ -25,7 +25,8 @@ class Tokenized:
 
     ids: list[int]
     prompt_length: int
-    truncated: str | None = None  # `CUT_EXEMPLARS`, `CUT_INPUT`, or nothing was cut
+    exemplars_used: int
+    truncated: str | None  # `CUT_EXEMPLARS`, `CUT_INPUT`, or nothing was cut
 
 
 class Fitted(NamedTuple):
@@ -48,14 +49,9 @@ def encode(layout: Layout, items: Sequence[tuple[Example, Sequence[Exemplar]]], 
     for (example, shots), prompt, answer in zip(items, prompts, answers, strict=True):
         answer += end
         room = max_length - len(answer)
-        truncated = None
-        if len(prompt) > room:
-            fitted = fit_prompt(layout, example, shots, room)
-            if fitted is None:
-                found.append(None)
-                continue
-            prompt, _, truncated = fitted
-        found.append(Tokenized(prompt + answer, len(prompt), truncated))
+        whole = Fitted(prompt, len(shots), None)
+        fitted = whole if len(prompt) <= room else fit_prompt(layout, example, shots, room)
+        found.append(fitted and Tokenized(fitted.ids + answer, len(fitted.ids), fitted.exemplars_used, fitted.truncated))
     return found
 
 

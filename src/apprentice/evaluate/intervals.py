@@ -28,7 +28,7 @@ class RowSums:
     counts: Floats  # (rows,), wordings met
 
     @classmethod
-    def of(cls, rows: Sequence[int], statistics: Sequence[Sequence[float]]) -> RowSums:
+    def of(cls, rows: Sequence[int], statistics: Sequence[Sequence[float]] | Floats) -> RowSums:
         """Groups one vector per prediction by the prediction's row."""
         unique, place = np.unique(np.asarray(rows, dtype=np.int64), return_inverse=True)
         vectors = np.asarray(statistics, dtype=np.float64)

@@ -14,7 +14,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from apprentice.errors import EvaluationError
+from apprentice.evaluate.metrics import METRICS
 from apprentice.storage import Folder
+from apprentice.tasks.schema import Task
 
 FILE = "predictions.parquet"
 _FACTS = b"apprentice"
@@ -76,3 +78,14 @@ def read(out: Folder) -> pa.Table:
 def table_of(records: Sequence[Mapping[str, Any]], schema: pa.Schema) -> pa.Table:
     """Records as a table of exactly this schema."""
     return pa.Table.from_pylist([dict(record) for record in records], schema=schema)
+
+
+def scored(records: Sequence[Mapping[str, Any]], tasks: Sequence[Task]) -> pa.Table:
+    """Questions with `subject` and `prediction` as the table of predictions, each with its own score."""
+    metrics = {task.name: METRICS[task.metrics[0]] for task in tasks}
+    rows = []
+    for record in records:
+        asked = not record["dropped"]
+        score = metrics[record["task"]].of_one(record["prediction"], record["references"]) if asked else None
+        rows.append({name: record.get(name) for name in PREDICTION.names} | {"score": score})
+    return table_of(rows, PREDICTION)

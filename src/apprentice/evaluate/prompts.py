@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from apprentice.data.index import TaskIndex
 from apprentice.data.layout import Exemplar, Layout
@@ -23,7 +23,7 @@ NOT_A_CHOICE = "target_not_a_choice"
 class Renders(Protocol):
     """Rows by number, rendered: `apprentice.data.render.Renderer`."""
 
-    def example(self, task: str, split: str, row: int, template: str) -> Example: ...
+    def example(self, task: str, split: Literal["train", "test"], row: int, template: str) -> Example: ...
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ POOLS = ((True, "ranked"), (True, "generated"), (False, "ranked"), (False, "gene
 
 
 def summarise(table: pa.Table, *, resamples: int = RESAMPLES) -> dict[str, Any]:
-    """The report: the table's facts, `columns`, `tasks`, `pools` and one `headline` per pool with a difference.
+    """The report: the table's facts, `columns`, `tasks`, `pools`, one `headline` per difference of a pool, and a `summary`.
 
     Scores are 0 to 100. The first subject is what the others are compared with, at the same number of exemplars. Held-out tasks
     come first; a task's first metric is the one that its intervals, wordings and pools use.
@@ -43,7 +43,8 @@ def summarise(table: pa.Table, *, resamples: int = RESAMPLES) -> dict[str, Any]:
         draws[name] = found
     pools = [pool for held_out, kind in POOLS if (pool := _pool(held_out, kind, tasks, draws, columns))]
     report = facts | {"confidence": CONFIDENCE, "resamples": resamples, "columns": columns, "tasks": tasks, "pools": pools}
-    return report | {"headline": [sentence for pool in pools for sentence in _sentences(pool, columns)]}
+    headline = [sentence for pool in pools for sentence in _sentences(pool, columns)]
+    return report | {"headline": headline, "summary": _summary(tasks, pools, columns)}
 
 
 def _key(subject: str, shots: int) -> str:
@@ -89,7 +90,7 @@ class _Scored:
 
 
 def _task(
-    name: str,
+    task: str,
     about: Mapping[str, Any],
     met: Mapping[str, list[Record]],
     columns: Sequence[Mapping[str, Any]],
@@ -102,8 +103,8 @@ def _task(
     scored = {column: _Scored.of(records, about["metrics"]) for column, records in met.items()}
     sums = {column: found.by_row(main) for column, found in scored.items() if found.records}
     draws: dict[str, Floats] = {}
-    for column, found in sums.items():
-        draws |= bootstrap({column: found}, metric, key, resamples)
+    for name, found in sums.items():
+        draws |= bootstrap({name: found}, metric, key, resamples)
     differences = {}
     for column in columns:
         ours, theirs = column["key"], column["against"]
@@ -117,10 +118,10 @@ def _task(
         draws[f"{ours} - {theirs}"] = drawn[ours] - drawn[theirs]
         mean = pair[ours].score(metric) - pair[theirs].score(metric)
         differences[ours] = {"against": theirs, "rows": len(shared), **_with_interval(mean, draws[f"{ours} - {theirs}"])}
-    cells = {column: _counts(records) for column, records in met.items()}
-    for column in sums:
-        cells[column] |= _scores(scored[column], about["metrics"], draws[column])
-    entry = {"task": name, **about, "metric": main, "columns": cells, "differences": differences}
+    cells = {name: _counts(records) for name, records in met.items()}
+    for name in sums:
+        cells[name] |= _scores(scored[name], about["metrics"], draws[name])
+    entry = {"task": task, **about, "metric": main, "columns": cells, "differences": differences}
     return entry | {"samples": _samples(met, columns)}, draws
 
 
@@ -217,3 +218,21 @@ def _sentences(pool: Mapping[str, Any], columns: Sequence[Mapping[str, Any]]) ->
             f" {found['mean']:+.1f} points (95% interval {low:+.1f} to {high:+.1f})."
         )
     return sentences
+
+
+def _summary(
+    tasks: Sequence[Mapping[str, Any]], pools: Sequence[Mapping[str, Any]], columns: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """`score`: the last subject's mean over tasks at its fewest exemplars; `sentence`: differences by pool, or scores by pool."""
+    chosen = next(column for column in columns if column["subject"] == columns[-1]["subject"])
+    scores = [cell["score"] for task in tasks if (cell := task["columns"].get(chosen["key"])) and cell["score"] is not None]
+    parts = []
+    for pool in pools:
+        where = f"{'held-out' if pool['held_out'] else 'trained-on'} {pool['kind']}"
+        if found := pool["differences"].get(chosen["key"]):
+            parts.append(f"{where} {found['mean']:+.1f} ({found['interval'][0]:+.1f} to {found['interval'][1]:+.1f})")
+        elif found := pool["columns"].get(chosen["key"]):
+            parts.append(f"{where} {found['mean']:.1f}")
+    titles = {column["key"]: column["title"] for column in columns}
+    against = f" against {titles[chosen['against']]}, points with 95% interval" if chosen["against"] else ""
+    return {"score": float(np.mean(scores)) if scores else None, "sentence": f"{chosen['title']}{against}: {', '.join(parts)}"}

@@ -52,7 +52,8 @@ class _Running:
 class Decoder:
     """Decodes up to `slots` requests together, each with up to `context` tokens of prompt and reply.
 
-    `context` shrinks to what the model's positions allow. Not thread-safe. Raises `ModelError` for a model that cannot be decoded so.
+    `context` shrinks to what the model's positions allow. Not thread-safe. Raises `ModelError` for a model that cannot be
+    decoded so.
     """
 
     def __init__(self, model: Any, *, slots: int, context: int, prefill_tokens: int = PREFILL_TOKENS) -> None:
@@ -81,7 +82,9 @@ class Decoder:
         if not wanted.prompt:
             raise ModelError("the prompt is empty; give at least one token.")
         if len(wanted.prompt) >= self.context:
-            raise ModelError(f"the prompt has {len(wanted.prompt)} tokens; the context of {self.context} leaves no room for a reply.")
+            raise ModelError(
+                f"the prompt has {len(wanted.prompt)} tokens; the context of {self.context} leaves no room for a reply."
+            )
         self._waiting.append((key, wanted))
 
     def cancel(self, key: Hashable) -> None:

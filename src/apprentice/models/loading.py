@@ -9,6 +9,7 @@ import json
 import math
 import struct
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -42,17 +43,16 @@ def load_model(base: str | Path, dtype: torch.dtype, attention: str = "auto") ->
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     chosen = {} if attention == "auto" else {"attn_implementation": attention}
+    loader: Any = AutoModelForCausalLM
     try:
-        model, found = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, local_files_only=True, output_loading_info=True, **chosen
-        )
+        model, found = loader.from_pretrained(folder, dtype=dtype, local_files_only=True, output_loading_info=True, **chosen)
     except (OSError, ValueError, ImportError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ModelError(f"{folder} cannot be loaded as a causal language model: {reason}") from error
     if missing := sorted(found["missing_keys"]):
         raise ModelError(f"{folder} lacks weights, {missing[0]!r} among them; fetch or export the model again.")
-    model.eval()
-    return model  # type: ignore[no-any-return]
+    loaded: PreTrainedModel = model.eval()
+    return loaded
 
 
 def count_parameters(folder: Path) -> int:

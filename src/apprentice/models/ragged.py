@@ -197,8 +197,14 @@ def _attend(
 ) -> tuple[torch.Tensor, None]:
     """Attention of one layer, for transformers' interface: `query` (1, heads, tokens, width) → (1, tokens, heads, width)."""
     name = type(module).__name__
-    if ragged is None or attention_mask is not None or any(rest.get(extra) is not None for extra in ("softcap", "s_aux", "position_bias")):
-        raise ModelError(f"{name} attends in a way that our decoder does not know; this model cannot be served or generate here yet.")
+    if (
+        ragged is None
+        or attention_mask is not None
+        or any(rest.get(extra) is not None for extra in ("softcap", "s_aux", "position_bias"))
+    ):
+        raise ModelError(
+            f"{name} attends in a way that our decoder does not know; this model cannot be served or generate here yet."
+        )
     keys, values = ragged.memory.write(
         module.layer_idx, key[0].transpose(0, 1), value[0].transpose(0, 1), ragged.slots, ragged.positions
     )

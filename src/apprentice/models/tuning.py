@@ -23,11 +23,12 @@ from apprentice.recipe import Tuning
 
 @dataclass(frozen=True)
 class TuningMethod:
-    """`wrap(model, tuning, seed)` freezes and adds; `save_adapter` writes the added weights; `merge` gives a plain model back."""
+    """`wrap(model, tuning, seed)` freezes and adds; `merge` gives a plain model back; `save_adapter` writes the
+    added weights into a folder, with the name of the base model."""
 
     wrap: Callable[[PreTrainedModel, Tuning, int], nn.Module]
     merge: Callable[[Any], PreTrainedModel]
-    save_adapter: Callable[[Any, Path], None] | None = None
+    save_adapter: Callable[[Any, Path, str], None] | None = None
 
 
 def _wrap_full(model: PreTrainedModel, tuning: Tuning, seed: int) -> nn.Module:
@@ -49,9 +50,11 @@ def _wrap_lora(model: PreTrainedModel, tuning: Tuning, seed: int) -> nn.Module:
         return get_peft_model(model, config)
 
 
-def _save_peft(model: Any, folder: Path) -> None:
+def _save_peft(model: Any, folder: Path, base: str) -> None:
+    model.peft_config["default"].base_model_name_or_path = base  # not the folder it was loaded from here
     with _quiet():
         model.save_pretrained(folder, save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)  # peft's model card is an empty form
 
 
 @contextmanager
@@ -78,7 +81,7 @@ def load_trainable(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     parameters = trainable(model)
     if parameters.keys() != weights.keys():
         odd = sorted(parameters.keys() ^ weights.keys())
-        raise ModelError(f"the saved weights are not those of this model: {odd[0]!r} is on one side only; use the recipe of the run.")
+        raise ModelError(f"the saved weights are not those of this model: {odd[0]!r} is in only one of them; use the run's recipe.")
     for name, parameter in parameters.items():
         if parameter.shape != weights[name].shape:
             shapes = f"{tuple(weights[name].shape)} is not {tuple(parameter.shape)}"

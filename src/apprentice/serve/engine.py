@@ -5,7 +5,7 @@ Knows nothing of text, HTTP, Ray or PyTorch; the engines in `*_engine.py` fulfil
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
@@ -55,8 +55,8 @@ class Engine(Protocol):
     def context(self) -> int:
         """Tokens of prompt and reply together."""
 
-    def generate(self, request: Request) -> AsyncIterator[NewToken]:
-        """The reply, token by token; whoever closes the iterator early frees its place.
+    def generate(self, request: Request) -> AsyncGenerator[NewToken, None]:
+        """The reply, token by token; whoever closes the generator early frees its place.
 
         Raises `Overloaded` before the first token, and `EngineFailed` whenever the engine stops.
         """

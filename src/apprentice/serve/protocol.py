@@ -1,7 +1,8 @@
 """The requests and replies of OpenAI's completions and chat completions that are spoken here, and the shape of errors.
 
 What is not in these models is refused by name. `temperature` is 0 where it is not given (OpenAI: 1), so that a reply can be had
-again; `ignore_eos` goes on past the model's own end, for measuring. Knows nothing of engines, layouts or HTTP.
+again. Two fields are ours: `ignore_eos` goes on past the model's own end, for measuring; `return_token_ids` adds the reply's
+ids to a whole reply's choice. Knows nothing of engines, layouts or HTTP.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import time
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -36,7 +37,13 @@ class RequestProblem(Exception):  # noqa: N818 - it is the client's, and becomes
     """Why a request is not served, as OpenAI's clients expect to read it."""
 
     def __init__(
-        self, message: str, *, status: int = 400, param: str | None = None, code: str | None = None, kind: str = "invalid_request_error"
+        self,
+        message: str,
+        *,
+        status: int = 400,
+        param: str | None = None,
+        code: str | None = None,
+        kind: str = "invalid_request_error",
     ) -> None:
         super().__init__(message)
         self.status = status
@@ -63,6 +70,7 @@ class Asked(_Strict):
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
     ignore_eos: bool = False
+    return_token_ids: bool = False
     user: str | None = Field(None, description="Accepted and not used.")
 
     @model_validator(mode="before")
@@ -71,6 +79,12 @@ class Asked(_Strict):
         if not isinstance(values, Mapping):
             return values
         return {key: value for key, value in values.items() if value is not None and value not in _NEUTRAL.get(str(key), ())}
+
+    @model_validator(mode="after")
+    def _ids_come_whole(self) -> Self:
+        if self.return_token_ids and self.stream:
+            raise ValueError("`return_token_ids` is for whole replies; leave out `stream`")
+        return self
 
     @property
     def stops(self) -> list[str]:
@@ -138,9 +152,12 @@ class Replies:
             "model": model,
         }
 
-    def whole(self, text: str, finish: str, usage: Usage) -> dict[str, Any]:
+    def whole(self, text: str, finish: str, usage: Usage, ids: Sequence[int] | None = None) -> dict[str, Any]:
+        """The reply in one body, with its token `ids` if given."""
         said = {"message": {"role": "assistant", "content": text}} if self.chat else {"text": text}
-        choice = {"index": 0, **said, "finish_reason": finish, "logprobs": None}
+        choice: dict[str, Any] = {"index": 0, **said, "finish_reason": finish, "logprobs": None}
+        if ids is not None:
+            choice["token_ids"] = list(ids)
         kind = "chat.completion" if self.chat else "text_completion"
         return {**self._head, "object": kind, "choices": [choice], "usage": usage.body()}
 

@@ -14,6 +14,7 @@ import queue
 import threading
 from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -28,18 +29,15 @@ log = logging.getLogger(__name__)
 class TransformersEngine:
     """The model in `folder`, decoding up to `max_running` requests together while up to `max_queued` more wait.
 
-    `dtype` is `auto`, `bfloat16` or `float32`; `threads` are CPU threads for the arithmetic (None: all CPUs of the process).
+    `dtype` is `auto`, `bfloat16` or `float32`; `threads` are CPU threads for the arithmetic, no more than there are CPUs.
     Raises `ModelError` if the model cannot be loaded or decoded.
     """
 
-    def __init__(
-        self, folder: Path, *, dtype: str, max_running: int, max_queued: int, context: int, threads: int | None = None
-    ) -> None:
-        torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
+    def __init__(self, folder: Path, *, dtype: str, max_running: int, max_queued: int, context: int, threads: int) -> None:
+        torch.set_num_threads(min(threads, len(os.sched_getaffinity(0))))
+        device: Any = "cuda" if torch.cuda.is_available() else "cpu"
         model = load_model(folder, resolve_dtype(dtype))
-        if torch.cuda.is_available():
-            model = model.to("cuda")
-        self._decoder = Decoder(model, slots=max_running, context=context)
+        self._decoder = Decoder(model.to(device), slots=max_running, context=context)
         self._most = max_running + max_queued
         self._replies: dict[int, _Reply] = {}
         self._numbers = itertools.count()

@@ -52,13 +52,13 @@ class PackedRows:
     @classmethod
     def of(cls, columns: Mapping[str, Any]) -> PackedRows:
         """From the pipeline's columns, as NumPy arrays or lists (one entry a row)."""
-        tables = (np.stack(list(columns[name])) for name in ("input_ids", "positions", "segment_ids", "loss_mask"))
+        table = {name: np.stack(list(columns[name])) for name in ("input_ids", "positions", "segment_ids", "loss_mask")}
         names = ("window", "row", "examples", "example_tasks", "example_targets", "dropped")
         facts = [
             RowFacts(int(window), int(row), _ints(examples), _ints(tasks), _ints(targets), json.loads(dropped) if dropped else {})
             for window, row, examples, tasks, targets, dropped in zip(*(columns[name] for name in names), strict=True)
         ]
-        return cls(*tables, facts)
+        return cls(**table, facts=facts)
 
     def __len__(self) -> int:
         return len(self.facts)
@@ -78,8 +78,8 @@ class PackedRows:
         return [self._micro(start, start + size) for start in range(0, len(self), size)]
 
     def _micro(self, start: int, stop: int) -> Micro:
-        used = (self.segment_ids[start:stop] > 0).any(axis=0)
-        length = int(used.nonzero()[0].max()) + 1 if used.any() else 1
+        used = np.flatnonzero((self.segment_ids[start:stop] > 0).any(axis=0))
+        length = int(used[-1]) + 1 if len(used) else 1
         cut = (slice(start, stop), slice(0, length))
         # A copy: the arrays may be read-only views of shared memory, which torch does not take.
         return Micro(

@@ -172,10 +172,9 @@ def tensors_of(checkpoint: Checkpoint) -> Iterator[Callable[[str], Tensor]]:
     """Gives a function from key to tensor; the files are read tensor by tensor."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = checkpoint.folder.local if checkpoint.folder.is_local else checkpoint.folder.download(Path(scratch))
-        files = {}
+        files: dict[str, Any] = {}
         for path in sorted(folder.glob("*.safetensors")):
-            file: Any = safe_open(path, framework="pt")
-            files.update(dict.fromkeys(file.keys(), file))
+            files.update(dict.fromkeys(_names(path), safe_open(path, framework="pt")))
         yield lambda key: files[key].get_tensor(key)
 
 
@@ -183,7 +182,12 @@ def keys_of(checkpoint: Checkpoint) -> list[str]:
     """The keys of all tensors in `checkpoint`."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = checkpoint.folder.local if checkpoint.folder.is_local else checkpoint.folder.download(Path(scratch))
-        return [key for path in sorted(folder.glob("*.safetensors")) for key in safe_open(path, framework="pt").keys()]
+        return [key for path in sorted(folder.glob("*.safetensors")) for key in _names(path)]
+
+
+def _names(path: Path) -> list[str]:
+    file: Any = safe_open(path, framework="pt")
+    return list(file.keys())
 
 
 def _sha256(path: Path) -> str:

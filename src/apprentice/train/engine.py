@@ -6,13 +6,15 @@ same on any number of workers and at any ZeRO stage. Knows nothing of Ray, of fi
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,15 +24,9 @@ from apprentice.train.batch import Micro
 from apprentice.train.deepspeed_config import deepspeed_config
 from apprentice.train.loss import TargetLoss
 from apprentice.train.optim import adamw
+from apprentice.train.state import StepOutcome
 
 WEIGHT, MOMENTS = "weight", ("exp_avg", "exp_avg_sq")
-
-
-class StepOutcome(NamedTuple):
-    """Of one worker: the sum over its target tokens, in nats. Of all: the gradient's norm before clipping."""
-
-    nll: float
-    grad_norm: float
 
 
 class DeepSpeedEngine:
@@ -51,8 +47,9 @@ class DeepSpeedEngine:
         numbers = sum(parameter.numel() for parameter in trained.values())
         config = deepspeed_config(training, workers=workers, micro=micro, dtype=dtype, trainable=numbers)
         wrapped = TargetLoss(model).to(device=device)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # DeepSpeed's own use of PyTorch, nothing a user can act on
+        # What DeepSpeed warns of is its own use of PyTorch, and it prints the memory it uses: nothing a user can act on.
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
             self._engine = deepspeed.initialize(
                 model=wrapped, optimizer=adamw(trained, training.optimizer), config=config, dist_init_required=False
             )[0]
@@ -98,9 +95,10 @@ class DeepSpeedEngine:
         return float(torch.linalg.vector_norm(torch.stack(norms)))
 
     def state(self) -> Iterator[tuple[str, Tensor]]:
-        """(`weight/<parameter>` or `exp_avg/…`, `exp_avg_sq/…`; whole float32 tensor on the CPU). All workers must run through it."""
+        """Keys (`weight/<name>`, `exp_avg/<name>`, `exp_avg_sq/<name>`) with whole float32 tensors; all workers run through it."""
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
+        self._link_optimizer_state()
         sharded = self._engine.zero_optimization()
         for name, parameter in self._parameters.items():
             weight = safe_get_full_fp32_param(parameter) if sharded else parameter
@@ -140,7 +138,16 @@ class DeepSpeedEngine:
             inner.state[master] = {"step": torch.tensor(float(steps), device=master.device)} | {
                 key: torch.zeros_like(master) for key in MOMENTS
             }
+        self._link_optimizer_state()
+
+    def _link_optimizer_state(self) -> None:
+        """Tells ZeRO where each parameter's part of Adam's state lies.
+
+        DeepSpeed does so itself after the first group of parameters was stepped, when the state of the others is not there yet.
+        """
+        zero: Any = self._engine.optimizer
         if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):
+            zero._hp_optimizer_states_linked = False
             zero._lazy_init_hp_params_optimizer_state()
 
     def _masters(self) -> list[Tensor]:

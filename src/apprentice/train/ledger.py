@@ -14,7 +14,7 @@ from apprentice.train.batch import RowFacts
 
 @dataclass
 class Ledger:
-    """Counts so far: per number of a task, and dropped examples per task's name and reason."""
+    """Counts so far: per number of a task, and examples dropped or truncated per task's name and reason."""
 
     examples: dict[int, int] = field(default_factory=dict)
     targets: dict[int, int] = field(default_factory=dict)
@@ -55,7 +55,7 @@ class Ledger:
                 "examples": self.examples.get(number, 0),
                 "target_tokens": self.targets.get(number, 0),
                 "passes_over_its_rows": round(self.examples.get(number, 0) / max(rows.get(name, 0), 1), 4),
-                "dropped": self.dropped.get(name, {}),
+                "dropped_or_truncated": self.dropped.get(name, {}),
             }
             for number, name in enumerate(tasks)
             if name in requested

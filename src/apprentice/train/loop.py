@@ -19,10 +19,9 @@ import torch
 from apprentice.errors import TrainingError
 from apprentice.recipe import Optimizer
 from apprentice.train.batch import Micro, PackedRows, RowFacts
-from apprentice.train.engine import StepOutcome
 from apprentice.train.optim import learning_rate
 from apprentice.train.peers import Peers
-from apprentice.train.state import Goal, State
+from apprentice.train.state import Goal, State, StepOutcome
 
 RECENT_STEPS = 20  # that speed and the estimate of the end are taken from
 
@@ -44,6 +43,7 @@ class Course:
     optimizer: Optimizer
     micro: int  # packed rows at once
     checkpoint_every: int  # steps
+    window: int  # positions of the plan
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,11 @@ class _Step:
     rows: list[RowFacts]  # in order of the stream
     tokens: int
     targets: int
+
+    @property
+    def examples(self) -> list[int]:
+        """The plan's positions that the rows hold."""
+        return [position for row in self.rows for position in row.examples]
 
 
 def train_loop(
@@ -73,43 +78,49 @@ def train_loop(
     `state` says.
     """
     clock = _Clock()
-    started_at = (state.window, state.row)
-    first = True
+    start: tuple[int, int] | None = (state.window, state.row)
     while course.goal.reached(state) < 1.0:
         rows = _next_rows(batches, state)
         clock.data_came()
         step = _put_together(rows, peers)
-        if first:
-            _check_begin(step, started_at)
-            first = False
-        steps = course.goal.expected_steps(state)
-        rate = learning_rate(course.optimizer, state.step, course.goal.reached(state) * course.goal.steps, course.goal.steps)
-        torch.manual_seed(_step_seed(course.seed, state.step, peers.rank))
-        outcome = engine.train_step(rows.micros(course.micro), 1.0 / max(step.targets, 1), rate)
-        loss = peers.sum([outcome.nll])[0] / max(step.targets, 1)
-        _advance(state, step, loss)
+        if start is not None:
+            _check_begin(step, start)
+            start = None
+        outcome, rate = _one_step(engine, rows, step, state, course, peers)
         clock.step_done(step.tokens)
-        finite = math.isfinite(loss) and math.isfinite(outcome.grad_norm)
         record(
             {
                 "step": state.step,
-                "steps": course.goal.expected_steps(state) if finite else steps,
-                "loss": loss,
+                "steps": course.goal.expected_steps(state),
+                "loss": state.loss,
                 "learning_rate": rate,
                 "grad_norm": outcome.grad_norm,
                 "tokens": step.tokens,
                 "target_tokens": step.targets,
-                "examples": [position for row in step.rows for position in row.examples],
+                "examples": step.examples,
                 **clock.figures(course.goal, state),
             }
         )
-        if not finite:
-            raise _no_number(state.step, loss, step)
+        if not (math.isfinite(state.loss) and math.isfinite(outcome.grad_norm)):
+            raise _no_number(state, step)
         if state.step % course.checkpoint_every == 0 or course.goal.reached(state) == 1.0:
             state.validation_loss = validate()
             save(state)
             clock.restart()
     return state
+
+
+def _one_step(
+    engine: Engine, rows: PackedRows, step: _Step, state: State, course: Course, peers: Peers
+) -> tuple[StepOutcome, float]:
+    """One optimizer step, entered into `state`. Gives what it brought, and its learning rate."""
+    estimate = course.goal.steps
+    rate = learning_rate(course.optimizer, state.step, course.goal.reached(state) * estimate, estimate)
+    torch.manual_seed(_step_seed(course.seed, state.step, peers.rank))
+    targets = max(step.targets, 1)  # a step whose examples have no target token changes nothing
+    outcome = engine.train_step(rows.micros(course.micro), 1.0 / targets, rate)
+    _advance(state, step, course.window, peers.sum([outcome.nll])[0] / targets)
+    return outcome, rate
 
 
 def validation_loss(engine: Engine, rows: PackedRows, micro: int, peers: Peers) -> float | None:
@@ -145,16 +156,20 @@ def _check_begin(step: _Step, start: tuple[int, int]) -> None:
     """The stream begins at `start`, or with the window after it if that window has no further row."""
     begin = (step.rows[0].window, step.rows[0].row)
     if begin != start and not (begin[1] == 0 and begin[0] > start[0]):
-        raise TrainingError(f"the stream begins at (window, row) {begin}, the checkpoint ends before {start}; restore the run's index.")
+        raise TrainingError(
+            f"the stream begins at (window, row) {begin}, not at {start} as the checkpoint says; restore its index."
+        )
 
 
-def _advance(state: State, step: _Step, loss: float) -> None:
+def _advance(state: State, step: _Step, window: int, loss: float) -> None:
+    last = step.rows[-1].window
+    if last != state.window or state.positions < last * window:
+        state.positions = last * window  # all positions of the windows before are done, dropped ones too
+    state.positions += sum(len(row.examples) for row in step.rows if row.window == last)
     state.step += 1
     state.window, state.row = step.rows[-1].window, step.rows[-1].row + 1
     state.tokens += step.tokens
     state.target_tokens += step.targets
-    state.positions += sum(len(row.examples) for row in step.rows)
-    state.positions += sum(count for row in step.rows for reasons in row.dropped.values() for count in reasons.values())
     state.loss = loss
     state.ledger.add(step.rows)
 
@@ -164,11 +179,10 @@ def _step_seed(seed: int, step: int, rank: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}/{step}/{rank}".encode()).digest()[:7], "big")
 
 
-def _no_number(step: int, loss: float, rows: _Step) -> TrainingError:
-    ids = [position for row in rows.rows for position in row.examples]
-    shown = ", ".join(map(str, ids[:20])) + (" …" if len(ids) > 20 else "")
+def _no_number(state: State, step: _Step) -> TrainingError:
+    shown = ", ".join(map(str, step.examples[:20])) + (" …" if len(step.examples) > 20 else "")
     return TrainingError(
-        f"step {step}: the loss or its gradient is not a number (loss {loss}), with the plan's positions {shown};"
+        f"step {state.step}: the loss or its gradient is not a number (loss {state.loss}), with the plan's positions {shown};"
         " lower training.optimizer.learning_rate, or look at these examples with `apprentice preview`."
     )
 

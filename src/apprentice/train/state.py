@@ -1,4 +1,4 @@
-"""How far a run is: the part of a checkpoint that is not tensors, and when the run ends.
+"""How far a run is: the part of a checkpoint that is not tensors; what one step brings; and when the run ends.
 
 Pure. Knows nothing of files, models or workers.
 """
@@ -7,9 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from apprentice.train.ledger import Ledger
+
+
+class StepOutcome(NamedTuple):
+    """Of one worker: the sum over its target tokens, in nats. Of all: the gradient's norm before clipping."""
+
+    nll: float
+    grad_norm: float
 
 
 @dataclass
@@ -21,7 +28,7 @@ class State:
     row: int = 0
     tokens: int = 0  # real tokens, padding excluded
     target_tokens: int = 0
-    positions: int = 0  # of the plan: examples trained on, and those dropped
+    positions: int = 0  # of the plan: those of all windows before, and the examples trained on of this one
     loss: float = 0.0  # of the last step
     validation_loss: float | None = None  # at the last checkpoint
     ledger: Ledger = field(default_factory=Ledger)

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from apprentice.errors import TaskError, did_you_mean
 from apprentice.tasks.builtin.dice import Dice
-from apprentice.tasks.builtin.knowledge import odd_one_out
+from apprentice.tasks.builtin.knowledge import one_of_a_kind
 from apprentice.tasks.builtin.numbers import word_problems, written_dates
 from apprentice.tasks.builtin.opinions import message_moods, short_reviews
 from apprentice.tasks.builtin.pairs import composed_inference, same_meaning
@@ -26,7 +26,7 @@ GENERATORS: dict[str, Callable[[Dice, int], dict[str, Any]]] = {
     "composed_inference": composed_inference,
     "headline_topics": headline_topics,
     "message_moods": message_moods,
-    "odd_one_out": odd_one_out,
+    "one_of_a_kind": one_of_a_kind,
     "passage_questions": passage_questions,
     "product_sentences": product_sentences,
     "same_meaning": same_meaning,

@@ -1,4 +1,4 @@
-"""What everybody knows about everyday words: which of four does not belong."""
+"""What everybody knows about everyday words: which of four is of the kind asked for."""
 
 from __future__ import annotations
 
@@ -6,26 +6,24 @@ from typing import Any
 
 from apprentice.tasks.builtin.dice import Dice
 
-GROUPS: dict[str, list[str]] = {
-    "animals": ["dog", "horse", "rabbit", "lion", "sheep", "monkey", "bear", "goat", "wolf", "camel"],
+KINDS: dict[str, list[str]] = {
+    "kind of animal": ["dog", "horse", "rabbit", "lion", "sheep", "monkey", "bear", "goat", "wolf", "camel"],
     "fruit": ["apple", "banana", "cherry", "grape", "lemon", "peach", "pear", "plum", "mango", "melon"],
-    "clothes": ["shirt", "coat", "sock", "glove", "dress", "scarf", "jacket", "skirt", "belt", "sweater"],
-    "vehicles": ["car", "bus", "train", "truck", "tram", "bicycle", "taxi", "tractor", "ferry", "van"],
-    "furniture": ["table", "chair", "bed", "sofa", "desk", "shelf", "wardrobe", "stool", "bench", "cupboard"],
-    "body": ["arm", "knee", "nose", "ear", "finger", "shoulder", "foot", "elbow", "chin", "neck"],
-    "tools": ["hammer", "saw", "drill", "screwdriver", "axe", "pliers", "spade", "chisel", "rake", "wrench"],
-    "weather": ["rain", "snow", "wind", "fog", "storm", "hail", "frost", "thunder", "sunshine", "drizzle"],
-    "jobs": ["doctor", "baker", "teacher", "farmer", "pilot", "nurse", "lawyer", "painter", "plumber", "judge"],
-    "colours": ["red", "blue", "green", "yellow", "purple", "brown", "black", "white", "grey", "pink"],
-    "instruments": ["piano", "violin", "flute", "trumpet", "guitar", "drum", "harp", "cello", "banjo", "clarinet"],
-    "feelings": ["joy", "anger", "fear", "pride", "shame", "envy", "sadness", "hope", "grief", "love"],
+    "piece of clothing": ["shirt", "coat", "sock", "glove", "dress", "scarf", "jacket", "skirt", "belt", "sweater"],
+    "vehicle": ["car", "bus", "train", "truck", "tram", "bicycle", "taxi", "tractor", "ferry", "van"],
+    "piece of furniture": ["table", "chair", "bed", "sofa", "desk", "shelf", "wardrobe", "stool", "bench", "cupboard"],
+    "part of the body": ["arm", "knee", "nose", "ear", "finger", "shoulder", "foot", "elbow", "chin", "neck"],
+    "tool": ["hammer", "saw", "drill", "screwdriver", "axe", "pliers", "spade", "chisel", "rake", "wrench"],
+    "kind of weather": ["rain", "snow", "wind", "fog", "storm", "hail", "frost", "thunder", "sunshine", "drizzle"],
+    "job": ["doctor", "baker", "teacher", "farmer", "pilot", "nurse", "lawyer", "painter", "plumber", "judge"],
+    "colour": ["red", "blue", "green", "yellow", "purple", "brown", "black", "white", "grey", "pink"],
+    "musical instrument": ["piano", "violin", "flute", "trumpet", "guitar", "drum", "harp", "cello", "banjo", "clarinet"],
+    "feeling": ["joy", "anger", "fear", "pride", "shame", "envy", "sadness", "hope", "grief", "love"],
 }
 
 
-def odd_one_out(dice: Dice, number: int) -> dict[str, Any]:
-    """`words`, four of them, three of one group; and `label`: the place of the one from another."""
+def one_of_a_kind(dice: Dice, number: int) -> dict[str, Any]:
+    """`words`, four of different kinds; a `kind`; and `label`: the place of the word of that kind."""
     label = number % 4
-    group, stranger = dice.some(list(GROUPS), 2)
-    words = dice.some(GROUPS[group], 3)
-    words.insert(label, dice.one(GROUPS[stranger]))
-    return {"words": words, "label": label}
+    kinds = dice.some(list(KINDS), 4)
+    return {"words": [dice.one(KINDS[kind]) for kind in kinds], "kind": kinds[label], "label": label}

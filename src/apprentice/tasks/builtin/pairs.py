@@ -79,7 +79,6 @@ def composed_inference(dice: Dice, number: int) -> dict[str, Any]:
     ]
     cannot = [
         f"{buyer} did not buy anything.",
-        f"{buyer} sold the {thing} to {seller}.",
         f"The {thing} that {buyer} bought is {wrong}.",
         f"{seller} kept the {thing} and sold nothing.",
         f"{buyer} got nothing from {seller}.",
@@ -96,9 +95,11 @@ def same_meaning(dice: Dice, number: int) -> dict[str, Any]:
     *acts, other_act = dice.one(ACTS)
     *moments, other_moment = dice.one(MOMENTS)
     (act, same_act), (moment, same_moment) = dice.shuffled(acts), dice.shuffled(moments)
-    changed = 0 if label else dice.between(1, 3)  # 1: the act, 2: the moment, 3: both
-    act_again = other_act if changed in (1, 3) else same_act
-    moment_again = other_moment if changed in (2, 3) else same_moment
+    if dice.below(2):
+        same_moment = moment
+    changed = 0 if label else dice.between(1, 4)  # 1: the act, 2: the moment, 3 and 4: both
+    act_again = same_act if changed in (0, 2) else other_act
+    moment_again = same_moment if changed in (0, 1) else other_moment
     first = f"{who} {act} {moment}."
     second = dice.one(
         [

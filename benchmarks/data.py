@@ -1,0 +1,184 @@
+"""The data pipeline against `datasets.map` with two processes, and against the bare tokenizer.
+
+Ours is the stream that training gets: rendered, tokenised, packed, in blocks of half a global batch, read here in this
+process. The peer renders the same task with the same code and the same tokenizer, and does not pack. Its rate is over the
+whole call; ours begins with the first batch, after Ray's actors have started, and leaves out the windows they had in hand
+then. `data.first_row_s` is the time before that.
+
+    python benchmarks/data.py [--root ../shared/data] [--examples 32768] [--runs 5] [--layout chat]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+from figures import compare, report
+
+from apprentice.artifacts import Run
+from apprentice.data.corpus import Corpus, make_corpus
+from apprentice.recipe import Recipe
+from apprentice.storage import Folder
+
+ACTORS = 2
+GLOBAL_BATCH = 64
+
+
+def recipe_of(options: argparse.Namespace, storage: str) -> Recipe:
+    return Recipe.model_validate(
+        {
+            "name": "benchmark",
+            "storage": storage,
+            "model": {"base": options.base},
+            "data": {
+                "root": str(Path(options.root).absolute()),
+                "tasks": ["squad"],
+                "layout": options.layout,
+                "max_length": 1024,
+                "packing": {"length": 2048},
+                "window": options.window,
+            },
+            "training": {"workers": 2, "steps": 1, "global_batch": GLOBAL_BATCH},
+        }
+    )
+
+
+class Ours:
+    """One pass through the stream; keeps what the other figures need."""
+
+    def __init__(self, corpus: Corpus, windows: int) -> None:
+        self.corpus, self.windows = corpus, windows
+        self.first_row_s: list[float] = []
+        self.filled: list[float] = []  # share of a row's tokens that are not padding
+
+    def __call__(self) -> float:
+        """Tokens a second."""
+        from apprentice.data.pipeline import Start, train_stream
+
+        begun = time.perf_counter()
+        first, counted, real, places = 0.0, 0, 0, 0
+        stream = train_stream(self.corpus, Start(), self.windows, ACTORS)
+        for batch in stream.iter_batches(batch_size=GLOBAL_BATCH // 2, batch_format="numpy"):
+            first = first or time.perf_counter()
+            is_real = batch["segment_ids"] > 0
+            counted += int(is_real[batch["window"] >= ACTORS].sum())
+            real, places = real + int(is_real.sum()), places + is_real.size
+        self.first_row_s.append(first - begun)
+        self.filled.append(real / places)
+        return counted / (time.perf_counter() - first)
+
+
+def datasets_map(options: argparse.Namespace, corpus: Corpus) -> float:
+    """Tokens a second of `datasets.map` over as many examples."""
+    import datasets
+    import numpy as np
+
+    task, layout = corpus.tasks[0], corpus.layout
+    index = corpus.indices[task.name]
+    assert index.train_source is not None
+    rows = datasets.Dataset.from_parquet(list(index.train_source.files), cache_dir=str(Folder.at(corpus.recipe.storage).local))
+    rows = rows.select(np.resize(index.train, options.examples)).flatten_indices()
+
+    def tokenise(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        each = zip(zip(*batch.values(), strict=True), cycle(task.scored_templates), strict=False)
+        examples = [task.render(dict(zip(batch, values, strict=True)), template) for values, template in each]
+        prompts = layout.encode_prompts([layout.prompt(example.instruction, example.input) for example in examples])
+        answers = layout.encode_answers([example.target for example in examples])
+        ids = [[*prompt, *answer, *layout.end_ids] for prompt, answer in zip(prompts, answers, strict=True)]
+        return {"input_ids": ids, "prompt_length": [len(prompt) for prompt in prompts]}
+
+    datasets.disable_progress_bars()
+    datasets.disable_caching()
+    begun = time.perf_counter()
+    done = rows.map(tokenise, batched=True, num_proc=2, remove_columns=rows.column_names)
+    seconds = time.perf_counter() - begun
+    tokens = sum(len(ids) for batch in done.iter(batch_size=1000) for ids in batch["input_ids"])
+    return tokens / seconds
+
+
+def raw_tokenizer(corpus: Corpus, windows: int) -> Callable[[], float]:
+    """Tokens a second of the tokenizer alone, with all cores, over the prompts of at most four windows."""
+    from apprentice.data.render import Rendered, Renderer
+
+    draws = corpus.plan.draws(0, min(windows, 4) * corpus.recipe.data.window)
+    rendered = [item for item in Renderer(corpus.tasks, corpus.indices).of_draws(draws) if isinstance(item, Rendered)]
+    prompts = [corpus.layout.prompt(item.example.instruction, item.example.input) for item in rendered]
+
+    def run() -> float:
+        begun = time.perf_counter()
+        encoded = corpus.layout.tokenizer.encode_batch(prompts)
+        return sum(map(len, encoded)) / (time.perf_counter() - begun)
+
+    return run
+
+
+def in_own_process(options: argparse.Namespace) -> Callable[[], float]:
+    """The peer, apart from this process: it forks, and Ray's threads here would not survive that."""
+    command = [
+        sys.executable,
+        __file__,
+        "--peer",
+        *(f"--{name}={value}" for name, value in vars(options).items() if name != "peer"),
+    ]
+    quiet = os.environ | {"TOKENIZERS_PARALLELISM": "false"}
+    return lambda: float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=quiet).stdout)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Figures of the data pipeline, one JSON object a line.")
+    parser.add_argument("--root", default=str(Path(__file__).parents[2] / "shared" / "data"), help="holds squad/train.parquet")
+    parser.add_argument("--base", default="smollm2-135m-instruct", help="whose tokenizer is used")
+    parser.add_argument("--layout", default="chat")
+    parser.add_argument("--examples", type=int, default=32768)
+    parser.add_argument("--window", type=int, default=1024)
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--peer", action="store_true", help="one run of the peer alone: prints its tokens a second")
+    options = parser.parse_args()
+    if not (Path(options.root) / "squad" / "train.parquet").is_file():
+        for figure in ("data.vs_datasets_map", "data.vs_raw_tokenizer", "data.packing_efficiency", "data.first_row_s"):
+            report(figure, None, why=f"{options.root} has no squad/train.parquet")
+        return
+    with tempfile.TemporaryDirectory(prefix="apprentice-") as storage:
+        recipe = recipe_of(options, storage)
+        corpus = make_corpus(recipe, Run(Folder.at(storage) / recipe.name), parallel=False)
+        if options.peer:
+            print(datasets_map(options, corpus))
+        else:
+            measure(options, corpus)
+
+
+def measure(options: argparse.Namespace, corpus: Corpus) -> None:
+    import ray
+
+    windows = options.examples // options.window
+    ours = Ours(corpus, windows)
+    ray.init("local", num_cpus=2 + ACTORS, include_dashboard=False, log_to_driver=False, logging_level="error")
+    try:
+        ours()  # once for nothing: worker processes start and modules are read from disk
+        compare("data.vs_datasets_map", ours, "datasets.map np=2", in_own_process(options), runs=options.runs, goal=1.2)
+        compare(
+            "data.vs_raw_tokenizer",
+            ours,
+            "encode_batch_fast, all cores",
+            raw_tokenizer(corpus, windows),
+            runs=options.runs,
+            goal=0.8,
+        )
+    finally:
+        ray.shutdown()
+    report("data.packing_efficiency", ours.filled[-1], unit="real tokens per token", runs=1, goal=0.98)
+    report(
+        "data.first_row_s", sorted(ours.first_row_s[1:])[len(ours.first_row_s) // 2 - 1], unit="s", runs=len(ours.first_row_s) - 1
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,306 @@
+"""The frozen index: which rows of each task are usable, and which of them train, validate and test. Made once per run.
+
+A row is usable if one of the task's templates renders it. The index is kept with the run, so that a run that goes on draws
+from exactly the rows it began with; sources or tasks that changed since are refused. Knows nothing of order or mixture.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from apprentice.data.contract import layout_of
+from apprentice.data.exemplars import Pool
+from apprentice.data.layout import Layout
+from apprentice.data.permutation import Numbers, below, draw, key_of, permute
+from apprentice.data.sources import Reader, Source, Split, resolve
+from apprentice.errors import DataError, RecipeError, RowError, did_you_mean
+from apprentice.recipe import Recipe
+from apprentice.storage import Folder
+from apprentice.tasks.schema import Example, Task
+from apprentice.tokenizer import Tokenizer
+
+CHUNK_ROWS = 8192  # that one Ray task looks at
+SAMPLE_ROWS = 128  # of each task, for its mean lengths
+SHOWN_REJECTS = 10
+
+
+@dataclass(frozen=True, eq=False)
+class TaskIndex:
+    """One task's usable rows, as ascending source row numbers (int64)."""
+
+    task: str
+    train_source: Source | None
+    test_source: Source | None
+    train: Numbers  # of train_source; held-out tasks have them too, for exemplars only
+    validation: Numbers  # of train_source, never trained on; empty for held-out tasks
+    test: Numbers  # of test_source
+    mean_tokens: float  # of a zero-shot training example, prompt, answer and end; 0 without training rows
+    mean_target_tokens: float  # of its answer and end
+    rejects: dict[str, int]  # reason → rows, both splits together
+
+
+_Sources = tuple[Source | None, Source | None]  # training and test rows
+_Job = tuple[Task, Source | None, float]  # with the share of rows that are for validation
+
+
+class _Reject(NamedTuple):
+    split: Split
+    row: int
+    reason: str
+    message: str
+
+
+class _Scan(NamedTuple):
+    """What a stretch of one source holds."""
+
+    kept: Numbers
+    validation: Numbers
+    rejects: list[_Reject]
+
+
+def held_out(tasks: Sequence[Task], hold_out: Sequence[str]) -> frozenset[str]:
+    """Names of the tasks that are held out by their own or their cluster's name. Raises `RecipeError` for an unknown name."""
+    known = {task.name for task in tasks} | {task.cluster for task in tasks}
+    for name in hold_out:
+        if name not in known:
+            raise RecipeError(
+                f"data.hold_out: {name!r} is neither a task nor a cluster of data.tasks.{did_you_mean(name, known)}"
+                " Add it to data.tasks too: what is held out is scored."
+            )
+    return frozenset(task.name for task in tasks if task.name in hold_out or task.cluster in hold_out)
+
+
+def freeze(
+    tasks: Sequence[Task],
+    recipe: Recipe,
+    folder: Folder,
+    cache: Folder,
+    tokenizer: Tokenizer,
+    *,
+    parallel: bool = True,
+) -> dict[str, TaskIndex]:
+    """The index of every task: what lies in `folder`, or made now and written there whole.
+
+    `parallel` scans with Ray, which must be up; otherwise in this process. Raises `DataError` for a source that cannot be
+    used (see `resolve`), that changed since it was frozen, or that has more unusable rows than `data.max_bad_rows`.
+    """
+    sources: dict[str, _Sources] = {
+        task.name: (
+            resolve(task, "train", root=recipe.data.root, cache=cache),
+            resolve(task, "test", root=recipe.data.root, cache=cache),
+        )
+        for task in tasks
+    }
+    indices = {task.name: _frozen(task, sources[task.name], folder) for task in tasks if _file(folder, task).exists()}
+    fresh = [task for task in tasks if task.name not in indices]
+    rejects = {}
+    for task, train, test in zip(fresh, *_scanned(fresh, sources, recipe, parallel=parallel), strict=True):
+        rejects[task.name] = [*train.rejects, *test.rejects]
+        _refuse_bad(task, rejects[task.name], sum(source.rows for source in sources[task.name] if source), recipe)
+        means = _mean_tokens(task, sources[task.name][0], train.kept, layout_of(recipe, tokenizer), recipe)
+        reasons = dict(Counter(reject.reason for reject in rejects[task.name]).most_common())
+        indices[task.name] = TaskIndex(
+            task.name, *sources[task.name], train.kept, train.validation, test.kept, *means, rejects=reasons
+        )
+    for task in fresh:  # all are good: now they are written
+        lines = [json.dumps({"task": task.name, **reject._asdict()}, ensure_ascii=False) for reject in rejects[task.name]]
+        (folder / f"{task.name}.rejects.jsonl").write_text("".join(f"{line}\n" for line in lines))
+        _file(folder, task).write_bytes(_packed(indices[task.name], task))
+    return {task.name: indices[task.name] for task in tasks}
+
+
+def load(folder: Folder, tasks: Sequence[Task]) -> dict[str, TaskIndex]:
+    """The indices that `freeze` wrote to `folder`. Raises `DataError` if one is not there."""
+    for task in tasks:
+        if not _file(folder, task).exists():
+            raise DataError(f"{_file(folder, task)} does not exist: the run has no index of task {task.name!r}; prepare it first.")
+    return {task.name: _unpacked(_file(folder, task).read_bytes())[0] for task in tasks}
+
+
+def _file(folder: Folder, task: Task) -> Folder:
+    return folder / f"{task.name}.npz"
+
+
+def _frozen(task: Task, sources: _Sources, folder: Folder) -> TaskIndex:
+    """The index in `folder`, with the sources where they lie now."""
+    file = _file(folder, task)
+    index, definition = _unpacked(file.read_bytes())
+    for split, old, new in zip(("train", "test"), (index.train_source, index.test_source), sources, strict=True):
+        if (old and old.fingerprint) != (new and new.fingerprint):
+            where = (new or old).files[0]  # type: ignore[union-attr]
+            raise DataError(
+                f"task {task.name!r}: the {split} rows ({where}) have changed since the run's index was frozen; put the old file"
+                " back, start over with --restart, or choose another `name`."
+            )
+    if definition != _definition(task):
+        raise DataError(
+            f"task {task.name!r}: its templates or answers have changed since the run's index was frozen ({file}); undo that,"
+            " start over with --restart, or choose another `name`."
+        )
+    return TaskIndex(**(vars(index) | {"train_source": sources[0], "test_source": sources[1]}))
+
+
+def _definition(task: Task) -> str:
+    """A hash of everything that shapes the task's examples."""
+    content = task.model_dump_json(exclude={"sources", "summary", "licence", "metrics"})
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def _packed(index: TaskIndex, task: Task) -> bytes:
+    rows = {name: getattr(index, name) for name in ("train", "validation", "test")}
+    meta = {name: value for name, value in vars(index).items() if name not in rows}
+    meta |= {name: asdict(meta[name]) if meta[name] else None for name in ("train_source", "test_source")}
+    text = json.dumps({"definition": _definition(task), **meta})
+    stream = io.BytesIO()
+    # Steps from row to row are nearly all 1, and so compress to nearly nothing.
+    steps = {name: np.diff(numbers, prepend=0) for name, numbers in rows.items()}
+    np.savez_compressed(stream, meta=np.array(text), **steps)
+    return stream.getvalue()
+
+
+def _unpacked(data: bytes) -> tuple[TaskIndex, str]:
+    """The index and the hash of the task's definition."""
+    with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+        meta: dict[str, Any] = json.loads(str(arrays["meta"]))
+        meta |= {name: np.cumsum(arrays[name], dtype=np.int64) for name in ("train", "validation", "test")}
+    definition = meta.pop("definition")
+    for name in ("train_source", "test_source"):
+        meta[name] = meta[name] and _source(meta[name])
+    return TaskIndex(**meta), definition
+
+
+def _source(content: dict[str, Any]) -> Source:
+    lists = {name: tuple(value) for name, value in content.items() if isinstance(value, list)}  # JSON knows no tuples
+    return Source(**(content | lists))
+
+
+def _scanned(
+    tasks: Sequence[Task], sources: Mapping[str, _Sources], recipe: Recipe, *, parallel: bool
+) -> tuple[list[_Scan], list[_Scan]]:
+    """The scans of the training and of the test rows of each task."""
+    held = held_out(tasks, recipe.data.hold_out)
+    jobs = []
+    for task in tasks:
+        train, test = sources[task.name]
+        jobs += [(task, train, 0.0 if task.name in held else recipe.data.validation), (task, test, 0.0)]
+    run = _in_ray if parallel and tasks else _in_this_process
+    scans = list(run(jobs))
+    return scans[::2], scans[1::2]
+
+
+def _in_this_process(jobs: Sequence[_Job]) -> Iterator[_Scan]:
+    for task, source, validation in jobs:
+        reader = Reader(source, 1) if source else None
+        yield _joined([_scan(task, reader, start, stop, validation) for start, stop in _stretches(source)])
+
+
+def _in_ray(jobs: Sequence[_Job]) -> Iterator[_Scan]:
+    import ray
+
+    scan = ray.remote(_scan)
+    pending = []
+    for task, source, validation in jobs:
+        reader = Reader(source, 1) if source else None
+        shared, at = ray.put(task), ray.put(reader)
+        pending.append([scan.remote(shared, at, start, stop, validation) for start, stop in _stretches(source)])
+    for references in pending:
+        try:
+            yield _joined(ray.get(references))
+        except ray.exceptions.RayTaskError as error:
+            raise (error.cause if isinstance(error.cause, DataError) else error) from None
+
+
+def _stretches(source: Source | None) -> list[tuple[int, int]]:
+    rows = source.rows if source else 0
+    return [(start, min(start + CHUNK_ROWS, rows)) for start in range(0, rows, CHUNK_ROWS)]
+
+
+def _scan(task: Task, reader: Reader | None, start: int, stop: int, validation: float) -> _Scan:
+    """Which of the rows [start, stop) are usable; a share `validation` of them, by their content, are for validation."""
+    kept, held_back, rejects = [], [], []
+    assert reader is not None, "without a source there are no stretches to scan"
+    for number, row in zip(range(start, stop), reader.rows(np.arange(start, stop)), strict=True):
+        failure = _failure(task, row)
+        if failure is not None:
+            rejects.append(_Reject(reader.source.split, number, failure.reason, str(failure)))
+        elif validation and _chance(row) < validation:
+            held_back.append(number)
+        else:
+            kept.append(number)
+    return _Scan(_numbers(kept), _numbers(held_back), rejects)
+
+
+def _failure(task: Task, row: Mapping[str, Any]) -> RowError | None:
+    """Why no template renders the row: what the first one says; None if one does."""
+    first: RowError | None = None
+    for template in task.templates:
+        try:
+            task.render(row, template)
+            return None
+        except RowError as error:
+            first = first or error
+            if error.reason in ("missing", "null"):
+                break  # of the row, whatever the template
+    return first
+
+
+def _chance(row: Mapping[str, Any]) -> float:
+    """A number in [0, 1) that depends on the row's content alone, so that equal rows are on the same side."""
+    content = json.dumps(row, sort_keys=True, ensure_ascii=False, default=str)
+    return int.from_bytes(hashlib.blake2b(content.encode(), digest_size=8).digest(), "little") / 2**64
+
+
+def _joined(scans: Sequence[_Scan]) -> _Scan:
+    return _Scan(
+        np.concatenate([_numbers([]), *(scan.kept for scan in scans)]),
+        np.concatenate([_numbers([]), *(scan.validation for scan in scans)]),
+        [reject for scan in scans for reject in scan.rejects],
+    )
+
+
+def _numbers(values: Sequence[int]) -> Numbers:
+    return np.array(values, dtype=np.int64)
+
+
+def _refuse_bad(task: Task, rejects: Sequence[_Reject], rows: int, recipe: Recipe) -> None:
+    allowed = recipe.data.max_bad_rows
+    if len(rejects) > allowed * rows:
+        shown = "; ".join(f"{reject.split} row {reject.row}: {reject.message}" for reject in rejects[:SHOWN_REJECTS])
+        raise DataError(
+            f"task {task.name!r}: {len(rejects)} of {rows} rows are unusable, more than data.max_bad_rows = {allowed:g} allows;"
+            f" mend the rows or the templates, or raise it. The first: {shown}"
+        )
+
+
+def _mean_tokens(task: Task, source: Source | None, kept: Numbers, layout: Layout, recipe: Recipe) -> tuple[float, float]:
+    """Mean length of a training example and of its trained-on part, over a seeded sample, in tokens."""
+    if source is None or not len(kept):
+        return 0.0, 0.0
+    pool = Pool(recipe.seed, task.name, kept)  # few row groups to read
+    places = np.arange(min(SAMPLE_ROWS, len(pool)))
+    rows = pool.rows[permute(places, len(pool), key_of(recipe.seed, task.name, "sample"))]
+    templates = task.scored_templates or task.templates
+    which = below(draw(key_of(recipe.seed, task.name, "sample templates"), places), len(templates))
+    examples = [_rendered(task, row, int(number)) for row, number in zip(Reader(source).rows(rows), which, strict=True)]
+    usable = [example for example in examples if example is not None]
+    if not usable:
+        return 0.0, 0.0
+    prompts = layout.encode_prompts([layout.prompt(example.instruction, example.input) for example in usable])
+    answers = [len(ids) + len(layout.end_ids) for ids in layout.encode_answers([example.target for example in usable])]
+    whole = [min(len(ids) + answer, recipe.data.max_length) for ids, answer in zip(prompts, answers, strict=True)]
+    return float(np.mean(whole)), float(np.mean(answers))
+
+
+def _rendered(task: Task, row: Mapping[str, Any], number: int) -> Example | None:
+    try:
+        return task.render(row, (task.scored_templates or task.templates)[number])
+    except RowError:
+        return None

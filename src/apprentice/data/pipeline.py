@@ -1,0 +1,108 @@
+"""The stream of packed rows through Ray Data: it begins where a checkpoint says and is the same on any cluster.
+
+    numbers of windows ─▶ actors that make whole windows ─▶ blocks of equally many rows ─▶ the training workers
+
+The last step is what makes a resume exact: Ray Train deals blocks out in turn, so with `global_batch / max_workers` rows a
+block every optimizer step is one contiguous stretch of rows, whatever the number of workers. Knows nothing of training.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import ceil
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+
+from apprentice.data.corpus import Corpus, estimate_steps, make_corpus
+from apprentice.data.pack import Rows
+from apprentice.data.window import WindowRenderer
+
+if TYPE_CHECKING:
+    import ray
+    import ray.data
+
+__all__ = ["Corpus", "Start", "estimate_steps", "make_corpus", "render_window", "train_stream", "validation_rows"]
+
+MAX_BLOCKS = 1024  # of window numbers, while windows are few: Ray makes an object for each before the first is rendered
+WINDOWS_PER_BLOCK = 32  # at most: an actor works through a block, and what it is ahead of its turn waits in memory
+SPARE_WINDOWS = 64  # a stream has four times the windows that the run is estimated to need, and these
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a stream begins: the first row that was not yet trained on."""
+
+    window: int = 0
+    row: int = 0
+
+
+def render_window(corpus: Corpus | WindowRenderer, window: int) -> Rows:
+    """The packed rows of one window (columns: see `apprentice.data.window`), in this process."""
+    return (corpus if isinstance(corpus, WindowRenderer) else WindowRenderer(corpus)).window(window)
+
+
+def validation_rows(corpus: Corpus, limit_rows: int) -> Rows:
+    """At most `limit_rows` packed rows of validation examples, the same on every worker; no rows if there are no such examples."""
+    return WindowRenderer(corpus).validation(limit_rows)
+
+
+def train_stream(corpus: Corpus, start: Start = Start(), windows: int | None = None, concurrency: int = 1) -> ray.data.Dataset:
+    """The rows from `start` on, in order, `global_batch / max_workers` of them in a block; one row is one packed row.
+
+    `windows` bounds how many windows are read; by default so many that the stream outlasts the run. `concurrency` is the
+    number of actors, one CPU each. Ray must be up.
+    """
+    import ray.data  # here, because it takes seconds, and windows are made without it too
+
+    if windows is None:
+        estimate = estimate_steps(corpus)
+        needed = ceil(estimate["steps"] * corpus.recipe.training.global_batch / estimate["rows_per_window"])
+        windows = 4 * max(1, needed - start.window) + SPARE_WINDOWS
+    per_block = min(WINDOWS_PER_BLOCK, ceil(windows / MAX_BLOCKS))
+    numbers = ray.data.range(windows, concurrency=1, override_num_blocks=ceil(windows / per_block))
+    numbers.context.enable_progress_bars = False
+    numbers.context.execution_options.preserve_order = True
+    training = corpus.recipe.training
+    rows = numbers.map_batches(
+        _WindowActor,
+        fn_constructor_args=(ray.put(corpus), start),
+        batch_size=1,
+        compute=ray.data.ActorPoolStrategy(size=concurrency),
+        num_cpus=1,
+    )
+    unit = training.global_batch // training.max_workers
+    stream: ray.data.Dataset = rows.repartition(target_num_rows_per_block=unit, strict=True)
+    return stream
+
+
+class _WindowActor:
+    """One of the processes that make windows."""
+
+    def __init__(self, corpus: ray.ObjectRef[Corpus], start: Start) -> None:
+        import ray
+
+        # One thread each: the actors share the cores among themselves. Read when the tokenizer first encodes a batch.
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        self._renderer = WindowRenderer(ray.get(corpus))
+        self._start = start
+
+    def __call__(self, batch: Mapping[str, Any]) -> pa.Table:
+        window = self._start.window + int(batch["id"][0])
+        rows = self._renderer.window(window)
+        first = self._start.row if window == self._start.window else 0
+        return _table({name: column[first:] for name, column in rows.items()})
+
+
+def _table(rows: Rows) -> pa.Table:
+    """As Arrow columns: tables as fixed-shape tensors, one array a row as lists."""
+    return pa.table({name: _column(values) for name, values in rows.items()})
+
+
+def _column(values: Any) -> pa.Array:
+    if values.ndim == 2:
+        return pa.FixedShapeTensorArray.from_numpy_ndarray(np.ascontiguousarray(values))
+    return pa.array(list(values)) if values.dtype == object else pa.array(values)

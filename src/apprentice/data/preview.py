@@ -1,0 +1,115 @@
+"""Examples of the plan for a person to read: the exact text that the model gets, with what is trained on marked.
+
+Knows nothing of packing or training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+from apprentice.data.corpus import Corpus
+from apprentice.data.plan import Draw
+from apprentice.data.render import Renderer
+from apprentice.data.tokenize import Tokenized, encode
+from apprentice.errors import RowError
+
+if TYPE_CHECKING:
+    from rich.text import Text
+
+OPEN, CLOSE = "⟦", "⟧"  # around what is trained on, where colours are not seen
+_STYLE = (
+    "body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222;background:#fff}"
+    "pre{white-space:pre-wrap;overflow-wrap:anywhere;background:#f5f5f5;padding:1rem;border-radius:.4rem}"
+    "mark{background:#bfe8c5;color:inherit;border-radius:.2rem}h2{font-size:1rem;margin:2rem 0 .2rem}small{color:#555}"
+)
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One example; `prompt` and `trained` are decoded from token ids, so they are what the model sees, special tokens included."""
+
+    position: int  # in the plan
+    task: str
+    template: str
+    format: str
+    row: int  # number in the task's training source
+    exemplars: int
+    prompt: str
+    trained: str
+    tokens: int
+    target_tokens: int
+    truncated: str  # what was cut, or empty
+
+    @property
+    def heading(self) -> str:
+        return f"{self.position}: {self.task} · {self.template} · {self.format.replace('_', '-')}"
+
+    @property
+    def facts(self) -> str:
+        """One line on where it comes from and how long it is."""
+        shots = f", {self.exemplars} exemplars" if self.exemplars else ""
+        cut = f", {self.truncated.replace('_', ' ')}" if self.truncated else ""
+        return f"row {self.row}{shots}, {self.tokens} tokens, {self.target_tokens} of them trained on{cut}"
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def preview(corpus: Corpus, number: int) -> list[Shown]:
+    """The first `number` usable examples of the plan; fewer if more than nine in ten are dropped."""
+    renderer, found = Renderer(corpus.tasks, corpus.indices), list[Shown]()
+    for start in range(0, 10 * number, number):
+        draws = corpus.plan.draws(start, start + number)
+        rendered = zip(draws, renderer.of_draws(draws), strict=True)
+        usable = [(draw, item) for draw, item in rendered if not isinstance(item, RowError)]
+        tokenized = encode(corpus.layout, [item for _, item in usable], corpus.recipe.data.max_length)
+        found += [_shown(corpus, draw, tokens) for (draw, _), tokens in zip(usable, tokenized, strict=True) if tokens is not None]
+        if len(found) >= number:
+            break
+    return found[:number]
+
+
+def to_text(shown: Sequence[Shown]) -> Text:
+    """For a terminal: what is trained on in green and between ⟦ and ⟧."""
+    from rich.text import Text
+
+    text = Text()
+    for item in shown:
+        text.append(f"{item.heading}\n", "bold").append(f"{item.facts}\n", "dim").append(item.prompt)
+        text.append(f"{OPEN}{item.trained}{CLOSE}", "green").append("\n\n")
+    return text
+
+
+def to_html(shown: Sequence[Shown]) -> str:
+    """A page of its own, needing nothing else."""
+    articles = (
+        f"<h2>{escape(item.heading)}</h2><small>{escape(item.facts)}</small>"
+        f"<pre>{escape(item.prompt)}<mark>{escape(item.trained)}</mark></pre>"
+        for item in shown
+    )
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Examples</title>'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<style>{_STYLE}</style></head><body><h1>Examples</h1>"
+        f"<p><mark>Marked</mark> tokens are trained on.</p>{''.join(articles)}</body></html>\n"
+    )
+
+
+def _shown(corpus: Corpus, draw: Draw, tokens: Tokenized) -> Shown:
+    decode = corpus.layout.tokenizer.decode
+    return Shown(
+        position=draw.position,
+        task=draw.task,
+        template=draw.template,
+        format=draw.format,
+        row=draw.row,
+        exemplars=tokens.exemplars_used,
+        prompt=decode(tokens.ids[: tokens.prompt_length], skip_special=False),
+        trained=decode(tokens.ids[tokens.prompt_length :], skip_special=False),
+        tokens=len(tokens.ids),
+        target_tokens=len(tokens.ids) - tokens.prompt_length,
+        truncated=tokens.truncated or "",
+    )

@@ -1,0 +1,167 @@
+"""A window of the plan to packed rows: rendered, tokenised and packed together, and independent of every other window.
+
+The columns of packed rows, all NumPy arrays with one entry a row:
+
+    input_ids        int32 (length,)    padded with the tokenizer's padding id
+    positions        int32 (length,)    restarting at 0 with every example and with the padding
+    segment_ids      int32 (length,)    1, 2, … and 0 for padding
+    loss_mask        uint8 (length,)    1 on the tokens that are trained on: answer and end
+    window, row      int64, int32       where the row stands in the stream
+    examples         int64 (any,)       the plan's positions of its examples, in row order
+    example_tasks    int32 (any,)       their tasks' numbers in `Corpus.tasks`
+    example_targets  int32 (any,)       their tokens that are trained on
+    dropped          str                on row 0 of a window, JSON: task → reason → how many were dropped or cut; else empty
+
+Knows nothing of Ray: the same function serves Ray's actors, a plain process and the benchmarks.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain, count
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from apprentice.data.corpus import Corpus
+from apprentice.data.layout import Exemplar
+from apprentice.data.pack import Rows, build_rows, pack
+from apprentice.data.permutation import below, draw, key_of, permute
+from apprentice.data.plan import Draw
+from apprentice.data.render import Rendered, Renderer
+from apprentice.data.tokenize import TOO_LONG, Tokenized, encode
+from apprentice.errors import RowError
+from apprentice.tasks.schema import Example
+
+
+class _Item(NamedTuple):
+    """One example on its way into a row."""
+
+    number: int  # position in the plan, or the source's row number for validation
+    task: int  # number in `Corpus.tasks`
+    tokens: Tokenized
+
+
+class WindowRenderer:
+    """Makes packed rows. Holds open files and cached row groups, nothing that a result depends on."""
+
+    def __init__(self, corpus: Corpus) -> None:
+        self.corpus = corpus
+        self._renderer = Renderer(corpus.tasks, corpus.indices)
+        self._task_number = {task.name: number for number, task in enumerate(corpus.tasks)}
+
+    def window(self, window: int) -> Rows:
+        """The packed rows of one window, in an order keyed by (seed, window); none if all its examples were dropped.
+
+        Raises `DataError` if a source cannot be read.
+        """
+        recipe = self.corpus.recipe
+        draws = self.corpus.plan.draws(window * recipe.data.window, (window + 1) * recipe.data.window)
+        labels = [(draw.position, draw.task) for draw in draws]
+        items, counts = self._items(labels, self._renderer.of_draws(draws))
+        rows = _packed(self.corpus, items)
+        # Best fit puts the longest examples into the first rows; training must not see lengths in waves.
+        order = permute(np.arange(len(rows)), max(len(rows), 1), key_of(recipe.seed, "rows", window))
+        return self._columns(items, [rows[number] for number in order], window, counts)
+
+    def validation(self, limit_rows: int) -> Rows:
+        """At most `limit_rows` packed rows of zero-shot validation examples, in the mixture's proportions while they last.
+
+        Their `examples` are source row numbers.
+        """
+        items: list[_Item] = []
+        room = limit_rows * self.corpus.row_length
+        for draws in _validation_draws(self.corpus):
+            labels = [(draw.row, draw.task) for draw in draws]
+            found, _ = self._items(labels, self._renderer.of_draws(draws))
+            ends = np.cumsum([len(item.tokens.ids) for item in found])
+            items += found[: int(np.searchsorted(ends, room, side="right"))]
+            room -= int(ends[-1]) if found else 0
+            if room <= 0:
+                break
+        rows = _packed(self.corpus, items)
+        while len(rows) > limit_rows:  # no packing is perfect
+            del items[-max(1, len(items) // 50) :]
+            rows = _packed(self.corpus, items)
+        return self._columns(items, rows, 0, {})
+
+    def _items(
+        self, labels: Sequence[tuple[int, str]], rendered: Sequence[Rendered | RowError]
+    ) -> tuple[list[_Item], dict[str, Counter[str]]]:
+        """The usable examples, and what was dropped or cut; a label is (number, task)."""
+        counts: dict[str, Counter[str]] = {}
+        kept: list[tuple[int, str]] = []
+        given: list[tuple[Example, Sequence[Exemplar]]] = []
+        for label, found in zip(labels, rendered, strict=True):
+            if isinstance(found, RowError):
+                counts.setdefault(label[1], Counter())[found.reason] += 1
+            else:
+                kept.append(label)
+                given.append(found)
+        items: list[_Item] = []
+        tokenized = encode(self.corpus.layout, given, self.corpus.recipe.data.max_length)
+        for (number, task), tokens in zip(kept, tokenized, strict=True):
+            if tokens is not None:
+                items.append(_Item(number, self._task_number[task], tokens))
+            if reason := TOO_LONG if tokens is None else tokens.truncated:
+                counts.setdefault(task, Counter())[reason] += 1
+        return items, counts
+
+    def _columns(self, items: Sequence[_Item], rows: Sequence[Sequence[int]], window: int, counts: dict[str, Counter[str]]) -> Rows:
+        lengths = _numbers(len(item.tokens.ids) for item in items)
+        prompts = _numbers(item.tokens.prompt_length for item in items)
+        ids = np.fromiter(chain.from_iterable(item.tokens.ids for item in items), np.int32, int(lengths.sum()))
+        columns = build_rows(ids, lengths, prompts, rows, self.corpus.row_length, self.corpus.layout.tokenizer.pad_id)
+        order = _numbers(chain.from_iterable(rows))
+        per_example: dict[str, NDArray[Any]] = {
+            "examples": _numbers(item.number for item in items)[order],
+            "example_tasks": _numbers(item.task for item in items)[order].astype(np.int32),
+            "example_targets": (lengths - prompts)[order].astype(np.int32),
+        }
+        ends = np.cumsum([len(row) for row in rows], dtype=np.int64)
+        columns |= {name: _ragged(np.split(values, ends[:-1]) if rows else []) for name, values in per_example.items()}
+        columns["window"] = np.full(len(rows), window, np.int64)
+        columns["row"] = np.arange(len(rows), dtype=np.int32)
+        columns["dropped"] = np.full(len(rows), "", object)
+        if counts and rows:
+            columns["dropped"][0] = json.dumps({task: dict(counts[task]) for task in sorted(counts)})
+        return columns
+
+
+def _packed(corpus: Corpus, items: Sequence[_Item]) -> list[list[int]]:
+    return pack([len(item.tokens.ids) for item in items], corpus.row_length, corpus.recipe.data.packing.strategy)
+
+
+def _validation_draws(corpus: Corpus) -> Iterator[list[Draw]]:
+    """Validation rows in stretches: the next one of the task whose turn it is in the plan, in a keyed order and wording."""
+    seed, size = corpus.recipe.seed, corpus.recipe.data.window
+    waiting: dict[str, Iterator[Draw]] = {}
+    for task in corpus.tasks:
+        rows = corpus.indices[task.name].validation
+        templates = task.scored_templates or task.templates
+        order = rows[permute(np.arange(len(rows)), max(len(rows), 1), key_of(seed, task.name, "validation"))]
+        which = below(draw(key_of(seed, task.name, "validation templates"), order), len(templates))
+        waiting[task.name] = iter(
+            Draw(0, task.name, "zero_shot", templates[number].name, row, (), 0)
+            for number, row in zip(which.tolist(), order.tolist(), strict=True)
+        )
+    for window in count():
+        turns = corpus.plan.draws(window * size, (window + 1) * size)
+        found = [drawn for turn in turns if (drawn := next(waiting[turn.task], None)) is not None]
+        if not found:
+            return
+        yield found
+
+
+def _numbers(values: Iterable[int]) -> NDArray[np.int64]:
+    return np.fromiter(values, np.int64)
+
+
+def _ragged(parts: Sequence[NDArray[Any]]) -> NDArray[Any]:
+    """One array a row; NumPy would make a table of them where all are equally long."""
+    column = np.empty(len(parts), object)
+    column[:] = parts
+    return column

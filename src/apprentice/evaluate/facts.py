@@ -1,0 +1,47 @@
+"""What a report says besides the predictions: recipe, settings, versions, and what each task is."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Collection, Mapping, Sequence
+from importlib.metadata import version
+from typing import Any
+
+from apprentice import __version__
+from apprentice.recipe import Recipe
+from apprentice.tasks.schema import Task
+
+PACKAGES = ("torch", "transformers", "ray", "sacrebleu", "rouge-score")
+
+
+def facts_for(
+    recipe: Recipe,
+    tasks: Sequence[Task],
+    held_out: Collection[str],
+    majorities: Mapping[str, dict[str, Any] | None],
+    started: float,
+) -> dict[str, Any]:
+    """Facts about the tasks in `majorities` (those scored) and about this evaluation, begun at `started` (seconds since 1970)."""
+    return {
+        "version": 1,
+        "name": recipe.name,
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
+        "seconds": round(time.time() - started, 1),
+        "seed": recipe.seed,
+        "versions": {"apprentice": __version__, "python": platform.python_version()} | {name: version(name) for name in PACKAGES},
+        "recipe": recipe.model_dump(mode="json"),
+        "settings": recipe.evaluation.model_dump(mode="json"),
+        "tasks": {
+            task.name: {
+                "cluster": task.cluster,
+                "summary": task.summary,
+                "kind": "ranked" if task.is_ranked else "generated",
+                "metrics": list(task.metrics),
+                "held_out": task.name in held_out,
+                "majority": majorities[task.name],
+            }
+            for task in tasks
+            if task.name in majorities
+        },
+    }

@@ -1,0 +1,118 @@
+"""The report's pictures as SVG text: scores per wording, training curve, mixture. Knows only the report's numbers."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+
+INK, MUTED, GRID = "#1f2933", "#7b8794", "#e4e7eb"
+COLOURS = ("#9aa5b1", "#0f609b", "#c05621", "#2f855a", "#6b46c1", "#b83280")  # the first is what others are compared with
+STYLE: Any = {"font.family": "sans-serif", "font.size": 9.0, "svg.fonttype": "none", "svg.hashsalt": "apprentice"}
+
+
+@matplotlib.rc_context(STYLE)
+def wording_dots(report: Mapping[str, Any]) -> str:
+    """One line per task, one lane per subject without exemplars, one dot per wording, a bar at the mean; held-out tasks first."""
+    least = min(column["shots"] for column in report["columns"][1:])
+    lanes = [column for column in report["columns"][1:] if column["shots"] == least]
+    tasks = [task for task in report["tasks"] if any(_scored(task, lane["key"]) for lane in lanes)]
+    figure = _figure(7.6, 0.75 + _lines_height(len(tasks), len(lanes)))
+    axes = figure.subplots()
+    step = 0.26
+    for line, task in enumerate(tasks):
+        if line and task["held_out"] != tasks[line - 1]["held_out"]:
+            axes.axhline(line - 0.5, color=MUTED, linewidth=0.8)
+        for number, lane in enumerate(lanes):
+            if not (cell := _scored(task, lane["key"])):
+                continue
+            height = line + (number - (len(lanes) - 1) / 2) * step
+            scores = [wording["score"] for wording in cell["wordings"].values()]
+            colour = COLOURS[number % len(COLOURS)]
+            axes.plot(scores, [height] * len(scores), "o", color=colour, alpha=0.6, markersize=4.5, markeredgewidth=0)
+            axes.plot([cell["score"]] * 2, [height - 0.12, height + 0.12], color=colour, linewidth=2.2)
+        baseline = _scored(task, report["columns"][0]["key"])
+        if baseline:
+            axes.plot([baseline["score"]] * 2, [line - 0.4, line + 0.4], ":", color=MUTED, linewidth=1.1)
+    axes.set_yticks(range(len(tasks)), [f"{task['task']}{'  (held out)' if task['held_out'] else ''}" for task in tasks])
+    axes.set_ylim(len(tasks) - 0.5, -0.5)
+    axes.set_xlim(-2, 102)
+    axes.set_xlabel("score")
+    for number, lane in enumerate(lanes):
+        axes.plot([], [], "o", color=COLOURS[number % len(COLOURS)], label=lane["title"], markersize=5)
+    axes.plot([], [], ":", color=MUTED, label="majority answer")
+    figure.legend(loc="outside upper center", ncols=len(lanes) + 1, frameon=False)
+    axes.grid(axis="x", color=GRID)
+    return _svg(figure, axes)
+
+
+def _lines_height(tasks: int, lanes: int) -> float:
+    """Inches for so many lines of so many lanes."""
+    return max(1.0, tasks * (0.2 + 0.14 * lanes))
+
+
+@matplotlib.rc_context(STYLE)
+def training_curve(history: Sequence[Mapping[str, Any]]) -> str:
+    """Loss per optimizer step, and validation loss where it was measured."""
+    figure = _figure(7.6, 2.6)
+    axes = figure.subplots()
+    last = {step["step"]: step for step in history}  # a step that was made again after a restart counts once
+    axes.plot(list(last), [step["loss"] for step in last.values()], color=COLOURS[1], linewidth=1.4, label="training loss")
+    measured = {number: step["validation_loss"] for number, step in last.items() if step.get("validation_loss") is not None}
+    if measured:
+        axes.plot(
+            list(measured), list(measured.values()), "o-", color=COLOURS[2], linewidth=1.2, markersize=4, label="validation loss"
+        )
+        axes.legend(frameon=False)
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss per target token")
+    axes.grid(axis="y", color=GRID)
+    return _svg(figure, axes)
+
+
+@matplotlib.rc_context(STYLE)
+def mixture_bars(ledger: Mapping[str, Any]) -> str:
+    """Requested share of each task beside what was drawn, in examples and in target tokens."""
+    tasks = ledger["tasks"]
+    names = sorted(tasks, key=lambda name: -tasks[name]["requested_share"])
+    figure = _figure(7.6, 0.8 + 0.3 * max(2, len(names)))
+    axes = figure.subplots()
+    kinds = (("requested_share", GRID, 0.8), ("share_of_examples", COLOURS[1], 0.44), ("share_of_target_tokens", COLOURS[2], 0.16))
+    for key, colour, height in kinds:
+        values = [100 * tasks[name][key] for name in names]
+        axes.barh(range(len(names)), values, height=height, color=colour, label=key.replace("_", " "))
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.set_xlabel("share of training, %")
+    figure.legend(loc="outside upper center", ncols=len(kinds), frameon=False)
+    axes.grid(axis="x", color=GRID)
+    return _svg(figure, axes)
+
+
+def _scored(task: Mapping[str, Any], key: str) -> Mapping[str, Any] | None:
+    cell = task["columns"].get(key)
+    return cell if cell and cell["score"] is not None else None
+
+
+def _figure(width: float, height: float) -> Figure:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasSVG(figure)  # no pyplot: nothing global, no window system
+    return figure
+
+
+def _svg(figure: Figure, axes: Any) -> str:
+    """The figure as an `<svg>` element; the same numbers give the same text."""
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=INK, length=0)
+    axes.xaxis.label.set_color(MUTED)
+    axes.yaxis.label.set_color(MUTED)
+    for side in axes.spines.values():
+        side.set_color(GRID)
+    text = io.StringIO()
+    figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
+    whole = text.getvalue()
+    return whole[whole.index("<svg") :]

@@ -1,0 +1,197 @@
+"""The report's numbers as files: report.json for programs, report.md for a pull request, report.html for reading.
+
+Knows nothing of how the numbers came about; the same numbers give the same files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from typing import Any
+
+import jinja2
+
+from apprentice.evaluate.metrics import METRICS
+from apprentice.evaluate.plots import mixture_bars, training_curve, wording_dots
+from apprentice.storage import Folder
+
+NOTES = (
+    "Scores are 0 to 100 by the task's first metric: the mean over rows and their wordings (BLEU: of the whole corpus).",
+    "Intervals are 95% by paired bootstrap over rows; the wordings of a row stay together. Pools count every task the same.",
+    "Worst wording and spread (distance between the quartiles of the wordings' scores) hold sampling noise besides the effect"
+    " of wording, since each wording met only a part of the rows.",
+    "The majority answer is the most frequent one in training; generated tasks without a frequent answer have none.",
+    "Exemplars come from the task's training rows, for held-out tasks too, and are the same for every model.",
+)
+
+
+def write_report(
+    report: Mapping[str, Any], out: Folder, *, history: Sequence[Mapping[str, Any]] = (), ledger: Mapping[str, Any] | None = None
+) -> None:
+    """Writes report.json, report.md and report.html. `history` are a run's training steps, `ledger` its mixture."""
+    (out / "report.json").write_json(report)
+    (out / "report.md").write_text(markdown(report))
+    (out / "report.html").write_text(html(report, history=history, ledger=ledger))
+
+
+def markdown(report: Mapping[str, Any]) -> str:
+    """The report as GitHub Markdown."""
+    lines = [
+        f"## Evaluation of {report['name']}",
+        "",
+        *[f"- {sentence}" for sentence in report["headline"] or [report["summary"]["sentence"]]],
+        "",
+    ]
+    lines += _rows(*task_table(report))
+    lines += [
+        "",
+        "### By kind of task",
+        "",
+        *_rows(*pool_table(report)),
+        "",
+        "### Wordings",
+        "",
+        *_rows(*wording_table(report)),
+        "",
+    ]
+    lines += [f"- {remark}" for remark in remarks(report)]
+    lines += ["", *[f"<sub>{note}</sub><br>" for note in NOTES], "", f"<sub>{settings(report)}</sub>", ""]
+    return "\n".join(lines)
+
+
+def html(report: Mapping[str, Any], *, history: Sequence[Mapping[str, Any]] = (), ledger: Mapping[str, Any] | None = None) -> str:
+    """The report as one page that needs nothing else."""
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+    template = environment.from_string((files("apprentice.evaluate") / "report.html.jinja").read_text(encoding="utf-8"))
+    pictures = [("Every wording", wording_dots(report), "One dot per wording, a bar at the mean, dotted: the majority answer.")]
+    if history:
+        pictures.append(("Training", training_curve(history), "Loss per optimizer step."))
+    if ledger and ledger.get("tasks"):
+        pictures.append(("Mixture", mixture_bars(ledger), "What each task was meant to have, and what it got."))
+    tables = [
+        ("Tasks", *task_table(report)),
+        ("By kind of task", *pool_table(report)),
+        ("Wordings", *wording_table(report)),
+    ]
+    return template.render(
+        report=report,
+        titles={column["key"]: column["title"] for column in report["columns"]},
+        tables=tables,
+        pictures=pictures,
+        remarks=remarks(report),
+        notes=NOTES,
+        settings=settings(report),
+    )
+
+
+Table = tuple[list[str], list[list[str]]]
+
+
+def task_table(report: Mapping[str, Any]) -> Table:
+    """Header and rows: one line per task, held-out first, one column per subject, differences with their interval."""
+    columns, compared = report["columns"], [column for column in report["columns"] if column["against"]]
+    header = [
+        "task",
+        "metric",
+        *[column["title"] for column in columns],
+        *[_difference_title(report, column) for column in compared],
+    ]
+    rows = []
+    for task in report["tasks"]:
+        name = f"{task['task']} (held out)" if task["held_out"] else task["task"]
+        scores = [_number(task["columns"].get(column["key"], {}).get("score")) for column in columns]
+        differences = [_with_interval(task["differences"].get(column["key"])) for column in compared]
+        rows.append([name, METRICS[task["metric"]].title, *scores, *differences])
+    return header, rows
+
+
+def pool_table(report: Mapping[str, Any]) -> Table:
+    """The same for the pools: held out or trained on, ranked or generated."""
+    columns, compared = report["columns"], [column for column in report["columns"] if column["against"]]
+    header = [
+        "kind",
+        "tasks",
+        *[column["title"] for column in columns],
+        *[_difference_title(report, column) for column in compared],
+    ]
+    rows = []
+    for pool in report["pools"]:
+        cells = []
+        for column in columns:
+            found = pool["columns"].get(column["key"])
+            # A mean over fewer tasks than the line has cannot be compared with its neighbours unsaid.
+            few = f" ({found['tasks']} tasks)" if found and found["tasks"] < pool["tasks"] else ""
+            cells.append(_number(found and found["mean"]) + few)
+        differences = [_with_interval(pool["differences"].get(column["key"])) for column in compared]
+        rows.append(
+            [f"{'held out' if pool['held_out'] else 'trained on'}, {pool['kind']}", str(pool["tasks"]), *cells, *differences]
+        )
+    return header, rows
+
+
+def wording_table(report: Mapping[str, Any]) -> Table:
+    """Worst wording and spread of every subject, `worst / spread`, one line per task."""
+    columns = report["columns"][1:]
+    rows = []
+    for task in report["tasks"]:
+        found = [task["columns"].get(column["key"], {}) for column in columns]
+        cells = [
+            f"{_number(cell['worst'])} / {_number(cell['spread'])}" if cell.get("score") is not None else "–" for cell in found
+        ]
+        count = max((len(cell.get("wordings", {})) for cell in found), default=0)
+        rows.append([task["task"], str(count), *cells])
+    return ["task", "wordings", *[f"{column['title']}: worst / spread" for column in columns]], rows
+
+
+def remarks(report: Mapping[str, Any]) -> list[str]:
+    """What a reader must know besides the scores: cut and dropped questions, exemplars left out, tasks not scored."""
+    found = []
+    for column in report["columns"][1:]:
+        cells = [(task["task"], task["columns"][column["key"]]) for task in report["tasks"] if column["key"] in task["columns"]]
+        total = sum(cell["questions"] for _, cell in cells)
+        for what, key in (("prompts were cut to fit", "truncated"), ("questions could not be asked", "dropped")):
+            counts = {name: sum(cell[key].values()) for name, cell in cells if cell[key]}
+            if counts:
+                where = ", ".join(f"{name} {count}" for name, count in sorted(counts.items(), key=lambda item: -item[1]))
+                found.append(f"{column['title']}: {sum(counts.values())} of {total} {what} ({where}).")
+        if column["shots"]:
+            fitted = [(name, cell["exemplars"]) for name, cell in cells if cell["score"] is not None]
+            few = [f"{name} {count:.1f}" for name, count in fitted if count < column["shots"] - 0.05]
+            if few:
+                found.append(f"{column['title']}: on average fewer exemplars fitted into the prompt: {', '.join(few)}.")
+    return found + [f"{item['task']}: {item['reason']}." for item in report["not_scored"]]
+
+
+def settings(report: Mapping[str, Any]) -> str:
+    """How to make the report again, in one line."""
+    asked = report["settings"]
+    subjects = "; ".join(f"{subject['name']} = {subject['folder']} ({subject['layout']} layout)" for subject in report["subjects"])
+    versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
+    return (
+        f"{asked['max_examples']} test rows per task at most, {asked['templates_per_row']} wordings of each, seed {report['seed']},"
+        f" replies of at most {asked['max_new_tokens']} tokens, {report['resamples']} resamples; {subjects}; {versions};"
+        f" {report['created']}, {report['seconds']:.0f} s."
+    )
+
+
+def _difference_title(report: Mapping[str, Any], column: Mapping[str, Any]) -> str:
+    titles = {other["key"]: other["title"] for other in report["columns"]}
+    return f"{column['title']} − {titles[column['against']]}"
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1f}"
+
+
+def _with_interval(difference: Mapping[str, Any] | None) -> str:
+    if difference is None:
+        return "–"
+    low, high = difference["interval"]
+    return f"{difference['mean']:+.1f} ({low:+.1f} to {high:+.1f})"
+
+
+def _rows(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """A Markdown table; all but the first column to the right."""
+    cells = [[cell.replace("|", "\\|") for cell in row] for row in (header, *rows)]
+    lines = [f"| {' | '.join(row)} |" for row in cells]
+    return [lines[0], "|---" + "|---:" * (len(header) - 1) + "|", *lines[1:]]

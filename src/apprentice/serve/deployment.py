@@ -1,0 +1,298 @@
+"""The endpoint on Ray Serve: checks that come first, the replicas, start and stop.
+
+One deployment only: routes and engine live in the same process of a replica, the engine in a thread of its own. A token then goes
+from the model to the socket through one hop, Serve's proxy, and a client that leaves is noticed where its request is decoded.
+Each replica admits `max_running` requests and lets `max_queued_requests` wait; further ones get status 429.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import logging
+import socket
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import ray
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from ray import serve
+from ray.serve.config import HTTPOptions
+from ray.serve.schema import ApplicationStatus, LoggingConfig
+
+from apprentice.artifacts import PromptContract, read_contract
+from apprentice.data.contract import layout_beside
+from apprentice.errors import ResourcesError, ServingError
+from apprentice.recipe import Replicas, Serving
+from apprentice.serve.ingress import build_app
+
+APP_NAME = "apprentice"
+_ROOM_FOR_SMALL = 16  # requests besides replies that a replica takes at once: health, gauges, the page
+_LOGGING = LoggingConfig(log_level="WARNING", enable_access_log=False)
+_CONTROLLER = "SERVE_CONTROLLER_ACTOR"
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """A running endpoint; `url` has no slash at its end. Use it as a context manager, or call `stop()`."""
+
+    url: str
+    model_name: str
+    _stopped: list[bool] = field(default_factory=list, repr=False)
+
+    def stop(self) -> None:
+        """Ends replicas and proxy and frees the port. A second call does nothing."""
+        if not self._stopped:
+            self._stopped.append(True)
+            with _quiet():
+                _shut_down()
+
+    def __enter__(self) -> Endpoint:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+
+def check(folder: Path, serving: Serving, contract: PromptContract | None = None) -> None:
+    """Everything that can be known before anything starts. Needs no Ray.
+
+    Raises `ContractError` (no contract, or one that cannot be reproduced) or `ServingError` (host, port).
+    """
+    if not _is_loopback(serving.host):
+        raise ServingError(
+            f"serving.host {serving.host!r} is not this machine alone, and there are no keys yet that would guard the endpoint;"
+            " use 127.0.0.1."
+        )
+    layout_beside(folder, contract)
+    if serving.port:
+        _bind(serving.host, serving.port)
+
+
+def start(
+    folder: Path,
+    serving: Serving,
+    *,
+    model_name: str,
+    contract: PromptContract | None = None,
+    dtype: str = "auto",
+    cpus: int | None = None,
+    timeout_s: float = 600.0,
+) -> Endpoint:
+    """Serves the model in `folder` inside the Ray that the caller has started, and returns once it answers.
+
+    Port 0 takes a free one. Each replica reserves `cpus` CPUs and decodes with them (None: all of the largest node, shared
+    among the most replicas), and a GPU where there are any. Raises as `check` does, before anything starts; `ResourcesError`
+    where the cluster has no CPU (or GPU) left for the replicas; `ServingError` where they do not come up within `timeout_s`
+    seconds. Nothing is left running then.
+    """
+    check(folder, serving, contract)
+    if _serve_is_running():
+        raise ServingError("this Ray cluster serves something already; stop that endpoint first, or use another cluster.")
+    port = serving.port or _bind(serving.host, 0)
+    resources = _replica_resources(serving, cpus)
+    _wait_for_resources(resources, serving.replicas.min)
+    endpoint = Endpoint(f"http://{_in_url(serving.host)}:{port}", model_name)
+    try:
+        with _quiet():
+            serve.start(proxy_location="HeadOnly", http_options=HTTPOptions(host=serving.host, port=port), logging_config=_LOGGING)
+            application = _application(folder, model_name, serving, contract, dtype, resources)
+            serve.run_many(
+                [serve.RunTarget(application, name=APP_NAME, logging_config=_LOGGING)], wait_for_applications_running=False
+            )
+        _wait_until_running(timeout_s)
+    except BaseException:
+        endpoint.stop()
+        raise
+    return endpoint
+
+
+class AppArguments(BaseModel):
+    """The `args` of an application in a Serve config file; host and port are the file's `http_options`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    model: str = Field(description="Model folder that every node reaches: a run's `model/`.")
+    name: str = Field("", description="The name clients use; empty: the run's or the folder's.")
+    contract: str = Field("", description="Folder whose apprentice.json holds for a bare model.")
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    replicas: Replicas = Replicas()
+    max_running: int = Field(32, ge=1)
+    max_queued_requests: int = Field(64, ge=1)
+    context: int = Field(2048, ge=1)
+    cpus: float = Field(1.0, gt=0.0, description="CPUs that each replica reserves, and decodes with.")
+    gpus: float = Field(0.0, ge=0.0)
+
+
+def application(args: dict[str, Any]) -> serve.Application:
+    """The builder behind `serve/app.py`. Raises `ServingError` for arguments that do not fit, `ContractError` as `check` does."""
+    try:
+        wanted = AppArguments.model_validate(args)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ServingError(f"args of the Serve application: {'.'.join(map(str, first['loc']))}: {first['msg']}.") from error
+    folder = Path(wanted.model).expanduser().absolute()
+    contract = read_contract(Path(wanted.contract).expanduser().absolute()) if wanted.contract else None
+    layout_beside(folder, contract)
+    own = read_contract(folder)
+    serving = Serving(
+        replicas=wanted.replicas,
+        max_running=wanted.max_running,
+        max_queued_requests=wanted.max_queued_requests,
+        context=wanted.context,
+    )
+    resources = {"num_cpus": wanted.cpus, "num_gpus": wanted.gpus}
+    name = wanted.name or (own.run if own else "") or folder.name
+    return _application(folder, name, serving, contract, wanted.dtype, resources)
+
+
+@serve.ingress()
+class _Replica:
+    """One process with one engine and the routes over it."""
+
+    def __init__(
+        self, folder: Path, model_name: str, serving: Serving, contract: PromptContract | None, dtype: str, threads: int
+    ) -> None:
+        # Here and not above: who only starts the endpoint needs no PyTorch.
+        from apprentice.serve.transformers_engine import TransformersEngine
+
+        self._model_name = model_name
+        self._layout = layout_beside(folder, contract)
+        self._engine = TransformersEngine(
+            folder,
+            dtype=dtype,
+            max_running=serving.max_running,
+            max_queued=serving.max_queued_requests,
+            context=serving.context,
+            threads=threads,
+        )
+
+    def __serve_build_asgi_app__(self) -> Any:
+        return build_app(self._engine, self._layout, self._model_name)
+
+    def check_health(self) -> None:
+        """Ray Serve calls this, and replaces the replica when it raises."""
+        self._engine.check()
+
+
+def _application(
+    folder: Path,
+    model_name: str,
+    serving: Serving,
+    contract: PromptContract | None,
+    dtype: str,
+    resources: dict[str, float],
+) -> serve.Application:
+    least, most = serving.replicas.min, max(serving.replicas.min, serving.replicas.max)
+    scaling: dict[str, Any] = {"num_replicas": least}
+    if most > least:
+        target = {"min_replicas": least, "max_replicas": most, "target_ongoing_requests": serving.max_running}
+        scaling = {"autoscaling_config": target}
+    deployment = serve.deployment(
+        name="apprentice",
+        ray_actor_options=resources,
+        # What is more than running and queued is answered with 429 at once, so it must get in.
+        max_ongoing_requests=serving.max_running + serving.max_queued_requests + _ROOM_FOR_SMALL,
+        max_constructor_retry_count=1,
+        graceful_shutdown_timeout_s=5.0,
+        **scaling,
+    )(_Replica)
+    return deployment.bind(folder, model_name, serving, contract, dtype, max(1, int(resources["num_cpus"])))
+
+
+def _replica_resources(serving: Serving, cpus: int | None) -> dict[str, float]:
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if any(node.get("GPU", 0) >= 1 for node in nodes):
+        return {"num_cpus": cpus or 1, "num_gpus": 1}
+    share = max(node.get("CPU", 0) for node in nodes) // max(serving.replicas.min, serving.replicas.max)
+    return {"num_cpus": cpus or max(1, int(share))}
+
+
+def _wait_for_resources(resources: dict[str, float], replicas: int, timeout_s: float = 30.0) -> None:
+    """Returns once the cluster has the replicas' share free: what ran before may still be giving its own back."""
+    kind = "GPU" if resources.get("num_gpus") else "CPU"
+    needed = resources[f"num_{kind.lower()}s"] * replicas
+    deadline = time.monotonic() + timeout_s
+    while (free := ray.available_resources().get(kind, 0.0)) < needed:
+        if time.monotonic() > deadline:
+            raise ResourcesError(
+                f"{replicas} replica(s) need {needed:g} {kind}s and the cluster has {free:g} free; end what runs there,"
+                " or lower serving.replicas."
+            )
+        time.sleep(0.2)
+
+
+def _wait_until_running(timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    while (state := serve.status().applications[APP_NAME]).status is not ApplicationStatus.RUNNING:
+        if state.status is ApplicationStatus.DEPLOY_FAILED:
+            raise ServingError(f"the engine does not start: {_reason(state)}")
+        if time.monotonic() > deadline:
+            raise ServingError(f"the endpoint was not ready after {timeout_s:g} s: {_reason(state)}")
+        time.sleep(0.1)
+
+
+def _reason(state: Any) -> str:
+    """The last line that says something, of what Serve reports about an application."""
+    messages: list[str] = [deployment.message for deployment in state.deployments.values()] + [state.message]
+    lines = [line.strip() for message in messages for line in message.splitlines() if line.strip()]
+    raised = [line for line in lines if "Error: " in line]
+    return (raised or lines or ["no reason was given"])[-1].rstrip(".") + "."
+
+
+def _serve_is_running() -> bool:
+    with contextlib.suppress(ValueError):
+        ray.get_actor(_CONTROLLER, namespace="serve")
+        return True
+    return False
+
+
+def _shut_down(timeout_s: float = 60.0) -> None:
+    """Ends Serve. `serve.shutdown()` alone waits inside the controller until that is killed, and Ray reports the kill as a failure."""
+    with contextlib.suppress(ValueError, ray.exceptions.RayActorError):
+        controller = ray.get_actor(_CONTROLLER, namespace="serve")
+        ray.get(controller.graceful_shutdown.remote(wait=False), timeout=timeout_s)
+    deadline = time.monotonic() + timeout_s
+    while _serve_is_running() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    serve.shutdown()  # forgets the dead controller; ends one that did not obey
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _in_url(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
+
+
+def _bind(host: str, port: int) -> int:
+    """`port` if it is free on `host`, a free one for 0. Raises `ServingError`."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        # As servers do: connections of an earlier endpoint that linger in TIME_WAIT do not count.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ServingError(
+                f"port {port} on {host} cannot be used ({error.strerror}); choose another with serving.port, or 0 for any free one."
+            ) from error
+        return int(probe.getsockname()[1])
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Ray Serve's own chatter on the driver, below warnings, is left out."""
+    logger = logging.getLogger("ray.serve")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,110 @@
+"""From the best checkpoint to a model that transformers loads alone, and an adapter that peft loads alone.
+
+What is written is loaded again and compared before it counts; the prompt contract is written last. Knows nothing of Ray,
+DeepSpeed or workers.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from apprentice.artifacts import CONTRACT_FILE, Run
+from apprentice.data.contract import layout_beside, make_contract
+from apprentice.data.layout import Layout
+from apprentice.errors import TrainingError
+from apprentice.hub import PACKAGED_MODELS, local_folder
+from apprentice.models.loading import load_model, resolve_dtype
+from apprentice.models.tuning import TUNING_METHODS, load_trainable, trainable
+from apprentice.recipe import Recipe
+from apprentice.storage import Folder
+from apprentice.train.checkpoint import Checkpoint, tensors_of
+from apprentice.train.engine import WEIGHT
+
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+)
+_CLOSE = 1e-3  # of the largest logit: how far merging an adapter in float32 may move it
+
+
+def export(recipe: Recipe, run: Run, checkpoint: Checkpoint, layout: Layout) -> None:
+    """Writes `model/` and, for methods that have one, `adapter/` of `run` from `checkpoint`.
+
+    The model is saved in the number format it was trained in. Raises `TrainingError` if what was written does not load again as
+    the same model.
+    """
+    method = TUNING_METHODS[recipe.tuning.method]
+    model: Any = load_model(recipe.model.base, torch.float32)
+    model = method.wrap(model, recipe.tuning, recipe.seed).eval()
+    with tensors_of(checkpoint) as read:
+        load_trainable(model, {name: read(f"{WEIGHT}/{name}") for name in trainable(model)})
+    probe = torch.tensor([layout.encode_prompt(layout.prompt("Name three colours."))])
+    scratch = run.folder.make().local if run.folder.is_local else None
+    with tempfile.TemporaryDirectory(prefix=".export-", dir=scratch) as folder:
+        if method.save_adapter is not None:
+            method.save_adapter(model, Path(folder) / "adapter", _public_name(recipe.model.base))
+        with torch.no_grad():
+            expected = model(input_ids=probe, use_cache=False).logits
+        merged: Any = method.merge(model).to(dtype=resolve_dtype(checkpoint.facts["dtype"]))
+        _write_model(merged, recipe, layout, Path(folder) / "model")
+        _compare(Path(folder) / "model", merged, probe, expected)
+        del merged, model
+        if method.save_adapter is not None:
+            _publish(Path(folder) / "adapter", run.adapter)
+        _publish(Path(folder) / "model", run.model)
+
+
+def _public_name(base: str) -> str:
+    return PACKAGED_MODELS[base].hub_id if base in PACKAGED_MODELS else base
+
+
+def _write_model(model: PreTrainedModel, recipe: Recipe, layout: Layout, folder: Path) -> None:
+    model.save_pretrained(folder)
+    source = local_folder(recipe.model.base)
+    for name in _TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copy2(source / name, folder / name)
+    make_contract(recipe, layout, folder, run=recipe.name).write(folder)
+    layout_beside(folder)
+
+
+def _compare(folder: Path, model: PreTrainedModel, probe: Tensor, expected: Tensor) -> None:
+    """What is on disk against what is in memory, number by number; in float32 also against the model before merging."""
+    again = load_model(folder, model.dtype)
+    written = again.state_dict()
+    odd = [name for name, tensor in model.state_dict().items() if name not in written or not torch.equal(tensor, written[name])]
+    if odd:
+        raise TrainingError(f"{odd[0]!r} is not the same in the exported model as in training; check the disk, and export again.")
+    if model.dtype != torch.float32:
+        return
+    with torch.no_grad():
+        logits = again(input_ids=probe, use_cache=False).logits
+    apart = float((logits - expected).abs().max() / expected.abs().max())
+    if not apart <= _CLOSE:
+        raise TrainingError(
+            f"the exported model's logits are {apart:.1e} from the trained model's; do not use it, and report this."
+        )
+
+
+def _publish(source: Path, target: Folder) -> None:
+    """Puts a finished folder in its place; on object stores the contract, which makes a model count, goes last."""
+    target.delete()
+    if target.is_local:
+        os.replace(source, target.local)
+        return
+    for file in sorted(source.iterdir(), key=lambda file: file.name == CONTRACT_FILE):
+        (target / file.name).upload(file)

@@ -1,0 +1,30 @@
+"""What went wrong inside a worker, dug out of the layers that Ray wraps around it. Knows nothing of Ray's classes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from apprentice.errors import ApprenticeError
+
+
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """`error` and all that it carries as causes, the innermost of each layer before the layer around it is left."""
+    seen: set[int] = set()
+    waiting = [error]
+    while waiting:
+        current = waiting.pop(0)
+        if id(current) in seen:
+            continue
+        seen.add(id(current))
+        yield current
+        inner = [getattr(current, name, None) for name in ("cause", "_base_exc", "base_exc", "controller_failure")]
+        inner += [*getattr(current, "worker_failures", {}).values(), current.__cause__, current.__context__]
+        waiting += [candidate for candidate in inner if isinstance(candidate, BaseException)]
+
+
+def mendable(error: BaseException) -> ApprenticeError | None:
+    """The error of ours that `error` carries, if there is one."""
+    found = [cause for cause in causes(error) if isinstance(cause, ApprenticeError)]
+    # Ray may make a class that is both its own and ours; the plain one is deeper.
+    plain = [cause for cause in found if type(cause).__module__ == ApprenticeError.__module__]
+    return next(iter(plain or found), None)

@@ -1,0 +1,299 @@
+"""Training under Ray Train: the stream of rows, the workers, restarts, and the export at the end.
+
+The only part of the room that knows Ray Train. What a worker does is in worker.py, what a step is in loop.py.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import ray
+import ray.train
+import ray.train.torch
+from ray.data import ExecutionOptions
+from ray.train import CheckpointUploadMode
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from apprentice.artifacts import Run
+from apprentice.data.pipeline import Corpus, Start, estimate_steps, train_stream, validation_rows
+from apprentice.errors import RecipeError, TrainingError
+from apprentice.hub import local_folder
+from apprentice.models.loading import count_parameters, resolve_dtype
+from apprentice.recipe import Recipe
+from apprentice.train import checkpoint as checkpoints
+from apprentice.train.batch import PackedRows
+from apprentice.train.export import export
+from apprentice.train.failure import mendable
+from apprentice.train.resources import Ask, check_resources, required_resources, workers_that_fit
+from apprentice.train.state import Goal, State
+from apprentice.train.tracking import Mailbox, Tracker
+from apprentice.train.worker import run_worker
+
+POLL_S = 0.2
+PREFETCHED_STEPS = 2
+MOST_VALIDATION_ROWS = 256
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a finished training was. `tokens_per_s` and `wait_share` are those of the steps this call made, without warm-up."""
+
+    steps: int
+    loss: float
+    validation_loss: float | None
+    tokens: int
+    target_tokens: int
+    tokens_per_s: float
+    wait_share: float
+    restarts: int
+    exported_step: int
+
+
+def train(recipe: Recipe, run: Run, corpus: Corpus, *, progress: Callable[[dict[str, Any]], None]) -> TrainResult:
+    """Fine-tunes as `recipe` says, from the newest whole checkpoint of `run` if there is one, and exports the best.
+
+    Ray must be running. `progress` is called in this process, from a thread, with a dict per step: attempt, step, steps, loss,
+    learning_rate, grad_norm, tokens, target_tokens, seconds, tokens_per_s, data_wait (share of time), eta_s; and with
+    attempt, step, steps and validation_loss after each validation. Raises the `ApprenticeError` that stopped the run.
+    """
+    goal = goal_of(recipe, corpus)
+    _check_cluster(recipe)
+    checkpoints.sweep(run.checkpoints)
+    found = checkpoints.restorable(run.checkpoints)
+    tracker = Tracker(run, progress)
+    attempts = 1
+    try:
+        if found is None or goal.reached(found.state) < 1.0:
+            run.update_status(state="training", steps=goal.steps)
+            attempts = _fit(recipe, run, corpus, goal, tracker)
+        return _finish(recipe, run, corpus, goal, tracker, attempts)
+    except BaseException:
+        run.update_status(state="failed")
+        raise
+    finally:
+        tracker.close()
+
+
+def goal_of(recipe: Recipe, corpus: Corpus) -> Goal:
+    """Where the run ends. Raises `RecipeError` if the warm-up is not shorter than the run."""
+    training = recipe.training
+    steps = training.steps or int(estimate_steps(corpus)["steps"])
+    if training.optimizer.warmup_steps >= steps:
+        raise RecipeError(f"warmup_steps {training.optimizer.warmup_steps} is not shorter than the run's {steps} steps; lower it.")
+    if training.epochs is None:
+        return Goal(steps, tokens=training.tokens)
+    cap = recipe.data.mixture.cap or math.inf
+    rows = sum(min(len(corpus.indices[task.name].train), cap) for task in corpus.tasks if task.name not in corpus.held_out)
+    return Goal(steps, positions=math.ceil(training.epochs * rows))
+
+
+def _check_cluster(recipe: Recipe) -> Ask:
+    dtype = resolve_dtype(recipe.model.dtype, "cuda" if recipe.training.resources.gpus else "cpu")
+    ask = required_resources(recipe, count_parameters(local_folder(recipe.model.base)), dtype)
+    check_resources(ask, _nodes())
+    return ask
+
+
+def _nodes() -> list[dict[str, float]]:
+    return [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
+
+
+def _fit(recipe: Recipe, run: Run, corpus: Corpus, goal: Goal, tracker: Tracker) -> int:
+    """Runs the workers until the goal; gives the number of attempts."""
+    mailbox: Any = ray.remote(Mailbox).options(num_cpus=0).remote()
+    workers = workers_that_fit(recipe, _nodes())
+    validation = validation_rows(corpus, validation_limit(recipe))
+    job = Job(recipe, run, goal, mailbox, ray.put(validation), corpus.row_length, workers)
+    trainer = _trainer(job, corpus)
+    # Ray Train would look for checkpoints that it knew in an earlier call; which one counts is decided by checkpoint.restorable.
+    (run.checkpoints / "checkpoint_manager_snapshot.json").delete()
+    failure: Exception | None = None
+    with _Follower(mailbox, tracker):
+        before = signal.getsignal(signal.SIGINT)
+        try:
+            trainer.fit()
+        except Exception as error:
+            failure = error
+        finally:
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGINT, before)  # Ray Train leaves its own handler behind
+    attempts, told = ray.get(mailbox.outcome.remote())
+    ray.kill(mailbox)
+    if told is not None:
+        raise told
+    if failure is not None:
+        raise _explained(failure, attempts) from failure
+    return int(attempts)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every worker gets."""
+
+    recipe: Recipe
+    run: Run
+    goal: Goal
+    mailbox: Any
+    validation: Any  # reference to the packed validation rows
+    length: int  # tokens of a packed row
+    workers: int
+
+
+def work(config: dict[str, Job]) -> None:
+    """The whole life of one worker process."""
+    job = config["job"]
+    attempt, restored, over = ray.get(job.mailbox.start.remote())
+    if over:
+        return
+    logging.getLogger("ray").setLevel(logging.WARNING)
+
+    def rows(count: int) -> Iterator[PackedRows]:
+        shard = ray.train.get_dataset_shard("train")
+        for columns in shard.iter_batches(batch_size=count, prefetch_batches=PREFETCHED_STEPS, batch_format="numpy"):
+            yield PackedRows.of(columns)
+
+    def tell(record: dict[str, Any]) -> None:
+        job.mailbox.put.remote({"attempt": attempt, **record})
+
+    def register(saved: checkpoints.Checkpoint | None, state: State) -> None:
+        metrics = {"step": state.step, "loss": state.loss, "validation_loss": state.validation_loss}
+        handle = None
+        if saved is not None:
+            filesystem, path = saved.folder.filesystem()
+            handle = ray.train.Checkpoint(path, filesystem)
+        ray.train.report(metrics, handle, checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD)
+
+    try:
+        validation = PackedRows.of(ray.get(job.validation))
+        device = ray.train.torch.get_device()
+        given = (job.recipe, job.run, job.goal, restored, rows, validation, job.length)
+        run_worker(*given, device=device, tell=tell, register=register)
+    except Exception as error:
+        # Trying again would not mend it: the next attempt sees it in the mailbox and ends at once.
+        if (ours := mendable(error)) is not None:
+            ray.get(job.mailbox.fail.remote(ours))
+        raise
+
+
+def _trainer(job: Job, corpus: Corpus) -> TorchTrainer:
+    training = job.recipe.training
+    resources = {"CPU": training.resources.cpus} | ({"GPU": training.resources.gpus} if training.resources.gpus else {})
+    checkpoint_folder, mailbox = job.run.checkpoints, job.mailbox
+    held = ray.put(corpus)
+    spare = sum(node.get("CPU", 0.0) for node in _nodes()) - job.workers * training.resources.cpus
+
+    def build() -> Any:
+        """The stream for a worker group that is about to start; called for each one, before its workers run."""
+        found = checkpoints.restorable(checkpoint_folder)
+        ray.get(mailbox.begin.remote(found))
+        start = Start(found.state.window, found.state.row) if found else Start()
+        return train_stream(ray.get(held), start, None, max(1, min(4, int(spare) - 1)))
+
+    logging.getLogger("ray.train").setLevel(logging.WARNING)
+    return TorchTrainer(
+        work,
+        train_loop_config={"job": job},
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=job.workers, use_gpu=training.resources.gpus > 0, resources_per_worker=resources
+        ),
+        run_config=ray.train.RunConfig(
+            name=job.run.checkpoints.name,
+            storage_path=str(job.run.folder),
+            failure_config=ray.train.FailureConfig(max_failures=training.max_failures),
+            logging_config=ray.train.LoggingConfig(log_level="ERROR"),
+        ),
+        torch_config=TorchConfig(timeout_s=math.ceil(training.hang_timeout_s)),
+        datasets={"train": build},
+        # Order and no locality: each step must be one stretch of the stream, whatever runs where.
+        dataset_config=ray.train.DataConfig(execution_options=ExecutionOptions(preserve_order=True), enable_shard_locality=False),
+    )
+
+
+def validation_limit(recipe: Recipe) -> int:
+    """Packed validation rows: an eighth of the rows trained on between two checkpoints, which costs about 5% of the time."""
+    training = recipe.training
+    rows = training.checkpoint.every_steps * training.global_batch // 8
+    return min(max(rows, training.global_batch), MOST_VALIDATION_ROWS)
+
+
+def _explained(failure: Exception, attempts: int) -> Exception:
+    """Our own error if `failure` carries one; workers that die are the user's to mend; all else is a defect and stays as it is."""
+    ours = mendable(failure)
+    if ours is not None:
+        return ours
+    failures = getattr(failure, "worker_failures", {})
+    lost = [rank for rank, error in failures.items() if isinstance(error, ray.exceptions.RayActorError)]
+    if lost:
+        return TrainingError(
+            f"worker {lost[0]} died, and the run had been started {attempts} times; look for a lack of memory or a lost node, then"
+            " run the same command again: it goes on from the newest checkpoint."
+        )
+    return next((error for error in failures.values() if isinstance(error, Exception)), failure)
+
+
+def _finish(recipe: Recipe, run: Run, corpus: Corpus, goal: Goal, tracker: Tracker, attempts: int) -> TrainResult:
+    last, best = checkpoints.restorable(run.checkpoints), checkpoints.best(run.checkpoints)
+    if last is None or best is None or goal.reached(last.state) < 1.0:
+        raise KeyboardInterrupt  # Ray Train was told to stop, and did
+    state = last.state
+    names = [task.name for task in corpus.tasks]
+    shares = {name: float(share) for name, share in corpus.plan.shares.items()}
+    rows = {name: len(index.train) for name, index in corpus.indices.items()}
+    run.ledger_file.write_json(state.ledger.report(names, shares, rows))
+    run.update_status(state="exporting")
+    # In a process of its own, whose memory is given back.
+    try:
+        ray.get(ray.remote(export).options(num_cpus=1, max_retries=0).remote(recipe, run, best, corpus.layout))
+    except ray.exceptions.RayError as error:
+        raise mendable(error) or error from None
+    result = TrainResult(
+        steps=state.step,
+        loss=state.loss,
+        validation_loss=best.state.validation_loss,
+        tokens=state.tokens,
+        target_tokens=state.target_tokens,
+        tokens_per_s=tracker.tokens / tracker.seconds if tracker.seconds else 0.0,
+        wait_share=tracker.waited / tracker.seconds if tracker.seconds else 0.0,
+        restarts=attempts - 1,
+        exported_step=best.state.step,
+    )
+    run.update_status(state="trained", step=state.step, steps=state.step, loss=state.loss, training=asdict(result))
+    return result
+
+
+class _Follower:
+    """A thread that carries records from the mailbox to the tracker while the main thread waits for Ray Train."""
+
+    def __init__(self, mailbox: Any, tracker: Tracker) -> None:
+        self._mailbox = mailbox
+        self._tracker = tracker
+        self._over = threading.Event()
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._follow, name="apprentice-progress", daemon=True)
+
+    def __enter__(self) -> None:
+        self._thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+
+    def _follow(self) -> None:
+        try:
+            while not self._over.wait(POLL_S):
+                self._pass_on()
+            self._pass_on()
+        except BaseException as error:
+            self._error = error
+
+    def _pass_on(self) -> None:
+        for record in ray.get(self._mailbox.take.remote()):
+            self._tracker.write(record)

@@ -1,0 +1,92 @@
+"""What a recipe's training asks of a cluster, and whether the cluster's nodes can give it: pure arithmetic.
+
+Memory is a lower bound (weights, gradients, optimizer; activations come on top): what is refused could not have run.
+Knows nothing of Ray beyond the shape of a node's resources.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from apprentice.errors import ResourcesError
+from apprentice.recipe import Recipe
+
+DATA_CPUS = 1.0  # for rendering and packing rows beside the workers
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What `workers` need each, and what is needed besides."""
+
+    workers: int
+    cpus: float
+    gpus: float
+    memory: int  # bytes
+    data_cpus: float = DATA_CPUS
+
+
+def required_resources(recipe: Recipe, parameters: int = 0, dtype: torch.dtype = torch.float32) -> Ask:
+    """What `recipe` asks for at its least number of workers, for a model of `parameters` numbers (0: not known)."""
+    training = recipe.training
+    workers = training.min_workers
+    stage = training.deepspeed.stage
+    trained = parameters if recipe.tuning.method == "full" else 0
+    width = 2 if dtype == torch.bfloat16 else 4
+    weights = parameters * width / (workers if stage == 3 else 1)
+    gradients = trained * 4 / (workers if stage >= 2 else 1)
+    # Adam's two moments, and float32 weights beside bfloat16 ones
+    optimizer = trained * (8 + (4 if width == 2 else 0)) / (workers if stage >= 1 else 1)
+    memory = math.ceil(weights + gradients + optimizer) if training.resources.gpus == 0 else 0
+    return Ask(workers, training.resources.cpus, training.resources.gpus, memory)
+
+
+def check_resources(ask: Ask, nodes: Sequence[Mapping[str, float]]) -> None:
+    """Raises `ResourcesError` with what is asked and what is there, if `nodes` (Ray resources of each) cannot hold `ask`."""
+    cpus = sum(node.get("CPU", 0.0) for node in nodes)
+    gpus = sum(node.get("GPU", 0.0) for node in nodes)
+    have = f"{cpus:g} CPUs and {gpus:g} GPUs on {len(nodes)} node{'s' if len(nodes) != 1 else ''}"
+    asked = f"{ask.workers} workers of {ask.cpus:g} CPUs" + (f" and {ask.gpus:g} GPUs" if ask.gpus else "")
+    if _slots(ask, nodes) < ask.workers or cpus < ask.workers * ask.cpus + ask.data_cpus:
+        raise ResourcesError(
+            f"training asks for {asked} each, and {ask.data_cpus:g} CPU for the data; the cluster has {have}."
+            " Lower training.workers or training.resources, or add nodes."
+        )
+    memory = sum(node.get("memory", 0.0) for node in nodes)
+    if memory and ask.workers * ask.memory > memory:
+        raise ResourcesError(
+            f"training asks for at least {ask.memory / GIB:.1f} GiB of memory in each of {ask.workers} workers; the cluster has"
+            f" {memory / GIB:.1f} GiB. Use tuning.method lora, a higher training.deepspeed.stage, a smaller model or more nodes."
+        )
+
+
+def _slots(ask: Ask, nodes: Sequence[Mapping[str, float]]) -> int:
+    """Workers that fit, each whole on one node."""
+    total = 0
+    for node in nodes:
+        fits = [node.get("CPU", 0.0) // ask.cpus]
+        if ask.gpus:
+            fits.append(node.get("GPU", 0.0) // ask.gpus)
+        total += int(min(fits))
+    return total
+
+
+def workers_that_fit(recipe: Recipe, nodes: Sequence[Mapping[str, float]]) -> int:
+    """The most workers within the recipe's range that fit and divide its largest number, so that steps stay the same rows."""
+    training = recipe.training
+    ask = required_resources(recipe)
+    cpus = sum(node.get("CPU", 0.0) for node in nodes)
+    room = min(_slots(ask, nodes), int((cpus - ask.data_cpus) // ask.cpus))
+    fitting = [
+        count
+        for count in range(training.min_workers, training.max_workers + 1)
+        if training.max_workers % count == 0 and count <= room
+    ]
+    if not fitting:
+        counts = [count for count in range(training.min_workers, training.max_workers + 1) if training.max_workers % count == 0]
+        check_resources(Ask(counts[0], ask.cpus, ask.gpus, 0), nodes)
+    return max(fitting)

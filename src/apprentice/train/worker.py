@@ -1,0 +1,95 @@
+"""One training worker: sets up model and engine, goes on where the checkpoint is, and hands all to the loop.
+
+Rows come in and records and checkpoints go out through arguments, so it runs under Ray Train and in one plain process that has
+joined a torch.distributed group. Knows nothing of Ray or of how rows are made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from apprentice.artifacts import Run
+from apprentice.models.loading import load_model, resolve_dtype
+from apprentice.models.tuning import TUNING_METHODS, load_trainable, trainable
+from apprentice.recipe import Recipe
+from apprentice.train import checkpoint as checkpoints
+from apprentice.train.batch import PackedRows
+from apprentice.train.checkpoint import Checkpoint
+from apprentice.train.deepspeed_config import micro_batch, rows_per_worker
+from apprentice.train.engine import WEIGHT, DeepSpeedEngine
+from apprentice.train.loop import Course, train_loop, validation_loss
+from apprentice.train.peers import Peers
+from apprentice.train.state import Goal, State
+
+
+def run_worker(
+    recipe: Recipe,
+    run: Run,
+    goal: Goal,
+    restored: Checkpoint | None,
+    rows: Callable[[int], Iterator[PackedRows]],
+    validation: PackedRows,
+    length: int,
+    *,
+    device: torch.device,
+    tell: Callable[[dict[str, Any]], None],
+    register: Callable[[Checkpoint | None, State], None],
+) -> State:
+    """Trains until `goal`; the state at the end is the same on every worker.
+
+    `rows(n)` gives this worker's rows, `n` of them for each step, of `length` tokens. `tell` is called on the first worker with every record;
+    `register` on every worker after each checkpoint, with the checkpoint on the first worker and None on the others.
+    """
+    peers = Peers()
+    training = recipe.training
+    if device.type == "cpu":
+        torch.set_num_threads(max(1, int(training.resources.cpus)))
+    micro = micro_batch(training, workers=peers.workers, length=length, on_gpu=device.type != "cpu")
+    dtype = resolve_dtype(recipe.model.dtype, device.type)
+    state = State() if restored is None else replace(restored.state)
+    engine = build_engine(recipe, restored, dtype=dtype, micro=micro, device=device, peers=peers)
+    facts = {"dtype": str(dtype).removeprefix("torch."), "tuning": recipe.tuning.method}
+    first = peers.rank == 0
+
+    def record(figures: dict[str, Any]) -> None:
+        if first:
+            tell(figures)
+
+    def validate() -> float | None:
+        loss = validation_loss(engine, validation, micro, peers)
+        if loss is not None:
+            record({"step": state.step, "steps": goal.expected_steps(state), "validation_loss": loss})
+        return loss
+
+    def save(now: State) -> None:
+        saved = checkpoints.save(run.checkpoints, engine.state(), now, facts) if first else None
+        if not first:
+            for _ in engine.state():  # gathering takes all workers
+                pass
+        register(saved, now)
+        if first:
+            checkpoints.prune(run.checkpoints, training.checkpoint.keep)
+
+    course = Course(recipe.seed, goal, training.optimizer, micro, training.checkpoint.every_steps, recipe.data.window)
+    batches = rows(rows_per_worker(training, peers.workers))
+    return train_loop(engine, batches, state, course, peers=peers, record=record, save=save, validate=validate)
+
+
+def build_engine(
+    recipe: Recipe, restored: Checkpoint | None, *, dtype: torch.dtype, micro: int, device: torch.device, peers: Peers
+) -> DeepSpeedEngine:
+    """The engine over the base model as the recipe tunes it, at its beginning or as `restored` left it."""
+    model = load_model(recipe.model.base, dtype, recipe.model.attention)
+    wrapped = TUNING_METHODS[recipe.tuning.method].wrap(model, recipe.tuning, recipe.seed)
+    settings: dict[str, Any] = {"dtype": dtype, "workers": peers.workers, "micro": micro, "device": device}
+    if restored is None:
+        return DeepSpeedEngine(wrapped, recipe.training, **settings)
+    with checkpoints.tensors_of(restored) as read:
+        load_trainable(wrapped, {name: read(f"{WEIGHT}/{name}") for name in trainable(wrapped)})
+        engine = DeepSpeedEngine(wrapped, recipe.training, **settings)
+        engine.restore(read, restored.state.step)
+    return engine

@@ -1,0 +1,207 @@
+"""The frozen index: what is kept, what is held back, what is refused, and that it is made once."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from apprentice.data import index as index_module
+from apprentice.data.index import TaskIndex, freeze, held_out, load
+from apprentice.errors import DataError, RecipeError
+from apprentice.recipe import Recipe
+from apprentice.storage import Folder
+from apprentice.tasks.schema import Task
+from apprentice.tokenizer import Tokenizer
+
+
+def make_task(name: str = "mood", cluster: str = "sentiment", **changes: Any) -> Task:
+    content: dict[str, Any] = {
+        "name": name,
+        "cluster": cluster,
+        "sources": [{"dataset": name}],
+        "choices": ["bad", "good"],
+        "label": "label",
+        "metrics": ["accuracy"],
+        "templates": [
+            {"name": "ask", "instruction": "Good or bad?", "input": "{{ text }}"},
+            {"name": "write", "instruction": "Write something {{ answer }}.", "output": "{{ text }}", "inverted": True},
+        ],
+    }
+    return Task.model_validate(content | changes)
+
+
+class Site:
+    """A data root, a run's index folder and a recipe."""
+
+    def __init__(self, folder: Path, model: Path) -> None:
+        self.root, self.folder, self.cache = folder / "data", Folder.at(folder / "index"), Folder.at(folder / "cache")
+        self.tokenizer = Tokenizer(model)
+
+    def write(self, rows: list[dict[str, Any]], task: str = "mood", split: str = "train") -> None:
+        (self.root / task).mkdir(parents=True, exist_ok=True)
+        pq.write_table(pa.Table.from_pylist(rows), self.root / task / f"{split}.parquet", row_group_size=100)
+
+    def freeze(self, *tasks: Task, parallel: bool = False, **data: Any) -> dict[str, TaskIndex]:
+        values = {"root": str(self.root), "tasks": [task.name for task in tasks], "layout": "plain"} | data
+        content = {"name": "run", "model": {"base": "tiny"}, "data": values, "training": {"steps": 1}}
+        recipe = Recipe.model_validate(content)
+        return freeze(tasks, recipe, self.folder, self.cache, self.tokenizer, parallel=parallel)
+
+
+@pytest.fixture
+def site(tmp_path: Path, tiny_model: Path) -> Site:
+    """1,000 training rows of which 3 are bad, and 50 test rows."""
+    made = Site(tmp_path, tiny_model)
+    rows = [{"text": f"text {number // 2}", "label": number // 2 % 2} for number in range(1000)]
+    rows[4] = {"text": None, "label": 0}
+    rows[6] = {"text": "seven", "label": 7}
+    rows[8] = {"text": "broken \ufffd", "label": 1}
+    made.write(rows)
+    made.write([{"text": f"test {number}", "label": number % 2} for number in range(50)], split="test")
+    return made
+
+
+def arrays(index: TaskIndex) -> list[list[int]]:
+    return [index.train.tolist(), index.validation.tolist(), index.test.tolist()]
+
+
+def test_rows_are_kept_held_back_or_rejected(site: Site) -> None:
+    index = site.freeze(make_task(), max_bad_rows=0.01, validation=0.1)["mood"]
+    train, validation, test = arrays(index)
+    assert test == list(range(50))
+    assert sorted(train + validation) == [number for number in range(1000) if number not in (4, 6, 8)]
+    assert 60 <= len(validation) <= 140
+    assert train == sorted(train)
+    # Rows 2n and 2n + 1 are equal, so they are on the same side.
+    assert {number // 2 for number in validation}.isdisjoint({number // 2 for number in train})
+    assert index.rejects == {"null": 1, "unknown_label": 1, "broken_character": 1}
+    lines = [json.loads(line) for line in (site.folder / "mood.rejects.jsonl").read_text().splitlines()]
+    assert [(line["task"], line["split"], line["row"], line["reason"]) for line in lines] == [
+        ("mood", "train", 4, "null"),
+        ("mood", "train", 6, "unknown_label"),
+        ("mood", "train", 8, "broken_character"),
+    ]
+
+
+def test_mean_lengths(site: Site) -> None:
+    site.write([{"text": "a", "label": 0}, {"text": "a", "label": 1}] * 50)
+    index = site.freeze(make_task(), validation=0.0)["mood"]
+    ids = [len(site.tokenizer.encode(text)) for text in ("Good or bad?\n\na\n", "bad", "good")]
+    target = (ids[1] + ids[2]) / 2 + 1  # and the end token
+    start = len(site.tokenizer.start_ids)
+    assert index.mean_target_tokens == pytest.approx(target)
+    assert index.mean_tokens == pytest.approx(start + ids[0] + target)
+
+
+def test_held_out_tasks_keep_their_training_rows_for_exemplars(site: Site) -> None:
+    index = site.freeze(make_task(), max_bad_rows=0.01, hold_out=["sentiment"])["mood"]
+    assert len(index.train) == 997
+    assert len(index.validation) == 0
+
+
+def test_a_task_may_have_one_split(site: Site) -> None:
+    index = site.freeze(make_task(sources=[{"dataset": "mood", "splits": {"test": "test"}}]))["mood"]
+    assert index.train_source is None
+    assert (len(index.train), len(index.validation), len(index.test), index.mean_tokens) == (0, 0, 50, 0.0)
+    assert load(site.folder, [make_task()])["mood"].train_source is None
+
+
+def test_a_row_is_usable_if_one_template_renders_it(site: Site) -> None:
+    site.write([{"text": "x", "label": 1}, {"text": "", "label": 1}])
+    templates = [
+        {"name": "write", "instruction": "Write.", "output": "{{ text }}", "inverted": True},
+        {"name": "ask", "instruction": "Good or bad?", "input": "{{ text }}"},
+    ]
+    assert site.freeze(make_task(templates=templates), validation=0.0)["mood"].train.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("chunk", [7, 333, 5000])
+def test_chunks_do_not_matter(site: Site, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+    whole = site.freeze(make_task(), max_bad_rows=0.01)["mood"]
+    shutil.rmtree(site.folder.local)
+    monkeypatch.setattr(index_module, "CHUNK_ROWS", chunk)
+    assert arrays(site.freeze(make_task(), max_bad_rows=0.01)["mood"]) == arrays(whole)
+
+
+def test_load_gives_what_freeze_wrote(site: Site) -> None:
+    frozen = site.freeze(make_task(), max_bad_rows=0.01)["mood"]
+    loaded = load(site.folder, [make_task()])["mood"]
+    assert arrays(loaded) == arrays(frozen)
+    assert loaded.train.dtype == np.int64
+    rest = [{name: value for name, value in vars(index).items() if not isinstance(value, np.ndarray)} for index in (frozen, loaded)]
+    assert rest[0] == rest[1]
+    with pytest.raises(DataError, match=r"other\.npz does not exist: the run has no index of task 'other'"):
+        load(site.folder, [make_task("other")])
+
+
+def test_what_is_frozen_is_used_again(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = site.freeze(make_task(), max_bad_rows=0.01)["mood"]
+    elsewhere = site.root.parent / "moved"
+    site.root.rename(elsewhere)
+    site.root = elsewhere
+    monkeypatch.delattr(index_module, "_scan")
+    again = site.freeze(make_task(), max_bad_rows=0.01)["mood"]
+    assert arrays(again) == arrays(first)
+    assert again.train_source is not None
+    assert again.train_source.files == (str(elsewhere / "mood" / "train.parquet"),)
+
+
+def test_changed_sources_and_tasks_are_refused(site: Site) -> None:
+    site.freeze(make_task(), max_bad_rows=0.01)
+    with pytest.raises(DataError, match="'mood': its templates or answers have changed"):
+        site.freeze(make_task(choices=["awful", "good"]))
+    site.write([{"text": "new", "label": 0}], split="test")
+    with pytest.raises(DataError, match=r"'mood': the test rows \(.*/mood/test.parquet\) have changed .* start over with --restart"):
+        site.freeze(make_task())
+
+
+def test_too_many_bad_rows_stop_the_run_before_anything_is_written(site: Site) -> None:
+    site.write([{"text": "x", "label": 0}] * 10, task="fine")
+    site.write([{"text": "x", "label": 0}] * 10, task="fine", split="test")
+    with pytest.raises(DataError) as error:
+        site.freeze(make_task("fine"), make_task(), max_bad_rows=0.002)
+    assert "task 'mood': 3 of 1050 rows are unusable, more than data.max_bad_rows = 0.002 allows" in str(error.value)
+    assert "train row 4: task 'mood': field 'text' is null.; train row 6:" in str(error.value)
+    assert not site.folder.exists()
+
+
+@pytest.mark.parametrize("name", ["sentimant", "emotion"])
+def test_unknown_names_cannot_be_held_out(name: str) -> None:
+    with pytest.raises(RecipeError, match=f"data.hold_out: '{name}' is neither a task nor a cluster"):
+        held_out([make_task()], [name])
+
+
+def test_held_out_by_task_or_cluster() -> None:
+    tasks = [make_task("a", "x"), make_task("b", "x"), make_task("c", "y")]
+    assert held_out(tasks, ["x"]) == {"a", "b"}
+    assert held_out(tasks, ["c", "a"]) == {"a", "c"}
+    assert held_out(tasks, []) == frozenset()
+
+
+def test_ray_gives_the_same_index(site: Site, ray_cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(index_module, "CHUNK_ROWS", 300)
+    here = site.freeze(make_task(), max_bad_rows=0.01)["mood"]
+    shutil.rmtree(site.folder.local)
+    assert arrays(site.freeze(make_task(), max_bad_rows=0.01, parallel=True)["mood"]) == arrays(here)
+
+
+def test_an_error_in_a_ray_worker_is_still_one_sentence(site: Site, ray_cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = site.root / "mood" / "train.parquet"
+    found = index_module.resolve
+
+    def resolve_and_lose(task: Task, split: Any, **rest: Any) -> Any:
+        source = found(task, split, **rest)
+        if split == "test":
+            file.unlink()
+        return source
+
+    monkeypatch.setattr(index_module, "resolve", resolve_and_lose)
+    with pytest.raises(DataError, match=f"^{file} does not exist any more; put it back.$"):
+        site.freeze(make_task(), parallel=True)

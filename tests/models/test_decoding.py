@@ -1,0 +1,147 @@
+"""Requests join and leave a running batch, and their replies are those they would have alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from apprentice.errors import ModelError
+from apprentice.models import decoding
+from apprentice.models.decoding import Decoder, Generation, Token, generate
+from apprentice.models.loading import load_model
+from apprentice.models.sampling import Sampling
+
+PROMPTS = [[(11 * length + 7 * place) % 509 + 3 for place in range(length)] for length in (1, 5, 40, 13, 2, 27, 8, 60, 3, 19)]
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model: Path) -> Any:
+    return load_model(tiny_model, torch.float32)
+
+
+def greedy(model: Any, prompt: list[int], count: int) -> list[int]:
+    """The plain way: the whole text through the model for every token."""
+    ids = list(prompt)
+    with torch.inference_mode():
+        for _ in range(count):
+            ids.append(int(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+    return ids[len(prompt) :]
+
+
+def drain(decoder: Decoder) -> list[list[Token]]:
+    steps = []
+    while decoder.running or decoder.waiting:
+        steps.append(decoder.step())
+    return steps
+
+
+def test_generate_equals_the_plain_way(model: Any) -> None:
+    replies = generate(model, PROMPTS, max_new_tokens=12, stop_ids=(), max_running=4)
+    assert replies == [greedy(model, prompt, 12) for prompt in PROMPTS]
+    assert generate(model, [], max_new_tokens=12, stop_ids=()) == []
+
+
+def test_generate_ends_before_the_stop_id(model: Any) -> None:
+    whole = greedy(model, PROMPTS[1], 12)
+    stop = whole[5]
+    assert generate(model, [PROMPTS[1]], max_new_tokens=12, stop_ids=[stop]) == [whole[: whole.index(stop)]]
+
+
+def test_requests_join_between_steps_and_leave_at_once(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows: list[list[int]] = []
+
+    def counting(*args: Any) -> torch.Tensor:
+        rows.append([len(segment.ids) for segment in args[2]])
+        return decoding_forward(*args)
+
+    decoding_forward = decoding.forward
+    monkeypatch.setattr(decoding, "forward", counting)
+    decoder = Decoder(model, slots=2, context=64)
+    decoder.submit("a", Generation(PROMPTS[1], 4))
+    seen = [[token[::2] for token in decoder.step()]]
+    decoder.submit("b", Generation(PROMPTS[4], 1))
+    decoder.submit("c", Generation(PROMPTS[8], 2))
+    assert (decoder.running, decoder.waiting) == (1, 2)
+    while decoder.running or decoder.waiting:
+        seen.append([token[::2] for token in decoder.step()])
+    assert seen == [[("a", None)], [("a", None), ("b", "length")], [("a", None), ("c", None)], [("a", "length"), ("c", "length")]]
+    # Every step is one pass over the weights; c takes b's place in the very next one.
+    assert rows == [[5], [1, 2], [1, 3], [1, 1]]
+
+
+def test_a_long_prompt_is_read_in_chunks_beside_running_requests(model: Any) -> None:
+    decoder = Decoder(model, slots=3, context=100, prefill_tokens=25)
+    decoder.submit("short", Generation(PROMPTS[1], 9))
+    decoder.submit("long", Generation(PROMPTS[7], 6))
+    decoder.submit("next", Generation(PROMPTS[2], 3))
+    steps = drain(decoder)
+    keys = [[token.key for token in step] for step in steps]
+    # 25 tokens of prompts a step: 5 + 20, 25, 15 + 10, 25, 5.
+    assert keys[:5] == [["short"], ["short"], ["short", "long"], ["short", "long"], ["short", "long", "next"]]
+    replies = {key: [token.id for step in steps for token in step if token.key == key] for key in ("short", "long", "next")}
+    assert replies == {
+        "short": greedy(model, PROMPTS[1], 9),
+        "long": greedy(model, PROMPTS[7], 6),
+        "next": greedy(model, PROMPTS[2], 3),
+    }
+
+
+def test_cancelled_requests_give_their_slot_back(model: Any) -> None:
+    decoder = Decoder(model, slots=1, context=64)
+    for key in "abc":
+        decoder.submit(key, Generation(PROMPTS[1], 3))
+    decoder.step()
+    decoder.cancel("a")
+    decoder.cancel("b")
+    decoder.cancel("unknown")
+    assert (decoder.running, decoder.waiting) == (0, 1)
+    steps = drain(decoder)
+    assert [token.key for step in steps for token in step] == ["c"] * 3
+    assert [token.id for step in steps for token in step] == greedy(model, PROMPTS[1], 3)
+    assert decoder.step() == []
+
+
+def test_a_full_context_ends_the_reply(model: Any) -> None:
+    decoder = Decoder(model, slots=1, context=8)
+    decoder.submit("a", Generation([5, 6, 7, 8, 9], 100))
+    tokens = [token for step in drain(decoder) for token in step]
+    # Five tokens of the prompt, three of the reply fill the context; a fourth needs no place in it.
+    assert [token.finish for token in tokens] == [None, None, None, "length"]
+    with pytest.raises(ModelError, match="8 tokens; the context of 8 leaves no room"):
+        decoder.submit("b", Generation(list(range(3, 11)), 1))
+    with pytest.raises(ModelError, match="the prompt is empty"):
+        decoder.submit("c", Generation([], 1))
+
+
+def test_sampled_replies_do_not_depend_on_company(model: Any) -> None:
+    def replies(numbers: list[int], slots: int) -> dict[int, list[int]]:
+        decoder = Decoder(model, slots=slots, context=128)
+        for number in numbers:
+            decoder.submit(number, Generation(PROMPTS[number], 20, sampling=Sampling(1.0, 0.9, seed=100 + number)))
+        tokens = [token for step in drain(decoder) for token in step]
+        return {number: [token.id for token in tokens if token.key == number] for number in numbers}
+
+    everybody = list(range(len(PROMPTS)))
+    together = replies(everybody, slots=10)
+    alone = {number: replies([number], slots=1)[number] for number in everybody}
+    assert together == alone
+    assert len({tuple(reply) for reply in together.values()}) == len(PROMPTS)
+
+
+def test_bfloat16_leaves_the_single_reply_only_where_two_tokens_are_close(tiny_model: Path) -> None:
+    model = load_model(tiny_model, torch.bfloat16)
+    together = generate(model, PROMPTS, max_new_tokens=40, stop_ids=(), max_running=len(PROMPTS))
+    left = 0
+    for prompt, reply in zip(PROMPTS, together, strict=True):
+        alone = generate(model, [prompt], max_new_tokens=40, stop_ids=())[0]
+        if alone != reply:
+            left += 1
+            common = next(place for place, (one, other) in enumerate(zip(alone, reply, strict=True)) if one != other)
+            with torch.inference_mode():
+                logits = model(input_ids=torch.tensor([prompt + alone[:common]]), use_cache=False).logits[0, -1].float()
+            best = logits.topk(2).values
+            assert float(best[0] - best[1]) < 0.25
+    assert left < len(PROMPTS)

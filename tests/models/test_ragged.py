@@ -1,0 +1,137 @@
+"""One forward pass over ragged sequences equals the model alone on each of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MambaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    Qwen3Config,
+)
+
+from apprentice.errors import ModelError
+from apprentice.models.ragged import KvMemory, Ragged, Segment, forward, group_slots, prepare
+
+SIZES = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.2,
+}
+GROUPED = SIZES | {"num_key_value_heads": 2, "head_dim": 8}
+CONFIGS: dict[str, PreTrainedConfig] = {
+    "llama": LlamaConfig(**GROUPED),
+    "mistral, sliding window": MistralConfig(**GROUPED, sliding_window=4),
+    "qwen3": Qwen3Config(**GROUPED),
+    "gemma3, every second layer slides": Gemma3TextConfig(
+        **GROUPED, sliding_window=4, layer_types=["sliding_attention", "full_attention"]
+    ),
+    "gpt_neox": GPTNeoXConfig(**SIZES),
+    "gpt2": GPT2Config(vocab_size=96, n_embd=32, n_layer=2, n_head=4, n_positions=128, initializer_range=0.2),
+}
+
+
+def build(config: PreTrainedConfig, dtype: torch.dtype = torch.float32) -> Any:
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        return AutoModelForCausalLM.from_config(config).to(dtype).eval()
+
+
+def alone(model: Any, ids: list[int]) -> torch.Tensor:
+    with torch.inference_mode():
+        return model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]  # type: ignore[no-any-return]
+
+
+def numbers(length: int, seed: int) -> list[int]:
+    return torch.randint(0, 96, (length,), generator=torch.Generator().manual_seed(seed)).tolist()  # type: ignore[no-any-return]
+
+
+def test_slots_are_grouped_while_padding_is_cheap() -> None:
+    groups = group_slots([0, 1, 2, 4, 5], [9, 10, 900, 8, 8])
+    assert [(group.first, group.slot, group.lengths) for group in groups] == [(0, 0, (9, 10)), (2, 2, (900,)), (3, 4, (8, 8))]
+    assert group_slots([], []) == []
+    # [1, 3] padded to [3, 3] costs 6 for 4, which is allowed; [1, 9] would cost 18 for 10, too; [1, 1, 9] 27 for 11 is not.
+    assert [group.lengths for group in group_slots([0, 1, 2], [1, 1, 9])] == [(1, 1), (9,)]
+
+
+def test_the_flat_row_has_single_tokens_first_in_order_of_slots() -> None:
+    ragged = Ragged(KvMemory(4, 16), [Segment(3, 0, [7, 8, 9]), Segment(1, 9, [5]), Segment(0, 5, [4])], torch.device("cpu"))
+    assert ragged.order == [2, 1, 0]
+    assert ragged.ids.tolist() == [4, 5, 7, 8, 9]
+    assert ragged.slots.tolist() == [0, 1, 3, 3, 3]
+    assert ragged.positions.tolist() == [5, 9, 0, 1, 2]
+    assert ragged.last.tolist() == [0, 1, 4]
+    mask = ragged.mask(ragged.groups[0], window=3)
+    assert mask is not None
+    assert mask[:, 0, 0].tolist() == [[False] * 3 + [True] * 3 + [False] * 4, [False] * 7 + [True] * 3]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_logits_equal_those_of_each_sequence_alone(name: str) -> None:
+    model = build(CONFIGS[name])
+    prepare(model)
+    memory = KvMemory(slots=5, context=32)
+    long, short, late = numbers(23, 1), numbers(9, 2), numbers(6, 3)
+    seen = {}
+    steps: list[list[tuple[str, Segment]]] = [
+        [("long 10", Segment(3, 0, long[:10])), ("short 0", Segment(0, 0, short[:1]))],
+        [("long 19", Segment(3, 10, long[10:20])), ("short 1", Segment(0, 1, short[1:2])), ("late 3", Segment(1, 0, late[:4]))],
+        *(
+            [(f"long {20 + n}", Segment(3, 20 + n, [long[20 + n]])), (f"late {4 + n}", Segment(1, 4 + n, [late[4 + n]]))]
+            for n in range(2)
+        ),
+        # Slot 1 is given to another sequence: what lies in its memory must not be seen.
+        [("again 2", Segment(1, 0, short[:3])), ("long 22", Segment(3, 22, long[22:])), ("short 2", Segment(0, 2, short[2:3]))],
+    ]
+    for step in steps:
+        logits = forward(model, memory, [segment for _, segment in step])
+        seen |= {label: row for (label, _), row in zip(step, logits, strict=True)}
+    texts = {"long": long, "short": short, "late": late, "again": short}
+    expected = {word: alone(model, ids) for word, ids in texts.items()}
+    assert len(seen) == 12
+    for label, row in seen.items():
+        word, position = label.split()
+        wanted = expected[word][9 if label == "long 10" else int(position)]
+        torch.testing.assert_close(row, wanted, rtol=1e-4, atol=1e-4)
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_memory_is_written_in_place() -> None:
+    model = build(CONFIGS["llama"])
+    prepare(model)
+    memory = KvMemory(slots=2, context=16)
+    forward(model, memory, [Segment(0, 0, [1, 2, 3])])
+    places = [part.data_ptr() for pair in memory._layers.values() for part in pair]
+    before = memory._layers[0][0].clone()
+    forward(model, memory, [Segment(0, 3, [4]), Segment(1, 0, [5, 6])])
+    after = memory._layers[0][0]
+    assert [part.data_ptr() for pair in memory._layers.values() for part in pair] == places
+    assert len(places) == 4
+    changed = (before != after).any(dim=-1).any(dim=1)  # (slots, context)
+    assert changed.nonzero().tolist() == [[0, 3], [1, 0], [1, 1]]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        BloomConfig(vocab_size=96, hidden_size=32, n_layer=2, n_head=4),
+        MambaConfig(vocab_size=96, hidden_size=32, num_hidden_layers=2, state_size=4),
+    ],
+    ids=["positions by slope", "a state instead of keys"],
+)
+def test_models_that_do_not_fit_are_refused(config: PreTrainedConfig) -> None:
+    with pytest.raises(ModelError, match="ForCausalLM"):
+        prepare(build(config))

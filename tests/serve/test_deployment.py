@@ -1,0 +1,160 @@
+"""The whole endpoint under Ray Serve, over real HTTP, with OpenAI's own client."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from apprentice.artifacts import read_contract
+from apprentice.errors import ContractError, ServingError
+from apprentice.recipe import Serving
+from apprentice.serve.deployment import Endpoint, application, check, start
+from tests.serve.company import alone_and_together
+
+
+def sync_client(endpoint: Endpoint) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{endpoint.url}/v1", api_key="none", max_retries=0)
+
+
+def test_openais_client(endpoint: Endpoint) -> None:
+    client = sync_client(endpoint)
+    assert [model.id for model in client.models.list()] == ["tiny"]
+    asked: dict[str, Any] = {
+        "model": "tiny",
+        "messages": [{"role": "user", "content": "Is this the film?"}],
+        "max_completion_tokens": 12,
+        "extra_body": {"ignore_eos": True},
+    }
+    whole = client.chat.completions.create(**asked)
+    assert whole.usage is not None
+    assert (whole.usage.completion_tokens, whole.choices[0].finish_reason) == (12, "length")
+    chunks = list(client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    assert text == whole.choices[0].message.content
+    assert len(text) > 0
+    assert chunks[-1].usage == whole.usage
+    raw = client.completions.create(model="tiny", prompt="Sort the numbers", max_tokens=5, temperature=0.9, seed=3)
+    again = client.completions.create(model="tiny", prompt="Sort the numbers", max_tokens=5, temperature=0.9, seed=3, stream=True)
+    assert "".join(chunk.choices[0].text for chunk in again) == raw.choices[0].text
+
+
+def test_openais_client_understands_errors(endpoint: Endpoint) -> None:
+    client = sync_client(endpoint)
+    with pytest.raises(openai.BadRequestError, match=r"`tools` is not supported here\.") as refused:
+        client.chat.completions.create(
+            model="tiny",
+            messages=[{"role": "user", "content": "a"}],
+            tools=[{"type": "function", "function": {"name": "f"}}],
+        )
+    assert (refused.value.param, refused.value.code) == ("tools", "unsupported_parameter")
+    with pytest.raises(openai.NotFoundError, match="Did you mean 'tiny'"):
+        client.completions.create(model="tinny", prompt="a")
+
+
+@pytest.mark.asyncio
+async def test_openais_async_client_streams(endpoint: Endpoint) -> None:
+    async with openai.AsyncOpenAI(base_url=f"{endpoint.url}/v1", api_key="none", max_retries=0) as client:
+        stream = await client.completions.create(
+            model="tiny", prompt="Which topic", max_tokens=6, stream=True, extra_body={"ignore_eos": True}
+        )
+        finishes = [chunk.choices[0].finish_reason async for chunk in stream]
+    assert finishes[-1] == "length"
+    assert set(finishes[:-1]) == {None}
+
+
+@pytest.mark.asyncio
+async def test_replies_alone_and_among_sixteen_are_identical(endpoint: Endpoint) -> None:
+    alone, together = await alone_and_together(endpoint, 40)
+    assert [choice["token_ids"] for choice in together] == [choice["token_ids"] for choice in alone]
+    assert [choice["text"] for choice in together] == [choice["text"] for choice in alone]
+    assert len({choice["text"] for choice in alone}) > 8
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_client_that_leaves_frees_its_slot(endpoint: Endpoint, stream: bool) -> None:
+    async with httpx.AsyncClient(base_url=endpoint.url, timeout=60) as http:
+
+        async def running() -> int:
+            return int((await http.get("/stats")).json()["running"])
+
+        asked = {"prompt": "Once upon a time", "max_tokens": 2000, "ignore_eos": True, "stream": stream}
+
+        async def leave_early() -> None:
+            async with httpx.AsyncClient(base_url=endpoint.url, timeout=60) as leaving:
+                if not stream:
+                    await leaving.post("/v1/completions", json=asked)
+                async with leaving.stream("POST", "/v1/completions", json=asked) as response:
+                    async for _ in response.aiter_lines():
+                        await asyncio.Event().wait()
+
+        assert await running() == 0
+        client = asyncio.create_task(leave_early())
+        while await running() == 0:
+            assert not client.done()
+            await asyncio.sleep(0.01)
+        assert await running() == 1
+        client.cancel()
+        await asyncio.gather(client, return_exceptions=True)
+        left = time.monotonic()
+        while await running():
+            assert time.monotonic() - left < 1.0
+            await asyncio.sleep(0.01)
+        assert (await http.get("/stats")).json()["queued"] == 0
+
+
+@pytest.mark.asyncio
+async def test_more_than_running_and_queued_is_status_429(endpoint: Endpoint) -> None:
+    asked = {"prompt": "a", "max_tokens": 300, "ignore_eos": True}
+    async with httpx.AsyncClient(base_url=endpoint.url, timeout=120) as http:
+        responses = await asyncio.gather(*(http.post("/v1/completions", json=asked) for _ in range(40)))
+    statuses = sorted(response.status_code for response in responses)
+    assert statuses.count(200) >= 20  # 16 run and 4 wait; some of the others come when the first have left
+    assert set(statuses) == {200, 429}
+
+
+def test_a_second_endpoint_in_the_same_ray_is_refused(endpoint: Endpoint, chat_model: Path) -> None:
+    with pytest.raises(ServingError, match="serves something already"):
+        start(chat_model, Serving(port=0), model_name="other")
+    taken = int(endpoint.url.rsplit(":", 1)[1])
+    with pytest.raises(ServingError, match=rf"port {taken} on 127\.0\.0\.1 cannot be used \(Address already in use\)"):
+        check(chat_model, Serving(port=taken))
+
+
+def test_what_is_wrong_is_said_before_anything_starts(tiny_model: Path, chat_model: Path, tmp_path: Path) -> None:
+    """None of these needs Ray, and none starts it."""
+    with pytest.raises(ContractError, match=r"has no prompt contract \(apprentice\.json\)"):
+        check(tiny_model, Serving(port=0))
+    contract = read_contract(chat_model)
+    check(tiny_model, Serving(port=0), contract)
+    with pytest.raises(ServingError, match=r"'0\.0\.0\.0' is not this machine alone"):
+        check(chat_model, Serving(host="0.0.0.0", port=0))
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen()
+        with pytest.raises(ServingError, match=r"choose another with serving\.port"):
+            start(chat_model, Serving(port=listening.getsockname()[1]), model_name="tiny")
+    changed = tmp_path / "changed"
+    shutil.copytree(chat_model, changed)
+    with (changed / "model.safetensors").open("ab") as weights:
+        weights.write(b"\0")
+    with pytest.raises(ContractError, match="are not those its contract was written for"):
+        check(changed, Serving(port=0))
+
+
+def test_the_config_file_builds_the_same_application(chat_model: Path) -> None:
+    built = application({"model": str(chat_model), "max_running": 3, "replicas": {"min": 1, "max": 2}, "cpus": 2})
+    options = built._bound_deployment
+    assert options.init_args[1] == "tiny"  # the run's name, from the contract
+    assert options.ray_actor_options["num_cpus"] == 2
+    assert options._deployment_config.autoscaling_config.max_replicas == 2
+    with pytest.raises(ServingError, match="max_runing: Extra inputs are not permitted"):
+        application({"model": str(chat_model), "max_runing": 3})

@@ -1,0 +1,78 @@
+"""Requests become the ids that training saw, or a sentence."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from apprentice.data.contract import layout_beside
+from apprentice.serve.phrasing import Phrasing
+from apprentice.serve.protocol import ChatRequest, CompletionRequest, InstructRequest, RequestProblem
+
+
+@pytest.fixture(scope="module")
+def chat(chat_model: Path) -> Phrasing:
+    return Phrasing(layout_beside(chat_model), context=200)
+
+
+@pytest.fixture(scope="module")
+def plain(plain_model: Path) -> Phrasing:
+    return Phrasing(layout_beside(plain_model), context=200)
+
+
+def conversation(*turns: str) -> ChatRequest:
+    roles = ("user", "assistant") * len(turns)
+    return ChatRequest.model_validate(
+        {"messages": [{"role": role, "content": turn} for role, turn in zip(roles, turns, strict=False)]}
+    )
+
+
+def test_an_instruction_has_exactly_the_ids_of_training(chat: Phrasing, plain: Phrasing) -> None:
+    for phrasing in (chat, plain):
+        layout = phrasing.layout
+        request = phrasing.instruct(InstructRequest(instruction="Count the words.", input="a b"))
+        assert list(request.prompt) == layout.encode_prompt(layout.prompt("Count the words.", "a b"))
+        assert request.max_tokens == 200 - len(request.prompt)
+        assert request.stop_ids == frozenset(layout.stop_ids)
+        same = phrasing.chat(conversation("Count the words.\n\na b"))
+        assert same.prompt == request.prompt
+
+
+def test_turns_are_for_layouts_that_have_them(chat: Phrasing, plain: Phrasing) -> None:
+    asked = conversation("Hello.", "Hi!", "Who are you?")
+    prompt = chat.layout.tokenizer.decode(chat.chat(asked).prompt, skip_special=False)
+    assert prompt.endswith(
+        "user\nHello.<|im_end|>\n<|im_start|>assistant\nHi!<|im_end|>\n<|im_start|>user\nWho are you?<|im_end|>\n<|im_start|>assistant\n"
+    )
+    with pytest.raises(RequestProblem, match="layout `plain`, which has no turns; send exactly one user message"):
+        plain.chat(asked)
+    with pytest.raises(RequestProblem, match="the last message must be the user's"):
+        chat.chat(conversation("Hello.", "Hi!"))
+
+
+def test_completions_are_raw(chat: Phrasing) -> None:
+    request = chat.completion(CompletionRequest(prompt="Hello.", ignore_eos=True, seed=5, temperature=1.0))
+    assert list(request.prompt) == chat.layout.tokenizer.encode("Hello.")
+    assert (request.max_tokens, request.stop_ids, request.seed) == (16, frozenset(), 5)
+    assert chat.completion(CompletionRequest(prompt=[5, 6])).prompt == (5, 6)
+    seeds = {chat.completion(CompletionRequest(prompt=[5])).seed for _ in range(3)}
+    assert len(seeds) == 3
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (CompletionRequest(prompt=""), "`prompt` is empty"),
+        (CompletionRequest(prompt=[5, 100_000]), "token id 100000 is outside the vocabulary of 512"),
+        (
+            CompletionRequest(prompt=[5] * 150, max_tokens=51),
+            "the prompt has 150 tokens and the reply may have 51; at most 200 fit",
+        ),
+        (InstructRequest(instruction="a" * 300), "the reply may have 1; at most 200 fit together"),
+    ],
+)
+def test_refusals(chat: Phrasing, asked: CompletionRequest | InstructRequest, message: str) -> None:
+    with pytest.raises(RequestProblem, match=message):
+        chat.completion(asked) if isinstance(asked, CompletionRequest) else chat.instruct(asked)
+    assert chat.completion(CompletionRequest(prompt=[5] * 150, max_tokens=50)).max_tokens == 50

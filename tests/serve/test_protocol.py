@@ -1,0 +1,74 @@
+"""What a request may say, and what a refusal says."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from apprentice.serve.protocol import Asked, ChatRequest, CompletionRequest, InstructRequest, Replies, Usage, event, explain
+
+
+def refusal(kind: type[Asked], body: dict[str, Any]) -> dict[str, Any]:
+    with pytest.raises(ValidationError) as caught:
+        kind.model_validate(body)
+    return dict(explain(caught.value.errors(), list(kind.model_fields)).body["error"])
+
+
+def test_what_asks_for_nothing_is_let_through() -> None:
+    asked = ChatRequest.model_validate(
+        {
+            "messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}],
+            "n": 1,
+            "frequency_penalty": 0,
+            "tools": [],
+            "temperature": None,
+            "logprobs": False,
+            "stop": "x",
+        }
+    )
+    assert asked.messages[0].text == "ab"
+    assert (asked.temperature, asked.stops, asked.max_tokens) == (0.0, ["x"], None)
+    assert CompletionRequest(prompt="a").max_tokens == 16
+    assert InstructRequest(instruction="a").input == ""
+
+
+@pytest.mark.parametrize(
+    ("kind", "extra", "param", "message"),
+    [
+        (CompletionRequest, {"tools": [{}]}, "tools", "`tools` is not supported here. Supported: model,"),
+        (CompletionRequest, {"n": 2}, "n", "`n` is not supported here."),
+        (CompletionRequest, {"max_token": 2}, "max_token", "Did you mean 'max_tokens'?"),
+        (CompletionRequest, {"temperature": 3}, "temperature", "`temperature`: Input should be less than or equal to 2."),
+        (CompletionRequest, {"max_tokens": 0}, "max_tokens", "`max_tokens`: Input should be greater than or equal to 1."),
+        (CompletionRequest, {"prompt": ["a", "b"]}, "prompt", "`prompt"),
+        (CompletionRequest, {"stream_options": {"usage": True}}, "stream_options.usage", "Extra inputs are not permitted"),
+        (CompletionRequest, {"stream": True, "return_token_ids": True}, None, "`return_token_ids` is for whole replies"),
+        (ChatRequest, {"messages": []}, "messages", "at least 1 item"),
+        (ChatRequest, {"messages": [{"role": "tool", "content": "a"}]}, "messages.0.role", "'system', 'user' or 'assistant'"),
+        (ChatRequest, {}, "messages", "`messages`: Field required."),
+    ],
+)
+def test_refusals_name_the_field(kind: type[Asked], extra: dict[str, Any], param: str | None, message: str) -> None:
+    error = refusal(kind, ({"prompt": "a"} if kind is CompletionRequest else {}) | extra)
+    assert message in error["message"]
+    assert (error["type"], (error["param"] or "").startswith(param or "")) == ("invalid_request_error", True)
+
+
+def test_bodies_have_openais_shape() -> None:
+    chat, text = Replies("m", chat=True), Replies("m", chat=False)
+    whole = chat.whole("Hi", "stop", Usage(3, 2))
+    assert whole["object"] == "chat.completion"
+    assert whole["choices"] == [
+        {"index": 0, "message": {"role": "assistant", "content": "Hi"}, "finish_reason": "stop", "logprobs": None}
+    ]
+    assert whole["usage"] == {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
+    assert text.whole("Hi", "length", Usage(3, 2), [7, 8])["choices"][0]["token_ids"] == [7, 8]
+    first, last = chat.chunk("H", None, first=True), chat.chunk("", "stop")
+    assert first["choices"][0]["delta"] == {"role": "assistant", "content": "H"}
+    assert (last["choices"][0]["delta"], last["choices"][0]["finish_reason"]) == ({}, "stop")
+    assert text.chunk("H", None)["choices"][0]["text"] == "H"
+    assert chat.usage_chunk(Usage(3, 2))["choices"] == []
+    assert json.loads(event(first).removeprefix("data: ")) == first

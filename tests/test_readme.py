@@ -1,0 +1,72 @@
+"""What the documents show is real: every command parses, every file, target and option that is named exists."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+import typer
+
+from apprentice.cli import app
+from tests.conftest import ROOT
+
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "cluster" / "README.md"]
+
+
+def blocks(file: Path) -> list[str]:
+    """The lines of all `bash` blocks of a document, comments removed."""
+    found = re.findall(r"```bash\n(.*?)```", file.read_text(encoding="utf-8"), flags=re.DOTALL)
+    return [words for block in found for line in block.splitlines() if (words := line.split("  #")[0].strip())]
+
+
+COMMANDS = [(file.relative_to(ROOT).as_posix(), line) for file in DOCUMENTS for line in blocks(file)]
+
+
+def test_there_are_commands():
+    assert len([line for _, line in COMMANDS if line.startswith("apprentice ")]) >= 6
+    assert len([line for _, line in COMMANDS if line.startswith("ray job submit ")]) >= 2
+
+
+@pytest.mark.parametrize(("document", "line"), COMMANDS, ids=lambda value: value[:40])
+def test_a_shown_command_can_be_given(document: str, line: str):
+    program, *words = shlex.split(line)
+    if program == "apprentice":
+        commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+        assert words[0] in commands
+        commands[words[0]].make_context(words[0], words[1:])
+    elif program == "make":
+        targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+        assert words[0] in targets
+    else:
+        assert program == "ray", f"{document} shows {program!r}; say here how it is checked"
+        assert words[0] in ("start", "job")
+    for word in words:
+        if word.startswith(("jobs/", "src/", "serve/", "tests/")):
+            assert (ROOT / word).exists(), word
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda file: file.relative_to(ROOT).as_posix())
+def test_files_and_links_that_are_named_exist(document: Path):
+    text = document.read_text(encoding="utf-8")
+    named = re.findall(r"`((?:src|jobs|tests|benchmarks|cluster|serve|docs)/[\w./-]*)`", text)
+    linked = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link]
+    assert named or linked or document.parent.name == "cluster"
+    for path in named:
+        assert (ROOT / path).exists(), path
+    for link in linked:
+        assert (document.parent / link).exists(), link
+
+
+def test_the_readme_has_no_gaps():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for mark in ("DEMO_OUTPUT", "CLAIMS", "BENCH", "DATE"):
+        assert mark not in text, mark
+
+
+def test_make_without_a_target_lists_the_targets():
+    shown = subprocess.run(["make", "--no-print-directory"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for target in ("setup", "demo", "test", "check", "bench", "peers"):
+        assert f"make {target}" in shown

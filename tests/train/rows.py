@@ -1,0 +1,71 @@
+"""Packed rows made by hand, and a plain PyTorch reference that trains on the same examples one by one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from apprentice.train.batch import PackedRows
+
+LENGTH = 48
+
+
+def packed_columns(count: int, seed: int = 0, first: int = 0) -> dict[str, Any]:
+    """`count` packed rows of 2 to 4 examples and some padding, over a vocabulary of 500; window 0, rows from `first`."""
+    columns: dict[str, list[Any]] = {
+        name: []
+        for name in (
+            "input_ids positions segment_ids loss_mask window row examples example_tasks example_targets dropped".split()
+        )
+    }
+    for number in range(first, first + count):
+        rng = np.random.default_rng([seed, number])
+        row = {name: np.zeros(LENGTH, np.int32) for name in ("input_ids", "positions", "segment_ids", "loss_mask")}
+        at, targets = 0, []
+        for segment in range(1, int(rng.integers(2, 5)) + 1):
+            size, answer = int(rng.integers(6, 12)), int(rng.integers(1, 5))
+            part = slice(at, at + size)
+            row["input_ids"][part] = rng.integers(3, 500, size)
+            row["positions"][part] = np.arange(size)
+            row["segment_ids"][part] = segment
+            row["loss_mask"][at + size - answer : at + size] = 1
+            at += size
+            targets.append(answer)
+        row["positions"][at:] = np.arange(LENGTH - at)
+        row["loss_mask"] = row["loss_mask"].astype(np.uint8)
+        for name, values in row.items():
+            columns[name].append(values)
+        columns["window"].append(0)
+        columns["row"].append(number)
+        columns["examples"].append([number * 10 + place for place in range(len(targets))])
+        columns["example_tasks"].append([place % 2 for place in range(len(targets))])
+        columns["example_targets"].append(targets)
+        columns["dropped"].append("")
+    return columns
+
+
+def packed_rows(count: int, seed: int = 0, first: int = 0) -> PackedRows:
+    return PackedRows.of(packed_columns(count, seed, first))
+
+
+def examples_of(rows: PackedRows) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """(ids, target mask) of every example by itself."""
+    found = []
+    for ids, segments, mask in zip(rows.input_ids, rows.segment_ids, rows.loss_mask, strict=True):
+        for segment in range(1, int(segments.max()) + 1):
+            here = segments == segment
+            found.append((torch.tensor(ids[here], dtype=torch.long), torch.tensor(mask[here] > 0)))
+    return found
+
+
+def reference_nll(model: Any, rows: PackedRows) -> torch.Tensor:
+    """The sum over target tokens, each example in a forward pass of its own, with all its logits."""
+    total = torch.zeros((), dtype=torch.float32)
+    for ids, mask in examples_of(rows):
+        logits = model(input_ids=ids[None], use_cache=False).logits[0]
+        nll = F.cross_entropy(logits[:-1].float(), ids[1:], reduction="none")
+        total = total + nll[mask[1:]].sum()
+    return total
