@@ -26,8 +26,8 @@ def test_values_are_written_with_their_units(capsys):
 def test_plain_lines_are_few_but_the_last_is_kept(capsys):
     screen = Screen()
     for step in range(1, 6):
-        screen.progress("train", {"step": step, "steps": 5})
-    assert capsys.readouterr().out.splitlines() == ["train     step 1  steps 5", "train     step 5  steps 5"]
+        screen.progress("train", {"step": f"{step}/5", "done": step == 5})
+    assert capsys.readouterr().out.splitlines() == ["train     step 1/5", "train     step 5/5"]
 
 
 def test_errors_are_one_sentence_in_both_forms(capsys):

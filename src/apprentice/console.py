@@ -48,8 +48,7 @@ class Screen:
             self._stage = stage
             return
         now = time.monotonic()
-        done = values.get("done") or values.get("step") == values.get("steps", "")
-        if stage != self._stage or done or now - self._last >= PLAIN_EVERY_S:
+        if stage != self._stage or values.get("done") or now - self._last >= PLAIN_EVERY_S:
             print(line, file=self._log, flush=True)
             self._stage, self._last = stage, now
 
@@ -80,11 +79,15 @@ def _shown(key: str, value: Any) -> str:
     if key == "message":
         return str(value)
     if key.endswith("_share"):
-        return f"{key.removesuffix('_share')} {value:.0%}"
+        return f"{_words(key.removesuffix('_share'))} {value:.0%}"
     if key == "eta_s":
         return f"eta {int(value) // 60}:{int(value) % 60:02d}"
     if key == "tokens_per_s":
         return f"{value:.0f} tokens/s"
     if isinstance(value, float):
-        return f"{key} {value:.4g}"
-    return f"{key} {value}"
+        return f"{_words(key)} {value:.4g}"
+    return f"{_words(key)} {value}"
+
+
+def _words(key: str) -> str:
+    return key.replace("_", " ")

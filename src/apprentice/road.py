@@ -19,7 +19,7 @@ from apprentice.data.contract import layout_of, make_contract
 from apprentice.data.pipeline import Corpus, estimate_steps, make_corpus
 from apprentice.errors import ApprenticeError, ContractError, RecipeError, RunError, ServingError
 from apprentice.hub import local_folder
-from apprentice.recipe import Recipe, find_recipe, load_recipe
+from apprentice.recipe import Recipe, Serving, find_recipe, load_recipe
 from apprentice.session import ray_session
 from apprentice.storage import Folder
 from apprentice.tokenizer import Tokenizer
@@ -43,9 +43,25 @@ def train(recipe: Recipe, *, restart: bool = False, progress: Progress) -> dict[
         run, corpus = _prepared(recipe, restart=restart, progress=progress)
         if run.is_trained:
             return {"run": str(run.folder), "already": True, **run.status()}
-        result = launch.train(recipe, run, corpus, progress=lambda values: progress("train", values))
+        result = launch.train(recipe, run, corpus, progress=lambda values: progress("train", _step_line(values)))
         run.update_status(state="trained")
         return {"run": str(run.folder), "already": False, **asdict(result)}
+
+
+def _step_line(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What a person wants to see of one record of the training loop."""
+    if "validation_loss" in values:
+        return {"step": f"{values['step']}/{values['steps']}", "validation_loss": values["validation_loss"], "done": True}
+    return {
+        "step": f"{values['step']}/{values['steps']}",
+        "loss": values["loss"],
+        "learning_rate": values["learning_rate"],
+        "tokens_per_s": values["tokens_per_s"],
+        "waiting_for_data_share": values["data_wait"],
+        "eta_s": values["eta_s"],
+        "restarts": values["attempt"] - 1 or None,
+        "done": values["step"] == values["steps"],
+    }
 
 
 def training_sentence(result: Mapping[str, Any]) -> str:
@@ -53,9 +69,13 @@ def training_sentence(result: Mapping[str, Any]) -> str:
     if result["already"]:
         return "this run is trained already; --restart trains it anew"
     return (
-        f"{result['steps']} steps, loss {result['loss']:.3f}, validation loss {result['validation_loss']:.3f},"
+        f"{result['steps']} steps, loss {result['loss']:.3f}, validation loss {_number(result['validation_loss'])},"
         f" {result['tokens_per_s']:.0f} tokens/s, waited for data {result['wait_share']:.1%} of the time"
     )
+
+
+def _number(value: float | None) -> str:
+    return "none" if value is None else f"{value:.3f}"
 
 
 def _prepared(recipe: Recipe, *, restart: bool, progress: Progress) -> tuple[Run, Corpus]:
@@ -175,7 +195,7 @@ def endpoint(
     if run is not None and not run.is_trained:
         raise RunError(f"run {run.name!r} has no trained model yet; train it first.")
     folder = run.model.local if run is not None else local_folder(target)
-    settings = (run.recipe() if run is not None else _settings_for_bare(recipe, contract, storage)).serving
+    settings = run.recipe().serving if run is not None else _serving_for_bare(recipe, contract, storage)
     settings = settings.model_copy(update={k: v for k, v in (("host", host), ("port", port)) if v is not None})
     words = None if run is not None else _contract_for(folder, contract, recipe, storage)
     deployment.check(folder, settings, words)
@@ -188,13 +208,12 @@ def endpoint(
             running.stop()
 
 
-def _settings_for_bare(recipe: str | None, contract: str | None, storage: str) -> Any:
-    from apprentice.recipe import Recipe, Serving
-
+def _serving_for_bare(recipe: str | None, contract: str | None, storage: str) -> Serving:
+    """How a bare model is served: as the named recipe or the contract's run says, or by default."""
     if recipe is not None:
-        return load_recipe(find_recipe(recipe))
+        return load_recipe(find_recipe(recipe)).serving
     run = find_run(contract, storage) if contract is not None else None
-    return run.recipe() if run is not None else Recipe.model_construct(serving=Serving())
+    return run.recipe().serving if run is not None else Serving()
 
 
 def _contract_for(folder: Path, contract: str | None, recipe: str | None, storage: str) -> PromptContract | None:

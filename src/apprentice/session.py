@@ -46,13 +46,13 @@ def quiet() -> None:
 
 def _connect() -> None:
     if os.environ.get("RAY_ADDRESS"):
-        ray.init(logging_level="error", log_to_driver=False)
+        ray.init(logging_level=logging.ERROR, log_to_driver=False)
         return
     ray.init(
         address="local",
         num_cpus=len(os.sched_getaffinity(0)) + SPARE_CPUS,
         include_dashboard=False,
-        logging_level="error",
+        logging_level=logging.ERROR,
         log_to_driver=False,
     )
 

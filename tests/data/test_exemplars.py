@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from apprentice.data.exemplars import POOL_STRETCHES, STRETCH_ROWS, Pool, exemplar_rows
 
 
+@settings(deadline=None)
 @given(
     kept=st.sets(st.integers(0, 5000), min_size=1, max_size=60).map(sorted),
     seed=st.integers(0, 1000),
@@ -34,9 +35,9 @@ def test_exemplars_depend_on_seed_task_and_row_alone() -> None:
 
 def test_all_rows_of_a_small_task_are_used_about_equally() -> None:
     kept = np.arange(10)
-    used = np.bincount([exemplar_rows(1, "t", row, 1, kept)[0] for row in range(1000, 3000)], minlength=10)
-    assert used.sum() == 2000
-    assert (abs(used - 200) < 6 * 200**0.5).all(), used
+    used = np.bincount([exemplar_rows(1, "t", row, 1, kept)[0] for row in range(1000, 1600)], minlength=10)
+    assert used.sum() == 600
+    assert (abs(used - 60) < 6 * 60**0.5).all(), used
 
 
 def test_a_large_task_has_a_small_pool() -> None:

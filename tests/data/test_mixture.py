@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from apprentice.data.mixture import shares
@@ -38,6 +38,7 @@ def test_an_irrational_temperature_is_the_same_everywhere() -> None:
     assert weights == {"a": 475123599, "b": 598618224}
 
 
+@settings(deadline=None)
 @given(sizes=st.lists(st.integers(1, 10**15), min_size=1, max_size=200))
 def test_weights_always_fit_the_rotation(sizes: list[int]) -> None:
     weights = shares(Mixture(), {str(number): size for number, size in enumerate(sizes)})

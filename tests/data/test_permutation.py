@@ -6,7 +6,7 @@ from itertools import permutations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from apprentice.data.permutation import below, draw, key_of, permute
@@ -21,11 +21,13 @@ def test_keys_and_draws_are_the_same_in_every_process() -> None:
     assert draw(key_of(17, "format"), np.arange(3)).tolist() == [8355128236080566624, 12441013216497642587, 16481013209176401722]
 
 
+@settings(deadline=None)
 @given(size=st.integers(1, 3000), key=KEYS)
 def test_permute_is_a_bijection(size: int, key: int) -> None:
     assert sorted(permute(np.arange(size), size, key).tolist()) == list(range(size))
 
 
+@settings(deadline=None)
 @given(sizes=st.lists(st.integers(1, 2**50), min_size=1, max_size=50), key=KEYS, data=st.data())
 def test_permute_does_each_element_by_itself(sizes: list[int], key: int, data: st.DataObject) -> None:
     indices = [data.draw(st.integers(0, size - 1)) for size in sizes]

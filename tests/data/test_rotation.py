@@ -7,7 +7,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from apprentice.data.rotation import MAX_TOTAL, Rotation
@@ -32,6 +32,7 @@ def test_the_order_of_small_weights() -> None:
     assert counts.tolist() == [0, 0, 1, 2, 3, 1, 4, 5]
 
 
+@settings(deadline=None)
 @given(weights=WEIGHTS, start=st.integers(0, 10**12), stop=st.integers(1, 300))
 def test_counts_are_what_counting_gives(weights: list[int], start: int, stop: int) -> None:
     rotation = Rotation(weights)
@@ -44,6 +45,7 @@ def test_counts_are_what_counting_gives(weights: list[int], start: int, stop: in
     assert sum(seen) == start + stop
 
 
+@settings(deadline=None)
 @given(weights=WEIGHTS, position=st.integers(0, 10**12))
 def test_no_count_is_two_from_its_share(weights: list[int], position: int) -> None:
     assert largest_error(Rotation(weights), position) < Fraction(17, 10)

@@ -43,7 +43,8 @@ def test_turns_are_for_layouts_that_have_them(chat: Phrasing, plain: Phrasing) -
     asked = conversation("Hello.", "Hi!", "Who are you?")
     prompt = chat.layout.tokenizer.decode(chat.chat(asked).prompt, skip_special=False)
     assert prompt.endswith(
-        "user\nHello.<|im_end|>\n<|im_start|>assistant\nHi!<|im_end|>\n<|im_start|>user\nWho are you?<|im_end|>\n<|im_start|>assistant\n"
+        "user\nHello.<|im_end|>\n<|im_start|>assistant\nHi!<|im_end|>\n"
+        "<|im_start|>user\nWho are you?<|im_end|>\n<|im_start|>assistant\n"
     )
     with pytest.raises(RequestProblem, match="layout `plain`, which has no turns; send exactly one user message"):
         plain.chat(asked)

@@ -46,8 +46,8 @@ def test_an_endpoint_that_cannot_start_leaves_nothing(ray_cluster: None, chat_mo
     broken = tmp_path / "broken"
     shutil.copytree(chat_model, broken)
     config = (broken / "config.json").read_text()
-    (broken / "config.json").write_text(config.replace('"hidden_size": 64', '"hidden_size": 32'))
-    with pytest.raises(ServingError, match=r"the engine does not start: .*cannot be loaded"):
+    (broken / "config.json").write_text(config.replace('"num_hidden_layers": 2', '"num_hidden_layers": 3'))
+    with pytest.raises(ServingError, match=r"the engine does not start: .*lacks weights"):
         start(broken, Serving(port=0), model_name="tiny", cpus=1)
     with pytest.raises(ValueError, match="Failed to look up actor"):
         ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")

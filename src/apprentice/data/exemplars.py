@@ -15,10 +15,13 @@ STRETCH_ROWS = 512
 
 
 class Pool:
-    """The rows of one task that can be exemplars; `kept` are source row numbers, ascending."""
+    """The rows of one task that can be exemplars; `kept` are source row numbers, ascending.
+
+    `draw(key, rows)` gives the key of each row's exemplars.
+    """
 
     def __init__(self, seed: int, task: str, kept: Numbers) -> None:
-        self._key = key_of(seed, task, "exemplars")
+        self.key = key_of(seed, task, "exemplars")
         stretches = max(1, len(kept) // STRETCH_ROWS)
         if stretches > POOL_STRETCHES:
             chosen = permute(np.arange(POOL_STRETCHES), stretches, key_of(seed, task, "exemplar stretches"))
@@ -29,10 +32,6 @@ class Pool:
 
     def __len__(self) -> int:
         return len(self.rows)
-
-    def keys(self, rows: Numbers) -> Keys:
-        """The key of each row's exemplars."""
-        return draw(self._key, rows)
 
 
 def candidates(sizes: Numbers, keys: Keys, count: int) -> Numbers:
@@ -59,5 +58,5 @@ def exemplar_rows(seed: int, task: str, row: int, k: int, kept: Numbers) -> tupl
     if not len(pool) or k < 1:
         return ()
     own = np.array([row])
-    places = candidates(np.array([len(pool)]), pool.keys(own), min(k + 1, len(pool)))
+    places = candidates(np.array([len(pool)]), draw(pool.key, own), min(k + 1, len(pool)))
     return without(own, pool.rows[places], np.array([k]))[0]

@@ -21,7 +21,7 @@ from apprentice.data.exemplars import Pool
 from apprentice.data.layout import Layout
 from apprentice.data.permutation import Numbers, below, draw, key_of, permute
 from apprentice.data.sources import Reader, Source, Split, resolve
-from apprentice.errors import DataError, RecipeError, RowError, did_you_mean
+from apprentice.errors import DataError, RowError
 from apprentice.recipe import Recipe
 from apprentice.storage import Folder
 from apprentice.tasks.schema import Example, Task
@@ -66,16 +66,9 @@ class _Scan(NamedTuple):
     rejects: list[_Reject]
 
 
-def held_out(tasks: Sequence[Task], hold_out: Sequence[str]) -> frozenset[str]:
-    """Names of the tasks that are held out by their own or their cluster's name. Raises `RecipeError` for an unknown name."""
-    known = {task.name for task in tasks} | {task.cluster for task in tasks}
-    for name in hold_out:
-        if name not in known:
-            raise RecipeError(
-                f"data.hold_out: {name!r} is neither a task nor a cluster of data.tasks.{did_you_mean(name, known)}"
-                " Add it to data.tasks too: what is held out is scored."
-            )
-    return frozenset(task.name for task in tasks if task.name in hold_out or task.cluster in hold_out)
+def is_held_out(task: Task, hold_out: Sequence[str]) -> bool:
+    """Whether `task` is never trained on, by its own name or its cluster's."""
+    return not {task.name, task.cluster}.isdisjoint(hold_out)
 
 
 def freeze(
@@ -186,11 +179,11 @@ def _scanned(
     tasks: Sequence[Task], sources: Mapping[str, _Sources], recipe: Recipe, *, parallel: bool
 ) -> tuple[list[_Scan], list[_Scan]]:
     """The scans of the training and of the test rows of each task."""
-    held = held_out(tasks, recipe.data.hold_out)
-    jobs = []
+    jobs: list[_Job] = []
     for task in tasks:
         train, test = sources[task.name]
-        jobs += [(task, train, 0.0 if task.name in held else recipe.data.validation), (task, test, 0.0)]
+        validation = 0.0 if is_held_out(task, recipe.data.hold_out) else recipe.data.validation
+        jobs += [(task, train, validation), (task, test, 0.0)]
     run = _in_ray if parallel and tasks else _in_this_process
     scans = list(run(jobs))
     return scans[::2], scans[1::2]

@@ -36,7 +36,7 @@ def mix(numbers: Keys) -> Keys:
 
 
 def draw(key: int | Keys, counters: Numbers | Keys) -> Keys:
-    """The generator keyed `key` at `counters` (any shape): independent, uniform 64-bit numbers, each computed by itself."""
+    """The generator keyed `key` at `counters` (one dimension or more): uniform 64-bit numbers, each computed by itself."""
     keys = np.asarray(key, dtype=np.uint64)
     return mix(mix(np.asarray(counters).astype(np.uint64) * np.uint64(_GOLDEN) + keys) ^ keys)
 

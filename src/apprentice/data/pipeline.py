@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from math import ceil
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pyarrow as pa
 
 from apprentice.data.corpus import Corpus, estimate_steps, make_corpus
@@ -27,8 +26,17 @@ if TYPE_CHECKING:
 
 __all__ = ["Corpus", "Start", "estimate_steps", "make_corpus", "render_window", "train_stream", "validation_rows"]
 
-MAX_BLOCKS = 1024  # of window numbers, while windows are few: Ray makes an object for each before the first is rendered
+MAX_BLOCKS = 256  # of window numbers, while windows are few: Ray takes 2 ms for each before the first window is rendered
 WINDOWS_PER_BLOCK = 32  # at most: an actor works through a block, and what it is ahead of its turn waits in memory
+_ROW_BYTES = 13  # of each token: three int32 and a uint8
+_TYPES = {
+    "window": pa.int64(),
+    "row": pa.int32(),
+    "examples": pa.list_(pa.int64()),
+    "example_tasks": pa.list_(pa.int32()),
+    "example_targets": pa.list_(pa.int32()),
+    "dropped": pa.string(),
+}
 SPARE_WINDOWS = 64  # a stream has four times the windows that the run is estimated to need, and these
 
 
@@ -58,15 +66,16 @@ def train_stream(corpus: Corpus, start: Start = Start(), windows: int | None = N
     """
     import ray.data  # here, because it takes seconds, and windows are made without it too
 
+    estimate = estimate_steps(corpus)
     if windows is None:
-        estimate = estimate_steps(corpus)
         needed = ceil(estimate["steps"] * corpus.recipe.training.global_batch / estimate["rows_per_window"])
         windows = 4 * max(1, needed - start.window) + SPARE_WINDOWS
     per_block = min(WINDOWS_PER_BLOCK, ceil(windows / MAX_BLOCKS))
     numbers = ray.data.range(windows, concurrency=1, override_num_blocks=ceil(windows / per_block))
     numbers.context.enable_progress_bars = False
     numbers.context.execution_options.preserve_order = True
-    training = corpus.recipe.training
+    # An actor hands on what is larger than this, so that each window goes on its way as soon as it is made.
+    numbers.context.target_max_block_size = ceil(estimate["rows_per_window"] / 2) * _ROW_BYTES * corpus.row_length
     rows = numbers.map_batches(
         _WindowActor,
         fn_constructor_args=(ray.put(corpus), start),
@@ -74,7 +83,7 @@ def train_stream(corpus: Corpus, start: Start = Start(), windows: int | None = N
         compute=ray.data.ActorPoolStrategy(size=concurrency),
         num_cpus=1,
     )
-    unit = training.global_batch // training.max_workers
+    unit = corpus.recipe.training.global_batch // corpus.recipe.training.max_workers
     stream: ray.data.Dataset = rows.repartition(target_num_rows_per_block=unit, strict=True)
     return stream
 
@@ -98,11 +107,12 @@ class _WindowActor:
 
 
 def _table(rows: Rows) -> pa.Table:
-    """As Arrow columns: tables as fixed-shape tensors, one array a row as lists."""
-    return pa.table({name: _column(values) for name, values in rows.items()})
+    """As Arrow columns: tables as fixed-shape tensors, one array a row as lists; the types are the same for no rows at all."""
+    return pa.table({name: _column(name, values) for name, values in rows.items()})
 
 
-def _column(values: Any) -> pa.Array:
-    if values.ndim == 2:
-        return pa.FixedShapeTensorArray.from_numpy_ndarray(np.ascontiguousarray(values))
-    return pa.array(list(values)) if values.dtype == object else pa.array(values)
+def _column(name: str, values: Any) -> pa.Array:
+    if values.ndim == 1:
+        return pa.array(list(values), _TYPES[name])
+    storage = pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values.shape[1])
+    return pa.ExtensionArray.from_storage(pa.fixed_shape_tensor(storage.type.value_type, values.shape[1:]), storage)

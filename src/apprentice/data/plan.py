@@ -6,18 +6,18 @@ large the datasets are. Knows nothing of texts, tokens or Ray.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import NamedTuple
 
 import numpy as np
 
 from apprentice.data.exemplars import Pool, candidates, exemplar_rows, without
-from apprentice.data.index import TaskIndex, held_out
+from apprentice.data.index import TaskIndex, is_held_out
 from apprentice.data.mixture import shares
-from apprentice.data.permutation import Numbers, below, draw, key_of, permute
+from apprentice.data.permutation import Numbers, below, draw, key_of
 from apprentice.data.rotation import Rotation
-from apprentice.data.row_order import RowOrder
+from apprentice.data.row_order import RowOrder, drawn, runs
 from apprentice.recipe import Formats, Recipe
 from apprentice.tasks.schema import Task
 
@@ -53,10 +53,12 @@ class Plan:
 
     def __init__(self, seed: int, formats: Formats, shots: tuple[int, int], members: Sequence[_Member], weights: Sequence[int]):
         self._state = (seed, formats, shots, tuple(members), tuple(weights))
-        self._seed, self._shots = seed, shots
+        self._shots = shots
+        self._format_key, self._template_key, self._shots_key = (key_of(seed, name) for name in ("format", "template", "shots"))
         self._members = tuple(members)
         self._leaf = {member.name: leaf for leaf, member in enumerate(members)}
         self._rotation = Rotation(weights)
+        self._orders = [member.order for member in members]
         self._pools = [Pool(seed, member.name, member.order.kept) for member in members]
         self._pool_sizes = np.array([len(pool) for pool in self._pools])
         # Column f: how many templates format f may use.
@@ -72,8 +74,8 @@ class Plan:
 
         Raises `RecipeError` if there is none, or if the mixture's weights name other tasks.
         """
-        held = held_out(tasks, recipe.data.hold_out)
-        trained = {task.name: task for task in sorted(tasks, key=lambda task: task.name) if task.name not in held}
+        by_name = {task.name: task for task in tasks}
+        trained = {name: task for name, task in sorted(by_name.items()) if not is_held_out(task, recipe.data.hold_out)}
         weights = shares(recipe.data.mixture, {name: len(indices[name].train) for name in trained})
         members = []
         for name in weights:
@@ -111,40 +113,25 @@ class Plan:
         leaves, counts = self._rotation.turns(positions)
         formats = self._formats(positions, leaves)
         usable = self._templates[leaves, formats]
-        templates = below(draw(key_of(self._seed, "template"), positions), usable).tolist()
-        rows, passes = self._rows(leaves, counts)
+        templates = below(draw(self._template_key, positions), usable).tolist()
+        rows, passes = drawn(self._orders, leaves, counts)
         shots = self._exemplars(positions, leaves, formats, rows)
         columns = zip(positions.tolist(), leaves.tolist(), formats.tolist(), templates, rows.tolist(), passes.tolist(), strict=True)
-        drawn = []
+        draws = []
         for position, leaf, form, template, row, pass_ in columns:
             member = self._members[leaf]
             names = member.inverted if form == _INVERTED else member.scored
-            drawn.append(Draw(position, member.name, FORMATS[form], names[template], row, shots.get(position, ()), pass_))
-        return drawn
+            draws.append(Draw(position, member.name, FORMATS[form], names[template], row, shots.get(position, ()), pass_))
+        return draws
 
     def _formats(self, positions: Numbers, leaves: Numbers) -> Numbers:
         """The drawn format, or zero-shot where the task cannot do that one (and inverted where it can do nothing else)."""
-        chance = (draw(key_of(self._seed, "format"), positions) >> np.uint64(11)).astype(np.int64)
+        chance = (draw(self._format_key, positions) >> np.uint64(11)).astype(np.int64)
         formats = (chance >= self._bounds[0]).astype(np.int64) + (chance >= self._bounds[1])
         too_few = (formats == _FEW_SHOT) & (self._pool_sizes[leaves] <= self._shots[1])
         formats[too_few | (self._templates[leaves, formats] == 0)] = _ZERO_SHOT
         formats[self._templates[leaves, formats] == 0] = _INVERTED
         return formats
-
-    def _rows(self, leaves: Numbers, counts: Numbers) -> tuple[Numbers, Numbers]:
-        """(source row, pass) for the draws numbered `counts` of the tasks `leaves`."""
-        parts = [(self._members[leaf].order, here) for leaf, here in _grouped(leaves)]
-        columns: Numbers = np.empty((3, len(leaves)), dtype=np.int64)
-        keys = np.empty(len(leaves), dtype=np.uint64)
-        for order, here in parts:
-            *columns[:, here], keys[here] = order.spans(counts[here])
-        within, sizes, starts = columns
-        places = starts + permute(within, sizes, keys)  # for all tasks at once: that is where the time goes
-        rows, passes = np.empty_like(places), np.empty_like(places)
-        for order, here in parts:
-            rows[here] = order.rows(counts[here], places[here])
-            passes[here] = counts[here] // len(order)
-        return rows, passes
 
     def _exemplars(self, positions: Numbers, leaves: Numbers, formats: Numbers, rows: Numbers) -> dict[int, tuple[int, ...]]:
         """Position → exemplars, for the few-shot ones."""
@@ -152,19 +139,13 @@ class Plan:
         if not few.size:
             return {}
         least, most = self._shots
-        counts = least + below(draw(key_of(self._seed, "shots"), positions[few]), most - least + 1)
+        counts = least + below(draw(self._shots_key, positions[few]), most - least + 1)
+        by_pool, parts = runs(leaves[few])
+        few, counts = few[by_pool], counts[by_pool]
         keys = np.empty(len(few), dtype=np.uint64)
-        parts = [(self._pools[leaf], here) for leaf, here in _grouped(leaves[few])]
-        for pool, here in parts:
-            keys[here] = pool.keys(rows[few[here]])
-        places = candidates(self._pool_sizes[leaves[few]], keys, most + 1)
-        for pool, here in parts:
-            places[here] = pool.rows[places[here]]
+        for leaf, part in parts:
+            keys[part] = self._pools[leaf].key
+        places = candidates(self._pool_sizes[leaves[few]], draw(keys, rows[few]), most + 1)
+        for leaf, part in parts:
+            places[part] = self._pools[leaf].rows[places[part]]
         return dict(zip(positions[few].tolist(), without(rows[few], places, counts), strict=True))
-
-
-def _grouped(leaves: Numbers) -> Iterator[tuple[int, Numbers]]:
-    """(leaf, where it stands in `leaves`) for each leaf that occurs."""
-    order = np.argsort(leaves, kind="stable")
-    found, starts = np.unique(leaves[order], return_index=True)
-    yield from zip(found.tolist(), np.split(order, starts[1:]), strict=True)

@@ -6,15 +6,17 @@ So neighbours in the order come from few row groups, and no list of rows is ever
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
 
-from apprentice.data.permutation import Keys, Numbers, draw, permute
+from apprentice.data.permutation import Numbers, draw, permute
 
 SHELF_GROUPS = 8
-_GROUP_ROUND = 2**32  # counters of the row groups' shuffles; those of the shelves' count up from 0
+_GROUP_ROUND = 2**32  # counters of the row groups' shuffles; those of the passes count up from 0
 
 
 class _Pass(NamedTuple):
@@ -25,22 +27,12 @@ class _Pass(NamedTuple):
     shelf_starts: Numbers  # and of each shelf's, with the end of the last
 
 
-class Span(NamedTuple):
-    """For some draws of one task: the place on its shelf, the shelf's rows, its first place, and the key that shuffles it."""
-
-    within: Numbers
-    sizes: Numbers
-    starts: Numbers
-    keys: Keys
-
-
 class RowOrder:
     """The endless order of the rows `kept` (source row numbers, ascending) of a source with row groups of `group_rows`."""
 
     def __init__(self, key: int, kept: Numbers, group_rows: Numbers) -> None:
-        self.kept = kept
-        self._key = key
-        self._source_group_rows = group_rows
+        self.key, self.kept = key, kept
+        self._group_rows = group_rows
         ends = np.searchsorted(kept, np.cumsum(group_rows))
         sizes = np.diff(ends, prepend=0)
         self._sizes: Numbers = sizes[sizes > 0].astype(np.int64)  # kept rows of each group that has any
@@ -48,43 +40,69 @@ class RowOrder:
         self._pass = lru_cache(maxsize=2)(self._shuffled)
 
     def __reduce__(self) -> tuple[type[RowOrder], tuple[int, Numbers, Numbers]]:
-        return type(self), (self._key, self.kept, self._source_group_rows)
+        return type(self), (self.key, self.kept, self._group_rows)
 
     def __len__(self) -> int:
         return len(self.kept)
 
-    def spans(self, counts: Numbers) -> Span:
-        """Where the shelves' shuffle has to look for the draws numbered `counts` of this task."""
-        passes, offsets = np.divmod(counts, len(self.kept))
-        pass_keys = draw(self._key, passes)
-        if len(self._sizes) <= SHELF_GROUPS:
-            return Span(offsets, np.full_like(offsets, len(self.kept)), np.zeros_like(offsets), pass_keys)
-        sizes, starts, shelves = np.empty_like(offsets), np.empty_like(offsets), np.empty_like(offsets)
-        for number in np.unique(passes):
-            here = passes == number
-            shelf_starts = self._pass(int(number)).shelf_starts
-            shelf = np.searchsorted(shelf_starts, offsets[here], side="right") - 1
-            shelves[here], starts[here] = shelf, shelf_starts[shelf]
-            sizes[here] = shelf_starts[shelf + 1] - shelf_starts[shelf]
-        return Span(offsets - starts, sizes, starts, draw(pass_keys, shelves))
+    @property
+    def has_shelves(self) -> bool:
+        """False where all row groups go on one shelf; then the order of groups does not matter."""
+        return len(self._sizes) > SHELF_GROUPS
 
-    def rows(self, counts: Numbers, places: Numbers) -> Numbers:
-        """Source row numbers at the shuffled `places` (shelf's start plus place on it) of the draws numbered `counts`."""
-        if len(self._sizes) <= SHELF_GROUPS:
+    def shelves(self, passes: Numbers, offsets: Numbers) -> tuple[Numbers, Numbers, Numbers]:
+        """(number, first place, rows) of the shelf that each offset in its pass falls on."""
+        number, start, size = np.empty((3, len(passes)), dtype=np.int64)
+        for pass_ in set(passes.tolist()):
+            here = passes == pass_
+            starts = self._pass(pass_).shelf_starts
+            number[here] = shelf = np.searchsorted(starts, offsets[here], side="right") - 1
+            start[here] = starts[shelf]
+            size[here] = starts[shelf + 1] - starts[shelf]
+        return number, start, size
+
+    def rows(self, passes: Numbers, places: Numbers) -> Numbers:
+        """Source row numbers at shuffled places: the start of the shelf plus a place on it."""
+        if not self.has_shelves:
             return self.kept[places]
-        passes = counts // len(self.kept)
         found = np.empty_like(places)
-        for number in np.unique(passes):
-            here = passes == number
-            order, group_starts, _ = self._pass(int(number))
-            group = np.searchsorted(group_starts, places[here], side="right") - 1
-            found[here] = self._firsts[order[group]] + places[here] - group_starts[group]
+        for pass_ in set(passes.tolist()):
+            here = passes == pass_
+            order, starts, _ = self._pass(pass_)
+            group = np.searchsorted(starts, places[here], side="right") - 1
+            found[here] = self._firsts[order[group]] + places[here] - starts[group]
         return self.kept[found]
 
-    def _shuffled(self, number: int) -> _Pass:
-        groups = len(self._sizes)
-        key = draw(self._key, np.array(_GROUP_ROUND + number))
-        order = permute(np.arange(groups), groups, key)
+    def _shuffled(self, pass_: int) -> _Pass:
+        key = draw(self.key, np.array([_GROUP_ROUND + pass_]))
+        order = np.argsort(draw(key, np.arange(len(self._sizes))), kind="stable")
         ends = np.cumsum(self._sizes[order])
         starts = ends - self._sizes[order]
         return _Pass(order, starts, np.append(starts[::SHELF_GROUPS], ends[-1]))
+
+
+def drawn(orders: Sequence[RowOrder], which: Numbers, counts: Numbers) -> tuple[Numbers, Numbers]:
+    """(source row, pass) of the draw numbered `counts[i]` of `orders[which[i]]`, for all i at once."""
+    by_order, parts = runs(which)
+    sizes, starts, shelves = np.zeros((3, len(which)), dtype=np.int64)
+    keys = np.empty(len(which), dtype=np.uint64)
+    for number, part in parts:
+        sizes[part], keys[part] = len(orders[number]), orders[number].key
+    passes, offsets = np.divmod(counts[by_order], sizes)
+    for number, part in parts:
+        if orders[number].has_shelves:
+            shelves[part], starts[part], sizes[part] = orders[number].shelves(passes[part], offsets[part])
+    # One call for all: that is where the time goes.
+    places = starts + permute(offsets - starts, sizes, draw(draw(keys, passes), shelves))
+    rows = np.empty((2, len(which)), dtype=np.int64)
+    rows[1, by_order] = passes
+    rows[0, by_order] = np.concatenate([places[:0], *(orders[number].rows(passes[part], places[part]) for number, part in parts)])
+    return rows[0], rows[1]
+
+
+def runs(labels: Numbers) -> tuple[Numbers, list[tuple[int, slice]]]:
+    """The order that sorts `labels` and keeps equal ones as they come, and where each label then stands."""
+    order = np.argsort(labels, kind="stable")
+    found, starts = np.unique(labels[order], return_index=True)
+    bounds = pairwise([*starts.tolist(), len(labels)])
+    return order, [(label, slice(start, end)) for label, (start, end) in zip(found.tolist(), bounds, strict=True)]

@@ -34,7 +34,7 @@ from apprentice.data.plan import Draw
 from apprentice.data.render import Rendered, Renderer
 from apprentice.data.tokenize import TOO_LONG, Tokenized, encode
 from apprentice.errors import RowError
-from apprentice.tasks.schema import Example
+from apprentice.tasks.schema import Example, Task
 
 
 class _Item(NamedTuple):
@@ -136,24 +136,25 @@ def _packed(corpus: Corpus, items: Sequence[_Item]) -> list[list[int]]:
 
 
 def _validation_draws(corpus: Corpus) -> Iterator[list[Draw]]:
-    """Validation rows in stretches: the next one of the task whose turn it is in the plan, in a keyed order and wording."""
-    seed, size = corpus.recipe.seed, corpus.recipe.data.window
-    waiting: dict[str, Iterator[Draw]] = {}
-    for task in corpus.tasks:
-        rows = corpus.indices[task.name].validation
-        templates = task.scored_templates or task.templates
-        order = rows[permute(np.arange(len(rows)), max(len(rows), 1), key_of(seed, task.name, "validation"))]
-        which = below(draw(key_of(seed, task.name, "validation templates"), order), len(templates))
-        waiting[task.name] = iter(
-            Draw(0, task.name, "zero_shot", templates[number].name, row, (), 0)
-            for number, row in zip(which.tolist(), order.tolist(), strict=True)
-        )
+    """Validation rows in stretches: each is the next one of the task whose turn it is in the plan."""
+    size = corpus.recipe.data.window
+    waiting = {task.name: _held_back(corpus, task) for task in corpus.tasks}
     for window in count():
         turns = corpus.plan.draws(window * size, (window + 1) * size)
         found = [drawn for turn in turns if (drawn := next(waiting[turn.task], None)) is not None]
         if not found:
             return
         yield found
+
+
+def _held_back(corpus: Corpus, task: Task) -> Iterator[Draw]:
+    """The validation rows of one task, in a keyed order and wording."""
+    seed, rows = corpus.recipe.seed, corpus.indices[task.name].validation
+    templates = task.scored_templates or task.templates
+    order = rows[permute(np.arange(len(rows)), max(len(rows), 1), key_of(seed, task.name, "validation"))]
+    which = below(draw(key_of(seed, task.name, "validation templates"), order), len(templates))
+    for number, row in zip(which.tolist(), order.tolist(), strict=True):
+        yield Draw(0, task.name, "zero_shot", templates[number].name, row, (), 0)
 
 
 def _numbers(values: Iterable[int]) -> NDArray[np.int64]:

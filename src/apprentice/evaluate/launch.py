@@ -16,24 +16,20 @@ from typing import Any
 
 import pyarrow as pa
 import ray
-import torch
 
 from apprentice.artifacts import Run, read_contract
 from apprentice.data.contract import layout_beside, layout_of
 from apprentice.data.layout import Layout
 from apprentice.data.pipeline import Corpus
-from apprentice.data.render import Renderer
 from apprentice.errors import ApprenticeError, EvaluationError, ModelError
 from apprentice.evaluate import majority, predictions
 from apprentice.evaluate.facts import facts_for
-from apprentice.evaluate.generate import reply
 from apprentice.evaluate.pool import Pool, Room, pool_for
-from apprentice.evaluate.prompts import Limits, can_show, questions
-from apprentice.evaluate.rank import rank
+from apprentice.evaluate.prompts import Limits, can_show, encoded
 from apprentice.evaluate.report import write_report
 from apprentice.evaluate.sampling import Request, requests_of
+from apprentice.evaluate.scorer import ASKED, Scorer, weight_bytes
 from apprentice.evaluate.summary import summarise
-from apprentice.models.loading import count_parameters, load_model, resolve_dtype
 from apprentice.recipe import Recipe
 from apprentice.storage import Folder
 from apprentice.tokenizer import Tokenizer
@@ -69,18 +65,18 @@ def evaluate(
     requests, not_scored = _requests(recipe, corpus, subjects)
     spoken = {subject.name: _spoken_to(subject, recipe, corpus) for subject in subjects}
     room = _room()
-    majorities = _majorities(recipe, corpus, sorted({request.task for request in requests}))
-    encoded: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    majorities = _majorities(corpus, sorted({request.task for request in requests}))
+    rendered: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     records: list[dict[str, Any]] = []
     for subject in subjects:
         layout, limits = spoken[subject.name]
         key = (*_identity(layout), limits)
-        if key not in encoded:
+        if key not in rendered:
             progress({"message": f"rendering {len(requests)} questions"})
-            encoded[key] = _encode(recipe, corpus, requests, layout, limits)
-        asked = [question for question in encoded[key] if question["shots"] in subject.shots]
+            rendered[key] = _encode(corpus, requests, layout, limits)
+        asked = [question for question in rendered[key] if question["shots"] in subject.shots]
         records += _score(subject, recipe, layout, limits, asked, room, progress)
-    first = next(iter(encoded.values()))
+    first = next(iter(rendered.values()))
     least = min(request.shots for request in requests)
     records += majority.predicted([question for question in first if question["shots"] == least], majorities)
     facts = facts_for(recipe, corpus.tasks, corpus.held_out, majorities, started) | {
@@ -189,42 +185,13 @@ def _room() -> Room:
     return Room(cpus, together, int(free.get("GPU", 0)), int(free.get("memory", 0)))
 
 
-class _Scorer:
-    """One worker that holds the model."""
-
-    def __init__(self, subject: Subject, recipe: Recipe, layout: Layout, limits: Limits, pool: Pool) -> None:
-        torch.set_num_threads(max(1, pool.cpus))
-        device = "cuda" if pool.gpus else "cpu"
-        dtype = resolve_dtype(recipe.model.dtype, device)
-        self._model = load_model(subject.folder, dtype, recipe.model.attention).to(device)  # type: ignore[arg-type]
-        self._layout, self._limits = layout, limits
-
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        """One block, whose questions are all ranked or all generated."""
-        asked = batch.to_pylist()
-        answers = rank(self._model, asked) if asked[0]["choices"] else reply(self._model, asked, self._layout, self._limits.reply)
-        rows = [{"place": question["place"], **answer} for question, answer in zip(asked, answers, strict=True)]
-        return pa.Table.from_pylist(rows, schema=_ANSWER)
-
-
-_ANSWER = pa.schema([("place", pa.int64()), ("prediction", pa.string()), ("choice_logprobs", pa.list_(pa.float64()))])
-_ASKED = pa.schema([("place", pa.int64()), *predictions.ENCODED])
-
-
-def _encode(recipe: Recipe, corpus: Corpus, requests: Sequence[Request], layout: Layout, limits: Limits) -> list[dict[str, Any]]:
-    """The questions of all requests, sorted: rendered and tokenised by Ray tasks, which share one copy of the corpus on each node."""
+def _encode(corpus: Corpus, requests: Sequence[Request], layout: Layout, limits: Limits) -> list[dict[str, Any]]:
+    """The questions of all requests, sorted. Ray tasks render and tokenise; they share one copy of the corpus on each node."""
     ordered = sorted(requests)  # rows that lie together are read together
     parts = [ordered[start : start + ENCODED_TOGETHER] for start in range(0, len(ordered), ENCODED_TOGETHER)]
-    encode = ray.remote(num_cpus=1)(_encoded)
-    shared = ray.put(corpus)
-    found: list[pa.Table] = _gathered([encode.remote(shared, part, layout, limits, recipe.seed) for part in parts])
-    return [record for table in found for record in table.to_pylist()]
-
-
-def _encoded(corpus: Corpus, requests: Sequence[Request], layout: Layout, limits: Limits, seed: int) -> pa.Table:
-    renderer = Renderer(corpus.tasks, corpus.indices)
-    found = questions(requests, renderer, corpus.indices, layout, seed=seed, limits=limits)
-    return predictions.table_of(found, predictions.ENCODED)
+    work, shared = ray.remote(num_cpus=1)(encoded), ray.put(corpus)
+    tables = _gathered([work.remote(shared, part, layout, limits) for part in parts])
+    return [record for table in tables for record in table.to_pylist()]
 
 
 def _score(
@@ -240,11 +207,10 @@ def _score(
     answers: dict[int, dict[str, Any]] = {}
     start, total = time.monotonic(), sum(not question["dropped"] for question in asked)
     if total:
-        dtype = resolve_dtype(recipe.model.dtype, "cuda" if room.gpus else "cpu")
-        pool = pool_for(room, count_parameters(subject.folder) * dtype.itemsize, math.ceil(total / LEAST_TOGETHER))
-        tables = _blocks(asked, pool.workers)
+        pool = pool_for(room, weight_bytes(subject.folder, recipe.model, gpu=room.gpus > 0), math.ceil(total / LEAST_TOGETHER))
+        tables = [predictions.table_of(block, ASKED) for block in _blocks(asked, pool.workers)]
         progress({"message": f"{subject.name}: loading on {pool.workers} worker{'s' if pool.workers > 1 else ''}"})
-        for block in _mapped(tables, _Scorer, (subject, recipe, layout, limits, pool), pool):
+        for block in _mapped(tables, Scorer, (subject.folder, recipe.model, layout, limits, pool), pool):
             answers |= {record.pop("place"): record for record in block.to_pylist()}
             left = (time.monotonic() - start) * (total / max(1, len(answers)) - 1)
             progress({"message": f"{subject.name}: {len(answers)} of {total} questions", "eta_s": left})
@@ -252,9 +218,9 @@ def _score(
     return [{**question, **answers.get(place, blank), "subject": subject.name} for place, question in enumerate(asked)]
 
 
-def _blocks(asked: Sequence[dict[str, Any]], workers: int) -> list[pa.Table]:
+def _blocks(asked: Sequence[dict[str, Any]], workers: int) -> list[list[dict[str, Any]]]:
     """The questions that are not dropped, in blocks of one kind and like length, the longest first; two or more per worker."""
-    tables = []
+    blocks = []
     for ranked in (False, True):
         chosen = [
             {"place": place, **question}
@@ -263,8 +229,8 @@ def _blocks(asked: Sequence[dict[str, Any]], workers: int) -> list[pa.Table]:
         ]
         chosen.sort(key=lambda question: (-question["prompt_tokens"], question["place"]))
         size = min(MOST_TOGETHER, max(LEAST_TOGETHER, math.ceil(len(chosen) / (2 * workers))))
-        tables += [predictions.table_of(chosen[start : start + size], _ASKED) for start in range(0, len(chosen), size)]
-    return tables
+        blocks += [chosen[start : start + size] for start in range(0, len(chosen), size)]
+    return blocks
 
 
 def _mapped(tables: Sequence[pa.Table], worker: type, arguments: tuple[Any, ...], pool: Pool) -> Iterator[pa.Table]:
@@ -310,26 +276,18 @@ def _ours(error: BaseException | None) -> ApprenticeError | None:
     return None
 
 
-def _majorities(recipe: Recipe, corpus: Corpus, names: Sequence[str]) -> dict[str, dict[str, Any] | None]:
+def _majorities(corpus: Corpus, names: Sequence[str]) -> dict[str, dict[str, Any] | None]:
     """Task → its majority answer."""
-    tasks = {task.name: task for task in corpus.tasks}
-    find = ray.remote(num_cpus=1)(_majority)
-    shared = ray.put(corpus)
-    found: list[dict[str, Any] | None] = _gathered([find.remote(shared, tasks[name], recipe.seed) for name in names])
-    return dict(zip(names, found, strict=True))
-
-
-def _majority(corpus: Corpus, task: Any, seed: int) -> dict[str, Any] | None:
-    return majority.majority_of(task, Renderer(corpus.tasks, corpus.indices), corpus.indices[task.name], seed)
+    work, shared = ray.remote(num_cpus=1)(majority.majority_of), ray.put(corpus)
+    return dict(zip(names, _gathered([work.remote(shared, name) for name in names]), strict=True))
 
 
 def _history(run: Run | None) -> list[dict[str, Any]]:
-    """The run's training steps, if it kept them."""
+    """The run's training record, if it kept one: a line per step and one per validation."""
     file = run.folder / "steps.jsonl" if run else None
     if file is None or not file.exists():
         return []
-    steps = [json.loads(line) for line in file.read_text().splitlines() if line.strip()]
-    return [step for step in steps if isinstance(step.get("loss"), float) and math.isfinite(step["loss"])]
+    return [json.loads(line) for line in file.read_text().splitlines() if line.strip()]
 
 
 def _ledger(run: Run | None) -> dict[str, Any] | None:

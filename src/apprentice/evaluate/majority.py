@@ -13,27 +13,29 @@ from typing import Any
 
 import numpy as np
 
-from apprentice.data.index import TaskIndex
+from apprentice.data.corpus import Corpus
+from apprentice.data.render import Renderer
 from apprentice.errors import RowError
-from apprentice.evaluate.prompts import Renders
-from apprentice.tasks.schema import Task
 
 NAME = "majority"
 SAMPLE = 1_000  # training rows looked at
 LEAST_SHARE = 0.01
 
 
-def majority_of(task: Task, renderer: Renders, index: TaskIndex, seed: int) -> dict[str, Any] | None:
-    """`{"label": place of the choice or None, "text": answer, "share": of the sample, "sample": rows}`, or None."""
+def majority_of(corpus: Corpus, name: str) -> dict[str, Any] | None:
+    """The majority answer of a task, or None: its `label` (place of the choice) or `text`, and its `share` of the `sample` rows."""
+    task = next(task for task in corpus.tasks if task.name == name)
+    index = corpus.indices[name]
     if index.train_source is None or not len(index.train):
         return None
-    random = np.random.default_rng(list(hashlib.sha256(f"majority {seed} {task.name}".encode()).digest()))
+    renderer = Renderer(corpus.tasks, corpus.indices)
+    random = np.random.default_rng(list(hashlib.sha256(f"majority {corpus.recipe.seed} {name}".encode()).digest()))
     rows = np.sort(random.permutation(index.train)[:SAMPLE])
     template = task.scored_templates[0].name
     found: Counter[tuple[int | None, str]] = Counter()
     for row in rows:
         try:
-            example = renderer.example(task.name, "train", int(row), template)
+            example = renderer.example(name, "train", int(row), template)
         except RowError:
             continue
         if not example.choices:

@@ -12,7 +12,12 @@ from matplotlib.figure import Figure
 
 INK, MUTED, GRID = "#1f2933", "#7b8794", "#e4e7eb"
 COLOURS = ("#9aa5b1", "#0f609b", "#c05621", "#2f855a", "#6b46c1", "#b83280")  # the first is what others are compared with
-STYLE: Any = {"font.family": "sans-serif", "font.size": 9.0, "svg.fonttype": "none", "svg.hashsalt": "apprentice"}
+STYLE: Any = {
+    "font.family": "sans-serif",
+    "font.size": 9.0,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "apprentice",
+}
 
 
 @matplotlib.rc_context(STYLE)
@@ -57,17 +62,15 @@ def _lines_height(tasks: int, lanes: int) -> float:
 
 @matplotlib.rc_context(STYLE)
 def training_curve(history: Sequence[Mapping[str, Any]]) -> str:
-    """Loss per optimizer step, and validation loss where it was measured."""
+    """Loss per optimizer step, and validation loss where it was measured. A step made again after a restart counts once."""
     figure = _figure(7.6, 2.6)
     axes = figure.subplots()
-    last = {step["step"]: step for step in history}  # a step that was made again after a restart counts once
-    axes.plot(list(last), [step["loss"] for step in last.values()], color=COLOURS[1], linewidth=1.4, label="training loss")
-    measured = {number: step["validation_loss"] for number, step in last.items() if step.get("validation_loss") is not None}
-    if measured:
-        axes.plot(
-            list(measured), list(measured.values()), "o-", color=COLOURS[2], linewidth=1.2, markersize=4, label="validation loss"
-        )
-        axes.legend(frameon=False)
+    axes.set_prop_cycle(color=COLOURS[1:])
+    for key, label, style in (("loss", "training loss", "-"), ("validation_loss", "validation loss", "o-")):
+        values = {record["step"]: record[key] for record in history if record.get(key) is not None}
+        if values:
+            axes.plot(list(values), list(values.values()), style, label=label, linewidth=1.3, markersize=4)
+    axes.legend(frameon=False)
     axes.set_xlabel("step")
     axes.set_ylabel("loss per target token")
     axes.grid(axis="y", color=GRID)

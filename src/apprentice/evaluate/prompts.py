@@ -5,25 +5,23 @@ Knows nothing of models. Exemplars come from the task's training index, for held
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any
 
+import pyarrow as pa
+
+from apprentice.data.corpus import Corpus
 from apprentice.data.index import TaskIndex
 from apprentice.data.layout import Exemplar, Layout
 from apprentice.data.plan import exemplar_rows
+from apprentice.data.render import Renderer
 from apprentice.data.tokenize import TOO_LONG, fit_prompt
 from apprentice.errors import RowError
+from apprentice.evaluate.predictions import ENCODED, table_of
 from apprentice.evaluate.sampling import Request
-from apprentice.tasks.schema import Example
 
 NOT_A_CHOICE = "target_not_a_choice"
-
-
-class Renders(Protocol):
-    """Rows by number, rendered: `apprentice.data.render.Renderer`."""
-
-    def example(self, task: str, split: Literal["train", "test"], row: int, template: str) -> Example: ...
 
 
 @dataclass(frozen=True)
@@ -39,14 +37,14 @@ class Limits:
         return self.prompt if self.context is None else min(self.prompt, self.context - answer)
 
 
-def questions(
-    requests: Iterable[Request], renderer: Renders, indices: Mapping[str, TaskIndex], layout: Layout, *, seed: int, limits: Limits
-) -> list[dict[str, Any]]:
-    """One record of `predictions.ENCODED` per request, in order; those that cannot be asked say why in `dropped`."""
-    return [_question(request, renderer, indices[request.task], layout, seed, limits) for request in requests]
+def encoded(corpus: Corpus, requests: Iterable[Request], layout: Layout, limits: Limits) -> pa.Table:
+    """One line of `predictions.ENCODED` per request, in order; those that cannot be asked say why in `dropped`."""
+    renderer = Renderer(corpus.tasks, corpus.indices)
+    seed, indices = corpus.recipe.seed, corpus.indices
+    return table_of([_question(request, renderer, indices[request.task], layout, seed, limits) for request in requests], ENCODED)
 
 
-def _question(request: Request, renderer: Renders, index: TaskIndex, layout: Layout, seed: int, limits: Limits) -> dict[str, Any]:
+def _question(request: Request, renderer: Renderer, index: TaskIndex, layout: Layout, seed: int, limits: Limits) -> dict[str, Any]:
     record: dict[str, Any] = request._asdict() | {"truncated": "", "dropped": ""}
     try:
         example = renderer.example(request.task, "test", request.row, request.template)
@@ -73,7 +71,7 @@ def _question(request: Request, renderer: Renders, index: TaskIndex, layout: Lay
     }
 
 
-def _exemplars(request: Request, renderer: Renders, index: TaskIndex, seed: int) -> tuple[list[int], list[Exemplar]]:
+def _exemplars(request: Request, renderer: Renderer, index: TaskIndex, seed: int) -> tuple[list[int], list[Exemplar]]:
     """Rows and exemplars for one request; a row that this template cannot render is left out."""
     rows: list[int] = []
     shown: list[Exemplar] = []

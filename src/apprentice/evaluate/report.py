@@ -64,7 +64,7 @@ def html(report: Mapping[str, Any], *, history: Sequence[Mapping[str, Any]] = ()
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     template = environment.from_string((files("apprentice.evaluate") / "report.html.jinja").read_text(encoding="utf-8"))
     pictures = [("Every wording", wording_dots(report), "One dot per wording, a bar at the mean, dotted: the majority answer.")]
-    if history:
+    if any(record.get("loss") is not None for record in history):
         pictures.append(("Training", training_curve(history), "Loss per optimizer step."))
     if ledger and ledger.get("tasks"):
         pictures.append(("Mixture", mixture_bars(ledger), "What each task was meant to have, and what it got."))

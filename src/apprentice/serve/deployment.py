@@ -31,6 +31,7 @@ from apprentice.serve.ingress import build_app
 
 APP_NAME = "apprentice"
 _ROOM_FOR_SMALL = 16  # requests besides replies that a replica takes at once: health, gauges, the page
+_RESOURCES_TIMEOUT_S = 30.0
 _LOGGING = LoggingConfig(log_level="WARNING", enable_access_log=False)
 _CONTROLLER = "SERVE_CONTROLLER_ACTOR"
 
@@ -94,7 +95,7 @@ def start(
         raise ServingError("this Ray cluster serves something already; stop that endpoint first, or use another cluster.")
     port = serving.port or _bind(serving.host, 0)
     resources = _replica_resources(serving, cpus)
-    _wait_for_resources(resources, serving.replicas.min)
+    _wait_for_resources(resources, serving.replicas.min, min(timeout_s, _RESOURCES_TIMEOUT_S))
     endpoint = Endpoint(f"http://{_in_url(serving.host)}:{port}", model_name)
     try:
         with _quiet():
@@ -210,7 +211,7 @@ def _replica_resources(serving: Serving, cpus: int | None) -> dict[str, float]:
     return {"num_cpus": cpus or max(1, int(share))}
 
 
-def _wait_for_resources(resources: dict[str, float], replicas: int, timeout_s: float = 30.0) -> None:
+def _wait_for_resources(resources: dict[str, float], replicas: int, timeout_s: float) -> None:
     """Returns once the cluster has the replicas' share free: what ran before may still be giving its own back."""
     kind = "GPU" if resources.get("num_gpus") else "CPU"
     needed = resources[f"num_{kind.lower()}s"] * replicas
@@ -250,7 +251,7 @@ def _serve_is_running() -> bool:
 
 
 def _shut_down(timeout_s: float = 60.0) -> None:
-    """Ends Serve. `serve.shutdown()` alone waits inside the controller until that is killed, and Ray reports the kill as a failure."""
+    """Ends Serve. `serve.shutdown()` alone waits inside the controller until that is killed, and Ray reports a failure."""
     with contextlib.suppress(ValueError, ray.exceptions.RayActorError):
         controller = ray.get_actor(_CONTROLLER, namespace="serve")
         ray.get(controller.graceful_shutdown.remote(wait=False), timeout=timeout_s)

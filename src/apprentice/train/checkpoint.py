@@ -12,10 +12,10 @@ depend on the number of workers or the ZeRO stage. Knows nothing of Ray or DeepS
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import shutil
 import tempfile
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,6 +33,7 @@ from apprentice.train.state import State
 CHECKSUMS, STATE = "checksums.json", "state.json"
 SHARD_BYTES = 1 << 29  # of tensors held in memory before they are written
 _PART = ".part-"
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,7 @@ def _whole(folder: Folder) -> Checkpoint | None:
         reason = f"{', '.join(damaged)} changed since it was written"
     except (StorageError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = str(error)
-    warnings.warn(f"checkpoint {folder} is damaged ({reason}) and is passed over", RuntimeWarning, stacklevel=2)
+    _log.warning("checkpoint %s is damaged (%s) and is passed over", folder, reason)
     return None
 
 

@@ -9,6 +9,7 @@ import logging
 import math
 import signal
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -152,6 +153,7 @@ def work(config: dict[str, Job]) -> None:
     if over:
         return
     logging.getLogger("ray").setLevel(logging.WARNING)
+    warnings.simplefilter("ignore")  # deprecations inside DeepSpeed and Ray, for their developers
 
     def rows(count: int) -> Iterator[PackedRows]:
         shard = ray.train.get_dataset_shard("train")

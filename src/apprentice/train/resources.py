@@ -15,7 +15,7 @@ import torch
 from apprentice.errors import ResourcesError
 from apprentice.recipe import Recipe
 
-DATA_CPUS = 1.0  # for rendering and packing rows beside the workers
+DATA_CPUS = 2.0  # beside the workers: an actor that makes rows and the tasks around it; with one they wait for each other
 GIB = 2**30
 
 
@@ -53,7 +53,7 @@ def check_resources(ask: Ask, nodes: Sequence[Mapping[str, float]]) -> None:
     asked = f"{ask.workers} workers of {ask.cpus:g} CPUs" + (f" and {ask.gpus:g} GPUs" if ask.gpus else "")
     if _slots(ask, nodes) < ask.workers or cpus < ask.workers * ask.cpus + ask.data_cpus:
         raise ResourcesError(
-            f"training asks for {asked} each, and {ask.data_cpus:g} CPU for the data; the cluster has {have}."
+            f"training asks for {asked} each, and {ask.data_cpus:g} more CPUs for the data; the cluster has {have}."
             " Lower training.workers or training.resources, or add nodes."
         )
     memory = sum(node.get("memory", 0.0) for node in nodes)

@@ -1,0 +1,113 @@
+"""The prompt contract: what it holds, and that everything it cannot reproduce is refused in one sentence."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from apprentice.artifacts import Golden, PromptContract, read_contract
+from apprentice.data.contract import layout_beside, layout_of, layout_under, make_contract
+from apprentice.errors import ContractError
+from apprentice.recipe import Recipe
+from apprentice.tokenizer import Tokenizer
+
+
+def recipe_of(folder: Path, layout: str = "chat") -> Recipe:
+    data = {"tasks": ["sst2"], "layout": layout, "system": "Be brief.", "max_length": 300}
+    return Recipe.model_validate({"name": "x", "model": {"base": str(folder)}, "data": data, "training": {"steps": 1}})
+
+
+@pytest.fixture
+def folder(tiny_model: Path, tmp_path: Path) -> Path:
+    """A model folder with its contract."""
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    recipe = recipe_of(folder)
+    make_contract(recipe, layout_of(recipe, Tokenizer(folder)), folder, run="x").write(folder)
+    return folder
+
+
+def rewrite(folder: Path, **changes: object) -> None:
+    contract = read_contract(folder)
+    assert contract is not None
+    contract.model_copy(update=changes).write(folder)
+
+
+@pytest.mark.parametrize("name", ["plain", "alpaca", "chat"])
+def test_it_holds_what_a_prompt_depends_on(name: str, tiny_model: Path) -> None:
+    recipe, tokenizer = recipe_of(tiny_model, name), Tokenizer(tiny_model)
+    layout = layout_of(recipe, tokenizer)
+    contract = make_contract(recipe, layout, tiny_model)
+    assert (contract.layout, contract.system, contract.max_length) == (name, "Be brief.", 300)
+    assert (contract.end_ids, contract.stop_ids) == ((2,), (2,))
+    assert contract.tokenizer_sha256 == tokenizer.fingerprint
+    assert contract.ancestors == (str(tiny_model),)
+    assert len(contract.golden) == 4
+    for golden in contract.golden:
+        assert list(golden.ids) == tokenizer.encode(layout.prompt(golden.instruction, golden.input))
+    assert any(golden.input == "" for golden in contract.golden)
+    assert any(not golden.instruction.isascii() for golden in contract.golden)
+    assert layout_under(contract, tokenizer).prompt("a", "b") == layout.prompt("a", "b")
+
+
+def test_it_survives_the_file(folder: Path) -> None:
+    contract = read_contract(folder)
+    assert contract is not None
+    assert contract == PromptContract.model_validate_json((folder / "apprentice.json").read_bytes())
+    assert layout_beside(folder).prompt("a") == layout_under(contract, Tokenizer(folder)).prompt("a")
+
+
+def _other_weights(folder: Path) -> None:
+    file = next(folder.glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-1] + b"\x7f")
+
+
+def _other_tokenizer(folder: Path) -> None:
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["normalizer"] = {"type": "Lowercase"}
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+
+
+def _other_template(folder: Path) -> None:
+    file = folder / "chat_template.jinja"
+    file.write_text(file.read_text().replace("tiny", "small"))
+
+
+def _other_golden(folder: Path) -> None:
+    rewrite(folder, golden=(Golden(instruction="Name three colours.", input="", ids=(1, 2, 3)),))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_other_weights, "the weights in .* are not those its contract was written for; restore the folder"),
+        (_other_tokenizer, "the tokenizer in .* is not the one of the contract; restore the folder"),
+        (_other_template, "the chat template in .* is not the one of the contract; restore the folder"),
+        (_other_golden, "the prompt for 'Name three colours.' gets other token ids here than in training; restore"),
+        (lambda folder: rewrite(folder, layout_version=0), "the contract is for layout version 0, this apprentice has 1; use"),
+        (lambda folder: rewrite(folder, layout="vicuna"), "layout 'vicuna' is unknown; choose one of plain, alpaca, chat"),
+        (
+            lambda folder: (folder / "apprentice.json").unlink(),
+            r"no prompt contract \(apprentice.json\).*--contract RUN or --recipe",
+        ),
+        (lambda folder: (folder / "apprentice.json").write_text("{}"), "is not a prompt contract of this version: Field required"),
+    ],
+)
+def test_what_cannot_be_reproduced_is_refused(folder: Path, damage: Callable[[Path], object], message: str) -> None:
+    layout_beside(folder)
+    damage(folder)
+    with pytest.raises(ContractError, match=message):
+        layout_beside(folder)
+
+
+def test_a_bare_model_takes_the_contract_it_is_given(folder: Path) -> None:
+    contract = read_contract(folder)
+    (folder / "apprentice.json").unlink()
+    _other_weights(folder)  # another model may be spoken to the same way
+    assert layout_beside(folder, contract).system == "Be brief."
+    _other_template(folder)
+    with pytest.raises(ContractError, match="the chat template in"):
+        layout_beside(folder, contract)

@@ -1,0 +1,144 @@
+"""A window of packed rows: every position once, independent of other windows, counted where something is dropped or cut."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+
+from apprentice.data.corpus import Corpus
+from apprentice.data.pack import Rows
+from apprentice.data.render import Renderer
+from apprentice.data.tokenize import encode
+from apprentice.data.window import WindowRenderer
+from tests.data.small import CorpusOf
+
+SHAPES = {"input_ids": "int32", "positions": "int32", "segment_ids": "int32", "loss_mask": "uint8"}
+
+
+def same(one: Rows, other: Rows) -> bool:
+    assert one.keys() == other.keys()
+    return all(len(one[name]) == len(other[name]) and all(map(np.array_equal, one[name], other[name])) for name in one)
+
+
+def examples_in(rows: Rows) -> dict[int, tuple[list[int], list[int], int, int]]:
+    """Position → (ids, mask, task, targets) as the rows hold them."""
+    found = {}
+    for number in range(len(rows["row"])):
+        labels = zip(rows["examples"][number], rows["example_tasks"][number], rows["example_targets"][number], strict=True)
+        for segment, (position, task, targets) in enumerate(labels, start=1):
+            here = rows["segment_ids"][number] == segment
+            ids, mask = rows["input_ids"][number, here], rows["loss_mask"][number, here]
+            found[int(position)] = (ids.tolist(), mask.tolist(), int(task), int(targets))
+    return found
+
+
+def test_every_position_of_the_plan_once_and_whole(corpus: Corpus) -> None:
+    draws = corpus.plan.draws(64, 96)
+    expected = encode(corpus.layout, [Renderer(corpus.tasks, corpus.indices).of_draw(draw) for draw in draws], 200)
+    rows = WindowRenderer(corpus).window(2)
+    found = examples_in(rows)
+    assert sorted(found) == list(range(64, 96))
+    numbers = {task.name: number for number, task in enumerate(corpus.tasks)}
+    for draw, tokens in zip(draws, expected, strict=True):
+        assert tokens is not None
+        targets = len(tokens.ids) - tokens.prompt_length
+        mask = [0] * tokens.prompt_length + [1] * targets
+        assert found[draw.position] == (tokens.ids, mask, numbers[draw.task], targets)
+    assert len(rows["row"]) < 32
+    assert rows["window"].tolist() == [2] * len(rows["row"])
+    assert rows["row"].tolist() == list(range(len(rows["row"])))
+    assert {name: (rows[name].dtype.name, rows[name].shape) for name in SHAPES} == {
+        name: (kind, (len(rows["row"]), 256)) for name, kind in SHAPES.items()
+    }
+
+
+def test_a_window_does_not_depend_on_what_came_before(corpus: Corpus) -> None:
+    used = WindowRenderer(corpus)
+    in_turn = [used.window(number) for number in range(4)]
+    for number in (3, 1, 0):
+        assert same(WindowRenderer(corpus).window(number), in_turn[number])
+    assert not same(in_turn[0], in_turn[1])
+
+
+def test_the_end_of_every_answer_is_trained_on_even_if_it_pads(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    end = corpus.layout.tokenizer.end_id
+    monkeypatch.setattr(type(corpus.layout.tokenizer), "pad_id", end)
+    rows = WindowRenderer(corpus).window(0)
+    padding = rows["segment_ids"] == 0
+    assert padding.any()
+    assert (rows["input_ids"][padding] == end).all()
+    assert not rows["loss_mask"][padding].any()
+    ends = [(ids[-1], mask[-1]) for ids, mask, _, _ in examples_in(rows).values()]
+    assert ends == [(end, 1)] * 32
+
+
+def test_rows_are_not_sorted_by_the_length_of_their_examples(corpus_of: CorpusOf) -> None:
+    rows = WindowRenderer(corpus_of(window=128)).window(0)
+    longest = [int(np.bincount(row[row > 0]).max()) for row in rows["segment_ids"]]
+    assert len(longest) > 20
+    assert longest != sorted(longest, reverse=True)
+
+
+def test_without_packing_a_row_is_an_example(corpus_of: CorpusOf) -> None:
+    rows = WindowRenderer(corpus_of(packing={"length": 256, "strategy": "none"})).window(0)
+    assert rows["input_ids"].shape == (32, 200)
+    assert sorted(int(examples[0]) for examples in rows["examples"]) == list(range(32))
+    assert rows["segment_ids"].max() == 1
+
+
+def test_what_is_cut_and_dropped_is_counted_on_the_first_row(corpus_of: CorpusOf) -> None:
+    corpus = corpus_of(max_length=60, window=128)
+    rows = WindowRenderer(corpus).window(0)
+    counted: dict[str, dict[str, int]] = json.loads(rows["dropped"][0])
+    assert set(rows["dropped"][1:]) == {""}
+    draws = corpus.plan.draws(0, 128)
+    expected: dict[str, dict[str, int]] = {}
+    renderer = Renderer(corpus.tasks, corpus.indices)
+    for draw, tokens in zip(draws, encode(corpus.layout, [renderer.of_draw(draw) for draw in draws], 60), strict=True):
+        if reason := "too_long" if tokens is None else tokens.truncated:
+            counts = expected.setdefault(draw.task, {})
+            counts[reason] = counts.get(reason, 0) + 1
+    assert counted == expected
+    assert set(counted["sums"]) == {"truncated_input", "truncated_exemplars", "too_long"}
+    missing = sum(reasons.get("too_long", 0) for reasons in counted.values())
+    assert sum(len(examples) for examples in rows["examples"]) == 128 - missing
+
+
+def test_a_window_of_which_nothing_fits_has_no_rows(corpus_of: CorpusOf) -> None:
+    rows = WindowRenderer(corpus_of(max_length=10)).window(0)
+    assert {len(column) for column in rows.values()} == {0}
+    assert rows["input_ids"].shape == (0, 256)
+
+
+@pytest.mark.parametrize("limit", [1, 3, 1000])
+def test_validation_rows(corpus: Corpus, limit: int) -> None:
+    rows = WindowRenderer(corpus).validation(limit)
+    assert same(rows, WindowRenderer(corpus).validation(limit))
+    assert 0 < len(rows["row"]) <= limit
+    shown = [(corpus.tasks[task].name, int(row)) for row, (_, _, task, _) in _labelled(rows)]
+    held_back = {(name, int(row)) for name, index in corpus.indices.items() for row in index.validation}
+    assert len(set(shown)) == len(shown)
+    assert set(shown) <= held_back
+    if limit == 1000:
+        assert set(shown) == held_back
+    else:
+        assert (rows["segment_ids"] > 0).mean() > 0.6
+    assert set(rows["dropped"]) == {""}
+
+
+def _labelled(rows: Rows) -> list[tuple[int, tuple[Any, Any, int, int]]]:
+    """(source row, the rest) of every example; row numbers may repeat between tasks."""
+    return [
+        (int(row), (None, None, int(task), int(targets)))
+        for number in range(len(rows["row"]))
+        for row, task, targets in zip(
+            rows["examples"][number], rows["example_tasks"][number], rows["example_targets"][number], strict=True
+        )
+    ]
+
+
+def test_no_validation_rows(corpus_of: CorpusOf) -> None:
+    assert len(WindowRenderer(corpus_of(validation=0.0)).validation(8)["row"]) == 0

@@ -1,0 +1,145 @@
+"""A whole evaluation through Ray Data, with tiny models; its answers are those that the models give in this process."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from apprentice.artifacts import Run
+from apprentice.data.contract import make_contract
+from apprentice.data.corpus import Corpus
+from apprentice.errors import EvaluationError, ModelError
+from apprentice.evaluate import predictions
+from apprentice.evaluate.launch import Subject, evaluate
+from apprentice.evaluate.summary import summarise
+from apprentice.models.loading import load_model
+from apprentice.models.scoring import choice_logprobs
+from apprentice.recipe import Recipe
+from apprentice.storage import Folder
+
+Records = list[dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def tuned(tiny_model: Path, recipe: Recipe, corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with other weights and a prompt contract of its own."""
+    folder = tmp_path_factory.mktemp("tuned")
+    shutil.copytree(tiny_model, folder, dirs_exist_ok=True)
+    model: Any = load_model(tiny_model, torch.float32)
+    with torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(1)
+        for weight in model.parameters():
+            weight += 0.02 * torch.randn_like(weight)
+    model.save_pretrained(folder)
+    make_contract(recipe, corpus.layout, folder).write(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def evaluated(
+    ray_cluster: None, recipe: Recipe, corpus: Corpus, tiny_model: Path, tuned: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[dict[str, Any], Path, Records]]:
+    """Report, folder and the records of predictions."""
+    out = tmp_path_factory.mktemp("report")
+    run = Run(Folder.at(recipe.storage) / recipe.name)
+    (run.folder / "steps.jsonl").write_text('{"step": 1, "loss": 3.0}\n{"step": 2, "loss": 2.0}\n')
+    seen: list[dict[str, Any]] = []
+    subjects = [Subject("base", tiny_model, (0, 2)), Subject("tuned", tuned, (0,))]
+    report = evaluate(recipe, corpus, subjects, out, run=run, progress=seen.append)
+    assert seen[-1] == {"message": report["summary"]["sentence"], "done": True}
+    assert any(
+        line["message"] == "base: 80 of 80 questions" for line in seen
+    )  # 4 tasks, 5 rows, 2 wordings, 2 numbers of exemplars
+    yield report, out, predictions.read(Folder.at(out)).to_pylist()
+
+
+def of(records: Records, subject: str, shots: int) -> Records:
+    return [record for record in records if (record["subject"], record["shots"]) == (subject, shots)]
+
+
+def test_every_subject_meets_the_same_questions(evaluated: tuple[dict[str, Any], Path, Records]) -> None:
+    records = evaluated[2]
+    asked = {
+        (name, shots): sorted((record["task"], record["row"], record["template"]) for record in of(records, name, shots))
+        for name, shots in (("base", 0), ("base", 2), ("tuned", 0))
+    }
+    assert len(asked["base", 0]) == 40
+    assert asked["base", 0] == asked["tuned", 0] == asked["base", 2]
+    prompts = [[record["prompt"] for record in of(records, name, 0)] for name in ("base", "tuned")]
+    assert prompts[0] == prompts[1]
+
+
+def test_answers_are_those_of_the_model_alone(evaluated: tuple[dict[str, Any], Path, Records], corpus: Corpus, tuned: Path) -> None:
+    model: Any = load_model(tuned, torch.float32)
+    layout = corpus.layout
+    ranked = generated = 0
+    for record in of(evaluated[2], "tuned", 0):
+        prompt = layout.tokenizer.encode(record["prompt"])
+        if record["choices"]:
+            ids = [[*layout.tokenizer.encode(choice), *layout.end_ids] for choice in record["choices"]]
+            [sums] = choice_logprobs(model, [prompt], [ids])
+            np.testing.assert_allclose(record["choice_logprobs"], sums, atol=1e-3)
+            assert record["prediction"] == record["choices"][int(np.argmax(sums))]
+            ranked += 1
+        else:
+            with torch.inference_mode():
+                whole = model.generate(
+                    torch.tensor([prompt]),
+                    attention_mask=torch.ones(1, len(prompt)),
+                    max_new_tokens=6,
+                    do_sample=False,
+                    eos_token_id=list(layout.stop_ids),
+                )
+            assert record["prediction"] == layout.tokenizer.decode(whole[0, len(prompt) :].tolist()).strip()
+            generated += 1
+    assert (ranked, generated) == (20, 20)
+
+
+def test_the_report_is_that_of_its_predictions(evaluated: tuple[dict[str, Any], Path, Records]) -> None:
+    report, out, records = evaluated
+    assert summarise(predictions.read(Folder.at(out))) == report
+    assert json.loads((out / "report.json").read_text()) == report
+    assert {path.name for path in out.iterdir()} == {"report.json", "report.md", "report.html", "predictions.parquet"}
+    assert [column["key"] for column in report["columns"]] == ["majority@0", "base@0", "base@2", "tuned@0"]
+    assert [(task["task"], task["held_out"]) for task in report["tasks"]][0] == ("short_reviews", True)
+    assert report["subjects"][0]["contract"] == "the recipe's"
+    assert report["subjects"][1]["contract"] == "its own"
+    assert {record["task"] for record in records if record["subject"] == "majority"} >= {"short_reviews", "same_meaning"}
+    assert (out / "report.html").read_text().count("<svg") == 2  # wordings, and the run's training curve
+    few = report["tasks"][0]["columns"]["base@2"]
+    assert few["exemplars"] == 2.0
+
+
+def test_a_model_that_cannot_be_loaded_is_one_sentence(
+    ray_cluster: None, recipe: Recipe, corpus: Corpus, tiny_model: Path, tmp_path: Path
+) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny_model, broken)
+    (broken / "model.safetensors").unlink()
+    one = replace(corpus, tasks=tuple(task for task in corpus.tasks if task.name == "same_meaning"))
+    with pytest.raises(ModelError, match="cannot be loaded as a causal language model") as caught:
+        evaluate(recipe, one, [Subject("broken", broken)], tmp_path / "out", progress=lambda values: None)
+    assert "Traceback" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_nothing_to_score_is_said(recipe: Recipe, corpus: Corpus, tiny_model: Path, tmp_path: Path) -> None:
+    indices = {name: replace(index, test_source=None) for name, index in corpus.indices.items()}
+    with pytest.raises(EvaluationError, match="none of the recipe's tasks has test rows"):
+        evaluate(recipe, replace(corpus, indices=indices), [Subject("base", tiny_model)], tmp_path, progress=lambda values: None)
+
+
+@pytest.mark.parametrize("names", [[], ["a", "a"], ["majority"]])
+def test_subjects_need_names_of_their_own(
+    recipe: Recipe, corpus: Corpus, tiny_model: Path, tmp_path: Path, names: list[str]
+) -> None:
+    with pytest.raises(EvaluationError, match="a name of its own"):
+        evaluate(recipe, corpus, [Subject(name, tiny_model) for name in names], tmp_path, progress=lambda values: None)

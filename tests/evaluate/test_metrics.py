@@ -1,0 +1,107 @@
+"""Metrics against the packages and definitions they follow."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from rouge_score.rouge_scorer import RougeScorer
+from sacrebleu import corpus_bleu
+
+from apprentice.evaluate.metrics import METRICS, normalised
+
+SAID = [
+    "The cat sat on the mat.",
+    "a dog barks at night",
+    "",
+    "Two men are playing chess in the park, slowly.",
+    "yes",
+]
+RIGHT = [
+    ["The cat sat on the mat.", "A cat was on a mat."],
+    ["The dog barked all night long."],
+    ["something"],
+    ["Two men play chess in the park.", "Men play chess."],
+    ["no"],
+]
+
+
+def score(name: str, said: list[str], right: list[list[str]]) -> float:
+    """The score of a whole corpus."""
+    metric = METRICS[name]
+    vectors = np.array([metric.statistics(*pair) for pair in zip(said, right, strict=True)])
+    return float(metric.value(vectors.sum(axis=0), np.array(float(len(said)))))
+
+
+def test_the_table_has_what_tasks_may_name() -> None:
+    from typing import get_args
+
+    from apprentice.tasks.schema import Metric
+
+    assert set(METRICS) == set(get_args(Metric))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("The  Eiffel Tower!", "eiffel tower"),
+        ("a b an c the d", "b c d"),
+        ("U.S.A.", "usa"),
+        ("it's", "its"),
+        ("theory another", "theory another"),
+        ("well-known", "wellknown"),
+        ("  \n ", ""),
+        ("São Paulo", "são paulo"),
+    ],
+)
+def test_normal_form_is_squads(text: str, expected: str) -> None:
+    assert normalised(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("said", "right", "exact", "f1"),
+    [
+        ("the Eiffel Tower", ["Eiffel tower."], 100.0, 100.0),
+        ("Eiffel Tower in Paris", ["Eiffel Tower"], 0.0, 100 * 2 * 1.0 * 0.5 / 1.5),
+        ("Paris", ["London", "Paris, France"], 0.0, 100 * 2 / 3),
+        ("dog dog cat", ["dog cat cat"], 0.0, 100 * 2 / 3),
+        ("Rome", ["London"], 0.0, 0.0),
+        ("", ["London"], 0.0, 0.0),
+        ("the", ["a"], 100.0, 100.0),
+        ("", [""], 100.0, 100.0),
+    ],
+)
+def test_exact_match_and_f1_are_squads(said: str, right: list[str], exact: float, f1: float) -> None:
+    assert METRICS["exact_match"].of_one(said, right) == exact
+    assert METRICS["token_f1"].of_one(said, right) == pytest.approx(f1)
+
+
+def test_accuracy_is_of_the_text_itself() -> None:
+    assert score("accuracy", ["yes", " no ", "Yes", "maybe"], [["yes"], ["no"], ["yes"], ["no"]]) == 50.0
+
+
+def test_rouge_is_rouge_scores() -> None:
+    scorer = RougeScorer(["rougeL"])
+    expected = [max(scorer.score(ref, said)["rougeL"].fmeasure for ref in refs) for said, refs in zip(SAID, RIGHT, strict=True)]
+    assert score("rouge_l", SAID, RIGHT) == pytest.approx(100 * sum(expected) / len(expected))
+    assert 0 < sum(expected) < len(expected)
+
+
+def test_bleu_of_a_corpus_is_sacrebleus() -> None:
+    said, right = SAID * 3, [[refs[0], refs[-1]] for refs in RIGHT] * 3
+    expected = corpus_bleu(said, [[refs[place] for refs in right] for place in (0, 1)]).score
+    assert score("bleu", said, right) == pytest.approx(expected)
+    assert 10 < expected < 90
+
+
+def test_bleu_statistics_add_up_in_any_grouping() -> None:
+    metric = METRICS["bleu"]
+    vectors = np.array([metric.statistics(*pair) for pair in zip(SAID, RIGHT, strict=True)])
+    both = metric.value(np.stack([vectors.sum(axis=0), vectors[:1].sum(axis=0)]), np.array([5.0, 1.0]))
+    assert both[0] == pytest.approx(score("bleu", SAID, RIGHT))
+    assert both[1] == pytest.approx(100.0)
+
+
+def test_no_examples_have_no_score() -> None:
+    for metric in METRICS.values():
+        width = len(metric.statistics("a", ["b"]))
+        assert np.isnan(metric.value(np.zeros(width), np.array(0.0)))

@@ -1,0 +1,162 @@
+"""The table of predictions becomes the numbers that paper and pencil give."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from apprentice.errors import EvaluationError
+from apprentice.evaluate import predictions
+from apprentice.evaluate.summary import summarise
+from apprentice.recipe import Recipe
+from apprentice.storage import Folder
+from tests.evaluate import tables
+
+
+@pytest.fixture(scope="module")
+def report(recipe: Recipe) -> dict[str, Any]:
+    return summarise(tables.table(recipe), resamples=400)
+
+
+def test_columns_and_tasks_come_in_the_order_shown(report: dict[str, Any]) -> None:
+    assert [(c["key"], c["title"], c["against"]) for c in report["columns"]] == [
+        ("majority@0", "majority", None),
+        ("base@0", "base", None),
+        ("base@5", "base 5-shot", None),
+        ("tuned@0", "tuned", "base@0"),
+    ]
+    assert [(task["task"], task["held_out"], task["kind"]) for task in report["tasks"]] == [
+        ("beta_rank", True, "ranked"),
+        ("alpha_rank", False, "ranked"),
+        ("gamma_text", False, "generated"),
+    ]
+
+
+def test_scores_of_a_task(report: dict[str, Any]) -> None:
+    beta, alpha, gamma = report["tasks"]
+    assert {key: cell["score"] for key, cell in alpha["columns"].items()} == {
+        "majority@0": 0.0,
+        "base@0": 25.0,
+        "base@5": 25.0,
+        "tuned@0": 75.0,
+    }
+    assert set(beta["columns"]) == {"majority@0", "base@0", "tuned@0"}
+    # "blue house" shares one of two words with "red house": F1 is 50, exact match 0; 4 of 8 rows are right.
+    assert gamma["columns"]["base@0"]["metrics"] == {"token_f1": 75.0, "exact_match": 50.0}
+    assert gamma["columns"]["tuned@0"]["score"] == 100.0
+    assert (alpha["columns"]["base@0"]["rows"], alpha["columns"]["base@0"]["questions"]) == (8, 16)
+    assert alpha["columns"]["base@5"]["exemplars"] == 3.0
+
+
+def test_differences_have_paired_intervals(report: dict[str, Any]) -> None:
+    beta, alpha, gamma = (task["differences"]["tuned@0"] for task in report["tasks"])
+    assert (alpha["mean"], alpha["against"], alpha["rows"], alpha["verdict"]) == (50.0, "base@0", 8, "better")
+    low, high = alpha["interval"]
+    assert 0 < low < 50 < high < 100
+    assert (beta["mean"], beta["interval"], beta["verdict"]) == (0.0, [0.0, 0.0], "unclear")  # the same rows are right
+    assert gamma["mean"] == 25.0
+
+
+def test_pools_keep_kinds_apart(report: dict[str, Any]) -> None:
+    assert [(pool["held_out"], pool["kind"], pool["tasks"]) for pool in report["pools"]] == [
+        (True, "ranked", 1),
+        (False, "ranked", 1),
+        (False, "generated", 1),
+    ]
+    assert [pool["differences"]["tuned@0"]["mean"] for pool in report["pools"]] == [0.0, 50.0, 25.0]
+    assert "majority@0" not in report["pools"][2]["columns"]
+    assert report["pools"][1]["columns"]["base@5"] == {**report["pools"][1]["columns"]["base@0"]}
+
+
+def test_a_pool_of_two_tasks_averages_them_with_a_narrower_interval(recipe: Recipe) -> None:
+    both = tables.facts(recipe)
+    both["tasks"]["beta_rank"]["held_out"] = False
+    records = tables.predictions(base=(2, 4, 4), tuned=(6, 6, 8))
+    report = summarise(predictions.with_facts(predictions.scored(records, tables.TASKS), both), resamples=1000)
+    pool = report["pools"][0]
+    assert (pool["tasks"], pool["differences"]["tuned@0"]["mean"]) == (2, (50.0 + 25.0) / 2)
+    widths = [np.ptp(entry["differences"]["tuned@0"]["interval"]) for entry in [*report["tasks"][:2], pool]]
+    # Tasks are independent: the variance of the mean of two is a quarter of the sum of theirs.
+    assert widths[2] == pytest.approx(np.hypot(widths[0], widths[1]) / 2, rel=0.15)
+    assert pool["columns"]["base@5"]["tasks"] == 1
+
+
+def test_wordings_show_the_worst_and_the_spread(recipe: Recipe) -> None:
+    records = [
+        record | {"prediction": "no"}
+        if record["template"] == "w1" and record["row"] < 3 and record["subject"] == "tuned"
+        else record
+        for record in tables.predictions()
+    ]
+    cell = summarise(tables.table(recipe, records), resamples=50)["tasks"][1]["columns"]["tuned@0"]
+    assert {name: wording["score"] for name, wording in cell["wordings"].items()} == {"w0": 75.0, "w1": 37.5}
+    assert (cell["worst_wording"], cell["worst"], cell["spread"], cell["score"]) == ("w1", 37.5, 18.75, 56.25)
+
+
+def test_dropped_questions_are_counted_and_pairs_share_rows(recipe: Recipe) -> None:
+    records = tables.predictions()
+    for record in records:
+        if record["subject"] == "tuned" and record["task"] == "alpha_rank":
+            if record["row"] == 0:
+                record |= {"dropped": "too_long", "prediction": None}
+            elif record["row"] == 1:
+                record["truncated"] = "truncated_input"
+    alpha = summarise(tables.table(recipe, records), resamples=50)["tasks"][1]
+    assert alpha["columns"]["tuned@0"]["dropped"] == {"too_long": 2}
+    assert alpha["columns"]["tuned@0"]["truncated"] == {"truncated_input": 2}
+    assert alpha["differences"]["tuned@0"]["rows"] == 7
+    # Rows 1 to 5 of rows 1 to 7 against row 1 of the same.
+    assert alpha["differences"]["tuned@0"]["mean"] == pytest.approx(100 * (5 - 1) / 7)
+
+
+def test_a_task_whose_questions_are_all_dropped_has_no_score(recipe: Recipe) -> None:
+    records = [
+        record | {"dropped": "too_long", "prediction": None} if record["task"] == "beta_rank" else record
+        for record in tables.predictions()
+    ]
+    report = summarise(tables.table(recipe, records), resamples=50)
+    assert {cell["score"] for cell in report["tasks"][0]["columns"].values()} == {None}
+    assert report["pools"][0]["columns"] == report["pools"][0]["differences"] == {}
+
+
+def test_headline_and_summary(report: dict[str, Any]) -> None:
+    assert report["headline"][0] == (
+        "On 1 held-out ranked task tuned is not clearly different from base: +0.0 points (95% interval +0.0 to +0.0)."
+    )
+    assert report["headline"][1].startswith("On 1 trained-on ranked task tuned is better than base: +50.0 points (95% interval +")
+    assert report["summary"]["score"] == pytest.approx((75.0 + 50.0 + 100.0) / 3)
+    assert report["summary"]["sentence"].startswith("tuned against base, points with 95% interval: held-out ranked +0.0 (")
+
+
+def test_one_subject_alone_is_only_scored(recipe: Recipe) -> None:
+    records = [record for record in tables.predictions() if record["subject"] != "tuned"]
+    alone = tables.facts(recipe)
+    alone["subjects"] = alone["subjects"][:1]
+    report = summarise(predictions.with_facts(predictions.scored(records, tables.TASKS), alone), resamples=50)
+    assert report["headline"] == []
+    assert report["summary"]["sentence"] == "base: held-out ranked 50.0, trained-on ranked 25.0, trained-on generated 75.0"
+
+
+def test_samples_show_what_everyone_said(report: dict[str, Any]) -> None:
+    samples = report["tasks"][1]["samples"]
+    assert [sample["row"] for sample in samples] == [0, 1]
+    assert samples[0] == {
+        "row": 0,
+        "template": "w0",
+        "prompt": "<prompt> alpha_rank 0 w0",
+        "target": "yes",
+        "replies": {"majority@0": "no", "base@0": "yes", "base@5": "yes", "tuned@0": "yes"},
+    }
+
+
+def test_the_saved_table_gives_the_same_report(recipe: Recipe, report: dict[str, Any], tmp_path: Any) -> None:
+    predictions.save(tables.table(recipe), Folder.at(tmp_path))
+    assert summarise(predictions.read(Folder.at(tmp_path)), resamples=400) == report
+
+
+def test_a_strange_table_is_refused() -> None:
+    with pytest.raises(EvaluationError, match=r"choose a predictions\.parquet"):
+        summarise(pa.table({"a": [1]}))

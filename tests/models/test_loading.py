@@ -1,0 +1,58 @@
+"""Loading models and choosing number formats."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from apprentice.errors import ModelError
+from apprentice.models.loading import count_parameters, load_model, resolve_dtype
+
+
+def test_named_formats() -> None:
+    assert resolve_dtype("bfloat16") == torch.bfloat16
+    assert resolve_dtype("float32", "cuda") == torch.float32
+
+
+@pytest.mark.parametrize(("amx", "expected"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_auto_goes_by_the_hardware(monkeypatch: pytest.MonkeyPatch, amx: bool, expected: torch.dtype) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": amx, "avx512_bf16": True})
+    assert resolve_dtype("auto", "cpu") == expected
+    assert resolve_dtype("auto", "cuda") == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_load(tiny_model: Path, dtype: torch.dtype, capfd: pytest.CaptureFixture[str]) -> None:
+    model = load_model(tiny_model, dtype, "eager")
+    assert model.dtype == dtype
+    assert not model.training
+    assert model.config._attn_implementation == "eager"
+    assert load_model(str(tiny_model), dtype).config._attn_implementation == "sdpa"
+    assert capfd.readouterr() == ("", "")
+
+
+def test_count(tiny_model: Path) -> None:
+    model = load_model(tiny_model, torch.float32)
+    assert count_parameters(tiny_model) == sum(parameter.numel() for parameter in model.parameters()) > 100_000
+    assert count_parameters(tiny_model / "nowhere") == 0
+
+
+def test_not_a_causal_model(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "clip"}))
+    with pytest.raises(ModelError, match="cannot be loaded as a causal language model"):
+        load_model(tmp_path, torch.float32)
+
+
+def test_missing_weights(tiny_model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.0.self_attn.q_proj.weight"]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match=r"lacks weights, 'model.layers.0.self_attn.q_proj.weight' among them"):
+        load_model(folder, torch.float32)

@@ -1,0 +1,63 @@
+"""Packed rows: counts, micro-batches without common padding, shares."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from apprentice.train.batch import PackedRows, micro_batch_rows
+from tests.train.rows import packed_rows
+
+
+def tiny() -> PackedRows:
+    """Row 0 holds examples of 3 and 2 tokens, row 1 one of 2 tokens; a row has 7 places."""
+    return PackedRows.of(
+        {
+            "input_ids": [np.array([5, 6, 7, 8, 9, 0, 0], np.int32), np.array([5, 6, 0, 0, 0, 0, 0], np.int32)],
+            "positions": [np.array([0, 1, 2, 0, 1, 0, 1], np.int32), np.array([0, 1, 0, 1, 2, 3, 4], np.int32)],
+            "segment_ids": [np.array([1, 1, 1, 2, 2, 0, 0], np.int32), np.array([1, 1, 0, 0, 0, 0, 0], np.int32)],
+            "loss_mask": [np.array([0, 1, 1, 0, 1, 0, 0], np.uint8), np.array([0, 1, 0, 0, 0, 0, 0], np.uint8)],
+            "window": np.array([3, 3]),
+            "row": np.array([4, 5]),
+            "examples": [[30, 31], [32]],
+            "example_tasks": [[0, 1], [0]],
+            "example_targets": [[2, 1], [1]],
+            "dropped": ['{"a": {"too_long": 2}}', ""],
+        }
+    )
+
+
+def test_counts_and_facts() -> None:
+    rows = tiny()
+    assert (len(rows), rows.tokens, rows.targets) == (2, 7, 4)
+    assert rows.facts[0] == (3, 4, [30, 31], [0, 1], [2, 1], {"a": {"too_long": 2}})
+    assert rows.facts[1].dropped == {}
+
+
+def test_a_target_in_the_first_place_cannot_be_predicted() -> None:
+    rows = tiny()
+    rows.loss_mask[0, 0] = 1
+    assert rows.targets == 4
+
+
+def test_micros_leave_out_common_padding() -> None:
+    both = tiny().micros(2)
+    assert [tuple(micro.input_ids.shape) for micro in both] == [(2, 5)]
+    assert both[0].positions.tolist() == [[0, 1, 2, 0, 1], [0, 1, 0, 1, 2]]
+    assert both[0].is_target.dtype == torch.bool
+    assert [tuple(micro.input_ids.shape) for micro in tiny().micros(1)] == [(1, 5), (1, 2)]
+
+
+def test_shares_cover_all_rows_once() -> None:
+    rows = packed_rows(5)
+    shares = [rows.share(rank, 2) for rank in range(2)]
+    assert [[fact.row for fact in share.facts] for share in shares] == [[0, 2, 4], [1, 3]]
+    assert sum(share.targets for share in shares) == rows.targets > 0
+
+
+@pytest.mark.parametrize(
+    ("rows", "length", "budget", "expected"), [(4, 1024, 2048, 2), (6, 100, 300, 3), (5, 100, 300, 1), (4, 4096, 2048, 1), (8, 1, 99, 8)]
+)
+def test_automatic_micro_batch(rows: int, length: int, budget: int, expected: int) -> None:
+    assert micro_batch_rows(rows, length, budget) == expected

@@ -1,0 +1,121 @@
+"""Checkpoints are whole or absent, and the newest whole one is found."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+
+from apprentice.storage import Folder
+from apprentice.train import checkpoint as checkpoints
+from apprentice.train.state import State
+
+
+def saved(folder: Folder, step: int, validation_loss: float | None = None) -> checkpoints.Checkpoint:
+    tensors = [("weight/a", torch.full((2, 3), float(step))), ("exp_avg/a", torch.zeros(2, 3))]
+    return checkpoints.save(folder, tensors, State(step=step, row=step, validation_loss=validation_loss), {"dtype": "float32"})
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Folder:
+    return Folder.at(tmp_path / "checkpoints")
+
+
+def steps(folder: Folder) -> list[str]:
+    return [child.name for child in folder.children()]
+
+
+def test_round_trip(folder: Folder) -> None:
+    assert checkpoints.restorable(folder) is None
+    saved(folder, 3)
+    saved(folder, 12, 0.5)
+    found = checkpoints.restorable(folder)
+    assert found is not None
+    assert (found.folder.name, found.state, found.facts) == (
+        "step-000012",
+        State(step=12, row=12, validation_loss=0.5),
+        {"dtype": "float32"},
+    )
+    with checkpoints.tensors_of(found) as read:
+        assert torch.equal(read("weight/a"), torch.full((2, 3), 12.0))
+        assert torch.equal(read("exp_avg/a"), torch.zeros(2, 3))
+
+
+def test_tensors_are_streamed_into_shards(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoints, "SHARD_BYTES", 100)
+    found = checkpoints.save(folder, ((f"weight/{n}", torch.full((20,), float(n))) for n in range(5)), State(step=1), {})
+    assert len(list(found.folder.local.glob("*.safetensors"))) == 3
+    with checkpoints.tensors_of(found) as read:
+        assert [read(f"weight/{n}")[0].item() for n in range(5)] == [0.0, 1.0, 2.0, 3.0, 4.0]
+
+
+@pytest.mark.parametrize("damage", ["byte", "file", "sums", "state"])
+def test_the_damaged_newest_is_passed_over(folder: Folder, damage: str, caplog: pytest.LogCaptureFixture) -> None:
+    saved(folder, 3)
+    newest = saved(folder, 6).folder.local
+    tensors = newest / "tensors-0001.safetensors"
+    match damage:
+        case "byte":
+            content = bytearray(tensors.read_bytes())
+            content[-1] ^= 1
+            tensors.write_bytes(content)
+        case "file":
+            tensors.unlink()
+        case "sums":
+            (newest / "checksums.json").write_text("{")
+        case "state":
+            (newest / "state.json").write_text("{}")
+    with caplog.at_level(logging.WARNING):
+        found = checkpoints.restorable(folder)
+    assert found is not None
+    assert found.state.step == 3
+    assert len(caplog.records) == 1
+    assert "step-000006 is damaged" in caplog.text
+
+
+def test_a_step_saved_again_is_the_newer(folder: Folder) -> None:
+    saved(folder, 6)
+    again = saved(folder, 6)
+    assert again.folder.name == "step-000006.2"
+    found = checkpoints.restorable(folder)
+    assert found is not None
+    assert found.folder == again.folder
+
+
+def test_an_interrupted_save_leaves_nothing_that_counts(folder: Folder) -> None:
+    def broken() -> object:
+        yield "weight/a", torch.zeros(2)
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        checkpoints.save(folder, broken(), State(step=2), {})  # type: ignore[arg-type]
+    assert steps(folder) == []
+    (folder / ".part-x" / "state.json").write_text("{}")
+    (folder / "step-000009" / "state.json").write_text("{}")  # an upload that never got its checksums
+    saved(folder, 1)
+    checkpoints.sweep(folder)
+    assert steps(folder) == ["step-000001"]
+
+
+def test_best_and_prune(folder: Folder) -> None:
+    for step, loss in ((1, 0.9), (2, 0.4), (3, 0.7), (4, 0.6)):
+        saved(folder, step, loss)
+    best = checkpoints.best(folder)
+    assert best is not None
+    assert best.state.step == 2
+    checkpoints.prune(folder, 3)
+    assert steps(folder) == ["step-000002", "step-000003", "step-000004"]
+    checkpoints.prune(folder, 1)
+    assert steps(folder) == ["step-000002", "step-000004"]  # the newest to go on from, the best to export
+
+
+def test_without_validation_the_newest_is_best(folder: Folder) -> None:
+    for step in (1, 2, 3):
+        saved(folder, step)
+    best = checkpoints.best(folder)
+    assert best is not None
+    assert best.state.step == 3
+    checkpoints.prune(folder, 1)
+    assert steps(folder) == ["step-000003"]

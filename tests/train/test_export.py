@@ -1,0 +1,103 @@
+"""From a checkpoint to folders that transformers and peft load alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from apprentice.artifacts import Run, read_contract
+from apprentice.data.contract import layout_beside
+from apprentice.data.layout import Layout
+from apprentice.errors import TrainingError
+from apprentice.models.loading import load_model
+from apprentice.models.tuning import TUNING_METHODS, load_trainable, trainable
+from apprentice.recipe import Recipe
+from apprentice.storage import Folder
+from apprentice.tokenizer import Tokenizer
+from apprentice.train import export as exporting
+from apprentice.train.checkpoint import Checkpoint, save
+from apprentice.train.export import export
+from apprentice.train.state import State
+
+IDS = torch.tensor([[5, 6, 7, 8]])
+
+
+def recipe(model: Path, method: str) -> Recipe:
+    return Recipe.model_validate(
+        {
+            "name": "exported",
+            "seed": 4,
+            "model": {"base": str(model)},
+            "data": {"tasks": ["t"]},
+            "tuning": {"method": method, "rank": 4},
+            "training": {"steps": 3},
+        }
+    )
+
+
+def trained(folder: Path, made: Recipe, dtype: str) -> tuple[Run, Checkpoint, Any]:
+    """A checkpoint with weights that are not those of the base, and the model that has them."""
+    method = TUNING_METHODS[made.tuning.method]
+    model: Any = method.wrap(load_model(made.model.base, torch.float32), made.tuning, made.seed).eval()
+    generator = torch.Generator().manual_seed(5)
+    weights = {name: p.detach() + 0.05 * torch.randn(p.shape, generator=generator) for name, p in trainable(model).items()}
+    load_trainable(model, weights)
+    run = Run(Folder.at(folder / "run"))
+    tensors = ((f"weight/{name}", value) for name, value in weights.items())
+    return run, save(run.checkpoints, tensors, State(step=3), {"dtype": dtype}), model
+
+
+def layout_of(model: Path) -> Layout:
+    return Layout("chat", Tokenizer(model))
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_export(tiny_model: Path, tmp_path: Path, method: str) -> None:
+    made = recipe(tiny_model, method)
+    run, checkpoint, model = trained(tmp_path, made, "float32")
+    export(made, run, checkpoint, layout_of(tiny_model))
+    assert run.is_trained
+    with torch.no_grad():
+        expected = model(input_ids=IDS).logits
+        base = load_model(tiny_model, torch.float32)(input_ids=IDS).logits
+        alone = AutoModelForCausalLM.from_pretrained(run.model.local)(input_ids=IDS).logits
+    assert (expected - base).abs().max() > 0.1
+    torch.testing.assert_close(alone, expected, rtol=0, atol=1e-4)
+    contract = read_contract(run.model.local)
+    assert contract is not None
+    assert (contract.run, contract.layout, contract.base) == ("exported", "chat", str(tiny_model))
+    assert layout_beside(run.model.local).encode_prompt("a") == layout_of(tiny_model).encode_prompt("a")
+    assert run.adapter.exists() == (method == "lora")
+    if method == "lora":
+        with_peft = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model), run.adapter.local)
+        with torch.no_grad():
+            torch.testing.assert_close(with_peft(input_ids=IDS).logits, expected, rtol=0, atol=1e-5)
+    assert sorted(child.name for child in run.folder.children() if child.name.startswith(".")) == []
+
+
+def test_bfloat16_runs_are_saved_in_bfloat16(tiny_model: Path, tmp_path: Path) -> None:
+    made = recipe(tiny_model, "lora")
+    run, checkpoint, model = trained(tmp_path, made, "bfloat16")
+    export(made, run, checkpoint, layout_of(tiny_model))
+    alone = AutoModelForCausalLM.from_pretrained(run.model.local)
+    assert alone.dtype == torch.bfloat16
+    merged = TUNING_METHODS["lora"].merge(model).state_dict()
+    assert all(torch.equal(tensor, merged[name].bfloat16()) for name, tensor in alone.state_dict().items())
+
+
+def test_what_does_not_load_again_is_not_published(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = recipe(tiny_model, "full")
+    run, checkpoint, _ = trained(tmp_path, made, "float32")
+
+    def loads_something_else(base: Any, dtype: torch.dtype, attention: str = "auto") -> Any:
+        return load_model(tiny_model, dtype)
+
+    monkeypatch.setattr(exporting, "load_model", loads_something_else)
+    with pytest.raises(TrainingError, match="is not the same in the exported model"):
+        export(made, run, checkpoint, layout_of(tiny_model))
+    assert not run.model.exists()

@@ -1,0 +1,52 @@
+"""Our own error is found under whatever Ray puts around it."""
+
+from __future__ import annotations
+
+from apprentice.errors import DataError, RowError, TrainingError
+from apprentice.train.failure import causes, mendable
+
+
+class Wrapped(Exception):
+    def __init__(self, cause: BaseException) -> None:
+        super().__init__("layer")
+        self.cause = cause
+
+
+class GroupError(Exception):
+    def __init__(self, failures: dict[int, BaseException]) -> None:
+        super().__init__("group")
+        self.worker_failures = failures
+
+
+class Dual(Wrapped, DataError):
+    """Ray's task errors are at once Ray's and the user's."""
+
+
+def test_ours_is_found() -> None:
+    ours = TrainingError("step 3")
+    assert mendable(GroupError({0: RuntimeError("peer gone"), 1: Wrapped(ours)})) is ours
+
+
+def test_the_plain_error_is_preferred() -> None:
+    plain = DataError("file gone")
+    assert mendable(Dual(plain)) is plain
+    assert isinstance(mendable(Dual(ValueError())), Dual)
+
+
+def test_raised_from() -> None:
+    try:
+        try:
+            raise RowError("null", "row 3")
+        except RowError as row:
+            raise ValueError("later") from row
+    except ValueError as error:
+        found = mendable(error)
+    assert isinstance(found, RowError)
+    assert found.reason == "null"
+
+
+def test_nothing_of_ours_and_no_endless_walk() -> None:
+    first, second = ValueError("a"), ValueError("b")
+    first.__cause__, second.__cause__ = second, first
+    assert mendable(first) is None
+    assert len(list(causes(first))) == 2

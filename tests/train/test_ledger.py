@@ -1,0 +1,34 @@
+"""Counting what each task got."""
+
+from __future__ import annotations
+
+from apprentice.train.batch import RowFacts
+from apprentice.train.ledger import Ledger
+
+
+def test_report() -> None:
+    ledger = Ledger()
+    ledger.add([RowFacts(0, 0, [1, 2, 3], [0, 2, 0], [4, 10, 6], {"a": {"too_long": 2}})])
+    ledger.add([RowFacts(1, 0, [4], [2], [20], {"a": {"too_long": 1, "null": 1}})])
+    report = ledger.report(["a", "held_out", "b"], {"a": 0.75, "b": 0.25}, {"a": 8, "b": 4, "held_out": 9})
+    assert (report["examples"], report["target_tokens"]) == (4, 40)
+    assert report["tasks"] == {
+        "a": {
+            "requested_share": 0.75,
+            "share_of_examples": 0.5,
+            "share_of_target_tokens": 0.25,
+            "examples": 2,
+            "target_tokens": 10,
+            "passes_over_its_rows": 0.25,
+            "dropped_or_truncated": {"too_long": 3, "null": 1},
+        },
+        "b": {
+            "requested_share": 0.25,
+            "share_of_examples": 0.5,
+            "share_of_target_tokens": 0.75,
+            "examples": 2,
+            "target_tokens": 30,
+            "passes_over_its_rows": 0.5,
+            "dropped_or_truncated": {},
+        },
+    }

@@ -1,0 +1,189 @@
+"""The loop in one plain process, with an engine of a few lines of PyTorch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from apprentice.errors import TrainingError
+from apprentice.recipe import Optimizer
+from apprentice.train.batch import Micro, PackedRows
+from apprentice.train.loop import Course, train_loop, validation_loss
+from apprentice.train.loss import TargetLoss
+from apprentice.train.optim import adamw
+from apprentice.train.peers import Peers
+from apprentice.train.state import Goal, State, StepOutcome
+from tests.train.rows import packed_columns, packed_rows
+
+OPTIMIZER = Optimizer(learning_rate=1e-3, warmup_steps=1)
+
+
+class PlainEngine:
+    def __init__(self, dropout: float = 0.0) -> None:
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=500,
+            hidden_size=32,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            attention_dropout=dropout,
+        )
+        self.model = TargetLoss(LlamaForCausalLM(config)).train()
+        self.optimizer = adamw(dict(self.model.named_parameters()), OPTIMIZER)
+        self.rates: list[float] = []
+
+    def _nll(self, micro: Micro) -> torch.Tensor:
+        nll: torch.Tensor = self.model(micro.input_ids, micro.positions, micro.is_target)
+        return nll
+
+    def train_step(self, micros: Sequence[Micro], scale: float, rate: float) -> StepOutcome:
+        self.rates.append(rate)
+        self.optimizer.zero_grad()
+        total = 0.0
+        for micro in micros:
+            nll = self._nll(micro)
+            (nll * scale).backward()
+            total += nll.item()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.param_groups[0]["lr"] = rate
+        self.optimizer.step()
+        return StepOutcome(total, float(norm))
+
+    def validation_nll(self, micro: Micro) -> float:
+        with torch.no_grad():
+            return self._nll(micro).item()
+
+
+def stream(start: int = 0, rows: int = 4) -> Iterator[PackedRows]:
+    while True:
+        yield packed_rows(rows, first=start)
+        start += rows
+
+
+def course(steps: int = 5, micro: int = 2, every: int = 2, **goal: Any) -> Course:
+    return Course(7, Goal(steps, **goal), OPTIMIZER, micro, every, window=1024)
+
+
+def run(
+    engine: PlainEngine, batches: Iterator[PackedRows], state: State, the_course: Course
+) -> tuple[State, list[dict[str, Any]], list[int]]:
+    records: list[dict[str, Any]] = []
+    saves: list[int] = []
+    end = train_loop(
+        engine,
+        batches,
+        state,
+        the_course,
+        peers=Peers(),
+        record=records.append,
+        save=lambda now: saves.append(now.step),
+        validate=lambda: 3.0,
+    )
+    return end, records, saves
+
+
+def test_five_steps() -> None:
+    engine = PlainEngine()
+    end, records, saves = run(engine, stream(), State(), course())
+    rows = packed_rows(20)
+    assert [record["step"] for record in records] == [1, 2, 3, 4, 5]
+    assert {record["steps"] for record in records} == {5}
+    assert saves == [2, 4, 5]
+    assert (end.step, end.window, end.row) == (5, 0, 20)
+    assert (end.tokens, end.target_tokens) == (rows.tokens, rows.targets)
+    assert [ids for record in records for ids in record["examples"]] == [ids for fact in rows.facts for ids in fact.examples]
+    assert end.validation_loss == 3.0
+    assert sum(end.ledger.examples.values()) == sum(len(fact.examples) for fact in rows.facts)
+    assert records[-1]["loss"] < records[0]["loss"] < 7.0
+    assert engine.rates == pytest.approx([1e-3 * factor for factor in (1.0, 1.0, 0.853553, 0.5, 0.146447)], rel=1e-5)
+    assert {"loss", "learning_rate", "grad_norm", "tokens_per_s", "data_wait", "eta_s", "seconds"} <= records[0].keys()
+    assert records[-1]["eta_s"] == 0.0
+
+
+def test_accumulation_does_not_change_the_loss() -> None:
+    losses = [[record["loss"] for record in run(PlainEngine(), stream(), State(), course(micro=micro))[1]] for micro in (1, 2, 4)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert losses[0] == pytest.approx(losses[2], rel=1e-5)
+
+
+def test_tokens_end_the_run_with_the_step_that_crosses() -> None:
+    tokens = packed_rows(8).tokens
+    end, records, saves = run(PlainEngine(), stream(), State(), course(steps=9, every=50, tokens=tokens + 1))
+    assert (end.step, len(records), saves) == (3, 3, [3])
+    assert run(PlainEngine(), stream(), State(), course(steps=9, tokens=tokens))[0].step == 2
+
+
+def test_positions_count_all_of_finished_windows() -> None:
+    first, second = packed_columns(4), packed_columns(4, first=4)
+    second["window"] = [0, 0, 1, 1]
+    second["row"] = [4, 5, 0, 1]
+    batches = iter([PackedRows.of(first), PackedRows.of(second)])
+    end, _, _ = run(PlainEngine(), batches, State(), course(steps=2))
+    in_second_window = sum(len(examples) for examples in second["examples"][2:])
+    assert (end.window, end.row, end.positions) == (1, 2, 1024 + in_second_window)
+
+
+def test_going_on_with_dropout_is_as_if_uninterrupted() -> None:
+    constant = Optimizer(learning_rate=1e-3, schedule="constant")
+    whole = run(PlainEngine(dropout=0.2), stream(), State(), replace(course(), optimizer=constant))[1]
+    engine = PlainEngine(dropout=0.2)
+    state, before, _ = run(engine, stream(), State(), replace(course(steps=2), optimizer=constant))
+    torch.rand(100)  # whatever happened in between
+    rest = run(engine, stream(start=state.row), state, replace(course(), optimizer=constant))[1]
+    assert (len(before), len(rest)) == (2, 3)
+    assert [record["loss"] for record in before + rest] == [record["loss"] for record in whole]
+
+
+def test_a_stream_that_begins_elsewhere_is_refused() -> None:
+    with pytest.raises(TrainingError, match=r"begins at \(window, row\) \(0, 4\), not at \(0, 8\)"):
+        run(PlainEngine(), stream(start=4), State(step=2, row=8), course())
+
+
+def test_the_end_of_a_window_goes_on_in_the_next() -> None:
+    columns = packed_columns(4)
+    columns["window"] = [3] * 4
+    end, _, _ = run(PlainEngine(), iter([PackedRows.of(columns)]), State(step=4, window=2, row=9), course(steps=5))
+    assert (end.window, end.row) == (3, 4)
+
+
+def test_a_stream_that_ends_early() -> None:
+    with pytest.raises(TrainingError, match="ended after step 2"):
+        run(PlainEngine(), iter([packed_rows(4), packed_rows(4, first=4)]), State(), course())
+
+
+def test_a_loss_that_is_no_number_stops_with_step_and_examples() -> None:
+    engine = PlainEngine()
+    records: list[dict[str, Any]] = []
+
+    class Broken(PlainEngine):
+        def train_step(self, micros: Sequence[Micro], scale: float, rate: float) -> StepOutcome:
+            outcome = engine.train_step(micros, scale, rate)
+            return StepOutcome(math.nan, outcome.grad_norm) if len(engine.rates) == 2 else outcome
+
+    with pytest.raises(TrainingError, match=r"step 2: the loss or its gradient is not a number .* positions 40, 41"):
+        train_loop(
+            Broken(),
+            stream(),
+            State(),
+            course(),
+            peers=Peers(),
+            record=records.append,
+            save=lambda _: pytest.fail("a broken model must not be saved"),
+            validate=lambda: None,
+        )
+    assert [record["step"] for record in records] == [1, 2]
+
+
+def test_validation_loss() -> None:
+    engine = PlainEngine()
+    rows = packed_rows(5)
+    expected = sum(engine.validation_nll(micro) for micro in rows.micros(1)) / rows.targets
+    assert validation_loss(engine, rows, 2, Peers()) == pytest.approx(expected, rel=1e-6)
+    assert validation_loss(engine, rows.share(5, 6), 2, Peers()) is None
