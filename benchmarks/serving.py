@@ -1,6 +1,6 @@
 """Serving over real HTTP: 16 requests at once against the same requests one after another.
 
-    python benchmarks/serving.py [--model FOLDER] [--tokens 64] [--runs 5]
+    python benchmarks/serving.py [--model FOLDER] [--tokens 96] [--runs 5]
 
 Both sides are the same endpoint under Ray Serve, the same 16 prompts of different lengths and the same number of new tokens;
 the figure is the ratio of their tokens/s.
@@ -24,17 +24,14 @@ from apprentice.session import ray_session
 from apprentice.tokenizer import Tokenizer
 
 REQUESTS = 16
-PASSAGE = (
-    "The ferry leaves the harbour at seven in the morning and needs two hours to the island, where the market opens at nine; "
-    "on days with strong wind it waits until the coast guard allows it to go. "
-)
+PASSAGE = "The ferry leaves the harbour at seven in the morning and needs two hours to the island, where the market opens at nine. "
 
 
 def main() -> None:
     """Starts the endpoint, measures, prints one JSON line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="Model folder; the packaged 135M model by default.")
-    parser.add_argument("--tokens", type=int, default=64, help="New tokens of each request.")
+    parser.add_argument("--tokens", type=int, default=96, help="New tokens of each request.")
     parser.add_argument("--runs", type=int, default=5)
     chosen = parser.parse_args()
     folder = Path(chosen.model).absolute() if chosen.model else local_folder("smollm2-135m-instruct")

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from apprentice.evaluate.report import html, markdown, remarks, task_table, write_report
+from apprentice.evaluate.report import Cell, html, markdown, remarks, task_table, write_report
 from apprentice.evaluate.summary import summarise
 from apprentice.recipe import Recipe
 from apprentice.storage import Folder
@@ -39,10 +39,15 @@ def report(recipe: Recipe) -> dict[str, Any]:
 def test_the_table_has_held_out_tasks_first(report: dict[str, Any]) -> None:
     header, rows = task_table(report)
     assert header == ["task", "metric", "majority", "base", "base 5-shot", "tuned", "tuned − base"]
-    assert rows[0] == ["beta_rank (held out)", "accuracy", "0.0", "50.0", "–", "50.0", "+0.0 (+0.0 to +0.0)"]
-    assert rows[1][:6] == ["alpha_rank", "accuracy", "0.0", "25.0", "25.0", "75.0"]
-    assert re.fullmatch(r"\+50\.0 \(\+[\d.]+ to \+[\d.]+\)", rows[1][6])
-    assert rows[2][:6] == ["gamma_text", "token F1", "–", "75.0", "–", "100.0"]
+    assert rows[0][0] == Cell("beta_rank", "held_out")
+    assert [[cell.text for cell in row[:6]] for row in rows] == [
+        ["beta_rank", "accuracy", "0.0", "50.0", "–", "50.0"],
+        ["alpha_rank", "accuracy", "0.0", "25.0", "25.0", "75.0"],
+        ["gamma_text", "token F1", "–", "75.0", "–", "100.0"],
+    ]
+    assert rows[0][6] == Cell("+0.0 (+0.0 to +0.0)")
+    assert rows[1][6].mark == "better"
+    assert re.fullmatch(r"\+50\.0 \(\+[\d.]+ to \+[\d.]+\)", rows[1][6].text)
 
 
 def test_markdown_is_a_table_that_github_reads(report: dict[str, Any]) -> None:
@@ -54,7 +59,7 @@ def test_markdown_is_a_table_that_github_reads(report: dict[str, Any]) -> None:
     assert widths == {8}
     assert "- delta: no test split." in lines
     assert "- base 5-shot: on average fewer exemplars fitted into the prompt: alpha_rank 3.0." in lines
-    assert "| held out, ranked | 1 | 0.0 | 50.0 | – | 50.0 | +0.0 (+0.0 to +0.0) |" in lines
+    assert "| ranked (held out) | 1 | 0.0 | 50.0 | – | 50.0 | +0.0 (+0.0 to +0.0) |" in lines
     assert "| alpha_rank | 2 | 25.0 / 0.0 | 25.0 / 0.0 | 75.0 / 0.0 |" in lines
 
 

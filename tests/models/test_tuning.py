@@ -55,6 +55,7 @@ def test_alpha(tiny_model: Path, alpha: float | None, scale: float) -> None:
     assert model.base_model.model.model.layers[0].self_attn.q_proj.scaling["default"] == scale
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft 0.21 on transformers 5.23
 def test_lora_loads_with_peft_alone_and_merges_to_the_same_logits(tiny_model: Path, tmp_path: Path) -> None:
     model = wrapped(tiny_model, "lora")
     load_trainable(model, disturbed(model))

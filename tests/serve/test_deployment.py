@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import shutil
 import socket
 import time
@@ -12,11 +13,14 @@ from typing import Any
 import httpx
 import openai
 import pytest
+import yaml
+from ray.serve.schema import ServeDeploySchema
 
 from apprentice.artifacts import read_contract
 from apprentice.errors import ContractError, ServingError
 from apprentice.recipe import Serving
-from apprentice.serve.deployment import Endpoint, application, check, start
+from apprentice.serve.deployment import AppArguments, Endpoint, application, check, start
+from tests.conftest import ROOT
 from tests.serve.company import alone_and_together
 
 
@@ -150,7 +154,21 @@ def test_what_is_wrong_is_said_before_anything_starts(tiny_model: Path, chat_mod
         check(changed, Serving(port=0))
 
 
-def test_the_config_file_builds_the_same_application(chat_model: Path) -> None:
+def test_the_config_file_is_one_of_ray_serves_and_names_the_builder() -> None:
+    config = ServeDeploySchema.model_validate(yaml.safe_load((ROOT / "serve" / "config.yaml").read_text()))
+    assert config.http_options.host == "127.0.0.1"
+    (app,) = config.applications
+    AppArguments.model_validate(app.args)
+    module, name = app.import_path.split(":")
+    found = importlib.util.spec_from_file_location(module, ROOT / f"{module.replace('.', '/')}.py")
+    assert found is not None
+    assert found.loader is not None
+    loaded = importlib.util.module_from_spec(found)
+    found.loader.exec_module(loaded)
+    assert getattr(loaded, name) is application
+
+
+def test_arguments_build_the_same_application(chat_model: Path) -> None:
     built = application({"model": str(chat_model), "max_running": 3, "replicas": {"min": 1, "max": 2}, "cpus": 2})
     options = built._bound_deployment
     assert options.init_args[1] == "tiny"  # the run's name, from the contract

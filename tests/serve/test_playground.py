@@ -101,9 +101,7 @@ def test_it_fits_a_phone_in_both_schemes(page: Page, scheme: str) -> None:
     page.emulate_media(color_scheme="dark" if scheme == "dark" else "light")
     page.set_viewport_size({"width": 360, "height": 740})
     assert page.evaluate("document.documentElement.scrollWidth") == 360
-    colours = page.evaluate(
-        "[document.documentElement, document.body].map((e, i) => getComputedStyle(e)[i ? 'color' : 'backgroundColor'])"
-    )
+    colours = page.evaluate("[getComputedStyle(document.documentElement).backgroundColor, getComputedStyle(document.body).color]")
     light = [sum(map(int, re.findall(r"\d+", colour)[:3])) > 384 for colour in colours]
     assert light == ([False, True] if scheme == "dark" else [True, False])
     for button in ("#run", "#stop"):

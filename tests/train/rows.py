@@ -11,19 +11,17 @@ from torch.nn import functional as F
 from apprentice.train.batch import PackedRows
 
 LENGTH = 48
+TABLES = ("input_ids", "positions", "segment_ids", "loss_mask")
 
 
 def packed_columns(count: int, seed: int = 0, first: int = 0) -> dict[str, Any]:
     """`count` packed rows of 2 to 4 examples and some padding, over a vocabulary of 500; window 0, rows from `first`."""
     columns: dict[str, list[Any]] = {
-        name: []
-        for name in (
-            "input_ids positions segment_ids loss_mask window row examples example_tasks example_targets dropped".split()
-        )
+        name: [] for name in (*TABLES, "window", "row", "examples", "example_tasks", "example_targets", "dropped")
     }
     for number in range(first, first + count):
         rng = np.random.default_rng([seed, number])
-        row = {name: np.zeros(LENGTH, np.int32) for name in ("input_ids", "positions", "segment_ids", "loss_mask")}
+        row = {name: np.zeros(LENGTH, np.int32) for name in TABLES}
         at, targets = 0, []
         for segment in range(1, int(rng.integers(2, 5)) + 1):
             size, answer = int(rng.integers(6, 12)), int(rng.integers(1, 5))

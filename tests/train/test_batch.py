@@ -57,7 +57,8 @@ def test_shares_cover_all_rows_once() -> None:
 
 
 @pytest.mark.parametrize(
-    ("rows", "length", "budget", "expected"), [(4, 1024, 2048, 2), (6, 100, 300, 3), (5, 100, 300, 1), (4, 4096, 2048, 1), (8, 1, 99, 8)]
+    ("rows", "length", "budget", "expected"),
+    [(4, 1024, 2048, 2), (6, 100, 300, 3), (5, 100, 300, 1), (4, 4096, 2048, 1), (8, 1, 99, 8)],
 )
 def test_automatic_micro_batch(rows: int, length: int, budget: int, expected: int) -> None:
     assert micro_batch_rows(rows, length, budget) == expected

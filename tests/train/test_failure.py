@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from apprentice.errors import DataError, RowError, TrainingError
-from apprentice.train.failure import causes, mendable
+from apprentice.train.failure import causes, lost_peer, mendable
 
 
-class Wrapped(Exception):
+class WrappedError(Exception):
     def __init__(self, cause: BaseException) -> None:
         super().__init__("layer")
         self.cause = cause
@@ -18,19 +18,19 @@ class GroupError(Exception):
         self.worker_failures = failures
 
 
-class Dual(Wrapped, DataError):
+class DualError(WrappedError, DataError):
     """Ray's task errors are at once Ray's and the user's."""
 
 
 def test_ours_is_found() -> None:
     ours = TrainingError("step 3")
-    assert mendable(GroupError({0: RuntimeError("peer gone"), 1: Wrapped(ours)})) is ours
+    assert mendable(GroupError({0: RuntimeError("peer gone"), 1: WrappedError(ours)})) is ours
 
 
 def test_the_plain_error_is_preferred() -> None:
     plain = DataError("file gone")
-    assert mendable(Dual(plain)) is plain
-    assert isinstance(mendable(Dual(ValueError())), Dual)
+    assert mendable(DualError(plain)) is plain
+    assert isinstance(mendable(DualError(ValueError())), DualError)
 
 
 def test_raised_from() -> None:
@@ -50,3 +50,9 @@ def test_nothing_of_ours_and_no_endless_walk() -> None:
     first.__cause__, second.__cause__ = second, first
     assert mendable(first) is None
     assert len(list(causes(first))) == 2
+
+
+def test_lost_peer() -> None:
+    assert lost_peer(RuntimeError("[gloo/transport/tcp/pair.cc:537] Read error: Connection reset by peer"))
+    assert not lost_peer(RuntimeError("size mismatch"))
+    assert not lost_peer(ValueError("gloo"))

@@ -37,7 +37,12 @@ MODELS = {
     ),
     "gpt_neox": lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**SIZES)),
 }
-CASES = [(name, attention) for name in MODELS for attention in ("sdpa", "eager") if (name, attention) != ("gemma2_with_soft_caps", "sdpa")]
+CASES = [
+    (name, attention)
+    for name in MODELS
+    for attention in ("sdpa", "eager")
+    if (name, attention) != ("gemma2_with_soft_caps", "sdpa")
+]
 
 
 def made(name: str, attention: str) -> Any:

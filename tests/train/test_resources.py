@@ -41,7 +41,9 @@ def test_enough() -> None:
 
 def test_too_few_cpus() -> None:
     ask = required_resources(recipe())
-    with pytest.raises(ResourcesError, match="asks for 2 workers of 1 CPUs each, and 2 more CPUs for the data; the cluster has 3 CPUs"):
+    with pytest.raises(
+        ResourcesError, match="asks for 2 workers of 1 CPUs each, and 2 more CPUs for the data; the cluster has 3 CPUs"
+    ):
         check_resources(ask, [{"CPU": 3.0}])
 
 

@@ -14,7 +14,16 @@ from apprentice.train.tracking import Mailbox, Tracker
 
 def record(step: int, attempt: int = 1, **more: Any) -> dict[str, Any]:
     figures = {"loss": 2.0, "learning_rate": 0.1, "grad_norm": 1.0, "tokens": 100, "seconds": 2.0, "data_wait_s": 0.5}
-    return {"attempt": attempt, "step": step, "steps": 4, "tokens_per_s": 50.0, "data_wait": 0.25, "examples": [step], **figures, **more}
+    return {
+        "attempt": attempt,
+        "step": step,
+        "steps": 4,
+        "tokens_per_s": 50.0,
+        "data_wait": 0.25,
+        "examples": [step],
+        **figures,
+        **more,
+    }
 
 
 def test_mailbox() -> None:

@@ -57,7 +57,7 @@ def evaluate(
 
     The first subject is the one that the others are compared with. A folder with a prompt contract is spoken to as the contract
     says, a bare model in the recipe's layout. `run` adds its training curve and ledger to the report. Raises `EvaluationError`
-    where there is nothing to score, `ResourcesError` where no worker fits, `ContractError`, `ModelError`.
+    where there is nothing to score or a model cannot answer, `ResourcesError` where no worker fits, `ContractError`, `ModelError`.
     """
     started = time.time()
     _check(subjects)
@@ -211,7 +211,10 @@ def _score(
         tables = [predictions.table_of(block, ASKED) for block in _blocks(asked, pool.workers)]
         progress({"message": f"{subject.name}: loading on {pool.workers} worker{'s' if pool.workers > 1 else ''}"})
         for block in _mapped(tables, Scorer, (subject.folder, recipe.model, layout, limits, pool), pool):
-            answers |= {record.pop("place"): record for record in block.to_pylist()}
+            for answer in block.to_pylist():
+                if answer["failure"]:
+                    raise EvaluationError(f"{subject.name}: {answer['failure']}")
+                answers[answer["place"]] = {"prediction": answer["prediction"], "choice_logprobs": answer["choice_logprobs"]}
             left = (time.monotonic() - start) * (total / max(1, len(answers)) - 1)
             progress({"message": f"{subject.name}: {len(answers)} of {total} questions", "eta_s": left})
     blank = {"prediction": None, "choice_logprobs": None}
@@ -234,7 +237,7 @@ def _blocks(asked: Sequence[dict[str, Any]], workers: int) -> list[list[dict[str
 
 
 def _mapped(tables: Sequence[pa.Table], worker: type, arguments: tuple[Any, ...], pool: Pool) -> Iterator[pa.Table]:
-    """Each table through a pool of workers, as the results come. An error of ours arrives as itself, without Ray's wrapping."""
+    """Each table through a pool of workers, as the results come."""
     dataset = ray.data.from_arrow(list(tables)).map_batches(
         worker,
         batch_size=None,  # one table, one call
@@ -245,35 +248,17 @@ def _mapped(tables: Sequence[pa.Table], worker: type, arguments: tuple[Any, ...]
         num_gpus=pool.gpus,
     )
     dataset.context.enable_progress_bars = False
-    try:
-        yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
-    except Exception as error:
-        if (ours := _ours(error)) is not None:
-            raise ours from None
-        raise
+    yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
 
 
 def _gathered(references: list[Any]) -> list[Any]:
-    """The results of Ray tasks, in order; an error of ours arrives as itself."""
+    """The results of Ray tasks, in order; an error of ours arrives as itself, without Ray's wrapping."""
     try:
         return list(ray.get(references))
-    except Exception as error:
-        if (ours := _ours(error)) is not None:
-            raise ours from None
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, ApprenticeError):
+            raise error.cause from None
         raise
-
-
-def _ours(error: BaseException | None) -> ApprenticeError | None:
-    """The `ApprenticeError` behind an error that crossed Ray."""
-    seen = 0
-    while error is not None and seen < 10:
-        inner = getattr(error, "cause", None)
-        if isinstance(inner, ApprenticeError):
-            return inner
-        if isinstance(error, ApprenticeError) and inner is None:
-            return error
-        error, seen = error.__cause__ or inner, seen + 1
-    return None
 
 
 def _majorities(corpus: Corpus, names: Sequence[str]) -> dict[str, dict[str, Any] | None]:

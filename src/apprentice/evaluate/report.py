@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2
 
@@ -84,7 +84,14 @@ def html(report: Mapping[str, Any], *, history: Sequence[Mapping[str, Any]] = ()
     )
 
 
-Table = tuple[list[str], list[list[str]]]
+class Cell(NamedTuple):
+    """A table's cell: its text, and how the page marks it: `held_out`, `better`, `worse`, or not at all."""
+
+    text: str
+    mark: str = ""
+
+
+Table = tuple[list[str], list[list[Cell]]]
 
 
 def task_table(report: Mapping[str, Any]) -> Table:
@@ -98,10 +105,10 @@ def task_table(report: Mapping[str, Any]) -> Table:
     ]
     rows = []
     for task in report["tasks"]:
-        name = f"{task['task']} (held out)" if task["held_out"] else task["task"]
+        name = Cell(task["task"], "held_out" if task["held_out"] else "")
         scores = [_number(task["columns"].get(column["key"], {}).get("score")) for column in columns]
-        differences = [_with_interval(task["differences"].get(column["key"])) for column in compared]
-        rows.append([name, METRICS[task["metric"]].title, *scores, *differences])
+        differences = [_difference(task["differences"].get(column["key"])) for column in compared]
+        rows.append([name, Cell(METRICS[task["metric"]].title), *scores, *differences])
     return header, rows
 
 
@@ -121,11 +128,10 @@ def pool_table(report: Mapping[str, Any]) -> Table:
             found = pool["columns"].get(column["key"])
             # A mean over fewer tasks than the line has cannot be compared with its neighbours unsaid.
             few = f" ({found['tasks']} tasks)" if found and found["tasks"] < pool["tasks"] else ""
-            cells.append(_number(found and found["mean"]) + few)
-        differences = [_with_interval(pool["differences"].get(column["key"])) for column in compared]
-        rows.append(
-            [f"{'held out' if pool['held_out'] else 'trained on'}, {pool['kind']}", str(pool["tasks"]), *cells, *differences]
-        )
+            cells.append(Cell(_number(found and found["mean"]).text + few))
+        differences = [_difference(pool["differences"].get(column["key"])) for column in compared]
+        kind = Cell(pool["kind"], "held_out") if pool["held_out"] else Cell(f"{pool['kind']}, trained on")
+        rows.append([kind, Cell(str(pool["tasks"])), *cells, *differences])
     return header, rows
 
 
@@ -135,11 +141,9 @@ def wording_table(report: Mapping[str, Any]) -> Table:
     rows = []
     for task in report["tasks"]:
         found = [task["columns"].get(column["key"], {}) for column in columns]
-        cells = [
-            f"{_number(cell['worst'])} / {_number(cell['spread'])}" if cell.get("score") is not None else "–" for cell in found
-        ]
+        cells = [Cell(f"{cell['worst']:.1f} / {cell['spread']:.1f}" if cell.get("score") is not None else "–") for cell in found]
         count = max((len(cell.get("wordings", {})) for cell in found), default=0)
-        rows.append([task["task"], str(count), *cells])
+        rows.append([Cell(task["task"], "held_out" if task["held_out"] else ""), Cell(str(count)), *cells])
     return ["task", "wordings", *[f"{column['title']}: worst / spread" for column in columns]], rows
 
 
@@ -179,19 +183,19 @@ def _difference_title(report: Mapping[str, Any], column: Mapping[str, Any]) -> s
     return f"{column['title']} − {titles[column['against']]}"
 
 
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.1f}"
+def _number(value: float | None) -> Cell:
+    return Cell("–" if value is None else f"{value:.1f}")
 
 
-def _with_interval(difference: Mapping[str, Any] | None) -> str:
-    if difference is None:
-        return "–"
-    low, high = difference["interval"]
-    return f"{difference['mean']:+.1f} ({low:+.1f} to {high:+.1f})"
+def _difference(found: Mapping[str, Any] | None) -> Cell:
+    if found is None:
+        return Cell("–")
+    low, high = found["interval"]
+    return Cell(f"{found['mean']:+.1f} ({low:+.1f} to {high:+.1f})", found["verdict"] if found["verdict"] != "unclear" else "")
 
 
-def _rows(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def _rows(header: Sequence[str], rows: Sequence[Sequence[Cell]]) -> list[str]:
     """A Markdown table; all but the first column to the right."""
-    cells = [[cell.replace("|", "\\|") for cell in row] for row in (header, *rows)]
-    lines = [f"| {' | '.join(row)} |" for row in cells]
+    texts = [[f"{cell.text} (held out)" if cell.mark == "held_out" else cell.text for cell in row] for row in rows]
+    lines = [f"| {' | '.join(text.replace('|', chr(92) + '|') for text in row)} |" for row in (header, *texts)]
     return [lines[0], "|---" + "|---:" * (len(header) - 1) + "|", *lines[1:]]

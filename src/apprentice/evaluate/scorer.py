@@ -10,6 +10,7 @@ import pyarrow as pa
 import torch
 
 from apprentice.data.layout import Layout
+from apprentice.errors import ApprenticeError
 from apprentice.evaluate.generate import reply
 from apprentice.evaluate.pool import Pool
 from apprentice.evaluate.predictions import ENCODED
@@ -19,11 +20,21 @@ from apprentice.models.loading import count_parameters, load_model, resolve_dtyp
 from apprentice.recipe import Model
 
 ASKED = pa.schema([("place", pa.int64()), *ENCODED])  # place: of the question among all of its subject
-ANSWERED = pa.schema([("place", pa.int64()), ("prediction", pa.string()), ("choice_logprobs", pa.list_(pa.float64()))])
+ANSWERED = pa.schema(
+    [
+        ("place", pa.int64()),
+        ("prediction", pa.string()),
+        ("choice_logprobs", pa.list_(pa.float64())),
+        ("failure", pa.string()),  # why the whole block could not be answered; then it is the only line
+    ]
+)
 
 
 class Scorer:
-    """The model in `folder`, loaded with the first block: a `ModelError` reaches the caller as itself, not as a dead worker."""
+    """Answers blocks of questions with the model in `folder`, which it loads with the first of them.
+
+    What the user can mend becomes a `failure` in the answer, not an exception: Ray would print that with all its stacks.
+    """
 
     def __init__(self, folder: Path, model: Model, layout: Layout, limits: Limits, pool: Pool) -> None:
         torch.set_num_threads(pool.cpus)
@@ -34,7 +45,12 @@ class Scorer:
     def __call__(self, block: pa.Table) -> pa.Table:
         """A block of the schema `ASKED`, all of it ranked or all of it generated, becomes one of `ANSWERED`."""
         asked = block.to_pylist()
-        answers = rank(self._model, asked) if asked[0]["choices"] else reply(self._model, asked, self._layout, self._limits.reply)
+        try:
+            answers = (
+                rank(self._model, asked) if asked[0]["choices"] else reply(self._model, asked, self._layout, self._limits.reply)
+            )
+        except ApprenticeError as error:
+            return pa.Table.from_pylist([{"failure": str(error)}], schema=ANSWERED)
         rows = [{"place": question["place"], **answer} for question, answer in zip(asked, answers, strict=True)]
         return pa.Table.from_pylist(rows, schema=ANSWERED)
 

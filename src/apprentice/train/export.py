@@ -59,7 +59,8 @@ def export(recipe: Recipe, run: Run, checkpoint: Checkpoint, layout: Layout) -> 
             method.save_adapter(model, Path(folder) / "adapter", _public_name(recipe.model.base))
         with torch.no_grad():
             expected = model(input_ids=probe, use_cache=False).logits
-        merged: Any = method.merge(model).to(dtype=resolve_dtype(checkpoint.facts["dtype"]))
+        merged: Any = method.merge(model)
+        merged.to(resolve_dtype(checkpoint.facts["dtype"]))
         _write_model(merged, recipe, layout, Path(folder) / "model")
         _compare(Path(folder) / "model", merged, probe, expected)
         del merged, model

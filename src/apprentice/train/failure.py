@@ -22,6 +22,12 @@ def causes(error: BaseException) -> Iterator[BaseException]:
         waiting += [candidate for candidate in inner if isinstance(candidate, BaseException)]
 
 
+def lost_peer(error: BaseException) -> bool:
+    """True for what a worker sees when another one is gone: an error of the connection between them."""
+    words = ("gloo", "NCCL", "Connection reset by peer", "Connection closed by peer")
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+
+
 def mendable(error: BaseException) -> ApprenticeError | None:
     """The error of ours that `error` carries, if there is one."""
     found = [cause for cause in causes(error) if isinstance(cause, ApprenticeError)]

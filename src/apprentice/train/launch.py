@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import signal
 import threading
 import warnings
@@ -30,7 +31,7 @@ from apprentice.recipe import Recipe
 from apprentice.train import checkpoint as checkpoints
 from apprentice.train.batch import PackedRows
 from apprentice.train.export import export
-from apprentice.train.failure import mendable
+from apprentice.train.failure import causes, lost_peer, mendable
 from apprentice.train.resources import Ask, check_resources, required_resources, workers_that_fit
 from apprentice.train.state import Goal, State
 from apprentice.train.tracking import Mailbox, Tracker
@@ -38,6 +39,7 @@ from apprentice.train.worker import run_worker
 
 POLL_S = 0.2
 PREFETCHED_STEPS = 2
+START_TIMEOUT_S = "600"  # of a worker group; Ray Train's 60 s are too few for a busy machine, and it would begin again and again
 MOST_VALIDATION_ROWS = 256
 
 
@@ -63,6 +65,7 @@ def train(recipe: Recipe, run: Run, corpus: Corpus, *, progress: Callable[[dict[
     learning_rate, grad_norm, tokens, target_tokens, seconds, tokens_per_s, data_wait (share of time), eta_s; and with
     attempt, step, steps and validation_loss after each validation. Raises the `ApprenticeError` that stopped the run.
     """
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", START_TIMEOUT_S)
     goal = goal_of(recipe, corpus)
     _check_cluster(recipe)
     checkpoints.sweep(run.checkpoints)
@@ -198,13 +201,14 @@ def _trainer(job: Job, corpus: Corpus) -> TorchTrainer:
         return train_stream(ray.get(held), start, None, max(1, min(4, int(spare) - 1)))
 
     logging.getLogger("ray.train").setLevel(logging.WARNING)
+    run_config: Any = ray.train.RunConfig  # its hints are those of the first Ray Train
     return TorchTrainer(
         work,
         train_loop_config={"job": job},
         scaling_config=ray.train.ScalingConfig(
             num_workers=job.workers, use_gpu=training.resources.gpus > 0, resources_per_worker=resources
         ),
-        run_config=ray.train.RunConfig(
+        run_config=run_config(
             name=job.run.checkpoints.name,
             storage_path=str(job.run.folder),
             failure_config=ray.train.FailureConfig(max_failures=training.max_failures),
@@ -229,13 +233,13 @@ def _explained(failure: Exception, attempts: int) -> Exception:
     ours = mendable(failure)
     if ours is not None:
         return ours
-    failures = getattr(failure, "worker_failures", {})
-    lost = [rank for rank, error in failures.items() if isinstance(error, ray.exceptions.RayActorError)]
-    if lost:
+    if any(isinstance(error, ray.exceptions.RayActorError) or lost_peer(error) for error in causes(failure)):
+        times = "once" if attempts == 1 else f"{attempts} times"
         return TrainingError(
-            f"worker {lost[0]} died, and the run had been started {attempts} times; look for a lack of memory or a lost node, then"
-            " run the same command again: it goes on from the newest checkpoint."
+            f"a worker died, and the run had been started {times}; look for a lack of memory or a lost node, then run the same"
+            " command again: it goes on from the newest checkpoint."
         )
+    failures = getattr(failure, "worker_failures", {})
     return next((error for error in failures.values() if isinstance(error, Exception)), failure)
 
 

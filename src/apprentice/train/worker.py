@@ -41,8 +41,8 @@ def run_worker(
 ) -> State:
     """Trains until `goal`; the state at the end is the same on every worker.
 
-    `rows(n)` gives this worker's rows, `n` of them for each step, of `length` tokens. `tell` is called on the first worker with every record;
-    `register` on every worker after each checkpoint, with the checkpoint on the first worker and None on the others.
+    `rows(n)` gives this worker's rows of `length` tokens, `n` of them for each step. `tell` is called on the first worker with
+    every record; `register` on every worker after each checkpoint, with the checkpoint on the first worker, None on the others.
     """
     peers = Peers()
     training = recipe.training

@@ -1,0 +1,194 @@
+"""Training under Ray Train end to end, with two workers: undisturbed, with a worker killed, stopped and taken up again, failing."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from apprentice.artifacts import Run, open_run
+from apprentice.data.contract import layout_beside
+from apprentice.data.pipeline import make_corpus, render_window
+from apprentice.errors import RecipeError, ResourcesError, TrainingError
+from apprentice.recipe import Recipe, load_recipe
+from apprentice.train import launch
+from tests.recipes import tiny_recipe
+
+STEPS = 8
+EVERY = 3  # checkpoints after steps 3, 6 and 8
+DIES_BEFORE = 6  # two steps after the checkpoint at 3
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
+
+
+def recipe(folder: Path, model: Path, **values: Any) -> Recipe:
+    chosen = {"training__steps": STEPS, "training__checkpoint": {"every_steps": EVERY, "keep": 3}, "training__max_failures": 2}
+    return load_recipe(tiny_recipe(folder, model, **(chosen | values)))
+
+
+def trained(made: Recipe) -> tuple[launch.TrainResult, Run, list[dict[str, Any]]]:
+    """The result, the run, and what `progress` saw."""
+    run = open_run(made)
+    seen: list[dict[str, Any]] = []
+    result = launch.train(made, run, make_corpus(made, run), progress=seen.append)
+    return result, run, seen
+
+
+def steps_of(run: Run) -> list[dict[str, Any]]:
+    lines = (run.folder / "steps.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if "loss" in record]
+
+
+def dying(marker: Path, before: int, *, again: bool = False) -> Callable[[dict[str, Any]], None]:
+    """A worker function whose second worker is killed by SIGKILL before it takes the rows of step `before`: once, or each time."""
+
+    def work(config: dict[str, Any]) -> None:
+        import ray.train
+
+        from apprentice.train import launch as there
+
+        inner = there.run_worker
+
+        def run_worker(recipe: Any, run: Any, goal: Any, restored: Any, rows: Any, *rest: Any, **more: Any) -> Any:
+            def watched(count: int) -> Any:
+                step = restored.state.step if restored else 0
+                for batch in rows(count):
+                    step += 1
+                    if step == before and ray.train.get_context().get_world_rank() == 1 and (again or not marker.exists()):
+                        marker.touch()
+                        os.kill(os.getpid(), signal.SIGKILL)
+                    yield batch
+
+            return inner(recipe, run, goal, restored, watched, *rest, **more)
+
+        there.run_worker = run_worker
+        there.work(config)
+
+    return work
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, ray_cluster: None) -> Any:
+    return trained(recipe(tmp_path_factory.mktemp("undisturbed"), tiny_model))
+
+
+def test_a_whole_run(undisturbed: Any, tiny_model: Path) -> None:
+    result, run, seen = undisturbed
+    steps = steps_of(run)
+    assert (result.steps, result.restarts, len(steps)) == (STEPS, 0, STEPS)
+    assert result.tokens == sum(step["tokens"] for step in steps) > 0
+    assert result.tokens_per_s > 0
+    assert 0.0 <= result.wait_share <= 1.0
+    assert [record["step"] for record in seen if "validation_loss" in record] == [3, 6, 8]
+    figures = next(record for record in seen if "loss" in record)
+    assert {"step", "steps", "loss", "learning_rate", "grad_norm", "tokens_per_s", "data_wait", "eta_s"} <= figures.keys()
+    assert [folder.name for folder in run.checkpoints.children() if folder.name.startswith("step-")] == [
+        "step-000003",
+        "step-000006",
+        "step-000008",
+    ]
+    assert run.status()["state"] == "trained"
+    assert len(list(run.events.local.iterdir())) == 1
+    tuned = AutoModelForCausalLM.from_pretrained(run.model.local).state_dict()
+    base = AutoModelForCausalLM.from_pretrained(tiny_model).state_dict()
+    assert any(not torch.equal(tuned[name], base[name]) for name in base)
+    assert layout_beside(run.model.local).name == "chat"
+    assert (run.adapter / "adapter_model.safetensors").exists()
+
+
+def test_steps_are_stretches_of_the_plan(undisturbed: Any) -> None:
+    """The workers' rows, put together, are the windows' rows in order."""
+    _, run, _ = undisturbed
+    made = run.recipe()
+    corpus = make_corpus(made, run)
+    rows = [ids for window in range(3) for ids in render_window(corpus, window)["examples"]]
+    expected = [
+        [int(position) for row in rows[start : start + made.training.global_batch] for position in row]
+        for start in range(0, STEPS * made.training.global_batch, made.training.global_batch)
+    ]
+    assert [step["examples"] for step in steps_of(run)] == expected
+    assert all(expected)
+
+
+def test_ledger(undisturbed: Any) -> None:
+    _, run, _ = undisturbed
+    ledger = run.ledger_file.read_json()
+    assert ledger["examples"] == sum(len(step["examples"]) for step in steps_of(run))
+    assert ledger["target_tokens"] == sum(step["target_tokens"] for step in steps_of(run))
+    assert "headline_topics" not in ledger["tasks"]  # held out
+    assert len(ledger["tasks"]) >= 8
+    assert sum(task["share_of_examples"] for task in ledger["tasks"].values()) == pytest.approx(1.0, abs=1e-4)
+
+
+def test_a_finished_run_is_not_trained_again(undisturbed: Any) -> None:
+    result, run, _ = undisturbed
+    again = launch.train(run.recipe(), run, make_corpus(run.recipe(), run), progress=lambda _: pytest.fail("no step is left"))
+    assert (again.steps, again.loss, again.restarts) == (STEPS, result.loss, 0)
+
+
+def test_a_killed_worker(undisturbed: Any, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "work", dying(tmp_path / "died", DIES_BEFORE))
+    result, run, _ = trained(recipe(tmp_path, tiny_model))
+    assert (tmp_path / "died").exists()
+    assert result.restarts == 1
+    steps = steps_of(run)
+    first, second = ([step for step in steps if step["attempt"] == attempt] for attempt in (1, 2))
+    assert len(first) + len(second) == len(steps)
+    assert [step["step"] for step in first] == [1, 2, 3, 4, 5]
+    assert [step["step"] for step in second] == [4, 5, 6, 7, 8]
+    expected = {step["step"]: step for step in steps_of(undisturbed[1])}
+    for step in steps:
+        assert step["examples"] == expected[step["step"]]["examples"] != []
+        assert step["loss"] == pytest.approx(expected[step["step"]]["loss"], rel=1e-5)
+    assert result.loss == pytest.approx(undisturbed[0].loss, rel=1e-5)
+    assert run.ledger_file.read_json() == undisturbed[1].ledger_file.read_json()
+
+
+def test_a_stopped_run_goes_on_with_other_workers(
+    undisturbed: Any, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(launch, "work", dying(tmp_path / "died", DIES_BEFORE, again=True))
+        with pytest.raises(
+            TrainingError, match=r"a worker died, and the run had been started once; .* goes on from the newest checkpoint"
+        ):
+            trained(recipe(tmp_path, tiny_model, training__max_failures=0))
+    result, run, _ = trained(recipe(tmp_path, tiny_model, training__workers=1, training__deepspeed={"stage": 3}))
+    steps = steps_of(run)
+    assert [step["step"] for step in steps] == [1, 2, 3, 4, 5, 4, 5, 6, 7, 8]
+    expected = {step["step"]: step for step in steps_of(undisturbed[1])}
+    for step in steps:
+        assert step["examples"] == expected[step["step"]]["examples"] != []
+        assert step["loss"] == pytest.approx(expected[step["step"]]["loss"], rel=1e-5)
+    assert result.loss == pytest.approx(undisturbed[0].loss, rel=1e-5)
+
+
+def test_a_loss_that_is_no_number(tmp_path: Path, tiny_model: Path) -> None:
+    made = recipe(tmp_path, tiny_model, training__optimizer={"learning_rate": 1e30, "clip": 0.0}, tuning={"method": "full"})
+    run = open_run(made)
+    with pytest.raises(TrainingError, match=r"^step \d: the loss or its gradient is not a number") as caught:
+        launch.train(made, run, make_corpus(made, run), progress=lambda _: None)
+    assert type(caught.value) is TrainingError
+    assert run.status()["state"] == "failed"
+    assert not run.is_trained
+
+
+def test_too_few_cpus_do_not_hang(tmp_path: Path, tiny_model: Path) -> None:
+    made = recipe(tmp_path, tiny_model, training__workers=4)
+    run = open_run(made)
+    with pytest.raises(ResourcesError, match="4 workers of 1 CPUs each, and 2 more CPUs for the data; the cluster has 4 CPUs"):
+        launch.train(made, run, make_corpus(made, run), progress=lambda _: None)
+
+
+def test_warm_up_that_is_not_shorter_than_a_run_of_tokens(tmp_path: Path, tiny_model: Path) -> None:
+    made = recipe(tmp_path, tiny_model, training__steps=None, training__tokens=2000, training__optimizer={"warmup_steps": 50})
+    run = open_run(made)
+    with pytest.raises(RecipeError, match="warmup_steps 50 is not shorter than the run's"):
+        launch.train(made, run, make_corpus(made, run), progress=lambda _: None)
