@@ -1,9 +1,9 @@
 """The data pipeline against `datasets.map` with two processes, and against the bare tokenizer.
 
 Ours is the stream that training gets: rendered, tokenised, packed, in blocks of half a global batch, read here in this
-process. The peer renders the same task with the same code and the same tokenizer, and does not pack. Its rate is over the
-whole call; ours begins with the first batch, after Ray's actors have started, and leaves out the windows they had in hand
-then. `data.first_row_s` is the time before that.
+process. The peer renders the same task with the same code, gives the texts to the same tokenizer as it comes, and does not
+pack. Its rate is over the whole call; ours begins with the first batch, after Ray's actors have started, and leaves out the
+windows they had in hand then. `data.first_row_s` is the time before that.
 
     python benchmarks/data.py [--root ../shared/data] [--examples 32768] [--runs 5] [--layout chat]
 """
@@ -81,7 +81,7 @@ def datasets_map(options: argparse.Namespace, corpus: Corpus) -> float:
     import datasets
     import numpy as np
 
-    task, layout = corpus.tasks[0], corpus.layout
+    task, layout, backend = corpus.tasks[0], corpus.layout, bare_tokenizer(corpus)
     index = corpus.indices[task.name]
     assert index.train_source is not None
     rows = datasets.Dataset.from_parquet(list(index.train_source.files), cache_dir=str(Folder.at(corpus.recipe.storage).local))
@@ -90,9 +90,10 @@ def datasets_map(options: argparse.Namespace, corpus: Corpus) -> float:
     def tokenise(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
         each = zip(zip(*batch.values(), strict=True), cycle(task.scored_templates), strict=False)
         examples = [task.render(dict(zip(batch, values, strict=True)), template) for values, template in each]
-        prompts = layout.encode_prompts([layout.prompt(example.instruction, example.input) for example in examples])
-        answers = layout.encode_answers([example.target for example in examples])
-        ids = [[*prompt, *answer, *layout.end_ids] for prompt, answer in zip(prompts, answers, strict=True)]
+        texts = [layout.prompt(example.instruction, example.input) for example in examples]
+        prompts = backend.encode_batch_fast(texts, add_special_tokens=False)
+        answers = backend.encode_batch_fast([example.target for example in examples], add_special_tokens=False)
+        ids = [[*prompt.ids, *answer.ids, *layout.end_ids] for prompt, answer in zip(prompts, answers, strict=True)]
         return {"input_ids": ids, "prompt_length": [len(prompt) for prompt in prompts]}
 
     datasets.disable_progress_bars()
@@ -104,6 +105,13 @@ def datasets_map(options: argparse.Namespace, corpus: Corpus) -> float:
     return tokens / seconds
 
 
+def bare_tokenizer(corpus: Corpus) -> Any:
+    """The model's tokenizer as transformers gives it, without what ours adds."""
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast.from_pretrained(corpus.layout.tokenizer.folder).backend_tokenizer
+
+
 def raw_tokenizer(corpus: Corpus, windows: int) -> Callable[[], float]:
     """Tokens a second of the tokenizer alone, with all cores, over the prompts of at most four windows."""
     from apprentice.data.render import Rendered, Renderer
@@ -111,10 +119,11 @@ def raw_tokenizer(corpus: Corpus, windows: int) -> Callable[[], float]:
     draws = corpus.plan.draws(0, min(windows, 4) * corpus.recipe.data.window)
     rendered = [item for item in Renderer(corpus.tasks, corpus.indices).of_draws(draws) if isinstance(item, Rendered)]
     prompts = [corpus.layout.prompt(item.example.instruction, item.example.input) for item in rendered]
+    backend = bare_tokenizer(corpus)
 
     def run() -> float:
         begun = time.perf_counter()
-        encoded = corpus.layout.tokenizer.encode_batch(prompts)
+        encoded = backend.encode_batch_fast(prompts, add_special_tokens=False)
         return sum(map(len, encoded)) / (time.perf_counter() - begun)
 
     return run

@@ -5,9 +5,13 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from apprentice.errors import ModelError
 from apprentice.tokenizer import Tokenizer
@@ -45,6 +49,37 @@ def test_text_survives(tokenizer: Tokenizer) -> None:
     assert tokenizer.encode_batch([TEXT, "", "a"]) == [ids, [], tokenizer.encode("a")]
     assert tokenizer.decode([*ids, 2]) == TEXT
     assert tokenizer.decode([*ids, 2], skip_special=False) == TEXT + "<|im_end|>"
+
+
+PIECES = st.sampled_from(["<|im_start|>", "<|im_end|>", "<|im_", "|>", " ", "\n", "a", "user", "The film", "é🙂", ".", ""])
+
+
+@settings(max_examples=200, deadline=None)
+@given(texts=st.lists(st.lists(PIECES, max_size=8).map("".join), max_size=4))
+def test_many_at_once_are_as_one_by_one(tokenizer: Tokenizer, texts: list[str]) -> None:
+    assert tokenizer.encode_batch(texts) == [tokenizer.encode(text) for text in texts]
+
+
+def _strips(content: dict[str, Any]) -> None:
+    content["added_tokens"][1]["lstrip"] = True
+
+
+def _starts(content: dict[str, Any]) -> None:
+    content["pre_tokenizer"]["add_prefix_space"] = True
+
+
+def _prepends(content: dict[str, Any]) -> None:
+    content["normalizer"] = {"type": "Prepend", "prepend": "x"}
+
+
+@pytest.mark.parametrize("change", [_strips, _starts, _prepends])
+def test_many_at_once_where_a_text_is_not_the_sum_of_its_parts(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    content = json.loads((folder / "tokenizer.json").read_text())
+    change(content)
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    tokenizer = Tokenizer(folder)
+    texts = [" a <|im_start|> b<|im_end|>\nc", "a<|im_end|> <|im_start|>", " a", "a"]
+    assert tokenizer.encode_batch(texts) == [tokenizer.encode(text) for text in texts]
 
 
 def test_cut_keeps_the_start_and_whole_characters(tokenizer: Tokenizer) -> None:

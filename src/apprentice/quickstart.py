@@ -15,6 +15,7 @@ from apprentice.console import Screen
 from apprentice.hub import local_folder
 from apprentice.recipe import Recipe, find_recipe, load_recipe
 from apprentice.session import ray_session
+from apprentice.storage import Folder
 
 SHORT = ("name=quickstart-short", "training.steps=4", "training.optimizer.warmup_steps=1", "evaluation.max_examples=4")
 ASKED = (
@@ -29,7 +30,7 @@ ASKED = (
 
 def run(storage: str, *, short: bool, screen: Screen) -> dict[str, Any]:
     """Fetches, trains, evaluates, serves, asks; shows the table and gives the same as a dictionary."""
-    recipe = load_recipe(find_recipe("quickstart"), [f"storage={storage}", *(SHORT if short else ())])
+    recipe = load_recipe(find_recipe("quickstart"), [f"storage={Folder.at(storage)}", *(SHORT if short else ())])
     took: dict[str, float] = {}
     screen.say(
         f"apprentice quickstart: {recipe.model.base}, {recipe.training.steps} steps, run folder {recipe.storage}/{recipe.name}"

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import ray
+import ray.data  # sets its loggers up anew on import, so it must come before quiet()
 
 from apprentice.errors import ResourcesError
 
@@ -23,7 +24,6 @@ QUIET = {
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_raylet_start_wait_time_s": "120",
     "TRANSFORMERS_VERBOSITY": "error",
     "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",

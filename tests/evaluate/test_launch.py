@@ -15,7 +15,7 @@ import torch
 from apprentice.artifacts import Run
 from apprentice.data.contract import make_contract
 from apprentice.data.corpus import Corpus
-from apprentice.errors import EvaluationError
+from apprentice.errors import DataError, EvaluationError
 from apprentice.evaluate import predictions
 from apprentice.evaluate.launch import Subject, evaluate
 from apprentice.evaluate.summary import summarise
@@ -132,6 +132,19 @@ def test_a_model_that_cannot_be_loaded_is_one_sentence(
         evaluate(recipe, one, [Subject("broken", broken)], tmp_path / "out", progress=lambda values: None)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_rows_that_cannot_be_read_are_one_sentence(
+    ray_cluster: None, recipe: Recipe, corpus: Corpus, tiny_model: Path, tmp_path: Path
+) -> None:
+    index = corpus.indices["same_meaning"]
+    assert index.test_source is not None
+    lost = replace(index, test_source=replace(index.test_source, files=(str(tmp_path / "lost.parquet"),)))
+    one = replace(corpus, tasks=tuple(task for task in corpus.tasks if task.name == "same_meaning"), indices={"same_meaning": lost})
+    with pytest.raises(DataError, match=r"lost\.parquet") as caught:
+        evaluate(recipe, one, [Subject("base", tiny_model)], tmp_path / "out", progress=lambda values: None)
+    assert "\n" not in str(caught.value)
 
 
 def test_nothing_to_score_is_said(recipe: Recipe, corpus: Corpus, tiny_model: Path, tmp_path: Path) -> None:

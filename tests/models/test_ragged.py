@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from apprentice.errors import ModelError
-from apprentice.models.ragged import KvMemory, Ragged, Segment, forward, group_slots, prepare
+from apprentice.models.ragged import Group, KvMemory, Ragged, Segment, forward, group_slots, prepare
 
 SIZES = {
     "vocab_size": 96,
@@ -59,12 +59,13 @@ def numbers(length: int, seed: int) -> list[int]:
     return torch.randint(0, 96, (length,), generator=torch.Generator().manual_seed(seed)).tolist()  # type: ignore[no-any-return]
 
 
-def test_slots_are_grouped_while_padding_is_cheap() -> None:
-    groups = group_slots([0, 1, 2, 4, 5], [9, 10, 900, 8, 8])
-    assert [(group.first, group.slot, group.lengths) for group in groups] == [(0, 0, (9, 10)), (2, 2, (900,)), (3, 4, (8, 8))]
-    assert group_slots([], []) == []
-    # [1, 3] padded to [3, 3] costs 6 for 4, which is allowed; [1, 9] would cost 18 for 10, too; [1, 1, 9] 27 for 11 is not.
-    assert [group.lengths for group in group_slots([0, 1, 2], [1, 1, 9])] == [(1, 1), (9,)]
+def test_adjacent_slots_of_one_bucket_are_grouped() -> None:
+    assert group_slots([0, 1, 2, 4, 5], [9, 128, 129, 8, 8], context=200) == [
+        Group(first=0, slot=0, count=2, read=128),
+        Group(first=2, slot=2, count=1, read=200),
+        Group(first=3, slot=4, count=2, read=128),
+    ]
+    assert group_slots([], [], context=200) == []
 
 
 def test_the_flat_row_has_single_tokens_first_in_order_of_slots() -> None:
@@ -74,9 +75,10 @@ def test_the_flat_row_has_single_tokens_first_in_order_of_slots() -> None:
     assert ragged.slots.tolist() == [0, 1, 3, 3, 3]
     assert ragged.positions.tolist() == [5, 9, 0, 1, 2]
     assert ragged.last.tolist() == [0, 1, 4]
-    mask = ragged.mask(ragged.groups[0], window=3)
+    mask = ragged.mask(ragged.groups[0], 3, torch.float32)
     assert mask is not None
-    assert mask[:, 0, 0].tolist() == [[False] * 3 + [True] * 3 + [False] * 4, [False] * 7 + [True] * 3]
+    assert (mask[:, 0, 0] == 0).tolist() == [[False] * 3 + [True] * 3 + [False] * 10, [False] * 7 + [True] * 3 + [False] * 6]
+    assert ragged.mask(ragged.chunks[0], None, torch.float32) is None
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -107,6 +109,27 @@ def test_logits_equal_those_of_each_sequence_alone(name: str) -> None:
         wanted = expected[word][9 if label == "long 10" else int(position)]
         torch.testing.assert_close(row, wanted, rtol=1e-4, atol=1e-4)
     assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_is_the_same_arithmetic_in_any_company(dtype: torch.dtype) -> None:
+    """Bit for bit, as long as the matrix products sum alike, for which the row is filled up to the same number of tokens."""
+    model = build(CONFIGS["llama"], dtype)
+    prepare(model)
+    texts = [numbers(20 + 3 * number, number) for number in range(16)]
+
+    def last(slots: dict[int, int], fillers: int) -> torch.Tensor:
+        """Logits of text 3 where the texts lie in `slots`; `fillers` are other texts' single tokens in slots from 20 on."""
+        memory = KvMemory(slots=40, context=256)
+        for text, slot in slots.items():
+            forward(model, memory, [Segment(slot, 0, texts[text][:-1])])
+        segments = [Segment(slot, len(texts[text]) - 1, texts[text][-1:]) for text, slot in slots.items()]
+        others = [Segment(20 + number, 0, [number]) for number in range(fillers)]
+        return forward(model, memory, [*others, *segments])[fillers + list(slots).index(3)]
+
+    together = last({text: text for text in range(16)}, fillers=0)
+    alone = last({3: 7}, fillers=15)
+    assert torch.equal(alone, together)
 
 
 def test_memory_is_written_in_place() -> None:

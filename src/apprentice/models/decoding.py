@@ -2,7 +2,7 @@
 
 `Decoder` is the plain core: submit, cancel, step; no threads, no Ray, no HTTP, and token ids only. `generate` drives it for a list
 of prompts. A reply does not depend on the company it was made in: nothing is padded, each request samples from its own stream of
-numbers, and what remains is rounding (in fp32 far below the distance of two logits).
+numbers, and what remains is the rounding of a matrix product that sums in another order (far below the distance of two logits in fp32).
 """
 
 from __future__ import annotations
@@ -123,14 +123,14 @@ class Decoder:
         room = self._prefill_tokens
         segments, owners = [], []
         for owner in self._running.values():  # oldest first
-            if owner.produced:
-                ids = owner.pending
-            else:
-                ids = owner.pending[:room]
+            ids = owner.pending[: self._prefill_tokens]
+            if not owner.produced:
+                # A prompt is cut at its own multiples, whatever else there is, so that its arithmetic is always the same.
+                if len(ids) > room:
+                    continue
                 room -= len(ids)
-            if ids:
-                segments.append(Segment(owner.slot, owner.start, ids))
-                owners.append(owner)
+            segments.append(Segment(owner.slot, owner.start, ids))
+            owners.append(owner)
         return segments, owners
 
     def _accept(self, owner: _Running, chosen: int) -> Token:

@@ -1,0 +1,173 @@
+"""Training: our run on Ray Train and DeepSpeed against a bare PyTorch loop over the same packed rows.
+
+Both have the same model, number format, loss, optimizer, processes and threads, so the ratio is what Ray and DeepSpeed cost.
+Only steady steps count: start, checkpoints and validation are left out on both sides.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pickle
+import tempfile
+import time
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+from figures import compare
+
+from apprentice.artifacts import Run, open_run
+from apprentice.data.pipeline import Corpus, make_corpus, render_window
+from apprentice.models.loading import load_model, resolve_dtype
+from apprentice.models.tuning import TUNING_METHODS, trainable
+from apprentice.recipe import Recipe
+from apprentice.session import ray_session
+from apprentice.train.batch import PackedRows
+from apprentice.train.deepspeed_config import micro_batch, rows_per_worker
+from apprentice.train.launch import train
+from apprentice.train.loss import TargetLoss
+from apprentice.train.optim import adamw, learning_rate
+
+WARM_UP = 2  # steps that do not count
+GOAL = 0.95
+
+
+def recipe_of(arguments: argparse.Namespace, storage: str, name: str) -> Recipe:
+    """Two workers on the built-in tasks, as in the quickstart, with `arguments`' sizes."""
+    return Recipe.model_validate(
+        {
+            "name": name,
+            "seed": 1,
+            "storage": storage,
+            "model": {"base": arguments.model, "dtype": arguments.dtype},
+            "data": {
+                "tasks": ["quickstart"],
+                "max_length": arguments.length,
+                "packing": {"length": arguments.length},
+                "window": 256,
+            },
+            "tuning": {"method": arguments.method},
+            "training": {
+                "workers": arguments.workers,
+                "steps": arguments.steps + WARM_UP,
+                "global_batch": arguments.workers * arguments.rows,
+                "optimizer": {"learning_rate": 1e-4, "warmup_steps": 1},
+                "deepspeed": {"stage": arguments.stage},
+                "checkpoint": {"every_steps": 1000, "keep": 1},
+            },
+        }
+    )
+
+
+def ours(arguments: argparse.Namespace, storage: str, number: int) -> float:
+    """Target tokens/s of our run's steady steps."""
+    made = recipe_of(arguments, storage, f"ours-{number}")
+    run = open_run(made)
+    train(made, run, make_corpus(made, run), progress=lambda _: None)
+    records = [json.loads(line) for line in (run.folder / "steps.jsonl").read_text().splitlines()]
+    steady = [record for record in records if record.get("step", 0) > WARM_UP and "loss" in record]
+    return float(sum(record["target_tokens"] for record in steady) / sum(record["seconds"] for record in steady))
+
+
+@dataclass(frozen=True)
+class Bare:
+    """What the processes of the bare loop get."""
+
+    recipe: Recipe
+    steps: list[PackedRows]
+    folder: str
+
+
+def bare_loop(arguments: argparse.Namespace, steps: list[PackedRows], storage: str) -> float:
+    """Target tokens/s of the bare loop's steady steps: DistributedDataParallel over gloo, PyTorch's AdamW."""
+    with tempfile.TemporaryDirectory() as folder:
+        bare = Bare(recipe_of(arguments, storage, "bare"), steps, folder)
+        file = Path(folder) / "bare.pickle"
+        file.write_bytes(pickle.dumps(bare))
+        torch.multiprocessing.spawn(bare_process, (str(file), arguments.workers), nprocs=arguments.workers)
+        return float((Path(folder) / "speed").read_text())
+
+
+def bare_process(rank: int, file: str, workers: int) -> None:
+    """One process of the bare loop."""
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    bare: Bare = pickle.loads(Path(file).read_bytes())
+    dist.init_process_group("gloo", init_method=f"file://{bare.folder}/store", rank=rank, world_size=workers)
+    recipe, training = bare.recipe, bare.recipe.training
+    dtype = resolve_dtype(recipe.model.dtype, "cpu")
+    wrapped = TUNING_METHODS[recipe.tuning.method].wrap(load_model(recipe.model.base, dtype), recipe.tuning, recipe.seed).train()
+    parameters = trainable(wrapped)
+    optimizer = adamw(parameters, training.optimizer)
+    model: Any = torch.nn.parallel.DistributedDataParallel(TargetLoss(wrapped))
+    micro = micro_batch(training, workers=workers, length=recipe.data.packing.length, on_gpu=False)
+    rows = rows_per_worker(training, workers)
+    targets, begin = 0, 0.0
+    for step, whole in enumerate(bare.steps):
+        if step == WARM_UP:
+            begin = time.perf_counter()
+        part = slice(rank * rows, (rank + 1) * rows)
+        tables = (whole.input_ids, whole.positions, whole.segment_ids, whole.loss_mask)
+        micros = PackedRows(*(table[part] for table in tables), whole.facts[part]).micros(micro)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(training.optimizer, step, step, len(bare.steps))
+        optimizer.zero_grad()
+        for number, batch in enumerate(micros, start=1):
+            model.require_backward_grad_sync = number == len(micros)
+            (model(batch.input_ids, batch.positions, batch.is_target) * (workers / whole.targets)).backward()
+        torch.nn.utils.clip_grad_norm_(parameters.values(), training.optimizer.clip)
+        optimizer.step()
+        targets += whole.targets if step >= WARM_UP else 0
+    dist.barrier()
+    if rank == 0:
+        (Path(bare.folder) / "speed").write_text(str(targets / (time.perf_counter() - begin)))
+    dist.destroy_process_group()
+
+
+def steps_of(corpus: Corpus, count: int) -> list[PackedRows]:
+    """The rows of the first `count` steps, in the order in which our run takes them."""
+    batch = corpus.recipe.training.global_batch
+    columns: dict[str, list[Any]] = {}
+    window = 0
+    while len(columns.get("row", [])) < count * batch:
+        for name, values in render_window(corpus, window).items():
+            columns.setdefault(name, []).extend(values)
+        window += 1
+    cuts = (slice(start, start + batch) for start in range(0, count * batch, batch))
+    return [PackedRows.of({name: values[cut] for name, values in columns.items()}) for cut in cuts]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="smollm2-135m-instruct")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--method", default="lora")
+    parser.add_argument("--stage", type=int, default=2)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--rows", type=int, default=2, help="packed rows of one worker and step")
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--runs", type=int, default=3)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as storage, ray_session():
+        made = recipe_of(arguments, storage, "rows")
+        corpus = make_corpus(made, Run(open_run(made).folder), parallel=False)
+        steps = steps_of(corpus, arguments.steps + WARM_UP)
+        numbers = iter(range(arguments.runs))
+        compare(
+            "training.vs_bare_loop",
+            lambda: ours(arguments, storage, next(numbers)),
+            "bare PyTorch loop",
+            lambda: bare_loop(arguments, steps, storage),
+            runs=arguments.runs,
+            goal=GOAL,
+        )
+
+
+if __name__ == "__main__":
+    main()
