@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -26,6 +28,14 @@ def tiny() -> PackedRows:
             "dropped": ['{"a": {"too_long": 2}}', ""],
         }
     )
+
+
+def test_no_rows_at_all() -> None:
+    names = ("input_ids", "positions", "segment_ids", "loss_mask")
+    columns: dict[str, Any] = {name: np.zeros((0, 7), np.int32) for name in names}
+    others = ("window", "row", "examples", "example_tasks", "example_targets", "dropped")
+    rows = PackedRows.of(columns | {name: [] for name in others})
+    assert (len(rows), rows.tokens, rows.targets, rows.micros(2)) == (0, 0, 0, [])
 
 
 def test_counts_and_facts() -> None:

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from apprentice.artifacts import Run, open_run
 from apprentice.data.contract import layout_beside
 from apprentice.data.pipeline import make_corpus, render_window
-from apprentice.errors import RecipeError, ResourcesError, TrainingError
+from apprentice.errors import DataError, RecipeError, ResourcesError, TrainingError
 from apprentice.recipe import Recipe, load_recipe
 from apprentice.train import launch
 from tests.recipes import tiny_recipe
@@ -192,3 +192,17 @@ def test_warm_up_that_is_not_shorter_than_a_run_of_tokens(tmp_path: Path, tiny_m
     run = open_run(made)
     with pytest.raises(RecipeError, match="warmup_steps 50 is not shorter than the run's"):
         launch.train(made, run, make_corpus(made, run), progress=lambda _: None)
+
+
+def test_a_source_that_vanishes(tmp_path: Path, tiny_model: Path) -> None:
+    """An error of ours inside a data actor arrives as itself, and is not tried again `max_failures` times."""
+    made = recipe(tmp_path, tiny_model, data__validation=0.0)
+    run = open_run(made)
+    corpus = make_corpus(made, run)
+    files = list((tmp_path / "runs" / "cache").rglob("*.parquet"))
+    assert files
+    for file in files:
+        file.unlink()
+    with pytest.raises(DataError, match=r"parquet") as caught:
+        launch.train(made, run, corpus, progress=lambda _: pytest.fail("no step can be made"))
+    assert type(caught.value) is DataError

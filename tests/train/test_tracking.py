@@ -66,4 +66,5 @@ def test_a_second_tracker_goes_on_in_the_same_file(tmp_path: Path) -> None:
         tracker = Tracker(run, lambda _: None)
         tracker.write(record(step))
         tracker.close()
-    assert len((tmp_path / "run" / "steps.jsonl").read_text().splitlines()) == 2
+    lines = [json.loads(line) for line in (tmp_path / "run" / "steps.jsonl").read_text().splitlines()]
+    assert [(line["attempt"], line["step"]) for line in lines] == [(1, 1), (2, 2)]

@@ -1,8 +1,9 @@
 """Continuous batching: many requests share every decoding step, join between two steps, and leave the moment they are done.
 
 `Decoder` is the plain core: submit, cancel, step; no threads, no Ray, no HTTP, and token ids only. `generate` drives it for a list
-of prompts. A reply does not depend on the company it was made in: nothing is padded, each request samples from its own stream of
-numbers, and what remains is the rounding of a matrix product that sums in another order (far below the distance of two logits in fp32).
+of prompts. A reply does not depend on the company it was made in: attention is the same arithmetic everywhere (ragged.py), and
+each request samples from its own stream of numbers. What remains is the rounding of a matrix product that sums in another order
+for few rows than for many: in fp32 far below the distance of two logits.
 """
 
 from __future__ import annotations

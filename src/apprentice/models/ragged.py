@@ -10,9 +10,9 @@ exchanged through transformers' attention interface:
     attention  x and y together (adjacent slots, lengths of one bucket), then a, b, c causally
 
 Caches are never copied: keys and values are written in place, and adjacent slots are read as one view. What a sequence gets does
-not depend on its company: each is padded to its own bucket and masked always, so its attention is the same arithmetic wherever it
-runs; what may differ is the order in which a matrix product sums for few or many rows (in bf16 it did not, where measured). Knows nothing of requests,
-sampling or the end of a reply.
+not depend on its company: it is read up to the end of its own bucket and always masked, so its attention is the same arithmetic
+wherever it runs. Only the matrix products may sum in another order for few rows than for many (in bf16 they did not, where
+measured: AVX512-BF16). Knows nothing of requests, sampling or the end of a reply.
 """
 
 from __future__ import annotations
@@ -95,7 +95,8 @@ class Chunk:
 def group_slots(slots: Sequence[int], lengths: Sequence[int], context: int) -> list[Group]:
     """Runs of adjacent slots (ascending) whose lengths, with the new token, fall into one bucket.
 
-    Slots [0, 1, 2, 4] with lengths [9, 10, 900, 8] give groups of slots [0, 1], [2] and [4], which read 128, 1024 and 128 positions.
+    Slots [0, 1, 2, 4] with lengths [9, 10, 900, 8] give groups of slots [0, 1], [2] and [4], which read 128, 1024 and 128
+    positions.
     """
     groups: list[Group] = []
     for token, (slot, length) in enumerate(zip(slots, lengths, strict=True)):

@@ -52,7 +52,7 @@ class PackedRows:
     @classmethod
     def of(cls, columns: Mapping[str, Any]) -> PackedRows:
         """From the pipeline's columns, as NumPy arrays or lists (one entry a row)."""
-        table = {name: np.stack(list(columns[name])) for name in ("input_ids", "positions", "segment_ids", "loss_mask")}
+        table = {name: _table(columns[name]) for name in ("input_ids", "positions", "segment_ids", "loss_mask")}
         names = ("window", "row", "examples", "example_tasks", "example_targets", "dropped")
         facts = [
             RowFacts(int(window), int(row), _ints(examples), _ints(tasks), _ints(targets), json.loads(dropped) if dropped else {})
@@ -93,6 +93,10 @@ class PackedRows:
         part = slice(rank, None, workers)
         arrays = (self.input_ids[part], self.positions[part], self.segment_ids[part], self.loss_mask[part])
         return PackedRows(*arrays, self.facts[part])
+
+
+def _table(rows: Any) -> NDArray[Any]:
+    return rows if isinstance(rows, np.ndarray) and rows.ndim == 2 else np.stack(list(rows))
 
 
 def _ints(values: Sequence[Any]) -> list[int]:

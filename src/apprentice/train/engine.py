@@ -10,10 +10,8 @@ import contextlib
 import io
 import logging
 import os
-import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -161,7 +159,6 @@ class DeepSpeedEngine:
 def _deepspeed(device: torch.device) -> Any:
     """DeepSpeed, quiet and set for `device`."""
     os.environ["DS_ACCELERATOR"] = device.type
-    os.environ["PATH"] = os.pathsep.join([str(Path(sys.prefix) / "bin"), os.environ.get("PATH", "")])  # ninja, for what it compiles
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import deepspeed

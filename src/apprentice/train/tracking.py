@@ -75,7 +75,9 @@ class Tracker:
         self._progress = progress
         self._file = run.folder / "steps.jsonl"
         self._scratch = None if run.folder.is_local else tempfile.TemporaryDirectory()
-        self._lines = [] if self._scratch is None or not self._file.exists() else self._file.read_text().splitlines()
+        earlier = self._file.read_text().splitlines() if self._file.exists() else []
+        self._lines = earlier if self._scratch is not None else []
+        self._earlier_attempts = json.loads(earlier[-1])["attempt"] if earlier else 0
         folder = run.events.local if self._scratch is None else Path(self._scratch.name)
         self._events = SummaryWriter(str(folder), flush_secs=10)
         self._events_folder = folder
@@ -86,7 +88,11 @@ class Tracker:
         self.waited = 0.0
 
     def write(self, record: dict[str, Any]) -> None:
-        """Takes a step (with `loss`) or a validation (with `validation_loss`) and shows it to `progress`."""
+        """Takes a step (with `loss`) or a validation (with `validation_loss`) and shows it to `progress`.
+
+        Attempts are counted on over all calls that went on with the run.
+        """
+        record = record | {"attempt": record["attempt"] + self._earlier_attempts}
         self._write_line(json.dumps(record))
         for key, name in SCALARS.items():
             if record.get(key) is not None:
