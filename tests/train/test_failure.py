@@ -56,3 +56,11 @@ def test_lost_peer() -> None:
     assert lost_peer(RuntimeError("[gloo/transport/tcp/pair.cc:537] Read error: Connection reset by peer"))
     assert not lost_peer(RuntimeError("size mismatch"))
     assert not lost_peer(ValueError("gloo"))
+
+
+def test_only_the_text_came_through() -> None:
+    text = 'ray::MapWorker()\n  File "x.py", line 3\napprentice.errors.DataError: /a/b.parquet is gone.\n\nThe above exception …'
+    found = mendable(RuntimeError(text))
+    assert type(found) is DataError
+    assert str(found) == "/a/b.parquet is gone."
+    assert mendable(RuntimeError("apprentice.errors.NoSuchError: x")) is None

@@ -8,6 +8,7 @@ block every optimizer step is one contiguous stretch of rows, whatever the numbe
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -98,6 +99,7 @@ class _WindowActor:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
         self._renderer = WindowRenderer(ray.get(corpus))
         self._start = start
+        gc.freeze()  # modules and corpus stay: collections, of which a window causes many, need not look through them
 
     def __call__(self, batch: Mapping[str, Any]) -> pa.Table:
         window = self._start.window + int(batch["id"][0])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
+from apprentice import errors
 from apprentice.errors import ApprenticeError
 
 
@@ -33,4 +35,13 @@ def mendable(error: BaseException) -> ApprenticeError | None:
     found = [cause for cause in causes(error) if isinstance(cause, ApprenticeError)]
     # Ray may make a class that is both its own and ours; the plain one is deeper.
     plain = [cause for cause in found if type(cause).__module__ == ApprenticeError.__module__]
-    return next(iter(plain or found), None)
+    return next(iter(plain or found), None) or _from_text(str(error))
+
+
+def _from_text(text: str) -> ApprenticeError | None:
+    """Ray Data brings only the traceback's text of what was raised in one of its actors; ours is one line of it."""
+    for name, message in re.findall(rf"{re.escape(ApprenticeError.__module__)}\.(\w+): (.+)", text):
+        kind = getattr(errors, name, None)
+        if isinstance(kind, type) and issubclass(kind, ApprenticeError) and kind is not errors.RowError:
+            return kind(message.strip())
+    return None

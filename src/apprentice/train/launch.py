@@ -11,14 +11,16 @@ import os
 import signal
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from typing import Any
+from itertools import islice
+from typing import Any, TypeVar
 
 import ray
 import ray.train
 import ray.train.torch
-from ray.data import ExecutionOptions
+from ray.data import ExecutionOptions, ExecutionResources
 from ray.train import CheckpointUploadMode
 from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -37,10 +39,14 @@ from apprentice.train.state import Goal, State
 from apprentice.train.tracking import Mailbox, Tracker
 from apprentice.train.worker import run_worker
 
+T = TypeVar("T")
 POLL_S = 0.2
 PREFETCHED_STEPS = 2
 START_TIMEOUT_S = "600"  # of a worker group; Ray Train's 60 s are too few for a busy machine, and it would begin again and again
 MOST_VALIDATION_ROWS = 256
+BYTES_PER_TOKEN = 13  # of a packed row: three int32 and a byte
+STEPS_AHEAD = 16  # that the stream of rows may be, and at least this much
+LEAST_AHEAD_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -65,6 +71,8 @@ def train(recipe: Recipe, run: Run, corpus: Corpus, *, progress: Callable[[dict[
     learning_rate, grad_norm, tokens, target_tokens, seconds, tokens_per_s, data_wait (share of time), eta_s; and with
     attempt, step, steps and validation_loss after each validation. Raises the `ApprenticeError` that stopped the run.
     """
+    if run.is_trained and "training" in run.status():
+        return TrainResult(**run.status()["training"])
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", START_TIMEOUT_S)
     goal = goal_of(recipe, corpus)
     _check_cluster(recipe)
@@ -160,8 +168,9 @@ def work(config: dict[str, Job]) -> None:
 
     def rows(count: int) -> Iterator[PackedRows]:
         shard = ray.train.get_dataset_shard("train")
-        for columns in shard.iter_batches(batch_size=count, prefetch_batches=PREFETCHED_STEPS, batch_format="numpy"):
-            yield PackedRows.of(columns)
+        return map(
+            PackedRows.of, begun(shard.iter_batches(batch_size=count, prefetch_batches=PREFETCHED_STEPS, batch_format="numpy"))
+        )
 
     def tell(record: dict[str, Any]) -> None:
         job.mailbox.put.remote({"attempt": attempt, **record})
@@ -184,6 +193,20 @@ def work(config: dict[str, Job]) -> None:
         if (ours := mendable(error)) is not None:
             ray.get(job.mailbox.fail.remote(ours))
         raise
+
+
+def begun(batches: Iterable[T]) -> Iterator[T]:
+    """`batches`, of which the first is asked for at once, in a thread: the stream starts up while the model loads."""
+    iterator = iter(batches)
+    pool = ThreadPoolExecutor(1, "apprentice-first-rows")
+    first = pool.submit(lambda: list(islice(iterator, 1)))
+    pool.shutdown(wait=False)
+
+    def all_of_them() -> Iterator[T]:
+        yield from first.result()
+        yield from iterator
+
+    return all_of_them()
 
 
 def _trainer(job: Job, corpus: Corpus) -> TorchTrainer:
@@ -217,8 +240,15 @@ def _trainer(job: Job, corpus: Corpus) -> TorchTrainer:
         torch_config=TorchConfig(timeout_s=math.ceil(training.hang_timeout_s)),
         datasets={"train": build},
         # Order and no locality: each step must be one stretch of the stream, whatever runs where.
-        dataset_config=ray.train.DataConfig(execution_options=ExecutionOptions(preserve_order=True), enable_shard_locality=False),
+        dataset_config=ray.train.DataConfig(execution_options=_stream_options(job), enable_shard_locality=False),
     )
+
+
+def _stream_options(job: Job) -> ExecutionOptions:
+    """Rows in order, and not too far ahead of training: what makes them may share its cores."""
+    step = job.recipe.training.global_batch * job.length * BYTES_PER_TOKEN
+    ahead = ExecutionResources.for_limits(object_store_memory=max(LEAST_AHEAD_BYTES, STEPS_AHEAD * step))
+    return ExecutionOptions(preserve_order=True, resource_limits=ahead)
 
 
 def validation_limit(recipe: Recipe) -> int:

@@ -192,6 +192,7 @@ class _Clock:
 
     def __init__(self) -> None:
         self._recent: deque[tuple[float, float, int]] = deque(maxlen=RECENT_STEPS)  # seconds, of them waiting, tokens
+        self._steps = 0
         self.restart()
 
     def restart(self) -> None:
@@ -203,6 +204,9 @@ class _Clock:
 
     def step_done(self, tokens: int) -> None:
         now = time.perf_counter()
+        if self._steps == 1:
+            self._recent.clear()  # the first step waited for everything to start up
+        self._steps += 1
         self._recent.append((now - self._begin, self._waited, tokens))
         self._begin = now
 

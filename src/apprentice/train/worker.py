@@ -48,6 +48,7 @@ def run_worker(
     training = recipe.training
     if device.type == "cpu":
         torch.set_num_threads(max(1, int(training.resources.cpus)))
+    batches = rows(rows_per_worker(training, peers.workers))  # first: the stream takes as long to start up as the model
     micro = micro_batch(training, workers=peers.workers, length=length, on_gpu=device.type != "cpu")
     dtype = resolve_dtype(recipe.model.dtype, device.type)
     state = State() if restored is None else replace(restored.state)
@@ -75,7 +76,6 @@ def run_worker(
             checkpoints.prune(run.checkpoints, training.checkpoint.keep)
 
     course = Course(recipe.seed, goal, training.optimizer, micro, training.checkpoint.every_steps, recipe.data.window)
-    batches = rows(rows_per_worker(training, peers.workers))
     return train_loop(engine, batches, state, course, peers=peers, record=record, save=save, validate=validate)
 
 
