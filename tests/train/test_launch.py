@@ -46,10 +46,10 @@ def steps_of(run: Run) -> list[dict[str, Any]]:
     return [record for record in map(json.loads, lines) if "loss" in record]
 
 
-def dying(marker: Path, before: int, *, again: bool = False) -> Callable[[dict[str, Any]], None]:
+def dying(marker: Path, before: int, *, again: bool = False) -> Callable[[launch.Job], None]:
     """A worker function whose second worker is killed by SIGKILL before it takes the rows of step `before`: once, or each time."""
 
-    def work(config: dict[str, Any]) -> None:
+    def work(job: Any) -> None:
         import ray.train
 
         from apprentice.train import launch as there
@@ -69,7 +69,7 @@ def dying(marker: Path, before: int, *, again: bool = False) -> Callable[[dict[s
             return inner(recipe, run, goal, restored, watched, *rest, **more)
 
         there.run_worker = run_worker
-        there.work(config)
+        there.work(job)
 
     return work
 

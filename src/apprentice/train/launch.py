@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -43,7 +44,7 @@ T = TypeVar("T")
 POLL_S = 0.2
 PREFETCHED_STEPS = 2
 START_TIMEOUT_S = "600"  # of a worker group; Ray Train's 60 s are too few for a busy machine, and it would begin again and again
-MOST_VALIDATION_ROWS = 256
+LEAST_VALIDATION_ROWS, MOST_VALIDATION_ROWS = 8, 256
 BYTES_PER_TOKEN = 13  # of a packed row: three int32 and a byte
 STEPS_AHEAD = 16  # that the stream of rows may be, and at least this much
 LEAST_AHEAD_BYTES = 64 * 2**20
@@ -85,8 +86,8 @@ def train(recipe: Recipe, run: Run, corpus: Corpus, *, progress: Callable[[dict[
             run.update_status(state="training", steps=goal.steps)
             attempts = _fit(recipe, run, corpus, goal, tracker)
         return _finish(recipe, run, corpus, goal, tracker, attempts)
-    except BaseException:
-        run.update_status(state="failed")
+    except BaseException as error:
+        run.update_status(state="failed" if isinstance(error, Exception) else "stopped")
         raise
     finally:
         tracker.close()
@@ -157,9 +158,8 @@ class Job:
     workers: int
 
 
-def work(config: dict[str, Job]) -> None:
+def work(job: Job) -> None:
     """The whole life of one worker process."""
-    job = config["job"]
     attempt, restored, over = ray.get(job.mailbox.start.remote())
     if over:
         return
@@ -226,8 +226,7 @@ def _trainer(job: Job, corpus: Corpus) -> TorchTrainer:
     logging.getLogger("ray.train").setLevel(logging.WARNING)
     run_config: Any = ray.train.RunConfig  # its hints are those of the first Ray Train
     return TorchTrainer(
-        work,
-        train_loop_config={"job": job},
+        partial(work, job),  # not as train_loop_config, which Ray Train's controller would unpack, with all that launch.py imports
         scaling_config=ray.train.ScalingConfig(
             num_workers=job.workers, use_gpu=training.resources.gpus > 0, resources_per_worker=resources
         ),
@@ -255,7 +254,7 @@ def validation_limit(recipe: Recipe) -> int:
     """Packed validation rows: an eighth of the rows trained on between two checkpoints, which costs about 5% of the time."""
     training = recipe.training
     rows = training.checkpoint.every_steps * training.global_batch // 8
-    return min(max(rows, training.global_batch), MOST_VALIDATION_ROWS)
+    return min(max(rows, training.global_batch, LEAST_VALIDATION_ROWS), MOST_VALIDATION_ROWS)
 
 
 def _explained(failure: Exception, attempts: int) -> Exception:

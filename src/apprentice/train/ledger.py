@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from apprentice.train.batch import RowFacts
+if TYPE_CHECKING:  # batch.py brings torch, which who only counts need not wait for
+    from apprentice.train.batch import RowFacts
 
 
 @dataclass

@@ -13,11 +13,13 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from apprentice.artifacts import Run
 from apprentice.errors import ApprenticeError
-from apprentice.train.checkpoint import Checkpoint
+
+if TYPE_CHECKING:  # it brings torch, two seconds that the mailbox need not wait for
+    from apprentice.train.checkpoint import Checkpoint
 
 STATUS_EVERY_S = 2.0
 SCALARS = {
