@@ -246,8 +246,6 @@ def _mapped(tables: Sequence[pa.Table], worker: type, arguments: tuple[Any, ...]
         compute=ray.data.ActorPoolStrategy(size=pool.workers),
         num_cpus=pool.cpus,
         num_gpus=pool.gpus,
-        # A lost worker ends the evaluation. With restarts, Ray's C++ core warns on the person's screen of every pool.
-        max_restarts=0,
     )
     dataset.context.enable_progress_bars = False
     yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
