@@ -88,7 +88,7 @@ def _show(result: Mapping[str, Any], screen: Screen) -> None:
     table.add_row(
         "train",
         f"{seconds['train']:.0f}",
-        f"{training['steps']} steps, loss {training['loss']:.3f}, validation loss {training['validation_loss'] or 0.0:.3f},"
+        f"{training['steps']} steps, loss {training['loss']:.3f}, validation loss {road.number(training['validation_loss'])},"
         f" {training['tokens_per_s']:.0f} tokens/s",
     )
     table.add_row("evaluate", f"{seconds['evaluate']:.0f}", result["summary"]["sentence"])

@@ -69,12 +69,13 @@ def training_sentence(result: Mapping[str, Any]) -> str:
     if result["already"]:
         return "this run is trained already; --restart trains it anew"
     return (
-        f"{result['steps']} steps, loss {result['loss']:.3f}, validation loss {_number(result['validation_loss'])},"
+        f"{result['steps']} steps, loss {result['loss']:.3f}, validation loss {number(result['validation_loss'])},"
         f" {result['tokens_per_s']:.0f} tokens/s, waited for data {result['wait_share']:.1%} of the time"
     )
 
 
-def _number(value: float | None) -> str:
+def number(value: float | None) -> str:
+    """A loss for the screen; `none` where there were no rows to take it from."""
     return "none" if value is None else f"{value:.3f}"
 
 
