@@ -5,7 +5,7 @@ process. The peer renders the same task with the same code, gives the texts to t
 pack. Its rate is over the whole call; ours begins with the first batch, after Ray's actors have started, and leaves out the
 windows they had in hand then. `data.first_row_s` is the time before that.
 
-    python benchmarks/data.py [--root ../shared/data] [--examples 32768] [--runs 5] [--layout chat]
+    python benchmarks/data.py [--root ../shared/data] [--examples 65536] [--runs 5] [--layout chat]
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from figures import compare, report
 from apprentice.artifacts import Run
 from apprentice.data.corpus import Corpus, make_corpus
 from apprentice.recipe import Recipe
+from apprentice.session import ray_session
 from apprentice.storage import Folder
 
 ACTORS = 2
@@ -61,15 +62,16 @@ class Ours:
 
     def __call__(self) -> float:
         """Tokens a second."""
-        from apprentice.data.pipeline import Start, train_stream
+        from apprentice.data.pipeline import WINDOWS_TOGETHER, Start, train_stream
 
+        in_hand = ACTORS * WINDOWS_TOGETHER
         begun = time.perf_counter()
         first, counted, real, places = 0.0, 0, 0, 0
         stream = train_stream(self.corpus, Start(), self.windows, ACTORS)
         for batch in stream.iter_batches(batch_size=GLOBAL_BATCH // 2, batch_format="numpy"):
             first = first or time.perf_counter()
             is_real = batch["segment_ids"] > 0
-            counted += int(is_real[batch["window"] >= ACTORS].sum())
+            counted += int(is_real[batch["window"] >= in_hand].sum())
             real, places = real + int(is_real.sum()), places + is_real.size
         self.first_row_s.append(first - begun)
         self.filled.append(real / places)
@@ -84,6 +86,8 @@ def datasets_map(options: argparse.Namespace, corpus: Corpus) -> float:
     task, layout, backend = corpus.tasks[0], corpus.layout, bare_tokenizer(corpus)
     index = corpus.indices[task.name]
     assert index.train_source is not None
+    datasets.disable_progress_bars()
+    datasets.disable_caching()
     rows = datasets.Dataset.from_parquet(list(index.train_source.files), cache_dir=str(Folder.at(corpus.recipe.storage).local))
     rows = rows.select(np.resize(index.train, options.examples)).flatten_indices()
 
@@ -96,8 +100,6 @@ def datasets_map(options: argparse.Namespace, corpus: Corpus) -> float:
         ids = [[*prompt.ids, *answer.ids, *layout.end_ids] for prompt, answer in zip(prompts, answers, strict=True)]
         return {"input_ids": ids, "prompt_length": [len(prompt) for prompt in prompts]}
 
-    datasets.disable_progress_bars()
-    datasets.disable_caching()
     begun = time.perf_counter()
     done = rows.map(tokenise, batched=True, num_proc=2, remove_columns=rows.column_names)
     seconds = time.perf_counter() - begun
@@ -146,7 +148,7 @@ def main() -> None:
     parser.add_argument("--root", default=str(Path(__file__).parents[2] / "shared" / "data"), help="holds squad/train.parquet")
     parser.add_argument("--base", default="smollm2-135m-instruct", help="whose tokenizer is used")
     parser.add_argument("--layout", default="chat")
-    parser.add_argument("--examples", type=int, default=32768)
+    parser.add_argument("--examples", type=int, default=65536)
     parser.add_argument("--window", type=int, default=1024)
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--peer", action="store_true", help="one run of the peer alone: prints its tokens a second")
@@ -165,12 +167,9 @@ def main() -> None:
 
 
 def measure(options: argparse.Namespace, corpus: Corpus) -> None:
-    import ray
-
     windows = options.examples // options.window
     ours = Ours(corpus, windows)
-    ray.init("local", num_cpus=2 + ACTORS, include_dashboard=False, log_to_driver=False, logging_level="error")
-    try:
+    with ray_session():
         ours()  # once for nothing: worker processes start and modules are read from disk
         compare("data.vs_datasets_map", ours, "datasets.map np=2", in_own_process(options), runs=options.runs, goal=1.2)
         compare(
@@ -181,8 +180,6 @@ def measure(options: argparse.Namespace, corpus: Corpus) -> None:
             runs=options.runs,
             goal=0.8,
         )
-    finally:
-        ray.shutdown()
     report("data.packing_efficiency", ours.filled[-1], unit="real tokens per token", runs=1, goal=0.98)
     report(
         "data.first_row_s", sorted(ours.first_row_s[1:])[len(ours.first_row_s) // 2 - 1], unit="s", runs=len(ours.first_row_s) - 1

@@ -51,11 +51,11 @@ def test_text_survives(tokenizer: Tokenizer) -> None:
     assert tokenizer.decode([*ids, 2], skip_special=False) == TEXT + "<|im_end|>"
 
 
-PIECES = st.sampled_from(["<|im_start|>", "<|im_end|>", "<|im_", "|>", " ", "\n", "a", "user", "The film", "é🙂", ".", ""])
+PIECES = st.sampled_from(["<|im_start|>", "<|im_end|>", "<|im_", "|>", " ", "\n", "\n\n", "a", "user", "The film", "é🙂", ".", ""])
 
 
 @settings(max_examples=200, deadline=None)
-@given(texts=st.lists(st.lists(PIECES, max_size=8).map("".join), max_size=4))
+@given(texts=st.lists(st.lists(PIECES, max_size=10).map("".join), max_size=4))
 def test_many_at_once_are_as_one_by_one(tokenizer: Tokenizer, texts: list[str]) -> None:
     assert tokenizer.encode_batch(texts) == [tokenizer.encode(text) for text in texts]
 

@@ -7,15 +7,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Sequence
 from functools import cached_property
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from apprentice.errors import ModelError
 from apprentice.hub import local_folder
+from apprentice.passages import Passages
 
 CACHED_WORDS = 1 << 18  # the tokenizer's own 10,000 are soon full, and then rarer words are merged anew each time they come
 
@@ -48,17 +47,8 @@ class Tokenizer:
         return type(self), (self.folder,)
 
     @cached_property
-    def _borders(self) -> re.Pattern[str] | None:
-        """Matches the special tokens, if text beside them is encoded as if it stood alone; None where that is not so."""
-        tokens = [token for token in self._inner.added_tokens_decoder.values() if token.special]
-        if not tokens or any(token.normalized or token.lstrip or token.rstrip or token.single_word for token in tokens):
-            return None
-        longest_first = sorted((token.content for token in tokens), key=len, reverse=True)
-        pattern = re.compile(f"({'|'.join(map(re.escape, longest_first))})")
-        # Some tokenizers treat a text's start apart, or what follows a special token: these are left alone.
-        probe = f"a b{tokens[0].content}a b\n{tokens[0].content} c{tokens[0].content}\nd"
-        alone = [id for part in pattern.split(probe) for id in self.encode(part)]
-        return pattern if alone == self.encode(probe) else None
+    def _passages(self) -> Passages:
+        return Passages(self._backend, [token for token in self._inner.added_tokens_decoder.values() if token.special])
 
     @property
     def end_id(self) -> int:
@@ -94,12 +84,8 @@ class Tokenizer:
         return list(self._backend.encode(text, add_special_tokens=False).ids)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode` for many texts at once. What stands between special tokens, such as a system text, is encoded once for all."""
-        parts = [[part for part in self._borders.split(text) if part] if self._borders else [text] for text in texts]
-        different = list(dict.fromkeys(chain.from_iterable(parts)))
-        encoded = self._backend.encode_batch_fast(different, add_special_tokens=False)
-        ids_of = {part: encoding.ids for part, encoding in zip(different, encoded, strict=True)}
-        return [list(chain.from_iterable(map(ids_of.__getitem__, some))) for some in parts]
+        """`encode` for many texts at once; passages that come again are encoded once."""
+        return self._passages.encode(texts)
 
     def cut(self, text: str, tokens: int) -> str:
         """The start of `text` that its first `tokens` tokens cover, no character halved, white space at its end removed."""

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from apprentice.data.layout import Exemplar, Layout
 from apprentice.errors import ContractError
@@ -54,6 +58,29 @@ def test_chat(tokenizer: Tokenizer) -> None:
     asked = Layout("chat", tokenizer, system="Be brief.").prompt("Say hello.")
     assert asked == "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nSay hello.<|im_end|>\n<|im_start|>assistant\n"
     assert layout.end_ids == (2,)
+
+
+WORDS = st.sampled_from(["a", " ", "\n", "\n\n", "<|im_end|>", "<think>", "</think>", "{{ b }}", "é🙂", "<tool_response>"])
+
+
+@settings(max_examples=100, deadline=None)
+@given(instruction=st.lists(WORDS, max_size=5).map("".join), input=st.lists(WORDS, max_size=5).map("".join))
+@pytest.mark.parametrize("template", ["own", "looks into the question"])
+def test_a_lone_question_has_the_template_s_own_text(template: str, instruction: str, input: str, tokenizer: Tokenizer) -> None:
+    layout = Layout("chat", tokenizer if template == "own" else Deaf(tokenizer))
+    text = "\n\n".join(part for part in (instruction, input) if part)
+    assert layout.prompt(instruction, input) == layout.chat_prompt([{"role": "user", "content": text}])
+
+
+class Deaf(Tokenizer):
+    """A tokenizer whose chat template leaves out what a model said to itself."""
+
+    def __init__(self, other: Tokenizer) -> None:
+        super().__init__(other.folder)
+
+    def apply_chat_template(self, messages: Sequence[dict[str, str]], *, generate: bool, **variables: Any) -> str:
+        kept = [message | {"content": message["content"].split("</think>")[-1].strip()} for message in messages]
+        return super().apply_chat_template(kept, generate=generate, **variables)
 
 
 def test_a_system_turn_of_the_caller_replaces_ours(tokenizer: Tokenizer) -> None:

@@ -27,6 +27,12 @@ def test_text_is_rendered_and_stripped() -> None:
     assert Wording("{# a remark #}left")({}) == "left"
 
 
+@pytest.mark.parametrize("value", ["so", 7, 0.1, True, None, [1, "a"], {"b": 2}, ""])
+def test_a_bare_field_is_shown_as_jinja_shows_it(value: object) -> None:
+    source = "Say:{# a remark #}\n{{ value }}, {{ value }}!\n"
+    assert Wording(source)({"value": value}) == jinja2.Template(source).render(value=value).strip()
+
+
 def test_what_a_row_holds_is_not_rendered_again() -> None:
     assert Wording("{{ word }}")({"word": "{{ secret }} <b>"}) == "{{ secret }} <b>"
 

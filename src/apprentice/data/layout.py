@@ -22,6 +22,18 @@ LayoutName = Literal["plain", "alpaca", "chat"]
 LAYOUT_VERSION = 1  # raised whenever a layout's text changes
 SEPARATOR = "\n\n###\n\n"
 _MARK = "\u2402answer\u2403"  # stands for an answer while the text after it is looked up
+# What chat templates are known to look for in a message, and what else they might.
+_QUESTIONS = (
+    "a",
+    "B\n\nc",
+    "<think>d</think>e",
+    "<tool_response>f</tool_response>",
+    "{{ g }}",
+    "<|h|>",
+    "</s>",
+    "[INST] i [/INST]",
+    "é字",
+)
 _ALPACA_WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
     "Write a response that appropriately completes the request."
@@ -60,8 +72,11 @@ class Layout:
     def prompt(self, instruction: str, input: str = "", exemplars: Sequence[Exemplar] = ()) -> str:
         """The text up to where the answer starts."""
         if self.name == "chat":
+            asked = _user_text(instruction, input)
+            if self._around and not exemplars and asked == asked.strip():
+                return asked.join(self._around)
             turns = [(_user_text(shot.instruction, shot.input), shot.answer) for shot in exemplars]
-            return self.chat_prompt([*_messages(turns), {"role": "user", "content": _user_text(instruction, input)}])
+            return self.chat_prompt([*_messages(turns), {"role": "user", "content": asked}])
         shown = [self._single(shot.instruction, shot.input) + shot.answer for shot in exemplars]
         head = f"{self.system}\n\n" if self.system else ""
         return head + SEPARATOR.join([*shown, self._single(instruction, input)])
@@ -103,6 +118,13 @@ class Layout:
     def stop_ids(self) -> tuple[int, ...]:
         """Ids at which generation ends."""
         return tuple(sorted({self.tokenizer.end_id, self.end_ids[-1]}))
+
+    @cached_property
+    def _around(self) -> tuple[str, str] | None:
+        """What the chat template writes before and after a lone question; None if that depends on the question."""
+        before, _, after = self.chat_prompt([{"role": "user", "content": _MARK}]).partition(_MARK)
+        same = all(self.chat_prompt([{"role": "user", "content": text}]) == before + text + after for text in _QUESTIONS)
+        return (before, after) if same else None
 
     def _single(self, instruction: str, input: str) -> str:
         if self.name == "plain":

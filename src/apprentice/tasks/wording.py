@@ -11,6 +11,7 @@ from typing import Any
 
 import jinja2
 import jinja2.meta
+from jinja2 import nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 MAX_REPEAT = 100_000  # characters or items that `*` may build
@@ -39,15 +40,32 @@ class Wording:
 
     def __init__(self, source: str) -> None:
         self.source = source
-        self.names = frozenset(jinja2.meta.find_undeclared_variables(_ENVIRONMENT.parse(source)))
-        self._template = _ENVIRONMENT.from_string(source) if self.names or "{" in source else None
+        parsed = _ENVIRONMENT.parse(source)
+        self.names = frozenset(jinja2.meta.find_undeclared_variables(parsed))
+        self._pieces = _pieces(parsed)
+        self._template = _ENVIRONMENT.from_string(source)
 
     def __call__(self, values: Mapping[str, Any]) -> str:
         """The text for these values, stripped. Raises `jinja2.TemplateError` or what an operation inside raises."""
-        return (self._template.render(values) if self._template else self.source).strip()
+        if self._pieces is None or not self.names <= values.keys():
+            return self._template.render(values).strip()
+        return "".join([str(values[piece]) if is_name else piece for is_name, piece in self._pieces]).strip()
 
     def __reduce__(self) -> tuple[type[Wording], tuple[str]]:
         return type(self), (self.source,)
+
+
+def _pieces(parsed: nodes.Template) -> list[tuple[bool, str]] | None:
+    """(is a name, text or name) in order if a template is only text and bare fields, as most are: rendering it needs no Jinja."""
+    found: list[tuple[bool, str]] = []
+    for node in (node for output in parsed.body for node in (output.nodes if isinstance(output, nodes.Output) else [output])):
+        if isinstance(node, nodes.TemplateData):
+            found.append((False, node.data))
+        elif isinstance(node, nodes.Name):
+            found.append((True, node.name))
+        else:
+            return None
+    return found
 
 
 class Expression:
