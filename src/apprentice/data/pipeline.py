@@ -78,9 +78,7 @@ def train_stream(corpus: Corpus, start: Start = Start(), windows: int | None = N
     numbers.context.enable_progress_bars = False
     numbers.context.execution_options.preserve_order = True
     # An actor hands on what it has when that is larger than this.
-    numbers.context.target_max_block_size = ceil(
-        (together - 0.5) * estimate["rows_per_window"] * _ROW_BYTES * corpus.row_length
-    )
+    numbers.context.target_max_block_size = ceil((together - 0.5) * estimate["rows_per_window"] * _ROW_BYTES * corpus.row_length)
     rows = numbers.map_batches(
         _WindowActor,
         fn_constructor_args=(ray.put(corpus), start),
