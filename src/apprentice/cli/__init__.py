@@ -1,0 +1,60 @@
+"""The `apprentice` command: parses, calls road.py and check.py, prints.
+
+Exit codes: 0 done, 1 the user can mend it, 2 wrong usage, 3 our fault. Imports nothing heavy, so that `--help` is instant.
+"""
+
+from __future__ import annotations
+
+import platform
+import sys
+import traceback
+
+import typer
+
+from apprentice import __version__
+from apprentice.cli import data, evaluation, serving, training
+from apprentice.console import Screen
+from apprentice.errors import ApprenticeError
+
+app = typer.Typer(
+    help="From many labelled datasets to one model that follows instructions, on Ray.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+# In the order in which a person meets them.
+for command in (
+    training.quickstart,
+    data.check,
+    data.tasks,
+    data.preview,
+    data.prepare,
+    training.train,
+    training.runs,
+    evaluation.evaluate,
+    serving.serve,
+    serving.ask,
+    data.recipe_schema,
+):
+    app.command(command.__name__.replace("_", "-"))(command)
+
+
+def main() -> None:
+    """Entry point of the `apprentice` command."""
+    screen = Screen(as_json="--json" in sys.argv)
+    try:
+        app()
+    except ApprenticeError as error:
+        screen.error(str(error))
+        sys.exit(1)
+    except KeyboardInterrupt:
+        screen.error("stopped by Ctrl-C; a run goes on where it was when the same command is given again.")
+        sys.exit(1)
+    except Exception:
+        traceback.print_exc()
+        screen.error(
+            f"this is a fault of apprentice {__version__} (Python {platform.python_version()});"
+            " please report it with the lines above at the project's issue tracker."
+        )
+        sys.exit(3)

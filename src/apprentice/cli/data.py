@@ -1,0 +1,89 @@
+"""Commands about tasks and data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from apprentice.cli.options import Json, Overrides, RecipeFile, Restart, cell, loaded_recipe, screen_for, table_of
+
+
+def check(recipe: RecipeFile, overrides: Overrides = None, json: Json = False) -> None:
+    """Everything that can be known before a GPU is reserved; exit code 1 if the recipe is not ready."""
+    from apprentice import road
+
+    screen = screen_for(json)
+    findings = road.check_recipe(loaded_recipe(recipe, overrides))
+    for finding in findings:
+        screen.say(f"{'ok ' if finding.ok else 'NO '} {finding.subject:<10} {finding.message}")
+    ready = all(finding.ok for finding in findings)
+    screen.result({"ready": ready, "findings": [finding.as_dict() for finding in findings]}, "ready" if ready else "not ready")
+    if not ready:
+        raise typer.Exit(1)
+
+
+def tasks(name: Annotated[str | None, typer.Argument(help="A task's name.")] = None, json: Json = False) -> None:
+    """The library of tasks, or one task with its wordings."""
+    from apprentice.tasks.loading import find_tasks, library, load_task
+
+    screen = screen_for(json)
+    if name is not None:
+        from apprentice.tasks.description import describe
+
+        task = find_tasks(name, Path.cwd())[0]
+        screen.result(task.model_dump(mode="json", exclude_none=True), describe(task))
+        return
+    found = [load_task(path) for path in library().values()]
+    rows = [{"name": t.name, "cluster": t.cluster, "wordings": len(t.templates), "metrics": list(t.metrics)} for t in found]
+    if not json:
+        screen.show(
+            table_of(
+                ["task", "cluster", "wordings", "metrics", "summary"],
+                [[*map(cell, r.values()), t.summary] for r, t in zip(rows, found, strict=True)],
+            )
+        )
+    screen.result({"tasks": rows})
+
+
+def preview(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    number: Annotated[int, typer.Option("-n", help="How many examples.")] = 5,
+    html: Annotated[Path | None, typer.Option(help="Write a page instead.")] = None,
+    json: Json = False,
+) -> None:
+    """Rendered examples, with the tokens that are trained on marked."""
+    from apprentice import road
+    from apprentice.data import preview as view
+
+    screen = screen_for(json)
+    shown = road.preview(loaded_recipe(recipe, overrides), number)
+    if html is not None:
+        html.write_text(view.to_html(shown), encoding="utf-8")
+        screen.say(f"wrote {html}")
+    elif not json:
+        screen.show(view.to_text(shown))
+    screen.result({"examples": [item.as_dict() for item in shown]})
+
+
+def prepare(recipe: RecipeFile, overrides: Overrides = None, restart: Restart = False, json: Json = False) -> None:
+    """Freeze each task's index and show what the run will train on."""
+    from apprentice import road
+
+    screen = screen_for(json)
+    loaded = loaded_recipe(recipe, overrides)
+    result = road.prepare(loaded, restart=restart, progress=screen.progress)
+    screen.result(
+        result, f"{result['train_rows']} training rows of {result['tasks']} tasks, {result['steps']} steps\n{result['run']}"
+    )
+
+
+def recipe_schema() -> None:
+    """The JSON Schema of a recipe, for editors."""
+    import json
+
+    from apprentice.recipe import Recipe
+
+    print(json.dumps(Recipe.model_json_schema(), indent=2))

@@ -1,0 +1,48 @@
+"""What the commands share: their common arguments, the screen, and tables."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from apprentice.console import Screen
+
+RecipeFile = Annotated[str, typer.Argument(help="Recipe file, or the name of one that is shipped.", metavar="RECIPE")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="Overrides: key.path=value …", metavar="KEY=VALUE")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output, nothing else there.")]
+Restart = Annotated[bool, typer.Option(help="Start the run over, removing what is there.")]
+Storage = Annotated[str, typer.Option(help="Where runs lie.")]
+
+
+def screen_for(as_json: bool) -> Screen:
+    """The screen of one command."""
+    return Screen(as_json=as_json)
+
+
+def loaded_recipe(name: str, overrides: list[str] | None) -> Any:
+    """The recipe in the file, or of the name, `name`."""
+    from apprentice.recipe import find_recipe, load_recipe
+
+    return load_recipe(find_recipe(name), overrides or [])
+
+
+def table_of(columns: list[str], rows: list[list[str]]) -> Any:
+    """A plain table for the screen."""
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for column in columns:
+        table.add_column(column, no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def cell(value: Any) -> str:
+    """One value as a table shows it."""
+    if value is None:
+        return "–"
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,44 @@
+"""Commands about the endpoint."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from apprentice.cli.options import Json, Storage, screen_for
+
+
+def serve(
+    target: Annotated[str, typer.Argument(help="A run or a model (folder or hub id).", metavar="RUN|MODEL")],
+    host: Annotated[str | None, typer.Option(help="Address to listen on; loopback by default.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port; 0 takes a free one.")] = None,
+    contract: Annotated[str | None, typer.Option(help="Run whose prompt contract a bare model takes.")] = None,
+    recipe: Annotated[str | None, typer.Option(help="Recipe whose layout a bare model takes.")] = None,
+    storage: Storage = "./runs",
+) -> None:
+    """The endpoint and the playground on one port, until Ctrl-C."""
+    from apprentice import road
+
+    screen = screen_for(as_json=False)
+    with road.endpoint(
+        target, host=host, port=port, contract=contract, recipe=recipe, storage=storage, progress=screen.progress
+    ) as url:
+        screen.say(f"serving {target} at {url}  (playground: {url}/, API: {url}/v1, stop with Ctrl-C)")
+        road.wait_for_stop()
+    screen.say("stopped")
+
+
+def ask(
+    instruction: Annotated[str, typer.Argument(help="What to do.")],
+    input: Annotated[str, typer.Option(help="What to do it with.")] = "",
+    url: Annotated[str, typer.Option(help="A running endpoint.")] = "http://127.0.0.1:8000",
+    max_tokens: Annotated[int, typer.Option(help="Longest reply, in tokens.")] = 128,
+    json: Json = False,
+) -> None:
+    """One request against a running endpoint."""
+    from apprentice import road
+
+    screen = screen_for(json)
+    reply = road.ask(url, instruction, input, max_tokens=max_tokens)
+    screen.result({"reply": reply}, reply)

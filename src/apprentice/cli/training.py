@@ -1,0 +1,43 @@
+"""Commands that train, and the list of what was trained."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from apprentice.cli.options import Json, Overrides, RecipeFile, Restart, Storage, cell, loaded_recipe, screen_for, table_of
+
+
+def quickstart(
+    short: Annotated[bool, typer.Option(help="A few steps only, to see that everything works.")] = False,
+    storage: Storage = "./runs",
+    json: Json = False,
+) -> None:
+    """The whole road on the built-in mixture and a real 135M model, offline of any hub."""
+    from apprentice import quickstart as demo
+
+    screen = screen_for(json)
+    result = demo.run(storage, short=short, screen=screen)
+    screen.result(result)
+
+
+def train(recipe: RecipeFile, overrides: Overrides = None, restart: Restart = False, json: Json = False) -> None:
+    """Fine-tune; prints the run folder last."""
+    from apprentice import road
+
+    screen = screen_for(json)
+    result = road.train(loaded_recipe(recipe, overrides), restart=restart, progress=screen.progress)
+    screen.result(result, road.training_sentence(result) + f"\n{result['run']}")
+
+
+def runs(storage: Storage = "./runs", json: Json = False) -> None:
+    """What there is: name, state, steps, loss, score."""
+    from apprentice import road
+
+    screen = screen_for(json)
+    found = road.runs(storage)
+    if not json:
+        columns = ["name", "state", "step", "loss", "validation_loss", "score", "updated"]
+        screen.show(table_of(columns, [[cell(run.get(column)) for column in columns] for run in found]))
+    screen.result({"runs": found})

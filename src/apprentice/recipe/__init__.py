@@ -1,0 +1,37 @@
+"""The recipe: one YAML file that describes the whole road, as strict pydantic models.
+
+An unknown key or a wrong value is refused at once, with the file's line and the nearest right name. Relative paths are
+relative to the recipe file. Knows nothing of datasets, clusters or models beyond their names.
+"""
+
+from __future__ import annotations
+
+from apprentice.recipe.data import Data, Formats, Mixture, Packing
+from apprentice.recipe.evaluation import Evaluation
+from apprentice.recipe.loading import SHIPPED, dump_recipe, find_recipe, load_recipe
+from apprentice.recipe.serving import Replicas, Serving
+from apprentice.recipe.training import Checkpointing, DeepSpeed, Optimizer, Resources, Training, Tuning, WorkerRange
+from apprentice.recipe.whole import Model, Recipe
+
+__all__ = [
+    "SHIPPED",
+    "Checkpointing",
+    "Data",
+    "DeepSpeed",
+    "Evaluation",
+    "Formats",
+    "Mixture",
+    "Model",
+    "Optimizer",
+    "Packing",
+    "Recipe",
+    "Replicas",
+    "Resources",
+    "Serving",
+    "Training",
+    "Tuning",
+    "WorkerRange",
+    "dump_recipe",
+    "find_recipe",
+    "load_recipe",
+]

@@ -1,0 +1,72 @@
+"""The recipe's `data` block: datasets, tasks, mixture and packing."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from apprentice.recipe.strict import Positive, Share, Strict
+
+
+class Mixture(Strict):
+    """How often each task is drawn."""
+
+    strategy: Literal["equal", "proportional", "temperature", "weights"] = "proportional"
+    cap: Positive | None = Field(None, description="Rows at which a task's size stops counting (T5's K).")
+    temperature: float = Field(2.0, gt=0.0, description="Shares go with size ** (1 / temperature).")
+    weights: dict[str, Annotated[float, Field(gt=0.0)]] | None = Field(None, description="Task → weight, for `weights`.")
+
+    @model_validator(mode="after")
+    def _weights_belong(self) -> Self:
+        if (self.strategy == "weights") != (self.weights is not None):
+            raise ValueError("`weights` belongs to `strategy: weights`, and only to it")
+        return self
+
+
+class Formats(Strict):
+    """Share of plan positions drawn in each format; they add up to 1."""
+
+    zero_shot: Share = 1.0
+    few_shot: Share = 0.0
+    inverted: Share = 0.0
+
+    @model_validator(mode="after")
+    def _add_up(self) -> Self:
+        total = self.zero_shot + self.few_shot + self.inverted
+        if abs(total - 1.0) > 1e-6:
+            raise ValueError(f"the formats' shares add up to {total:g}, not to 1")
+        return self
+
+
+class Packing(Strict):
+    """How examples share rows."""
+
+    length: Positive = Field(1024, description="Tokens of one packed row.")
+    strategy: Literal["best_fit", "none"] = "best_fit"
+
+
+class Data(Strict):
+    """Datasets, tasks, mixture and packing."""
+
+    root: str | None = Field(None, description="Searched first: <root>/<dataset>/<split>.parquet; then the hub.")
+    tasks: tuple[str, ...] = Field(min_length=1, description="Library names, clusters, or paths of task files.")
+    hold_out: tuple[str, ...] = Field((), description="Clusters or tasks never trained on, always scored.")
+    validation: Share = Field(0.02, description="Share of training rows, chosen by hash, that are never trained on.")
+    layout: Literal["plain", "alpaca", "chat"] = "chat"
+    system: str = Field("", description="System text; empty: the layout's own.")
+    max_length: Positive = Field(1024, description="Tokens of one example.")
+    mixture: Mixture = Mixture()
+    formats: Formats = Formats()
+    shots: tuple[Positive, Positive] = Field((1, 3), description="Least and most exemplars of a few-shot example.")
+    packing: Packing = Packing()
+    window: Positive = Field(1024, description="Positions of the plan that are rendered and packed together.")
+    max_bad_rows: Share = Field(0.001, description="Share of a task's rows that may be unusable before the run stops.")
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.max_length > self.packing.length:
+            raise ValueError(f"max_length {self.max_length} is more than packing.length {self.packing.length}")
+        if self.shots[0] > self.shots[1]:
+            raise ValueError(f"shots: least {self.shots[0]} is more than most {self.shots[1]}")
+        return self

@@ -1,0 +1,140 @@
+"""Recipe files to recipes, and back: overrides, absolute paths, and errors with file, line and the nearest right name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from apprentice.errors import RecipeError, did_you_mean
+from apprentice.recipe.whole import Recipe
+from apprentice.storage import is_uri
+
+SHIPPED = Path(__file__).resolve().parents[1] / "recipes"
+
+
+def find_recipe(name: str) -> Path:
+    """The file that `name` means: a path, or a recipe that the package ships. Raises `RecipeError`."""
+    shipped = {file.stem: file for file in sorted(SHIPPED.glob("*.yaml"))}
+    if Path(name).is_file():
+        return Path(name)
+    if name in shipped:
+        return shipped[name]
+    raise RecipeError(
+        f"{name!r} is not a file and not a recipe that is shipped ({', '.join(shipped)}).{did_you_mean(name, shipped)}"
+    )
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe in the file `path`, with `key.path=value` overrides applied.
+
+    Raises `RecipeError` with file, line, key, reason and the nearest right name.
+    """
+    file = Path(path)
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{file}: the recipe cannot be read ({error.__class__.__name__}); check the path.") from error
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{file}: not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise RecipeError(f"{file}: a recipe is a mapping of keys, such as `name:` and `model:`; this file holds none.")
+    for override in overrides:
+        _apply(content, override)
+    try:
+        recipe = Recipe.model_validate(content)
+    except ValidationError as error:
+        raise RecipeError(_sentence(error, file, text)) from error
+    return _with_absolute_paths(recipe, file.absolute().parent)
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The resolved recipe as YAML; `load_recipe` gives the same recipe back."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _apply(content: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals:
+        raise RecipeError(f"{override!r} is not an override; write key.path=value, for example training.steps=10.")
+    *parents, last = key.strip().split(".")
+    place = content
+    for parent in parents:
+        inner = place.get(parent)
+        place[parent] = inner if isinstance(inner, dict) else {}
+        place = place[parent]
+    try:
+        place[last] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{override!r}: the value is not YAML: {' '.join(str(error).split())}") from error
+
+
+def _with_absolute_paths(recipe: Recipe, folder: Path) -> Recipe:
+    def absolute(path: str) -> str:
+        return path if is_uri(path) else str((folder / Path(path).expanduser()).resolve())
+
+    tasks = tuple(absolute(entry) if entry.endswith((".yaml", ".yml")) else entry for entry in recipe.data.tasks)
+    data = recipe.data.model_copy(update={"tasks": tasks, "root": recipe.data.root and absolute(recipe.data.root)})
+    base = recipe.model.base
+    model = recipe.model.model_copy(update={"base": absolute(base) if base.startswith((".", "/", "~")) else base})
+    return recipe.model_copy(update={"storage": absolute(recipe.storage), "data": data, "model": model})
+
+
+def _sentence(error: ValidationError, file: Path, text: str) -> str:
+    errors = error.errors()
+    start = _keys_of(errors[0]["loc"])
+    # Of a union (`workers: 2` or a range) each branch complains; the one that got furthest is about what was written.
+    same = [other for other in errors if _keys_of(other["loc"])[: len(start)] == start]
+    first = max(same, key=lambda other: (other["type"] == "value_error", len(other["loc"])))
+    keys = _keys_of(first["loc"])
+    dotted = ".".join(str(key) for key in keys)
+    where = f"{file}:{_line(yaml.compose(text), keys)}: {dotted + ': ' if dotted else ''}"
+    if first["type"] == "extra_forbidden":
+        known = _fields_at(keys[:-1])
+        return f"{where}not a key of a recipe.{did_you_mean(str(keys[-1]), known)} Known here: {', '.join(known)}."
+    if first["type"] == "missing":
+        return f"{where}this key is needed, and missing."
+    return f"{where}{first['msg'].removeprefix('Value error, ')} (it is {_shown(first['input'])})."
+
+
+def _keys_of(place: Sequence[str | int]) -> list[str | int]:
+    """The keys of a pydantic error's place, without the names it gives to the branches of a union."""
+    return [
+        part for part in place if isinstance(part, int) or (part.replace("_", "").isalnum() and part not in ("int", "WorkerRange"))
+    ]
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else "the block that starts here"
+
+
+def _fields_at(keys: Sequence[Any]) -> list[str]:
+    model: type[BaseModel] = Recipe
+    for key in keys:
+        annotation: Any = model.model_fields[str(key)].annotation
+        options = [annotation, *getattr(annotation, "__args__", ())]
+        model = next((option for option in options if isinstance(option, type) and issubclass(option, BaseModel)), model)
+    return list(model.model_fields)
+
+
+def _line(node: yaml.Node | None, keys: Sequence[Any]) -> int:
+    """The 1-based line of the deepest of `keys` that the file holds (an override's key may not be in it)."""
+    line = 1
+    for key in keys:
+        if isinstance(node, yaml.MappingNode):
+            found = next((pair for pair in node.value if pair[0].value == str(key)), None)
+            if found is None:
+                break
+            line, node = found[0].start_mark.line + 1, found[1]
+        elif isinstance(node, yaml.SequenceNode) and isinstance(key, int) and key < len(node.value):
+            node = node.value[key]
+            line = node.start_mark.line + 1
+        else:
+            break
+    return line

@@ -1,0 +1,37 @@
+"""The recipe as a whole, and the model that it starts from."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from apprentice.recipe.data import Data
+from apprentice.recipe.evaluation import Evaluation
+from apprentice.recipe.serving import Serving
+from apprentice.recipe.strict import Strict
+from apprentice.recipe.training import Training, Tuning
+
+
+class Model(Strict):
+    """The pretrained model that is tuned."""
+
+    base: str = Field(description="Hub id, folder, or a model that a package carries (`smollm2-135m-instruct`).")
+    dtype: Literal["auto", "bfloat16", "float32"] = Field(
+        "auto", description="auto: bfloat16 where the hardware multiplies it fast."
+    )
+    attention: Literal["auto", "sdpa", "eager"] = "auto"
+
+
+class Recipe(Strict):
+    """One execution of the whole road."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Name of the run's folder.")
+    seed: int = 0
+    storage: str = Field("./runs", description="Where runs lie: a folder or a URI that every node reaches.")
+    model: Model
+    data: Data
+    tuning: Tuning = Tuning()
+    training: Training
+    evaluation: Evaluation = Evaluation()
+    serving: Serving = Serving()

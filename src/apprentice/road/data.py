@@ -1,0 +1,65 @@
+"""What happens before training: checks, the frozen index, and a look at the examples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from apprentice import check
+from apprentice.artifacts import Run, open_run
+from apprentice.data.pipeline import Corpus, estimate_steps, make_corpus
+from apprentice.errors import ApprenticeError
+from apprentice.recipe import Recipe
+from apprentice.session import ray_session
+from apprentice.storage import Folder
+
+Progress = Callable[[str, Mapping[str, Any]], None]
+
+
+def prepare(recipe: Recipe, *, restart: bool = False, progress: Progress) -> dict[str, Any]:
+    """Freezes each task's index; gives the run folder and what training will see."""
+    with ray_session():
+        run, corpus = prepared(recipe, restart=restart, progress=progress)
+        rows = {name: len(index.train) for name, index in corpus.indices.items() if name not in corpus.held_out}
+        return {"run": str(run.folder), "tasks": len(rows), "train_rows": sum(rows.values()), **estimate_steps(corpus)}
+
+
+def prepared(recipe: Recipe, *, restart: bool, progress: Progress) -> tuple[Run, Corpus]:
+    check.before_writing(recipe)
+    progress("prepare", {"message": f"tasks of {recipe.name}"})
+    run = open_run(recipe, restart=restart)
+    try:
+        corpus = make_corpus(recipe, run)
+        check.after_indexing(recipe, corpus)
+    except ApprenticeError:
+        if not run.status():  # nothing was trained here yet: leave no half-made run behind
+            run.folder.delete()
+        raise
+    progress(
+        "prepare", {"tasks": len(corpus.tasks), "rows": sum(len(index.train) for index in corpus.indices.values()), "done": True}
+    )
+    return run, corpus
+
+
+def check_recipe(recipe: Recipe) -> list[check.Finding]:
+    """Every point that can be known beforehand."""
+    with ray_session():
+        return check.check(recipe)
+
+
+def preview(recipe: Recipe, number: int) -> list[Any]:
+    """The first `number` examples of the plan, as the model will see them (`apprentice.data.preview`)."""
+    from apprentice.data import preview as view
+
+    with ray_session(), scratch_run(recipe) as run:
+        return view.preview(make_corpus(recipe, run), number)
+
+
+@contextmanager
+def scratch_run(recipe: Recipe) -> Iterator[Run]:
+    """A run folder that is thrown away: looking must not leave a half-made run behind."""
+    import tempfile
+
+    with tempfile.TemporaryDirectory(prefix="apprentice-") as folder:
+        yield Run(Folder.at(folder) / recipe.name)

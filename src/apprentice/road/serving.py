@@ -1,0 +1,97 @@
+"""The endpoint for a run or a model, and one request against it."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from apprentice.artifacts import PromptContract, find_run, read_contract
+from apprentice.data.contract import layout_of, make_contract
+from apprentice.errors import ContractError, RunError, ServingError
+from apprentice.hub import local_folder
+from apprentice.recipe import Serving, find_recipe, load_recipe
+from apprentice.road.data import Progress
+from apprentice.session import ray_session
+from apprentice.tokenizer import Tokenizer
+
+
+@contextmanager
+def endpoint(
+    target: str,
+    *,
+    host: str | None = None,
+    port: int | None = None,
+    contract: str | None = None,
+    recipe: str | None = None,
+    storage: str = "./runs",
+    progress: Progress,
+) -> Iterator[str]:
+    """The running endpoint's URL for a run or a model; it is shut down on leaving."""
+    from apprentice.serve import deployment
+
+    run = find_run(target, storage)
+    if run is not None and not run.is_trained:
+        raise RunError(f"run {run.name!r} has no trained model yet; train it first.")
+    folder = run.model.local if run is not None else local_folder(target)
+    settings = run.recipe().serving if run is not None else _serving_for_bare(recipe, contract, storage)
+    settings = settings.model_copy(update={k: v for k, v in (("host", host), ("port", port)) if v is not None})
+    words = None if run is not None else _contract_for(folder, contract, recipe, storage)
+    deployment.check(folder, settings, words)
+    with ray_session():
+        progress("serve", {"message": f"loading {folder}"})
+        running = deployment.start(folder, settings, model_name=run.name if run is not None else folder.name, contract=words)
+        try:
+            yield running.url
+        finally:
+            running.stop()
+
+
+def _serving_for_bare(recipe: str | None, contract: str | None, storage: str) -> Serving:
+    """How a bare model is served: as the named recipe or the contract's run says, or by default."""
+    if recipe is not None:
+        return load_recipe(find_recipe(recipe)).serving
+    run = find_run(contract, storage) if contract is not None else None
+    return run.recipe().serving if run is not None else Serving()
+
+
+def _contract_for(folder: Path, contract: str | None, recipe: str | None, storage: str) -> PromptContract | None:
+    """The contract that a bare model is given: of another run, or made from a recipe; None if nothing is named."""
+    if contract is not None:
+        run = find_run(contract, storage)
+        found = read_contract(run.model.local if run is not None else Path(contract))
+        if found is None:
+            raise ContractError(
+                f"{contract!r} is not a run or folder with a prompt contract (apprentice.json); name a trained run."
+            )
+        return found
+    if recipe is not None:
+        settings = load_recipe(find_recipe(recipe))
+        return make_contract(settings, layout_of(settings, Tokenizer(folder)), folder)
+    return None
+
+
+def wait_for_stop() -> None:
+    """Returns at Ctrl-C or SIGTERM."""
+    stopped = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stopped.set())
+    stopped.wait()
+
+
+def ask(url: str, instruction: str, input: str, *, max_tokens: int) -> str:
+    """The reply of a running endpoint to one instruction, phrased there as in training. Raises `ServingError`."""
+    import httpx
+
+    body = {"instruction": instruction, "input": input, "max_tokens": max_tokens}
+    try:
+        reply = httpx.post(f"{url.rstrip('/')}/v1/instruct", json=body, timeout=300.0)
+    except httpx.HTTPError as error:
+        raise ServingError(
+            f"no endpoint answers at {url} ({error.__class__.__name__}); start one with `apprentice serve RUN`."
+        ) from error
+    if reply.status_code != 200:
+        raise ServingError(f"{url} answered {reply.status_code}: {reply.text[:300]}")
+    return str(reply.json()["choices"][0]["text"])

@@ -1,0 +1,63 @@
+"""Fine-tuning, and the list of runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from apprentice.artifacts import Run
+from apprentice.recipe import Recipe
+from apprentice.road.data import Progress, prepared
+from apprentice.session import ray_session
+from apprentice.storage import Folder
+
+
+def train(recipe: Recipe, *, restart: bool = False, progress: Progress) -> dict[str, Any]:
+    """Fine-tunes, or goes on with a run that was stopped; gives the run folder and the last figures."""
+    from apprentice.train import launch
+
+    with ray_session():
+        run, corpus = prepared(recipe, restart=restart, progress=progress)
+        if run.is_trained:
+            return {"run": str(run.folder), "already": True, **run.status()}
+        result = launch.train(recipe, run, corpus, progress=lambda values: progress("train", _step_line(values)))
+        run.update_status(state="trained")
+        return {"run": str(run.folder), "already": False, **asdict(result)}
+
+
+def _step_line(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What a person wants to see of one record of the training loop."""
+    if "validation_loss" in values:
+        return {"step": f"{values['step']}/{values['steps']}", "validation_loss": values["validation_loss"], "done": True}
+    return {
+        "step": f"{values['step']}/{values['steps']}",
+        "loss": values["loss"],
+        "learning_rate": values["learning_rate"],
+        "tokens_per_s": values["tokens_per_s"],
+        "waiting_for_data_share": values["data_wait"],
+        "eta_s": values["eta_s"],
+        "restarts": values["attempt"] - 1 or None,
+        "done": values["step"] == values["steps"],
+    }
+
+
+def training_sentence(result: Mapping[str, Any]) -> str:
+    """One line on what `train` did."""
+    if result["already"]:
+        return "this run is trained already; --restart trains it anew"
+    return (
+        f"{result['steps']} steps, loss {result['loss']:.3f}, validation loss {number(result['validation_loss'])},"
+        f" {result['tokens_per_s']:.0f} tokens/s, waited for data {result['wait_share']:.1%} of the time"
+    )
+
+
+def number(value: float | None) -> str:
+    """A loss for the screen; `none` where there were no rows to take it from."""
+    return "none" if value is None else f"{value:.3f}"
+
+
+def runs(storage: str) -> list[dict[str, Any]]:
+    """Every run in `storage` with its state."""
+    found = [Run(folder) for folder in Folder.at(storage).children() if (folder / "identity.json").exists()]
+    return [{"name": run.name, "state": "prepared"} | run.status() for run in found]
