@@ -103,7 +103,7 @@ def check(example: Example, task: Task) -> None:
     assert example.instruction
     assert example.references
     template = task.template_by_name[example.template]
-    if task.is_ranked and not template.inverted:
+    if task.is_ranked and not template.inverted and not template.cot:
         assert example.target in example.choices
         assert len(example.choices) >= 2
     else:
@@ -166,9 +166,9 @@ def test_every_wording_renders_a_row_of_our_own(name: str) -> None:
         example = task.render(row, template)
         check(example, task)
         assert "{{" not in f"{example.instruction}{example.input}{example.target}"
-        if not template.inverted and template.choices is None:
+        if not template.inverted and not template.cot and template.choices is None:
             assert (template.name, example.target) == (template.name, answer)
-        if not template.inverted and not task.is_ranked:
+        if not template.inverted and not template.cot and not task.is_ranked:
             assert answer not in example.instruction.split("\n") + example.input.split("\n")
 
 

@@ -77,6 +77,26 @@ def test_a_template_may_name_the_choices_otherwise() -> None:
     assert example.instruction == "Did they like it (no/yes)?"
 
 
+def test_a_chain_of_thought_is_reasoning_and_answer_and_not_scored() -> None:
+    thought = {"name": "think", "instruction": "Why?", "output": "{{ text }} So: {{ answer }}", "cot": True}
+    task = ranked(templates=[*RANKED["templates"], thought])
+    example = rendered(task, REVIEW, "think")
+    assert (example.target, example.choices, example.references) == ("Nice film.  So: positive", (), ("Nice film.  So: positive",))
+    assert [template.name for template in task.scored_templates] == ["plain", "yes_no"]
+    assert [template.name for template in task.cot_templates] == ["think"]
+    assert [template.name for template in task.inverted_templates] == ["write"]
+
+
+def test_a_task_with_nothing_but_chains_of_thought_is_scored_on_them() -> None:
+    task = generated(templates=[{"name": "think", "instruction": "{{ question }}", "cot": True}])
+    assert [template.name for template in task.scored_templates] == ["think"]
+
+
+def test_a_template_is_inverted_or_a_chain_of_thought() -> None:
+    with pytest.raises(ValidationError, match="`inverted` or `cot`, not both"):
+        ranked(templates=[RANKED["templates"][2] | {"cot": True}])
+
+
 def test_an_inverted_example_has_no_choices() -> None:
     expected = Example("reviews", "write", "Write a positive review (1).", "", "Nice film.", (), ("Nice film.",))
     assert rendered(ranked(), REVIEW, "write") == expected

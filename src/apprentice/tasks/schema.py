@@ -27,7 +27,8 @@ A task without `choices` gives `answer` (a template, such as `{{ answers.text[0]
 `references` (an expression that gives a list) names all answers that count as right. Expressions, and the task's
 `answer`, see the row as it is; templates see besides, and in place of a field of that name, `answer` and (in a task
 with choices) `choices` and `label`. A template may bring `choices` of its own (same length and order as the task's),
-and `input` may be left out.
+and `input` may be left out. A template with `cot: true` (chain of thought) asks for the reasoning and then the answer, and
+its `output` gives both; it is trained on, not scored, unless the task has nothing else.
 
 Knows nothing of where the rows are read from, nor of tokens.
 """
@@ -103,7 +104,14 @@ class Template(_Strict):
     input: str = ""
     output: str = "{{ answer }}"
     choices: tuple[str, ...] | None = None
-    inverted: bool = False
+    inverted: bool = Field(False, description="The answer is given and the input is asked for.")
+    cot: bool = Field(False, description="Chain of thought: the output holds the reasoning and then the answer.")
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Self:
+        if self.inverted and self.cot:
+            raise ValueError("a template is `inverted` or `cot`, not both")
+        return self
 
     @field_validator("instruction", "input", "output")
     @classmethod
@@ -178,12 +186,17 @@ class Task(_Strict):
 
     @cached_property
     def scored_templates(self) -> tuple[Template, ...]:
-        """The wordings that evaluation uses: all but the inverted ones."""
-        return tuple(template for template in self.templates if not template.inverted)
+        """The wordings that evaluation uses: all that ask for the answer alone, or else those that ask for reasoning too."""
+        return tuple(template for template in self.templates if not template.inverted and not template.cot) or self.cot_templates
 
     @cached_property
     def inverted_templates(self) -> tuple[Template, ...]:
         return tuple(template for template in self.templates if template.inverted)
+
+    @cached_property
+    def cot_templates(self) -> tuple[Template, ...]:
+        """The wordings that ask for the reasoning and then the answer."""
+        return tuple(template for template in self.templates if template.cot)
 
     @cached_property
     def fields(self) -> frozenset[str]:
@@ -235,7 +248,7 @@ class Task(_Strict):
             raise RowError("empty_answer", f"task {self.name!r}, template {template.name!r}: the answer is empty.")
         if REPLACEMENT_CHARACTER in f"{instruction}{given}{output}":
             raise RowError("broken_character", f"task {self.name!r}: the row holds U+FFFD.")
-        if template.inverted or not choices:
+        if template.inverted or template.cot or not choices:
             return Example(self.name, template.name, instruction, given, output, (), references or (output,))
         return Example(self.name, template.name, instruction, given, output, choices, (output,))
 
