@@ -11,7 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from apprentice.errors import ModelError
+from apprentice.family import family_of
 from apprentice.models.loading import count_parameters, load_model, resolve_dtype
+from tests.models.architectures import CAUSAL, SEQ2SEQ, made
 
 
 def test_named_formats() -> None:
@@ -38,6 +40,18 @@ def test_load(tiny_model: Path, dtype: torch.dtype, capfd: pytest.CaptureFixture
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.parametrize("name", [*CAUSAL, *SEQ2SEQ])
+def test_every_architecture(name: str, tmp_path: Path) -> None:
+    saved = made(name)
+    saved.save_pretrained(tmp_path)
+    assert family_of(tmp_path) == ("seq2seq" if name in SEQ2SEQ else "causal")
+    loaded = load_model(tmp_path, torch.float32)
+    assert type(loaded) is type(saved)
+    weights = loaded.state_dict()
+    assert weights.keys() == saved.state_dict().keys() != set()
+    assert all(torch.equal(weights[key], value) for key, value in saved.state_dict().items())
+
+
 def test_count(tiny_model: Path) -> None:
     model = load_model(tiny_model, torch.float32)
     assert count_parameters(tiny_model) == sum(parameter.numel() for parameter in model.parameters()) > 100_000
@@ -47,6 +61,12 @@ def test_count(tiny_model: Path) -> None:
 def test_not_a_causal_model(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "clip"}))
     with pytest.raises(ModelError, match="cannot be loaded as a causal language model"):
+        load_model(tmp_path, torch.float32)
+
+
+def test_not_a_sequence_to_sequence_model(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "clip", "is_encoder_decoder": True}))
+    with pytest.raises(ModelError, match="cannot be loaded as a sequence-to-sequence model"):
         load_model(tmp_path, torch.float32)
 
 

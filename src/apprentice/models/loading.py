@@ -1,4 +1,5 @@
-"""Base weights and exported runs to a model in memory, quietly, in the number format that the hardware multiplies fast.
+"""Base weights and exported runs to a causal or sequence-to-sequence model in memory, quietly, in the number format that the
+hardware multiplies fast.
 
 Knows nothing of tuning methods, layouts or where a model is used.
 """
@@ -12,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from apprentice.errors import ModelError
+from apprentice.family import FAMILIES, family_of
 from apprentice.hub import local_folder
 
 FAST_BFLOAT16 = ("amx_bf16", "avx512_bf16")  # what a CPU multiplies bfloat16 with, as PyTorch names it
@@ -37,20 +39,21 @@ def resolve_dtype(name: str, device: str | None = None) -> torch.dtype:
 
 
 def load_model(base: str | Path, dtype: torch.dtype, attention: str = "auto") -> PreTrainedModel:
-    """The causal model `base` (folder, hub id or packaged model) on the CPU, in evaluation mode.
+    """The model `base` (folder, hub id or packaged model) on the CPU, in evaluation mode; `apprentice.family` tells which kind.
 
-    Raises `ModelError` if it cannot be found, is not a causal language model, or lacks weights.
+    Raises `ModelError` if it cannot be found, is no language model, or lacks weights.
     """
     folder = local_folder(str(base))
+    family = family_of(folder)
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     chosen = {} if attention == "auto" else {"attn_implementation": attention}
-    loader: Any = AutoModelForCausalLM
+    loader: Any = AutoModelForSeq2SeqLM if family == "seq2seq" else AutoModelForCausalLM
     try:
         model, found = loader.from_pretrained(folder, dtype=dtype, local_files_only=True, output_loading_info=True, **chosen)
     except (OSError, ValueError, ImportError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise ModelError(f"{folder} cannot be loaded as a causal language model: {reason}") from error
+        raise ModelError(f"{folder} cannot be loaded as a {FAMILIES[family]}: {reason}") from error
     if missing := sorted(found["missing_keys"]):
         raise ModelError(f"{folder} lacks weights, {missing[0]!r} among them; fetch or export the model again.")
     loaded: PreTrainedModel = model.eval()
