@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from apprentice.architecture import Architecture
 from apprentice.errors import ModelError
 from apprentice.hub import local_folder
 from apprentice.passages import Passages
@@ -64,12 +65,29 @@ class Tokenizer:
         pad = self._inner.pad_token_id
         return int(self.end_id if pad is None else pad)
 
+    @cached_property
+    def architecture(self) -> Architecture:
+        """Of the model that lies in the folder."""
+        return Architecture.of(self.folder)
+
     @property
     def start_ids(self) -> tuple[int, ...]:
         """What the tokenizer puts before a text by itself (a `<s>`, or nothing)."""
+        return self._around[0]
+
+    @property
+    def finish_ids(self) -> tuple[int, ...]:
+        """What the tokenizer puts behind a text by itself (the `</s>` that encoders of T5 and BART end a text with, or nothing)."""
+        return self._around[1]
+
+    @cached_property
+    def _around(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         plain = self._backend.encode("a", add_special_tokens=False).ids
         full = self._backend.encode("a", add_special_tokens=True).ids
-        return tuple(full[: len(full) - len(plain)]) if full[-len(plain) :] == plain else ()
+        for start in range(len(full) - len(plain) + 1):
+            if full[start : start + len(plain)] == plain:
+                return tuple(full[:start]), tuple(full[start + len(plain) :])
+        return (), ()
 
     @property
     def chat_template(self) -> str | None:

@@ -97,8 +97,10 @@ class Layout:
 
     def encode_prompts(self, texts: Sequence[str]) -> list[list[int]]:
         start = [] if self.name == "chat" else list(self.tokenizer.start_ids)
+        # An encoder's text is a text of its own, and ends like one; a causal model's prompt goes on with the answer.
+        finish = list(self.tokenizer.finish_ids) if self.tokenizer.architecture.family == "seq2seq" else []
         encoded = self.tokenizer.encode_batch(texts)
-        return [start + ids for ids in encoded] if start else encoded
+        return [start + ids + finish for ids in encoded] if start or finish else encoded
 
     def encode_answers(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of answers, without the end."""

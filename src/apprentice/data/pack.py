@@ -1,7 +1,8 @@
 """Packing: which examples share a row, and the arrays that a row becomes.
 
 Examples are never split. Inside a row every example is a segment of its own whose positions restart at 0, so that a
-causal model keeps them apart. Knows nothing of tasks, tokenizers or Ray.
+causal model keeps them apart; an encoder-decoder's example is a segment of both sides of its row, under the same number.
+Knows nothing of tasks, tokenizers or Ray.
 """
 
 from __future__ import annotations
@@ -14,20 +15,58 @@ import numpy as np
 from numpy.typing import NDArray
 
 Rows = dict[str, NDArray[Any]]
+Strategy = Literal["best_fit", "greedy", "none"]
 
 
-def pack(lengths: Sequence[int], row_length: int, strategy: Literal["best_fit", "none"] = "best_fit") -> list[list[int]]:
+def pack(lengths: Sequence[int], row_length: int, strategy: Strategy = "best_fit") -> list[list[int]]:
     """The rows, each a list of indices into `lengths`, no row longer than `row_length` tokens.
 
     best_fit   best fit decreasing: longest first, each into the fullest row that still has room
+    greedy     in order; a row is closed by the first example that it has no room for
     none       one example a row, in order
 
-    Lengths [3, 5, 2] in rows of 5 give [[1], [0, 2]]. Raises `ValueError` for a length that no row can hold.
+    Lengths [3, 5, 2] in rows of 5 give [[1], [0, 2]], and [[0], [1], [2]] greedily. Raises `ValueError` for a length that no
+    row can hold.
     """
+    _refuse_unfit(lengths, row_length)
+    if strategy == "best_fit":
+        return _best_fit(lengths, row_length)
+    return _in_order(list(zip(lengths, strict=True)), (row_length if strategy == "greedy" else 0,))
+
+
+def pack_pairs(
+    lengths: Sequence[tuple[int, int]], row_lengths: tuple[int, int], strategy: Strategy = "best_fit"
+) -> list[list[int]]:
+    """`pack` for examples with two sides, such as an encoder's and a decoder's: a row has room on both, or it has none.
+
+    `best_fit` begins with the examples that take the largest part of a row on either side, and puts each into the row that is
+    fullest, both sides taken together.
+    """
+    for side, row_length in enumerate(row_lengths):
+        _refuse_unfit([pair[side] for pair in lengths], row_length)
+    if strategy == "best_fit":
+        return _best_fit_of_pairs(lengths, row_lengths)
+    return _in_order(lengths, row_lengths if strategy == "greedy" else (0, 0))
+
+
+def _refuse_unfit(lengths: Sequence[int], row_length: int) -> None:
     if any(not 0 < length <= row_length for length in lengths):
         raise ValueError(f"lengths must lie between 1 and {row_length}: {sorted(set(lengths))[-3:]}")
-    if strategy == "none":
-        return [[index] for index in range(len(lengths))]
+
+
+def _in_order(lengths: Sequence[tuple[int, ...]], row_lengths: tuple[int, ...]) -> list[list[int]]:
+    rows: list[list[int]] = []
+    room: tuple[int, ...] = (-1,)
+    for index, sides in enumerate(lengths):
+        room = tuple(left - length for left, length in zip(room, sides, strict=False))
+        if min(room) < 0:
+            room = tuple(whole - length for whole, length in zip(row_lengths, sides, strict=True))
+            rows.append([])
+        rows[-1].append(index)
+    return rows
+
+
+def _best_fit(lengths: Sequence[int], row_length: int) -> list[list[int]]:
     rows: list[list[int]] = []
     rooms: list[int] = []  # the distinct rooms left over, ascending: at most `row_length` of them
     rows_with: dict[int, list[int]] = {}  # room → the rows that have exactly this much
@@ -48,6 +87,28 @@ def pack(lengths: Sequence[int], row_length: int, strategy: Literal["best_fit", 
             if not left:
                 insort(rooms, room - length)
             left.append(row)
+    return rows
+
+
+def _best_fit_of_pairs(lengths: Sequence[tuple[int, int]], row_lengths: tuple[int, int]) -> list[list[int]]:
+    sizes = np.array(lengths, np.int64).reshape(-1, 2)
+    whole = np.array(row_lengths, np.int64)
+    # In units of 1 / (length · target_length) of a row, both sides are whole numbers and the sums exact.
+    weights = whole[::-1]
+    order = np.argsort(-(sizes * weights).max(axis=1), kind="stable")
+    rooms = np.empty((len(lengths), 2), np.int64)
+    rows: list[list[int]] = []
+    for index in order.tolist():
+        open_rooms = rooms[: len(rows)]
+        fitting = np.flatnonzero((open_rooms >= sizes[index]).all(axis=1))
+        if fitting.size:
+            row = int(fitting[np.argmin((open_rooms[fitting] * weights).sum(axis=1))])
+        else:
+            row = len(rows)
+            rows.append([])
+            rooms[row] = whole
+        rows[row].append(index)
+        rooms[row] -= sizes[index]
     return rows
 
 
@@ -93,3 +154,13 @@ def build_rows(
     segment_ids.reshape(-1)[target] = np.repeat(segment, packed)
     loss_mask.reshape(-1)[target] = within >= np.repeat(prompt_lengths[order], packed)
     return {"input_ids": input_ids, "positions": positions, "segment_ids": segment_ids, "loss_mask": loss_mask}
+
+
+def decoder_inputs(target_ids: NDArray[Any], target_positions: NDArray[Any], start_id: int) -> NDArray[Any]:
+    """What the decoder reads to predict `target_ids`: each example's own, one to the right, led by `start_id`.
+
+    Target ids [7, 8, 2, 9, 2] at positions [0, 1, 2, 0, 1] give [start, 7, 8, start, 9]; shapes (rows, target_length) all.
+    """
+    shifted = np.roll(target_ids, 1, axis=-1)
+    shifted[target_positions == 0] = start_id
+    return shifted

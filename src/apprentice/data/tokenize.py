@@ -37,9 +37,12 @@ class Fitted(NamedTuple):
     truncated: str | None
 
 
-def encode(layout: Layout, items: Sequence[tuple[Example, Sequence[Exemplar]]], max_length: int) -> list[Tokenized | None]:
+def encode(
+    layout: Layout, items: Sequence[tuple[Example, Sequence[Exemplar]]], max_length: int, target_length: int | None = None
+) -> list[Tokenized | None]:
     """Token ids of every item, at most `max_length` each; None where instruction and answer do not fit (reason `TOO_LONG`).
 
+    With a `target_length`, as encoder-decoders have it, `max_length` is for the prompt alone, and `target_length` for the answer.
     All prompts go through the tokenizer at once, and so do all answers.
     """
     prompts = layout.encode_prompts([layout.prompt(example.instruction, example.input, shots) for example, shots in items])
@@ -48,7 +51,10 @@ def encode(layout: Layout, items: Sequence[tuple[Example, Sequence[Exemplar]]], 
     found: list[Tokenized | None] = []
     for (example, shots), prompt, answer in zip(items, prompts, answers, strict=True):
         answer += end
-        room = max_length - len(answer)
+        if target_length is None:
+            room = max_length - len(answer)
+        else:
+            room = max_length if len(answer) <= target_length else -1
         whole = Fitted(prompt, len(shots), None)
         fitted = whole if len(prompt) <= room else fit_prompt(layout, example, shots, room)
         found.append(fitted and Tokenized(fitted.ids + answer, len(fitted.ids), fitted.exemplars_used, fitted.truncated))

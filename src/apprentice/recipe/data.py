@@ -42,8 +42,13 @@ class Formats(Strict):
 class Packing(Strict):
     """How examples share rows."""
 
-    length: Positive = Field(1024, description="Tokens of one packed row.")
-    strategy: Literal["best_fit", "none"] = "best_fit"
+    length: Positive = Field(1024, description="Tokens of one packed row; of an encoder-decoder's row, those of the encoder.")
+    target_length: Positive | None = Field(
+        None, description="Tokens of the decoder's side of a row, for encoder-decoders only; default: a quarter of `length`."
+    )
+    strategy: Literal["auto", "best_fit", "greedy", "none"] = Field(
+        "auto", description="auto: best_fit where the model keeps examples of one row apart, and else none."
+    )
 
 
 class Data(Strict):
