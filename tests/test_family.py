@@ -19,6 +19,8 @@ from apprentice.family import can_pack, family_of
         ({"model_type": "t5", "is_encoder_decoder": True}, "seq2seq", True),
         ({"model_type": "mt5", "is_encoder_decoder": True}, "seq2seq", True),
         ({"model_type": "bart", "is_encoder_decoder": True}, "seq2seq", False),
+        ({"model_type": "opt"}, "causal", False),
+        ({"model_type": "mamba"}, "causal", False),
     ],
 )
 def test_family(tmp_path: Path, config: dict[str, object], family: str, packs: bool) -> None:

@@ -39,7 +39,7 @@ def edit(file: Path, **changes: object) -> None:
 
 def test_special_tokens(tokenizer: Tokenizer) -> None:
     assert (tokenizer.pad_id, tokenizer.end_id, tokenizer.end_text, len(tokenizer)) == (0, 2, "<|im_end|>", 512)
-    assert tokenizer.start_ids == ()
+    assert (tokenizer.start_ids, tokenizer.finish_ids) == ((), ())
     assert tokenizer.encode("<|im_start|>a<|im_end|>") == [1, *tokenizer.encode("a"), 2]
 
 
@@ -108,7 +108,7 @@ def test_what_a_tokenizer_puts_before_a_text(folder: Path) -> None:
     processor = {"type": "TemplateProcessing", "single": [start, text], "pair": [start, text, text], "special_tokens": known}
     edit(folder / "tokenizer.json", post_processor=processor)
     tokenizer = Tokenizer(folder)
-    assert tokenizer.start_ids == (1,)
+    assert (tokenizer.start_ids, tokenizer.finish_ids) == ((1,), ())
     assert tokenizer.encode("a") == Tokenizer(folder).encode_batch(["a"])[0]
     assert 1 not in tokenizer.encode("a")  # the layout adds it, once
 

@@ -20,6 +20,7 @@ import ray
 
 from apprentice.artifacts import Run
 from apprentice.data.contract import layout_of
+from apprentice.data.corpus import packing_strategy
 from apprentice.data.pipeline import Corpus, estimate_steps, make_corpus
 from apprentice.data.sources import resolve
 from apprentice.errors import ApprenticeError, DataError, RecipeError, StorageError
@@ -68,7 +69,7 @@ def after_indexing(recipe: Recipe, corpus: Corpus) -> str:
     empty = [name for name, index in corpus.indices.items() if name not in corpus.held_out and not len(index.train)]
     if empty:
         raise DataError(f"task {empty[0]!r} has no usable training row; hold it out or leave it out of data.tasks.")
-    return f"{steps} steps of {recipe.training.global_batch} rows of {recipe.data.packing.length} tokens"
+    return f"{steps} steps of {recipe.training.global_batch} rows of {corpus.row_length} tokens"
 
 
 def _finding(subject: str, look: Callable[..., str], *arguments: Any) -> Finding:
@@ -86,6 +87,7 @@ def _tasks(recipe: Recipe) -> str:
 def _model(recipe: Recipe) -> str:
     tokenizer = Tokenizer(local_folder(recipe.model.base))
     layout = layout_of(recipe, tokenizer)
+    packing_strategy(recipe, tokenizer.folder)
     return (
         f"{recipe.model.base}, layout {layout.name}, an answer ends with {tokenizer.decode(layout.end_ids, skip_special=False)!r}"
     )

@@ -12,7 +12,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from apprentice.architecture import Architecture
 from apprentice.errors import ModelError
 from apprentice.hub import local_folder
 from apprentice.passages import Passages
@@ -64,11 +63,6 @@ class Tokenizer:
         """The padding id; the end token where there is none (padding is masked by position, so both are safe)."""
         pad = self._inner.pad_token_id
         return int(self.end_id if pad is None else pad)
-
-    @cached_property
-    def architecture(self) -> Architecture:
-        """Of the model that lies in the folder."""
-        return Architecture.of(self.folder)
 
     @property
     def start_ids(self) -> tuple[int, ...]:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import pickle
+import shutil
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from apprentice.data.corpus import Corpus, estimate_steps
+from apprentice.data.corpus import Corpus, estimate_steps, packing_strategy
 from apprentice.data.window import WindowRenderer
-from apprentice.errors import TaskError
+from apprentice.errors import RecipeError, TaskError
+from apprentice.recipe import Model, Packing
 from tests.data.small import CorpusOf
 
 TRAINING = {"workers": 1, "global_batch": 4}
@@ -54,6 +57,29 @@ def test_the_estimate_is_near_what_comes(corpus_of: CorpusOf, data: dict[str, An
     assert estimate["rows_per_window"] == pytest.approx(rows / 4, rel=0.2)
     assert estimate["tokens_per_step"] == pytest.approx(4 * tokens / rows, rel=0.2)
     assert 0 < estimate["target_tokens_per_step"] < estimate["tokens_per_step"]
+
+
+@pytest.mark.parametrize("strategy", ["best_fit", "greedy", "none"])
+def test_the_estimate_for_an_encoder_decoder(pairs_of: CorpusOf, strategy: str) -> None:
+    corpus = pairs_of(packing={"length": 256, "target_length": 48, "strategy": strategy})
+    rows = sum(len(WindowRenderer(corpus).window(number)["row"]) for number in range(4))
+    assert estimate_steps(corpus)["rows_per_window"] == pytest.approx(rows / 4, rel=0.25)
+
+
+def test_auto_packs_where_that_is_exact(corpus_of: CorpusOf, pairs_of: CorpusOf, encoder_decoder: Path, tmp_path: Path) -> None:
+    assert (corpus_of().strategy, corpus_of().target_length) == ("best_fit", None)
+    one = pairs_of()
+    assert (one.strategy, one.target_length, one.row_bytes) == ("best_fit", 64, 12 * (256 + 64) + 64)
+    bart = tmp_path / "bart"
+    shutil.copytree(encoder_decoder, bart)
+    (bart / "config.json").write_text('{"model_type": "bart", "is_encoder_decoder": true}')
+    recipe = one.recipe.model_copy(update={"model": Model(base=str(bart))})
+    assert packing_strategy(recipe, bart) == "none"
+    asked = recipe.model_copy(update={"data": recipe.data.model_copy(update={"packing": Packing(length=256, strategy="greedy")})})
+    with pytest.raises(RecipeError, match=r"strategy greedy would .* see each other: the positions of bart count .*choose `none`"):
+        packing_strategy(asked, bart)
+    with pytest.raises(RecipeError, match=r"target_length is for encoder-decoders, and .* leave it out"):
+        corpus_of(packing={"length": 256, "target_length": 32})
 
 
 def test_tokens_and_epochs_become_steps(corpus_of: CorpusOf) -> None:

@@ -87,6 +87,55 @@ def test_without_packing_a_row_is_an_example(corpus_of: CorpusOf) -> None:
     assert rows["input_ids"].shape == (32, 200)
     assert sorted(int(examples[0]) for examples in rows["examples"]) == list(range(32))
     assert rows["segment_ids"].max() == 1
+    lengths = (rows["segment_ids"] > 0).sum(axis=1).tolist()
+    groups = [lengths[start : start + 4] for start in range(0, 32, 4)]  # of a global batch
+    assert [length for group in sorted(groups) for length in group] == sorted(lengths)  # like lengths come together
+    assert groups != sorted(groups)  # and the groups in no order of length
+
+
+@pytest.mark.parametrize("strategy", ["best_fit", "greedy", "none"])
+def test_an_encoder_decoder_has_prompts_and_answers_apart(pairs_of: CorpusOf, strategy: str) -> None:
+    corpus = pairs_of(packing={"length": 256, "target_length": 40, "strategy": strategy})
+    assert (corpus.family, corpus.strategy, corpus.target_length) == ("seq2seq", strategy, 40)
+    draws = corpus.plan.draws(32, 64)
+    given = [Renderer(corpus.tasks, corpus.indices).of_draw(draw) for draw in draws]
+    encoded = zip(draws, encode(corpus.layout, given, 200, 40), strict=True)
+    expected = {draw.position: tokens for draw, tokens in encoded if tokens is not None}
+    rows = WindowRenderer(corpus).window(1)
+    length = 200 if strategy == "none" else 256
+    assert rows["input_ids"].shape == rows["positions"].shape == rows["segment_ids"].shape == (len(rows["row"]), length)
+    assert rows["target_ids"].shape == rows["target_segment_ids"].shape == rows["loss_mask"].shape == (len(rows["row"]), 40)
+    seen = {}
+    for number in range(len(rows["row"])):
+        for segment, position in enumerate(rows["examples"][number].tolist(), start=1):
+            prompt = rows["input_ids"][number, rows["segment_ids"][number] == segment].tolist()
+            answer = rows["target_ids"][number, rows["target_segment_ids"][number] == segment].tolist()
+            tokens = expected[position]
+            assert (prompt, answer) == (tokens.ids[: tokens.prompt_length], tokens.ids[tokens.prompt_length :])
+            assert prompt[-1] == answer[-1] == 2  # both sides end as texts do
+            assert rows["example_targets"][number][segment - 1] == len(answer)
+            seen[position] = segment
+    assert sorted(seen) == sorted(expected)
+    assert len(seen) > 25
+    assert np.array_equal(rows["loss_mask"] > 0, rows["target_segment_ids"] > 0)
+    assert (max(seen.values()) > 1) == (strategy != "none")
+
+
+def test_an_answer_that_its_side_cannot_hold_is_dropped(pairs_of: CorpusOf) -> None:
+    rows = WindowRenderer(pairs_of(packing={"length": 256, "target_length": 4})).window(0)
+    kept = sum(len(examples) for examples in rows["examples"])
+    assert 0 < kept < 32
+    assert sum(counts["too_long"] for counts in json.loads(rows["dropped"][0]).values()) == 32 - kept
+    assert max(targets.max() for targets in rows["example_targets"]) <= 4
+
+
+def test_validation_rows_of_an_encoder_decoder(pairs_of: CorpusOf) -> None:
+    renderer = WindowRenderer(pairs_of(packing={"length": 256, "target_length": 40}))
+    assert 0 < len(renderer.validation(1)["row"]) <= 1
+    whole = renderer.validation(1000)
+    assert sum(len(examples) for examples in whole["examples"]) == sum(
+        len(index.validation) for index in renderer.corpus.indices.values()
+    )
 
 
 def test_what_is_cut_and_dropped_is_counted_on_the_first_row(corpus_of: CorpusOf) -> None:

@@ -14,14 +14,22 @@ from apprentice.artifacts import Run
 from apprentice.data.contract import layout_of
 from apprentice.data.index import TaskIndex, freeze
 from apprentice.data.layout import Layout
+from apprentice.data.pack import Strategy
 from apprentice.data.plan import Plan
+from apprentice.errors import RecipeError
+from apprentice.family import Family, family_of, not_packed_because
 from apprentice.recipe import Recipe
 from apprentice.storage import Folder
 from apprentice.tasks.loading import select_tasks
 from apprentice.tasks.schema import Task
 from apprentice.tokenizer import Tokenizer
 
-FILLED = 0.98  # of a row's tokens that best fit fills with short examples
+# Of a row's tokens that a strategy fills with examples: greedy as measured, and two sides that must both fit waste more.
+FILLED = {"best_fit": 0.98, "greedy": 0.85, "none": 1.0}
+FILLED_PAIRS = {"best_fit": 0.9, "greedy": 0.75, "none": 1.0}
+# Tuning methods whose virtual tokens stand before the row, not before each example, and ignore the positions (design, section 8).
+_VIRTUAL = dict.fromkeys(("prefix", "prompt"), "the virtual tokens of prefix and prompt tuning ignore where an example begins")
+_TOKEN_BYTES = 12  # three int32 for each place of a row, and a byte for each that can be trained on
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,12 +42,30 @@ class Corpus:
     indices: Mapping[str, TaskIndex]
     plan: Plan
     layout: Layout
+    strategy: Strategy = "best_fit"  # of packing, with `auto` resolved
+
+    @property
+    def family(self) -> Family:
+        """`seq2seq` where rows have an encoder's and a decoder's side."""
+        return self.layout.family
 
     @property
     def row_length(self) -> int:
-        """Tokens of a packed row, padding included."""
+        """Tokens of a packed row, padding included; for an encoder-decoder, those of the encoder."""
         data = self.recipe.data
-        return data.packing.length if data.packing.strategy == "best_fit" else data.max_length
+        return data.max_length if self.strategy == "none" else data.packing.length
+
+    @property
+    def target_length(self) -> int | None:
+        """Tokens of the decoder's side of a row, padding included; None for causal models, whose rows have one side."""
+        packing = self.recipe.data.packing
+        return (packing.target_length or max(1, packing.length // 4)) if self.family == "seq2seq" else None
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one packed row's arrays."""
+        trained_on = self.target_length or self.row_length
+        return _TOKEN_BYTES * (self.row_length + (self.target_length or 0)) + trained_on
 
 
 def make_corpus(recipe: Recipe, run: Run, *, parallel: bool = True) -> Corpus:
@@ -51,7 +77,29 @@ def make_corpus(recipe: Recipe, run: Run, *, parallel: bool = True) -> Corpus:
     tokenizer = Tokenizer.load(recipe.model.base)
     cache = Folder.at(recipe.storage) / "cache"
     indices = freeze(tasks, recipe, run.index, cache, tokenizer, parallel=parallel)
-    return Corpus(recipe, tasks, held_out, indices, Plan.of(recipe, tasks, indices), layout_of(recipe, tokenizer))
+    strategy = packing_strategy(recipe, tokenizer.folder)
+    return Corpus(recipe, tasks, held_out, indices, Plan.of(recipe, tasks, indices), layout_of(recipe, tokenizer), strategy)
+
+
+def packing_strategy(recipe: Recipe, folder: Path) -> Strategy:
+    """How the rows of the model in `folder` are packed: as asked, or by `auto` the densest way that is exact.
+
+    Raises `RecipeError` where examples of one row would see each other, or a causal model is given a decoder's length.
+    """
+    packing = recipe.data.packing
+    if packing.target_length is not None and family_of(folder) == "causal":
+        raise RecipeError(
+            f"data.packing.target_length is for encoder-decoders, and {recipe.model.base} continues one text; leave it out."
+        )
+    reason = not_packed_because(folder) or _VIRTUAL.get(recipe.tuning.method)
+    if packing.strategy == "auto":
+        return "best_fit" if reason is None else "none"
+    if reason is not None and packing.strategy != "none":
+        raise RecipeError(
+            f"data.packing.strategy {packing.strategy} would let examples that share a row see each other: {reason};"
+            " choose `none`, or `auto`, which does so by itself."
+        )
+    return packing.strategy
 
 
 def estimate_steps(corpus: Corpus) -> dict[str, float]:
@@ -62,7 +110,7 @@ def estimate_steps(corpus: Corpus) -> dict[str, float]:
     """
     data, training = corpus.recipe.data, corpus.recipe.training
     tokens, targets = _mean_example(corpus)
-    examples_per_row = max(1.0, FILLED * corpus.row_length / tokens) if data.packing.strategy == "best_fit" else 1.0
+    examples_per_row = _examples_per_row(corpus, tokens, targets)
     examples_per_step = training.global_batch * examples_per_row
     if training.steps is not None:
         steps = training.steps
@@ -78,6 +126,15 @@ def estimate_steps(corpus: Corpus) -> dict[str, float]:
         "target_tokens_per_step": round(examples_per_step * targets, 1),
         "rows_per_window": round(data.window / examples_per_row, 1),
     }
+
+
+def _examples_per_row(corpus: Corpus, tokens: float, targets: float) -> float:
+    if corpus.strategy == "none":
+        return 1.0
+    if corpus.target_length is None:
+        return max(1.0, FILLED[corpus.strategy] * corpus.row_length / tokens)
+    fitting = min(corpus.row_length / max(tokens - targets, 1.0), corpus.target_length / max(targets, 1.0))
+    return max(1.0, FILLED_PAIRS[corpus.strategy] * fitting)
 
 
 def _mean_example(corpus: Corpus) -> tuple[float, float]:

@@ -16,6 +16,7 @@ from functools import cached_property
 from typing import Literal, get_args
 
 from apprentice.errors import ContractError
+from apprentice.family import Family, family_of
 from apprentice.tokenizer import Tokenizer
 
 LayoutName = Literal["plain", "alpaca", "chat"]
@@ -98,13 +99,19 @@ class Layout:
     def encode_prompts(self, texts: Sequence[str]) -> list[list[int]]:
         start = [] if self.name == "chat" else list(self.tokenizer.start_ids)
         # An encoder's text is a text of its own, and ends like one; a causal model's prompt goes on with the answer.
-        finish = list(self.tokenizer.finish_ids) if self.tokenizer.architecture.family == "seq2seq" else []
+        finish = list(self.tokenizer.finish_ids) if self.family == "seq2seq" else []
         encoded = self.tokenizer.encode_batch(texts)
         return [start + ids + finish for ids in encoded] if start or finish else encoded
 
     def encode_answers(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of answers, without the end."""
         return self.tokenizer.encode_batch(texts)
+
+    @cached_property
+    def family(self) -> Family:
+        """Of the model whose tokenizer this is: an encoder reads prompts as texts of their own."""
+        folder = self.tokenizer.folder
+        return family_of(folder) if (folder / "config.json").is_file() else "causal"
 
     @cached_property
     def end_ids(self) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -130,6 +130,53 @@ def build_rows(
     segment_ids   int32, 1, 2, … and 0 for padding: lengths [3, 2] in a row of 6 give [1, 1, 1, 2, 2, 0]
     loss_mask     uint8, 1 on the tokens that are trained on (by position, whatever their id)
     """
+    side = _side(ids, np.cumsum(lengths) - lengths, lengths, rows, row_length, pad_id)
+    in_prompt = np.zeros(side.ids.shape, np.int64)
+    in_prompt.reshape(-1)[side.places] = prompt_lengths[side.examples]
+    loss_mask = ((side.segments > 0) & (side.positions >= in_prompt)).astype(np.uint8)
+    return {"input_ids": side.ids, "positions": side.positions, "segment_ids": side.segments, "loss_mask": loss_mask}
+
+
+def build_pairs(
+    ids: NDArray[np.int32],
+    lengths: NDArray[np.int64],
+    prompt_lengths: NDArray[np.int64],
+    rows: Sequence[Sequence[int]],
+    row_lengths: tuple[int, int],
+    pad_id: int,
+) -> Rows:
+    """The arrays of packed rows whose prompts and answers lie on two sides; arguments as for `build_rows`.
+
+    `input_ids`, `positions` and `segment_ids` of shape (rows, row_lengths[0]) hold the prompts; `target_ids`, `target_positions`,
+    `target_segment_ids` and `loss_mask` of shape (rows, row_lengths[1]) the answers.
+    """
+    starts = np.cumsum(lengths) - lengths
+    prompts = _side(ids, starts, prompt_lengths, rows, row_lengths[0], pad_id)
+    answers = _side(ids, starts + prompt_lengths, lengths - prompt_lengths, rows, row_lengths[1], pad_id)
+    columns = {"input_ids": prompts.ids, "positions": prompts.positions, "segment_ids": prompts.segments}
+    columns |= {"target_ids": answers.ids, "target_positions": answers.positions, "target_segment_ids": answers.segments}
+    return columns | {"loss_mask": (answers.segments > 0).astype(np.uint8)}
+
+
+class _Side(NamedTuple):
+    """One text of every example, laid into rows; the first three of shape (rows, row_length)."""
+
+    ids: NDArray[np.int32]
+    positions: NDArray[np.int32]
+    segments: NDArray[np.int32]
+    places: NDArray[np.int64]  # of every real token in the flattened arrays
+    examples: NDArray[np.int64]  # and its example
+
+
+def _side(
+    ids: NDArray[np.int32],
+    starts: NDArray[np.int64],
+    lengths: NDArray[np.int64],
+    rows: Sequence[Sequence[int]],
+    row_length: int,
+    pad_id: int,
+) -> _Side:
+    """Lays `ids[start : start + length]` of every example into `rows`."""
     order = np.fromiter((index for row in rows for index in row), np.int64)
     counts = np.fromiter((len(row) for row in rows), np.int64, len(rows))
     packed = lengths[order]
@@ -141,19 +188,17 @@ def build_rows(
     segment = np.arange(len(order)) - np.repeat(first_of_row, counts) + 1
 
     within = np.arange(int(packed.sum())) - np.repeat(before, packed)  # each token's place in its example
-    source = np.repeat((np.cumsum(lengths) - lengths)[order], packed) + within
-    target = np.repeat(row_of * row_length + place_in_row, packed) + within
+    source = np.repeat(starts[order], packed) + within
+    places = np.repeat(row_of * row_length + place_in_row, packed) + within
 
     shape = (len(rows), row_length)
-    input_ids = np.full(shape, pad_id, np.int32)
+    laid = np.full(shape, pad_id, np.int32)
     positions = np.maximum(np.arange(row_length, dtype=np.int32) - used[:, None].astype(np.int32), 0)
-    segment_ids = np.zeros(shape, np.int32)
-    loss_mask = np.zeros(shape, np.uint8)
-    input_ids.reshape(-1)[target] = ids[source]
-    positions.reshape(-1)[target] = within
-    segment_ids.reshape(-1)[target] = np.repeat(segment, packed)
-    loss_mask.reshape(-1)[target] = within >= np.repeat(prompt_lengths[order], packed)
-    return {"input_ids": input_ids, "positions": positions, "segment_ids": segment_ids, "loss_mask": loss_mask}
+    segments = np.zeros(shape, np.int32)
+    laid.reshape(-1)[places] = ids[source]
+    positions.reshape(-1)[places] = within
+    segments.reshape(-1)[places] = np.repeat(segment, packed)
+    return _Side(laid, positions, segments, places, np.repeat(order, packed))
 
 
 def decoder_inputs(target_ids: NDArray[Any], target_positions: NDArray[Any], start_id: int) -> NDArray[Any]:

@@ -30,7 +30,6 @@ __all__ = ["Corpus", "Start", "estimate_steps", "make_corpus", "render_window", 
 MAX_BLOCKS = 256  # of window numbers, while windows are few: Ray takes 2 ms for each before the first window is rendered
 WINDOWS_PER_BLOCK = 32  # at most: an actor works through a block, and what it is ahead of its turn waits in memory
 WINDOWS_TOGETHER = 4  # travel as one object: each one costs Ray a twentieth of a core's second, a fifth of a window's own work
-_ROW_BYTES = 13  # of each token: three int32 and a uint8
 _TYPES = {
     "window": pa.int64(),
     "row": pa.int32(),
@@ -78,7 +77,7 @@ def train_stream(corpus: Corpus, start: Start = Start(), windows: int | None = N
     numbers.context.enable_progress_bars = False
     numbers.context.execution_options.preserve_order = True
     # An actor hands on what it has when that is larger than this.
-    numbers.context.target_max_block_size = ceil((together - 0.5) * estimate["rows_per_window"] * _ROW_BYTES * corpus.row_length)
+    numbers.context.target_max_block_size = ceil((together - 0.5) * estimate["rows_per_window"] * corpus.row_bytes)
     rows = numbers.map_batches(
         _WindowActor,
         fn_constructor_args=(ray.put(corpus), start),

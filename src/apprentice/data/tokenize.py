@@ -51,12 +51,13 @@ def encode(
     found: list[Tokenized | None] = []
     for (example, shots), prompt, answer in zip(items, prompts, answers, strict=True):
         answer += end
-        if target_length is None:
-            room = max_length - len(answer)
-        else:
-            room = max_length if len(answer) <= target_length else -1
-        whole = Fitted(prompt, len(shots), None)
-        fitted = whole if len(prompt) <= room else fit_prompt(layout, example, shots, room)
+        # On one side with the prompt, or on a side of its own.
+        room, answer_room = (max_length - len(answer), max_length) if target_length is None else (max_length, target_length)
+        fitted: Fitted | None = Fitted(prompt, len(shots), None)
+        if len(answer) > answer_room:
+            fitted = None
+        elif len(prompt) > room:
+            fitted = fit_prompt(layout, example, shots, room)
         found.append(fitted and Tokenized(fitted.ids + answer, len(fitted.ids), fitted.exemplars_used, fitted.truncated))
     return found
 

@@ -1,11 +1,25 @@
 """A window of the plan to packed rows: rendered, tokenised and packed together, and independent of every other window.
 
-The columns of packed rows, all NumPy arrays with one entry a row:
+The columns of packed rows, all NumPy arrays with one entry a row. A causal model (`Corpus.family`) reads prompt and answer
+as one text:
 
     input_ids        int32 (length,)    padded with the tokenizer's padding id
     positions        int32 (length,)    restarting at 0 with every example and with the padding
     segment_ids      int32 (length,)    1, 2, … and 0 for padding
     loss_mask        uint8 (length,)    1 on the tokens that are trained on: answer and end
+
+An encoder-decoder reads the prompts (with the end that its tokenizer gives every text) in the same three columns, and writes
+the answers in columns of their own, where `length` is `Corpus.row_length` and `target_length` is `Corpus.target_length`:
+
+    input_ids, positions, segment_ids       int32 (length,)         the encoder's side
+    target_ids                              int32 (target_length,)  answers and ends: the labels, not shifted, padded as above
+    target_positions, target_segment_ids    int32 (target_length,)  an example has the same segment number on both sides
+    loss_mask                               uint8 (target_length,)  1 on answers and ends; a target is never an input of itself
+
+What the decoder reads is `pack.decoder_inputs(target_ids, target_positions, start_id)`: shifted within each example. Attention
+stays inside equal segment numbers: encoder to encoder, decoder to earlier decoder, decoder to encoder; 0 is padding.
+For both:
+
     window, row      int64, int32       where the row stands in the stream
     examples         int64 (any,)       the plan's positions of its examples, in row order
     example_tasks    int32 (any,)       their tasks' numbers in `Corpus.tasks`
@@ -28,7 +42,7 @@ from numpy.typing import NDArray
 
 from apprentice.data.corpus import Corpus
 from apprentice.data.layout import Exemplar
-from apprentice.data.pack import Rows, build_rows, pack
+from apprentice.data.pack import Rows, build_pairs, build_rows, pack, pack_pairs
 from apprentice.data.permutation import below, draw, key_of, permute
 from apprentice.data.plan import Draw
 from apprentice.data.render import Rendered, Renderer
@@ -63,9 +77,13 @@ class WindowRenderer:
         labels = [(draw.position, draw.task) for draw in draws]
         items, counts = self._items(labels, self._renderer.of_draws(draws))
         rows = _packed(self.corpus, items)
-        # Best fit puts the longest examples into the first rows; training must not see lengths in waves.
-        order = permute(np.arange(len(rows)), max(len(rows), 1), key_of(recipe.seed, "rows", window))
-        return self._columns(items, [rows[number] for number in order], window, counts)
+        if self.corpus.strategy == "none":
+            rows = _by_length(items, rows, recipe.training.global_batch, key_of(recipe.seed, "rows", window))
+        else:
+            # Best fit puts the longest examples into the first rows; training must not see lengths in waves.
+            order = permute(np.arange(len(rows)), max(len(rows), 1), key_of(recipe.seed, "rows", window))
+            rows = [rows[number] for number in order]
+        return self._columns(items, rows, window, counts)
 
     def validation(self, limit_rows: int) -> Rows:
         """At most `limit_rows` packed rows of zero-shot validation examples, in the mixture's proportions while they last.
@@ -77,7 +95,7 @@ class WindowRenderer:
         for draws in _validation_draws(self.corpus):
             labels = [(draw.row, draw.task) for draw in draws]
             found, _ = self._items(labels, self._renderer.of_draws(draws))
-            ends = np.cumsum([len(item.tokens.ids) for item in found])
+            ends = np.cumsum([_room_of(self.corpus, item) for item in found])
             items += found[: int(np.searchsorted(ends, room, side="right"))]
             room -= int(ends[-1]) if found else 0
             if room <= 0:
@@ -102,7 +120,8 @@ class WindowRenderer:
                 kept.append(label)
                 given.append(found)
         items: list[_Item] = []
-        tokenized = encode(self.corpus.layout, given, self.corpus.recipe.data.max_length)
+        limits = (self.corpus.recipe.data.max_length, self.corpus.target_length)
+        tokenized = encode(self.corpus.layout, given, *limits)
         for (number, task), tokens in zip(kept, tokenized, strict=True):
             if tokens is not None:
                 items.append(_Item(number, self._task_number[task], tokens))
@@ -114,7 +133,12 @@ class WindowRenderer:
         lengths = _numbers(len(item.tokens.ids) for item in items)
         prompts = _numbers(item.tokens.prompt_length for item in items)
         ids = np.fromiter(chain.from_iterable(item.tokens.ids for item in items), np.int32, int(lengths.sum()))
-        columns = build_rows(ids, lengths, prompts, rows, self.corpus.row_length, self.corpus.layout.tokenizer.pad_id)
+        sizes = (self.corpus.row_length, self.corpus.target_length)
+        pad_id = self.corpus.layout.tokenizer.pad_id
+        if sizes[1] is None:
+            columns = build_rows(ids, lengths, prompts, rows, sizes[0], pad_id)
+        else:
+            columns = build_pairs(ids, lengths, prompts, rows, (sizes[0], sizes[1]), pad_id)
         order = _numbers(chain.from_iterable(rows))
         per_example: dict[str, NDArray[Any]] = {
             "examples": _numbers(item.number for item in items)[order],
@@ -132,7 +156,30 @@ class WindowRenderer:
 
 
 def _packed(corpus: Corpus, items: Sequence[_Item]) -> list[list[int]]:
-    return pack([len(item.tokens.ids) for item in items], corpus.row_length, corpus.recipe.data.packing.strategy)
+    if corpus.target_length is None:
+        return pack([len(item.tokens.ids) for item in items], corpus.row_length, corpus.strategy)
+    pairs = [(item.tokens.prompt_length, len(item.tokens.ids) - item.tokens.prompt_length) for item in items]
+    return pack_pairs(pairs, (corpus.row_length, corpus.target_length), corpus.strategy)
+
+
+def _room_of(corpus: Corpus, item: _Item) -> int:
+    """Tokens of a row's `row_length` that an example takes: of the side that is shorter of room, in its proportion."""
+    if corpus.strategy == "none":
+        return corpus.row_length
+    if corpus.target_length is None:
+        return len(item.tokens.ids)
+    targets = len(item.tokens.ids) - item.tokens.prompt_length
+    return max(item.tokens.prompt_length, -(-targets * corpus.row_length // corpus.target_length))
+
+
+def _by_length(items: Sequence[_Item], rows: list[list[int]], together: int, key: int) -> list[list[int]]:
+    """Rows of one example each, `together` of like length after each other and these groups in a keyed order.
+
+    A step of such rows pads little; which lengths come when is left to chance.
+    """
+    ascending = sorted(rows, key=lambda row: len(items[row[0]].tokens.ids))
+    groups = [ascending[start : start + together] for start in range(0, len(ascending), together)]
+    return [row for number in permute(np.arange(len(groups)), max(len(groups), 1), key) for row in groups[number]]
 
 
 def _validation_draws(corpus: Corpus) -> Iterator[list[Draw]]:
