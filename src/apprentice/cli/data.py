@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from apprentice.cli.options import Json, Overrides, RecipeFile, Restart, cell, loaded_recipe, screen_for, table_of
+from apprentice.cli.options import Json, Overrides, RecipeFile, Restart, cell, loaded_recipe, screen_for, table_of, task_table
 
 
 def check(recipe: RecipeFile, overrides: Overrides = None, json: Json = False) -> None:
@@ -24,27 +24,34 @@ def check(recipe: RecipeFile, overrides: Overrides = None, json: Json = False) -
         raise typer.Exit(1)
 
 
-def tasks(name: Annotated[str | None, typer.Argument(help="A task's name.")] = None, json: Json = False) -> None:
+def tasks(name: Annotated[str | None, typer.Argument(help="A task's name, or a cluster's.")] = None, json: Json = False) -> None:
     """The library of tasks, or one task with its wordings."""
+    from apprentice.tasks.description import UNKNOWN, describe, training_rows
     from apprentice.tasks.loading import find_tasks, library, load_task
 
     screen = screen_for(json)
-    if name is not None:
-        from apprentice.tasks.description import describe
-
-        task = find_tasks(name, Path.cwd())[0]
-        screen.result(task.model_dump(mode="json", exclude_none=True), describe(task))
+    found = [load_task(path) for path in library().values()] if name is None else find_tasks(name, Path.cwd())
+    if name is not None and len(found) == 1:
+        screen.result(found[0].model_dump(mode="json", exclude_none=True), describe(found[0]))
         return
-    found = [load_task(path) for path in library().values()]
-    rows = [{"name": t.name, "cluster": t.cluster, "wordings": len(t.templates), "metrics": list(t.metrics)} for t in found]
+    found.sort(key=lambda task: (task.cluster, task.name))
+    rows = [
+        {
+            "name": task.name,
+            "cluster": task.cluster,
+            "wordings": len(task.templates),
+            "inverted": len(task.inverted_templates),
+            "chain_of_thought": len(task.cot_templates),
+            "metrics": list(task.metrics),
+            "train_rows": training_rows(task),
+            "summary": task.summary,
+        }
+        for task in found
+    ]
     if not json:
-        screen.show(
-            table_of(
-                ["task", "cluster", "wordings", "metrics", "summary"],
-                [[*map(cell, r.values()), t.summary] for r, t in zip(rows, found, strict=True)],
-            )
-        )
-    screen.result({"tasks": rows})
+        screen.show(task_table(rows, UNKNOWN))
+    clusters = len({task.cluster for task in found})
+    screen.result({"tasks": rows}, f"\n{len(found)} tasks in {clusters} clusters; `apprentice tasks NAME` shows the wordings of one")
 
 
 def preview(

@@ -39,6 +39,28 @@ def table_of(columns: list[str], rows: list[list[str]]) -> Any:
     return table
 
 
+def task_table(rows: list[dict[str, Any]], unknown: str) -> Any:
+    """The library by cluster: a heading for each, its tasks below, summaries wrapped to the width of the screen."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False)
+    table.add_column("cluster, task", no_wrap=True)
+    for column in ("wordings", "inverted", "rows"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("metrics")
+    table.add_column("summary", ratio=1)
+    cluster = None
+    for row in rows:
+        if row["cluster"] != cluster:
+            cluster = row["cluster"]
+            table.add_row(Text(cluster, style="bold"))
+        train = row["train_rows"]
+        counts = (str(row["wordings"]), str(row["inverted"]), unknown if train is None else f"{train:,}")
+        table.add_row(f"  {row['name']}", *counts, "\n".join(row["metrics"]), row["summary"])
+    return table
+
+
 def cell(value: Any) -> str:
     """One value as a table shows it."""
     if value is None:

@@ -143,7 +143,7 @@ def _frozen(task: Task, sources: _Sources, folder: Folder) -> TaskIndex:
 
 def _definition(task: Task) -> str:
     """A hash of everything that shapes the task's examples."""
-    content = task.model_dump_json(exclude={"sources", "summary", "licence", "metrics"})
+    content = task.model_dump_json(exclude={"sources", "summary", "licence", "metrics", "sample"})
     return hashlib.sha256(content.encode()).hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""A task as text for a person: what it is, and each wording, rendered on a sample row where there is one."""
+"""A task as text for a person: what it is, where its rows lie, and each wording, rendered on a sample row where there is one."""
 
 from __future__ import annotations
 
@@ -7,22 +7,51 @@ from typing import Any
 
 from apprentice.errors import RowError
 from apprentice.tasks.builtin import rows
-from apprentice.tasks.schema import Task, Template
+from apprentice.tasks.schema import SourceSpec, Task, Template
+
+UNKNOWN = "unknown"
 
 
 def describe(task: Task) -> str:
-    """Name, cluster, sources and every wording of `task`; wordings of built-in tasks are rendered on their first row."""
-    names = [name for spec in task.sources if (name := spec.builtin)]
-    row = rows(names[0], "train")[0] if names else None
-    places = ", ".join(spec.dataset or spec.hub or spec.builtin or "own files" for spec in task.sources)
+    """Name, cluster, sources and every wording of `task`, rendered on its `sample`, or a built-in task's first row."""
+    row = sample_row(task)
     head = [
         f"{task.name}  (cluster {task.cluster}, {', '.join(task.metrics)}, licence {task.licence})",
         task.summary,
-        f"from {places}",
+        *(_place(spec) for spec in task.sources),
     ]
     return "\n".join(
         [*head, *(f"\n{number}. {_wording(task, template, row)}" for number, template in enumerate(task.templates, 1))]
     )
+
+
+def sample_row(task: Task) -> Mapping[str, Any] | None:
+    """A row to show the wordings on: the task's own sample, or a built-in task's first; None for a file without one."""
+    if task.sample is not None:
+        return task.sample
+    names = [name for spec in task.sources if (name := spec.builtin)]
+    return rows(names[0], "train")[0] if names else None
+
+
+def training_rows(task: Task) -> int | None:
+    """How many training rows the task has, as published or as built in; None when nobody could see it."""
+    names = [name for spec in task.sources if (name := spec.builtin)]
+    return len(rows(names[0], "train")) if names else task.train_rows
+
+
+def _place(spec: SourceSpec) -> str:
+    if spec.builtin:
+        return "from built-in rows"
+    if spec.dataset:
+        return f"from {spec.dataset}/ under data.root"
+    if spec.files:
+        return f"from {', '.join(spec.files.values())}"
+    splits = ", ".join(
+        f"{split} = {name} ({f'{spec.rows[split]:,}' if split in spec.rows else UNKNOWN} rows)"
+        for split, name in spec.splits.items()
+    )
+    known = f"revision {spec.revision or UNKNOWN}" + (f"; from its {spec.card}" if spec.card else "")
+    return f"from the hub's {spec.hub}{f', {spec.config}' if spec.config else ''}: {splits}; {known}"
 
 
 def _wording(task: Task, template: Template, row: Mapping[str, Any] | None) -> str:
@@ -33,6 +62,6 @@ def _wording(task: Task, template: Template, row: Mapping[str, Any] | None) -> s
             texts = (example.instruction, example.input, example.target)
         except RowError as error:
             texts = (template.instruction, template.input, f"(cannot be rendered: {error})")
-    inverted = "  (inverted)" if template.inverted else ""
+    kind = "  (inverted)" if template.inverted else "  (chain of thought)" if template.cot else ""
     shown = [f"   {text}".replace("\n", "\n   ") for text in texts[:2] if text]
-    return "\n".join([f"{template.name}{inverted}", *shown, f"   → {texts[2]}".replace("\n", "\n     ")])
+    return "\n".join([f"{template.name}{kind}", *shown, f"   → {texts[2]}".replace("\n", "\n     ")])

@@ -10,9 +10,12 @@
       - hub: stanfordnlp/sst2             # Hugging Face hub id
         splits: {train: train, test: validation}
         columns: {sentence: sentence}     # our field: the source's column; others keep their name
+        rows: {train: 67349, test: 872}   # as the card says; left out when nobody could see it
+        card: dataset card of nyu-mll/glue   # where splits, columns and rows were looked up
     choices: [negative, positive]         # a list, or an expression over the row such as `endings`
     label: label                          # expression: index of the right choice
     metrics: [accuracy]
+    sample: {sentence: a film to treasure, label: 1}   # one invented row, on which `apprentice tasks sst2` shows the wordings
     templates:
       - name: praise_or_not
         instruction: Does the reviewer like the film? Answer "positive" or "negative".
@@ -87,6 +90,8 @@ class SourceSpec(_Strict):
     builtin: str | None = Field(None, description="Name of a generator in `apprentice.tasks.builtin`.")
     splits: dict[Literal["train", "test"], str] = Field({"train": "train", "test": "test"}, description="Our split → the source's.")
     columns: dict[str, str] = Field({}, description="Our field → the source's column, where the names differ.")
+    rows: dict[Literal["train", "test"], int] = Field({}, description="Published number of rows; empty when unknown.")
+    card: str | None = Field(None, description="Where splits, columns and rows were looked up.")
 
     @model_validator(mode="after")
     def _one_place(self) -> Self:
@@ -142,6 +147,7 @@ class Task(_Strict):
     answer: str | None = None
     references: str | None = None
     metrics: tuple[Metric, ...] = Field(min_length=1)
+    sample: dict[str, Any] | None = Field(None, description="One invented row, in the task's fields, to show the wordings on.")
     templates: tuple[Template, ...] = Field(min_length=1)
 
     @field_validator("choices", "label", "references")
@@ -174,6 +180,11 @@ class Task(_Strict):
             if template.choices is not None and len(template.choices) != len(self.choices or ()):
                 raise ValueError(f"template {template.name!r} must have as many choices as the task")
         return self
+
+    @property
+    def train_rows(self) -> int | None:
+        """Published number of training rows, of the first source that gives it; None when unknown."""
+        return next((spec.rows["train"] for spec in self.sources if "train" in spec.rows), None)
 
     @property
     def is_ranked(self) -> bool:
