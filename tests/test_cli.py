@@ -79,11 +79,20 @@ def test_tasks_are_listed_and_described(command):
     rows = json.loads(out)["tasks"]
     assert code == 0
     assert {"name": "sst2", "cluster": "sentiment"}.items() <= next(row for row in rows if row["name"] == "sst2").items()
+    assert {"inverted": 3, "train_rows": None}.items() <= next(row for row in rows if row["name"] == "boolq").items()
     code, out, _ = command("tasks")
-    assert len(out.splitlines()) == len(rows) + 1
-    code, out, _ = command("tasks", "sst2")
+    listed = [
+        line.split()[0] for line in out.splitlines() if line.startswith("  ") and line.split()[0] in {r["name"] for r in rows}
+    ]
+    assert sorted(listed) == sorted(row["name"] for row in rows)
+    assert max(map(len, out.splitlines())) <= 110
+    assert f"{len(rows)} tasks in" in out
+    code, out, _ = command("tasks", "nli", "--json")
+    assert {row["cluster"] for row in json.loads(out)["tasks"]} == {"nli"}
+    code, out, _ = command("tasks", "boolq")
     assert code == 0
-    assert "{{ sentence }}" in out
+    assert "Do sea otters have a layer of blubber?" in out
+    assert "{{" not in out
     assert "(inverted)" in out
 
 

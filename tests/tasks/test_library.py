@@ -16,7 +16,7 @@ import yaml
 from apprentice.tasks.loading import BUILTIN, library, load_task
 from apprentice.tasks.schema import Example, Task, missing_fields
 
-# One row of each task, in the fields of the task, and its answer. A new task adds a line here.
+# A row in the fields of the task, and its answer, for the tasks whose real rows are in ../shared/data. Any task has a `sample`.
 ROWS: dict[str, tuple[dict[str, Any], str]] = {
     "ag_news": ({"text": "Striker out Rovers #39; striker is injured", "label": 1}, "sports"),
     "alpaca_demo": ({"instruction": "Add the numbers.", "input": "1 and 2", "output": "3"}, "3"),
@@ -79,6 +79,7 @@ TASKS = {name: load_task(path) for name, path in FILES.items()}
 REAL_ROWS = 200
 GENERATION_METRICS = {
     "extractive_qa": {"token_f1", "exact_match"},
+    "reading_comprehension": {"token_f1", "exact_match"},
     "open_qa": {"token_f1", "exact_match"},
     "summarisation": {"rouge_l"},
     "conversation": {"rouge_l"},
@@ -111,9 +112,10 @@ def check(example: Example, task: Task) -> None:
 
 
 def test_enough_tasks_clusters_and_wordings() -> None:
-    assert len(TASKS) >= 20
-    assert len({task.cluster for task in TASKS.values()}) >= 10
-    assert {name for name, task in TASKS.items() if len(task.templates) < 8 or len(task.inverted_templates) < 2} == set()
+    assert len(TASKS) >= 40
+    assert len({task.cluster for task in TASKS.values()}) >= 14
+    assert {name for name, task in TASKS.items() if len(task.templates) < 10} == set()
+    assert {name for name, task in TASKS.items() if len(task.inverted_templates) < 2} == set()
     assert {name for name, task in TASKS.items() if len(task.scored_templates) < 6} == set()
 
 
@@ -143,7 +145,7 @@ def test_no_two_wordings_of_a_task_are_alike(name: str) -> None:
     share ("... positive or negative?"), make up to 0.57 of a short wording, so 0.6 separates the two cases."""
     words = {template.name: own_words(f"{template.instruction} {template.input}") for template in TASKS[name].templates}
     pairs = {pair: likeness(words[pair[0]], words[pair[1]]) for pair in combinations(words, 2)}
-    assert len(pairs) >= 28
+    assert len(pairs) >= 45
     assert {pair: round(value, 2) for pair, value in pairs.items() if value >= 0.6} == {}
 
 
@@ -154,11 +156,21 @@ def test_likeness_tells_a_rewording_from_another_wording() -> None:
     assert likeness(own_words("{{ a }}"), own_words("{{ b }}")) == 1.0
 
 
-def test_every_task_has_a_row_here() -> None:
-    assert set(ROWS) == set(TASKS)
-
-
 @pytest.mark.parametrize("name", TASKS)
+def test_every_wording_renders_the_sample(name: str) -> None:
+    """The sample is a whole row: every field, no wording left with an empty part of it, no mark of the template language."""
+    task = TASKS[name]
+    row = task.sample or ROWS[name][0]
+    assert task.fields <= set(row)
+    for template in task.templates:
+        example = task.render(row, template)
+        check(example, task)
+        shown = f"{example.instruction}\n{example.input}\n{example.target}"
+        assert not re.search(r"\{[{%]|[}%]\}|None|\bnan\b", shown), template.name
+        assert template.inverted or template.cot or task.is_ranked or example.target not in example.instruction.splitlines()
+
+
+@pytest.mark.parametrize("name", ROWS)
 def test_every_wording_renders_a_row_of_our_own(name: str) -> None:
     task, (row, answer) = TASKS[name], ROWS[name]
     assert task.fields <= set(row)
@@ -197,7 +209,7 @@ def test_details_of_some_wordings() -> None:
     assert shown("xsum", "open_the_article").target == "A bridge was shut."
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", ROWS)
 def test_every_wording_renders_real_rows(name: str, shared_data: Path) -> None:
     """No row of these sets may drop out: they were cleaned when they were made."""
     task = TASKS[name]

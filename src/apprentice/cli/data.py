@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from apprentice.cli.options import Json, Overrides, RecipeFile, Restart, cell, loaded_recipe, screen_for, table_of, task_table
+from apprentice.cli.options import Json, Overrides, RecipeFile, Restart, loaded_recipe, screen_for, task_table
 
 
 def check(recipe: RecipeFile, overrides: Overrides = None, json: Json = False) -> None:
@@ -51,7 +51,10 @@ def tasks(name: Annotated[str | None, typer.Argument(help="A task's name, or a c
     if not json:
         screen.show(task_table(rows, UNKNOWN))
     clusters = len({task.cluster for task in found})
-    screen.result({"tasks": rows}, f"\n{len(found)} tasks in {clusters} clusters; `apprentice tasks NAME` shows the wordings of one")
+    screen.result(
+        {"tasks": rows},
+        f"\n{len(found)} tasks in {clusters} cluster{'s' * (clusters > 1)}; `apprentice tasks NAME` shows one with its wordings",
+    )
 
 
 def preview(
