@@ -67,6 +67,7 @@ def test_a_dumped_recipe_loads_to_the_same(write, tmp_path):
         ("  workers: 2", "  workers: {min: 4, max: 2}", 7, "min 4 is more than max 2"),
         ("{length: 1024}", "{length: 512}", 3, "max_length 1024 is more than packing.length 512"),
         ("  packing", "  formats: {zero_shot: 0.5}\n  packing", 5, "add up to 0.5, not to 1"),
+        ("  packing", "  mixture: {groups: {flan: {shar: 1, tasks: [nli]}}}\n  packing", 5, "Did you mean 'share'?"),
         ("name: small", "name: a/b", 1, "name:"),
         ("model: {base: smollm2-135m-instruct}\n", "", 1, "model: this key is needed"),
         ("  tasks: [sst2, ./mine.yaml]", "  tasks: []", 4, "data.tasks:"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 from collections import Counter
 from fractions import Fraction
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -110,6 +111,33 @@ def test_formats_templates_and_shots_are_as_asked() -> None:
     assert set(shots) == {1, 2, 3}
     assert max(shots.values()) / min(shots.values()) < 1.15
     assert all(draw.shots == () for draw in draws if draw.format != "few_shot")
+
+
+def test_reasoning_is_drawn_where_a_task_has_such_wordings() -> None:
+    content = make_task("thinks").model_dump(mode="json")
+    content["templates"].append({"name": "aloud", "instruction": "Think.", "cot": True})
+    tasks = [Task.model_validate(content), make_task("plain")]
+    rates = {"zero_shot": 0.5, "few_shot": 0.1, "inverted": 0.1, "cot": 0.3}
+    draws = make_plan({"thinks": 500, "plain": 500}, tasks, formats=rates).draws(0, 10_000)
+    seen = {name: Counter(draw.format for draw in draws if draw.task == name) for name in ("thinks", "plain")}
+    assert [seen["thinks"][name] / seen["thinks"].total() for name in rates] == pytest.approx(list(rates.values()), abs=0.02)
+    assert seen["plain"]["cot"] == 0
+    assert seen["plain"]["zero_shot"] / seen["plain"].total() == pytest.approx(0.8, abs=0.02)
+    assert {draw.template for draw in draws if draw.format == "cot"} == {"aloud"}
+    assert "aloud" not in {draw.template for draw in draws if draw.format != "cot"}
+
+
+def test_wordings_limited_on_purpose() -> None:
+    """For ablations: those of one are among those of two, and tasks do not all take their first."""
+    tasks = [make_task(f"task{number}", scored=8, inverted=2) for number in range(6)]
+    used = []
+    for most in (1, 2, 8, 20):
+        draws = make_plan({task.name: 300 for task in tasks}, tasks, templates_per_task=most).draws(0, 20_000)
+        used.append({task.name: {draw.template for draw in draws if draw.task == task.name} for task in tasks})
+    assert [{len(names) for names in one.values()} for one in used] == [{2}, {4}, {10}, {10}]  # scored and inverted ones
+    for few, more in pairwise(used):
+        assert all(few[name] <= more[name] for name in few)
+    assert len({frozenset(names) for names in used[0].values()}) > 2
 
 
 def test_exemplars_are_those_that_evaluation_draws() -> None:

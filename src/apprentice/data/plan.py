@@ -14,17 +14,17 @@ import numpy as np
 
 from apprentice.data.exemplars import Pool, candidates, exemplar_rows, without
 from apprentice.data.index import TaskIndex, is_held_out
-from apprentice.data.mixture import shares
-from apprentice.data.permutation import Numbers, below, draw, key_of
+from apprentice.data.mixture import Size, shares
+from apprentice.data.permutation import Numbers, below, draw, key_of, permute
 from apprentice.data.rotation import Rotation
 from apprentice.data.row_order import RowOrder, drawn, runs
 from apprentice.recipe import Formats, Recipe
-from apprentice.tasks.schema import Task
+from apprentice.tasks.schema import Task, Template
 
 __all__ = ["FORMATS", "Draw", "Plan", "exemplar_rows"]
 
-FORMATS = ("zero_shot", "few_shot", "inverted")
-_ZERO_SHOT, _FEW_SHOT, _INVERTED = range(3)
+FORMATS = ("zero_shot", "few_shot", "inverted", "cot")
+_ZERO_SHOT, _FEW_SHOT, _INVERTED, _COT = range(4)
 
 
 class Draw(NamedTuple):
@@ -45,7 +45,13 @@ class _Member(NamedTuple):
     name: str
     scored: tuple[str, ...]  # templates
     inverted: tuple[str, ...]
+    cot: tuple[str, ...]
     order: RowOrder
+
+    @property
+    def by_format(self) -> tuple[tuple[str, ...], ...]:
+        """The templates that each of FORMATS may use."""
+        return (self.scored, self.scored, self.inverted, self.cot)
 
 
 class Plan:
@@ -62,8 +68,9 @@ class Plan:
         self._pools = [Pool(seed, member.name, member.order.kept) for member in members]
         self._pool_sizes = np.array([len(pool) for pool in self._pools])
         # Column f: how many templates format f may use.
-        self._templates = np.array([[len(member.scored)] * 2 + [len(member.inverted)] for member in members])
-        self._bounds = (round(formats.zero_shot * 2**53), 2**53 - round(formats.inverted * 2**53))
+        self._templates = np.array([[len(names) for names in member.by_format] for member in members])
+        last = round(formats.cot * 2**53)
+        self._bounds = (round(formats.zero_shot * 2**53), 2**53 - round(formats.inverted * 2**53) - last, 2**53 - last)
 
     def __reduce__(self) -> tuple[type[Plan], tuple[int, Formats, tuple[int, int], tuple[_Member, ...], tuple[int, ...]]]:
         return type(self), self._state
@@ -76,15 +83,19 @@ class Plan:
         """
         by_name = {task.name: task for task in tasks}
         trained = {name: task for name, task in sorted(by_name.items()) if not is_held_out(task, recipe.data.hold_out)}
-        weights = shares(recipe.data.mixture, {name: len(indices[name].train) for name in trained})
+        sizes = {
+            name: Size(len(indices[name].train), task.cluster, indices[name].mean_target_tokens) for name, task in trained.items()
+        }
+        weights = shares(recipe.data.mixture, sizes)
         members = []
         for name in weights:
             source = indices[name].train_source
             groups = np.array(source.group_rows if source else (), dtype=np.int64)
             order = RowOrder(key_of(recipe.seed, name, "order"), indices[name].train, groups)
-            scored = tuple(template.name for template in trained[name].scored_templates)
-            inverted = tuple(template.name for template in trained[name].inverted_templates)
-            members.append(_Member(name, scored, inverted, order))
+            task = trained[name]
+            kinds = (task.scored_templates, task.inverted_templates, task.cot_templates)
+            scored, inverted, cot = (_some(kind, recipe, name) for kind in kinds)
+            members.append(_Member(name, scored, inverted, cot, order))
         return cls(recipe.seed, recipe.data.formats, recipe.data.shots, members, list(weights.values()))
 
     @property
@@ -120,14 +131,14 @@ class Plan:
         draws = []
         for position, leaf, form, template, row, pass_ in columns:
             member = self._members[leaf]
-            names = member.inverted if form == _INVERTED else member.scored
+            names = member.by_format[form]
             draws.append(Draw(position, member.name, FORMATS[form], names[template], row, shots.get(position, ()), pass_))
         return draws
 
     def _formats(self, positions: Numbers, leaves: Numbers) -> Numbers:
         """The drawn format, or zero-shot where the task cannot do that one (and inverted where it can do nothing else)."""
         chance = (draw(self._format_key, positions) >> np.uint64(11)).astype(np.int64)
-        formats = (chance >= self._bounds[0]).astype(np.int64) + (chance >= self._bounds[1])
+        formats = sum(((chance >= bound).astype(np.int64) for bound in self._bounds), np.zeros_like(chance))
         too_few = (formats == _FEW_SHOT) & (self._pool_sizes[leaves] <= self._shots[1])
         formats[too_few | (self._templates[leaves, formats] == 0)] = _ZERO_SHOT
         formats[self._templates[leaves, formats] == 0] = _INVERTED
@@ -149,3 +160,10 @@ class Plan:
         for leaf, part in parts:
             places[part] = self._pools[leaf].rows[places[part]]
         return dict(zip(positions[few].tolist(), without(rows[few], places, counts), strict=True))
+
+
+def _some(templates: Sequence[Template], recipe: Recipe, task: str) -> tuple[str, ...]:
+    """The names of the templates that training uses: all, or so many of them by key, in the file's order."""
+    most = min(recipe.data.templates_per_task or len(templates), len(templates))
+    chosen = permute(np.arange(most), max(len(templates), 1), key_of(recipe.seed, task, "templates"))
+    return tuple(templates[number].name for number in sorted(chosen.tolist()))

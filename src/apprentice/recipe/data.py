@@ -9,19 +9,49 @@ from pydantic import Field, model_validator
 from apprentice.recipe.strict import Positive, Share, Strict
 
 
-class Mixture(Strict):
-    """How often each task is drawn."""
+class _Shared(Strict):
+    """How some tasks share what they have together."""
 
     strategy: Literal["equal", "proportional", "temperature", "weights"] = "proportional"
-    cap: Positive | None = Field(None, description="Rows at which a task's size stops counting (T5's K).")
+    cap: Positive | None = Field(None, description="Rows at which a task's size stops counting (T5's K; FLAN's rate of 3,000).")
     temperature: float = Field(2.0, gt=0.0, description="Shares go with size ** (1 / temperature).")
     weights: dict[str, Annotated[float, Field(gt=0.0)]] | None = Field(None, description="Task → weight, for `weights`.")
+
+    groups: dict[str, Group] | None = Field(
+        None, description="Sub-mixtures, each with a share of its own (Flan 2022: 40/32/20/5/3), instead of a strategy."
+    )
 
     @model_validator(mode="after")
     def _weights_belong(self) -> Self:
         if (self.strategy == "weights") != (self.weights is not None):
             raise ValueError("`weights` belongs to `strategy: weights`, and only to it")
+        if self.groups is not None and self.model_fields_set & {"strategy", "cap", "temperature", "weights"}:
+            raise ValueError("with `groups`, each group has its own `strategy`, `cap`, `temperature` or `weights`; move them there")
+        if self.groups is not None and not self.groups:
+            raise ValueError("`groups` names no group")
         return self
+
+
+class Group(_Shared):
+    """One sub-mixture: some tasks, or groups in turn, with a share of what lies around them."""
+
+    share: float = Field(gt=0.0, description="In proportion to those of the groups beside it.")
+    tasks: tuple[str, ...] | None = Field(None, min_length=1, description="Tasks or clusters.")
+
+    @model_validator(mode="after")
+    def _has_one_content(self) -> Self:
+        if (self.tasks is None) == (self.groups is None):
+            raise ValueError("a group has either `tasks` or `groups`")
+        return self
+
+
+class Mixture(_Shared):
+    """How often each task is drawn."""
+
+    by: Literal["examples", "target_tokens"] = Field("examples", description="What the shares are shares of.")
+    max_rows: Positive | None = Field(
+        None, description="Rows of a task that are used at all (FLAN: 30,000), chosen by the seed when the index is made."
+    )
 
 
 class Formats(Strict):
@@ -30,10 +60,11 @@ class Formats(Strict):
     zero_shot: Share = 1.0
     few_shot: Share = 0.0
     inverted: Share = 0.0
+    cot: Share = Field(0.0, description="Reasoning before the answer (chain of thought), where a task has such wordings.")
 
     @model_validator(mode="after")
     def _add_up(self) -> Self:
-        total = self.zero_shot + self.few_shot + self.inverted
+        total = self.zero_shot + self.few_shot + self.inverted + self.cot
         if abs(total - 1.0) > 1e-6:
             raise ValueError(f"the formats' shares add up to {total:g}, not to 1")
         return self
@@ -63,6 +94,9 @@ class Data(Strict):
     max_length: Positive = Field(1024, description="Tokens of one example.")
     mixture: Mixture = Mixture()
     formats: Formats = Formats()
+    templates_per_task: Positive | None = Field(
+        None, description="Wordings of each kind that training uses at most, chosen by the seed; those of 1 are among those of 2."
+    )
     shots: tuple[Positive, Positive] = Field((1, 3), description="Least and most exemplars of a few-shot example.")
     packing: Packing = Packing()
     window: Positive = Field(1024, description="Positions of the plan that are rendered and packed together.")

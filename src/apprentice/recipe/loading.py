@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -117,10 +117,17 @@ def _shown(value: Any) -> str:
 def _fields_at(keys: Sequence[Any]) -> list[str]:
     model: type[BaseModel] = Recipe
     for key in keys:
-        annotation: Any = model.model_fields[str(key)].annotation
-        options = [annotation, *getattr(annotation, "__args__", ())]
-        model = next((option for option in options if isinstance(option, type) and issubclass(option, BaseModel)), model)
+        if (field := model.model_fields.get(str(key))) is not None:  # else a name that the user gave, as to a group
+            model = next(_blocks_in(field.annotation), model)
     return list(model.model_fields)
+
+
+def _blocks_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The blocks that a key's value can be, or hold under names of its own."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for part in getattr(annotation, "__args__", ()):
+        yield from _blocks_in(part)
 
 
 def _line(node: yaml.Node | None, keys: Sequence[Any]) -> int:
