@@ -69,6 +69,18 @@ def test_the_same_run_is_opened_again_and_another_is_refused(tmp_path):
     assert open_run(recipe(tmp_path, training__steps=6), restart=True).status() == {}
 
 
+def test_a_key_that_a_later_version_brought_changes_nothing_until_it_is_used(tmp_path):
+    run = open_run(recipe(tmp_path))
+    file = run.folder / "identity.json"
+    written = file.read_json()
+    del written["keys"]["tuning.dropout"]  # as a version without that key wrote it
+    file.write_json(written)
+    assert open_run(recipe(tmp_path)).name == "r"
+    file.write_json(written)
+    with pytest.raises(RunError, match=r"tuning\.dropout \(None → 0\.1\)"):
+        open_run(recipe(tmp_path, tuning__dropout=0.1))
+
+
 def test_runs_are_found_by_name_and_by_path(tmp_path):
     run = open_run(recipe(tmp_path))
     assert find_run("r", str(tmp_path)) == run

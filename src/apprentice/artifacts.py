@@ -133,7 +133,9 @@ def open_run(recipe: Recipe, *, restart: bool = False) -> Run:
         run.folder.delete()
     elif file.exists():
         old = file.read_json()["keys"]
-        if changed := sorted(key for key in old.keys() | keys.keys() if old.get(key) != keys.get(key)):
+        # A key that a later version brought was not written then; at its default it changes nothing.
+        new = {key for key in keys.keys() - old.keys() if key not in _flat(recipe.model_dump(mode="json", exclude_defaults=True))}
+        if changed := sorted(key for key in (old.keys() | keys.keys()) - new if old.get(key) != keys.get(key)):
             shown = ", ".join(f"{key} ({old.get(key)!r} → {keys.get(key)!r})" for key in changed[:5])
             more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
             raise RunError(

@@ -142,8 +142,8 @@ def _frozen(task: Task, sources: _Sources, folder: Folder) -> TaskIndex:
 
 
 def _definition(task: Task) -> str:
-    """A hash of everything that shapes the task's examples."""
-    content = task.model_dump_json(exclude={"sources", "summary", "licence", "metrics", "sample"})
+    """A hash of everything that shapes the task's examples; a key that a later version brings counts once it is used."""
+    content = task.model_dump_json(exclude={"sources", "summary", "licence", "metrics", "sample"}, exclude_defaults=True)
     return hashlib.sha256(content.encode()).hexdigest()
 
 
