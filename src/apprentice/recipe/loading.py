@@ -87,7 +87,9 @@ def _with_absolute_paths(recipe: Recipe, folder: Path) -> Recipe:
 
 def _sentence(error: ValidationError, file: Path, text: str) -> str:
     errors = error.errors()
-    start = _keys_of(errors[0]["loc"])
+    # An unknown key before all else: what is missing is often the same key misspelt.
+    unknown = next((error for error in errors if error["type"] == "extra_forbidden"), errors[0])
+    start = _keys_of(unknown["loc"])
     # Of a union (`workers: 2` or a range) each branch complains; the one that got furthest is about what was written.
     same = [other for other in errors if _keys_of(other["loc"])[: len(start)] == start]
     first = max(same, key=lambda other: (other["type"] == "value_error", len(other["loc"])))
