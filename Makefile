@@ -8,10 +8,10 @@ PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 # Where to get PyTorch from, if not from the package index. On Linux x86-64 the index has the CUDA build (several GB);
 # whoever wants the CPU build names its index here.
 TORCH_INDEX_URL ?=
-CODE := src tests jobs serve benchmarks
+CODE := src tests jobs serve benchmarks docs
 QUICK := not slow and not cluster and not browser and not gpu
 
-.PHONY: help setup setup-dev demo test check bench peers clean
+.PHONY: help setup setup-dev demo test check docs bench peers clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,6 +32,9 @@ check: setup-dev ## style, types, import rules, lengths
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports --no-logo
 	@$(BIN)/python -m pytest -q tests/test_architecture.py
+
+docs: setup-dev ## the documentation, strictly built into site/
+	@$(BIN)/mkdocs build --quiet --strict
 
 bench: setup-dev ## all benchmarks, one JSON object a line; give them the machine alone
 	@for script in $$(grep -l __main__ benchmarks/*.py); do $(BIN)/python $$script || exit 1; done
