@@ -113,9 +113,9 @@ def check(example: Example, task: Task) -> None:
 
 def test_enough_tasks_clusters_and_wordings() -> None:
     assert len(TASKS) >= 60
-    assert len({task.cluster for task in TASKS.values()}) >= 14
+    assert len({task.cluster for task in TASKS.values()}) >= 17
     assert {name for name, task in TASKS.items() if len(task.templates) < 10} == set()
-    assert {name for name, task in TASKS.items() if len(task.inverted_templates) < 2} == set()
+    assert {name for name, task in TASKS.items() if len(task.inverted_templates) < 3} == set()
     assert {name for name, task in TASKS.items() if len(task.scored_templates) < 6} == {"ecqa"}
 
 
@@ -160,7 +160,8 @@ def test_likeness_tells_a_rewording_from_another_wording() -> None:
 def test_every_wording_renders_the_sample(name: str) -> None:
     """The sample is a whole row: every field, no wording left with an empty part of it, no mark of the template language."""
     task = TASKS[name]
-    row = task.sample or ROWS[name][0]
+    row = task.sample
+    assert row is not None
     assert task.fields <= set(row)
     for template in task.templates:
         example = task.render(row, template)
