@@ -79,7 +79,7 @@ def test_tasks_are_listed_and_described(command):
     rows = json.loads(out)["tasks"]
     assert code == 0
     assert {"name": "sst2", "cluster": "sentiment"}.items() <= next(row for row in rows if row["name"] == "sst2").items()
-    assert {"inverted": 3, "train_rows": None}.items() <= next(row for row in rows if row["name"] == "boolq").items()
+    assert {"inverted": 3, "train_rows": 9427}.items() <= next(row for row in rows if row["name"] == "boolq").items()
     code, out, _ = command("tasks")
     listed = [
         line.split()[0] for line in out.splitlines() if line.startswith("  ") and line.split()[0] in {r["name"] for r in rows}

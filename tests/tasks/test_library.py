@@ -130,6 +130,15 @@ def test_files_say_where_they_are_and_what_they_are(name: str) -> None:
     assert set(task.metrics) <= expected
 
 
+def test_most_sources_on_the_hub_say_where_they_were_looked_up() -> None:
+    """A size without the place where it was read is a guess."""
+    sources = [(name, spec) for name, task in TASKS.items() for spec in task.sources if spec.hub is not None]
+    assert len(sources) >= 50
+    assert [name for name, spec in sources if spec.rows and not spec.card] == []
+    assert sum(spec.card is not None for _, spec in sources) >= 45
+    assert {name for name, spec in sources if not spec.rows.keys() <= spec.splits.keys()} == set()
+
+
 @pytest.mark.parametrize("name", TASKS)
 def test_no_text_was_cut_by_a_yaml_comment(name: str) -> None:
     """`instruction: Use the # sign` would be read as `Use the`: every value ends as it does in the file."""
@@ -147,6 +156,23 @@ def test_no_two_wordings_of_a_task_are_alike(name: str) -> None:
     pairs = {pair: likeness(words[pair[0]], words[pair[1]]) for pair in combinations(words, 2)}
     assert len(pairs) >= 45
     assert {pair: round(value, 2) for pair, value in pairs.items() if value >= 0.6} == {}
+
+
+def test_no_two_tasks_share_a_wording() -> None:
+    """Over the whole library, the built-in tasks too. What remains below 0.85 are short commands that differ in what matters,
+    such as "Translate from German to English" and "Translate from Spanish to English" (0.8)."""
+    every = [load_task(path) for path in library().values()]
+    words = [(task.name, own_words(f"{one.instruction} {one.input}")) for task in every for one in task.templates]
+    words = [(name, found) for name, found in words if found]
+    assert len(words) >= 700
+    alike, compared = [], 0
+    for (name, one), (other_name, other) in combinations(words, 2):
+        if name != other_name and len(set(one) & set(other)) >= 0.6 * len(set(one) | set(other)):  # others cannot reach 0.85
+            compared += 1
+            if likeness(one, other) >= 0.85:
+                alike.append((name, other_name, " ".join(one)))
+    assert compared >= 5
+    assert alike == []
 
 
 def test_likeness_tells_a_rewording_from_another_wording() -> None:

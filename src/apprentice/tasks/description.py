@@ -50,7 +50,7 @@ def _place(spec: SourceSpec) -> str:
         f"{split} = {name} ({f'{spec.rows[split]:,}' if split in spec.rows else UNKNOWN} rows)"
         for split, name in spec.splits.items()
     )
-    known = f"revision {spec.revision or UNKNOWN}" + (f"; from its {spec.card}" if spec.card else "")
+    known = f"revision {spec.revision or UNKNOWN}" + (f"; as seen in {spec.card}" if spec.card else "")
     return f"from the hub's {spec.hub}{f', {spec.config}' if spec.config else ''}: {splits}; {known}"
 
 
