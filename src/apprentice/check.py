@@ -27,6 +27,7 @@ from apprentice.errors import ApprenticeError, DataError, RecipeError, StorageEr
 from apprentice.hub import local_folder
 from apprentice.recipe import Recipe
 from apprentice.storage import Folder
+from apprentice.tasks.leaks import leaks
 from apprentice.tasks.loading import select_tasks
 from apprentice.tokenizer import Tokenizer
 
@@ -81,6 +82,14 @@ def _finding(subject: str, look: Callable[..., str], *arguments: Any) -> Finding
 
 def _tasks(recipe: Recipe) -> str:
     tasks, held_out = select_tasks(recipe.data.tasks, recipe.data.hold_out, Path.cwd())
+    if found := leaks(tasks, held_out):
+        held, trained, place = found[0]
+        others = sorted({f"{one} through {other}" for one, other, _ in found[1:]} - {f"{held} through {trained}"})
+        more = f" The same holds for {', '.join(others)}." if others else ""
+        raise RecipeError(
+            f"data.hold_out: {held!r} is held out, but {trained!r} trains on the same rows ({place}); hold out both, or leave one"
+            f" out of data.tasks.{more}"
+        )
     return f"{len(tasks)} tasks, {len(held_out)} of them held out"
 
 

@@ -9,15 +9,17 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from apprentice.data.contract import layout_of
 from apprentice.data.exemplars import Pool
+from apprentice.data.filtering import Candidate, filtered
+from apprentice.data.filters import Chosen
 from apprentice.data.layout import Layout
 from apprentice.data.permutation import Numbers, below, draw, key_of, permute
 from apprentice.data.sources import Reader, Source, Split, resolve
@@ -30,6 +32,8 @@ from apprentice.tokenizer import Tokenizer
 CHUNK_ROWS = 8192  # that one Ray task looks at
 SAMPLE_ROWS = 128  # of each task, for its mean lengths
 SHOWN_REJECTS = 10
+IN_FLIGHT = 16  # stretches of rows that the filters look at at a time
+CONTAMINATION_FILE = "contamination.json"  # in the index: passages that training and test rows shared
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +49,7 @@ class TaskIndex:
     mean_tokens: float  # of a zero-shot training example, prompt, answer and end; 0 without training rows
     mean_target_tokens: float  # of its answer and end
     rejects: dict[str, int]  # reason → rows, both splits together
+    filtered: dict[str, int] = field(default_factory=dict)  # reason → training rows that `data.filters` left out
 
 
 _Sources = tuple[Source | None, Source | None]  # training and test rows
@@ -95,14 +100,35 @@ def freeze(
     indices = {task.name: _frozen(task, sources[task.name], folder) for task in tasks if _file(folder, task).exists()}
     fresh = [task for task in tasks if task.name not in indices]
     rejects = {}
-    for task, train, test in zip(fresh, *_scanned(fresh, sources, recipe, parallel=parallel), strict=True):
+    scans = list(zip(fresh, *_scanned(fresh, sources, recipe, parallel=parallel), strict=True))
+    for task, train, test in scans:
         rejects[task.name] = [*train.rejects, *test.rejects]
         _refuse_bad(task, rejects[task.name], sum(source.rows for source in sources[task.name] if source), recipe)
+    chosen, contamination = filtered(
+        [
+            Candidate(task, sources[task.name][0], _trained(task, train, recipe), sources[task.name][1], test.kept)
+            for task, train, test in scans
+        ],
+        recipe,
+        _each_in_ray if parallel and fresh else _each_here,
+    )
+    for task, train, test in scans:
+        choice = chosen.get(task.name, Chosen(train.kept, {}, []))
+        train = train._replace(kept=choice.kept)
         means = _mean_tokens(task, sources[task.name][0], train.kept, layout_of(recipe, tokenizer), recipe)
         reasons = dict(Counter(reject.reason for reject in rejects[task.name]).most_common())
         indices[task.name] = TaskIndex(
-            task.name, *sources[task.name], train.kept, train.validation, test.kept, *means, rejects=reasons
+            task.name,
+            *sources[task.name],
+            train.kept,
+            train.validation,
+            test.kept,
+            *means,
+            rejects=reasons,
+            filtered=choice.dropped,
         )
+    if contamination is not None:
+        (folder / CONTAMINATION_FILE).write_json(contamination)
     for task in fresh:  # all are good: now they are written
         lines = [json.dumps({"task": task.name, **reject._asdict()}, ensure_ascii=False) for reject in rejects[task.name]]
         (folder / f"{task.name}.rejects.jsonl").write_text("".join(f"{line}\n" for line in lines))
@@ -205,10 +231,37 @@ def _in_ray(jobs: Sequence[_Job]) -> Iterator[_Scan]:
         shared, at = ray.put(task), ray.put(reader)
         pending.append([scan.remote(shared, at, start, stop, validation) for start, stop in _stretches(source)])
     for references in pending:
-        try:
-            yield _joined(ray.get(references))
-        except ray.exceptions.RayTaskError as error:
-            raise (error.cause if isinstance(error.cause, DataError) else error) from None
+        yield _joined(_result(references))
+
+
+def _trained(task: Task, train: _Scan, recipe: Recipe) -> Numbers | None:
+    return None if is_held_out(task, recipe.data.hold_out) else train.kept
+
+
+def _each_here(action: Callable[..., Any], calls: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
+    return (action(*call) for call in calls)
+
+
+def _each_in_ray(action: Callable[..., Any], calls: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
+    """The results in order, of at most `IN_FLIGHT` calls at a time: what is not taken yet does not pile up."""
+    import ray
+
+    remote, waiting = ray.remote(action), deque[Any]()
+    for call in calls:
+        waiting.append(remote.remote(*call))
+        if len(waiting) == IN_FLIGHT:
+            yield _result(waiting.popleft())
+    while waiting:
+        yield _result(waiting.popleft())
+
+
+def _result(reference: Any) -> Any:
+    import ray
+
+    try:
+        return ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        raise (error.cause if isinstance(error.cause, DataError) else error) from None
 
 
 def _stretches(source: Source | None) -> list[tuple[int, int]]:

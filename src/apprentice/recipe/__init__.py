@@ -6,7 +6,7 @@ relative to the recipe file. Knows nothing of datasets, clusters or models beyon
 
 from __future__ import annotations
 
-from apprentice.recipe.data import Data, Formats, Group, Mixture, Packing
+from apprentice.recipe.data import Data, Filters, Formats, Group, Mixture, Packing
 from apprentice.recipe.evaluation import Evaluation
 from apprentice.recipe.loading import SHIPPED, dump_recipe, find_recipe, load_recipe
 from apprentice.recipe.serving import Replicas, Serving
@@ -19,6 +19,7 @@ __all__ = [
     "Data",
     "DeepSpeed",
     "Evaluation",
+    "Filters",
     "Formats",
     "Group",
     "Mixture",

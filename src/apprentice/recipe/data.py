@@ -82,6 +82,20 @@ class Packing(Strict):
     )
 
 
+class Filters(Strict):
+    """Which training rows are left out when the index is made; what each one drops is counted and kept with the run."""
+
+    min_words: Positive = Field(1, description="Fewest words in the fields that a task reads.")
+    max_words: Positive | None = Field(None, description="Most words in them.")
+    duplicates: Literal["keep", "exact", "near"] = Field(
+        "keep", description="exact: same words in all fields; near: besides, MinHash finds their three-word shingles alike."
+    )
+    near_threshold: float = Field(0.8, gt=0.0, le=1.0, description="Part of the shingles from which rows are near duplicates.")
+    decontaminate: bool = Field(False, description="Drop rows that share a passage with a test row of any task that is scored.")
+    ngram: Annotated[int, Field(ge=4)] = Field(13, description="Words in a row that make a passage; shorter rows must be equal.")
+    label_balance: float | None = Field(None, ge=1.0, description="Times that the commonest label may come for the rarest one.")
+
+
 class Data(Strict):
     """Datasets, tasks, mixture and packing."""
 
@@ -93,6 +107,7 @@ class Data(Strict):
     system: str = Field("", description="System text; empty: the layout's own.")
     max_length: Positive = Field(1024, description="Tokens of one example.")
     mixture: Mixture = Mixture()
+    filters: Filters = Filters()
     formats: Formats = Formats()
     templates_per_task: Positive | None = Field(
         None, description="Wordings of each kind that training uses at most, chosen by the seed; those of 1 are among those of 2."
