@@ -116,7 +116,7 @@ def test_enough_tasks_clusters_and_wordings() -> None:
     assert len({task.cluster for task in TASKS.values()}) >= 17
     assert {name for name, task in TASKS.items() if len(task.templates) < 10} == set()
     assert {name for name, task in TASKS.items() if len(task.inverted_templates) < 3} == set()
-    assert {name for name, task in TASKS.items() if len(task.scored_templates) < 6} == {"ecqa"}
+    assert {name for name, task in TASKS.items() if len(task.scored_templates) < 6} == {"ecqa"}  # five chains of thought
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -167,7 +167,7 @@ def test_no_two_tasks_share_a_wording() -> None:
     assert len(words) >= 700
     alike, compared = [], 0
     for (name, one), (other_name, other) in combinations(words, 2):
-        if name != other_name and len(set(one) & set(other)) >= 0.6 * len(set(one) | set(other)):  # others cannot reach 0.85
+        if name != other_name and len(set(one) & set(other)) >= 0.6 * len(set(one) | set(other)):  # others hardly reach 0.85
             compared += 1
             if likeness(one, other) >= 0.85:
                 alike.append((name, other_name, " ".join(one)))
