@@ -197,6 +197,48 @@ def test_every_wording_renders_the_sample(name: str) -> None:
         assert template.inverted or template.cot or task.is_ranked or example.target not in example.instruction.splitlines()
 
 
+FIXED = [name for name, task in TASKS.items() if isinstance(task.choices, tuple) and task.label in task.fields]
+
+
+@pytest.mark.parametrize("name", FIXED)
+def test_every_wording_serves_every_label(name: str) -> None:
+    """A wording may say another thing for each label; the sample shows one of them only."""
+    task = TASKS[name]
+    assert isinstance(task.choices, tuple)
+    assert task.label is not None
+    texts: dict[str, set[str]] = {template.name: set() for template in task.templates}
+    for number, choice in enumerate(task.choices):
+        for template in task.templates:
+            example = task.render({**(task.sample or {}), task.label: number}, template)
+            check(example, task)
+            texts[template.name].add(f"{example.instruction}{example.input}{example.target}")
+            if template.output == "{{ answer }}":
+                assert example.target == (template.choices or task.choices)[number], (template.name, choice)
+    assert {name for name, found in texts.items() if len(found) < len(task.choices)} == set()
+
+
+def test_rows_that_lack_something_make_sense_too() -> None:
+    def shown(name: str, template: str, **changes: Any) -> Example:
+        task = TASKS[name]
+        return task.render({**(task.sample or {}), **changes}, task.template_by_name[template])
+
+    nothing = {"text": [], "answer_start": []}
+    assert shown("squad_v2", "answer_or_abstain", answers=nothing).references == ("unanswerable",)
+    assert "without an answer" in shown("squad_v2", "ask_about_it", answers=nothing).instruction
+    assert shown("alpaca", "input_first", input="").instruction.startswith("Now for something that needs no text")
+    assert (
+        shown("dolly", "reference_first", context="").instruction == "When was the lighthouse of Cape Merle lit for the first time?"
+    )
+    two = TASKS["ultrachat"].sample["messages"][:2]  # type: ignore[index]
+    assert shown("ultrachat", "continue_conversation", messages=two).input == f"User: {two[0]['content']}\nAssistant:"
+    assert shown("ultrachat", "you_said", messages=two).target == two[1]["content"]
+    one = {"questions": ["Who?"], "answers": {"input_text": ["Mara"]}}
+    assert shown("coqa", "given_what_we_know", **one).instruction.endswith("established: nothing. And now: Who?")
+    assert shown("drop", "blank", answers_spans={"spans": ["Reed", "Osei"]}).references == ("Reed, Osei", "Reed", "Osei")
+    assert shown("drop", "blank", answers_spans={"spans": ["18", "18"]}).target == "18"
+    assert shown("sciq", "with_textbook", support="").input.endswith("Passage: none")
+
+
 @pytest.mark.parametrize("name", ROWS)
 def test_every_wording_renders_a_row_of_our_own(name: str) -> None:
     task, (row, answer) = TASKS[name], ROWS[name]
