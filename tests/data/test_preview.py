@@ -7,10 +7,10 @@ import io
 from rich.console import Console
 
 from apprentice.data.corpus import Corpus
-from apprentice.data.preview import Shown, preview, to_html, to_text
+from apprentice.data.preview import Shown, preview, to_text, trace
 from tests.data.small import CorpusOf
 
-ITEM = Shown(7, "sums", "add", "few_shot", 4, 2, "Add <b>[1]</b>.\n", "16<|im_end|>", 20, 3, "truncated_exemplars")
+ITEM = Shown(7, "sums", "add", "few_shot", 4, 2, (9, 6, 1), 1, "Add <b>[1]</b>.\n", "16<|im_end|>", 20, 3, "truncated_exemplars")
 
 
 def test_it_shows_the_plan(corpus: Corpus) -> None:
@@ -41,17 +41,22 @@ def test_nothing_usable_shows_nothing(corpus_of: CorpusOf) -> None:
 
 
 def test_as_text() -> None:
-    console = Console(file=io.StringIO(), width=80)
+    console = Console(file=io.StringIO(), width=120)
     console.print(to_text([ITEM]))
     assert console.file.getvalue() == (  # type: ignore[attr-defined]
-        "7: sums · add · few-shot\nrow 4, 2 exemplars, 20 tokens, 3 of them trained on, truncated exemplars\n"
+        "7: sums · add · few-shot\nrow 4 in pass 2, exemplars 9, 6, 20 tokens, 3 of them trained on, truncated exemplars\n"
         "Add <b>[1]</b>.\n⟦16<|im_end|>⟧\n\n\n"
     )
 
 
-def test_as_a_page() -> None:
-    page = to_html([ITEM])
-    assert page.startswith("<!doctype html>")
-    assert "<pre>Add &lt;b&gt;[1]&lt;/b&gt;.\n<mark>16&lt;|im_end|&gt;</mark></pre>" in page
-    assert "<b>" not in page
-    assert ITEM.as_dict()["trained"] == "16<|im_end|>"
+def test_what_stood_at_some_positions(corpus_of: CorpusOf) -> None:
+    corpus = corpus_of(max_length=60)
+    first, cut = preview(corpus, 1)[0], trace(corpus, list(range(64)))
+    assert [item.position for item in cut] == list(range(64))
+    assert cut[first.position] == first
+    dropped = [item for item in cut if item.truncated == "too_long"]
+    assert {(item.tokens, item.trained) for item in dropped} == {(0, "")}
+    draw = corpus.plan.draws(50_000, 50_001)[0]
+    [far] = trace(corpus, [50_000])
+    assert (far.task, far.row, far.template, far.shots, far.pass_) == (draw.task, draw.row, draw.template, draw.shots, draw.pass_)
+    assert far.pass_ > 50

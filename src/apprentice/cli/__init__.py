@@ -32,6 +32,7 @@ for command in (
     data.prepare,
     training.train,
     training.runs,
+    data.trace,
     evaluation.evaluate,
     serving.serve,
     serving.ask,

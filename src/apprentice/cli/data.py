@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from apprentice.cli.options import Json, Overrides, RecipeFile, Restart, loaded_recipe, screen_for, task_table
+from apprentice.cli.options import Json, Overrides, RecipeFile, Restart, Storage, loaded_recipe, screen_for, task_table
 
 
 def check(recipe: RecipeFile, overrides: Overrides = None, json: Json = False) -> None:
@@ -61,7 +61,7 @@ def preview(
     recipe: RecipeFile,
     overrides: Overrides = None,
     number: Annotated[int, typer.Option("-n", help="How many examples.")] = 5,
-    html: Annotated[Path | None, typer.Option(help="Write a page instead.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write a page of packed rows instead, in colours.")] = None,
     json: Json = False,
 ) -> None:
     """Rendered examples, with the tokens that are trained on marked."""
@@ -69,11 +69,32 @@ def preview(
     from apprentice.data import preview as view
 
     screen = screen_for(json)
-    shown = road.preview(loaded_recipe(recipe, overrides), number)
     if html is not None:
-        html.write_text(view.to_html(shown), encoding="utf-8")
-        screen.say(f"wrote {html}")
-    elif not json:
+        html.write_text(road.preview_page(loaded_recipe(recipe, overrides), number), encoding="utf-8")
+        screen.result({"page": str(html)}, f"wrote {html}")
+        return
+    shown = road.preview(loaded_recipe(recipe, overrides), number)
+    if not json:
+        screen.show(view.to_text(shown))
+    screen.result({"examples": [item.as_dict() for item in shown]})
+
+
+def trace(
+    run: Annotated[str, typer.Argument(help="A run: its name, or its folder.")],
+    step: Annotated[int | None, typer.Option(help="An optimizer step, counted from 1.")] = None,
+    position: Annotated[int | None, typer.Option(min=0, help="A position of the plan.")] = None,
+    storage: Storage = "./runs",
+    json: Json = False,
+) -> None:
+    """The examples that an optimizer step was made of: task, row, wording, exemplars and text."""
+    from apprentice import road
+    from apprentice.data import preview as view
+
+    if (step is None) == (position is None):
+        raise typer.BadParameter("give either --step or --position")
+    screen = screen_for(json)
+    shown = road.trace(run, storage, step=step, position=position)
+    if not json:
         screen.show(view.to_text(shown))
     screen.result({"examples": [item.as_dict() for item in shown]})
 

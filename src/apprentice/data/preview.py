@@ -7,24 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from html import escape
 from typing import TYPE_CHECKING, Any
 
 from apprentice.data.corpus import Corpus
 from apprentice.data.plan import Draw
 from apprentice.data.render import Renderer
-from apprentice.data.tokenize import Tokenized, encode
+from apprentice.data.tokenize import TOO_LONG, Tokenized, encode
 from apprentice.errors import RowError
 
 if TYPE_CHECKING:
     from rich.text import Text
 
 OPEN, CLOSE = "⟦", "⟧"  # around what is trained on, where colours are not seen
-_STYLE = (
-    "body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222;background:#fff}"
-    "pre{white-space:pre-wrap;overflow-wrap:anywhere;background:#f5f5f5;padding:1rem;border-radius:.4rem}"
-    "mark{background:#bfe8c5;color:inherit;border-radius:.2rem}h2{font-size:1rem;margin:2rem 0 .2rem}small{color:#555}"
-)
 
 
 @dataclass(frozen=True)
@@ -37,6 +31,8 @@ class Shown:
     format: str
     row: int  # number in the task's training source
     exemplars: int
+    shots: tuple[int, ...]  # rows of the exemplars that were drawn; the first `exemplars` of them fitted
+    pass_: int  # how often every row of the task was drawn before
     prompt: str
     trained: str
     tokens: int
@@ -50,9 +46,9 @@ class Shown:
     @property
     def facts(self) -> str:
         """One line on where it comes from and how long it is."""
-        shots = f", {self.exemplars} exemplars" if self.exemplars else ""
+        shots = f", exemplars {', '.join(map(str, self.shots[: self.exemplars]))}" if self.exemplars else ""
         cut = f", {self.truncated.replace('_', ' ')}" if self.truncated else ""
-        return f"row {self.row}{shots}, {self.tokens} tokens, {self.target_tokens} of them trained on{cut}"
+        return f"row {self.row} in pass {self.pass_ + 1}{shots}, {self.tokens} tokens, {self.target_tokens} of them trained on{cut}"
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -65,7 +61,7 @@ def preview(corpus: Corpus, number: int) -> list[Shown]:
         draws = corpus.plan.draws(start, start + number)
         rendered = zip(draws, renderer.of_draws(draws), strict=True)
         usable = [(draw, item) for draw, item in rendered if not isinstance(item, RowError)]
-        tokenized = encode(corpus.layout, [item for _, item in usable], corpus.recipe.data.max_length)
+        tokenized = encode(corpus.layout, [item for _, item in usable], corpus.recipe.data.max_length, corpus.target_length)
         found += [_shown(corpus, draw, tokens) for (draw, _), tokens in zip(usable, tokenized, strict=True) if tokens is not None]
         if len(found) >= number:
             break
@@ -83,19 +79,18 @@ def to_text(shown: Sequence[Shown]) -> Text:
     return text
 
 
-def to_html(shown: Sequence[Shown]) -> str:
-    """A page of its own, needing nothing else."""
-    articles = (
-        f"<h2>{escape(item.heading)}</h2><small>{escape(item.facts)}</small>"
-        f"<pre>{escape(item.prompt)}<mark>{escape(item.trained)}</mark></pre>"
-        for item in shown
-    )
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Examples</title>'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<style>{_STYLE}</style></head><body><h1>Examples</h1>"
-        f"<p><mark>Marked</mark> tokens are trained on.</p>{''.join(articles)}</body></html>\n"
-    )
+def trace(corpus: Corpus, positions: Sequence[int]) -> list[Shown]:
+    """The examples at these positions of the plan; one that was dropped has no tokens, and says why under `truncated`."""
+    renderer = Renderer(corpus.tasks, corpus.indices)
+    draws = [drawn for position in positions for drawn in corpus.plan.draws(position, position + 1)]
+    found = []
+    for draw, item in zip(draws, renderer.of_draws(draws), strict=True):
+        if isinstance(item, RowError):
+            found.append(_shown(corpus, draw, Tokenized([], 0, 0, item.reason)))
+            continue
+        [tokens] = encode(corpus.layout, [item], corpus.recipe.data.max_length, corpus.target_length)
+        found.append(_shown(corpus, draw, tokens or Tokenized([], 0, 0, TOO_LONG)))
+    return found
 
 
 def _shown(corpus: Corpus, draw: Draw, tokens: Tokenized) -> Shown:
@@ -107,6 +102,8 @@ def _shown(corpus: Corpus, draw: Draw, tokens: Tokenized) -> Shown:
         format=draw.format,
         row=draw.row,
         exemplars=tokens.exemplars_used,
+        shots=draw.shots,
+        pass_=draw.pass_,
         prompt=decode(tokens.ids[: tokens.prompt_length], skip_special=False),
         trained=decode(tokens.ids[tokens.prompt_length :], skip_special=False),
         tokens=len(tokens.ids),

@@ -5,7 +5,7 @@ Each stage checks what can be known before it writes or reserves anything, and g
 
 from __future__ import annotations
 
-from apprentice.road.data import Progress, check_recipe, prepare, preview
+from apprentice.road.data import Progress, check_recipe, prepare, preview, preview_page, trace
 from apprentice.road.evaluation import evaluate, evaluate_model, evaluate_run
 from apprentice.road.serving import ask, endpoint, wait_for_stop
 from apprentice.road.training import number, runs, train, training_sentence
@@ -21,7 +21,9 @@ __all__ = [
     "number",
     "prepare",
     "preview",
+    "preview_page",
     "runs",
+    "trace",
     "train",
     "training_sentence",
     "wait_for_stop",

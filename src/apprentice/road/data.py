@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from apprentice import check
-from apprentice.artifacts import Run, open_run
+from apprentice.artifacts import Run, find_run, open_run
 from apprentice.data.pipeline import Corpus, estimate_steps, make_corpus
-from apprentice.errors import ApprenticeError
+from apprentice.errors import ApprenticeError, RunError
 from apprentice.recipe import Recipe
 from apprentice.session import ray_session
 from apprentice.storage import Folder
@@ -54,6 +55,38 @@ def preview(recipe: Recipe, number: int) -> list[Any]:
 
     with ray_session(), scratch_run(recipe) as run:
         return view.preview(make_corpus(recipe, run), number)
+
+
+def preview_page(recipe: Recipe, rows: int) -> str:
+    """The first packed rows of the stream as an HTML page (`apprentice.data.row_view`)."""
+    from apprentice.data import row_view
+
+    with ray_session(), scratch_run(recipe) as run:
+        return row_view.to_html(row_view.rows_of(make_corpus(recipe, run), rows))
+
+
+def trace(name: str, storage: str, *, step: int | None, position: int | None) -> list[Any]:
+    """The examples that an optimizer step of a run was made of, or the one at a position of its plan.
+
+    Raises `RunError` if there is no such run or step.
+    """
+    from apprentice.data import preview as view
+
+    run = find_run(name, storage)
+    if run is None:
+        raise RunError(f"{name!r} is not a run in {storage}; `apprentice runs` lists them.")
+    positions = [position] if position is not None else _positions(run, step or 0)
+    return view.trace(make_corpus(run.recipe(), run, parallel=False), positions)
+
+
+def _positions(run: Run, step: int) -> list[int]:
+    """The plan's positions of an optimizer step, the last time that it was made."""
+    file = run.folder / "steps.jsonl"
+    records = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    made = {record["step"]: record["examples"] for record in records if "examples" in record}
+    if step not in made:
+        raise RunError(f"run {run.name!r} has made {max(made, default=0)} steps, counted from 1; step {step} is not among them.")
+    return [int(position) for position in made[step]]
 
 
 @contextmanager
