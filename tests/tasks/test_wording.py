@@ -68,9 +68,9 @@ def test_what_is_not_there_is_an_error_and_not_an_empty_string(source: str) -> N
     ],
 )
 def test_python_cannot_be_reached(source: str) -> None:
-    with pytest.raises((SecurityError, jinja2.UndefinedError)):
+    with pytest.raises((SecurityError, jinja2.UndefinedError, jinja2.TemplateSyntaxError)):
         Wording("{{ " + source + " }}")({"numbers": [1, 2]})
-    with pytest.raises((SecurityError, jinja2.UndefinedError)):
+    with pytest.raises((SecurityError, jinja2.UndefinedError, jinja2.TemplateSyntaxError)):
         Expression(f"({source}) ~ ''")({"numbers": [1, 2]})
 
 

@@ -1,7 +1,6 @@
-"""Jinja2 in a sandbox, compiled once: the little language that task files are written in.
+"""The little language that task files are written in: Jinja2 in the sandbox, compiled once.
 
-Templates and expressions come from files that may be a stranger's, so they cannot reach Python's attributes,
-cannot build huge strings by repetition, and have no `range`: every loop goes over something in the row. Knows nothing of tasks.
+A name in a template is always a field of the row: there is no `range`, and what is not there is an error. Knows nothing of tasks.
 """
 
 from __future__ import annotations
@@ -12,24 +11,10 @@ from typing import Any
 import jinja2
 import jinja2.meta
 from jinja2 import nodes
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-MAX_REPEAT = 100_000  # characters or items that `*` may build
+from apprentice.tasks.sandbox import LENIENT, MAX_REPEAT, STRICT, compiled, renew
 
-
-class _Sandbox(ImmutableSandboxedEnvironment):
-    intercepted_binops = frozenset(["*", "**"])
-
-    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        length = max((len(side) for side in (left, right) if isinstance(side, str | list | tuple)), default=0)
-        number = max((side for side in (left, right) if isinstance(side, int | float)), default=0)
-        if length * number > MAX_REPEAT or (operator == "**" and number > 64):
-            raise jinja2.TemplateRuntimeError(f"{operator!r} would build something too large")
-        return super().call_binop(context, operator, left, right)
-
-
-_ENVIRONMENT = _Sandbox(undefined=jinja2.StrictUndefined, autoescape=False, keep_trailing_newline=False)
-_ENVIRONMENT.globals.clear()  # no `range`, no `lipsum`: a name in a template is always a field of the row
+__all__ = ["MAX_REPEAT", "Expression", "Wording"]
 
 
 class Wording:
@@ -38,21 +23,28 @@ class Wording:
     `names` are the variables it needs. Raises `jinja2.TemplateSyntaxError` on construction.
     """
 
-    def __init__(self, source: str) -> None:
+    def __init__(self, source: str, environment: jinja2.Environment = STRICT) -> None:
         self.source = source
-        parsed = _ENVIRONMENT.parse(source)
+        parsed = environment.parse(source)
         self.names = frozenset(jinja2.meta.find_undeclared_variables(parsed))
         self._pieces = _pieces(parsed)
-        self._template = _ENVIRONMENT.from_string(source)
+        self._template = compiled(environment, parsed)
+        self._lenient = environment is not STRICT
 
     def __call__(self, values: Mapping[str, Any]) -> str:
         """The text for these values, stripped. Raises `jinja2.TemplateError` or what an operation inside raises."""
         if self._pieces is None or not self.names <= values.keys():
+            renew(self.source, values)
             return self._template.render(values).strip()
         return "".join([str(values[piece]) if is_name else piece for is_name, piece in self._pieces]).strip()
 
-    def __reduce__(self) -> tuple[type[Wording], tuple[str]]:
-        return type(self), (self.source,)
+    def __reduce__(self) -> tuple[Any, tuple[str, ...]]:
+        return (lenient, (self.source,)) if self._lenient else (type(self), (self.source,))
+
+
+def lenient(source: str) -> Wording:
+    """A template in the language of PromptSource: what is not there is empty, and there are `range`, `zip` and lists that grow."""
+    return Wording(source, LENIENT)
 
 
 def _pieces(parsed: nodes.Template) -> list[tuple[bool, str]] | None:
@@ -73,11 +65,15 @@ class Expression:
 
     def __init__(self, source: str) -> None:
         self.source = source
-        self.names = frozenset(jinja2.meta.find_undeclared_variables(_ENVIRONMENT.parse("{{" + source + "}}")))
-        self._evaluate = _ENVIRONMENT.compile_expression(source, undefined_to_none=False)
+        self.names = frozenset(jinja2.meta.find_undeclared_variables(STRICT.parse("{{" + source + "}}")))
+        self._template = compiled(STRICT, STRICT.parse("{% set result = (" + source + "\n) %}"))
 
     def __call__(self, values: Mapping[str, Any]) -> Any:
-        value = self._evaluate(values)
+        renew(self.source, values)
+        context = self._template.new_context(values)
+        for _ in self._template.root_render_func(context):
+            pass
+        value = context.vars["result"]
         if isinstance(value, jinja2.Undefined):
             raise jinja2.UndefinedError(f"{self.source!r} is undefined")
         return value
