@@ -42,7 +42,12 @@ CONTRACT_FILE = "apprentice.json"
 def identity(recipe: Recipe) -> dict[str, Any]:
     """Dotted key → value, for every key that shapes learning."""
     keys = _flat(recipe.model_dump(mode="json"))
-    tasks = [entry if entry.islower() or "/" not in entry else Path(entry).name for entry in recipe.data.tasks]
+    tasks = [
+        (entry if entry.islower() or "/" not in entry else Path(entry).name)
+        if isinstance(entry, str)
+        else entry.model_dump(mode="json", exclude_none=True)
+        for entry in recipe.data.tasks
+    ]
     kept = {key: value for key, value in keys.items() if not any(key == p or key.startswith(p + ".") for p in NOT_IDENTITY)}
     return kept | {"data.tasks": tasks}
 

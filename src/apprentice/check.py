@@ -81,7 +81,7 @@ def _finding(subject: str, look: Callable[..., str], *arguments: Any) -> Finding
 
 
 def _tasks(recipe: Recipe) -> str:
-    tasks, held_out = select_tasks(recipe.data.tasks, recipe.data.hold_out, Path.cwd())
+    tasks, held_out = select_tasks(recipe.data.entries, recipe.data.hold_out, Path.cwd())
     if found := leaks(tasks, held_out):
         held, trained, place = found[0]
         others = sorted({f"{one} through {other}" for one, other, _ in found[1:]} - {f"{held} through {trained}"})
@@ -118,7 +118,7 @@ def _storage(recipe: Recipe) -> str:
 
 
 def _sources(recipe: Recipe) -> str:
-    tasks, _ = select_tasks(recipe.data.tasks, recipe.data.hold_out, Path.cwd())
+    tasks, _ = select_tasks(recipe.data.entries, recipe.data.hold_out, Path.cwd())
     rows = 0
     with tempfile.TemporaryDirectory(prefix="apprentice-") as cache:
         for task in tasks:

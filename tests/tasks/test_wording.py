@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jinja2.sandbox import SecurityError
 
-from apprentice.tasks.wording import MAX_REPEAT, Expression, Wording
+from apprentice.tasks.wording import MAX_REPEAT, Expression, Wording, lenient
 
 
 def test_names_are_the_fields_that_the_text_needs() -> None:
@@ -113,3 +113,47 @@ def test_both_travel_between_processes() -> None:
     expression = pickle.loads(pickle.dumps(Expression("a + 1")))
     assert (wording({"a": 1}), wording.names) == ("1!", {"a"})
     assert (expression({"a": 1}), expression.names) == (2, {"a"})
+
+
+GROW = "{% set ns = namespace(x='aaaa', l=[1], n=3) %}{% for i in range(100) %}"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ range(10**9) | list }}",
+        "{{ 'a' * 10**9 }}",
+        "{{ 9**9**9 }}",
+        "{% for i in range(100000) %}{% for j in range(100000) %}{% endfor %}{% endfor %}",
+        GROW + "{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
+        GROW + "{% set ns.x = ns.x + ns.x %}{% endfor %}",
+        GROW + "{% set ns.x %}{{ ns.x }}{{ ns.x }}{% endset %}{% endfor %}",
+        GROW + "{% set ns.x = ns.x.replace('a', 'aa') %}{% endfor %}",
+        GROW + "{% set ns.x = ns.x | replace('a', 'aa') %}{% endfor %}",
+        GROW + "{% set ns.l = [ns.l, ns.l] %}{% endfor %}{{ ns.l }}",
+        GROW + "{% set ns.l = ns.l + ns.l %}{% endfor %}",
+        GROW + "{% set ns.n = ns.n * ns.n %}{% endfor %}",
+        "{% for i in range(99999) %}{{ range(99999) | list | length }}{% endfor %}",
+        "{% for i in range(99) %}{{ zip(range(99999), range(99999)) | list | length }}{% endfor %}",
+        "{{ '%1000000000d' % 1 }}",
+        "{{ '%1000000000d' | format(1) }}",
+        "{{ 'a'.ljust(10**9) }}",
+        "{{ 'a' | center(10**9) }}",
+        "{{ '{:1000000000}'.format(1) }}",
+        "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(50) }}",
+        "{% macro f(n) %}{{ f(n) }}{% endmacro %}{{ f(1) }}",
+    ],
+)
+@pytest.mark.timeout(60)  # each would run for hours, or fill the memory, if it were let
+def test_work_without_end_is_an_error(source: str) -> None:
+    with pytest.raises((jinja2.TemplateError, RecursionError)):
+        lenient(source)({})
+
+
+def test_a_list_does_not_grow_under_the_loop() -> None:
+    assert lenient("{% set l = [1, 2] %}{% for x in l %}{{ l.append(x) or '' }}{% endfor %}{{ l }}")({}) == "[1, 2, 1, 2]"
+
+
+def test_an_allowance_is_for_one_rendering() -> None:
+    wording = lenient("{% for i in range(90000) %}{% endfor %}done")
+    assert [wording({}) for _ in range(20)] == ["done"] * 20

@@ -73,7 +73,7 @@ def make_corpus(recipe: Recipe, run: Run, *, parallel: bool = True) -> Corpus:
 
     Raises `TaskError`, `DataError` and `RecipeError` for what the recipe names and the sources do not give.
     """
-    tasks, held_out = select_tasks(recipe.data.tasks, recipe.data.hold_out, Path.cwd())
+    tasks, held_out = select_tasks(recipe.data.entries, recipe.data.hold_out, Path.cwd())
     tokenizer = Tokenizer.load(recipe.model.base)
     cache = Folder.at(recipe.storage) / "cache"
     indices = freeze(tasks, recipe, run.index, cache, tokenizer, parallel=parallel)

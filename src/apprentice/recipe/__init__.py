@@ -6,7 +6,7 @@ relative to the recipe file. Knows nothing of datasets, clusters or models beyon
 
 from __future__ import annotations
 
-from apprentice.recipe.data import Data, Filters, Formats, Group, Mixture, Packing
+from apprentice.recipe.data import Collection, Data, Filters, Formats, Group, Mixture, Packing
 from apprentice.recipe.evaluation import Evaluation
 from apprentice.recipe.loading import SHIPPED, dump_recipe, find_recipe, load_recipe
 from apprentice.recipe.serving import Replicas, Serving
@@ -16,6 +16,7 @@ from apprentice.recipe.whole import Model, Recipe
 __all__ = [
     "SHIPPED",
     "Checkpointing",
+    "Collection",
     "Data",
     "DeepSpeed",
     "Evaluation",

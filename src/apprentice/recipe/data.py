@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -96,11 +96,27 @@ class Filters(Strict):
     label_balance: float | None = Field(None, ge=1.0, description="Times that the commonest label may come for the rarest one.")
 
 
+class Collection(Strict):
+    """Tasks that another project's files describe."""
+
+    promptsource: str = Field(
+        description="`glue/mrpc` under `data.promptsource`, or a path to a templates.yaml or a folder of them."
+    )
+    dataset: str | None = Field(None, description="Folder under `data.root`, where its name is not the collection's.")
+    splits: dict[Literal["train", "test"], str] | None = Field(None, description="Our split → the source's.")
+    columns: dict[str, str] | None = Field(None, description="Field → the source's column, where the names differ.")
+    templates: tuple[str, ...] | None = Field(None, min_length=1, description="Names of the templates to use; default: all.")
+    cluster: str | None = Field(None, pattern=r"^[a-z0-9][a-z0-9_]*$", description="The tasks' cluster.")
+
+
 class Data(Strict):
     """Datasets, tasks, mixture and packing."""
 
     root: str | None = Field(None, description="Searched first: <root>/<dataset>/<split>.parquet; then the hub.")
-    tasks: tuple[str, ...] = Field(min_length=1, description="Library names, clusters, or paths of task files.")
+    tasks: tuple[str | Collection, ...] = Field(
+        min_length=1, description="Library names, clusters, paths of task files, or other collections: `{promptsource: glue/mrpc}`."
+    )
+    promptsource: str | None = Field(None, description="Folder of PromptSource's templates: <promptsource>/<name>/templates.yaml.")
     hold_out: tuple[str, ...] = Field((), description="Clusters or tasks never trained on, always scored.")
     validation: Share = Field(0.02, description="Share of training rows, chosen by hash, that are never trained on.")
     layout: Literal["plain", "alpaca", "chat"] = "chat"
@@ -116,6 +132,14 @@ class Data(Strict):
     packing: Packing = Packing()
     window: Positive = Field(1024, description="Positions of the plan that are rendered and packed together.")
     max_bad_rows: Share = Field(0.001, description="Share of a task's rows that may be unusable before the run stops.")
+
+    @property
+    def entries(self) -> tuple[str | dict[str, Any], ...]:
+        """What `tasks` says, as plain values that need nothing else of the recipe."""
+        return tuple(
+            entry if isinstance(entry, str) else {"root": self.promptsource, **entry.model_dump(exclude_none=True)}
+            for entry in self.tasks
+        )
 
     @model_validator(mode="after")
     def _fits(self) -> Self:

@@ -10,6 +10,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from apprentice.errors import RecipeError, did_you_mean
+from apprentice.recipe.data import Collection
 from apprentice.recipe.whole import Recipe
 from apprentice.storage import is_uri
 
@@ -78,8 +79,15 @@ def _with_absolute_paths(recipe: Recipe, folder: Path) -> Recipe:
     def absolute(path: str) -> str:
         return path if is_uri(path) else str((folder / Path(path).expanduser()).resolve())
 
-    tasks = tuple(absolute(entry) if entry.endswith((".yaml", ".yml")) else entry for entry in recipe.data.tasks)
-    data = recipe.data.model_copy(update={"tasks": tasks, "root": recipe.data.root and absolute(recipe.data.root)})
+    def located(entry: str | Collection) -> str | Collection:
+        if isinstance(entry, str):
+            return absolute(entry) if entry.endswith((".yaml", ".yml")) else entry
+        named = entry.promptsource  # a name stays one
+        is_path = named.startswith((".", "/", "~")) or named.endswith((".yaml", ".yml"))
+        return entry.model_copy(update={"promptsource": absolute(named)}) if is_path else entry
+
+    roots = {key: path and absolute(path) for key, path in (("root", recipe.data.root), ("promptsource", recipe.data.promptsource))}
+    data = recipe.data.model_copy(update={"tasks": tuple(map(located, recipe.data.tasks)), **roots})
     base = recipe.model.base
     model = recipe.model.model_copy(update={"base": absolute(base) if base.startswith((".", "/", "~")) else base})
     return recipe.model_copy(update={"storage": absolute(recipe.storage), "data": data, "model": model})
@@ -107,7 +115,9 @@ def _sentence(error: ValidationError, file: Path, text: str) -> str:
 def _keys_of(place: Sequence[str | int]) -> list[str | int]:
     """The keys of a pydantic error's place, without the names it gives to the branches of a union."""
     return [
-        part for part in place if isinstance(part, int) or (part.replace("_", "").isalnum() and part not in ("int", "WorkerRange"))
+        part
+        for part in place
+        if isinstance(part, int) or (part.replace("_", "").isalnum() and part not in ("int", "str", "WorkerRange", "Collection"))
     ]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,10 +11,13 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from apprentice.errors import TaskError, did_you_mean
+from apprentice.tasks.promptsource import prompt_tasks
 from apprentice.tasks.schema import SourceSpec, Task, Template
 
 LIBRARY = Path(__file__).parent / "library"
 BUILTIN = LIBRARY / "quickstart"
+# The key that names an entry's collection → its tasks.
+COLLECTIONS: dict[str, Callable[[Mapping[str, Any]], list[Task]]] = {"promptsource": prompt_tasks}
 
 
 @cache
@@ -36,6 +39,7 @@ def load_task(path: Path) -> Task:
         task = Task.model_validate(content)
     except ValidationError as error:
         raise TaskError(f"{path}: {_first_fault(error)}") from error
+    task = task.model_copy(update={"origin": str(path)})
     if path.is_relative_to(LIBRARY):
         return task
     files = [spec.files and {split: str(path.parent / file) for split, file in spec.files.items()} for spec in task.sources]
@@ -56,8 +60,14 @@ def _first_fault(error: ValidationError) -> str:
     return f"{place + ': ' if place else ''}{fault['msg'].removeprefix('Value error, ')}."
 
 
-def find_tasks(name: str, folder: Path) -> list[Task]:
-    """The tasks that one entry of `data.tasks` means: a library name, a cluster, or a path or glob relative to `folder`."""
+def find_tasks(entry: str | Mapping[str, Any], folder: Path) -> list[Task]:
+    """The tasks that one entry of `data.tasks` means: a library name, a cluster, a path or glob relative to `folder`, or a
+    mapping that names another collection's files, such as `{promptsource: …}`.
+    """
+    if isinstance(entry, Mapping):
+        kind = next(kind for kind in COLLECTIONS if entry.get(kind) is not None)
+        return COLLECTIONS[kind](entry)
+    name = entry
     if name.endswith((".yaml", ".yml")):
         paths = sorted(folder.glob(name)) if not Path(name).is_absolute() else [Path(name)]
         if not paths:
@@ -72,7 +82,9 @@ def find_tasks(name: str, folder: Path) -> list[Task]:
     raise TaskError(f"data.tasks: {name!r} is not a task.{did_you_mean(name, known)} `apprentice tasks` lists them.")
 
 
-def select_tasks(entries: Sequence[str], hold_out: Sequence[str], folder: Path) -> tuple[tuple[Task, ...], frozenset[str]]:
+def select_tasks(
+    entries: Sequence[str | Mapping[str, Any]], hold_out: Sequence[str], folder: Path
+) -> tuple[tuple[Task, ...], frozenset[str]]:
     """The tasks that `entries` mean, in order and each once, and the names of those that `hold_out` keeps out of training.
 
     Raises `TaskError` for an unknown name, a held-out name that no task or cluster has, or when nothing is left to train on.

@@ -60,6 +60,10 @@ class PromptTemplate(Template):
     def _compiles(cls, text: str) -> str:
         return text  # in PromptSource's language, when it is first used
 
+    @property
+    def is_whole(self) -> bool:
+        return True
+
     @cached_property
     def _whole(self) -> Wording:
         return lenient(self.instruction)
@@ -81,11 +85,11 @@ class PromptTemplate(Template):
     def example(self, task: str, row: Mapping[str, Any]) -> Example:
         """The example of one row. Raises `RowError` with reason `skipped` where either part is empty."""
         values = {name: _protected(value) for name, value in row.items() if name in self.names}
-        choices: tuple[str, ...] = ()
-        if self._choices is not None:
-            choices = tuple(_restored(choice).strip() for choice in self._choices(values).split(SEPARATOR))
+        chosen = self._choices(values).split(SEPARATOR) if self._choices is not None else []
         given = copy.deepcopy(values) if self._builds else values
-        parts = self._whole(given | {"answer_choices": list(choices) if choices else None}).split(SEPARATOR)
+        shown = [choice.strip() for choice in chosen] or None
+        parts = self._whole(given | {"answer_choices": shown}).split(SEPARATOR)
+        choices = tuple(_restored(choice).strip() for choice in chosen)
         texts = [_restored(part).strip() for part in parts]
         if len(texts) != 2 or not all(texts):
             raise RowError("skipped", f"task {task!r}, template {self.name!r}: gives no prompt and answer for this row.")
@@ -200,4 +204,4 @@ def _chosen(task: Task, file: Path, entry: Mapping[str, Any]) -> Task:
     sources: Sequence[SourceSpec] = (SourceSpec(dataset=entry["dataset"]),) if entry.get("dataset") else task.sources
     common = {key: entry[key] for key in ("splits", "columns") if entry.get(key)}
     changes["sources"] = tuple(spec.model_copy(update=common) for spec in sources)
-    return Task.model_validate(task.model_copy(update=changes).model_dump() | {"templates": changes.get("templates", task.templates)})
+    return task.model_copy(update=changes)

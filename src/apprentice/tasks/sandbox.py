@@ -11,6 +11,7 @@ import functools
 import hashlib
 import json
 import random
+import re
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -18,7 +19,8 @@ from typing import Any
 
 import jinja2
 from jinja2 import nodes
-from jinja2.sandbox import ImmutableSandboxedEnvironment, SandboxedEnvironment, SecurityError
+from jinja2.exceptions import SecurityError
+from jinja2.sandbox import ImmutableSandboxedEnvironment, SandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
 MAX_WORK = 1_000_000  # of one rendering: steps of loops, calls, and characters in sixteens
@@ -97,7 +99,7 @@ def _steps(items: Any, each: int) -> Any:
 def _bounded(items: Any) -> list[Any]:
     found = []
     for item in items:
-        _ALLOWANCE.spend(1)
+        _ALLOWANCE.spend(2)
         found.append(item)
     return found
 
@@ -109,10 +111,22 @@ def _range(*bounds: int) -> range:
     return numbers
 
 
+@jinja2.pass_context  # so that a draw from a constant list is not made once and for all while the template is compiled
+def _drawn(context: Any, items: Any) -> Any:
+    return _ALLOWANCE.drawn(items)
+
+
 def _most_frequent(items: Any) -> list[Any]:
     """The items that appear most often, in the order in which they come first."""
     counts = Counter(items)
     return [item for item, count in counts.items() if count == max(counts.values())]
+
+
+def _format(text: str, *values: Any) -> str:
+    """`text % values`, with no more than two digits of padding."""
+    if re.search(r"%[^a-zA-Z%]*(\d{3}|\*)", text):
+        raise jinja2.TemplateRuntimeError("'format' would pad text with more than 99 characters")
+    return str(text) % values
 
 
 def _metered(call: Callable[..., Any], name: str) -> Callable[..., Any]:
@@ -120,6 +134,7 @@ def _metered(call: Callable[..., Any], name: str) -> Callable[..., Any]:
 
     @functools.wraps(call)
     def metered(*arguments: Any, **options: Any) -> Any:
+        arguments = tuple(_bounded(argument) if hasattr(argument, "__next__") else argument for argument in arguments)
         sized = [argument for argument in arguments if isinstance(argument, str | list | tuple | range | dict)]
         _ALLOWANCE.spend(1 + sum(_weight(argument) if name in _PRINTING else len(argument) for argument in sized))
         texts = [argument for argument in arguments if isinstance(argument, str)]
@@ -190,7 +205,7 @@ class _Guard(NodeTransformer):
     def __init__(self, environment: jinja2.Environment) -> None:
         self.environment = environment
 
-    def _through(self, name: str, node: nodes.Expr | None, *more: nodes.Expr) -> nodes.Filter:
+    def _through(self, name: str, node: Any, *more: nodes.Expr) -> nodes.Filter:
         lineno = node.lineno if node is not None else 1
         made = nodes.Filter(node, name, list(more), [], None, None, lineno=lineno)
         return made.set_environment(self.environment)  # type: ignore[return-value]
@@ -232,14 +247,14 @@ def _furnished(environment: jinja2.Environment, filters: Mapping[str, Callable[.
     return environment
 
 
-_KNOWN = {name: jinja2.filters.FILTERS[name] for name in _FILTERS.split()}
+_KNOWN = {name: jinja2.filters.FILTERS[name] for name in _FILTERS.split()} | {"format": _format}
 
 # Our own task files: a name in a template is always a field of the row, and what is not there is an error.
 STRICT = _furnished(_Strict(undefined=jinja2.StrictUndefined, autoescape=False, keep_trailing_newline=False), _KNOWN)
 # PromptSource: what is not there is empty; templates build lists; some draw at random, here by the row's content.
 LENIENT = _furnished(
     _Limits(autoescape=False),
-    _KNOWN | {"choice": _ALLOWANCE.drawn, "random": _ALLOWANCE.drawn, "most_frequent": _most_frequent},
+    _KNOWN | {"choice": _drawn, "random": _drawn, "most_frequent": _most_frequent},
     range=_range,
     zip=zip,
     namespace=jinja2.utils.Namespace,

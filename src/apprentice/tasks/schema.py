@@ -39,12 +39,15 @@ Knows nothing of where the rows are read from, nor of tokens.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
+from pathlib import Path
 from typing import Any, Literal, Self
 
 import jinja2
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, field_validator, model_validator
 
 from apprentice.errors import RowError
 from apprentice.tasks.wording import Expression, Wording
@@ -133,6 +136,15 @@ class Template(_Strict):
         """Every variable that the three parts need."""
         return frozenset().union(*(part.names for part in self.parts))
 
+    @property
+    def is_whole(self) -> bool:
+        """True if it says by itself what the answer and the choices are (`example`), whatever the task says of them."""
+        return False
+
+    def example(self, task: str, row: Mapping[str, Any]) -> Example:
+        """The example of one row of `task`; only where the template is whole. Raises `RowError`."""
+        raise NotImplementedError
+
 
 class Task(_Strict):
     """One dataset with its wordings, choices and metrics."""
@@ -148,7 +160,8 @@ class Task(_Strict):
     references: str | None = None
     metrics: tuple[Metric, ...] = Field(min_length=1)
     sample: dict[str, Any] | None = Field(None, description="One invented row, in the task's fields, to show the wordings on.")
-    templates: tuple[Template, ...] = Field(min_length=1)
+    templates: tuple[SerializeAsAny[Template], ...] = Field(min_length=1)
+    origin: str = Field("", description="The file that it was read from.")
 
     @field_validator("choices", "label", "references")
     @classmethod
@@ -167,7 +180,7 @@ class Task(_Strict):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
-        if (self.choices is None) == (self.answer is None):
+        if (self.choices is None) == (self.answer is None) and not self.is_whole:
             raise ValueError("a task has either `choices` with a `label`, or an `answer`")
         if (self.choices is None) != (self.label is None):
             raise ValueError("`choices` and `label` come together")
@@ -189,7 +202,12 @@ class Task(_Strict):
     @property
     def is_ranked(self) -> bool:
         """True if answers are ranked among choices, false if they are generated."""
-        return self.choices is not None
+        return self.choices is not None or (self.is_whole and self.metrics[0] == "accuracy")
+
+    @cached_property
+    def is_whole(self) -> bool:
+        """True if all its templates bring their own answers."""
+        return all(template.is_whole for template in self.templates)
 
     @cached_property
     def template_by_name(self) -> dict[str, Template]:
@@ -218,7 +236,9 @@ class Task(_Strict):
     @property
     def given_names(self) -> frozenset[str]:
         """What templates see besides the row's fields."""
-        return frozenset(["choices", "label", "answer"] if self.is_ranked else ["answer"])
+        if self.is_whole:
+            return frozenset()
+        return frozenset(["choices", "label", "answer"] if self.choices is not None else ["answer"])
 
     @cached_property
     def _expressions(self) -> dict[str, Wording | Expression]:
@@ -228,22 +248,33 @@ class Task(_Strict):
         }
         return found | ({} if self.answer is None else {"answer": Wording(self.answer)})
 
+    def name_of(self, template: Template) -> str:
+        """File, line, task and template, as far as they are known, for a message."""
+        line = template_lines(self.origin).get(template.name) if self.origin else None
+        return f"{f'{self.origin}:{line}: ' if line else ''}task {self.name!r}, template {template.name!r}"
+
     def render(self, row: Mapping[str, Any], template: Template) -> Example:
         """The example that `template` makes of `row` (field → value).
 
-        Raises `RowError` with reason `missing`, `null`, `unknown_label`, `empty_answer`, `broken_character` or `template`.
+        Raises `RowError` with reason `missing`, `null`, `unknown_label`, `empty_answer`, `broken_character` or `template`,
+        and `skipped` where a whole template says that it does not apply.
         """
-        for field in self.fields:
+        for field in () if self.is_whole else self.fields:
             if row.get(field) is None:
                 reason = "null" if field in row else "missing"
                 raise RowError(reason, f"task {self.name!r}: field {field!r} is {reason}.")
         try:
             return self._render(row, template)
-        except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
-            message = f"task {self.name!r}, template {template.name!r}: {error}"
+        except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, RecursionError) as error:
+            message = f"{self.name_of(template)}: {error}"
             raise RowError("template", message) from error
 
     def _render(self, row: Mapping[str, Any], template: Template) -> Example:
+        if template.is_whole:
+            example = template.example(self.name, row)
+            if REPLACEMENT_CHARACTER in f"{example.instruction}{example.input}{example.target}":
+                raise RowError("broken_character", f"task {self.name!r}: the row holds U+FFFD.")
+            return example
         values = dict(row)
         choices = self._choices(values, template)
         references: tuple[str, ...] = ()
@@ -277,6 +308,22 @@ class Task(_Strict):
         if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < count:
             raise RowError("unknown_label", f"task {self.name!r}: label {label!r} is not one of {count} choices.")
         return label
+
+
+@cache
+def template_lines(file: str) -> dict[str, int]:
+    """Template name → 1-based line of its name in a YAML file of templates; empty where that cannot be read."""
+    found: dict[str, int] = {}
+    with suppress(OSError, UnicodeDecodeError, yaml.YAMLError):
+        waiting = [yaml.compose(Path(file).read_text(encoding="utf-8"), Loader=yaml.SafeLoader)]
+        while waiting:
+            node = waiting.pop()
+            if isinstance(node, yaml.SequenceNode):
+                waiting += node.value
+            elif isinstance(node, yaml.MappingNode):
+                found |= {value.value: key.start_mark.line + 1 for key, value in node.value if key.value == "name"}
+                waiting += [value for _, value in node.value]
+    return found
 
 
 def missing_fields(task: Task, spec: SourceSpec, available: Sequence[str]) -> list[tuple[str, str]]:

@@ -70,7 +70,7 @@ class Expression:
 
     def __call__(self, values: Mapping[str, Any]) -> Any:
         renew(self.source, values)
-        context = self._template.new_context(values)
+        context = self._template.new_context(dict(values))
         for _ in self._template.root_render_func(context):
             pass
         value = context.vars["result"]
