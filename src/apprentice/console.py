@@ -60,6 +60,11 @@ class Screen:
         elif text:
             print(text)
 
+    def warn(self, message: str) -> None:
+        """A line beside a result that stands."""
+        self._end_live()
+        print(f"error: {message}", file=sys.stderr, flush=True)
+
     def error(self, message: str) -> None:
         self._end_live()
         if self.as_json:

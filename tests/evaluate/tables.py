@@ -39,6 +39,8 @@ def record(subject: str, of: Task, row: int, wording: str, prediction: str | Non
         "row": row,
         "template": wording,
         "shots": shots,
+        "perturbation": "",
+        "unscored": "",
         "prompt": f"<prompt> {of.name} {row} {wording}",
         "target": right,
         "references": [right],
@@ -78,6 +80,7 @@ def facts(recipe: Recipe) -> dict[str, Any]:
             {"name": "base", "shots": [0, 5], "folder": "models/base", "layout": "chat", "contract": "the recipe's"},
             {"name": "tuned", "shots": [0], "folder": "models/tuned", "layout": "chat", "contract": "its own"},
         ],
+        "story": {"history": [], "ledger": None},
         "not_scored": [{"task": "delta", "reason": "no test split"}],
     }
 

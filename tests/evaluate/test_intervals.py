@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from apprentice.evaluate.intervals import RowSums, bootstrap, interval, verdict
+from apprentice.evaluate.intervals import RowSums, bootstrap, interval, p_value, swapped, verdict
 from apprentice.evaluate.metrics import METRICS
 
 ACCURACY = METRICS["accuracy"]
@@ -79,3 +79,19 @@ def test_columns_with_other_rows_are_no_pair() -> None:
 @pytest.mark.parametrize(("low", "high", "word"), [(0.1, 2, "better"), (-2, -0.1, "worse"), (-1, 1, "unclear"), (0, 1, "unclear")])
 def test_verdict(low: float, high: float, word: str) -> None:
     assert verdict(low, high) == word
+
+
+def test_the_paired_test_is_fair_and_sees_a_difference() -> None:
+    random = np.random.default_rng(7)
+    values = []
+    for trial in range(200):  # no difference: small values are as rare as they say
+        one, other = (sums((random.random((40, 1)) < 0.5).astype(float)) for _ in range(2))
+        values.append(p_value(one.score(ACCURACY) - other.score(ACCURACY), swapped(one, other, ACCURACY, f"{trial}", 400)))
+    assert sum(value <= 0.05 for value in values) <= 20
+    assert max(values) > 0.5
+    base = (np.arange(40) % 2).astype(float)[:, None]
+    better = np.maximum(base, (np.arange(40) < 20).astype(float)[:, None])  # ten rows gained
+    one, other = sums(better), sums(base)
+    # All ten swaps the same way: 2 in 1024.
+    assert p_value(25.0, swapped(one, other, ACCURACY, "x", 20_000)) == pytest.approx(2 / 1024, rel=0.5)
+    assert p_value(0.0, swapped(one, one, ACCURACY, "x", 100)) == 1.0

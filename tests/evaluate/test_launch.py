@@ -52,7 +52,7 @@ def evaluated(
     (run.folder / "steps.jsonl").write_text('{"step": 1, "loss": 3.0}\n{"step": 2, "loss": 2.0}\n')
     seen: list[dict[str, Any]] = []
     subjects = [Subject("base", tiny_model, (0, 2)), Subject("tuned", tuned, (0,))]
-    report = evaluate(recipe, corpus, subjects, out, run=run, progress=seen.append)
+    report = evaluate(recipe, corpus, subjects, Folder.at(out), run=run, progress=seen.append)
     assert seen[-1] == {"message": report["summary"]["sentence"], "done": True}
     assert any(
         line["message"] == "base: 80 of 80 questions" for line in seen
@@ -109,13 +109,13 @@ def test_the_report_is_that_of_its_predictions(evaluated: tuple[dict[str, Any], 
     report, out, records = evaluated
     assert summarise(predictions.read(Folder.at(out))) == report
     assert json.loads((out / "report.json").read_text()) == report
-    assert {path.name for path in out.iterdir()} == {"report.json", "report.md", "report.html", "predictions.parquet"}
+    assert {path.name for path in out.iterdir()} - {"parts"} == {"report.json", "report.md", "report.html", "predictions.parquet"}
     assert [column["key"] for column in report["columns"]] == ["majority@0", "base@0", "base@2", "tuned@0"]
     assert (report["tasks"][0]["task"], report["tasks"][0]["held_out"]) == ("short_reviews", True)
     assert report["subjects"][0]["contract"] == "the recipe's"
     assert report["subjects"][1]["contract"] == "its own"
     assert {record["task"] for record in records if record["subject"] == "majority"} >= {"short_reviews", "same_meaning"}
-    assert (out / "report.html").read_text().count("<svg") == 2  # wordings, and the run's training curve
+    assert (out / "report.html").read_text().count("<svg") == 3  # wordings, exemplars, the run's training curve
     few = report["tasks"][0]["columns"]["base@2"]
     assert few["exemplars"] == 2.0
 
@@ -129,7 +129,7 @@ def test_a_model_that_cannot_be_loaded_is_one_sentence(
     (broken / "model.safetensors").unlink()
     one = replace(corpus, tasks=tuple(task for task in corpus.tasks if task.name == "same_meaning"))
     with pytest.raises(EvaluationError, match=r"^broken: .* cannot be loaded as a causal language model: .*") as caught:
-        evaluate(recipe, one, [Subject("broken", broken)], tmp_path / "out", progress=lambda values: None)
+        evaluate(recipe, one, [Subject("broken", broken)], Folder.at(tmp_path / "out"), progress=lambda values: None)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
 
@@ -143,14 +143,20 @@ def test_rows_that_cannot_be_read_are_one_sentence(
     lost = replace(index, test_source=replace(index.test_source, files=(str(tmp_path / "lost.parquet"),)))
     one = replace(corpus, tasks=tuple(task for task in corpus.tasks if task.name == "same_meaning"), indices={"same_meaning": lost})
     with pytest.raises(DataError, match=r"lost\.parquet") as caught:
-        evaluate(recipe, one, [Subject("base", tiny_model)], tmp_path / "out", progress=lambda values: None)
+        evaluate(recipe, one, [Subject("base", tiny_model)], Folder.at(tmp_path / "out"), progress=lambda values: None)
     assert "\n" not in str(caught.value)
 
 
 def test_nothing_to_score_is_said(recipe: Recipe, corpus: Corpus, tiny_model: Path, tmp_path: Path) -> None:
     indices = {name: replace(index, test_source=None) for name, index in corpus.indices.items()}
     with pytest.raises(EvaluationError, match="none of the recipe's tasks has test rows"):
-        evaluate(recipe, replace(corpus, indices=indices), [Subject("base", tiny_model)], tmp_path, progress=lambda values: None)
+        evaluate(
+            recipe,
+            replace(corpus, indices=indices),
+            [Subject("base", tiny_model)],
+            Folder.at(tmp_path),
+            progress=lambda values: None,
+        )
 
 
 @pytest.mark.parametrize("names", [[], ["a", "a"], ["majority"]])
@@ -158,4 +164,41 @@ def test_subjects_need_names_of_their_own(
     recipe: Recipe, corpus: Corpus, tiny_model: Path, tmp_path: Path, names: list[str]
 ) -> None:
     with pytest.raises(EvaluationError, match="a name of its own"):
-        evaluate(recipe, corpus, [Subject(name, tiny_model) for name in names], tmp_path, progress=lambda values: None)
+        evaluate(recipe, corpus, [Subject(name, tiny_model) for name in names], Folder.at(tmp_path), progress=lambda values: None)
+
+
+@pytest.mark.slow
+def test_an_interrupted_evaluation_goes_on(
+    ray_cluster: None,
+    recipe: Recipe,
+    corpus: Corpus,
+    tiny_model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It stops after the first block; the second attempt asks for the rest only, and the report is that of one go."""
+    one = replace(corpus, tasks=tuple(task for task in corpus.tasks if task.name in ("same_meaning", "written_dates")))
+    subjects = [Subject("base", tiny_model)]
+    out = Folder.at(tmp_path / "out")
+    whole = evaluate(recipe, one, subjects, Folder.at(tmp_path / "whole"), progress=lambda values: None)
+
+    def stop(values: dict[str, Any]) -> None:
+        if "eta_s" in values:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(recipe, one, subjects, out, progress=stop)
+    assert [part.name for part in (out / "parts").children()] == ["000001.parquet"]
+    seen: list[str] = []
+    report = evaluate(recipe, one, subjects, out, progress=lambda values: seen.append(values["message"]))
+    assert seen[1] == "base: 10 of 20 answers were there already"
+    assert [task["columns"] for task in report["tasks"]] == [task["columns"] for task in whole["tasks"]]
+    assert not (out / "parts").exists()
+
+    def refused(*_: Any) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr("apprentice.evaluate.launch._mapped", refused)
+    other = recipe.model_copy(update={"evaluation": recipe.evaluation.model_copy(update={"rank_by": "mean"})})
+    again = evaluate(other, one, subjects, out, progress=lambda values: None)
+    assert again["ranking"]["by"] == "mean"

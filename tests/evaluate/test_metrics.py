@@ -105,3 +105,56 @@ def test_no_examples_have_no_score() -> None:
     for metric in METRICS.values():
         width = len(metric.statistics("a", ["b"]))
         assert np.isnan(metric.value(np.zeros(width), np.array(0.0)))
+
+
+@pytest.mark.parametrize(("name", "kind"), [("rouge_1", "rouge1"), ("rouge_2", "rouge2")])
+def test_shorter_rouges_are_rouge_scores(name: str, kind: str) -> None:
+    scorer = RougeScorer([kind])
+    expected = [max(scorer.score(ref, said)[kind].fmeasure for ref in refs) for said, refs in zip(SAID, RIGHT, strict=True)]
+    assert score(name, SAID, RIGHT) == pytest.approx(100 * sum(expected) / len(expected))
+
+
+def test_chrf_of_a_corpus_is_sacrebleus() -> None:
+    from sacrebleu import corpus_chrf
+
+    said, right = SAID * 3, [[refs[0], refs[-1]] for refs in RIGHT] * 3
+    expected = corpus_chrf(said, [[refs[place] for refs in right] for place in (0, 1)]).score
+    assert score("chrf", said, right) == pytest.approx(expected)
+
+
+def test_signatures_are_sacrebleus() -> None:
+    bleu, chrf = (METRICS[name].signature for name in ("bleu", "chrf"))
+    assert bleu is not None
+    assert chrf is not None
+    assert bleu().startswith("sacrebleu nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:")
+    assert chrf().startswith("sacrebleu nrefs:1|case:mixed|eff:yes|nc:6|nw:0|space:no|version:")
+
+
+def labelled(name: str, said: str, right: str, choices: str) -> float:
+    metric = METRICS[name]
+    vectors = metric.of_many([(one, [other], list(choices)) for one, other in zip(said, right, strict=True)])
+    return float(metric.value(vectors.sum(axis=0), np.array(float(len(said)))))
+
+
+def test_matthews_is_the_correlation() -> None:
+    said, right = "aabbabbbab", "abbbaabbab"
+    numbers = [[float(letter == "a") for letter in text] for text in (said, right)]
+    assert labelled("matthews", said, right, "ab") == pytest.approx(100 * float(np.corrcoef(numbers)[0, 1]))
+    assert labelled("matthews", "aaaa", "abab", "ab") == 0.0  # always the same answer
+    assert labelled("matthews", "abcabc", "abcabc", "abc") == 100.0
+    # Worked by hand: 3 of 4 right, said 2 1 1, wanted 1 1 2: (12 - 5) / sqrt((16 - 6) (16 - 6)).
+    assert labelled("matthews", "aabc", "acbc", "abc") == pytest.approx(100 * (12 - 5) / 10)
+
+
+def test_label_distribution_compares_shares() -> None:
+    assert labelled("label_distribution", "aabb", "bbaa", "ab") == 100.0
+    assert labelled("label_distribution", "aaaa", "abab", "ab") == 50.0
+    assert labelled("label_distribution", "zzzz", "abab", "ab") == 0.0
+
+
+def test_natural_instructions_keeps_articles_and_stems() -> None:
+    assert METRICS["ni_exact_match"].of_one("The  Cat!", ["the cat"]) == 100.0
+    assert METRICS["ni_exact_match"].of_one("cat", ["the cat"]) == 0.0
+    expected = RougeScorer(["rougeL"], use_stemmer=True).score("dogs barking", "the dog barks")["rougeL"].fmeasure
+    assert METRICS["ni_rouge_l"].of_one("the dog barks", ["dogs barking"]) == pytest.approx(100 * expected)
+    assert expected > 0

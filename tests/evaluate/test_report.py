@@ -45,9 +45,9 @@ def test_the_table_has_held_out_tasks_first(report: dict[str, Any]) -> None:
         ["alpha_rank", "accuracy", "0.0", "25.0", "25.0", "75.0"],
         ["gamma_text", "token F1", "–", "75.0", "–", "100.0"],
     ]
-    assert rows[0][6] == Cell("+0.0 (+0.0 to +0.0)")
+    assert rows[0][6] == Cell("+0.0 (+0.0 to +0.0), p 1.000")
     assert rows[1][6].mark == "better"
-    assert re.fullmatch(r"\+50\.0 \(\+[\d.]+ to \+[\d.]+\)", rows[1][6].text)
+    assert re.fullmatch(r"\+50\.0 \(\+[\d.]+ to \+[\d.]+\), p 0\.\d+", rows[1][6].text)
 
 
 def test_markdown_is_a_table_that_github_reads(report: dict[str, Any]) -> None:
@@ -59,8 +59,12 @@ def test_markdown_is_a_table_that_github_reads(report: dict[str, Any]) -> None:
     assert widths == {8}
     assert "- delta: no test split." in lines
     assert "- base 5-shot: on average fewer exemplars fitted into the prompt: alpha_rank 3.0." in lines
-    assert "| ranked (held out) | 1 | 0.0 | 50.0 | – | 50.0 | +0.0 (+0.0 to +0.0) |" in lines
-    assert "| alpha_rank | 2 | 25.0 / 0.0 | 25.0 / 0.0 | 75.0 / 0.0 |" in lines
+    assert "| ranked (held out) | 1 | 0.0 | 50.0 | – | 50.0 | +0.0 (+0.0 to +0.0), p 1.000 |" in lines
+    assert "| beta (held out) | 1 | 0.0 | 50.0 | – | 50.0 | +0.0 (+0.0 to +0.0), p 1.000 |" in lines
+    assert (
+        "| alpha_rank | 2 | 25.0 / 25.0 / 0.0 / 0.0 / 100.0 | 25.0 / 25.0 / 0.0 / 0.0 / 100.0 | 75.0 / 75.0 / 0.0 / 0.0 / 100.0 |"
+        in lines
+    )
 
 
 def test_what_was_cut_is_said(recipe: Recipe) -> None:
@@ -88,14 +92,14 @@ class Page(HTMLParser):
 
 
 def test_html_needs_nothing_else(report: dict[str, Any]) -> None:
-    text = html(report, history=HISTORY, ledger=LEDGER)
+    text = html(report | {"story": {"history": HISTORY, "ledger": LEDGER}})
     page = Page()
     page.feed(text)
     assert page.links == []
     assert re.findall(r"url\((?!['\"]?#)", text) == []
-    assert page.tags["svg"] == 3
-    assert page.tags["table"] == 3
-    assert page.tags["details"] == len(report["tasks"])
+    assert page.tags["svg"] == 4  # wordings, exemplars, training, mixture
+    assert page.tags["table"] == 4
+    assert page.tags["details"] == len(report["tasks"]) + 2 * 10 + 1  # best, worst, and the recipe
     assert "&lt;prompt&gt; alpha_rank 0 w0" in text  # what a model saw or said is text, never markup
     assert "<prompt>" not in text
 
@@ -103,7 +107,7 @@ def test_html_needs_nothing_else(report: dict[str, Any]) -> None:
 def test_pictures_are_whole_and_show_one_dot_per_wording(report: dict[str, Any]) -> None:
     text = html(report)
     pictures = re.findall(r"<svg.*?</svg>", text, re.DOTALL)
-    assert len(pictures) == 1
+    assert len(pictures) == 2
     for picture in pictures:
         ET.fromstring(picture)
     for title in ("base", "tuned", "majority answer", "beta_rank  (held out)"):
@@ -111,8 +115,8 @@ def test_pictures_are_whole_and_show_one_dot_per_wording(report: dict[str, Any])
 
 
 def test_the_files_are_written_and_the_same_again(report: dict[str, Any], tmp_path: Path) -> None:
-    write_report(report, Folder.at(tmp_path / "a"), history=HISTORY, ledger=LEDGER)
-    write_report(report, Folder.at(tmp_path / "b"), history=HISTORY, ledger=LEDGER)
+    for name in "ab":
+        write_report(report, Folder.at(tmp_path / name))
     names = sorted(path.name for path in (tmp_path / "a").iterdir())
     assert names == ["report.html", "report.json", "report.md"]
     for name in names:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from apprentice.evaluate.robustness import robustness
+import pytest
+
+from apprentice.evaluate.robustness import agreement, robustness
 
 
 def test_spread_is_between_the_quartiles() -> None:
@@ -17,3 +19,19 @@ def test_one_wording_has_no_spread() -> None:
 
 def test_of_equals_the_first_is_worst() -> None:
     assert robustness({"a": 1.0, "b": 1.0}).worst == "a"
+
+
+def said(row: int, prediction: str, choices: tuple[str, ...] = ()) -> dict:
+    return {"row": row, "prediction": prediction, "choices": list(choices)}
+
+
+def test_agreement_over_the_askings_of_a_row() -> None:
+    found = agreement([said(1, "a"), said(1, "a"), said(1, "b"), said(2, "c"), said(2, "The c!"), said(3, "alone")])
+    assert found["changed"] == 50.0  # row 1 of rows 1 and 2
+    assert found["consistency"] == pytest.approx(100 * (1 / 3 + 1) / 2)
+    assert agreement([said(3, "alone")]) == {"changed": None, "consistency": None}
+
+
+def test_ranked_answers_are_places_not_words() -> None:
+    found = agreement([said(1, "yes", ("no", "yes")), said(1, "same", ("different", "same"))])
+    assert found == {"changed": 0.0, "consistency": 100.0}

@@ -34,6 +34,8 @@ for command in (
     training.runs,
     data.trace,
     evaluation.evaluate,
+    evaluation.report,
+    evaluation.compare,
     serving.serve,
     serving.ask,
     data.recipe_schema,

@@ -1,20 +1,29 @@
-"""Commands that score."""
+"""Commands that score, and that show scores again."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from apprentice.cli.options import Json, Overrides, Storage, screen_for
+
+Out = Annotated[Path | None, typer.Option(help="Where the report goes; a run keeps its own.")]
 
 
 def evaluate(
     target: Annotated[str, typer.Argument(help="A recipe, a run, or a model (folder or hub id).", metavar="RECIPE|RUN|MODEL")],
     overrides: Overrides = None,
     recipe: Annotated[str | None, typer.Option(help="The recipe whose tasks a bare model is scored on.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Where the report goes; a run keeps its own.")] = None,
+    tasks: Annotated[list[str] | None, typer.Option(help="A task or cluster to score instead of the recipe's; repeatable.")] = None,
+    against: Annotated[str | None, typer.Option(help="Another run or model to compare with instead of the base.")] = None,
+    endpoint: Annotated[str | None, typer.Option(help="Address of an OpenAI-compatible endpoint to ask instead.")] = None,
+    model: Annotated[str | None, typer.Option(help="The model's name at the endpoint; the first it lists by default.")] = None,
+    key_env: Annotated[str, typer.Option(help="Environment variable that holds the endpoint's key.")] = "OPENAI_API_KEY",
+    restart: Annotated[bool, typer.Option(help="Ask everything again, also what was answered before.")] = False,
+    out: Out = None,
     storage: Storage = "./runs",
     json: Json = False,
 ) -> None:
@@ -22,6 +31,60 @@ def evaluate(
     from apprentice import road
 
     screen = screen_for(json)
-    report, folder = road.evaluate(target, overrides or [], recipe=recipe, out=out, storage=storage, progress=screen.progress)
+    wanted = road.Wanted(
+        recipe=recipe,
+        tasks=tuple(tasks or ()),
+        against=against,
+        endpoint=endpoint,
+        model=model,
+        key=os.environ.get(key_env),
+        out=out,
+        restart=restart,
+        storage=storage,
+    )
+    found, folder = road.evaluate(target, overrides or [], wanted=wanted, progress=screen.progress)
+    _show(screen, found, folder)
+
+
+def report(
+    target: Annotated[str, typer.Argument(help="A run, or a folder with predictions.parquet.", metavar="RUN|FOLDER")],
+    storage: Storage = "./runs",
+    json: Json = False,
+) -> None:
+    """Make a report again from its predictions, without any model."""
+    from apprentice import road
+
+    _show(screen_for(json), *road.report(target, storage))
+
+
+def compare(
+    targets: Annotated[list[str], typer.Argument(help="Runs that were scored; the first is what the others meet.", metavar="RUN")],
+    out: Out = None,
+    storage: Storage = "./runs",
+    json: Json = False,
+) -> None:
+    """Several scored runs in one report, question by question."""
+    from apprentice import road
+
+    _show(screen_for(json), *road.compare(targets, out, storage))
+
+
+def _show(screen: Any, found: dict[str, Any], folder: Path) -> None:
+    """The report; exit code 1 where questions stayed without an answer, or the gate was not passed."""
+    from apprentice.evaluate.gate import sentence
+
     text = (folder / "report.md").read_text(encoding="utf-8")
-    screen.result(report, f"{text}\n{folder / 'report.html'}")
+    screen.result(found, f"{text}\n{folder / 'report.html'}")
+    failed = []
+    if found["unscored"]:
+        lost = found["unscored"]
+        failed.append(
+            f"{len(lost)} questions have no answer (the first: {lost[0]['task']} row {lost[0]['row']}, {lost[0]['reason']});"
+            " all others are kept, and the same command asks only for these."
+        )
+    if found["gate"] and not found["gate"]["passed"]:
+        failed.append(sentence(found["gate"]))
+    for line in failed:
+        screen.warn(line)
+    if failed:
+        raise typer.Exit(1)

@@ -15,6 +15,7 @@ def serve(
     port: Annotated[int | None, typer.Option(help="Port; 0 takes a free one.")] = None,
     contract: Annotated[str | None, typer.Option(help="Run whose prompt contract a bare model takes.")] = None,
     recipe: Annotated[str | None, typer.Option(help="Recipe whose layout a bare model takes.")] = None,
+    require_gate: Annotated[bool, typer.Option(help="Refuse a model that has not passed its recipe's `evaluation.gate`.")] = False,
     storage: Storage = "./runs",
 ) -> None:
     """The endpoint and the playground on one port, until Ctrl-C."""
@@ -22,7 +23,14 @@ def serve(
 
     screen = screen_for(as_json=False)
     with road.endpoint(
-        target, host=host, port=port, contract=contract, recipe=recipe, storage=storage, progress=screen.progress
+        target,
+        host=host,
+        port=port,
+        contract=contract,
+        recipe=recipe,
+        storage=storage,
+        require_gate=require_gate,
+        progress=screen.progress,
     ) as url:
         screen.say(f"serving {target} at {url}  (playground: {url}/, API: {url}/v1, stop with Ctrl-C)")
         road.wait_for_stop()

@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from apprentice.data.layout import SEPARATOR, Layout
 from apprentice.models.decoding import generate
+from apprentice.models.seq2seq_scoring import is_seq2seq, written
+
+if TYPE_CHECKING:
+    from apprentice.evaluate.scorer import Manner
 
 
-def reply(model: Any, questions: Sequence[Mapping[str, Any]], layout: Layout, max_new_tokens: int) -> list[dict[str, Any]]:
+def reply(model: Any, questions: Sequence[Mapping[str, Any]], manner: Manner) -> list[dict[str, Any]]:
     """`prediction` for every question (a record of `predictions.ENCODED`)."""
     prompts = [list(question["prompt_ids"]) for question in questions]
-    replies = generate(model, prompts, max_new_tokens=max_new_tokens, stop_ids=layout.stop_ids)
-    return [{"prediction": shown(layout, ids)} for ids in replies]
+    write = written if is_seq2seq(model) else generate
+    replies = write(model, prompts, max_new_tokens=manner.reply, stop_ids=manner.layout.stop_ids)
+    return [{"prediction": shown(manner.layout, ids)} for ids in replies]
 
 
 def shown(layout: Layout, ids: Sequence[int]) -> str:
     """The reply's text. In layouts of plain text it ends where a model goes on to write exemplars of its own."""
-    text = layout.tokenizer.decode(ids)
+    return bounded(layout, layout.tokenizer.decode(ids))
+
+
+def bounded(layout: Layout, text: str) -> str:
+    """`text` up to where an exemplar of the model's own would begin."""
     return (text if layout.name == "chat" else text.partition(SEPARATOR.strip("\n"))[0]).strip()

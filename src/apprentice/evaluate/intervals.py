@@ -1,4 +1,4 @@
-"""95% intervals by bootstrap over rows: the wordings of a row stay together, and two models meet the same resamples.
+"""95% intervals by bootstrap over rows, and a paired test: the wordings of a row stay together, two models meet the same resamples.
 
 Pure numpy; knows nothing of tasks or models. The resamples of a key are always the same, so differences are paired by construction.
 """
@@ -59,6 +59,30 @@ def bootstrap(columns: Mapping[str, RowSums], metric: Metric, key: str, resample
         for name, column in columns.items():
             parts[name].append(metric.value(times @ column.sums, times @ column.counts))
     return {name: np.concatenate(found) for name, found in parts.items()}
+
+
+def swapped(ours: RowSums, theirs: RowSums, metric: Metric, key: str, permutations: int = RESAMPLES) -> Floats:
+    """The difference of the two scores after their answers to rows changed sides at random, shape (permutations,).
+
+    What the difference would be if it did not matter which model answered: the paired randomisation test. Raises `ValueError` for
+    columns that hold different rows.
+    """
+    if not np.array_equal(ours.rows, theirs.rows):
+        raise ValueError("paired columns hold different rows")
+    random = np.random.default_rng(list(hashlib.sha256(f"swapped {key}".encode()).digest()))
+    step = max(1, _CHUNK // len(ours.rows))
+    parts = []
+    for start in range(0, permutations, step):
+        sides = random.integers(0, 2, size=(min(step, permutations - start), len(ours.rows))).astype(np.float64)
+        first = metric.value(sides @ ours.sums + (1 - sides) @ theirs.sums, sides @ ours.counts + (1 - sides) @ theirs.counts)
+        second = metric.value((1 - sides) @ ours.sums + sides @ theirs.sums, (1 - sides) @ ours.counts + sides @ theirs.counts)
+        parts.append(first - second)
+    return np.concatenate(parts)
+
+
+def p_value(difference: float, draws: Floats) -> float:
+    """How often chance alone gives at least such a difference, in either direction; never 0, since the data are one such draw."""
+    return float((1 + np.sum(np.abs(draws) >= abs(difference) - 1e-9)) / (1 + len(draws)))
 
 
 def interval(draws: Floats, confidence: float = CONFIDENCE) -> tuple[float, float]:

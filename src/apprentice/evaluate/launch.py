@@ -1,103 +1,99 @@
 """Evaluation on Ray: questions are encoded once per layout, scored by one pool of workers per subject, and summed up on the driver.
 
-The only file of this room that knows Ray. Ray must be initialised by the caller.
+Answers are kept as they come (`answers.py`), so an evaluation that was interrupted goes on where it stopped. The only file of this
+room that knows Ray. Ray must be initialised by the caller.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import pyarrow as pa
 import ray
 
-from apprentice.artifacts import Run, read_contract
-from apprentice.data.contract import layout_beside, layout_of
+from apprentice.artifacts import Run
 from apprentice.data.layout import Layout
 from apprentice.data.pipeline import Corpus
-from apprentice.errors import ApprenticeError, EvaluationError, ModelError
+from apprentice.errors import ApprenticeError, EvaluationError
 from apprentice.evaluate import majority, predictions
+from apprentice.evaluate.answers import ANSWER, PARTS, Answers, key_of
+from apprentice.evaluate.endpoint import EndpointScorer
 from apprentice.evaluate.facts import facts_for
 from apprentice.evaluate.pool import Pool, Room, pool_for
 from apprentice.evaluate.prompts import Limits, can_show, encoded
+from apprentice.evaluate.rank import ranked
 from apprentice.evaluate.report import write_report
 from apprentice.evaluate.sampling import Request, requests_of
 from apprentice.evaluate.scorer import ASKED, Scorer, weight_bytes
+from apprentice.evaluate.story import story_of
+from apprentice.evaluate.subjects import Spoken, Subject, check_subjects, described, spoken_to
 from apprentice.evaluate.summary import summarise
 from apprentice.recipe import Recipe
 from apprentice.storage import Folder
-from apprentice.tokenizer import Tokenizer
 
 ENCODED_TOGETHER = 256  # requests
 LEAST_TOGETHER, MOST_TOGETHER = 16, 64  # questions of one block: enough to batch, few enough to share among workers
 SETTLE_S = 5.0  # how long resources that a stage before still holds may take to come back …
 PATIENCE_S = 60.0  # … and how long we wait for one CPU at least
 Progress = Callable[[dict[str, Any]], None]
-
-
-@dataclass(frozen=True)
-class Subject:
-    """A model that is scored: its folder, and with how many exemplars each question is asked (once for each number)."""
-
-    name: str
-    folder: Path
-    shots: tuple[int, ...] = (0,)
+Record = dict[str, Any]
 
 
 def evaluate(
-    recipe: Recipe, corpus: Corpus, subjects: Sequence[Subject], out: Folder | Path, *, run: Run | None = None, progress: Progress
+    recipe: Recipe,
+    corpus: Corpus,
+    subjects: Sequence[Subject],
+    out: Folder,
+    *,
+    run: Run | None = None,
+    known: Iterable[Folder] = (),
+    progress: Progress,
 ) -> dict[str, Any]:
     """Scores every subject on the test rows of the corpus's tasks; writes predictions and reports to `out`, gives the report.
 
     The first subject is the one that the others are compared with. A folder with a prompt contract is spoken to as the contract
-    says, a bare model in the recipe's layout. `run` adds its training curve and ledger to the report. Raises `EvaluationError`
-    where there is nothing to score or a model cannot answer, `ResourcesError` where no worker fits, `ContractError`, `ModelError`.
+    says, a bare model in the recipe's layout. Answers that lie in `out`, or in the folders `known`, are not asked for again. `run`
+    adds its training curve and ledger to the report. Raises `EvaluationError` where there is nothing to score or a model cannot
+    answer, `ResourcesError` where no worker fits, `ContractError`, `ModelError`.
     """
     started = time.time()
-    _check(subjects)
-    place = out if isinstance(out, Folder) else Folder.at(out)
+    check_subjects(subjects)
     requests, not_scored = _requests(recipe, corpus, subjects)
-    spoken = {subject.name: _spoken_to(subject, recipe, corpus) for subject in subjects}
+    spoken = {subject.name: spoken_to(subject, recipe, corpus) for subject in subjects}
     room = _room()
     majorities = _majorities(corpus, sorted({request.task for request in requests}))
-    rendered: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-    records: list[dict[str, Any]] = []
+    answers = Answers(out, corpus.tasks, known)
+    rendered: dict[tuple[Any, ...], list[Record]] = {}
+    records: list[Record] = []
     for subject in subjects:
-        layout, limits = spoken[subject.name]
-        key = (*_identity(layout), limits)
+        manner, limits = spoken[subject.name].manner, spoken[subject.name].limits
+        key = spoken[subject.name].phrasing
         if key not in rendered:
             progress({"message": f"rendering {len(requests)} questions"})
-            rendered[key] = _encode(corpus, requests, layout, limits)
+            rendered[key] = _encode(corpus, requests, manner.layout, limits)
         asked = [question for question in rendered[key] if question["shots"] in subject.shots]
-        records += _score(subject, recipe, layout, limits, asked, room, progress)
+        records += _score(subject, recipe, spoken[subject.name], asked, room, answers, progress)
     first = next(iter(rendered.values()))
     least = min(request.shots for request in requests)
-    records += majority.predicted([question for question in first if question["shots"] == least], majorities)
+    plain = [question for question in first if question["shots"] == least and not question["perturbation"]]
+    records += majority.predicted(plain, majorities)
     facts = facts_for(recipe, corpus.tasks, corpus.held_out, majorities, started) | {
-        "subjects": [_described(subject, *spoken[subject.name]) for subject in subjects],
+        "subjects": [described(subject, spoken[subject.name]) for subject in subjects],
         "not_scored": not_scored,
         "test_rows": {name: len(corpus.indices[name].test) for name in majorities},
+        "story": story_of(run),
     }
     table = predictions.with_facts(predictions.scored(records, corpus.tasks), facts)
-    predictions.save(table, place)
+    predictions.save(table, out)
+    answers.close()
     report = summarise(table)
-    write_report(report, place, history=_history(run), ledger=_ledger(run))
+    write_report(report, out)
     progress({"message": report["summary"]["sentence"], "done": True})
     return report
-
-
-def _check(subjects: Sequence[Subject]) -> None:
-    names = [subject.name for subject in subjects]
-    if not subjects or len(set(names)) < len(names) or majority.NAME in names or any(not subject.shots for subject in subjects):
-        raise EvaluationError(
-            f"subjects {names}: each needs a name of its own, other than {majority.NAME!r}, and at least one number of shots."
-        )
 
 
 def _requests(recipe: Recipe, corpus: Corpus, subjects: Sequence[Subject]) -> tuple[list[Request], list[dict[str, str]]]:
@@ -119,6 +115,8 @@ def _requests(recipe: Recipe, corpus: Corpus, subjects: Sequence[Subject]) -> tu
                 else "no training split, so no exemplars"
             )
             not_scored.append({"task": task.name, "reason": reason})
+        if not possible:
+            continue
         requests += requests_of(
             task,
             index.test,
@@ -126,44 +124,13 @@ def _requests(recipe: Recipe, corpus: Corpus, subjects: Sequence[Subject]) -> tu
             max_examples=settings.max_examples,
             templates_per_row=settings.templates_per_row,
             seed=recipe.seed,
+            perturbations=settings.perturbations,
         )
     if not requests:
         raise EvaluationError(
             "none of the recipe's tasks has test rows, so there is nothing to score; add a task with a test split."
         )
     return requests, not_scored
-
-
-def _spoken_to(subject: Subject, recipe: Recipe, corpus: Corpus) -> tuple[Layout, Limits]:
-    """The subject's layout and the limits of its prompts."""
-    try:
-        config = json.loads((subject.folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{subject.folder} is not a model folder: its config.json cannot be read.") from error
-    if read_contract(subject.folder) is not None:
-        layout = layout_beside(subject.folder)
-    elif subject.folder == corpus.layout.tokenizer.folder:
-        layout = corpus.layout
-    else:
-        layout = layout_of(recipe, Tokenizer(subject.folder))
-    context = config.get("max_position_embeddings") or config.get("n_positions")
-    return layout, Limits(recipe.data.max_length, recipe.evaluation.max_new_tokens, context)
-
-
-def _described(subject: Subject, layout: Layout, limits: Limits) -> dict[str, Any]:
-    return {
-        "name": subject.name,
-        "shots": list(subject.shots),
-        "folder": str(subject.folder),
-        "layout": layout.name,
-        "contract": "its own" if read_contract(subject.folder) else "the recipe's",
-        "prompt_tokens": limits.prompt,
-    }
-
-
-def _identity(layout: Layout) -> tuple[Any, ...]:
-    """Equal for layouts that make the same ids of the same texts."""
-    return layout.name, layout.system, layout.date, layout.tokenizer.fingerprint, layout.tokenizer.chat_template
 
 
 def _room() -> Room:
@@ -197,39 +164,81 @@ def _encode(corpus: Corpus, requests: Sequence[Request], layout: Layout, limits:
 def _score(
     subject: Subject,
     recipe: Recipe,
-    layout: Layout,
-    limits: Limits,
-    asked: Sequence[dict[str, Any]],
+    spoken: Spoken,
+    asked: Sequence[Record],
+    room: Room,
+    answers: Answers,
+    progress: Progress,
+) -> list[Record]:
+    """The records of one subject: every question with its answer, or with the reason why there is none."""
+    blank = dict.fromkeys(ANSWER) | {"unscored": ""}
+    records = [{**question, **blank, "subject": subject.name, "key": None} for question in asked]
+    for record in records:
+        if not record["dropped"]:
+            record["key"] = key_of(spoken.fingerprint, record)
+            record |= answers.find(record["key"]) or {}
+    open_places = [place for place, record in enumerate(records) if not record["dropped"] and record["prediction"] is None]
+    total = sum(not record["dropped"] for record in records)
+    if len(open_places) < total:
+        progress({"message": f"{subject.name}: {total - len(open_places)} of {total} answers were there already"})
+    start, done = time.monotonic(), 0
+    for block in _answered(subject, recipe, spoken, [(place, asked[place]) for place in open_places], room, progress):
+        for answer in block:
+            if answer["failure"]:
+                raise EvaluationError(f"{subject.name}: {answer['failure']}")
+            records[answer["place"]] |= _with_prediction(records[answer["place"]], answer, recipe)
+        fresh = [records[answer["place"]] for answer in block]
+        answers.add(fresh)
+        done += len(block)
+        left = (time.monotonic() - start) * (len(open_places) / done - 1)
+        progress({"message": f"{subject.name}: {total - len(open_places) + done} of {total} questions", "eta_s": left})
+    for record in records:  # answers that were there may have been ranked otherwise
+        if record["choice_logprobs"]:
+            record["prediction"] = ranked(record, recipe.evaluation.rank_by)
+    return records
+
+
+def _with_prediction(record: Record, answer: Record, recipe: Recipe) -> Record:
+    found = {name: answer[name] for name in ("prediction", "choice_logprobs", "choice_priors")}
+    found["unscored"] = answer["unscored"] or ""
+    if answer["choice_logprobs"]:
+        found["choice_tokens"] = [len(ids) for ids in record["choice_ids"]]
+        found["prediction"] = ranked({**record, **found}, recipe.evaluation.rank_by)
+    return found
+
+
+def _answered(
+    subject: Subject,
+    recipe: Recipe,
+    spoken: Spoken,
+    asked: Sequence[tuple[int, Record]],
     room: Room,
     progress: Progress,
-) -> list[dict[str, Any]]:
-    """The records of one subject: every question with its prediction; dropped questions without."""
-    answers: dict[int, dict[str, Any]] = {}
-    start, total = time.monotonic(), sum(not question["dropped"] for question in asked)
-    if total:
-        pool = pool_for(room, weight_bytes(subject.folder, recipe.model, gpu=room.gpus > 0), math.ceil(total / LEAST_TOGETHER))
-        tables = [predictions.table_of(block, ASKED) for block in _blocks(asked, pool.workers)]
+) -> Iterator[list[Record]]:
+    """Blocks of answers (`scorer.ANSWERED`) to the questions, each with its place, as they come."""
+    if not asked:
+        return
+    worker: type = Scorer
+    arguments: tuple[Any, ...]
+    if subject.endpoint is not None:
+        pool = Pool(1, 1, 0)
+        worker, arguments = EndpointScorer, (subject.endpoint, spoken.manner)
+        progress({"message": f"{subject.name}: asking {subject.endpoint.url}"})
+    else:
+        bytes_of_one = weight_bytes(subject.folder, recipe.model, gpu=room.gpus > 0)
+        pool = pool_for(room, bytes_of_one, math.ceil(len(asked) / LEAST_TOGETHER))
+        arguments = (subject.folder, recipe.model, spoken.manner, pool)
         progress({"message": f"{subject.name}: loading on {pool.workers} worker{'s' if pool.workers > 1 else ''}"})
-        for block in _mapped(tables, Scorer, (subject.folder, recipe.model, layout, limits, pool), pool):
-            for answer in block.to_pylist():
-                if answer["failure"]:
-                    raise EvaluationError(f"{subject.name}: {answer['failure']}")
-                answers[answer["place"]] = {"prediction": answer["prediction"], "choice_logprobs": answer["choice_logprobs"]}
-            left = (time.monotonic() - start) * (total / max(1, len(answers)) - 1)
-            progress({"message": f"{subject.name}: {len(answers)} of {total} questions", "eta_s": left})
-    blank = {"prediction": None, "choice_logprobs": None}
-    return [{**question, **answers.get(place, blank), "subject": subject.name} for place, question in enumerate(asked)]
+    tables = [predictions.table_of(block, ASKED) for block in _blocks(asked, pool.workers)]
+    for block in _mapped(tables, worker, arguments, pool):
+        yield block.to_pylist()
 
 
-def _blocks(asked: Sequence[dict[str, Any]], workers: int) -> list[list[dict[str, Any]]]:
-    """The questions that are not dropped, in blocks of one kind and like length, the longest first; two or more per worker."""
+def _blocks(asked: Sequence[tuple[int, Record]], workers: int) -> list[list[Record]]:
+    """The questions in blocks of one kind and like length, the longest first; two or more per worker."""
     blocks = []
-    for ranked in (False, True):
-        chosen = [
-            {"place": place, **question}
-            for place, question in enumerate(asked)
-            if not question["dropped"] and bool(question["choices"]) is ranked
-        ]
+    for is_ranked in (False, True):
+        chosen = [{"place": place, **question} for place, question in asked if bool(question["choices"]) is is_ranked]
         chosen.sort(key=lambda question: (-question["prompt_tokens"], question["place"]))
         size = min(MOST_TOGETHER, max(LEAST_TOGETHER, math.ceil(len(chosen) / (2 * workers))))
         blocks += [chosen[start : start + size] for start in range(0, len(chosen), size)]
@@ -267,13 +276,4 @@ def _majorities(corpus: Corpus, names: Sequence[str]) -> dict[str, dict[str, Any
     return dict(zip(names, _gathered([work.remote(shared, name) for name in names]), strict=True))
 
 
-def _history(run: Run | None) -> list[dict[str, Any]]:
-    """The run's training record, if it kept one: a line per step and one per validation."""
-    file = run.folder / "steps.jsonl" if run else None
-    if file is None or not file.exists():
-        return []
-    return [json.loads(line) for line in file.read_text().splitlines() if line.strip()]
-
-
-def _ledger(run: Run | None) -> dict[str, Any] | None:
-    return dict(run.ledger_file.read_json()) if run and run.ledger_file.exists() else None
+__all__ = ["PARTS", "Subject", "evaluate", "predictions"]

@@ -25,18 +25,30 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Metric:
-    """`statistics(prediction, references)` is one example's vector; `value(sums, counts)` is the score of many.
+    """`statistics(prediction, references, choices)` is one example's vector; `value(sums, counts)` is the score of many.
 
-    `sums` has shape (…, width) and `counts` (how many examples are in each sum) has shape (…); the scores have shape (…).
+    `sums` has shape (…, width) and `counts` (how many examples are in each sum) has shape (…); the scores have shape (…). Vectors
+    of different widths add up after zeros are put on their right. `single` is the metric that judges one prediction alone, where
+    this one says something of many only.
     """
 
     title: str
-    statistics: Callable[[str, Sequence[str]], tuple[float, ...]]
+    statistics: Callable[[str, Sequence[str], Sequence[str]], tuple[float, ...]]
     value: Callable[[Floats, Floats], Floats]
+    single: str | None = None
+    signature: Callable[[], str] | None = None  # how the reference implementation names these settings
 
-    def of_one(self, prediction: str, references: Sequence[str]) -> float:
+    def of_one(self, prediction: str, references: Sequence[str], choices: Sequence[str] = ()) -> float:
         """The score of a single prediction, 0 to 100."""
-        return float(self.value(np.array(self.statistics(prediction, references)), np.array(1.0)))
+        if self.single:
+            return METRICS[self.single].of_one(prediction, references, choices)
+        return float(self.value(np.array(self.statistics(prediction, references, choices)), np.array(1.0)))
+
+    def of_many(self, answers: Sequence[tuple[str, Sequence[str], Sequence[str]]]) -> Floats:
+        """One vector per (prediction, references, choices), shape (answers, width)."""
+        vectors = [self.statistics(*answer) for answer in answers]
+        width = max(map(len, vectors), default=0)
+        return np.array([[*vector, *[0.0] * (width - len(vector))] for vector in vectors]).reshape(len(vectors), width)
 
 
 def normalised(text: str) -> str:
@@ -48,15 +60,20 @@ def normalised(text: str) -> str:
     return " ".join(_ARTICLES.sub(" ", bare).split())
 
 
-def _accuracy(prediction: str, references: Sequence[str]) -> tuple[float, ...]:
+def without_punctuation(text: str) -> str:
+    """Super-NaturalInstructions' normal form: lower case, without ASCII punctuation, single blanks; articles stay."""
+    return " ".join("".join(character for character in text.lower() if character not in _PUNCTUATION).split())
+
+
+def _accuracy(prediction: str, references: Sequence[str], choices: Sequence[str] = ()) -> tuple[float, ...]:
     return (float(prediction.strip() in [reference.strip() for reference in references]),)
 
 
-def _exact_match(prediction: str, references: Sequence[str]) -> tuple[float, ...]:
+def _exact_match(prediction: str, references: Sequence[str], choices: Sequence[str] = ()) -> tuple[float, ...]:
     return (float(normalised(prediction) in [normalised(reference) for reference in references]),)
 
 
-def _token_f1(prediction: str, references: Sequence[str]) -> tuple[float, ...]:
+def _token_f1(prediction: str, references: Sequence[str], choices: Sequence[str] = ()) -> tuple[float, ...]:
     return (max(_overlap(normalised(prediction).split(), normalised(reference).split()) for reference in references),)
 
 
@@ -68,14 +85,44 @@ def _overlap(said: list[str], right: list[str]) -> float:
     return 2 * shared / (len(said) + len(right))
 
 
-def _rouge_l(prediction: str, references: Sequence[str]) -> tuple[float, ...]:
-    return (float(_rouge_scorer().score_multi(list(references), prediction)["rougeL"].fmeasure),)
+def _ni_exact_match(prediction: str, references: Sequence[str], choices: Sequence[str] = ()) -> tuple[float, ...]:
+    return (float(without_punctuation(prediction) in [without_punctuation(reference) for reference in references]),)
 
 
-def _bleu(prediction: str, references: Sequence[str]) -> tuple[float, ...]:
+def _rouge(kind: str, *, stemmer: bool = False) -> Callable[[str, Sequence[str], Sequence[str]], tuple[float, ...]]:
+    """The best F-measure over the references, of `rouge1`, `rouge2` or `rougeL`."""
+
+    def statistics(prediction: str, references: Sequence[str], choices: Sequence[str] = ()) -> tuple[float, ...]:
+        return (float(_rouge_scorer(kind, stemmer).score_multi(list(references), prediction)[kind].fmeasure),)
+
+    return statistics
+
+
+def _bleu(prediction: str, references: Sequence[str], choices: Sequence[str] = ()) -> tuple[float, ...]:
     """Matching n-grams (4), n-grams said (4), length said, length of the nearest reference: sacrebleu adds these over a corpus."""
     found = _bleu_scorer().corpus_score([prediction], [[reference] for reference in references])
     return (*map(float, found.counts), *map(float, found.totals), float(found.sys_len), float(found.ref_len))
+
+
+def _chrf(prediction: str, references: Sequence[str], choices: Sequence[str] = ()) -> tuple[float, ...]:
+    """For each order of n-gram: said, in the best reference, shared; sacrebleu adds these over a corpus."""
+    [found] = _chrf_scorer()._extract_corpus_statistics([prediction], [[reference] for reference in references])
+    return tuple(map(float, found))
+
+
+def _labels(prediction: str, references: Sequence[str], choices: Sequence[str] = ()) -> tuple[float, ...]:
+    """[right, said 0, wanted 0, said 1, wanted 1, …] over the places of the choices, and one more for other texts."""
+    said, wanted = label_of(prediction, choices), label_of(references[0], choices)
+    vector = [0.0] * (1 + 2 * max(len(choices), said + 1, wanted + 1))
+    vector[0] = float(said == wanted)
+    vector[1 + 2 * said] = 1.0
+    vector[2 + 2 * wanted] = 1.0
+    return tuple(vector)
+
+
+def label_of(text: str, choices: Sequence[str]) -> int:
+    """The place of `text` among `choices`; what is none of them is a label of its own, after the last."""
+    return next((place for place, choice in enumerate(choices) if choice.strip() == text.strip()), len(choices))
 
 
 def _mean(sums: Floats, counts: Floats) -> Floats:
@@ -94,11 +141,57 @@ def _bleu_of(row: list[int]) -> float:
     return float(scorer.compute_bleu(row[:4], row[4:8], row[8], row[9], smooth_method=scorer.smooth_method).score)
 
 
+def _corpus_chrf(sums: Floats, counts: Floats) -> Floats:
+    scorer = _chrf_scorer()
+    flat = sums.reshape(-1, sums.shape[-1]).round().astype(int)
+    scores = [
+        float(scorer._compute_f_score(row.tolist())) if count else float("nan")
+        for row, count in zip(flat, counts.reshape(-1), strict=True)
+    ]
+    return np.array(scores).reshape(counts.shape)
+
+
+def _matthews(sums: Floats, counts: Floats) -> Floats:
+    """The correlation of what was said with what was right, over any number of labels (Gorodkin's R_K); 0 where one is constant."""
+    right, said, wanted = sums[..., 0], sums[..., 1::2], sums[..., 2::2]
+    covariance = right * counts - (said * wanted).sum(axis=-1)
+    spread = (counts**2 - (said**2).sum(axis=-1)) * (counts**2 - (wanted**2).sum(axis=-1))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        found = np.where(spread > 0, 100.0 * covariance / np.sqrt(np.maximum(spread, 1e-12)), 0.0)
+    return np.asarray(np.where(counts > 0, found, np.nan))
+
+
+def _agreement(sums: Floats, counts: Floats) -> Floats:
+    """How alike the shares of labels are among what was said and what was right: 100 less half the summed difference."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        apart = np.abs(sums[..., 1::2] - sums[..., 2::2]).sum(axis=-1) / (2 * counts)
+    return np.asarray(100.0 * (1.0 - apart))
+
+
 @cache
-def _rouge_scorer() -> Any:
+def _rouge_scorer(kind: str, stemmer: bool) -> Any:
     from rouge_score.rouge_scorer import RougeScorer
 
-    return RougeScorer(["rougeL"], use_stemmer=False)  # as in T5 and FLAN; the stemmer knows English only
+    return RougeScorer([kind], use_stemmer=stemmer)
+
+
+def _bleu_signature() -> str:
+    scorer = _bleu_scorer()
+    scorer.corpus_score(["a"], [["a"]])  # a signature names the number of references, so something must have been scored
+    return f"sacrebleu {scorer.get_signature().format()}"
+
+
+def _chrf_signature() -> str:
+    scorer = _chrf_scorer()
+    scorer.corpus_score(["a"], [["a"]])
+    return f"sacrebleu {scorer.get_signature().format()}"
+
+
+@cache
+def _chrf_scorer() -> Any:
+    from sacrebleu.metrics.chrf import CHRF
+
+    return CHRF()  # chrF2, characters up to 6, no words: sacrebleu's own defaults
 
 
 @cache
@@ -111,10 +204,20 @@ def _bleu_scorer() -> BLEU:
 _PUNCTUATION = frozenset(string.punctuation)
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 
+# A metric is one line here and its name in `apprentice.tasks.schema.Metric`.
 METRICS: dict[str, Metric] = {
     "accuracy": Metric("accuracy", _accuracy, _mean),
     "exact_match": Metric("exact match", _exact_match, _mean),
     "token_f1": Metric("token F1", _token_f1, _mean),
-    "rouge_l": Metric("ROUGE-L", _rouge_l, _mean),
-    "bleu": Metric("BLEU", _bleu, _corpus_bleu),
+    # Without a stemmer, as in T5 and FLAN; it knows English only.
+    "rouge_1": Metric("ROUGE-1", _rouge("rouge1"), _mean),
+    "rouge_2": Metric("ROUGE-2", _rouge("rouge2"), _mean),
+    "rouge_l": Metric("ROUGE-L", _rouge("rougeL"), _mean),
+    "bleu": Metric("BLEU", _bleu, _corpus_bleu, signature=_bleu_signature),
+    "chrf": Metric("chrF", _chrf, _corpus_chrf, signature=_chrf_signature),
+    "matthews": Metric("Matthews", _labels, _matthews, single="accuracy"),
+    "label_distribution": Metric("label distribution", _labels, _agreement, single="accuracy"),
+    # As Super-NaturalInstructions scores: with a stemmer, and articles count.
+    "ni_rouge_l": Metric("ROUGE-L (NI)", _rouge("rougeL", stemmer=True), _mean),
+    "ni_exact_match": Metric("exact match (NI)", _ni_exact_match, _mean),
 }

@@ -61,6 +61,49 @@ def _lines_height(tasks: int, lanes: int) -> float:
 
 
 @matplotlib.rc_context(STYLE)
+def shot_curves(report: Mapping[str, Any]) -> str:
+    """A panel per pool, a line per subject: its mean score over the number of exemplars, with intervals."""
+    pools = report["pools"]
+    figure = _figure(7.6, 2.6)
+    panels = figure.subplots(1, len(pools), sharey=True, squeeze=False)[0]
+    subjects = list(dict.fromkeys(column["subject"] for column in report["columns"][1:]))
+    for axes, pool in zip(panels, pools, strict=True):
+        for number, subject in enumerate(subjects):
+            met = [
+                (c["shots"], pool["columns"][c["key"]])
+                for c in report["columns"]
+                if c["subject"] == subject and c["key"] in pool["columns"]
+            ]
+            if not met:
+                continue
+            means = [cell["mean"] for _, cell in met]
+            apart = [
+                [max(0.0, cell["mean"] - cell["interval"][0]) for _, cell in met],
+                [max(0.0, cell["interval"][1] - cell["mean"]) for _, cell in met],
+            ]
+            axes.errorbar(
+                [shots for shots, _ in met],
+                means,
+                yerr=apart,
+                fmt="o-",
+                color=COLOURS[number % len(COLOURS)],
+                label=subject,
+                markersize=4,
+                capsize=2,
+            )
+        axes.set_title(f"{pool['kind']}, {'held out' if pool['held_out'] else 'trained on'}", fontsize=9, color=INK)
+        axes.set_xlabel("exemplars")
+        axes.set_xticks(sorted({column["shots"] for column in report["columns"][1:]}))
+        axes.grid(axis="y", color=GRID)
+    panels[0].set_ylabel("score")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=max(1, len(subjects)), frameon=False)
+    for axes in panels[1:]:
+        _quiet(axes)
+    return _svg(figure, panels[0])
+
+
+@matplotlib.rc_context(STYLE)
 def training_curve(history: Sequence[Mapping[str, Any]]) -> str:
     """Loss per optimizer step, and validation loss where it was measured. A step made again after a restart counts once."""
     figure = _figure(7.6, 2.6)
@@ -109,13 +152,17 @@ def _figure(width: float, height: float) -> Figure:
 
 def _svg(figure: Figure, axes: Any) -> str:
     """The figure as an `<svg>` element; the same numbers give the same text."""
+    _quiet(axes)
+    text = io.StringIO()
+    figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
+    whole = text.getvalue()
+    return whole[whole.index("<svg") :]
+
+
+def _quiet(axes: Any) -> None:
     axes.set_axisbelow(True)
     axes.tick_params(colors=INK, length=0)
     axes.xaxis.label.set_color(MUTED)
     axes.yaxis.label.set_color(MUTED)
     for side in axes.spines.values():
         side.set_color(GRID)
-    text = io.StringIO()
-    figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
-    whole = text.getvalue()
-    return whole[whole.index("<svg") :]

@@ -27,6 +27,7 @@ QUESTION = pa.schema(
         ("row", pa.int64()),  # of the test source
         ("template", pa.string()),
         ("shots", pa.int32()),
+        ("perturbation", pa.string()),  # what was changed on purpose, or empty
         ("prompt", pa.string()),  # what the model saw, after truncation
         ("target", pa.string()),
         ("references", pa.list_(pa.string())),
@@ -42,8 +43,12 @@ PREDICTION = pa.schema(
     [
         ("subject", pa.string()),
         *QUESTION,
-        ("prediction", pa.string()),  # null where dropped
-        ("choice_logprobs", pa.list_(pa.float64())),
+        ("prediction", pa.string()),  # null where dropped or unscored
+        ("choice_logprobs", pa.list_(pa.float64())),  # summed over the choice's tokens and the end of the answer
+        ("choice_tokens", pa.list_(pa.int32())),  # how many those are
+        ("choice_priors", pa.list_(pa.float64())),  # the same sums after an empty question, where they were asked for
+        ("key", pa.string()),  # of what was asked of which model: equal keys have equal answers
+        ("unscored", pa.string()),  # why there is no answer though the question was asked, or empty
         ("score", pa.float64()),  # by the task's first metric, 0 to 100; of this one prediction
     ]
 )
@@ -85,7 +90,10 @@ def scored(records: Sequence[Mapping[str, Any]], tasks: Sequence[Task]) -> pa.Ta
     metrics = {task.name: METRICS[task.metrics[0]] for task in tasks}
     rows = []
     for record in records:
-        asked = not record["dropped"]
-        score = metrics[record["task"]].of_one(record["prediction"], record["references"]) if asked else None
-        rows.append({name: record.get(name) for name in PREDICTION.names} | {"score": score})
+        score = None
+        if record["prediction"] is not None:
+            score = metrics[record["task"]].of_one(record["prediction"], record["references"], record["choices"])
+        blank = {name: record.get(name) for name in PREDICTION.names}
+        texts = {"perturbation": record.get("perturbation") or "", "unscored": record.get("unscored") or ""}
+        rows.append(blank | texts | {"score": score})
     return table_of(rows, PREDICTION)

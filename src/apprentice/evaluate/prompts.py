@@ -18,10 +18,13 @@ from apprentice.data.plan import exemplar_rows
 from apprentice.data.render import Renderer
 from apprentice.data.tokenize import TOO_LONG, fit_prompt
 from apprentice.errors import RowError
+from apprentice.evaluate.perturbation import perturbed
 from apprentice.evaluate.predictions import ENCODED, table_of
 from apprentice.evaluate.sampling import Request
 
 NOT_A_CHOICE = "target_not_a_choice"
+EMPTY_CHOICE = "choice_without_tokens"
+NOTHING_TO_CHANGE = "nothing_to_change"  # the perturbation does not apply to this question
 
 
 @dataclass(frozen=True)
@@ -52,8 +55,16 @@ def _question(request: Request, renderer: Renderer, index: TaskIndex, layout: La
         return record | {"dropped": error.reason}
     if example.choices and example.target not in example.choices:
         return record | {"dropped": NOT_A_CHOICE}
+    if request.perturbation:
+        changed = perturbed(example, request.perturbation, seed, request.row)
+        if changed is None:
+            return record | {"dropped": NOTHING_TO_CHANGE}
+        example = changed
     rows, exemplars = _exemplars(request, renderer, index, seed)
-    choice_ids = [[*ids, *layout.end_ids] for ids in layout.encode_answers(example.choices)] if example.choices else []
+    answers = layout.encode_answers(example.choices) if example.choices else []
+    if not all(answers):
+        return record | {"dropped": EMPTY_CHOICE}
+    choice_ids = [[*ids, *layout.end_ids] for ids in answers]
     room = limits.prompt_before(max(map(len, choice_ids), default=limits.reply))
     fitted = fit_prompt(layout, example, exemplars, room)
     if fitted is None:

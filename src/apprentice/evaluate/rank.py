@@ -2,27 +2,46 @@
 
 A choice's tokens are its own and those that end an answer in the layout, exactly what training taught the model to write: the sum
 is the probability that the whole reply is this choice. Without the end, "card payment" would always beat "card payment fee", as
-a prefix is never less likely than what continues it. Sums are not divided by length, as in T0.
+a prefix is never less likely than what continues it. Three ways to compare are in `RANKINGS`; sums, as in T0, are the default.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from apprentice.models.scoring import choice_logprobs
+Logprobs = Sequence[float]
+
+# Name → (sums, tokens of each, sums after an empty question) → the score of each choice.
+RANKINGS: dict[str, Callable[[Logprobs, Sequence[int], Logprobs], list[float]]] = {
+    "sum": lambda sums, tokens, priors: list(sums),
+    "mean": lambda sums, tokens, priors: [value / count for value, count in zip(sums, tokens, strict=True)],
+    "pmi": lambda sums, tokens, priors: [value - prior for value, prior in zip(sums, priors, strict=True)],
+}
+RANKING_TITLES = {
+    "sum": "the summed log-probability of the choice and the end of the answer, as in T0",
+    "mean": "the log-probability per token of the choice and the end of the answer",
+    "pmi": "pointwise mutual information: the summed log-probability less the same after an empty question",
+}
 
 
-def rank(model: Any, questions: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """`prediction` and `choice_logprobs` for every question (a record of `predictions.ENCODED` with choices)."""
-    prompts = [question["prompt_ids"] for question in questions]
-    sums = choice_logprobs(model, prompts, [question["choice_ids"] for question in questions])
-    return [
-        {"prediction": question["choices"][best(found)], "choice_logprobs": found}
-        for question, found in zip(questions, sums, strict=True)
-    ]
+def ranked(record: Mapping[str, Any], rank_by: str) -> str:
+    """The choice that wins for a scored question: a record with `choices`, `choice_logprobs`, `choice_tokens`, `choice_priors`."""
+    priors = record["choice_priors"] if rank_by == "pmi" else ()
+    scores = RANKINGS[rank_by](record["choice_logprobs"], record["choice_tokens"], priors)
+    return str(record["choices"][best(scores)])
 
 
-def best(sums: Sequence[float]) -> int:
+def best(scores: Sequence[float]) -> int:
     """The place of the largest; the first of equals."""
-    return max(range(len(sums)), key=lambda place: (sums[place], -place))
+    return max(range(len(scores)), key=lambda place: (scores[place], -place))
+
+
+def by_prior(
+    questions: Sequence[Mapping[str, Any]], score: Callable[[Sequence[Sequence[Sequence[int]]]], list[list[float]]]
+) -> list[list[float]]:
+    """The prior of every question's choices; `score` gives those of lists of choices, and meets each list of choices once."""
+    keys = [tuple(tuple(ids) for ids in question["choice_ids"]) for question in questions]
+    different = list(dict.fromkeys(keys))
+    found = dict(zip(different, score([list(map(list, key)) for key in different]), strict=True))
+    return [found[key] for key in keys]

@@ -10,28 +10,31 @@ from importlib.resources import files
 from typing import Any, NamedTuple
 
 import jinja2
+import yaml
 
+from apprentice.evaluate.examples import chosen
+from apprentice.evaluate.gate import sentence as verdict
 from apprentice.evaluate.metrics import METRICS
-from apprentice.evaluate.plots import mixture_bars, training_curve, wording_dots
+from apprentice.evaluate.plots import mixture_bars, shot_curves, training_curve, wording_dots
 from apprentice.storage import Folder
 
 NOTES = (
     "Scores are 0 to 100 by the task's first metric: the mean over rows and their wordings (BLEU: of the whole corpus).",
-    "Intervals are 95% by paired bootstrap over rows; the wordings of a row stay together. Pools count every task the same.",
+    "Intervals are 95% by paired bootstrap over rows, p is of the paired randomisation test; the wordings of a row stay together."
+    " Pools and clusters count every task the same.",
     "Worst wording and spread (distance between the quartiles of the wordings' scores) hold sampling noise besides the effect"
-    " of wording, since each wording met only a part of the rows.",
+    " of wording where each wording met only a part of the rows. Changed: rows (%) that got more than one answer over their"
+    " wordings. Consistency: how often (%) two askings of the same row, changed ones included, got the same answer.",
     "The majority answer is the most frequent one in training; generated tasks without a frequent answer have none.",
     "Exemplars come from the task's training rows, for held-out tasks too, and are the same for every model.",
 )
 
 
-def write_report(
-    report: Mapping[str, Any], out: Folder, *, history: Sequence[Mapping[str, Any]] = (), ledger: Mapping[str, Any] | None = None
-) -> None:
-    """Writes report.json, report.md and report.html. `history` are a run's training steps, `ledger` its mixture."""
+def write_report(report: Mapping[str, Any], out: Folder) -> None:
+    """Writes report.json, report.md and report.html."""
     (out / "report.json").write_json(report)
     (out / "report.md").write_text(markdown(report))
-    (out / "report.html").write_text(html(report, history=history, ledger=ledger))
+    (out / "report.html").write_text(html(report))
 
 
 def markdown(report: Mapping[str, Any]) -> str:
@@ -40,6 +43,7 @@ def markdown(report: Mapping[str, Any]) -> str:
         f"## Evaluation of {report['name']}",
         "",
         *[f"- {sentence}" for sentence in report["headline"] or [report["summary"]["sentence"]]],
+        *([f"- {verdict(report['gate'])}"] if report["gate"] else []),
         "",
     ]
     lines += _rows(*task_table(report))
@@ -49,39 +53,57 @@ def markdown(report: Mapping[str, Any]) -> str:
         "",
         *_rows(*pool_table(report)),
         "",
+        "### By cluster",
+        "",
+        *_rows(*cluster_table(report)),
+        "",
         "### Wordings",
         "",
         *_rows(*wording_table(report)),
         "",
     ]
     lines += [f"- {remark}" for remark in remarks(report)]
-    lines += ["", *[f"<sub>{note}</sub><br>" for note in NOTES], "", f"<sub>{settings(report)}</sub>", ""]
+    lines += ["", *[f"<sub>{note}</sub><br>" for note in notes(report)], "", f"<sub>{settings(report)}</sub>", ""]
     return "\n".join(lines)
 
 
-def html(report: Mapping[str, Any], *, history: Sequence[Mapping[str, Any]] = (), ledger: Mapping[str, Any] | None = None) -> str:
+def html(report: Mapping[str, Any]) -> str:
     """The report as one page that needs nothing else."""
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     template = environment.from_string((files("apprentice.evaluate") / "report.html.jinja").read_text(encoding="utf-8"))
+    tables = [
+        ("By cluster", *cluster_table(report)),
+        ("By kind of task", *pool_table(report)),
+        ("Tasks", *task_table(report)),
+        ("Wordings", *wording_table(report)),
+    ]
+    if any(cell.get("perturbations") for task in report["tasks"] for cell in task["columns"].values()):
+        tables.append(("Wordings changed on purpose", *perturbation_table(report)))
+    return template.render(
+        report=report,
+        gate=verdict(report["gate"]) if report["gate"] else None,
+        titles={column["key"]: column["title"] for column in report["columns"]},
+        tables=tables,
+        pictures=_pictures(report),
+        extremes=[("The ten best", chosen(report["tasks"], "best")), ("The ten worst", chosen(report["tasks"], "worst"))],
+        remarks=remarks(report),
+        notes=notes(report),
+        settings=settings(report),
+        recipe=yaml.safe_dump(report["recipe"], sort_keys=False, allow_unicode=True),
+    )
+
+
+def _pictures(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """Title, drawing and caption of each picture there is something for."""
+    history, ledger = report["story"]["history"], report["story"]["ledger"]
     pictures = [("Every wording", wording_dots(report), "One dot per wording, a bar at the mean, dotted: the majority answer.")]
+    if len({column["shots"] for column in report["columns"][1:]}) > 1:
+        pictures.append(("With exemplars", shot_curves(report), "Mean over tasks by the number of exemplars, with 95% intervals."))
     if any(record.get("loss") is not None for record in history):
         pictures.append(("Training", training_curve(history), "Loss per optimizer step."))
     if ledger and ledger.get("tasks"):
         pictures.append(("Mixture", mixture_bars(ledger), "What each task was meant to have, and what it got."))
-    tables = [
-        ("Tasks", *task_table(report)),
-        ("By kind of task", *pool_table(report)),
-        ("Wordings", *wording_table(report)),
-    ]
-    return template.render(
-        report=report,
-        titles={column["key"]: column["title"] for column in report["columns"]},
-        tables=tables,
-        pictures=pictures,
-        remarks=remarks(report),
-        notes=NOTES,
-        settings=settings(report),
-    )
+    return pictures
 
 
 class Cell(NamedTuple):
@@ -114,15 +136,24 @@ def task_table(report: Mapping[str, Any]) -> Table:
 
 def pool_table(report: Mapping[str, Any]) -> Table:
     """The same for the pools: held out or trained on, ranked or generated."""
+    return _group_table(report, "kind", report["pools"])
+
+
+def cluster_table(report: Mapping[str, Any]) -> Table:
+    """The same for the clusters of tasks, held-out ones first."""
+    return _group_table(report, "cluster", report["clusters"])
+
+
+def _group_table(report: Mapping[str, Any], name: str, groups: Sequence[Mapping[str, Any]]) -> Table:
     columns, compared = report["columns"], [column for column in report["columns"] if column["against"]]
     header = [
-        "kind",
+        name,
         "tasks",
         *[column["title"] for column in columns],
         *[_difference_title(report, column) for column in compared],
     ]
     rows = []
-    for pool in report["pools"]:
+    for pool in groups:
         cells = []
         for column in columns:
             found = pool["columns"].get(column["key"])
@@ -130,21 +161,49 @@ def pool_table(report: Mapping[str, Any]) -> Table:
             few = f" ({found['tasks']} tasks)" if found and found["tasks"] < pool["tasks"] else ""
             cells.append(Cell(_number(found and found["mean"]).text + few))
         differences = [_difference(pool["differences"].get(column["key"])) for column in compared]
-        kind = Cell(pool["kind"], "held_out") if pool["held_out"] else Cell(f"{pool['kind']}, trained on")
+        kind = Cell(pool[name], "held_out") if pool["held_out"] else Cell(f"{pool[name]}, trained on")
         rows.append([kind, Cell(str(pool["tasks"])), *cells, *differences])
     return header, rows
 
 
 def wording_table(report: Mapping[str, Any]) -> Table:
-    """Worst wording and spread of every subject, `worst / spread`, one line per task."""
+    """Median, worst and spread over the wordings, rows whose answer changed, consistency: a line per task and per cluster."""
     columns = report["columns"][1:]
     rows = []
     for task in report["tasks"]:
         found = [task["columns"].get(column["key"], {}) for column in columns]
-        cells = [Cell(f"{cell['worst']:.1f} / {cell['spread']:.1f}" if cell.get("score") is not None else "–") for cell in found]
+        cells = [Cell(_steadiness(cell, cell["median"]) if cell.get("score") is not None else "–") for cell in found]
         count = max((len(cell.get("wordings", {})) for cell in found), default=0)
         rows.append([Cell(task["task"], "held_out" if task["held_out"] else ""), Cell(str(count)), *cells])
-    return ["task", "wordings", *[f"{column['title']}: worst / spread" for column in columns]], rows
+    for cluster in report["clusters"]:
+        found = [cluster["columns"].get(column["key"]) for column in columns]
+        cells = [Cell(_steadiness(cell, None) if cell else "–") for cell in found]
+        rows.append([Cell(f"all of {cluster['cluster']}", "held_out" if cluster["held_out"] else ""), Cell(""), *cells])
+    title = "median / worst / spread / changed / consistency"
+    return ["task", "wordings", *[f"{column['title']}: {title}" for column in columns]], rows
+
+
+def _steadiness(cell: Mapping[str, Any], median: float | None) -> str:
+    values = [median, *[cell[name] for name in ("worst", "spread", "changed", "consistency")]]
+    return " / ".join("–" if value is None else f"{value:.1f}" for value in values)
+
+
+def perturbation_table(report: Mapping[str, Any]) -> Table:
+    """For each kind of change: score of the changed questions (of the same unchanged), and the rows whose answer changed."""
+    columns = report["columns"][1:]
+    rows = []
+    for task in report["tasks"]:
+        found = {column["key"]: task["columns"].get(column["key"], {}).get("perturbations", {}) for column in columns}
+        for kind in sorted({kind for kinds in found.values() for kind in kinds}):
+            cells = []
+            for column in columns:
+                cell = found[column["key"]].get(kind)
+                changed = (
+                    "–" if cell is None else f"{cell['score']:.1f} ({cell['unchanged_score']:.1f}), {cell['changed'] or 0:.0f}%"
+                )
+                cells.append(Cell(changed))
+            rows.append([Cell(task["task"], "held_out" if task["held_out"] else ""), Cell(kind.replace("_", " ")), *cells])
+    return ["task", "change", *[f"{column['title']}: score (unchanged), rows changed" for column in columns]], rows
 
 
 def remarks(report: Mapping[str, Any]) -> list[str]:
@@ -163,7 +222,18 @@ def remarks(report: Mapping[str, Any]) -> list[str]:
             few = [f"{name} {count:.1f}" for name, count in fitted if count < column["shots"] - 0.05]
             if few:
                 found.append(f"{column['title']}: on average fewer exemplars fitted into the prompt: {', '.join(few)}.")
+    if lost := report["unscored"]:
+        found.append(f"{len(lost)} questions have no answer, the first because: {lost[0]['reason']}.")
+    for task in report["tasks"]:
+        if seen := task.get("contaminated"):
+            found.append(f"{task['task']}: {seen['rows']} of {seen['of']} test rows overlap with training data.")
     return found + [f"{item['task']}: {item['reason']}." for item in report["not_scored"]]
+
+
+def notes(report: Mapping[str, Any]) -> list[str]:
+    """How the numbers are meant, one sentence each."""
+    signatures = [f"{METRICS[name].title}: {text}." for name, text in report["signatures"].items()]
+    return [*NOTES, f"Choices are ranked by {report['ranking']['meaning']}.", *signatures]
 
 
 def settings(report: Mapping[str, Any]) -> str:
@@ -191,7 +261,10 @@ def _difference(found: Mapping[str, Any] | None) -> Cell:
     if found is None:
         return Cell("–")
     low, high = found["interval"]
-    return Cell(f"{found['mean']:+.1f} ({low:+.1f} to {high:+.1f})", found["verdict"] if found["verdict"] != "unclear" else "")
+    return Cell(
+        f"{found['mean']:+.1f} ({low:+.1f} to {high:+.1f}), p {found['p']:.3f}",
+        found["verdict"] if found["verdict"] != "unclear" else "",
+    )
 
 
 def _rows(header: Sequence[str], rows: Sequence[Sequence[Cell]]) -> list[str]:

@@ -1,7 +1,9 @@
-"""One scoring worker: a model in memory, blocks of questions in, predictions out. A plain class; what calls it may be Ray."""
+"""One scoring worker: a model in memory, blocks of questions in, answers out. A plain class; what calls it may be Ray."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,20 +16,36 @@ from apprentice.errors import ApprenticeError
 from apprentice.evaluate.generate import reply
 from apprentice.evaluate.pool import Pool
 from apprentice.evaluate.predictions import ENCODED
-from apprentice.evaluate.prompts import Limits
-from apprentice.evaluate.rank import rank
+from apprentice.evaluate.rank import by_prior
 from apprentice.models.loading import count_parameters, load_model, resolve_dtype
+from apprentice.models.scoring import choice_logprobs
 from apprentice.recipe import Model
 
 ASKED = pa.schema([("place", pa.int64()), *ENCODED])  # place: of the question among all of its subject
 ANSWERED = pa.schema(
     [
         ("place", pa.int64()),
-        ("prediction", pa.string()),
+        ("prediction", pa.string()),  # of generated questions
         ("choice_logprobs", pa.list_(pa.float64())),
+        ("choice_priors", pa.list_(pa.float64())),
+        ("unscored", pa.string()),  # why this question has no answer
         ("failure", pa.string()),  # why the whole block could not be answered; then it is the only line
     ]
 )
+
+
+@dataclass(frozen=True)
+class Manner:
+    """How questions are answered: the layout they are phrased in, the longest reply, and whether choices need priors."""
+
+    layout: Layout
+    reply: int  # tokens
+    priors: bool = False
+
+    @property
+    def empty_prompt(self) -> list[int]:
+        """The prompt of an empty question, after which a choice's prior is taken."""
+        return self.layout.encode_prompt(self.layout.prompt("", "")) or list(self.layout.end_ids)
 
 
 class Scorer:
@@ -36,23 +54,30 @@ class Scorer:
     What the user can mend becomes a `failure` in the answer, not an exception: Ray would print that with all its stacks.
     """
 
-    def __init__(self, folder: Path, model: Model, layout: Layout, limits: Limits, pool: Pool) -> None:
+    def __init__(self, folder: Path, model: Model, manner: Manner, pool: Pool) -> None:
         torch.set_num_threads(pool.cpus)
         self._folder, self._settings = folder, model
         self._device = "cuda" if pool.gpus else "cpu"
-        self._layout, self._limits = layout, limits
+        self._manner = manner
 
     def __call__(self, block: pa.Table) -> pa.Table:
         """A block of the schema `ASKED`, all of it ranked or all of it generated, becomes one of `ANSWERED`."""
         asked = block.to_pylist()
         try:
-            answers = (
-                rank(self._model, asked) if asked[0]["choices"] else reply(self._model, asked, self._layout, self._limits.reply)
-            )
+            answers = self._ranked(asked) if asked[0]["choices"] else reply(self._model, asked, self._manner)
         except ApprenticeError as error:
             return pa.Table.from_pylist([{"failure": str(error)}], schema=ANSWERED)
         rows = [{"place": question["place"], **answer} for question, answer in zip(asked, answers, strict=True)]
         return pa.Table.from_pylist(rows, schema=ANSWERED)
+
+    def _ranked(self, asked: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        choices = [question["choice_ids"] for question in asked]
+        sums = choice_logprobs(self._model, [question["prompt_ids"] for question in asked], choices)
+        if not self._manner.priors:
+            return [{"choice_logprobs": found} for found in sums]
+        empty = self._manner.empty_prompt
+        priors = by_prior(asked, lambda lists: choice_logprobs(self._model, [empty] * len(lists), lists))
+        return [{"choice_logprobs": found, "choice_priors": prior} for found, prior in zip(sums, priors, strict=True)]
 
     @cached_property
     def _model(self) -> Any:

@@ -5,22 +5,23 @@ Pure: the same table gives the same report, without any model. Knows nothing of 
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from apprentice.evaluate.intervals import CONFIDENCE, RESAMPLES, RowSums, bootstrap, interval, verdict
+from apprentice.evaluate.cells import Scored, counts, paired, scores
+from apprentice.evaluate.examples import best_and_worst, samples
+from apprentice.evaluate.gate import judged
+from apprentice.evaluate.intervals import CONFIDENCE, RESAMPLES, bootstrap, interval, p_value, swapped, verdict
 from apprentice.evaluate.majority import NAME as MAJORITY
 from apprentice.evaluate.metrics import METRICS, Floats
 from apprentice.evaluate.predictions import facts_of
-from apprentice.evaluate.robustness import robustness
+from apprentice.evaluate.rank import RANKING_TITLES
 
 Record = Mapping[str, Any]
-SAMPLES = 2  # questions per task that the report shows
 POOLS = ((True, "ranked"), (True, "generated"), (False, "ranked"), (False, "generated"))  # (held out, kind), as shown
 
 
@@ -41,10 +42,43 @@ def summarise(table: pa.Table, *, resamples: int = RESAMPLES) -> dict[str, Any]:
         entry, found = _task(name, facts["tasks"][name], met[name], columns, f"{facts['seed']} {name}", resamples)
         tasks.append(entry)
         draws[name] = found
-    pools = [pool for held_out, kind in POOLS if (pool := _pool(held_out, kind, tasks, draws, columns))]
-    report = facts | {"confidence": CONFIDENCE, "resamples": resamples, "columns": columns, "tasks": tasks, "pools": pools}
+    pools = []
+    for held_out, kind in POOLS:
+        members = [task for task in tasks if task["held_out"] is held_out and task["kind"] == kind]
+        if members:
+            pools.append({"held_out": held_out, "kind": kind, **_pool(members, draws, columns)})
+    clusters = []
+    for held_out, cluster in dict.fromkeys((task["held_out"], task["cluster"]) for task in tasks):
+        members = [task for task in tasks if (task["held_out"], task["cluster"]) == (held_out, cluster)]
+        clusters.append({"held_out": held_out, "cluster": cluster, **_pool(members, draws, columns)})
+    rank_by = facts["settings"].get("rank_by", "sum")
+    used = sorted({name for task in tasks for name in task["metrics"]})
+    report = facts | {
+        "confidence": CONFIDENCE,
+        "resamples": resamples,
+        "ranking": {"by": rank_by, "meaning": RANKING_TITLES[rank_by]},
+        "signatures": {name: signature() for name in used if (signature := METRICS[name].signature) is not None},
+        "columns": columns,
+        "tasks": tasks,
+        "pools": pools,
+        "clusters": clusters,
+        "unscored": _unscored(met),
+    }
     headline = [sentence for pool in pools for sentence in _sentences(pool, columns)]
-    return report | {"headline": headline, "summary": _summary(tasks, pools, columns)}
+    report |= {"headline": headline, "summary": _summary(tasks, pools, columns)}
+    return report | {"gate": judged(report)}
+
+
+def _unscored(met: Mapping[str, Mapping[str, Sequence[Record]]]) -> list[dict[str, Any]]:
+    """The questions that were asked and have no answer, with the reason."""
+    return [
+        {name: record[name] for name in ("subject", "task", "row", "template", "shots", "perturbation")}
+        | {"reason": record["unscored"]}
+        for columns in met.values()
+        for records in columns.values()
+        for record in records
+        if record["unscored"]
+    ]
 
 
 def _key(subject: str, shots: int) -> str:
@@ -70,25 +104,6 @@ def _columns(facts: Mapping[str, Any]) -> list[dict[str, Any]]:
     return columns
 
 
-@dataclass(frozen=True)
-class _Scored:
-    """The questions of one column of one task that were asked, with each metric's statistics of every reply."""
-
-    records: Sequence[Record]
-    statistics: Mapping[str, Floats]  # metric → (questions, width)
-
-    @classmethod
-    def of(cls, records: Sequence[Record], metrics: Sequence[str]) -> _Scored:
-        asked = [record for record in records if not record["dropped"]]
-        pairs = [(record["prediction"], record["references"]) for record in asked]
-        return cls(asked, {name: np.array([METRICS[name].statistics(*pair) for pair in pairs]) for name in metrics})
-
-    def by_row(self, metric: str, template: str | None = None) -> RowSums:
-        """Statistics summed over the wordings of each row, or over one wording alone."""
-        chosen = [number for number, record in enumerate(self.records) if template in (None, record["template"])]
-        return RowSums.of([self.records[number]["row"] for number in chosen], self.statistics[metric][chosen])
-
-
 def _task(
     task: str,
     about: Mapping[str, Any],
@@ -97,10 +112,10 @@ def _task(
     key: str,
     resamples: int,
 ) -> tuple[dict[str, Any], dict[str, Floats]]:
-    """A task's entry, and the bootstrap draws of its columns (`a`) and of its differences (`a - b`)."""
+    """A task's entry, and the bootstrap draws of its columns (`a`), of its differences (`a - b`) and of their tests (`a ~ b`)."""
     main = about["metrics"][0]
     metric = METRICS[main]
-    scored = {column: _Scored.of(records, about["metrics"]) for column, records in met.items()}
+    scored = {column: Scored.of(records, about["metrics"]) for column, records in met.items()}
     sums = {column: found.by_row(main) for column, found in scored.items() if found.records}
     draws: dict[str, Floats] = {}
     for name, found in sums.items():
@@ -110,19 +125,25 @@ def _task(
         ours, theirs = column["key"], column["against"]
         if ours not in sums or theirs not in sums:
             continue
-        shared = np.intersect1d(sums[ours].rows, sums[theirs].rows)
-        if not len(shared):
+        pair = paired(scored[ours], scored[theirs], main)
+        if pair is None:
             continue
-        pair = {side: sums[side].only(shared) for side in (ours, theirs)}
-        drawn = bootstrap(pair, metric, key, resamples)
+        drawn = bootstrap({ours: pair[0], theirs: pair[1]}, metric, key, resamples)
         draws[f"{ours} - {theirs}"] = drawn[ours] - drawn[theirs]
-        mean = pair[ours].score(metric) - pair[theirs].score(metric)
-        differences[ours] = {"against": theirs, "rows": len(shared), **_with_interval(mean, draws[f"{ours} - {theirs}"])}
-    cells = {name: _counts(records) for name, records in met.items()}
+        draws[f"{ours} ~ {theirs}"] = swapped(*pair, metric, key, resamples)
+        mean = pair[0].score(metric) - pair[1].score(metric)
+        test = p_value(mean, draws[f"{ours} ~ {theirs}"])
+        differences[ours] = {
+            "against": theirs,
+            "rows": len(pair[0].rows),
+            "p": test,
+            **_with_interval(mean, draws[f"{ours} - {theirs}"]),
+        }
+    cells = {name: counts(records) for name, records in met.items()}
     for name in sums:
-        cells[name] |= _scores(scored[name], about["metrics"], draws[name])
+        cells[name] |= scores(scored[name], met[name], about["metrics"], draws[name])
     entry = {"task": task, **about, "metric": main, "columns": cells, "differences": differences}
-    return entry | {"samples": _samples(met, columns)}, draws
+    return entry | {"samples": samples(met, columns), "extremes": best_and_worst(met, columns)}, draws
 
 
 def _with_interval(mean: float, draws: Floats) -> dict[str, Any]:
@@ -130,78 +151,39 @@ def _with_interval(mean: float, draws: Floats) -> dict[str, Any]:
     return {"mean": mean, "interval": [low, high], "verdict": verdict(low, high)}
 
 
-def _counts(records: Sequence[Record]) -> dict[str, Any]:
-    return {
-        "questions": len(records),
-        "truncated": dict(Counter(record["truncated"] for record in records if record["truncated"])),
-        "dropped": dict(Counter(record["dropped"] for record in records if record["dropped"])),
-        "score": None,  # where every question was dropped
-    }
-
-
-def _scores(scored: _Scored, metrics: Sequence[str], draws: Floats) -> dict[str, Any]:
-    main = METRICS[metrics[0]]
-    asked = Counter(record["template"] for record in scored.records)
-    wordings = {name: scored.by_row(metrics[0], name).score(main) for name in sorted(asked)}
-    spread = robustness(wordings)
-    scores = {name: scored.by_row(name).score(METRICS[name]) for name in metrics}
-    return {
-        "score": scores[metrics[0]],
-        "interval": list(interval(draws)),
-        "metrics": scores,
-        "rows": len({record["row"] for record in scored.records}),
-        "wordings": {name: {"score": score, "questions": asked[name]} for name, score in wordings.items()},
-        "worst": wordings[spread.worst],
-        "worst_wording": spread.worst,
-        "spread": spread.spread,
-        "exemplars": float(np.mean([len(record["exemplars"] or []) for record in scored.records])),
-        "prompt_tokens": float(np.mean([record["prompt_tokens"] or 0 for record in scored.records])),
-    }
-
-
-def _samples(met: Mapping[str, Sequence[Record]], columns: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The first questions of the task, with every subject's reply."""
-    order = [column["key"] for column in columns if column["key"] in met]
-    said: dict[tuple[int, str], dict[str, Any]] = {}
-    for key in order:
-        for record in met[key]:
-            if record["dropped"]:
-                continue
-            place = said.setdefault(
-                (record["row"], record["template"]), {"prompt": None, "target": record["target"], "replies": {}}
-            )
-            place["replies"][key] = record["prediction"]
-            place["prompt"] = place["prompt"] or record["prompt"]
-    rows = [(place, {"row": place[0], "template": place[1], **sample}) for place, sample in sorted(said.items())]
-    different = {place[0]: sample for place, sample in reversed(rows)}  # one question per row
-    return [sample for _, sample in sorted(different.items())][:SAMPLES]
-
-
 def _pool(
-    held_out: bool,
-    kind: str,
-    tasks: Sequence[Mapping[str, Any]],
-    draws: Mapping[str, Mapping[str, Floats]],
-    columns: Sequence[Mapping[str, Any]],
-) -> dict[str, Any] | None:
-    """Means over the tasks of one kind, each task counting the same; rows are resampled within their task. None without tasks."""
-    members = [task for task in tasks if task["held_out"] is held_out and task["kind"] == kind]
-    if not members:
-        return None
-    scores, differences = {}, {}
+    members: Sequence[Mapping[str, Any]], draws: Mapping[str, Mapping[str, Floats]], columns: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Means over the tasks `members`, each task counting the same; rows are resampled within their task."""
+    means, differences = {}, {}
     for column in columns:
         key = column["key"]
         scored = [task for task in members if task["columns"].get(key, {}).get("score") is not None]
         if scored:
             mean = float(np.mean([task["columns"][key]["score"] for task in scored]))
             drawn = np.mean([draws[task["task"]][key] for task in scored], axis=0)
-            scores[key] = {"mean": mean, "interval": list(interval(drawn)), "tasks": len(scored)}
+            means[key] = {"mean": mean, "interval": list(interval(drawn)), "tasks": len(scored)} | {
+                name: _mean_of(scored, key, name) for name in ("worst", "spread", "changed", "consistency")
+            }
         compared = [task for task in members if key in task["differences"]]
         if compared:
             mean = float(np.mean([task["differences"][key]["mean"] for task in compared]))
-            drawn = np.mean([draws[task["task"]][f"{key} - {column['against']}"] for task in compared], axis=0)
-            differences[key] = {"against": column["against"], "tasks": len(compared), **_with_interval(mean, drawn)}
-    return {"held_out": held_out, "kind": kind, "tasks": len(members), "columns": scores, "differences": differences}
+            drawn, test = (
+                np.mean([draws[task["task"]][f"{key} {sign} {column['against']}"] for task in compared], axis=0) for sign in "-~"
+            )
+            differences[key] = {
+                "against": column["against"],
+                "tasks": len(compared),
+                "p": p_value(mean, test),
+                **_with_interval(mean, drawn),
+            }
+    return {"tasks": len(members), "columns": means, "differences": differences}
+
+
+def _mean_of(tasks: Sequence[Mapping[str, Any]], key: str, name: str) -> float | None:
+    """The mean of one number of a column's cells over the tasks that have it."""
+    values = [task["columns"][key][name] for task in tasks if task["columns"][key][name] is not None]
+    return float(np.mean(values)) if values else None
 
 
 def _sentences(pool: Mapping[str, Any], columns: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -1,8 +1,8 @@
-"""Log-probabilities of answer choices under a causal model: pure, batched, each prompt computed once for all its choices.
+"""Log-probabilities of answer choices: pure, batched, each prompt computed once for all its choices.
 
-One row of the batch is a prompt followed by all its choices; positions of every choice start after the prompt, and an additive
-mask lets a choice see the prompt and itself only, so that the sums are those of separate forward passes. Knows nothing of tasks,
-layouts or how an answer ends: callers give the ids.
+An encoder-decoder reads the prompt once (`seq2seq_scoring`). For a causal model one row of the batch is a prompt followed by all
+its choices; positions of every choice start after the prompt, and an additive mask lets a choice see the prompt and itself only, so
+that the sums are those of separate forward passes. Knows nothing of tasks, layouts or how an answer ends: callers give the ids.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from apprentice.models.seq2seq_scoring import is_seq2seq, seq2seq_logprobs
 
 BATCH_TOKENS = 4096
 _LOGIT_ROWS = 1024  # positions whose logits one forward pass keeps: 0.2 GB in fp32 with 49,152 words, 1 GB with 256,000
@@ -27,6 +29,8 @@ def choice_logprobs(
     """
     if any(not prompt for prompt in prompts) or any(not ids for group in choices for ids in group):
         raise ValueError("a prompt or a choice without tokens has no log-probability")
+    if prompts and is_seq2seq(model):
+        return seq2seq_logprobs(model, prompts, choices, batch_tokens)
     rows = [
         _Row(number, list(prompt), part)
         for number, (prompt, group) in enumerate(zip(prompts, choices, strict=True))

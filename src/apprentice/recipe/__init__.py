@@ -7,7 +7,7 @@ relative to the recipe file. Knows nothing of datasets, clusters or models beyon
 from __future__ import annotations
 
 from apprentice.recipe.data import Collection, Data, Filters, Formats, Group, Mixture, Packing
-from apprentice.recipe.evaluation import Evaluation
+from apprentice.recipe.evaluation import Evaluation, Gate
 from apprentice.recipe.loading import SHIPPED, dump_recipe, find_recipe, load_recipe
 from apprentice.recipe.serving import Replicas, Serving
 from apprentice.recipe.training import Checkpointing, DeepSpeed, Optimizer, Resources, Training, Tuning, WorkerRange
@@ -22,6 +22,7 @@ __all__ = [
     "Evaluation",
     "Filters",
     "Formats",
+    "Gate",
     "Group",
     "Mixture",
     "Model",

@@ -1,12 +1,26 @@
-"""The recipe's `evaluation` block: how much is scored, and how."""
+"""The recipe's `evaluation` block: how much is scored, how, and what has to come out."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from apprentice.recipe.strict import Positive, Strict
+
+Perturbation = Literal["case", "punctuation", "synonyms", "choice_order", "input_first", "politeness"]
+
+
+class Gate(Strict):
+    """What a tuned model has to reach; every bound that is given must hold."""
+
+    held_out: float | None = Field(None, description="Points that the mean of held-out tasks must lie above the base model's.")
+    trained_on: float | None = Field(None, description="The same for the tasks trained on.")
+    worst_wording: float | None = Field(
+        None, description="Points that the mean over tasks of the worst wording must lie above the base model's."
+    )
+    tasks: dict[str, float] = Field({}, description="Task → least score.")
+    certain: bool = Field(False, description="Not the means but the low ends of their 95% intervals must reach the bounds.")
 
 
 class Evaluation(Strict):
@@ -14,8 +28,13 @@ class Evaluation(Strict):
 
     shots: tuple[Annotated[int, Field(ge=0)], ...] = Field((0,), min_length=1)
     max_examples: Positive = Field(100, description="Test rows per task.")
-    templates_per_row: Positive = Field(1, description="Wordings that each row meets.")
+    templates_per_row: Positive | Literal["all"] = Field(1, description="Wordings that each row meets.")
     max_new_tokens: Positive = 64
     baseline_shots: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(
         None, description="Exemplars for the base model; empty list: no base model; default: as `shots`."
     )
+    rank_by: Literal["sum", "mean", "pmi"] = Field(
+        "sum", description="Choices by summed log-probability (T0), by its mean per token, or less that after an empty question."
+    )
+    perturbations: tuple[Perturbation, ...] = Field((), description="Each row is asked once more with each of these changes.")
+    gate: Gate | None = Field(None, description="What the tuned model has to reach; `apprentice evaluate` ends with 1 otherwise.")

@@ -6,22 +6,26 @@ Each stage checks what can be known before it writes or reserves anything, and g
 from __future__ import annotations
 
 from apprentice.road.data import Progress, check_recipe, prepare, preview, preview_page, trace
-from apprentice.road.evaluation import evaluate, evaluate_model, evaluate_run
+from apprentice.road.evaluation import Wanted, compare, evaluate, evaluate_model, evaluate_run, passed_gate, report
 from apprentice.road.serving import ask, endpoint, wait_for_stop
 from apprentice.road.training import number, runs, train, training_sentence
 
 __all__ = [
     "Progress",
+    "Wanted",
     "ask",
     "check_recipe",
+    "compare",
     "endpoint",
     "evaluate",
     "evaluate_model",
     "evaluate_run",
     "number",
+    "passed_gate",
     "prepare",
     "preview",
     "preview_page",
+    "report",
     "runs",
     "trace",
     "train",

@@ -1,64 +1,205 @@
-"""Scoring a run beside its base model, or a bare model."""
+"""Scoring a run beside its base model or another, a bare model, an adapter, or an endpoint; reports made again and compared."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from apprentice.artifacts import Run, find_run
+from apprentice.artifacts import Run, find_run, read_contract
 from apprentice.data.pipeline import make_corpus
-from apprentice.errors import RecipeError, RunError
+from apprentice.errors import EvaluationError, RecipeError, RunError
 from apprentice.hub import local_folder
 from apprentice.recipe import Recipe, find_recipe, load_recipe
 from apprentice.road.data import Progress, scratch_run
 from apprentice.session import ray_session
 from apprentice.storage import Folder
 
+if TYPE_CHECKING:
+    from apprentice.evaluate.endpoint import Endpoint
+    from apprentice.evaluate.launch import Subject
 
-def evaluate_run(recipe: Recipe, *, progress: Progress) -> tuple[dict[str, Any], Path]:
-    """Scores the run of `recipe` beside its base model; gives the report and its folder, which lies in the run."""
-    from apprentice.evaluate import launch
+GATE_FILE = "gate.json"  # beside the weights
+Result = tuple[dict[str, Any], Path]
 
+
+@dataclass(frozen=True)
+class Wanted:
+    """What `apprentice evaluate` may be told besides its target."""
+
+    recipe: str | None = None
+    tasks: tuple[str, ...] = ()
+    against: str | None = None
+    endpoint: str | None = None
+    model: str | None = None  # the name at the endpoint
+    key: str | None = None  # for the endpoint
+    out: Path | None = None
+    restart: bool = False
+    storage: str = "./runs"
+
+
+def evaluate_run(recipe: Recipe, *, wanted: Wanted = Wanted(), progress: Progress) -> Result:
+    """Scores the run of `recipe` beside its base model (or another run); gives the report and its folder, which lies in the run."""
     run = Run(Folder.at(recipe.storage) / recipe.name)
     if not run.is_trained:
         raise RunError(f"run {run.name!r} in {recipe.storage} has no trained model yet; train it first.")
-    base_shots = recipe.evaluation.shots if recipe.evaluation.baseline_shots is None else recipe.evaluation.baseline_shots
-    subjects = [launch.Subject("tuned", run.model.local, recipe.evaluation.shots)]
-    if base_shots:
-        subjects.insert(0, launch.Subject("base", local_folder(recipe.model.base), base_shots))
+    endpoint = _endpoint(wanted)
+    tuned = _subject("tuned" if endpoint is None else "endpoint", run.model.local, recipe.evaluation.shots, endpoint)
+    place = run.report.local
+    known: list[Folder] = []
+    if wanted.against is not None:
+        name, folder, known = _other(wanted)
+        subjects = [_subject(name, folder, recipe.evaluation.shots), tuned]
+        place = place / f"against-{name}"
+        known = [*known, run.report]
+    else:
+        settings = recipe.evaluation
+        base_shots = settings.shots if settings.baseline_shots is None else settings.baseline_shots
+        subjects = [_subject("base", local_folder(recipe.model.base), base_shots)] if base_shots else []
+        subjects.append(tuned)
+        place = place if endpoint is None else place / "endpoint"
+    place = wanted.out or place
     with ray_session():
-        corpus = make_corpus(recipe, run)
-        folder = run.report.local
-        report = launch.evaluate(recipe, corpus, subjects, folder, run=run, progress=lambda values: progress("evaluate", values))
-    run.update_status(score=report["summary"]["score"])
-    return report, folder
+        report = _evaluated(recipe, run, subjects, place, run, known, wanted.restart, progress)
+    if wanted.against is None and endpoint is None:
+        run.update_status(score=report["summary"]["score"])
+        _store_verdict(run.model.local, report)
+    return report, place
 
 
-def evaluate_model(model: str, recipe: Recipe, out: Path | None, *, progress: Progress) -> tuple[dict[str, Any], Path]:
-    """Scores a bare model (folder, hub id) on the tasks of `recipe`, spoken to in the recipe's layout."""
+def evaluate_model(model: str, recipe: Recipe, out: Path | None, *, wanted: Wanted = Wanted(), progress: Progress) -> Result:
+    """Scores a bare model or an adapter (folder, hub id) on the tasks of `recipe`, spoken to in the recipe's layout."""
+    with _whole_model(model) as (name, folder):
+        place = out or Path("reports") / name
+        endpoint = _endpoint(wanted)
+        subjects = [_subject("model" if endpoint is None else "endpoint", folder, recipe.evaluation.shots, endpoint)]
+        known: list[Folder] = []
+        if wanted.against is not None:
+            other, other_folder, known = _other(wanted)
+            subjects.insert(0, _subject(other, other_folder, recipe.evaluation.shots))
+        with ray_session(), scratch_run(recipe) as scratch:
+            return _evaluated(recipe, scratch, subjects, place, None, known, wanted.restart, progress), place
+
+
+def _evaluated(
+    recipe: Recipe,
+    indexed: Run,
+    subjects: Sequence[Subject],
+    place: Path,
+    run: Run | None,
+    known: Sequence[Folder],
+    restart: bool,
+    progress: Progress,
+) -> dict[str, Any]:
     from apprentice.evaluate import launch
 
-    folder = local_folder(model)
-    place = out or Path("reports") / folder.name
-    subjects = [launch.Subject("model", folder, recipe.evaluation.shots)]
-    with ray_session(), scratch_run(recipe) as scratch:
-        corpus = make_corpus(recipe, scratch)
-        return launch.evaluate(recipe, corpus, subjects, place, progress=lambda values: progress("evaluate", values)), place
+    out = Folder.at(place)
+    if restart:
+        for name in (launch.predictions.FILE, launch.PARTS):
+            (out / name).delete()
+    corpus = make_corpus(recipe, indexed)
+    return launch.evaluate(
+        recipe, corpus, subjects, out, run=run, known=known, progress=lambda values: progress("evaluate", values)
+    )
 
 
-def evaluate(
-    target: str, overrides: Sequence[str], *, recipe: str | None, out: Path | None, storage: str, progress: Progress
-) -> tuple[dict[str, Any], Path]:
-    """Scores what `target` names: a recipe, a run (beside its base model), or a bare model on the tasks of `recipe`."""
-    run = find_run(target, storage)
+def _subject(name: str, folder: Path, shots: tuple[int, ...], endpoint: Endpoint | None = None) -> Subject:
+    from apprentice.evaluate.launch import Subject
+
+    return Subject(name, folder, shots, endpoint)
+
+
+def _endpoint(wanted: Wanted) -> Endpoint | None:
+    from apprentice.evaluate.endpoint import Endpoint, model_at
+
+    if wanted.endpoint is None:
+        return None
+    return Endpoint(wanted.endpoint, wanted.model or model_at(wanted.endpoint, wanted.key), wanted.key)
+
+
+def _other(wanted: Wanted) -> tuple[str, Path, list[Folder]]:
+    """Name, folder and earlier reports of the run or model to compare with."""
+    assert wanted.against is not None
+    run = find_run(wanted.against, wanted.storage)
+    if run is None:
+        folder = local_folder(wanted.against)
+        return folder.name, folder, []
+    if not run.is_trained:
+        raise RunError(f"run {run.name!r} has no trained model yet; train it first.")
+    return run.name, run.model.local, [run.report]
+
+
+@contextmanager
+def _whole_model(model: str) -> Iterator[tuple[str, Path]]:
+    """Name and folder of a model; an adapter (a PEFT folder) is merged into its base for as long as it is needed."""
+    folder = Path(model).expanduser()
+    if not (folder / "adapter_config.json").is_file():
+        whole = local_folder(model)
+        yield whole.name, whole
+        return
+    import tempfile
+
+    from apprentice.models.merging import merge_adapter
+
+    with tempfile.TemporaryDirectory(prefix="apprentice-") as scratch:
+        yield folder.name, merge_adapter(folder, Path(scratch))
+
+
+def _store_verdict(model: Path, report: dict[str, Any]) -> None:
+    """Keeps the gate's verdict beside the weights it is about; an old one of other bounds goes."""
+    file = Folder.at(model) / GATE_FILE
+    file.delete()
+    if report["gate"] is not None:
+        contract = read_contract(model)
+        file.write_json(
+            {**report["gate"], "created": report["created"], "weights_sha256": contract.weights_sha256 if contract else None}
+        )
+
+
+def evaluate(target: str, overrides: Sequence[str], *, wanted: Wanted, progress: Progress) -> Result:
+    """Scores what `target` names: a recipe, a run (beside its base model), or a bare model on the tasks of `wanted.recipe`."""
+    run = find_run(target, wanted.storage)
     if run is not None:
-        return evaluate_run(load_recipe(run.recipe_file.local, overrides), progress=progress)
+        recipe = _with_tasks(load_recipe(run.recipe_file.local, overrides), wanted)
+        return evaluate_run(recipe, wanted=wanted, progress=progress)
     if target.endswith((".yaml", ".yml")) or _is_shipped(target):
-        return evaluate_run(load_recipe(find_recipe(target), overrides), progress=progress)
-    if recipe is None:
-        raise RecipeError(f"{target!r} is not a run or a recipe; a bare model needs the tasks of a recipe: --recipe FILE.")
-    return evaluate_model(target, load_recipe(find_recipe(recipe), overrides), out, progress=progress)
+        return evaluate_run(_with_tasks(load_recipe(find_recipe(target), overrides), wanted), wanted=wanted, progress=progress)
+    if wanted.recipe is not None:
+        recipe = _with_tasks(load_recipe(find_recipe(wanted.recipe), overrides), wanted)
+    elif wanted.tasks:
+        recipe = _bare_recipe(target, overrides, wanted)
+    else:
+        raise RecipeError(
+            f"{target!r} is not a run or a recipe; a bare model needs the tasks of a recipe: --recipe FILE, or --tasks NAME."
+        )
+    return evaluate_model(target, recipe, wanted.out, wanted=wanted, progress=progress)
+
+
+def _with_tasks(recipe: Recipe, wanted: Wanted) -> Recipe:
+    if not wanted.tasks:
+        return recipe
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"tasks": wanted.tasks, "hold_out": wanted.tasks})})
+
+
+def _bare_recipe(model: str, overrides: Sequence[str], wanted: Wanted) -> Recipe:
+    """A recipe for scoring alone: the tasks on the command line, all of them held out."""
+    import tempfile
+
+    import yaml
+
+    whole = {
+        "name": "model",
+        "storage": wanted.storage,
+        "model": {"base": model},
+        "data": {"tasks": list(wanted.tasks), "hold_out": list(wanted.tasks)},
+        "training": {"steps": 1},
+    }
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml", dir=".", prefix=".apprentice-", encoding="utf-8") as file:
+        file.write(yaml.safe_dump(whole))
+        file.flush()
+        return load_recipe(file.name, overrides)
 
 
 def _is_shipped(name: str) -> bool:
@@ -67,3 +208,62 @@ def _is_shipped(name: str) -> bool:
     except RecipeError:
         return False
     return True
+
+
+def report(target: str, storage: str) -> Result:
+    """The report of a run (or in a folder) made again from its predictions, without any model."""
+    from apprentice.evaluate import predictions
+    from apprentice.evaluate.report import write_report
+    from apprentice.evaluate.summary import summarise
+
+    folder = _reported(target, storage)
+    found = summarise(predictions.read(folder))
+    write_report(found, folder)
+    return found, folder.local
+
+
+def compare(targets: Sequence[str], out: Path | None, storage: str) -> Result:
+    """One report over the last subject of several runs' predictions; every run is compared with the first."""
+    from apprentice.evaluate import predictions
+    from apprentice.evaluate.compare import joined
+    from apprentice.evaluate.report import write_report
+    from apprentice.evaluate.summary import summarise
+
+    folders = [_reported(target, storage) for target in targets]
+    names = [_name_of(target, storage) for target in targets]
+    table = joined({name: predictions.read(folder) for name, folder in zip(names, folders, strict=True)})
+    place = Folder.at(out or Path("reports") / f"compare-{'-'.join(names)}"[:100])
+    predictions.save(table, place)
+    found = summarise(table)
+    write_report(found, place)
+    return found, place.local
+
+
+def _name_of(target: str, storage: str) -> str:
+    run = find_run(target, storage)
+    return run.name if run is not None else Path(target).name
+
+
+def _reported(target: str, storage: str) -> Folder:
+    """The folder with the predictions that `target`, a run or such a folder, names."""
+    run = find_run(target, storage)
+    folder = run.report if run is not None else Folder.at(target)
+    if not (folder / "predictions.parquet").exists():
+        raise EvaluationError(f"{target!r} has no predictions yet; score it first with `apprentice evaluate {target}`.")
+    return folder
+
+
+def passed_gate(model: Path) -> None:
+    """Raises `EvaluationError` unless the weights in `model` have the verdict that they passed their recipe's gate."""
+    file, contract = Folder.at(model) / GATE_FILE, read_contract(model)
+    if not file.exists():
+        raise EvaluationError(
+            f"{model} has no verdict of a gate; give its recipe an `evaluation.gate` and score it with `apprentice evaluate`."
+        )
+    found = file.read_json()
+    if contract is None or found["weights_sha256"] != contract.weights_sha256:
+        raise EvaluationError(f"the verdict in {model} is about other weights; score the model again.")
+    if not found["passed"]:
+        from apprentice.evaluate.gate import sentence
+
+        raise EvaluationError(f"{model} did not pass: {sentence(found)}.")

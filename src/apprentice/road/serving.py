@@ -14,6 +14,7 @@ from apprentice.errors import ContractError, RunError, ServingError
 from apprentice.hub import local_folder
 from apprentice.recipe import Serving, find_recipe, load_recipe
 from apprentice.road.data import Progress
+from apprentice.road.evaluation import passed_gate
 from apprentice.session import ray_session
 from apprentice.tokenizer import Tokenizer
 
@@ -27,6 +28,7 @@ def endpoint(
     contract: str | None = None,
     recipe: str | None = None,
     storage: str = "./runs",
+    require_gate: bool = False,
     progress: Progress,
 ) -> Iterator[str]:
     """The running endpoint's URL for a run or a model; it is shut down on leaving."""
@@ -36,6 +38,8 @@ def endpoint(
     if run is not None and not run.is_trained:
         raise RunError(f"run {run.name!r} has no trained model yet; train it first.")
     folder = run.model.local if run is not None else local_folder(target)
+    if require_gate:
+        passed_gate(folder)
     settings = run.recipe().serving if run is not None else _serving_for_bare(recipe, contract, storage)
     settings = settings.model_copy(update={k: v for k, v in (("host", host), ("port", port)) if v is not None})
     words = None if run is not None else _contract_for(folder, contract, recipe, storage)

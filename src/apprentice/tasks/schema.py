@@ -52,7 +52,20 @@ from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, field_validat
 from apprentice.errors import RowError
 from apprentice.tasks.wording import Expression, Wording
 
-Metric = Literal["accuracy", "exact_match", "token_f1", "rouge_l", "bleu"]
+Metric = Literal[
+    "accuracy",
+    "exact_match",
+    "token_f1",
+    "rouge_1",
+    "rouge_2",
+    "rouge_l",
+    "bleu",
+    "chrf",
+    "matthews",
+    "label_distribution",
+    "ni_rouge_l",
+    "ni_exact_match",
+]
 REPLACEMENT_CHARACTER = "�"
 
 

@@ -1,0 +1,145 @@
+"""Wordings changed on purpose: the same question in other letters, other words, another order. Pure text, seeded.
+
+Each change keeps what is asked and what is right. Where a change finds nothing to change, or would touch an answer, the question
+is not asked, and counted. Knows nothing of layouts or models.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
+
+from apprentice.tasks.schema import Example
+
+Random = np.random.Generator
+
+# Words that instructions are made of, with others that ask the same.
+SYNONYMS: dict[str, tuple[str, ...]] = {
+    "answer": ("reply to", "respond to"),
+    "article": ("text", "piece"),
+    "based on": ("according to", "going by"),
+    "choose": ("pick", "select"),
+    "correct": ("right",),
+    "decide": ("determine", "judge"),
+    "describe": ("portray", "characterise"),
+    "does": ("would",),
+    "explain": ("clarify", "spell out"),
+    "find": ("locate", "identify"),
+    "following": ("next",),
+    "give": ("provide", "state"),
+    "is": ("would you say it is",),
+    "message": ("note",),
+    "name": ("state", "tell me"),
+    "passage": ("text", "paragraph"),
+    "question": ("query",),
+    "read": ("look at", "go through"),
+    "review": ("critique", "opinion"),
+    "say": ("state",),
+    "select": ("choose", "pick"),
+    "sentence": ("line", "statement"),
+    "summarise": ("sum up", "condense"),
+    "summarize": ("sum up", "condense"),
+    "tell": ("let me know",),
+    "text": ("passage",),
+    "topic": ("subject", "theme"),
+    "translate": ("put", "render"),
+    "use": ("take",),
+    "using": ("with",),
+    "write": ("compose", "put down"),
+}
+_BEFORE = ("Please help me with this. ", "Could you please do the following? ", "I would be grateful for your help. ")
+_AFTER = (" Thank you!", " Thanks a lot.", " Many thanks in advance.")
+_ENDS = (".", "!", "?", ":")
+
+
+def perturbed(example: Example, kind: str, seed: int, row: int) -> Example | None:
+    """`example` changed by the perturbation `kind`; None where that changes nothing, or would change the answer."""
+    random = np.random.default_rng(
+        list(hashlib.sha256(f"perturbation {seed} {example.task} {row} {example.template} {kind}".encode()).digest())
+    )
+    changed = PERTURBATIONS[kind](example, random)
+    return None if changed is None or changed == example else changed
+
+
+def _case(example: Example, random: Random) -> Example | None:
+    ways: tuple[Callable[[str], str], ...] = (str.lower, str.upper)
+    changed = ways[int(random.integers(len(ways)))](example.instruction)
+    return replace(example, instruction=_kept(example, changed))
+
+
+def _kept(example: Example, changed: str) -> str:
+    """`changed` (the instruction in other letters) with the choices written as they are."""
+    for choice in sorted(example.choices, key=len, reverse=True):
+        changed = re.sub(rf"\b{re.escape(choice)}\b", _as_it_is(choice), changed, flags=re.IGNORECASE)
+    return changed
+
+
+def _as_it_is(text: str) -> Callable[[re.Match[str]], str]:
+    return lambda _: text
+
+
+def _punctuation(example: Example, random: Random) -> Example | None:
+    text = example.instruction
+    bare = text.rstrip("".join(_ENDS) + " ")
+    endings = [ending for ending in ("", "...", "!!", " :") if bare + ending != text]
+    return replace(example, instruction=bare + endings[int(random.integers(len(endings)))])
+
+
+def _synonyms(example: Example, random: Random) -> Example | None:
+    def other(found: re.Match[str]) -> str:
+        word = found.group(0)
+        ways = SYNONYMS[word.lower()]
+        chosen = ways[int(random.integers(len(ways)))]
+        return chosen.capitalize() if word[0].isupper() else chosen
+
+    answers = " ".join((*example.choices, example.target)).lower()
+    words = [word for word in SYNONYMS if not re.search(rf"\b{re.escape(word)}\b", answers)]
+    pattern = rf"\b({'|'.join(map(re.escape, sorted(words, key=len, reverse=True)))})\b"
+    return replace(example, instruction=re.sub(pattern, other, example.instruction, flags=re.IGNORECASE))
+
+
+def _choice_order(example: Example, random: Random) -> Example | None:
+    """The choices change places in the text that lists them; only where each stands there exactly once."""
+    text = f"{example.instruction}\x00{example.input}"
+    places = []
+    for choice in example.choices:
+        found = [match.span() for match in re.finditer(rf"(?<!\w){re.escape(choice)}(?!\w)", text)]
+        if len(found) != 1:
+            return None
+        places.append(found[0])
+    ordered = sorted(range(len(places)), key=lambda number: places[number])
+    overlap = any(places[left][1] > places[right][0] for left, right in pairwise(ordered))
+    if len(ordered) < 2 or overlap:
+        return None
+    turn = 1 + int(random.integers(len(ordered) - 1))  # a rotation moves every choice
+    for number in reversed(range(len(ordered))):  # from the end, so that earlier places stay where they are
+        start, end = places[ordered[number]]
+        text = text[:start] + example.choices[ordered[(number + turn) % len(ordered)]] + text[end:]
+    instruction, _, given = text.partition("\x00")
+    return replace(example, instruction=instruction, input=given)
+
+
+def _input_first(example: Example, random: Random) -> Example | None:
+    if not example.input:
+        return None
+    return replace(example, instruction=f"{example.input}\n\n{example.instruction}", input="")
+
+
+def _politeness(example: Example, random: Random) -> Example | None:
+    before, after = _BEFORE[int(random.integers(len(_BEFORE)))], _AFTER[int(random.integers(len(_AFTER)))]
+    return replace(example, instruction=f"{before}{example.instruction}{after}")
+
+
+PERTURBATIONS: dict[str, Callable[[Example, Random], Example | None]] = {
+    "case": _case,
+    "punctuation": _punctuation,
+    "synonyms": _synonyms,
+    "choice_order": _choice_order,
+    "input_first": _input_first,
+    "politeness": _politeness,
+}

@@ -1,0 +1,28 @@
+"""What a run's folder tells about its training: the curve and the ledger, kept small, as a report shows them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from apprentice.artifacts import Run
+
+MOST_POINTS = 400  # of the curve: more are not seen in a picture
+
+
+def story_of(run: Run | None) -> dict[str, Any]:
+    """`history` (a record per step and per validation, thinned evenly) and `ledger`; empty for a bare model."""
+    if run is None:
+        return {"history": [], "ledger": None}
+    file = run.folder / "steps.jsonl"
+    lines = file.read_text().splitlines() if file.exists() else []
+    history = [_point(json.loads(line)) for line in lines if line.strip()]
+    steps = [record for record in history if "loss" in record]
+    kept = {id(record) for record in steps[:: max(1, len(steps) // MOST_POINTS)]}
+    history = [record for record in history if "loss" not in record or id(record) in kept]
+    return {"history": history, "ledger": run.ledger_file.read_json() if run.ledger_file.exists() else None}
+
+
+def _point(record: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: record[key] for key in ("step", "loss", "validation_loss") if record.get(key) is not None}

@@ -1,0 +1,108 @@
+"""Who is scored: a model's folder or an endpoint that serves it, how it is spoken to, and what its answers depend on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from apprentice.artifacts import read_contract, weights_sha256
+from apprentice.data.contract import layout_beside, layout_of
+from apprentice.data.corpus import Corpus
+from apprentice.data.layout import Layout
+from apprentice.errors import EvaluationError
+from apprentice.evaluate import majority
+from apprentice.evaluate.endpoint import Endpoint
+from apprentice.evaluate.prompts import Limits
+from apprentice.evaluate.scorer import Manner
+from apprentice.family import model_config
+from apprentice.models.loading import resolve_dtype
+from apprentice.recipe import Recipe
+from apprentice.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model that is scored: its folder, and with how many exemplars each question is asked (once for each number).
+
+    With an `endpoint` that is asked instead, and the folder says only how to phrase questions.
+    """
+
+    name: str
+    folder: Path
+    shots: tuple[int, ...] = (0,)
+    endpoint: Endpoint | None = None
+
+
+@dataclass(frozen=True)
+class Spoken:
+    """How a subject is spoken to, and the fingerprint of everything that shapes its answers besides the question."""
+
+    manner: Manner
+    limits: Limits
+    fingerprint: str
+
+    @property
+    def phrasing(self) -> tuple[Any, ...]:
+        """Equal for subjects whose questions have the same ids."""
+        return *identity(self.manner.layout), self.limits
+
+
+def check_subjects(subjects: Sequence[Subject]) -> None:
+    """Raises `EvaluationError` unless every subject has a name of its own and something to be asked."""
+    names = [subject.name for subject in subjects]
+    if not subjects or len(set(names)) < len(names) or majority.NAME in names or any(not subject.shots for subject in subjects):
+        raise EvaluationError(
+            f"subjects {names}: each needs a name of its own, other than {majority.NAME!r}, and at least one number of shots."
+        )
+
+
+def spoken_to(subject: Subject, recipe: Recipe, corpus: Corpus) -> Spoken:
+    """Layout and limits: from the folder's contract, or for a bare model as the recipe says. Raises `ModelError`."""
+    config = model_config(subject.folder)
+    if read_contract(subject.folder) is not None:
+        layout = layout_beside(subject.folder)
+    elif subject.folder == corpus.layout.tokenizer.folder:
+        layout = corpus.layout
+    else:
+        layout = layout_of(recipe, Tokenizer(subject.folder))
+    context = config.get("max_position_embeddings") or config.get("n_positions")
+    settings = recipe.evaluation
+    manner = Manner(layout, settings.max_new_tokens, priors=settings.rank_by == "pmi")
+    limits = Limits(recipe.data.max_length, settings.max_new_tokens, None if config.get("is_encoder_decoder") else context)
+    return Spoken(manner, limits, _fingerprint(subject, recipe, manner))
+
+
+def _fingerprint(subject: Subject, recipe: Recipe, manner: Manner) -> str:
+    """Where this is equal, equal questions get equal answers (an endpoint is taken at its word: its address and model name)."""
+    weights: list[Any]
+    if subject.endpoint is not None:
+        weights = [subject.endpoint.url, subject.endpoint.model]
+    else:
+        contract = read_contract(subject.folder)
+        sha = contract.weights_sha256 if contract is not None else weights_sha256(subject.folder)
+        weights = [sha, str(resolve_dtype(recipe.model.dtype))]
+    shape = [*identity(manner.layout), manner.layout.stop_ids, manner.reply, manner.priors]
+    return hashlib.sha256(json.dumps([weights, shape], default=str).encode()).hexdigest()
+
+
+def identity(layout: Layout) -> tuple[Any, ...]:
+    """Equal for layouts that make the same ids of the same texts."""
+    return layout.name, layout.system, layout.date, layout.tokenizer.fingerprint, layout.tokenizer.chat_template
+
+
+def described(subject: Subject, spoken: Spoken) -> dict[str, Any]:
+    """What the report says of a subject."""
+    contract = read_contract(subject.folder)
+    return {
+        "name": subject.name,
+        "shots": list(subject.shots),
+        "folder": str(subject.folder) if subject.endpoint is None else f"{subject.endpoint.url} ({subject.endpoint.model})",
+        "layout": spoken.manner.layout.name,
+        "contract": "its own" if contract else "the recipe's",
+        "weights_sha256": contract.weights_sha256 if contract else None,
+        "prompt_tokens": spoken.limits.prompt,
+    }

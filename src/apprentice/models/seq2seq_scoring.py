@@ -1,0 +1,116 @@
+"""Choices and replies of an encoder-decoder: every prompt is read once, whatever is written after it.
+
+Pure and batched. Knows nothing of tasks, layouts or how an answer ends: callers give the ids.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutput
+
+_LOGIT_ROWS = 1024  # positions whose logits one pass of the decoder keeps
+
+
+def is_seq2seq(model: Any) -> bool:
+    """True for an encoder with a decoder."""
+    return bool(getattr(model.config, "is_encoder_decoder", False))
+
+
+@torch.inference_mode()
+def seq2seq_logprobs(
+    model: Any, prompts: Sequence[Sequence[int]], choices: Sequence[Sequence[Sequence[int]]], batch_tokens: int
+) -> list[list[float]]:
+    """Natural log-probability of every choice after its prompt: the sum over the choice's tokens, in the order of the arguments."""
+    found: list[list[float]] = [[0.0] * len(group) for group in choices]
+    for batch in _batches([len(prompt) for prompt in prompts], batch_tokens):
+        states, mask = _encoded(model, [prompts[number] for number in batch])
+        wanted = [(line, number, place) for line, number in enumerate(batch) for place in range(len(choices[number]))]
+        wanted.sort(key=lambda item: len(choices[item[1]][item[2]]))
+        for part in _even([len(choices[number][place]) for _, number, place in wanted]):
+            lines, numbers, places = zip(*(wanted[at] for at in part), strict=True)
+            texts = [choices[number][place] for number, place in zip(numbers, places, strict=True)]
+            chosen = torch.tensor(lines, device=states.device)
+            for number, place, value in zip(numbers, places, _sums(model, states[chosen], mask[chosen], texts), strict=True):
+                found[number][place] = value
+    return found
+
+
+@torch.inference_mode()
+def written(
+    model: Any, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, stop_ids: Collection[int], batch_tokens: int = 4096
+) -> list[list[int]]:
+    """Greedy replies to `prompts` (token ids), in their order, without the stop id that ended them."""
+    replies: list[list[int]] = [[] for _ in prompts]
+    for batch in _batches([len(prompt) for prompt in prompts], batch_tokens):
+        ids, mask = _padded(model, [prompts[number] for number in batch])
+        made = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            eos_token_id=list(stop_ids),
+        )
+        for number, line in zip(batch, made[:, 1:].tolist(), strict=True):  # the first is the decoder's start
+            end = next((place for place, token in enumerate(line) if token in stop_ids), len(line))
+            replies[number] = line[:end]
+    return replies
+
+
+def _batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
+    """Numbers of prompts of like length together, the longest first, padding included within `batch_tokens`."""
+    batches: list[list[int]] = []
+    for number in sorted(range(len(lengths)), key=lambda number: (-lengths[number], number)):
+        if not batches or (len(batches[-1]) + 1) * lengths[batches[-1][0]] > batch_tokens:
+            batches.append([])
+        batches[-1].append(number)
+    return batches
+
+
+def _even(lengths: Sequence[int]) -> list[list[int]]:
+    """Places of choices (ascending lengths) in runs whose logits stay within `_LOGIT_ROWS` positions."""
+    runs: list[list[int]] = []
+    for place, length in enumerate(lengths):
+        if not runs or (len(runs[-1]) + 1) * length > _LOGIT_ROWS:
+            runs.append([])
+        runs[-1].append(place)
+    return runs
+
+
+def _padded(model: Any, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Ids and mask, (prompts, longest) each."""
+    device = next(model.parameters()).device
+    width = max(map(len, prompts))
+    ids = torch.zeros(len(prompts), width, dtype=torch.long)
+    mask = torch.zeros(len(prompts), width, dtype=torch.long)
+    for line, prompt in enumerate(prompts):
+        ids[line, : len(prompt)] = torch.tensor(list(prompt))
+        mask[line, : len(prompt)] = 1
+    return ids.to(device), mask.to(device)
+
+
+def _encoded(model: Any, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """The encoder's states (prompts, longest, hidden) and the mask of what is no padding."""
+    ids, mask = _padded(model, prompts)
+    states: Tensor = model.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state
+    return states, mask
+
+
+def _sums(model: Any, states: Tensor, mask: Tensor, texts: Sequence[Sequence[int]]) -> list[float]:
+    """Log-probability of every text (ids) after the states of its line."""
+    width = max(map(len, texts))
+    labels = torch.zeros(len(texts), width, dtype=torch.long, device=states.device)
+    real = torch.zeros(len(texts), width, device=states.device)
+    for line, text in enumerate(texts):
+        labels[line, : len(text)] = torch.tensor(list(text), device=states.device)
+        real[line, : len(text)] = 1.0
+    inputs = torch.cat([torch.full_like(labels[:, :1], model.config.decoder_start_token_id), labels[:, :-1]], dim=1)
+    logits = model(
+        encoder_outputs=BaseModelOutput(last_hidden_state=states), attention_mask=mask, decoder_input_ids=inputs, use_cache=False
+    ).logits.float()  # (texts, width, vocabulary)
+    logprobs = logits.gather(2, labels[..., None])[..., 0] - logits.logsumexp(dim=-1)
+    return [float(value) for value in (logprobs.double() * real).sum(dim=1)]
