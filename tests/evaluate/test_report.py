@@ -33,7 +33,7 @@ LEDGER = {
 
 @pytest.fixture(scope="module")
 def report(recipe: Recipe) -> dict[str, Any]:
-    return summarise(tables.table(recipe), resamples=100)
+    return summarise(tables.table(recipe), resamples=400)
 
 
 def test_the_table_has_held_out_tasks_first(report: dict[str, Any]) -> None:
@@ -46,7 +46,7 @@ def test_the_table_has_held_out_tasks_first(report: dict[str, Any]) -> None:
         ["gamma_text", "token F1", "–", "75.0", "–", "100.0"],
     ]
     assert rows[0][6] == Cell("+0.0 (+0.0 to +0.0), p 1.000")
-    assert rows[1][6].mark == "better"
+    assert rows[1][6].mark == ""  # eight rows say too little
     assert re.fullmatch(r"\+50\.0 \(\+[\d.]+ to \+[\d.]+\), p 0\.\d+", rows[1][6].text)
 
 

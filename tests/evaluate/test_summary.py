@@ -53,11 +53,24 @@ def test_scores_of_a_task(report: dict[str, Any]) -> None:
 
 def test_differences_have_paired_intervals(report: dict[str, Any]) -> None:
     beta, alpha, gamma = (task["differences"]["tuned@0"] for task in report["tasks"])
-    assert (alpha["mean"], alpha["against"], alpha["rows"], alpha["verdict"]) == (50.0, "base@0", 8, "better")
+    assert (alpha["mean"], alpha["against"], alpha["rows"], alpha["verdict"]) == (50.0, "base@0", 8, "unclear")
     low, high = alpha["interval"]
     assert 0 < low < 50 < high < 100
     assert (beta["mean"], beta["interval"], beta["verdict"]) == (0.0, [0.0, 0.0], "unclear")  # the same rows are right
     assert gamma["mean"] == 25.0
+
+
+def test_better_needs_interval_and_test(recipe: Recipe) -> None:
+    """Four of four rows that changed did so in favour: chance does that once in eight times. Eight of eight: once in 128."""
+    few, many = (
+        summarise(tables.table(recipe, tables.predictions(base=(8 - gained, 4, 4), tuned=(8, 4, 4))), resamples=400)
+        for gained in (4, 8)
+    )
+    found = [report["tasks"][1]["differences"]["tuned@0"] for report in (few, many)]
+    assert [entry["verdict"] for entry in found] == ["unclear", "better"]
+    assert found[0]["p"] == pytest.approx(1 / 8, abs=0.05)
+    assert found[1]["p"] == pytest.approx(1 / 128, abs=0.015)
+    assert "task tuned is better than base: +100.0 points" in many["headline"][1]
 
 
 def test_pools_keep_kinds_apart(report: dict[str, Any]) -> None:
@@ -126,7 +139,9 @@ def test_headline_and_summary(report: dict[str, Any]) -> None:
     assert report["headline"][0] == (
         "On 1 held-out ranked task tuned is not clearly different from base: +0.0 points (95% interval +0.0 to +0.0)."
     )
-    assert report["headline"][1].startswith("On 1 trained-on ranked task tuned is better than base: +50.0 points (95% interval +")
+    assert report["headline"][1].startswith(
+        "On 1 trained-on ranked task tuned is not clearly different from base: +50.0 points (95% interval +"
+    )
     assert report["summary"]["score"] == pytest.approx((75.0 + 50.0 + 100.0) / 3)
     assert report["summary"]["sentence"].startswith("tuned against base, points with 95% interval: held-out ranked +0.0 (")
 

@@ -92,6 +92,11 @@ def interval(draws: Floats, confidence: float = CONFIDENCE) -> tuple[float, floa
     return float(low), float(high)
 
 
-def verdict(low: float, high: float) -> str:
-    """`better` or `worse` where the interval of a difference leaves zero out, else `unclear`."""
+def verdict(low: float, high: float, p: float = 0.0) -> str:
+    """`better` or `worse` where the interval of a difference leaves zero out and the paired test agrees, else `unclear`.
+
+    With few rows the interval alone is too sure of itself.
+    """
+    if p > 1.0 - CONFIDENCE:
+        return "unclear"
     return "better" if low > 0 else "worse" if high < 0 else "unclear"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -51,14 +51,16 @@ def evaluate(
     *,
     run: Run | None = None,
     known: Iterable[Folder] = (),
+    contamination: Mapping[str, Any] = {},
     progress: Progress,
 ) -> dict[str, Any]:
     """Scores every subject on the test rows of the corpus's tasks; writes predictions and reports to `out`, gives the report.
 
     The first subject is the one that the others are compared with. A folder with a prompt contract is spoken to as the contract
     says, a bare model in the recipe's layout. Answers that lie in `out`, or in the folders `known`, are not asked for again. `run`
-    adds its training curve and ledger to the report. Raises `EvaluationError` where there is nothing to score or a model cannot
-    answer, `ResourcesError` where no worker fits, `ContractError`, `ModelError`.
+    adds its training curve and ledger to the report, `contamination` (`story.contamination_of`) what is known of a task's test
+    rows. Raises `EvaluationError` where there is nothing to score or a model cannot answer, `ResourcesError` where no worker fits,
+    `ContractError`, `ModelError`.
     """
     started = time.time()
     check_subjects(subjects)
@@ -87,6 +89,8 @@ def evaluate(
         "test_rows": {name: len(corpus.indices[name].test) for name in majorities},
         "story": story_of(run),
     }
+    for name, about in facts["tasks"].items():
+        about["contaminated"] = contamination.get(name)
     table = predictions.with_facts(predictions.scored(records, corpus.tasks), facts)
     predictions.save(table, out)
     answers.close()

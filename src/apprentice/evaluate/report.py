@@ -125,13 +125,18 @@ def task_table(report: Mapping[str, Any]) -> Table:
         *[column["title"] for column in columns],
         *[_difference_title(report, column) for column in compared],
     ]
+    looked = any(task.get("contaminated") for task in report["tasks"])
     rows = []
     for task in report["tasks"]:
         name = Cell(task["task"], "held_out" if task["held_out"] else "")
         scores = [_number(task["columns"].get(column["key"], {}).get("score")) for column in columns]
         differences = [_difference(task["differences"].get(column["key"])) for column in compared]
-        rows.append([name, Cell(METRICS[task["metric"]].title), *scores, *differences])
-    return header, rows
+        cells = [name, Cell(METRICS[task["metric"]].title), *scores, *differences]
+        if looked:
+            seen = task.get("contaminated")
+            cells.append(Cell("–" if seen is None else f"{seen['rows']} of {seen['of']}"))
+        rows.append(cells)
+    return [*header, "test rows seen in training data"] if looked else header, rows
 
 
 def pool_table(report: Mapping[str, Any]) -> Table:
@@ -226,7 +231,9 @@ def remarks(report: Mapping[str, Any]) -> list[str]:
         found.append(f"{len(lost)} questions have no answer, the first because: {lost[0]['reason']}.")
     for task in report["tasks"]:
         if seen := task.get("contaminated"):
-            found.append(f"{task['task']}: {seen['rows']} of {seen['of']} test rows overlap with training data.")
+            found.append(
+                f"{task['task']}: {seen['rows']} of {seen['of']} test rows share a passage with training rows, which were dropped."
+            )
     return found + [f"{item['task']}: {item['reason']}." for item in report["not_scored"]]
 
 

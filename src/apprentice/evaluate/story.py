@@ -1,4 +1,4 @@
-"""What a run's folder tells about its training: the curve and the ledger, kept small, as a report shows them."""
+"""What a run's folder tells beside its scores: training curve, ledger, and test rows that were met in training data."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from apprentice.artifacts import Run
+from apprentice.data.index import CONTAMINATION_FILE
+from apprentice.storage import Folder
 
 MOST_POINTS = 400  # of the curve: more are not seen in a picture
 
@@ -26,3 +28,16 @@ def story_of(run: Run | None) -> dict[str, Any]:
 
 def _point(record: Mapping[str, Any]) -> dict[str, Any]:
     return {key: record[key] for key in ("step", "loss", "validation_loss") if record.get(key) is not None}
+
+
+def contamination_of(indexed: Folder) -> dict[str, Any]:
+    """Task → how many of its test rows share a passage with training data, from the index; empty where nobody looked.
+
+    The training rows were dropped, so this says what the score would have been inflated by, and how alike the data are.
+    """
+    file = indexed / CONTAMINATION_FILE
+    found = file.read_json()["tasks"] if file.exists() else {}
+    return {
+        task: {"rows": seen["shared"], "of": seen["test_rows"], "dropped": sum(seen["training_rows_dropped"].values())}
+        for task, seen in found.items()
+    }

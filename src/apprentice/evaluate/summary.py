@@ -136,8 +136,7 @@ def _task(
         differences[ours] = {
             "against": theirs,
             "rows": len(pair[0].rows),
-            "p": test,
-            **_with_interval(mean, draws[f"{ours} - {theirs}"]),
+            **_with_interval(mean, draws[f"{ours} - {theirs}"], test),
         }
     cells = {name: counts(records) for name, records in met.items()}
     for name in sums:
@@ -146,9 +145,9 @@ def _task(
     return entry | {"samples": samples(met, columns), "extremes": best_and_worst(met, columns)}, draws
 
 
-def _with_interval(mean: float, draws: Floats) -> dict[str, Any]:
+def _with_interval(mean: float, draws: Floats, p: float) -> dict[str, Any]:
     low, high = interval(draws)
-    return {"mean": mean, "interval": [low, high], "verdict": verdict(low, high)}
+    return {"mean": mean, "interval": [low, high], "p": p, "verdict": verdict(low, high, p)}
 
 
 def _pool(
@@ -174,8 +173,7 @@ def _pool(
             differences[key] = {
                 "against": column["against"],
                 "tasks": len(compared),
-                "p": p_value(mean, test),
-                **_with_interval(mean, drawn),
+                **_with_interval(mean, drawn, p_value(mean, test)),
             }
     return {"tasks": len(members), "columns": means, "differences": differences}
 

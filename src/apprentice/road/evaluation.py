@@ -94,6 +94,7 @@ def _evaluated(
     progress: Progress,
 ) -> dict[str, Any]:
     from apprentice.evaluate import launch
+    from apprentice.evaluate.story import contamination_of
 
     out = Folder.at(place)
     if restart:
@@ -101,7 +102,14 @@ def _evaluated(
             (out / name).delete()
     corpus = make_corpus(recipe, indexed)
     return launch.evaluate(
-        recipe, corpus, subjects, out, run=run, known=known, progress=lambda values: progress("evaluate", values)
+        recipe,
+        corpus,
+        subjects,
+        out,
+        run=run,
+        known=known,
+        contamination=contamination_of(indexed.index),
+        progress=lambda values: progress("evaluate", values),
     )
 
 

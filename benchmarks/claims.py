@@ -1,0 +1,172 @@
+"""What instruction tuning claims, tried on a small scale: the tables of the README about learning, with intervals.
+
+    python benchmarks/claims.py [--recipe flan_mini] [--hold-out sentiment nli] [--clusters 2 5 0] [--out DIR] [KEY=VALUE …]
+
+(a) base against tuned, on tasks trained on and on each held-out cluster;
+(b) T0's question: one wording per task against all of them, mean and spread on held-out tasks;
+(c) FLAN's question: how many clusters are trained on (0 means all).
+
+Each variant is a run of its own, trained and scored by the ordinary road; given again, what is done is not done again. Prints one
+JSON object per figure, and writes `claims.md` and `claims.svg`. `--dry-run` only lists the variants.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from figures import report
+
+from apprentice import road
+from apprentice.recipe import Recipe, dump_recipe, find_recipe, load_recipe
+from apprentice.tasks.loading import select_tasks
+from apprentice.tasks.schema import Task
+
+Variants = dict[str, Recipe]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--recipe", default="flan_mini")
+    parser.add_argument("--hold-out", nargs="+", default=["sentiment", "nli"], help="clusters held out, each in runs of its own")
+    parser.add_argument("--clusters", nargs="+", type=int, default=[2, 5, 0], help="numbers of clusters for (c); 0 is all")
+    parser.add_argument("--out", type=Path, default=Path("reports/claims"))
+    parser.add_argument("--dry-run", action="store_true")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="KEY=VALUE")
+    chosen = parser.parse_intermixed_args()
+    recipe = load_recipe(find_recipe(chosen.recipe), chosen.overrides)
+    chosen.out.mkdir(parents=True, exist_ok=True)
+    variants = variants_of(recipe, chosen.hold_out, chosen.clusters, chosen.out)
+    if chosen.dry_run:
+        for name, variant in variants.items():
+            print(name, *variant.data.tasks, file=sys.stderr)
+        return
+    reports = {name: _scored(name, variant) for name, variant in variants.items()}
+    rows = [row for name, found in reports.items() for row in figures_of(name, found)]
+    for row in rows:
+        report(
+            f"claims.{row['variant']}.{row['pool']}", row["difference"], unit="points", interval=row["interval"], base=row["base"],
+            tuned=row["tuned"], spread=row["spread"], tasks=row["tasks"],
+        )  # fmt: skip
+    (chosen.out / "claims.md").write_text(table_of(rows), encoding="utf-8")
+    (chosen.out / "claims.svg").write_text(picture_of(rows), encoding="utf-8")
+
+
+def variants_of(recipe: Recipe, hold_out: Sequence[str], clusters: Sequence[int], folder: Path) -> Variants:
+    """Name → recipe: all data for each held-out cluster, then one wording and fewer clusters for the first of them."""
+    tasks, _ = select_tasks(recipe.data.tasks, (), Path.cwd())
+    found = {f"{recipe.name}-without-{cluster}": _variant(recipe, tasks, cluster, "") for cluster in hold_out}
+    first = hold_out[0]
+    found[f"{recipe.name}-one-wording"] = _variant(recipe, _one_wording(tasks, first, folder), first, "one-wording")
+    order = list(dict.fromkeys(task.cluster for task in tasks if first not in (task.cluster, task.name)))
+    for number in clusters:
+        if 0 < number < len(order):  # all of them is the first variant
+            kept = [task for task in tasks if task.cluster in order[:number] or first in (task.cluster, task.name)]
+            found[f"{recipe.name}-{number}-clusters"] = _variant(recipe, kept, first, f"{number}-clusters")
+    return {name: variant.model_copy(update={"name": name}) for name, variant in found.items()}
+
+
+def _variant(recipe: Recipe, tasks: Sequence[Task | str], cluster: str, kind: str) -> Recipe:
+    names = tuple(task if isinstance(task, str) else task.name for task in tasks) if kind else recipe.data.tasks
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"tasks": names, "hold_out": (cluster,)})})
+
+
+def _one_wording(tasks: Sequence[Task], held_out: str, folder: Path) -> list[Task | str]:
+    """The tasks with one wording each, as files in `folder`; held-out ones keep all theirs, since they are only scored."""
+    entries: list[Task | str] = []
+    for task in tasks:
+        if held_out in (task.cluster, task.name):
+            entries.append(task)
+            continue
+        first = task.scored_templates[0]
+        file = (folder / f"{task.name}.yaml").absolute()
+        content = task.model_copy(update={"templates": (first,)}).model_dump(mode="json", exclude_none=True, exclude_defaults=True)
+        file.write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")
+        entries.append(str(file))
+    return entries
+
+
+def _scored(name: str, recipe: Recipe) -> dict[str, Any]:
+    """The report of a run, trained first if it is not."""
+    print(f"{name}: {len(dump_recipe(recipe).splitlines())} lines of recipe", file=sys.stderr)
+
+    def progress(stage: str, values: Mapping[str, Any]) -> None:
+        if values.get("done"):
+            shown = {key: value for key, value in values.items() if key != "done"}
+            print(f"{name}: {stage} {shown}", file=sys.stderr, flush=True)
+
+    road.train(recipe, progress=progress)
+    return road.evaluate_run(recipe, progress=progress)[0]
+
+
+def figures_of(variant: str, found: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A line per pool: base and tuned mean, the difference with its interval, and the spread over wordings."""
+    tuned = found["columns"][-1]["key"]
+    base = next(column["against"] for column in found["columns"] if column["key"] == tuned)
+    lines = []
+    for pool in found["pools"]:
+        if tuned not in pool["differences"]:
+            continue
+        difference = pool["differences"][tuned]
+        lines.append(
+            {
+                "variant": variant,
+                "pool": f"{'held_out' if pool['held_out'] else 'trained_on'}_{pool['kind']}",
+                "tasks": pool["tasks"],
+                "base": round(pool["columns"][base]["mean"], 2),
+                "tuned": round(pool["columns"][tuned]["mean"], 2),
+                "difference": difference["mean"],
+                "interval": [round(value, 2) for value in difference["interval"]],
+                "p": difference["p"],
+                "spread": pool["columns"][tuned]["spread"],
+            }
+        )
+    return lines
+
+
+def table_of(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The figures as GitHub Markdown."""
+    lines = [
+        "| run | tasks | base | tuned | tuned − base (95% interval) | p | spread over wordings |",
+        "|---|---|---:|---:|---:|---:|---:|",
+    ]
+    for row in rows:
+        low, high = row["interval"]
+        where = row["pool"].replace("_", " ")
+        spread = "–" if row["spread"] is None else f"{row['spread']:.1f}"
+        lines.append(
+            f"| {row['variant']} | {where} ({row['tasks']}) | {row['base']:.1f} | {row['tuned']:.1f} |"
+            f" {row['difference']:+.1f} ({low:+.1f} to {high:+.1f}) | {row['p']:.3f} | {spread} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def picture_of(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The differences with their intervals, one line each, as SVG."""
+    import io
+
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 0.9 + 0.34 * len(rows)), layout="constrained")
+    FigureCanvasSVG(figure)
+    axes = figure.subplots()
+    for line, row in enumerate(rows):
+        colour = "#c05621" if row["pool"].startswith("held_out") else "#0f609b"
+        axes.plot(row["interval"], [line, line], color=colour, linewidth=1.6)
+        axes.plot([row["difference"]], [line], "o", color=colour, markersize=5)
+    axes.axvline(0, color="#7b8794", linewidth=0.8)
+    axes.set_yticks(range(len(rows)), [f"{row['variant']}: {row['pool'].replace('_', ' ')}" for row in rows])
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.set_xlabel("tuned − base, points, 95% interval")
+    text = io.StringIO()
+    figure.savefig(text, format="svg", metadata={"Date": None})
+    return text.getvalue()
+
+
+if __name__ == "__main__":
+    main()

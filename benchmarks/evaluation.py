@@ -1,0 +1,137 @@
+"""Rank scoring against lm-evaluation-harness, and generation against transformers' own `generate` over padded batches.
+
+    python benchmarks/evaluation.py [--model FOLDER] [--rows 64] [--runs 3]
+
+The same model, number format, rows and batch size on both sides, in this process and with the same threads. The harness is its `hf`
+model, asked for the log-likelihood of every choice after the same text; where it is not installed (`make peers`, or
+`pip install lm_eval`) its figure has no value.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from figures import compare, report
+
+from apprentice.hub import local_folder
+from apprentice.models.decoding import generate
+from apprentice.models.loading import load_model
+from apprentice.models.scoring import choice_logprobs
+from apprentice.tokenizer import Tokenizer
+
+BATCH = 16
+TOPICS = ("World", "Sports", "Business", "Science and technology")
+STORY = "The council met on Tuesday to decide about the old bridge over the river, which had been closed since the spring floods. "
+REPLY = 32  # tokens
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="smollm2-135m-instruct")
+    parser.add_argument("--rows", type=int, default=64)
+    parser.add_argument("--runs", type=int, default=3)
+    chosen = parser.parse_args()
+    folder = local_folder(chosen.model)
+    model: Any = load_model(folder, torch.float32)
+    tokenizer = Tokenizer(folder)
+    texts = [f"{STORY * (1 + number % 5)}Row {number}. Topic:" for number in range(chosen.rows)]
+    _ranking(folder, model, tokenizer, texts, chosen.runs)
+    _generation(model, tokenizer, texts, chosen.runs)
+
+
+def _ranking(folder: Path, model: Any, tokenizer: Tokenizer, texts: list[str], runs: int) -> None:
+    figure, peer_name = "evaluation.rank_vs_lm_eval", "lm_eval hf"
+    if importlib.util.find_spec("lm_eval") is None:
+        report(figure, None, unit="ratio", goal=2.0, why="lm_eval is not installed; pip install lm_eval")
+        return
+    prompts = tokenizer.encode_batch(texts)
+    choices = [tokenizer.encode_batch([f" {topic}" for topic in TOPICS])] * len(texts)
+
+    def ours() -> Any:
+        longest = max(map(len, prompts)) + sum(map(len, choices[0]))
+        return choice_logprobs(model, prompts, choices, batch_tokens=BATCH * longest)
+
+    theirs = _harness(folder, model, texts)
+    mine, peers = ours(), theirs()
+    apart = max(abs(a - b) for line, other in zip(mine, peers, strict=True) for a, b in zip(line, other, strict=True))
+    if apart > 1e-2:
+        raise SystemExit(f"the two sides do not measure the same: log-probabilities differ by {apart:.3g}")
+    compare(figure, _rate(ours, len(texts)), peer_name, _rate(theirs, len(texts)), runs=runs, goal=2.0)
+
+
+def _harness(folder: Path, model: Any, texts: list[str]) -> Callable[[], Any]:
+    """The same questions to lm-evaluation-harness' `hf` model over the same weights."""
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+    from transformers import AutoTokenizer
+
+    peer = HFLM(pretrained=model, tokenizer=AutoTokenizer.from_pretrained(folder), batch_size=BATCH, device="cpu")
+    requests = [
+        Instance(request_type="loglikelihood", doc={}, arguments=(text, f" {topic}"), idx=place)
+        for text in texts
+        for place, topic in enumerate(TOPICS)
+    ]
+
+    def run() -> Any:
+        flat = [value for value, _ in peer.loglikelihood(requests, disable_tqdm=True)]
+        return [flat[start : start + len(TOPICS)] for start in range(0, len(flat), len(TOPICS))]
+
+    return run
+
+
+def _generation(model: Any, tokenizer: Tokenizer, texts: list[str], runs: int) -> None:
+    prompts = tokenizer.encode_batch(texts)
+    # Replies end where the model ends them, as in an evaluation: a padded batch waits for its longest.
+    stops = frozenset(tokenizer.encode("."))
+
+    def ours() -> Any:
+        return generate(model, prompts, max_new_tokens=REPLY, stop_ids=stops, max_running=BATCH)
+
+    def theirs() -> Any:
+        replies = []
+        for start in range(0, len(prompts), BATCH):
+            batch = prompts[start : start + BATCH]
+            width = max(map(len, batch))
+            ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in batch])
+            mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in batch])
+            with torch.inference_mode():
+                made = model.generate(
+                    ids, attention_mask=mask, max_new_tokens=REPLY, do_sample=False, eos_token_id=sorted(stops), pad_token_id=0
+                )
+            for line in made[:, width:].tolist():
+                end = next((place for place, token in enumerate(line) if token in stops), len(line))
+                replies.append(line[:end])
+        return replies
+
+    same = sum(a == b for a, b in zip(ours(), theirs(), strict=True))
+    if same < 0.9 * len(prompts):
+        raise SystemExit(f"the two sides do not write the same: {same} of {len(prompts)} replies are alike")
+    compare(
+        "evaluation.generate_vs_transformers",
+        _rate(ours, len(prompts)),
+        "transformers generate, padded",
+        _rate(theirs, len(prompts)),
+        runs=runs,
+        goal=1.5,
+    )
+
+
+def _rate(work: Callable[[], Any], rows: int) -> Callable[[], float]:
+    """Rows per second of one run of `work`."""
+
+    def timed() -> float:
+        began = time.perf_counter()
+        work()
+        return rows / (time.perf_counter() - began)
+
+    return timed
+
+
+if __name__ == "__main__":
+    main()
