@@ -1,4 +1,7 @@
-"""`ray job submit … -- python jobs/pipeline.py --recipe R [key=value …]`: train and evaluate; prints the run folder last."""
+"""`ray job submit … -- python jobs/pipeline.py --recipe R [--recipe R2 …] [key=value …]`: train, evaluate, print the run folder.
+
+Several recipes run in order, and each may start from the run of one before it (`model.base: run:NAME`).
+"""
 
 from apprentice import road
 from apprentice.jobs import run_job

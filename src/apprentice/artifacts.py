@@ -17,7 +17,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from apprentice.errors import ContractError, RunError
-from apprentice.recipe import Recipe, dump_recipe
+from apprentice.recipe import RUN, Recipe, dump_recipe
 from apprentice.storage import Folder, is_uri
 
 # Keys that say where and on how much hardware a run executes, or what happens after it; they do not shape learning.
@@ -49,7 +49,12 @@ def identity(recipe: Recipe) -> dict[str, Any]:
         for entry in recipe.data.tasks
     ]
     kept = {key: value for key, value in keys.items() if not any(key == p or key.startswith(p + ".") for p in NOT_IDENTITY)}
-    return kept | {"data.tasks": tasks}
+    return kept | {"data.tasks": tasks, "model.base": public_base(recipe.model.base)}
+
+
+def public_base(base: str) -> str:
+    """`base` as another machine would name it: a run by its name, wherever its folder lies."""
+    return f"{RUN}{base.rsplit('/', 1)[-1]}" if base.startswith(RUN) else base
 
 
 def identity_hash(keys: Mapping[str, Any]) -> str:

@@ -18,8 +18,8 @@ from typing import Any
 
 import ray
 
-from apprentice.artifacts import Run
-from apprentice.data.contract import layout_of
+from apprentice.artifacts import Run, public_base
+from apprentice.data.contract import check_base, layout_of
 from apprentice.data.corpus import packing_strategy
 from apprentice.data.pipeline import Corpus, estimate_steps, make_corpus
 from apprentice.data.sources import resolve
@@ -96,10 +96,10 @@ def _tasks(recipe: Recipe) -> str:
 def _model(recipe: Recipe) -> str:
     tokenizer = Tokenizer(local_folder(recipe.model.base))
     layout = layout_of(recipe, tokenizer)
+    ancestors = check_base(recipe, tokenizer.folder)
     packing_strategy(recipe, tokenizer.folder)
-    return (
-        f"{recipe.model.base}, layout {layout.name}, an answer ends with {tokenizer.decode(layout.end_ids, skip_special=False)!r}"
-    )
+    line = " → ".join([*ancestors, public_base(recipe.model.base)])
+    return f"{line}, layout {layout.name}, an answer ends with {tokenizer.decode(layout.end_ids, skip_special=False)!r}"
 
 
 def _storage(recipe: Recipe) -> str:

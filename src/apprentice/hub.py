@@ -1,4 +1,4 @@
-"""Where base models come from: a local folder, the Hugging Face hub, or a package from the package index.
+"""Where base models come from: a local folder, another run, the Hugging Face hub, or a package from the package index.
 
 Knows nothing of how a model is built or tuned; it gives a local folder with weights and tokenizer, or one sentence why not.
 """
@@ -17,8 +17,10 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from apprentice.artifacts import Run
 from apprentice.errors import ModelError, did_you_mean
-from apprentice.storage import user_cache
+from apprentice.recipe import RUN
+from apprentice.storage import Folder, user_cache
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,8 @@ def local_folder(base: str) -> Path:
     """The local folder that holds the model `base`, fetched into the cache if need be. Raises `ModelError`."""
     if base in PACKAGED_MODELS:
         return _packaged(base)
+    if base.startswith(RUN):
+        return _of_run(base.removeprefix(RUN))
     if base.startswith((".", "/", "~")) or Path(base).is_dir():
         folder = Path(base).expanduser().absolute()
         if not (folder / "config.json").is_file():
@@ -55,6 +59,18 @@ def local_folder(base: str) -> Path:
             )
         return folder
     return _from_hub(base)
+
+
+def _of_run(place: str) -> Path:
+    run = Run(Folder.at(place))
+    if not (run.folder / "identity.json").exists():
+        storage = place.rpartition("/")[0]
+        known = [folder.name for folder in Folder.at(storage).children() if (folder / "identity.json").exists()]
+        near = did_you_mean(run.name, known)
+        raise ModelError(f"there is no run {run.name!r} in {storage}, which model.base names; train it first.{near}")
+    if not run.is_trained:
+        raise ModelError(f"run {run.name!r}, which model.base names, has no trained model yet; train it first.")
+    return run.model.local
 
 
 def _from_hub(base: str) -> Path:

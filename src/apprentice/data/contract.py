@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from apprentice.artifacts import Golden, PromptContract, read_contract, weights_sha256
+from apprentice.artifacts import Golden, PromptContract, public_base, read_contract, weights_sha256
 from apprentice.data.layout import LAYOUT_VERSION, Layout
 from apprentice.errors import ContractError
 from apprentice.recipe import Recipe
@@ -28,7 +28,7 @@ def layout_of(recipe: Recipe, tokenizer: Tokenizer) -> Layout:
 def make_contract(
     recipe: Recipe, layout: Layout, folder: Path, *, ancestors: tuple[str, ...] = (), run: str = ""
 ) -> PromptContract:
-    """The contract for the weights in `folder`, spoken to in `layout`."""
+    """The contract for the weights in `folder`, spoken to in `layout`; `ancestors` are those of the base (see `ancestors_of`)."""
     golden = (
         Golden(instruction=asked, input=given, ids=tuple(layout.encode_prompt(layout.prompt(asked, given))))
         for asked, given in _GOLDEN
@@ -43,12 +43,35 @@ def make_contract(
         stop_ids=layout.stop_ids,
         tokenizer_sha256=layout.tokenizer.fingerprint,
         chat_template_sha256=_template_sha256(layout.tokenizer),
-        base=recipe.model.base,
+        base=public_base(recipe.model.base),
         weights_sha256=weights_sha256(folder),
-        ancestors=ancestors or (recipe.model.base,),
+        ancestors=(*ancestors, public_base(recipe.model.base)),
         run=run,
         golden=tuple(golden),
     )
+
+
+def ancestors_of(base: Path) -> tuple[str, ...]:
+    """What the model in the folder `base` came from, oldest first; nothing for a bare model."""
+    contract = read_contract(base)
+    return contract.ancestors if contract is not None else ()
+
+
+def check_base(recipe: Recipe, base: Path) -> tuple[str, ...]:
+    """The ancestors of the model in the folder `base`, once it is known that `recipe` goes on speaking to it as it was spoken to.
+
+    Raises `ContractError` for another layout, and for a tokenizer, chat template or weights that are not those of its contract.
+    """
+    contract = read_contract(base)
+    if contract is None:
+        return ()
+    layout_beside(base)
+    if contract.layout != recipe.data.layout:
+        raise ContractError(
+            f"data.layout is {recipe.data.layout!r}, but {public_base(recipe.model.base)} was trained with {contract.layout!r};"
+            f" say layout: {contract.layout}, or start from the bare model {contract.ancestors[0]}."
+        )
+    return contract.ancestors
 
 
 def layout_under(contract: PromptContract, tokenizer: Tokenizer) -> Layout:

@@ -14,6 +14,7 @@ from apprentice.recipe.data import Collection
 from apprentice.recipe.whole import Recipe
 from apprentice.storage import is_uri
 
+RUN = "run:"  # how a base begins that another run made
 SHIPPED = Path(__file__).resolve().parents[1] / "recipes"
 
 
@@ -88,9 +89,14 @@ def _with_absolute_paths(recipe: Recipe, folder: Path) -> Recipe:
 
     roots = {key: path and absolute(path) for key, path in (("root", recipe.data.root), ("promptsource", recipe.data.promptsource))}
     data = recipe.data.model_copy(update={"tasks": tuple(map(located, recipe.data.tasks)), **roots})
-    base = recipe.model.base
-    model = recipe.model.model_copy(update={"base": absolute(base) if base.startswith((".", "/", "~")) else base})
-    return recipe.model_copy(update={"storage": absolute(recipe.storage), "data": data, "model": model})
+    storage, base = absolute(recipe.storage), recipe.model.base
+    if base.startswith(RUN):
+        named = base.removeprefix(RUN)
+        base = f"{RUN}{named if is_uri(named) or Path(named).is_absolute() else f'{storage}/{named}'}"
+    elif base.startswith((".", "/", "~")):
+        base = absolute(base)
+    model = recipe.model.model_copy(update={"base": base})
+    return recipe.model_copy(update={"storage": storage, "data": data, "model": model})
 
 
 def _sentence(error: ValidationError, file: Path, text: str) -> str:

@@ -16,7 +16,10 @@ from apprentice.recipe.training import Training, Tuning
 class Model(Strict):
     """The pretrained model that is tuned."""
 
-    base: str = Field(description="Hub id, folder, or a model that a package carries (`smollm2-135m-instruct`).")
+    base: str = Field(
+        description="Hub id, folder, a model that a package carries (`smollm2-135m-instruct`), or `run:NAME`: what that run of the"
+        " same storage made."
+    )
     dtype: Literal["auto", "bfloat16", "float32"] = Field(
         "auto", description="auto: bfloat16 where the hardware multiplies it fast."
     )

@@ -5,6 +5,7 @@ Each stage checks what can be known before it writes or reserves anything, and g
 
 from __future__ import annotations
 
+from apprentice.road.chain import check_order
 from apprentice.road.data import Progress, check_recipe, prepare, preview, preview_page, trace
 from apprentice.road.evaluation import Wanted, compare, evaluate, evaluate_model, evaluate_run, passed_gate, report
 from apprentice.road.serving import ask, endpoint, wait_for_stop
@@ -14,6 +15,7 @@ __all__ = [
     "Progress",
     "Wanted",
     "ask",
+    "check_order",
     "check_recipe",
     "compare",
     "endpoint",

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from apprentice.artifacts import CONTRACT_FILE, Run
-from apprentice.data.contract import layout_beside, make_contract
+from apprentice.artifacts import CONTRACT_FILE, Run, public_base
+from apprentice.data.contract import ancestors_of, layout_beside, make_contract
 from apprentice.data.layout import Layout
 from apprentice.errors import TrainingError
 from apprentice.hub import PACKAGED_MODELS, local_folder
@@ -70,7 +70,7 @@ def export(recipe: Recipe, run: Run, checkpoint: Checkpoint, layout: Layout) -> 
 
 
 def _public_name(base: str) -> str:
-    return PACKAGED_MODELS[base].hub_id if base in PACKAGED_MODELS else base
+    return PACKAGED_MODELS[base].hub_id if base in PACKAGED_MODELS else public_base(base)
 
 
 def _write_model(model: PreTrainedModel, recipe: Recipe, layout: Layout, folder: Path) -> None:
@@ -79,7 +79,7 @@ def _write_model(model: PreTrainedModel, recipe: Recipe, layout: Layout, folder:
     for name in _TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copy2(source / name, folder / name)
-    make_contract(recipe, layout, folder, run=recipe.name).write(folder)
+    make_contract(recipe, layout, folder, ancestors=ancestors_of(source), run=recipe.name).write(folder)
     layout_beside(folder)
 
 

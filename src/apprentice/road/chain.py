@@ -1,0 +1,43 @@
+"""Several recipes in a row, of which each may start from the run of one before it.
+
+Looks at the order before anything is trained; what a base's own contract says is looked at when its turn comes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from apprentice.artifacts import Run
+from apprentice.errors import RecipeError
+from apprentice.recipe import RUN, Recipe
+from apprentice.storage import Folder
+
+
+def check_order(recipes: Sequence[Recipe]) -> None:
+    """Raises `RecipeError` unless every `run:` base is trained already or comes earlier in the list, in the same layout."""
+    earlier: dict[str, Recipe] = {}
+    for recipe in recipes:
+        folder = str(Folder.at(recipe.storage) / recipe.name)
+        if folder in earlier:
+            raise RecipeError(
+                f"two of the recipes are called {recipe.name!r} and would share one run; give each a name of its own."
+            )
+        if recipe.model.base.startswith(RUN):
+            _check_base(recipe, earlier)
+        earlier[folder] = recipe
+
+
+def _check_base(recipe: Recipe, earlier: dict[str, Recipe]) -> None:
+    place = str(Folder.at(recipe.model.base.removeprefix(RUN)))
+    before = earlier.get(place)
+    if before is None:
+        if not Run(Folder(place)).is_trained:
+            raise RecipeError(
+                f"recipe {recipe.name!r} starts from run {Folder(place).name!r}, which is neither trained nor made by a recipe"
+                " before it; put that recipe first."
+            )
+    elif before.data.layout != recipe.data.layout:
+        raise RecipeError(
+            f"recipe {recipe.name!r} has layout {recipe.data.layout!r}, but its base {before.name!r} is trained with"
+            f" {before.data.layout!r}; use one layout in the whole chain."
+        )
