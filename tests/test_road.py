@@ -103,7 +103,7 @@ def test_check_of_a_good_recipe(command, tiny_model, tmp_path):
     result = json.loads(out)
     assert (code, result["ready"]) == (0, True), result
     subjects = [finding["subject"] for finding in result["findings"]]
-    assert subjects == ["tasks", "model", "storage", "sources", "resources", "training"]
+    assert subjects == ["tasks", "downloads", "model", "storage", "sources", "resources", "training"]
 
 
 def own_task(folder: Path, **template: str) -> str:

@@ -22,9 +22,9 @@ from apprentice.artifacts import Run, public_base
 from apprentice.data.contract import check_base, layout_of
 from apprentice.data.corpus import packing_strategy
 from apprentice.data.pipeline import Corpus, estimate_steps, make_corpus
-from apprentice.data.sources import resolve
+from apprentice.data.sources import on_the_hub, resolve
 from apprentice.errors import ApprenticeError, DataError, RecipeError, StorageError
-from apprentice.hub import local_folder
+from apprentice.hub import local_folder, missing_model
 from apprentice.recipe import Recipe
 from apprentice.storage import Folder
 from apprentice.tasks.leaks import leaks
@@ -93,6 +93,15 @@ def _tasks(recipe: Recipe) -> str:
     return f"{len(tasks)} tasks, {len(held_out)} of them held out"
 
 
+def _downloads(recipe: Recipe) -> str:
+    tasks, _ = select_tasks(recipe.data.tasks, recipe.data.hold_out, Path.cwd())
+    model = missing_model(recipe.model.base)
+    sets = sorted({found for task in tasks if (found := on_the_hub(task, recipe.data.root))})
+    wanted = [f"model {model}"] if model else []
+    wanted += [f"{len(sets)} datasets from the hub ({', '.join(sets)}; sizes unknown)"] if sets else []
+    return "; ".join(wanted) or "nothing"
+
+
 def _model(recipe: Recipe) -> str:
     tokenizer = Tokenizer(local_folder(recipe.model.base))
     layout = layout_of(recipe, tokenizer)
@@ -153,6 +162,7 @@ def _parameters(file: Path) -> int:
 
 POINTS: dict[str, Callable[[Recipe], str]] = {
     "tasks": _tasks,
+    "downloads": _downloads,
     "model": _model,
     "storage": _storage,
     "sources": _sources,

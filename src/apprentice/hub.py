@@ -43,6 +43,39 @@ PACKAGED_MODELS = {
         licence="Apache-2.0",
     ),
 }
+# Parameters and bytes of each in the hub's files, of bases that the shipped recipes name; from their config.json, not measured.
+HUB_SIZES = {
+    "EleutherAI/pythia-6.9b": (6_857_302_016, 2),
+    "HuggingFaceTB/SmolLM2-135M-Instruct": (134_515_008, 2),
+    "facebook/bart-large": (406_291_456, 4),
+    "google/t5-xl-lm-adapt": (2_849_757_184, 4),
+    "huggyllama/llama-7b": (6_738_415_616, 2),
+    "mistralai/Mistral-7B-Instruct-v0.2": (7_241_732_096, 2),
+}
+
+
+def missing_model(base: str) -> str | None:
+    """What fetching the model `base` would download, its size as an estimate; None where it is here already or not of a hub."""
+    if base in PACKAGED_MODELS:
+        here = (user_cache() / "models" / base).is_dir()
+        return None if here else f"{base} (package {PACKAGED_MODELS[base].requirement})"
+    if base.startswith((RUN, ".", "/", "~")) or Path(base).is_dir() or _cached(base):
+        return None
+    if base not in HUB_SIZES:
+        return f"{base} (size unknown)"
+    parameters, width = HUB_SIZES[base]
+    gigabytes = parameters * width / 1e9
+    return f"{base} (estimate {gigabytes:.1f} GB: {parameters / 1e9:.2f} billion parameters of {width} bytes)"
+
+
+def _cached(base: str) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return isinstance(try_to_load_from_cache(base, "config.json"), str)
+    except HFValidationError:
+        return False
 
 
 def local_folder(base: str) -> Path:

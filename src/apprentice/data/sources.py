@@ -87,6 +87,15 @@ def resolve(task: Task, split: Split, *, root: str | None, cache: Folder) -> Sou
     )
 
 
+def on_the_hub(task: Task, root: str | None) -> str | None:
+    """The hub dataset that the rows of `task` would be read from; None where something nearer is there, or nothing at all."""
+    try:
+        spec, _ = _reachable(task, root)
+    except DataError:
+        return None
+    return spec.hub and (f"{spec.hub}/{spec.config}" if spec.config else spec.hub)
+
+
 def _reachable(task: Task, root: str | None) -> tuple[SourceSpec, list[str]]:
     """The first place that can be reached, and why those before it cannot. A hub is taken if nothing nearer is there."""
     absent: list[str] = []
