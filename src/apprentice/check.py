@@ -94,7 +94,7 @@ def _tasks(recipe: Recipe) -> str:
 
 
 def _downloads(recipe: Recipe) -> str:
-    tasks, _ = select_tasks(recipe.data.tasks, recipe.data.hold_out, Path.cwd())
+    tasks, _ = select_tasks(recipe.data.entries, recipe.data.hold_out, Path.cwd())
     model = missing_model(recipe.model.base)
     sets = sorted({found for task in tasks if (found := on_the_hub(task, recipe.data.root))})
     wanted = [f"model {model}"] if model else []
