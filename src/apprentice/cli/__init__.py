@@ -36,6 +36,7 @@ for command in (
     evaluation.evaluate,
     evaluation.report,
     evaluation.compare,
+    evaluation.predict,
     serving.serve,
     serving.ask,
     data.recipe_schema,

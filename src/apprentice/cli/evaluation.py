@@ -69,6 +69,36 @@ def compare(
     _show(screen_for(json), *road.compare(targets, out, storage))
 
 
+def predict(
+    target: Annotated[str, typer.Argument(help="A run or a model (folder or hub id).", metavar="RUN|MODEL")],
+    file: Annotated[Path, typer.Argument(help="JSONL or Parquet with `instruction` and, if need be, `input`.")],
+    out: Annotated[Path | None, typer.Option(help="Folder for the replies; beside the file by default.")] = None,
+    max_tokens: Annotated[int, typer.Option(help="Longest reply, in tokens.")] = 128,
+    contract: Annotated[str | None, typer.Option(help="Run whose prompt contract a bare model takes.")] = None,
+    recipe: Annotated[str | None, typer.Option(help="Recipe whose layout a bare model takes.")] = None,
+    restart: Annotated[bool, typer.Option(help="Start over, removing the replies that are there.")] = False,
+    storage: Storage = "./runs",
+    json: Json = False,
+) -> None:
+    """Replies to a whole file, as Parquet; rows that cannot be asked are listed beside them."""
+    from apprentice import road
+
+    screen = screen_for(json)
+    result = road.predict(
+        target,
+        file,
+        out,
+        max_tokens=max_tokens,
+        contract=contract,
+        recipe=recipe,
+        restart=restart,
+        storage=storage,
+        progress=screen.progress,
+    )
+    bad = f", {result['bad_rows']} bad ones listed in bad_rows.jsonl" if result["bad_rows"] else ""
+    screen.result(result, f"{result['rows']} rows in {result['parts']} parts{bad}\n{result['out']}")
+
+
 def _show(screen: Any, found: dict[str, Any], folder: Path) -> None:
     """The report; exit code 1 where questions stayed without an answer, or the gate was not passed."""
     from apprentice.evaluate.gate import sentence

@@ -66,7 +66,7 @@ def evaluate(
     check_subjects(subjects)
     requests, not_scored = _requests(recipe, corpus, subjects)
     spoken = {subject.name: spoken_to(subject, recipe, corpus) for subject in subjects}
-    room = _room()
+    room = free_room()
     majorities = _majorities(corpus, sorted({request.task for request in requests}))
     answers = Answers(out, corpus.tasks, known)
     rendered: dict[tuple[Any, ...], list[Record]] = {}
@@ -137,7 +137,7 @@ def _requests(recipe: Recipe, corpus: Corpus, subjects: Sequence[Subject]) -> tu
     return requests, not_scored
 
 
-def _room() -> Room:
+def free_room() -> Room:
     """What is free now. Stages before us may still be letting go, so this waits, a little for all, longer for one CPU."""
     start = time.monotonic()
     while True:
@@ -234,7 +234,7 @@ def _answered(
         arguments = (subject.folder, recipe.model, spoken.manner, pool)
         progress({"message": f"{subject.name}: loading on {pool.workers} worker{'s' if pool.workers > 1 else ''}"})
     tables = [predictions.table_of(block, ASKED) for block in _blocks(asked, pool.workers)]
-    for block in _mapped(tables, worker, arguments, pool):
+    for block in mapped(tables, worker, arguments, pool):
         yield block.to_pylist()
 
 
@@ -249,7 +249,7 @@ def _blocks(asked: Sequence[tuple[int, Record]], workers: int) -> list[list[Reco
     return blocks
 
 
-def _mapped(tables: Sequence[pa.Table], worker: type, arguments: tuple[Any, ...], pool: Pool) -> Iterator[pa.Table]:
+def mapped(tables: Sequence[pa.Table], worker: type, arguments: tuple[Any, ...], pool: Pool) -> Iterator[pa.Table]:
     """Each table through a pool of workers, as the results come."""
     dataset = ray.data.from_arrow(list(tables)).map_batches(
         worker,

@@ -55,9 +55,7 @@ class Scorer:
     """
 
     def __init__(self, folder: Path, model: Model, manner: Manner, pool: Pool) -> None:
-        torch.set_num_threads(pool.cpus)
-        self._folder, self._settings = folder, model
-        self._device = "cuda" if pool.gpus else "cpu"
+        self._folder, self._settings, self._pool = folder, model, pool
         self._manner = manner
 
     def __call__(self, block: pa.Table) -> pa.Table:
@@ -81,8 +79,15 @@ class Scorer:
 
     @cached_property
     def _model(self) -> Any:
-        loaded: Any = load_model(self._folder, resolve_dtype(self._settings.dtype, self._device), self._settings.attention)
-        return loaded.to(self._device)
+        return model_on(self._folder, self._settings, self._pool)
+
+
+def model_on(folder: Path, settings: Model, pool: Pool) -> Any:
+    """The model in `folder`, loaded as `settings` say where a worker of `pool` runs."""
+    torch.set_num_threads(pool.cpus)
+    device = "cuda" if pool.gpus else "cpu"
+    loaded: Any = load_model(folder, resolve_dtype(settings.dtype, device), settings.attention)
+    return loaded.to(device)
 
 
 def weight_bytes(folder: Path, model: Model, *, gpu: bool) -> int:

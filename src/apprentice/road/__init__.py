@@ -8,6 +8,7 @@ from __future__ import annotations
 from apprentice.road.chain import check_order
 from apprentice.road.data import Progress, check_recipe, prepare, preview, preview_page, trace
 from apprentice.road.evaluation import Wanted, compare, evaluate, evaluate_model, evaluate_run, passed_gate, report
+from apprentice.road.prediction import predict
 from apprentice.road.serving import ask, endpoint, wait_for_stop
 from apprentice.road.training import number, runs, train, training_sentence
 
@@ -24,6 +25,7 @@ __all__ = [
     "evaluate_run",
     "number",
     "passed_gate",
+    "predict",
     "prepare",
     "preview",
     "preview_page",

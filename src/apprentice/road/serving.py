@@ -42,7 +42,7 @@ def endpoint(
         passed_gate(folder)
     settings = run.recipe().serving if run is not None else _serving_for_bare(recipe, contract, storage)
     settings = settings.model_copy(update={k: v for k, v in (("host", host), ("port", port)) if v is not None})
-    words = None if run is not None else _contract_for(folder, contract, recipe, storage)
+    words = None if run is not None else contract_for(folder, contract, recipe, storage)
     deployment.check(folder, settings, words)
     with ray_session():
         progress("serve", {"message": f"loading {folder}"})
@@ -61,7 +61,7 @@ def _serving_for_bare(recipe: str | None, contract: str | None, storage: str) ->
     return run.recipe().serving if run is not None else Serving()
 
 
-def _contract_for(folder: Path, contract: str | None, recipe: str | None, storage: str) -> PromptContract | None:
+def contract_for(folder: Path, contract: str | None, recipe: str | None, storage: str) -> PromptContract | None:
     """The contract that a bare model is given: of another run, or made from a recipe; None if nothing is named."""
     if contract is not None:
         run = find_run(contract, storage)

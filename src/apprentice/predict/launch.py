@@ -1,0 +1,99 @@
+"""Batch prediction on Ray Data: chunks of the input go through a pool of workers, each writes its part; parts that are there stay.
+
+The only file of this room that knows Ray, which must be initialised by the caller.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from apprentice.artifacts import weights_sha256
+from apprentice.data.layout import Layout
+from apprentice.errors import EvaluationError
+from apprentice.evaluate.launch import free_room, mapped
+from apprentice.evaluate.pool import pool_for
+from apprentice.evaluate.prompts import Limits
+from apprentice.evaluate.scorer import weight_bytes
+from apprentice.predict.rows import chunks_of, sha256_of
+from apprentice.predict.worker import Predictor, part_of
+from apprentice.recipe import Model
+from apprentice.storage import Folder
+
+STATE_FILE = "predict.json"  # what the parts in a folder are replies to
+BAD_ROWS_FILE = "bad_rows.jsonl"
+Progress = Callable[[dict[str, Any]], None]
+
+
+def predict(
+    file: Folder, out: Folder, folder: Path, model: Model, layout: Layout, limits: Limits, *, restart: bool, progress: Progress
+) -> dict[str, Any]:
+    """Replies of the model in `folder` to every row of `file`, as Parquet parts in `out`; rows without a reply in `bad_rows.jsonl`.
+
+    Given again, it goes on with the parts that are missing. Raises `DataError` for a file that cannot be read, `EvaluationError`
+    where `out` holds replies to something else or the model cannot answer.
+    """
+    chunks = chunks_of(file)
+    state: dict[str, Any] = {
+        "input": str(file),
+        "sha256": sha256_of(file),
+        "weights_sha256": weights_sha256(folder),
+        "layout": layout.name,
+        "max_new_tokens": limits.reply,
+        "prompt_tokens": limits.prompt,
+        "rows": sum(chunk.rows for chunk in chunks),
+    }
+    if restart:
+        out.delete()
+    _check_state(out, state)
+    (out / STATE_FILE).write_json(state)
+    left = [chunk for chunk in chunks if not part_of(out, chunk.number).exists()]
+    if len(left) < len(chunks):
+        progress({"message": f"{len(chunks) - len(left)} of {len(chunks)} parts were there already"})
+    started, done = time.monotonic(), 0
+    total = sum(chunk.rows for chunk in left)
+    if left:
+        room = free_room()
+        pool = pool_for(room, weight_bytes(folder, model, gpu=room.gpus > 0), len(left))
+        tables = [pa.Table.from_pylist([asdict(chunk)]) for chunk in left]
+        progress({"message": f"loading on {pool.workers} worker{'s' if pool.workers > 1 else ''}"})
+        for block in mapped(tables, Predictor, (folder, model, layout, limits, file, out, pool), pool):
+            for line in block.to_pylist():
+                if line["failure"]:
+                    raise EvaluationError(line["failure"])
+                done += line["rows"]
+            progress({"message": f"{done} of {total} rows", "eta_s": (time.monotonic() - started) * (total / max(1, done) - 1)})
+    bad = _collect_bad(out, len(chunks))
+    result = {"out": str(out), "rows": state["rows"], "parts": len(chunks), "bad_rows": bad, "made_now": done}
+    progress({"message": f"{state['rows'] - bad} of {state['rows']} rows have a reply", "done": True})
+    return result
+
+
+def _check_state(out: Folder, state: dict[str, Any]) -> None:
+    file = out / STATE_FILE
+    if not file.exists():
+        return
+    old = file.read_json()
+    if changed := sorted(key for key in state.keys() - {"input"} if old.get(key) != state[key]):
+        raise EvaluationError(
+            f"{out} holds replies to something else ({', '.join(changed)} changed);"
+            " choose another --out, or start over with --restart."
+        )
+
+
+def _collect_bad(out: Folder, parts: int) -> int:
+    """Writes the rows without a reply, a line each with the reason; gives their number."""
+    lines = []
+    for number in range(parts):
+        table = pq.read_table(io.BytesIO(part_of(out, number).read_bytes()), columns=["row", "problem"])
+        lines += [json.dumps(record, ensure_ascii=False) for record in table.to_pylist() if record["problem"]]
+    (out / BAD_ROWS_FILE).write_text("".join(f"{line}\n" for line in lines))
+    return len(lines)

@@ -1,0 +1,136 @@
+"""A JSONL or Parquet file of instructions as chunks that can be read alone, bad rows told apart. Knows nothing of models.
+
+A row has `instruction` (text) and may have `input` (text); what else it has is left alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from apprentice.errors import DataError
+from apprentice.storage import Folder
+
+ROWS_PER_CHUNK = 256  # what is lost at most when a worker dies, and enough to fill a batch
+_BLOCK = 1 << 22
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Rows [first, first + rows) of the file; `start` is where they begin: a byte of JSONL, or a row group of Parquet."""
+
+    number: int
+    first: int
+    rows: int
+    start: int
+    skipped: int = 0  # rows of the row group before them
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row; `problem` says why it cannot be asked, or is empty."""
+
+    number: int
+    instruction: str = ""
+    input: str = ""
+    problem: str = ""
+
+
+def chunks_of(file: Folder, size: int = ROWS_PER_CHUNK) -> list[Chunk]:
+    """The file cut into chunks. Raises `DataError` for a file that is neither JSONL nor Parquet, or cannot be read."""
+    try:
+        if file.name.endswith((".jsonl", ".ndjson")):
+            return _of_lines(file, size)
+        if file.name.endswith((".parquet", ".pq")):
+            return _of_groups(file, size)
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"{file} cannot be read ({' '.join(str(error).split())[:200]}); check the path.") from error
+    raise DataError(f"{file} is neither .jsonl nor .parquet; write one row with `instruction` (and `input`) a line.")
+
+
+def _of_lines(file: Folder, size: int) -> list[Chunk]:
+    fs, path = file.filesystem()
+    starts, lines, place, last = [0], 0, 0, b"\n"
+    with fs.open_input_stream(path) as stream:
+        while block := stream.read(_BLOCK):
+            at = block.find(b"\n")
+            while at >= 0:
+                lines += 1
+                if lines % size == 0:
+                    starts.append(place + at + 1)
+                at = block.find(b"\n", at + 1)
+            place, last = place + len(block), block[-1:]
+    lines += last != b"\n"
+    return [
+        Chunk(number, number * size, min(size, lines - number * size), start)
+        for number, start in enumerate(starts)
+        if number * size < lines
+    ]
+
+
+def _of_groups(file: Folder, size: int) -> list[Chunk]:
+    fs, path = file.filesystem()
+    chunks: list[Chunk] = []
+    first = 0
+    with fs.open_input_file(path) as source:
+        metadata = pq.ParquetFile(source).metadata
+        if "instruction" not in metadata.schema.names:
+            raise DataError(f"{file} has no column `instruction`; its columns are {', '.join(metadata.schema.names)}.")
+        for group in range(metadata.num_row_groups):
+            total = metadata.row_group(group).num_rows
+            for skipped in range(0, total, size):
+                rows = min(size, total - skipped)
+                chunks.append(Chunk(len(chunks), first + skipped, rows, group, skipped))
+            first += total
+    return chunks
+
+
+def read(file: Folder, chunk: Chunk) -> list[Row]:
+    """The rows of one chunk, in order, bad ones with their problem."""
+    fs, path = file.filesystem()
+    with fs.open_input_file(path) as source:
+        if file.name.endswith((".parquet", ".pq")):
+            table = pq.ParquetFile(source)
+            columns = [name for name in ("instruction", "input") if name in table.schema_arrow.names]
+            values = table.read_row_group(chunk.start, columns=columns).slice(chunk.skipped, chunk.rows).to_pylist()
+            return [_row(chunk.first + place, value) for place, value in enumerate(values)]
+        source.seek(chunk.start)
+        lines = io.BufferedReader(source)
+        return [_parsed(chunk.first + place, lines.readline()) for place in range(chunk.rows)]
+
+
+def _parsed(number: int, line: bytes) -> Row:
+    try:
+        return _row(number, json.loads(line))
+    except ValueError as error:  # not JSON, or not UTF-8
+        return Row(number, problem=f"not JSON: {' '.join(str(error).split())[:100]}")
+
+
+def _row(number: int, value: Any) -> Row:
+    if not isinstance(value, Mapping):
+        return Row(number, problem=f"not an object but {type(value).__name__}")
+    instruction, given = value.get("instruction"), value.get("input")
+    if not isinstance(instruction, str) or not instruction.strip():
+        return Row(
+            number, problem="no `instruction`" if instruction is None else "`instruction` is not a text with something in it"
+        )
+    if given is not None and not isinstance(given, str):
+        return Row(number, instruction, problem=f"`input` is not a text but {type(given).__name__}")
+    return Row(number, instruction, given or "")
+
+
+def sha256_of(file: Folder) -> str:
+    """Of the file's bytes."""
+    fs, path = file.filesystem()
+    digest = hashlib.sha256()
+    with fs.open_input_stream(path) as stream:
+        while block := stream.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,99 @@
+"""One prediction worker: chunks of rows in, Parquet parts of replies out. A plain class; what calls it may be Ray."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from apprentice.data.layout import Layout
+from apprentice.data.tokenize import TOO_LONG, fit_prompt
+from apprentice.errors import ApprenticeError
+from apprentice.evaluate.generate import reply
+from apprentice.evaluate.pool import Pool
+from apprentice.evaluate.prompts import Limits
+from apprentice.evaluate.scorer import Manner, model_on
+from apprentice.predict.rows import Chunk, Row, read
+from apprentice.recipe import Model
+from apprentice.storage import Folder
+from apprentice.tasks.schema import Example
+
+PART = pa.schema(
+    [
+        ("row", pa.int64()),  # of the input, from 0
+        ("instruction", pa.string()),
+        ("input", pa.string()),
+        ("prediction", pa.string()),  # null where there is a problem
+        ("prompt_tokens", pa.int32()),
+        ("truncated", pa.string()),  # what was cut to fit, or empty
+        ("problem", pa.string()),  # why there is no prediction, or empty
+    ]
+)
+
+
+def part_of(out: Folder, number: int) -> Folder:
+    """The file with the replies to one chunk."""
+    return out / f"part-{number:06d}.parquet"
+
+
+class Predictor:
+    """Answers chunks with the model in `folder`, which it loads with the first of them, and writes each as a part of its own."""
+
+    def __init__(self, folder: Path, model: Model, layout: Layout, limits: Limits, file: Folder, out: Folder, pool: Pool) -> None:
+        self._folder, self._settings, self._pool = folder, model, pool
+        self._manner = Manner(layout, limits.reply)
+        self._limits, self._file, self._out = limits, file, out
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        """A table of chunks becomes one of `number`, `rows` and `problems`, or of the `failure` that nothing helps against."""
+        done = []
+        for wanted in block.to_pylist():
+            chunk = Chunk(**wanted)
+            try:
+                table = self.answered(read(self._file, chunk))
+            except ApprenticeError as error:
+                return pa.table({"number": [chunk.number], "rows": [0], "problems": [0], "failure": [str(error)]})
+            buffer = io.BytesIO()
+            pq.write_table(table, buffer, compression="zstd")
+            part_of(self._out, chunk.number).write_bytes(buffer.getvalue())
+            problems = sum(problem != "" for problem in table["problem"].to_pylist())
+            done.append({"number": chunk.number, "rows": chunk.rows, "problems": problems, "failure": ""})
+        return pa.Table.from_pylist(done)
+
+    def answered(self, rows: Sequence[Row]) -> pa.Table:
+        """The rows with their replies, in order (`PART`)."""
+        layout = self._manner.layout
+        records: list[dict[str, Any]] = []
+        questions = []
+        for row in rows:
+            record = {
+                "row": row.number,
+                "instruction": row.instruction,
+                "input": row.input,
+                "truncated": "",
+                "problem": row.problem,
+            }
+            records.append(record)
+            if row.problem:
+                continue
+            example = Example("", "", row.instruction, row.input, "")
+            fitted = fit_prompt(layout, example, (), self._limits.prompt_before(self._limits.reply))
+            if fitted is None:
+                record["problem"] = TOO_LONG
+                continue
+            record |= {"prompt_tokens": len(fitted.ids), "truncated": fitted.truncated or ""}
+            questions.append((record, {"prompt_ids": fitted.ids}))
+        if questions:
+            replies = reply(self._model, [question for _, question in questions], self._manner)
+            for (record, _), said in zip(questions, replies, strict=True):
+                record |= said
+        return pa.Table.from_pylist(records, schema=PART)
+
+    @cached_property
+    def _model(self) -> Any:
+        return model_on(self._folder, self._settings, self._pool)

@@ -1,0 +1,61 @@
+"""Replies to a whole file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from apprentice.artifacts import find_run
+from apprentice.data.contract import layout_beside
+from apprentice.errors import RunError
+from apprentice.family import model_config
+from apprentice.hub import local_folder
+from apprentice.recipe import Model, find_recipe, load_recipe
+from apprentice.road.data import Progress
+from apprentice.road.serving import contract_for
+from apprentice.session import ray_session
+from apprentice.storage import Folder
+
+PROMPT_TOKENS = 2048  # of a model that says nothing of its own context
+
+
+def predict(
+    target: str,
+    file: Path,
+    out: Path | None,
+    *,
+    max_tokens: int,
+    contract: str | None,
+    recipe: str | None,
+    restart: bool,
+    storage: str,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Replies of the run or model `target` to every row of `file`; gives the folder and what is in it."""
+    from apprentice.evaluate.prompts import Limits
+    from apprentice.predict import launch
+
+    run = find_run(target, storage)
+    if run is not None and not run.is_trained:
+        raise RunError(f"run {run.name!r} has no trained model yet; train it first.")
+    folder = run.model.local if run is not None else local_folder(target)
+    layout = layout_beside(folder, None if run is not None else contract_for(folder, contract, recipe, storage))
+    if run is not None:
+        model = run.recipe().model
+    else:
+        model = load_recipe(find_recipe(recipe)).model if recipe is not None else Model(base=target)
+    config = model_config(folder)
+    context = config.get("max_position_embeddings") or config.get("n_positions") or PROMPT_TOKENS + max_tokens
+    limits = Limits(context - max_tokens, max_tokens)
+    place = Folder.at(out or file.with_name(f"{file.stem}-replies"))
+    with ray_session():
+        return launch.predict(
+            Folder.at(file),
+            place,
+            folder,
+            model,
+            layout,
+            limits,
+            restart=restart,
+            progress=lambda values: progress("predict", values),
+        )
