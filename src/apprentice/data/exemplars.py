@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from apprentice.data.permutation import Keys, Numbers, draw, key_of, permute
+from apprentice.data.row_ranges import RowRanges
 
 POOL_STRETCHES = 8
 STRETCH_ROWS = 512
@@ -20,7 +21,7 @@ class Pool:
     `draw(key, rows)` gives the key of each row's exemplars.
     """
 
-    def __init__(self, seed: int, task: str, kept: Numbers) -> None:
+    def __init__(self, seed: int, task: str, kept: Numbers | RowRanges) -> None:
         self.key = key_of(seed, task, "exemplars")
         stretches = max(1, len(kept) // STRETCH_ROWS)
         if stretches > POOL_STRETCHES:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from apprentice.data.permutation import Numbers, draw, permute
+from apprentice.data.row_ranges import RowRanges
 
 SHELF_GROUPS = 8
 _GROUP_ROUND = 2**32  # counters of the row groups' shuffles; those of the passes count up from 0
@@ -30,16 +31,17 @@ class _Pass(NamedTuple):
 class RowOrder:
     """The endless order of the rows `kept` (source row numbers, ascending) of a source with row groups of `group_rows`."""
 
-    def __init__(self, key: int, kept: Numbers, group_rows: Numbers) -> None:
-        self.key, self.kept = key, kept
+    def __init__(self, key: int, kept: Numbers | RowRanges, group_rows: Numbers) -> None:
+        self.key = key
+        self.kept = kept if isinstance(kept, RowRanges) else RowRanges.of(kept)
         self._group_rows = group_rows
-        ends = np.searchsorted(kept, np.cumsum(group_rows))
+        ends = self.kept.below(np.cumsum(group_rows))
         sizes = np.diff(ends, prepend=0)
         self._sizes: Numbers = sizes[sizes > 0].astype(np.int64)  # kept rows of each group that has any
         self._firsts: Numbers = np.cumsum(self._sizes) - self._sizes
         self._pass = lru_cache(maxsize=2)(self._shuffled)
 
-    def __reduce__(self) -> tuple[type[RowOrder], tuple[int, Numbers, Numbers]]:
+    def __reduce__(self) -> tuple[type[RowOrder], tuple[int, RowRanges, Numbers]]:
         return type(self), (self.key, self.kept, self._group_rows)
 
     def __len__(self) -> int:

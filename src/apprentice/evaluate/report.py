@@ -102,7 +102,8 @@ def _pictures(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     if any(record.get("loss") is not None for record in history):
         pictures.append(("Training", training_curve(history), "Loss per optimizer step."))
     if ledger and ledger.get("tasks"):
-        pictures.append(("Mixture", mixture_bars(ledger), "What each task was meant to have, and what it got."))
+        caption = " ".join(["What each task was meant to have, and what it got.", *ledger.get("warnings", [])])
+        pictures.append(("Mixture", mixture_bars(ledger), caption))
     return pictures
 
 

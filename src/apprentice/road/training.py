@@ -23,7 +23,7 @@ def train(recipe: Recipe, *, restart: bool = False, progress: Progress) -> dict[
             return {"run": str(run.folder), "already": True, **run.status()}
         result = launch.train(recipe, run, corpus, progress=lambda values: progress("train", _step_line(values)))
         run.update_status(state="trained")
-        return {"run": str(run.folder), "already": False, **asdict(result)}
+        return {"run": str(run.folder), "already": False, **asdict(result), "warnings": run.ledger_file.read_json()["warnings"]}
 
 
 def _step_line(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -36,6 +36,7 @@ def _step_line(values: Mapping[str, Any]) -> dict[str, Any]:
         "learning_rate": values["learning_rate"],
         "tokens_per_s": values["tokens_per_s"],
         "waiting_for_data_share": values["data_wait"],
+        "mixture_drift_share": values["ledger_drift"],
         "eta_s": values["eta_s"],
         "restarts": values["attempt"] - 1 or None,
         "done": values["step"] == values["steps"],
@@ -49,6 +50,7 @@ def training_sentence(result: Mapping[str, Any]) -> str:
     return (
         f"{result['steps']} steps, loss {result['loss']:.3f}, validation loss {number(result['validation_loss'])},"
         f" {result['tokens_per_s']:.0f} tokens/s, waited for data {result['wait_share']:.1%} of the time"
+        + "".join(f"\nwarning: {line}" for line in result["warnings"])
     )
 
 

@@ -106,6 +106,11 @@ def goal_of(recipe: Recipe, corpus: Corpus) -> Goal:
     return Goal(steps, positions=math.ceil(training.epochs * rows))
 
 
+def _shares(corpus: Corpus) -> dict[int, float]:
+    found = corpus.plan.shares
+    return {number: float(found[task.name]) for number, task in enumerate(corpus.tasks) if task.name in found}
+
+
 def _check_cluster(recipe: Recipe) -> Ask:
     dtype = resolve_dtype(recipe.model.dtype, "cuda" if recipe.training.resources.gpus else "cpu")
     ask = required_resources(recipe, count_parameters(local_folder(recipe.model.base)), dtype)
@@ -122,7 +127,7 @@ def _fit(recipe: Recipe, run: Run, corpus: Corpus, goal: Goal, tracker: Tracker)
     mailbox: Any = ray.remote(Mailbox).options(num_cpus=0).remote()
     workers = workers_that_fit(recipe, _nodes())
     validation = validation_rows(corpus, validation_limit(recipe))
-    job = Job(recipe, run, goal, mailbox, ray.put(validation), corpus.row_length, workers)
+    job = Job(recipe, run, goal, mailbox, ray.put(validation), corpus.row_length, workers, _shares(corpus))
     trainer = _trainer(job, corpus)
     # Ray Train would look for checkpoints that it knew in an earlier call; which one counts is decided by checkpoint.restorable.
     (run.checkpoints / "checkpoint_manager_snapshot.json").delete()
@@ -156,6 +161,7 @@ class Job:
     validation: Any  # reference to the packed validation rows
     length: int  # tokens of a packed row
     workers: int
+    shares: dict[int, float]  # number of a task → its share of the examples
 
 
 def work(job: Job) -> None:
@@ -187,7 +193,7 @@ def work(job: Job) -> None:
         validation = PackedRows.of(ray.get(job.validation))
         device = ray.train.torch.get_device()
         given = (job.recipe, job.run, job.goal, restored, rows, validation, job.length)
-        run_worker(*given, device=device, tell=tell, register=register)
+        run_worker(*given, device=device, tell=tell, register=register, shares=job.shares)
     except Exception as error:
         # Trying again would not mend it: the next attempt sees it in the mailbox and ends at once.
         if (ours := mendable(error)) is not None:
@@ -280,7 +286,9 @@ def _finish(recipe: Recipe, run: Run, corpus: Corpus, goal: Goal, tracker: Track
     names = [task.name for task in corpus.tasks]
     shares = {name: float(share) for name, share in corpus.plan.shares.items()}
     rows = {name: len(index.train) for name, index in corpus.indices.items()}
-    run.ledger_file.write_json(state.ledger.report(names, shares, rows))
+    means = {name: index.mean_target_tokens for name, index in corpus.indices.items()}
+    left_out = {name: {**index.rejects, **index.filtered} for name, index in corpus.indices.items()}
+    run.ledger_file.write_json(state.ledger.report(names, shares, rows, means, left_out))
     run.update_status(state="exporting")
     # In a process of its own, whose memory is given back.
     try:

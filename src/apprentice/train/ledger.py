@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # batch.py brings torch, which who only counts need not wait for
     from apprentice.train.batch import RowFacts
 
+MANY_PASSES = 4  # from which on repeated data is worth clearly less than fresh data (Muennighoff et al. 2023)
+
 
 @dataclass
 class Ledger:
@@ -42,26 +44,49 @@ class Ledger:
             {name: dict(reasons) for name, reasons in value["dropped"].items()},
         )
 
-    def report(self, tasks: Sequence[str], requested: Mapping[str, float], rows: Mapping[str, int]) -> dict[str, Any]:
+    def drift(self, requested: Mapping[int, float]) -> float:
+        """How far the tasks' shares of the examples are from what was asked: the largest difference; task's number → share."""
+        examples = max(sum(self.examples.values()), 1)
+        return max((abs(self.examples.get(task, 0) / examples - share) for task, share in requested.items()), default=0.0)
+
+    def report(
+        self,
+        tasks: Sequence[str],
+        requested: Mapping[str, float],
+        rows: Mapping[str, int],
+        mean_targets: Mapping[str, float],
+        left_out: Mapping[str, Mapping[str, int]],
+    ) -> dict[str, Any]:
         """`ledger.json`: for every trained-on task (those with a requested share) what was asked and what came.
 
-        `tasks` are the names in order of their numbers, `rows` the training rows of each.
+        `tasks` are the names in order of their numbers, `rows` the training rows of each, `mean_targets` the frozen mean length of
+        its answers, and `left_out` what its index does not have, by reason.
         """
+        weights = {name: float(requested[name]) * mean_targets.get(name, 0.0) for name in tasks if name in requested}
+        whole = sum(weights.values()) or 1.0
         examples, targets = sum(self.examples.values()), sum(self.targets.values())
-        found = {
+        found: dict[str, dict[str, Any]] = {
             name: {
                 "requested_share": round(float(requested[name]), 6),
+                "requested_share_of_target_tokens": round(weights[name] / whole, 6),
                 "share_of_examples": round(self.examples.get(number, 0) / max(examples, 1), 6),
                 "share_of_target_tokens": round(self.targets.get(number, 0) / max(targets, 1), 6),
                 "examples": self.examples.get(number, 0),
                 "target_tokens": self.targets.get(number, 0),
                 "passes_over_its_rows": round(self.examples.get(number, 0) / max(rows.get(name, 0), 1), 4),
                 "dropped_or_truncated": self.dropped.get(name, {}),
+                "left_out_of_the_index": dict(left_out.get(name, {})),
             }
             for number, name in enumerate(tasks)
             if name in requested
         }
-        return {"examples": examples, "target_tokens": targets, "tasks": found}
+        warnings = [
+            f"{name}: every row was drawn {task['passes_over_its_rows']:.1f} times; more of the same adds little from the"
+            f" {MANY_PASSES}th time on, so cap its share or give it more rows"
+            for name, task in found.items()
+            if task["passes_over_its_rows"] > MANY_PASSES - 1
+        ]
+        return {"examples": examples, "target_tokens": targets, "tasks": found, "warnings": warnings}
 
 
 def _texts(counts: Mapping[int, int]) -> dict[str, int]:

@@ -10,8 +10,8 @@ import hashlib
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -44,6 +44,7 @@ class Course:
     micro: int  # packed rows at once
     checkpoint_every: int  # steps
     window: int  # positions of the plan
+    shares: Mapping[int, float] = field(default_factory=dict)  # of the examples, that each task (by number) was meant to have
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,7 @@ def train_loop(
                 "tokens": step.tokens,
                 "target_tokens": step.targets,
                 "examples": step.examples,
+                "ledger_drift": round(state.ledger.drift(course.shares), 6),
                 **clock.figures(course.goal, state),
             }
         )

@@ -6,7 +6,7 @@ joined a torch.distributed group. Knows nothing of Ray or of how rows are made.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -38,11 +38,13 @@ def run_worker(
     device: torch.device,
     tell: Callable[[dict[str, Any]], None],
     register: Callable[[Checkpoint | None, State], None],
+    shares: Mapping[int, float] | None = None,
 ) -> State:
     """Trains until `goal`; the state at the end is the same on every worker.
 
     `rows(n)` gives this worker's rows of `length` tokens, `n` of them for each step. `tell` is called on the first worker with
     every record; `register` on every worker after each checkpoint, with the checkpoint on the first worker, None on the others.
+    `shares` are what each task, by number, was meant to have of the examples.
     """
     peers = Peers()
     training = recipe.training
@@ -75,7 +77,8 @@ def run_worker(
         if first:
             checkpoints.prune(run.checkpoints, training.checkpoint.keep)
 
-    course = Course(recipe.seed, goal, training.optimizer, micro, training.checkpoint.every_steps, recipe.data.window)
+    settings = (training.optimizer, micro, training.checkpoint.every_steps, recipe.data.window, shares or {})
+    course = Course(recipe.seed, goal, *settings)
     return train_loop(engine, batches, state, course, peers=peers, record=record, save=save, validate=validate)
 
 
