@@ -17,7 +17,7 @@ def describe(task: Task) -> str:
     row = sample_row(task)
     head = [
         f"{task.name}  (cluster {task.cluster}, {', '.join(task.metrics)}, licence {task.licence})",
-        task.summary,
+        *([task.summary] if task.summary else []),
         *(_place(spec) for spec in task.sources),
     ]
     return "\n".join(
@@ -45,7 +45,7 @@ def _place(spec: SourceSpec) -> str:
     if spec.dataset:
         return f"from {spec.dataset}/ under data.root"
     if spec.files:
-        return f"from {', '.join(spec.files.values())}"
+        return f"from {', '.join(dict.fromkeys(spec.files.values()))}"
     splits = ", ".join(
         f"{split} = {name} ({f'{spec.rows[split]:,}' if split in spec.rows else UNKNOWN} rows)"
         for split, name in spec.splits.items()
