@@ -36,6 +36,7 @@ for command in (
     evaluation.evaluate,
     evaluation.report,
     evaluation.compare,
+    evaluation.report_schema,
     evaluation.predict,
     serving.serve,
     serving.ask,

@@ -57,6 +57,15 @@ def report(
     _show(screen_for(json), *road.report(target, storage))
 
 
+def report_schema() -> None:
+    """The JSON Schema of report.json, for programs that read reports."""
+    import json
+
+    from apprentice.evaluate.shape import Report
+
+    print(json.dumps(Report.model_json_schema(), indent=2))
+
+
 def compare(
     targets: Annotated[list[str], typer.Argument(help="Runs that were scored; the first is what the others meet.", metavar="RUN")],
     out: Out = None,

@@ -1,0 +1,199 @@
+"""The shape of report.json, as models whose JSON Schema `apprentice report-schema` prints for programs that read reports.
+
+Knows nothing of how the numbers come about; a test holds every report against it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Interval = tuple[float, float]
+Verdict = Literal["better", "worse", "unclear"]
+
+
+class _Shape(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Subject(_Shape):
+    """A model that was scored."""
+
+    name: str
+    shots: list[int]
+    folder: str
+    layout: str
+    contract: str = Field(description="Whose words it was spoken to in: `its own` or `the recipe's`.")
+    weights_sha256: str | None = None
+    prompt_tokens: int | None = None
+
+
+class Column(_Shape):
+    """A subject at one number of exemplars; `against` is the key of the column it is compared with."""
+
+    key: str
+    subject: str
+    shots: int
+    title: str
+    against: str | None
+
+
+class Wording(_Shape):
+    score: float
+    questions: int
+
+
+class Perturbed(_Shape):
+    questions: int
+    score: float
+    unchanged_score: float
+    changed: float | None
+
+
+class Label(_Shape):
+    choice: str
+    said: float
+    right: float
+
+
+class Cell(_Shape):
+    """A task in one column. Where `score` is null, every question was dropped and what follows it is left out."""
+
+    questions: int
+    truncated: dict[str, int]
+    dropped: dict[str, int]
+    unscored: int
+    score: float | None = Field(description="0 to 100, by the task's first metric.")
+    interval: Interval | None = None
+    metrics: dict[str, float] | None = None
+    rows: int | None = None
+    wordings: dict[str, Wording] | None = None
+    median: float | None = None
+    worst: float | None = None
+    worst_wording: str | None = None
+    spread: float | None = Field(None, description="Distance between the quartiles of the wordings' scores.")
+    changed: float | None = Field(None, description="Share of rows (0 to 100) whose answer changes with the wording.")
+    consistency: float | None = Field(None, description="How often (0 to 100) two askings of a row agree.")
+    perturbations: dict[str, Perturbed] | None = None
+    labels: list[Label] | None = None
+    exemplars: float | None = None
+    prompt_tokens: float | None = None
+
+
+class Difference(_Shape):
+    """`mean` is in points; `p` is of the paired randomisation test."""
+
+    against: str
+    mean: float
+    interval: Interval
+    p: float
+    verdict: Verdict
+    rows: int | None = None
+    tasks: int | None = None
+
+
+class Sample(_Shape):
+    row: int
+    template: str
+    prompt: str | None
+    target: str | None
+    replies: dict[str, str]
+    task: str | None = None
+    score: float | None = None
+    gain: float | None = None
+
+
+class Contamination(_Shape):
+    rows: int
+    of: int
+    dropped: int
+
+
+class Task(_Shape):
+    task: str
+    cluster: str
+    summary: str
+    kind: Literal["ranked", "generated"]
+    metrics: list[str]
+    metric: str
+    held_out: bool
+    majority: dict[str, Any] | None
+    contaminated: Contamination | None = None
+    columns: dict[str, Cell]
+    differences: dict[str, Difference]
+    samples: list[Sample]
+    extremes: dict[Literal["best", "worst"], list[Sample]]
+
+
+class Mean(_Shape):
+    mean: float
+    interval: Interval
+    tasks: int
+    worst: float | None
+    spread: float | None
+    changed: float | None
+    consistency: float | None
+
+
+class Group(_Shape):
+    """Tasks of one kind or one cluster, each counting the same."""
+
+    held_out: bool
+    kind: Literal["ranked", "generated"] | None = None
+    cluster: str | None = None
+    tasks: int
+    columns: dict[str, Mean]
+    differences: dict[str, Difference]
+
+
+class Check(_Shape):
+    name: str
+    found: float | None
+    needed: float
+    passed: bool
+
+
+class Gate(_Shape):
+    subject: str
+    passed: bool
+    checks: list[Check]
+
+
+class Unscored(_Shape):
+    subject: str
+    task: str
+    row: int
+    template: str
+    shots: int
+    perturbation: str
+    reason: str
+
+
+class Report(_Shape):
+    """report.json: what was scored, how, and what came out."""
+
+    version: int
+    name: str
+    created: str
+    seconds: float
+    seed: int
+    versions: dict[str, str]
+    recipe: dict[str, Any]
+    settings: dict[str, Any]
+    subjects: list[Subject]
+    not_scored: list[dict[Literal["task", "reason"], str]]
+    test_rows: dict[str, int] = {}
+    story: dict[Literal["history", "ledger"], Any]
+    confidence: float
+    resamples: int
+    ranking: dict[Literal["by", "meaning"], str]
+    signatures: dict[str, str]
+    columns: list[Column]
+    tasks: list[Task]
+    pools: list[Group]
+    clusters: list[Group]
+    unscored: list[Unscored]
+    headline: list[str]
+    summary: dict[Literal["score", "sentence"], Any]
+    gate: Gate | None
