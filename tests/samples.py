@@ -15,6 +15,7 @@ from typing import Any
 from apprentice.tasks.schema import Task
 
 ROWS = 60
+SHORT = 20  # characters: a shorter text may be an answer or a label
 
 
 def write_datasets(tasks: Iterable[Task], root: Path) -> None:
@@ -22,21 +23,22 @@ def write_datasets(tasks: Iterable[Task], root: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    samples: dict[tuple[str, str], dict[str, Any]] = {}  # two tasks may read one dataset
     for task in tasks:
         spec = next((spec for spec in task.sources if spec.dataset is not None), None)
-        if spec is None or task.sample is None:
-            continue
-        assert spec.dataset is not None
-        sample = {spec.columns.get(field, field): value for field, value in task.sample.items()}
-        (root / spec.dataset).mkdir(parents=True, exist_ok=True)
-        for split in spec.splits.values():
-            rows = pa.Table.from_pylist([_variant(sample, task, number) for number in range(ROWS)])
-            pq.write_table(rows, root / spec.dataset / f"{split}.parquet")
+        for split in spec.splits.values() if spec is not None and task.sample is not None else ():
+            sample = {spec.columns.get(field, field): value for field, value in task.sample.items()}
+            samples[spec.dataset, split] = samples.get((spec.dataset, split), {}) | sample
+    for (dataset, split), sample in samples.items():
+        (root / dataset).mkdir(parents=True, exist_ok=True)
+        pq.write_table(
+            pa.Table.from_pylist([_variant(sample, number) for number in range(ROWS)]), root / dataset / f"{split}.parquet"
+        )
 
 
-def _variant(sample: dict[str, Any], task: Task, number: int) -> dict[str, Any]:
+def _variant(sample: dict[str, Any], number: int) -> dict[str, Any]:
     """The sample with a number behind its longest text, so that rows differ (validation rows are chosen by a row's hash)."""
-    texts = [key for key, value in sample.items() if isinstance(value, str) and key not in (task.label, task.choices)]
+    texts = [key for key, value in sample.items() if isinstance(value, str) and len(value) > SHORT]
     longest = max(texts, key=lambda key: len(sample[key]), default=None)
     return sample if longest is None else sample | {longest: f"{sample[longest]} ({number})"}
 

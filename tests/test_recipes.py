@@ -75,6 +75,7 @@ def tiny(name: str, tokenizer: Path, folder: Path) -> Recipe:
         f"model={{base: {model}, dtype: float32}}",
         "data.max_length=384",
         "data.packing.length=384",
+        *(["data.packing.target_length=96"] if shipped.data.packing.target_length else []),
         "data.window=64",
         "training.workers=1",
         "training.resources={cpus: 1, gpus: 0}",
@@ -83,7 +84,7 @@ def tiny(name: str, tokenizer: Path, folder: Path) -> Recipe:
         "training.tokens=null",
         "training.epochs=null",
         "training.optimizer.warmup_steps=0",
-        "training.deepspeed={stage: 2}",
+        f"training.deepspeed.stage={0 if shipped.training.optimizer.name == 'adafactor' else 2}",
         "serving={port: 0, context: 512, max_running: 2}",
     ]
     return load_recipe(SHIPPED / f"{name}.yaml", changes)

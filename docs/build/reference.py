@@ -59,8 +59,13 @@ def _table(path: str, model: type[BaseModel], schema: dict[str, Any]) -> str:
     lines = ["| key | type | default | meaning |", "|---|---|---|---|"]
     for name, field in model.model_fields.items():
         cells = [f"`{name}`", _type(properties[name]), _default(field), field.description or ""]
-        lines.append("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |")
+        lines.append("| " + " | ".join(_cell(cell) for cell in cells) + " |")
     return "\n".join(lines)
+
+
+def _cell(text: str) -> str:
+    """Text for a table of Markdown: one line, `<root>` no tag, no bar that ends the cell."""
+    return text.replace("<", "&lt;").replace("|", "\\|").replace("\n", " ")
 
 
 def _type(shape: dict[str, Any]) -> str:
