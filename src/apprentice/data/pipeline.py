@@ -67,6 +67,8 @@ def train_stream(corpus: Corpus, start: Start = Start(), windows: int | None = N
     """
     import ray.data  # here, because it takes seconds, and windows are made without it too
 
+    from apprentice.data.pace import Pace
+
     estimate = estimate_steps(corpus)
     if windows is None:
         needed = ceil(estimate["steps"] * corpus.recipe.training.global_batch / estimate["rows_per_window"])
@@ -76,6 +78,7 @@ def train_stream(corpus: Corpus, start: Start = Start(), windows: int | None = N
     numbers = ray.data.range(windows, concurrency=1, override_num_blocks=ceil(windows / per_block))
     numbers.context.enable_progress_bars = False
     numbers.context.execution_options.preserve_order = True
+    numbers.context.custom_execution_callback_classes = [Pace]
     # An actor hands on what it has when that is larger than this.
     numbers.context.target_max_block_size = ceil((together - 0.5) * estimate["rows_per_window"] * corpus.row_bytes)
     rows = numbers.map_batches(
