@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -60,6 +61,7 @@ def grown(root: Path, times: int, folder: Path) -> Path:
     with pq.ParquetWriter(folder / "squad" / "train.parquet", rows.schema) as writer:
         for _ in range(times):
             writer.write_table(rows, row_group_size=1000)
+    shutil.copy(root / "squad" / "test.parquet", folder / "squad")
     return folder
 
 

@@ -94,11 +94,11 @@ def main() -> None:
             facts = {"tasks": task_count, "rows": all_rows, "position": position, "workers": WORKERS}
             report("scale.window_ms", value, unit="ms", **facts, runs=options.runs, goal=goal)
     report("scale.plan_mib", len(pickle.dumps(plan)) / 2**20, unit="MiB", tasks=options.tasks, rows=ALL_ROWS, runs=1)
-    report("scale.worker_error", worker_error(plan), unit="examples", tasks=options.tasks, workers=WORKERS, runs=1, goal=0)
     shares = plan.shares
     positions = [1, 1_000, 1_025, 10**6 + 7, WORKERS * WINDOW, 10**9 + 1, 10**11 + 12_345, FAR, FAR + 4_321]
     error = max(abs(plan.count(task, n) - n * share) for n in positions for task, share in shares.items())
     report("scale.share_error", float(error), unit="examples", tasks=len(shares), positions=positions, runs=1, goal=2)
+    report("scale.worker_error", worker_error(plan), unit="examples", tasks=options.tasks, workers=WORKERS, runs=1, goal=0)
 
 
 if __name__ == "__main__":
