@@ -3,8 +3,8 @@
     python benchmarks/evaluation.py [--model FOLDER] [--rows 64] [--runs 3]
 
 The same model, number format, rows and batch size on both sides, in this process and with the same threads. The harness is its `hf`
-model, asked for the log-likelihood of every choice after the same text; where it is not installed (`make peers`, or
-`pip install lm_eval`) its figure has no value.
+model, asked for the log-likelihood of every choice after the same text; where it is not installed beside apprentice
+(`pip install -c constraints.txt lm_eval`) its figure has no value.
 """
 
 from __future__ import annotations
