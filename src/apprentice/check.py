@@ -90,6 +90,10 @@ def _tasks(recipe: Recipe) -> str:
             f"data.hold_out: {held!r} is held out, but {trained!r} trains on the same rows ({place}); hold out both, or leave one"
             f" out of data.tasks.{more}"
         )
+    if recipe.data.layout != "chat" and (told := [task for task in tasks if any(one.has_turns for one in task.templates)]):
+        raise RecipeError(
+            f"data.layout: {recipe.data.layout} has no turns, and task {told[0].name!r} holds conversations; use `layout: chat`."
+        )
     return f"{len(tasks)} tasks, {len(held_out)} of them held out"
 
 

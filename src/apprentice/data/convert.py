@@ -31,6 +31,8 @@ ROWS_PER_GROUP = 4096  # a window reads whole row groups, so they are kept small
 _BLOCK_BYTES = 16 * 2**20  # of a CSV file; column types are inferred from the first block
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _JSON_LINES = {".jsonl", ".ndjson"}
+_JSON_DOCUMENT = ".json"  # one list of objects, or a task file of Super-NaturalInstructions
+_READ_CHARACTERS = 2**20  # of a JSON document at a time
 _COMPRESSIONS = {".gz", ".bz2", ".zst", ".lz4"}
 
 
@@ -47,10 +49,10 @@ def parquet_file(path: str, cache: Folder, task: str) -> str:
     kind = _kind(file.name)
     if kind == ".parquet":
         return file.uri
-    if kind not in _DELIMITERS and kind not in _JSON_LINES:
+    if kind not in (*_DELIMITERS, *_JSON_LINES, _JSON_DOCUMENT):
         raise DataError(
-            f"task {task!r}: {file} is of no kind that can be read; give Parquet (.parquet), JSON lines (.jsonl, .ndjson),"
-            " .csv or .tsv, the last three also compressed (.gz, .bz2, .zst)."
+            f"task {task!r}: {file} is of no kind that can be read; give Parquet (.parquet), JSON (.jsonl, .ndjson, .json),"
+            " .csv or .tsv, all but the first also compressed (.gz, .bz2, .zst)."
         )
     key = hashlib.sha256(f"{file.uri}\n{info.size}\n{info.mtime_ns}\n{ROWS_PER_GROUP}".encode()).hexdigest()[:16]
     target = cache / "converted" / f"{file.name}-{key}.parquet"
@@ -141,11 +143,50 @@ def _json_batches(file: Folder) -> Iterator[list[dict[str, Any]]]:
     fs, path = file.filesystem()
     try:
         with fs.open_input_stream(path) as stream, io.TextIOWrapper(io.BufferedReader(stream), encoding="utf-8-sig") as lines:
-            rows = (_json_row(file, number, line) for number, line in enumerate(lines, start=1) if line.strip())
+            if _kind(file.name) == _JSON_DOCUMENT:
+                rows = _document_rows(file, lines)
+            else:
+                rows = (_json_row(file, number, line) for number, line in enumerate(lines, start=1) if line.strip())
             while batch := list(islice(rows, ROWS_PER_GROUP)):
                 yield batch
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{file} cannot be read as JSON lines: {error}; mend the file.") from error
+
+
+def _document_rows(file: Folder, text: io.TextIOBase) -> Iterator[dict[str, Any]]:
+    """The objects of one list, read piece by piece, or the instances of a task file of Super-NaturalInstructions."""
+    decoder, rest, number = json.JSONDecoder(), text.read(_READ_CHARACTERS).lstrip(), 0
+    if not rest.startswith("["):
+        yield from _instances(file, rest + text.read())
+        return
+    place = 1
+    while True:
+        while place < len(rest) and rest[place] in " \t\r\n,":
+            place += 1
+        try:
+            row, place = decoder.raw_decode(rest, place)
+        except json.JSONDecodeError as error:
+            if rest.startswith("]", place):
+                return
+            # Twice as much each time, so that a long row is not parsed over and over.
+            if not (more := text.read(max(_READ_CHARACTERS, len(rest) - place))):
+                raise DataError(f"{file}: object {number + 1} is not JSON: {error.msg}; mend the file.") from error
+            rest, place = rest[place:] + more, 0
+            continue
+        number += 1
+        if not isinstance(row, dict):
+            raise DataError(f"{file}: element {number} is {type(row).__name__}, not an object; each must be one.")
+        yield row
+
+
+def _instances(file: Folder, text: str) -> Iterator[dict[str, Any]]:
+    try:
+        content = json.loads(text)
+        yield from ({"input": row["input"], "output": row["output"]} for row in content["Instances"])
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{file} is neither a list of objects nor a task file with `Instances` ({error}); give JSON lines, or one list."
+        ) from error
 
 
 def _json_row(file: Folder, number: int, line: str) -> dict[str, Any]:

@@ -10,6 +10,7 @@ Knows nothing of tasks or packing.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -92,6 +93,38 @@ class Layout:
         system = [{"role": "system", "content": self.system}] if self.system and messages[0]["role"] != "system" else []
         return self.tokenizer.apply_chat_template([*system, *messages], generate=True, date_string=self.date)
 
+    def chat_pieces(self, messages: Sequence[dict[str, str]]) -> list[tuple[list[int], bool]]:
+        """(ids, whether they are an earlier answer with its end) of a conversation whose last turn is opened for the assistant.
+
+        Answers are encoded apart, as they are when they are learnt or generated, so that a conversation that goes on has the ids
+        that it had. One piece, none of it an answer, where the chat template changes earlier answers.
+        """
+        text = self.chat_prompt(messages)
+        answers = [message["content"].strip() for message in messages if message["role"] == "assistant"]
+        if not answers:
+            return [(self.encode_prompt(text), False)]
+        marks = iter([f"{_MARK}{number}\u2403" for number in range(len(answers))])
+        marked = [dict(m, content=next(marks)) if m["role"] == "assistant" else m for m in messages]
+        parts = re.split(f"{_MARK}\\d+\u2403", self.chat_prompt(marked))
+        rebuilt = "".join(part + answer for part, answer in zip(parts, [*answers, ""], strict=False))
+        stripped = [dict(m, content=m["content"].strip()) if m["role"] == "assistant" else m for m in messages]
+        behind = parts[1:]
+        if (
+            len(behind) != len(answers)
+            or rebuilt != self.chat_prompt(stripped)
+            or not all(p.startswith(self._closing) for p in behind)
+        ):
+            return [(self.encode_prompt(text), False)]
+        rests = self.encode_prompts([parts[0], *(part.removeprefix(self._closing) for part in behind)])
+        pieces = [(rests[0], False)]
+        for answer, rest in zip(self.encode_answers(answers), rests[1:], strict=True):
+            pieces += [(answer + list(self.end_ids), True), (rest, False)]
+        return pieces
+
+    def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        """Ids of a conversation with the assistant's turn opened. Raises `ContractError` where the layout has no turns."""
+        return [id for ids, _ in self.chat_pieces(messages) for id in ids]
+
     def encode_prompt(self, text: str) -> list[int]:
         """Ids of a prompt's text, with what the tokenizer puts at a text's start (chat templates write that themselves)."""
         return self.encode_prompts([text])[0]
@@ -118,10 +151,14 @@ class Layout:
         """The ids after an answer, trained on: the end token, or what closes the template's assistant turn."""
         if self.name != "chat":
             return (self.tokenizer.end_id,)
-        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _MARK}]
-        closing = self.tokenizer.apply_chat_template(turns, generate=False, date_string=self.date).partition(_MARK)[2]
-        ids = tuple(self.tokenizer.encode(closing.rstrip()))
+        ids = tuple(self.tokenizer.encode(self._closing))
         return ids or (self.tokenizer.end_id,)
+
+    @cached_property
+    def _closing(self) -> str:
+        """What the chat template writes behind an answer, without white space at its end."""
+        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _MARK}]
+        return self.tokenizer.apply_chat_template(turns, generate=False, date_string=self.date).partition(_MARK)[2].rstrip()
 
     @property
     def stop_ids(self) -> tuple[int, ...]:

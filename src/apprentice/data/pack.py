@@ -119,11 +119,12 @@ def build_rows(
     rows: Sequence[Sequence[int]],
     row_length: int,
     pad_id: int,
+    untrained: NDArray[np.int64] | None = None,
 ) -> Rows:
     """The arrays of packed rows.
 
     `ids` holds all examples one after the other, (tokens,); `lengths` and `prompt_lengths` are (examples,), and everything
-    after an example's prompt is trained on. The result has four arrays of shape (rows, row_length):
+    after an example's prompt is trained on, but for the places `untrained` of `ids`. The result has four arrays of shape (rows, row_length):
 
     input_ids     int32, `pad_id` behind the last example
     positions     int32, restarting at 0 with every example and with the padding
@@ -134,6 +135,10 @@ def build_rows(
     in_prompt = np.zeros(side.ids.shape, np.int64)
     in_prompt.reshape(-1)[side.places] = prompt_lengths[side.examples]
     loss_mask = ((side.segments > 0) & (side.positions >= in_prompt)).astype(np.uint8)
+    if untrained is not None and len(untrained):
+        asked = np.zeros(len(ids), np.int32)
+        asked[untrained] = 1
+        loss_mask &= _side(asked, np.cumsum(lengths) - lengths, lengths, rows, row_length, 0).ids == 0
     return {"input_ids": side.ids, "positions": side.positions, "segment_ids": side.segments, "loss_mask": loss_mask}
 
 

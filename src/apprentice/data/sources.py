@@ -82,7 +82,11 @@ def resolve(task: Task, split: Split, *, root: str | None, cache: Folder) -> Sou
         files=tuple(files),
         file_groups=tuple(len(footer.group_rows) for footer in footers),
         group_rows=tuple(rows for footer in footers for rows in footer.group_rows),
-        columns={field: spec.columns.get(field, field) for field in sorted(task.fields)},
+        columns={
+            field: column
+            for field in sorted(task.fields)
+            if (column := spec.columns.get(field, field)) in footers[0].columns or field not in task.optional_fields
+        },
         fingerprint=hashlib.sha256("\n".join(footer.digest for footer in footers).encode()).hexdigest(),
     )
 

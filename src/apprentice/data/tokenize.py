@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import NamedTuple
 
 from apprentice.data.layout import Exemplar, Layout
@@ -16,17 +17,25 @@ from apprentice.tasks.schema import Example
 # The words under which the ledger counts what was cut.
 CUT_EXEMPLARS = "truncated_exemplars"
 CUT_INPUT = "truncated_input"
+CUT_TURNS = "truncated_turns"
+LAST_TURN_ONLY = "last_turn_only"  # the chat template changes earlier answers, so only the last one can be learnt as it is
 TOO_LONG = "too_long"
 
 
 @dataclass(frozen=True, slots=True)
 class Tokenized:
-    """One training example: prompt, answer and end; everything from `prompt_length` on is trained on."""
+    """One training example: prompt, answer and end; everything from `prompt_length` on is trained on, but for `untrained`."""
 
     ids: list[int]
     prompt_length: int
     exemplars_used: int
-    truncated: str | None  # `CUT_EXEMPLARS`, `CUT_INPUT`, or nothing was cut
+    truncated: str | None  # `CUT_EXEMPLARS`, `CUT_INPUT`, `CUT_TURNS`, `LAST_TURN_ONLY`, or nothing was cut
+    untrained: tuple[tuple[int, int], ...] = ()  # stretches behind `prompt_length` that are not: a conversation's later questions
+
+    @property
+    def target_tokens(self) -> int:
+        """How many tokens are trained on."""
+        return len(self.ids) - self.prompt_length - sum(stop - start for start, stop in self.untrained)
 
 
 class Fitted(NamedTuple):
@@ -45,6 +54,9 @@ def encode(
     With a `target_length`, as encoder-decoders have it, `max_length` is for the prompt alone, and `target_length` for the answer.
     All prompts go through the tokenizer at once, and so do all answers.
     """
+    if any(example.has_turns for example, _ in items):
+        single = iter(encode(layout, [item for item in items if not item[0].has_turns], max_length, target_length))
+        return [_conversation(layout, item[0], max_length) if item[0].has_turns else next(single) for item in items]
     prompts = layout.encode_prompts([layout.prompt(example.instruction, example.input, shots) for example, shots in items])
     answers = layout.encode_answers([example.target for example, _ in items])
     end = list(layout.end_ids)
@@ -62,9 +74,35 @@ def encode(
     return found
 
 
+def _messages(example: Example) -> list[dict[str, str]]:
+    """A conversation up to its last question, as chat templates take it."""
+    system = [{"role": "system", "content": example.system}] if example.system else []
+    turns = [
+        {"role": role, "content": text} for turn in example.history for role, text in zip(("user", "assistant"), turn, strict=True)
+    ]
+    return [*system, *turns, {"role": "user", "content": example.instruction}]
+
+
+def _conversation(layout: Layout, example: Example, max_length: int) -> Tokenized | None:
+    """A conversation with every answer trained on; what is too long loses its last turns, and is dropped if not one fits."""
+    pieces = layout.chat_pieces(_messages(example))
+    pieces.append((layout.encode_answers([example.target])[0] + list(layout.end_ids), True))
+    truncated = LAST_TURN_ONLY if example.history and len(pieces) == 2 else None
+    while pieces and sum(len(piece) for piece, _ in pieces) > max_length:
+        pieces, truncated = pieces[:-2], CUT_TURNS
+    if not pieces:
+        return None
+    bounds = [0, *accumulate(len(piece) for piece, _ in pieces)]
+    untrained = tuple((bounds[place], bounds[place + 1]) for place in range(2, len(pieces), 2))
+    return Tokenized([id for piece, _ in pieces for id in piece], bounds[1], 0, truncated, untrained)
+
+
 def fit_prompt(layout: Layout, example: Example, exemplars: Sequence[Exemplar], max_prompt_tokens: int) -> Fitted | None:
     """The prompt of `example` in at most `max_prompt_tokens`; None where not even the instruction fits."""
-    ids: list[int] = []
+    if example.has_turns:
+        ids = layout.encode_chat(_messages(example))
+        return Fitted(ids, 0, None) if len(ids) <= max_prompt_tokens else None
+    ids = []
     for used in range(len(exemplars), -1, -1):
         ids = layout.encode_prompt(layout.prompt(example.instruction, example.input, exemplars[:used]))
         if len(ids) <= max_prompt_tokens:

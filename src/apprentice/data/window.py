@@ -136,14 +136,14 @@ class WindowRenderer:
         sizes = (self.corpus.row_length, self.corpus.target_length)
         pad_id = self.corpus.layout.tokenizer.pad_id
         if sizes[1] is None:
-            columns = build_rows(ids, lengths, prompts, rows, sizes[0], pad_id)
+            columns = build_rows(ids, lengths, prompts, rows, sizes[0], pad_id, _untrained(items, lengths))
         else:
             columns = build_pairs(ids, lengths, prompts, rows, (sizes[0], sizes[1]), pad_id)
         order = _numbers(chain.from_iterable(rows))
         per_example: dict[str, NDArray[Any]] = {
             "examples": _numbers(item.number for item in items)[order],
             "example_tasks": _numbers(item.task for item in items)[order].astype(np.int32),
-            "example_targets": (lengths - prompts)[order].astype(np.int32),
+            "example_targets": _numbers(item.tokens.target_tokens for item in items)[order].astype(np.int32),
         }
         ends = np.cumsum([len(row) for row in rows], dtype=np.int64)
         columns |= {name: _ragged(np.split(values, ends[:-1]) if rows else []) for name, values in per_example.items()}
@@ -153,6 +153,17 @@ class WindowRenderer:
         if counts and rows:
             columns["dropped"][0] = json.dumps({task: dict(counts[task]) for task in sorted(counts)})
         return columns
+
+
+def _untrained(items: Sequence[_Item], lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Places, in all examples one after the other, of what conversations hold behind their first prompt and do not train on."""
+    starts = np.cumsum(lengths) - lengths
+    parts = [
+        np.arange(start + first, start + last)
+        for start, item in zip(starts.tolist(), items, strict=True)
+        for first, last in item.tokens.untrained
+    ]
+    return np.concatenate([np.zeros(0, np.int64), *parts])
 
 
 def _packed(corpus: Corpus, items: Sequence[_Item]) -> list[list[int]]:

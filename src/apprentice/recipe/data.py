@@ -96,17 +96,47 @@ class Filters(Strict):
     label_balance: float | None = Field(None, ge=1.0, description="Times that the commonest label may come for the rarest one.")
 
 
+# What names a collection → the keys that go with it.
+COLLECTION_KEYS: dict[str, tuple[str, ...]] = {
+    "promptsource": ("dataset", "splits", "columns", "templates"),
+    "natural_instructions": ("definition", "positive", "negative", "explanations", "official_splits"),
+    **dict.fromkeys(("conversations", "alpaca", "dolly", "self_instruct", "p3"), ("test",)),
+}
+
+
 class Collection(Strict):
     """Tasks that another project's files describe."""
 
-    promptsource: str = Field(
-        description="`glue/mrpc` under `data.promptsource`, or a path to a templates.yaml or a folder of them."
+    promptsource: str | None = Field(
+        None, description="`glue/mrpc` under `data.promptsource`, or a path to a templates.yaml or a folder of them."
     )
+    natural_instructions: str | None = Field(None, description="Task files of Super-NaturalInstructions: a path or a glob.")
+    conversations: str | None = Field(None, description="File with ShareGPT's `conversations` or OpenAI's `messages`.")
+    alpaca: str | None = Field(None, description="File with columns instruction, input and output.")
+    dolly: str | None = Field(None, description="File with columns instruction, context and response.")
+    self_instruct: str | None = Field(None, description="File with columns instruction and instances, of which the first is used.")
+    p3: str | None = Field(None, description="File with columns inputs_pretokenized and targets_pretokenized.")
+    test: str | None = Field(None, description="File of test rows.")
+    definition: bool | None = Field(None, description="Natural instructions: whether the definition is shown; default: yes.")
+    positive: Annotated[int, Field(ge=0)] | None = Field(None, description="Positive examples shown; default: 2.")
+    negative: Annotated[int, Field(ge=0)] | None = Field(None, description="Negative examples shown; default: 0.")
+    explanations: bool | None = Field(None, description="Whether examples are shown with their explanations; default: no.")
+    official_splits: str | None = Field(None, description="Folder with train_tasks.txt and test_tasks.txt.")
     dataset: str | None = Field(None, description="Folder under `data.root`, where its name is not the collection's.")
     splits: dict[Literal["train", "test"], str] | None = Field(None, description="Our split → the source's.")
     columns: dict[str, str] | None = Field(None, description="Field → the source's column, where the names differ.")
     templates: tuple[str, ...] | None = Field(None, min_length=1, description="Names of the templates to use; default: all.")
     cluster: str | None = Field(None, pattern=r"^[a-z0-9][a-z0-9_]*$", description="The tasks' cluster.")
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Self:
+        given = [kind for kind in COLLECTION_KEYS if getattr(self, kind) is not None]
+        if len(given) != 1:
+            raise ValueError(f"a collection has exactly one of the keys {', '.join(COLLECTION_KEYS)}")
+        allowed = COLLECTION_KEYS[given[0]]
+        if strange := [key for key in self.model_fields_set if key not in (*allowed, given[0], "cluster")]:
+            raise ValueError(f"`{strange[0]}` does not belong to `{given[0]}`, which takes {', '.join((*allowed, 'cluster'))}")
+        return self
 
 
 class Data(Strict):

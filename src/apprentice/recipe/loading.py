@@ -10,7 +10,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from apprentice.errors import RecipeError, did_you_mean
-from apprentice.recipe.data import Collection
+from apprentice.recipe.data import COLLECTION_KEYS, Collection
 from apprentice.recipe.whole import Recipe
 from apprentice.storage import is_uri
 
@@ -83,9 +83,11 @@ def _with_absolute_paths(recipe: Recipe, folder: Path) -> Recipe:
     def located(entry: str | Collection) -> str | Collection:
         if isinstance(entry, str):
             return absolute(entry) if entry.endswith((".yaml", ".yml")) else entry
-        named = entry.promptsource  # a name stays one
-        is_path = named.startswith((".", "/", "~")) or named.endswith((".yaml", ".yml"))
-        return entry.model_copy(update={"promptsource": absolute(named)}) if is_path else entry
+        paths = {key: getattr(entry, key) for key in (*COLLECTION_KEYS, "test", "official_splits") if getattr(entry, key)}
+        named = paths.get("promptsource", ".")
+        if not named.startswith((".", "/", "~")) and not named.endswith((".yaml", ".yml")):
+            return entry  # a name stays one
+        return entry.model_copy(update={key: absolute(path) for key, path in paths.items()})
 
     roots = {key: path and absolute(path) for key, path in (("root", recipe.data.root), ("promptsource", recipe.data.promptsource))}
     data = recipe.data.model_copy(update={"tasks": tuple(map(located, recipe.data.tasks)), **roots})

@@ -39,7 +39,7 @@ class Phrasing:
             raise RequestProblem("`messages`: the last message must be the user's.", param="messages")
         if self.layout.name == "chat":
             try:
-                text = self.layout.chat_prompt(messages)
+                ids = self.layout.encode_chat(messages)
             except (jinja2.TemplateError, ContractError) as error:
                 raise RequestProblem(f"`messages`: the model's chat template refuses them: {error}.", param="messages") from error
         elif len(messages) > 1:
@@ -49,9 +49,9 @@ class Phrasing:
                 param="messages",
             )
         else:
-            text = self.layout.prompt(messages[0]["content"])
+            ids = self.layout.encode_prompt(self.layout.prompt(messages[0]["content"]))
         most = asked.max_completion_tokens or asked.max_tokens
-        return self._request(asked, self.layout.encode_prompt(text), most, param="messages")
+        return self._request(asked, ids, most, param="messages")
 
     def instruct(self, asked: InstructRequest) -> Request:
         """Instruction and input, phrased as in training."""

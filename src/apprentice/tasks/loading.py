@@ -11,13 +11,21 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from apprentice.errors import TaskError, did_you_mean
+from apprentice.tasks.conversations import conversation_tasks
+from apprentice.tasks.natural_instructions import instruction_tasks
 from apprentice.tasks.promptsource import prompt_tasks
+from apprentice.tasks.records import KINDS, record_tasks
 from apprentice.tasks.schema import SourceSpec, Task, Template
 
 LIBRARY = Path(__file__).parent / "library"
 BUILTIN = LIBRARY / "quickstart"
 # The key that names an entry's collection → its tasks.
-COLLECTIONS: dict[str, Callable[[Mapping[str, Any]], list[Task]]] = {"promptsource": prompt_tasks}
+COLLECTIONS: dict[str, Callable[[Mapping[str, Any]], list[Task]]] = {
+    "promptsource": prompt_tasks,
+    "natural_instructions": instruction_tasks,
+    "conversations": conversation_tasks,
+    **dict.fromkeys(KINDS, record_tasks),
+}
 
 
 @cache
@@ -95,7 +103,13 @@ def select_tasks(
     for name in hold_out:
         if name not in known:
             raise TaskError(f"data.hold_out: {name!r} is neither a task nor a cluster of this recipe.{did_you_mean(name, known)}")
-    held_out = frozenset(task.name for task in tasks if task.name in hold_out or task.cluster in hold_out)
+    held_out = frozenset(
+        task.name for task in tasks if task.name in hold_out or task.cluster in hold_out or not _has_training_rows(task)
+    )
     if len(held_out) == len(tasks):
         raise TaskError("data.hold_out keeps out every task, so nothing is left to train on; shorten it.")
     return tasks, held_out
+
+
+def _has_training_rows(task: Task) -> bool:
+    return any("train" in spec.splits and (spec.files is None or spec.splits["train"] in spec.files) for spec in task.sources)

@@ -80,6 +80,13 @@ class Example:
     target: str
     choices: tuple[str, ...] = ()  # empty: scored by generation
     references: tuple[str, ...] = ()  # all answers that count as right; the target is the first
+    history: tuple[tuple[str, str], ...] = ()  # earlier questions and answers of a conversation; the answers are learnt too
+    system: str = ""  # the conversation's own system text
+
+    @property
+    def has_turns(self) -> bool:
+        """True if it can only be told as a conversation."""
+        return bool(self.history or self.system)
 
 
 def _compiled(text: str) -> str:
@@ -153,6 +160,16 @@ class Template(_Strict):
     def is_whole(self) -> bool:
         """True if it says by itself what the answer and the choices are (`example`), whatever the task says of them."""
         return False
+
+    @property
+    def has_turns(self) -> bool:
+        """True if its examples may be conversations of several turns."""
+        return False
+
+    @property
+    def optional_names(self) -> frozenset[str]:
+        """Those of `names` that a source may lack, or that may be null; only where the template is whole."""
+        return frozenset()
 
     def example(self, task: str, row: Mapping[str, Any]) -> Example:
         """The example of one row of `task`; only where the template is whole. Raises `RowError`."""
@@ -246,6 +263,11 @@ class Task(_Strict):
         worded = frozenset().union(*(template.names for template in self.templates)) - self.given_names
         return worded.union(*(part.names for part in self._expressions.values()))
 
+    @cached_property
+    def optional_fields(self) -> frozenset[str]:
+        """Those of `fields` that no template insists on."""
+        return frozenset().union(*(template.optional_names for template in self.templates))
+
     @property
     def given_names(self) -> frozenset[str]:
         """What templates see besides the row's fields."""
@@ -285,7 +307,7 @@ class Task(_Strict):
     def _render(self, row: Mapping[str, Any], template: Template) -> Example:
         if template.is_whole:
             example = template.example(self.name, row)
-            if REPLACEMENT_CHARACTER in f"{example.instruction}{example.input}{example.target}":
+            if REPLACEMENT_CHARACTER in f"{example.instruction}{example.input}{example.target}{example.history}{example.system}":
                 raise RowError("broken_character", f"task {self.name!r}: the row holds U+FFFD.")
             return example
         values = dict(row)
@@ -344,4 +366,4 @@ def missing_fields(task: Task, spec: SourceSpec, available: Sequence[str]) -> li
     offered = {field for field in task.fields if spec.columns.get(field, field) in available}
     worded = [(template.name, template.names - task.given_names) for template in task.templates]
     named = [*worded, *(("task", part.names) for part in task._expressions.values())]
-    return [(place, field) for place, names in named for field in sorted(names - offered)]
+    return [(place, field) for place, names in named for field in sorted(names - offered - task.optional_fields)]

@@ -1,0 +1,129 @@
+"""Task files of Super-NaturalInstructions (Wang et al. 2022) to tasks: definition, examples and instances in one JSON file.
+
+Both schemas are read: `Definition` a text (the earlier one) or a list of texts. The prompt is Tk-Instruct's: the definition, then
+positive and negative examples, then the input. Knows nothing of recipes, and leaves the instances to `data.convert`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from functools import cache
+from glob import glob
+from pathlib import Path
+from typing import Any
+
+from apprentice.errors import RowError, TaskError
+from apprentice.tasks.schema import Example, SourceSpec, Task, Template
+
+LISTS = ("train_tasks.txt", "test_tasks.txt")  # the official splits: names of task files, one a line
+
+
+class InstanceTemplate(Template):
+    """Definition and examples as plain text before each instance."""
+
+    @classmethod
+    def _compiles(cls, text: str) -> str:
+        return text  # not a template: braces mean nothing in it
+
+    @property
+    def is_whole(self) -> bool:
+        return True
+
+    @property
+    def names(self) -> frozenset[str]:
+        return frozenset(["input", "output"])
+
+    def example(self, task: str, row: Mapping[str, Any]) -> Example:
+        """One instance; all its outputs count as right, the first is learnt."""
+        given, outputs = row.get("input"), row.get("output")
+        if given is None or outputs is None:
+            raise RowError("null", f"task {task!r}: an instance lacks its input or output.")
+        right = tuple(str(text).strip() for text in ([outputs] if isinstance(outputs, str) else outputs))
+        if not right or not right[0]:
+            raise RowError("empty_answer", f"task {task!r}: an instance has an empty output.")
+        return Example(task, self.name, self.instruction, f"Input: {str(given).strip()}\nOutput:", right[0], (), right)
+
+
+def instruction_tasks(entry: Mapping[str, Any]) -> list[Task]:
+    """The tasks of a recipe's entry: `natural_instructions` (a path or glob) and, all optional, `definition`, `positive`,
+    `negative`, `explanations` and `official_splits` (the folder with train_tasks.txt and test_tasks.txt).
+
+    With official splits a task of the test list has test rows only, and a task of neither list is left out. Raises `TaskError`.
+    """
+    pattern = str(entry["natural_instructions"])
+    files = [Path(found) for found in sorted(glob(pattern))]
+    if not files:
+        raise TaskError(f"data.tasks: no file matches {pattern}; check the path.")
+    official = _official(Path(entry["official_splits"])) if entry.get("official_splits") else None
+    tasks = []
+    for file in files:
+        split = "train" if official is None else official.get(file.stem)
+        if split is not None:
+            tasks.append(_task(file, split, entry))
+    if not tasks:
+        raise TaskError(f"data.tasks: none of the {len(files)} files of {pattern} is in the lists of {entry['official_splits']}.")
+    return tasks
+
+
+def _official(folder: Path) -> dict[str, str]:
+    """Task → its split."""
+    found: dict[str, str] = {}
+    for name in LISTS:
+        try:
+            names = (folder / name).read_text(encoding="utf-8").split()
+        except (OSError, UnicodeDecodeError) as error:
+            raise TaskError(f"{folder / name} cannot be read ({error.__class__.__name__}); correct official_splits.") from error
+        found |= dict.fromkeys(names, name.partition("_")[0])
+    return found
+
+
+@cache
+def _head(file: Path) -> tuple[str, str, tuple[tuple[str, ...], ...], tuple[tuple[str, ...], ...]]:
+    """(definition, category, positive examples, negative examples) of a file; an example is input, output and explanation."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        definition = content["Definition"]
+        shown = [
+            tuple(
+                tuple(str(example.get(key, "")).strip() for key in ("input", "output", "explanation")) for example in content[kind]
+            )
+            for kind in ("Positive Examples", "Negative Examples")
+        ]
+        text = "\n".join(map(str, definition)) if isinstance(definition, list) else str(definition)
+        return text.strip(), str((content.get("Categories") or ["natural instructions"])[0]), shown[0], shown[1]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise TaskError(f"{file} is not a task file of Super-NaturalInstructions ({error.__class__.__name__}: {error}).") from error
+
+
+def _task(file: Path, split: str, entry: Mapping[str, Any]) -> Task:
+    definition, category, positive, negative = _head(file)
+    parts = [f"Definition: {definition}"] if entry.get("definition", True) else []
+    for kind, examples, number in (
+        ("Positive", positive, entry.get("positive", 2)),
+        ("Negative", negative, entry.get("negative", 0)),
+    ):
+        parts += [
+            _shown(f"{kind} Example {place}", example, bool(entry.get("explanations")))
+            for place, example in enumerate(examples[:number], 1)
+        ]
+    return Task(
+        name=_slug(file.stem),
+        cluster=entry.get("cluster") or _slug(category),
+        summary=definition,
+        sources=(SourceSpec(files={split: str(file)}),),
+        metrics=("rouge_l", "exact_match"),
+        templates=(InstanceTemplate(name="instance", instruction="\n\n".join([*parts, "Now complete the following example -"])),),
+        origin=str(file),
+    )
+
+
+def _shown(title: str, example: Sequence[str], explained: bool) -> str:
+    given, answer, why = example
+    lines = [f"{title} -", f"Input: {given}", f"Output: {answer}", *([f"Explanation: {why}"] if explained and why else [])]
+    return "\n".join(lines)
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "_", text.lower()).strip("_")

@@ -1,0 +1,81 @@
+"""Files of finished instructions to tasks: Alpaca, Dolly, Self-Instruct's seeds, and P3 rows that are rendered already.
+
+Each row brings its own instruction. Knows nothing of recipes, nor of how the file is read.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from apprentice.errors import RowError
+from apprentice.tasks.schema import Example, SourceSpec, Task, Template
+
+# Kind → the columns that hold instruction, input (it may be missing or empty) and answer; a dot goes into the first of a list.
+KINDS: dict[str, tuple[str, str, str]] = {
+    "alpaca": ("instruction", "input", "output"),
+    "dolly": ("instruction", "context", "response"),
+    "self_instruct": ("instruction", "instances.input", "instances.output"),
+    "p3": ("inputs_pretokenized", "", "targets_pretokenized"),
+}
+
+
+class RecordTemplate(Template):
+    """Takes instruction, input and answer from columns of the row."""
+
+    columns: tuple[str, str, str] = Field(description="Those of instruction, input and answer.")
+
+    @property
+    def is_whole(self) -> bool:
+        return True
+
+    @property
+    def names(self) -> frozenset[str]:
+        return frozenset(column.partition(".")[0] for column in self.columns if column)
+
+    @property
+    def optional_names(self) -> frozenset[str]:
+        return frozenset([self.columns[1]]) - {self.columns[0], self.columns[2], ""}
+
+    def example(self, task: str, row: Mapping[str, Any]) -> Example:
+        """Raises `RowError` with reason `null` or `empty_answer`."""
+        asked, given, said = (_value(row, column) for column in self.columns)
+        if asked is None or said is None:
+            raise RowError("null", f"task {task!r}: {self.columns[0 if asked is None else 2]!r} is null.")
+        if not said:
+            raise RowError("empty_answer", f"task {task!r}: {self.columns[2]!r} is empty.")
+        return Example(task, self.name, asked, given or "", said, (), (said,))
+
+
+def _value(row: Mapping[str, Any], column: str) -> str | None:
+    name, _, inner = column.partition(".")
+    value = row.get(name)
+    if inner:
+        value = value[0].get(inner) if value else None
+    return None if value is None else str(value).strip()
+
+
+def record_tasks(entry: Mapping[str, Any]) -> list[Task]:
+    """The task of a recipe's entry: one of `KINDS` with the file of training rows and, optional, `test` (a file) and `cluster`."""
+    kind = next(kind for kind in KINDS if entry.get(kind))
+    return [record_task(entry, kind, RecordTemplate(name=kind, instruction="", output="", columns=KINDS[kind]))]
+
+
+def record_task(entry: Mapping[str, Any], kind: str, template: Template) -> Task:
+    """The task over the file that `entry` names under `kind`."""
+    file = str(entry[kind])
+    files = {"train": file} | ({"test": str(entry["test"])} if entry.get("test") else {})
+    name = re.sub(r"[^a-z0-9]+", "_", f"{kind} {Path(file).name.partition('.')[0]}".lower()).strip("_")
+    return Task(
+        name=name,
+        cluster=entry.get("cluster") or name,
+        summary=f"{kind} records of {Path(file).name}",
+        sources=(SourceSpec(files=files),),
+        metrics=("rouge_l",),
+        templates=(template,),
+        origin=file,
+    )
