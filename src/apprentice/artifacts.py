@@ -167,12 +167,13 @@ def find_run(text: str, storage: str = "./runs") -> Run | None:
 
 
 class Golden(BaseModel):
-    """Instruction and input with the ids their prompt must have."""
+    """Instruction and input, after earlier questions and answers, with the ids their prompt must have."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     instruction: str
     input: str
     ids: tuple[int, ...]
+    history: tuple[tuple[str, str], ...] = ()
 
 
 class PromptContract(BaseModel):

@@ -20,6 +20,10 @@ _GOLDEN = (
 )
 
 
+# Earlier turns, where the layout has turns: an answer of several lines, and one that a template might change.
+_HISTORY = (("Name a colour.", "Blue.\n\nOr „grün“."), ("Another?", "<think>red</think> Red"))
+
+
 def layout_of(recipe: Recipe, tokenizer: Tokenizer) -> Layout:
     """The layout that `recipe` asks for."""
     return Layout(recipe.data.layout, tokenizer, recipe.data.system)
@@ -28,11 +32,19 @@ def layout_of(recipe: Recipe, tokenizer: Tokenizer) -> Layout:
 def make_contract(
     recipe: Recipe, layout: Layout, folder: Path, *, ancestors: tuple[str, ...] = (), run: str = ""
 ) -> PromptContract:
+<<<<<<< HEAD
     """The contract for the weights in `folder`, spoken to in `layout`; `ancestors` are those of the base (see `ancestors_of`)."""
     golden = (
         Golden(instruction=asked, input=given, ids=tuple(layout.encode_prompt(layout.prompt(asked, given))))
         for asked, given in _GOLDEN
     )
+=======
+    """The contract for the weights in `folder`, spoken to in `layout`."""
+    golden = [Golden(instruction=asked, input=given, ids=_prompt_ids(layout, asked, given)) for asked, given in _GOLDEN]
+    if layout.name == "chat":
+        ids = _prompt_ids(layout, "Why?", "", _HISTORY)
+        golden.append(Golden(instruction="Why?", input="", ids=ids, history=_HISTORY))
+>>>>>>> 3726630 (Conversations of several turns with every answer trained on, and the same ids at the endpoint)
     return PromptContract(
         layout=layout.name,
         layout_version=LAYOUT_VERSION,
@@ -91,12 +103,19 @@ def layout_under(contract: PromptContract, tokenizer: Tokenizer) -> Layout:
         )
     layout = Layout(contract.layout, tokenizer, contract.system, contract.date)  # type: ignore[arg-type]  # checked at run time
     for golden in contract.golden:
-        if tuple(layout.encode_prompt(layout.prompt(golden.instruction, golden.input))) != golden.ids:
+        if _prompt_ids(layout, golden.instruction, golden.input, golden.history) != golden.ids:
             raise ContractError(
                 f"the prompt for {golden.instruction[:40]!r} gets other token ids here than in training;"
                 " restore the tokenizer and the library versions of the run."
             )
     return layout
+
+
+def _prompt_ids(layout: Layout, asked: str, given: str, history: tuple[tuple[str, str], ...] = ()) -> tuple[int, ...]:
+    if not history:
+        return tuple(layout.encode_prompt(layout.prompt(asked, given)))
+    turns = [{"role": role, "content": text} for turn in history for role, text in zip(("user", "assistant"), turn, strict=True)]
+    return tuple(layout.encode_chat([*turns, {"role": "user", "content": asked}]))
 
 
 def layout_beside(folder: Path, contract: PromptContract | None = None) -> Layout:

@@ -23,6 +23,7 @@ from apprentice.data.filters import Chosen
 from apprentice.data.layout import Layout
 from apprentice.data.permutation import Numbers, below, draw, key_of, permute
 from apprentice.data.sources import Reader, Source, Split, resolve
+from apprentice.data.tokenize import encode
 from apprentice.errors import DataError, RowError
 from apprentice.recipe import Recipe
 from apprentice.storage import Folder
@@ -340,6 +341,12 @@ def _mean_tokens(task: Task, source: Source | None, kept: Numbers, layout: Layou
     usable = [example for example in examples if example is not None]
     if not usable:
         return 0.0, 0.0
+    if any(example.has_turns for example in usable):
+        told = [tokens for tokens in encode(layout, [(example, ()) for example in usable], recipe.data.max_length) if tokens]
+        return (
+            float(np.mean([len(tokens.ids) for tokens in told] or [0.0])),
+            float(np.mean([tokens.target_tokens for tokens in told] or [0.0])),
+        )
     prompts = layout.encode_prompts([layout.prompt(example.instruction, example.input) for example in usable])
     answers = [len(ids) + len(layout.end_ids) for ids in layout.encode_answers([example.target for example in usable])]
     whole = [min(len(ids) + answer, recipe.data.max_length) for ids, answer in zip(prompts, answers, strict=True)]

@@ -124,7 +124,8 @@ def build_rows(
     """The arrays of packed rows.
 
     `ids` holds all examples one after the other, (tokens,); `lengths` and `prompt_lengths` are (examples,), and everything
-    after an example's prompt is trained on, but for the places `untrained` of `ids`. The result has four arrays of shape (rows, row_length):
+    after an example's prompt is trained on, but for the places `untrained` of `ids`. The result has four arrays of shape
+    (rows, row_length):
 
     input_ids     int32, `pad_id` behind the last example
     positions     int32, restarting at 0 with every example and with the padding

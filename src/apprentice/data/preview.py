@@ -5,7 +5,7 @@ Knows nothing of packing or training.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -93,6 +93,16 @@ def trace(corpus: Corpus, positions: Sequence[int]) -> list[Shown]:
     return found
 
 
+def _trained(tokens: Tokenized, decode: Callable[..., str]) -> str:
+    """What is trained on; a conversation's later questions stand between ⟧ and ⟦ in it."""
+    text, done = "", tokens.prompt_length
+    for start, stop in tokens.untrained:
+        text += decode(tokens.ids[done:start], skip_special=False) + CLOSE
+        text += decode(tokens.ids[start:stop], skip_special=False) + OPEN
+        done = stop
+    return text + decode(tokens.ids[done:], skip_special=False)
+
+
 def _shown(corpus: Corpus, draw: Draw, tokens: Tokenized) -> Shown:
     decode = corpus.layout.tokenizer.decode
     return Shown(
@@ -105,8 +115,8 @@ def _shown(corpus: Corpus, draw: Draw, tokens: Tokenized) -> Shown:
         shots=draw.shots,
         pass_=draw.pass_,
         prompt=decode(tokens.ids[: tokens.prompt_length], skip_special=False),
-        trained=decode(tokens.ids[tokens.prompt_length :], skip_special=False),
+        trained=_trained(tokens, decode),
         tokens=len(tokens.ids),
-        target_tokens=len(tokens.ids) - tokens.prompt_length,
+        target_tokens=tokens.target_tokens,
         truncated=tokens.truncated or "",
     )
