@@ -18,8 +18,6 @@ _GOLDEN = (
     ("Übersetze ins Englische: „Grüß Gott“ 你好 🙂", "naïve café — São Paulo"),
     ("### Input:\nAdd the numbers.", "  17 + 25 =\n"),
 )
-
-
 # Earlier turns, where the layout has turns: an answer of several lines, and one that a template might change.
 _HISTORY = (("Name a colour.", "Blue.\n\nOr „grün“."), ("Another?", "<think>red</think> Red"))
 
@@ -32,19 +30,11 @@ def layout_of(recipe: Recipe, tokenizer: Tokenizer) -> Layout:
 def make_contract(
     recipe: Recipe, layout: Layout, folder: Path, *, ancestors: tuple[str, ...] = (), run: str = ""
 ) -> PromptContract:
-<<<<<<< HEAD
     """The contract for the weights in `folder`, spoken to in `layout`; `ancestors` are those of the base (see `ancestors_of`)."""
-    golden = (
-        Golden(instruction=asked, input=given, ids=tuple(layout.encode_prompt(layout.prompt(asked, given))))
-        for asked, given in _GOLDEN
-    )
-=======
-    """The contract for the weights in `folder`, spoken to in `layout`."""
     golden = [Golden(instruction=asked, input=given, ids=_prompt_ids(layout, asked, given)) for asked, given in _GOLDEN]
     if layout.name == "chat":
         ids = _prompt_ids(layout, "Why?", "", _HISTORY)
         golden.append(Golden(instruction="Why?", input="", ids=ids, history=_HISTORY))
->>>>>>> 3726630 (Conversations of several turns with every answer trained on, and the same ids at the endpoint)
     return PromptContract(
         layout=layout.name,
         layout_version=LAYOUT_VERSION,

@@ -344,8 +344,8 @@ def _mean_tokens(task: Task, source: Source | None, kept: Numbers, layout: Layou
     if any(example.has_turns for example in usable):
         told = [tokens for tokens in encode(layout, [(example, ()) for example in usable], recipe.data.max_length) if tokens]
         return (
-            float(np.mean([len(tokens.ids) for tokens in told] or [0.0])),
-            float(np.mean([tokens.target_tokens for tokens in told] or [0.0])),
+            float(np.mean([len(tokens.ids) for tokens in told] or [0])),
+            float(np.mean([tokens.target_tokens for tokens in told] or [0])),
         )
     prompts = layout.encode_prompts([layout.prompt(example.instruction, example.input) for example in usable])
     answers = [len(ids) + len(layout.end_ids) for ids in layout.encode_answers([example.target for example in usable])]
