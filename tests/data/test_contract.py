@@ -46,7 +46,7 @@ def test_it_holds_what_a_prompt_depends_on(name: str, tiny_model: Path) -> None:
     assert contract.tokenizer_sha256 == tokenizer.fingerprint
     assert contract.ancestors == (str(tiny_model),)
     assert len(contract.golden) == (5 if contract.layout == "chat" else 4)  # with turns, a conversation too
-    for golden in contract.golden:
+    for golden in contract.golden[:4]:  # a conversation: see test_conversations
         assert list(golden.ids) == tokenizer.encode(layout.prompt(golden.instruction, golden.input))
     assert any(golden.input == "" for golden in contract.golden)
     assert any(not golden.instruction.isascii() for golden in contract.golden)

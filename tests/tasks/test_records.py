@@ -101,7 +101,7 @@ def test_paths_are_relative_to_the_recipe(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
-        ("{alpaca: a.json, dolly: b.json}", "exactly one of the keys promptsource, natural_instructions, alpaca"),
+        ("{alpaca: a.json, dolly: b.json}", "exactly one of the keys promptsource, natural_instructions, conv"),
         ("{cluster: own}", "exactly one of the keys"),
         ("{alpaca: a.json, positive: 2}", "`positive` does not belong to `alpaca`, which takes test, cluster"),
         ("{alpacca: a.json}", "Did you mean 'alpaca'"),
