@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 import subprocess
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -40,11 +41,15 @@ def test_a_shown_command_can_be_given(document: str, line: str):
     elif program == "make":
         targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
         assert words[0] in targets
+    elif program in ("kubectl", "docker"):
+        files = [value for flag, value in pairwise(words) if flag in ("-k", "-f")]
+        assert files or "-n" in words
+        assert all((ROOT / file).exists() for file in files), files
     else:
         assert program == "ray", f"{document} shows {program!r}; say here how it is checked"
-        assert words[0] in ("start", "job")
+        assert words[0] in ("start", "job", "up")
     for word in words:
-        if word.startswith(("jobs/", "src/", "serve/", "tests/")):
+        if word.startswith(("jobs/", "src/", "serve/", "tests/", "cluster/")):
             assert (ROOT / word).exists(), word
 
 
