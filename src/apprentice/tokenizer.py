@@ -19,6 +19,16 @@ from apprentice.passages import Passages
 CACHED_WORDS = 1 << 18  # the tokenizer's own 10,000 are soon full, and then rarer words are merged anew each time they come
 
 
+def _byte_of_character() -> dict[str, int]:
+    """How byte-level tokenizers spell bytes: printable ones as themselves, the others from U+0100 on."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + place): byte for place, byte in enumerate(others)}
+
+
+_BYTES = _byte_of_character()
+
+
 class Tokenizer:
     """The tokenizer in `folder`. Raises `ModelError` if there is none, or it has no end token."""
 
@@ -106,6 +116,21 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
         return str(self._backend.decode(list(ids), skip_special_tokens=skip_special))
+
+    def token_bytes(self, id: int) -> bytes:
+        """The text of one token in UTF-8, a space at its start included; perhaps only some bytes of a character."""
+        piece = str(self._inner.convert_ids_to_tokens(id))
+        if id in self._inner.added_tokens_decoder:
+            return piece.encode()
+        if len(piece) == 6 and piece.startswith("<0x"):
+            return bytes.fromhex(piece[3:5])
+        if all(character in _BYTES for character in piece) and self._is_byte_level:
+            return bytes(_BYTES[character] for character in piece)
+        return piece.replace("▁", " ").encode()
+
+    @cached_property
+    def _is_byte_level(self) -> bool:
+        return "ByteLevel" in json.dumps(json.loads(self._backend.to_str())["decoder"])
 
     def apply_chat_template(self, messages: Sequence[dict[str, str]], *, generate: bool, **variables: Any) -> str:
         """The chat template's text for `messages`; `generate` adds the opening of the assistant's turn."""

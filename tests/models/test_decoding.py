@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch
 
@@ -61,12 +62,12 @@ def test_requests_join_between_steps_and_leave_at_once(model: Any, monkeypatch: 
     monkeypatch.setattr(decoding, "forward", counting)
     decoder = Decoder(model, slots=2, context=64)
     decoder.submit("a", Generation(PROMPTS[1], 4))
-    seen = [[token[::2] for token in decoder.step()]]
+    seen = [[token[:3:2] for token in decoder.step()]]
     decoder.submit("b", Generation(PROMPTS[4], 1))
     decoder.submit("c", Generation(PROMPTS[8], 2))
     assert (decoder.running, decoder.waiting) == (1, 2)
     while decoder.running or decoder.waiting:
-        seen.append([token[::2] for token in decoder.step()])
+        seen.append([token[:3:2] for token in decoder.step()])
     assert seen == [[("a", None)], [("a", None), ("b", "length")], [("a", None), ("c", None)], [("a", "length"), ("c", "length")]]
     # Every step is one pass over the weights; c takes b's place in the very next one.
     assert rows == [[5], [1, 2], [1, 3], [1, 1]]
@@ -152,3 +153,76 @@ def test_bfloat16_leaves_the_single_reply_only_where_two_tokens_are_close(tiny_m
             best = logits.topk(2).values
             assert float(best[0] - best[1]) < 0.25
     assert left < len(PROMPTS)
+
+
+def plain_scores(model: Any, ids: list[int]) -> torch.Tensor:
+    with torch.inference_mode():
+        return torch.log_softmax(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].float(), dim=-1)  # type: ignore[no-any-return]
+
+
+def test_scores_of_prompt_and_reply_are_the_models(model: Any) -> None:
+    decoder = Decoder(model, slots=2, context=100, prefill_tokens=25)
+    decoder.submit("other", Generation(PROMPTS[2], 8))
+    decoder.submit("a", Generation(PROMPTS[7], 3, logprobs=2, score_from=0))
+    tokens = [token for step in drain(decoder) for token in step if token.key == "a"]
+    ids = PROMPTS[7] + [token.id for token in tokens]
+    expected = plain_scores(model, ids)
+    scored = [*tokens[0].prompt, *(token.scored for token in tokens)]
+    assert scored[0] == (ids[0], None, ())
+    assert [one.id for one in scored if one] == ids
+    for place, one in enumerate(scored[1:], start=1):
+        assert one is not None
+        assert one.logprob == pytest.approx(float(expected[place - 1, ids[place]]), abs=1e-4)
+        best = expected[place - 1].topk(2)
+        assert [id for id, _ in one.top] == best.indices.tolist()
+        assert [value for _, value in one.top] == pytest.approx(best.values.tolist(), abs=1e-4)
+    assert [token.prompt for token in tokens[1:]] == [(), ()]
+    decoder.submit("b", Generation(PROMPTS[7], 1, logprobs=0, score_from=50))
+    (tail,) = [token for step in drain(decoder) for token in step]
+    assert [one.id for one in tail.prompt] == PROMPTS[7][50:]
+    assert [one.logprob for one in tail.prompt] == pytest.approx([one.logprob for one in tokens[0].prompt[50:]], abs=1e-4)
+    assert decoder.shared == 49  # from the first request's memory
+
+
+def test_a_shared_beginning_is_computed_once(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    computed: list[int] = []
+
+    def counting(*args: Any) -> torch.Tensor:
+        computed.append(sum(len(segment.ids) for segment in args[2]))
+        return forward(*args)
+
+    forward = decoding.forward
+    monkeypatch.setattr(decoding, "forward", counting)
+    head = PROMPTS[7]
+    prompts = [[*head, 7, 8], [*head, 9], [*head, 7, 8]]
+    decoder = Decoder(model, slots=3, context=100)
+    for number, prompt in enumerate(prompts):
+        decoder.submit(number, Generation(prompt, 5))
+    steps = drain(decoder)
+    # The first is read whole while the others wait; then one token of the second, and one of the third, is left to read.
+    assert computed[:2] == [62, 1 + 1 + 1]
+    assert decoder.shared == 60 + 61
+    replies = [[token.id for step in steps for token in step if token.key == number] for number in range(3)]
+    assert replies == [greedy(model, prompt, 5) for prompt in prompts]
+
+
+def test_bias_penalties_and_constraints(model: Any) -> None:
+    def reply(sampling: Sampling, constraint: Any = None) -> list[int]:
+        decoder = Decoder(model, slots=1, context=64)
+        decoder.submit("a", Generation(PROMPTS[1], 12, sampling=sampling, constraint=constraint))
+        return [token.id for step in drain(decoder) for token in step]
+
+    class Countdown:
+        said: ClassVar[list[int]] = []
+
+        def allowed(self) -> np.ndarray:
+            return np.arange(512) == 20 - len(self.said)
+
+        def accept(self, id: int) -> None:
+            self.said.append(id)
+
+    assert reply(Sampling(bias={77: 1000.0})) == [77] * 12
+    assert len(set(reply(Sampling(presence_penalty=1000.0)))) == 12
+    both = reply(Sampling(bias={77: 1000.0, 78: 1000.0}, frequency_penalty=100.0))
+    assert [sorted(both[place : place + 2]) for place in range(0, 12, 2)] == [[77, 78]] * 6
+    assert reply(Sampling(temperature=1.0, seed=3), Countdown()) == list(range(20, 8, -1))

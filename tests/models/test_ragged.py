@@ -74,7 +74,8 @@ def test_the_flat_row_has_single_tokens_first_in_order_of_slots() -> None:
     assert ragged.ids.tolist() == [4, 5, 7, 8, 9]
     assert ragged.slots.tolist() == [0, 1, 3, 3, 3]
     assert ragged.positions.tolist() == [5, 9, 0, 1, 2]
-    assert ragged.last.tolist() == [0, 1, 4]
+    assert ragged.kept.tolist() == [0, 1, 4]
+    assert ragged.order_kept.tolist() == [2, 1, 0]
     mask = ragged.mask(ragged.groups[0], 3, torch.float32)
     assert mask is not None
     assert (mask[:, 0, 0] == 0).tolist() == [[False] * 3 + [True] * 3 + [False] * 10, [False] * 7 + [True] * 3 + [False] * 6]

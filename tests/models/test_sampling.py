@@ -17,8 +17,8 @@ def test_uniform_is_counter_based() -> None:
 
 
 def test_temperature_zero_takes_the_most_probable() -> None:
-    assert draw(LOGITS, Sampling(), 0) == 1
-    assert draw(LOGITS, Sampling(temperature=0.7, top_p=0.1, seed=5), 3) == 1
+    assert draw(LOGITS[None], [Sampling()], [0]) == [1]
+    assert draw(LOGITS[None], [Sampling(temperature=0.7, top_p=0.1, seed=5)], [3]) == [1]
 
 
 @pytest.mark.parametrize(
@@ -31,5 +31,5 @@ def test_temperature_zero_takes_the_most_probable() -> None:
 )
 def test_shares(sampling: Sampling, shares: list[float]) -> None:
     count = 3000
-    found = torch.bincount(torch.tensor([draw(LOGITS, sampling, step) for step in range(count)]), minlength=4) / count
+    found = torch.bincount(torch.tensor(draw(LOGITS.expand(count, -1), [sampling] * count, range(count))), minlength=4) / count
     assert found.tolist() == pytest.approx(shares, abs=0.03)

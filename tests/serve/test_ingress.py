@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncGenerator
 from pathlib import Path
@@ -9,13 +10,42 @@ from typing import Any
 
 import httpx
 import pytest
+import yaml
 
 from apprentice.data.contract import layout_beside
 from apprentice.data.layout import Layout
-from apprentice.serve.engine import EngineFailed, NewToken, Overloaded, Request, Stats
+from apprentice.recipe import Serving
+from apprentice.serve.engine import EngineFailed, NewToken, Overloaded, Request, Score, Stats, TokenStream
 from apprentice.serve.ingress import build_app
+from apprentice.serve.keys import Keys, Limiter, new_key
 
 pytestmark = pytest.mark.asyncio
+
+
+class Spoken:
+    """One reply of a `Scripted`; two tokens come at a time."""
+
+    def __init__(self, engine: Scripted) -> None:
+        self.engine = engine
+        self.place = 0
+        self.is_open = True
+
+    def __aiter__(self) -> Spoken:
+        return self
+
+    async def __anext__(self) -> list[NewToken]:
+        ids = self.engine.ids[self.place : self.place + 2]
+        self.place += len(ids)
+        if not ids:
+            raise EngineFailed("out of memory")
+        ends = self.place == len(self.engine.ids) and not self.engine.fails
+        scores = [Score(id, -0.5 - id, ((id, -0.5 - id), (9, -9.0))) for id in ids]
+        tokens = [NewToken(id, None, score) for id, score in zip(ids, scores, strict=True)]
+        return [*tokens[:-1], NewToken(ids[-1], "stop" if ends else None, scores[-1])]
+
+    def close(self) -> None:
+        self.engine.open -= self.is_open
+        self.is_open = False
 
 
 class Scripted:
@@ -30,18 +60,14 @@ class Scripted:
 
     context = 100
 
-    async def generate(self, request: Request) -> AsyncGenerator[NewToken, None]:
+    capacity = 8
+
+    def generate(self, requests: list[Request]) -> list[TokenStream]:
         if not self.ids:
             raise Overloaded
-        self.asked.append(request)
-        self.open += 1
-        try:
-            for place, id in enumerate(self.ids):
-                last = place + 1 == len(self.ids) and not self.fails
-                yield NewToken(id, "stop" if last else None)
-            raise EngineFailed("out of memory")
-        finally:
-            self.open -= 1
+        self.asked += requests
+        self.open += len(requests)
+        return [Spoken(self) for _ in requests]
 
     def stats(self) -> Stats:
         return Stats(self.open, 0, len(self.asked), 0)
@@ -59,8 +85,8 @@ def layout(chat_model: Path) -> Layout:
     return layout_beside(chat_model)
 
 
-def client(engine: Scripted, layout: Layout) -> httpx.AsyncClient:
-    transport = httpx.ASGITransport(build_app(engine, layout, "tiny"), raise_app_exceptions=False)
+def client(engine: Scripted, layout: Layout, **more: Any) -> httpx.AsyncClient:
+    transport = httpx.ASGITransport(build_app(engine, layout, "tiny", **more), raise_app_exceptions=False)
     return httpx.AsyncClient(transport=transport, base_url="http://test")
 
 
@@ -160,7 +186,7 @@ async def test_models_health_gauges_and_page(layout: Layout) -> None:
         assert [model["id"] for model in models] == ["tiny"]
         assert (await http.get("/v1/models/tiny")).json() == models[0]
         assert (await http.get("/health")).json() == {"status": "ok", "model": "tiny", "layout": "chat", "context": 100}
-        assert (await http.get("/stats")).json() == {"running": 0, "queued": 0, "requests": 0, "tokens": 0}
+        assert (await http.get("/stats")).json() == Stats(0, 0, 0, 0)._asdict()
         page = await http.get("/")
         assert "default-src 'self'" in page.headers["content-security-policy"]
         assert 'src="playground/app.js"' in page.text
@@ -171,7 +197,147 @@ async def test_models_health_gauges_and_page(layout: Layout) -> None:
 
 async def test_the_engine_ends_with_the_application(layout: Layout) -> None:
     engine = Scripted([5])
-    app = build_app(engine, layout, "tiny")
-    async with app.router.lifespan_context(app):
-        assert not engine.closed
-    assert engine.closed
+    sent: list[Any] = []
+    orders = iter([{"type": "lifespan.startup"}, {"type": "lifespan.shutdown"}])
+
+    async def receive() -> Any:
+        return next(orders)
+
+    async def send(message: Any) -> None:
+        sent.append((message["type"], engine.closed))
+
+    await build_app(engine, layout, "tiny")({"type": "lifespan", "app": None, "state": {}}, receive, send)
+    assert sent == [("lifespan.startup.complete", False), ("lifespan.shutdown.complete", True)]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_several_prompts_and_choices_stand_side_by_side(layout: Layout, stream: bool) -> None:
+    engine = Scripted([*layout.tokenizer.encode("Good day."), layout.stop_ids[0]])
+    asked = {"prompt": ["one", "two three"], "n": 2, "echo": True, "logprobs": 2, "max_tokens": 50, "stream": stream}
+    async with client(engine, layout) as http:
+        response = await http.post("/v1/completions", json=asked)
+    choices = [chunk["choices"][0] for chunk in events(response.text)[:-1]] if stream else response.json()["choices"]
+    texts = ["".join(choice["text"] for choice in choices if choice["index"] == index) for index in range(4)]
+    assert texts == ["oneGood day.", "oneGood day.", "two threeGood day.", "two threeGood day."]
+    tokens = [token for choice in choices if choice["index"] == 1 and choice["logprobs"] for token in choice["logprobs"]["tokens"]]
+    assert "".join(tokens) == "Good day.<|im_end|>"
+    assert engine.open == 0
+    if not stream:
+        ids = layout.tokenizer.encode("one"), layout.tokenizer.encode("two three")
+        assert response.json()["usage"]["prompt_tokens"] == sum(map(len, ids))
+        assert choices[0]["logprobs"]["token_logprobs"][0] == -0.5 - engine.ids[0]
+
+
+async def test_chat_scores_have_bytes_and_no_end_token(layout: Layout) -> None:
+    engine = Scripted([*layout.tokenizer.encode("é!"), layout.stop_ids[0]])
+    asked = {"messages": [{"role": "user", "content": "Hello"}], "logprobs": True, "top_logprobs": 2}
+    async with client(engine, layout) as http:
+        content = (await http.post("/v1/chat/completions", json=asked)).json()["choices"][0]["logprobs"]["content"]
+    assert bytes(byte for entry in content for byte in entry["bytes"]).decode() == "é!"
+    assert {len(entry["top_logprobs"]) for entry in content} == {2}
+
+
+async def test_more_replies_than_ever_fit_are_refused(layout: Layout) -> None:
+    async with client(Scripted([5]), layout) as http:
+        response = await http.post("/v1/completions", json={"prompt": "a", "n": 9})
+    assert (response.status_code, "at most 8 run and wait here" in response.text) == (400, True)
+
+
+@pytest.mark.parametrize(
+    ("content", "status", "message"),
+    [
+        (b'{"prompt": "\xff"}', 400, "the body is not UTF-8"),
+        (b"[" * 9_000, 400, "the body is"),
+        (b'{"a":' * 100 + b"1" + b"}" * 100, 400, "the body is nested deeper than 64"),
+        (b'{"prompt": "a", "temperature": NaN}', 400, "NaN is no JSON number"),
+        (b'{"prompt": "a", "seed": 1' + b"0" * 5000 + b"}", 400, "the body is not JSON that can be read"),
+        (b'{"prompt": "a", "max_tokens": 1e300}', 400, "`max_tokens`"),
+        (b'{"prompt": "a", "max_tokens": -1}', 400, "`max_tokens`"),
+        (b'{"prompt": "a", "seed": 99999999999999999999999999}', 200, ""),
+        (b'{"prompt": "a", "model": "../../etc/passwd"}', 404, "is not served here"),
+        (b'{"prompt": "\\ud800"}', 400, "half of a surrogate pair"),
+        (b'{"prompt": "a", "model": "\\ud800"}', 400, "half of a surrogate pair"),
+        (b'{"prompt": "' + b"a" * 20_000 + b'"}', 413, "the body is larger than 10000 bytes"),
+        (b"null", 400, "the body"),
+        (b"", 400, "Field required"),
+    ],
+)
+async def test_hostile_bodies_get_a_clear_refusal(layout: Layout, content: bytes, status: int, message: str) -> None:
+    engine = Scripted([5, layout.stop_ids[0]])
+    headers = {"content-type": "application/json"}
+    async with client(engine, layout, serving=Serving(max_body_bytes=10_000)) as http:
+        response = await http.post("/v1/completions", content=content, headers=headers)
+        unsized = await http.post("/v1/completions", content=pieces(content), headers=headers)
+        assert (await http.post("/v1/completions", json={"prompt": "a"})).status_code == 200
+    assert [response.status_code, unsized.status_code] == [status, status]
+    assert message in response.text
+    assert engine.open == 0
+
+
+async def pieces(content: bytes) -> AsyncGenerator[bytes, None]:
+    for first in range(0, len(content), 4000):
+        yield content[first : first + 4000]
+
+
+async def test_keys_name_who_asks_for_what_and_how_often(layout: Layout, tmp_path: Path) -> None:
+    made = {name: new_key(name) for name in ("anna", "ben", "cleo")}
+    extra = {"anna": {"requests_per_minute": 2}, "ben": {"models": ["other"]}, "cleo": {"tokens_per_minute": 5}}
+    file = tmp_path / "keys.yaml"
+    file.write_text(yaml.safe_dump({"keys": [yaml.safe_load(entry)[0] | extra[name] for name, (_, entry) in made.items()]}))
+
+    class Here(Limiter):
+        async def admit(self, *asked: Any) -> float:  # type: ignore[override]  # as the gate wants it
+            return super().admit(*asked)
+
+    engine = Scripted([5, layout.stop_ids[0]])
+    async with client(engine, layout, keys=Keys(file), limits=Here(lambda: 100.0)) as http:
+
+        async def status(key: str | None) -> tuple[int, str | None, str | None]:
+            headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+            response = await http.post("/v1/completions", json={"prompt": "abc"}, headers=headers)
+            error = response.json().get("error", {"code": None})
+            return response.status_code, error["code"], response.headers.get("retry-after")
+
+        assert await status(None) == (401, "invalid_api_key", None)
+        assert await status("sk-apprentice-wrong") == (401, "invalid_api_key", None)
+        assert [await status(made["anna"][0]) for _ in range(3)] == [(200, None, None)] * 2 + [(429, "rate_limit_exceeded", "30")]
+        assert await status(made["ben"][0]) == (403, "model_not_allowed", None)
+        assert await status(made["cleo"][0]) == (200, None, None)
+        assert await status(made["cleo"][0]) == (429, "rate_limit_exceeded", "12")  # all five are gone, one comes every 12 s
+        assert [(await http.get(path)).status_code for path in ("/health", "/", "/playground/app.js", "/metrics")] == [
+            200,
+            200,
+            200,
+            401,
+        ]
+
+
+async def test_state_for_machines(layout: Layout, caplog: pytest.LogCaptureFixture) -> None:
+    engine = Scripted([5, layout.stop_ids[0]])
+    caplog.set_level("INFO", logger="apprentice.requests")
+    async with client(engine, layout) as http:
+        statuses = [(await http.get("/ready")).status_code for _ in range(1)]
+        await asyncio.sleep(0)
+        statuses += [(await http.get("/ready")).status_code]
+        assert (statuses, engine.open) == ([503, 200], 0)
+        answer = await http.post("/v1/completions", json={"prompt": "a secret"}, headers={"X-Request-Id": "mine-1"})
+        assert answer.headers["x-request-id"] == "mine-1"
+        assert len((await http.post("/v1/completions", json={"prompt": ""})).headers["x-request-id"]) == 32
+        text = (await http.get("/metrics")).text
+        assert (await http.get("/docs")).status_code == 200
+    assert 'apprentice_requests_total{model="tiny",replica="",status="200"} 1.0' in text
+    assert 'apprentice_requests_total{model="tiny",replica="",status="400"} 1.0' in text
+    assert 'apprentice_time_to_first_token_seconds_count{model="tiny",replica=""} 1.0' in text
+    lines = [json.loads(record.message) for record in caplog.records if record.name == "apprentice.requests"]
+    assert [line["status"] for line in lines] == [503, 200, 200, 400, 200, 200]
+    assert lines[2]["request_id"] == "mine-1"
+    assert "secret" not in caplog.text
+
+
+async def test_what_the_model_reads_can_be_seen(layout: Layout) -> None:
+    async with client(Scripted([5]), layout) as http:
+        rendered = (await http.post("/v1/render", json={"instruction": "Name it.", "input": "A"})).json()
+        turns = [{"role": "user", "content": "Name it.\n\nA"}]
+        assert (await http.post("/v1/render", json={"messages": turns})).json() == rendered
+        assert (await http.get("/v1/contract")).status_code == 404
+    assert rendered == {"text": layout.prompt("Name it.", "A"), "token_ids": layout.encode_prompt(layout.prompt("Name it.", "A"))}

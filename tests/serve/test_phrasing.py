@@ -31,17 +31,17 @@ def conversation(*turns: str) -> ChatRequest:
 def test_an_instruction_has_exactly_the_ids_of_training(chat: Phrasing, plain: Phrasing) -> None:
     for phrasing in (chat, plain):
         layout = phrasing.layout
-        request = phrasing.instruct(InstructRequest(instruction="Count the words.", input="a b"))
+        (request,) = phrasing.instruct(InstructRequest(instruction="Count the words.", input="a b"))
         assert list(request.prompt) == layout.encode_prompt(layout.prompt("Count the words.", "a b"))
         assert request.max_tokens == 200 - len(request.prompt)
         assert request.stop_ids == frozenset(layout.stop_ids)
-        same = phrasing.chat(conversation("Count the words.\n\na b"))
+        (same,) = phrasing.chat(conversation("Count the words.\n\na b"))
         assert same.prompt == request.prompt
 
 
 def test_turns_are_for_layouts_that_have_them(chat: Phrasing, plain: Phrasing) -> None:
     asked = conversation("Hello.", "Hi!", "Who are you?")
-    prompt = chat.layout.tokenizer.decode(chat.chat(asked).prompt, skip_special=False)
+    prompt = chat.layout.tokenizer.decode(chat.chat(asked)[0].prompt, skip_special=False)
     assert prompt.endswith(
         "user\nHello.<|im_end|>\n<|im_start|>assistant\nHi!<|im_end|>\n"
         "<|im_start|>user\nWho are you?<|im_end|>\n<|im_start|>assistant\n"
@@ -53,11 +53,14 @@ def test_turns_are_for_layouts_that_have_them(chat: Phrasing, plain: Phrasing) -
 
 
 def test_completions_are_raw(chat: Phrasing) -> None:
-    request = chat.completion(CompletionRequest(prompt="Hello.", ignore_eos=True, seed=5, temperature=1.0))
+    (request,) = chat.completion(CompletionRequest(prompt="Hello.", ignore_eos=True, seed=5, temperature=1.0))
     assert list(request.prompt) == chat.layout.tokenizer.encode("Hello.")
     assert (request.max_tokens, request.stop_ids, request.seed) == (16, frozenset(), 5)
-    assert chat.completion(CompletionRequest(prompt=[5, 6])).prompt == (5, 6)
-    seeds = {chat.completion(CompletionRequest(prompt=[5])).seed for _ in range(3)}
+    both = chat.completion(CompletionRequest(prompt=[[5, 6], [7]], n=2, seed=3))
+    assert [(request.prompt, request.seed) for request in both] == [((5, 6), 3), ((5, 6), 4), ((7,), 3), ((7,), 4)]
+    (scored,) = chat.completion(CompletionRequest(prompt=[5], echo=True, logprobs=1, max_tokens=0))
+    assert (scored.score_from, scored.logprobs, scored.max_tokens) == (0, 1, 1)
+    seeds = {chat.completion(CompletionRequest(prompt=[5]))[0].seed for _ in range(3)}
     assert len(seeds) == 3
 
 
@@ -76,4 +79,4 @@ def test_completions_are_raw(chat: Phrasing) -> None:
 def test_refusals(chat: Phrasing, asked: CompletionRequest | InstructRequest, message: str) -> None:
     with pytest.raises(RequestProblem, match=message):
         chat.completion(asked) if isinstance(asked, CompletionRequest) else chat.instruct(asked)
-    assert chat.completion(CompletionRequest(prompt=[5] * 150, max_tokens=50)).max_tokens == 50
+    assert chat.completion(CompletionRequest(prompt=[5] * 150, max_tokens=50))[0].max_tokens == 50

@@ -39,11 +39,22 @@ def test_what_asks_for_nothing_is_let_through() -> None:
     ("kind", "extra", "param", "message"),
     [
         (CompletionRequest, {"tools": [{}]}, "tools", "`tools` is not supported here. Supported: model,"),
-        (CompletionRequest, {"n": 2}, "n", "`n` is not supported here."),
+        (CompletionRequest, {"n": 0}, "n", "`n`: Input should be greater than or equal to 1."),
+        (CompletionRequest, {"best_of": 2}, "best_of", "`best_of` is not supported here."),
+        (CompletionRequest, {"max_tokens": 0}, None, "asks for nothing but the prompt; set `echo`"),
+        (CompletionRequest, {"logit_bias": {"a": 1}}, "logit_bias", "valid integer"),
+        (CompletionRequest, {"prompt": "\ud800"}, "prompt", "half of a surrogate pair"),
+        (CompletionRequest, {"structured_outputs": {"choice": ["a"], "regex": "b"}}, "structured_outputs", "exactly one of"),
+        (
+            CompletionRequest,
+            {"response_format": {"type": "json_schema"}},
+            "response_format",
+            "`json_schema` is given exactly where",
+        ),
+        (ChatRequest, {"messages": [{"role": "user", "content": "a"}], "top_logprobs": 2}, None, "`top_logprobs` needs `logprobs`"),
         (CompletionRequest, {"max_token": 2}, "max_token", "Did you mean 'max_tokens'?"),
         (CompletionRequest, {"temperature": 3}, "temperature", "`temperature`: Input should be less than or equal to 2."),
-        (CompletionRequest, {"max_tokens": 0}, "max_tokens", "`max_tokens`: Input should be greater than or equal to 1."),
-        (CompletionRequest, {"prompt": ["a", "b"]}, "prompt", "`prompt"),
+        (CompletionRequest, {"prompt": ["a", 5]}, "prompt", "`prompt"),
         (CompletionRequest, {"stream_options": {"usage": True}}, "stream_options.usage", "Extra inputs are not permitted"),
         (CompletionRequest, {"stream": True, "return_token_ids": True}, None, "`return_token_ids` is for whole replies"),
         (ChatRequest, {"messages": []}, "messages", "at least 1 item"),
@@ -59,16 +70,16 @@ def test_refusals_name_the_field(kind: type[Asked], extra: dict[str, Any], param
 
 def test_bodies_have_openais_shape() -> None:
     chat, text = Replies("m", chat=True), Replies("m", chat=False)
-    whole = chat.whole("Hi", "stop", Usage(3, 2))
+    whole = chat.whole([chat.choice(0, "Hi", "stop", None)], Usage(3, 2))
     assert whole["object"] == "chat.completion"
     assert whole["choices"] == [
         {"index": 0, "message": {"role": "assistant", "content": "Hi"}, "finish_reason": "stop", "logprobs": None}
     ]
     assert whole["usage"] == {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
-    assert text.whole("Hi", "length", Usage(3, 2), [7, 8])["choices"][0]["token_ids"] == [7, 8]
-    first, last = chat.chunk("H", None, first=True), chat.chunk("", "stop")
+    assert text.choice(1, "Hi", "length", None, [7, 8])["token_ids"] == [7, 8]
+    first, last = chat.chunk(0, "H", None, first=True), chat.chunk(1, "", "stop")
     assert first["choices"][0]["delta"] == {"role": "assistant", "content": "H"}
     assert (last["choices"][0]["delta"], last["choices"][0]["finish_reason"]) == ({}, "stop")
-    assert text.chunk("H", None)["choices"][0]["text"] == "H"
+    assert text.chunk(0, "H", None)["choices"][0]["text"] == "H"
     assert chat.usage_chunk(Usage(3, 2))["choices"] == []
     assert json.loads(event(first).removeprefix("data: ")) == first

@@ -40,6 +40,7 @@ for command in (
     evaluation.predict,
     serving.serve,
     serving.ask,
+    serving.key,
     data.recipe_schema,
 ):
     app.command(command.__name__.replace("_", "-"))(command)

@@ -17,6 +17,7 @@ def serve(
     recipe: Annotated[str | None, typer.Option(help="Recipe whose layout a bare model takes.")] = None,
     require_gate: Annotated[bool, typer.Option(help="Refuse a model that has not passed its recipe's `evaluation.gate`.")] = False,
     storage: Storage = "./runs",
+    insecure: Annotated[bool, typer.Option(help="Let an address other than loopback do without keys.")] = False,
 ) -> None:
     """The endpoint and the playground on one port, until Ctrl-C."""
     from apprentice import road
@@ -30,6 +31,7 @@ def serve(
         recipe=recipe,
         storage=storage,
         require_gate=require_gate,
+        insecure=insecure,
         progress=screen.progress,
     ) as url:
         screen.say(f"serving {target} at {url}  (playground: {url}/, API: {url}/v1, stop with Ctrl-C)")
@@ -42,11 +44,25 @@ def ask(
     input: Annotated[str, typer.Option(help="What to do it with.")] = "",
     url: Annotated[str, typer.Option(help="A running endpoint.")] = "http://127.0.0.1:8000",
     max_tokens: Annotated[int, typer.Option(help="Longest reply, in tokens.")] = 128,
+    key: Annotated[str | None, typer.Option(envvar="APPRENTICE_API_KEY", help="API key, if the endpoint wants one.")] = None,
     json: Json = False,
 ) -> None:
     """One request against a running endpoint."""
     from apprentice import road
 
     screen = screen_for(json)
-    reply = road.ask(url, instruction, input, max_tokens=max_tokens)
+    reply = road.ask(url, instruction, input, max_tokens=max_tokens, key=key)
     screen.result({"reply": reply}, reply)
+
+
+def key(
+    name: Annotated[str, typer.Argument(help="Whose key it is.")],
+    json: Json = False,
+) -> None:
+    """A new API key, shown once, and its entry for the keys file."""
+    from apprentice.serve.keys import KEYS_FILE, new_key
+
+    made, entry = new_key(name)
+    where = f"Keep it now: only its hash is stored. Add this under `keys:` in the file that {KEYS_FILE} names:"
+    shown = f"key: {made}\n\n{where}\n\n{entry}"
+    screen_for(json).result({"key": made, "entry": entry}, shown)

@@ -8,36 +8,62 @@ for few rows than for many: in fp32 far below the distance of two logits.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
+import torch
+from torch import Tensor
+
 from apprentice.errors import ModelError
 from apprentice.models.ragged import KvMemory, Segment, forward, prepare
-from apprentice.models.sampling import GREEDY, Sampling, draw
+from apprentice.models.sampling import GREEDY, Constraint, Sampling, adjust, draw
 
 Finish = Literal["stop", "length"]
 # Prompt tokens computed in one step: enough to fill the cores, few enough that running requests do not notice.
 PREFILL_TOKENS = 512
+# Positions worth copying from another request's memory instead of computing them.
+LEAST_SHARED = 32
+_SCORED_ROWS = 128  # rows whose log-probabilities are made at once
 
 
 @dataclass(frozen=True)
 class Generation:
-    """What one request asks for. It ends at one of `stop_ids`, or after `max_new_tokens`, or where the context is full."""
+    """What one request asks for. It ends at one of `stop_ids`, or after `max_new_tokens`, or where the context is full.
+
+    `logprobs` None: none; else each token comes with its log-probability and those of so many best tokens. `score_from` wants
+    the same of the prompt's tokens from that place on.
+    """
 
     prompt: Sequence[int]
     max_new_tokens: int
     stop_ids: Collection[int] = ()
     sampling: Sampling = GREEDY
+    constraint: Constraint | None = None
+    logprobs: int | None = None
+    score_from: int | None = None
+
+
+class Scored(NamedTuple):
+    """A token with its natural log-probability under the model's own logits (None for a text's first), and the best tokens'."""
+
+    id: int
+    logprob: float | None
+    top: tuple[tuple[int, float], ...] = ()
 
 
 class Token(NamedTuple):
-    """One new token of the request `key`; `finish` says why it is the last, or is None. A stop id is reported too."""
+    """One new token of the request `key`; `finish` says why it is the last, or is None. A stop id is reported too.
+
+    `scored` is there if log-probabilities were wanted; `prompt`, with the first token, if the prompt's were.
+    """
 
     key: Hashable
     id: int
     finish: Finish | None
+    scored: Scored | None = None
+    prompt: tuple[Scored, ...] = ()
 
 
 @dataclass
@@ -47,14 +73,16 @@ class _Running:
     slot: int
     pending: Sequence[int]  # tokens whose keys and values are not in memory yet
     start: int = 0  # position of the first of them
-    produced: int = field(default=0)
+    produced: int = 0
+    seen: Counter[int] = field(default_factory=Counter)  # of the reply's tokens, for penalties
+    prompt: list[Scored] = field(default_factory=list)
 
 
 class Decoder:
     """Decodes up to `slots` requests together, each with up to `context` tokens of prompt and reply.
 
-    `context` shrinks to what the model's positions allow. Not thread-safe. Raises `ModelError` for a model that cannot be
-    decoded so.
+    `context` shrinks to what the model's positions allow. A prompt that begins like one in memory takes its keys and values from
+    there. Not thread-safe. Raises `ModelError` for a model that cannot be decoded so.
     """
 
     def __init__(self, model: Any, *, slots: int, context: int, prefill_tokens: int = PREFILL_TOKENS) -> None:
@@ -65,8 +93,10 @@ class Decoder:
         self._memory = KvMemory(slots, self.context)
         self._prefill_tokens = prefill_tokens
         self._free = list(range(slots))
+        self._held: list[list[int]] = [[] for _ in range(slots)]  # whose keys and values each slot has, of past requests too
         self._waiting: deque[tuple[Hashable, Generation]] = deque()
         self._running: dict[Hashable, _Running] = {}
+        self.shared = 0  # prompt tokens that did not have to be computed
 
     @property
     def running(self) -> int:
@@ -77,6 +107,11 @@ class Decoder:
     def waiting(self) -> int:
         """Requests that wait for one."""
         return len(self._waiting)
+
+    @property
+    def held_tokens(self) -> int:
+        """Positions of the memory that running requests use."""
+        return sum(owner.start for owner in self._running.values())
 
     def submit(self, key: Hashable, wanted: Generation) -> None:
         """Queues a request under a new `key`. Raises `ModelError` where prompt and one token do not fit the context."""
@@ -102,23 +137,74 @@ class Decoder:
         if not segments:
             return []
         logits = forward(self._model, self._memory, segments)
-        best = logits.argmax(dim=-1).tolist()
-        tokens = []
-        for number, (segment, owner) in enumerate(zip(segments, owners, strict=True)):
+        done: list[_Running] = []
+        rows: list[int] = []  # of the logits after the last token of those whose prompt is computed
+        row = 0
+        for segment, owner in zip(segments, owners, strict=True):
+            if segment.every:
+                self._score_prompt(owner, segment, logits[row : row + segment.kept])
+            row += segment.kept
             owner.start += len(segment.ids)
             owner.pending = owner.pending[len(segment.ids) :]
+            self._held[owner.slot] += segment.ids
             if not owner.pending:
-                sampling = owner.wanted.sampling
-                chosen = best[number] if sampling.is_greedy else draw(logits[number], sampling, owner.produced)
-                tokens.append(self._accept(owner, chosen))
-        return tokens
+                done.append(owner)
+                rows.append(row - 1)
+        return self._next_tokens(logits if len(rows) == len(logits) else logits[rows], done)
+
+    def _next_tokens(self, logits: Tensor, owners: Sequence[_Running]) -> list[Token]:
+        """One token each, from `logits` (owners, vocabulary)."""
+        if not owners:
+            return []
+        wishes = [owner.wanted.sampling for owner in owners]
+        shaped = logits
+        changed = [row for row, owner in enumerate(owners) if wishes[row].changes_logits or owner.wanted.constraint]
+        if changed:
+            shaped = logits.float()
+            for row in changed:
+                shaped[row] = adjust(logits[row], wishes[row], owners[row].seen, owners[row].wanted.constraint)
+        chosen = draw(shaped, wishes, [owner.produced for owner in owners])
+        scored: dict[int, Scored] = {}
+        if wanted := [row for row, owner in enumerate(owners) if owner.wanted.logprobs is not None]:
+            tops = [owners[row].wanted.logprobs or 0 for row in wanted]
+            scored = dict(zip(wanted, _scores(logits[wanted], [chosen[row] for row in wanted], tops), strict=True))
+        return [self._accept(owner, chosen[row], scored.get(row)) for row, owner in enumerate(owners)]
+
+    def _score_prompt(self, owner: _Running, segment: Segment, logits: Tensor) -> None:
+        """Keeps the scores of the prompt's tokens that follow those of `segment`, whose logits are given."""
+        first = owner.wanted.score_from or 0
+        if segment.start == first == 0:
+            owner.prompt.append(Scored(segment.ids[0], None))
+        begin = max(first, segment.start + 1)
+        targets = owner.wanted.prompt[begin : segment.start + 1 + len(segment.ids)]
+        rows = logits[begin - segment.start - 1 :][: len(targets)]
+        owner.prompt += _scores(rows, targets, [owner.wanted.logprobs or 0] * len(targets))
 
     def _admit(self) -> None:
         while self._waiting and self._free:
-            key, wanted = self._waiting.popleft()
+            key, wanted = self._waiting[0]
+            source, shared = self._like(wanted)
+            usable = _shareable(wanted)
+            if any(_common(owner.wanted.prompt, usable) >= shared + LEAST_SHARED for owner in self._reading()):
+                return  # what is being read now will be there to copy in a moment
+            self._waiting.popleft()
             # The lowest slot, so that those in use stay adjacent and are read as one view.
             slot = self._free.pop(self._free.index(min(self._free)))
-            self._running[key] = _Running(key, wanted, slot, wanted.prompt)
+            if shared and source != slot:
+                self._memory.copy(source, slot, shared)
+            self._held[slot] = list(wanted.prompt[:shared])
+            self.shared += shared
+            self._running[key] = _Running(key, wanted, slot, wanted.prompt[shared:], start=shared)
+
+    def _like(self, wanted: Generation) -> tuple[int, int]:
+        """The slot whose memory begins most like the prompt, and how many positions of it are worth taking."""
+        prompt = _shareable(wanted)
+        shared, source = max((_common(held, prompt), -slot) for slot, held in enumerate(self._held))
+        return (-source, shared) if shared >= LEAST_SHARED else (0, 0)
+
+    def _reading(self) -> list[_Running]:
+        """Requests whose prompts are being read."""
+        return [owner for owner in self._running.values() if not owner.produced]
 
     def _segments(self) -> tuple[list[Segment], list[_Running]]:
         room = self._prefill_tokens
@@ -130,13 +216,14 @@ class Decoder:
                 if len(ids) > room:
                     continue
                 room -= len(ids)
-            segments.append(Segment(owner.slot, owner.start, ids))
+            segments.append(Segment(owner.slot, owner.start, ids, owner.wanted.score_from is not None and not owner.produced))
             owners.append(owner)
         return segments, owners
 
-    def _accept(self, owner: _Running, chosen: int) -> Token:
+    def _accept(self, owner: _Running, chosen: int, scored: Scored | None) -> Token:
         owner.produced += 1
         owner.pending = [chosen]
+        owner.seen[chosen] += 1
         finish: Finish | None = None
         if chosen in owner.wanted.stop_ids:
             finish = "stop"
@@ -144,11 +231,49 @@ class Decoder:
             finish = "length"
         if finish:
             self._release(owner)
-        return Token(owner.key, chosen, finish)
+        elif owner.wanted.constraint:
+            owner.wanted.constraint.accept(chosen)
+        return Token(owner.key, chosen, finish, scored, tuple(owner.prompt) if owner.produced == 1 else ())
 
     def _release(self, owner: _Running) -> None:
         del self._running[owner.key]
         self._free.append(owner.slot)
+
+
+def _shareable(wanted: Generation) -> Sequence[int]:
+    """The part of the prompt that need not be computed: not its last token nor what comes before a scored one, for their logits."""
+    return wanted.prompt[: len(wanted.prompt) - 1 if wanted.score_from is None else max(0, wanted.score_from - 1)]
+
+
+def _common(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many ids the two have in common at their start, by halving."""
+    low, high = 0, min(len(one), len(other))
+    if not high or one[0] != other[0]:
+        return 0
+    while low < high:
+        middle = (low + high + 1) // 2
+        if list(one[low:middle]) == list(other[low:middle]):
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def _scores(logits: Tensor, ids: Sequence[int], tops: Sequence[int]) -> list[Scored]:
+    """Each id scored under its row of `logits` (ids, vocabulary), with so many best tokens as `tops` says."""
+    found: list[Scored] = []
+    for first in range(0, len(ids), _SCORED_ROWS):
+        part = slice(first, first + _SCORED_ROWS)
+        rows = logits[part].float()
+        wanted = torch.tensor(list(ids[part]), device=rows.device)[:, None]
+        whole = rows.logsumexp(dim=-1, keepdim=True)
+        own = (rows.gather(1, wanted) - whole)[:, 0].tolist()
+        most = min(max(tops[part]), rows.shape[-1])
+        best, places = (rows.topk(most, dim=-1)) if most else (whole[:, :0], wanted[:, :0])
+        values, names = (best - whole).tolist(), places.tolist()
+        for row, (id, count) in enumerate(zip(ids[part], tops[part], strict=True)):
+            found.append(Scored(int(id), own[row], tuple(zip(names[row][:count], values[row][:count], strict=True))))
+    return found
 
 
 def generate(

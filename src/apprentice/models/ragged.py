@@ -33,11 +33,17 @@ BUCKET = 128
 
 
 class Segment(NamedTuple):
-    """New tokens `ids` of the sequence in `slot`, the first of them at position `start`."""
+    """New tokens `ids` of the sequence in `slot`, the first at position `start`; logits after `every` one, or after the last."""
 
     slot: int
     start: int
     ids: Sequence[int]
+    every: bool = False
+
+    @property
+    def kept(self) -> int:
+        """Rows of logits that the segment gives."""
+        return len(self.ids) if self.every else 1
 
 
 class KvMemory:
@@ -58,6 +64,12 @@ class KvMemory:
         stored_keys[slots, :, positions] = keys
         stored_values[slots, :, positions] = values
         return stored_keys, stored_values
+
+    def copy(self, source: int, target: int, count: int) -> None:
+        """Gives slot `target` the first `count` positions of slot `source`."""
+        with torch.inference_mode():
+            for stored in (part for layer in self._layers.values() for part in layer):
+                stored[target, :, :count] = stored[source, :, :count]
 
     def _allocate(self, like: torch.Tensor) -> torch.Tensor:
         shape = (self.slots, like.shape[1], self.context, like.shape[2])
@@ -135,7 +147,12 @@ class Ragged:
         self.ids = on_device([token for segment in ordered for token in segment.ids])
         self.slots = on_device(np.repeat([segment.slot for segment in ordered], counts))
         self.positions = on_device(positions)
-        self.last = on_device(before + counts - 1)  # index in the row of each segment's last token
+        # Where in the row the logits are wanted, and where these stand in the order in which the segments were given.
+        ends = before + counts
+        self.kept = on_device([at for end, segment in zip(ends, ordered, strict=True) for at in range(end - segment.kept, end)])
+        given = np.array([segment.kept for segment in segments])
+        starts = np.cumsum(given) - given
+        self.order_kept = on_device([starts[number] + step for number in self.order for step in range(given[number])])
         self._masks: dict[tuple[Group | Chunk, int | None], torch.Tensor | None] = {}
 
     def mask(self, part: Group | Chunk, window: int | None, dtype: torch.dtype) -> torch.Tensor | None:
@@ -165,7 +182,7 @@ class Ragged:
 
 
 def forward(model: Any, memory: KvMemory, segments: Sequence[Segment]) -> torch.Tensor:
-    """Logits after the last token of each segment, (segments, vocabulary), in the order given.
+    """Logits (rows, vocabulary): of each segment in the order given, after its last token or after every one.
 
     At most one segment for each slot. Runs under `torch.inference_mode()`; `model` must have been through `prepare`.
     """
@@ -178,13 +195,12 @@ def forward(model: Any, memory: KvMemory, segments: Sequence[Segment]) -> torch.
                 input_ids=ragged.ids[None],
                 position_ids=ragged.positions[None],
                 use_cache=False,
-                logits_to_keep=ragged.last,
+                logits_to_keep=ragged.kept,
                 ragged=ragged,
             ).logits[0]
     finally:
         model.config._attn_implementation = was
-    order = torch.as_tensor(ragged.order, device=logits.device)
-    return torch.empty_like(logits).index_copy_(0, order, logits)
+    return torch.empty_like(logits).index_copy_(0, ragged.order_kept, logits)
 
 
 def _attend(

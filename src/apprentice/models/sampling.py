@@ -1,30 +1,58 @@
-"""Which token comes next: the most probable one, or one drawn by a counter-based generator.
+"""Which token comes next: the most probable one, or one drawn by a counter-based generator, for many requests in one go.
 
-The draw for token n of a request depends on the request's seed and n alone, never on what else runs. Knows nothing of batches.
+The draw for token n of a request depends on the request's seed and n alone, never on what else runs. Knows nothing of batches of
+tokens or of what a constraint means.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
+
+_NUCLEUS = 512  # tokens among which top_p is looked for before the whole vocabulary is sorted
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """Temperature 0 takes the most probable token; `top_p` keeps the fewest tokens that together have that probability."""
+    """Temperature 0 takes the most probable token; `top_p` keeps the fewest tokens that together have that probability.
+
+    Before that, `bias` (token id → number) is added to the logits, and from those of tokens that the reply has already are taken
+    `presence_penalty`, and `frequency_penalty` for each time.
+    """
 
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    bias: Mapping[int, float] = field(default_factory=dict)
 
     @property
     def is_greedy(self) -> bool:
         return self.temperature == 0.0
 
+    @property
+    def changes_logits(self) -> bool:
+        return bool(self.frequency_penalty or self.presence_penalty or self.bias)
+
 
 GREEDY = Sampling()
+
+
+class Constraint(Protocol):
+    """What a reply may say, token by token."""
+
+    def allowed(self) -> np.ndarray:
+        """For every id whether it may come next; a bool array that may be shorter or longer than the logits."""
+
+    def accept(self, id: int) -> None:
+        """`id` has come."""
 
 
 def uniform(seed: int, step: int) -> float:
@@ -33,18 +61,70 @@ def uniform(seed: int, step: int) -> float:
     return float(np.random.Generator(np.random.Philox(key=key, counter=[0, step, 0, 0])).random())
 
 
-def draw(logits: torch.Tensor, sampling: Sampling, step: int) -> int:
-    """The id of token number `step`, from `logits` (vocabulary)."""
-    if sampling.is_greedy:
-        return int(logits.argmax())
-    probabilities = torch.softmax(logits.double() / sampling.temperature, dim=-1)
-    ids: torch.Tensor | None = None
-    if sampling.top_p < 1.0:
-        probabilities, ids = probabilities.sort(descending=True, stable=True)
-        before = probabilities.cumsum(0) - probabilities
-        kept = max(1, int((before < sampling.top_p).sum()))
-        probabilities, ids = probabilities[:kept], ids[:kept]
-    cumulative = probabilities.cumsum(0)
-    point = uniform(sampling.seed, step) * float(cumulative[-1])
-    place = min(int(torch.searchsorted(cumulative, torch.tensor(point, dtype=torch.float64), right=True)), len(cumulative) - 1)
-    return place if ids is None else int(ids[place])
+def adjust(logits: Tensor, sampling: Sampling, seen: Counter[int], constraint: Constraint | None) -> Tensor:
+    """`logits` (vocabulary) as the request wants them, in float32: biased, penalised for what was `seen`, and constrained."""
+    changed = logits.float().clone()
+    penalties = {id: sampling.presence_penalty + count * sampling.frequency_penalty for id, count in seen.items()}
+    for numbers, sign in ((sampling.bias, 1.0), (penalties, -1.0)):
+        if numbers:
+            ids = torch.tensor(list(numbers), device=changed.device)
+            changed[ids] += sign * torch.tensor(list(numbers.values()), dtype=torch.float32, device=changed.device)
+    if constraint is not None:
+        allowed = np.zeros(len(changed), dtype=bool)
+        known = constraint.allowed()[: len(changed)]
+        allowed[: len(known)] = known
+        changed[torch.from_numpy(~allowed).to(changed.device)] = float("-inf")
+    return changed
+
+
+def draw(logits: Tensor, samplings: Sequence[Sampling], steps: Sequence[int]) -> list[int]:
+    """For each row of `logits` (requests, vocabulary) the id of the request's token number `steps[row]`."""
+    chosen: list[int] = logits.argmax(dim=-1).tolist()
+    drawn = [row for row, sampling in enumerate(samplings) if not sampling.is_greedy]
+    if not drawn:
+        return chosen
+    device = logits.device
+
+    def of_drawn(values: Sequence[float]) -> Tensor:
+        return torch.tensor([values[row] for row in drawn], dtype=torch.float64, device=device)[:, None]
+
+    temperatures = of_drawn([sampling.temperature for sampling in samplings])
+    points = of_drawn([uniform(sampling.seed, step) for sampling, step in zip(samplings, steps, strict=True)])
+    shares = of_drawn([sampling.top_p for sampling in samplings])
+    probabilities = torch.softmax(logits[drawn].double() / temperatures, dim=-1)
+    whole = [place for place, row in enumerate(drawn) if samplings[row].top_p >= 1.0]
+    nucleus = [place for place, row in enumerate(drawn) if samplings[row].top_p < 1.0]
+    found: dict[int, int] = {}
+    if whole:
+        found |= zip(whole, _at(probabilities[whole], points[whole]), strict=True)
+    if nucleus:
+        found |= zip(nucleus, _in_nucleus(probabilities[nucleus], shares[nucleus], points[nucleus]), strict=True)
+    for place, row in enumerate(drawn):
+        chosen[row] = found[place]
+    return chosen
+
+
+def _at(probabilities: Tensor, points: Tensor) -> list[int]:
+    """For each row the place where the running sum passes `points` (rows, 1) of the row's sum; places of no weight are not hit."""
+    cumulative = probabilities.cumsum(dim=-1)
+    places = torch.searchsorted(cumulative, points * cumulative[:, -1:], right=True)[:, 0]
+    last = (probabilities > 0).long().cumsum(dim=-1).argmax(dim=-1)  # rounding may carry a point past the last weight
+    return torch.minimum(places, last).tolist()
+
+
+def _in_nucleus(probabilities: Tensor, shares: Tensor, points: Tensor) -> list[int]:
+    """As `_at`, among the fewest tokens of each row that together have `shares` (rows, 1) of the probability."""
+    best, ids = probabilities.topk(min(_NUCLEUS, probabilities.shape[-1]), dim=-1)
+    found = _at_best(best, ids, shares, points)
+    if best.shape[-1] < probabilities.shape[-1]:
+        for row in (best.sum(dim=-1, keepdim=True) < shares)[:, 0].nonzero()[:, 0].tolist():
+            one = slice(row, row + 1)
+            found[row] = _at_best(*probabilities[one].sort(dim=-1, descending=True, stable=True), shares[one], points[one])[0]
+    return found
+
+
+def _at_best(best: Tensor, ids: Tensor, shares: Tensor, points: Tensor) -> list[int]:
+    outside = best.cumsum(dim=-1) - best >= shares
+    outside[:, 0] = False
+    places = _at(best.masked_fill(outside, 0.0), points)
+    return [int(row[place]) for row, place in zip(ids, places, strict=True)]

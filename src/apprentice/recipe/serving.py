@@ -26,3 +26,8 @@ class Serving(Strict):
     max_running: Positive = Field(32, description="Requests decoded together by one replica.")
     max_queued_requests: Positive = 64
     context: Positive = Field(2048, description="Tokens of prompt and reply together.")
+    request_timeout_s: Annotated[float, Field(gt=0.0)] = Field(600.0, description="Longest time that one request may take.")
+    max_body_bytes: Positive = Field(4_000_000, description="Largest body of a request.")
+    drain_timeout_s: Annotated[float, Field(ge=0.0)] = Field(
+        60.0, description="How long a replica that is replaced goes on with its requests."
+    )

@@ -29,6 +29,7 @@ def endpoint(
     recipe: str | None = None,
     storage: str = "./runs",
     require_gate: bool = False,
+    insecure: bool = False,
     progress: Progress,
 ) -> Iterator[str]:
     """The running endpoint's URL for a run or a model; it is shut down on leaving."""
@@ -43,10 +44,11 @@ def endpoint(
     settings = run.recipe().serving if run is not None else _serving_for_bare(recipe, contract, storage)
     settings = settings.model_copy(update={k: v for k, v in (("host", host), ("port", port)) if v is not None})
     words = None if run is not None else contract_for(folder, contract, recipe, storage)
-    deployment.check(folder, settings, words)
+    deployment.check(folder, settings, words, insecure=insecure)
     with ray_session():
         progress("serve", {"message": f"loading {folder}"})
-        running = deployment.start(folder, settings, model_name=run.name if run is not None else folder.name, contract=words)
+        name = run.name if run is not None else folder.name
+        running = deployment.start(folder, settings, model_name=name, contract=words, insecure=insecure)
         try:
             yield running.url
         finally:
@@ -85,13 +87,14 @@ def wait_for_stop() -> None:
     stopped.wait()
 
 
-def ask(url: str, instruction: str, input: str, *, max_tokens: int) -> str:
+def ask(url: str, instruction: str, input: str, *, max_tokens: int, key: str | None = None) -> str:
     """The reply of a running endpoint to one instruction, phrased there as in training. Raises `ServingError`."""
     import httpx
 
     body = {"instruction": instruction, "input": input, "max_tokens": max_tokens}
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
     try:
-        reply = httpx.post(f"{url.rstrip('/')}/v1/instruct", json=body, timeout=300.0)
+        reply = httpx.post(f"{url.rstrip('/')}/v1/instruct", json=body, headers=headers, timeout=300.0)
     except httpx.HTTPError as error:
         raise ServingError(
             f"no endpoint answers at {url} ({error.__class__.__name__}); start one with `apprentice serve RUN`."

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 import logging
+import os
 import socket
 import time
 from collections.abc import Iterator
@@ -28,6 +29,8 @@ from apprentice.data.contract import layout_beside
 from apprentice.errors import ResourcesError, ServingError
 from apprentice.recipe import Replicas, Serving
 from apprentice.serve.ingress import build_app
+from apprentice.serve.keys import KEYS_FILE, Keys, Limiter
+from apprentice.tasks.loading import library, load_task
 
 APP_NAME = "apprentice"
 _ROOM_FOR_SMALL = 16  # requests besides replies that a replica takes at once: health, gauges, the page
@@ -58,16 +61,19 @@ class Endpoint:
         self.stop()
 
 
-def check(folder: Path, serving: Serving, contract: PromptContract | None = None) -> None:
+def check(folder: Path, serving: Serving, contract: PromptContract | None = None, *, insecure: bool = False) -> None:
     """Everything that can be known before anything starts. Needs no Ray.
 
-    Raises `ContractError` (no contract, or one that cannot be reproduced) or `ServingError` (host, port).
+    Raises `ContractError` (no contract, or one that cannot be reproduced) or `ServingError` (host, keys, port).
     """
-    if not _is_loopback(serving.host):
+    keys_file = keys_file_of()
+    if not (_is_loopback(serving.host) or keys_file or insecure):
         raise ServingError(
-            f"serving.host {serving.host!r} is not this machine alone, and there are no keys yet that would guard the endpoint;"
-            " use 127.0.0.1."
+            f"serving.host {serving.host!r} is not this machine alone, and no keys guard the endpoint; name a keys file in"
+            f" {KEYS_FILE} (`apprentice key NAME` makes an entry), use 127.0.0.1, or say --insecure to let everybody in."
         )
+    if keys_file is not None:
+        Keys(keys_file)
     layout_beside(folder, contract)
     if serving.port:
         _bind(serving.host, serving.port)
@@ -82,15 +88,16 @@ def start(
     dtype: str = "auto",
     cpus: int | None = None,
     timeout_s: float = 600.0,
+    insecure: bool = False,
 ) -> Endpoint:
     """Serves the model in `folder` inside the Ray that the caller has started, and returns once it answers.
 
-    Port 0 takes a free one. Each replica reserves `cpus` CPUs and decodes with them (None: all of the largest node, shared
-    among the most replicas), and a GPU where there are any. Raises as `check` does, before anything starts; `ResourcesError`
-    where the cluster has no CPU (or GPU) left for the replicas; `ServingError` where they do not come up within `timeout_s`
-    seconds. Nothing is left running then.
+    Port 0 takes a free one; `insecure` lets an address other than loopback do without keys. Each replica reserves `cpus` CPUs
+    and decodes with them (None: all of the largest node, shared among the most replicas), and a GPU where there are any. Raises
+    as `check` does, before anything starts; `ResourcesError` where the cluster has no CPU (or GPU) left for the replicas;
+    `ServingError` where they do not come up within `timeout_s` seconds. Nothing is left running then.
     """
-    check(folder, serving, contract)
+    check(folder, serving, contract, insecure=insecure)
     if _serve_is_running():
         raise ServingError("this Ray cluster serves something already; stop that endpoint first, or use another cluster.")
     port = serving.port or _bind(serving.host, 0)
@@ -123,6 +130,9 @@ class AppArguments(BaseModel):
     max_running: int = Field(32, ge=1)
     max_queued_requests: int = Field(64, ge=1)
     context: int = Field(2048, ge=1)
+    request_timeout_s: float = Field(600.0, gt=0.0)
+    max_body_bytes: int = Field(4_000_000, ge=1)
+    drain_timeout_s: float = Field(60.0, ge=0.0)
     cpus: float = Field(1.0, gt=0.0, description="CPUs that each replica reserves, and decodes with.")
     gpus: float = Field(0.0, ge=0.0)
 
@@ -143,6 +153,9 @@ def application(args: dict[str, Any]) -> serve.Application:
         max_running=wanted.max_running,
         max_queued_requests=wanted.max_queued_requests,
         context=wanted.context,
+        request_timeout_s=wanted.request_timeout_s,
+        max_body_bytes=wanted.max_body_bytes,
+        drain_timeout_s=wanted.drain_timeout_s,
     )
     resources = {"num_cpus": wanted.cpus, "num_gpus": wanted.gpus}
     name = wanted.name or (own.run if own else "") or folder.name
@@ -154,12 +167,25 @@ class _Replica:
     """One process with one engine and the routes over it."""
 
     def __init__(
-        self, folder: Path, model_name: str, serving: Serving, contract: PromptContract | None, dtype: str, threads: int
+        self,
+        folder: Path,
+        model_name: str,
+        serving: Serving,
+        contract: PromptContract | None,
+        dtype: str,
+        threads: int,
+        keys_file: Path | None,
+        limits: Any,
     ) -> None:
         # Here and not above: who only starts the endpoint needs no PyTorch.
         from apprentice.serve.transformers_engine import TransformersEngine
 
+        _log_requests()
         self._model_name = model_name
+        self._serving = serving
+        self._contract = read_contract(folder) or contract
+        self._keys = Keys(keys_file) if keys_file is not None else None
+        self._limits = _SharedLimits(limits) if limits is not None else _OwnLimits()
         self._layout = layout_beside(folder, contract)
         self._engine = TransformersEngine(
             folder,
@@ -171,7 +197,17 @@ class _Replica:
         )
 
     def __serve_build_asgi_app__(self) -> Any:
-        return build_app(self._engine, self._layout, self._model_name)
+        return build_app(
+            self._engine,
+            self._layout,
+            self._model_name,
+            serving=self._serving,
+            contract=self._contract,
+            tasks=[load_task(file) for file in library().values()],
+            keys=self._keys,
+            limits=self._limits,
+            replica=serve.get_replica_context().replica_id.unique_id,
+        )
 
     def check_health(self) -> None:
         """Ray Serve calls this, and replaces the replica when it raises."""
@@ -189,7 +225,8 @@ def _application(
     least, most = serving.replicas.min, max(serving.replicas.min, serving.replicas.max)
     scaling: dict[str, Any] = {"num_replicas": least}
     if most > least:
-        target = {"min_replicas": least, "max_replicas": most, "target_ongoing_requests": serving.max_running}
+        # Below what a replica decodes at once, so that a new one comes before requests wait long.
+        target = {"min_replicas": least, "max_replicas": most, "target_ongoing_requests": max(1, serving.max_running * 3 // 4)}
         scaling = {"autoscaling_config": target}
     deployment = serve.deployment(
         name="apprentice",
@@ -197,10 +234,68 @@ def _application(
         # What is more than running and queued is answered with 429 at once, so it must get in.
         max_ongoing_requests=serving.max_running + serving.max_queued_requests + _ROOM_FOR_SMALL,
         max_constructor_retry_count=1,
-        graceful_shutdown_timeout_s=5.0,
+        graceful_shutdown_timeout_s=serving.drain_timeout_s,
         **scaling,
     )(_Replica)
-    return deployment.bind(folder, model_name, serving, contract, dtype, max(1, int(resources["num_cpus"])))
+    keys_file = keys_file_of()
+    shared = keys_file is not None and most > 1
+    limits = serve.deployment(name="limits", ray_actor_options={"num_cpus": 0})(_Limiter).bind() if shared else None
+    threads = max(1, int(resources["num_cpus"]))
+    return deployment.bind(folder, model_name, serving, contract, dtype, threads, keys_file, limits)
+
+
+class _Limiter:
+    """The limits of the keys, in one process for all replicas."""
+
+    def __init__(self) -> None:
+        self._limiter = Limiter()
+
+    async def admit(self, name: str, requests_per_minute: int | None, tokens_per_minute: int | None) -> float:
+        return self._limiter.admit(name, requests_per_minute, tokens_per_minute)
+
+    async def spend(self, name: str, tokens_per_minute: int, tokens: int) -> None:
+        self._limiter.spend(name, tokens_per_minute, tokens)
+
+
+class _SharedLimits:
+    """Asks the limiter of all replicas."""
+
+    def __init__(self, handle: Any) -> None:
+        self._handle = handle
+
+    async def admit(self, name: str, requests_per_minute: int | None, tokens_per_minute: int | None) -> float:
+        return float(await self._handle.admit.remote(name, requests_per_minute, tokens_per_minute))
+
+    def spend(self, name: str, tokens_per_minute: int, tokens: int) -> None:
+        self._handle.spend.remote(name, tokens_per_minute, tokens)
+
+
+class _OwnLimits:
+    """The limits where there is one replica only."""
+
+    def __init__(self) -> None:
+        self._limiter = Limiter()
+
+    async def admit(self, name: str, requests_per_minute: int | None, tokens_per_minute: int | None) -> float:
+        return self._limiter.admit(name, requests_per_minute, tokens_per_minute)
+
+    def spend(self, name: str, tokens_per_minute: int, tokens: int) -> None:
+        self._limiter.spend(name, tokens_per_minute, tokens)
+
+
+def keys_file_of() -> Path | None:
+    """The keys file that the environment names."""
+    named = os.environ.get(KEYS_FILE)
+    return Path(named).expanduser().absolute() if named else None
+
+
+def _log_requests() -> None:
+    """One JSON line on standard error for each request, and nothing of what it says."""
+    logger = logging.getLogger("apprentice.requests")
+    if not logger.handlers:
+        logger.addHandler(logging.StreamHandler())
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
 
 
 def _replica_resources(serving: Serving, cpus: int | None) -> dict[str, float]:

@@ -1,20 +1,25 @@
-"""What an engine is to the rest of serving: token ids in, token ids out, one at a time.
+"""What an engine is to the rest of serving: token ids in, token ids out, as they come.
 
 Knows nothing of text, HTTP, Ray or PyTorch; the engines in `*_engine.py` fulfil it.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
-from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, Protocol
 
 Finish = Literal["stop", "length"]
 
 
 @dataclass(frozen=True)
 class Request:
-    """One reply that is wanted: at most `max_tokens` tokens, ended by one of `stop_ids` (reported too) or by a full context."""
+    """One reply that is wanted: at most `max_tokens` tokens, ended by one of `stop_ids` (reported too) or by a full context.
+
+    `logprobs` None: none; else so many of the best tokens besides each token's own. `score_from` wants them of the prompt too,
+    from that place on.
+    `constraint` is an object with the methods of `models.sampling.Constraint`.
+    """
 
     prompt: tuple[int, ...]
     max_tokens: int
@@ -22,13 +27,29 @@ class Request:
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    logprobs: int | None = None
+    score_from: int | None = None
+    constraint: Any = None
+
+
+class Score(NamedTuple):
+    """A token with its natural log-probability (None for a text's first) and those of the best tokens."""
+
+    id: int
+    logprob: float | None
+    top: tuple[tuple[int, float], ...] = ()
 
 
 class NewToken(NamedTuple):
-    """One token of a reply; `finish` says why it is the last, or is None."""
+    """One token of a reply; `finish` says why it is the last, or is None. The first brings the prompt's scores, if wanted."""
 
     id: int
     finish: Finish | None
+    score: Score | None = None
+    prompt: tuple[Score, ...] = ()
 
 
 class Stats(NamedTuple):
@@ -38,6 +59,9 @@ class Stats(NamedTuple):
     queued: int  # requests that wait for a place
     requests: int  # requests accepted since the start
     tokens: int  # tokens produced since the start
+    prompt_tokens: int = 0  # prompt tokens accepted since the start
+    shared_tokens: int = 0  # of them, those taken from another request's memory
+    kv_use: float = 0.0  # share of the memory for keys and values that running requests use
 
 
 class Overloaded(Exception):  # noqa: N818 - a state of the engine, and every client's everyday answer
@@ -48,6 +72,17 @@ class EngineFailed(Exception):  # noqa: N818
     """The engine has stopped for good; the replica is replaced."""
 
 
+class TokenStream(Protocol):
+    """One reply's tokens: each step gives all that have come since the last, one at least. Raises `EngineFailed`."""
+
+    def __aiter__(self) -> AsyncIterator[list[NewToken]]: ...
+
+    async def __anext__(self) -> list[NewToken]: ...
+
+    def close(self) -> None:
+        """Frees the reply's place, whether or not it is finished; may be called again."""
+
+
 class Engine(Protocol):
     """All methods are called from one event loop."""
 
@@ -55,11 +90,12 @@ class Engine(Protocol):
     def context(self) -> int:
         """Tokens of prompt and reply together."""
 
-    def generate(self, request: Request) -> AsyncGenerator[NewToken, None]:
-        """The reply, token by token; whoever closes the generator early frees its place.
+    @property
+    def capacity(self) -> int:
+        """Requests that run and wait at most."""
 
-        Raises `Overloaded` before the first token, and `EngineFailed` whenever the engine stops.
-        """
+    def generate(self, requests: list[Request]) -> Sequence[TokenStream]:
+        """Accepts all, or raises `Overloaded` or `EngineFailed`. Whoever holds a stream must close it."""
 
     def stats(self) -> Stats:
         """Where the engine stands now."""

@@ -1,191 +1,222 @@
-"""The HTTP routes over one engine: OpenAI's, our own `/v1/instruct`, health, gauges, and the page at `/`.
+"""The HTTP routes over one engine: OpenAI's, our own, health, metrics, and the page at `/`.
 
-A plain FastAPI application: any ASGI server runs it, Ray Serve among them. Knows nothing of replicas or models.
+A plain ASGI application: any server runs it, Ray Serve among them. Knows nothing of replicas or models.
 """
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import time
-from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing, asynccontextmanager
-from dataclasses import dataclass, field
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
-from starlette.exceptions import HTTPException
+from fastapi.responses import FileResponse, PlainTextResponse, Response
 from starlette.requests import Request as HttpRequest
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp
 
+from apprentice.artifacts import PromptContract
 from apprentice.data.layout import Layout
 from apprentice.errors import did_you_mean
+from apprentice.recipe import Serving
+from apprentice.serve.answering import Answering
+from apprentice.serve.body import CheckedRoute
 from apprentice.serve.engine import Engine, EngineFailed, Overloaded, Request
-from apprentice.serve.phrasing import Phrasing
+from apprentice.serve.gate import Gate, Limits, key_of
+from apprentice.serve.keys import Keys
+from apprentice.serve.metrics import Metrics
 from apprentice.serve.protocol import (
-    LAST_EVENT,
     Asked,
     ChatRequest,
     CompletionRequest,
     InstructRequest,
-    Replies,
+    RenderRequest,
     RequestProblem,
+    TaskRequest,
     Usage,
-    event,
-    explain,
 )
-from apprentice.serve.text import TextStream
+from apprentice.serve.questions import answered, described
+from apprentice.serve.refusals import answer_errors
+from apprentice.tasks.schema import Task
 
+log = logging.getLogger(__name__)
 _PAGE = Path(__file__).parent / "playground"
 _ASSETS = {"index.html": "text/html", "style.css": "text/css", "app.js": "text/javascript"}
 # The page needs nothing from elsewhere, and must not be made to load it.
 _PAGE_HEADERS = {"Content-Security-Policy": "default-src 'self'; img-src 'self' data:", "Cache-Control": "no-cache"}
-_BODIES: dict[str, type[Asked]] = {
-    "/v1/completions": CompletionRequest,
-    "/v1/chat/completions": ChatRequest,
-    "/v1/instruct": InstructRequest,
-}
 
 
-def build_app(engine: Engine, layout: Layout, model_name: str) -> FastAPI:
-    """The application that serves `engine` as `model_name`, phrasing prompts in `layout`; it closes the engine when it ends."""
+def build_app(
+    engine: Engine,
+    layout: Layout,
+    model_name: str,
+    *,
+    serving: Serving | None = None,
+    contract: PromptContract | None = None,
+    tasks: Sequence[Task] = (),
+    keys: Keys | None = None,
+    limits: Limits | None = None,
+    replica: str = "",
+) -> ASGIApp:
+    """The application that serves `engine` as `model_name`, phrasing prompts in `layout`; it closes the engine when it ends.
+
+    `keys` None lets everybody in; `limits` counts what keys use.
+    """
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncGenerator[None, None]:
         yield
         engine.close()
 
-    app = FastAPI(title="apprentice", docs_url=None, redoc_url=None, lifespan=lifespan)
-    phrasing = Phrasing(layout, engine.context)
-    model = {"id": model_name, "object": "model", "created": int(time.time()), "owned_by": "apprentice"}
+    serving = serving or Serving()
+    app = FastAPI(title="apprentice", redoc_url=None, lifespan=lifespan)
+    app.router.route_class = CheckedRoute
+    door = _Door(engine, layout, model_name, serving, limits, Metrics(engine, model_name, replica))
+    _serve_openai(app, door)
+    _serve_ours(app, door, contract, {task.name: task for task in tasks})
+    _serve_state(app, door)
+    _serve_page(app)
+    answer_errors(app)
+    return Gate(app, keys=keys, limits=limits, max_body_bytes=serving.max_body_bytes)
 
-    async def answer(asked: Asked, request: Callable[[], Request], *, chat: bool) -> Response:
-        if asked.model not in (None, model_name):
-            raise _unknown_model(str(asked.model), model_name)
-        reply = _Reply(engine, layout, request(), asked.stops)
-        replies = Replies(model_name, chat=chat)
-        if asked.stream:
-            return await _streamed(reply, replies, usage=asked.stream_options.include_usage)
-        async with aclosing(reply.pieces()) as pieces:
-            text = "".join([piece async for piece in pieces])
-        ids = reply.ids if asked.return_token_ids else None
-        return JSONResponse(replies.whole(text, reply.finish, reply.usage, ids))
 
+class _Door:
+    """What the routes share."""
+
+    def __init__(
+        self, engine: Engine, layout: Layout, model_name: str, serving: Serving, limits: Limits | None, metrics: Metrics
+    ) -> None:
+        self.engine = engine
+        self.layout = layout
+        self.metrics = metrics
+        self.answering = Answering(engine, layout, model_name, timeout_s=serving.request_timeout_s)
+        self.model = {"id": model_name, "object": "model", "created": int(time.time()), "owned_by": "apprentice"}
+        self._model_name = model_name
+        self._limits = limits
+        self._answers: asyncio.Task[None] | None = None
+
+    def check_model(self, http: HttpRequest, name: str | None) -> None:
+        """Raises `RequestProblem` for a model that is not served, or not to this key."""
+        if name not in (None, self._model_name):
+            near = did_you_mean(str(name), [self._model_name])
+            message = f"model {name!r} is not served here.{near} This endpoint serves {self._model_name!r}."
+            raise RequestProblem(message, status=404, param="model", code="model_not_found")
+        if (key := key_of(http.scope)) is not None and not key.may_use(self._model_name):
+            message = f"key {key.name!r} may not use the model {self._model_name!r}."
+            raise RequestProblem(message, status=403, param="model", code="model_not_allowed")
+
+    async def answer(self, http: HttpRequest, asked: Asked) -> Response:
+        self.check_model(http, asked.model)
+        began = time.perf_counter()
+        key = key_of(http.scope)
+
+        def on_end(usage: Usage, first: float | None, status: int) -> None:
+            self.metrics.ended(status, began, first, usage)
+            if self._limits is not None and key is not None and key.tokens_per_minute is not None:
+                self._limits.spend(key.name, key.tokens_per_minute, usage.prompt + usage.completion)
+
+        try:
+            return await self.answering.answer(asked, on_end)
+        except Overloaded:
+            self.metrics.ended(429, began, None, None)
+            raise
+        except RequestProblem as problem:
+            self.metrics.ended(problem.status, began, None, None)
+            raise
+
+    async def has_answered(self) -> bool:
+        """True once the engine has produced a token; the first call asks it for one."""
+        self.engine.check()
+        if self._answers is None:
+            self._answers = asyncio.create_task(self._ask())
+        if not self._answers.done():
+            return False
+        if self._answers.exception() is not None:
+            self._answers = None
+            return False
+        return True
+
+    async def _ask(self) -> None:
+        (stream,) = self.engine.generate([Request((self.layout.tokenizer.end_id,), max_tokens=1)])
+        try:
+            await anext(stream)
+        finally:
+            stream.close()
+
+
+def _serve_openai(app: FastAPI, door: _Door) -> None:
     @app.post("/v1/completions")
-    async def completions(asked: CompletionRequest) -> Response:
-        return await answer(asked, lambda: phrasing.completion(asked), chat=False)
+    async def completions(http: HttpRequest, asked: CompletionRequest) -> Response:
+        return await door.answer(http, asked)
 
     @app.post("/v1/chat/completions")
-    async def chat_completions(asked: ChatRequest) -> Response:
-        return await answer(asked, lambda: phrasing.chat(asked), chat=True)
-
-    @app.post("/v1/instruct")
-    async def instruct(asked: InstructRequest) -> Response:
-        return await answer(asked, lambda: phrasing.instruct(asked), chat=False)
+    async def chat_completions(http: HttpRequest, asked: ChatRequest) -> Response:
+        return await door.answer(http, asked)
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [model]}
+        return {"object": "list", "data": [door.model]}
 
     @app.get("/v1/models/{name:path}")
-    async def one_model(name: str) -> dict[str, Any]:
-        if name != model_name:
-            raise _unknown_model(name, model_name)
-        return model
+    async def one_model(http: HttpRequest, name: str) -> dict[str, Any]:
+        door.check_model(http, name)
+        return door.model
 
+
+def _serve_ours(app: FastAPI, door: _Door, contract: PromptContract | None, tasks: dict[str, Task]) -> None:
+    @app.post("/v1/instruct")
+    async def instruct(http: HttpRequest, asked: InstructRequest) -> Response:
+        return await door.answer(http, asked)
+
+    @app.post("/v1/render")
+    async def render(asked: RenderRequest) -> dict[str, Any]:
+        text, ids = door.answering.phrasing.rendered(asked)
+        return {"text": text, "token_ids": ids}
+
+    @app.get("/v1/contract")
+    async def read_contract() -> dict[str, Any]:
+        if contract is None:
+            raise RequestProblem("this endpoint was started without a prompt contract of its own.", status=404)
+        return contract.model_dump(mode="json")
+
+    @app.get("/v1/tasks")
+    async def list_tasks() -> dict[str, Any]:
+        return {"object": "list", "data": [described(task) for task in tasks.values()]}
+
+    @app.post("/v1/tasks/{name}")
+    async def ask_task(http: HttpRequest, name: str, asked: TaskRequest) -> dict[str, Any]:
+        door.check_model(http, asked.model)
+        if name not in tasks:
+            message = f"task {name!r} is not known here.{did_you_mean(name, tasks)} GET /v1/tasks lists them."
+            raise RequestProblem(message, status=404, param="task", code="task_not_found")
+        return await answered(tasks[name], asked, door.layout, door.answering)
+
+
+def _serve_state(app: FastAPI, door: _Door) -> None:
     @app.get("/health")
     async def health() -> dict[str, Any]:
-        engine.check()
-        return {"status": "ok", "model": model_name, "layout": layout.name, "context": engine.context}
+        door.engine.check()
+        return {"status": "ok", "model": door.model["id"], "layout": door.layout.name, "context": door.engine.context}
+
+    @app.get("/ready")
+    async def ready() -> dict[str, Any]:
+        try:
+            if await door.has_answered():
+                return {"status": "ready"}
+        except EngineFailed as failure:
+            log.warning("not ready: %s", failure)
+        raise RequestProblem("the engine has not answered yet.", status=503, kind="server_error", code="not_ready")
 
     @app.get("/stats")
-    async def stats() -> dict[str, int]:
-        return engine.stats()._asdict()
+    async def stats() -> dict[str, Any]:
+        return door.engine.stats()._asdict()
 
-    _serve_page(app)
-    _answer_errors(app)
-    return app
-
-
-@dataclass
-class _Reply:
-    """One reply on its way from the engine to text; `finish` and `usage` are known once the pieces have ended."""
-
-    engine: Engine
-    layout: Layout
-    request: Request
-    stops: list[str]
-    finish: str = "length"
-    ids: list[int] = field(default_factory=list)  # all that were produced, the end token included
-
-    @property
-    def usage(self) -> Usage:
-        return Usage(len(self.request.prompt), len(self.ids))
-
-    async def pieces(self) -> AsyncGenerator[str, None]:
-        """The text as it becomes certain; a piece for every token, often empty. Closing it frees the engine's place."""
-        text = TextStream(self.layout.tokenizer.decode, self.stops)
-        async with aclosing(self.engine.generate(self.request)) as tokens:
-            async for token in tokens:
-                self.ids.append(token.id)
-                yield "" if token.finish == "stop" else text.add(token.id)
-                if text.stopped or token.finish:
-                    self.finish = "stop" if text.stopped else str(token.finish)
-                    break
-        yield text.end()
-
-
-async def _streamed(reply: _Reply, replies: Replies, *, usage: bool) -> Response:
-    pieces = reply.pieces()
-    try:
-        opening = await anext(pieces)  # an engine that refuses does so here, while the status can still say it
-    except BaseException:
-        await pieces.aclose()
-        raise
-    empty = {"usage": None} if usage else {}
-
-    async def events() -> AsyncGenerator[str, None]:
-        try:
-            yield event(replies.chunk(opening, None, first=True) | empty)
-            async for piece in pieces:
-                if piece:
-                    yield event(replies.chunk(piece, None) | empty)
-            yield event(replies.chunk("", reply.finish) | empty)
-            if usage:
-                yield event(replies.usage_chunk(reply.usage))
-        except EngineFailed as failure:
-            yield event(_failed(failure).body)
-        finally:
-            await pieces.aclose()
-        yield LAST_EVENT
-
-    return _EventStream(events(), pieces)
-
-
-class _EventStream(StreamingResponse):
-    """Server-sent events that close their source whatever happens to the client, even before the first event is out."""
-
-    def __init__(self, events: AsyncGenerator[str, None], source: AsyncGenerator[str, None]) -> None:
-        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
-        self._closing = (events, source)
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            for generator in self._closing:
-                await generator.aclose()
-
-
-def _unknown_model(name: str, served: str) -> RequestProblem:
-    near = did_you_mean(name, [served])
-    message = f"model {name!r} is not served here.{near} This endpoint serves {served!r}."
-    return RequestProblem(message, status=404, param="model", code="model_not_found")
-
-
-def _failed(failure: EngineFailed) -> RequestProblem:
-    return RequestProblem(f"the engine has stopped: {failure}.", status=503, kind="server_error", code="engine_failed")
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return PlainTextResponse(door.metrics.text(), media_type="text/plain; version=0.0.4")
 
 
 def _serve_page(app: FastAPI) -> None:
@@ -197,39 +228,3 @@ def _serve_page(app: FastAPI) -> None:
     route("/", "index.html")
     for file in _ASSETS:
         route(f"/playground/{file}", file)
-
-
-def _answer_errors(app: FastAPI) -> None:
-    """Every error in the shape that OpenAI's clients read."""
-
-    def respond(problem: RequestProblem) -> JSONResponse:
-        return JSONResponse(problem.body, status_code=problem.status)
-
-    @app.exception_handler(RequestProblem)
-    async def on_problem(_: HttpRequest, problem: RequestProblem) -> Response:
-        return respond(problem)
-
-    @app.exception_handler(RequestValidationError)
-    async def on_validation(request: HttpRequest, error: RequestValidationError) -> Response:
-        known = list(_BODIES[request.url.path].model_fields) if request.url.path in _BODIES else []
-        return respond(explain(error.errors(), known))
-
-    @app.exception_handler(Overloaded)
-    async def on_overload(_: HttpRequest, __: Overloaded) -> Response:
-        message = "too many requests are waiting; try again in a moment."
-        response = respond(RequestProblem(message, status=429, kind="rate_limit_error", code="overloaded"))
-        response.headers["Retry-After"] = "1"
-        return response
-
-    @app.exception_handler(EngineFailed)
-    async def on_failure(_: HttpRequest, failure: EngineFailed) -> Response:
-        return respond(_failed(failure))
-
-    @app.exception_handler(HTTPException)
-    async def on_http(request: HttpRequest, error: HTTPException) -> Response:
-        message = f"{request.method} {request.url.path}: {error.detail}."
-        return respond(RequestProblem(message, status=error.status_code, code="unknown_url" if error.status_code == 404 else None))
-
-    @app.exception_handler(Exception)
-    async def on_bug(_: HttpRequest, error: Exception) -> Response:
-        return respond(RequestProblem(f"{type(error).__name__}: {error}", status=500, kind="server_error"))

@@ -6,14 +6,15 @@ Knows the layout and the size of the context; nothing of engines or HTTP.
 from __future__ import annotations
 
 import secrets
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import jinja2
 
 from apprentice.data.layout import Layout
 from apprentice.errors import ContractError
 from apprentice.serve.engine import Request
-from apprentice.serve.protocol import Asked, ChatRequest, CompletionRequest, InstructRequest, RequestProblem
+from apprentice.serve.protocol import Asked, ChatRequest, CompletionRequest, InstructRequest, Message, RenderRequest, RequestProblem
 
 
 @dataclass(frozen=True)
@@ -23,57 +24,80 @@ class Phrasing:
     layout: Layout
     context: int
 
-    def completion(self, asked: CompletionRequest) -> Request:
-        """Raw text as it is, or token ids."""
-        if isinstance(asked.prompt, str):
-            return self._request(asked, self.layout.encode_prompt(asked.prompt), asked.max_tokens, param="prompt")
+    def completion(self, asked: CompletionRequest) -> list[Request]:
+        """Each prompt raw, as text or token ids, `n` times."""
         size = len(self.layout.tokenizer)
-        if outside := [id for id in asked.prompt if id >= size]:
-            raise RequestProblem(f"`prompt`: token id {outside[0]} is outside the vocabulary of {size}.", param="prompt")
-        return self._request(asked, asked.prompt, asked.max_tokens, param="prompt")
+        prompts: list[list[int]] = []
+        for prompt in asked.prompts:
+            ids = self.layout.encode_prompt(prompt) if isinstance(prompt, str) else prompt
+            if outside := [id for id in ids if id >= size]:
+                raise RequestProblem(f"`prompt`: token id {outside[0]} is outside the vocabulary of {size}.", param="prompt")
+            prompts.append(ids)
+        if not prompts:
+            raise RequestProblem("`prompt` is empty; give at least one token.", param="prompt")
+        return [request for ids in prompts for request in self._requests(asked, ids, asked.max_tokens, param="prompt")]
 
-    def chat(self, asked: ChatRequest) -> Request:
+    def chat(self, asked: ChatRequest) -> list[Request]:
         """A conversation under the chat template; one user turn, the instruction, where the layout has no turns."""
-        messages = [{"role": message.role, "content": message.text} for message in asked.messages]
+        most = asked.max_completion_tokens or asked.max_tokens
+        return self._requests(asked, self._conversation(asked.messages)[1], most, param="messages")
+
+    def rendered(self, asked: RenderRequest) -> tuple[str, list[int]]:
+        """What the model would read, as text and as ids."""
+        if asked.messages:
+            return self._conversation(asked.messages)
+        text = self.layout.prompt(asked.instruction, asked.input)
+        return text, self.layout.encode_prompt(text)
+
+    def _conversation(self, turns: Sequence[Message]) -> tuple[str, list[int]]:
+        messages = [{"role": message.role, "content": message.text} for message in turns]
         if messages[-1]["role"] != "user":
             raise RequestProblem("`messages`: the last message must be the user's.", param="messages")
         if self.layout.name == "chat":
             try:
-                ids = self.layout.encode_chat(messages)
+                return self.layout.chat_prompt(messages), self.layout.encode_chat(messages)
             except (jinja2.TemplateError, ContractError) as error:
                 raise RequestProblem(f"`messages`: the model's chat template refuses them: {error}.", param="messages") from error
-        elif len(messages) > 1:
+        if len(messages) > 1:
             raise RequestProblem(
                 f"`messages`: this model was trained in the layout `{self.layout.name}`, which has no turns;"
                 " send exactly one user message.",
                 param="messages",
             )
-        else:
-            ids = self.layout.encode_prompt(self.layout.prompt(messages[0]["content"]))
-        most = asked.max_completion_tokens or asked.max_tokens
-        return self._request(asked, ids, most, param="messages")
+        text = self.layout.prompt(messages[0]["content"])
+        return text, self.layout.encode_prompt(text)
 
-    def instruct(self, asked: InstructRequest) -> Request:
+    def instruct(self, asked: InstructRequest) -> list[Request]:
         """Instruction and input, phrased as in training."""
         text = self.layout.prompt(asked.instruction, asked.input)
-        return self._request(asked, self.layout.encode_prompt(text), asked.max_tokens, param="input")
+        return self._requests(asked, self.layout.encode_prompt(text), asked.max_tokens, param="input")
 
-    def _request(self, asked: Asked, prompt: list[int], max_tokens: int | None, *, param: str) -> Request:
+    def _requests(self, asked: Asked, prompt: list[int], max_tokens: int | None, *, param: str) -> list[Request]:
+        """`n` requests for replies to one prompt; only their seeds differ."""
         if not prompt:
             raise RequestProblem(f"`{param}` is empty; give at least one token.", param=param)
         room = self.context - len(prompt)
-        if room < (max_tokens or 1):
+        least = 1 if max_tokens is None else max_tokens
+        if room < max(least, 1):
             raise RequestProblem(
-                f"the prompt has {len(prompt)} tokens and the reply may have {max_tokens or 1}; at most"
+                f"the prompt has {len(prompt)} tokens and the reply may have {least}; at most"
                 f" {self.context} fit together. Shorten the prompt or lower max_tokens.",
                 param=param,
                 code="context_length_exceeded",
             )
-        return Request(
+        if outside := [id for id in asked.logit_bias if id >= len(self.layout.tokenizer)]:
+            raise RequestProblem(f"`logit_bias`: token id {outside[0]} is outside the vocabulary.", param="logit_bias")
+        first = secrets.randbits(62) if asked.seed is None else asked.seed
+        request = Request(
             prompt=tuple(prompt),
-            max_tokens=room if max_tokens is None else max_tokens,
+            max_tokens=room if max_tokens is None else max(max_tokens, 1),
             stop_ids=frozenset() if asked.ignore_eos else frozenset(self.layout.stop_ids),
             temperature=asked.temperature,
             top_p=asked.top_p,
-            seed=secrets.randbits(63) if asked.seed is None else asked.seed,
+            frequency_penalty=asked.frequency_penalty,
+            presence_penalty=asked.presence_penalty,
+            logit_bias=asked.logit_bias,
+            logprobs=asked.top,
+            score_from=0 if asked.top is not None and isinstance(asked, CompletionRequest) and asked.echo else None,
         )
+        return [replace(request, seed=first + number) for number in range(asked.n)]

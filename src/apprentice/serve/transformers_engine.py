@@ -12,18 +12,21 @@ import logging
 import os
 import queue
 import threading
-from collections.abc import AsyncGenerator, Callable
+import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 
-from apprentice.models.decoding import Decoder, Generation
+from apprentice.models.decoding import Decoder, Generation, Token
 from apprentice.models.loading import load_model, resolve_dtype
 from apprentice.models.sampling import Sampling
-from apprentice.serve.engine import EngineFailed, NewToken, Overloaded, Request, Stats
+from apprentice.serve.engine import EngineFailed, NewToken, Overloaded, Request, Score, Stats
 
 log = logging.getLogger(__name__)
+# Under load tokens go out several at once: a reply's are held for so long for each request that runs, but not longer than the most.
+_PACE_S, _MOST_PACE_S = 0.003, 0.1
 
 
 class TransformersEngine:
@@ -43,6 +46,9 @@ class TransformersEngine:
         self._numbers = itertools.count()
         self._accepted = 0
         self._produced = 0
+        self._prompt_tokens = 0
+        self._held_tokens = 0
+        self._places = max_running * self._decoder.context
         self._failure: str | None = None
         self._orders: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="decoder", daemon=True)
@@ -52,32 +58,58 @@ class TransformersEngine:
     def context(self) -> int:
         return self._decoder.context
 
-    async def generate(self, request: Request) -> AsyncGenerator[NewToken, None]:
+    @property
+    def capacity(self) -> int:
+        return self._most
+
+    def generate(self, requests: list[Request]) -> list[_Reply]:
         self.check()
-        if len(self._replies) >= self._most:
+        if len(self._replies) + len(requests) > self._most:
             raise Overloaded
+        return [self._begin(request) for request in requests]
+
+    def _begin(self, request: Request) -> _Reply:
         key = next(self._numbers)
-        reply = self._replies[key] = _Reply(asyncio.get_running_loop())
+        reply = self._replies[key] = _Reply(lambda: self._forget(key), lambda: self._failure)
         self._accepted += 1
-        sampling = Sampling(request.temperature, request.top_p, request.seed)
-        wanted = Generation(request.prompt, request.max_tokens, request.stop_ids, sampling)
+        self._prompt_tokens += len(request.prompt)
+        sampling = Sampling(
+            request.temperature,
+            request.top_p,
+            request.seed,
+            request.frequency_penalty,
+            request.presence_penalty,
+            request.logit_bias,
+        )
+        wanted = Generation(
+            request.prompt,
+            request.max_tokens,
+            request.stop_ids,
+            sampling,
+            request.constraint,
+            request.logprobs,
+            request.score_from,
+        )
         self._orders.put(lambda: self._decoder.submit(key, wanted))
-        try:
-            while True:
-                token = await reply.arrived.get()
-                if token is None:
-                    raise EngineFailed(self._failure)
-                yield token
-                if token.finish:
-                    return
-        finally:
-            # Reached by a finished reply and by one that nobody wants any more, wherever it stood.
-            del self._replies[key]
+        return reply
+
+    def _forget(self, key: int) -> None:
+        """A reply has ended, or nobody wants it any more, wherever it stood."""
+        if self._replies.pop(key, None) is not None:
             self._orders.put(lambda: self._decoder.cancel(key))
 
     def stats(self) -> Stats:
-        running = self._decoder.running
-        return Stats(running, max(0, len(self._replies) - running), self._accepted, self._produced)
+        decoder = self._decoder
+        running = decoder.running
+        return Stats(
+            running,
+            max(0, len(self._replies) - running),
+            self._accepted,
+            self._produced,
+            self._prompt_tokens,
+            decoder.shared,
+            self._held_tokens / self._places,
+        )
 
     def check(self) -> None:
         if self._failure is not None:
@@ -90,17 +122,39 @@ class TransformersEngine:
     def _run(self) -> None:
         try:
             while self._obey():
-                for token in self._decoder.step():
-                    self._produced += 1
-                    # A reply that has been given up is gone from the table; its cancellation is on the way.
-                    if (reply := self._replies.get(token.key)) is not None:  # type: ignore[call-overload]  # our keys are numbers
-                        reply.deliver(NewToken(token.id, token.finish))
+                self._pass_on(self._decoder.step())
             self._failure = "the engine was closed"
         except Exception as error:
             log.exception("the decoder stopped")
             self._failure = f"{type(error).__name__}: {error}"
-        for reply in list(self._replies.values()):
-            reply.deliver(None)
+        self._deliver([(reply, None) for reply in list(self._replies.values())])
+
+    def _pass_on(self, tokens: list[Token]) -> None:
+        """Hands a step's tokens over, with one call into the loop for all; some are held back for the next when many run."""
+        self._produced += len(tokens)
+        self._held_tokens = self._decoder.held_tokens
+        now = time.monotonic()
+        pace = min(_MOST_PACE_S, _PACE_S * (self._decoder.running - 1))
+        ready: list[tuple[_Reply, list[NewToken] | None]] = []
+        for token in tokens:
+            # A reply that has been given up is gone from the table; its cancellation is on the way.
+            reply = self._replies.get(token.key)  # type: ignore[call-overload]  # our keys are numbers
+            if reply is None:
+                continue
+            reply.held.append(_new_token(token))
+            if token.finish or now - reply.passed_on >= pace:
+                ready.append((reply, reply.held))
+                reply.held, reply.passed_on = [], now
+        self._deliver(ready)
+
+    def _deliver(self, ready: list[tuple[_Reply, list[NewToken] | None]]) -> None:
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Reply, list[NewToken] | None]]] = {}
+        for reply, tokens in ready:
+            by_loop.setdefault(reply.loop, []).append((reply, tokens))
+        for loop, items in by_loop.items():
+            # The loop is closed when the whole process ends; nobody listens then.
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(_arrive, items)
 
     def _obey(self) -> bool:
         """Carries out what was ordered, waiting for an order if there is nothing to decode; false when told to stop."""
@@ -116,13 +170,50 @@ class TransformersEngine:
 
 
 class _Reply:
-    """The way of one reply's tokens from the decoder's thread to the loop that waits for them; None says that none will come."""
+    """One reply's tokens on their way from the decoder's thread (`held`) to the loop that waits for them (`arrived`)."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
-        self.arrived: asyncio.Queue[NewToken | None] = asyncio.Queue()
+    def __init__(self, forget: Callable[[], None], failure: Callable[[], str | None]) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.held: list[NewToken] = []  # the decoder's thread alone touches these two
+        self.passed_on = 0.0
+        self.arrived: list[NewToken] = []
+        self.failed = False
+        self.news = asyncio.Event()
+        self._ended = False
+        self._forget = forget
+        self._failure = failure
 
-    def deliver(self, token: NewToken | None) -> None:
-        # The loop is closed when the whole process ends; nobody listens then.
-        if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self.arrived.put_nowait, token)
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> list[NewToken]:
+        if self._ended:
+            raise StopAsyncIteration
+        await self.news.wait()
+        self.news.clear()
+        tokens, self.arrived = self.arrived, []
+        if not tokens:
+            raise EngineFailed(self._failure())
+        self._ended = tokens[-1].finish is not None
+        if self.failed:
+            self.news.set()
+        return tokens
+
+    def close(self) -> None:
+        self._forget()
+
+
+def _arrive(items: list[tuple[_Reply, list[NewToken] | None]]) -> None:
+    """In the loop: gives each reply its tokens; None says that no more will come."""
+    for reply, tokens in items:
+        if tokens is None:
+            reply.failed = True
+        else:
+            reply.arrived += tokens
+        reply.news.set()
+
+
+def _new_token(token: Token) -> NewToken:
+    if token.scored is None and not token.prompt:
+        return NewToken(token.id, token.finish)
+    return NewToken(token.id, token.finish, token.scored and Score(*token.scored), tuple(Score(*one) for one in token.prompt))

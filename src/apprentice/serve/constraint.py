@@ -1,0 +1,78 @@
+"""Replies of a given form: a JSON schema, one of some choices, a regular expression. llguidance says which token may come next.
+
+Knows nothing of engines; an engine asks a `Form` for what is allowed and tells it what came.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cached_property
+from typing import Any
+
+import llguidance
+import llguidance.numpy
+import numpy as np
+
+from apprentice.data.layout import Layout
+from apprentice.serve.protocol import Asked, RequestProblem
+
+
+class Forms:
+    """Makes forms for replies in `layout`."""
+
+    def __init__(self, layout: Layout) -> None:
+        self._layout = layout
+
+    @cached_property
+    def _tokenizer(self) -> llguidance.LLTokenizer:
+        file = self._layout.tokenizer.folder / "tokenizer.json"
+        return llguidance.LLTokenizer(str(file), eos_token=list(self._layout.stop_ids))
+
+    def wanted(self, asked: Asked) -> str | None:
+        """The grammar that the request asks for; None if it asks for none."""
+        matcher = llguidance.LLMatcher
+        if (form := asked.response_format) is not None:
+            schema = form.json_schema.schema_ if form.json_schema is not None else {"type": "object"}
+            return str(matcher.grammar_from_json_schema(json.dumps(schema)))
+        if (wish := asked.structured_outputs) is None:
+            return None
+        if wish.choice is not None:
+            return str(
+                matcher.grammar_from_lark("start: " + " | ".join(json.dumps(text, ensure_ascii=False) for text in wish.choice))
+            )
+        if wish.regex is not None:
+            return str(matcher.grammar_from_regex(wish.regex))
+        return str(matcher.grammar_from_json_schema(json.dumps(wish.json_)))
+
+    def form(self, grammar: str) -> Form:
+        """A fresh form of `grammar`; takes milliseconds, so not in an event loop. Raises `RequestProblem`."""
+        matcher = llguidance.LLMatcher(self._tokenizer, grammar, log_level=0)
+        if matcher.is_error():
+            reason = " ".join(str(matcher.get_error()).split())[:300]
+            raise RequestProblem(f"the form of the reply cannot be followed: {reason}.", code="invalid_form")
+        return Form(matcher, self._tokenizer.vocab_size, self._layout.stop_ids)
+
+
+class Form:
+    """The state of one reply's form."""
+
+    def __init__(self, matcher: Any, size: int, stop_ids: tuple[int, ...]) -> None:
+        self._matcher = matcher
+        self._bits = llguidance.numpy.allocate_token_bitmask(1, size)
+        self._size = size
+        self._stop_ids = stop_ids
+
+    def allowed(self) -> np.ndarray:
+        """For every id whether it may come next (bool)."""
+        if not (self._matcher.is_stopped() or self._matcher.is_error()):
+            llguidance.numpy.fill_next_token_bitmask(self._matcher, self._bits, 0)
+            allowed = np.unpackbits(self._bits[0].view(np.uint8), bitorder="little")[: self._size].astype(bool)
+            if allowed.any():
+                return allowed
+        ended = np.zeros(self._size, dtype=bool)
+        ended[list(self._stop_ids)] = True
+        return ended
+
+    def accept(self, id: int) -> None:
+        """`id` has come."""
+        self._matcher.consume_token(id)

@@ -1,0 +1,136 @@
+"""What every request passes on its way in: an id, a limit on its body, its key; and a line in the log on its way out.
+
+A plain ASGI wrapper. Prompts are never logged. Knows nothing of engines.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+import uuid
+from collections.abc import Awaitable
+from typing import Protocol
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from apprentice.serve.keys import Key, Keys
+from apprentice.serve.protocol import RequestProblem
+
+log = logging.getLogger("apprentice.requests")
+OPEN = ("/", "/health", "/ready", "/docs", "/openapi.json")  # what needs no key, besides the page's files
+_KEY = "apprentice.key"
+
+
+class Limits(Protocol):
+    """A `keys.Limiter`, here or shared among replicas."""
+
+    def admit(self, name: str, requests_per_minute: int | None, tokens_per_minute: int | None) -> Awaitable[float]: ...
+
+    def spend(self, name: str, tokens_per_minute: int, tokens: int) -> None: ...
+
+
+class Gate:
+    """Wraps `app`; without `keys` everybody may ask."""
+
+    def __init__(self, app: ASGIApp, *, keys: Keys | None, limits: Limits | None, max_body_bytes: int) -> None:
+        self._app = app
+        self._keys = keys
+        self._limits = limits
+        self._max_body_bytes = max_body_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        began = time.perf_counter()
+        headers = Headers(scope=scope)
+        given = headers.get("x-request-id", "")
+        number = given if given.isascii() and given.isprintable() and 0 < len(given) <= 64 else uuid.uuid4().hex
+        status = 499  # the client left before an answer
+
+        async def send_on(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)["X-Request-Id"] = number
+            await send(message)
+
+        try:
+            if refusal := await self._refusal(scope, headers):
+                await refusal(scope, receive, send_on)
+            else:
+                await self._app(scope, self._counted(receive), send_on)
+        finally:
+            key: Key | None = scope.get(_KEY)
+            line = {
+                "request_id": number,
+                "method": scope["method"],
+                "path": scope["path"][:200],
+                "status": status,
+                "seconds": round(time.perf_counter() - began, 4),
+                "key": key.name if key else None,
+            }
+            log.info(json.dumps(line))
+
+    async def _refusal(self, scope: Scope, headers: Headers) -> Response | None:
+        try:
+            length = headers.get("content-length", "0")
+            if not length.isdecimal() or int(length[:20]) > self._max_body_bytes:
+                raise RequestProblem(f"{self._too_large}.", status=413, code="body_too_large")
+            await self._check_key(scope, headers)
+        except RequestProblem as problem:
+            return respond(problem)
+        return None
+
+    async def _check_key(self, scope: Scope, headers: Headers) -> None:
+        path = scope["path"]
+        if self._keys is None or path in OPEN or path.startswith("/playground/"):
+            return
+        kind, _, given = headers.get("authorization", "").partition(" ")
+        key = self._keys.owner(given.strip()) if kind.lower() == "bearer" else None
+        if key is None:
+            message = "no valid API key was given; send the header `Authorization: Bearer KEY`."
+            raise RequestProblem(message, status=401, code="invalid_api_key")
+        scope[_KEY] = key
+        if self._limits is None or not key.is_limited or scope["method"] != "POST":
+            return
+        wait = await self._limits.admit(key.name, key.requests_per_minute, key.tokens_per_minute)
+        if wait > 0:
+            seconds = math.ceil(wait)
+            message = f"key {key.name!r} has used what it may in a minute; try again in {seconds} s."
+            raise RequestProblem(message, status=429, kind="rate_limit_error", code="rate_limit_exceeded", retry_after_s=seconds)
+
+    def _counted(self, receive: Receive) -> Receive:
+        """`receive`, which ends bodies that came without a length and are too long."""
+        seen = 0
+
+        async def counted() -> Message:
+            nonlocal seen
+            message = await receive()
+            seen += len(message.get("body", b""))
+            if seen > self._max_body_bytes:
+                raise HTTPException(413, self._too_large)  # the one kind that FastAPI lets out of reading a body
+            return message
+
+        return counted
+
+    @property
+    def _too_large(self) -> str:
+        return f"the body is larger than {self._max_body_bytes} bytes, the most that is read here"
+
+
+def key_of(scope: Scope) -> Key | None:
+    """Whose request it is; None where everybody may ask."""
+    key: Key | None = scope.get(_KEY)
+    return key
+
+
+def respond(problem: RequestProblem) -> JSONResponse:
+    """The answer that `problem` is."""
+    headers = {} if problem.retry_after_s is None else {"Retry-After": str(problem.retry_after_s)}
+    return JSONResponse(problem.body, status_code=problem.status, headers=headers)

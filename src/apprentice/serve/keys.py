@@ -1,0 +1,142 @@
+"""API keys: who may ask, for which models, and how much in a minute.
+
+A keys file is YAML. Keys are stored as sha256 only (a key has 256 random bits, so nobody finds one by trying):
+
+    keys:
+      - name: anna
+        sha256: 9f86d08…                 # printed by `apprentice key anna`
+        models: [flan-mini]              # left out: all
+        requests_per_minute: 60          # left out: no limit
+        tokens_per_minute: 20000         # prompt and reply together
+
+Knows nothing of HTTP or Ray.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import secrets
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from apprentice.errors import ServingError
+
+KEYS_FILE = "APPRENTICE_API_KEYS_FILE"  # environment variable with the path of the keys file
+_PREFIX = "sk-apprentice-"
+
+
+class Key(BaseModel):
+    """One entry of the keys file."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    name: str = Field(min_length=1)
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    models: tuple[str, ...] | None = None
+    requests_per_minute: Annotated[int, Field(ge=1)] | None = None
+    tokens_per_minute: Annotated[int, Field(ge=1)] | None = None
+
+    @property
+    def is_limited(self) -> bool:
+        return self.requests_per_minute is not None or self.tokens_per_minute is not None
+
+    def may_use(self, model: str) -> bool:
+        return self.models is None or model in self.models
+
+
+class _File(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    keys: tuple[Key, ...] = Field(min_length=1)
+
+
+class Keys:
+    """The keys in `file`, read again when the file changes. Raises `ServingError` for a file that cannot be used."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self._read_at = 0.0
+        self._stamp = 0
+        self.all = self._read()
+
+    def owner(self, given: str) -> Key | None:
+        """The entry of the key `given`, compared with every entry in the same time; None if it is nobody's."""
+        if time.monotonic() - self._read_at > 5.0:
+            self._refresh()
+        digest = hashlib.sha256(given.encode(errors="replace")).hexdigest()
+        found = None
+        for key in self.all:
+            if hmac.compare_digest(digest, key.sha256):
+                found = key
+        return found
+
+    def _refresh(self) -> None:
+        self._read_at = time.monotonic()
+        try:
+            if self._file.stat().st_mtime_ns != self._stamp:
+                self.all = self._read()
+        except (OSError, ServingError):
+            return  # half-written or gone for a moment: the keys that were good stay good
+
+    def _read(self) -> tuple[Key, ...]:
+        self._read_at = time.monotonic()
+        try:
+            stamp = self._file.stat().st_mtime_ns
+            found = _File.model_validate(yaml.safe_load(self._file.read_text()))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise ServingError(
+                f"the keys file {self._file} cannot be read ({error.__class__.__name__}); check {KEYS_FILE}."
+            ) from error
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(map(str, first["loc"])) or "the file"
+            raise ServingError(
+                f"the keys file {self._file}: {place}: {first['msg']}; `apprentice key NAME` makes an entry."
+            ) from error
+        names = [key.name for key in found.keys]
+        if doubles := sorted({name for name in names if names.count(name) > 1}):
+            raise ServingError(f"the keys file {self._file} has two entries called {doubles[0]!r}; give each its own name.")
+        self._stamp = stamp
+        return found.keys
+
+
+def new_key(name: str) -> tuple[str, str]:
+    """A new key and its entry for the keys file; the key itself is stored nowhere."""
+    key = _PREFIX + secrets.token_urlsafe(32)
+    return key, yaml.safe_dump([{"name": name, "sha256": hashlib.sha256(key.encode()).hexdigest()}], sort_keys=False)
+
+
+class Limiter:
+    """Requests and tokens of each key in a minute, as buckets that fill evenly; `clock` gives seconds.
+
+    A request is let in while both of its key's buckets hold something; what it used in tokens is taken out when it has ended.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._buckets: dict[tuple[str, str], tuple[float, float]] = {}  # (key, kind) → what was left at which time
+
+    def admit(self, name: str, requests_per_minute: int | None, tokens_per_minute: int | None) -> float:
+        """0 if the key may ask now (its request is counted), else the seconds until it may."""
+        limits = [("requests", requests_per_minute, 1.0), ("tokens", tokens_per_minute, 1.0)]
+        waits = [(needed - self._left(name, kind, limit)) * 60.0 / limit for kind, limit, needed in limits if limit is not None]
+        if waits and max(waits) > 0:
+            return max(waits)
+        if requests_per_minute is not None:
+            self._take(name, "requests", requests_per_minute, 1.0)
+        return 0.0
+
+    def spend(self, name: str, tokens_per_minute: int, tokens: int) -> None:
+        """Takes what a request used, even below nothing: the key then waits until it is made up."""
+        self._take(name, "tokens", tokens_per_minute, tokens)
+
+    def _left(self, name: str, kind: str, limit: int) -> float:
+        left, at = self._buckets.get((name, kind), (float(limit), self._clock()))
+        return min(float(limit), left + (self._clock() - at) * limit / 60.0)
+
+    def _take(self, name: str, kind: str, limit: int, amount: float) -> None:
+        self._buckets[name, kind] = (self._left(name, kind, limit) - amount, self._clock())

@@ -1,0 +1,97 @@
+"""A task's own wording asked of the model: fields in, the answer out, ranked among the choices where the task has some.
+
+Knows nothing of HTTP.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import jinja2
+from fastapi.responses import Response
+
+from apprentice.data.layout import Layout
+from apprentice.errors import did_you_mean
+from apprentice.serve.answering import Answering
+from apprentice.serve.protocol import InstructRequest, RequestProblem, TaskRequest
+from apprentice.tasks.schema import Task, Template
+from apprentice.tasks.wording import Expression
+
+
+def described(task: Task) -> dict[str, Any]:
+    """What a person needs to fill the task in."""
+    names = frozenset().union(*(_needed(task, template) for template in task.scored_templates))
+    return {
+        "id": task.name,
+        "object": "task",
+        "cluster": task.cluster,
+        "summary": task.summary,
+        "fields": sorted(names),
+        "choices": list(task.choices) if isinstance(task.choices, tuple) else None,
+        "templates": [template.name for template in task.scored_templates],
+    }
+
+
+async def answered(task: Task, asked: TaskRequest, layout: Layout, answering: Answering) -> dict[str, Any]:
+    """The rendered prompt with the ranked choices and their probabilities, or with the reply. Raises `RequestProblem`."""
+    template = _template(task, asked.template)
+    instruction, given, choices = _question(task, template, asked.fields)
+    text = layout.prompt(instruction, given)
+    body: dict[str, Any] = {
+        "object": "task.answer",
+        "task": task.name,
+        "template": template.name,
+        "instruction": instruction,
+        "input": given,
+        "prompt": text,
+    }
+    if not choices:
+        replies = await answering.answer(InstructRequest(instruction=instruction, input=given, max_tokens=asked.max_tokens), None)
+        return body | {"answer": _text_of(replies)}
+    ids = [(*encoded, *layout.end_ids) for encoded in layout.encode_answers(list(choices))]
+    sums = await answering.logprobs(layout.encode_prompt(text), ids)
+    best = max(range(len(sums)), key=sums.__getitem__)
+    weights = [math.exp(value - sums[best]) for value in sums]
+    ranked = [
+        {"choice": choice, "probability": weight / sum(weights), "logprob": value}
+        for choice, weight, value in zip(choices, weights, sums, strict=True)
+    ]
+    return body | {"answer": choices[best], "choices": ranked}
+
+
+def _text_of(response: Response) -> str:
+    return str(json.loads(bytes(response.body))["choices"][0]["text"])
+
+
+def _template(task: Task, name: str | None) -> Template:
+    known = {template.name: template for template in task.scored_templates}
+    if name is None:
+        return task.scored_templates[0]
+    if name not in known:
+        message = f"`template`: task {task.name!r} has no wording {name!r} that asks.{did_you_mean(name, known)}"
+        raise RequestProblem(message, param="template")
+    return known[name]
+
+
+def _needed(task: Task, template: Template) -> frozenset[str]:
+    asking = template.parts[0].names | template.parts[1].names
+    own = Expression(task.choices).names if isinstance(task.choices, str) and template.choices is None else frozenset()
+    return (asking - {"choices"}) | own
+
+
+def _question(task: Task, template: Template, fields: dict[str, Any]) -> tuple[str, str, tuple[str, ...]]:
+    needed = sorted(_needed(task, template))
+    if missing := [name for name in needed if fields.get(name) is None]:
+        message = f"`fields`: {missing[0]!r} is missing; this wording of {task.name!r} needs {', '.join(needed)}."
+        raise RequestProblem(message, param="fields", code="missing")
+    try:
+        choices = template.choices or task.choices or ()
+        if isinstance(choices, str):
+            choices = tuple(str(choice).strip() for choice in Expression(choices)(fields))
+        values = fields | ({"choices": choices} if choices else {})
+        instruction, given, _ = template.parts
+        return instruction(values), given(values), tuple(choices)
+    except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
+        raise RequestProblem(f"`fields`: they do not fit the task's wording: {error}.", param="fields") from error

@@ -1,0 +1,69 @@
+"""Every error of the endpoint in the shape that OpenAI's clients read."""
+
+from __future__ import annotations
+
+import logging
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+from starlette.requests import Request as HttpRequest
+
+from apprentice.serve.answering import failed
+from apprentice.serve.engine import EngineFailed, Overloaded
+from apprentice.serve.gate import respond
+from apprentice.serve.protocol import (
+    ChatRequest,
+    CompletionRequest,
+    InstructRequest,
+    RenderRequest,
+    RequestProblem,
+    TaskRequest,
+    explain,
+)
+
+log = logging.getLogger(__name__)
+_BODIES: dict[str, type[BaseModel]] = {
+    "/v1/completions": CompletionRequest,
+    "/v1/chat/completions": ChatRequest,
+    "/v1/instruct": InstructRequest,
+    "/v1/render": RenderRequest,
+}
+
+
+def answer_errors(app: FastAPI) -> None:
+    """Sets the handlers of `app`."""
+
+    @app.exception_handler(RequestProblem)
+    async def on_problem(_: HttpRequest, problem: RequestProblem) -> Response:
+        return respond(problem)
+
+    @app.exception_handler(RequestValidationError)
+    async def on_validation(request: HttpRequest, error: RequestValidationError) -> Response:
+        body = _BODIES.get(request.url.path, TaskRequest)
+        return respond(explain(error.errors(), list(body.model_fields)))
+
+    @app.exception_handler(Overloaded)
+    async def on_overload(_: HttpRequest, __: Overloaded) -> Response:
+        message = "too many requests are waiting; try again in a moment."
+        return respond(RequestProblem(message, status=429, kind="rate_limit_error", code="overloaded", retry_after_s=1))
+
+    @app.exception_handler(EngineFailed)
+    async def on_failure(_: HttpRequest, failure: EngineFailed) -> Response:
+        return respond(failed(failure))
+
+    @app.exception_handler(HTTPException)
+    async def on_http(request: HttpRequest, error: HTTPException) -> Response:
+        message = f"{request.method} {request.url.path[:200]}: {error.detail}."
+        code = "unknown_url" if error.status_code == 404 else None
+        response: JSONResponse = respond(RequestProblem(message, status=error.status_code, code=code))
+        response.headers.update(error.headers or {})
+        return response
+
+    @app.exception_handler(Exception)
+    async def on_bug(_: HttpRequest, error: Exception) -> Response:
+        log.error("a request failed by a fault of ours", exc_info=error)
+        message = f"{type(error).__name__}: this is a fault of the endpoint; its log says more."
+        return respond(RequestProblem(message, status=500, kind="server_error"))

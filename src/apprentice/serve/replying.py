@@ -1,0 +1,125 @@
+"""From an engine's tokens to the replies of one request: text that is certain, scores, and several choices side by side.
+
+Knows nothing of HTTP or of how OpenAI's bodies look.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+
+from apprentice.data.layout import Layout
+from apprentice.serve.engine import EngineFailed, NewToken, Request, Score, TokenStream
+from apprentice.serve.protocol import RequestProblem, Usage
+from apprentice.serve.text import TextStream
+
+
+@dataclass
+class Piece:
+    """What has become certain of one reply; `finish` comes with the last."""
+
+    text: str
+    scores: list[Score]
+    finish: str | None = None
+
+
+@dataclass
+class Reply:
+    """One reply on its way from the engine to text; `finish`, `text` and `ids` are whole once the pieces have ended.
+
+    `only_prompt` drops what the engine adds to a prompt that was merely to be scored.
+    """
+
+    index: int
+    stream: TokenStream
+    layout: Layout
+    request: Request
+    stops: list[str]
+    deadline: float  # of the event loop's clock
+    echo: str = ""
+    only_prompt: bool = False
+    keeps_end: bool = True  # whether the end token is among the scores
+    finish: str = "length"
+    ids: list[int] = field(default_factory=list)  # all that were produced, the end token included
+
+    async def pieces(self) -> AsyncGenerator[Piece, None]:
+        """The text as it becomes certain, often empty. Closing it frees the engine's place. Raises `RequestProblem` when late."""
+        text = TextStream(self.layout.tokenizer.decode, self.stops)
+        opening = self.echo
+        try:
+            while True:
+                tokens = await self._next()
+                piece = Piece(opening, list(tokens[0].prompt))
+                ended = self.only_prompt or self._take(tokens, text, piece)
+                opening = ""
+                if ended:
+                    piece.text += "" if self.only_prompt else text.end()
+                    piece.finish = self.finish
+                    yield piece
+                    return
+                yield piece
+        finally:
+            self.stream.close()
+
+    async def _next(self) -> list[NewToken]:
+        try:
+            async with asyncio.timeout_at(self.deadline):
+                return await anext(self.stream)
+        except TimeoutError as error:
+            message = "the reply was not finished in the time that this endpoint gives a request; ask for fewer tokens."
+            raise RequestProblem(message, status=504, kind="server_error", code="request_timeout") from error
+
+    def _take(self, tokens: list[NewToken], text: TextStream, piece: Piece) -> bool:
+        for token in tokens:
+            self.ids.append(token.id)
+            if token.score is not None and (self.keeps_end or token.finish != "stop"):
+                piece.scores.append(token.score)
+            if token.finish != "stop":
+                piece.text += text.add(token.id)
+            if text.stopped or token.finish:
+                self.finish = "stop" if text.stopped else str(token.finish)
+                return True
+        return False
+
+
+def usage_of(replies: Sequence[Reply], prompts: int) -> Usage:
+    """Tokens of the `prompts` different prompts, each counted once, and of all replies."""
+    each = len(replies) // prompts
+    read = sum(len(reply.request.prompt) for reply in replies[::each])
+    return Usage(read, sum(len(reply.ids) for reply in replies))
+
+
+async def side_by_side(replies: Sequence[Reply]) -> AsyncGenerator[tuple[Reply, Piece], None]:
+    """The pieces of all replies as they come. Closing it closes them all. Raises what the first of them raises."""
+    if len(replies) == 1:
+        async with aclosing(replies[0].pieces()) as pieces:
+            async for piece in pieces:
+                yield replies[0], piece
+        return
+    arrived: asyncio.Queue[tuple[Reply, Piece | EngineFailed | RequestProblem]] = asyncio.Queue()
+
+    async def read(reply: Reply) -> None:
+        try:
+            async with aclosing(reply.pieces()) as pieces:
+                async for piece in pieces:
+                    arrived.put_nowait((reply, piece))
+        except (EngineFailed, RequestProblem) as problem:
+            arrived.put_nowait((reply, problem))
+
+    readers = [asyncio.create_task(read(reply)) for reply in replies]
+    left = len(replies)
+    try:
+        while left:
+            reply, news = await arrived.get()
+            if not isinstance(news, Piece):
+                raise news
+            left -= news.finish is not None
+            yield reply, news
+    finally:
+        for reader in readers:
+            reader.cancel()
+        await asyncio.gather(*readers, return_exceptions=True)
+        for reply in replies:
+            reply.stream.close()  # a reader that was cancelled before it began has closed nothing
