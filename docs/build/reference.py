@@ -122,7 +122,9 @@ def _parameters(command: Any) -> str:
 
 def http_page() -> str:
     """Every route of the endpoint, and every field that a request may have."""
-    description = openapi()
+    from apprentice.serve.ingress import describe_api
+
+    description = describe_api()
     schemas = description.get("components", {}).get("schemas", {})
     parts = [
         "# The HTTP API",
@@ -147,15 +149,3 @@ def http_page() -> str:
             fields.append(f"| `{field}` | {_type(shape).replace('|', chr(92) + '|')} | {default} |")
         parts += [f"## {name}", " ".join(schemas[name].get("description", "").split()), "\n".join(fields)]
     return "\n\n".join(part for part in parts if part) + "\n"
-
-
-def openapi() -> dict[str, Any]:
-    """The OpenAPI description of the endpoint; no model is loaded for it."""
-    from types import SimpleNamespace
-    from typing import cast
-
-    from apprentice.serve.ingress import build_app
-
-    # Routes ask engine and layout for something only when they are called.
-    nothing = cast(Any, SimpleNamespace(context=0, name="plain", close=lambda: None))
-    return dict(build_app(nothing, nothing, "model").openapi())

@@ -11,7 +11,8 @@ import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 from fastapi import FastAPI
 from fastapi.responses import FileResponse, PlainTextResponse, Response
@@ -65,22 +66,32 @@ def build_app(
 
     `keys` None lets everybody in; `limits` counts what keys use.
     """
+    serving = serving or Serving()
+    door = _Door(engine, layout, model_name, serving, limits, Metrics(engine, model_name, replica))
+    return Gate(_routes(door, contract, tasks), keys=keys, limits=limits, max_body_bytes=serving.max_body_bytes)
 
+
+def describe_api() -> dict[str, Any]:
+    """The endpoint's OpenAPI description; no model is loaded for it."""
+    # Routes ask the engine and the layout for something only when they are called.
+    nothing = cast(Any, SimpleNamespace(context=0, name="plain", close=lambda: None))
+    return _routes(_Door(nothing, nothing, "model", Serving(), None, Metrics(nothing, "model", "")), None, ()).openapi()
+
+
+def _routes(door: _Door, contract: PromptContract | None, tasks: Sequence[Task]) -> FastAPI:
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncGenerator[None, None]:
         yield
-        engine.close()
+        door.engine.close()
 
-    serving = serving or Serving()
     app = FastAPI(title="apprentice", redoc_url=None, lifespan=lifespan)
     app.router.route_class = CheckedRoute
-    door = _Door(engine, layout, model_name, serving, limits, Metrics(engine, model_name, replica))
     _serve_openai(app, door)
     _serve_ours(app, door, contract, {task.name: task for task in tasks})
     _serve_state(app, door)
     _serve_page(app)
     answer_errors(app)
-    return Gate(app, keys=keys, limits=limits, max_body_bytes=serving.max_body_bytes)
+    return app
 
 
 class _Door:
