@@ -30,6 +30,7 @@ NOT_IDENTITY = (
     "training.resources",
     "training.micro_batch",
     "training.deepspeed",
+    "training.activation_checkpointing",
     "training.checkpoint",
     "training.max_failures",
     "training.hang_timeout_s",

@@ -9,10 +9,11 @@ import pytest
 import torch
 from peft import PeftModel
 
-from apprentice.errors import ModelError
+from apprentice.errors import ModelError, RecipeError
 from apprentice.models.loading import load_model
-from apprentice.models.tuning import TUNING_METHODS, load_trainable, trainable
+from apprentice.models.tuning import TUNING_METHODS, check_tuning, load_trainable, trainable, trained_share
 from apprentice.recipe import Tuning
+from tests.models.architectures import SEQ2SEQ, made
 
 IDS = torch.tensor([[5, 6, 7, 8]])
 
@@ -32,7 +33,10 @@ def test_full_trains_everything(tiny_model: Path) -> None:
     model = wrapped(tiny_model, "full")
     assert trainable(model).keys() == dict(model.named_parameters()).keys()
     assert TUNING_METHODS["full"].save_adapter is None
-    assert TUNING_METHODS["full"].merge(model) is model
+    merge = TUNING_METHODS["full"].merge
+    assert merge is not None
+    assert merge(model) is model
+    assert trained_share(model) == (sum(p.numel() for p in model.parameters()), 1.0)
 
 
 def test_lora_trains_two_small_matrices_of_every_linear_layer(tiny_model: Path) -> None:
@@ -61,6 +65,7 @@ def test_lora_loads_with_peft_alone_and_merges_to_the_same_logits(tiny_model: Pa
     load_trainable(model, disturbed(model))
     method = TUNING_METHODS["lora"]
     assert method.save_adapter is not None
+    assert method.merge is not None
     method.save_adapter(model, tmp_path / "adapter", "some/base")
     with torch.no_grad():
         expected = model(input_ids=IDS).logits
@@ -73,6 +78,37 @@ def test_lora_loads_with_peft_alone_and_merges_to_the_same_logits(tiny_model: Pa
     torch.testing.assert_close(merged, expected, rtol=0, atol=1e-4)
     assert with_peft.peft_config["default"].base_model_name_or_path == "some/base"
     assert sorted(file.name for file in (tmp_path / "adapter").iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft 0.21 on transformers 5.23
+@pytest.mark.parametrize("method", ["prefix", "prompt", "adapter"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "t5", "bart"])
+def test_what_cannot_be_merged_loads_from_beside_the_weights(name: str, method: str, tmp_path: Path) -> None:
+    base = made(name)
+    base.save_pretrained(tmp_path)
+    model = wrapped(tmp_path, method, virtual_tokens=4, width=8)
+    load_trainable(model, disturbed(model))
+    chosen = TUNING_METHODS[method]
+    assert chosen.merge is None
+    assert chosen.save_adapter is not None
+    chosen.save_adapter(model, tmp_path / "adapter", "some/base")
+    more = {"decoder_input_ids": IDS} if name in SEQ2SEQ else {}
+    with torch.no_grad():
+        outputs = [
+            each(input_ids=IDS, use_cache=False, **more).logits for each in (base, model, load_model(tmp_path, torch.float32))
+        ]
+    assert (outputs[1][:, -4:] - outputs[0]).abs().max() > 1e-3
+    torch.testing.assert_close(outputs[2], outputs[1], rtol=0, atol=1e-5)
+    numbers, share = trained_share(model)
+    assert 0 < numbers < 50_000
+    assert 0 < share < 0.2
+
+
+def test_four_bits_need_a_gpu() -> None:
+    with pytest.raises(RecipeError, match=r"qlora keeps the base model in 4 bits, .*use lora"):
+        check_tuning(Tuning(method="qlora"), on_gpu=False)
+    check_tuning(Tuning(method="qlora"), on_gpu=True)
+    check_tuning(Tuning(method="lora"), on_gpu=False)
 
 
 def test_other_weights_are_refused(tiny_model: Path) -> None:

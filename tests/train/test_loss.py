@@ -7,49 +7,18 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import (
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    GPTNeoXConfig,
-    GPTNeoXForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
 
-from apprentice.train.loss import TargetLoss
+from apprentice.errors import RecipeError
+from apprentice.models.tuning import TUNING_METHODS, trainable
+from apprentice.recipe import Tuning
+from apprentice.train import loss as losses
+from apprentice.train.loss import PairLoss, TargetLoss, loss_of
+from tests.models.architectures import CAUSAL, SEQ2SEQ, made
+from tests.train import pairs
 from tests.train.rows import examples_of, packed_rows, reference_nll
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 500,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "max_position_embeddings": 128,
-}
-MODELS = {
-    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, num_key_value_heads=1, tie_word_embeddings=True)),
-    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES, num_key_value_heads=2, head_dim=32)),
-    "gemma2_with_soft_caps": lambda: Gemma2ForCausalLM(
-        Gemma2Config(**SIZES, num_key_value_heads=1, head_dim=32, final_logit_softcapping=0.5, pad_token_id=0)
-    ),
-    "gpt_neox": lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**SIZES)),
-}
-CASES = [
-    (name, attention)
-    for name in MODELS
-    for attention in ("sdpa", "eager")
-    if (name, attention) != ("gemma2_with_soft_caps", "sdpa")
-]
-
-
-def made(name: str, attention: str) -> Any:
-    torch.manual_seed(1)
-    model = MODELS[name]()
-    model.set_attn_implementation(attention)
-    return model.eval()
+CASES = [(name, attention) for name in CAUSAL for attention in ("sdpa", "eager") if (name, attention) != ("gemma2", "sdpa")]
+PACKED_PAIRS = [(name, attention) for name in SEQ2SEQ if name != "bart" for attention in ("sdpa", "eager")]
 
 
 @pytest.mark.parametrize(("name", "attention"), CASES)
@@ -82,6 +51,10 @@ def test_loss_and_gradients_are_those_of_single_examples(name: str, attention: s
     reference = reference_nll(model, rows)
     reference.backward()
     torch.testing.assert_close(loss, reference, rtol=1e-6, atol=0)
+    compare_gradients(model, ours)
+
+
+def compare_gradients(model: Any, ours: dict[str, torch.Tensor]) -> None:
     assert ours
     for key, parameter in model.named_parameters():
         torch.testing.assert_close(ours[key], parameter.grad, rtol=1e-4, atol=1e-4, msg=key)
@@ -124,3 +97,89 @@ def test_no_target_gives_zero_and_no_trace_of_the_hook() -> None:
     loss.backward()
     assert loss.item() == 0.0
     assert not model.get_output_embeddings()._forward_pre_hooks
+
+
+@pytest.mark.parametrize(("name", "attention"), PACKED_PAIRS)
+def test_packed_pairs_are_single_pairs(name: str, attention: str) -> None:
+    model, rows = made(name, attention), pairs.paired_rows(2)
+    loss = loss_of(model)(*rows.micros(2)[0].tensors)
+    loss.backward()
+    ours = {key: parameter.grad.clone() for key, parameter in model.named_parameters()}
+    model.zero_grad()
+    reference = pairs.reference_nll(model, rows)
+    reference.backward()
+    torch.testing.assert_close(loss, reference, rtol=1e-6, atol=0)
+    compare_gradients(model, ours)
+
+
+@pytest.mark.parametrize("name", SEQ2SEQ)
+def test_one_pair_a_row(name: str) -> None:
+    """Padded side by side in a batch, as BART must be trained."""
+    model, rows = made(name), pairs.paired_rows(3)
+    alone = [part.micros(1)[0] for part in pairs.unpacked(rows)]
+    total = torch.stack([loss_of(model)(*micro.tensors) for micro in alone]).sum()
+    torch.testing.assert_close(total, pairs.reference_nll(model, rows), rtol=1e-6, atol=0)
+    assert len(alone) >= 6
+    assert isinstance(loss_of(model), PairLoss)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "t5"])
+def test_in_chunks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = made(name)
+    rows = pairs.paired_rows(2) if name in SEQ2SEQ else packed_rows(2)
+    whole = loss_of(model)(*rows.micros(2)[0].tensors)
+    whole.backward()
+    ours = {key: parameter.grad.clone() for key, parameter in model.named_parameters()}
+    model.zero_grad()
+    monkeypatch.setattr(losses, "CHUNK_NUMBERS", 3 * 500)
+    rows_seen: list[int] = []
+    model.get_output_embeddings().register_forward_hook(lambda _, __, output: rows_seen.append(output.shape[0]))
+    chunked = loss_of(model)(*rows.micros(2)[0].tensors)
+    chunked.backward()
+    torch.testing.assert_close(chunked, whole, rtol=1e-6, atol=0)
+    compare_gradients(model, ours)
+    assert max(rows_seen) == 3
+
+
+def test_a_model_that_does_more_to_its_logits_is_not_cut_into_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = made("llama")
+    plain = model.forward
+
+    def doubled(**arguments: Any) -> Any:
+        output = plain(**arguments)
+        output.logits = output.logits * 2
+        return output
+
+    model.forward = doubled
+    arguments = packed_rows(2).micros(2)[0].tensors
+    whole = TargetLoss(model)(*arguments)
+    monkeypatch.setattr(losses, "CHUNK_NUMBERS", 3 * 500)
+    torch.testing.assert_close(TargetLoss(model)(*arguments), whole)
+
+
+def test_flash_attention_gets_a_single_row() -> None:
+    model, arguments = made("llama"), packed_rows(2).micros(2)[0].tensors
+    loss = TargetLoss(model)
+    two_rows = loss(*arguments)
+    loss._flat = True
+    torch.testing.assert_close(loss(*arguments), two_rows, rtol=1e-6, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft 0.21 on transformers 5.23
+@pytest.mark.parametrize("method", ["lora", "prefix", "prompt", "adapter"])
+@pytest.mark.parametrize("name", ["llama", "t5", "bart"])
+def test_every_method_learns_from_padded_rows_what_it_learns_from_single_ones(name: str, method: str) -> None:
+    tuning = Tuning.model_validate({"method": method, "rank": 4, "virtual_tokens": 3, "width": 8})
+    model = TUNING_METHODS[method].wrap(made(name), tuning, 1).eval()
+    rows = pairs.unpacked(pairs.paired_rows(2) if name in SEQ2SEQ else packed_rows(2))
+    loss = loss_of(model)
+    alone = torch.stack([loss(*part.micros(1)[0].tensors) for part in rows]).sum()
+    padded = torch.stack([loss(*micro.tensors) for micro in pairs.joined(rows).micros(3)]).sum()
+    torch.testing.assert_close(padded, alone, rtol=1e-5, atol=0)
+    padded.backward()
+    assert all(parameter.grad is not None for parameter in trainable(model).values())
+    assert any(parameter.grad.abs().max() > 0 for parameter in trainable(model).values())
+    if method in ("prefix", "prompt"):
+        packed = pairs.paired_rows(2) if name in SEQ2SEQ else packed_rows(2)
+        with pytest.raises(RecipeError, match="must be `none` with tuning"):
+            loss(*packed.micros(2)[0].tensors)

@@ -6,6 +6,7 @@ Knows nothing of tuning methods, layouts or where a model is used.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import struct
@@ -13,19 +14,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from apprentice.errors import ModelError
 from apprentice.family import FAMILIES, family_of
 from apprentice.hub import local_folder
+from apprentice.models import adapter as adapters
 
 FAST_BFLOAT16 = ("amx_bf16", "avx512_bf16")  # what a CPU multiplies bfloat16 with, as PyTorch names it
-_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+_ATTENTION = {"flash": "flash_attention_2", "flex": "flex_attention"}  # the recipe's words that transformers calls otherwise
+ADAPTER = "adapter"  # folder beside the weights, with what cannot be merged into them
 
 
 def resolve_dtype(name: str, device: str | None = None) -> torch.dtype:
-    """The number format that `name` ("auto", "bfloat16" or "float32") means on `device` ("cuda" or "cpu"; None: what there is).
+    """The number format that `name` ("auto", "bfloat16", "float16" or "float32") means on `device` ("cuda" or "cpu"; None: what there is).
 
     `auto` is bfloat16 on a GPU, on CPUs with AMX (matrix products about five times faster than in float32) and on CPUs with
     AVX512-BF16 (about twice), and float32 on all other CPUs, which only emulate bfloat16.
@@ -38,16 +42,36 @@ def resolve_dtype(name: str, device: str | None = None) -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
-def load_model(base: str | Path, dtype: torch.dtype, attention: str = "auto") -> PreTrainedModel:
+def resolve_attention(name: str, device: str = "cpu") -> str | None:
+    """What transformers calls the attention `name` on `device`; None leaves the choice to the architecture.
+
+    `auto` is flash attention on a GPU that has the package, and else what the architecture prefers (sdpa, where it can). Raises
+    `ModelError` for flash attention where it cannot run.
+    """
+    there = device == "cuda" and importlib.util.find_spec("flash_attn") is not None
+    if name == "flash" and not there:
+        raise ModelError("model.attention flash needs a GPU and the package flash-attn, which are not here; use auto.")
+    if name == "auto":
+        return _ATTENTION["flash"] if there else None
+    return _ATTENTION.get(name, name)
+
+
+def load_model(base: str | Path, dtype: torch.dtype, attention: str = "auto", *, four_bit: bool = False) -> PreTrainedModel:
     """The model `base` (folder, hub id or packaged model) on the CPU, in evaluation mode; `apprentice.family` tells which kind.
 
-    Raises `ModelError` if it cannot be found, is no language model, or lacks weights.
+    An adapter that was exported beside the weights is attached. `four_bit` quantizes the weights onto the GPU. Raises `ModelError`
+    if the model cannot be found, is no language model, or lacks weights.
     """
     folder = local_folder(str(base))
     family = family_of(folder)
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
-    chosen = {} if attention == "auto" else {"attn_implementation": attention}
+    implementation = resolve_attention(attention, "cuda" if torch.cuda.is_available() else "cpu")
+    chosen: dict[str, Any] = {} if implementation is None else {"attn_implementation": implementation}
+    if four_bit:
+        chosen["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+        )
     loader: Any = AutoModelForSeq2SeqLM if family == "seq2seq" else AutoModelForCausalLM
     try:
         model, found = loader.from_pretrained(folder, dtype=dtype, local_files_only=True, output_loading_info=True, **chosen)
@@ -56,8 +80,18 @@ def load_model(base: str | Path, dtype: torch.dtype, attention: str = "auto") ->
         raise ModelError(f"{folder} cannot be loaded as a {FAMILIES[family]}: {reason}") from error
     if missing := sorted(found["missing_keys"]):
         raise ModelError(f"{folder} lacks weights, {missing[0]!r} among them; fetch or export the model again.")
-    loaded: PreTrainedModel = model.eval()
+    loaded: PreTrainedModel = _attach(model, folder / ADAPTER).eval()
     return loaded
+
+
+def _attach(model: Any, adapter: Path) -> Any:
+    if (adapter / adapters.CONFIG).is_file():
+        adapters.load_adapters(model, adapter)
+    elif (adapter / "adapter_config.json").is_file():
+        from peft import PeftModel
+
+        return PeftModel.from_pretrained(model, adapter)
+    return model
 
 
 def count_parameters(folder: Path) -> int:

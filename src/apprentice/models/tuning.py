@@ -17,18 +17,24 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from apprentice.errors import ModelError
+from apprentice.errors import ModelError, RecipeError
+from apprentice.models.adapter import add_adapters, save_adapters
 from apprentice.recipe import Tuning
 
 
 @dataclass(frozen=True)
 class TuningMethod:
-    """`wrap(model, tuning, seed)` freezes and adds; `merge` gives a plain model back; `save_adapter` writes the
-    added weights into a folder, with the name of the base model."""
+    """How a model is tuned.
+
+    `wrap(model, tuning, seed)` freezes and adds; `save_adapter` writes the added weights into a folder, with the name of the base
+    model. `merge` gives a plain model with the same outputs, where the added weights can become part of the base's; a method
+    without it is exported as the base's weights with the adapter beside them. `four_bit` keeps the frozen base in 4 bits.
+    """
 
     wrap: Callable[[PreTrainedModel, Tuning, int], nn.Module]
-    merge: Callable[[Any], PreTrainedModel]
+    merge: Callable[[Any], PreTrainedModel] | None = None
     save_adapter: Callable[[Any, Path, str], None] | None = None
+    four_bit: bool = False
 
 
 def _wrap_full(model: PreTrainedModel, tuning: Tuning, seed: int) -> nn.Module:
@@ -36,15 +42,45 @@ def _wrap_full(model: PreTrainedModel, tuning: Tuning, seed: int) -> nn.Module:
 
 
 def _wrap_lora(model: PreTrainedModel, tuning: Tuning, seed: int) -> nn.Module:
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig
 
     config = LoraConfig(
-        task_type="CAUSAL_LM",
+        task_type=_task_type(model),
         r=tuning.rank,
         lora_alpha=tuning.alpha or 2 * tuning.rank,  # type: ignore[arg-type]  # a float is fine
         lora_dropout=tuning.dropout,
         target_modules="all-linear",
     )
+    return _with_peft(model, config, seed)
+
+
+def _wrap_prefix(model: PreTrainedModel, tuning: Tuning, seed: int) -> nn.Module:
+    from peft import PrefixTuningConfig
+
+    return _with_peft(model, PrefixTuningConfig(task_type=_task_type(model), num_virtual_tokens=tuning.virtual_tokens), seed)
+
+
+def _wrap_prompt(model: PreTrainedModel, tuning: Tuning, seed: int) -> nn.Module:
+    from peft import PromptTuningConfig
+
+    return _with_peft(model, PromptTuningConfig(task_type=_task_type(model), num_virtual_tokens=tuning.virtual_tokens), seed)
+
+
+def _wrap_adapter(model: PreTrainedModel, tuning: Tuning, seed: int) -> nn.Module:
+    model.requires_grad_(False)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        add_adapters(model, tuning.width)
+    return model
+
+
+def _task_type(model: PreTrainedModel) -> Any:
+    return "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
+
+
+def _with_peft(model: PreTrainedModel, config: Any, seed: int) -> nn.Module:
+    from peft import get_peft_model
+
     with torch.random.fork_rng(), _quiet():
         torch.manual_seed(seed)  # the same first weights on every worker
         return get_peft_model(model, config)
@@ -64,10 +100,34 @@ def _quiet() -> Iterator[None]:
         yield
 
 
+def _merge_lora(model: Any) -> PreTrainedModel:
+    merged: PreTrainedModel = model.merge_and_unload()
+    return merged
+
+
 TUNING_METHODS: dict[str, TuningMethod] = {
-    "full": TuningMethod(wrap=_wrap_full, merge=lambda model: model),
-    "lora": TuningMethod(wrap=_wrap_lora, merge=lambda model: model.merge_and_unload(), save_adapter=_save_peft),
+    "full": TuningMethod(_wrap_full, merge=lambda model: model),
+    "lora": TuningMethod(_wrap_lora, _merge_lora, _save_peft),
+    "qlora": TuningMethod(_wrap_lora, _merge_lora, _save_peft, four_bit=True),
+    "prefix": TuningMethod(_wrap_prefix, save_adapter=_save_peft),
+    "prompt": TuningMethod(_wrap_prompt, save_adapter=_save_peft),
+    "adapter": TuningMethod(_wrap_adapter, save_adapter=save_adapters),
 }
+
+
+def check_tuning(tuning: Tuning, *, on_gpu: bool) -> None:
+    """Raises `RecipeError` for a method that the hardware cannot run."""
+    if TUNING_METHODS[tuning.method].four_bit and not on_gpu:
+        raise RecipeError(
+            f"tuning.method {tuning.method} keeps the base model in 4 bits, which only GPUs compute with, and training.resources.gpus"
+            " is 0; use lora, or give each worker a GPU."
+        )
+
+
+def trained_share(model: nn.Module) -> tuple[int, float]:
+    """How many numbers are trained, and their share of all of the model's."""
+    trained = sum(parameter.numel() for parameter in trainable(model).values())
+    return trained, trained / max(sum(parameter.numel() for parameter in model.parameters()), 1)
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -12,10 +12,12 @@ from apprentice.recipe.strict import Positive, Share, Strict
 class Tuning(Strict):
     """Which weights are trained."""
 
-    method: Literal["full", "lora"] = "lora"
-    rank: Positive = 16
+    method: Literal["full", "lora", "qlora", "prefix", "prompt", "adapter"] = "lora"
+    rank: Positive = Field(16, description="Of LoRA's two matrices.")
     alpha: float | None = Field(None, description="LoRA scale × rank; default 2 × rank.")
-    dropout: Share = 0.0
+    dropout: Share = Field(0.0, description="Of LoRA's input.")
+    virtual_tokens: Positive = Field(20, description="Of prefix and prompt tuning.")
+    width: Positive = Field(64, description="Of the bottleneck adapter's inner layer.")
 
 
 class WorkerRange(Strict):
@@ -37,9 +39,12 @@ class Resources(Strict):
 
 
 class Optimizer(Strict):
-    name: Literal["adamw"] = "adamw"
+    name: Literal["adamw", "adafactor"] = Field(
+        "adamw",
+        description="adafactor scales each step by the size of the weights it changes, as T5 was trained; betas are AdamW's.",
+    )
     learning_rate: float = Field(2e-4, gt=0.0)
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    schedule: Literal["cosine", "linear", "constant", "inverse_sqrt"] = "cosine"
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
     betas: tuple[Share, Share] = (0.9, 0.999)
@@ -48,8 +53,25 @@ class Optimizer(Strict):
 
 
 class DeepSpeed(Strict):
+    """ZeRO, and where what does not fit is kept."""
+
     stage: Literal[0, 1, 2, 3] = 2
-    offload: Literal["none", "cpu"] = "none"
+    offload: Literal["none", "cpu", "nvme"] = Field("none", description="Where the optimizer's state lies, if not on the GPU.")
+    offload_parameters: Literal["none", "cpu", "nvme"] = Field("none", description="Where weights wait; stage 3 only.")
+    nvme_path: str | None = Field(None, description="Folder on a local disk, for `nvme`.")
+    extra: dict[str, Any] = Field({}, description="Further keys of DeepSpeed's configuration, passed through.")
+
+    @model_validator(mode="after")
+    def _offloads_fit(self) -> Self:
+        if self.offload_parameters != "none" and self.stage != 3:
+            raise ValueError(f"offload_parameters needs stage 3, which splits the weights up; stage is {self.stage}")
+        if self.offload == "nvme" and self.stage != 3:
+            raise ValueError(f"offload nvme needs stage 3; stage is {self.stage}: use cpu, or stage 3")
+        if self.offload == "cpu" and self.stage == 0:
+            raise ValueError("offload cpu needs stage 1 or higher; at stage 0 nothing of the optimizer is split off")
+        if ("nvme" in (self.offload, self.offload_parameters)) != (self.nvme_path is not None):
+            raise ValueError("`nvme_path` belongs to `nvme`, and only to it")
+        return self
 
 
 class Checkpointing(Strict):
@@ -70,6 +92,9 @@ class Training(Strict):
     micro_batch: Positive | Literal["auto"] = Field("auto", description="Packed rows at once on one worker.")
     optimizer: Optimizer = Optimizer()
     deepspeed: DeepSpeed = DeepSpeed()
+    activation_checkpointing: bool = Field(
+        False, description="Keep only each layer's input and compute the rest again: less memory, a third more time."
+    )
     checkpoint: Checkpointing = Checkpointing()
     max_failures: Annotated[int, Field(ge=0)] = 3
     hang_timeout_s: float = Field(1800.0, gt=0.0, description="Seconds after which a collective that does not end is an error.")
@@ -95,6 +120,11 @@ class Training(Strict):
         rows = self.global_batch // self.max_workers
         if isinstance(self.micro_batch, int) and rows % self.micro_batch:
             raise ValueError(f"micro_batch {self.micro_batch} does not divide the {rows} rows of one worker; choose a divisor")
+        if self.optimizer.name == "adafactor" and self.deepspeed.stage != 0:
+            raise ValueError(
+                f"adafactor needs whole matrices, and ZeRO stage {self.deepspeed.stage} gives it flat pieces of them;"
+                " set deepspeed.stage to 0, or use adamw"
+            )
         if self.steps is not None and self.optimizer.warmup_steps >= self.steps:
             raise ValueError(f"warmup_steps {self.optimizer.warmup_steps} is not shorter than the run's {self.steps} steps")
         return self

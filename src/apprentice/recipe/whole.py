@@ -20,10 +20,10 @@ class Model(Strict):
         description="Hub id, folder, a model that a package carries (`smollm2-135m-instruct`), or `run:NAME`: what that run of the"
         " same storage made."
     )
-    dtype: Literal["auto", "bfloat16", "float32"] = Field(
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         "auto", description="auto: bfloat16 where the hardware multiplies it fast."
     )
-    attention: Literal["auto", "sdpa", "eager"] = "auto"
+    attention: Literal["auto", "flash", "flex", "sdpa", "eager"] = Field("auto", description="auto: the fastest that is there.")
 
 
 class Recipe(Strict):

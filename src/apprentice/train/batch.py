@@ -27,32 +27,52 @@ class RowFacts(NamedTuple):
     dropped: dict[str, dict[str, int]]  # of the whole window, on its first row: task → reason → count
 
 
-@dataclass(frozen=True)
-class Micro:
-    """What one forward pass takes; all of shape (rows, length)."""
+class Micro(NamedTuple):
+    """What one forward pass takes: the tensors of `TargetLoss`, or of `PairLoss` for an encoder-decoder, in their order."""
 
-    input_ids: Tensor
-    positions: Tensor  # restart at 0 with each example
-    is_target: Tensor  # bool: this token is predicted, and counts
+    tensors: tuple[Tensor | None, ...]
+
+    @property
+    def input_ids(self) -> Tensor:
+        first = self.tensors[0]
+        assert first is not None
+        return first
+
+    @property
+    def positions(self) -> Tensor | None:
+        """Restart at 0 with each example; None where each row has one."""
+        return self.tensors[1]
+
+    @property
+    def is_target(self) -> Tensor:
+        """Boolean: this token is predicted, and counts."""
+        last = self.tensors[-1]
+        assert last is not None
+        return last
 
     def to(self, device: torch.device) -> Micro:
-        return Micro(self.input_ids.to(device), self.positions.to(device), self.is_target.to(device))
+        return Micro(tuple(tensor if tensor is None else tensor.to(device) for tensor in self.tensors))
 
 
 @dataclass(frozen=True)
 class PackedRows:
-    """Some packed rows; arrays of shape (rows, length)."""
+    """Some packed rows; arrays of shape (rows, length), and on an encoder-decoder's other side (rows, target length)."""
 
     input_ids: NDArray[Any]
     positions: NDArray[Any]
     segment_ids: NDArray[Any]
-    loss_mask: NDArray[Any]
+    loss_mask: NDArray[Any]  # of the decoder's side, where there is one
     facts: list[RowFacts]
+    target_ids: NDArray[Any] | None = None
+    target_positions: NDArray[Any] | None = None
+    target_segment_ids: NDArray[Any] | None = None
 
     @classmethod
     def of(cls, columns: Mapping[str, Any]) -> PackedRows:
         """From the pipeline's columns, as NumPy arrays or lists (one entry a row)."""
-        table = {name: _table(columns[name]) for name in ("input_ids", "positions", "segment_ids", "loss_mask")}
+        sides = ("target_ids", "target_positions", "target_segment_ids")
+        wanted = ("input_ids", "positions", "segment_ids", "loss_mask", *(name for name in sides if name in columns))
+        table = {name: _table(columns[name]) for name in wanted}
         names = ("window", "row", "examples", "example_tasks", "example_targets", "dropped")
         facts = [
             RowFacts(int(window), int(row), _ints(examples), _ints(tasks), _ints(targets), json.loads(dropped) if dropped else {})
@@ -65,34 +85,45 @@ class PackedRows:
 
     @property
     def tokens(self) -> int:
-        """Real tokens; padding is not counted."""
-        return int((self.segment_ids > 0).sum())
+        """Real tokens, of both sides; padding is not counted."""
+        answers = 0 if self.target_segment_ids is None else int((self.target_segment_ids > 0).sum())
+        return int((self.segment_ids > 0).sum()) + answers
 
     @property
     def targets(self) -> int:
-        """Tokens that are predicted and count. The first token of a row has nothing before it to be predicted from."""
-        return int((self.loss_mask[:, 1:] > 0).sum())
+        """Tokens that are predicted and count. The first token of a causal row has nothing before it to be predicted from."""
+        counted = self.loss_mask[:, 1:] if self.target_ids is None else self.loss_mask
+        return int((counted > 0).sum())
 
     def micros(self, size: int) -> list[Micro]:
         """Micro-batches of `size` rows, without the columns at the end that are padding in all of them."""
-        return [self._micro(start, start + size) for start in range(0, len(self), size)]
+        return [self._micro(slice(start, start + size)) for start in range(0, len(self), size)]
 
-    def _micro(self, start: int, stop: int) -> Micro:
-        used = np.flatnonzero((self.segment_ids[start:stop] > 0).any(axis=0))
-        length = int(used[-1]) + 1 if len(used) else 1
-        cut = (slice(start, stop), slice(0, length))
-        # A copy: the arrays may be read-only views of shared memory, which torch does not take.
-        return Micro(
-            torch.from_numpy(self.input_ids[cut].astype(np.int64)),
-            torch.from_numpy(self.positions[cut].astype(np.int64)),
-            torch.from_numpy(self.loss_mask[cut].astype(np.bool_)),
-        )
+    def _micro(self, rows: slice) -> Micro:
+        cut = (rows, _used(self.segment_ids[rows]))
+        ids = _tensor(self.input_ids[cut])
+        if self.target_ids is None or self.target_positions is None or self.target_segment_ids is None:
+            alone = int(self.segment_ids[rows].max(initial=0)) <= 1
+            return Micro((ids, None if alone else _tensor(self.positions[cut]), _tensor(self.loss_mask[cut], np.bool_)))
+        there = (rows, _used(self.target_segment_ids[rows]))
+        sides = (self.target_ids[there], self.target_positions[there], self.target_segment_ids[there])
+        return Micro((ids, _tensor(self.segment_ids[cut]), *map(_tensor, sides), _tensor(self.loss_mask[there], np.bool_)))
 
     def share(self, rank: int, workers: int) -> PackedRows:
         """Every `workers`-th row, beginning with row `rank`."""
         part = slice(rank, None, workers)
-        arrays = (self.input_ids[part], self.positions[part], self.segment_ids[part], self.loss_mask[part])
-        return PackedRows(*arrays, self.facts[part])
+        return PackedRows(**{name: None if value is None else value[part] for name, value in vars(self).items()})
+
+
+def _used(segments: NDArray[Any]) -> slice:
+    """The columns up to the last that is no padding in some row; at least one."""
+    columns = np.flatnonzero((segments > 0).any(axis=0))
+    return slice(0, int(columns[-1]) + 1 if len(columns) else 1)
+
+
+def _tensor(array: NDArray[Any], dtype: Any = np.int64) -> Tensor:
+    # A copy: the arrays may be read-only views of shared memory, which torch does not take.
+    return torch.from_numpy(array.astype(dtype))
 
 
 def _table(rows: Any) -> NDArray[Any]:

@@ -5,17 +5,38 @@ Knows nothing of models beyond the number format and size of what is trained.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from apprentice.errors import RecipeError
-from apprentice.recipe import Training
+from apprentice.recipe import DeepSpeed, Training
 from apprentice.train.batch import micro_batch_rows
 
 # Tokens of a micro-batch that `auto` stays within. More brings no speed on a CPU, only memory.
 CPU_MICRO_TOKENS = 2048
 GPU_MICRO_TOKENS = 8192
+# Keys of DeepSpeed's that would undo what the recipe says elsewhere, and where it does.
+_OURS = {
+    "optimizer": "training.optimizer",
+    "scheduler": "training.optimizer.schedule",
+    "amp": "model.dtype",
+    "torch_autocast": "model.dtype",
+    "steps_per_print": "apprentice, which shows every step",
+    "activation_checkpointing": "training.activation_checkpointing",
+}
+_DECIDED_BY = {
+    "train_batch_size": "training.global_batch",
+    "train_micro_batch_size_per_gpu": "training.micro_batch",
+    "gradient_accumulation_steps": "training.global_batch with micro_batch",
+    "gradient_clipping": "training.optimizer.clip",
+    "bf16.enabled": "model.dtype",
+    "fp16.enabled": "model.dtype",
+    "zero_optimization.stage": "training.deepspeed.stage",
+    "zero_optimization.offload_optimizer.device": "training.deepspeed.offload",
+    "zero_optimization.offload_param.device": "training.deepspeed.offload_parameters",
+}
 _LARGEST_BUCKET = 50_000_000  # numbers reduced in one go; DeepSpeed keeps a buffer of this size
 
 
@@ -37,25 +58,53 @@ def micro_batch(training: Training, *, workers: int, length: int, on_gpu: bool) 
 
 
 def deepspeed_config(training: Training, *, workers: int, micro: int, dtype: torch.dtype, trainable: int) -> dict[str, Any]:
-    """DeepSpeed's configuration for `workers` that each pass `micro` rows at once and train `trainable` numbers together."""
+    """DeepSpeed's configuration for `workers` that each pass `micro` rows at once and train `trainable` numbers together.
+
+    Raises `RecipeError` for a key of `deepspeed.extra` that says something else than the rest of the recipe.
+    """
     # DeepSpeed adds up bfloat16 gradients in float32 only if it partitions: stage 1 gives stage 0's numbers, in less memory.
-    stage = max(training.deepspeed.stage, 1) if dtype == torch.bfloat16 else training.deepspeed.stage
-    zero: dict[str, Any] = {
-        "stage": stage,
-        "reduce_bucket_size": min(max(trainable, 1), _LARGEST_BUCKET),
-        "overlap_comm": torch.cuda.is_available(),
-    }
-    if training.deepspeed.offload != "none" and stage > 0:
-        zero["offload_optimizer"] = {"device": training.deepspeed.offload, "pin_memory": torch.cuda.is_available()}
-    return {
+    stage = max(training.deepspeed.stage, 1) if dtype != torch.float32 else training.deepspeed.stage
+    config = {
         "train_batch_size": training.global_batch,
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": rows_per_worker(training, workers) // micro,
         "gradient_clipping": training.optimizer.clip,
         "bf16": {"enabled": dtype == torch.bfloat16},
+        "fp16": {"enabled": dtype == torch.float16},
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
-        "zero_optimization": zero,
+        "zero_optimization": _zero(training.deepspeed, stage, min(max(trainable, 1), _LARGEST_BUCKET)),
         "zero_allow_untested_optimizer": True,  # PyTorch's AdamW, fused, is as fast as theirs and needs no compiler
         "zero_force_ds_cpu_optimizer": False,
     }
+    return _with_extra(config, training.deepspeed.extra, "")
+
+
+def _zero(deepspeed: DeepSpeed, stage: int, bucket: int) -> dict[str, Any]:
+    on_gpu = torch.cuda.is_available()
+    zero: dict[str, Any] = {"stage": stage, "reduce_bucket_size": bucket, "overlap_comm": on_gpu}
+    for key, device in (("offload_optimizer", deepspeed.offload), ("offload_param", deepspeed.offload_parameters)):
+        if device != "none" and stage > 0:
+            zero[key] = {"device": device, "pin_memory": on_gpu}
+            if device == "nvme":
+                zero[key]["nvme_path"] = deepspeed.nvme_path
+    return zero
+
+
+def _with_extra(config: dict[str, Any], extra: Mapping[str, Any], path: str) -> dict[str, Any]:
+    """`config` with the keys of `extra`, which may add and repeat but not contradict."""
+    merged = dict(config)
+    for key, value in extra.items():
+        name = f"{path}{key}"
+        if name in _OURS:
+            raise RecipeError(f"training.deepspeed.extra.{name} is decided by {_OURS[name]}; leave it out.")
+        if isinstance(value, Mapping) and isinstance(config.get(key, {}), dict):
+            merged[key] = _with_extra(config.get(key, {}), value, f"{name}.")
+        elif key in config and config[key] != value:
+            where = _DECIDED_BY.get(name, "the recipe")
+            raise RecipeError(
+                f"training.deepspeed.extra.{name} is {value!r}, and {where} makes it {config[key]!r}; leave it out, or change that."
+            )
+        else:
+            merged[key] = value
+    return merged

@@ -1,6 +1,6 @@
 """The DeepSpeed engine behind a small face: one optimizer step, one validation pass, and its state by parameter name.
 
-The state (float32 weights and Adam's two moments) goes out and in by parameter name and whole, so that a checkpoint means the
+The state (float32 weights and what the optimizer keeps of each) goes out and in by parameter name and whole, so that a checkpoint means the
 same on any number of workers and at any ZeRO stage. Knows nothing of Ray, of files, or of where the rows come from.
 """
 
@@ -20,15 +20,18 @@ from torch import Tensor, nn
 from apprentice.recipe import Training
 from apprentice.train.batch import Micro
 from apprentice.train.deepspeed_config import deepspeed_config
-from apprentice.train.loss import TargetLoss
-from apprentice.train.optim import adamw
+from apprentice.train.loss import loss_of
+from apprentice.train.optim import moments, optimizer_of
 from apprentice.train.state import StepOutcome
 
-WEIGHT, MOMENTS = "weight", ("exp_avg", "exp_avg_sq")
+WEIGHT = "weight"
 
 
 class DeepSpeedEngine:
-    """`model` on `device`, trained by `workers` processes that have joined one torch.distributed group."""
+    """`model` on `device`, trained by `workers` processes that have joined one torch.distributed group.
+
+    It multiplies in `dtype`, whatever its weights have.
+    """
 
     def __init__(
         self,
@@ -43,13 +46,19 @@ class DeepSpeedEngine:
         deepspeed = _deepspeed(device)
         trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         numbers = sum(parameter.numel() for parameter in trained.values())
-        config = deepspeed_config(training, workers=workers, micro=micro, dtype=dtype, trainable=numbers)
-        wrapped = TargetLoss(model).to(device=device)
+        weights = next(iter(trained.values())).dtype if training.optimizer.name == "adafactor" else dtype
+        config = deepspeed_config(training, workers=workers, micro=micro, dtype=weights, trainable=numbers)
+        if training.activation_checkpointing:
+            plain: Any = model
+            plain.gradient_checkpointing_enable({"use_reentrant": False})
+        wrapped = loss_of(model, None if weights == dtype else dtype).to(device=device)
+        self._optimizer = training.optimizer.name
+        self._shapes = {name: parameter.shape for name, parameter in trained.items()}  # ZeRO-3 takes them away
         # What DeepSpeed warns of is its own use of PyTorch, and it prints the memory it uses: nothing a user can act on.
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             self._engine = deepspeed.initialize(
-                model=wrapped, optimizer=adamw(trained, training.optimizer), config=config, dist_init_required=False
+                model=wrapped, optimizer=optimizer_of(trained, training.optimizer), config=config, dist_init_required=False
             )[0]
         self._parameters = trained  # DeepSpeed keeps the parameter objects and swaps what is in them
         self._device = device
@@ -74,7 +83,9 @@ class DeepSpeedEngine:
             self._engine.step()
             nll += loss.detach().double().cpu()
         if self._engine.zero_optimization():
-            norm = float(self._engine.get_global_grad_norm())
+            # A float16 step that overflowed was left out, and the loss scale halved: nothing went wrong.
+            left_out = getattr(self._engine.optimizer, "overflow", False)
+            norm = 0.0 if left_out else float(self._engine.get_global_grad_norm())
         return StepOutcome(float(nll), norm)
 
     def validation_nll(self, micro: Micro) -> float:
@@ -85,7 +96,7 @@ class DeepSpeedEngine:
 
     def _loss(self, micro: Micro) -> Tensor:
         there = micro.to(self._device)
-        loss: Tensor = self._engine(there.input_ids, there.positions, there.is_target)
+        loss: Tensor = self._engine(*there.tensors)
         return loss
 
     def _plain_norm(self) -> float:
@@ -93,7 +104,7 @@ class DeepSpeedEngine:
         return float(torch.linalg.vector_norm(torch.stack(norms)))
 
     def state(self) -> Iterator[tuple[str, Tensor]]:
-        """Keys (`weight/<name>`, `exp_avg/<name>`, `exp_avg_sq/<name>`) with whole float32 tensors; all workers run through it."""
+        """Keys (`weight/<name>`, `exp_avg/<name>`, …) with whole float32 tensors; all workers run through it."""
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         self._link_optimizer_state()
@@ -101,7 +112,7 @@ class DeepSpeedEngine:
         for name, parameter in self._parameters.items():
             weight = safe_get_full_fp32_param(parameter) if sharded else parameter
             yield f"{WEIGHT}/{name}", weight.detach().float().cpu()
-            for key in MOMENTS:
+            for key in moments(self._optimizer, self._shapes[name]):
                 moment = safe_get_full_optimizer_state(parameter, key) if sharded else self._plain_state(parameter)[key]
                 yield f"{key}/{name}", moment.detach().float().cpu()
 
@@ -117,7 +128,7 @@ class DeepSpeedEngine:
                 safe_set_full_fp32_param(parameter, weight)
             else:
                 parameter.data.copy_(weight)
-            for key in MOMENTS:
+            for key in moments(self._optimizer, self._shapes[name]):
                 moment = read(f"{key}/{name}").to(self._device)
                 if sharded:
                     safe_set_full_optimizer_state(parameter, moment, key)
@@ -129,17 +140,17 @@ class DeepSpeedEngine:
         return state
 
     def _begin_optimizer_state(self, steps: int) -> None:
-        """Adam makes its state in its first step; a restored run needs it before."""
+        """An optimizer makes its state in its first step; a restored run needs it before."""
         zero: Any = self._engine.optimizer
         inner = zero.optimizer if self._engine.zero_optimization() else zero
         for master in self._masters():
             inner.state[master] = {"step": torch.tensor(float(steps), device=master.device)} | {
-                key: torch.zeros_like(master) for key in MOMENTS
+                key: master.new_zeros(shape) for key, shape in moments(self._optimizer, master.shape).items()
             }
         self._link_optimizer_state()
 
     def _link_optimizer_state(self) -> None:
-        """Tells ZeRO where each parameter's part of Adam's state lies.
+        """Tells ZeRO where each parameter's part of the optimizer's state lies.
 
         DeepSpeed does so itself after the first group of parameters was stepped, when the state of the others is not there yet.
         """

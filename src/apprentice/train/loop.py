@@ -80,6 +80,7 @@ def train_loop(
     """
     clock = _Clock()
     start: tuple[int, int] | None = (state.window, state.row)
+    good = state.step  # of the newest checkpoint
     while course.goal.reached(state) < 1.0:
         rows = _next_rows(batches, state)
         clock.data_came()
@@ -104,10 +105,11 @@ def train_loop(
             }
         )
         if not (math.isfinite(state.loss) and math.isfinite(outcome.grad_norm)):
-            raise _no_number(state, step)
+            raise _no_number(state, step, good)
         if state.step % course.checkpoint_every == 0 or course.goal.reached(state) == 1.0:
             state.validation_loss = validate()
             save(state)
+            good = state.step
             clock.restart()
     return state
 
@@ -181,11 +183,13 @@ def _step_seed(seed: int, step: int, rank: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}/{step}/{rank}".encode()).digest()[:7], "big")
 
 
-def _no_number(state: State, step: _Step) -> TrainingError:
+def _no_number(state: State, step: _Step, good: int) -> TrainingError:
     shown = ", ".join(map(str, step.examples[:20])) + (" …" if len(step.examples) > 20 else "")
+    before = f"the last good checkpoint is that of step {good}" if good else "there is no checkpoint yet"
     return TrainingError(
         f"step {state.step}: the loss or its gradient is not a number (loss {state.loss}), with the plan's positions {shown};"
-        " lower training.optimizer.learning_rate, or look at these examples with `apprentice preview`."
+        f" {before}. Try a lower training.optimizer.learning_rate, more warmup_steps, a smaller clip or model.dtype float32, or look"
+        " at these examples with `apprentice preview`."
     )
 
 

@@ -1,45 +1,164 @@
 """The loss of instruction tuning: the sum of the target tokens' negative log-likelihoods, each predicted from its own example.
 
-Examples packed into a row are kept apart by positions that restart; transformers builds the attention mask from them. The
-output layer sees only the places whose next token is a target, which for most instructions is a small part of a row: the
-same sum, without the largest tensor of the pass. Knows nothing of accumulation or workers: who divides the sum, says by what.
+Examples packed into a row are kept apart: for causal models by positions that restart, from which transformers builds the
+attention mask; for encoder-decoders by masks made here of the segments. The output layer sees only the places whose next token
+is a target, which for most instructions is a small part of a row, and of many targets only some at once: the same sum, without
+the largest tensor of the pass. Knows nothing of accumulation or workers: who divides the sum, says by what.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from apprentice.errors import RecipeError
+
+CHUNK_NUMBERS = 2**26  # logits at once: 256 MiB in float32
 
 
 class TargetLoss(nn.Module):
-    """The sum of `model`'s negative log-likelihoods (nats) over the target tokens of a micro-batch, in float32."""
+    """The sum of `model`'s negative log-likelihoods (nats) over the target tokens of a micro-batch, in float32.
 
-    def __init__(self, model: nn.Module) -> None:
+    `compute` is the number format to multiply in where it is not that of the weights.
+    """
+
+    def __init__(self, model: nn.Module, compute: torch.dtype | None = None) -> None:
         super().__init__()
         self.model = model
+        self._compute = compute
+        self._in_chunks = True  # until a model turns out to do more to its logits than `_finished` knows
+        configs = getattr(model, "peft_config", {}).values()
+        self._alone = any(config.is_prompt_learning for config in configs)
+        self._flat = str(getattr(getattr(model, "config", None), "_attn_implementation", "")).startswith("flash")
 
-    def forward(self, input_ids: Tensor, positions: Tensor, is_target: Tensor) -> Tensor:
-        """All arguments have shape (rows, length); `is_target` is boolean and says which tokens are predicted and count."""
+    def forward(self, input_ids: Tensor, positions: Tensor | None, is_target: Tensor) -> Tensor:
+        """All arguments have shape (rows, length); `is_target` is boolean and says which tokens are predicted and count.
+
+        Without `positions` every row holds one example. Raises `RecipeError` for several with prefix or prompt tuning.
+        """
+        if self._alone and positions is not None:
+            raise RecipeError(
+                "data.packing.strategy must be `none` with tuning.method prefix or prompt: virtual tokens ignore where the examples"
+                " of a row begin."
+            )
         wanted = torch.zeros_like(is_target)
         wanted[:, :-1] = is_target[:, 1:]  # the place before a target token predicts it
-        logits = self._logits(input_ids, positions, wanted)  # (targets, vocabulary)
-        return F.cross_entropy(logits.float(), input_ids[:, 1:][is_target[:, 1:]], reduction="sum")
+        labels = input_ids[:, 1:][is_target[:, 1:]]
+        if self._flat and positions is not None:  # flash attention finds restarting positions in a single row only
+            input_ids, positions, wanted = (tensor.reshape(1, -1) for tensor in (input_ids, positions, wanted))
+        given: dict[str, Any] = {"input_ids": input_ids} | ({} if positions is None else {"position_ids": positions})
+        return self._sum(lambda: self._called(**given), wanted, labels)
 
-    def _logits(self, input_ids: Tensor, positions: Tensor, wanted: Tensor) -> Tensor:
-        """Logits at the `wanted` places.
+    def _called(self, **arguments: Any) -> Tensor:
+        device = next(self.model.parameters()).device.type
+        casting: AbstractContextManager[Any] = nullcontext()
+        if self._compute is not None:
+            casting = torch.autocast(device, dtype=self._compute)
+        with casting:
+            logits: Tensor = self.model(**arguments, use_cache=False).logits
+        return logits
+
+    def _sum(self, call: Callable[[], Tensor], wanted: Tensor, labels: Tensor) -> Tensor:
+        """The loss of `call`'s logits at the `wanted` places (rows, length).
 
         A hook cuts the hidden states just before the output layer, so that what a model does to its logits afterwards (scaling,
         soft caps) still happens. A model whose output layer is no module of its own gives all logits; they are cut afterwards.
         """
         model: Any = self.model
         head = model.get_output_embeddings()
-        hook = head.register_forward_pre_hook(lambda _, args: (args[0][wanted], *args[1:])) if head is not None else None
+        if head is None:
+            return F.cross_entropy(call()[wanted].float(), labels, reduction="sum")
+        size = max(1, CHUNK_NUMBERS // model.config.get_text_config().vocab_size)
+        in_chunks = self._in_chunks and len(labels) > size
+        held: list[Tensor] = []
+
+        def cut(_: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+            virtual = arguments[0].shape[1] - wanted.shape[1]  # prompt tuning puts its tokens before the row
+            held.append(arguments[0][F.pad(wanted, (virtual, 0))])  # (targets, hidden)
+            return (held[0][:1] if in_chunks else held[0], *arguments[1:])
+
+        hook = head.register_forward_pre_hook(cut)
         try:
-            logits: Tensor = model(input_ids=input_ids, position_ids=positions, use_cache=False).logits
+            logits = call()  # (targets, vocabulary), or of the first target alone
         finally:
-            if hook is not None:
-                hook.remove()
-        return logits if logits.dim() == 2 else logits[wanted]
+            hook.remove()
+        if not in_chunks:
+            return F.cross_entropy(logits.float(), labels, reduction="sum")
+        with torch.no_grad():
+            self._in_chunks = torch.allclose(self._finished(head(held[0][:1])).float(), logits.float(), rtol=1e-3, atol=1e-3)
+        return self._chunks(head, held[0], labels, size) if self._in_chunks else self._sum(call, wanted, labels)
+
+    def _chunks(self, head: nn.Module, hidden: Tensor, labels: Tensor, size: int) -> Tensor:
+        """The loss of `size` targets at a time, whose logits are computed again for their gradients."""
+
+        def part(states: Tensor, wanted: Tensor) -> Tensor:
+            return F.cross_entropy(self._finished(head(states)).float(), wanted, reduction="sum")
+
+        sums: list[Tensor] = []
+        for states, wanted in zip(hidden.split(size), labels.split(size), strict=True):
+            sums.append(checkpoint(part, states, wanted, use_reentrant=False))
+        return torch.stack(sums).sum()
+
+    def _finished(self, logits: Tensor) -> Tensor:
+        """What models do to their logits after the output layer, as far as it is known here."""
+        model: Any = self.model
+        cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+        return torch.tanh(logits / cap) * cap if cap else logits
+
+
+class PairLoss(TargetLoss):
+    """The same of an encoder-decoder, whose prompts and answers lie on two sides of a row."""
+
+    def forward(  # type: ignore[override]  # other arguments: an engine calls the loss with what its micro-batches hold
+        self,
+        input_ids: Tensor,
+        segments: Tensor,
+        target_ids: Tensor,
+        target_positions: Tensor,
+        target_segments: Tensor,
+        is_target: Tensor,
+    ) -> Tensor:
+        """The first two have shape (rows, length), the others (rows, target length); segment 0 is padding."""
+        model: Any = self.model
+        shifted = target_ids.roll(1, dims=1)
+        decoder_ids = torch.where(target_positions == 0, model.config.decoder_start_token_id, shifted)
+        labels = target_ids[is_target]
+        if int(segments.max()) <= 1:  # one example a row
+            given = {"input_ids": input_ids, "attention_mask": (segments > 0).long(), "decoder_input_ids": decoder_ids}
+            return self._sum(lambda: self._called(**given), is_target, labels)
+        if self._alone:
+            raise RecipeError("data.packing.strategy must be `none` with tuning.method prefix or prompt.")
+        dtype = next(self.model.parameters()).dtype
+        earlier = torch.ones(target_ids.shape[1], target_ids.shape[1], dtype=torch.bool, device=target_ids.device).tril()
+        of_encoder = _additive(segments[:, :, None] == segments[:, None], dtype)
+        of_decoder = _additive((target_segments[:, :, None] == target_segments[:, None]) & earlier, dtype)
+        across = _additive(target_segments[:, :, None] == segments[:, None], dtype)
+
+        def call() -> Tensor:
+            with torch.autocast(input_ids.device.type, dtype=self._compute) if self._compute is not None else nullcontext():
+                encoded = model.get_encoder()(input_ids=input_ids, attention_mask=of_encoder)
+            return self._called(
+                encoder_outputs=encoded,
+                attention_mask=across,
+                decoder_input_ids=decoder_ids,
+                decoder_attention_mask=of_decoder,
+            )
+
+        return self._sum(call, is_target, labels)
+
+
+def _additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """(rows, 1, queries, keys): 0 where `seen`, else the least number; a boolean mask is wrong with eager attention."""
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min)[:, None]
+
+
+def loss_of(model: nn.Module, compute: torch.dtype | None = None) -> TargetLoss:
+    """The loss for `model`'s family."""
+    inner: Any = model
+    return PairLoss(model, compute) if getattr(inner.config, "is_encoder_decoder", False) else TargetLoss(model, compute)

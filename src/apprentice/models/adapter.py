@@ -1,0 +1,89 @@
+"""Bottleneck adapters (Houlsby et al. 2019): a small network after each layer's self-attention and after its feed-forward part.
+
+    adapter.json                  width, and the modules that have one
+    adapter_model.safetensors     their weights, by name in the model
+
+An adapter adds to what it is given, and begins with next to nothing, so that training starts from the base model. It lives inside
+the module whose output it changes and cannot be merged into the weights. Knows nothing of training.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from apprentice.errors import ModelError
+
+CONFIG, WEIGHTS = "adapter.json", "adapter_model.safetensors"
+NAME = "bottleneck"
+# What architectures call self-attention and the feed-forward part (of BART, its last matrix).
+_AFTER = ("self_attn", "attn", "attention", "self_attention", "SelfAttention", "mlp", "DenseReluDense", "fc2")
+_START = 1e-3  # standard deviation of the second matrix: near identity, and not a saddle
+
+
+class Bottleneck(nn.Module):
+    """x + up(gelu(down(x))), computed in the number format of x."""
+
+    def __init__(self, hidden: int, width: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.down = nn.Linear(hidden, width, dtype=dtype)
+        self.up = nn.Linear(width, hidden, dtype=dtype)
+        for layer, deviation in ((self.down, hidden**-0.5), (self.up, _START)):
+            nn.init.normal_(layer.weight, std=deviation)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, given: Tensor) -> Tensor:
+        """(…, hidden) to (…, hidden)."""
+        added: Tensor = self.up(nn.functional.gelu(self.down(given)))
+        return given + added
+
+
+def add_adapters(model: nn.Module, width: int) -> list[str]:
+    """Gives `model` adapters of `width`; the names of the modules that have one now.
+
+    Raises `ModelError` for an architecture whose parts have other names.
+    """
+    inner: Any = model
+    hidden = inner.config.get_text_config().hidden_size
+    places = [(name, module) for name, module in model.named_modules() if name.rpartition(".")[2] in _AFTER]
+    places = [(name, module) for name, module in places if not any(name.startswith(f"{other}.") for other, _ in places)]
+    if not places:
+        raise ModelError(
+            f"{type(model).__name__} has no self-attention that an adapter could follow; use tuning.method lora or full."
+        )
+    for _, module in places:
+        module.add_module(NAME, Bottleneck(hidden, width, inner.dtype))
+        module.register_forward_hook(_adapt)
+    return [name for name, _ in places]
+
+
+def _adapt(module: nn.Module, _: Any, output: Any) -> Any:
+    adapter: Any = getattr(module, NAME)
+    return (adapter(output[0]), *output[1:]) if isinstance(output, tuple) else adapter(output)
+
+
+def save_adapters(model: nn.Module, folder: Path, base: str) -> None:
+    """Writes the adapters of `model`, which extends `base`, into `folder`."""
+    weights = {name: value.contiguous() for name, value in model.state_dict().items() if f".{NAME}." in name}
+    places = sorted({name.partition(f".{NAME}.")[0] for name in weights})
+    width = weights[f"{places[0]}.{NAME}.down.weight"].shape[0]
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(weights, folder / WEIGHTS, {"format": "pt"})
+    (folder / CONFIG).write_text(json.dumps({"method": "adapter", "base": base, "width": width, "after": places}, indent=2) + "\n")
+
+
+def load_adapters(model: nn.Module, folder: Path) -> None:
+    """Gives `model` the adapters that `save_adapters` wrote. Raises `ModelError` if they are another architecture's."""
+    config = json.loads((folder / CONFIG).read_text())
+    weights = load_file(folder / WEIGHTS)
+    if sorted(add_adapters(model, config["width"])) != config["after"]:
+        raise ModelError(f"the adapters in {folder} belong to another architecture; use them with {config['base']}.")
+    own = model.state_dict()
+    if odd := [name for name, value in weights.items() if name not in own or own[name].shape != value.shape]:
+        raise ModelError(f"the adapters in {folder} do not fit: {odd[0]!r} has another shape; use them with {config['base']}.")
+    model.load_state_dict(weights, strict=False)
