@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from apprentice.errors import ModelError
+from apprentice.errors import ModelError, RecipeError
 from apprentice.family import family_of
-from apprentice.models.loading import count_parameters, load_model, resolve_dtype
+from apprentice.models.loading import check_dtype, count_parameters, load_model, resolve_attention, resolve_dtype
 from tests.models.architectures import CAUSAL, SEQ2SEQ, made
 
 
@@ -28,6 +28,26 @@ def test_auto_goes_by_the_hardware(monkeypatch: pytest.MonkeyPatch, unit: str, e
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": False, "avx512_bf16": False, unit: True})
     assert resolve_dtype("auto", "cpu") == expected
     assert resolve_dtype("auto", "cuda") == torch.bfloat16
+
+
+def test_float16_is_refused_where_it_fails(tmp_path: Path) -> None:
+    made("t5").save_pretrained(tmp_path / "t5")
+    made("bart").save_pretrained(tmp_path / "bart")
+    with pytest.raises(RecipeError, match=r"float16 overflows in t5, whose activations leave its range; use bfloat16"):
+        check_dtype("float16", tmp_path / "t5", on_gpu=True)
+    with pytest.raises(RecipeError, match="float16 is for GPUs"):
+        check_dtype("float16", tmp_path / "bart", on_gpu=False)
+    check_dtype("float16", tmp_path / "bart", on_gpu=True)
+    check_dtype("bfloat16", tmp_path / "t5", on_gpu=False)
+
+
+def test_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [resolve_attention(name) for name in ("auto", "sdpa", "eager", "flex")] == [None, "sdpa", "eager", "flex_attention"]
+    with pytest.raises(ModelError, match="flash needs a GPU and the package flash-attn"):
+        resolve_attention("flash", "cuda")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    assert resolve_attention("auto", "cuda") == resolve_attention("flash", "cuda") == "flash_attention_2"
+    assert resolve_attention("auto", "cpu") is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

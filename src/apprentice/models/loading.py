@@ -17,8 +17,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from apprentice.errors import ModelError
-from apprentice.family import FAMILIES, family_of
+from apprentice.errors import ModelError, RecipeError
+from apprentice.family import FAMILIES, NO_FLOAT16, family_of, model_config
 from apprentice.hub import local_folder
 from apprentice.models import adapter as adapters
 
@@ -29,7 +29,7 @@ ADAPTER = "adapter"  # folder beside the weights, with what cannot be merged int
 
 
 def resolve_dtype(name: str, device: str | None = None) -> torch.dtype:
-    """The number format that `name` ("auto", "bfloat16", "float16" or "float32") means on `device` ("cuda" or "cpu"; None: what there is).
+    """The number format that `name` means on `device` ("cuda" or "cpu"; None: what there is).
 
     `auto` is bfloat16 on a GPU, on CPUs with AMX (matrix products about five times faster than in float32) and on CPUs with
     AVX512-BF16 (about twice), and float32 on all other CPUs, which only emulate bfloat16.
@@ -40,6 +40,17 @@ def resolve_dtype(name: str, device: str | None = None) -> torch.dtype:
     here = torch.cpu.get_capabilities()
     fast = on_gpu or any(here.get(unit, False) for unit in FAST_BFLOAT16)
     return torch.bfloat16 if fast else torch.float32
+
+
+def check_dtype(name: str, folder: Path, *, on_gpu: bool) -> None:
+    """Raises `RecipeError` where training the model in `folder` in the number format `name` would overflow or crawl."""
+    if name != "float16":
+        return
+    kind = model_config(folder).get("model_type")
+    if kind in NO_FLOAT16:
+        raise RecipeError(f"model.dtype float16 overflows in {kind}, whose activations leave its range; use bfloat16 or float32.")
+    if not on_gpu:
+        raise RecipeError("model.dtype float16 is for GPUs, and training.resources.gpus is 0; use auto, bfloat16 or float32.")
 
 
 def resolve_attention(name: str, device: str = "cpu") -> str | None:

@@ -119,8 +119,8 @@ def check_tuning(tuning: Tuning, *, on_gpu: bool) -> None:
     """Raises `RecipeError` for a method that the hardware cannot run."""
     if TUNING_METHODS[tuning.method].four_bit and not on_gpu:
         raise RecipeError(
-            f"tuning.method {tuning.method} keeps the base model in 4 bits, which only GPUs compute with, and training.resources.gpus"
-            " is 0; use lora, or give each worker a GPU."
+            f"tuning.method {tuning.method} keeps the base model in 4 bits, which only GPUs compute with, and"
+            " training.resources.gpus is 0; use lora, or give each worker a GPU."
         )
 
 

@@ -28,6 +28,8 @@ def train(recipe: Recipe, *, restart: bool = False, progress: Progress) -> dict[
 
 def _step_line(values: Mapping[str, Any]) -> dict[str, Any]:
     """What a person wants to see of one record of the training loop."""
+    if "message" in values:
+        return {"message": values["message"], "done": True}
     if "validation_loss" in values:
         return {"step": f"{values['step']}/{values['steps']}", "validation_loss": values["validation_loss"], "done": True}
     return {

@@ -1,7 +1,7 @@
 """The DeepSpeed engine behind a small face: one optimizer step, one validation pass, and its state by parameter name.
 
-The state (float32 weights and what the optimizer keeps of each) goes out and in by parameter name and whole, so that a checkpoint means the
-same on any number of workers and at any ZeRO stage. Knows nothing of Ray, of files, or of where the rows come from.
+The state (float32 weights and what the optimizer keeps of each) goes out and in by parameter name and whole, so that a
+checkpoint means the same on any number of workers and at any ZeRO stage. Knows nothing of Ray, of files, or of where the rows come from.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from apprentice.models.tuning import trained_share
 from apprentice.recipe import Training
 from apprentice.train.batch import Micro
 from apprentice.train.deepspeed_config import deepspeed_config
@@ -52,6 +53,8 @@ class DeepSpeedEngine:
             plain: Any = model
             plain.gradient_checkpointing_enable({"use_reentrant": False})
         wrapped = loss_of(model, None if weights == dtype else dtype).to(device=device)
+        self.trained = trained_share(model)  # how many numbers, and of all the part
+        self.attention = str(getattr(getattr(model, "config", None), "_attn_implementation", "eager"))
         self._optimizer = training.optimizer.name
         self._shapes = {name: parameter.shape for name, parameter in trained.items()}  # ZeRO-3 takes them away
         # What DeepSpeed warns of is its own use of PyTorch, and it prints the memory it uses: nothing a user can act on.

@@ -70,7 +70,7 @@ def train(recipe: Recipe, run: Run, corpus: Corpus, *, progress: Callable[[dict[
 
     Ray must be running. `progress` is called in this process, from a thread, with a dict per step: attempt, step, steps, loss,
     learning_rate, grad_norm, tokens, target_tokens, seconds, tokens_per_s, data_wait (share of time), eta_s; and with
-    attempt, step, steps and validation_loss after each validation. Raises the `ApprenticeError` that stopped the run.
+    attempt, step, steps and validation_loss after each validation, or message (what is trained and how) at the start. Raises the `ApprenticeError` that stopped the run.
     """
     if run.is_trained and "training" in run.status():
         return TrainResult(**run.status()["training"])

@@ -188,8 +188,8 @@ def _no_number(state: State, step: _Step, good: int) -> TrainingError:
     before = f"the last good checkpoint is that of step {good}" if good else "there is no checkpoint yet"
     return TrainingError(
         f"step {state.step}: the loss or its gradient is not a number (loss {state.loss}), with the plan's positions {shown};"
-        f" {before}. Try a lower training.optimizer.learning_rate, more warmup_steps, a smaller clip or model.dtype float32, or look"
-        " at these examples with `apprentice preview`."
+        f" {before}. Try a lower training.optimizer.learning_rate, more warmup_steps, a smaller clip or model.dtype float32,"
+        " or look at these examples with `apprentice preview`."
     )
 
 

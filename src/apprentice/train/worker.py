@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from apprentice.artifacts import Run
-from apprentice.models.loading import load_model, resolve_dtype
-from apprentice.models.tuning import TUNING_METHODS, load_trainable, trainable
+from apprentice.hub import local_folder
+from apprentice.models.loading import check_dtype, load_model, resolve_dtype
+from apprentice.models.tuning import TUNING_METHODS, check_tuning, load_trainable, trainable
 from apprentice.recipe import Recipe
 from apprentice.train import checkpoint as checkpoints
 from apprentice.train.batch import PackedRows
@@ -51,7 +52,10 @@ def run_worker(
     if device.type == "cpu":
         torch.set_num_threads(max(1, int(training.resources.cpus)))
     batches = rows(rows_per_worker(training, peers.workers))  # first: the stream takes as long to start up as the model
-    micro = micro_batch(training, workers=peers.workers, length=length, on_gpu=device.type != "cpu")
+    on_gpu = device.type != "cpu"
+    check_dtype(recipe.model.dtype, local_folder(recipe.model.base), on_gpu=on_gpu)
+    check_tuning(recipe.tuning, on_gpu=on_gpu)
+    micro = micro_batch(training, workers=peers.workers, length=length, on_gpu=on_gpu)
     dtype = resolve_dtype(recipe.model.dtype, device.type)
     state = State() if restored is None else replace(restored.state)
     engine = build_engine(recipe, restored, dtype=dtype, micro=micro, device=device, peers=peers)
@@ -61,6 +65,8 @@ def run_worker(
     def record(figures: dict[str, Any]) -> None:
         if first:
             tell(figures)
+
+    record({"step": state.step, "steps": goal.expected_steps(state), "message": _told(recipe, engine, facts["dtype"], micro)})
 
     def validate() -> float | None:
         loss = validation_loss(engine, validation, micro, peers)
@@ -86,8 +92,11 @@ def build_engine(
     recipe: Recipe, restored: Checkpoint | None, *, dtype: torch.dtype, micro: int, device: torch.device, peers: Peers
 ) -> DeepSpeedEngine:
     """The engine over the base model as the recipe tunes it, at its beginning or as `restored` left it."""
-    model = load_model(recipe.model.base, dtype, recipe.model.attention)
-    wrapped = TUNING_METHODS[recipe.tuning.method].wrap(model, recipe.tuning, recipe.seed)
+    method = TUNING_METHODS[recipe.tuning.method]
+    # Adafactor steps the weights themselves, so they keep float32's precision whatever format multiplies.
+    weights = torch.float32 if recipe.training.optimizer.name == "adafactor" else dtype
+    model = load_model(recipe.model.base, weights, recipe.model.attention, four_bit=method.four_bit)
+    wrapped = method.wrap(model, recipe.tuning, recipe.seed)
     settings: dict[str, Any] = {"dtype": dtype, "workers": peers.workers, "micro": micro, "device": device}
     if restored is None:
         return DeepSpeedEngine(wrapped, recipe.training, **settings)
@@ -96,3 +105,10 @@ def build_engine(
         engine = DeepSpeedEngine(wrapped, recipe.training, **settings)
         engine.restore(read, restored.state.step)
     return engine
+
+
+def _told(recipe: Recipe, engine: DeepSpeedEngine, dtype: str, micro: int) -> str:
+    """One line on what is trained and how."""
+    count, share = engine.trained
+    rows = f"{micro} row{'s' if micro != 1 else ''} at once"
+    return f"{recipe.tuning.method}: {count:,} numbers trained, {share:.2%} of all; {dtype}, attention {engine.attention}, {rows}"
