@@ -141,10 +141,14 @@ def _sources(recipe: Recipe) -> str:
 
 
 def _resources(recipe: Recipe) -> str:
-    from apprentice.models.loading import resolve_dtype
+    from apprentice.models.loading import check_dtype, resolve_dtype
+    from apprentice.models.tuning import check_tuning
     from apprentice.train.resources import GIB, check_resources, required_resources
 
     folder = local_folder(recipe.model.base)
+    on_gpu = recipe.training.resources.gpus > 0
+    check_dtype(recipe.model.dtype, folder, on_gpu=on_gpu)
+    check_tuning(recipe.tuning, on_gpu=on_gpu)
     parameters = sum(_parameters(file) for file in sorted(folder.glob("*.safetensors")))
     ask = required_resources(recipe, parameters, resolve_dtype(recipe.model.dtype))
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]

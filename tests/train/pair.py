@@ -1,11 +1,10 @@
-"""What each of two processes does in the tests of the engine: trains beside a plain PyTorch reference and compares.
+"""What each of some processes does in the tests of the engine: trains beside a plain PyTorch reference and compares.
 
 The processes are plain ones with torch.distributed over gloo, without Ray.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import warnings
 from pathlib import Path
@@ -19,12 +18,12 @@ from apprentice.models.tuning import TUNING_METHODS, load_trainable, trainable
 from apprentice.recipe import Training, Tuning
 from apprentice.train.engine import DeepSpeedEngine
 from apprentice.train.loop import validation_loss
-from apprentice.train.optim import adamw
+from apprentice.train.optim import moments, optimizer_of
 from apprentice.train.peers import Peers
 from tests.train.rows import packed_rows, reference_nll
 
-STEPS = 5
-ROWS = 8  # of one step: 2 workers, micro-batches of 2, accumulated twice
+STEPS = 4
+ROWS = 12  # of one step, over all workers
 
 
 def fresh(method: str, dtype: torch.dtype) -> Any:
@@ -41,15 +40,16 @@ def fresh(method: str, dtype: torch.dtype) -> Any:
     return TUNING_METHODS[method].wrap(LlamaForCausalLM(config).to(dtype), Tuning(method=method, rank=4), 3)  # type: ignore[arg-type]
 
 
-def settings(stage: int, clip: float) -> Training:
+def settings(case: dict[str, Any]) -> Training:
     return Training.model_validate(
         {
-            "workers": 2,
+            "workers": case["workers"],
             "steps": STEPS,
             "global_batch": ROWS,
-            "micro_batch": 2,
-            "optimizer": {"learning_rate": 1e-3, "weight_decay": 0.01, "clip": clip},
-            "deepspeed": {"stage": stage},
+            "micro_batch": ROWS // case["workers"] // case["accumulation"],
+            "optimizer": {"name": case["optimizer"], "learning_rate": 1e-3, "weight_decay": 0.01, "clip": case["clip"]},
+            "deepspeed": {"stage": case["stage"]},
+            "activation_checkpointing": case["accumulation"] == 3,
         }
     )
 
@@ -59,23 +59,28 @@ def weights_of(engine: DeepSpeedEngine) -> dict[str, torch.Tensor]:
 
 
 def ours(case: dict[str, Any], rank: int) -> dict[str, Any]:
-    """Five steps with DeepSpeed, then the state carried into a fresh engine and one more step with both."""
+    """Some steps with DeepSpeed, then the state carried into a fresh engine and one more step with both."""
     dtype = getattr(torch, case["dtype"])
-    training = settings(case["stage"], case["clip"])
-    made: dict[str, Any] = {"dtype": dtype, "workers": 2, "micro": 2, "device": torch.device("cpu")}
-    model = fresh(case["method"], dtype)
+    training = settings(case)
+    workers, micro = case["workers"], training.micro_batch
+    assert isinstance(micro, int)
+    part = ROWS // workers
+    made: dict[str, Any] = {"dtype": dtype, "workers": workers, "micro": micro, "device": torch.device("cpu")}
+    model = fresh(case["method"], torch.float32 if case["optimizer"] == "adafactor" else dtype)
     before = {name: parameter.detach().clone() for name, parameter in trainable(model).items()}
     engine = DeepSpeedEngine(model, training, **made)
     found: dict[str, Any] = {"loss": [], "norm": []}
     for step in range(STEPS):
         whole = packed_rows(ROWS, first=step * ROWS)
-        mine = packed_rows(ROWS // 2, first=step * ROWS + rank * ROWS // 2)
-        outcome = engine.train_step(mine.micros(2), 1.0 / whole.targets, 1e-3)
+        mine = packed_rows(part, first=step * ROWS + rank * part)
+        outcome = engine.train_step(mine.micros(micro), 1.0 / whole.targets, 1e-3)
         found["loss"].append(Peers().sum([outcome.nll])[0] / whole.targets)
         found["norm"].append(outcome.grad_norm)
         if step == 0:
             found["update"] = norm_of(before, weights_of(engine))
-    found["validation"] = validation_loss(engine, packed_rows(5, first=900), 2, Peers())
+            # Adam's first moment is a tenth of the first gradient.
+            found["gradients"] = {key.removeprefix("exp_avg/"): value * 10 for key, value in engine.state() if "exp_avg/" in key}
+    found["validation"] = validation_loss(engine, packed_rows(5, first=900), micro, Peers())
     found |= carried_on(engine, case, training, made, rank)
     return found
 
@@ -84,26 +89,30 @@ def carried_on(
     engine: DeepSpeedEngine, case: dict[str, Any], training: Training, made: dict[str, Any], rank: int
 ) -> dict[str, Any]:
     state = {key: value.clone() for key, value in engine.state()}
-    model = fresh(case["method"], made["dtype"])
+    model = fresh(case["method"], torch.float32 if case["optimizer"] == "adafactor" else made["dtype"])
     load_trainable(model, {key.removeprefix("weight/"): value for key, value in state.items() if key.startswith("weight/")})
     second = DeepSpeedEngine(model, training, **made)
     second.restore(state.__getitem__, STEPS)
     restored = {key: value.clone() for key, value in second.state()}
-    mine = packed_rows(ROWS // 2, first=800 + rank * ROWS // 2).micros(2)
+    part = ROWS // made["workers"]
+    mine = packed_rows(part, first=800 + rank * part).micros(made["micro"])
     outcomes = [each.train_step(mine, 0.01, 1e-3) for each in (engine, second)]
     ends = [dict(each.state()) for each in (engine, second)]
     return {
-        "tensors": len(state),
+        "whole": len(state) == sum(1 + len(moments(case["optimizer"], p.shape)) for p in trainable(model).values()) > 0
+        if case["stage"] < 3
+        else len(state) > 0,
         "restored": all(torch.equal(state[key], restored[key]) for key in state),
         "same_step": outcomes[0] == outcomes[1] and all(torch.equal(ends[0][key], ends[1][key]) for key in state),
     }
 
 
-def reference(method: str, clip: float) -> dict[str, Any]:
+def reference(method: str, clip: float, optimizer_name: str) -> dict[str, Any]:
     """The same training in plain PyTorch, float32, every example by itself."""
     model = fresh(method, torch.float32)
     parameters = trainable(model)
-    optimizer = adamw(parameters, settings(2, clip).optimizer)
+    chosen = {"workers": 1, "accumulation": 1, "stage": 0, "clip": clip, "optimizer": optimizer_name}
+    optimizer = optimizer_of(parameters, settings(chosen).optimizer)
     before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     found: dict[str, Any] = {"loss": [], "norm": []}
     for step in range(STEPS):
@@ -113,6 +122,8 @@ def reference(method: str, clip: float) -> dict[str, Any]:
         loss.backward()
         found["loss"].append(loss.item())
         found["norm"].append(torch.nn.utils.clip_grad_norm_(parameters.values(), clip or 1e9).item())
+        if step == 0:
+            found["gradients"] = {name: parameter.grad.clone() for name, parameter in parameters.items()}
         optimizer.step()
         if step == 0:
             found["update"] = norm_of(before, {name: parameter.detach() for name, parameter in parameters.items()})
@@ -127,13 +138,13 @@ def norm_of(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> 
     return sum(float((after[name].double() - before[name].double()).square().sum()) for name in before) ** 0.5
 
 
-def process(rank: int, folder: str, cases: list[dict[str, Any]]) -> None:
+def process(rank: int, workers: int, folder: str, cases: list[dict[str, Any]]) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(workers), MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=workers)
     found = [ours(case, rank) for case in cases]
     if rank == 0:
-        (Path(folder) / "found.json").write_text(json.dumps(found))
+        torch.save(found, Path(folder) / "found.pt")
     dist.barrier()
     dist.destroy_process_group()

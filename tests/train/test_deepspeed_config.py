@@ -47,6 +47,61 @@ def test_offload() -> None:
     assert config(deepspeed={"stage": 2, "offload": "cpu"})["zero_optimization"]["offload_optimizer"]["device"] == "cpu"
 
 
+def test_every_kind_of_offload() -> None:
+    zero = config(deepspeed={"stage": 3, "offload": "nvme", "offload_parameters": "cpu", "nvme_path": "/fast"})["zero_optimization"]
+    assert zero["offload_optimizer"] == {"device": "nvme", "pin_memory": False, "nvme_path": "/fast"}
+    assert zero["offload_param"] == {"device": "cpu", "pin_memory": False}
+
+
+@pytest.mark.parametrize(
+    ("deepspeed", "reason"),
+    [
+        ({"stage": 2, "offload_parameters": "cpu"}, "offload_parameters needs stage 3"),
+        ({"stage": 2, "offload": "nvme", "nvme_path": "/fast"}, "offload nvme needs stage 3"),
+        ({"stage": 0, "offload": "cpu"}, "offload cpu needs stage 1"),
+        ({"stage": 3, "offload": "nvme"}, "`nvme_path` belongs to `nvme`"),
+        ({"stage": 3, "nvme_path": "/fast"}, "`nvme_path` belongs to `nvme`"),
+    ],
+)
+def test_offloads_that_do_not_exist(deepspeed: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        training(deepspeed=deepspeed)
+
+
+def test_float16() -> None:
+    made = config(torch.float16, deepspeed={"stage": 0})
+    assert (made["fp16"], made["bf16"]) == ({"enabled": True}, {"enabled": False})
+    assert made["zero_optimization"]["stage"] == 1
+
+
+def test_extra_keys_are_passed_through() -> None:
+    extra = {"zero_optimization": {"stage": 2, "round_robin_gradients": True}, "wall_clock_breakdown": True}
+    made = config(deepspeed={"extra": extra})
+    assert made["zero_optimization"] == config()["zero_optimization"] | {"round_robin_gradients": True}
+    assert made["wall_clock_breakdown"] is True
+
+
+@pytest.mark.parametrize(
+    ("extra", "reason"),
+    [
+        ({"train_batch_size": 4}, r"extra.train_batch_size is 4, and training.global_batch makes it 16"),
+        ({"zero_optimization": {"stage": 3}}, r"extra.zero_optimization.stage is 3, and training.deepspeed.stage makes it 2"),
+        ({"bf16": {"enabled": True}}, r"extra.bf16.enabled is True, and model.dtype makes it False"),
+        ({"optimizer": {"type": "Adam"}}, r"extra.optimizer is decided by training.optimizer"),
+        ({"data_types": "fp16"}, r"extra.data_types is 'fp16', and the recipe makes it"),
+    ],
+)
+def test_extra_keys_that_contradict(extra: dict[str, Any], reason: str) -> None:
+    with pytest.raises(RecipeError, match=reason):
+        config(deepspeed={"extra": extra})
+
+
+def test_adafactor_needs_whole_matrices() -> None:
+    with pytest.raises(ValueError, match="adafactor needs whole matrices, and ZeRO stage 2"):
+        training(optimizer={"name": "adafactor"})
+    assert training(optimizer={"name": "adafactor"}, deepspeed={"stage": 0}).optimizer.name == "adafactor"
+
+
 def test_buckets_are_no_larger_than_what_is_trained() -> None:
     assert config()["zero_optimization"]["reduce_bucket_size"] == 1000
 

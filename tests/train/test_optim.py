@@ -19,7 +19,9 @@ def test_schedules() -> None:
     assert rates("constant", 6, 2) == [0.5, 1.0, 1.0, 1.0, 1.0, 1.0]
     assert rates("linear", 6, 2) == [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]
     assert rates("cosine", 6, 2) == pytest.approx([0.5, 1.0, 1.0, 0.853553, 0.5, 0.146447], abs=1e-6)
-    assert rates("inverse_sqrt", 8, 2) == pytest.approx([0.5, 1.0, (2 / 3) ** 0.5, 0.5**0.5, 0.4**0.5, 3**-0.5, (2 / 7) ** 0.5, 0.5])
+    assert rates("inverse_sqrt", 8, 2) == pytest.approx(
+        [0.5, 1.0, (2 / 3) ** 0.5, 0.5**0.5, 0.4**0.5, 3**-0.5, (2 / 7) ** 0.5, 0.5]
+    )
     assert rates("linear", 4, 0) == [1.0, 0.75, 0.5, 0.25]
 
 

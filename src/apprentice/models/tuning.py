@@ -83,7 +83,8 @@ def _with_peft(model: PreTrainedModel, config: Any, seed: int) -> nn.Module:
 
     with torch.random.fork_rng(), _quiet():
         torch.manual_seed(seed)  # the same first weights on every worker
-        return get_peft_model(model, config)
+        wrapped: nn.Module = get_peft_model(model, config)
+    return wrapped
 
 
 def _save_peft(model: Any, folder: Path, base: str) -> None:

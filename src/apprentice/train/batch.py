@@ -112,7 +112,8 @@ class PackedRows:
     def share(self, rank: int, workers: int) -> PackedRows:
         """Every `workers`-th row, beginning with row `rank`."""
         part = slice(rank, None, workers)
-        return PackedRows(**{name: None if value is None else value[part] for name, value in vars(self).items()})
+        parts: dict[str, Any] = {name: None if value is None else value[part] for name, value in vars(self).items()}
+        return PackedRows(**parts)
 
 
 def _used(segments: NDArray[Any]) -> slice:

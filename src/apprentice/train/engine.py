@@ -1,7 +1,8 @@
 """The DeepSpeed engine behind a small face: one optimizer step, one validation pass, and its state by parameter name.
 
 The state (float32 weights and what the optimizer keeps of each) goes out and in by parameter name and whole, so that a
-checkpoint means the same on any number of workers and at any ZeRO stage. Knows nothing of Ray, of files, or of where the rows come from.
+checkpoint means the same on any number of workers and at any ZeRO stage. Knows nothing of Ray, of files, or of where the rows
+come from.
 """
 
 from __future__ import annotations

@@ -45,7 +45,6 @@ POLL_S = 0.2
 PREFETCHED_STEPS = 2
 START_TIMEOUT_S = "600"  # of a worker group; Ray Train's 60 s are too few for a busy machine, and it would begin again and again
 LEAST_VALIDATION_ROWS, MOST_VALIDATION_ROWS = 8, 256
-BYTES_PER_TOKEN = 13  # of a packed row: three int32 and a byte
 STEPS_AHEAD = 16  # that the stream of rows may be, and at least this much
 LEAST_AHEAD_BYTES = 64 * 2**20
 
@@ -70,7 +69,8 @@ def train(recipe: Recipe, run: Run, corpus: Corpus, *, progress: Callable[[dict[
 
     Ray must be running. `progress` is called in this process, from a thread, with a dict per step: attempt, step, steps, loss,
     learning_rate, grad_norm, tokens, target_tokens, seconds, tokens_per_s, data_wait (share of time), eta_s; and with
-    attempt, step, steps and validation_loss after each validation, or message (what is trained and how) at the start. Raises the `ApprenticeError` that stopped the run.
+    attempt, step, steps and validation_loss after each validation, or message (what is trained and how) at the start. Raises
+    the `ApprenticeError` that stopped the run.
     """
     if run.is_trained and "training" in run.status():
         return TrainResult(**run.status()["training"])
@@ -128,6 +128,9 @@ def _fit(recipe: Recipe, run: Run, corpus: Corpus, goal: Goal, tracker: Tracker)
     workers = workers_that_fit(recipe, _nodes())
     validation = validation_rows(corpus, validation_limit(recipe))
     job = Job(recipe, run, goal, mailbox, ray.put(validation), corpus.row_length, workers, _shares(corpus))
+    job = Job(
+        recipe, run, goal, mailbox, ray.put(validation), corpus.row_length + (corpus.target_length or 0), corpus.row_bytes, workers
+    )
     trainer = _trainer(job, corpus)
     # Ray Train would look for checkpoints that it knew in an earlier call; which one counts is decided by checkpoint.restorable.
     (run.checkpoints / "checkpoint_manager_snapshot.json").delete()
@@ -159,7 +162,8 @@ class Job:
     goal: Goal
     mailbox: Any
     validation: Any  # reference to the packed validation rows
-    length: int  # tokens of a packed row
+    length: int  # tokens of a packed row, of both sides
+    row_bytes: int  # of a packed row's arrays
     workers: int
     shares: dict[int, float]  # number of a task → its share of the examples
 
@@ -251,7 +255,7 @@ def _trainer(job: Job, corpus: Corpus) -> TorchTrainer:
 
 def _stream_options(job: Job) -> ExecutionOptions:
     """Rows in order, and not too far ahead of training: what makes them may share its cores."""
-    step = job.recipe.training.global_batch * job.length * BYTES_PER_TOKEN
+    step = job.recipe.training.global_batch * job.row_bytes
     ahead = ExecutionResources.for_limits(object_store_memory=max(LEAST_AHEAD_BYTES, STEPS_AHEAD * step))
     return ExecutionOptions(preserve_order=True, resource_limits=ahead)
 
