@@ -127,10 +127,8 @@ def _fit(recipe: Recipe, run: Run, corpus: Corpus, goal: Goal, tracker: Tracker)
     mailbox: Any = ray.remote(Mailbox).options(num_cpus=0).remote()
     workers = workers_that_fit(recipe, _nodes())
     validation = validation_rows(corpus, validation_limit(recipe))
-    job = Job(recipe, run, goal, mailbox, ray.put(validation), corpus.row_length, workers, _shares(corpus))
-    job = Job(
-        recipe, run, goal, mailbox, ray.put(validation), corpus.row_length + (corpus.target_length or 0), corpus.row_bytes, workers
-    )
+    length = corpus.row_length + (corpus.target_length or 0)
+    job = Job(recipe, run, goal, mailbox, ray.put(validation), length, corpus.row_bytes, workers, _shares(corpus))
     trainer = _trainer(job, corpus)
     # Ray Train would look for checkpoints that it knew in an earlier call; which one counts is decided by checkpoint.restorable.
     (run.checkpoints / "checkpoint_manager_snapshot.json").delete()
