@@ -57,6 +57,7 @@ class DeepSpeedEngine:
         self.trained = trained_share(model)  # how many numbers, and of all the part
         self.attention = str(getattr(getattr(model, "config", None), "_attn_implementation", "eager"))
         self._optimizer = training.optimizer.name
+        self._scales_loss = weights == torch.float16
         self._shapes = {name: parameter.shape for name, parameter in trained.items()}  # ZeRO-3 takes them away
         # What DeepSpeed warns of is its own use of PyTorch, and it prints the memory it uses: nothing a user can act on.
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
@@ -88,7 +89,7 @@ class DeepSpeedEngine:
             nll += loss.detach().double().cpu()
         if self._engine.zero_optimization():
             # A float16 step that overflowed was left out, and the loss scale halved: nothing went wrong.
-            left_out = getattr(self._engine.optimizer, "overflow", False)
+            left_out = self._scales_loss and getattr(self._engine.optimizer, "overflow", False)
             norm = 0.0 if left_out else float(self._engine.get_global_grad_norm())
         return StepOutcome(float(nll), norm)
 
