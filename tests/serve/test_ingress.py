@@ -18,6 +18,7 @@ from apprentice.recipe import Serving
 from apprentice.serve.engine import EngineFailed, NewToken, Overloaded, Request, Score, Stats, TokenStream
 from apprentice.serve.ingress import build_app
 from apprentice.serve.keys import Keys, Limiter, new_key
+from apprentice.tasks.loading import library, load_task
 
 pytestmark = pytest.mark.asyncio
 
@@ -190,9 +191,10 @@ async def test_models_health_gauges_and_page(layout: Layout) -> None:
         page = await http.get("/")
         assert "default-src 'self'" in page.headers["content-security-policy"]
         assert 'src="playground/app.js"' in page.text
-        for file, kind in (("style.css", "text/css"), ("app.js", "text/javascript")):
+        for file, kind in (("style.css", "text/css"), ("app.js", "text/javascript"), ("wire.js", "text/javascript")):
             assert (await http.get(f"/playground/{file}")).headers["content-type"].startswith(kind)
-        assert "http" not in page.text.replace("http://www.w3.org/2000/svg", "")  # nothing from elsewhere
+        for text in (page.text, (await http.get("/docs")).text):
+            assert "http" not in text.replace("http://www.w3.org/2000/svg", "")  # nothing from elsewhere
 
 
 async def test_the_engine_ends_with_the_application(layout: Layout) -> None:
@@ -341,3 +343,19 @@ async def test_what_the_model_reads_can_be_seen(layout: Layout) -> None:
         assert (await http.post("/v1/render", json={"messages": turns})).json() == rendered
         assert (await http.get("/v1/contract")).status_code == 404
     assert rendered == {"text": layout.prompt("Name it.", "A"), "token_ids": layout.encode_prompt(layout.prompt("Name it.", "A"))}
+
+
+async def test_a_task_can_be_filled_in_and_seen(layout: Layout) -> None:
+    task = load_task(library()["ag_news"])
+    async with client(Scripted([5]), layout, tasks=[task]) as http:
+        (described,) = (await http.get("/v1/tasks")).json()["data"]
+        asked = {"task": "ag_news", "template": described["templates"][1], "fields": described["sample"]}
+        rendered = (await http.post("/v1/render", json=asked)).json()
+        refused = await http.post("/v1/render", json={"fields": {}})
+        unknown = await http.post("/v1/render", json={"task": "ag_new", "fields": {}})
+        empty = await http.post("/v1/render", json={"task": "ag_news"})
+    assert list(described["sample"]) == described["fields"] == ["text"]
+    assert rendered["choices"] == ["World", "Sports", "Business", "Sci/Tech"]  # this wording's own
+    assert described["sample"]["text"] in rendered["text"] == layout.prompt(rendered["instruction"], rendered["input"])
+    assert (refused.status_code, unknown.status_code, empty.status_code) == (400, 404, 400)
+    assert "'ag_news'" in unknown.json()["error"]["message"]

@@ -10,15 +10,15 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 from fastapi import FastAPI
-from fastapi.responses import FileResponse, PlainTextResponse, Response
+from fastapi.responses import PlainTextResponse, Response
 from starlette.requests import Request as HttpRequest
 from starlette.types import ASGIApp
 
+from apprentice import __version__
 from apprentice.artifacts import PromptContract
 from apprentice.data.layout import Layout
 from apprentice.errors import did_you_mean
@@ -29,6 +29,7 @@ from apprentice.serve.engine import Engine, EngineFailed, Overloaded, Request
 from apprentice.serve.gate import Gate, Limits, key_of
 from apprentice.serve.keys import Keys
 from apprentice.serve.metrics import Metrics
+from apprentice.serve.pages import serve_pages
 from apprentice.serve.protocol import (
     Asked,
     ChatRequest,
@@ -39,15 +40,11 @@ from apprentice.serve.protocol import (
     TaskRequest,
     Usage,
 )
-from apprentice.serve.questions import answered, described
+from apprentice.serve.questions import answered, described, rendered
 from apprentice.serve.refusals import answer_errors
 from apprentice.tasks.schema import Task
 
 log = logging.getLogger(__name__)
-_PAGE = Path(__file__).parent / "playground"
-_ASSETS = {"index.html": "text/html", "style.css": "text/css", "app.js": "text/javascript"}
-# The page needs nothing from elsewhere, and must not be made to load it.
-_PAGE_HEADERS = {"Content-Security-Policy": "default-src 'self'; img-src 'self' data:", "Cache-Control": "no-cache"}
 
 
 def build_app(
@@ -84,12 +81,12 @@ def _routes(door: _Door, contract: PromptContract | None, tasks: Sequence[Task])
         yield
         door.engine.close()
 
-    app = FastAPI(title="apprentice", redoc_url=None, lifespan=lifespan)
+    app = FastAPI(title="apprentice", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
     app.router.route_class = CheckedRoute
     _serve_openai(app, door)
     _serve_ours(app, door, contract, {task.name: task for task in tasks})
     _serve_state(app, door)
-    _serve_page(app)
+    serve_pages(app)
     answer_errors(app)
     return app
 
@@ -178,12 +175,20 @@ def _serve_openai(app: FastAPI, door: _Door) -> None:
 
 
 def _serve_ours(app: FastAPI, door: _Door, contract: PromptContract | None, tasks: dict[str, Task]) -> None:
+    def task_named(name: str) -> Task:
+        if name not in tasks:
+            message = f"task {name!r} is not known here.{did_you_mean(name, tasks)} GET /v1/tasks lists them."
+            raise RequestProblem(message, status=404, param="task", code="task_not_found")
+        return tasks[name]
+
     @app.post("/v1/instruct")
     async def instruct(http: HttpRequest, asked: InstructRequest) -> Response:
         return await door.answer(http, asked)
 
     @app.post("/v1/render")
     async def render(asked: RenderRequest) -> dict[str, Any]:
+        if asked.task is not None:
+            return rendered(task_named(asked.task), asked, door.layout)
         text, ids = door.answering.phrasing.rendered(asked)
         return {"text": text, "token_ids": ids}
 
@@ -200,10 +205,7 @@ def _serve_ours(app: FastAPI, door: _Door, contract: PromptContract | None, task
     @app.post("/v1/tasks/{name}")
     async def ask_task(http: HttpRequest, name: str, asked: TaskRequest) -> dict[str, Any]:
         door.check_model(http, asked.model)
-        if name not in tasks:
-            message = f"task {name!r} is not known here.{did_you_mean(name, tasks)} GET /v1/tasks lists them."
-            raise RequestProblem(message, status=404, param="task", code="task_not_found")
-        return await answered(tasks[name], asked, door.layout, door.answering)
+        return await answered(task_named(name), asked, door.layout, door.answering)
 
 
 def _serve_state(app: FastAPI, door: _Door) -> None:
@@ -228,14 +230,3 @@ def _serve_state(app: FastAPI, door: _Door) -> None:
     @app.get("/metrics")
     async def metrics() -> Response:
         return PlainTextResponse(door.metrics.text(), media_type="text/plain; version=0.0.4")
-
-
-def _serve_page(app: FastAPI) -> None:
-    def route(path: str, file: str) -> None:
-        @app.get(path, include_in_schema=False)
-        async def asset() -> FileResponse:
-            return FileResponse(_PAGE / file, media_type=_ASSETS[file], headers=_PAGE_HEADERS)
-
-    route("/", "index.html")
-    for file in _ASSETS:
-        route(f"/playground/{file}", file)

@@ -237,11 +237,20 @@ class InstructRequest(Asked):
 
 
 class RenderRequest(_Strict):
-    """An instruction and its input, or a conversation: what the model would read."""
+    """An instruction and its input, a conversation, or the fields of a task: what the model would read."""
 
     instruction: Text = ""
     input: Text = ""
     messages: list[Message] | None = None
+    task: Text | None = None
+    template: Text | None = None
+    fields: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def _fields_have_a_task(self) -> Self:
+        if self.task is None and (self.fields is not None or self.template is not None):
+            raise ValueError("`fields` and `template` are a task's; name it in `task`")
+        return self
 
 
 class TaskRequest(_Strict):

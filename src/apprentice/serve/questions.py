@@ -15,7 +15,8 @@ from fastapi.responses import Response
 from apprentice.data.layout import Layout
 from apprentice.errors import did_you_mean
 from apprentice.serve.answering import Answering
-from apprentice.serve.protocol import InstructRequest, RequestProblem, TaskRequest
+from apprentice.serve.protocol import InstructRequest, RenderRequest, RequestProblem, TaskRequest
+from apprentice.tasks.description import sample_row
 from apprentice.tasks.schema import Task, Template
 from apprentice.tasks.wording import Expression
 
@@ -23,14 +24,29 @@ from apprentice.tasks.wording import Expression
 def described(task: Task) -> dict[str, Any]:
     """What a person needs to fill the task in."""
     names = frozenset().union(*(_needed(task, template) for template in task.scored_templates))
+    sample = sample_row(task) or {}
     return {
         "id": task.name,
         "object": "task",
         "cluster": task.cluster,
         "summary": task.summary,
         "fields": sorted(names),
+        "sample": {name: sample[name] for name in sorted(names & sample.keys())} or None,
         "choices": list(task.choices) if isinstance(task.choices, tuple) else None,
         "templates": [template.name for template in task.scored_templates],
+    }
+
+
+def rendered(task: Task, asked: RenderRequest, layout: Layout) -> dict[str, Any]:
+    """What the model would read where `asked` asks for one of the task's wordings, and the choices. Raises `RequestProblem`."""
+    instruction, given, choices = _question(task, _template(task, asked.template), asked.fields or {})
+    text = layout.prompt(instruction, given)
+    return {
+        "text": text,
+        "token_ids": layout.encode_prompt(text),
+        "instruction": instruction,
+        "input": given,
+        "choices": list(choices),
     }
 
 

@@ -1,128 +1,258 @@
-// The page's behaviour: send instruction and input, show the reply as it streams in, let it be stopped. Nothing is stored.
+// The page's behaviour: ask one model or two, show replies as they stream in, show what the model reads and the request as code.
+// Nothing of what is typed is stored; the key stays in this tab.
+
+import { Pane } from "./pane.js";
+import { curl, python } from "./snippets.js";
+import { tabs } from "./tabs.js";
+import { current as currentTask, fields, showTasks } from "./tasks.js";
+import { Refusal, events, read, send, setKey, theKey } from "./wire.js";
 
 const element = (id) => document.getElementById(id);
-const [form, reply, error, pace, run, stop] = ["ask", "reply", "error", "pace", "run", "stop"].map(element);
-let current = null; // the AbortController of the reply being written
+const MODES = ["instruct", "chat", "task"];
+const BASE = new URL(".", location.href).href.replace(/\/$/, "");
+let mode = "instruct";
+let language = "curl";
+let panes = [];
+let models = [];
+let running = null; // the AbortController of the replies being written
 
-async function showModel() {
-  try {
-    const { model, layout, context } = await (await fetch("health")).json();
-    element("model").textContent = `${model} · layout ${layout} · context ${context} tokens`;
-    document.title = `${model} · apprentice`;
-  } catch {
-    element("model").textContent = "the endpoint does not answer";
-  }
+// ---- what is on the screen, as a request ----
+
+function settings() {
+  const number = (id) => element(id).valueAsNumber;
+  const stop = element("stop_texts").value.split("\n").filter(Boolean);
+  const wanted = { max_tokens: number("max_tokens"), temperature: number("temperature"), top_p: number("top_p"), seed: number("seed"), stop };
+  const usual = { temperature: 0, top_p: 1 };
+  return Object.fromEntries(
+    Object.entries(wanted).filter(([name, value]) => value !== usual[name] && !Number.isNaN(value) && value.length !== 0),
+  );
 }
 
-function request() {
-  return {
-    instruction: element("instruction").value,
-    input: element("input").value,
-    max_tokens: element("max_tokens").valueAsNumber,
-    temperature: element("temperature").valueAsNumber,
-    stream: true,
-    stream_options: { include_usage: true },
-  };
+function messages(pane, said) {
+  const system = element("system").value;
+  return [...(system ? [{ role: "system", content: system }] : []), ...pane.turns, { role: "user", content: said }];
 }
 
-// Server-sent events of a response, each parsed.
-async function* events(response) {
-  let unread = "";
-  for await (const text of texts(response.body.getReader())) {
-    unread += text;
-    const whole = unread.split("\n\n");
-    unread = whole.pop();
-    for (const event of whole) {
-      const data = event.replace(/^data: /, "");
-      if (data !== "[DONE]") yield JSON.parse(data);
-    }
-  }
+function asked() {
+  return mode === "instruct"
+    ? { instruction: element("instruction").value, input: element("input").value }
+    : { task: currentTask()?.id ?? "", template: element("wording").value, fields: fields() };
 }
 
-async function* texts(reader) {
-  const decoder = new TextDecoder();
-  for (;;) {
-    const { done, value } = await reader.read();
-    if (done) return;
-    yield decoder.decode(value, { stream: true });
-  }
+function request(pane) {
+  const model = pane.model;
+  if (mode === "chat") return ["v1/chat/completions", { model, messages: messages(pane, element("message").value), ...settings() }];
+  if (mode === "instruct") return ["v1/instruct", { model, ...asked(), ...settings() }];
+  const { task, ...rest } = asked();
+  return [`v1/tasks/${encodeURIComponent(task)}`, { model, ...rest, max_tokens: settings().max_tokens }];
 }
 
-async function write(signal) {
-  const response = await fetch("v1/instruct", {
-    method: "POST",
-    headers: { "Content-Type": "application/json" },
-    body: JSON.stringify(request()),
-    signal,
-  });
-  if (!response.ok) throw new Error(await refusal(response));
-  let began = null; // the first token's time: what came before is waiting and reading the prompt
-  let pieces = 0;
+// ---- asking ----
+
+async function stream(pane, path, body, signal) {
+  const response = await send(path, { ...body, stream: true, stream_options: { include_usage: true } }, signal);
   for await (const chunk of events(response)) {
-    if (chunk.error) throw new Error(chunk.error.message);
-    began ??= performance.now();
-    const text = chunk.choices[0]?.text ?? "";
-    if (text) {
-      reply.append(text);
-      pieces += 1;
-    }
-    showPace(chunk.usage?.completion_tokens ?? pieces, performance.now() - began);
+    const choice = chunk.choices[0];
+    pane.write(choice?.text ?? choice?.delta?.content ?? "", chunk.usage?.completion_tokens);
   }
 }
 
-async function refusal(response) {
+async function answerTask(pane, path, body, signal) {
+  const question = await (await send("v1/render", asked(), signal)).json();
+  if (!question.choices.length) {
+    const { instruction, input } = question;
+    return stream(pane, "v1/instruct", { model: pane.model, instruction, input, ...settings() }, signal);
+  }
+  const began = performance.now();
+  const answer = await (await send(path, body, signal)).json();
+  return pane.rank(answer.choices, performance.now() - began);
+}
+
+async function write(pane, path, body, signal) {
   try {
-    return (await response.json()).error.message;
-  } catch {
-    return `the endpoint answered with status ${response.status}.`;
+    await (mode === "task" ? answerTask : stream)(pane, path, body, signal);
+    pane.end();
+  } catch (problem) {
+    if (problem.name === "AbortError") return pane.stopped();
+    pane.fail(problem instanceof TypeError ? "The endpoint cannot be reached; is it still running?" : problem.message);
+    if (problem instanceof Refusal && problem.status === 401) askForKey();
   }
 }
 
-function showPace(tokens, milliseconds) {
-  const rate = tokens > 1 && milliseconds > 0 ? ` · ${(((tokens - 1) / milliseconds) * 1000).toFixed(1)} tokens/s` : "";
-  pace.textContent = `${tokens} ${tokens === 1 ? "token" : "tokens"}${rate}`;
+async function run(event) {
+  event.preventDefault();
+  if (running) return;
+  let requests;
+  try {
+    requests = panes.map(request);
+  } catch (problem) {
+    panes[0].begin();
+    panes[0].fail(problem.message);
+    return;
+  }
+  const said = mode === "chat" ? element("message").value : undefined;
+  running = new AbortController();
+  setBusy(true);
+  panes.forEach((pane) => pane.begin(said));
+  if (mode === "chat") element("message").value = "";
+  await Promise.all(panes.map((pane, at) => write(pane, ...requests[at], running.signal)));
+  if (mode === "chat" && panes.some((pane) => !pane.error.hidden) && !element("message").value) element("message").value = said;
+  running = null;
+  setBusy(false);
+  refresh();
 }
 
 function setBusy(busy) {
-  run.disabled = busy;
-  stop.disabled = !busy;
-  reply.dataset.state = busy ? "writing" : "done";
-  reply.setAttribute("aria-busy", String(busy));
+  element("run").disabled = busy;
+  element("stop").disabled = !busy;
+  document.body.dataset.busy = String(busy);
 }
 
-async function ask(event) {
-  event.preventDefault();
-  if (current) return;
-  current = new AbortController();
-  reply.textContent = "";
-  reply.hidden = false;
-  pace.textContent = "waiting …";
-  error.hidden = true;
-  setBusy(true);
+// ---- what stands beside the reply ----
+
+function refresh() {
+  showChosen();
+  if (element("code").open) showCode();
+  clearTimeout(refresh.later);
+  if (element("reads").open) refresh.later = setTimeout(showReads, 150);
+}
+
+function showChosen() {
+  const { max_tokens, temperature, ...rest } = settings();
+  const more = Object.keys(rest).map((name) => name.replace("_", "-"));
+  element("chosen").textContent = [`at most ${max_tokens ?? "all"} tokens`, `temperature ${temperature ?? 0}`, ...more].join(" · ");
+}
+
+function showCode() {
+  let text;
   try {
-    await write(current.signal);
+    text = (language === "curl" ? curl : python)(BASE, ...request(panes[0]), Boolean(theKey()));
   } catch (problem) {
-    if (problem.name === "AbortError") {
-      pace.textContent += " · stopped";
-    } else {
-      pace.textContent = "";
-      error.textContent = problem instanceof TypeError ? "The endpoint cannot be reached; is it still running?" : problem.message;
-      error.hidden = false;
-      reply.hidden = !reply.textContent;
-    }
-  } finally {
-    current = null;
-    setBusy(false);
+    text = problem.message;
+  }
+  element("code-text").textContent = text;
+  element("code-text").setAttribute("aria-labelledby", `tab-${language}`);
+}
+
+async function showReads() {
+  const [text, count] = [element("reads-text"), element("reads-count")];
+  try {
+    const body = mode === "chat" ? { messages: messages(panes[0], element("message").value) } : asked();
+    const rendered = await (await send("v1/render", body)).json();
+    text.textContent = rendered.text;
+    count.textContent = `${rendered.token_ids.length} tokens`;
+  } catch (problem) {
+    [text.textContent, count.textContent] = [problem.message, ""];
   }
 }
 
-form.addEventListener("submit", ask);
-stop.addEventListener("click", () => current?.abort());
+async function copy() {
+  const text = element("code-text");
+  getSelection().selectAllChildren(text);
+  try {
+    await navigator.clipboard.writeText(text.textContent);
+  } catch {
+    document.execCommand("copy"); // a page that did not come by HTTPS has no clipboard of its own
+  }
+  element("copy").textContent = "Copied";
+  setTimeout(() => (element("copy").textContent = "Copy"), 1500);
+}
+
+// ---- modes, models, key, colours ----
+
+function setMode(chosen) {
+  mode = chosen;
+  document.body.dataset.mode = mode;
+  for (const name of MODES) {
+    element(`panel-${name}`).hidden = name !== mode;
+    element(`panel-${name}`).disabled = name !== mode;
+  }
+  element("run-key").textContent = mode === "chat" ? "⏎" : "Ctrl ⏎";
+  setPanes();
+}
+
+function setPanes() {
+  running?.abort();
+  const second = element("second").value;
+  const names = models.length > 1 ? [element("first").value, ...(second ? [second] : [])] : [models[0] ?? ""];
+  panes = names.map((name) => new Pane(name));
+  panes.forEach((pane) => (pane.title = panes.length > 1 ? pane.model : mode === "chat" ? "Conversation" : "Reply"));
+  element("panes").replaceChildren(...panes.map((pane) => pane.element));
+  document.body.dataset.panes = String(panes.length);
+  refresh();
+}
+
+function showModels(names) {
+  if (names.join("\n") === models.join("\n")) return; // a reply that is being written stays
+  models = names;
+  const options = (list) => list.map(([text, value]) => new Option(text, value));
+  element("first").replaceChildren(...options(models.map((name) => [name, name])));
+  element("second").replaceChildren(...options([["nothing", ""], ...models.map((name) => [name, name])]));
+  element("models").hidden = models.length < 2;
+  if (models.length === 2) element("second").value = models[1];
+  setPanes();
+}
+
+function askForKey() {
+  element("key-box").open = true;
+  element("key").focus();
+}
+
+async function connect() {
+  try {
+    const { model, layout, context } = await read("health");
+    element("model").textContent = `${model} · layout ${layout} · context ${context} tokens`;
+    document.title = `${model} · apprentice`;
+    showModels([model]);
+  } catch {
+    element("model").textContent = "the endpoint does not answer";
+    return;
+  }
+  try {
+    const [listed, tasks] = await Promise.all([read("v1/models"), read("v1/tasks")]);
+    showModels(listed.data.map((each) => each.id));
+    showTasks(tasks.data, refresh);
+    element("tab-task").hidden = !tasks.data.length;
+  } catch (problem) {
+    if (problem instanceof Refusal && problem.status === 401) askForKey();
+  }
+}
+
+function setTheme(name) {
+  document.documentElement.dataset.theme = name;
+  element("theme").setAttribute("aria-label", `Colours: ${name === "auto" ? "as the system" : name}`);
+}
+
+const THEMES = { auto: "dark", dark: "light", light: "auto" };
+element("theme").addEventListener("click", () => setTheme(THEMES[document.documentElement.dataset.theme ?? "auto"]));
+element("ask").addEventListener("submit", run);
+element("ask").addEventListener("input", refresh);
+element("stop").addEventListener("click", () => running?.abort());
+element("clear").addEventListener("click", setPanes);
+element("copy").addEventListener("click", copy);
+element("reads").addEventListener("toggle", refresh);
+element("code").addEventListener("toggle", refresh);
+for (const id of ["first", "second"]) element(id).addEventListener("change", setPanes);
+element("key").value = theKey();
+element("key").addEventListener("change", () => {
+  setKey(element("key").value);
+  connect();
+});
+tabs(document.querySelector(".tabs"), setMode);
+tabs(document.querySelector(".tabs.small"), (name) => {
+  language = name;
+  refresh();
+});
 document.addEventListener("keydown", (event) => {
-  if (event.key === "Escape") current?.abort();
-  if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {
+  if (event.key === "Escape") {
+    running?.abort();
+    element("key-box").open = false;
+  }
+  const sends = event.ctrlKey || event.metaKey || (event.target.id === "message" && !event.shiftKey && !event.isComposing);
+  if (event.key === "Enter" && sends) {
     event.preventDefault();
-    form.requestSubmit();
+    element("ask").requestSubmit();
   }
 });
-showModel();
+setPanes();
+connect();

@@ -1,0 +1,66 @@
+// How the page speaks to the endpoint: requests with the key, refusals in the endpoint's own words, server-sent events as they come.
+
+let key = sessionStorage.getItem("key") ?? "";
+
+export const theKey = () => key;
+
+export function setKey(value) {
+  key = value.trim();
+  sessionStorage.setItem("key", key);
+}
+
+// A refusal of the endpoint: its sentence and its status.
+export class Refusal extends Error {
+  constructor(message, status) {
+    super(message);
+    this.status = status;
+  }
+}
+
+async function checked(response) {
+  if (response.ok) return response;
+  let message = `the endpoint answered with status ${response.status}.`;
+  try {
+    message = (await response.json()).error.message;
+  } catch {
+    // not ours: a proxy's page
+  }
+  throw new Refusal(message, response.status);
+}
+
+const authorised = () => (key ? { Authorization: `Bearer ${key}` } : {});
+
+export async function read(path) {
+  return (await checked(await fetch(path, { headers: authorised() }))).json();
+}
+
+export async function send(path, body, signal) {
+  const headers = { "Content-Type": "application/json", ...authorised() };
+  return checked(await fetch(path, { method: "POST", headers, body: JSON.stringify(body), signal }));
+}
+
+// The events of a response, each parsed; one that reports an error is thrown.
+export async function* events(response) {
+  let unread = "";
+  for await (const text of texts(response.body.getReader())) {
+    unread += text;
+    const whole = unread.split("\n\n");
+    unread = whole.pop();
+    for (const event of whole) {
+      const data = event.replace(/^data: /, "");
+      if (data === "[DONE]") continue;
+      const chunk = JSON.parse(data);
+      if (chunk.error) throw new Refusal(chunk.error.message, 200);
+      yield chunk;
+    }
+  }
+}
+
+async function* texts(reader) {
+  const decoder = new TextDecoder();
+  for (;;) {
+    const { done, value } = await reader.read();
+    if (done) return;
+    yield decoder.decode(value, { stream: true });
+  }
+}
