@@ -1,7 +1,6 @@
 """`ray job submit … -- python jobs/prepare_data.py --recipe R [key=value …]`: freeze the indices of a recipe's tasks."""
 
-from apprentice import road
 from apprentice.jobs import run_job
 
 if __name__ == "__main__":
-    run_job(lambda recipe, progress: print(road.prepare(recipe, progress=progress)["run"]))
+    run_job("prepare")

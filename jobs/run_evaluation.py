@@ -1,7 +1,6 @@
 """`ray job submit … -- python jobs/run_evaluation.py --recipe R [key=value …]`: score the recipe's run beside its base model."""
 
-from apprentice import road
 from apprentice.jobs import run_job
 
 if __name__ == "__main__":
-    run_job(lambda recipe, progress: print(road.evaluate_run(recipe, progress=progress)[1]))
+    run_job("evaluate")

@@ -1,7 +1,6 @@
 """`ray job submit … -- python jobs/train.py --recipe R [key=value …]`: fine-tune, or go on where the run stopped."""
 
-from apprentice import road
 from apprentice.jobs import run_job
 
 if __name__ == "__main__":
-    run_job(lambda recipe, progress: print(road.train(recipe, progress=progress)["run"]))
+    run_job("train")

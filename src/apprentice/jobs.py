@@ -1,31 +1,118 @@
-"""What the scripts in `jobs/` share: arguments, progress as plain lines, and exit codes as the command line has them."""
+"""What runs on a cluster: each stage of the road as a job, progress as plain lines, exit codes as the command line has them.
+
+    python -m apprentice.jobs pipeline --recipe R [--recipe R2 …] [key=value …]
+
+Several recipes run in order, and each may start from the run of one before it. `apprentice submit` starts it so; the scripts in `jobs/` are the same stages for `ray job submit`.
+"""
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
-from collections.abc import Callable
 
+from apprentice import __version__, road
+from apprentice.artifacts import Run, identity, identity_hash
 from apprentice.console import Screen
-from apprentice.errors import ApprenticeError
+from apprentice.errors import ApprenticeError, ResourcesError
 from apprentice.recipe import Recipe, find_recipe, load_recipe
-from apprentice.road import Progress, check_order
+from apprentice.session import VERSION_VARIABLE, ray_session
+from apprentice.storage import Folder
 
 
-def run_job(stage: Callable[[Recipe, Progress], None]) -> None:
+def prepare(recipe: Recipe, screen: Screen) -> None:
+    """Freezes the indices; prints the run folder."""
+    print(road.prepare(recipe, progress=screen.progress)["run"])
+
+
+def train(recipe: Recipe, screen: Screen) -> None:
+    """Fine-tunes, or goes on; prints the run folder."""
+    result = road.train(recipe, progress=screen.progress)
+    screen.say(road.training_sentence(result))
+    print(result["run"])
+
+
+def evaluate(recipe: Recipe, screen: Screen) -> None:
+    """Scores the run beside its base model; prints the report's folder."""
+    print(road.evaluate_run(recipe, progress=screen.progress)[1])
+
+
+def pipeline(recipe: Recipe, screen: Screen, *, deploy: bool = False) -> None:
+    """Prepare, train, evaluate and, if asked, deploy; what is there with the same identity is not made again.
+
+    Prints the run folder last. Raises `EvaluationError` for a model that does not pass the recipe's gate, which is not deployed.
+    """
+    with ray_session():
+        run = Run(Folder.at(recipe.storage) / recipe.name)
+        result = road.train(recipe, progress=screen.progress)  # freezes the indices first, unless they are there
+        screen.say(road.training_sentence(result) if not result["already"] else "trained already, with the same identity")
+        wanted = evaluation_identity(recipe)
+        if run.status().get("evaluated") == wanted and (run.report / "report.json").exists():
+            screen.say("evaluated already, with the same settings")
+        else:
+            report, _ = road.evaluate_run(recipe, progress=screen.progress)
+            run.update_status(evaluated=wanted)
+            screen.say(report["summary"]["sentence"])
+        if recipe.evaluation.gate is not None:
+            road.passed_gate(run.model.local)
+        if deploy:
+            from apprentice.submit import deploy_run
+
+            name = deploy_run(str(run.folder), recipe)
+            screen.say(f"deployed as the Serve application {name!r}, port {recipe.serving.port} of every node")
+    print(run.folder)
+
+
+def evaluation_identity(recipe: Recipe) -> str:
+    """Names a report: what the run learned from and how it was scored."""
+    settings = {f"evaluation.{key}": value for key, value in recipe.evaluation.model_dump(mode="json").items()}
+    return identity_hash(identity(recipe) | settings)
+
+
+STAGES = {"prepare": prepare, "train": train, "evaluate": evaluate, "pipeline": pipeline}
+
+
+def run_job(stage: str, words: list[str] | None = None) -> None:
     """Runs `stage` on each recipe that the command line names, in order; exit code 1 with one sentence for what a user can mend."""
     parser = argparse.ArgumentParser()
     parser.add_argument(
         "--recipe", required=True, action="append", help="recipe file, or the name of one that is shipped; several make a chain"
     )
+    if stage == "pipeline":
+        parser.add_argument("--deploy", action="store_true", help="serve the last model on this cluster afterwards")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides, such as storage=/shared/runs")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(words)
     screen = Screen()
     try:
+        _same_version()
         recipes = [load_recipe(find_recipe(name), arguments.overrides) for name in arguments.recipe]
-        check_order(recipes)
+        road.check_order(recipes)
         for recipe in recipes:
-            stage(recipe, screen.progress)
+            if stage == "pipeline":
+                pipeline(recipe, screen, deploy=arguments.deploy and recipe is recipes[-1])
+            else:
+                STAGES[stage](recipe, screen)
     except ApprenticeError as error:
         screen.error(str(error))
         sys.exit(1)
+
+
+def _same_version() -> None:
+    sent_by = os.environ.get(VERSION_VARIABLE, __version__)
+    if sent_by != __version__:
+        raise ResourcesError(
+            f"the cluster has apprentice {__version__} and the job was sent by {sent_by}; install the same version on both, or say"
+            " `apprentice submit --install`."
+        )
+
+
+def main() -> None:
+    """`python -m apprentice.jobs STAGE …`."""
+    if len(sys.argv) < 2 or sys.argv[1] not in STAGES:
+        print(f"usage: python -m apprentice.jobs {{{','.join(STAGES)}}} --recipe R [key=value …]", file=sys.stderr)
+        sys.exit(2)
+    run_job(sys.argv[1], sys.argv[2:])
+
+
+if __name__ == "__main__":
+    main()

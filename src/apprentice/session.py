@@ -32,6 +32,7 @@ QUIET = {
     "DS_LOG_LEVEL": "error",
     "GLOO_LOG_LEVEL": "ERROR",
 }
+VERSION_VARIABLE = "APPRENTICE_VERSION"  # by which a job says which version sent it
 SPARE_CPUS = 2  # logical CPUs of a local session beside the machine's own, for the light processes next to training
 
 

@@ -1,4 +1,4 @@
-"""The road as a Ray job: a real cluster started with `ray start --head`, and `ray job submit`."""
+"""The road as a Ray job: a real cluster started with `ray start --head`, `apprentice submit` and `ray job submit`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from pathlib import Path
 
 import httpx
 import pytest
+import yaml
 
+from apprentice.errors import RunError
 from tests.conftest import ROOT
 from tests.recipes import tiny_recipe
 
@@ -40,7 +42,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         {name: free_port() for name in ("port", "ray-client-server-port", "dashboard-agent-listen-port")},
     )
     log = tmp_path_factory.mktemp("head") / "ray.log"
-    command = [RAY, "start", "--head", "--block", "--num-cpus=4", "--node-ip-address=127.0.0.1"]
+    command = [RAY, "start", "--head", "--block", "--num-cpus=6", "--node-ip-address=127.0.0.1"]
     ports["dashboard-port"] = dashboard
     with log.open("wb") as out:
         process = subprocess.Popen(
@@ -68,26 +70,107 @@ def _answers(url: str) -> bool:
         return False
 
 
-def submit(head: str, *words: str) -> subprocess.CompletedProcess[str]:
+@pytest.fixture
+def token(monkeypatch):
+    """This process knows the cluster's token, as a person's shell does."""
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):
+        monkeypatch.setenv(name, ENVIRONMENT[name])
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+
+
+def ray_submit(head: str, *words: str) -> subprocess.CompletedProcess[str]:
     command = [RAY, "job", "submit", "--address", head, "--working-dir", str(ROOT), "--", "python", *words]
     return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=ENVIRONMENT)
 
 
-def test_the_pipeline_runs_as_a_job(head, tiny_model, tmp_path):
-    recipe = tiny_recipe(tmp_path, tiny_model)
-    done = submit(head, "jobs/pipeline.py", "--recipe", str(recipe), "training.steps=3")
+def submit(recipe: Path, head: str, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """`apprentice submit RECIPE --follow --json` in the recipe's folder."""
+    program = "import sys; from apprentice.cli import main; sys.argv[0] = 'apprentice'; main()"
+    command = [sys.executable, "-c", program, "submit", recipe.name, *words, "--address", head, "--follow", "--json"]
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=recipe.parent, env=ENVIRONMENT | environment)
+
+
+SECRET = "hf_" + secrets.token_hex(12)
+
+
+def test_the_road_is_submitted_followed_and_deployed_and_given_again_does_nothing_twice(head, tiny_model, tmp_path):
+    recipe = tiny_recipe(tmp_path, tiny_model, training__steps=3, serving__port=free_port())
+    done = submit(recipe, head, HF_TOKEN=SECRET)
     assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads(done.stdout)
     run = tmp_path / "runs" / "tiny"
-    assert str(run) in done.stdout
+    assert (result["run"], result["attached"]) == (str(run), False)
+    assert result["job"].endswith("-1")
     assert json.loads((run / "status.json").read_text())["state"] == "trained"
-    report = json.loads((run / "report" / "report.json").read_text())
-    assert len(report["tasks"]) >= 8
-    assert (run / "model" / "model.safetensors").is_file()
+    assert len(json.loads((run / "report" / "report.json").read_text())["tasks"]) >= 8
+    assert "train     step 3/3" in done.stderr
+
+    made = {path: path.stat().st_mtime_ns for name in ("model", "report") for path in (run / name).iterdir()}
+    again = submit(recipe, head, "--deploy", HF_TOKEN=SECRET)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert json.loads(again.stdout)["job"] == result["job"][:-1] + "2"
+    assert "trained already" in again.stderr
+    assert "evaluated already" in again.stderr
+    assert made == {path: path.stat().st_mtime_ns for path in made}
+    reply = httpx.post(
+        f"http://127.0.0.1:{yaml.safe_load(recipe.read_text())['serving']['port']}/v1/instruct",
+        json={"instruction": "Name a colour.", "input": "", "max_tokens": 4}, timeout=120,
+    )  # fmt: skip
+    assert reply.status_code == 200, reply.text
+
+    everything = done.stdout + done.stderr + again.stdout + again.stderr + said_by_ray(head)
+    everything += "".join(path.read_text(errors="replace") for path in run.rglob("*.json*"))
+    assert SECRET not in everything
+    assert ENVIRONMENT["RAY_AUTH_TOKEN"] not in everything
+
+
+def said_by_ray(head: str) -> str:
+    """What Ray's dashboard tells about all jobs: entry points, runtime environments, metadata."""
+    answer = httpx.get(f"{head}/api/jobs/", headers={"Authorization": f"Bearer {ENVIRONMENT['RAY_AUTH_TOKEN']}"}, timeout=60)
+    assert answer.status_code == 200
+    assert '"submission_id"' in answer.text
+    return answer.text
+
+
+def test_a_live_job_is_followed_and_a_dead_one_gets_the_next_attempt(head, tiny_model, tmp_path, token, monkeypatch):
+    from apprentice import submit as jobs
+
+    recipe = tiny_recipe(tmp_path, tiny_model, name="long", training__steps=2000)
+    monkeypatch.chdir(tmp_path)
+    first = jobs.submit(recipe.name, [], address=head)
+    second = jobs.submit(recipe.name, [], address=head)
+    assert (first.attached, second.attached, first.job) == (False, True, second.job)
+    jobs.stop(first.job, address=head)
+    with pytest.raises(RunError, match="was stopped; give the same command again"):
+        jobs.follow(first, address=head, say=lambda line: None)
+    third = jobs.submit(recipe.name, [], address=head)
+    assert (third.job, third.attached) == (first.job[:-1] + "2", False)
+    jobs.stop(third.job, address=head)
 
 
 def test_a_job_with_a_wrong_recipe_fails_with_one_sentence(head, tiny_model, tmp_path):
     recipe = tiny_recipe(tmp_path, tiny_model, data__tasks=["muliti_nli"], data__hold_out=[])
-    done = submit(head, "jobs/train.py", "--recipe", str(recipe))
-    assert done.returncode != 0
-    assert "error: data.tasks: 'muliti_nli' is not a task. Did you mean 'multi_nli'?" in done.stdout + done.stderr
+    done = submit(recipe, head)
+    assert done.returncode == 1
+    assert "failed: data.tasks: 'muliti_nli' is not a task. Did you mean 'multi_nli'?" in json.loads(done.stdout)["error"]
     assert not (tmp_path / "runs").exists()
+
+
+def test_rays_own_command_runs_the_scripts(head, tiny_model, tmp_path):
+    recipe = tiny_recipe(tmp_path, tiny_model)
+    done = ray_submit(head, "jobs/prepare_data.py", "--recipe", str(recipe))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert str(tmp_path / "runs" / "tiny") in done.stdout
+    assert (tmp_path / "runs" / "tiny" / "index").is_dir()
+
+
+def test_without_the_token_nothing_is_sent(head, tiny_model, tmp_path):
+    done = submit(tiny_recipe(tmp_path, tiny_model), head, RAY_AUTH_TOKEN="0" * 64)
+    assert done.returncode == 1, done.stderr
+    assert "asks for a token; set RAY_AUTH_MODE=token" in json.loads(done.stdout)["error"]
+
+
+def test_nobody_answers(tiny_model, tmp_path):
+    done = submit(tiny_recipe(tmp_path, tiny_model), f"http://127.0.0.1:{free_port()}")
+    assert done.returncode == 1, done.stderr
+    assert "no Ray dashboard answers at http://127.0.0.1" in json.loads(done.stdout)["error"]

@@ -12,7 +12,7 @@ import traceback
 import typer
 
 from apprentice import __version__
-from apprentice.cli import data, evaluation, serving, training
+from apprentice.cli import cluster, data, evaluation, serving, training
 from apprentice.console import Screen
 from apprentice.errors import ApprenticeError
 
@@ -41,6 +41,7 @@ for command in (
     serving.serve,
     serving.ask,
     serving.key,
+    cluster.submit,
     data.recipe_schema,
 ):
     app.command(command.__name__.replace("_", "-"))(command)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from apprentice.recipe.data import Collection, Data, Filters, Formats, Group, Mixture, Packing
 from apprentice.recipe.evaluation import Evaluation, Gate
-from apprentice.recipe.loading import RUN, SHIPPED, dump_recipe, find_recipe, load_recipe
+from apprentice.recipe.loading import RUN, SHIPPED, dump_recipe, find_recipe, load_recipe, written_recipe
 from apprentice.recipe.serving import Replicas, Serving
 from apprentice.recipe.training import Checkpointing, DeepSpeed, Optimizer, Resources, Training, Tuning, WorkerRange
 from apprentice.recipe.whole import Model, Recipe
@@ -39,4 +39,5 @@ __all__ = [
     "dump_recipe",
     "find_recipe",
     "load_recipe",
+    "written_recipe",
 ]

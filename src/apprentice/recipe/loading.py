@@ -31,7 +31,15 @@ def find_recipe(name: str) -> Path:
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe in the file `path`, with `key.path=value` overrides applied.
+    """The recipe in the file `path`, with `key.path=value` overrides applied and its paths absolute.
+
+    Raises `RecipeError` with file, line, key, reason and the nearest right name.
+    """
+    return _with_absolute_paths(written_recipe(path, overrides), Path(path).absolute().parent)
+
+
+def written_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The same with its paths as they are written.
 
     Raises `RecipeError` with file, line, key, reason and the nearest right name.
     """
@@ -49,10 +57,9 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     for override in overrides:
         _apply(content, override)
     try:
-        recipe = Recipe.model_validate(content)
+        return Recipe.model_validate(content)
     except ValidationError as error:
         raise RecipeError(_sentence(error, file, text)) from error
-    return _with_absolute_paths(recipe, file.absolute().parent)
 
 
 def dump_recipe(recipe: Recipe) -> str:

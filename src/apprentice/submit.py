@@ -1,0 +1,272 @@
+"""The road as a Ray job: packed, sent, followed, and, when it has passed, deployed on the same cluster.
+
+The run is what is stable: each of its jobs is `<name>-<identity>-<attempt>`; a live one is followed, after a dead
+one comes the next attempt, which goes on where the run stopped. Knows nothing of what the job does. Nothing of this process's
+environment is sent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from apprentice import __version__
+from apprentice.artifacts import identity, identity_hash
+from apprentice.errors import RecipeError, ResourcesError, RunError, ServingError
+from apprentice.recipe import SHIPPED, Recipe, find_recipe, load_recipe, written_recipe
+from apprentice.session import VERSION_VARIABLE
+from apprentice.storage import Folder, is_uri
+
+# What a working directory may hold besides what .gitignore names, and no job needs.
+NOT_PACKED = (
+    "runs/",
+    "reports/",
+    ".git/",
+    ".venv*/",
+    "**/__pycache__/",
+    "**/.*_cache/",
+    "**/*.safetensors",
+    "**/*.parquet",
+    "**/.env*",
+    "**/auth_token",
+)
+LIVE = ("PENDING", "RUNNING")
+POLL_S = 1.0
+LOST_S = 300.0  # how long a dashboard may be away before following gives up; the job goes on without us
+
+
+@dataclass(frozen=True)
+class Submission:
+    """A job and the run it works on; `attached` if the job was there already."""
+
+    job: str
+    run: str
+    attached: bool
+
+
+def check_places(file: Path, overrides: Sequence[str]) -> None:
+    """Raises `RecipeError` for a path that means something else on a cluster than here."""
+    recipe = written_recipe(file, overrides)
+    places = {"storage": recipe.storage, "data.root": recipe.data.root, "model.base": recipe.model.base}
+    for key, path in places.items():
+        if path is None or is_uri(path) or path.startswith("/"):
+            continue
+        if key == "model.base" and not path.startswith((".", "~")):
+            continue  # a hub id or a packaged model
+        raise RecipeError(
+            f"{key} {path!r} is a path of this machine: on a cluster each node would look for it in a place of its own."
+            f" Give an absolute path that every node has mounted, or s3://…: {key}=/shared/…"
+        )
+
+
+def submit(
+    name: str,
+    overrides: Sequence[str],
+    *,
+    address: str,
+    ca: str | None = None,
+    deploy: bool = False,
+    install: bool = False,
+    folder: Path | None = None,
+) -> Submission:
+    """Sends the whole road of the recipe `name` as a job, unless one of the same run is live.
+
+    `folder` (default: the current one) is what is packed. Raises `RecipeError` before anything is sent, `ResourcesError` where no
+    cluster answers or it refuses us.
+    """
+    file, working = find_recipe(name), (folder or Path.cwd()).absolute()
+    check_places(file, overrides)
+    recipe = load_recipe(file, overrides)
+    where = _in_package(file, working, recipe)
+    client = connect(address, ca)
+    run = str(Folder.at(recipe.storage) / recipe.name)
+    stem = job_stem(recipe)
+    for _ in range(2):  # the second time if somebody else was quicker
+        earlier = _asked(address, lambda: [job.submission_id for job in client.list_jobs() if job.submission_id])
+        attempts = sorted(int(found[1]) for one in earlier if (found := re.fullmatch(re.escape(stem) + r"-(\d+)", one)))
+        last = f"{stem}-{attempts[-1]}" if attempts else None
+        if last and _asked(address, partial(client.get_job_status, last)) in LIVE:
+            return Submission(last, run, attached=True)
+        job = f"{stem}-{attempts[-1] + 1 if attempts else 1}"
+        words = ["python", "-m", "apprentice.jobs", "pipeline", "--recipe", where, *(["--deploy"] if deploy else []), *overrides]
+        try:
+            _send(client, address, job, words, working, recipe, install=install)
+        except RunError:
+            continue
+        return Submission(job, run, attached=False)
+    raise RunError(f"somebody else submits run {recipe.name!r} at the same time; give the command again to follow their job.")
+
+
+def job_stem(recipe: Recipe) -> str:
+    """The part of a job's id that all attempts of a run share."""
+    place = {"storage": recipe.storage, "name": recipe.name}
+    return f"{re.sub('[^A-Za-z0-9_.-]', '-', recipe.name)}-{identity_hash(identity(recipe) | place)}"
+
+
+def _in_package(file: Path, working: Path, recipe: Recipe) -> str:
+    """How the job names the recipe. Raises `RecipeError` for a recipe or task file that would stay behind."""
+    if file.parent == SHIPPED:
+        return file.stem
+    files = [file.absolute(), *(Path(task) for task in recipe.data.tasks if task.endswith((".yaml", ".yml")))]
+    for needed in files:
+        if not needed.resolve().is_relative_to(working.resolve()):
+            raise RecipeError(
+                f"{needed} is not under {working}, and only that folder is sent to the cluster; give the command in a folder"
+                " that holds both."
+            )
+    return str(file.resolve().relative_to(working.resolve()))
+
+
+def connect(address: str, ca: str | None = None) -> Any:
+    """A client of the cluster's dashboard. `ca` is a file with the certificate that signed it."""
+    from ray.job_submission import JobSubmissionClient
+
+    return _asked(address, lambda: JobSubmissionClient(address, verify=ca or True))
+
+
+def _asked(address: str, question: Callable[[], Any]) -> Any:
+    """The dashboard's answer; one sentence where there is none, or it does not know us."""
+    try:
+        return question()
+    except (ConnectionError, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ResourcesError(
+            f"no Ray dashboard answers at {address} ({error.__class__.__name__}: {reason}); check the address, a port-forward, and"
+            " --ca for a certificate of your own."
+        ) from error
+    except RuntimeError as error:
+        if any(word in str(error).lower() for word in ("unauthorized", "authentication", "token", "401", "403")):
+            raise ResourcesError(
+                f"the Ray cluster at {address} asks for a token; set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or ~/.ray/auth_token."
+            ) from error
+        raise
+
+
+def _send(client: Any, address: str, job: str, words: list[str], working: Path, recipe: Recipe, *, install: bool) -> None:
+    import shlex
+
+    environment: dict[str, Any] = {
+        "working_dir": str(working),
+        "excludes": list(NOT_PACKED),
+        "env_vars": {VERSION_VARIABLE: __version__},
+    }
+    if install:
+        environment["pip"] = [f"apprentice=={__version__}"]
+
+    def send() -> None:
+        client.submit_job(
+            entrypoint=shlex.join(words),
+            submission_id=job,
+            runtime_env=environment,
+            metadata={"run": recipe.name, "apprentice": __version__},
+            entrypoint_num_cpus=1,
+        )
+
+    try:
+        _asked(address, send)
+    except RuntimeError as error:
+        if "already exists" in str(error):
+            raise RunError(job) from error
+        raise ResourcesError(f"{address} does not take the job: {' '.join(str(error).split())[-300:]}") from error
+
+
+def follow(submission: Submission, *, address: str, ca: str | None = None, say: Callable[[str], None]) -> None:
+    """Shows the job's output until it ends. A dashboard that is away for less than five minutes is waited for.
+
+    Raises `RunError` with the job's last sentence if it failed or was stopped. Ctrl-C comes through and leaves the job alone.
+    """
+    client = connect(address, ca)
+    shown = 0
+    lost_since: float | None = None
+    while True:
+        try:
+            shown = asyncio.run(_tail(client, submission.job, shown, say))
+            status = client.get_job_status(submission.job)
+            lost_since = None
+        except (ConnectionError, OSError, RuntimeError) as error:
+            lost_since = lost_since or time.monotonic()
+            if time.monotonic() - lost_since > LOST_S:
+                raise ResourcesError(
+                    f"the dashboard at {address} has been away for {LOST_S / 60:.0f} minutes; the job may still run: give the same"
+                    " command again to follow it."
+                ) from error
+            status = "RUNNING"
+        if status not in LIVE:
+            break
+        time.sleep(POLL_S)
+    if status != "SUCCEEDED":
+        raise RunError(f"job {submission.job} {_ending(client, submission.job, str(status.value))}")
+
+
+async def _tail(client: Any, job: str, shown: int, say: Callable[[str], None]) -> int:
+    """Shows what the log has beyond its first `shown` characters; gives how many it has now."""
+    seen = 0
+    async for text in client.tail_job_logs(job):
+        new = text[max(0, shown - seen) :]
+        seen += len(text)
+        if new.strip("\n"):
+            say(new.rstrip("\n"))
+    return max(seen, shown)
+
+
+def _ending(client: Any, job: str, status: str) -> str:
+    errors = [line for line in client.get_job_logs(job).splitlines() if line.startswith("error: ")]
+    if status == "STOPPED":
+        return "was stopped; give the same command again and the run goes on."
+    return f"failed: {errors[-1].removeprefix('error: ')}" if errors else "failed; its log says more: ray job logs " + job
+
+
+def stop(job: str, *, address: str, ca: str | None = None) -> None:
+    """Ends the job; what its run has saved stays."""
+    client = connect(address, ca)
+    _asked(address, lambda: client.stop_job(job))
+
+
+def deploy_run(run: str, recipe: Recipe, *, timeout_s: float = 600.0) -> str:
+    """Deploys the run's model on the Ray that this process is connected to, as `serve deploy` would; gives the application's name.
+
+    Replaces what the application served before, replica by replica. Raises `ServingError` where it does not come up.
+    """
+    import ray
+    from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
+
+    url = ray.init(ignore_reinit_error=True).dashboard_url
+    if not url:
+        raise ServingError("this Ray has no dashboard, through which the endpoint is deployed; start the head with one.")
+    client = ServeSubmissionClient(f"http://{url}")
+    client.deploy_applications(serve_config(f"{run}/model", recipe))
+    deadline = time.monotonic() + timeout_s
+    while True:
+        details = client.get_serve_details()["applications"].get("apprentice", {})
+        if details.get("status") == "RUNNING":
+            return "apprentice"
+        if details.get("status") == "DEPLOY_FAILED" or time.monotonic() > deadline:
+            lines = str(details.get("message", "")).strip().splitlines()
+            raise ServingError(f"the endpoint does not come up: {lines[-1] if lines else 'no reason was given'}")
+        time.sleep(POLL_S)
+
+
+def serve_config(model: str, recipe: Recipe) -> dict[str, Any]:
+    """`serve/config.yaml` for the model folder `model`, with the recipe's serving keys."""
+    serving = recipe.serving
+    arguments = {
+        "model": model,
+        "name": recipe.name,
+        "replicas": serving.replicas.model_dump(),
+        "max_running": serving.max_running,
+        "max_queued_requests": serving.max_queued_requests,
+        "context": serving.context,
+    }
+    application = {"name": "apprentice", "route_prefix": "/", "import_path": "apprentice.serve.app:app", "args": arguments}
+    return {
+        "proxy_location": "EveryNode",
+        "http_options": {"host": serving.host, "port": serving.port},
+        "logging_config": {"log_level": "WARNING", "enable_access_log": False},
+        "applications": [application],
+    }

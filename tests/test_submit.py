@@ -1,0 +1,160 @@
+"""Before anything is sent to a cluster: what is refused, what the job is called, and what it is told. No Ray is started."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import yaml
+
+from apprentice import jobs, submit
+from apprentice.errors import RecipeError, ResourcesError
+from apprentice.recipe import load_recipe
+from apprentice.serve.deployment import AppArguments
+from tests.conftest import ROOT
+from tests.recipes import tiny_recipe
+
+ADDRESS = "http://127.0.0.1:1"
+
+
+class Dashboard:
+    """Stands in for Ray's client: keeps what it is sent."""
+
+    def __init__(self, statuses: dict[str, str] | None = None) -> None:
+        self.statuses = statuses or {}
+        self.sent: list[dict[str, Any]] = []
+
+    def list_jobs(self) -> list[Any]:
+        return [type("Job", (), {"submission_id": name})() for name in self.statuses]
+
+    def get_job_status(self, job: str) -> str:
+        return self.statuses[job]
+
+    def submit_job(self, **arguments: Any) -> None:
+        self.sent.append(arguments)
+
+
+@pytest.fixture
+def dashboard(monkeypatch) -> Dashboard:
+    one = Dashboard()
+    monkeypatch.setattr(submit, "connect", lambda address, ca=None: one)
+    return one
+
+
+REFUSED: dict[str, tuple[dict[str, object], str]] = {
+    "storage": ({"storage": "./runs"}, "storage './runs' is a path of this machine"),
+    "root": ({"data__root": "../data"}, "data.root '../data' is a path of this machine"),
+    "model": ({"model__base": "./model"}, "model.base './model' is a path of this machine"),
+    "home": ({"storage": "~/runs"}, "storage '~/runs' is a path of this machine"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_paths_of_this_machine_are_refused_before_anything_is_sent(dashboard, tmp_path, name):
+    changes, words = REFUSED[name]
+    recipe = tiny_recipe(tmp_path, Path("/models/tiny"), **changes)
+    with pytest.raises(RecipeError, match=words):
+        submit.submit(str(recipe), [], address=ADDRESS, folder=tmp_path)
+    assert dashboard.sent == []
+
+
+def test_a_shipped_recipe_needs_only_its_places(dashboard):
+    with pytest.raises(RecipeError, match=r"storage '\.\./\.\./runs' is a path"):
+        submit.submit("flan_mini", [], address=ADDRESS)
+    sent = submit.submit("flan_mini", ["storage=s3://bucket/runs", "data.root=/shared/data"], address=ADDRESS)
+    assert sent.run == "s3://bucket/runs/flan-mini"
+    words = dashboard.sent[0]["entrypoint"]
+    assert words == ("python -m apprentice.jobs pipeline --recipe flan_mini storage=s3://bucket/runs data.root=/shared/data")
+
+
+def test_a_recipe_or_task_that_would_stay_behind_is_refused(dashboard, tmp_path):
+    inside = tmp_path / "project"
+    inside.mkdir()
+    recipe = tiny_recipe(tmp_path, Path("/models/tiny"))
+    with pytest.raises(RecipeError, match="only that folder is sent"):
+        submit.submit(str(recipe), [], address=ADDRESS, folder=inside)
+    own = tiny_recipe(inside, Path("/models/tiny"), data__tasks=["quickstart", "../mine.yaml"])
+    with pytest.raises(RecipeError, match=r"mine\.yaml is not under"):
+        submit.submit(str(own), [], address=ADDRESS, folder=inside)
+    assert dashboard.sent == []
+
+
+def test_what_is_sent(dashboard, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "aws_secret")
+    recipe = tiny_recipe(tmp_path, Path("/models/tiny"))
+    sent = submit.submit(str(recipe), ["training.steps=9"], address=ADDRESS, deploy=True, install=True, folder=tmp_path)
+    (job,) = dashboard.sent
+    assert job["submission_id"] == sent.job
+    assert job["entrypoint"] == "python -m apprentice.jobs pipeline --recipe recipe.yaml --deploy training.steps=9"
+    assert job["runtime_env"]["working_dir"] == str(tmp_path)
+    assert job["runtime_env"]["pip"] == ["apprentice==0.1.0"]
+    assert {"runs/", ".git/", "**/.env*", "**/*.safetensors"} <= set(job["runtime_env"]["excludes"])
+    assert job["entrypoint_num_cpus"] == 1
+    assert "secret" not in str(job)
+
+
+@pytest.mark.parametrize(
+    ("statuses", "number", "attached"),
+    [
+        ([], 1, False),
+        (["RUNNING"], 1, True),
+        (["PENDING"], 1, True),
+        (["FAILED"], 2, False),
+        (["FAILED", "STOPPED"], 3, False),
+        (["FAILED", "RUNNING"], 2, True),
+        (["SUCCEEDED"], 2, False),
+    ],
+)
+def test_a_live_job_is_followed_and_a_dead_one_gets_the_next_attempt(dashboard, tmp_path, statuses, number, attached):
+    recipe = tiny_recipe(tmp_path, Path("/models/tiny"))
+    stem = submit.job_stem(load_recipe(recipe))
+    dashboard.statuses = {f"{stem}-{place + 1}": status for place, status in enumerate(statuses)} | {"another-7": "RUNNING"}
+    sent = submit.submit(str(recipe), [], address=ADDRESS, folder=tmp_path)
+    assert (sent.job, sent.attached) == (f"{stem}-{number}", attached)
+    assert len(dashboard.sent) == (0 if attached else 1)
+
+
+def test_the_id_is_the_runs(tmp_path):
+    recipe = tiny_recipe(tmp_path, Path("/models/tiny"))
+    stem = submit.job_stem(load_recipe(recipe))
+    assert stem.startswith("tiny-")
+    assert submit.job_stem(load_recipe(recipe, ["training.resources.cpus=2"])) == stem  # hardware is not the run's
+    assert submit.job_stem(load_recipe(recipe, ["seed=4"])) != stem
+    assert submit.job_stem(load_recipe(recipe, ["storage=/elsewhere"])) != stem
+
+
+def test_another_version_on_the_cluster_is_refused(monkeypatch):
+    monkeypatch.setenv("APPRENTICE_VERSION", "9.9")
+    with pytest.raises(ResourcesError, match=r"has apprentice 0\.1\.0 and the job was sent by 9\.9"):
+        jobs._same_version()
+
+
+def test_the_report_is_named_by_what_was_learned_and_how_it_was_scored(tmp_path):
+    recipe = tiny_recipe(tmp_path, Path("/models/tiny"))
+    name = jobs.evaluation_identity(load_recipe(recipe))
+    assert jobs.evaluation_identity(load_recipe(recipe, ["serving.port=1", "training.workers=1"])) == name
+    assert jobs.evaluation_identity(load_recipe(recipe, ["evaluation.max_examples=5"])) != name
+    assert jobs.evaluation_identity(load_recipe(recipe, ["seed=4"])) != name
+
+
+def test_what_is_deployed_is_the_projects_serve_file(tmp_path):
+    made = submit.serve_config("/runs/tiny/model", load_recipe(tiny_recipe(tmp_path, Path("/models/tiny"))))
+    shipped = yaml.safe_load((ROOT / "serve" / "config.yaml").read_text())
+    assert set(made) == set(shipped)
+    assert set(made["applications"][0]) == set(shipped["applications"][0])
+    assert AppArguments.model_validate(made["applications"][0]["args"]).max_running == 4
+
+
+class Refusing(Dashboard):
+    words: ClassVar[str] = "Request failed with status code 401: Unauthorized"
+
+    def list_jobs(self) -> list[Any]:
+        raise RuntimeError(self.words)
+
+
+def test_a_missing_token_is_said(monkeypatch, tmp_path):
+    monkeypatch.setattr(submit, "connect", lambda address, ca=None: Refusing())
+    with pytest.raises(ResourcesError, match="asks for a token; set RAY_AUTH_MODE=token"):
+        submit.submit(str(tiny_recipe(tmp_path, Path("/models/tiny"))), [], address=ADDRESS, folder=tmp_path)
