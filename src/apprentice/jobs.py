@@ -2,7 +2,8 @@
 
     python -m apprentice.jobs pipeline --recipe R [--recipe R2 …] [key=value …]
 
-Several recipes run in order, and each may start from the run of one before it. `apprentice submit` starts it so; the scripts in `jobs/` are the same stages for `ray job submit`.
+Several recipes run in order, and each may start from the run of one before it. `apprentice submit` starts it so; the scripts
+in `jobs/` are the same stages for `ray job submit`.
 """
 
 from __future__ import annotations

@@ -53,7 +53,12 @@ class Submission:
 def check_places(file: Path, overrides: Sequence[str]) -> None:
     """Raises `RecipeError` for a path that means something else on a cluster than here."""
     recipe = written_recipe(file, overrides)
-    places = {"storage": recipe.storage, "data.root": recipe.data.root, "model.base": recipe.model.base}
+    places = {
+        "storage": recipe.storage,
+        "data.root": recipe.data.root,
+        "data.promptsource": recipe.data.promptsource,
+        "model.base": recipe.model.base,
+    }
     for key, path in places.items():
         if path is None or is_uri(path) or path.startswith("/"):
             continue
@@ -113,7 +118,8 @@ def _in_package(file: Path, working: Path, recipe: Recipe) -> str:
     """How the job names the recipe. Raises `RecipeError` for a recipe or task file that would stay behind."""
     if file.parent == SHIPPED:
         return file.stem
-    files = [file.absolute(), *(Path(task) for task in recipe.data.tasks if task.endswith((".yaml", ".yml")))]
+    named = [task if isinstance(task, str) else task.promptsource for task in recipe.data.tasks]
+    files = [file.absolute(), *(Path(task) for task in named if task.startswith("/"))]
     for needed in files:
         if not needed.resolve().is_relative_to(working.resolve()):
             raise RecipeError(
