@@ -77,7 +77,15 @@ def test_a_recipe_or_task_that_would_stay_behind_is_refused(dashboard, tmp_path)
     own = tiny_recipe(inside, Path("/models/tiny"), data__tasks=["quickstart", "../mine.yaml"])
     with pytest.raises(RecipeError, match=r"mine\.yaml is not under"):
         submit.submit(str(own), [], address=ADDRESS, folder=inside)
+    others = tiny_recipe(inside, Path("/models/tiny"), data__tasks=["quickstart", {"natural_instructions": "../tasks/*.json"}])
+    with pytest.raises(RecipeError, match=r"tasks/\*\.json is not under"):
+        submit.submit(str(others), [], address=ADDRESS, folder=inside)
     assert dashboard.sent == []
+    clusters = tiny_recipe(
+        inside, Path("/models/tiny"), data__tasks=["quickstart", {"natural_instructions": "/shared/tasks/*.json"}]
+    )
+    submit.submit(str(clusters), [], address=ADDRESS, folder=inside)
+    assert len(dashboard.sent) == 1
 
 
 def test_what_is_sent(dashboard, tmp_path, monkeypatch):

@@ -16,8 +16,6 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-import ray
-
 from apprentice.artifacts import Run, public_base
 from apprentice.data.contract import check_base, layout_of
 from apprentice.data.corpus import packing_strategy
@@ -25,6 +23,7 @@ from apprentice.data.pipeline import Corpus, estimate_steps, make_corpus
 from apprentice.data.sources import on_the_hub, resolve
 from apprentice.errors import ApprenticeError, DataError, RecipeError, StorageError
 from apprentice.hub import local_folder, missing_model
+from apprentice.nodes import node_resources
 from apprentice.recipe import Recipe
 from apprentice.storage import Folder
 from apprentice.tasks.leaks import leaks
@@ -151,7 +150,7 @@ def _resources(recipe: Recipe) -> str:
     check_tuning(recipe.tuning, on_gpu=on_gpu)
     parameters = sum(_parameters(file) for file in sorted(folder.glob("*.safetensors")))
     ask = required_resources(recipe, parameters, resolve_dtype(recipe.model.dtype))
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    nodes = node_resources()
     check_resources(ask, nodes)
     cpus = sum(node.get("CPU", 0.0) for node in nodes)
     return f"{ask.workers} workers of {ask.cpus:g} CPUs and at least {ask.memory / GIB:.1f} GiB; {cpus:g} CPUs there"

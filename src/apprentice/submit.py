@@ -50,8 +50,8 @@ class Submission:
     attached: bool
 
 
-def check_places(file: Path, overrides: Sequence[str]) -> None:
-    """Raises `RecipeError` for a path that means something else on a cluster than here."""
+def check_places(file: Path, overrides: Sequence[str]) -> Recipe:
+    """The recipe as it is written. Raises `RecipeError` for a path that means something else on a cluster than here."""
     recipe = written_recipe(file, overrides)
     places = {
         "storage": recipe.storage,
@@ -68,6 +68,7 @@ def check_places(file: Path, overrides: Sequence[str]) -> None:
             f"{key} {path!r} is a path of this machine: on a cluster each node would look for it in a place of its own."
             f" Give an absolute path that every node has mounted, or s3://…: {key}=/shared/…"
         )
+    return recipe
 
 
 def submit(
@@ -86,9 +87,8 @@ def submit(
     cluster answers or it refuses us.
     """
     file, working = find_recipe(name), (folder or Path.cwd()).absolute()
-    check_places(file, overrides)
-    recipe = load_recipe(file, overrides)
-    where = _in_package(file, working, recipe)
+    written, recipe = check_places(file, overrides), load_recipe(file, overrides)
+    where = _in_package(file, working, written, recipe)
     client = connect(address, ca)
     run = str(Folder.at(recipe.storage) / recipe.name)
     stem = job_stem(recipe)
@@ -114,19 +114,25 @@ def job_stem(recipe: Recipe) -> str:
     return f"{re.sub('[^A-Za-z0-9_.-]', '-', recipe.name)}-{identity_hash(identity(recipe) | place)}"
 
 
-def _in_package(file: Path, working: Path, recipe: Recipe) -> str:
-    """How the job names the recipe. Raises `RecipeError` for a recipe or task file that would stay behind."""
+def _in_package(file: Path, working: Path, written: Recipe, recipe: Recipe) -> str:
+    """How the job names the recipe. Raises `RecipeError` for a recipe, or a path relative to it, that would stay behind."""
     if file.parent == SHIPPED:
         return file.stem
-    named = [task if isinstance(task, str) else task.promptsource for task in recipe.data.tasks]
-    files = [file.absolute(), *(Path(task) for task in named if task.startswith("/"))]
-    for needed in files:
+    # A path that loading made absolute lies beside the recipe; one that was written so is the cluster's own.
+    relative = [Path(found) for said, found in zip(_tasks(written), _tasks(recipe), strict=True) if found != said]
+    for needed in (file.absolute(), *relative):
         if not needed.resolve().is_relative_to(working.resolve()):
             raise RecipeError(
                 f"{needed} is not under {working}, and only that folder is sent to the cluster; give the command in a folder"
                 " that holds both."
             )
     return str(file.resolve().relative_to(working.resolve()))
+
+
+def _tasks(recipe: Recipe) -> list[str]:
+    """Every text in `data.tasks`: names, paths and collections' paths."""
+    entries = ([task] if isinstance(task, str) else task.model_dump().values() for task in recipe.data.tasks)
+    return [text for entry in entries for text in entry if isinstance(text, str)]
 
 
 def connect(address: str, ca: str | None = None) -> Any:

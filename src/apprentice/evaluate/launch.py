@@ -32,6 +32,7 @@ from apprentice.evaluate.scorer import ASKED, Scorer, weight_bytes
 from apprentice.evaluate.story import story_of
 from apprentice.evaluate.subjects import Spoken, Subject, check_subjects, described, spoken_to
 from apprentice.evaluate.summary import summarise
+from apprentice.nodes import node_resources
 from apprentice.recipe import Recipe
 from apprentice.storage import Folder
 
@@ -141,14 +142,14 @@ def free_room() -> Room:
     """What is free now. Stages before us may still be letting go, so this waits, a little for all, longer for one CPU."""
     start = time.monotonic()
     while True:
-        total, free = ray.cluster_resources(), ray.available_resources()
+        there, free = node_resources(), ray.available_resources()
         waited = time.monotonic() - start
-        idle = free.get("CPU", 0) >= total.get("CPU", 0)
+        idle = free.get("CPU", 0) >= sum(node.get("CPU", 0) for node in there)
         if idle or waited > PATIENCE_S or (waited > SETTLE_S and free.get("CPU", 0) >= 1):
             break
         time.sleep(0.2)
     cpus = int(free.get("CPU", 0))
-    nodes = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
+    nodes = [int(node.get("CPU", 0)) for node in there]
     if len(nodes) == 1:
         cpus = min(cpus, len(os.sched_getaffinity(0)))  # a local session may count more CPUs than there are cores
     # What is free on a busy cluster may lie scattered, one CPU here and one there.

@@ -30,6 +30,7 @@ from apprentice.data.pipeline import Corpus, Start, estimate_steps, train_stream
 from apprentice.errors import RecipeError, TrainingError
 from apprentice.hub import local_folder
 from apprentice.models.loading import count_parameters, resolve_dtype
+from apprentice.nodes import node_resources
 from apprentice.recipe import Recipe
 from apprentice.train import checkpoint as checkpoints
 from apprentice.train.batch import PackedRows
@@ -114,18 +115,14 @@ def _shares(corpus: Corpus) -> dict[int, float]:
 def _check_cluster(recipe: Recipe) -> Ask:
     dtype = resolve_dtype(recipe.model.dtype, "cuda" if recipe.training.resources.gpus else "cpu")
     ask = required_resources(recipe, count_parameters(local_folder(recipe.model.base)), dtype)
-    check_resources(ask, _nodes())
+    check_resources(ask, node_resources())
     return ask
-
-
-def _nodes() -> list[dict[str, float]]:
-    return [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
 
 
 def _fit(recipe: Recipe, run: Run, corpus: Corpus, goal: Goal, tracker: Tracker) -> int:
     """Runs the workers until the goal; gives the number of attempts."""
     mailbox: Any = ray.remote(Mailbox).options(num_cpus=0).remote()
-    workers = workers_that_fit(recipe, _nodes())
+    workers = workers_that_fit(recipe, node_resources())
     validation = validation_rows(corpus, validation_limit(recipe))
     length = corpus.row_length + (corpus.target_length or 0)
     job = Job(recipe, run, goal, mailbox, ray.put(validation), length, corpus.row_bytes, workers, _shares(corpus))
@@ -222,7 +219,7 @@ def _trainer(job: Job, corpus: Corpus) -> TorchTrainer:
     resources = {"CPU": training.resources.cpus} | ({"GPU": training.resources.gpus} if training.resources.gpus else {})
     checkpoint_folder, mailbox = job.run.checkpoints, job.mailbox
     held = ray.put(corpus)
-    spare = sum(node.get("CPU", 0.0) for node in _nodes()) - job.workers * training.resources.cpus
+    spare = sum(node.get("CPU", 0.0) for node in node_resources()) - job.workers * training.resources.cpus
 
     def build() -> Any:
         """The stream for a worker group that is about to start; called for each one, before its workers run."""
