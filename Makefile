@@ -8,10 +8,11 @@ PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 # Where to get PyTorch from, if not from the package index. On Linux x86-64 the index has the CUDA build (several GB);
 # whoever wants the CPU build names its index here.
 TORCH_INDEX_URL ?=
+OURS := src jobs
 CODE := src tests jobs serve benchmarks docs
 QUICK := not slow and not cluster and not browser and not gpu
 
-.PHONY: help setup setup-dev demo test check docs bench peers clean
+.PHONY: help setup setup-dev demo test check audit docs bench peers clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -26,12 +27,18 @@ demo: setup ## the whole road on a real 135M model: data, training, evaluation, 
 test: setup-dev ## the quick tests
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "$(QUICK)"
 
-check: setup-dev ## style, types, import rules, lengths
+check: setup-dev ## style, types, import rules, known mistakes, lengths
 	@$(BIN)/ruff check $(CODE)
 	@$(BIN)/ruff format --check $(CODE)
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports --no-logo
+	@$(BIN)/bandit -q -c pyproject.toml -r $(OURS)
 	@$(BIN)/python -m pytest -q tests/test_architecture.py
+
+audit: setup-dev ## known weaknesses of what is installed (asks the advisory database, so it needs the network) and of our code
+	@$(BIN)/bandit -q -c pyproject.toml -r $(OURS)
+	@$(BIN)/pip-audit --strict --no-deps --disable-pip -r constraints.txt || \
+	  { echo "pip-audit found weaknesses (listed above), or could not reach the advisory database: it needs the network." >&2; exit 1; }
 
 docs: setup-dev ## the documentation, strictly built into site/
 	@$(BIN)/mkdocs build --quiet --strict

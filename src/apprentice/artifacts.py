@@ -26,6 +26,7 @@ NOT_IDENTITY = (
     "storage",
     "data.root",
     "model.attention",
+    "model.trust",
     "training.workers",
     "training.resources",
     "training.micro_batch",

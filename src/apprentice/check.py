@@ -106,7 +106,10 @@ def _downloads(recipe: Recipe) -> str:
 
 
 def _model(recipe: Recipe) -> str:
+    from apprentice.models.trust import check_model_folder
+
     tokenizer = Tokenizer(local_folder(recipe.model.base))
+    check_model_folder(tokenizer.folder, trust=recipe.model.trust)
     layout = layout_of(recipe, tokenizer)
     ancestors = check_base(recipe, tokenizer.folder)
     packing_strategy(recipe, tokenizer.folder)

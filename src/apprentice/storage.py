@@ -23,6 +23,17 @@ def is_uri(path: str) -> bool:
     return "://" in path
 
 
+def refuse_credentials(uri: str) -> None:
+    """Raises `StorageError` for `scheme://user:password@…`: recipes, run folders and job metadata would all show it."""
+    scheme, _, rest = uri.partition("://")
+    user, found, _ = rest.partition("/")[0].rpartition("@")
+    if found and ":" in user:
+        raise StorageError(
+            f"{scheme}://… has a password in it, which recipes, logs and run folders would show; give it by the environment"
+            " (AWS_SECRET_ACCESS_KEY, GOOGLE_APPLICATION_CREDENTIALS, or the option for a key) instead."
+        )
+
+
 @dataclass(frozen=True)
 class Folder:
     """A folder (or a file in it) named by `uri`: an absolute local path or a URI."""
@@ -31,10 +42,11 @@ class Folder:
 
     @classmethod
     def at(cls, path: str | Path) -> Folder:
-        """The folder at `path`; local paths become absolute."""
+        """The folder at `path`; local paths become absolute. Raises `StorageError` for a URI with a password in it."""
         text = str(path)
         if text.startswith("file://"):
             text = text.removeprefix("file://")
+        refuse_credentials(text)
         return cls(text.rstrip("/") if is_uri(text) else str(Path(text).expanduser().absolute()))
 
     def __truediv__(self, part: str) -> Folder:

@@ -16,6 +16,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ray.exceptions import AuthenticationError
+
 from apprentice import __version__
 from apprentice.artifacts import identity, identity_hash
 from apprentice.errors import RecipeError, ResourcesError, RunError, ServingError
@@ -152,8 +154,9 @@ def _asked(address: str, question: Callable[[], Any]) -> Any:
             f"no Ray dashboard answers at {address} ({error.__class__.__name__}: {reason}); check the address, a port-forward, and"
             " --ca for a certificate of your own."
         ) from error
-    except RuntimeError as error:
-        if any(word in str(error).lower() for word in ("unauthorized", "authentication", "token", "401", "403")):
+    except (RuntimeError, AuthenticationError) as error:
+        words = ("unauthorized", "authentication", "token", "401", "403")
+        if isinstance(error, AuthenticationError) or any(word in str(error).lower() for word in words):
             raise ResourcesError(
                 f"the Ray cluster at {address} asks for a token; set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or ~/.ray/auth_token."
             ) from error

@@ -86,7 +86,7 @@ def model_on(folder: Path, settings: Model, pool: Pool) -> Any:
     """The model in `folder`, loaded as `settings` say where a worker of `pool` runs."""
     torch.set_num_threads(pool.cpus)
     device = "cuda" if pool.gpus else "cpu"
-    loaded: Any = load_model(folder, resolve_dtype(settings.dtype, device), settings.attention)
+    loaded: Any = load_model(folder, resolve_dtype(settings.dtype, device), settings.attention, trust=settings.trust)
     return loaded.to(device)
 
 

@@ -11,6 +11,7 @@ import json
 import math
 import struct
 from pathlib import Path
+from pickle import UnpicklingError  # nosec B403
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from apprentice.errors import ModelError, RecipeError
 from apprentice.family import FAMILIES, NO_FLOAT16, family_of, model_config
 from apprentice.hub import local_folder
 from apprentice.models import adapter as adapters
+from apprentice.models.trust import check_model_folder
 
 FAST_BFLOAT16 = ("amx_bf16", "avx512_bf16")  # what a CPU multiplies bfloat16 with, as PyTorch names it
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -67,13 +69,17 @@ def resolve_attention(name: str, device: str = "cpu") -> str | None:
     return _ATTENTION.get(name, name)
 
 
-def load_model(base: str | Path, dtype: torch.dtype, attention: str = "auto", *, four_bit: bool = False) -> PreTrainedModel:
+def load_model(
+    base: str | Path, dtype: torch.dtype, attention: str = "auto", *, four_bit: bool = False, trust: bool = False
+) -> PreTrainedModel:
     """The model `base` (folder, hub id or packaged model) on the CPU, in evaluation mode; `apprentice.family` tells which kind.
 
     An adapter that was exported beside the weights is attached. `four_bit` quantizes the weights onto the GPU. Raises `ModelError`
-    if the model cannot be found, is no language model, or lacks weights.
+    if the model cannot be found, is no language model, or lacks weights; and, unless `trust`, if it would read a pickle or run code of
+    the model's own.
     """
     folder = local_folder(str(base))
+    check_model_folder(folder, trust=trust)
     family = family_of(folder)
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
@@ -83,12 +89,17 @@ def load_model(base: str | Path, dtype: torch.dtype, attention: str = "auto", *,
         chosen["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
         )
+    chosen |= {"trust_remote_code": trust, "use_safetensors": None if trust else True}
     loader: Any = AutoModelForSeq2SeqLM if family == "seq2seq" else AutoModelForCausalLM
     try:
         model, found = loader.from_pretrained(folder, dtype=dtype, local_files_only=True, output_loading_info=True, **chosen)
     except (OSError, ValueError, ImportError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ModelError(f"{folder} cannot be loaded as a {FAMILIES[family]}: {reason}") from error
+    except UnpicklingError as error:
+        raise ModelError(
+            f"the pickled weights in {folder} hold more than numbers, and are not read even with model.trust."
+        ) from error
     if missing := sorted(found["missing_keys"]):
         raise ModelError(f"{folder} lacks weights, {missing[0]!r} among them; fetch or export the model again.")
     loaded: PreTrainedModel = _attach(model, folder / ADAPTER).eval()

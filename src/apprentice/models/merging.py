@@ -12,15 +12,17 @@ import torch
 from apprentice.errors import ModelError
 from apprentice.hub import local_folder
 from apprentice.models.loading import load_model
+from apprentice.models.trust import check_adapter_folder
 
 
 def merge_adapter(adapter: Path, target: Path) -> Path:
     """Writes the base model of the PEFT folder `adapter`, with the adapter merged into it, to `target`, and gives that.
 
-    Raises `ModelError` where the adapter names no base, or is none of that base.
+    Raises `ModelError` where the adapter names no base, or is none of that base; or one of the two is a pickle.
     """
     from peft import PeftModel
 
+    check_adapter_folder(adapter)
     config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
     name = config.get("base_model_name_or_path")
     if not name:

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 from apprentice.errors import RecipeError, did_you_mean
 from apprentice.recipe.data import COLLECTION_KEYS, Collection
 from apprentice.recipe.whole import Recipe
-from apprentice.storage import is_uri
+from apprentice.storage import is_uri, refuse_credentials
 
 RUN = "run:"  # how a base begins that another run made
 SHIPPED = Path(__file__).resolve().parents[1] / "recipes"
@@ -85,6 +85,7 @@ def _apply(content: dict[str, Any], override: str) -> None:
 
 def _with_absolute_paths(recipe: Recipe, folder: Path) -> Recipe:
     def absolute(path: str) -> str:
+        refuse_credentials(path)
         return path if is_uri(path) else str((folder / Path(path).expanduser()).resolve())
 
     def located(entry: str | Collection) -> str | Collection:

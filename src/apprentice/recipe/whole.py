@@ -24,6 +24,9 @@ class Model(Strict):
         "auto", description="auto: bfloat16 where the hardware multiplies it fast."
     )
     attention: Literal["auto", "flash", "flex", "sdpa", "eager"] = Field("auto", description="auto: the fastest that is there.")
+    trust: bool = Field(
+        False, description="Read pickled weights (`.bin`), and run code that the model brings: only what you would run yourself."
+    )
 
 
 class Recipe(Strict):

@@ -15,7 +15,7 @@ from apprentice.hub import local_folder
 from apprentice.recipe import Recipe, find_recipe, load_recipe
 from apprentice.road.data import Progress, scratch_run
 from apprentice.session import ray_session
-from apprentice.storage import Folder
+from apprentice.storage import Folder, refuse_credentials
 
 if TYPE_CHECKING:
     from apprentice.evaluate.endpoint import Endpoint
@@ -124,6 +124,7 @@ def _endpoint(wanted: Wanted) -> Endpoint | None:
 
     if wanted.endpoint is None:
         return None
+    refuse_credentials(wanted.endpoint)
     return Endpoint(wanted.endpoint, wanted.model or model_at(wanted.endpoint, wanted.key), wanted.key)
 
 

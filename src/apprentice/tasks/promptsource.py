@@ -143,7 +143,7 @@ def template_files(name: str, root: str | None) -> list[Path]:
 def load_templates(file: Path) -> Task:
     """The task in one `templates.yaml`, on the dataset that it names. Raises `TaskError` naming file and template."""
     try:
-        content = yaml.load(file.read_text(encoding="utf-8"), Loader=_Loader)
+        content = _Loader(file.read_text(encoding="utf-8")).get_single_data()
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise TaskError(f"{file} cannot be read as PromptSource templates: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict) or not isinstance(content.get("templates"), dict) or not content["templates"]:

