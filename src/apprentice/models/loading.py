@@ -75,8 +75,8 @@ def load_model(
     """The model `base` (folder, hub id or packaged model) on the CPU, in evaluation mode; `apprentice.family` tells which kind.
 
     An adapter that was exported beside the weights is attached. `four_bit` quantizes the weights onto the GPU. Raises `ModelError`
-    if the model cannot be found, is no language model, or lacks weights; and, unless `trust`, if it would read a pickle or run code of
-    the model's own.
+    if the model cannot be found, is no language model, or lacks weights; and, unless `trust`, if it would read a pickle or run
+    code of the model's own.
     """
     folder = local_folder(str(base))
     check_model_folder(folder, trust=trust)
