@@ -99,7 +99,7 @@ def test_what_does_not_load_again_is_not_published(tiny_model: Path, tmp_path: P
     made = recipe(tiny_model, "full")
     run, checkpoint, _ = trained(tmp_path, made, "float32")
 
-    def loads_something_else(base: Any, dtype: torch.dtype, attention: str = "auto") -> Any:
+    def loads_something_else(base: Any, dtype: torch.dtype, attention: str = "auto", **_: Any) -> Any:
         return load_model(tiny_model, dtype)
 
     monkeypatch.setattr(exporting, "load_model", loads_something_else)
