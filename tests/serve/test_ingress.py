@@ -15,70 +15,13 @@ import yaml
 from apprentice.data.contract import layout_beside
 from apprentice.data.layout import Layout
 from apprentice.recipe import Serving
-from apprentice.serve.engine import EngineFailed, NewToken, Overloaded, Request, Score, Stats, TokenStream
+from apprentice.serve.engine import Stats
 from apprentice.serve.ingress import build_app
 from apprentice.serve.keys import Keys, Limiter, new_key
 from apprentice.tasks.loading import library, load_task
+from tests.serve.scripted import Scripted
 
 pytestmark = pytest.mark.asyncio
-
-
-class Spoken:
-    """One reply of a `Scripted`; two tokens come at a time."""
-
-    def __init__(self, engine: Scripted) -> None:
-        self.engine = engine
-        self.place = 0
-        self.is_open = True
-
-    def __aiter__(self) -> Spoken:
-        return self
-
-    async def __anext__(self) -> list[NewToken]:
-        ids = self.engine.ids[self.place : self.place + 2]
-        self.place += len(ids)
-        if not ids:
-            raise EngineFailed("out of memory")
-        ends = self.place == len(self.engine.ids) and not self.engine.fails
-        scores = [Score(id, -0.5 - id, ((id, -0.5 - id), (9, -9.0))) for id in ids]
-        tokens = [NewToken(id, None, score) for id, score in zip(ids, scores, strict=True)]
-        return [*tokens[:-1], NewToken(ids[-1], "stop" if ends else None, scores[-1])]
-
-    def close(self) -> None:
-        self.engine.open -= self.is_open
-        self.is_open = False
-
-
-class Scripted:
-    """Replies with the ids it was given; then it ends, or fails, or (with nothing to say) is overloaded."""
-
-    def __init__(self, ids: list[int], *, fails: bool = False) -> None:
-        self.ids = ids
-        self.fails = fails
-        self.asked: list[Request] = []
-        self.open = 0
-        self.closed = False
-
-    context = 100
-
-    capacity = 8
-
-    def generate(self, requests: list[Request]) -> list[TokenStream]:
-        if not self.ids:
-            raise Overloaded
-        self.asked += requests
-        self.open += len(requests)
-        return [Spoken(self) for _ in requests]
-
-    def stats(self) -> Stats:
-        return Stats(self.open, 0, len(self.asked), 0)
-
-    def check(self) -> None:
-        if self.fails:
-            raise EngineFailed("out of memory")
-
-    def close(self) -> None:
-        self.closed = True
 
 
 @pytest.fixture(scope="module")
@@ -279,6 +222,19 @@ async def test_hostile_bodies_get_a_clear_refusal(layout: Layout, content: bytes
 async def pieces(content: bytes) -> AsyncGenerator[bytes, None]:
     for first in range(0, len(content), 4000):
         yield content[first : first + 4000]
+
+
+async def test_a_body_that_stays_half_sent_is_refused_in_time(layout: Layout) -> None:
+    engine = Scripted([5, layout.stop_ids[0]])
+
+    async def half() -> AsyncGenerator[bytes, None]:
+        yield b'{"prompt": '
+        await asyncio.Event().wait()
+
+    async with client(engine, layout, serving=Serving(request_timeout_s=0.2)) as http:
+        response = await http.post("/v1/completions", content=half(), headers={"content-type": "application/json"})
+        assert (await http.post("/v1/completions", json={"prompt": "a"})).status_code == 200
+    assert (response.status_code, "the body did not arrive within 0.2 s" in response.text) == (408, True)
 
 
 async def test_keys_name_who_asks_for_what_and_how_often(layout: Layout, tmp_path: Path) -> None:

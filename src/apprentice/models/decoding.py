@@ -67,7 +67,9 @@ class Token(NamedTuple):
 
 
 @dataclass
-class _Running:
+class Running:
+    """A request that holds a slot."""
+
     key: Hashable
     wanted: Generation
     slot: int
@@ -91,11 +93,14 @@ class Decoder:
         self.context = min(context, positions) if positions else context
         self._model = model
         self._memory = KvMemory(slots, self.context)
+        self._begin(slots, prefill_tokens)
+
+    def _begin(self, slots: int, prefill_tokens: int) -> None:
         self._prefill_tokens = prefill_tokens
         self._free = list(range(slots))
         self._held: list[list[int]] = [[] for _ in range(slots)]  # whose keys and values each slot has, of past requests too
         self._waiting: deque[tuple[Hashable, Generation]] = deque()
-        self._running: dict[Hashable, _Running] = {}
+        self._running: dict[Hashable, Running] = {}
         self.shared = 0  # prompt tokens that did not have to be computed
 
     @property
@@ -137,7 +142,7 @@ class Decoder:
         if not segments:
             return []
         logits = forward(self._model, self._memory, segments)
-        done: list[_Running] = []
+        done: list[Running] = []
         rows: list[int] = []  # of the logits after the last token of those whose prompt is computed
         row = 0
         for segment, owner in zip(segments, owners, strict=True):
@@ -152,7 +157,7 @@ class Decoder:
                 rows.append(row - 1)
         return self._next_tokens(logits if len(rows) == len(logits) else logits[rows], done)
 
-    def _next_tokens(self, logits: Tensor, owners: Sequence[_Running]) -> list[Token]:
+    def _next_tokens(self, logits: Tensor, owners: Sequence[Running]) -> list[Token]:
         """One token each, from `logits` (owners, vocabulary)."""
         if not owners:
             return []
@@ -167,10 +172,10 @@ class Decoder:
         scored: dict[int, Scored] = {}
         if wanted := [row for row, owner in enumerate(owners) if owner.wanted.logprobs is not None]:
             tops = [owners[row].wanted.logprobs or 0 for row in wanted]
-            scored = dict(zip(wanted, _scores(logits[wanted], [chosen[row] for row in wanted], tops), strict=True))
+            scored = dict(zip(wanted, scores(logits[wanted], [chosen[row] for row in wanted], tops), strict=True))
         return [self._accept(owner, chosen[row], scored.get(row)) for row, owner in enumerate(owners)]
 
-    def _score_prompt(self, owner: _Running, segment: Segment, logits: Tensor) -> None:
+    def _score_prompt(self, owner: Running, segment: Segment, logits: Tensor) -> None:
         """Keeps the scores of the prompt's tokens that follow those of `segment`, whose logits are given."""
         first = owner.wanted.score_from or 0
         if segment.start == first == 0:
@@ -178,7 +183,7 @@ class Decoder:
         begin = max(first, segment.start + 1)
         targets = owner.wanted.prompt[begin : segment.start + 1 + len(segment.ids)]
         rows = logits[begin - segment.start - 1 :][: len(targets)]
-        owner.prompt += _scores(rows, targets, [owner.wanted.logprobs or 0] * len(targets))
+        owner.prompt += scores(rows, targets, [owner.wanted.logprobs or 0] * len(targets))
 
     def _admit(self) -> None:
         while self._waiting and self._free:
@@ -194,7 +199,7 @@ class Decoder:
                 self._memory.copy(source, slot, shared)
             self._held[slot] = list(wanted.prompt[:shared])
             self.shared += shared
-            self._running[key] = _Running(key, wanted, slot, wanted.prompt[shared:], start=shared)
+            self._running[key] = Running(key, wanted, slot, wanted.prompt[shared:], start=shared)
 
     def _like(self, wanted: Generation) -> tuple[int, int]:
         """The slot whose memory begins most like the prompt, and how many positions of it are worth taking."""
@@ -202,11 +207,11 @@ class Decoder:
         shared, source = max((_common(held, prompt), -slot) for slot, held in enumerate(self._held))
         return (-source, shared) if shared >= LEAST_SHARED else (0, 0)
 
-    def _reading(self) -> list[_Running]:
+    def _reading(self) -> list[Running]:
         """Requests whose prompts are being read."""
         return [owner for owner in self._running.values() if not owner.produced]
 
-    def _segments(self) -> tuple[list[Segment], list[_Running]]:
+    def _segments(self) -> tuple[list[Segment], list[Running]]:
         room = self._prefill_tokens
         segments, owners = [], []
         for owner in self._running.values():  # oldest first
@@ -220,7 +225,7 @@ class Decoder:
             owners.append(owner)
         return segments, owners
 
-    def _accept(self, owner: _Running, chosen: int, scored: Scored | None) -> Token:
+    def _accept(self, owner: Running, chosen: int, scored: Scored | None) -> Token:
         owner.produced += 1
         owner.pending = [chosen]
         owner.seen[chosen] += 1
@@ -235,7 +240,7 @@ class Decoder:
             owner.wanted.constraint.accept(chosen)
         return Token(owner.key, chosen, finish, scored, tuple(owner.prompt) if owner.produced == 1 else ())
 
-    def _release(self, owner: _Running) -> None:
+    def _release(self, owner: Running) -> None:
         del self._running[owner.key]
         self._free.append(owner.slot)
 
@@ -259,7 +264,7 @@ def _common(one: Sequence[int], other: Sequence[int]) -> int:
     return low
 
 
-def _scores(logits: Tensor, ids: Sequence[int], tops: Sequence[int]) -> list[Scored]:
+def scores(logits: Tensor, ids: Sequence[int], tops: Sequence[int]) -> list[Scored]:
     """Each id scored under its row of `logits` (ids, vocabulary), with so many best tokens as `tops` says."""
     found: list[Scored] = []
     for first in range(0, len(ids), _SCORED_ROWS):

@@ -65,6 +65,10 @@ class KvMemory:
         stored_values[slots, :, positions] = values
         return stored_keys, stored_values
 
+    def layer(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The layer's whole memory, once something was written to it."""
+        return self._layers[layer]
+
     def copy(self, source: int, target: int, count: int) -> None:
         """Gives slot `target` the first `count` positions of slot `source`."""
         with torch.inference_mode():

@@ -5,6 +5,7 @@ A plain ASGI wrapper. Prompts are never logged. Knows nothing of engines.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import math
@@ -24,6 +25,7 @@ from apprentice.serve.protocol import RequestProblem
 log = logging.getLogger("apprentice.requests")
 OPEN = ("/", "/health", "/ready", "/docs", "/openapi.json")  # what needs no key, besides the page's files
 _KEY = "apprentice.key"
+BODY_TIMEOUT_S = 30.0  # a body that takes longer is not coming
 
 
 class Limits(Protocol):
@@ -35,13 +37,16 @@ class Limits(Protocol):
 
 
 class Gate:
-    """Wraps `app`; without `keys` everybody may ask."""
+    """Wraps `app`; without `keys` everybody may ask. A body must have come within `body_timeout_s` seconds."""
 
-    def __init__(self, app: ASGIApp, *, keys: Keys | None, limits: Limits | None, max_body_bytes: int) -> None:
+    def __init__(
+        self, app: ASGIApp, *, keys: Keys | None, limits: Limits | None, max_body_bytes: int, body_timeout_s: float = BODY_TIMEOUT_S
+    ) -> None:
         self._app = app
         self._keys = keys
         self._limits = limits
         self._max_body_bytes = max_body_bytes
+        self._body_timeout_s = body_timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -106,12 +111,20 @@ class Gate:
             raise RequestProblem(message, status=429, kind="rate_limit_error", code="rate_limit_exceeded", retry_after_s=seconds)
 
     def _counted(self, receive: Receive) -> Receive:
-        """`receive`, which ends bodies that came without a length and are too long."""
+        """`receive`, which ends bodies that came without a length and are too long, and those that do not come."""
         seen = 0
+        # None once all is there: who waits then waits for the client to leave.
+        deadline: float | None = asyncio.get_running_loop().time() + self._body_timeout_s
 
         async def counted() -> Message:
-            nonlocal seen
-            message = await receive()
+            nonlocal seen, deadline
+            try:
+                async with asyncio.timeout_at(deadline):
+                    message = await receive()
+            except TimeoutError as error:
+                raise HTTPException(408, f"the body did not arrive within {self._body_timeout_s:g} s") from error
+            if not message.get("more_body"):
+                deadline = None
             seen += len(message.get("body", b""))
             if seen > self._max_body_bytes:
                 raise HTTPException(413, self._too_large)  # the one kind that FastAPI lets out of reading a body

@@ -26,7 +26,7 @@ from apprentice.recipe import Serving
 from apprentice.serve.answering import Answering
 from apprentice.serve.body import CheckedRoute
 from apprentice.serve.engine import Engine, EngineFailed, Overloaded, Request
-from apprentice.serve.gate import Gate, Limits, key_of
+from apprentice.serve.gate import BODY_TIMEOUT_S, Gate, Limits, key_of
 from apprentice.serve.keys import Keys
 from apprentice.serve.metrics import Metrics
 from apprentice.serve.pages import serve_pages
@@ -65,7 +65,13 @@ def build_app(
     """
     serving = serving or Serving()
     door = _Door(engine, layout, model_name, serving, limits, Metrics(engine, model_name, replica))
-    return Gate(_routes(door, contract, tasks), keys=keys, limits=limits, max_body_bytes=serving.max_body_bytes)
+    return Gate(
+        _routes(door, contract, tasks),
+        keys=keys,
+        limits=limits,
+        max_body_bytes=serving.max_body_bytes,
+        body_timeout_s=min(BODY_TIMEOUT_S, serving.request_timeout_s),
+    )
 
 
 def describe_api() -> dict[str, Any]:

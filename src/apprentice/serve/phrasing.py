@@ -26,6 +26,8 @@ class Phrasing:
 
     def completion(self, asked: CompletionRequest) -> list[Request]:
         """Each prompt raw, as text or token ids, `n` times."""
+        if asked.echo and asked.top is not None and self.layout.family == "seq2seq":
+            raise RequestProblem("`echo` with `logprobs`: an encoder-decoder gives its prompt no probabilities.", param="logprobs")
         size = len(self.layout.tokenizer)
         prompts: list[list[int]] = []
         for prompt in asked.prompts:

@@ -1,4 +1,4 @@
-"""Any causal model of transformers as an engine: our decoder in a thread of its own, beside the event loop.
+"""Causal models and encoder-decoders of transformers as an engine: our decoder in a thread of its own, beside the event loop.
 
 The thread steps while there is somebody to step for; requests and cancellations reach it through a queue that it empties between
 two steps, tokens go back through the event loop. Knows nothing of text or HTTP.
@@ -22,6 +22,8 @@ import torch
 from apprentice.models.decoding import Decoder, Generation, Token
 from apprentice.models.loading import load_model, resolve_dtype
 from apprentice.models.sampling import Sampling
+from apprentice.models.seq2seq_decoding import Seq2seqDecoder
+from apprentice.models.seq2seq_scoring import is_seq2seq
 from apprentice.serve.engine import EngineFailed, NewToken, Overloaded, Request, Score, Stats
 
 log = logging.getLogger(__name__)
@@ -40,7 +42,8 @@ class TransformersEngine:
         torch.set_num_threads(min(threads, len(os.sched_getaffinity(0))))
         device: Any = "cuda" if torch.cuda.is_available() else "cpu"
         model = load_model(folder, resolve_dtype(dtype))
-        self._decoder = Decoder(model.to(device), slots=max_running, context=context)
+        decoder = Seq2seqDecoder if is_seq2seq(model) else Decoder
+        self._decoder = decoder(model.to(device), slots=max_running, context=context)
         self._most = max_running + max_queued
         self._replies: dict[int, _Reply] = {}
         self._numbers = itertools.count()

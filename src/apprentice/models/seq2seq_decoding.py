@@ -1,0 +1,70 @@
+"""Continuous batching for encoder-decoders: the encoder reads each prompt once, requests join and leave between two steps.
+
+The same core as `Decoder`, of which it takes queue, sampling and the end of a reply. Where a prompt's end is to be scored
+(`score_from`), the encoder reads what is before, and the decoder is made to say the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from apprentice.errors import ModelError
+from apprentice.models.crossing import CrossingDecoder, check
+from apprentice.models.decoding import PREFILL_TOKENS, Decoder, Generation, Running, Token, scores
+
+
+class Seq2seqDecoder(Decoder):
+    """Decodes up to `slots` requests together, prompt and reply of up to `context` tokens together.
+
+    `context` shrinks to what the model's positions allow. Not thread-safe. Raises `ModelError` for a model that cannot be
+    decoded so.
+    """
+
+    def __init__(self, model: Any, *, slots: int, context: int, prefill_tokens: int = PREFILL_TOKENS) -> None:
+        check(model)
+        positions = getattr(model.config, "max_position_embeddings", None)
+        self.context = min(context, positions) if positions else context
+        self._start_id = int(model.config.decoder_start_token_id)
+        self._crossing = CrossingDecoder(model, slots, self.context)
+        self._begin(slots, prefill_tokens)
+
+    def submit(self, key: Hashable, wanted: Generation) -> None:
+        if wanted.score_from == 0:
+            raise ModelError("an encoder-decoder gives no probabilities to the prompt it reads; ask for those of the reply.")
+        super().submit(key, wanted)
+
+    def step(self) -> list[Token]:
+        """Prompts are read, within what one step may read; then one token more for everybody who was here before."""
+        running = sorted(self._running.values(), key=lambda owner: owner.slot)
+        rows: list[Tensor] = []
+        if running:
+            logits = self._crossing.step(
+                [owner.slot for owner in running], [owner.start for owner in running], [owner.pending[0] for owner in running]
+            )
+            rows.append(logits)
+            for owner in running:
+                owner.start += 1
+        joined: list[Running] = []
+        room = self._prefill_tokens
+        while self._waiting and self._free and (not joined or len(self._waiting[0][1].prompt) <= room):
+            key, wanted = self._waiting.popleft()
+            room -= len(wanted.prompt)
+            owner, last = self._read(key, wanted)
+            joined.append(owner)
+            rows.append(last[None])
+        return self._next_tokens(torch.cat(rows), [*running, *joined]) if rows else []
+
+    def _read(self, key: Hashable, wanted: Generation) -> tuple[Running, Tensor]:
+        """The new request in its slot, and the logits (vocabulary) of its first new token."""
+        slot = self._free.pop(self._free.index(min(self._free)))
+        parted = len(wanted.prompt) if wanted.score_from is None else wanted.score_from
+        prompt, said = wanted.prompt[:parted], wanted.prompt[parted:]
+        logits = self._crossing.read(slot, prompt, [self._start_id, *said])
+        owner = self._running[key] = Running(key, wanted, slot, (), start=1 + len(said))
+        if said:
+            owner.prompt += scores(logits[:-1], said, [wanted.logprobs or 0] * len(said))
+        return owner, logits[-1]

@@ -1,0 +1,63 @@
+"""An engine of the tests' own making: it says what it was told to say."""
+
+from __future__ import annotations
+
+from apprentice.serve.engine import EngineFailed, NewToken, Overloaded, Request, Score, Stats, TokenStream
+
+
+class Spoken:
+    """One reply of a `Scripted`; two tokens come at a time."""
+
+    def __init__(self, engine: Scripted) -> None:
+        self.engine = engine
+        self.place = 0
+        self.is_open = True
+
+    def __aiter__(self) -> Spoken:
+        return self
+
+    async def __anext__(self) -> list[NewToken]:
+        ids = self.engine.ids[self.place : self.place + 2]
+        self.place += len(ids)
+        if not ids:
+            raise EngineFailed("out of memory")
+        ends = self.place == len(self.engine.ids) and not self.engine.fails
+        scores = [Score(id, -0.5 - id, ((id, -0.5 - id), (9, -9.0))) for id in ids]
+        tokens = [NewToken(id, None, score) for id, score in zip(ids, scores, strict=True)]
+        return [*tokens[:-1], NewToken(ids[-1], "stop" if ends else None, scores[-1])]
+
+    def close(self) -> None:
+        self.engine.open -= self.is_open
+        self.is_open = False
+
+
+class Scripted:
+    """Replies with the ids it was given; then it ends, or fails, or (with nothing to say) is overloaded."""
+
+    def __init__(self, ids: list[int], *, fails: bool = False) -> None:
+        self.ids = ids
+        self.fails = fails
+        self.asked: list[Request] = []
+        self.open = 0
+        self.closed = False
+
+    context = 100
+
+    capacity = 8
+
+    def generate(self, requests: list[Request]) -> list[TokenStream]:
+        if not self.ids:
+            raise Overloaded
+        self.asked += requests
+        self.open += len(requests)
+        return [Spoken(self) for _ in requests]
+
+    def stats(self) -> Stats:
+        return Stats(self.open, 0, len(self.asked), 0)
+
+    def check(self) -> None:
+        if self.fails:
+            raise EngineFailed("out of memory")
+
+    def close(self) -> None:
+        self.closed = True

@@ -1,0 +1,87 @@
+"""An encoder-decoder behind the same protocol: company does not matter, tasks are ranked, what it cannot say is refused."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import pytest_asyncio
+import torch
+from transformers import T5Config, T5ForConditionalGeneration
+
+from apprentice.data.contract import layout_beside
+from apprentice.models.loading import load_model
+from apprentice.models.seq2seq_scoring import seq2seq_logprobs
+from apprentice.serve.ingress import build_app
+from apprentice.serve.transformers_engine import TransformersEngine
+from apprentice.tasks.loading import library, load_task
+from tests.serve.conftest import with_contract
+from tests.serve.test_ingress import events
+
+pytestmark = pytest.mark.asyncio
+
+
+@pytest.fixture(scope="module")
+def t5_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("t5") / "bare"
+    shutil.copytree(tiny_model, folder)
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        config = T5Config(
+            vocab_size=512, d_model=64, d_kv=32, d_ff=96, num_layers=2, num_heads=2, eos_token_id=2, decoder_start_token_id=0
+        )
+        T5ForConditionalGeneration(config).save_pretrained(folder)
+    return with_contract(folder, folder.parent / "model", "plain")
+
+
+@pytest_asyncio.fixture
+async def http(t5_model: Path) -> AsyncIterator[httpx.AsyncClient]:
+    engine = TransformersEngine(t5_model, dtype="float32", max_running=8, max_queued=16, context=512, threads=1)
+    app = build_app(engine, layout_beside(t5_model), "t5", tasks=[load_task(library()["ag_news"])])
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test", timeout=60) as client:
+        yield client
+    engine.close()
+
+
+async def test_replies_alone_and_in_company_are_identical(http: httpx.AsyncClient) -> None:
+    asked = [
+        {
+            "instruction": f"Count to {number}.",
+            "input": "one two " * number,
+            "max_tokens": 12,
+            "temperature": number % 2,
+            "seed": number,
+        }
+        for number in range(10)
+    ]
+
+    async def text(body: dict[str, Any]) -> str:
+        return str((await http.post("/v1/instruct", json=body)).json()["choices"][0]["text"])
+
+    together = await asyncio.gather(*(text(body) for body in asked))
+    assert [await text(body) for body in asked] == list(together)
+    assert len(set(together)) > 4
+    stream = await http.post("/v1/instruct", json=asked[1] | {"stream": True})
+    assert "".join(chunk["choices"][0]["text"] for chunk in events(stream.text)[:-1]) == together[1]
+
+
+async def test_a_task_is_ranked_as_evaluation_does(http: httpx.AsyncClient, t5_model: Path) -> None:
+    answer = (await http.post("/v1/tasks/ag_news", json={"fields": {"text": "The striker scored twice."}})).json()
+    layout = layout_beside(t5_model)
+    choices = [[*ids, *layout.end_ids] for ids in layout.encode_answers([entry["choice"] for entry in answer["choices"]])]
+    model = load_model(t5_model, torch.float32)
+    (expected,) = seq2seq_logprobs(model, [layout.encode_prompt(answer["prompt"])], [choices], 4096)
+    assert [entry["logprob"] for entry in answer["choices"]] == pytest.approx(expected, abs=1e-3)
+    assert len(expected) == 4
+
+
+async def test_what_an_encoder_decoder_cannot_say_is_refused(http: httpx.AsyncClient) -> None:
+    refused = await http.post("/v1/completions", json={"prompt": "a", "echo": True, "logprobs": 1})
+    assert (refused.status_code, "gives its prompt no probabilities" in refused.text) == (400, True)
+    scored = (await http.post("/v1/completions", json={"prompt": "a", "logprobs": 1, "max_tokens": 3})).json()
+    assert len(scored["choices"][0]["logprobs"]["token_logprobs"]) == scored["usage"]["completion_tokens"]
