@@ -17,9 +17,11 @@ import yaml
 from ray.serve.schema import ServeDeploySchema
 
 from apprentice.artifacts import read_contract
-from apprentice.errors import ContractError, ServingError
+from apprentice.errors import ContractError, ServingError, TaskError
 from apprentice.recipe import Serving
 from apprentice.serve.deployment import AppArguments, Endpoint, application, check, start
+from apprentice.serve.keys import new_key
+from apprentice.tasks.loading import library
 from tests.conftest import ROOT
 from tests.serve.company import alone_and_together
 
@@ -174,5 +176,22 @@ def test_arguments_build_the_same_application(chat_model: Path) -> None:
     assert options.init_args[1] == "tiny"  # the run's name, from the contract
     assert options.ray_actor_options["num_cpus"] == 2
     assert options._deployment_config.autoscaling_config.max_replicas == 2
+    assert options.init_args[6] is None
+    assert options.init_args[8] == []
     with pytest.raises(ServingError, match="max_runing: Extra inputs are not permitted"):
         application({"model": str(chat_model), "max_runing": 3})
+
+
+def test_arguments_name_keys_and_tasks(chat_model: Path, tmp_path: Path) -> None:
+    _, entry = new_key("anna")
+    (tmp_path / "keys.yaml").write_text(f"keys:\n{entry}")
+    own = yaml.safe_load(library()["ag_news"].read_text()) | {"name": "my_news"}
+    (tmp_path / "my_news.yaml").write_text(yaml.safe_dump(own))
+    arguments = {"model": str(chat_model), "tasks": [str(tmp_path / "my_news.yaml")], "keys_file": str(tmp_path / "keys.yaml")}
+    options = application(arguments)._bound_deployment
+    assert options.init_args[6] == tmp_path / "keys.yaml"
+    assert [task.name for task in options.init_args[8]] == ["my_news"]
+    with pytest.raises(ServingError, match=r"the keys file .*none\.yaml cannot be read"):
+        application(arguments | {"keys_file": str(tmp_path / "none.yaml")})
+    with pytest.raises(TaskError, match=r"other\.yaml does not exist"):
+        application(arguments | {"tasks": [str(tmp_path / "other.yaml")]})

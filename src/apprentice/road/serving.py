@@ -10,12 +10,14 @@ from pathlib import Path
 
 from apprentice.artifacts import PromptContract, find_run, read_contract
 from apprentice.data.contract import layout_of, make_contract
-from apprentice.errors import ContractError, RunError, ServingError
+from apprentice.errors import ContractError, RunError, ServingError, TaskError
 from apprentice.hub import local_folder
-from apprentice.recipe import Serving, find_recipe, load_recipe
+from apprentice.recipe import Recipe, Serving, find_recipe, load_recipe
 from apprentice.road.data import Progress
 from apprentice.road.evaluation import passed_gate
 from apprentice.session import ray_session
+from apprentice.tasks.loading import find_tasks
+from apprentice.tasks.schema import Task
 from apprentice.tokenizer import Tokenizer
 
 
@@ -44,15 +46,29 @@ def endpoint(
     settings = run.recipe().serving if run is not None else _serving_for_bare(recipe, contract, storage)
     settings = settings.model_copy(update={k: v for k, v in (("host", host), ("port", port)) if v is not None})
     words = None if run is not None else contract_for(folder, contract, recipe, storage)
+    spoken = run.recipe() if run is not None else load_recipe(find_recipe(recipe)) if recipe is not None else None
+    tasks = own_tasks(spoken, progress) if spoken is not None else []
     deployment.check(folder, settings, words, insecure=insecure)
     with ray_session():
         progress("serve", {"message": f"loading {folder}"})
         name = run.name if run is not None else folder.name
-        running = deployment.start(folder, settings, model_name=name, contract=words, insecure=insecure)
+        running = deployment.start(folder, settings, model_name=name, contract=words, insecure=insecure, tasks=tasks)
         try:
             yield running.url
         finally:
             running.stop()
+
+
+def own_tasks(recipe: Recipe, progress: Progress) -> list[Task]:
+    """The tasks of the recipe's own files, to be asked by their fields; a file that is gone since is told and left out."""
+    found: list[Task] = []
+    for entry in recipe.data.entries:
+        if isinstance(entry, str) and entry.endswith((".yaml", ".yml")):
+            try:
+                found += find_tasks(entry, Path.cwd())
+            except TaskError as error:
+                progress("serve", {"message": f"not under /v1/tasks: {error}"})
+    return found
 
 
 def _serving_for_bare(recipe: str | None, contract: str | None, storage: str) -> Serving:

@@ -13,7 +13,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -29,8 +29,10 @@ from apprentice.data.contract import layout_beside
 from apprentice.errors import ResourcesError, ServingError
 from apprentice.recipe import Replicas, Serving
 from apprentice.serve.ingress import build_app
-from apprentice.serve.keys import KEYS_FILE, Keys, Limiter
-from apprentice.tasks.loading import library, load_task
+from apprentice.serve.keys import KEYS_FILE, Keys
+from apprentice.serve.limits import LimiterOfAll, OwnLimits, SharedLimits
+from apprentice.tasks.loading import find_tasks, library, load_task
+from apprentice.tasks.schema import Task
 
 APP_NAME = "apprentice"
 _ROOM_FOR_SMALL = 16  # requests besides replies that a replica takes at once: health, gauges, the page
@@ -89,13 +91,15 @@ def start(
     cpus: int | None = None,
     timeout_s: float = 600.0,
     insecure: bool = False,
+    tasks: Sequence[Task] = (),
 ) -> Endpoint:
     """Serves the model in `folder` inside the Ray that the caller has started, and returns once it answers.
 
-    Port 0 takes a free one; `insecure` lets an address other than loopback do without keys. Each replica reserves `cpus` CPUs
-    and decodes with them (None: all of the largest node, shared among the most replicas), and a GPU where there are any. Raises
-    as `check` does, before anything starts; `ResourcesError` where the cluster has no CPU (or GPU) left for the replicas;
-    `ServingError` where they do not come up within `timeout_s` seconds. Nothing is left running then.
+    `tasks` can be asked by their fields besides the library's. Port 0 takes a free one; `insecure` lets an address other than
+    loopback do without keys. Each replica reserves `cpus` CPUs and decodes with them (None: all of the largest node, shared among
+    the most replicas), and a GPU where there are any. Raises as `check` does, before anything starts; `ResourcesError` where the
+    cluster has no CPU (or GPU) left for the replicas; `ServingError` where they do not come up within `timeout_s` seconds. Nothing
+    is left running then.
     """
     check(folder, serving, contract, insecure=insecure)
     if _serve_is_running():
@@ -107,7 +111,7 @@ def start(
     try:
         with _quiet():
             serve.start(proxy_location="HeadOnly", http_options=HTTPOptions(host=serving.host, port=port), logging_config=_LOGGING)
-            application = _application(folder, model_name, serving, contract, dtype, resources)
+            application = _application(folder, model_name, serving, contract, dtype, resources, tasks)
             serve.run_many(
                 [serve.RunTarget(application, name=APP_NAME, logging_config=_LOGGING)], wait_for_applications_running=False
             )
@@ -133,12 +137,17 @@ class AppArguments(BaseModel):
     request_timeout_s: float = Field(600.0, gt=0.0)
     max_body_bytes: int = Field(4_000_000, ge=1)
     drain_timeout_s: float = Field(60.0, ge=0.0)
+    tasks: tuple[str, ...] = Field((), description="Task files, besides the library's tasks, that can be asked by their fields.")
+    keys_file: str = Field("", description="The keys file on every node; empty: the one that APPRENTICE_API_KEYS_FILE names.")
     cpus: float = Field(1.0, gt=0.0, description="CPUs that each replica reserves, and decodes with.")
     gpus: float = Field(0.0, ge=0.0)
 
 
 def application(args: dict[str, Any]) -> serve.Application:
-    """The builder behind `serve/app.py`. Raises `ServingError` for arguments that do not fit, `ContractError` as `check` does."""
+    """The builder behind `serve/app.py`.
+
+    Raises `ServingError` for arguments or keys that do not fit, `ContractError` as `check` does, `TaskError` for a task file.
+    """
     try:
         wanted = AppArguments.model_validate(args)
     except ValidationError as error:
@@ -159,7 +168,11 @@ def application(args: dict[str, Any]) -> serve.Application:
     )
     resources = {"num_cpus": wanted.cpus, "num_gpus": wanted.gpus}
     name = wanted.name or (own.run if own else "") or folder.name
-    return _application(folder, name, serving, contract, wanted.dtype, resources)
+    keys_file = Path(wanted.keys_file).expanduser().absolute() if wanted.keys_file else None
+    if keys_file is not None:
+        Keys(keys_file)
+    tasks = [task for file in wanted.tasks for task in find_tasks(file, Path.cwd())]
+    return _application(folder, name, serving, contract, wanted.dtype, resources, tasks, keys_file)
 
 
 @serve.ingress()
@@ -176,6 +189,7 @@ class _Replica:
         threads: int,
         keys_file: Path | None,
         limits: Any,
+        tasks: Sequence[Task],
     ) -> None:
         # Here and not above: who only starts the endpoint needs no PyTorch.
         from apprentice.serve.transformers_engine import TransformersEngine
@@ -184,8 +198,9 @@ class _Replica:
         self._model_name = model_name
         self._serving = serving
         self._contract = read_contract(folder) or contract
+        self._tasks = {task.name: task for task in (*map(load_task, library().values()), *tasks)}  # own ones of a name come first
         self._keys = Keys(keys_file) if keys_file is not None else None
-        self._limits = _SharedLimits(limits) if limits is not None else _OwnLimits()
+        self._limits = SharedLimits(limits) if limits is not None else OwnLimits()
         self._layout = layout_beside(folder, contract)
         self._engine = TransformersEngine(
             folder,
@@ -203,7 +218,7 @@ class _Replica:
             self._model_name,
             serving=self._serving,
             contract=self._contract,
-            tasks=[load_task(file) for file in library().values()],
+            tasks=list(self._tasks.values()),
             keys=self._keys,
             limits=self._limits,
             replica=serve.get_replica_context().replica_id.unique_id,
@@ -221,6 +236,8 @@ def _application(
     contract: PromptContract | None,
     dtype: str,
     resources: dict[str, float],
+    tasks: Sequence[Task],
+    keys_file: Path | None = None,
 ) -> serve.Application:
     least, most = serving.replicas.min, max(serving.replicas.min, serving.replicas.max)
     scaling: dict[str, Any] = {"num_replicas": least}
@@ -237,50 +254,11 @@ def _application(
         graceful_shutdown_timeout_s=serving.drain_timeout_s,
         **scaling,
     )(_Replica)
-    keys_file = keys_file_of()
+    keys_file = keys_file or keys_file_of()
     shared = keys_file is not None and most > 1
-    limits = serve.deployment(name="limits", ray_actor_options={"num_cpus": 0})(_Limiter).bind() if shared else None
+    limits = serve.deployment(name="limits", ray_actor_options={"num_cpus": 0})(LimiterOfAll).bind() if shared else None
     threads = max(1, int(resources["num_cpus"]))
-    return deployment.bind(folder, model_name, serving, contract, dtype, threads, keys_file, limits)
-
-
-class _Limiter:
-    """The limits of the keys, in one process for all replicas."""
-
-    def __init__(self) -> None:
-        self._limiter = Limiter()
-
-    async def admit(self, name: str, requests_per_minute: int | None, tokens_per_minute: int | None) -> float:
-        return self._limiter.admit(name, requests_per_minute, tokens_per_minute)
-
-    async def spend(self, name: str, tokens_per_minute: int, tokens: int) -> None:
-        self._limiter.spend(name, tokens_per_minute, tokens)
-
-
-class _SharedLimits:
-    """Asks the limiter of all replicas."""
-
-    def __init__(self, handle: Any) -> None:
-        self._handle = handle
-
-    async def admit(self, name: str, requests_per_minute: int | None, tokens_per_minute: int | None) -> float:
-        return float(await self._handle.admit.remote(name, requests_per_minute, tokens_per_minute))
-
-    def spend(self, name: str, tokens_per_minute: int, tokens: int) -> None:
-        self._handle.spend.remote(name, tokens_per_minute, tokens)
-
-
-class _OwnLimits:
-    """The limits where there is one replica only."""
-
-    def __init__(self) -> None:
-        self._limiter = Limiter()
-
-    async def admit(self, name: str, requests_per_minute: int | None, tokens_per_minute: int | None) -> float:
-        return self._limiter.admit(name, requests_per_minute, tokens_per_minute)
-
-    def spend(self, name: str, tokens_per_minute: int, tokens: int) -> None:
-        self._limiter.spend(name, tokens_per_minute, tokens)
+    return deployment.bind(folder, model_name, serving, contract, dtype, threads, keys_file, limits, tasks)
 
 
 def keys_file_of() -> Path | None:

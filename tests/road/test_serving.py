@@ -1,0 +1,30 @@
+"""What the endpoint of a recipe knows besides the library."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from apprentice.recipe import Recipe
+from apprentice.road.serving import own_tasks
+from apprentice.tasks.loading import library
+
+
+def test_a_recipes_own_task_files_can_be_asked_and_a_lost_one_is_told(tmp_path: Path) -> None:
+    own = yaml.safe_load(library()["ag_news"].read_text()) | {"name": "my_news"}
+    (tmp_path / "my_news.yaml").write_text(yaml.safe_dump(own))
+    recipe = Recipe.model_validate(
+        {
+            "name": "own",
+            "model": {"base": "anything"},
+            "data": {"tasks": ["sst2", str(tmp_path / "my_news.yaml"), str(tmp_path / "lost.yaml")]},
+            "training": {"steps": 1},
+        }
+    )
+    told: list[dict[str, Any]] = []
+    found = own_tasks(recipe, lambda _, values: told.append(values))
+    assert [task.name for task in found] == ["my_news"]
+    assert [values["message"][:22] for values in told] == ["not under /v1/tasks: /"]
+    assert "lost.yaml does not exist" in told[0]["message"]
