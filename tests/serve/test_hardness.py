@@ -1,0 +1,104 @@
+"""What a public endpoint meets, over real HTTP: slow readers, half-sent bodies, nonsense, and more clients than it has room for."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections import Counter
+from typing import Any
+
+import httpx
+import pytest
+
+from apprentice.serve.deployment import Endpoint
+
+pytestmark = [pytest.mark.slow, pytest.mark.asyncio]
+SHORT = {"prompt": "Which topic", "max_tokens": 4, "ignore_eos": True}
+JSON = {"content-type": "application/json"}
+
+
+async def half_open(endpoint: Endpoint, body: str, length: int | None = None) -> asyncio.StreamWriter:
+    """A connection that has sent a completion's head and `body`, and reads nothing."""
+    host, port = endpoint.url.removeprefix("http://").split(":")
+    _, writer = await asyncio.open_connection(host, int(port), limit=1)
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+    writer.write(f"{head}Content-Length: {len(body) if length is None else length}\r\n\r\n{body}".encode())
+    await writer.drain()
+    return writer
+
+
+async def running(http: httpx.AsyncClient) -> int:
+    stats = (await http.get("/stats")).json()
+    return int(stats["running"] + stats["queued"])
+
+
+async def until_running(http: httpx.AsyncClient, wanted: int) -> None:
+    async with asyncio.timeout(30):
+        while await running(http) != wanted:
+            await asyncio.sleep(0.02)
+
+
+async def test_slow_readers_and_half_sent_bodies_disturb_nobody(endpoint: Endpoint) -> None:
+    asked = json.dumps({"prompt": "a", "max_tokens": 1900, "ignore_eos": True, "stream": True})
+    async with httpx.AsyncClient(base_url=endpoint.url, timeout=60) as http:
+        writers = [await half_open(endpoint, asked) for _ in range(4)]
+        await until_running(http, 4)
+        writers += [await half_open(endpoint, '{"prompt": ', 1000) for _ in range(20)]
+        replies = await asyncio.gather(*(http.post("/v1/completions", json=SHORT) for _ in range(8)))
+        assert [reply.status_code for reply in replies] == [200] * 8
+        assert {reply.json()["usage"]["completion_tokens"] for reply in replies} == {4}
+        for writer in writers:
+            writer.close()
+        await until_running(http, 0)
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "content", "status"),
+    [
+        ("POST", "/v1/completions", b'{"prompt": "' + b"a" * 10_000_000 + b'"}', 413),
+        ("POST", "/v1/chat/completions", b'{"messages": [{"role": "user", "content": "\xff\xfe"}]}', 400),
+        ("POST", "/v1/instruct", b'{"a":' * 5000 + b"1" + b"}" * 5000, 400),
+        ("POST", "/v1/tasks/ag_news", b'{"fields": {"text": ' + b"[" * 200 + b"]" * 200 + b"}}", 400),
+        ("POST", "/v1/instruct", b'{"instruction": "a", "max_tokens": -5}', 400),
+        ("POST", "/v1/completions", b'{"prompt": [-1]}', 400),
+        ("POST", "/v1/completions", b'{"prompt": "a", "max_tokens": 1e400}', 400),
+        ("POST", "/v1/completions", b'{"prompt": "a", "n": 99999999999999999999}', 400),
+        ("POST", "/v1/completions", b'{"prompt": "a", "model": "../../../etc/passwd"}', 404),
+        ("POST", "/v1/completions", b'{"prompt": "a", "model": "tiny\\u0000"}', 404),
+        ("POST", "/v1/tasks/..%2f..%2fsecrets", b'{"fields": {}}', 404),
+        ("GET", "/v1/models/..%2f..%2f..%2fetc%2fpasswd", b"", 404),
+        ("GET", "/playground/..%2f..%2fkeys.py", b"", 404),
+        ("GET", "/playground/%2e%2e/keys.py", b"", 404),
+    ],
+)
+async def test_nonsense_is_refused_with_a_sentence(endpoint: Endpoint, method: str, path: str, content: bytes, status: int) -> None:
+    async with httpx.AsyncClient(base_url=endpoint.url, timeout=60) as http:
+        response = await http.request(method, path, content=content, headers=JSON)
+        assert (response.status_code, bool(response.json()["error"]["message"])) == (status, True)
+        assert (await http.post("/v1/completions", json=SHORT)).status_code == 200
+
+
+async def test_five_hundred_clients_get_an_answer_or_429(endpoint: Endpoint) -> None:
+    """As many connections at once, each asking again as soon as it is answered, for 8 seconds."""
+    statuses: Counter[int] = Counter()
+    short: list[Any] = []
+    ends = time.monotonic() + 8.0
+
+    async def ask(http: httpx.AsyncClient) -> None:
+        while True:
+            response = await http.post("/v1/completions", json=SHORT)
+            statuses[response.status_code] += 1
+            if response.status_code == 200 and response.json()["usage"]["completion_tokens"] != 4:
+                short.append(response.json())
+            if response.status_code == 429:
+                assert int(response.headers["retry-after"]) >= 1
+            if time.monotonic() > ends:
+                return
+
+    limits = httpx.Limits(max_connections=500, max_keepalive_connections=500)
+    async with httpx.AsyncClient(base_url=endpoint.url, timeout=120, limits=limits) as http:
+        await asyncio.gather(*(ask(http) for _ in range(500)))
+        assert set(statuses) <= {200, 429}
+        assert (short, statuses[200] > 100, sum(statuses.values()) >= 500) == ([], True, True), statuses
+        assert await running(http) == 0
