@@ -79,6 +79,44 @@ def test_evaluate_writes_the_three_reports(command, trained):
     assert json.loads((folder / "report.json").read_text()) == report
 
 
+def test_a_report_again_a_gate_and_a_comparison(command, trained, monkeypatch):
+    """All from the answers that are there: no model is loaded."""
+    from apprentice.evaluate import launch
+
+    def refused(*_):
+        raise AssertionError("a model was loaded")
+
+    assert command("evaluate", trained, "--json")[0] == 0
+    monkeypatch.setattr(launch, "mapped", refused)
+    run = trained.parent / "runs" / "tiny"
+    before = json.loads((run / "report" / "report.json").read_text())
+    (run / "report" / "report.json").unlink()
+    code, out, _ = command("report", run, "--json")
+    assert (code, json.loads(out)) == (0, before)
+
+    code, _, err = command("serve", run, "--require-gate")
+    assert (code, "has no verdict of a gate" in err) == (1, True)
+    code, out, err = command("evaluate", trained, "evaluation.gate={held_out: 1000}", "--json")
+    assert (code, json.loads(out)["gate"]["passed"]) == (1, False)
+    assert "gate: tuned failed: held_out mean above base is" in err
+    assert json.loads((run / "model" / "gate.json").read_text())["passed"] is False
+    code, _, err = command("serve", run, "--require-gate")
+    assert (code, "did not pass" in err) == (1, True)
+
+    code, _, err = command("compare", run, run)
+    assert (code, "at least two runs of different names" in err) == (1, True)
+    code, _, err = command("report", trained.parent)
+    assert (code, "has no predictions yet" in err) == (1, True)
+
+
+def test_an_endpoint_that_is_down_is_one_sentence(command, trained):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    code, _, err = command("evaluate", trained, "--endpoint", f"http://127.0.0.1:{port}")
+    assert (code, "no model list at" in err) == (1, True)
+
+
 def test_serve_answers_and_stops(trained):
     with road.endpoint(str(trained.parent / "runs" / "tiny"), progress=lambda stage, values: None) as url:
         reply = road.ask(url, "Name a colour.", "", max_tokens=4)
