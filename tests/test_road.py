@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import socket
 import sys
 from pathlib import Path
@@ -79,8 +80,9 @@ def test_evaluate_writes_the_three_reports(command, trained):
     assert json.loads((folder / "report.json").read_text()) == report
 
 
-def test_a_report_again_a_gate_and_a_comparison(command, trained, monkeypatch):
-    """All from the answers that are there: no model is loaded."""
+@pytest.fixture
+def answered(command, trained, monkeypatch) -> Path:
+    """The run of `trained`, evaluated; from now on no model is loaded: all comes from the answers that are there."""
     from apprentice.evaluate import launch
 
     def refused(*_):
@@ -88,7 +90,11 @@ def test_a_report_again_a_gate_and_a_comparison(command, trained, monkeypatch):
 
     assert command("evaluate", trained, "--json")[0] == 0
     monkeypatch.setattr(launch, "mapped", refused)
-    run = trained.parent / "runs" / "tiny"
+    return trained.parent / "runs" / "tiny"
+
+
+def test_a_report_again_and_a_gate(command, trained, answered):
+    run = answered
     before = json.loads((run / "report" / "report.json").read_text())
     (run / "report" / "report.json").unlink()
     code, out, _ = command("report", run, "--json")
@@ -103,10 +109,64 @@ def test_a_report_again_a_gate_and_a_comparison(command, trained, monkeypatch):
     code, _, err = command("serve", run, "--require-gate")
     assert (code, "did not pass" in err) == (1, True)
 
-    code, _, err = command("compare", run, run)
-    assert (code, "at least two runs of different names" in err) == (1, True)
     code, _, err = command("report", trained.parent)
     assert (code, "has no predictions yet" in err) == (1, True)
+
+
+def test_against_another_model(command, answered, tiny_model):
+    """The other model is the run's base here, so its answers are known too, and the difference is that of the run's report."""
+    code, out, err = command("evaluate", answered, "--against", tiny_model, "--json")
+    assert code == 0, err
+    found, plain = json.loads(out), json.loads((answered / "report" / "report.json").read_text())
+    assert [subject["name"] for subject in found["subjects"]] == [tiny_model.name, "tuned"]
+    assert [task["differences"]["tuned@0"]["mean"] for task in found["tasks"]] == [
+        task["differences"]["tuned@0"]["mean"] for task in plain["tasks"]
+    ]
+    assert len(found["tasks"]) == 11
+    assert (answered / "report" / f"against-{tiny_model.name}" / "report.html").is_file()
+    assert json.loads((answered / "report" / "report.json").read_text()) == plain
+
+
+def test_runs_are_compared(command, answered, tmp_path):
+    other = shutil.copytree(answered, answered.parent / "other")
+    try:
+        code, out, err = command("compare", answered, other, "--out", tmp_path / "both", "--json")
+        assert code == 0, err
+        found = json.loads(out)
+        assert [column["title"] for column in found["columns"]] == ["majority", "tiny", "other"]
+        assert [task["differences"]["other@0"]["mean"] for task in found["tasks"]] == [0.0] * 11
+        assert (tmp_path / "both" / "report.html").is_file()
+    finally:
+        shutil.rmtree(other)
+    code, _, err = command("compare", answered, answered)
+    assert (code, "at least two runs of different names" in err) == (1, True)
+    code, _, err = command("compare", answered, tmp_path)
+    assert (code, "has no predictions yet" in err) == (1, True)
+
+
+def test_an_adapter_over_its_base_scores_as_the_run(command, trained, tmp_path):
+    """The same questions to `adapter/` as to `model/`, which training wrote from it."""
+    words = ["--tasks", "short_reviews", "--tasks", "written_dates", "--json"]
+    run = trained.parent / "runs" / "tiny"
+    scores = []
+    for target in (run / "adapter", run / "model"):
+        code, out, err = command("evaluate", target, "--recipe", trained, "--out", tmp_path / target.name, *words)
+        assert code == 0, err
+        scores.append([task["columns"]["model@0"]["metrics"] for task in json.loads(out)["tasks"]])
+    assert len(scores[0]) == 2
+    assert scores[0] == scores[1]
+
+
+def test_a_bare_model_on_named_tasks(command, tiny_model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = command("evaluate", tiny_model)
+    assert (code, "a bare model needs the tasks of a recipe: --recipe FILE, or --tasks NAME" in err) == (1, True)
+    few = ["evaluation.max_examples=3", "evaluation.max_new_tokens=4", "model.dtype=float32"]
+    code, out, err = command("evaluate", tiny_model, "--tasks", "short_reviews", *few, "--json")
+    assert code == 0, err
+    [task] = json.loads(out)["tasks"]
+    assert (task["held_out"], task["columns"]["model@0"]["rows"]) == (True, 3)
+    assert [path.name for path in tmp_path.iterdir()] == ["reports"]
 
 
 def test_an_endpoint_that_is_down_is_one_sentence(command, trained):

@@ -24,6 +24,7 @@ from apprentice.tasks.loading import load_task
 from apprentice.tasks.schema import Task
 
 ROWS = [{"text": f"text {number}", "label": number % 2, "idx": number} for number in range(10)]
+QUOTED = [{**row, "text": f'{row["text"]},\n"quoted"'} for row in ROWS]
 
 
 def make_task(*places: dict[str, Any], **changes: Any) -> Task:
@@ -101,10 +102,43 @@ def as_csv(file: Path) -> None:
 
 def as_jsonl_gz(file: Path) -> None:
     with gzip.open(file, "wt", encoding="utf-8") as out:
-        out.writelines(json.dumps({**row, "text": f'{row["text"]},\n"quoted"'}) + "\n\n" for row in ROWS)
+        out.writelines(json.dumps(row) + "\n\n" for row in QUOTED)
 
 
-@pytest.mark.parametrize(("name", "make"), [("mood.csv", as_csv), ("mood.jsonl.gz", as_jsonl_gz)])
+def as_jsonl_zst(file: Path) -> None:
+    with pa.CompressedOutputStream(str(file), "zstd") as out:
+        out.write("".join(json.dumps(row) + "\n" for row in QUOTED).encode())
+
+
+def as_arrow_stream(file: Path) -> None:
+    table = pa.Table.from_pylist(QUOTED)
+    with pa.ipc.new_stream(file, table.schema) as out:
+        out.write_table(table, max_chunksize=3)
+
+
+def as_arrow_file(file: Path) -> None:
+    table = pa.Table.from_pylist(QUOTED)
+    with pa.ipc.new_file(file, table.schema) as out:
+        out.write_table(table, max_chunksize=3)
+
+
+def as_saved_to_disk(folder: Path) -> None:
+    import datasets
+
+    datasets.Dataset.from_list(QUOTED).save_to_disk(folder, num_shards=3)
+
+
+KINDS = [
+    ("mood.csv", as_csv),
+    ("mood.jsonl.gz", as_jsonl_gz),
+    ("mood.jsonl.zst", as_jsonl_zst),
+    ("stream.arrow", as_arrow_stream),
+    ("file.arrow", as_arrow_file),
+    ("saved", as_saved_to_disk),
+]
+
+
+@pytest.mark.parametrize(("name", "make"), KINDS)
 def test_files_are_converted_once(
     tmp_path: Path, cache: Folder, monkeypatch: pytest.MonkeyPatch, name: str, make: Callable[[Path], None]
 ) -> None:
@@ -146,6 +180,7 @@ def test_json_lines_of_mixed_types(tmp_path: Path, cache: Folder, monkeypatch: p
         ("a.csv", "", "cannot be read as CSV"),
         ("a.xlsx", "", "of no kind that can be read"),
         ("a.parquet", "text", r"a\.parquet is not a readable Parquet file"),
+        ("a.arrow", "text", r"a\.arrow cannot be read as Arrow"),
     ],
 )
 def test_broken_files_are_named(tmp_path: Path, cache: Folder, name: str, content: str, message: str) -> None:
@@ -153,6 +188,37 @@ def test_broken_files_are_named(tmp_path: Path, cache: Folder, name: str, conten
     with pytest.raises(DataError, match=message):
         resolve(make_task({"files": {"train": str(tmp_path / name)}}), "train", root=None, cache=cache)
     assert list(cache.local.rglob("*")) in ([], [cache.local / "converted"])
+
+
+def test_a_saved_dataset_under_the_root(tmp_path: Path, cache: Folder) -> None:
+    import datasets
+
+    whole = datasets.DatasetDict({"train": datasets.Dataset.from_list(ROWS), "test": datasets.Dataset.from_list(ROWS[:3])})
+    whole.save_to_disk(tmp_path / "mood")
+    found = [resolve(make_task(), split, root=str(tmp_path), cache=cache) for split in ("train", "test")]
+    assert [source and source.rows for source in found] == [10, 3]
+    with pytest.raises(DataError, match=r"mood is a folder without state\.json; name the folder of one split: test, train\."):
+        convert.parquet_file(str(tmp_path / "mood"), cache, "mood")
+    [file] = (tmp_path / "mood" / "train").glob("*.arrow")
+    file.unlink()
+    with pytest.raises(DataError, match=rf"{file} does not exist; put it back"):
+        resolve(make_task(), "train", root=str(tmp_path), cache=cache)
+
+
+def test_a_parquet_file_whose_pages_are_broken(tmp_path: Path, cache: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its footer is whole, so it can be indexed; what is said when a row is read names the file."""
+    monkeypatch.setattr(sources, "RETRY_PAUSES_S", (0.0, 0.0))
+    file = write(tmp_path / "mood" / "train.parquet")
+    content = bytearray(file.read_bytes())
+    content[4:200] = bytes(196)
+    file.write_bytes(content)
+    source = resolve(make_task(), "train", root=str(tmp_path), cache=cache)
+    assert source is not None
+    with pytest.raises(DataError, match=rf"^{file} cannot be read, tried 3 times: .+; check the file and the network\.$"):
+        Reader(source).rows([0])
+    file.write_bytes(bytes(content)[:-300])
+    with pytest.raises(DataError, match=rf"^{file} is not a readable Parquet file: "):
+        resolve(make_task(), "train", root=str(tmp_path), cache=cache)
 
 
 def test_builtin_rows_are_written_once(tmp_path: Path, cache: Folder) -> None:

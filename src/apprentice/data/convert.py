@@ -13,7 +13,7 @@ import json
 import os
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -34,6 +34,9 @@ _JSON_LINES = {".jsonl", ".ndjson"}
 _JSON_DOCUMENT = ".json"  # one list of objects, or a task file of Super-NaturalInstructions
 _READ_CHARACTERS = 2**20  # of a JSON document at a time
 _COMPRESSIONS = {".gz", ".bz2", ".zst", ".lz4"}
+_ARROW = {".arrow", ".feather"}
+_ARROW_MAGIC = b"ARROW1"  # how a random access file begins
+_SAVED_STATE = "state.json"  # in a folder that `datasets.Dataset.save_to_disk` wrote
 
 
 def parquet_file(path: str, cache: Folder, task: str) -> str:
@@ -44,21 +47,54 @@ def parquet_file(path: str, cache: Folder, task: str) -> str:
     file = Folder.at(path)
     fs, inside = file.filesystem()
     info = fs.get_file_info(inside)
+    if info.type == pafs.FileType.Directory:
+        return _saved_to_disk(file, cache, task)
     if info.type != pafs.FileType.File:
         raise DataError(f"task {task!r}: {file} does not exist; correct `files` in the task's file.")
     kind = _kind(file.name)
     if kind == ".parquet":
         return file.uri
-    if kind not in (*_DELIMITERS, *_JSON_LINES, _JSON_DOCUMENT):
-        raise DataError(
-            f"task {task!r}: {file} is of no kind that can be read; give Parquet (.parquet), JSON (.jsonl, .ndjson, .json),"
-            " .csv or .tsv, all but the first also compressed (.gz, .bz2, .zst)."
-        )
-    key = hashlib.sha256(f"{file.uri}\n{info.size}\n{info.mtime_ns}\n{ROWS_PER_GROUP}".encode()).hexdigest()[:16]
-    target = cache / "converted" / f"{file.name}-{key}.parquet"
+    if kind in _ARROW:
+        return _converted(file, [file], cache, lambda: _arrow_tables([file]))
+    if kind in _DELIMITERS:
+        return _converted(file, [file], cache, lambda: _csv_tables(file, _DELIMITERS[kind]))
+    if kind in (*_JSON_LINES, _JSON_DOCUMENT):
+        return _converted(file, [file], cache, lambda: _json_tables(file))
+    raise DataError(
+        f"task {task!r}: {file} is of no kind that can be read; give Parquet (.parquet), Arrow (.arrow), JSON (.jsonl, .ndjson,"
+        " .json), .csv or .tsv, the last three kinds also compressed (.gz, .bz2, .zst)."
+    )
+
+
+def is_saved_to_disk(folder: Folder) -> bool:
+    """True for a folder that `datasets.Dataset.save_to_disk` wrote: Arrow files, and their order in `state.json`."""
+    return (folder / _SAVED_STATE).exists()
+
+
+def _saved_to_disk(folder: Folder, cache: Folder, task: str) -> str:
+    if not is_saved_to_disk(folder):
+        splits = [child.name for child in folder.children() if is_saved_to_disk(child)]
+        remedy = f"name the folder of one split: {', '.join(splits)}" if splits else "give a file, or a folder of `save_to_disk`"
+        raise DataError(f"task {task!r}: {folder} is a folder without {_SAVED_STATE}; {remedy}.")
+    try:
+        files = [folder / entry["filename"] for entry in (folder / _SAVED_STATE).read_json()["_data_files"]]
+    except (ValueError, LookupError, TypeError) as error:
+        raise DataError(f"{folder / _SAVED_STATE} does not list the folder's Arrow files; save the dataset again.") from error
+    return _converted(folder, files, cache, lambda: _arrow_tables(files))
+
+
+def _converted(origin: Folder, files: Sequence[Folder], cache: Folder, tables: Callable[[], Iterator[pa.Table]]) -> str:
+    """The Parquet file of `origin`, written from its `tables` where there is none of exactly these `files` yet."""
+    key = hashlib.sha256()
+    for file in files:
+        fs, inside = file.filesystem()
+        info = fs.get_file_info(inside)
+        if info.type != pafs.FileType.File:
+            raise DataError(f"{file} does not exist; put it back, or save {origin} again.")
+        key.update(f"{file.uri}\n{info.size}\n{info.mtime_ns}\n{ROWS_PER_GROUP}".encode())
+    target = cache / "converted" / f"{origin.name}-{key.hexdigest()[:16]}.parquet"
     if not target.exists():
-        tables = _csv_tables(file, _DELIMITERS[kind]) if kind in _DELIMITERS else _json_tables(file)
-        _write(tables, target, file)
+        _write(tables(), target, origin)
     return target.uri
 
 
@@ -94,6 +130,26 @@ def _write(tables: Iterator[pa.Table], target: Folder, origin: Folder) -> None:
             target.upload(part)
     finally:
         part.unlink(missing_ok=True)
+
+
+def _arrow_tables(files: Sequence[Folder]) -> Iterator[pa.Table]:
+    return _regrouped(pa.Table.from_batches([batch]) for file in files for batch in _arrow_batches(file))
+
+
+def _arrow_batches(file: Folder) -> Iterator[pa.RecordBatch]:
+    """The batches of an Arrow file of either format: a stream (as `datasets` writes them) or one for random access."""
+    fs, path = file.filesystem()
+    try:
+        with fs.open_input_file(path) as stream:
+            is_file = stream.read(len(_ARROW_MAGIC)) == _ARROW_MAGIC
+            stream.seek(0)
+            if is_file:
+                reader = pa.ipc.open_file(stream)
+                yield from (reader.get_batch(number) for number in range(reader.num_record_batches))
+            else:
+                yield from pa.ipc.open_stream(stream)
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{file} cannot be read as Arrow: {error}; mend the file.") from error
 
 
 def _csv_tables(file: Folder, delimiter: str) -> Iterator[pa.Table]:

@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from apprentice.data.convert import builtin_file, parquet_file
+from apprentice.data.convert import builtin_file, is_saved_to_disk, parquet_file
 from apprentice.errors import DataError, StorageError, did_you_mean
 from apprentice.storage import Folder
 from apprentice.tasks.loading import library
@@ -132,6 +132,8 @@ def _files(task: Task, spec: SourceSpec, name: str, root: str | None, cache: Fol
     whole = folder / f"{name}.parquet"
     if found := [whole.uri] if whole.exists() else _parquet_in(folder, name):
         return found
+    if is_saved_to_disk(folder / name):
+        return [parquet_file((folder / name).uri, cache, task.name)]
     raise DataError(f"task {task.name!r}: {whole} does not exist; put it there or correct data.root.")
 
 
@@ -183,8 +185,9 @@ def _retrying(file: str, action: Callable[[], T]) -> T:
         except OSError as error:
             if pause is None:
                 attempts = len(RETRY_PAUSES_S) + 1
+                said = " ".join(str(error).split())
                 raise DataError(
-                    f"{file} cannot be read, tried {attempts} times: {error}; check the file and the network."
+                    f"{file} cannot be read, tried {attempts} times: {said}; check the file and the network."
                 ) from error
             time.sleep(pause)
         except (pa.ArrowException, StorageError) as error:

@@ -14,6 +14,7 @@
         card: dataset card of nyu-mll/glue   # where splits, columns and rows were looked up
     choices: [negative, positive]         # a list, or an expression over the row such as `endings`
     label: label                          # expression: index of the right choice
+    keep: label >= 0                      # expression: which rows count; left out where all do
     metrics: [accuracy]
     sample: {sentence: a film to treasure, label: 1}   # one invented row, on which `apprentice tasks sst2` shows the wordings
     templates:
@@ -188,12 +189,13 @@ class Task(_Strict):
     label: str | None = None
     answer: str | None = None
     references: str | None = None
+    keep: str | None = Field(None, description="Expression over the row; rows where it is false are left out, and counted.")
     metrics: tuple[Metric, ...] = Field(min_length=1)
     sample: dict[str, Any] | None = Field(None, description="One invented row, in the task's fields, to show the wordings on.")
     templates: tuple[SerializeAsAny[Template], ...] = Field(min_length=1)
     origin: str = Field("", description="The file that it was read from.")
 
-    @field_validator("choices", "label", "references")
+    @field_validator("choices", "label", "references", "keep")
     @classmethod
     def _is_expression(cls, source: Any) -> Any:
         try:
@@ -277,7 +279,7 @@ class Task(_Strict):
 
     @cached_property
     def _expressions(self) -> dict[str, Wording | Expression]:
-        sources = {"choices": self.choices, "label": self.label, "references": self.references}
+        sources = {"choices": self.choices, "label": self.label, "references": self.references, "keep": self.keep}
         found: dict[str, Wording | Expression] = {
             place: Expression(source) for place, source in sources.items() if isinstance(source, str)
         }
@@ -292,7 +294,7 @@ class Task(_Strict):
         """The example that `template` makes of `row` (field → value).
 
         Raises `RowError` with reason `missing`, `null`, `unknown_label`, `empty_answer`, `broken_character` or `template`,
-        and `skipped` where a whole template says that it does not apply.
+        and `skipped` where `keep` is false of the row or a whole template says that it does not apply.
         """
         for field in () if self.is_whole else self.fields:
             if row.get(field) is None:
@@ -311,6 +313,8 @@ class Task(_Strict):
                 raise RowError("broken_character", f"task {self.name!r}: the row holds U+FFFD.")
             return example
         values = dict(row)
+        if "keep" in self._expressions and not self._expressions["keep"](values):
+            raise RowError("skipped", f"task {self.name!r}: the row is left out, since {self.keep!r} is false of it.")
         choices = self._choices(values, template)
         references: tuple[str, ...] = ()
         if choices:
