@@ -3,8 +3,7 @@
     python benchmarks/evaluation.py [--model FOLDER] [--rows 64] [--runs 3]
 
 The same model, number format, rows and batch size on both sides, in this process and with the same threads. The harness is its `hf`
-model, asked for the log-likelihood of every choice after the same text; where it is not installed beside apprentice
-(`pip install -c constraints.txt lm_eval`) its figure has no value.
+model, asked for the log-likelihood of every choice after the same text.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ def main() -> None:
 def _ranking(folder: Path, model: Any, tokenizer: Tokenizer, texts: list[str], runs: int) -> None:
     figure, peer_name = "evaluation.rank_vs_lm_eval", "lm_eval hf"
     if importlib.util.find_spec("lm_eval") is None:
-        report(figure, None, unit="ratio", goal=2.0, why="lm_eval is not installed; pip install lm_eval")
+        report(figure, None, unit="ratio", goal=2.0, why="lm_eval is not installed")
         return
     prompts = tokenizer.encode_batch(texts)
     choices = [tokenizer.encode_batch([f" {topic}" for topic in TOPICS])] * len(texts)

@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import json
+import os
+import shlex
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from apprentice.data.contract import make_contract
 from apprentice.data.corpus import Corpus
 from apprentice.evaluate import predictions
 from apprentice.evaluate.endpoint import Endpoint, model_at
 from apprentice.evaluate.launch import Subject, evaluate
+from apprentice.models.loading import load_model
+from apprentice.models.scoring import choice_logprobs
 from apprentice.recipe import Recipe, Serving
 from apprentice.serve.deployment import start
 from apprentice.storage import Folder
+from apprentice.tokenizer import Tokenizer
+from tests.documents import ADDRESS, blocks_of, commands_in
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 
@@ -74,3 +84,74 @@ def test_a_refusal_is_listed_and_the_rest_is_kept(recipe: Recipe, corpus: Corpus
     assert {lost["subject"] for lost in report["unscored"]} == {"served"}
     assert "404" in report["unscored"][0]["reason"]
     assert all(task["columns"]["local@0"]["score"] is not None for task in report["tasks"])
+
+
+PAGE = Path(__file__).parents[2] / "docs" / "guides" / "report.md"
+TOPICS = ["the sea", "a bridge", "the garden"]
+ROWS = [{"text": f"Row {number}. What is this about?", "label": number % 3, "word": TOPICS[number % 3]} for number in range(6)]
+HARNESS = {
+    "hellaswag": {"output_type": "multiple_choice", "doc_to_choice": TOPICS, "doc_to_target": "label", "target_delimiter": " "},
+    "gsm8k": {
+        "output_type": "generate_until",
+        "doc_to_target": "word",
+        "generation_kwargs": {"until": ["\n\n"], "max_gen_toks": 5},
+        "metric_list": [{"metric": "exact_match"}],
+    },
+}
+
+
+def harness(command: str, url: str, model: Path, folder: Path) -> list[dict[str, Any]]:
+    """What lm-evaluation-harness asked and got with a command of our page, over tasks of ours in place of the page's."""
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    words = shlex.split(
+        command.replace(f"http://{ADDRESS}", url).replace("runs/flan-mini/model", str(model)).replace("flan-mini", "tiny")
+    )
+    name = words[words.index("--tasks") + 1]
+    source = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(folder / "rows.jsonl")}}, "test_split": "test"}
+    task = {"task": f"own_{name}", "doc_to_text": "{{text}}", **source, **HARNESS[name]}
+    (folder / "task.yaml").write_text(json.dumps(task))  # JSON is YAML
+    words = [f"own_{name}" if word == name else word for word in words]
+    done = subprocess.run(
+        [sys.executable, "-m", *words, "--include_path", folder, "--output_path", folder / "out", "--log_samples"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"HF_DATASETS_CACHE": str(folder / "cache"), "HF_HOME": str(folder / "cache"), "OPENAI_API_KEY": "none"},
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    [samples] = (folder / "out").rglob("samples_*.jsonl")
+    return [json.loads(line) for line in samples.read_text().splitlines()]
+
+
+def test_the_harness_ranks_through_the_endpoint(model: Path, url: str, tmp_path: Path) -> None:
+    command, _ = (command for block in blocks_of(PAGE) for command in commands_in(block.text) if "lm_eval" in command)
+    samples = harness(command, url, model, tmp_path)
+    assert len(samples) == len(ROWS)
+    tokenizer = Tokenizer(model)
+    loaded: Any = load_model(model, torch.float32)
+    for sample in samples:
+        prompt = tokenizer.encode(sample["doc"]["text"])
+        [expected] = choice_logprobs(loaded, [prompt], [[tokenizer.encode(f" {topic}") for topic in TOPICS]])
+        found = [float(answer[0][0]) for answer in sample["resps"]]
+        assert found == pytest.approx(expected, abs=1e-3)
+
+
+def test_the_harness_generates_through_the_chat_route(model: Path, url: str, tmp_path: Path, corpus: Corpus) -> None:
+    _, command = (command for block in blocks_of(PAGE) for command in commands_in(block.text) if "lm_eval" in command)
+    samples = harness(command, url, model, tmp_path)
+    assert len(samples) == len(ROWS)
+    layout = corpus.layout
+    loaded: Any = load_model(model, torch.float32)
+    for sample in samples:
+        prompt = layout.encode_prompt(layout.prompt(sample["doc"]["text"], ""))
+        with torch.inference_mode():
+            whole = loaded.generate(
+                torch.tensor([prompt]),
+                attention_mask=torch.ones(1, len(prompt)),
+                max_new_tokens=5,
+                do_sample=False,
+                eos_token_id=list(layout.stop_ids),
+            )
+        expected = layout.tokenizer.decode(whole[0, len(prompt) :].tolist())
+        assert sample["resps"][0][0].strip() == expected.split("\n\n")[0].strip()
