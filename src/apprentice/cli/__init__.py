@@ -26,6 +26,7 @@ app = typer.Typer(
 # In the order in which a person meets them.
 for command in (
     training.quickstart,
+    data.init,
     data.check,
     data.tasks,
     data.preview,

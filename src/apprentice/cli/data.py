@@ -7,7 +7,34 @@ from typing import Annotated
 
 import typer
 
-from apprentice.cli.options import Json, Overrides, RecipeFile, Restart, Storage, loaded_recipe, screen_for, task_table
+from apprentice.cli.options import Json, Overrides, RecipeFile, Restart, Storage, cell, loaded_recipe, screen_for, task_table
+
+
+def init(
+    file: Annotated[Path, typer.Argument(help="Your rows: CSV, JSON lines, Parquet or Arrow.", metavar="FILE")],
+    instruction: Annotated[str | None, typer.Option(help="Column with what is asked, if each row says it.")] = None,
+    input: Annotated[list[str] | None, typer.Option(help="Column that is shown with the question; repeatable.")] = None,
+    answer: Annotated[str | None, typer.Option(help="Column with the text to write.")] = None,
+    label: Annotated[str | None, typer.Option(help="Column with the label to choose.")] = None,
+    choices: Annotated[str | None, typer.Option(help="Names of the labels in the order of their values: no,yes")] = None,
+    test: Annotated[Path | None, typer.Option(help="A file of test rows; else a tenth of the rows is kept back.")] = None,
+    base: Annotated[str, typer.Option(help="The model to tune.")] = "smollm2-135m-instruct",
+    out: Annotated[Path | None, typer.Option(help="The new folder; named after the file by default.")] = None,
+    json: Json = False,
+) -> None:
+    """A task file and a recipe from your own table; the columns are guessed by their names unless you say which is which."""
+    from apprentice import road
+
+    screen = screen_for(json)
+    names = tuple(name.strip() for name in choices.split(",")) if choices else ()
+    found = road.begin(file, out, road.Table(instruction, tuple(input or ()), answer, label, names), test=test, base=base)
+    columns = "".join(f"\n  {kind:<12} {cell(value)}" for kind, value in found["columns"].items())
+    left_out = f", {found['left_out']} left out that lack a value" if found["left_out"] else ""
+    screen.result(
+        found,
+        f"{found['train_rows']} training and {found['test_rows']} test rows{left_out}; columns:{columns}\n"
+        f"Look at the wordings in {found['task']}, then: apprentice check {found['recipe']}",
+    )
 
 
 def check(recipe: RecipeFile, overrides: Overrides = None, json: Json = False) -> None:

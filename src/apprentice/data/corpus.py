@@ -40,9 +40,15 @@ class Corpus:
     tasks: tuple[Task, ...]  # held-out ones too; packed rows name a task by its number here
     held_out: frozenset[str]
     indices: Mapping[str, TaskIndex]
-    plan: Plan
+    order: Plan | None  # of training; None where tasks are only scored
     layout: Layout
     strategy: Strategy = "best_fit"  # of packing, with `auto` resolved
+
+    @property
+    def plan(self) -> Plan:
+        """The order of training."""
+        assert self.order is not None, "this corpus was made for scoring alone"
+        return self.order
 
     @property
     def family(self) -> Family:
@@ -68,17 +74,20 @@ class Corpus:
         return _TOKEN_BYTES * (self.row_length + (self.target_length or 0)) + trained_on
 
 
-def make_corpus(recipe: Recipe, run: Run, *, parallel: bool = True) -> Corpus:
+def make_corpus(recipe: Recipe, run: Run, *, parallel: bool = True, to_train: bool = True) -> Corpus:
     """The corpus of `recipe`, its index frozen in `run` (or found there); `parallel` uses Ray, which must be up.
+
+    One that is not `to_train` has no plan, and every task may be held out.
 
     Raises `TaskError`, `DataError` and `RecipeError` for what the recipe names and the sources do not give.
     """
-    tasks, held_out = select_tasks(recipe.data.entries, recipe.data.hold_out, Path.cwd())
+    tasks, held_out = select_tasks(recipe.data.entries, recipe.data.hold_out, Path.cwd(), to_train=to_train)
     tokenizer = Tokenizer.load(recipe.model.base)
     cache = Folder.at(recipe.storage) / "cache"
     indices = freeze(tasks, recipe, run.index, cache, tokenizer, parallel=parallel)
     strategy = packing_strategy(recipe, tokenizer.folder)
-    return Corpus(recipe, tasks, held_out, indices, Plan.of(recipe, tasks, indices), layout_of(recipe, tokenizer), strategy)
+    order = Plan.of(recipe, tasks, indices) if to_train else None
+    return Corpus(recipe, tasks, held_out, indices, order, layout_of(recipe, tokenizer), strategy)
 
 
 def packing_strategy(recipe: Recipe, folder: Path) -> Strategy:

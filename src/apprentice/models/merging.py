@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,9 @@ def merge_adapter(adapter: Path, target: Path) -> Path:
     base = local_folder(str(name))
     model: Any = load_model(base, torch.float32)
     try:
-        merged = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+        with warnings.catch_warnings():  # peft asks transformers in a way that is to go
+            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+            merged = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
     except (RuntimeError, ValueError, OSError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ModelError(f"the adapter in {adapter} does not fit its base {name}: {reason}") from error

@@ -5,6 +5,7 @@ Each stage checks what can be known before it writes or reserves anything, and g
 
 from __future__ import annotations
 
+from apprentice.road.beginning import Table, begin
 from apprentice.road.chain import check_order
 from apprentice.road.data import Progress, check_recipe, prepare, preview, preview_page, trace
 from apprentice.road.evaluation import Wanted, compare, evaluate, evaluate_model, evaluate_run, passed_gate, report
@@ -14,8 +15,10 @@ from apprentice.road.training import number, runs, train, training_sentence
 
 __all__ = [
     "Progress",
+    "Table",
     "Wanted",
     "ask",
+    "begin",
     "check_order",
     "check_recipe",
     "compare",

@@ -16,6 +16,7 @@ from apprentice.recipe import Recipe, find_recipe, load_recipe
 from apprentice.road.data import Progress, scratch_run
 from apprentice.session import ray_session
 from apprentice.storage import Folder, refuse_credentials
+from apprentice.tasks.loading import select_tasks
 
 if TYPE_CHECKING:
     from apprentice.evaluate.endpoint import Endpoint
@@ -100,7 +101,7 @@ def _evaluated(
     if restart:
         for name in (launch.predictions.FILE, launch.PARTS):
             (out / name).delete()
-    corpus = make_corpus(recipe, indexed)
+    corpus = make_corpus(recipe, indexed, to_train=False)
     return launch.evaluate(
         recipe,
         corpus,
@@ -187,9 +188,14 @@ def evaluate(target: str, overrides: Sequence[str], *, wanted: Wanted, progress:
 
 
 def _with_tasks(recipe: Recipe, wanted: Wanted) -> Recipe:
+    """The recipe with the tasks on the command line instead; those that it does not train on are held out."""
     if not wanted.tasks:
         return recipe
-    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"tasks": wanted.tasks, "hold_out": wanted.tasks})})
+    known, held_out = select_tasks(recipe.data.entries, recipe.data.hold_out, Path.cwd(), to_train=False)
+    trained = {task.name for task in known} - held_out
+    chosen, _ = select_tasks(wanted.tasks, (), Path.cwd(), to_train=False)
+    others = tuple(task.name for task in chosen if task.name not in trained)
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"tasks": wanted.tasks, "hold_out": others})})
 
 
 def _bare_recipe(model: str, overrides: Sequence[str], wanted: Wanted) -> Recipe:

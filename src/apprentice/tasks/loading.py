@@ -91,11 +91,11 @@ def find_tasks(entry: str | Mapping[str, Any], folder: Path) -> list[Task]:
 
 
 def select_tasks(
-    entries: Sequence[str | Mapping[str, Any]], hold_out: Sequence[str], folder: Path
+    entries: Sequence[str | Mapping[str, Any]], hold_out: Sequence[str], folder: Path, *, to_train: bool = True
 ) -> tuple[tuple[Task, ...], frozenset[str]]:
     """The tasks that `entries` mean, in order and each once, and the names of those that `hold_out` keeps out of training.
 
-    Raises `TaskError` for an unknown name, a held-out name that no task or cluster has, or when nothing is left to train on.
+    Raises `TaskError` for an unknown name, a held-out name that no task or cluster has, or when nothing is left `to_train` on.
     """
     found = {task.name: task for entry in entries for task in find_tasks(entry, folder)}
     tasks = tuple(found.values())
@@ -106,7 +106,7 @@ def select_tasks(
     held_out = frozenset(
         task.name for task in tasks if task.name in hold_out or task.cluster in hold_out or not _has_training_rows(task)
     )
-    if len(held_out) == len(tasks):
+    if to_train and len(held_out) == len(tasks):
         raise TaskError("data.hold_out keeps out every task, so nothing is left to train on; shorten it.")
     return tasks, held_out
 

@@ -1,0 +1,94 @@
+"""`apprentice init`: a newcomer's own table to a task file and a recipe that can be trained on."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from apprentice import cli
+from apprentice.artifacts import Run
+from apprentice.data.corpus import make_corpus
+from apprentice.recipe import load_recipe
+from apprentice.storage import Folder
+
+Command = Callable[..., tuple[int, str, str]]
+CSV = "Review,Stars\n" + "".join(f'"Parcel {n}, as described",{["bad", "good"][n % 2]}\n' for n in range(40)) + '"No verdict",\n'
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Command:
+    """Runs `apprentice …` in this process, in a folder with `My reviews.csv`; gives (exit code, output, errors)."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "My reviews.csv").write_text(CSV)
+
+    def _command(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["apprentice", *map(str, words)])
+        with pytest.raises(SystemExit) as done:
+            cli.main()
+        out, err = capsys.readouterr()
+        return int(done.value.code or 0), out, err
+
+    return _command
+
+
+def test_a_table_becomes_a_task_and_a_recipe(command: Command, tiny_model: Path, tmp_path: Path) -> None:
+    code, out, err = command("init", "My reviews.csv", "--label", "Stars", "--base", tiny_model, "--json")
+    assert code == 0, err
+    assert json.loads(out) == {
+        "folder": "my_reviews",
+        "recipe": "my_reviews/recipe.yaml",
+        "task": "my_reviews/task.yaml",
+        "columns": {"inputs": ["Review"], "label": "Stars"},
+        "choices": ["bad", "good"],
+        "train_rows": 36,
+        "test_rows": 4,
+        "left_out": 1,
+    }
+    rows = [pq.read_table(tmp_path / "my_reviews" / f"{split}.parquet").to_pylist() for split in ("train", "test")]
+    assert len({row["Review"] for split in rows for row in split}) == 40
+    recipe = load_recipe("my_reviews/recipe.yaml")
+    corpus = make_corpus(recipe, Run(Folder.at(tmp_path / "run")), parallel=False)
+    index = corpus.indices["my_reviews"]
+    assert (len(index.train) + len(index.validation), len(index.test), index.rejects) == (36, 4, {})
+
+    code, out, err = command("tasks", "my_reviews/task.yaml")
+    assert (code, "Choose the label that fits: bad, good." in out) == (0, True), err
+    code, _, err = command("init", "My reviews.csv", "--label", "Stars")
+    assert (code, "my_reviews is there already and not empty; say --out FOLDER" in err) == (1, True)
+
+
+def test_test_rows_of_ones_own(command: Command, tmp_path: Path) -> None:
+    (tmp_path / "test.jsonl").write_text('{"Review": "Late", "Stars": "bad"}\n')
+    code, out, err = command("init", "My reviews.csv", "--label", "Stars", "--test", "test.jsonl", "--out", "there", "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    assert (found["train_rows"], found["test_rows"], found["recipe"]) == (40, 1, "there/recipe.yaml")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["My reviews.csv"], "it is not clear which column of My reviews.csv is to be learnt; its columns are Review, Stars."),
+        (["none.csv"], "none.csv does not exist; check the path"),
+        (["My reviews.csv", "--label", "Star"], "Did you mean 'Stars'?"),
+        (["few.jsonl"], "few.jsonl holds 1 rows; 10 are the least"),
+    ],
+)
+def test_mistakes_are_one_sentence_and_nothing_is_written(command: Command, tmp_path: Path, words: list[str], message: str) -> None:
+    (tmp_path / "few.jsonl").write_text('{"text": "a", "label": 0}\n')
+    code, out, err = command("init", *words)
+    assert (code, out, len(err.splitlines())) == (1, "", 1)
+    assert message in err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["My reviews.csv", "few.jsonl"]
+
+
+@pytest.mark.cluster
+def test_the_recipe_passes_check(command: Command, ray_cluster: None, tiny_model: Path) -> None:
+    assert command("init", "My reviews.csv", "--label", "Stars", "--base", tiny_model)[0] == 0
+    code, out, err = command("check", "my_reviews/recipe.yaml", "--json")
+    assert (code, json.loads(out)["ready"]) == (0, True), out + err
