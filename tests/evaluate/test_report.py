@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from apprentice.evaluate.report import Cell, html, markdown, remarks, task_table, write_report
+from apprentice.evaluate.report import Cell, html, markdown, remarks, task_table, wording_table, write_report
 from apprentice.evaluate.summary import summarise
 from apprentice.recipe import Recipe
 from apprentice.storage import Folder
@@ -61,10 +61,19 @@ def test_markdown_is_a_table_that_github_reads(report: dict[str, Any]) -> None:
     assert "- base 5-shot: on average fewer exemplars fitted into the prompt: alpha_rank 3.0." in lines
     assert "| ranked (held out) | 1 | 0.0 | 50.0 | – | 50.0 | +0.0 (+0.0 to +0.0), p 1.000 |" in lines
     assert "| beta (held out) | 1 | 0.0 | 50.0 | – | 50.0 | +0.0 (+0.0 to +0.0), p 1.000 |" in lines
-    assert (
-        "| alpha_rank | 2 | 25.0 / 25.0 / 0.0 / 0.0 / 100.0 | 25.0 / 25.0 / 0.0 / 0.0 / 100.0 | 75.0 / 75.0 / 0.0 / 0.0 / 100.0 |"
-        in lines
-    )
+    names = ["median", "worst", "spread", "changed", "consistency"]
+    columns = " | ".join(f"{subject} {name}" for subject in ("base", "tuned") for name in names)
+    assert f"| task | wordings | {columns} |" in lines
+    assert "| alpha_rank | 2 | 25.0 | 25.0 | 0.0 | 0.0 | 100.0 | 75.0 | 75.0 | 0.0 | 0.0 | 100.0 |" in lines
+    assert not any(line.startswith("| all of") for line in lines)  # every cluster has one task
+
+
+def test_what_no_task_has_is_no_column(report: dict[str, Any]) -> None:
+    once = json.loads(json.dumps(report))
+    for task in once["tasks"]:
+        for cell in task["columns"].values():
+            cell |= {"changed": None, "consistency": None}
+    assert wording_table(once)[0][2:] == [f"{name} {what}" for name in ("base", "tuned") for what in ("median", "worst", "spread")]
 
 
 def test_what_was_cut_is_said(recipe: Recipe) -> None:

@@ -108,16 +108,33 @@ def training_curve(history: Sequence[Mapping[str, Any]]) -> str:
     """Loss per optimizer step, and validation loss where it was measured. A step made again after a restart counts once."""
     figure = _figure(7.6, 2.6)
     axes = figure.subplots()
-    axes.set_prop_cycle(color=COLOURS[1:])
-    for key, label, style in (("loss", "training loss", "-"), ("validation_loss", "validation loss", "o-")):
-        values = {record["step"]: record[key] for record in history if record.get(key) is not None}
-        if values:
-            axes.plot(list(values), list(values.values()), style, label=label, linewidth=1.3, markersize=4)
+    losses, validation = (
+        {record["step"]: record[key] for record in history if record.get(key) is not None} for key in ("loss", "validation_loss")
+    )
+    axes.plot(list(losses), list(losses.values()), color=COLOURS[1], alpha=0.3, linewidth=0.9)
+    axes.plot(list(losses), _running_mean(list(losses.values())), color=COLOURS[1], linewidth=1.6, label="training loss")
+    if validation:
+        axes.plot(
+            list(validation),
+            list(validation.values()),
+            "o-",
+            color=COLOURS[2],
+            linewidth=1.3,
+            markersize=4,
+            label="validation loss",
+        )
     axes.legend(frameon=False)
     axes.set_xlabel("step")
     axes.set_ylabel("loss per target token")
     axes.grid(axis="y", color=GRID)
     return _svg(figure, axes)
+
+
+def _running_mean(values: Sequence[float]) -> list[float]:
+    """Of each value and those about it, a tenth of all at most: as smooth at both ends as in between."""
+    reach = len(values) // 20
+    parts = [values[max(0, place - reach) : place + reach + 1] for place in range(len(values))]
+    return [sum(part) / len(part) for part in parts]
 
 
 @matplotlib.rc_context(STYLE)

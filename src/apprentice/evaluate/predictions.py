@@ -76,8 +76,19 @@ def save(table: pa.Table, out: Folder) -> None:
 
 
 def read(out: Folder) -> pa.Table:
-    """The predictions of an evaluation. Raises `StorageError` if there are none in `out`."""
-    return pq.read_table(io.BytesIO((out / FILE).read_bytes()))
+    """The predictions of an evaluation.
+
+    Raises `StorageError` if there are none in `out`, `EvaluationError` if they are broken or lack what a report needs.
+    """
+    try:
+        table = pq.read_table(io.BytesIO((out / FILE).read_bytes()))
+    except (pa.ArrowException, OSError) as error:
+        raise EvaluationError(f"{out / FILE} is not a readable Parquet file; score again with --restart.") from error
+    if missing := [name for name in PREDICTION.names if name not in table.column_names]:
+        raise EvaluationError(
+            f"{out / FILE} is of an older version: it has no column {missing[0]!r}; score again with `apprentice evaluate`."
+        )
+    return table
 
 
 def table_of(records: Sequence[Mapping[str, Any]], schema: pa.Schema) -> pa.Table:

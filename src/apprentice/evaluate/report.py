@@ -5,6 +5,7 @@ Knows nothing of how the numbers came about; the same numbers give the same file
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from typing import Any, NamedTuple
@@ -70,20 +71,18 @@ def markdown(report: Mapping[str, Any]) -> str:
 def html(report: Mapping[str, Any]) -> str:
     """The report as one page that needs nothing else."""
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+    environment.filters["typeset"] = _typeset
     template = environment.from_string((files("apprentice.evaluate") / "report.html.jinja").read_text(encoding="utf-8"))
-    tables = [
-        ("By cluster", *cluster_table(report)),
-        ("By kind of task", *pool_table(report)),
-        ("Tasks", *task_table(report)),
-        ("Wordings", *wording_table(report)),
-    ]
+    tables = [("By cluster", *cluster_table(report)), ("By kind of task", *pool_table(report)), ("Tasks", *task_table(report))]
+    details = [("Wordings in numbers", *wording_table(report))]
     if any(cell.get("perturbations") for task in report["tasks"] for cell in task["columns"].values()):
-        tables.append(("Wordings changed on purpose", *perturbation_table(report)))
+        details.append(("Wordings changed on purpose", *perturbation_table(report)))
     return template.render(
         report=report,
         gate=verdict(report["gate"]) if report["gate"] else None,
         titles={column["key"]: column["title"] for column in report["columns"]},
         tables=tables,
+        details=details,
         pictures=_pictures(report),
         extremes=[("The ten best", chosen(report["tasks"], "best")), ("The ten worst", chosen(report["tasks"], "worst"))],
         remarks=remarks(report),
@@ -93,6 +92,11 @@ def html(report: Mapping[str, Any]) -> str:
     )
 
 
+def _typeset(text: str) -> str:
+    """The text with real minus signs before numbers."""
+    return re.sub(r"(?<!\w)-(?=\d)", "−", text)
+
+
 def _pictures(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """Title, drawing and caption of each picture there is something for."""
     history, ledger = report["story"]["history"], report["story"]["ledger"]
@@ -100,7 +104,7 @@ def _pictures(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     if len({column["shots"] for column in report["columns"][1:]}) > 1:
         pictures.append(("With exemplars", shot_curves(report), "Mean over tasks by the number of exemplars, with 95% intervals."))
     if any(record.get("loss") is not None for record in history):
-        pictures.append(("Training", training_curve(history), "Loss per optimizer step."))
+        pictures.append(("Training", training_curve(history), "Loss per optimizer step, pale; dark: its running mean."))
     if ledger and ledger.get("tasks"):
         caption = " ".join(["What each task was meant to have, and what it got.", *ledger.get("warnings", [])])
         pictures.append(("Mixture", mixture_bars(ledger), caption))
@@ -115,6 +119,7 @@ class Cell(NamedTuple):
 
 
 Table = tuple[list[str], list[list[Cell]]]
+STEADINESS = ("median", "worst", "spread", "changed", "consistency")  # of a cell, over the wordings
 
 
 def task_table(report: Mapping[str, Any]) -> Table:
@@ -167,31 +172,32 @@ def _group_table(report: Mapping[str, Any], name: str, groups: Sequence[Mapping[
             few = f" ({found['tasks']} tasks)" if found and found["tasks"] < pool["tasks"] else ""
             cells.append(Cell(_number(found and found["mean"]).text + few))
         differences = [_difference(pool["differences"].get(column["key"])) for column in compared]
-        kind = Cell(pool[name], "held_out") if pool["held_out"] else Cell(f"{pool[name]}, trained on")
+        plain = f"{pool[name]}, trained on" if name == "kind" else pool[name]
+        kind = Cell(pool[name], "held_out") if pool["held_out"] else Cell(plain)
         rows.append([kind, Cell(str(pool["tasks"])), *cells, *differences])
     return header, rows
 
 
 def wording_table(report: Mapping[str, Any]) -> Table:
-    """Median, worst and spread over the wordings, rows whose answer changed, consistency: a line per task and per cluster."""
-    columns = report["columns"][1:]
-    rows = []
+    """Over the wordings: median, worst, spread, rows that changed, consistency; a line per task, and per cluster of several.
+
+    Of every subject the column with fewest exemplars, as in the picture; what no task has is left out.
+    """
+    least = min(column["shots"] for column in report["columns"][1:])
+    lanes = [column for column in report["columns"][1:] if column["shots"] == least]
+    cells = {column["key"]: [task["columns"].get(column["key"], {}) for task in report["tasks"]] for column in lanes}
+    names = [name for name in STEADINESS if any(cell.get(name) is not None for found in cells.values() for cell in found)]
+    lines: list[tuple[Mapping[str, Any], str, str]] = []
     for task in report["tasks"]:
-        found = [task["columns"].get(column["key"], {}) for column in columns]
-        cells = [Cell(_steadiness(cell, cell["median"]) if cell.get("score") is not None else "–") for cell in found]
-        count = max((len(cell.get("wordings", {})) for cell in found), default=0)
-        rows.append([Cell(task["task"], "held_out" if task["held_out"] else ""), Cell(str(count)), *cells])
-    for cluster in report["clusters"]:
-        found = [cluster["columns"].get(column["key"]) for column in columns]
-        cells = [Cell(_steadiness(cell, None) if cell else "–") for cell in found]
-        rows.append([Cell(f"all of {cluster['cluster']}", "held_out" if cluster["held_out"] else ""), Cell(""), *cells])
-    title = "median / worst / spread / changed / consistency"
-    return ["task", "wordings", *[f"{column['title']}: {title}" for column in columns]], rows
-
-
-def _steadiness(cell: Mapping[str, Any], median: float | None) -> str:
-    values = [median, *[cell[name] for name in ("worst", "spread", "changed", "consistency")]]
-    return " / ".join("–" if value is None else f"{value:.1f}" for value in values)
+        count = max(len(task["columns"].get(column["key"], {}).get("wordings", {})) for column in lanes)
+        lines.append((task, task["task"], str(count)))
+    lines += [(cluster, f"all of {cluster['cluster']}", "") for cluster in report["clusters"] if cluster["tasks"] > 1]
+    rows = []
+    for line, title, count in lines:
+        found = [line["columns"].get(column["key"]) or {} for column in lanes]
+        numbers = [_number(cell.get(name)) for cell in found for name in names]
+        rows.append([Cell(title, "held_out" if line["held_out"] else ""), Cell(count), *numbers])
+    return ["task", "wordings", *[f"{column['title']} {name}" for column in lanes for name in names]], rows
 
 
 def perturbation_table(report: Mapping[str, Any]) -> Table:
@@ -269,8 +275,9 @@ def _difference(found: Mapping[str, Any] | None) -> Cell:
     if found is None:
         return Cell("–")
     low, high = found["interval"]
+    p = f"p {found['p']:.3f}" if found["p"] >= 0.001 else "p < 0.001"
     return Cell(
-        f"{found['mean']:+.1f} ({low:+.1f} to {high:+.1f}), p {found['p']:.3f}",
+        f"{found['mean']:+.1f} ({low:+.1f} to {high:+.1f}), {p}",
         found["verdict"] if found["verdict"] != "unclear" else "",
     )
 
