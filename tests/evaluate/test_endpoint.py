@@ -151,6 +151,20 @@ def test_one_that_is_down_is_given_up_soon(corpus: Corpus) -> None:
     assert sum("in a row" in answer["unscored"] for answer in found) >= 60 - asking.GIVE_UP_AFTER - asking.AT_ONCE
 
 
+def test_one_that_is_slow_is_not_waited_for(corpus: Corpus) -> None:
+    released = threading.Event()
+
+    def slow(asked_body: dict[str, Any]) -> tuple[int, bytes]:
+        released.wait(30)
+        return echo(asked_body)
+
+    with server(slow) as (url, seen):
+        [found] = asked(EndpointScorer(Endpoint(url, "m", timeout_s=0.2), Manner(corpus.layout, 6)))
+        released.set()
+    assert found["unscored"] == f"the endpoint did not answer (ReadTimeout), {asking.TRIES} times"
+    assert len(seen) == asking.TRIES
+
+
 def test_the_served_model_is_found_by_asking() -> None:
     with server(echo) as (url, _):
         assert model_at(url) == model_at(f"{url}/v1") == "served"

@@ -17,7 +17,7 @@ from apprentice.data.contract import make_contract
 from apprentice.data.corpus import Corpus
 from apprentice.errors import DataError, EvaluationError
 from apprentice.evaluate import predictions
-from apprentice.evaluate.launch import Subject, evaluate
+from apprentice.evaluate.launch import Subject, _requests, evaluate
 from apprentice.evaluate.summary import summarise
 from apprentice.models.loading import load_model
 from apprentice.models.scoring import choice_logprobs
@@ -157,6 +157,25 @@ def test_nothing_to_score_is_said(recipe: Recipe, corpus: Corpus, tiny_model: Pa
             Folder.at(tmp_path),
             progress=lambda values: None,
         )
+
+
+def test_a_task_without_test_rows_is_listed_and_the_rest_is_scored(recipe: Recipe, corpus: Corpus, tiny_model: Path) -> None:
+    index = corpus.indices["same_meaning"]
+    few = replace(corpus.indices["written_dates"], train=np.array([1, 2]))
+    empty = replace(corpus.indices["passage_questions"], test=np.array([], dtype=np.int64))
+    changed = {"same_meaning": replace(index, test_source=None), "written_dates": few, "passage_questions": empty}
+    subjects = [Subject("base", tiny_model, (0, 2))]
+    requests, not_scored = _requests(recipe, replace(corpus, indices={**corpus.indices, **changed}), subjects)
+    assert not_scored == [
+        {"task": "same_meaning", "reason": "no test split"},
+        {"task": "passage_questions", "reason": "no test rows"},
+        {"task": "written_dates", "reason": "too few training rows for 2 exemplars"},
+    ]
+    assert {(request.task, request.shots) for request in requests} == {
+        ("short_reviews", 0),
+        ("short_reviews", 2),
+        ("written_dates", 0),
+    }
 
 
 @pytest.mark.parametrize("names", [[], ["a", "a"], ["majority"]])

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import re
+import string
+from collections import Counter
+from pathlib import Path
+
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from rouge_score.rouge_scorer import RougeScorer
-from sacrebleu import corpus_bleu
+from sacrebleu import corpus_bleu, corpus_chrf
 
 from apprentice.evaluate.metrics import METRICS, normalised
 
@@ -158,3 +164,50 @@ def test_natural_instructions_keeps_articles_and_stems() -> None:
     expected = RougeScorer(["rougeL"], use_stemmer=True).score("dogs barking", "the dog barks")["rougeL"].fmeasure
     assert METRICS["ni_rouge_l"].of_one("the dog barks", ["dogs barking"]) == pytest.approx(100 * expected)
     assert expected > 0
+
+
+def official_squad(said: str, right: str) -> tuple[float, float]:
+    """Exact match and F1 as SQuAD's paper defines them: lower case, no punctuation, no articles, white space as one blank."""
+
+    def words(text: str) -> list[str]:
+        bare = text.lower().translate(str.maketrans("", "", string.punctuation))
+        return re.sub(r"\b(a|an|the)\b", " ", bare).split()
+
+    ours, theirs = words(said), words(right)
+    shared = sum(min(count, Counter(theirs)[word]) for word, count in Counter(ours).items())
+    if not ours or not theirs:
+        return float(ours == theirs), float(ours == theirs)
+    precision, recall = shared / len(ours), shared / len(theirs)
+    return float(ours == theirs), 0.0 if not shared else 2 * precision * recall / (precision + recall)
+
+
+def test_people_who_answered_squad(shared_data: Path) -> None:
+    """One annotator's answer, and the first words of the passage, against all other annotators'."""
+    rows = pq.read_table(shared_data / "squad" / "test.parquet", columns=["context", "answers"]).slice(0, 400).to_pylist()
+    compared = 0
+    for row in rows:
+        [said, *right] = row["answers"]["text"]
+        for text in (said, f"The {said}!", " ".join(row["context"].split()[:6])):
+            if right:
+                scores = [official_squad(text, answer) for answer in right]
+                assert METRICS["exact_match"].of_one(text, right) == pytest.approx(100 * max(exact for exact, _ in scores))
+                assert METRICS["token_f1"].of_one(text, right) == pytest.approx(100 * max(f1 for _, f1 in scores))
+                compared += 1
+    assert compared >= 900
+
+
+def test_people_who_summed_up_dialogues(shared_data: Path) -> None:
+    """One person's summary against two others' of the same dialogue: ROUGE of rouge-score, BLEU and chrF of sacrebleu."""
+    found: dict[str, list[str]] = {}
+    for row in pq.read_table(shared_data / "dialogsum" / "test.parquet", columns=["dialogue", "summary"]).to_pylist():
+        found.setdefault(row["dialogue"], []).append(row["summary"])
+    told = [(said, right) for said, *right in found.values() if len(right) == 2][:120]
+    assert len(told) == 120
+    said, right = [pair[0] for pair in told], [pair[1] for pair in told]
+    for name, kind in (("rouge_1", "rouge1"), ("rouge_2", "rouge2"), ("rouge_l", "rougeL")):
+        scorer = RougeScorer([kind])
+        best = [max(scorer.score(reference, text)[kind].fmeasure for reference in references) for text, references in told]
+        assert score(name, said, right) == pytest.approx(100 * float(np.mean(best)))
+    columns = [[references[place] for references in right] for place in (0, 1)]
+    assert score("bleu", said, right) == pytest.approx(corpus_bleu(said, columns).score)
+    assert score("chrf", said, right) == pytest.approx(corpus_chrf(said, columns).score)

@@ -13,7 +13,7 @@ from apprentice.data.layout import Exemplar
 from apprentice.data.plan import exemplar_rows
 from apprentice.data.render import Renderer
 from apprentice.data.tokenize import encode
-from apprentice.evaluate.prompts import NOT_A_CHOICE, Limits, can_show, encoded
+from apprentice.evaluate.prompts import EMPTY_CHOICE, NOT_A_CHOICE, Limits, can_show, encoded
 from apprentice.evaluate.sampling import Request
 from apprentice.tasks.schema import Task
 
@@ -101,6 +101,18 @@ def test_a_target_that_is_no_choice_is_dropped(corpus: Corpus) -> None:
     row = int(corpus.indices["same_meaning"].test[0])
     [found] = questions(changed, Request("same_meaning", row, task.templates[0].name, 0))
     assert found["dropped"] == NOT_A_CHOICE
+
+
+def test_a_choice_without_tokens_is_dropped(corpus: Corpus) -> None:
+    task = next(task for task in corpus.tasks if task.name == "same_meaning")
+    mute = task.model_dump() | {"templates": [template.model_dump() for template in task.templates]}
+    mute["templates"][0]["choices"] = ["", *(task.templates[0].choices or task.choices)[1:]]
+    changed = replace(corpus, tasks=(Task.model_validate(mute),))
+    asked = [Request("same_meaning", int(row), task.templates[0].name, 0) for row in corpus.indices["same_meaning"].test[:8]]
+    found = questions(changed, *asked)
+    # A row whose answer is the empty choice cannot be rendered at all.
+    assert {question["dropped"] for question in found} == {EMPTY_CHOICE, "empty_answer"}
+    assert all(question["prompt_ids"] is None for question in found)
 
 
 def test_exemplars_need_more_training_rows_than_their_number(corpus: Corpus) -> None:
