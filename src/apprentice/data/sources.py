@@ -19,6 +19,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from huggingface_hub.errors import HfHubHTTPError
 from numpy.typing import NDArray
 
 from apprentice.data.convert import builtin_file, is_saved_to_disk, parquet_file
@@ -32,6 +33,8 @@ T = TypeVar("T")
 
 RETRY_PAUSES_S = (0.1, 0.5, 2.0)  # between attempts to read what answers with an OSError
 OPEN_FILES = 16  # that one reader holds
+# A hub that is not reached raises what the hub's client has for its own errors' base, which is not always an OSError.
+UNREACHED: tuple[type[Exception], ...] = (OSError, *HfHubHTTPError.__bases__)
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,7 @@ def resolve(task: Task, split: Split, *, root: str | None, cache: Folder) -> Sou
         if name is None or (spec.files is not None and name not in spec.files):
             return None
         files = _files(task, spec, name, root, cache, absent)
-    except OSError as error:
+    except UNREACHED as error:
         raise DataError(f"task {task.name!r}: its source cannot be reached: {error}; check data.root and the network.") from error
     with ThreadPoolExecutor(max_workers=8) as pool:
         footers = list(pool.map(_footer, files))
@@ -152,11 +155,17 @@ def _hub_files(task: Task, spec: SourceSpec, name: str, absent: list[str]) -> li
         for folder in (at / (spec.config or "default"), at / "data", at):
             if found := _parquet_in(folder, name):
                 return found
-    except (OSError, StorageError) as error:
+        is_there = at.exists()
+    except (*UNREACHED, StorageError) as error:
         raise DataError(
             f"task {task.name!r}: {before}dataset {spec.hub!r} cannot be reached on the hub ({error.__class__.__name__});"
             " correct data.root, or check the network and HF_TOKEN."
         ) from error
+    if not is_there:
+        raise DataError(
+            f"task {task.name!r}: {before}dataset {spec.hub!r} is not on the hub, or it is private; correct its name or"
+            " `revision`, or give a token that may read it in HF_TOKEN."
+        )
     raise DataError(
         f"task {task.name!r}: {before}dataset {spec.hub!r} has no Parquet files on the hub for split {name!r} of configuration"
         f" {spec.config or 'default'!r}; correct `splits` or `config` of that source."
@@ -182,10 +191,10 @@ def _retrying(file: str, action: Callable[[], T]) -> T:
             return action()
         except FileNotFoundError as error:
             raise DataError(f"{file} does not exist any more; put it back.") from error
-        except OSError as error:
+        except UNREACHED as error:
             if pause is None:
                 attempts = len(RETRY_PAUSES_S) + 1
-                said = " ".join(str(error).split())
+                said = " ".join(str(error).split()) or type(error).__name__
                 raise DataError(
                     f"{file} cannot be read, tried {attempts} times: {said}; check the file and the network."
                 ) from error
@@ -249,7 +258,7 @@ class Reader:
         def read() -> pa.Table:
             try:
                 table = self._open(file).read_row_group(inside, columns=sorted(set(columns.values())))
-            except OSError:
+            except UNREACHED:
                 self._open.cache_clear()  # a broken connection stays broken
                 raise
             return pa.table({field: table[column] for field, column in columns.items()}).combine_chunks()
