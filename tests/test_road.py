@@ -166,7 +166,9 @@ def test_a_bare_model_on_named_tasks(command, tiny_model, tmp_path, monkeypatch)
     assert code == 0, err
     [task] = json.loads(out)["tasks"]
     assert (task["held_out"], task["columns"]["model@0"]["rows"]) == (True, 3)
-    assert [path.name for path in tmp_path.iterdir()] == ["reports"]
+    left = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.glob("*/*"))
+    assert left == [f"reports/{tiny_model.name}", "runs/cache"]  # rows that were converted once
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_an_endpoint_that_is_down_is_one_sentence(command, trained):
