@@ -35,6 +35,7 @@ RETRY_PAUSES_S = (0.1, 0.5, 2.0)  # between attempts to read what answers with a
 OPEN_FILES = 16  # that one reader holds
 # A hub that is not reached raises what the hub's client has for its own errors' base, which is not always an OSError.
 UNREACHED: tuple[type[Exception], ...] = (OSError, *HfHubHTTPError.__bases__)
+_FAILED: tuple[type[Exception], ...] = (*UNREACHED, StorageError)
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,7 @@ def _hub_files(task: Task, spec: SourceSpec, name: str, absent: list[str]) -> li
             if found := _parquet_in(folder, name):
                 return found
         is_there = at.exists()
-    except (*UNREACHED, StorageError) as error:
+    except _FAILED as error:
         raise DataError(
             f"task {task.name!r}: {before}dataset {spec.hub!r} cannot be reached on the hub ({error.__class__.__name__});"
             " correct data.root, or check the network and HF_TOKEN."

@@ -193,10 +193,10 @@ def wording_table(report: Mapping[str, Any]) -> Table:
         lines.append((task, task["task"], str(count)))
     lines += [(cluster, f"all of {cluster['cluster']}", "") for cluster in report["clusters"] if cluster["tasks"] > 1]
     rows = []
-    for line, title, count in lines:
+    for line, title, wordings in lines:
         found = [line["columns"].get(column["key"]) or {} for column in lanes]
         numbers = [_number(cell.get(name)) for cell in found for name in names]
-        rows.append([Cell(title, "held_out" if line["held_out"] else ""), Cell(count), *numbers])
+        rows.append([Cell(title, "held_out" if line["held_out"] else ""), Cell(wordings), *numbers])
     return ["task", "wordings", *[f"{column['title']} {name}" for column in lanes for name in names]], rows
 
 

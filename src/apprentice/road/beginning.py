@@ -71,7 +71,7 @@ def begin(file: Path, out: Path | None, said: Table, *, test: Path | None = None
         "folder": str(folder),
         "recipe": str(folder / "recipe.yaml"),
         "task": str(folder / "task.yaml"),
-        "columns": {key: value for key, value in vars(columns).items() if value},
+        "columns": {key: list(value) if isinstance(value, tuple) else value for key, value in vars(columns).items() if value},
         "choices": content.get("choices"),
         "train_rows": len(train),
         "test_rows": len(tested),

@@ -103,7 +103,7 @@ def draft(
     named = {column: field for field, column in fields.items()}
     renamed = {field: column for field, column in fields.items() if field != column}
     source: dict[str, Any] = {"files": dict(files)} | ({"columns": renamed} if renamed else {})
-    content: dict[str, Any] = {"name": name, "cluster": "own", "summary": f"From {name}.", "sources": [source]}
+    content: dict[str, Any] = {"name": name, "cluster": "own", "sources": [source]}
     given = _inputs(columns, named)
     if columns.label is not None:
         content |= _with_choices(named[columns.label], [row[columns.label] for row in rows], choices)
