@@ -28,12 +28,29 @@ MODELS = {
     "mistral_instruct": "mistral",
     "quickstart": "llama",
     "flan_mini": "llama",
+    "flan": "t5_v1.1",
+    "flan_t5": "t5_v1.1",
+    "prompt_tuning": "llama",
+    "prefix_tuning": "llama",
+    "adapter_tuning": "llama",
 }
-FAR = ("alpaca", "mistral_instruct")
+FAR = ("alpaca", "mistral_instruct", "prefix_tuning")
+T5 = ("flan", "flan_t5")
 
 
 def test_there_are_recipes():
-    assert {file.stem for file in RECIPES} >= {"quickstart", "flan_mini", "alpaca", "dolly", "lora", "full", "mistral_instruct"}
+    assert {file.stem for file in RECIPES} >= {
+        "quickstart",
+        "flan_mini",
+        "alpaca",
+        "dolly",
+        "lora",
+        "full",
+        "mistral_instruct",
+        "flan",
+        "flan_t5",
+        "t0",
+    }
 
 
 @pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
@@ -101,6 +118,9 @@ def test_recipe_makes_packed_rows_in_its_layout(name, tiny_model, tmp_path):
     rows = render_window(corpus, 0)
     assert len(rows["input_ids"]) >= 1
     assert rows["loss_mask"].sum() > 0
+    if name in T5:
+        assert rows["target_ids"].shape[1] == corpus.target_length
+        return
     text = corpus.layout.tokenizer.decode(rows["input_ids"][0].tolist(), skip_special=False)
     shown = {"alpaca": "### Response:", "dolly": "### Response:", "mistral_instruct": "[/INST]"}
     assert shown.get(name, "<|im_start|>assistant") in text
