@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from apprentice.data.layout import SEPARATOR, Layout
+from apprentice.models.alone import has_virtual_tokens
 from apprentice.models.decoding import generate
 from apprentice.models.seq2seq_scoring import is_seq2seq, written
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 def reply(model: Any, questions: Sequence[Mapping[str, Any]], manner: Manner) -> list[dict[str, Any]]:
     """`prediction` for every question (a record of `predictions.ENCODED`)."""
     prompts = [list(question["prompt_ids"]) for question in questions]
-    write = written if is_seq2seq(model) else generate
+    write = written if is_seq2seq(model) and not has_virtual_tokens(model) else generate
     replies = write(model, prompts, max_new_tokens=manner.reply, stop_ids=manner.layout.stop_ids)
     return [{"prediction": shown(manner.layout, ids)} for ids in replies]
 

@@ -288,7 +288,9 @@ def generate(
     if not prompts:
         return []
     context = max(len(prompt) for prompt in prompts) + max_new_tokens
-    decoder = Decoder(model, slots=min(max_running, len(prompts)), context=context)
+    from apprentice.models.alone import decoder_for  # which builds upon this module
+
+    decoder = decoder_for(model, slots=min(max_running, len(prompts)), context=context)
     # Prompts of like length run side by side, so that little is padded in attention.
     for number in sorted(range(len(prompts)), key=lambda number: len(prompts[number])):
         decoder.submit(number, Generation(prompts[number], max_new_tokens, frozenset(stop_ids)))

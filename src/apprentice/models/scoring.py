@@ -1,7 +1,7 @@
 """Log-probabilities of answer choices: pure, batched, each prompt computed once for all its choices.
 
-An encoder-decoder reads the prompt once (`seq2seq_scoring`). For a causal model one row of the batch is a prompt followed by all
-its choices; positions of every choice start after the prompt, and an additive mask lets a choice see the prompt and itself only, so
+An encoder-decoder reads the prompt once (`seq2seq_scoring`), and behind virtual tokens each text is by itself (`alone`). For other
+causal models one row of the batch is a prompt followed by all its choices; positions of every choice start after the prompt, and an additive mask lets a choice see the prompt and itself only, so
 that the sums are those of separate forward passes. Knows nothing of tasks, layouts or how an answer ends: callers give the ids.
 """
 
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from apprentice.models.alone import alone_logprob, has_virtual_tokens
 from apprentice.models.seq2seq_scoring import is_seq2seq, seq2seq_logprobs
 
 BATCH_TOKENS = 4096
@@ -29,6 +30,8 @@ def choice_logprobs(
     """
     if any(not prompt for prompt in prompts) or any(not ids for group in choices for ids in group):
         raise ValueError("a prompt or a choice without tokens has no log-probability")
+    if has_virtual_tokens(model):
+        return [[alone_logprob(model, prompt, ids) for ids in group] for prompt, group in zip(prompts, choices, strict=True)]
     if prompts and is_seq2seq(model):
         return seq2seq_logprobs(model, prompts, choices, batch_tokens)
     rows = [

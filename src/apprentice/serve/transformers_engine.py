@@ -19,11 +19,10 @@ from typing import Any, Self
 
 import torch
 
-from apprentice.models.decoding import Decoder, Generation, Token
+from apprentice.models.alone import decoder_for
+from apprentice.models.decoding import Generation, Token
 from apprentice.models.loading import load_model, resolve_dtype
 from apprentice.models.sampling import Sampling
-from apprentice.models.seq2seq_decoding import Seq2seqDecoder
-from apprentice.models.seq2seq_scoring import is_seq2seq
 from apprentice.serve.engine import EngineFailed, NewToken, Overloaded, Request, Score, Stats
 
 log = logging.getLogger(__name__)
@@ -42,8 +41,7 @@ class TransformersEngine:
         torch.set_num_threads(min(threads, len(os.sched_getaffinity(0))))
         device: Any = "cuda" if torch.cuda.is_available() else "cpu"
         model = load_model(folder, resolve_dtype(dtype))
-        decoder = Seq2seqDecoder if is_seq2seq(model) else Decoder
-        self._decoder = decoder(model.to(device), slots=max_running, context=context)
+        self._decoder = decoder_for(model.to(device), slots=max_running, context=context)
         self._most = max_running + max_queued
         self._replies: dict[int, _Reply] = {}
         self._numbers = itertools.count()
