@@ -65,7 +65,17 @@ def tiny_model_of(name: str, tokenizer: Path, folder: Path, chat_template: str |
         "pad_token_id": 0,
     }
     t5 = {"vocab_size": 512, "d_model": 64, "d_kv": 32, "d_ff": 96, "num_layers": 2, "num_heads": 2, "dropout_rate": 0.0}
+    bart = {
+        "vocab_size": 512,
+        "d_model": 64,
+        **dict.fromkeys(("encoder_layers", "decoder_layers", "encoder_attention_heads", "decoder_attention_heads"), 2),
+        **dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim"), 96),
+        "max_position_embeddings": 512,
+    }
     makers: dict[str, Any] = {
+        "bart": lambda: hf.BartForConditionalGeneration(
+            hf.BartConfig(**bart, decoder_start_token_id=2, eos_token_id=2, bos_token_id=1, pad_token_id=0)
+        ),
         "llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**sizes)),
         "mistral": lambda: hf.MistralForCausalLM(hf.MistralConfig(**sizes, num_key_value_heads=1)),
         "gpt_neox": lambda: hf.GPTNeoXForCausalLM(hf.GPTNeoXConfig(**sizes)),

@@ -37,18 +37,19 @@ MODELS = {
     "prefix_tuning": "llama",
     "adapter_tuning": "llama",
     "t0": "t5_v1.1",
+    "t0_bart": "bart",
+    "tk_instruct": "t5_v1.1",
 }
 FAR = ("flan", "mistral_instruct")
-PAIRS = ("flan", "flan_t5", "t0")  # prompts and answers on two sides of a row
+PAIRS = ("flan", "flan_t5", "t0", "t0_bart", "tk_instruct")  # prompts and answers on two sides of a row
 # Recipes over files that no sample row stands for: what of them ../shared/data holds.
-REAL = {
-    "t0": [
-        "data.tasks=[{promptsource: glue/mrpc, cluster: paraphrase, dataset: mrpc}, {promptsource: imdb, cluster: sentiment},"
-        " {promptsource: trec, cluster: topic_classification}, {promptsource: hellaswag, cluster: story_completion}]",
-        "data.hold_out=[story_completion]",
-        "data.mixture.weights={promptsource_glue_mrpc: 25676, promptsource_imdb: 275000, promptsource_trec: 98136}",
-    ],
-}
+P3 = [
+    "data.tasks=[{promptsource: glue/mrpc, cluster: paraphrase, dataset: mrpc}, {promptsource: imdb, cluster: sentiment},"
+    " {promptsource: trec, cluster: topic_classification}, {promptsource: hellaswag, cluster: story_completion}]",
+    "data.hold_out=[story_completion]",
+    "data.mixture.weights={promptsource_glue_mrpc: 25676, promptsource_imdb: 275000, promptsource_trec: 98136}",
+]
+REAL: dict[str, list[str]] = {"t0": P3, "t0_bart": P3, "tk_instruct": []}
 
 
 def test_there_are_recipes():
@@ -63,11 +64,14 @@ def test_there_are_recipes():
         "flan",
         "flan_t5",
         "t0",
+        "t0_bart",
+        "tk_instruct",
     }
 
 
 @pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
 def test_recipe_loads_and_its_tasks_exist(file: Path):
+    there(file.stem)
     recipe = load_recipe(file)
     tasks, held_out = select_tasks(recipe.data.entries, recipe.data.hold_out, file.parent)
     assert len(tasks) >= (2 if file.stem in SINGLE_SET else 8)
@@ -148,6 +152,25 @@ def test_recipe_makes_packed_rows_in_its_layout(name, tiny_model, tmp_path):
     text = corpus.layout.tokenizer.decode(rows["input_ids"][0].tolist(), skip_special=False)
     shown = {"alpaca": "### Response:", "dolly": "### Response:", "mistral_instruct": "[/INST]"}
     assert shown.get(name, "<|im_start|>assistant") in text
+
+
+def test_tk_instruct_shows_definition_and_two_examples_and_scores_by_category(shared_data):
+    recipe = load_recipe(SHIPPED / "tk_instruct.yaml")
+    tasks, held_out = select_tasks(recipe.data.entries, recipe.data.hold_out, ROOT)
+    named = {task.name: task for task in tasks}
+    assert held_out == {name for name, task in named.items() if task.sources[0].files.keys() == {"test"}}
+    file = json.loads((shared_data / "natural_instructions/tasks/task957_e2e_nlg_text_generation_generate.json").read_text())
+    task = named["task957_e2e_nlg_text_generation_generate"]
+    example = task.templates[0].example(task.name, {"input": "name[Blue Spice]", "output": ["It is Blue Spice."]})
+    shown = [
+        f"Positive Example {n} -\nInput: {e['input'].strip()}\nOutput: {e['output'].strip()}"
+        for n, e in enumerate(file["Positive Examples"][:2], 1)
+    ]
+    definition = "\n".join(file["Definition"]).strip() if isinstance(file["Definition"], list) else file["Definition"].strip()
+    assert example.instruction == "\n\n".join([f"Definition: {definition}", *shown, "Now complete the following example -"])
+    assert (example.input, example.target) == ("Input: name[Blue Spice]\nOutput:", "It is Blue Spice.")
+    assert task.cluster == file["Categories"][0].lower().replace(" ", "_").replace("-", "_")
+    assert {task.metrics[0] for task in tasks} == {"rouge_l"}
 
 
 @pytest.fixture(scope="module")

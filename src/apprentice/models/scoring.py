@@ -1,8 +1,9 @@
 """Log-probabilities of answer choices: pure, batched, each prompt computed once for all its choices.
 
 An encoder-decoder reads the prompt once (`seq2seq_scoring`), and behind virtual tokens each text is by itself (`alone`). For other
-causal models one row of the batch is a prompt followed by all its choices; positions of every choice start after the prompt, and an additive mask lets a choice see the prompt and itself only, so
-that the sums are those of separate forward passes. Knows nothing of tasks, layouts or how an answer ends: callers give the ids.
+causal models one row of the batch is a prompt followed by all its choices; positions of every choice start after the prompt, and an
+additive mask lets a choice see the prompt and itself only, so that the sums are those of separate forward passes. Knows nothing of
+tasks, layouts or how an answer ends: callers give the ids.
 """
 
 from __future__ import annotations
