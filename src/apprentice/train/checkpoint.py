@@ -14,7 +14,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -23,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from apprentice.errors import StorageError
@@ -48,20 +47,23 @@ class Checkpoint:
 def save(checkpoints: Folder, tensors: Iterable[tuple[str, Tensor]], state: State, facts: dict[str, Any]) -> Checkpoint:
     """Writes one checkpoint, streaming `tensors`, and gives it back once it is whole.
 
-    The name is `step-<n>`; a step that is saved again (after a damaged checkpoint) gets a name of its own.
+    The name is `step-<n>`; a step that is saved again (after a damaged checkpoint) gets a name of its own. Raises `StorageError`
+    where it cannot be written, such as on a full disk; nothing of it is left then.
     """
-    name = _free_name(checkpoints, state.step)
+    target = checkpoints / _free_name(checkpoints, state.step)
     scratch = checkpoints.make().local if checkpoints.is_local else None  # on the same disk, so that it can be renamed
-    part = Path(tempfile.mkdtemp(prefix=_PART, dir=scratch))
     try:
-        sums = {file.name: _sha256(file) for file in _write_tensors(part, tensors)}
-        Folder.at(part / STATE).write_json({"state": state.to_json(), "facts": facts})
-        sums[STATE] = _sha256(part / STATE)
-        Folder.at(part / CHECKSUMS).write_json(sums)
-        _publish(part, checkpoints / name)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-    return Checkpoint(checkpoints / name, state, facts)
+        with tempfile.TemporaryDirectory(prefix=_PART, dir=scratch, ignore_cleanup_errors=True) as folder:
+            part = Path(folder)
+            sums = {file.name: _sha256(file) for file in _write_tensors(part, tensors)}
+            Folder.at(part / STATE).write_json({"state": state.to_json(), "facts": facts})
+            sums[STATE] = _sha256(part / STATE)
+            Folder.at(part / CHECKSUMS).write_json(sums)
+            _publish(part, target)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise StorageError(f"the checkpoint of step {state.step} cannot be written to {checkpoints} ({reason})") from error
+    return Checkpoint(target, state, facts)
 
 
 def _free_name(checkpoints: Folder, step: int) -> str:

@@ -24,6 +24,7 @@ from apprentice.train.deepspeed_config import micro_batch, rows_per_worker
 from apprentice.train.engine import WEIGHT, DeepSpeedEngine
 from apprentice.train.loop import Course, train_loop, validation_loss
 from apprentice.train.peers import Peers
+from apprentice.train.saving import Saver
 from apprentice.train.state import Goal, State
 
 
@@ -74,14 +75,13 @@ def run_worker(
             record({"step": state.step, "steps": goal.expected_steps(state), "validation_loss": loss})
         return loss
 
+    def tell_of(now: State, message: str) -> None:
+        record({"step": now.step, "steps": goal.expected_steps(now), "message": message})
+
+    saver = Saver(run.checkpoints, training.checkpoint.keep, facts, first=first, tell=tell_of, register=register)
+
     def save(now: State) -> None:
-        saved = checkpoints.save(run.checkpoints, engine.state(), now, facts) if first else None
-        if not first:
-            for _ in engine.state():  # gathering takes all workers
-                pass
-        register(saved, now)
-        if first:
-            checkpoints.prune(run.checkpoints, training.checkpoint.keep)
+        saver.save(now, engine.state(), last=goal.reached(now) == 1.0)
 
     settings = (training.optimizer, micro, training.checkpoint.every_steps, recipe.data.window, shares or {})
     course = Course(recipe.seed, goal, *settings)
