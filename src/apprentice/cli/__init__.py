@@ -39,6 +39,7 @@ for command in (
     evaluation.compare,
     evaluation.report_schema,
     evaluation.predict,
+    training.export,
     serving.serve,
     serving.ask,
     serving.key,

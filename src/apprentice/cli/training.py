@@ -41,3 +41,17 @@ def runs(storage: Storage = "./runs", json: Json = False) -> None:
         columns = ["name", "state", "step", "loss", "validation_loss", "score", "updated"]
         screen.show(table_of(columns, [[cell(run.get(column)) for column in columns] for run in found]))
     screen.result({"runs": found})
+
+
+def export(
+    run: Annotated[str, typer.Argument(help="Name or folder of a trained run.", metavar="RUN")],
+    folder: Annotated[str, typer.Argument(help="New folder for the model.", metavar="DIR")],
+    storage: Storage = "./runs",
+    json: Json = False,
+) -> None:
+    """Merged safetensors, tokenizer and prompt contract in one folder, with a model card."""
+    from apprentice import road
+
+    screen = screen_for(json)
+    result = road.export(run, folder, storage=storage)
+    screen.result(result, f"{result['bytes'] / 1e6:.0f} MB\n{result['folder']}")

@@ -9,6 +9,7 @@ from apprentice.road.beginning import Table, begin
 from apprentice.road.chain import check_order
 from apprentice.road.data import Progress, check_recipe, prepare, preview, preview_page, trace
 from apprentice.road.evaluation import Wanted, compare, evaluate, evaluate_model, evaluate_run, passed_gate, report
+from apprentice.road.export import export
 from apprentice.road.prediction import predict
 from apprentice.road.serving import ask, endpoint, wait_for_stop
 from apprentice.road.training import number, runs, train, training_sentence
@@ -26,6 +27,7 @@ __all__ = [
     "evaluate",
     "evaluate_model",
     "evaluate_run",
+    "export",
     "number",
     "passed_gate",
     "predict",
