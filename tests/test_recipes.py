@@ -40,7 +40,7 @@ MODELS = {
     "t0_bart": "bart",
     "tk_instruct": "t5_v1.1",
 }
-FAR = ("flan", "mistral_instruct")
+FAR = ("alpaca", "mistral_instruct")
 PAIRS = ("flan", "flan_t5", "t0", "t0_bart", "tk_instruct")  # prompts and answers on two sides of a row
 # Recipes over files that no sample row stands for: what of them ../shared/data holds.
 P3 = [

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -11,12 +13,21 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    BartConfig,
+    BartForConditionalGeneration,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from apprentice.artifacts import Run, open_run
 from apprentice.data.contract import layout_beside
 from apprentice.data.pipeline import make_corpus, render_window
 from apprentice.errors import DataError, RecipeError, ResourcesError, TrainingError
+from apprentice.models.loading import load_model
 from apprentice.recipe import Recipe, load_recipe
 from apprentice.train import launch
 from tests.recipes import tiny_recipe
@@ -101,6 +112,48 @@ def test_a_whole_run(undisturbed: Any, tiny_model: Path) -> None:
     assert any(not torch.equal(tuned[name], base[name]) for name in base)
     assert layout_beside(run.model.local).name == "chat"
     assert (run.adapter / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize(("name", "method"), [("t5", "lora")])
+def test_other_families_and_methods(name: str, method: str, tmp_path: Path, tiny_model: Path) -> None:
+    """Packed T5 from rows to the exported model."""
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder, ignore=shutil.ignore_patterns("*config.json", "*.safetensors"))
+    shutil.copy(tiny_model / "tokenizer_config.json", folder)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        long = {"vocab_size": 512, "max_position_embeddings": 512, "pad_token_id": 0, "eos_token_id": 2}
+        made = architectures(name, **long)
+    made.save_pretrained(folder)
+    chosen: dict[str, Any] = {"training__workers": 1, "training__steps": 3, "data__layout": "plain"}
+    chosen |= {"tuning": {"method": method, "rank": 4, "virtual_tokens": 4, "width": 8}}
+    result, run, seen = trained(recipe(tmp_path, folder, **chosen))
+    assert result.steps == 3
+    losses = [step["loss"] for step in steps_of(run)]
+    assert len(losses) == 3
+    assert all(0 < loss < 50 for loss in losses)
+    message = next(record["message"] for record in seen if "message" in record)
+    assert re.match(rf"{method}: [\d,]+ numbers trained, \d+\.\d\d% of all; float32, attention sdpa, \d+ rows? at once", message)
+    exported = load_model(run.model.local, torch.float32)
+    assert (run.model / "adapter").exists() == (method != "lora")
+    assert exported.config.is_encoder_decoder == (name != "llama")
+
+
+def architectures(name: str, **sizes: Any) -> Any:
+    config = {"t5": T5Config, "bart": BartConfig, "llama": LlamaConfig}[name]
+    model = {"t5": T5ForConditionalGeneration, "bart": BartForConditionalGeneration, "llama": LlamaForCausalLM}[name]
+    small: dict[str, Any] = {
+        "t5": {"d_model": 32, "d_kv": 16, "d_ff": 48, "num_layers": 1, "num_heads": 2, "decoder_start_token_id": 0},
+        "bart": {
+            "d_model": 32,
+            **dict.fromkeys(("encoder_layers", "decoder_layers"), 1),
+            **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 2),
+            **dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim"), 48),
+            "decoder_start_token_id": 2,
+        },
+        "llama": {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2},
+    }[name]
+    return model(config(**(small | sizes)))
 
 
 def test_steps_are_stretches_of_the_plan(undisturbed: Any) -> None:

@@ -62,7 +62,8 @@ def _speaking(contract: PromptContract) -> str:
     golden = contract.golden[0]
     return (
         "## How to ask it\n\n"
-        f"`apprentice serve` on this folder phrases requests as in training (layout `{contract.layout}`), as `apprentice.json` fixes it."
+        f"`apprentice serve` on this folder phrases requests as in training (layout `{contract.layout}`),"
+        " as `apprentice.json` fixes it."
         " With other software a prompt must give the same token ids:"
         f" instruction {golden.instruction!r} with input {golden.input!r} is {list(golden.ids)};"
         f" a reply ends with one of {list(contract.stop_ids)}."
@@ -103,9 +104,8 @@ def _licences(contract: PromptContract, tasks: Sequence[Task], held_out: set[str
     stated = sorted({task.licence for task in trained if task.licence != UNKNOWN})
     silent = sorted(task.name for task in trained if task.licence == UNKNOWN)
     base = next(iter(contract.ancestors), contract.base)
-    lines = [
-        f"The base model's licence is that of {base}; look it up there. Data it was trained on: {'; '.join(stated) or 'none stated'}."
-    ]
+    known = "; ".join(stated) or "none stated"
+    lines = [f"The base model's licence is that of {base}; look it up there. Licences of the data, as stated: {known}."]
     if silent:
         lines.append(f"No licence is known for {', '.join(f'`{name}`' for name in silent)}.")
     return "## Licences\n\n" + " ".join(lines)
