@@ -44,7 +44,7 @@ class Ears:
             2,
             {"dtype": "float32"},
             first=first,
-            tell=lambda state, message: self.told.append((state.step, message)),
+            tell=lambda state, *, message: self.told.append((state.step, message)),
             register=lambda saved, state: self.registered.append((saved is not None, state.step)),
         )
 

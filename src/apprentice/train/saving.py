@@ -20,8 +20,8 @@ from apprentice.train.state import State
 class Saver:
     """Saves into `folder` on the first worker and keeps `keep` there; `facts` go into every checkpoint.
 
-    `tell` gets a sentence about a checkpoint that could not be written, `register` every outcome: the checkpoint on the first
-    worker, None on the others or if there is none.
+    `tell(state, message=…)` gets a sentence about a checkpoint that could not be written, `register` every outcome: the checkpoint
+    on the first worker, None on the others or if there is none.
     """
 
     def __init__(
@@ -31,7 +31,7 @@ class Saver:
         facts: dict[str, Any],
         *,
         first: bool,
-        tell: Callable[[State, str], None],
+        tell: Callable[..., None],
         register: Callable[[Checkpoint | None, State], None],
     ) -> None:
         self._folder = folder
@@ -63,4 +63,4 @@ class Saver:
         good = f"the last whole checkpoint is that of step {before.state.step}" if before else "there is no other checkpoint"
         if last:
             raise StorageError(f"{failure}; {good}. Make room there and train again: it goes on from that.") from failure
-        self._tell(state, f"{failure}; {good}. Training goes on, and the next checkpoint is tried as usual.")
+        self._tell(state, message=f"{failure}; {good}. Training goes on, and the next checkpoint is tried as usual.")

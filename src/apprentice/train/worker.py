@@ -14,7 +14,7 @@ import torch
 
 from apprentice.artifacts import Run
 from apprentice.hub import local_folder
-from apprentice.models.loading import check_dtype, load_model, resolve_dtype
+from apprentice.models.loading import check_dtype, count_parameters, load_model, resolve_dtype
 from apprentice.models.tuning import TUNING_METHODS, check_tuning, load_trainable, trainable
 from apprentice.recipe import Recipe
 from apprentice.train import checkpoint as checkpoints
@@ -23,6 +23,7 @@ from apprentice.train.checkpoint import Checkpoint
 from apprentice.train.deepspeed_config import micro_batch, rows_per_worker
 from apprentice.train.engine import WEIGHT, DeepSpeedEngine
 from apprentice.train.loop import Course, train_loop, validation_loss
+from apprentice.train.memory import Watch
 from apprentice.train.peers import Peers
 from apprentice.train.saving import Saver
 from apprentice.train.state import Goal, State
@@ -59,33 +60,39 @@ def run_worker(
     micro = micro_batch(training, workers=peers.workers, length=length, on_gpu=on_gpu)
     dtype = resolve_dtype(recipe.model.dtype, device.type)
     state = State() if restored is None else replace(restored.state)
-    engine = build_engine(recipe, restored, dtype=dtype, micro=micro, device=device, peers=peers)
+    numbers = count_parameters(local_folder(recipe.model.base))
+    watch = Watch(recipe, numbers, dtype, micro, length, peers.workers, device)
+    with watch.explained():
+        engine = build_engine(recipe, restored, dtype=dtype, micro=micro, device=device, peers=peers)
+    watch.trained = engine.trained[0]
     facts = {"dtype": str(dtype).removeprefix("torch."), "tuning": recipe.tuning.method}
     first = peers.rank == 0
 
-    def record(figures: dict[str, Any]) -> None:
-        if first:
-            tell(figures)
+    record = tell if first else _unheard
 
-    record({"step": state.step, "steps": goal.expected_steps(state), "message": _told(recipe, engine, facts["dtype"], micro)})
+    def note(now: State, **figures: Any) -> None:
+        record({"step": now.step, "steps": goal.expected_steps(now), **figures})
 
     def validate() -> float | None:
         loss = validation_loss(engine, validation, micro, peers)
         if loss is not None:
-            record({"step": state.step, "steps": goal.expected_steps(state), "validation_loss": loss})
+            note(state, validation_loss=loss)
         return loss
 
-    def tell_of(now: State, message: str) -> None:
-        record({"step": now.step, "steps": goal.expected_steps(now), "message": message})
-
-    saver = Saver(run.checkpoints, training.checkpoint.keep, facts, first=first, tell=tell_of, register=register)
+    note(state, message=_told(recipe, engine, facts["dtype"], micro))
+    saver = Saver(run.checkpoints, training.checkpoint.keep, facts, first=first, tell=note, register=register)
 
     def save(now: State) -> None:
         saver.save(now, engine.state(), last=goal.reached(now) == 1.0)
 
-    settings = (training.optimizer, micro, training.checkpoint.every_steps, recipe.data.window, shares or {})
-    course = Course(recipe.seed, goal, *settings)
-    return train_loop(engine, batches, state, course, peers=peers, record=record, save=save, validate=validate)
+    every, window = training.checkpoint.every_steps, recipe.data.window
+    course = Course(recipe.seed, goal, training.optimizer, micro, every, window, shares or {})
+    with watch.explained():
+        return train_loop(engine, batches, state, course, peers=peers, record=record, save=save, validate=validate)
+
+
+def _unheard(_: dict[str, Any]) -> None:
+    """The records of the other workers, which are those of the first."""
 
 
 def build_engine(
