@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,16 @@ from apprentice.models.scoring import choice_logprobs
 from apprentice.tokenizer import Tokenizer
 
 BATCH = 16
-TOPICS = ("World", "Sports", "Business", "Science and technology")
+# Two kinds of choices. The harness computes a prompt once for all choices of one token, and again for every longer one.
+CHOICES = {
+    "rank_vs_lm_eval": ("World", "Sports", "Business", "Science and technology"),
+    "rank_sentences_vs_lm_eval": (
+        "The bridge will be open again before the winter, the mayor said after the meeting.",
+        "Nobody had asked the people who live on the other side of the river.",
+        "A new bridge would cost more than the town spends in three years.",
+        "The engineers found that the old stones were in better shape than the new ones.",
+    ),
+}
 STORY = "The council met on Tuesday to decide about the old bridge over the river, which had been closed since the spring floods. "
 REPLY = 32  # tokens
 
@@ -40,23 +49,24 @@ def main() -> None:
     model: Any = load_model(folder, torch.float32)
     tokenizer = Tokenizer(folder)
     texts = [f"{STORY * (1 + number % 5)}Row {number}. Topic:" for number in range(chosen.rows)]
-    _ranking(folder, model, tokenizer, texts, chosen.runs)
+    for figure, choices in CHOICES.items():
+        _ranking(f"evaluation.{figure}", choices, folder, model, tokenizer, texts, chosen.runs)
     _generation(model, tokenizer, texts, chosen.runs)
 
 
-def _ranking(folder: Path, model: Any, tokenizer: Tokenizer, texts: list[str], runs: int) -> None:
-    figure, peer_name = "evaluation.rank_vs_lm_eval", "lm_eval hf"
+def _ranking(figure: str, said: Sequence[str], folder: Path, model: Any, tokenizer: Tokenizer, texts: list[str], runs: int) -> None:
+    peer_name = "lm_eval hf"
     if importlib.util.find_spec("lm_eval") is None:
         report(figure, None, unit="ratio", goal=2.0, why="lm_eval is not installed")
         return
     prompts = tokenizer.encode_batch(texts)
-    choices = [tokenizer.encode_batch([f" {topic}" for topic in TOPICS])] * len(texts)
+    choices = [tokenizer.encode_batch([f" {choice}" for choice in said])] * len(texts)
 
     def ours() -> Any:
         longest = max(map(len, prompts)) + sum(map(len, choices[0]))
         return choice_logprobs(model, prompts, choices, batch_tokens=BATCH * longest)
 
-    theirs = _harness(folder, model, texts)
+    theirs = _harness(folder, model, texts, said)
     mine, peers = ours(), theirs()
     apart = max(abs(a - b) for line, other in zip(mine, peers, strict=True) for a, b in zip(line, other, strict=True))
     if apart > 1e-2:
@@ -64,7 +74,7 @@ def _ranking(folder: Path, model: Any, tokenizer: Tokenizer, texts: list[str], r
     compare(figure, _rate(ours, len(texts)), peer_name, _rate(theirs, len(texts)), runs=runs, goal=2.0)
 
 
-def _harness(folder: Path, model: Any, texts: list[str]) -> Callable[[], Any]:
+def _harness(folder: Path, model: Any, texts: list[str], said: Sequence[str]) -> Callable[[], Any]:
     """The same questions to lm-evaluation-harness' `hf` model over the same weights."""
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
@@ -72,14 +82,14 @@ def _harness(folder: Path, model: Any, texts: list[str]) -> Callable[[], Any]:
 
     peer = HFLM(pretrained=model, tokenizer=AutoTokenizer.from_pretrained(folder), batch_size=BATCH, device="cpu")
     requests = [
-        Instance(request_type="loglikelihood", doc={}, arguments=(text, f" {topic}"), idx=place)
+        Instance(request_type="loglikelihood", doc={}, arguments=(text, f" {choice}"), idx=place)
         for text in texts
-        for place, topic in enumerate(TOPICS)
+        for place, choice in enumerate(said)
     ]
 
     def run() -> Any:
         flat = [value for value, _ in peer.loglikelihood(requests, disable_tqdm=True)]
-        return [flat[start : start + len(TOPICS)] for start in range(0, len(flat), len(TOPICS))]
+        return [flat[start : start + len(said)] for start in range(0, len(flat), len(said))]
 
     return run
 

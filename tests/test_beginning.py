@@ -85,3 +85,10 @@ def test_mistakes_are_one_sentence_and_nothing_is_written(command: Command, tmp_
     assert (code, out, len(err.splitlines())) == (1, "", 1)
     assert message in err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["My reviews.csv", "few.jsonl"]
+
+
+@pytest.mark.cluster
+def test_the_recipe_passes_check(command: Command, ray_cluster: None, tiny_model: Path) -> None:
+    assert command("init", "My reviews.csv", "--label", "Stars", "--base", tiny_model)[0] == 0
+    code, out, err = command("check", "my_reviews/recipe.yaml", "--json")
+    assert (code, json.loads(out)["ready"]) == (0, True), out + err
