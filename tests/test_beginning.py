@@ -10,7 +10,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from apprentice import cli
+from apprentice import check, cli
 from apprentice.artifacts import Run
 from apprentice.data.corpus import make_corpus
 from apprentice.recipe import load_recipe
@@ -52,9 +52,12 @@ def test_a_table_becomes_a_task_and_a_recipe(command: Command, tiny_model: Path,
     rows = [pq.read_table(tmp_path / "my_reviews" / f"{split}.parquet").to_pylist() for split in ("train", "test")]
     assert len({row["Review"] for split in rows for row in split}) == 40
     recipe = load_recipe("my_reviews/recipe.yaml")
+    for look in (check._tasks, check._model, check._storage, check._sources):  # all that needs no Ray
+        assert look(recipe)
     corpus = make_corpus(recipe, Run(Folder.at(tmp_path / "run")), parallel=False)
     index = corpus.indices["my_reviews"]
     assert (len(index.train) + len(index.validation), len(index.test), index.rejects) == (36, 4, {})
+    check.after_indexing(recipe, corpus)
 
     code, out, err = command("tasks", "my_reviews/task.yaml")
     assert (code, "Choose the label that fits: bad, good." in out) == (0, True), err
@@ -85,10 +88,3 @@ def test_mistakes_are_one_sentence_and_nothing_is_written(command: Command, tmp_
     assert (code, out, len(err.splitlines())) == (1, "", 1)
     assert message in err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["My reviews.csv", "few.jsonl"]
-
-
-@pytest.mark.cluster
-def test_the_recipe_passes_check(command: Command, ray_cluster: None, tiny_model: Path) -> None:
-    assert command("init", "My reviews.csv", "--label", "Stars", "--base", tiny_model)[0] == 0
-    code, out, err = command("check", "my_reviews/recipe.yaml", "--json")
-    assert (code, json.loads(out)["ready"]) == (0, True), out + err
