@@ -95,3 +95,13 @@ def test_a_contract_that_cannot_be_understood_is_refused(tmp_path):
     with pytest.raises(ContractError, match="not a prompt contract"):
         read_contract(tmp_path)
     assert not Run(Folder.at(tmp_path)).is_trained
+
+
+def test_keys_that_came_later_count_once_they_are_used(tmp_path):
+    before = identity(recipe(tmp_path))
+    assert not [key for key in before if key.startswith(("training.objective", "training.dpo"))]
+    dpo = identity(recipe(tmp_path, data__max_length=512, training__objective="dpo", training__dpo={"beta": 0.2}))
+    assert {key: dpo[key] for key in dpo.keys() - before.keys()} == {"training.objective": "dpo", "training.dpo.beta": 0.2}
+    open_run(recipe(tmp_path, data__max_length=512))
+    with pytest.raises(RunError, match=r"training\.objective \(None → 'dpo'\)"):
+        open_run(recipe(tmp_path, data__max_length=512, training__objective="dpo"))

@@ -68,6 +68,8 @@ def test_a_dumped_recipe_loads_to_the_same(write, tmp_path):
         ("{length: 1024}", "{length: 512}", 3, "max_length 1024 is more than packing.length 512"),
         ("  packing", "  formats: {zero_shot: 0.5}\n  packing", 5, "add up to 0.5, not to 1"),
         ("  packing", "  mixture: {groups: {flan: {shar: 1, tasks: [nli]}}}\n  packing", 5, "Did you mean 'share'?"),
+        ("  steps: 10", "  steps: 10\n  objective: dpo", 1, "packing.length 1024 must be at least twice max_length 1024"),
+        ("  steps: 10", "  steps: 10\n  dpo: {beta: 0.2}", 6, "the block `dpo` belongs to `objective: dpo`"),
         ("name: small", "name: a/b", 1, "name:"),
         ("model: {base: smollm2-135m-instruct}\n", "", 1, "model: this key is needed"),
         ("  tasks: [sst2, ./mine.yaml]", "  tasks: []", 4, "data.tasks:"),
@@ -88,6 +90,13 @@ def test_a_wrong_recipe_is_one_sentence_with_its_line(write, old, new, line, wor
 def test_a_file_that_is_no_recipe(write, text, words):
     with pytest.raises(RecipeError, match=words):
         load_recipe(write(text))
+
+
+def test_a_dumped_collection_loads_to_the_same(write, tmp_path):
+    recipe = load_recipe(write(SMALL.replace("[sst2, ./mine.yaml]", "[sst2, {preferences: ./pairs.jsonl, cluster: taste}]")))
+    again = tmp_path / "again.yaml"
+    again.write_text(dump_recipe(recipe))
+    assert load_recipe(again) == recipe
 
 
 def test_a_missing_recipe_names_what_is_shipped(tmp_path):

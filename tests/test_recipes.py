@@ -16,7 +16,7 @@ from tests.conftest import DATA_FOLDER, NEEDS_DATA, ROOT
 from tests.samples import tiny_model_of, write_datasets
 
 RECIPES = sorted(SHIPPED.glob("*.yaml"))
-SINGLE_SET = {"alpaca", "dolly"}
+SINGLE_SET = {"alpaca", "dolly", "zephyr_sft", "zephyr"}
 # What Mistral 7B Instruct v0.2's model card shows for two turns: [INST] … [/INST] answer</s>[INST] … [/INST]
 INST = (
     "{% for message in messages %}{% if message['role'] == 'user' %}[INST] {{ message['content'] }} [/INST]"
@@ -39,6 +39,8 @@ MODELS = {
     "t0": "t5_v1.1",
     "t0_bart": "bart",
     "tk_instruct": "t5_v1.1",
+    "zephyr_sft": "mistral",
+    "zephyr": "mistral",
 }
 FAR = ("alpaca", "mistral_instruct")
 PAIRS = ("flan", "flan_t5", "t0", "t0_bart", "tk_instruct")  # prompts and answers on two sides of a row
@@ -106,12 +108,12 @@ def tiny(name: str, tokenizer: Path, folder: Path) -> list[str]:
         tasks, _ = select_tasks(shipped.data.entries, shipped.data.hold_out, folder)
         write_datasets(tasks, folder / "data")
         rows = [f"data.root={folder}/data"]
-    model = tiny_model_of(MODELS[name], tokenizer, folder / "model", INST if name == "mistral_instruct" else None)
+    model = tiny_model_of(MODELS[name], tokenizer, folder / "model", INST if MODELS[name] == "mistral" else None)
     return [
         *rows,
         f"storage={folder}/runs",
         f"model={{base: {model}, dtype: float32}}",
-        "data.max_length=384",
+        f"data.max_length={192 if shipped.training.aim.pairs else 384}",
         "data.packing.length=384",
         *(["data.packing.target_length=96"] if shipped.data.packing.target_length else []),
         "data.window=64",
@@ -150,7 +152,8 @@ def test_recipe_makes_packed_rows_in_its_layout(name, tiny_model, tmp_path):
         assert rows["target_ids"].shape[1] == corpus.target_length
         return
     text = corpus.layout.tokenizer.decode(rows["input_ids"][0].tolist(), skip_special=False)
-    shown = {"alpaca": "### Response:", "dolly": "### Response:", "mistral_instruct": "[/INST]"}
+    shown = {"alpaca": "### Response:", "dolly": "### Response:"}
+    shown |= {each: "[/INST]" for each in MODELS if MODELS[each] == "mistral"}
     assert shown.get(name, "<|im_start|>assistant") in text
 
 
@@ -211,5 +214,28 @@ def test_recipe_runs_on_ray_to_an_answered_request(name, tiny_model, ray_cluster
     recipe = load_recipe(SHIPPED / f"{name}.yaml", tiny(name, tiny_model, tmp_path))
     result = road.train(recipe, progress=lambda stage, values: None)
     assert result["steps"] == 2
+    with road.endpoint(result["run"], progress=lambda stage, values: None) as url:
+        assert isinstance(road.ask(url, "Name a colour.", "", max_tokens=4), str)
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_zephyr_is_a_chain_to_an_answered_request(tiny_model, ray_cluster, tmp_path):
+    from apprentice.artifacts import read_contract
+
+    for part in ("first", "second"):
+        (tmp_path / part).mkdir()
+    first = load_recipe(SHIPPED / "zephyr_sft.yaml", tiny("zephyr_sft", tiny_model, tmp_path / "first"))
+    base = f"model={{base: 'run:{first.storage}/zephyr-sft', dtype: float32}}"
+    changes = [*tiny("zephyr", tiny_model, tmp_path / "second"), base, f"storage={first.storage}"]
+    second = load_recipe(SHIPPED / "zephyr.yaml", changes)
+    road.check_order([first, second])
+    for recipe in (first, second):
+        result = road.train(recipe, progress=lambda stage, values: None)
+        assert result["steps"] == 2
+    contract = read_contract(Path(first.storage) / "zephyr" / "model")
+    assert contract is not None
+    assert contract.ancestors[-1] == "run:zephyr-sft"
     with road.endpoint(result["run"], progress=lambda stage, values: None) as url:
         assert isinstance(road.ask(url, "Name a colour.", "", max_tokens=4), str)

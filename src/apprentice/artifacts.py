@@ -38,20 +38,31 @@ NOT_IDENTITY = (
     "evaluation",
     "serving",
 )
+# Keys that came later: at their defaults they are left out, so that a run keeps the identity that it had before.
+LATER = ("training.objective", "training.dpo")
 CONTRACT_FILE = "apprentice.json"
 
 
 def identity(recipe: Recipe) -> dict[str, Any]:
     """Dotted key → value, for every key that shapes learning."""
     keys = _flat(recipe.model_dump(mode="json"))
+    set_keys = _flat(recipe.model_dump(mode="json", exclude_defaults=True))
     tasks = [
         (entry if entry.islower() or "/" not in entry else Path(entry).name)
         if isinstance(entry, str)
         else entry.model_dump(mode="json", exclude_none=True)
         for entry in recipe.data.tasks
     ]
-    kept = {key: value for key, value in keys.items() if not any(key == p or key.startswith(p + ".") for p in NOT_IDENTITY)}
+    kept = {
+        key: value for key, value in keys.items() if not _within(key, NOT_IDENTITY) and (key in set_keys or not _within(key, LATER))
+    }
+    if reference := recipe.training.dpo.reference:
+        kept["training.dpo.reference"] = public_base(reference)
     return kept | {"data.tasks": tasks, "model.base": public_base(recipe.model.base)}
+
+
+def _within(key: str, blocks: tuple[str, ...]) -> bool:
+    return any(key == block or key.startswith(block + ".") for block in blocks)
 
 
 def public_base(base: str) -> str:
@@ -88,6 +99,10 @@ class Run:
     @property
     def index(self) -> Folder:
         return self.folder / "index"
+
+    @property
+    def reference(self) -> Folder:
+        return self.folder / "reference"
 
     @property
     def checkpoints(self) -> Folder:

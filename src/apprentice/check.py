@@ -22,6 +22,7 @@ from apprentice.data.corpus import packing_strategy
 from apprentice.data.pipeline import Corpus, estimate_steps, make_corpus
 from apprentice.data.sources import on_the_hub, resolve
 from apprentice.errors import ApprenticeError, DataError, RecipeError, StorageError
+from apprentice.family import check_writes, family_of
 from apprentice.hub import local_folder, missing_model
 from apprentice.nodes import node_resources
 from apprentice.recipe import Recipe
@@ -93,6 +94,13 @@ def _tasks(recipe: Recipe) -> str:
         raise RecipeError(
             f"data.layout: {recipe.data.layout} has no turns, and task {told[0].name!r} holds conversations; use `layout: chat`."
         )
+    objective = recipe.training.objective
+    single = [task.name for task in tasks if recipe.training.aim.pairs and task.name not in held_out and not task.has_pairs]
+    if single:
+        raise RecipeError(
+            f"training.objective {objective} learns from preferences, and task {single[0]!r} has no rejected answers; name files of"
+            " preferences in data.tasks (`{preferences: pairs.jsonl}`), or hold the task out."
+        )
     return f"{len(tasks)} tasks, {len(held_out)} of them held out"
 
 
@@ -113,8 +121,24 @@ def _model(recipe: Recipe) -> str:
     layout = layout_of(recipe, tokenizer)
     ancestors = check_base(recipe, tokenizer.folder)
     packing_strategy(recipe, tokenizer.folder)
+    _check_reference(recipe, tokenizer)
+    if not recipe.training.aim.head:
+        check_writes(tokenizer.folder)
     line = " → ".join([*ancestors, public_base(recipe.model.base)])
     return f"{line}, layout {layout.name}, an answer ends with {tokenizer.decode(layout.end_ids, skip_special=False)!r}"
+
+
+def _check_reference(recipe: Recipe, tokenizer: Tokenizer) -> None:
+    """Raises `RecipeError` for a reference to which the same answer would be other tokens."""
+    name = recipe.training.dpo.reference
+    if name is None:
+        return
+    folder = local_folder(name)
+    if family_of(folder) != "causal" or Tokenizer(folder).fingerprint != tokenizer.fingerprint:
+        raise RecipeError(
+            f"training.dpo.reference {public_base(name)} has another tokenizer than model.base {public_base(recipe.model.base)}:"
+            " the same answer would be other tokens to it. Leave it out (the base is the reference), or name a model of its kind."
+        )
 
 
 def _storage(recipe: Recipe) -> str:

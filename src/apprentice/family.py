@@ -40,6 +40,20 @@ def family_of(folder: Path) -> Family:
     return "seq2seq" if model_config(folder).get("is_encoder_decoder") else "causal"
 
 
+def gives_rewards(folder: Path) -> bool:
+    """Whether the model in `folder` gives an answer a number and writes none."""
+    return any(str(name).endswith("ForSequenceClassification") for name in model_config(folder).get("architectures") or ())
+
+
+def check_writes(folder: Path) -> None:
+    """Raises `ModelError` for a reward model, which is asked to write."""
+    if gives_rewards(folder):
+        raise ModelError(
+            f"{folder} is a reward model: it gives answers a number and writes none. Score pairs of answers with `apprentice"
+            " evaluate`, or name a model that writes."
+        )
+
+
 def can_pack(folder: Path) -> bool:
     """Whether examples of the model in `folder` can share a row and stay apart."""
     return not_packed_because(folder) is None

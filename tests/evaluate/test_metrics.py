@@ -211,3 +211,13 @@ def test_people_who_summed_up_dialogues(shared_data: Path) -> None:
     columns = [[references[place] for references in right] for place in (0, 1)]
     assert score("bleu", said, right) == pytest.approx(corpus_bleu(said, columns).score)
     assert score("chrf", said, right) == pytest.approx(corpus_chrf(said, columns).score)
+
+
+def test_length_bias_is_how_much_more_often_the_longer_answer_is_said():
+    metric = METRICS["length_bias"]
+    pair = ("long answer", "short")
+    answers = [("long answer", ["short"], pair), ("long answer", ["long answer"], pair), ("short", ["short"], pair)]
+    vectors = metric.of_many([*answers, ("ab", ["cd"], ("ab", "cd"))])
+    assert vectors[:, 0].tolist() == [1.0, 0.0, 0.0, 0.0]
+    assert float(metric.value(vectors.sum(axis=0), np.array(4.0))) == 25.0
+    assert metric.of_one("short", ["long answer"], pair) == 0.0

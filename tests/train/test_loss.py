@@ -10,15 +10,20 @@ from torch import nn
 
 from apprentice.errors import RecipeError
 from apprentice.models.tuning import TUNING_METHODS, trainable
-from apprentice.recipe import Tuning
+from apprentice.recipe import Training, Tuning
 from apprentice.train import loss as losses
-from apprentice.train.loss import PairLoss, TargetLoss, loss_of
+from apprentice.train.loss import PairLoss, TargetLoss
+from apprentice.train.objective import loss_of as loss_for
 from tests.models.architectures import CAUSAL, SEQ2SEQ, made
 from tests.train import pairs
 from tests.train.rows import examples_of, packed_rows, reference_nll
 
 CASES = [(name, attention) for name in CAUSAL for attention in ("sdpa", "eager") if (name, attention) != ("gemma2", "sdpa")]
 PACKED_PAIRS = [(name, attention) for name in SEQ2SEQ if name != "bart" for attention in ("sdpa", "eager")]
+
+
+def loss_of(model: Any) -> TargetLoss:
+    return loss_for(model, Training(steps=1))
 
 
 @pytest.mark.parametrize(("name", "attention"), CASES)

@@ -5,7 +5,7 @@ Knows nothing of Ray's streams or of models.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
@@ -13,15 +13,17 @@ from pathlib import Path
 from apprentice.artifacts import Run
 from apprentice.data.contract import layout_of
 from apprentice.data.index import TaskIndex, freeze
-from apprentice.data.layout import Layout
+from apprentice.data.layout import Exemplar, Layout
 from apprentice.data.pack import Strategy
 from apprentice.data.plan import Plan
+from apprentice.data.reference import Reference
+from apprentice.data.tokenize import Tokenized, encode, encode_pairs
 from apprentice.errors import RecipeError
 from apprentice.family import Family, family_of, not_packed_because
 from apprentice.recipe import Recipe
 from apprentice.storage import Folder
 from apprentice.tasks.loading import select_tasks
-from apprentice.tasks.schema import Task
+from apprentice.tasks.schema import Example, Task
 from apprentice.tokenizer import Tokenizer
 
 # Of a row's tokens that a strategy fills with examples: greedy as measured, and two sides that must both fit waste more.
@@ -44,6 +46,13 @@ class Corpus:
     layout: Layout
     strategy: Strategy = "best_fit"  # of packing, with `auto` resolved
 
+    reference: Mapping[str, Reference] | None = None  # task → what a frozen model says of its pairs
+
+    @property
+    def has_pairs(self) -> bool:
+        """True if each example is a better and a worse answer."""
+        return self.recipe.training.aim.pairs
+
     @property
     def plan(self) -> Plan:
         """The order of training."""
@@ -59,7 +68,7 @@ class Corpus:
     def row_length(self) -> int:
         """Tokens of a packed row, padding included; for an encoder-decoder, those of the encoder."""
         data = self.recipe.data
-        return data.max_length if self.strategy == "none" else data.packing.length
+        return data.max_length * (2 if self.has_pairs else 1) if self.strategy == "none" else data.packing.length
 
     @property
     def target_length(self) -> int | None:
@@ -72,6 +81,12 @@ class Corpus:
         """Bytes of one packed row's arrays."""
         trained_on = self.target_length or self.row_length
         return _TOKEN_BYTES * (self.row_length + (self.target_length or 0)) + trained_on
+
+    def encode(self, items: Sequence[tuple[Example, Sequence[Exemplar]]]) -> list[Tokenized | None]:
+        """Token ids of every example with its exemplars; None where they do not fit (reason `TOO_LONG`)."""
+        if self.has_pairs:
+            return encode_pairs(self.layout, [example for example, _ in items], self.recipe.data.max_length)
+        return encode(self.layout, items, self.recipe.data.max_length, self.target_length)
 
 
 def make_corpus(recipe: Recipe, run: Run, *, parallel: bool = True, to_train: bool = True) -> Corpus:
@@ -101,6 +116,12 @@ def packing_strategy(recipe: Recipe, folder: Path) -> Strategy:
             f"data.packing.target_length is for encoder-decoders, and {recipe.model.base} continues one text; leave it out."
         )
     reason = not_packed_because(folder) or _VIRTUAL.get(recipe.tuning.method)
+    if recipe.training.aim.pairs and (reason is not None or family_of(folder) == "seq2seq"):
+        reason = reason or "an encoder reads a prompt once for each answer"
+        raise RecipeError(
+            f"training.objective {recipe.training.objective} puts both answers of a pair into one row, where they would see each"
+            f" other here: {reason}; use a causal model that packs, and tuning.method full, lora, qlora or adapter."
+        )
     if packing.strategy == "auto":
         return "best_fit" if reason is None else "none"
     if reason is not None and packing.strategy != "none":

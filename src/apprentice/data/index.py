@@ -23,7 +23,7 @@ from apprentice.data.filters import Chosen
 from apprentice.data.layout import Layout
 from apprentice.data.permutation import Numbers, below, draw, key_of, permute
 from apprentice.data.sources import Reader, Source, Split, resolve
-from apprentice.data.tokenize import encode
+from apprentice.data.tokenize import encode, encode_pairs
 from apprentice.errors import DataError, RowError
 from apprentice.recipe import Recipe
 from apprentice.storage import Folder
@@ -341,6 +341,9 @@ def _mean_tokens(task: Task, source: Source | None, kept: Numbers, layout: Layou
     usable = [example for example in examples if example is not None]
     if not usable:
         return 0.0, 0.0
+    if recipe.training.aim.pairs and task.has_pairs:
+        pairs = [tokens for tokens in encode_pairs(layout, usable, recipe.data.max_length) if tokens]
+        return float(np.mean([pair.size for pair in pairs] or [0])), float(np.mean([pair.target_tokens for pair in pairs] or [0]))
     if any(example.has_turns for example in usable):
         told = [tokens for tokens in encode(layout, [(example, ()) for example in usable], recipe.data.max_length) if tokens]
         return (

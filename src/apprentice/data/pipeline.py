@@ -36,6 +36,7 @@ _TYPES = {
     "examples": pa.list_(pa.int64()),
     "example_tasks": pa.list_(pa.int32()),
     "example_targets": pa.list_(pa.int32()),
+    "reference": pa.list_(pa.float32()),
     "dropped": pa.string(),
 }
 SPARE_WINDOWS = 64  # a stream has four times the windows that the run is estimated to need, and these

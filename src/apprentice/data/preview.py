@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from apprentice.data.corpus import Corpus
 from apprentice.data.plan import Draw
 from apprentice.data.render import Renderer
-from apprentice.data.tokenize import TOO_LONG, Tokenized, encode
+from apprentice.data.tokenize import TOO_LONG, Tokenized
 from apprentice.errors import RowError
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ class Shown:
     tokens: int
     target_tokens: int
     truncated: str  # what was cut, or empty
+    rejected: str = ""  # of a pair: the worse answer
 
     @property
     def heading(self) -> str:
@@ -61,7 +62,7 @@ def preview(corpus: Corpus, number: int) -> list[Shown]:
         draws = corpus.plan.draws(start, start + number)
         rendered = zip(draws, renderer.of_draws(draws), strict=True)
         usable = [(draw, item) for draw, item in rendered if not isinstance(item, RowError)]
-        tokenized = encode(corpus.layout, [item for _, item in usable], corpus.recipe.data.max_length, corpus.target_length)
+        tokenized = corpus.encode([item for _, item in usable])
         found += [_shown(corpus, draw, tokens) for (draw, _), tokens in zip(usable, tokenized, strict=True) if tokens is not None]
         if len(found) >= number:
             break
@@ -69,13 +70,16 @@ def preview(corpus: Corpus, number: int) -> list[Shown]:
 
 
 def to_text(shown: Sequence[Shown]) -> Text:
-    """For a terminal: what is trained on in green and between ⟦ and ⟧."""
+    """For a terminal: what is trained on in green and between ⟦ and ⟧, a pair's worse answer in red."""
     from rich.text import Text
 
     text = Text()
     for item in shown:
         text.append(f"{item.heading}\n", "bold").append(f"{item.facts}\n", "dim").append(item.prompt)
-        text.append(f"{OPEN}{item.trained}{CLOSE}", "green").append("\n\n")
+        text.append(f"{OPEN}{item.trained}{CLOSE}", "green")
+        if item.rejected:
+            text.append("\nrejected: ", "dim").append(f"{OPEN}{item.rejected}{CLOSE}", "red")
+        text.append("\n\n")
     return text
 
 
@@ -88,7 +92,7 @@ def trace(corpus: Corpus, positions: Sequence[int]) -> list[Shown]:
         if isinstance(item, RowError):
             found.append(_shown(corpus, draw, Tokenized([], 0, 0, item.reason)))
             continue
-        [tokens] = encode(corpus.layout, [item], corpus.recipe.data.max_length, corpus.target_length)
+        [tokens] = corpus.encode([item])
         found.append(_shown(corpus, draw, tokens or Tokenized([], 0, 0, TOO_LONG)))
     return found
 
@@ -116,7 +120,8 @@ def _shown(corpus: Corpus, draw: Draw, tokens: Tokenized) -> Shown:
         pass_=draw.pass_,
         prompt=decode(tokens.ids[: tokens.prompt_length], skip_special=False),
         trained=_trained(tokens, decode),
-        tokens=len(tokens.ids),
+        tokens=tokens.size,
         target_tokens=tokens.target_tokens,
         truncated=tokens.truncated or "",
+        rejected="" if tokens.rejected is None else _trained(tokens.rejected, decode),
     )

@@ -83,10 +83,11 @@ def _view(corpus: Corpus, rows: Rows, place: int) -> RowView:
         ]
     )
     segments = []
+    answers = 2 if corpus.has_pairs else 1
     for number, position in enumerate(rows["examples"][place].tolist(), start=1):
         parts: list[tuple[str, int, bool]] = []
         for ids, owners in given:
-            here = rows[owners][place] == number
+            here = -(-rows[owners][place] // answers) == number  # a pair is two segments
             apart = owners == "segment_ids" and len(given) == 2  # an encoder's side, which the mask does not speak of
             mask = np.zeros(int(here.sum())) if apart else rows["loss_mask"][place][here]
             parts += _parts(corpus, rows[ids][place][here].tolist(), mask.tolist())

@@ -7,7 +7,7 @@ and what then still does not fit is dropped whole. Knows layouts, not where exam
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -31,11 +31,23 @@ class Tokenized:
     exemplars_used: int
     truncated: str | None  # `CUT_EXEMPLARS`, `CUT_INPUT`, `CUT_TURNS`, `LAST_TURN_ONLY`, or nothing was cut
     untrained: tuple[tuple[int, int], ...] = ()  # stretches behind `prompt_length` that are not: a conversation's later questions
+    rejected: Tokenized | None = None  # of a pair: the same prompt with the worse answer
+
+    @property
+    def answers(self) -> tuple[Tokenized, ...]:
+        """Itself, and of a pair the rejected one after it."""
+        return (self,) if self.rejected is None else (self, self.rejected)
+
+    @property
+    def size(self) -> int:
+        """Tokens, of both answers with their prompts."""
+        return sum(len(answer.ids) for answer in self.answers)
 
     @property
     def target_tokens(self) -> int:
-        """How many tokens are trained on."""
-        return len(self.ids) - self.prompt_length - sum(stop - start for start, stop in self.untrained)
+        """How many tokens are trained on, of both answers."""
+        untrained = sum(stop - start for start, stop in self.untrained)
+        return sum(len(answer.ids) - answer.prompt_length for answer in self.answers) - untrained
 
 
 class Fitted(NamedTuple):
@@ -71,6 +83,31 @@ def encode(
         elif len(prompt) > room:
             fitted = fit_prompt(layout, example, shots, room)
         found.append(fitted and Tokenized(fitted.ids + answer, len(fitted.ids), fitted.exemplars_used, fitted.truncated))
+    return found
+
+
+def encode_pairs(layout: Layout, examples: Sequence[Example], max_length: int) -> list[Tokenized | None]:
+    """Both answers of every example after the same prompt, at most `max_length` tokens each with it; None where they do not fit.
+
+    The prompt has room for the longer answer. Of a conversation the last answer is compared; the earlier ones belong to the prompt.
+    """
+    prompts = layout.encode_prompts(["" if one.has_turns else layout.prompt(one.instruction, one.input) for one in examples])
+    better = layout.encode_answers([example.target for example in examples])
+    worse = layout.encode_answers([example.rejected for example in examples])
+    end = list(layout.end_ids)
+    found: list[Tokenized | None] = []
+    for example, prompt, chosen, rejected in zip(examples, prompts, better, worse, strict=True):
+        room = max_length - max(len(chosen), len(rejected)) - len(end)
+        fitted: Fitted | None = Fitted(prompt, 0, None)
+        if room <= 0:
+            fitted = None
+        elif example.has_turns or len(prompt) > room:
+            fitted = fit_prompt(layout, example, (), room)
+        if fitted is None:
+            found.append(None)
+            continue
+        both = [Tokenized(fitted.ids + ids + end, len(fitted.ids), 0, fitted.truncated) for ids in (chosen, rejected)]
+        found.append(replace(both[0], rejected=both[1]))
     return found
 
 

@@ -18,7 +18,12 @@ the answers in columns of their own, where `length` is `Corpus.row_length` and `
 
 What the decoder reads is `pack.decoder_inputs(target_ids, target_positions, start_id)`: shifted within each example. Attention
 stays inside equal segment numbers: encoder to encoder, decoder to earlier decoder, decoder to encoder; 0 is padding.
-For both:
+A preference is two examples of a causal model in one row, the better answer before the worse one: segments 1 and 2 are the first
+pair, 3 and 4 the second. It has one column more:
+
+    reference        float32 (any,)     what the reference gives to the answers in order: log-probabilities, or zeros
+
+For all of them, where a pair counts as one example:
 
     window, row      int64, int32       where the row stands in the stream
     examples         int64 (any,)       the plan's positions of its examples, in row order
@@ -45,8 +50,8 @@ from apprentice.data.layout import Exemplar
 from apprentice.data.pack import Rows, build_pairs, build_rows, pack, pack_pairs
 from apprentice.data.permutation import below, draw, key_of, permute
 from apprentice.data.plan import Draw
-from apprentice.data.render import Rendered, Renderer
-from apprentice.data.tokenize import TOO_LONG, Tokenized, encode
+from apprentice.data.render import Renderer
+from apprentice.data.tokenize import TOO_LONG, Tokenized
 from apprentice.errors import RowError
 from apprentice.tasks.schema import Example, Task
 
@@ -56,6 +61,7 @@ class _Item(NamedTuple):
 
     number: int  # position in the plan, or the source's row number for validation
     task: int  # number in `Corpus.tasks`
+    row: int  # in the task's training source
     tokens: Tokenized
 
 
@@ -74,8 +80,7 @@ class WindowRenderer:
         """
         recipe = self.corpus.recipe
         draws = self.corpus.plan.draws(window * recipe.data.window, (window + 1) * recipe.data.window)
-        labels = [(draw.position, draw.task) for draw in draws]
-        items, counts = self._items(labels, self._renderer.of_draws(draws))
+        items, counts = self._items(draws)
         rows = _packed(self.corpus, items)
         if self.corpus.strategy == "none":
             rows = _by_length(items, rows, recipe.training.global_batch, key_of(recipe.seed, "rows", window))
@@ -93,8 +98,7 @@ class WindowRenderer:
         items: list[_Item] = []
         room = limit_rows * self.corpus.row_length
         for draws in _validation_draws(self.corpus):
-            labels = [(draw.row, draw.task) for draw in draws]
-            found, _ = self._items(labels, self._renderer.of_draws(draws))
+            found = [item._replace(number=item.row) for item in self._items(draws)[0]]
             ends = np.cumsum([_room_of(self.corpus, item) for item in found])
             items += found[: int(np.searchsorted(ends, room, side="right"))]
             room -= int(ends[-1]) if found else 0
@@ -106,37 +110,42 @@ class WindowRenderer:
             rows = _packed(self.corpus, items)
         return self._columns(items, rows, 0, {})
 
-    def _items(
-        self, labels: Sequence[tuple[int, str]], rendered: Sequence[Rendered | RowError]
-    ) -> tuple[list[_Item], dict[str, Counter[str]]]:
-        """The usable examples, and what was dropped or cut; a label is (number, task)."""
+    def zero_shot(self, task: Task, rows: Sequence[int]) -> Rows:
+        """The packed rows of these training rows of `task`, each in its first wording; `examples` are source row numbers."""
+        template = (task.scored_templates or task.templates)[0].name
+        draws = [Draw(row, task.name, "zero_shot", template, row, (), 0) for row in rows]
+        items, _ = self._items(draws)
+        return self._columns(items, _packed(self.corpus, items), 0, {})
+
+    def _items(self, draws: Sequence[Draw]) -> tuple[list[_Item], dict[str, Counter[str]]]:
+        """The usable examples, and what was dropped or cut."""
         counts: dict[str, Counter[str]] = {}
-        kept: list[tuple[int, str]] = []
+        kept: list[Draw] = []
         given: list[tuple[Example, Sequence[Exemplar]]] = []
-        for label, found in zip(labels, rendered, strict=True):
+        for drawn, found in zip(draws, self._renderer.of_draws(draws), strict=True):
             if isinstance(found, RowError):
-                counts.setdefault(label[1], Counter())[found.reason] += 1
+                counts.setdefault(drawn.task, Counter())[found.reason] += 1
             else:
-                kept.append(label)
+                kept.append(drawn)
                 given.append(found)
         items: list[_Item] = []
-        limits = (self.corpus.recipe.data.max_length, self.corpus.target_length)
-        tokenized = encode(self.corpus.layout, given, *limits)
-        for (number, task), tokens in zip(kept, tokenized, strict=True):
+        for drawn, tokens in zip(kept, self.corpus.encode(given), strict=True):
             if tokens is not None:
-                items.append(_Item(number, self._task_number[task], tokens))
+                items.append(_Item(drawn.position, self._task_number[drawn.task], drawn.row, tokens))
             if reason := TOO_LONG if tokens is None else tokens.truncated:
-                counts.setdefault(task, Counter())[reason] += 1
+                counts.setdefault(drawn.task, Counter())[reason] += 1
         return items, counts
 
     def _columns(self, items: Sequence[_Item], rows: Sequence[Sequence[int]], window: int, counts: dict[str, Counter[str]]) -> Rows:
-        lengths = _numbers(len(item.tokens.ids) for item in items)
-        prompts = _numbers(item.tokens.prompt_length for item in items)
-        ids = np.fromiter(chain.from_iterable(item.tokens.ids for item in items), np.int32, int(lengths.sum()))
+        texts = [answer for item in items for answer in item.tokens.answers]
+        lengths = _numbers(len(text.ids) for text in texts)
+        prompts = _numbers(text.prompt_length for text in texts)
+        ids = np.fromiter(chain.from_iterable(text.ids for text in texts), np.int32, int(lengths.sum()))
+        laid = [[2 * place + side for place in row for side in (0, 1)] for row in rows] if self.corpus.has_pairs else rows
         sizes = (self.corpus.row_length, self.corpus.target_length)
         pad_id = self.corpus.layout.tokenizer.pad_id
         if sizes[1] is None:
-            columns = build_rows(ids, lengths, prompts, rows, sizes[0], pad_id, _untrained(items, lengths))
+            columns = build_rows(ids, lengths, prompts, laid, sizes[0], pad_id, _untrained(texts, lengths))
         else:
             columns = build_pairs(ids, lengths, prompts, rows, (sizes[0], sizes[1]), pad_id)
         order = _numbers(chain.from_iterable(rows))
@@ -145,8 +154,11 @@ class WindowRenderer:
             "example_tasks": _numbers(item.task for item in items)[order].astype(np.int32),
             "example_targets": _numbers(item.tokens.target_tokens for item in items)[order].astype(np.int32),
         }
+        if self.corpus.has_pairs:
+            per_example["reference"] = np.array([self._reference(item) for item in items], np.float32).reshape(-1, 2)[order]
         ends = np.cumsum([len(row) for row in rows], dtype=np.int64)
-        columns |= {name: _ragged(np.split(values, ends[:-1]) if rows else []) for name, values in per_example.items()}
+        cut = {name: np.split(values, ends[:-1]) if rows else [] for name, values in per_example.items()}
+        columns |= {name: _ragged([part.reshape(-1) for part in parts]) for name, parts in cut.items()}
         columns["window"] = np.full(len(rows), window, np.int64)
         columns["row"] = np.arange(len(rows), dtype=np.int32)
         columns["dropped"] = np.full(len(rows), "", object)
@@ -154,21 +166,27 @@ class WindowRenderer:
             columns["dropped"][0] = json.dumps({task: dict(counts[task]) for task in sorted(counts)})
         return columns
 
+    def _reference(self, item: _Item) -> tuple[float, float]:
+        """What the reference gives to both answers of a pair; zeros where there is none."""
+        if self.corpus.reference is None:
+            return 0.0, 0.0
+        return self.corpus.reference[self.corpus.tasks[item.task].name].of(item.row)
 
-def _untrained(items: Sequence[_Item], lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+
+def _untrained(texts: Sequence[Tokenized], lengths: NDArray[np.int64]) -> NDArray[np.int64]:
     """Places, in all examples one after the other, of what conversations hold behind their first prompt and do not train on."""
     starts = np.cumsum(lengths) - lengths
     parts = [
         np.arange(start + first, start + last)
-        for start, item in zip(starts.tolist(), items, strict=True)
-        for first, last in item.tokens.untrained
+        for start, text in zip(starts.tolist(), texts, strict=True)
+        for first, last in text.untrained
     ]
     return np.concatenate([np.zeros(0, np.int64), *parts])
 
 
 def _packed(corpus: Corpus, items: Sequence[_Item]) -> list[list[int]]:
     if corpus.target_length is None:
-        return pack([len(item.tokens.ids) for item in items], corpus.row_length, corpus.strategy)
+        return pack([item.tokens.size for item in items], corpus.row_length, corpus.strategy)
     pairs = [(item.tokens.prompt_length, len(item.tokens.ids) - item.tokens.prompt_length) for item in items]
     return pack_pairs(pairs, (corpus.row_length, corpus.target_length), corpus.strategy)
 
@@ -178,7 +196,7 @@ def _room_of(corpus: Corpus, item: _Item) -> int:
     if corpus.strategy == "none":
         return corpus.row_length
     if corpus.target_length is None:
-        return len(item.tokens.ids)
+        return item.tokens.size
     targets = len(item.tokens.ids) - item.tokens.prompt_length
     return max(item.tokens.prompt_length, -(-targets * corpus.row_length // corpus.target_length))
 
@@ -188,7 +206,7 @@ def _by_length(items: Sequence[_Item], rows: list[list[int]], together: int, key
 
     A step of such rows pads little; which lengths come when is left to chance.
     """
-    ascending = sorted(rows, key=lambda row: len(items[row[0]].tokens.ids))
+    ascending = sorted(rows, key=lambda row: items[row[0]].tokens.size)
     groups = [ascending[start : start + together] for start in range(0, len(ascending), together)]
     return [row for number in permute(np.arange(len(groups)), max(len(groups), 1), key) for row in groups[number]]
 

@@ -120,6 +120,14 @@ def _labels(prediction: str, references: Sequence[str], choices: Sequence[str] =
     return tuple(vector)
 
 
+def _longer(prediction: str, references: Sequence[str], choices: Sequence[str] = ()) -> tuple[float, ...]:
+    """Whether the longest of the choices (in characters) was said, less whether it was right; 0 where all are equally long."""
+    sizes = {len(choice.strip()) for choice in choices}
+    if len(sizes) < 2:
+        return (0.0,)
+    return (float(len(prediction.strip()) == max(sizes)) - float(len(references[0].strip()) == max(sizes)),)
+
+
 def label_of(text: str, choices: Sequence[str]) -> int:
     """The place of `text` among `choices`; what is none of them is a label of its own, after the last."""
     return next((place for place, choice in enumerate(choices) if choice.strip() == text.strip()), len(choices))
@@ -217,6 +225,8 @@ METRICS: dict[str, Metric] = {
     "chrf": Metric("chrF", _chrf, _corpus_chrf, signature=_chrf_signature),
     "matthews": Metric("Matthews", _labels, _matthews, single="accuracy"),
     "label_distribution": Metric("label distribution", _labels, _agreement, single="accuracy"),
+    # In points: +10 says the longer answer of a pair ten times in a hundred more often than it is the better one.
+    "length_bias": Metric("length bias", _longer, _mean, single="accuracy"),
     # As Super-NaturalInstructions scores: with a stemmer, and articles count.
     "ni_rouge_l": Metric("ROUGE-L (NI)", _rouge("rougeL", stemmer=True), _mean),
     "ni_exact_match": Metric("exact match (NI)", _ni_exact_match, _mean),

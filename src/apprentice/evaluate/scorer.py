@@ -12,12 +12,14 @@ import pyarrow as pa
 import torch
 
 from apprentice.data.layout import Layout
-from apprentice.errors import ApprenticeError
+from apprentice.errors import ApprenticeError, EvaluationError
 from apprentice.evaluate.generate import reply
 from apprentice.evaluate.pool import Pool
 from apprentice.evaluate.predictions import ENCODED
 from apprentice.evaluate.rank import by_prior
+from apprentice.family import gives_rewards
 from apprentice.models.loading import count_parameters, load_model, resolve_dtype
+from apprentice.models.reward import choice_rewards, is_reward
 from apprentice.models.scoring import choice_logprobs
 from apprentice.recipe import Model
 
@@ -62,7 +64,7 @@ class Scorer:
         """A block of the schema `ASKED`, all of it ranked or all of it generated, becomes one of `ANSWERED`."""
         asked = block.to_pylist()
         try:
-            answers = self._ranked(asked) if asked[0]["choices"] else reply(self._model, asked, self._manner)
+            answers = self._ranked(asked) if asked[0]["choices"] else self._written(asked)
         except ApprenticeError as error:
             return pa.Table.from_pylist([{"failure": str(error)}], schema=ANSWERED)
         rows = [{"place": question["place"], **answer} for question, answer in zip(asked, answers, strict=True)]
@@ -70,12 +72,21 @@ class Scorer:
 
     def _ranked(self, asked: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         choices = [question["choice_ids"] for question in asked]
-        sums = choice_logprobs(self._model, [question["prompt_ids"] for question in asked], choices)
+        scores = choice_rewards if is_reward(self._model) else choice_logprobs
+        sums = scores(self._model, [question["prompt_ids"] for question in asked], choices)
         if not self._manner.priors:
             return [{"choice_logprobs": found} for found in sums]
         empty = self._manner.empty_prompt
         priors = by_prior(asked, lambda lists: choice_logprobs(self._model, [empty] * len(lists), lists))
         return [{"choice_logprobs": found, "choice_priors": prior} for found, prior in zip(sums, priors, strict=True)]
+
+    def _written(self, asked: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        if is_reward(self._model):
+            raise EvaluationError(
+                f"{self._folder} is a reward model and writes nothing, but some tasks are scored by what is written; leave out"
+                " those that have no choices."
+            )
+        return reply(self._model, asked, self._manner)
 
     @cached_property
     def _model(self) -> Any:
@@ -86,7 +97,9 @@ def model_on(folder: Path, settings: Model, pool: Pool) -> Any:
     """The model in `folder`, loaded as `settings` say where a worker of `pool` runs."""
     torch.set_num_threads(pool.cpus)
     device = "cuda" if pool.gpus else "cpu"
-    loaded: Any = load_model(folder, resolve_dtype(settings.dtype, device), settings.attention, trust=settings.trust)
+    head = 0 if gives_rewards(folder) else None
+    dtype = resolve_dtype(settings.dtype, device)
+    loaded: Any = load_model(folder, dtype, settings.attention, head=head, trust=settings.trust)
     return loaded.to(device)
 
 

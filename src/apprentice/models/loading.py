@@ -15,11 +15,17 @@ from pickle import UnpicklingError  # nosec B403
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+)
 from transformers.utils import logging as transformers_logging
 
 from apprentice.errors import ModelError, RecipeError
-from apprentice.family import FAMILIES, NO_FLOAT16, family_of, model_config
+from apprentice.family import FAMILIES, NO_FLOAT16, check_writes, family_of, gives_rewards, model_config
 from apprentice.hub import local_folder
 from apprentice.models import adapter as adapters
 from apprentice.models.trust import check_model_folder
@@ -27,6 +33,7 @@ from apprentice.models.trust import check_model_folder
 FAST_BFLOAT16 = ("amx_bf16", "avx512_bf16")  # what a CPU multiplies bfloat16 with, as PyTorch names it
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _ATTENTION = {"flash": "flash_attention_2", "flex": "flex_attention"}  # the recipe's words that transformers calls otherwise
+SCORE = "score"  # the layer of a reward model that gives the number
 ADAPTER = "adapter"  # folder beside the weights, with what cannot be merged into them
 
 
@@ -70,17 +77,26 @@ def resolve_attention(name: str, device: str = "cpu") -> str | None:
 
 
 def load_model(
-    base: str | Path, dtype: torch.dtype, attention: str = "auto", *, four_bit: bool = False, trust: bool = False
+    base: str | Path,
+    dtype: torch.dtype,
+    attention: str = "auto",
+    *,
+    four_bit: bool = False,
+    head: int | None = None,
+    trust: bool = False,
 ) -> PreTrainedModel:
     """The model `base` (folder, hub id or packaged model) on the CPU, in evaluation mode; `apprentice.family` tells which kind.
 
-    An adapter that was exported beside the weights is attached. `four_bit` quantizes the weights onto the GPU. Raises `ModelError`
-    if the model cannot be found, is no language model, or lacks weights; and, unless `trust`, if it would read a pickle or run
-    code of the model's own.
+    An adapter that was exported beside the weights is attached. `four_bit` quantizes the weights onto the GPU. `head` asks for a
+    reward model: where the folder holds none, its last layer begins from that seed. Raises `ModelError` if the model cannot be
+    found, is no language model (or none that can give rewards), or lacks weights; and, unless `trust`, if it would read a pickle or
+    run code of the model's own.
     """
     folder = local_folder(str(base))
     check_model_folder(folder, trust=trust)
     family = family_of(folder)
+    if head is None:
+        check_writes(folder)
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     implementation = resolve_attention(attention, "cuda" if torch.cuda.is_available() else "cpu")
@@ -91,8 +107,12 @@ def load_model(
         )
     chosen |= {"trust_remote_code": trust, "use_safetensors": None if trust else True}
     loader: Any = AutoModelForSeq2SeqLM if family == "seq2seq" else AutoModelForCausalLM
+    if head is not None:
+        loader, chosen["num_labels"] = AutoModelForSequenceClassification, 1
     try:
-        model, found = loader.from_pretrained(folder, dtype=dtype, local_files_only=True, output_loading_info=True, **chosen)
+        with torch.random.fork_rng():
+            torch.manual_seed(head or 0)
+            model, found = loader.from_pretrained(folder, dtype=dtype, local_files_only=True, output_loading_info=True, **chosen)
     except (OSError, ValueError, ImportError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ModelError(f"{folder} cannot be loaded as a {FAMILIES[family]}: {reason}") from error
@@ -100,8 +120,11 @@ def load_model(
         raise ModelError(
             f"the pickled weights in {folder} hold more than numbers, and are not read even with model.trust."
         ) from error
-    if missing := sorted(found["missing_keys"]):
+    fresh = {f"{SCORE}.weight"} if head is not None and not gives_rewards(folder) else set()
+    if missing := sorted(set(found["missing_keys"]) - fresh):
         raise ModelError(f"{folder} lacks weights, {missing[0]!r} among them; fetch or export the model again.")
+    if head is not None and model.config.pad_token_id is None:
+        model.config.pad_token_id = 0  # transformers asks for one; which place counts is decided by position here
     loaded: PreTrainedModel = _attach(model, folder / ADAPTER).eval()
     return loaded
 

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from apprentice.errors import ModelError, RecipeError
 from apprentice.models.adapter import add_adapters, save_adapters
+from apprentice.models.loading import SCORE
 from apprentice.recipe import Tuning
 
 
@@ -75,6 +76,8 @@ def _wrap_adapter(model: PreTrainedModel, tuning: Tuning, seed: int) -> nn.Modul
 
 
 def _task_type(model: PreTrainedModel) -> Any:
+    if hasattr(model, SCORE):
+        return "SEQ_CLS"  # the new layer is trained beside the matrices
     return "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
 
 

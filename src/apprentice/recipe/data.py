@@ -101,6 +101,7 @@ COLLECTION_KEYS: dict[str, tuple[str, ...]] = {
     "promptsource": ("dataset", "splits", "columns", "templates"),
     "natural_instructions": ("definition", "positive", "negative", "explanations", "official_splits"),
     **dict.fromkeys(("conversations", "alpaca", "dolly", "self_instruct", "p3"), ("test",)),
+    "preferences": ("test", "splits"),
 }
 
 
@@ -112,6 +113,11 @@ class Collection(Strict):
     )
     natural_instructions: str | None = Field(None, description="Task files of Super-NaturalInstructions: a path or a glob.")
     conversations: str | None = Field(None, description="File with ShareGPT's `conversations` or OpenAI's `messages`.")
+    preferences: str | None = Field(
+        None,
+        description="File with columns prompt, chosen and rejected: texts or messages, where the prompt may stand in the other two."
+        " With `splits`, a dataset under `data.root` or on the hub: `HuggingFaceH4/ultrafeedback_binarized`.",
+    )
     alpaca: str | None = Field(None, description="File with columns instruction, input and output.")
     dolly: str | None = Field(None, description="File with columns instruction, context and response.")
     self_instruct: str | None = Field(None, description="File with columns instruction and instances, of which the first is used.")
@@ -134,8 +140,11 @@ class Collection(Strict):
         if len(given) != 1:
             raise ValueError(f"a collection has exactly one of the keys {', '.join(COLLECTION_KEYS)}")
         allowed = COLLECTION_KEYS[given[0]]
-        if strange := [key for key in self.model_fields_set if key not in (*allowed, given[0], "cluster")]:
+        written = [key for key in type(self).model_fields if getattr(self, key) is not None]  # a resolved recipe names every key
+        if strange := [key for key in written if key not in (*allowed, given[0], "cluster")]:
             raise ValueError(f"`{strange[0]}` does not belong to `{given[0]}`, which takes {', '.join((*allowed, 'cluster'))}")
+        if self.preferences is not None and self.test is not None and self.splits is not None:
+            raise ValueError("with `splits`, `preferences` is a dataset, which has its own test rows; leave out `test`")
         return self
 
 

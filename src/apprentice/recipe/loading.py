@@ -95,18 +95,26 @@ def _with_absolute_paths(recipe: Recipe, folder: Path) -> Recipe:
         named = paths.get("promptsource", ".")
         if not named.startswith((".", "/", "~")) and not named.endswith((".yaml", ".yml")):
             return entry  # a name stays one
+        if entry.preferences is not None and entry.splits is not None:
+            return entry  # and so does a dataset's
         return entry.model_copy(update={key: absolute(path) for key, path in paths.items()})
 
     roots = {key: path and absolute(path) for key, path in (("root", recipe.data.root), ("promptsource", recipe.data.promptsource))}
     data = recipe.data.model_copy(update={"tasks": tuple(map(located, recipe.data.tasks)), **roots})
-    storage, base = absolute(recipe.storage), recipe.model.base
-    if base.startswith(RUN):
-        named = base.removeprefix(RUN)
-        base = f"{RUN}{named if is_uri(named) or Path(named).is_absolute() else f'{storage}/{named}'}"
-    elif base.startswith((".", "/", "~")):
-        base = absolute(base)
-    model = recipe.model.model_copy(update={"base": base})
-    return recipe.model_copy(update={"storage": storage, "data": data, "model": model})
+    storage = absolute(recipe.storage)
+
+    def located_base(base: str) -> str:
+        if base.startswith(RUN):
+            named = base.removeprefix(RUN)
+            return f"{RUN}{named if is_uri(named) or Path(named).is_absolute() else f'{storage}/{named}'}"
+        return absolute(base) if base.startswith((".", "/", "~")) else base
+
+    model = recipe.model.model_copy(update={"base": located_base(recipe.model.base)})
+    changed: dict[str, Any] = {"storage": storage, "data": data, "model": model}
+    if reference := recipe.training.dpo.reference:
+        dpo = recipe.training.dpo.model_copy(update={"reference": located_base(reference)})
+        changed["training"] = recipe.training.model_copy(update={"dpo": dpo})
+    return recipe.model_copy(update=changed)
 
 
 def _sentence(error: ValidationError, file: Path, text: str) -> str:

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from apprentice.recipe.objective import DPO, OBJECTIVES, Objective, ObjectiveName
 from apprentice.recipe.strict import Positive, Share, Strict
 
 
@@ -83,6 +84,11 @@ class Checkpointing(Strict):
 class Training(Strict):
     """The run on Ray Train and DeepSpeed."""
 
+    objective: ObjectiveName = Field(
+        "sft",
+        description="sft: answers; dpo: pairs of a better and a worse answer; reward: a model that scores answers, from pairs.",
+    )
+    dpo: DPO = DPO()
     workers: Positive | WorkerRange = 1
     resources: Resources = Resources()
     steps: Positive | None = None
@@ -100,6 +106,11 @@ class Training(Strict):
     hang_timeout_s: float = Field(1800.0, gt=0.0, description="Seconds after which a collective that does not end is an error.")
 
     @property
+    def aim(self) -> Objective:
+        """What the objective needs."""
+        return OBJECTIVES[self.objective]
+
+    @property
     def max_workers(self) -> int:
         return self.workers.max if isinstance(self.workers, WorkerRange) else self.workers
 
@@ -109,6 +120,8 @@ class Training(Strict):
 
     @model_validator(mode="after")
     def _one_end_and_even_batch(self) -> Self:
+        if self.objective != "dpo" and self.dpo != DPO():
+            raise ValueError(f"the block `dpo` belongs to `objective: dpo`, and the objective is {self.objective}")
         given = [end for end in (self.steps, self.tokens, self.epochs) if end is not None]
         if len(given) != 1:
             raise ValueError("give exactly one of `steps`, `tokens` and `epochs`")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from apprentice.recipe.data import Data
 from apprentice.recipe.evaluation import Evaluation
@@ -41,3 +41,26 @@ class Recipe(Strict):
     training: Training
     evaluation: Evaluation = Evaluation()
     serving: Serving = Serving()
+
+    @property
+    def head(self) -> int | None:
+        """The seed of a reward model's last layer; None for a model that writes."""
+        return self.seed if self.training.aim.head else None
+
+    @model_validator(mode="after")
+    def _pairs_fit(self) -> Self:
+        if not self.training.aim.pairs:
+            return self
+        objective, data = self.training.objective, self.data
+        if 2 * data.max_length > data.packing.length:
+            raise ValueError(
+                f"training.objective {objective} puts both answers of a pair, each with its prompt, into one row: packing.length"
+                f" {data.packing.length} must be at least twice max_length {data.max_length}"
+            )
+        if self.training.aim.head and self.tuning.method not in ("full", "lora", "qlora"):
+            raise ValueError(f"training.objective reward adds a layer, which tuning.method {self.tuning.method} has no place for")
+        if self.training.aim.head and self.evaluation.rank_by != "sum":
+            raise ValueError("evaluation.rank_by compares log-probabilities, and objective reward gives numbers; leave it out")
+        if data.formats.zero_shot != 1.0:
+            raise ValueError(f"training.objective {objective} shows no exemplars and inverts nothing; leave out data.formats")
+        return self

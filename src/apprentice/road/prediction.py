@@ -8,7 +8,7 @@ from typing import Any
 from apprentice.artifacts import find_run
 from apprentice.data.contract import layout_beside
 from apprentice.errors import RunError
-from apprentice.family import model_config
+from apprentice.family import check_writes, model_config
 from apprentice.hub import local_folder
 from apprentice.recipe import Model, find_recipe, load_recipe
 from apprentice.road.data import Progress
@@ -39,6 +39,7 @@ def predict(
     if run is not None and not run.is_trained:
         raise RunError(f"run {run.name!r} has no trained model yet; train it first.")
     folder = run.model.local if run is not None else local_folder(target)
+    check_writes(folder)
     layout = layout_beside(folder, None if run is not None else contract_for(folder, contract, recipe, storage))
     if run is not None:
         model = run.recipe().model

@@ -35,6 +35,7 @@ def _step_line(values: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "step": f"{values['step']}/{values['steps']}",
         "loss": values["loss"],
+        **{name: values[name] for name in ("accuracy", "margin") if name in values},
         "learning_rate": values["learning_rate"],
         "tokens_per_s": values["tokens_per_s"],
         "waiting_for_data_share": values["data_wait"],

@@ -27,6 +27,7 @@ from ray.serve.schema import ApplicationStatus, LoggingConfig
 from apprentice.artifacts import PromptContract, read_contract
 from apprentice.data.contract import layout_beside
 from apprentice.errors import ResourcesError, ServingError
+from apprentice.family import check_writes
 from apprentice.recipe import Replicas, Serving
 from apprentice.serve.ingress import build_app
 from apprentice.serve.keys import KEYS_FILE, Keys
@@ -76,6 +77,7 @@ def check(folder: Path, serving: Serving, contract: PromptContract | None = None
         )
     if keys_file is not None:
         Keys(keys_file)
+    check_writes(folder)
     layout_beside(folder, contract)
     if serving.port:
         _bind(serving.host, serving.port)

@@ -6,7 +6,7 @@ Knows nothing of recipes or of chat templates.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from apprentice.errors import RowError
@@ -50,22 +50,29 @@ class ConversationTemplate(Template):
         messages = row.get("messages") or row.get("conversations")
         if not messages:
             raise RowError("null", f"task {task!r}: the row has neither `messages` nor `conversations`.")
-        said = [_message(task, message) for message in messages]
-        system = str(row.get("system") or "").strip()
-        if said[0][0] == "system":
-            system = said.pop(0)[1] or system
-        if said and said[-1][0] == "user":
+        said = [message_of(task, message) for message in messages]
+        if said[-1][0] == "user":
             said.pop()
-        if not said or [role for role, _ in said] != ["user", "assistant"] * (len(said) // 2):
-            raise RowError("turns", f"task {task!r}: the turns are not questions and answers by turns, beginning with a question.")
-        if not all(text for role, text in said if role == "assistant"):
-            raise RowError("empty_answer", f"task {task!r}: an answer is empty.")
-        turns = tuple((asked, answer) for (_, asked), (_, answer) in zip(said[::2], said[1::2], strict=True))
+        system, turns = exchanges(task, said, str(row.get("system") or "").strip())
         asked, answer = turns[-1]
         return Example(task, self.name, asked, "", answer, (), (answer,), turns[:-1], system)
 
 
-def _message(task: str, message: Mapping[str, Any]) -> tuple[str, str]:
+def exchanges(task: str, said: Sequence[tuple[str, str]], system: str) -> tuple[str, tuple[tuple[str, str], ...]]:
+    """The system text (that of a first message, or else `system`), and questions with their answers, of (role, text) messages.
+
+    Raises `RowError` with reason `turns` or `empty_answer`.
+    """
+    if said and said[0][0] == "system":
+        system, said = said[0][1] or system, said[1:]
+    if not said or [role for role, _ in said] != ["user", "assistant"] * (len(said) // 2):
+        raise RowError("turns", f"task {task!r}: the turns are not questions and answers by turns, beginning with a question.")
+    if not all(text for role, text in said if role == "assistant"):
+        raise RowError("empty_answer", f"task {task!r}: an answer is empty.")
+    return system, tuple((asked, answer) for (_, asked), (_, answer) in zip(said[::2], said[1::2], strict=True))
+
+
+def message_of(task: str, message: Mapping[str, Any]) -> tuple[str, str]:
     """(role, text) of one message, in either way of writing it."""
     written = message.get("role") or message.get("from")
     role = ROLES.get(str(written).lower())

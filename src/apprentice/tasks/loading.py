@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 from apprentice.errors import TaskError, did_you_mean
 from apprentice.tasks.conversations import conversation_tasks
 from apprentice.tasks.natural_instructions import instruction_tasks
+from apprentice.tasks.preferences import preference_tasks
 from apprentice.tasks.promptsource import prompt_tasks
 from apprentice.tasks.records import KINDS, record_tasks
 from apprentice.tasks.schema import SourceSpec, Task, Template
@@ -24,6 +25,7 @@ COLLECTIONS: dict[str, Callable[[Mapping[str, Any]], list[Task]]] = {
     "promptsource": prompt_tasks,
     "natural_instructions": instruction_tasks,
     "conversations": conversation_tasks,
+    "preferences": preference_tasks,
     **dict.fromkeys(KINDS, record_tasks),
 }
 

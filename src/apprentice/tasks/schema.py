@@ -64,6 +64,7 @@ Metric = Literal[
     "chrf",
     "matthews",
     "label_distribution",
+    "length_bias",
     "ni_rouge_l",
     "ni_exact_match",
 ]
@@ -83,6 +84,7 @@ class Example:
     references: tuple[str, ...] = ()  # all answers that count as right; the target is the first
     history: tuple[tuple[str, str], ...] = ()  # earlier questions and answers of a conversation; the answers are learnt too
     system: str = ""  # the conversation's own system text
+    rejected: str = ""  # of a preference: the answer that is worse than the target
 
     @property
     def has_turns(self) -> bool:
@@ -168,6 +170,11 @@ class Template(_Strict):
         return False
 
     @property
+    def has_pairs(self) -> bool:
+        """True if its examples have a rejected answer too."""
+        return False
+
+    @property
     def optional_names(self) -> frozenset[str]:
         """Those of `names` that a source may lack, or that may be null; only where the template is whole."""
         return frozenset()
@@ -242,6 +249,11 @@ class Task(_Strict):
         return all(template.is_whole for template in self.templates)
 
     @cached_property
+    def has_pairs(self) -> bool:
+        """True if every example of it has a better and a worse answer."""
+        return all(template.has_pairs for template in self.templates)
+
+    @cached_property
     def template_by_name(self) -> dict[str, Template]:
         return {template.name: template for template in self.templates}
 
@@ -309,7 +321,8 @@ class Task(_Strict):
     def _render(self, row: Mapping[str, Any], template: Template) -> Example:
         if template.is_whole:
             example = template.example(self.name, row)
-            if REPLACEMENT_CHARACTER in f"{example.instruction}{example.input}{example.target}{example.history}{example.system}":
+            texts = (example.instruction, example.input, example.target, example.rejected, example.history, example.system)
+            if any(REPLACEMENT_CHARACTER in str(text) for text in texts):
                 raise RowError("broken_character", f"task {self.name!r}: the row holds U+FFFD.")
             return example
         values = dict(row)

@@ -28,7 +28,7 @@ class RowFacts(NamedTuple):
 
 
 class Micro(NamedTuple):
-    """What one forward pass takes: the tensors of `TargetLoss`, or of `PairLoss` for an encoder-decoder, in their order."""
+    """What one forward pass takes: the arguments of `TargetLoss`, `PairLoss` (encoder-decoders) or `PreferenceLoss`, in order."""
 
     tensors: tuple[Tensor | None, ...]
 
@@ -66,6 +66,7 @@ class PackedRows:
     target_ids: NDArray[Any] | None = None
     target_positions: NDArray[Any] | None = None
     target_segment_ids: NDArray[Any] | None = None
+    reference: list[NDArray[Any]] | None = None  # of preferences: each row's (answers,), the reference's log-probabilities
 
     @classmethod
     def of(cls, columns: Mapping[str, Any]) -> PackedRows:
@@ -78,7 +79,8 @@ class PackedRows:
             RowFacts(int(window), int(row), _ints(examples), _ints(tasks), _ints(targets), json.loads(dropped) if dropped else {})
             for window, row, examples, tasks, targets, dropped in zip(*(columns[name] for name in names), strict=True)
         ]
-        return cls(**table, facts=facts)
+        reference = [np.asarray(row) for row in columns["reference"]] if "reference" in columns else None
+        return cls(**table, facts=facts, reference=reference)
 
     def __len__(self) -> int:
         return len(self.facts)
@@ -95,6 +97,11 @@ class PackedRows:
         counted = self.loss_mask[:, 1:] if self.target_ids is None else self.loss_mask
         return int((counted > 0).sum())
 
+    @property
+    def counted(self) -> int:
+        """What the loss is a mean over: pairs of preferences, or else target tokens."""
+        return self.targets if self.reference is None else sum(len(row.examples) for row in self.facts)
+
     def micros(self, size: int) -> list[Micro]:
         """Micro-batches of `size` rows, without the columns at the end that are padding in all of them."""
         return [self._micro(slice(start, start + size)) for start in range(0, len(self), size)]
@@ -102,12 +109,22 @@ class PackedRows:
     def _micro(self, rows: slice) -> Micro:
         cut = (rows, _used(self.segment_ids[rows]))
         ids = _tensor(self.input_ids[cut])
+        if self.reference is not None:
+            return self._preferences(cut, ids, self.reference[rows])
         if self.target_ids is None or self.target_positions is None or self.target_segment_ids is None:
             alone = int(self.segment_ids[rows].max(initial=0)) <= 1
             return Micro((ids, None if alone else _tensor(self.positions[cut]), _tensor(self.loss_mask[cut], np.bool_)))
         there = (rows, _used(self.target_segment_ids[rows]))
         sides = (self.target_ids[there], self.target_positions[there], self.target_segment_ids[there])
         return Micro((ids, _tensor(self.segment_ids[cut]), *map(_tensor, sides), _tensor(self.loss_mask[there], np.bool_)))
+
+    def _preferences(self, cut: tuple[slice, slice], ids: Tensor, reference: list[NDArray[Any]]) -> Micro:
+        """Answers are counted on over the rows: segments [1, 1, 2, 2] and [1, 2, 2, 0] give [0, 0, 1, 1] and [2, 3, 3, 1]."""
+        before = np.cumsum([0, *map(len, reference)])[:-1]
+        answers = self.segment_ids[cut] - 1 + before[:, None]
+        known = torch.from_numpy(np.concatenate(reference).astype(np.float32))
+        is_target = _tensor(self.loss_mask[cut], np.bool_)
+        return Micro((ids, _tensor(self.positions[cut]), _tensor(answers), known, is_target))
 
     def share(self, rank: int, workers: int) -> PackedRows:
         """Every `workers`-th row, beginning with row `rank`."""

@@ -12,6 +12,7 @@ import io
 import logging
 import os
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -22,7 +23,7 @@ from apprentice.models.tuning import trained_share
 from apprentice.recipe import Training
 from apprentice.train.batch import Micro
 from apprentice.train.deepspeed_config import deepspeed_config
-from apprentice.train.loss import loss_of
+from apprentice.train.objective import loss_of
 from apprentice.train.optim import moments, optimizer_of
 from apprentice.train.state import StepOutcome
 
@@ -53,7 +54,8 @@ class DeepSpeedEngine:
         if training.activation_checkpointing:
             plain: Any = model
             plain.gradient_checkpointing_enable({"use_reentrant": False})
-        wrapped = loss_of(model, None if weights == dtype else dtype).to(device=device)
+        wrapped = loss_of(model, training, None if weights == dtype else dtype).to(device=device)
+        self._loss_module = wrapped
         self.trained = trained_share(model)  # how many numbers, and of all the part
         self.attention = str(getattr(getattr(model, "config", None), "_attn_implementation", "eager"))
         self._optimizer = training.optimizer.name
@@ -78,6 +80,7 @@ class DeepSpeedEngine:
             group["lr"] = rate
         nll = torch.zeros((), dtype=torch.float64)
         norm = 0.0
+        figures: Counter[str] = Counter()
         workers = self._engine.dp_world_size
         for number, micro in enumerate(micros, start=1):
             loss = self._loss(micro)
@@ -87,14 +90,15 @@ class DeepSpeedEngine:
                 norm = self._plain_norm()
             self._engine.step()
             nll += loss.detach().double().cpu()
+            figures.update({name: float(value) for name, value in self._loss_module.figures.items()})
         if self._engine.zero_optimization():
             # A float16 step that overflowed was left out, and the loss scale halved: nothing went wrong.
             left_out = self._scales_loss and getattr(self._engine.optimizer, "overflow", False)
             norm = 0.0 if left_out else float(self._engine.get_global_grad_norm())
-        return StepOutcome(float(nll), norm)
+        return StepOutcome(float(nll), norm, dict(figures))
 
     def validation_nll(self, micro: Micro) -> float:
-        """The sum over the target tokens of `micro`, in nats; all workers must call it equally often (ZeRO-3 gathers weights)."""
+        """The summed loss of `micro`; all workers must call it equally often (ZeRO-3 gathers weights)."""
         self._engine.eval()
         with torch.no_grad():
             return float(self._loss(micro))

@@ -21,6 +21,7 @@ from apprentice.data.layout import Layout
 from apprentice.errors import TrainingError
 from apprentice.hub import PACKAGED_MODELS, local_folder
 from apprentice.models.loading import ADAPTER, load_model, resolve_dtype
+from apprentice.models.reward import is_reward
 from apprentice.models.tuning import TUNING_METHODS, load_trainable, trainable
 from apprentice.recipe import Recipe
 from apprentice.storage import Folder
@@ -50,7 +51,7 @@ def export(recipe: Recipe, run: Run, checkpoint: Checkpoint, layout: Layout) -> 
     the same model.
     """
     method = TUNING_METHODS[recipe.tuning.method]
-    model: Any = load_model(recipe.model.base, torch.float32, trust=recipe.model.trust)
+    model: Any = load_model(recipe.model.base, torch.float32, head=recipe.head, trust=recipe.model.trust)
     model = method.wrap(model, recipe.tuning, recipe.seed).eval()
     with tensors_of(checkpoint) as read:
         load_trainable(model, {name: read(f"{WEIGHT}/{name}") for name in trainable(model)})
@@ -91,17 +92,20 @@ def _complete(folder: Path, recipe: Recipe, layout: Layout) -> None:
 
 
 def _log_probabilities(model: Any, probe: Tensor) -> Tensor:
-    """Of every token of the vocabulary, at every place of the probe; an encoder-decoder's are those of its first token."""
+    """Of every token of the vocabulary, at every place of the probe; an encoder-decoder's are those of its first token.
+
+    Of a reward model, the reward of the probe.
+    """
     start = getattr(model.config, "decoder_start_token_id", None)
     more = {"decoder_input_ids": torch.tensor([[start]])} if model.config.is_encoder_decoder else {}
     with torch.no_grad():
         logits: Tensor = model(input_ids=probe, use_cache=False, **more).logits
-    return logits.float().log_softmax(dim=-1)
+    return logits.float() if is_reward(model) else logits.float().log_softmax(dim=-1)
 
 
 def _compare(folder: Path, model: Any, dtype: torch.dtype, probe: Tensor, expected: Tensor, *, trust: bool) -> None:
     """What is on disk against what is in memory, number by number; in float32 also what it says against what was trained."""
-    again = load_model(folder, dtype, trust=trust)
+    again = load_model(folder, dtype, head=0 if is_reward(model) else None, trust=trust)
     written = again.state_dict()
     odd = [
         name

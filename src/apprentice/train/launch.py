@@ -13,7 +13,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice
 from typing import Any, TypeVar
@@ -25,7 +25,7 @@ from ray.data import ExecutionOptions, ExecutionResources
 from ray.train import CheckpointUploadMode
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from apprentice.artifacts import Run
+from apprentice.artifacts import Run, public_base
 from apprentice.data.pipeline import Corpus, Start, estimate_steps, train_stream, validation_rows
 from apprentice.errors import RecipeError, TrainingError
 from apprentice.hub import local_folder
@@ -36,6 +36,7 @@ from apprentice.train import checkpoint as checkpoints
 from apprentice.train.batch import PackedRows
 from apprentice.train.export import export
 from apprentice.train.failure import causes, lost_peer, mendable
+from apprentice.train.reference import references
 from apprentice.train.resources import Ask, check_resources, required_resources, workers_that_fit
 from apprentice.train.state import Goal, State
 from apprentice.train.tracking import Mailbox, Tracker
@@ -85,6 +86,8 @@ def train(recipe: Recipe, run: Run, corpus: Corpus, *, progress: Callable[[dict[
     try:
         if found is None or goal.reached(found.state) < 1.0:
             run.update_status(state="training", steps=goal.steps)
+            if recipe.training.aim.reference:
+                corpus = _with_reference(recipe, run, corpus, progress)
             attempts = _fit(recipe, run, corpus, goal, tracker)
         return _finish(recipe, run, corpus, goal, tracker, attempts)
     except BaseException as error:
@@ -105,6 +108,14 @@ def goal_of(recipe: Recipe, corpus: Corpus) -> Goal:
     cap = recipe.data.mixture.cap or math.inf
     rows = sum(min(len(corpus.indices[task.name].train), cap) for task in corpus.tasks if task.name not in corpus.held_out)
     return Goal(steps, positions=math.ceil(training.epochs * rows))
+
+
+def _with_reference(recipe: Recipe, run: Run, corpus: Corpus, progress: Callable[[dict[str, Any]], None]) -> Corpus:
+    found = references(recipe, run, corpus, workers_that_fit(recipe, node_resources()))
+    pairs = sum(len(reference.rows) for reference in found.values())
+    name = public_base(recipe.training.dpo.reference or recipe.model.base)
+    progress({"message": f"the reference, {name}, has given its log-probabilities of {pairs:,} pairs"})
+    return replace(corpus, reference=found)
 
 
 def _shares(corpus: Corpus) -> dict[int, float]:

@@ -54,6 +54,7 @@ class _Step:
     rows: list[RowFacts]  # in order of the stream
     tokens: int
     targets: int
+    counted: int  # what the loss is a mean over: target tokens, or pairs
 
     @property
     def examples(self) -> list[int]:
@@ -100,6 +101,7 @@ def train_loop(
                 "tokens": step.tokens,
                 "target_tokens": step.targets,
                 "examples": step.examples,
+                **outcome.figures,
                 "ledger_drift": round(state.ledger.drift(course.shares), 6),
                 **clock.figures(course.goal, state),
             }
@@ -121,15 +123,16 @@ def _one_step(
     estimate = course.goal.steps
     rate = learning_rate(course.optimizer, state.step, course.goal.reached(state) * estimate, estimate)
     torch.manual_seed(_step_seed(course.seed, state.step, peers.rank))
-    targets = max(step.targets, 1)  # a step whose examples have no target token changes nothing
-    outcome = engine.train_step(rows.micros(course.micro), 1.0 / targets, rate)
-    _advance(state, step, course.window, peers.sum([outcome.nll])[0] / targets)
-    return outcome, rate
+    counted = max(step.counted, 1)  # a step whose examples have no target token changes nothing
+    outcome = engine.train_step(rows.micros(course.micro), 1.0 / counted, rate)
+    loss, *figures = (total / counted for total in peers.sum([outcome.nll, *outcome.figures.values()]))
+    _advance(state, step, course.window, loss)
+    return outcome._replace(figures=dict(zip(outcome.figures, figures, strict=True))), rate
 
 
 def validation_loss(engine: Engine, rows: PackedRows, micro: int, peers: Peers) -> float | None:
-    """Mean negative log-likelihood of the target tokens of `rows`, which every worker has whole; None if there are none."""
-    if len(rows) == 0 or rows.targets == 0:
+    """Mean loss over the target tokens (or pairs) of `rows`, which every worker has whole; None if there are none."""
+    if len(rows) == 0 or rows.counted == 0:
         return None
     mine = rows.share(peers.rank, peers.workers).micros(micro)
     # ZeRO-3 gathers weights in step: who has fewer micro-batches repeats one, and does not count it.
@@ -139,7 +142,7 @@ def validation_loss(engine: Engine, rows: PackedRows, micro: int, peers: Peers) 
     for number in range(rounds):
         value = engine.validation_nll(mine[number] if number < len(mine) else spare)
         nll += value if number < len(mine) else 0.0
-    return peers.sum([nll])[0] / rows.targets
+    return peers.sum([nll])[0] / rows.counted
 
 
 def _next_rows(batches: Iterator[PackedRows], state: State) -> PackedRows:
@@ -151,9 +154,9 @@ def _next_rows(batches: Iterator[PackedRows], state: State) -> PackedRows:
 
 
 def _put_together(rows: PackedRows, peers: Peers) -> _Step:
-    gathered = peers.gather((rows.facts, rows.tokens, rows.targets))
-    facts = sorted((fact for part, _, _ in gathered for fact in part), key=lambda fact: (fact.window, fact.row))
-    return _Step(facts, sum(tokens for _, tokens, _ in gathered), sum(targets for _, _, targets in gathered))
+    parts, *counts = zip(*peers.gather((rows.facts, rows.tokens, rows.targets, rows.counted)), strict=True)
+    facts = sorted((fact for part in parts for fact in part), key=lambda fact: (fact.window, fact.row))
+    return _Step(facts, *map(sum, counts))
 
 
 def _check_begin(step: _Step, start: tuple[int, int]) -> None:

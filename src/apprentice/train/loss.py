@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from apprentice.errors import RecipeError
 
+Reduction = Literal["sum", "none"]
 CHUNK_NUMBERS = 2**26  # logits at once: 256 MiB in float32
 
 
@@ -34,6 +35,7 @@ class TargetLoss(nn.Module):
         self._compute = compute
         self._in_chunks = True  # until a model turns out to do more to its logits than `_finished` knows
         configs = getattr(model, "peft_config", {}).values()
+        self.figures: dict[str, Tensor] = {}  # of the last micro-batch: what else is worth seeing, summed as the loss is
         self._alone = any(config.is_prompt_learning for config in configs)
         self._flat = str(getattr(getattr(model, "config", None), "_attn_implementation", "")).startswith("flash")
 
@@ -42,6 +44,9 @@ class TargetLoss(nn.Module):
 
         Without `positions` every row holds one example. Raises `RecipeError` for several with prefix or prompt tuning.
         """
+        return self._losses_at(input_ids, positions, is_target, "sum")
+
+    def _losses_at(self, input_ids: Tensor, positions: Tensor | None, is_target: Tensor, reduction: Reduction) -> Tensor:
         if self._alone and positions is not None:
             raise RecipeError(
                 "data.packing.strategy must be `none` with tuning.method prefix or prompt: virtual tokens ignore where the examples"
@@ -53,19 +58,20 @@ class TargetLoss(nn.Module):
         if self._flat and positions is not None:  # flash attention finds restarting positions in a single row only
             input_ids, positions, wanted = (tensor.reshape(1, -1) for tensor in (input_ids, positions, wanted))
         given: dict[str, Any] = {"input_ids": input_ids} | ({} if positions is None else {"position_ids": positions})
-        return self._sum(lambda: self._called(**given), wanted, labels)
+        return self._losses(lambda: self._called(**given), wanted, labels, reduction)
 
     def _called(self, **arguments: Any) -> Tensor:
-        device = next(self.model.parameters()).device.type
-        casting: AbstractContextManager[Any] = nullcontext()
-        if self._compute is not None:
-            casting = torch.autocast(device, dtype=self._compute)
-        with casting:
+        with self._casting():
             logits: Tensor = self.model(**arguments, use_cache=False).logits
         return logits
 
-    def _sum(self, call: Callable[[], Tensor], wanted: Tensor, labels: Tensor) -> Tensor:
-        """The loss of `call`'s logits at the `wanted` places (rows, length).
+    def _casting(self) -> AbstractContextManager[Any]:
+        if self._compute is None:
+            return nullcontext()
+        return torch.autocast(next(self.model.parameters()).device.type, dtype=self._compute)
+
+    def _losses(self, call: Callable[[], Tensor], wanted: Tensor, labels: Tensor, reduction: Reduction = "sum") -> Tensor:
+        """The loss of `call`'s logits at the `wanted` places (rows, length): the sum, or with `none` that of each place in order.
 
         A hook cuts the hidden states just before the output layer, so that what a model does to its logits afterwards (scaling,
         soft caps) still happens. A model whose output layer is no module of its own gives all logits; they are cut afterwards.
@@ -73,7 +79,7 @@ class TargetLoss(nn.Module):
         model: Any = self.model
         head = model.get_output_embeddings()
         if head is None:
-            return F.cross_entropy(call()[wanted].float(), labels, reduction="sum")
+            return F.cross_entropy(call()[wanted].float(), labels, reduction=reduction)
         size = max(1, CHUNK_NUMBERS // model.config.get_text_config().vocab_size)
         in_chunks = self._in_chunks and len(labels) > size
         held: list[Tensor] = []
@@ -89,21 +95,23 @@ class TargetLoss(nn.Module):
         finally:
             hook.remove()
         if not in_chunks:
-            return F.cross_entropy(logits.float(), labels, reduction="sum")
+            return F.cross_entropy(logits.float(), labels, reduction=reduction)
         with torch.no_grad():
             self._in_chunks = torch.allclose(self._finished(head(held[0][:1])).float(), logits.float(), rtol=1e-3, atol=1e-3)
-        return self._chunks(head, held[0], labels, size) if self._in_chunks else self._sum(call, wanted, labels)
+        if not self._in_chunks:
+            return self._losses(call, wanted, labels, reduction)
+        return self._chunks(head, held[0], labels, size, reduction)
 
-    def _chunks(self, head: nn.Module, hidden: Tensor, labels: Tensor, size: int) -> Tensor:
+    def _chunks(self, head: nn.Module, hidden: Tensor, labels: Tensor, size: int, reduction: Reduction) -> Tensor:
         """The loss of `size` targets at a time, whose logits are computed again for their gradients."""
 
         def part(states: Tensor, wanted: Tensor) -> Tensor:
-            return F.cross_entropy(self._finished(head(states)).float(), wanted, reduction="sum")
+            return F.cross_entropy(self._finished(head(states)).float(), wanted, reduction=reduction)
 
-        sums: list[Tensor] = []
+        found: list[Tensor] = []
         for states, wanted in zip(hidden.split(size), labels.split(size), strict=True):
-            sums.append(checkpoint(part, states, wanted, use_reentrant=False))
-        return torch.stack(sums).sum()
+            found.append(checkpoint(part, states, wanted, use_reentrant=False))
+        return torch.stack(found).sum() if reduction == "sum" else torch.cat(found)
 
     def _finished(self, logits: Tensor) -> Tensor:
         """What models do to their logits after the output layer, as far as it is known here."""
@@ -131,7 +139,7 @@ class PairLoss(TargetLoss):
         labels = target_ids[is_target]
         if int(segments.max()) <= 1:  # one example a row
             given = {"input_ids": input_ids, "attention_mask": (segments > 0).long(), "decoder_input_ids": decoder_ids}
-            return self._sum(lambda: self._called(**given), is_target, labels)
+            return self._losses(lambda: self._called(**given), is_target, labels)
         if self._alone:
             raise RecipeError("data.packing.strategy must be `none` with tuning.method prefix or prompt.")
         dtype = next(self.model.parameters()).dtype
@@ -150,15 +158,9 @@ class PairLoss(TargetLoss):
                 decoder_attention_mask=of_decoder,
             )
 
-        return self._sum(call, is_target, labels)
+        return self._losses(call, is_target, labels)
 
 
 def _additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
     """(rows, 1, queries, keys): 0 where `seen`, else the least number; a boolean mask is wrong with eager attention."""
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min)[:, None]
-
-
-def loss_of(model: nn.Module, compute: torch.dtype | None = None) -> TargetLoss:
-    """The loss for `model`'s family."""
-    inner: Any = model
-    return PairLoss(model, compute) if getattr(inner.config, "is_encoder_decoder", False) else TargetLoss(model, compute)

@@ -7,16 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from apprentice.train.ledger import Ledger
 
 
 class StepOutcome(NamedTuple):
-    """Of one worker: the sum over its target tokens, in nats. Of all: the gradient's norm before clipping."""
+    """Of one worker: the summed loss, and what else the loss shows, summed alike. Of all: the gradient's norm before clipping."""
 
     nll: float
     grad_norm: float
+    figures: Mapping[str, float] = MappingProxyType({})
 
 
 @dataclass

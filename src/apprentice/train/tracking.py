@@ -29,6 +29,7 @@ SCALARS = {
     "tokens_per_s": "speed/tokens_per_s",
     "data_wait": "speed/data_wait",
     "validation_loss": "validation/loss",
+    **{name: f"preference/{name}" for name in ("accuracy", "margin", "chosen_reward", "rejected_reward")},
 }
 
 

@@ -102,7 +102,8 @@ def build_engine(
     method = TUNING_METHODS[recipe.tuning.method]
     # Adafactor steps the weights themselves, so they keep float32's precision whatever format multiplies.
     weights = torch.float32 if recipe.training.optimizer.name == "adafactor" else dtype
-    model = load_model(recipe.model.base, weights, recipe.model.attention, four_bit=method.four_bit, trust=recipe.model.trust)
+    chosen: dict[str, Any] = {"four_bit": method.four_bit, "head": recipe.head, "trust": recipe.model.trust}
+    model = load_model(recipe.model.base, weights, recipe.model.attention, **chosen)
     wrapped = method.wrap(model, recipe.tuning, recipe.seed)
     settings: dict[str, Any] = {"dtype": dtype, "workers": peers.workers, "micro": micro, "device": device}
     if restored is None:

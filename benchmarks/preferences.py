@@ -1,0 +1,189 @@
+"""DPO: our run against TRL's DPOTrainer on the same pairs, model and one process with one thread, in pairs/s.
+
+The pairs are the built-in tasks' questions, each with its answer and with that of another question. Both sides pay for the
+reference: TRL in every step, ours with a pass of its own, whose seconds for each pair are added. Only steady steps count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.multiprocessing
+
+from apprentice.artifacts import Run, open_run
+from apprentice.data.pipeline import Corpus, make_corpus, render_window
+from apprentice.hub import local_folder
+from apprentice.models.loading import load_model, resolve_dtype
+from apprentice.recipe import DPO, Recipe
+from apprentice.tasks.builtin import rows
+from apprentice.tasks.loading import find_tasks
+from apprentice.train.batch import PackedRows
+from apprentice.train.deepspeed_config import micro_batch
+from apprentice.train.launch import train
+from apprentice.train.preference import PreferenceLoss
+
+WARM_UP = 2  # steps that do not count
+RATE, RANK = 1e-4, 16
+
+
+def write_pairs(file: Path) -> list[dict[str, str]]:
+    """Questions of all built-in tasks in turn, as records of preferences."""
+    asked = []
+    for task in find_tasks("quickstart", file.parent):
+        template = task.scored_templates[0]
+        examples = [task.render(row, template) for row in rows(task.name, "train")]
+        for number, example in enumerate(examples):
+            other = next(later for later in examples[number + 1 :] + examples if later.target != example.target)
+            prompt = "\n\n".join(part for part in (example.instruction, example.input) if part)
+            asked.append((number, {"prompt": prompt, "chosen": example.target, "rejected": other.target}))
+    found = [record for _, record in sorted(asked, key=lambda pair: pair[0])]
+    file.write_text("".join(json.dumps(record) + "\n" for record in found))
+    return found
+
+
+def recipe_of(arguments: argparse.Namespace, storage: str, name: str, steps: int) -> Recipe:
+    """One worker on the pairs in `storage`."""
+    return Recipe.model_validate(
+        {
+            "name": name,
+            "seed": 1,
+            "storage": storage,
+            "model": {"base": arguments.model, "dtype": arguments.dtype},
+            "data": {
+                "tasks": [{"preferences": f"{storage}/pairs.jsonl"}],
+                "validation": 0.0,
+                "max_length": arguments.length // 2,
+                "packing": {"length": arguments.length},
+                "mixture": {"max_rows": 512},
+                "window": 256,
+            },
+            "tuning": {"method": "lora", "rank": RANK},
+            "training": {
+                "objective": "dpo",
+                "workers": 1,
+                "steps": steps,
+                "global_batch": 4,
+                "optimizer": {"learning_rate": RATE, "schedule": "constant"},
+                "checkpoint": {"every_steps": 1000, "keep": 1},
+            },
+        }
+    )
+
+
+def ours(arguments: argparse.Namespace, storage: str, name: str) -> float:
+    """Pairs/s of our run's steady steps, the reference's share included."""
+    made = recipe_of(arguments, storage, name, arguments.steps + WARM_UP)
+    run = open_run(made)
+    corpus = make_corpus(made, run)
+    train(made, run, corpus, progress=lambda _: None)
+    records = [json.loads(line) for line in (run.folder / "steps.jsonl").read_text().splitlines()]
+    steady = [record for record in records if record.get("step", 0) > WARM_UP and "loss" in record]
+    pairs = sum(len(record["examples"]) for record in steady)
+    return pairs / (sum(record["seconds"] for record in steady) + pairs * reference_seconds(corpus))
+
+
+def reference_seconds(corpus: Corpus) -> float:
+    """Of one pair, over the packed rows of the first window."""
+    recipe = corpus.recipe
+    dtype = resolve_dtype(recipe.model.dtype, "cpu")
+    torch.set_num_threads(1)
+    loss = PreferenceLoss(load_model(recipe.model.base, dtype), DPO()).eval()
+    packed = PackedRows.of(render_window(corpus, 0))
+    size = micro_batch(recipe.training, workers=1, length=corpus.row_length, on_gpu=False)
+    micros: list[Any] = packed.micros(size)[:5]
+    with torch.no_grad():
+        loss.log_probabilities(*micros[0].tensors)  # the first pass sets things up
+        begin = time.perf_counter()
+        for micro in micros[1:]:
+            loss.log_probabilities(*micro.tensors)
+        seconds = time.perf_counter() - begin
+    return seconds / sum(len(micro.tensors[3]) // 2 for micro in micros[1:])
+
+
+def pairs_a_step(corpus: Corpus) -> int:
+    """What a step of ours holds, for TRL's batch."""
+    held = [len(examples) for examples in render_window(corpus, 0)["examples"]]
+    return max(1, round(corpus.recipe.training.global_batch * sum(held) / len(held)))
+
+
+def trl(arguments: argparse.Namespace, storage: str, batch: int) -> float:
+    """Pairs/s of TRL's steady steps, in a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(trl_process, (arguments, storage, batch, folder), nprocs=1)
+        return float((Path(folder) / "speed").read_text())
+
+
+def trl_process(_: int, arguments: argparse.Namespace, storage: str, batch: int, folder: str) -> None:
+    """The peer: same weights, number format, LoRA and learning rate; the adapter is turned off for the reference."""
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import AutoTokenizer, TrainerCallback
+    from trl import DPOConfig, DPOTrainer
+
+    lines = (Path(storage) / "pairs.jsonl").read_text().splitlines()
+    needed = [json.loads(line) for line in lines][: batch * (arguments.steps + WARM_UP)]
+    told = [
+        {
+            "prompt": [{"role": "user", "content": record["prompt"]}],
+            "chosen": [{"role": "assistant", "content": record["chosen"]}],
+            "rejected": [{"role": "assistant", "content": record["rejected"]}],
+        }
+        for record in needed
+    ]
+
+    class Clock(TrainerCallback):
+        begin = end = 0.0
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self.end = time.perf_counter()
+            if state.global_step == WARM_UP:
+                self.begin = self.end
+
+    place = local_folder(arguments.model)
+    dtype = resolve_dtype(arguments.dtype, "cpu")
+    clock = Clock()
+    config = DPOConfig(
+        output_dir=folder,
+        per_device_train_batch_size=batch,
+        max_steps=arguments.steps + WARM_UP,
+        learning_rate=RATE,
+        lr_scheduler_type="constant",
+        max_length=arguments.length // 2,
+        beta=0.1,
+        bf16=False,
+        gradient_checkpointing=False,
+        use_cpu=True,
+        report_to=[],
+        save_strategy="no",
+        logging_steps=1000,
+        disable_tqdm=True,
+    )
+    trainer = DPOTrainer(
+        model=load_model(place, dtype),
+        args=config,
+        train_dataset=Dataset.from_list(told),
+        processing_class=AutoTokenizer.from_pretrained(place),
+        peft_config=LoraConfig(task_type="CAUSAL_LM", r=RANK, lora_alpha=2 * RANK, target_modules="all-linear"),
+        callbacks=[clock],
+    )
+    trainer.train()
+    speed = batch * arguments.steps / (clock.end - clock.begin)
+    assert math.isfinite(speed)
+    (Path(folder) / "speed").write_text(str(speed))
+
+
+def corpus_of(arguments: argparse.Namespace, storage: str) -> Corpus:
+    """The corpus of our runs; writes the pairs first."""
+    write_pairs(Path(storage) / "pairs.jsonl")
+    made = recipe_of(arguments, storage, "rows", arguments.steps + WARM_UP)
+    return make_corpus(made, Run(open_run(made).folder), parallel=False)

@@ -1,0 +1,42 @@
+"""What a frozen model says of each pair of a task, as it is kept with the run: the log-probabilities of both answers.
+
+Knows nothing of the model, nor of how the numbers were computed.
+"""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from apprentice.data.permutation import Numbers
+from apprentice.errors import DataError
+from apprentice.storage import Folder
+
+
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """Of one task: ascending numbers of its source's rows, and the two log-probabilities of each."""
+
+    rows: Numbers
+    values: NDArray[np.float32]  # (rows, 2): of the better and of the worse answer
+
+    def of(self, row: int) -> tuple[float, float]:
+        """Of one row. Raises `DataError` if it is not among them."""
+        place = int(np.searchsorted(self.rows, row))
+        if place == len(self.rows) or self.rows[place] != row:
+            raise DataError(f"the run's folder `reference` says nothing of row {row}; delete it, and train again.")
+        better, worse = self.values[place].tolist()
+        return better, worse
+
+    def write(self, file: Folder) -> None:
+        stream = io.BytesIO()
+        np.savez(stream, rows=self.rows, values=self.values)
+        file.write_bytes(stream.getvalue())
+
+    @classmethod
+    def read(cls, file: Folder) -> Reference:
+        with np.load(io.BytesIO(file.read_bytes()), allow_pickle=False) as arrays:
+            return cls(arrays["rows"], arrays["values"])

@@ -1,0 +1,94 @@
+"""Files of preferences to tasks: rows with a question, the answer that was chosen, and the one that was rejected.
+
+Three ways of writing them are understood: texts in `prompt`, `chosen` and `rejected`; messages in any of the three, where `chosen`
+and `rejected` hold the answer alone or the whole conversation (UltraFeedback); and whole conversations as texts with "Human:" and
+"Assistant:" (HH-RLHF). Knows nothing of recipes or of how a model learns from a pair.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from apprentice.errors import RowError
+from apprentice.tasks.conversations import exchanges, message_of
+from apprentice.tasks.records import record_task
+from apprentice.tasks.schema import Example, SourceSpec, Task, Template
+
+COLUMNS = frozenset(["prompt", "chosen", "rejected", "system"])
+_SAMPLE = {"prompt": "Which herb grows in the shade?", "chosen": "Mint does, and chives.", "rejected": "Any."}
+_SPEAKERS = {"Human": "user", "Assistant": "assistant"}
+_SPOKEN = re.compile(r"\n\n(Human|Assistant):")
+
+Said = list[tuple[str, str]]  # (role, text) of each message
+
+
+class PreferenceTemplate(Template):
+    """Takes question and answers as they are. Where answers are ranked, their order is that of the alphabet."""
+
+    @property
+    def is_whole(self) -> bool:
+        return True
+
+    @property
+    def has_turns(self) -> bool:
+        return True
+
+    @property
+    def has_pairs(self) -> bool:
+        return True
+
+    @property
+    def names(self) -> frozenset[str]:
+        return COLUMNS
+
+    @property
+    def optional_names(self) -> frozenset[str]:
+        return frozenset(["prompt", "system"])
+
+    def example(self, task: str, row: Mapping[str, Any]) -> Example:
+        """Raises `RowError` with reason `null`, `unknown_role`, `turns`, `prompts_differ`, `empty_answer` or `equal_answers`."""
+        for column in ("chosen", "rejected"):
+            if not row.get(column):
+                raise RowError("null", f"task {task!r}: the row has no {column!r} answer.")
+        asked = _said(task, row.get("prompt") or [], "user")
+        (better, before), (worse, other) = (_answer(task, row[column], asked) for column in ("chosen", "rejected"))
+        if before != other:
+            raise RowError("prompts_differ", f"task {task!r}: the two answers do not follow the same conversation.")
+        system, turns = exchanges(task, [*before, ("assistant", better)], str(row.get("system") or "").strip())
+        if not worse:
+            raise RowError("empty_answer", f"task {task!r}: the rejected answer is empty.")
+        if better == worse:
+            raise RowError("equal_answers", f"task {task!r}: both answers of the pair are the same, so neither is better.")
+        choices = (better, worse) if better < worse else (worse, better)
+        return Example(task, self.name, turns[-1][0], "", better, choices, (better,), turns[:-1], system, worse)
+
+
+def _said(task: str, value: Any, role: str) -> Said:
+    """What a column says: messages, a conversation written as text, or one text of `role`."""
+    if not isinstance(value, str):
+        return [message_of(task, message) for message in value]
+    parts = _SPOKEN.split(f"\n\n{value.lstrip()}") if _SPOKEN.match(f"\n\n{value.lstrip()}") else []
+    if not parts:
+        return [(role, value.strip())]
+    said = [(_SPEAKERS[speaker], text.strip()) for speaker, text in zip(parts[1::2], parts[2::2], strict=True)]
+    return said[:-1] if role == "user" and said[-1] == ("assistant", "") else said  # a prompt that ends with "Assistant:"
+
+
+def _answer(task: str, value: Any, asked: Said) -> tuple[str, Said]:
+    """The answer, and what was said before it: in the column itself, or else `asked`."""
+    said = _said(task, value, "assistant")
+    if not said or said[-1][0] != "assistant":
+        raise RowError("turns", f"task {task!r}: an answer of the pair does not end with what the assistant says.")
+    return said[-1][1], said[:-1] or asked
+
+
+def preference_tasks(entry: Mapping[str, Any]) -> list[Task]:
+    """The task of a recipe's entry: `preferences` (a file, or with `splits` a dataset); optional `test` (a file), `cluster`."""
+    task = record_task(entry, "preferences", PreferenceTemplate(name="preference", instruction="", output=""))
+    changes: dict[str, Any] = {"metrics": ("accuracy", "length_bias"), "sample": _SAMPLE}
+    if splits := entry.get("splits"):
+        name = str(entry["preferences"])
+        changes["sources"] = (SourceSpec(dataset=name.rsplit("/", 1)[-1], splits=splits), SourceSpec(hub=name, splits=splits))
+    return [task.model_copy(update=changes)]
