@@ -169,6 +169,7 @@ def _sources(recipe: Recipe) -> str:
 def _resources(recipe: Recipe) -> str:
     from apprentice.models.loading import check_dtype, resolve_dtype
     from apprentice.models.tuning import check_tuning
+    from apprentice.train.memory import held
     from apprentice.train.resources import GIB, check_resources, required_resources
 
     folder = local_folder(recipe.model.base)
@@ -176,11 +177,19 @@ def _resources(recipe: Recipe) -> str:
     check_dtype(recipe.model.dtype, folder, on_gpu=on_gpu)
     check_tuning(recipe.tuning, on_gpu=on_gpu)
     parameters = sum(_parameters(file) for file in sorted(folder.glob("*.safetensors")))
-    ask = required_resources(recipe, parameters, resolve_dtype(recipe.model.dtype))
+    dtype = resolve_dtype(recipe.model.dtype, "cuda" if on_gpu else "cpu")
+    ask = required_resources(recipe, parameters, dtype)
     nodes = node_resources()
     check_resources(ask, nodes)
     cpus = sum(node.get("CPU", 0.0) for node in nodes)
-    return f"{ask.workers} workers of {ask.cpus:g} CPUs and at least {ask.memory / GIB:.1f} GiB; {cpus:g} CPUs there"
+    trained = parameters if recipe.tuning.method == "full" else 0  # what other methods train is small beside it
+    each = held(recipe, parameters, trained, dtype, ask.workers)
+    parts = [f"{name} {getattr(each, name) / GIB:.1f}" for name in ("weights", "gradients", "optimizer")]
+    gpus = f", {ask.gpus:g} GPUs" if ask.gpus else ""
+    return (
+        f"{ask.workers} workers of {ask.cpus:g} CPUs{gpus} and at least {each.total / GIB:.1f} GiB each ({', '.join(parts)};"
+        f" activations come on top); {cpus:g} CPUs there"
+    )
 
 
 def _trainable(recipe: Recipe, scratch: Run) -> str:
