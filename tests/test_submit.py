@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import yaml
+from ray.exceptions import AuthenticationError
 
 from apprentice import jobs, submit
 from apprentice.errors import RecipeError, ResourcesError
@@ -156,13 +157,18 @@ def test_what_is_deployed_is_the_projects_serve_file(tmp_path):
 
 
 class Refusing(Dashboard):
-    words: ClassVar[str] = "Request failed with status code 401: Unauthorized"
+    def __init__(self, error: Exception) -> None:
+        super().__init__()
+        self.error = error
 
     def list_jobs(self) -> list[Any]:
-        raise RuntimeError(self.words)
+        raise self.error
 
 
-def test_a_missing_token_is_said(monkeypatch, tmp_path):
-    monkeypatch.setattr(submit, "connect", lambda address, ca=None: Refusing())
+@pytest.mark.parametrize(
+    "error", [RuntimeError("Request failed with status code 401: Unauthorized"), AuthenticationError("Invalid token")]
+)
+def test_a_missing_or_wrong_token_is_said(monkeypatch, tmp_path, error):
+    monkeypatch.setattr(submit, "connect", lambda address, ca=None: Refusing(error))
     with pytest.raises(ResourcesError, match="asks for a token; set RAY_AUTH_MODE=token"):
         submit.submit(str(tiny_recipe(tmp_path, Path("/models/tiny"))), [], address=ADDRESS, folder=tmp_path)

@@ -221,10 +221,10 @@ class PromptContract(BaseModel):
         (Folder.at(folder) / CONTRACT_FILE).write_text(self.model_dump_json(indent=2) + "\n")
 
 
-def read_contract(folder: Path) -> PromptContract | None:
+def read_contract(folder: Path | Folder) -> PromptContract | None:
     """The contract in a model folder; None if there is none. Raises `ContractError` if it cannot be understood."""
-    file = folder / CONTRACT_FILE
-    if not file.is_file():
+    file = Folder.at(str(folder)) / CONTRACT_FILE
+    if not file.exists():
         return None
     try:
         return PromptContract.model_validate_json(file.read_bytes())

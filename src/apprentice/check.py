@@ -7,14 +7,16 @@ stage stops before it has written or reserved anything.
 from __future__ import annotations
 
 import json
-import os
 import struct
 import tempfile
+import uuid
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
+
+import ray
 
 from apprentice.artifacts import Run, public_base
 from apprentice.data.contract import check_base, layout_of
@@ -24,7 +26,7 @@ from apprentice.data.sources import on_the_hub, resolve
 from apprentice.errors import ApprenticeError, DataError, RecipeError, StorageError
 from apprentice.family import check_writes, family_of
 from apprentice.hub import local_folder, missing_model
-from apprentice.nodes import node_resources
+from apprentice.nodes import node_resources, on_every_node
 from apprentice.recipe import Recipe
 from apprentice.storage import Folder
 from apprentice.tasks.leaks import leaks
@@ -143,17 +145,39 @@ def _check_reference(recipe: Recipe, tokenizer: Tokenizer) -> None:
 
 def _storage(recipe: Recipe) -> str:
     folder = Folder.at(recipe.storage)
-    probe = folder / f".probe-{os.getpid()}"
-    was_there = folder.exists()
+    mark = uuid.uuid4().hex
+    probe = folder / f".probe-{mark}"
     try:
-        probe.write_bytes(b"")
-        probe.delete()
+        was_there = folder.exists()
+        try:
+            probe.write_text(mark)
+            answers = on_every_node(_seen, probe, mark) if ray.is_initialized() else {}
+        finally:
+            probe.delete()
+            if not was_there and folder.exists() and not folder.children():
+                folder.delete()
     except OSError as error:
         raise StorageError(f"storage {folder} cannot be written to: {error}. Choose another `storage`.") from error
-    finally:
-        if not was_there and folder.exists() and not folder.children():
-            folder.delete()
-    return str(folder)
+    if blind := {name: reason for name, reason in answers.items() if reason}:
+        name, reason = next(iter(blind.items()))
+        raise StorageError(
+            f"storage {folder} is not the same folder on every node: {len(blind)} of {len(answers)} nodes do not see what is"
+            f" written here, {name} among them ({reason}). Mount it everywhere, give the nodes its credentials, or use s3://…."
+        )
+    return f"{folder}, seen by {len(answers)} nodes" if answers else str(folder)
+
+
+def _seen(probe: Folder, mark: str) -> str:
+    """Empty if this node sees in the file `probe` what another wrote there, and can write beside it; else why not."""
+    try:
+        if probe.read_text() != mark:
+            return "another file is there"
+        answer = Folder(f"{probe.uri}-{uuid.uuid4().hex}")
+        answer.write_text(mark)
+        answer.delete()
+    except (OSError, StorageError) as error:
+        return " ".join(str(error).split())[:200]
+    return ""
 
 
 def _sources(recipe: Recipe) -> str:

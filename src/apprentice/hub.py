@@ -7,20 +7,24 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from urllib.parse import quote, unquote
 
 from filelock import FileLock
 
-from apprentice.artifacts import Run
+from apprentice.artifacts import CONTRACT_FILE, Run
 from apprentice.errors import ModelError, did_you_mean
 from apprentice.recipe import RUN
-from apprentice.storage import Folder, user_cache
+from apprentice.storage import Folder, is_uri, user_cache
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,14 @@ def _cached(base: str) -> bool:
 
 
 def local_folder(base: str) -> Path:
-    """The local folder that holds the model `base`, fetched into the cache if need be. Raises `ModelError`."""
+    """The local folder that holds the model `base`, fetched into the cache if need be. Raises `ModelError`.
+
+    A path in the cache that another node made is fetched here too: it says where it came from.
+    """
+    if is_uri(base) and not base.startswith(RUN):
+        return _from_store(Folder.at(base))
+    if base.startswith("/") and not Path(base).is_dir() and (origin := _origin(Path(base))):
+        return origin()
     if base in PACKAGED_MODELS:
         return _packaged(base)
     if base.startswith(RUN):
@@ -103,16 +114,46 @@ def _of_run(place: str) -> Path:
         raise ModelError(f"there is no run {run.name!r} in {storage}, which model.base names; train it first.{near}")
     if not run.is_trained:
         raise ModelError(f"run {run.name!r}, which model.base names, has no trained model yet; train it first.")
-    return run.model.local
+    return local_folder(str(run.model))
 
 
-def _from_hub(base: str) -> Path:
+def _from_store(folder: Folder) -> Path:
+    """The model in an object store, cached under its place and its contract (or config): a new model is another folder."""
+    files = {file.name for file in folder.children()}
+    if "config.json" not in files:
+        raise ModelError(f"{folder} is not a model folder: it has no config.json. Give a hub id or a folder saved by transformers.")
+    shape = (folder / (CONTRACT_FILE if CONTRACT_FILE in files else "config.json")).read_bytes()
+    return _copied(folder, f"{quote(str(folder), safe='')}@{hashlib.sha256(shape).hexdigest()[:12]}")
+
+
+def _copied(folder: Folder, name: str) -> Path:
+    target = user_cache() / "models" / name
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(str(target) + ".lock"):
+        if not target.is_dir():
+            with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+                os.replace(folder.download(Path(scratch) / "model"), target)
+    return target
+
+
+def _origin(folder: Path) -> Callable[[], Path] | None:
+    """How to fetch what the cache of another node has at `folder`; None for any other path."""
+    if folder.parent == user_cache() / "models":
+        place = unquote(folder.name.rpartition("@")[0])
+        if is_uri(place):
+            return partial(_copied, Folder.at(place), folder.name)
+        return partial(_packaged, folder.name) if folder.name in PACKAGED_MODELS else None
+    found = re.fullmatch(r".*/models--([^/]+)/snapshots/([^/]+)", str(folder))
+    return partial(_from_hub, found[1].replace("--", "/", 1), found[2]) if found else None
+
+
+def _from_hub(base: str, revision: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     patterns = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt"]
     try:
-        return Path(snapshot_download(base, allow_patterns=patterns))
+        return Path(snapshot_download(base, revision=revision, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         near = did_you_mean(base.rsplit("/", 1)[-1].lower(), PACKAGED_MODELS)
         raise ModelError(

@@ -55,7 +55,7 @@ def pipeline(recipe: Recipe, screen: Screen, *, deploy: bool = False) -> None:
             run.update_status(evaluated=wanted)
             screen.say(report["summary"]["sentence"])
         if recipe.evaluation.gate is not None:
-            road.passed_gate(run.model.local)
+            road.passed_gate(run.model)
         if deploy:
             from apprentice.submit import deploy_run
 

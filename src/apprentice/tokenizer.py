@@ -36,6 +36,7 @@ class Tokenizer:
         # Not AutoTokenizer: its import alone brings torch, four seconds in every worker.
         from transformers import PreTrainedTokenizerFast
 
+        folder = folder if folder.is_dir() else local_folder(str(folder))  # a cache's folder that another node named
         self.folder = folder
         if not (folder / "tokenizer.json").is_file():
             raise ModelError(f"{folder} has no tokenizer.json; save the model's fast tokenizer there.")

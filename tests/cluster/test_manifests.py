@@ -47,10 +47,16 @@ SECRETS = {  # secret → keys; the README's commands make them, or Ray and thir
 }
 
 
+LEAST_KUBECTL = (1, 27)  # also what the README asks for; Debian 12 has 1.20, with Kustomize 2
+
+
 @cache
 def built(overlay: str) -> list[dict[str, Any]]:
     kubectl = shutil.which("kubectl")
-    assert kubectl, "kubectl is missing (Debian: apt-get install kubernetes-client)"
+    assert kubectl, "kubectl is missing (Debian 13: apt-get install kubernetes-client)"
+    version = json.loads(subprocess.run([kubectl, "version", "--client", "-o", "json"], capture_output=True, check=True).stdout)
+    found = version["clientVersion"]["gitVersion"]
+    assert tuple(map(int, re.findall(r"\d+", found)[:2])) >= LEAST_KUBECTL, f"kubectl {found}: Kustomize without replacements"
     folder = KUSTOMIZE / "overlays" / overlay
     done = subprocess.run([kubectl, "kustomize", str(folder)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -11,6 +11,7 @@ import pytest
 from apprentice.errors import EvaluationError
 from apprentice.road import evaluation
 from apprentice.road.evaluation import passed_gate
+from apprentice.storage import Folder
 
 
 class Contract:
@@ -18,9 +19,9 @@ class Contract:
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Folder:
     monkeypatch.setattr(evaluation, "read_contract", lambda _: Contract())
-    return tmp_path
+    return Folder.at(tmp_path)
 
 
 def report(**gate: Any) -> dict[str, Any]:
@@ -28,13 +29,13 @@ def report(**gate: Any) -> dict[str, Any]:
     return {"created": "2026-11-24T00:00:00Z", "gate": {"subject": "tuned", "checks": [check], **gate}}
 
 
-def test_a_model_that_passed(folder: Path) -> None:
+def test_a_model_that_passed(folder: Folder) -> None:
     evaluation._store_verdict(folder, report(passed=True))
     assert json.loads((folder / "gate.json").read_text())["weights_sha256"] == "abc"
     passed_gate(folder)
 
 
-def test_a_model_that_failed(folder: Path) -> None:
+def test_a_model_that_failed(folder: Folder) -> None:
     evaluation._store_verdict(folder, report(passed=False))
     with pytest.raises(
         EvaluationError, match=r"did not pass: gate: tuned failed: held_out mean above base is \+1\.0, at least \+2\.0"
@@ -42,7 +43,7 @@ def test_a_model_that_failed(folder: Path) -> None:
         passed_gate(folder)
 
 
-def test_a_model_without_a_verdict_and_with_other_weights(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_without_a_verdict_and_with_other_weights(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(EvaluationError, match="no verdict of a gate"):
         passed_gate(folder)
     evaluation._store_verdict(folder, report(passed=True))
@@ -51,7 +52,7 @@ def test_a_model_without_a_verdict_and_with_other_weights(folder: Path, monkeypa
         passed_gate(folder)
 
 
-def test_scoring_without_a_gate_takes_the_old_verdict_away(folder: Path) -> None:
+def test_scoring_without_a_gate_takes_the_old_verdict_away(folder: Folder) -> None:
     evaluation._store_verdict(folder, report(passed=True))
     evaluation._store_verdict(folder, {"created": "", "gate": None})
     assert not (folder / "gate.json").exists()

@@ -108,11 +108,11 @@ def predict(
     screen.result(result, f"{result['rows']} rows in {result['parts']} parts{bad}\n{result['out']}")
 
 
-def _show(screen: Any, found: dict[str, Any], folder: Path) -> None:
+def _show(screen: Any, found: dict[str, Any], folder: Any) -> None:
     """The report; exit code 1 where questions stayed without an answer, or the gate was not passed."""
     from apprentice.evaluate.gate import sentence
 
-    text = (folder / "report.md").read_text(encoding="utf-8")
+    text = (folder / "report.md").read_text()
     screen.result(found, f"{text}\n{folder / 'report.html'}")
     failed = []
     if found["unscored"]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from apprentice.artifacts import Run, find_run, read_contract
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from apprentice.evaluate.launch import Subject
 
 GATE_FILE = "gate.json"  # beside the weights
-Result = tuple[dict[str, Any], Path]
+Result = tuple[dict[str, Any], Folder]
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,8 @@ def evaluate_run(recipe: Recipe, *, wanted: Wanted = Wanted(), progress: Progres
     if not run.is_trained:
         raise RunError(f"run {run.name!r} in {recipe.storage} has no trained model yet; train it first.")
     endpoint = _endpoint(wanted)
-    tuned = _subject("tuned" if endpoint is None else "endpoint", run.model.local, recipe.evaluation.shots, endpoint)
-    place = run.report.local
+    tuned = _subject("tuned" if endpoint is None else "endpoint", local_folder(str(run.model)), recipe.evaluation.shots, endpoint)
+    place = run.report
     known: list[Folder] = []
     if wanted.against is not None:
         name, folder, known = _other(wanted)
@@ -61,19 +62,19 @@ def evaluate_run(recipe: Recipe, *, wanted: Wanted = Wanted(), progress: Progres
         subjects = [_subject("base", local_folder(recipe.model.base), base_shots)] if base_shots else []
         subjects.append(tuned)
         place = place if endpoint is None else place / "endpoint"
-    place = wanted.out or place
+    place = Folder.at(wanted.out) if wanted.out else place
     with ray_session():
         report = _evaluated(recipe, run, subjects, place, run, known, wanted.restart, progress)
     if wanted.against is None and endpoint is None:
         run.update_status(score=report["summary"]["score"])
-        _store_verdict(run.model.local, report)
+        _store_verdict(run.model, report)
     return report, place
 
 
 def evaluate_model(model: str, recipe: Recipe, out: Path | None, *, wanted: Wanted = Wanted(), progress: Progress) -> Result:
     """Scores a bare model or an adapter (folder, hub id) on the tasks of `recipe`, spoken to in the recipe's layout."""
     with _whole_model(model) as (name, folder):
-        place = out or Path("reports") / name
+        place = Folder.at(out or Path("reports") / name)
         endpoint = _endpoint(wanted)
         subjects = [_subject("model" if endpoint is None else "endpoint", folder, recipe.evaluation.shots, endpoint)]
         known: list[Folder] = []
@@ -88,7 +89,7 @@ def _evaluated(
     recipe: Recipe,
     indexed: Run,
     subjects: Sequence[Subject],
-    place: Path,
+    place: Folder,
     run: Run | None,
     known: Sequence[Folder],
     restart: bool,
@@ -97,16 +98,15 @@ def _evaluated(
     from apprentice.evaluate import launch
     from apprentice.evaluate.story import contamination_of
 
-    out = Folder.at(place)
     if restart:
         for name in (launch.predictions.FILE, launch.PARTS):
-            (out / name).delete()
+            (place / name).delete()
     corpus = make_corpus(recipe, indexed, to_train=False)
     return launch.evaluate(
         recipe,
         corpus,
         subjects,
-        out,
+        place,
         run=run,
         known=known,
         contamination=contamination_of(indexed.index),
@@ -138,7 +138,7 @@ def _other(wanted: Wanted) -> tuple[str, Path, list[Folder]]:
         return folder.name, folder, []
     if not run.is_trained:
         raise RunError(f"run {run.name!r} has no trained model yet; train it first.")
-    return run.name, run.model.local, [run.report]
+    return run.name, local_folder(str(run.model)), [run.report]
 
 
 @contextmanager
@@ -149,17 +149,15 @@ def _whole_model(model: str) -> Iterator[tuple[str, Path]]:
         whole = local_folder(model)
         yield whole.name, whole
         return
-    import tempfile
-
     from apprentice.models.merging import merge_adapter
 
-    with tempfile.TemporaryDirectory(prefix="apprentice-") as scratch:
+    with TemporaryDirectory(prefix="apprentice-") as scratch:
         yield folder.name, merge_adapter(folder, Path(scratch))
 
 
-def _store_verdict(model: Path, report: dict[str, Any]) -> None:
+def _store_verdict(model: Folder, report: dict[str, Any]) -> None:
     """Keeps the gate's verdict beside the weights it is about; an old one of other bounds goes."""
-    file = Folder.at(model) / GATE_FILE
+    file = model / GATE_FILE
     file.delete()
     if report["gate"] is not None:
         contract = read_contract(model)
@@ -172,7 +170,7 @@ def evaluate(target: str, overrides: Sequence[str], *, wanted: Wanted, progress:
     """Scores what `target` names: a recipe, a run (beside its base model), or a bare model on the tasks of `wanted.recipe`."""
     run = find_run(target, wanted.storage)
     if run is not None:
-        recipe = _with_tasks(load_recipe(run.recipe_file.local, overrides), wanted)
+        recipe = _with_tasks(_recipe_of(run, overrides), wanted)
         return evaluate_run(recipe, wanted=wanted, progress=progress)
     if target.endswith((".yaml", ".yml")) or _is_shipped(target):
         return evaluate_run(_with_tasks(load_recipe(find_recipe(target), overrides), wanted), wanted=wanted, progress=progress)
@@ -185,6 +183,13 @@ def evaluate(target: str, overrides: Sequence[str], *, wanted: Wanted, progress:
             f"{target!r} is not a run or a recipe; a bare model needs the tasks of a recipe: --recipe FILE, or --tasks NAME."
         )
     return evaluate_model(target, recipe, wanted.out, wanted=wanted, progress=progress)
+
+
+def _recipe_of(run: Run, overrides: Sequence[str]) -> Recipe:
+    with TemporaryDirectory(prefix="apprentice-") as scratch:  # a run in an object store has no file to be read from
+        file = Path(scratch) / "recipe.yaml"
+        file.write_text(run.recipe_file.read_text(), encoding="utf-8")
+        return load_recipe(file, overrides)
 
 
 def _with_tasks(recipe: Recipe, wanted: Wanted) -> Recipe:
@@ -234,7 +239,7 @@ def report(target: str, storage: str) -> Result:
     folder = _reported(target, storage)
     found = summarise(predictions.read(folder))
     write_report(found, folder)
-    return found, folder.local
+    return found, folder
 
 
 def compare(targets: Sequence[str], out: Path | None, storage: str) -> Result:
@@ -251,7 +256,7 @@ def compare(targets: Sequence[str], out: Path | None, storage: str) -> Result:
     predictions.save(table, place)
     found = summarise(table)
     write_report(found, place)
-    return found, place.local
+    return found, place
 
 
 def _name_of(target: str, storage: str) -> str:
@@ -268,9 +273,9 @@ def _reported(target: str, storage: str) -> Folder:
     return folder
 
 
-def passed_gate(model: Path) -> None:
+def passed_gate(model: Folder) -> None:
     """Raises `EvaluationError` unless the weights in `model` have the verdict that they passed their recipe's gate."""
-    file, contract = Folder.at(model) / GATE_FILE, read_contract(model)
+    file, contract = model / GATE_FILE, read_contract(model)
     if not file.exists():
         raise EvaluationError(
             f"{model} has no verdict of a gate; give its recipe an `evaluation.gate` and score it with `apprentice evaluate`."

@@ -38,7 +38,7 @@ def predict(
     run = find_run(target, storage)
     if run is not None and not run.is_trained:
         raise RunError(f"run {run.name!r} has no trained model yet; train it first.")
-    folder = run.model.local if run is not None else local_folder(target)
+    folder = local_folder(str(run.model) if run is not None else target)
     check_writes(folder)
     layout = layout_beside(folder, None if run is not None else contract_for(folder, contract, recipe, storage))
     if run is not None:

@@ -16,6 +16,7 @@ from apprentice.recipe import Recipe, Serving, find_recipe, load_recipe
 from apprentice.road.data import Progress
 from apprentice.road.evaluation import passed_gate
 from apprentice.session import ray_session
+from apprentice.storage import Folder
 from apprentice.tasks.loading import find_tasks
 from apprentice.tasks.schema import Task
 from apprentice.tokenizer import Tokenizer
@@ -40,9 +41,9 @@ def endpoint(
     run = find_run(target, storage)
     if run is not None and not run.is_trained:
         raise RunError(f"run {run.name!r} has no trained model yet; train it first.")
-    folder = run.model.local if run is not None else local_folder(target)
+    folder = local_folder(str(run.model) if run is not None else target)
     if require_gate:
-        passed_gate(folder)
+        passed_gate(run.model if run is not None else Folder.at(folder))
     settings = run.recipe().serving if run is not None else _serving_for_bare(recipe, contract, storage)
     settings = settings.model_copy(update={k: v for k, v in (("host", host), ("port", port)) if v is not None})
     words = None if run is not None else contract_for(folder, contract, recipe, storage)
@@ -83,7 +84,7 @@ def contract_for(folder: Path, contract: str | None, recipe: str | None, storage
     """The contract that a bare model is given: of another run, or made from a recipe; None if nothing is named."""
     if contract is not None:
         run = find_run(contract, storage)
-        found = read_contract(run.model.local if run is not None else Path(contract))
+        found = read_contract(run.model if run is not None else Path(contract))
         if found is None:
             raise ContractError(
                 f"{contract!r} is not a run or folder with a prompt contract (apprentice.json); name a trained run."

@@ -28,10 +28,12 @@ from apprentice.artifacts import PromptContract, read_contract
 from apprentice.data.contract import layout_beside
 from apprentice.errors import ResourcesError, ServingError
 from apprentice.family import check_writes
+from apprentice.hub import local_folder
 from apprentice.recipe import Replicas, Serving
 from apprentice.serve.ingress import build_app
 from apprentice.serve.keys import KEYS_FILE, Keys
 from apprentice.serve.limits import LimiterOfAll, OwnLimits, SharedLimits
+from apprentice.storage import is_uri
 from apprentice.tasks.loading import find_tasks, library, load_task
 from apprentice.tasks.schema import Task
 
@@ -128,7 +130,7 @@ class AppArguments(BaseModel):
     """The `args` of an application in a Serve config file; host and port are the file's `http_options`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    model: str = Field(description="Model folder that every node reaches: a run's `model/`.")
+    model: str = Field(description="Model folder that every node reaches, or its URI: a run's `model/`.")
     name: str = Field("", description="The name clients use; empty: the run's or the folder's.")
     contract: str = Field("", description="Folder whose apprentice.json holds for a bare model.")
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
@@ -155,7 +157,7 @@ def application(args: dict[str, Any]) -> serve.Application:
     except ValidationError as error:
         first = error.errors()[0]
         raise ServingError(f"args of the Serve application: {'.'.join(map(str, first['loc']))}: {first['msg']}.") from error
-    folder = Path(wanted.model).expanduser().absolute()
+    folder = local_folder(wanted.model) if is_uri(wanted.model) else Path(wanted.model).expanduser().absolute()
     contract = read_contract(Path(wanted.contract).expanduser().absolute()) if wanted.contract else None
     layout_beside(folder, contract)
     own = read_contract(folder)
@@ -197,6 +199,7 @@ class _Replica:
         from apprentice.serve.transformers_engine import TransformersEngine
 
         _log_requests()
+        folder = folder if folder.is_dir() else local_folder(str(folder))  # a cache's folder that another node named
         self._model_name = model_name
         self._serving = serving
         self._contract = read_contract(folder) or contract

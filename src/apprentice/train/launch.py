@@ -30,7 +30,7 @@ from apprentice.data.pipeline import Corpus, Start, estimate_steps, train_stream
 from apprentice.errors import RecipeError, TrainingError
 from apprentice.hub import local_folder
 from apprentice.models.loading import count_parameters, resolve_dtype
-from apprentice.nodes import node_resources
+from apprentice.nodes import is_job, node_resources
 from apprentice.recipe import Recipe
 from apprentice.train import checkpoint as checkpoints
 from apprentice.train.batch import PackedRows
@@ -230,13 +230,15 @@ def _trainer(job: Job, corpus: Corpus) -> TorchTrainer:
     resources = {"CPU": training.resources.cpus} | ({"GPU": training.resources.gpus} if training.resources.gpus else {})
     checkpoint_folder, mailbox = job.run.checkpoints, job.mailbox
     held = ray.put(corpus)
-    spare = sum(node.get("CPU", 0.0) for node in node_resources()) - job.workers * training.resources.cpus
+    submitted = is_job()
 
     def build() -> Any:
         """The stream for a worker group that is about to start; called for each one, before its workers run."""
         found = checkpoints.restorable(checkpoint_folder)
         ray.get(mailbox.begin.remote(found))
         start = Start(found.state.window, found.state.row) if found else Start()
+        # As many actors as there is room for now: a node may have been lost since the run began.
+        spare = sum(node.get("CPU", 0.0) for node in node_resources(job=submitted)) - job.workers * training.resources.cpus
         return train_stream(ray.get(held), start, None, max(1, min(4, int(spare) - 1)))
 
     logging.getLogger("ray.train").setLevel(logging.WARNING)

@@ -1,0 +1,122 @@
+"""Runs in an object store: the same road with `storage=s3://…`, in processes that know the store from their environment alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from apprentice import hub, road
+from apprentice.artifacts import Run, read_contract
+from apprentice.errors import StorageError
+from apprentice.storage import Folder
+from tests.object_store import BUCKET, ObjectStore, object_store
+from tests.recipes import tiny_recipe
+
+SECRET = secrets.token_hex(16)
+
+
+@pytest.fixture
+def store(monkeypatch, tmp_path) -> Iterator[ObjectStore]:
+    key_id = f"ID{secrets.token_hex(4)}"
+    with object_store(key_id) as found:
+        environment = {
+            "AWS_ACCESS_KEY_ID": key_id,
+            "AWS_SECRET_ACCESS_KEY": SECRET,
+            "AWS_ENDPOINT_URL": found.url,
+            "AWS_DEFAULT_REGION": "eu-central-1",
+            "AWS_EC2_METADATA_DISABLED": "true",
+            "APPRENTICE_CACHE": str(tmp_path / "cache"),
+        }
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        yield found
+
+
+def test_folders_in_a_store(store, tmp_path):
+    folder = Folder.at(f"s3://{BUCKET}/a")
+    (folder / "b" / "one.txt").write_text("1")
+    (folder / "big").write_bytes(bytes(range(256)) * 100_000)
+    (tmp_path / "up").mkdir()
+    (tmp_path / "up" / "x").write_text("x")
+    (folder / "up").upload(tmp_path / "up")
+    assert [child.name for child in folder.children()] == ["b", "big", "up"]
+    assert (folder / "b" / "one.txt").read_text() == "1"
+    assert (folder / "big").read_bytes() == bytes(range(256)) * 100_000
+    assert (folder.download(tmp_path / "down") / "up" / "x").read_text() == "x"
+    assert not (folder / "c").exists()
+    with pytest.raises(StorageError, match=r"s3://bucket/a/c does not exist"):
+        (folder / "c").read_bytes()
+    folder.delete()
+    assert [key for key in store.objects if key.startswith("a/b")] == []
+
+
+def test_a_models_path_in_the_cache_says_where_it_came_from(store, tiny_model, tmp_path):
+    place = f"s3://{BUCKET}/models/tiny"
+    Folder.at(place).upload(tiny_model)
+    here = hub.local_folder(place)
+    assert here.is_relative_to(tmp_path / "cache")
+    assert (here / "model.safetensors").read_bytes() == (tiny_model / "model.safetensors").read_bytes()
+    here.rename(tmp_path / "gone")  # as on another node, which is told the path alone
+    assert hub.local_folder(str(here)) == here
+    assert (here / "config.json").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+@pytest.mark.timeout(600)
+def test_the_road_with_its_storage_in_a_store(store, tiny_model, tmp_path):
+    storage = f"s3://{BUCKET}/runs"
+    recipe = tiny_recipe(tmp_path, tiny_model, storage=storage, training__steps=3, evaluation__gate={"held_out": -1000.0})
+    done = pipeline(recipe)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.strip().endswith(f"{storage}/tiny")
+    keys = [key.removeprefix("runs/tiny/") for key in store.objects if key.startswith("runs/tiny/")]
+    wanted = {
+        "recipe.yaml",
+        "status.json",
+        "ledger.json",
+        "model/apprentice.json",
+        "report/report.html",
+        "adapter/adapter_config.json",
+    }
+    assert wanted <= set(keys)
+    assert any(key.startswith("checkpoints/step-") for key in keys)
+    assert not [place for place in (tmp_path / "runs", Path("s3:")) if place.exists()]
+
+    again = pipeline(recipe)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "trained already" in again.stdout
+    assert "evaluated already" in again.stdout
+    assert SECRET not in done.stdout + done.stderr + again.stdout + again.stderr + str(store.objects)
+
+    found, place = road.report(f"{storage}/tiny", "./runs")
+    assert len(found["tasks"]) >= 8
+    assert json.loads((place / "report.json").read_text())["summary"] == found["summary"]
+    run = Run(Folder.at(f"{storage}/tiny"))
+    folder = hub.local_folder(str(run.model))
+    assert read_contract(folder) == read_contract(run.model)
+    assert store.refused == 0
+
+
+def pipeline(recipe: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "apprentice.jobs", "pipeline", "--recipe", str(recipe)]
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=recipe.parent, env=environment)
+
+
+def test_a_store_that_refuses_is_said_in_one_sentence(store, tiny_model, tmp_path, monkeypatch):
+    from apprentice.check import POINTS
+    from apprentice.recipe import load_recipe
+
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "somebody")
+    with pytest.raises(StorageError, match="Choose another `storage`") as caught:
+        POINTS["storage"](load_recipe(tiny_recipe(tmp_path, tiny_model, storage=f"s3://{BUCKET}/runs")))
+    assert store.refused > 0
+    assert SECRET not in str(caught.value)
