@@ -187,6 +187,7 @@ def answers(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         if name not in REAL or DATA_FOLDER.is_dir():
             (folder / name).mkdir()
             jobs[name] = (str(SHIPPED / f"{name}.yaml"), tiny(name, tiny_model, folder / name))
+    jobs["zephyr"][1].append(f"model={{base: 'run:{folder}/zephyr_sft/runs/zephyr-sft', dtype: float32}}")  # done before it
     torch.multiprocessing.spawn(single.process, (str(folder), jobs), nprocs=1)
     return folder
 
@@ -218,24 +219,10 @@ def test_recipe_runs_on_ray_to_an_answered_request(name, tiny_model, ray_cluster
         assert isinstance(road.ask(url, "Name a colour.", "", max_tokens=4), str)
 
 
-@pytest.mark.cluster
 @pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_zephyr_is_a_chain_to_an_answered_request(tiny_model, ray_cluster, tmp_path):
+def test_zephyr_goes_on_from_its_first_run(answers):
     from apprentice.artifacts import read_contract
 
-    for part in ("first", "second"):
-        (tmp_path / part).mkdir()
-    first = load_recipe(SHIPPED / "zephyr_sft.yaml", tiny("zephyr_sft", tiny_model, tmp_path / "first"))
-    base = f"model={{base: 'run:{first.storage}/zephyr-sft', dtype: float32}}"
-    changes = [*tiny("zephyr", tiny_model, tmp_path / "second"), base, f"storage={first.storage}"]
-    second = load_recipe(SHIPPED / "zephyr.yaml", changes)
-    road.check_order([first, second])
-    for recipe in (first, second):
-        result = road.train(recipe, progress=lambda stage, values: None)
-        assert result["steps"] == 2
-    contract = read_contract(Path(first.storage) / "zephyr" / "model")
+    contract = read_contract(answers / "zephyr" / "runs" / "zephyr" / "model")
     assert contract is not None
-    assert contract.ancestors[-1] == "run:zephyr-sft"
-    with road.endpoint(result["run"], progress=lambda stage, values: None) as url:
-        assert isinstance(road.ask(url, "Name a colour.", "", max_tokens=4), str)
+    assert contract.ancestors[-1] == contract.base == "run:zephyr-sft"
