@@ -79,26 +79,38 @@ async def test_nonsense_is_refused_with_a_sentence(endpoint: Endpoint, method: s
         assert (await http.post("/v1/completions", json=SHORT)).status_code == 200
 
 
-async def test_five_hundred_clients_get_an_answer_or_429(endpoint: Endpoint) -> None:
-    """As many connections at once, each asking again as soon as it is answered, for 8 seconds."""
-    statuses: Counter[int] = Counter()
-    short: list[Any] = []
-    ends = time.monotonic() + 8.0
+async def answer(reader: asyncio.StreamReader) -> tuple[int, dict[str, str], Any]:
+    """Status, headers and body of one response."""
+    head = (await reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
+    headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in head[1:] if line)}
+    body = await reader.readexactly(int(headers["content-length"]))
+    return int(head[0].split()[1]), headers, json.loads(body)
 
-    async def ask(http: httpx.AsyncClient) -> None:
+
+async def test_five_hundred_clients_get_an_answer_or_429(endpoint: Endpoint) -> None:
+    """As many connections at once, each asking again as soon as it is answered, for some seconds."""
+    statuses: Counter[int] = Counter()
+    ends = time.monotonic() + 5.0
+    body = json.dumps(SHORT)
+    host, port = endpoint.url.removeprefix("http://").split(":")
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+
+    async def ask() -> None:
+        reader, writer = await asyncio.open_connection(host, int(port))
         while True:
-            response = await http.post("/v1/completions", json=SHORT)
-            statuses[response.status_code] += 1
-            if response.status_code == 200 and response.json()["usage"]["completion_tokens"] != 4:
-                short.append(response.json())
-            if response.status_code == 429:
-                assert int(response.headers["retry-after"]) >= 1
+            writer.write(f"{head}{body}".encode())
+            status, headers, said = await answer(reader)
+            statuses[status] += 1
+            if status == 200:
+                assert said["usage"]["completion_tokens"] == 4
+            else:
+                assert (status, said["error"]["code"], int(headers["retry-after"])) == (429, "overloaded", 1)
             if time.monotonic() > ends:
+                writer.close()
                 return
 
-    limits = httpx.Limits(max_connections=500, max_keepalive_connections=500)
-    async with httpx.AsyncClient(base_url=endpoint.url, timeout=120, limits=limits) as http:
-        await asyncio.gather(*(ask(http) for _ in range(500)))
-        assert set(statuses) <= {200, 429}
-        assert (short, statuses[200] > 100, sum(statuses.values()) >= 500) == ([], True, True), statuses
+    await asyncio.gather(*(ask() for _ in range(500)))
+    assert sum(statuses.values()) >= 500
+    assert statuses[200] > 100
+    async with httpx.AsyncClient(base_url=endpoint.url, timeout=60) as http:
         assert await running(http) == 0

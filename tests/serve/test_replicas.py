@@ -1,0 +1,73 @@
+"""Two replicas under load, both replaced by a new version."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from ray import serve
+
+from apprentice.recipe import Replicas, Serving
+from apprentice.serve.deployment import APP_NAME, Endpoint, application, start
+
+pytestmark = [pytest.mark.slow, pytest.mark.asyncio]
+ASKED: dict[str, Any] = {"prompt": "Once", "max_tokens": 20, "ignore_eos": True, "stream": True}
+
+
+@pytest.fixture(scope="module")
+def pair(ray_cluster: None, chat_model: Path) -> Iterator[Endpoint]:
+    serving = Serving(port=0, max_running=8, max_queued_requests=8, context=2048, replicas=Replicas(min=2, max=2))
+    with start(chat_model, serving, model_name="tiny", dtype="float32", cpus=1) as running:
+        yield running
+
+
+async def outcome(http: httpx.AsyncClient, asked: dict[str, Any]) -> str:
+    """How one streamed reply went: `whole`, or how its client was told that it is not."""
+    try:
+        async with http.stream("POST", "/v1/completions", json=asked) as response:
+            if response.status_code != 200:
+                return f"status {response.status_code}"
+            async for line in response.aiter_lines():
+                if line == "data: [DONE]":
+                    return "whole"
+                if line and "error" in json.loads(line.removeprefix("data: ")):
+                    return "error event"
+    except httpx.RemoteProtocolError:
+        return "cut off"
+    return "ended as if it were whole"
+
+
+async def answering(http: httpx.AsyncClient) -> set[str]:
+    """The replicas that some calls reach."""
+    texts = [(await http.get("/metrics")).text for _ in range(12)]
+    return {name for text in texts for name in re.findall(r'replica="(\w+)"', text)}
+
+
+async def test_a_rolling_update_fails_no_request(pair: Endpoint, chat_model: Path) -> None:
+    went: Counter[str] = Counter()
+    updated = asyncio.Event()
+    arguments = {"model": str(chat_model), "dtype": "float32", "replicas": {"min": 2, "max": 2}, "max_running": 7, "context": 512}
+
+    async def ask(http: httpx.AsyncClient) -> None:
+        while not updated.is_set():
+            went[await outcome(http, ASKED)] += 1
+
+    async with httpx.AsyncClient(base_url=pair.url, timeout=120) as http:
+        before = await answering(http)
+        assert before
+        clients = [asyncio.create_task(ask(http)) for _ in range(6)]
+        await asyncio.to_thread(lambda: serve.run(application(arguments), name=APP_NAME))
+        async with asyncio.timeout(120):
+            while before & await answering(http):
+                await asyncio.sleep(0.2)
+        updated.set()
+        await asyncio.gather(*clients)
+    assert set(went) == {"whole"}
+    assert went["whole"] >= 12
