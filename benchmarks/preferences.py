@@ -7,8 +7,10 @@ reference: TRL in every step, ours with a pass of its own, whose seconds for eac
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
+import sys
 import tempfile
 import time
 import warnings
@@ -176,7 +178,8 @@ def trl_process(_: int, arguments: argparse.Namespace, storage: str, batch: int,
         peft_config=LoraConfig(task_type="CAUSAL_LM", r=RANK, lora_alpha=2 * RANK, target_modules="all-linear"),
         callbacks=[clock],
     )
-    trainer.train()
+    with contextlib.redirect_stdout(sys.stderr):  # it prints its figures, and standard output is for ours
+        trainer.train()
     speed = batch * arguments.steps / (clock.end - clock.begin)
     assert math.isfinite(speed)
     (Path(folder) / "speed").write_text(str(speed))
