@@ -23,7 +23,7 @@ from apprentice.artifacts import Run
 from apprentice.recipe import load_recipe
 from apprentice.serve.deployment import AppArguments
 from apprentice.storage import Folder
-from tests.conftest import DATA_FOLDER, NEEDS_DATA, ROOT
+from tests.conftest import DATA_FOLDER, NEEDS_DATA, NEEDS_KUBECTL, ROOT
 
 pytestmark = pytest.mark.slow
 KUSTOMIZE = ROOT / "cluster" / "kustomize"
@@ -56,7 +56,8 @@ def built(overlay: str) -> list[dict[str, Any]]:
     assert kubectl, "kubectl is missing (Debian 13: apt-get install kubernetes-client)"
     version = json.loads(subprocess.run([kubectl, "version", "--client", "-o", "json"], capture_output=True, check=True).stdout)
     found = version["clientVersion"]["gitVersion"]
-    assert tuple(map(int, re.findall(r"\d+", found)[:2])) >= LEAST_KUBECTL, f"kubectl {found}: Kustomize without replacements"
+    if tuple(map(int, re.findall(r"\d+", found)[:2])) < LEAST_KUBECTL:
+        pytest.skip(f"{NEEDS_KUBECTL} or newer, because older ones have no replacements in Kustomize; here is {found}")
     folder = KUSTOMIZE / "overlays" / overlay
     done = subprocess.run([kubectl, "kustomize", str(folder)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
