@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -104,11 +103,10 @@ def test_the_order_is_looked_at_before_anything_is_trained(tmp_path):
 
 @pytest.mark.cluster
 @pytest.mark.timeout(600)
-def test_a_chain_runs_from_two_recipes_to_an_answer(ray_cluster, tiny_model, tmp_path, monkeypatch, capsys):
+def test_a_chain_runs_from_two_recipes_to_an_answer(ray_cluster, tiny_model, tmp_path, capsys):
     few = {"training__steps": 2, "training__workers": 1, "training__global_batch": 2, "training__optimizer": {}}
     files = [recipe_file(tmp_path, "first", str(tiny_model), **few), recipe_file(tmp_path, "second", "run:first", **few)]
-    monkeypatch.setattr(sys, "argv", ["pipeline.py", "--recipe", str(files[0]), "--recipe", str(files[1])])
-    jobs.run_job(lambda recipe, progress: print(road.train(recipe, progress=progress)["run"]))
+    jobs.run_job("train", ["--recipe", str(files[0]), "--recipe", str(files[1])])
     assert capsys.readouterr().out.strip().endswith("runs/second")
     contract = read_contract(Run(Folder.at(tmp_path / "runs" / "second")).model.local)
     assert contract is not None
