@@ -131,6 +131,7 @@ def test_a_conversation_keeps_its_turns(page: Page, endpoint: Endpoint) -> None:
 
 
 def test_tabs_are_a_keyboards_too(page: Page) -> None:
+    expect(page.locator("#tab-task")).to_be_visible()  # once the endpoint has listed its tasks
     page.focus("#tab-instruct")
     page.keyboard.press("ArrowRight")
     expect(page.locator("#tab-chat")).to_be_focused()

@@ -1,4 +1,4 @@
-// Rows of tabs as screen readers and keyboards know them: arrows move, Home and End go to the ends, one tab is in the tab order.
+// Rows of tabs as screen readers and keyboards know them: arrows move, Home and End go to the ends, one tab is in the tab order; hidden tabs are passed by.
 
 export function tabs(list, chosen) {
   const all = [...list.querySelectorAll("[role=tab]")];
@@ -16,11 +16,12 @@ export function tabs(list, chosen) {
     if (tab) choose(tab);
   });
   list.addEventListener("keydown", (event) => {
-    const at = all.indexOf(document.activeElement);
-    const next = { ArrowRight: at + 1, ArrowLeft: at - 1, Home: 0, End: all.length - 1 }[event.key];
+    const shown = all.filter((tab) => !tab.hidden);
+    const at = shown.indexOf(document.activeElement);
+    const next = { ArrowRight: at + 1, ArrowLeft: at - 1, Home: 0, End: shown.length - 1 }[event.key];
     if (at < 0 || next === undefined) return;
     event.preventDefault();
-    const tab = all[(next + all.length) % all.length];
+    const tab = shown[(next + shown.length) % shown.length];
     tab.focus();
     choose(tab);
   });
