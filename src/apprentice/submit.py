@@ -41,6 +41,7 @@ NOT_PACKED = (
 LIVE = ("PENDING", "RUNNING")
 POLL_S = 1.0
 LOST_S = 300.0  # how long a dashboard may be away before following gives up; the job goes on without us
+STOP_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -238,9 +239,14 @@ def _ending(client: Any, job: str, status: str) -> str:
 
 
 def stop(job: str, *, address: str, ca: str | None = None) -> None:
-    """Ends the job; what its run has saved stays."""
+    """Ends the job and waits until it has; what its run has saved stays. Raises `RunError` if it runs on after a minute."""
     client = connect(address, ca)
-    _asked(address, lambda: client.stop_job(job))
+    deadline = time.monotonic() + STOP_S
+    while _asked(address, partial(client.get_job_status, job)) in LIVE:
+        if time.monotonic() > deadline:
+            raise RunError(f"job {job} still runs {STOP_S:.0f} s after it was told to stop; try: ray job stop {job}")
+        _asked(address, partial(client.stop_job, job))  # again each time: Ray loses one that comes before the job has begun
+        time.sleep(POLL_S)
 
 
 def deploy_run(run: str, recipe: Recipe, *, timeout_s: float = 600.0) -> str:
