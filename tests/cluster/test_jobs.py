@@ -127,6 +127,35 @@ def said_by_ray(head: str) -> str:
     return answer.text
 
 
+def test_a_job_with_a_wrong_recipe_fails_with_one_sentence(head, tiny_model, tmp_path):
+    recipe = tiny_recipe(tmp_path, tiny_model, data__tasks=["muliti_nli"], data__hold_out=[])
+    done = submit(recipe, head)
+    assert done.returncode == 1
+    assert "failed: data.tasks: 'muliti_nli' is not a task. Did you mean 'multi_nli'?" in json.loads(done.stdout)["error"]
+    assert not (tmp_path / "runs").exists()
+
+
+def test_rays_own_command_runs_the_scripts(head, tiny_model, tmp_path):
+    recipe = tiny_recipe(tmp_path, tiny_model)
+    done = ray_submit(head, "jobs/prepare_data.py", "--recipe", str(recipe))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert str(tmp_path / "runs" / "tiny") in done.stdout
+    assert (tmp_path / "runs" / "tiny" / "index").is_dir()
+
+
+def test_without_the_token_nothing_is_sent(head, tiny_model, tmp_path):
+    done = submit(tiny_recipe(tmp_path, tiny_model), head, RAY_AUTH_TOKEN="0" * 64)
+    assert done.returncode == 1, done.stderr
+    assert "asks for a token; set RAY_AUTH_MODE=token" in json.loads(done.stdout)["error"]
+
+
+def test_nobody_answers(tiny_model, tmp_path):
+    done = submit(tiny_recipe(tmp_path, tiny_model), f"http://127.0.0.1:{free_port()}")
+    assert done.returncode == 1, done.stderr
+    assert "no Ray dashboard answers at http://127.0.0.1" in json.loads(done.stdout)["error"]
+
+
+# Last: what a stopped job's processes still hold must not keep another test waiting.
 FOLLOWED = """
 import json, sys
 from apprentice import submit as jobs
@@ -157,31 +186,3 @@ def test_a_live_job_is_followed_and_a_dead_one_gets_the_next_attempt(head, tiny_
     assert (first, third) == (second, first[:-1] + "2")
     assert told["attached"] == [False, True, False]
     assert "was stopped; give the same command again" in told["ending"]
-
-
-def test_a_job_with_a_wrong_recipe_fails_with_one_sentence(head, tiny_model, tmp_path):
-    recipe = tiny_recipe(tmp_path, tiny_model, data__tasks=["muliti_nli"], data__hold_out=[])
-    done = submit(recipe, head)
-    assert done.returncode == 1
-    assert "failed: data.tasks: 'muliti_nli' is not a task. Did you mean 'multi_nli'?" in json.loads(done.stdout)["error"]
-    assert not (tmp_path / "runs").exists()
-
-
-def test_rays_own_command_runs_the_scripts(head, tiny_model, tmp_path):
-    recipe = tiny_recipe(tmp_path, tiny_model)
-    done = ray_submit(head, "jobs/prepare_data.py", "--recipe", str(recipe))
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert str(tmp_path / "runs" / "tiny") in done.stdout
-    assert (tmp_path / "runs" / "tiny" / "index").is_dir()
-
-
-def test_without_the_token_nothing_is_sent(head, tiny_model, tmp_path):
-    done = submit(tiny_recipe(tmp_path, tiny_model), head, RAY_AUTH_TOKEN="0" * 64)
-    assert done.returncode == 1, done.stderr
-    assert "asks for a token; set RAY_AUTH_MODE=token" in json.loads(done.stdout)["error"]
-
-
-def test_nobody_answers(tiny_model, tmp_path):
-    done = submit(tiny_recipe(tmp_path, tiny_model), f"http://127.0.0.1:{free_port()}")
-    assert done.returncode == 1, done.stderr
-    assert "no Ray dashboard answers at http://127.0.0.1" in json.loads(done.stdout)["error"]
