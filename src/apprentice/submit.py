@@ -239,13 +239,16 @@ def _ending(client: Any, job: str, status: str) -> str:
 
 
 def stop(job: str, *, address: str, ca: str | None = None) -> None:
-    """Ends the job and waits until it has; what its run has saved stays. Raises `RunError` if it runs on after a minute."""
+    """Tells the job to stop until Ray says that it has ended; what its run has saved stays. Raises `RunError` after a minute.
+
+    Known fault: Ray may say so while the driver's process still goes on and holds its CPUs, if the job had only just begun.
+    """
     client = connect(address, ca)
     deadline = time.monotonic() + STOP_S
     while _asked(address, partial(client.get_job_status, job)) in LIVE:
         if time.monotonic() > deadline:
             raise RunError(f"job {job} still runs {STOP_S:.0f} s after it was told to stop; try: ray job stop {job}")
-        _asked(address, partial(client.stop_job, job))  # again each time: Ray loses one that comes before the job has begun
+        _asked(address, partial(client.stop_job, job))
         time.sleep(POLL_S)
 
 
