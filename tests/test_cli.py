@@ -64,7 +64,7 @@ def test_the_users_mistake_as_json(command):
 
 
 def test_our_fault_is_three_with_a_traceback_and_where_to_report(command, monkeypatch):
-    def broken(name: str, overrides: list[str] | None) -> None:
+    def broken(name: str, overrides: list[str] | None, **_: object) -> None:
         raise ZeroDivisionError("inside")
 
     monkeypatch.setattr(cli.training, "loaded_recipe", broken)

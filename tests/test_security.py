@@ -14,10 +14,11 @@ import torch
 from safetensors.torch import load_file
 
 from apprentice import hub
-from apprentice.errors import ModelError, StorageError
+from apprentice.artifacts import weights_sha256
+from apprentice.errors import ContractError, ModelError, StorageError
 from apprentice.models.loading import load_model
 from apprentice.models.merging import merge_adapter
-from apprentice.recipe import load_recipe
+from apprentice.recipe import Serving, load_recipe
 from apprentice.storage import Folder
 from tests.conftest import ROOT
 from tests.recipes import tiny_recipe
@@ -131,11 +132,14 @@ def test_a_pickled_adapter_is_refused_and_never_opened(tiny_model, tmp_path):
     mark, adapter = tmp_path / "mark", tmp_path / "adapter"
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(tiny_model), "peft_type": "LORA"}))
-    (adapter / "adapter_model.bin").write_bytes(pickle.dumps(Trap(mark)))
+    (adapter / "adapter_model.bin").write_bytes(pickle.dumps(Trap(mark), protocol=2))
     with pytest.raises(ModelError, match=r"adapter as a pickle \(adapter_model\.bin\)"):
         merge_adapter(adapter, tmp_path / "merged")
     assert not mark.exists()
     assert not (tmp_path / "merged").exists()
+    with pytest.raises(ModelError, match="does not fit its base"):  # trusted, it is read as tensors, which this is none of
+        merge_adapter(adapter, tmp_path / "merged", trust=True)
+    assert not mark.exists()
 
 
 @pytest.mark.parametrize("place", [".", "adapter"])
@@ -156,6 +160,66 @@ def test_check_says_it_before_anything_is_reserved(model, tmp_path):
     with pytest.raises(ModelError, match="weights as a pickle"):
         POINTS["model"](load_recipe(file))
     assert "layout chat" in POINTS["model"](load_recipe(file, ["model.trust=true"]))
+
+
+def test_trust_is_one_word_on_every_command_that_loads_a_model(monkeypatch, tmp_path):
+    """What each command does with it is the recipe's `model.trust`, or one argument."""
+    from contextlib import nullcontext
+
+    from typer.testing import CliRunner
+
+    from apprentice import cli, road, submit
+
+    told: dict[str, object] = {}
+
+    def sent(recipe: str, overrides: list[str], **_: object) -> submit.Submission:
+        told["submit"] = overrides
+        return submit.Submission("", "", False)
+
+    train = {"run": "", "steps": 0}
+    monkeypatch.setattr(road, "train", lambda recipe, **_: told.update(train=recipe.model.trust) or train)
+    monkeypatch.setattr(road, "training_sentence", lambda result: "")
+    monkeypatch.setattr(road, "prepare", lambda recipe, **_: told.update(prepare=recipe.model.trust) or {})
+    monkeypatch.setattr(road, "check_recipe", lambda recipe: told.update(check=recipe.model.trust) or [])
+    monkeypatch.setattr(road, "evaluate", lambda target, overrides, **_: told.update(evaluate=overrides) or ({}, ""))
+    monkeypatch.setattr(road, "predict", lambda *_, trust, **__: told.update(predict=trust) or {})
+    monkeypatch.setattr(road, "endpoint", lambda *_, trust, **__: told.update(serve=trust) or nullcontext("http://127.0.0.1:1"))
+    monkeypatch.setattr(road, "wait_for_stop", lambda: None)
+    monkeypatch.setattr(
+        submit, "submit", lambda recipe, overrides, **_: told.update(submit=overrides) or submit.Submission("", "", False)
+    )
+    recipe = str(tiny_recipe(tmp_path, Path("/models/tiny")))
+    words = {
+        "train": [recipe],
+        "prepare": [recipe],
+        "check": [recipe],
+        "evaluate": ["m"],
+        "predict": ["m", "f"],
+        "serve": ["m"],
+        "submit": [recipe],
+    }
+    for trust, expected, overrides in (([], False, []), (["--trust"], True, ["model.trust=true"])):
+        told.clear()
+        for command, targets in words.items():
+            CliRunner().invoke(cli.app, [command, *targets, *trust])
+        assert told == {command: overrides if command in ("evaluate", "submit") else expected for command in words}
+
+
+def test_a_trusted_models_pickles_tell_it_from_others(model, tmp_path):
+    other = Path(shutil.copytree(model, tmp_path / "other"))
+    pickled(model)
+    torch.save({"lm_head.weight": torch.zeros(1)}, pickled(other))
+    assert weights_sha256(model) != weights_sha256(other)
+
+
+def test_the_endpoint_refuses_before_anything_starts(model):
+    from apprentice.serve import deployment
+
+    pickled(model)
+    with pytest.raises(ModelError, match="weights as a pickle"):
+        deployment.check(model, Serving(port=0))
+    with pytest.raises(ContractError):  # trusted, it is asked how it is spoken to
+        deployment.check(model, Serving(port=0), trust=True)
 
 
 def test_a_wheel_gives_one_member_and_nothing_else(tmp_path, monkeypatch):

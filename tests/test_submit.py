@@ -66,7 +66,7 @@ def test_a_shipped_recipe_needs_only_its_places(dashboard):
     sent = submit.submit("flan_mini", ["storage=s3://bucket/runs", "data.root=/shared/data"], address=ADDRESS)
     assert sent.run == "s3://bucket/runs/flan-mini"
     words = dashboard.sent[0]["entrypoint"]
-    assert words == ("python -m apprentice.jobs pipeline --recipe flan_mini storage=s3://bucket/runs data.root=/shared/data")
+    assert words == ("exec python -m apprentice.jobs pipeline --recipe flan_mini storage=s3://bucket/runs data.root=/shared/data")
 
 
 def test_a_recipe_or_task_that_would_stay_behind_is_refused(dashboard, tmp_path):
@@ -96,7 +96,7 @@ def test_what_is_sent(dashboard, tmp_path, monkeypatch):
     sent = submit.submit(str(recipe), ["training.steps=9"], address=ADDRESS, deploy=True, install=True, folder=tmp_path)
     (job,) = dashboard.sent
     assert job["submission_id"] == sent.job
-    assert job["entrypoint"] == "python -m apprentice.jobs pipeline --recipe recipe.yaml --deploy training.steps=9"
+    assert job["entrypoint"] == "exec python -m apprentice.jobs pipeline --recipe recipe.yaml --deploy training.steps=9"
     assert job["runtime_env"]["working_dir"] == str(tmp_path)
     assert job["runtime_env"]["pip"] == ["apprentice==0.1.0"]
     assert {"runs/", ".git/", "**/.env*", "**/*.safetensors"} <= set(job["runtime_env"]["excludes"])

@@ -233,9 +233,9 @@ def read_contract(folder: Path | Folder) -> PromptContract | None:
 
 
 def weights_sha256(folder: Path) -> str:
-    """sha256 over the safetensors files of `folder`, in order of name."""
+    """sha256 over the safetensors files of `folder`, in order of name; over trusted pickles where there are none."""
     digest = hashlib.sha256()
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin")):
         with file.open("rb") as stream:
             while block := stream.read(1 << 22):
                 digest.update(block)

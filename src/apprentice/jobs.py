@@ -9,13 +9,16 @@ in `jobs/` are the same stages for `ray job submit`.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import os
+import signal
 import sys
 
 from apprentice import __version__, road
 from apprentice.artifacts import Run, identity, identity_hash
 from apprentice.console import Screen
 from apprentice.errors import ApprenticeError, ResourcesError
+from apprentice.nodes import is_job
 from apprentice.recipe import Recipe, find_recipe, load_recipe
 from apprentice.session import VERSION_VARIABLE, ray_session
 from apprentice.storage import Folder
@@ -70,6 +73,7 @@ def evaluation_identity(recipe: Recipe) -> str:
     return identity_hash(identity(recipe) | settings)
 
 
+PR_SET_PDEATHSIG = 1  # prctl(2): the signal that this process gets when its parent ends
 STAGES = {"prepare": prepare, "train": train, "evaluate": evaluate, "pipeline": pipeline}
 
 
@@ -84,6 +88,7 @@ def run_job(stage: str, words: list[str] | None = None) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides, such as storage=/shared/runs")
     arguments = parser.parse_args(words)
     screen = Screen()
+    _end_with_the_shell()
     try:
         _same_version()
         recipes = [load_recipe(find_recipe(name), arguments.overrides) for name in arguments.recipe]
@@ -96,6 +101,21 @@ def run_job(stage: str, words: list[str] | None = None) -> None:
     except ApprenticeError as error:
         screen.error(str(error))
         sys.exit(1)
+
+
+def _end_with_the_shell() -> None:
+    """Lets a job's driver end when the shell does that Ray started it in: a stop that came early may have reached the shell alone.
+
+    `apprentice submit` needs none of this, since its shell becomes the driver; `ray job submit … -- python …` does.
+    """
+    shell = os.getpgrp()  # Ray gives each job a process group, which the shell leads
+    if not is_job() or shell == os.getpid():
+        return
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    try:
+        os.kill(shell, 0)
+    except ProcessLookupError:
+        sys.exit(128 + signal.SIGTERM)
 
 
 def _same_version() -> None:

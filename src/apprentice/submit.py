@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import shlex
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -164,9 +165,16 @@ def _asked(address: str, question: Callable[[], Any]) -> Any:
         raise
 
 
-def _send(client: Any, address: str, job: str, words: list[str], working: Path, recipe: Recipe, *, install: bool) -> None:
-    import shlex
+def entrypoint(words: Sequence[str]) -> str:
+    """The command line of a job, for the shell that Ray starts it with.
 
+    `exec`: the shell becomes the driver. Ray stops a job by a signal to the shell and the children that it sees at that moment, and
+    a driver that the shell is only just starting would not be among them, and would go on without end.
+    """
+    return f"exec {shlex.join(words)}"
+
+
+def _send(client: Any, address: str, job: str, words: list[str], working: Path, recipe: Recipe, *, install: bool) -> None:
     environment: dict[str, Any] = {
         "working_dir": str(working),
         "excludes": list(NOT_PACKED),
@@ -177,7 +185,7 @@ def _send(client: Any, address: str, job: str, words: list[str], working: Path, 
 
     def send() -> None:
         client.submit_job(
-            entrypoint=shlex.join(words),
+            entrypoint=entrypoint(words),
             submission_id=job,
             runtime_env=environment,
             metadata={"run": recipe.name, "apprentice": __version__},
@@ -239,10 +247,7 @@ def _ending(client: Any, job: str, status: str) -> str:
 
 
 def stop(job: str, *, address: str, ca: str | None = None) -> None:
-    """Tells the job to stop until Ray says that it has ended; what its run has saved stays. Raises `RunError` after a minute.
-
-    Known fault: Ray may say so while the driver's process still goes on and holds its CPUs, if the job had only just begun.
-    """
+    """Tells the job to stop until Ray says that it has ended; what its run has saved stays. Raises `RunError` after a minute."""
     client = connect(address, ca)
     deadline = time.monotonic() + STOP_S
     while _asked(address, partial(client.get_job_status, job)) in LIVE:

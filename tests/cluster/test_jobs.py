@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
@@ -155,7 +156,6 @@ def test_nobody_answers(tiny_model, tmp_path):
     assert "no Ray dashboard answers at http://127.0.0.1" in json.loads(done.stdout)["error"]
 
 
-# Last: what a stopped job's processes still hold must not keep another test waiting.
 FOLLOWED = """
 import json, sys
 from apprentice import submit as jobs
@@ -186,3 +186,14 @@ def test_a_live_job_is_followed_and_a_dead_one_gets_the_next_attempt(head, tiny_
     assert (first, third) == (second, first[:-1] + "2")
     assert told["attached"] == [False, True, False]
     assert "was stopped; give the same command again" in told["ending"]
+    assert drivers_of(first) == drivers_of(third) == []  # the third was stopped before its driver had begun
+
+
+def drivers_of(job: str) -> list[str]:
+    """Processes that work on the job, besides Ray's own."""
+    found = []
+    for process in Path("/proc").iterdir():
+        with suppress(OSError):
+            if process.name.isdigit() and job.encode() in (process / "environ").read_bytes():
+                found.append((process / "cmdline").read_text().replace("\0", " "))
+    return [command for command in found if "apprentice.jobs" in command]

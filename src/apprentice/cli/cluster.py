@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from apprentice.cli.options import Json, Overrides, RecipeFile, screen_for
+from apprentice.cli.options import Json, Overrides, RecipeFile, Trust, screen_for, with_trust
 
 
 def submit(
@@ -18,13 +18,14 @@ def submit(
     deploy: Annotated[bool, typer.Option(help="Serve the model on the same cluster once it has been evaluated.")] = False,
     install: Annotated[bool, typer.Option(help="Let the nodes install this version of apprentice from the package index.")] = False,
     ca: Annotated[str | None, typer.Option(help="Certificate file, where the dashboard's is signed by a CA of your own.")] = None,
+    trust: Trust = False,
     json: Json = False,
 ) -> None:
     """The same road as a Ray job; given again, it follows the live job or goes on where the run stopped."""
     from apprentice import submit as jobs
 
     screen = screen_for(json)
-    sent = jobs.submit(recipe, overrides or [], address=address, ca=ca, deploy=deploy, install=install)
+    sent = jobs.submit(recipe, with_trust(overrides, trust), address=address, ca=ca, deploy=deploy, install=install)
     screen.say(f"job {sent.job} {'is running already' if sent.attached else 'submitted'}")
     if follow:
         try:

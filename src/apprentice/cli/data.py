@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from apprentice.cli.options import Json, Overrides, RecipeFile, Restart, Storage, cell, loaded_recipe, screen_for, task_table
+from apprentice.cli.options import Json, Overrides, RecipeFile, Restart, Storage, Trust, cell, loaded_recipe, screen_for, task_table
 
 
 def init(
@@ -37,12 +37,12 @@ def init(
     )
 
 
-def check(recipe: RecipeFile, overrides: Overrides = None, json: Json = False) -> None:
+def check(recipe: RecipeFile, overrides: Overrides = None, trust: Trust = False, json: Json = False) -> None:
     """Everything that can be known before a GPU is reserved; exit code 1 if the recipe is not ready."""
     from apprentice import road
 
     screen = screen_for(json)
-    findings = road.check_recipe(loaded_recipe(recipe, overrides))
+    findings = road.check_recipe(loaded_recipe(recipe, overrides, trust=trust))
     for finding in findings:
         screen.say(f"{'ok ' if finding.ok else 'NO '} {finding.subject:<10} {finding.message}")
     ready = all(finding.ok for finding in findings)
@@ -126,12 +126,14 @@ def trace(
     screen.result({"examples": [item.as_dict() for item in shown]})
 
 
-def prepare(recipe: RecipeFile, overrides: Overrides = None, restart: Restart = False, json: Json = False) -> None:
+def prepare(
+    recipe: RecipeFile, overrides: Overrides = None, restart: Restart = False, trust: Trust = False, json: Json = False
+) -> None:
     """Freeze each task's index and show what the run will train on."""
     from apprentice import road
 
     screen = screen_for(json)
-    loaded = loaded_recipe(recipe, overrides)
+    loaded = loaded_recipe(recipe, overrides, trust=trust)
     result = road.prepare(loaded, restart=restart, progress=screen.progress)
     screen.result(
         result, f"{result['train_rows']} training rows of {result['tasks']} tasks, {result['steps']} steps\n{result['run']}"

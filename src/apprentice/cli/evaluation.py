@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from apprentice.cli.options import Json, Overrides, Storage, screen_for
+from apprentice.cli.options import Json, Overrides, Storage, Trust, screen_for, with_trust
 
 Out = Annotated[Path | None, typer.Option(help="Where the report goes; a run keeps its own.")]
 
@@ -25,6 +25,7 @@ def evaluate(
     restart: Annotated[bool, typer.Option(help="Ask everything again, also what was answered before.")] = False,
     out: Out = None,
     storage: Storage = "./runs",
+    trust: Trust = False,
     json: Json = False,
 ) -> None:
     """Score base and tuned model side by side; writes report.json, report.md and report.html."""
@@ -42,7 +43,7 @@ def evaluate(
         restart=restart,
         storage=storage,
     )
-    found, folder = road.evaluate(target, overrides or [], wanted=wanted, progress=screen.progress)
+    found, folder = road.evaluate(target, with_trust(overrides, trust), wanted=wanted, progress=screen.progress)
     _show(screen, found, folder)
 
 
@@ -87,6 +88,7 @@ def predict(
     recipe: Annotated[str | None, typer.Option(help="Recipe whose layout a bare model takes.")] = None,
     restart: Annotated[bool, typer.Option(help="Start over, removing the replies that are there.")] = False,
     storage: Storage = "./runs",
+    trust: Trust = False,
     json: Json = False,
 ) -> None:
     """Replies to a whole file, as Parquet; rows that cannot be asked are listed beside them."""
@@ -102,6 +104,7 @@ def predict(
         recipe=recipe,
         restart=restart,
         storage=storage,
+        trust=trust,
         progress=screen.progress,
     )
     bad = f", {result['bad_rows']} bad ones listed in bad_rows.jsonl" if result["bad_rows"] else ""

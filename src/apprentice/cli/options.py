@@ -12,6 +12,9 @@ RecipeFile = Annotated[str, typer.Argument(help="Recipe file, or the name of one
 Overrides = Annotated[list[str] | None, typer.Argument(help="Overrides: key.path=value …", metavar="KEY=VALUE")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output, nothing else there.")]
 Restart = Annotated[bool, typer.Option(help="Start the run over, removing what is there.")]
+Trust = Annotated[
+    bool, typer.Option("--trust", help="Read pickled weights, and run code that the model brings: model.trust=true in short.")
+]
 Storage = Annotated[str, typer.Option(help="Where runs lie.")]
 
 
@@ -20,11 +23,16 @@ def screen_for(as_json: bool) -> Screen:
     return Screen(as_json=as_json)
 
 
-def loaded_recipe(name: str, overrides: list[str] | None) -> Any:
+def loaded_recipe(name: str, overrides: list[str] | None, *, trust: bool = False) -> Any:
     """The recipe in the file, or of the name, `name`."""
     from apprentice.recipe import find_recipe, load_recipe
 
-    return load_recipe(find_recipe(name), overrides or [])
+    return load_recipe(find_recipe(name), with_trust(overrides, trust))
+
+
+def with_trust(overrides: list[str] | None, trust: bool) -> list[str]:
+    """The overrides, with what `--trust` stands for."""
+    return [*(overrides or []), *(["model.trust=true"] if trust else [])]
 
 
 def table_of(columns: list[str], rows: list[list[str]]) -> Any:

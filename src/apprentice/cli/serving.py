@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from apprentice.cli.options import Json, Storage, screen_for
+from apprentice.cli.options import Json, Storage, Trust, screen_for
 
 
 def serve(
@@ -18,6 +18,7 @@ def serve(
     require_gate: Annotated[bool, typer.Option(help="Refuse a model that has not passed its recipe's `evaluation.gate`.")] = False,
     storage: Storage = "./runs",
     insecure: Annotated[bool, typer.Option(help="Let an address other than loopback do without keys.")] = False,
+    trust: Trust = False,
 ) -> None:
     """The endpoint and the playground on one port, until Ctrl-C."""
     from apprentice import road
@@ -32,6 +33,7 @@ def serve(
         storage=storage,
         require_gate=require_gate,
         insecure=insecure,
+        trust=trust,
         progress=screen.progress,
     ) as url:
         screen.say(f"serving {target} at {url}  (playground: {url}/, API: {url}/v1, stop with Ctrl-C)")

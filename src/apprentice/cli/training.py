@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from apprentice.cli.options import Json, Overrides, RecipeFile, Restart, Storage, cell, loaded_recipe, screen_for, table_of
+from apprentice.cli.options import Json, Overrides, RecipeFile, Restart, Storage, Trust, cell, loaded_recipe, screen_for, table_of
 
 
 def quickstart(
@@ -22,12 +22,14 @@ def quickstart(
     screen.result(result)
 
 
-def train(recipe: RecipeFile, overrides: Overrides = None, restart: Restart = False, json: Json = False) -> None:
+def train(
+    recipe: RecipeFile, overrides: Overrides = None, restart: Restart = False, trust: Trust = False, json: Json = False
+) -> None:
     """Fine-tune; prints the run folder last."""
     from apprentice import road
 
     screen = screen_for(json)
-    result = road.train(loaded_recipe(recipe, overrides), restart=restart, progress=screen.progress)
+    result = road.train(loaded_recipe(recipe, overrides, trust=trust), restart=restart, progress=screen.progress)
     screen.result(result, road.training_sentence(result) + f"\n{result['run']}")
 
 

@@ -1,7 +1,7 @@
 """What a model or adapter folder may hold: numbers as safetensors, and an architecture that transformers has itself.
 
 A pickle can run anything when it is read, and so can a model's own code; both are refused before they are touched, unless the
-recipe says `model.trust`. Knows nothing of how models are loaded.
+recipe says `model.trust`, or the command line `--trust`. Knows nothing of how models are loaded.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def check_model_folder(folder: Path, *, trust: bool = False) -> None:
     if not any(folder.glob("*.safetensors")) and (pickles := _pickles(folder)):
         raise ModelError(
             f"{folder} has its weights as a pickle ({pickles[0]}), which can run any code when it is read. {REMEDY}, or, if you"
-            " trust its author, say model.trust=true."
+            " trust its author, say --trust (model.trust=true in a recipe)."
         )
     for adapter in (folder, folder / "adapter"):
         if (adapter / "adapter_config.json").is_file():
@@ -39,7 +39,7 @@ def check_model_folder(folder: Path, *, trust: bool = False) -> None:
     if config.get("auto_map") and not _known(config):
         raise ModelError(
             f"{folder} brings its own code for the architecture {config.get('model_type')!r}, which transformers does not have."
-            " Take another model, or, if you trust its author, say model.trust=true."
+            " Take another model, or, if you trust its author, say --trust (model.trust=true in a recipe)."
         )
     if "/" in str(config.get("attn_implementation") or ""):
         raise ModelError(
@@ -53,7 +53,7 @@ def check_adapter_folder(folder: Path, *, trust: bool = False) -> None:
     if not trust and not any(folder.glob("adapter_model*.safetensors")) and (pickles := _pickles(folder)):
         raise ModelError(
             f"{folder} has its adapter as a pickle ({pickles[0]}), which can run any code when it is read. {REMEDY}, or, if you"
-            " trust its author, say model.trust=true."
+            " trust its author, say --trust (model.trust=true in a recipe)."
         )
 
 

@@ -73,7 +73,7 @@ def evaluate_run(recipe: Recipe, *, wanted: Wanted = Wanted(), progress: Progres
 
 def evaluate_model(model: str, recipe: Recipe, out: Path | None, *, wanted: Wanted = Wanted(), progress: Progress) -> Result:
     """Scores a bare model or an adapter (folder, hub id) on the tasks of `recipe`, spoken to in the recipe's layout."""
-    with _whole_model(model) as (name, folder):
+    with _whole_model(model, trust=recipe.model.trust) as (name, folder):
         place = Folder.at(out or Path("reports") / name)
         endpoint = _endpoint(wanted)
         subjects = [_subject("model" if endpoint is None else "endpoint", folder, recipe.evaluation.shots, endpoint)]
@@ -142,7 +142,7 @@ def _other(wanted: Wanted) -> tuple[str, Path, list[Folder]]:
 
 
 @contextmanager
-def _whole_model(model: str) -> Iterator[tuple[str, Path]]:
+def _whole_model(model: str, *, trust: bool) -> Iterator[tuple[str, Path]]:
     """Name and folder of a model; an adapter (a PEFT folder) is merged into its base for as long as it is needed."""
     folder = Path(model).expanduser()
     if not (folder / "adapter_config.json").is_file():
@@ -152,7 +152,7 @@ def _whole_model(model: str) -> Iterator[tuple[str, Path]]:
     from apprentice.models.merging import merge_adapter
 
     with TemporaryDirectory(prefix="apprentice-") as scratch:
-        yield folder.name, merge_adapter(folder, Path(scratch))
+        yield folder.name, merge_adapter(folder, Path(scratch), trust=trust)
 
 
 def _store_verdict(model: Folder, report: dict[str, Any]) -> None:

@@ -29,10 +29,12 @@ def predict(
     recipe: str | None,
     restart: bool,
     storage: str,
+    trust: bool = False,
     progress: Progress,
 ) -> dict[str, Any]:
     """Replies of the run or model `target` to every row of `file`; gives the folder and what is in it."""
     from apprentice.evaluate.prompts import Limits
+    from apprentice.models.trust import check_model_folder
     from apprentice.predict import launch
 
     run = find_run(target, storage)
@@ -45,6 +47,8 @@ def predict(
         model = run.recipe().model
     else:
         model = load_recipe(find_recipe(recipe)).model if recipe is not None else Model(base=target)
+    model = model.model_copy(update={"trust": model.trust or trust})
+    check_model_folder(folder, trust=model.trust)
     config = model_config(folder)
     context = config.get("max_position_embeddings") or config.get("n_positions") or PROMPT_TOKENS + max_tokens
     limits = Limits(context - max_tokens, max_tokens)

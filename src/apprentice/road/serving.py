@@ -33,9 +33,13 @@ def endpoint(
     storage: str = "./runs",
     require_gate: bool = False,
     insecure: bool = False,
+    trust: bool = False,
     progress: Progress,
 ) -> Iterator[str]:
-    """The running endpoint's URL for a run or a model; it is shut down on leaving."""
+    """The running endpoint's URL for a run or a model; it is shut down on leaving.
+
+    `trust` lets a bare model's folder bring pickled weights or code of its own.
+    """
     from apprentice.serve import deployment
 
     run = find_run(target, storage)
@@ -49,11 +53,11 @@ def endpoint(
     words = None if run is not None else contract_for(folder, contract, recipe, storage)
     spoken = run.recipe() if run is not None else load_recipe(find_recipe(recipe)) if recipe is not None else None
     tasks = own_tasks(spoken, progress) if spoken is not None else []
-    deployment.check(folder, settings, words, insecure=insecure)
+    deployment.check(folder, settings, words, insecure=insecure, trust=trust)
     with ray_session():
         progress("serve", {"message": f"loading {folder}"})
         name = run.name if run is not None else folder.name
-        running = deployment.start(folder, settings, model_name=name, contract=words, insecure=insecure, tasks=tasks)
+        running = deployment.start(folder, settings, model_name=name, contract=words, insecure=insecure, tasks=tasks, trust=trust)
         try:
             yield running.url
         finally:

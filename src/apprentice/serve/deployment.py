@@ -29,6 +29,7 @@ from apprentice.data.contract import layout_beside
 from apprentice.errors import ResourcesError, ServingError
 from apprentice.family import check_writes
 from apprentice.hub import local_folder
+from apprentice.models.trust import check_model_folder
 from apprentice.recipe import Replicas, Serving
 from apprentice.serve.ingress import build_app
 from apprentice.serve.keys import KEYS_FILE, Keys
@@ -66,10 +67,13 @@ class Endpoint:
         self.stop()
 
 
-def check(folder: Path, serving: Serving, contract: PromptContract | None = None, *, insecure: bool = False) -> None:
+def check(
+    folder: Path, serving: Serving, contract: PromptContract | None = None, *, insecure: bool = False, trust: bool = False
+) -> None:
     """Everything that can be known before anything starts. Needs no Ray.
 
-    Raises `ContractError` (no contract, or one that cannot be reproduced) or `ServingError` (host, keys, port).
+    Raises `ContractError` (no contract, or one that cannot be reproduced), `ModelError` (a folder that must be trusted and is not)
+    or `ServingError` (host, keys, port).
     """
     keys_file = keys_file_of()
     if not (_is_loopback(serving.host) or keys_file or insecure):
@@ -79,6 +83,7 @@ def check(folder: Path, serving: Serving, contract: PromptContract | None = None
         )
     if keys_file is not None:
         Keys(keys_file)
+    check_model_folder(folder, trust=trust)
     check_writes(folder)
     layout_beside(folder, contract)
     if serving.port:
@@ -96,6 +101,7 @@ def start(
     timeout_s: float = 600.0,
     insecure: bool = False,
     tasks: Sequence[Task] = (),
+    trust: bool = False,
 ) -> Endpoint:
     """Serves the model in `folder` inside the Ray that the caller has started, and returns once it answers.
 
@@ -105,7 +111,7 @@ def start(
     cluster has no CPU (or GPU) left for the replicas; `ServingError` where they do not come up within `timeout_s` seconds. Nothing
     is left running then.
     """
-    check(folder, serving, contract, insecure=insecure)
+    check(folder, serving, contract, insecure=insecure, trust=trust)
     if _serve_is_running():
         raise ServingError("this Ray cluster serves something already; stop that endpoint first, or use another cluster.")
     port = serving.port or _bind(serving.host, 0)
@@ -115,7 +121,7 @@ def start(
     try:
         with _quiet():
             serve.start(proxy_location="HeadOnly", http_options=HTTPOptions(host=serving.host, port=port), logging_config=_LOGGING)
-            application = _application(folder, model_name, serving, contract, dtype, resources, tasks)
+            application = _application(folder, model_name, serving, contract, dtype, resources, tasks, trust=trust)
             serve.run_many(
                 [serve.RunTarget(application, name=APP_NAME, logging_config=_LOGGING)], wait_for_applications_running=False
             )
@@ -194,6 +200,7 @@ class _Replica:
         keys_file: Path | None,
         limits: Any,
         tasks: Sequence[Task],
+        trust: bool,
     ) -> None:
         # Here and not above: who only starts the endpoint needs no PyTorch.
         from apprentice.serve.transformers_engine import TransformersEngine
@@ -214,6 +221,7 @@ class _Replica:
             max_queued=serving.max_queued_requests,
             context=serving.context,
             threads=threads,
+            trust=trust,
         )
 
     def __serve_build_asgi_app__(self) -> Any:
@@ -243,6 +251,8 @@ def _application(
     resources: dict[str, float],
     tasks: Sequence[Task],
     keys_file: Path | None = None,
+    *,
+    trust: bool = False,
 ) -> serve.Application:
     least, most = serving.replicas.min, max(serving.replicas.min, serving.replicas.max)
     scaling: dict[str, Any] = {"num_replicas": least}
@@ -263,7 +273,7 @@ def _application(
     shared = keys_file is not None and most > 1
     limits = serve.deployment(name="limits", ray_actor_options={"num_cpus": 0})(LimiterOfAll).bind() if shared else None
     threads = max(1, int(resources["num_cpus"]))
-    return deployment.bind(folder, model_name, serving, contract, dtype, threads, keys_file, limits, tasks)
+    return deployment.bind(folder, model_name, serving, contract, dtype, threads, keys_file, limits, tasks, trust)
 
 
 def keys_file_of() -> Path | None:

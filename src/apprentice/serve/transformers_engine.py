@@ -37,10 +37,12 @@ class TransformersEngine:
     Raises `ModelError` if the model cannot be loaded or decoded.
     """
 
-    def __init__(self, folder: Path, *, dtype: str, max_running: int, max_queued: int, context: int, threads: int) -> None:
+    def __init__(
+        self, folder: Path, *, dtype: str, max_running: int, max_queued: int, context: int, threads: int, trust: bool = False
+    ) -> None:
         torch.set_num_threads(min(threads, len(os.sched_getaffinity(0))))
         device: Any = "cuda" if torch.cuda.is_available() else "cpu"
-        model = load_model(folder, resolve_dtype(dtype))
+        model = load_model(folder, resolve_dtype(dtype), trust=trust)
         self._decoder = decoder_for(model.to(device), slots=max_running, context=context)
         self._most = max_running + max_queued
         self._replies: dict[int, _Reply] = {}
