@@ -9,12 +9,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
+import pytest
+
 from apprentice.submit import entrypoint
 
+pytestmark = pytest.mark.timeout(400)
 # What Ray's supervisor gives each driver; that it is there says that a process is one.
 JOB = {"RAY_JOB_CONFIG_JSON_ENV_VAR": json.dumps({"metadata": {"job_submission_id": "tiny-1"}})}
 DRIVER = """
@@ -39,7 +42,11 @@ def shell(command: str) -> Iterator[tuple[int, TextIO, TextIO]]:
     ) as job:  # fmt: skip
         assert job.stdin is not None
         assert job.stdout is not None
-        yield job.pid, job.stdin, job.stdout
+        try:
+            yield job.pid, job.stdin, job.stdout
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(job.pid, signal.SIGKILL)
 
 
 def wait_until_gone(pid: int) -> None:
@@ -71,7 +78,7 @@ def test_a_stop_before_the_driver_has_begun_ends_it_too(tmp_path):
     file, pid = tmp_path / "driver.py", tmp_path / "pid"
     file.write_text(DRIVER)
     with shell(f"{sys.executable} {file} {pid}; true") as (job, go, output):
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while not pid.exists() or not pid.read_text():
             assert time.monotonic() < deadline
             time.sleep(0.02)
