@@ -1,6 +1,7 @@
 """What instruction tuning claims, tried on a small scale: the tables of the README about learning, with intervals.
 
     python benchmarks/claims.py [--recipe flan_mini] [--hold-out sentiment nli] [--clusters 2 5 0] [--out DIR] [KEY=VALUE …]
+    python benchmarks/claims.py methods …      # full, LoRA, prefix, prompt and adapter tuning side by side: methods.py
 
 (a) base against tuned, on tasks trained on and on each held-out cluster;
 (b) T0's question: one wording per task against all of them, mean and spread on held-out tasks;
@@ -18,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import methods
 import yaml
 from figures import report
 
@@ -30,6 +32,9 @@ Variants = dict[str, Recipe]
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["methods"]:
+        methods.main(sys.argv[2:])
+        return
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--recipe", default="flan_mini")
     parser.add_argument("--hold-out", nargs="+", default=["sentiment", "nli"], help="clusters held out, each in runs of its own")
