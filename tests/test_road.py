@@ -171,6 +171,18 @@ def test_a_bare_model_on_named_tasks(command, tiny_model, tmp_path, monkeypatch)
     assert len(list(tmp_path.iterdir())) == 2
 
 
+def test_tasks_count_as_trained_on_only_for_what_was_trained_on_them(command, trained, tiny_model, tmp_path):
+    words = ["--recipe", trained, "--tasks", "short_reviews", "--tasks", "written_dates", "--json", "evaluation.max_examples=2"]
+    run = trained.parent / "runs" / "tiny"
+    found = {}
+    for target in (tiny_model, run / "model", run / "adapter"):
+        code, out, err = command("evaluate", target, *words, "--out", tmp_path / target.name)
+        assert code == 0, err
+        found[target.name] = {task["task"]: task["held_out"] for task in json.loads(out)["tasks"]}
+    tuned = {"short_reviews": True, "written_dates": False}
+    assert found == {tiny_model.name: dict.fromkeys(tuned, True), "model": tuned, "adapter": tuned}
+
+
 def test_an_endpoint_that_is_down_is_one_sentence(command, trained):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

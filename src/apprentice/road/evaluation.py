@@ -13,7 +13,7 @@ from apprentice.artifacts import Run, find_run, read_contract
 from apprentice.data.pipeline import make_corpus
 from apprentice.errors import EvaluationError, RecipeError, RunError
 from apprentice.hub import local_folder
-from apprentice.recipe import Recipe, find_recipe, load_recipe
+from apprentice.recipe import RUN, Recipe, find_recipe, load_recipe
 from apprentice.road.data import Progress, scratch_run
 from apprentice.session import ray_session
 from apprentice.storage import Folder, refuse_credentials
@@ -72,7 +72,10 @@ def evaluate_run(recipe: Recipe, *, wanted: Wanted = Wanted(), progress: Progres
 
 
 def evaluate_model(model: str, recipe: Recipe, out: Path | None, *, wanted: Wanted = Wanted(), progress: Progress) -> Result:
-    """Scores a bare model or an adapter (folder, hub id) on the tasks of `recipe`, spoken to in the recipe's layout."""
+    """Scores a bare model or an adapter (folder, hub id) on the tasks of `recipe`, spoken to in the recipe's layout.
+
+    All tasks count as held out, unless one of the models scored came from the recipe's own run.
+    """
     with _whole_model(model, trust=recipe.model.trust) as (name, folder):
         place = Folder.at(out or Path("reports") / name)
         endpoint = _endpoint(wanted)
@@ -81,8 +84,23 @@ def evaluate_model(model: str, recipe: Recipe, out: Path | None, *, wanted: Want
         if wanted.against is not None:
             other, other_folder, known = _other(wanted)
             subjects.insert(0, _subject(other, other_folder, recipe.evaluation.shots))
+        beside_an_adapter = Path(model).expanduser().parent / "model"
+        if not any(_came_from(recipe, place) for place in (beside_an_adapter, *(subject.folder for subject in subjects))):
+            recipe = _all_held_out(recipe)
         with ray_session(), scratch_run(recipe) as scratch:
             return _evaluated(recipe, scratch, subjects, place, None, known, wanted.restart, progress), place
+
+
+def _came_from(recipe: Recipe, model: Path) -> bool:
+    """Whether the run of `recipe` made the weights in `model`, or weights that they were made from."""
+    contract = read_contract(model)
+    return contract is not None and recipe.name in (contract.run, *(name.removeprefix(RUN) for name in contract.ancestors))
+
+
+def _all_held_out(recipe: Recipe) -> Recipe:
+    tasks, _ = select_tasks(recipe.data.entries, (), Path.cwd(), to_train=False)
+    held_out = tuple(task.name for task in tasks)
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"hold_out": held_out})})
 
 
 def _evaluated(
