@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import re
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
+import psutil
 import pytest
 
 from apprentice.evaluate.summary import summarise
-from apprentice.recipe import load_recipe
+from apprentice.models.tuning import TUNING_METHODS
+from apprentice.recipe import Recipe, find_recipe, load_recipe
 from apprentice.tasks.loading import select_tasks
 from tests.evaluate import tables
 from tests.recipes import tiny_recipe
@@ -19,18 +22,23 @@ from tests.recipes import tiny_recipe
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
-@pytest.fixture(scope="module")
-def claims() -> ModuleType:
+def script(name: str) -> ModuleType:
+    """A script of benchmarks/ as a module; it finds the others beside it."""
     sys.path.insert(0, str(BENCHMARKS))
     try:
-        spec = importlib.util.spec_from_file_location("claims", BENCHMARKS / "claims.py")
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        return importlib.import_module(name)
     finally:
         sys.path.remove(str(BENCHMARKS))
-    return module
+
+
+@pytest.fixture(scope="module")
+def claims() -> ModuleType:
+    return script("claims")
+
+
+@pytest.fixture(scope="module")
+def methods() -> ModuleType:
+    return script("methods")
 
 
 def test_each_question_has_its_runs(claims: ModuleType, tiny_model: Path, tmp_path: Path) -> None:
@@ -49,8 +57,6 @@ def test_each_question_has_its_runs(claims: ModuleType, tiny_model: Path, tmp_pa
 
 
 def test_the_table_shows_base_tuned_and_interval(claims: ModuleType) -> None:
-    from apprentice.recipe import Recipe
-
     recipe = Recipe.model_validate({"name": "x", "model": {"base": "b"}, "data": {"tasks": ["a"]}, "training": {"steps": 1}})
     rows = claims.figures_of("all", summarise(tables.table(recipe), resamples=200))
     assert [(row["pool"], row["base"], row["tuned"]) for row in rows] == [
@@ -64,3 +70,54 @@ def test_the_table_shows_base_tuned_and_interval(claims: ModuleType) -> None:
         r"\| all \| trained on ranked \(1\) \| 25\.0 \| 75\.0 \| \+50\.0 \(\+.* to \+.*\) \| 0\.\d+ \| 0\.0 \|", lines[3]
     )
     assert claims.picture_of(rows).count("<svg") == 1
+
+
+def test_each_method_has_one_recipe_that_differs_in_nothing_else(methods: ModuleType) -> None:
+    recipes = {name: load_recipe(find_recipe(name)) for name in methods.RECIPES}
+    assert {recipe.tuning.method for recipe in recipes.values()} == set(TUNING_METHODS) - {"qlora"}
+    rates = {recipe.training.optimizer.learning_rate for recipe in recipes.values()}
+    alike = [
+        recipe.model_dump(exclude={"name": True, "tuning": True, "training": {"optimizer": {"learning_rate"}}})
+        for recipe in recipes.values()
+    ]
+    assert len(rates) > 1
+    assert alike == [alike[0]] * len(recipes)
+
+
+def test_methods_side_by_side(methods: ModuleType) -> None:
+    recipe = Recipe.model_validate({"name": "x", "model": {"base": "b"}, "data": {"tasks": ["a"]}, "training": {"steps": 1}})
+    pools = methods.pools_of(summarise(tables.table(recipe), resamples=200))
+    assert {name: (pool["base"], pool["tuned"]) for name, pool in pools.items()} == {
+        "held_out_ranked": (50.0, 50.0),
+        "trained_on_ranked": (25.0, 75.0),
+        "trained_on_generated": (75.0, 100.0),
+    }
+    line = {"trained": 1234, "trained_share": 0.0123, "memory_mib": 2048.0, "tokens_per_s": 321.6, "checkpoint_mib": 1.5}
+    lines = {
+        "lora": {**line, "kept_mib": 0.5, "pools": pools},
+        "full": {**line, "memory_mib": None, "kept_mib": 9.0, "pools": pools},
+    }
+    shown = methods.table_of(lines).splitlines()
+    assert shown[2] == "| base | – | – | – | – | – | 25.0 | 75.0 | 50.0 |"
+    assert shown[3].startswith("| lora | 1,234 (1.23%) | 2.0 GiB | 322 | 1.5 MiB | 0.5 MiB | 75.0: +50.0 (")
+    assert shown[4].startswith("| full | 1,234 (1.23%) | – |")
+    assert len({line.count("|") for line in shown}) == 1
+    assert methods.picture_of(lines).count("<svg") == 1
+
+
+def test_memory_counts_the_training_workers_alone(methods: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Process:
+        def __init__(self, name: str, held: int) -> None:
+            self.name, self.held = name, held
+
+        def cmdline(self) -> list[str]:
+            return [self.name]
+
+        def memory_full_info(self) -> Any:
+            if self.held < 0:
+                raise psutil.NoSuchProcess(1)
+            return SimpleNamespace(pss=self.held)
+
+    seen = [Process("ray::RayTrainWorker.run", 5), Process("ray::RayTrainWorker.run", 7), Process("raylet", 100)]
+    monkeypatch.setattr(psutil, "process_iter", lambda: [*seen, Process("ray::RayTrainWorker.run", -1)])
+    assert sum(map(methods._held, psutil.process_iter())) == 12
