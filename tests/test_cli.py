@@ -24,6 +24,12 @@ def command(monkeypatch, capsys):
     return _command
 
 
+def test_the_version_is_that_of_the_package(command):
+    from importlib.metadata import version
+
+    assert command("--version") == (0, f"apprentice {version('apprentice')}\n", "")
+
+
 def test_help_lists_every_command(command):
     code, out, _ = command("--help")
     assert code == 0

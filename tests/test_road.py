@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import socket
 import sys
@@ -215,7 +216,24 @@ def test_check_of_a_good_recipe(command, tiny_model, tmp_path):
     result = json.loads(out)
     assert (code, result["ready"]) == (0, True), result
     subjects = [finding["subject"] for finding in result["findings"]]
-    assert subjects == ["tasks", "downloads", "model", "storage", "sources", "resources", "training"]
+    assert subjects == [
+        "tasks",
+        "downloads",
+        "model",
+        "storage",
+        "sources",
+        "resources",
+        "training",
+        "rows",
+        "packing",
+        "duration",
+        "evaluation",
+    ]
+    told = {finding["subject"]: finding["message"] for finding in result["findings"]}
+    assert "each example's end among them" in told["rows"]
+    assert told["packing"].startswith("the same loss as alone: ")
+    assert "tokens/s a worker" in told["duration"]
+    assert re.match(r"[0-9,]+ questions to base and tuned model, ", told["evaluation"])
 
 
 def own_task(folder: Path, **template: str) -> str:

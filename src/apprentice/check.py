@@ -51,7 +51,7 @@ def check(recipe: Recipe) -> list[Finding]:
     findings = [_finding(subject, look, recipe) for subject, look in POINTS.items()]
     if all(finding.ok for finding in findings):
         with tempfile.TemporaryDirectory(prefix="apprentice-") as folder:
-            findings.append(_finding("training", _trainable, recipe, Run(Folder.at(folder) / recipe.name)))
+            findings += _rehearsed(recipe, Run(Folder.at(folder) / recipe.name))
     return findings
 
 
@@ -216,8 +216,54 @@ def _resources(recipe: Recipe) -> str:
     )
 
 
-def _trainable(recipe: Recipe, scratch: Run) -> str:
-    return after_indexing(recipe, make_corpus(recipe, scratch))
+def _rehearsed(recipe: Recipe, scratch: Run) -> list[Finding]:
+    """What the frozen index, a first window of rows and one pass of the model tell."""
+    from apprentice.train import rehearsal
+
+    try:
+        corpus = make_corpus(recipe, scratch)
+        rows = rehearsal.first_rows(corpus)
+    except ApprenticeError as error:
+        return [Finding("training", False, str(error))]
+    findings = [
+        _finding("training", after_indexing, recipe, corpus),
+        _finding("rows", rehearsal.told_of_rows, corpus, rows),
+        _finding("packing", rehearsal.told_of_packing, corpus, rows),
+    ]
+    if all(finding.ok for finding in findings):
+        speed = rehearsal.speed_of(corpus, rows)
+        findings.append(_finding("duration", rehearsal.told_of_duration, corpus, speed))
+        findings.append(_finding("evaluation", _evaluation, corpus, speed.reading))
+    return findings
+
+
+def _evaluation(corpus: Corpus, reading: float | None) -> str:
+    """How many questions, and how long at least, from the tokens/s that one CPU's worker reads."""
+    from apprentice.evaluate.sampling import requests_of
+    from apprentice.train.rehearsal import spoken_time
+
+    settings, length = corpus.recipe.evaluation, corpus.recipe.data.max_length
+    base = settings.shots if settings.baseline_shots is None else settings.baseline_shots
+    columns = [*base, *settings.shots]
+    asked, tokens = 0, 0.0
+    for task in corpus.tasks:
+        index = corpus.indices[task.name]
+        for shots in columns:
+            found = requests_of(
+                task,
+                index.test,
+                [shots],
+                max_examples=settings.max_examples,
+                templates_per_row=settings.templates_per_row,
+                seed=0,
+                perturbations=settings.perturbations,
+            )
+            written = settings.max_new_tokens * WRITTEN if task.choices is None else 0
+            asked += len(found)
+            tokens += len(found) * (min(index.mean_tokens * (1 + shots), length) + written)
+    cpus = sum(node.get("CPU", 0.0) for node in node_resources())
+    time = "" if reading is None else f", {spoken_time(tokens / (reading * max(1.0, cpus)))}, roughly"
+    return f"{asked:,} questions to {'base and tuned model' if base else 'the tuned model'}{time}"
 
 
 def _parameters(file: Path) -> int:
@@ -227,6 +273,7 @@ def _parameters(file: Path) -> int:
     return sum(prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
 
 
+WRITTEN = 8  # a token that is written takes as long as so many that are read: measured for 16 to 32 replies at once
 POINTS: dict[str, Callable[[Recipe], str]] = {
     "tasks": _tasks,
     "downloads": _downloads,

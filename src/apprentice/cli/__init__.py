@@ -8,6 +8,7 @@ from __future__ import annotations
 import platform
 import sys
 import traceback
+from typing import Annotated
 
 import typer
 
@@ -17,11 +18,20 @@ from apprentice.console import Screen
 from apprentice.errors import ApprenticeError
 
 app = typer.Typer(
-    help="From many labelled datasets to one model that follows instructions, on Ray.",
     no_args_is_help=True,
+    invoke_without_command=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+@app.callback()
+def about(version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False) -> None:
+    """From many labelled datasets to one model that follows instructions, on Ray."""
+    if version:
+        print(f"apprentice {__version__}")
+        raise typer.Exit
+
 
 # In the order in which a person meets them.
 for command in (
