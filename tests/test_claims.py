@@ -72,6 +72,16 @@ def test_the_table_shows_base_tuned_and_interval(claims: ModuleType) -> None:
     assert claims.picture_of(rows).count("<svg") == 1
 
 
+def test_every_wording_of_the_held_out_tasks_is_shown(claims: ModuleType) -> None:
+    recipe = Recipe.model_validate({"name": "x", "model": {"base": "b"}, "data": {"tasks": ["a"]}, "training": {"steps": 1}})
+    found = summarise(tables.table(recipe), resamples=200)
+    held_out = claims.wordings_of("all", found | {"pools": [pool for pool in found["pools"] if pool["held_out"]]})
+    assert [(line["model"], line["mean"]) for line in held_out] == [("base", 50.0), ("tuned", 50.0)]
+    shown = claims.table_of_wordings(held_out).splitlines()
+    assert len(shown) == 4
+    assert shown[2].startswith("| all | base | 50.0 | ")
+
+
 def test_each_method_has_one_recipe_that_differs_in_nothing_else(methods: ModuleType) -> None:
     recipes = {name: load_recipe(find_recipe(name)) for name in methods.RECIPES}
     assert {recipe.tuning.method for recipe in recipes.values()} == set(TUNING_METHODS) - {"qlora"}
