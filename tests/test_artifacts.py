@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from apprentice.artifacts import Run, find_run, identity, open_run, read_contract
+from apprentice.artifacts import Run, find_run, identity, open_run, read_contract, weights_sha256
 from apprentice.errors import ContractError, RunError
 from apprentice.recipe import Recipe
 from apprentice.storage import Folder
@@ -105,3 +105,15 @@ def test_keys_that_came_later_count_once_they_are_used(tmp_path):
     open_run(recipe(tmp_path, data__max_length=512))
     with pytest.raises(RunError, match=r"training\.objective \(None → 'dpo'\)"):
         open_run(recipe(tmp_path, data__max_length=512, training__objective="dpo"))
+
+
+def test_an_adapter_beside_the_weights_counts_with_them(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"base")
+    bare = weights_sha256(tmp_path)
+    (tmp_path / "adapter").mkdir()
+    told = set()
+    for content in (b"one", b"other"):
+        (tmp_path / "adapter" / "adapter_model.safetensors").write_bytes(content)
+        told.add(weights_sha256(tmp_path))
+    assert len(told) == 2
+    assert bare not in told

@@ -41,6 +41,7 @@ NOT_IDENTITY = (
 # Keys that came later: at their defaults they are left out, so that a run keeps the identity that it had before.
 LATER = ("training.objective", "training.dpo")
 CONTRACT_FILE = "apprentice.json"
+ADAPTER = "adapter"  # folder beside a model's weights, with what cannot be merged into them
 
 
 def identity(recipe: Recipe) -> dict[str, Any]:
@@ -233,9 +234,13 @@ def read_contract(folder: Path | Folder) -> PromptContract | None:
 
 
 def weights_sha256(folder: Path) -> str:
-    """sha256 over the safetensors files of `folder`, in order of name; over trusted pickles where there are none."""
+    """sha256 over the safetensors files of `folder`, in order of name; over trusted pickles where there are none.
+
+    An adapter beside the weights (`adapter/`) counts with them: two runs of one base differ in nothing else.
+    """
     digest = hashlib.sha256()
-    for file in sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin")):
+    weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+    for file in [*weights, *sorted((folder / ADAPTER).glob("*.safetensors"))]:
         with file.open("rb") as stream:
             while block := stream.read(1 << 22):
                 digest.update(block)

@@ -24,6 +24,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from apprentice.artifacts import ADAPTER
 from apprentice.errors import ModelError, RecipeError
 from apprentice.family import FAMILIES, NO_FLOAT16, check_writes, family_of, gives_rewards, model_config
 from apprentice.hub import local_folder
@@ -34,7 +35,6 @@ FAST_BFLOAT16 = ("amx_bf16", "avx512_bf16")  # what a CPU multiplies bfloat16 wi
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _ATTENTION = {"flash": "flash_attention_2", "flex": "flex_attention"}  # the recipe's words that transformers calls otherwise
 SCORE = "score"  # the layer of a reward model that gives the number
-ADAPTER = "adapter"  # folder beside the weights, with what cannot be merged into them
 
 
 def resolve_dtype(name: str, device: str | None = None) -> torch.dtype:

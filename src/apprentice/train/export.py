@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from apprentice.artifacts import CONTRACT_FILE, Run, public_base
+from apprentice.artifacts import ADAPTER, CONTRACT_FILE, Run, public_base
 from apprentice.data.contract import ancestors_of, layout_beside, make_contract
 from apprentice.data.layout import Layout
 from apprentice.errors import TrainingError
 from apprentice.hub import PACKAGED_MODELS, local_folder
-from apprentice.models.loading import ADAPTER, load_model, resolve_dtype
+from apprentice.models.loading import load_model, resolve_dtype
 from apprentice.models.reward import is_reward
 from apprentice.models.tuning import TUNING_METHODS, load_trainable, trainable
 from apprentice.recipe import Recipe
