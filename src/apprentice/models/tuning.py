@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from apprentice.errors import ModelError, RecipeError
 from apprentice.models.adapter import add_adapters, save_adapters
 from apprentice.models.loading import SCORE
+from apprentice.models.virtual_tokens import begin_as_words
 from apprentice.recipe import Tuning
 
 
@@ -58,13 +59,19 @@ def _wrap_lora(model: PreTrainedModel, tuning: Tuning, seed: int) -> nn.Module:
 def _wrap_prefix(model: PreTrainedModel, tuning: Tuning, seed: int) -> nn.Module:
     from peft import PrefixTuningConfig
 
-    return _with_peft(model, PrefixTuningConfig(task_type=_task_type(model), num_virtual_tokens=tuning.virtual_tokens), seed)
+    return _with_virtual_tokens(model, PrefixTuningConfig, tuning, seed)
 
 
 def _wrap_prompt(model: PreTrainedModel, tuning: Tuning, seed: int) -> nn.Module:
     from peft import PromptTuningConfig
 
-    return _with_peft(model, PromptTuningConfig(task_type=_task_type(model), num_virtual_tokens=tuning.virtual_tokens), seed)
+    return _with_virtual_tokens(model, PromptTuningConfig, tuning, seed)
+
+
+def _with_virtual_tokens(model: PreTrainedModel, config: Any, tuning: Tuning, seed: int) -> nn.Module:
+    wrapped = _with_peft(model, config(task_type=_task_type(model), num_virtual_tokens=tuning.virtual_tokens), seed)
+    begin_as_words(wrapped, seed)
+    return wrapped
 
 
 def _wrap_adapter(model: PreTrainedModel, tuning: Tuning, seed: int) -> nn.Module:
