@@ -108,7 +108,10 @@ def pools_of(found: Mapping[str, Any]) -> dict[str, Line]:
 
 
 class PeakMemory:
-    """The most that the training workers' processes held together (proportional set size: shared pages count once), sampled."""
+    """The most that the training workers below this process held together, sampled each second.
+
+    Proportional set size: pages that several share count once.
+    """
 
     def __init__(self) -> None:
         self.peak = 0.0
@@ -125,7 +128,7 @@ class PeakMemory:
 
     def _watch(self) -> None:
         while not self._over.wait(1.0):
-            self.peak = max(self.peak, sum(map(_held, psutil.process_iter())))
+            self.peak = max(self.peak, sum(map(_held, psutil.Process().children(recursive=True))))
 
 
 def _held(process: psutil.Process) -> int:
