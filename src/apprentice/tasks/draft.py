@@ -15,7 +15,7 @@ from apprentice.errors import TaskError, did_you_mean
 # Names that columns of each kind often have, the surest first; compared without case.
 INSTRUCTIONS = ("instruction", "prompt", "question", "query", "request", "inputs")
 ANSWERS = ("output", "answer", "response", "completion", "reply", "summary", "target", "targets", "translation")
-LABELS = ("label", "labels", "class", "category", "sentiment", "intent", "topic")
+LABELS = ("label", "labels", "class", "category", "sentiment", "intent", "topic", "rating", "stars")
 MOST_CHOICES = 100
 LISTED = 12  # choices that a wording can list
 SHORT = 5.0  # words: answers of up to this mean length are compared whole, longer ones by what they share
