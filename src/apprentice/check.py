@@ -103,7 +103,7 @@ def _tasks(recipe: Recipe) -> str:
             f"training.objective {objective} learns from preferences, and task {single[0]!r} has no rejected answers; name files of"
             " preferences in data.tasks (`{preferences: pairs.jsonl}`), or hold the task out."
         )
-    return f"{len(tasks)} task{"s" if len(tasks) != 1 else ""}, {len(held_out)} of them held out"
+    return f"{len(tasks)} task{'s' if len(tasks) != 1 else ''}, {len(held_out)} of them held out"
 
 
 def _downloads(recipe: Recipe) -> str:
