@@ -30,10 +30,10 @@ def _virtual_tokens(model: Any) -> int:
     return max((config.num_virtual_tokens for config in configs if config.is_prompt_learning), default=0)
 
 
-def decoder_for(model: Any, *, slots: int, context: int) -> Decoder:
+def decoder_for(model: Any, *, slots: int, context: int, kv_bytes: int | None = None) -> Decoder:
     """The decoder that `model` can be decoded by. Raises `ModelError` as `Decoder` does."""
     kind = AloneDecoder if has_virtual_tokens(model) else Seq2seqDecoder if is_seq2seq(model) else Decoder
-    return kind(model, slots=slots, context=context)
+    return kind(model, slots=slots, context=context, kv_bytes=kv_bytes)
 
 
 @torch.inference_mode()
@@ -60,15 +60,19 @@ class AloneDecoder(Decoder):
     """A `Decoder` that computes request by request, in turn.
 
     An encoder reads the prompt; with `score_from` it reads what comes before that place, and the decoder is held to the rest.
+    Each request has a cache of its own that ends with it, so `kv_bytes` bounds nothing here.
     """
 
-    def __init__(self, model: Any, *, slots: int, context: int, prefill_tokens: int = PREFILL_TOKENS) -> None:
+    def __init__(
+        self, model: Any, *, slots: int, context: int, kv_bytes: int | None = None, prefill_tokens: int = PREFILL_TOKENS
+    ) -> None:
         positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        self.context = min(context, positions - _virtual_tokens(model)) if positions else context
+        most = min(context, positions - _virtual_tokens(model)) if positions else context
+        self._fit(model, slots, most, None, 1)
         self._model = model
         self._behind = model.get_base_model()  # goes on by itself once the virtual tokens are in the cache
         self._memories: dict[Hashable, _Memory] = {}
-        self._begin(slots, prefill_tokens)
+        self._begin(prefill_tokens)
 
     def submit(self, key: Hashable, wanted: Generation) -> None:
         if wanted.score_from == 0 and is_seq2seq(self._model):
@@ -77,9 +81,9 @@ class AloneDecoder(Decoder):
 
     def step(self) -> list[Token]:
         """One forward pass for each request that holds a slot, and a token for each."""
-        while self._waiting and self._free:
+        while self._waiting and (taken := self._slots.take(self._need(self._waiting[0][1]))) is not None:
             key, wanted = self._waiting.popleft()
-            self._running[key] = Running(key, wanted, self._free.pop(0), wanted.prompt)
+            self._running[key] = Running(key, wanted, taken.slot, wanted.prompt)
         owners = list(self._running.values())
         return self._next_tokens(torch.stack([self._after(owner) for owner in owners]), owners) if owners else []
 

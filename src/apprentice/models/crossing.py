@@ -23,6 +23,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers.modeling_outputs import BaseModelOutput
 
 from apprentice.errors import ModelError
+from apprentice.models.lora import Lora, LoraLayers
 from apprentice.models.ragged import Group, KvMemory, group_slots
 
 ATTENTION = "apprentice_crossing"
@@ -40,27 +41,34 @@ class CrossingDecoder:
 
         AttentionInterface.register(ATTENTION, _attend)
         self._model = model
+        self._loras = LoraLayers(model)
         self._decoder = model.get_decoder()
         self._own, self._cross = KvMemory(slots, context), KvMemory(slots, context)
         self._prompts = [0] * slots  # tokens of the prompt that each slot holds
         self._crossing = {id(part) for name, part in self._decoder.named_modules() if name.endswith(_CROSSING)}
         self._biases = self._distance_biases(context)
 
-    def read(self, slot: int, prompt: Sequence[int], first: Sequence[int]) -> Tensor:
+    def read(self, slot: int, prompt: Sequence[int], first: Sequence[int], adapter: Lora | None = None) -> Tensor:
         """Logits (tokens, vocabulary) after each of the decoder's `first` tokens, the prompt read."""
         device = self._model.device
-        with torch.inference_mode():
+        with torch.inference_mode(), self._loras.rows([adapter], [1]):
             states = self._model.get_encoder()(input_ids=torch.tensor([list(prompt)], device=device)).last_hidden_state
-        self._prompts[slot] = len(prompt)
-        return self._run(_Reading(self, slot, len(first), len(prompt), device), states, first)
+            self._prompts[slot] = len(prompt)
+            return self._run(_Reading(self, slot, len(first), len(prompt), device), states, first)
 
-    def step(self, slots: Sequence[int], positions: Sequence[int], ids: Sequence[int]) -> Tensor:
-        """Logits (requests, vocabulary) after one more token each, given with the decoder's position; slots ascend."""
+    def step(
+        self, slots: Sequence[int], positions: Sequence[int], ids: Sequence[int], adapters: Sequence[Lora | None] = (None,)
+    ) -> Tensor:
+        """Logits (requests, vocabulary) after one more token each, given with the decoder's position; slots ascend.
+
+        `adapters` are the requests', or one for all.
+        """
         # Cross-attention takes what `read` kept; the one state here is computed and not looked at.
         width = self._model.config.d_model
         states = torch.zeros(1, 1, width, dtype=self._model.dtype, device=self._model.device)
         lengths = [self._prompts[slot] for slot in slots]
-        return self._run(_Stepping(self, slots, positions, lengths, self._model.device), states, ids)
+        with self._loras.rows(adapters, [1] * len(adapters)):
+            return self._run(_Stepping(self, slots, positions, lengths, self._model.device), states, ids)
 
     def _run(self, crossing: _Reading | _Stepping, states: Tensor, ids: Sequence[int]) -> Tensor:
         config = self._decoder.config
@@ -106,6 +114,11 @@ class CrossingDecoder:
                 with torch.inference_mode():
                     return part.relative_attention_bias(buckets).T.contiguous()  # type: ignore[no-any-return]
         return None
+
+    def give_back(self, slot: int) -> None:
+        """Frees the memory that `slot` takes."""
+        self._own.give_back(slot)
+        self._cross.give_back(slot)
 
     def is_crossing(self, module: Any) -> bool:
         """True for attention to the prompt."""
@@ -219,8 +232,11 @@ def _attend(
     return crossing.attend(module, query, key, value, scaling), None
 
 
-def check(model: Any) -> None:
-    """Tries on a few tokens whether the model's own logits come out. Raises `ModelError` if not."""
+def check(model: Any) -> int:
+    """Tries on a few tokens whether the model's own logits come out; the bytes that one token's keys and values take on one side.
+
+    Raises `ModelError` if they do not.
+    """
     kind = type(model).__name__
     length = 12
     ids = ((torch.arange(length) * 37 + 11) % model.config.vocab_size).tolist()
@@ -244,3 +260,4 @@ def check(model: Any) -> None:
     apart = max(float((one.float() - other).abs().max()) for one, other in zip(found, wanted, strict=True))
     if not apart <= allowed:
         raise ModelError(f"{kind} gives other logits in company than alone (apart by {apart:.2g}); it cannot be served here yet.")
+    return tried.memory(crosses=False).position_bytes

@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 
 from apprentice.errors import ModelError
+from apprentice.models.lora import Lora, LoraLayers
 from apprentice.models.ragged import KvMemory, Segment, forward, prepare
 from apprentice.models.sampling import GREEDY, Constraint, Sampling, adjust, draw
+from apprentice.models.slots import LEAST_SHARED, Slots, common, positions_within
 
 Finish = Literal["stop", "length"]
 # Prompt tokens computed in one step: enough to fill the cores, few enough that running requests do not notice.
 PREFILL_TOKENS = 512
-# Positions worth copying from another request's memory instead of computing them.
-LEAST_SHARED = 32
 _SCORED_ROWS = 128  # rows whose log-probabilities are made at once
 
 
@@ -33,7 +33,7 @@ class Generation:
     """What one request asks for. It ends at one of `stop_ids`, or after `max_new_tokens`, or where the context is full.
 
     `logprobs` None: none; else each token comes with its log-probability and those of so many best tokens. `score_from` wants
-    the same of the prompt's tokens from that place on.
+    the same of the prompt's tokens from that place on. `adapter` is added to the model for this request alone.
     """
 
     prompt: Sequence[int]
@@ -43,6 +43,7 @@ class Generation:
     constraint: Constraint | None = None
     logprobs: int | None = None
     score_from: int | None = None
+    adapter: Lora | None = None
 
 
 class Scored(NamedTuple):
@@ -83,22 +84,33 @@ class Running:
 class Decoder:
     """Decodes up to `slots` requests together, each with up to `context` tokens of prompt and reply.
 
-    `context` shrinks to what the model's positions allow. A prompt that begins like one in memory takes its keys and values from
-    there. Not thread-safe. Raises `ModelError` for a model that cannot be decoded so.
+    `context` shrinks to what the model's positions allow. Keys and values take at most `kv_bytes` (None: what slots and context
+    come to); a request that could need more than is left waits. A prompt that begins like one in memory takes its keys and values
+    from there. Not thread-safe. Raises `ModelError` for a model that cannot be decoded so, or that little memory.
     """
 
-    def __init__(self, model: Any, *, slots: int, context: int, prefill_tokens: int = PREFILL_TOKENS) -> None:
-        prepare(model)
+    def __init__(
+        self, model: Any, *, slots: int, context: int, kv_bytes: int | None = None, prefill_tokens: int = PREFILL_TOKENS
+    ) -> None:
+        of_one = prepare(model)
         positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        self.context = min(context, positions) if positions else context
+        self._fit(model, slots, min(context, positions or context), kv_bytes, of_one)
         self._model = model
-        self._memory = KvMemory(slots, self.context)
-        self._begin(slots, prefill_tokens)
+        self._loras = LoraLayers(model)
+        self._memory = KvMemory(self.slots, self.context)
+        self._begin(prefill_tokens)
 
-    def _begin(self, slots: int, prefill_tokens: int) -> None:
+    def _fit(self, model: Any, slots: int, context: int, kv_bytes: int | None, of_one: int) -> None:
+        """As many slots, positions of each, and positions of all as `kv_bytes` give room for, with `of_one` bytes for each."""
+        self.kv_tokens = positions_within(kv_bytes, of_one, slots, context)
+        self.context = min(context, self.kv_tokens)
+        # Memory that is not touched costs nothing on a CPU; on a GPU every slot has all its positions from the start.
+        on_cpu = model.device.type == "cpu"
+        self.slots = slots if on_cpu else max(1, min(slots, self.kv_tokens // self.context))
+
+    def _begin(self, prefill_tokens: int) -> None:
         self._prefill_tokens = prefill_tokens
-        self._free = list(range(slots))
-        self._held: list[list[int]] = [[] for _ in range(slots)]  # whose keys and values each slot has, of past requests too
+        self._slots = Slots(self.slots, self.kv_tokens)
         self._waiting: deque[tuple[Hashable, Generation]] = deque()
         self._running: dict[Hashable, Running] = {}
         self.shared = 0  # prompt tokens that did not have to be computed
@@ -117,6 +129,11 @@ class Decoder:
     def held_tokens(self) -> int:
         """Positions of the memory that running requests use."""
         return sum(owner.start for owner in self._running.values())
+
+    @property
+    def reserved_tokens(self) -> int:
+        """Positions that running requests may come to use."""
+        return self._slots.reserved
 
     def submit(self, key: Hashable, wanted: Generation) -> None:
         """Queues a request under a new `key`. Raises `ModelError` where prompt and one token do not fit the context."""
@@ -141,7 +158,7 @@ class Decoder:
         segments, owners = self._segments()
         if not segments:
             return []
-        logits = forward(self._model, self._memory, segments)
+        logits = forward(self._model, self._memory, segments, self._loras)
         done: list[Running] = []
         rows: list[int] = []  # of the logits after the last token of those whose prompt is computed
         row = 0
@@ -151,7 +168,7 @@ class Decoder:
             row += segment.kept
             owner.start += len(segment.ids)
             owner.pending = owner.pending[len(segment.ids) :]
-            self._held[owner.slot] += segment.ids
+            self._slots.hold(owner.slot, segment.ids)
             if not owner.pending:
                 done.append(owner)
                 rows.append(row - 1)
@@ -186,26 +203,31 @@ class Decoder:
         owner.prompt += scores(rows, targets, [owner.wanted.logprobs or 0] * len(targets))
 
     def _admit(self) -> None:
-        while self._waiting and self._free:
+        while self._waiting:
             key, wanted = self._waiting[0]
-            source, shared = self._like(wanted)
             usable = _shareable(wanted)
-            if any(_common(owner.wanted.prompt, usable) >= shared + LEAST_SHARED for owner in self._reading()):
-                return  # what is being read now will be there to copy in a moment
+            if (
+                self._is_being_read(wanted, usable)
+                or (taken := self._slots.take(self._need(wanted), usable, _number(wanted))) is None
+            ):
+                return
             self._waiting.popleft()
-            # The lowest slot, so that those in use stay adjacent and are read as one view.
-            slot = self._free.pop(self._free.index(min(self._free)))
-            if shared and source != slot:
-                self._memory.copy(source, slot, shared)
-            self._held[slot] = list(wanted.prompt[:shared])
+            slot, shared = taken.slot, taken.shared
+            for emptied in taken.emptied:
+                self._memory.give_back(emptied)
+            if shared and taken.source != slot:
+                self._memory.copy(taken.source, slot, shared)
             self.shared += shared
             self._running[key] = Running(key, wanted, slot, wanted.prompt[shared:], start=shared)
 
-    def _like(self, wanted: Generation) -> tuple[int, int]:
-        """The slot whose memory begins most like the prompt, and how many positions of it are worth taking."""
-        prompt = _shareable(wanted)
-        shared, source = max((_common(held, prompt), -slot) for slot, held in enumerate(self._held))
-        return (-source, shared) if shared >= LEAST_SHARED else (0, 0)
+    def _need(self, wanted: Generation) -> int:
+        """Positions that the request may come to use."""
+        return min(self.context, len(wanted.prompt) + wanted.max_new_tokens)
+
+    def _is_being_read(self, wanted: Generation, usable: Sequence[int]) -> bool:
+        """Whether more of the prompt is being computed for another request than any slot has: it will be there in a moment."""
+        alike = [common(owner.wanted.prompt, usable) for owner in self._reading() if owner.wanted.adapter is wanted.adapter]
+        return max(alike, default=0) >= self._slots.shared(usable, _number(wanted)) + LEAST_SHARED
 
     def _reading(self) -> list[Running]:
         """Requests whose prompts are being read."""
@@ -221,7 +243,8 @@ class Decoder:
                 if len(ids) > room:
                     continue
                 room -= len(ids)
-            segments.append(Segment(owner.slot, owner.start, ids, owner.wanted.score_from is not None and not owner.produced))
+            every = owner.wanted.score_from is not None and not owner.produced
+            segments.append(Segment(owner.slot, owner.start, ids, every, owner.wanted.adapter))
             owners.append(owner)
         return segments, owners
 
@@ -242,26 +265,16 @@ class Decoder:
 
     def _release(self, owner: Running) -> None:
         del self._running[owner.key]
-        self._free.append(owner.slot)
+        self._slots.release(owner.slot, len(owner.wanted.prompt) + owner.produced)
+
+
+def _number(wanted: Generation) -> int:
+    return wanted.adapter.number if wanted.adapter is not None else 0
 
 
 def _shareable(wanted: Generation) -> Sequence[int]:
     """The part of the prompt that need not be computed: not its last token nor what comes before a scored one, for their logits."""
     return wanted.prompt[: len(wanted.prompt) - 1 if wanted.score_from is None else max(0, wanted.score_from - 1)]
-
-
-def _common(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many ids the two have in common at their start, by halving."""
-    low, high = 0, min(len(one), len(other))
-    if not high or one[0] != other[0]:
-        return 0
-    while low < high:
-        middle = (low + high + 1) // 2
-        if list(one[low:middle]) == list(other[low:middle]):
-            low = middle
-        else:
-            high = middle - 1
-    return low
 
 
 def scores(logits: Tensor, ids: Sequence[int], tops: Sequence[int]) -> list[Scored]:

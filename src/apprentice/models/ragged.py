@@ -17,8 +17,11 @@ measured: AVX512-BF16). Knows nothing of requests, sampling or the end of a repl
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from mmap import MADV_DONTNEED, MAP_ANONYMOUS, MAP_PRIVATE, PAGESIZE, mmap
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,6 +29,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from apprentice.errors import ModelError
+from apprentice.models.lora import Lora, LoraLayers
 
 ATTENTION = "apprentice_ragged"
 # Positions are read in multiples of this. Larger: more sequences share a call; smaller: less is read for nothing.
@@ -39,6 +43,7 @@ class Segment(NamedTuple):
     start: int
     ids: Sequence[int]
     every: bool = False
+    adapter: Lora | None = None
 
     @property
     def kept(self) -> int:
@@ -53,6 +58,7 @@ class KvMemory:
         self.slots = slots
         self.context = context
         self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._pages: list[mmap] = []  # what the layers' memory lies in, on a CPU
 
     def write(
         self, layer: int, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor
@@ -75,14 +81,29 @@ class KvMemory:
             for stored in (part for layer in self._layers.values() for part in layer):
                 stored[target, :, :count] = stored[source, :, :count]
 
+    def give_back(self, slot: int) -> None:
+        """Frees the memory that `slot` takes, where it lies in pages of its own; it holds nothing then."""
+        for pages in self._pages:
+            size = len(pages) // self.slots
+            first, end = -(-slot * size // PAGESIZE) * PAGESIZE, (slot + 1) * size // PAGESIZE * PAGESIZE
+            if first < end:
+                pages.madvise(MADV_DONTNEED, first, end - first)
+
+    @property
+    def position_bytes(self) -> int:
+        """What one position takes in all layers, once something was written to each."""
+        parts = (part for layer in self._layers.values() for part in layer)
+        return sum(part.nbytes // (self.slots * self.context) for part in parts)
+
     def _allocate(self, like: torch.Tensor) -> torch.Tensor:
         shape = (self.slots, like.shape[1], self.context, like.shape[2])
         if like.device.type != "cpu":
             return torch.zeros(shape, dtype=like.dtype, device=like.device)
-        # numpy's zeros are pages that take no memory before they are written, so unused slots and context cost nothing;
-        # they must be zeros, because a masked NaN is still NaN.
-        raw = np.zeros(int(np.prod(shape)) * like.element_size(), dtype=np.uint8)
-        return torch.from_numpy(raw).view(like.dtype).view(shape)
+        # Fresh pages take no memory before they are written, so unused slots and context cost nothing; and they are zeros, as
+        # they must be, because a masked NaN is still NaN.
+        pages = mmap(-1, math.prod(shape) * like.element_size(), flags=MAP_PRIVATE | MAP_ANONYMOUS)
+        self._pages.append(pages)
+        return torch.frombuffer(pages, dtype=like.dtype).view(shape)
 
 
 @dataclass(frozen=True)
@@ -140,7 +161,8 @@ class Ragged:
         for segment in ordered[len(singles) :]:
             self.chunks.append(Chunk(first, segment.slot, segment.start, len(segment.ids)))
             first += len(segment.ids)
-        counts = np.array([len(segment.ids) for segment in ordered])
+        self.adapters = [segment.adapter for segment in ordered]
+        self.counts = counts = np.array([len(segment.ids) for segment in ordered])
         starts = np.array([segment.start for segment in ordered])
         before = np.cumsum(counts) - counts
         positions = np.arange(counts.sum()) - np.repeat(before - starts, counts)
@@ -185,16 +207,17 @@ class Ragged:
         return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, float("-inf"))
 
 
-def forward(model: Any, memory: KvMemory, segments: Sequence[Segment]) -> torch.Tensor:
+def forward(model: Any, memory: KvMemory, segments: Sequence[Segment], loras: LoraLayers | None = None) -> torch.Tensor:
     """Logits (rows, vocabulary): of each segment in the order given, after its last token or after every one.
 
-    At most one segment for each slot. Runs under `torch.inference_mode()`; `model` must have been through `prepare`.
+    At most one segment for each slot; `loras` are of this model, where segments have adapters. Runs under
+    `torch.inference_mode()`; `model` must have been through `prepare`.
     """
     ragged = Ragged(memory, segments, model.device)
     was = model.config._attn_implementation
     model.config._attn_implementation = ATTENTION
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), loras.rows(ragged.adapters, ragged.counts) if loras is not None else nullcontext():
             logits = model(
                 input_ids=ragged.ids[None],
                 position_ids=ragged.positions[None],
@@ -262,8 +285,10 @@ def _attend(
     return result[None], None
 
 
-def prepare(model: Any) -> None:
+def prepare(model: Any) -> int:
     """Makes `forward` possible for `model`, and checks on a few tokens that it computes what the model itself computes.
+
+    Gives the bytes that one token's keys and values take.
 
     Raises `ModelError` for models that keep something besides keys and values, or place tokens otherwise than by position ids.
     """
@@ -288,3 +313,4 @@ def prepare(model: Any) -> None:
     apart = float((found - expected[[8, length - 1]]).abs().max())
     if not apart <= allowed:
         raise ModelError(f"{kind} gives other logits in company than alone (apart by {apart:.2g}); it cannot generate here yet.")
+    return memory.position_bytes

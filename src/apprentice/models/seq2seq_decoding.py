@@ -20,17 +20,19 @@ from apprentice.models.decoding import PREFILL_TOKENS, Decoder, Generation, Runn
 class Seq2seqDecoder(Decoder):
     """Decodes up to `slots` requests together, prompt and reply of up to `context` tokens together.
 
-    `context` shrinks to what the model's positions allow. Not thread-safe. Raises `ModelError` for a model that cannot be
-    decoded so.
+    `context` shrinks to what the model's positions allow; `kv_bytes` bounds the keys and values of both sides, as in `Decoder`.
+    Not thread-safe. Raises `ModelError` for a model that cannot be decoded so.
     """
 
-    def __init__(self, model: Any, *, slots: int, context: int, prefill_tokens: int = PREFILL_TOKENS) -> None:
-        check(model)
+    def __init__(
+        self, model: Any, *, slots: int, context: int, kv_bytes: int | None = None, prefill_tokens: int = PREFILL_TOKENS
+    ) -> None:
+        of_one = check(model)
         positions = getattr(model.config, "max_position_embeddings", None)
-        self.context = min(context, positions) if positions else context
+        self._fit(model, slots, min(context, positions or context), kv_bytes, of_one)
         self._start_id = int(model.config.decoder_start_token_id)
-        self._crossing = CrossingDecoder(model, slots, self.context)
-        self._begin(slots, prefill_tokens)
+        self._crossing = CrossingDecoder(model, self.slots, self.context)
+        self._begin(prefill_tokens)
 
     def submit(self, key: Hashable, wanted: Generation) -> None:
         if wanted.score_from == 0:
@@ -43,27 +45,33 @@ class Seq2seqDecoder(Decoder):
         rows: list[Tensor] = []
         if running:
             logits = self._crossing.step(
-                [owner.slot for owner in running], [owner.start for owner in running], [owner.pending[0] for owner in running]
+                [owner.slot for owner in running],
+                [owner.start for owner in running],
+                [owner.pending[0] for owner in running],
+                [owner.wanted.adapter for owner in running],
             )
             rows.append(logits)
             for owner in running:
                 owner.start += 1
         joined: list[Running] = []
         room = self._prefill_tokens
-        while self._waiting and self._free and (not joined or len(self._waiting[0][1].prompt) <= room):
+        while self._waiting and (not joined or len(self._waiting[0][1].prompt) <= room):
+            if (taken := self._slots.take(self._need(self._waiting[0][1]))) is None:
+                break
+            for emptied in taken.emptied:
+                self._crossing.give_back(emptied)
             key, wanted = self._waiting.popleft()
             room -= len(wanted.prompt)
-            owner, last = self._read(key, wanted)
+            owner, last = self._read(key, wanted, taken.slot)
             joined.append(owner)
             rows.append(last[None])
         return self._next_tokens(torch.cat(rows), [*running, *joined]) if rows else []
 
-    def _read(self, key: Hashable, wanted: Generation) -> tuple[Running, Tensor]:
+    def _read(self, key: Hashable, wanted: Generation, slot: int) -> tuple[Running, Tensor]:
         """The new request in its slot, and the logits (vocabulary) of its first new token."""
-        slot = self._free.pop(self._free.index(min(self._free)))
         parted = len(wanted.prompt) if wanted.score_from is None else wanted.score_from
         prompt, said = wanted.prompt[:parted], wanted.prompt[parted:]
-        logits = self._crossing.read(slot, prompt, [self._start_id, *said])
+        logits = self._crossing.read(slot, prompt, [self._start_id, *said], wanted.adapter)
         owner = self._running[key] = Running(key, wanted, slot, (), start=1 + len(said))
         if said:
             owner.prompt += scores(logits[:-1], said, [wanted.logprobs or 0] * len(said))
