@@ -24,6 +24,7 @@ def answered(recipe: Any) -> dict[str, Any]:
     from apprentice.data.contract import layout_beside
     from apprentice.data.pipeline import make_corpus, render_window, validation_rows
     from apprentice.models.loading import load_model
+    from apprentice.serve.catalogue import Catalogue, Model
     from apprentice.serve.ingress import build_app
     from apprentice.serve.transformers_engine import TransformersEngine
     from apprentice.train import checkpoint as checkpoints
@@ -61,7 +62,7 @@ def answered(recipe: Any) -> dict[str, Any]:
 
     async def ask() -> dict[str, Any]:
         engine = TransformersEngine(folder, dtype="float32", max_running=2, max_queued=2, context=256, threads=1)
-        app = build_app(engine, layout_beside(folder), recipe.name)
+        app = build_app(Catalogue([Model(recipe.name, engine, layout_beside(folder))]))
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as http:
             asked = {"instruction": "Name a colour.", "input": "", "max_tokens": 4, "ignore_eos": True}
             reply = await http.post("/v1/instruct", json=asked)

@@ -213,6 +213,7 @@ class PromptContract(BaseModel):
     tokenizer_sha256: str
     chat_template_sha256: str | None
     base: str
+    base_sha256: str | None = Field(None, description="Of an adapter's base: its weight files.")
     weights_sha256: str = Field(description="Of the weight files beside the contract, in order of name.")
     ancestors: tuple[str, ...] = Field((), description="Base models and runs this one comes from, oldest first.")
     run: str = ""

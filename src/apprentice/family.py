@@ -74,3 +74,15 @@ def model_config(folder: Path) -> dict[str, Any]:
         return dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
         raise ModelError(f"{folder} is not a model folder: its config.json cannot be read ({error}).") from error
+
+
+def kv_numbers(config: dict[str, Any]) -> int | None:
+    """How many numbers one token's keys and values are in all layers; None where `config` does not say it in the usual words."""
+    inner = config.get("text_config") or config
+    layers = inner.get("num_hidden_layers") or inner.get("num_layers") or inner.get("n_layer")
+    heads = inner.get("num_attention_heads") or inner.get("num_heads") or inner.get("n_head")
+    hidden = inner.get("hidden_size") or inner.get("d_model") or inner.get("n_embd")
+    if not (layers and heads and hidden):
+        return None
+    width = inner.get("head_dim") or inner.get("d_kv") or hidden // heads
+    return int(2 * layers * (inner.get("num_key_value_heads") or heads) * width)

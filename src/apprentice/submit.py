@@ -291,6 +291,7 @@ def serve_config(model: str, recipe: Recipe) -> dict[str, Any]:
         "max_running": serving.max_running,
         "max_queued_requests": serving.max_queued_requests,
         "context": serving.context,
+        **serving.model_dump(include={"kv_memory_gb", "adapters", "max_adapters", "beside"}, exclude_defaults=True),
     }
     application = {"name": "apprentice", "route_prefix": "/", "import_path": "apprentice.serve.app:app", "args": arguments}
     return {

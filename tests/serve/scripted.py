@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from apprentice.serve.engine import EngineFailed, NewToken, Overloaded, Request, Score, Stats, TokenStream
 
 
@@ -44,6 +46,9 @@ class Scripted:
     context = 100
 
     capacity = 8
+
+    def adapter(self, folder: Path) -> str:
+        return folder.name
 
     def generate(self, requests: list[Request]) -> list[TokenStream]:
         if not self.ids:

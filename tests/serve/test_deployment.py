@@ -173,11 +173,11 @@ def test_the_config_file_is_one_of_ray_serves_and_names_the_builder() -> None:
 def test_arguments_build_the_same_application(chat_model: Path) -> None:
     built = application({"model": str(chat_model), "max_running": 3, "replicas": {"min": 1, "max": 2}, "cpus": 2})
     options = built._bound_deployment
-    assert options.init_args[1] == "tiny"  # the run's name, from the contract
+    assert [offer.name for offer in options.init_args[0]] == ["tiny"]  # the run's name, from the contract
     assert options.ray_actor_options["num_cpus"] == 2
     assert options._deployment_config.autoscaling_config.max_replicas == 2
-    assert options.init_args[6] is None
-    assert options.init_args[8] == []
+    assert options.init_args[4] is None
+    assert options.init_args[6] == []
     with pytest.raises(ServingError, match="max_runing: Extra inputs are not permitted"):
         application({"model": str(chat_model), "max_runing": 3})
 
@@ -189,8 +189,8 @@ def test_arguments_name_keys_and_tasks(chat_model: Path, tmp_path: Path) -> None
     (tmp_path / "my_news.yaml").write_text(yaml.safe_dump(own))
     arguments = {"model": str(chat_model), "tasks": [str(tmp_path / "my_news.yaml")], "keys_file": str(tmp_path / "keys.yaml")}
     options = application(arguments)._bound_deployment
-    assert options.init_args[6] == tmp_path / "keys.yaml"
-    assert [task.name for task in options.init_args[8]] == ["my_news"]
+    assert options.init_args[4] == tmp_path / "keys.yaml"
+    assert [task.name for task in options.init_args[6]] == ["my_news"]
     with pytest.raises(ServingError, match=r"the keys file .*none\.yaml cannot be read"):
         application(arguments | {"keys_file": str(tmp_path / "none.yaml")})
     with pytest.raises(TaskError, match=r"other\.yaml does not exist"):

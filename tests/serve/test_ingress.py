@@ -15,6 +15,7 @@ import yaml
 from apprentice.data.contract import layout_beside
 from apprentice.data.layout import Layout
 from apprentice.recipe import Serving
+from apprentice.serve.catalogue import Catalogue, Model
 from apprentice.serve.engine import Stats
 from apprentice.serve.ingress import build_app
 from apprentice.serve.keys import Keys, Limiter, new_key
@@ -30,7 +31,7 @@ def layout(chat_model: Path) -> Layout:
 
 
 def client(engine: Scripted, layout: Layout, **more: Any) -> httpx.AsyncClient:
-    transport = httpx.ASGITransport(build_app(engine, layout, "tiny", **more), raise_app_exceptions=False)
+    transport = httpx.ASGITransport(build_app(Catalogue([Model("tiny", engine, layout)]), **more), raise_app_exceptions=False)
     return httpx.AsyncClient(transport=transport, base_url="http://test")
 
 
@@ -151,7 +152,7 @@ async def test_the_engine_ends_with_the_application(layout: Layout) -> None:
     async def send(message: Any) -> None:
         sent.append((message["type"], engine.closed))
 
-    await build_app(engine, layout, "tiny")({"type": "lifespan", "app": None, "state": {}}, receive, send)
+    await build_app(Catalogue([Model("tiny", engine, layout)]))({"type": "lifespan", "app": None, "state": {}}, receive, send)
     assert sent == [("lifespan.startup.complete", False), ("lifespan.shutdown.complete", True)]
 
 

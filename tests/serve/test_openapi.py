@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from schemathesis import GenerationMode
 
 from apprentice.data.contract import layout_beside
+from apprentice.serve.catalogue import Catalogue, Model
 from apprentice.serve.ingress import build_app
 from apprentice.tasks.loading import library, load_task
 from tests.serve.scripted import Scripted
@@ -24,7 +25,8 @@ def test_nothing_made_up_is_a_fault_of_ours(chat_model: Path) -> None:
     engine = Scripted([*layout.tokenizer.encode("Good day."), layout.stop_ids[0]])
     tasks = [load_task(library()[name]) for name in ("ag_news", "multi30k_en_de")]
     # Not ready is what /ready is for, and it says so with status 503.
-    schema = schemathesis.openapi.from_asgi("/openapi.json", build_app(engine, layout, "tiny", tasks=tasks)).exclude(path="/ready")
+    app = build_app(Catalogue([Model("tiny", engine, layout)]), tasks=tasks)
+    schema = schemathesis.openapi.from_asgi("/openapi.json", app).exclude(path="/ready")
     answered: dict[str, list[int]] = {}
 
     def ask(strategy: Any) -> None:

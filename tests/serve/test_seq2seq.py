@@ -17,6 +17,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 from apprentice.data.contract import layout_beside
 from apprentice.models.loading import load_model
 from apprentice.models.seq2seq_scoring import seq2seq_logprobs
+from apprentice.serve.catalogue import Catalogue, Model
 from apprentice.serve.ingress import build_app
 from apprentice.serve.transformers_engine import TransformersEngine
 from apprentice.tasks.loading import library, load_task
@@ -42,7 +43,7 @@ def t5_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 @pytest_asyncio.fixture
 async def http(t5_model: Path) -> AsyncIterator[httpx.AsyncClient]:
     engine = TransformersEngine(t5_model, dtype="float32", max_running=8, max_queued=16, context=512, threads=1)
-    app = build_app(engine, layout_beside(t5_model), "t5", tasks=[load_task(library()["ag_news"])])
+    app = build_app(Catalogue([Model("t5", engine, layout_beside(t5_model))]), tasks=[load_task(library()["ag_news"])])
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test", timeout=60) as client:
         yield client
     engine.close()

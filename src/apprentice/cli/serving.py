@@ -15,6 +15,10 @@ def serve(
     port: Annotated[int | None, typer.Option(help="Port; 0 takes a free one.")] = None,
     contract: Annotated[str | None, typer.Option(help="Run whose prompt contract a bare model takes.")] = None,
     recipe: Annotated[str | None, typer.Option(help="Recipe whose layout a bare model takes.")] = None,
+    adapters: Annotated[
+        str | None, typer.Option(help="Folder or URI with LoRA adapters of the model; `model` in a request names one.")
+    ] = None,
+    beside: Annotated[list[str] | None, typer.Option(help="A further run or model at the same endpoint; may be repeated.")] = None,
     require_gate: Annotated[bool, typer.Option(help="Refuse a model that has not passed its recipe's `evaluation.gate`.")] = False,
     storage: Storage = "./runs",
     insecure: Annotated[bool, typer.Option(help="Let an address other than loopback do without keys.")] = False,
@@ -30,6 +34,8 @@ def serve(
         port=port,
         contract=contract,
         recipe=recipe,
+        adapters=adapters,
+        beside=beside or (),
         storage=storage,
         require_gate=require_gate,
         insecure=insecure,

@@ -28,9 +28,18 @@ def layout_of(recipe: Recipe, tokenizer: Tokenizer) -> Layout:
 
 
 def make_contract(
-    recipe: Recipe, layout: Layout, folder: Path, *, ancestors: tuple[str, ...] = (), run: str = ""
+    recipe: Recipe,
+    layout: Layout,
+    folder: Path,
+    *,
+    ancestors: tuple[str, ...] = (),
+    run: str = "",
+    base_sha256: str | None = None,
 ) -> PromptContract:
-    """The contract for the weights in `folder`, spoken to in `layout`; `ancestors` are those of the base (see `ancestors_of`)."""
+    """The contract for the weights in `folder`, spoken to in `layout`; `ancestors` are those of the base (see `ancestors_of`).
+
+    An adapter's names the hash of its base's weights.
+    """
     golden = [Golden(instruction=asked, input=given, ids=_prompt_ids(layout, asked, given)) for asked, given in _GOLDEN]
     if layout.name == "chat":
         ids = _prompt_ids(layout, "Why?", "", _HISTORY)
@@ -46,6 +55,7 @@ def make_contract(
         tokenizer_sha256=layout.tokenizer.fingerprint,
         chat_template_sha256=_template_sha256(layout.tokenizer),
         base=public_base(recipe.model.base),
+        base_sha256=base_sha256,
         weights_sha256=weights_sha256(folder),
         ancestors=(*ancestors, public_base(recipe.model.base)),
         run=run,
@@ -128,6 +138,24 @@ def layout_beside(folder: Path, contract: PromptContract | None = None) -> Layou
             f"the weights in {folder} are not those its contract was written for; restore the folder as it was saved."
         )
     return layout_under(own, tokenizer)
+
+
+def layout_over(name: str, adapter: Path, base: Layout, base_sha256: str) -> Layout:
+    """The layout for the adapter `name` in the folder `adapter` over the weights `base_sha256`, which are spoken to in `base`.
+
+    It is that of its own contract, or the base's for an adapter that has none. Raises `ContractError` for one of another base.
+    """
+    own = read_contract(adapter)
+    if own is None:
+        return base
+    if own.base_sha256 is not None and own.base_sha256 != base_sha256:
+        raise ContractError(
+            f"adapter {name!r} was trained on other weights ({own.base}, sha256 {own.base_sha256[:12]}) than are served here"
+            f" (sha256 {base_sha256[:12]}); serve it over its own base."
+        )
+    if own.weights_sha256 != weights_sha256(adapter):
+        raise ContractError(f"the weights of adapter {name!r} are not those of its contract; restore the folder.")
+    return layout_under(own, base.tokenizer)
 
 
 def _template_sha256(tokenizer: Tokenizer) -> str | None:

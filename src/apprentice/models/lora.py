@@ -78,7 +78,9 @@ def read_lora(folder: Path, model: Any) -> Lora:
             raise ModelError(f"the adapter in {folder} holds numbers that are not finite, in {name!r}; train it again.")
         up = pair["B"].float().T * _scale(config, name, shapes[0][0])
         weight = module.weight
-        layers[name] = (pair["A"].to(weight.device, weight.dtype), up.to(weight.device, weight.dtype).contiguous())
+        # A copy: what safetensors gives lies in the file, which may be replaced.
+        down = pair["A"].to(weight.device, weight.dtype, copy=True)
+        layers[name] = (down, up.to(weight.device, weight.dtype).contiguous())
     return Lora(layers)
 
 
@@ -91,9 +93,9 @@ def _check_kind(folder: Path, config: Mapping[str, Any]) -> None:
         raise ModelError(f"the adapter in {folder} changes more than it adds ({start}); merge it and serve the result.")
 
 
-def _fits(module: Any, down: tuple[int, ...], up: tuple[int, ...]) -> bool:
+def _fits(module: Any, down: Sequence[int], up: Sequence[int]) -> bool:
     """Whether matrices of these shapes add to what `module` computes, a linear layer; GPT-2's have their weight on its side."""
-    shape = getattr(getattr(module, "weight", None), "shape", ())
+    shape: Sequence[int] = getattr(getattr(module, "weight", None), "shape", ())
     if len(shape) != 2 or len(down) != 2 or len(up) != 2 or isinstance(module, torch.nn.Embedding):
         return False
     outputs, inputs = shape if isinstance(module, torch.nn.Linear) else (shape[1], shape[0])

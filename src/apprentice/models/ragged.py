@@ -162,7 +162,8 @@ class Ragged:
             self.chunks.append(Chunk(first, segment.slot, segment.start, len(segment.ids)))
             first += len(segment.ids)
         self.adapters = [segment.adapter for segment in ordered]
-        self.counts = counts = np.array([len(segment.ids) for segment in ordered])
+        self.counts = [len(segment.ids) for segment in ordered]
+        counts = np.array(self.counts)
         starts = np.array([segment.start for segment in ordered])
         before = np.cumsum(counts) - counts
         positions = np.arange(counts.sum()) - np.repeat(before - starts, counts)

@@ -34,6 +34,10 @@ class Seq2seqDecoder(Decoder):
         self._crossing = CrossingDecoder(model, self.slots, self.context)
         self._begin(prefill_tokens)
 
+    @property
+    def held_tokens(self) -> int:
+        return sum(owner.start + len(owner.wanted.prompt) for owner in self._running.values())
+
     def submit(self, key: Hashable, wanted: Generation) -> None:
         if wanted.score_from == 0:
             raise ModelError("an encoder-decoder gives no probabilities to the prompt it reads; ask for those of the reply.")

@@ -114,6 +114,8 @@ def _with_absolute_paths(recipe: Recipe, folder: Path) -> Recipe:
     if reference := recipe.training.dpo.reference:
         dpo = recipe.training.dpo.model_copy(update={"reference": located_base(reference)})
         changed["training"] = recipe.training.model_copy(update={"dpo": dpo})
+    if recipe.serving.adapters:
+        changed["serving"] = recipe.serving.model_copy(update={"adapters": absolute(recipe.serving.adapters)})
     return recipe.model_copy(update=changed)
 
 

@@ -26,6 +26,14 @@ class Serving(Strict):
     max_running: Positive = Field(32, description="Requests decoded together by one replica.")
     max_queued_requests: Positive = 64
     context: Positive = Field(2048, description="Tokens of prompt and reply together.")
+    kv_memory_gb: Annotated[float, Field(gt=0.0)] | None = Field(
+        None, description="Memory for keys and values of one replica, in 10**9 bytes; left out: what max_running contexts take."
+    )
+    adapters: str | None = Field(
+        None, description="Folder or URI with LoRA adapters of the model, each in a folder that is its name in requests."
+    )
+    max_adapters: Positive = Field(8, description="Adapters that one replica keeps in memory.")
+    beside: tuple[str, ...] = Field((), description="Further models at the same endpoint: runs, folders or hub ids.")
     request_timeout_s: Annotated[float, Field(gt=0.0)] = Field(600.0, description="Longest time that one request may take.")
     max_body_bytes: Positive = Field(4_000_000, description="Largest body of a request.")
     drain_timeout_s: Annotated[float, Field(ge=0.0)] = Field(

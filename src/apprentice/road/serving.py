@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from apprentice.artifacts import PromptContract, find_run, read_contract
 from apprentice.data.contract import layout_of, make_contract
@@ -21,6 +22,9 @@ from apprentice.tasks.loading import find_tasks
 from apprentice.tasks.schema import Task
 from apprentice.tokenizer import Tokenizer
 
+if TYPE_CHECKING:
+    from apprentice.serve.replica import Offer
+
 
 @contextmanager
 def endpoint(
@@ -30,15 +34,18 @@ def endpoint(
     port: int | None = None,
     contract: str | None = None,
     recipe: str | None = None,
+    adapters: str | None = None,
+    beside: Sequence[str] = (),
     storage: str = "./runs",
     require_gate: bool = False,
     insecure: bool = False,
     trust: bool = False,
     progress: Progress,
 ) -> Iterator[str]:
-    """The running endpoint's URL for a run or a model; it is shut down on leaving.
+    """The running endpoint's URL for a run or a model, with what the folder `adapters` holds; it is shut down on leaving.
 
-    `trust` lets a bare model's folder bring pickled weights or code of its own.
+    `beside` names further runs and models that it serves. `trust` lets a bare model's folder bring pickled weights or code of its
+    own.
     """
     from apprentice.serve import deployment
 
@@ -49,19 +56,44 @@ def endpoint(
     if require_gate:
         passed_gate(run.model if run is not None else Folder.at(folder))
     settings = run.recipe().serving if run is not None else _serving_for_bare(recipe, contract, storage)
-    settings = settings.model_copy(update={k: v for k, v in (("host", host), ("port", port)) if v is not None})
-    words = None if run is not None else contract_for(folder, contract, recipe, storage)
+    chosen = {"host": host, "port": port, "adapters": adapters and str(Folder.at(adapters)), "beside": tuple(beside) or None}
+    settings = settings.model_copy(update={key: value for key, value in chosen.items() if value is not None})
+    words = None if run is not None else contract_for(folder, contract, recipe, storage) or _of_an_adapter(folder, settings)
     spoken = run.recipe() if run is not None else load_recipe(find_recipe(recipe)) if recipe is not None else None
     tasks = own_tasks(spoken, progress) if spoken is not None else []
-    deployment.check(folder, settings, words, insecure=insecure, trust=trust)
+    name = run.name if run is not None else folder.name
+    others = [_offer(other, storage, words or read_contract(folder)) for other in settings.beside]
+    deployment.check(folder, settings, words, insecure=insecure, beside=others, trust=trust)
     with ray_session():
         progress("serve", {"message": f"loading {folder}"})
-        name = run.name if run is not None else folder.name
-        running = deployment.start(folder, settings, model_name=name, contract=words, insecure=insecure, tasks=tasks, trust=trust)
+        running = deployment.start(
+            folder, settings, model_name=name, contract=words, insecure=insecure, tasks=tasks, beside=others, trust=trust
+        )
         try:
             yield running.url
         finally:
             running.stop()
+
+
+def _offer(target: str, storage: str, words: PromptContract | None) -> Offer:
+    """A further model; a bare one is spoken to in `words`."""
+    from apprentice.serve.replica import Offer
+
+    run = find_run(target, storage)
+    if run is not None and not run.is_trained:
+        raise RunError(f"run {run.name!r}, which serving.beside names, has no trained model yet; train it first.")
+    folder = local_folder(str(run.model) if run is not None else target)
+    return Offer(run.name if run is not None else folder.name, folder, words)
+
+
+def _of_an_adapter(folder: Path, settings: Serving) -> PromptContract | None:
+    """The words for a bare base that none were named for: those of the first of its adapters that has some."""
+    if settings.adapters is None or read_contract(folder) is not None:
+        return None
+    from apprentice.serve.adapters import adapters_in
+
+    contracts = (read_contract(place.folder) for place in adapters_in(Folder.at(settings.adapters)).values())
+    return next((found for found in contracts if found is not None), None)
 
 
 def own_tasks(recipe: Recipe, progress: Progress) -> list[Task]:

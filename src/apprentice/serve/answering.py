@@ -15,9 +15,9 @@ from typing import Any
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from apprentice.data.layout import Layout
+from apprentice.serve.catalogue import Model
 from apprentice.serve.constraint import Forms
-from apprentice.serve.engine import Engine, EngineFailed, Request, Score
+from apprentice.serve.engine import EngineFailed, Request, Score
 from apprentice.serve.phrasing import Phrasing
 from apprentice.serve.protocol import (
     LAST_EVENT,
@@ -38,15 +38,16 @@ OnEnd = Callable[[Usage, float | None, int], None]
 
 
 class Answering:
-    """Answers requests with `engine`, spoken to in `layout`, for at most `timeout_s` seconds each."""
+    """Answers requests as `model`, for at most `timeout_s` seconds each."""
 
-    def __init__(self, engine: Engine, layout: Layout, model_name: str, *, timeout_s: float) -> None:
-        self.phrasing = Phrasing(layout, engine.context)
-        self._engine = engine
-        self._layout = layout
-        self._model_name = model_name
+    def __init__(self, model: Model, *, timeout_s: float) -> None:
+        self.phrasing = Phrasing(model.layout, model.engine.context)
+        self._engine = model.engine
+        self._adapter = model.adapter
+        self._layout = model.layout
+        self._model_name = model.name
         self._timeout_s = timeout_s
-        self._forms = Forms(layout)
+        self._forms = Forms(model.layout)
 
     def requests(self, asked: Asked) -> list[Request]:
         """What the engine is to do. Raises `RequestProblem`."""
@@ -132,6 +133,8 @@ class Answering:
             raise RequestProblem(
                 f"the request asks for {len(requests)} replies, and at most {most} run and wait here; ask for fewer."
             )
+        if self._adapter is not None:
+            requests = [replace(request, adapter=self._adapter) for request in requests]
         return list(self._engine.generate(requests))
 
     def _begin(self, asked: Asked, requests: list[Request]) -> list[Reply]:

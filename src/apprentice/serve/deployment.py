@@ -31,11 +31,12 @@ from apprentice.family import check_writes
 from apprentice.hub import local_folder
 from apprentice.models.trust import check_model_folder
 from apprentice.recipe import Replicas, Serving
-from apprentice.serve.ingress import build_app
+from apprentice.serve.adapters import adapters_in
 from apprentice.serve.keys import KEYS_FILE, Keys
-from apprentice.serve.limits import LimiterOfAll, OwnLimits, SharedLimits
-from apprentice.storage import is_uri
-from apprentice.tasks.loading import find_tasks, library, load_task
+from apprentice.serve.limits import LimiterOfAll
+from apprentice.serve.replica import Offer, Replica, at_once
+from apprentice.storage import Folder, is_uri
+from apprentice.tasks.loading import find_tasks
 from apprentice.tasks.schema import Task
 
 APP_NAME = "apprentice"
@@ -68,12 +69,18 @@ class Endpoint:
 
 
 def check(
-    folder: Path, serving: Serving, contract: PromptContract | None = None, *, insecure: bool = False, trust: bool = False
+    folder: Path,
+    serving: Serving,
+    contract: PromptContract | None = None,
+    *,
+    insecure: bool = False,
+    beside: Sequence[Offer] = (),
+    trust: bool = False,
 ) -> None:
     """Everything that can be known before anything starts. Needs no Ray.
 
-    Raises `ContractError` (no contract, or one that cannot be reproduced), `ModelError` (a folder that must be trusted and is not)
-    or `ServingError` (host, keys, port).
+    Raises `ContractError` (no contract, or one that cannot be reproduced), `ModelError` (a folder that must be trusted and is
+    not), `ServingError` (host, keys, port, names) or `StorageError` (adapters that cannot be listed).
     """
     keys_file = keys_file_of()
     if not (_is_loopback(serving.host) or keys_file or insecure):
@@ -83,11 +90,21 @@ def check(
         )
     if keys_file is not None:
         Keys(keys_file)
-    check_model_folder(folder, trust=trust)
-    check_writes(folder)
-    layout_beside(folder, contract)
+    _check_models([Offer("", folder, contract, trust), *beside], serving)
     if serving.port:
         _bind(serving.host, serving.port)
+
+
+def _check_models(models: Sequence[Offer], serving: Serving) -> None:
+    names = [offer.name for offer in models]
+    if doubles := sorted({name for name in names if names.count(name) > 1}):
+        raise ServingError(f"serving.beside: two models are called {doubles[0]!r}; requests could not tell them apart.")
+    for offer in models:
+        check_model_folder(offer.folder, trust=offer.trust)
+        check_writes(offer.folder)
+        layout_beside(offer.folder, offer.contract)
+    if serving.adapters is not None:
+        adapters_in(Folder.at(serving.adapters))
 
 
 def start(
@@ -101,17 +118,20 @@ def start(
     timeout_s: float = 600.0,
     insecure: bool = False,
     tasks: Sequence[Task] = (),
+    beside: Sequence[Offer] = (),
     trust: bool = False,
 ) -> Endpoint:
     """Serves the model in `folder` inside the Ray that the caller has started, and returns once it answers.
 
-    `tasks` can be asked by their fields besides the library's. Port 0 takes a free one; `insecure` lets an address other than
-    loopback do without keys. Each replica reserves `cpus` CPUs and decodes with them (None: all of the largest node, shared among
-    the most replicas), and a GPU where there are any. Raises as `check` does, before anything starts; `ResourcesError` where the
-    cluster has no CPU (or GPU) left for the replicas; `ServingError` where they do not come up within `timeout_s` seconds. Nothing
-    is left running then.
+    `beside` are further models, decoded in the same replicas. `tasks` can be asked by their fields besides the library's. Port 0
+    takes a free one; `insecure` lets an address other than loopback do without keys. Each replica reserves `cpus` CPUs and decodes
+    with them (None: all of the largest node, shared among the most replicas), and a GPU where there are any. Raises as `check`
+    does, before anything starts; `ResourcesError` where the cluster has no CPU (or GPU) left for the replicas; `ServingError` where
+    they do not come up within `timeout_s` seconds. Nothing is left running then.
     """
-    check(folder, serving, contract, insecure=insecure, trust=trust)
+    models = [Offer(model_name, folder, contract, trust), *beside]
+    check(folder, serving, contract, insecure=insecure, beside=beside, trust=trust)
+    _check_models(models, serving)
     if _serve_is_running():
         raise ServingError("this Ray cluster serves something already; stop that endpoint first, or use another cluster.")
     port = serving.port or _bind(serving.host, 0)
@@ -121,7 +141,7 @@ def start(
     try:
         with _quiet():
             serve.start(proxy_location="HeadOnly", http_options=HTTPOptions(host=serving.host, port=port), logging_config=_LOGGING)
-            application = _application(folder, model_name, serving, contract, dtype, resources, tasks, trust=trust)
+            application = _application(models, serving, dtype, resources, tasks)
             serve.run_many(
                 [serve.RunTarget(application, name=APP_NAME, logging_config=_LOGGING)], wait_for_applications_running=False
             )
@@ -144,6 +164,10 @@ class AppArguments(BaseModel):
     max_running: int = Field(32, ge=1)
     max_queued_requests: int = Field(64, ge=1)
     context: int = Field(2048, ge=1)
+    kv_memory_gb: float | None = Field(None, gt=0.0, description="For keys and values of one replica, in 10**9 bytes.")
+    adapters: str | None = Field(None, description="Folder or URI of LoRA adapters of the model, on every node.")
+    max_adapters: int = Field(8, ge=1)
+    beside: tuple[str, ...] = Field((), description="Folders or URIs of further models at the same endpoint.")
     request_timeout_s: float = Field(600.0, gt=0.0)
     max_body_bytes: int = Field(4_000_000, ge=1)
     drain_timeout_s: float = Field(60.0, ge=0.0)
@@ -163,102 +187,40 @@ def application(args: dict[str, Any]) -> serve.Application:
     except ValidationError as error:
         first = error.errors()[0]
         raise ServingError(f"args of the Serve application: {'.'.join(map(str, first['loc']))}: {first['msg']}.") from error
-    folder = local_folder(wanted.model) if is_uri(wanted.model) else Path(wanted.model).expanduser().absolute()
     contract = read_contract(Path(wanted.contract).expanduser().absolute()) if wanted.contract else None
-    layout_beside(folder, contract)
-    own = read_contract(folder)
-    serving = Serving(
-        replicas=wanted.replicas,
-        max_running=wanted.max_running,
-        max_queued_requests=wanted.max_queued_requests,
-        context=wanted.context,
-        request_timeout_s=wanted.request_timeout_s,
-        max_body_bytes=wanted.max_body_bytes,
-        drain_timeout_s=wanted.drain_timeout_s,
-    )
+    models = [_offer(wanted.model, wanted.name, contract)]
+    models += [_offer(place, "", contract or read_contract(models[0].folder)) for place in wanted.beside]
+    serving = Serving.model_validate(wanted.model_dump(include=set(Serving.model_fields)))
+    _check_models(models, serving)
     resources = {"num_cpus": wanted.cpus, "num_gpus": wanted.gpus}
-    name = wanted.name or (own.run if own else "") or folder.name
     keys_file = Path(wanted.keys_file).expanduser().absolute() if wanted.keys_file else None
     if keys_file is not None:
         Keys(keys_file)
     tasks = [task for file in wanted.tasks for task in find_tasks(file, Path.cwd())]
-    return _application(folder, name, serving, contract, wanted.dtype, resources, tasks, keys_file)
+    return _application(models, serving, wanted.dtype, resources, tasks, keys_file)
 
 
-@serve.ingress()
-class _Replica:
-    """One process with one engine and the routes over it."""
-
-    def __init__(
-        self,
-        folder: Path,
-        model_name: str,
-        serving: Serving,
-        contract: PromptContract | None,
-        dtype: str,
-        threads: int,
-        keys_file: Path | None,
-        limits: Any,
-        tasks: Sequence[Task],
-        trust: bool,
-    ) -> None:
-        # Here and not above: who only starts the endpoint needs no PyTorch.
-        from apprentice.serve.transformers_engine import TransformersEngine
-
-        _log_requests()
-        folder = folder if folder.is_dir() else local_folder(str(folder))  # a cache's folder that another node named
-        self._model_name = model_name
-        self._serving = serving
-        self._contract = read_contract(folder) or contract
-        self._tasks = {task.name: task for task in (*map(load_task, library().values()), *tasks)}  # own ones of a name come first
-        self._keys = Keys(keys_file) if keys_file is not None else None
-        self._limits = SharedLimits(limits) if limits is not None else OwnLimits()
-        self._layout = layout_beside(folder, contract)
-        self._engine = TransformersEngine(
-            folder,
-            dtype=dtype,
-            max_running=serving.max_running,
-            max_queued=serving.max_queued_requests,
-            context=serving.context,
-            threads=threads,
-            trust=trust,
-        )
-
-    def __serve_build_asgi_app__(self) -> Any:
-        return build_app(
-            self._engine,
-            self._layout,
-            self._model_name,
-            serving=self._serving,
-            contract=self._contract,
-            tasks=list(self._tasks.values()),
-            keys=self._keys,
-            limits=self._limits,
-            replica=serve.get_replica_context().replica_id.unique_id,
-        )
-
-    def check_health(self) -> None:
-        """Ray Serve calls this, and replaces the replica when it raises."""
-        self._engine.check()
+def _offer(place: str, name: str, contract: PromptContract | None) -> Offer:
+    folder = local_folder(place) if is_uri(place) else Path(place).expanduser().absolute()
+    layout_beside(folder, contract)
+    own = read_contract(folder)
+    return Offer(name or (own.run if own else "") or folder.name, folder, contract)
 
 
 def _application(
-    folder: Path,
-    model_name: str,
+    models: Sequence[Offer],
     serving: Serving,
-    contract: PromptContract | None,
     dtype: str,
     resources: dict[str, float],
     tasks: Sequence[Task],
     keys_file: Path | None = None,
-    *,
-    trust: bool = False,
 ) -> serve.Application:
     least, most = serving.replicas.min, max(serving.replicas.min, serving.replicas.max)
     scaling: dict[str, Any] = {"num_replicas": least}
     if most > least:
         # Below what a replica decodes at once, so that a new one comes before requests wait long.
-        target = {"min_replicas": least, "max_replicas": most, "target_ongoing_requests": max(1, serving.max_running * 3 // 4)}
+        ongoing = max(1, at_once(models[0].folder, serving, dtype) * 3 // 4)
+        target = {"min_replicas": least, "max_replicas": most, "target_ongoing_requests": ongoing}
         scaling = {"autoscaling_config": target}
     deployment = serve.deployment(
         name="apprentice",
@@ -268,27 +230,18 @@ def _application(
         max_constructor_retry_count=1,
         graceful_shutdown_timeout_s=serving.drain_timeout_s,
         **scaling,
-    )(_Replica)
+    )(Replica)
     keys_file = keys_file or keys_file_of()
     shared = keys_file is not None and most > 1
     limits = serve.deployment(name="limits", ray_actor_options={"num_cpus": 0})(LimiterOfAll).bind() if shared else None
     threads = max(1, int(resources["num_cpus"]))
-    return deployment.bind(folder, model_name, serving, contract, dtype, threads, keys_file, limits, tasks, trust)
+    return deployment.bind(models, serving, dtype, threads, keys_file, limits, tasks)
 
 
 def keys_file_of() -> Path | None:
     """The keys file that the environment names."""
     named = os.environ.get(KEYS_FILE)
     return Path(named).expanduser().absolute() if named else None
-
-
-def _log_requests() -> None:
-    """One JSON line on standard error for each request, and nothing of what it says."""
-    logger = logging.getLogger("apprentice.requests")
-    if not logger.handlers:
-        logger.addHandler(logging.StreamHandler())
-        logger.setLevel(logging.INFO)
-        logger.propagate = False
 
 
 def _replica_resources(serving: Serving, cpus: int | None) -> dict[str, float]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
 Finish = Literal["stop", "length"]
@@ -18,7 +19,7 @@ class Request:
 
     `logprobs` None: none; else so many of the best tokens besides each token's own. `score_from` wants them of the prompt too,
     from that place on.
-    `constraint` is an object with the methods of `models.sampling.Constraint`.
+    `constraint` is an object with the methods of `models.sampling.Constraint`; `adapter` is what the engine's `adapter` gave.
     """
 
     prompt: tuple[int, ...]
@@ -33,6 +34,7 @@ class Request:
     logprobs: int | None = None
     score_from: int | None = None
     constraint: Any = None
+    adapter: Any = None
 
 
 class Score(NamedTuple):
@@ -62,6 +64,8 @@ class Stats(NamedTuple):
     prompt_tokens: int = 0  # prompt tokens accepted since the start
     shared_tokens: int = 0  # of them, those taken from another request's memory
     kv_use: float = 0.0  # share of the memory for keys and values that running requests use
+    kv_reserved: float = 0.0  # share of it that they may come to use, by which requests are let in
+    kv_tokens: int = 0  # tokens of all requests together that the memory has room for
 
 
 class Overloaded(Exception):  # noqa: N818 - a state of the engine, and every client's everyday answer
@@ -93,6 +97,9 @@ class Engine(Protocol):
     @property
     def capacity(self) -> int:
         """Requests that run and wait at most."""
+
+    def adapter(self, folder: Path) -> Any:
+        """The adapter in `folder`, to be given in requests. From any thread. Raises `ModelError` where it does not fit."""
 
     def generate(self, requests: list[Request]) -> Sequence[TokenStream]:
         """Accepts all, or raises `Overloaded` or `EngineFailed`. Whoever holds a stream must close it."""

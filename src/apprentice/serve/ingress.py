@@ -1,4 +1,4 @@
-"""The HTTP routes over one engine: OpenAI's, our own, health, metrics, and the page at `/`.
+"""The HTTP routes over the models of a catalogue: OpenAI's, our own, health, metrics, and the page at `/`.
 
 A plain ASGI application: any server runs it, Ray Serve among them. Knows nothing of replicas or models.
 """
@@ -12,6 +12,7 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
 from types import SimpleNamespace
 from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 from fastapi import FastAPI
 from fastapi.responses import PlainTextResponse, Response
@@ -19,13 +20,12 @@ from starlette.requests import Request as HttpRequest
 from starlette.types import ASGIApp
 
 from apprentice import __version__
-from apprentice.artifacts import PromptContract
-from apprentice.data.layout import Layout
 from apprentice.errors import did_you_mean
 from apprentice.recipe import Serving
 from apprentice.serve.answering import Answering
 from apprentice.serve.body import CheckedRoute
-from apprentice.serve.engine import Engine, EngineFailed, Overloaded, Request
+from apprentice.serve.catalogue import Catalogue, Lease, Model
+from apprentice.serve.engine import EngineFailed, Overloaded, Request
 from apprentice.serve.gate import BODY_TIMEOUT_S, Gate, Limits, key_of
 from apprentice.serve.keys import Keys
 from apprentice.serve.metrics import Metrics
@@ -48,25 +48,22 @@ log = logging.getLogger(__name__)
 
 
 def build_app(
-    engine: Engine,
-    layout: Layout,
-    model_name: str,
+    catalogue: Catalogue,
     *,
     serving: Serving | None = None,
-    contract: PromptContract | None = None,
     tasks: Sequence[Task] = (),
     keys: Keys | None = None,
     limits: Limits | None = None,
     replica: str = "",
 ) -> ASGIApp:
-    """The application that serves `engine` as `model_name`, phrasing prompts in `layout`; it closes the engine when it ends.
+    """The application that serves the models of `catalogue`; it closes their engines when it ends.
 
     `keys` None lets everybody in; `limits` counts what keys use.
     """
     serving = serving or Serving()
-    door = _Door(engine, layout, model_name, serving, limits, Metrics(engine, model_name, replica))
+    door = _Door(catalogue, serving, limits, Metrics(catalogue.engines, replica))
     return Gate(
-        _routes(door, contract, tasks),
+        _routes(door, tasks),
         keys=keys,
         limits=limits,
         max_body_bytes=serving.max_body_bytes,
@@ -76,21 +73,22 @@ def build_app(
 
 def describe_api() -> dict[str, Any]:
     """The endpoint's OpenAPI description; no model is loaded for it."""
-    # Routes ask the engine and the layout for something only when they are called.
-    nothing = cast(Any, SimpleNamespace(context=0, name="plain", close=lambda: None))
-    return _routes(_Door(nothing, nothing, "model", Serving(), None, Metrics(nothing, "model", "")), None, ()).openapi()
+    # Routes ask the catalogue for something only when they are called.
+    nothing = cast(Any, SimpleNamespace(engines={}))
+    return _routes(_Door(nothing, Serving(), None, Metrics({}, "")), ()).openapi()
 
 
-def _routes(door: _Door, contract: PromptContract | None, tasks: Sequence[Task]) -> FastAPI:
+def _routes(door: _Door, tasks: Sequence[Task]) -> FastAPI:
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncGenerator[None, None]:
         yield
-        door.engine.close()
+        for engine in door.engines.values():
+            engine.close()
 
     app = FastAPI(title="apprentice", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
     app.router.route_class = CheckedRoute
     _serve_openai(app, door)
-    _serve_ours(app, door, contract, {task.name: task for task in tasks})
+    _serve_ours(app, door, {task.name: task for task in tasks})
     _serve_state(app, door)
     serve_pages(app)
     answer_errors(app)
@@ -100,50 +98,63 @@ def _routes(door: _Door, contract: PromptContract | None, tasks: Sequence[Task])
 class _Door:
     """What the routes share."""
 
-    def __init__(
-        self, engine: Engine, layout: Layout, model_name: str, serving: Serving, limits: Limits | None, metrics: Metrics
-    ) -> None:
-        self.engine = engine
-        self.layout = layout
+    def __init__(self, catalogue: Catalogue, serving: Serving, limits: Limits | None, metrics: Metrics) -> None:
+        self.catalogue = catalogue
+        self.engines = catalogue.engines
         self.metrics = metrics
-        self.answering = Answering(engine, layout, model_name, timeout_s=serving.request_timeout_s)
-        self.model = {"id": model_name, "object": "model", "created": int(time.time()), "owned_by": "apprentice"}
-        self._model_name = model_name
+        self._timeout_s = serving.request_timeout_s
+        self._created = int(time.time())
         self._limits = limits
+        self._known: WeakKeyDictionary[Model, Answering] = WeakKeyDictionary()
         self._answers: asyncio.Task[None] | None = None
 
-    def check_model(self, http: HttpRequest, name: str | None) -> None:
-        """Raises `RequestProblem` for a model that is not served, or not to this key."""
-        if name not in (None, self._model_name):
-            near = did_you_mean(str(name), [self._model_name])
-            message = f"model {name!r} is not served here.{near} This endpoint serves {self._model_name!r}."
-            raise RequestProblem(message, status=404, param="model", code="model_not_found")
-        if (key := key_of(http.scope)) is not None and not key.may_use(self._model_name):
-            message = f"key {key.name!r} may not use the model {self._model_name!r}."
+    def shown(self, name: str) -> dict[str, Any]:
+        """A model as OpenAI's clients list it; an adapter's says what it is over."""
+        body = {"id": name, "object": "model", "created": self._created, "owned_by": "apprentice"}
+        return body if name in self.engines else body | {"parent": self.catalogue.default.name}
+
+    def answering(self, model: Model) -> Answering:
+        if model not in self._known:
+            self._known[model] = Answering(model, timeout_s=self._timeout_s)
+        return self._known[model]
+
+    async def take(self, http: HttpRequest, name: str | None) -> Lease:
+        """A lease of the model. Raises `RequestProblem` for one that is not served, or not to this key."""
+        wanted = self.catalogue.default.name if name is None else name
+        if not self.may_use(http, wanted):
+            key = key_of(http.scope)
+            message = f"key {key.name if key else ''!r} may not use the model {wanted!r}."
             raise RequestProblem(message, status=403, param="model", code="model_not_allowed")
+        return await self.catalogue.take(wanted, lambda other: self.may_use(http, other))
+
+    def may_use(self, http: HttpRequest, name: str) -> bool:
+        key = key_of(http.scope)
+        return key is None or key.may_use(name)
 
     async def answer(self, http: HttpRequest, asked: Asked) -> Response:
-        self.check_model(http, asked.model)
         began = time.perf_counter()
         key = key_of(http.scope)
+        lease = await self.take(http, asked.model)
+        model = lease.model
 
         def on_end(usage: Usage, first: float | None, status: int) -> None:
-            self.metrics.ended(status, began, first, usage)
+            lease.release()
+            self.metrics.ended(model.name, status, began, first, usage)
             if self._limits is not None and key is not None and key.tokens_per_minute is not None:
                 self._limits.spend(key.name, key.tokens_per_minute, usage.prompt + usage.completion)
 
         try:
-            return await self.answering.answer(asked, on_end)
-        except Overloaded:
-            self.metrics.ended(429, began, None, None)
-            raise
-        except RequestProblem as problem:
-            self.metrics.ended(problem.status, began, None, None)
+            return await self.answering(model).answer(asked, on_end)
+        except BaseException as error:
+            lease.release()
+            if isinstance(error, Overloaded | RequestProblem):
+                self.metrics.ended(model.name, 429 if isinstance(error, Overloaded) else error.status, began, None, None)
             raise
 
     async def has_answered(self) -> bool:
-        """True once the engine has produced a token; the first call asks it for one."""
-        self.engine.check()
+        """True once each engine has produced a token; the first call asks for one."""
+        for engine in self.engines.values():
+            engine.check()
         if self._answers is None:
             self._answers = asyncio.create_task(self._ask())
         if not self._answers.done():
@@ -154,11 +165,12 @@ class _Door:
         return True
 
     async def _ask(self) -> None:
-        (stream,) = self.engine.generate([Request((self.layout.tokenizer.end_id,), max_tokens=1)])
-        try:
-            await anext(stream)
-        finally:
-            stream.close()
+        for model in self.catalogue.fixed.values():
+            (stream,) = model.engine.generate([Request((model.layout.tokenizer.end_id,), max_tokens=1)])
+            try:
+                await anext(stream)
+            finally:
+                stream.close()
 
 
 def _serve_openai(app: FastAPI, door: _Door) -> None:
@@ -171,16 +183,19 @@ def _serve_openai(app: FastAPI, door: _Door) -> None:
         return await door.answer(http, asked)
 
     @app.get("/v1/models")
-    async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [door.model]}
+    async def models(http: HttpRequest) -> dict[str, Any]:
+        names = [name for name in await door.catalogue.names() if door.may_use(http, name)]
+        return {"object": "list", "data": [door.shown(name) for name in names]}
 
     @app.get("/v1/models/{name:path}")
     async def one_model(http: HttpRequest, name: str) -> dict[str, Any]:
-        door.check_model(http, name)
-        return door.model
+        if name not in await door.catalogue.names() or not door.may_use(http, name):
+            with await door.take(http, name):  # which says why not
+                pass
+        return door.shown(name)
 
 
-def _serve_ours(app: FastAPI, door: _Door, contract: PromptContract | None, tasks: dict[str, Task]) -> None:
+def _serve_ours(app: FastAPI, door: _Door, tasks: dict[str, Task]) -> None:
     def task_named(name: str) -> Task:
         if name not in tasks:
             message = f"task {name!r} is not known here.{did_you_mean(name, tasks)} GET /v1/tasks lists them."
@@ -192,17 +207,19 @@ def _serve_ours(app: FastAPI, door: _Door, contract: PromptContract | None, task
         return await door.answer(http, asked)
 
     @app.post("/v1/render")
-    async def render(asked: RenderRequest) -> dict[str, Any]:
-        if asked.task is not None:
-            return rendered(task_named(asked.task), asked, door.layout)
-        text, ids = door.answering.phrasing.rendered(asked)
-        return {"text": text, "token_ids": ids}
+    async def render(http: HttpRequest, asked: RenderRequest) -> dict[str, Any]:
+        with await door.take(http, asked.model) as model:
+            if asked.task is not None:
+                return rendered(task_named(asked.task), asked, model.layout)
+            text, ids = door.answering(model).phrasing.rendered(asked)
+            return {"text": text, "token_ids": ids}
 
     @app.get("/v1/contract")
-    async def read_contract() -> dict[str, Any]:
-        if contract is None:
-            raise RequestProblem("this endpoint was started without a prompt contract of its own.", status=404)
-        return contract.model_dump(mode="json")
+    async def read_contract(http: HttpRequest, model: str | None = None) -> dict[str, Any]:
+        with await door.take(http, model) as chosen:
+            if chosen.contract is None:
+                raise RequestProblem("this endpoint was started without a prompt contract of its own.", status=404)
+            return chosen.contract.model_dump(mode="json")
 
     @app.get("/v1/tasks")
     async def list_tasks() -> dict[str, Any]:
@@ -210,15 +227,17 @@ def _serve_ours(app: FastAPI, door: _Door, contract: PromptContract | None, task
 
     @app.post("/v1/tasks/{name}")
     async def ask_task(http: HttpRequest, name: str, asked: TaskRequest) -> dict[str, Any]:
-        door.check_model(http, asked.model)
-        return await answered(task_named(name), asked, door.layout, door.answering)
+        with await door.take(http, asked.model) as model:
+            return await answered(task_named(name), asked, model.layout, door.answering(model))
 
 
 def _serve_state(app: FastAPI, door: _Door) -> None:
     @app.get("/health")
     async def health() -> dict[str, Any]:
-        door.engine.check()
-        return {"status": "ok", "model": door.model["id"], "layout": door.layout.name, "context": door.engine.context}
+        for engine in door.engines.values():
+            engine.check()
+        default = door.catalogue.default
+        return {"status": "ok", "model": default.name, "layout": default.layout.name, "context": default.engine.context}
 
     @app.get("/ready")
     async def ready() -> dict[str, Any]:
@@ -230,8 +249,9 @@ def _serve_state(app: FastAPI, door: _Door) -> None:
         raise RequestProblem("the engine has not answered yet.", status=503, kind="server_error", code="not_ready")
 
     @app.get("/stats")
-    async def stats() -> dict[str, Any]:
-        return door.engine.stats()._asdict()
+    async def stats(http: HttpRequest, model: str | None = None) -> dict[str, Any]:
+        with await door.take(http, model) as chosen:
+            return chosen.engine.stats()._asdict()
 
     @app.get("/metrics")
     async def metrics() -> Response:

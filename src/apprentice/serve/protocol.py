@@ -245,6 +245,7 @@ class RenderRequest(_Strict):
     task: Text | None = None
     template: Text | None = None
     fields: dict[str, Any] | None = None
+    model: Text | None = None
 
     @model_validator(mode="after")
     def _fields_have_a_task(self) -> Self:

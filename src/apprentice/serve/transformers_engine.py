@@ -19,9 +19,11 @@ from typing import Any, Self
 
 import torch
 
-from apprentice.models.alone import decoder_for
+from apprentice.errors import ModelError
+from apprentice.models.alone import decoder_for, has_virtual_tokens
 from apprentice.models.decoding import Generation, Token
 from apprentice.models.loading import load_model, resolve_dtype
+from apprentice.models.lora import Lora, read_lora
 from apprentice.models.sampling import Sampling
 from apprentice.serve.engine import EngineFailed, NewToken, Overloaded, Request, Score, Stats
 
@@ -33,25 +35,34 @@ _PACE_S, _MOST_PACE_S = 0.003, 0.1
 class TransformersEngine:
     """The model in `folder`, decoding up to `max_running` requests together while up to `max_queued` more wait.
 
-    `dtype` is `auto`, `bfloat16` or `float32`; `threads` are CPU threads for the arithmetic, no more than there are CPUs.
+    `dtype` is `auto`, `bfloat16` or `float32`; keys and values take at most `kv_bytes` (None: `max_running` contexts); `threads`
+    are CPU threads for the arithmetic, no more than there are CPUs.
     Raises `ModelError` if the model cannot be loaded or decoded.
     """
 
     def __init__(
-        self, folder: Path, *, dtype: str, max_running: int, max_queued: int, context: int, threads: int, trust: bool = False
+        self,
+        folder: Path,
+        *,
+        dtype: str,
+        max_running: int,
+        max_queued: int,
+        context: int,
+        threads: int,
+        kv_bytes: int | None = None,
+        trust: bool = False,
     ) -> None:
         torch.set_num_threads(min(threads, len(os.sched_getaffinity(0))))
         device: Any = "cuda" if torch.cuda.is_available() else "cpu"
-        model = load_model(folder, resolve_dtype(dtype), trust=trust)
-        self._decoder = decoder_for(model.to(device), slots=max_running, context=context)
+        self._model: Any = load_model(folder, resolve_dtype(dtype), trust=trust).to(device)
+        self._decoder = decoder_for(self._model, slots=max_running, context=context, kv_bytes=kv_bytes)
         self._most = max_running + max_queued
         self._replies: dict[int, _Reply] = {}
         self._numbers = itertools.count()
         self._accepted = 0
         self._produced = 0
         self._prompt_tokens = 0
-        self._held_tokens = 0
-        self._places = max_running * self._decoder.context
+        self._held_tokens = self._reserved_tokens = 0
         self._failure: str | None = None
         self._orders: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="decoder", daemon=True)
@@ -64,6 +75,11 @@ class TransformersEngine:
     @property
     def capacity(self) -> int:
         return self._most
+
+    def adapter(self, folder: Path) -> Lora:
+        if has_virtual_tokens(self._model):
+            raise ModelError("the model that is served has virtual tokens of its own, and takes no adapters; serve its base.")
+        return read_lora(folder, self._model)
 
     def generate(self, requests: list[Request]) -> list[_Reply]:
         self.check()
@@ -92,6 +108,7 @@ class TransformersEngine:
             request.constraint,
             request.logprobs,
             request.score_from,
+            request.adapter,
         )
         self._orders.put(lambda: self._decoder.submit(key, wanted))
         return reply
@@ -111,7 +128,9 @@ class TransformersEngine:
             self._produced,
             self._prompt_tokens,
             decoder.shared,
-            self._held_tokens / self._places,
+            self._held_tokens / decoder.kv_tokens,
+            self._reserved_tokens / decoder.kv_tokens,
+            decoder.kv_tokens,
         )
 
     def check(self) -> None:
@@ -135,7 +154,7 @@ class TransformersEngine:
     def _pass_on(self, tokens: list[Token]) -> None:
         """Hands a step's tokens over, with one call into the loop for all; some are held back for the next when many run."""
         self._produced += len(tokens)
-        self._held_tokens = self._decoder.held_tokens
+        self._held_tokens, self._reserved_tokens = self._decoder.held_tokens, self._decoder.reserved_tokens
         now = time.monotonic()
         pace = min(_MOST_PACE_S, _PACE_S * (self._decoder.running - 1))
         ready: list[tuple[_Reply, list[NewToken] | None]] = []

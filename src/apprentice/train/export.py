@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from apprentice.artifacts import ADAPTER, CONTRACT_FILE, Run, public_base
+from apprentice.artifacts import ADAPTER, CONTRACT_FILE, Run, public_base, weights_sha256
 from apprentice.data.contract import ancestors_of, layout_beside, make_contract
 from apprentice.data.layout import Layout
 from apprentice.errors import TrainingError
@@ -63,6 +63,7 @@ def export(recipe: Recipe, run: Run, checkpoint: Checkpoint, layout: Layout) -> 
         written, adapter = Path(folder) / "model", Path(folder) / "adapter"
         if method.save_adapter is not None:
             method.save_adapter(model, adapter, _public_name(recipe.model.base))
+            _contract_of_adapter(adapter, recipe, layout)
         if method.merge is None:
             load_model(recipe.model.base, dtype, trust=recipe.model.trust).save_pretrained(written)
             shutil.copytree(adapter, written / ADAPTER)
@@ -89,6 +90,15 @@ def _complete(folder: Path, recipe: Recipe, layout: Layout) -> None:
             shutil.copy2(source / name, folder / name)
     make_contract(recipe, layout, folder, ancestors=ancestors_of(source), run=recipe.name).write(folder)
     layout_beside(folder)
+
+
+def _contract_of_adapter(folder: Path, recipe: Recipe, layout: Layout) -> None:
+    """An adapter says how it was spoken to, and over which weights."""
+    base = local_folder(recipe.model.base)
+    contract = make_contract(
+        recipe, layout, folder, ancestors=ancestors_of(base), run=recipe.name, base_sha256=weights_sha256(base)
+    )
+    contract.write(folder)
 
 
 def _log_probabilities(model: Any, probe: Tensor) -> Tensor:

@@ -1,0 +1,125 @@
+"""One replica: a process with the engines of all models that the endpoint serves, and the routes over them.
+
+Runs inside Ray Serve, one engine thread for each model beside the event loop. Knows nothing of how replicas are started.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ray import serve
+
+from apprentice.artifacts import PromptContract, read_contract, weights_sha256
+from apprentice.data.contract import layout_beside
+from apprentice.family import kv_numbers, model_config
+from apprentice.hub import local_folder
+from apprentice.recipe import Serving
+from apprentice.serve.adapters import Adapters
+from apprentice.serve.catalogue import Catalogue, Model
+from apprentice.serve.ingress import build_app
+from apprentice.serve.keys import Keys
+from apprentice.serve.limits import OwnLimits, SharedLimits
+from apprentice.storage import Folder
+from apprentice.tasks.loading import library, load_task
+from apprentice.tasks.schema import Task
+
+
+class Offer(NamedTuple):
+    """A model that is served as `name`; `contract` holds for a folder without one of its own.
+
+    `trust` lets its folder bring pickled weights or code of its own.
+    """
+
+    name: str
+    folder: Path
+    contract: PromptContract | None = None
+    trust: bool = False
+
+
+@serve.ingress()
+class Replica:
+    """The models `offers`, the first of them with the adapters that `serving` names; `threads` CPU threads for the arithmetic."""
+
+    def __init__(
+        self,
+        offers: Sequence[Offer],
+        serving: Serving,
+        dtype: str,
+        threads: int,
+        keys_file: Path | None,
+        limits: Any,
+        tasks: Sequence[Task],
+    ) -> None:
+        _log_requests()
+        self._serving = serving
+        self._tasks = {task.name: task for task in (*map(load_task, library().values()), *tasks)}  # own ones of a name come first
+        self._keys = Keys(keys_file) if keys_file is not None else None
+        self._limits = SharedLimits(limits) if limits is not None else OwnLimits()
+        # A cache's folder that another node named is fetched here.
+        folders = [offer.folder if offer.folder.is_dir() else local_folder(str(offer.folder)) for offer in offers]
+        models = [_model(offer, folder, serving, dtype, threads) for offer, folder in zip(offers, folders, strict=True)]
+        more = None
+        if serving.adapters is not None:
+            place, base = Folder.at(serving.adapters), models[0]
+            own = read_contract(folders[0])  # whose hash was compared with the weights just now
+            hash = own.weights_sha256 if own is not None else weights_sha256(folders[0])
+            more = Adapters(place, base, hash, most=serving.max_adapters, most_waiting=serving.max_queued_requests)
+        self._catalogue = Catalogue(models, more)
+
+    def __serve_build_asgi_app__(self) -> Any:
+        return build_app(
+            self._catalogue,
+            serving=self._serving,
+            tasks=list(self._tasks.values()),
+            keys=self._keys,
+            limits=self._limits,
+            replica=serve.get_replica_context().replica_id.unique_id,
+        )
+
+    def check_health(self) -> None:
+        """Ray Serve calls this, and replaces the replica when it raises."""
+        for engine in self._catalogue.engines.values():
+            engine.check()
+
+
+def _model(offer: Offer, folder: Path, serving: Serving, dtype: str, threads: int) -> Model:
+    # Here and not above: who only starts the endpoint needs no PyTorch.
+    from apprentice.serve.transformers_engine import TransformersEngine
+
+    layout = layout_beside(folder, offer.contract)
+    engine = TransformersEngine(
+        folder,
+        dtype=dtype,
+        max_running=serving.max_running,
+        max_queued=serving.max_queued_requests,
+        context=serving.context,
+        threads=threads,
+        kv_bytes=_kv_bytes(serving),
+        trust=offer.trust,
+    )
+    return Model(offer.name, engine, layout, read_contract(folder) or offer.contract)
+
+
+def at_once(folder: Path, serving: Serving, dtype: str) -> int:
+    """Requests of half a context that one replica decodes together: `max_running`, or fewer where its memory has less room."""
+    limit, numbers = _kv_bytes(serving), kv_numbers(model_config(folder))
+    if limit is None or numbers is None:
+        return serving.max_running
+    of_one = numbers * (4 if dtype == "float32" else 2)
+    return max(1, min(serving.max_running, 2 * limit // (of_one * serving.context)))
+
+
+def _kv_bytes(serving: Serving) -> int | None:
+    return None if serving.kv_memory_gb is None else int(serving.kv_memory_gb * 1e9)
+
+
+def _log_requests() -> None:
+    """One JSON line on standard error for each request, and nothing of what it says."""
+    logger = logging.getLogger("apprentice.requests")
+    if not logger.handlers:
+        logger.addHandler(logging.StreamHandler())
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
