@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import secrets
@@ -11,11 +12,20 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from apprentice import hub, road
 from apprentice.artifacts import Run, read_contract
+from apprentice.data.layout import Layout
 from apprentice.errors import StorageError
+from apprentice.models.loading import load_model
+from apprentice.models.lora import read_lora
+from apprentice.serve.adapters import Adapters, adapters_in
+from apprentice.serve.catalogue import Lease, Model
+from apprentice.serve.transformers_engine import TransformersEngine
 from apprentice.storage import Folder
+from apprentice.tokenizer import Tokenizer
+from tests.models.adapters import random_lora
 from tests.object_store import BUCKET, ObjectStore, object_store
 from tests.recipes import tiny_recipe
 
@@ -120,3 +130,26 @@ def test_a_store_that_refuses_is_said_in_one_sentence(store, tiny_model, tmp_pat
         POINTS["storage"](load_recipe(tiny_recipe(tmp_path, tiny_model, storage=f"s3://{BUCKET}/runs")))
     assert store.refused > 0
     assert SECRET not in str(caught.value)
+
+
+def test_adapters_in_a_store_are_served(store, tiny_model, tmp_path):
+    model = load_model(tiny_model, torch.float32)
+    folder = random_lora(model, tmp_path / "adapter", 1)
+    Folder.at(f"s3://{BUCKET}/adapters/anna").upload(folder)
+    Folder.at(f"s3://{BUCKET}/adapters/runs/ben/adapter").upload(folder)
+    assert list(adapters_in(Folder.at(f"s3://{BUCKET}/adapters/runs"))) == ["ben"]
+
+    async def served() -> tuple[list[str], Model, Lease | None]:
+        engine = TransformersEngine(tiny_model, dtype="float32", max_running=1, max_queued=1, context=64, threads=1)
+        base = Model("base", engine, Layout("plain", Tokenizer(tiny_model)))
+        adapters = Adapters(Folder.at(f"s3://{BUCKET}/adapters"), base, "0" * 64, most=1, most_waiting=1)
+        names, lease, none = await adapters.names(), await adapters.take("anna"), await adapters.take("ben")
+        await asyncio.to_thread(engine.close)
+        return names, lease.model, none
+
+    names, leased, none = asyncio.run(served())
+    assert (names, leased.name, none) == (["anna"], "anna", None)
+    here = read_lora(folder, model).layers
+    assert leased.adapter.layers.keys() == here.keys()
+    for name, matrices in leased.adapter.layers.items():
+        assert all(torch.equal(one, other) for one, other in zip(matrices, here[name], strict=True))

@@ -13,6 +13,7 @@ from apprentice.errors import ModelError
 from apprentice.models import decoding
 from apprentice.models.decoding import Decoder, Generation, Token, generate
 from apprentice.models.loading import load_model
+from apprentice.models.ragged import KvMemory, prepare
 from apprentice.models.sampling import Sampling
 
 PROMPTS = [[(11 * length + 7 * place) % 509 + 3 for place in range(length)] for length in (1, 5, 40, 13, 2, 27, 8, 60, 3, 19)]
@@ -226,3 +227,34 @@ def test_bias_penalties_and_constraints(model: Any) -> None:
     both = reply(Sampling(bias={77: 1000.0, 78: 1000.0}, frequency_penalty=100.0))
     assert [sorted(both[place : place + 2]) for place in range(0, 12, 2)] == [[77, 78]] * 6
     assert reply(Sampling(temperature=1.0, seed=3), Countdown()) == list(range(20, 8, -1))
+
+
+def test_requests_wait_for_memory_and_say_the_same(model: Any) -> None:
+    of_one = prepare(model)
+    decoder = Decoder(model, slots=8, context=90, kv_bytes=150 * of_one + 1)
+    assert (decoder.kv_tokens, decoder.context) == (150, 90)
+    for number, prompt in enumerate(PROMPTS):
+        decoder.submit(number, Generation(prompt, 12))
+    replies: dict[Any, list[int]] = {number: [] for number in range(len(PROMPTS))}
+    most_running, most_reserved = 0, 0
+    while decoder.running or decoder.waiting:
+        for token in decoder.step():
+            replies[token.key].append(token.id)
+        most_running, most_reserved = max(most_running, decoder.running), max(most_reserved, decoder.reserved_tokens)
+        assert decoder.held_tokens <= decoder.reserved_tokens <= 150
+    assert list(replies.values()) == [greedy(model, prompt, 12) for prompt in PROMPTS]
+    # 1, 5, 40, 13 and 2 tokens with 12 new ones each come to 121; the prompt of 27 and all behind it wait.
+    assert (most_running, decoder.reserved_tokens) == (5, 0)
+    assert Decoder(model, slots=8, context=90, kv_bytes=50 * of_one).context == 50
+    with pytest.raises(ModelError, match="room for 1 tokens"):
+        Decoder(model, slots=8, context=90, kv_bytes=of_one)
+
+
+def test_memory_that_is_given_back_is_fresh() -> None:
+    memory = KvMemory(slots=3, context=256)
+    filled = torch.ones(3 * 256, 2, 8)
+    keys, values = memory.write(0, filled, filled, torch.arange(3).repeat_interleave(256), torch.arange(256).repeat(3))
+    assert memory.position_bytes == 2 * 2 * 8 * 4
+    memory.give_back(1)
+    for part in (keys, values):
+        assert [float(part[slot].sum()) for slot in range(3)] == [4096.0, 0.0, 4096.0]

@@ -7,11 +7,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from apprentice.data.contract import layout_of, make_contract
+from apprentice.models.loading import load_model
 from apprentice.recipe import Recipe, Serving
 from apprentice.serve.deployment import Endpoint, start
+from apprentice.serve.replica import Offer
 from apprentice.tokenizer import Tokenizer
+from tests.models.adapters import random_lora
 
 RUNNING, QUEUED = 16, 4  # what the endpoint of the tests takes at once
 
@@ -41,9 +45,37 @@ def plain_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     return with_contract(tiny_model, tmp_path_factory.mktemp("plain") / "model", "plain")
 
 
+@pytest.fixture(scope="session")
+def t5_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random T5 with the tiny model's tokenizer."""
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    folder = tmp_path_factory.mktemp("t5") / "bare"
+    shutil.copytree(tiny_model, folder)
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        config = T5Config(
+            vocab_size=512, d_model=64, d_kv=32, d_ff=96, num_layers=2, num_heads=2, eos_token_id=2, decoder_start_token_id=0
+        )
+        T5ForConditionalGeneration(config).save_pretrained(folder)
+    return with_contract(folder, folder.parent / "model", "plain")
+
+
+@pytest.fixture(scope="session")
+def adapters(chat_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with one adapter of the chat model, `rhymes`."""
+    folder = tmp_path_factory.mktemp("adapters")
+    random_lora(load_model(chat_model, torch.float32), folder / "rhymes", 7)
+    return folder
+
+
 @pytest.fixture(scope="module")
-def endpoint(ray_cluster: None, chat_model: Path) -> Iterator[Endpoint]:
-    """An endpoint in fp32 with one CPU, for a module's tests; one at a time in a Ray cluster."""
-    serving = Serving(port=0, max_running=RUNNING, max_queued_requests=QUEUED, context=2048)
-    with start(chat_model, serving, model_name="tiny", dtype="float32", cpus=1) as running:
+def endpoint(ray_cluster: None, chat_model: Path, t5_model: Path, adapters: Path) -> Iterator[Endpoint]:
+    """An endpoint in fp32 with one CPU, for a module's tests; one at a time in a Ray cluster.
+
+    It serves `tiny`, its adapter `rhymes`, and beside them `t5`.
+    """
+    serving = Serving(port=0, max_running=RUNNING, max_queued_requests=QUEUED, context=2048, adapters=str(adapters))
+    others = [Offer("t5", t5_model)]
+    with start(chat_model, serving, model_name="tiny", dtype="float32", cpus=1, beside=others) as running:
         yield running

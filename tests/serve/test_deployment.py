@@ -13,16 +13,21 @@ from typing import Any
 import httpx
 import openai
 import pytest
+import torch
 import yaml
 from ray.serve.schema import ServeDeploySchema
 
 from apprentice.artifacts import read_contract
+from apprentice.data.contract import layout_beside
 from apprentice.errors import ContractError, ServingError, TaskError
+from apprentice.models.decoding import generate
+from apprentice.models.loading import load_model
 from apprentice.recipe import Serving
 from apprentice.serve.deployment import AppArguments, Endpoint, application, check, start
 from apprentice.serve.keys import new_key
 from apprentice.tasks.loading import library
 from tests.conftest import ROOT
+from tests.models.adapters import merged
 from tests.serve.company import alone_and_together
 
 
@@ -32,7 +37,7 @@ def sync_client(endpoint: Endpoint) -> openai.OpenAI:
 
 def test_openais_client(endpoint: Endpoint) -> None:
     client = sync_client(endpoint)
-    assert [model.id for model in client.models.list()] == ["tiny"]
+    assert [model.id for model in client.models.list()] == ["tiny", "t5", "rhymes"]
     asked: dict[str, Any] = {
         "model": "tiny",
         "messages": [{"role": "user", "content": "Is this the film?"}],
@@ -82,6 +87,30 @@ async def test_replies_alone_and_among_sixteen_are_identical(endpoint: Endpoint)
     assert [choice["token_ids"] for choice in together] == [choice["token_ids"] for choice in alone]
     assert [choice["text"] for choice in together] == [choice["text"] for choice in alone]
     assert len({choice["text"] for choice in alone}) > 8
+
+
+@pytest.mark.asyncio
+async def test_an_adapter_its_base_and_an_encoder_decoder_answer_at_once(
+    endpoint: Endpoint, chat_model: Path, t5_model: Path, adapters: Path
+) -> None:
+    """Each says what its model says by itself, streamed to OpenAI's client, whoever else is asked at the same time."""
+    bare = load_model(chat_model, torch.float32)
+    alone = {"tiny": bare, "rhymes": merged(bare, adapters / "rhymes"), "t5": load_model(t5_model, torch.float32)}
+    folders = {"tiny": chat_model, "rhymes": chat_model, "t5": t5_model}
+    async with openai.AsyncOpenAI(base_url=f"{endpoint.url}/v1", api_key="none", max_retries=0) as client:
+
+        async def streamed(name: str, question: str) -> str:
+            more = {"ignore_eos": True}
+            stream = await client.completions.create(model=name, prompt=question, max_tokens=15, stream=True, extra_body=more)
+            return "".join([chunk.choices[0].text async for chunk in stream])
+
+        asked = [(name, f"{number} questions about the film") for number in range(4) for name in alone]
+        together = await asyncio.gather(*(streamed(*one) for one in asked))
+    assert len(set(together)) > 8
+    for (name, question), text in zip(asked, together, strict=True):
+        layout = layout_beside(folders[name])
+        (ids,) = generate(alone[name], [layout.encode_prompt(question)], max_new_tokens=15, stop_ids=())
+        assert layout.tokenizer.decode(ids, skip_special=True) == text
 
 
 @pytest.mark.asyncio

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import shutil
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ import httpx
 import pytest
 import pytest_asyncio
 import torch
-from transformers import T5Config, T5ForConditionalGeneration
 
 from apprentice.data.contract import layout_beside
 from apprentice.models.loading import load_model
@@ -21,23 +19,9 @@ from apprentice.serve.catalogue import Catalogue, Model
 from apprentice.serve.ingress import build_app
 from apprentice.serve.transformers_engine import TransformersEngine
 from apprentice.tasks.loading import library, load_task
-from tests.serve.conftest import with_contract
 from tests.serve.test_ingress import events
 
 pytestmark = pytest.mark.asyncio
-
-
-@pytest.fixture(scope="module")
-def t5_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("t5") / "bare"
-    shutil.copytree(tiny_model, folder)
-    with torch.random.fork_rng():
-        torch.manual_seed(3)
-        config = T5Config(
-            vocab_size=512, d_model=64, d_kv=32, d_ff=96, num_layers=2, num_heads=2, eos_token_id=2, decoder_start_token_id=0
-        )
-        T5ForConditionalGeneration(config).save_pretrained(folder)
-    return with_contract(folder, folder.parent / "model", "plain")
 
 
 @pytest_asyncio.fixture

@@ -10,8 +10,8 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from apprentice.artifacts import Run, read_contract
-from apprentice.data.contract import layout_beside
+from apprentice.artifacts import Run, read_contract, weights_sha256
+from apprentice.data.contract import layout_beside, layout_over
 from apprentice.data.layout import Layout
 from apprentice.errors import TrainingError
 from apprentice.models.loading import load_model
@@ -76,6 +76,11 @@ def test_export(tiny_model: Path, tmp_path: Path, method: str) -> None:
     assert (contract.run, contract.layout, contract.base) == ("exported", "chat", str(tiny_model))
     assert layout_beside(run.model.local).encode_prompt("a") == layout_of(tiny_model).encode_prompt("a")
     assert run.adapter.exists() == (method != "full")
+    if method != "full":
+        words = read_contract(run.adapter)
+        assert words is not None
+        assert (words.base_sha256, words.weights_sha256) == (weights_sha256(tiny_model), weights_sha256(run.adapter.local))
+        assert layout_over("exported", run.adapter.local, layout_of(tiny_model), weights_sha256(tiny_model)).name == "chat"
     if method in ("lora", "prefix", "prompt"):
         with_peft = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model), run.adapter.local)
         with torch.no_grad():

@@ -58,7 +58,7 @@ async function stream(pane, path, body, signal) {
 }
 
 async function answerTask(pane, path, body, signal) {
-  const question = await (await send("v1/render", asked(), signal)).json();
+  const question = await (await send("v1/render", { model: pane.model, ...asked() }, signal)).json();
   if (!question.choices.length) {
     const { instruction, input } = question;
     return stream(pane, "v1/instruct", { model: pane.model, instruction, input, ...settings() }, signal);
@@ -138,7 +138,7 @@ async function showReads() {
   const [text, count] = [element("reads-text"), element("reads-count")];
   try {
     const body = mode === "chat" ? { messages: messages(panes[0], element("message").value) } : asked();
-    const rendered = await (await send("v1/render", body)).json();
+    const rendered = await (await send("v1/render", { model: panes[0].model || undefined, ...body })).json();
     text.textContent = rendered.text;
     count.textContent = `${rendered.token_ids.length} tokens`;
   } catch (problem) {
