@@ -1,4 +1,4 @@
-"""Two replicas under load, both replaced by a new version."""
+"""Two replicas under load: one is killed, both are replaced by a new version."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 
 import httpx
 import pytest
+import ray
 from ray import serve
 
 from apprentice.recipe import Replicas, Serving
@@ -71,3 +72,35 @@ async def test_a_rolling_update_fails_no_request(pair: Endpoint, chat_model: Pat
         await asyncio.gather(*clients)
     assert set(went) == {"whole"}
     assert went["whole"] >= 12
+
+
+async def test_a_killed_replica_takes_only_its_own_requests_along(pair: Endpoint) -> None:
+    """Each client loses at most the one reply that was being written there; all that is asked later is answered."""
+    went: list[list[str]] = [[] for _ in range(8)]
+    back = asyncio.Event()
+
+    async def ask(http: httpx.AsyncClient, mine: list[str]) -> None:
+        while not back.is_set() or mine[-1] != "whole":
+            mine.append(await outcome(http, ASKED | {"max_tokens": 60}))
+
+    async with httpx.AsyncClient(base_url=pair.url, timeout=120) as http, asyncio.timeout(240):
+        before: set[str] = set()
+        while len(before) < 2:
+            before |= await answering(http)
+        clients = [asyncio.create_task(ask(http, mine)) for mine in went]
+        while not all(went):
+            await asyncio.sleep(0.01)
+        victim = min(before)
+        ray.kill(ray.get_actor(f"SERVE_REPLICA::{APP_NAME}#apprentice#{victim}", namespace="serve"))
+        now: set[str] = set()
+        while len(now - before) < 1:  # another one has come in its place
+            await asyncio.sleep(0.1)
+            now |= await answering(http)
+        back.set()
+        await asyncio.gather(*clients)
+        assert victim not in await answering(http)
+    lost = [[how for how in mine if how != "whole"] for mine in went]
+    assert max(map(len, lost)) == 1
+    # Ray Serve's proxy writes these ends; nothing of ours is alive to say more.
+    assert {how for mine in lost for how in mine} <= {"status 500", "status 503", "cut off", "ended as if it were whole"}
+    assert sum(map(len, went)) >= 24

@@ -183,14 +183,14 @@ function setPanes() {
 }
 
 function showModels(names) {
-  if (names.join("\n") === models.join("\n")) return; // a reply that is being written stays
+  if (names.join("\n") === models.join("\n")) return;
   models = names;
   const options = (list) => list.map(([text, value]) => new Option(text, value));
   element("first").replaceChildren(...options(models.map((name) => [name, name])));
   element("second").replaceChildren(...options([["nothing", ""], ...models.map((name) => [name, name])]));
   element("models").hidden = models.length < 2;
   if (models.length === 2) element("second").value = models[1];
-  setPanes();
+  if (panes.every((pane) => pane.isEmpty)) setPanes(); // what is being written, or was, stays
 }
 
 function askForKey() {

@@ -12,6 +12,10 @@ export class Pane {
     this.element.querySelector("h2").textContent = text;
   }
 
+  get isEmpty() {
+    return this.thread.dataset.state === "empty";
+  }
+
   clear() {
     this.turns = []; // of the conversation so far, as the endpoint takes them
     this.thread.textContent = "The reply appears here as it is written.";
