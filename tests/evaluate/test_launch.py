@@ -20,6 +20,7 @@ from apprentice.evaluate import predictions
 from apprentice.evaluate.launch import Subject, _requests, evaluate
 from apprentice.evaluate.summary import summarise
 from apprentice.models.loading import load_model
+from apprentice.models.reward import choice_rewards
 from apprentice.models.scoring import choice_logprobs
 from apprentice.recipe import Recipe
 from apprentice.storage import Folder
@@ -221,3 +222,44 @@ def test_an_interrupted_evaluation_goes_on(
     other = recipe.model_copy(update={"evaluation": recipe.evaluation.model_copy(update={"rank_by": "mean"})})
     again = evaluate(other, one, subjects, out, progress=lambda values: None)
     assert again["ranking"]["by"] == "mean"
+
+
+@pytest.mark.slow
+def test_a_reward_model_judges_what_was_written(
+    evaluated: tuple[dict[str, Any], Path, Records], recipe: Recipe, corpus: Corpus, tiny_model: Path, tuned: Path, tmp_path: Path
+) -> None:
+    judge = tmp_path / "judge"
+    shutil.copytree(tiny_model, judge)
+    (judge / "model.safetensors").unlink()
+    rewarding: Any = load_model(tiny_model, torch.float32, head=3)
+    rewarding.save_pretrained(judge)
+    asked = recipe.model_copy(update={"evaluation": recipe.evaluation.model_copy(update={"judge": str(judge)})})
+    subjects = [Subject("base", tiny_model, (0, 2)), Subject("tuned", tuned, (0,))]
+    settings: dict[str, Any] = {"known": [Folder.at(evaluated[1])], "progress": lambda values: None}
+    report = evaluate(asked, corpus, subjects, Folder.at(tmp_path / "out"), **settings)
+    lines = {line["held_out"]: line for line in report["judged"]["lines"]}
+    assert lines[False]["questions"] == sum(not record["choices"] for record in of(evaluated[2], "tuned", 0))
+    records = predictions.read(Folder.at(tmp_path / "out")).to_pylist()
+    assert all((record["reward"] is None) is bool(record["choices"]) for record in records if record["subject"] != "majority")
+    layout, compared = corpus.layout, 0
+    models: list[Any] = [load_model(folder, torch.float32) for folder in (tuned, tiny_model)]
+    for record in of(records, "tuned", 0):
+        if record["choices"]:
+            continue
+        prompt, ids = layout.tokenizer.encode(record["prompt"]), layout.tokenizer.encode(record["prediction"])
+        [[reward]] = choice_rewards(rewarding, [prompt], [[[*ids, *layout.end_ids]]])
+        assert record["reward"] == pytest.approx(reward, abs=1e-4)
+        if ids:
+            ours, theirs = (choice_logprobs(model, [prompt], [[ids]])[0][0] for model in models)
+            assert record["log_ratio"] == pytest.approx(ours - theirs, abs=1e-3)
+            assert record["reply_tokens"] == len(ids)
+            compared += 1
+    assert compared > 3
+    with pytest.raises(EvaluationError, match=r"is no reward model; name a run with `training\.objective: reward`"):
+        evaluate(
+            asked.model_copy(update={"evaluation": asked.evaluation.model_copy(update={"judge": str(tiny_model)})}),
+            corpus,
+            subjects,
+            Folder.at(tmp_path / "out"),
+            **settings,
+        )

@@ -29,7 +29,8 @@ def joined(tables: Mapping[str, pa.Table]) -> pa.Table:
         last = facts[name]["subjects"][-1]
         subjects.append({**last, "name": name})
         kept = [record for record in table.to_pylist() if record["task"] in shared]
-        records += [{**record, "subject": name} for record in kept if record["subject"] == last["name"]]
+        # A run's log-ratio is to its own base, which is not the run that it meets here.
+        records += [{**record, "subject": name, "log_ratio": None} for record in kept if record["subject"] == last["name"]]
         records += [record for record in kept if record["subject"] == MAJORITY and not number]
     first = next(iter(facts.values()))
     # A task that any of the runs trained on is not held out for all.
@@ -38,11 +39,12 @@ def joined(tables: Mapping[str, pa.Table]) -> pa.Table:
         for task, about in first["tasks"].items()
         if task in shared
     }
+    judges = {found["settings"].get("judge") for found in facts.values()}
     whole = first | {
         "name": " and ".join(tables),
         "subjects": subjects,
         "tasks": tasks,
-        "settings": first["settings"] | {"gate": None},
+        "settings": first["settings"] | {"gate": None, "judge": judges.pop() if len(judges) == 1 else None},
         "story": {"history": [], "ledger": None},
         "not_scored": [
             {"task": task, "reason": f"not in {name}"}

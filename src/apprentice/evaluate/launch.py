@@ -10,12 +10,13 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pyarrow as pa
 import ray
 
-from apprentice.artifacts import Run
+from apprentice.artifacts import Run, public_base
 from apprentice.data.layout import Layout
 from apprentice.data.pipeline import Corpus
 from apprentice.errors import ApprenticeError, EvaluationError
@@ -23,6 +24,7 @@ from apprentice.evaluate import majority, predictions
 from apprentice.evaluate.answers import ANSWER, PARTS, Answers, key_of
 from apprentice.evaluate.endpoint import EndpointScorer
 from apprentice.evaluate.facts import facts_for
+from apprentice.evaluate.judging import Asked, to_a_judge, to_the_writer, written
 from apprentice.evaluate.pool import Pool, Room, pool_for
 from apprentice.evaluate.prompts import Limits, can_show, encoded
 from apprentice.evaluate.rank import ranked
@@ -32,6 +34,8 @@ from apprentice.evaluate.scorer import ASKED, Scorer, weight_bytes
 from apprentice.evaluate.story import story_of
 from apprentice.evaluate.subjects import Spoken, Subject, check_subjects, described, spoken_to
 from apprentice.evaluate.summary import summarise
+from apprentice.family import gives_rewards
+from apprentice.hub import local_folder
 from apprentice.nodes import node_resources
 from apprentice.recipe import Recipe
 from apprentice.storage import Folder
@@ -80,6 +84,8 @@ def evaluate(
             rendered[key] = _encode(corpus, requests, manner.layout, limits)
         asked = [question for question in rendered[key] if question["shots"] in subject.shots]
         records += _score(subject, recipe, spoken[subject.name], asked, room, answers, progress)
+    if recipe.evaluation.judge is not None:
+        _judge(recipe, corpus, subjects, spoken, rendered, records, room, progress)
     first = next(iter(rendered.values()))
     least = min(request.shots for request in requests)
     plain = [question for question in first if question["shots"] == least and not question["perturbation"]]
@@ -201,6 +207,57 @@ def _score(
         if record["choice_logprobs"]:
             record["prediction"] = ranked(record, recipe.evaluation.rank_by)
     return records
+
+
+def _judge(
+    recipe: Recipe,
+    corpus: Corpus,
+    subjects: Sequence[Subject],
+    spoken: Mapping[str, Spoken],
+    rendered: Mapping[tuple[Any, ...], Sequence[Record]],
+    records: list[Record],
+    room: Room,
+    progress: Progress,
+) -> None:
+    """Gives every written reply the judge's reward and, where its writer was asked as the first subject was, their log-ratio."""
+    replies = written(records)
+    judge = Subject("judge", local_folder(str(recipe.evaluation.judge)))
+    if not gives_rewards(judge.folder):
+        raise EvaluationError(
+            f"evaluation.judge {public_base(str(recipe.evaluation.judge))} is no reward model; name a run with"
+            " `training.objective: reward`, or another model that gives an answer a number."
+        )
+    its = spoken_to(judge, recipe, corpus)
+    its = replace(its, manner=replace(its.manner, priors=False))
+    asked = to_a_judge(_encode(corpus, list(replies), its.manner.layout, its.limits), replies, its.manner.layout)
+    for record, reward in _values(judge, recipe, its, asked, room, progress):
+        record["reward"] = reward
+    base = subjects[0]
+    for subject in subjects[1:]:
+        manner = spoken[subject.name].manner
+        if subject.endpoint or base.endpoint or spoken[subject.name].phrasing != spoken[base.name].phrasing:
+            continue
+        plain = replace(spoken[subject.name], manner=replace(manner, priors=False))
+        own = to_the_writer(rendered[plain.phrasing], replies, subject.name, manner.layout)
+        sums = [_values(model, recipe, plain, own, room, progress) for model in (subject, base)]
+        counts = {id(record): len(question["choice_ids"][0]) for question, (record,) in own}
+        for (record, ours), (_, theirs) in zip(*sums, strict=True):
+            record |= {"log_ratio": ours - theirs, "reply_tokens": counts[id(record)]}
+
+
+def _values(
+    subject: Subject, recipe: Recipe, spoken: Spoken, asked: Asked, room: Room, progress: Progress
+) -> list[tuple[Record, float]]:
+    """Each record with the number that `subject` gives to it as a choice, in order."""
+    found: dict[int, list[float]] = {}
+    for block in _answered(
+        subject, recipe, spoken, [(place, question) for place, (question, _) in enumerate(asked)], room, progress
+    ):
+        for answer in block:
+            if answer["failure"]:
+                raise EvaluationError(f"{subject.name}: {answer['failure']}")
+            found[answer["place"]] = answer["choice_logprobs"]
+    return [pair for place, (_, records) in enumerate(asked) for pair in zip(records, found[place], strict=True)]
 
 
 def _with_prediction(record: Record, answer: Record, recipe: Recipe) -> Record:

@@ -50,8 +50,12 @@ PREDICTION = pa.schema(
         ("key", pa.string()),  # of what was asked of which model: equal keys have equal answers
         ("unscored", pa.string()),  # why there is no answer though the question was asked, or empty
         ("score", pa.float64()),  # by the task's first metric, 0 to 100; of this one prediction
+        ("reward", pa.float64()),  # what `evaluation.judge` gives to a written reply
+        ("log_ratio", pa.float64()),  # summed log-probability of the reply's tokens, less what the first subject gives to them
+        ("reply_tokens", pa.int32()),  # how many those are
     ]
 )
+_LATER = ("reward", "log_ratio", "reply_tokens")  # columns that older tables lack and that may be empty
 
 
 def with_facts(table: pa.Table, facts: Mapping[str, Any]) -> pa.Table:
@@ -84,6 +88,9 @@ def read(out: Folder) -> pa.Table:
         table = pq.read_table(io.BytesIO((out / FILE).read_bytes()))
     except (pa.ArrowException, OSError) as error:
         raise EvaluationError(f"{out / FILE} is not a readable Parquet file; score again with --restart.") from error
+    for name in _LATER:
+        if name not in table.column_names:
+            table = table.append_column(PREDICTION.field(name), pa.nulls(len(table), PREDICTION.field(name).type))
     if missing := [name for name in PREDICTION.names if name not in table.column_names]:
         raise EvaluationError(
             f"{out / FILE} is of an older version: it has no column {missing[0]!r}; score again with `apprentice evaluate`."

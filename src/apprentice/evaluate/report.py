@@ -29,6 +29,11 @@ NOTES = (
     "The majority answer is the most frequent one in training; generated tasks without a frequent answer have none.",
     "Exemplars come from the task's training rows, for held-out tasks too, and are the same for every model.",
 )
+JUDGED = (
+    "Win rate: how often {} gives a written reply the higher reward, a tie counting half. Longer replies and a high log-ratio (nats"
+    " per token of the replies: an estimate of the KL divergence from the other model) are ways to please a reward model without"
+    " being better."
+)
 
 
 def write_report(report: Mapping[str, Any], out: Folder) -> None:
@@ -63,6 +68,8 @@ def markdown(report: Mapping[str, Any]) -> str:
         *_rows(*wording_table(report)),
         "",
     ]
+    if report.get("judged"):
+        lines += ["### Judged by a reward model", "", *_rows(*judged_table(report)), ""]
     lines += [f"- {remark}" for remark in remarks(report)]
     lines += ["", *[f"<sub>{note}</sub><br>" for note in notes(report)], "", f"<sub>{settings(report)}</sub>", ""]
     return "\n".join(lines)
@@ -75,6 +82,8 @@ def html(report: Mapping[str, Any]) -> str:
     template = environment.from_string((files("apprentice.evaluate") / "report.html.jinja").read_text(encoding="utf-8"))
     tables = [("By cluster", *cluster_table(report)), ("By kind of task", *pool_table(report)), ("Tasks", *task_table(report))]
     details = [("Wordings in numbers", *wording_table(report))]
+    if report.get("judged"):
+        tables.append(("Judged by a reward model", *judged_table(report)))
     if any(cell.get("perturbations") for task in report["tasks"] for cell in task["columns"].values()):
         details.append(("Wordings changed on purpose", *perturbation_table(report)))
     return template.render(
@@ -218,6 +227,26 @@ def perturbation_table(report: Mapping[str, Any]) -> Table:
     return ["task", "change", *[f"{column['title']}: score (unchanged), rows changed" for column in columns]], rows
 
 
+def judged_table(report: Mapping[str, Any]) -> Table:
+    """Win rates, and beside them rewards, lengths and how far the replies are from the other model's."""
+    titles = {column["key"]: column["title"] for column in report["columns"]}
+    rows = []
+    for line in report["judged"]["lines"]:
+        low, high = line["interval"]
+        mark = "better" if low > 50 else "worse" if high < 50 else ""
+        rows.append(
+            [
+                Cell(f"{titles[line['column']]} against {titles[line['against']]}", "held_out" if line["held_out"] else ""),
+                Cell(str(line["questions"])),
+                Cell(f"{line['win_rate']:.1f} ({low:.1f} to {high:.1f})", mark),
+                Cell(" / ".join(f"{value:.2f}" for value in line["reward"])),
+                Cell(" / ".join(f"{value:.1f}" for value in line["words"])),
+                Cell("–" if line["divergence"] is None else f"{line['divergence']:.3f}"),
+            ]
+        )
+    return ["replies", "questions", "win rate", "mean reward of both", "words of both", "log-ratio per token"], rows
+
+
 def remarks(report: Mapping[str, Any]) -> list[str]:
     """What a reader must know besides the scores: cut and dropped questions, exemplars left out, tasks not scored."""
     found = []
@@ -246,8 +275,10 @@ def remarks(report: Mapping[str, Any]) -> list[str]:
 
 def notes(report: Mapping[str, Any]) -> list[str]:
     """How the numbers are meant, one sentence each."""
+    judged = report.get("judged")
+    of_judge = [JUDGED.format(judged["judge"])] if judged else []
     signatures = [f"{METRICS[name].title}: {text}." for name, text in report["signatures"].items()]
-    return [*NOTES, f"Choices are ranked by {report['ranking']['meaning']}.", *signatures]
+    return [*NOTES, f"Choices are ranked by {report['ranking']['meaning']}.", *of_judge, *signatures]
 
 
 def settings(report: Mapping[str, Any]) -> str:

@@ -147,6 +147,27 @@ class Group(_Shape):
     differences: dict[str, Difference]
 
 
+class Judged(_Shape):
+    """A column's written replies against those of the column it is compared with; pairs are its own and the other's."""
+
+    held_out: bool
+    column: str
+    against: str
+    questions: int
+    win_rate: float = Field(description="How often (0 to 100) its reward is the higher one; a tie counts half.")
+    interval: Interval
+    reward: tuple[float, float]
+    words: tuple[float, float]
+    divergence: float | None = Field(description="Mean log-ratio to the other per token of its replies, in nats.")
+
+
+class Judgement(_Shape):
+    """What the reward model `judge` says."""
+
+    judge: str
+    lines: list[Judged]
+
+
 class Check(_Shape):
     name: str
     found: float | None
@@ -197,3 +218,4 @@ class Report(_Shape):
     headline: list[str]
     summary: dict[Literal["score", "sentence"], Any]
     gate: Gate | None
+    judged: Judgement | None = None

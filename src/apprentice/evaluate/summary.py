@@ -20,6 +20,7 @@ from apprentice.evaluate.majority import NAME as MAJORITY
 from apprentice.evaluate.metrics import METRICS, Floats
 from apprentice.evaluate.predictions import facts_of
 from apprentice.evaluate.rank import RANKING_TITLES
+from apprentice.evaluate.winning import judged_by
 
 Record = Mapping[str, Any]
 POOLS = ((True, "ranked"), (True, "generated"), (False, "ranked"), (False, "generated"))  # (held out, kind), as shown
@@ -64,6 +65,10 @@ def summarise(table: pa.Table, *, resamples: int = RESAMPLES) -> dict[str, Any]:
         "clusters": clusters,
         "unscored": _unscored(met),
     }
+    if facts["settings"].get("judge"):
+        records = [record for columns_met in met.values() for found in columns_met.values() for record in found]
+        held_out_of = {name: about["held_out"] for name, about in facts["tasks"].items()}
+        report["judged"] = judged_by(facts["settings"]["judge"], records, columns, held_out_of, resamples)
     headline = [sentence for pool in pools for sentence in _sentences(pool, columns)]
     report |= {"headline": headline, "summary": _summary(tasks, pools, columns)}
     return report | {"gate": judged(report)}

@@ -37,4 +37,8 @@ class Evaluation(Strict):
         "sum", description="Choices by summed log-probability (T0), by its mean per token, or less that after an empty question."
     )
     perturbations: tuple[Perturbation, ...] = Field((), description="Each row is asked once more with each of these changes.")
+    judge: str | None = Field(
+        None,
+        description="A reward model (run:NAME, folder or hub id) that says which of two written replies is better.",
+    )
     gate: Gate | None = Field(None, description="What the tuned model has to reach; `apprentice evaluate` ends with 1 otherwise.")

@@ -116,6 +116,8 @@ def _with_absolute_paths(recipe: Recipe, folder: Path) -> Recipe:
         changed["training"] = recipe.training.model_copy(update={"dpo": dpo})
     if recipe.serving.adapters:
         changed["serving"] = recipe.serving.model_copy(update={"adapters": absolute(recipe.serving.adapters)})
+    if judge := recipe.evaluation.judge:
+        changed["evaluation"] = recipe.evaluation.model_copy(update={"judge": located_base(judge)})
     return recipe.model_copy(update=changed)
 
 
