@@ -9,10 +9,15 @@ import asyncio
 import json
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Any
+
+
+class KilledError(Exception):
+    """What ends a run in its middle."""
 
 
 def answered(recipe: Any) -> dict[str, Any]:
@@ -22,39 +27,18 @@ def answered(recipe: Any) -> dict[str, Any]:
 
     from apprentice.artifacts import open_run
     from apprentice.data.contract import layout_beside
-    from apprentice.data.pipeline import make_corpus, render_window, validation_rows
+    from apprentice.data.pipeline import make_corpus
     from apprentice.models.loading import load_model
     from apprentice.serve.catalogue import Catalogue, Model
     from apprentice.serve.ingress import build_app
     from apprentice.serve.transformers_engine import TransformersEngine
     from apprentice.train import checkpoint as checkpoints
-    from apprentice.train.batch import PackedRows
     from apprentice.train.export import export
-    from apprentice.train.state import Goal
-    from apprentice.train.worker import run_worker
 
     run = open_run(recipe)
     corpus = make_corpus(recipe, run, parallel=False)
-
-    def rows(size: int) -> Iterator[PackedRows]:
-        for window in count():
-            columns = render_window(corpus, window)
-            for start in range(0, len(columns["row"]) - size + 1, size):
-                yield PackedRows.of({name: values[start : start + size] for name, values in columns.items()})
-
     told: list[dict[str, Any]] = []
-    run_worker(
-        recipe,
-        run,
-        Goal(recipe.training.steps),
-        None,
-        rows,
-        PackedRows.of(validation_rows(corpus, 2)),
-        corpus.row_length,
-        device=torch.device("cpu"),
-        tell=told.append,
-        register=lambda saved, state: None,
-    )
+    trained(recipe, run, corpus, told)
     best = checkpoints.best(run.checkpoints)
     assert best is not None
     export(recipe, run, best, corpus.layout)
@@ -78,8 +62,85 @@ def answered(recipe: Any) -> dict[str, Any]:
     }
 
 
-def process(_: int, folder: str, files: dict[str, list[Any]]) -> None:
-    """For torch.multiprocessing: answers every recipe of `files` (name → file and overrides), into `folder`/<name>.json."""
+def trained(recipe: Any, run: Any, corpus: Any, told: list[dict[str, Any]], *, until: int | None = None) -> None:
+    """Trains from the last checkpoint on, if there is one; every record goes to `told`. Raises `KilledError` after step `until`."""
+    import torch
+
+    from apprentice.data.pipeline import render_window, validation_rows
+    from apprentice.train import checkpoint as checkpoints
+    from apprentice.train.batch import PackedRows
+    from apprentice.train.state import Goal, State
+    from apprentice.train.worker import run_worker
+
+    found = checkpoints.restorable(run.checkpoints)
+    begin = found.state if found is not None else State()
+
+    def rows(size: int) -> Iterator[PackedRows]:
+        step = begin.step
+        for window in count(begin.window):
+            columns = render_window(corpus, window)
+            for start in range(begin.row if window == begin.window else 0, len(columns["row"]) - size + 1, size):
+                if step == until:
+                    raise KilledError
+                step += 1
+                yield PackedRows.of({name: values[start : start + size] for name, values in columns.items()})
+
+    run_worker(
+        recipe,
+        run,
+        Goal(recipe.training.steps),
+        found,
+        rows,
+        PackedRows.of(validation_rows(corpus, 2)),
+        corpus.row_length,
+        device=torch.device("cpu"),
+        tell=told.append,
+        register=lambda saved, state: None,
+    )
+
+
+def gone_on(recipe: Any) -> dict[str, Any]:
+    """Trains as `recipe` says twice, the second time killed after step 3 and begun again: the records of both, and what differs.
+
+    The numbers of a reference, where the objective needs one, are made up.
+    """
+    import numpy as np
+    import torch
+
+    from apprentice.artifacts import Run, open_run
+    from apprentice.data.pipeline import make_corpus
+    from apprentice.data.reference import Reference
+    from apprentice.train import checkpoint as checkpoints
+
+    def made(run: Run) -> Any:
+        corpus = make_corpus(recipe, run, parallel=False)
+        [index] = corpus.indices.values()
+        known = np.sort(np.concatenate([index.train, index.validation]))
+        values = np.random.default_rng(5).normal(-20, 2, (len(known), 2)).astype(np.float32)
+        return replace(corpus, reference={index.task: Reference(known, values)}) if recipe.training.aim.reference else corpus
+
+    def end(run: Run) -> dict[str, Any]:
+        found = checkpoints.restorable(run.checkpoints)
+        assert found is not None
+        with checkpoints.tensors_of(found) as read:
+            return {key: read(key) for key in checkpoints.keys_of(found)}
+
+    told: dict[str, list[dict[str, Any]]] = {"whole": [], "before": [], "after": []}
+    run = open_run(recipe)
+    trained(recipe, run, made(run), told["whole"])
+    other = Run(run.folder / "other")
+    try:
+        trained(recipe, other, made(other), told["before"], until=3)
+    except KilledError:
+        torch.rand(100)  # whatever happened in between
+        trained(recipe, other, made(other), told["after"])
+    first, second = end(run), end(other)
+    differ = [name for name in first.keys() | second.keys() if not torch.equal(first[name], second[name])]
+    return {**told, "tensors": len(first), "differ": differ}
+
+
+def process(_: int, folder: str, files: dict[str, list[Any]], what: Callable[[Any], dict[str, Any]] = answered) -> None:
+    """For torch.multiprocessing: `what` of every recipe of `files` (name → file, overrides), into `folder`/<name>.json."""
     import torch
     import torch.distributed as dist
 
@@ -92,7 +153,7 @@ def process(_: int, folder: str, files: dict[str, list[Any]]) -> None:
     for name, (file, changes) in files.items():
         found: dict[str, Any]
         try:
-            found = answered(load_recipe(Path(file), changes))
+            found = what(load_recipe(Path(file), changes))
         except Exception as error:  # so that one recipe does not hide the others
             found = {"error": f"{type(error).__name__}: {error}"}
         (Path(folder) / f"{name}.json").write_text(json.dumps(found))

@@ -1,0 +1,67 @@
+"""Runs of preferences that are killed and begun again, in one plain process: the same steps and weights, to the last bit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.multiprocessing
+
+from tests import single
+from tests.preferences import write_pairs
+from tests.recipes import tiny_recipe
+
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "dpo": ("dpo", {"method": "lora", "rank": 4, "dropout": 0.1}),
+    "reward": ("reward", {"method": "lora", "rank": 4, "dropout": 0.1}),
+    "reward-full": ("reward", {"method": "full"}),
+}
+FIGURES = ("loss", "grad_norm", "learning_rate", "margin", "accuracy", "chosen_reward", "examples", "tokens")
+
+
+@pytest.fixture(scope="module")
+def found(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What each case came to, in one process for all: to start it takes longer than a case."""
+    folder = tmp_path_factory.mktemp("resuming")
+    pairs = write_pairs(folder / "pairs.jsonl")
+    files = {}
+    for name, (objective, tuning) in CASES.items():
+        place = folder / name
+        place.mkdir()
+        recipe = tiny_recipe(
+            place,
+            tiny_model,
+            data__tasks=[{"preferences": str(pairs)}],
+            data__hold_out=[],
+            data__validation=0.2,
+            data__formats={},
+            data__max_length=96,
+            data__window=16,
+            tuning=tuning,
+            training__objective=objective,
+            training__workers=1,
+            training__steps=5,
+            training__global_batch=2,
+        )
+        files[name] = [str(recipe), []]
+    torch.multiprocessing.spawn(single.process, (str(folder), files, single.gone_on), nprocs=1)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_a_killed_run_ends_as_if_it_had_not_been(name: str, found: Path) -> None:
+    seen = json.loads((found / f"{name}.json").read_text())
+    assert "error" not in seen, seen["error"]
+    whole, before, after = ([step for step in seen[part] if "loss" in step] for part in ("whole", "before", "after"))
+    assert [[step["step"] for step in steps] for steps in (whole, before, after)] == [[1, 2, 3, 4, 5], [1, 2, 3], [3, 4, 5]]
+    for step in before + after:
+        undisturbed = whole[step["step"] - 1]
+        assert {figure: step[figure] for figure in FIGURES} == {figure: undisturbed[figure] for figure in FIGURES}
+    assert len({step["loss"] for step in whole}) == 5
+    validated = [step["validation_loss"] for step in seen["whole"] if "validation_loss" in step]
+    assert validated[-1] == [step["validation_loss"] for step in seen["after"] if "validation_loss" in step][-1]
+    assert seen["tensors"] > 3
+    assert seen["differ"] == []
