@@ -19,6 +19,7 @@ Each message states the fact, the reason and the remedy. Anything else that esca
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterable
 from difflib import get_close_matches
 
@@ -80,6 +81,21 @@ class ServingError(ApprenticeError):
 
 class StorageError(ApprenticeError):
     """A path cannot be read or written."""
+
+
+def full_disk(error: BaseException) -> str | None:
+    """The sentence for an error that comes of a full disk, wherever it was met; None for any other."""
+    seen: list[BaseException] = []
+    waiting = [error]
+    while waiting:
+        current = waiting.pop()
+        seen.append(current)
+        if isinstance(current, OSError) and current.errno in (errno.ENOSPC, errno.EDQUOT):
+            where = f" for {current.filename}" if current.filename else ""
+            return f"no room is left on the disk{where}; make room and give the same command again: a run goes on where it was."
+        inner = (current.__cause__, current.__context__, getattr(current, "cause", None))
+        waiting += [one for one in inner if isinstance(one, BaseException) and one not in seen]
+    return None
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -17,7 +17,7 @@ import sys
 from apprentice import __version__, road
 from apprentice.artifacts import Run, identity, identity_hash
 from apprentice.console import Screen
-from apprentice.errors import ApprenticeError, ResourcesError
+from apprentice.errors import ApprenticeError, ResourcesError, full_disk
 from apprentice.nodes import is_job
 from apprentice.recipe import Recipe, find_recipe, load_recipe
 from apprentice.session import VERSION_VARIABLE, ray_session
@@ -100,6 +100,11 @@ def run_job(stage: str, words: list[str] | None = None) -> None:
                 STAGES[stage](recipe, screen)
     except ApprenticeError as error:
         screen.error(str(error))
+        sys.exit(1)
+    except Exception as error:
+        if (sentence := full_disk(error)) is None:
+            raise
+        screen.error(sentence)
         sys.exit(1)
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import resource
 from pathlib import Path
 from typing import Any
 
 from apprentice.artifacts import Run
-from apprentice.errors import DataError, TrainingError
+from apprentice.errors import DataError, TrainingError, full_disk
 from apprentice.storage import Folder
 from apprentice.train.tracking import Mailbox, Tracker
 
@@ -68,3 +70,31 @@ def test_a_second_tracker_goes_on_in_the_same_file(tmp_path: Path) -> None:
         tracker.close()
     lines = [json.loads(line) for line in (tmp_path / "run" / "steps.jsonl").read_text().splitlines()]
     assert [(line["attempt"], line["step"]) for line in lines] == [(1, 1), (2, 2)]
+
+
+def test_a_full_disk_stops_nothing_and_what_it_refused_is_written_later(tmp_path: Path) -> None:
+    run = Run(Folder.at(tmp_path / "run").make())
+    seen: list[dict[str, Any]] = []
+    tracker = Tracker(run, seen.append)
+    tracker.write(record(1))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))  # every write fails
+    try:
+        for step in range(2, 40):  # more than any queue holds
+            tracker.write(record(step))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    assert [one["message"] for one in seen if "message" in one] == [
+        f"{tmp_path / 'run'} cannot be written to (File too large); make room there. Training goes on."
+    ]
+    tracker.write(record(40))
+    tracker.close()
+    lines = [json.loads(line) for line in (tmp_path / "run" / "steps.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 41))
+
+
+def test_a_full_disk_is_one_sentence() -> None:
+    full = OSError(errno.ENOSPC, "No space left on device", "/runs/x/status.json")
+    around = RuntimeError("a task failed")
+    around.__cause__ = full
+    assert str(full_disk(around)).startswith("no room is left on the disk for /runs/x/status.json; make room and give the same")
+    assert full_disk(OSError(errno.EACCES, "Permission denied")) is None

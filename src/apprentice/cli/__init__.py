@@ -15,7 +15,7 @@ import typer
 from apprentice import __version__
 from apprentice.cli import cluster, data, evaluation, serving, training
 from apprentice.console import Screen
-from apprentice.errors import ApprenticeError
+from apprentice.errors import ApprenticeError, full_disk
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -70,7 +70,10 @@ def main() -> None:
     except KeyboardInterrupt:
         screen.error("stopped by Ctrl-C; a run goes on where it was when the same command is given again.")
         sys.exit(1)
-    except Exception:
+    except Exception as error:
+        if (sentence := full_disk(error)) is not None:
+            screen.error(sentence)
+            sys.exit(1)
         traceback.print_exc()
         screen.error(
             f"this is a fault of apprentice {__version__} (Python {platform.python_version()});"

@@ -13,6 +13,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice
@@ -89,12 +90,15 @@ def train(recipe: Recipe, run: Run, corpus: Corpus, *, progress: Callable[[dict[
             if recipe.training.aim.reference:
                 corpus = _with_reference(recipe, run, corpus, progress)
             attempts = _fit(recipe, run, corpus, goal, tracker)
-        return _finish(recipe, run, corpus, goal, tracker, attempts)
-    except BaseException as error:
-        run.update_status(state="failed" if isinstance(error, Exception) else "stopped")
-        raise
-    finally:
+        result = _finish(recipe, run, corpus, goal, tracker, attempts)
         tracker.close()
+        return result
+    except BaseException as error:
+        with suppress(OSError):  # a full disk may be what the error is about
+            run.update_status(state="failed" if isinstance(error, Exception) else "stopped")
+        with suppress(OSError):
+            tracker.close()
+        raise
 
 
 def goal_of(recipe: Recipe, corpus: Corpus) -> Goal:
@@ -239,7 +243,7 @@ def _trainer(job: Job, corpus: Corpus) -> TorchTrainer:
         start = Start(found.state.window, found.state.row) if found else Start()
         # As many actors as there is room for now: a node may have been lost since the run began.
         spare = sum(node.get("CPU", 0.0) for node in node_resources(job=submitted)) - job.workers * training.resources.cpus
-        return train_stream(ray.get(held), start, None, max(1, min(4, int(spare) - 1)))
+        return train_stream(ray.get(held), start, None, max(1, min(max(4, job.workers), int(spare) - 1)))
 
     logging.getLogger("ray.train").setLevel(logging.WARNING)
     run_config: Any = ray.train.RunConfig  # its hints are those of the first Ray Train

@@ -9,14 +9,17 @@ Knows nothing of models or of how a step is made.
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from apprentice.artifacts import Run
 from apprentice.errors import ApprenticeError
+from apprentice.train.events import Events
 
 if TYPE_CHECKING:  # it brings torch, two seconds that the mailbox need not wait for
     from apprentice.train.checkpoint import Checkpoint
@@ -72,18 +75,17 @@ class Tracker:
     """Writes records in the driver; also adds up the speed of steady steps (the first of an attempt warms up)."""
 
     def __init__(self, run: Run, progress: Callable[[dict[str, Any]], None]) -> None:
-        from tensorboardX import SummaryWriter
-
         self._run = run
         self._progress = progress
         self._file = run.folder / "steps.jsonl"
         self._scratch = None if run.folder.is_local else tempfile.TemporaryDirectory()
         earlier = self._file.read_text().splitlines() if self._file.exists() else []
-        self._lines = earlier if self._scratch is not None else []
+        self._lines = earlier if self._scratch is not None else []  # not written yet
         self._earlier_attempts = json.loads(earlier[-1])["attempt"] if earlier else 0
         folder = run.events.local if self._scratch is None else Path(self._scratch.name)
-        self._events = SummaryWriter(str(folder), flush_secs=10)
+        self._events: Events | None = Events(folder)
         self._events_folder = folder
+        self._told = False  # that the disk is full
         self._status_at = 0.0
         self._warm: set[int] = set()
         self.tokens = 0
@@ -93,24 +95,52 @@ class Tracker:
     def write(self, record: dict[str, Any]) -> None:
         """Takes a step (with `loss`) or a validation (with `validation_loss`) and shows it to `progress`.
 
-        Attempts are counted on over all calls that went on with the run.
+        Attempts are counted on over all calls that went on with the run. A full disk is told once and stops nothing: lines wait for
+        room, the status and the events of meanwhile are lost.
         """
         record = record | {"attempt": record["attempt"] + self._earlier_attempts}
-        self._write_line(json.dumps(record))
-        for key, name in SCALARS.items():
-            if record.get(key) is not None:
-                self._events.add_scalar(name, record[key], record["step"])
+        self._lines.append(json.dumps(record))
         if "loss" in record:
             self._count(record)
-        self._update_status(record)
+        for put in (self._write_lines, lambda: self._draw(record), lambda: self._update_status(record)):
+            try:
+                put()
+            except OSError as error:
+                self._tell_once(error)
         self._progress({key: value for key, value in record.items() if key != "examples"})
 
-    def _write_line(self, line: str) -> None:
-        if self._scratch is None:
-            with self._file.local.open("a", encoding="utf-8") as stream:
-                stream.write(line + "\n")
-        else:
-            self._lines.append(line)
+    def _write_lines(self) -> None:
+        """Appends the lines that wait, all or none."""
+        if self._scratch is not None:
+            return
+        file = self._file.local
+        size = file.stat().st_size if file.exists() else 0
+        try:
+            with file.open("a", encoding="utf-8") as stream:
+                stream.writelines(f"{line}\n" for line in self._lines)
+        except OSError:
+            with suppress(OSError):
+                os.truncate(file, size)
+            raise
+        self._lines.clear()
+
+    def _draw(self, record: dict[str, Any]) -> None:
+        if self._events is None:
+            return
+        try:
+            for key, name in SCALARS.items():
+                if record.get(key) is not None:
+                    self._events.add(name, record[key], record["step"])
+        except OSError:
+            self._events.give_up()
+            self._events = None  # half an event may be in the file: nothing that comes after it would be read
+            raise
+
+    def _tell_once(self, error: OSError) -> None:
+        if not self._told:
+            self._told = True
+            reason = error.strerror or error
+            self._progress({"message": f"{self._run.folder} cannot be written to ({reason}); make room there. Training goes on."})
 
     def _count(self, record: dict[str, Any]) -> None:
         if record["attempt"] in self._warm:
@@ -127,7 +157,11 @@ class Tracker:
         self._run.update_status(state="training", **known)
 
     def close(self) -> None:
-        self._events.close()
+        """Raises `OSError` where there is no room for the last lines."""
+        if self._events is not None:
+            events, self._events = self._events, None
+            events.close()
+        self._write_lines()
         if self._scratch is not None:
             self._file.write_text("".join(line + "\n" for line in self._lines))
             self._run.events.upload(self._events_folder)
