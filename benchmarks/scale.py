@@ -6,6 +6,10 @@
 `scale.worker_error`  4,096 workers take windows in turn, and each draws its own by itself: largest difference, over all tasks,
                       between what they drew together and the closed form
 `scale.plan_mib`      the plan as it travels to each of them: it holds the row groups, not the rows
+`scale.block_ms`      one worker's block of a step through Ray Data's splitter, measured with 2 and 4 readers
+`scale.step_s`        a step of one second of arithmetic, for 8 to 4,096 workers that are served at that pace (simulated)
+
+On standard error, the same as a table: what each number of workers costs, what is the first to be too slow, and what to change.
 """
 
 from __future__ import annotations
@@ -13,11 +17,22 @@ from __future__ import annotations
 import argparse
 import pickle
 import statistics
+import sys
 import time
 from collections import Counter
 from typing import Any
 
 import numpy as np
+from control import (
+    ACTOR_TOKENS_PER_S,
+    DISK_BYTES_PER_S,
+    LEAST_ACTORS,
+    checkpoint_bytes,
+    measured_block_s,
+    messages,
+    rows_that_hide,
+    simulate,
+)
 from figures import report
 
 from apprentice.data.index import TaskIndex
@@ -32,6 +47,10 @@ GROUP_ROWS = 100_000
 FAR = 10**12
 ALL_ROWS = 10**10  # of the larger number of tasks together
 WORKERS = 4096
+MANY = (8, 64, 512, WORKERS)
+ROW_TOKENS, WORKER_TOKENS_PER_S = 2048, 10_000  # a GPU that trains 7 billion parameters
+EVERY = 500  # steps between checkpoints
+MODELS = {"135M, full": 134_515_008, "7B, LoRA": 40_000_000, "7B, full": 7_000_000_000}
 
 
 def make_task() -> Task:
@@ -83,23 +102,63 @@ def worker_error(plan: Plan) -> float:
     return float(max(abs(seen[task] - (plan.count(task, stop) - plan.count(task, start))) for task in plan.tasks))
 
 
+def scale_table(window: float, plan_mib: float, block_s: float) -> str:
+    """What a step of a second costs each number of workers, as Markdown."""
+    lines = [
+        "| workers | messages a step | of them blocks | a step of 1 s lasts | processes that make windows | plan sent to them"
+        " | the first to be too slow | what to change |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for workers in MANY:
+        sent, lasts = messages(workers, 1.0, EVERY), simulate(workers, 1.0, block_s)
+        makers = -(-workers * WORKER_TOKENS_PER_S // ACTOR_TOKENS_PER_S)
+        rows = rows_that_hide(workers, block_s, ROW_TOKENS / WORKER_TOKENS_PER_S)
+        slow = "the splitter" if lasts > 1.05 else "nothing"
+        change = f"`training.global_batch: {rows * workers:,}` or more ({rows} rows of each worker)" if lasts > 1.05 else ""
+        lines.append(
+            f"| {workers:,} | {sent.total:,.0f} | {sent.blocks:,.0f} | {lasts:.2f} s | {makers} of at most"
+            f" {max(LEAST_ACTORS, workers):,} | {makers * plan_mib:.0f} MiB | {slow} | {change} |"
+        )
+    sizes = ", ".join(
+        f"{name} {checkpoint_bytes(count) / 1e9:.1f} GB ({checkpoint_bytes(count) / DISK_BYTES_PER_S:.0f} s)"
+        for name, count in MODELS.items()
+    )
+    note = (
+        f"Measured: {1000 * block_s:.1f} ms a block, {window:.0f} ms to draw a window of {WINDOW:,} examples of 10,000 tasks, on"
+        f" any number of workers. Assumed: {WORKER_TOKENS_PER_S:,} tokens/s of each worker, rows of {ROW_TOKENS:,} tokens, and"
+        f" {ACTOR_TOKENS_PER_S:,} tokens/s of a process that makes windows. A checkpoint is as large on any number of workers,"
+        f" and one of them writes it; at {DISK_BYTES_PER_S / 1e9:g} GB/s: {sizes}."
+    )
+    return "\n".join([*lines, "", note])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=50, help="windows timed for each figure")
     parser.add_argument("--tasks", type=int, default=10_000, help="the larger number of tasks")
     options = parser.parse_args()
+    window = 0.0
     for task_count, all_rows, goal in ((40, 10_000_000, 20), (options.tasks, ALL_ROWS, None)):
         plan = make_plan(task_count, all_rows)
         for position in (0, FAR):
-            value = window_ms(plan, position, options.runs)
+            value = window = window_ms(plan, position, options.runs)
             facts = {"tasks": task_count, "rows": all_rows, "position": position, "workers": WORKERS}
             report("scale.window_ms", value, unit="ms", **facts, runs=options.runs, goal=goal)
-    report("scale.plan_mib", len(pickle.dumps(plan)) / 2**20, unit="MiB", tasks=options.tasks, rows=ALL_ROWS, runs=1)
+    plan_mib = len(pickle.dumps(plan)) / 2**20
+    report("scale.plan_mib", plan_mib, unit="MiB", tasks=options.tasks, rows=ALL_ROWS, runs=1)
     shares = plan.shares
     positions = [1, 1_000, 1_025, 10**6 + 7, WORKERS * WINDOW, 10**9 + 1, 10**11 + 12_345, FAR, FAR + 4_321]
     error = max(abs(plan.count(task, n) - n * share) for n in positions for task, share in shares.items())
     report("scale.share_error", float(error), unit="examples", tasks=len(shares), positions=positions, runs=1, goal=2)
     report("scale.worker_error", worker_error(plan), unit="examples", tasks=options.tasks, workers=WORKERS, runs=1, goal=0)
+    paces = {readers: measured_block_s(readers) for readers in (2, 4)}
+    for readers, pace in paces.items():
+        report("scale.block_ms", 1000 * pace, unit="ms", readers=readers, runs=1)
+    block_s = max(paces.values())
+    for workers in MANY:
+        facts = {"workers": workers, "messages": round(messages(workers, 1.0, EVERY).total), "block_ms": round(1000 * block_s, 2)}
+        report("scale.step_s", simulate(workers, 1.0, block_s), unit="s", simulated=True, **facts, runs=1)
+    print(scale_table(window, plan_mib, block_s), file=sys.stderr)
 
 
 if __name__ == "__main__":
