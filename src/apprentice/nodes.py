@@ -72,7 +72,8 @@ def _driver_cpus() -> Counter[str]:
     """CPUs that drivers of jobs hold, by node."""
     from ray.util.state import list_actors
 
-    supervisors = list_actors(filters=[("class_name", "=", "JobSupervisor"), ("state", "=", "ALIVE")], detail=True)
+    here = ray.get_runtime_context().gcs_address  # unless told, it looks for any Ray on this machine, and there may be two
+    supervisors = list_actors(address=here, filters=[("class_name", "=", "JobSupervisor"), ("state", "=", "ALIVE")], detail=True)
     held: Counter[str] = Counter()
     for actor in supervisors:
         held[str(actor.node_id)] += (actor.required_resources or {}).get("CPU", 0.0)
