@@ -81,8 +81,8 @@ def compare(
 
 def predict(
     target: Annotated[str, typer.Argument(help="A run or a model (folder or hub id).", metavar="RUN|MODEL")],
-    file: Annotated[Path, typer.Argument(help="JSONL or Parquet with `instruction` and, if need be, `input`.")],
-    out: Annotated[Path | None, typer.Option(help="Folder for the replies; beside the file by default.")] = None,
+    file: Annotated[str, typer.Argument(help="JSONL or Parquet with `instruction` and, if need be, `input`; a path or URI.")],
+    out: Annotated[str | None, typer.Option(help="Folder for the replies; beside the file by default.")] = None,
     max_tokens: Annotated[int, typer.Option(help="Longest reply, in tokens.")] = 128,
     contract: Annotated[str | None, typer.Option(help="Run whose prompt contract a bare model takes.")] = None,
     recipe: Annotated[str | None, typer.Option(help="Recipe whose layout a bare model takes.")] = None,

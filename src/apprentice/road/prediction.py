@@ -21,8 +21,8 @@ PROMPT_TOKENS = 2048  # of a model that says nothing of its own context
 
 def predict(
     target: str,
-    file: Path,
-    out: Path | None,
+    file: Path | str,
+    out: Path | str | None,
     *,
     max_tokens: int,
     contract: str | None,
@@ -32,7 +32,7 @@ def predict(
     trust: bool = False,
     progress: Progress,
 ) -> dict[str, Any]:
-    """Replies of the run or model `target` to every row of `file`; gives the folder and what is in it."""
+    """Replies of the run or model `target` to every row of `file`, a path or URI; gives the folder and what is in it."""
     from apprentice.evaluate.prompts import Limits
     from apprentice.models.trust import check_model_folder
     from apprentice.predict import launch
@@ -52,7 +52,7 @@ def predict(
     config = model_config(folder)
     context = config.get("max_position_embeddings") or config.get("n_positions") or PROMPT_TOKENS + max_tokens
     limits = Limits(context - max_tokens, max_tokens)
-    place = Folder.at(out or file.with_name(f"{file.stem}-replies"))
+    place = Folder.at(out or f"{str(file).removesuffix(Path(file).suffix)}-replies")
     with ray_session():
         return launch.predict(
             Folder.at(file),
