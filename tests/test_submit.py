@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from apprentice.recipe import load_recipe
 from apprentice.serve.deployment import AppArguments
 from tests.conftest import ROOT
 from tests.recipes import tiny_recipe
+from tests.tls import make_certificates, tls_before
 
 ADDRESS = "http://127.0.0.1:1"
 
@@ -172,3 +174,12 @@ def test_a_missing_or_wrong_token_is_said(monkeypatch, tmp_path, error):
     monkeypatch.setattr(submit, "connect", lambda address, ca=None: Refusing(error))
     with pytest.raises(ResourcesError, match="asks for a token; set RAY_AUTH_MODE=token"):
         submit.submit(str(tiny_recipe(tmp_path, Path("/models/tiny"))), [], address=ADDRESS, folder=tmp_path)
+
+
+def test_a_certificate_of_a_stranger_is_said(tmp_path):
+    _, server = make_certificates(tmp_path)
+    with socket.create_server(("127.0.0.1", 0)) as nobody, tls_before(f"http://127.0.0.1:{nobody.getsockname()[1]}", server) as url:
+        with pytest.raises(ResourcesError, match=r"signed by nobody whom this machine knows; name the CA's certificate: --ca FILE"):
+            submit.connect(url)
+        with pytest.raises(ResourcesError, match="no Ray dashboard answers"):
+            submit.connect(url, str(tmp_path / "none.pem"))

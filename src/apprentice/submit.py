@@ -151,6 +151,10 @@ def _asked(address: str, question: Callable[[], Any]) -> Any:
     try:
         return question()
     except (ConnectionError, OSError) as error:
+        if "CERTIFICATE_VERIFY_FAILED" in f"{error} {error.__context__}":
+            raise ResourcesError(
+                f"the certificate of {address} is signed by nobody whom this machine knows; name the CA's certificate: --ca FILE."
+            ) from error
         reason = " ".join(str(error).split())[:200]
         raise ResourcesError(
             f"no Ray dashboard answers at {address} ({error.__class__.__name__}: {reason}); check the address, a port-forward, and"

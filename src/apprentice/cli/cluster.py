@@ -17,7 +17,10 @@ def submit(
     follow: Annotated[bool, typer.Option(help="Show the job's output until it ends.")] = False,
     deploy: Annotated[bool, typer.Option(help="Serve the model on the same cluster once it has been evaluated.")] = False,
     install: Annotated[bool, typer.Option(help="Let the nodes install this version of apprentice from the package index.")] = False,
-    ca: Annotated[str | None, typer.Option(help="Certificate file, where the dashboard's is signed by a CA of your own.")] = None,
+    ca: Annotated[
+        str | None,
+        typer.Option(envvar="SSL_CERT_FILE", help="Certificate file, where the dashboard's is signed by a CA of your own."),
+    ] = None,
     trust: Trust = False,
     json: Json = False,
 ) -> None:
