@@ -1,15 +1,14 @@
 """What a training step costs besides its arithmetic, for any number of workers.
 
-Messages are counted. Every worker takes one block of rows for each step from one process, Ray Data's splitter, in turn: what a
-block costs there is measured (`measured_block_s`, which starts a Ray), and `simulate` lets that process serve as many as you like.
+Messages are counted. Every worker takes one block of rows for each step from one process, Ray Data's splitter, in turn;
+`simulate` lets that process serve as many workers as you like. Pure.
 """
 
 from __future__ import annotations
 
-import statistics
-import time
 from dataclasses import dataclass
 
+BLOCK_S = 0.008  # of one block at the splitter: 100 to 150 blocks/s were measured with Ray 2.60 on two cores (design of the stream)
 AHEAD = 2  # steps that a worker asks for before it needs them: train/launch.py's PREFETCHED_STEPS
 POLL_S = 2.0  # how often Ray Train's controller asks each worker how it is
 LEAST_ACTORS = 4  # that may make windows, where there are CPUs for them; else one for each worker: train/launch.py
@@ -63,33 +62,3 @@ def rows_that_hide(workers: int, block_s: float, row_s: float) -> int:
 def checkpoint_bytes(trained: int) -> int:
     """Of one checkpoint: weight and Adam's two moments in float32, once, however many workers there are."""
     return 12 * trained
-
-
-def measured_block_s(consumers: int, blocks: int = 600) -> float:
-    """Seconds of a block of one small row through Ray Data's splitter, read by `consumers` actors; starts a Ray."""
-    import ray
-
-    from apprentice.session import quiet
-
-    quiet()
-    ray.init("local", num_cpus=consumers + 2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    try:
-        ray.data.DataContext.get_current().enable_progress_bars = False
-        rows = ray.data.range(blocks, override_num_blocks=max(2, blocks // 50)).repartition(
-            target_num_rows_per_block=1, strict=True
-        )
-        readers = [ray.remote(num_cpus=0)(_Reader).remote(split) for split in rows.streaming_split(consumers, equal=True)]
-        found: list[list[float]] = ray.get([reader.times.remote() for reader in readers])
-    finally:
-        ray.shutdown()
-    warm = [times[len(times) // 4 :] for times in found]
-    return statistics.median((times[-1] - times[0]) / (len(times) - 1) for times in warm) / consumers
-
-
-class _Reader:
-    def __init__(self, split: object) -> None:
-        self._split = split
-
-    def times(self) -> list[float]:
-        """When each block came."""
-        return [time.monotonic() for _ in self._split.iter_batches(batch_size=1, prefetch_batches=AHEAD)]  # type: ignore[attr-defined]

@@ -6,8 +6,7 @@
 `scale.worker_error`  4,096 workers take windows in turn, and each draws its own by itself: largest difference, over all tasks,
                       between what they drew together and the closed form
 `scale.plan_mib`      the plan as it travels to each of them: it holds the row groups, not the rows
-`scale.block_ms`      one worker's block of a step through Ray Data's splitter, measured with 2 and 4 readers
-`scale.step_s`        a step of one second of arithmetic, for 8 to 4,096 workers that are served at that pace (simulated)
+`scale.step_s`        a step of one second of arithmetic, for 8 to 4,096 workers (simulated; a block costs 8 ms, as measured)
 
 On standard error, the same as a table: what each number of workers costs, what is the first to be too slow, and what to change.
 """
@@ -25,10 +24,10 @@ from typing import Any
 import numpy as np
 from control import (
     ACTOR_TOKENS_PER_S,
+    BLOCK_S,
     DISK_BYTES_PER_S,
     LEAST_ACTORS,
     checkpoint_bytes,
-    measured_block_s,
     messages,
     rows_that_hide,
     simulate,
@@ -124,7 +123,8 @@ def scale_table(window: float, plan_mib: float, block_s: float) -> str:
         for name, count in MODELS.items()
     )
     note = (
-        f"Measured: {1000 * block_s:.1f} ms a block, {window:.0f} ms to draw a window of {WINDOW:,} examples of 10,000 tasks, on"
+        f"Measured: {1000 * block_s:.1f} ms a block (on two idle cores),"
+        f" {window:.0f} ms to draw a window of {WINDOW:,} examples of 10,000 tasks, on"
         f" any number of workers. Assumed: {WORKER_TOKENS_PER_S:,} tokens/s of each worker, rows of {ROW_TOKENS:,} tokens, and"
         f" {ACTOR_TOKENS_PER_S:,} tokens/s of a process that makes windows. A checkpoint is as large on any number of workers,"
         f" and one of them writes it; at {DISK_BYTES_PER_S / 1e9:g} GB/s: {sizes}."
@@ -151,14 +151,10 @@ def main() -> None:
     error = max(abs(plan.count(task, n) - n * share) for n in positions for task, share in shares.items())
     report("scale.share_error", float(error), unit="examples", tasks=len(shares), positions=positions, runs=1, goal=2)
     report("scale.worker_error", worker_error(plan), unit="examples", tasks=options.tasks, workers=WORKERS, runs=1, goal=0)
-    paces = {readers: measured_block_s(readers) for readers in (2, 4)}
-    for readers, pace in paces.items():
-        report("scale.block_ms", 1000 * pace, unit="ms", readers=readers, runs=1)
-    block_s = max(paces.values())
     for workers in MANY:
-        facts = {"workers": workers, "messages": round(messages(workers, 1.0, EVERY).total), "block_ms": round(1000 * block_s, 2)}
-        report("scale.step_s", simulate(workers, 1.0, block_s), unit="s", simulated=True, **facts, runs=1)
-    print(scale_table(window, plan_mib, block_s), file=sys.stderr)
+        facts = {"workers": workers, "messages": round(messages(workers, 1.0, EVERY).total), "block_ms": 1000 * BLOCK_S}
+        report("scale.step_s", simulate(workers, 1.0, BLOCK_S), unit="s", simulated=True, **facts, runs=1)
+    print(scale_table(window, plan_mib, BLOCK_S), file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -112,36 +112,7 @@ def test_the_road_with_its_storage_in_a_store(store, tiny_model, tmp_path):
     run = Run(Folder.at(f"{storage}/tiny"))
     folder = hub.local_folder(str(run.model))
     assert read_contract(folder) == read_contract(run.model)
-    used = subprocess.run([sys.executable, "-c", USED, storage], capture_output=True, text=True, check=False, cwd=tmp_path)
-    assert used.returncode == 0, used.stdout + used.stderr
-    told = json.loads(used.stdout.splitlines()[-1])
-    assert (told["rows"], told["out"]) == (2, f"s3://{BUCKET}/asked-replies")
-    assert told["reply"] == told["predicted"]  # the same model, the same words
-    assert SECRET not in used.stdout + used.stderr
     assert store.refused == 0
-
-
-# Replies to a file that lies in the store, written there, and one request to an endpoint with the same model.
-USED = """
-import io, json, sys
-import httpx, pyarrow.parquet as pq
-from apprentice import road
-from apprentice.session import ray_session
-from apprentice.storage import Folder
-
-storage, asked = sys.argv[1], "s3://bucket/asked.jsonl"
-Folder.at(asked).write_text('{"instruction": "Name a colour."}\\n{"instruction": "Name a bird."}\\n')
-told = []
-with ray_session():
-    result = road.predict(f"{storage}/tiny", asked, None, max_tokens=8, contract=None, recipe=None, restart=False, storage=storage,
-                          progress=lambda *_: None)
-    parts = [child for child in Folder.at(result["out"]).children() if child.name.endswith(".parquet")]
-    said = [row["prediction"] for part in parts for row in pq.read_table(io.BytesIO(part.read_bytes())).to_pylist()]
-    with road.endpoint(f"{storage}/tiny", port=0, storage=storage, progress=lambda *_: None) as url:
-        answer = httpx.post(f"{url}/v1/instruct", json={"instruction": "Name a colour.", "max_tokens": 8}, timeout=120)
-reply = answer.json()["choices"][0]["text"] if answer.status_code == 200 else answer.text
-print(json.dumps({"rows": result["rows"], "out": result["out"], "reply": reply, "predicted": said[0]}))
-"""
 
 
 def pipeline(recipe: Path) -> subprocess.CompletedProcess[str]:
