@@ -9,6 +9,7 @@ import socket
 import sys
 from pathlib import Path
 
+import httpx
 import pytest
 import yaml
 
@@ -192,10 +193,19 @@ def test_an_endpoint_that_is_down_is_one_sentence(command, trained):
     assert (code, "no model list at" in err) == (1, True)
 
 
-def test_serve_answers_and_stops(trained):
-    with road.endpoint(str(trained.parent / "runs" / "tiny"), progress=lambda stage, values: None) as url:
+def test_serve_answers_and_stops(trained, tiny_model, tmp_path):
+    """A bare base, and over it the run's adapter, whose words it takes."""
+    runs = trained.parent / "runs"
+    asked = {"instruction": "Name a colour.", "max_tokens": 4, "ignore_eos": True}
+    with road.endpoint(str(tiny_model), adapters=str(runs), storage=str(tmp_path), progress=lambda stage, values: None) as url:
         reply = road.ask(url, "Name a colour.", "", max_tokens=4)
+        models = [model["id"] for model in httpx.get(f"{url}/v1/models").json()["data"]]
+        answers = [httpx.post(f"{url}/v1/instruct", json=asked | {"model": name}, timeout=60) for name in models]
+        layout = httpx.get(f"{url}/v1/contract", params={"model": "tiny"}).json()["layout"]
     assert isinstance(reply, str)
+    assert models == [tiny_model.name, "tiny"]
+    assert [answer.status_code for answer in answers] == [200, 200]
+    assert layout == "chat"
     with socket.socket() as probe:
         assert probe.connect_ex(("127.0.0.1", int(url.rsplit(":", 1)[1]))) != 0
 

@@ -35,7 +35,7 @@ def serve(
         contract=contract,
         recipe=recipe,
         adapters=adapters,
-        beside=beside or (),
+        beside=beside,
         storage=storage,
         require_gate=require_gate,
         insecure=insecure,

@@ -35,7 +35,7 @@ def endpoint(
     contract: str | None = None,
     recipe: str | None = None,
     adapters: str | None = None,
-    beside: Sequence[str] = (),
+    beside: Sequence[str] | None = None,
     storage: str = "./runs",
     require_gate: bool = False,
     insecure: bool = False,
@@ -56,7 +56,7 @@ def endpoint(
     if require_gate:
         passed_gate(run.model if run is not None else Folder.at(folder))
     settings = run.recipe().serving if run is not None else _serving_for_bare(recipe, contract, storage)
-    chosen = {"host": host, "port": port, "adapters": adapters and str(Folder.at(adapters)), "beside": tuple(beside) or None}
+    chosen = {"host": host, "port": port, "adapters": adapters and str(Folder.at(adapters)), "beside": tuple(beside or ()) or None}
     settings = settings.model_copy(update={key: value for key, value in chosen.items() if value is not None})
     words = None if run is not None else contract_for(folder, contract, recipe, storage) or _of_an_adapter(folder, settings)
     spoken = run.recipe() if run is not None else load_recipe(find_recipe(recipe)) if recipe is not None else None
