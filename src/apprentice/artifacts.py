@@ -39,7 +39,7 @@ NOT_IDENTITY = (
     "serving",
 )
 # Keys that came later: at their defaults they are left out, so that a run keeps the identity that it had before.
-LATER = ("training.objective", "training.dpo")
+LATER = ("training.objective", "training.dpo", "data.chat_template", "data.qualities")
 CONTRACT_FILE = "apprentice.json"
 ADAPTER = "adapter"  # folder beside a model's weights, with what cannot be merged into them
 
@@ -59,6 +59,9 @@ def identity(recipe: Recipe) -> dict[str, Any]:
     }
     if reference := recipe.training.dpo.reference:
         kept["training.dpo.reference"] = public_base(reference)
+    if recipe.data.qualities is not None:  # whole: of equals the first is the best
+        kept = {key: value for key, value in kept.items() if not key.startswith("data.qualities.")}
+        kept["data.qualities"] = [[name, *one.model_dump(mode="json").values()] for name, one in recipe.data.qualities.items()]
     return kept | {"data.tasks": tasks, "model.base": public_base(recipe.model.base)}
 
 
@@ -212,6 +215,7 @@ class PromptContract(BaseModel):
     stop_ids: tuple[int, ...]
     tokenizer_sha256: str
     chat_template_sha256: str | None
+    chat_template: str | None = Field(None, description="Of a bare model that a recipe gives one; else it lies beside the weights.")
     base: str
     base_sha256: str | None = Field(None, description="Of an adapter's base: its weight files.")
     weights_sha256: str = Field(description="Of the weight files beside the contract, in order of name.")

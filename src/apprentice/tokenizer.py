@@ -30,9 +30,12 @@ _BYTES = _byte_of_character()
 
 
 class Tokenizer:
-    """The tokenizer in `folder`. Raises `ModelError` if there is none, or it has no end token."""
+    """The tokenizer in `folder`, with `chat_template` in place of its own.
 
-    def __init__(self, folder: Path) -> None:
+    Raises `ModelError` if there is none, or it has no end token.
+    """
+
+    def __init__(self, folder: Path, chat_template: str | None = None) -> None:
         # Not AutoTokenizer: its import alone brings torch, four seconds in every worker.
         from transformers import PreTrainedTokenizerFast
 
@@ -41,6 +44,9 @@ class Tokenizer:
         if not (folder / "tokenizer.json").is_file():
             raise ModelError(f"{folder} has no tokenizer.json; save the model's fast tokenizer there.")
         self._inner: Any = PreTrainedTokenizerFast.from_pretrained(folder)
+        self.given_template = chat_template
+        if chat_template is not None:
+            self._inner.chat_template = chat_template
         self._backend: Any = self._inner.backend_tokenizer
         self._backend.no_padding()
         self._backend.no_truncation()
@@ -54,8 +60,12 @@ class Tokenizer:
         """The tokenizer of the model `base` (folder, hub id or packaged model)."""
         return cls(local_folder(base))
 
-    def __reduce__(self) -> tuple[type[Tokenizer], tuple[Path]]:
-        return type(self), (self.folder,)
+    def with_template(self, chat_template: str | None) -> Tokenizer:
+        """The same with another chat template; itself where none is given, or it is its own."""
+        return self if chat_template in (None, self.chat_template) else Tokenizer(self.folder, chat_template)
+
+    def __reduce__(self) -> tuple[type[Tokenizer], tuple[Path, str | None]]:
+        return type(self), (self.folder, self.given_template)
 
     @cached_property
     def _passages(self) -> Passages:
@@ -98,6 +108,10 @@ class Tokenizer:
     def chat_template(self) -> str | None:
         template = self._inner.chat_template
         return template if isinstance(template, str) else None
+
+    def is_added(self, id: int) -> bool:
+        """True for a token that no text is made of by chance: the end token and the like."""
+        return id == self.end_id or id in self._inner.added_tokens_decoder
 
     def __len__(self) -> int:
         return len(self._inner)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pickle
 import shutil
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from apprentice.data.corpus import Corpus, estimate_steps, packing_strategy
+from apprentice.data.corpus import Corpus, estimate_steps, packing_strategy, positions_of_epochs
 from apprentice.data.window import WindowRenderer
 from apprentice.errors import RecipeError, TaskError
 from apprentice.recipe import Model, Packing
@@ -93,6 +94,9 @@ def test_tokens_and_epochs_become_steps(corpus_of: CorpusOf) -> None:
     assert once["steps"] == pytest.approx(sum(rows.values()) / examples_per_step, abs=1)
     capped = estimate_steps(corpus_of(TRAINING | {"epochs": 2}, formats=formats, mixture={"cap": 50}))
     assert capped["steps"] == pytest.approx(2 * 100 / (32 / capped["rows_per_window"] * 4), abs=1)
+    groups = {"numbers": {"share": 1, "cap": 20, "tasks": ["sums"]}, "rest": {"share": 1, "tasks": ["stories"]}}
+    grouped = corpus_of(TRAINING | {"epochs": 1.5}, formats=formats, mixture={"groups": groups})
+    assert positions_of_epochs(grouped) == math.ceil(1.5 * (20 + rows["stories"]))
     one = corpus_of(TRAINING | {"steps": 1}, formats=formats, packing={"length": 256, "strategy": "none"})
     assert one.row_length == 200
     assert estimate_steps(one)["rows_per_window"] == 32

@@ -148,3 +148,25 @@ def test_a_hub_that_does_not_answer_is_one_sentence(hub: Hub, tmp_path: Path) ->
     ) as caught:
         Reader(source).rows([0])
     assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_vanishes_while_it_is_read_is_one_sentence(hub: Hub, tmp_path: Path) -> None:
+    source = resolve(TASK, "train", root=None, cache=Folder.at(tmp_path / "cache"))
+    assert source is not None
+    reader = Reader(source, cached_groups=1)
+    assert reader.rows([9])[0]["text"] == "text 9"
+    (hub.root / "plain" / "train" / "0000.parquet").unlink()
+    with pytest.raises(
+        DataError, match=r"train/0000\.parquet (cannot be read, tried 2 times: .*404|does not exist any more)"
+    ) as caught:
+        reader.rows([0])
+    assert "\n" not in str(caught.value)
+
+
+def test_a_split_may_be_one_file_of_a_commit(hub: Hub, tmp_path: Path) -> None:
+    write(hub.root / "0.5M-good.parquet", ROWS)
+    task = make_task({"hub": REPO, "splits": {"train": "0.5M-good"}})
+    source = resolve(task, "train", root=None, cache=Folder.at(tmp_path / "cache"))
+    assert source is not None
+    assert source.files == (f"hf://datasets/{REPO}@~parquet/0.5M-good.parquet",)
+    assert source.rows == 10

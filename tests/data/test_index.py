@@ -17,6 +17,7 @@ from apprentice.data.index import TaskIndex, freeze, is_held_out, load
 from apprentice.errors import DataError
 from apprentice.recipe import Recipe
 from apprentice.storage import Folder
+from apprentice.tasks.loading import library, load_task
 from apprentice.tasks.schema import Task
 from apprentice.tokenizer import Tokenizer
 
@@ -200,3 +201,16 @@ def test_an_error_in_a_ray_worker_is_still_one_sentence(site: Site, ray_cluster:
     monkeypatch.setattr(index_module, "resolve", resolve_and_lose)
     with pytest.raises(DataError, match=f"^{file} does not exist any more; put it back.$"):
         site.freeze(make_task(), parallel=True)
+
+
+def test_rows_of_snli_without_a_verdict_are_left_out_and_are_no_bad_rows(site: Site) -> None:
+    task = load_task(library()["snli"])
+    rows = [{"premise": f"A cat {n} sleeps.", "hypothesis": "It rests.", "label": n % 4 - 1} for n in range(400)]
+    site.write(rows, "snli")
+    site.write(rows[:40], "snli", "test")
+    index = site.freeze(task, validation=0.0)["snli"]  # a quarter would be far more bad rows than max_bad_rows allows
+    assert len(index.train) == 300
+    assert {rows[row]["label"] for row in index.train} == {0, 1, 2}
+    assert len(index.test) == 30
+    assert index.rejects == {"skipped": 110}
+    assert (site.folder / "snli.rejects.jsonl").read_text().count("\n") == 110

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from apprentice.data.mixture import Size, shares
+from apprentice.data.mixture import Size, epoch_rows, shares
 from apprentice.data.rotation import MAX_TOTAL
 from apprentice.errors import RecipeError
 from apprentice.recipe import Mixture
@@ -132,3 +132,11 @@ def test_wrong_groups_are_refused(groups: dict[str, Any], message: str) -> None:
 def test_groups_that_contradict_themselves(mixture: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         Mixture.model_validate(mixture)
+
+
+def test_an_epoch_keeps_to_the_caps_of_the_groups() -> None:
+    sizes = {"a": Size(100, "nli"), "b": Size(7, "nli"), "c": Size(100), "d": Size(100), "e": Size(0)}
+    assert epoch_rows(Mixture(cap=50), sizes) == {"a": 50, "b": 7, "c": 50, "d": 50, "e": 0}
+    inner = {"small": {"share": 1, "cap": 5, "tasks": ["c"]}, "large": {"share": 1, "tasks": ["d", "e"]}}
+    groups = {"first": {"share": 1, "cap": 20, "tasks": ["nli"]}, "second": {"share": 3, "groups": inner}}
+    assert epoch_rows(Mixture.model_validate({"groups": groups}), sizes) == {"a": 20, "b": 7, "c": 5, "d": 100, "e": 0}

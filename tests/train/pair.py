@@ -20,7 +20,7 @@ from apprentice.train.engine import DeepSpeedEngine
 from apprentice.train.loop import validation_loss
 from apprentice.train.optim import moments, optimizer_of
 from apprentice.train.peers import Peers
-from tests.train.rows import packed_rows, reference_nll
+from tests.train.rows import counted, packed_rows, reference_nll
 
 STEPS = 4
 ROWS = 12  # of one step, over all workers
@@ -64,23 +64,23 @@ def ours(case: dict[str, Any], rank: int) -> dict[str, Any]:
     training = settings(case)
     workers, micro = case["workers"], training.micro_batch
     assert isinstance(micro, int)
-    part = ROWS // workers
+    part, weighted = ROWS // workers, case.get("weighted", False)
     made: dict[str, Any] = {"dtype": dtype, "workers": workers, "micro": micro, "device": torch.device("cpu")}
     model = fresh(case["method"], torch.float32 if case["optimizer"] == "adafactor" else dtype)
     before = {name: parameter.detach().clone() for name, parameter in trainable(model).items()}
     engine = DeepSpeedEngine(model, training, **made)
     found: dict[str, Any] = {"loss": [], "norm": []}
     for step in range(STEPS):
-        whole = packed_rows(ROWS, first=step * ROWS)
-        mine = packed_rows(part, first=step * ROWS + rank * part)
-        outcome = engine.train_step(mine.micros(micro), 1.0 / whole.targets, 1e-3)
-        found["loss"].append(Peers().sum([outcome.nll])[0] / whole.targets)
+        mine = packed_rows(part, first=step * ROWS + rank * part, weighted=weighted)
+        together = Peers().sum([mine.counted])[0]
+        outcome = engine.train_step(mine.micros(micro), 1.0 / together, 1e-3)
+        found["loss"].append(Peers().sum([outcome.nll])[0] / together)
         found["norm"].append(outcome.grad_norm)
         if step == 0:
             found["update"] = norm_of(before, weights_of(engine))
             # Adam's first moment is a tenth of the first gradient.
             found["gradients"] = {key.removeprefix("exp_avg/"): value * 10 for key, value in engine.state() if "exp_avg/" in key}
-    found["validation"] = validation_loss(engine, packed_rows(5, first=900), micro, Peers())
+    found["validation"] = validation_loss(engine, packed_rows(5, first=900, weighted=weighted), micro, Peers())
     found |= carried_on(engine, case, training, made, rank)
     return found
 
@@ -107,7 +107,7 @@ def carried_on(
     }
 
 
-def reference(method: str, clip: float, optimizer_name: str) -> dict[str, Any]:
+def reference(method: str, clip: float, optimizer_name: str, weighted: bool) -> dict[str, Any]:
     """The same training in plain PyTorch, float32, every example by itself."""
     model = fresh(method, torch.float32)
     parameters = trainable(model)
@@ -116,8 +116,8 @@ def reference(method: str, clip: float, optimizer_name: str) -> dict[str, Any]:
     before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     found: dict[str, Any] = {"loss": [], "norm": []}
     for step in range(STEPS):
-        rows = packed_rows(ROWS, first=step * ROWS)
-        loss = reference_nll(model, rows) / rows.targets
+        rows = packed_rows(ROWS, first=step * ROWS, weighted=weighted)
+        loss = reference_nll(model, rows) / counted(rows)
         optimizer.zero_grad()
         loss.backward()
         found["loss"].append(loss.item())
@@ -127,9 +127,9 @@ def reference(method: str, clip: float, optimizer_name: str) -> dict[str, Any]:
         optimizer.step()
         if step == 0:
             found["update"] = norm_of(before, {name: parameter.detach() for name, parameter in parameters.items()})
-    rows = packed_rows(5, first=900)
+    rows = packed_rows(5, first=900, weighted=weighted)
     with torch.no_grad():
-        found["validation"] = reference_nll(model, rows).item() / rows.targets
+        found["validation"] = reference_nll(model, rows).item() / counted(rows)
     return found
 
 

@@ -14,7 +14,10 @@ LENGTH = 48
 TABLES = ("input_ids", "positions", "segment_ids", "loss_mask")
 
 
-def packed_columns(count: int, seed: int = 0, first: int = 0) -> dict[str, Any]:
+WEIGHTS = (1.0, 0.1)  # of the two tasks, where their tokens do not count alike
+
+
+def packed_columns(count: int, seed: int = 0, first: int = 0, *, weighted: bool = False) -> dict[str, Any]:
     """`count` packed rows of 2 to 4 examples and some padding, over a vocabulary of 500; window 0, rows from `first`."""
     columns: dict[str, list[Any]] = {
         name: [] for name in (*TABLES, "window", "row", "examples", "example_tasks", "example_targets", "dropped")
@@ -42,11 +45,13 @@ def packed_columns(count: int, seed: int = 0, first: int = 0) -> dict[str, Any]:
         columns["example_tasks"].append([place % 2 for place in range(len(targets))])
         columns["example_targets"].append(targets)
         columns["dropped"].append("")
+    if weighted:
+        columns["example_weights"] = [np.array([WEIGHTS[task] for task in row], np.float32) for row in columns["example_tasks"]]
     return columns
 
 
-def packed_rows(count: int, seed: int = 0, first: int = 0) -> PackedRows:
-    return PackedRows.of(packed_columns(count, seed, first))
+def packed_rows(count: int, seed: int = 0, first: int = 0, *, weighted: bool = False) -> PackedRows:
+    return PackedRows.of(packed_columns(count, seed, first, weighted=weighted))
 
 
 def examples_of(rows: PackedRows) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -60,10 +65,17 @@ def examples_of(rows: PackedRows) -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 
 def reference_nll(model: Any, rows: PackedRows) -> torch.Tensor:
-    """The sum over target tokens, each example in a forward pass of its own, with all its logits."""
+    """The sum over target tokens with their weights, each example in a forward pass of its own, with all its logits."""
     total = torch.zeros((), dtype=torch.float32)
-    for ids, mask in examples_of(rows):
+    tasks = [task for row in rows.facts for task in row.tasks]
+    for (ids, mask), task in zip(examples_of(rows), tasks, strict=True):
         logits = model(input_ids=ids[None], use_cache=False).logits[0]
         nll = F.cross_entropy(logits[:-1].float(), ids[1:], reduction="none")
-        total = total + nll[mask[1:]].sum()
+        total = total + nll[mask[1:]].sum() * (WEIGHTS[task] if rows.weights is not None else 1.0)
     return total
+
+
+def counted(rows: PackedRows) -> float:
+    """The target tokens with their weights."""
+    tasks = [(task, targets) for row in rows.facts for task, targets in zip(row.tasks, row.targets, strict=True)]
+    return sum(targets * (WEIGHTS[task] if rows.weights is not None else 1.0) for task, targets in tasks)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -72,3 +73,11 @@ def test_shares_cover_all_rows_once() -> None:
 )
 def test_automatic_micro_batch(rows: int, length: int, budget: int, expected: int) -> None:
     assert micro_batch_rows(rows, length, budget) == expected
+
+
+def test_weights_of_examples_are_those_of_their_targets() -> None:
+    rows = replace(tiny(), weights=[np.array([1.0, 0.5], np.float32), np.array([0.25], np.float32)])
+    micro = rows.micros(2)[0]
+    assert micro.is_target.tolist() == [[0, 1, 1, 0, 0.5], [0, 0.25, 0, 0, 0]]
+    assert (rows.targets, rows.counted) == (4, 2.75)
+    assert rows.share(1, 2).micros(1)[0].is_target.tolist() == [[0, 0.25]]

@@ -26,6 +26,8 @@ CASES: list[dict[str, Any]] = [
     *(PLAIN | {"workers": w, "accumulation": a, "stage": s} for w in (1, 2) for a in (1, 3) for s in range(4)),
     PLAIN | {"workers": 4},
     PLAIN | {"clip": 0.0},
+    PLAIN | {"weighted": True},
+    PLAIN | {"weighted": True, "stage": 3, "method": "lora"},
     PLAIN | {"method": "lora"},
     PLAIN | {"method": "lora", "stage": 3},
     PLAIN | {"method": "adapter"},
@@ -55,15 +57,15 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 @cache
-def reference(method: str, clip: float, optimizer: str) -> dict[str, Any]:
-    return pair.reference(method, clip, optimizer)
+def reference(method: str, clip: float, optimizer: str, weighted: bool) -> dict[str, Any]:
+    return pair.reference(method, clip, optimizer, weighted)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", range(len(CASES)), ids=NAMES)
 def test_equals_plain_pytorch(found: list[dict[str, Any]], number: int) -> None:
     case, ours = CASES[number], found[number]
-    plain = reference(case["method"], case["clip"], case["optimizer"])
+    plain = reference(case["method"], case["clip"], case["optimizer"], case.get("weighted", False))
     assert len(ours["loss"]) == pair.STEPS
     if case["dtype"] != "float32":
         assert ours["loss"][0] == pytest.approx(plain["loss"][0], rel=1e-3)

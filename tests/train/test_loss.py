@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -16,7 +18,7 @@ from apprentice.train.loss import PairLoss, TargetLoss
 from apprentice.train.objective import loss_of as loss_for
 from tests.models.architectures import CAUSAL, SEQ2SEQ, made
 from tests.train import pairs
-from tests.train.rows import examples_of, packed_rows, reference_nll
+from tests.train.rows import counted, examples_of, packed_rows, reference_nll
 
 CASES = [(name, attention) for name in CAUSAL for attention in ("sdpa", "eager") if (name, attention) != ("gemma2", "sdpa")]
 PACKED_PAIRS = [(name, attention) for name in SEQ2SEQ if name != "bart" for attention in ("sdpa", "eager")]
@@ -57,6 +59,40 @@ def test_loss_and_gradients_are_those_of_single_examples(name: str, attention: s
     reference.backward()
     torch.testing.assert_close(loss, reference, rtol=1e-6, atol=0)
     compare_gradients(model, ours)
+
+
+@pytest.mark.parametrize("chunk", [2**26, 512])
+def test_a_target_counts_what_its_example_weighs(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(losses, "CHUNK_NUMBERS", chunk)
+    model, rows = made("llama", "sdpa"), packed_rows(2, weighted=True)
+    micro = rows.micros(2)[0]
+    loss = TargetLoss(model)(*micro.tensors)
+    loss.backward()
+    ours = {key: parameter.grad.clone() for key, parameter in model.named_parameters()}
+    model.zero_grad()
+    reference = reference_nll(model, rows)
+    reference.backward()
+    torch.testing.assert_close(loss, reference, rtol=1e-6, atol=0)
+    compare_gradients(model, ours)
+    assert rows.counted == pytest.approx(counted(rows))
+    assert rows.counted < rows.targets
+    assert loss < TargetLoss(model)(micro.input_ids, micro.positions, micro.is_target > 0)
+
+
+def test_a_pair_counts_what_its_example_weighs() -> None:
+    rows = pairs.paired_rows(2)
+    each = [np.linspace(1.0, 0.25, len(fact.examples), dtype=np.float32) for fact in rows.facts]
+    weighted = replace(rows, weights=each)
+    loss = loss_of(made("t5", "sdpa"))
+    alone = torch.stack([loss(*part.micros(1)[0].tensors) for part in pairs.unpacked(rows)])
+    torch.testing.assert_close(loss(*weighted.micros(2)[0].tensors), (alone * torch.tensor(np.concatenate(each))).sum())
+    assert weighted.counted == pytest.approx(
+        sum(
+            weight * count
+            for fact, row in zip(rows.facts, each, strict=True)
+            for weight, count in zip(row, fact.targets, strict=True)
+        )
+    )
 
 
 def compare_gradients(model: Any, ours: dict[str, torch.Tensor]) -> None:

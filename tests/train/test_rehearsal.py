@@ -56,6 +56,13 @@ def test_packing_that_mixes_examples_is_refused(corpus: Corpus, rows: PackedRows
         rehearsal.told_of_packing(corpus, replace(rows, positions=straight))
 
 
+def test_examples_that_weigh_differently_have_the_same_loss_alone(corpus: Corpus, rows: PackedRows) -> None:
+    weights = [np.linspace(1.0, 0.1, len(row.examples), dtype=np.float32) for row in rows.facts]
+    plain, weighted = (rehearsal.told_of_packing(corpus, each) for each in (rows, replace(rows, weights=weights)))
+    assert weighted.startswith("the same loss as alone: ")
+    assert weighted != plain
+
+
 def test_time_is_told_where_it_is_known(corpus: Corpus, rows: PackedRows) -> None:
     speed = rehearsal.speed_of(corpus, rows)
     assert speed.training

@@ -24,7 +24,7 @@ _HISTORY = (("Name a colour.", "Blue.\n\nOr „grün“."), ("Another?", "<think
 
 def layout_of(recipe: Recipe, tokenizer: Tokenizer) -> Layout:
     """The layout that `recipe` asks for."""
-    return Layout(recipe.data.layout, tokenizer, recipe.data.system)
+    return Layout(recipe.data.layout, tokenizer.with_template(recipe.data.chat_template), recipe.data.system)
 
 
 def make_contract(
@@ -53,7 +53,8 @@ def make_contract(
         end_ids=layout.end_ids,
         stop_ids=layout.stop_ids,
         tokenizer_sha256=layout.tokenizer.fingerprint,
-        chat_template_sha256=_template_sha256(layout.tokenizer),
+        chat_template_sha256=_template_sha256(layout.tokenizer.chat_template),
+        chat_template=layout.tokenizer.given_template,
         base=public_base(recipe.model.base),
         base_sha256=base_sha256,
         weights_sha256=weights_sha256(folder),
@@ -83,6 +84,12 @@ def check_base(recipe: Recipe, base: Path) -> tuple[str, ...]:
             f"data.layout is {recipe.data.layout!r}, but {public_base(recipe.model.base)} was trained with {contract.layout!r};"
             f" say layout: {contract.layout}, or start from the bare model {contract.ancestors[0]}."
         )
+    template = recipe.data.chat_template
+    if template is not None and _template_sha256(template) != contract.chat_template_sha256:
+        raise ContractError(
+            f"data.chat_template is not the one that {public_base(recipe.model.base)} was trained with; leave it out, since the"
+            f" base brings its own, or start from the bare model {contract.ancestors[0]}."
+        )
     return contract.ancestors
 
 
@@ -97,7 +104,8 @@ def layout_under(contract: PromptContract, tokenizer: Tokenizer) -> Layout:
         raise ContractError(
             f"the tokenizer in {tokenizer.folder} is not the one of the contract; restore the folder as it was saved."
         )
-    if contract.chat_template_sha256 != _template_sha256(tokenizer):
+    tokenizer = tokenizer.with_template(contract.chat_template)
+    if contract.chat_template_sha256 != _template_sha256(tokenizer.chat_template):
         raise ContractError(
             f"the chat template in {tokenizer.folder} is not the one of the contract; restore the folder as it was saved."
         )
@@ -158,6 +166,5 @@ def layout_over(name: str, adapter: Path, base: Layout, base_sha256: str) -> Lay
     return layout_under(own, base.tokenizer)
 
 
-def _template_sha256(tokenizer: Tokenizer) -> str | None:
-    template = tokenizer.chat_template
+def _template_sha256(template: str | None) -> str | None:
     return hashlib.sha256(template.encode()).hexdigest() if template is not None else None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import ceil
 from pathlib import Path
 
@@ -14,8 +15,10 @@ from apprentice.artifacts import Run
 from apprentice.data.contract import layout_of
 from apprentice.data.index import TaskIndex, freeze
 from apprentice.data.layout import Exemplar, Layout
+from apprentice.data.mixture import Size, epoch_rows
 from apprentice.data.pack import Strategy
 from apprentice.data.plan import Plan
+from apprentice.data.quality import classes_of, layouts_of
 from apprentice.data.reference import Reference
 from apprentice.data.tokenize import Tokenized, encode, encode_pairs
 from apprentice.errors import RecipeError
@@ -47,6 +50,15 @@ class Corpus:
     strategy: Strategy = "best_fit"  # of packing, with `auto` resolved
 
     reference: Mapping[str, Reference] | None = None  # task → what a frozen model says of its pairs
+
+    @cached_property
+    def qualities(self) -> dict[str, str]:
+        """Task → its class of mixed-quality data; nothing where the recipe names no classes."""
+        return classes_of(named, self.tasks) if (named := self.recipe.data.qualities) else {}
+
+    @cached_property
+    def _layouts(self) -> dict[str, Layout]:
+        return layouts_of(self.recipe.data.qualities or {}, self.layout)
 
     @property
     def has_pairs(self) -> bool:
@@ -86,7 +98,14 @@ class Corpus:
         """Token ids of every example with its exemplars; None where they do not fit (reason `TOO_LONG`)."""
         if self.has_pairs:
             return encode_pairs(self.layout, [example for example, _ in items], self.recipe.data.max_length)
-        return encode(self.layout, items, self.recipe.data.max_length, self.target_length)
+        sizes = (self.recipe.data.max_length, self.target_length)
+        if not self.qualities:
+            return encode(self.layout, items, *sizes)
+        waiting = {
+            name: iter(encode(layout, [item for item in items if self.qualities[item[0].task] == name], *sizes))
+            for name, layout in self._layouts.items()
+        }
+        return [next(waiting[self.qualities[example.task]]) for example, _ in items]
 
 
 def make_corpus(recipe: Recipe, run: Run, *, parallel: bool = True, to_train: bool = True) -> Corpus:
@@ -147,15 +166,24 @@ def estimate_steps(corpus: Corpus) -> dict[str, float]:
     elif training.tokens is not None:
         steps = ceil(training.tokens / (examples_per_step * tokens))
     else:
-        cap = data.mixture.cap
-        epoch = sum(min(len(corpus.indices[task].train), cap or len(corpus.indices[task].train)) for task in corpus.plan.tasks)
-        steps = ceil((training.epochs or 0.0) * epoch / examples_per_step)
+        steps = ceil(positions_of_epochs(corpus) / examples_per_step)
     return {
         "steps": max(1, steps),
         "tokens_per_step": round(examples_per_step * tokens, 1),
         "target_tokens_per_step": round(examples_per_step * targets, 1),
         "rows_per_window": round(data.window / examples_per_row, 1),
     }
+
+
+def positions_of_epochs(corpus: Corpus) -> int:
+    """Positions of the plan that `training.epochs` come to: each kept row once an epoch, up to its cap."""
+    sizes = {
+        task.name: Size(len(corpus.indices[task.name].train), task.cluster)
+        for task in corpus.tasks
+        if task.name not in corpus.held_out
+    }
+    rows = epoch_rows(corpus.recipe.data.mixture, sizes)
+    return ceil((corpus.recipe.training.epochs or 0.0) * sum(rows.values()))
 
 
 def _examples_per_row(corpus: Corpus, tokens: float, targets: float) -> float:

@@ -57,19 +57,24 @@ class Layout:
     """One layout over one tokenizer.
 
     `system` is the system text (empty: the template's own default); `date` freezes chat templates that insert today's date
-    (`YYYY-MM-DD`; templates see it as `date_string`).
+    (`YYYY-MM-DD`; templates see it as `date_string`). `quality` is the class of mixed-quality data that chat templates see under
+    that name (empty: they do not, and say what is said to a model that is to reply).
     """
 
     name: LayoutName
     tokenizer: Tokenizer
     system: str = ""
     date: str = "2025-01-01"
+    quality: str = ""
 
     def __post_init__(self) -> None:
         if self.name not in get_args(LayoutName):
             raise ContractError(f"layout {self.name!r} is unknown; choose one of {', '.join(get_args(LayoutName))}.")
         if self.name == "chat" and self.tokenizer.chat_template is None:
-            raise ContractError(f"the tokenizer in {self.tokenizer.folder} has no chat template; use layout `plain` or `alpaca`.")
+            raise ContractError(
+                f"the tokenizer in {self.tokenizer.folder} has no chat template; use layout `plain` or `alpaca`, or give"
+                " data.chat_template."
+            )
 
     def prompt(self, instruction: str, input: str = "", exemplars: Sequence[Exemplar] = ()) -> str:
         """The text up to where the answer starts."""
@@ -91,7 +96,11 @@ class Layout:
         if self.name != "chat":
             raise ContractError(f"layout `{self.name}` has no turns; it takes one instruction.")
         system = [{"role": "system", "content": self.system}] if self.system and messages[0]["role"] != "system" else []
-        return self.tokenizer.apply_chat_template([*system, *messages], generate=True, date_string=self.date)
+        return self._templated([*system, *messages], generate=True)
+
+    def _templated(self, messages: Sequence[dict[str, str]], *, generate: bool) -> str:
+        seen = {"quality": self.quality} if self.quality else {}
+        return self.tokenizer.apply_chat_template(messages, generate=generate, date_string=self.date, **seen)
 
     def chat_pieces(self, messages: Sequence[dict[str, str]]) -> list[tuple[list[int], bool]]:
         """(ids, whether they are an earlier answer with its end) of a conversation whose last turn is opened for the assistant.
@@ -158,7 +167,7 @@ class Layout:
     def _closing(self) -> str:
         """What the chat template writes behind an answer, without white space at its end."""
         turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _MARK}]
-        return self.tokenizer.apply_chat_template(turns, generate=False, date_string=self.date).partition(_MARK)[2].rstrip()
+        return self._templated(turns, generate=False).partition(_MARK)[2].rstrip()
 
     @property
     def stop_ids(self) -> tuple[int, ...]:

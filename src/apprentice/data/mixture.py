@@ -41,6 +41,15 @@ def shares(mixture: Mixture, sizes: Mapping[str, Size]) -> dict[str, int]:
     return _integers({task: found[task] for task in sizes if task in found})
 
 
+def epoch_rows(mixture: Mixture | Group, sizes: Mapping[str, Size], where: str = "data.mixture") -> dict[str, int]:
+    """Task → rows of it in one epoch: those it has, up to the cap of the mixture, or of the innermost group that the task is in."""
+    if mixture.groups is None:
+        return {task: min(size.rows, mixture.cap or size.rows) for task, size in sizes.items()}
+    members = {name: _members(group, sizes, sizes, f"{where}.groups.{name}") for name, group in mixture.groups.items()}
+    parts = [epoch_rows(mixture.groups[name], tasks, f"{where}.groups.{name}") for name, tasks in members.items()]
+    return {task: rows for part in parts for task, rows in part.items()}
+
+
 def _within(mixture: Mixture | Group, sizes: Mapping[str, Size], known: Mapping[str, Size], where: str) -> dict[str, Fraction]:
     """Task → its part of what `sizes` share, all together 1; nothing for tasks without rows."""
     if mixture.groups is None:

@@ -36,6 +36,7 @@ _TYPES = {
     "examples": pa.list_(pa.int64()),
     "example_tasks": pa.list_(pa.int32()),
     "example_targets": pa.list_(pa.int32()),
+    "example_weights": pa.list_(pa.float32()),
     "reference": pa.list_(pa.float32()),
     "dropped": pa.string(),
 }

@@ -142,8 +142,8 @@ def _files(task: Task, spec: SourceSpec, name: str, root: str | None, cache: Fol
 
 
 def _parquet_in(folder: Folder, name: str) -> list[str]:
-    """`<name>-*.parquet` in the folder, or `<name>/*.parquet`."""
-    beside = [child for child in folder.children() if child.name.startswith(f"{name}-")]
+    """`<name>.parquet` or `<name>-*.parquet` in the folder, or `<name>/*.parquet`."""
+    beside = [child for child in folder.children() if child.name == f"{name}.parquet" or child.name.startswith(f"{name}-")]
     inside = [] if beside else (folder / name).children()
     return [child.uri for child in (*beside, *inside) if child.name.endswith(".parquet")]
 

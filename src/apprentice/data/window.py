@@ -23,6 +23,10 @@ pair, 3 and 4 the second. It has one column more:
 
     reference        float32 (any,)     what the reference gives to the answers in order: log-probabilities, or zeros
 
+Where the recipe names classes of mixed-quality data (`data.qualities`), there is besides
+
+    example_weights  float32 (any,)     what a target token of each example counts in the loss
+
 For all of them, where a pair counts as one example:
 
     window, row      int64, int32       where the row stands in the stream
@@ -154,6 +158,8 @@ class WindowRenderer:
             "example_tasks": _numbers(item.task for item in items)[order].astype(np.int32),
             "example_targets": _numbers(item.tokens.target_tokens for item in items)[order].astype(np.int32),
         }
+        if self.corpus.qualities:
+            per_example["example_weights"] = np.array([self._weight(item) for item in items], np.float32)[order]
         if self.corpus.has_pairs:
             per_example["reference"] = np.array([self._reference(item) for item in items], np.float32).reshape(-1, 2)[order]
         ends = np.cumsum([len(row) for row in rows], dtype=np.int64)
@@ -165,6 +171,11 @@ class WindowRenderer:
         if counts and rows:
             columns["dropped"][0] = json.dumps({task: dict(counts[task]) for task in sorted(counts)})
         return columns
+
+    def _weight(self, item: _Item) -> float:
+        """Of the class that the example's task belongs to."""
+        qualities = self.corpus.recipe.data.qualities or {}
+        return qualities[self.corpus.qualities[self.corpus.tasks[item.task].name]].weight
 
     def _reference(self, item: _Item) -> tuple[float, float]:
         """What the reference gives to both answers of a pair; zeros where there is none."""

@@ -6,7 +6,7 @@ relative to the recipe file. Knows nothing of datasets, clusters or models beyon
 
 from __future__ import annotations
 
-from apprentice.recipe.data import Collection, Data, Filters, Formats, Group, Mixture, Packing
+from apprentice.recipe.data import Collection, Data, Filters, Formats, Group, Mixture, Packing, Quality
 from apprentice.recipe.evaluation import Evaluation, Gate
 from apprentice.recipe.loading import RUN, SHIPPED, dump_recipe, find_recipe, load_recipe, written_recipe
 from apprentice.recipe.objective import DPO, OBJECTIVES, Objective
@@ -33,6 +33,7 @@ __all__ = [
     "Objective",
     "Optimizer",
     "Packing",
+    "Quality",
     "Recipe",
     "Replicas",
     "Resources",

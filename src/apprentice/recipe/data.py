@@ -96,6 +96,15 @@ class Filters(Strict):
     label_balance: float | None = Field(None, ge=1.0, description="Times that the commonest label may come for the rarest one.")
 
 
+class Quality(Strict):
+    """One class of mixed-quality data: the tasks in it, and what a token of their answers counts in the loss."""
+
+    tasks: tuple[str, ...] = Field(
+        (), description="Tasks or clusters; a task that no class names belongs to the one of the largest weight."
+    )
+    weight: float = Field(1.0, gt=0.0, description="Of each target token; the loss is divided by the step's weights together.")
+
+
 # What names a collection → the keys that go with it.
 COLLECTION_KEYS: dict[str, tuple[str, ...]] = {
     "promptsource": ("dataset", "splits", "columns", "templates"),
@@ -160,6 +169,15 @@ class Data(Strict):
     validation: Share = Field(0.02, description="Share of training rows, chosen by hash, that are never trained on.")
     layout: Literal["plain", "alpaca", "chat"] = "chat"
     system: str = Field("", description="System text; empty: the layout's own.")
+    chat_template: str | None = Field(
+        None, description="Chat template (Jinja) in place of the tokenizer's own; it is saved with the model."
+    )
+    qualities: dict[str, Quality] | None = Field(
+        None,
+        min_length=1,
+        description="Classes of mixed-quality data (OpenChat's conditioned fine-tuning): the chat template sees the class's name as"
+        " `quality`. Replies are asked for in the one of the largest weight.",
+    )
     max_length: Positive = Field(1024, description="Tokens of one example.")
     mixture: Mixture = Mixture()
     filters: Filters = Filters()
@@ -184,6 +202,8 @@ class Data(Strict):
     def _fits(self) -> Self:
         if self.max_length > self.packing.length:
             raise ValueError(f"max_length {self.max_length} is more than packing.length {self.packing.length}")
+        if self.chat_template is not None and self.layout != "chat":
+            raise ValueError(f"`chat_template` belongs to `layout: chat`, and the layout is {self.layout}")
         if self.shots[0] > self.shots[1]:
             raise ValueError(f"shots: least {self.shots[0]} is more than most {self.shots[1]}")
         return self

@@ -61,6 +61,8 @@ class Recipe(Strict):
             raise ValueError(f"training.objective reward adds a layer, which tuning.method {self.tuning.method} has no place for")
         if self.training.aim.head and self.evaluation.rank_by != "sum":
             raise ValueError("evaluation.rank_by compares log-probabilities, and objective reward gives numbers; leave it out")
+        if data.qualities is not None:
+            raise ValueError(f"data.qualities weigh the tokens of single answers, and objective {objective} learns from pairs")
         if data.formats.zero_shot != 1.0:
             raise ValueError(f"training.objective {objective} shows no exemplars and inverts nothing; leave out data.formats")
         return self

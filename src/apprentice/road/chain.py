@@ -41,3 +41,8 @@ def _check_base(recipe: Recipe, earlier: dict[str, Recipe]) -> None:
             f"recipe {recipe.name!r} has layout {recipe.data.layout!r}, but its base {before.name!r} is trained with"
             f" {before.data.layout!r}; use one layout in the whole chain."
         )
+    elif recipe.data.chat_template not in (None, before.data.chat_template):
+        raise RecipeError(
+            f"recipe {recipe.name!r} has another data.chat_template than its base {before.name!r}; leave it out, since the base"
+            " brings its own."
+        )

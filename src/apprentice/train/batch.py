@@ -45,7 +45,7 @@ class Micro(NamedTuple):
 
     @property
     def is_target(self) -> Tensor:
-        """Boolean: this token is predicted, and counts."""
+        """Boolean: this token is predicted, and counts; or float32: what it counts, 0 where it is not predicted."""
         last = self.tensors[-1]
         assert last is not None
         return last
@@ -66,6 +66,7 @@ class PackedRows:
     target_ids: NDArray[Any] | None = None
     target_positions: NDArray[Any] | None = None
     target_segment_ids: NDArray[Any] | None = None
+    weights: list[NDArray[Any]] | None = None  # each row's (examples,): what a target token of theirs counts, where that is not 1
     reference: list[NDArray[Any]] | None = None  # of preferences: each row's (answers,), the reference's log-probabilities
 
     @classmethod
@@ -79,8 +80,10 @@ class PackedRows:
             RowFacts(int(window), int(row), _ints(examples), _ints(tasks), _ints(targets), json.loads(dropped) if dropped else {})
             for window, row, examples, tasks, targets, dropped in zip(*(columns[name] for name in names), strict=True)
         ]
-        reference = [np.asarray(row) for row in columns["reference"]] if "reference" in columns else None
-        return cls(**table, facts=facts, reference=reference)
+        weights, reference = (
+            [np.asarray(row) for row in columns[name]] if name in columns else None for name in ("example_weights", "reference")
+        )
+        return cls(**table, facts=facts, weights=weights, reference=reference)
 
     def __len__(self) -> int:
         return len(self.facts)
@@ -98,9 +101,27 @@ class PackedRows:
         return int((counted > 0).sum())
 
     @property
-    def counted(self) -> int:
-        """What the loss is a mean over: pairs of preferences, or else target tokens."""
-        return self.targets if self.reference is None else sum(len(row.examples) for row in self.facts)
+    def counted(self) -> float:
+        """What the loss is a mean over: pairs of preferences, or else target tokens, each with its weight."""
+        if self.reference is not None:
+            return sum(len(row.examples) for row in self.facts)
+        if self.weights is None:
+            return self.targets
+        weights = self._target_weights(slice(None)).astype(np.float64)
+        return float((weights[:, 1:] if self.target_ids is None else weights).sum())
+
+    def _target_weights(self, rows: slice) -> NDArray[Any]:
+        """What each place of `rows` counts: segments [1, 1, 2, 0] of weights [1, 0.1], all targets, give [1, 1, 0.1, 0]."""
+        assert self.weights is not None
+        segments = self.segment_ids if self.target_segment_ids is None else self.target_segment_ids
+        each = [np.append(np.float32(0), row)[places] for row, places in zip(self.weights[rows], segments[rows], strict=True)]
+        return np.stack(each).astype(np.float32) * (self.loss_mask[rows] > 0)
+
+    def _targets_of(self, cut: tuple[slice, slice]) -> Tensor:
+        """Boolean, or what each counts; see `Micro.is_target`."""
+        if self.weights is None:
+            return _tensor(self.loss_mask[cut], np.bool_)
+        return _tensor(self._target_weights(cut[0])[:, cut[1]], np.float32)
 
     def micros(self, size: int) -> list[Micro]:
         """Micro-batches of `size` rows, without the columns at the end that are padding in all of them."""
@@ -113,10 +134,10 @@ class PackedRows:
             return self._preferences(cut, ids, self.reference[rows])
         if self.target_ids is None or self.target_positions is None or self.target_segment_ids is None:
             alone = int(self.segment_ids[rows].max(initial=0)) <= 1
-            return Micro((ids, None if alone else _tensor(self.positions[cut]), _tensor(self.loss_mask[cut], np.bool_)))
+            return Micro((ids, None if alone else _tensor(self.positions[cut]), self._targets_of(cut)))
         there = (rows, _used(self.target_segment_ids[rows]))
         sides = (self.target_ids[there], self.target_positions[there], self.target_segment_ids[there])
-        return Micro((ids, _tensor(self.segment_ids[cut]), *map(_tensor, sides), _tensor(self.loss_mask[there], np.bool_)))
+        return Micro((ids, _tensor(self.segment_ids[cut]), *map(_tensor, sides), self._targets_of(there)))
 
     def _preferences(self, cut: tuple[slice, slice], ids: Tensor, reference: list[NDArray[Any]]) -> Micro:
         """Answers are counted on over the rows: segments [1, 1, 2, 2] and [1, 2, 2, 0] give [0, 0, 1, 1] and [2, 3, 3, 1]."""

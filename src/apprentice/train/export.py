@@ -6,9 +6,11 @@ DeepSpeed or workers.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from apprentice.models.reward import is_reward
 from apprentice.models.tuning import TUNING_METHODS, load_trainable, trainable
 from apprentice.recipe import Recipe
 from apprentice.storage import Folder
+from apprentice.tokenizer import Tokenizer
 from apprentice.train.checkpoint import Checkpoint, tensors_of
 from apprentice.train.engine import WEIGHT
 
@@ -88,6 +91,12 @@ def _complete(folder: Path, recipe: Recipe, layout: Layout) -> None:
     for name in _TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copy2(source / name, folder / name)
+    if (template := layout.tokenizer.given_template) is not None:
+        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+        config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        config.pop("chat_template", None)
+        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False), encoding="utf-8")
+        layout = replace(layout, tokenizer=Tokenizer(folder))  # which brings the template itself now
     make_contract(recipe, layout, folder, ancestors=ancestors_of(source), run=recipe.name).write(folder)
     layout_beside(folder)
 

@@ -27,6 +27,7 @@ from ray.train import CheckpointUploadMode
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from apprentice.artifacts import Run, public_base
+from apprentice.data.corpus import positions_of_epochs
 from apprentice.data.pipeline import Corpus, Start, estimate_steps, train_stream, validation_rows
 from apprentice.errors import RecipeError, TrainingError
 from apprentice.hub import local_folder
@@ -109,9 +110,7 @@ def goal_of(recipe: Recipe, corpus: Corpus) -> Goal:
         raise RecipeError(f"warmup_steps {training.optimizer.warmup_steps} is not shorter than the run's {steps} steps; lower it.")
     if training.epochs is None:
         return Goal(steps, tokens=training.tokens)
-    cap = recipe.data.mixture.cap or math.inf
-    rows = sum(min(len(corpus.indices[task.name].train), cap) for task in corpus.tasks if task.name not in corpus.held_out)
-    return Goal(steps, positions=math.ceil(training.epochs * rows))
+    return Goal(steps, positions=positions_of_epochs(corpus))
 
 
 def _with_reference(recipe: Recipe, run: Run, corpus: Corpus, progress: Callable[[dict[str, Any]], None]) -> Corpus:

@@ -54,7 +54,7 @@ class _Step:
     rows: list[RowFacts]  # in order of the stream
     tokens: int
     targets: int
-    counted: int  # what the loss is a mean over: target tokens, or pairs
+    counted: float  # what the loss is a mean over: target tokens with their weights, or pairs
 
     @property
     def examples(self) -> list[int]:
@@ -123,7 +123,7 @@ def _one_step(
     estimate = course.goal.steps
     rate = learning_rate(course.optimizer, state.step, course.goal.reached(state) * estimate, estimate)
     torch.manual_seed(_step_seed(course.seed, state.step, peers.rank))
-    counted = max(step.counted, 1)  # a step whose examples have no target token changes nothing
+    counted = step.counted or 1  # a step whose examples have no target token changes nothing
     outcome = engine.train_step(rows.micros(course.micro), 1.0 / counted, rate)
     loss, *figures = (total / counted for total in peers.sum([outcome.nll, *outcome.figures.values()]))
     _advance(state, step, course.window, loss)

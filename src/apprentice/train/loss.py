@@ -42,9 +42,13 @@ class TargetLoss(nn.Module):
     def forward(self, input_ids: Tensor, positions: Tensor | None, is_target: Tensor) -> Tensor:
         """All arguments have shape (rows, length); `is_target` is boolean and says which tokens are predicted and count.
 
-        Without `positions` every row holds one example. Raises `RecipeError` for several with prefix or prompt tuning.
+        In float32 it says what each counts, and is 0 where a token is not predicted. Without `positions` every row holds one
+        example. Raises `RecipeError` for several with prefix or prompt tuning.
         """
-        return self._losses_at(input_ids, positions, is_target, "sum")
+        if is_target.dtype == torch.bool:
+            return self._losses_at(input_ids, positions, is_target, "sum")
+        losses = self._losses_at(input_ids, positions, is_target > 0, "none")
+        return (losses * _weights(is_target[:, 1:])).sum()
 
     def _losses_at(self, input_ids: Tensor, positions: Tensor | None, is_target: Tensor, reduction: Reduction) -> Tensor:
         if self._alone and positions is not None:
@@ -133,13 +137,28 @@ class PairLoss(TargetLoss):
         is_target: Tensor,
     ) -> Tensor:
         """The first two have shape (rows, length), the others (rows, target length); segment 0 is padding."""
+        given = (input_ids, segments, target_ids, target_positions, target_segments)
+        if is_target.dtype == torch.bool:
+            return self._losses_of_pairs(*given, is_target, "sum")
+        return (self._losses_of_pairs(*given, is_target > 0, "none") * _weights(is_target)).sum()
+
+    def _losses_of_pairs(
+        self,
+        input_ids: Tensor,
+        segments: Tensor,
+        target_ids: Tensor,
+        target_positions: Tensor,
+        target_segments: Tensor,
+        is_target: Tensor,
+        reduction: Reduction,
+    ) -> Tensor:
         model: Any = self.model
         shifted = target_ids.roll(1, dims=1)
         decoder_ids = torch.where(target_positions == 0, model.config.decoder_start_token_id, shifted)
         labels = target_ids[is_target]
         if int(segments.max()) <= 1:  # one example a row
             given = {"input_ids": input_ids, "attention_mask": (segments > 0).long(), "decoder_input_ids": decoder_ids}
-            return self._losses(lambda: self._called(**given), is_target, labels)
+            return self._losses(lambda: self._called(**given), is_target, labels, reduction)
         if self._alone:
             raise RecipeError("data.packing.strategy must be `none` with tuning.method prefix or prompt.")
         dtype = next(self.model.parameters()).dtype
@@ -158,7 +177,12 @@ class PairLoss(TargetLoss):
                 decoder_attention_mask=of_decoder,
             )
 
-        return self._losses(call, is_target, labels)
+        return self._losses(call, is_target, labels, reduction)
+
+
+def _weights(counts: Tensor) -> Tensor:
+    """Those of the targets alone, in order; shape (targets,)."""
+    return counts[counts > 0]
 
 
 def _additive(seen: Tensor, dtype: torch.dtype) -> Tensor:

@@ -131,6 +131,7 @@ def _only(row: PackedRows, segment: int) -> PackedRows:
     kept = row.segment_ids[0] == segment
     mine: dict[str, Any] = {"input_ids": row.input_ids[:, kept], "positions": row.positions[:, kept]}
     mine["segment_ids"] = np.ones_like(mine["input_ids"])
+    mine["weights"] = None if row.weights is None else [row.weights[0][segment - 1 : segment]]
     if row.target_ids is None or row.target_positions is None or row.target_segment_ids is None:
         return replace(row, **mine, loss_mask=row.loss_mask[:, kept])
     there = row.target_segment_ids[0] == segment
