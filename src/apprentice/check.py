@@ -108,6 +108,11 @@ def _tasks(recipe: Recipe) -> str:
             f"training.objective {objective} learns from preferences, and task {single[0]!r} has no rejected answers; name files of"
             " preferences in data.tasks (`{preferences: pairs.jsonl}`), or hold the task out."
         )
+    if recipe.training.aim.head and (written := [task.name for task in tasks if not task.is_ranked]):
+        raise RecipeError(
+            f"training.objective {objective} makes a model that writes nothing, and task {written[0]!r} is scored by what is"
+            " written; leave it out of data.tasks, or take one whose choices are ranked."
+        )
     return f"{len(tasks)} task{'s' if len(tasks) != 1 else ''}, {len(held_out)} of them held out"
 
 

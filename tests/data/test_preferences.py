@@ -24,6 +24,7 @@ from apprentice.storage import Folder
 from apprentice.tasks.schema import Example
 from apprentice.tokenizer import Tokenizer
 from tests.preferences import pairs, write_pairs
+from tests.samples import tiny_model_of
 
 
 def recipe_of(folder: Path, model: Path, rows: list[dict[str, Any]] | None = None, **changes: Any) -> Recipe:
@@ -184,3 +185,14 @@ def test_methods_that_do_not_pack_are_refused(method, tiny_model, tmp_path):
     tuned = recipe.model_copy(update={"tuning": recipe.tuning.model_copy(update={"method": method})})
     with pytest.raises(RecipeError, match="where they would see each other here: the virtual tokens"):
         POINTS["model"](tuned)
+
+
+@pytest.mark.parametrize("objective", ["dpo", "reward"])
+def test_an_encoder_decoder_is_refused(objective, tiny_model, tmp_path):
+    model = tiny_model_of("t5_v1.1", tiny_model, tmp_path / "t5")
+    with pytest.raises(
+        RecipeError,
+        match=rf"^training\.objective {objective} puts both answers of a pair into one row, where they would see each other here:"
+        r" an encoder reads a prompt once for each answer; use a causal model that packs",
+    ):
+        POINTS["model"](recipe_of(tmp_path, model, training__objective=objective))
