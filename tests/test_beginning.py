@@ -76,7 +76,7 @@ def test_test_rows_of_ones_own(command: Command, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["My reviews.csv"], "it is not clear which column of My reviews.csv is to be learnt; its columns are Review, Stars."),
+        (["vague.csv"], "it is not clear which column of vague.csv is to be learnt; its columns are Review, Verdict."),
         (["none.csv"], "none.csv does not exist; check the path"),
         (["My reviews.csv", "--label", "Star"], "Did you mean 'Stars'?"),
         (["few.jsonl"], "few.jsonl holds 1 rows; 10 are the least"),
@@ -84,7 +84,8 @@ def test_test_rows_of_ones_own(command: Command, tmp_path: Path) -> None:
 )
 def test_mistakes_are_one_sentence_and_nothing_is_written(command: Command, tmp_path: Path, words: list[str], message: str) -> None:
     (tmp_path / "few.jsonl").write_text('{"text": "a", "label": 0}\n')
+    (tmp_path / "vague.csv").write_text(CSV.replace("Stars", "Verdict"))
     code, out, err = command("init", *words)
     assert (code, out, len(err.splitlines())) == (1, "", 1)
     assert message in err
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["My reviews.csv", "few.jsonl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["My reviews.csv", "few.jsonl", "vague.csv"]
