@@ -11,7 +11,7 @@ import struct
 import tempfile
 import uuid
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -241,6 +241,8 @@ def _sources(recipe: Recipe) -> str:
 def _resources(recipe: Recipe) -> str:
     from apprentice.models.loading import check_dtype, resolve_dtype
     from apprentice.models.tuning import check_tuning
+    from apprentice.train.activations import activations
+    from apprentice.train.deepspeed_config import micro_batch
     from apprentice.train.memory import held
     from apprentice.train.resources import GIB, check_resources, required_resources
 
@@ -255,12 +257,14 @@ def _resources(recipe: Recipe) -> str:
     check_resources(ask, nodes)
     cpus = sum(node.get("CPU", 0.0) for node in nodes)
     trained = parameters if recipe.tuning.method == "full" else 0  # what other methods train is small beside it
-    each = held(recipe, parameters, trained, dtype, ask.workers)
-    parts = [f"{name} {getattr(each, name) / GIB:.1f}" for name in ("weights", "gradients", "optimizer")]
+    length = recipe.data.packing.length
+    micro = micro_batch(recipe.training, workers=ask.workers, length=length, on_gpu=on_gpu)
+    each = replace(held(recipe, parameters, trained, dtype, ask.workers), activations=activations(recipe, dtype, micro, length))
+    parts = [f"{name} {getattr(each, name) / GIB:.1f}" for name in ("weights", "gradients", "optimizer", "activations")]
     gpus = f", {ask.gpus:g} GPUs" if ask.gpus else ""
     return (
-        f"{ask.workers} workers of {ask.cpus:g} CPUs{gpus} and at least {each.total / GIB:.1f} GiB each ({', '.join(parts)};"
-        f" activations come on top); {cpus:g} CPUs there"
+        f"{ask.workers} workers of {ask.cpus:g} CPUs{gpus} and about {each.total / GIB:.1f} GiB each ({', '.join(parts)}, with"
+        f" {micro} rows at once); {cpus:g} CPUs there"
     )
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from apprentice.errors import TrainingError
 from apprentice.recipe import Recipe, load_recipe
-from apprentice.train.memory import GIB, held, out_of_memory, ran_out, smaller
+from apprentice.train.memory import GIB, Watch, free_memory, held, out_of_memory, ran_out, smaller, that_fit
 from tests.recipes import tiny_recipe
 
 
@@ -44,7 +46,7 @@ def test_frozen_weights_adafactor_and_offload(tmp_path: Path) -> None:
 
 def test_the_smallest_changes_come_first(tmp_path: Path) -> None:
     made = recipe(tmp_path, training__global_batch=16, tuning={"method": "full"})
-    assert [change.partition(" (")[0] for change in smaller(made, 8, 2)] == [
+    assert [change.text.partition(" (")[0] for change in smaller(made, 8, 256, 2)] == [
         "training.micro_batch: 4",
         "training.activation_checkpointing: true",
         "training.deepspeed.stage: 3",
@@ -57,8 +59,10 @@ def test_the_smallest_changes_come_first(tmp_path: Path) -> None:
         training__deepspeed={"stage": 3, "offload": "cpu"},
         training__resources={"gpus": 1},
     )
-    assert smaller(least, 1, 2) == ["data.packing.length: 128"]
-    assert [change.partition(" (")[0] for change in smaller(recipe(tmp_path, training__resources={"gpus": 1}), 1, 1)][:2] == [
+    assert [change.text for change in smaller(least, 1, 256, 2)] == ["data.packing.length: 128"]
+    assert [change.text.partition(" (")[0] for change in smaller(recipe(tmp_path, training__resources={"gpus": 1}), 1, 256, 1)][
+        :2
+    ] == [
         "training.activation_checkpointing: true",
         "training.deepspeed.offload: cpu",
     ]
@@ -66,23 +70,53 @@ def test_the_smallest_changes_come_first(tmp_path: Path) -> None:
 
 def test_every_change_is_a_recipe(tmp_path: Path) -> None:
     made = recipe(tmp_path, training__global_batch=16, tuning={"method": "full"}, training__resources={"gpus": 1})
-    changes = smaller(made, 8, 2)
+    changes = smaller(made, 8, 256, 2)
     assert len(changes) == 6
     for change in changes:
-        key, _, value = change.partition(" (")[0].partition(": ")
+        key, _, value = change.text.partition(" (")[0].partition(": ")
         values = [f"{key}={value}", *(["data.max_length=128"] if key.startswith("data") else [])]
         assert load_recipe(tmp_path / "recipe.yaml", values) != made
 
 
 def test_the_sentence(tmp_path: Path) -> None:
     made = recipe(tmp_path, training__global_batch=16)
-    state = held(made, GIB, GIB // 4, torch.bfloat16, 2)
-    error = out_of_memory(made, state, 8, 256, 2, " (78.0 of 79.2 GiB of the GPU were in use)")
+    state = replace(held(made, GIB, GIB // 4, torch.bfloat16, 2), activations=3 * GIB)
+    assert state.total == 7 * GIB
+    error = out_of_memory(state, 8, 256, " (78.0 of 79.2 GiB of the GPU were in use)", smaller(made, 8, 256, 2)[:2])
     assert str(error) == (
         "a worker ran out of memory with 8 rows of 256 tokens at once (78.0 of 79.2 GiB of the GPU were in use): weights take about"
-        " 2.00 GiB, gradients 0.50 and the optimizer 1.50, activations the rest. The smallest changes that help:"
+        " 2.00 GiB, gradients 0.50, the optimizer 1.50 and activations 3.00. The smallest changes that help:"
         " training.micro_batch: 4 (the same steps, more passes), or training.activation_checkpointing: true (a third more time)."
     )
+
+
+def test_changes_that_would_fit_are_named_first(tmp_path: Path) -> None:
+    changes = smaller(recipe(tmp_path, training__global_batch=16, tuning={"method": "full"}), 8, 256, 2)
+    sizes = dict(zip((change.text for change in changes), (9.0, 8.0, 6.0, 3.0, 4.0), strict=True))
+    assert that_fit(changes, lambda change: sizes[change.text], 6.0) == [changes[2], changes[3]]
+    assert that_fit(changes, lambda change: sizes[change.text], 3.5) == [changes[3], changes[4]]  # one fits, and the nearest other
+    assert that_fit(changes, lambda change: sizes[change.text], 1.0) == [changes[3], changes[4]]
+
+
+def test_a_worker_names_what_fits_by_its_own_estimate(tmp_path: Path, tiny_model: Path) -> None:
+    """Where the optimizer is what is large, fewer rows would not help."""
+    made = load_recipe(tiny_recipe(tmp_path, tiny_model, training__deepspeed={"stage": 0}, tuning={"method": "full"}))
+    watch = Watch(made, 10**9, torch.float32, 2, 256, 2, torch.device("cpu"))
+    with (
+        pytest.raises(TrainingError, match=r"activations 0\.0\d\. The .*: training.deepspeed.stage: 1, or tuning.method: lora\.$"),
+        watch.explained(),
+    ):
+        raise torch.OutOfMemoryError
+    small = Watch(made, 10**5, torch.float32, 2, 256, 2, torch.device("cpu"))
+    with (
+        pytest.raises(TrainingError, match=r"help: training.micro_batch: 1 .*, or training.activation_checkpointing: true"),
+        small.explained(),
+    ):
+        raise torch.OutOfMemoryError
+
+
+def test_free_memory() -> None:
+    assert 2**20 < free_memory() < 2**50
 
 
 def test_what_counts_as_running_out() -> None:

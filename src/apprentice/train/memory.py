@@ -1,39 +1,45 @@
-"""What a worker holds in memory, as far as arithmetic knows it, and what to change when it was not enough.
+"""What a worker holds in memory, as far as it can be known beforehand, and what to change when it was not enough.
 
-Weights, gradients and the optimizer's state are counted; activations depend on the rows at once, and are what is left. Knows
-nothing of Ray or DeepSpeed.
+Weights, gradients and the optimizer's state are arithmetic; activations are counted by activations.py. Knows nothing of Ray or
+DeepSpeed.
 """
 
 from __future__ import annotations
 
+import math
 import resource
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
 from apprentice.errors import TrainingError
 from apprentice.recipe import Recipe
+from apprentice.train.activations import activations
 
 GIB = 2**30
+CLEARLY_LESS = 0.9  # of what was too much, so that a change which is named really helps
 
 
 @dataclass(frozen=True)
 class Held:
-    """Bytes that one worker holds beside activations."""
+    """Bytes that one worker holds."""
 
     weights: float
     gradients: float
     optimizer: float
+    activations: float = 0.0
 
     @property
     def total(self) -> float:
-        return self.weights + self.gradients + self.optimizer
+        return self.weights + self.gradients + self.optimizer + self.activations
 
 
 def held(recipe: Recipe, parameters: int, trained: int, dtype: torch.dtype, workers: int) -> Held:
-    """For a model of `parameters` numbers in `dtype`, of which `trained` are trained, shared out as the recipe's stage says."""
+    """Beside activations: a model of `parameters` numbers in `dtype`, of which `trained` are trained, shared as the stage says."""
     training = recipe.training
     stage, offload = training.deepspeed.stage, training.deepspeed.offload != "none"
     narrow = dtype != torch.float32 and training.optimizer.name != "adafactor"  # Adafactor keeps the weights themselves wide
@@ -45,26 +51,81 @@ def held(recipe: Recipe, parameters: int, trained: int, dtype: torch.dtype, work
     return Held(weights, gradients, 0.0 if offload else optimizer)
 
 
-def smaller(recipe: Recipe, micro: int, workers: int) -> list[str]:
-    """Changes of the recipe that take less memory, the smallest first: each as `key: value`, with what it costs."""
+def free_memory() -> float:
+    """Bytes that processes can still get here: what the kernel says is available, or what the container's limit leaves."""
+    lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    free = float(lines["MemAvailable"].split()[0]) * 1024
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit, used = (float((group / name).read_text()) for name in ("memory.max", "memory.current"))
+        cached = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())["inactive_file"]
+    except (OSError, ValueError, KeyError):  # no such limit: "max"
+        return free
+    return min(free, limit - used + float(cached))
+
+
+class Change(NamedTuple):
+    """A smaller recipe: as `key: value` with what it costs, and what it would be."""
+
+    text: str
+    recipe: Recipe
+    micro: int
+    length: int
+
+
+def smaller(recipe: Recipe, micro: int, length: int, workers: int) -> list[Change]:
+    """Changes of the recipe that take less memory, the smallest first."""
     training, deepspeed = recipe.training, recipe.training.deepspeed
     rows = training.global_batch // workers
     fewer = max((size for size in range(1, micro) if rows % size == 0), default=0)
-    found = [
-        (fewer > 0, f"training.micro_batch: {fewer} (the same steps, more passes)"),
-        (not training.activation_checkpointing, "training.activation_checkpointing: true (a third more time)"),
+    shorter = recipe.data.packing.length // 2
+
+    def with_training(**values: Any) -> Recipe:
+        return recipe.model_copy(update={"training": training.model_copy(update=values)})
+
+    def with_deepspeed(**values: Any) -> Recipe:
+        return with_training(deepspeed=deepspeed.model_copy(update=values))
+
+    found: list[tuple[bool, str, Recipe, int, int]] = [
+        (fewer > 0, f"training.micro_batch: {fewer} (the same steps, more passes)", recipe, fewer, length),
+        (
+            not training.activation_checkpointing,
+            "training.activation_checkpointing: true (a third more time)",
+            with_training(activation_checkpointing=True),
+            micro,
+            length,
+        ),
         (
             workers > 1 and deepspeed.stage < 3 and training.optimizer.name != "adafactor",
             f"training.deepspeed.stage: {deepspeed.stage + 1}",
+            with_deepspeed(stage=deepspeed.stage + 1),
+            micro,
+            length,
         ),
         (
             training.resources.gpus > 0 and deepspeed.stage > 0 and deepspeed.offload == "none",
             "training.deepspeed.offload: cpu (slower steps)",
+            with_deepspeed(offload="cpu"),
+            micro,
+            length,
         ),
-        (recipe.tuning.method == "full", "tuning.method: lora"),
-        (True, f"data.packing.length: {recipe.data.packing.length // 2}"),
+        (
+            recipe.tuning.method == "full",
+            "tuning.method: lora",
+            recipe.model_copy(update={"tuning": recipe.tuning.model_copy(update={"method": "lora"})}),
+            micro,
+            length,
+        ),
+        (True, f"data.packing.length: {shorter}", recipe, micro, length // 2),
     ]
-    return [change for fits, change in found if fits]
+    return [Change(text, less, rows_at_once, tokens) for there, text, less, rows_at_once, tokens in found if there]
+
+
+def that_fit(changes: Sequence[Change], total: Callable[[Change], float], limit: float) -> list[Change]:
+    """The two smallest of `changes` whose `total` bytes are within `limit`; where fewer are, those that come nearest."""
+    sizes = [total(change) for change in changes]
+    order = sorted(range(len(changes)), key=lambda place: (sizes[place] > limit, sizes[place] if sizes[place] > limit else place))
+    return [changes[place] for place in order[:2]]
 
 
 def ran_out(error: BaseException) -> bool:
@@ -80,15 +141,13 @@ def in_use(device: torch.device) -> str:
     return f" (the process had used up to {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB:.1f} GiB)"
 
 
-def out_of_memory(recipe: Recipe, state: Held, micro: int, length: int, workers: int, used: str) -> TrainingError:
+def out_of_memory(state: Held, micro: int, length: int, used: str, changes: Sequence[Change]) -> TrainingError:
     """The sentence for a worker that ran out of memory with `micro` rows of `length` tokens at once; `used` says of what."""
-    first, *rest = smaller(recipe, micro, workers)
-    then = f", or {rest[0]}" if rest else ""
     rows = f"{micro} row{'s' if micro != 1 else ''} of {length} tokens"
     return TrainingError(
         f"a worker ran out of memory with {rows} at once{used}: weights take about {state.weights / GIB:.2f} GiB, gradients"
-        f" {state.gradients / GIB:.2f} and the optimizer {state.optimizer / GIB:.2f}, activations the rest."
-        f" The smallest changes that help: {first}{then}."
+        f" {state.gradients / GIB:.2f}, the optimizer {state.optimizer / GIB:.2f} and activations {state.activations / GIB:.2f}."
+        f" The smallest changes that help: {', or '.join(change.text for change in changes)}."
     )
 
 
@@ -116,5 +175,17 @@ class Watch:
         except RuntimeError as error:
             if not ran_out(error):
                 raise
-            state = held(self.recipe, self.parameters, self.trained, self.dtype, self.workers)
-            raise out_of_memory(self.recipe, state, self.micro, self.length, self.workers, in_use(self.device)) from error
+            state = self._held(Change("", self.recipe, self.micro, self.length))
+            changes = smaller(self.recipe, self.micro, self.length, self.workers)
+            named = that_fit(changes, lambda change: self._held(change).total, self._limit(state))
+            raise out_of_memory(state, self.micro, self.length, in_use(self.device), named) from error
+
+    def _held(self, change: Change) -> Held:
+        trained = self.trained if change.recipe.tuning.method == self.recipe.tuning.method else 0
+        kept = activations(change.recipe, self.dtype, change.micro, change.length)
+        return replace(held(change.recipe, self.parameters, trained, self.dtype, self.workers), activations=kept)
+
+    def _limit(self, state: Held) -> float:
+        """Bytes that there are, as far as is known: less than what was too much."""
+        there = torch.cuda.mem_get_info(self.device)[1] if self.device.type == "cuda" else math.inf
+        return CLEARLY_LESS * min(state.total, there)
