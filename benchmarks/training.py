@@ -1,9 +1,10 @@
-"""Training: our run on Ray Train and DeepSpeed against a bare PyTorch loop over the same packed rows.
+"""Training: our run on Ray Train and DeepSpeed against a bare PyTorch loop, transformers' Trainer and TRL's SFTTrainer.
 
-Both have the same model, number format, loss, optimizer, processes and threads, so the ratio is what Ray and DeepSpeed cost.
-Only steady steps count: start, checkpoints and validation are left out on both sides.
+All have the same packed rows, model, number format, processes and threads. Only steady steps count: start, checkpoints and
+validation are left out on all sides. Against the bare loop the ratio is what Ray and DeepSpeed cost.
 
-The second figure, DPO against TRL's, is in preferences.py.
+How long a run takes to its first step, and what part of a save training waits for, are figures of their own. DPO against TRL's is
+in preferences.py, the two trainers in trainers.py.
 """
 
 from __future__ import annotations
@@ -11,10 +12,12 @@ from __future__ import annotations
 import argparse
 import json
 import pickle
+import statistics
 import tempfile
 import time
 import warnings
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -23,13 +26,15 @@ import preferences
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
-from figures import compare
+import trainers
+from figures import compare, report
 
 from apprentice.artifacts import Run, open_run
 from apprentice.data.pipeline import Corpus, make_corpus, render_window
 from apprentice.models.loading import load_model, resolve_dtype
 from apprentice.models.tuning import TUNING_METHODS, trainable
 from apprentice.recipe import Recipe
+from apprentice.recipe.training import Checkpointing
 from apprentice.session import ray_session
 from apprentice.train.batch import PackedRows
 from apprentice.train.deepspeed_config import micro_batch, rows_per_worker
@@ -39,6 +44,8 @@ from apprentice.train.optim import adamw, learning_rate
 
 WARM_UP = 2  # steps that do not count
 GOAL, DPO_GOAL = 0.95, 1.2
+TRAINER_GOAL, TRL_GOAL = 1.0, 1.5
+STARTUP_GOAL_S, SAVE_GOAL = 25.0, 0.1  # seconds; part of a save
 
 
 def recipe_of(arguments: argparse.Namespace, storage: str, name: str) -> Recipe:
@@ -76,6 +83,29 @@ def ours(arguments: argparse.Namespace, storage: str, number: int) -> float:
     records = [json.loads(line) for line in (run.folder / "steps.jsonl").read_text().splitlines()]
     steady = [record for record in records if record.get("step", 0) > WARM_UP and "loss" in record]
     return float(sum(record["target_tokens"] for record in steady) / sum(record["seconds"] for record in steady))
+
+
+def startup_s(arguments: argparse.Namespace, storage: str, number: int) -> float:
+    """Seconds from the call to the end of the first step."""
+    made = recipe_of(arguments, storage, f"startup-{number}")
+    run = open_run(made)
+    corpus = make_corpus(made, run)
+    first: list[float] = []
+    begin = time.perf_counter()
+    train(made, run, corpus, progress=lambda record: first.append(time.perf_counter()) if "loss" in record else None)
+    return first[0] - begin
+
+
+def save_block(arguments: argparse.Namespace, storage: str) -> tuple[float, float]:
+    """Seconds that training waited for a checkpoint of the whole model with AdamW's state, and that it took, in mid-run."""
+    made = recipe_of(arguments, storage, "saves")
+    training = made.training.model_copy(update={"steps": 6, "checkpoint": Checkpointing(every_steps=2, keep=1)})
+    made = made.model_copy(update={"tuning": made.tuning.model_copy(update={"method": "full"}), "training": training})
+    run = open_run(made)
+    train(made, run, make_corpus(made, run), progress=lambda _: None)
+    records = [json.loads(line) for line in (run.folder / "steps.jsonl").read_text().splitlines()]
+    saves = [record for record in records if "saved_s" in record and record["step"] < 6]
+    return statistics.median(save["blocked_s"] for save in saves), statistics.median(save["saved_s"] for save in saves)
 
 
 @dataclass(frozen=True)
@@ -171,6 +201,23 @@ def main() -> None:
             runs=arguments.runs,
             goal=GOAL,
         )
+        made = recipe_of(arguments, storage, "peers")
+        for figure, name, peer, goal in (
+            ("training.vs_trainer", "transformers Trainer", "trainer", TRAINER_GOAL),
+            ("training.vs_trl", "trl SFTTrainer, packing", "trl", TRL_GOAL),
+        ):
+            compare(
+                figure,
+                lambda: ours(arguments, storage, next(numbers)),
+                name,
+                partial(trainers.speed, peer, made, steps),
+                runs=arguments.runs,
+                goal=goal,
+            )
+        seconds = [startup_s(arguments, storage, number) for number in range(arguments.runs)]
+        report("training.startup_s", statistics.median(seconds), unit="s", runs=arguments.runs, goal=STARTUP_GOAL_S)
+        blocked, took = save_block(arguments, storage)
+        report("training.save_block", blocked / took, unit="ratio", blocked_s=blocked, save_s=took, runs=1, goal=SAVE_GOAL)
         batch = preferences.pairs_a_step(preferences.corpus_of(arguments, storage))
         compare(
             "training.dpo_vs_trl",

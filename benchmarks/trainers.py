@@ -1,0 +1,162 @@
+"""The peers of our training loop: transformers' Trainer and TRL's SFTTrainer on the examples of the same packed rows.
+
+Same weights, number format, LoRA, rows a step, processes and threads; Trainer gets our rows as they are, TRL packs the examples
+itself. Only steady steps count, and only target tokens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import sys
+import tempfile
+import time
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+
+from apprentice.hub import local_folder
+from apprentice.models.loading import load_model, resolve_dtype
+from apprentice.models.tuning import TUNING_METHODS
+from apprentice.recipe import Recipe
+from apprentice.train.batch import PackedRows
+from apprentice.train.deepspeed_config import micro_batch, rows_per_worker
+
+WARM_UP = 2  # steps that do not count
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the processes of a peer get; `steps` are our steps' rows."""
+
+    peer: str
+    recipe: Recipe
+    steps: list[PackedRows]
+    folder: str
+
+
+def speed(peer: str, recipe: Recipe, steps: list[PackedRows]) -> float:
+    """Target tokens/s of `peer` ("trainer" or "trl") over `steps`, in as many processes as the recipe has workers."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "job.pickle"
+        file.write_bytes(pickle.dumps(Job(peer, recipe, steps, folder)))
+        workers = recipe.training.max_workers
+        torch.multiprocessing.spawn(_process, (str(file), workers), nprocs=workers)
+        return float((Path(folder) / "speed").read_text())
+
+
+def _process(rank: int, file: str, workers: int) -> None:
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    job: Job = pickle.loads(Path(file).read_bytes())
+    if workers > 1:
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(workers), MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+        dist.init_process_group("gloo", init_method=f"file://{job.folder}/store", rank=rank, world_size=workers)
+    with contextlib.redirect_stdout(sys.stderr):  # they print their figures, and standard output is for ours
+        trainer = _trl(job, workers) if job.peer == "trl" else _trainer(job, workers)
+        targets, seconds = _run(trainer)
+    total = torch.tensor([targets], dtype=torch.float64)
+    if workers > 1:
+        dist.all_reduce(total)
+    if rank == 0:
+        (Path(job.folder) / "speed").write_text(str(float(total) / seconds))
+
+
+def _run(trainer: Any) -> tuple[int, float]:
+    """This process's target tokens, and the seconds, of the steps after the warm-up."""
+    found = {"targets": 0, "begin": 0.0}
+    inner = trainer.training_step
+
+    def training_step(model: Any, inputs: Any, *rest: Any, **more: Any) -> Any:
+        if trainer.state.global_step == WARM_UP and not found["begin"]:
+            found["begin"] = time.perf_counter()
+        if trainer.state.global_step >= WARM_UP:
+            found["targets"] += int((inputs["labels"][..., 1:] != -100).sum())
+        return inner(model, inputs, *rest, **more)
+
+    trainer.training_step = training_step
+    trainer.train()
+    return int(found["targets"]), time.perf_counter() - found["begin"]
+
+
+def _arguments(job: Job, workers: int) -> dict[str, Any]:
+    training = job.recipe.training
+    micro = micro_batch(training, workers=workers, length=job.recipe.data.packing.length, on_gpu=False)
+    return {
+        "output_dir": job.folder,
+        "per_device_train_batch_size": micro,
+        "gradient_accumulation_steps": rows_per_worker(training, workers) // micro,
+        "max_steps": len(job.steps),
+        "learning_rate": training.optimizer.learning_rate,
+        "max_grad_norm": training.optimizer.clip,
+        "bf16": False,
+        "use_cpu": True,
+        "ddp_backend": "gloo" if workers > 1 else None,
+        "gradient_checkpointing": False,
+        "dataloader_pin_memory": False,
+        "report_to": [],
+        "save_strategy": "no",
+        "logging_steps": 10**6,
+        "disable_tqdm": True,
+    }
+
+
+def _model(job: Job) -> Any:
+    return load_model(job.recipe.model.base, resolve_dtype(job.recipe.model.dtype, "cpu"))
+
+
+def _trainer(job: Job, workers: int) -> Any:
+    from transformers import Trainer, TrainingArguments
+
+    rows = [
+        {
+            "input_ids": torch.from_numpy(step.input_ids[at].astype("int64")),
+            "position_ids": torch.from_numpy(step.positions[at].astype("int64")),
+            "labels": torch.from_numpy(step.input_ids[at].astype("int64")).masked_fill(
+                torch.from_numpy(step.loss_mask[at] == 0), -100
+            ),
+        }
+        for step in job.steps
+        for at in range(len(step))
+    ]
+    tuned = TUNING_METHODS[job.recipe.tuning.method].wrap(_model(job), job.recipe.tuning, job.recipe.seed).train()
+    data: Any = rows
+    return Trainer(model=tuned, args=TrainingArguments(**_arguments(job, workers)), train_dataset=data)
+
+
+def _trl(job: Job, workers: int) -> Any:
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import AutoTokenizer
+    from trl import SFTConfig, SFTTrainer
+
+    length = job.recipe.data.packing.length
+    more = {"packing": True, "max_length": length, "completion_only_loss": True}
+    tuning = job.recipe.tuning
+    lora = LoraConfig(
+        task_type="CAUSAL_LM", r=tuning.rank, lora_alpha=int(tuning.alpha or 2 * tuning.rank), target_modules="all-linear"
+    )
+    return SFTTrainer(
+        model=_model(job),
+        args=SFTConfig(**_arguments(job, workers), **more),
+        train_dataset=Dataset.from_list(examples(job.steps)),
+        processing_class=AutoTokenizer.from_pretrained(local_folder(job.recipe.model.base)),
+        peft_config=lora if tuning.method == "lora" else None,
+    )
+
+
+def examples(steps: list[PackedRows]) -> list[dict[str, list[int]]]:
+    """The examples of all rows: their token ids, and which of them count."""
+    found = []
+    for step in steps:
+        for ids, segments, mask in zip(step.input_ids, step.segment_ids, step.loss_mask, strict=True):
+            for segment in range(1, int(segments.max()) + 1):
+                here = segments == segment
+                found.append({"input_ids": ids[here].tolist(), "completion_mask": mask[here].astype(int).tolist()})
+    return found
