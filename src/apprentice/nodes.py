@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import Any, TypeVar
 
 import ray
@@ -21,8 +21,8 @@ T = TypeVar("T")
 PATIENCE_S = 120.0  # how long a node may take to answer; most of it is the start of a process
 
 
-def node_resources(*, job: bool | None = None) -> list[dict[str, float]]:
-    """Ray's resources of each live node, less the CPUs that the drivers of Ray jobs hold there.
+def node_resources(*, job: bool | None = None, without: Container[str] = ()) -> list[dict[str, float]]:
+    """Ray's resources of each live node but those `without` names by id, less the CPUs that the drivers of Ray jobs hold there.
 
     Ray Data does not know of those, and would wait without end for the last CPU that a driver has. `job` says whether there are
     such drivers (None: whether this process is one).
@@ -30,7 +30,7 @@ def node_resources(*, job: bool | None = None) -> list[dict[str, float]]:
     drivers = _driver_cpus() if (is_job() if job is None else job) else Counter[str]()
     found = []
     for node in ray.nodes():
-        if node["Alive"]:
+        if node["Alive"] and node["NodeID"] not in without:
             resources = {name: float(value) for name, value in node["Resources"].items()}
             if held := drivers[node["NodeID"]]:
                 resources["CPU"] = max(0.0, resources.get("CPU", 0.0) - held)

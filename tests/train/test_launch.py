@@ -30,6 +30,7 @@ from apprentice.errors import DataError, RecipeError, ResourcesError, TrainingEr
 from apprentice.models.loading import load_model
 from apprentice.recipe import Recipe, load_recipe
 from apprentice.train import launch
+from apprentice.train.tracking import Outcome
 from tests.recipes import tiny_recipe
 
 STEPS = 8
@@ -221,6 +222,15 @@ def test_a_stopped_run_goes_on_with_other_workers(
         assert step["examples"] == expected[step["step"]]["examples"] != []
         assert step["loss"] == pytest.approx(expected[step["step"]]["loss"], rel=1e-5)
     assert result.loss == pytest.approx(undisturbed[0].loss, rel=1e-5)
+
+
+def test_a_dead_worker_in_a_sentence() -> None:
+    gone = RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [10.0.0.2]:3345")
+    assert str(launch._explained(gone, Outcome(3, None, []))).startswith(
+        "a worker died, and the run had been started 3 times; look"
+    )
+    named = launch._explained(gone, Outcome(1, None, ["worker 1 (process 7 on 10.0.0.2) had not answered"]))
+    assert str(named).startswith("worker 1 (process 7 on 10.0.0.2) had not answered; the run had been started once; look")
 
 
 def test_a_loss_that_is_no_number(tmp_path: Path, tiny_model: Path) -> None:

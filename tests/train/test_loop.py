@@ -187,3 +187,20 @@ def test_validation_loss() -> None:
     expected = sum(engine.validation_nll(micro) for micro in rows.micros(1)) / rows.targets
     assert validation_loss(engine, rows, 2, Peers()) == pytest.approx(expected, rel=1e-6)
     assert validation_loss(engine, rows.share(5, 6), 2, Peers()) is None
+
+
+def test_a_checkpoint_that_is_wanted_comes_at_once_and_without_validation() -> None:
+    saves: list[tuple[int, float | None]] = []
+    wishes = iter([False, False, True, False, False])
+    train_loop(
+        PlainEngine(),
+        stream(),
+        State(),
+        course(every=4),
+        peers=Peers(),
+        record=lambda _: None,
+        save=lambda now: saves.append((now.step, now.validation_loss)),
+        validate=lambda: 3.0,
+        wanted=lambda: next(wishes),
+    )
+    assert saves == [(3, None), (4, 3.0), (5, 3.0)]

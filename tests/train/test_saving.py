@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,6 +38,7 @@ class Ears:
 
     def __init__(self, folder: Folder, *, first: bool = True) -> None:
         self.told: list[tuple[int, str]] = []
+        self.took: list[dict[str, float]] = []
         self.registered: list[tuple[bool, int]] = []
         self.gathered = 0
         self.saver = Saver(
@@ -44,17 +46,27 @@ class Ears:
             2,
             {"dtype": "float32"},
             first=first,
-            tell=lambda state, *, message: self.told.append((state.step, message)),
+            tell=self.tell,
             register=lambda saved, state: self.registered.append((saved is not None, state.step)),
         )
+
+    def tell(self, state: State, message: str = "", **seconds: float) -> None:
+        self.told.append((state.step, message)) if message else self.took.append(seconds)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         for name in "abc":
             self.gathered += 1
             yield f"weight/{name}", torch.ones(LARGE)
 
+    def settle(self) -> None:
+        """Waits for the thread."""
+        pending = self.saver._pending
+        assert pending is not None
+        assert pending[1] is not None
+        pending[1].result()
+
     def save(self, step: int, **more: Any) -> None:
-        self.saver.save(State(step=step), self.tensors(), **({"last": False} | more))
+        self.saver.save(State(step=step), self.tensors(), **({"last": False, "size": 12 * LARGE} | more))
 
 
 @pytest.fixture
@@ -66,14 +78,18 @@ def names(folder: Folder) -> list[str]:
     return sorted(child.name for child in folder.children())
 
 
-def test_training_goes_on_and_the_next_one_is_tried(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("size", [12 * LARGE, 2**60])  # a copy fits into memory, or not
+def test_training_goes_on_and_the_next_one_is_tried(size: int, folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         checkpoints, "SHARD_BYTES", LARGE
     )  # one tensor a file: the first fails, the others are gathered all the same
     ears = Ears(folder)
-    ears.save(3)
+    ears.save(3, size=size)
+    assert ears.registered == []  # what became of it is known to all workers at the next one
+    ears.settle()
     with no_room():
-        ears.save(6)
+        ears.save(6, size=size)
+        ears.settle()
     assert ears.gathered == 6
     assert names(folder) == ["step-000003"]  # and no half of one
     ((step, message),) = ears.told
@@ -85,11 +101,15 @@ def test_training_goes_on_and_the_next_one_is_tried(folder: Folder, monkeypatch:
     ears.save(9, last=True)
     assert names(folder) == ["step-000003", "step-000009"]
     assert ears.registered == [(True, 3), (False, 6), (True, 9)]
+    assert len(ears.took) == 2
+    assert all(0 < took["blocked_s"] <= took["saved_s"] for took in ears.took)
+    assert [took["blocked_s"] == took["saved_s"] for took in ears.took] == [size > 12 * LARGE, False]
 
 
 def test_the_last_one_must_be_there(folder: Folder) -> None:
     ears = Ears(folder)
     ears.save(3)
+    ears.settle()
     with no_room(), pytest.raises(StorageError, match=r"step 6 cannot .*\); the last whole .* step 3\. Make room there and train"):
         ears.save(6, last=True)
     assert ears.gathered == 6
@@ -107,5 +127,31 @@ def test_without_any_checkpoint(folder: Folder) -> None:
 
 def test_the_other_workers_gather_and_write_nothing(folder: Folder) -> None:
     ears = Ears(folder, first=False)
-    ears.save(3)
+    ears.save(3, last=True)
     assert (ears.gathered, ears.registered, names(folder)) == (3, [(False, 3)], [])
+
+
+def test_training_goes_on_while_one_is_written(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The state and the tensors are those of the step that was saved, whatever came after."""
+    may_write = threading.Event()
+    write = checkpoints.save
+
+    def slow(*arguments: Any) -> Any:
+        assert may_write.wait(30)
+        return write(*arguments)
+
+    monkeypatch.setattr(checkpoints, "save", slow)
+    ears = Ears(folder)
+    state, weight = State(step=3, tokens=30), torch.ones(4)
+    ears.saver.save(state, iter([("weight/a", weight)]), size=16, last=False)
+    state.step, state.tokens = 4, 40
+    state.ledger.examples[0] = 1
+    weight.zero_()
+    assert names(folder) == []
+    may_write.set()
+    ears.saver.close()
+    found = checkpoints.restorable(folder)
+    assert found is not None
+    assert (found.state.step, found.state.tokens, found.state.ledger.examples) == (3, 30, {})
+    with checkpoints.tensors_of(found) as read:
+        assert read("weight/a").tolist() == [1, 1, 1, 1]

@@ -21,7 +21,7 @@ from tests.train.rows import packed_rows
 @pytest.mark.parametrize("where", ["build_engine", "train_loop"])
 def test_out_of_memory_is_one_sentence(where: str, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = load_recipe(tiny_recipe(tmp_path, tiny_model, training__workers=1, tuning={"method": "full"}))
-    engine = SimpleNamespace(trained=(1000, 0.5), attention="sdpa", state=lambda: iter(()))
+    engine = SimpleNamespace(trained=(1000, 0.5), micro=4, attention="sdpa", state=lambda: iter(()))
 
     def full(*_: Any, **__: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")

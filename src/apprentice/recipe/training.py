@@ -103,7 +103,11 @@ class Training(Strict):
     )
     checkpoint: Checkpointing = Checkpointing()
     max_failures: Annotated[int, Field(ge=0)] = 3
-    hang_timeout_s: float = Field(1800.0, gt=0.0, description="Seconds after which a collective that does not end is an error.")
+    hang_timeout_s: float = Field(
+        1800.0,
+        gt=0.0,
+        description="Seconds after which a worker that does not answer is named and ended, and a collective is given up.",
+    )
 
     @property
     def aim(self) -> Objective:

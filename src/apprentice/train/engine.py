@@ -10,10 +10,11 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import math
 import os
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -52,12 +53,13 @@ class DeepSpeedEngine:
         weights = next(iter(trained.values())).dtype if training.optimizer.name == "adafactor" else dtype
         config = deepspeed_config(training, workers=workers, micro=micro, dtype=weights, trainable=numbers)
         if training.activation_checkpointing:
-            plain: Any = model
-            plain.gradient_checkpointing_enable({"use_reentrant": False})
+            checkpointing(model)
         wrapped = loss_of(model, training, None if weights == dtype else dtype).to(device=device)
         self._loss_module = wrapped
         self.trained = trained_share(model)  # how many numbers, and of all the part
+        self.state_bytes = 4 * self._numbers_of_state(trained, training.optimizer.name)
         self.attention = str(getattr(getattr(model, "config", None), "_attn_implementation", "eager"))
+        self.micro = micro
         self._optimizer = training.optimizer.name
         self._scales_loss = weights == torch.float16
         self._shapes = {name: parameter.shape for name, parameter in trained.items()}  # ZeRO-3 takes them away
@@ -107,6 +109,12 @@ class DeepSpeedEngine:
         there = micro.to(self._device)
         loss: Tensor = self._engine(*there.tensors)
         return loss
+
+    @staticmethod
+    def _numbers_of_state(trained: Mapping[str, nn.Parameter], optimizer: str) -> int:
+        """That `state()` gives."""
+        shapes = (shape for parameter in trained.values() for shape in moments(optimizer, parameter.shape).values())
+        return sum(parameter.numel() for parameter in trained.values()) + sum(math.prod(shape) for shape in shapes)
 
     def _plain_norm(self) -> float:
         norms = [parameter.grad.norm() for parameter in self._parameters.values() if parameter.grad is not None]
@@ -174,6 +182,12 @@ class DeepSpeedEngine:
             if hasattr(self._engine.optimizer, name):
                 return list(getattr(self._engine.optimizer, name))
         return list(self._parameters.values())
+
+
+def checkpointing(model: nn.Module) -> None:
+    """Keeps only the input of each of `model`'s layers from now on."""
+    plain: Any = model
+    plain.gradient_checkpointing_enable({"use_reentrant": False})
 
 
 def _deepspeed(device: torch.device) -> Any:

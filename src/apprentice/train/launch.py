@@ -24,7 +24,8 @@ import ray.train
 import ray.train.torch
 from ray.data import ExecutionOptions, ExecutionResources
 from ray.train import CheckpointUploadMode
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchConfig
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from apprentice.artifacts import Run, public_base
 from apprentice.data.corpus import positions_of_epochs
@@ -38,14 +39,17 @@ from apprentice.train import checkpoint as checkpoints
 from apprentice.train.batch import PackedRows
 from apprentice.train.export import export
 from apprentice.train.failure import causes, lost_peer, mendable
+from apprentice.train.pulse import Pulse, end
 from apprentice.train.reference import references
 from apprentice.train.resources import Ask, check_resources, required_resources, workers_that_fit
+from apprentice.train.scaling import DivisorPolicy, Trainer
 from apprentice.train.state import Goal, State
-from apprentice.train.tracking import Mailbox, Tracker
+from apprentice.train.tracking import Mailbox, Outcome, Tracker
 from apprentice.train.worker import run_worker
 
 T = TypeVar("T")
 POLL_S = 0.2
+AFTER_US_S = 10  # that a collective waits on for a silent worker, who is named and ended first
 PREFETCHED_STEPS = 2
 START_TIMEOUT_S = "600"  # of a worker group; Ray Train's 60 s are too few for a busy machine, and it would begin again and again
 LEAST_VALIDATION_ROWS, MOST_VALIDATION_ROWS = 8, 256
@@ -79,6 +83,8 @@ def train(recipe: Recipe, run: Run, corpus: Corpus, *, progress: Callable[[dict[
     if run.is_trained and "training" in run.status():
         return TrainResult(**run.status()["training"])
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", START_TIMEOUT_S)
+    # Ray Train's own verdict on a silent worker comes after ours, which names it.
+    os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(2 * recipe.training.hang_timeout_s)
     goal = goal_of(recipe, corpus)
     _check_cluster(recipe)
     checkpoints.sweep(run.checkpoints)
@@ -135,16 +141,17 @@ def _check_cluster(recipe: Recipe) -> Ask:
 
 def _fit(recipe: Recipe, run: Run, corpus: Corpus, goal: Goal, tracker: Tracker) -> int:
     """Runs the workers until the goal; gives the number of attempts."""
-    mailbox: Any = ray.remote(Mailbox).options(num_cpus=0).remote()
     workers = workers_that_fit(recipe, node_resources())
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)  # a node of the workers may go
+    mailbox: Any = ray.remote(Mailbox).options(num_cpus=0, scheduling_strategy=here).remote(workers)
     validation = validation_rows(corpus, validation_limit(recipe))
     length = corpus.row_length + (corpus.target_length or 0)
-    job = Job(recipe, run, goal, mailbox, ray.put(validation), length, corpus.row_bytes, workers, _shares(corpus))
+    job = Job(recipe, run, goal, mailbox, ray.put(validation), length, corpus.row_bytes, _shares(corpus))
     trainer = _trainer(job, corpus)
     # Ray Train would look for checkpoints that it knew in an earlier call; which one counts is decided by checkpoint.restorable.
     (run.checkpoints / "checkpoint_manager_snapshot.json").delete()
     failure: Exception | None = None
-    with _Follower(mailbox, tracker):
+    with _Follower(mailbox, tracker, recipe.training.hang_timeout_s):
         before = signal.getsignal(signal.SIGINT)
         try:
             trainer.fit()
@@ -153,13 +160,13 @@ def _fit(recipe: Recipe, run: Run, corpus: Corpus, goal: Goal, tracker: Tracker)
         finally:
             if threading.current_thread() is threading.main_thread():
                 signal.signal(signal.SIGINT, before)  # Ray Train leaves its own handler behind
-    attempts, told = ray.get(mailbox.outcome.remote())
+    outcome: Outcome = ray.get(mailbox.outcome.remote())
     ray.kill(mailbox)
-    if told is not None:
-        raise told
+    if outcome.error is not None:
+        raise outcome.error
     if failure is not None:
-        raise _explained(failure, attempts) from failure
-    return int(attempts)
+        raise _explained(failure, outcome) from failure
+    return outcome.attempts
 
 
 @dataclass(frozen=True)
@@ -173,7 +180,6 @@ class Job:
     validation: Any  # reference to the packed validation rows
     length: int  # tokens of a packed row, of both sides
     row_bytes: int  # of a packed row's arrays
-    workers: int
     shares: dict[int, float]  # number of a task → its share of the examples
 
 
@@ -182,6 +188,7 @@ def work(job: Job) -> None:
     attempt, restored, over = ray.get(job.mailbox.start.remote())
     if over:
         return
+    pulse = Pulse(job.mailbox, attempt, ray.train.get_context().get_world_rank(), job.recipe.training.hang_timeout_s)
     logging.getLogger("ray").setLevel(logging.WARNING)
     warnings.simplefilter("ignore")  # deprecations inside DeepSpeed and Ray, for their developers
 
@@ -206,12 +213,14 @@ def work(job: Job) -> None:
         validation = PackedRows.of(ray.get(job.validation))
         device = ray.train.torch.get_device()
         given = (job.recipe, job.run, job.goal, restored, rows, validation, job.length)
-        run_worker(*given, device=device, tell=tell, register=register, shares=job.shares)
+        run_worker(*given, device=device, tell=tell, register=register, shares=job.shares, wanted=pulse.checkpoint_wanted)
     except Exception as error:
         # Trying again would not mend it: the next attempt sees it in the mailbox and ends at once.
         if (ours := mendable(error)) is not None:
             ray.get(job.mailbox.fail.remote(ours))
         raise
+    finally:
+        pulse.close()
 
 
 def begun(batches: Iterable[T]) -> Iterator[T]:
@@ -228,7 +237,7 @@ def begun(batches: Iterable[T]) -> Iterator[T]:
     return all_of_them()
 
 
-def _trainer(job: Job, corpus: Corpus) -> TorchTrainer:
+def _trainer(job: Job, corpus: Corpus) -> Trainer:
     training = job.recipe.training
     resources = {"CPU": training.resources.cpus} | ({"GPU": training.resources.gpus} if training.resources.gpus else {})
     checkpoint_folder, mailbox = job.run.checkpoints, job.mailbox
@@ -238,26 +247,28 @@ def _trainer(job: Job, corpus: Corpus) -> TorchTrainer:
     def build() -> Any:
         """The stream for a worker group that is about to start; called for each one, before its workers run."""
         found = checkpoints.restorable(checkpoint_folder)
-        ray.get(mailbox.begin.remote(found))
+        workers = ray.get(mailbox.begin.remote(found))
         start = Start(found.state.window, found.state.row) if found else Start()
         # As many actors as there is room for now: a node may have been lost since the run began.
-        spare = sum(node.get("CPU", 0.0) for node in node_resources(job=submitted)) - job.workers * training.resources.cpus
-        return train_stream(ray.get(held), start, None, max(1, min(max(4, job.workers), int(spare) - 1)))
+        spare = sum(node.get("CPU", 0.0) for node in node_resources(job=submitted)) - workers * training.resources.cpus
+        return train_stream(ray.get(held), start, None, max(1, min(max(4, workers), int(spare) - 1)))
 
     logging.getLogger("ray.train").setLevel(logging.WARNING)
     run_config: Any = ray.train.RunConfig  # its hints are those of the first Ray Train
-    return TorchTrainer(
+    scaling = ray.train.ScalingConfig(
+        num_workers=training.max_workers, use_gpu=training.resources.gpus > 0, resources_per_worker=resources
+    )
+    return Trainer(
         partial(work, job),  # not as train_loop_config, which Ray Train's controller would unpack, with all that launch.py imports
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=job.workers, use_gpu=training.resources.gpus > 0, resources_per_worker=resources
-        ),
+        policy=DivisorPolicy(scaling, job.recipe, mailbox),
+        scaling_config=scaling,
         run_config=run_config(
             name=job.run.checkpoints.name,
             storage_path=str(job.run.folder),
             failure_config=ray.train.FailureConfig(max_failures=training.max_failures),
             logging_config=ray.train.LoggingConfig(log_level="ERROR"),
         ),
-        torch_config=TorchConfig(timeout_s=math.ceil(training.hang_timeout_s)),
+        torch_config=TorchConfig(timeout_s=math.ceil(training.hang_timeout_s) + AFTER_US_S),
         datasets={"train": build},
         # Order and no locality: each step must be one stretch of the stream, whatever runs where.
         dataset_config=ray.train.DataConfig(execution_options=_stream_options(job), enable_shard_locality=False),
@@ -278,15 +289,16 @@ def validation_limit(recipe: Recipe) -> int:
     return min(max(rows, training.global_batch, LEAST_VALIDATION_ROWS), MOST_VALIDATION_ROWS)
 
 
-def _explained(failure: Exception, attempts: int) -> Exception:
+def _explained(failure: Exception, outcome: Outcome) -> Exception:
     """Our own error if `failure` carries one; workers that die are the user's to mend; all else is a defect and stays as it is."""
     ours = mendable(failure)
     if ours is not None:
         return ours
     if any(isinstance(error, ray.exceptions.RayActorError) or lost_peer(error) for error in causes(failure)):
-        times = "once" if attempts == 1 else f"{attempts} times"
+        times = "once" if outcome.attempts == 1 else f"{outcome.attempts} times"
+        died = f"{outcome.silent[-1]}; " if outcome.silent else "a worker died, and "
         return TrainingError(
-            f"a worker died, and the run had been started {times}; look for a lack of memory or a lost node, then run the same"
+            f"{died}the run had been started {times}; look for a lack of memory or a lost node, then run the same"
             " command again: it goes on from the newest checkpoint."
         )
     failures = getattr(failure, "worker_failures", {})
@@ -326,10 +338,14 @@ def _finish(recipe: Recipe, run: Run, corpus: Corpus, goal: Goal, tracker: Track
 
 
 class _Follower:
-    """A thread that carries records from the mailbox to the tracker while the main thread waits for Ray Train."""
+    """A thread that carries records from the mailbox to the tracker while the main thread waits for Ray Train.
 
-    def __init__(self, mailbox: Any, tracker: Tracker) -> None:
+    It also ends workers that have not answered for too long, whom the others would wait for.
+    """
+
+    def __init__(self, mailbox: Any, tracker: Tracker, hang_timeout_s: float) -> None:
         self._mailbox = mailbox
+        self._hang_timeout_s = hang_timeout_s
         self._tracker = tracker
         self._over = threading.Event()
         self._error: BaseException | None = None
@@ -353,5 +369,7 @@ class _Follower:
             self._error = error
 
     def _pass_on(self) -> None:
+        for who in ray.get(self._mailbox.silent.remote(self._hang_timeout_s)):
+            end(who)
         for record in ray.get(self._mailbox.take.remote()):
             self._tracker.write(record)

@@ -55,6 +55,7 @@ class _Step:
     tokens: int
     targets: int
     counted: float  # what the loss is a mean over: target tokens with their weights, or pairs
+    checkpoint: bool  # one is wanted now
 
     @property
     def examples(self) -> list[int]:
@@ -72,11 +73,13 @@ def train_loop(
     record: Callable[[dict[str, Any]], None],
     save: Callable[[State], None],
     validate: Callable[[], float | None],
+    wanted: Callable[[], bool] = lambda: False,
 ) -> State:
     """Trains from `state` to the goal; every batch is this worker's part of one step.
 
     `record` gets each finished step (on every worker), `save` the state at each checkpoint and at the end, after `validate` gave
-    the validation loss. Raises `TrainingError` if the loss is no number, the stream ends early, or does not begin where
+    the validation loss. Where `wanted` is true on some worker, a checkpoint follows at once, without
+    validation. Raises `TrainingError` if the loss is no number, the stream ends early, or does not begin where
     `state` says.
     """
     clock = _Clock()
@@ -85,7 +88,7 @@ def train_loop(
     while course.goal.reached(state) < 1.0:
         rows = _next_rows(batches, state)
         clock.data_came()
-        step = _put_together(rows, peers)
+        step = _put_together(rows, wanted(), peers)
         if start is not None:
             _check_begin(step, start)
             start = None
@@ -108,8 +111,9 @@ def train_loop(
         )
         if not (math.isfinite(state.loss) and math.isfinite(outcome.grad_norm)):
             raise _no_number(state, step, good)
-        if state.step % course.checkpoint_every == 0 or course.goal.reached(state) == 1.0:
-            state.validation_loss = validate()
+        due = state.step % course.checkpoint_every == 0 or course.goal.reached(state) == 1.0
+        if due or step.checkpoint:
+            state.validation_loss = validate() if due else None
             save(state)
             good = state.step
             clock.restart()
@@ -153,10 +157,11 @@ def _next_rows(batches: Iterator[PackedRows], state: State) -> PackedRows:
         raise TrainingError(f"{message}; this is a defect of the data pipeline.") from None
 
 
-def _put_together(rows: PackedRows, peers: Peers) -> _Step:
-    parts, *counts = zip(*peers.gather((rows.facts, rows.tokens, rows.targets, rows.counted)), strict=True)
+def _put_together(rows: PackedRows, wanted: bool, peers: Peers) -> _Step:
+    told = peers.gather((rows.facts, rows.tokens, rows.targets, rows.counted, wanted))
+    parts, tokens, targets, counted, wishes = zip(*told, strict=True)
     facts = sorted((fact for part in parts for fact in part), key=lambda fact: (fact.window, fact.row))
-    return _Step(facts, *map(sum, counts))
+    return _Step(facts, sum(tokens), sum(targets), sum(counted), any(wishes))
 
 
 def _check_begin(step: _Step, start: tuple[int, int]) -> None:

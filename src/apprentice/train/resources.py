@@ -51,7 +51,7 @@ def check_resources(ask: Ask, nodes: Sequence[Mapping[str, float]]) -> None:
     gpus = sum(node.get("GPU", 0.0) for node in nodes)
     have = f"{cpus:g} CPUs and {gpus:g} GPUs on {len(nodes)} node{'s' if len(nodes) != 1 else ''}"
     asked = f"{ask.workers} workers of {ask.cpus:g} CPUs" + (f" and {ask.gpus:g} GPUs" if ask.gpus else "")
-    if _slots(ask, nodes) < ask.workers or cpus < ask.workers * ask.cpus + ask.data_cpus:
+    if slots(ask, nodes) < ask.workers or cpus < ask.workers * ask.cpus + ask.data_cpus:
         raise ResourcesError(
             f"training asks for {asked} each, and {ask.data_cpus:g} more CPUs for the data; the cluster has {have}."
             " Lower training.workers or training.resources, or add nodes."
@@ -64,7 +64,7 @@ def check_resources(ask: Ask, nodes: Sequence[Mapping[str, float]]) -> None:
         )
 
 
-def _slots(ask: Ask, nodes: Sequence[Mapping[str, float]]) -> int:
+def slots(ask: Ask, nodes: Sequence[Mapping[str, float]]) -> int:
     """Workers that fit, each whole on one node."""
     total = 0
     for node in nodes:
@@ -80,7 +80,7 @@ def workers_that_fit(recipe: Recipe, nodes: Sequence[Mapping[str, float]]) -> in
     training = recipe.training
     ask = required_resources(recipe)
     cpus = sum(node.get("CPU", 0.0) for node in nodes)
-    room = min(_slots(ask, nodes), int((cpus - ask.data_cpus) // ask.cpus))
+    room = min(slots(ask, nodes), int((cpus - ask.data_cpus) // ask.cpus))
     fitting = [
         count
         for count in range(training.min_workers, training.max_workers + 1)

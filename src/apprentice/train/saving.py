@@ -1,12 +1,16 @@
-"""Checkpoints as a run makes them: what cannot be written is told, and tried again at the next; only the last one must be there.
+"""Checkpoints as a run makes them: training waits for the copy in memory, and a thread of the first worker writes it.
 
-All workers take part in gathering the tensors, whether or not the first can write them. Knows nothing of Ray or DeepSpeed.
+What cannot be written is told, and tried again at the next; only the last one must be there. All workers take part in gathering
+the tensors, whether or not the first can write them. Knows nothing of Ray or DeepSpeed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
+import copy
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -14,14 +18,25 @@ from apprentice.errors import StorageError
 from apprentice.storage import Folder
 from apprentice.train import checkpoint as checkpoints
 from apprentice.train.checkpoint import Checkpoint
+from apprentice.train.memory import free_memory
 from apprentice.train.state import State
+
+MOST_OF_FREE_MEMORY = 0.5  # that a copy may take; what is larger is written while training waits
+
+
+class _Written(NamedTuple):
+    """One of the two."""
+
+    checkpoint: Checkpoint | None
+    failure: StorageError | None
 
 
 class Saver:
     """Saves into `folder` on the first worker and keeps `keep` there; `facts` go into every checkpoint.
 
-    `tell(state, message=…)` gets a sentence about a checkpoint that could not be written, `register` every outcome: the checkpoint
-    on the first worker, None on the others or if there is none.
+    `tell(state, message=…)` gets a sentence about a checkpoint that could not be written, and `tell(state, saved_s=…, blocked_s=…)`
+    how long one took and how long training waited for it, both from the thread that writes. `register` gets every outcome, on all
+    workers alike and no later than at the next save: the checkpoint on the first worker, None on the others or if there is none.
     """
 
     def __init__(
@@ -37,30 +52,60 @@ class Saver:
         self._folder = folder
         self._keep = keep
         self._facts = facts
-        self._first = first
         self._tell = tell
         self._register = register
+        self._writer = ThreadPoolExecutor(1, "apprentice-checkpoint") if first else None
+        self._pending: tuple[State, Future[_Written] | None] | None = None  # the state and its checkpoint, on the first worker
 
-    def save(self, state: State, tensors: Iterator[tuple[str, Tensor]], *, last: bool) -> None:
-        """One checkpoint of `tensors`. Raises `StorageError` if it is the `last` of the run and cannot be written."""
-        saved: Checkpoint | None = None
-        failure: StorageError | None = None
-        if self._first:
-            try:
-                saved = checkpoints.save(self._folder, tensors, state, self._facts)
-            except StorageError as error:
-                failure = error
+    def save(self, state: State, tensors: Iterator[tuple[str, Tensor]], *, size: int, last: bool) -> None:
+        """One checkpoint of `tensors`, of `size` bytes in all. Raises `StorageError` if it is the `last` and cannot be written."""
+        begin = time.perf_counter()
+        self._settle()
+        state = copy.deepcopy(state)  # training goes on with it
+        writing: Future[_Written] | None = None
+        if self._writer is not None and size <= MOST_OF_FREE_MEMORY * free_memory():
+            held = [(key, tensor.clone()) for key, tensor in tensors]
+            writing = self._writer.submit(self._write, held, state, begin, time.perf_counter() - begin, last)
+        elif self._writer is not None:
+            writing = Future()
+            writing.set_result(self._write(tensors, state, begin, None, last))
         for _ in tensors:  # gathering takes all workers, also for what is not written
             pass
-        if failure is not None:
-            self._report(failure, state, last)
-        self._register(saved, state)
-        if saved is not None:
-            checkpoints.prune(self._folder, self._keep)
+        self._pending = (state, writing)
+        if last and (failure := self._settle()) is not None:
+            raise failure
 
-    def _report(self, failure: StorageError, state: State, last: bool) -> None:
+    def close(self) -> None:
+        """Waits for the checkpoint that is being written, so that a run that stops here does not lose it."""
+        if self._writer is not None:
+            self._writer.shutdown(wait=True)
+
+    def _settle(self) -> StorageError | None:
+        """Waits for the save before and registers what became of it; gives what kept it from being written."""
+        if self._pending is None:
+            return None
+        state, writing = self._pending
+        self._pending = None
+        written = writing.result() if writing is not None else _Written(None, None)
+        self._register(written.checkpoint, state)
+        return written.failure
+
+    def _write(
+        self, tensors: Iterable[tuple[str, Tensor]], state: State, begin: float, blocked_s: float | None, last: bool
+    ) -> _Written:
+        try:
+            saved = checkpoints.save(self._folder, tensors, state, self._facts)
+        except StorageError as error:
+            return _Written(None, self._told(error, state, last))
+        checkpoints.prune(self._folder, self._keep)
+        took = time.perf_counter() - begin
+        self._tell(state, saved_s=took, blocked_s=took if blocked_s is None else blocked_s)
+        return _Written(saved, None)
+
+    def _told(self, failure: StorageError, state: State, last: bool) -> StorageError:
         before = checkpoints.restorable(self._folder)
         good = f"the last whole checkpoint is that of step {before.state.step}" if before else "there is no other checkpoint"
         if last:
-            raise StorageError(f"{failure}; {good}. Make room there and train again: it goes on from that.") from failure
+            return StorageError(f"{failure}; {good}. Make room there and train again: it goes on from that.")
         self._tell(state, message=f"{failure}; {good}. Training goes on, and the next checkpoint is tried as usual.")
+        return failure

@@ -2,8 +2,8 @@
 
     worker of rank 0 ──▶ Mailbox (a Ray actor) ──▶ Tracker in the driver ──▶ steps.jsonl, TensorBoard events, status.json, progress
 
-The mailbox also carries the one decision from which checkpoint an attempt goes on, and the first error that the user can mend.
-Knows nothing of models or of how a step is made.
+The mailbox also carries the one decision from which checkpoint an attempt goes on, the wish for one, the first error that the user
+can mend, and which workers are silent. Knows nothing of models or of how a step is made.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from apprentice.artifacts import Run
 from apprentice.errors import ApprenticeError
@@ -23,6 +23,7 @@ from apprentice.train.events import Events
 
 if TYPE_CHECKING:  # it brings torch, two seconds that the mailbox need not wait for
     from apprentice.train.checkpoint import Checkpoint
+    from apprentice.train.pulse import Who
 
 STATUS_EVERY_S = 2.0
 SCALARS = {
@@ -32,23 +33,53 @@ SCALARS = {
     "tokens_per_s": "speed/tokens_per_s",
     "data_wait": "speed/data_wait",
     "validation_loss": "validation/loss",
+    "saved_s": "checkpoint/seconds",
+    "blocked_s": "checkpoint/seconds_blocked",
     **{name: f"preference/{name}" for name in ("accuracy", "margin", "chosen_reward", "rejected_reward")},
 }
+
+
+class Outcome(NamedTuple):
+    """How many worker groups there were, the error that ended the run, and who had not answered."""
+
+    attempts: int
+    error: ApprenticeError | None
+    silent: list[str]
 
 
 class Mailbox:
     """One per `train()` call, as a Ray actor; it outlives the workers."""
 
-    def __init__(self) -> None:
+    def __init__(self, workers: int = 1) -> None:
+        self._workers = workers
+        self._wishes = 0
+        self._wanted = False
+        self._seen: dict[int, tuple[Who, float]] = {}  # of this attempt's workers, by rank: when each was last heard
+        self._silent: list[str] = []
+        self._at = (0, 0)  # step, steps
         self._attempt = 0
         self._from: Checkpoint | None = None
         self._error: ApprenticeError | None = None
         self._records: list[dict[str, Any]] = []
 
-    def begin(self, checkpoint: Checkpoint | None) -> None:
-        """A worker group is about to start from `checkpoint`."""
+    def resize(self, workers: int) -> None:
+        """The next worker group has `workers`."""
+        if workers != self._workers:
+            self.note(f"training goes on with {workers} worker{'s' if workers != 1 else ''} instead of {self._workers}")
+        self._workers = workers
+
+    def begin(self, checkpoint: Checkpoint | None) -> int:
+        """A worker group is about to start from `checkpoint`; gives the number of its workers."""
         self._attempt += 1
         self._from = checkpoint
+        self._wishes = 0
+        self.part()
+        return self._workers
+
+    def part(self) -> None:
+        """The workers are no more."""
+        self._seen = {}
+        self._wanted = False
 
     def start(self) -> tuple[int, Checkpoint | None, bool]:
         """What a worker asks first: number of the attempt (from 1), where it goes on, and whether all is over already."""
@@ -59,16 +90,52 @@ class Mailbox:
         self._error = self._error or error
 
     def put(self, record: dict[str, Any]) -> None:
+        self._at = (record["step"], record["steps"])
+        if "saved_s" in record:  # a checkpoint is whole
+            self._wanted = False
         self._records.append(record)
+
+    def note(self, message: str) -> None:
+        """A sentence for the person, at the step where the run is."""
+        step, steps = self._at
+        self._records.append({"attempt": self._attempt, "step": step, "steps": steps, "message": message})
+
+    def want(self) -> None:
+        """Asks the workers for a checkpoint."""
+        self._wishes += 1
+        self._wanted = True
+
+    def wanted(self) -> bool:
+        """Whether the checkpoint that was asked for is not there yet."""
+        return self._wanted
+
+    def beat(self, attempt: int, who: Who) -> int:
+        """A worker's sign of life; gives how often a checkpoint was asked for."""
+        if attempt == self._attempt:
+            self._seen[who.rank] = (who, time.monotonic())
+        return self._wishes
+
+    def leave(self, rank: int) -> None:
+        """A worker ends of itself."""
+        self._seen.pop(rank, None)
+
+    def silent(self, limit_s: float) -> list[Who]:
+        """Who was not heard for `limit_s` seconds; each is told once, and noted."""
+        now = time.monotonic()
+        found = [who for who, at in self._seen.values() if now - at > limit_s]
+        for who in found:
+            del self._seen[who.rank]
+            self._silent.append(f"{who} had not answered for {limit_s:g} seconds and was ended")
+            self.note(self._silent[-1])
+        return found
 
     def take(self) -> list[dict[str, Any]]:
         """The records since the last call."""
         taken, self._records = self._records, []
         return taken
 
-    def outcome(self) -> tuple[int, ApprenticeError | None]:
-        """Number of attempts, and the error that ended the run."""
-        return self._attempt, self._error
+    def outcome(self) -> Outcome:
+        return Outcome(self._attempt, self._error, self._silent)
 
 
 class Tracker:
@@ -107,7 +174,8 @@ class Tracker:
                 put()
             except OSError as error:
                 self._tell_once(error)
-        self._progress({key: value for key, value in record.items() if key != "examples"})
+        if "saved_s" not in record:  # no news to a person
+            self._progress({key: value for key, value in record.items() if key != "examples"})
 
     def _write_lines(self) -> None:
         """Appends the lines that wait, all or none."""

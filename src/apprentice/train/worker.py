@@ -7,23 +7,29 @@ joined a torch.distributed group. Knows nothing of Ray or of how rows are made.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import nn
 
 from apprentice.artifacts import Run
+from apprentice.family import family_of
 from apprentice.hub import local_folder
 from apprentice.models.loading import check_dtype, count_parameters, load_model, resolve_dtype
-from apprentice.models.tuning import TUNING_METHODS, check_tuning, load_trainable, trainable
+from apprentice.models.tuning import TUNING_METHODS, check_tuning, load_trainable, trainable, trained_share
 from apprentice.recipe import Recipe
 from apprentice.train import checkpoint as checkpoints
 from apprentice.train.batch import PackedRows
 from apprentice.train.checkpoint import Checkpoint
 from apprentice.train.deepspeed_config import micro_batch, rows_per_worker
-from apprentice.train.engine import WEIGHT, DeepSpeedEngine
+from apprentice.train.engine import WEIGHT, DeepSpeedEngine, checkpointing
+from apprentice.train.fitting import has_room, largest_that_fits
 from apprentice.train.loop import Course, train_loop, validation_loss
-from apprentice.train.memory import Watch
+from apprentice.train.loss import TargetLoss
+from apprentice.train.memory import Watch, held
+from apprentice.train.objective import loss_of
 from apprentice.train.peers import Peers
 from apprentice.train.saving import Saver
 from apprentice.train.state import Goal, State
@@ -42,12 +48,13 @@ def run_worker(
     tell: Callable[[dict[str, Any]], None],
     register: Callable[[Checkpoint | None, State], None],
     shares: Mapping[int, float] | None = None,
+    wanted: Callable[[], bool] = lambda: False,
 ) -> State:
     """Trains until `goal`; the state at the end is the same on every worker.
 
     `rows(n)` gives this worker's rows of `length` tokens, `n` of them for each step. `tell` is called on the first worker with
     every record; `register` on every worker after each checkpoint, with the checkpoint on the first worker, None on the others.
-    `shares` are what each task, by number, was meant to have of the examples.
+    `shares` are what each task, by number, was meant to have of the examples; `wanted` says whether a checkpoint should come now.
     """
     peers = Peers()
     training = recipe.training
@@ -61,10 +68,13 @@ def run_worker(
     dtype = resolve_dtype(recipe.model.dtype, device.type)
     state = State() if restored is None else replace(restored.state)
     numbers = count_parameters(local_folder(recipe.model.base))
+    pairs = family_of(local_folder(recipe.model.base)) == "seq2seq"
     watch = Watch(recipe, numbers, dtype, micro, length, peers.workers, device)
     with watch.explained():
-        engine = build_engine(recipe, restored, dtype=dtype, micro=micro, device=device, peers=peers)
-    watch.trained = engine.trained[0]
+        tried = length if on_gpu and training.micro_batch == "auto" and training.objective == "sft" and not pairs else None
+        engine = build_engine(recipe, restored, dtype=dtype, micro=micro, device=device, peers=peers, length=tried)
+    watch.trained, watch.micro = engine.trained[0], engine.micro
+    micro = engine.micro
     facts = {"dtype": str(dtype).removeprefix("torch."), "tuning": recipe.tuning.method}
     first = peers.rank == 0
 
@@ -83,28 +93,66 @@ def run_worker(
     saver = Saver(run.checkpoints, training.checkpoint.keep, facts, first=first, tell=note, register=register)
 
     def save(now: State) -> None:
-        saver.save(now, engine.state(), last=goal.reached(now) == 1.0)
+        saver.save(now, engine.state(), size=engine.state_bytes, last=goal.reached(now) == 1.0)
 
     every, window = training.checkpoint.every_steps, recipe.data.window
     course = Course(recipe.seed, goal, training.optimizer, micro, every, window, shares or {})
-    with watch.explained():
-        return train_loop(engine, batches, state, course, peers=peers, record=record, save=save, validate=validate)
+    with watch.explained(), closing(saver):
+        given: dict[str, Any] = {"record": record, "save": save, "validate": validate, "wanted": wanted}
+        return train_loop(engine, batches, state, course, peers=peers, **given)
 
 
 def _unheard(_: dict[str, Any]) -> None:
     """The records of the other workers, which are those of the first."""
 
 
+def fitted(
+    recipe: Recipe,
+    model: nn.Module,
+    length: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    peers: Peers,
+    *,
+    loss: TargetLoss | None = None,
+) -> int:
+    """The most rows of `length` tokens at once that there is room for on every worker; all of them must call it."""
+    compute = dtype if recipe.training.optimizer.name == "adafactor" and dtype != torch.float32 else None
+    if recipe.training.activation_checkpointing:
+        checkpointing(model)
+    loss = loss or loss_of(model, recipe.training, compute).to(device).train()
+    trained, _ = trained_share(model)
+    state = held(recipe, 0, trained, dtype, peers.workers)
+    reserved = state.gradients + state.optimizer
+
+    def fits(rows: int) -> bool:
+        return all(peers.gather(has_room(loss, rows, length, reserved, device)))
+
+    return largest_that_fits(rows_per_worker(recipe.training, peers.workers), fits)
+
+
 def build_engine(
-    recipe: Recipe, restored: Checkpoint | None, *, dtype: torch.dtype, micro: int, device: torch.device, peers: Peers
+    recipe: Recipe,
+    restored: Checkpoint | None,
+    *,
+    dtype: torch.dtype,
+    micro: int,
+    device: torch.device,
+    peers: Peers,
+    length: int | None = None,
 ) -> DeepSpeedEngine:
-    """The engine over the base model as the recipe tunes it, at its beginning or as `restored` left it."""
+    """The engine over the base model as the recipe tunes it, at its beginning or as `restored` left it.
+
+    With `length`, the tokens of a packed row, the rows at once are not `micro` but the most that there is room for.
+    """
     method = TUNING_METHODS[recipe.tuning.method]
     # Adafactor steps the weights themselves, so they keep float32's precision whatever format multiplies.
     weights = torch.float32 if recipe.training.optimizer.name == "adafactor" else dtype
     chosen: dict[str, Any] = {"four_bit": method.four_bit, "head": recipe.head, "trust": recipe.model.trust}
     model = load_model(recipe.model.base, weights, recipe.model.attention, **chosen)
     wrapped = method.wrap(model, recipe.tuning, recipe.seed)
+    if length is not None:
+        micro = fitted(recipe, wrapped, length, dtype, device, peers)
     settings: dict[str, Any] = {"dtype": dtype, "workers": peers.workers, "micro": micro, "device": device}
     if restored is None:
         return DeepSpeedEngine(wrapped, recipe.training, **settings)
