@@ -68,38 +68,39 @@ def run_worker(
     dtype = resolve_dtype(recipe.model.dtype, device.type)
     state = State() if restored is None else replace(restored.state)
     numbers = count_parameters(local_folder(recipe.model.base))
-    pairs = family_of(local_folder(recipe.model.base)) == "seq2seq"
     watch = Watch(recipe, numbers, dtype, micro, length, peers.workers, device)
     with watch.explained():
-        tried = length if on_gpu and training.micro_batch == "auto" and training.objective == "sft" and not pairs else None
+        tried = length if on_gpu and _can_try(recipe) else None
         engine = build_engine(recipe, restored, dtype=dtype, micro=micro, device=device, peers=peers, length=tried)
-    watch.trained, watch.micro = engine.trained[0], engine.micro
-    micro = engine.micro
+    micro, watch.micro, watch.trained = engine.micro, engine.micro, engine.trained[0]
     facts = {"dtype": str(dtype).removeprefix("torch."), "tuning": recipe.tuning.method}
-    first = peers.rank == 0
-
-    record = tell if first else _unheard
+    record = tell if peers.rank == 0 else _unheard
 
     def note(now: State, **figures: Any) -> None:
         record({"step": now.step, "steps": goal.expected_steps(now), **figures})
 
     def validate() -> float | None:
-        loss = validation_loss(engine, validation, micro, peers)
-        if loss is not None:
+        if (loss := validation_loss(engine, validation, micro, peers)) is not None:
             note(state, validation_loss=loss)
         return loss
 
     note(state, message=_told(recipe, engine, facts["dtype"], micro))
-    saver = Saver(run.checkpoints, training.checkpoint.keep, facts, first=first, tell=note, register=register)
+    saver = Saver(run.checkpoints, training.checkpoint.keep, facts, first=peers.rank == 0, tell=note, register=register)
 
     def save(now: State) -> None:
         saver.save(now, engine.state(), size=engine.state_bytes, last=goal.reached(now) == 1.0)
 
-    every, window = training.checkpoint.every_steps, recipe.data.window
-    course = Course(recipe.seed, goal, training.optimizer, micro, every, window, shares or {})
+    when = (training.checkpoint.every_steps, recipe.data.window)
+    course = Course(recipe.seed, goal, training.optimizer, micro, *when, shares or {})
     with watch.explained(), closing(saver):
-        given: dict[str, Any] = {"record": record, "save": save, "validate": validate, "wanted": wanted}
-        return train_loop(engine, batches, state, course, peers=peers, **given)
+        outside: dict[str, Any] = {"record": record, "save": save, "validate": validate, "wanted": wanted}
+        return train_loop(engine, batches, state, course, peers=peers, **outside)
+
+
+def _can_try(recipe: Recipe) -> bool:
+    """Whether the rows at once may be found by trying: the pass that is tried is a causal model's on examples."""
+    training = recipe.training
+    return training.micro_batch == "auto" and training.objective == "sft" and family_of(local_folder(recipe.model.base)) == "causal"
 
 
 def _unheard(_: dict[str, Any]) -> None:
