@@ -58,8 +58,8 @@ def steps_of(run: Run) -> list[dict[str, Any]]:
     return [record for record in map(json.loads, lines) if "loss" in record]
 
 
-def dying(marker: Path, before: int, *, again: bool = False) -> Callable[[launch.Job], None]:
-    """A worker function whose second worker is killed by SIGKILL before it takes the rows of step `before`: once, or each time."""
+def dying(marker: Path, before: int, *, by: int = signal.SIGKILL, again: bool = False) -> Callable[[launch.Job], None]:
+    """A worker function whose second worker gets the signal `by` before it takes the rows of step `before`: once, or each time."""
 
     def work(job: Any) -> None:
         import ray.train
@@ -75,7 +75,7 @@ def dying(marker: Path, before: int, *, again: bool = False) -> Callable[[launch
                     step += 1
                     if step == before and ray.train.get_context().get_world_rank() == 1 and (again or not marker.exists()):
                         marker.touch()
-                        os.kill(os.getpid(), signal.SIGKILL)
+                        os.kill(os.getpid(), by)
                     yield batch
 
             return inner(recipe, run, goal, restored, watched, *rest, **more)
@@ -205,15 +205,17 @@ def test_a_killed_worker(undisturbed: Any, tmp_path: Path, tiny_model: Path, mon
     assert run.ledger_file.read_json() == undisturbed[1].ledger_file.read_json()
 
 
-def test_a_stopped_run_goes_on_with_other_workers(
+def test_a_silent_worker_is_named_and_its_run_goes_on_with_other_workers(
     undisturbed: Any, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(launch, "work", dying(tmp_path / "died", DIES_BEFORE, again=True))
+        patch.setattr(launch, "work", dying(tmp_path / "died", DIES_BEFORE, by=signal.SIGSTOP, again=True))
         with pytest.raises(
-            TrainingError, match=r"a worker died, and the run had been started once; .* goes on from the newest checkpoint"
+            TrainingError,
+            match=r"^worker 1 \(process \d+ on [\d.]+\) had not answered for 15 seconds and was ended; the run had been"
+            r" started once; .* goes on from the newest checkpoint",
         ):
-            trained(recipe(tmp_path, tiny_model, training__max_failures=0))
+            trained(recipe(tmp_path, tiny_model, training__max_failures=0, training__hang_timeout_s=15))
     result, run, _ = trained(recipe(tmp_path, tiny_model, training__workers=1, training__deepspeed={"stage": 3}))
     steps = steps_of(run)
     assert [step["step"] for step in steps] == [1, 2, 3, 4, 5, 4, 5, 6, 7, 8]
