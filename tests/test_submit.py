@@ -11,9 +11,10 @@ import yaml
 from ray.exceptions import AuthenticationError
 
 from apprentice import jobs, submit
-from apprentice.errors import RecipeError, ResourcesError
+from apprentice.errors import RecipeError, ResourcesError, ServingError
 from apprentice.recipe import load_recipe
 from apprentice.serve.deployment import AppArguments
+from apprentice.serve.keys import KEYS_FILE, new_key
 from tests.conftest import ROOT
 from tests.recipes import tiny_recipe
 from tests.tls import make_certificates, tls_before
@@ -156,6 +157,18 @@ def test_what_is_deployed_is_the_projects_serve_file(tmp_path):
     assert set(made) == set(shipped)
     assert set(made["applications"][0]) == set(shipped["applications"][0])
     assert AppArguments.model_validate(made["applications"][0]["args"]).max_running == 4
+
+
+def test_nothing_is_deployed_for_everybody(tmp_path, monkeypatch):
+    open_to_all = load_recipe(tiny_recipe(tmp_path, Path("/models/tiny"), serving__host="0.0.0.0"))
+    monkeypatch.delenv(KEYS_FILE, raising=False)
+    with pytest.raises(ServingError, match="no keys guard the endpoint"):
+        submit.serve_config("/runs/tiny/model", open_to_all)
+    guard = tmp_path / "keys.yaml"
+    guard.write_text(f"keys:\n{new_key('ada')[1]}")
+    monkeypatch.setenv(KEYS_FILE, str(guard))
+    made = submit.serve_config("/runs/tiny/model", open_to_all)
+    assert made["applications"][0]["args"]["keys_file"] == str(guard)
 
 
 class Refusing(Dashboard):

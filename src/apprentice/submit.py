@@ -286,8 +286,14 @@ def deploy_run(run: str, recipe: Recipe, *, timeout_s: float = 600.0) -> str:
 
 
 def serve_config(model: str, recipe: Recipe) -> dict[str, Any]:
-    """`serve/config.yaml` for the model folder `model`, with the recipe's serving keys."""
+    """`serve/config.yaml` for the model folder `model`, with the recipe's serving keys and the keys file that guards the endpoint.
+
+    Raises `ServingError` for a host that others reach without keys: every node would answer everybody.
+    """
+    from apprentice.serve.keys import check_guarded
+
     serving = recipe.serving
+    keys_file = check_guarded(serving.host)
     arguments = {
         "model": model,
         "name": recipe.name,
@@ -297,6 +303,8 @@ def serve_config(model: str, recipe: Recipe) -> dict[str, Any]:
         "context": serving.context,
         **serving.model_dump(include={"kv_memory_gb", "adapters", "max_adapters", "beside"}, exclude_defaults=True),
     }
+    if keys_file is not None:
+        arguments["keys_file"] = str(keys_file)
     application = {"name": "apprentice", "route_prefix": "/", "import_path": "apprentice.serve.app:app", "args": arguments}
     return {
         "proxy_location": "EveryNode",

@@ -8,9 +8,7 @@ Each replica admits `max_running` requests and lets `max_queued_requests` wait; 
 from __future__ import annotations
 
 import contextlib
-import ipaddress
 import logging
-import os
 import socket
 import time
 from collections.abc import Iterator, Sequence
@@ -32,7 +30,7 @@ from apprentice.hub import local_folder
 from apprentice.models.trust import check_model_folder
 from apprentice.recipe import Replicas, Serving
 from apprentice.serve.adapters import adapters_in
-from apprentice.serve.keys import KEYS_FILE, Keys
+from apprentice.serve.keys import Keys, check_guarded, keys_file_of
 from apprentice.serve.limits import LimiterOfAll
 from apprentice.serve.replica import Offer, Replica, at_once
 from apprentice.storage import Folder, is_uri
@@ -82,14 +80,7 @@ def check(
     Raises `ContractError` (no contract, or one that cannot be reproduced), `ModelError` (a folder that must be trusted and is
     not), `ServingError` (host, keys, port, names) or `StorageError` (adapters that cannot be listed).
     """
-    keys_file = keys_file_of()
-    if not (_is_loopback(serving.host) or keys_file or insecure):
-        raise ServingError(
-            f"serving.host {serving.host!r} is not this machine alone, and no keys guard the endpoint; name a keys file in"
-            f" {KEYS_FILE} (`apprentice key NAME` makes an entry), use 127.0.0.1, or say --insecure to let everybody in."
-        )
-    if keys_file is not None:
-        Keys(keys_file)
+    check_guarded(serving.host, insecure=insecure)
     _check_models([Offer("", folder, contract, trust), *beside], serving)
     if serving.port:
         _bind(serving.host, serving.port)
@@ -238,12 +229,6 @@ def _application(
     return deployment.bind(models, serving, dtype, threads, keys_file, limits, tasks)
 
 
-def keys_file_of() -> Path | None:
-    """The keys file that the environment names."""
-    named = os.environ.get(KEYS_FILE)
-    return Path(named).expanduser().absolute() if named else None
-
-
 def _replica_resources(serving: Serving, cpus: int | None) -> dict[str, float]:
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     if any(node.get("GPU", 0) >= 1 for node in nodes):
@@ -300,13 +285,6 @@ def _shut_down(timeout_s: float = 60.0) -> None:
     while _serve_is_running() and time.monotonic() < deadline:
         time.sleep(0.05)
     serve.shutdown()  # forgets the dead controller; ends one that did not obey
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _in_url(host: str) -> str:

@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import ipaddress
+import os
 import secrets
 import time
 from collections.abc import Callable
@@ -140,3 +142,32 @@ class Limiter:
 
     def _take(self, name: str, kind: str, limit: int, amount: float) -> None:
         self._buckets[name, kind] = (self._left(name, kind, limit) - amount, self._clock())
+
+
+def keys_file_of() -> Path | None:
+    """The keys file that the environment names."""
+    named = os.environ.get(KEYS_FILE)
+    return Path(named).expanduser().absolute() if named else None
+
+
+def check_guarded(host: str, *, insecure: bool = False) -> Path | None:
+    """The keys file that guards an endpoint on `host`, if there is one.
+
+    Raises `ServingError` for an address other than loopback without keys, unless `insecure`, and for a file that is none of keys.
+    """
+    file = keys_file_of()
+    if not (_is_loopback(host) or file or insecure):
+        raise ServingError(
+            f"serving.host {host!r} is not this machine alone, and no keys guard the endpoint; name a keys file in"
+            f" {KEYS_FILE} (`apprentice key NAME` makes an entry), use 127.0.0.1, or say --insecure to let everybody in."
+        )
+    if file is not None:
+        Keys(file)
+    return file
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
