@@ -42,6 +42,33 @@ def test_paths_are_relative_to_the_recipe(write, tmp_path):
     assert recipe.model.base == "smollm2-135m-instruct"
 
 
+def test_paths_typed_on_the_command_line_are_relative_to_where_it_was_typed(write, tmp_path, monkeypatch):
+    here = tmp_path / "elsewhere"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    typed = [
+        "storage=./out",
+        "data.root=sets",
+        "model.base=./weights",
+        "data.tasks=[sst2, ./mine.yaml]",
+        "evaluation.judge=../judge",
+    ]
+    recipe = load_recipe(write(SMALL), typed)
+    assert (recipe.storage, recipe.data.root, recipe.model.base) == (str(here / "out"), str(here / "sets"), str(here / "weights"))
+    assert recipe.data.tasks == ("sst2", str(here / "mine.yaml"))
+    assert recipe.evaluation.judge == str(tmp_path / "judge")
+
+
+def test_a_shipped_recipe_keeps_its_runs_where_the_command_line_says(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert load_recipe(find_recipe("alpaca"), ["storage=runs"]).storage == str(tmp_path / "runs")
+
+
+def test_addresses_and_names_on_the_command_line_stay_as_they_are(write):
+    recipe = load_recipe(write(SMALL), ["storage=s3://bucket/runs", "model.base=org/model"])
+    assert (recipe.storage, recipe.model.base) == ("s3://bucket/runs", "org/model")
+
+
 def test_overrides_reach_any_depth(write):
     recipe = load_recipe(write(SMALL), ["training.optimizer.learning_rate=2e-4", "data.packing.length=2048", "name=other"])
     assert recipe.training.optimizer.learning_rate == 2e-4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,9 @@ from apprentice.recipe.whole import Recipe
 from apprentice.storage import is_uri, refuse_credentials
 
 RUN = "run:"  # how a base begins that another run made
+_PATHS = ("storage", "data.root", "data.promptsource", "serving.adapters")
+_MODELS = ("model.base", "training.dpo.reference", "evaluation.judge")  # a name, or a path that begins so
+_HERE, _TASK_FILES = (".", "/", "~"), (".yaml", ".yml")
 SHIPPED = Path(__file__).resolve().parents[1] / "recipes"
 
 
@@ -33,9 +37,10 @@ def find_recipe(name: str) -> Path:
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe in the file `path`, with `key.path=value` overrides applied and its paths absolute.
 
-    Raises `RecipeError` with file, line, key, reason and the nearest right name.
+    Paths in the file are relative to it, those of overrides to the current directory. Raises `RecipeError` with file, line, key,
+    reason and the nearest right name.
     """
-    return _with_absolute_paths(written_recipe(path, overrides), Path(path).absolute().parent)
+    return _with_absolute_paths(written_recipe(path, [*map(_from_here, overrides)]), Path(path).absolute().parent)
 
 
 def written_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -68,19 +73,43 @@ def dump_recipe(recipe: Recipe) -> str:
 
 
 def _apply(content: dict[str, Any], override: str) -> None:
-    key, equals, value = override.partition("=")
-    if not equals:
-        raise RecipeError(f"{override!r} is not an override; write key.path=value, for example training.steps=10.")
-    *parents, last = key.strip().split(".")
+    keys, value = _said(override)
+    *parents, last = keys.split(".")
     place = content
     for parent in parents:
         inner = place.get(parent)
         place[parent] = inner if isinstance(inner, dict) else {}
         place = place[parent]
+    place[last] = value
+
+
+def _said(override: str) -> tuple[str, Any]:
+    """Key and value of `key.path=value`."""
+    key, equals, value = override.partition("=")
+    if not equals:
+        raise RecipeError(f"{override!r} is not an override; write key.path=value, for example training.steps=10.")
     try:
-        place[last] = yaml.safe_load(value)
+        return key.strip(), yaml.safe_load(value)
     except yaml.YAMLError as error:
         raise RecipeError(f"{override!r}: the value is not YAML: {' '.join(str(error).split())}") from error
+
+
+def _from_here(override: str) -> str:
+    """The same override; paths in it, which were typed in the current directory, begin there."""
+    key, value = _said(override)
+
+    def absolute(said: Any, *, is_path: bool) -> Any:
+        return str(Path(said).expanduser().absolute()) if is_path and isinstance(said, str) and not is_uri(said) else said
+
+    if key in _PATHS:
+        value = absolute(value, is_path=True)
+    elif key in _MODELS:
+        value = absolute(value, is_path=str(value).startswith(_HERE))
+    elif key == "data.tasks" and isinstance(value, list):
+        value = [absolute(entry, is_path=str(entry).endswith(_TASK_FILES)) for entry in value]
+    else:
+        return override
+    return f"{key}={json.dumps(value)}"
 
 
 def _with_absolute_paths(recipe: Recipe, folder: Path) -> Recipe:
@@ -90,10 +119,10 @@ def _with_absolute_paths(recipe: Recipe, folder: Path) -> Recipe:
 
     def located(entry: str | Collection) -> str | Collection:
         if isinstance(entry, str):
-            return absolute(entry) if entry.endswith((".yaml", ".yml")) else entry
+            return absolute(entry) if entry.endswith(_TASK_FILES) else entry
         paths = {key: getattr(entry, key) for key in (*COLLECTION_KEYS, "test", "official_splits") if getattr(entry, key)}
         named = paths.get("promptsource", ".")
-        if not named.startswith((".", "/", "~")) and not named.endswith((".yaml", ".yml")):
+        if not named.startswith(_HERE) and not named.endswith(_TASK_FILES):
             return entry  # a name stays one
         if entry.preferences is not None and entry.splits is not None:
             return entry  # and so does a dataset's
@@ -107,7 +136,7 @@ def _with_absolute_paths(recipe: Recipe, folder: Path) -> Recipe:
         if base.startswith(RUN):
             named = base.removeprefix(RUN)
             return f"{RUN}{named if is_uri(named) or Path(named).is_absolute() else f'{storage}/{named}'}"
-        return absolute(base) if base.startswith((".", "/", "~")) else base
+        return absolute(base) if base.startswith(_HERE) else base
 
     model = recipe.model.model_copy(update={"base": located_base(recipe.model.base)})
     changed: dict[str, Any] = {"storage": storage, "data": data, "model": model}
