@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
 
 from apprentice import check, cli
 from apprentice.artifacts import Run
 from apprentice.data.corpus import make_corpus
 from apprentice.recipe import load_recipe
 from apprentice.storage import Folder
+from apprentice.train.rehearsal import first_rows, told_of_rows
 
 Command = Callable[..., tuple[int, str, str]]
 CSV = "Review,Stars\n" + "".join(f'"Parcel {n}, as described",{["bad", "good"][n % 2]}\n' for n in range(40)) + '"No verdict",\n'
@@ -51,18 +55,44 @@ def test_a_table_becomes_a_task_and_a_recipe(command: Command, tiny_model: Path,
     }
     rows = [pq.read_table(tmp_path / "my_reviews" / f"{split}.parquet").to_pylist() for split in ("train", "test")]
     assert len({row["Review"] for split in rows for row in split}) == 40
-    recipe = load_recipe("my_reviews/recipe.yaml")
-    for look in (check._tasks, check._model, check._storage, check._sources):  # all that needs no Ray
-        assert look(recipe)
-    corpus = make_corpus(recipe, Run(Folder.at(tmp_path / "run")), parallel=False)
-    index = corpus.indices["my_reviews"]
-    assert (len(index.train) + len(index.validation), len(index.test), index.rejects) == (36, 4, {})
-    check.after_indexing(recipe, corpus)
+    shown = check_all_that_needs_no_ray("my_reviews/recipe.yaml", tmp_path)
+    assert re.search(r"trained on \(\d+ an example of my_reviews\), each", shown)
 
     code, out, err = command("tasks", "my_reviews/task.yaml")
     assert (code, "Choose the label that fits: bad, good." in out) == (0, True), err
     code, _, err = command("init", "My reviews.csv", "--label", "Stars")
     assert (code, "my_reviews is there already and not empty; say --out FOLDER" in err) == (1, True)
+
+
+def test_instructions_with_answers_in_json_lines(command: Command, tiny_model: Path, tmp_path: Path) -> None:
+    asked = ["Say it in German.", "Name its colour."]
+    rows = [{"id": n, "instruction": asked[n % 2], "input": f"thing {n}", "output": f"Ding {n}, rot"} for n in range(30)]
+    (tmp_path / "help.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code, out, err = command("init", "help.jsonl", "--base", tiny_model, "--json")
+    assert code == 0, err
+    assert json.loads(out)["columns"] == {"instruction": "instruction", "inputs": ["input"], "answer": "output"}
+    shown = check_all_that_needs_no_ray("help/recipe.yaml", tmp_path)
+    assert "each example's end among them; cut or dropped: nothing" in shown
+
+
+def test_numbered_labels_in_parquet(command: Command, tiny_model: Path, tmp_path: Path) -> None:
+    table = {"text": [f"Parcel {n} came" for n in range(30)], "label": [n % 3 for n in range(30)]}
+    pq.write_table(pa.table(table), tmp_path / "mail.parquet")
+    code, out, err = command("init", "mail.parquet", "--choices", "late,early,right", "--base", tiny_model, "--json")
+    assert code == 0, err
+    assert json.loads(out)["choices"] == ["late", "early", "right"]
+    assert yaml.safe_load((tmp_path / "mail/task.yaml").read_text())["label"] == "label"
+    check_all_that_needs_no_ray("mail/recipe.yaml", tmp_path)
+
+
+def check_all_that_needs_no_ray(file: str, folder: Path) -> str:
+    """What `check` says of the first window; fails where `check` would."""
+    recipe = load_recipe(file)
+    for look in (check._tasks, check._model, check._storage, check._sources):
+        assert look(recipe)
+    corpus = make_corpus(recipe, Run(Folder.at(folder / "run")), parallel=False)
+    check.after_indexing(recipe, corpus)
+    return told_of_rows(corpus, first_rows(corpus))
 
 
 def test_test_rows_of_ones_own(command: Command, tmp_path: Path) -> None:

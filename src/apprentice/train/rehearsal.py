@@ -61,13 +61,13 @@ def told_of_rows(corpus: Corpus, rows: PackedRows) -> str:
             targets[corpus.tasks[task].name] += count
     if silent := sorted(name for name in examples if not targets[name]):
         raise DataError(f"task {silent[0]!r} has {examples[silent[0]]} examples in the first window and no token to train on.")
-    fewest = min(targets, key=lambda name: targets[name] / examples[name])
-    most = max(targets, key=lambda name: targets[name] / examples[name])
+    each = {name: count / examples[name] for name, count in targets.items()}
+    fewest, most = min(each, key=each.__getitem__), max(each, key=each.__getitem__)
+    spread = f"{each[fewest]:.0f} an example of {fewest}" + (f", {each[most]:.0f} of {most}" if most != fewest else "")
     room = rows.input_ids.size + (0 if rows.target_ids is None else rows.target_ids.size)
     return (
         f"{sum(examples.values())} examples in {len(rows)} rows, {rows.tokens / room:.0%} full; {rows.targets / rows.tokens:.0%} of"
-        f" the tokens are trained on ({targets[fewest] / examples[fewest]:.0f} an example of {fewest},"
-        f" {targets[most] / examples[most]:.0f} of {most}), each example's end among them; cut or dropped: {_cut(rows, examples)}"
+        f" the tokens are trained on ({spread}), each example's end among them; cut or dropped: {_cut(rows, examples)}"
     )
 
 
