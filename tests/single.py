@@ -69,6 +69,7 @@ def trained(recipe: Any, run: Any, corpus: Any, told: list[dict[str, Any]], *, u
     from apprentice.data.pipeline import render_window, validation_rows
     from apprentice.train import checkpoint as checkpoints
     from apprentice.train.batch import PackedRows
+    from apprentice.train.samples import Samples
     from apprentice.train.state import Goal, State
     from apprentice.train.worker import run_worker
 
@@ -96,13 +97,15 @@ def trained(recipe: Any, run: Any, corpus: Any, told: list[dict[str, Any]], *, u
         device=torch.device("cpu"),
         tell=told.append,
         register=lambda saved, state: None,
+        samples=Samples(corpus.layout, recipe.training.sample_instructions),
     )
 
 
 def gone_on(recipe: Any) -> dict[str, Any]:
     """Trains as `recipe` says twice, the second time killed after step 3 and begun again: the records of both, and what differs.
 
-    The numbers of a reference, where the objective needs one, are made up.
+    The second time the model is also asked for replies, where it can write. The numbers of a reference, where the objective needs
+    one, are made up.
     """
     import numpy as np
     import torch
@@ -129,6 +132,8 @@ def gone_on(recipe: Any) -> dict[str, Any]:
     run = open_run(recipe)
     trained(recipe, run, made(run), told["whole"])
     other = Run(run.folder / "other")
+    if recipe.training.objective != "reward":
+        recipe = recipe.model_copy(update={"training": recipe.training.model_copy(update={"sample_every_steps": 2})})
     try:
         trained(recipe, other, made(other), told["before"], until=3)
     except KilledError:

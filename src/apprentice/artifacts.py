@@ -35,6 +35,9 @@ NOT_IDENTITY = (
     "training.checkpoint",
     "training.max_failures",
     "training.hang_timeout_s",
+    "training.sample_every_steps",
+    "training.sample_instructions",
+    "training.tracking",
     "evaluation",
     "serving",
 )
@@ -46,8 +49,8 @@ ADAPTER = "adapter"  # folder beside a model's weights, with what cannot be merg
 
 def identity(recipe: Recipe) -> dict[str, Any]:
     """Dotted key → value, for every key that shapes learning."""
-    keys = _flat(recipe.model_dump(mode="json"))
-    set_keys = _flat(recipe.model_dump(mode="json", exclude_defaults=True))
+    keys = flat(recipe.model_dump(mode="json"))
+    set_keys = flat(recipe.model_dump(mode="json", exclude_defaults=True))
     tasks = [
         (entry if entry.islower() or "/" not in entry else Path(entry).name)
         if isinstance(entry, str)
@@ -79,10 +82,10 @@ def identity_hash(keys: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(dict(keys), sort_keys=True).encode()).hexdigest()[:12]
 
 
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+def flat(value: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(value, dict) or not value:
         return {prefix: value}
-    items = (_flat(inner, f"{prefix}.{key}" if prefix else str(key)) for key, inner in value.items())
+    items = (flat(inner, f"{prefix}.{key}" if prefix else str(key)) for key, inner in value.items())
     return {key: leaf for item in items for key, leaf in item.items()}
 
 
@@ -165,7 +168,7 @@ def open_run(recipe: Recipe, *, restart: bool = False) -> Run:
     elif file.exists():
         old = file.read_json()["keys"]
         # A key that a later version brought was not written then; at its default it changes nothing.
-        new = {key for key in keys.keys() - old.keys() if key not in _flat(recipe.model_dump(mode="json", exclude_defaults=True))}
+        new = {key for key in keys.keys() - old.keys() if key not in flat(recipe.model_dump(mode="json", exclude_defaults=True))}
         if changed := sorted(key for key in (old.keys() | keys.keys()) - new if old.get(key) != keys.get(key)):
             shown = ", ".join(f"{key} ({old.get(key)!r} → {keys.get(key)!r})" for key in changed[:5])
             more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""

@@ -192,6 +192,8 @@ def _check_reference(recipe: Recipe, tokenizer: Tokenizer) -> None:
 
 
 def _storage(recipe: Recipe) -> str:
+    from apprentice.train.services import check_services
+
     folder = Folder.at(recipe.storage)
     mark = uuid.uuid4().hex
     probe = folder / f".probe-{mark}"
@@ -212,7 +214,9 @@ def _storage(recipe: Recipe) -> str:
             f"storage {folder} is not the same folder on every node: {len(blind)} of {len(answers)} nodes do not see what is"
             f" written here, {name} among them ({reason}). Mount it everywhere, give the nodes its credentials, or use s3://…."
         )
-    return f"{folder}, seen by {len(answers)} nodes" if answers else str(folder)
+    check_services(recipe)
+    seen = f", seen by {len(answers)} nodes" if answers else ""
+    return f"{folder}{seen}" + "".join(f", figures to {name} too" for name in recipe.training.tracking)
 
 
 def _seen(probe: Folder, mark: str) -> str:

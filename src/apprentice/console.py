@@ -6,6 +6,7 @@ Knows nothing of what the stages do.
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import time
 from collections.abc import Mapping
@@ -40,11 +41,13 @@ class Screen:
         Console(file=self._log, width=None if self._log.isatty() else 110).print(renderable)
 
     def progress(self, stage: str, values: Mapping[str, Any]) -> None:
-        """How far a stage is: one line that renews itself on a terminal, a plain line every few seconds elsewhere."""
+        """How far a stage is: a line that renews itself on a terminal, and stays if it is `done`; plain lines elsewhere."""
         line = f"{stage:<9} " + "  ".join(text for key, value in values.items() if (text := _shown(key, value)))
         if self._log.isatty():
-            print(f"\r\033[K{line}", end="", file=self._log, flush=True)
-            self._live = True
+            stays = bool(values.get("done"))
+            room = None if stays else shutil.get_terminal_size().columns - 1  # a line that wraps does not renew itself
+            print(f"\r\033[K{line[:room]}", end="\n" if stays else "", file=self._log, flush=True)
+            self._live = not stays
             self._stage = stage
             return
         now = time.monotonic()
@@ -89,6 +92,8 @@ def _shown(key: str, value: Any) -> str:
         return f"eta {int(value) // 60}:{int(value) % 60:02d}"
     if key == "tokens_per_s":
         return f"{value:.0f} tokens/s"
+    if key == "tokens_per_s_worker":
+        return f"{value:.0f} a worker"
     if isinstance(value, float):
         return f"{_words(key)} {value:.4g}"
     return f"{_words(key)} {value}"

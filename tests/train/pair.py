@@ -24,6 +24,7 @@ from tests.train.rows import counted, packed_rows, reference_nll
 
 STEPS = 4
 ROWS = 12  # of one step, over all workers
+PROMPT, REPLY = list(range(40, 52)), [7, 300]
 
 
 def fresh(method: str, dtype: torch.dtype) -> Any:
@@ -80,6 +81,7 @@ def ours(case: dict[str, Any], rank: int) -> dict[str, Any]:
             found["update"] = norm_of(before, weights_of(engine))
             # Adam's first moment is a tenth of the first gradient.
             found["gradients"] = {key.removeprefix("exp_avg/"): value * 10 for key, value in engine.state() if "exp_avg/" in key}
+            found["likeliest"] = [engine.likeliest(PROMPT, REPLY[:said]) for said in range(3)]
     found["validation"] = validation_loss(engine, packed_rows(5, first=900, weighted=weighted), micro, Peers())
     found |= carried_on(engine, case, training, made, rank)
     return found
@@ -127,6 +129,8 @@ def reference(method: str, clip: float, optimizer_name: str, weighted: bool) -> 
         optimizer.step()
         if step == 0:
             found["update"] = norm_of(before, {name: parameter.detach() for name, parameter in parameters.items()})
+            texts = (torch.tensor([PROMPT + REPLY[:said]]) for said in range(3))
+            found["likeliest"] = [int(model(text).logits[0, -1].argmax()) for text in texts]
     rows = packed_rows(5, first=900, weighted=weighted)
     with torch.no_grad():
         found["validation"] = reference_nll(model, rows).item() / counted(rows)

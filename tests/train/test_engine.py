@@ -76,6 +76,7 @@ def test_equals_plain_pytorch(found: list[dict[str, Any]], number: int) -> None:
     assert ours["norm"] == pytest.approx(plain["norm"], rel=1e-5)
     assert ours["update"] == pytest.approx(plain["update"], rel=1e-5)
     assert ours["validation"] == pytest.approx(plain["validation"], rel=1e-5)
+    assert ours["likeliest"] == plain["likeliest"]
     if case["optimizer"] == "adamw":
         assert ours["gradients"].keys() == plain["gradients"].keys() != set()
         for name, gradient in plain["gradients"].items():

@@ -63,5 +63,8 @@ def test_a_killed_run_ends_as_if_it_had_not_been(name: str, found: Path) -> None
     assert len({step["loss"] for step in whole}) == 5
     validated = [step["validation_loss"] for step in seen["whole"] if "validation_loss" in step]
     assert validated[-1] == [step["validation_loss"] for step in seen["after"] if "validation_loss" in step][-1]
+    sampled = [record for record in seen["before"] + seen["after"] if "samples" in record]
+    assert [record["step"] for record in sampled] == ([] if name.startswith("reward") else [2, 4])
+    assert all(len(record["samples"]) == 3 and record["samples"][0]["instruction"] for record in sampled)
     assert seen["tensors"] > 3
     assert seen["differ"] == []

@@ -26,6 +26,7 @@ def record(step: int, attempt: int = 1, **more: Any) -> dict[str, Any]:
         "steps": 4,
         "tokens_per_s": 50.0,
         "data_wait": 0.25,
+        "workers": 2,
         "examples": [step],
         **figures,
         **more,
@@ -111,6 +112,29 @@ def test_tracker(tmp_path: Path) -> None:
     assert run.status()["validation_loss"] == 1.5
     assert run.status()["state"] == "training"
     assert len(list((tmp_path / "run" / "events").iterdir())) == 1
+
+
+def test_smoothed_loss_and_speed_of_one_worker(tmp_path: Path) -> None:
+    seen: list[dict[str, Any]] = []
+    tracker = Tracker(Run(Folder.at(tmp_path / "run").make()), seen.append)
+    for step, loss in ((1, 4.0), (2, 2.0), (3, float("nan"))):
+        tracker.write(record(step, loss=loss))
+    tracker.close()
+    assert [one["smoothed_loss"] for one in seen] == pytest.approx([4.0, (0.9 * 4.0 + 2.0) / 1.9, (0.9 * 4.0 + 2.0) / 1.9])
+    assert {one["tokens_per_s_worker"] for one in seen} == {25.0}
+
+
+def test_replies_are_kept_shown_and_drawn(tmp_path: Path) -> None:
+    run = Run(Folder.at(tmp_path / "run").make())
+    seen: list[dict[str, Any]] = []
+    tracker = Tracker(run, seen.append)
+    samples = [{"instruction": "Name a bird.", "reply": "a kite"}]
+    tracker.write({"attempt": 1, "step": 2, "steps": 4, "samples": samples})
+    tracker.close()
+    assert seen == [{"attempt": 1, "step": 2, "steps": 4, "samples": samples}]
+    assert json.loads((tmp_path / "run" / "steps.jsonl").read_text())["samples"] == samples
+    [events] = (tmp_path / "run" / "events").iterdir()
+    assert b"a kite" in events.read_bytes()
 
 
 def test_a_second_tracker_goes_on_in_the_same_file(tmp_path: Path) -> None:

@@ -9,6 +9,12 @@ from pydantic import Field, model_validator
 from apprentice.recipe.objective import DPO, OBJECTIVES, Objective, ObjectiveName
 from apprentice.recipe.strict import Positive, Share, Strict
 
+SAMPLES = (
+    "Write one sentence about the sea.",
+    "Is this review positive or negative? The film was a waste of an evening.",
+    "Translate into German: Good morning, where is the station?",
+)
+
 
 class Tuning(Strict):
     """Which weights are trained."""
@@ -102,6 +108,13 @@ class Training(Strict):
         False, description="Keep only each layer's input and compute the rest again: less memory, a third more time."
     )
     checkpoint: Checkpointing = Checkpointing()
+    sample_every_steps: Annotated[int, Field(ge=0)] = Field(
+        0, description="Steps after which the replies to `sample_instructions` are shown; 0: never."
+    )
+    sample_instructions: tuple[str, ...] = Field(SAMPLES, description="What is asked then.")
+    tracking: tuple[Literal["mlflow", "wandb"], ...] = Field(
+        (), description="Where figures go besides TensorBoard and Ray's metrics; each needs the extra of its name."
+    )
     max_failures: Annotated[int, Field(ge=0)] = 3
     hang_timeout_s: float = Field(
         1800.0,
@@ -126,6 +139,8 @@ class Training(Strict):
     def _one_end_and_even_batch(self) -> Self:
         if self.objective != "dpo" and self.dpo != DPO():
             raise ValueError(f"the block `dpo` belongs to `objective: dpo`, and the objective is {self.objective}")
+        if self.objective == "reward" and self.sample_every_steps:
+            raise ValueError("`sample_every_steps` shows replies, and a reward model writes none; leave it out")
         given = [end for end in (self.steps, self.tokens, self.epochs) if end is not None]
         if len(given) != 1:
             raise ValueError("give exactly one of `steps`, `tokens` and `epochs`")

@@ -30,14 +30,21 @@ def _step_line(values: Mapping[str, Any]) -> dict[str, Any]:
     """What a person wants to see of one record of the training loop."""
     if "message" in values:
         return {"message": values["message"], "done": True}
+    if "samples" in values:
+        shown = [f"\n            {sample['instruction']}\n            → {sample['reply']}" for sample in values["samples"]]
+        return {"step": f"{values['step']}/{values['steps']}", "message": f"replies{''.join(shown)}", "done": True}
     if "validation_loss" in values:
         return {"step": f"{values['step']}/{values['steps']}", "validation_loss": values["validation_loss"], "done": True}
     return {
         "step": f"{values['step']}/{values['steps']}",
         "loss": values["loss"],
+        "smoothed_loss": values["smoothed_loss"],
         **{name: values[name] for name in ("accuracy", "margin") if name in values},
         "learning_rate": values["learning_rate"],
+        "grad_norm": values["grad_norm"],
         "tokens_per_s": values["tokens_per_s"],
+        "tokens_per_s_worker": values["tokens_per_s_worker"] if values["workers"] > 1 else None,
+        "mfu_share": values.get("mfu"),
         "waiting_for_data_share": values["data_wait"],
         "mixture_drift_share": values["ledger_drift"],
         "eta_s": values["eta_s"],

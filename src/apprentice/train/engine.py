@@ -24,6 +24,7 @@ from apprentice.models.tuning import trained_share
 from apprentice.recipe import Training
 from apprentice.train.batch import Micro
 from apprentice.train.deepspeed_config import deepspeed_config
+from apprentice.train.loss import TargetLoss
 from apprentice.train.objective import loss_of
 from apprentice.train.optim import moments, optimizer_of
 from apprentice.train.state import StepOutcome
@@ -54,8 +55,8 @@ class DeepSpeedEngine:
         config = deepspeed_config(training, workers=workers, micro=micro, dtype=weights, trainable=numbers)
         if training.activation_checkpointing:
             checkpointing(model)
-        wrapped = loss_of(model, training, None if weights == dtype else dtype).to(device=device)
-        self._loss_module = wrapped
+        self._loss_module = loss_of(model, training, None if weights == dtype else dtype)
+        wrapped = _Module(self._loss_module).to(device=device)
         self.trained = trained_share(model)  # how many numbers, and of all the part
         self.state_bytes = 4 * self._numbers_of_state(trained, training.optimizer.name)
         self.attention = str(getattr(getattr(model, "config", None), "_attn_implementation", "eager"))
@@ -104,6 +105,13 @@ class DeepSpeedEngine:
         self._engine.eval()
         with torch.no_grad():
             return float(self._loss(micro))
+
+    def likeliest(self, prompt: Sequence[int], reply: Sequence[int]) -> int:
+        """The token that the model finds most likely after `prompt` and the beginning of a `reply`; all workers must call it."""
+        self._engine.eval()
+        with torch.no_grad():
+            logits = self._engine(*(torch.tensor([list(ids)], dtype=torch.long, device=self._device) for ids in (prompt, reply)))
+        return int(logits[0, -1].argmax())
 
     def _loss(self, micro: Micro) -> Tensor:
         there = micro.to(self._device)
@@ -182,6 +190,20 @@ class DeepSpeedEngine:
             if hasattr(self._engine.optimizer, name):
                 return list(getattr(self._engine.optimizer, name))
         return list(self._parameters.values())
+
+
+class _Module(nn.Module):
+    """What DeepSpeed wraps: the loss of a micro-batch, or for two tensors, prompt and beginning of a reply, the model's logits."""
+
+    def __init__(self, loss: TargetLoss) -> None:
+        super().__init__()
+        self.loss = loss
+
+    def forward(self, *tensors: Tensor | None) -> Tensor:
+        if len(tensors) == 2 and (prompt := tensors[0]) is not None and (reply := tensors[1]) is not None:
+            return self.loss.logits_after(prompt, reply)
+        result: Tensor = self.loss(*tensors)
+        return result
 
 
 def checkpointing(model: nn.Module) -> None:

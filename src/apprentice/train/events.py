@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 FLUSH_S = 10.0
 
@@ -24,10 +25,19 @@ class Events:
         self._flushed_at = 0.0
 
     def add(self, name: str, value: float, step: int) -> None:
-        from tensorboardX.proto.event_pb2 import Event
         from tensorboardX.summary import scalar
 
-        self._writer.write_event(Event(summary=scalar(name, value), step=step, wall_time=time.time()))
+        self._write(scalar(name, value), step)
+
+    def add_text(self, name: str, words: str, step: int) -> None:
+        from tensorboardX.summary import text
+
+        self._write(text(name, words), step)
+
+    def _write(self, summary: Any, step: int) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+
+        self._writer.write_event(Event(summary=summary, step=step, wall_time=time.time()))
         if time.monotonic() - self._flushed_at > FLUSH_S:
             self._flushed_at = time.monotonic()
             self._writer.flush()

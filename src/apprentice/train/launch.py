@@ -42,7 +42,9 @@ from apprentice.train.failure import causes, lost_peer, mendable
 from apprentice.train.pulse import Pulse, end
 from apprentice.train.reference import references
 from apprentice.train.resources import Ask, check_resources, required_resources, workers_that_fit
+from apprentice.train.samples import Samples
 from apprentice.train.scaling import DivisorPolicy, Trainer
+from apprentice.train.services import open_services
 from apprentice.train.state import Goal, State
 from apprentice.train.tracking import Mailbox, Outcome, Tracker
 from apprentice.train.worker import run_worker
@@ -77,8 +79,8 @@ def train(recipe: Recipe, run: Run, corpus: Corpus, *, progress: Callable[[dict[
 
     Ray must be running. `progress` is called in this process, from a thread, with a dict per step: attempt, step, steps, loss,
     learning_rate, grad_norm, tokens, target_tokens, seconds, tokens_per_s, data_wait (share of time), eta_s; and with
-    attempt, step, steps and validation_loss after each validation, or message (what is trained and how) at the start. Raises
-    the `ApprenticeError` that stopped the run.
+    attempt, step, steps and validation_loss after each validation, samples (instruction and reply) where they are asked for, or
+    message (what is trained and how) at the start. Raises the `ApprenticeError` that stopped the run.
     """
     if run.is_trained and "training" in run.status():
         return TrainResult(**run.status()["training"])
@@ -89,7 +91,10 @@ def train(recipe: Recipe, run: Run, corpus: Corpus, *, progress: Callable[[dict[
     _check_cluster(recipe)
     checkpoints.sweep(run.checkpoints)
     found = checkpoints.restorable(run.checkpoints)
-    tracker = Tracker(run, progress)
+    services, problems = open_services(recipe, run)
+    tracker = Tracker(run, progress, services)
+    for problem in problems:
+        progress({"message": problem})
     attempts = 1
     try:
         if found is None or goal.reached(found.state) < 1.0:
@@ -146,7 +151,8 @@ def _fit(recipe: Recipe, run: Run, corpus: Corpus, goal: Goal, tracker: Tracker)
     mailbox: Any = ray.remote(Mailbox).options(num_cpus=0, scheduling_strategy=here).remote(workers)
     validation = validation_rows(corpus, validation_limit(recipe))
     length = corpus.row_length + (corpus.target_length or 0)
-    job = Job(recipe, run, goal, mailbox, ray.put(validation), length, corpus.row_bytes, _shares(corpus))
+    samples = Samples(corpus.layout, recipe.training.sample_instructions)
+    job = Job(recipe, run, goal, mailbox, ray.put(validation), length, corpus.row_bytes, _shares(corpus), samples)
     trainer = _trainer(job, corpus)
     # Ray Train would look for checkpoints that it knew in an earlier call; which one counts is decided by checkpoint.restorable.
     (run.checkpoints / "checkpoint_manager_snapshot.json").delete()
@@ -181,6 +187,7 @@ class Job:
     length: int  # tokens of a packed row, of both sides
     row_bytes: int  # of a packed row's arrays
     shares: dict[int, float]  # number of a task → its share of the examples
+    samples: Samples
 
 
 def work(job: Job) -> None:
@@ -213,7 +220,8 @@ def work(job: Job) -> None:
         validation = PackedRows.of(ray.get(job.validation))
         device = ray.train.torch.get_device()
         given = (job.recipe, job.run, job.goal, restored, rows, validation, job.length)
-        run_worker(*given, device=device, tell=tell, register=register, shares=job.shares, wanted=pulse.checkpoint_wanted)
+        told: dict[str, Any] = {"tell": tell, "register": register, "wanted": pulse.checkpoint_wanted}
+        run_worker(*given, device=device, shares=job.shares, samples=job.samples, **told)
     except Exception as error:
         # Trying again would not mend it: the next attempt sees it in the mailbox and ends at once.
         if (ours := mendable(error)) is not None:

@@ -45,6 +45,7 @@ class Course:
     checkpoint_every: int  # steps
     window: int  # positions of the plan
     shares: Mapping[int, float] = field(default_factory=dict)  # of the examples, that each task (by number) was meant to have
+    utilisation: float | None = None  # of the devices' peak, for each token a second; None where the peak is not known
 
 
 @dataclass(frozen=True)
@@ -74,13 +75,14 @@ def train_loop(
     save: Callable[[State], None],
     validate: Callable[[], float | None],
     wanted: Callable[[], bool] = lambda: False,
+    aside: Callable[[State], None] = lambda state: None,
 ) -> State:
     """Trains from `state` to the goal; every batch is this worker's part of one step.
 
     `record` gets each finished step (on every worker), `save` the state at each checkpoint and at the end, after `validate` gave
-    the validation loss. Where `wanted` is true on some worker, a checkpoint follows at once, without
-    validation. Raises `TrainingError` if the loss is no number, the stream ends early, or does not begin where
-    `state` says.
+    the validation loss. Where `wanted` is true on some worker, a checkpoint follows at once, without validation; `aside` is called
+    after each step. What these take is no part of a step's time. Raises `TrainingError` if the loss is no number, the stream ends
+    early, or does not begin where `state` says.
     """
     clock = _Clock()
     start: tuple[int, int] | None = (state.window, state.row)
@@ -103,10 +105,11 @@ def train_loop(
                 "grad_norm": outcome.grad_norm,
                 "tokens": step.tokens,
                 "target_tokens": step.targets,
+                "workers": peers.workers,
                 "examples": step.examples,
                 **outcome.figures,
                 "ledger_drift": round(state.ledger.drift(course.shares), 6),
-                **clock.figures(course.goal, state),
+                **clock.figures(course, state),
             }
         )
         if not (math.isfinite(state.loss) and math.isfinite(outcome.grad_norm)):
@@ -116,7 +119,8 @@ def train_loop(
             state.validation_loss = validate() if due else None
             save(state)
             good = state.step
-            clock.restart()
+        aside(state)
+        clock.restart()
     return state
 
 
@@ -224,12 +228,13 @@ class _Clock:
         self._recent.append((now - self._begin, self._waited, tokens))
         self._begin = now
 
-    def figures(self, goal: Goal, state: State) -> dict[str, float]:
+    def figures(self, course: Course, state: State) -> dict[str, float]:
         seconds, waited, tokens = (sum(column) for column in zip(*self._recent, strict=True))
         return {
             "seconds": self._recent[-1][0],
             "data_wait_s": self._recent[-1][1],
             "tokens_per_s": tokens / seconds,
+            **({} if course.utilisation is None else {"mfu": course.utilisation * tokens / seconds}),
             "data_wait": waited / seconds,
-            "eta_s": (goal.expected_steps(state) - state.step) * seconds / len(self._recent),
+            "eta_s": (course.goal.expected_steps(state) - state.step) * seconds / len(self._recent),
         }

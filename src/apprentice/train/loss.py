@@ -64,6 +64,14 @@ class TargetLoss(nn.Module):
         given: dict[str, Any] = {"input_ids": input_ids} | ({} if positions is None else {"position_ids": positions})
         return self._losses(lambda: self._called(**given), wanted, labels, reduction)
 
+    def logits_after(self, prompt: Tensor, reply: Tensor) -> Tensor:
+        """The model's logits (1, tokens, vocabulary) on `prompt` and the beginning of a `reply`, both (1, tokens)."""
+        model: Any = self.model
+        if not getattr(model.config, "is_encoder_decoder", False):
+            return self._called(input_ids=torch.cat([prompt, reply], dim=1))
+        start = torch.full_like(prompt[:, :1], model.config.decoder_start_token_id)
+        return self._called(input_ids=prompt, decoder_input_ids=torch.cat([start, reply], dim=1))
+
     def _called(self, **arguments: Any) -> Tensor:
         with self._casting():
             logits: Tensor = self.model(**arguments, use_cache=False).logits

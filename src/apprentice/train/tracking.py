@@ -9,10 +9,11 @@ can mend, and which workers are silent. Knows nothing of models or of how a step
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -24,13 +25,19 @@ from apprentice.train.events import Events
 if TYPE_CHECKING:  # it brings torch, two seconds that the mailbox need not wait for
     from apprentice.train.checkpoint import Checkpoint
     from apprentice.train.pulse import Who
+    from apprentice.train.services import Service
 
 STATUS_EVERY_S = 2.0
 SCALARS = {
     "loss": "train/loss",
+    "smoothed_loss": "train/smoothed_loss",
     "learning_rate": "train/learning_rate",
     "grad_norm": "train/grad_norm",
+    "ledger_drift": "train/mixture_drift",
     "tokens_per_s": "speed/tokens_per_s",
+    "tokens_per_s_worker": "speed/tokens_per_s_worker",
+    "mfu": "speed/mfu",
+    "eta_s": "speed/eta_s",
     "data_wait": "speed/data_wait",
     "validation_loss": "validation/loss",
     "saved_s": "checkpoint/seconds",
@@ -138,12 +145,26 @@ class Mailbox:
         return Outcome(self._attempt, self._error, self._silent)
 
 
+class Smoothed:
+    """A mean in which each step counts 0.9 of the one after it, from the first step of this process on."""
+
+    def __init__(self) -> None:
+        self._sum = self._weight = 0.0
+
+    def after(self, value: float) -> float:
+        if math.isfinite(value):
+            self._sum, self._weight = 0.9 * self._sum + value, 0.9 * self._weight + 1.0
+        return self._sum / self._weight if self._weight else value
+
+
 class Tracker:
     """Writes records in the driver; also adds up the speed of steady steps (the first of an attempt warms up)."""
 
-    def __init__(self, run: Run, progress: Callable[[dict[str, Any]], None]) -> None:
+    def __init__(self, run: Run, progress: Callable[[dict[str, Any]], None], services: Sequence[Service] = ()) -> None:
         self._run = run
         self._progress = progress
+        self._services = list(services)
+        self._smoothed = Smoothed()
         self._file = run.folder / "steps.jsonl"
         self._scratch = None if run.folder.is_local else tempfile.TemporaryDirectory()
         earlier = self._file.read_text().splitlines() if self._file.exists() else []
@@ -166,6 +187,9 @@ class Tracker:
         room, the status and the events of meanwhile are lost.
         """
         record = record | {"attempt": record["attempt"] + self._earlier_attempts}
+        if "loss" in record:
+            record["smoothed_loss"] = self._smoothed.after(record["loss"])
+            record["tokens_per_s_worker"] = record["tokens_per_s"] / record["workers"]
         self._lines.append(json.dumps(record))
         if "loss" in record:
             self._count(record)
@@ -174,6 +198,7 @@ class Tracker:
                 put()
             except OSError as error:
                 self._tell_once(error)
+        self._pass_on({name: record[key] for key, name in SCALARS.items() if record.get(key) is not None}, record["step"])
         if "saved_s" not in record:  # no news to a person
             self._progress({key: value for key, value in record.items() if key != "examples"})
 
@@ -199,10 +224,22 @@ class Tracker:
             for key, name in SCALARS.items():
                 if record.get(key) is not None:
                     self._events.add(name, record[key], record["step"])
+            for sample in record.get("samples", ()):
+                self._events.add_text(f"samples/{sample['instruction']}", sample["reply"], record["step"])
         except OSError:
             self._events.give_up()
             self._events = None  # half an event may be in the file: nothing that comes after it would be read
             raise
+
+    def _pass_on(self, values: Mapping[str, float], step: int) -> None:
+        """To the services; one that fails is told of and left."""
+        for service in list(self._services) if values else ():
+            try:
+                service.add(values, step)
+            except Exception as error:  # theirs are of many kinds
+                self._services.remove(service)
+                reason = " ".join(str(error).split())[:200]
+                self._progress({"message": f"{type(service).__name__} takes no more figures ({reason}); training goes on."})
 
     def _tell_once(self, error: OSError) -> None:
         if not self._told:
@@ -226,6 +263,9 @@ class Tracker:
 
     def close(self) -> None:
         """Raises `OSError` where there is no room for the last lines."""
+        for service in self._services:
+            with suppress(Exception):  # what it has not taken by now it never will
+                service.close()
         if self._events is not None:
             events, self._events = self._events, None
             events.close()

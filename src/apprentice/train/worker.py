@@ -21,6 +21,7 @@ from apprentice.models.loading import check_dtype, count_parameters, load_model,
 from apprentice.models.tuning import TUNING_METHODS, check_tuning, load_trainable, trainable, trained_share
 from apprentice.recipe import Recipe
 from apprentice.train import checkpoint as checkpoints
+from apprentice.train import flops
 from apprentice.train.batch import PackedRows
 from apprentice.train.checkpoint import Checkpoint
 from apprentice.train.deepspeed_config import micro_batch, rows_per_worker
@@ -31,6 +32,7 @@ from apprentice.train.loss import TargetLoss
 from apprentice.train.memory import Watch, held
 from apprentice.train.objective import loss_of
 from apprentice.train.peers import Peers
+from apprentice.train.samples import Samples
 from apprentice.train.saving import Saver
 from apprentice.train.state import Goal, State
 
@@ -49,31 +51,24 @@ def run_worker(
     register: Callable[[Checkpoint | None, State], None],
     shares: Mapping[int, float] | None = None,
     wanted: Callable[[], bool] = lambda: False,
+    samples: Samples | None = None,
 ) -> State:
     """Trains until `goal`; the state at the end is the same on every worker.
 
     `rows(n)` gives this worker's rows of `length` tokens, `n` of them for each step. `tell` is called on the first worker with
     every record; `register` on every worker after each checkpoint, with the checkpoint on the first worker, None on the others.
-    `shares` are what each task, by number, was meant to have of the examples; `wanted` says whether a checkpoint should come now.
+    `shares` are what each task, by number, was meant to have of the examples; `wanted` says whether a checkpoint should come now;
+    `samples` are asked every `training.sample_every_steps`.
     """
     peers = Peers()
     training = recipe.training
     if device.type == "cpu":
         torch.set_num_threads(max(1, int(training.resources.cpus)))
     batches = rows(rows_per_worker(training, peers.workers))  # first: the stream takes as long to start up as the model
-    on_gpu = device.type != "cpu"
-    check_dtype(recipe.model.dtype, local_folder(recipe.model.base), on_gpu=on_gpu)
-    check_tuning(recipe.tuning, on_gpu=on_gpu)
-    micro = micro_batch(training, workers=peers.workers, length=length, on_gpu=on_gpu)
-    dtype = resolve_dtype(recipe.model.dtype, device.type)
     state = State() if restored is None else replace(restored.state)
-    numbers = count_parameters(local_folder(recipe.model.base))
-    watch = Watch(recipe, numbers, dtype, micro, length, peers.workers, device)
-    with watch.explained():
-        tried = length if on_gpu and _can_try(recipe) else None
-        engine = build_engine(recipe, restored, dtype=dtype, micro=micro, device=device, peers=peers, length=tried)
-    micro, watch.micro, watch.trained = engine.micro, engine.micro, engine.trained[0]
-    facts = {"dtype": str(dtype).removeprefix("torch."), "tuning": recipe.tuning.method}
+    engine, watch = _set_up(recipe, restored, length, device=device, peers=peers)
+    micro = engine.micro
+    facts = {"dtype": str(watch.dtype).removeprefix("torch."), "tuning": recipe.tuning.method}
     record = tell if peers.rank == 0 else _unheard
 
     def note(now: State, **figures: Any) -> None:
@@ -90,11 +85,40 @@ def run_worker(
     def save(now: State) -> None:
         saver.save(now, engine.state(), size=engine.state_bytes, last=goal.reached(now) == 1.0)
 
+    def aside(now: State) -> None:
+        if samples is not None and training.sample_every_steps and now.step % training.sample_every_steps == 0:
+            note(now, samples=samples.taken(engine.likeliest))
+
     when = (training.checkpoint.every_steps, recipe.data.window)
-    course = Course(recipe.seed, goal, training.optimizer, micro, *when, shares or {})
+    part = _utilisation(device, watch.parameters, watch.trained, peers.workers)
+    course = Course(recipe.seed, goal, training.optimizer, micro, *when, shares or {}, part)
     with watch.explained(), closing(saver):
-        outside: dict[str, Any] = {"record": record, "save": save, "validate": validate, "wanted": wanted}
+        outside: dict[str, Any] = {"record": record, "save": save, "validate": validate, "wanted": wanted, "aside": aside}
         return train_loop(engine, batches, state, course, peers=peers, **outside)
+
+
+def _set_up(
+    recipe: Recipe, restored: Checkpoint | None, length: int, *, device: torch.device, peers: Peers
+) -> tuple[DeepSpeedEngine, Watch]:
+    """The engine, and who explains it when memory runs out. Raises what `check` would for a model that does not fit the recipe."""
+    training, on_gpu = recipe.training, device.type != "cpu"
+    check_dtype(recipe.model.dtype, local_folder(recipe.model.base), on_gpu=on_gpu)
+    check_tuning(recipe.tuning, on_gpu=on_gpu)
+    micro = micro_batch(training, workers=peers.workers, length=length, on_gpu=on_gpu)
+    dtype = resolve_dtype(recipe.model.dtype, device.type)
+    numbers = count_parameters(local_folder(recipe.model.base))
+    watch = Watch(recipe, numbers, dtype, micro, length, peers.workers, device)
+    with watch.explained():
+        tried = length if on_gpu and _can_try(recipe) else None
+        engine = build_engine(recipe, restored, dtype=dtype, micro=micro, device=device, peers=peers, length=tried)
+    watch.micro, watch.trained = engine.micro, engine.trained[0]
+    return engine, watch
+
+
+def _utilisation(device: torch.device, numbers: int, trained: int, workers: int) -> float | None:
+    """The part of the devices' peak that one token a second takes."""
+    of_one = flops.peak(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    return None if of_one is None else flops.per_token(numbers, trained) / (of_one * workers)
 
 
 def _can_try(recipe: Recipe) -> bool:

@@ -1,0 +1,123 @@
+"""Where figures go: a real MLflow store, an offline run of Weights & Biases, Ray's metrics, and services that fail."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import ray
+
+from apprentice.artifacts import Run
+from apprentice.errors import RecipeError
+from apprentice.recipe import Recipe
+from apprentice.storage import Folder
+from apprentice.train import services
+from apprentice.train.tracking import Tracker
+from tests.train.test_tracking import record
+
+
+def recipe(*tracking: str) -> Recipe:
+    training = {"steps": 4, "tracking": list(tracking), "optimizer": {"learning_rate": 3e-4}}
+    return Recipe.model_validate({"name": "kite", "model": {"base": "tiny"}, "data": {"tasks": ["sst2"]}, "training": training})
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    return Run(Folder.at(tmp_path / "kite").make())
+
+
+def test_mlflow_has_the_figures_and_one_run_however_often_it_is_taken_up(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "store").as_uri())
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    for step in (1, 2):
+        made, problems = services.open_services(recipe("mlflow"), run)
+        assert problems == []
+        tracker = Tracker(run, lambda _: None, made[1:])
+        tracker.write(record(step, loss=float(step)))
+        tracker.close()
+    from mlflow import MlflowClient
+
+    client = MlflowClient()
+    experiment = client.get_experiment_by_name("apprentice")
+    assert experiment is not None
+    [found] = client.search_runs([experiment.experiment_id])
+    assert found.info.run_name == "kite"
+    assert found.data.params["training.optimizer.learning_rate"] == "0.0003"
+    history = client.get_metric_history(found.info.run_id, "train/loss")
+    assert sorted((point.step, point.value) for point in history) == [(1, 1.0), (2, 2.0)]
+    assert {
+        "train/smoothed_loss",
+        "train/grad_norm",
+        "speed/tokens_per_s",
+        "speed/tokens_per_s_worker",
+    } <= found.data.metrics.keys()
+
+
+@pytest.mark.slow
+def test_weights_and_biases_offline(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("WANDB_MODE", "offline"), ("WANDB_DIR", str(tmp_path)), ("WANDB_API_KEY", "0" * 40)):
+        monkeypatch.setenv(name, value)
+    made, problems = services.open_services(recipe("wandb"), run)
+    assert problems == []
+    for step in range(1, 4):
+        made[1].add({"train/loss": float(step)}, step)
+    made[1].close()
+    import wandb
+
+    wandb.teardown()  # its own process writes the last of it
+    [file] = tmp_path.rglob(f"run-{services.key_of(run)}.wandb")
+    assert b"train/loss" in file.read_bytes()
+
+
+@pytest.mark.slow
+def test_rays_metrics_have_the_figures(run: Run, ray_cluster: None) -> None:
+    made, _ = services.open_services(recipe(), run)
+    made[0].add({"train/loss": 1.25, "speed/tokens_per_s": 50.0}, 7)
+    [node] = [node for node in ray.nodes() if node["Alive"]]
+    wanted = {"train_loss": "1.25", "speed_tokens_per_s": "50.0", "train_step": "7.0"}
+    deadline = time.monotonic() + 60
+    while True:
+        text = httpx.get(f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics").text
+        lines = [line for line in text.splitlines() if line.startswith("ray_apprentice_") and 'run="kite"' in line]
+        found = {line.partition("{")[0].removeprefix("ray_apprentice_"): line.rsplit(" ", 1)[1] for line in lines}
+        if found == wanted or time.monotonic() > deadline:
+            break
+        time.sleep(0.5)
+    assert found == wanted
+
+
+def test_a_package_that_is_not_installed_is_said_before_anything_starts(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(services.MODULES, "wandb", "not_there_at_all")
+    with pytest.raises(
+        RecipeError, match=r"training\.tracking names wandb, which is not installed here; `pip install 'apprentice\["
+    ):
+        services.open_services(recipe("wandb"), run)
+
+
+def test_a_service_that_cannot_be_reached_is_told_of_and_training_goes_on(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "nowhere://at/all")
+    made, problems = services.open_services(recipe("mlflow"), run)
+    assert [type(service).__name__ for service in made] == ["RayMetrics"]
+    assert problems[0].startswith("mlflow does not take the run's figures (")
+    assert problems[0].endswith("training goes on")
+
+
+def test_a_service_that_fails_later_is_told_of_once(run: Run) -> None:
+    class Broken:
+        def add(self, values: Any, step: int) -> None:
+            raise ConnectionError("no\nroute")
+
+        def close(self) -> None:
+            raise AssertionError("it was left before")
+
+    seen: list[dict[str, Any]] = []
+    tracker = Tracker(run, seen.append, [Broken()])
+    for step in (1, 2):
+        tracker.write(record(step))
+    tracker.close()
+    assert [one["message"] for one in seen if "message" in one] == ["Broken takes no more figures (no route); training goes on."]
