@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import shutil
 import statistics
 import tempfile
@@ -45,6 +46,7 @@ PASSAGE = "The ferry leaves the harbour at seven in the morning and needs two ho
 # Of each request to the T5: how often the passage is repeated, and how long the reply is.
 MIXED = [(number % 5, (8, 24, 48, 96)[number * 7 % 4]) for number in range(32)]
 ADAPTERS = ("one", "two", "three", "four")
+CPUS = len(os.sched_getaffinity(0))  # that a replica decodes with, and so does what is measured beside it
 SINGLES = 40  # requests for one token whose median is taken
 
 
@@ -133,8 +135,7 @@ def measure_causal(endpoint: Endpoint, tokens: int, runs: int) -> None:
 
 
 def measure_overhead(endpoint: Endpoint, folder: Path, runs: int) -> None:
-    threads = torch.get_num_threads()
-    engine = TransformersEngine(folder, dtype="auto", max_running=REQUESTS, max_queued=1, context=2048, threads=threads)
+    engine = TransformersEngine(folder, dtype="auto", max_running=REQUESTS, max_queued=1, context=2048, threads=CPUS)
     ids = tuple(Tokenizer(folder).encode(PASSAGE))
     pairs = [(asyncio.run(over_http_ms(endpoint, ids)), asyncio.run(inside_ms(engine, ids))) for _ in range(runs)]
     engine.close()
@@ -197,6 +198,7 @@ def t5_small(tokenizer: Path, folder: Path) -> Path:
 
 
 def measure_seq2seq(endpoint: Endpoint, folder: Path, runs: int) -> None:
+    torch.set_num_threads(CPUS)
     model = load_model(folder, resolve_dtype("auto"))
     tokenizer = Tokenizer(folder)
     prompts = [tokenizer.encode(f"{number}. {PASSAGE * repeats}") for number, (repeats, _) in enumerate(MIXED)]
