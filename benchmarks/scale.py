@@ -3,8 +3,8 @@
 `scale.window_ms`     median time to draw one window of 1,024 positions, at position 0 and at 10**12, for few and many tasks;
                       with many (10,000 tasks, 10**10 rows), each window meets other tasks than the one before
 `scale.share_error`   largest |count - n · share| over all tasks and many n up to 10**12
-`scale.worker_error`  4,096 workers take windows in turn, and each draws its own by itself: largest difference, over all tasks,
-                      between what they drew together and the closed form
+`scale.worker_error`  4,096 workers take windows of 128 positions in turn, and each draws its own by itself: largest difference,
+                      over all tasks, between what they drew together and the closed form
 `scale.plan_mib`      the plan as it travels to each of them: it holds the row groups, not the rows
 `scale.step_s`        a step of one second of arithmetic, for 8 to 4,096 workers (simulated; a block costs 8 ms, as measured)
 
@@ -42,6 +42,7 @@ from apprentice.recipe import Recipe
 from apprentice.tasks.schema import Task
 
 WINDOW = 1024
+TURN = 128  # the window of each of many workers; what they draw together does not depend on it, and time does
 GROUP_ROWS = 100_000
 FAR = 10**12
 ALL_ROWS = 10**10  # of the larger number of tasks together
@@ -91,13 +92,13 @@ def window_ms(plan: Plan, position: int, runs: int) -> float:
 
 def worker_error(plan: Plan) -> float:
     """What 4,096 workers draw, one window each from `FAR` on, in no order; each draws from the plan as it was sent to it."""
-    first = FAR // WINDOW
+    first = FAR // TURN
     sent = pickle.loads(pickle.dumps(plan))
     seen: Counter[str] = Counter()
     for worker in np.random.default_rng(0).permutation(WORKERS).tolist():
-        start = (first + worker) * WINDOW
-        seen.update(draw.task for draw in sent.draws(start, start + WINDOW))
-    start, stop = first * WINDOW, (first + WORKERS) * WINDOW
+        start = (first + worker) * TURN
+        seen.update(draw.task for draw in sent.draws(start, start + TURN))
+    start, stop = first * TURN, (first + WORKERS) * TURN
     return float(max(abs(seen[task] - (plan.count(task, stop) - plan.count(task, start))) for task in plan.tasks))
 
 
