@@ -188,5 +188,5 @@ def trl_process(_: int, arguments: argparse.Namespace, storage: str, batch: int,
 def corpus_of(arguments: argparse.Namespace, storage: str) -> Corpus:
     """The corpus of our runs; writes the pairs first."""
     write_pairs(Path(storage) / "pairs.jsonl")
-    made = recipe_of(arguments, storage, "rows", arguments.steps + WARM_UP)
+    made = recipe_of(arguments, storage, "pairs", arguments.steps + WARM_UP)
     return make_corpus(made, Run(open_run(made).folder), parallel=False)

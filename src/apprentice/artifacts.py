@@ -83,6 +83,7 @@ def identity_hash(keys: Mapping[str, Any]) -> str:
 
 
 def flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted key → value of nested mappings: {"a": {"b": 1}} gives {"a.b": 1}; an empty mapping is a value."""
     if not isinstance(value, dict) or not value:
         return {prefix: value}
     items = (flat(inner, f"{prefix}.{key}" if prefix else str(key)) for key, inner in value.items())

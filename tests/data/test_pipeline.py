@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import ray
 
 from apprentice.data import pipeline
 from apprentice.data.corpus import Corpus
@@ -76,13 +75,6 @@ def test_any_number_of_consumers_gets_the_same_steps(ray_cluster: None, for_four
 def test_many_windows_in_a_block_keep_their_order(ray_cluster: None, corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pipeline, "MAX_BLOCKS", 2)
     assert read(train_stream(corpus, windows=5, concurrency=2)) == expected(corpus, range(5))
-
-
-@pytest.mark.timeout(300)
-def test_more_actors_than_there_are_cpus_hold_nothing_up(ray_cluster: None, corpus: Corpus) -> None:
-    """As after the loss of a node that was counted on: those that find no CPU must not keep the others from theirs."""
-    cpus = int(ray.cluster_resources()["CPU"])
-    assert read(train_stream(corpus, windows=5, concurrency=cpus + 2)) == expected(corpus, range(5))
 
 
 def test_windows_without_rows_are_passed_over(ray_cluster: None, corpus_of: CorpusOf) -> None:

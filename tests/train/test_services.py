@@ -92,7 +92,7 @@ def test_rays_metrics_have_the_figures(run: Run, ray_cluster: None) -> None:
 
 
 def test_a_package_that_is_not_installed_is_said_before_anything_starts(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(services.MODULES, "wandb", "not_there_at_all")
+    monkeypatch.setattr(services, "find_spec", lambda name: None)
     with pytest.raises(
         RecipeError, match=r"training\.tracking names wandb, which is not installed here; `pip install 'apprentice\["
     ):
@@ -121,3 +121,18 @@ def test_a_service_that_fails_later_is_told_of_once(run: Run) -> None:
         tracker.write(record(step))
     tracker.close()
     assert [one["message"] for one in seen if "message" in one] == ["Broken takes no more figures (no route); training goes on."]
+
+
+def test_figures_that_a_service_loses_at_the_end_are_told_of(run: Run) -> None:
+    class Full:
+        def add(self, values: Any, step: int) -> None:
+            pass
+
+        def close(self) -> None:
+            raise TimeoutError("it did not answer")
+
+    seen: list[dict[str, Any]] = []
+    tracker = Tracker(run, seen.append, [Full()])
+    tracker.write(record(1))
+    tracker.close()
+    assert seen[-1] == {"message": "Full may lack the last figures (it did not answer)."}

@@ -65,7 +65,7 @@ def train_stream(corpus: Corpus, start: Start = Start(), windows: int | None = N
     """The rows from `start` on, in order, `global_batch / max_workers` of them in a block; one row is one packed row.
 
     `windows` bounds how many windows are read; by default so many that the stream outlasts the run. `concurrency` is the
-    largest number of actors, one CPU each. Ray must be up.
+    number of actors, one CPU each. Ray must be up.
     """
     import ray.data  # here, because it takes seconds, and windows are made without it too
 
@@ -87,8 +87,7 @@ def train_stream(corpus: Corpus, start: Start = Start(), windows: int | None = N
         _WindowActor,
         fn_constructor_args=(ray.put(corpus), start),
         batch_size=1,
-        # No fixed number: actors without a CPU, as after the loss of a node, would keep the first stage from its own.
-        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=concurrency),
+        compute=ray.data.ActorPoolStrategy(size=concurrency),
         num_cpus=1,
     )
     unit = corpus.recipe.training.global_batch // corpus.recipe.training.max_workers

@@ -18,7 +18,6 @@ from apprentice.errors import RecipeError
 from apprentice.recipe import Recipe
 
 PROJECT = "apprentice"
-MODULES = {"mlflow": "mlflow", "wandb": "wandb"}  # name in the recipe → what must be installed
 
 
 class Service(Protocol):
@@ -104,7 +103,7 @@ class WeightsAndBiases:
 def check_services(recipe: Recipe) -> None:
     """Raises `RecipeError` for a service whose package is not installed."""
     for name in recipe.training.tracking:
-        if find_spec(MODULES[name]) is None:
+        if find_spec(name) is None:
             raise RecipeError(
                 f"training.tracking names {name}, which is not installed here; `pip install 'apprentice[{name}]'`, or leave it out."
             )

@@ -238,8 +238,7 @@ class Tracker:
                 service.add(values, step)
             except Exception as error:  # theirs are of many kinds
                 self._services.remove(service)
-                reason = " ".join(str(error).split())[:200]
-                self._progress({"message": f"{type(service).__name__} takes no more figures ({reason}); training goes on."})
+                self._progress({"message": f"{type(service).__name__} takes no more figures ({_said(error)}); training goes on."})
 
     def _tell_once(self, error: OSError) -> None:
         if not self._told:
@@ -264,8 +263,10 @@ class Tracker:
     def close(self) -> None:
         """Raises `OSError` where there is no room for the last lines."""
         for service in self._services:
-            with suppress(Exception):  # what it has not taken by now it never will
+            try:
                 service.close()
+            except Exception as error:
+                self._progress({"message": f"{type(service).__name__} may lack the last figures ({_said(error)})."})
         if self._events is not None:
             events, self._events = self._events, None
             events.close()
@@ -274,3 +275,8 @@ class Tracker:
             self._file.write_text("".join(line + "\n" for line in self._lines))
             self._run.events.upload(self._events_folder)
             self._scratch.cleanup()
+
+
+def _said(error: Exception) -> str:
+    """A service's error in one line."""
+    return " ".join(str(error).split())[:200]
