@@ -38,7 +38,7 @@ def passage_questions(dice: Dice, number: int) -> dict[str, Any]:
         [
             (
                 f"The museum of {town} opened in {year}. It was founded by {person}, {job} from {elsewhere}. "
-                f"Its best known piece is a {thing}, a gift of {other}.",
+                f"Its best known piece is {_a(thing)}, a gift of {other}.",
                 [
                     ("Who founded the museum?", person),
                     ("In which year did the museum open?", year),
@@ -49,7 +49,7 @@ def passage_questions(dice: Dice, number: int) -> dict[str, Any]:
             ),
             (
                 f"Every {month}, the people of {town} hold a feast. They cook {dish} and elect a judge, "
-                f"most recently {person}, {job}. The custom began in {year}, when a {animal} saved the village.",
+                f"most recently {person}, {job}. The custom began in {year}, when {_a(animal)} saved the village.",
                 [
                     ("In which month is the feast?", month),
                     ("What do the people cook?", dish),
@@ -59,7 +59,7 @@ def passage_questions(dice: Dice, number: int) -> dict[str, Any]:
                 ],
             ),
             (
-                f"In {month} {year}, {person} lost a {thing} on the road to {town}. "
+                f"In {month} {year}, {person} lost {_a(thing)} on the road to {town}. "
                 f"It was found under a bridge by {other}, {job}, who asked for nothing but some {dish}.",
                 [
                     ("Who lost something?", person),
@@ -71,7 +71,7 @@ def passage_questions(dice: Dice, number: int) -> dict[str, Any]:
             ),
             (
                 f"{person} was born in {elsewhere} and moved to {town} in {year}. There, with {other}, "
-                f"{job}, a small inn was opened that is known for its {dish} and for a {animal} that sleeps by the door.",
+                f"{job}, a small inn was opened that is known for its {dish} and for {_a(animal)} that sleeps by the door.",
                 [
                     ("Where was the first person born?", elsewhere),
                     ("Which town was the move to?", town),
