@@ -44,3 +44,18 @@ class DPO(Strict):
     reference: str | None = Field(
         None, description="Model that is held to, named as `model.base` is; default: the base, which the run starts from."
     )
+
+
+class GRPO(Strict):
+    """Group relative policy optimisation (Shao et al. 2024): rounds of replies that a reward model compares."""
+
+    reward: str | None = Field(None, description="The reward model: a run (run:NAME), a folder or a hub id.")
+    group: Annotated[int, Field(ge=2)] = Field(8, description="Replies to each prompt, which are compared with each other.")
+    prompts: Annotated[int, Field(ge=1)] = Field(
+        64, description="Of one round; the policy that replies is that of the round's start."
+    )
+    passes: Annotated[int, Field(ge=1)] = Field(1, description="How often a round's replies are learnt from.")
+    beta: float = Field(0.04, ge=0.0, description="How strongly the policy is held to the reference, which is the base.")
+    clip: float = Field(0.2, gt=0.0, lt=1.0, description="Part by which a token's probability may change within a round.")
+    temperature: float = Field(1.0, gt=0.0, description="Of the replies.")
+    max_new_tokens: Annotated[int, Field(ge=1)] = Field(128, description="Tokens of a reply.")
