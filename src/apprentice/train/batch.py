@@ -28,7 +28,7 @@ class RowFacts(NamedTuple):
 
 
 class Micro(NamedTuple):
-    """What one forward pass takes: the arguments of `TargetLoss`, `PairLoss` (encoder-decoders) or `PreferenceLoss`, in order."""
+    """What one forward pass takes: the arguments of an objective's loss, in order."""
 
     tensors: tuple[Tensor | None, ...]
 
@@ -68,22 +68,29 @@ class PackedRows:
     target_segment_ids: NDArray[Any] | None = None
     weights: list[NDArray[Any]] | None = None  # each row's (examples,): what a target token of theirs counts, where that is not 1
     reference: list[NDArray[Any]] | None = None  # of preferences: each row's (answers,), the reference's log-probabilities
+    # Of an on-policy round: each token's log-probability under the policy that wrote it and under the reference, (rows, length);
+    # and each row's (replies,): how much better a reply is than the others to its prompt.
+    written: NDArray[Any] | None = None
+    held: NDArray[Any] | None = None
+    advantages: list[NDArray[Any]] | None = None
 
     @classmethod
     def of(cls, columns: Mapping[str, Any]) -> PackedRows:
         """From the pipeline's columns, as NumPy arrays or lists (one entry a row)."""
         sides = ("target_ids", "target_positions", "target_segment_ids")
-        wanted = ("input_ids", "positions", "segment_ids", "loss_mask", *(name for name in sides if name in columns))
+        found = (name for name in (*sides, "written", "held") if name in columns)
+        wanted = ("input_ids", "positions", "segment_ids", "loss_mask", *found)
         table = {name: _table(columns[name]) for name in wanted}
         names = ("window", "row", "examples", "example_tasks", "example_targets", "dropped")
         facts = [
             RowFacts(int(window), int(row), _ints(examples), _ints(tasks), _ints(targets), json.loads(dropped) if dropped else {})
             for window, row, examples, tasks, targets, dropped in zip(*(columns[name] for name in names), strict=True)
         ]
-        weights, reference = (
-            [np.asarray(row) for row in columns[name]] if name in columns else None for name in ("example_weights", "reference")
+        weights, reference, advantages = (
+            [np.asarray(row) for row in columns[name]] if name in columns else None
+            for name in ("example_weights", "reference", "advantages")
         )
-        return cls(**table, facts=facts, weights=weights, reference=reference)
+        return cls(**table, facts=facts, weights=weights, reference=reference, advantages=advantages)
 
     def __len__(self) -> int:
         return len(self.facts)
@@ -102,8 +109,8 @@ class PackedRows:
 
     @property
     def counted(self) -> float:
-        """What the loss is a mean over: pairs of preferences, or else target tokens, each with its weight."""
-        if self.reference is not None:
+        """What the loss is a mean over: pairs of preferences, replies of a round, or else target tokens, each with its weight."""
+        if self.reference is not None or self.advantages is not None:
             return sum(len(row.examples) for row in self.facts)
         if self.weights is None:
             return self.targets
@@ -132,6 +139,10 @@ class PackedRows:
         ids = _tensor(self.input_ids[cut])
         if self.reference is not None:
             return self._preferences(cut, ids, self.reference[rows])
+        if self.written is not None and self.held is not None and self.advantages is not None:
+            tables = (_tensor(table[cut], np.float32) for table in (self.written, self.held))
+            numbers, known = self._numbered(cut, self.advantages[rows])
+            return Micro((ids, _tensor(self.positions[cut]), numbers, *tables, known, _tensor(self.loss_mask[cut], np.bool_)))
         if self.target_ids is None or self.target_positions is None or self.target_segment_ids is None:
             alone = int(self.segment_ids[rows].max(initial=0)) <= 1
             return Micro((ids, None if alone else _tensor(self.positions[cut]), self._targets_of(cut)))
@@ -140,12 +151,17 @@ class PackedRows:
         return Micro((ids, _tensor(self.segment_ids[cut]), *map(_tensor, sides), self._targets_of(there)))
 
     def _preferences(self, cut: tuple[slice, slice], ids: Tensor, reference: list[NDArray[Any]]) -> Micro:
-        """Answers are counted on over the rows: segments [1, 1, 2, 2] and [1, 2, 2, 0] give [0, 0, 1, 1] and [2, 3, 3, 1]."""
-        before = np.cumsum([0, *map(len, reference)])[:-1]
-        answers = self.segment_ids[cut] - 1 + before[:, None]
-        known = torch.from_numpy(np.concatenate(reference).astype(np.float32))
+        answers, known = self._numbered(cut, reference)
         is_target = _tensor(self.loss_mask[cut], np.bool_)
-        return Micro((ids, _tensor(self.positions[cut]), _tensor(answers), known, is_target))
+        return Micro((ids, _tensor(self.positions[cut]), answers, known, is_target))
+
+    def _numbered(self, cut: tuple[slice, slice], values: list[NDArray[Any]]) -> tuple[Tensor, Tensor]:
+        """The number of each token's answer, and the `values` of all answers.
+
+        Answers are counted on over the rows: segments [1, 1, 2, 2] and [1, 2, 2, 0] give [0, 0, 1, 1] and [2, 3, 3, 1].
+        """
+        before = np.cumsum([0, *map(len, values)])[:-1]
+        return _tensor(self.segment_ids[cut] - 1 + before[:, None]), torch.from_numpy(np.concatenate(values).astype(np.float32))
 
     def share(self, rank: int, workers: int) -> PackedRows:
         """Every `workers`-th row, beginning with row `rank`."""
