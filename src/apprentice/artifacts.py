@@ -42,7 +42,7 @@ NOT_IDENTITY = (
     "serving",
 )
 # Keys that came later: at their defaults they are left out, so that a run keeps the identity that it had before.
-LATER = ("training.objective", "training.dpo", "data.chat_template", "data.qualities")
+LATER = ("training.objective", "training.dpo", "training.grpo", "data.chat_template", "data.qualities")
 CONTRACT_FILE = "apprentice.json"
 ADAPTER = "adapter"  # folder beside a model's weights, with what cannot be merged into them
 
@@ -62,6 +62,8 @@ def identity(recipe: Recipe) -> dict[str, Any]:
     }
     if reference := recipe.training.dpo.reference:
         kept["training.dpo.reference"] = public_base(reference)
+    if reward := recipe.training.grpo.reward:
+        kept["training.grpo.reward"] = public_base(reward)
     if recipe.data.qualities is not None:  # whole: of equals the first is the best
         kept = {key: value for key, value in kept.items() if not key.startswith("data.qualities.")}
         kept["data.qualities"] = [[name, *one.model_dump(mode="json").values()] for name, one in recipe.data.qualities.items()]
@@ -111,6 +113,10 @@ class Run:
     @property
     def reference(self) -> Folder:
         return self.folder / "reference"
+
+    @property
+    def rounds(self) -> Folder:
+        return self.folder / "rounds"
 
     @property
     def checkpoints(self) -> Folder:

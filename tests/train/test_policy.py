@@ -28,6 +28,7 @@ def packed() -> tuple[dict[str, torch.Tensor], list[Any]]:
         "written": torch.from_numpy(rng.normal(-6.2, 0.3, shape).astype(np.float32)),
         "reference": torch.from_numpy(rng.normal(-6.2, 0.3, shape).astype(np.float32)),
         "advantages": torch.from_numpy(rng.normal(0, 1, int(replies.max()) + 1).astype(np.float32)),
+        "rewards": torch.arange(int(replies.max()) + 1).float(),
         "is_target": torch.from_numpy(rows.loss_mask > 0),
     }
     return given, examples_of(rows)
@@ -70,8 +71,10 @@ def test_packed_replies_are_single_replies(beta: float, clip: float) -> None:
     assert float(loss.figures["kl"]) == pytest.approx(divergence, rel=1e-4)
     assert float(loss.figures["clipped"]) == pytest.approx(clipped)
     assert 0 < clipped < len(texts)
+    assert float(loss.figures["reward"]) == sum(range(len(texts)))
+    assert float(loss.figures["reply_tokens"]) == float(given["is_target"][:, 1:].sum())
 
 
 def test_advantages_are_among_the_replies_to_one_prompt() -> None:
     found = advantages(torch.tensor([[1.0, 3.0], [5.0, 5.0]]))
-    torch.testing.assert_close(found, torch.tensor([[-1.0, 1.0], [0.0, 0.0]]), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(found, torch.tensor([[-(0.5**0.5), 0.5**0.5], [0.0, 0.0]]), rtol=1e-3, atol=1e-3)

@@ -20,7 +20,7 @@ from apprentice.data.pack import Strategy
 from apprentice.data.plan import Plan
 from apprentice.data.quality import classes_of, layouts_of
 from apprentice.data.reference import Reference
-from apprentice.data.tokenize import Tokenized, encode, encode_pairs
+from apprentice.data.tokenize import Tokenized, encode, encode_pairs, encode_questions
 from apprentice.errors import RecipeError
 from apprentice.family import Family, family_of, not_packed_because
 from apprentice.recipe import Recipe
@@ -95,7 +95,13 @@ class Corpus:
         return _TOKEN_BYTES * (self.row_length + (self.target_length or 0)) + trained_on
 
     def encode(self, items: Sequence[tuple[Example, Sequence[Exemplar]]]) -> list[Tokenized | None]:
-        """Token ids of every example with its exemplars; None where they do not fit (reason `TOO_LONG`)."""
+        """Token ids of every example with its exemplars; None where they do not fit (reason `TOO_LONG`).
+
+        On-policy, those of the question alone, which leaves room for a reply.
+        """
+        if self.recipe.training.aim.rounds:
+            room = self.recipe.data.max_length - self.recipe.training.grpo.max_new_tokens
+            return encode_questions(self.layout, [example for example, _ in items], room)
         if self.has_pairs:
             return encode_pairs(self.layout, [example for example, _ in items], self.recipe.data.max_length)
         sizes = (self.recipe.data.max_length, self.target_length)
@@ -135,10 +141,11 @@ def packing_strategy(recipe: Recipe, folder: Path) -> Strategy:
             f"data.packing.target_length is for encoder-decoders, and {recipe.model.base} continues one text; leave it out."
         )
     reason = not_packed_because(folder) or _VIRTUAL.get(recipe.tuning.method)
-    if recipe.training.aim.pairs and (reason is not None or family_of(folder) == "seq2seq"):
+    together = {"dpo": "both answers of a pair", "reward": "both answers of a pair", "grpo": "several replies"}
+    if (what := together.get(recipe.training.objective)) and (reason is not None or family_of(folder) == "seq2seq"):
         reason = reason or "an encoder reads a prompt once for each answer"
         raise RecipeError(
-            f"training.objective {recipe.training.objective} puts both answers of a pair into one row, where they would see each"
+            f"training.objective {recipe.training.objective} puts {what} into one row, where they would see each"
             f" other here: {reason}; use a causal model that packs, and tuning.method full, lora, qlora or adapter."
         )
     if packing.strategy == "auto":
@@ -187,6 +194,9 @@ def positions_of_epochs(corpus: Corpus) -> int:
 
 
 def _examples_per_row(corpus: Corpus, tokens: float, targets: float) -> float:
+    if corpus.recipe.training.aim.rounds:
+        shape = corpus.recipe.round
+        return shape.prompts * shape.group * shape.passes / shape.rows
     if corpus.strategy == "none":
         return 1.0
     if corpus.target_length is None:

@@ -20,6 +20,7 @@ import pyarrow as pa
 from apprentice.data.corpus import Corpus, estimate_steps, make_corpus
 from apprentice.data.pack import Rows
 from apprentice.data.window import WindowRenderer
+from apprentice.recipe import Recipe
 
 if TYPE_CHECKING:
     import ray
@@ -38,6 +39,8 @@ _TYPES = {
     "example_targets": pa.list_(pa.int32()),
     "example_weights": pa.list_(pa.float32()),
     "reference": pa.list_(pa.float32()),
+    "advantages": pa.list_(pa.float32()),
+    "rewards": pa.list_(pa.float32()),
     "dropped": pa.string(),
 }
 SPARE_WINDOWS = 64  # a stream has four times the windows that the run is estimated to need, and these
@@ -69,8 +72,6 @@ def train_stream(corpus: Corpus, start: Start = Start(), windows: int | None = N
     """
     import ray.data  # here, because it takes seconds, and windows are made without it too
 
-    from apprentice.data.pace import Pace
-
     estimate = estimate_steps(corpus)
     if windows is None:
         needed = ceil(estimate["steps"] * corpus.recipe.training.global_batch / estimate["rows_per_window"])
@@ -78,9 +79,6 @@ def train_stream(corpus: Corpus, start: Start = Start(), windows: int | None = N
     together = min(WINDOWS_TOGETHER, max(1, windows // concurrency))
     per_block = max(together, min(WINDOWS_PER_BLOCK, ceil(windows / MAX_BLOCKS)))
     numbers = ray.data.range(windows, concurrency=1, override_num_blocks=ceil(windows / per_block))
-    numbers.context.enable_progress_bars = False
-    numbers.context.execution_options.preserve_order = True
-    numbers.context.custom_execution_callback_classes = [Pace]
     # An actor hands on what it has when that is larger than this.
     numbers.context.target_max_block_size = ceil((together - 0.5) * estimate["rows_per_window"] * corpus.row_bytes)
     rows = numbers.map_batches(
@@ -90,7 +88,17 @@ def train_stream(corpus: Corpus, start: Start = Start(), windows: int | None = N
         compute=ray.data.ActorPoolStrategy(size=concurrency),
         num_cpus=1,
     )
-    unit = corpus.recipe.training.global_batch // corpus.recipe.training.max_workers
+    return in_steps(rows, corpus.recipe)
+
+
+def in_steps(rows: ray.data.Dataset, recipe: Recipe) -> ray.data.Dataset:
+    """`rows` in order, in blocks of as many as one of the most workers takes for a step."""
+    from apprentice.data.pace import Pace
+
+    rows.context.enable_progress_bars = False
+    rows.context.execution_options.preserve_order = True
+    rows.context.custom_execution_callback_classes = [Pace]
+    unit = recipe.training.global_batch // recipe.training.max_workers
     stream: ray.data.Dataset = rows.repartition(target_num_rows_per_block=unit, strict=True)
     return stream
 
@@ -111,10 +119,10 @@ class _WindowActor:
         window = self._start.window + int(batch["id"][0])
         rows = self._renderer.window(window)
         first = self._start.row if window == self._start.window else 0
-        return _table({name: column[first:] for name, column in rows.items()})
+        return table_of({name: column[first:] for name, column in rows.items()})
 
 
-def _table(rows: Rows) -> pa.Table:
+def table_of(rows: Rows) -> pa.Table:
     """As Arrow columns: tables as fixed-shape tensors, one array a row as lists; the types are the same for no rows at all."""
     return pa.table({name: _column(name, values) for name, values in rows.items()})
 

@@ -91,23 +91,37 @@ def encode_pairs(layout: Layout, examples: Sequence[Example], max_length: int) -
 
     The prompt has room for the longer answer. Of a conversation the last answer is compared; the earlier ones belong to the prompt.
     """
-    prompts = layout.encode_prompts(["" if one.has_turns else layout.prompt(one.instruction, one.input) for one in examples])
     better = layout.encode_answers([example.target for example in examples])
     worse = layout.encode_answers([example.rejected for example in examples])
     end = list(layout.end_ids)
+    rooms = [max_length - max(map(len, answers)) - len(end) for answers in zip(better, worse, strict=True)]
     found: list[Tokenized | None] = []
-    for example, prompt, chosen, rejected in zip(examples, prompts, better, worse, strict=True):
-        room = max_length - max(len(chosen), len(rejected)) - len(end)
-        fitted: Fitted | None = Fitted(prompt, 0, None)
-        if room <= 0:
-            fitted = None
-        elif example.has_turns or len(prompt) > room:
-            fitted = fit_prompt(layout, example, (), room)
+    for fitted, chosen, rejected in zip(_questions(layout, examples, rooms), better, worse, strict=True):
         if fitted is None:
             found.append(None)
             continue
         both = [Tokenized(fitted.ids + ids + end, len(fitted.ids), 0, fitted.truncated) for ids in (chosen, rejected)]
         found.append(replace(both[0], rejected=both[1]))
+    return found
+
+
+def encode_questions(layout: Layout, examples: Sequence[Example], max_prompt_tokens: int) -> list[Tokenized | None]:
+    """The prompt of every example in at most so many tokens, with nothing behind it; None where it does not fit."""
+    found = _questions(layout, examples, [max_prompt_tokens] * len(examples))
+    return [fitted and Tokenized(fitted.ids, len(fitted.ids), 0, fitted.truncated) for fitted in found]
+
+
+def _questions(layout: Layout, examples: Sequence[Example], rooms: Sequence[int]) -> list[Fitted | None]:
+    """The prompt of every example within its room; of a conversation, all before its last answer."""
+    prompts = layout.encode_prompts(["" if one.has_turns else layout.prompt(one.instruction, one.input) for one in examples])
+    found: list[Fitted | None] = []
+    for example, prompt, room in zip(examples, prompts, rooms, strict=True):
+        fitted: Fitted | None = Fitted(prompt, 0, None)
+        if room <= 0:
+            fitted = None
+        elif example.has_turns or len(prompt) > room:
+            fitted = fit_prompt(layout, example, (), room)
+        found.append(fitted)
     return found
 
 

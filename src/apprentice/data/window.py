@@ -69,6 +69,14 @@ class _Item(NamedTuple):
     tokens: Tokenized
 
 
+class Prompt(NamedTuple):
+    """A question that the model itself answers."""
+
+    position: int  # in the plan
+    task: int  # number in `Corpus.tasks`
+    ids: list[int]
+
+
 class WindowRenderer:
     """Makes packed rows. Holds open files and cached row groups, nothing that a result depends on."""
 
@@ -120,6 +128,12 @@ class WindowRenderer:
         draws = [Draw(row, task.name, "zero_shot", template, row, (), 0) for row in rows]
         items, _ = self._items(draws)
         return self._columns(items, _packed(self.corpus, items), 0, {})
+
+    def prompts(self, window: int) -> list[Prompt]:
+        """What is asked in one window of an on-policy run, in the plan's order; what does not fit is left out."""
+        size = self.corpus.recipe.data.window
+        items, _ = self._items(self.corpus.plan.draws(window * size, (window + 1) * size))
+        return [Prompt(item.number, item.task, item.tokens.ids) for item in items]
 
     def _items(self, draws: Sequence[Draw]) -> tuple[list[_Item], dict[str, Counter[str]]]:
         """The usable examples, and what was dropped or cut."""

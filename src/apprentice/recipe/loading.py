@@ -17,7 +17,7 @@ from apprentice.storage import is_uri, refuse_credentials
 
 RUN = "run:"  # how a base begins that another run made
 _PATHS = ("storage", "data.root", "data.promptsource", "serving.adapters")
-_MODELS = ("model.base", "training.dpo.reference", "evaluation.judge")  # a name, or a path that begins so
+_MODELS = ("model.base", "training.dpo.reference", "training.grpo.reward", "evaluation.judge")  # a name, or a path that begins so
 _HERE, _TASK_FILES = (".", "/", "~"), (".yaml", ".yml")
 SHIPPED = Path(__file__).resolve().parents[1] / "recipes"
 
@@ -143,6 +143,9 @@ def _with_absolute_paths(recipe: Recipe, folder: Path) -> Recipe:
     if reference := recipe.training.dpo.reference:
         dpo = recipe.training.dpo.model_copy(update={"reference": located_base(reference)})
         changed["training"] = recipe.training.model_copy(update={"dpo": dpo})
+    if reward := recipe.training.grpo.reward:
+        grpo = recipe.training.grpo.model_copy(update={"reward": located_base(reward)})
+        changed["training"] = recipe.training.model_copy(update={"grpo": grpo})
     if recipe.serving.adapters:
         changed["serving"] = recipe.serving.model_copy(update={"adapters": absolute(recipe.serving.adapters)})
     if judge := recipe.evaluation.judge:

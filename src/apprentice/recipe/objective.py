@@ -12,7 +12,7 @@ from pydantic import Field
 
 from apprentice.recipe.strict import Strict
 
-ObjectiveName = Literal["sft", "dpo", "reward"]
+ObjectiveName = Literal["sft", "dpo", "reward", "grpo"]
 
 
 @dataclass(frozen=True)
@@ -21,18 +21,20 @@ class Objective:
 
     `pairs`: each example is a prompt with a better and a worse answer, and the loss is a mean over pairs, not over target tokens.
     `reference`: the log-probabilities that a frozen model gives to both answers. `head`: a new last layer, which gives an answer
-    one number and not the next word.
+    one number and not the next word. `rounds`: the answers are the model's own, written and scored anew for every round.
     """
 
     pairs: bool = False
     reference: bool = False
     head: bool = False
+    rounds: bool = False
 
 
 OBJECTIVES: dict[ObjectiveName, Objective] = {
     "sft": Objective(),
     "dpo": Objective(pairs=True, reference=True),
     "reward": Objective(pairs=True, head=True),
+    "grpo": Objective(rounds=True),
 }
 
 
@@ -47,15 +49,17 @@ class DPO(Strict):
 
 
 class GRPO(Strict):
-    """Group relative policy optimisation (Shao et al. 2024): rounds of replies that a reward model compares."""
+    """Group relative policy optimisation (Shao et al. 2024): rounds of replies that a reward model compares.
 
-    reward: str | None = Field(None, description="The reward model: a run (run:NAME), a folder or a hub id.")
+    The prompts of a round are one window of the plan (`data.window`).
+    """
+
+    reward: str | None = Field(None, description="The reward model, named as `model.base` is; it must be given.")
     group: Annotated[int, Field(ge=2)] = Field(8, description="Replies to each prompt, which are compared with each other.")
-    prompts: Annotated[int, Field(ge=1)] = Field(
-        64, description="Of one round; the policy that replies is that of the round's start."
-    )
     passes: Annotated[int, Field(ge=1)] = Field(1, description="How often a round's replies are learnt from.")
     beta: float = Field(0.04, ge=0.0, description="How strongly the policy is held to the reference, which is the base.")
     clip: float = Field(0.2, gt=0.0, lt=1.0, description="Part by which a token's probability may change within a round.")
-    temperature: float = Field(1.0, gt=0.0, description="Of the replies.")
     max_new_tokens: Annotated[int, Field(ge=1)] = Field(128, description="Tokens of a reply.")
+    actors: Annotated[int, Field(ge=1)] = Field(
+        1, description="Processes that write and score replies, each for its part of the prompts, with a worker's resources."
+    )

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from apprentice.recipe.objective import DPO, OBJECTIVES, Objective, ObjectiveName
+from apprentice.recipe.objective import DPO, GRPO, OBJECTIVES, Objective, ObjectiveName
 from apprentice.recipe.strict import Positive, Share, Strict
 
 SAMPLES = (
@@ -92,9 +92,11 @@ class Training(Strict):
 
     objective: ObjectiveName = Field(
         "sft",
-        description="sft: answers; dpo: pairs of a better and a worse answer; reward: a model that scores answers, from pairs.",
+        description="sft: answers; dpo: pairs of a better and a worse answer; reward: a model that scores answers, from pairs;"
+        " grpo: the model's own replies, which a reward model compares.",
     )
     dpo: DPO = DPO()
+    grpo: GRPO = GRPO()
     workers: Positive | WorkerRange = 1
     resources: Resources = Resources()
     steps: Positive | None = None
@@ -139,6 +141,12 @@ class Training(Strict):
     def _one_end_and_even_batch(self) -> Self:
         if self.objective != "dpo" and self.dpo != DPO():
             raise ValueError(f"the block `dpo` belongs to `objective: dpo`, and the objective is {self.objective}")
+        if self.objective != "grpo" and self.grpo != GRPO():
+            raise ValueError(f"the block `grpo` belongs to `objective: grpo`, and the objective is {self.objective}")
+        if self.objective == "grpo" and self.grpo.reward is None:
+            raise ValueError("objective grpo learns from what a reward model says; name one in `grpo.reward`, such as run:NAME")
+        if self.objective == "grpo" and self.steps is None:
+            raise ValueError("objective grpo writes its own answers, so nothing says where `tokens` or `epochs` end; give `steps`")
         if self.objective == "reward" and self.sample_every_steps:
             raise ValueError("`sample_every_steps` shows replies, and a reward model writes none; leave it out")
         given = [end for end in (self.steps, self.tokens, self.epochs) if end is not None]

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from apprentice.recipe.data import Data
 from apprentice.recipe.evaluation import Evaluation
+from apprentice.recipe.round import Round
 from apprentice.recipe.serving import Serving
 from apprentice.recipe.strict import Strict
 from apprentice.recipe.training import Training, Tuning
@@ -46,6 +47,42 @@ class Recipe(Strict):
     def head(self) -> int | None:
         """The seed of a reward model's last layer; None for a model that writes."""
         return self.seed if self.training.aim.head else None
+
+    @property
+    def round(self) -> Round:
+        """The shape of every round of an on-policy run."""
+        data, grpo = self.data, self.training.grpo
+        per_row = max(1, data.packing.length // data.max_length)
+        return Round(data.window, grpo.group, per_row, self.training.global_batch, grpo.actors, grpo.passes)
+
+    @model_validator(mode="after")
+    def _rounds_fit(self) -> Self:
+        if not self.training.aim.rounds:
+            return self
+        data, training = self.data, self.training
+        if training.grpo.max_new_tokens >= data.max_length:
+            raise ValueError(
+                f"grpo.max_new_tokens {training.grpo.max_new_tokens} leaves no room for a prompt in data.max_length"
+                f" {data.max_length}, which holds both; lower the one or raise the other"
+            )
+        if data.max_length > data.packing.length:
+            raise ValueError(
+                f"packing.length {data.packing.length} is less than max_length {data.max_length} of a prompt and its reply"
+            )
+        if self.round.steps % training.checkpoint.every_steps:
+            raise ValueError(
+                f"a round of {data.window} prompts with {training.grpo.group} replies each takes {self.round.steps} steps, and the"
+                f" next one's replies need its weights; checkpoint.every_steps {training.checkpoint.every_steps} must divide that"
+            )
+        if training.grpo.actors > data.window:
+            raise ValueError(f"grpo.actors {training.grpo.actors} are more than the {data.window} prompts of a round (data.window)")
+        if self.tuning.method not in ("full", "lora", "qlora"):
+            raise ValueError(f"objective grpo tunes with full, lora or qlora; tuning.method is {self.tuning.method}")
+        if data.qualities is not None:
+            raise ValueError("data.qualities weigh the tokens of given answers, and objective grpo writes its own")
+        if data.formats.zero_shot != 1.0:
+            raise ValueError("objective grpo shows no exemplars and inverts nothing; leave out data.formats")
+        return self
 
     @model_validator(mode="after")
     def _pairs_fit(self) -> Self:

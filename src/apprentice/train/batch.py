@@ -69,10 +69,11 @@ class PackedRows:
     weights: list[NDArray[Any]] | None = None  # each row's (examples,): what a target token of theirs counts, where that is not 1
     reference: list[NDArray[Any]] | None = None  # of preferences: each row's (answers,), the reference's log-probabilities
     # Of an on-policy round: each token's log-probability under the policy that wrote it and under the reference, (rows, length);
-    # and each row's (replies,): how much better a reply is than the others to its prompt.
+    # and each row's (replies,): how much better a reply is than the others to its prompt, and its reward.
     written: NDArray[Any] | None = None
     held: NDArray[Any] | None = None
     advantages: list[NDArray[Any]] | None = None
+    rewards: list[NDArray[Any]] | None = None
 
     @classmethod
     def of(cls, columns: Mapping[str, Any]) -> PackedRows:
@@ -80,17 +81,17 @@ class PackedRows:
         sides = ("target_ids", "target_positions", "target_segment_ids")
         found = (name for name in (*sides, "written", "held") if name in columns)
         wanted = ("input_ids", "positions", "segment_ids", "loss_mask", *found)
-        table = {name: _table(columns[name]) for name in wanted}
+        table: dict[str, Any] = {name: _table(columns[name]) for name in wanted}
         names = ("window", "row", "examples", "example_tasks", "example_targets", "dropped")
         facts = [
             RowFacts(int(window), int(row), _ints(examples), _ints(tasks), _ints(targets), json.loads(dropped) if dropped else {})
             for window, row, examples, tasks, targets, dropped in zip(*(columns[name] for name in names), strict=True)
         ]
-        weights, reference, advantages = (
-            [np.asarray(row) for row in columns[name]] if name in columns else None
-            for name in ("example_weights", "reference", "advantages")
-        )
-        return cls(**table, facts=facts, weights=weights, reference=reference, advantages=advantages)
+        ragged = {"weights": "example_weights"} | {name: name for name in ("reference", "advantages", "rewards")}
+        more: dict[str, Any] = {
+            name: [np.asarray(row) for row in columns[column]] for name, column in ragged.items() if column in columns
+        }
+        return cls(**table, facts=facts, **more)
 
     def __len__(self) -> int:
         return len(self.facts)
@@ -139,10 +140,12 @@ class PackedRows:
         ids = _tensor(self.input_ids[cut])
         if self.reference is not None:
             return self._preferences(cut, ids, self.reference[rows])
-        if self.written is not None and self.held is not None and self.advantages is not None:
+        if self.written is not None and self.held is not None and self.advantages is not None and self.rewards is not None:
             tables = (_tensor(table[cut], np.float32) for table in (self.written, self.held))
             numbers, known = self._numbered(cut, self.advantages[rows])
-            return Micro((ids, _tensor(self.positions[cut]), numbers, *tables, known, _tensor(self.loss_mask[cut], np.bool_)))
+            rewards = _joined(self.rewards[rows])
+            is_target = _tensor(self.loss_mask[cut], np.bool_)
+            return Micro((ids, _tensor(self.positions[cut]), numbers, *tables, known, rewards, is_target))
         if self.target_ids is None or self.target_positions is None or self.target_segment_ids is None:
             alone = int(self.segment_ids[rows].max(initial=0)) <= 1
             return Micro((ids, None if alone else _tensor(self.positions[cut]), self._targets_of(cut)))
@@ -161,7 +164,7 @@ class PackedRows:
         Answers are counted on over the rows: segments [1, 1, 2, 2] and [1, 2, 2, 0] give [0, 0, 1, 1] and [2, 3, 3, 1].
         """
         before = np.cumsum([0, *map(len, values)])[:-1]
-        return _tensor(self.segment_ids[cut] - 1 + before[:, None]), torch.from_numpy(np.concatenate(values).astype(np.float32))
+        return _tensor(self.segment_ids[cut] - 1 + before[:, None]), _joined(values)
 
     def share(self, rank: int, workers: int) -> PackedRows:
         """Every `workers`-th row, beginning with row `rank`."""
@@ -183,6 +186,10 @@ def _tensor(array: NDArray[Any], dtype: Any = np.int64) -> Tensor:
 
 def _table(rows: Any) -> NDArray[Any]:
     return rows if isinstance(rows, np.ndarray) and rows.ndim == 2 else np.stack(list(rows))
+
+
+def _joined(values: list[NDArray[Any]]) -> Tensor:
+    return torch.from_numpy(np.concatenate(values).astype(np.float32))
 
 
 def _ints(values: Sequence[Any]) -> list[int]:

@@ -111,6 +111,14 @@ def restorable(checkpoints: Folder) -> Checkpoint | None:
     return None
 
 
+def of_step(checkpoints: Folder, step: int) -> Checkpoint | None:
+    """The whole checkpoint after so many steps; None while there is none."""
+    for folder in _newest_first(checkpoints):
+        if _age(folder)[0] == step and (folder / CHECKSUMS).exists() and (found := _whole(folder)):
+            return found
+    return None
+
+
 def best(checkpoints: Folder) -> Checkpoint | None:
     """The whole checkpoint with the lowest validation loss (of equals the newest); without validation losses the newest."""
     found = [whole for folder in _newest_first(checkpoints) if (whole := _whole(folder))]

@@ -42,6 +42,7 @@ from apprentice.train.failure import causes, lost_peer, mendable
 from apprentice.train.pulse import Pulse, end
 from apprentice.train.reference import references
 from apprentice.train.resources import Ask, check_resources, required_resources, workers_that_fit
+from apprentice.train.rollout import round_stream
 from apprentice.train.samples import Samples
 from apprentice.train.scaling import DivisorPolicy, Trainer
 from apprentice.train.services import open_services
@@ -201,9 +202,8 @@ def work(job: Job) -> None:
 
     def rows(count: int) -> Iterator[PackedRows]:
         shard = ray.train.get_dataset_shard("train")
-        return map(
-            PackedRows.of, begun(shard.iter_batches(batch_size=count, prefetch_batches=PREFETCHED_STEPS, batch_format="numpy"))
-        )
+        ahead = 0 if job.recipe.training.aim.rounds else PREFETCHED_STEPS
+        return map(PackedRows.of, begun(shard.iter_batches(batch_size=count, prefetch_batches=ahead, batch_format="numpy")))
 
     def tell(record: dict[str, Any]) -> None:
         job.mailbox.put.remote({"attempt": attempt, **record})
@@ -257,6 +257,8 @@ def _trainer(job: Job, corpus: Corpus) -> Trainer:
         found = checkpoints.restorable(checkpoint_folder)
         workers = ray.get(mailbox.begin.remote(found))
         start = Start(found.state.window, found.state.row) if found else Start()
+        if training.aim.rounds:
+            return round_stream(ray.get(held), job.run, start)
         # As many actors as there is room for now: a node may have been lost since the run began.
         spare = sum(node.get("CPU", 0.0) for node in node_resources(job=submitted)) - workers * training.resources.cpus
         return train_stream(ray.get(held), start, None, max(1, min(max(4, workers), int(spare) - 1)))
@@ -291,8 +293,13 @@ def _stream_options(job: Job) -> ExecutionOptions:
 
 
 def validation_limit(recipe: Recipe) -> int:
-    """Packed validation rows: an eighth of the rows trained on between two checkpoints, which costs about 5% of the time."""
+    """Packed validation rows: an eighth of the rows trained on between two checkpoints, which costs about 5% of the time.
+
+    None of an on-policy run: what it learns from is its own, and nothing else has its loss.
+    """
     training = recipe.training
+    if training.aim.rounds:
+        return 0
     rows = training.checkpoint.every_steps * training.global_batch // 8
     return min(max(rows, training.global_batch, LEAST_VALIDATION_ROWS), MOST_VALIDATION_ROWS)
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from apprentice.recipe import Training
 from apprentice.train.loss import PairLoss, TargetLoss
+from apprentice.train.policy import PolicyLoss
 from apprentice.train.preference import PreferenceLoss, RewardLoss
 
 
@@ -21,5 +22,7 @@ def loss_of(model: nn.Module, training: Training, compute: torch.dtype | None = 
         return PreferenceLoss(model, training.dpo, compute)
     if training.objective == "reward":
         return RewardLoss(model, compute)
+    if training.objective == "grpo":
+        return PolicyLoss(model, training.grpo, compute)
     inner: Any = model
     return PairLoss(model, compute) if getattr(inner.config, "is_encoder_decoder", False) else TargetLoss(model, compute)

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from apprentice.recipe import GRPO
 from apprentice.train.loss import TargetLoss
 
+SMALLEST = 1e-4  # deviation of a group's rewards
+
 
 class PolicyLoss(TargetLoss):
     """The sum over the replies of a micro-batch of each one's mean over its tokens, in float32.
@@ -33,13 +35,14 @@ class PolicyLoss(TargetLoss):
         written: Tensor,
         reference: Tensor,
         advantages: Tensor,
+        rewards: Tensor,
         is_target: Tensor,
     ) -> Tensor:
-        """All of shape (rows, length) but `advantages`, (replies,); `replies` numbers each token's reply.
+        """All of shape (rows, length) but `advantages` and `rewards`, (replies,); `replies` numbers each token's reply.
 
         `written` and `reference` are log-probabilities of each token, of the policy that wrote it and of the reference. Leaves in
-        `figures` the sums over the replies of the divergence from the reference and of the share of tokens that were clipped, both
-        means over a reply's tokens.
+        `figures` the sums over the replies of the reward, the tokens, the divergence from the reference and the share of tokens that
+        were clipped; the last two are means over a reply's tokens.
         """
         own = -self._losses_at(input_ids, positions, is_target, "none")
         owners, before, held = (table[:, 1:][is_target[:, 1:]] for table in (replies, written, reference))
@@ -52,14 +55,26 @@ class PolicyLoss(TargetLoss):
         share = 1 / lengths[owners]
         with torch.no_grad():
             bound = (clipped * advantage < ratio * advantage).to(share)
-            self.figures = {"kl": (divergence * share).double().sum(), "clipped": (bound * share).double().sum()}
+            shown = {"reward": rewards, "reply_tokens": lengths, "kl": divergence * share, "clipped": bound * share}
+            self.figures = {name: values.double().sum() for name, values in shown.items()}
         return ((self._grpo.beta * divergence - gain) * share).sum()
+
+
+class ReplyLogProbs(TargetLoss):
+    """What a model gives to each token of packed replies, given all before it in its own example."""
+
+    def forward(self, input_ids: Tensor, positions: Tensor | None, is_target: Tensor) -> Tensor:
+        """All of shape (rows, length), `is_target` boolean; so is the result, float32, with 0 where no token is a target."""
+        found = torch.zeros(is_target.shape, dtype=torch.float32, device=is_target.device)
+        found[:, 1:][is_target[:, 1:]] = -self._losses_at(input_ids, positions, is_target, "none")
+        return found
 
 
 def advantages(rewards: Tensor) -> Tensor:
     """Of each reply among those to its prompt, from rewards of shape (prompts, group): how many standard deviations above the mean.
 
-    Zeros where all replies to a prompt are worth the same: there is nothing to learn from them.
+    Zeros where all replies to a prompt are worth the same: there is nothing to learn from them. The deviation is the sample's, with
+    `SMALLEST` added to it, as TRL has it; the paper does not say.
     """
     apart = rewards - rewards.mean(dim=1, keepdim=True)
-    return apart / (rewards.std(dim=1, keepdim=True, correction=0) + 1e-4)
+    return apart / (rewards.std(dim=1, keepdim=True) + SMALLEST)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -28,6 +28,7 @@ class Ask:
     gpus: float
     memory: int  # bytes
     data_cpus: float = DATA_CPUS
+    data_gpus: float = 0.0  # of those who write the replies of an on-policy run
 
 
 def required_resources(recipe: Recipe, parameters: int = 0, dtype: torch.dtype = torch.float32) -> Ask:
@@ -42,7 +43,11 @@ def required_resources(recipe: Recipe, parameters: int = 0, dtype: torch.dtype =
     # Adam's two moments, and float32 weights beside bfloat16 ones
     optimizer = trained * (8 + (4 if width == 2 else 0)) / (workers if stage >= 1 else 1)
     memory = math.ceil(weights + gradients + optimizer) if training.resources.gpus == 0 else 0
-    return Ask(workers, training.resources.cpus, training.resources.gpus, memory)
+    ask = Ask(workers, training.resources.cpus, training.resources.gpus, memory)
+    if not training.aim.rounds:
+        return ask
+    writers = training.grpo.actors
+    return replace(ask, data_cpus=writers * ask.cpus + 1, data_gpus=writers * ask.gpus)
 
 
 def check_resources(ask: Ask, nodes: Sequence[Mapping[str, float]]) -> None:

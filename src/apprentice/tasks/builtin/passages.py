@@ -92,3 +92,7 @@ def product_sentences(dice: Dice, number: int) -> dict[str, Any]:
     stock = list(STOCK)[number % len(STOCK)]
     record = "; ".join(dice.shuffled([f"item: {goods}", f"colour: {colour}", f"price: {price}", f"stock: {stock}"]))
     return {"record": record, "sentence": f"The {colour} {goods} costs {price} euros and {STOCK[stock]}."}
+
+
+def _a(thing: str) -> str:
+    return f"{'an' if thing[0] in 'aeiou' else 'a'} {thing}"
