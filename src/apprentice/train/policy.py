@@ -41,7 +41,7 @@ class PolicyLoss(TargetLoss):
         """All of shape (rows, length) but `advantages` and `rewards`, (replies,); `replies` numbers each token's reply.
 
         `written` and `reference` are log-probabilities of each token, of the policy that wrote it and of the reference. Leaves in
-        `figures` the sums over the replies of the reward, the tokens, the divergence from the reference and the share of tokens that
+        `figures` the sums over the replies of reward, tokens, divergence from the reference and the share of tokens that
         were clipped; the last two are means over a reply's tokens.
         """
         own = -self._losses_at(input_ids, positions, is_target, "none")
