@@ -53,11 +53,12 @@ def answered(recipe: Any) -> dict[str, Any]:
         engine.close()
         return {"status": reply.status_code, **reply.json()}
 
-    loaded = load_model(folder, torch.float32)
+    head = recipe.head
+    loaded = load_model(folder, torch.float32, head=head)
     return {
         "losses": [record["loss"] for record in told if "loss" in record],
         "message": next(record["message"] for record in told if "message" in record),
-        "reply": asyncio.run(ask()),
+        "reply": asyncio.run(ask()) if head is None else None,
         "kind": type(loaded.get_base_model() if hasattr(loaded, "get_base_model") else loaded).__name__,
     }
 
@@ -69,6 +70,8 @@ def trained(recipe: Any, run: Any, corpus: Any, told: list[dict[str, Any]], *, u
     from apprentice.data.pipeline import render_window, validation_rows
     from apprentice.train import checkpoint as checkpoints
     from apprentice.train.batch import PackedRows
+    from apprentice.train.launch import validation_limit
+    from apprentice.train.rounds import RoundWriter
     from apprentice.train.samples import Samples
     from apprentice.train.state import Goal, State
     from apprentice.train.worker import run_worker
@@ -76,10 +79,20 @@ def trained(recipe: Any, run: Any, corpus: Any, told: list[dict[str, Any]], *, u
     found = checkpoints.restorable(run.checkpoints)
     begin = found.state if found is not None else State()
 
+    def made(window: int) -> Any:
+        if not recipe.training.aim.rounds:
+            return render_window(corpus, window)
+        writer = RoundWriter(corpus, torch.device("cpu"))
+        if window == 0:
+            return writer.rows(0, 0, None)
+        before = checkpoints.of_step(run.checkpoints, window * recipe.round.steps)
+        with checkpoints.tensors_of(before) as read:
+            return writer.rows(window, 0, read)
+
     def rows(size: int) -> Iterator[PackedRows]:
         step = begin.step
         for window in count(begin.window):
-            columns = render_window(corpus, window)
+            columns = made(window)
             for start in range(begin.row if window == begin.window else 0, len(columns["row"]) - size + 1, size):
                 if step == until:
                     raise KilledError
@@ -92,7 +105,7 @@ def trained(recipe: Any, run: Any, corpus: Any, told: list[dict[str, Any]], *, u
         Goal(recipe.training.steps),
         found,
         rows,
-        PackedRows.of(validation_rows(corpus, 2)),
+        PackedRows.of(validation_rows(corpus, min(2, validation_limit(recipe)))),
         corpus.row_length,
         device=torch.device("cpu"),
         tell=told.append,

@@ -97,7 +97,9 @@ def test_the_order_is_looked_at_before_anything_is_trained(tmp_path):
     with pytest.raises(RecipeError, match="two of the recipes are called 'first'"):
         road.check_order([first, first])
     other = after.model_copy(update={"data": after.data.model_copy(update={"layout": "alpaca"})})
-    with pytest.raises(RecipeError, match="'second' has layout 'alpaca', but its base 'first' is trained with 'chat'"):
+    with pytest.raises(
+        RecipeError, match="'second' has layout 'alpaca', but 'first', which it starts from, is trained with 'chat'"
+    ):
         road.check_order([first, other])
 
 

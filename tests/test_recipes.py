@@ -16,7 +16,7 @@ from tests.conftest import DATA_FOLDER, NEEDS_DATA, ROOT
 from tests.samples import tiny_model_of, write_datasets
 
 RECIPES = sorted(SHIPPED.glob("*.yaml"))
-SINGLE_SET = {"alpaca", "dolly", "openchat", "zephyr_sft", "zephyr"}
+SINGLE_SET = {"alpaca", "dolly", "openchat", "zephyr_sft", "zephyr", "instructgpt_sft", "instructgpt_reward", "instructgpt"}
 # What Mistral 7B Instruct v0.2's model card shows for two turns: [INST] … [/INST] answer</s>[INST] … [/INST]
 INST = (
     "{% for message in messages %}{% if message['role'] == 'user' %}[INST] {{ message['content'] }} [/INST]"
@@ -42,6 +42,9 @@ MODELS = {
     "tk_instruct": "t5_v1.1",
     "zephyr_sft": "mistral",
     "zephyr": "mistral",
+    "instructgpt_sft": "gpt_neox",
+    "instructgpt_reward": "gpt_neox",
+    "instructgpt": "gpt_neox",
 }
 FAR = ("alpaca", "mistral_instruct")
 PAIRS = ("flan", "flan_t5", "t0", "t0_bart", "tk_instruct")  # prompts and answers on two sides of a row
@@ -52,6 +55,7 @@ P3 = [
     "data.hold_out=[story_completion]",
     "data.mixture.weights={promptsource_glue_mrpc: 25676, promptsource_imdb: 275000, promptsource_trec: 98136}",
 ]
+GRPO = "{reward: 'run:instructgpt-reward', group: 2, max_new_tokens: 4}"
 REAL: dict[str, list[str]] = {"t0": P3, "t0_bart": P3, "tk_instruct": []}
 
 
@@ -99,6 +103,9 @@ WANTED_MODELS = {
     "flan_mini": SMOLLM,
     "flan_t5": T5,
     "full": SMOLLM,
+    "instructgpt": None,  # goes on from runs
+    "instructgpt_reward": None,
+    "instructgpt_sft": "model EleutherAI/pythia-6.9b (estimate 13.7 GB: 6.86 billion parameters of 2 bytes)",
     "lora": SMOLLM,
     "mistral_instruct": MISTRAL,
     "openchat": "model mistralai/Mistral-7B-v0.1 (estimate 14.5 GB: 7.24 billion parameters of 2 bytes)",
@@ -147,10 +154,12 @@ def tiny(name: str, tokenizer: Path, folder: Path) -> list[str]:
         *rows,
         f"storage={folder}/runs",
         f"model={{base: {model}, dtype: float32}}",
-        f"data.max_length={192 if shipped.training.aim.pairs else 384}",
+        f"data.max_length={192 if shipped.training.aim.pairs or shipped.training.aim.rounds else 384}",
         "data.packing.length=384",
         *(["data.packing.target_length=96"] if shipped.data.packing.target_length else []),
-        "data.window=64",
+        f"data.window={4 if shipped.training.aim.rounds else 64}",
+        *([f"training.grpo={GRPO}"] if shipped.training.aim.rounds else []),
+        "training.checkpoint.every_steps=2",
         "training.workers=1",
         "training.resources={cpus: 1, gpus: 0}",
         "training.global_batch=2",
@@ -181,7 +190,7 @@ def test_recipe_makes_packed_rows_in_its_layout(name, tiny_model, tmp_path):
     corpus = make_corpus(recipe, Run(Folder.at(tmp_path / "scratch")), parallel=False)
     rows = render_window(corpus, 0)
     assert len(rows["input_ids"]) >= 1
-    assert rows["loss_mask"].sum() > 0
+    assert (rows["loss_mask"].sum() > 0) == (not recipe.training.aim.rounds)  # whose answers are yet to be written
     assert ("example_weights" in rows) == (name == "openchat")
     if name in PAIRS:
         assert rows["target_ids"].shape[1] == corpus.target_length
@@ -189,6 +198,7 @@ def test_recipe_makes_packed_rows_in_its_layout(name, tiny_model, tmp_path):
     text = corpus.layout.tokenizer.decode(rows["input_ids"][0].tolist(), skip_special=False)
     shown = {"alpaca": "### Response:", "dolly": "### Response:"}
     shown |= {each: "[/INST]" for each in MODELS if MODELS[each] == "mistral"} | {"openchat": " Assistant:"}
+    shown["instructgpt_sft"] = "\n\nAssistant:\n"  # which the runs after it have from their base
     assert shown.get(name, "<|im_start|>assistant") in text
 
 
@@ -222,7 +232,10 @@ def answers(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         if name not in REAL or DATA_FOLDER.is_dir():
             (folder / name).mkdir()
             jobs[name] = (str(SHIPPED / f"{name}.yaml"), tiny(name, tiny_model, folder / name))
-    jobs["zephyr"][1].append(f"model={{base: 'run:{folder}/zephyr_sft/runs/zephyr-sft', dtype: float32}}")  # done before it
+    bases = {"zephyr": "zephyr-sft", "instructgpt_reward": "instructgpt-sft", "instructgpt": "instructgpt-sft"}
+    for name, base in bases.items():  # done before it
+        jobs[name][1].append(f"model={{base: 'run:{folder}/{base.replace('-', '_')}/runs/{base}', dtype: float32}}")
+    jobs["instructgpt"][1].append(f"training.grpo.reward='run:{folder}/instructgpt_reward/runs/instructgpt-reward'")
     torch.multiprocessing.spawn(single.process, (str(folder), jobs), nprocs=1)
     return folder
 
@@ -235,10 +248,14 @@ def test_recipe_runs_to_an_answer(name, answers):
     found = json.loads((answers / f"{name}.json").read_text())
     assert "error" not in found, found["error"]
     assert len(found["losses"]) == 2
-    assert all(0 < loss < 20 for loss in found["losses"])
     shipped = load_recipe(SHIPPED / f"{name}.yaml")
+    # Advantages lie around 0, and so does the loss that follows them.
+    assert all((-2 if shipped.training.aim.rounds else 0) < loss < 20 for loss in found["losses"])
     assert found["message"].startswith(f"{shipped.tuning.method}: ")
     assert found["kind"].lower().startswith(MODELS[name].partition("_v")[0].replace("_", ""))
+    if shipped.training.aim.head:
+        assert found["reply"] is None  # it gives numbers
+        return
     assert found["reply"]["status"] == 200
     assert found["reply"]["usage"]["completion_tokens"] == 4
 

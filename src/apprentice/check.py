@@ -20,6 +20,7 @@ import jinja2
 import ray
 
 from apprentice.artifacts import Run, public_base
+from apprentice.data.companions import check_companions
 from apprentice.data.contract import check_base, layout_of
 from apprentice.data.corpus import packing_strategy
 from apprentice.data.layout import Layout
@@ -27,7 +28,7 @@ from apprentice.data.pipeline import Corpus, estimate_steps, make_corpus
 from apprentice.data.quality import classes_of, layouts_of, shown_in_the_prompt
 from apprentice.data.sources import on_the_hub, resolve
 from apprentice.errors import ApprenticeError, ContractError, DataError, RecipeError, StorageError
-from apprentice.family import RELATIVE_POSITIONS, check_writes, family_of, model_config
+from apprentice.family import RELATIVE_POSITIONS, check_writes, model_config
 from apprentice.hub import local_folder, missing_model
 from apprentice.nodes import node_resources, on_every_node
 from apprentice.recipe import Recipe
@@ -118,9 +119,10 @@ def _tasks(recipe: Recipe) -> str:
 
 def _downloads(recipe: Recipe) -> str:
     tasks, _ = select_tasks(recipe.data.entries, recipe.data.hold_out, Path.cwd())
-    model = missing_model(recipe.model.base)
+    named = (recipe.model.base, recipe.training.dpo.reference, recipe.training.grpo.reward)
+    models = dict.fromkeys(found for name in named if name and (found := missing_model(name)))
     sets = sorted({found for task in tasks if (found := on_the_hub(task, recipe.data.root))})
-    wanted = [f"model {model}"] if model else []
+    wanted = [f"model {model}" for model in models]
     wanted += [f"{len(sets)} dataset{'s' if len(sets) > 1 else ''} from the hub ({', '.join(sets)}; sizes unknown)"] if sets else []
     return "; ".join(wanted) or "nothing"
 
@@ -135,7 +137,7 @@ def _model(recipe: Recipe) -> str:
     ancestors = check_base(recipe, tokenizer.folder)
     packing_strategy(recipe, tokenizer.folder)
     _check_length(recipe, tokenizer.folder)
-    _check_reference(recipe, tokenizer)
+    check_companions(recipe, tokenizer)
     if not recipe.training.aim.head:
         check_writes(tokenizer.folder)
     line = " → ".join([*ancestors, public_base(recipe.model.base)])
@@ -175,19 +177,6 @@ def _check_turns(layout: Layout) -> None:
             f"the chat template ends an answer with {end!r}, which is {len(layout.end_ids)} ordinary tokens to this tokenizer: a"
             " reply would stop wherever it comes to the last of them. End turns with `{{ eos_token }}` in data.chat_template, or"
             " name a base that has it as a token of its own."
-        )
-
-
-def _check_reference(recipe: Recipe, tokenizer: Tokenizer) -> None:
-    """Raises `RecipeError` for a reference to which the same answer would be other tokens."""
-    name = recipe.training.dpo.reference
-    if name is None:
-        return
-    folder = local_folder(name)
-    if family_of(folder) != "causal" or Tokenizer(folder).fingerprint != tokenizer.fingerprint:
-        raise RecipeError(
-            f"training.dpo.reference {public_base(name)} has another tokenizer than model.base {public_base(recipe.model.base)}:"
-            " the same answer would be other tokens to it. Leave it out (the base is the reference), or name a model of its kind."
         )
 
 
@@ -281,11 +270,12 @@ def _rehearsed(recipe: Recipe, scratch: Run) -> list[Finding]:
         rows = rehearsal.first_rows(corpus)
     except ApprenticeError as error:
         return [Finding("training", False, str(error))]
-    findings = [
-        _finding("training", after_indexing, recipe, corpus),
-        _finding("rows", rehearsal.told_of_rows, corpus, rows),
-        _finding("packing", rehearsal.told_of_packing, corpus, rows),
-    ]
+    training = _finding("training", after_indexing, recipe, corpus)
+    if recipe.training.aim.rounds:
+        findings = [training, _finding("rows", rehearsal.told_of_prompts, corpus, rows)]
+    else:
+        told_of = {"rows": rehearsal.told_of_rows, "packing": rehearsal.told_of_packing}
+        findings = [training, *(_finding(subject, look, corpus, rows) for subject, look in told_of.items())]
     if all(finding.ok for finding in findings):
         speed = rehearsal.speed_of(corpus, rows)
         findings.append(_finding("duration", rehearsal.told_of_duration, corpus, speed))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +114,7 @@ def test_the_first_step_learns_from_advantages_alone(corpus: Corpus, rows: dict[
 
 
 def test_rows_without_a_reply_have_no_loss_and_no_gradient(corpus: Corpus, rows: dict[str, Any]) -> None:
-    packed = PackedRows.of(rows)
+    packed = PackedRows.of(deepcopy(rows))
     packed.segment_ids[:4], packed.loss_mask[:4] = 0, 0
     packed.advantages[:4] = packed.rewards[:4] = [np.zeros(0, np.float32)] * 4  # type: ignore[index]
     model: Any = load_model(corpus.recipe.model.base, torch.float32)

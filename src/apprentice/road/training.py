@@ -39,7 +39,7 @@ def _step_line(values: Mapping[str, Any]) -> dict[str, Any]:
         "step": f"{values['step']}/{values['steps']}",
         "loss": values["loss"],
         "smoothed_loss": values["smoothed_loss"],
-        **{name: values[name] for name in ("accuracy", "margin") if name in values},
+        **{name: values[name] for name in ("accuracy", "margin", "reward", "kl", "reply_tokens") if name in values},
         "learning_rate": values["learning_rate"],
         "grad_norm": values["grad_norm"],
         "tokens_per_s": values["tokens_per_s"],

@@ -71,6 +71,16 @@ def told_of_rows(corpus: Corpus, rows: PackedRows) -> str:
     )
 
 
+def told_of_prompts(corpus: Corpus, rows: PackedRows) -> str:
+    """One sentence on the first round of an on-policy run: its prompts, replies and steps."""
+    shape, grpo = corpus.recipe.round, corpus.recipe.training.grpo
+    prompts = Counter(corpus.tasks[task].name for row in rows.facts for task in row.tasks)
+    return (
+        f"a round has {sum(prompts.values())} prompts and {shape.group} replies of at most {grpo.max_new_tokens} tokens to each, in"
+        f" {shape.steps} step{'s' if shape.steps != 1 else ''}; cut or dropped: {_cut(rows, prompts)}"
+    )
+
+
 def _cut(rows: PackedRows, examples: Mapping[str, int]) -> str:
     """The three tasks of which most was cut or dropped, with the share of their examples."""
     cut = Counter[str]()
@@ -142,7 +152,7 @@ def _only(row: PackedRows, segment: int) -> PackedRows:
 def speed_of(corpus: Corpus, rows: PackedRows) -> Speed:
     """Tokens/s of a worker without GPUs, by one pass forward and backward over one row with the threads of a worker."""
     recipe = corpus.recipe
-    if recipe.training.resources.gpus or _too_large(corpus) or recipe.tuning.method == "qlora":
+    if recipe.training.resources.gpus or _too_large(corpus) or recipe.tuning.method == "qlora" or recipe.training.aim.rounds:
         return Speed(None, None)
     dtype = resolve_dtype(recipe.model.dtype, "cpu")
     settings: dict[str, Any] = {"head": recipe.head, "trust": recipe.model.trust}

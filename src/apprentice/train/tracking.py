@@ -43,6 +43,7 @@ SCALARS = {
     "saved_s": "checkpoint/seconds",
     "blocked_s": "checkpoint/seconds_blocked",
     **{name: f"preference/{name}" for name in ("accuracy", "margin", "chosen_reward", "rejected_reward")},
+    **{name: f"replies/{name}" for name in ("reward", "kl", "clipped", "reply_tokens")},
 }
 
 
