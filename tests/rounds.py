@@ -20,7 +20,7 @@ def reward_model(folder: Path, base: Path) -> Path:
 
     model: Any = load_model(base, torch.float32, head=5)
     model.save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copy(base / name, folder)
     return folder
 

@@ -156,6 +156,15 @@ def test_equal_answers_are_refused_with_the_row(tiny_model, tmp_path):
         corpus_of(tmp_path, tiny_model, rows=rows)
 
 
+def test_equal_answers_are_counted_where_some_bad_rows_are_allowed(tiny_model, tmp_path):
+    rows = pairs()
+    rows[7]["rejected"] = rows[7]["chosen"]
+    [index] = corpus_of(tmp_path, tiny_model, rows=rows, data__max_bad_rows=0.05).indices.values()
+    assert index.rejects == {"equal_answers": 1}
+    assert 7 not in [*index.train, *index.validation]
+    assert len(index.train) + len(index.validation) == 39
+
+
 def test_tasks_without_pairs_are_refused(tiny_model, tmp_path):
     recipe = recipe_of(tmp_path, tiny_model)
     tasks = {"tasks": [*recipe.data.tasks, "message_moods"]}

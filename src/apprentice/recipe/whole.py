@@ -65,17 +65,13 @@ class Recipe(Strict):
                 f"grpo.max_new_tokens {training.grpo.max_new_tokens} leaves no room for a prompt in data.max_length"
                 f" {data.max_length}, which holds both; lower the one or raise the other"
             )
-        if data.max_length > data.packing.length:
-            raise ValueError(
-                f"packing.length {data.packing.length} is less than max_length {data.max_length} of a prompt and its reply"
-            )
+        if training.grpo.actors > data.window:
+            raise ValueError(f"grpo.actors {training.grpo.actors} are more than the {data.window} prompts of a round (data.window)")
         if self.round.steps % training.checkpoint.every_steps:
             raise ValueError(
                 f"a round of {data.window} prompts with {training.grpo.group} replies each takes {self.round.steps} steps, and the"
                 f" next one's replies need its weights; checkpoint.every_steps {training.checkpoint.every_steps} must divide that"
             )
-        if training.grpo.actors > data.window:
-            raise ValueError(f"grpo.actors {training.grpo.actors} are more than the {data.window} prompts of a round (data.window)")
         if self.tuning.method not in ("full", "lora", "qlora"):
             raise ValueError(f"objective grpo tunes with full, lora or qlora; tuning.method is {self.tuning.method}")
         if data.qualities is not None:
