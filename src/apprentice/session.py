@@ -21,6 +21,7 @@ from apprentice.errors import ResourcesError
 # Third parties' noise that says nothing to the person at the screen; set before workers start, inherited by them.
 QUIET = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_BACKEND_LOG_LEVEL": "fatal",  # what its core has to say of errors reaches us as exceptions too
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
