@@ -29,7 +29,7 @@ def recipe(folder: Path, name: str, method: str = "full", **more: Any) -> Recipe
 
 
 def kept(made: Recipe, dtype: torch.dtype) -> int:
-    """Bytes that autograd keeps of one real pass over packed rows with one target."""
+    """Bytes that autograd keeps of one real pass over rows with one target, packed where the method packs."""
     model = TUNING_METHODS[made.tuning.method].wrap(load_model(made.model.base, dtype), made.tuning, 0).train()
     own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
     held: dict[int, torch.UntypedStorage] = {}
@@ -40,7 +40,8 @@ def kept(made: Recipe, dtype: torch.dtype) -> int:
             held[storage._cdata] = storage
         return tensor
 
-    positions = torch.arange(LENGTH).remainder(32).expand(ROWS, LENGTH).contiguous()
+    packed = made.tuning.method not in ("prefix", "prompt")
+    positions = torch.arange(LENGTH).remainder(32).expand(ROWS, LENGTH).contiguous() if packed else None
     targets = torch.zeros(ROWS, LENGTH, dtype=torch.bool)
     targets[0, 5] = True
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -56,7 +57,7 @@ def estimate(made: Recipe, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("method", ["full", "lora", "adapter"])
+@pytest.mark.parametrize("method", ["full", "lora", "adapter", "prefix", "prompt"])
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3", "gpt2", "gpt_neox"])
 def test_what_is_kept(name: str, method: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = recipe(tmp_path, name, method)

@@ -14,7 +14,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, masking_utils
 
 from apprentice.family import family_of
 from apprentice.hub import local_folder
@@ -58,12 +58,15 @@ def _kept(recipe: Recipe, dtype: torch.dtype, rows: int, length: int) -> tuple[f
         ids = torch.empty((rows, length), dtype=torch.long)
         seen = torch.empty((rows, 1, length, length), dtype=torch.bool)
         given: dict[str, Any] = {"input_ids": ids, "use_cache": False}
+        virtual = any(config.is_prompt_learning for config in getattr(wrapped, "peft_config", {}).values())
         if seq2seq:
             given["decoder_input_ids"] = ids[:, : max(1, length // 4)]
-        else:
+        elif not virtual:  # behind virtual tokens a row is one example, given without positions
             given |= {"position_ids": ids, "attention_mask": torch.empty(seen.shape, dtype=dtype) if eager else seen}
         wrapped.get_output_embeddings().register_forward_pre_hook(lambda _, arguments: (arguments[0][:, :1], *arguments[1:]))
-        with patch.object(F, "scaled_dot_product_attention", _attention):
+        # Without a mask transformers would read the positions, in which there is nothing.
+        unread = patch.object(masking_utils, "find_packed_sequence_indices", lambda positions: None)
+        with unread, patch.object(F, "scaled_dot_product_attention", _attention):
             sizes = _saved(wrapped, lambda: wrapped(**given).logits)
     return float(sum(sizes)), float(max(sizes, default=0)), config
 
