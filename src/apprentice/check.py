@@ -11,7 +11,7 @@ import struct
 import tempfile
 import uuid
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -236,7 +236,7 @@ def _resources(recipe: Recipe) -> str:
     from apprentice.models.tuning import check_tuning
     from apprentice.train.activations import activations
     from apprentice.train.deepspeed_config import micro_batch
-    from apprentice.train.memory import held
+    from apprentice.train.held import PROCESS_BYTES, held
     from apprentice.train.resources import GIB, check_resources, required_resources
 
     folder = local_folder(recipe.model.base)
@@ -252,8 +252,12 @@ def _resources(recipe: Recipe) -> str:
     trained = parameters if recipe.tuning.method == "full" else 0  # what other methods train is small beside it
     length = recipe.data.packing.length
     micro = micro_batch(recipe.training, workers=ask.workers, length=length, on_gpu=on_gpu)
-    each = replace(held(recipe, parameters, trained, dtype, ask.workers), activations=activations(recipe, dtype, micro, length))
-    parts = [f"{name} {getattr(each, name) / GIB:.1f}" for name in ("weights", "gradients", "optimizer", "activations")]
+    each = replace(
+        held(recipe, parameters, trained, dtype, ask.workers),
+        activations=activations(recipe, dtype, micro, length),
+        process=0.0 if on_gpu else PROCESS_BYTES,  # which is none of the GPU's memory
+    )
+    parts = [f"{part.name} {getattr(each, part.name) / GIB:.1f}" for part in fields(each)]
     gpus = f", {ask.gpus:g} GPUs" if ask.gpus else ""
     return (
         f"{ask.workers} workers of {ask.cpus:g} CPUs{gpus} and about {each.total / GIB:.1f} GiB each ({', '.join(parts)}, with"

@@ -11,7 +11,8 @@ import torch
 
 from apprentice.errors import TrainingError
 from apprentice.recipe import Recipe, load_recipe
-from apprentice.train.memory import GIB, Watch, free_memory, held, out_of_memory, ran_out, smaller, that_fit
+from apprentice.train.held import held
+from apprentice.train.memory import GIB, Watch, free_memory, out_of_memory, ran_out, smaller, that_fit
 from tests.recipes import tiny_recipe
 
 
@@ -24,6 +25,7 @@ def recipe(folder: Path, **changes: Any) -> Recipe:
     ("stage", "dtype", "expected"),
     [
         (0, torch.float32, (4000, 4000, 8000)),
+        (0, torch.bfloat16, (2000, 4000, 6000)),  # which runs as stage 1
         (1, torch.float32, (4000, 4000, 4000)),
         (2, torch.bfloat16, (2000, 2000, 6000)),
         (3, torch.bfloat16, (1000, 2000, 6000)),
@@ -40,8 +42,11 @@ def test_frozen_weights_adafactor_and_offload(tmp_path: Path) -> None:
     assert (found.weights, found.gradients, found.optimizer) == (2000, 40, 120)
     slim = recipe(tmp_path, training__optimizer={"name": "adafactor"}, training__deepspeed={"stage": 0})
     assert held(slim, 1000, 1000, torch.bfloat16, 2).optimizer == 0
-    away = recipe(tmp_path, training__deepspeed={"stage": 2, "offload": "cpu"})
-    assert held(away, 1000, 1000, torch.bfloat16, 2).optimizer == 0
+    on_disk = {"stage": 3, "offload": "nvme", "nvme_path": "/fast"}
+    in_memory = {"stage": 2, "offload": "cpu"}
+    for deepspeed, gpus, there in ((in_memory, 1, 0), (on_disk, 1, 0), (in_memory, 0, 6000), (on_disk, 0, 0)):
+        away = recipe(tmp_path, training__deepspeed=deepspeed, training__resources={"gpus": gpus})
+        assert held(away, 1000, 1000, torch.bfloat16, 2).optimizer == there
 
 
 def test_the_smallest_changes_come_first(tmp_path: Path) -> None:

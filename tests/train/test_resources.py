@@ -30,7 +30,10 @@ def test_memory_of_full_tuning() -> None:
     assert required_resources(recipe(deepspeed={"stage": 1}), billion).memory == 12 * billion
     assert required_resources(recipe(deepspeed={"stage": 2}), billion).memory == 10 * billion
     assert required_resources(recipe(deepspeed={"stage": 3}), billion).memory == 8 * billion
-    assert required_resources(recipe(deepspeed={"stage": 0}), billion, torch.bfloat16).memory == 18 * billion
+    assert required_resources(recipe(deepspeed={"stage": 0}), billion, torch.bfloat16).memory == 12 * billion
+    assert required_resources(recipe(deepspeed={"stage": 2}), billion, torch.float16).memory == 10 * billion
+    lean = recipe(deepspeed={"stage": 0}, optimizer={"name": "adafactor"})
+    assert required_resources(lean, billion, torch.bfloat16).memory == 8 * billion
 
 
 def test_enough() -> None:

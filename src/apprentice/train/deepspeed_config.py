@@ -57,13 +57,20 @@ def micro_batch(training: Training, *, workers: int, length: int, on_gpu: bool) 
     return training.micro_batch
 
 
+def engine_stage(training: Training, *, narrow: bool) -> int:
+    """The ZeRO stage that runs: with `narrow` weights at least 1.
+
+    DeepSpeed adds up bfloat16 gradients in float32 only if it partitions: stage 1 gives stage 0's numbers, in less memory.
+    """
+    return max(training.deepspeed.stage, 1) if narrow else training.deepspeed.stage
+
+
 def deepspeed_config(training: Training, *, workers: int, micro: int, dtype: torch.dtype, trainable: int) -> dict[str, Any]:
     """DeepSpeed's configuration for `workers` that each pass `micro` rows at once and train `trainable` numbers together.
 
     Raises `RecipeError` for a key of `deepspeed.extra` that says something else than the rest of the recipe.
     """
-    # DeepSpeed adds up bfloat16 gradients in float32 only if it partitions: stage 1 gives stage 0's numbers, in less memory.
-    stage = max(training.deepspeed.stage, 1) if dtype != torch.float32 else training.deepspeed.stage
+    stage = engine_stage(training, narrow=dtype != torch.float32)
     config = {
         "train_batch_size": training.global_batch,
         "train_micro_batch_size_per_gpu": micro,

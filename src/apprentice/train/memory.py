@@ -1,7 +1,6 @@
-"""What a worker holds in memory, as far as it can be known beforehand, and what to change when it was not enough.
+"""What memory there is, and what to change of a recipe when it was not enough.
 
-Weights, gradients and the optimizer's state are arithmetic; activations are counted by activations.py. Knows nothing of Ray or
-DeepSpeed.
+What is held is in held.py, and activations.py counts those. Knows nothing of Ray or DeepSpeed.
 """
 
 from __future__ import annotations
@@ -19,36 +18,10 @@ import torch
 from apprentice.errors import TrainingError
 from apprentice.recipe import Recipe
 from apprentice.train.activations import activations
+from apprentice.train.held import Held, held
 
 GIB = 2**30
 CLEARLY_LESS = 0.9  # of what was too much, so that a change which is named really helps
-
-
-@dataclass(frozen=True)
-class Held:
-    """Bytes that one worker holds."""
-
-    weights: float
-    gradients: float
-    optimizer: float
-    activations: float = 0.0
-
-    @property
-    def total(self) -> float:
-        return self.weights + self.gradients + self.optimizer + self.activations
-
-
-def held(recipe: Recipe, parameters: int, trained: int, dtype: torch.dtype, workers: int) -> Held:
-    """Beside activations: a model of `parameters` numbers in `dtype`, of which `trained` are trained, shared as the stage says."""
-    training = recipe.training
-    stage, offload = training.deepspeed.stage, training.deepspeed.offload != "none"
-    narrow = dtype != torch.float32 and training.optimizer.name != "adafactor"  # Adafactor keeps the weights themselves wide
-    weights = parameters * (2 if narrow else 4) / (workers if stage == 3 else 1)
-    gradients = trained * 4 / (workers if stage >= 2 else 1)
-    # Adam's two moments (Adafactor keeps rows and columns, next to nothing), and float32 weights beside narrow ones
-    optimizer: float = trained * ((0 if training.optimizer.name == "adafactor" else 8) + (4 if narrow else 0))
-    optimizer /= workers if stage >= 1 else 1
-    return Held(weights, gradients, 0.0 if offload else optimizer)
 
 
 def free_memory() -> float:

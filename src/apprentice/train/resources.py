@@ -14,6 +14,7 @@ import torch
 
 from apprentice.errors import ResourcesError
 from apprentice.recipe import Recipe
+from apprentice.train.held import held
 
 DATA_CPUS = 2.0  # beside the workers: an actor that makes rows and the tasks around it; with one they wait for each other
 GIB = 2**30
@@ -35,14 +36,8 @@ def required_resources(recipe: Recipe, parameters: int = 0, dtype: torch.dtype =
     """What `recipe` asks for at its least number of workers, for a model of `parameters` numbers (0: not known)."""
     training = recipe.training
     workers = training.min_workers
-    stage = training.deepspeed.stage
     trained = parameters if recipe.tuning.method == "full" else 0
-    width = 2 if dtype == torch.bfloat16 else 4
-    weights = parameters * width / (workers if stage == 3 else 1)
-    gradients = trained * 4 / (workers if stage >= 2 else 1)
-    # Adam's two moments, and float32 weights beside bfloat16 ones
-    optimizer = trained * (8 + (4 if width == 2 else 0)) / (workers if stage >= 1 else 1)
-    memory = math.ceil(weights + gradients + optimizer) if training.resources.gpus == 0 else 0
+    memory = math.ceil(held(recipe, parameters, trained, dtype, workers).total) if training.resources.gpus == 0 else 0
     ask = Ask(workers, training.resources.cpus, training.resources.gpus, memory)
     if not training.aim.rounds:
         return ask

@@ -27,9 +27,10 @@ from apprentice.train.checkpoint import Checkpoint
 from apprentice.train.deepspeed_config import micro_batch, rows_per_worker
 from apprentice.train.engine import WEIGHT, DeepSpeedEngine, checkpointing
 from apprentice.train.fitting import has_room, largest_that_fits
+from apprentice.train.held import held
 from apprentice.train.loop import Course, train_loop, validation_loss
 from apprentice.train.loss import TargetLoss
-from apprentice.train.memory import Watch, held
+from apprentice.train.memory import Watch
 from apprentice.train.objective import loss_of
 from apprentice.train.peers import Peers
 from apprentice.train.samples import Samples
