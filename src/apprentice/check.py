@@ -259,9 +259,11 @@ def _resources(recipe: Recipe) -> str:
     )
     parts = [f"{part.name} {getattr(each, part.name) / GIB:.1f}" for part in fields(each)]
     gpus = f", {ask.gpus:g} GPUs" if ask.gpus else ""
+    writers = recipe.training.grpo.actors if recipe.training.aim.rounds else 0
+    beside = f"; beside them {writers} that write{'s' if writers == 1 else ''} replies, with three models each" if writers else ""
     return (
         f"{ask.workers} workers of {ask.cpus:g} CPUs{gpus} and about {each.total / GIB:.1f} GiB each ({', '.join(parts)}, with"
-        f" {micro} rows at once); {cpus:g} CPUs there"
+        f" {micro} rows at once){beside}; {cpus:g} CPUs there"
     )
 
 

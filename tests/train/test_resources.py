@@ -57,6 +57,20 @@ def test_a_worker_must_fit_one_node() -> None:
     check_resources(ask, [{"CPU": 5.0}] * 2)
 
 
+def test_those_who_write_replies_are_asked_for_too() -> None:
+    rounds = recipe(
+        objective="grpo", grpo={"reward": "run:r", "actors": 2}, resources={"cpus": 4, "gpus": 1}, checkpoint={"every_steps": 1}
+    )
+    ask = required_resources(rounds)
+    assert (ask.data_cpus, ask.data_gpus) == (9.0, 2.0)
+    check_resources(ask, [{"CPU": 20.0, "GPU": 4.0}])
+    with pytest.raises(
+        ResourcesError, match="4 CPUs and 1 GPUs each, and 9 more CPUs and 2 GPUs for the data; the cluster has 20 CPUs"
+    ):
+        check_resources(ask, [{"CPU": 20.0, "GPU": 3.0}])
+    assert workers_that_fit(rounds, [{"CPU": 40.0, "GPU": 4.0}]) == 2
+
+
 def test_no_gpu() -> None:
     with pytest.raises(ResourcesError, match="and 1 GPUs each"):
         check_resources(required_resources(recipe(resources={"gpus": 1})), [{"CPU": 64.0}])

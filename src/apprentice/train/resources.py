@@ -51,9 +51,11 @@ def check_resources(ask: Ask, nodes: Sequence[Mapping[str, float]]) -> None:
     gpus = sum(node.get("GPU", 0.0) for node in nodes)
     have = f"{cpus:g} CPUs and {gpus:g} GPUs on {len(nodes)} node{'s' if len(nodes) != 1 else ''}"
     asked = f"{ask.workers} workers of {ask.cpus:g} CPUs" + (f" and {ask.gpus:g} GPUs" if ask.gpus else "")
-    if slots(ask, nodes) < ask.workers or cpus < ask.workers * ask.cpus + ask.data_cpus:
+    more = f"{ask.data_cpus:g} more CPUs" + (f" and {ask.data_gpus:g} GPUs" if ask.data_gpus else "")
+    few = cpus < ask.workers * ask.cpus + ask.data_cpus or gpus < ask.workers * ask.gpus + ask.data_gpus
+    if slots(ask, nodes) < ask.workers or few:
         raise ResourcesError(
-            f"training asks for {asked} each, and {ask.data_cpus:g} more CPUs for the data; the cluster has {have}."
+            f"training asks for {asked} each, and {more} for the data; the cluster has {have}."
             " Lower training.workers or training.resources, or add nodes."
         )
     memory = sum(node.get("memory", 0.0) for node in nodes)
@@ -79,8 +81,10 @@ def workers_that_fit(recipe: Recipe, nodes: Sequence[Mapping[str, float]]) -> in
     """The most workers within the recipe's range that fit and divide its largest number, so that steps stay the same rows."""
     training = recipe.training
     ask = required_resources(recipe)
-    cpus = sum(node.get("CPU", 0.0) for node in nodes)
+    cpus, gpus = (sum(node.get(kind, 0.0) for node in nodes) for kind in ("CPU", "GPU"))
     room = min(slots(ask, nodes), int((cpus - ask.data_cpus) // ask.cpus))
+    if ask.gpus:
+        room = min(room, int((gpus - ask.data_gpus) // ask.gpus))
     fitting = [
         count
         for count in range(training.min_workers, training.max_workers + 1)
@@ -88,5 +92,5 @@ def workers_that_fit(recipe: Recipe, nodes: Sequence[Mapping[str, float]]) -> in
     ]
     if not fitting:
         counts = [count for count in range(training.min_workers, training.max_workers + 1) if training.max_workers % count == 0]
-        check_resources(Ask(counts[0], ask.cpus, ask.gpus, 0), nodes)
+        check_resources(replace(ask, workers=counts[0], memory=0), nodes)
     return max(fitting)
