@@ -164,7 +164,8 @@ class Hosts:
             assert time.monotonic() < deadline, done.stderr + self.logs()
 
     def logs(self) -> str:
-        return "\n".join(f"{file.name}: {file.read_text(errors='replace')[-2000:]}" for file in self.folder.glob("*.log"))
+        files = [*self.folder.glob("*.log"), *self.folder.glob("session_latest/logs/gcs_server.*")]
+        return "\n".join(f"{file.name}: {file.read_text(errors='replace')[-2000:]}" for file in files)
 
     def pids(self, host: Host) -> list[int]:
         """Processes of a host: in its namespace, or of the sessions that were started for it."""

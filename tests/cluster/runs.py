@@ -44,7 +44,7 @@ class Training:
         began = time.monotonic()
         while not condition():
             if self.process.poll() is not None:
-                raise AssertionError(self.process.communicate()[1][-3000:])
+                raise AssertionError(f"the run ended: {self.end}")
             assert time.monotonic() - began < within_s, f"{self.run}: nothing for {within_s:g} s"
             time.sleep(0.1)
         return time.monotonic() - began
@@ -60,10 +60,10 @@ class Training:
 
     @cached_property
     def end(self) -> tuple[int, str]:
-        """Exit code, and the sentence on standard error if there is one."""
-        _, err = self.process.communicate(timeout=LONGEST_S)
+        """Exit code, and the sentence on standard error; where there is none, the end of all that was said."""
+        out, err = self.process.communicate(timeout=LONGEST_S)
         found = re.findall(r"^error: (.*)", err, re.MULTILINE)
-        return self.process.returncode, found[-1] if found else err[-3000:]
+        return self.process.returncode, found[-1] if found else (out + err)[-3000:]
 
 
 @dataclass
@@ -97,7 +97,7 @@ class Place:
     def restarts(self, training: Training, steps: int = STEPS) -> int:
         """How often a run started its workers again that has ended well, with the rows that it should have had."""
         code, said = training.end
-        assert code == 0, said + self.made.logs()
+        assert code == 0, f"{code}: {said}\n{self.made.logs()}"
         made, plan = training.steps(), planned(training.run, steps)
         assert {step for step, _ in made} == set(plan)
         assert [step for step, positions in made if positions != plan[step]] == [], "steps with other rows"
