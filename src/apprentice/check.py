@@ -109,6 +109,12 @@ def _tasks(recipe: Recipe) -> str:
             f"training.objective {objective} learns from preferences, and task {single[0]!r} has no rejected answers; name files of"
             " preferences in data.tasks (`{preferences: pairs.jsonl}`), or hold the task out."
         )
+    silent = [task.name for task in tasks if not task.has_answers and (task.name in held_out or not recipe.training.aim.rounds)]
+    if silent:
+        raise RecipeError(
+            f"task {silent[0]!r} has prompts without answers, from which only training.objective grpo learns and with which nothing"
+            " can be scored; leave it out of data.tasks, or name another objective."
+        )
     if recipe.training.aim.head and (written := [task.name for task in tasks if not task.is_ranked]):
         raise RecipeError(
             f"training.objective {objective} makes a model that writes nothing, and task {written[0]!r} is scored by what is"

@@ -111,6 +111,7 @@ COLLECTION_KEYS: dict[str, tuple[str, ...]] = {
     "natural_instructions": ("definition", "positive", "negative", "explanations", "official_splits"),
     **dict.fromkeys(("conversations", "alpaca", "dolly", "self_instruct", "p3"), ("test",)),
     "preferences": ("test", "splits"),
+    "prompts": (),
 }
 
 
@@ -127,6 +128,7 @@ class Collection(Strict):
         description="File with columns prompt, chosen and rejected: texts or messages, where the prompt may stand in the other two."
         " With `splits`, a dataset under `data.root` or on the hub: `HuggingFaceH4/ultrafeedback_binarized`.",
     )
+    prompts: str | None = Field(None, description="File with the column prompt, a text or messages: questions without answers.")
     alpaca: str | None = Field(None, description="File with columns instruction, input and output.")
     dolly: str | None = Field(None, description="File with columns instruction, context and response.")
     self_instruct: str | None = Field(None, description="File with columns instruction and instances, of which the first is used.")

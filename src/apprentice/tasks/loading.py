@@ -14,6 +14,7 @@ from apprentice.errors import TaskError, did_you_mean
 from apprentice.tasks.conversations import conversation_tasks
 from apprentice.tasks.natural_instructions import instruction_tasks
 from apprentice.tasks.preferences import preference_tasks
+from apprentice.tasks.prompts import question_tasks
 from apprentice.tasks.promptsource import prompt_tasks
 from apprentice.tasks.records import KINDS, record_tasks
 from apprentice.tasks.schema import SourceSpec, Task, Template
@@ -26,6 +27,7 @@ COLLECTIONS: dict[str, Callable[[Mapping[str, Any]], list[Task]]] = {
     "natural_instructions": instruction_tasks,
     "conversations": conversation_tasks,
     "preferences": preference_tasks,
+    "prompts": question_tasks,
     **dict.fromkeys(KINDS, record_tasks),
 }
 

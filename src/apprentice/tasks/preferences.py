@@ -52,7 +52,7 @@ class PreferenceTemplate(Template):
         for column in ("chosen", "rejected"):
             if not row.get(column):
                 raise RowError("null", f"task {task!r}: the row has no {column!r} answer.")
-        asked = _said(task, row.get("prompt") or [], "user")
+        asked = said_in(task, row.get("prompt") or [], "user")
         (better, before), (worse, other) = (_answer(task, row[column], asked) for column in ("chosen", "rejected"))
         if before != other:
             raise RowError("prompts_differ", f"task {task!r}: the two answers do not follow the same conversation.")
@@ -65,7 +65,7 @@ class PreferenceTemplate(Template):
         return Example(task, self.name, turns[-1][0], "", better, choices, (better,), turns[:-1], system, worse)
 
 
-def _said(task: str, value: Any, role: str) -> Said:
+def said_in(task: str, value: Any, role: str) -> Said:
     """What a column says: messages, a conversation written as text, or one text of `role`."""
     if not isinstance(value, str):
         return [message_of(task, message) for message in value]
@@ -78,7 +78,7 @@ def _said(task: str, value: Any, role: str) -> Said:
 
 def _answer(task: str, value: Any, asked: Said) -> tuple[str, Said]:
     """The answer, and what was said before it: in the column itself, or else `asked`."""
-    said = _said(task, value, "assistant")
+    said = said_in(task, value, "assistant")
     if not said or said[-1][0] != "assistant":
         raise RowError("turns", f"task {task!r}: an answer of the pair does not end with what the assistant says.")
     return said[-1][1], said[:-1] or asked

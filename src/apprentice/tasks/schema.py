@@ -175,6 +175,11 @@ class Template(_Strict):
         return False
 
     @property
+    def has_answer(self) -> bool:
+        """False if its examples are questions alone."""
+        return True
+
+    @property
     def optional_names(self) -> frozenset[str]:
         """Those of `names` that a source may lack, or that may be null; only where the template is whole."""
         return frozenset()
@@ -252,6 +257,11 @@ class Task(_Strict):
     def has_pairs(self) -> bool:
         """True if every example of it has a better and a worse answer."""
         return all(template.has_pairs for template in self.templates)
+
+    @cached_property
+    def has_answers(self) -> bool:
+        """False if no example of it says what is right."""
+        return any(template.has_answer for template in self.templates)
 
     @cached_property
     def template_by_name(self) -> dict[str, Template]:
