@@ -1,4 +1,4 @@
-"""Chains: a recipe that starts from another run, what its contract remembers, and what is refused."""
+"""Chains: a recipe that starts from another run, what its contract remembers, and what is refused; test_rounds.py runs one."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from apprentice import jobs, road
-from apprentice.artifacts import Run, identity, public_base, read_contract
+from apprentice import road
+from apprentice.artifacts import identity, public_base
 from apprentice.data.contract import check_base, layout_of, make_contract
 from apprentice.errors import ContractError, ModelError, RecipeError
 from apprentice.hub import local_folder
 from apprentice.recipe import Recipe, load_recipe
-from apprentice.storage import Folder
 from apprentice.tokenizer import Tokenizer
 from tests.recipes import tiny_recipe
 
@@ -101,17 +100,3 @@ def test_the_order_is_looked_at_before_anything_is_trained(tmp_path):
         RecipeError, match="'second' has layout 'alpaca', but 'first', which it starts from, is trained with 'chat'"
     ):
         road.check_order([first, other])
-
-
-@pytest.mark.cluster
-@pytest.mark.timeout(600)
-def test_a_chain_runs_from_two_recipes_to_an_answer(ray_cluster, tiny_model, tmp_path, capsys):
-    few = {"training__steps": 2, "training__workers": 1, "training__global_batch": 2, "training__optimizer": {}}
-    files = [recipe_file(tmp_path, "first", str(tiny_model), **few), recipe_file(tmp_path, "second", "run:first", **few)]
-    jobs.run_job("train", ["--recipe", str(files[0]), "--recipe", str(files[1])])
-    assert capsys.readouterr().out.strip().endswith("runs/second")
-    contract = read_contract(Run(Folder.at(tmp_path / "runs" / "second")).model.local)
-    assert contract is not None
-    assert contract.ancestors == (str(tiny_model), "run:first")
-    with road.endpoint(str(tmp_path / "runs" / "second"), progress=lambda stage, values: None) as url:
-        assert isinstance(road.ask(url, "Name a colour.", "", max_tokens=4), str)

@@ -46,7 +46,7 @@ MODELS = {
     "instructgpt_reward": "gpt_neox",
     "instructgpt": "gpt_neox",
 }
-FAR = ("alpaca", "mistral_instruct")
+FAR = ("mistral_instruct",)
 PAIRS = ("flan", "flan_t5", "t0", "t0_bart", "tk_instruct")  # prompts and answers on two sides of a row
 # Recipes over files that no sample row stands for: what of them ../shared/data holds.
 P3 = [
