@@ -16,6 +16,7 @@ import statistics
 import tempfile
 import time
 import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
@@ -163,6 +164,12 @@ def bare_process(rank: int, file: str, workers: int) -> None:
     dist.destroy_process_group()
 
 
+def first_steps(arguments: argparse.Namespace, storage: str) -> list[PackedRows]:
+    """The steps that the peers take."""
+    made = recipe_of(arguments, storage, "rows")
+    return steps_of(make_corpus(made, Run(open_run(made).folder), parallel=False), arguments.steps + WARM_UP)
+
+
 def steps_of(corpus: Corpus, count: int) -> list[PackedRows]:
     """The rows of the first `count` steps, in the order in which our run takes them."""
     batch = corpus.recipe.training.global_batch
@@ -176,6 +183,61 @@ def steps_of(corpus: Corpus, count: int) -> list[PackedRows]:
     return [PackedRows.of({name: values[cut] for name, values in columns.items()}) for cut in cuts]
 
 
+def measure_bare_loop(arguments: argparse.Namespace, storage: str, numbers: Iterator[int]) -> None:
+    compare(
+        "training.vs_bare_loop",
+        lambda: ours(arguments, storage, next(numbers)),
+        "bare PyTorch loop",
+        partial(bare_loop, arguments, first_steps(arguments, storage), storage),
+        runs=arguments.runs,
+        goal=GOAL,
+    )
+
+
+def measure_peer(figure: str, name: str, goal: float, arguments: argparse.Namespace, storage: str, numbers: Iterator[int]) -> None:
+    made = recipe_of(arguments, storage, "peers")
+    compare(
+        f"training.vs_{figure}",
+        lambda: ours(arguments, storage, next(numbers)),
+        name,
+        partial(trainers.speed, figure, made, first_steps(arguments, storage)),
+        runs=arguments.runs,
+        goal=goal,
+    )
+
+
+def measure_startup(arguments: argparse.Namespace, storage: str, _: Iterator[int]) -> None:
+    seconds = [startup_s(arguments, storage, number) for number in range(arguments.runs)]
+    report("training.startup_s", statistics.median(seconds), unit="s", runs=arguments.runs, goal=STARTUP_GOAL_S)
+
+
+def measure_save(arguments: argparse.Namespace, storage: str, _: Iterator[int]) -> None:
+    blocked, took = save_block(arguments, storage)
+    report("training.save_block", blocked / took, unit="ratio", blocked_s=blocked, save_s=took, runs=1, goal=SAVE_GOAL)
+
+
+def measure_dpo(arguments: argparse.Namespace, storage: str, numbers: Iterator[int]) -> None:
+    batch = preferences.pairs_a_step(preferences.corpus_of(arguments, storage))
+    compare(
+        "training.dpo_vs_trl",
+        lambda: preferences.ours(arguments, storage, f"dpo-{next(numbers)}"),
+        "trl DPOTrainer",
+        partial(preferences.trl, arguments, storage, batch),
+        runs=arguments.runs,
+        goal=DPO_GOAL,
+    )
+
+
+MEASURES: dict[str, Callable[[argparse.Namespace, str, Iterator[int]], None]] = {
+    "bare_loop": measure_bare_loop,
+    "trainer": partial(measure_peer, "trainer", "transformers Trainer", TRAINER_GOAL),
+    "trl": partial(measure_peer, "trl", "trl SFTTrainer, packing", TRL_GOAL),
+    "startup": measure_startup,
+    "save": measure_save,
+    "dpo": measure_dpo,
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="smollm2-135m-instruct")
@@ -187,46 +249,13 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--only", choices=list(MEASURES), help="one of the measurements")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as storage, ray_session():
-        made = recipe_of(arguments, storage, "rows")
-        corpus = make_corpus(made, Run(open_run(made).folder), parallel=False)
-        steps = steps_of(corpus, arguments.steps + WARM_UP)
         numbers = count()
-        compare(
-            "training.vs_bare_loop",
-            lambda: ours(arguments, storage, next(numbers)),
-            "bare PyTorch loop",
-            lambda: bare_loop(arguments, steps, storage),
-            runs=arguments.runs,
-            goal=GOAL,
-        )
-        made = recipe_of(arguments, storage, "peers")
-        for figure, name, peer, goal in (
-            ("training.vs_trainer", "transformers Trainer", "trainer", TRAINER_GOAL),
-            ("training.vs_trl", "trl SFTTrainer, packing", "trl", TRL_GOAL),
-        ):
-            compare(
-                figure,
-                lambda: ours(arguments, storage, next(numbers)),
-                name,
-                partial(trainers.speed, peer, made, steps),
-                runs=arguments.runs,
-                goal=goal,
-            )
-        seconds = [startup_s(arguments, storage, number) for number in range(arguments.runs)]
-        report("training.startup_s", statistics.median(seconds), unit="s", runs=arguments.runs, goal=STARTUP_GOAL_S)
-        blocked, took = save_block(arguments, storage)
-        report("training.save_block", blocked / took, unit="ratio", blocked_s=blocked, save_s=took, runs=1, goal=SAVE_GOAL)
-        batch = preferences.pairs_a_step(preferences.corpus_of(arguments, storage))
-        compare(
-            "training.dpo_vs_trl",
-            lambda: preferences.ours(arguments, storage, f"dpo-{next(numbers)}"),
-            "trl DPOTrainer",
-            lambda: preferences.trl(arguments, storage, batch),
-            runs=arguments.runs,
-            goal=DPO_GOAL,
-        )
+        for name, measure in MEASURES.items():
+            if arguments.only in (None, name):
+                measure(arguments, storage, numbers)
 
 
 if __name__ == "__main__":

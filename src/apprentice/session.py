@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -46,6 +47,23 @@ def quiet() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
+@contextmanager
+def _greeting_kept_back() -> Iterator[None]:
+    """Ray's core announces the log level that it was given; what else it writes while it starts reaches the screen at the end."""
+    sys.stderr.flush()
+    screen = os.dup(2)
+    with tempfile.TemporaryFile() as written:
+        os.dup2(written.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(screen, 2)
+            os.close(screen)
+            written.seek(0)
+            os.write(2, b"".join(line for line in written if b"RAY_BACKEND_LOG_LEVEL" not in line))
+
+
 def _connect() -> None:
     if os.environ.get("RAY_ADDRESS"):
         ray.init(logging_level=logging.ERROR, log_to_driver=False)
@@ -71,7 +89,8 @@ def ray_session() -> Iterator[None]:
     if scripts not in os.environ.get("PATH", "").split(os.pathsep):
         os.environ["PATH"] = os.pathsep.join([scripts, os.environ.get("PATH", "")])
     try:
-        _connect()
+        with _greeting_kept_back():
+            _connect()
     except Exception as error:  # Ray raises bare exceptions here
         raise ResourcesError(
             f"Ray did not start: {' '.join(str(error).split())} Look for a full disk or a busy machine."
