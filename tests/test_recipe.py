@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from apprentice.cli import app
 from apprentice.errors import RecipeError
-from apprentice.recipe import Recipe, dump_recipe, find_recipe, load_recipe
+from apprentice.recipe import SHIPPED, Recipe, dump_recipe, find_recipe, load_recipe
 
 SMALL = """\
 name: small
@@ -36,7 +36,8 @@ def write(tmp_path: Path):
 
 
 def test_paths_are_relative_to_the_recipe(write, tmp_path):
-    recipe = load_recipe(write(SMALL))
+    recipe = load_recipe(write(SMALL + "storage: ./runs\nserving: {beside: [./other, org/model]}\n"))
+    assert recipe.serving.beside == (str(tmp_path / "other"), "org/model")
     assert recipe.storage == str(tmp_path / "runs")
     assert recipe.data.tasks == ("sst2", str(tmp_path / "mine.yaml"))
     assert recipe.model.base == "smollm2-135m-instruct"
@@ -52,11 +53,48 @@ def test_paths_typed_on_the_command_line_are_relative_to_where_it_was_typed(writ
         "model.base=./weights",
         "data.tasks=[sst2, ./mine.yaml]",
         "evaluation.judge=../judge",
+        "serving={adapters: adapters, beside: [../other, run-of-mine]}",
     ]
     recipe = load_recipe(write(SMALL), typed)
     assert (recipe.storage, recipe.data.root, recipe.model.base) == (str(here / "out"), str(here / "sets"), str(here / "weights"))
     assert recipe.data.tasks == ("sst2", str(here / "mine.yaml"))
     assert recipe.evaluation.judge == str(tmp_path / "judge")
+    assert (recipe.serving.adapters, recipe.serving.beside) == (str(here / "adapters"), (str(tmp_path / "other"), "run-of-mine"))
+
+
+@pytest.mark.parametrize(
+    ("typed", "key", "path"),
+    [
+        ("{alpaca: ./rows.jsonl, test: more/test.jsonl}", "alpaca", "rows.jsonl"),
+        ("{alpaca: ./rows.jsonl, test: more/test.jsonl}", "test", "more/test.jsonl"),
+        ("{natural_instructions: 'tasks/*.json', official_splits: splits}", "official_splits", "splits"),
+        ("{preferences: pairs.jsonl}", "preferences", "pairs.jsonl"),
+        ("{promptsource: ./glue/templates.yaml}", "promptsource", "glue/templates.yaml"),
+    ],
+)
+def test_so_are_those_of_a_collection(write, tmp_path, monkeypatch, typed, key, path):
+    here = tmp_path / "elsewhere"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    for override in (f"data.tasks=[sst2, {typed}]", f"data={{tasks: [sst2, {typed}]}}"):
+        named = load_recipe(write(SMALL), [override]).data.tasks[1]
+        assert getattr(named, key) == str(here / path)
+
+
+def test_a_collections_name_stays_a_name_on_the_command_line(write):
+    typed = "data.tasks=[{promptsource: glue/mrpc}, {preferences: org/pairs, splits: {train: train_prefs}}, {alpaca: s3://b/rows}]"
+    names = load_recipe(write(SMALL), [typed]).data.tasks
+    assert [names[0].promptsource, names[1].preferences, names[2].alpaca] == ["glue/mrpc", "org/pairs", "s3://b/rows"]
+
+
+def test_runs_lie_in_the_current_directory_unless_the_recipe_says_where(write, tmp_path, monkeypatch):
+    here = tmp_path / "elsewhere"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    assert load_recipe(write(SMALL)).storage == str(here / "runs")
+    shipped = [load_recipe(file).storage for file in sorted(SHIPPED.glob("*.yaml"))]
+    assert len(shipped) >= 21
+    assert set(shipped) == {str(here / "runs")}
 
 
 def test_a_shipped_recipe_keeps_its_runs_where_the_command_line_says(tmp_path, monkeypatch):

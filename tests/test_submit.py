@@ -11,7 +11,8 @@ import yaml
 from ray.exceptions import AuthenticationError
 
 from apprentice import jobs, submit
-from apprentice.errors import RecipeError, ResourcesError, ServingError
+from apprentice.console import Screen
+from apprentice.errors import RecipeError, ResourcesError, RunError, ServingError
 from apprentice.recipe import load_recipe
 from apprentice.serve.deployment import AppArguments
 from apprentice.serve.keys import KEYS_FILE, new_key
@@ -50,6 +51,9 @@ REFUSED: dict[str, tuple[dict[str, object], str]] = {
     "storage": ({"storage": "./runs"}, "storage './runs' is a path of this machine"),
     "root": ({"data__root": "../data"}, "data.root '../data' is a path of this machine"),
     "model": ({"model__base": "./model"}, "model.base './model' is a path of this machine"),
+    "adapters": ({"serving__adapters": "adapters"}, "serving.adapters 'adapters' is a path of this machine"),
+    "beside": ({"serving__beside": ["org/model", "../other"]}, r"serving.beside '\.\./other' is a path of this machine"),
+    "judge": ({"evaluation__judge": "~/judge"}, "evaluation.judge '~/judge' is a path of this machine"),
     "home": ({"storage": "~/runs"}, "storage '~/runs' is a path of this machine"),
 }
 
@@ -64,7 +68,7 @@ def test_paths_of_this_machine_are_refused_before_anything_is_sent(dashboard, tm
 
 
 def test_a_shipped_recipe_needs_only_its_places(dashboard):
-    with pytest.raises(RecipeError, match=r"storage '\.\./\.\./runs' is a path"):
+    with pytest.raises(RecipeError, match=r"storage '\./runs' is a path"):
         submit.submit("flan_mini", [], address=ADDRESS)
     sent = submit.submit("flan_mini", ["storage=s3://bucket/runs", "data.root=/shared/data"], address=ADDRESS)
     assert sent.run == "s3://bucket/runs/flan-mini"
@@ -157,6 +161,19 @@ def test_what_is_deployed_is_the_projects_serve_file(tmp_path):
     assert set(made) == set(shipped)
     assert set(made["applications"][0]) == set(shipped["applications"][0])
     assert AppArguments.model_validate(made["applications"][0]["args"]).max_running == 4
+
+
+def test_a_run_beside_is_deployed_by_its_place(tmp_path):
+    (tmp_path / "runs" / "other" / "model").mkdir(parents=True)
+    (tmp_path / "runs" / "other" / "identity.json").write_text("{}")
+    recipe = load_recipe(tiny_recipe(tmp_path, Path("/models/tiny"), serving__beside=["other", "org/model", "/models/base"]))
+    with pytest.raises(RunError, match=r"run 'other', which serving\.beside names, has no trained model yet"):
+        jobs.pipeline(recipe, Screen(), deploy=True)
+    assert not (tmp_path / "runs" / "tiny").exists()
+    (tmp_path / "runs" / "other" / "model" / "apprentice.json").write_text("{}")
+    made = submit.serve_config("/runs/tiny/model", recipe)["applications"][0]["args"]
+    assert made["beside"] == [str(tmp_path / "runs" / "other" / "model"), "org/model", "/models/base"]
+    AppArguments.model_validate(made)
 
 
 def test_nothing_is_deployed_for_everybody(tmp_path, monkeypatch):

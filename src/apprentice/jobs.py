@@ -22,6 +22,7 @@ from apprentice.nodes import is_job
 from apprentice.recipe import Recipe, find_recipe, load_recipe
 from apprentice.session import VERSION_VARIABLE, ray_session
 from apprentice.storage import Folder
+from apprentice.submit import deploy_run, serve_config
 
 
 def prepare(recipe: Recipe, screen: Screen) -> None:
@@ -44,10 +45,13 @@ def evaluate(recipe: Recipe, screen: Screen) -> None:
 def pipeline(recipe: Recipe, screen: Screen, *, deploy: bool = False) -> None:
     """Prepare, train, evaluate and, if asked, deploy; what is there with the same identity is not made again.
 
-    Prints the run folder last. Raises `EvaluationError` for a model that does not pass the recipe's gate, which is not deployed.
+    Prints the run folder last. Raises `EvaluationError` for a model that does not pass the recipe's gate, which is not deployed,
+    and what `submit.serve_config` raises, before anything is trained.
     """
+    run = Run(Folder.at(recipe.storage) / recipe.name)
+    if deploy:
+        serve_config(str(run.model), recipe)  # refuses what could not be deployed before anything is trained
     with ray_session():
-        run = Run(Folder.at(recipe.storage) / recipe.name)
         result = road.train(recipe, progress=screen.progress)  # freezes the indices first, unless they are there
         screen.say(road.training_sentence(result) if not result["already"] else "trained already, with the same identity")
         wanted = evaluation_identity(recipe)
@@ -60,8 +64,6 @@ def pipeline(recipe: Recipe, screen: Screen, *, deploy: bool = False) -> None:
         if recipe.evaluation.gate is not None:
             road.passed_gate(run.model)
         if deploy:
-            from apprentice.submit import deploy_run
-
             name = deploy_run(str(run.folder), recipe)
             screen.say(f"deployed as the Serve application {name!r}, port {recipe.serving.port} of every node")
     print(run.folder)

@@ -20,7 +20,7 @@ from typing import Any
 from ray.exceptions import AuthenticationError
 
 from apprentice import __version__
-from apprentice.artifacts import identity, identity_hash
+from apprentice.artifacts import find_run, identity, identity_hash
 from apprentice.errors import RecipeError, ResourcesError, RunError, ServingError
 from apprentice.recipe import SHIPPED, Recipe, find_recipe, load_recipe, written_recipe
 from apprentice.session import VERSION_VARIABLE
@@ -57,17 +57,23 @@ class Submission:
 def check_places(file: Path, overrides: Sequence[str]) -> Recipe:
     """The recipe as it is written. Raises `RecipeError` for a path that means something else on a cluster than here."""
     recipe = written_recipe(file, overrides)
-    places = {
-        "storage": recipe.storage,
-        "data.root": recipe.data.root,
-        "data.promptsource": recipe.data.promptsource,
-        "model.base": recipe.model.base,
-    }
-    for key, path in places.items():
+    paths = [
+        ("storage", recipe.storage),
+        ("data.root", recipe.data.root),
+        ("data.promptsource", recipe.data.promptsource),
+        ("serving.adapters", recipe.serving.adapters),
+    ]
+    models = [
+        ("model.base", recipe.model.base),
+        ("training.dpo.reference", recipe.training.dpo.reference),
+        ("training.grpo.reward", recipe.training.grpo.reward),
+        ("evaluation.judge", recipe.evaluation.judge),
+        *(("serving.beside", name) for name in recipe.serving.beside),
+    ]
+    # Another model is a hub id, a packaged one or a run.
+    for key, path in [*paths, *((key, name) for key, name in models if name and name.startswith((".", "~")))]:
         if path is None or is_uri(path) or path.startswith("/"):
             continue
-        if key == "model.base" and not path.startswith((".", "~")):
-            continue  # a hub id or a packaged model
         raise RecipeError(
             f"{key} {path!r} is a path of this machine: on a cluster each node would look for it in a place of its own."
             f" Give an absolute path that every node has mounted, or s3://…: {key}=/shared/…"
@@ -288,12 +294,14 @@ def deploy_run(run: str, recipe: Recipe, *, timeout_s: float = 600.0) -> str:
 def serve_config(model: str, recipe: Recipe) -> dict[str, Any]:
     """`serve/config.yaml` for the model folder `model`, with the recipe's serving keys and the keys file that guards the endpoint.
 
-    Raises `ServingError` for a host that others reach without keys: every node would answer everybody.
+    Raises `ServingError` for a host that others reach without keys (every node would answer everybody), and `RunError` for a run
+    beside it that has no model.
     """
     from apprentice.serve.keys import check_guarded
 
     serving = recipe.serving
     keys_file = check_guarded(serving.host)
+    beside = [_place(name, recipe) for name in serving.beside]
     arguments = {
         "model": model,
         "name": recipe.name,
@@ -301,7 +309,8 @@ def serve_config(model: str, recipe: Recipe) -> dict[str, Any]:
         "max_running": serving.max_running,
         "max_queued_requests": serving.max_queued_requests,
         "context": serving.context,
-        **serving.model_dump(include={"kv_memory_gb", "adapters", "max_adapters", "beside"}, exclude_defaults=True),
+        **serving.model_dump(include={"kv_memory_gb", "adapters", "max_adapters"}, exclude_defaults=True),
+        **({"beside": beside} if beside else {}),
     }
     if keys_file is not None:
         arguments["keys_file"] = str(keys_file)
@@ -312,3 +321,13 @@ def serve_config(model: str, recipe: Recipe) -> dict[str, Any]:
         "logging_config": {"log_level": "WARNING", "enable_access_log": False},
         "applications": [application],
     }
+
+
+def _place(name: str, recipe: Recipe) -> str:
+    """Where a model lies that `serving.beside` names: of a run of the same storage, its model; of all else, the name says it."""
+    run = find_run(name, recipe.storage)
+    if run is None:
+        return name
+    if not run.is_trained:
+        raise RunError(f"run {run.name!r}, which serving.beside names, has no trained model yet; train it first.")
+    return str(run.model)

@@ -19,7 +19,7 @@ from ray.serve.schema import ServeDeploySchema
 
 from apprentice.artifacts import read_contract
 from apprentice.data.contract import layout_beside
-from apprentice.errors import ContractError, ServingError, TaskError
+from apprentice.errors import ContractError, ModelError, ServingError, TaskError
 from apprentice.models.decoding import generate
 from apprentice.models.loading import load_model
 from apprentice.recipe import Serving
@@ -199,7 +199,7 @@ def test_the_config_file_is_one_of_ray_serves_and_names_the_builder() -> None:
     assert getattr(loaded, name) is application
 
 
-def test_arguments_build_the_same_application(chat_model: Path) -> None:
+def test_arguments_build_the_same_application(chat_model: Path, tiny_model: Path) -> None:
     built = application({"model": str(chat_model), "max_running": 3, "replicas": {"min": 1, "max": 2}, "cpus": 2})
     options = built._bound_deployment
     assert [offer.name for offer in options.init_args[0]] == ["tiny"]  # the run's name, from the contract
@@ -207,6 +207,10 @@ def test_arguments_build_the_same_application(chat_model: Path) -> None:
     assert options._deployment_config.autoscaling_config.max_replicas == 2
     assert options.init_args[4] is None
     assert options.init_args[6] == []
+    more = application({"model": str(chat_model), "beside": [str(tiny_model)]})._bound_deployment
+    assert [offer.name for offer in more.init_args[0]] == ["tiny", tiny_model.name]
+    with pytest.raises(ModelError, match=r"it has no config\.json"):
+        application({"model": str(chat_model), "beside": [str(chat_model.parent)]})
     with pytest.raises(ServingError, match="max_runing: Extra inputs are not permitted"):
         application({"model": str(chat_model), "max_runing": 3})
 

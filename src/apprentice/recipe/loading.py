@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +37,8 @@ def find_recipe(name: str) -> Path:
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe in the file `path`, with `key.path=value` overrides applied and its paths absolute.
 
-    Paths in the file are relative to it, those of overrides to the current directory. Raises `RecipeError` with file, line, key,
-    reason and the nearest right name.
+    Paths in the file are relative to it, those of overrides to the current directory, and so is the storage of a recipe that
+    names none. Raises `RecipeError` with file, line, key, reason and the nearest right name.
     """
     return _with_absolute_paths(written_recipe(path, [*map(_from_here, overrides)]), Path(path).absolute().parent)
 
@@ -98,18 +98,42 @@ def _from_here(override: str) -> str:
     """The same override; paths in it, which were typed in the current directory, begin there."""
     key, value = _said(override)
 
-    def absolute(said: Any, *, is_path: bool) -> Any:
-        return str(Path(said).expanduser().absolute()) if is_path and isinstance(said, str) and not is_uri(said) else said
+    def absolute(path: str) -> str:
+        return path if is_uri(path) else str(Path(path).expanduser().absolute())
 
-    if key in _PATHS:
-        value = absolute(value, is_path=True)
-    elif key in _MODELS:
-        value = absolute(value, is_path=str(value).startswith(_HERE))
-    elif key == "data.tasks" and isinstance(value, list):
-        value = [absolute(entry, is_path=str(entry).endswith(_TASK_FILES)) for entry in value]
-    else:
-        return override
-    return f"{key}={json.dumps(value)}"
+    def from_here(key: str, said: Any) -> Any:
+        if key == "data.tasks" and isinstance(said, list):
+            return [_located(entry, absolute) for entry in said]
+        if isinstance(said, dict):
+            return {name: from_here(f"{key}.{name}", inner) for name, inner in said.items()}
+        if key == "serving.beside" and isinstance(said, list):
+            return [_located_model(entry, absolute) for entry in said]
+        if key in _MODELS:
+            return _located_model(said, absolute)
+        return absolute(said) if key in _PATHS and isinstance(said, str) else said
+
+    there = from_here(key, value)
+    return override if there == value else f"{key}={json.dumps(there)}"
+
+
+def _located(entry: Any, absolute: Callable[[str], str]) -> Any:
+    """An entry of `data.tasks` with its paths absolute: a name, the path of a task file, or a collection as a mapping."""
+    if isinstance(entry, str):
+        return absolute(entry) if entry.endswith(_TASK_FILES) else entry
+    if not isinstance(entry, dict):
+        return entry
+    paths = {key: path for key in (*COLLECTION_KEYS, "test", "official_splits") if isinstance(path := entry.get(key), str)}
+    named = paths.get("promptsource", ".")
+    if not named.startswith(_HERE) and not named.endswith(_TASK_FILES):
+        return entry  # a name stays one
+    if "preferences" in paths and entry.get("splits") is not None:
+        return entry  # and so does a dataset's
+    return entry | {key: absolute(path) for key, path in paths.items()}
+
+
+def _located_model(name: Any, absolute: Callable[[str], str]) -> Any:
+    """A model that is named by its path, with the path absolute; hub ids, runs and packaged models as they are."""
+    return absolute(name) if isinstance(name, str) and name.startswith(_HERE) else name
 
 
 def _with_absolute_paths(recipe: Recipe, folder: Path) -> Recipe:
@@ -119,24 +143,19 @@ def _with_absolute_paths(recipe: Recipe, folder: Path) -> Recipe:
 
     def located(entry: str | Collection) -> str | Collection:
         if isinstance(entry, str):
-            return absolute(entry) if entry.endswith(_TASK_FILES) else entry
-        paths = {key: getattr(entry, key) for key in (*COLLECTION_KEYS, "test", "official_splits") if getattr(entry, key)}
-        named = paths.get("promptsource", ".")
-        if not named.startswith(_HERE) and not named.endswith(_TASK_FILES):
-            return entry  # a name stays one
-        if entry.preferences is not None and entry.splits is not None:
-            return entry  # and so does a dataset's
-        return entry.model_copy(update={key: absolute(path) for key, path in paths.items()})
+            return str(_located(entry, absolute))
+        return entry.model_copy(update=_located(entry.model_dump(), absolute))
 
     roots = {key: path and absolute(path) for key, path in (("root", recipe.data.root), ("promptsource", recipe.data.promptsource))}
     data = recipe.data.model_copy(update={"tasks": tuple(map(located, recipe.data.tasks)), **roots})
-    storage = absolute(recipe.storage)
+    # A storage that nobody wrote is not beside the recipe, which may lie where the package is installed.
+    storage = absolute(recipe.storage) if "storage" in recipe.model_fields_set else str(Path(recipe.storage).absolute())
 
     def located_base(base: str) -> str:
         if base.startswith(RUN):
             named = base.removeprefix(RUN)
             return f"{RUN}{named if is_uri(named) or Path(named).is_absolute() else f'{storage}/{named}'}"
-        return absolute(base) if base.startswith(_HERE) else base
+        return str(_located_model(base, absolute))
 
     model = recipe.model.model_copy(update={"base": located_base(recipe.model.base)})
     changed: dict[str, Any] = {"storage": storage, "data": data, "model": model}
@@ -146,8 +165,10 @@ def _with_absolute_paths(recipe: Recipe, folder: Path) -> Recipe:
     if reward := recipe.training.grpo.reward:
         grpo = recipe.training.grpo.model_copy(update={"reward": located_base(reward)})
         changed["training"] = recipe.training.model_copy(update={"grpo": grpo})
-    if recipe.serving.adapters:
-        changed["serving"] = recipe.serving.model_copy(update={"adapters": absolute(recipe.serving.adapters)})
+    if recipe.serving.adapters or recipe.serving.beside:
+        adapters, beside = recipe.serving.adapters, recipe.serving.beside
+        places = {"adapters": adapters and absolute(adapters), "beside": tuple(_located_model(one, absolute) for one in beside)}
+        changed["serving"] = recipe.serving.model_copy(update=places)
     if judge := recipe.evaluation.judge:
         changed["evaluation"] = recipe.evaluation.model_copy(update={"judge": located_base(judge)})
     return recipe.model_copy(update=changed)

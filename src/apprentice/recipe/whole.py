@@ -35,7 +35,9 @@ class Recipe(Strict):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Name of the run's folder.")
     seed: int = 0
-    storage: str = Field("./runs", description="Where runs lie: a folder or a URI that every node reaches.")
+    storage: str = Field(
+        "./runs", description="Where runs lie: a folder or URI that every node reaches; left out: `runs` in the current directory."
+    )
     model: Model
     data: Data
     tuning: Tuning = Tuning()

@@ -83,7 +83,7 @@ def _offer(target: str, storage: str, words: PromptContract | None) -> Offer:
     if run is not None and not run.is_trained:
         raise RunError(f"run {run.name!r}, which serving.beside names, has no trained model yet; train it first.")
     folder = local_folder(str(run.model) if run is not None else target)
-    return Offer(run.name if run is not None else folder.name, folder, words)
+    return Offer(run.name if run is not None else Path(target).name, folder, words)
 
 
 def _of_an_adapter(folder: Path, settings: Serving) -> PromptContract | None:

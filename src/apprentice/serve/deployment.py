@@ -33,7 +33,7 @@ from apprentice.serve.adapters import adapters_in
 from apprentice.serve.keys import Keys, check_guarded, keys_file_of
 from apprentice.serve.limits import LimiterOfAll
 from apprentice.serve.replica import Offer, Replica, at_once
-from apprentice.storage import Folder, is_uri
+from apprentice.storage import Folder
 from apprentice.tasks.loading import find_tasks
 from apprentice.tasks.schema import Task
 
@@ -158,7 +158,7 @@ class AppArguments(BaseModel):
     kv_memory_gb: float | None = Field(None, gt=0.0, description="For keys and values of one replica, in 10**9 bytes.")
     adapters: str | None = Field(None, description="Folder or URI of LoRA adapters of the model, on every node.")
     max_adapters: int = Field(8, ge=1)
-    beside: tuple[str, ...] = Field((), description="Folders or URIs of further models at the same endpoint.")
+    beside: tuple[str, ...] = Field((), description="Folders, URIs or hub ids of further models at the same endpoint.")
     request_timeout_s: float = Field(600.0, gt=0.0)
     max_body_bytes: int = Field(4_000_000, ge=1)
     drain_timeout_s: float = Field(60.0, ge=0.0)
@@ -171,7 +171,8 @@ class AppArguments(BaseModel):
 def application(args: dict[str, Any]) -> serve.Application:
     """The builder behind `serve/app.py`.
 
-    Raises `ServingError` for arguments or keys that do not fit, `ContractError` as `check` does, `TaskError` for a task file.
+    Raises `ServingError` for arguments or keys that do not fit, `ModelError` for a place without a model, `ContractError` as
+    `check` does, `TaskError` for a task file.
     """
     try:
         wanted = AppArguments.model_validate(args)
@@ -192,10 +193,10 @@ def application(args: dict[str, Any]) -> serve.Application:
 
 
 def _offer(place: str, name: str, contract: PromptContract | None) -> Offer:
-    folder = local_folder(place) if is_uri(place) else Path(place).expanduser().absolute()
+    folder = local_folder(place)
     layout_beside(folder, contract)
     own = read_contract(folder)
-    return Offer(name or (own.run if own else "") or folder.name, folder, contract)
+    return Offer(name or (own.run if own else "") or Path(place).name, folder, contract)
 
 
 def _application(
