@@ -44,7 +44,7 @@ from apprentice.train.reference import references
 from apprentice.train.resources import Ask, check_resources, required_resources, workers_that_fit
 from apprentice.train.rollout import round_stream
 from apprentice.train.samples import Samples
-from apprentice.train.scaling import DivisorPolicy, Trainer
+from apprentice.train.scaling import DivisorPolicy, Trainer, leaving
 from apprentice.train.services import open_services
 from apprentice.train.state import Goal, State
 from apprentice.train.tracking import Mailbox, Outcome, Tracker
@@ -258,10 +258,14 @@ def _trainer(job: Job, corpus: Corpus) -> Trainer:
         workers = ray.get(mailbox.begin.remote(found))
         start = Start(found.state.window, found.state.row) if found else Start()
         if training.aim.rounds:
+            mailbox.stream.remote(training.grpo.actors * training.resources.cpus)
             return round_stream(ray.get(held), job.run, start)
         # As many actors as there is room for now: a node may have been lost since the run began.
-        spare = sum(node.get("CPU", 0.0) for node in node_resources(job=submitted)) - workers * training.resources.cpus
-        return train_stream(ray.get(held), start, None, max(1, min(max(4, workers), int(spare) - 1)))
+        nodes = node_resources(job=submitted, without=leaving(ray.nodes()))
+        spare = sum(node.get("CPU", 0.0) for node in nodes) - workers * training.resources.cpus
+        actors = max(1, min(max(4, workers), int(spare) - 1))
+        mailbox.stream.remote(actors)
+        return train_stream(ray.get(held), start, None, actors)
 
     logging.getLogger("ray.train").setLevel(logging.WARNING)
     run_config: Any = ray.train.RunConfig  # its hints are those of the first Ray Train

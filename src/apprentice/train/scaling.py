@@ -1,8 +1,9 @@
 """How many workers a run has while nodes come and go: the most that there is room for and that divide the run's largest number.
 
 Ray Train's own elastic policy takes any number in the range; only with a divisor is each step the same rows (see data/pipeline). A
-run grows at a checkpoint that it makes for this, so that no step is made twice for it. Knows Ray Train's controller, which calls
-it in its own process; nothing of models or rows.
+run grows at a checkpoint that it makes for this, so that no step is made twice for it. Where a node is lost that only made rows,
+what ran there would wait for ever for CPUs that the rest of the stream holds, and all starts again with what is left. Knows Ray
+Train's controller, which calls it in its own process; nothing of models or rows.
 """
 
 from __future__ import annotations
@@ -67,6 +68,9 @@ class DivisorPolicy(ScalingPolicy):
             return NoopDecision()
         self._looked = now
         workers, more = worker_group_state.num_workers, self._room()
+        if more and not self._stream_fits(workers):
+            self._mailbox.note.remote("a node that made rows is lost; training starts again from its checkpoint, with what is left")
+            return self._resize(min(workers, more))
         self._grow_to = more if more > workers and self._free() >= more - workers else None
         if self._grow_to is not None:
             ray.get(self._mailbox.want.remote())
@@ -85,16 +89,22 @@ class DivisorPolicy(ScalingPolicy):
     def _room(self) -> int:
         """Workers that the live nodes can hold; 0 for fewer than the recipe's least."""
         try:
-            return workers_that_fit(self._recipe, node_resources(job=self._submitted, without=_leaving(ray.nodes())))
+            return workers_that_fit(self._recipe, node_resources(job=self._submitted, without=leaving(ray.nodes())))
         except ResourcesError:
             return 0
+
+    def _stream_fits(self, workers: int) -> bool:
+        """Whether the live nodes have the CPUs of the workers, of the stream as it was begun, and one for Ray Data's own tasks."""
+        there = sum(node.get("CPU", 0.0) for node in node_resources(job=self._submitted))
+        of_workers = workers * self._recipe.training.resources.cpus
+        return bool(there >= of_workers + ray.get(self._mailbox.stream_cpus.remote()) + 1)
 
     def _free(self) -> int:
         """Workers that fit into what nobody uses now."""
         return slots(required_resources(self._recipe), list(available_resources_per_node().values()))
 
 
-def _leaving(nodes: Sequence[Mapping[str, Any]]) -> set[str]:
+def leaving(nodes: Sequence[Mapping[str, Any]]) -> set[str]:
     """Nodes that Ray lists as alive and that are about to go, or gone: it takes a while to believe that of a killed one."""
     return set(cluster.get_draining_nodes()) | {node["NodeID"] for node in nodes if node["Alive"] and not _answers(node)}
 

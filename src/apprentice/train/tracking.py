@@ -65,6 +65,7 @@ class Mailbox:
         self._seen: dict[int, tuple[Who, float]] = {}  # of this attempt's workers, by rank: when each was last heard
         self._silent: list[str] = []
         self._at = (0, 0)  # step, steps
+        self._stream_cpus = 0.0
         self._attempt = 0
         self._from: Checkpoint | None = None
         self._error: ApprenticeError | None = None
@@ -83,6 +84,13 @@ class Mailbox:
         self._wishes = 0
         self.part()
         return self._workers
+
+    def stream(self, cpus: float) -> None:
+        """The stream of this attempt holds so many CPUs."""
+        self._stream_cpus = cpus
+
+    def stream_cpus(self) -> float:
+        return self._stream_cpus
 
     def part(self) -> None:
         """The workers are no more."""
