@@ -7,6 +7,7 @@ import json
 import pickle
 import shutil
 import zipfile
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -164,8 +165,6 @@ def test_check_says_it_before_anything_is_reserved(model, tmp_path):
 
 def test_trust_is_one_word_on_every_command_that_loads_a_model(monkeypatch, tmp_path):
     """What each command does with it is the recipe's `model.trust`, or one argument."""
-    from contextlib import nullcontext
-
     from typer.testing import CliRunner
 
     from apprentice import cli, road, submit
@@ -220,6 +219,27 @@ def test_the_endpoint_refuses_before_anything_starts(model):
         deployment.check(model, Serving(port=0))
     with pytest.raises(ContractError):  # trusted, it is asked how it is spoken to
         deployment.check(model, Serving(port=0), trust=True)
+
+
+def test_trust_holds_for_the_models_beside_too(model, tiny_model, tmp_path, monkeypatch):
+    from apprentice import road
+    from apprentice.serve import deployment
+
+    pickled(model)
+    told: list[tuple[bool, list[bool]]] = []
+
+    def start(*_, beside, trust, **__):
+        told.append((trust, [offer.trust for offer in beside]))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(deployment, "start", start)
+    monkeypatch.setattr("apprentice.road.serving.ray_session", nullcontext)
+    served = {"beside": [str(model)], "recipe": str(tiny_recipe(tmp_path, tiny_model)), "port": 0, "progress": lambda *_: None}
+    with pytest.raises(ModelError, match="weights as a pickle"), road.endpoint(str(tiny_model), **served):
+        pass
+    with pytest.raises(KeyboardInterrupt), road.endpoint(str(tiny_model), trust=True, **served):
+        pass
+    assert told == [(True, [True])]
 
 
 def test_a_wheel_gives_one_member_and_nothing_else(tmp_path, monkeypatch):

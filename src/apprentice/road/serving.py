@@ -44,8 +44,8 @@ def endpoint(
 ) -> Iterator[str]:
     """The running endpoint's URL for a run or a model, with what the folder `adapters` holds; it is shut down on leaving.
 
-    `beside` names further runs and models that it serves. `trust` lets a bare model's folder bring pickled weights or code of its
-    own.
+    `beside` names further runs and models that it serves. `trust` lets the folder of each of them bring pickled weights or code of
+    its own.
     """
     from apprentice.serve import deployment
 
@@ -62,7 +62,7 @@ def endpoint(
     spoken = run.recipe() if run is not None else load_recipe(find_recipe(recipe)) if recipe is not None else None
     tasks = own_tasks(spoken, progress) if spoken is not None else []
     name = run.name if run is not None else folder.name
-    others = [_offer(other, storage, words or read_contract(folder)) for other in settings.beside]
+    others = [_offer(other, storage, words or read_contract(folder), trust=trust) for other in settings.beside]
     deployment.check(folder, settings, words, insecure=insecure, beside=others, trust=trust)
     with ray_session():
         progress("serve", {"message": f"loading {folder}"})
@@ -75,7 +75,7 @@ def endpoint(
             running.stop()
 
 
-def _offer(target: str, storage: str, words: PromptContract | None) -> Offer:
+def _offer(target: str, storage: str, words: PromptContract | None, *, trust: bool) -> Offer:
     """A further model; a bare one is spoken to in `words`."""
     from apprentice.serve.replica import Offer
 
@@ -83,7 +83,7 @@ def _offer(target: str, storage: str, words: PromptContract | None) -> Offer:
     if run is not None and not run.is_trained:
         raise RunError(f"run {run.name!r}, which serving.beside names, has no trained model yet; train it first.")
     folder = local_folder(str(run.model) if run is not None else target)
-    return Offer(run.name if run is not None else Path(target).name, folder, words)
+    return Offer(run.name if run is not None else Path(target).name, folder, words, trust)
 
 
 def _of_an_adapter(folder: Path, settings: Serving) -> PromptContract | None:
