@@ -60,10 +60,10 @@ def test_company_does_not_matter_and_replies_are_the_models_own(model: Any) -> N
     assert alone == [greedy(model, prompt, 14) for prompt in PROMPTS]
 
 
-def test_the_prompt_is_read_once(model: Any) -> None:
-    reads: list[int] = []
+def test_each_prompt_is_read_once_and_those_that_wait_together(model: Any) -> None:
+    reads: list[list[int]] = []
     encoder = model.get_encoder()
-    hook = encoder.register_forward_hook(lambda _, __, ___: reads.append(1))
+    hook = encoder.register_forward_pre_hook(lambda _, __, named: reads.append(named["input_ids"][0].tolist()), with_kwargs=True)
     try:
         decoder = Seq2seqDecoder(model, slots=2, context=64)
         reads.clear()  # of the check that comes first
@@ -73,7 +73,8 @@ def test_the_prompt_is_read_once(model: Any) -> None:
         drain(decoder, replies)
     finally:
         hook.remove()
-    assert (len(reads), [len(replies[key]) for key in range(3)]) == (3, [5, 5, 5])
+    assert reads == [PROMPTS[0] + PROMPTS[1], PROMPTS[2]]
+    assert [len(replies[key]) for key in range(3)] == [5, 5, 5]
 
 
 def test_a_reply_ends_at_its_stop_id_and_at_the_context(model: Any) -> None:

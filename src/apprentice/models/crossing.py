@@ -1,11 +1,12 @@
-"""The decoder of an encoder-decoder run over many requests at once, its keys and values in preallocated memory, nothing padded.
+"""An encoder-decoder run over many requests at once, the decoder's keys and values in preallocated memory, nothing padded.
 
-Two passes. `read` takes one new request: the encoder reads its prompt once, the decoder its first tokens, and what cross-attention
-needs of the prompt is kept. `step` adds one token to each of many requests, as one flat row (see ragged.py):
+A pass adds tokens to the decoder of each of many requests. Prompts of those that are new are read first, by the encoder, all as
+one flat row, and what cross-attention needs of them is kept; so are the decoder's tokens one flat row (see ragged.py):
 
-    requests   slot 0 at position 5: [x], slot 3 at position 0: [y]
-    flat row   x  y
-    attention  each over its own decoder's positions; each over its own prompt
+    requests   slot 0 at position 5: [x], slot 3 at position 0: [y] with the new prompt [a, b, c]
+    encoder    a  b  c
+    decoder    x  y
+    attention  a, b, c among each other; x and y each over its own decoder's positions, and each over its own prompt
 
 What a request gets does not depend on its company: buckets and masks are its own. T5's relative positions are a bias on the
 scores, BART's absolute ones are put in where the model would count from 0. Knows nothing of sampling or the end of a reply.
@@ -15,8 +16,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
@@ -24,10 +26,21 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from apprentice.errors import ModelError
 from apprentice.models.lora import Lora, LoraLayers
-from apprentice.models.ragged import Group, KvMemory, group_slots
+from apprentice.models.ragged import Chunk, Group, KvMemory, group_slots
 
 ATTENTION = "apprentice_crossing"
 _CROSSING = ("EncDecAttention", "encoder_attn")  # what T5 and BART call attention to the prompt
+_OF_PROMPT = ("k", "v", "k_proj", "v_proj")  # its layers that are given the encoder's states
+
+
+class Part(NamedTuple):
+    """The next tokens `ids` of the decoder in `slot`, the first at position `start`; of a new request the `prompt` too."""
+
+    slot: int
+    start: int
+    ids: Sequence[int]
+    prompt: Sequence[int] = ()
+    adapter: Lora | None = None
 
 
 class CrossingDecoder:
@@ -41,73 +54,82 @@ class CrossingDecoder:
 
         AttentionInterface.register(ATTENTION, _attend)
         self._model = model
-        self._loras = LoraLayers(model)
-        self._decoder = model.get_decoder()
+        self._decoder, self._encoder = model.get_decoder(), model.get_encoder()
         self._own, self._cross = KvMemory(slots, context), KvMemory(slots, context)
         self._prompts = [0] * slots  # tokens of the prompt that each slot holds
-        self._crossing = {id(part) for name, part in self._decoder.named_modules() if name.endswith(_CROSSING)}
-        self._biases = self._distance_biases(context)
+        crossing = {name: part for name, part in model.named_modules() if name.endswith(_CROSSING)}
+        self._crossing = {id(part) for part in crossing.values()}
+        self._loras = LoraLayers(model, apart={f"{name}.{layer}" for name in crossing for layer in _OF_PROMPT})
+        self._ahead, self._behind = self._distance_biases(self._encoder, context), self._distance_biases(self._decoder, context)
 
-    def read(self, slot: int, prompt: Sequence[int], first: Sequence[int], adapter: Lora | None = None) -> Tensor:
-        """Logits (tokens, vocabulary) after each of the decoder's `first` tokens, the prompt read."""
-        device = self._model.device
-        with torch.inference_mode(), self._loras.rows([adapter], [1]):
-            states = self._model.get_encoder()(input_ids=torch.tensor([list(prompt)], device=device)).last_hidden_state
-            self._prompts[slot] = len(prompt)
-            return self._run(_Reading(self, slot, len(first), len(prompt), device), states, first)
-
-    def step(
-        self, slots: Sequence[int], positions: Sequence[int], ids: Sequence[int], adapters: Sequence[Lora | None] = (None,)
-    ) -> Tensor:
-        """Logits (requests, vocabulary) after one more token each, given with the decoder's position; slots ascend.
-
-        `adapters` are the requests', or one for all.
-        """
-        # Cross-attention takes what `read` kept; the one state here is computed and not looked at.
-        width = self._model.config.d_model
-        states = torch.zeros(1, 1, width, dtype=self._model.dtype, device=self._model.device)
-        lengths = [self._prompts[slot] for slot in slots]
-        with self._loras.rows(adapters, [1] * len(adapters)):
-            return self._run(_Stepping(self, slots, positions, lengths, self._model.device), states, ids)
-
-    def _run(self, crossing: _Reading | _Stepping, states: Tensor, ids: Sequence[int]) -> Tensor:
-        config = self._decoder.config
-        was = config._attn_implementation
-        config._attn_implementation = ATTENTION
-        try:
-            with torch.inference_mode(), self._placed(crossing.positions):
+    def forward(self, parts: Sequence[Part]) -> Tensor:
+        """Logits (tokens, vocabulary) after each token of `parts`, in their order; at most one part for each slot."""
+        new = [part for part in parts if part.prompt]
+        for part in new:
+            self._prompts[part.slot] = len(part.prompt)
+        prompts = [part.adapter for part in new], [len(part.prompt) for part in new]
+        order = sorted(range(len(parts)), key=lambda number: (len(parts[number].ids) > 1, parts[number].slot))
+        ordered = [parts[number] for number in order]
+        decoding = _Decoding(self, ordered, new)
+        with torch.inference_mode():
+            states = self._read(new, *prompts)
+            ids = [id for part in ordered for id in part.ids]
+            with (
+                self._loras.rows([part.adapter for part in ordered], [len(part.ids) for part in ordered], prompts),
+                self._attending(self._decoder, decoding.positions),
+            ):
                 logits: Tensor = self._model(
                     encoder_outputs=BaseModelOutput(last_hidden_state=states),
-                    decoder_input_ids=torch.tensor([list(ids)], device=self._model.device),
+                    decoder_input_ids=self._tensor(ids)[None],
                     use_cache=False,
-                    crossing=crossing,
+                    crossing=decoding,
                 ).logits[0]
-        finally:
-            config._attn_implementation = was
-        return logits
+            counts = np.array([len(part.ids) for part in parts])
+            given = np.cumsum(counts) - counts
+            places = [given[number] + step for number in order for step in range(counts[number])]
+            return logits if places == sorted(places) else torch.empty_like(logits).index_copy_(0, self._tensor(places), logits)
+
+    def _read(self, new: Sequence[Part], adapters: Sequence[Lora | None], lengths: Sequence[int]) -> Tensor:
+        """The encoder's states (1, tokens, width) of all new prompts; where there are none, one of zeros that nobody looks at."""
+        if not new:
+            width = self._model.config.d_model
+            return torch.zeros(1, 1, width, dtype=self._model.dtype, device=self._model.device)
+        positions = self._tensor(np.concatenate([np.arange(length) for length in lengths]))
+        with self._loras.rows(adapters, lengths), self._attending(self._encoder, positions):
+            ids = self._tensor([id for part in new for id in part.prompt])
+            states: Tensor = self._encoder(input_ids=ids[None], crossing=_Encoding(self, lengths)).last_hidden_state
+        return states
+
+    def _tensor(self, values: Any) -> Tensor:
+        return torch.as_tensor(np.asarray(values, dtype=np.int64), device=self._model.device)
 
     @contextmanager
-    def _placed(self, positions: Tensor) -> Iterator[None]:
-        """The decoder's tokens stand at `positions`, not at 0, 1, …, where their place is looked up by number."""
-        if (places := getattr(self._decoder, "embed_positions", None)) is None:
-            yield
-            return
-        hook = places.register_forward_pre_hook(
-            lambda _, given, named: (given, named | {"position_ids": positions}), with_kwargs=True
-        )
+    def _attending(self, side: Any, positions: Tensor) -> Iterator[None]:
+        """`side` attends as we do, and its tokens stand at `positions`, not at 0, 1, …, where their place is looked up by number."""
+        was = side.config._attn_implementation
+        side.config._attn_implementation = ATTENTION
+        hook = None
+        if (places := getattr(side, "embed_positions", None)) is not None:
+            hook = places.register_forward_pre_hook(
+                lambda _, given, named: (given, named | {"position_ids": positions}), with_kwargs=True
+            )
         try:
             yield
         finally:
-            hook.remove()
+            side.config._attn_implementation = was
+            if hook is not None:
+                hook.remove()
 
-    def _distance_biases(self, context: int) -> Tensor | None:
-        """T5's bias (heads, context) on the score of a token so many positions back; None for a model without."""
-        for part in self._decoder.modules():
+    def _distance_biases(self, side: Any, context: int) -> Tensor | None:
+        """T5's bias (heads, 2 · context - 1) on the score of a token from `context - 1` places back to as many ahead.
+
+        None for a model without.
+        """
+        for part in side.modules():
             if getattr(part, "has_relative_attention_bias", False):
-                back = -torch.arange(context, device=self._model.device)
                 buckets = part._relative_position_bucket(
-                    back,
-                    bidirectional=False,
+                    torch.arange(1 - context, context, device=self._model.device),
+                    bidirectional=not part.is_decoder,
                     num_buckets=part.relative_attention_num_buckets,
                     max_distance=part.relative_attention_max_distance,
                 )
@@ -127,90 +149,130 @@ class CrossingDecoder:
     def memory(self, *, crosses: bool) -> KvMemory:
         return self._cross if crosses else self._own
 
+    def prompt_length(self, slot: int) -> int:
+        return self._prompts[slot]
+
+    def bias_among(self, length: int, dtype: torch.dtype) -> Tensor | None:
+        """What is added to the scores of a prompt's tokens with each other, (1, heads, length, length)."""
+        if self._ahead is None:
+            return None
+        places = torch.arange(length, device=self._ahead.device)
+        return self._ahead[:, places - places[:, None] + (self._ahead.shape[1] - 1) // 2].to(dtype)[None]
+
     def mask(self, asking: Tensor, read: int, dtype: torch.dtype) -> Tensor:
         """What is added to scores of tokens at positions `asking` (n) with the first `read` ones: (n, heads or 1, read)."""
-        back = asking[:, None] - torch.arange(read, device=asking.device)  # (n, read)
-        hidden = (back < 0)[:, None]
-        if self._biases is None:
+        ahead = torch.arange(read, device=asking.device) - asking[:, None]  # (n, read)
+        hidden = (ahead > 0)[:, None]
+        if self._behind is None:
             return torch.zeros(hidden.shape, dtype=dtype, device=asking.device).masked_fill_(hidden, float("-inf"))
-        return self._biases[:, back.clamp(min=0)].transpose(0, 1).to(dtype).masked_fill(hidden, float("-inf"))
+        biases = self._behind[:, ahead + (self._behind.shape[1] - 1) // 2]
+        return biases.transpose(0, 1).to(dtype).masked_fill(hidden, float("-inf"))
 
 
-class _Reading:
-    """One new request: `count` tokens of the decoder in `slot`, over a prompt of `length` tokens."""
+class _Encoding:
+    """New prompts of these lengths, one after another in a flat row."""
 
-    def __init__(self, decoder: CrossingDecoder, slot: int, count: int, length: int, device: Any) -> None:
+    def __init__(self, decoder: CrossingDecoder, lengths: Sequence[int]) -> None:
         self._decoder = decoder
-        self.positions = torch.arange(count, device=device)
-        self._places = {False: self.positions, True: torch.arange(length, device=device)}
-        self._slot = slot
-        self._mask: Tensor | None = None
+        self._lengths = lengths
+        self._biases: dict[int, Tensor | None] = {}
+
+    def attend(self, module: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
+        """`query` (1, heads, tokens, width) → (1, tokens, heads, width)."""
+        parts, first = [], 0
+        for length in self._lengths:
+            if length not in self._biases:
+                self._biases[length] = self._decoder.bias_among(length, query.dtype)
+            of_prompt = slice(first, first := first + length)
+            parts.append(
+                scaled_dot_product_attention(
+                    query[:, :, of_prompt],
+                    key[:, :, of_prompt],
+                    value[:, :, of_prompt],
+                    attn_mask=self._biases[length],
+                    scale=scaling,
+                )
+            )
+        return torch.cat(parts, dim=2).transpose(1, 2)
+
+
+class _Decoding:
+    """More tokens of each request: first those of one token, in order of their slots."""
+
+    def __init__(self, decoder: CrossingDecoder, parts: Sequence[Part], new: Sequence[Part]) -> None:
+        self._decoder = decoder
+        counts = np.array([len(part.ids) for part in parts])
+        before = np.cumsum(counts) - counts
+        self.positions = decoder._tensor(np.concatenate([part.start + np.arange(len(part.ids)) for part in parts]))
+        self._slots = decoder._tensor(np.repeat([part.slot for part in parts], counts))
+        lengths = [len(part.prompt) for part in new]
+        self._read_slots = decoder._tensor(np.repeat([part.slot for part in new], lengths))
+        self._read_places = decoder._tensor([place for length in lengths for place in range(length)])
+        singles = [part for part in parts if len(part.ids) == 1]
+        slots = [part.slot for part in singles]
+        prompts = [decoder.prompt_length(slot) for slot in slots]
+        self._lengths = decoder._tensor(prompts)
+        context = decoder.memory(crosses=False).context
+        self._groups = {
+            False: group_slots(slots, [part.start + 1 for part in singles], context),
+            True: group_slots(slots, prompts, context),
+        }
+        self._chunks = [
+            Chunk(int(first), part.slot, part.start, len(part.ids))
+            for part, first in zip(parts[len(singles) :], before[len(singles) :], strict=True)
+        ]
+        self._masks: dict[tuple[bool, Group | Chunk], Tensor] = {}
 
     def attend(self, module: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
         """`query` (1, heads, tokens, width) → (1, tokens, heads, width)."""
         crosses = self._decoder.is_crossing(module)
-        places = self._places[crosses]
-        slots = torch.full_like(places, self._slot)
-        self._decoder.memory(crosses=crosses).write(
-            module.layer_idx, key[0].transpose(0, 1), value[0].transpose(0, 1), slots, places
-        )
-        mask = None
-        if not crosses:
-            if self._mask is None:
-                self._mask = self._decoder.mask(self.positions, len(self.positions), query.dtype).transpose(0, 1)[None]
-            mask = self._mask
-        return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling).transpose(1, 2)
-
-
-class _Stepping:
-    """One token more of each request."""
-
-    def __init__(
-        self, decoder: CrossingDecoder, slots: Sequence[int], positions: Sequence[int], lengths: Sequence[int], device: Any
-    ) -> None:
-        self._decoder = decoder
-        self.positions = torch.tensor(list(positions), device=device)
-        self._slots = torch.tensor(list(slots), device=device)
-        self._lengths = torch.tensor(list(lengths), device=device)
-        context = decoder.memory(crosses=False).context
-        own = [position + 1 for position in positions]
-        self._groups = {False: group_slots(slots, own, context), True: group_slots(slots, lengths, context)}
-        self._masks: dict[tuple[bool, Group], Tensor] = {}
-
-    def attend(self, module: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
-        """`query` (1, heads, requests, width) → (1, requests, heads, width)."""
-        crosses = self._decoder.is_crossing(module)
-        memory = self._decoder.memory(crosses=crosses)
-        if crosses:
-            keys, values = memory.layer(module.layer_idx)
-        else:
-            keys, values = memory.write(
-                module.layer_idx, key[0].transpose(0, 1), value[0].transpose(0, 1), self._slots, self.positions
-            )
-        rows = query[0].transpose(0, 1)[:, :, None]  # (requests, heads, 1, width)
+        keys, values = self._keep(module.layer_idx, key, value, crosses=crosses)
+        rows = query[0].transpose(0, 1)  # (tokens, heads, width)
         parts = []
         for group in self._groups[crosses]:
-            slots = slice(group.slot, group.slot + group.count)
+            asking = group.spread(rows[group.first : group.first + group.count])
             attended = scaled_dot_product_attention(
-                rows[group.first : group.first + group.count],
-                keys[slots, :, : group.read],
-                values[slots, :, : group.read],
+                asking[:, :, None],
+                keys[group.slots, :, : group.read],
+                values[group.slots, :, : group.read],
                 attn_mask=self._mask(crosses, group, query.dtype),
                 scale=scaling,
             )
-            parts.append(attended[:, :, 0])
+            parts.append(group.gather(attended)[:, :, 0])
+        for chunk in self._chunks:
+            read = self._decoder.prompt_length(chunk.slot) if crosses else chunk.start + chunk.count
+            attended = scaled_dot_product_attention(
+                query[:, :, chunk.first : chunk.first + chunk.count],
+                keys[chunk.slot : chunk.slot + 1, :, :read],
+                values[chunk.slot : chunk.slot + 1, :, :read],
+                attn_mask=None if crosses else self._mask(crosses, chunk, query.dtype),
+                scale=scaling,
+            )
+            parts.append(attended[0].transpose(0, 1))
         return torch.cat(parts)[None]
 
-    def _mask(self, crosses: bool, group: Group, dtype: torch.dtype) -> Tensor:
-        """(requests, heads or 1, 1, positions); all layers share it."""
-        key = (crosses, group)
+    def _keep(self, layer: int, key: Tensor, value: Tensor, *, crosses: bool) -> tuple[Tensor, Tensor]:
+        """Writes what is new into the layer's memory and gives all of it; of prompts that were read before nothing is new."""
+        memory = self._decoder.memory(crosses=crosses)
+        slots, places = (self._read_slots, self._read_places) if crosses else (self._slots, self.positions)
+        if not len(slots):
+            return memory.layer(layer)
+        return memory.write(layer, key[0].transpose(0, 1), value[0].transpose(0, 1), slots, places)
+
+    def _mask(self, crosses: bool, part: Group | Chunk, dtype: torch.dtype) -> Tensor:
+        """Broadcasts to (requests, heads, tokens, positions); all layers share it."""
+        key = (crosses, part)
         if key not in self._masks:
-            of_group = slice(group.first, group.first + group.count)
-            if crosses:
-                hidden = torch.arange(group.read, device=self._lengths.device) >= self._lengths[of_group, None, None, None]
-                self._masks[key] = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, float("-inf"))
+            of_part = slice(part.first, part.first + part.count)
+            if isinstance(part, Chunk):
+                mask = self._decoder.mask(self.positions[of_part], part.start + part.count, dtype).transpose(0, 1)[None]
+            elif crosses:
+                lengths = part.spread(self._lengths[of_part])[:, None, None, None]
+                hidden = torch.arange(part.read, device=lengths.device) >= lengths.clamp(min=1)
+                mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, float("-inf"))
             else:
-                self._masks[key] = self._decoder.mask(self.positions[of_group], group.read, dtype)[:, :, None]
+                mask = self._decoder.mask(part.spread(self.positions[of_part]), part.read, dtype)[:, :, None]
+            self._masks[key] = mask
         return self._masks[key]
 
 
@@ -221,7 +283,7 @@ def _attend(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
-    crossing: _Reading | _Stepping | None = None,
+    crossing: _Encoding | _Decoding | None = None,
     **rest: Any,
 ) -> tuple[Tensor, None]:
     """Attention of one layer, for transformers' interface. T5's `position_bias` in `rest` counts from 0; ours takes its place."""
@@ -249,10 +311,10 @@ def check(model: Any) -> int:
                 prompt = torch.tensor([ids[:size]], device=model.device)
                 expected.append(model(input_ids=prompt, decoder_input_ids=said, use_cache=False).logits[0].float())
         tried = CrossingDecoder(model, slots=3, context=length)
-        tried.read(2, ids, [start, *ids[:2]])
-        found = [tried.read(0, ids[:5], [start])[-1]]
-        tried.step([0, 2], [1, 3], [ids[0], ids[2]])
-        found += list(tried.step([0, 2], [2, 4], [ids[1], ids[3]]))
+        tried.forward([Part(2, 0, [start, *ids[:2]], ids)])
+        found = [tried.forward([Part(2, 3, ids[2:3]), Part(0, 0, [start], ids[:5])])[1]]
+        tried.forward([Part(0, 1, ids[:1])])
+        found += list(tried.forward([Part(0, 2, ids[1:2]), Part(2, 4, ids[3:4])]))
     except (AttributeError, TypeError, ValueError, KeyError, RuntimeError) as error:
         raise ModelError(f"{kind} cannot be served here: {str(error).splitlines()[0] if str(error) else error!r}.") from error
     wanted = [expected[1][0], expected[1][2], expected[0][4]]

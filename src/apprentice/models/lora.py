@@ -18,7 +18,7 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -112,42 +112,61 @@ def _scale(config: Mapping[str, Any], name: str, rank: int) -> float:
 
 
 class LoraLayers:
-    """`model` with the adapters of the rows that are computed; one pass at a time."""
+    """`model` with the adapters of the rows that are computed; one pass at a time. The layers `apart` are given rows of their own.
 
-    def __init__(self, model: Any) -> None:
+    Layers that are given the same tensor, such as those of queries, keys and values, share one product with all their `down`
+    matrices; which they are is seen in the first pass.
+    """
+
+    def __init__(self, model: Any, apart: Collection[str] = ()) -> None:
         self._modules: dict[str, Any] = dict(model.named_modules())
+        self._apart = frozenset(apart)
         self._device = model.device
         self._hooked: set[str] = set()
         self._stacked: tuple[Lora, ...] = ()
         self._stacks: dict[str, _Stack] = {}
-        self._owners: Tensor | None = None  # (rows, or 1 for all): place of the row's adapter among the stacked ones, -1 for none
-        self._masks: dict[tuple[int, ...], Tensor] = {}
+        self._alike: dict[str, list[str]] = {}  # the first layer that is given a tensor → all that are
+        # Of layers that share a product: all their `down` matrices, whose each column is, how many are each layer's.
+        self._joint: dict[tuple[str, ...], tuple[Tensor, tuple[int, ...], list[int]]] = {}
+        self._rows: dict[bool, _Rows | None] = {}  # of the layers that are apart (True), and of all others
+        self._given: Tensor | None = None
+        self._leader = ""
+        self._products: dict[str, Tensor] = {}  # of the layers that share `_given`
 
     @contextmanager
-    def rows(self, adapters: Sequence[Lora | None], counts: Sequence[int]) -> Iterator[None]:
+    def rows(
+        self,
+        adapters: Sequence[Lora | None],
+        counts: Sequence[int],
+        apart: tuple[Sequence[Lora | None], Sequence[int]] = ((), ()),
+    ) -> Iterator[None]:
         """Within it, the model's rows are `counts[0]` of `adapters[0]`, then `counts[1]` of `adapters[1]`, and so on.
 
-        Of a single adapter are all rows, however many.
+        Of a single adapter are all rows, however many. `apart` are those of the layers that are apart.
         """
-        wanted = {adapter for adapter in adapters if adapter is not None}
+        wanted = {adapter for adapter in (*adapters, *apart[0]) if adapter is not None}
         if not wanted:
             yield
             return
         if not wanted <= set(self._stacked):
             self._stack(tuple(sorted(wanted, key=lambda adapter: adapter.number)))
-        places = {adapter: place for place, adapter in enumerate(self._stacked)}
-        owners = np.array([-1 if adapter is None else places[adapter] for adapter in adapters])
-        owners = np.repeat(owners, counts) if len(owners) > 1 else owners
-        self._owners = torch.from_numpy(owners).to(self._device)
+        self._rows = {False: self._owned(adapters, counts), True: self._owned(*apart)}
         try:
             yield
         finally:
-            self._owners = None
-            self._masks.clear()
+            self._rows, self._products, self._given = {}, {}, None
+
+    def _owned(self, adapters: Sequence[Lora | None], counts: Sequence[int]) -> _Rows | None:
+        if all(adapter is None for adapter in adapters):
+            return None
+        places = {adapter: place for place, adapter in enumerate(self._stacked)}
+        owners = np.array([-1 if adapter is None else places[adapter] for adapter in adapters])
+        owners = np.repeat(owners, counts) if len(owners) > 1 else owners
+        return _Rows(torch.from_numpy(owners).to(self._device))
 
     def _stack(self, adapters: tuple[Lora, ...]) -> None:
         self._stacked = adapters
-        self._stacks = {}
+        self._stacks, self._joint = {}, {}
         for name in sorted({name for adapter in adapters for name in adapter.layers}):
             own = [(place, adapter.layers[name]) for place, adapter in enumerate(adapters) if name in adapter.layers]
             columns = tuple(place for place, (down, _) in own for _ in range(len(down)))
@@ -156,25 +175,51 @@ class LoraLayers:
                 self._hooked.add(name)
                 self._modules[name].register_forward_hook(lambda _, given, output, name=name: self._add(name, given[0], output))
 
-    def _add(self, name: str, given: Tensor, output: Tensor) -> Tensor | None:
-        if self._owners is None or (stack := self._stacks.get(name)) is None:
-            return None
-        rows = given.reshape(-1, given.shape[-1])
-        if len(rows) != len(self._owners) > 1:
-            if len(rows) == 1:
-                return None  # the one state that cross-attention computes and nobody looks at (see crossing.py)
+    def _add(self, name: str, given: Tensor, output: Tensor) -> None:
+        rows = self._rows.get(name in self._apart)
+        if rows is None or name not in self._stacks:
+            return
+        count = given.shape[:-1].numel()
+        if count != len(rows.owners) > 1:
             raise ModelError(
-                f"{name!r} is computed for {len(rows)} rows of {len(self._owners)}; this model takes no adapters here."
+                f"{name!r} is computed for {count} rows of {len(rows.owners)}; this model takes no adapters here."
             )
-        own = torch.nn.functional.linear(rows, stack.down).masked_fill_(self._others(stack.columns), 0.0)
-        return torch.addmm(output.reshape(-1, output.shape[-1]), own, stack.up).view(output.shape)
+        if given is not self._given:
+            self._given, self._leader = given, name
+            self._multiply(self._alike.setdefault(name, [name]), rows)
+        elif name not in self._products:
+            self._alike[self._leader].append(name)
+            self._multiply([name], rows)
+        output.view(count, -1).addmm_(self._products[name], self._stacks[name].up)
 
-    def _others(self, columns: tuple[int, ...]) -> Tensor:
+    def _multiply(self, names: Sequence[str], rows: _Rows) -> None:
+        """What is given, times the `down` matrices of these layers; zeros where a column is not of the row's adapter."""
+        there = tuple(name for name in names if name in self._stacks)
+        if there not in self._joint:
+            stacks = [self._stacks[name] for name in there]
+            self._joint[there] = (
+                torch.cat([stack.down for stack in stacks]),
+                tuple(place for stack in stacks for place in stack.columns),
+                [len(stack.columns) for stack in stacks],
+            )
+        assert self._given is not None
+        down, columns, sizes = self._joint[there]
+        product = torch.nn.functional.linear(self._given.reshape(-1, down.shape[1]), down).masked_fill_(rows.others(columns), 0.0)
+        self._products = dict(zip(there, product.split(sizes, dim=1), strict=True))
+
+
+class _Rows:
+    """Whose the rows of a layer are: `owners` (rows, or 1 for all), the place of an adapter among the stacked ones, -1 for none."""
+
+    def __init__(self, owners: Tensor) -> None:
+        self.owners = owners
+        self._others: dict[tuple[int, ...], Tensor] = {}
+
+    def others(self, columns: tuple[int, ...]) -> Tensor:
         """True where a column is not of the row's adapter, (rows, columns); all layers of one shape share it."""
-        if columns not in self._masks:
-            assert self._owners is not None
-            self._masks[columns] = self._owners[:, None] != torch.tensor(columns, device=self._device)
-        return self._masks[columns]
+        if columns not in self._others:
+            self._others[columns] = self.owners[:, None] != torch.tensor(columns, device=self.owners.device)
+        return self._others[columns]
 
 
 @dataclass(frozen=True)

@@ -6,14 +6,11 @@ The same core as `Decoder`, of which it takes queue, sampling and the end of a r
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from apprentice.errors import ModelError
-from apprentice.models.crossing import CrossingDecoder, check
+from apprentice.models.crossing import CrossingDecoder, Part, check
 from apprentice.models.decoding import PREFILL_TOKENS, Decoder, Generation, Running, Token, scores
 
 
@@ -44,39 +41,44 @@ class Seq2seqDecoder(Decoder):
         super().submit(key, wanted)
 
     def step(self) -> list[Token]:
-        """Prompts are read, within what one step may read; then one token more for everybody who was here before."""
-        running = sorted(self._running.values(), key=lambda owner: owner.slot)
-        rows: list[Tensor] = []
-        if running:
-            logits = self._crossing.step(
-                [owner.slot for owner in running],
-                [owner.start for owner in running],
-                [owner.pending[0] for owner in running],
-                [owner.wanted.adapter for owner in running],
-            )
-            rows.append(logits)
-            for owner in running:
-                owner.start += 1
-        joined: list[Running] = []
-        room = self._prefill_tokens
-        while self._waiting and (not joined or len(self._waiting[0][1].prompt) <= room):
-            if (taken := self._slots.take(self._need(self._waiting[0][1]))) is None:
-                break
+        """One pass for all: what may be read of waiting prompts is read, and everybody gets a token."""
+        self._join()
+        owners = sorted(self._running.values(), key=lambda owner: owner.slot)
+        if not owners:
+            return []
+        parts = [Part(owner.slot, owner.start, owner.pending, self._unread(owner), owner.wanted.adapter) for owner in owners]
+        logits = self._crossing.forward(parts)
+        row = 0
+        rows: list[int] = []  # of the logits after each one's last token
+        for owner, part in zip(owners, parts, strict=True):
+            if said := part.ids[1:]:
+                owner.prompt += scores(logits[row : row + len(said)], said, [owner.wanted.logprobs or 0] * len(said))
+            owner.start += len(part.ids)
+            row += len(part.ids)
+            rows.append(row - 1)
+        return self._next_tokens(logits if len(rows) == len(logits) else logits[rows], owners)
+
+    def _join(self) -> None:
+        """Gives slots to those who wait, as many as one step may read; the first in the queue may have any length."""
+        read = 0
+        while self._waiting:
+            key, wanted = self._waiting[0]
+            if read and read + len(wanted.prompt) > self._prefill_tokens:
+                return
+            if (taken := self._slots.take(self._need(wanted))) is None:
+                return
+            read += len(wanted.prompt)
             for emptied in taken.emptied:
                 self._crossing.give_back(emptied)
-            key, wanted = self._waiting.popleft()
-            room -= len(wanted.prompt)
-            owner, last = self._read(key, wanted, taken.slot)
-            joined.append(owner)
-            rows.append(last[None])
-        return self._next_tokens(torch.cat(rows), [*running, *joined]) if rows else []
+            self._waiting.popleft()
+            said = wanted.prompt[_parted(wanted) :]
+            self._running[key] = Running(key, wanted, taken.slot, (self._start_id, *said))
 
-    def _read(self, key: Hashable, wanted: Generation, slot: int) -> tuple[Running, Tensor]:
-        """The new request in its slot, and the logits (vocabulary) of its first new token."""
-        parted = len(wanted.prompt) if wanted.score_from is None else wanted.score_from
-        prompt, said = wanted.prompt[:parted], wanted.prompt[parted:]
-        logits = self._crossing.read(slot, prompt, [self._start_id, *said], wanted.adapter)
-        owner = self._running[key] = Running(key, wanted, slot, (), start=1 + len(said))
-        if said:
-            owner.prompt += scores(logits[:-1], said, [wanted.logprobs or 0] * len(said))
-        return owner, logits[-1]
+    def _unread(self, owner: Running) -> Sequence[int]:
+        """What the encoder is to read now: the prompt of a request that has just come."""
+        return () if owner.start else owner.wanted.prompt[: _parted(owner.wanted)]
+
+
+def _parted(wanted: Generation) -> int:
+    """How much of the prompt the encoder reads; the decoder is made to say the rest."""
+    return len(wanted.prompt) if wanted.score_from is None else wanted.score_from
