@@ -105,7 +105,7 @@ class CrossingDecoder:
 
     @contextmanager
     def _attending(self, side: Any, positions: Tensor) -> Iterator[None]:
-        """`side` attends as we do, and its tokens stand at `positions`, not at 0, 1, …, where their place is looked up by number."""
+        """`side` attends as we do, and its tokens stand at `positions`, where it would count from 0 and look places up."""
         was = side.config._attn_implementation
         side.config._attn_implementation = ATTENTION
         hook = None

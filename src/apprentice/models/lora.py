@@ -181,9 +181,7 @@ class LoraLayers:
             return
         count = given.shape[:-1].numel()
         if count != len(rows.owners) > 1:
-            raise ModelError(
-                f"{name!r} is computed for {count} rows of {len(rows.owners)}; this model takes no adapters here."
-            )
+            raise ModelError(f"{name!r} is computed for {count} rows of {len(rows.owners)}; this model takes no adapters here.")
         if given is not self._given:
             self._given, self._leader = given, name
             self._multiply(self._alike.setdefault(name, [name]), rows)

@@ -9,10 +9,10 @@ exchanged through transformers' attention interface:
     positions  5  9  0  1  2
     attention  x and y together (slots near each other, lengths of one bucket), then a, b, c causally
 
-Caches are never copied: keys and values are written in place, and slots near each other are read as one view. What a sequence gets does
-not depend on its company: it is read up to the end of its own bucket and always masked, so its attention is the same arithmetic
-wherever it runs. Only the matrix products may sum in another order for few rows than for many (in bf16 they did not, where
-measured: AVX512-BF16). Knows nothing of requests, sampling or the end of a reply.
+Caches are never copied: keys and values are written in place, and slots near each other are read as one view. What a sequence
+gets does not depend on its company: it is read up to the end of its own bucket and always masked, so its attention is the same
+arithmetic wherever it runs. Only the matrix products may sum in another order for few rows than for many (in bf16 they did not,
+where measured: AVX512-BF16). Knows nothing of requests, sampling or the end of a reply.
 """
 
 from __future__ import annotations
@@ -134,7 +134,8 @@ class Group:
         """`rows` (count, …) at their places among `slots`, zeros between them."""
         if self._places is None:
             return rows
-        return rows.new_zeros(self.slots.stop - self.slots.start, *rows.shape[1:]).index_copy_(0, self._places.to(rows.device), rows)
+        among = rows.new_zeros(self.slots.stop - self.slots.start, *rows.shape[1:])
+        return among.index_copy_(0, self._places.to(rows.device), rows)
 
     def gather(self, rows: torch.Tensor) -> torch.Tensor:
         """Of `rows` (slots, …) those of the sequences, (count, …)."""
