@@ -20,6 +20,7 @@ from apprentice.train.engine import DeepSpeedEngine
 from apprentice.train.loop import validation_loss
 from apprentice.train.optim import moments, optimizer_of
 from apprentice.train.peers import Peers
+from apprentice.train.pieces import Gathering
 from tests.train.rows import counted, packed_rows, reference_nll
 
 STEPS = 4
@@ -55,8 +56,14 @@ def settings(case: dict[str, Any]) -> Training:
     )
 
 
+def state_of(engine: DeepSpeedEngine) -> dict[str, torch.Tensor]:
+    """The whole state, on every worker, as the first puts it together for a checkpoint."""
+    peers = Peers()
+    return peers.gather(dict(Gathering(peers).whole([piece.copied() for piece in engine.pieces()])))[0]
+
+
 def weights_of(engine: DeepSpeedEngine) -> dict[str, torch.Tensor]:
-    return {key.removeprefix("weight/"): value.clone() for key, value in engine.state() if key.startswith("weight/")}
+    return {key.removeprefix("weight/"): value for key, value in state_of(engine).items() if key.startswith("weight/")}
 
 
 def ours(case: dict[str, Any], rank: int) -> dict[str, Any]:
@@ -80,7 +87,9 @@ def ours(case: dict[str, Any], rank: int) -> dict[str, Any]:
         if step == 0:
             found["update"] = norm_of(before, weights_of(engine))
             # Adam's first moment is a tenth of the first gradient.
-            found["gradients"] = {key.removeprefix("exp_avg/"): value * 10 for key, value in engine.state() if "exp_avg/" in key}
+            found["gradients"] = {
+                key.removeprefix("exp_avg/"): value * 10 for key, value in state_of(engine).items() if "exp_avg/" in key
+            }
             found["likeliest"] = [engine.likeliest(PROMPT, REPLY[:said]) for said in range(3)]
     found["validation"] = validation_loss(engine, packed_rows(5, first=900, weighted=weighted), micro, Peers())
     found |= carried_on(engine, case, training, made, rank)
@@ -90,16 +99,16 @@ def ours(case: dict[str, Any], rank: int) -> dict[str, Any]:
 def carried_on(
     engine: DeepSpeedEngine, case: dict[str, Any], training: Training, made: dict[str, Any], rank: int
 ) -> dict[str, Any]:
-    state = {key: value.clone() for key, value in engine.state()}
+    state = state_of(engine)
     model = fresh(case["method"], torch.float32 if case["optimizer"] == "adafactor" else made["dtype"])
     load_trainable(model, {key.removeprefix("weight/"): value for key, value in state.items() if key.startswith("weight/")})
     second = DeepSpeedEngine(model, training, **made)
     second.restore(state.__getitem__, STEPS)
-    restored = {key: value.clone() for key, value in second.state()}
+    restored = state_of(second)
     part = ROWS // made["workers"]
     mine = packed_rows(part, first=800 + rank * part).micros(made["micro"])
     outcomes = [each.train_step(mine, 0.01, 1e-3) for each in (engine, second)]
-    ends = [dict(each.state()) for each in (engine, second)]
+    ends = [state_of(each) for each in (engine, second)]
     return {
         "whole": len(state) == sum(1 + len(moments(case["optimizer"], p.shape)) for p in trainable(model).values()) > 0
         if case["stage"] < 3

@@ -11,11 +11,15 @@ from typing import Any
 
 import pytest
 import torch
+import torch.multiprocessing
 from torch import Tensor
 
 from apprentice.errors import StorageError
 from apprentice.storage import Folder
 from apprentice.train import checkpoint as checkpoints
+from apprentice.train import saving
+from apprentice.train.peers import Peers
+from apprentice.train.pieces import Piece
 from apprentice.train.saving import Saver
 from apprentice.train.state import State
 
@@ -36,7 +40,8 @@ def no_room() -> Iterator[None]:
 class Ears:
     """What a saver said, and to whom."""
 
-    def __init__(self, folder: Folder, *, first: bool = True) -> None:
+    def __init__(self, folder: Folder, rank: int = 0) -> None:
+        self.rank = rank
         self.told: list[tuple[int, str]] = []
         self.took: list[dict[str, float]] = []
         self.registered: list[tuple[bool, int]] = []
@@ -45,7 +50,7 @@ class Ears:
             folder,
             2,
             {"dtype": "float32"},
-            first=first,
+            peers=Peers(),
             tell=self.tell,
             register=lambda saved, state: self.registered.append((saved is not None, state.step)),
         )
@@ -53,20 +58,24 @@ class Ears:
     def tell(self, state: State, message: str = "", **seconds: float) -> None:
         self.told.append((state.step, message)) if message else self.took.append(seconds)
 
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        for name in "abc":
+    def pieces(self) -> list[Piece]:
+        """The first worker's half of each tensor, and of the second the other."""
+
+        def read() -> Tensor:
             self.gathered += 1
-            yield f"weight/{name}", torch.ones(LARGE)
+            return torch.full((LARGE,), 1.0 + self.rank)
+
+        shape = (Peers().workers, LARGE)
+        return [Piece(f"weight/{name}", shape, self.rank * LARGE, LARGE, read) for name in "abc"]
 
     def settle(self) -> None:
         """Waits for the thread."""
         pending = self.saver._pending
         assert pending is not None
-        assert pending[1] is not None
         pending[1].result()
 
     def save(self, step: int, **more: Any) -> None:
-        self.saver.save(State(step=step), self.tensors(), **({"last": False, "size": 12 * LARGE} | more))
+        self.saver.save(State(step=step), self.pieces(), **({"last": False} | more))
 
 
 @pytest.fixture
@@ -78,17 +87,17 @@ def names(folder: Folder) -> list[str]:
     return sorted(child.name for child in folder.children())
 
 
-@pytest.mark.parametrize("size", [12 * LARGE, 2**60])  # a copy fits into memory, or not
-def test_training_goes_on_and_the_next_one_is_tried(size: int, folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        checkpoints, "SHARD_BYTES", LARGE
-    )  # one tensor a file: the first fails, the others are gathered all the same
+@pytest.mark.parametrize("free", [2**40, 0])  # a copy fits into memory, or not
+def test_training_goes_on_and_the_next_one_is_tried(free: int, folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(saving, "free_memory", lambda: float(free))
+    # One tensor a file: the first fails, the others are gathered all the same.
+    monkeypatch.setattr(checkpoints, "SHARD_BYTES", LARGE)
     ears = Ears(folder)
-    ears.save(3, size=size)
+    ears.save(3)
     assert ears.registered == []  # what became of it is known to all workers at the next one
     ears.settle()
     with no_room():
-        ears.save(6, size=size)
+        ears.save(6)
         ears.settle()
     assert ears.gathered == 6
     assert names(folder) == ["step-000003"]  # and no half of one
@@ -103,7 +112,7 @@ def test_training_goes_on_and_the_next_one_is_tried(size: int, folder: Folder, m
     assert ears.registered == [(True, 3), (False, 6), (True, 9)]
     assert len(ears.took) == 2
     assert all(0 < took["blocked_s"] <= took["saved_s"] for took in ears.took)
-    assert [took["blocked_s"] == took["saved_s"] for took in ears.took] == [size > 12 * LARGE, False]
+    assert [took["blocked_s"] == took["saved_s"] for took in ears.took] == [free == 0, free == 0]
 
 
 def test_the_last_one_must_be_there(folder: Folder) -> None:
@@ -125,10 +134,31 @@ def test_without_any_checkpoint(folder: Folder) -> None:
         ears.save(2, last=True)
 
 
-def test_the_other_workers_gather_and_write_nothing(folder: Folder) -> None:
-    ears = Ears(folder, first=False)
-    ears.save(3, last=True)
-    assert (ears.gathered, ears.registered, names(folder)) == (3, [(False, 3)], [])
+def second(rank: int, folder: str) -> None:
+    """One of two workers, whose first has no room once and no memory for copies the next time."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    ears = Ears(Folder.at(Path(folder) / "checkpoints"), rank)
+    with no_room():
+        ears.save(3)
+        ears.settle()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(saving, "free_memory", lambda: 2.0**40 * rank)  # what one of them lacks keeps both from copying
+        ears.save(6, last=True)
+    assert ears.gathered == 6
+    assert ears.registered == [(False, 3), (rank == 0, 6)]
+    assert [step for step, _ in ears.told] == [3] * (rank == 0)
+    assert [took["blocked_s"] == took["saved_s"] for took in ears.took] == [True] * (rank == 0)
+    torch.distributed.destroy_process_group()
+
+
+def test_each_worker_gives_its_part_and_the_first_writes(tmp_path: Path, folder: Folder) -> None:
+    torch.multiprocessing.spawn(second, (str(tmp_path),), nprocs=2)
+    found = checkpoints.restorable(folder)
+    assert found is not None
+    assert found.state.step == 6
+    with checkpoints.tensors_of(found) as read:
+        for name in "abc":
+            assert torch.equal(read(f"weight/{name}"), torch.tensor([[1.0], [2.0]]).expand(2, LARGE))
 
 
 def test_training_goes_on_while_one_is_written(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,7 +173,7 @@ def test_training_goes_on_while_one_is_written(folder: Folder, monkeypatch: pyte
     monkeypatch.setattr(checkpoints, "save", slow)
     ears = Ears(folder)
     state, weight = State(step=3, tokens=30), torch.ones(4)
-    ears.saver.save(state, iter([("weight/a", weight)]), size=16, last=False)
+    ears.saver.save(state, [Piece("weight/a", (2, 2), 0, 4, lambda: weight)], last=False)
     state.step, state.tokens = 4, 40
     state.ledger.examples[0] = 1
     weight.zero_()
@@ -154,4 +184,4 @@ def test_training_goes_on_while_one_is_written(folder: Folder, monkeypatch: pyte
     assert found is not None
     assert (found.state.step, found.state.tokens, found.state.ledger.examples) == (3, 30, {})
     with checkpoints.tensors_of(found) as read:
-        assert read("weight/a").tolist() == [1, 1, 1, 1]
+        assert read("weight/a").tolist() == [[1, 1], [1, 1]]

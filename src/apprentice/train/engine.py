@@ -1,6 +1,6 @@
 """The DeepSpeed engine behind a small face: one optimizer step, one validation pass, and its state by parameter name.
 
-The state (float32 weights and what the optimizer keeps of each) goes out and in by parameter name and whole, so that a
+The state (float32 weights and what the optimizer keeps of each) goes out in pieces and in whole, by parameter name, so that a
 checkpoint means the same on any number of workers and at any ZeRO stage. Knows nothing of Ray, of files, or of where the rows
 come from.
 """
@@ -14,10 +14,11 @@ import math
 import os
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from apprentice.models.tuning import trained_share
@@ -27,6 +28,7 @@ from apprentice.train.deepspeed_config import deepspeed_config
 from apprentice.train.loss import TargetLoss
 from apprentice.train.objective import loss_of
 from apprentice.train.optim import moments, optimizer_of
+from apprentice.train.pieces import Piece
 from apprentice.train.state import StepOutcome
 
 WEIGHT = "weight"
@@ -58,7 +60,6 @@ class DeepSpeedEngine:
         self._loss_module = loss_of(model, training, None if weights == dtype else dtype)
         wrapped = _Module(self._loss_module).to(device=device)
         self.trained = trained_share(model)  # how many numbers, and of all the part
-        self.state_bytes = 4 * self._numbers_of_state(trained, training.optimizer.name)
         self.attention = str(getattr(getattr(model, "config", None), "_attn_implementation", "eager"))
         self.micro = micro
         self._optimizer = training.optimizer.name
@@ -72,6 +73,7 @@ class DeepSpeedEngine:
             )[0]
         self._parameters = trained  # DeepSpeed keeps the parameter objects and swaps what is in them
         self._device = device
+        self._rank = dist.get_rank()
 
     def train_step(self, micros: Sequence[Micro], scale: float, rate: float) -> StepOutcome:
         """One optimizer step with learning rate `rate` on the summed loss of `micros` times `scale`, added over the workers.
@@ -118,31 +120,43 @@ class DeepSpeedEngine:
         loss: Tensor = self._engine(*there.tensors)
         return loss
 
-    @staticmethod
-    def _numbers_of_state(trained: Mapping[str, nn.Parameter], optimizer: str) -> int:
-        """That `state()` gives."""
-        shapes = (shape for parameter in trained.values() for shape in moments(optimizer, parameter.shape).values())
-        return sum(parameter.numel() for parameter in trained.values()) + sum(math.prod(shape) for shape in shapes)
-
     def _plain_norm(self) -> float:
         norms = [parameter.grad.norm() for parameter in self._parameters.values() if parameter.grad is not None]
         return float(torch.linalg.vector_norm(torch.stack(norms)))
 
-    def state(self) -> Iterator[tuple[str, Tensor]]:
-        """Keys (`weight/<name>`, `exp_avg/<name>`, …) with whole float32 tensors; all workers run through it."""
-        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+    def pieces(self) -> list[Piece]:
+        """What this worker holds of the state: keys (`weight/<name>`, `exp_avg/<name>`, …) in the same order on all workers.
 
+        They are read from the engine's own tensors, so a step changes those that are not copied.
+        """
         self._link_optimizer_state()
-        sharded = self._engine.zero_optimization()
+        found = []
         for name, parameter in self._parameters.items():
-            weight = safe_get_full_fp32_param(parameter) if sharded else parameter
-            yield f"{WEIGHT}/{name}", weight.detach().float().cpu()
-            for key in moments(self._optimizer, self._shapes[name]):
-                moment = safe_get_full_optimizer_state(parameter, key) if sharded else self._plain_state(parameter)[key]
-                yield f"{key}/{name}", moment.detach().float().cpu()
+            shapes = {None: self._shapes[name]} | moments(self._optimizer, self._shapes[name])
+            for moment, shape in shapes.items():
+                start, numbers, read = self._held(parameter, moment, math.prod(shape))
+                found.append(Piece(f"{moment or WEIGHT}/{name}", tuple(shape), start, numbers, read))
+        return found
+
+    def _held(self, parameter: nn.Parameter, moment: str | None, numbers: int) -> tuple[int, int, Callable[[], Tensor]]:
+        """Where this worker's part of a parameter's weight (or `moment`) of `numbers` begins, how long it is, and what gives it."""
+        if not self._engine.zero_optimization():  # every worker has all, and the first gives it
+            whole = parameter if moment is None else self._plain_state(parameter)[moment]
+            return 0, numbers if self._rank == 0 else 0, whole.flatten
+        sharded: Any = parameter
+        if hasattr(parameter, "ds_id"):  # ZeRO-3: equal parts, the last ones padded
+            part = sharded.ds_tensor.ds_numel
+            start = min(self._rank * part, numbers)
+            count = min(part, numbers - start)
+            return start, count, lambda: sharded._z3_optimizer.get_local_fp32_param(parameter, moment)[:count]
+        held = sharded._hp_mapping
+        if held is None:
+            return 0, 0, lambda: torch.empty(0)
+        address = held.lp_fragment_address
+        return address.start, address.numel, lambda: held.get_hp_fragment(moment)
 
     def restore(self, read: Callable[[str], Tensor], steps: int) -> None:
-        """Puts back what `state()` gave: `read(key)` gives a tensor, `steps` is how many optimizer steps were made."""
+        """Puts back a state: `read(key)` gives a whole tensor, `steps` is how many optimizer steps were made."""
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
         self._begin_optimizer_state(steps)

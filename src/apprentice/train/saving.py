@@ -1,4 +1,4 @@
-"""Checkpoints as a run makes them: training waits for the copy in memory, and a thread of the first worker writes it.
+"""Checkpoints as a run makes them: each worker copies what it holds, and while training goes on the first gathers and writes it.
 
 What cannot be written is told, and tried again at the next; only the last one must be there. All workers take part in gathering
 the tensors, whether or not the first can write them. Knows nothing of Ray or DeepSpeed.
@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
-
-from torch import Tensor
 
 from apprentice.errors import StorageError
 from apprentice.storage import Folder
 from apprentice.train import checkpoint as checkpoints
 from apprentice.train.checkpoint import Checkpoint
 from apprentice.train.memory import free_memory
+from apprentice.train.peers import Peers
+from apprentice.train.pieces import Gathering, Piece, room_for_copies
 from apprentice.train.state import State
 
 MOST_OF_FREE_MEMORY = 0.5  # that a copy may take; what is larger is written while training waits
@@ -32,7 +32,7 @@ class _Written(NamedTuple):
 
 
 class Saver:
-    """Saves into `folder` on the first worker and keeps `keep` there; `facts` go into every checkpoint.
+    """Saves into `folder` on the first of `peers` and keeps `keep` there; `facts` go into every checkpoint. All must make one.
 
     `tell(state, message=…)` gets a sentence about a checkpoint that could not be written, and `tell(state, saved_s=…, blocked_s=…)`
     how long one took and how long training waited for it, both from the thread that writes. `register` gets every outcome, on all
@@ -45,7 +45,7 @@ class Saver:
         keep: int,
         facts: dict[str, Any],
         *,
-        first: bool,
+        peers: Peers,
         tell: Callable[..., None],
         register: Callable[[Checkpoint | None, State], None],
     ) -> None:
@@ -54,31 +54,29 @@ class Saver:
         self._facts = facts
         self._tell = tell
         self._register = register
-        self._writer = ThreadPoolExecutor(1, "apprentice-checkpoint") if first else None
-        self._pending: tuple[State, Future[_Written] | None] | None = None  # the state and its checkpoint, on the first worker
+        self._peers = peers
+        self._gathering = Gathering(peers)
+        self._thread = ThreadPoolExecutor(1, "apprentice-checkpoint")
+        self._pending: tuple[State, Future[_Written]] | None = None  # the state, and what becomes of it
 
-    def save(self, state: State, tensors: Iterator[tuple[str, Tensor]], *, size: int, last: bool) -> None:
-        """One checkpoint of `tensors`, of `size` bytes in all. Raises `StorageError` if it is the `last` and cannot be written."""
+    def save(self, state: State, pieces: Sequence[Piece], *, last: bool) -> None:
+        """One checkpoint of all workers' `pieces`. Raises `StorageError` if it is the `last` and cannot be written."""
         begin = time.perf_counter()
         self._settle()
         state = copy.deepcopy(state)  # training goes on with it
-        writing: Future[_Written] | None = None
-        if self._writer is not None and size <= MOST_OF_FREE_MEMORY * free_memory():
-            held = [(key, tensor.clone()) for key, tensor in tensors]
-            writing = self._writer.submit(self._write, held, state, begin, time.perf_counter() - begin, last)
-        elif self._writer is not None:
-            writing = Future()
-            writing.set_result(self._write(tensors, state, begin, None, last))
-        for _ in tensors:  # gathering takes all workers, also for what is not written
-            pass
-        self._pending = (state, writing)
+        written: Future[_Written] = Future()
+        if room_for_copies(pieces, self._peers, MOST_OF_FREE_MEMORY * free_memory()):
+            held = [piece.copied() for piece in pieces]
+            written = self._thread.submit(self._write, held, state, begin, time.perf_counter() - begin, last)
+        else:
+            written.set_result(self._write(pieces, state, begin, None, last))
+        self._pending = (state, written)
         if last and (failure := self._settle()) is not None:
             raise failure
 
     def close(self) -> None:
         """Waits for the checkpoint that is being written, so that a run that stops here does not lose it."""
-        if self._writer is not None:
-            self._writer.shutdown(wait=True)
+        self._thread.shutdown(wait=True)
 
     def _settle(self) -> StorageError | None:
         """Waits for the save before and registers what became of it; gives what kept it from being written."""
@@ -86,20 +84,23 @@ class Saver:
             return None
         state, writing = self._pending
         self._pending = None
-        written = writing.result() if writing is not None else _Written(None, None)
+        written = writing.result()
         self._register(written.checkpoint, state)
         return written.failure
 
-    def _write(
-        self, tensors: Iterable[tuple[str, Tensor]], state: State, begin: float, blocked_s: float | None, last: bool
-    ) -> _Written:
+    def _write(self, pieces: Sequence[Piece], state: State, begin: float, blocked_s: float | None, last: bool) -> _Written:
+        tensors = self._gathering.whole(pieces)
         try:
-            saved = checkpoints.save(self._folder, tensors, state, self._facts)
+            saved = checkpoints.save(self._folder, tensors, state, self._facts) if self._peers.rank == 0 else None
         except StorageError as error:
             return _Written(None, self._told(error, state, last))
-        checkpoints.prune(self._folder, self._keep)
-        took = time.perf_counter() - begin
-        self._tell(state, saved_s=took, blocked_s=took if blocked_s is None else blocked_s)
+        finally:
+            for _ in tensors:  # gathering takes all workers, also for what is not written
+                pass
+        if saved is not None:
+            checkpoints.prune(self._folder, self._keep)
+            took = time.perf_counter() - begin
+            self._tell(state, saved_s=took, blocked_s=took if blocked_s is None else blocked_s)
         return _Written(saved, None)
 
     def _told(self, failure: StorageError, state: State, last: bool) -> StorageError:

@@ -81,10 +81,10 @@ def run_worker(
         return loss
 
     note(state, message=_told(recipe, engine, facts["dtype"], micro))
-    saver = Saver(run.checkpoints, training.checkpoint.keep, facts, first=peers.rank == 0, tell=note, register=register)
+    saver = Saver(run.checkpoints, training.checkpoint.keep, facts, peers=peers, tell=note, register=register)
 
     def save(now: State) -> None:
-        saver.save(now, engine.state(), size=engine.state_bytes, last=goal.reached(now) == 1.0)
+        saver.save(now, engine.pieces(), last=goal.reached(now) == 1.0)
 
     def aside(now: State) -> None:
         if samples is not None and training.sample_every_steps and now.step % training.sample_every_steps == 0:
