@@ -92,10 +92,7 @@ def train(recipe: Recipe, run: Run, corpus: Corpus, *, progress: Callable[[dict[
     _check_cluster(recipe)
     checkpoints.sweep(run.checkpoints)
     found = checkpoints.restorable(run.checkpoints)
-    services, problems = open_services(recipe, run)
-    tracker = Tracker(run, progress, services)
-    for problem in problems:
-        progress({"message": problem})
+    tracker = Tracker(run, progress, open_services(recipe, run))
     attempts = 1
     try:
         if found is None or goal.reached(found.state) < 1.0:

@@ -1,6 +1,6 @@
 """Where a run's figures go besides its own folder: MLflow and Weights & Biases, each behind an extra, and Ray's metrics.
 
-A service that fails is told of once and left; training never waits for one to come back. Knows nothing of steps or models.
+Each has a thread of its own (feed.py), so that training waits for none. Knows nothing of steps or models.
 """
 
 from __future__ import annotations
@@ -9,23 +9,16 @@ import hashlib
 import os
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.util import find_spec
-from typing import Any, Protocol
+from typing import Any
 
 from apprentice.artifacts import Run, flat
 from apprentice.errors import RecipeError
 from apprentice.recipe import Recipe
+from apprentice.train.feed import Feed, Service
 
 PROJECT = "apprentice"
-
-
-class Service(Protocol):
-    """Takes figures by name (such as `train/loss`) at a step."""
-
-    def add(self, values: Mapping[str, float], step: int) -> None: ...
-
-    def close(self) -> None: ...
 
 
 class RayMetrics:
@@ -109,17 +102,14 @@ def check_services(recipe: Recipe) -> None:
             )
 
 
-def open_services(recipe: Recipe, run: Run) -> tuple[list[Service], list[str]]:
-    """Ray's metrics and those that the recipe names; and a sentence for each that cannot be reached."""
+def open_services(recipe: Recipe, run: Run) -> list[Feed]:
+    """Ray's metrics and those that the recipe names. Raises `RecipeError` for one whose package is not installed."""
     check_services(recipe)
-    made: list[Service] = [RayMetrics(run)]
-    problems = []
-    for name in recipe.training.tracking:
-        try:
-            made.append(MLflow(run, recipe) if name == "mlflow" else WeightsAndBiases(run, recipe))
-        except Exception as error:  # theirs are of many kinds, and none is a reason not to train
-            problems.append(f"{name} does not take the run's figures ({' '.join(str(error).split())[:200]}); training goes on")
-    return made, problems
+    known: dict[str, Callable[[], Service]] = {
+        "mlflow": lambda: MLflow(run, recipe),
+        "wandb": lambda: WeightsAndBiases(run, recipe),
+    }
+    return [Feed("Ray's metrics", lambda: RayMetrics(run)), *(Feed(name, known[name]) for name in recipe.training.tracking)]
 
 
 def gauge_name(name: str) -> str:

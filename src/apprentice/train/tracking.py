@@ -21,11 +21,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from apprentice.artifacts import Run
 from apprentice.errors import ApprenticeError
 from apprentice.train.events import Events
+from apprentice.train.feed import Feed
 
 if TYPE_CHECKING:  # it brings torch, two seconds that the mailbox need not wait for
     from apprentice.train.checkpoint import Checkpoint
     from apprentice.train.pulse import Who
-    from apprentice.train.services import Service
 
 STATUS_EVERY_S = 2.0
 SCALARS = {
@@ -169,10 +169,10 @@ class Smoothed:
 class Tracker:
     """Writes records in the driver; also adds up the speed of steady steps (the first of an attempt warms up)."""
 
-    def __init__(self, run: Run, progress: Callable[[dict[str, Any]], None], services: Sequence[Service] = ()) -> None:
+    def __init__(self, run: Run, progress: Callable[[dict[str, Any]], None], services: Sequence[Feed] = ()) -> None:
         self._run = run
         self._progress = progress
-        self._services = list(services)
+        self._services = services
         self._smoothed = Smoothed()
         self._file = run.folder / "steps.jsonl"
         self._scratch = None if run.folder.is_local else tempfile.TemporaryDirectory()
@@ -241,13 +241,15 @@ class Tracker:
             raise
 
     def _pass_on(self, values: Mapping[str, float], step: int) -> None:
-        """To the services; one that fails is told of and left."""
-        for service in list(self._services) if values else ():
-            try:
+        """To the services; what there is to say of one is said."""
+        for service in self._services:
+            if values:
                 service.add(values, step)
-            except Exception as error:  # theirs are of many kinds
-                self._services.remove(service)
-                self._progress({"message": f"{type(service).__name__} takes no more figures ({_said(error)}); training goes on."})
+            self._tell_of(service)
+
+    def _tell_of(self, service: Feed) -> None:
+        for message in service.told():
+            self._progress({"message": message})
 
     def _tell_once(self, error: OSError) -> None:
         if not self._told:
@@ -272,10 +274,8 @@ class Tracker:
     def close(self) -> None:
         """Raises `OSError` where there is no room for the last lines."""
         for service in self._services:
-            try:
-                service.close()
-            except Exception as error:
-                self._progress({"message": f"{type(service).__name__} may lack the last figures ({_said(error)})."})
+            service.close()
+            self._tell_of(service)
         if self._events is not None:
             events, self._events = self._events, None
             events.close()
@@ -284,8 +284,3 @@ class Tracker:
             self._file.write_text("".join(line + "\n" for line in self._lines))
             self._run.events.upload(self._events_folder)
             self._scratch.cleanup()
-
-
-def _said(error: Exception) -> str:
-    """A service's error in one line."""
-    return " ".join(str(error).split())[:200]
