@@ -1,4 +1,4 @@
-"""What a run outlives on a cluster of several raylets: its driver killed, nodes killed that train or make rows, and new ones."""
+"""What a run outlives on a cluster of several raylets: its driver killed, nodes killed or told to go, and new ones."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ import pytest
 from tests.recipes import tiny_recipe
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
-STEPS, EVERY = 14, 3
+STEPS, EVERY = 18, 3
 DRIVER_DIES, NODE_DIES, GROWS = 5, 8, 10  # before these steps
 PATIENCE_S = 20.0  # for the wish to grow to reach a worker that waits before a step; the next step is another chance
+NOTICE_S = 20  # that a node has left when it is told to go
 
 
 def eventually(what: str, found: Callable[[], Any], seconds: float = 400.0) -> Any:
@@ -44,6 +45,12 @@ class Nodes:
     def add(self, cpus: int) -> None:
         node = self.cluster.add_node(num_cpus=cpus, object_store_memory=2**27)
         self.nodes[node.node_id] = node
+
+    def drain(self, node: str) -> None:
+        """What an autoscaler says of a machine that is about to be taken away."""
+        notice = ("drain-node", "--address", self.cluster.address, "--node-id", node, "--reason", "DRAIN_NODE_REASON_PREEMPTION")
+        more = ("--reason-message", "spot", "--deadline-remaining-seconds", str(NOTICE_S))
+        subprocess.run([Path(sys.executable).with_name("ray"), *notice, *more], check=True, capture_output=True)
 
     def kill(self, node: str) -> None:
         """SIGKILL to the raylet: what it started ends with it."""
@@ -104,6 +111,33 @@ def told(folder: Path) -> list[str]:
     return [record["message"] for record in records(folder) if "training goes on with" in record.get("message", "")]
 
 
+def told_to_go(nodes: Nodes, driver: Driver, step: int) -> int:
+    """A node of a worker is to go while both wait before `step`: the step whose checkpoint was made for it.
+
+    The checkpoint is none of those that are due anyway, and the next workers are on other nodes.
+    """
+    for file in driver.folder.glob("at-*"):
+        file.unlink()
+    doomed = driver.held(step, 2)[1]["node"]
+    nodes.drain(doomed)
+
+    def made_for_it() -> list[int]:
+        saved = [record["step"] for record in records(driver.folder) if "saved_s" in record]
+        return [at for at in saved if at >= step and at % EVERY]
+
+    for at in range(step, STEPS):  # the notice may come after the step that was waited before
+        driver.go(at)
+        driver.until("a step", lambda at=at: made_for_it() or (driver.folder / f"at-{at + 1}-1").exists())
+        if made_for_it():
+            break
+    (saved,) = made_for_it()
+    for file in driver.folder.glob("at-*"):
+        file.unlink()
+    for worker in driver.held(saved + 1, 2):
+        assert worker["node"] != doomed
+    return saved
+
+
 def test_a_run_outlives_its_driver_and_its_nodes(nodes: Nodes, tmp_path: Path, tiny_model: Path) -> None:
     """Each node has room for one worker of two CPUs; two CPUs are kept for the data, and four workers are the most."""
     from apprentice.artifacts import open_run
@@ -145,6 +179,8 @@ def test_a_run_outlives_its_driver_and_its_nodes(nodes: Nodes, tmp_path: Path, t
     busy = {who["node"] for who in driver.held(at, 2)}
     nodes.kill(next(node for node in nodes.nodes if node not in busy | {second["node"]}))  # which only makes rows
     driver.until("a smaller stream", lambda: any("made rows is lost" in record.get("message", "") for record in records(tmp_path)))
+    nodes.add(3)
+    saved = told_to_go(nodes, driver, at)
     for step in later:
         (tmp_path / f"go-{step}").touch()
     assert driver.process.wait(timeout=400) == 0, driver.log.read_text()
@@ -160,11 +196,12 @@ def test_a_run_outlives_its_driver_and_its_nodes(nodes: Nodes, tmp_path: Path, t
     for step in steps:
         assert step["examples"] == expected[step["step"] - 1]
     attempts = sorted({step["attempt"] for step in steps})
-    assert attempts[-1] == 5  # of which the fourth may have ended before its first step
+    assert attempts[-1] >= 6  # of which the fourth may have ended before its first step
     begins = [next(step["step"] for step in steps if step["attempt"] == attempt) for attempt in attempts]
     assert begins[:3] == [1, 4, 7]  # from the checkpoints of steps 3 and 6
     assert begins[3] >= GROWS + 1  # and one that was made to grow
     assert (run.checkpoints / f"step-{begins[3] - 1:06d}").exists()
+    assert begins[4] == saved + 1
     assert {step["step"] for step in steps} == set(range(1, STEPS + 1))
     assert run.ledger_file.read_json()["examples"] == sum(map(len, expected))
     assert run.is_trained
