@@ -87,7 +87,8 @@ def _run(trainer: Any) -> tuple[int, float]:
 
 def _arguments(job: Job, workers: int) -> dict[str, Any]:
     training = job.recipe.training
-    micro = micro_batch(training, workers=workers, length=job.recipe.data.packing.length, on_gpu=False)
+    on_gpu = training.resources.gpus > 0
+    micro = micro_batch(training, workers=workers, length=job.recipe.data.packing.length, on_gpu=on_gpu)
     return {
         "output_dir": job.folder,
         "per_device_train_batch_size": micro,
@@ -96,7 +97,7 @@ def _arguments(job: Job, workers: int) -> dict[str, Any]:
         "learning_rate": training.optimizer.learning_rate,
         "max_grad_norm": training.optimizer.clip,
         "bf16": False,
-        "use_cpu": True,
+        "use_cpu": not on_gpu,
         "ddp_backend": "gloo" if workers > 1 else None,
         "gradient_checkpointing": False,
         "dataloader_pin_memory": False,
@@ -108,7 +109,9 @@ def _arguments(job: Job, workers: int) -> dict[str, Any]:
 
 
 def _model(job: Job) -> Any:
-    return load_model(job.recipe.model.base, resolve_dtype(job.recipe.model.dtype, "cpu"))
+    return load_model(
+        job.recipe.model.base, resolve_dtype(job.recipe.model.dtype, "cuda" if job.recipe.training.resources.gpus else "cpu")
+    )
 
 
 def _trainer(job: Job, workers: int) -> Any:

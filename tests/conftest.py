@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[1]
 DATA_FOLDER = ROOT.parent / "shared" / "data"
 NEEDS_GPU = "needs a GPU"
 NEEDS_DATA = "needs ../shared/data"
+NEEDS_MOUNT = "needs root, to mount a disk"
 
 # Workers inherit these, so they must stand before anything starts a process.
 os.environ.update(
@@ -60,7 +61,7 @@ class ExpectedSkipsOnly:
             return
         reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
         reason = reason.removeprefix("Skipped: ")
-        if not reason.startswith(NEEDS_GPU) and (not reason.startswith(NEEDS_DATA) or DATA_FOLDER.is_dir()):
+        if not reason.startswith((NEEDS_GPU, NEEDS_MOUNT)) and (not reason.startswith(NEEDS_DATA) or DATA_FOLDER.is_dir()):
             self.unexpected.append(f"{report.nodeid}: {reason}")
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:

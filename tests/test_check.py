@@ -28,7 +28,7 @@ def test_the_memory_of_each_worker_is_estimated_on_gpus_too(
     # 2 bytes of weights and 4 of gradients a number, and half of 12 for the optimizer at stage 1 with two workers
     assert check.POINTS["resources"](recipe) == (
         "2 workers of 1 CPUs, 1 GPUs and about 12.0 GiB each (weights 2.0, gradients 4.0, optimizer 6.0,"
-        " activations 0.0, process 0.0, with 2 rows at once); 8 CPUs there"
+        " activations 0.0, process 0.0, checkpoint 0.0, with 2 rows at once); 8 CPUs there"
     )
     on_cpus = load_recipe(tiny_recipe(tmp_path, tiny_model, tuning={"method": "full"}, **changes | {"training__resources": {}}))
     told = check.POINTS["resources"](on_cpus)

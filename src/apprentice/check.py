@@ -11,7 +11,7 @@ import struct
 import tempfile
 import uuid
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -240,9 +240,8 @@ def _sources(recipe: Recipe) -> str:
 def _resources(recipe: Recipe) -> str:
     from apprentice.models.loading import check_dtype, resolve_dtype
     from apprentice.models.tuning import check_tuning
-    from apprentice.train.activations import activations
     from apprentice.train.deepspeed_config import micro_batch
-    from apprentice.train.held import PROCESS_BYTES, held
+    from apprentice.train.memory import expected
     from apprentice.train.resources import GIB, check_resources, required_resources
 
     folder = local_folder(recipe.model.base)
@@ -258,11 +257,7 @@ def _resources(recipe: Recipe) -> str:
     trained = parameters if recipe.tuning.method == "full" else 0  # what other methods train is small beside it
     length = recipe.data.packing.length
     micro = micro_batch(recipe.training, workers=ask.workers, length=length, on_gpu=on_gpu)
-    each = replace(
-        held(recipe, parameters, trained, dtype, ask.workers),
-        activations=activations(recipe, dtype, micro, length),
-        process=0.0 if on_gpu else PROCESS_BYTES,  # which is none of the GPU's memory
-    )
+    each = expected(recipe, parameters, trained, dtype, workers=ask.workers, micro=micro, length=length)
     parts = [f"{part.name} {getattr(each, part.name) / GIB:.1f}" for part in fields(each)]
     gpus = f", {ask.gpus:g} GPUs" if ask.gpus else ""
     writers = recipe.training.grpo.actors if recipe.training.aim.rounds else 0

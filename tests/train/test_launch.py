@@ -30,6 +30,7 @@ from apprentice.errors import DataError, RecipeError, ResourcesError, TrainingEr
 from apprentice.models.loading import load_model
 from apprentice.recipe import Recipe, load_recipe
 from apprentice.train import launch
+from apprentice.train.held import PROCESS_BYTES
 from apprentice.train.tracking import Outcome
 from tests.recipes import tiny_recipe
 
@@ -97,6 +98,10 @@ def test_a_whole_run(undisturbed: Any, tiny_model: Path) -> None:
     assert (result.steps, result.restarts, len(steps)) == (STEPS, 0, STEPS)
     assert result.tokens == sum(step["tokens"] for step in steps) > 0
     assert result.tokens_per_s > 0
+    assert result.peak_memory is not None
+    assert result.expected_memory is not None
+    assert 2**28 < result.peak_memory < 2**33
+    assert PROCESS_BYTES < result.expected_memory < 2**31
     assert 0.0 <= result.wait_share <= 1.0
     assert [record["step"] for record in seen if "validation_loss" in record] == [3, 6, 8]
     figures = next(record for record in seen if "loss" in record)

@@ -11,8 +11,9 @@ import torch
 
 from apprentice.errors import TrainingError
 from apprentice.recipe import Recipe, load_recipe
-from apprentice.train.held import held
-from apprentice.train.memory import GIB, Watch, free_memory, out_of_memory, ran_out, smaller, that_fit
+from apprentice.train.checkpoint import SHARD_BYTES
+from apprentice.train.held import PROCESS_BYTES, held
+from apprentice.train.memory import GIB, Watch, expected, free_memory, out_of_memory, ran_out, smaller, that_fit
 from tests.recipes import tiny_recipe
 
 
@@ -47,6 +48,19 @@ def test_frozen_weights_adafactor_and_offload(tmp_path: Path) -> None:
     for deepspeed, gpus, there in ((in_memory, 1, 0), (on_disk, 1, 0), (in_memory, 0, 6000), (on_disk, 0, 0)):
         away = recipe(tmp_path, training__deepspeed=deepspeed, training__resources={"gpus": gpus})
         assert held(away, 1000, 1000, torch.bfloat16, 2).optimizer == there
+
+
+def test_process_and_checkpoint_are_in_the_hosts_memory(tmp_path: Path, tiny_model: Path) -> None:
+    made = load_recipe(tiny_recipe(tmp_path, tiny_model, tuning={"method": "full"}))
+    rows = {"workers": 2, "micro": 2, "length": 256}
+    here = expected(made, 10**9, 10**9, torch.bfloat16, **rows)
+    assert here.process == PROCESS_BYTES
+    assert here.checkpoint == 6 * 10**9 + SHARD_BYTES
+    assert expected(made, 1000, 1000, torch.bfloat16, **rows).checkpoint == 6000 + 12000
+    on_gpu = load_recipe(tiny_recipe(tmp_path, tiny_model, tuning={"method": "full"}, training__resources={"gpus": 1}))
+    there = expected(on_gpu, 10**9, 10**9, torch.bfloat16, **rows)
+    assert (there.process, there.checkpoint) == (0, 0)
+    assert there.activations == here.activations > 0
 
 
 def test_the_smallest_changes_come_first(tmp_path: Path) -> None:

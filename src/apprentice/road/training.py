@@ -60,7 +60,14 @@ def training_sentence(result: Mapping[str, Any]) -> str:
     return (
         f"{result['steps']} steps, loss {result['loss']:.3f}, validation loss {number(result['validation_loss'])},"
         f" {result['tokens_per_s']:.0f} tokens/s, waited for data {result['wait_share']:.1%} of the time"
+        + _memory(result.get("peak_memory"), result.get("expected_memory"))
         + "".join(f"\nwarning: {line}" for line in result["warnings"])
+    )
+
+
+def _memory(peak: int | None, expected: int | None) -> str:
+    return (
+        "" if peak is None or expected is None else f", at most {peak / 2**30:.1f} GiB a worker ({expected / 2**30:.1f} expected)"
     )
 
 

@@ -25,10 +25,11 @@ class Held:
     optimizer: float
     activations: float = 0.0
     process: float = 0.0
+    checkpoint: float = 0.0
 
     @property
     def total(self) -> float:
-        return self.weights + self.gradients + self.optimizer + self.activations + self.process
+        return self.weights + self.gradients + self.optimizer + self.activations + self.process + self.checkpoint
 
 
 def held(recipe: Recipe, parameters: int, trained: int, dtype: torch.dtype, workers: int) -> Held:

@@ -39,6 +39,7 @@ from apprentice.train import checkpoint as checkpoints
 from apprentice.train.batch import PackedRows
 from apprentice.train.export import export
 from apprentice.train.failure import causes, lost_peer, mendable
+from apprentice.train.memory import expected_of
 from apprentice.train.pulse import Pulse, end
 from apprentice.train.reference import references
 from apprentice.train.resources import Ask, check_resources, required_resources, workers_that_fit
@@ -62,7 +63,10 @@ LEAST_AHEAD_BYTES = 64 * 2**20
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a finished training was. `tokens_per_s` and `wait_share` are those of the steps this call made, without warm-up."""
+    """What a finished training was. `tokens_per_s` and `wait_share` are those of the steps this call made, without warm-up.
+
+    `peak_memory` is in bytes, of the worker that held most; `expected_memory` what `check` would have said of these workers.
+    """
 
     steps: int
     loss: float
@@ -73,6 +77,8 @@ class TrainResult:
     wait_share: float
     restarts: int
     exported_step: int
+    peak_memory: int | None = None
+    expected_memory: int | None = None
 
 
 def train(recipe: Recipe, run: Run, corpus: Corpus, *, progress: Callable[[dict[str, Any]], None]) -> TrainResult:
@@ -334,8 +340,11 @@ def _finish(recipe: Recipe, run: Run, corpus: Corpus, goal: Goal, tracker: Track
     run.ledger_file.write_json(state.ledger.report(names, shares, rows, means, left_out))
     run.update_status(state="exporting")
     # In a process of its own, whose memory is given back.
+    exported = ray.remote(export).options(num_cpus=1, max_retries=0).remote(recipe, run, best, corpus.layout)
+    length = corpus.row_length + (corpus.target_length or 0)
+    memory = tracker.memory and tracker.memory | {"expected": round(expected_of(recipe, length, tracker.memory).total)}
     try:
-        ray.get(ray.remote(export).options(num_cpus=1, max_retries=0).remote(recipe, run, best, corpus.layout))
+        ray.get(exported)
     except ray.exceptions.RayError as error:
         raise mendable(error) or error from None
     result = TrainResult(
@@ -348,6 +357,7 @@ def _finish(recipe: Recipe, run: Run, corpus: Corpus, goal: Goal, tracker: Track
         wait_share=tracker.waited / tracker.seconds if tracker.seconds else 0.0,
         restarts=attempts - 1,
         exported_step=best.state.step,
+        **({"peak_memory": memory["peak"], "expected_memory": memory["expected"]} if memory else {}),
     )
     run.update_status(state="trained", step=state.step, steps=state.step, loss=state.loss, training=asdict(result))
     return result

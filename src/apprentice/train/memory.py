@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import resource
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,9 +16,12 @@ from typing import Any, NamedTuple
 import torch
 
 from apprentice.errors import TrainingError
+from apprentice.hub import local_folder
+from apprentice.models.loading import count_parameters, resolve_dtype
 from apprentice.recipe import Recipe
 from apprentice.train.activations import activations
-from apprentice.train.held import Held, held
+from apprentice.train.checkpoint import SHARD_BYTES
+from apprentice.train.held import PROCESS_BYTES, Held, held
 
 GIB = 2**30
 CLEARLY_LESS = 0.9  # of what was too much, so that a change which is named really helps
@@ -35,6 +38,30 @@ def free_memory() -> float:
     except (OSError, ValueError, KeyError):  # no such limit: "max"
         return free
     return min(free, limit - used + float(cached))
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes that this process has held at most so far: of the GPU's tensors on one, resident ones elsewhere."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def expected(recipe: Recipe, parameters: int, trained: int, dtype: torch.dtype, *, workers: int, micro: int, length: int) -> Held:
+    """What the first of `workers` holds at its peak, with `micro` rows of `length` tokens at once; arguments as for `held`."""
+    kept = activations(recipe, dtype, micro, length)
+    found = replace(held(recipe, parameters, trained, dtype, workers), activations=kept)
+    if recipe.training.resources.gpus:
+        return found  # the process and the checkpoint are none of the GPU's memory
+    state = 12.0 * trained  # as it is in a checkpoint
+    return replace(found, process=PROCESS_BYTES, checkpoint=state / workers + min(state, SHARD_BYTES))
+
+
+def expected_of(recipe: Recipe, length: int, found: Mapping[str, int]) -> Held:
+    """The same for the workers that ran: `found` has their number, the rows at once (micro) and the numbers trained."""
+    dtype = resolve_dtype(recipe.model.dtype, "cuda" if recipe.training.resources.gpus else "cpu")
+    numbers = count_parameters(local_folder(recipe.model.base))
+    return expected(recipe, numbers, found["trained"], dtype, workers=found["workers"], micro=found["micro"], length=length)
 
 
 class Change(NamedTuple):
@@ -111,7 +138,7 @@ def in_use(device: torch.device) -> str:
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return f" ({(total - free) / GIB:.1f} of {total / GIB:.1f} GiB of the GPU were in use)"
-    return f" (the process had used up to {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB:.1f} GiB)"
+    return f" (the process had used up to {peak_memory(device) / GIB:.1f} GiB)"
 
 
 def out_of_memory(state: Held, micro: int, length: int, used: str, changes: Sequence[Change]) -> TrainingError:

@@ -188,6 +188,7 @@ class Tracker:
         self.tokens = 0
         self.seconds = 0.0
         self.waited = 0.0
+        self.memory: dict[str, int] | None = None  # what a worker held at most, and with what
 
     def write(self, record: dict[str, Any]) -> None:
         """Takes a step (with `loss`) or a validation (with `validation_loss`) and shows it to `progress`.
@@ -202,13 +203,14 @@ class Tracker:
         self._lines.append(json.dumps(record))
         if "loss" in record:
             self._count(record)
+        self.memory = record.get("memory", self.memory)
         for put in (self._write_lines, lambda: self._draw(record), lambda: self._update_status(record)):
             try:
                 put()
             except OSError as error:
                 self._tell_once(error)
         self._pass_on({name: record[key] for key, name in SCALARS.items() if record.get(key) is not None}, record["step"])
-        if "saved_s" not in record:  # no news to a person
+        if "saved_s" not in record and "memory" not in record:  # no news to a person
             self._progress({key: value for key, value in record.items() if key != "examples"})
 
     def _write_lines(self) -> None:

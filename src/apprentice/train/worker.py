@@ -30,7 +30,7 @@ from apprentice.train.fitting import has_room, largest_that_fits
 from apprentice.train.held import held
 from apprentice.train.loop import Course, train_loop, validation_loss
 from apprentice.train.loss import TargetLoss
-from apprentice.train.memory import Watch
+from apprentice.train.memory import Watch, peak_memory
 from apprentice.train.objective import loss_of
 from apprentice.train.peers import Peers
 from apprentice.train.samples import Samples
@@ -95,7 +95,10 @@ def run_worker(
     course = Course(recipe.seed, goal, training.optimizer, micro, *when, shares or {}, part)
     with watch.explained(), closing(saver):
         outside: dict[str, Any] = {"record": record, "save": save, "validate": validate, "wanted": wanted, "aside": aside}
-        return train_loop(engine, batches, state, course, peers=peers, **outside)
+        state = train_loop(engine, batches, state, course, peers=peers, **outside)
+        peak = max(peers.gather(peak_memory(device)))
+        note(state, memory={"peak": peak, "micro": micro, "trained": engine.trained[0], "workers": peers.workers})
+        return state
 
 
 def _set_up(
