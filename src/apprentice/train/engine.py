@@ -8,6 +8,7 @@ come from.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import logging
 import math
@@ -16,6 +17,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -236,4 +238,7 @@ def _deepspeed(device: torch.device) -> Any:
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # On a CPU DeepSpeed would compile a shared-memory reduction (half a minute, with g++) that only inference calls.
     __compatible_ops__["deepspeed_shm_comm"] = False
+    # To know whether it knows an optimizer DeepSpeed looks at Muon too, for which it brings PyTorch's compiler: 1.5 s for nothing.
+    with patch.object(torch, "compile", lambda function, **_: function), contextlib.suppress(ImportError):
+        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
     return deepspeed

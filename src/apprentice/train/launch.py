@@ -43,7 +43,6 @@ from apprentice.train.memory import expected_of
 from apprentice.train.pulse import Pulse, end
 from apprentice.train.reference import references
 from apprentice.train.resources import Ask, check_resources, required_resources, workers_that_fit
-from apprentice.train.rollout import round_stream
 from apprentice.train.samples import Samples
 from apprentice.train.scaling import DivisorPolicy, Trainer, leaving
 from apprentice.train.services import open_services
@@ -251,18 +250,20 @@ def begun(batches: Iterable[T]) -> Iterator[T]:
 def _trainer(job: Job, corpus: Corpus) -> Trainer:
     training = job.recipe.training
     resources = {"CPU": training.resources.cpus} | ({"GPU": training.resources.gpus} if training.resources.gpus else {})
-    checkpoint_folder, mailbox = job.run.checkpoints, job.mailbox
+    run, mailbox = job.run, job.mailbox  # of `job` itself, the controller would have to import all that this file does
     held = ray.put(corpus)
     submitted = is_job()
 
     def build() -> Any:
         """The stream for a worker group that is about to start; called for each one, before its workers run."""
-        found = checkpoints.restorable(checkpoint_folder)
+        found = checkpoints.restorable(run.checkpoints)
         workers = ray.get(mailbox.begin.remote(found))
         start = Start(found.state.window, found.state.row) if found else Start()
         if training.aim.rounds:
+            from apprentice.train.rollout import round_stream  # with the models that write replies
+
             mailbox.stream.remote(training.grpo.actors * training.resources.cpus)
-            return round_stream(ray.get(held), job.run, start)
+            return round_stream(ray.get(held), run, start)
         # As many actors as there is room for now: a node may have been lost since the run began.
         nodes = node_resources(job=submitted, without=leaving(ray.nodes()))
         spare = sum(node.get("CPU", 0.0) for node in nodes) - workers * training.resources.cpus
