@@ -104,7 +104,7 @@ def trained(recipe: Any, run: Any, corpus: Any, told: list[dict[str, Any]], *, u
         run,
         Goal(recipe.training.steps),
         found,
-        rows,
+        rows(recipe.training.global_batch),
         PackedRows.of(validation_rows(corpus, min(2, validation_limit(recipe)))),
         corpus.row_length,
         device=torch.device("cpu"),

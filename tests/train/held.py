@@ -24,16 +24,17 @@ def holding(folder: str, steps: list[int]) -> Callable[[Any], None]:
         import ray
         import ray.train
 
-        from apprentice.train import launch as there
+        from apprentice.train import member
+        from apprentice.train import worker as there
 
         inner = there.run_worker
 
         def run_worker(recipe: Any, run: Any, goal: Any, restored: Any, rows: Any, *rest: Any, **more: Any) -> Any:
             rank = ray.train.get_context().get_world_rank()
 
-            def held(count: int) -> Any:
+            def held() -> Any:
                 step = restored.state.step if restored else 0
-                for batch in rows(count):
+                for batch in rows:
                     step += 1
                     if step in steps:
                         who = {"process": os.getpid(), "node": ray.get_runtime_context().get_node_id()}
@@ -42,10 +43,10 @@ def holding(folder: str, steps: list[int]) -> Callable[[Any], None]:
                             time.sleep(0.05)
                     yield batch
 
-            return inner(recipe, run, goal, restored, held, *rest, **more)
+            return inner(recipe, run, goal, restored, held(), *rest, **more)
 
         there.run_worker = run_worker
-        there.work(job)
+        member.work(job)
 
     return work
 

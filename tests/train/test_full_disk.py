@@ -48,21 +48,22 @@ def waiting(ballast: Path, before: int) -> Callable[[launch.Job], None]:
     def work(job: Any) -> None:
         import time
 
-        from apprentice.train import launch as there
+        from apprentice.train import member
+        from apprentice.train import worker as there
 
         inner = there.run_worker
 
         def run_worker(recipe: Any, run: Any, goal: Any, restored: Any, rows: Any, *rest: Any, **more: Any) -> Any:
-            def watched(count: int) -> Any:
-                for step, batch in enumerate(rows(count), start=1):
+            def watched() -> Any:
+                for step, batch in enumerate(rows, start=1):
                     while step == before and ballast.exists():
                         time.sleep(0.05)
                     yield batch
 
-            return inner(recipe, run, goal, restored, watched, *rest, **more)
+            return inner(recipe, run, goal, restored, watched(), *rest, **more)
 
         there.run_worker = run_worker
-        there.work(job)
+        member.work(job)
 
     return work
 

@@ -65,24 +65,25 @@ def dying(marker: Path, before: int, *, by: int = signal.SIGKILL, again: bool = 
     def work(job: Any) -> None:
         import ray.train
 
-        from apprentice.train import launch as there
+        from apprentice.train import member
+        from apprentice.train import worker as there
 
         inner = there.run_worker
 
         def run_worker(recipe: Any, run: Any, goal: Any, restored: Any, rows: Any, *rest: Any, **more: Any) -> Any:
-            def watched(count: int) -> Any:
+            def watched() -> Any:
                 step = restored.state.step if restored else 0
-                for batch in rows(count):
+                for batch in rows:
                     step += 1
                     if step == before and ray.train.get_context().get_world_rank() == 1 and (again or not marker.exists()):
                         marker.touch()
                         os.kill(os.getpid(), by)
                     yield batch
 
-            return inner(recipe, run, goal, restored, watched, *rest, **more)
+            return inner(recipe, run, goal, restored, watched(), *rest, **more)
 
         there.run_worker = run_worker
-        there.work(job)
+        member.work(job)
 
     return work
 

@@ -37,7 +37,7 @@ def test_out_of_memory_is_one_sentence(where: str, tmp_path: Path, tiny_model: P
             open_run(recipe),
             Goal(2),
             None,
-            lambda count: iter([packed_rows(count)]),
+            iter([packed_rows(4)]),
             packed_rows(1),
             256,
             device=torch.device("cpu"),
@@ -55,6 +55,6 @@ def test_other_errors_stay_what_they_are(tmp_path: Path, tiny_model: Path, monke
     recipe = load_recipe(tiny_recipe(tmp_path, tiny_model, training__workers=1))
     monkeypatch.setattr(worker, "build_engine", wrong)
     silent: dict[str, Any] = {"tell": lambda record: None, "register": lambda saved, state: None}
-    rows = (lambda count: iter([packed_rows(count)]), packed_rows(1), 256)
+    rows = (iter([packed_rows(4)]), packed_rows(1), 256)
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         worker.run_worker(recipe, open_run(recipe), Goal(2), None, *rows, device=torch.device("cpu"), **silent)

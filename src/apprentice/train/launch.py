@@ -1,6 +1,6 @@
 """Training under Ray Train: the stream of rows, the workers, restarts, and the export at the end.
 
-The only part of the room that knows Ray Train. What a worker does is in worker.py, what a step is in loop.py.
+What becomes of one worker under Ray Train is in member.py, what it does in worker.py, what a step is in loop.py.
 """
 
 from __future__ import annotations
@@ -10,20 +10,16 @@ import math
 import os
 import signal
 import threading
-import warnings
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from itertools import islice
-from typing import Any, TypeVar
+from typing import Any
 
 import ray
 import ray.train
 import ray.train.torch
 from ray.data import ExecutionOptions, ExecutionResources
-from ray.train import CheckpointUploadMode
 from ray.train.torch import TorchConfig
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -36,24 +32,21 @@ from apprentice.models.loading import count_parameters, resolve_dtype
 from apprentice.nodes import is_job, node_resources
 from apprentice.recipe import Recipe
 from apprentice.train import checkpoint as checkpoints
-from apprentice.train.batch import PackedRows
 from apprentice.train.export import export
 from apprentice.train.failure import causes, lost_peer, mendable
+from apprentice.train.member import Job, work
 from apprentice.train.memory import expected_of
-from apprentice.train.pulse import Pulse, end
+from apprentice.train.pulse import end
 from apprentice.train.reference import references
 from apprentice.train.resources import Ask, check_resources, required_resources, workers_that_fit
 from apprentice.train.samples import Samples
 from apprentice.train.scaling import DivisorPolicy, Trainer, leaving
 from apprentice.train.services import open_services
-from apprentice.train.state import Goal, State
+from apprentice.train.state import Goal
 from apprentice.train.tracking import Mailbox, Outcome, Tracker
-from apprentice.train.worker import run_worker
 
-T = TypeVar("T")
 POLL_S = 0.2
 AFTER_US_S = 10  # that a collective waits on for a silent worker, who is named and ended first
-PREFETCHED_STEPS = 2
 START_TIMEOUT_S = "600"  # of a worker group; Ray Train's 60 s are too few for a busy machine, and it would begin again and again
 LEAST_VALIDATION_ROWS, MOST_VALIDATION_ROWS = 8, 256
 STEPS_AHEAD = 16  # that the stream of rows may be, and at least this much
@@ -178,75 +171,6 @@ def _fit(recipe: Recipe, run: Run, corpus: Corpus, goal: Goal, tracker: Tracker)
     return outcome.attempts
 
 
-@dataclass(frozen=True)
-class Job:
-    """What every worker gets."""
-
-    recipe: Recipe
-    run: Run
-    goal: Goal
-    mailbox: Any
-    validation: Any  # reference to the packed validation rows
-    length: int  # tokens of a packed row, of both sides
-    row_bytes: int  # of a packed row's arrays
-    shares: dict[int, float]  # number of a task → its share of the examples
-    samples: Samples
-
-
-def work(job: Job) -> None:
-    """The whole life of one worker process."""
-    attempt, restored, over = ray.get(job.mailbox.start.remote())
-    if over:
-        return
-    pulse = Pulse(job.mailbox, attempt, ray.train.get_context().get_world_rank(), job.recipe.training.hang_timeout_s)
-    logging.getLogger("ray").setLevel(logging.WARNING)
-    warnings.simplefilter("ignore")  # deprecations inside DeepSpeed and Ray, for their developers
-
-    def rows(count: int) -> Iterator[PackedRows]:
-        shard = ray.train.get_dataset_shard("train")
-        ahead = 0 if job.recipe.training.aim.rounds else PREFETCHED_STEPS
-        return map(PackedRows.of, begun(shard.iter_batches(batch_size=count, prefetch_batches=ahead, batch_format="numpy")))
-
-    def tell(record: dict[str, Any]) -> None:
-        job.mailbox.put.remote({"attempt": attempt, **record})
-
-    def register(saved: checkpoints.Checkpoint | None, state: State) -> None:
-        metrics = {"step": state.step, "loss": state.loss, "validation_loss": state.validation_loss}
-        handle = None
-        if saved is not None:
-            filesystem, path = saved.folder.filesystem()
-            handle = ray.train.Checkpoint(path, filesystem)
-        ray.train.report(metrics, handle, checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD)
-
-    try:
-        validation = PackedRows.of(ray.get(job.validation))
-        device = ray.train.torch.get_device()
-        given = (job.recipe, job.run, job.goal, restored, rows, validation, job.length)
-        told: dict[str, Any] = {"tell": tell, "register": register, "wanted": pulse.checkpoint_wanted}
-        run_worker(*given, device=device, shares=job.shares, samples=job.samples, **told)
-    except Exception as error:
-        # Trying again would not mend it: the next attempt sees it in the mailbox and ends at once.
-        if (ours := mendable(error)) is not None:
-            ray.get(job.mailbox.fail.remote(ours))
-        raise
-    finally:
-        pulse.close()
-
-
-def begun(batches: Iterable[T]) -> Iterator[T]:
-    """`batches`, of which the first is asked for at once, in a thread: the stream starts up while the model loads."""
-    iterator = iter(batches)
-    pool = ThreadPoolExecutor(1, "apprentice-first-rows")
-    first = pool.submit(lambda: list(islice(iterator, 1)))
-    pool.shutdown(wait=False)
-
-    def all_of_them() -> Iterator[T]:
-        yield from first.result()
-        yield from iterator
-
-    return all_of_them()
-
-
 def _trainer(job: Job, corpus: Corpus) -> Trainer:
     training = job.recipe.training
     resources = {"CPU": training.resources.cpus} | ({"GPU": training.resources.gpus} if training.resources.gpus else {})
@@ -277,7 +201,7 @@ def _trainer(job: Job, corpus: Corpus) -> Trainer:
         num_workers=training.max_workers, use_gpu=training.resources.gpus > 0, resources_per_worker=resources
     )
     return Trainer(
-        partial(work, job),  # not as train_loop_config, which Ray Train's controller would unpack, with all that launch.py imports
+        partial(work, job),  # not as train_loop_config, which Ray Train's controller would unpack
         policy=DivisorPolicy(scaling, job.recipe, mailbox),
         scaling_config=scaling,
         run_config=run_config(

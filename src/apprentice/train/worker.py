@@ -43,7 +43,7 @@ def run_worker(
     run: Run,
     goal: Goal,
     restored: Checkpoint | None,
-    rows: Callable[[int], Iterator[PackedRows]],
+    rows: Iterator[PackedRows],
     validation: PackedRows,
     length: int,
     *,
@@ -56,8 +56,8 @@ def run_worker(
 ) -> State:
     """Trains until `goal`; the state at the end is the same on every worker.
 
-    `rows(n)` gives this worker's rows of `length` tokens, `n` of them for each step. `tell` is called on the first worker with
-    every record; `register` on every worker after each checkpoint, with the checkpoint on the first worker, None on the others.
+    `rows` are this worker's rows of `length` tokens, of one step after the other. `tell` is called on the first worker with every
+    record; `register` on every worker after each checkpoint, with the checkpoint on the first worker, None on the others.
     `shares` are what each task, by number, was meant to have of the examples; `wanted` says whether a checkpoint should come now;
     `samples` are asked every `training.sample_every_steps`.
     """
@@ -65,7 +65,6 @@ def run_worker(
     training = recipe.training
     if device.type == "cpu":
         torch.set_num_threads(max(1, int(training.resources.cpus)))
-    batches = rows(rows_per_worker(training, peers.workers))  # first: the stream takes as long to start up as the model
     state = State() if restored is None else replace(restored.state)
     engine, watch = _set_up(recipe, restored, length, device=device, peers=peers)
     micro = engine.micro
@@ -95,7 +94,7 @@ def run_worker(
     course = Course(recipe.seed, goal, training.optimizer, micro, *when, shares or {}, part)
     with watch.explained(), closing(saver):
         outside: dict[str, Any] = {"record": record, "save": save, "validate": validate, "wanted": wanted, "aside": aside}
-        state = train_loop(engine, batches, state, course, peers=peers, **outside)
+        state = train_loop(engine, rows, state, course, peers=peers, **outside)
         peak = max(peers.gather(peak_memory(device)))
         note(state, memory={"peak": peak, "micro": micro, "trained": engine.trained[0], "workers": peers.workers})
         return state
