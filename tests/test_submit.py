@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 from pathlib import Path
 from typing import Any
@@ -145,6 +146,20 @@ def test_another_version_on_the_cluster_is_refused(monkeypatch):
     monkeypatch.setenv("APPRENTICE_VERSION", "9.9")
     with pytest.raises(ResourcesError, match=r"has apprentice 0\.1\.0 and the job was sent by 9\.9"):
         jobs._same_version()
+
+
+@pytest.mark.parametrize(("error", "code"), [(ZeroDivisionError("inside"), 3), (ResourcesError("too few"), 1)])
+def test_a_job_ends_with_the_command_lines_exit_codes(monkeypatch, tmp_path, capsys, error, code):
+    def broken(recipe: Any, screen: Screen) -> None:
+        raise error
+
+    monkeypatch.setitem(jobs.STAGES, "train", broken)
+    with pytest.raises(SystemExit) as ended:
+        jobs.run_job("train", ["--recipe", str(tiny_recipe(tmp_path, Path("/models/tiny")))])
+    said = capsys.readouterr().err
+    assert ended.value.code == code
+    assert ("ZeroDivisionError: inside" in said) == (code == 3)
+    assert re.search(r"^error: (too few|this is a fault of apprentice .*ZeroDivisionError.*report it)", said, re.MULTILINE)
 
 
 def test_the_report_is_named_by_what_was_learned_and_how_it_was_scored(tmp_path):

@@ -6,11 +6,16 @@ Knows nothing of what the stages do.
 from __future__ import annotations
 
 import json
+import platform
 import shutil
 import sys
 import time
+import traceback
 from collections.abc import Mapping
 from typing import Any
+
+from apprentice import __version__
+from apprentice.errors import ApprenticeError, full_disk
 
 PLAIN_EVERY_S = 10.0  # between two lines of the same stage where there is no terminal
 
@@ -73,6 +78,19 @@ class Screen:
         if self.as_json:
             print(json.dumps({"error": message}, ensure_ascii=False))
         print(f"error: {message}", file=sys.stderr)
+
+    def failed(self, error: Exception) -> int:
+        """Says why a command ended: one sentence, and before it the traceback of what is a fault of ours. Gives the exit code."""
+        sentence = str(error) if isinstance(error, ApprenticeError) else full_disk(error)
+        if sentence is not None:
+            self.error(sentence)
+            return 1
+        traceback.print_exception(error)
+        self.error(
+            f"this is a fault of apprentice {__version__} (Python {platform.python_version()}, {type(error).__name__});"
+            " please report it with the lines above at the project's issue tracker."
+        )
+        return 3
 
     def _end_live(self) -> None:
         if self._live:

@@ -17,7 +17,7 @@ import sys
 from apprentice import __version__, road
 from apprentice.artifacts import Run, identity, identity_hash
 from apprentice.console import Screen
-from apprentice.errors import ApprenticeError, ResourcesError, full_disk
+from apprentice.errors import ResourcesError
 from apprentice.nodes import is_job
 from apprentice.recipe import Recipe, find_recipe, load_recipe
 from apprentice.session import VERSION_VARIABLE, ray_session
@@ -80,7 +80,7 @@ STAGES = {"prepare": prepare, "train": train, "evaluate": evaluate, "pipeline": 
 
 
 def run_job(stage: str, words: list[str] | None = None) -> None:
-    """Runs `stage` on each recipe that the command line names, in order; exit code 1 with one sentence for what a user can mend."""
+    """Runs `stage` on each recipe that the command line names, in order; exit codes as the command line's."""
     parser = argparse.ArgumentParser()
     parser.add_argument(
         "--recipe", required=True, action="append", help="recipe file, or the name of one that is shipped; several make a chain"
@@ -100,14 +100,8 @@ def run_job(stage: str, words: list[str] | None = None) -> None:
                 pipeline(recipe, screen, deploy=arguments.deploy and recipe is recipes[-1])
             else:
                 STAGES[stage](recipe, screen)
-    except ApprenticeError as error:
-        screen.error(str(error))
-        sys.exit(1)
     except Exception as error:
-        if (sentence := full_disk(error)) is None:
-            raise
-        screen.error(sentence)
-        sys.exit(1)
+        sys.exit(screen.failed(error))
 
 
 def _end_with_the_shell() -> None:

@@ -164,7 +164,7 @@ def disk_is_full(place: Place, within_s: float) -> tuple[str, float]:
     seconds = time.monotonic() - began
     rest.unlink()
     assert code == 1, f"{code}: {said}"
-    assert "Traceback" not in said
+    assert "Traceback" not in said, said
     again = place.begin(storage=str(storage))
     place.restarts(again)
     return f"the command ends: “{plain(said, storage)}” Given again when there is room, it goes on to the end", seconds

@@ -5,9 +5,7 @@ Exit codes: 0 done, 1 the user can mend it, 2 wrong usage, 3 our fault. Imports 
 
 from __future__ import annotations
 
-import platform
 import sys
-import traceback
 from typing import Annotated
 
 import typer
@@ -15,7 +13,6 @@ import typer
 from apprentice import __version__
 from apprentice.cli import cluster, data, evaluation, serving, training
 from apprentice.console import Screen
-from apprentice.errors import ApprenticeError, full_disk
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -64,19 +61,8 @@ def main() -> None:
     screen = Screen(as_json="--json" in sys.argv)
     try:
         app()
-    except ApprenticeError as error:
-        screen.error(str(error))
-        sys.exit(1)
     except KeyboardInterrupt:
         screen.error("stopped by Ctrl-C; a run goes on where it was when the same command is given again.")
         sys.exit(1)
     except Exception as error:
-        if (sentence := full_disk(error)) is not None:
-            screen.error(sentence)
-            sys.exit(1)
-        traceback.print_exc()
-        screen.error(
-            f"this is a fault of apprentice {__version__} (Python {platform.python_version()});"
-            " please report it with the lines above at the project's issue tracker."
-        )
-        sys.exit(3)
+        sys.exit(screen.failed(error))
