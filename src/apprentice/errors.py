@@ -20,7 +20,7 @@ Each message states the fact, the reason and the remedy. Anything else that esca
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
 
 
@@ -83,18 +83,27 @@ class StorageError(ApprenticeError):
     """A path cannot be read or written."""
 
 
-def full_disk(error: BaseException) -> str | None:
-    """The sentence for an error that comes of a full disk, wherever it was met; None for any other."""
-    seen: list[BaseException] = []
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """`error` and all that it carries as causes, Ray's ways to carry them included; each one once, the nearest first."""
+    seen: set[int] = set()
     waiting = [error]
     while waiting:
-        current = waiting.pop()
-        seen.append(current)
-        if isinstance(current, OSError) and current.errno in (errno.ENOSPC, errno.EDQUOT):
-            where = f" for {current.filename}" if current.filename else ""
+        current = waiting.pop(0)
+        if id(current) in seen:
+            continue
+        seen.add(id(current))
+        yield current
+        inner = [getattr(current, name, None) for name in ("cause", "_base_exc", "base_exc", "controller_failure")]
+        inner += [*getattr(current, "worker_failures", {}).values(), current.__cause__, current.__context__]
+        waiting += [candidate for candidate in inner if isinstance(candidate, BaseException)]
+
+
+def full_disk(error: BaseException) -> str | None:
+    """The sentence for an error that comes of a full disk, wherever it was met; None for any other."""
+    for cause in causes(error):
+        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
+            where = f" for {cause.filename}" if cause.filename else ""
             return f"no room is left on the disk{where}; make room and give the same command again: a run goes on where it was."
-        inner = (current.__cause__, current.__context__, getattr(current, "cause", None))
-        waiting += [one for one in inner if isinstance(one, BaseException) and one not in seen]
     return None
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from apprentice.errors import DataError, RowError, TrainingError
-from apprentice.train.failure import causes, lost_peer, mendable
+from apprentice.errors import DataError, RowError, TrainingError, causes
+from apprentice.train.failure import lost_peer, mendable
 
 
 class WrappedError(Exception):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ray.train.v2.api.exceptions import ControllerError
 
 from apprentice.artifacts import Run
 from apprentice.errors import DataError, TrainingError, full_disk
@@ -172,4 +173,5 @@ def test_a_full_disk_is_one_sentence() -> None:
     around = RuntimeError("a task failed")
     around.__cause__ = full
     assert str(full_disk(around)).startswith("no room is left on the disk for /runs/x/status.json; make room and give the same")
+    assert full_disk(ControllerError(OSError(errno.ENOSPC, "Error writing bytes to file"))) is not None  # Ray Train's own files
     assert full_disk(OSError(errno.EACCES, "Permission denied")) is None

@@ -1,27 +1,11 @@
-"""What went wrong inside a worker, dug out of the layers that Ray wraps around it. Knows nothing of Ray's classes."""
+"""What went wrong inside a worker, out of the layers that Ray wraps around it. Knows nothing of Ray's classes."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 
 from apprentice import errors
-from apprentice.errors import ApprenticeError
-
-
-def causes(error: BaseException) -> Iterator[BaseException]:
-    """`error` and all that it carries as causes, the innermost of each layer before the layer around it is left."""
-    seen: set[int] = set()
-    waiting = [error]
-    while waiting:
-        current = waiting.pop(0)
-        if id(current) in seen:
-            continue
-        seen.add(id(current))
-        yield current
-        inner = [getattr(current, name, None) for name in ("cause", "_base_exc", "base_exc", "controller_failure")]
-        inner += [*getattr(current, "worker_failures", {}).values(), current.__cause__, current.__context__]
-        waiting += [candidate for candidate in inner if isinstance(candidate, BaseException)]
+from apprentice.errors import ApprenticeError, causes
 
 
 def lost_peer(error: BaseException) -> bool:

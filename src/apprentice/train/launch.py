@@ -26,14 +26,14 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from apprentice.artifacts import Run, public_base
 from apprentice.data.corpus import positions_of_epochs
 from apprentice.data.pipeline import Corpus, Start, estimate_steps, train_stream, validation_rows
-from apprentice.errors import RecipeError, TrainingError
+from apprentice.errors import RecipeError, TrainingError, causes
 from apprentice.hub import local_folder
 from apprentice.models.loading import count_parameters, resolve_dtype
 from apprentice.nodes import is_job, node_resources
 from apprentice.recipe import Recipe
 from apprentice.train import checkpoint as checkpoints
 from apprentice.train.export import export
-from apprentice.train.failure import causes, lost_peer, mendable
+from apprentice.train.failure import lost_peer, mendable
 from apprentice.train.member import Job, work
 from apprentice.train.memory import expected_of
 from apprentice.train.pulse import end
