@@ -17,6 +17,7 @@ from apprentice.errors import RecipeError, ResourcesError, RunError, ServingErro
 from apprentice.recipe import load_recipe
 from apprentice.serve.deployment import AppArguments
 from apprentice.serve.keys import KEYS_FILE, new_key
+from apprentice.tasks.loading import library
 from tests.conftest import ROOT
 from tests.recipes import tiny_recipe
 from tests.tls import make_certificates, tls_before
@@ -94,6 +95,23 @@ def test_a_recipe_or_task_that_would_stay_behind_is_refused(dashboard, tmp_path)
         inside, Path("/models/tiny"), data__tasks=["quickstart", {"natural_instructions": "/shared/tasks/*.json"}]
     )
     submit.submit(str(clusters), [], address=ADDRESS, folder=inside)
+    assert len(dashboard.sent) == 1
+
+
+def test_rows_that_are_not_packed_are_refused(dashboard, tmp_path):
+    parquet = tiny_recipe(tmp_path, Path("/models/tiny"), data__tasks=["quickstart", {"alpaca": "rows.parquet"}])
+    with pytest.raises(RecipeError, match=r"rows\.parquet is not sent to the cluster"):
+        submit.submit(str(parquet), [], address=ADDRESS, folder=tmp_path)
+    own = yaml.safe_load(library()["ag_news"].read_text()) | {"name": "mine", "sources": [{"files": {"train": "mine.parquet"}}]}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(own))
+    task = tiny_recipe(tmp_path, Path("/models/tiny"), data__tasks=["quickstart", "./mine.yaml"])
+    with pytest.raises(RecipeError, match=r"mine\.parquet is not sent to the cluster"):
+        submit.submit(str(task), [], address=ADDRESS, folder=tmp_path)
+    assert dashboard.sent == []
+    own["sources"] = [{"files": {"train": "mine.csv", "test": "/shared/mine.parquet"}}]
+    (tmp_path / "other.yaml").write_text(yaml.safe_dump(own))
+    task = tiny_recipe(tmp_path, Path("/models/tiny"), data__tasks=["quickstart", "./other.yaml"])
+    submit.submit(str(task), [], address=ADDRESS, folder=tmp_path)
     assert len(dashboard.sent) == 1
 
 

@@ -11,7 +11,7 @@ import asyncio
 import re
 import shlex
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,6 +25,7 @@ from apprentice.errors import RecipeError, ResourcesError, RunError, ServingErro
 from apprentice.recipe import SHIPPED, Recipe, find_recipe, load_recipe, written_recipe
 from apprentice.session import VERSION_VARIABLE
 from apprentice.storage import Folder, is_uri
+from apprentice.tasks.loading import find_tasks
 
 # What a working directory may hold besides what .gitignore names, and no job needs.
 NOT_PACKED = (
@@ -136,7 +137,30 @@ def _in_package(file: Path, working: Path, written: Recipe, recipe: Recipe) -> s
                 f"{needed} is not under {working}, and only that folder is sent to the cluster; give the command in a folder"
                 " that holds both."
             )
+    tables = [path for file in relative if file.suffix in (".yaml", ".yml") for path in _tables(file)]
+    for needed in (*relative, *tables):
+        if _stays_here(needed, working):
+            raise RecipeError(
+                f"{needed} is not sent to the cluster (runs, weights and Parquet files stay here); put it where every node finds"
+                " it, and name that place, or keep the rows as JSONL or CSV."
+            )
     return str(file.resolve().relative_to(working.resolve()))
+
+
+def _tables(task_file: Path) -> Iterator[Path]:
+    """The files of rows that the tasks in a file, or in the files of a glob, name."""
+    for task in find_tasks(str(task_file), task_file.parent):
+        for source in task.sources:
+            yield from map(Path, (source.files or {}).values())
+
+
+def _stays_here(path: Path, working: Path) -> bool:
+    """Whether a path under `working` is one of those that are not packed."""
+    place = path.resolve()
+    if not place.is_relative_to(working.resolve()):
+        return False
+    folder = place.relative_to(working.resolve()).parts[0]
+    return any(pattern in (f"{folder}/", f"**/*{place.suffix}") for pattern in NOT_PACKED)
 
 
 def _tasks(recipe: Recipe) -> list[str]:
