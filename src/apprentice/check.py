@@ -240,6 +240,7 @@ def _sources(recipe: Recipe) -> str:
 def _resources(recipe: Recipe) -> str:
     from apprentice.models.loading import check_dtype, resolve_dtype
     from apprentice.models.tuning import check_tuning
+    from apprentice.train.aside import goes_aside
     from apprentice.train.deepspeed_config import micro_batch
     from apprentice.train.memory import expected
     from apprentice.train.resources import GIB, check_resources, required_resources
@@ -253,6 +254,7 @@ def _resources(recipe: Recipe) -> str:
     ask = required_resources(recipe, parameters, dtype)
     nodes = node_resources()
     check_resources(ask, nodes)
+    aside = "; one more validates aside" if goes_aside(recipe, nodes) else ""
     cpus = sum(node.get("CPU", 0.0) for node in nodes)
     trained = parameters if recipe.tuning.method == "full" else 0  # what other methods train is small beside it
     length = recipe.data.packing.length
@@ -264,7 +266,7 @@ def _resources(recipe: Recipe) -> str:
     beside = f"; beside them {writers} that write{'s' if writers == 1 else ''} replies, with three models each" if writers else ""
     return (
         f"{ask.workers} workers of {ask.cpus:g} CPUs{gpus} and about {each.total / GIB:.1f} GiB each ({', '.join(parts)}, with"
-        f" {micro} rows at once){beside}; {cpus:g} CPUs there"
+        f" {micro} rows at once){beside}{aside}; {cpus:g} CPUs there"
     )
 
 

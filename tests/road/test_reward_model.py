@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from apprentice.data.layout import Layout
 from apprentice.errors import ModelError, RecipeError
 from apprentice.evaluate.pool import Pool
 from apprentice.evaluate.predictions import table_of
-from apprentice.evaluate.scorer import ASKED, Manner, Scorer
+from apprentice.evaluate.scorer import ASKED, Manner, Scorer, model_on
 from apprentice.models.loading import load_model
 from apprentice.recipe import Model, Serving, load_recipe
 from apprentice.serve import deployment
@@ -66,9 +67,8 @@ def test_to_predict(rewarding: Path, tmp_path: Path) -> None:
 
 def test_to_be_scored_by_what_it_writes(rewarding: Path) -> None:
     question = {"place": 0, "prompt_ids": [5, 6, 7], "choices": [], "choice_ids": []}
-    scorer = Scorer(
-        rewarding, Model(base=str(rewarding), dtype="float32"), Manner(Layout("chat", Tokenizer(rewarding)), 6), Pool(1, 1, 0)
-    )
+    load = partial(model_on, rewarding, Model(base=str(rewarding), dtype="float32"), Pool(1, 1, 0))
+    scorer = Scorer(load, str(rewarding), Manner(Layout("chat", Tokenizer(rewarding)), 6))
     [found] = scorer(table_of([question], ASKED)).to_pylist()
     assert found["failure"] == (
         f"{rewarding} is a reward model and writes nothing, but some tasks are scored by what is written; leave out those that"

@@ -120,3 +120,33 @@ def test_without_validation_the_newest_is_best(folder: Folder) -> None:
     assert best.state.step == 3
     checkpoints.prune(folder, 1)
     assert steps(folder) == ["step-000003"]
+
+
+def waiting(folder: Folder, step: int) -> checkpoints.Checkpoint:
+    return checkpoints.save(
+        folder, [("weight/a", torch.zeros(1))], State(step=step), {"dtype": "float32", checkpoints.AWAITED: True}
+    )
+
+
+def test_a_validation_that_comes_later_counts_as_if_it_had_been_there(folder: Folder) -> None:
+    first, second = waiting(folder, 1), waiting(folder, 2)
+    assert [found.state.step for found in checkpoints.awaited(folder)] == [1, 2]
+    checkpoints.note_validation(first, 0.5)
+    checkpoints.note_validation(second, 0.7)
+    assert checkpoints.awaited(folder) == []
+    best, newest = checkpoints.best(folder), checkpoints.named(folder, "step-000002")
+    assert best is not None
+    assert newest is not None
+    assert (best.state.step, best.state.validation_loss, newest.state.validation_loss) == (1, 0.5, 0.7)
+
+
+def test_what_waits_for_its_validation_is_spared_within_bounds(folder: Folder) -> None:
+    for step in range(1, 7):
+        waiting(folder, step)
+        checkpoints.prune(folder, 1)
+    assert [found.state.step for found in checkpoints.awaited(folder)] == [4, 5, 6]
+    assert checkpoints.named(folder, "step-000001") is None
+    for number, found in enumerate(checkpoints.awaited(folder)):
+        checkpoints.note_validation(found, None if number == 1 else 1.0 + number)
+    checkpoints.prune(folder, 1)
+    assert steps(folder) == ["step-000004", "step-000006"]

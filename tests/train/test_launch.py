@@ -27,8 +27,10 @@ from apprentice.artifacts import Run, open_run
 from apprentice.data.contract import layout_beside
 from apprentice.data.pipeline import make_corpus, render_window
 from apprentice.errors import DataError, RecipeError, ResourcesError, TrainingError
+from apprentice.evaluate.glance import glance_of
 from apprentice.models.loading import load_model
 from apprentice.recipe import Recipe, load_recipe
+from apprentice.train import checkpoint as checkpoints
 from apprentice.train import launch
 from apprentice.train.held import PROCESS_BYTES
 from apprentice.train.tracking import Outcome
@@ -119,6 +121,38 @@ def test_a_whole_run(undisturbed: Any, tiny_model: Path) -> None:
     assert any(not torch.equal(tuned[name], base[name]) for name in base)
     assert layout_beside(run.model.local).name == "chat"
     assert (run.adapter / "adapter_model.safetensors").exists()
+
+
+def test_checkpoints_are_validated_aside_while_training_goes_on(undisturbed: Any, tmp_path: Path, tiny_model: Path) -> None:
+    """The same losses as the workers', the held-out tasks' scores, and what a stop left undone is made up for."""
+    _, _, within = undisturbed
+    aside = {"every_steps": EVERY, "keep": 1, "validation": "aside"}
+    made = recipe(tmp_path, tiny_model, training__workers=1, training__checkpoint=aside, evaluation__while_training=2)
+    run = open_run(made)
+    corpus = make_corpus(made, run)
+    seen: list[dict[str, Any]] = []
+    score = glance_of(corpus)
+    result = launch.train(made, run, corpus, progress=seen.append, score=score)
+    expected, found = (
+        {record["step"]: record["validation_loss"] for record in records if "validation_loss" in record}
+        for records in (within, seen)
+    )
+    assert found == {step: pytest.approx(loss, rel=1e-4) for step, loss in expected.items()}
+    assert set(found) == {3, 6, 8}
+    scored = {record["step"]: record["held_out_tasks"] for record in seen if "held_out" in record}
+    assert set(scored) == {3, 6, 8}
+    assert set(scored[8]) == {question["task"] for question in score.questions}
+    assert result.validation_loss == min(found.values())
+    assert run.status()["validation_loss"] == found[8]
+
+    newest = checkpoints.named(run.checkpoints, "step-000008")
+    assert newest is not None
+    (newest.folder / checkpoints.VALIDATION).delete()
+    shutil.rmtree(run.model.local)
+    again: list[dict[str, Any]] = []
+    second = launch.train(made, run, corpus, progress=again.append)
+    assert [record["validation_loss"] for record in again if "validation_loss" in record] == [found[8]]
+    assert (second.validation_loss, run.is_trained) == (result.validation_loss, True)
 
 
 @pytest.mark.parametrize(("name", "method"), [("t5", "lora")])

@@ -204,3 +204,22 @@ def test_a_checkpoint_that_is_wanted_comes_at_once_and_without_validation() -> N
         wanted=lambda: next(wishes),
     )
     assert saves == [(3, None), (4, 3.0), (5, 3.0)]
+
+
+def test_a_checkpoint_is_made_known_at_the_next_step_after_it_was_written() -> None:
+    settled: list[int] = []
+    steps: list[int] = []
+    flags = iter([False, False, True, False, True])
+    train_loop(
+        PlainEngine(),
+        stream(),
+        State(),
+        course(every=4),
+        peers=Peers(),
+        record=lambda record: steps.append(record["step"]),
+        save=lambda now: None,
+        written=lambda: next(flags),
+        settle=lambda: settled.append(steps[-1]),
+        validate=lambda: 3.0,
+    )
+    assert settled == [3, 5]

@@ -94,8 +94,12 @@ def test_training_goes_on_and_the_next_one_is_tried(free: int, folder: Folder, m
     monkeypatch.setattr(checkpoints, "SHARD_BYTES", LARGE)
     ears = Ears(folder)
     ears.save(3)
-    assert ears.registered == []  # what became of it is known to all workers at the next one
     ears.settle()
+    assert ears.registered == []  # what became of it is known to all workers when they ask, or at the next one
+    assert ears.saver.written()
+    assert ears.saver.settle() is None
+    assert ears.registered == [(True, 3)]
+    assert not ears.saver.written()
     with no_room():
         ears.save(6)
         ears.settle()

@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -30,7 +31,7 @@ from apprentice.evaluate.prompts import Limits, can_show, encoded
 from apprentice.evaluate.rank import ranked
 from apprentice.evaluate.report import write_report
 from apprentice.evaluate.sampling import Request, requests_of
-from apprentice.evaluate.scorer import ASKED, Scorer, weight_bytes
+from apprentice.evaluate.scorer import LEAST_TOGETHER, Scorer, blocks, model_on, weight_bytes, with_prediction
 from apprentice.evaluate.story import story_of
 from apprentice.evaluate.subjects import Spoken, Subject, check_subjects, described, spoken_to
 from apprentice.evaluate.summary import summarise
@@ -41,7 +42,6 @@ from apprentice.recipe import Recipe
 from apprentice.storage import Folder
 
 ENCODED_TOGETHER = 256  # requests
-LEAST_TOGETHER, MOST_TOGETHER = 16, 64  # questions of one block: enough to batch, few enough to share among workers
 SETTLE_S = 5.0  # how long resources that a stage before still holds may take to come back …
 PATIENCE_S = 60.0  # … and how long we wait for one CPU at least
 Progress = Callable[[dict[str, Any]], None]
@@ -197,7 +197,7 @@ def _score(
         for answer in block:
             if answer["failure"]:
                 raise EvaluationError(f"{subject.name}: {answer['failure']}")
-            records[answer["place"]] |= _with_prediction(records[answer["place"]], answer, recipe)
+            records[answer["place"]] = with_prediction(records[answer["place"]], answer, recipe.evaluation.rank_by)
         fresh = [records[answer["place"]] for answer in block]
         answers.add(fresh)
         done += len(block)
@@ -260,15 +260,6 @@ def _values(
     return [pair for place, (_, records) in enumerate(asked) for pair in zip(records, found[place], strict=True)]
 
 
-def _with_prediction(record: Record, answer: Record, recipe: Recipe) -> Record:
-    found = {name: answer[name] for name in ("prediction", "choice_logprobs", "choice_priors")}
-    found["unscored"] = answer["unscored"] or ""
-    if answer["choice_logprobs"]:
-        found["choice_tokens"] = [len(ids) for ids in record["choice_ids"]]
-        found["prediction"] = ranked({**record, **found}, recipe.evaluation.rank_by)
-    return found
-
-
 def _answered(
     subject: Subject,
     recipe: Recipe,
@@ -289,22 +280,11 @@ def _answered(
     else:
         bytes_of_one = weight_bytes(subject.folder, recipe.model, gpu=room.gpus > 0)
         pool = pool_for(room, bytes_of_one, math.ceil(len(asked) / LEAST_TOGETHER))
-        arguments = (subject.folder, recipe.model, spoken.manner, pool)
+        load = partial(model_on, subject.folder, recipe.model, pool)
+        arguments = (load, str(subject.folder), spoken.manner)
         progress({"message": f"{subject.name}: loading on {pool.workers} worker{'s' if pool.workers > 1 else ''}"})
-    tables = [predictions.table_of(block, ASKED) for block in _blocks(asked, pool.workers)]
-    for block in mapped(tables, worker, arguments, pool):
+    for block in mapped(blocks(asked, pool.workers), worker, arguments, pool):
         yield block.to_pylist()
-
-
-def _blocks(asked: Sequence[tuple[int, Record]], workers: int) -> list[list[Record]]:
-    """The questions in blocks of one kind and like length, the longest first; two or more per worker."""
-    blocks = []
-    for is_ranked in (False, True):
-        chosen = [{"place": place, **question} for place, question in asked if bool(question["choices"]) is is_ranked]
-        chosen.sort(key=lambda question: (-question["prompt_tokens"], question["place"]))
-        size = min(MOST_TOGETHER, max(LEAST_TOGETHER, math.ceil(len(chosen) / (2 * workers))))
-        blocks += [chosen[start : start + size] for start in range(0, len(chosen), size)]
-    return blocks
 
 
 def mapped(tables: Sequence[pa.Table], worker: type, arguments: tuple[Any, ...], pool: Pool) -> Iterator[pa.Table]:

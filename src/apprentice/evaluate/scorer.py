@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,14 +16,15 @@ from apprentice.data.layout import Layout
 from apprentice.errors import ApprenticeError, EvaluationError
 from apprentice.evaluate.generate import reply
 from apprentice.evaluate.pool import Pool
-from apprentice.evaluate.predictions import ENCODED
-from apprentice.evaluate.rank import by_prior
+from apprentice.evaluate.predictions import ENCODED, table_of
+from apprentice.evaluate.rank import by_prior, ranked
 from apprentice.family import gives_rewards
 from apprentice.models.loading import count_parameters, load_model, resolve_dtype
 from apprentice.models.reward import choice_rewards, is_reward
 from apprentice.models.scoring import choice_logprobs
 from apprentice.recipe import Model
 
+LEAST_TOGETHER, MOST_TOGETHER = 16, 64  # questions of one block: enough to batch, few enough to share among workers
 ASKED = pa.schema([("place", pa.int64()), *ENCODED])  # place: of the question among all of its subject
 ANSWERED = pa.schema(
     [
@@ -51,14 +53,13 @@ class Manner:
 
 
 class Scorer:
-    """Answers blocks of questions with the model in `folder`, which it loads with the first of them.
+    """Answers blocks of questions with the model that `load` gives with the first of them, and that errors call `name`.
 
     What the user can mend becomes a `failure` in the answer, not an exception: Ray would print that with all its stacks.
     """
 
-    def __init__(self, folder: Path, model: Model, manner: Manner, pool: Pool) -> None:
-        self._folder, self._settings, self._pool = folder, model, pool
-        self._manner = manner
+    def __init__(self, load: Callable[[], Any], name: str, manner: Manner) -> None:
+        self._load, self._name, self._manner = load, name, manner
 
     def __call__(self, block: pa.Table) -> pa.Table:
         """A block of the schema `ASKED`, all of it ranked or all of it generated, becomes one of `ANSWERED`."""
@@ -83,14 +84,35 @@ class Scorer:
     def _written(self, asked: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         if is_reward(self._model):
             raise EvaluationError(
-                f"{self._folder} is a reward model and writes nothing, but some tasks are scored by what is written; leave out"
+                f"{self._name} is a reward model and writes nothing, but some tasks are scored by what is written; leave out"
                 " those that have no choices."
             )
         return reply(self._model, asked, self._manner)
 
     @cached_property
     def _model(self) -> Any:
-        return model_on(self._folder, self._settings, self._pool)
+        return self._load()
+
+
+def blocks(asked: Sequence[tuple[int, Mapping[str, Any]]], workers: int) -> list[pa.Table]:
+    """Questions, each with its place, in blocks of one kind and like length, the longest first; two or more for each worker."""
+    found = []
+    for is_ranked in (False, True):
+        chosen = [{"place": place, **question} for place, question in asked if bool(question["choices"]) is is_ranked]
+        chosen.sort(key=lambda question: (-question["prompt_tokens"], question["place"]))
+        size = min(MOST_TOGETHER, max(LEAST_TOGETHER, math.ceil(len(chosen) / (2 * workers))))
+        found += [table_of(chosen[start : start + size], ASKED) for start in range(0, len(chosen), size)]
+    return found
+
+
+def with_prediction(record: Mapping[str, Any], answer: Mapping[str, Any], rank_by: str) -> dict[str, Any]:
+    """A question's record with what an answer (of the schema `ANSWERED`) says of it."""
+    found = {name: answer[name] for name in ("prediction", "choice_logprobs", "choice_priors")}
+    found["unscored"] = answer["unscored"] or ""
+    if answer["choice_logprobs"]:
+        found["choice_tokens"] = [len(ids) for ids in record["choice_ids"]]
+        found["prediction"] = ranked({**record, **found}, rank_by)
+    return {**record, **found}
 
 
 def model_on(folder: Path, settings: Model, pool: Pool) -> Any:

@@ -62,18 +62,25 @@ def check_subjects(subjects: Sequence[Subject]) -> None:
 
 def spoken_to(subject: Subject, recipe: Recipe, corpus: Corpus) -> Spoken:
     """Layout and limits: from the folder's contract, or for a bare model as the recipe says. Raises `ModelError`."""
-    config = model_config(subject.folder)
     if read_contract(subject.folder) is not None:
         layout = layout_beside(subject.folder)
     elif subject.folder == corpus.layout.tokenizer.folder:
         layout = corpus.layout
     else:
         layout = layout_of(recipe, Tokenizer(subject.folder))
+    manner = manner_of(recipe, layout)
+    return Spoken(manner, limits_of(recipe, subject.folder), _fingerprint(subject, recipe, manner))
+
+
+def manner_of(recipe: Recipe, layout: Layout) -> Manner:
+    return Manner(layout, recipe.evaluation.max_new_tokens, priors=recipe.evaluation.rank_by == "pmi")
+
+
+def limits_of(recipe: Recipe, folder: Path) -> Limits:
+    """What may be asked of the model in `folder`."""
+    config = model_config(folder)
     context = config.get("max_position_embeddings") or config.get("n_positions")
-    settings = recipe.evaluation
-    manner = Manner(layout, settings.max_new_tokens, priors=settings.rank_by == "pmi")
-    limits = Limits(recipe.data.max_length, settings.max_new_tokens, None if config.get("is_encoder_decoder") else context)
-    return Spoken(manner, limits, _fingerprint(subject, recipe, manner))
+    return Limits(recipe.data.max_length, recipe.evaluation.max_new_tokens, None if config.get("is_encoder_decoder") else context)
 
 
 def _fingerprint(subject: Subject, recipe: Recipe, manner: Manner) -> str:

@@ -85,6 +85,11 @@ class Checkpointing(Strict):
     every_steps: Positive = 100
     keep: Positive = 2
     best_by: Literal["validation_loss"] = "validation_loss"
+    validation: Literal["auto", "workers", "aside"] = Field(
+        "auto",
+        description="Who takes the validation loss: the workers, between two steps; or a task aside, on the resources of one more"
+        " worker, while they train on. auto: aside where there is room for it and the weights are not split up (stage 3).",
+    )
 
 
 class Training(Strict):

@@ -58,6 +58,15 @@ class Recipe(Strict):
         return Round(data.window, grpo.group, per_row, self.training.global_batch, grpo.actors, grpo.passes)
 
     @model_validator(mode="after")
+    def _scored_aside(self) -> Self:
+        if self.evaluation.while_training and (self.training.checkpoint.validation == "workers" or self.training.aim.rounds):
+            raise ValueError(
+                "evaluation.while_training scores checkpoints in a task aside, and this run has none; set"
+                " training.checkpoint.validation to aside (an on-policy run scores only at its end), or leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _rounds_fit(self) -> Self:
         if not self.training.aim.rounds:
             return self

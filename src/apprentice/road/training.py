@@ -15,13 +15,15 @@ from apprentice.storage import Folder
 
 def train(recipe: Recipe, *, restart: bool = False, progress: Progress) -> dict[str, Any]:
     """Fine-tunes, or goes on with a run that was stopped; gives the run folder and the last figures."""
+    from apprentice.evaluate.glance import glance_of
     from apprentice.train import launch
 
     with ray_session():
         run, corpus = prepared(recipe, restart=restart, progress=progress)
         if run.is_trained:
             return {"run": str(run.folder), "already": True, **run.status()}
-        result = launch.train(recipe, run, corpus, progress=lambda values: progress("train", _step_line(values)))
+        score = glance_of(corpus) if recipe.evaluation.while_training else None
+        result = launch.train(recipe, run, corpus, progress=lambda values: progress("train", _step_line(values)), score=score)
         run.update_status(state="trained")
         return {"run": str(run.folder), "already": False, **asdict(result), "warnings": run.ledger_file.read_json()["warnings"]}
 
@@ -33,8 +35,8 @@ def _step_line(values: Mapping[str, Any]) -> dict[str, Any]:
     if "samples" in values:
         shown = [f"\n            {sample['instruction']}\n            → {sample['reply']}" for sample in values["samples"]]
         return {"step": f"{values['step']}/{values['steps']}", "message": f"replies{''.join(shown)}", "done": True}
-    if "validation_loss" in values:
-        return {"step": f"{values['step']}/{values['steps']}", "validation_loss": values["validation_loss"], "done": True}
+    if found := {name: values[name] for name in ("validation_loss", "held_out") if name in values}:
+        return {"step": f"{values['step']}/{values['steps']}", **found, "done": True}
     return {
         "step": f"{values['step']}/{values['steps']}",
         "loss": values["loss"],

@@ -4,6 +4,7 @@
       state.json          step, next packed row, token counts, ledger counts, what the tensors belong to
       tensors-0001.safetensors …
       checksums.json      sha256 of every other file; written last, so a folder without it is no checkpoint
+      validation.json     what came of validating it aside, later
 
 A checkpoint is whole or absent: on a local disk it is renamed into place, elsewhere `checksums.json` makes it count. It does not
 depend on the number of workers or the ZeRO stage. Knows nothing of Ray or DeepSpeed.
@@ -29,7 +30,9 @@ from apprentice.errors import StorageError
 from apprentice.storage import Folder
 from apprentice.train.state import State
 
-CHECKSUMS, STATE = "checksums.json", "state.json"
+CHECKSUMS, STATE, VALIDATION = "checksums.json", "state.json", "validation.json"
+AWAITED = "validation_awaited"  # fact of a checkpoint whose validation loss comes later, in a file of its own
+MOST_AWAITED = 3  # checkpoints that are kept until they are validated, though newer ones have come
 SHARD_BYTES = 1 << 29  # of tensors held in memory before they are written
 _PART = ".part-"
 _log = logging.getLogger(__name__)
@@ -119,6 +122,22 @@ def of_step(checkpoints: Folder, step: int) -> Checkpoint | None:
     return None
 
 
+def named(checkpoints: Folder, name: str) -> Checkpoint | None:
+    """The whole checkpoint in the folder of this name; None if it is not there any more."""
+    folder = checkpoints / name
+    return _whole(folder) if (folder / CHECKSUMS).exists() else None
+
+
+def awaited(checkpoints: Folder) -> list[Checkpoint]:
+    """The whole checkpoints that are still to be validated, oldest first."""
+    return [found for folder in reversed(_newest_first(checkpoints)) if _is_awaited(folder) and (found := _whole(folder))]
+
+
+def note_validation(checkpoint: Checkpoint, loss: float | None) -> None:
+    """Writes down what came of validating `checkpoint` aside."""
+    (checkpoint.folder / VALIDATION).write_json({"validation_loss": loss})
+
+
 def best(checkpoints: Folder) -> Checkpoint | None:
     """The whole checkpoint with the lowest validation loss (of equals the newest); without validation losses the newest."""
     found = [whole for folder in _newest_first(checkpoints) if (whole := _whole(folder))]
@@ -128,13 +147,18 @@ def best(checkpoints: Folder) -> Checkpoint | None:
 
 
 def prune(checkpoints: Folder, keep: int) -> None:
-    """Leaves the newest checkpoint, the best, and of the others the newest, `keep` in all (2 if those two differ)."""
+    """Leaves the newest checkpoint, the best, and of the others the newest, `keep` in all (2 if those two differ).
+
+    Those that wait for their validation are left besides, `MOST_AWAITED` at most.
+    """
+    waiting = [folder for folder in _newest_first(checkpoints) if _is_awaited(folder)]
+    spared = {folder.name for folder in waiting[:MOST_AWAITED]}
     folders = _newest_first(checkpoints)
     losses = [(loss, place) for place, folder in enumerate(folders) if (loss := _validation_loss(folder)) is not None]
     chosen = dict.fromkeys([0, *([min(losses)[1]] if losses else []), *range(len(folders))])
     kept = set(list(chosen)[: max(keep, 2 if losses and min(losses)[1] != 0 else 1)])
     for place, folder in enumerate(folders):
-        if place not in kept:
+        if place not in kept and folder.name not in spared:
             (folder / CHECKSUMS).delete()  # first, so that half of a deletion leaves no checkpoint
             folder.delete()
 
@@ -162,7 +186,10 @@ def _whole(folder: Folder) -> Checkpoint | None:
         damaged = [name for name, digest in sums.items() if _folder_sha256(folder / name) != digest]
         content = (folder / STATE).read_json()
         if not damaged and STATE in sums:
-            return Checkpoint(folder, State.from_json(content["state"]), content["facts"])
+            state = State.from_json(content["state"])
+            if (folder / VALIDATION).exists():
+                state.validation_loss = (folder / VALIDATION).read_json()["validation_loss"]
+            return Checkpoint(folder, state, content["facts"])
         reason = f"{', '.join(damaged)} changed since it was written"
     except (StorageError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = str(error)
@@ -170,9 +197,17 @@ def _whole(folder: Folder) -> Checkpoint | None:
     return None
 
 
+def _is_awaited(folder: Folder) -> bool:
+    try:
+        return bool((folder / STATE).read_json()["facts"].get(AWAITED)) and not (folder / VALIDATION).exists()
+    except (StorageError, OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
 def _validation_loss(folder: Folder) -> float | None:
     try:
-        loss = (folder / STATE).read_json()["state"]["validation_loss"]
+        late = (folder / VALIDATION).exists()
+        loss = ((folder / VALIDATION).read_json() if late else (folder / STATE).read_json()["state"])["validation_loss"]
     except (StorageError, OSError, ValueError, KeyError, TypeError):
         return None
     return None if loss is None else float(loss)

@@ -20,6 +20,7 @@ import ray
 import ray.train
 import ray.train.torch
 from ray.data import ExecutionOptions, ExecutionResources
+from ray.train import ValidationConfig
 from ray.train.torch import TorchConfig
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -32,6 +33,8 @@ from apprentice.models.loading import count_parameters, resolve_dtype
 from apprentice.nodes import is_job, node_resources
 from apprentice.recipe import Recipe
 from apprentice.train import checkpoint as checkpoints
+from apprentice.train.aside import Aside, Score, goes_aside
+from apprentice.train.batch import PackedRows
 from apprentice.train.export import export
 from apprentice.train.failure import lost_peer, mendable
 from apprentice.train.member import Job, work
@@ -44,6 +47,7 @@ from apprentice.train.scaling import DivisorPolicy, Trainer, leaving
 from apprentice.train.services import open_services
 from apprentice.train.state import Goal
 from apprentice.train.tracking import Mailbox, Outcome, Tracker
+from apprentice.train.validation import Validation
 
 POLL_S = 0.2
 AFTER_US_S = 10  # that a collective waits on for a silent worker, who is named and ended first
@@ -73,13 +77,16 @@ class TrainResult:
     expected_memory: int | None = None
 
 
-def train(recipe: Recipe, run: Run, corpus: Corpus, *, progress: Callable[[dict[str, Any]], None]) -> TrainResult:
+def train(
+    recipe: Recipe, run: Run, corpus: Corpus, *, progress: Callable[[dict[str, Any]], None], score: Score | None = None
+) -> TrainResult:
     """Fine-tunes as `recipe` says, from the newest whole checkpoint of `run` if there is one, and exports the best.
 
     Ray must be running. `progress` is called in this process, from a thread, with a dict per step: attempt, step, steps, loss,
     learning_rate, grad_norm, tokens, target_tokens, seconds, tokens_per_s, data_wait (share of time), eta_s; and with
     attempt, step, steps and validation_loss after each validation, samples (instruction and reply) where they are asked for, or
-    message (what is trained and how) at the start. Raises the `ApprenticeError` that stopped the run.
+    message (what is trained and how) at the start. With `score`, each checkpoint's model goes through it aside, and a dict has
+    held_out (the mean) and held_out_tasks. Raises the `ApprenticeError` that stopped the run.
     """
     if run.is_trained and "training" in run.status():
         return TrainResult(**run.status()["training"])
@@ -97,7 +104,9 @@ def train(recipe: Recipe, run: Run, corpus: Corpus, *, progress: Callable[[dict[
             run.update_status(state="training", steps=goal.steps)
             if recipe.training.aim.reference:
                 corpus = _with_reference(recipe, run, corpus, progress)
-            attempts = _fit(recipe, run, corpus, goal, tracker)
+            attempts = _fit(recipe, run, corpus, goal, tracker, score)
+        if checkpoints.awaited(run.checkpoints):
+            _catch_up(recipe, run, corpus, tracker, score)
         result = _finish(recipe, run, corpus, goal, tracker, attempts)
         tracker.close()
         return result
@@ -140,16 +149,40 @@ def _check_cluster(recipe: Recipe) -> Ask:
     return ask
 
 
-def _fit(recipe: Recipe, run: Run, corpus: Corpus, goal: Goal, tracker: Tracker) -> int:
+def _validation(recipe: Recipe, run: Run, corpus: Corpus, score: Score | None) -> Validation:
+    """What validates checkpoints aside."""
+    rows = PackedRows.of(validation_rows(corpus, validation_limit(recipe)))
+    return Validation(Aside(recipe, rows, _row_length(corpus), score), run, recipe.training.resources)
+
+
+def _catch_up(recipe: Recipe, run: Run, corpus: Corpus, tracker: Tracker, score: Score | None) -> None:
+    """Validates the checkpoints of a run that was stopped before they were."""
+
+    def told(step: int, figures: dict[str, Any]) -> None:
+        tracker.write({"attempt": 0, "step": step, "steps": step, **figures})
+
+    try:
+        _validation(recipe, run, corpus, score).catch_up(told)
+    except ray.exceptions.RayError as error:
+        raise mendable(error) or error from None
+
+
+def _row_length(corpus: Corpus) -> int:
+    """Tokens of a packed row, of both sides."""
+    return corpus.row_length + (corpus.target_length or 0)
+
+
+def _fit(recipe: Recipe, run: Run, corpus: Corpus, goal: Goal, tracker: Tracker, score: Score | None) -> int:
     """Runs the workers until the goal; gives the number of attempts."""
     workers = workers_that_fit(recipe, node_resources())
+    aside = goes_aside(recipe, node_resources())
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)  # a node of the workers may go
     mailbox: Any = ray.remote(Mailbox).options(num_cpus=0, scheduling_strategy=here).remote(workers)
-    validation = validation_rows(corpus, validation_limit(recipe))
-    length = corpus.row_length + (corpus.target_length or 0)
+    within = validation_rows(corpus, 0 if aside else validation_limit(recipe))
     samples = Samples(corpus.layout, recipe.training.sample_instructions)
-    job = Job(recipe, run, goal, mailbox, ray.put(validation), length, corpus.row_bytes, _shares(corpus), samples)
-    trainer = _trainer(job, corpus)
+    sizes = (_row_length(corpus), corpus.row_bytes)
+    job = Job(recipe, run, goal, mailbox, ray.put(within), *sizes, _shares(corpus), samples, aside)
+    trainer = _trainer(job, corpus, _validation(recipe, run, corpus, score).config(mailbox) if aside else None)
     # Ray Train would look for checkpoints that it knew in an earlier call; which one counts is decided by checkpoint.restorable.
     (run.checkpoints / "checkpoint_manager_snapshot.json").delete()
     failure: Exception | None = None
@@ -171,10 +204,10 @@ def _fit(recipe: Recipe, run: Run, corpus: Corpus, goal: Goal, tracker: Tracker)
     return outcome.attempts
 
 
-def _trainer(job: Job, corpus: Corpus) -> Trainer:
+def _trainer(job: Job, corpus: Corpus, validation: ValidationConfig | None) -> Trainer:
     training = job.recipe.training
     resources = {"CPU": training.resources.cpus} | ({"GPU": training.resources.gpus} if training.resources.gpus else {})
-    run, mailbox = job.run, job.mailbox  # of `job` itself, the controller would have to import all that this file does
+    run, mailbox, aside = job.run, job.mailbox, job.aside  # `job` would have the controller import all that this file does
     held = ray.put(corpus)
     submitted = is_job()
 
@@ -190,7 +223,7 @@ def _trainer(job: Job, corpus: Corpus) -> Trainer:
             return round_stream(ray.get(held), run, start)
         # As many actors as there is room for now: a node may have been lost since the run began.
         nodes = node_resources(job=submitted, without=leaving(ray.nodes()))
-        spare = sum(node.get("CPU", 0.0) for node in nodes) - workers * training.resources.cpus
+        spare = sum(node.get("CPU", 0.0) for node in nodes) - (workers + aside) * training.resources.cpus
         actors = max(1, min(max(4, workers), int(spare) - 1))
         mailbox.stream.remote(actors)
         return train_stream(ray.get(held), start, None, actors)
@@ -210,6 +243,7 @@ def _trainer(job: Job, corpus: Corpus) -> Trainer:
             failure_config=ray.train.FailureConfig(max_failures=training.max_failures),
             logging_config=ray.train.LoggingConfig(log_level="ERROR"),
         ),
+        validation_config=validation,
         torch_config=TorchConfig(timeout_s=math.ceil(training.hang_timeout_s) + AFTER_US_S),
         datasets={"train": build},
         # Order and no locality: each step must be one stretch of the stream, whatever runs where.
@@ -256,6 +290,7 @@ def _finish(recipe: Recipe, run: Run, corpus: Corpus, goal: Goal, tracker: Track
     last, best = checkpoints.restorable(run.checkpoints), checkpoints.best(run.checkpoints)
     if last is None or best is None or goal.reached(last.state) < 1.0:
         raise KeyboardInterrupt  # Ray Train was told to stop, and did
+    checkpoints.prune(run.checkpoints, recipe.training.checkpoint.keep)  # those that waited for their validation
     state = last.state
     names = [task.name for task in corpus.tasks]
     shares = {name: float(share) for name, share in corpus.plan.shares.items()}
@@ -266,8 +301,7 @@ def _finish(recipe: Recipe, run: Run, corpus: Corpus, goal: Goal, tracker: Track
     run.update_status(state="exporting")
     # In a process of its own, whose memory is given back.
     exported = ray.remote(export).options(num_cpus=1, max_retries=0).remote(recipe, run, best, corpus.layout)
-    length = corpus.row_length + (corpus.target_length or 0)
-    memory = tracker.memory and tracker.memory | {"expected": round(expected_of(recipe, length, tracker.memory).total)}
+    memory = tracker.memory and tracker.memory | {"expected": round(expected_of(recipe, _row_length(corpus), tracker.memory).total)}
     try:
         ray.get(exported)
     except ray.exceptions.RayError as error:

@@ -26,12 +26,16 @@ from apprentice.train.state import Goal, State, StepOutcome
 RECENT_STEPS = 20  # that speed and the estimate of the end are taken from
 
 
-class Engine(Protocol):
+class Validating(Protocol):
+    """What gives the summed loss of a micro-batch."""
+
+    def validation_nll(self, micro: Micro) -> float: ...
+
+
+class Engine(Validating, Protocol):
     """What the loop needs of an engine."""
 
     def train_step(self, micros: Sequence[Micro], scale: float, rate: float) -> StepOutcome: ...
-
-    def validation_nll(self, micro: Micro) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,7 @@ class _Step:
     targets: int
     counted: float  # what the loss is a mean over: target tokens with their weights, or pairs
     checkpoint: bool  # one is wanted now
+    written: bool  # the one before is, by all workers
 
     @property
     def examples(self) -> list[int]:
@@ -73,6 +78,8 @@ def train_loop(
     peers: Peers,
     record: Callable[[dict[str, Any]], None],
     save: Callable[[State], None],
+    written: Callable[[], bool] = lambda: False,
+    settle: Callable[[], object] = lambda: None,
     validate: Callable[[], float | None],
     wanted: Callable[[], bool] = lambda: False,
     aside: Callable[[State], None] = lambda state: None,
@@ -80,9 +87,10 @@ def train_loop(
     """Trains from `state` to the goal; every batch is this worker's part of one step.
 
     `record` gets each finished step (on every worker), `save` the state at each checkpoint and at the end, after `validate` gave
-    the validation loss. Where `wanted` is true on some worker, a checkpoint follows at once, without validation; `aside` is called
-    after each step. What these take is no part of a step's time. Raises `TrainingError` if the loss is no number, the stream ends
-    early, or does not begin where `state` says.
+    the validation loss. `settle` follows a step before which `written` was true on every worker: the checkpoint is there. Where
+    `wanted` is true on some worker, a checkpoint follows at once, without validation; `aside` is called after each step. What
+    these take is no part of a step's time. Raises `TrainingError` if the loss is no number, the stream ends early, or does not
+    begin where `state` says.
     """
     clock = _Clock()
     start: tuple[int, int] | None = (state.window, state.row)
@@ -90,30 +98,17 @@ def train_loop(
     while course.goal.reached(state) < 1.0:
         rows = _next_rows(batches, state)
         clock.data_came()
-        step = _put_together(rows, wanted(), peers)
+        step = _put_together(rows, wanted(), written(), peers)
         if start is not None:
             _check_begin(step, start)
             start = None
         outcome, rate = _one_step(engine, rows, step, state, course, peers)
         clock.step_done(step.tokens)
-        record(
-            {
-                "step": state.step,
-                "steps": course.goal.expected_steps(state),
-                "loss": state.loss,
-                "learning_rate": rate,
-                "grad_norm": outcome.grad_norm,
-                "tokens": step.tokens,
-                "target_tokens": step.targets,
-                "workers": peers.workers,
-                "examples": step.examples,
-                **outcome.figures,
-                "ledger_drift": round(state.ledger.drift(course.shares), 6),
-                **clock.figures(course, state),
-            }
-        )
+        record(_recorded(state, step, outcome, course, peers) | {"learning_rate": rate, **clock.figures(course, state)})
         if not (math.isfinite(state.loss) and math.isfinite(outcome.grad_norm)):
             raise _no_number(state, step, good)
+        if step.written:
+            settle()
         due = state.step % course.checkpoint_every == 0 or course.goal.reached(state) == 1.0
         if due or step.checkpoint:
             state.validation_loss = validate() if due else None
@@ -122,6 +117,21 @@ def train_loop(
         aside(state)
         clock.restart()
     return state
+
+
+def _recorded(state: State, step: _Step, outcome: StepOutcome, course: Course, peers: Peers) -> dict[str, Any]:
+    return {
+        "step": state.step,
+        "steps": course.goal.expected_steps(state),
+        "loss": state.loss,
+        "grad_norm": outcome.grad_norm,
+        "tokens": step.tokens,
+        "target_tokens": step.targets,
+        "workers": peers.workers,
+        "examples": step.examples,
+        **outcome.figures,
+        "ledger_drift": round(state.ledger.drift(course.shares), 6),
+    }
 
 
 def _one_step(
@@ -138,7 +148,7 @@ def _one_step(
     return outcome._replace(figures=dict(zip(outcome.figures, figures, strict=True))), rate
 
 
-def validation_loss(engine: Engine, rows: PackedRows, micro: int, peers: Peers) -> float | None:
+def validation_loss(engine: Validating, rows: PackedRows, micro: int, peers: Peers) -> float | None:
     """Mean loss over the target tokens (or pairs) of `rows`, which every worker has whole; None if there are none."""
     if len(rows) == 0 or rows.counted == 0:
         return None
@@ -161,11 +171,11 @@ def _next_rows(batches: Iterator[PackedRows], state: State) -> PackedRows:
         raise TrainingError(f"{message}; this is a defect of the data pipeline.") from None
 
 
-def _put_together(rows: PackedRows, wanted: bool, peers: Peers) -> _Step:
-    told = peers.gather((rows.facts, rows.tokens, rows.targets, rows.counted, wanted))
-    parts, tokens, targets, counted, wishes = zip(*told, strict=True)
+def _put_together(rows: PackedRows, wanted: bool, written: bool, peers: Peers) -> _Step:
+    told = peers.gather((rows.facts, rows.tokens, rows.targets, rows.counted, wanted, written))
+    parts, tokens, targets, counted, wishes, saves = zip(*told, strict=True)
     facts = sorted((fact for part in parts for fact in part), key=lambda fact: (fact.window, fact.row))
-    return _Step(facts, sum(tokens), sum(targets), sum(counted), any(wishes))
+    return _Step(facts, sum(tokens), sum(targets), sum(counted), any(wishes), all(saves))
 
 
 def _check_begin(step: _Step, start: tuple[int, int]) -> None:

@@ -48,6 +48,7 @@ class Job:
     row_bytes: int  # of a packed row's arrays
     shares: dict[int, float]  # number of a task → its share of the examples
     samples: Samples
+    aside: bool  # checkpoints are validated there, and not by the workers
 
 
 def work(job: Job) -> None:
@@ -69,7 +70,8 @@ def work(job: Job) -> None:
         if saved is not None:
             filesystem, path = saved.folder.filesystem()
             handle = ray.train.Checkpoint(path, filesystem)
-        ray.train.report(metrics, handle, checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD)
+        validated = job.aside and handle is not None
+        ray.train.report(metrics, handle, checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD, validation=validated)
 
     try:
         rows = _rows(training, context.get_world_size())
@@ -79,7 +81,8 @@ def work(job: Job) -> None:
         device = ray.train.torch.get_device()
         given = (job.recipe, job.run, job.goal, restored, rows, validation, job.length)
         told: dict[str, Any] = {"tell": tell, "register": register, "wanted": pulse.checkpoint_wanted}
-        run_worker(*given, device=device, shares=job.shares, samples=job.samples, **told)
+        told |= {"shares": job.shares, "samples": job.samples, "validated_aside": job.aside}
+        run_worker(*given, device=device, **told)
     except Exception as error:
         # Trying again would not mend it: the next attempt sees it in the mailbox and ends at once.
         if (ours := mendable(error)) is not None:

@@ -66,6 +66,15 @@ def check_resources(ask: Ask, nodes: Sequence[Mapping[str, float]]) -> None:
         )
 
 
+def room_aside(recipe: Recipe, nodes: Sequence[Mapping[str, float]]) -> bool:
+    """Whether one more worker fits beside the most that the run may have."""
+    try:
+        check_resources(replace(required_resources(recipe), workers=recipe.training.max_workers + 1, memory=0), nodes)
+    except ResourcesError:
+        return False
+    return True
+
+
 def slots(ask: Ask, nodes: Sequence[Mapping[str, float]]) -> int:
     """Workers that fit, each whole on one node."""
     total = 0

@@ -36,7 +36,8 @@ class Saver:
 
     `tell(state, message=…)` gets a sentence about a checkpoint that could not be written, and `tell(state, saved_s=…, blocked_s=…)`
     how long one took and how long training waited for it, both from the thread that writes. `register` gets every outcome, on all
-    workers alike and no later than at the next save: the checkpoint on the first worker, None on the others or if there is none.
+    workers alike, when they call `settle` or save the next: the checkpoint on the first worker, None on the others or if there is
+    none.
     """
 
     def __init__(
@@ -62,7 +63,7 @@ class Saver:
     def save(self, state: State, pieces: Sequence[Piece], *, last: bool) -> None:
         """One checkpoint of all workers' `pieces`. Raises `StorageError` if it is the `last` and cannot be written."""
         begin = time.perf_counter()
-        self._settle()
+        self.settle()
         state = copy.deepcopy(state)  # training goes on with it
         written: Future[_Written] = Future()
         if room_for_copies(pieces, self._peers, MOST_OF_FREE_MEMORY * free_memory()):
@@ -71,15 +72,19 @@ class Saver:
         else:
             written.set_result(self._write(pieces, state, begin, None, last))
         self._pending = (state, written)
-        if last and (failure := self._settle()) is not None:
+        if last and (failure := self.settle()) is not None:
             raise failure
 
     def close(self) -> None:
         """Waits for the checkpoint that is being written, so that a run that stops here does not lose it."""
         self._thread.shutdown(wait=True)
 
-    def _settle(self) -> StorageError | None:
-        """Waits for the save before and registers what became of it; gives what kept it from being written."""
+    def written(self) -> bool:
+        """Whether a save is over of which nobody has heard yet."""
+        return self._pending is not None and self._pending[1].done()
+
+    def settle(self) -> StorageError | None:
+        """Waits for the save before and registers what became of it; gives what kept it from being written. All must call it."""
         if self._pending is None:
             return None
         state, writing = self._pending

@@ -40,6 +40,7 @@ SCALARS = {
     "eta_s": "speed/eta_s",
     "data_wait": "speed/data_wait",
     "validation_loss": "validation/loss",
+    "held_out": "validation/held_out_score",
     "saved_s": "checkpoint/seconds",
     "blocked_s": "checkpoint/seconds_blocked",
     **{name: f"preference/{name}" for name in ("accuracy", "margin", "chosen_reward", "rejected_reward")},
@@ -110,6 +111,10 @@ class Mailbox:
         if "saved_s" in record:  # a checkpoint is whole
             self._wanted = False
         self._records.append(record)
+
+    def validated(self, step: int, figures: Mapping[str, Any]) -> None:
+        """What came of the checkpoint of `step`, while the run went on."""
+        self._records.append({"attempt": max(self._attempt, 1), "step": step, "steps": self._at[1] or step, **figures})
 
     def note(self, message: str) -> None:
         """A sentence for the person, at the step where the run is."""
@@ -270,7 +275,8 @@ class Tracker:
         if time.monotonic() - self._status_at < STATUS_EVERY_S and record["step"] < record["steps"]:
             return
         self._status_at = time.monotonic()
-        known = {key: record[key] for key in ("step", "steps", "loss", "validation_loss") if record.get(key) is not None}
+        keys = ("step", "steps", "loss") if "loss" in record else ("validation_loss", "held_out")
+        known = {key: record[key] for key in keys if record.get(key) is not None}
         self._run.update_status(state="training", **known)
 
     def close(self) -> None:

@@ -53,13 +53,14 @@ def run_worker(
     shares: Mapping[int, float] | None = None,
     wanted: Callable[[], bool] = lambda: False,
     samples: Samples | None = None,
+    validated_aside: bool = False,
 ) -> State:
     """Trains until `goal`; the state at the end is the same on every worker.
 
     `rows` are this worker's rows of `length` tokens, of one step after the other. `tell` is called on the first worker with every
     record; `register` on every worker after each checkpoint, with the checkpoint on the first worker, None on the others.
     `shares` are what each task, by number, was meant to have of the examples; `wanted` says whether a checkpoint should come now;
-    `samples` are asked every `training.sample_every_steps`.
+    `samples` are asked every `training.sample_every_steps`; `validated_aside` marks checkpoints whose validation loss comes later.
     """
     peers = Peers()
     training = recipe.training
@@ -67,19 +68,18 @@ def run_worker(
         torch.set_num_threads(max(1, int(training.resources.cpus)))
     state = State() if restored is None else replace(restored.state)
     engine, watch = _set_up(recipe, restored, length, device=device, peers=peers)
-    micro = engine.micro
-    facts = {"dtype": str(watch.dtype).removeprefix("torch."), "tuning": recipe.tuning.method}
+    facts = {"dtype": str(watch.dtype).removeprefix("torch."), "tuning": recipe.tuning.method, checkpoints.AWAITED: validated_aside}
     record = tell if peers.rank == 0 else _unheard
 
     def note(now: State, **figures: Any) -> None:
         record({"step": now.step, "steps": goal.expected_steps(now), **figures})
 
     def validate() -> float | None:
-        if (loss := validation_loss(engine, validation, micro, peers)) is not None:
+        if (loss := validation_loss(engine, validation, engine.micro, peers)) is not None:
             note(state, validation_loss=loss)
         return loss
 
-    note(state, message=_told(recipe, engine, facts["dtype"], micro))
+    note(state, message=_told(recipe, engine, str(facts["dtype"])))
     saver = Saver(run.checkpoints, training.checkpoint.keep, facts, peers=peers, tell=note, register=register)
 
     def save(now: State) -> None:
@@ -89,14 +89,13 @@ def run_worker(
         if samples is not None and training.sample_every_steps and now.step % training.sample_every_steps == 0:
             note(now, samples=samples.taken(engine.likeliest))
 
-    when = (training.checkpoint.every_steps, recipe.data.window)
-    part = _utilisation(device, watch.parameters, watch.trained, peers.workers)
-    course = Course(recipe.seed, goal, training.optimizer, micro, *when, shares or {}, part)
     with watch.explained(), closing(saver):
-        outside: dict[str, Any] = {"record": record, "save": save, "validate": validate, "wanted": wanted, "aside": aside}
+        saving = {"save": save, "written": saver.written, "settle": saver.settle}
+        outside: dict[str, Any] = {"record": record, "validate": validate, "wanted": wanted, "aside": aside, **saving}
+        course = _course(recipe, goal, engine.micro, shares or {}, _utilisation(device, watch, peers.workers))
         state = train_loop(engine, rows, state, course, peers=peers, **outside)
         peak = max(peers.gather(peak_memory(device)))
-        note(state, memory={"peak": peak, "micro": micro, "trained": engine.trained[0], "workers": peers.workers})
+        note(state, memory={"peak": peak, "micro": engine.micro, "trained": engine.trained[0], "workers": peers.workers})
         return state
 
 
@@ -118,10 +117,15 @@ def _set_up(
     return engine, watch
 
 
-def _utilisation(device: torch.device, numbers: int, trained: int, workers: int) -> float | None:
+def _course(recipe: Recipe, goal: Goal, micro: int, shares: Mapping[int, float], part: float | None) -> Course:
+    training = recipe.training
+    return Course(recipe.seed, goal, training.optimizer, micro, training.checkpoint.every_steps, recipe.data.window, shares, part)
+
+
+def _utilisation(device: torch.device, watch: Watch, workers: int) -> float | None:
     """The part of the devices' peak that one token a second takes."""
     of_one = flops.peak(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-    return None if of_one is None else flops.per_token(numbers, trained) / (of_one * workers)
+    return None if of_one is None else flops.per_token(watch.parameters, watch.trained) / (of_one * workers)
 
 
 def _can_try(recipe: Recipe) -> bool:
@@ -191,8 +195,8 @@ def build_engine(
     return engine
 
 
-def _told(recipe: Recipe, engine: DeepSpeedEngine, dtype: str, micro: int) -> str:
+def _told(recipe: Recipe, engine: DeepSpeedEngine, dtype: str) -> str:
     """One line on what is trained and how."""
     count, share = engine.trained
-    rows = f"{micro} row{'s' if micro != 1 else ''} at once"
+    rows = f"{engine.micro} row{'s' if engine.micro != 1 else ''} at once"
     return f"{recipe.tuning.method}: {count:,} numbers trained, {share:.2%} of all; {dtype}, attention {engine.attention}, {rows}"
