@@ -59,21 +59,13 @@ def numbers(length: int, seed: int) -> list[int]:
     return torch.randint(0, 96, (length,), generator=torch.Generator().manual_seed(seed)).tolist()  # type: ignore[no-any-return]
 
 
-def test_near_slots_of_one_bucket_are_grouped() -> None:
-    assert group_slots([0, 1, 3, 4, 9], [9, 128, 10, 129, 8], context=200) == [
-        Group(first=0, held=(0, 1, 3), read=128),
-        Group(first=3, held=(4,), read=200),
-        Group(first=4, held=(9,), read=128),
+def test_adjacent_slots_of_one_bucket_are_grouped() -> None:
+    assert group_slots([0, 1, 2, 4, 5], [9, 128, 129, 8, 8], context=200) == [
+        Group(first=0, slot=0, count=2, read=128),
+        Group(first=2, slot=2, count=1, read=200),
+        Group(first=3, slot=4, count=2, read=128),
     ]
     assert group_slots([], [], context=200) == []
-
-
-def test_a_group_spreads_its_rows_over_the_slots_between() -> None:
-    rows = torch.tensor([[1, 2], [3, 4]])
-    spread = Group(0, (5, 7), 128).spread(rows)
-    assert spread.tolist() == [[1, 2], [0, 0], [3, 4]]
-    assert torch.equal(Group(0, (5, 7), 128).gather(spread), rows)
-    assert Group(0, (5, 6), 128).spread(rows) is rows
 
 
 def test_the_flat_row_has_single_tokens_first_in_order_of_slots() -> None:

@@ -26,7 +26,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from apprentice.errors import ModelError
 from apprentice.models.lora import Lora, LoraLayers
-from apprentice.models.ragged import Chunk, Group, KvMemory, group_slots
+from apprentice.models.ragged import Chunk, Group, KvMemory, attend, group_slots
 
 ATTENTION = "apprentice_crossing"
 _CROSSING = ("EncDecAttention", "encoder_attn")  # what T5 and BART call attention to the prompt
@@ -230,15 +230,15 @@ class _Decoding:
         rows = query[0].transpose(0, 1)  # (tokens, heads, width)
         parts = []
         for group in self._groups[crosses]:
-            asking = group.spread(rows[group.first : group.first + group.count])
-            attended = scaled_dot_product_attention(
-                asking[:, :, None],
-                keys[group.slots, :, : group.read],
-                values[group.slots, :, : group.read],
-                attn_mask=self._mask(crosses, group, query.dtype),
-                scale=scaling,
+            slots = slice(group.slot, group.slot + group.count)
+            attended = attend(
+                rows[group.first : group.first + group.count, :, None],
+                keys[slots, :, : group.read],
+                values[slots, :, : group.read],
+                self._mask(crosses, group, query.dtype),
+                scaling,
             )
-            parts.append(group.gather(attended)[:, :, 0])
+            parts.append(attended[:, :, 0])
         for chunk in self._chunks:
             read = self._decoder.prompt_length(chunk.slot) if crosses else chunk.start + chunk.count
             attended = scaled_dot_product_attention(
@@ -267,11 +267,10 @@ class _Decoding:
             if isinstance(part, Chunk):
                 mask = self._decoder.mask(self.positions[of_part], part.start + part.count, dtype).transpose(0, 1)[None]
             elif crosses:
-                lengths = part.spread(self._lengths[of_part])[:, None, None, None]
-                hidden = torch.arange(part.read, device=lengths.device) >= lengths.clamp(min=1)
+                hidden = torch.arange(part.read, device=self._lengths.device) >= self._lengths[of_part, None, None, None]
                 mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, float("-inf"))
             else:
-                mask = self._decoder.mask(part.spread(self.positions[of_part]), part.read, dtype)[:, :, None]
+                mask = self._decoder.mask(self.positions[of_part], part.read, dtype)[:, :, None]
             self._masks[key] = mask
         return self._masks[key]
 
