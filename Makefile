@@ -12,7 +12,7 @@ OURS := src jobs
 CODE := src tests jobs serve benchmarks docs
 QUICK := not slow and not cluster and not browser and not gpu
 
-.PHONY: help setup setup-dev demo test check audit docs bench peers clean
+.PHONY: help setup setup-dev demo test check audit docs bench peers vllm test-vllm clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -50,8 +50,16 @@ peers: ## the other projects that the benchmarks compare with, in .venv-peers
 	@$(PYTHON) -m venv .venv-peers
 	@.venv-peers/bin/python -m pip --quiet --disable-pip-version-check install -r benchmarks/peers.txt
 
+vllm: ## vLLM's CPU build beside apprentice in .venv-vllm; on Linux x86-64, PyTorch's CPU build comes as in setup
+	@$(PYTHON) -m venv .venv-vllm
+	@if [ -n "$(TORCH_INDEX_URL)" ]; then .venv-vllm/bin/python -m pip -q install --no-deps --index-url "$(TORCH_INDEX_URL)" torch==2.13.0; fi
+	@.venv-vllm/bin/python -m pip --quiet --disable-pip-version-check install --no-deps -r benchmarks/vllm.txt -e .
+
+test-vllm: ## the tests of the vllm engine, in that environment
+	@OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -W default tests/serve/test_vllm.py
+
 clean: ## remove the virtual environments and the tools' caches; runs stay
-	@rm -rf .venv .venv-peers .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis dist
+	@rm -rf .venv .venv-peers .venv-vllm .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis dist
 
 # An interrupted install leaves no stamp and is taken up again; a new pin or dependency makes the stamp old.
 $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python

@@ -20,6 +20,7 @@ DATA_FOLDER = ROOT.parent / "shared" / "data"
 NEEDS_GPU = "needs a GPU"
 NEEDS_DATA = "needs ../shared/data"
 NEEDS_MOUNT = "needs root, to mount a disk"
+NEEDS_VLLM = "needs the vllm environment"
 
 # Workers inherit these, so they must stand before anything starts a process.
 os.environ.update(
@@ -61,7 +62,8 @@ class ExpectedSkipsOnly:
             return
         reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
         reason = reason.removeprefix("Skipped: ")
-        if not reason.startswith((NEEDS_GPU, NEEDS_MOUNT)) and (not reason.startswith(NEEDS_DATA) or DATA_FOLDER.is_dir()):
+        never = (NEEDS_GPU, NEEDS_MOUNT, NEEDS_VLLM)
+        if not reason.startswith(never) and (not reason.startswith(NEEDS_DATA) or DATA_FOLDER.is_dir()):
             self.unexpected.append(f"{report.nodeid}: {reason}")
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:

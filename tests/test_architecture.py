@@ -20,7 +20,7 @@ NAMES_OF_NOTHING = {"utils", "util", "helpers", "helper", "common", "misc"}
 
 MODULE_OF = {"pyyaml": "yaml"}  # where the package's name is not the module's
 NEEDED_BY_OTHERS = {"accelerate", "gguf", "ninja"}  # transformers and DeepSpeed ask for them when they need them
-OPTIONAL = {"mlflow", "wandb"}  # behind extras
+OPTIONAL = {"mlflow", "vllm", "wandb"}  # behind extras
 
 
 def python_files(*rooms: str) -> list[Path]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -13,6 +13,9 @@ def serve(
     target: Annotated[str, typer.Argument(help="A run or a model (folder or hub id).", metavar="RUN|MODEL")],
     host: Annotated[str | None, typer.Option(help="Address to listen on; loopback by default.")] = None,
     port: Annotated[int | None, typer.Option(help="Port; 0 takes a free one.")] = None,
+    engine: Annotated[
+        Literal["transformers", "vllm"] | None, typer.Option(help="What decodes; the recipe's serving.engine by default.")
+    ] = None,
     contract: Annotated[str | None, typer.Option(help="Run whose prompt contract a bare model takes.")] = None,
     recipe: Annotated[str | None, typer.Option(help="Recipe whose layout a bare model takes.")] = None,
     adapters: Annotated[
@@ -32,6 +35,7 @@ def serve(
         target,
         host=host,
         port=port,
+        engine=engine,
         contract=contract,
         recipe=recipe,
         adapters=adapters,

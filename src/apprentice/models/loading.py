@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
@@ -127,6 +128,15 @@ def load_model(
         model.config.pad_token_id = 0  # transformers asks for one; which place counts is decided by position here
     loaded: PreTrainedModel = _attach(model, folder / ADAPTER).eval()
     return loaded
+
+
+def without_weights(folder: Path, *, trust: bool = False) -> PreTrainedModel:
+    """The causal model in `folder` on PyTorch's meta device: its layers with their shapes, and no numbers in them."""
+    check_model_folder(folder, trust=trust)
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust)
+    with torch.device("meta"):
+        made: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
+    return made
 
 
 def _attach(model: Any, adapter: Path) -> Any:

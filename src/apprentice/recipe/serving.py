@@ -19,7 +19,9 @@ class Replicas(Strict):
 class Serving(Strict):
     """The endpoint over the trained model."""
 
-    engine: Literal["auto", "transformers"] = "auto"
+    engine: Literal["auto", "transformers", "vllm"] = Field(
+        "auto", description="What decodes: `transformers`, our own, which `auto` takes, or `vllm` (an extra) for causal models."
+    )
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     replicas: Replicas = Replicas()
@@ -39,3 +41,8 @@ class Serving(Strict):
     drain_timeout_s: Annotated[float, Field(ge=0.0)] = Field(
         60.0, description="How long a replica that is replaced goes on with its requests."
     )
+
+    @property
+    def kv_bytes(self) -> int | None:
+        """`kv_memory_gb` in bytes."""
+        return None if self.kv_memory_gb is None else int(self.kv_memory_gb * 1e9)

@@ -32,6 +32,7 @@ def endpoint(
     *,
     host: str | None = None,
     port: int | None = None,
+    engine: str | None = None,
     contract: str | None = None,
     recipe: str | None = None,
     adapters: str | None = None,
@@ -56,7 +57,13 @@ def endpoint(
     if require_gate:
         passed_gate(run.model if run is not None else Folder.at(folder))
     settings = run.recipe().serving if run is not None else _serving_for_bare(recipe, contract, storage)
-    chosen = {"host": host, "port": port, "adapters": adapters and str(Folder.at(adapters)), "beside": tuple(beside or ()) or None}
+    chosen = {
+        "host": host,
+        "port": port,
+        "engine": engine,
+        "adapters": adapters and str(Folder.at(adapters)),
+        "beside": tuple(beside or ()) or None,
+    }
     settings = settings.model_copy(update={key: value for key, value in chosen.items() if value is not None})
     words = None if run is not None else contract_for(folder, contract, recipe, storage) or _of_an_adapter(folder, settings)
     spoken = run.recipe() if run is not None else load_recipe(find_recipe(recipe)) if recipe is not None else None

@@ -49,7 +49,7 @@ class Forms:
         if matcher.is_error():
             reason = " ".join(str(matcher.get_error()).split())[:300]
             raise RequestProblem(f"the form of the reply cannot be followed: {reason}.", code="invalid_form")
-        return Form(matcher, self._tokenizer.vocab_size, self._layout.stop_ids)
+        return Form(matcher, self._tokenizer.vocab_size, self._layout.stop_ids, grammar)
 
 
 @lru_cache(maxsize=4)
@@ -59,9 +59,10 @@ def _tokenizer(file: str, stop_ids: tuple[int, ...]) -> llguidance.LLTokenizer:
 
 
 class Form:
-    """The state of one reply's form."""
+    """The state of one reply's form; `grammar` is what it began from, for an engine that keeps the state itself."""
 
-    def __init__(self, matcher: Any, size: int, stop_ids: tuple[int, ...]) -> None:
+    def __init__(self, matcher: Any, size: int, stop_ids: tuple[int, ...], grammar: str) -> None:
+        self.grammar = grammar
         self._matcher = matcher
         self._bits = llguidance.numpy.allocate_token_bitmask(1, size)
         self._size = size

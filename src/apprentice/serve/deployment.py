@@ -30,6 +30,7 @@ from apprentice.hub import local_folder
 from apprentice.models.trust import check_model_folder
 from apprentice.recipe import Replicas, Serving
 from apprentice.serve.adapters import adapters_in
+from apprentice.serve.engines import check_engine
 from apprentice.serve.keys import Keys, check_guarded, keys_file_of
 from apprentice.serve.limits import LimiterOfAll
 from apprentice.serve.replica import Offer, Replica, at_once
@@ -78,7 +79,7 @@ def check(
     """Everything that can be known before anything starts. Needs no Ray.
 
     Raises `ContractError` (no contract, or one that cannot be reproduced), `ModelError` (a folder that must be trusted and is
-    not), `ServingError` (host, keys, port, names) or `StorageError` (adapters that cannot be listed).
+    not), `ServingError` (host, keys, port, names, engine) or `StorageError` (adapters that cannot be listed).
     """
     check_guarded(serving.host, insecure=insecure)
     _check_models([Offer("", folder, contract, trust), *beside], serving)
@@ -93,6 +94,7 @@ def _check_models(models: Sequence[Offer], serving: Serving) -> None:
     for offer in models:
         check_model_folder(offer.folder, trust=offer.trust)
         check_writes(offer.folder)
+        check_engine(serving.engine, offer.folder)
         layout_beside(offer.folder, offer.contract)
     if serving.adapters is not None:
         adapters_in(Folder.at(serving.adapters))
@@ -151,6 +153,7 @@ class AppArguments(BaseModel):
     name: str = Field("", description="The name clients use; empty: the run's or the folder's.")
     contract: str = Field("", description="Folder whose apprentice.json holds for a bare model.")
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    engine: Literal["auto", "transformers", "vllm"] = "auto"
     replicas: Replicas = Replicas()
     max_running: int = Field(32, ge=1)
     max_queued_requests: int = Field(64, ge=1)

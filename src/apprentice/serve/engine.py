@@ -19,7 +19,8 @@ class Request:
 
     `logprobs` None: none; else so many of the best tokens besides each token's own. `score_from` wants them of the prompt too,
     from that place on.
-    `constraint` is an object with the methods of `models.sampling.Constraint`; `adapter` is what the engine's `adapter` gave.
+    `constraint` is an object with the methods of `models.sampling.Constraint` and the `grammar` that it follows, in llguidance's
+    words; `adapter` is what the engine's `adapter` gave.
     """
 
     prompt: tuple[int, ...]

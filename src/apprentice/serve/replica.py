@@ -1,6 +1,7 @@
 """One replica: a process with the engines of all models that the endpoint serves, and the routes over them.
 
-Runs inside Ray Serve, one engine thread for each model beside the event loop. Knows nothing of how replicas are started.
+Runs inside Ray Serve, one engine for each model beside the event loop, in a thread or processes of its own. Knows nothing of how
+replicas are started.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from apprentice.hub import local_folder
 from apprentice.recipe import Serving
 from apprentice.serve.adapters import Adapters
 from apprentice.serve.catalogue import Catalogue, Model
+from apprentice.serve.engines import start_engine
 from apprentice.serve.ingress import build_app
 from apprentice.serve.keys import Keys
 from apprentice.serve.limits import OwnLimits, SharedLimits
@@ -60,13 +62,16 @@ class Replica:
         self._limits = SharedLimits(limits) if limits is not None else OwnLimits()
         # A cache's folder that another node named is fetched here.
         folders = [offer.folder if offer.folder.is_dir() else local_folder(str(offer.folder)) for offer in offers]
-        models = [_model(offer, folder, serving, dtype, threads) for offer, folder in zip(offers, folders, strict=True)]
+        models = [
+            _model(offer, folder, serving, dtype, threads, with_adapters=serving.adapters is not None and not place)
+            for place, (offer, folder) in enumerate(zip(offers, folders, strict=True))
+        ]
         more = None
         if serving.adapters is not None:
-            place, base = Folder.at(serving.adapters), models[0]
+            shelf, base = Folder.at(serving.adapters), models[0]
             own = read_contract(folders[0])  # whose hash was compared with the weights just now
             hash = own.weights_sha256 if own is not None else weights_sha256(folders[0])
-            more = Adapters(place, base, hash, most=serving.max_adapters, most_waiting=serving.max_queued_requests)
+            more = Adapters(shelf, base, hash, most=serving.max_adapters, most_waiting=serving.max_queued_requests)
         self._catalogue = Catalogue(models, more)
 
     def __serve_build_asgi_app__(self) -> Any:
@@ -85,35 +90,19 @@ class Replica:
             engine.check()
 
 
-def _model(offer: Offer, folder: Path, serving: Serving, dtype: str, threads: int) -> Model:
-    # Here and not above: who only starts the endpoint needs no PyTorch.
-    from apprentice.serve.transformers_engine import TransformersEngine
-
+def _model(offer: Offer, folder: Path, serving: Serving, dtype: str, threads: int, *, with_adapters: bool) -> Model:
     layout = layout_beside(folder, offer.contract)
-    engine = TransformersEngine(
-        folder,
-        dtype=dtype,
-        max_running=serving.max_running,
-        max_queued=serving.max_queued_requests,
-        context=serving.context,
-        threads=threads,
-        kv_bytes=_kv_bytes(serving),
-        trust=offer.trust,
-    )
+    engine = start_engine(folder, serving, dtype=dtype, threads=threads, trust=offer.trust, with_adapters=with_adapters)
     return Model(offer.name, engine, layout, read_contract(folder) or offer.contract)
 
 
 def at_once(folder: Path, serving: Serving, dtype: str) -> int:
     """Requests of half a context that one replica decodes together: `max_running`, or fewer where its memory has less room."""
-    limit, numbers = _kv_bytes(serving), kv_numbers(model_config(folder))
+    limit, numbers = serving.kv_bytes, kv_numbers(model_config(folder))
     if limit is None or numbers is None:
         return serving.max_running
     of_one = numbers * (4 if dtype == "float32" else 2)
     return max(1, min(serving.max_running, 2 * limit // (of_one * serving.context)))
-
-
-def _kv_bytes(serving: Serving) -> int | None:
-    return None if serving.kv_memory_gb is None else int(serving.kv_memory_gb * 1e9)
 
 
 def _log_requests() -> None:

@@ -1,0 +1,58 @@
+"""The engines by name: what each of them can decode, and starting one.
+
+Knows nothing of Ray or HTTP; the engines' own packages are imported where one is started.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+from apprentice.artifacts import ADAPTER
+from apprentice.errors import ServingError
+from apprentice.family import family_of
+from apprentice.recipe import Serving
+from apprentice.serve.engine import Engine
+
+
+def check_engine(name: str, folder: Path) -> None:
+    """Raises `ServingError` where the engine `name` is not installed, or cannot decode the model in `folder`."""
+    if name != "vllm":
+        return
+    if family_of(folder) == "seq2seq":
+        raise ServingError(
+            f"serving.engine vllm decodes causal models only, and {folder} is a sequence-to-sequence model; use transformers."
+        )
+    if (folder / ADAPTER).is_dir():
+        raise ServingError(
+            f"{folder} has an adapter beside its weights that cannot be merged into them, and vLLM would leave it out; use"
+            " serving.engine transformers."
+        )
+    if importlib.util.find_spec("vllm") is None:
+        raise ServingError(
+            "serving.engine vllm needs the package vllm, which is not installed; pip install 'apprentice[vllm]', or use"
+            " serving.engine transformers."
+        )
+
+
+def start_engine(folder: Path, serving: Serving, *, dtype: str, threads: int, trust: bool, with_adapters: bool) -> Engine:
+    """The engine that `serving` names over the model in `folder`, in the event loop that asks it. Raises as `check_engine`, and
+    `ModelError` where it does not start."""
+    check_engine(serving.engine, folder)
+    wanted: dict[str, Any] = {
+        "dtype": dtype,
+        "max_running": serving.max_running,
+        "max_queued": serving.max_queued_requests,
+        "context": serving.context,
+        "threads": threads,
+        "kv_bytes": serving.kv_bytes,
+        "trust": trust,
+    }
+    if serving.engine == "vllm":
+        from apprentice.serve.vllm_engine import VllmEngine
+
+        return VllmEngine(folder, **wanted, adapters=serving.max_adapters if with_adapters else 0)
+    from apprentice.serve.transformers_engine import TransformersEngine
+
+    return TransformersEngine(folder, **wanted)
