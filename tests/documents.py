@@ -160,7 +160,9 @@ def check_command(words: list[str]) -> Any:
     from apprentice.cli import app
 
     if words[0] != "apprentice":
-        assert words[0] in ("ray", "kubectl", "serve", "make", "docker", "export", "lm_eval"), f"nothing is known of {words[0]!r}"
+        assert words[0] in ("ray", "kubectl", "serve", "make", "docker", "export", "lm_eval", "pip"), (
+            f"nothing is known of {words[0]!r}"
+        )
         return None
     commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
     assert words[1] in commands, f"there is no `apprentice {words[1]}`"
