@@ -93,7 +93,10 @@ def causes(error: BaseException) -> Iterator[BaseException]:
             continue
         seen.add(id(current))
         yield current
-        inner = [getattr(current, name, None) for name in ("cause", "_base_exc", "base_exc", "controller_failure")]
+        inner = [
+            getattr(current, name, None)
+            for name in ("cause", "_base_exc", "base_exc", "controller_failure", "health_check_failure")
+        ]
         inner += [*getattr(current, "worker_failures", {}).values(), current.__cause__, current.__context__]
         waiting += [candidate for candidate in inner if isinstance(candidate, BaseException)]
 
