@@ -201,7 +201,7 @@ def test_a_run_outlives_its_driver_and_its_nodes(nodes: Nodes, tmp_path: Path, t
     assert begins[:3] == [1, 4, 7]  # from the checkpoints of steps 3 and 6
     assert begins[3] >= GROWS + 1  # and one that was made to grow
     assert (run.checkpoints / f"step-{begins[3] - 1:06d}").exists()
-    assert saved + 1 in begins[4:]  # the one that grew may have made a step, or none
+    assert begins[-1] > saved  # of the notice's checkpoint; its workers may have made one more before they went
     assert {step["step"] for step in steps} == set(range(1, STEPS + 1))
     assert run.ledger_file.read_json()["examples"] == sum(map(len, expected))
     assert run.is_trained
