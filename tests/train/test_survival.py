@@ -202,6 +202,7 @@ def test_a_run_outlives_its_driver_and_its_nodes(nodes: Nodes, tmp_path: Path, t
     assert begins[3] >= GROWS + 1  # and one that was made to grow
     assert (run.checkpoints / f"step-{begins[3] - 1:06d}").exists()
     assert begins[-1] > saved  # of the notice's checkpoint; its workers may have made one more before they went
+    assert (run.checkpoints / f"step-{begins[-1] - 1:06d}").exists()
     assert {step["step"] for step in steps} == set(range(1, STEPS + 1))
     assert run.ledger_file.read_json()["examples"] == sum(map(len, expected))
     assert run.is_trained
