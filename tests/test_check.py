@@ -11,7 +11,7 @@ import pytest
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from apprentice import check
-from apprentice.errors import ContractError, RecipeError
+from apprentice.errors import ContractError, RecipeError, ServingError
 from apprentice.recipe import load_recipe
 from tests.recipes import tiny_recipe
 from tests.samples import tiny_model_of
@@ -67,6 +67,16 @@ def test_a_model_and_a_layout_that_do_not_fit_are_refused(tmp_path: Path, tiny_m
     short = tiny_model_of("gpt_neox", tiny_model, tmp_path / "short")
     with pytest.raises(RecipeError, match=r"data.max_length 600 is more than the 512 positions of .*short; lower it"):
         model_point(tmp_path / "long", short, data__max_length=600, data__packing={"length": 1024})
+
+
+def test_an_engine_that_could_not_decode_what_is_trained_is_refused(tmp_path: Path, tiny_model: Path) -> None:
+    engine = {"serving": {"engine": "vllm"}}
+    assert "layout chat" in model_point(tmp_path / "lora", tiny_model, **engine)
+    refusal = r"engine vllm would leave out what tuning.method prefix trains, which cannot .*; use serving.engine transformers, or"
+    with pytest.raises(ServingError, match=refusal):
+        model_point(tmp_path / "prefix", tiny_model, tuning={"method": "prefix"}, **engine)
+    with pytest.raises(ServingError, match=r"engine vllm decodes causal models only"):
+        model_point(tmp_path / "t5", tiny_model_of("t5_v1.1", tiny_model, tmp_path / "t5-tiny"), data__layout="plain", **engine)
 
 
 def test_a_chain_whose_base_has_another_layout_or_tokenizer_is_refused(tmp_path: Path, tiny_model: Path) -> None:

@@ -27,7 +27,7 @@ from apprentice.data.layout import Layout
 from apprentice.data.pipeline import Corpus, estimate_steps, make_corpus
 from apprentice.data.quality import classes_of, layouts_of, shown_in_the_prompt
 from apprentice.data.sources import on_the_hub, resolve
-from apprentice.errors import ApprenticeError, ContractError, DataError, RecipeError, StorageError
+from apprentice.errors import ApprenticeError, ContractError, DataError, RecipeError, ServingError, StorageError
 from apprentice.family import RELATIVE_POSITIONS, check_writes, model_config
 from apprentice.hub import local_folder, missing_model
 from apprentice.nodes import node_resources, on_every_node
@@ -144,6 +144,7 @@ def _model(recipe: Recipe) -> str:
     packing_strategy(recipe, tokenizer.folder)
     _check_length(recipe, tokenizer.folder)
     check_companions(recipe, tokenizer)
+    _check_engine(recipe, tokenizer.folder)
     if not recipe.training.aim.head:
         check_writes(tokenizer.folder)
     line = " → ".join([*ancestors, public_base(recipe.model.base)])
@@ -164,6 +165,20 @@ def _check_length(recipe: Recipe, folder: Path) -> None:
         raise RecipeError(
             f"data.max_length {recipe.data.max_length} is more than the {positions} positions of"
             f" {public_base(recipe.model.base)}; lower it, or name a model with a longer context."
+        )
+
+
+def _check_engine(recipe: Recipe, folder: Path) -> None:
+    """Raises `ServingError` where the recipe's engine could not decode what the recipe trains, whether or not it is installed."""
+    from apprentice.models.tuning import TUNING_METHODS
+    from apprentice.serve.engines import check_decodes
+
+    engine, method = recipe.serving.engine, recipe.tuning.method
+    check_decodes(engine, folder)
+    if engine == "vllm" and TUNING_METHODS[method].merge is None:
+        raise ServingError(
+            f"serving.engine vllm would leave out what tuning.method {method} trains, which cannot become part of the weights; use"
+            " serving.engine transformers, or tuning.method lora."
         )
 
 

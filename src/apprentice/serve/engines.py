@@ -16,14 +16,19 @@ from apprentice.recipe import Serving
 from apprentice.serve.engine import Engine
 
 
-def check_engine(name: str, folder: Path) -> None:
-    """Raises `ServingError` where the engine `name` is not installed, or cannot decode the model in `folder`."""
-    if name != "vllm":
-        return
-    if family_of(folder) == "seq2seq":
+def check_decodes(name: str, folder: Path) -> None:
+    """Raises `ServingError` where the engine `name` cannot decode the model in `folder`, whether or not it is installed here."""
+    if name == "vllm" and family_of(folder) == "seq2seq":
         raise ServingError(
             f"serving.engine vllm decodes causal models only, and {folder} is a sequence-to-sequence model; use transformers."
         )
+
+
+def check_engine(name: str, folder: Path) -> None:
+    """Raises `ServingError` where the engine `name` is not installed, or cannot decode the model in `folder`."""
+    check_decodes(name, folder)
+    if name != "vllm":
+        return
     if (folder / ADAPTER).is_dir():
         raise ServingError(
             f"{folder} has an adapter beside its weights that cannot be merged into them, and vLLM would leave it out; use"
