@@ -7,13 +7,12 @@ Knows nothing of recipes or of chat templates.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from apprentice.errors import RowError
 from apprentice.tasks.records import record_task
 from apprentice.tasks.schema import Example, Task, Template
 
-COLUMNS = frozenset(["messages", "conversations", "system"])  # a row has one of the first two
 ROLES = {
     "user": "user",
     "human": "user",
@@ -26,8 +25,11 @@ ROLES = {
 }
 
 
-class ConversationTemplate(Template):
-    """Takes the turns as they are; the last question and answer are the example, those before are its history."""
+class SpokenTemplate(Template):
+    """Takes what was said in `COLUMNS` of a row as it is; a row may lack those in `OPTIONAL`."""
+
+    COLUMNS: ClassVar[frozenset[str]]
+    OPTIONAL: ClassVar[frozenset[str]]
 
     @property
     def is_whole(self) -> bool:
@@ -39,11 +41,18 @@ class ConversationTemplate(Template):
 
     @property
     def names(self) -> frozenset[str]:
-        return COLUMNS
+        return self.COLUMNS
 
     @property
     def optional_names(self) -> frozenset[str]:
-        return COLUMNS
+        return self.OPTIONAL
+
+
+class ConversationTemplate(SpokenTemplate):
+    """The last question and answer are the example, the turns before are its history."""
+
+    COLUMNS = frozenset(["messages", "conversations", "system"])  # a row has one of the first two
+    OPTIONAL = COLUMNS
 
     def example(self, task: str, row: Mapping[str, Any]) -> Example:
         """Raises `RowError` with reason `null`, `unknown_role`, `turns` or `empty_answer`."""

@@ -12,11 +12,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from apprentice.errors import RowError
-from apprentice.tasks.conversations import exchanges, message_of
+from apprentice.tasks.conversations import SpokenTemplate, exchanges, message_of
 from apprentice.tasks.records import record_task
-from apprentice.tasks.schema import Example, SourceSpec, Task, Template
+from apprentice.tasks.schema import Example, SourceSpec, Task
 
-COLUMNS = frozenset(["prompt", "chosen", "rejected", "system"])
 _SAMPLE = {"prompt": "Which herb grows in the shade?", "chosen": "Mint does, and chives.", "rejected": "Any."}
 _SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 _SPOKEN = re.compile(r"\n\n(Human|Assistant):")
@@ -24,28 +23,15 @@ _SPOKEN = re.compile(r"\n\n(Human|Assistant):")
 Said = list[tuple[str, str]]  # (role, text) of each message
 
 
-class PreferenceTemplate(Template):
-    """Takes question and answers as they are. Where answers are ranked, their order is that of the alphabet."""
+class PreferenceTemplate(SpokenTemplate):
+    """A question with both answers. Where answers are ranked, their order is that of the alphabet."""
 
-    @property
-    def is_whole(self) -> bool:
-        return True
-
-    @property
-    def has_turns(self) -> bool:
-        return True
+    COLUMNS = frozenset(["prompt", "chosen", "rejected", "system"])
+    OPTIONAL = frozenset(["prompt", "system"])
 
     @property
     def has_pairs(self) -> bool:
         return True
-
-    @property
-    def names(self) -> frozenset[str]:
-        return COLUMNS
-
-    @property
-    def optional_names(self) -> frozenset[str]:
-        return frozenset(["prompt", "system"])
 
     def example(self, task: str, row: Mapping[str, Any]) -> Example:
         """Raises `RowError` with reason `null`, `unknown_role`, `turns`, `prompts_differ`, `empty_answer` or `equal_answers`."""

@@ -9,36 +9,23 @@ from collections.abc import Mapping
 from typing import Any
 
 from apprentice.errors import RowError
-from apprentice.tasks.conversations import exchanges
+from apprentice.tasks.conversations import SpokenTemplate, exchanges
 from apprentice.tasks.preferences import said_in
 from apprentice.tasks.records import record_task
-from apprentice.tasks.schema import Example, Task, Template
+from apprentice.tasks.schema import Example, Task
 
 _SAMPLE = {"prompt": "Which herb grows in the shade?"}
 
 
-class PromptTemplate(Template):
-    """Takes the question, and what was said before it, as they are."""
+class PromptTemplate(SpokenTemplate):
+    """A question, and what was said before it."""
 
-    @property
-    def is_whole(self) -> bool:
-        return True
-
-    @property
-    def has_turns(self) -> bool:
-        return True
+    COLUMNS = frozenset(["prompt", "system"])
+    OPTIONAL = frozenset(["system"])
 
     @property
     def has_answer(self) -> bool:
         return False
-
-    @property
-    def names(self) -> frozenset[str]:
-        return frozenset(["prompt", "system"])
-
-    @property
-    def optional_names(self) -> frozenset[str]:
-        return frozenset(["system"])
 
     def example(self, task: str, row: Mapping[str, Any]) -> Example:
         """Raises `RowError` with reason `null`, `unknown_role`, `turns` or `empty_answer` (of an earlier turn)."""
