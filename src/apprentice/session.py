@@ -68,9 +68,11 @@ def _connect() -> None:
     if os.environ.get("RAY_ADDRESS"):
         ray.init(logging_level=logging.ERROR, log_to_driver=False)
         return
+    cpus = len(os.sched_getaffinity(0)) + SPARE_CPUS
+    os.environ.setdefault("RAY_worker_maximum_startup_concurrency", str(cpus))  # Ray warns of many processes, and counts only cores
     ray.init(
         address="local",
-        num_cpus=len(os.sched_getaffinity(0)) + SPARE_CPUS,
+        num_cpus=cpus,
         include_dashboard=False,
         logging_level=logging.ERROR,
         log_to_driver=False,

@@ -31,6 +31,7 @@ def recipe(folder: Path, name: str, method: str = "full", **more: Any) -> Recipe
 def kept(made: Recipe, dtype: torch.dtype) -> int:
     """Bytes that autograd keeps of one real pass over rows with one target, packed where the method packs."""
     model = TUNING_METHODS[made.tuning.method].wrap(load_model(made.model.base, dtype), made.tuning, 0).train()
+    model.to(dtype)  # which DeepSpeed does
     own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
     held: dict[int, torch.UntypedStorage] = {}
 

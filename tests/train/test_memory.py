@@ -12,7 +12,7 @@ import torch
 from apprentice.errors import TrainingError
 from apprentice.recipe import Recipe, load_recipe
 from apprentice.train.checkpoint import SHARD_BYTES
-from apprentice.train.held import PROCESS_BYTES, held
+from apprentice.train.held import PROCESS_BYTES, gathered, held
 from apprentice.train.memory import GIB, Watch, expected, free_memory, out_of_memory, ran_out, smaller, that_fit
 from tests.recipes import tiny_recipe
 
@@ -48,6 +48,16 @@ def test_frozen_weights_adafactor_and_offload(tmp_path: Path) -> None:
     for deepspeed, gpus, there in ((in_memory, 1, 0), (on_disk, 1, 0), (in_memory, 0, 6000), (on_disk, 0, 0)):
         away = recipe(tmp_path, training__deepspeed=deepspeed, training__resources={"gpus": gpus})
         assert held(away, 1000, 1000, torch.bfloat16, 2).optimizer == there
+
+
+def test_zero_3_has_whole_weights_beside_its_shares(tmp_path: Path) -> None:
+    def whole(**deepspeed: Any) -> float:
+        return gathered(recipe(tmp_path, training__deepspeed=deepspeed), 2 * 10**9, torch.bfloat16)
+
+    assert whole(stage=2) == 0
+    assert whole(stage=3) == 2 * (10**9 + 5 * 10**7)
+    few = {"stage3_max_live_parameters": 10**8, "stage3_prefetch_bucket_size": 10**6}
+    assert whole(stage=3, extra={"zero_optimization": few}) == 2 * (10**8 + 10**6)
 
 
 def test_process_and_checkpoint_are_in_the_hosts_memory(tmp_path: Path, tiny_model: Path) -> None:

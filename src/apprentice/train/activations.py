@@ -55,6 +55,8 @@ def _kept(recipe: Recipe, dtype: torch.dtype, rows: int, length: int) -> tuple[f
         warnings.simplefilter("ignore")
         model = loader.from_config(config, dtype=dtype, **({"attn_implementation": "eager"} if eager else {}))
         wrapped: Any = TUNING_METHODS[recipe.tuning.method].wrap(model, recipe.tuning, recipe.seed).train()
+        if recipe.training.optimizer.name != "adafactor":
+            wrapped.to(dtype)  # as DeepSpeed does; Adafactor keeps what is trained wide
         ids = torch.empty((rows, length), dtype=torch.long)
         seen = torch.empty((rows, 1, length, length), dtype=torch.bool)
         given: dict[str, Any] = {"input_ids": ids, "use_cache": False}

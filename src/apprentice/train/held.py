@@ -15,6 +15,9 @@ from apprentice.train.deepspeed_config import engine_stage
 # Of a worker's process on a CPU before it has a model, measured: Python, PyTorch, Ray, DeepSpeed and transformers.
 PROCESS_BYTES = 449 * 2**20
 
+# DeepSpeed's own settings of ZeRO 3, in numbers: as many are whole at a time, and so many more are fetched ahead.
+LIVE, FETCHED = 1e9, 5e7
+
 
 @dataclass(frozen=True)
 class Held:
@@ -45,3 +48,14 @@ def held(recipe: Recipe, parameters: int, trained: int, dtype: torch.dtype, work
     optimizer: float = trained * ((0 if training.optimizer.name == "adafactor" else 8) + (4 if narrow else 0))
     optimizer /= workers if stage >= 1 else 1
     return Held(weights, gradients, 0.0 if away else optimizer)
+
+
+def gathered(recipe: Recipe, parameters: int, dtype: torch.dtype) -> float:
+    """Bytes of the weights that ZeRO 3 has whole at its peak, beside each worker's share; none at other stages."""
+    training = recipe.training
+    narrow = dtype != torch.float32 and training.optimizer.name != "adafactor"
+    if engine_stage(training, narrow=narrow) < 3:
+        return 0.0
+    said = training.deepspeed.extra.get("zero_optimization", {})
+    live, fetched = said.get("stage3_max_live_parameters", LIVE), said.get("stage3_prefetch_bucket_size", FETCHED)
+    return float(min(parameters, live) + min(parameters, fetched)) * (2 if narrow else 4)

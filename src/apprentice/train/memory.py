@@ -21,7 +21,7 @@ from apprentice.models.loading import count_parameters, resolve_dtype
 from apprentice.recipe import Recipe
 from apprentice.train.activations import activations
 from apprentice.train.checkpoint import SHARD_BYTES
-from apprentice.train.held import PROCESS_BYTES, Held, held
+from apprentice.train.held import PROCESS_BYTES, Held, gathered, held
 
 GIB = 2**30
 CLEARLY_LESS = 0.9  # of what was too much, so that a change which is named really helps
@@ -50,7 +50,8 @@ def peak_memory(device: torch.device) -> int:
 def expected(recipe: Recipe, parameters: int, trained: int, dtype: torch.dtype, *, workers: int, micro: int, length: int) -> Held:
     """What the first of `workers` holds at its peak, with `micro` rows of `length` tokens at once; arguments as for `held`."""
     kept = activations(recipe, dtype, micro, length)
-    found = replace(held(recipe, parameters, trained, dtype, workers), activations=kept)
+    found = held(recipe, parameters, trained, dtype, workers)
+    found = replace(found, weights=found.weights + gathered(recipe, parameters, dtype), activations=kept)
     if recipe.training.resources.gpus:
         return found  # the process and the checkpoint are none of the GPU's memory
     state = 12.0 * trained  # as it is in a checkpoint
