@@ -1,7 +1,9 @@
 """Causal models and encoder-decoders of transformers as an engine: our decoder in a thread of its own, beside the event loop.
 
 The thread steps while there is somebody to step for; requests and cancellations reach it through a queue that it empties between
-two steps, tokens go back through the event loop. Knows nothing of text or HTTP.
+two steps, tokens go back through the event loop. All arithmetic is that thread's, the model's loading too: OpenMP keeps helpers for
+each thread that ever needed some, and once there are more of them than CPUs they sleep between two operations, where to wake them
+takes longer than the operation. Knows nothing of text or HTTP.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self
 
@@ -52,10 +55,12 @@ class TransformersEngine:
         kv_bytes: int | None = None,
         trust: bool = False,
     ) -> None:
-        torch.set_num_threads(min(threads, len(os.sched_getaffinity(0))))
-        device: Any = "cuda" if torch.cuda.is_available() else "cpu"
-        self._model: Any = load_model(folder, resolve_dtype(dtype), trust=trust).to(device)
-        self._decoder = decoder_for(self._model, slots=max_running, context=context, kv_bytes=kv_bytes)
+        def load() -> None:
+            torch.set_num_threads(min(threads, len(os.sched_getaffinity(0))))
+            device: Any = "cuda" if torch.cuda.is_available() else "cpu"
+            self._model: Any = load_model(folder, resolve_dtype(dtype), trust=trust).to(device)
+            self._decoder = decoder_for(self._model, slots=max_running, context=context, kv_bytes=kv_bytes)
+
         self._most = max_running + max_queued
         self._replies: dict[int, _Reply] = {}
         self._numbers = itertools.count()
@@ -65,8 +70,10 @@ class TransformersEngine:
         self._held_tokens = self._reserved_tokens = 0
         self._failure: str | None = None
         self._orders: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name="decoder", daemon=True)
+        loaded: Future[None] = Future()
+        self._thread = threading.Thread(target=self._run, args=(load, loaded), name="decoder", daemon=True)
         self._thread.start()
+        loaded.result()
 
     @property
     def context(self) -> int:
@@ -79,7 +86,8 @@ class TransformersEngine:
     def adapter(self, folder: Path) -> Lora:
         if has_virtual_tokens(self._model):
             raise ModelError("the model that is served has virtual tokens of its own, and takes no adapters; serve its base.")
-        return read_lora(folder, self._model)
+        with ThreadPoolExecutor(1) as short_lived:
+            return short_lived.submit(read_lora, folder, self._model).result()
 
     def generate(self, requests: list[Request]) -> list[_Reply]:
         self.check()
@@ -141,7 +149,13 @@ class TransformersEngine:
         self._orders.put(None)
         self._thread.join(timeout=30)
 
-    def _run(self) -> None:
+    def _run(self, load: Callable[[], None], loaded: Future[None]) -> None:
+        try:
+            load()
+            loaded.set_result(None)
+        except BaseException as error:  # whoever waits for the model is told
+            loaded.set_exception(error)
+            return
         try:
             while self._obey():
                 self._pass_on(self._decoder.step())
