@@ -189,7 +189,8 @@ def run(arguments: argparse.Namespace, folder: Path) -> None:
     if find_spec("trl") is None:
         report("gpu.vs_trl", None, why="trl is not installed here")
         return
-    peer = trainers.speed("trl", recipe_of(argparse.Namespace(**vars(arguments) | {"micro": full.micro}), folder, "full"), steps)
+    same = recipe_of(argparse.Namespace(**vars(arguments) | {"micro": full.micro}), folder, "full")
+    peer = trainers.measured("trl", same, steps).tokens_per_s
     sides: dict[str, Any] = {"ours": round(full.targets_per_s, 1), "peer": {"name": "trl SFTTrainer", "value": round(peer, 1)}}
     report("gpu.vs_trl", full.targets_per_s / peer, unit="ratio", **sides, device=name, runs=1, goal=TRL_GOAL)
 

@@ -7,6 +7,7 @@ itself. Only steady steps count, and only target tokens.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import pickle
 import sys
@@ -15,7 +16,7 @@ import time
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -27,6 +28,7 @@ from apprentice.models.tuning import TUNING_METHODS
 from apprentice.recipe import Recipe
 from apprentice.train.batch import PackedRows
 from apprentice.train.deepspeed_config import micro_batch, rows_per_worker
+from apprentice.train.memory import peak_memory
 
 WARM_UP = 2  # steps that do not count
 
@@ -41,14 +43,21 @@ class Job:
     folder: str
 
 
-def speed(peer: str, recipe: Recipe, steps: list[PackedRows]) -> float:
-    """Target tokens/s of `peer` ("trainer" or "trl") over `steps`, in as many processes as the recipe has workers."""
+class Measured(NamedTuple):
+    """`peak_memory` is in bytes, resident, of the process that held most."""
+
+    tokens_per_s: float
+    peak_memory: int
+
+
+def measured(peer: str, recipe: Recipe, steps: list[PackedRows]) -> Measured:
+    """`peer` ("trainer" or "trl") over `steps`, in as many processes as the recipe has workers; target tokens count."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "job.pickle"
         file.write_bytes(pickle.dumps(Job(peer, recipe, steps, folder)))
         workers = recipe.training.max_workers
         torch.multiprocessing.spawn(_process, (str(file), workers), nprocs=workers)
-        return float((Path(folder) / "speed").read_text())
+        return Measured(*json.loads((Path(folder) / "measured").read_text()))
 
 
 def _process(rank: int, file: str, workers: int) -> None:
@@ -61,11 +70,12 @@ def _process(rank: int, file: str, workers: int) -> None:
     with contextlib.redirect_stdout(sys.stderr):  # they print their figures, and standard output is for ours
         trainer = _trl(job, workers) if job.peer == "trl" else _trainer(job, workers)
         targets, seconds = _run(trainer)
-    total = torch.tensor([targets], dtype=torch.float64)
+    total, most = torch.tensor([targets], dtype=torch.float64), torch.tensor([peak_memory(torch.device("cpu"))])
     if workers > 1:
         dist.all_reduce(total)
+        dist.all_reduce(most, dist.ReduceOp.MAX)
     if rank == 0:
-        (Path(job.folder) / "speed").write_text(str(float(total) / seconds))
+        (Path(job.folder) / "measured").write_text(json.dumps([float(total) / seconds, int(most)]))
 
 
 def _run(trainer: Any) -> tuple[int, float]:

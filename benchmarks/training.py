@@ -3,8 +3,8 @@
 All have the same packed rows, model, number format, processes and threads. Only steady steps count: start, checkpoints and
 validation are left out on all sides. Against the bare loop the ratio is what Ray and DeepSpeed cost.
 
-How long a run takes to its first step, and what part of a save training waits for, are figures of their own. DPO against TRL's is
-in preferences.py, the two trainers in trainers.py.
+How long a run takes to its first step, what part of a save training waits for, and the memory of a process beside that of TRL's are
+figures of their own. DPO against TRL's is in preferences.py, the two trainers in trainers.py.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ from apprentice.train.optim import adamw, learning_rate
 WARM_UP = 2  # steps that do not count
 GOAL, DPO_GOAL = 0.95, 1.2
 TRAINER_GOAL, TRL_GOAL = 1.0, 1.5
-STARTUP_GOAL_S, SAVE_GOAL = 25.0, 0.1  # seconds; part of a save
+STARTUP_GOAL_S, SAVE_GOAL, MEMORY_GOAL = 25.0, 0.1, 1.0  # seconds; part of a save; of TRL's
+MIB = 2**20
 
 
 def recipe_of(arguments: argparse.Namespace, storage: str, name: str) -> Recipe:
@@ -201,15 +202,25 @@ def measure_bare_loop(arguments: argparse.Namespace, storage: str, numbers: Iter
 
 
 def measure_peer(figure: str, name: str, goal: float, arguments: argparse.Namespace, storage: str, numbers: Iterator[int]) -> None:
-    made = recipe_of(arguments, storage, "peers")
+    made, steps = recipe_of(arguments, storage, "peers"), first_steps(arguments, storage)
     compare(
         f"training.vs_{figure}",
         lambda: ours(arguments, storage, next(numbers)),
         name,
-        partial(trainers.speed, figure, made, first_steps(arguments, storage)),
+        lambda: trainers.measured(figure, made, steps).tokens_per_s,
         runs=arguments.runs,
         goal=goal,
     )
+
+
+def measure_memory(arguments: argparse.Namespace, storage: str, _: Iterator[int]) -> None:
+    made = recipe_of(arguments, storage, "memory")
+    run = open_run(made)
+    mine = train(made, run, make_corpus(made, run), progress=lambda _: None).peak_memory
+    assert mine is not None
+    theirs = trainers.measured("trl", made, first_steps(arguments, storage)).peak_memory
+    peer = {"name": "trl SFTTrainer, packing", "mib": theirs // MIB}
+    report("training.memory_vs_trl", mine / theirs, unit="ratio", ours_mib=mine // MIB, peer=peer, runs=1, goal=MEMORY_GOAL)
 
 
 def measure_startup(arguments: argparse.Namespace, storage: str, _: Iterator[int]) -> None:
@@ -239,6 +250,7 @@ MEASURES: dict[str, Callable[[argparse.Namespace, str, Iterator[int]], None]] = 
     "bare_loop": measure_bare_loop,
     "trainer": partial(measure_peer, "trainer", "transformers Trainer", TRAINER_GOAL),
     "trl": partial(measure_peer, "trl", "trl SFTTrainer, packing", TRL_GOAL),
+    "memory": measure_memory,
     "startup": measure_startup,
     "save": measure_save,
     "dpo": measure_dpo,
