@@ -20,6 +20,7 @@ from apprentice.evaluate.predictions import ENCODED, table_of
 from apprentice.evaluate.rank import by_prior, ranked
 from apprentice.family import gives_rewards
 from apprentice.models.loading import count_parameters, load_model, resolve_dtype
+from apprentice.models.packing import placed
 from apprentice.models.reward import choice_rewards, is_reward
 from apprentice.models.scoring import choice_logprobs
 from apprentice.recipe import Model
@@ -121,8 +122,7 @@ def model_on(folder: Path, settings: Model, pool: Pool) -> Any:
     device = "cuda" if pool.gpus else "cpu"
     head = 0 if gives_rewards(folder) else None
     dtype = resolve_dtype(settings.dtype, device)
-    loaded: Any = load_model(folder, dtype, settings.attention, head=head, trust=settings.trust)
-    return loaded.to(device)
+    return placed(load_model(folder, dtype, settings.attention, head=head, trust=settings.trust), device)
 
 
 def weight_bytes(folder: Path, model: Model, *, gpu: bool) -> int:

@@ -235,20 +235,20 @@ class _Decoding:
                 rows[group.first : group.first + group.count, :, None],
                 keys[slots, :, : group.read],
                 values[slots, :, : group.read],
-                self._mask(crosses, group, query.dtype),
+                self._mask(crosses, group, keys.dtype),
                 scaling,
             )
             parts.append(attended[:, :, 0])
         for chunk in self._chunks:
             read = self._decoder.prompt_length(chunk.slot) if crosses else chunk.start + chunk.count
             attended = scaled_dot_product_attention(
-                query[:, :, chunk.first : chunk.first + chunk.count],
+                query[:, :, chunk.first : chunk.first + chunk.count].to(keys.dtype),
                 keys[chunk.slot : chunk.slot + 1, :, :read],
                 values[chunk.slot : chunk.slot + 1, :, :read],
-                attn_mask=None if crosses else self._mask(crosses, chunk, query.dtype),
+                attn_mask=None if crosses else self._mask(crosses, chunk, keys.dtype),
                 scale=scaling,
             )
-            parts.append(attended[0].transpose(0, 1))
+            parts.append(attended[0].transpose(0, 1).to(query.dtype))
         return torch.cat(parts)[None]
 
     def _keep(self, layer: int, key: Tensor, value: Tensor, *, crosses: bool) -> tuple[Tensor, Tensor]:

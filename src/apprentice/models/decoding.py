@@ -182,7 +182,7 @@ class Decoder:
         shaped = logits
         changed = [row for row, owner in enumerate(owners) if wishes[row].changes_logits or owner.wanted.constraint]
         if changed:
-            shaped = logits.float()
+            shaped = logits.to(torch.float32, copy=True)
             for row in changed:
                 shaped[row] = adjust(logits[row], wishes[row], owners[row].seen, owners[row].wanted.constraint)
         chosen = draw(shaped, wishes, [owner.produced for owner in owners])
@@ -235,7 +235,7 @@ class Decoder:
 
     def _segments(self) -> tuple[list[Segment], list[Running]]:
         room = self._prefill_tokens
-        segments, owners = [], []
+        found = []
         for owner in self._running.values():  # oldest first
             ids = owner.pending[: self._prefill_tokens]
             if not owner.produced:
@@ -244,9 +244,9 @@ class Decoder:
                     continue
                 room -= len(ids)
             every = owner.wanted.score_from is not None and not owner.produced
-            segments.append(Segment(owner.slot, owner.start, ids, every, owner.wanted.adapter))
-            owners.append(owner)
-        return segments, owners
+            found.append((Segment(owner.slot, owner.start, ids, every, owner.wanted.adapter), owner))
+        found.sort(key=lambda pair: pair[0].place)  # then logits need not be put into another order
+        return [segment for segment, _ in found], [owner for _, owner in found]
 
     def _accept(self, owner: Running, chosen: int, scored: Scored | None) -> Token:
         owner.produced += 1

@@ -79,7 +79,7 @@ def adjust(logits: Tensor, sampling: Sampling, seen: Counter[int], constraint: C
 
 def draw(logits: Tensor, samplings: Sequence[Sampling], steps: Sequence[int]) -> list[int]:
     """For each row of `logits` (requests, vocabulary) the id of the request's token number `steps[row]`."""
-    chosen: list[int] = logits.argmax(dim=-1).tolist()
+    chosen: list[int] = logits.max(dim=-1).indices.tolist()  # as `argmax`, which takes five times as long in bfloat16 on a CPU
     drawn = [row for row, sampling in enumerate(samplings) if not sampling.is_greedy]
     if not drawn:
         return chosen

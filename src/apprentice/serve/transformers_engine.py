@@ -27,6 +27,7 @@ from apprentice.models.alone import decoder_for, has_virtual_tokens
 from apprentice.models.decoding import Generation, Token
 from apprentice.models.loading import load_model, resolve_dtype
 from apprentice.models.lora import Lora, read_lora
+from apprentice.models.packing import placed
 from apprentice.models.sampling import Sampling
 from apprentice.serve.engine import EngineFailed, NewToken, Overloaded, Request, Score, Stats
 
@@ -57,8 +58,8 @@ class TransformersEngine:
     ) -> None:
         def load() -> None:
             torch.set_num_threads(min(threads, len(os.sched_getaffinity(0))))
-            device: Any = "cuda" if torch.cuda.is_available() else "cpu"
-            self._model: Any = load_model(folder, resolve_dtype(dtype), trust=trust).to(device)
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            self._model: Any = placed(load_model(folder, resolve_dtype(dtype), trust=trust), device)
             self._decoder = decoder_for(self._model, slots=max_running, context=context, kv_bytes=kv_bytes)
 
         self._most = max_running + max_queued

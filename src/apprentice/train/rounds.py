@@ -23,6 +23,7 @@ from apprentice.data.permutation import key_of, permute
 from apprentice.data.window import Prompt, WindowRenderer
 from apprentice.models.decoding import Decoder, Generation
 from apprentice.models.loading import load_model, resolve_dtype
+from apprentice.models.packing import placed
 from apprentice.models.reward import choice_rewards
 from apprentice.models.sampling import Sampling
 from apprentice.models.tuning import TUNING_METHODS, load_trainable, trainable
@@ -83,22 +84,22 @@ class RoundWriter:
         recipe = self._corpus.recipe
         model = self._loaded(recipe.model.base)
         if read is None:
-            return model
+            return placed(model, self._device)
         method = TUNING_METHODS[recipe.tuning.method]
         assert method.merge is not None, "the recipe allows only methods that can be merged"
         wrapped = method.wrap(model, recipe.tuning, recipe.seed)
         load_trainable(wrapped, {name: read(f"{WEIGHT}/{name}") for name in trainable(wrapped)})
-        return method.merge(wrapped).requires_grad_(False).eval()
+        return placed(method.merge(wrapped).requires_grad_(False).eval(), self._device)
 
     @cached_property
     def _reference(self) -> Any:
-        return self._loaded(self._corpus.recipe.model.base)
+        return placed(self._loaded(self._corpus.recipe.model.base), self._device)
 
     @cached_property
     def _judge(self) -> Any:
         reward = self._corpus.recipe.training.grpo.reward
         assert reward is not None, "the recipe names a reward model"
-        return self._loaded(reward, head=0)
+        return placed(self._loaded(reward, head=0), self._device)
 
     def _loaded(self, base: str, head: int | None = None) -> Any:
         settings = self._corpus.recipe.model
