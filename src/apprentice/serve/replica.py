@@ -96,12 +96,13 @@ def _model(offer: Offer, folder: Path, serving: Serving, dtype: str, threads: in
     return Model(offer.name, engine, layout, read_contract(folder) or offer.contract)
 
 
-def at_once(folder: Path, serving: Serving, dtype: str) -> int:
+def at_once(folder: Path, serving: Serving, dtype: str, *, on_gpu: bool) -> int:
     """Requests of half a context that one replica decodes together: `max_running`, or fewer where its memory has less room."""
     limit, numbers = serving.kv_bytes, kv_numbers(model_config(folder))
     if limit is None or numbers is None:
         return serving.max_running
-    of_one = numbers * (4 if dtype == "float32" else 2)
+    halved = dtype != "float32" and (on_gpu or serving.engine == "vllm")  # our own memory is in float32 on CPUs
+    of_one = numbers * (2 if halved else 4)
     return max(1, min(serving.max_running, 2 * limit // (of_one * serving.context)))
 
 
