@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
+import random
 import signal
 import socket
 import statistics
@@ -147,9 +149,7 @@ def servers(*wanted: Server) -> Iterator[list[Running]]:
 
 @contextmanager
 def running(server: Server) -> Iterator[Running]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
+    port = free_port()
     words = server.command(port)
     quiet = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR", "HF_HUB_OFFLINE": "1"}
     beside = os.pathsep.join([str(Path(words[0]).parent), os.environ.get("PATH", "")])
@@ -163,6 +163,15 @@ def running(server: Server) -> Iterator[Running]:
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(60)
+
+
+def free_port() -> int:
+    """One below those that the system gives to whoever asks for any, as Ray's processes do before the server has it."""
+    for port in random.sample(range(20_000, 32_000), 100):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise SystemExit("no port is free")
 
 
 def wait_until_ready(url: str, process: subprocess.Popen[bytes]) -> None:

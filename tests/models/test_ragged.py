@@ -76,10 +76,11 @@ def test_the_flat_row_has_single_tokens_first_in_order_of_slots() -> None:
     assert ragged.positions.tolist() == [5, 9, 0, 1, 2]
     assert ragged.kept.tolist() == [0, 1, 4]
     assert ragged.order_kept.tolist() == [2, 1, 0]
-    mask = ragged.mask(ragged.groups[0], 3, torch.float32)
-    assert mask is not None
-    assert (mask[:, 0, 0] == 0).tolist() == [[False] * 3 + [True] * 3 + [False] * 10, [False] * 7 + [True] * 3 + [False] * 6]
-    assert ragged.mask(ragged.chunks[0], None, torch.float32) is None
+    keys = torch.zeros(4, 2, 16, 8)
+    mask = ragged.mask(ragged.groups[0], 3, keys)
+    assert mask.shape == (2, 2, 1, 16)
+    assert (mask[:, 1, 0] == 0).tolist() == [[False] * 3 + [True] * 3 + [False] * 10, [False] * 7 + [True] * 3 + [False] * 6]
+    assert ragged.mask(ragged.chunks[0], None, keys) is None
 
 
 @pytest.mark.parametrize("name", CONFIGS)

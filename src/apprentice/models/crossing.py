@@ -209,6 +209,7 @@ class _Decoding:
         self._read_slots = decoder._tensor(np.repeat([part.slot for part in new], lengths))
         self._read_places = decoder._tensor([place for length in lengths for place in range(length)])
         singles = [part for part in parts if len(part.ids) == 1]
+        self._singles = len(singles)
         slots = [part.slot for part in singles]
         prompts = [decoder.prompt_length(slot) for slot in slots]
         self._lengths = decoder._tensor(prompts)
@@ -227,25 +228,17 @@ class _Decoding:
         """`query` (1, heads, tokens, width) → (1, tokens, heads, width)."""
         crosses = self._decoder.is_crossing(module)
         keys, values = self._keep(module.layer_idx, key, value, crosses=crosses)
-        rows = query[0].transpose(0, 1)  # (tokens, heads, width)
         parts = []
-        for group in self._groups[crosses]:
-            slots = slice(group.slot, group.slot + group.count)
-            attended = attend(
-                rows[group.first : group.first + group.count, :, None],
-                keys[slots, :, : group.read],
-                values[slots, :, : group.read],
-                self._mask(crosses, group, keys.dtype),
-                scaling,
-            )
-            parts.append(attended[:, :, 0])
+        if groups := self._groups[crosses]:
+            masks = [(group, self._mask(crosses, group, keys)) for group in groups]
+            parts.append(attend(query[0, :, : self._singles].transpose(0, 1)[:, :, None], keys, values, masks, scaling))
         for chunk in self._chunks:
             read = self._decoder.prompt_length(chunk.slot) if crosses else chunk.start + chunk.count
             attended = scaled_dot_product_attention(
                 query[:, :, chunk.first : chunk.first + chunk.count].to(keys.dtype),
                 keys[chunk.slot : chunk.slot + 1, :, :read],
                 values[chunk.slot : chunk.slot + 1, :, :read],
-                attn_mask=None if crosses else self._mask(crosses, chunk, keys.dtype),
+                attn_mask=None if crosses else self._mask(crosses, chunk, keys),
                 scale=scaling,
             )
             parts.append(attended[0].transpose(0, 1).to(query.dtype))
@@ -259,9 +252,9 @@ class _Decoding:
             return memory.layer(layer)
         return memory.write(layer, key[0].transpose(0, 1), value[0].transpose(0, 1), slots, places)
 
-    def _mask(self, crosses: bool, part: Group | Chunk, dtype: torch.dtype) -> Tensor:
-        """Broadcasts to (requests, heads, tokens, positions); all layers share it."""
-        key = (crosses, part)
+    def _mask(self, crosses: bool, part: Group | Chunk, keys: Tensor) -> Tensor:
+        """(requests, heads, 1, positions) of a group, (1, heads or 1, tokens, positions) of a chunk; all layers share it."""
+        key, dtype = (crosses, part), keys.dtype
         if key not in self._masks:
             of_part = slice(part.first, part.first + part.count)
             if isinstance(part, Chunk):
@@ -271,7 +264,8 @@ class _Decoding:
                 mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, float("-inf"))
             else:
                 mask = self._decoder.mask(self.positions[of_part], part.read, dtype)[:, :, None]
-            self._masks[key] = mask
+            of_heads = mask.expand(-1, keys.shape[1], -1, -1).contiguous() if isinstance(part, Group) else mask
+            self._masks[key] = of_heads
         return self._masks[key]
 
 

@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from mmap import MADV_DONTNEED, MAP_ANONYMOUS, MAP_PRIVATE, PAGESIZE, mmap
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 import torch
@@ -162,6 +162,7 @@ class Ragged:
         self.order = sorted(range(len(segments)), key=lambda number: segments[number].place)
         ordered = [segments[number] for number in self.order]
         singles = [segment for segment in ordered if len(segment.ids) == 1]
+        self.singles = len(singles)
         lengths = [segment.start + 1 for segment in singles]
         self.groups = group_slots([segment.slot for segment in singles], lengths, memory.context)
         self.chunks: list[Chunk] = []
@@ -188,20 +189,24 @@ class Ragged:
         given = np.array([segment.kept for segment in segments])
         starts = np.cumsum(given) - given
         self.order_kept = on_device([starts[number] + step for number in self.order for step in range(given[number])])
-        self._masks: dict[tuple[Group | Chunk, int | None], torch.Tensor | None] = {}
+        self._masks: dict[tuple[Group | Chunk, int | None, int], torch.Tensor | None] = {}
 
-    def mask(self, part: Group | Chunk, window: int | None, dtype: torch.dtype) -> torch.Tensor | None:
-        """What is added to the scores of `part`'s tokens, for attention over the last `window` positions (None: over all).
+    @overload
+    def mask(self, part: Group, window: int | None, keys: torch.Tensor) -> torch.Tensor: ...
+    @overload
+    def mask(self, part: Chunk, window: int | None, keys: torch.Tensor) -> torch.Tensor | None: ...
+    def mask(self, part: Group | Chunk, window: int | None, keys: torch.Tensor) -> torch.Tensor | None:
+        """What is added to the scores of `part`'s tokens with `keys`, for attention over the last `window` positions (None: all).
 
-        0 for what a token may see, else -inf; broadcasts to (sequences, heads, tokens, positions). None: plainly causal.
-        All layers share it.
+        0 for what a token may see, else -inf: (sequences, key heads, 1, positions) of a group, (1, 1, tokens, positions) of a chunk.
+        None: plainly causal. Layers share it.
         """
-        key = (part, window)
-        if key not in self._masks:
-            self._masks[key] = self._make_mask(part, window, dtype)
-        return self._masks[key]
+        heads = keys.shape[1]
+        if (part, window, heads) not in self._masks:
+            self._masks[part, window, heads] = self._make_mask(part, window, heads, keys.dtype)
+        return self._masks[part, window, heads]
 
-    def _make_mask(self, part: Group | Chunk, window: int | None, dtype: torch.dtype) -> torch.Tensor | None:
+    def _make_mask(self, part: Group | Chunk, window: int | None, heads: int, dtype: torch.dtype) -> torch.Tensor | None:
         asking = self.positions[part.first : part.first + part.count]
         if isinstance(part, Group):
             read, asking = part.read, asking.view(-1, 1, 1, 1)
@@ -213,7 +218,8 @@ class Ragged:
         hidden = seen > asking
         if window is not None:
             hidden |= seen <= asking - window
-        return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, float("-inf"))
+        mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, float("-inf"))
+        return mask.expand(-1, heads, -1, -1).contiguous() if isinstance(part, Group) else mask
 
 
 def forward(model: Any, memory: KvMemory, segments: Sequence[Segment], loras: LoraLayers | None = None) -> torch.Tensor:
@@ -241,19 +247,36 @@ def forward(model: Any, memory: KvMemory, segments: Sequence[Segment], loras: Lo
 
 
 def attend(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None, scale: float | None
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    masks: Sequence[tuple[Group, torch.Tensor]],
+    scale: float | None,
 ) -> torch.Tensor:
-    """Attention of sequences that add one token each: `query` (sequences, heads of the keys, heads that share them, width).
+    """Attention of sequences that add one token each, group by group: `query` (tokens, key heads, heads that share one, width).
 
-    `keys`, `values` and `mask` are in the memory's type. PyTorch's own multiplies head by head on a CPU; for a model that computes
-    in another type than the memory's, all heads are one product here.
+    `keys` and `values` are a layer's whole memory; a group's mask is (sequences, key heads, 1, positions), in the memory's type.
+    Gives (tokens, heads, width). PyTorch's own attention multiplies head by head on a CPU; here all heads of a group are one product.
     """
-    if query.dtype == keys.dtype:
-        return scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scale)
-    scores = (query.to(keys.dtype) @ keys.transpose(-1, -2)) * (query.shape[-1] ** -0.5 if scale is None else scale)
-    if mask is not None:
-        scores += mask
-    return (scores.softmax(dim=-1) @ values).to(query.dtype)
+    tokens, heads, shared, width = query.shape
+    scale = width**-0.5 if scale is None else scale
+    if keys.device.type != "cpu":
+        parts = []
+        for group, mask in masks:
+            of_slots = slice(group.slot, group.slot + group.count)
+            seen, told = keys[of_slots, :, : group.read], values[of_slots, :, : group.read]
+            asking = query[group.first : group.first + group.count]
+            parts.append(scaled_dot_product_attention(asking, seen, told, attn_mask=mask, scale=scale))
+        return torch.cat(parts).flatten(1, 2)
+    asking = (query.to(keys.dtype) * scale).reshape(tokens * heads, shared, width)
+    result = asking.new_empty(tokens * heads, shared, values.shape[-1])
+    keys, values = keys.flatten(0, 1), values.flatten(0, 1)
+    for group, mask in masks:
+        rows = slice(group.first * heads, (group.first + group.count) * heads)
+        places = slice(group.slot * heads, (group.slot + group.count) * heads)
+        scores = torch.baddbmm(mask.flatten(0, 1), asking[rows], keys[places, : group.read].transpose(1, 2))
+        torch.bmm(scores.softmax(dim=-1), values[places, : group.read], out=result[rows])
+    return result.view(tokens, heads * shared, -1).to(query.dtype)
 
 
 def _attend(
@@ -280,24 +303,16 @@ def _attend(
     keys, values = ragged.memory.write(
         module.layer_idx, key[0].transpose(0, 1), value[0].transpose(0, 1), ragged.slots, ragged.positions
     )
-    heads, tokens, width = query.shape[1:]
-    kv_heads = keys.shape[1]
-    rows = query[0].transpose(0, 1)  # (tokens, heads, width)
-    result = rows.new_empty(tokens, heads, values.shape[-1])
-    for group in ragged.groups:
-        of_group, of_slots = slice(group.first, group.first + group.count), slice(group.slot, group.slot + group.count)
+    heads, kv_heads = query.shape[1], keys.shape[1]
+    parts = []
+    if ragged.groups:
         # The query heads that share a key head stand where tokens usually do, so that keys need not be repeated.
-        attended = attend(
-            rows[of_group].reshape(group.count, kv_heads, heads // kv_heads, width),
-            keys[of_slots, :, : group.read],
-            values[of_slots, :, : group.read],
-            ragged.mask(group, sliding_window, keys.dtype),
-            scaling,
-        )
-        result[of_group] = attended.reshape(group.count, heads, -1)
+        asking = query[0, :, : ragged.singles].transpose(0, 1).unflatten(1, (kv_heads, heads // kv_heads))
+        masks = [(group, ragged.mask(group, sliding_window, keys)) for group in ragged.groups]
+        parts.append(attend(asking, keys, values, masks, scaling))
     for chunk in ragged.chunks:
         of_chunk, end = slice(chunk.first, chunk.first + chunk.count), chunk.start + chunk.count
-        mask = ragged.mask(chunk, sliding_window, keys.dtype)
+        mask = ragged.mask(chunk, sliding_window, keys)
         if mask is None:  # all that it sees is new
             asking, seen, told = query[:, :, of_chunk], key[:, :, of_chunk], value[:, :, of_chunk]
         else:
@@ -306,8 +321,8 @@ def _attend(
         attended = scaled_dot_product_attention(
             asking, seen, told, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=heads != kv_heads
         )
-        result[of_chunk] = attended[0].transpose(0, 1)
-    return result[None], None
+        parts.append(attended[0].transpose(0, 1).to(query.dtype))
+    return torch.cat(parts)[None], None
 
 
 def prepare(model: Any) -> int:
