@@ -198,8 +198,8 @@ class Ragged:
     def mask(self, part: Group | Chunk, window: int | None, keys: torch.Tensor) -> torch.Tensor | None:
         """What is added to the scores of `part`'s tokens with `keys`, for attention over the last `window` positions (None: all).
 
-        0 for what a token may see, else -inf: (sequences, key heads, 1, positions) of a group, (1, 1, tokens, positions) of a chunk.
-        None: plainly causal. Layers share it.
+        0 for what a token may see, else -inf: (sequences, key heads, 1, positions) of a group; (1, 1, tokens, positions) of a
+        chunk, None for one that is plainly causal. Layers share it.
         """
         heads = keys.shape[1]
         if (part, window, heads) not in self._masks:
@@ -256,7 +256,7 @@ def attend(
     """Attention of sequences that add one token each, group by group: `query` (tokens, key heads, heads that share one, width).
 
     `keys` and `values` are a layer's whole memory; a group's mask is (sequences, key heads, 1, positions), in the memory's type.
-    Gives (tokens, heads, width). PyTorch's own attention multiplies head by head on a CPU; here all heads of a group are one product.
+    Gives (tokens, heads, width). PyTorch's own multiplies head by head on a CPU; here all heads of a group are one product.
     """
     tokens, heads, shared, width = query.shape
     scale = width**-0.5 if scale is None else scale
