@@ -147,7 +147,7 @@ async def ask(url: str, number: int, until: float, ended: Counter[str], answered
                         answered.append(time.monotonic())
                 elif status == 429:
                     ended[REFUSED] += 1
-                    await asyncio.sleep(float(headers["retry-after"]))
+                    await asyncio.sleep(max(0.0, min(float(headers["retry-after"]), until - time.monotonic())))
                 else:
                     ended[f"status {status}"] += 1
         except (OSError, asyncio.IncompleteReadError) as error:

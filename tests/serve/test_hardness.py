@@ -104,7 +104,8 @@ async def test_five_hundred_clients_get_an_answer_or_429(endpoint: Endpoint) -> 
             if status == 200:
                 assert said["usage"]["completion_tokens"] == 4
             else:
-                assert (status, said["error"]["code"], int(headers["retry-after"])) == (429, "overloaded", 1)
+                assert (status, said["error"]["code"]) == (429, "overloaded")
+                assert 1 <= int(headers["retry-after"]) <= 60
             if time.monotonic() > ends:
                 writer.close()
                 return

@@ -39,7 +39,7 @@ from apprentice.tasks.loading import find_tasks
 from apprentice.tasks.schema import Task
 
 APP_NAME = "apprentice"
-_ROOM_FOR_SMALL = 16  # requests besides replies that a replica takes at once: health, gauges, the page
+_ROOM_BESIDE = 10_000  # requests besides those that run or wait: health, gauges, the page, and all that are refused
 _RESOURCES_TIMEOUT_S = 30.0
 _LOGGING = LoggingConfig(log_level="WARNING", enable_access_log=False)
 _CONTROLLER = "SERVE_CONTROLLER_ACTOR"
@@ -221,7 +221,7 @@ def _application(
         name="apprentice",
         ray_actor_options=resources,
         # What is more than running and queued is answered with 429 at once, so it must get in.
-        max_ongoing_requests=serving.max_running + serving.max_queued_requests + _ROOM_FOR_SMALL,
+        max_ongoing_requests=serving.max_running + serving.max_queued_requests + _ROOM_BESIDE,
         max_constructor_retry_count=1,
         graceful_shutdown_timeout_s=serving.drain_timeout_s,
         **scaling,

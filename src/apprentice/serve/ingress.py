@@ -23,6 +23,7 @@ from apprentice import __version__
 from apprentice.errors import did_you_mean
 from apprentice.recipe import Serving
 from apprentice.serve.answering import Answering
+from apprentice.serve.appointments import Appointments
 from apprentice.serve.body import CheckedRoute
 from apprentice.serve.catalogue import Catalogue, Lease, Model
 from apprentice.serve.engine import EngineFailed, Overloaded, Request
@@ -91,7 +92,7 @@ def _routes(door: _Door, tasks: Sequence[Task]) -> FastAPI:
     _serve_ours(app, door, {task.name: task for task in tasks})
     _serve_state(app, door)
     serve_pages(app)
-    answer_errors(app)
+    answer_errors(app, door.appointments)
     return app
 
 
@@ -102,6 +103,7 @@ class _Door:
         self.catalogue = catalogue
         self.engines = catalogue.engines
         self.metrics = metrics
+        self.appointments = Appointments()
         self._timeout_s = serving.request_timeout_s
         self._created = int(time.time())
         self._limits = limits
@@ -139,6 +141,7 @@ class _Door:
 
         def on_end(usage: Usage, first: float | None, status: int) -> None:
             lease.release()
+            self.appointments.ended()
             self.metrics.ended(model.name, status, began, first, usage)
             if self._limits is not None and key is not None and key.tokens_per_minute is not None:
                 self._limits.spend(key.name, key.tokens_per_minute, usage.prompt + usage.completion)

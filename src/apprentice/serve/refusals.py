@@ -12,6 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request as HttpRequest
 
 from apprentice.serve.answering import failed
+from apprentice.serve.appointments import Appointments
 from apprentice.serve.engine import EngineFailed, Overloaded
 from apprentice.serve.gate import respond
 from apprentice.serve.protocol import (
@@ -33,8 +34,8 @@ _BODIES: dict[str, type[BaseModel]] = {
 }
 
 
-def answer_errors(app: FastAPI) -> None:
-    """Sets the handlers of `app`."""
+def answer_errors(app: FastAPI, appointments: Appointments) -> None:
+    """Sets the handlers of `app`; who is refused because too many wait gets one of `appointments`."""
 
     @app.exception_handler(RequestProblem)
     async def on_problem(_: HttpRequest, problem: RequestProblem) -> Response:
@@ -47,8 +48,9 @@ def answer_errors(app: FastAPI) -> None:
 
     @app.exception_handler(Overloaded)
     async def on_overload(_: HttpRequest, __: Overloaded) -> Response:
-        message = "too many requests are waiting; try again in a moment."
-        return respond(RequestProblem(message, status=429, kind="rate_limit_error", code="overloaded", retry_after_s=1))
+        seconds = appointments.next_s()
+        message = f"too many requests are waiting; try again in {seconds} s."
+        return respond(RequestProblem(message, status=429, kind="rate_limit_error", code="overloaded", retry_after_s=seconds))
 
     @app.exception_handler(EngineFailed)
     async def on_failure(_: HttpRequest, failure: EngineFailed) -> Response:
