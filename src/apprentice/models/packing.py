@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from apprentice.models.loading import FAST_BFLOAT16
+
 
 def placed(model: Any, device: str | torch.device) -> Any:
     """`model` on `device`, for computing alone: on a CPU its linear layers in bfloat16 are packed, and cannot be saved any more.
@@ -20,11 +22,17 @@ def placed(model: Any, device: str | torch.device) -> Any:
     with a layer keeps its own.
     """
     model = model.to(device)
-    if torch.device(device).type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if torch.device(device).type == "cpu" and can_pack():
         for layer in [part for part in model.modules() if type(part) is nn.Linear]:
             if layer.weight.dtype == torch.bfloat16:
                 _pack(layer)
     return model
+
+
+def can_pack() -> bool:
+    """Whether this CPU multiplies bfloat16 itself, and PyTorch has oneDNN to do it with."""
+    here = torch.cpu.get_capabilities()
+    return torch.backends.mkldnn.is_available() and any(here.get(unit, False) for unit in FAST_BFLOAT16)
 
 
 class PackedLinear(nn.Linear):
