@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 from apprentice.errors import ServingError
+from apprentice.family import kv_numbers, model_config
 from apprentice.recipe import Serving
 from apprentice.serve.deployment import check
+from apprentice.serve.replica import at_once
 
 WITH_VLLM = Serving(port=0, engine="vllm")
 
@@ -35,3 +37,15 @@ def test_vllm_is_an_extra(chat_model: Path) -> None:
         return
     with pytest.raises(ServingError, match=r"needs the package vllm, which is not installed; pip install 'apprentice\[vllm\]'"):
         check(chat_model, WITH_VLLM)
+
+
+def test_a_replica_decodes_as_many_as_its_memory_holds_in_the_type_that_it_keeps(chat_model: Path) -> None:
+    numbers = kv_numbers(model_config(chat_model))
+    assert numbers is not None
+    context, replies = 256, 12  # of half a context, in float32
+    memory = {"kv_memory_gb": numbers * 4 * context * replies / 2 / 1e9, "context": context, "max_running": 64}
+    assert at_once(chat_model, Serving(**memory), "auto", on_gpu=False) == replies
+    assert at_once(chat_model, Serving(**memory), "auto", on_gpu=True) == 2 * replies
+    assert at_once(chat_model, Serving(**memory), "float32", on_gpu=True) == replies
+    assert at_once(chat_model, Serving(**memory, engine="vllm"), "auto", on_gpu=False) == 2 * replies
+    assert at_once(chat_model, Serving(max_running=64), "auto", on_gpu=False) == 64

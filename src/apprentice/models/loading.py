@@ -32,7 +32,7 @@ from apprentice.hub import local_folder
 from apprentice.models import adapter as adapters
 from apprentice.models.trust import check_model_folder
 
-FAST_BFLOAT16 = ("amx_bf16", "avx512_bf16")  # what a CPU multiplies bfloat16 with, as PyTorch names it
+_FAST_BFLOAT16 = ("amx_bf16", "avx512_bf16")  # what a CPU multiplies bfloat16 with, as PyTorch names it
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _ATTENTION = {"flash": "flash_attention_2", "flex": "flex_attention"}  # the recipe's words that transformers calls otherwise
 SCORE = "score"  # the layer of a reward model that gives the number
@@ -47,9 +47,13 @@ def resolve_dtype(name: str, device: str | None = None) -> torch.dtype:
     if name != "auto":
         return _DTYPES[name]
     on_gpu = torch.cuda.is_available() if device is None else device == "cuda"
+    return torch.bfloat16 if on_gpu or multiplies_bfloat16() else torch.float32
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether this machine's CPU multiplies bfloat16 itself, faster than float32."""
     here = torch.cpu.get_capabilities()
-    fast = on_gpu or any(here.get(unit, False) for unit in FAST_BFLOAT16)
-    return torch.bfloat16 if fast else torch.float32
+    return any(here.get(unit, False) for unit in _FAST_BFLOAT16)
 
 
 def check_dtype(name: str, folder: Path, *, on_gpu: bool) -> None:

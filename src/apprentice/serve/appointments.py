@@ -1,4 +1,4 @@
-"""When those who are refused may come again: one after another, so that refusing them takes nothing from those who are answered."""
+"""When those who are refused may come again: one after another, so that refusing them takes little from those who are answered."""
 
 from __future__ import annotations
 
