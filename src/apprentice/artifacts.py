@@ -43,6 +43,8 @@ NOT_IDENTITY = (
 )
 # Keys that came later: at their defaults they are left out, so that a run keeps the identity that it had before.
 LATER = ("training.objective", "training.dpo", "training.grpo", "data.chat_template", "data.qualities")
+# Of what a run folder holds. 1: before the number was written down. 2: rules of encoding, CSV and identity changed, for new runs only.
+FORMAT = 2
 CONTRACT_FILE = "apprentice.json"
 ADAPTER = "adapter"  # folder beside a model's weights, with what cannot be merged into them
 
@@ -101,6 +103,12 @@ class Run:
     @property
     def name(self) -> str:
         return self.folder.name
+
+    @property
+    def format(self) -> int:
+        """By which rules the run reads its rows and phrases its prompts: those of when it was made; `FORMAT` while it is not."""
+        file = self.folder / "identity.json"
+        return int(file.read_json().get("format", 1)) if file.exists() else FORMAT
 
     @property
     def recipe_file(self) -> Folder:
@@ -185,7 +193,7 @@ def open_run(recipe: Recipe, *, restart: bool = False) -> Run:
             )
     run.folder.make()
     run.recipe_file.write_text(dump_recipe(recipe))
-    file.write_json({"hash": identity_hash(keys), "keys": keys})
+    file.write_json({"format": run.format, "hash": identity_hash(keys), "keys": keys})
     return run
 
 
