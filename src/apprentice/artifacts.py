@@ -43,7 +43,7 @@ NOT_IDENTITY = (
 )
 # Keys that came later: at their defaults they are left out, so that a run keeps the identity that it had before.
 LATER = ("training.objective", "training.dpo", "training.grpo", "data.chat_template", "data.qualities")
-# Of what a run folder holds. 1: before the number was written down. 2: rules of encoding, CSV and identity changed, for new runs only.
+# Of what a run folder holds. 1: before the number was kept. 2: other rules of encoding, CSV and identity, for new runs only.
 FORMAT = 2
 CONTRACT_FILE = "apprentice.json"
 ADAPTER = "adapter"  # folder beside a model's weights, with what cannot be merged into them
