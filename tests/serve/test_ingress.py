@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from typing import Any
 import httpx
 import pytest
 import yaml
+from fastapi._compat import ModelField
+from pydantic import BaseModel
 
 from apprentice.data.contract import layout_beside
 from apprentice.data.layout import Layout
@@ -20,6 +23,7 @@ from apprentice.serve.engine import Stats
 from apprentice.serve.ingress import build_app
 from apprentice.serve.keys import Keys, Limiter, new_key
 from apprentice.tasks.loading import library, load_task
+from apprentice.tasks.wording import Wording
 from tests.serve.scripted import Scripted
 
 pytestmark = pytest.mark.asyncio
@@ -199,7 +203,8 @@ async def test_more_replies_than_ever_fit_are_refused(layout: Layout) -> None:
         (b'{"prompt": "a", "seed": 1' + b"0" * 5000 + b"}", 400, "the body is not JSON that can be read"),
         (b'{"prompt": "a", "max_tokens": 1e300}', 400, "`max_tokens`"),
         (b'{"prompt": "a", "max_tokens": -1}', 400, "`max_tokens`"),
-        (b'{"prompt": "a", "seed": 99999999999999999999999999}', 200, ""),
+        (b'{"prompt": "a", "seed": 99999999999999999999999999}', 400, "`seed`"),
+        (b'{"prompt": "a", "stop": "' + b"a" * 257 + b'"}', 400, "at most 256 characters"),
         (b'{"prompt": "a", "model": "../../etc/passwd"}', 404, "is not served here"),
         (b'{"prompt": "\\ud800"}', 400, "half of a surrogate pair"),
         (b'{"prompt": "a", "model": "\\ud800"}', 400, "half of a surrogate pair"),
@@ -218,6 +223,53 @@ async def test_hostile_bodies_get_a_clear_refusal(layout: Layout, content: bytes
     assert [response.status_code, unsized.status_code] == [status, status]
     assert message in response.text
     assert engine.open == 0
+
+
+async def test_a_large_request_is_read_beside_the_event_loop(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parsed, checked, rendered and tokenized: what takes a while would freeze every stream of the replica."""
+    on_loop: list[str] = []
+    loop = threading.get_ident()
+
+    def watch(owner: Any, name: str) -> None:
+        original = getattr(owner, name)
+
+        def spy(*args: Any, **kwargs: Any) -> Any:
+            if threading.get_ident() == loop and any(_is_large(each) for each in args):
+                on_loop.append(name)
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, spy)
+
+    watch(json, "loads")
+    watch(ModelField, "validate")
+    watch(Layout, "encode_prompts")
+    watch(Layout, "prompt")
+    watch(Layout, "chat_prompt")
+    watch(Wording, "__call__")
+    words = "many words " * 10_000
+    turns = [{"role": "user", "content": words}]
+    async with client(Scripted([5]), layout, tasks=[load_task(library()["ag_news"])]) as http:
+        for path, body, status in (
+            ("/v1/completions", {"prompt": words}, 400),
+            ("/v1/instruct", {"instruction": "Read.", "input": words}, 400),
+            ("/v1/chat/completions", {"messages": turns}, 400),
+            ("/v1/render", {"messages": turns}, 200),
+            ("/v1/render", {"task": "ag_news", "fields": {"text": words}}, 200),
+            ("/v1/tasks/ag_news", {"fields": {"text": words}}, 400),
+            ("/v1/completions", {"prompt": words, "temperature": 9}, 400),
+        ):
+            response = await http.post(path, json=body)
+            assert (path, response.status_code) == (path, status)
+            assert status == 200 or "tokens" in response.text or "`temperature`" in response.text
+    assert on_loop == []
+
+
+def _is_large(value: Any) -> bool:
+    if isinstance(value, str | bytes):
+        return len(value) > 100_000
+    if isinstance(value, BaseModel):  # checked already
+        return False
+    return isinstance(value, list | dict) and len(str(value)) > 100_000
 
 
 async def pieces(content: bytes) -> AsyncGenerator[bytes, None]:

@@ -6,9 +6,20 @@ import json
 from typing import Any
 
 import pytest
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
-from apprentice.serve.protocol import Asked, ChatRequest, CompletionRequest, InstructRequest, Replies, Usage, event, explain
+from apprentice.serve.protocol import (
+    Asked,
+    ChatRequest,
+    CompletionRequest,
+    InstructRequest,
+    RenderRequest,
+    Replies,
+    TaskRequest,
+    Usage,
+    event,
+    explain,
+)
 
 
 def refusal(kind: type[Asked], body: dict[str, Any]) -> dict[str, Any]:
@@ -83,3 +94,58 @@ def test_bodies_have_openais_shape() -> None:
     assert text.chunk(0, "H", None)["choices"][0]["text"] == "H"
     assert chat.usage_chunk(Usage(3, 2))["choices"] == []
     assert json.loads(event(first).removeprefix("data: ")) == first
+
+
+MANY = 100_000
+
+
+@pytest.mark.parametrize(
+    ("kind", "body"),
+    [
+        (CompletionRequest, {"prompt": "a"} | {f"k{number}": 1 for number in range(MANY)}),
+        (CompletionRequest, {"prompt": [[]] * MANY}),
+        (CompletionRequest, {"prompt": ["a", 5] * MANY}),
+        (CompletionRequest, {"prompt": [[5, "a"] * MANY]}),
+        (CompletionRequest, {"prompt": "a", "stop": [5] * MANY}),
+        (CompletionRequest, {"prompt": "a", "logit_bias": {f"a{number}": 1 for number in range(MANY)}}),
+        (CompletionRequest, {"prompt": "a", "structured_outputs": {"choice": [5] * MANY}}),
+        (CompletionRequest, {"prompt": "a", "stream_options": {f"k{number}": 1 for number in range(MANY)}}),
+        (ChatRequest, {"messages": [{}] * MANY}),
+        (ChatRequest, {"messages": [{"role": "user", "content": [{}] * MANY}]}),
+        (TaskRequest, {"fields": {f"k{number}": 1 for number in range(MANY)}}),
+    ],
+)
+def test_a_refusal_costs_no_more_for_many_faults(kind: type[BaseModel], body: dict[str, Any]) -> None:
+    """Pydantic makes an error for each fault, and FastAPI copies them all; that took seconds."""
+    with pytest.raises(ValidationError) as caught:
+        kind.model_validate(body)
+    assert caught.value.error_count() < 12
+
+
+def unbounded(schema: Any, path: str) -> list[str]:
+    """The places of a JSON schema that take a text, a list or a number without an end."""
+    found: list[str] = []
+    if isinstance(schema, list):
+        return [place for item in schema for place in unbounded(item, path)]
+    if not isinstance(schema, dict):
+        return []
+    ends = {
+        "string": ("maxLength", "enum", "const"),
+        "array": ("maxItems",),
+        "integer": ("maximum", "exclusiveMaximum"),
+        "number": ("maximum",),
+    }
+    kind = schema.get("type")
+    if isinstance(kind, str) and kind in ends and not any(end in schema for end in ends[kind]):
+        found.append(path)
+    for key, inner in schema.items():
+        if key in ("properties", "$defs"):
+            found += [place for name, each in inner.items() for place in unbounded(each, f"{path}.{name}")]
+        elif key not in ("default", "enum", "const"):
+            found += unbounded(inner, path)
+    return found
+
+
+@pytest.mark.parametrize("kind", [CompletionRequest, ChatRequest, InstructRequest, RenderRequest, TaskRequest])
+def test_every_field_of_a_request_has_a_bound(kind: type[BaseModel]) -> None:
+    assert unbounded(kind.model_json_schema(), kind.__name__) == []

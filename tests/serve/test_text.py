@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
+from typing import SupportsIndex
 
 import pytest
 
@@ -58,3 +60,48 @@ def test_stop_strings(text: str, stop: list[str], expected: str) -> None:
     for byte in text.encode():
         stream.add(byte)
     assert stream.stopped is (expected not in (text,))
+
+
+class Counted(str):
+    """A text that counts the characters that are taken out of it."""
+
+    taken = 0
+
+    def __getitem__(self, key: SupportsIndex | slice) -> str:
+        part = super().__getitem__(key)
+        Counted.taken += len(part)
+        return part
+
+
+def test_a_stop_string_costs_what_is_held_back_and_not_its_length() -> None:
+    """Each character of the reply is compared with a stop string's a few times, however long that is."""
+    for stop, reply in (("b" * 2000, "a" * 500), ("a" * 2000, "a" * 500), ("aab" * 700, "aa" * 250)):
+        Counted.taken = 0
+        assert "".join(pieces(reply.encode(), [Counted(stop)])) == reply
+        assert Counted.taken <= 4 * len(reply)
+
+
+@pytest.mark.parametrize("stop", [["aab"], ["abab", "bb"], ["aabaa", "ba"], ["aaaa"]])
+def test_a_stop_string_is_found_wherever_it_begins(stop: list[str]) -> None:
+    for letters in itertools.product("ab", repeat=9):
+        text = "".join(letters)
+        ends = [place + len(each) for each in stop if (place := text.find(each)) >= 0]
+        if not ends:
+            assert "".join(pieces(text.encode(), stop)) == text
+        else:  # the first that is whole; of two that end together the one that begins first
+            begins = min(min(ends) - len(each) for each in stop if text[: min(ends)].endswith(each))
+            assert "".join(pieces(text.encode(), stop)) == text[:begins]
+
+
+def test_tokens_without_text_are_not_decoded_again_for_ever() -> None:
+    """A reply of special tokens, which have no text, decodes a bounded number of ids a step."""
+    most = 0
+
+    def decode(ids: Sequence[int]) -> str:
+        nonlocal most
+        most = max(most, len(ids))
+        return "".join(chr(id) for id in ids if id)
+
+    stream = TextStream(decode)
+    assert "".join(stream.add(id) for id in [97, *[0] * 500, 98]) == "ab"
+    assert most < 50

@@ -58,9 +58,12 @@ class Answering:
         assert isinstance(asked, CompletionRequest)
         return self.phrasing.completion(asked)
 
-    async def answer(self, asked: Asked, on_end: OnEnd | None) -> Response:
-        """The whole answer or its stream. Raises `RequestProblem`, `Overloaded` or `EngineFailed` while the status can say it."""
-        requests = await self._formed(asked, self.requests(asked))
+    async def answer(self, asked: Asked, requests: list[Request], on_end: OnEnd | None) -> Response:
+        """The whole answer or its stream, of the `requests` that `asked` has become.
+
+        Raises `RequestProblem`, `Overloaded` or `EngineFailed` while the status can say it.
+        """
+        requests = await self._formed(asked, requests)
         replies = self._begin(asked, requests)
         prompts = len(requests) // asked.n
         pieces = side_by_side(replies)
@@ -123,8 +126,9 @@ class Answering:
         return found
 
     async def _formed(self, asked: Asked, requests: list[Request]) -> list[Request]:
-        if (grammar := self._forms.wanted(asked)) is None:
+        if not self._forms.are_wanted(asked):
             return requests
+        grammar = await asyncio.to_thread(self._forms.wanted, asked)
         return [replace(request, constraint=await asyncio.to_thread(self._forms.form, grammar)) for request in requests]
 
     def _accept(self, requests: list[Request]) -> list[Any]:

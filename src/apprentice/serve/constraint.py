@@ -27,14 +27,18 @@ class Forms:
     def _tokenizer(self) -> llguidance.LLTokenizer:
         return _tokenizer(str(self._layout.tokenizer.folder / "tokenizer.json"), tuple(self._layout.stop_ids))
 
-    def wanted(self, asked: Asked) -> str | None:
-        """The grammar that the request asks for; None if it asks for none."""
+    @staticmethod
+    def are_wanted(asked: Asked) -> bool:
+        return asked.response_format is not None or asked.structured_outputs is not None
+
+    def wanted(self, asked: Asked) -> str:
+        """The grammar that a request asks for that wants one; takes milliseconds, so not in an event loop."""
         matcher = llguidance.LLMatcher
         if (form := asked.response_format) is not None:
             schema = form.json_schema.schema_ if form.json_schema is not None else {"type": "object"}
             return str(matcher.grammar_from_json_schema(json.dumps(schema)))
-        if (wish := asked.structured_outputs) is None:
-            return None
+        wish = asked.structured_outputs
+        assert wish is not None
         if wish.choice is not None:
             return str(
                 matcher.grammar_from_lark("start: " + " | ".join(json.dumps(text, ensure_ascii=False) for text in wish.choice))

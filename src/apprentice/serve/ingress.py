@@ -15,7 +15,7 @@ from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 from fastapi import FastAPI
-from fastapi.responses import PlainTextResponse, Response
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from starlette.requests import Request as HttpRequest
 from starlette.types import ASGIApp
 
@@ -24,7 +24,7 @@ from apprentice.errors import did_you_mean
 from apprentice.recipe import Serving
 from apprentice.serve.answering import Answering
 from apprentice.serve.appointments import Appointments
-from apprentice.serve.body import CheckedRoute
+from apprentice.serve.body import CheckedRoute, beside_loop_if_large
 from apprentice.serve.catalogue import Catalogue, Lease, Model
 from apprentice.serve.engine import EngineFailed, Overloaded, Request
 from apprentice.serve.gate import BODY_TIMEOUT_S, Gate, Limits, key_of
@@ -147,7 +147,9 @@ class _Door:
                 self._limits.spend(key.name, key.tokens_per_minute, usage.prompt + usage.completion)
 
         try:
-            return await self.answering(model).answer(asked, on_end)
+            answering = self.answering(model)
+            requests = await beside_loop_if_large(http, answering.requests, asked)
+            return await answering.answer(asked, requests, on_end)
         except BaseException as error:
             lease.release()
             if isinstance(error, Overloaded | RequestProblem):
@@ -209,13 +211,18 @@ def _serve_ours(app: FastAPI, door: _Door, tasks: dict[str, Task]) -> None:
     async def instruct(http: HttpRequest, asked: InstructRequest) -> Response:
         return await door.answer(http, asked)
 
-    @app.post("/v1/render")
-    async def render(http: HttpRequest, asked: RenderRequest) -> dict[str, Any]:
+    @app.post("/v1/render", response_model=dict[str, Any])
+    async def render(http: HttpRequest, asked: RenderRequest) -> Response:
         with await door.take(http, asked.model) as model:
-            if asked.task is not None:
-                return rendered(task_named(asked.task), asked, model.layout)
-            text, ids = door.answering(model).phrasing.rendered(asked)
-            return {"text": text, "token_ids": ids}
+            phrasing = door.answering(model).phrasing
+
+            def shown() -> Response:
+                if asked.task is not None:
+                    return JSONResponse(rendered(task_named(asked.task), asked, model.layout))
+                text, ids = phrasing.rendered(asked)
+                return JSONResponse({"text": text, "token_ids": ids})
+
+            return await beside_loop_if_large(http, shown)
 
     @app.get("/v1/contract")
     async def read_contract(http: HttpRequest, model: str | None = None) -> dict[str, Any]:

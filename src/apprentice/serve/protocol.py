@@ -15,12 +15,27 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from apprentice.errors import did_you_mean
+from apprentice.serve.bounds import (
+    Biases,
+    FormChoice,
+    Name,
+    Regex,
+    Row,
+    Schema,
+    Stop,
+    Strict,
+    Text,
+    TokenCount,
+    TokenIds,
+    few,
+)
 
 MOST_TOP = 20  # best tokens scored beside each token
 MOST_CHOICES = 128  # replies that one request may ask for
+MOST_MESSAGES = 4096  # of a conversation, and parts of one message
 
 # Fields of OpenAI's that may be there as long as they ask for nothing.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -32,19 +47,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "response_format": ({"type": "text"},),
     "suffix": ("",),
 }
-
-
-def _encodable(text: str) -> str:
-    if not text.isascii():
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError("the text holds half of a surrogate pair, which is no character") from error
-    return text
-
-
-Text = Annotated[str, AfterValidator(_encodable)]
-TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 
 
 class RequestProblem(Exception):  # noqa: N818 - it is the client's, and becomes an answer
@@ -66,25 +68,21 @@ class RequestProblem(Exception):  # noqa: N818 - it is the client's, and becomes
         self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class StreamOptions(_Strict):
+class StreamOptions(Strict):
     include_usage: bool = False
 
 
-class JsonSchema(_Strict):
+class JsonSchema(Strict):
     """The `json_schema` of OpenAI's `response_format`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
-    name: str = ""
-    description: str | None = None
-    schema_: dict[str, Any] = Field(alias="schema")
+    name: Name = ""
+    description: Text | None = None
+    schema_: Schema = Field(alias="schema")
     strict: bool | None = None
 
 
-class ResponseFormat(_Strict):
+class ResponseFormat(Strict):
     """A reply that is JSON: any object, or what a schema allows."""
 
     type: Literal["json_object", "json_schema"]
@@ -97,12 +95,12 @@ class ResponseFormat(_Strict):
         return self
 
 
-class StructuredOutputs(_Strict):
+class StructuredOutputs(Strict):
     """vLLM's field for replies of a given form; exactly one of the three."""
 
-    choice: Annotated[list[Text], Field(min_length=1, max_length=1000)] | None = None
-    regex: Text | None = None
-    json_: dict[str, Any] | None = Field(None, alias="json")
+    choice: Annotated[list[FormChoice], few(1000, least=1)] | None = None
+    regex: Regex | None = None
+    json_: Schema | None = Field(None, alias="json")
 
     @model_validator(mode="after")
     def _is_one(self) -> Self:
@@ -111,26 +109,26 @@ class StructuredOutputs(_Strict):
         return self
 
 
-class Asked(_Strict):
+class Asked(Strict):
     """What all requests may say."""
 
-    model: Text | None = None
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    model: Name | None = None
+    max_tokens: TokenCount | None = None
     temperature: Annotated[float, Field(ge=0.0, le=2.0)] = 0.0
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] = 1
-    seed: int | None = None
-    stop: Text | Annotated[list[Text], Field(max_length=16)] = []
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    stop: Stop | Annotated[list[Stop], few(16)] = Field(default_factory=list)
     frequency_penalty: Annotated[float, Field(ge=-2.0, le=2.0)] = 0.0
     presence_penalty: Annotated[float, Field(ge=-2.0, le=2.0)] = 0.0
-    logit_bias: dict[Annotated[int, Field(ge=0)], Annotated[float, Field(ge=-100.0, le=100.0)]] = {}
+    logit_bias: Biases = Field(default_factory=dict)
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
     ignore_eos: bool = False
     return_token_ids: bool = False
-    user: str | None = Field(None, description="Accepted and not used.")
+    user: Text | None = Field(None, description="Accepted and not used.")
 
     @model_validator(mode="before")
     @classmethod
@@ -162,13 +160,8 @@ class Asked(_Strict):
 class CompletionRequest(Asked):
     """Raw text (or token ids), continued as it is; several prompts give `n` choices each, in their order."""
 
-    prompt: (
-        Text
-        | list[TokenId]
-        | Annotated[list[Text], Field(max_length=MOST_CHOICES)]
-        | Annotated[list[list[TokenId]], Field(max_length=MOST_CHOICES)]
-    )
-    max_tokens: Annotated[int, Field(ge=0)] | None = 16
+    prompt: Text | TokenIds | Annotated[list[Text], few(MOST_CHOICES)] | Annotated[list[TokenIds], few(MOST_CHOICES)]
+    max_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = 16
     echo: bool = False
     logprobs: Annotated[int, Field(ge=0, le=MOST_TOP)] | None = None
 
@@ -191,14 +184,14 @@ class CompletionRequest(Asked):
         return self.logprobs
 
 
-class TextPart(_Strict):
+class TextPart(Strict):
     type: Literal["text"]
     text: Text
 
 
-class Message(_Strict):
+class Message(Strict):
     role: Literal["system", "user", "assistant"]
-    content: Text | list[TextPart]
+    content: Text | Annotated[list[TextPart], few(MOST_MESSAGES)]
 
     @property
     def text(self) -> str:
@@ -208,8 +201,8 @@ class Message(_Strict):
 class ChatRequest(Asked):
     """A conversation that ends with the user's turn."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    messages: Annotated[list[Message], few(MOST_MESSAGES, least=1)]
+    max_completion_tokens: TokenCount | None = None
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_TOP)] = 0
 
@@ -236,16 +229,16 @@ class InstructRequest(Asked):
         return self.logprobs
 
 
-class RenderRequest(_Strict):
+class RenderRequest(Strict):
     """An instruction and its input, a conversation, or the fields of a task: what the model would read."""
 
     instruction: Text = ""
     input: Text = ""
-    messages: list[Message] | None = None
-    task: Text | None = None
-    template: Text | None = None
-    fields: dict[str, Any] | None = None
-    model: Text | None = None
+    messages: Annotated[list[Message], few(MOST_MESSAGES)] | None = None
+    task: Name | None = None
+    template: Name | None = None
+    fields: Row | None = None
+    model: Name | None = None
 
     @model_validator(mode="after")
     def _fields_have_a_task(self) -> Self:
@@ -254,13 +247,13 @@ class RenderRequest(_Strict):
         return self
 
 
-class TaskRequest(_Strict):
+class TaskRequest(Strict):
     """A row of a task: its fields, and which of its wordings asks (the first where none is named)."""
 
-    fields: dict[str, Any]
-    template: Text | None = None
-    model: Text | None = None
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    fields: Row
+    template: Name | None = None
+    model: Name | None = None
+    max_tokens: TokenCount | None = None
 
 
 @dataclass(frozen=True)

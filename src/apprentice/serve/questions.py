@@ -5,6 +5,7 @@ Knows nothing of HTTP.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 from typing import Any
@@ -53,8 +54,9 @@ def rendered(task: Task, asked: RenderRequest, layout: Layout) -> dict[str, Any]
 async def answered(task: Task, asked: TaskRequest, layout: Layout, answering: Answering) -> dict[str, Any]:
     """The rendered prompt with the ranked choices and their probabilities, or with the reply. Raises `RequestProblem`."""
     template = _template(task, asked.template)
-    instruction, given, choices = _question(task, template, asked.fields)
-    text = layout.prompt(instruction, given)
+    # In a thread, as a row may be large and a template may work for a second.
+    instruction, given, choices = await asyncio.to_thread(_question, task, template, asked.fields)
+    text = await asyncio.to_thread(layout.prompt, instruction, given)
     body: dict[str, Any] = {
         "object": "task.answer",
         "task": task.name,
@@ -64,10 +66,11 @@ async def answered(task: Task, asked: TaskRequest, layout: Layout, answering: An
         "prompt": text,
     }
     if not choices:
-        replies = await answering.answer(InstructRequest(instruction=instruction, input=given, max_tokens=asked.max_tokens), None)
+        instructed = InstructRequest(instruction=instruction, input=given, max_tokens=asked.max_tokens)
+        replies = await answering.answer(instructed, await asyncio.to_thread(answering.requests, instructed), None)
         return body | {"answer": _text_of(replies)}
-    ids = [(*encoded, *layout.end_ids) for encoded in layout.encode_answers(list(choices))]
-    sums = await answering.logprobs(layout.encode_prompt(text), ids)
+    ids = [(*encoded, *layout.end_ids) for encoded in await asyncio.to_thread(layout.encode_answers, list(choices))]
+    sums = await answering.logprobs(await asyncio.to_thread(layout.encode_prompt, text), ids)
     best = max(range(len(sums)), key=sums.__getitem__)
     weights = [math.exp(value - sums[best]) for value in sums]
     ranked = [

@@ -16,7 +16,7 @@ class TextStream:
 
     def __init__(self, decode: Callable[[Sequence[int]], str], stop: Sequence[str] = ()) -> None:
         self._decode = decode
-        self._stop = [text for text in stop if text]
+        self._searches = [_Search(text) for text in stop if text]
         self._ids: list[int] = []
         self._given = 0  # ids whose text is in `_held` or was given out
         self._context = 0  # decoding starts here: some tokenizers write a word differently at the start of a text
@@ -39,21 +39,49 @@ class TextStream:
         text = self._decode(self._ids[self._context :])
         held_back = text.endswith(_UNFINISHED) and len(self._ids) - self._given <= _MOST_UNFINISHED
         if (held_back and not final) or len(text) <= len(before):
+            if text == before and len(self._ids) - self._given > _MOST_UNFINISHED:
+                del self._ids[self._given :]  # special tokens, which have no text, whatever comes after them
             return ""
         self._context, self._given = self._given, len(self._ids)
         return text[len(before) :]
 
     def _pass_on(self, new: str, *, final: bool) -> str:
+        before = len(self._held)
         self._held += new
-        found = [place for text in self._stop if (place := self._held.find(text)) >= 0]
+        found = [before + place for search in self._searches if (place := search.begin_in(new)) is not None]
         if found:
             self.stopped = True
             return self._held[: min(found)]
-        certain = len(self._held) if final else len(self._held) - self._begun()
+        begun = max((search.matched for search in self._searches), default=0)
+        certain = len(self._held) if final else len(self._held) - begun
         passed, self._held = self._held[:certain], self._held[certain:]
         return passed
 
-    def _begun(self) -> int:
-        """Characters at the end of the held text that may be the beginning of a stop string."""
-        lengths = (size for text in self._stop for size in range(1, len(text)) if self._held.endswith(text[:size]))
-        return max(lengths, default=0)
+
+class _Search:
+    """Search for one stop string in a text that comes in pieces (Knuth, Morris, Pratt 1977).
+
+    A character costs a few comparisons, however long the string is: a stop string of a request must not slow down the others.
+    `matched` characters at the end of the text are the beginning of the string.
+    """
+
+    def __init__(self, sought: str) -> None:
+        self._sought = sought
+        self._borders = [0]  # for each prefix that has matched so far, the length of its longest proper border
+        self.matched = 0
+
+    def begin_in(self, new: str) -> int | None:
+        """Feeds the text's next characters; where the string begins, counted from their first, once it is whole."""
+        for place, character in enumerate(new):
+            self.matched = self._longer(self.matched, character)
+            if self.matched == len(self._sought):
+                return place + 1 - self.matched
+            if self.matched > len(self._borders):
+                self._borders.append(self._longer(self._borders[-1], character))
+        return None
+
+    def _longer(self, length: int, character: str) -> int:
+        """The longest prefix of the string that ends with `character`, after one of `length` characters."""
+        while length and self._sought[length] != character:
+            length = self._borders[length - 1]
+        return length + (self._sought[length] == character)

@@ -1,0 +1,70 @@
+"""The types of a request's fields. Each has a bound: what is longer than any use of it is refused before it costs anything.
+
+A refusal is cheap too: a list ends at its first fault, since pydantic makes an error for each, and FastAPI copies them all.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+_MOST_BIASES = 1024
+_FORM_CHARACTERS = 100_000  # of a regular expression, or of a schema as JSON
+
+
+class Strict(BaseModel):
+    """An object of a request: unknown keys are refused, the first of them by name."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_unknown(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping):
+            return values
+        known = {field.alias or name for name, field in cls.model_fields.items()} | cls.model_fields.keys()
+        unknown = next((key for key in values if key not in known), None)
+        return {key: value for key, value in values.items() if key in known or key == unknown}
+
+
+def few(most: int, *, least: int = 0) -> Any:
+    """What a list of `least` to `most` items is annotated with."""
+    return Field(min_length=least, max_length=most, fail_fast=True)
+
+
+def _encodable(text: Any) -> Any:
+    if isinstance(text, str) and not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError("the text holds half of a surrogate pair, which is no character") from error
+    return text
+
+
+def _small_form(form: dict[str, Any]) -> dict[str, Any]:
+    if len(json.dumps(form)) > _FORM_CHARACTERS:
+        raise ValueError(f"the schema has more than {_FORM_CHARACTERS} characters as JSON")
+    return form
+
+
+def _few_biases(values: Any) -> Any:
+    if isinstance(values, Mapping) and len(values) > _MOST_BIASES:
+        raise ValueError(f"at most {_MOST_BIASES} tokens may have a bias")
+    return values
+
+
+_ENCODABLE = BeforeValidator(_encodable)  # before the length is counted, which such a text has not
+Text = Annotated[str, Field(max_length=2**22), _ENCODABLE]  # a prompt, a message, an instruction
+Name = Annotated[str, Field(max_length=256), _ENCODABLE]  # of a model, a task, a template, a schema, a field
+Stop = Annotated[str, Field(max_length=256), _ENCODABLE]  # a stop string
+Regex = Annotated[str, Field(max_length=_FORM_CHARACTERS), _ENCODABLE]
+FormChoice = Annotated[str, Field(max_length=4096), _ENCODABLE]
+Schema = Annotated[dict[str, Any], AfterValidator(_small_form)]  # a JSON schema
+Row = Annotated[dict[Name, Any], Field(max_length=256)]  # a task's fields
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+TokenIds = Annotated[list[TokenId], few(2**20)]
+TokenCount = Annotated[int, Field(ge=1, lt=2**31)]
+Biases = Annotated[dict[TokenId, Annotated[float, Field(ge=-100.0, le=100.0)]], BeforeValidator(_few_biases)]
