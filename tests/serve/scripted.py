@@ -22,7 +22,7 @@ class Spoken:
         ids = self.engine.ids[self.place : self.place + 2]
         self.place += len(ids)
         if not ids:
-            raise EngineFailed("out of memory")
+            raise self.engine.failure
         ends = self.place == len(self.engine.ids) and not self.engine.fails
         scores = [Score(id, -0.5 - id, ((id, -0.5 - id), (9, -9.0))) for id in ids]
         tokens = [NewToken(id, None, score) for id, score in zip(ids, scores, strict=True)]
@@ -36,9 +36,10 @@ class Spoken:
 class Scripted:
     """Replies with the ids it was given; then it ends, or fails, or (with nothing to say) is overloaded."""
 
-    def __init__(self, ids: list[int], *, fails: bool = False) -> None:
+    def __init__(self, ids: list[int], *, fails: bool = False, failure: Exception | None = None) -> None:
         self.ids = ids
         self.fails = fails
+        self.failure = failure or EngineFailed("out of memory")
         self.asked: list[Request] = []
         self.open = 0
         self.closed = False
@@ -46,6 +47,8 @@ class Scripted:
     context = 100
 
     capacity = 8
+
+    vocabulary = 1_000_000
 
     def adapter(self, folder: Path) -> str:
         return folder.name

@@ -19,7 +19,7 @@ from apprentice.data.contract import layout_beside
 from apprentice.data.layout import Layout
 from apprentice.recipe import Serving
 from apprentice.serve.catalogue import Catalogue, Model
-from apprentice.serve.engine import Stats
+from apprentice.serve.engine import RequestFailed, Stats
 from apprentice.serve.ingress import build_app
 from apprentice.serve.keys import Keys, Limiter, new_key
 from apprentice.tasks.loading import library, load_task
@@ -100,6 +100,40 @@ async def test_an_engine_that_fails_says_so(layout: Layout) -> None:
     assert (whole.status_code, whole.json()["error"]["message"]) == (503, "the engine has stopped: out of memory.")
     assert (streamed[-2]["error"]["code"], streamed[-1]) == ("engine_failed", "[DONE]")
     assert health.status_code == 503
+
+
+@pytest.mark.parametrize(("n", "stream"), [(1, False), (3, False), (3, True)])
+@pytest.mark.parametrize(
+    ("failure", "status", "code"),
+    [(ValueError("vLLM knows other words"), 500, None), (RequestFailed("its form has no end"), 400, "request_failed")],
+)
+async def test_whatever_ends_one_reply_ends_the_request(
+    layout: Layout, n: int, stream: bool, failure: Exception, status: int, code: str | None
+) -> None:
+    engine = Scripted(layout.tokenizer.encode("abc def"), fails=True, failure=failure)
+    async with client(engine, layout) as http, asyncio.timeout(10):
+        answer = await http.post("/v1/completions", json={"prompt": "a", "n": n, "stream": stream})
+    error = events(answer.text)[-2]["error"] if stream else answer.json()["error"]
+    assert (answer.status_code, error["code"], engine.open) == (200 if stream else status, code, 0)
+    assert ("ValueError" if status == 500 else "its form has no end") in error["message"]
+
+
+async def test_ids_that_the_weights_do_not_have_are_refused(layout: Layout) -> None:
+    """A tokenizer may know more ids than the embedding has rows; one of them would end the engine for everybody."""
+    engine = Scripted([5, layout.stop_ids[0]])
+    engine.vocabulary, engine.context = max(layout.tokenizer.encode("abc")), 1000
+    task = load_task(library()["ag_news"])
+    chat = {"messages": [{"role": "user", "content": "abc"}]}
+    fields = {"fields": {"text": "abc"}}
+    async with client(engine, layout, tasks=[task]) as http:
+        asked = [("completions", {"prompt": "abc"}), ("completions", {"prompt": [engine.vocabulary]}), ("chat/completions", chat)]
+        asked += [("instruct", {"instruction": "abc"}), ("tasks/ag_news", fields)]
+        asked += [("completions", {"prompt": "a", "logit_bias": {engine.vocabulary: 1}})]
+        for path, body in asked:
+            response = await http.post(f"/v1/{path}", json=body)
+            assert response.status_code == 400
+            assert f"is outside the vocabulary of {engine.vocabulary}" in response.json()["error"]["message"]
+    assert engine.asked == []
 
 
 @pytest.mark.parametrize(

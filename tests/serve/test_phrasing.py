@@ -13,12 +13,12 @@ from apprentice.serve.protocol import ChatRequest, CompletionRequest, InstructRe
 
 @pytest.fixture(scope="module")
 def chat(chat_model: Path) -> Phrasing:
-    return Phrasing(layout_beside(chat_model), context=200)
+    return Phrasing(layout_beside(chat_model), context=200, vocabulary=512)
 
 
 @pytest.fixture(scope="module")
 def plain(plain_model: Path) -> Phrasing:
-    return Phrasing(layout_beside(plain_model), context=200)
+    return Phrasing(layout_beside(plain_model), context=200, vocabulary=512)
 
 
 def conversation(*turns: str) -> ChatRequest:

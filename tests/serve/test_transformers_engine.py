@@ -5,11 +5,16 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
-from apprentice.serve.engine import EngineFailed, NewToken, Overloaded, Request
+from apprentice.errors import ModelError
+from apprentice.models.lora import LoraLayers
+from apprentice.serve.engine import EngineFailed, NewToken, Overloaded, Request, RequestFailed
 from apprentice.serve.transformers_engine import TransformersEngine
+from tests.models.adapters import random_lora
 
 pytestmark = pytest.mark.asyncio
 
@@ -96,3 +101,66 @@ async def test_a_closed_engine_fails_what_is_under_way(engine: TransformersEngin
     await asyncio.to_thread(engine.close)
     with pytest.raises(EngineFailed, match="the engine was closed"):
         await task
+
+
+class _Broken:
+    """A form that cannot be followed: from the start, or from the first token on."""
+
+    def __init__(self, *, at_once: bool) -> None:
+        self.at_once = at_once
+
+    def allowed(self) -> Any:
+        if self.at_once:
+            raise ValueError("the grammar has no end")
+        return np.ones(10**6, dtype=bool)
+
+    def accept(self, id: int) -> None:
+        raise ValueError("the grammar has no end")
+
+
+async def test_a_request_that_cannot_be_decoded_fails_alone(engine: TransformersEngine) -> None:
+    expected = await reply(engine, Request((5, 6), 60))
+    beside = asyncio.create_task(reply(engine, Request((5, 6), 60)))
+    for at_once in (True, False):
+        with pytest.raises(RequestFailed, match="the grammar has no end"):
+            await reply(engine, Request((7, 8), 5, constraint=_Broken(at_once=at_once)))
+    with pytest.raises(RequestFailed, match="3000 leaves no room for a reply"):
+        await reply(engine, Request((5,) * 3000, 1))
+    engine.check()
+    assert await beside == expected
+    await settled(engine)
+
+
+async def test_an_adapter_that_cannot_be_applied_is_refused_and_harms_nobody(
+    engine: TransformersEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = random_lora(engine._model, tmp_path / "a", 1)
+    expected = await reply(engine, Request((5, 6), 60))
+    beside = asyncio.create_task(reply(engine, Request((5, 6), 60)))
+
+    def other_rows(*_: Any) -> None:
+        raise ModelError("'router' is computed for 6 rows of 3; this model takes no adapters here.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LoraLayers, "_multiply", other_rows)
+        with pytest.raises(ModelError, match=r"the adapter in .*a cannot be applied: 'router' is computed for 6 rows of 3"):
+            await asyncio.to_thread(engine.adapter, folder)
+    adapter = await asyncio.to_thread(engine.adapter, folder)
+    assert await beside == expected
+    assert len(await reply(engine, Request((5, 6), 5, adapter=adapter))) == 5
+
+
+async def test_a_request_that_comes_while_the_engine_fails_is_told_so(
+    engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The decoder tells those in its table that it has failed; one that enters the table just then must not wait."""
+    begin = engine._begin
+
+    def fails_meanwhile(request: Request) -> Any:
+        engine.close()
+        return begin(request)
+
+    monkeypatch.setattr(engine, "_begin", fails_meanwhile)
+    with pytest.raises(EngineFailed, match="the engine was closed"):
+        async with asyncio.timeout(10):
+            await reply(engine, Request((5, 6), 5))

@@ -89,6 +89,13 @@ class CrossingDecoder:
             places = [given[number] + step for number in order for step in range(counts[number])]
             return logits if places == sorted(places) else torch.empty_like(logits).index_copy_(0, self._tensor(places), logits)
 
+    def try_adapter(self, adapter: Lora) -> None:
+        """One pass with the rows of two requests, of which one has `adapter`, in memory of its own. Raises what that raises."""
+        tried = CrossingDecoder(self._model, slots=2, context=2)
+        tried._loras = self._loras
+        start = self._model.config.decoder_start_token_id
+        tried.forward([Part(0, 0, [start, 0], [0, 0], adapter), Part(1, 0, [start], [0])])
+
     def _read(self, new: Sequence[Part], adapters: Sequence[Lora | None], lengths: Sequence[int]) -> Tensor:
         """The encoder's states (1, tokens, width) of all new prompts; where there are none, one of zeros that nobody looks at."""
         if not new:

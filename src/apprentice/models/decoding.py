@@ -102,6 +102,9 @@ class Decoder:
 
     def _fit(self, model: Any, slots: int, context: int, kv_bytes: int | None, of_one: int) -> None:
         """As many slots, positions of each, and positions of all as `kv_bytes` give room for, with `of_one` bytes for each."""
+        # Token ids from 0 on that the model can both read and say.
+        layers = model.get_input_embeddings(), model.get_output_embeddings()
+        self.vocabulary = min(len(layer.weight) for layer in layers if layer is not None)
         self.kv_tokens = positions_within(kv_bytes, of_one, slots, context)
         self.context = min(context, self.kv_tokens)
         # Memory that is not touched costs nothing on a CPU; on a GPU every slot has all its positions from the start.
@@ -113,6 +116,7 @@ class Decoder:
         self._slots = Slots(self.slots, self.kv_tokens)
         self._waiting: deque[tuple[Hashable, Generation]] = deque()
         self._running: dict[Hashable, Running] = {}
+        self._failures: dict[Hashable, Exception] = {}
         self.shared = 0  # prompt tokens that did not have to be computed
 
     @property
@@ -152,8 +156,25 @@ class Decoder:
         else:
             self._waiting = deque(item for item in self._waiting if item[0] != key)
 
+    def take_failures(self) -> dict[Hashable, Exception]:
+        """Requests that have failed since the last call, each for an error of its own; they have left."""
+        failures, self._failures = self._failures, {}
+        return failures
+
+    def _fail(self, owner: Running, error: Exception) -> None:
+        self._release(owner)
+        self._failures[owner.key] = error
+
+    def try_adapter(self, adapter: Lora) -> None:
+        """One pass beside the running requests with the rows of two texts, of which one has `adapter`. Raises what that raises."""
+        memory = KvMemory(slots=2, context=2)
+        forward(self._model, memory, [Segment(0, 0, [0, 0], adapter=adapter), Segment(1, 0, [0])], self._loras)
+
     def step(self) -> list[Token]:
-        """One forward pass for all: a token for every request whose prompt is computed. Empty if nobody is here."""
+        """One forward pass for all: a token for every request whose prompt is computed. Empty if nobody is here.
+
+        A request whose form cannot be followed fails alone (`take_failures`).
+        """
         self._admit()
         segments, owners = self._segments()
         if not segments:
@@ -184,13 +205,19 @@ class Decoder:
         if changed:
             shaped = logits.to(torch.float32, copy=True)
             for row in changed:
-                shaped[row] = adjust(logits[row], wishes[row], owners[row].seen, owners[row].wanted.constraint)
+                try:
+                    shaped[row] = adjust(logits[row], wishes[row], owners[row].seen, owners[row].wanted.constraint)
+                except Exception as error:  # a form is the request's own, and whatever is wrong with it concerns nobody else
+                    self._fail(owners[row], error)
         chosen = draw(shaped, wishes, [owner.produced for owner in owners])
         scored: dict[int, Scored] = {}
         if wanted := [row for row, owner in enumerate(owners) if owner.wanted.logprobs is not None]:
             tops = [owners[row].wanted.logprobs or 0 for row in wanted]
             scored = dict(zip(wanted, scores(logits[wanted], [chosen[row] for row in wanted], tops), strict=True))
-        return [self._accept(owner, chosen[row], scored.get(row)) for row, owner in enumerate(owners)]
+        tokens = [
+            self._accept(owner, chosen[row], scored.get(row)) for row, owner in enumerate(owners) if owner.key in self._running
+        ]
+        return [token for token in tokens if token.key not in self._failures]
 
     def _score_prompt(self, owner: Running, segment: Segment, logits: Tensor) -> None:
         """Keeps the scores of the prompt's tokens that follow those of `segment`, whose logits are given."""
@@ -260,7 +287,10 @@ class Decoder:
         if finish:
             self._release(owner)
         elif owner.wanted.constraint:
-            owner.wanted.constraint.accept(chosen)
+            try:
+                owner.wanted.constraint.accept(chosen)
+            except Exception as error:  # as above
+                self._fail(owner, error)
         return Token(owner.key, chosen, finish, scored, tuple(owner.prompt) if owner.produced == 1 else ())
 
     def _release(self, owner: Running) -> None:

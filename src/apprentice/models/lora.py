@@ -153,6 +153,9 @@ class LoraLayers:
         self._rows = {False: self._owned(adapters, counts), True: self._owned(*apart)}
         try:
             yield
+        except BaseException:
+            self._stacked = ()  # an adapter that cannot be applied is not left among those of the next pass
+            raise
         finally:
             self._rows, self._products, self._given = {}, {}, None
 

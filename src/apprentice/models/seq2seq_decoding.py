@@ -12,6 +12,7 @@ from typing import Any
 from apprentice.errors import ModelError
 from apprentice.models.crossing import CrossingDecoder, Part, check
 from apprentice.models.decoding import PREFILL_TOKENS, Decoder, Generation, Running, Token, scores
+from apprentice.models.lora import Lora
 
 
 class Seq2seqDecoder(Decoder):
@@ -34,6 +35,9 @@ class Seq2seqDecoder(Decoder):
     @property
     def held_tokens(self) -> int:
         return sum(owner.start + len(owner.wanted.prompt) for owner in self._running.values())
+
+    def try_adapter(self, adapter: Lora) -> None:
+        self._crossing.try_adapter(adapter)
 
     def submit(self, key: Hashable, wanted: Generation) -> None:
         if wanted.score_from == 0:

@@ -6,6 +6,7 @@ Knows nothing of routes, keys or replicas.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
@@ -33,6 +34,8 @@ from apprentice.serve.protocol import (
 from apprentice.serve.replying import Piece, Reply, side_by_side, usage_of
 from apprentice.serve.scores import of_chat, of_completion
 
+log = logging.getLogger(__name__)
+
 # Told once how a request that the engine took has ended: tokens, the time of the first (`time.perf_counter`), the status.
 OnEnd = Callable[[Usage, float | None, int], None]
 
@@ -41,7 +44,7 @@ class Answering:
     """Answers requests as `model`, for at most `timeout_s` seconds each."""
 
     def __init__(self, model: Model, *, timeout_s: float) -> None:
-        self.phrasing = Phrasing(model.layout, model.engine.context)
+        self.phrasing = Phrasing(model.layout, model.engine.context, model.engine.vocabulary)
         self._engine = model.engine
         self._adapter = model.adapter
         self._layout = model.layout
@@ -110,6 +113,8 @@ class Answering:
         if longest >= self._engine.context:
             message = f"prompt and choice have {longest} tokens; the context of {self._engine.context} leaves no room."
             raise RequestProblem(message, param="fields", code="context_length_exceeded")
+        for ids in (prompt, *choices):
+            self.phrasing.check_known(ids, param="fields")
         requests = [
             Request((*prompt, *ids), max_tokens=1, logprobs=0, score_from=len(prompt), stop_ids=frozenset()) for ids in choices
         ]
@@ -199,6 +204,8 @@ class Answering:
             yield event(failed(failure).body)
         except RequestProblem as problem:
             yield event(problem.body)
+        except Exception as error:
+            yield event(fault(error).body)
         yield LAST_EVENT
 
     def _scores(self, asked: Asked, scores: list[Score], offset: int) -> Mapping[str, Any] | None:
@@ -221,6 +228,13 @@ class _EventStream(StreamingResponse):
         finally:
             await self._events.aclose()
             await self._ended()
+
+
+def fault(error: Exception) -> RequestProblem:
+    """What a client reads where something went wrong that is no answer of ours; the log has it whole."""
+    log.error("a request failed by a fault of ours", exc_info=error)
+    message = f"{type(error).__name__}: this is a fault of the endpoint; its log says more."
+    return RequestProblem(message, status=500, kind="server_error")
 
 
 def failed(failure: EngineFailed) -> RequestProblem:

@@ -14,6 +14,7 @@ import llguidance.numpy
 import numpy as np
 
 from apprentice.data.layout import Layout
+from apprentice.errors import ModelError
 from apprentice.serve.protocol import Asked, RequestProblem
 
 
@@ -51,9 +52,12 @@ class Forms:
         """A fresh form of `grammar`; takes milliseconds, so not in an event loop. Raises `RequestProblem`."""
         matcher = llguidance.LLMatcher(self._tokenizer, grammar, log_level=0)
         if matcher.is_error():
-            reason = " ".join(str(matcher.get_error()).split())[:300]
-            raise RequestProblem(f"the form of the reply cannot be followed: {reason}.", code="invalid_form")
+            raise RequestProblem(f"the form of the reply cannot be followed: {_reason(matcher)}.", code="invalid_form")
         return Form(matcher, self._tokenizer.vocab_size, self._layout.stop_ids, grammar)
+
+
+def _reason(matcher: Any) -> str:
+    return " ".join(str(matcher.get_error()).split())[:300].rstrip(".")
 
 
 @lru_cache(maxsize=4)
@@ -73,8 +77,10 @@ class Form:
         self._stop_ids = stop_ids
 
     def allowed(self) -> np.ndarray:
-        """For every id whether it may come next (bool)."""
-        if not (self._matcher.is_stopped() or self._matcher.is_error()):
+        """For every id whether it may come next (bool). Raises `ModelError` where the grammar cannot be followed any further."""
+        if self._matcher.is_error():
+            raise ModelError(f"its form cannot be followed: {_reason(self._matcher)}.")
+        if not self._matcher.is_stopped():
             llguidance.numpy.fill_next_token_bitmask(self._matcher, self._bits, 0)
             allowed = np.unpackbits(self._bits[0].view(np.uint8), bitorder="little")[: self._size].astype(bool)
             if allowed.any():

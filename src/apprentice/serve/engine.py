@@ -77,8 +77,15 @@ class EngineFailed(Exception):  # noqa: N818
     """The engine has stopped for good; the replica is replaced."""
 
 
+class RequestFailed(Exception):  # noqa: N818
+    """This request cannot be decoded, for the reason that the message gives; the engine and all others go on."""
+
+
 class TokenStream(Protocol):
-    """One reply's tokens: each step gives all that have come since the last, one at least. Raises `EngineFailed`."""
+    """One reply's tokens: each step gives all that have come since the last, one at least.
+
+    Raises `EngineFailed` or `RequestFailed`.
+    """
 
     def __aiter__(self) -> AsyncIterator[list[NewToken]]: ...
 
@@ -98,6 +105,10 @@ class Engine(Protocol):
     @property
     def capacity(self) -> int:
         """Requests that run and wait at most."""
+
+    @property
+    def vocabulary(self) -> int:
+        """Token ids from 0 on that the model can read and say; a tokenizer may know more of them than the weights do."""
 
     def adapter(self, folder: Path) -> Any:
         """The adapter in `folder`, to be given in requests. From any thread. Raises `ModelError` where it does not fit."""

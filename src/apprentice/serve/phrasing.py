@@ -1,12 +1,12 @@
 """From a request of the protocol to token ids, in the layout of the prompt contract; what does not fit is refused in one sentence.
 
-Knows the layout and the size of the context; nothing of engines or HTTP.
+Knows the layout and the sizes of context and vocabulary; nothing of engines or HTTP.
 """
 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import jinja2
@@ -23,18 +23,13 @@ class Phrasing:
 
     layout: Layout
     context: int
+    vocabulary: int  # ids that the model's weights know
 
     def completion(self, asked: CompletionRequest) -> list[Request]:
         """Each prompt raw, as text or token ids, `n` times."""
         if asked.echo and asked.top is not None and self.layout.family == "seq2seq":
             raise RequestProblem("`echo` with `logprobs`: an encoder-decoder gives its prompt no probabilities.", param="logprobs")
-        size = len(self.layout.tokenizer)
-        prompts: list[list[int]] = []
-        for prompt in asked.prompts:
-            ids = self.layout.encode_prompt(prompt) if isinstance(prompt, str) else prompt
-            if outside := [id for id in ids if id >= size]:
-                raise RequestProblem(f"`prompt`: token id {outside[0]} is outside the vocabulary of {size}.", param="prompt")
-            prompts.append(ids)
+        prompts = [self.layout.encode_prompt(prompt) if isinstance(prompt, str) else prompt for prompt in asked.prompts]
         if not prompts:
             raise RequestProblem("`prompt` is empty; give at least one token.", param="prompt")
         return [request for ids in prompts for request in self._requests(asked, ids, asked.max_tokens, param="prompt")]
@@ -74,10 +69,20 @@ class Phrasing:
         text = self.layout.prompt(asked.instruction, asked.input)
         return self._requests(asked, self.layout.encode_prompt(text), asked.max_tokens, param="input")
 
+    def check_known(self, ids: Iterable[int], *, param: str) -> None:
+        """Raises `RequestProblem` for an id that the model's weights or the tokenizer do not have.
+
+        A tokenizer may have more special tokens than the weights have rows, and a text that spells one gets its id.
+        """
+        size = min(self.vocabulary, len(self.layout.tokenizer))
+        if (highest := max(ids, default=0)) >= size:
+            raise RequestProblem(f"`{param}`: token id {highest} is outside the vocabulary of {size}.", param=param)
+
     def _requests(self, asked: Asked, prompt: list[int], max_tokens: int | None, *, param: str) -> list[Request]:
         """`n` requests for replies to one prompt; only their seeds differ."""
         if not prompt:
             raise RequestProblem(f"`{param}` is empty; give at least one token.", param=param)
+        self.check_known(prompt, param=param)
         room = self.context - len(prompt)
         least = 1 if max_tokens is None else max_tokens
         if room < max(least, 1):
@@ -87,8 +92,7 @@ class Phrasing:
                 param=param,
                 code="context_length_exceeded",
             )
-        if outside := [id for id in asked.logit_bias if id >= len(self.layout.tokenizer)]:
-            raise RequestProblem(f"`logit_bias`: token id {outside[0]} is outside the vocabulary.", param="logit_bias")
+        self.check_known(asked.logit_bias, param="logit_bias")
         first = secrets.randbits(62) if asked.seed is None else asked.seed
         request = Request(
             prompt=tuple(prompt),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
@@ -11,7 +9,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.requests import Request as HttpRequest
 
-from apprentice.serve.answering import failed
+from apprentice.serve.answering import failed, fault
 from apprentice.serve.appointments import Appointments
 from apprentice.serve.engine import EngineFailed, Overloaded
 from apprentice.serve.gate import respond
@@ -25,7 +23,6 @@ from apprentice.serve.protocol import (
     explain,
 )
 
-log = logging.getLogger(__name__)
 _BODIES: dict[str, type[BaseModel]] = {
     "/v1/completions": CompletionRequest,
     "/v1/chat/completions": ChatRequest,
@@ -66,6 +63,4 @@ def answer_errors(app: FastAPI, appointments: Appointments) -> None:
 
     @app.exception_handler(Exception)
     async def on_bug(_: HttpRequest, error: Exception) -> Response:
-        log.error("a request failed by a fault of ours", exc_info=error)
-        message = f"{type(error).__name__}: this is a fault of the endpoint; its log says more."
-        return respond(RequestProblem(message, status=500, kind="server_error"))
+        return respond(fault(error))

@@ -11,7 +11,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 
 from apprentice.data.layout import Layout
-from apprentice.serve.engine import EngineFailed, NewToken, Request, Score, TokenStream
+from apprentice.serve.engine import EngineFailed, NewToken, Request, RequestFailed, Score, TokenStream
 from apprentice.serve.protocol import RequestProblem, Usage
 from apprentice.serve.text import TextStream
 
@@ -45,7 +45,10 @@ class Reply:
     ids: list[int] = field(default_factory=list)  # all that were produced, the end token included
 
     async def pieces(self) -> AsyncGenerator[Piece, None]:
-        """The text as it becomes certain, often empty. Closing it frees the engine's place. Raises `RequestProblem` when late."""
+        """The text as it becomes certain, often empty. Closing it frees the engine's place.
+
+        Raises `RequestProblem` when late, or where this request cannot be decoded.
+        """
         text = TextStream(self.layout.tokenizer.decode, self.stops)
         opening = self.echo
         try:
@@ -70,6 +73,8 @@ class Reply:
         except TimeoutError as error:
             message = "the reply was not finished in the time that this endpoint gives a request; ask for fewer tokens."
             raise RequestProblem(message, status=504, kind="server_error", code="request_timeout") from error
+        except RequestFailed as error:
+            raise RequestProblem(f"the request cannot be decoded: {error}", code="request_failed") from error
 
     def _take(self, tokens: list[NewToken], text: TextStream, piece: Piece) -> bool:
         for token in tokens:
@@ -98,28 +103,36 @@ async def side_by_side(replies: Sequence[Reply]) -> AsyncGenerator[tuple[Reply, 
             async for piece in pieces:
                 yield replies[0], piece
         return
-    arrived: asyncio.Queue[tuple[Reply, Piece | EngineFailed | RequestProblem]] = asyncio.Queue()
+    arrived: asyncio.Queue[tuple[Reply, Piece] | None] = asyncio.Queue()  # None: no more will come
 
     async def read(reply: Reply) -> None:
-        try:
-            async with aclosing(reply.pieces()) as pieces:
-                async for piece in pieces:
-                    arrived.put_nowait((reply, piece))
-        except (EngineFailed, RequestProblem) as problem:
-            arrived.put_nowait((reply, problem))
+        async with aclosing(reply.pieces()) as pieces:
+            async for piece in pieces:
+                arrived.put_nowait((reply, piece))
 
-    readers = [asyncio.create_task(read(reply)) for reply in replies]
-    left = len(replies)
+    async def read_all() -> None:
+        try:
+            async with asyncio.TaskGroup() as group:
+                for reply in replies:
+                    group.create_task(read(reply))
+        finally:
+            arrived.put_nowait(None)
+
+    # A task of its own around the group: whoever asks for the next piece may be another task each time.
+    readers = asyncio.create_task(read_all())
+    unfinished = len(replies)
     try:
-        while left:
-            reply, news = await arrived.get()
-            if not isinstance(news, Piece):
-                raise news
-            left -= news.finish is not None
-            yield reply, news
+        while (news := await arrived.get()) is not None:
+            unfinished -= news[1].finish is not None
+            yield news
+        try:
+            await readers
+        except BaseExceptionGroup as group:
+            raise group.exceptions[0] from None
+        if unfinished:
+            raise EngineFailed("a reply broke off")
     finally:
-        for reader in readers:
-            reader.cancel()
-        await asyncio.gather(*readers, return_exceptions=True)
+        readers.cancel()
+        await asyncio.gather(readers, return_exceptions=True)
         for reply in replies:
             reply.stream.close()  # a reader that was cancelled before it began has closed nothing

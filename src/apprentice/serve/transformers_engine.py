@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -29,7 +30,7 @@ from apprentice.models.loading import load_model, resolve_dtype
 from apprentice.models.lora import Lora, read_lora
 from apprentice.models.packing import placed
 from apprentice.models.sampling import Sampling
-from apprentice.serve.engine import EngineFailed, NewToken, Overloaded, Request, Score, Stats
+from apprentice.serve.engine import EngineFailed, NewToken, Overloaded, Request, RequestFailed, Score, Stats
 
 log = logging.getLogger(__name__)
 # Under load tokens go out several at once: a reply's are held for so long for each request that runs, but not longer than the most.
@@ -84,17 +85,46 @@ class TransformersEngine:
     def capacity(self) -> int:
         return self._most
 
+    @property
+    def vocabulary(self) -> int:
+        return self._decoder.vocabulary
+
     def adapter(self, folder: Path) -> Lora:
         if has_virtual_tokens(self._model):
             raise ModelError("the model that is served has virtual tokens of its own, and takes no adapters; serve its base.")
         with ThreadPoolExecutor(1) as short_lived:
-            return short_lived.submit(read_lora, folder, self._model).result()
+            adapter = short_lived.submit(read_lora, folder, self._model).result()
+        self._try(adapter, folder)
+        return adapter
+
+    def _try(self, adapter: Lora, folder: Path) -> None:
+        """One pass with the adapter, so that one that cannot be applied is refused here and fails nobody's reply."""
+        tried: Future[None] = Future()
+
+        def attempt() -> None:
+            try:
+                self._decoder.try_adapter(adapter)
+                tried.set_result(None)
+            except (ModelError, RuntimeError, ValueError, TypeError) as error:
+                tried.set_exception(ModelError(f"the adapter in {folder} cannot be applied: {error}"))
+
+        self._orders.put(attempt)
+        while not tried.done():
+            self.check()  # a decoder that has stopped carries out no orders
+            with suppress(TimeoutError):
+                tried.exception(timeout=1.0)
+        tried.result()
 
     def generate(self, requests: list[Request]) -> list[_Reply]:
         self.check()
         if len(self._replies) + len(requests) > self._most:
             raise Overloaded
-        return [self._begin(request) for request in requests]
+        replies = [self._begin(request) for request in requests]
+        if self._failure is not None:  # in between: it tells those whom it saw in the table, and no others
+            for reply in replies:
+                reply.close()
+            self.check()
+        return replies
 
     def _begin(self, request: Request) -> _Reply:
         key = next(self._numbers)
@@ -119,8 +149,22 @@ class TransformersEngine:
             request.score_from,
             request.adapter,
         )
-        self._orders.put(lambda: self._decoder.submit(key, wanted))
+        self._orders.put(lambda: self._submit(key, wanted))
         return reply
+
+    def _submit(self, key: int, wanted: Generation) -> None:
+        try:
+            self._decoder.submit(key, wanted)
+        except Exception as error:  # whatever it is, it is this request's
+            self._fail(key, error)
+
+    def _fail(self, key: int, error: Exception) -> None:
+        """Tells who waits for the reply that it will not come; the others are not concerned."""
+        if not isinstance(error, ModelError):
+            log.error("a request failed", exc_info=error)
+        if (reply := self._replies.get(key)) is not None:
+            reply.reason = str(error) or type(error).__name__
+            self._deliver([(reply, None)])
 
     def _forget(self, key: int) -> None:
         """A reply has ended, or nobody wants it any more, wherever it stood."""
@@ -161,15 +205,17 @@ class TransformersEngine:
             while self._obey():
                 self._pass_on(self._decoder.step())
             self._failure = "the engine was closed"
-        except Exception as error:
-            log.exception("the decoder stopped")
+        except BaseException as error:  # no end of this thread may leave somebody waiting
             self._failure = f"{type(error).__name__}: {error}"
+            log.exception("the decoder stopped")
         self._deliver([(reply, None) for reply in list(self._replies.values())])
 
     def _pass_on(self, tokens: list[Token]) -> None:
         """Hands a step's tokens over, with one call into the loop for all; some are held back for the next when many run."""
         self._produced += len(tokens)
         self._held_tokens, self._reserved_tokens = self._decoder.held_tokens, self._decoder.reserved_tokens
+        for key, error in self._decoder.take_failures().items():
+            self._fail(key, error)  # type: ignore[arg-type]  # our keys are numbers
         now = time.monotonic()
         pace = min(_MOST_PACE_S, _PACE_S * (self._decoder.running - 1))
         ready: list[tuple[_Reply, list[NewToken] | None]] = []
@@ -214,6 +260,7 @@ class _Reply:
         self.held: list[NewToken] = []  # the decoder's thread alone touches these two
         self.passed_on = 0.0
         self.arrived: list[NewToken] = []
+        self.reason: str | None = None  # why this reply alone fails
         self.failed = False
         self.news = asyncio.Event()
         self._ended = False
@@ -230,6 +277,8 @@ class _Reply:
         self.news.clear()
         tokens, self.arrived = self.arrived, []
         if not tokens:
+            if self.reason is not None:
+                raise RequestFailed(self.reason)
             raise EngineFailed(self._failure())
         self._ended = tokens[-1].finish is not None
         if self.failed:

@@ -34,7 +34,7 @@ from apprentice.errors import ModelError
 from apprentice.family import kv_numbers, model_config
 from apprentice.models.loading import resolve_dtype, without_weights
 from apprentice.models.lora import CONFIG, WEIGHTS, read_lora
-from apprentice.serve.engine import EngineFailed, NewToken, Overloaded, Request, Score, Stats
+from apprentice.serve.engine import EngineFailed, NewToken, Overloaded, Request, RequestFailed, Score, Stats
 from apprentice.serve.protocol import MOST_TOP
 
 log = logging.getLogger(__name__)
@@ -94,6 +94,10 @@ class VllmEngine:
     @property
     def capacity(self) -> int:
         return self._most
+
+    @property
+    def vocabulary(self) -> int:
+        return int(self._llm.model_config.get_vocab_size())
 
     def adapter(self, folder: Path) -> Adapter:
         if self._shape is None:
@@ -234,7 +238,12 @@ class _Reply:
         if self._ended:
             raise StopAsyncIteration
         try:
-            queue = await asyncio.shield(self._entering)
+            try:
+                queue = await asyncio.shield(self._entering)
+            except EngineDeadError:
+                raise
+            except Exception as error:  # vLLM refuses by many kinds of them
+                raise RequestFailed(" ".join(str(error).split())[:300]) from error
             early = self._passed_on + self._engine.pace_s() - time.monotonic()
             if early > 0 and not (queue.output is not None and queue.output.finished):
                 await asyncio.sleep(early)
