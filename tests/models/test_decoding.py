@@ -258,3 +258,13 @@ def test_memory_that_is_given_back_is_fresh() -> None:
     memory.give_back(1)
     for part in (keys, values):
         assert [float(part[slot].sum()) for slot in range(3)] == [4096.0, 0.0, 4096.0]
+
+
+def test_two_system_prompts_that_take_turns_are_read_once_each(model: Any) -> None:
+    decoder = Decoder(model, slots=4, context=128)
+    systems = [[(place * step + 3) % 509 + 3 for place in range(50)] for step in (7, 11)]
+    for number in range(6):
+        prompt = [*systems[number % 2], 5 + number, 9]
+        decoder.submit(number, Generation(prompt, 4))
+        assert [token.id for step in drain(decoder) for token in step] == greedy(model, prompt, 4)
+    assert decoder.shared == 4 * 50

@@ -50,6 +50,47 @@ def test_a_prompt_that_begins_alike_is_shared_under_the_same_adapter_alone() -> 
     assert slots.take(50, prompt, adapter=8) == Taken(2, 2, 0, ())
 
 
+@pytest.mark.parametrize("prompts", [1, 2, 3])
+@pytest.mark.parametrize("count", [4, 32])
+def test_prompts_that_take_turns_are_all_kept(prompts: int, count: int) -> None:
+    """One request after another, each with one of some system prompts of 500 tokens, a question and a reply of its own."""
+    slots, shared = Slots(count, tokens=count * 1000), 0
+    for number in range(20):
+        system = [10_000 * (number % prompts) + place for place in range(500)]
+        prompt = [*system, *(100_000 + 100 * number + place for place in range(60))]
+        taken = slots.take(700, prompt[:-1])
+        assert taken is not None
+        shared += taken.shared
+        slots.hold(taken.slot, prompt[taken.shared :])
+        slots.release(taken.slot, used=600)
+    assert shared == (20 - prompts) * 500
+
+
+def test_a_conversation_goes_on_where_it_is_and_does_not_cost_the_others_theirs() -> None:
+    slots = Slots(2, tokens=2000)
+    histories = [list(range(base, base + 100)) for base in (0, 1000)]
+    places = set()
+    for turn in range(4):
+        for talk, history in enumerate(histories):
+            taken = slots.take(len(history) + 50, history)
+            assert taken is not None
+            places.add((talk, taken.slot))
+            assert taken.shared == (len(history) - 5 if turn else 0)
+            slots.hold(taken.slot, history[taken.shared :])
+            slots.release(taken.slot, len(history))
+            history += range(len(history), len(history) + 5)
+    assert len(places) == 2
+
+
+def test_an_empty_slot_costs_no_memory_that_others_hold() -> None:
+    slots = Slots(3, tokens=100)
+    for place, ids in enumerate((range(50), range(100, 140))):
+        assert slots.take(50, list(ids)) == Taken(place, place, 0, ())
+        slots.hold(place, list(ids))
+        slots.release(place, used=50)
+    assert slots.take(40, list(range(200, 240))) == Taken(0, 0, 0, ())  # the empty one would have to take 40 from the others
+
+
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 40), st.integers(0, 1), st.booleans()), min_size=1, max_size=60))
 def test_the_limit_holds_and_nobody_waits_for_ever(requests: list[tuple[int, int, bool]]) -> None:

@@ -54,17 +54,14 @@ class Slots:
         return sum(slot.reserved for slot in self._all)
 
     def take(self, need: int, prefix: Sequence[int] = (), adapter: int = 0) -> Taken | None:
-        """A slot for a request of up to `need` positions whose prompt begins with `prefix`; None while there is none.
-
-        The lowest free one, so that those in use stay adjacent and are read as one view.
-        """
+        """A slot for a request of up to `need` positions whose prompt begins with `prefix`; None while there is none."""
         free = [place for place, slot in enumerate(self._all) if not slot.reserved]
         if not free:
             return None
-        chosen = free[0]
         source, shared = self._like(prefix, adapter)
-        left = self.tokens - sum(max(slot.touched, slot.reserved) for slot in self._all)
-        left -= max(0, need - self._all[chosen].touched)
+        taken = sum(max(slot.touched, slot.reserved) for slot in self._all)
+        chosen = self._choose(free, source, shared, self.tokens - taken - need)
+        left = self.tokens - taken - max(0, need - self._all[chosen].touched)
         # Given up first what was used longest ago; last what would be copied, and the chosen slot's own.
         victims = sorted((place for place in free if place != chosen), key=lambda at: (at == source, self._all[at].used_at))
         emptied = []
@@ -83,6 +80,19 @@ class Slots:
             self._all[place].held, self._all[place].touched = [], 0
         self._all[chosen] = _Slot(held, adapter, reserved=need, touched=self._all[chosen].touched)
         return Taken(chosen, source, shared, tuple(emptied))
+
+    def _choose(self, free: Sequence[int], source: int, shared: int, left: int) -> int:
+        """The slot of `free` whose content is worth least; `left` positions stay free where an empty one is taken.
+
+        One of which all is shared goes on where it is; else an empty one is taken, where memory allows; else the one that was used
+        longest ago. Of like ones it is the lowest: slots in use that are adjacent are read as one view.
+        """
+        if shared and source in free and len(self._all[source].held) == shared:
+            return source
+        empty = [place for place in free if not self._all[place].held]
+        if empty and (left >= 0 or len(empty) == len(free)):
+            return empty[0]
+        return min((place for place in free if self._all[place].held), key=lambda place: self._all[place].used_at)
 
     def shared(self, prefix: Sequence[int], adapter: int) -> int:
         """How many positions a request with this prefix would take from a slot now."""
