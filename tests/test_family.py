@@ -21,6 +21,10 @@ from apprentice.family import can_pack, family_of
         ({"model_type": "bart", "is_encoder_decoder": True}, "seq2seq", False),
         ({"model_type": "opt"}, "causal", False),
         ({"model_type": "mamba"}, "causal", False),
+        ({"model_type": "qwen3_5_text", "layer_types": ["linear_attention", "full_attention"]}, "causal", False),
+        ({"model_type": "qwen3_5", "text_config": {"layer_types": ["linear_attention"]}}, "causal", False),
+        ({"model_type": "gemma3_text", "layer_types": ["sliding_attention", "full_attention"]}, "causal", True),
+        ({"model_type": "falcon", "alibi": True}, "causal", False),
     ],
 )
 def test_family(tmp_path: Path, config: dict[str, object], family: str, packs: bool) -> None:

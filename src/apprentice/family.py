@@ -28,6 +28,8 @@ NOT_PACKED = {
     ),
     **dict.fromkeys(("opt", "bloom", "mpt", "xglm", "biogpt", "gpt_oss"), "this architecture does not follow restarting positions"),
 }
+# Kinds of layers, in the words of transformers' `layer_types`, that carry a state from token to token whatever a mask says.
+STATEFUL_LAYERS = ("linear_attention", "conv", "mamba", "hybrid", "hybrid_sliding")
 # Types whose activations leave float16's range.
 NO_FLOAT16 = ("t5", "mt5", "umt5")
 
@@ -59,13 +61,27 @@ def can_pack(folder: Path) -> bool:
     return not_packed_because(folder) is None
 
 
-def not_packed_because(folder: Path) -> str | None:
-    """Why examples of one row would see each other; None where they stay apart."""
+def not_packed_because(folder: Path, *, by_layers: bool = True) -> str | None:
+    """Why examples of one row would see each other; None where they stay apart.
+
+    `by_layers` False asks the model's type alone, as runs of format 1 did, whose rows must not change.
+    """
     config = model_config(folder)
     kind = config.get("model_type")
     if config.get("is_encoder_decoder") and kind not in RELATIVE_POSITIONS:
         return f"the positions of {kind} count the whole row"
-    return NOT_PACKED.get(str(kind))
+    return mixes_because(config) if by_layers else NOT_PACKED.get(str(kind))
+
+
+def mixes_because(config: dict[str, Any]) -> str | None:
+    """Why a causal model of this config mixes texts that share a row, though mask and positions keep them apart; else None."""
+    inner = config.get("text_config") or config
+    for part in (config, inner):
+        if reason := NOT_PACKED.get(str(part.get("model_type"))):
+            return reason
+    if any(kind in STATEFUL_LAYERS for kind in inner.get("layer_types") or ()):
+        return "what a recurrent or convolutional layer remembers runs on into the next example"
+    return "ALiBi biases count the whole row" if inner.get("alibi") else None
 
 
 def model_config(folder: Path) -> dict[str, Any]:

@@ -76,6 +76,11 @@ def test_auto_packs_where_that_is_exact(corpus_of: CorpusOf, pairs_of: CorpusOf,
     (bart / "config.json").write_text('{"model_type": "bart", "is_encoder_decoder": true}')
     recipe = one.recipe.model_copy(update={"model": Model(base=str(bart))})
     assert packing_strategy(recipe, bart) == "none"
+    hybrid = tmp_path / "hybrid"
+    hybrid.mkdir()
+    (hybrid / "config.json").write_text('{"model_type": "new", "layer_types": ["linear_attention", "full_attention"]}')
+    plain = recipe.model_copy(update={"data": recipe.data.model_copy(update={"packing": Packing(length=256)})})
+    assert (packing_strategy(plain, hybrid), packing_strategy(plain, hybrid, 1)) == ("none", "best_fit")
     asked = recipe.model_copy(update={"data": recipe.data.model_copy(update={"packing": Packing(length=256, strategy="greedy")})})
     with pytest.raises(RecipeError, match=r"strategy greedy would .* see each other: the positions of bart count .*choose `none`"):
         packing_strategy(asked, bart)

@@ -17,6 +17,7 @@ _SIZES: dict[str, Any] = {
     "num_attention_heads": 2,
     "max_position_embeddings": 128,
 }
+_WINDOWS: dict[str, Any] = {"sliding_window": 64, "layer_types": ["sliding_attention", "full_attention"]}
 _T5: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "d_model": 64,
@@ -47,15 +48,38 @@ CAUSAL: dict[str, Callable[[], Any]] = {
     "qwen2": lambda: hf.Qwen2ForCausalLM(hf.Qwen2Config(**_SIZES, num_key_value_heads=2)),
     "qwen3": lambda: hf.Qwen3ForCausalLM(hf.Qwen3Config(**_SIZES, num_key_value_heads=2, head_dim=32)),
     "gemma2": lambda: hf.Gemma2ForCausalLM(
-        hf.Gemma2Config(**_SIZES, num_key_value_heads=1, head_dim=32, final_logit_softcapping=0.5, pad_token_id=0)
+        hf.Gemma2Config(**_SIZES, **_WINDOWS, num_key_value_heads=1, head_dim=32, final_logit_softcapping=0.5, pad_token_id=0)
     ),
-    "gemma3": lambda: hf.Gemma3ForCausalLM(hf.Gemma3TextConfig(**_SIZES, num_key_value_heads=1, head_dim=32, pad_token_id=0)),
+    "gemma3": lambda: hf.Gemma3ForCausalLM(
+        hf.Gemma3TextConfig(**_SIZES, **_WINDOWS, num_key_value_heads=1, head_dim=32, pad_token_id=0)
+    ),
     "gpt2": lambda: hf.GPT2LMHeadModel(
         hf.GPT2Config(
             vocab_size=VOCABULARY, n_embd=64, n_layer=2, n_head=2, n_positions=128, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0
         )
     ),
     "gpt_neox": lambda: hf.GPTNeoXForCausalLM(hf.GPTNeoXConfig(**_SIZES)),
+}
+# Causal models whose layers, or some of them, mix texts that share a row: they are scored, and not packed.
+MIXING: dict[str, Callable[[], Any]] = {
+    "qwen3_5": lambda: hf.Qwen3_5ForCausalLM(
+        hf.Qwen3_5TextConfig(
+            **_SIZES,
+            num_key_value_heads=1,
+            head_dim=32,
+            linear_num_key_heads=2,
+            linear_num_value_heads=2,
+            linear_key_head_dim=16,
+            linear_value_head_dim=16,
+            layer_types=["linear_attention", "full_attention"],
+        )
+    ),
+    "lfm2": lambda: hf.Lfm2ForCausalLM(hf.Lfm2Config(**_SIZES, num_key_value_heads=1, layer_types=["conv", "full_attention"])),
+    "mamba": lambda: hf.MambaForCausalLM(hf.MambaConfig(vocab_size=VOCABULARY, hidden_size=64, num_hidden_layers=2, state_size=8)),
+    "bloom": lambda: hf.BloomForCausalLM(hf.BloomConfig(vocab_size=VOCABULARY, hidden_size=64, n_layer=2, n_head=2)),
+    "falcon_alibi": lambda: hf.FalconForCausalLM(
+        hf.FalconConfig(vocab_size=VOCABULARY, hidden_size=64, num_hidden_layers=2, num_attention_heads=2, alibi=True)
+    ),
 }
 SEQ2SEQ: dict[str, Callable[[], Any]] = {
     "t5": lambda: hf.T5ForConditionalGeneration(hf.T5Config(**_T5)),
@@ -69,7 +93,7 @@ def made(name: str, attention: str | None = None) -> Any:
     """The model `name`, the same random weights every time, in evaluation mode."""
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        model = (CAUSAL | SEQ2SEQ)[name]()
+        model = (CAUSAL | MIXING | SEQ2SEQ)[name]()
     if attention is not None:
         model.set_attn_implementation(attention)
     return model.eval()

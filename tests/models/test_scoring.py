@@ -12,6 +12,7 @@ import torch
 
 from apprentice.models import scoring
 from apprentice.models.scoring import choice_logprobs
+from tests.models.architectures import CAUSAL, MIXING, made
 
 Question = tuple[list[int], list[list[int]]]
 
@@ -100,3 +101,64 @@ def test_nothing_to_score_is_refused(model: Any, prompts: list[list[int]], choic
 
 def test_no_prompts() -> None:
     assert choice_logprobs(None, [], []) == []
+
+
+def strengthened(name: str, attention: str | None = None) -> Any:
+    """The model `name` with weights large enough that what it sees far back changes its numbers."""
+    model = made(name, attention)
+    with torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(2)
+        for weights in model.parameters():
+            if weights.ndim > 1:
+                weights.normal_(std=0.1)
+    return model
+
+
+ATTENDING = [
+    (name, attention)
+    for name in (*CAUSAL, *MIXING)
+    for attention in ("sdpa", "eager")
+    if attention == "eager" or name not in ("gemma2", "mamba")  # which have no sdpa in transformers
+]
+
+
+@pytest.mark.parametrize(("name", "attention"), ATTENDING)
+def test_every_architecture_gives_the_sums_of_full_forward_passes(name: str, attention: str) -> None:
+    model = strengthened(name, attention)
+    random = np.random.default_rng(4)
+
+    def ids(count: int) -> list[int]:
+        return [int(id) for id in random.integers(3, 500, size=count)]
+
+    # Far below the windows of 64 tokens, at their edge with and without the choices, and beyond.
+    prompts = [ids(count) for count in (9, 56, 60, 64, 100, 80)]
+    choices = [[ids(count) for count in (4, 1, 6, 3)] for _ in prompts]
+    expected = [by_full_forwards(model, prompt, group) for prompt, group in zip(prompts, choices, strict=True)]
+    np.testing.assert_allclose(flat(choice_logprobs(model, prompts, choices)), flat(expected), atol=2e-4)
+
+
+def test_choices_share_a_row_up_to_the_window_and_not_beyond(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = made("mistral")
+    passes: dict[str, list[list[int]]] = {"_forward": [], "_forward_apart": []}
+    for name, seen in passes.items():
+        forward = getattr(scoring, name)
+
+        def watched(model: Any, batch: Any, forward: Any = forward, seen: Any = seen) -> Any:
+            seen.append([len(row.choices) for row in batch])
+            return forward(model, batch)
+
+        monkeypatch.setattr(scoring, name, watched)
+    choice_logprobs(model, [[5] * 60, [5] * 70], [[[7, 8, 9], [7, 8, 9], [9, 8]]] * 2)
+    assert passes == {"_forward": [[2, 1]], "_forward_apart": [[1, 1, 1]]}
+
+
+def test_a_mask_that_flash_attention_cannot_take_is_not_made() -> None:
+    model = made("llama")
+    model.config._attn_implementation = "flash_attention_2"
+    assert scoring._shared_tokens(model) == 0
+
+
+def test_the_logits_kept_of_prompts_of_different_lengths_are_bounded() -> None:
+    rows = [scoring._Row(number, [5] * length, [(0, [7, 8])]) for number, length in enumerate((900, 890, 100, 90))]
+    batches = scoring._batches(rows, 4096, begin_together=True)
+    assert [[row.number for row in batch] for batch in batches] == [[0, 1], [2, 3]]

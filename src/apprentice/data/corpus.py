@@ -11,7 +11,7 @@ from functools import cached_property
 from math import ceil
 from pathlib import Path
 
-from apprentice.artifacts import Run
+from apprentice.artifacts import FORMAT, Run
 from apprentice.data.contract import layout_of
 from apprentice.data.index import TaskIndex, freeze
 from apprentice.data.layout import Exemplar, Layout
@@ -125,13 +125,15 @@ def make_corpus(recipe: Recipe, run: Run, *, parallel: bool = True, to_train: bo
     tokenizer = Tokenizer.load(recipe.model.base)
     cache = Folder.at(recipe.storage) / "cache"
     indices = freeze(tasks, recipe, run.index, cache, tokenizer, parallel=parallel)
-    strategy = packing_strategy(recipe, tokenizer.folder)
+    strategy = packing_strategy(recipe, tokenizer.folder, run.format)
     order = Plan.of(recipe, tasks, indices) if to_train else None
     return Corpus(recipe, tasks, held_out, indices, order, layout_of(recipe, tokenizer), strategy)
 
 
-def packing_strategy(recipe: Recipe, folder: Path) -> Strategy:
+def packing_strategy(recipe: Recipe, folder: Path, run_format: int = FORMAT) -> Strategy:
     """How the rows of the model in `folder` are packed: as asked, or by `auto` the densest way that is exact.
+
+    Runs of format 1 know recurrent models by their type alone, and go on as they began.
 
     Raises `RecipeError` where examples of one row would see each other, or a causal model is given a decoder's length.
     """
@@ -140,7 +142,7 @@ def packing_strategy(recipe: Recipe, folder: Path) -> Strategy:
         raise RecipeError(
             f"data.packing.target_length is for encoder-decoders, and {recipe.model.base} continues one text; leave it out."
         )
-    reason = not_packed_because(folder) or _VIRTUAL.get(recipe.tuning.method)
+    reason = not_packed_because(folder, by_layers=run_format >= 2) or _VIRTUAL.get(recipe.tuning.method)
     together = {"dpo": "both answers of a pair", "reward": "both answers of a pair", "grpo": "several replies"}
     if (what := together.get(recipe.training.objective)) and (reason is not None or family_of(folder) == "seq2seq"):
         reason = reason or "an encoder reads a prompt once for each answer"

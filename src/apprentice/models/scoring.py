@@ -1,9 +1,11 @@
-"""Log-probabilities of answer choices: pure, batched, each prompt computed once for all its choices.
+"""Log-probabilities of answer choices: pure, batched, each prompt computed once for all its choices where that is exact.
 
 An encoder-decoder reads the prompt once (`seq2seq_scoring`), and behind virtual tokens each text is by itself (`alone`). For other
 causal models one row of the batch is a prompt followed by all its choices; positions of every choice start after the prompt, and an
-additive mask lets a choice see the prompt and itself only, so that the sums are those of separate forward passes. Knows nothing of
-tasks, layouts or how an answer ends: callers give the ids.
+additive mask lets a choice see the prompt and itself only, so that the sums are those of separate forward passes. transformers
+hands such a mask to the layers as it is, so a layer's sliding window is not applied, and a recurrent layer does not look at it:
+rows longer than the window, and all rows of models that mix texts (`family.mixes_because`), hold one choice each and no mask.
+Knows nothing of tasks, layouts or how an answer ends: callers give the ids.
 """
 
 from __future__ import annotations
@@ -14,10 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from apprentice.family import mixes_because
 from apprentice.models.alone import alone_logprob, has_virtual_tokens
 from apprentice.models.seq2seq_scoring import is_seq2seq, seq2seq_logprobs
 
 BATCH_TOKENS = 4096
+_WINDOWS = ("sliding_window", "attention_chunk_size", "window_size")  # what configs call how far a layer looks back, in tokens
 _LOGIT_ROWS = 1024  # positions whose logits one forward pass keeps: 0.2 GB in fp32 with 49,152 words, 1 GB with 256,000
 
 
@@ -35,17 +39,35 @@ def choice_logprobs(
         return [[alone_logprob(model, prompt, ids) for ids in group] for prompt, group in zip(prompts, choices, strict=True)]
     if prompts and is_seq2seq(model):
         return seq2seq_logprobs(model, prompts, choices, batch_tokens)
+    most = _shared_tokens(model) if prompts else None
     rows = [
         _Row(number, list(prompt), part)
         for number, (prompt, group) in enumerate(zip(prompts, choices, strict=True))
-        for part in _parts(len(prompt), group, batch_tokens)
+        for part in _parts(len(prompt), group, batch_tokens, most)
     ]
     found: list[list[float]] = [[0.0] * len(group) for group in choices]
-    for batch in _batches(rows, batch_tokens):
-        for row, sums in zip(batch, _forward(model, batch), strict=True):
-            for (place, _), value in zip(row.choices, sums, strict=True):
-                found[row.number][place] = value
+    apart = [row for row in rows if most is not None and sum(row.size) > most]
+    shared = [row for row in rows if most is None or sum(row.size) <= most]
+    for forward, batches in (
+        (_forward, _batches(shared, batch_tokens)),
+        (_forward_apart, _batches(apart, batch_tokens, begin_together=True)),
+    ):
+        for batch in batches:
+            for row, sums in zip(batch, forward(model, batch), strict=True):
+                for (place, _), value in zip(row.choices, sums, strict=True):
+                    found[row.number][place] = value
     return found
+
+
+def _shared_tokens(model: Any) -> int | None:
+    """How many tokens a row may have whose choices share it and stay apart; None: any number."""
+    config = model.config.get_text_config()
+    if config._attn_implementation not in ("sdpa", "eager"):  # flash attention takes no such mask
+        return 0
+    if mixes_because(config.to_dict()) is not None:
+        return 0
+    windows = [getattr(config, name, None) for name in _WINDOWS]
+    return min((size for size in windows if isinstance(size, int) and size > 0), default=None)
 
 
 class _Row:
@@ -62,27 +84,34 @@ class _Row:
         return len(self.prompt), self.side
 
 
-def _parts(prompt: int, group: Sequence[Sequence[int]], batch_tokens: int) -> list[list[tuple[int, Sequence[int]]]]:
-    """The choices in as few runs as keep prompt and run within `batch_tokens`."""
+def _parts(
+    prompt: int, group: Sequence[Sequence[int]], batch_tokens: int, most: int | None
+) -> list[list[tuple[int, Sequence[int]]]]:
+    """The choices in as few runs as keep prompt and run within `batch_tokens` and `most`; one that does not fit is by itself."""
     parts: list[list[tuple[int, Sequence[int]]]] = []
+    whole = min(batch_tokens, batch_tokens if most is None else most)
     room = 0
     for place, ids in enumerate(group):
         if not parts or len(ids) - 1 > room:
             parts.append([])
-            room = batch_tokens - prompt
+            room = whole - prompt
         parts[-1].append((place, ids))
         room -= len(ids) - 1
     return parts
 
 
-def _batches(rows: list[_Row], batch_tokens: int) -> list[list[_Row]]:
-    """Rows of like size together: longest first, so that memory runs out at once or not at all."""
+def _batches(rows: list[_Row], batch_tokens: int, *, begin_together: bool = False) -> list[list[_Row]]:
+    """Rows of like size together: longest first, so that memory runs out at once or not at all.
+
+    Rows that `begin_together` have their prompts' ends, and so their logits, in different columns.
+    """
     batches: list[list[_Row]] = []
     widest = (0, 0)
     for row in sorted(rows, key=lambda row: (row.size, row.number), reverse=True):
         widest = (max(widest[0], row.size[0]), max(widest[1], row.size[1]))
         count = len(batches[-1]) + 1 if batches else 0
-        if not count or count * sum(widest) > batch_tokens or count * (widest[1] + 1) > _LOGIT_ROWS:
+        kept = widest[1] + 1 + (widest[0] - row.size[0] if begin_together else 0)
+        if not count or count * sum(widest) > batch_tokens or count * kept > _LOGIT_ROWS:
             batches.append([])
             widest = row.size
         batches[-1].append(row)
@@ -101,8 +130,21 @@ def _forward(model: Any, batch: list[_Row]) -> list[list[float]]:
         position_ids=positions.to(device),
         use_cache=False,
         logits_to_keep=side + 1,
-    ).logits  # (rows, 1 + side, vocabulary)
+    ).logits[:, -side - 1 :]  # (rows, 1 + side, vocabulary); a model that keeps all of them gives more
     return [_sums(logits[number], row) for number, row in enumerate(batch)]
+
+
+@torch.inference_mode()
+def _forward_apart(model: Any, batch: list[_Row]) -> list[list[float]]:
+    """The same for rows of one choice each, as the model reads any text: what pads a row stands behind it, where nobody looks."""
+    texts = [[*row.prompt, *row.choices[0][1][:-1]] for row in batch]
+    width, first = max(map(len, texts)), min(len(row.prompt) for row in batch) - 1
+    ids = torch.zeros(len(batch), width, dtype=torch.long)
+    for line, text in enumerate(texts):
+        ids[line, : len(text)] = torch.tensor(text)
+    kept = width - first
+    logits = model(input_ids=ids.to(next(model.parameters()).device), use_cache=False, logits_to_keep=kept).logits[:, -kept:]
+    return [_sums(logits[line, len(row.prompt) - 1 - first :], row) for line, row in enumerate(batch)]
 
 
 def _inputs(batch: list[_Row], width: int, side: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
