@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -11,10 +12,11 @@ import torch
 
 from apprentice.errors import ModelError
 from apprentice.models import decoding
-from apprentice.models.decoding import Decoder, Generation, Token, generate
+from apprentice.models.decoding import Decoder, Generation, NotFiniteError, Token, generate
 from apprentice.models.loading import load_model
 from apprentice.models.ragged import KvMemory, prepare
 from apprentice.models.sampling import Sampling
+from tests.models.architectures import made
 
 PROMPTS = [[(11 * length + 7 * place) % 509 + 3 for place in range(length)] for length in (1, 5, 40, 13, 2, 27, 8, 60, 3, 19)]
 
@@ -268,3 +270,17 @@ def test_two_system_prompts_that_take_turns_are_read_once_each(model: Any) -> No
         decoder.submit(number, Generation(prompt, 4))
         assert [token.id for step in drain(decoder) for token in step] == greedy(model, prompt, 4)
     assert decoder.shared == 4 * 50
+
+
+def test_logits_that_are_not_finite_write_nothing() -> None:
+    model = made("mistral")
+    with torch.no_grad():
+        model.get_input_embeddings().weight[499] = float("nan")
+    with pytest.raises(NotFiniteError, match=r"^the model's logits are not finite") as caught:
+        generate(model, [[5, 6, 7], [5, 499, 6], [8, 9]], max_new_tokens=3, stop_ids=())
+    assert caught.value.number == 1
+    assert pickle.loads(pickle.dumps(caught.value)).number == 1  # errors cross processes
+    with torch.no_grad():
+        model.get_output_embeddings().weight.fill_(float("inf"))
+    with pytest.raises(ModelError, match=r"^MistralForCausalLM: the model's logits are not finite"):
+        generate(model, [[5, 6, 7]], max_new_tokens=3, stop_ids=())

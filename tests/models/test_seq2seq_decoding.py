@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from apprentice.errors import ModelError
-from apprentice.models.decoding import Generation, Token
+from apprentice.models.decoding import Generation, Token, generate
 from apprentice.models.sampling import Sampling
 from apprentice.models.seq2seq_decoding import Seq2seqDecoder
 from apprentice.models.seq2seq_scoring import seq2seq_logprobs
@@ -126,3 +126,29 @@ def test_a_model_that_counts_otherwise_is_refused() -> None:
     model.get_decoder().embed_positions = torch.nn.Embedding(*places.weight.shape)
     with pytest.raises(ModelError, match="BartForConditionalGeneration cannot be served here"):
         Seq2seqDecoder(model, slots=1, context=64)
+
+
+@pytest.mark.parametrize("prompts", [PROMPTS])
+def test_evaluation_writes_as_the_endpoint_does_whatever_generation_config_says(model: Any, prompts: list[list[int]]) -> None:
+    config = model.generation_config
+    was = config.to_dict()
+    try:
+        config.no_repeat_ngram_size, config.forced_bos_token_id, config.forced_eos_token_id, config.num_beams = 2, 7, 9, 4
+        replies = generate(model, prompts, max_new_tokens=8, stop_ids=(1,))
+    finally:
+        config.update(**was)
+    served = ids(decoded(model, [Generation(prompt, 8, frozenset([1])) for prompt in prompts], 4))
+    assert replies == [[token for token in reply if token != 1] for reply in served]
+    assert replies == [generate(model, [prompt], max_new_tokens=8, stop_ids=(1,))[0] for prompt in prompts]
+
+
+def test_what_cannot_share_a_pass_is_evaluated_alone() -> None:
+    import transformers as hf
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        sizes = {"vocab_size": 500, "d_model": 64, "d_kv": 32, "d_ff": 96, "num_layers": 2, "num_heads": 2}
+        umt5 = hf.UMT5ForConditionalGeneration(hf.UMT5Config(**sizes, decoder_start_token_id=0)).eval()
+    with pytest.raises(ModelError, match="UMT5ForConditionalGeneration cannot be served here"):
+        Seq2seqDecoder(umt5, slots=1, context=64)
+    assert generate(umt5, PROMPTS[:4], max_new_tokens=6, stop_ids=()) == [greedy(umt5, prompt, 6) for prompt in PROMPTS[:4]]

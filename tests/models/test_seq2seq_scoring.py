@@ -1,4 +1,4 @@
-"""An encoder-decoder's choices and replies in batches are those of one at a time."""
+"""An encoder-decoder's choices in batches are those of one at a time."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from apprentice.models.scoring import choice_logprobs
-from apprentice.models.seq2seq_scoring import written
 
 PROMPTS = [[5, 6, 7, 1], [9, 1], [4, 5, 6, 7, 8, 9, 10, 1]]
 CHOICES = [[[11, 1], [12, 13, 14, 1]], [[15, 1], [11, 1], [16, 17, 1]], [[20, 1]]]
@@ -64,10 +63,3 @@ def test_each_prompt_is_read_once(model: Any, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(encoder, "forward", lambda *a, **k: (lines.append(len(k["input_ids"])), forward(*a, **k))[1])
     choice_logprobs(model, PROMPTS, CHOICES)
     assert sum(lines) == len(PROMPTS)
-
-
-def test_replies_are_those_of_one_at_a_time(model: Any) -> None:
-    together = written(model, PROMPTS, max_new_tokens=5, stop_ids=(1,))
-    one_by_one = [written(model, [prompt], max_new_tokens=5, stop_ids=(1,))[0] for prompt in PROMPTS]
-    assert together == one_by_one
-    assert all(len(reply) <= 5 and 1 not in reply for reply in together)

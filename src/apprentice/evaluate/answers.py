@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -72,4 +73,6 @@ class Answers:
 
 
 def _answered(record: Mapping[str, Any]) -> bool:
-    return bool(record["key"]) and record["prediction"] is not None
+    """Whether there is an answer to be found again; what ranks by numbers that are not finite is none, and is asked again."""
+    numbers = [*(record.get("choice_logprobs") or ()), *(record.get("choice_priors") or ())]
+    return bool(record["key"]) and record["prediction"] is not None and all(map(math.isfinite, numbers))

@@ -6,19 +6,24 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from apprentice.data.layout import SEPARATOR, Layout
-from apprentice.models.alone import has_virtual_tokens
-from apprentice.models.decoding import generate
-from apprentice.models.seq2seq_scoring import is_seq2seq, written
+from apprentice.errors import EvaluationError
+from apprentice.evaluate.rank import question_name
+from apprentice.models.decoding import NotFiniteError, generate
 
 if TYPE_CHECKING:
     from apprentice.evaluate.scorer import Manner
 
 
 def reply(model: Any, questions: Sequence[Mapping[str, Any]], manner: Manner) -> list[dict[str, Any]]:
-    """`prediction` for every question (a record of `predictions.ENCODED`)."""
+    """`prediction` for every question (a record of `predictions.ENCODED`).
+
+    Raises `EvaluationError` with the question's name where the model's numbers are not finite.
+    """
     prompts = [list(question["prompt_ids"]) for question in questions]
-    write = written if is_seq2seq(model) and not has_virtual_tokens(model) else generate
-    replies = write(model, prompts, max_new_tokens=manner.reply, stop_ids=manner.layout.stop_ids)
+    try:
+        replies = generate(model, prompts, max_new_tokens=manner.reply, stop_ids=manner.layout.stop_ids)
+    except NotFiniteError as error:
+        raise EvaluationError(f"{question_name(questions[error.number])}: {error}") from error
     return [{"prediction": shown(manner.layout, ids)} for ids in replies]
 
 

@@ -7,8 +7,11 @@ a prefix is never less likely than what continues it. Three ways to compare are 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+from apprentice.errors import EvaluationError
 
 Logprobs = Sequence[float]
 
@@ -26,10 +29,30 @@ RANKING_TITLES = {
 
 
 def ranked(record: Mapping[str, Any], rank_by: str) -> str:
-    """The choice that wins for a scored question: a record with `choices`, `choice_logprobs`, `choice_tokens`, `choice_priors`."""
+    """The choice that wins for a scored question: a record with `choices`, `choice_logprobs`, `choice_tokens`, `choice_priors`.
+
+    Raises `EvaluationError` where a number is not finite: no choice is then larger than another.
+    """
     priors = record["choice_priors"] if rank_by == "pmi" else ()
     scores = RANKINGS[rank_by](record["choice_logprobs"], record["choice_tokens"], priors)
+    check_finite(record, scores)
     return str(record["choices"][best(scores)])
+
+
+def check_finite(record: Mapping[str, Any], numbers: Sequence[float]) -> None:
+    """Raises `EvaluationError` with the question's name where one of the model's `numbers` about it is NaN or infinite."""
+    if not all(map(math.isfinite, numbers)):
+        raise EvaluationError(
+            f"{question_name(record)}: the model gives {', '.join(f'{value:.4g}' for value in numbers)}, and what is not finite has"
+            " no order; its weights are damaged, or they leave their number format's range: try model.dtype float32."
+        )
+
+
+def question_name(record: Mapping[str, Any]) -> str:
+    """A question as a person finds it again: its task, row and wording; a row of a file has a number alone."""
+    if "task" not in record:
+        return f"row {record['row']}"
+    return f"{record['task']} row {record['row']}, wording {record['template']}"
 
 
 def best(scores: Sequence[float]) -> int:

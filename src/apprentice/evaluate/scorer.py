@@ -17,7 +17,7 @@ from apprentice.errors import ApprenticeError, EvaluationError
 from apprentice.evaluate.generate import reply
 from apprentice.evaluate.pool import Pool
 from apprentice.evaluate.predictions import ENCODED, table_of
-from apprentice.evaluate.rank import by_prior, ranked
+from apprentice.evaluate.rank import by_prior, check_finite, ranked
 from apprentice.family import gives_rewards
 from apprentice.models.loading import count_parameters, load_model, resolve_dtype
 from apprentice.models.packing import placed
@@ -76,6 +76,8 @@ class Scorer:
         choices = [question["choice_ids"] for question in asked]
         scores = choice_rewards if is_reward(self._model) else choice_logprobs
         sums = scores(self._model, [question["prompt_ids"] for question in asked], choices)
+        for question, found in zip(asked, sums, strict=True):
+            check_finite(question, found)
         if not self._manner.priors:
             return [{"choice_logprobs": found} for found in sums]
         empty = self._manner.empty_prompt

@@ -18,7 +18,7 @@ from apprentice.evaluate import majority
 from apprentice.evaluate.endpoint import Endpoint
 from apprentice.evaluate.prompts import Limits
 from apprentice.evaluate.scorer import Manner
-from apprentice.family import model_config
+from apprentice.family import RELATIVE_POSITIONS, model_config
 from apprentice.models.loading import resolve_dtype
 from apprentice.recipe import Recipe
 from apprentice.tokenizer import Tokenizer
@@ -77,10 +77,12 @@ def manner_of(recipe: Recipe, layout: Layout) -> Manner:
 
 
 def limits_of(recipe: Recipe, folder: Path) -> Limits:
-    """What may be asked of the model in `folder`."""
+    """What may be asked of the model in `folder`: of one with places to look up, what its endpoint takes too."""
     config = model_config(folder)
     context = config.get("max_position_embeddings") or config.get("n_positions")
-    return Limits(recipe.data.max_length, recipe.evaluation.max_new_tokens, None if config.get("is_encoder_decoder") else context)
+    if config.get("model_type") in RELATIVE_POSITIONS:
+        context = None
+    return Limits(recipe.data.max_length, recipe.evaluation.max_new_tokens, context)
 
 
 def _fingerprint(subject: Subject, recipe: Recipe, manner: Manner) -> str:

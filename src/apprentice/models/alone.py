@@ -1,4 +1,4 @@
-"""Models behind virtual tokens (prefix and prompt tuning): their texts cannot share a pass.
+"""Models whose texts cannot share a pass: those behind virtual tokens (prefix and prompt tuning), and some encoder-decoders.
 
 Each request is computed by the model's own forward pass with its own keys and values, so it costs what it costs alone, and gives
 the same in any company. Knows nothing of HTTP, layouts or tasks.
@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutput
 
 from apprentice.errors import ModelError
+from apprentice.models.crossing import CannotShareError
 from apprentice.models.decoding import PREFILL_TOKENS, Decoder, Generation, Running, Scored, Token, scores
 from apprentice.models.seq2seq_decoding import Seq2seqDecoder
 from apprentice.models.seq2seq_scoring import is_seq2seq
@@ -30,10 +31,18 @@ def _virtual_tokens(model: Any) -> int:
     return max((config.num_virtual_tokens for config in configs if config.is_prompt_learning), default=0)
 
 
-def decoder_for(model: Any, *, slots: int, context: int, kv_bytes: int | None = None) -> Decoder:
-    """The decoder that `model` can be decoded by. Raises `ModelError` as `Decoder` does."""
+def decoder_for(model: Any, *, slots: int, context: int, kv_bytes: int | None = None, or_alone: bool = False) -> Decoder:
+    """The decoder that `model` can be decoded by. Raises `ModelError` as `Decoder` does.
+
+    With `or_alone` an encoder-decoder whose requests cannot share a pass is computed request by request instead of refused.
+    """
     kind = AloneDecoder if has_virtual_tokens(model) else Seq2seqDecoder if is_seq2seq(model) else Decoder
-    return kind(model, slots=slots, context=context, kv_bytes=kv_bytes)
+    try:
+        return kind(model, slots=slots, context=context, kv_bytes=kv_bytes)
+    except CannotShareError:
+        if not or_alone:
+            raise
+        return AloneDecoder(model, slots=slots, context=context)
 
 
 @torch.inference_mode()
@@ -70,7 +79,8 @@ class AloneDecoder(Decoder):
         most = min(context, positions - _virtual_tokens(model)) if positions else context
         self._fit(model, slots, most, None, 1)
         self._model = model
-        self._behind = model.get_base_model()  # goes on by itself once the virtual tokens are in the cache
+        # With virtual tokens, the model inside goes on by itself once they are in the cache.
+        self._behind = model.get_base_model() if has_virtual_tokens(model) else model
         self._memories: dict[Hashable, _Memory] = {}
         self._begin(prefill_tokens)
 

@@ -26,7 +26,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from apprentice.errors import ModelError
 from apprentice.models.lora import Lora, LoraLayers
-from apprentice.models.ragged import Chunk, Group, KvMemory, attend, group_slots
+from apprentice.models.ragged import NOT_FINITE, Chunk, Group, KvMemory, attend, group_slots
 
 ATTENTION = "apprentice_crossing"
 _CROSSING = ("EncDecAttention", "encoder_attn")  # what T5 and BART call attention to the prompt
@@ -41,6 +41,10 @@ class Part(NamedTuple):
     ids: Sequence[int]
     prompt: Sequence[int] = ()
     adapter: Lora | None = None
+
+
+class CannotShareError(ModelError):
+    """An encoder-decoder whose requests cannot share a pass here."""
 
 
 class CrossingDecoder:
@@ -288,7 +292,7 @@ def _attend(
 ) -> tuple[Tensor, None]:
     """Attention of one layer, for transformers' interface. T5's `position_bias` in `rest` counts from 0; ours takes its place."""
     if crossing is None or any(rest.get(extra) is not None for extra in ("softcap", "s_aux", "sliding_window")):
-        raise ModelError(
+        raise CannotShareError(
             f"{type(module).__name__} attends in a way that our decoder does not know; this model cannot be served here."
         )
     return crossing.attend(module, query, key, value, scaling), None
@@ -297,7 +301,7 @@ def _attend(
 def check(model: Any) -> int:
     """Tries on a few tokens whether the model's own logits come out; the bytes that one token's keys and values take on one side.
 
-    Raises `ModelError` if they do not.
+    Raises `CannotShareError` if they do not, `ModelError` where the model's own are not finite.
     """
     kind = type(model).__name__
     length = 12
@@ -316,10 +320,14 @@ def check(model: Any) -> int:
         tried.forward([Part(0, 1, ids[:1])])
         found += list(tried.forward([Part(0, 2, ids[1:2]), Part(2, 4, ids[3:4])]))
     except (AttributeError, TypeError, ValueError, KeyError, RuntimeError) as error:
-        raise ModelError(f"{kind} cannot be served here: {str(error).splitlines()[0] if str(error) else error!r}.") from error
+        raise CannotShareError(f"{kind} cannot be served here: {str(error).splitlines()[0] if str(error) else error!r}.") from error
+    if not torch.cat(expected).isfinite().all():
+        raise ModelError(f"{kind}: {NOT_FINITE}")
     wanted = [expected[1][0], expected[1][2], expected[0][4]]
     allowed = (1e-3 if model.dtype == torch.float32 else 5e-2) * float(expected[0].abs().max())
     apart = max(float((one.float() - other).abs().max()) for one, other in zip(found, wanted, strict=True))
     if not apart <= allowed:
-        raise ModelError(f"{kind} gives other logits in company than alone (apart by {apart:.2g}); it cannot be served here yet.")
+        raise CannotShareError(
+            f"{kind} gives other logits in company than alone (apart by {apart:.2g}); it cannot be served here yet."
+        )
     return tried.memory(crosses=False).position_bytes

@@ -8,6 +8,7 @@ for few rows than for many: in fp32 far below the distance of two logits.
 
 from __future__ import annotations
 
+import math
 from collections import Counter, deque
 from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from apprentice.errors import ModelError
 from apprentice.models.lora import Lora, LoraLayers
-from apprentice.models.ragged import KvMemory, Segment, forward, prepare
+from apprentice.models.ragged import NOT_FINITE, KvMemory, Segment, forward, prepare
 from apprentice.models.sampling import GREEDY, Constraint, Sampling, adjust, draw
 from apprentice.models.slots import LEAST_SHARED, Slots, common, positions_within
 
@@ -44,6 +45,17 @@ class Generation:
     logprobs: int | None = None
     score_from: int | None = None
     adapter: Lora | None = None
+
+
+class NotFiniteError(ModelError):
+    """The model's logits after a text are NaN or infinite, so no token follows; `number` says which of the texts."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(NOT_FINITE)
+        self.number = number
+
+    def __reduce__(self) -> tuple[type[NotFiniteError], tuple[int]]:
+        return type(self), (self.number,)
 
 
 class Scored(NamedTuple):
@@ -327,19 +339,22 @@ def scores(logits: Tensor, ids: Sequence[int], tops: Sequence[int]) -> list[Scor
 def generate(
     model: Any, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, stop_ids: Collection[int], max_running: int = 32
 ) -> list[list[int]]:
-    """Greedy replies to `prompts` (token ids), in their order, without the stop id that ended them."""
+    """Greedy replies to `prompts` (token ids), in their order, without the stop id that ended them. Raises `NotFiniteError`."""
     if not prompts:
         return []
     context = max(len(prompt) for prompt in prompts) + max_new_tokens
     from apprentice.models.alone import decoder_for  # which builds upon this module
 
-    decoder = decoder_for(model, slots=min(max_running, len(prompts)), context=context)
+    decoder = decoder_for(model, slots=min(max_running, len(prompts)), context=context, or_alone=True)
     # Prompts of like length run side by side, so that little is padded in attention.
     for number in sorted(range(len(prompts)), key=lambda number: len(prompts[number])):
-        decoder.submit(number, Generation(prompts[number], max_new_tokens, frozenset(stop_ids)))
-    replies: dict[Hashable, list[int]] = {number: [] for number in range(len(prompts))}
+        decoder.submit(number, Generation(prompts[number], max_new_tokens, frozenset(stop_ids), logprobs=0))
+    replies: dict[int, list[int]] = {number: [] for number in range(len(prompts))}
     while decoder.running or decoder.waiting:
         for token in decoder.step():
+            assert isinstance(token.key, int)
+            if token.scored is None or token.scored.logprob is None or not math.isfinite(token.scored.logprob):
+                raise NotFiniteError(token.key)
             if token.finish != "stop":
                 replies[token.key].append(token.id)
     return list(replies.values())

@@ -32,6 +32,10 @@ from apprentice.errors import ModelError
 from apprentice.models.lora import Lora, LoraLayers
 
 ATTENTION = "apprentice_ragged"
+NOT_FINITE = (
+    "the model's logits are not finite, and nothing can be written by them; its weights are damaged, or they leave their number"
+    " format's range: try model.dtype float32."
+)
 # Positions are read in multiples of this. Larger: more sequences share a call; smaller: less is read for nothing.
 BUCKET = 128
 
@@ -348,6 +352,8 @@ def prepare(model: Any) -> int:
         found = forward(model, memory, [Segment(2, 8, tokens[8:9]), Segment(0, 2, tokens[2:])]).float()
     except (AttributeError, TypeError, ValueError, KeyError, RuntimeError) as error:
         raise ModelError(f"{kind} cannot generate here: {str(error).splitlines()[0] if str(error) else error!r}.") from error
+    if not expected.isfinite().all():
+        raise ModelError(f"{kind}: {NOT_FINITE}")
     # Rounding differs with the order of sums; a wrong position or mask is far above this.
     allowed = (1e-3 if model.dtype == torch.float32 else 5e-2) * float(expected.abs().max())
     apart = float((found - expected[[8, length - 1]]).abs().max())

@@ -1,11 +1,11 @@
-"""Choices and replies of an encoder-decoder: every prompt is read once, whatever is written after it.
+"""Choices of an encoder-decoder: every prompt is read once for all of them.
 
 Pure and batched. Knows nothing of tasks, layouts or how an answer ends: callers give the ids.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -37,28 +37,6 @@ def seq2seq_logprobs(
             for number, place, value in zip(numbers, places, _sums(model, states[chosen], mask[chosen], texts), strict=True):
                 found[number][place] = value
     return found
-
-
-@torch.inference_mode()
-def written(
-    model: Any, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, stop_ids: Collection[int], batch_tokens: int = 4096
-) -> list[list[int]]:
-    """Greedy replies to `prompts` (token ids), in their order, without the stop id that ended them."""
-    replies: list[list[int]] = [[] for _ in prompts]
-    for batch in _batches([len(prompt) for prompt in prompts], batch_tokens):
-        ids, mask = _padded(model, [prompts[number] for number in batch])
-        made = model.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            num_beams=1,
-            eos_token_id=list(stop_ids),
-        )
-        for number, line in zip(batch, made[:, 1:].tolist(), strict=True):  # the first is the decoder's start
-            end = next((place for place, token in enumerate(line) if token in stop_ids), len(line))
-            replies[number] = line[:end]
-    return replies
 
 
 def _batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:

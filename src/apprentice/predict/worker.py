@@ -87,7 +87,7 @@ class Predictor:
                 record["problem"] = TOO_LONG
                 continue
             record |= {"prompt_tokens": len(fitted.ids), "truncated": fitted.truncated or ""}
-            questions.append((record, {"prompt_ids": fitted.ids}))
+            questions.append((record, {"row": row.number, "prompt_ids": fitted.ids}))
         if questions:
             replies = reply(self._model, [question for _, question in questions], self._manner)
             for (record, _), said in zip(questions, replies, strict=True):
