@@ -43,6 +43,7 @@ SECRETS = {  # secret → keys; the README's commands make them, or Ray and thir
     "apprentice-redis": {"password"},
     "apprentice-hub": {"HF_TOKEN"},
     "apprentice-storage": {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"},
+    "apprentice-keys": {"keys.yaml"},
 }
 
 
@@ -210,6 +211,9 @@ def test_the_endpoint_is_the_projects_serve_file(overlay):
     assert hasattr(import_module(module), name)
     assert {key: value for key, value in ours.items() if key != "args"} == {k: v for k, v in theirs.items() if k != "args"}
     assert set(ours["args"]) >= set(theirs["args"])
+    # Where others reach the endpoint, keys guard it, and they are mounted where the replicas run.
+    (mounted,) = {str(Path(ours["args"]["keys_file"]).parent)} & mounts(service["spec"]["rayClusterConfig"])
+    assert mounted == "/etc/apprentice"
     arguments = AppArguments.model_validate(ours["args"])
     assert arguments.gpus == (0 if overlay == "cpu" else 1)
     run = load_recipe(ROOT / "jobs" / "recipes" / "flan_mini.yaml", ["storage=/runs"])
@@ -271,10 +275,12 @@ def test_secrets_are_references_to_what_the_readme_makes(overlay):
             named.add((item["secretKeyRef"]["name"], item["secretKeyRef"]["key"]))
         if "secretRef" in item:
             named |= {(item["secretRef"]["name"], key) for key in SECRETS[item["secretRef"]["name"]]}
+        if "secretName" in item:
+            named |= {(item["secretName"], key) for key in SECRETS[item["secretName"]]}
         assert item.get("kind") != "Secret"
     assert named == {(name, key) for name, keys in SECRETS.items() for key in keys}
     for name, key in named:
-        assert re.search(rf"create secret generic {name}\b[^\n]*--from-literal={key}=", readme), (name, key)
+        assert re.search(rf"create secret generic {name}\b[^\n]*--from-(literal={key}=|file={key}\b)", readme), (name, key)
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)

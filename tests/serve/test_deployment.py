@@ -207,6 +207,8 @@ def test_arguments_build_the_same_application(chat_model: Path, tiny_model: Path
     assert options._deployment_config.autoscaling_config.max_replicas == 2
     assert options.init_args[4] is None
     assert options.init_args[6] == []
+    assert options.init_args[7] is False
+    assert application({"model": str(chat_model), "insecure": True})._bound_deployment.init_args[7] is True
     more = application({"model": str(chat_model), "beside": [str(tiny_model)]})._bound_deployment
     assert [offer.name for offer in more.init_args[0]] == ["tiny", tiny_model.name]
     with pytest.raises(ModelError, match=r"it has no config\.json"):

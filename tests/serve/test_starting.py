@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 import ray
 import torch
+from ray import serve
+from ray.serve.config import HTTPOptions
 
 from apprentice.errors import ResourcesError, ServingError
 from apprentice.models.loading import load_model
 from apprentice.recipe import Replicas, Serving
-from apprentice.serve.deployment import start
+from apprentice.serve.deployment import APP_NAME, application, start
 from apprentice.tokenizer import Tokenizer
 from tests.serve.company import QUESTIONS, alone_and_together
 
@@ -51,3 +53,16 @@ def test_an_endpoint_that_cannot_start_leaves_nothing(ray_cluster: None, chat_mo
         start(broken, Serving(port=0), model_name="tiny", cpus=1)
     with pytest.raises(ValueError, match="Failed to look up actor"):
         ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")
+
+
+def test_a_config_file_opens_no_endpoint_without_keys(ray_cluster: None, chat_model: Path) -> None:
+    """As `serve run serve/config.yaml` with another host would: the builder is not told the address, so the replicas look."""
+    serve.start(proxy_location="HeadOnly", http_options=HTTPOptions(host="0.0.0.0", port=8199))
+    try:
+        with pytest.raises(RuntimeError, match="Deploying application apprentice failed"):
+            serve.run(application({"model": str(chat_model), "dtype": "float32"}), name=APP_NAME)
+        state = serve.status().applications[APP_NAME]
+        told = " ".join(deployment.message for deployment in state.deployments.values())
+        assert "the host '0.0.0.0' is not this machine alone, and no keys guard the endpoint" in told
+    finally:
+        serve.shutdown()

@@ -134,7 +134,7 @@ def start(
     try:
         with _quiet():
             serve.start(proxy_location="HeadOnly", http_options=HTTPOptions(host=serving.host, port=port), logging_config=_LOGGING)
-            application = _application(models, serving, dtype, resources, tasks)
+            application = _application(models, serving, dtype, resources, tasks, insecure=insecure)
             serve.run_many(
                 [serve.RunTarget(application, name=APP_NAME, logging_config=_LOGGING)], wait_for_applications_running=False
             )
@@ -167,6 +167,7 @@ class AppArguments(BaseModel):
     drain_timeout_s: float = Field(60.0, ge=0.0)
     tasks: tuple[str, ...] = Field((), description="Task files, besides the library's tasks, that can be asked by their fields.")
     keys_file: str = Field("", description="The keys file on every node; empty: the one that APPRENTICE_API_KEYS_FILE names.")
+    insecure: bool = Field(False, description="Whoever reaches the proxies' address may ask, though there are no keys.")
     cpus: float = Field(1.0, gt=0.0, description="CPUs that each replica reserves, and decodes with.")
     gpus: float = Field(0.0, ge=0.0)
 
@@ -190,9 +191,9 @@ def application(args: dict[str, Any]) -> serve.Application:
     resources = {"num_cpus": wanted.cpus, "num_gpus": wanted.gpus}
     keys_file = Path(wanted.keys_file).expanduser().absolute() if wanted.keys_file else None
     if keys_file is not None:
-        Keys(keys_file)
+        Keys(keys_file)  # the replicas look at the address: only they know for certain which one Serve listens on
     tasks = [task for file in wanted.tasks for task in find_tasks(file, Path.cwd())]
-    return _application(models, serving, wanted.dtype, resources, tasks, keys_file)
+    return _application(models, serving, wanted.dtype, resources, tasks, keys_file, insecure=wanted.insecure)
 
 
 def _offer(place: str, name: str, contract: PromptContract | None) -> Offer:
@@ -209,6 +210,8 @@ def _application(
     resources: dict[str, float],
     tasks: Sequence[Task],
     keys_file: Path | None = None,
+    *,
+    insecure: bool = False,
 ) -> serve.Application:
     least, most = serving.replicas.min, max(serving.replicas.min, serving.replicas.max)
     scaling: dict[str, Any] = {"num_replicas": least}
@@ -230,7 +233,7 @@ def _application(
     shared = keys_file is not None and most > 1
     limits = serve.deployment(name="limits", ray_actor_options={"num_cpus": 0})(LimiterOfAll).bind() if shared else None
     threads = max(1, int(resources["num_cpus"]))
-    return deployment.bind(models, serving, dtype, threads, keys_file, limits, tasks)
+    return deployment.bind(models, serving, dtype, threads, keys_file, limits, tasks, insecure)
 
 
 def _replica_resources(serving: Serving, cpus: int | None) -> dict[str, float]:

@@ -150,16 +150,17 @@ def keys_file_of() -> Path | None:
     return Path(named).expanduser().absolute() if named else None
 
 
-def check_guarded(host: str, *, insecure: bool = False) -> Path | None:
-    """The keys file that guards an endpoint on `host`, if there is one.
+def check_guarded(host: str, *, insecure: bool = False, file: Path | None = None) -> Path | None:
+    """The keys file that guards an endpoint on `host`, if there is one: `file`, or the one that the environment names.
 
     Raises `ServingError` for an address other than loopback without keys, unless `insecure`, and for a file that is none of keys.
     """
-    file = keys_file_of()
+    file = file or keys_file_of()
     if not (_is_loopback(host) or file or insecure):
         raise ServingError(
-            f"serving.host {host!r} is not this machine alone, and no keys guard the endpoint; name a keys file in"
-            f" {KEYS_FILE} (`apprentice key NAME` makes an entry), use 127.0.0.1, or say --insecure to let everybody in."
+            f"the host {host!r} is not this machine alone, and no keys guard the endpoint; name a keys file in {KEYS_FILE}"
+            " (`apprentice key NAME` makes an entry) or as `keys_file` of the application, use 127.0.0.1, or let everybody in"
+            " with --insecure, or `insecure: true` of the application."
         )
     if file is not None:
         Keys(file)

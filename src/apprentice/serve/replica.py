@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import ray
 from ray import serve
 
 from apprentice.artifacts import PromptContract, read_contract, weights_sha256
@@ -22,7 +23,7 @@ from apprentice.serve.adapters import Adapters
 from apprentice.serve.catalogue import Catalogue, Model
 from apprentice.serve.engines import start_engine
 from apprentice.serve.ingress import build_app
-from apprentice.serve.keys import Keys
+from apprentice.serve.keys import Keys, check_guarded
 from apprentice.serve.limits import OwnLimits, SharedLimits
 from apprentice.storage import Folder
 from apprentice.tasks.loading import library, load_task
@@ -54,8 +55,10 @@ class Replica:
         keys_file: Path | None,
         limits: Any,
         tasks: Sequence[Task],
+        insecure: bool = False,
     ) -> None:
         _log_requests()
+        check_guarded(_proxies_host(), insecure=insecure, file=keys_file)
         self._serving = serving
         self._tasks = {task.name: task for task in (*map(load_task, library().values()), *tasks)}  # own ones of a name come first
         self._keys = Keys(keys_file) if keys_file is not None else None
@@ -104,6 +107,12 @@ def at_once(folder: Path, serving: Serving, dtype: str, *, on_gpu: bool) -> int:
     halved = dtype != "float32" and (on_gpu or serving.engine == "vllm")  # our own memory is in float32 on CPUs
     of_one = numbers * (2 if halved else 4)
     return max(1, min(serving.max_running, 2 * limit // (of_one * serving.context)))
+
+
+def _proxies_host() -> str:
+    """The address that Serve's proxies listen on in this cluster, whoever started them."""
+    controller = ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")
+    return str(ray.get(controller.get_http_config.remote()).host or "localhost")  # None: no proxy listens
 
 
 def _log_requests() -> None:
