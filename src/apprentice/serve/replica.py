@@ -111,7 +111,7 @@ def at_once(folder: Path, serving: Serving, dtype: str, *, on_gpu: bool) -> int:
 
 def _proxies_host() -> str:
     """The address that Serve's proxies listen on in this cluster, whoever started them."""
-    controller = ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")
+    controller: Any = ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")
     return str(ray.get(controller.get_http_config.remote()).host or "localhost")  # None: no proxy listens
 
 
