@@ -9,7 +9,8 @@ import pytest
 from pydantic import ValidationError
 
 from apprentice.errors import RowError
-from apprentice.tasks.schema import Example, SourceSpec, Task, missing_fields
+from apprentice.tasks.schema import Example, Task, missing_fields
+from apprentice.tasks.source_spec import SourceSpec
 
 RANKED: dict[str, Any] = {
     "name": "reviews",

@@ -1,6 +1,8 @@
 """Files that cannot be read at random, and the built-in tasks, to Parquet in the cache: once, streaming, whole or absent.
 
-A converted file is named by what it came from (path, size, time of change), so that a changed original is converted anew.
+A converted file is named by what it came from (path, size, time of change) and by the rules it was read by, so that a changed
+original is converted anew. Runs of format 1 go on with CSV whose types are guessed, and with JSON whose columns have one type of
+number each.
 Several processes may convert the same file at once: each writes its own and the last rename wins, with the same bytes.
 Knows nothing of tasks' fields.
 """
@@ -14,6 +16,7 @@ import os
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -23,12 +26,15 @@ import pyarrow.csv as pacsv
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
+from apprentice.artifacts import FORMAT
+from apprentice.data.delimited import not_utf8, text_batches
+from apprentice.data.json_columns import ESCAPED_SURROGATE, tables_of, without_surrogates
 from apprentice.errors import DataError
 from apprentice.storage import Folder
 from apprentice.tasks import builtin
 
 ROWS_PER_GROUP = 4096  # a window reads whole row groups, so they are kept small
-_BLOCK_BYTES = 16 * 2**20  # of a CSV file; column types are inferred from the first block
+_BLOCK_BYTES = 16 * 2**20  # of a CSV file
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _JSON_LINES = {".jsonl", ".ndjson"}
 _JSON_DOCUMENT = ".json"  # one list of objects, or a task file of Super-NaturalInstructions
@@ -39,9 +45,10 @@ _ARROW_MAGIC = b"ARROW1"  # how a random access file begins
 _SAVED_STATE = "state.json"  # in a folder that `datasets.Dataset.save_to_disk` wrote
 
 
-def parquet_file(path: str, cache: Folder, task: str) -> str:
+def parquet_file(path: str, cache: Folder, task: str, *, encoding: str | None = None, rules: int = FORMAT) -> str:
     """`path` itself if it is Parquet, or the Parquet file under `cache` that it was converted to.
 
+    `encoding` is that of a text file, UTF-8 by default; `rules` is the format of the run that reads.
     Raises `DataError` naming the file: missing, of no known kind, or broken (with the line where that is known).
     """
     file = Folder.at(path)
@@ -56,10 +63,15 @@ def parquet_file(path: str, cache: Folder, task: str) -> str:
         return file.uri
     if kind in _ARROW:
         return _converted(file, [file], cache, lambda: _arrow_tables([file]))
+    way = "" if rules < 2 and encoding is None else f"{rules} {encoding}"
     if kind in _DELIMITERS:
-        return _converted(file, [file], cache, lambda: _csv_tables(file, _DELIMITERS[kind]))
+        delimiter = _DELIMITERS[kind]
+        if rules < 2:
+            return _converted(file, [file], cache, lambda: _typed_csv_tables(file, delimiter, encoding), way)
+        return _converted(file, [file], cache, lambda: _regrouped(text_batches(file, delimiter, encoding, _BLOCK_BYTES)), way)
     if kind in (*_JSON_LINES, _JSON_DOCUMENT):
-        return _converted(file, [file], cache, lambda: _json_tables(file))
+        batches = partial(_json_batches, file, encoding)
+        return _converted(file, [file], cache, lambda: tables_of(batches, str(file), rules), way)
     raise DataError(
         f"task {task!r}: {file} is of no kind that can be read; give Parquet (.parquet), Arrow (.arrow), JSON (.jsonl, .ndjson,"
         " .json), .csv or .tsv, the last three kinds also compressed (.gz, .bz2, .zst)."
@@ -83,15 +95,17 @@ def _saved_to_disk(folder: Folder, cache: Folder, task: str) -> str:
     return _converted(folder, files, cache, lambda: _arrow_tables(files))
 
 
-def _converted(origin: Folder, files: Sequence[Folder], cache: Folder, tables: Callable[[], Iterator[pa.Table]]) -> str:
-    """The Parquet file of `origin`, written from its `tables` where there is none of exactly these `files` yet."""
+def _converted(
+    origin: Folder, files: Sequence[Folder], cache: Folder, tables: Callable[[], Iterator[pa.Table]], way: str = ""
+) -> str:
+    """The Parquet file of `origin`, written from its `tables` where there is none yet of exactly these `files` read this `way`."""
     key = hashlib.sha256()
     for file in files:
         fs, inside = file.filesystem()
         info = fs.get_file_info(inside)
         if info.type != pafs.FileType.File:
             raise DataError(f"{file} does not exist; put it back, or save {origin} again.")
-        key.update(f"{file.uri}\n{info.size}\n{info.mtime_ns}\n{ROWS_PER_GROUP}".encode())
+        key.update(f"{file.uri}\n{info.size}\n{info.mtime_ns}\n{ROWS_PER_GROUP}{way}".encode())
     target = cache / "converted" / f"{origin.name}-{key.hexdigest()[:16]}.parquet"
     if not target.exists():
         _write(tables(), target, origin)
@@ -152,14 +166,15 @@ def _arrow_batches(file: Folder) -> Iterator[pa.RecordBatch]:
         raise DataError(f"{file} cannot be read as Arrow: {error}; mend the file.") from error
 
 
-def _csv_tables(file: Folder, delimiter: str) -> Iterator[pa.Table]:
+def _typed_csv_tables(file: Folder, delimiter: str, encoding: str | None) -> Iterator[pa.Table]:
+    """As runs of format 1 read CSV: column types are guessed from the first block."""
     fs, path = file.filesystem()
     try:
         with (
             fs.open_input_stream(path) as stream,
             pacsv.open_csv(
                 stream,
-                read_options=pacsv.ReadOptions(block_size=_BLOCK_BYTES),
+                read_options=pacsv.ReadOptions(block_size=_BLOCK_BYTES, encoding=encoding or "utf8"),
                 parse_options=pacsv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
             ) as reader,
         ):
@@ -181,32 +196,27 @@ def _regrouped(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
         yield rest
 
 
-def _json_tables(file: Folder) -> Iterator[pa.Table]:
-    """Two passes: the types of all lines together (int and float become float, absent keys null), then the tables."""
-    schema = pa.schema([])
-    for batch in _json_batches(file):
-        keys = list(dict.fromkeys(key for row in batch for key in row))
-        try:
-            found = pa.schema([(key, pa.array([row.get(key) for row in batch]).type) for key in keys])
-            schema = pa.unify_schemas([schema, found], promote_options="permissive")
-        except (pa.ArrowException, OverflowError) as error:
-            raise DataError(f"{file}: a key has values of different types: {error}; give each key one type.") from error
-    for batch in _json_batches(file):
-        yield pa.Table.from_pylist(batch, schema=schema)
-
-
-def _json_batches(file: Folder) -> Iterator[list[dict[str, Any]]]:
+def _json_batches(file: Folder, encoding: str | None) -> Iterator[list[dict[str, Any]]]:
     fs, path = file.filesystem()
     try:
-        with fs.open_input_stream(path) as stream, io.TextIOWrapper(io.BufferedReader(stream), encoding="utf-8-sig") as lines:
+        with (
+            fs.open_input_stream(path) as stream,
+            io.TextIOWrapper(io.BufferedReader(stream), encoding=encoding or "utf-8-sig") as lines,
+        ):
             if _kind(file.name) == _JSON_DOCUMENT:
                 rows = _document_rows(file, lines)
             else:
                 rows = (_json_row(file, number, line) for number, line in enumerate(lines, start=1) if line.strip())
             while batch := list(islice(rows, ROWS_PER_GROUP)):
                 yield batch
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{file} cannot be read as JSON lines: {error}; mend the file.") from error
+    except UnicodeError as error:
+        if encoding is None and (place := not_utf8(file)) is not None:
+            raise DataError(place) from error
+        raise DataError(
+            f"{file} cannot be read as JSON in {encoding}: {error}; mend the file, or name another encoding."
+        ) from error
+    except OSError as error:
+        raise DataError(f"{file} cannot be read as JSON: {error}; mend the file.") from error
 
 
 def _document_rows(file: Folder, text: io.TextIOBase) -> Iterator[dict[str, Any]]:
@@ -219,6 +229,7 @@ def _document_rows(file: Folder, text: io.TextIOBase) -> Iterator[dict[str, Any]
     while True:
         while place < len(rest) and rest[place] in " \t\r\n,":
             place += 1
+        start = place
         try:
             row, place = decoder.raw_decode(rest, place)
         except json.JSONDecodeError as error:
@@ -232,12 +243,12 @@ def _document_rows(file: Folder, text: io.TextIOBase) -> Iterator[dict[str, Any]
         number += 1
         if not isinstance(row, dict):
             raise DataError(f"{file}: element {number} is {type(row).__name__}, not an object; each must be one.")
-        yield row
+        yield without_surrogates(row) if ESCAPED_SURROGATE.search(rest, start, place) else row
 
 
 def _instances(file: Folder, text: str) -> Iterator[dict[str, Any]]:
     try:
-        content = json.loads(text)
+        content = without_surrogates(json.loads(text)) if ESCAPED_SURROGATE.search(text) else json.loads(text)
         yield from ({"input": row["input"], "output": row["output"]} for row in content["Instances"])
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise DataError(
@@ -252,4 +263,4 @@ def _json_row(file: Folder, number: int, line: str) -> dict[str, Any]:
         raise DataError(f"{file}:{number}: not JSON: {error.msg}; each line must be one object.") from error
     if not isinstance(row, dict):
         raise DataError(f"{file}:{number}: holds {type(row).__name__}, not an object; each line must be one object.")
-    return row
+    return without_surrogates(row) if ESCAPED_SURROGATE.search(line) else row

@@ -124,7 +124,7 @@ def make_corpus(recipe: Recipe, run: Run, *, parallel: bool = True, to_train: bo
     tasks, held_out = select_tasks(recipe.data.entries, recipe.data.hold_out, Path.cwd(), to_train=to_train)
     tokenizer = Tokenizer.load(recipe.model.base)
     cache = Folder.at(recipe.storage) / "cache"
-    indices = freeze(tasks, recipe, run.index, cache, tokenizer, parallel=parallel)
+    indices = freeze(tasks, recipe, run.index, cache, tokenizer, parallel=parallel, rules=run.format)
     strategy = packing_strategy(recipe, tokenizer.folder, run.format)
     order = Plan.of(recipe, tasks, indices) if to_train else None
     return Corpus(recipe, tasks, held_out, indices, order, layout_of(recipe, tokenizer), strategy)

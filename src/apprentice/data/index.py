@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from apprentice.artifacts import FORMAT
 from apprentice.data.contract import layout_of
 from apprentice.data.exemplars import Pool
 from apprentice.data.filtering import Candidate, filtered
@@ -85,16 +86,18 @@ def freeze(
     tokenizer: Tokenizer,
     *,
     parallel: bool = True,
+    rules: int = FORMAT,
 ) -> dict[str, TaskIndex]:
     """The index of every task: what lies in `folder`, or made now and written there whole.
 
+    `rules` is the format of the run, by which files are read.
     `parallel` scans with Ray, which must be up; otherwise in this process. Raises `DataError` for a source that cannot be
     used (see `resolve`), that changed since it was frozen, or that has more unusable rows than `data.max_bad_rows`.
     """
     sources: dict[str, _Sources] = {
         task.name: (
-            resolve(task, "train", root=recipe.data.root, cache=cache),
-            resolve(task, "test", root=recipe.data.root, cache=cache),
+            resolve(task, "train", root=recipe.data.root, cache=cache, rules=rules),
+            resolve(task, "test", root=recipe.data.root, cache=cache, rules=rules),
         )
         for task in tasks
     }

@@ -11,7 +11,7 @@ import time
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import accumulate
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -22,11 +22,15 @@ import pyarrow.parquet as pq
 from huggingface_hub.errors import HfHubHTTPError
 from numpy.typing import NDArray
 
+from apprentice.artifacts import FORMAT
 from apprentice.data.convert import builtin_file, is_saved_to_disk, parquet_file
+from apprentice.data.delimited import how_to_read
+from apprentice.data.written import Reading, read, readings_of
 from apprentice.errors import DataError, StorageError, did_you_mean
 from apprentice.storage import Folder
 from apprentice.tasks.loading import library
-from apprentice.tasks.schema import SourceSpec, Task, missing_fields
+from apprentice.tasks.schema import Task, missing_fields
+from apprentice.tasks.source_spec import SourceSpec
 
 Split = Literal["train", "test"]
 T = TypeVar("T")
@@ -49,6 +53,8 @@ class Source:
     group_rows: tuple[int, ...]  # rows of every row group, over all files in order
     columns: dict[str, str]  # field of the task → column of the files
     fingerprint: str  # of sizes and footers, whatever the folder
+    readings: dict[str, Reading] = field(default_factory=dict)  # field → how its stored text or bytes are read, if not as they are
+    encoding: str | None = None  # of fields that are bytes
 
     @property
     def rows(self) -> int:
@@ -58,21 +64,22 @@ class Source:
 class _Footer(NamedTuple):
     group_rows: tuple[int, ...]
     columns: tuple[str, ...]
+    readings: dict[str, Reading]  # column → how it is read
     digest: str
 
 
-def resolve(task: Task, split: Split, *, root: str | None, cache: Folder) -> Source | None:
+def resolve(task: Task, split: Split, *, root: str | None, cache: Folder, rules: int = FORMAT) -> Source | None:
     """The Parquet files of one split, in the first of the task's places that can be reached; None if that has no such split.
 
-    Both splits come from the same place, so that train and test stay apart. Raises `DataError` if no place can be reached,
-    a file is missing or unreadable, or a column is.
+    Both splits come from the same place, so that train and test stay apart. `rules` is the format of the run that reads. Raises
+    `DataError` if no place can be reached, a file is missing or unreadable, or a column is missing or bytes in no known encoding.
     """
     try:
         spec, absent = _reachable(task, root)
         name = spec.splits.get(split)
         if name is None or (spec.files is not None and name not in spec.files):
             return None
-        files = _files(task, spec, name, root, cache, absent)
+        files = _files(task, spec, name, root, cache, absent, rules)
     except UNREACHED as error:
         raise DataError(f"task {task.name!r}: its source cannot be reached: {error}; check data.root and the network.") from error
     with ThreadPoolExecutor(max_workers=8) as pool:
@@ -80,19 +87,49 @@ def resolve(task: Task, split: Split, *, root: str | None, cache: Folder) -> Sou
     for file, footer in zip(files, footers, strict=True):
         if missing := missing_fields(task, spec, footer.columns):
             raise DataError(_missing_column(task, spec, file, footer.columns, missing))
+    columns = {
+        field: column
+        for field in sorted(task.fields)
+        if (column := spec.columns.get(field, field)) in footers[0].columns or field not in task.optional_fields
+    }
+    readings = _readings(task, spec, columns, files, footers) if rules >= 2 else {}
+    digests = [footer.digest for footer in footers]
+    if "bytes" in readings.values():
+        digests.append(str(spec.encoding))
     return Source(
         task=task.name,
         split=split,
         files=tuple(files),
         file_groups=tuple(len(footer.group_rows) for footer in footers),
         group_rows=tuple(rows for footer in footers for rows in footer.group_rows),
-        columns={
-            field: column
-            for field in sorted(task.fields)
-            if (column := spec.columns.get(field, field)) in footers[0].columns or field not in task.optional_fields
-        },
-        fingerprint=hashlib.sha256("\n".join(footer.digest for footer in footers).encode()).hexdigest(),
+        columns=columns,
+        fingerprint=hashlib.sha256("\n".join(digests).encode()).hexdigest(),
+        readings=readings,
+        encoding=spec.encoding,
     )
+
+
+def _readings(
+    task: Task, spec: SourceSpec, columns: dict[str, str], files: Sequence[str], footers: Sequence[_Footer]
+) -> dict[str, Reading]:
+    """Field → how it is read. Cells are text wherever nothing is counted. Raises `DataError` for bytes without an encoding."""
+    found: dict[str, Reading] = {}
+    for file, footer in zip(files, footers, strict=True):
+        for name, column in columns.items():
+            reading = footer.readings.get(column)
+            if reading is None or (reading == "cell" and name not in task.counted_fields):
+                continue
+            if reading == "bytes" and spec.encoding is None:
+                sample = _first_value(file, column)
+                raise DataError(f"task {task.name!r}: column {column!r} of {file} holds bytes, not text: {how_to_read(sample)}")
+            found[name] = reading
+    return found
+
+
+def _first_value(file: str, column: str) -> bytes:
+    """The first bytes of a column that are not ASCII, or else its first; of the first row group."""
+    values = [value for value in _open(file).read_row_group(0, columns=[column])[column].to_pylist() if value]
+    return next((value for value in values if not value.isascii()), values[0] if values else b"")
 
 
 def on_the_hub(task: Task, root: str | None) -> str | None:
@@ -125,11 +162,11 @@ def _reachable(task: Task, root: str | None) -> tuple[SourceSpec, list[str]]:
     raise DataError(f"task {task.name!r}: {'; '.join(absent)}; correct data.root or the paths in the task's file.")
 
 
-def _files(task: Task, spec: SourceSpec, name: str, root: str | None, cache: Folder, absent: list[str]) -> list[str]:
+def _files(task: Task, spec: SourceSpec, name: str, root: str | None, cache: Folder, absent: list[str], rules: int) -> list[str]:
     if spec.builtin is not None:
         return [builtin_file(spec.builtin, name, cache)]
     if spec.files is not None:
-        return [parquet_file(spec.files[name], cache, task.name)]
+        return [parquet_file(spec.files[name], cache, task.name, encoding=spec.encoding, rules=rules)]
     if spec.hub is not None:
         return _hub_files(task, spec, name, absent)
     folder = Folder.at(root or "") / (spec.dataset or "")
@@ -217,7 +254,7 @@ def _footer(file: str) -> _Footer:
             stream.seek(0)
             found = pq.ParquetFile(stream)
             groups = tuple(found.metadata.row_group(number).num_rows for number in range(found.metadata.num_row_groups))
-            return _Footer(groups, tuple(found.schema_arrow.names), digest)
+            return _Footer(groups, tuple(found.schema_arrow.names), readings_of(found.schema_arrow), digest)
 
     return _retrying(file, read)
 
@@ -249,6 +286,9 @@ class Reader:
             rows = self._read_group(int(group)).take(pa.array(wanted[places] - start)).to_pylist()
             for place, row in zip(places, rows, strict=True):
                 found[place] = row
+        for name, reading in self.source.readings.items():
+            for row in found:
+                row[name] = read(row[name], reading, self.source.encoding)
         return found
 
     def _read_group_anew(self, number: int) -> pa.Table:

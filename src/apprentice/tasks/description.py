@@ -7,7 +7,8 @@ from typing import Any
 
 from apprentice.errors import RowError
 from apprentice.tasks.builtin import rows
-from apprentice.tasks.schema import SourceSpec, Task, Template
+from apprentice.tasks.schema import Task, Template
+from apprentice.tasks.source_spec import SourceSpec
 
 UNKNOWN = "unknown"
 

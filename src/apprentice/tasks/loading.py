@@ -17,7 +17,8 @@ from apprentice.tasks.preferences import preference_tasks
 from apprentice.tasks.prompts import question_tasks
 from apprentice.tasks.promptsource import prompt_tasks
 from apprentice.tasks.records import KINDS, record_tasks
-from apprentice.tasks.schema import SourceSpec, Task, Template
+from apprentice.tasks.schema import Task, Template
+from apprentice.tasks.source_spec import SourceSpec
 
 LIBRARY = Path(__file__).parent / "library"
 BUILTIN = LIBRARY / "quickstart"

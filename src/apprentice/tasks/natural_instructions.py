@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from apprentice.errors import RowError, TaskError
-from apprentice.tasks.schema import Example, SourceSpec, Task, Template
+from apprentice.tasks.schema import Example, Task, Template
+from apprentice.tasks.source_spec import SourceSpec
 
 LISTS = ("train_tasks.txt", "test_tasks.txt")  # the official splits: names of task files, one a line
 

@@ -14,7 +14,8 @@ from typing import Any
 from apprentice.errors import RowError
 from apprentice.tasks.conversations import SpokenTemplate, exchanges, message_of
 from apprentice.tasks.records import record_task
-from apprentice.tasks.schema import Example, SourceSpec, Task
+from apprentice.tasks.schema import Example, Task
+from apprentice.tasks.source_spec import SourceSpec
 
 _SAMPLE = {"prompt": "Which herb grows in the shade?", "chosen": "Mint does, and chives.", "rejected": "Any."}
 _SPEAKERS = {"Human": "user", "Assistant": "assistant"}

@@ -20,7 +20,8 @@ import yaml
 from pydantic import Field, ValidationError
 
 from apprentice.errors import RowError, TaskError, did_you_mean
-from apprentice.tasks.schema import Example, Metric, SourceSpec, Task, Template
+from apprentice.tasks.schema import Example, Metric, Task, Template
+from apprentice.tasks.source_spec import SourceSpec
 from apprentice.tasks.wording import Wording, lenient
 
 SEPARATOR = "|||"

@@ -13,7 +13,8 @@ from typing import Any
 from pydantic import Field
 
 from apprentice.errors import RowError
-from apprentice.tasks.schema import Example, SourceSpec, Task, Template
+from apprentice.tasks.schema import Example, Task, Template
+from apprentice.tasks.source_spec import SourceSpec
 
 # Kind → the columns that hold instruction, input (it may be missing or empty) and answer; a dot goes into the first of a list.
 KINDS: dict[str, tuple[str, str, str]] = {

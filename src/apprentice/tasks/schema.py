@@ -48,9 +48,11 @@ from typing import Any, Literal, Self
 
 import jinja2
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, field_validator, model_validator
+from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
 from apprentice.errors import RowError
+from apprentice.tasks.cells import Cell
+from apprentice.tasks.source_spec import SourceSpec, Strict
 from apprentice.tasks.wording import Expression, Wording
 
 Metric = Literal[
@@ -101,33 +103,7 @@ def _compiled(text: str) -> str:
     return text
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class SourceSpec(_Strict):
-    """Where the rows of a task lie. Exactly one of `dataset`, `hub`, `files`, `builtin`."""
-
-    dataset: str | None = Field(None, description="Folder under `data.root` with one Parquet file per split.")
-    hub: str | None = Field(None, description="Dataset id on the Hugging Face hub.")
-    config: str | None = Field(None, description="Configuration of the hub dataset.")
-    revision: str | None = Field(None, description="Commit of the hub dataset; empty when unknown.")
-    files: dict[str, str] | None = Field(None, description="Split → path (Parquet, JSONL or CSV), relative to the task file.")
-    builtin: str | None = Field(None, description="Name of a generator in `apprentice.tasks.builtin`.")
-    splits: dict[Literal["train", "test"], str] = Field({"train": "train", "test": "test"}, description="Our split → the source's.")
-    columns: dict[str, str] = Field({}, description="Our field → the source's column, where the names differ.")
-    rows: dict[Literal["train", "test"], int] = Field({}, description="Published number of rows; empty when unknown.")
-    card: str | None = Field(None, description="Where splits, columns and rows were looked up.")
-
-    @model_validator(mode="after")
-    def _one_place(self) -> Self:
-        places = [self.dataset, self.hub, self.files, self.builtin]
-        if sum(place is not None for place in places) != 1:
-            raise ValueError("a source names exactly one of `dataset`, `hub`, `files` and `builtin`")
-        return self
-
-
-class Template(_Strict):
+class Template(Strict):
     """One wording of a task."""
 
     name: str
@@ -189,7 +165,7 @@ class Template(_Strict):
         raise NotImplementedError
 
 
-class Task(_Strict):
+class Task(Strict):
     """One dataset with its wordings, choices and metrics."""
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_]*$")
@@ -292,6 +268,20 @@ class Task(_Strict):
         """Those of `fields` that no template insists on."""
         return frozenset().union(*(template.optional_names for template in self.templates))
 
+    @cached_property
+    def _counting(self) -> dict[str, frozenset[str]]:
+        """`label` and `keep` → the fields that they see as the numbers and truth values that cells of CSV spell.
+
+        An expression that quotes such a text itself, as in `['1', '2'].index(stars)`, sees text.
+        """
+        parts = {place: part for place in ("label", "keep") if isinstance(part := self._expressions.get(place), Expression)}
+        return {place: part.names for place, part in parts.items() if not any(Cell(text).spells for text in part.texts)}
+
+    @cached_property
+    def counted_fields(self) -> frozenset[str]:
+        """Those of `fields` whose cells are seen as numbers and truth values somewhere."""
+        return frozenset().union(*self._counting.values())
+
     @property
     def given_names(self) -> frozenset[str]:
         """What templates see besides the row's fields."""
@@ -336,7 +326,7 @@ class Task(_Strict):
                 raise RowError("broken_character", f"task {self.name!r}: the row holds U+FFFD.")
             return example
         values = dict(row)
-        if "keep" in self._expressions and not self._expressions["keep"](values):
+        if "keep" in self._expressions and not self._expressions["keep"](self._counted("keep", values)):
             raise RowError("skipped", f"task {self.name!r}: the row is left out, since {self.keep!r} is false of it.")
         choices = self._choices(values, template)
         references: tuple[str, ...] = ()
@@ -366,10 +356,19 @@ class Task(_Strict):
         return tuple(str(choice).strip() for choice in self._expressions["choices"](values))
 
     def _label(self, values: Mapping[str, Any], count: int) -> int:
-        label = self._expressions["label"](values)
+        counted = self._counted("label", values)
+        if blank := [name for name in self._expressions["label"].names if counted.get(name, "") is None]:
+            raise RowError("null", f"task {self.name!r}: field {blank[0]!r} is {str(values[blank[0]])!r}, which is no value.")
+        label = self._expressions["label"](counted)
         if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < count:
             raise RowError("unknown_label", f"task {self.name!r}: label {label!r} is not one of {count} choices.")
         return label
+
+    def _counted(self, place: str, values: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The row as an expression sees it: with what its cells spell."""
+        names = self._counting.get(place, frozenset())
+        cells = {name: cell.value for name in names if isinstance(cell := values.get(name), Cell)}
+        return {**values, **cells} if cells else values
 
 
 @cache

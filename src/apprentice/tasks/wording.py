@@ -61,11 +61,13 @@ def _pieces(parsed: nodes.Template) -> list[tuple[bool, str]] | None:
 
 
 class Expression:
-    """One compiled expression, such as `answers.text[0]`; gives a value, not text."""
+    """One compiled expression, such as `answers.text[0]`; gives a value, not text. `texts` are those that it quotes."""
 
     def __init__(self, source: str) -> None:
         self.source = source
-        self.names = frozenset(jinja2.meta.find_undeclared_variables(STRICT.parse("{{" + source + "}}")))
+        parsed = STRICT.parse("{{" + source + "}}")
+        self.texts = frozenset(node.value for node in parsed.find_all(nodes.Const) if isinstance(node.value, str))
+        self.names = frozenset(jinja2.meta.find_undeclared_variables(parsed))  # folds constants in `parsed`, so it comes last
         self._template = compiled(STRICT, STRICT.parse("{% set result = (" + source + "\n) %}"))
 
     def __call__(self, values: Mapping[str, Any]) -> Any:
