@@ -10,8 +10,9 @@ from apprentice.serve.engine import EngineFailed, NewToken, Overloaded, Request,
 class Spoken:
     """One reply of a `Scripted`; two tokens come at a time."""
 
-    def __init__(self, engine: Scripted) -> None:
+    def __init__(self, engine: Scripted, prompt: tuple[Score, ...]) -> None:
         self.engine = engine
+        self.prompt = prompt
         self.place = 0
         self.is_open = True
 
@@ -26,6 +27,8 @@ class Spoken:
         ends = self.place == len(self.engine.ids) and not self.engine.fails
         scores = [Score(id, -0.5 - id, ((id, -0.5 - id), (9, -9.0))) for id in ids]
         tokens = [NewToken(id, None, score) for id, score in zip(ids, scores, strict=True)]
+        if self.place == len(ids):
+            tokens[0] = tokens[0]._replace(prompt=self.prompt, cached=self.engine.cached)
         return [*tokens[:-1], NewToken(ids[-1], "stop" if ends else None, scores[-1])]
 
     def close(self) -> None:
@@ -34,10 +37,23 @@ class Spoken:
 
 
 class Scripted:
-    """Replies with the ids it was given; then it ends, or fails, or (with nothing to say) is overloaded."""
+    """Replies with the ids it was given; then it ends, or fails, or (with nothing to say) is overloaded.
 
-    def __init__(self, ids: list[int], *, fails: bool = False, failure: Exception | None = None) -> None:
+    `cached` tokens of each prompt were in memory.
+    """
+
+    def __init__(
+        self,
+        ids: list[int],
+        *,
+        fails: bool = False,
+        failure: Exception | None = None,
+        prompt_scores: bool = False,
+        cached: int = 0,
+    ) -> None:
         self.ids = ids
+        self.prompt_scores = prompt_scores
+        self.cached = cached
         self.fails = fails
         self.failure = failure or EngineFailed("out of memory")
         self.asked: list[Request] = []
@@ -58,7 +74,10 @@ class Scripted:
             raise Overloaded
         self.asked += requests
         self.open += len(requests)
-        return [Spoken(self) for _ in requests]
+        return [Spoken(self, self.scores(request) if self.prompt_scores else ()) for request in requests]
+
+    def scores(self, request: Request) -> tuple[Score, ...]:
+        return tuple(Score(id, -1.0 if place else None) for place, id in enumerate(request.prompt))
 
     def stats(self) -> Stats:
         return Stats(self.open, 0, len(self.asked), 0)

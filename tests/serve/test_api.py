@@ -35,6 +35,23 @@ def test_echoed_scores_are_the_models(client: openai.OpenAI, chat_model: Path) -
     assert len(found) == len(ids) + 1
 
 
+def test_a_request_has_one_id(endpoint: Endpoint) -> None:
+    for headers in ({}, {"X-Request-Id": "mine-1"}):
+        response = httpx.get(f"{endpoint.url}/health", headers=headers)
+        (number,) = response.headers.get_list("x-request-id")
+        assert number == headers.get("X-Request-Id", number)
+        assert len(number) >= 6
+
+
+def test_a_prompt_that_comes_again_is_in_memory(client: openai.OpenAI) -> None:
+    words = " ".join(["Is this the film?"] * 20)
+    usages = [client.completions.create(model="tiny", prompt=words, max_tokens=2).usage for _ in range(2)]
+    first, second = [usage.prompt_tokens_details.cached_tokens for usage in usages if usage and usage.prompt_tokens_details]
+    assert second is not None
+    assert second >= 32  # what is worth copying
+    assert (first or 0) <= second
+
+
 def test_replies_of_a_given_form(client: openai.OpenAI) -> None:
     schema = {"type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"], "additionalProperties": False}
     asked = client.chat.completions.create(

@@ -49,9 +49,8 @@ async def test_a_whole_reply(layout: Layout) -> None:
     async with client(engine, layout) as http:
         asked = {"model": "tiny", "prompt": "Hello", "max_tokens": 50, "return_token_ids": True}
         body = (await http.post("/v1/completions", json=asked)).json()
-    assert body["choices"] == [
-        {"index": 0, "text": "Good day.", "finish_reason": "stop", "logprobs": None, "token_ids": engine.ids}
-    ]
+    ids = {"prompt_token_ids": layout.tokenizer.encode("Hello"), "token_ids": engine.ids}
+    assert body["choices"] == [{"index": 0, "text": "Good day.", "finish_reason": "stop", "logprobs": None, **ids}]
     assert body["usage"]["completion_tokens"] == len(engine.ids)
     assert body["usage"]["prompt_tokens"] == len(engine.asked[0].prompt) == len(layout.tokenizer.encode("Hello"))
     assert engine.open == 0
@@ -210,6 +209,63 @@ async def test_several_prompts_and_choices_stand_side_by_side(layout: Layout, st
         ids = layout.tokenizer.encode("one"), layout.tokenizer.encode("two three")
         assert response.json()["usage"]["prompt_tokens"] == sum(map(len, ids))
         assert choices[0]["logprobs"]["token_logprobs"][0] == -0.5 - engine.ids[0]
+
+
+ODD = "Größe 🚀 café"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("stop", [[], ["afé!"]])  # what may begin a stop string is held back
+async def test_scores_say_where_each_token_stands(layout: Layout, stream: bool, stop: list[str]) -> None:
+    ids = layout.tokenizer.encode(ODD)
+    engine = Scripted([*ids, layout.stop_ids[0]], prompt_scores=True)
+    asked = {"prompt": ODD, "echo": True, "logprobs": 1, "max_tokens": 50, "stream": stream, "stop": stop}
+    async with client(engine, layout) as http:
+        response = await http.post("/v1/completions", json=asked)
+    choices = [chunk["choices"][0] for chunk in events(response.text)[:-1]] if stream else response.json()["choices"]
+    assert "".join(choice["text"] for choice in choices) == ODD * 2
+    found = [choice["logprobs"] for choice in choices if choice["logprobs"]]
+    tokens = [token for each in found for token in each["tokens"]][:-1]  # without the end token
+    offsets = [offset for each in found for offset in each["text_offset"]]
+    raw = [
+        bytes(token, "utf-8").decode("unicode_escape").encode("latin-1") if token.startswith("bytes:") else token.encode()
+        for token in tokens
+    ]
+    raw = [piece.removeprefix(b"bytes:") for piece in raw]
+    assert b"".join(raw).decode() == ODD * 2
+    starts = [len(b"".join(raw[:place]).decode(errors="ignore")) for place in range(len(raw) + 1)]
+    assert offsets == starts
+    assert len(set(offsets)) < len(offsets)  # characters of several tokens
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+async def test_the_ids_of_prompt_and_reply_are_given_in_vllms_fields(layout: Layout, path: str, stream: bool) -> None:
+    engine = Scripted([*layout.tokenizer.encode(ODD), layout.stop_ids[0]])
+    words = {"prompt": ["one", "two"]} if path == "/v1/completions" else {"messages": [{"role": "user", "content": "one"}]}
+    async with client(engine, layout) as http:
+        response = await http.post(path, json={**words, "n": 2, "max_tokens": 50, "return_token_ids": True, "stream": stream})
+    bodies = events(response.text)[:-1] if stream else [response.json()]
+    found: dict[int, list[int]] = {}
+    prompts: dict[int, list[int]] = {}
+    for body in bodies:
+        for choice in body["choices"]:
+            found.setdefault(choice["index"], []).extend(choice.get("token_ids", []))
+            if prompt := body.get("prompt_token_ids") or choice.get("prompt_token_ids"):
+                assert choice["index"] not in prompts  # once for each choice
+                prompts[choice["index"]] = prompt
+    assert list(found.values()) == [engine.ids] * len(engine.asked)
+    assert [prompts[place] for place in sorted(prompts)] == [list(request.prompt) for request in engine.asked]
+
+
+async def test_usage_tells_what_was_in_memory_already(layout: Layout) -> None:
+    engine = Scripted([5, layout.stop_ids[0]], cached=3)
+    async with client(engine, layout) as http:
+        whole = (await http.post("/v1/completions", json={"prompt": ["one", "two"], "n": 2})).json()["usage"]
+        asked = {"prompt": "one", "stream": True, "stream_options": {"include_usage": True}}
+        streamed = events((await http.post("/v1/completions", json=asked)).text)[-2]["usage"]
+    assert whole["prompt_tokens_details"] == {"cached_tokens": 6}  # each prompt counts once, as in `prompt_tokens`
+    assert streamed["prompt_tokens_details"] == {"cached_tokens": 3}
 
 
 async def test_chat_scores_have_bytes_and_no_end_token(layout: Layout) -> None:

@@ -12,6 +12,7 @@ from apprentice.serve.protocol import (
     Asked,
     ChatRequest,
     CompletionRequest,
+    Ids,
     InstructRequest,
     RenderRequest,
     Replies,
@@ -66,8 +67,14 @@ def test_what_asks_for_nothing_is_let_through() -> None:
         (CompletionRequest, {"max_token": 2}, "max_token", "Did you mean 'max_tokens'?"),
         (CompletionRequest, {"temperature": 3}, "temperature", "`temperature`: Input should be less than or equal to 2."),
         (CompletionRequest, {"prompt": ["a", 5]}, "prompt", "`prompt"),
-        (CompletionRequest, {"stream_options": {"usage": True}}, "stream_options.usage", "Extra inputs are not permitted"),
-        (CompletionRequest, {"stream": True, "return_token_ids": True}, None, "`return_token_ids` is for whole replies"),
+        (
+            CompletionRequest,
+            {"stream": True, "stream_options": {"usage": True}},
+            "stream_options.usage",
+            "Extra inputs are not permitted",
+        ),
+        (CompletionRequest, {"stream_options": {"include_usage": True}}, None, "`stream_options` are those of a stream"),
+        (CompletionRequest, {"stream_options": {}, "stream": False}, None, "`stream_options` are those of a stream"),
         (ChatRequest, {"messages": []}, "messages", "at least 1 item"),
         (ChatRequest, {"messages": [{"role": "tool", "content": "a"}]}, "messages.0.role", "'system', 'user' or 'assistant'"),
         (ChatRequest, {}, "messages", "`messages`: Field required."),
@@ -86,8 +93,13 @@ def test_bodies_have_openais_shape() -> None:
     assert whole["choices"] == [
         {"index": 0, "message": {"role": "assistant", "content": "Hi"}, "finish_reason": "stop", "logprobs": None}
     ]
-    assert whole["usage"] == {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
-    assert text.choice(1, "Hi", "length", None, [7, 8])["token_ids"] == [7, 8]
+    counts = {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
+    assert whole["usage"] == counts | {"prompt_tokens_details": {"cached_tokens": 0}}
+    said = text.choice(1, "Hi", "length", None, Ids([5], [7, 8]))
+    assert (said["prompt_token_ids"], said["token_ids"]) == ([5], [7, 8])
+    talked = chat.whole([chat.choice(0, "Hi", "stop", None, Ids([5], [7, 8]))], Usage(3, 2))
+    assert (talked["prompt_token_ids"], talked["choices"][0]["token_ids"]) == ([5], [7, 8])
+    assert "prompt_token_ids" not in talked["choices"][0]
     first, last = chat.chunk(0, "H", None, first=True), chat.chunk(1, "", "stop")
     assert first["choices"][0]["delta"] == {"role": "assistant", "content": "H"}
     assert (last["choices"][0]["delta"], last["choices"][0]["finish_reason"]) == ({}, "stop")

@@ -44,7 +44,8 @@ async def settled(engine: TransformersEngine) -> None:
 async def test_replies_are_the_same_in_company(engine: TransformersEngine) -> None:
     requests = [Request(tuple(range(3, 3 + length)), 15) for length in (2, 30, 9)]
     together = await asyncio.gather(*(reply(engine, request) for request in requests))
-    assert [await reply(engine, request) for request in requests] == together
+    alone = [await reply(engine, request) for request in requests]
+    assert [[token._replace(cached=0) for token in tokens] for tokens in alone] == together
     assert [[token.finish for token in tokens] for tokens in together] == [[None] * 14 + ["length"]] * 3
     await settled(engine)
     assert engine.stats()[:4] == (0, 0, 6, 90)
@@ -64,6 +65,23 @@ async def test_a_reply_that_is_given_up_frees_its_slot(engine: TransformersEngin
         await waiting
     await settled(engine)
     assert engine.stats().tokens < 1000
+
+
+async def test_memory_is_free_once_a_client_has_left(engine: TransformersEngine) -> None:
+    (stream,) = engine.generate([Request((5, 6), 2000)])
+    assert (await anext(stream))[0].finish is None
+    assert engine.stats().kv_reserved > 0
+    stream.close()
+    async with asyncio.timeout(10):
+        while engine.stats().kv_use or engine.stats().kv_reserved:
+            await asyncio.sleep(0.005)
+
+
+async def test_the_first_token_says_what_was_in_memory(engine: TransformersEngine) -> None:
+    prompt = tuple(range(3, 103))
+    first, second = [await reply(engine, Request(prompt, 3)) for _ in range(2)]
+    assert [token.cached for token in first] == [0, 0, 0]
+    assert [token.cached for token in second] == [99, 0, 0]
 
 
 async def test_more_than_running_and_queued_is_overload(engine: TransformersEngine) -> None:

@@ -58,7 +58,7 @@ def own(chat_model: Path) -> Iterator[Engine]:
 async def reply(engine: Engine, request: Request) -> list[NewToken]:
     (stream,) = engine.generate([request])
     try:
-        return [token async for tokens in stream for token in tokens]
+        return [token._replace(cached=0) async for tokens in stream for token in tokens]  # which depends on what came before
     finally:
         stream.close()
 

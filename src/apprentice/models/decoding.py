@@ -69,7 +69,8 @@ class Scored(NamedTuple):
 class Token(NamedTuple):
     """One new token of the request `key`; `finish` says why it is the last, or is None. A stop id is reported too.
 
-    `scored` is there if log-probabilities were wanted; `prompt`, with the first token, if the prompt's were.
+    `scored` is there if log-probabilities were wanted; `prompt`, with the first token, if the prompt's were. The first also says
+    how many of the prompt's tokens were `shared`: another request's memory had them.
     """
 
     key: Hashable
@@ -77,6 +78,7 @@ class Token(NamedTuple):
     finish: Finish | None
     scored: Scored | None = None
     prompt: tuple[Scored, ...] = ()
+    shared: int = 0
 
 
 @dataclass
@@ -88,6 +90,7 @@ class Running:
     slot: int
     pending: Sequence[int]  # tokens whose keys and values are not in memory yet
     start: int = 0  # position of the first of them
+    shared: int = 0  # tokens of the prompt that did not have to be computed
     produced: int = 0
     seen: Counter[int] = field(default_factory=Counter)  # of the reply's tokens, for penalties
     prompt: list[Scored] = field(default_factory=list)
@@ -257,7 +260,7 @@ class Decoder:
             if shared and taken.source != slot:
                 self._memory.copy(taken.source, slot, shared)
             self.shared += shared
-            self._running[key] = Running(key, wanted, slot, wanted.prompt[shared:], start=shared)
+            self._running[key] = Running(key, wanted, slot, wanted.prompt[shared:], start=shared, shared=shared)
 
     def _need(self, wanted: Generation) -> int:
         """Positions that the request may come to use."""
@@ -303,7 +306,9 @@ class Decoder:
                 owner.wanted.constraint.accept(chosen)
             except Exception as error:  # as above
                 self._fail(owner, error)
-        return Token(owner.key, chosen, finish, scored, tuple(owner.prompt) if owner.produced == 1 else ())
+        if owner.produced > 1:
+            return Token(owner.key, chosen, finish, scored)
+        return Token(owner.key, chosen, finish, scored, tuple(owner.prompt), owner.shared)
 
     def _release(self, owner: Running) -> None:
         del self._running[owner.key]

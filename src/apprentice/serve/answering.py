@@ -18,20 +18,21 @@ from starlette.types import Receive, Scope, Send
 
 from apprentice.serve.catalogue import Model
 from apprentice.serve.constraint import Forms
-from apprentice.serve.engine import EngineFailed, Request, Score
+from apprentice.serve.engine import EngineFailed, Request
 from apprentice.serve.phrasing import Phrasing
 from apprentice.serve.protocol import (
     LAST_EVENT,
     Asked,
     ChatRequest,
     CompletionRequest,
+    Ids,
     InstructRequest,
     Replies,
     RequestProblem,
     Usage,
     event,
 )
-from apprentice.serve.replying import Piece, Reply, side_by_side, usage_of
+from apprentice.serve.replying import Piece, Placed, Reply, side_by_side, usage_of
 from apprentice.serve.scores import of_chat, of_completion
 
 log = logging.getLogger(__name__)
@@ -84,7 +85,7 @@ class Answering:
                 opening = await anext(pieces)
                 first = time.perf_counter()
                 return _EventStream(self._events(asked, replies, opening, pieces, prompts), lambda: ended(200))
-            gathered = [Piece("", []) for _ in replies]
+            gathered = [Piece("", [], []) for _ in replies]
             async with aclosing(pieces):
                 async for reply, piece in pieces:
                     first = first or time.perf_counter()
@@ -100,8 +101,8 @@ class Answering:
                 reply.index,
                 whole.text,
                 reply.finish,
-                self._scores(asked, whole.scores, 0),
-                reply.ids if asked.return_token_ids else None,
+                self._scores(asked, whole.scores),
+                Ids(reply.request.prompt, reply.ids) if asked.return_token_ids else None,
             )
             for reply, whole in zip(replies, gathered, strict=True)
         ]
@@ -127,7 +128,7 @@ class Answering:
         found = [0.0] * len(replies)
         async with aclosing(side_by_side(replies)) as pieces:
             async for reply, piece in pieces:
-                found[reply.index] += sum(score.logprob or 0.0 for score in piece.scores)
+                found[reply.index] += sum(placed.score.logprob or 0.0 for placed in piece.scores)
         return found
 
     async def _formed(self, asked: Asked, requests: list[Request]) -> list[Request]:
@@ -156,6 +157,7 @@ class Answering:
             if echoes:
                 text = texts[place // asked.n]
                 reply.echo = text if isinstance(text, str) else self._layout.tokenizer.decode(text, skip_special=False)
+                reply.unsaid = len(self._layout.tokenizer.start_ids) if isinstance(text, str) and self._layout.name != "chat" else 0
                 reply.only_prompt = asked.max_tokens == 0
             reply.keeps_end = not isinstance(asked, ChatRequest)
             replies.append(reply)
@@ -170,24 +172,24 @@ class Answering:
         prompts: int,
     ) -> AsyncGenerator[str, None]:
         bodies = Replies(self._model_name, chat=isinstance(asked, ChatRequest))
-        with_usage = asked.stream_options.include_usage
+        with_usage = asked.streams_usage
         empty = {"usage": None} if with_usage else {}
-        offsets = [0] * len(replies)
         begun: set[int] = set()
-        waiting: dict[int, list[Score]] = {}
+        waiting: dict[int, Piece] = {}
 
         def chunks(reply: Reply, piece: Piece) -> list[str]:
             index, first = reply.index, reply.index not in begun
-            scores = waiting.pop(index, []) + piece.scores
+            if before := waiting.pop(index, None):  # scores and ids come with the text that they end up in
+                piece = Piece(piece.text, before.scores + piece.scores, before.ids + piece.ids, piece.finish)
             if not (piece.text or first or piece.finish):
-                waiting[index] = scores
+                waiting[index] = piece
                 return []
             begun.add(index)
-            shown = self._scores(asked, scores, offsets[index]) if scores else None
-            offsets[index] += len(piece.text)
+            shown = self._scores(asked, piece.scores) if piece.scores else None
+            ids = Ids(reply.request.prompt if first else None, piece.ids) if asked.return_token_ids else None
             made = []
-            if piece.text or first or shown:
-                made.append(bodies.chunk(index, piece.text, None, shown, first=first))
+            if piece.text or first or shown or (ids and piece.ids):
+                made.append(bodies.chunk(index, piece.text, None, shown, first=first, ids=ids))
             if piece.finish:
                 made.append(bodies.chunk(index, "", piece.finish))
             return [event(chunk | empty) for chunk in made]
@@ -208,11 +210,14 @@ class Answering:
             yield event(fault(error).body)
         yield LAST_EVENT
 
-    def _scores(self, asked: Asked, scores: list[Score], offset: int) -> Mapping[str, Any] | None:
+    def _scores(self, asked: Asked, scores: list[Placed]) -> Mapping[str, Any] | None:
         if asked.top is None:
             return None
         tokenizer = self._layout.tokenizer
-        return of_chat(scores, tokenizer) if isinstance(asked, ChatRequest) else of_completion(scores, tokenizer, offset)
+        found = [placed.score for placed in scores]
+        if isinstance(asked, ChatRequest):
+            return of_chat(found, tokenizer)
+        return of_completion(found, tokenizer, [placed.at for placed in scores])
 
 
 class _EventStream(StreamingResponse):

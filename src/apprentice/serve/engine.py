@@ -47,12 +47,16 @@ class Score(NamedTuple):
 
 
 class NewToken(NamedTuple):
-    """One token of a reply; `finish` says why it is the last, or is None. The first brings the prompt's scores, if wanted."""
+    """One token of a reply; `finish` says why it is the last, or is None.
+
+    The first brings the prompt's scores, if wanted, and how many of its tokens are `cached`: taken from another request's memory.
+    """
 
     id: int
     finish: Finish | None
     score: Score | None = None
     prompt: tuple[Score, ...] = ()
+    cached: int = 0
 
 
 class Stats(NamedTuple):

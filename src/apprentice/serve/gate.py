@@ -37,16 +37,27 @@ class Limits(Protocol):
 
 
 class Gate:
-    """Wraps `app`; without `keys` everybody may ask. A body must have come within `body_timeout_s` seconds."""
+    """Wraps `app`; without `keys` everybody may ask. A body must have come within `body_timeout_s` seconds.
+
+    `behind_proxy`: Ray Serve's proxy sends the id of each request back, and a second header of the name would be joined to it.
+    """
 
     def __init__(
-        self, app: ASGIApp, *, keys: Keys | None, limits: Limits | None, max_body_bytes: int, body_timeout_s: float = BODY_TIMEOUT_S
+        self,
+        app: ASGIApp,
+        *,
+        keys: Keys | None,
+        limits: Limits | None,
+        max_body_bytes: int,
+        body_timeout_s: float = BODY_TIMEOUT_S,
+        behind_proxy: bool = False,
     ) -> None:
         self._app = app
         self._keys = keys
         self._limits = limits
         self._max_body_bytes = max_body_bytes
         self._body_timeout_s = body_timeout_s
+        self._behind_proxy = behind_proxy
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -62,7 +73,8 @@ class Gate:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)["X-Request-Id"] = number
+                if not self._behind_proxy:
+                    MutableHeaders(scope=message)["X-Request-Id"] = number
             await send(message)
 
         try:

@@ -56,10 +56,11 @@ def build_app(
     keys: Keys | None = None,
     limits: Limits | None = None,
     replica: str = "",
+    behind_proxy: bool = False,
 ) -> ASGIApp:
     """The application that serves the models of `catalogue`; it closes their engines when it ends.
 
-    `keys` None lets everybody in; `limits` counts what keys use.
+    `keys` None lets everybody in; `limits` counts what keys use. `behind_proxy`: Ray Serve's.
     """
     serving = serving or Serving()
     door = _Door(catalogue, serving, limits, Metrics(catalogue.engines, replica))
@@ -69,6 +70,7 @@ def build_app(
         limits=limits,
         max_body_bytes=serving.max_body_bytes,
         body_timeout_s=min(BODY_TIMEOUT_S, serving.request_timeout_s),
+        behind_proxy=behind_proxy,
     )
 
 

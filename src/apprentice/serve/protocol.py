@@ -1,8 +1,8 @@
 """The requests and replies of OpenAI's completions and chat completions that are spoken here, and the shape of errors.
 
 What is not in these models is refused by name. `temperature` is 0 where it is not given (OpenAI: 1), so that a reply can be had
-again. Two fields are ours: `ignore_eos` goes on past the model's own end, for measuring; `return_token_ids` adds the reply's
-ids to a whole reply's choice; `structured_outputs` is vLLM's. Knows nothing of engines, layouts or HTTP.
+again. One field is ours: `ignore_eos` goes on past the model's own end, for measuring. Two are vLLM's: `return_token_ids` adds the
+ids of prompt and reply, `structured_outputs` gives a reply its form. Knows nothing of engines, layouts or HTTP.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import time
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import ConfigDict, Field, model_validator
 
@@ -35,6 +35,7 @@ from apprentice.serve.bounds import (
 
 MOST_TOP = 20  # best tokens scored beside each token
 MOST_CHOICES = 128  # replies that one request may ask for
+_PROMPT_IDS = "prompt_token_ids"
 MOST_MESSAGES = 4096  # of a conversation, and parts of one message
 
 # Fields of OpenAI's that may be there as long as they ask for nothing.
@@ -125,7 +126,7 @@ class Asked(Strict):
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     stream: bool = False
-    stream_options: StreamOptions = StreamOptions()
+    stream_options: StreamOptions | None = None
     ignore_eos: bool = False
     return_token_ids: bool = False
     user: Text | None = Field(None, description="Accepted and not used.")
@@ -138,14 +139,18 @@ class Asked(Strict):
         return {key: value for key, value in values.items() if value is not None and value not in _NEUTRAL.get(str(key), ())}
 
     @model_validator(mode="after")
-    def _ids_come_whole(self) -> Self:
-        if self.return_token_ids and self.stream:
-            raise ValueError("`return_token_ids` is for whole replies; leave out `stream`")
+    def _fits_together(self) -> Self:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("`stream_options` are those of a stream; set `stream`: true, or leave them out")
         if self.response_format and self.structured_outputs:
             raise ValueError("give `response_format` or `structured_outputs`, not both")
         if self.ignore_eos and (self.response_format or self.structured_outputs):
             raise ValueError("a reply of a given form ends where the form does; leave out `ignore_eos`")
         return self
+
+    @property
+    def streams_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
 
     @property
     def top(self) -> int | None:
@@ -258,17 +263,26 @@ class TaskRequest(Strict):
 
 @dataclass(frozen=True)
 class Usage:
-    """Tokens read and tokens produced, the end token included."""
+    """Tokens read and tokens produced, the end token included; `cached` of those read were in memory already."""
 
     prompt: int
     completion: int
+    cached: int = 0
 
-    def body(self) -> dict[str, int]:
+    def body(self) -> dict[str, Any]:
         return {
             "prompt_tokens": self.prompt,
             "completion_tokens": self.completion,
             "total_tokens": self.prompt + self.completion,
+            "prompt_tokens_details": {"cached_tokens": self.cached},
         }
+
+
+class Ids(NamedTuple):
+    """Token ids of a choice, or of a piece of one, where `return_token_ids` asks for them; the prompt's come once."""
+
+    prompt: Sequence[int] | None
+    reply: Sequence[int]
 
 
 class Replies:
@@ -283,33 +297,51 @@ class Replies:
         }
 
     def choice(
-        self, index: int, text: str, finish: str, logprobs: Mapping[str, Any] | None, ids: Sequence[int] | None = None
+        self, index: int, text: str, finish: str, logprobs: Mapping[str, Any] | None, ids: Ids | None = None
     ) -> dict[str, Any]:
-        """One whole reply, with its token `ids` if given."""
+        """One whole reply, with its token `ids` if given, in vLLM's fields."""
         said = {"message": {"role": "assistant", "content": text}} if self.chat else {"text": text}
-        choice: dict[str, Any] = {"index": index, **said, "finish_reason": finish, "logprobs": logprobs}
-        return choice if ids is None else choice | {"token_ids": list(ids)}
+        return {"index": index, **said, "finish_reason": finish, "logprobs": logprobs, **_fields(ids)}
 
-    def whole(self, choices: Sequence[Mapping[str, Any]], usage: Usage) -> dict[str, Any]:
+    def whole(self, choices: Sequence[dict[str, Any]], usage: Usage) -> dict[str, Any]:
         """All replies in one body."""
         kind = "chat.completion" if self.chat else "text_completion"
-        return {**self._head, "object": kind, "choices": list(choices), "usage": usage.body()}
+        return self._with_prompt({**self._head, "object": kind, "choices": list(choices), "usage": usage.body()})
 
     def chunk(
-        self, index: int, text: str, finish: str | None, logprobs: Mapping[str, Any] | None = None, *, first: bool = False
+        self,
+        index: int,
+        text: str,
+        finish: str | None,
+        logprobs: Mapping[str, Any] | None = None,
+        *,
+        first: bool = False,
+        ids: Ids | None = None,
     ) -> dict[str, Any]:
         """One piece of a streamed reply; the `first` of a chat names the role."""
         delta = {"role": "assistant", "content": text} if first else ({"content": text} if text else {})
         said = {"delta": delta} if self.chat else {"text": text}
-        choice = {"index": index, **said, "finish_reason": finish, "logprobs": logprobs}
-        return {**self._head, "object": self._chunk_kind, "choices": [choice]}
+        choice = {"index": index, **said, "finish_reason": finish, "logprobs": logprobs, **_fields(ids)}
+        return self._with_prompt({**self._head, "object": self._chunk_kind, "choices": [choice]})
 
     def usage_chunk(self, usage: Usage) -> dict[str, Any]:
         return {**self._head, "object": self._chunk_kind, "choices": [], "usage": usage.body()}
 
+    def _with_prompt(self, body: dict[str, Any]) -> dict[str, Any]:
+        """A chat has one prompt: its ids stand beside the choices."""
+        ids = [choice.pop(_PROMPT_IDS, None) for choice in body["choices"]] if self.chat else []
+        return body | {_PROMPT_IDS: ids[0]} if ids and ids[0] is not None else body
+
     @property
     def _chunk_kind(self) -> str:
         return "chat.completion.chunk" if self.chat else "text_completion"
+
+
+def _fields(ids: Ids | None) -> dict[str, Any]:
+    if ids is None:
+        return {}
+    prompt = {} if ids.prompt is None else {_PROMPT_IDS: list(ids.prompt)}
+    return prompt | {"token_ids": list(ids.reply)}
 
 
 def event(body: Mapping[str, Any]) -> str:

@@ -85,6 +85,7 @@ class Replica:
             keys=self._keys,
             limits=self._limits,
             replica=serve.get_replica_context().replica_id.unique_id,
+            behind_proxy=True,
         )
 
     def check_health(self) -> None:

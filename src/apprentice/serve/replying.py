@@ -9,11 +9,21 @@ import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from functools import partial
+from typing import NamedTuple
 
 from apprentice.data.layout import Layout
 from apprentice.serve.engine import EngineFailed, NewToken, Request, RequestFailed, Score, TokenStream
 from apprentice.serve.protocol import RequestProblem, Usage
 from apprentice.serve.text import TextStream
+from apprentice.tokenizer import Tokenizer
+
+
+class Placed(NamedTuple):
+    """A token's score, and where the token's text begins in the choice's, in characters."""
+
+    score: Score
+    at: int
 
 
 @dataclass
@@ -21,7 +31,8 @@ class Piece:
     """What has become certain of one reply; `finish` comes with the last."""
 
     text: str
-    scores: list[Score]
+    scores: list[Placed]
+    ids: list[int]
     finish: str | None = None
 
 
@@ -39,10 +50,12 @@ class Reply:
     stops: list[str]
     deadline: float  # of the event loop's clock
     echo: str = ""
+    unsaid: int = 0  # tokens at the prompt's start that its text does not show
     only_prompt: bool = False
     keeps_end: bool = True  # whether the end token is among the scores
     finish: str = "length"
     ids: list[int] = field(default_factory=list)  # all that were produced, the end token included
+    cached: int = 0  # tokens of the prompt that the engine had in memory
 
     async def pieces(self) -> AsyncGenerator[Piece, None]:
         """The text as it becomes certain, often empty. Closing it frees the engine's place.
@@ -50,13 +63,15 @@ class Reply:
         Raises `RequestProblem` when late, or where this request cannot be decoded.
         """
         text = TextStream(self.layout.tokenizer.decode, self.stops)
-        opening = self.echo
+        opening: str | None = self.echo
         try:
             while True:
                 tokens = await self._next()
-                piece = Piece(opening, list(tokens[0].prompt))
+                if opening is not None:
+                    self.cached = tokens[0].cached
+                piece = Piece(opening or "", await self._placed(tokens[0].prompt), [])
                 ended = self.only_prompt or self._take(tokens, text, piece)
-                opening = ""
+                opening = None
                 if ended:
                     piece.text += "" if self.only_prompt else text.end()
                     piece.finish = self.finish
@@ -65,6 +80,14 @@ class Reply:
                 yield piece
         finally:
             self.stream.close()
+
+    async def _placed(self, prompt: Sequence[Score]) -> list[Placed]:
+        """The prompt's scores with their places in the text that is echoed."""
+        if not prompt or not self.echo:
+            return [Placed(score, 0) for score in prompt]
+        ids = [score.id for score in prompt]
+        places = await asyncio.to_thread(_places, self.layout.tokenizer, ids, self.unsaid)
+        return [Placed(score, at) for score, at in zip(prompt, places, strict=True)]
 
     async def _next(self) -> list[NewToken]:
         try:
@@ -79,8 +102,9 @@ class Reply:
     def _take(self, tokens: list[NewToken], text: TextStream, piece: Piece) -> bool:
         for token in tokens:
             self.ids.append(token.id)
+            piece.ids.append(token.id)
             if token.score is not None and (self.keeps_end or token.finish != "stop"):
-                piece.scores.append(token.score)
+                piece.scores.append(Placed(token.score, len(self.echo) + text.length))
             if token.finish != "stop":
                 piece.text += text.add(token.id)
             if text.stopped or token.finish:
@@ -89,11 +113,22 @@ class Reply:
         return False
 
 
+def _places(tokenizer: Tokenizer, ids: Sequence[int], unsaid: int) -> list[int]:
+    """Where each token's text begins in the text of all, special tokens shown, without the first `unsaid` tokens."""
+    text = TextStream(partial(tokenizer.decode, skip_special=False))
+    places = [0] * unsaid
+    for id in ids[unsaid:]:
+        places.append(text.length)
+        text.add(id)
+    return places
+
+
 def usage_of(replies: Sequence[Reply], prompts: int) -> Usage:
     """Tokens of the `prompts` different prompts, each counted once, and of all replies."""
     each = len(replies) // prompts
-    read = sum(len(reply.request.prompt) for reply in replies[::each])
-    return Usage(read, sum(len(reply.ids) for reply in replies))
+    asked = replies[::each]
+    read, cached = sum(len(reply.request.prompt) for reply in asked), sum(reply.cached for reply in asked)
+    return Usage(read, sum(len(reply.ids) for reply in replies), cached)
 
 
 async def side_by_side(replies: Sequence[Reply]) -> AsyncGenerator[tuple[Reply, Piece], None]:

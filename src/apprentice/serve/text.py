@@ -21,6 +21,7 @@ class TextStream:
         self._given = 0  # ids whose text is in `_held` or was given out
         self._context = 0  # decoding starts here: some tokenizers write a word differently at the start of a text
         self._held = ""
+        self.length = 0  # characters that have come, those held back and cut off too
         self.stopped = False
 
     def add(self, id: int) -> str:
@@ -43,6 +44,7 @@ class TextStream:
                 del self._ids[self._given :]  # special tokens, which have no text, whatever comes after them
             return ""
         self._context, self._given = self._given, len(self._ids)
+        self.length += len(text) - len(before)
         return text[len(before) :]
 
     def _pass_on(self, new: str, *, final: bool) -> str:

@@ -213,7 +213,7 @@ class TransformersEngine:
     def _pass_on(self, tokens: list[Token]) -> None:
         """Hands a step's tokens over, with one call into the loop for all; some are held back for the next when many run."""
         self._produced += len(tokens)
-        self._held_tokens, self._reserved_tokens = self._decoder.held_tokens, self._decoder.reserved_tokens
+        self._weigh()
         for key, error in self._decoder.take_failures().items():
             self._fail(key, error)  # type: ignore[arg-type]  # our keys are numbers
         now = time.monotonic()
@@ -229,6 +229,10 @@ class TransformersEngine:
                 ready.append((reply, reply.held))
                 reply.held, reply.passed_on = [], now
         self._deliver(ready)
+
+    def _weigh(self) -> None:
+        """Notes how full the memory is, for `stats`."""
+        self._held_tokens, self._reserved_tokens = self._decoder.held_tokens, self._decoder.reserved_tokens
 
     def _deliver(self, ready: list[tuple[_Reply, list[NewToken] | None]]) -> None:
         by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Reply, list[NewToken] | None]]] = {}
@@ -250,6 +254,7 @@ class TransformersEngine:
             if order is None:
                 return False
             order()
+            self._weigh()  # a cancellation may be the last that happens for a long time
 
 
 class _Reply:
@@ -301,5 +306,6 @@ def _arrive(items: list[tuple[_Reply, list[NewToken] | None]]) -> None:
 
 def _new_token(token: Token) -> NewToken:
     if token.scored is None and not token.prompt:
-        return NewToken(token.id, token.finish)
-    return NewToken(token.id, token.finish, token.scored and Score(*token.scored), tuple(Score(*one) for one in token.prompt))
+        return NewToken(token.id, token.finish, cached=token.shared)
+    scored = token.scored and Score(*token.scored)
+    return NewToken(token.id, token.finish, scored, tuple(Score(*one) for one in token.prompt), token.shared)

@@ -273,7 +273,10 @@ class _Reply:
             tokens[0], self._prompt = tokens[0]._replace(prompt=self._prompt), ()
         if not self.held:
             self.held = len(wanted.prompt)
-            self._engine.shared += output.num_cached_tokens or 0
+            cached = output.num_cached_tokens or 0
+            self._engine.shared += cached
+            if tokens:
+                tokens[0] = tokens[0]._replace(cached=cached)
         self.held += len(tokens)
         self._engine.produced += len(tokens)
         return tokens
