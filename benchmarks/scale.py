@@ -34,10 +34,10 @@ from control import (
 )
 from figures import report
 
-from apprentice.data.index import TaskIndex
 from apprentice.data.plan import Plan
 from apprentice.data.row_ranges import RowRanges
 from apprentice.data.sources import Source
+from apprentice.data.task_index import TaskIndex
 from apprentice.recipe import Recipe
 from apprentice.tasks.schema import Task
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import yaml
 
-from apprentice.artifacts import Run
+from apprentice.artifacts import Run, open_run
 from apprentice.data.corpus import Corpus, make_corpus
 from apprentice.data.filters import STRETCH_ROWS, limited
 from apprentice.recipe import Recipe
@@ -154,3 +154,22 @@ def test_a_mixture_may_use_few_rows_of_a_task(tmp_path: Path, tiny_model: Path) 
     rows = [{"text": f"row {number}", "glad": 0} for number in range(700)]
     index = corpus_with(tmp_path, tiny_model, rows, [], mixture={"max_rows": 100}).indices["mood"]
     assert (len(index.train), index.filtered) == (100, {"max_rows": 600})
+
+
+def test_a_task_that_is_scored_later_is_looked_for_in_the_rows_trained_on(tmp_path: Path, tiny_model: Path) -> None:
+    """Its test rows came after the run's index, which stays as it is: what they share was trained on."""
+    corpus = corpus_with(tmp_path, tiny_model, ROWS, [{"text": "a cat sat", "glad": 1}], filters={"decontaminate": True})
+    run = open_run(corpus.recipe)
+    before = {file.name: file.read_bytes() for file in run.index.children()}
+    assert json.loads(before["contamination.json"])["tasks"]["other"]["shared"] == 0
+    later = yaml.safe_load((tmp_path / "other.yaml").read_text()) | {"name": "later", "sources": [{"files": {"test": "l.jsonl"}}]}
+    (tmp_path / "later.yaml").write_text(yaml.safe_dump(later))
+    rows = [f"It was known that {STORY}.", "nothing of this was ever read before, not by anybody who sat at that table"]
+    (tmp_path / "l.jsonl").write_text("".join(json.dumps({"text": text, "glad": 1}) + "\n" for text in rows))
+    named = ("later", str(tmp_path / "later.yaml")), ("other", str(tmp_path / "other.yaml"))
+    data = corpus.recipe.data.model_copy(update={"tasks": tuple(path for _, path in named), "hold_out": ("later", "other")})
+    scored = make_corpus(corpus.recipe.model_copy(update={"data": data}), run, parallel=False, to_train=False)
+    assert [(name, len(scored.indices[name].test)) for name, _ in named] == [("later", 2), ("other", 1)]
+    assert scored.contamination["later"] == {"test_rows": 2, "shared": 1, "share": 0.5, "training_rows_kept": {"mood": 3}}
+    assert scored.contamination["other"]["shared"] == 0
+    assert {file.name: file.read_bytes() for file in run.index.children()} == before

@@ -13,7 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from apprentice.data import index as index_module
-from apprentice.data.index import TaskIndex, freeze, is_held_out, load
+from apprentice.data.index import freeze, is_held_out
+from apprentice.data.task_index import TaskIndex
 from apprentice.errors import DataError
 from apprentice.recipe import Recipe
 from apprentice.storage import Folder
@@ -111,7 +112,7 @@ def test_a_task_may_have_one_split(site: Site) -> None:
     index = site.freeze(make_task(sources=[{"dataset": "mood", "splits": {"test": "test"}}]))["mood"]
     assert index.train_source is None
     assert (len(index.train), len(index.validation), len(index.test), index.mean_tokens) == (0, 0, 50, 0.0)
-    assert load(site.folder, [make_task()])["mood"].train_source is None
+    assert site.freeze(make_task(sources=[{"dataset": "mood", "splits": {"test": "test"}}]))["mood"].train_source is None
 
 
 def test_a_row_is_usable_if_one_template_renders_it(site: Site) -> None:
@@ -131,15 +132,47 @@ def test_chunks_do_not_matter(site: Site, monkeypatch: pytest.MonkeyPatch, chunk
     assert arrays(site.freeze(make_task(), max_bad_rows=0.01)["mood"]) == arrays(whole)
 
 
-def test_load_gives_what_freeze_wrote(site: Site) -> None:
-    frozen = site.freeze(make_task(), max_bad_rows=0.01)["mood"]
-    loaded = load(site.folder, [make_task()])["mood"]
+def test_what_was_written_is_read_as_it_was(site: Site) -> None:
+    frozen, loaded = (site.freeze(make_task(), max_bad_rows=0.01)["mood"] for _ in range(2))
+    assert loaded is not frozen
     assert arrays(loaded) == arrays(frozen)
     assert loaded.train.dtype == np.int64
     rest = [{name: value for name, value in vars(index).items() if not isinstance(value, np.ndarray)} for index in (frozen, loaded)]
     assert rest[0] == rest[1]
     with pytest.raises(DataError, match=r"other\.npz does not exist: the run has no index of task 'other'"):
-        load(site.folder, [make_task("other")])
+        site.freeze(make_task("other"))
+
+
+def test_an_interrupted_index_is_made_again_as_a_whole(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The filters of the second attempt see the test rows of the task whose index was written before the first one ended."""
+    passage = "the keeper of the lighthouse rowed across the bay before the boats had come in again"
+    site.write([{"text": f"{passage} {number}", "label": 0} for number in range(3)] + [{"text": "else", "label": 1}])
+    site.write([{"text": passage, "label": 0}], task="other", split="test")
+    tasks = make_task("other", "held", sources=[{"dataset": "other", "splits": {"test": "test"}}]), make_task()
+    settings: dict[str, Any] = {"filters": {"decontaminate": True}, "hold_out": ["held"], "validation": 0.0}
+    write = Folder.write_bytes
+
+    def interrupted(file: Folder, data: bytes) -> None:
+        if file.name == "mood.npz":
+            raise KeyboardInterrupt
+        write(file, data)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Folder, "write_bytes", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            site.freeze(*tasks, **settings)
+    assert (site.folder / "other.npz").exists()
+    index = site.freeze(*tasks, **settings)["mood"]
+    assert (index.train.tolist(), index.filtered) == ([3], {"in_a_test_row": 3})
+    report = (site.folder / "contamination.json").read_json()
+    assert report["tasks"]["other"] == {"test_rows": 1, "shared": 1, "share": 1.0, "training_rows_dropped": {"mood": 3}}
+
+
+def test_an_index_of_an_earlier_version_has_no_file_that_says_it_is_whole(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = site.freeze(make_task(), max_bad_rows=0.01)["mood"]
+    (site.folder / "index.json").delete()
+    monkeypatch.delattr(index_module, "_scan")
+    assert arrays(site.freeze(make_task())["mood"]) == arrays(first)
 
 
 def test_what_is_frozen_is_used_again(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,6 +196,28 @@ def test_changed_sources_and_tasks_are_refused(site: Site) -> None:
         DataError, match=r"'mood': the test rows \(.*/mood/test.parquet\) have changed .* start over with --restart"
     ):
         site.freeze(make_task())
+
+
+def test_the_same_rows_under_another_column_are_refused(site: Site) -> None:
+    for split in ("train", "test"):
+        site.write([{"text": f"text {number}", "other": "else", "label": 0} for number in range(20)], split=split)
+    site.freeze(make_task())
+    with pytest.raises(DataError, match=r"'mood': the train columns \(.*\) have changed"):
+        site.freeze(make_task(sources=[{"dataset": "mood", "columns": {"text": "other"}}]))
+
+
+def test_converted_rows_outlive_the_file_they_came_from(site: Site) -> None:
+    file = site.root / "rows.jsonl"
+    file.write_text("".join(json.dumps({"text": f"text {number}", "label": 0}) + "\n" for number in range(20)))
+    task = make_task(sources=[{"files": {"train": str(file)}}])
+    first = site.freeze(task)["mood"]
+    file.unlink()
+    again = site.freeze(task)["mood"]
+    assert arrays(again) == arrays(first)
+    assert again.train_source == first.train_source
+    shutil.rmtree(site.cache.local)
+    with pytest.raises(DataError, match=r"rows\.jsonl does not exist; correct data\.root or the paths in the task's file"):
+        site.freeze(task)
 
 
 def test_too_many_bad_rows_stop_the_run_before_anything_is_written(site: Site) -> None:

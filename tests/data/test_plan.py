@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from apprentice.data.index import TaskIndex
 from apprentice.data.plan import Draw, Plan, exemplar_rows
 from apprentice.data.sources import Source
+from apprentice.data.task_index import TaskIndex
 from apprentice.errors import RecipeError
 from apprentice.recipe import Recipe
 from apprentice.tasks.schema import Task

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from apprentice.artifacts import Run
-from apprentice.evaluate.report import task_table
+from apprentice.evaluate.report import remarks, task_table
 from apprentice.evaluate.story import MOST_POINTS, contamination_of, story_of
 from apprentice.evaluate.summary import summarise
 from apprentice.recipe import Recipe
@@ -27,15 +27,19 @@ def test_a_long_curve_is_thinned_and_validation_is_kept(tmp_path: Path) -> None:
     assert story_of(None) == {"history": [], "ledger": None}
 
 
-def test_contamination_stands_beside_the_score(recipe: Recipe, tmp_path: Path) -> None:
-    assert contamination_of(Folder.at(tmp_path)) == {}
-    seen = {"test_rows": 40, "shared": 3, "share": 0.075, "training_rows_dropped": {"x": 2, "y": 2}}
-    (tmp_path / "contamination.json").write_text(json.dumps({"ngram": 13, "tasks": {"alpha_rank": seen}, "matches": []}))
-    found = contamination_of(Folder.at(tmp_path))
-    assert found == {"alpha_rank": {"rows": 3, "of": 40, "dropped": 4}}
+def test_contamination_stands_beside_the_score(recipe: Recipe) -> None:
+    assert contamination_of({}) == {}
+    dropped = {"test_rows": 40, "shared": 3, "share": 0.075, "training_rows_dropped": {"x": 2, "y": 2}}
+    kept = {"test_rows": 20, "shared": 2, "share": 0.1, "training_rows_kept": {"x": 5}}
+    found = contamination_of({"alpha_rank": dropped, "beta_rank": kept})
+    assert found["alpha_rank"] == {"rows": 3, "of": 40, "dropped": 4, "kept": 0}
     report = summarise(tables.table(recipe), resamples=20)
     for task in report["tasks"]:
         task["contaminated"] = found.get(task["task"])
     header, rows = task_table(report)
     assert header[-1] == "test rows seen in training data"
-    assert [row[-1].text for row in rows] == ["–", "3 of 40", "–"]
+    shown = {row[0].text: row[-1].text for row in rows}
+    assert (shown["alpha_rank"], shown["beta_rank"]) == ("3 of 40", "2 of 20")
+    lines = remarks(report)
+    assert "alpha_rank: 3 of 40 test rows share a passage with training rows, which were dropped." in lines
+    assert "beta_rank: 2 of 20 test rows share a passage with training rows, which were trained on all the same." in lines

@@ -6,22 +6,24 @@ Knows nothing of Ray's streams or of models.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from math import ceil
 from pathlib import Path
+from typing import Any
 
 from apprentice.artifacts import FORMAT, Run
 from apprentice.data.contract import layout_of
-from apprentice.data.index import TaskIndex, freeze
+from apprentice.data.index import contamination_in, freeze, index_beside
 from apprentice.data.layout import Exemplar, Layout
 from apprentice.data.mixture import Size, epoch_rows
 from apprentice.data.pack import Strategy
 from apprentice.data.plan import Plan
 from apprentice.data.quality import classes_of, layouts_of
 from apprentice.data.reference import Reference
+from apprentice.data.task_index import TaskIndex, frozen_tasks
 from apprentice.data.tokenize import Tokenized, encode, encode_pairs, encode_questions
-from apprentice.errors import RecipeError
+from apprentice.errors import DataError, RecipeError
 from apprentice.family import Family, family_of, not_packed_because
 from apprentice.recipe import Recipe
 from apprentice.storage import Folder
@@ -50,6 +52,7 @@ class Corpus:
     strategy: Strategy = "best_fit"  # of packing, with `auto` resolved
 
     reference: Mapping[str, Reference] | None = None  # task → what a frozen model says of its pairs
+    contamination: Mapping[str, Any] = field(default_factory=dict)  # task → what its test rows share with training rows
 
     @cached_property
     def qualities(self) -> dict[str, str]:
@@ -117,17 +120,47 @@ class Corpus:
 def make_corpus(recipe: Recipe, run: Run, *, parallel: bool = True, to_train: bool = True) -> Corpus:
     """The corpus of `recipe`, its index frozen in `run` (or found there); `parallel` uses Ray, which must be up.
 
-    One that is not `to_train` has no plan, and every task may be held out.
+    One that is not `to_train` has no plan, and every task may be held out; tasks that the run was not made with are indexed beside
+    its index, which stays as it is.
 
     Raises `TaskError`, `DataError` and `RecipeError` for what the recipe names and the sources do not give.
     """
     tasks, held_out = select_tasks(recipe.data.entries, recipe.data.hold_out, Path.cwd(), to_train=to_train)
     tokenizer = Tokenizer.load(recipe.model.base)
     cache = Folder.at(recipe.storage) / "cache"
-    indices = freeze(tasks, recipe, run.index, cache, tokenizer, parallel=parallel, rules=run.format)
+    frozen = frozen_tasks(run.index) if not to_train else set()
+    inside = [task for task in tasks if not frozen or task.name in frozen]
+    indices = freeze(inside, recipe, run.index, cache, tokenizer, parallel=parallel, rules=run.format) if inside else {}
+    contamination = contamination_in(run.index)
+    if others := [task for task in tasks if task.name not in indices]:
+        beside = index_beside(
+            others,
+            _trained(run, cache, tokenizer, parallel=parallel),
+            recipe,
+            cache,
+            tokenizer,
+            parallel=parallel,
+            rules=run.format,
+        )
+        indices |= beside.tasks
+        contamination |= beside.contamination["tasks"] if beside.contamination else {}
     strategy = packing_strategy(recipe, tokenizer.folder, run.format)
     order = Plan.of(recipe, tasks, indices) if to_train else None
-    return Corpus(recipe, tasks, held_out, indices, order, layout_of(recipe, tokenizer), strategy)
+    layout = layout_of(recipe, tokenizer)
+    return Corpus(recipe, tasks, held_out, indices, order, layout, strategy, contamination=contamination)
+
+
+def _trained(run: Run, cache: Folder, tokenizer: Tokenizer, *, parallel: bool) -> dict[str, tuple[Task, TaskIndex]]:
+    """The tasks that `run` trained on, if it kept them apart from test rows; nothing if it did not, or their rows are gone."""
+    recipe = run.recipe()
+    if not recipe.data.filters.decontaminate:
+        return {}
+    tasks, held_out = select_tasks(recipe.data.entries, recipe.data.hold_out, Path.cwd())
+    try:
+        indices = freeze(tasks, recipe, run.index, cache, tokenizer, parallel=parallel, rules=run.format)
+    except DataError:
+        return {}
+    return {task.name: (task, indices[task.name]) for task in tasks if task.name not in held_out}
 
 
 def packing_strategy(recipe: Recipe, folder: Path, run_format: int = FORMAT) -> Strategy:

@@ -61,6 +61,18 @@ def filtered(candidates: Sequence[Candidate], recipe: Recipe, run: Run) -> tuple
     return chosen, _report(candidates, chosen, tests, settings.ngram) if settings.decontaminate else None
 
 
+def shared_passages(candidates: Sequence[Candidate], recipe: Recipe, run: Run) -> dict[str, Any]:
+    """The report on passages that test rows share with training rows, which all stay. Raises `DataError` as `filtered` does."""
+    looking = Filters(decontaminate=True, ngram=recipe.data.filters.ngram)
+    mixture = recipe.data.mixture.model_copy(update={"max_rows": None})
+    data = recipe.data.model_copy(update={"filters": looking, "mixture": mixture})
+    report = filtered(candidates, recipe.model_copy(update={"data": data}), run)[1]
+    assert report is not None, "passages were looked for"
+    for found in report["tasks"].values():
+        found["training_rows_kept"] = found.pop("training_rows_dropped")
+    return report
+
+
 def _test_passages(candidates: Sequence[Candidate], settings: Filters, run: Run) -> Passages:
     labels = [number for number, one in enumerate(candidates) for _ in _stretches(one.test)]
     calls = ((_reader(one.test_source), part, settings.ngram) for one in candidates for part in _stretches(one.test))

@@ -7,11 +7,9 @@ from exactly the rows it began with; sources or tasks that changed since are ref
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,15 +17,17 @@ import numpy as np
 from apprentice.artifacts import FORMAT
 from apprentice.data.contract import layout_of
 from apprentice.data.exemplars import Pool
-from apprentice.data.filtering import Candidate, filtered
+from apprentice.data.filtering import Candidate, filtered, shared_passages
 from apprentice.data.filters import Chosen
 from apprentice.data.layout import Layout
 from apprentice.data.permutation import Numbers, below, draw, key_of, permute
-from apprentice.data.sources import Reader, Source, Split, resolve
+from apprentice.data.sources import MissingSourceError, Reader, Source, Split, is_unchanged, resolve
+from apprentice.data.task_index import INDEX_FILE, TaskIndex, frozen_tasks, index_file, packed, read_index
 from apprentice.data.tokenize import encode, encode_pairs
 from apprentice.errors import DataError, RowError
-from apprentice.recipe import Recipe
+from apprentice.recipe import Filters, Recipe
 from apprentice.storage import Folder
+from apprentice.tasks.definition import definition_of
 from apprentice.tasks.schema import Example, Task
 from apprentice.tokenizer import Tokenizer
 
@@ -36,22 +36,6 @@ SAMPLE_ROWS = 128  # of each task, for its mean lengths
 SHOWN_REJECTS = 10
 IN_FLIGHT = 16  # stretches of rows that the filters look at at a time
 CONTAMINATION_FILE = "contamination.json"  # in the index: passages that training and test rows shared
-
-
-@dataclass(frozen=True, eq=False)
-class TaskIndex:
-    """One task's usable rows, as ascending source row numbers (int64)."""
-
-    task: str
-    train_source: Source | None
-    test_source: Source | None
-    train: Numbers  # of train_source; held-out tasks have them too, for exemplars only
-    validation: Numbers  # of train_source, never trained on; empty for held-out tasks
-    test: Numbers  # of test_source
-    mean_tokens: float  # of a zero-shot training example, prompt, answer and end; 0 without training rows
-    mean_target_tokens: float  # of its answer and end
-    rejects: dict[str, int]  # reason → rows, both splits together
-    filtered: dict[str, int] = field(default_factory=dict)  # reason → training rows that `data.filters` left out
 
 
 _Sources = tuple[Source | None, Source | None]  # training and test rows
@@ -73,6 +57,14 @@ class _Scan(NamedTuple):
     rejects: list[_Reject]
 
 
+class Index(NamedTuple):
+    """What was made of some tasks' sources."""
+
+    tasks: dict[str, TaskIndex]
+    rejects: dict[str, list[_Reject]]
+    contamination: dict[str, Any] | None  # passages that test rows share with training rows; None where nobody looked
+
+
 def is_held_out(task: Task, hold_out: Sequence[str]) -> bool:
     """Whether `task` is never trained on, by its own name or its cluster's."""
     return not {task.name, task.cluster}.isdisjoint(hold_out)
@@ -88,23 +80,56 @@ def freeze(
     parallel: bool = True,
     rules: int = FORMAT,
 ) -> dict[str, TaskIndex]:
-    """The index of every task: what lies in `folder`, or made now and written there whole.
+    """The index of every task: what lies whole in `folder`, or made now and written there.
 
-    `rules` is the format of the run, by which files are read.
-    `parallel` scans with Ray, which must be up; otherwise in this process. Raises `DataError` for a source that cannot be
-    used (see `resolve`), that changed since it was frozen, or that has more unusable rows than `data.max_bad_rows`.
+    What an interrupted call left in `folder` is made again: the filters look at all tasks together. `rules` is the format of the
+    run, by which files are read. `parallel` scans with Ray, which must be up; otherwise in this process. Raises
+    `DataError` for a source that cannot be used (see `resolve`), that changed since it was frozen, or that has more unusable rows
+    than `data.max_bad_rows`.
     """
-    sources: dict[str, _Sources] = {
-        task.name: (
-            resolve(task, "train", root=recipe.data.root, cache=cache, rules=rules),
-            resolve(task, "test", root=recipe.data.root, cache=cache, rules=rules),
-        )
-        for task in tasks
-    }
-    indices = {task.name: _frozen(task, sources[task.name], folder) for task in tasks if _file(folder, task).exists()}
-    fresh = [task for task in tasks if task.name not in indices]
+    known = frozen_tasks(folder)
+    if (folder / INDEX_FILE).exists() or all(task.name in known for task in tasks):
+        return {task.name: _frozen(task, recipe, folder, cache, rules) for task in tasks}
+    made = _made(tasks, recipe, cache, tokenizer, parallel=parallel, rules=rules)
+    folder.delete()
+    _write(made, tasks, folder)
+    return made.tasks
+
+
+def contamination_in(folder: Folder) -> dict[str, Any]:
+    """What the index in `folder` says of passages that test rows share with training rows, by task; empty where nobody looked."""
+    file = folder / CONTAMINATION_FILE
+    return dict(file.read_json()["tasks"]) if file.exists() else {}
+
+
+def index_beside(
+    tasks: Sequence[Task],
+    trained: Mapping[str, tuple[Task, TaskIndex]],
+    recipe: Recipe,
+    cache: Folder,
+    tokenizer: Tokenizer,
+    *,
+    parallel: bool = True,
+    rules: int = FORMAT,
+) -> Index:
+    """The index of tasks that a run is only scored on, beside the one it was `trained` by; nothing is written.
+
+    Where there are `trained` tasks, its report says how many of the test rows share a passage with rows that were trained on.
+    """
+    plain = recipe.model_copy(update={"data": recipe.data.model_copy(update={"filters": Filters()})})
+    made = _made(tasks, plain, cache, tokenizer, parallel=parallel, rules=rules)
+    if not trained:
+        return made
+    candidates = [Candidate(task, index.train_source, index.train, None, _numbers([])) for task, index in trained.values()] + [
+        Candidate(task, None, None, index.test_source, index.test) for task, index in zip(tasks, made.tasks.values(), strict=True)
+    ]
+    return made._replace(contamination=shared_passages(candidates, recipe, _each_in_ray if parallel else _each_here))
+
+
+def _made(tasks: Sequence[Task], recipe: Recipe, cache: Folder, tokenizer: Tokenizer, *, parallel: bool, rules: int) -> Index:
+    sources: dict[str, _Sources] = {task.name: _resolved(task, recipe, cache, rules) for task in tasks}
     rejects = {}
-    scans = list(zip(fresh, *_scanned(fresh, sources, recipe, parallel=parallel), strict=True))
+    scans = list(zip(tasks, *_scanned(tasks, sources, recipe, parallel=parallel), strict=True))
     for task, train, test in scans:
         rejects[task.name] = [*train.rejects, *test.rejects]
         _refuse_bad(task, rejects[task.name], sum(source.rows for source in sources[task.name] if source), recipe)
@@ -114,95 +139,68 @@ def freeze(
             for task, train, test in scans
         ],
         recipe,
-        _each_in_ray if parallel and fresh else _each_here,
+        _each_in_ray if parallel else _each_here,
     )
+    indices = {}
     for task, train, test in scans:
         choice = chosen.get(task.name, Chosen(train.kept, {}, []))
-        train = train._replace(kept=choice.kept)
-        means = _mean_tokens(task, sources[task.name][0], train.kept, layout_of(recipe, tokenizer), recipe)
-        reasons = dict(Counter(reject.reason for reject in rejects[task.name]).most_common())
+        means = _mean_tokens(task, sources[task.name][0], choice.kept, layout_of(recipe, tokenizer), recipe)
         indices[task.name] = TaskIndex(
             task.name,
             *sources[task.name],
-            train.kept,
+            choice.kept,
             train.validation,
             test.kept,
             *means,
-            rejects=reasons,
+            rejects=dict(Counter(reject.reason for reject in rejects[task.name]).most_common()),
             filtered=choice.dropped,
         )
-    if contamination is not None:
-        (folder / CONTAMINATION_FILE).write_json(contamination)
-    for task in fresh:  # all are good: now they are written
-        lines = [json.dumps({"task": task.name, **reject._asdict()}, ensure_ascii=False) for reject in rejects[task.name]]
-        (folder / f"{task.name}.rejects.jsonl").write_text("".join(f"{line}\n" for line in lines))
-        _file(folder, task).write_bytes(_packed(indices[task.name], task))
-    return {task.name: indices[task.name] for task in tasks}
+    return Index(indices, rejects, contamination)
 
 
-def load(folder: Folder, tasks: Sequence[Task]) -> dict[str, TaskIndex]:
-    """The indices that `freeze` wrote to `folder`. Raises `DataError` if one is not there."""
+def _write(made: Index, tasks: Sequence[Task], folder: Folder) -> None:
+    """Writes the index; `INDEX_FILE` comes last, and without it nothing of what lies there counts."""
+    if made.contamination is not None:
+        (folder / CONTAMINATION_FILE).write_json(made.contamination)
     for task in tasks:
-        if not _file(folder, task).exists():
-            raise DataError(f"{_file(folder, task)} does not exist: the run has no index of task {task.name!r}; prepare it first.")
-    return {task.name: _unpacked(_file(folder, task).read_bytes())[0] for task in tasks}
+        lines = [json.dumps({"task": task.name, **reject._asdict()}, ensure_ascii=False) for reject in made.rejects[task.name]]
+        (folder / f"{task.name}.rejects.jsonl").write_text("".join(f"{line}\n" for line in lines))
+        index_file(folder, task).write_bytes(packed(made.tasks[task.name], task))
+    (folder / INDEX_FILE).write_json({"version": 2, "tasks": [task.name for task in tasks]})
 
 
-def _file(folder: Folder, task: Task) -> Folder:
-    return folder / f"{task.name}.npz"
+def _resolved(task: Task, recipe: Recipe, cache: Folder, rules: int) -> _Sources:
+    return (
+        resolve(task, "train", root=recipe.data.root, cache=cache, rules=rules),
+        resolve(task, "test", root=recipe.data.root, cache=cache, rules=rules),
+    )
 
 
-def _frozen(task: Task, sources: _Sources, folder: Folder) -> TaskIndex:
-    """The index in `folder`, with the sources where they lie now."""
-    file = _file(folder, task)
-    index, definition = _unpacked(file.read_bytes())
-    for split, old, new in zip(("train", "test"), (index.train_source, index.test_source), sources, strict=True):
-        if (old and old.fingerprint) != (new and new.fingerprint):
+def _frozen(task: Task, recipe: Recipe, folder: Folder, cache: Folder, rules: int) -> TaskIndex:
+    """The index in `folder`, with the sources where they lie now; converted rows of a file that is gone since are still rows."""
+    file = index_file(folder, task)
+    index, definition = read_index(folder, task)
+    kept = (index.train_source, index.test_source)
+    try:
+        sources = _resolved(task, recipe, cache, rules)
+    except MissingSourceError:
+        if not all(is_unchanged(source) for source in kept if source):
+            raise
+        sources = kept
+    for split, old, new in zip(("train", "test"), kept, sources, strict=True):
+        same_rows = (old and old.fingerprint) == (new and new.fingerprint)
+        if not same_rows or (old and new and any(new.columns.get(name) != column for name, column in old.columns.items())):
             where = (new or old).files[0]  # type: ignore[union-attr]
             raise DataError(
-                f"task {task.name!r}: the {split} rows ({where}) have changed since the run's index was frozen; put the old file"
-                " back, start over with --restart, or choose another `name`."
+                f"task {task.name!r}: the {split} {'columns' if same_rows else 'rows'} ({where}) have changed since the run's"
+                " index was frozen; put the old file back, start over with --restart, or choose another `name`."
             )
-    if definition != _definition(task):
+    if definition != definition_of(task):
         raise DataError(
             f"task {task.name!r}: its templates or answers have changed since the run's index was frozen ({file}); undo that,"
             " start over with --restart, or choose another `name`."
         )
     return TaskIndex(**(vars(index) | {"train_source": sources[0], "test_source": sources[1]}))
-
-
-def _definition(task: Task) -> str:
-    """A hash of everything that shapes the task's examples; a key that a later version brings counts once it is used."""
-    content = task.model_dump_json(exclude={"sources", "summary", "licence", "metrics", "sample", "origin"}, exclude_defaults=True)
-    return hashlib.sha256(content.encode()).hexdigest()
-
-
-def _packed(index: TaskIndex, task: Task) -> bytes:
-    rows = {name: getattr(index, name) for name in ("train", "validation", "test")}
-    meta = {name: value for name, value in vars(index).items() if name not in rows}
-    meta |= {name: asdict(meta[name]) if meta[name] else None for name in ("train_source", "test_source")}
-    text = json.dumps({"definition": _definition(task), **meta})
-    stream = io.BytesIO()
-    # Steps from row to row are nearly all 1, and so compress to nearly nothing.
-    steps = {name: np.diff(numbers, prepend=0) for name, numbers in rows.items()}
-    np.savez_compressed(stream, meta=np.array(text), **steps)
-    return stream.getvalue()
-
-
-def _unpacked(data: bytes) -> tuple[TaskIndex, str]:
-    """The index and the hash of the task's definition."""
-    with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
-        meta: dict[str, Any] = json.loads(str(arrays["meta"]))
-        meta |= {name: np.cumsum(arrays[name], dtype=np.int64) for name in ("train", "validation", "test")}
-    definition = meta.pop("definition")
-    for name in ("train_source", "test_source"):
-        meta[name] = meta[name] and _source(meta[name])
-    return TaskIndex(**meta), definition
-
-
-def _source(content: dict[str, Any]) -> Source:
-    lists = {name: tuple(value) for name, value in content.items() if isinstance(value, list)}  # JSON knows no tuples
-    return Source(**(content | lists))
 
 
 def _scanned(

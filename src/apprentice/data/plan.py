@@ -13,11 +13,12 @@ from typing import NamedTuple
 import numpy as np
 
 from apprentice.data.exemplars import Pool, candidates, exemplar_rows, without
-from apprentice.data.index import TaskIndex, is_held_out
+from apprentice.data.index import is_held_out
 from apprentice.data.mixture import Size, shares
 from apprentice.data.permutation import Numbers, below, draw, key_of, permute
 from apprentice.data.rotation import Rotation
 from apprentice.data.row_order import RowOrder, drawn, runs
+from apprentice.data.task_index import TaskIndex
 from apprentice.recipe import Formats, Recipe
 from apprentice.tasks.schema import Task, Template
 

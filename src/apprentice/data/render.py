@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from apprentice.data.index import TaskIndex
 from apprentice.data.layout import Exemplar
 from apprentice.data.plan import Draw
 from apprentice.data.sources import Reader, Split
+from apprentice.data.task_index import TaskIndex
 from apprentice.errors import DataError, RowError
 from apprentice.tasks.schema import Example, Task
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import time
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -42,6 +42,10 @@ UNREACHED: tuple[type[Exception], ...] = (OSError, *HfHubHTTPError.__bases__)
 _FAILED: tuple[type[Exception], ...] = (*UNREACHED, StorageError)
 
 
+class MissingSourceError(DataError):
+    """None of a task's places is there."""
+
+
 @dataclass(frozen=True)
 class Source:
     """The rows of one split of one task. Row numbers count through `files` in order."""
@@ -72,7 +76,8 @@ def resolve(task: Task, split: Split, *, root: str | None, cache: Folder, rules:
     """The Parquet files of one split, in the first of the task's places that can be reached; None if that has no such split.
 
     Both splits come from the same place, so that train and test stay apart. `rules` is the format of the run that reads. Raises
-    `DataError` if no place can be reached, a file is missing or unreadable, or a column is missing or bytes in no known encoding.
+    `MissingSourceError` if no place is there, and `DataError` if one cannot be reached, a file is missing or unreadable, or a
+    column is missing or bytes in no known encoding.
     """
     try:
         spec, absent = _reachable(task, root)
@@ -93,9 +98,6 @@ def resolve(task: Task, split: Split, *, root: str | None, cache: Folder, rules:
         if (column := spec.columns.get(field, field)) in footers[0].columns or field not in task.optional_fields
     }
     readings = _readings(task, spec, columns, files, footers) if rules >= 2 else {}
-    digests = [footer.digest for footer in footers]
-    if "bytes" in readings.values():
-        digests.append(str(spec.encoding))
     return Source(
         task=task.name,
         split=split,
@@ -103,10 +105,26 @@ def resolve(task: Task, split: Split, *, root: str | None, cache: Folder, rules:
         file_groups=tuple(len(footer.group_rows) for footer in footers),
         group_rows=tuple(rows for footer in footers for rows in footer.group_rows),
         columns=columns,
-        fingerprint=hashlib.sha256("\n".join(digests).encode()).hexdigest(),
+        fingerprint=_fingerprint(footers, readings, spec.encoding),
         readings=readings,
         encoding=spec.encoding,
     )
+
+
+def _fingerprint(footers: Sequence[_Footer], readings: Mapping[str, Reading], encoding: str | None) -> str:
+    digests = [footer.digest for footer in footers]
+    if "bytes" in readings.values():
+        digests.append(str(encoding))
+    return hashlib.sha256("\n".join(digests).encode()).hexdigest()
+
+
+def is_unchanged(source: Source) -> bool:
+    """Whether the files of `source` are where it says, and are those it was made of."""
+    try:
+        with ThreadPoolExecutor(max_workers=8) as pool:
+            return _fingerprint(list(pool.map(_footer, source.files)), source.readings, source.encoding) == source.fingerprint
+    except DataError:
+        return False
 
 
 def _readings(
@@ -159,7 +177,7 @@ def _reachable(task: Task, root: str | None) -> tuple[SourceSpec, list[str]]:
             absent.append(f"{next(iter(spec.files.values()))} does not exist")
         else:
             return spec, absent
-    raise DataError(f"task {task.name!r}: {'; '.join(absent)}; correct data.root or the paths in the task's file.")
+    raise MissingSourceError(f"task {task.name!r}: {'; '.join(absent)}; correct data.root or the paths in the task's file.")
 
 
 def _files(task: Task, spec: SourceSpec, name: str, root: str | None, cache: Folder, absent: list[str], rules: int) -> list[str]:

@@ -12,10 +12,10 @@ from typing import Any
 import pyarrow as pa
 
 from apprentice.data.corpus import Corpus
-from apprentice.data.index import TaskIndex
 from apprentice.data.layout import Exemplar, Layout
 from apprentice.data.plan import exemplar_rows
 from apprentice.data.render import Renderer
+from apprentice.data.task_index import TaskIndex
 from apprentice.data.tokenize import TOO_LONG, fit_prompt
 from apprentice.errors import RowError
 from apprentice.evaluate.perturbation import perturbed

@@ -267,8 +267,9 @@ def remarks(report: Mapping[str, Any]) -> list[str]:
         found.append(f"{len(lost)} questions have no answer, the first because: {lost[0]['reason']}.")
     for task in report["tasks"]:
         if seen := task.get("contaminated"):
+            fate = "trained on all the same" if seen.get("kept") else "dropped"
             found.append(
-                f"{task['task']}: {seen['rows']} of {seen['of']} test rows share a passage with training rows, which were dropped."
+                f"{task['task']}: {seen['rows']} of {seen['of']} test rows share a passage with training rows, which were {fate}."
             )
     return found + [f"{item['task']}: {item['reason']}." for item in report["not_scored"]]
 

@@ -108,6 +108,7 @@ class Contamination(_Shape):
     rows: int
     of: int
     dropped: int
+    kept: int = Field(0, description="Training rows that share a passage and were trained on all the same.")
 
 
 class Task(_Shape):

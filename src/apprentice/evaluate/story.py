@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from apprentice.artifacts import Run
-from apprentice.data.index import CONTAMINATION_FILE
-from apprentice.storage import Folder
 
 MOST_POINTS = 400  # of the curve: more are not seen in a picture
 
@@ -30,14 +28,18 @@ def _point(record: Mapping[str, Any]) -> dict[str, Any]:
     return {key: record[key] for key in ("step", "loss", "validation_loss") if record.get(key) is not None}
 
 
-def contamination_of(indexed: Folder) -> dict[str, Any]:
-    """Task → how many of its test rows share a passage with training data, from the index; empty where nobody looked.
+def contamination_of(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Task → how many of its test rows share a passage with training data, from the index's report; empty where nobody looked.
 
-    The training rows were dropped, so this says what the score would have been inflated by, and how alike the data are.
+    Training rows that were dropped say what the score would have been inflated by, and how alike the data are; those that were
+    kept, because the run was made before it was known that the task would be scored, do inflate it.
     """
-    file = indexed / CONTAMINATION_FILE
-    found = file.read_json()["tasks"] if file.exists() else {}
     return {
-        task: {"rows": seen["shared"], "of": seen["test_rows"], "dropped": sum(seen["training_rows_dropped"].values())}
+        task: {
+            "rows": seen["shared"],
+            "of": seen["test_rows"],
+            "dropped": sum(seen.get("training_rows_dropped", {}).values()),
+            "kept": sum(seen.get("training_rows_kept", {}).values()),
+        }
         for task, seen in found.items()
     }

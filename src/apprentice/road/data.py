@@ -29,12 +29,13 @@ def prepare(recipe: Recipe, *, restart: bool = False, progress: Progress) -> dic
 def prepared(recipe: Recipe, *, restart: bool, progress: Progress) -> tuple[Run, Corpus]:
     check.before_writing(recipe)
     progress("prepare", {"message": f"tasks of {recipe.name}"})
+    was_there = (Folder.at(recipe.storage) / recipe.name).exists() and not restart
     run = open_run(recipe, restart=restart)
     try:
         corpus = make_corpus(recipe, run)
         check.after_indexing(recipe, corpus)
     except ApprenticeError:
-        if not run.status():  # nothing was trained here yet: leave no half-made run behind
+        if not was_there:  # this call made it all: leave no half-made run behind
             run.folder.delete()
         raise
     progress(

@@ -62,10 +62,13 @@ def evaluate_run(recipe: Recipe, *, wanted: Wanted = Wanted(), progress: Progres
         subjects = [_subject("base", local_folder(recipe.model.base), base_shots)] if base_shots else []
         subjects.append(tuned)
         place = place if endpoint is None else place / "endpoint"
+    if wanted.tasks:  # the run's own report, score and verdict are about its own tasks
+        place = place / f"tasks-{'-'.join(Path(name).stem for name in wanted.tasks)}"[:100]
+        known = [*known, run.report]
     place = Folder.at(wanted.out) if wanted.out else place
     with ray_session():
         report = _evaluated(recipe, run, subjects, place, run, known, wanted.restart, progress)
-    if wanted.against is None and endpoint is None:
+    if wanted.against is None and endpoint is None and not wanted.tasks:
         run.update_status(score=report["summary"]["score"])
         _store_verdict(run.model, report)
     return report, place
@@ -127,7 +130,7 @@ def _evaluated(
         place,
         run=run,
         known=known,
-        contamination=contamination_of(indexed.index),
+        contamination=contamination_of(corpus.contamination),
         progress=lambda values: progress("evaluate", values),
     )
 
