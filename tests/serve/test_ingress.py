@@ -401,6 +401,7 @@ async def test_keys_name_who_asks_for_what_and_how_often(layout: Layout, tmp_pat
 
         assert await status(None) == (401, "invalid_api_key", None)
         assert await status("sk-apprentice-wrong") == (401, "invalid_api_key", None)
+        assert (await http.get("/v1/models")).headers["www-authenticate"] == "Bearer"
         assert [await status(made["anna"][0]) for _ in range(3)] == [(200, None, None)] * 2 + [(429, "rate_limit_exceeded", "30")]
         assert await status(made["ben"][0]) == (403, "model_not_allowed", None)
         assert await status(made["cleo"][0]) == (200, None, None)

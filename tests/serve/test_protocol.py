@@ -48,6 +48,56 @@ def test_what_asks_for_nothing_is_let_through() -> None:
 
 
 @pytest.mark.parametrize(
+    "extra",
+    [
+        {"service_tier": "auto"},
+        {"modalities": ["text"]},
+        {"metadata": {"run": "7"}},
+        {"safety_identifier": "someone"},
+        {"prompt_cache_key": "system-1", "prompt_cache_retention": "24h"},
+        {"functions": [], "function_call": "none"},
+        {"tools": [], "tool_choice": "auto", "parallel_tool_calls": False},
+        {"user": "someone", "verbosity": "medium", "reasoning_effort": None, "prediction": None, "audio": None},
+        {"stream": True, "stream_options": {"include_usage": True, "include_obfuscation": False}},
+        {"top_k": -1, "min_p": 0, "repetition_penalty": 1},
+    ],
+)
+def test_what_clients_send_besides_is_no_reason_to_refuse(extra: dict[str, Any]) -> None:
+    turns = {"messages": [{"role": "user", "content": "a", "name": "anna"}]}
+    plain, asked = ChatRequest.model_validate(turns), ChatRequest.model_validate(turns | extra)
+    unused = {"user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"}
+    told = {"stream", "stream_options"}
+    assert asked.model_dump(exclude=unused | told) == plain.model_dump(exclude=unused | told)
+
+
+def test_answers_come_back_as_clients_keep_them() -> None:
+    """The openai package gives an answer with all its fields, most of them empty."""
+    kept = {"role": "assistant", "content": "b", "refusal": None, "annotations": [], "audio": None, "tool_calls": None}
+    turns = [
+        {"role": "developer", "content": "Be brief."},
+        {"role": "user", "content": "a"},
+        kept,
+        {"role": "user", "content": "c"},
+    ]
+    asked = ChatRequest.model_validate({"messages": turns})
+    assert [turn.speaker for turn in asked.messages] == ["system", "user", "assistant", "user"]
+
+
+@pytest.mark.parametrize(
+    "turn",
+    [
+        {"role": "tool", "content": "7", "tool_call_id": "x"},
+        {"role": "function", "name": "add", "content": "7"},
+        {"role": "assistant", "content": None, "tool_calls": [{"id": "x", "type": "function", "function": {"name": "add"}}]},
+        {"role": "assistant", "content": None, "function_call": {"name": "add", "arguments": ""}},
+    ],
+)
+def test_a_history_of_tools_is_refused_by_its_name(turn: dict[str, Any]) -> None:
+    error = refusal(ChatRequest, {"messages": [{"role": "user", "content": "a"}, turn]})
+    assert error["message"].startswith("`messages.1`: tools are not supported here, so their calls and results cannot be read")
+
+
+@pytest.mark.parametrize(
     ("kind", "extra", "param", "message"),
     [
         (CompletionRequest, {"tools": [{}]}, "tools", "`tools` is not supported here. Supported: model,"),
@@ -76,7 +126,11 @@ def test_what_asks_for_nothing_is_let_through() -> None:
         (CompletionRequest, {"stream_options": {"include_usage": True}}, None, "`stream_options` are those of a stream"),
         (CompletionRequest, {"stream_options": {}, "stream": False}, None, "`stream_options` are those of a stream"),
         (ChatRequest, {"messages": []}, "messages", "at least 1 item"),
-        (ChatRequest, {"messages": [{"role": "tool", "content": "a"}]}, "messages.0.role", "'system', 'user' or 'assistant'"),
+        (ChatRequest, {"messages": [{"role": "owner", "content": "a"}]}, "messages.0.role", "'system', 'developer', 'user'"),
+        (ChatRequest, {"messages": [{"role": "user", "content": "a"}], "functions": [{}]}, "functions", "`functions` is not supp"),
+        (ChatRequest, {"messages": [{"role": "user", "content": "a"}], "modalities": ["audio"]}, "modalities", "is not supported"),
+        (CompletionRequest, {"str": 1}, "str", "`str` is not supported here."),
+        (CompletionRequest, {"list[str]": 1}, "list[str]", "`list[str]` is not supported here."),
         (ChatRequest, {}, "messages", "`messages`: Field required."),
     ],
 )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -16,18 +16,23 @@ _FORM_CHARACTERS = 100_000  # of a regular expression, or of a schema as JSON
 
 
 class Strict(BaseModel):
-    """An object of a request: unknown keys are refused, the first of them by name."""
+    """An object of a request: unknown keys are refused, the first of them by name.
+
+    Keys without a value are left out, and those that ask for nothing: with one of the values that `neutral` has for them.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
 
     @model_validator(mode="before")
     @classmethod
-    def _one_unknown(cls, values: Any) -> Any:
+    def _without_neutral(cls, values: Any) -> Any:
         if not isinstance(values, Mapping):
             return values
+        asked = {key: value for key, value in values.items() if value is not None and value not in cls.neutral.get(str(key), ())}
         known = {field.alias or name for name, field in cls.model_fields.items()} | cls.model_fields.keys()
-        unknown = next((key for key in values if key not in known), None)
-        return {key: value for key, value in values.items() if key in known or key == unknown}
+        unknown = next((key for key in asked if key not in known), None)
+        return {key: value for key, value in asked.items() if key in known or key == unknown}
 
 
 def few(most: int, *, least: int = 0) -> Any:
@@ -64,6 +69,7 @@ Regex = Annotated[str, Field(max_length=_FORM_CHARACTERS), _ENCODABLE]
 FormChoice = Annotated[str, Field(max_length=4096), _ENCODABLE]
 Schema = Annotated[dict[str, Any], AfterValidator(_small_form)]  # a JSON schema
 Row = Annotated[dict[Name, Any], Field(max_length=256)]  # a task's fields
+Metadata = Annotated[dict[Name, Annotated[str, Field(max_length=512)]], Field(max_length=16)]  # OpenAI's bounds
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 TokenIds = Annotated[list[TokenId], few(2**20)]
 TokenCount = Annotated[int, Field(ge=1, lt=2**31)]

@@ -158,4 +158,6 @@ def key_of(scope: Scope) -> Key | None:
 def respond(problem: RequestProblem) -> JSONResponse:
     """The answer that `problem` is."""
     headers = {} if problem.retry_after_s is None else {"Retry-After": str(problem.retry_after_s)}
+    if problem.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"  # RFC 9110 asks for it, and some clients send no key before they read it
     return JSONResponse(problem.body, status_code=problem.status, headers=headers)

@@ -47,7 +47,7 @@ class Phrasing:
         return text, self.layout.encode_prompt(text)
 
     def _conversation(self, turns: Sequence[Message]) -> tuple[str, list[int]]:
-        messages = [{"role": message.role, "content": message.text} for message in turns]
+        messages = [{"role": message.speaker, "content": message.text} for message in turns]
         if messages[-1]["role"] != "user":
             raise RequestProblem("`messages`: the last message must be the user's.", param="messages")
         if self.layout.name == "chat":

@@ -21,6 +21,7 @@ from apprentice.errors import did_you_mean
 from apprentice.serve.bounds import (
     Biases,
     FormChoice,
+    Metadata,
     Name,
     Regex,
     Row,
@@ -37,17 +38,30 @@ MOST_TOP = 20  # best tokens scored beside each token
 MOST_CHOICES = 128  # replies that one request may ask for
 _PROMPT_IDS = "prompt_token_ids"
 MOST_MESSAGES = 4096  # of a conversation, and parts of one message
+_UNUSED = "Accepted and not used."
 
-# Fields of OpenAI's that may be there as long as they ask for nothing.
+# Fields that clients send, OpenAI's and then others', and the values with which they ask for nothing.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),
+    "function_call": ("none", "auto"),
+    "functions": ([],),
     "logit_bias": ({},),
-    "store": (False,),
-    "tools": ([],),
+    "modalities": (["text"],),
     "parallel_tool_calls": (True, False),
     "response_format": ({"type": "text"},),
+    "service_tier": ("auto", "default"),
+    "store": (False,),
     "suffix": ("",),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "verbosity": ("medium",),
+    "min_p": (0.0,),
+    "repetition_penalty": (1.0,),
+    "top_k": (-1, 0),
 }
+_NEUTRAL_STREAM = {"include_obfuscation": (False,)}
+_NEUTRAL_TURN: dict[str, tuple[Any, ...]] = {"annotations": ([],), "tool_calls": ([],)}
+_TOOL_ROLES = ("tool", "function")
 
 
 class RequestProblem(Exception):  # noqa: N818 - it is the client's, and becomes an answer
@@ -70,6 +84,7 @@ class RequestProblem(Exception):  # noqa: N818 - it is the client's, and becomes
 
 
 class StreamOptions(Strict):
+    neutral = _NEUTRAL_STREAM
     include_usage: bool = False
 
 
@@ -113,6 +128,7 @@ class StructuredOutputs(Strict):
 class Asked(Strict):
     """What all requests may say."""
 
+    neutral = _NEUTRAL
     model: Name | None = None
     max_tokens: TokenCount | None = None
     temperature: Annotated[float, Field(ge=0.0, le=2.0)] = 0.0
@@ -129,14 +145,11 @@ class Asked(Strict):
     stream_options: StreamOptions | None = None
     ignore_eos: bool = False
     return_token_ids: bool = False
-    user: Text | None = Field(None, description="Accepted and not used.")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_neutral(cls, values: Any) -> Any:
-        if not isinstance(values, Mapping):
-            return values
-        return {key: value for key, value in values.items() if value is not None and value not in _NEUTRAL.get(str(key), ())}
+    user: Text | None = Field(None, description=_UNUSED)
+    metadata: Metadata | None = Field(None, description=_UNUSED)
+    safety_identifier: Name | None = Field(None, description=_UNUSED)
+    prompt_cache_key: Name | None = Field(None, description=_UNUSED)
+    prompt_cache_retention: Name | None = Field(None, description=_UNUSED)
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -195,8 +208,26 @@ class TextPart(Strict):
 
 
 class Message(Strict):
-    role: Literal["system", "user", "assistant"]
+    """A turn of a conversation. `developer` is OpenAI's newer word for `system`; what answers of ours bring along may come back."""
+
+    neutral = _NEUTRAL_TURN
+    role: Literal["system", "developer", "user", "assistant"]
     content: Text | Annotated[list[TextPart], few(MOST_MESSAGES)]
+    name: Name | None = Field(None, description=_UNUSED)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_tools(cls, values: Any) -> Any:
+        if isinstance(values, Mapping) and (
+            values.get("role") in _TOOL_ROLES or values.get("tool_calls") or values.get("function_call")
+        ):
+            raise ValueError("tools are not supported here, so their calls and results cannot be read; leave such messages out")
+        return values
+
+    @property
+    def speaker(self) -> str:
+        """The role in a chat template's words."""
+        return "system" if self.role == "developer" else self.role
 
     @property
     def text(self) -> str:
@@ -349,7 +380,8 @@ def event(body: Mapping[str, Any]) -> str:
     return f"data: {json.dumps(body, ensure_ascii=False, separators=(',', ':'))}\n\n"
 
 
-_TYPE = re.compile(r"(list|constrained|function|str$|json-or)")  # what pydantic puts between, where a value may have several types
+# What pydantic puts between keys where a value may have several types; a key may be called `functions` or `list`.
+_TYPE = re.compile(r"(list\[|constrained-|function-\w+\[|str$|json-or)")
 LAST_EVENT = "data: [DONE]\n\n"
 
 
@@ -358,11 +390,12 @@ def explain(errors: Sequence[Any], known: Sequence[str]) -> RequestProblem:
     # Where a value may have several types there is one error for each; the deepest says most.
     first = max(errors, key=lambda error: len(error["loc"]) if error["loc"][:2] == errors[0]["loc"][:2] else 0)
     names = [str(part) for part in first["loc"] if part != "body"]
-    path = [name for name in names if not (_TYPE.match(name))]
+    unknown = first["type"] == "extra_forbidden"  # then the last is a key, whatever it looks like
+    path = [name for place, name in enumerate(names) if (unknown and place == len(names) - 1) or not _TYPE.match(name)]
     param = ".".join(path) or None
     if first["type"] == "json_invalid":
         return RequestProblem(f"the body is not JSON: {first['ctx']['error']}.")
-    if first["type"] == "extra_forbidden" and len(path) == 1:
+    if unknown and len(path) == 1:
         near = did_you_mean(path[0], known)
         return RequestProblem(
             f"`{path[0]}` is not supported here.{near} Supported: {', '.join(known)}.", param=param, code="unsupported_parameter"
