@@ -33,6 +33,7 @@ from apprentice.serve.bounds import (
     TokenIds,
     few,
 )
+from apprentice.serve.neutral import NEUTRAL, NEUTRAL_STREAM, NEUTRAL_TURN
 
 MOST_TOP = 20  # best tokens scored beside each token
 MOST_CHOICES = 128  # replies that one request may ask for
@@ -40,27 +41,6 @@ _PROMPT_IDS = "prompt_token_ids"
 MOST_MESSAGES = 4096  # of a conversation, and parts of one message
 _UNUSED = "Accepted and not used."
 
-# Fields that clients send, OpenAI's and then others', and the values with which they ask for nothing.
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "best_of": (1,),
-    "function_call": ("none", "auto"),
-    "functions": ([],),
-    "logit_bias": ({},),
-    "modalities": (["text"],),
-    "parallel_tool_calls": (True, False),
-    "response_format": ({"type": "text"},),
-    "service_tier": ("auto", "default"),
-    "store": (False,),
-    "suffix": ("",),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
-    "verbosity": ("medium",),
-    "min_p": (0.0,),
-    "repetition_penalty": (1.0,),
-    "top_k": (-1, 0),
-}
-_NEUTRAL_STREAM = {"include_obfuscation": (False,)}
-_NEUTRAL_TURN: dict[str, tuple[Any, ...]] = {"annotations": ([],), "tool_calls": ([],)}
 _TOOL_ROLES = ("tool", "function")
 
 
@@ -84,7 +64,7 @@ class RequestProblem(Exception):  # noqa: N818 - it is the client's, and becomes
 
 
 class StreamOptions(Strict):
-    neutral = _NEUTRAL_STREAM
+    neutral = NEUTRAL_STREAM
     include_usage: bool = False
 
 
@@ -128,7 +108,7 @@ class StructuredOutputs(Strict):
 class Asked(Strict):
     """What all requests may say."""
 
-    neutral = _NEUTRAL
+    neutral = NEUTRAL
     model: Name | None = None
     max_tokens: TokenCount | None = None
     temperature: Annotated[float, Field(ge=0.0, le=2.0)] = 0.0
@@ -210,7 +190,7 @@ class TextPart(Strict):
 class Message(Strict):
     """A turn of a conversation. `developer` is OpenAI's newer word for `system`; what answers of ours bring along may come back."""
 
-    neutral = _NEUTRAL_TURN
+    neutral = NEUTRAL_TURN
     role: Literal["system", "developer", "user", "assistant"]
     content: Text | Annotated[list[TextPart], few(MOST_MESSAGES)]
     name: Name | None = Field(None, description=_UNUSED)

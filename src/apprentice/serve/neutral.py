@@ -1,0 +1,26 @@
+"""Fields that clients send, OpenAI's and then others', and the values with which they ask for nothing: no reason to refuse."""
+
+from __future__ import annotations
+
+from typing import Any
+
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "best_of": (1,),
+    "function_call": ("none", "auto"),
+    "functions": ([],),
+    "logit_bias": ({},),
+    "modalities": (["text"],),
+    "parallel_tool_calls": (True, False),
+    "response_format": ({"type": "text"},),
+    "service_tier": ("auto", "default"),
+    "store": (False,),
+    "suffix": ("",),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "verbosity": ("medium",),
+    "min_p": (0.0,),
+    "repetition_penalty": (1.0,),
+    "top_k": (-1, 0),
+}
+NEUTRAL_STREAM: dict[str, tuple[Any, ...]] = {"include_obfuscation": (False,)}
+NEUTRAL_TURN: dict[str, tuple[Any, ...]] = {"annotations": ([],), "tool_calls": ([],)}
