@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from apprentice import road
-from apprentice.artifacts import identity, public_base
+from apprentice.artifacts import identity, public_base, read_contract
 from apprentice.data.contract import check_base, layout_of, make_contract
 from apprentice.errors import ContractError, ModelError, RecipeError
 from apprentice.hub import local_folder
@@ -44,7 +44,8 @@ def test_a_run_is_named_by_its_name_wherever_it_lies(tiny_model, tmp_path):
     assert recipe.model.base == f"run:{tmp_path}/runs/first"
     assert local_folder(recipe.model.base) == model
     assert public_base(recipe.model.base) == "run:first"
-    assert identity(recipe)["model.base"] == "run:first"
+    assert identity(recipe)["model.base"] == f"run:first@{read_contract(model).weights_sha256[:16]}"
+    assert identity(recipe, 1)["model.base"] == "run:first"
     assert load_recipe(_dumped(recipe, tmp_path)) == recipe
 
 

@@ -1,14 +1,12 @@
-"""The run folder, the identity of a run, and the prompt contract that lies beside the weights.
+"""The run folder, and the prompt contract that lies beside the weights.
 
-Knows where things lie and what makes two runs the same; knows nothing of how a stage does its work.
+Knows where things lie; what makes two runs the same is in `identity`. Knows nothing of how a stage does its work.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,81 +15,17 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from apprentice.errors import ContractError, RunError
-from apprentice.recipe import RUN, Recipe, dump_recipe
+from apprentice.identity import ADAPTER as ADAPTER
+from apprentice.identity import CONTRACT_FILE as CONTRACT_FILE
+from apprentice.identity import FORMAT as FORMAT
+from apprentice.identity import differences
+from apprentice.identity import flat as flat
+from apprentice.identity import identity as identity
+from apprentice.identity import identity_hash as identity_hash
+from apprentice.identity import public_base as public_base
+from apprentice.recipe import Recipe, dump_recipe
 from apprentice.storage import Folder, is_uri
-
-# Keys that say where and on how much hardware a run executes, or what happens after it; they do not shape learning.
-NOT_IDENTITY = (
-    "name",
-    "storage",
-    "data.root",
-    "model.attention",
-    "model.trust",
-    "training.workers",
-    "training.resources",
-    "training.micro_batch",
-    "training.deepspeed",
-    "training.activation_checkpointing",
-    "training.checkpoint",
-    "training.max_failures",
-    "training.hang_timeout_s",
-    "training.sample_every_steps",
-    "training.sample_instructions",
-    "training.tracking",
-    "evaluation",
-    "serving",
-)
-# Keys that came later: at their defaults they are left out, so that a run keeps the identity that it had before.
-LATER = ("training.objective", "training.dpo", "training.grpo", "data.chat_template", "data.qualities")
-# Of what a run folder holds. 1: before the number was kept. 2: other rules of encoding, CSV and identity, for new runs only.
-FORMAT = 2
-CONTRACT_FILE = "apprentice.json"
-ADAPTER = "adapter"  # folder beside a model's weights, with what cannot be merged into them
-
-
-def identity(recipe: Recipe) -> dict[str, Any]:
-    """Dotted key → value, for every key that shapes learning."""
-    keys = flat(recipe.model_dump(mode="json"))
-    set_keys = flat(recipe.model_dump(mode="json", exclude_defaults=True))
-    tasks = [
-        (entry if entry.islower() or "/" not in entry else Path(entry).name)
-        if isinstance(entry, str)
-        else entry.model_dump(mode="json", exclude_none=True)
-        for entry in recipe.data.tasks
-    ]
-    kept = {
-        key: value for key, value in keys.items() if not _within(key, NOT_IDENTITY) and (key in set_keys or not _within(key, LATER))
-    }
-    if reference := recipe.training.dpo.reference:
-        kept["training.dpo.reference"] = public_base(reference)
-    if reward := recipe.training.grpo.reward:
-        kept["training.grpo.reward"] = public_base(reward)
-    if recipe.data.qualities is not None:  # whole: of equals the first is the best
-        kept = {key: value for key, value in kept.items() if not key.startswith("data.qualities.")}
-        kept["data.qualities"] = [[name, *one.model_dump(mode="json").values()] for name, one in recipe.data.qualities.items()]
-    return kept | {"data.tasks": tasks, "model.base": public_base(recipe.model.base)}
-
-
-def _within(key: str, blocks: tuple[str, ...]) -> bool:
-    return any(key == block or key.startswith(block + ".") for block in blocks)
-
-
-def public_base(base: str) -> str:
-    """`base` as another machine would name it: a run by its name, wherever its folder lies."""
-    return f"{RUN}{base.rsplit('/', 1)[-1]}" if base.startswith(RUN) else base
-
-
-def identity_hash(keys: Mapping[str, Any]) -> str:
-    """12 hexadecimal digits that name an identity."""
-    return hashlib.sha256(json.dumps(dict(keys), sort_keys=True).encode()).hexdigest()[:12]
-
-
-def flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Dotted key → value of nested mappings: {"a": {"b": 1}} gives {"a.b": 1}; an empty mapping is a value."""
-    if not isinstance(value, dict) or not value:
-        return {prefix: value}
-    items = (flat(inner, f"{prefix}.{key}" if prefix else str(key)) for key, inner in value.items())
-    return {key: leaf for item in items for key, leaf in item.items()}
+from apprentice.tasks.kept import KeptTasks, dump_tasks
 
 
 @dataclass(frozen=True)
@@ -113,6 +47,10 @@ class Run:
     @property
     def recipe_file(self) -> Folder:
         return self.folder / "recipe.yaml"
+
+    @property
+    def tasks_file(self) -> Folder:
+        return self.folder / "tasks.jsonl"
 
     @property
     def index(self) -> Folder:
@@ -159,6 +97,10 @@ class Run:
         """The resolved recipe that the run was started with."""
         return Recipe.model_validate(yaml.safe_load(self.recipe_file.read_text()))
 
+    def tasks(self) -> KeptTasks:
+        """The tasks as they were defined when the run was last opened; none of a run of an earlier version, which kept none."""
+        return KeptTasks(self.tasks_file.read_text() if self.tasks_file.exists() else "")
+
     def status(self) -> dict[str, Any]:
         """What `apprentice runs` shows: state, step, steps, loss, …; empty before training starts."""
         file = self.folder / "status.json"
@@ -176,24 +118,21 @@ def open_run(recipe: Recipe, *, restart: bool = False) -> Run:
     Raises `RunError` listing the keys that differ otherwise; `restart` removes the old run first.
     """
     run = Run(Folder.at(recipe.storage) / recipe.name)
-    keys = identity(recipe)
+    version = FORMAT if restart else run.format
+    keys = identity(recipe, version)
     file = run.folder / "identity.json"
     if restart:
         run.folder.delete()
-    elif file.exists():
-        old = file.read_json()["keys"]
-        # A key that a later version brought was not written then; at its default it changes nothing.
-        new = {key for key in keys.keys() - old.keys() if key not in flat(recipe.model_dump(mode="json", exclude_defaults=True))}
-        if changed := sorted(key for key in (old.keys() | keys.keys()) - new if old.get(key) != keys.get(key)):
-            shown = ", ".join(f"{key} ({old.get(key)!r} → {keys.get(key)!r})" for key in changed[:5])
-            more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
-            raise RunError(
-                f"run {recipe.name!r} in {recipe.storage} was made with another recipe: {shown}{more}."
-                " Choose another `name`, or start over with --restart."
-            )
+    elif file.exists() and (changed := differences(recipe, file.read_json()["keys"], keys)):
+        more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
+        raise RunError(
+            f"run {recipe.name!r} in {recipe.storage} was made with another recipe: {', '.join(changed[:5])}{more}."
+            " Choose another `name`, or start over with --restart."
+        )
     run.folder.make()
+    run.tasks_file.write_text(dump_tasks(recipe.data.entries, Path.cwd()))
     run.recipe_file.write_text(dump_recipe(recipe))
-    file.write_json({"format": run.format, "hash": identity_hash(keys), "keys": keys})
+    file.write_json({"format": version, "hash": identity_hash(keys), "keys": keys})
     return run
 
 

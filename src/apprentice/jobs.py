@@ -15,9 +15,10 @@ import signal
 import sys
 
 from apprentice import __version__, road
-from apprentice.artifacts import Run, identity, identity_hash
+from apprentice.artifacts import Run
 from apprentice.console import Screen
 from apprentice.errors import ResourcesError
+from apprentice.identity import FORMAT, identity, identity_hash
 from apprentice.nodes import is_job
 from apprentice.recipe import Recipe, find_recipe, load_recipe
 from apprentice.session import VERSION_VARIABLE, ray_session
@@ -39,6 +40,7 @@ def train(recipe: Recipe, screen: Screen) -> None:
 
 def evaluate(recipe: Recipe, screen: Screen) -> None:
     """Scores the run beside its base model; prints the report's folder."""
+    road.check_definitions(recipe)
     print(road.evaluate_run(recipe, progress=screen.progress)[1])
 
 
@@ -54,7 +56,7 @@ def pipeline(recipe: Recipe, screen: Screen, *, deploy: bool = False) -> None:
     with ray_session():
         result = road.train(recipe, progress=screen.progress)  # freezes the indices first, unless they are there
         screen.say(road.training_sentence(result) if not result["already"] else "trained already, with the same identity")
-        wanted = evaluation_identity(recipe)
+        wanted = evaluation_identity(recipe, run.format)
         if run.status().get("evaluated") == wanted and (run.report / "report.json").exists():
             screen.say("evaluated already, with the same settings")
         else:
@@ -69,10 +71,10 @@ def pipeline(recipe: Recipe, screen: Screen, *, deploy: bool = False) -> None:
     print(run.folder)
 
 
-def evaluation_identity(recipe: Recipe) -> str:
+def evaluation_identity(recipe: Recipe, version: int = FORMAT) -> str:
     """Names a report: what the run learned from and how it was scored."""
     settings = {f"evaluation.{key}": value for key, value in recipe.evaluation.model_dump(mode="json").items()}
-    return identity_hash(identity(recipe) | settings)
+    return identity_hash(identity(recipe, version) | settings)
 
 
 PR_SET_PDEATHSIG = 1  # prctl(2): the signal that this process gets when its parent ends

@@ -20,8 +20,9 @@ from typing import Any
 from ray.exceptions import AuthenticationError
 
 from apprentice import __version__
-from apprentice.artifacts import find_run, identity, identity_hash
+from apprentice.artifacts import find_run
 from apprentice.errors import RecipeError, ResourcesError, RunError, ServingError
+from apprentice.identity import identity, identity_hash
 from apprentice.recipe import SHIPPED, Recipe, find_recipe, load_recipe, written_recipe
 from apprentice.session import VERSION_VARIABLE
 from apprentice.storage import Folder, is_uri
@@ -122,7 +123,7 @@ def submit(
 def job_stem(recipe: Recipe) -> str:
     """The part of a job's id that all attempts of a run share."""
     place = {"storage": recipe.storage, "name": recipe.name}
-    return f"{re.sub('[^A-Za-z0-9_.-]', '-', recipe.name)}-{identity_hash(identity(recipe) | place)}"
+    return f"{re.sub('[^A-Za-z0-9_.-]', '-', recipe.name)}-{identity_hash(identity(recipe, anywhere=True) | place)}"
 
 
 def _in_package(file: Path, working: Path, written: Recipe, recipe: Recipe) -> str:

@@ -10,6 +10,7 @@ import pytest
 from apprentice import road
 from apprentice.artifacts import open_run
 from apprentice.errors import RunError
+from apprentice.tasks.loading import load_task
 from tests.data.small import CorpusOf
 
 
@@ -28,6 +29,18 @@ def test_the_examples_of_a_step(corpus_of: CorpusOf) -> None:
     assert one == shown[0]
     with pytest.raises(RunError, match="has made 2 steps, counted from 1; step 3 is not among them"):
         road.trace("small", storage, step=3, position=None)
+
+
+def test_the_examples_of_a_run_whose_package_is_gone(corpus_of: CorpusOf) -> None:
+    """A job's working directory, with the task files and their rows, goes with the job; the run and its cache stay."""
+    corpus = corpus_of()
+    open_run(corpus.recipe)
+    storage = corpus.recipe.storage
+    [before] = road.trace("small", storage, step=None, position=5)
+    for file in Path(storage).parent.glob("*.*"):
+        file.unlink()
+    load_task.cache_clear()
+    assert road.trace("small", storage, step=None, position=5) == [before]
 
 
 def test_no_such_run(tmp_path: Path) -> None:

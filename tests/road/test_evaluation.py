@@ -7,14 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from apprentice import road
 from apprentice.artifacts import Run, open_run
 from apprentice.data.contract import layout_of, make_contract
+from apprentice.errors import RunError
 from apprentice.recipe import load_recipe
 from apprentice.road import evaluation
 from apprentice.storage import Folder
+from apprentice.tasks.definition import definition_of
+from apprentice.tasks.loading import load_task, select_tasks
 from apprentice.tokenizer import Tokenizer
+from tests.data.small import write_tasks
 from tests.recipes import tiny_recipe
 
 
@@ -44,3 +49,30 @@ def test_other_tasks_have_a_report_of_their_own(run: Run, monkeypatch: pytest.Mo
     assert known == [(run.report, []), (run.report / "tasks-sst2-ag_news", [run.report])]
     assert run.status()["score"] == 10.0
     assert (run.model / "gate.json").read_json()["passed"] is True
+
+
+def test_a_run_is_scored_by_the_definitions_that_it_was_made_with(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By its name, though the task's file is another one now; the recipe that names that file is refused."""
+    write_tasks(tmp_path)
+    file = tiny_recipe(tmp_path, tiny_model, data__tasks=["./sums.yaml", "./stories.yaml"], data__hold_out=["tone"])
+    run = open_run(load_recipe(file))
+    scored: list[dict[str, str]] = []
+
+    def evaluated(recipe: Any, **rest: Any) -> Any:
+        tasks, _ = select_tasks(recipe.data.entries, recipe.data.hold_out, tmp_path, to_train=False, find=run.tasks().find)
+        scored.append({task.name: definition_of(task) for task in tasks})
+        return {}, run.report
+
+    monkeypatch.setattr(evaluation, "evaluate_run", evaluated)
+    show = {"progress": lambda *_: None}
+    road.evaluate(str(file), [], wanted=road.Wanted(), **show)
+    changed = yaml.safe_load((tmp_path / "sums.yaml").read_text()) | {"answer": "{{ a - b }}"}
+    (tmp_path / "sums.yaml").write_text(yaml.safe_dump(changed))
+    load_task.cache_clear()
+    road.evaluate("tiny", [], wanted=road.Wanted(storage=str(tmp_path / "runs")), **show)
+    road.evaluate("tiny", [], wanted=road.Wanted(storage=str(tmp_path / "runs"), tasks=("sums",)), **show)
+    assert scored == [scored[0], scored[0], {"sums": scored[0]["sums"]}]
+    with pytest.raises(RunError, match=r"task 'sums' changed since run 'tiny' was made; .*: apprentice evaluate /.*/runs/tiny\.$"):
+        road.evaluate(str(file), [], wanted=road.Wanted(), **show)

@@ -16,7 +16,9 @@ from apprentice.artifacts import Run, open_run
 from apprentice.data.contract import layout_beside, layout_of, make_contract
 from apprentice.errors import ContractError, RunError, StorageError
 from apprentice.recipe import load_recipe
+from apprentice.tasks.loading import load_task
 from apprentice.tokenizer import Tokenizer
+from tests.data.small import write_tasks
 from tests.recipes import tiny_recipe
 
 
@@ -74,6 +76,18 @@ def test_what_is_exported_loads_and_says_what_it_is(run: Run, tmp_path: Path) ->
     assert "storage" not in shown
     assert str(tmp_path) not in card.replace(shown["model"]["base"], "")
     assert "The base model's licence is that of org/base" in card
+
+
+def test_a_card_of_tasks_whose_files_are_gone(tmp_path: Path, tiny_model: Path) -> None:
+    write_tasks(tmp_path)
+    made = open_run(load_recipe(tiny_recipe(tmp_path, tiny_model, data__tasks=["./sums.yaml", "sst2"], data__hold_out=[])))
+    recipe = made.recipe()
+    shutil.copytree(tiny_model, made.model.local)
+    make_contract(recipe, layout_of(recipe, Tokenizer(made.model.local)), made.model.local).write(made.model.local)
+    (tmp_path / "sums.yaml").unlink()
+    load_task.cache_clear()
+    road.export("tiny", str(tmp_path / "out"), storage=str(tmp_path / "runs"))
+    assert "| `sums` | numbers | unknown | unknown |" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_what_was_not_evaluated_says_so(run: Run, tmp_path: Path) -> None:

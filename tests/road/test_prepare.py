@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from functools import partial
 from pathlib import Path
 
 import pytest
+import yaml
 
 from apprentice import check
 from apprentice.artifacts import Run
 from apprentice.data.corpus import make_corpus
-from apprentice.errors import DataError
+from apprentice.errors import DataError, RunError
 from apprentice.recipe import Recipe, load_recipe
 from apprentice.road import data
+from apprentice.road.beginning import Table, begin
 from apprentice.storage import Folder
 from tests.recipes import tiny_recipe
 
@@ -53,3 +57,29 @@ def test_an_error_leaves_no_half_made_run_behind(recipe: Recipe, monkeypatch: py
     with pytest.raises(DataError, match="nothing can be learnt"):
         prepared(recipe)
     assert not (Path(recipe.storage) / recipe.name).exists()
+
+
+def test_what_init_wrote_goes_on_wherever_it_is_unpacked(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Ray unpacks a job's working directory: a folder of another name each time that a file in it changed."""
+    monkeypatch.setattr(check, "before_writing", lambda recipe: None)
+    monkeypatch.setattr(data, "make_corpus", partial(make_corpus, parallel=False))
+    rows = [{"question": f"What is {number} and one?", "answer": f"It is {number + 1}."} for number in range(40)]
+    (tmp_path / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    begin(tmp_path / "sums.jsonl", tmp_path / "_ray_pkg_1", Table(), base=str(tiny_model))
+    shared = f"storage={tmp_path / 'shared'}"
+    run = prepared(load_recipe(tmp_path / "_ray_pkg_1" / "recipe.yaml", [shared]))
+    before = content(run.index)
+
+    shutil.move(tmp_path / "_ray_pkg_1", tmp_path / "_ray_pkg_2")
+    (tmp_path / "_ray_pkg_2" / "notes.md").write_text("Something else changed.")
+    again = prepared(load_recipe(tmp_path / "_ray_pkg_2" / "recipe.yaml", [shared]))
+    assert (again.folder, content(again.index)) == (run.folder, before)
+
+    shutil.move(tmp_path / "_ray_pkg_2", tmp_path / "_ray_pkg_3")
+    task = tmp_path / "_ray_pkg_3" / "task.yaml"
+    changed = yaml.safe_load(task.read_text())
+    changed["templates"][0]["instruction"] += " Please."
+    task.write_text(yaml.safe_dump(changed))
+    with pytest.raises(RunError, match="the templates or answers of task 'sums' changed"):
+        prepared(load_recipe(tmp_path / "_ray_pkg_3" / "recipe.yaml", [shared]))
+    assert content(run.index) == before

@@ -8,7 +8,16 @@ from __future__ import annotations
 from apprentice.road.beginning import Table, begin
 from apprentice.road.chain import check_order
 from apprentice.road.data import Progress, check_recipe, prepare, preview, preview_page, trace
-from apprentice.road.evaluation import Wanted, compare, evaluate, evaluate_model, evaluate_run, passed_gate, report
+from apprentice.road.evaluation import (
+    Wanted,
+    check_definitions,
+    compare,
+    evaluate,
+    evaluate_model,
+    evaluate_run,
+    passed_gate,
+    report,
+)
 from apprentice.road.export import export
 from apprentice.road.prediction import predict
 from apprentice.road.serving import ask, endpoint, wait_for_stop
@@ -20,6 +29,7 @@ __all__ = [
     "Wanted",
     "ask",
     "begin",
+    "check_definitions",
     "check_order",
     "check_recipe",
     "compare",

@@ -17,7 +17,7 @@ from apprentice.recipe import RUN, Recipe, find_recipe, load_recipe
 from apprentice.road.data import Progress, scratch_run
 from apprentice.session import ray_session
 from apprentice.storage import Folder, refuse_credentials
-from apprentice.tasks.loading import select_tasks
+from apprentice.tasks.loading import Find, find_tasks, select_tasks
 
 if TYPE_CHECKING:
     from apprentice.evaluate.endpoint import Endpoint
@@ -191,10 +191,12 @@ def evaluate(target: str, overrides: Sequence[str], *, wanted: Wanted, progress:
     """Scores what `target` names: a recipe, a run (beside its base model), or a bare model on the tasks of `wanted.recipe`."""
     run = find_run(target, wanted.storage)
     if run is not None:
-        recipe = _with_tasks(_recipe_of(run, overrides), wanted)
+        recipe = _with_tasks(_recipe_of(run, overrides), wanted, find=run.tasks().find)
         return evaluate_run(recipe, wanted=wanted, progress=progress)
     if target.endswith((".yaml", ".yml")) or _is_shipped(target):
-        return evaluate_run(_with_tasks(load_recipe(find_recipe(target), overrides), wanted), wanted=wanted, progress=progress)
+        recipe = load_recipe(find_recipe(target), overrides)
+        check_definitions(recipe)
+        return evaluate_run(_with_tasks(recipe, wanted), wanted=wanted, progress=progress)
     if wanted.recipe is not None:
         recipe = _with_tasks(load_recipe(find_recipe(wanted.recipe), overrides), wanted)
     elif wanted.tasks:
@@ -206,6 +208,17 @@ def evaluate(target: str, overrides: Sequence[str], *, wanted: Wanted, progress:
     return evaluate_model(target, recipe, wanted.out, wanted=wanted, progress=progress)
 
 
+def check_definitions(recipe: Recipe) -> None:
+    """Raises `RunError` for a task that is defined otherwise than in its run, which is scored by what it was made with."""
+    run = Run(Folder.at(recipe.storage) / recipe.name)
+    tasks, _ = select_tasks(recipe.data.entries, (), Path.cwd(), to_train=False)
+    if changed := run.tasks().changed(tasks):
+        raise RunError(
+            f"the templates or answers of task {changed[0]!r} changed since run {run.name!r} was made; undo that, or score the run"
+            f" by what it was made with: apprentice evaluate {run.folder}."
+        )
+
+
 def _recipe_of(run: Run, overrides: Sequence[str]) -> Recipe:
     with TemporaryDirectory(prefix="apprentice-") as scratch:  # a run in an object store has no file to be read from
         file = Path(scratch) / "recipe.yaml"
@@ -213,13 +226,13 @@ def _recipe_of(run: Run, overrides: Sequence[str]) -> Recipe:
         return load_recipe(file, overrides)
 
 
-def _with_tasks(recipe: Recipe, wanted: Wanted) -> Recipe:
+def _with_tasks(recipe: Recipe, wanted: Wanted, find: Find = find_tasks) -> Recipe:
     """The recipe with the tasks on the command line instead; those that it does not train on are held out."""
     if not wanted.tasks:
         return recipe
-    known, held_out = select_tasks(recipe.data.entries, recipe.data.hold_out, Path.cwd(), to_train=False)
+    known, held_out = select_tasks(recipe.data.entries, recipe.data.hold_out, Path.cwd(), to_train=False, find=find)
     trained = {task.name for task in known} - held_out
-    chosen, _ = select_tasks(wanted.tasks, (), Path.cwd(), to_train=False)
+    chosen, _ = select_tasks(wanted.tasks, (), Path.cwd(), to_train=False, find=find)
     others = tuple(task.name for task in chosen if task.name not in trained)
     return recipe.model_copy(update={"data": recipe.data.model_copy(update={"tasks": wanted.tasks, "hold_out": others})})
 

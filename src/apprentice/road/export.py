@@ -54,7 +54,7 @@ def _card(run: Run, part: Path) -> str:
     if contract is None:
         raise ContractError(f"the model of run {run.name!r} has no prompt contract; train it again.")
     recipe = run.recipe()
-    tasks, held_out = select_tasks(recipe.data.entries, recipe.data.hold_out, Path.cwd())
+    tasks, held_out = select_tasks(recipe.data.entries, recipe.data.hold_out, Path.cwd(), find=run.tasks().find)
     report = run.report / "report.json"
     kind = "text2text-generation" if family_of(part) == "seq2seq" else "text-generation"
     return model_card(

@@ -18,7 +18,7 @@ from apprentice.road.data import Progress
 from apprentice.road.evaluation import passed_gate
 from apprentice.session import ray_session
 from apprentice.storage import Folder
-from apprentice.tasks.loading import find_tasks
+from apprentice.tasks.loading import Find, find_tasks
 from apprentice.tasks.schema import Task
 from apprentice.tokenizer import Tokenizer
 
@@ -67,7 +67,7 @@ def endpoint(
     settings = settings.model_copy(update={key: value for key, value in chosen.items() if value is not None})
     words = None if run is not None else contract_for(folder, contract, recipe, storage) or _of_an_adapter(folder, settings)
     spoken = run.recipe() if run is not None else load_recipe(find_recipe(recipe)) if recipe is not None else None
-    tasks = own_tasks(spoken, progress) if spoken is not None else []
+    tasks = own_tasks(spoken, progress, run.tasks().find if run is not None else find_tasks) if spoken is not None else []
     name = run.name if run is not None else folder.name
     others = [_offer(other, storage, words or read_contract(folder), trust=trust) for other in settings.beside]
     deployment.check(folder, settings, words, insecure=insecure, beside=others, trust=trust)
@@ -103,13 +103,13 @@ def _of_an_adapter(folder: Path, settings: Serving) -> PromptContract | None:
     return next((found for found in contracts if found is not None), None)
 
 
-def own_tasks(recipe: Recipe, progress: Progress) -> list[Task]:
+def own_tasks(recipe: Recipe, progress: Progress, find: Find = find_tasks) -> list[Task]:
     """The tasks of the recipe's own files, to be asked by their fields; a file that is gone since is told and left out."""
     found: list[Task] = []
     for entry in recipe.data.entries:
         if isinstance(entry, str) and entry.endswith((".yaml", ".yml")):
             try:
-                found += find_tasks(entry, Path.cwd())
+                found += find(entry, Path.cwd())
             except TaskError as error:
                 progress("serve", {"message": f"not under /v1/tasks: {error}"})
     return found

@@ -20,6 +20,8 @@ from apprentice.tasks.records import KINDS, record_tasks
 from apprentice.tasks.schema import Task, Template
 from apprentice.tasks.source_spec import SourceSpec
 
+Entry = str | Mapping[str, Any]  # of `data.tasks`
+Find = Callable[[Entry, Path], list[Task]]
 LIBRARY = Path(__file__).parent / "library"
 BUILTIN = LIBRARY / "quickstart"
 # The key that names an entry's collection → its tasks.
@@ -73,7 +75,7 @@ def _first_fault(error: ValidationError) -> str:
     return f"{place + ': ' if place else ''}{fault['msg'].removeprefix('Value error, ')}."
 
 
-def find_tasks(entry: str | Mapping[str, Any], folder: Path) -> list[Task]:
+def find_tasks(entry: Entry, folder: Path) -> list[Task]:
     """The tasks that one entry of `data.tasks` means: a library name, a cluster, a path or glob relative to `folder`, or a
     mapping that names another collection's files, such as `{promptsource: …}`.
     """
@@ -96,13 +98,15 @@ def find_tasks(entry: str | Mapping[str, Any], folder: Path) -> list[Task]:
 
 
 def select_tasks(
-    entries: Sequence[str | Mapping[str, Any]], hold_out: Sequence[str], folder: Path, *, to_train: bool = True
+    entries: Sequence[Entry], hold_out: Sequence[str], folder: Path, *, to_train: bool = True, find: Find = find_tasks
 ) -> tuple[tuple[Task, ...], frozenset[str]]:
     """The tasks that `entries` mean, in order and each once, and the names of those that `hold_out` keeps out of training.
 
+    `find` says what an entry means: `KeptTasks.find` of a run, what it meant then.
+
     Raises `TaskError` for an unknown name, a held-out name that no task or cluster has, or when nothing is left `to_train` on.
     """
-    found = {task.name: task for entry in entries for task in find_tasks(entry, folder)}
+    found = {task.name: task for entry in entries for task in find(entry, folder)}
     tasks = tuple(found.values())
     known = {*found, *(task.cluster for task in tasks)}
     for name in hold_out:
