@@ -13,6 +13,7 @@
     ├── EvaluationError        nothing to score, or scores that cannot be made
     ├── ServingError           the endpoint: port in use, engine that does not fit the model
     └── StorageError           a path that cannot be read or written
+        └── MissingError       the store answered, and nothing lies there
 
 Each message states the fact, the reason and the remedy. Anything else that escapes is our fault (exit code 3).
 """
@@ -81,6 +82,10 @@ class ServingError(ApprenticeError):
 
 class StorageError(ApprenticeError):
     """A path cannot be read or written."""
+
+
+class MissingError(StorageError):
+    """Nothing lies at a path."""
 
 
 def causes(error: BaseException) -> Iterator[BaseException]:

@@ -8,14 +8,20 @@ from __future__ import annotations
 
 import json
 import os
+import time
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow.fs as pafs
+from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_exponential
 
-from apprentice.errors import StorageError
+from apprentice.errors import MissingError, StorageError
+
+T = TypeVar("T")
+ATTEMPTS = 6  # to read something, with pauses of 1, 2, 4, 8 and 16 s between them
 
 
 def is_uri(path: str) -> bool:
@@ -32,6 +38,43 @@ def refuse_credentials(uri: str) -> None:
             f"{scheme}://… has a password in it, which recipes, logs and run folders would show; give it by the environment"
             " (AWS_SECRET_ACCESS_KEY, GOOGLE_APPLICATION_CREDENTIALS, or the option for a key) instead."
         )
+
+
+def pause(seconds: float) -> None:
+    """Waits between two attempts to read."""
+    time.sleep(seconds)
+
+
+def answer_of(place: Folder, ask: Callable[[], T]) -> T:
+    """What `ask()` reads at `place`, asked again for half a minute while the store does not answer.
+
+    Raises `MissingError` at once where nothing lies there, and `StorageError` for a store that stays away.
+    """
+    retries = Retrying(
+        retry=retry_if_exception(_may_pass),
+        wait=wait_exponential(),
+        stop=stop_after_attempt(ATTEMPTS),
+        sleep=lambda seconds: pause(seconds),
+        reraise=True,
+    )
+    try:
+        return retries(ask)
+    except FileNotFoundError as error:
+        raise MissingError(f"{place} does not exist.") from error
+    except OSError as error:
+        reason = " ".join(str(error.strerror or error).split())
+        raise StorageError(
+            f"{place} does not answer ({reason}); nothing of the run is lost: give the same command again when the store can be read."
+        ) from error
+
+
+def _may_pass(error: BaseException) -> bool:
+    """Whether asking again may help: not where something is missing or forbidden."""
+    if isinstance(error, StorageError):  # a store that could not be opened
+        return not isinstance(error, MissingError) and isinstance(error.__cause__, OSError)
+    return isinstance(error, OSError) and not isinstance(
+        error, (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError)
+    )
 
 
 @dataclass(frozen=True)
@@ -111,7 +154,7 @@ class Folder:
             with fs.open_input_stream(path) as stream:
                 return bytes(stream.read())
         except FileNotFoundError as error:
-            raise StorageError(f"{self.uri} does not exist.") from error
+            raise MissingError(f"{self.uri} does not exist.") from error
 
     def read_text(self) -> str:
         return self.read_bytes().decode("utf-8")

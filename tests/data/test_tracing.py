@@ -19,7 +19,9 @@ def test_the_examples_of_a_step(corpus_of: CorpusOf) -> None:
     run = open_run(corpus.recipe)
     made = [{"step": 1, "examples": [9, 4]}, {"step": 2, "examples": [7]}, {"step": 2, "validation_loss": 1.0}]
     again = {"step": 2, "examples": [5, 70_001]}  # after a restart: what counts is the last time
-    (run.folder / "steps.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [*made, again]))
+    (run.folder / "steps.jsonl").write_text(
+        "".join(json.dumps(line) + "\n" for line in [*made, again]) + '{"step": 3, "exam'
+    )  # a torn tail
     storage = corpus.recipe.storage
     shown = road.trace("small", storage, step=2, position=None)
     assert [item.position for item in shown] == [5, 70_001]

@@ -17,7 +17,8 @@ from tests.evaluate import tables
 def test_a_long_curve_is_thinned_and_validation_is_kept(tmp_path: Path) -> None:
     lines = [{"step": step, "loss": 1.0, "tokens_per_s": 5.0} for step in range(1, 2001)]
     lines.append({"step": 2000, "validation_loss": 0.5})
-    (tmp_path / "steps.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    torn = '{"step": 2001, "lo'
+    (tmp_path / "steps.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + torn)
     (tmp_path / "ledger.json").write_text('{"tasks": {}}')
     story = story_of(Run(Folder.at(tmp_path)))
     assert len(story["history"]) == MOST_POINTS + 1

@@ -102,23 +102,23 @@ def test_an_interrupted_save_leaves_nothing_that_counts(folder: Folder) -> None:
 
 def test_best_and_prune(folder: Folder) -> None:
     for step, loss in ((1, 0.9), (2, 0.4), (3, 0.7), (4, 0.6)):
-        saved(folder, step, loss)
+        last = saved(folder, step, loss)
     best = checkpoints.best(folder)
     assert best is not None
     assert best.state.step == 2
-    checkpoints.prune(folder, 3)
+    checkpoints.prune(folder, 3, last)
     assert steps(folder) == ["step-000002", "step-000003", "step-000004"]
-    checkpoints.prune(folder, 1)
+    checkpoints.prune(folder, 1, last)
     assert steps(folder) == ["step-000002", "step-000004"]  # the newest to go on from, the best to export
 
 
 def test_without_validation_the_newest_is_best(folder: Folder) -> None:
     for step in (1, 2, 3):
-        saved(folder, step)
+        last = saved(folder, step)
     best = checkpoints.best(folder)
     assert best is not None
     assert best.state.step == 3
-    checkpoints.prune(folder, 1)
+    checkpoints.prune(folder, 1, last)
     assert steps(folder) == ["step-000003"]
 
 
@@ -142,11 +142,11 @@ def test_a_validation_that_comes_later_counts_as_if_it_had_been_there(folder: Fo
 
 def test_what_waits_for_its_validation_is_spared_within_bounds(folder: Folder) -> None:
     for step in range(1, 7):
-        waiting(folder, step)
-        checkpoints.prune(folder, 1)
+        last = waiting(folder, step)
+        checkpoints.prune(folder, 1, last)
     assert [found.state.step for found in checkpoints.awaited(folder)] == [4, 5, 6]
     assert checkpoints.named(folder, "step-000001") is None
     for number, found in enumerate(checkpoints.awaited(folder)):
         checkpoints.note_validation(found, None if number == 1 else 1.0 + number)
-    checkpoints.prune(folder, 1)
+    checkpoints.prune(folder, 1, last)
     assert steps(folder) == ["step-000004", "step-000006"]

@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 from ray.train.v2.api.exceptions import ControllerError
 
+from apprentice import road
 from apprentice.artifacts import Run
 from apprentice.errors import DataError, TrainingError, full_disk
+from apprentice.json_lines import read_records
 from apprentice.storage import Folder
 from apprentice.train import tracking
 from apprentice.train.pulse import Who
@@ -146,6 +148,54 @@ def test_a_second_tracker_goes_on_in_the_same_file(tmp_path: Path) -> None:
         tracker.close()
     lines = [json.loads(line) for line in (tmp_path / "run" / "steps.jsonl").read_text().splitlines()]
     assert [(line["attempt"], line["step"]) for line in lines] == [(1, 1), (2, 2)]
+
+
+@pytest.mark.parametrize("torn", [b'{"attempt": 1, "st', b"\0" * 40, b'{"step": \xc3', b'\0\0\n{"attempt"'])
+def test_a_torn_last_line_is_cut_and_told(tmp_path: Path, torn: bytes) -> None:
+    """As a kill or a loss of power leaves it."""
+    run = Run(Folder.at(tmp_path / "run").make())
+    file = tmp_path / "run" / "steps.jsonl"
+    file.write_bytes(json.dumps(record(1)).encode() + b"\n" + torn)
+    seen: list[dict[str, Any]] = []
+    tracker = Tracker(run, seen.append)
+    assert [one["message"] for one in seen] == [
+        f"{file} ended in {len(torn)} bytes of a line that was never finished; they are cut off"
+    ]
+    tracker.write(record(2))
+    tracker.close()
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [(line["attempt"], line["step"]) for line in lines] == [(1, 1), (2, 2)]
+
+
+def test_a_last_line_without_its_end_of_line_is_whole(tmp_path: Path) -> None:
+    run = Run(Folder.at(tmp_path / "run").make())
+    (tmp_path / "run" / "steps.jsonl").write_text(json.dumps(record(1)))
+    seen: list[dict[str, Any]] = []
+    tracker = Tracker(run, seen.append)
+    tracker.write(record(2))
+    tracker.close()
+    assert [one["step"] for one in read_records(run.folder / "steps.jsonl")] == [1, 2]
+    assert [one for one in seen if "message" in one] == []
+
+
+def test_a_validation_that_comes_late_is_not_the_runs(tmp_path: Path) -> None:
+    """Not after a resume either, when the older checkpoint's comes to another process."""
+    run = Run(Folder.at(tmp_path / "run").make())
+    for step, figures in ((3, {"validation_loss": 1.5, "held_out": 0.4}), (2, {"validation_loss": 1.2, "held_out": 0.1})):
+        tracker = Tracker(run, lambda _: None)
+        tracker.write(record(step))  # and the status is not written for every step
+        tracker.write({"attempt": 1, "step": step, "steps": 4, **figures})
+        tracker.close()
+    assert (run.status()["validation_loss"], run.status()["held_out"]) == (1.5, 0.4)
+
+
+def test_the_list_of_runs_has_the_validation_loss_of_what_was_exported(tmp_path: Path) -> None:
+    run = Run(Folder.at(tmp_path / "run").make())
+    (run.folder / "identity.json").write_json({})
+    run.update_status(validation_loss=1.5)
+    assert road.runs(str(tmp_path))[0]["validation_loss"] == 1.5
+    run.update_status(state="trained", validation_loss=1.7, training={"validation_loss": 1.2})  # as earlier versions left it
+    assert road.runs(str(tmp_path))[0]["validation_loss"] == 1.2
 
 
 def test_a_full_disk_stops_nothing_and_what_it_refused_is_written_later(tmp_path: Path) -> None:

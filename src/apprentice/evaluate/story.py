@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
 from apprentice.artifacts import Run
+from apprentice.json_lines import read_records
 
 MOST_POINTS = 400  # of the curve: more are not seen in a picture
 
@@ -15,9 +15,7 @@ def story_of(run: Run | None) -> dict[str, Any]:
     """`history` (a record per step and per validation, thinned evenly) and `ledger`; empty for a bare model."""
     if run is None:
         return {"history": [], "ledger": None}
-    file = run.folder / "steps.jsonl"
-    lines = file.read_text().splitlines() if file.exists() else []
-    history = [_point(json.loads(line)) for line in lines if line.strip()]
+    history = [_point(record) for record in read_records(run.folder / "steps.jsonl")]
     steps = [record for record in history if "loss" in record]
     kept = {id(record) for record in steps[:: max(1, len(steps) // MOST_POINTS)]}
     history = [record for record in history if "loss" not in record or id(record) in kept]

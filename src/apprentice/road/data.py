@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -11,6 +10,7 @@ from apprentice import check
 from apprentice.artifacts import Run, find_run, open_run
 from apprentice.data.pipeline import Corpus, estimate_steps, make_corpus
 from apprentice.errors import ApprenticeError, RunError
+from apprentice.json_lines import read_records
 from apprentice.recipe import Recipe
 from apprentice.session import ray_session
 from apprentice.storage import Folder
@@ -82,8 +82,7 @@ def trace(name: str, storage: str, *, step: int | None, position: int | None) ->
 
 def _positions(run: Run, step: int) -> list[int]:
     """The plan's positions of an optimizer step, the last time that it was made."""
-    file = run.folder / "steps.jsonl"
-    records = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    records = read_records(run.folder / "steps.jsonl")
     made = {record["step"]: record["examples"] for record in records if "examples" in record}
     if step not in made:
         raise RunError(f"run {run.name!r} has made {max(made, default=0)} steps, counted from 1; step {step} is not among them.")

@@ -21,7 +21,7 @@ def train(recipe: Recipe, *, restart: bool = False, progress: Progress) -> dict[
     with ray_session():
         run, corpus = prepared(recipe, restart=restart, progress=progress)
         if run.is_trained:
-            return {"run": str(run.folder), "already": True, **run.status()}
+            return {"run": str(run.folder), "already": True, **_status(run)}
         score = glance_of(corpus) if recipe.evaluation.while_training else None
         result = launch.train(recipe, run, corpus, progress=lambda values: progress("train", _step_line(values)), score=score)
         run.update_status(state="trained")
@@ -81,4 +81,10 @@ def number(value: float | None) -> str:
 def runs(storage: str) -> list[dict[str, Any]]:
     """Every run in `storage` with its state."""
     found = [Run(folder) for folder in Folder.at(storage).children() if (folder / "identity.json").exists()]
-    return [{"name": run.name, "state": "prepared"} | run.status() for run in found]
+    return [{"name": run.name, "state": "prepared"} | _status(run) for run in found]
+
+
+def _status(run: Run) -> dict[str, Any]:
+    """The run's status; of a trained one with the validation loss of the model that was exported, whichever came last."""
+    status = run.status()
+    return status | {key: status["training"][key] for key in ("validation_loss",) if key in status.get("training", {})}

@@ -5,6 +5,7 @@
       tensors-0001.safetensors …
       checksums.json      sha256 of every other file; written last, so a folder without it is no checkpoint
       validation.json     what came of validating it aside, later
+      in-use-<…>          somebody reads it, and it is not deleted
 
 A checkpoint is whole or absent: on a local disk it is renamed into place, elsewhere `checksums.json` makes it count. It does not
 depend on the number of workers or the ZeRO stage. Knows nothing of Ray or DeepSpeed.
@@ -13,11 +14,14 @@ depend on the number of workers or the ZeRO stage. Knows nothing of Ray or DeepS
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
+import math
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,15 +30,16 @@ import safetensors.torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from apprentice.errors import StorageError
-from apprentice.storage import Folder
+from apprentice.errors import MissingError, StorageError
+from apprentice.storage import Folder, answer_of
 from apprentice.train.state import State
 
 CHECKSUMS, STATE, VALIDATION = "checksums.json", "state.json", "validation.json"
 AWAITED = "validation_awaited"  # fact of a checkpoint whose validation loss comes later, in a file of its own
 MOST_AWAITED = 3  # checkpoints that are kept until they are validated, though newer ones have come
 SHARD_BYTES = 1 << 29  # of tensors held in memory before they are written
-_PART = ".part-"
+_PART, _IN_USE = ".part-", "in-use-"
+_NOT_UNDERSTOOD = (ValueError, KeyError, TypeError, AttributeError)  # of a file that is not what was written
 _log = logging.getLogger(__name__)
 
 
@@ -53,9 +58,9 @@ def save(checkpoints: Folder, tensors: Iterable[tuple[str, Tensor]], state: Stat
     The name is `step-<n>`; a step that is saved again (after a damaged checkpoint) gets a name of its own. Raises `StorageError`
     where it cannot be written, such as on a full disk; nothing of it is left then.
     """
-    target = checkpoints / _free_name(checkpoints, state.step)
-    scratch = checkpoints.make().local if checkpoints.is_local else None  # on the same disk, so that it can be renamed
     try:
+        target = checkpoints / _free_name(checkpoints, state.step)
+        scratch = checkpoints.make().local if checkpoints.is_local else None  # on the same disk, so that it can be renamed
         with tempfile.TemporaryDirectory(prefix=_PART, dir=scratch, ignore_cleanup_errors=True) as folder:
             part = Path(folder)
             sums = {file.name: _sha256(file) for file in _write_tensors(part, tensors)}
@@ -63,14 +68,14 @@ def save(checkpoints: Folder, tensors: Iterable[tuple[str, Tensor]], state: Stat
             sums[STATE] = _sha256(part / STATE)
             Folder.at(part / CHECKSUMS).write_json(sums)
             _publish(part, target)
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, StorageError) as error:
         reason = getattr(error, "strerror", None) or error
         raise StorageError(f"the checkpoint of step {state.step} cannot be written to {checkpoints} ({reason})") from error
     return Checkpoint(target, state, facts)
 
 
 def _free_name(checkpoints: Folder, step: int) -> str:
-    taken = {folder.name for folder in checkpoints.children()}
+    taken = {folder.name for folder in _children(checkpoints)}
     name, number = f"step-{step:06d}", 1
     while name in taken:
         number += 1
@@ -102,12 +107,19 @@ def _publish(part: Path, target: Folder) -> None:
     if target.is_local:
         os.replace(part, target.local)
         return
-    for file in sorted(part.iterdir(), key=lambda file: file.name == CHECKSUMS):
-        (target / file.name).upload(file)
+    try:
+        for file in sorted(part.iterdir(), key=lambda file: file.name == CHECKSUMS):
+            (target / file.name).upload(file)
+    except OSError:
+        _remove(target)
+        raise
 
 
 def restorable(checkpoints: Folder) -> Checkpoint | None:
-    """The newest whole checkpoint; None if there is none. Damaged ones are passed over with a warning."""
+    """The newest whole checkpoint; None if there is none. Damaged ones are passed over with a warning.
+
+    A store that does not answer is not damage: it raises `StorageError`, here and in all that reads checkpoints.
+    """
     for folder in _newest_first(checkpoints):
         if found := _whole(folder):
             return found
@@ -117,7 +129,7 @@ def restorable(checkpoints: Folder) -> Checkpoint | None:
 def of_step(checkpoints: Folder, step: int) -> Checkpoint | None:
     """The whole checkpoint after so many steps; None while there is none."""
     for folder in _newest_first(checkpoints):
-        if _age(folder)[0] == step and (folder / CHECKSUMS).exists() and (found := _whole(folder)):
+        if _age(folder)[0] == step and _is_there(folder / CHECKSUMS) and (found := _whole(folder)):
             return found
     return None
 
@@ -125,7 +137,7 @@ def of_step(checkpoints: Folder, step: int) -> Checkpoint | None:
 def named(checkpoints: Folder, name: str) -> Checkpoint | None:
     """The whole checkpoint in the folder of this name; None if it is not there any more."""
     folder = checkpoints / name
-    return _whole(folder) if (folder / CHECKSUMS).exists() else None
+    return _whole(folder) if _is_there(folder / CHECKSUMS) else None
 
 
 def awaited(checkpoints: Folder) -> list[Checkpoint]:
@@ -134,44 +146,98 @@ def awaited(checkpoints: Folder) -> list[Checkpoint]:
 
 
 def note_validation(checkpoint: Checkpoint, loss: float | None) -> None:
-    """Writes down what came of validating `checkpoint` aside."""
-    (checkpoint.folder / VALIDATION).write_json({"validation_loss": loss})
+    """Writes down what came of validating `checkpoint` aside, unless it has been deleted meanwhile."""
+    if _is_there(checkpoint.folder / CHECKSUMS):
+        (checkpoint.folder / VALIDATION).write_json({"validation_loss": loss})
 
 
 def best(checkpoints: Folder) -> Checkpoint | None:
-    """The whole checkpoint with the lowest validation loss (of equals the newest); without validation losses the newest."""
-    found = [whole for folder in _newest_first(checkpoints) if (whole := _whole(folder))]
-    scored = [(checkpoint.state.validation_loss, checkpoint) for checkpoint in found]
-    losses = [(loss, place) for place, (loss, _) in enumerate(scored) if loss is not None]
-    return found[min(losses)[1]] if losses else next(iter(found), None)
+    """The whole checkpoint with the lowest validation loss (of equals the newest); without validation losses the newest.
 
-
-def prune(checkpoints: Folder, keep: int) -> None:
-    """Leaves the newest checkpoint, the best, and of the others the newest, `keep` in all (2 if those two differ).
-
-    Those that wait for their validation are left besides, `MOST_AWAITED` at most.
+    A loss that is no number is none.
     """
-    waiting = [folder for folder in _newest_first(checkpoints) if _is_awaited(folder)]
-    spared = {folder.name for folder in waiting[:MOST_AWAITED]}
-    folders = _newest_first(checkpoints)
-    losses = [(loss, place) for place, folder in enumerate(folders) if (loss := _validation_loss(folder)) is not None]
-    chosen = dict.fromkeys([0, *([min(losses)[1]] if losses else []), *range(len(folders))])
-    kept = set(list(chosen)[: max(keep, 2 if losses and min(losses)[1] != 0 else 1)])
-    for place, folder in enumerate(folders):
-        if place not in kept and folder.name not in spared:
-            (folder / CHECKSUMS).delete()  # first, so that half of a deletion leaves no checkpoint
-            folder.delete()
+    found = [whole for folder in _newest_first(checkpoints) if (whole := _whole(folder))]
+    place = _place_of_lowest([checkpoint.state.validation_loss for checkpoint in found])
+    return found[place or 0] if found else None
+
+
+def _place_of_lowest(losses: Sequence[float | None]) -> int | None:
+    """Where the lowest loss stands (of equals the first); None where none of them is a number."""
+    numbers = [(loss, place) for place, loss in enumerate(losses) if loss is not None and math.isfinite(loss)]
+    return min(numbers)[1] if numbers else None
+
+
+def prune(checkpoints: Folder, keep: int, newest: Checkpoint) -> None:
+    """Leaves `newest`, from which the run goes on, the best, and of the others the newest, `keep` in all (2 if those two differ).
+
+    Those that sort after `newest` were passed over as damaged, and are the first to go. Those that wait for their validation are
+    left besides, `MOST_AWAITED` at most, and whatever is in use. Deleting never ends a run: what cannot be deleted is left.
+    """
+    try:
+        folders = [folder for folder in _newest_first(checkpoints) if _age(folder) <= _age(newest.folder)]
+        waiting = [folder for folder in folders if _is_awaited(folder)]
+        spared = {folder.name for folder in waiting[:MOST_AWAITED]}
+        lowest = _place_of_lowest([_validation_loss(folder) for folder in folders])
+        chosen = dict.fromkeys([0, *([] if lowest is None else [lowest]), *range(len(folders))])
+        spared |= {folders[place].name for place in list(chosen)[: max(keep, 2 if lowest else 1)]}
+        old = [folder for folder in _newest_first(checkpoints) if folder.name not in spared and not _is_in_use(folder)]
+    except StorageError as error:
+        _log.warning("no old checkpoint is deleted now: %s", error)
+        return
+    for folder in old:
+        _remove(folder)
+
+
+def _remove(folder: Folder) -> None:
+    """Deletes a checkpoint, its checksums first, so that half of a deletion leaves no checkpoint.
+
+    Who began to read it before the checksums went may read on.
+    """
+    _delete(folder / CHECKSUMS)
+    if not _is_in_use(folder):
+        _delete(folder)
+
+
+def _delete(place: Folder) -> None:
+    """Deletes a file or a folder if that is possible; what is left, such as NFS's `.nfs…` of an open file, the next `sweep` takes."""
+    try:
+        place.delete()
+    except (OSError, StorageError) as error:
+        _log.warning("%s cannot be deleted now (%s); the next start of the run tries again", place, error)
+
+
+@contextmanager
+def in_use(checkpoint: Folder) -> Iterator[None]:
+    """Keeps `prune` from deleting a checkpoint while somebody reads it."""
+    mark = checkpoint / f"{_IN_USE}{uuid.uuid4().hex[:8]}"
+    with suppress(OSError, StorageError):  # a folder that cannot be written to is not deleted either
+        if (checkpoint / CHECKSUMS).exists():
+            mark.write_bytes(b"")
+    try:
+        yield
+    finally:
+        with suppress(OSError, StorageError):
+            mark.delete()
+
+
+def _is_in_use(checkpoint: Folder) -> bool:
+    return any(file.name.startswith(_IN_USE) for file in _children(checkpoint))
 
 
 def sweep(checkpoints: Folder) -> None:
-    """Removes what interrupted saves left behind. Call it while nobody saves."""
-    for folder in checkpoints.children():
-        if folder.name.startswith(_PART) or (folder.name.startswith("step-") and not (folder / CHECKSUMS).exists()):
-            folder.delete()
+    """Removes what interrupted saves, deletions and readers left behind. Call it while nobody saves."""
+    for folder in _children(checkpoints):
+        if not folder.name.startswith(("step-", _PART)):
+            continue
+        for mark in _children(folder):
+            if mark.name.startswith(_IN_USE):
+                _delete(mark)
+        if folder.name.startswith(_PART) or not _is_there(folder / CHECKSUMS):
+            _remove(folder)
 
 
 def _newest_first(checkpoints: Folder) -> list[Folder]:
-    folders = [folder for folder in checkpoints.children() if folder.name.startswith("step-")]
+    folders = [folder for folder in _children(checkpoints) if folder.name.startswith("step-")]
     return sorted(folders, key=_age, reverse=True)
 
 
@@ -180,18 +246,31 @@ def _age(folder: Folder) -> tuple[int, int]:
     return int(step), int(again or 1)
 
 
+def _children(folder: Folder) -> list[Folder]:
+    return answer_of(folder, folder.children)
+
+
+def _is_there(file: Folder) -> bool:
+    return answer_of(file, file.exists)
+
+
+def _json(file: Folder) -> Any:
+    return json.loads(answer_of(file, file.read_bytes))
+
+
 def _whole(folder: Folder) -> Checkpoint | None:
+    """The checkpoint in `folder`; None, with a warning, where a file is missing, has another checksum, or cannot be parsed."""
     try:
-        sums = (folder / CHECKSUMS).read_json()
+        sums = _json(folder / CHECKSUMS)
         damaged = [name for name, digest in sums.items() if _folder_sha256(folder / name) != digest]
-        content = (folder / STATE).read_json()
+        content = _json(folder / STATE)
         if not damaged and STATE in sums:
             state = State.from_json(content["state"])
-            if (folder / VALIDATION).exists():
-                state.validation_loss = (folder / VALIDATION).read_json()["validation_loss"]
+            if _is_there(folder / VALIDATION):
+                state.validation_loss = _json(folder / VALIDATION)["validation_loss"]
             return Checkpoint(folder, state, content["facts"])
         reason = f"{', '.join(damaged)} changed since it was written"
-    except (StorageError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (MissingError, *_NOT_UNDERSTOOD) as error:
         reason = str(error)
     _log.warning("checkpoint %s is damaged (%s) and is passed over", folder, reason)
     return None
@@ -199,16 +278,16 @@ def _whole(folder: Folder) -> Checkpoint | None:
 
 def _is_awaited(folder: Folder) -> bool:
     try:
-        return bool((folder / STATE).read_json()["facts"].get(AWAITED)) and not (folder / VALIDATION).exists()
-    except (StorageError, OSError, ValueError, KeyError, TypeError, AttributeError):
+        return bool(_json(folder / STATE)["facts"].get(AWAITED)) and not _is_there(folder / VALIDATION)
+    except (MissingError, *_NOT_UNDERSTOOD):
         return False
 
 
 def _validation_loss(folder: Folder) -> float | None:
     try:
-        late = (folder / VALIDATION).exists()
-        loss = ((folder / VALIDATION).read_json() if late else (folder / STATE).read_json()["state"])["validation_loss"]
-    except (StorageError, OSError, ValueError, KeyError, TypeError):
+        late = _is_there(folder / VALIDATION)
+        loss = (_json(folder / VALIDATION) if late else _json(folder / STATE)["state"])["validation_loss"]
+    except (MissingError, *_NOT_UNDERSTOOD):
         return None
     return None if loss is None else float(loss)
 
@@ -216,7 +295,7 @@ def _validation_loss(folder: Folder) -> float | None:
 @contextmanager
 def tensors_of(checkpoint: Checkpoint) -> Iterator[Callable[[str], Tensor]]:
     """Gives a function from key to tensor; the files are read tensor by tensor."""
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, in_use(checkpoint.folder):
         folder = checkpoint.folder.local if checkpoint.folder.is_local else checkpoint.folder.download(Path(scratch))
         files: dict[str, Any] = {}
         for path in sorted(folder.glob("*.safetensors")):
@@ -226,7 +305,7 @@ def tensors_of(checkpoint: Checkpoint) -> Iterator[Callable[[str], Tensor]]:
 
 def keys_of(checkpoint: Checkpoint) -> list[str]:
     """The keys of all tensors in `checkpoint`."""
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, in_use(checkpoint.folder):
         folder = checkpoint.folder.local if checkpoint.folder.is_local else checkpoint.folder.download(Path(scratch))
         return [key for path in sorted(folder.glob("*.safetensors")) for key in _names(path)]
 
@@ -242,6 +321,5 @@ def _sha256(path: Path) -> str:
 
 
 def _folder_sha256(file: Folder) -> str:
-    if file.is_local:
-        return _sha256(file.local)
-    return hashlib.sha256(file.read_bytes()).hexdigest()
+    read = (lambda: _sha256(file.local)) if file.is_local else (lambda: hashlib.sha256(file.read_bytes()).hexdigest())
+    return answer_of(file, read)

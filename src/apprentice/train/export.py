@@ -62,7 +62,7 @@ def export(recipe: Recipe, run: Run, checkpoint: Checkpoint, layout: Layout) -> 
     expected = _log_probabilities(model, probe)
     dtype = resolve_dtype(checkpoint.facts["dtype"])
     scratch = run.folder.make().local if run.folder.is_local else None
-    with tempfile.TemporaryDirectory(prefix=".export-", dir=scratch) as folder:
+    with tempfile.TemporaryDirectory(prefix=".export-", dir=scratch, ignore_cleanup_errors=True) as folder:
         written, adapter = Path(folder) / "model", Path(folder) / "adapter"
         if method.save_adapter is not None:
             method.save_adapter(model, adapter, _public_name(recipe.model.base))
@@ -143,10 +143,15 @@ def _compare(folder: Path, model: Any, dtype: torch.dtype, probe: Tensor, expect
 
 
 def _publish(source: Path, target: Folder) -> None:
-    """Puts a finished folder in its place; on object stores the contract, which makes a model count, goes last."""
-    target.delete()
+    """Puts a finished folder in its place; on object stores the contract, which makes a model count, goes last.
+
+    What was there before moves aside first: it may not let itself be deleted while somebody reads it.
+    """
     if target.is_local:
+        if target.exists():
+            os.replace(target.local, source.with_name(f"old-{target.name}"))  # goes with the temporary folder
         os.replace(source, target.local)
         return
+    target.delete()
     for file in sorted((file for file in source.rglob("*") if file.is_file()), key=lambda file: file.name == CONTRACT_FILE):
         (target / str(file.relative_to(source))).upload(file)

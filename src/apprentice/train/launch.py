@@ -184,7 +184,8 @@ def _fit(recipe: Recipe, run: Run, corpus: Corpus, goal: Goal, tracker: Tracker,
     job = Job(recipe, run, goal, mailbox, ray.put(within), *sizes, _shares(corpus), samples, aside)
     trainer = _trainer(job, corpus, _validation(recipe, run, corpus, score).config(mailbox) if aside else None)
     # Ray Train would look for checkpoints that it knew in an earlier call; which one counts is decided by checkpoint.restorable.
-    (run.checkpoints / "checkpoint_manager_snapshot.json").delete()
+    with suppress(OSError):
+        (run.checkpoints / "checkpoint_manager_snapshot.json").delete()
     failure: Exception | None = None
     with _Follower(mailbox, tracker, recipe.training.hang_timeout_s):
         before = signal.getsignal(signal.SIGINT)
@@ -290,7 +291,7 @@ def _finish(recipe: Recipe, run: Run, corpus: Corpus, goal: Goal, tracker: Track
     last, best = checkpoints.restorable(run.checkpoints), checkpoints.best(run.checkpoints)
     if last is None or best is None or goal.reached(last.state) < 1.0:
         raise KeyboardInterrupt  # Ray Train was told to stop, and did
-    checkpoints.prune(run.checkpoints, recipe.training.checkpoint.keep)  # those that waited for their validation
+    checkpoints.prune(run.checkpoints, recipe.training.checkpoint.keep, last)  # those that waited for their validation
     state = last.state
     names = [task.name for task in corpus.tasks]
     shares = {name: float(share) for name, share in corpus.plan.shares.items()}
@@ -300,10 +301,10 @@ def _finish(recipe: Recipe, run: Run, corpus: Corpus, goal: Goal, tracker: Track
     run.ledger_file.write_json(state.ledger.report(names, shares, rows, means, left_out))
     run.update_status(state="exporting")
     # In a process of its own, whose memory is given back.
-    exported = ray.remote(export).options(num_cpus=1, max_retries=0).remote(recipe, run, best, corpus.layout)
+    exporting = ray.remote(export).options(num_cpus=1, max_retries=0).remote(recipe, run, best, corpus.layout)
     memory = tracker.memory and tracker.memory | {"expected": round(expected_of(recipe, _row_length(corpus), tracker.memory).total)}
     try:
-        ray.get(exported)
+        ray.get(exporting)
     except ray.exceptions.RayError as error:
         raise mendable(error) or error from None
     result = TrainResult(
@@ -318,7 +319,9 @@ def _finish(recipe: Recipe, run: Run, corpus: Corpus, goal: Goal, tracker: Track
         exported_step=best.state.step,
         **({"peak_memory": memory["peak"], "expected_memory": memory["expected"]} if memory else {}),
     )
-    run.update_status(state="trained", step=state.step, steps=state.step, loss=state.loss, training=asdict(result))
+    at = {"step": state.step, "steps": state.step, "loss": state.loss}
+    exported = {"validation_loss": best.state.validation_loss, "validated_step": best.state.step}
+    run.update_status(state="trained", **at, **exported, training=asdict(result))
     return result
 
 

@@ -103,14 +103,17 @@ class Saver:
             for _ in tensors:  # gathering takes all workers, also for what is not written
                 pass
         if saved is not None:
-            checkpoints.prune(self._folder, self._keep)
+            checkpoints.prune(self._folder, self._keep, saved)
             took = time.perf_counter() - begin
             self._tell(state, saved_s=took, blocked_s=took if blocked_s is None else blocked_s)
         return _Written(saved, None)
 
     def _told(self, failure: StorageError, state: State, last: bool) -> StorageError:
-        before = checkpoints.restorable(self._folder)
-        good = f"the last whole checkpoint is that of step {before.state.step}" if before else "there is no other checkpoint"
+        try:
+            before = checkpoints.restorable(self._folder)
+            good = f"the last whole checkpoint is that of step {before.state.step}" if before else "there is no other checkpoint"
+        except StorageError:
+            good = "which other checkpoints there are cannot be read either"
         if last:
             return StorageError(f"{failure}; {good}. Make room there and train again: it goes on from that.")
         self._tell(state, message=f"{failure}; {good}. Training goes on, and the next checkpoint is tried as usual.")

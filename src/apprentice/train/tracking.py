@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from apprentice.artifacts import Run
 from apprentice.errors import ApprenticeError
+from apprentice.json_lines import cut_torn_tail, read_records
 from apprentice.train.events import Events
 from apprentice.train.feed import Feed
 
@@ -181,9 +182,11 @@ class Tracker:
         self._smoothed = Smoothed()
         self._file = run.folder / "steps.jsonl"
         self._scratch = None if run.folder.is_local else tempfile.TemporaryDirectory()
-        earlier = self._file.read_text().splitlines() if self._file.exists() else []
-        self._lines = earlier if self._scratch is not None else []  # not written yet
-        self._earlier_attempts = json.loads(earlier[-1])["attempt"] if earlier else 0
+        earlier = read_records(self._file)
+        self._lines = [json.dumps(record) for record in earlier] if self._scratch is not None else []  # not written yet
+        self._earlier_attempts = earlier[-1]["attempt"] if earlier else 0
+        if self._scratch is None and (torn := cut_torn_tail(self._file)):
+            progress({"message": f"{self._file} ended in {torn} bytes of a line that was never finished; they are cut off"})
         folder = run.events.local if self._scratch is None else Path(self._scratch.name)
         self._events: Events | None = Events(folder)
         self._events_folder = folder
@@ -272,11 +275,18 @@ class Tracker:
         self._warm.add(record["attempt"])
 
     def _update_status(self, record: dict[str, Any]) -> None:
-        if time.monotonic() - self._status_at < STATUS_EVERY_S and record["step"] < record["steps"]:
-            return
-        self._status_at = time.monotonic()
         keys = ("step", "steps", "loss") if "loss" in record else ("validation_loss", "held_out")
         known = {key: record[key] for key in keys if record.get(key) is not None}
+        if "loss" in record:
+            if time.monotonic() - self._status_at < STATUS_EVERY_S and record["step"] < record["steps"]:
+                return
+            self._status_at = time.monotonic()
+        elif known:
+            if record["step"] < self._run.status().get("validated_step", 0):
+                return  # an older checkpoint's, which came late
+            known["validated_step"] = record["step"]
+        else:
+            return
         self._run.update_status(state="training", **known)
 
     def close(self) -> None:

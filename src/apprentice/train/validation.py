@@ -18,6 +18,7 @@ from apprentice.recipe.training import Resources
 
 if TYPE_CHECKING:  # it brings models, which Ray Train's controller would load too
     from apprentice.train.aside import Aside
+    from apprentice.train.checkpoint import Checkpoint
 
 Told = Callable[[int, dict[str, Any]], Any]  # the checkpoint's step, and figures of it
 
@@ -58,9 +59,12 @@ class Validation:
         """The loss of the checkpoint of this name; None too if newer ones have pushed it out."""
         from apprentice.train import checkpoint as checkpoints
 
-        found = checkpoints.named(self._run.checkpoints, name)
-        if found is None:
-            return None
+        with checkpoints.in_use(self._run.checkpoints / name):
+            found = checkpoints.named(self._run.checkpoints, name)
+            return None if found is None else self._validate(found, told)
+
+    def _validate(self, found: Checkpoint, told: Told) -> float | None:
+        from apprentice.train import checkpoint as checkpoints
 
         def tell(figures: dict[str, Any]) -> None:
             if "validation_loss" in figures:
