@@ -65,6 +65,7 @@ def answered(recipe: Any) -> dict[str, Any]:
 
 def trained(recipe: Any, run: Any, corpus: Any, told: list[dict[str, Any]], *, until: int | None = None) -> None:
     """Trains from the last checkpoint on, if there is one; every record goes to `told`. Raises `KilledError` after step `until`."""
+    import numpy as np
     import torch
 
     from apprentice.data.pipeline import render_window, validation_rows
@@ -92,16 +93,17 @@ def trained(recipe: Any, run: Any, corpus: Any, told: list[dict[str, Any]], *, u
             return writer.rows(window, 0, read)
 
     def rows(size: int) -> Iterator[PackedRows]:
-        step, waiting = begin.step, dict[str, list[Any]]()
+        step, left = begin.step, None
         for window in count(begin.window):
             first = begin.row if window == begin.window else 0
-            waiting = {name: [*waiting.get(name, ()), *values[first:]] for name, values in made(window).items()}
-            while len(waiting["row"]) >= size:  # what is over goes with rows of the next window
+            columns = {name: values[first:] for name, values in made(window).items()}
+            left = columns if left is None else {name: np.concatenate([left[name], columns[name]]) for name in columns}
+            while len(left["row"]) >= size:
                 if step == until:
                     raise KilledError
                 step += 1
-                yield PackedRows.of({name: values[:size] for name, values in waiting.items()})
-                waiting = {name: values[size:] for name, values in waiting.items()}
+                yield PackedRows.of({name: values[:size] for name, values in left.items()})
+                left = {name: values[size:] for name, values in left.items()}
 
     run_worker(
         recipe,

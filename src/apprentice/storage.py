@@ -6,6 +6,7 @@ temporary name and a rename, on object stores by their own atomic put.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import time
@@ -19,8 +20,10 @@ import pyarrow.fs as pafs
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_exponential
 
 from apprentice.errors import MissingError, StorageError
+from apprentice.s3_create import s3_create
 
 T = TypeVar("T")
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 ATTEMPTS = 6  # to read something, with pauses of 1, 2, 4, 8 and 16 s between them
 
 
@@ -48,7 +51,8 @@ def pause(seconds: float) -> None:
 def answer_of(place: Folder, ask: Callable[[], T]) -> T:
     """What `ask()` reads at `place`, asked again for half a minute while the store does not answer.
 
-    Raises `MissingError` at once where nothing lies there, and `StorageError` for a store that stays away.
+    Raises `MissingError` at once where nothing lies there, `OSError` for a full disk, and `StorageError` for a store that stays
+    away.
     """
     retries = Retrying(
         retry=retry_if_exception(_may_pass),
@@ -62,9 +66,11 @@ def answer_of(place: Folder, ask: Callable[[], T]) -> T:
     except FileNotFoundError as error:
         raise MissingError(f"{place} does not exist.") from error
     except OSError as error:
+        if error.errno in _FULL:
+            raise
         reason = " ".join(str(error.strerror or error).split())
         raise StorageError(
-            f"{place} does not answer ({reason}); nothing of the run is lost: give the same command again when the store can be read."
+            f"{place} does not answer ({reason}); nothing of the run is lost: give the same command again when it can be read."
         ) from error
 
 
@@ -72,9 +78,8 @@ def _may_pass(error: BaseException) -> bool:
     """Whether asking again may help: not where something is missing or forbidden."""
     if isinstance(error, StorageError):  # a store that could not be opened
         return not isinstance(error, MissingError) and isinstance(error.__cause__, OSError)
-    return isinstance(error, OSError) and not isinstance(
-        error, (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError)
-    )
+    lasting = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError)
+    return isinstance(error, OSError) and not isinstance(error, lasting) and error.errno not in _FULL
 
 
 @dataclass(frozen=True)
@@ -112,6 +117,10 @@ class Folder:
         if not self.is_local:
             raise StorageError(f"{self.uri} is not on a local disk; copy it to one first.")
         return Path(self.uri)
+
+    @property
+    def parent(self) -> Folder:
+        return Folder(self.uri.rstrip("/").rsplit("/", 1)[0])
 
     def filesystem(self) -> tuple[pafs.FileSystem, str]:
         """The pyarrow file system and the path inside it."""
@@ -178,6 +187,21 @@ class Folder:
         with fs.open_output_stream(path) as stream:
             stream.write(data)
 
+    def create(self, data: bytes) -> bool:
+        """Writes the file whole unless something lies there already; False then.
+
+        Of several at once one succeeds: on disks and NFS by a hard link, on S3 by `If-None-Match`. Other stores know no such
+        condition, and there two that come in the same moment may both succeed.
+        """
+        if self.is_local:
+            return _create_local(self.local, data)
+        if self.uri.startswith("s3://") and (created := s3_create(self.uri, data)) is not None:
+            return created
+        if self.exists():
+            return False
+        self.write_bytes(data)
+        return True
+
     def write_text(self, text: str) -> None:
         self.write_bytes(text.encode("utf-8"))
 
@@ -206,6 +230,28 @@ class Folder:
             fs.delete_dir(path)
         elif kind == pafs.FileType.File:
             fs.delete_file(path)
+
+
+def _create_local(target: Path, data: bytes) -> bool:
+    """A link to a whole file appears at once and only where there is none; a file system without links gets `O_EXCL`."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.part")
+    try:
+        part.write_bytes(data)
+        os.link(part, target)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
+            raise
+        try:
+            with target.open("xb") as stream:
+                stream.write(data)
+        except FileExistsError:
+            return False
+    finally:
+        part.unlink(missing_ok=True)
+    return True
 
 
 def user_cache() -> Path:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from apprentice.models.tuning import TUNING_METHODS, load_trainable, trainable
@@ -50,7 +51,10 @@ def settings(case: dict[str, Any]) -> Training:
             "global_batch": ROWS,
             "micro_batch": ROWS // case["workers"] // case["accumulation"],
             "optimizer": {"name": case["optimizer"], "learning_rate": 1e-3, "weight_decay": 0.01, "clip": case["clip"]},
-            "deepspeed": {"stage": case["stage"]},
+            "deepspeed": {
+                "stage": case["stage"],
+                "extra": {"fp16": {"initial_scale_power": case["scale"].bit_length() - 1}} if "scale" in case else {},
+            },
             "activation_checkpointing": case["accumulation"] == 3,
         }
     )
@@ -91,6 +95,7 @@ def ours(case: dict[str, Any], rank: int) -> dict[str, Any]:
                 key.removeprefix("exp_avg/"): value * 10 for key, value in state_of(engine).items() if "exp_avg/" in key
             }
             found["likeliest"] = [engine.likeliest(PROMPT, REPLY[:said]) for said in range(3)]
+    found["scaling"] = engine.loss_scaling()
     found["validation"] = validation_loss(engine, packed_rows(5, first=900, weighted=weighted), micro, Peers())
     found |= carried_on(engine, case, training, made, rank)
     return found
@@ -103,13 +108,14 @@ def carried_on(
     model = fresh(case["method"], torch.float32 if case["optimizer"] == "adafactor" else made["dtype"])
     load_trainable(model, {key.removeprefix("weight/"): value for key, value in state.items() if key.startswith("weight/")})
     second = DeepSpeedEngine(model, training, **made)
-    second.restore(state.__getitem__, STEPS)
+    second.restore(state.__getitem__, STEPS, engine.loss_scaling())
     restored = state_of(second)
     part = ROWS // made["workers"]
     mine = packed_rows(part, first=800 + rank * part).micros(made["micro"])
     outcomes = [each.train_step(mine, 0.01, 1e-3) for each in (engine, second)]
     ends = [state_of(each) for each in (engine, second)]
     return {
+        "end_scaling": (engine.loss_scaling(), second.loss_scaling()),
         "whole": len(state) == sum(1 + len(moments(case["optimizer"], p.shape)) for p in trainable(model).values()) > 0
         if case["stage"] < 3
         else len(state) > 0,
@@ -156,6 +162,8 @@ def process(rank: int, workers: int, folder: str, cases: list[dict[str, Any]]) -
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(workers), MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=workers)
+    # DeepSpeed looks for instructions that multiply float16 fast; slow ones do for a test.
+    CPU_Accelerator.is_fp16_supported = lambda _: True
     found = [ours(case, rank) for case in cases]
     if rank == 0:
         torch.save(found, Path(folder) / "found.pt")

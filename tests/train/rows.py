@@ -11,14 +11,15 @@ from torch.nn import functional as F
 from apprentice.train.batch import PackedRows
 
 LENGTH = 48
+WINDOW = 1024  # positions of the plan
 TABLES = ("input_ids", "positions", "segment_ids", "loss_mask")
 
 
 WEIGHTS = (1.0, 0.1)  # of the two tasks, where their tokens do not count alike
 
 
-def packed_columns(count: int, seed: int = 0, first: int = 0, *, weighted: bool = False) -> dict[str, Any]:
-    """`count` packed rows of 2 to 4 examples and some padding, over a vocabulary of 500; window 0, rows from `first`."""
+def packed_columns(count: int, seed: int = 0, first: int = 0, *, weighted: bool = False, window: int = 0) -> dict[str, Any]:
+    """`count` packed rows of 2 to 4 examples and some padding, over a vocabulary of 500; of `window`, rows from `first`."""
     columns: dict[str, list[Any]] = {
         name: [] for name in (*TABLES, "window", "row", "examples", "example_tasks", "example_targets", "dropped")
     }
@@ -39,9 +40,9 @@ def packed_columns(count: int, seed: int = 0, first: int = 0, *, weighted: bool 
         row["loss_mask"] = row["loss_mask"].astype(np.uint8)
         for name, values in row.items():
             columns[name].append(values)
-        columns["window"].append(0)
+        columns["window"].append(window)
         columns["row"].append(number)
-        columns["examples"].append([number * 10 + place for place in range(len(targets))])
+        columns["examples"].append([window * WINDOW + number * 10 + place for place in range(len(targets))])
         columns["example_tasks"].append([place % 2 for place in range(len(targets))])
         columns["example_targets"].append(targets)
         columns["dropped"].append("")

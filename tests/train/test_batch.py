@@ -42,7 +42,7 @@ def test_no_rows_at_all() -> None:
 def test_counts_and_facts() -> None:
     rows = tiny()
     assert (len(rows), rows.tokens, rows.targets) == (2, 7, 4)
-    assert rows.facts[0] == (3, 4, [30, 31], [0, 1], [2, 1], {"a": {"too_long": 2}})
+    assert rows.facts[0] == (3, 4, [30, 31], [0, 1], [2, 1], {"a": {"too_long": 2}}, None)
     assert rows.facts[1].dropped == {}
 
 

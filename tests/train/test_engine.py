@@ -38,6 +38,8 @@ CASES: list[dict[str, Any]] = [
     PLAIN | {"dtype": "bfloat16"},
     PLAIN | {"dtype": "bfloat16", "method": "lora"},
     PLAIN | {"dtype": "bfloat16", "stage": 3},
+    *(PLAIN | {"dtype": "float16", "stage": stage, "scale": 2**20} for stage in (2, 3)),  # of four steps one is not left out
+    PLAIN | {"dtype": "float16", "scale": 2**30},  # and here none
 ]
 NAMES = ["-".join(str(value) for value in case.values()) for case in CASES]
 
@@ -67,6 +69,12 @@ def test_equals_plain_pytorch(found: list[dict[str, Any]], number: int) -> None:
     case, ours = CASES[number], found[number]
     plain = reference(case["method"], case["clip"], case["optimizer"], case.get("weighted", False))
     assert len(ours["loss"]) == pair.STEPS
+    if "scale" in case:
+        assert ours["loss"][0] == pytest.approx(plain["loss"][0], rel=1e-3)
+        made = 1 if case["scale"] == 2**20 else 0
+        assert (ours["scaling"]["cur_iter"], ours["scaling"]["steps"]) == (pair.STEPS, made)
+        assert ours["scaling"]["cur_scale"] < case["scale"]
+        return
     if case["dtype"] != "float32":
         assert ours["loss"][0] == pytest.approx(plain["loss"][0], rel=1e-3)
         assert ours["norm"][0] == pytest.approx(plain["norm"][0], rel=2e-2)
@@ -90,3 +98,5 @@ def test_state_goes_out_and_in(found: list[dict[str, Any]], number: int) -> None
     assert ours["whole"]
     assert ours["restored"]
     assert ours["same_step"]
+    assert ours["end_scaling"][0] == ours["end_scaling"][1]
+    assert (ours["end_scaling"][0] is None) == (CASES[number]["dtype"] != "float16")

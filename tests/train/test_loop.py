@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -121,12 +122,9 @@ def test_tokens_end_the_run_with_the_step_that_crosses() -> None:
 
 
 def test_positions_count_all_of_finished_windows() -> None:
-    first, second = packed_columns(4), packed_columns(4, first=4)
-    second["window"] = [0, 0, 1, 1]
-    second["row"] = [4, 5, 0, 1]
-    batches = iter([PackedRows.of(first), PackedRows.of(second)])
-    end, _, _ = run(PlainEngine(), batches, State(), course(steps=2))
-    in_second_window = sum(len(examples) for examples in second["examples"][2:])
+    first, second = PackedRows.of(packed_columns(4)), joined(packed_columns(2, first=4), packed_columns(2, window=1))
+    end, _, _ = run(PlainEngine(), iter([first, second]), State(), course(steps=2))
+    in_second_window = sum(len(fact.examples) for fact in second.facts[2:])
     assert (end.window, end.row, end.positions) == (1, 2, 1024 + in_second_window)
 
 
@@ -141,16 +139,62 @@ def test_going_on_with_dropout_is_as_if_uninterrupted() -> None:
     assert [record["loss"] for record in before + rest] == [record["loss"] for record in whole]
 
 
+def joined(*parts: dict[str, Any], window_rows: int | None = None) -> PackedRows:
+    """The rows of one step; with `window_rows`, of windows with so many."""
+    columns = {name: [value for part in parts for value in part[name]] for name in parts[0]}
+    counts = {} if window_rows is None else {"window_rows": [window_rows] * len(columns["row"])}
+    return PackedRows.of(columns | counts)
+
+
 def test_a_stream_that_begins_elsewhere_is_refused() -> None:
-    with pytest.raises(TrainingError, match=r"begins at \(window, row\) \(0, 4\), not at \(0, 8\)"):
+    with pytest.raises(TrainingError, match=r"step 3: the stream is at \(window, row\) \(0, 4\) where \(0, 8\) comes next"):
         run(PlainEngine(), stream(start=4), State(step=2, row=8), course())
 
 
 def test_the_end_of_a_window_goes_on_in_the_next() -> None:
+    rows = joined(packed_columns(4, window=3))
+    end, _, _ = run(PlainEngine(), iter([rows]), State(step=4, window=2, row=9), course(steps=5))  # of an earlier version
+    assert (end.window, end.row) == (3, 4)
+
+
+WRONG = {
+    "a row is left out": (joined(packed_columns(2), packed_columns(2, first=3)), (0, 3)),
+    "a row comes twice": (joined(packed_columns(2), packed_columns(2, first=1)), (0, 1)),
+    "a window is not finished": (joined(packed_columns(2), packed_columns(2, window=1), window_rows=9), (1, 0)),
+    "a window is left out": (joined(packed_columns(2), packed_columns(2, window=2), window_rows=2), (2, 0)),
+    "a window begins in its middle": (joined(packed_columns(2), packed_columns(2, window=1, first=1), window_rows=2), (1, 1)),
+}
+
+
+@pytest.mark.parametrize("before", [0, 4])  # rows: in the first step of this process, or in a later one
+@pytest.mark.parametrize(("rows", "place"), WRONG.values(), ids=WRONG.keys())
+def test_every_steps_place_is_checked(rows: PackedRows, place: tuple[int, int], before: int) -> None:
+    window, row = place
+    shifted = replace(rows, facts=[fact._replace(row=fact.row + before * (fact.window == 0)) for fact in rows.facts])
+    at = (window, row + before * (window == 0))
+    words = f"step {1 + (before > 0)}: the stream is at (window, row) {at} where {(0, 2 + before)} comes next"
+    with pytest.raises(TrainingError, match=re.escape(words)):
+        run(PlainEngine(), iter([packed_rows(4)] * (before > 0) + [shifted]), State(), course())
+
+
+def test_windows_without_rows_are_passed_over() -> None:
+    asked: list[int] = []
+
+    def is_empty(window: int) -> bool:
+        asked.append(window)
+        return window in (0, 2, 3)
+
+    steps = [joined(packed_columns(4, window=1), window_rows=4), joined(packed_columns(4, window=4), window_rows=4)]
+    more: dict[str, Any] = {"record": lambda _: None, "save": lambda _: None, "validate": lambda: None}
+    end = train_loop(PlainEngine(), iter(steps), State(), course(steps=2), peers=Peers(), is_empty=is_empty, **more)
+    assert (end.window, end.row, end.window_rows, asked) == (4, 4, 4, [0, 2, 3])
+
+
+def test_examples_are_of_their_rows_window() -> None:
     columns = packed_columns(4)
     columns["window"] = [3] * 4
-    end, _, _ = run(PlainEngine(), iter([PackedRows.of(columns)]), State(step=4, window=2, row=9), course(steps=5))
-    assert (end.window, end.row) == (3, 4)
+    with pytest.raises(TrainingError, match="row 0 of window 3 holds the plan's position 0, which is of window 0"):
+        run(PlainEngine(), iter([PackedRows.of(columns)]), State(window=3), course())
 
 
 def test_a_stream_that_ends_early() -> None:

@@ -34,6 +34,7 @@ WINDOWS_TOGETHER = 4  # travel as one object: each one costs Ray a twentieth of 
 _TYPES = {
     "window": pa.int64(),
     "row": pa.int32(),
+    "window_rows": pa.int32(),
     "examples": pa.list_(pa.int64()),
     "example_tasks": pa.list_(pa.int32()),
     "example_targets": pa.list_(pa.int32()),

@@ -30,6 +30,7 @@ Where the recipe names classes of mixed-quality data (`data.qualities`), there i
 For all of them, where a pair counts as one example:
 
     window, row      int64, int32       where the row stands in the stream
+    window_rows      int32              how many rows its window has
     examples         int64 (any,)       the plan's positions of its examples, in row order
     example_tasks    int32 (any,)       their tasks' numbers in `Corpus.tasks`
     example_targets  int32 (any,)       their tokens that are trained on
@@ -181,6 +182,7 @@ class WindowRenderer:
         columns |= {name: _ragged([part.reshape(-1) for part in parts]) for name, parts in cut.items()}
         columns["window"] = np.full(len(rows), window, np.int64)
         columns["row"] = np.arange(len(rows), dtype=np.int32)
+        columns["window_rows"] = np.full(len(rows), len(rows), np.int32)
         columns["dropped"] = np.full(len(rows), "", object)
         if counts and rows:
             columns["dropped"][0] = json.dumps({task: dict(counts[task]) for task in sorted(counts)})

@@ -25,6 +25,7 @@ class RowFacts(NamedTuple):
     tasks: list[int]  # number of each example's task
     targets: list[int]  # target tokens of each example
     dropped: dict[str, dict[str, int]]  # of the whole window, on its first row: task → reason → count
+    window_rows: int | None = None  # rows of the whole window; None where every window has as many
 
 
 class Micro(NamedTuple):
@@ -87,6 +88,8 @@ class PackedRows:
             RowFacts(int(window), int(row), _ints(examples), _ints(tasks), _ints(targets), json.loads(dropped) if dropped else {})
             for window, row, examples, tasks, targets, dropped in zip(*(columns[name] for name in names), strict=True)
         ]
+        if "window_rows" in columns:
+            facts = [fact._replace(window_rows=int(rows)) for fact, rows in zip(facts, columns["window_rows"], strict=True)]
         ragged = {"weights": "example_weights"} | {name: name for name in ("reference", "advantages", "rewards")}
         more: dict[str, Any] = {
             name: [np.asarray(row) for row in columns[column]] for name, column in ragged.items() if column in columns

@@ -199,7 +199,10 @@ def _remove(folder: Folder) -> None:
 
 
 def _delete(place: Folder) -> None:
-    """Deletes a file or a folder if that is possible; what is left, such as NFS's `.nfs…` of an open file, the next `sweep` takes."""
+    """Deletes a file or a folder, if that is possible.
+
+    What is left, such as the `.nfs…` that NFS makes of a file that somebody has open, the next `sweep` takes.
+    """
     try:
         place.delete()
     except (OSError, StorageError) as error:

@@ -15,7 +15,7 @@ import math
 import os
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from unittest.mock import patch
 
@@ -34,6 +34,7 @@ from apprentice.train.pieces import Piece
 from apprentice.train.state import StepOutcome
 
 WEIGHT = "weight"
+SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # what DeepSpeed's loss scaler goes on from
 
 
 class DeepSpeedEngine:
@@ -131,6 +132,8 @@ class DeepSpeedEngine:
 
         They are read from the engine's own tensors, so a step changes those that are not copied.
         """
+        if self._steps_made() == 0:  # every float16 step so far overflowed and was left out
+            self._begin_optimizer_state(0)
         self._link_optimizer_state()
         found = []
         for name, parameter in self._parameters.items():
@@ -157,10 +160,25 @@ class DeepSpeedEngine:
         address = held.lp_fragment_address
         return address.start, address.numel, lambda: held.get_hp_fragment(moment)
 
-    def restore(self, read: Callable[[str], Tensor], steps: int) -> None:
-        """Puts back a state: `read(key)` gives a whole tensor, `steps` is how many optimizer steps were made."""
+    def loss_scaling(self) -> dict[str, float] | None:
+        """Of float16, what scales the loss, and `steps`, how many were not left out; None for what needs no scale."""
+        if not self._scales_loss:
+            return None
+        scaler = self._engine.optimizer.loss_scaler
+        return {name: getattr(scaler, name) for name in SCALER if hasattr(scaler, name)} | {"steps": self._steps_made()}
+
+    def restore(self, read: Callable[[str], Tensor], steps: int, scaling: Mapping[str, float] | None = None) -> None:
+        """Puts back a state: `read(key)` gives a whole tensor, `steps` is how many optimizer steps were made.
+
+        `scaling` is what `loss_scaling` gave; without it the loss is scaled as at the beginning.
+        """
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
+        if scaling is not None and self._scales_loss:
+            steps = int(scaling["steps"])
+            for name in SCALER:
+                if name in scaling:
+                    setattr(self._engine.optimizer.loss_scaler, name, scaling[name])
         self._begin_optimizer_state(steps)
         sharded = self._engine.zero_optimization()
         for name, parameter in self._parameters.items():
@@ -180,10 +198,18 @@ class DeepSpeedEngine:
         state: dict[str, Tensor] = self._engine.optimizer.state[parameter]
         return state
 
+    def _inner_optimizer(self) -> torch.optim.Optimizer:
+        zero: Any = self._engine.optimizer
+        inner: torch.optim.Optimizer = zero.optimizer if self._engine.zero_optimization() else zero
+        return inner
+
+    def _steps_made(self) -> int:
+        """As the optimizer counts them."""
+        return max((int(state["step"]) for state in self._inner_optimizer().state.values() if "step" in state), default=0)
+
     def _begin_optimizer_state(self, steps: int) -> None:
         """An optimizer makes its state in its first step; a restored run needs it before."""
-        zero: Any = self._engine.optimizer
-        inner = zero.optimizer if self._engine.zero_optimization() else zero
+        inner = self._inner_optimizer()
         for master in self._masters():
             inner.state[master] = {"step": torch.tensor(float(steps), device=master.device)} | {
                 key: master.new_zeros(shape) for key, shape in moments(self._optimizer, master.shape).items()

@@ -181,7 +181,7 @@ def _fit(recipe: Recipe, run: Run, corpus: Corpus, goal: Goal, tracker: Tracker,
     within = validation_rows(corpus, 0 if aside else validation_limit(recipe))
     samples = Samples(corpus.layout, recipe.training.sample_instructions)
     sizes = (_row_length(corpus), corpus.row_bytes)
-    job = Job(recipe, run, goal, mailbox, ray.put(within), *sizes, _shares(corpus), samples, aside)
+    job = Job(recipe, run, goal, mailbox, ray.put(corpus), ray.put(within), *sizes, _shares(corpus), samples, aside)
     trainer = _trainer(job, corpus, _validation(recipe, run, corpus, score).config(mailbox) if aside else None)
     # Ray Train would look for checkpoints that it knew in an earlier call; which one counts is decided by checkpoint.restorable.
     with suppress(OSError):
@@ -209,7 +209,7 @@ def _trainer(job: Job, corpus: Corpus, validation: ValidationConfig | None) -> T
     training = job.recipe.training
     resources = {"CPU": training.resources.cpus} | ({"GPU": training.resources.gpus} if training.resources.gpus else {})
     run, mailbox, aside = job.run, job.mailbox, job.aside  # `job` would have the controller import all that this file does
-    held = ray.put(corpus)
+    held = job.corpus
     submitted = is_job()
 
     def build() -> Any:

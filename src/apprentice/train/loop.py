@@ -49,6 +49,7 @@ class Course:
     checkpoint_every: int  # steps
     window: int  # positions of the plan
     shares: Mapping[int, float] = field(default_factory=dict)  # of the examples, that each task (by number) was meant to have
+    window_rows: int | None = None  # packed rows of every window, where all have as many
     utilisation: float | None = None  # of the devices' peak, for each token a second; None where the peak is not known
 
 
@@ -83,25 +84,23 @@ def train_loop(
     validate: Callable[[], float | None],
     wanted: Callable[[], bool] = lambda: False,
     aside: Callable[[State], None] = lambda state: None,
+    is_empty: Callable[[int], bool] = lambda window: False,
 ) -> State:
     """Trains from `state` to the goal; every batch is this worker's part of one step.
 
     `record` gets each finished step (on every worker), `save` the state at each checkpoint and at the end, after `validate` gave
     the validation loss. `settle` follows a step before which `written` was true on every worker: the checkpoint is there. Where
     `wanted` is true on some worker, a checkpoint follows at once, without validation; `aside` is called after each step. What
-    these take is no part of a step's time. Raises `TrainingError` if the loss is no number, the stream ends early, or does not
-    begin where `state` says.
+    these take is no part of a step's time. `is_empty` is asked whether a window has no rows at all, where the stream has none.
+    Raises `TrainingError` if the loss is no number, the stream ends early, or a step's rows are not the next ones of the plan.
     """
     clock = _Clock()
-    start: tuple[int, int] | None = (state.window, state.row)
     good = state.step  # of the newest checkpoint
     while course.goal.reached(state) < 1.0:
         rows = _next_rows(batches, state)
         clock.data_came()
         step = _put_together(rows, wanted(), written(), peers)
-        if start is not None:
-            _check_begin(step, start)
-            start = None
+        _check_place(step, state, course, is_empty)
         outcome, rate = _one_step(engine, rows, step, state, course, peers)
         clock.step_done(step.tokens)
         record(_recorded(state, step, outcome, course, peers) | {"learning_rate": rate, **clock.figures(course, state)})
@@ -178,13 +177,24 @@ def _put_together(rows: PackedRows, wanted: bool, written: bool, peers: Peers) -
     return _Step(facts, sum(tokens), sum(targets), sum(counted), any(wishes), all(saves))
 
 
-def _check_begin(step: _Step, start: tuple[int, int]) -> None:
-    """The stream begins at `start`, or with the window after it if that window has no further row."""
-    begin = (step.rows[0].window, step.rows[0].row)
-    if begin != start and not (begin[1] == 0 and begin[0] > start[0]):
-        raise TrainingError(
-            f"the stream begins at (window, row) {begin}, not at {start} as the checkpoint says; restore its index."
-        )
+def _check_place(step: _Step, state: State, course: Course, is_empty: Callable[[int], bool]) -> None:
+    """The rows of a step are the next ones of the plan: each follows the one before it, and holds examples of its window."""
+    window, row, rows = state.window, state.row, course.window_rows or state.window_rows
+    for fact in step.rows:
+        if (fact.window, fact.row) != (window, row):
+            ended = row in (0, rows) or rows is None  # not known of a checkpoint of an earlier version
+            between = range(window + (row > 0), fact.window)
+            if fact.row > 0 or fact.window <= window or not ended or not all(map(is_empty, between)):
+                raise TrainingError(
+                    f"step {state.step + 1}: the stream is at (window, row) {(fact.window, fact.row)} where {(window, row)} comes"
+                    " next; restore the index that the run was made with, or report this as a defect of the data pipeline."
+                )
+        if strange := [position for position in fact.examples if position // course.window != fact.window]:
+            raise TrainingError(
+                f"step {state.step + 1}: row {fact.row} of window {fact.window} holds the plan's position {strange[0]}, which is"
+                f" of window {strange[0] // course.window}; this is a defect of the data pipeline."
+            )
+        window, row, rows = fact.window, fact.row + 1, course.window_rows or fact.window_rows
 
 
 def _advance(state: State, step: _Step, window: int, loss: float) -> None:
@@ -194,6 +204,7 @@ def _advance(state: State, step: _Step, window: int, loss: float) -> None:
     state.positions += sum(len(row.examples) for row in step.rows if row.window == last)
     state.step += 1
     state.window, state.row = step.rows[-1].window, step.rows[-1].row + 1
+    state.window_rows = step.rows[-1].window_rows
     state.tokens += step.tokens
     state.target_tokens += step.targets
     state.loss = loss

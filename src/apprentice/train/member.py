@@ -43,6 +43,7 @@ class Job:
     run: Run
     goal: Goal
     mailbox: Any
+    corpus: Any  # reference to it
     validation: Any  # reference to the packed validation rows
     length: int  # tokens of a packed row, of both sides
     row_bytes: int  # of a packed row's arrays
@@ -75,12 +76,14 @@ def work(job: Job) -> None:
 
     try:
         rows = _rows(training, context.get_world_size())
+        from apprentice.data.pipeline import render_window
         from apprentice.train.worker import run_worker  # the code of all models: it comes while the stream of rows starts up
 
         validation = PackedRows.of(ray.get(job.validation))
         device = ray.train.torch.get_device()
         given = (job.recipe, job.run, job.goal, restored, rows, validation, job.length)
         told: dict[str, Any] = {"tell": tell, "register": register, "wanted": pulse.checkpoint_wanted}
+        told["is_empty"] = lambda window: len(render_window(ray.get(job.corpus), window)["row"]) == 0
         told |= {"shares": job.shares, "samples": job.samples, "validated_aside": job.aside}
         run_worker(*given, device=device, **told)
     except Exception as error:

@@ -34,6 +34,8 @@ class State:
     loss: float = 0.0  # of the last step
     validation_loss: float | None = None  # at the last checkpoint
     ledger: Ledger = field(default_factory=Ledger)
+    loss_scaling: dict[str, float] | None = None  # of float16, where the engine goes on from
+    window_rows: int | None = None  # of `window`; not known where no row of it was trained on, or by an earlier version
 
     def to_json(self) -> dict[str, Any]:
         return {**vars(self), "ledger": self.ledger.to_json()}

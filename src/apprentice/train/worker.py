@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -54,13 +54,15 @@ def run_worker(
     wanted: Callable[[], bool] = lambda: False,
     samples: Samples | None = None,
     validated_aside: bool = False,
+    is_empty: Callable[[int], bool] = lambda window: False,
 ) -> State:
     """Trains until `goal`; the state at the end is the same on every worker.
 
     `rows` are this worker's rows of `length` tokens, of one step after the other. `tell` is called on the first worker with every
     record; `register` on every worker after each checkpoint, with the checkpoint on the first worker, None on the others.
     `shares` are what each task, by number, was meant to have of the examples; `wanted` says whether a checkpoint should come now;
-    `samples` are asked every `training.sample_every_steps`; `validated_aside` marks checkpoints whose validation loss comes later.
+    `samples` are asked every `training.sample_every_steps`; `validated_aside` marks checkpoints whose validation loss comes later;
+    `is_empty` says whether a window of the plan has no rows.
     """
     peers = Peers()
     training = recipe.training
@@ -69,34 +71,45 @@ def run_worker(
     state = State() if restored is None else replace(restored.state)
     engine, watch = _set_up(recipe, restored, length, device=device, peers=peers)
     facts = {"dtype": str(watch.dtype).removeprefix("torch."), "tuning": recipe.tuning.method, checkpoints.AWAITED: validated_aside}
-    record = tell if peers.rank == 0 else _unheard
-
-    def note(now: State, **figures: Any) -> None:
-        record({"step": now.step, "steps": goal.expected_steps(now), **figures})
-
-    def validate() -> float | None:
-        if (loss := validation_loss(engine, validation, engine.micro, peers)) is not None:
-            note(state, validation_loss=loss)
-        return loss
-
-    note(state, message=_told(recipe, engine, str(facts["dtype"])))
-    saver = Saver(run.checkpoints, training.checkpoint.keep, facts, peers=peers, tell=note, register=register)
+    calls = _Calls(engine, goal, tell if peers.rank == 0 else _unheard, validation, peers)
+    calls.note(state, message=_told(recipe, engine, str(facts["dtype"])))
+    saver = Saver(run.checkpoints, training.checkpoint.keep, facts, peers=peers, tell=calls.note, register=register)
 
     def save(now: State) -> None:
+        now.loss_scaling = engine.loss_scaling()
         saver.save(now, engine.pieces(), last=goal.reached(now) == 1.0)
 
     def aside(now: State) -> None:
         if samples is not None and training.sample_every_steps and now.step % training.sample_every_steps == 0:
-            note(now, samples=samples.taken(engine.likeliest))
+            calls.note(now, samples=samples.taken(engine.likeliest))
 
     with watch.explained(), closing(saver):
-        saving = {"save": save, "written": saver.written, "settle": saver.settle}
-        outside: dict[str, Any] = {"record": record, "validate": validate, "wanted": wanted, "aside": aside, **saving}
+        saving = {"save": save, "written": saver.written, "settle": saver.settle, "aside": aside}
+        outside: dict[str, Any] = {"record": calls.record, "wanted": wanted, "is_empty": is_empty, **saving}
         course = _course(recipe, goal, engine.micro, shares or {}, _utilisation(device, watch, peers.workers))
-        state = train_loop(engine, rows, state, course, peers=peers, **outside)
+        state = train_loop(engine, rows, state, course, peers=peers, validate=lambda: calls.validate(state), **outside)
         peak = max(peers.gather(peak_memory(device)))
-        note(state, memory={"peak": peak, "micro": engine.micro, "trained": engine.trained[0], "workers": peers.workers})
+        calls.note(state, memory={"peak": peak, "micro": engine.micro, "trained": engine.trained[0], "workers": peers.workers})
         return state
+
+
+@dataclass(frozen=True)
+class _Calls:
+    """What the loop tells of a run, on one worker."""
+
+    engine: DeepSpeedEngine
+    goal: Goal
+    record: Callable[[dict[str, Any]], None]
+    validation: PackedRows
+    peers: Peers
+
+    def note(self, now: State, **figures: Any) -> None:
+        self.record({"step": now.step, "steps": self.goal.expected_steps(now), **figures})
+
+    def validate(self, now: State) -> float | None:
+        if (loss := validation_loss(self.engine, self.validation, self.engine.micro, self.peers)) is not None:
+            self.note(now, validation_loss=loss)
+        return loss
 
 
 def _set_up(
@@ -119,7 +132,9 @@ def _set_up(
 
 def _course(recipe: Recipe, goal: Goal, micro: int, shares: Mapping[int, float], part: float | None) -> Course:
     training = recipe.training
-    return Course(recipe.seed, goal, training.optimizer, micro, training.checkpoint.every_steps, recipe.data.window, shares, part)
+    rows = recipe.round.rows if training.aim.rounds else None
+    every, window = training.checkpoint.every_steps, recipe.data.window
+    return Course(recipe.seed, goal, training.optimizer, micro, every, window, shares, rows, part)
 
 
 def _utilisation(device: torch.device, watch: Watch, workers: int) -> float | None:
@@ -191,7 +206,7 @@ def build_engine(
     with checkpoints.tensors_of(restored) as read:
         load_trainable(wrapped, {name: read(f"{WEIGHT}/{name}") for name in trainable(wrapped)})
         engine = DeepSpeedEngine(wrapped, recipe.training, **settings)
-        engine.restore(read, restored.state.step)
+        engine.restore(read, restored.state.step, restored.state.loss_scaling)
     return engine
 
 
