@@ -15,7 +15,6 @@ import asyncio
 import contextlib
 import json
 import os
-import re
 import shutil
 import tempfile
 import time
@@ -173,7 +172,7 @@ async def killed(url: str) -> tuple[float, dict[str, int]]:
     until = time.monotonic() + 60
     asking = [asyncio.create_task(ask(url, number, until, ended, answered)) for number in range(FEW)]
     await asyncio.sleep(3.0)
-    (replica,) = set(re.findall(r'replica="(\w+)"', await asyncio.to_thread(text_of, f"{url}/metrics")))
+    replica = json.loads(await asyncio.to_thread(text_of, f"{url}/stats"))["replica"]
     ray.kill(ray.get_actor(f"SERVE_REPLICA::{APP_NAME}#apprentice#{replica}", namespace="serve"))
     died = time.monotonic()
     while not any(when > died + 0.5 for when in answered) and time.monotonic() < until:  # what was on its way is no new answer

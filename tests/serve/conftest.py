@@ -5,6 +5,8 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ import torch
 from apprentice.data.contract import layout_of, make_contract
 from apprentice.models.loading import load_model
 from apprentice.recipe import Recipe, Serving
+from apprentice.serve import metrics
 from apprentice.serve.deployment import Endpoint, start
 from apprentice.serve.replica import Offer
 from apprentice.tokenizer import Tokenizer
@@ -33,6 +36,31 @@ def with_contract(model: Path, folder: Path, layout: str) -> Path:
     )
     make_contract(recipe, layout_of(recipe, Tokenizer(folder)), folder, run="tiny").write(folder)
     return folder
+
+
+class Counted:
+    """What was recorded of the endpoint's metrics, instead of in Ray: the values by metric and tags."""
+
+    def __init__(self) -> None:
+        self.values: dict[tuple[str, frozenset[tuple[str, str]]], list[float]] = {}
+
+    def kind(self, name: str, *_: Any) -> Any:
+        def record(value: float = 1.0, tags: dict[str, str] | None = None) -> None:
+            self.values.setdefault((name, frozenset((tags or {}).items())), []).append(value)
+
+        return SimpleNamespace(inc=record, set=record, observe=record)
+
+    def __call__(self, name: str, **tags: str) -> int:
+        """How often it was recorded."""
+        return len(self.values.get((name, frozenset(tags.items())), []))
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> Counted:
+    found = Counted()
+    for kind in ("Counter", "Gauge", "Histogram"):
+        monkeypatch.setattr(metrics.metrics, kind, found.kind)
+    return found
 
 
 @pytest.fixture(scope="session")

@@ -57,7 +57,7 @@ class Scripted:
         self.fails = fails
         self.failure = failure or EngineFailed("out of memory")
         self.asked: list[Request] = []
-        self.open = 0
+        self.open = self.most = 0
         self.closed = False
 
     context = 100
@@ -73,7 +73,10 @@ class Scripted:
         if not self.ids:
             raise Overloaded
         self.asked += requests
+        if self.open + len(requests) > self.capacity:
+            raise Overloaded
         self.open += len(requests)
+        self.most = max(self.most, self.open)
         return [Spoken(self, self.scores(request) if self.prompt_scores else ()) for request in requests]
 
     def scores(self, request: Request) -> tuple[Score, ...]:

@@ -29,6 +29,7 @@ from apprentice.serve.keys import Keys, new_key
 from apprentice.serve.transformers_engine import TransformersEngine
 from apprentice.storage import Folder
 from tests.models.adapters import merged, random_lora
+from tests.serve.conftest import Counted
 
 pytestmark = pytest.mark.asyncio
 ASKED = {"instruction": "Is this the film?", "max_tokens": 8, "ignore_eos": True, "return_token_ids": True}
@@ -85,7 +86,7 @@ async def ids(http: httpx.AsyncClient, model: str | None = None) -> list[int]:
     return list(response.json()["choices"][0]["token_ids"])
 
 
-async def test_model_names_an_adapter(engine: TransformersEngine, chat_model: Path, folder: Path) -> None:
+async def test_model_names_an_adapter(engine: TransformersEngine, chat_model: Path, folder: Path, counted: Counted) -> None:
     async with client(served(engine, chat_model, folder)) as http:
         listed = (await http.get("/v1/models")).json()["data"]
         assert [(model["id"], model.get("parent")) for model in listed] == [
@@ -104,8 +105,7 @@ async def test_model_names_an_adapter(engine: TransformersEngine, chat_model: Pa
         # Each is spoken to as it was trained.
         layouts = [(await http.get("/v1/contract", params={"model": name})).json()["layout"] for name in ("base", "a", "run")]
         assert layouts == ["chat", "chat", "plain"]
-        metrics = (await http.get("/metrics")).text
-    assert 'apprentice_requests_total{model="a",replica="",status="200"} 4.0' in metrics
+        assert counted("apprentice_requests", model="a", status="200") == 4
     assert len({tuple(reply) for reply in together}) == 4
 
 
@@ -208,7 +208,6 @@ async def test_two_models_with_engines_of_their_own(engine: TransformersEngine, 
             while (await http.get("/ready")).status_code != 200:
                 await asyncio.sleep(0.01)
         assert (await http.get("/stats", params={"model": "base"})).json()["requests"] == 2
-        assert 'apprentice_running_requests{model="base",replica=""} 0.0' in (await http.get("/metrics")).text
     other.close()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import re
 import shutil
 import socket
 import time
@@ -13,6 +14,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
+import ray
 import torch
 import yaml
 from ray.serve.schema import ServeDeploySchema
@@ -25,6 +27,7 @@ from apprentice.models.loading import load_model
 from apprentice.recipe import Serving
 from apprentice.serve.deployment import AppArguments, Endpoint, application, check, start
 from apprentice.serve.keys import new_key
+from apprentice.serve.metrics import exported_names
 from apprentice.tasks.loading import library
 from tests.conftest import ROOT
 from tests.models.adapters import merged
@@ -155,6 +158,31 @@ async def test_more_than_running_and_queued_is_status_429(endpoint: Endpoint) ->
     statuses = sorted(response.status_code for response in responses)
     assert statuses.count(200) >= 20  # 16 run and 4 wait; some of the others come when the first have left
     assert set(statuses) == {200, 429}
+
+
+def test_the_endpoints_numbers_are_among_rays_metrics(endpoint: Endpoint) -> None:
+    """Where Prometheus looks, and under the names that the dashboard asks for."""
+    asked = {"prompt": "a", "max_tokens": 3, "ignore_eos": True}
+    for _ in range(2):  # the second finds the first one's prompt in memory
+        assert httpx.post(f"{endpoint.url}/v1/completions", json=asked | {"prompt": "a b c " * 40}, timeout=60).status_code == 200
+    assert httpx.post(f"{endpoint.url}/v1/completions", json=asked | {"n": 100}, timeout=60).status_code == 400
+    [node] = [node for node in ray.nodes() if node["Alive"]]
+    deadline = time.monotonic() + 60
+    found: dict[str, set[str]] = {}
+    while time.monotonic() < deadline:
+        if exported_names() <= found.keys() and len(found["ray_apprentice_requests_total"]) > 1:
+            break
+        time.sleep(0.5)
+        text = httpx.get(f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics").text
+        for line in text.splitlines():
+            if line.startswith("ray_apprentice_") and 'model="tiny"' in line:
+                found.setdefault(line.partition("{")[0], set()).add(line)
+    assert exported_names() <= found.keys()
+    statuses = {status for line in found["ray_apprentice_requests_total"] for status in re.findall(r'status="(\d+)"', line)}
+    assert statuses >= {"200", "400"}
+    replica = httpx.get(f"{endpoint.url}/stats").json()["replica"]
+    assert {f'replica="{replica}"' in line for lines in found.values() for line in lines} == {True}
+    assert httpx.get(f"{endpoint.url}/metrics").status_code == 404  # it would be one replica's alone
 
 
 def test_a_second_endpoint_in_the_same_ray_is_refused(endpoint: Endpoint, chat_model: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -47,8 +46,7 @@ async def outcome(http: httpx.AsyncClient, asked: dict[str, Any]) -> str:
 
 async def answering(http: httpx.AsyncClient) -> set[str]:
     """The replicas that some calls reach."""
-    texts = [(await http.get("/metrics")).text for _ in range(12)]
-    return {name for text in texts for name in re.findall(r'replica="(\w+)"', text)}
+    return {str((await http.get("/stats")).json()["replica"]) for _ in range(12)}
 
 
 async def test_a_rolling_update_fails_no_request(pair: Endpoint, chat_model: Path) -> None:

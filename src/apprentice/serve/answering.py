@@ -6,19 +6,20 @@ Knows nothing of routes, keys or replicas.
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from apprentice.serve.accounts import Account
 from apprentice.serve.catalogue import Model
 from apprentice.serve.constraint import Forms
-from apprentice.serve.engine import EngineFailed, Request
+from apprentice.serve.engine import Request, TokenStream
+from apprentice.serve.outcomes import LEFT, status_of, told
 from apprentice.serve.phrasing import Phrasing
 from apprentice.serve.protocol import (
     LAST_EVENT,
@@ -35,22 +36,18 @@ from apprentice.serve.protocol import (
 from apprentice.serve.replying import Piece, Placed, Reply, side_by_side, usage_of
 from apprentice.serve.scores import of_chat, of_completion
 
-log = logging.getLogger(__name__)
-
-# Told once how a request that the engine took has ended: tokens, the time of the first (`time.perf_counter`), the status.
-OnEnd = Callable[[Usage, float | None, int], None]
+_CHOICES_AT_ONCE = 8  # of one question; however many it has, it takes no more of the engine's places
 
 
 class Answering:
-    """Answers requests as `model`, for at most `timeout_s` seconds each."""
+    """Answers requests as `model`, each until its account's deadline."""
 
-    def __init__(self, model: Model, *, timeout_s: float) -> None:
+    def __init__(self, model: Model) -> None:
         self.phrasing = Phrasing(model.layout, model.engine.context, model.engine.vocabulary)
         self._engine = model.engine
         self._adapter = model.adapter
         self._layout = model.layout
         self._model_name = model.name
-        self._timeout_s = timeout_s
         self._forms = Forms(model.layout)
 
     def requests(self, asked: Asked) -> list[Request]:
@@ -62,14 +59,16 @@ class Answering:
         assert isinstance(asked, CompletionRequest)
         return self.phrasing.completion(asked)
 
-    async def answer(self, asked: Asked, requests: list[Request], on_end: OnEnd | None) -> Response:
-        """The whole answer or its stream, of the `requests` that `asked` has become.
+    async def answer(self, asked: Asked, requests: list[Request], account: Account) -> Response:
+        """The whole answer or its stream, of the `requests` that `asked` has become; closes `account` once the engine took them.
 
         Raises `RequestProblem`, `Overloaded` or `EngineFailed` while the status can say it.
         """
         requests = await self._formed(asked, requests)
-        replies = self._begin(asked, requests)
         prompts = len(requests) // asked.n
+        read = sum(len(request.prompt) for request in requests[:: asked.n])
+        await account.reserve(read + sum(request.max_tokens for request in requests))
+        replies = self._begin(asked, requests, account.deadline)
         pieces = side_by_side(replies)
         first: float | None = None
 
@@ -77,14 +76,15 @@ class Answering:
             await pieces.aclose()
             for reply in replies:
                 reply.stream.close()
-            if on_end is not None:
-                on_end(usage_of(replies, prompts), first, status)
+            account.close(usage_of(replies, prompts), first, status)
 
         try:
             if asked.stream:
                 opening = await anext(pieces)
                 first = time.perf_counter()
-                return _EventStream(self._events(asked, replies, opening, pieces, prompts), lambda: ended(200))
+                ending = _Ending()
+                events = self._events(asked, replies, opening, pieces, prompts, ending)
+                return _EventStream(events, lambda: ended(ending.status))
             gathered = [Piece("", [], []) for _ in replies]
             async with aclosing(pieces):
                 async for reply, piece in pieces:
@@ -92,7 +92,7 @@ class Answering:
                     gathered[reply.index].text += piece.text
                     gathered[reply.index].scores += piece.scores
         except BaseException as error:
-            await ended(503 if isinstance(error, EngineFailed) else 499)
+            await ended(status_of(error))
             raise
         await ended(200)
         bodies = Replies(self._model_name, chat=isinstance(asked, ChatRequest))
@@ -108,8 +108,8 @@ class Answering:
         ]
         return JSONResponse(bodies.whole(choices, usage_of(replies, prompts)))
 
-    async def logprobs(self, prompt: Sequence[int], choices: Sequence[Sequence[int]]) -> list[float]:
-        """Natural log-probability of each of `choices` after `prompt`."""
+    async def logprobs(self, prompt: Sequence[int], choices: Sequence[Sequence[int]], account: Account) -> list[float]:
+        """Natural log-probability of each of `choices` after `prompt`, a few of them at a time; closes `account`."""
         longest = len(prompt) + max(len(ids) for ids in choices)
         if longest >= self._engine.context:
             message = f"prompt and choice have {longest} tokens; the context of {self._engine.context} leaves no room."
@@ -119,16 +119,36 @@ class Answering:
         requests = [
             Request((*prompt, *ids), max_tokens=1, logprobs=0, score_from=len(prompt), stop_ids=frozenset()) for ids in choices
         ]
-        deadline = asyncio.get_running_loop().time() + self._timeout_s
-        streams = self._accept(requests)
-        replies = [
-            Reply(place, stream, self._layout, request, [], deadline, only_prompt=True)
-            for place, (stream, request) in enumerate(zip(streams, requests, strict=True))
-        ]
-        found = [0.0] * len(replies)
-        async with aclosing(side_by_side(replies)) as pieces:
-            async for reply, piece in pieces:
-                found[reply.index] += sum(placed.score.logprob or 0.0 for placed in piece.scores)
+        usage = Usage(len(prompt) + sum(map(len, choices)), 0)
+        await account.reserve(usage.prompt)
+        found = [0.0] * len(requests)
+        at_once = min(_CHOICES_AT_ONCE, self._engine.capacity)
+        opening = self._accept(requests[:at_once])
+        left = iter(range(len(opening), len(requests)))
+
+        async def score(place: int, stream: TokenStream) -> None:
+            while True:
+                reply = Reply(place, stream, self._layout, requests[place], [], account.deadline, only_prompt=True)
+                async with aclosing(reply.pieces()) as pieces:
+                    async for piece in pieces:
+                        found[place] += sum(placed.score.logprob or 0.0 for placed in piece.scores)
+                # What has ended has left its place, and before anybody else can come the next one takes it.
+                following = next(left, None)
+                if following is None:
+                    return
+                place = following
+                (stream,) = self._accept([requests[place]])
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                for place, stream in enumerate(opening):
+                    group.create_task(score(place, stream))
+        except BaseExceptionGroup as errors:
+            raise errors.exceptions[0] from None
+        finally:
+            for stream in opening:
+                stream.close()
+        account.close(usage, None, 200)
         return found
 
     async def _formed(self, asked: Asked, requests: list[Request]) -> list[Request]:
@@ -137,7 +157,7 @@ class Answering:
         grammar = await asyncio.to_thread(self._forms.wanted, asked)
         return [replace(request, constraint=await asyncio.to_thread(self._forms.form, grammar)) for request in requests]
 
-    def _accept(self, requests: list[Request]) -> list[Any]:
+    def _accept(self, requests: list[Request]) -> list[TokenStream]:
         if len(requests) > self._engine.capacity:
             most = self._engine.capacity
             raise RequestProblem(
@@ -147,8 +167,7 @@ class Answering:
             requests = [replace(request, adapter=self._adapter) for request in requests]
         return list(self._engine.generate(requests))
 
-    def _begin(self, asked: Asked, requests: list[Request]) -> list[Reply]:
-        deadline = asyncio.get_running_loop().time() + self._timeout_s
+    def _begin(self, asked: Asked, requests: list[Request], deadline: float) -> list[Reply]:
         echoes = isinstance(asked, CompletionRequest) and asked.echo
         texts = asked.prompts if isinstance(asked, CompletionRequest) and echoes else []
         replies = []
@@ -170,6 +189,7 @@ class Answering:
         opening: tuple[Reply, Piece],
         pieces: AsyncGenerator[tuple[Reply, Piece], None],
         prompts: int,
+        ending: _Ending,
     ) -> AsyncGenerator[str, None]:
         bodies = Replies(self._model_name, chat=isinstance(asked, ChatRequest))
         with_usage = asked.streams_usage
@@ -194,6 +214,7 @@ class Answering:
                 made.append(bodies.chunk(index, "", piece.finish))
             return [event(chunk | empty) for chunk in made]
 
+        status = 200
         try:
             for chunk in chunks(*opening):
                 yield chunk
@@ -202,12 +223,10 @@ class Answering:
                     yield "".join(made)
             if with_usage:
                 yield event(bodies.usage_chunk(usage_of(replies, prompts)))
-        except EngineFailed as failure:
-            yield event(failed(failure).body)
-        except RequestProblem as problem:
-            yield event(problem.body)
         except Exception as error:
-            yield event(fault(error).body)
+            status = status_of(error)
+            yield event(told(error).body)
+        ending.status = status
         yield LAST_EVENT
 
     def _scores(self, asked: Asked, scores: list[Placed]) -> Mapping[str, Any] | None:
@@ -218,6 +237,13 @@ class Answering:
         if isinstance(asked, ChatRequest):
             return of_chat(found, tokenizer)
         return of_completion(found, tokenizer, [placed.at for placed in scores])
+
+
+@dataclass
+class _Ending:
+    """How a stream went: 499 as long as its client has not been sent all."""
+
+    status: int = LEFT
 
 
 class _EventStream(StreamingResponse):
@@ -233,15 +259,3 @@ class _EventStream(StreamingResponse):
         finally:
             await self._events.aclose()
             await self._ended()
-
-
-def fault(error: Exception) -> RequestProblem:
-    """What a client reads where something went wrong that is no answer of ours; the log has it whole."""
-    log.error("a request failed by a fault of ours", exc_info=error)
-    message = f"{type(error).__name__}: this is a fault of the endpoint; its log says more."
-    return RequestProblem(message, status=500, kind="server_error")
-
-
-def failed(failure: EngineFailed) -> RequestProblem:
-    """What a client reads when the engine has stopped."""
-    return RequestProblem(f"the engine has stopped: {failure}.", status=503, kind="server_error", code="engine_failed")

@@ -8,32 +8,24 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import math
 import time
 import uuid
-from collections.abc import Awaitable
-from typing import Protocol
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from apprentice.errors import ServingError
+from apprentice.serve.accounts import Limits, limit_reached
 from apprentice.serve.keys import Key, Keys
+from apprentice.serve.outcomes import told
 from apprentice.serve.protocol import RequestProblem
 
 log = logging.getLogger("apprentice.requests")
 OPEN = ("/", "/health", "/ready", "/docs", "/openapi.json")  # what needs no key, besides the page's files
 _KEY = "apprentice.key"
 BODY_TIMEOUT_S = 30.0  # a body that takes longer is not coming
-
-
-class Limits(Protocol):
-    """A `keys.Limiter`, here or shared among replicas."""
-
-    def admit(self, name: str, requests_per_minute: int | None, tokens_per_minute: int | None) -> Awaitable[float]: ...
-
-    def spend(self, name: str, tokens_per_minute: int, tokens: int) -> None: ...
 
 
 class Gate:
@@ -100,8 +92,8 @@ class Gate:
             if not length.isdecimal() or int(length[:20]) > self._max_body_bytes:
                 raise RequestProblem(f"{self._too_large}.", status=413, code="body_too_large")
             await self._check_key(scope, headers)
-        except RequestProblem as problem:
-            return respond(problem)
+        except Exception as error:
+            return respond(told(error))
         return None
 
     async def _check_key(self, scope: Scope, headers: Headers) -> None:
@@ -109,7 +101,7 @@ class Gate:
         if self._keys is None or path in OPEN or path.startswith("/playground/"):
             return
         kind, _, given = headers.get("authorization", "").partition(" ")
-        key = self._keys.owner(given.strip()) if kind.lower() == "bearer" else None
+        key = self._owner(given.strip()) if kind.lower() == "bearer" else None
         if key is None:
             message = "no valid API key was given; send the header `Authorization: Bearer KEY`."
             raise RequestProblem(message, status=401, code="invalid_api_key")
@@ -118,9 +110,15 @@ class Gate:
             return
         wait = await self._limits.admit(key.name, key.requests_per_minute, key.tokens_per_minute)
         if wait > 0:
-            seconds = math.ceil(wait)
-            message = f"key {key.name!r} has used what it may in a minute; try again in {seconds} s."
-            raise RequestProblem(message, status=429, kind="rate_limit_error", code="rate_limit_exceeded", retry_after_s=seconds)
+            raise limit_reached(key, wait)
+
+    def _owner(self, given: str) -> Key | None:
+        assert self._keys is not None
+        try:
+            return self._keys.owner(given)
+        except ServingError as error:
+            message = "the endpoint cannot read its API keys any more, so it lets nobody in; its log says why."
+            raise RequestProblem(message, status=503, kind="server_error", code="keys_unreadable") from error
 
     def _counted(self, receive: Receive) -> Receive:
         """`receive`, which ends bodies that came without a length and are too long, and those that do not come."""

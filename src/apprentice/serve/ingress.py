@@ -1,4 +1,4 @@
-"""The HTTP routes over the models of a catalogue: OpenAI's, our own, health, metrics, and the page at `/`.
+"""The HTTP routes over the models of a catalogue: OpenAI's, our own, health, and the page at `/`.
 
 A plain ASGI application: any server runs it, Ray Serve among them. Knows nothing of replicas or models.
 """
@@ -15,21 +15,23 @@ from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 from fastapi import FastAPI
-from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from fastapi.responses import JSONResponse, Response
 from starlette.requests import Request as HttpRequest
 from starlette.types import ASGIApp
 
 from apprentice import __version__
 from apprentice.errors import did_you_mean
 from apprentice.recipe import Serving
+from apprentice.serve.accounts import Account, Limits
 from apprentice.serve.answering import Answering
 from apprentice.serve.appointments import Appointments
 from apprentice.serve.body import CheckedRoute, beside_loop_if_large
 from apprentice.serve.catalogue import Catalogue, Lease, Model
 from apprentice.serve.engine import EngineFailed, Overloaded, Request
-from apprentice.serve.gate import BODY_TIMEOUT_S, Gate, Limits, key_of
+from apprentice.serve.gate import BODY_TIMEOUT_S, Gate, key_of
 from apprentice.serve.keys import Keys
-from apprentice.serve.metrics import Metrics
+from apprentice.serve.metrics import SAMPLE_S, Metrics
+from apprentice.serve.outcomes import status_of
 from apprentice.serve.pages import serve_pages
 from apprentice.serve.protocol import (
     Asked,
@@ -63,7 +65,7 @@ def build_app(
     `keys` None lets everybody in; `limits` counts what keys use. `behind_proxy`: Ray Serve's.
     """
     serving = serving or Serving()
-    door = _Door(catalogue, serving, limits, Metrics(catalogue.engines, replica))
+    door = _Door(catalogue, serving, limits, replica)
     return Gate(
         _routes(door, tasks),
         keys=keys,
@@ -78,13 +80,16 @@ def describe_api() -> dict[str, Any]:
     """The endpoint's OpenAPI description; no model is loaded for it."""
     # Routes ask the catalogue for something only when they are called.
     nothing = cast(Any, SimpleNamespace(engines={}))
-    return _routes(_Door(nothing, Serving(), None, Metrics({}, "")), ()).openapi()
+    return _routes(_Door(nothing, Serving(), None, ""), ()).openapi()
 
 
 def _routes(door: _Door, tasks: Sequence[Task]) -> FastAPI:
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncGenerator[None, None]:
+        sampling = asyncio.create_task(door.sample())
         yield
+        sampling.cancel()
+        await asyncio.gather(sampling, return_exceptions=True)
         for engine in door.engines.values():
             engine.close()
 
@@ -101,16 +106,23 @@ def _routes(door: _Door, tasks: Sequence[Task]) -> FastAPI:
 class _Door:
     """What the routes share."""
 
-    def __init__(self, catalogue: Catalogue, serving: Serving, limits: Limits | None, metrics: Metrics) -> None:
+    def __init__(self, catalogue: Catalogue, serving: Serving, limits: Limits | None, replica: str) -> None:
         self.catalogue = catalogue
         self.engines = catalogue.engines
-        self.metrics = metrics
+        self.metrics = Metrics(catalogue.engines)
+        self.replica = replica
         self.appointments = Appointments()
         self._timeout_s = serving.request_timeout_s
         self._created = int(time.time())
         self._limits = limits
         self._known: WeakKeyDictionary[Model, Answering] = WeakKeyDictionary()
         self._answers: asyncio.Task[None] | None = None
+
+    async def sample(self) -> None:
+        """Keeps the gauges at where the engines stand, until it is cancelled."""
+        while True:
+            self.metrics.sample()
+            await asyncio.sleep(SAMPLE_S)
 
     def shown(self, name: str) -> dict[str, Any]:
         """A model as OpenAI's clients list it; an adapter's says what it is over."""
@@ -119,7 +131,7 @@ class _Door:
 
     def answering(self, model: Model) -> Answering:
         if model not in self._known:
-            self._known[model] = Answering(model, timeout_s=self._timeout_s)
+            self._known[model] = Answering(model)
         return self._known[model]
 
     async def take(self, http: HttpRequest, name: str | None) -> Lease:
@@ -135,28 +147,45 @@ class _Door:
         key = key_of(http.scope)
         return key is None or key.may_use(name)
 
-    async def answer(self, http: HttpRequest, asked: Asked) -> Response:
+    @asynccontextmanager
+    async def accounted(self, http: HttpRequest, name: str | None) -> AsyncGenerator[tuple[Model, Account], None]:
+        """The model and an account for one request; what raises closes it, what answers must."""
         began = time.perf_counter()
-        key = key_of(http.scope)
-        lease = await self.take(http, asked.model)
+        deadline = asyncio.get_running_loop().time() + self._timeout_s
+        try:
+            lease = await self._taken_by(deadline, http, name)
+        except (Overloaded, RequestProblem) as error:
+            if status_of(error) not in (403, 404):  # else anybody could make up names to be counted
+                self.metrics.ended(name or self.catalogue.default.name, status_of(error), began, None, None)
+            raise
         model = lease.model
 
-        def on_end(usage: Usage, first: float | None, status: int) -> None:
+        def on_close(usage: Usage | None, first: float | None, status: int) -> None:
             lease.release()
-            self.appointments.ended()
+            if usage is not None:
+                self.appointments.ended()
             self.metrics.ended(model.name, status, began, first, usage)
-            if self._limits is not None and key is not None and key.tokens_per_minute is not None:
-                self._limits.spend(key.name, key.tokens_per_minute, usage.prompt + usage.completion)
 
+        account = Account(deadline, self._limits, key_of(http.scope), on_close)
         try:
+            yield model, account
+        except BaseException as error:
+            account.close(None, None, status_of(error))
+            raise
+
+    async def _taken_by(self, deadline: float, http: HttpRequest, name: str | None) -> Lease:
+        try:
+            async with asyncio.timeout_at(deadline):
+                return await self.take(http, name)
+        except TimeoutError as error:
+            message = f"the model {name!r} had no place in memory in the time that this endpoint gives a request; try again."
+            raise RequestProblem(message, status=504, kind="server_error", code="request_timeout") from error
+
+    async def answer(self, http: HttpRequest, asked: Asked) -> Response:
+        async with self.accounted(http, asked.model) as (model, account):
             answering = self.answering(model)
             requests = await beside_loop_if_large(http, answering.requests, asked)
-            return await answering.answer(asked, requests, on_end)
-        except BaseException as error:
-            lease.release()
-            if isinstance(error, Overloaded | RequestProblem):
-                self.metrics.ended(model.name, 429 if isinstance(error, Overloaded) else error.status, began, None, None)
-            raise
+            return await answering.answer(asked, requests, account)
 
     async def has_answered(self) -> bool:
         """True once each engine has produced a token; the first call asks for one."""
@@ -239,8 +268,8 @@ def _serve_ours(app: FastAPI, door: _Door, tasks: dict[str, Task]) -> None:
 
     @app.post("/v1/tasks/{name}")
     async def ask_task(http: HttpRequest, name: str, asked: TaskRequest) -> dict[str, Any]:
-        with await door.take(http, asked.model) as model:
-            return await answered(task_named(name), asked, model.layout, door.answering(model))
+        async with door.accounted(http, asked.model) as (model, account):
+            return await answered(task_named(name), asked, model.layout, door.answering(model), account)
 
 
 def _serve_state(app: FastAPI, door: _Door) -> None:
@@ -263,8 +292,4 @@ def _serve_state(app: FastAPI, door: _Door) -> None:
     @app.get("/stats")
     async def stats(http: HttpRequest, model: str | None = None) -> dict[str, Any]:
         with await door.take(http, model) as chosen:
-            return chosen.engine.stats()._asdict()
-
-    @app.get("/metrics")
-    async def metrics() -> Response:
-        return PlainTextResponse(door.metrics.text(), media_type="text/plain; version=0.0.4")
+            return {"replica": door.replica, **chosen.engine.stats()._asdict()}

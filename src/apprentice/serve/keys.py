@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import ipaddress
+import logging
 import os
 import secrets
 import time
@@ -29,6 +30,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from apprentice.errors import ServingError
 
+log = logging.getLogger(__name__)
+REFRESH_S = 5.0  # how often the keys file is looked at
+GRACE_S = 60.0  # for so long keys are taken that stood in it before it became unreadable
 KEYS_FILE = "APPRENTICE_API_KEYS_FILE"  # environment variable with the path of the keys file
 _PREFIX = "sk-apprentice-"
 
@@ -57,18 +61,28 @@ class _File(BaseModel):
 
 
 class Keys:
-    """The keys in `file`, read again when the file changes. Raises `ServingError` for a file that cannot be used."""
+    """The keys in `file`, read again when the file changes. Raises `ServingError` for a file that cannot be used.
 
-    def __init__(self, file: Path) -> None:
+    A file that is half-written or gone for a moment changes nothing. One that stays unreadable lets nobody in after `GRACE_S`
+    seconds: it may have been changed to revoke a key. `clock` gives seconds.
+    """
+
+    def __init__(self, file: Path, clock: Callable[[], float] = time.monotonic) -> None:
         self._file = file
-        self._read_at = 0.0
-        self._stamp = 0
+        self._clock = clock
+        self._looked_at = clock()
+        self._unreadable: tuple[float, str] | None = None  # since when, and why
         self.all = self._read()
 
     def owner(self, given: str) -> Key | None:
-        """The entry of the key `given`, compared with every entry in the same time; None if it is nobody's."""
-        if time.monotonic() - self._read_at > 5.0:
+        """The entry of the key `given`, compared with every entry in the same time; None if it is nobody's.
+
+        Raises `ServingError` where the file has been unreadable for too long.
+        """
+        if self._clock() - self._looked_at > REFRESH_S:
             self._refresh()
+        if self._unreadable is not None and self._clock() - self._unreadable[0] > GRACE_S:
+            raise ServingError(self._unreadable[1])
         digest = hashlib.sha256(given.encode(errors="replace")).hexdigest()
         found = None
         for key in self.all:
@@ -77,17 +91,25 @@ class Keys:
         return found
 
     def _refresh(self) -> None:
-        self._read_at = time.monotonic()
+        self._looked_at = self._clock()
         try:
-            if self._file.stat().st_mtime_ns != self._stamp:
+            if self._stamp_now() != self._stamp:
                 self.all = self._read()
-        except (OSError, ServingError):
-            return  # half-written or gone for a moment: the keys that were good stay good
+                log.info("the keys file was read again: %d keys", len(self.all))
+            self._unreadable = None
+        except (OSError, ServingError) as error:
+            if self._unreadable is None or self._unreadable[1] != str(error):
+                log.error("%s The keys as they were are taken for %g s, then none is.", error, GRACE_S)
+            self._unreadable = (self._unreadable[0] if self._unreadable else self._clock(), str(error))
+
+    def _stamp_now(self) -> tuple[int, int, int]:
+        """Another one when the file is: a copy may keep its time, and a secret of Kubernetes is exchanged as a link."""
+        now = self._file.stat()
+        return now.st_mtime_ns, now.st_size, now.st_ino
 
     def _read(self) -> tuple[Key, ...]:
-        self._read_at = time.monotonic()
         try:
-            stamp = self._file.stat().st_mtime_ns
+            stamp = self._stamp_now()
             found = _File.model_validate(yaml.safe_load(self._file.read_text()))
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise ServingError(
@@ -115,7 +137,8 @@ def new_key(name: str) -> tuple[str, str]:
 class Limiter:
     """Requests and tokens of each key in a minute, as buckets that fill evenly; `clock` gives seconds.
 
-    A request is let in while both of its key's buckets hold something; what it used in tokens is taken out when it has ended.
+    A request is let in while both of its key's buckets hold something. Before it runs, all the tokens that it may come to use are
+    taken out; when it has ended, those that it did not use come back. So many at once cannot use more than there is.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -132,9 +155,20 @@ class Limiter:
             self._take(name, "requests", requests_per_minute, 1.0)
         return 0.0
 
-    def spend(self, name: str, tokens_per_minute: int, tokens: int) -> None:
-        """Takes what a request used, even below nothing: the key then waits until it is made up."""
-        self._take(name, "tokens", tokens_per_minute, tokens)
+    def reserve(self, name: str, tokens_per_minute: int, tokens: int) -> float:
+        """0 if the bucket held `tokens`, which are taken now, else the seconds until it does.
+
+        A request that may use more than a minute's tokens waits for a full bucket, and takes all of it.
+        """
+        needed = min(tokens, tokens_per_minute)
+        if (wait := (needed - self._left(name, "tokens", tokens_per_minute)) * 60.0 / tokens_per_minute) > 0:
+            return wait
+        self._take(name, "tokens", tokens_per_minute, needed)
+        return 0.0
+
+    def settle(self, name: str, tokens_per_minute: int, reserved: int, used: int) -> None:
+        """A request of `reserved` tokens has ended and `used` so many."""
+        self._take(name, "tokens", tokens_per_minute, used - min(reserved, tokens_per_minute))
 
     def _left(self, name: str, kind: str, limit: int) -> float:
         left, at = self._buckets.get((name, kind), (float(limit), self._clock()))

@@ -5,9 +5,15 @@ The counting itself is `keys.Limiter`'s. Knows nothing of HTTP.
 
 from __future__ import annotations
 
+import asyncio
+import logging
 from typing import Any
 
 from apprentice.serve.keys import Limiter
+from apprentice.serve.protocol import RequestProblem
+
+log = logging.getLogger(__name__)
+_ANSWER_S = 5.0  # for so long a request waits for the limiter
 
 
 class LimiterOfAll:
@@ -19,31 +25,54 @@ class LimiterOfAll:
     async def admit(self, name: str, requests_per_minute: int | None, tokens_per_minute: int | None) -> float:
         return self._limiter.admit(name, requests_per_minute, tokens_per_minute)
 
-    async def spend(self, name: str, tokens_per_minute: int, tokens: int) -> None:
-        self._limiter.spend(name, tokens_per_minute, tokens)
+    async def reserve(self, name: str, tokens_per_minute: int, tokens: int) -> float:
+        return self._limiter.reserve(name, tokens_per_minute, tokens)
+
+    async def settle(self, name: str, tokens_per_minute: int, reserved: int, used: int) -> None:
+        self._limiter.settle(name, tokens_per_minute, reserved, used)
 
 
 class SharedLimits:
-    """Asks the limiter of all replicas."""
+    """Asks the limiter of all replicas. While that is down, requests of limited keys are refused."""
 
     def __init__(self, handle: Any) -> None:
         self._handle = handle
 
     async def admit(self, name: str, requests_per_minute: int | None, tokens_per_minute: int | None) -> float:
-        return float(await self._handle.admit.remote(name, requests_per_minute, tokens_per_minute))
+        return await self._ask(self._handle.admit, name, requests_per_minute, tokens_per_minute)
 
-    def spend(self, name: str, tokens_per_minute: int, tokens: int) -> None:
-        self._handle.spend.remote(name, tokens_per_minute, tokens)
+    async def reserve(self, name: str, tokens_per_minute: int, tokens: int) -> float:
+        return await self._ask(self._handle.reserve, name, tokens_per_minute, tokens)
+
+    def settle(self, name: str, tokens_per_minute: int, reserved: int, used: int) -> None:
+        try:
+            self._handle.settle.remote(name, tokens_per_minute, reserved, used)
+        except Exception as error:  # the minute makes up for what does not come back
+            log.warning("the limiter was not told what a request used: %s", error)
+
+    async def _ask(self, method: Any, *asked: Any) -> float:
+        try:
+            async with asyncio.timeout(_ANSWER_S):
+                return float(await method.remote(*asked))
+        except Exception as error:  # Ray Serve has many names for a deployment that does not answer
+            log.warning("the limiter does not answer: %s: %s", type(error).__name__, error)
+            message = "the limits of API keys cannot be looked up now; try again in a moment."
+            raise RequestProblem(
+                message, status=503, kind="server_error", code="limits_unavailable", retry_after_s=int(_ANSWER_S)
+            ) from error
 
 
 class OwnLimits:
     """The limits where there is one replica only."""
 
-    def __init__(self) -> None:
-        self._limiter = Limiter()
+    def __init__(self, limiter: Limiter | None = None) -> None:
+        self._limiter = limiter or Limiter()
 
     async def admit(self, name: str, requests_per_minute: int | None, tokens_per_minute: int | None) -> float:
         return self._limiter.admit(name, requests_per_minute, tokens_per_minute)
 
-    def spend(self, name: str, tokens_per_minute: int, tokens: int) -> None:
-        self._limiter.spend(name, tokens_per_minute, tokens)
+    async def reserve(self, name: str, tokens_per_minute: int, tokens: int) -> float:
+        return self._limiter.reserve(name, tokens_per_minute, tokens)
+
+    def settle(self, name: str, tokens_per_minute: int, reserved: int, used: int) -> None:
+        self._limiter.settle(name, tokens_per_minute, reserved, used)

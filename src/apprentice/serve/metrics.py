@@ -1,83 +1,85 @@
-"""The endpoint's numbers in Prometheus' text format: what the engine says of itself, and how the requests went.
+"""The endpoint's numbers among Ray's metrics: what the engines say of themselves, and how the requests went.
 
-One registry for each application, so that two in one process do not mix. Knows nothing of routes.
+Prometheus finds them at each node's port for Ray's metrics, `ray_` before their names, tagged with the model and, by Ray Serve,
+with application, deployment and replica. A route of ours would show the one replica that a request happens to reach.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from ray.serve import metrics
 
 from apprentice.serve.engine import Engine, Stats
 from apprentice.serve.protocol import Usage
 
-_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
-_TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
-_LABELS = ["model", "replica"]
+SAMPLE_S = 5.0  # how often the engines are looked at
+_SECONDS = [0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0]
+_TOKEN_SECONDS = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0]
 _GAUGES: dict[str, tuple[str, Callable[[Stats], float]]] = {
-    "running_requests": ("Requests that are being decoded.", lambda stats: stats.running),
-    "queued_requests": ("Requests that wait for a place.", lambda stats: stats.queued),
-    "kv_use_ratio": ("Share of the memory for keys and values in use.", lambda stats: stats.kv_use),
-    "kv_reserved_ratio": ("Share of it that running requests may come to use.", lambda stats: stats.kv_reserved),
-    "kv_tokens": ("Tokens that the memory for keys and values has room for.", lambda stats: stats.kv_tokens),
+    "apprentice_running_requests": ("Requests that are being decoded.", lambda stats: stats.running),
+    "apprentice_queued_requests": ("Requests that wait for a place.", lambda stats: stats.queued),
+    "apprentice_kv_use_ratio": ("Share of the memory for keys and values in use.", lambda stats: stats.kv_use),
+    "apprentice_kv_reserved_ratio": ("Share of it that running requests may come to use.", lambda stats: stats.kv_reserved),
+    "apprentice_kv_tokens": ("Tokens that the memory for keys and values has room for.", lambda stats: stats.kv_tokens),
 }
-_COUNTERS: dict[str, tuple[str, Callable[[Stats], float]]] = {
-    "tokens": ("Tokens produced.", lambda stats: stats.tokens),
-    "prompt_tokens": ("Prompt tokens accepted.", lambda stats: stats.prompt_tokens),
-    "shared_prompt_tokens": ("Prompt tokens taken from another request's memory.", lambda stats: stats.shared_tokens),
+_COUNTERS: dict[str, tuple[str, Callable[[Stats], int]]] = {
+    "apprentice_tokens": ("Tokens produced.", lambda stats: stats.tokens),
+    "apprentice_prompt_tokens": ("Prompt tokens accepted.", lambda stats: stats.prompt_tokens),
+    "apprentice_shared_prompt_tokens": ("Prompt tokens taken from another request's memory.", lambda stats: stats.shared_tokens),
 }
+_REQUESTS = "apprentice_requests"
+_REQUEST_TAGS: Any = ("model", "status")  # Ray's annotation allows one tag only
+_HISTOGRAMS = {
+    "apprentice_request_seconds": ("Requests that were answered to their end.", _SECONDS),
+    "apprentice_time_to_first_token_seconds": ("Until the first token.", _SECONDS),
+    "apprentice_time_per_token_seconds": ("Per token after the first.", _TOKEN_SECONDS),
+}
+
+
+def exported_names() -> set[str]:
+    """What Prometheus calls the series: `ray_apprentice_requests_total`, `ray_apprentice_request_seconds_bucket`, …"""
+    counters = {f"{name}_total" for name in (*_COUNTERS, _REQUESTS)}
+    histograms = {f"{name}_{part}" for name in _HISTOGRAMS for part in ("bucket", "count", "sum")}
+    return {f"ray_{name}" for name in {*_GAUGES, *counters, *histograms}}
 
 
 class Metrics:
-    """Counts for the models of `engines` (by name) and their adapters; `text` is what `/metrics` answers."""
+    """Counts for the models of `engines` (by name) and their adapters."""
 
-    def __init__(self, engines: Mapping[str, Engine], replica: str = "") -> None:
-        self._replica = replica
-        self._registry = CollectorRegistry()
-        self._registry.register(_OfEngines(engines, replica))
-        self._requests = Counter("apprentice_requests", "Requests by status.", [*_LABELS, "status"], registry=self._registry)
-        self._seconds = self._histogram("request_seconds", "Whole requests.", _SECONDS)
-        self._first = self._histogram("time_to_first_token_seconds", "Until the first token.", _SECONDS)
-        self._each = self._histogram("time_per_token_seconds", "Per token after the first.", _TOKEN_SECONDS)
-
-    def _histogram(self, name: str, help: str, buckets: tuple[float, ...]) -> Histogram:
-        return Histogram(f"apprentice_{name}", help, _LABELS, buckets=buckets, registry=self._registry)
+    def __init__(self, engines: Mapping[str, Engine]) -> None:
+        self._engines = engines
+        self._gauges = {name: metrics.Gauge(name, help, ("model",)) for name, (help, _) in _GAUGES.items()}
+        self._counters = {name: metrics.Counter(name, help, ("model",)) for name, (help, _) in _COUNTERS.items()}
+        self._requests = metrics.Counter(_REQUESTS, "Requests by status.", _REQUEST_TAGS)
+        histograms = (metrics.Histogram(name, help, edges, ("model",)) for name, (help, edges) in _HISTOGRAMS.items())
+        self._seconds, self._first, self._each = histograms
+        self._counted: dict[tuple[str, str], int] = {}  # by counter and model
 
     def ended(self, model: str, status: int, began: float, first: float | None, usage: Usage | None) -> None:
-        """A request for `model` has ended; `began` and `first` (its first token) are times of `time.perf_counter`."""
+        """A request for `model` has ended; `began` and `first` (its first token) are times of `time.perf_counter`.
+
+        How long requests take is told by those that were answered: a refusal takes no time, and who leaves early says little.
+        """
         now = time.perf_counter()
-        labels = {"model": model, "replica": self._replica}
-        self._requests.labels(**labels, status=str(status)).inc()
-        self._seconds.labels(**labels).observe(now - began)
+        self._requests.inc(tags={"model": model, "status": str(status)})
+        tags = {"model": model}
+        if status == 200:
+            self._seconds.observe(now - began, tags)
         if first is not None:
-            self._first.labels(**labels).observe(first - began)
+            self._first.observe(first - began, tags)
             if usage is not None and usage.completion > 1:
-                self._each.labels(**labels).observe((now - first) / (usage.completion - 1))
+                self._each.observe((now - first) / (usage.completion - 1), tags)
 
-    def text(self) -> bytes:
-        return generate_latest(self._registry)
-
-
-class _OfEngines:
-    """Reads the engines' gauges at the moment they are asked for."""
-
-    def __init__(self, engines: Mapping[str, Engine], replica: str) -> None:
-        self._engines = engines
-        self._replica = replica
-
-    def collect(self) -> Iterator[Metric]:
-        stats = {name: engine.stats() for name, engine in self._engines.items()}
-        for name, (help, value) in _GAUGES.items():
-            yield self._filled(GaugeMetricFamily(f"apprentice_{name}", help, labels=_LABELS), stats, value)
-        for name, (help, value) in _COUNTERS.items():
-            yield self._filled(CounterMetricFamily(f"apprentice_{name}", help, labels=_LABELS), stats, value)
-
-    def _filled(self, family: Any, stats: Mapping[str, Stats], value: Callable[[Stats], float]) -> Metric:
-        for model, each in stats.items():
-            family.add_metric([model, self._replica], float(value(each)))
-        filled: Metric = family
-        return filled
+    def sample(self) -> None:
+        """Sets the gauges to where the engines stand, and the counters forward to it."""
+        for model, engine in self._engines.items():
+            stats, tags = engine.stats(), {"model": model}
+            for name, (_, value) in _GAUGES.items():
+                self._gauges[name].set(value(stats), tags)
+            for name, (_, count) in _COUNTERS.items():
+                if (new := count(stats) - self._counted.get((name, model), 0)) > 0:
+                    self._counters[name].inc(new, tags)
+                    self._counted[name, model] = count(stats)

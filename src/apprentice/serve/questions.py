@@ -15,6 +15,7 @@ from fastapi.responses import Response
 
 from apprentice.data.layout import Layout
 from apprentice.errors import did_you_mean
+from apprentice.serve.accounts import Account
 from apprentice.serve.answering import Answering
 from apprentice.serve.protocol import InstructRequest, RenderRequest, RequestProblem, TaskRequest
 from apprentice.tasks.description import sample_row
@@ -51,8 +52,11 @@ def rendered(task: Task, asked: RenderRequest, layout: Layout) -> dict[str, Any]
     }
 
 
-async def answered(task: Task, asked: TaskRequest, layout: Layout, answering: Answering) -> dict[str, Any]:
-    """The rendered prompt with the ranked choices and their probabilities, or with the reply. Raises `RequestProblem`."""
+async def answered(task: Task, asked: TaskRequest, layout: Layout, answering: Answering, account: Account) -> dict[str, Any]:
+    """The rendered prompt with the ranked choices and their probabilities, or with the reply. Raises `RequestProblem`.
+
+    Closes `account` where it does not raise.
+    """
     template = _template(task, asked.template)
     # In a thread, as a row may be large and a template may work for a second.
     instruction, given, choices = await asyncio.to_thread(_question, task, template, asked.fields)
@@ -67,10 +71,10 @@ async def answered(task: Task, asked: TaskRequest, layout: Layout, answering: An
     }
     if not choices:
         instructed = InstructRequest(instruction=instruction, input=given, max_tokens=asked.max_tokens)
-        replies = await answering.answer(instructed, await asyncio.to_thread(answering.requests, instructed), None)
+        replies = await answering.answer(instructed, await asyncio.to_thread(answering.requests, instructed), account)
         return body | {"answer": _text_of(replies)}
     ids = [(*encoded, *layout.end_ids) for encoded in await asyncio.to_thread(layout.encode_answers, list(choices))]
-    sums = await answering.logprobs(await asyncio.to_thread(layout.encode_prompt, text), ids)
+    sums = await answering.logprobs(await asyncio.to_thread(layout.encode_prompt, text), ids, account)
     best = max(range(len(sums)), key=sums.__getitem__)
     weights = [math.exp(value - sums[best]) for value in sums]
     ranked = [

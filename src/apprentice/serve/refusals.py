@@ -9,10 +9,10 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.requests import Request as HttpRequest
 
-from apprentice.serve.answering import failed, fault
 from apprentice.serve.appointments import Appointments
 from apprentice.serve.engine import EngineFailed, Overloaded
 from apprentice.serve.gate import respond
+from apprentice.serve.outcomes import told
 from apprentice.serve.protocol import (
     ChatRequest,
     CompletionRequest,
@@ -51,7 +51,7 @@ def answer_errors(app: FastAPI, appointments: Appointments) -> None:
 
     @app.exception_handler(EngineFailed)
     async def on_failure(_: HttpRequest, failure: EngineFailed) -> Response:
-        return respond(failed(failure))
+        return respond(told(failure))
 
     @app.exception_handler(HTTPException)
     async def on_http(request: HttpRequest, error: HTTPException) -> Response:
@@ -63,4 +63,4 @@ def answer_errors(app: FastAPI, appointments: Appointments) -> None:
 
     @app.exception_handler(Exception)
     async def on_bug(_: HttpRequest, error: Exception) -> Response:
-        return respond(fault(error))
+        return respond(told(error))
