@@ -66,7 +66,7 @@ class Slow(Scripted):
                 return await super().__anext__()
 
         super().generate(requests)
-        return [Later(self) for _ in requests]
+        return [Later(self, ()) for _ in requests]
 
 
 async def test_many_at_once_do_not_use_more_than_a_minute_has(layout: Layout, tmp_path: Path) -> None:
@@ -175,7 +175,7 @@ async def test_a_request_that_takes_too_long_counts_once_and_in_no_histogram(lay
                     raise AssertionError
 
             super().generate(requests)
-            return [Never(self) for _ in requests]
+            return [Never(self, ()) for _ in requests]
 
     engine = Silent([5])
     app = build_app(Catalogue([Model("tiny", engine, layout)]), serving=Serving(request_timeout_s=0.05))
