@@ -126,6 +126,7 @@ def make_corpus(recipe: Recipe, run: Run, *, parallel: bool = True, to_train: bo
     Raises `TaskError`, `DataError` and `RecipeError` for what the recipe names and the sources do not give.
     """
     tasks, held_out = select_tasks(recipe.data.entries, recipe.data.hold_out, Path.cwd(), to_train=to_train, find=run.tasks().find)
+    tasks = tuple(task.of_format(run.format) for task in tasks)
     tokenizer = Tokenizer.load(recipe.model.base)
     cache = Folder.at(recipe.storage) / "cache"
     frozen = frozen_tasks(run.index) if not to_train else set()
@@ -156,6 +157,7 @@ def _trained(run: Run, cache: Folder, tokenizer: Tokenizer, *, parallel: bool) -
     if not recipe.data.filters.decontaminate:
         return {}
     tasks, held_out = select_tasks(recipe.data.entries, recipe.data.hold_out, Path.cwd(), find=run.tasks().find)
+    tasks = tuple(task.of_format(run.format) for task in tasks)
     try:
         indices = freeze(tasks, recipe, run.index, cache, tokenizer, parallel=parallel, rules=run.format)
     except DataError:

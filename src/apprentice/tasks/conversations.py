@@ -6,7 +6,7 @@ Knows nothing of recipes or of chat templates.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 from apprentice.errors import RowError
@@ -59,10 +59,10 @@ class ConversationTemplate(SpokenTemplate):
         messages = row.get("messages") or row.get("conversations")
         if not messages:
             raise RowError("null", f"task {task!r}: the row has neither `messages` nor `conversations`.")
-        said = [message_of(task, message) for message in messages]
+        said = [message_of(task, message, self.text) for message in messages]
         if said[-1][0] == "user":
             said.pop()
-        system, turns = exchanges(task, said, str(row.get("system") or "").strip())
+        system, turns = exchanges(task, said, self.text(row.get("system") or "").strip())
         asked, answer = turns[-1]
         return Example(task, self.name, asked, "", answer, (), (answer,), turns[:-1], system)
 
@@ -81,18 +81,18 @@ def exchanges(task: str, said: Sequence[tuple[str, str]], system: str) -> tuple[
     return system, tuple((asked, answer) for (_, asked), (_, answer) in zip(said[::2], said[1::2], strict=True))
 
 
-def message_of(task: str, message: Mapping[str, Any]) -> tuple[str, str]:
-    """(role, text) of one message, in either way of writing it."""
+def message_of(task: str, message: Mapping[str, Any], text: Callable[[Any], str]) -> tuple[str, str]:
+    """(role, text) of one message, in either way of writing it; `text` makes text of what is said."""
     written = message.get("role") or message.get("from")
     role = ROLES.get(str(written).lower())
     if role is None:
         raise RowError("unknown_role", f"task {task!r}: role {written!r} is none of {', '.join(ROLES)}.")
     content = message.get("content") if message.get("content") is not None else message.get("value")
     if isinstance(content, list):
-        content = "\n".join(str(part["text"]) for part in content if part.get("text"))
+        content = "\n".join(text(part["text"]) for part in content if part.get("text"))
     if content is None:
         raise RowError("null", f"task {task!r}: a message has no text.")
-    return role, str(content).strip()
+    return role, text(content).strip()
 
 
 def conversation_tasks(entry: Mapping[str, Any]) -> list[Task]:

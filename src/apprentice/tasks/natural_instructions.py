@@ -41,10 +41,10 @@ class InstanceTemplate(Template):
         given, outputs = row.get("input"), row.get("output")
         if given is None or outputs is None:
             raise RowError("null", f"task {task!r}: an instance lacks its input or output.")
-        right = tuple(str(text).strip() for text in ([outputs] if isinstance(outputs, str) else outputs))
+        right = tuple(self.text(text).strip() for text in ([outputs] if isinstance(outputs, str) else outputs))
         if not right or not right[0]:
             raise RowError("empty_answer", f"task {task!r}: an instance has an empty output.")
-        return Example(task, self.name, self.instruction, f"Input: {str(given).strip()}\nOutput:", right[0], (), right)
+        return Example(task, self.name, self.instruction, f"Input: {self.text(given).strip()}\nOutput:", right[0], (), right)
 
 
 def instruction_tasks(entry: Mapping[str, Any]) -> list[Task]:

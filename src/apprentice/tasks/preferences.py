@@ -8,7 +8,7 @@ and `rejected` hold the answer alone or the whole conversation (UltraFeedback); 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from apprentice.errors import RowError
@@ -39,11 +39,11 @@ class PreferenceTemplate(SpokenTemplate):
         for column in ("chosen", "rejected"):
             if not row.get(column):
                 raise RowError("null", f"task {task!r}: the row has no {column!r} answer.")
-        asked = said_in(task, row.get("prompt") or [], "user")
-        (better, before), (worse, other) = (_answer(task, row[column], asked) for column in ("chosen", "rejected"))
+        asked = said_in(task, row.get("prompt") or [], "user", self.text)
+        (better, before), (worse, other) = (_answer(task, row[column], asked, self.text) for column in ("chosen", "rejected"))
         if before != other:
             raise RowError("prompts_differ", f"task {task!r}: the two answers do not follow the same conversation.")
-        system, turns = exchanges(task, [*before, ("assistant", better)], str(row.get("system") or "").strip())
+        system, turns = exchanges(task, [*before, ("assistant", better)], self.text(row.get("system") or "").strip())
         if not worse:
             raise RowError("empty_answer", f"task {task!r}: the rejected answer is empty.")
         if better == worse:
@@ -52,20 +52,20 @@ class PreferenceTemplate(SpokenTemplate):
         return Example(task, self.name, turns[-1][0], "", better, choices, (better,), turns[:-1], system, worse)
 
 
-def said_in(task: str, value: Any, role: str) -> Said:
+def said_in(task: str, value: Any, role: str, text: Callable[[Any], str]) -> Said:
     """What a column says: messages, a conversation written as text, or one text of `role`."""
     if not isinstance(value, str):
-        return [message_of(task, message) for message in value]
+        return [message_of(task, message, text) for message in value]
     parts = _SPOKEN.split(f"\n\n{value.lstrip()}") if _SPOKEN.match(f"\n\n{value.lstrip()}") else []
     if not parts:
         return [(role, value.strip())]
-    said = [(_SPEAKERS[speaker], text.strip()) for speaker, text in zip(parts[1::2], parts[2::2], strict=True)]
+    said = [(_SPEAKERS[speaker], spoken.strip()) for speaker, spoken in zip(parts[1::2], parts[2::2], strict=True)]
     return said[:-1] if role == "user" and said[-1] == ("assistant", "") else said  # a prompt that ends with "Assistant:"
 
 
-def _answer(task: str, value: Any, asked: Said) -> tuple[str, Said]:
+def _answer(task: str, value: Any, asked: Said, text: Callable[[Any], str]) -> tuple[str, Said]:
     """The answer, and what was said before it: in the column itself, or else `asked`."""
-    said = said_in(task, value, "assistant")
+    said = said_in(task, value, "assistant", text)
     if not said or said[-1][0] != "assistant":
         raise RowError("turns", f"task {task!r}: an answer of the pair does not end with what the assistant says.")
     return said[-1][1], said[:-1] or asked

@@ -31,8 +31,8 @@ class PromptTemplate(SpokenTemplate):
         """Raises `RowError` with reason `null`, `unknown_role`, `turns` or `empty_answer` (of an earlier turn)."""
         if not row.get("prompt"):
             raise RowError("null", f"task {task!r}: the row has no prompt.")
-        said = said_in(task, row["prompt"], "user")
-        system, turns = exchanges(task, [*said, ("assistant", "…")], str(row.get("system") or "").strip())
+        said = said_in(task, row["prompt"], "user", self.text)
+        system, turns = exchanges(task, [*said, ("assistant", "…")], self.text(row.get("system") or "").strip())
         return Example(task, self.name, turns[-1][0], "", "", (), (), turns[:-1], system)
 
 

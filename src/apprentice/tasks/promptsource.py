@@ -1,8 +1,9 @@
 """PromptSource's `templates.yaml` to tasks: the templates of Bach et al. (2022), that T0 and P3 are made of.
 
-A template's text is a prompt, `|||` and the answer. Answer choices, fixed or of each row, are a template of their own. A row for
-which either part is empty is skipped by that template; that is meant, and not a bad row. Templates whose metadata does not say
-`original_task` ask for something else than the dataset's answer, and stand where other tasks have inverted ones.
+A template's text is a prompt, `|||` and the answer. It prints lists as PromptSource does: as Python writes them. Answer choices,
+fixed or of each row, are a template of their own. A row for which either part is empty is skipped by that template; that is
+meant, and not a bad row. Templates whose metadata does not say `original_task` ask for something else than the dataset's answer,
+and stand where other tasks have inverted ones.
 
 Knows nothing of recipes, nor of where rows lie beyond names that are likely.
 """
@@ -86,16 +87,21 @@ class PromptTemplate(Template):
     def example(self, task: str, row: Mapping[str, Any]) -> Example:
         """The example of one row. Raises `RowError` with reason `skipped` where either part is empty."""
         values = {name: _protected(value) for name, value in row.items() if name in self.names}
-        chosen = self._choices(values).split(SEPARATOR) if self._choices is not None else []
+        chosen = self._choices(values, python_forms=True).split(SEPARATOR) if self._choices is not None else []
         given = copy.deepcopy(values) if self._builds else values
         shown = [choice.strip() for choice in chosen] or None
-        parts = self._whole(given | {"answer_choices": shown}).split(SEPARATOR)
-        choices = tuple(_restored(choice).strip() for choice in chosen)
-        texts = [_restored(part).strip() for part in parts]
+        parts = self._whole(given | {"answer_choices": shown}, python_forms=True).split(SEPARATOR)
+        choices = tuple(self._restored(choice).strip() for choice in chosen)
+        texts = [self._restored(part).strip() for part in parts]
         if len(texts) != 2 or not all(texts):
             raise RowError("skipped", f"task {task!r}, template {self.name!r}: gives no prompt and answer for this row.")
         prompt, target = texts
         return Example(task, self.name, prompt, "", target, choices if target in choices else (), (target,))
+
+    def _restored(self, text: str) -> str:
+        """`text` with separators again for their marks, which a list that is printed whole holds as Python writes them."""
+        text = text.replace(_MARK, SEPARATOR)
+        return text if self._python_forms else text.replace(repr(_MARK)[1:-1], SEPARATOR)
 
 
 def _protected(value: Any) -> Any:
@@ -106,10 +112,6 @@ def _protected(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _protected(item) for key, item in value.items()}
     return value
-
-
-def _restored(text: str) -> str:
-    return text.replace(_MARK, SEPARATOR)
 
 
 def prompt_tasks(entry: Mapping[str, Any]) -> list[Task]:

@@ -44,20 +44,19 @@ class RecordTemplate(Template):
 
     def example(self, task: str, row: Mapping[str, Any]) -> Example:
         """Raises `RowError` with reason `null` or `empty_answer`."""
-        asked, given, said = (_value(row, column) for column in self.columns)
+        asked, given, said = (self._value(row, column) for column in self.columns)
         if asked is None or said is None:
             raise RowError("null", f"task {task!r}: {self.columns[0 if asked is None else 2]!r} is null.")
         if not said:
             raise RowError("empty_answer", f"task {task!r}: {self.columns[2]!r} is empty.")
         return Example(task, self.name, asked, given or "", said, (), (said,))
 
-
-def _value(row: Mapping[str, Any], column: str) -> str | None:
-    name, _, inner = column.partition(".")
-    value = row.get(name)
-    if inner:
-        value = value[0].get(inner) if value else None
-    return None if value is None else str(value).strip()
+    def _value(self, row: Mapping[str, Any], column: str) -> str | None:
+        name, _, inner = column.partition(".")
+        value = row.get(name)
+        if inner:
+            value = value[0].get(inner) if value else None
+        return None if value is None else self.text(value).strip()
 
 
 def record_tasks(entry: Mapping[str, Any]) -> list[Task]:

@@ -23,6 +23,8 @@ from jinja2.exceptions import SecurityError
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
+from apprentice.tasks.printing import text_of
+
 MAX_WORK = 1_000_000  # of one rendering: steps of loops, calls, and characters in sixteens
 MAX_REPEAT = 100_000  # characters or items that `*` and `range` may build
 _MAX_BITS = 4096  # of a product of whole numbers
@@ -42,14 +44,22 @@ class _Allowance(threading.local):
     values: Mapping[str, Any] = {}
     source = ""
     chance: random.Random | None = None
+    python_forms = False
 
-    def renew(self, source: str, values: Mapping[str, Any]) -> None:
+    def renew(self, source: str, values: Mapping[str, Any], *, python_forms: bool = False) -> None:
+        """Begins a rendering; with `python_forms` lists and the like are printed as Python writes them."""
         self.left, self.source, self.values, self.chance = MAX_WORK, source, values, None
+        self.python_forms = python_forms
 
     def spend(self, work: int) -> None:
         self.left -= work
         if self.left < 0:
             raise jinja2.TemplateRuntimeError("the template works too long or builds something too large")
+
+    def check_text(self, value: Any) -> None:
+        """Raises `PythonForm` for a value that is to be printed and is no text."""
+        if not self.python_forms:
+            text_of(value)
 
     def drawn(self, items: Any) -> Any:
         """One of `items`, drawn by the template and the row alone."""
@@ -77,6 +87,7 @@ def _weight(value: Any) -> int:
 
 def _paid(value: Any) -> Any:
     _ALLOWANCE.spend(_weight(value))
+    _ALLOWANCE.check_text(value)
     return value
 
 
@@ -142,11 +153,26 @@ def _metered(call: Callable[..., Any], name: str) -> Callable[..., Any]:
             _ALLOWANCE.spend(len(sized[0]) * len(texts[-1]) // _CHARACTERS)
         if name == "replace" and len(texts) > 2:
             _ALLOWANCE.spend(texts[0].count(texts[1]) * len(texts[2]) // _CHARACTERS)
+        if name in _PRINTING or name == "format":
+            _check_printed(name, arguments, options)
         if name in ("batch", "slice", "truncate") and max([n for n in arguments if isinstance(n, int)], default=0) > MAX_REPEAT:
             raise jinja2.TemplateRuntimeError(f"{name!r} would build something too large")
         return call(*arguments, **options)
 
     return metered
+
+
+def _check_printed(name: str, arguments: tuple[Any, ...], options: Mapping[str, Any]) -> None:
+    """Raises `PythonForm` where a filter would print what is no text; its first argument may be Jinja's environment."""
+    first, *more = [argument for argument in arguments if not isinstance(argument, jinja2.Environment | nodes.EvalContext)]
+    if name == "join":
+        attribute = options.get("attribute", more[1] if len(more) > 1 else None)
+        get = jinja2.filters.make_attrgetter(STRICT, attribute) if attribute is not None else lambda item: item
+        printed = list(map(get, first)) if isinstance(first, list | tuple) else []
+    else:
+        printed = more if name == "format" else [first]
+    for value in printed:
+        _ALLOWANCE.check_text(value)
 
 
 _PRINTING = frozenset(["join", "string", "e", "escape", "replace", "title", "trim", "upper", "lower", "capitalize"])

@@ -40,19 +40,18 @@ Knows nothing of where the rows are read from, nor of tokens.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache, cached_property
-from pathlib import Path
+from functools import cached_property
 from typing import Any, Literal, Self
 
 import jinja2
-import yaml
-from pydantic import Field, SerializeAsAny, field_validator, model_validator
+from pydantic import Field, PrivateAttr, SerializeAsAny, field_validator, model_validator
 
 from apprentice.errors import RowError
 from apprentice.tasks.cells import Cell
+from apprentice.tasks.printing import PythonForm, text_of
 from apprentice.tasks.source_spec import SourceSpec, Strict
+from apprentice.tasks.template_lines import template_lines
 from apprentice.tasks.wording import Expression, Wording
 
 Metric = Literal[
@@ -113,6 +112,17 @@ class Template(Strict):
     choices: tuple[str, ...] | None = None
     inverted: bool = Field(False, description="The answer is given and the input is asked for.")
     cot: bool = Field(False, description="Chain of thought: the output holds the reasoning and then the answer.")
+    _python_forms: bool = PrivateAttr(default=False)  # of runs of format 1: lists are printed as Python writes them
+
+    def printing_python_forms(self) -> Self:
+        """The template as runs of format 1 render it."""
+        copy = self.model_copy()
+        copy._python_forms = True
+        return copy
+
+    def text(self, value: Any) -> str:
+        """A row's value as text. Raises `PythonForm` for a list, a mapping, bytes and None."""
+        return str(value) if self._python_forms else text_of(value)
 
     @model_validator(mode="after")
     def _one_kind(self) -> Self:
@@ -182,6 +192,12 @@ class Task(Strict):
     sample: dict[str, Any] | None = Field(None, description="One invented row, in the task's fields, to show the wordings on.")
     templates: tuple[SerializeAsAny[Template], ...] = Field(min_length=1)
     origin: str = Field("", description="The file that it was read from.")
+
+    def of_format(self, number: int) -> Task:
+        """The task as a run of that format renders it: those of format 1 print lists as Python writes them."""
+        if number >= 2:
+            return self
+        return self.model_copy(update={"templates": tuple(template.printing_python_forms() for template in self.templates)})
 
     @field_validator("choices", "label", "references", "keep")
     @classmethod
@@ -305,8 +321,8 @@ class Task(Strict):
     def render(self, row: Mapping[str, Any], template: Template) -> Example:
         """The example that `template` makes of `row` (field → value).
 
-        Raises `RowError` with reason `missing`, `null`, `unknown_label`, `empty_answer`, `broken_character` or `template`,
-        and `skipped` where `keep` is false of the row or a whole template says that it does not apply.
+        Raises `RowError` with reason `missing`, `null`, `unknown_label`, `empty_answer`, `broken_character`, `python_form` or
+        `template`, and `skipped` where `keep` is false of the row or a whole template says that it does not apply.
         """
         for field in () if self.is_whole else self.fields:
             if row.get(field) is None:
@@ -316,7 +332,7 @@ class Task(Strict):
             return self._render(row, template)
         except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, RecursionError) as error:
             message = f"{self.name_of(template)}: {error}"
-            raise RowError("template", message) from error
+            raise RowError("python_form" if isinstance(error, PythonForm) else "template", message) from error
 
     def _render(self, row: Mapping[str, Any], template: Template) -> Example:
         if template.is_whole:
@@ -326,7 +342,7 @@ class Task(Strict):
                 raise RowError("broken_character", f"task {self.name!r}: the row holds U+FFFD.")
             return example
         values = dict(row)
-        if "keep" in self._expressions and not self._expressions["keep"](self._counted("keep", values)):
+        if "keep" in self._expressions and not self._expressions["keep"](self._counted("keep", values), python_forms=True):
             raise RowError("skipped", f"task {self.name!r}: the row is left out, since {self.keep!r} is false of it.")
         choices = self._choices(values, template)
         references: tuple[str, ...] = ()
@@ -334,10 +350,11 @@ class Task(Strict):
             label = self._label(values, len(choices))
             values |= {"choices": choices, "label": label, "answer": choices[label]}
         else:
-            values["answer"] = self._expressions["answer"](values)
+            values["answer"] = self._expressions["answer"](values, python_forms=template._python_forms)
             if "references" in self._expressions:
-                references = tuple(str(text).strip() for text in self._expressions["references"](values))
-        instruction, given, output = (part(values) for part in template.parts)
+                right = self._expressions["references"](values, python_forms=template._python_forms)
+                references = tuple(template.text(text).strip() for text in right)
+        instruction, given, output = (part(values, python_forms=template._python_forms) for part in template.parts)
         if not output:
             raise RowError("empty_answer", f"task {self.name!r}, template {template.name!r}: the answer is empty.")
         if REPLACEMENT_CHARACTER in f"{instruction}{given}{output}":
@@ -353,13 +370,14 @@ class Task(Strict):
             return template.choices
         if isinstance(self.choices, tuple):
             return self.choices
-        return tuple(str(choice).strip() for choice in self._expressions["choices"](values))
+        choices = self._expressions["choices"](values, python_forms=template._python_forms)
+        return tuple(template.text(choice).strip() for choice in choices)
 
     def _label(self, values: Mapping[str, Any], count: int) -> int:
         counted = self._counted("label", values)
         if blank := [name for name in self._expressions["label"].names if counted.get(name, "") is None]:
             raise RowError("null", f"task {self.name!r}: field {blank[0]!r} is {str(values[blank[0]])!r}, which is no value.")
-        label = self._expressions["label"](counted)
+        label = self._expressions["label"](counted, python_forms=True)
         if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < count:
             raise RowError("unknown_label", f"task {self.name!r}: label {label!r} is not one of {count} choices.")
         return label
@@ -369,22 +387,6 @@ class Task(Strict):
         names = self._counting.get(place, frozenset())
         cells = {name: cell.value for name in names if isinstance(cell := values.get(name), Cell)}
         return {**values, **cells} if cells else values
-
-
-@cache
-def template_lines(file: str) -> dict[str, int]:
-    """Template name → 1-based line of its name in a YAML file of templates; empty where that cannot be read."""
-    found: dict[str, int] = {}
-    with suppress(OSError, UnicodeDecodeError, yaml.YAMLError):
-        waiting = [yaml.compose(Path(file).read_text(encoding="utf-8"), Loader=yaml.SafeLoader)]
-        while waiting:
-            node = waiting.pop()
-            if isinstance(node, yaml.SequenceNode):
-                waiting += node.value
-            elif isinstance(node, yaml.MappingNode):
-                found |= {value.value: key.start_mark.line + 1 for key, value in node.value if key.value == "name"}
-                waiting += [value for _, value in node.value]
-    return found
 
 
 def missing_fields(task: Task, spec: SourceSpec, available: Sequence[str]) -> list[tuple[str, str]]:

@@ -12,6 +12,7 @@ import jinja2
 import jinja2.meta
 from jinja2 import nodes
 
+from apprentice.tasks.printing import text_of
 from apprentice.tasks.sandbox import LENIENT, MAX_REPEAT, STRICT, compiled, renew
 
 __all__ = ["MAX_REPEAT", "Expression", "Wording"]
@@ -31,12 +32,16 @@ class Wording:
         self._template = compiled(environment, parsed)
         self._lenient = environment is not STRICT
 
-    def __call__(self, values: Mapping[str, Any]) -> str:
-        """The text for these values, stripped. Raises `jinja2.TemplateError` or what an operation inside raises."""
+    def __call__(self, values: Mapping[str, Any], *, python_forms: bool = False) -> str:
+        """The text for these values, stripped. Raises `jinja2.TemplateError` or what an operation inside raises.
+
+        Lists, mappings, bytes and None are errors (`PythonForm`), or with `python_forms` printed as Python writes them.
+        """
         if self._pieces is None or not self.names <= values.keys():
-            renew(self.source, values)
+            renew(self.source, values, python_forms=python_forms)
             return self._template.render(values).strip()
-        return "".join([str(values[piece]) if is_name else piece for is_name, piece in self._pieces]).strip()
+        said = str if python_forms else text_of
+        return "".join([said(values[piece]) if is_name else piece for is_name, piece in self._pieces]).strip()
 
     def __reduce__(self) -> tuple[Any, tuple[str, ...]]:
         return (lenient, (self.source,)) if self._lenient else (type(self), (self.source,))
@@ -70,8 +75,9 @@ class Expression:
         self.names = frozenset(jinja2.meta.find_undeclared_variables(parsed))  # folds constants in `parsed`, so it comes last
         self._template = compiled(STRICT, STRICT.parse("{% set result = (" + source + "\n) %}"))
 
-    def __call__(self, values: Mapping[str, Any]) -> Any:
-        renew(self.source, values)
+    def __call__(self, values: Mapping[str, Any], *, python_forms: bool = False) -> Any:
+        """The value for these values; `python_forms` as in `Wording`, of what the expression itself joins to text."""
+        renew(self.source, values, python_forms=python_forms)
         context = self._template.new_context(dict(values))
         for _ in self._template.root_render_func(context):
             pass
