@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -15,13 +17,18 @@ import yaml
 
 from apprentice import check, cli
 from apprentice.artifacts import Run
+from apprentice.console import Screen
 from apprentice.data.corpus import make_corpus
+from apprentice.data.sources import Reader, Split, resolve
 from apprentice.recipe import load_recipe
 from apprentice.storage import Folder
+from apprentice.tasks.loading import load_task
+from apprentice.tasks.schema import Task
 from apprentice.train.rehearsal import first_rows, told_of_rows
 
 Command = Callable[..., tuple[int, str, str]]
 CSV = "Review,Stars\n" + "".join(f'"Parcel {n}, as described",{["bad", "good"][n % 2]}\n' for n in range(40)) + '"No verdict",\n'
+SPLITS: tuple[Split, ...] = ("train", "test")
 
 
 @pytest.fixture
@@ -119,3 +126,94 @@ def test_mistakes_are_one_sentence_and_nothing_is_written(command: Command, tmp_
     assert (code, out, len(err.splitlines())) == (1, "", 1)
     assert message in err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["My reviews.csv", "few.jsonl", "vague.csv"]
+
+
+def made(folder: Path) -> tuple[Task, list[dict[str, Any]]]:
+    """The task that `init` wrote there, and all its rows as the task sees them."""
+    task = load_task((folder / "task.yaml").resolve())
+    cache = Folder.at(folder / "cache")
+    sources = [resolve(task, split, root=None, cache=cache) for split in SPLITS]
+    return task, [row for source in sources if source for row in Reader(source).rows(range(source.rows))]
+
+
+def test_what_was_written_stays_so_in_csv_and_json(command: Command, tmp_path: Path) -> None:
+    said = ["0", "0.5", "true", "00001", "1.10", "NA", "2020-01-02"]
+    lines = [f"text {n},{said[n % 7]}" for n in range(21)]
+    (tmp_path / "own.csv").write_text("\n".join(["question,answer", *lines]))
+    assert command("init", "own.csv")[0] == 0
+    task, rows = made(tmp_path / "own")
+    assert {task.render(row, task.templates[0]).target for row in rows} == {*said}
+    numbers = [0, 0.5, 3, 12345678901234567890123]
+    (tmp_path / "more.jsonl").write_text("".join(f'{{"question": "q {n}", "answer": {numbers[n % 4]}}}\n' for n in range(20)))
+    assert command("init", "more.jsonl")[0] == 0
+    task, rows = made(tmp_path / "more")
+    assert {task.render(row, task.templates[0]).target for row in rows} == {*map(str, numbers)}
+
+
+def test_answers_in_lists_are_learnt_by_the_first(command: Command, tmp_path: Path) -> None:
+    rows = [{"question": f"q {n}", "answer": [str(n), f"n{n}"] if n else []} for n in range(20)]
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code, out, err = command("init", "own.jsonl", "--json")
+    assert (code, json.loads(out)["left_out"]) == (0, 1), err
+    task, found = made(tmp_path / "own")
+    examples = [task.render(row, task.templates[0]) for row in found]
+    assert {(example.instruction, example.references) for example in examples} == {
+        (f"q {n}", (str(n), f"n{n}")) for n in range(1, 20)
+    }
+    assert all(example.target == example.references[0] for example in examples)
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(
+    ("reply", "choices"),
+    [("late,early", ["late", "early"]), ("", ["0", "1"]), ("choice1, choice2", "[choice1, choice2]")],
+)
+def test_it_asks_on_a_terminal_what_numbers_mean(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reply: str, choices: Any
+) -> None:
+    (tmp_path / "own.csv").write_text("premise,choice1,choice2,label\n" + "".join(f"p {n},a,b,{n % 2}\n" for n in range(20)))
+    code, _, err = command("init", "own.csv")
+    assert code == 1
+    assert "give each a name, in this order, as in --choices name0,name1; if choice1, choice2 hold what a row chooses from" in err
+    assert not (tmp_path / "own").exists()
+    asked: list[str] = []
+
+    def replied(question: str, **_: Any) -> str:
+        asked.append(question)
+        return reply
+
+    monkeypatch.setattr("typer.prompt", replied)
+    monkeypatch.setattr("apprentice.console.Screen.can_ask", True)
+    code, _, err = command("init", "own.csv")
+    assert code == 0, err
+    assert len(asked) == 1
+    assert asked[0].startswith(
+        "The labels in column 'label' are 0, 1. Their names in this order, with commas between, or choice1,choice2"
+    )
+    assert yaml.safe_load((tmp_path / "own/task.yaml").read_text())["choices"] == choices
+    task, rows = made(tmp_path / "own")
+    right = {"late,early": {"late", "early"}, "": {"0", "1"}}.get(reply, {"a", "b"})
+    assert {task.render(row, task.templates[0]).target for row in rows} == right
+
+
+def test_a_person_is_asked_only_before_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("stdin", "stdout"):
+        monkeypatch.setattr(sys, name, Terminal())
+    assert Screen().can_ask
+    assert not Screen(as_json=True).can_ask
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+    assert not Screen().can_ask
+
+
+def test_a_table_in_another_encoding(command: Command, tmp_path: Path) -> None:
+    (tmp_path / "own.csv").write_bytes(("question,answer\n" + "".join(f"q {n},café {n}\n" for n in range(20))).encode("cp1252"))
+    code, _, err = command("init", "own.csv")
+    assert code == 1
+    assert "own.csv:2 is not UTF-8: b'q 0,caf\\xe9 0'; with --encoding cp1252 it reads 'q 0,café 0'." in err
+    assert command("init", "own.csv", "--encoding", "cp1252")[0] == 0
+    task, rows = made(tmp_path / "own")
+    assert {task.render(row, task.templates[0]).target for row in rows} == {f"café {n}" for n in range(20)}

@@ -33,6 +33,11 @@ class Screen:
         self._live = False
         self._last = 0.0
 
+    @property
+    def can_ask(self) -> bool:
+        """True if a person sits before it who can reply."""
+        return not self.as_json and sys.stdin.isatty() and sys.stdout.isatty()
+
     def say(self, text: str = "") -> None:
         """A line for the person."""
         self._end_live()

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from apprentice.errors import TaskError
-from apprentice.tasks.draft import Columns, draft, fields_of, guess
+from apprentice.tasks.draft import Columns, UnclearLabelsError, draft, fields_of, guess
 from apprentice.tasks.schema import Task
 
 FILES = {"train": "train.parquet", "test": "test.parquet"}
@@ -76,7 +76,10 @@ def test_labels_of_any_kind() -> None:
     assert (named["choices"], named["label"]) == (["no", "yes"], "label")
     assert rendered(named, {"text": "a", "label": 1})[0] == ("Choose the label that fits: no, yes.", "a", "yes")
     stars = [{"text": f"text {n}", "label": 1 + n % 5} for n in range(10)]
-    assert rendered(draft("own", Columns(("text",), label="label"), stars, FILES), {"text": "a", "label": 5})[0][2] == "5"
+    assert (
+        rendered(draft("own", Columns(("text",), label="label"), stars, FILES, list("12345")), {"text": "a", "label": 5})[0][2]
+        == "5"
+    )
     truths = [{"text": f"text {n}", "label": n % 2 == 1} for n in range(10)]
     assert rendered(draft("own", Columns(("text",), label="label"), truths, FILES), {"text": "a", "label": False})[0][2] == "False"
 
@@ -110,3 +113,111 @@ def test_labels_that_are_none(rows: list[dict[str, Any]], choices: tuple[str, ..
     with pytest.raises(TaskError) as error:
         draft("own", Columns(("text",), label="label"), rows, FILES, choices)
     assert message in str(error.value)
+
+
+def test_labels_that_are_numbers_ask_for_their_names() -> None:
+    rows = [{"text": f"text {n}", "label": str(n % 11)} for n in range(30)]
+    with pytest.raises(UnclearLabelsError) as error:
+        draft("own", Columns(("text",), label="label"), rows, FILES)
+    assert str(error.value) == (
+        "the labels in column 'label' are 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, which say nothing to a model; give each a name, in this"
+        " order, as in --choices name0,name1,name2,…; to learn them as they are, --choices 0,1,2,3,4,5,6,7,8,9,10."
+    )
+    assert error.value.values == tuple(map(str, range(11)))
+    content = draft("own", Columns(("text",), label="label"), rows, FILES, [f"name {n}" for n in range(11)])
+    assert rendered(content, {"text": "a", "label": "10"})[0][2] == "name 10"
+
+
+COPA = {"premise": "It rained.", "choice1": "Grass grew.", "choice2": "Ice melted.", "question": "effect", "label": 0}
+PIQA = {"goal": "To cut", "sol1": "use a knife", "sol2": "use a spoon", "label": 1}
+MEDICAL = {"question": "Which?", "opa": "a", "opb": "b", "opc": "c", "cop": 3}
+LETTERED = {"Question": "Which?", "A": "one", "B": "two", "C": "three", "D": "four", "Answer": "D"}
+LISTED = {"question": "Which?", "options": ["one", "two", "three"], "label": 2}
+BY_TEXT = {"question": "Which?", "options": ["one", "two", "three"], "label": "three"}
+
+
+@pytest.mark.parametrize(
+    ("row", "label", "labels", "own", "listed", "right"),
+    [
+        (COPA, "label", [0, 1], "choice1,choice2", "- Grass grew.\n- Ice melted.", "Grass grew."),
+        (PIQA, "label", [0, 1], "sol1,sol2", "- use a knife\n- use a spoon", "use a spoon"),
+        ({**PIQA, "label": "1"}, "label", ["0", "1"], "sol1,sol2", "- use a knife\n- use a spoon", "use a spoon"),
+        (MEDICAL, "cop", [1, 2, 3], "opa,opb,opc", "- a\n- b\n- c", "c"),
+        (LETTERED, "Answer", list("ABCD"), "A,B,C,D", "- one\n- two\n- three\n- four", "four"),
+        (LISTED, "label", [0, 1, 2], "options", "- one\n- two\n- three", "three"),
+    ],
+)
+def test_choices_that_stand_in_columns(
+    row: dict[str, Any], label: str, labels: list[Any], own: str, listed: str, right: str
+) -> None:
+    rows = [row | {label: value} for value in labels] * 5
+    with pytest.raises(UnclearLabelsError) as error:
+        draft("own", guess(list(row), "own.csv", label=label), rows, FILES)
+    assert f"what a row chooses from, --choices {own}" in str(error.value)
+    assert f"or {own} if each row's choices stand there" in error.value.question
+    columns = guess(list(row), "own.csv", label=label, choices=own.split(","))
+    assert columns.choices == tuple(own.split(","))
+    content = draft("own", columns, rows, FILES)
+    told = rendered(content, {field: row[column] for field, column in fields_of(columns).items()})
+    assert len(told) == 3
+    assert all(given.endswith(listed) and target == right for _, given, target in told)
+
+
+def test_choices_in_columns_with_the_label_as_text() -> None:
+    columns = guess(list(BY_TEXT), "own.csv", label="label", choices=["options"])
+    assert rendered(draft("own", columns, [BY_TEXT] * 3, FILES), BY_TEXT)[0][2] == "three"
+    with pytest.raises(
+        TaskError, match="column 'label' holds four, which are neither numbers nor letters nor texts of the choices"
+    ):
+        draft("own", columns, [{**BY_TEXT, "label": "four"}], FILES)
+    with pytest.raises(TaskError, match="--choices question: this column holds one text a row; name one column for each choice"):
+        draft("own", guess(list(BY_TEXT), "own.csv", label="label", choices=["question"]), [BY_TEXT], FILES)
+
+
+def test_two_columns_of_a_pair_are_only_suggested() -> None:
+    rows = [{"sentence1": "a", "sentence2": "b", "label": n % 2} for n in range(10)]
+    columns = guess(["sentence1", "sentence2", "label"], "own.csv")
+    with pytest.raises(UnclearLabelsError, match=r"give each a name.*; if sentence1, sentence2 hold what a row chooses from"):
+        draft("own", columns, rows, FILES)
+    content = draft("own", columns, rows, FILES, ["other", "same"])
+    assert rendered(content, rows[1])[0][1:] == ("Sentence1: a\nSentence2: b", "same")
+
+
+@pytest.mark.parametrize(
+    ("answer", "wording", "references"),
+    [
+        (["20", "twenty"], "{{ answer[0] }}", "answer"),
+        ({"text": ["20", "twenty"], "answer_start": [3, 5]}, "{{ answer.text[0] }}", "answer.text"),
+    ],
+)
+def test_answers_that_are_lists(answer: Any, wording: str, references: str) -> None:
+    rows = [{"question": "Ten and ten?", "hints": ["add", "carry"], "answer": answer}] * 3
+    content = draft("own", guess(["question", "hints", "answer"], "own.jsonl"), rows, FILES)
+    assert (content["answer"], content["references"]) == (wording, references)
+    assert content["metrics"] == ["exact_match", "token_f1"]
+    task = Task.model_validate(content)
+    example = task.render(rows[0], task.templates[0])
+    assert (example.input, example.target, example.references) == ("add\ncarry", "20", ("20", "twenty"))
+
+
+@pytest.mark.parametrize(
+    ("row", "columns", "message"),
+    [
+        (
+            {"text": "a", "answer": {"x": 1}},
+            Columns(("text",), answer="answer"),
+            "'answer' holds a dict with x in each row, which is no text",
+        ),
+        ({"text": {"x": 1}, "answer": "b"}, Columns(("text",), answer="answer"), "name other columns with --input"),
+        (
+            {"text": b"caf\xe9", "answer": "b"},
+            Columns(("text",), answer="answer"),
+            "holds bytes, not text, such as b'caf\\xe9'; say",
+        ),
+        ({"text": "a", "label": ["x"]}, Columns(("text",), label="label"), "column 'label' holds a list with"),
+    ],
+)
+def test_columns_that_are_no_text(row: dict[str, Any], columns: Columns, message: str) -> None:
+    with pytest.raises(TaskError) as error:
+        draft("own", columns, [row] * 3, FILES)
+    assert message.removesuffix(" with") in str(error.value)

@@ -101,6 +101,14 @@ def test_parts_that_are_text_are_printed(said: str, expected: str) -> None:
     assert task.render(ROW, task.templates[0]).target == expected
 
 
+def test_references_see_the_row_where_the_answer_is_a_field_of_it() -> None:
+    row = {"text": "a", "answer": ["20", "twenty"]}
+    task = task_of(answer="{{ answer[0] }}", references="answer")
+    assert task.render(row, task.templates[0]).references == ("20", "twenty")
+    as_ever = task.of_format(1)
+    assert as_ever.render(row, as_ever.templates[0]).references == ("2", "0")
+
+
 def test_choices_and_references_are_text_too() -> None:
     task = task_of(answer="{{ text }}", references="[answers, answers]")
     assert "a list would be printed" in refusal(task)

@@ -16,7 +16,11 @@ def init(
     input: Annotated[list[str] | None, typer.Option(help="Column that is shown with the question; repeatable.")] = None,
     answer: Annotated[str | None, typer.Option(help="Column with the text to write.")] = None,
     label: Annotated[str | None, typer.Option(help="Column with the label to choose.")] = None,
-    choices: Annotated[str | None, typer.Option(help="Names of the labels in the order of their values: no,yes")] = None,
+    choices: Annotated[
+        str | None,
+        typer.Option(help="Names of the labels in the order of their values: no,yes. Or the columns with each row's choices."),
+    ] = None,
+    encoding: Annotated[str | None, typer.Option(help="What the file is written in, such as cp1252, if not UTF-8.")] = None,
     test: Annotated[Path | None, typer.Option(help="A file of test rows; else a tenth of the rows is kept back.")] = None,
     base: Annotated[str, typer.Option(help="The model to tune.")] = "smollm2-135m-instruct",
     out: Annotated[Path | None, typer.Option(help="The new folder; named after the file by default.")] = None,
@@ -27,7 +31,9 @@ def init(
 
     screen = screen_for(json)
     names = tuple(name.strip() for name in choices.split(",")) if choices else ()
-    found = road.begin(file, out, road.Table(instruction, tuple(input or ()), answer, label, names), test=test, base=base)
+    table = road.Table(instruction, tuple(input or ()), answer, label, names, encoding)
+    ask = (lambda question: str(typer.prompt(question, default="", show_default=False))) if screen.can_ask else None
+    found = road.begin(file, out, table, test=test, base=base, ask=ask)
     columns = "".join(f"\n  {kind:<12} {cell(value)}" for kind, value in found["columns"].items())
     left_out = f", {found['left_out']} left out that lack a value" if found["left_out"] else ""
     screen.result(

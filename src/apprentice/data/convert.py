@@ -121,6 +121,12 @@ def builtin_file(name: str, split: str, cache: Folder) -> str:
     return target.uri
 
 
+def write_rows(rows: Sequence[dict[str, Any]], target: Folder) -> None:
+    """A Parquet file with the rows, in which numbers stay what they are."""
+    batches = [list(rows[start : start + ROWS_PER_GROUP]) for start in range(0, len(rows), ROWS_PER_GROUP)]
+    _write(tables_of(lambda: batches, target.name, FORMAT), target, target)
+
+
 def _kind(name: str) -> str:
     path = Path(name.lower())
     return Path(path.stem).suffix if path.suffix in _COMPRESSIONS else path.suffix

@@ -62,7 +62,7 @@ def tables_of(batches: Callable[[], Iterable[Rows]], name: str, rules: int) -> I
 def _type_of(values: list[Any]) -> pa.DataType:
     try:
         return pa.array(values).type
-    except OverflowError:
+    except (OverflowError, pa.ArrowInvalid):  # of a long number, or of values that do not fit together: then it fails again
         return pa.array([_small(value) for value in values]).type
 
 

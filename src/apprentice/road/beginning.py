@@ -6,8 +6,8 @@ import hashlib
 import json
 import re
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import yaml
 from apprentice.errors import ApprenticeError, DataError, RowError
 from apprentice.recipe import Recipe
 from apprentice.storage import Folder
-from apprentice.tasks.draft import Columns, draft, guess
+from apprentice.tasks.draft import Columns, UnclearLabelsError, draft, guess, is_printable
 from apprentice.tasks.schema import Task
 
 TEST_SHARE, MOST_TESTED = 0.1, 500
@@ -26,37 +26,50 @@ SEEN = 100_000  # rows that labels are looked for in
 
 @dataclass(frozen=True)
 class Table:
-    """What the user says of a file: what its columns are for, and the names of its labels; None and () leave it to be guessed."""
+    """What the user says of a file: what its columns are for, and the names of its labels; None and () leave it to be guessed.
+
+    `choices` may be columns, in which each row's choices stand. `encoding` is None for UTF-8.
+    """
 
     instruction: str | None = None
     inputs: tuple[str, ...] = ()
     answer: str | None = None
     label: str | None = None
     choices: tuple[str, ...] = ()
+    encoding: str | None = None
 
 
-def begin(file: Path, out: Path | None, said: Table, *, test: Path | None = None, base: str) -> dict[str, Any]:
+def begin(
+    file: Path,
+    out: Path | None,
+    said: Table,
+    *,
+    test: Path | None = None,
+    base: str,
+    ask: Callable[[str], str] | None = None,
+) -> dict[str, Any]:
     """Writes a folder with `task.yaml`, `recipe.yaml` and the rows as `train.parquet` and `test.parquet`; gives what is in it.
 
     A tenth of the rows, at most 500, is for tests, chosen by the hash of its content, unless `test` names a file of its own. Rows
-    that no wording can render are left out and counted. Raises `DataError` or `TaskError`, and then writes nothing.
+    that no wording can render are left out and counted. `ask` puts a question to the person and gives the reply; without it what is
+    unclear is an error. Raises `DataError` or `TaskError`, and then writes nothing.
     """
     name = re.sub(r"\W+", "_", file.name.split(".")[0].lower()).strip("_") or "own"
     folder = out or Path(name)
     if folder.exists() and any(folder.iterdir()):
         raise DataError(f"{folder} is there already and not empty; say --out FOLDER, or remove it.")
     with tempfile.TemporaryDirectory(prefix="apprentice-") as scratch:
-        rows = list(_rows(file, scratch))
-        tested = list(_rows(test, scratch)) if test is not None else None
+        rows = list(_rows(file, scratch, said.encoding))
+        tested = list(_rows(test, scratch, said.encoding)) if test is not None else None
     if len(rows) < LEAST_ROWS:
         raise DataError(f"{file} holds {len(rows)} rows; {LEAST_ROWS} are the least that can be learnt from and tested.")
-    columns = guess(
-        list(rows[0]), str(file), instruction=said.instruction, inputs=said.inputs, answer=said.answer, label=said.label
-    )
-    whole = _whole(rows, columns)
-    if not whole:
-        raise DataError(f"no row of {file} has a value in {columns.label or columns.answer!r}; name another column.")
-    content = draft(name, columns, whole[:SEEN], {"train": "train.parquet", "test": "test.parquet"}, said.choices)
+    try:
+        columns, whole, content = _drafted(name, rows, file, said)
+    except UnclearLabelsError as unclear:
+        if ask is None:
+            raise
+        names = tuple(part.strip() for part in ask(unclear.question).split(",") if part.strip())
+        columns, whole, content = _drafted(name, rows, file, replace(said, choices=names or unclear.values))
     task = Task.model_validate(content)
     usable = [row for row in whole if _renders(task, row)]
     if tested is None:
@@ -79,27 +92,51 @@ def begin(file: Path, out: Path | None, said: Table, *, test: Path | None = None
     }
 
 
-def _rows(file: Path, scratch: str) -> Iterator[dict[str, Any]]:
-    """The rows of a file of any kind that a task can read."""
+def _drafted(
+    name: str, rows: Sequence[Mapping[str, Any]], file: Path, said: Table
+) -> tuple[Columns, list[dict[str, Any]], dict[str, Any]]:
+    """What the columns are for, the rows that are whole, and the content of the task file."""
+    unprintable = {column for column in rows[0] if not all(is_printable(row.get(column) or "") for row in rows[:SEEN])}
+    columns = guess(
+        list(rows[0]),
+        str(file),
+        instruction=said.instruction,
+        inputs=said.inputs,
+        answer=said.answer,
+        label=said.label,
+        choices=said.choices,
+        unprintable=unprintable,
+    )
+    whole = _whole(rows, columns)
+    if not whole:
+        raise DataError(f"no row of {file} has a value in {columns.label or columns.answer!r}; name another column.")
+    names = () if columns.choices else said.choices
+    return columns, whole, draft(name, columns, whole[:SEEN], {"train": "train.parquet", "test": "test.parquet"}, names)
+
+
+def _rows(file: Path, scratch: str, encoding: str | None) -> Iterator[dict[str, Any]]:
+    """The rows of a file of any kind that a task can read; what text spells is left as it was written."""
     import pyarrow.parquet as pq
 
     from apprentice.data.convert import parquet_file
+    from apprentice.data.written import read, readings_of
 
     try:
-        found = pq.ParquetFile(parquet_file(str(file), Folder.at(scratch), "own"))
+        found = pq.ParquetFile(parquet_file(str(file), Folder.at(scratch), "own", encoding=encoding))
+        readings = {column: way for column, way in readings_of(found.schema_arrow).items() if way != "cell"}
         for batch in found.iter_batches():
-            yield from batch.to_pylist()
+            for row in batch.to_pylist():
+                yield row | {column: read(row[column], way, encoding) for column, way in readings.items()}
     except ApprenticeError as error:
-        raise DataError(
-            str(error).removeprefix("task 'own': ").replace("correct `files` in the task's file", "check the path")
-        ) from error
+        said = str(error).removeprefix("task 'own': ").replace("correct `files` in the task's file", "check the path")
+        raise DataError(re.sub(r"`encoding: (\S+)` in the source", r"--encoding \1", said)) from error
     except (OSError, ValueError) as error:
         raise DataError(f"{file} cannot be read as Parquet: {' '.join(str(error).split())}") from error
 
 
 def _whole(rows: Sequence[Mapping[str, Any]], columns: Columns) -> list[dict[str, Any]]:
     """The rows that say what is asked and what is right, with nothing else; an input without value is empty."""
-    needed = [column for column in (columns.instruction, columns.answer, columns.label) if column is not None]
+    needed = [column for column in (columns.instruction, *columns.choices, columns.answer, columns.label) if column is not None]
     return [
         {column: row[column] for column in needed}
         | {column: "" if row.get(column) is None else row[column] for column in columns.inputs}
@@ -146,14 +183,12 @@ def _recipe(name: str, columns: Columns, base: str) -> dict[str, Any]:
 def _write(
     folder: Path, content: Mapping[str, Any], recipe: Mapping[str, Any], train: Sequence[Any], tested: Sequence[Any]
 ) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+    from apprentice.data.convert import write_rows
 
     Recipe.model_validate(recipe)
-    schema = pa.Table.from_pylist([*train, *tested]).schema
     folder.mkdir(parents=True, exist_ok=True)
     for split, rows in (("train", train), ("test", tested)):
-        pq.write_table(pa.Table.from_pylist(list(rows), schema), folder / f"{split}.parquet", row_group_size=4096)
+        write_rows(rows, Folder.at(folder / f"{split}.parquet"))
     (folder / "task.yaml").write_text(
         "# Reword these, and add more: about ten wordings, and as different as people would say them, make a model that\n"
         "# follows the instruction and not one fixed string. `apprentice tasks ./task.yaml` shows them on the sample row.\n"

@@ -112,9 +112,9 @@ class Template(Strict):
     choices: tuple[str, ...] | None = None
     inverted: bool = Field(False, description="The answer is given and the input is asked for.")
     cot: bool = Field(False, description="Chain of thought: the output holds the reasoning and then the answer.")
-    _python_forms: bool = PrivateAttr(default=False)  # of runs of format 1: lists are printed as Python writes them
+    _python_forms: bool = PrivateAttr(default=False)  # as runs of format 1 render: lists are printed as Python writes them
 
-    def printing_python_forms(self) -> Self:
+    def of_format_1(self) -> Self:
         """The template as runs of format 1 render it."""
         copy = self.model_copy()
         copy._python_forms = True
@@ -194,10 +194,10 @@ class Task(Strict):
     origin: str = Field("", description="The file that it was read from.")
 
     def of_format(self, number: int) -> Task:
-        """The task as a run of that format renders it: those of format 1 print lists as Python writes them."""
+        """The task as a run of that format renders it; `references` of format 1 see the rendered answer in a field `answer`."""
         if number >= 2:
             return self
-        return self.model_copy(update={"templates": tuple(template.printing_python_forms() for template in self.templates)})
+        return self.model_copy(update={"templates": tuple(template.of_format_1() for template in self.templates)})
 
     @field_validator("choices", "label", "references", "keep")
     @classmethod
@@ -352,7 +352,8 @@ class Task(Strict):
         else:
             values["answer"] = self._expressions["answer"](values, python_forms=template._python_forms)
             if "references" in self._expressions:
-                right = self._expressions["references"](values, python_forms=template._python_forms)
+                old = template._python_forms
+                right = self._expressions["references"](values if old else row, python_forms=old)
                 references = tuple(template.text(text).strip() for text in right)
         instruction, given, output = (part(values, python_forms=template._python_forms) for part in template.parts)
         if not output:
