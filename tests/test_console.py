@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+
+import pytest
 
 from apprentice.console import Screen
 
@@ -35,3 +40,42 @@ def test_errors_are_one_sentence_in_both_forms(capsys):
     out, err = capsys.readouterr()
     assert json.loads(out) == {"error": "No."}
     assert err == "error: No.\n"
+
+
+SAYS = """
+import sys
+from apprentice.console import Screen
+screen = Screen()
+for number in range(20000):
+    screen.say(f"{number} → é")
+    screen.progress("train", {"step": number, "done": True})
+    screen.warn("a warning")
+print("a library prints")
+screen.result({}, "the result")
+sys.exit(screen.failed(RuntimeError("ours")) - 3)
+"""
+
+
+@pytest.mark.parametrize("where", ["| head -1", "2>&1 | head -1", ">/dev/full", ">/dev/full 2>&1", ">&- 2>&-", "2>&-"])
+def test_a_screen_that_is_gone_stops_nothing(where, tmp_path):
+    (tmp_path / "says.py").write_text(SAYS)
+    command = f"set -o pipefail; {sys.executable} {tmp_path / 'says.py'} {where}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "BrokenPipe" not in done.stderr
+    assert done.stdout.startswith("0 → é\n") == (where != ">&- 2>&-" and "full" not in where)
+
+
+def test_letters_that_the_screen_lacks_become_question_marks():
+    command = [sys.executable, "-c", "from apprentice.console import Screen; Screen().say('a → b'); Screen().result({}, 'c → d')"]
+    done = subprocess.run(command, capture_output=True, env={**os.environ, "PYTHONIOENCODING": "ascii"}, timeout=60)
+    assert (done.returncode, done.stdout) == (0, b"a ? b\nc ? d\n")
+
+
+def test_a_result_that_finds_no_room_is_an_error():
+    code = "import sys; from apprentice.console import Screen\ntry: Screen(as_json=True).result({'a': 1})\n"
+    code += "except OSError as error: sys.exit(Screen().failed(error))"
+    command = f'{sys.executable} -c "$CODE" >/dev/full'
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env={**os.environ, "CODE": code}, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: no room is left on the disk; make room")

@@ -28,20 +28,20 @@ from apprentice.submit import deploy_run, serve_config
 
 def prepare(recipe: Recipe, screen: Screen) -> None:
     """Freezes the indices; prints the run folder."""
-    print(road.prepare(recipe, progress=screen.progress)["run"])
+    screen.result({}, road.prepare(recipe, progress=screen.progress)["run"])
 
 
 def train(recipe: Recipe, screen: Screen) -> None:
     """Fine-tunes, or goes on; prints the run folder."""
     result = road.train(recipe, progress=screen.progress)
     screen.say(road.training_sentence(result))
-    print(result["run"])
+    screen.result({}, result["run"])
 
 
 def evaluate(recipe: Recipe, screen: Screen) -> None:
     """Scores the run beside its base model; prints the report's folder."""
     road.check_definitions(recipe)
-    print(road.evaluate_run(recipe, progress=screen.progress)[1])
+    screen.result({}, str(road.evaluate_run(recipe, progress=screen.progress)[1]))
 
 
 def pipeline(recipe: Recipe, screen: Screen, *, deploy: bool = False) -> None:
@@ -68,7 +68,7 @@ def pipeline(recipe: Recipe, screen: Screen, *, deploy: bool = False) -> None:
         if deploy:
             name = deploy_run(str(run.folder), recipe)
             screen.say(f"deployed as the Serve application {name!r}, port {recipe.serving.port} of every node")
-    print(run.folder)
+    screen.result({}, str(run.folder))
 
 
 def evaluation_identity(recipe: Recipe, version: int = FORMAT) -> str:

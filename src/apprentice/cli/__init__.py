@@ -26,7 +26,7 @@ app = typer.Typer(
 def about(version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False) -> None:
     """From many labelled datasets to one model that follows instructions, on Ray."""
     if version:
-        print(f"apprentice {__version__}")
+        Screen().result({}, f"apprentice {__version__}")
         raise typer.Exit
 
 

@@ -152,4 +152,4 @@ def recipe_schema() -> None:
 
     from apprentice.recipe import Recipe
 
-    print(json.dumps(Recipe.model_json_schema(), indent=2))
+    screen_for(False).result({}, json.dumps(Recipe.model_json_schema(), indent=2))

@@ -64,7 +64,7 @@ def report_schema() -> None:
 
     from apprentice.evaluate.shape import Report
 
-    print(json.dumps(Report.model_json_schema(), indent=2))
+    screen_for(False).result({}, json.dumps(Report.model_json_schema(), indent=2))
 
 
 def compare(

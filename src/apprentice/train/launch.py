@@ -37,9 +37,9 @@ from apprentice.train.aside import Aside, Score, goes_aside
 from apprentice.train.batch import PackedRows
 from apprentice.train.export import export
 from apprentice.train.failure import lost_peer, mendable
+from apprentice.train.follower import Follower, outcome_of
 from apprentice.train.member import Job, work
 from apprentice.train.memory import expected_of
-from apprentice.train.pulse import end
 from apprentice.train.reference import references
 from apprentice.train.resources import Ask, check_resources, required_resources, workers_that_fit
 from apprentice.train.samples import Samples
@@ -49,7 +49,6 @@ from apprentice.train.state import Goal
 from apprentice.train.tracking import Mailbox, Outcome, Tracker
 from apprentice.train.validation import Validation
 
-POLL_S = 0.2
 AFTER_US_S = 10  # that a collective waits on for a silent worker, who is named and ended first
 START_TIMEOUT_S = "600"  # of a worker group; Ray Train's 60 s are too few for a busy machine, and it would begin again and again
 LEAST_VALIDATION_ROWS, MOST_VALIDATION_ROWS = 8, 256
@@ -177,7 +176,9 @@ def _fit(recipe: Recipe, run: Run, corpus: Corpus, goal: Goal, tracker: Tracker,
     workers = workers_that_fit(recipe, node_resources())
     aside = goes_aside(recipe, node_resources())
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)  # a node of the workers may go
-    mailbox: Any = ray.remote(Mailbox).options(num_cpus=0, scheduling_strategy=here).remote(workers)
+    # A call that the network lost is made again; a mailbox that died stays dead, since what it held is lost.
+    kept = {"num_cpus": 0, "scheduling_strategy": here, "max_restarts": 0, "max_task_retries": -1}
+    mailbox: Any = ray.remote(Mailbox).options(**kept).remote(workers)
     within = validation_rows(corpus, 0 if aside else validation_limit(recipe))
     samples = Samples(corpus.layout, recipe.training.sample_instructions)
     sizes = (_row_length(corpus), corpus.row_bytes)
@@ -187,7 +188,7 @@ def _fit(recipe: Recipe, run: Run, corpus: Corpus, goal: Goal, tracker: Tracker,
     with suppress(OSError):
         (run.checkpoints / "checkpoint_manager_snapshot.json").delete()
     failure: Exception | None = None
-    with _Follower(mailbox, tracker, recipe.training.hang_timeout_s):
+    with Follower(mailbox, tracker, recipe.training.hang_timeout_s):
         before = signal.getsignal(signal.SIGINT)
         try:
             trainer.fit()
@@ -196,7 +197,7 @@ def _fit(recipe: Recipe, run: Run, corpus: Corpus, goal: Goal, tracker: Tracker,
         finally:
             if threading.current_thread() is threading.main_thread():
                 signal.signal(signal.SIGINT, before)  # Ray Train leaves its own handler behind
-    outcome: Outcome = ray.get(mailbox.outcome.remote())
+    outcome = outcome_of(mailbox)
     ray.kill(mailbox)
     if outcome.error is not None:
         raise outcome.error
@@ -323,41 +324,3 @@ def _finish(recipe: Recipe, run: Run, corpus: Corpus, goal: Goal, tracker: Track
     exported = {"validation_loss": best.state.validation_loss, "validated_step": best.state.step}
     run.update_status(state="trained", **at, **exported, training=asdict(result))
     return result
-
-
-class _Follower:
-    """A thread that carries records from the mailbox to the tracker while the main thread waits for Ray Train.
-
-    It also ends workers that have not answered for too long, whom the others would wait for.
-    """
-
-    def __init__(self, mailbox: Any, tracker: Tracker, hang_timeout_s: float) -> None:
-        self._mailbox = mailbox
-        self._hang_timeout_s = hang_timeout_s
-        self._tracker = tracker
-        self._over = threading.Event()
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._follow, name="apprentice-progress", daemon=True)
-
-    def __enter__(self) -> None:
-        self._thread.start()
-
-    def __exit__(self, *_: object) -> None:
-        self._over.set()
-        self._thread.join()
-        if self._error is not None:
-            raise self._error
-
-    def _follow(self) -> None:
-        try:
-            while not self._over.wait(POLL_S):
-                self._pass_on()
-            self._pass_on()
-        except BaseException as error:
-            self._error = error
-
-    def _pass_on(self) -> None:
-        for who in ray.get(self._mailbox.silent.remote(self._hang_timeout_s)):
-            end(who)
-        for record in ray.get(self._mailbox.take.remote()):
-            self._tracker.write(record)

@@ -16,6 +16,8 @@ import ray
 from ray.train.v2._internal.execution.context import get_train_context
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from apprentice.errors import TrainingError
+
 LONGEST_S = 2.0  # between two signs
 SIGNS = 5  # within the time after which a worker counts as silent
 
@@ -41,24 +43,34 @@ class Pulse:
         self._mailbox = mailbox
         self._attempt = attempt
         self._every_s = min(LONGEST_S, timeout_s / SIGNS)
+        self._patience_s = timeout_s / 2  # with one sign: an answer that was lost on the way would be waited for without end
         self._wishes = 0  # for a checkpoint that the mailbox has heard
         self._granted = 0
         self._preemption: object = None  # the notice that a checkpoint was made for
         self._over = threading.Event()
+        self._alone = False  # nobody listens any more
         self._thread = threading.Thread(target=self._beat, name="apprentice-pulse", daemon=True)
         self._thread.start()
 
     def _beat(self) -> None:
         while True:
             try:
-                self._wishes = ray.get(self._mailbox.beat.remote(self._attempt, self._who))
+                self._wishes = ray.get(self._mailbox.beat.remote(self._attempt, self._who), timeout=self._patience_s)
+            except ray.exceptions.ActorDiedError:
+                self._alone = True
+                return
             except ray.exceptions.RayError:
-                return  # the driver is gone, and with it the run
+                pass  # the network's, most likely, and it passes: the next sign may arrive
             if self._over.wait(self._every_s):
                 return
 
     def checkpoint_wanted(self) -> bool:
-        """Whether one is wanted after this step; the same wish is told once, and by the first worker."""
+        """Whether one is wanted after this step; the same wish is told once, and by the first worker.
+
+        Raises `TrainingError` once the mailbox has died: nobody would notice any more if a worker hung.
+        """
+        if self._alone:
+            raise TrainingError("nobody follows this run any more; give the same command again: it goes on where it was.")
         if self._who.rank > 0:
             return False
         # Not ray.train.get_preemption_info, which waits for all workers at an actor; the loop puts their answers together itself.

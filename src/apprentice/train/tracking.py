@@ -9,6 +9,7 @@ can mend, and which workers are silent. Knows nothing of models or of how a step
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import tempfile
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from apprentice.artifacts import Run
-from apprentice.errors import ApprenticeError
+from apprentice.errors import ApprenticeError, StorageError
 from apprentice.json_lines import cut_torn_tail, read_records
 from apprentice.train.events import Events
 from apprentice.train.feed import Feed
@@ -29,6 +30,7 @@ if TYPE_CHECKING:  # it brings torch, two seconds that the mailbox need not wait
     from apprentice.train.pulse import Who
 
 STATUS_EVERY_S = 2.0
+_log = logging.getLogger(__name__)
 SCALARS = {
     "loss": "train/loss",
     "smoothed_loss": "train/smoothed_loss",
@@ -65,6 +67,7 @@ class Mailbox:
         self._wishes = 0
         self._wanted = False
         self._seen: dict[int, tuple[Who, float]] = {}  # of this attempt's workers, by rank: when each was last heard
+        self._hung: list[Who] = []  # of this attempt's workers
         self._silent: list[str] = []
         self._at = (0, 0)  # step, steps
         self._stream_cpus = 0.0
@@ -72,6 +75,7 @@ class Mailbox:
         self._from: Checkpoint | None = None
         self._error: ApprenticeError | None = None
         self._records: list[dict[str, Any]] = []
+        self._forgotten = 0  # records that were taken
 
     def resize(self, workers: int) -> None:
         """The next worker group has `workers`."""
@@ -97,6 +101,7 @@ class Mailbox:
     def part(self) -> None:
         """The workers are no more."""
         self._seen = {}
+        self._hung = []
         self._wanted = False
 
     def start(self) -> tuple[int, Checkpoint | None, bool]:
@@ -133,7 +138,7 @@ class Mailbox:
 
     def beat(self, attempt: int, who: Who) -> int:
         """A worker's sign of life; gives how often a checkpoint was asked for."""
-        if attempt == self._attempt:
+        if attempt == self._attempt and who not in self._hung:  # who is ended is not heard any more
             self._seen[who.rank] = (who, time.monotonic())
         return self._wishes
 
@@ -142,19 +147,20 @@ class Mailbox:
         self._seen.pop(rank, None)
 
     def silent(self, limit_s: float) -> list[Who]:
-        """Who was not heard for `limit_s` seconds; each is told once, and noted."""
+        """Who was not heard for `limit_s` seconds, noted once; the same again in this attempt, as answers may be lost."""
         now = time.monotonic()
-        found = [who for who, at in self._seen.values() if now - at > limit_s]
-        for who in found:
+        for who in [who for who, at in self._seen.values() if now - at > limit_s]:
             del self._seen[who.rank]
+            self._hung.append(who)
             self._silent.append(f"{who} had not answered for {limit_s:g} seconds and was ended")
             self.note(self._silent[-1])
-        return found
+        return self._hung
 
-    def take(self) -> list[dict[str, Any]]:
-        """The records since the last call."""
-        taken, self._records = self._records, []
-        return taken
+    def take(self, seen: int = 0) -> list[dict[str, Any]]:
+        """The records that come after the first `seen` of all; those are forgotten. The same again where the answer was lost."""
+        del self._records[: seen - self._forgotten]
+        self._forgotten = seen
+        return self._records
 
     def outcome(self) -> Outcome:
         return Outcome(self._attempt, self._error, self._silent)
@@ -177,7 +183,7 @@ class Tracker:
 
     def __init__(self, run: Run, progress: Callable[[dict[str, Any]], None], services: Sequence[Feed] = ()) -> None:
         self._run = run
-        self._progress = progress
+        self._progress: Callable[[dict[str, Any]], None] | None = progress
         self._services = services
         self._smoothed = Smoothed()
         self._file = run.folder / "steps.jsonl"
@@ -215,11 +221,21 @@ class Tracker:
         for put in (self._write_lines, lambda: self._draw(record), lambda: self._update_status(record)):
             try:
                 put()
-            except OSError as error:
+            except (OSError, StorageError) as error:
                 self._tell_once(error)
         self._pass_on({name: record[key] for key, name in SCALARS.items() if record.get(key) is not None}, record["step"])
         if "saved_s" not in record and "memory" not in record:  # no news to a person
-            self._progress({key: value for key, value in record.items() if key != "examples"})
+            self._show({key: value for key, value in record.items() if key != "examples"})
+
+    def _show(self, values: dict[str, Any]) -> None:
+        """Lets `progress` have `values`; one that raises is heard once and then left alone, since the run is not about it."""
+        if self._progress is None:
+            return
+        try:
+            self._progress(values)
+        except Exception:
+            self._progress = None
+            _log.exception("nothing more is shown of the run, which goes on")
 
     def _write_lines(self) -> None:
         """Appends the lines that wait, all or none."""
@@ -259,13 +275,13 @@ class Tracker:
 
     def _tell_of(self, service: Feed) -> None:
         for message in service.told():
-            self._progress({"message": message})
+            self._show({"message": message})
 
-    def _tell_once(self, error: OSError) -> None:
+    def _tell_once(self, error: OSError | StorageError) -> None:
         if not self._told:
             self._told = True
-            reason = error.strerror or error
-            self._progress({"message": f"{self._run.folder} cannot be written to ({reason}); make room there. Training goes on."})
+            reason = getattr(error, "strerror", None) or error
+            self._show({"message": f"{self._run.folder} cannot be written to ({reason}); make room there. Training goes on."})
 
     def _count(self, record: dict[str, Any]) -> None:
         if record["attempt"] in self._warm:
