@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from apprentice import hub
 from apprentice.artifacts import weights_sha256
 from apprentice.errors import ContractError, ModelError, StorageError
-from apprentice.models.loading import load_model
+from apprentice.models.loading import load_model, without_weights
 from apprentice.models.merging import merge_adapter
 from apprentice.recipe import Serving, load_recipe
 from apprentice.storage import Folder
@@ -122,11 +122,55 @@ def test_code_beside_a_known_architecture_is_left_alone(model, tmp_path):
     assert not mark.exists()
 
 
-def test_attention_code_from_a_hub_is_refused(model):
-    config = json.loads((model / "config.json").read_text()) | {"attn_implementation": "somebody/kernel"}
+NAMED_CODE = [
+    {"attn_implementation": "somebody/kernel"},
+    {"_attn_implementation": "somebody/kernel"},
+    {"_attn_implementation_internal": "somebody/kernel"},
+    {"_attn_implementation": "flash_attention_2"},  # fetched, where its package is missing
+    {"attn_implementation": {"": "sdpa", "text_config": "somebody/kernel"}},
+    {"experts_implementation": "somebody/kernel"},
+]
+NESTED_CODE = [
+    {"text_config": {"_attn_implementation": "somebody/kernel"}},
+    {"per_layer_config": {"0": {"attn_implementation": "somebody/kernel"}}},
+    {"encoders": [{"attn_implementation": "somebody/kernel"}]},
+]
+
+
+@pytest.mark.parametrize("named", NAMED_CODE + NESTED_CODE)
+def test_code_from_a_hub_that_a_config_names_is_refused(model, named):
+    config = json.loads((model / "config.json").read_text()) | named
     (model / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ModelError, match="code that is fetched from a hub"):
+    with pytest.raises(ModelError, match="by which transformers may fetch code from a hub; remove the key"):
         load_model(model, torch.float32)
+    with pytest.raises(ModelError, match="by which transformers may fetch code"):
+        without_weights(model)
+
+
+def test_built_in_names_may_stand_in_a_config(model):
+    config = json.loads((model / "config.json").read_text()) | {"_attn_implementation": "eager", "attn_implementation": None}
+    (model / "config.json").write_text(json.dumps(config))
+    assert load_model(model, torch.float32).config._attn_implementation == "sdpa"  # and do not count
+
+
+@pytest.mark.parametrize("named", NAMED_CODE)
+def test_what_a_config_names_is_never_used(model, tmp_path, monkeypatch, named):
+    """Even where a new transformers reads a key that is not looked for: the implementation is always given."""
+    from transformers import modeling_utils
+
+    from apprentice.models import loading
+    from apprentice.train.activations import activations
+
+    fetched = []
+    monkeypatch.setattr(modeling_utils, "lazy_import_flash_attention", lambda name, **_: fetched.append(name))
+    monkeypatch.setattr(loading, "check_model_folder", lambda *_, **__: None)
+    config = json.loads((model / "config.json").read_text()) | named
+    (model / "config.json").write_text(json.dumps(config))
+    loaded = load_model(model, torch.float32)
+    assert {module.config._attn_implementation for module in loaded.modules() if hasattr(module, "config")} == {"sdpa"}
+    assert without_weights(model).config._attn_implementation == "sdpa"
+    assert activations(load_recipe(tiny_recipe(tmp_path, model)), torch.float32, 1, 8) > 0
+    assert fetched == []
 
 
 def test_a_pickled_adapter_is_refused_and_never_opened(tiny_model, tmp_path):

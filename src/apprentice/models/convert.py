@@ -15,7 +15,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 def convert(gguf: Path, target: Path) -> None:
     """Writes the dequantised model in bfloat16, and the tokenizer, to `target`."""
     model = AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
+        gguf.parent,
+        gguf_file=gguf.name,
+        quantization_config=GgufConfig(dequantize=True),
+        dtype=torch.bfloat16,
+        attn_implementation="eager",
     )
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     model.save_pretrained(target)

@@ -105,7 +105,7 @@ def load_model(
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     implementation = resolve_attention(attention, "cuda" if torch.cuda.is_available() else "cpu")
-    chosen: dict[str, Any] = {} if implementation is None else {"attn_implementation": implementation}
+    chosen: dict[str, Any] = {}
     if four_bit:
         chosen["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
@@ -113,8 +113,11 @@ def load_model(
     chosen |= {"trust_remote_code": trust, "use_safetensors": None if trust else True}
     loader: Any = AutoModelForSeq2SeqLM if family == "seq2seq" else AutoModelForCausalLM
     if head is not None:
-        loader, chosen["num_labels"] = AutoModelForSequenceClassification, 1
+        loader = AutoModelForSequenceClassification
     try:
+        chosen["config"] = read_config(folder, implementation, trust=trust)
+        if head is not None:
+            chosen["config"].num_labels = 1
         with torch.random.fork_rng():
             torch.manual_seed(head or 0)
             model, found = loader.from_pretrained(folder, dtype=dtype, local_files_only=True, output_loading_info=True, **chosen)
@@ -134,10 +137,21 @@ def load_model(
     return loaded
 
 
+def read_config(folder: Path, attention: str | None = None, *, trust: bool = False) -> Any:
+    """The architecture in `folder`, with `attention` in transformers' word; None: sdpa where the architecture has it, else eager.
+
+    What the folder says of attention and experts never counts, in nested configs either: transformers would fetch code by such
+    names. It is set here because a keyword of `from_pretrained` is overruled by the folder's `_attn_implementation` (5.23).
+    """
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust)
+    config._attn_implementation, config._experts_implementation = attention, None
+    return config
+
+
 def without_weights(folder: Path, *, trust: bool = False) -> PreTrainedModel:
     """The causal model in `folder` on PyTorch's meta device: its layers with their shapes, and no numbers in them."""
     check_model_folder(folder, trust=trust)
-    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust)
+    config = read_config(folder, trust=trust)
     with torch.device("meta"):
         made: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
     return made

@@ -7,6 +7,7 @@ recipe says `model.trust`, or the command line `--trust`. Knows nothing of how m
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,9 @@ from apprentice.errors import ModelError
 from apprentice.family import model_config
 
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+# transformers 5.23 reads `attn_implementation`, `_attn_implementation`, and the same of `experts`; older ones `…_internal` too.
+_IMPLEMENTATION = re.compile("(attn|attention|experts)_implementation")
+_BUILT_IN = ("eager", "sdpa", "grouped_mm", "batched_mm")  # `flash_attention_2` is fetched where its package is missing
 REMEDY = "Save it again as safetensors (`save_pretrained`)"
 
 
@@ -41,10 +45,11 @@ def check_model_folder(folder: Path, *, trust: bool = False) -> None:
             f"{folder} brings its own code for the architecture {config.get('model_type')!r}, which transformers does not have."
             " Take another model, or, if you trust its author, say --trust (model.trust=true in a recipe)."
         )
-    if "/" in str(config.get("attn_implementation") or ""):
+    if chosen := _implementations(config):
+        key, name = chosen[0]
         raise ModelError(
-            f"{folder} wants its attention from {config['attn_implementation']!r}, code that is fetched from a hub; remove"
-            " attn_implementation from its config.json."
+            f"{folder} says in its config.json that {key} is {name!r}, by which transformers may fetch code from a hub; remove the"
+            " key, and say in the recipe's model.attention what is to be used."
         )
 
 
@@ -55,6 +60,22 @@ def check_adapter_folder(folder: Path, *, trust: bool = False) -> None:
             f"{folder} has its adapter as a pickle ({pickles[0]}), which can run any code when it is read. {REMEDY}, or, if you"
             " trust its author, say --trust (model.trust=true in a recipe)."
         )
+
+
+def _implementations(value: Any) -> list[tuple[str, Any]]:
+    """Keys of a config, nested ones too, by which a folder would choose code for its attention or experts; and what they say."""
+    if isinstance(value, list):
+        return [found for item in value for found in _implementations(item)]
+    if not isinstance(value, dict):
+        return []
+    found = [(key, name) for key, name in value.items() if _IMPLEMENTATION.search(key) and not _is_built_in(name)]
+    return found + [inner for item in value.values() for inner in _implementations(item)]
+
+
+def _is_built_in(name: Any) -> bool:
+    if isinstance(name, dict):  # by the names of nested configs
+        return all(map(_is_built_in, name.values()))
+    return name is None or isinstance(name, bool) or name in _BUILT_IN
 
 
 def _pickles(folder: Path) -> list[str]:

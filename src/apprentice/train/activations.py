@@ -14,10 +14,11 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, masking_utils
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, masking_utils
 
 from apprentice.family import family_of
 from apprentice.hub import local_folder
+from apprentice.models.loading import read_config
 from apprentice.models.tuning import TUNING_METHODS
 from apprentice.recipe import Recipe
 from apprentice.train.loss import CHUNK_NUMBERS
@@ -49,11 +50,11 @@ def _kept(recipe: Recipe, dtype: torch.dtype, rows: int, length: int) -> tuple[f
     folder = local_folder(recipe.model.base)
     seq2seq = family_of(folder) == "seq2seq"
     loader: Any = AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
     eager = recipe.model.attention == "eager"
+    config = read_config(folder, "eager" if eager else None)
     with warnings.catch_warnings(), torch.device("meta"):
         warnings.simplefilter("ignore")
-        model = loader.from_config(config, dtype=dtype, **({"attn_implementation": "eager"} if eager else {}))
+        model = loader.from_config(config, dtype=dtype)
         wrapped: Any = TUNING_METHODS[recipe.tuning.method].wrap(model, recipe.tuning, recipe.seed).train()
         if recipe.training.optimizer.name != "adafactor":
             wrapped.to(dtype)  # as DeepSpeed does; Adafactor keeps what is trained wide
