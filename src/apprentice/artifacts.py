@@ -166,6 +166,9 @@ class PromptContract(BaseModel):
     layout_version: int
     system: str
     date: str = Field(description="Frozen date for chat templates that insert one.")
+    control_tokens: tuple[str, ...] = Field(
+        (), description="Control tokens that texts may hold as such; all others are text there."
+    )
     max_length: int = Field(description="Tokens of one training example.")
     truncation: str = "exemplars from the last, then input from its end; instruction and answer never"
     end_ids: tuple[int, ...]

@@ -16,18 +16,17 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import ray
 
 from apprentice.artifacts import Run, public_base
 from apprentice.data.companions import check_companions
-from apprentice.data.contract import check_base, layout_of
+from apprentice.data.contract import check_base, layout_of, layout_version
 from apprentice.data.corpus import packing_strategy
 from apprentice.data.layout import Layout
 from apprentice.data.pipeline import Corpus, estimate_steps, make_corpus
 from apprentice.data.quality import classes_of, layouts_of, shown_in_the_prompt
 from apprentice.data.sources import on_the_hub, resolve
-from apprentice.errors import ApprenticeError, ContractError, DataError, RecipeError, ServingError, StorageError
+from apprentice.errors import ApprenticeError, ChatTemplateError, ContractError, DataError, RecipeError, ServingError, StorageError
 from apprentice.family import RELATIVE_POSITIONS, check_writes, model_config
 from apprentice.hub import local_folder, missing_model
 from apprentice.nodes import node_resources, on_every_node
@@ -138,7 +137,7 @@ def _model(recipe: Recipe) -> str:
 
     tokenizer = Tokenizer(local_folder(recipe.model.base))
     check_model_folder(tokenizer.folder, trust=recipe.model.trust)
-    layout = layout_of(recipe, tokenizer)
+    layout = layout_of(recipe, tokenizer, layout_version(Run(Folder.at(recipe.storage) / recipe.name).format))
     _check_turns(layout)
     ancestors = check_base(recipe, tokenizer.folder)
     packing_strategy(recipe, tokenizer.folder)
@@ -186,11 +185,11 @@ def _check_turns(layout: Layout) -> None:
     """Raises `ContractError` for a chat template that refuses a question, or ends turns with a text that an answer may hold."""
     try:
         layout.prompt("a")
-    except jinja2.TemplateError as error:
+    except ChatTemplateError as error:
         told = " after data.system" if layout.system else ""
         raise ContractError(
-            f"the chat template of {layout.tokenizer.folder} refuses a question{told}: {' '.join(str(error).split())}. Leave out"
-            " what it has no turn for, or give another in data.chat_template."
+            f"the chat template of {layout.tokenizer.folder} refuses a question{told}: {' '.join(str(error.__cause__).split())}."
+            " Leave out what it has no turn for, or give another in data.chat_template."
         ) from error
     if layout.name == "chat" and not layout.tokenizer.is_added(layout.end_ids[-1]):
         end = layout.tokenizer.decode(layout.end_ids, skip_special=False)

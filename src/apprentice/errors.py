@@ -7,6 +7,7 @@
     ├── DataError              a source: missing file, missing column, too many bad rows
     ├── ModelError             a base model or a model folder that cannot be found or loaded
     ├── ContractError          the prompt contract is missing or cannot be reproduced
+    │   └── ChatTemplateError    a chat template cannot render some messages (of a row: counted, not fatal by itself)
     ├── RunError               the run folder: another identity, damaged checkpoint, nothing to resume
     ├── ResourcesError         the machine or cluster has less than the recipe asks for
     ├── TrainingError          training stopped: NaN loss, workers that keep dying
@@ -58,6 +59,10 @@ class ModelError(ApprenticeError):
 
 class ContractError(ApprenticeError):
     """The prompt contract is missing, or cannot be reproduced here."""
+
+
+class ChatTemplateError(ContractError):
+    """A chat template cannot render some messages."""
 
 
 class RunError(ApprenticeError):

@@ -42,7 +42,7 @@ NOT_IDENTITY = (
     "serving",
 )
 # Keys that came later: at their defaults they are left out, so that a run keeps the identity that it had before.
-LATER = ("training.objective", "training.dpo", "training.grpo", "data.chat_template", "data.qualities")
+LATER = ("training.objective", "training.dpo", "training.grpo", "data.chat_template", "data.qualities", "data.control_tokens")
 # Of what a run folder holds. 1: before the number was kept. 2: other rules of encoding, CSV and identity, for new runs only.
 FORMAT = 2
 CONTRACT_FILE = "apprentice.json"

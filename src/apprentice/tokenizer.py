@@ -8,10 +8,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from apprentice.chat_template import ChatTemplate, Message
+from apprentice.control_tokens import ControlTokens
 from apprentice.errors import ModelError
 from apprentice.hub import local_folder
 from apprentice.passages import Passages
@@ -48,6 +51,7 @@ class Tokenizer:
         if chat_template is not None:
             self._inner.chat_template = chat_template
         self._backend: Any = self._inner.backend_tokenizer
+        self._kept_apart: dict[tuple[str, ...], ControlTokens] = {}
         self._backend.no_padding()
         self._backend.no_truncation()
         if resize := getattr(self._backend.model, "_resize_cache", None):
@@ -109,6 +113,32 @@ class Tokenizer:
         template = self._inner.chat_template
         return template if isinstance(template, str) else None
 
+    @cached_property
+    def special_texts(self) -> tuple[str, ...]:
+        """The special tokens as texts, the end token among them."""
+        added = [str(token.content) for token in self._inner.added_tokens_decoder.values() if token.special]
+        return tuple(dict.fromkeys([*added, self.end_text]))
+
+    @cached_property
+    def other_added_texts(self) -> tuple[str, ...]:
+        """Tokens that are found in a text before it is taken apart, but are not special."""
+        return tuple(str(token.content) for token in self._inner.added_tokens_decoder.values() if not token.special)
+
+    def is_added_text(self, text: str) -> bool:
+        """True if `text` is one token that no text is made of by chance."""
+        return text in self.special_texts or text in self.other_added_texts
+
+    def swallows_space(self, id: int) -> bool:
+        """True for a token that takes the white space behind it along."""
+        token = self._inner.added_tokens_decoder.get(id)
+        return token is not None and bool(token.rstrip)
+
+    def kept_apart(self, tokens: tuple[str, ...]) -> ControlTokens:
+        """What keeps these control tokens apart from texts that hold them."""
+        if tokens not in self._kept_apart:
+            self._kept_apart[tokens] = ControlTokens(self._backend, tokens)
+        return self._kept_apart[tokens]
+
     def is_added(self, id: int) -> bool:
         """True for a token that no text is made of by chance: the end token and the like."""
         return id == self.end_id or id in self._inner.added_tokens_decoder
@@ -147,10 +177,20 @@ class Tokenizer:
     def _is_byte_level(self) -> bool:
         return "ByteLevel" in json.dumps(json.loads(self._backend.to_str())["decoder"])
 
-    def apply_chat_template(self, messages: Sequence[dict[str, str]], *, generate: bool, **variables: Any) -> str:
-        """The chat template's text for `messages`; `generate` adds the opening of the assistant's turn."""
-        text = self._inner.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=generate, **variables)
-        return str(text)
+    def apply_chat_template(
+        self, messages: Sequence[Message], *, generate: bool, now: datetime | None = None, **variables: Any
+    ) -> str:
+        """The chat template's text for `messages`; `generate` adds the opening of the assistant's turn, `now` stops its clock.
+
+        Raises `ChatTemplateError` where the template fails over them.
+        """
+        return self._chat_template.render(messages, generate=generate, now=now, **(self._inner.special_tokens_map | variables))
+
+    @cached_property
+    def _chat_template(self) -> ChatTemplate:
+        if self.chat_template is None:
+            raise ModelError(f"the tokenizer in {self.folder} has no chat template; give one in data.chat_template.")
+        return ChatTemplate(self.chat_template, str(self.folder))
 
     @cached_property
     def fingerprint(self) -> str:

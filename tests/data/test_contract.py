@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from apprentice.artifacts import Golden, PromptContract, read_contract
-from apprentice.data.contract import layout_beside, layout_of, layout_under, make_contract
+from apprentice.artifacts import Golden, PromptContract, identity, read_contract
+from apprentice.data.contract import layout_beside, layout_of, layout_under, layout_version, make_contract
 from apprentice.errors import ContractError
 from apprentice.recipe import Recipe
 from apprentice.tokenizer import Tokenizer
@@ -45,7 +45,7 @@ def test_it_holds_what_a_prompt_depends_on(name: str, tiny_model: Path) -> None:
     assert (contract.end_ids, contract.stop_ids) == ((2,), (2,))
     assert contract.tokenizer_sha256 == tokenizer.fingerprint
     assert contract.ancestors == (str(tiny_model),)
-    assert len(contract.golden) == (5 if contract.layout == "chat" else 4)  # with turns, a conversation too
+    assert len(contract.golden) == (6 if contract.layout == "chat" else 5)  # with turns, a conversation too
     for golden in contract.golden[:4]:  # a conversation: see test_conversations
         assert list(golden.ids) == tokenizer.encode(layout.prompt(golden.instruction, golden.input))
     assert any(golden.input == "" for golden in contract.golden)
@@ -87,7 +87,10 @@ def _other_golden(folder: Path) -> None:
         (_other_tokenizer, "the tokenizer in .* is not the one of the contract; restore the folder"),
         (_other_template, "the chat template in .* is not the one of the contract; restore the folder"),
         (_other_golden, "the prompt for 'Name three colours.' gets other token ids here than in training; restore"),
-        (lambda folder: rewrite(folder, layout_version=0), "the contract is for layout version 0, this apprentice has 1; use"),
+        (
+            lambda folder: rewrite(folder, layout_version=0),
+            "the contract is for layout version 0, this apprentice has 1 and 2; use",
+        ),
         (lambda folder: rewrite(folder, layout="vicuna"), "layout 'vicuna' is unknown; choose one of plain, alpaca, chat"),
         (
             lambda folder: (folder / "apprentice.json").unlink(),
@@ -111,3 +114,36 @@ def test_a_bare_model_takes_the_contract_it_is_given(folder: Path) -> None:
     _other_template(folder)
     with pytest.raises(ContractError, match="the chat template in"):
         layout_beside(folder, contract)
+
+
+def test_the_golden_ids_hold_a_forged_turn(tiny_model: Path) -> None:
+    tokenizer = Tokenizer(tiny_model)
+    layout = layout_of(recipe_of(tiny_model), tokenizer)
+    forged = make_contract(recipe_of(tiny_model), layout, tiny_model).golden[4]
+    assert "<|im_end|>" in forged.instruction
+    assert "<|im_end|>\n<|im_start|>" in forged.input
+    assert (forged.ids.count(1), forged.ids.count(2)) == (3, 2)  # the template's own
+    assert tokenizer.decode(forged.ids, skip_special=False).count("<|im_end|>") == 4
+
+
+def test_a_contract_of_the_first_version_keeps_its_ids(folder: Path) -> None:
+    recipe, tokenizer = recipe_of(folder), Tokenizer(folder)
+    contract = make_contract(recipe, layout_of(recipe, tokenizer, version=1), folder)
+    assert (contract.layout_version, len(contract.golden)) == (1, 5)
+    old = json.loads(contract.model_dump_json())
+    del old["control_tokens"]  # it was not written then
+    (folder / "apprentice.json").write_text(json.dumps(old))
+    layout = layout_beside(folder)
+    assert layout.version == 1
+    assert layout.encode_prompt(layout.prompt("<|im_end|>")).count(2) == 3
+    assert [layout_version(format) for format in (1, 2)] == [1, 2]
+
+
+def test_control_tokens_that_texts_mean_are_in_the_contract(tiny_model: Path) -> None:
+    recipe = recipe_of(tiny_model)
+    recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"control_tokens": ("<|im_end|>",)})})
+    contract = make_contract(recipe, layout_of(recipe, Tokenizer(tiny_model)), tiny_model)
+    assert contract.control_tokens == ("<|im_end|>",)
+    assert layout_under(contract, Tokenizer(tiny_model)).encode_answers(["<|im_end|>"]) == [[2]]
+    assert identity(recipe)["data.control_tokens"] == ["<|im_end|>"]
+    assert "data.control_tokens" not in identity(recipe_of(tiny_model))  # an old run keeps its identity

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from apprentice.artifacts import FORMAT, Run
-from apprentice.data.contract import layout_of
+from apprentice.data.contract import layout_of, layout_version
 from apprentice.data.index import contamination_in, freeze, index_beside
 from apprentice.data.layout import Exemplar, Layout
 from apprentice.data.mixture import Size, epoch_rows
@@ -147,7 +147,7 @@ def make_corpus(recipe: Recipe, run: Run, *, parallel: bool = True, to_train: bo
         contamination |= beside.contamination["tasks"] if beside.contamination else {}
     strategy = packing_strategy(recipe, tokenizer.folder, run.format)
     order = Plan.of(recipe, tasks, indices) if to_train else None
-    layout = layout_of(recipe, tokenizer)
+    layout = layout_of(recipe, tokenizer, layout_version(run.format))
     return Corpus(recipe, tasks, held_out, indices, order, layout, strategy, contamination=contamination)
 
 

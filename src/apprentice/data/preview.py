@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from apprentice.data.corpus import Corpus
 from apprentice.data.plan import Draw
 from apprentice.data.render import Renderer
-from apprentice.data.tokenize import TOO_LONG, Tokenized
+from apprentice.data.tokenize import Tokenized, drop_reason
 from apprentice.errors import RowError
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def trace(corpus: Corpus, positions: Sequence[int]) -> list[Shown]:
             found.append(_shown(corpus, draw, Tokenized([], 0, 0, item.reason)))
             continue
         [tokens] = corpus.encode([item])
-        found.append(_shown(corpus, draw, tokens or Tokenized([], 0, 0, TOO_LONG)))
+        found.append(_shown(corpus, draw, tokens or Tokenized([], 0, 0, drop_reason(corpus.layout, *item))))
     return found
 
 

@@ -12,6 +12,7 @@ from itertools import accumulate
 from typing import NamedTuple
 
 from apprentice.data.layout import Exemplar, Layout
+from apprentice.errors import ChatTemplateError
 from apprentice.tasks.schema import Example
 
 # The words under which the ledger counts what was cut.
@@ -20,6 +21,8 @@ CUT_INPUT = "truncated_input"
 CUT_TURNS = "truncated_turns"
 LAST_TURN_ONLY = "last_turn_only"  # the chat template changes earlier answers, so only the last one can be learnt as it is
 TOO_LONG = "too_long"
+REFUSED = "refused_by_template"  # the chat template has no way to say it
+SECOND_THOUGHT = "second_thought"  # the prompt ends a thought already, and the answer brings its own
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +64,7 @@ class Fitted(NamedTuple):
 def encode(
     layout: Layout, items: Sequence[tuple[Example, Sequence[Exemplar]]], max_length: int, target_length: int | None = None
 ) -> list[Tokenized | None]:
-    """Token ids of every item, at most `max_length` each; None where instruction and answer do not fit (reason `TOO_LONG`).
+    """Token ids of every item, at most `max_length` each; None for what cannot be learnt (see `drop_reason`).
 
     With a `target_length`, as encoder-decoders have it, `max_length` is for the prompt alone, and `target_length` for the answer.
     All prompts go through the tokenizer at once, and so do all answers.
@@ -69,11 +72,14 @@ def encode(
     if any(example.has_turns for example, _ in items):
         single = iter(encode(layout, [item for item in items if not item[0].has_turns], max_length, target_length))
         return [_conversation(layout, item[0], max_length) if item[0].has_turns else next(single) for item in items]
-    prompts = layout.encode_prompts([layout.prompt(example.instruction, example.input, shots) for example, shots in items])
+    prompts = _prompts(layout, items)
     answers = layout.encode_answers([example.target for example, _ in items])
     end = list(layout.end_ids)
     found: list[Tokenized | None] = []
     for (example, shots), prompt, answer in zip(items, prompts, answers, strict=True):
+        if prompt is None or _thinks_twice(layout, example):
+            found.append(None)
+            continue
         answer += end
         # On one side with the prompt, or on a side of its own.
         room, answer_room = (max_length - len(answer), max_length) if target_length is None else (max_length, target_length)
@@ -86,8 +92,44 @@ def encode(
     return found
 
 
+def drop_reason(layout: Layout, example: Example, exemplars: Sequence[Exemplar] = ()) -> str:
+    """Why an example that has no token ids has none: `REFUSED`, `SECOND_THOUGHT` or `TOO_LONG`."""
+    if _thinks_twice(layout, example):
+        return SECOND_THOUGHT
+    try:
+        _said(layout, example, exemplars)
+    except ChatTemplateError:
+        return REFUSED
+    return TOO_LONG
+
+
+def _thinks_twice(layout: Layout, example: Example) -> bool:
+    turns = layout.turns
+    return turns is not None and turns.closes_a_thought and any("</think>" in text for text in (example.target, example.rejected))
+
+
+def _said(layout: Layout, example: Example, exemplars: Sequence[Exemplar]) -> str:
+    """The prompt's text. Raises `ChatTemplateError`."""
+    if example.has_turns:
+        return layout.chat_prompt(_messages(example))
+    return layout.prompt(example.instruction, example.input, exemplars)
+
+
+def _prompts(layout: Layout, items: Sequence[tuple[Example, Sequence[Exemplar]]]) -> list[list[int] | None]:
+    """The prompt of every item, of a conversation nothing; None where the chat template refuses it."""
+    texts: list[str | None] = []
+    for example, shots in items:
+        try:
+            texts.append("" if example.has_turns else _said(layout, example, shots))
+        except ChatTemplateError:
+            texts.append(None)
+    encoded = layout.encode_prompts([text or "" for text in texts])
+    return [None if text is None else ids for text, ids in zip(texts, encoded, strict=True)]
+
+
 def encode_pairs(layout: Layout, examples: Sequence[Example], max_length: int) -> list[Tokenized | None]:
-    """Both answers of every example after the same prompt, at most `max_length` tokens each with it; None where they do not fit.
+    """Both answers of every example after the same prompt, at most `max_length` tokens each with it; None where they do not fit
+    (see `drop_reason`).
 
     The prompt has room for the longer answer. Of a conversation the last answer is compared; the earlier ones belong to the prompt.
     """
@@ -106,18 +148,17 @@ def encode_pairs(layout: Layout, examples: Sequence[Example], max_length: int) -
 
 
 def encode_questions(layout: Layout, examples: Sequence[Example], max_prompt_tokens: int) -> list[Tokenized | None]:
-    """The prompt of every example in at most so many tokens, with nothing behind it; None where it does not fit."""
+    """The prompt of every example in at most so many tokens, with nothing behind it; None as `drop_reason` says."""
     found = _questions(layout, examples, [max_prompt_tokens] * len(examples))
     return [fitted and Tokenized(fitted.ids, len(fitted.ids), 0, fitted.truncated) for fitted in found]
 
 
 def _questions(layout: Layout, examples: Sequence[Example], rooms: Sequence[int]) -> list[Fitted | None]:
     """The prompt of every example within its room; of a conversation, all before its last answer."""
-    prompts = layout.encode_prompts(["" if one.has_turns else layout.prompt(one.instruction, one.input) for one in examples])
     found: list[Fitted | None] = []
-    for example, prompt, room in zip(examples, prompts, rooms, strict=True):
-        fitted: Fitted | None = Fitted(prompt, 0, None)
-        if room <= 0:
+    for example, prompt, room in zip(examples, _prompts(layout, [(one, ()) for one in examples]), rooms, strict=True):
+        fitted = None if prompt is None else Fitted(prompt, 0, None)
+        if prompt is None or room <= 0 or _thinks_twice(layout, example):
             fitted = None
         elif example.has_turns or len(prompt) > room:
             fitted = fit_prompt(layout, example, (), room)
@@ -136,7 +177,12 @@ def _messages(example: Example) -> list[dict[str, str]]:
 
 def _conversation(layout: Layout, example: Example, max_length: int) -> Tokenized | None:
     """A conversation with every answer trained on; what is too long loses its last turns, and is dropped if not one fits."""
-    pieces = layout.chat_pieces(_messages(example))
+    try:
+        pieces = layout.chat_pieces(_messages(example))
+    except ChatTemplateError:
+        return None
+    if _thinks_twice(layout, example):
+        return None
     pieces.append((layout.encode_answers([example.target])[0] + list(layout.end_ids), True))
     truncated = LAST_TURN_ONLY if example.history and len(pieces) == 2 else None
     while pieces and sum(len(piece) for piece, _ in pieces) > max_length:
@@ -149,7 +195,14 @@ def _conversation(layout: Layout, example: Example, max_length: int) -> Tokenize
 
 
 def fit_prompt(layout: Layout, example: Example, exemplars: Sequence[Exemplar], max_prompt_tokens: int) -> Fitted | None:
-    """The prompt of `example` in at most `max_prompt_tokens`; None where not even the instruction fits."""
+    """The prompt of `example` in at most `max_prompt_tokens`; None where not even the instruction fits, or the template refuses."""
+    try:
+        return _fit(layout, example, exemplars, max_prompt_tokens)
+    except ChatTemplateError:
+        return None
+
+
+def _fit(layout: Layout, example: Example, exemplars: Sequence[Exemplar], max_prompt_tokens: int) -> Fitted | None:
     if example.has_turns:
         ids = layout.encode_chat(_messages(example))
         return Fitted(ids, 0, None) if len(ids) <= max_prompt_tokens else None

@@ -56,7 +56,7 @@ from apprentice.data.pack import Rows, build_pairs, build_rows, pack, pack_pairs
 from apprentice.data.permutation import below, draw, key_of, permute
 from apprentice.data.plan import Draw
 from apprentice.data.render import Renderer
-from apprentice.data.tokenize import TOO_LONG, Tokenized
+from apprentice.data.tokenize import Tokenized, drop_reason
 from apprentice.errors import RowError
 from apprentice.tasks.schema import Example, Task
 
@@ -148,10 +148,10 @@ class WindowRenderer:
                 kept.append(drawn)
                 given.append(found)
         items: list[_Item] = []
-        for drawn, tokens in zip(kept, self.corpus.encode(given), strict=True):
+        for drawn, (example, shots), tokens in zip(kept, given, self.corpus.encode(given), strict=True):
             if tokens is not None:
                 items.append(_Item(drawn.position, self._task_number[drawn.task], drawn.row, tokens))
-            if reason := TOO_LONG if tokens is None else tokens.truncated:
+            if reason := drop_reason(self.corpus.layout, example, shots) if tokens is None else tokens.truncated:
                 counts.setdefault(drawn.task, Counter())[reason] += 1
         return items, counts
 

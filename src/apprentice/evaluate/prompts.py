@@ -16,7 +16,7 @@ from apprentice.data.layout import Exemplar, Layout
 from apprentice.data.plan import exemplar_rows
 from apprentice.data.render import Renderer
 from apprentice.data.task_index import TaskIndex
-from apprentice.data.tokenize import TOO_LONG, fit_prompt
+from apprentice.data.tokenize import drop_reason, fit_prompt
 from apprentice.errors import RowError
 from apprentice.evaluate.perturbation import perturbed
 from apprentice.evaluate.predictions import ENCODED, table_of
@@ -68,7 +68,7 @@ def _question(request: Request, renderer: Renderer, index: TaskIndex, layout: La
     room = limits.prompt_before(max(map(len, choice_ids), default=limits.reply))
     fitted = fit_prompt(layout, example, exemplars, room)
     if fitted is None:
-        return record | {"dropped": TOO_LONG}
+        return record | {"dropped": drop_reason(layout, example, exemplars)}
     return record | {
         "prompt": layout.tokenizer.decode(fitted.ids, skip_special=False),
         "target": example.target,

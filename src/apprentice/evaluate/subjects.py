@@ -100,7 +100,8 @@ def _fingerprint(subject: Subject, recipe: Recipe, manner: Manner) -> str:
 
 def identity(layout: Layout) -> tuple[Any, ...]:
     """Equal for layouts that make the same ids of the same texts."""
-    return layout.name, layout.system, layout.date, layout.tokenizer.fingerprint, layout.tokenizer.chat_template
+    same = layout.name, layout.system, layout.date, layout.tokenizer.fingerprint, layout.tokenizer.chat_template
+    return same if layout.version == 1 else (*same, layout.version, layout.control_tokens)
 
 
 def described(subject: Subject, spoken: Spoken) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from apprentice.data.layout import Layout
-from apprentice.data.tokenize import TOO_LONG, fit_prompt
+from apprentice.data.tokenize import drop_reason, fit_prompt
 from apprentice.errors import ApprenticeError
 from apprentice.evaluate.generate import reply
 from apprentice.evaluate.pool import Pool
@@ -84,7 +84,7 @@ class Predictor:
             example = Example("", "", row.instruction, row.input, "")
             fitted = fit_prompt(layout, example, (), self._limits.prompt_before(self._limits.reply))
             if fitted is None:
-                record["problem"] = TOO_LONG
+                record["problem"] = drop_reason(layout, example)
                 continue
             record |= {"prompt_tokens": len(fitted.ids), "truncated": fitted.truncated or ""}
             questions.append((record, {"row": row.number, "prompt_ids": fitted.ids}))

@@ -174,6 +174,11 @@ class Data(Strict):
     chat_template: str | None = Field(
         None, description="Chat template (Jinja) in place of the tokenizer's own; it is saved with the model."
     )
+    control_tokens: tuple[str, ...] = Field(
+        (),
+        description="Control tokens of the tokenizer that the rows' texts mean as such. All others are text in what people"
+        " wrote: `<|im_end|>` in a question ends no turn.",
+    )
     qualities: dict[str, Quality] | None = Field(
         None,
         min_length=1,

@@ -9,10 +9,8 @@ import secrets
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-import jinja2
-
 from apprentice.data.layout import Layout
-from apprentice.errors import ContractError
+from apprentice.errors import ChatTemplateError
 from apprentice.serve.engine import Request
 from apprentice.serve.protocol import Asked, ChatRequest, CompletionRequest, InstructRequest, Message, RenderRequest, RequestProblem
 
@@ -29,7 +27,7 @@ class Phrasing:
         """Each prompt raw, as text or token ids, `n` times."""
         if asked.echo and asked.top is not None and self.layout.family == "seq2seq":
             raise RequestProblem("`echo` with `logprobs`: an encoder-decoder gives its prompt no probabilities.", param="logprobs")
-        prompts = [self.layout.encode_prompt(prompt) if isinstance(prompt, str) else prompt for prompt in asked.prompts]
+        prompts = [self.layout.encode_raw(prompt) if isinstance(prompt, str) else prompt for prompt in asked.prompts]
         if not prompts:
             raise RequestProblem("`prompt` is empty; give at least one token.", param="prompt")
         return [request for ids in prompts for request in self._requests(asked, ids, asked.max_tokens, param="prompt")]
@@ -43,8 +41,14 @@ class Phrasing:
         """What the model would read, as text and as ids."""
         if asked.messages:
             return self._conversation(asked.messages)
-        text = self.layout.prompt(asked.instruction, asked.input)
-        return text, self.layout.encode_prompt(text)
+        return self._question(asked.instruction, asked.input, param="input")
+
+    def _question(self, instruction: str, given: str, *, param: str) -> tuple[str, list[int]]:
+        try:
+            text = self.layout.prompt(instruction, given)
+        except ChatTemplateError as error:
+            raise RequestProblem(f"`{param}`: {error}", param=param) from error
+        return self.layout.shown(text), self.layout.encode_prompt(text)
 
     def _conversation(self, turns: Sequence[Message]) -> tuple[str, list[int]]:
         messages = [{"role": message.speaker, "content": message.text} for message in turns]
@@ -52,22 +56,21 @@ class Phrasing:
             raise RequestProblem("`messages`: the last message must be the user's.", param="messages")
         if self.layout.name == "chat":
             try:
-                return self.layout.chat_prompt(messages), self.layout.encode_chat(messages)
-            except (jinja2.TemplateError, ContractError) as error:
-                raise RequestProblem(f"`messages`: the model's chat template refuses them: {error}.", param="messages") from error
+                return self.layout.shown(self.layout.chat_prompt(messages)), self.layout.encode_chat(messages)
+            except ChatTemplateError as error:
+                raise RequestProblem(f"`messages`: {error}", param="messages") from error
         if len(messages) > 1:
             raise RequestProblem(
                 f"`messages`: this model was trained in the layout `{self.layout.name}`, which has no turns;"
                 " send exactly one user message.",
                 param="messages",
             )
-        text = self.layout.prompt(messages[0]["content"])
-        return text, self.layout.encode_prompt(text)
+        return self._question(messages[0]["content"], "", param="messages")
 
     def instruct(self, asked: InstructRequest) -> list[Request]:
         """Instruction and input, phrased as in training."""
-        text = self.layout.prompt(asked.instruction, asked.input)
-        return self._requests(asked, self.layout.encode_prompt(text), asked.max_tokens, param="input")
+        ids = self._question(asked.instruction, asked.input, param="input")[1]
+        return self._requests(asked, ids, asked.max_tokens, param="input")
 
     def check_known(self, ids: Iterable[int], *, param: str) -> None:
         """Raises `RequestProblem` for an id that the model's weights or the tokenizer do not have.

@@ -14,7 +14,7 @@ import jinja2
 from fastapi.responses import Response
 
 from apprentice.data.layout import Layout
-from apprentice.errors import did_you_mean
+from apprentice.errors import ChatTemplateError, did_you_mean
 from apprentice.serve.accounts import Account
 from apprentice.serve.answering import Answering
 from apprentice.serve.protocol import InstructRequest, RenderRequest, RequestProblem, TaskRequest
@@ -42,9 +42,9 @@ def described(task: Task) -> dict[str, Any]:
 def rendered(task: Task, asked: RenderRequest, layout: Layout) -> dict[str, Any]:
     """What the model would read where `asked` asks for one of the task's wordings, and the choices. Raises `RequestProblem`."""
     instruction, given, choices = _question(task, _template(task, asked.template), asked.fields or {})
-    text = layout.prompt(instruction, given)
+    text = _phrased(layout, instruction, given)
     return {
-        "text": text,
+        "text": layout.shown(text),
         "token_ids": layout.encode_prompt(text),
         "instruction": instruction,
         "input": given,
@@ -60,14 +60,14 @@ async def answered(task: Task, asked: TaskRequest, layout: Layout, answering: An
     template = _template(task, asked.template)
     # In a thread, as a row may be large and a template may work for a second.
     instruction, given, choices = await asyncio.to_thread(_question, task, template, asked.fields)
-    text = await asyncio.to_thread(layout.prompt, instruction, given)
+    text = await asyncio.to_thread(_phrased, layout, instruction, given)
     body: dict[str, Any] = {
         "object": "task.answer",
         "task": task.name,
         "template": template.name,
         "instruction": instruction,
         "input": given,
-        "prompt": text,
+        "prompt": layout.shown(text),
     }
     if not choices:
         instructed = InstructRequest(instruction=instruction, input=given, max_tokens=asked.max_tokens)
@@ -82,6 +82,13 @@ async def answered(task: Task, asked: TaskRequest, layout: Layout, answering: An
         for choice, weight, value in zip(choices, weights, sums, strict=True)
     ]
     return body | {"answer": choices[best], "choices": ranked}
+
+
+def _phrased(layout: Layout, instruction: str, given: str) -> str:
+    try:
+        return layout.prompt(instruction, given)
+    except ChatTemplateError as error:
+        raise RequestProblem(f"`fields`: {error}", param="fields") from error
 
 
 def _text_of(response: Response) -> str:
