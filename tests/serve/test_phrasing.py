@@ -77,7 +77,7 @@ def test_what_a_template_refuses_is_a_bad_request(chat: Phrasing, tmp_path: Path
     template = (folder / "chat_template.jinja").read_text()
     refusing = "{% if 'tool_response' in messages[-1].content %}{{ raise_exception('No tools') }}{% endif %}"
     (folder / "chat_template.jinja").write_text(refusing + template)
-    phrasing = Phrasing(replace(chat.layout, tokenizer=Tokenizer(folder)), context=200)
+    phrasing = Phrasing(replace(chat.layout, tokenizer=Tokenizer(folder)), context=200, vocabulary=512)
     for ask in (
         lambda: phrasing.chat(conversation("<tool_response>")),
         lambda: phrasing.instruct(InstructRequest(instruction="<tool_response>")),
