@@ -20,12 +20,13 @@ from apprentice.data.contract import layout_beside, layout_of, make_contract
 from apprentice.errors import StorageError
 from apprentice.models.decoding import generate
 from apprentice.models.loading import load_model
-from apprentice.recipe import Recipe
+from apprentice.recipe import Recipe, Serving
 from apprentice.serve import adapters as module
 from apprentice.serve.adapters import Adapters, adapters_in
 from apprentice.serve.catalogue import Catalogue, Model
 from apprentice.serve.ingress import build_app
 from apprentice.serve.keys import Keys, new_key
+from apprentice.serve.protocol import RequestProblem
 from apprentice.serve.transformers_engine import TransformersEngine
 from apprentice.storage import Folder
 from tests.models.adapters import merged, random_lora
@@ -159,23 +160,110 @@ async def test_no_more_are_in_memory_than_allowed(engine: TransformersEngine, ch
     held = await catalogue.take("a")
     waiting = [asyncio.create_task(catalogue.take(name)) for name in ("b", "a")]
     await asyncio.sleep(0.1)
-    assert not any(task.done() for task in waiting)  # b has no place while a is in use, and a waits its turn behind b
+    assert [task.done() for task in waiting] == [
+        False,
+        True,
+    ]  # b has no place while a is in use, and a, in memory, waits for nobody
+    (await waiting[1]).release()
+    waiting.append(asyncio.create_task(catalogue.take("run")))
+    await asyncio.sleep(0)
     async with client(catalogue) as http:
         full = await http.post("/v1/instruct", json=ASKED | {"model": "b"})
         assert (full.status_code, full.json()["error"]["code"]) == (429, "overloaded")
         assert len(await ids(http)) == 8  # the base waits for nobody
+        assert len(await ids(http, "a")) == 8
     held.release()
     held.release()
     leased = await waiting[0]
-    assert (leased.model.name, waiting[1].done()) == ("b", False)
-    waiting[1].cancel()
-    await asyncio.gather(waiting[1], return_exceptions=True)
+    assert (leased.model.name, waiting[2].done()) == ("b", False)
+    waiting[2].cancel()
+    await asyncio.gather(waiting[2], return_exceptions=True)
     leased.release()
     again = await asyncio.wait_for(catalogue.take("a"), 10)
     assert again.model is not held.model  # it had to be read again
     again.release()
     with await catalogue.take("a") as model:
         assert model is again.model
+
+
+async def test_who_needs_a_place_gets_one_though_all_adapters_are_busy(
+    engine: TransformersEngine, chat_model: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Users of `a` and `b` come and go without a pause; the one that was not asked for the longest takes no new ones."""
+    monkeypatch.setattr(module, "_PATIENCE_S", 0.05)
+    catalogue = served(engine, chat_model, folder, most=2)
+    stopped = asyncio.Event()
+
+    async def busy(name: str) -> None:
+        while not stopped.is_set():
+            mine = await catalogue.take(name)
+            await asyncio.sleep(0.01)
+            following = asyncio.create_task(catalogue.take(name))  # before the first has left
+            await asyncio.sleep(0)
+            mine.release()
+            (await following).release()
+
+    held = [await catalogue.take("a"), await catalogue.take("b")]
+    crowds = [asyncio.create_task(busy(name)) for name in ("a", "a", "b", "b")]
+    await asyncio.sleep(0)
+    for lease in held:
+        lease.release()
+    async with asyncio.timeout(10):
+        (await catalogue.take("run")).release()
+    stopped.set()
+    await asyncio.gather(*crowds)
+
+
+async def test_the_time_of_a_request_holds_while_it_waits_for_an_adapter(
+    engine: TransformersEngine, chat_model: Path, folder: Path
+) -> None:
+    catalogue = served(engine, chat_model, folder, most=1)
+    held = await catalogue.take("a")
+    async with client(catalogue, serving=Serving(request_timeout_s=0.1)) as http:
+        late = await http.post("/v1/instruct", json=ASKED | {"model": "b"})
+        assert (late.status_code, late.json()["error"]["code"]) == (504, "request_timeout")
+    held.release()
+    async with client(catalogue) as http:
+        assert len(await ids(http, "b")) == 8
+
+
+async def test_a_store_that_does_not_answer_once_refuses_nothing_for_good(
+    engine: TransformersEngine, chat_model: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    catalogue = served(engine, chat_model, folder)
+    attempts: list[str] = []
+    layout_over = module.layout_over
+
+    def twice_down(name: str, *more: Any) -> Any:
+        attempts.append(name)
+        if len(attempts) < 3:
+            raise StorageError("the store does not answer (503).") if len(attempts) == 1 else OSError("connection reset")
+        return layout_over(name, *more)
+
+    monkeypatch.setattr(module, "layout_over", twice_down)
+    async with client(catalogue) as http:
+        for _ in range(2):
+            down = await http.post("/v1/instruct", json=ASKED | {"model": "a"})
+            assert (down.status_code, down.json()["error"]["code"]) == (503, "adapter_unreachable")
+            assert down.headers["retry-after"] == "1"
+        assert len(await ids(http, "a")) == 8
+    # What is refused for good is told anew each time: an error that is raised again grows by a traceback.
+    told = []
+    for _ in range(2):
+        with pytest.raises(RequestProblem) as refusal:
+            await catalogue.take("alien")
+        told.append(refusal.value)
+    assert told[0] is not told[1]
+    assert attempts.count("alien") == 1
+
+
+async def test_a_folder_that_cannot_be_listed_yet_is_no_empty_one(
+    engine: TransformersEngine, chat_model: Path, tmp_path: Path
+) -> None:
+    async with client(served(engine, chat_model, tmp_path / "later")) as http:
+        answer = await http.post("/v1/instruct", json=ASKED | {"model": "a"})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "adapter_unreachable")
+        assert len(await ids(http)) == 8
 
 
 async def test_keys_hold_for_adapters(engine: TransformersEngine, chat_model: Path, folder: Path, tmp_path: Path) -> None:

@@ -13,6 +13,8 @@ import asyncio
 import logging
 import time
 from collections import OrderedDict
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -32,6 +34,9 @@ log = logging.getLogger(__name__)
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _FRESH_S = 5.0  # a listing is believed for so long
 _AGAIN_S = 1.0  # and for so long when a name is not in it
+_LISTING_S = 1.0  # how long a request for a known name waits for a new listing
+_PATIENCE_S = 5.0  # how long who needs a place in memory leaves it to chance that one becomes free
+_READERS = 4  # adapters that are read at once
 
 
 class Place(NamedTuple):
@@ -63,7 +68,7 @@ def adapters_in(folder: Folder) -> dict[str, Place]:
 class _Entry:
     """One adapter in memory, or on its way there."""
 
-    model: asyncio.Task[Model]
+    model: asyncio.Future[Model]
     users: int = 0
 
 
@@ -78,40 +83,46 @@ class Adapters:
         self._base = base
         self._base_sha256 = base_sha256
         self._most, self._most_waiting = most, most_waiting
-        self._places: dict[str, Place] = {}
+        self._places: dict[str, Place] | None = None  # None until they could be listed once
         self._listed_at = -_FRESH_S
-        self._listing = asyncio.Lock()
+        self._listing: asyncio.Task[None] | None = None
         self._entries: OrderedDict[tuple[str, str], _Entry] = OrderedDict()  # longest not asked for first
-        self._refused: dict[str, tuple[str, RequestProblem]] = {}  # which version was refused, and why
+        self._leaving: tuple[str, str] | None = None  # whom nobody joins any more, so that its place becomes free
+        self._refused: dict[str, tuple[str, str]] = {}  # which version was refused, and why
         self._turn = asyncio.Lock()  # who comes first gets the next place
         self._waiting = 0
         self._freed = asyncio.Event()
+        self._readers = ThreadPoolExecutor(_READERS, "adapters")  # a slow store holds up other adapters at most
 
     async def names(self) -> list[str]:
-        await self._list(_FRESH_S)
-        return list(self._places)
+        return list(await self._list(_FRESH_S))
 
     async def take(self, name: str) -> Lease | None:
-        await self._list(_FRESH_S if name in self._places else _AGAIN_S)
-        if (place := self._places.get(name)) is None:
+        places = await self._list(_FRESH_S if name in (self._places or {}) else _AGAIN_S, name)
+        if (place := places.get(name)) is None:
             return None
-        version, problem = self._refused.get(name, ("", None))
-        if problem is not None and version == place.version:
-            raise problem
+        version, reason = self._refused.get(name, ("", ""))
+        if version == place.version:
+            raise RequestProblem(reason, param="model", code="adapter_refused")
         key = (name, place.version)
         entry = await self._entry(key, place)
         try:
             model = await asyncio.shield(entry.model)
-        except BaseException as error:
+        except BaseException:
             self._give_back(entry)
-            if isinstance(error, RequestProblem):
-                self._entries.pop(key, None)
-                self._refused[name] = (place.version, error)
+            if entry.model.done() and self._entries.get(key) is entry:
+                del self._entries[key]  # it did not come into memory; the next who asks tries again
             raise
         return Lease(model, lambda: self._give_back(entry))
 
     async def _entry(self, key: tuple[str, str], place: Place) -> _Entry:
-        """The adapter's place in memory, held for one more user. Raises `Overloaded`."""
+        """The adapter's place in memory, held for one more user. Raises `Overloaded`.
+
+        Who asks for one that is in memory waits for nobody. Who needs a place waits until one is free, and after a while sees to
+        it: then the adapter not asked for the longest takes no new users.
+        """
+        if key in self._entries and key != self._leaving:
+            return self._join(key)
         if self._waiting >= self._most_waiting:
             raise Overloaded
         self._waiting += 1
@@ -119,20 +130,32 @@ class Adapters:
             async with self._turn:
                 while key not in self._entries and len(self._entries) >= self._most and not self._evict():
                     self._freed.clear()
-                    await self._freed.wait()
+                    try:
+                        async with asyncio.timeout(_PATIENCE_S if self._leaving is None else None):
+                            await self._freed.wait()
+                    except TimeoutError:
+                        self._leaving = next(iter(self._entries))
                 if key not in self._entries:
-                    self._entries[key] = _Entry(asyncio.create_task(asyncio.to_thread(self._read, key[0], place)))
-                self._entries.move_to_end(key)
-                self._entries[key].users += 1
-                return self._entries[key]
+                    loop = asyncio.get_running_loop()
+                    read = loop.run_in_executor(self._readers, self._read, key[0], place)
+                    self._entries[key] = _Entry(asyncio.ensure_future(read))
+                return self._join(key)
         finally:
             self._waiting -= 1
+            if not self._waiting:
+                self._leaving = None
+
+    def _join(self, key: tuple[str, str]) -> _Entry:
+        self._entries.move_to_end(key)
+        self._entries[key].users += 1
+        return self._entries[key]
 
     def _evict(self) -> bool:
         """Forgets the adapter that was not asked for the longest, of those that nobody uses; false if there is none."""
         for key, entry in self._entries.items():
             if not entry.users:
                 del self._entries[key]
+                self._leaving = None
                 log.info("adapter %s leaves the memory", key[0])
                 return True
         return False
@@ -152,18 +175,37 @@ class Adapters:
             except (ApprenticeError, OSError) as error:
                 shown = str(place.folder), str(Path(scratch) / "adapter")
                 reason = str(error).replace(shown[0], repr(name)).replace(shown[1], repr(name))
+                if isinstance(error, StorageError | OSError) or isinstance(error.__cause__, OSError):
+                    log.warning("adapter %s cannot be read now: %s", name, error)
+                    message = f"adapter {name!r} cannot be read now: {reason}"
+                    raise RequestProblem(
+                        message, status=503, param="model", kind="server_error", code="adapter_unreachable", retry_after_s=1
+                    ) from error
                 log.warning("adapter %s is refused: %s", name, error)
+                self._refused[name] = (place.version, reason)
                 raise RequestProblem(reason, param="model", code="adapter_refused") from error
         log.info("adapter %s is in memory", name)
         return Model(name, self._base.engine, layout, contract, adapter)
 
-    async def _list(self, fresh_s: float) -> None:
-        """Reads the listing again if it is older; where it cannot be read the old one holds."""
-        async with self._listing:
-            if time.monotonic() - self._listed_at < fresh_s:
-                return
-            try:
-                self._places = await asyncio.to_thread(adapters_in, self._folder)
-            except StorageError as error:
-                log.warning("%s", error)
-            self._listed_at = time.monotonic()
+    async def _list(self, fresh_s: float, known: str | None = None) -> Mapping[str, Place]:
+        """The places, listed again if they are older than `fresh_s`; where they cannot be listed the old ones hold.
+
+        Who asks for one that is `known` waits for a slow store only a moment. Raises `RequestProblem` where none were ever listed.
+        """
+        if time.monotonic() - self._listed_at >= fresh_s:
+            if self._listing is None or self._listing.done():
+                self._listing = asyncio.create_task(self._list_again())
+            await asyncio.wait({self._listing}, timeout=_LISTING_S if known in (self._places or {}) else None)
+        if self._places is None:
+            message = "the adapters of this endpoint cannot be listed now; its log says why."
+            raise RequestProblem(
+                message, status=503, param="model", kind="server_error", code="adapter_unreachable", retry_after_s=1
+            )
+        return self._places
+
+    async def _list_again(self) -> None:
+        try:
+            self._places = await asyncio.to_thread(adapters_in, self._folder)
+        except StorageError as error:
+            log.warning("%s", error)
+        self._listed_at = time.monotonic()
