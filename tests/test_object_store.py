@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ import torch
 from apprentice import hub, road
 from apprentice.artifacts import Run, read_contract
 from apprentice.data.layout import Layout
-from apprentice.errors import StorageError
+from apprentice.errors import ModelError, StorageError
 from apprentice.models.loading import load_model
 from apprentice.models.lora import read_lora
 from apprentice.serve.adapters import Adapters, adapters_in
@@ -64,6 +65,22 @@ def test_a_models_path_in_the_cache_says_where_it_came_from(store, tiny_model, t
     here.rename(tmp_path / "gone")  # as on another node, which is told the path alone
     assert hub.local_folder(str(here)) == here
     assert (here / "config.json").is_file()
+
+
+def test_new_weights_under_an_old_config_are_seen(store, tiny_model):
+    place = Folder.at(f"s3://{BUCKET}/models/tiny")
+    place.upload(tiny_model)
+    before = hub.local_folder(str(place))
+    (place / "gate.json").write_text("{}")  # a verdict, which comes later
+    assert hub.local_folder(str(place)) == before
+    weights = (tiny_model / "model.safetensors").read_bytes()[:-1] + b"x"  # as many bytes, within the same second
+    (place / "model.safetensors").write_bytes(weights)
+    after = hub.local_folder(str(place))
+    assert after != before
+    assert (after / "model.safetensors").read_bytes() == weights
+    shutil.rmtree(before)  # as on another node, which is told the path of what is there no more
+    with pytest.raises(ModelError, match=r"the model in s3://bucket/models/tiny is another one than when this began"):
+        hub.local_folder(str(before))
 
 
 @pytest.mark.slow

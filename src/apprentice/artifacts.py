@@ -18,6 +18,7 @@ from apprentice.errors import ContractError, RunError
 from apprentice.identity import ADAPTER as ADAPTER
 from apprentice.identity import CONTRACT_FILE as CONTRACT_FILE
 from apprentice.identity import FORMAT as FORMAT
+from apprentice.identity import GATE_FILE as GATE_FILE
 from apprentice.identity import differences
 from apprentice.identity import flat as flat
 from apprentice.identity import identity as identity

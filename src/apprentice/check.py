@@ -135,7 +135,7 @@ def _downloads(recipe: Recipe) -> str:
 def _model(recipe: Recipe) -> str:
     from apprentice.models.trust import check_model_folder
 
-    tokenizer = Tokenizer(local_folder(recipe.model.base))
+    tokenizer = Tokenizer(local_folder(recipe.model.base, trust=recipe.model.trust))
     check_model_folder(tokenizer.folder, trust=recipe.model.trust)
     layout = layout_of(recipe, tokenizer, layout_version(Run(Folder.at(recipe.storage) / recipe.name).format))
     _check_turns(layout)
@@ -259,7 +259,7 @@ def _resources(recipe: Recipe) -> str:
     from apprentice.train.memory import expected
     from apprentice.train.resources import GIB, check_resources, required_resources
 
-    folder = local_folder(recipe.model.base)
+    folder = local_folder(recipe.model.base, trust=recipe.model.trust)
     on_gpu = recipe.training.resources.gpus > 0
     check_dtype(recipe.model.dtype, folder, on_gpu=on_gpu)
     check_tuning(recipe.tuning, on_gpu=on_gpu)

@@ -21,7 +21,7 @@ from urllib.parse import quote, unquote
 
 from filelock import FileLock
 
-from apprentice.artifacts import CONTRACT_FILE, Run
+from apprentice.artifacts import GATE_FILE, Run
 from apprentice.errors import ModelError, did_you_mean
 from apprentice.recipe import RUN
 from apprentice.storage import Folder, is_uri, user_cache
@@ -49,6 +49,9 @@ PACKAGED_MODELS = {
         megabytes=93,
     ),
 }
+_NUMBERS_AND_TEXT = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt"]  # fetched from the hub, whatever the model
+_CODE, _PICKLES = ["*.py"], ["*.bin"]  # of models that are trusted
+_SNAPSHOT = re.compile(r".*/models--([^/]+)/snapshots/([^/]+)")  # a folder of the hub's client: id and commit
 # Parameters and bytes of each in the hub's files, of bases that the shipped recipes name; from their config.json, not measured.
 HUB_SIZES = {
     "EleutherAI/pythia-6.9b": (6_857_302_016, 2),
@@ -86,14 +89,15 @@ def _cached(base: str) -> bool:
         return False
 
 
-def local_folder(base: str) -> Path:
+def local_folder(base: str, *, trust: bool = False) -> Path:
     """The local folder that holds the model `base`, fetched into the cache if need be. Raises `ModelError`.
 
-    A path in the cache that another node made is fetched here too: it says where it came from.
+    A path in the cache that another node made is fetched here too: it says where it came from. What a model of the hub brings that
+    runs code, or may when it is read, is fetched only if `trust` says so.
     """
     if is_uri(base) and not base.startswith(RUN):
         return _from_store(Folder.at(base))
-    if base.startswith("/") and not Path(base).is_dir() and (origin := _origin(Path(base))):
+    if base.startswith("/") and (trust or not Path(base).is_dir()) and (origin := _origin(Path(base), trust=trust)):
         return origin()
     if base in PACKAGED_MODELS:
         return _packaged(base)
@@ -106,7 +110,12 @@ def local_folder(base: str) -> Path:
                 f"{folder} is not a model folder: it has no config.json. Give a hub id or a folder saved by transformers."
             )
         return folder
-    return _from_hub(base)
+    return _from_hub(base, trust=trust)
+
+
+def is_from_hub(folder: Path) -> bool:
+    """Whether `folder` is one that the hub's client fetched."""
+    return _SNAPSHOT.fullmatch(str(folder)) is not None
 
 
 def _of_run(place: str) -> Path:
@@ -122,12 +131,17 @@ def _of_run(place: str) -> Path:
 
 
 def _from_store(folder: Folder) -> Path:
-    """The model in an object store, cached under its place and its contract (or config): a new model is another folder."""
+    """The model in an object store, cached under its place and what its files are: new weights are another folder."""
     files = {file.name for file in folder.children()}
     if "config.json" not in files:
         raise ModelError(f"{folder} is not a model folder: it has no config.json. Give a hub id or a folder saved by transformers.")
-    shape = (folder / (CONTRACT_FILE if CONTRACT_FILE in files else "config.json")).read_bytes()
-    return _copied(folder, f"{quote(str(folder), safe='')}@{hashlib.sha256(shape).hexdigest()[:12]}")
+    return _copied(folder, f"{quote(str(folder), safe='')}@{_stamp(folder)}")
+
+
+def _stamp(folder: Folder) -> str:
+    """12 digits for the versions of all files of a model but the gate's verdict, which comes later and is read where it lies."""
+    versions = sorted((name, version) for name, version in folder.versions().items() if name != GATE_FILE)
+    return hashlib.sha256(repr(versions).encode()).hexdigest()[:12]
 
 
 def _copied(folder: Folder, name: str) -> Path:
@@ -136,28 +150,34 @@ def _copied(folder: Folder, name: str) -> Path:
     with FileLock(str(target) + ".lock"):
         if not target.is_dir():
             with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-                os.replace(folder.download(Path(scratch) / "model"), target)
+                copy = folder.download(Path(scratch) / "model")
+                if _stamp(folder) != name.rpartition("@")[2]:
+                    raise ModelError(f"the model in {folder} is another one than when this began; give the command again.")
+                os.replace(copy, target)
     return target
 
 
-def _origin(folder: Path) -> Callable[[], Path] | None:
+def _origin(folder: Path, *, trust: bool) -> Callable[[], Path] | None:
     """How to fetch what the cache of another node has at `folder`; None for any other path."""
     if folder.parent == user_cache() / "models":
         place = unquote(folder.name.rpartition("@")[0])
         if is_uri(place):
             return partial(_copied, Folder.at(place), folder.name)
         return partial(_packaged, folder.name) if folder.name in PACKAGED_MODELS else None
-    found = re.fullmatch(r".*/models--([^/]+)/snapshots/([^/]+)", str(folder))
-    return partial(_from_hub, found[1].replace("--", "/", 1), found[2]) if found else None
+    found = _SNAPSHOT.fullmatch(str(folder))
+    return partial(_from_hub, found[1].replace("--", "/", 1), found[2], trust=trust) if found else None
 
 
-def _from_hub(base: str, revision: str | None = None) -> Path:
+def _from_hub(base: str, revision: str | None = None, *, trust: bool = False) -> Path:
+    """The files of a model on the hub; with `trust` its own code too, and its pickled weights where it has no others."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    patterns = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt"]
     try:
-        return Path(snapshot_download(base, revision=revision, allow_patterns=patterns))
+        folder = Path(snapshot_download(base, revision=revision, allow_patterns=[*_NUMBERS_AND_TEXT, *(_CODE if trust else [])]))
+        if trust and not any(folder.glob("*.safetensors")):
+            snapshot_download(base, revision=folder.name, allow_patterns=_PICKLES)
+        return folder
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         near = did_you_mean(base.rsplit("/", 1)[-1].lower(), PACKAGED_MODELS)
         raise ModelError(

@@ -46,6 +46,7 @@ LATER = ("training.objective", "training.dpo", "training.grpo", "data.chat_templ
 # Of what a run folder holds. 1: before the number was kept. 2: other rules of encoding, CSV and identity, for new runs only.
 FORMAT = 2
 CONTRACT_FILE = "apprentice.json"
+GATE_FILE = "gate.json"  # beside the weights: whether they passed their recipe's gate
 ADAPTER = "adapter"  # folder beside a model's weights, with what cannot be merged into them
 # Of a model's folder: what shapes learning besides the weights. Reports, cards and settings of decoding do not.
 _MODEL_FILES = ("config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*", "*.py")

@@ -1,7 +1,7 @@
 """Folders on local disk, NFS, `s3://`, `gs://` or `hdfs://`, behind one small class over `pyarrow.fs`.
 
-Knows nothing of runs, recipes or models. Files are written whole or not at all: on a local disk through a
-temporary name and a rename, on object stores by their own atomic put.
+Knows nothing of runs, recipes or models. Files are written whole or not at all: on object stores by their own atomic put, elsewhere
+through a temporary name and a rename. HDFS does not rename onto a file, so one that is replaced there is gone for a moment.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ import json
 import os
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,6 +26,7 @@ from apprentice.s3_create import s3_create
 
 T = TypeVar("T")
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+_PUT_WHOLE = ("s3", "gcs", "abfs")  # pyarrow's names of file systems where a file is there once all of it is
 ATTEMPTS = 6  # to read something, with pauses of 1, 2, 4, 8 and 16 s between them
 
 
@@ -157,6 +160,15 @@ class Folder:
         infos = fs.get_file_info(pafs.FileSelector(path, allow_not_found=True))
         return [self / info.base_name for info in sorted(infos, key=lambda info: str(info.base_name))]
 
+    def versions(self) -> dict[str, str]:
+        """Path inside the folder → what changes with the file: its ETag in an object store, elsewhere its size and time of change."""
+        fs, path = self.filesystem()
+        infos = fs.get_file_info(pafs.FileSelector(path, recursive=True, allow_not_found=True))
+        files = [info for info in infos if info.is_file]
+        with ThreadPoolExecutor(max_workers=8) as pool:
+            found = pool.map(lambda info: _version(fs, info), files)
+            return {info.path.removeprefix(path).lstrip("/"): version for info, version in zip(files, found, strict=True)}
+
     def read_bytes(self) -> bytes:
         fs, path = self.filesystem()
         try:
@@ -172,7 +184,7 @@ class Folder:
         return json.loads(self.read_bytes())
 
     def write_bytes(self, data: bytes) -> None:
-        """Writes the file whole; a reader sees the old content or the new one, never a part."""
+        """Writes the file whole; a reader never sees a part."""
         fs, path = self.filesystem()
         if self.is_local:
             target = Path(path)
@@ -184,7 +196,7 @@ class Folder:
             finally:
                 part.unlink(missing_ok=True)
             return
-        with fs.open_output_stream(path) as stream:
+        with _whole(fs, path) as written, fs.open_output_stream(written) as stream:
             stream.write(data)
 
     def create(self, data: bytes) -> bool:
@@ -209,11 +221,16 @@ class Folder:
         self.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
     def upload(self, source: Path) -> None:
-        """Copies the local folder or file `source` to this place."""
+        """Copies the local folder or file `source` to this place; a file appears whole, those of a folder one after the other."""
         fs, path = self.filesystem()
-        parent = path if source.is_dir() else path.rsplit("/", 1)[0]
-        fs.create_dir(parent, recursive=True)
-        pafs.copy_files(str(source), path, source_filesystem=pafs.LocalFileSystem(), destination_filesystem=fs)
+        systems = {"source_filesystem": pafs.LocalFileSystem(), "destination_filesystem": fs}
+        if source.is_dir():
+            fs.create_dir(path, recursive=True)
+            pafs.copy_files(str(source), path, **systems)
+            return
+        fs.create_dir(path.rpartition("/")[0], recursive=True)
+        with _whole(fs, path) as part:
+            pafs.copy_files(str(source), part, **systems)
 
     def download(self, target: Path) -> Path:
         """Copies this folder to the local folder `target`."""
@@ -230,6 +247,42 @@ class Folder:
             fs.delete_dir(path)
         elif kind == pafs.FileType.File:
             fs.delete_file(path)
+
+
+@contextmanager
+def _whole(fs: pafs.FileSystem, path: str) -> Iterator[str]:
+    """The path to write to so that `path` appears whole: a temporary one that is renamed, where the file system writes in place."""
+    if fs.type_name in _PUT_WHOLE:
+        yield path
+        return
+    folder, slash, name = path.rpartition("/")
+    part = f"{folder}{slash}.{name}.{uuid.uuid4().hex[:8]}.part"
+    fs.create_dir(folder, recursive=True)
+    try:
+        yield part
+        _rename(fs, part, path)
+    except BaseException:
+        with suppress(OSError):
+            fs.delete_file(part)
+        raise
+
+
+def _rename(fs: pafs.FileSystem, part: str, path: str) -> None:
+    try:
+        fs.move(part, path)
+    except OSError:
+        if not fs.get_file_info(path).is_file:
+            raise
+        fs.delete_file(path)
+        fs.move(part, path)
+
+
+def _version(fs: pafs.FileSystem, info: pafs.FileInfo) -> str:
+    if fs.type_name in _PUT_WHOLE:
+        with fs.open_input_file(info.path) as stream:
+            if tag := (stream.metadata() or {}).get("ETag"):
+                return str(tag.decode())
+    return f"{info.size}-{info.mtime_ns}"
 
 
 def _create_local(target: Path, data: bytes) -> bool:

@@ -97,7 +97,7 @@ def load_model(
     found, is no language model (or none that can give rewards), or lacks weights; and, unless `trust`, if it would read a pickle or
     run code of the model's own.
     """
-    folder = local_folder(str(base))
+    folder = local_folder(str(base), trust=trust)
     check_model_folder(folder, trust=trust)
     family = family_of(folder)
     if head is None:

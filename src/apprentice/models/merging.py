@@ -29,7 +29,7 @@ def merge_adapter(adapter: Path, target: Path, *, trust: bool = False) -> Path:
     name = config.get("base_model_name_or_path")
     if not name:
         raise ModelError(f"{adapter} does not say which base model it belongs to (base_model_name_or_path).")
-    base = local_folder(str(name))
+    base = local_folder(str(name), trust=trust)
     model: Any = load_model(base, torch.float32, trust=trust)
     try:
         with warnings.catch_warnings():  # peft asks transformers in a way that is to go

@@ -13,6 +13,7 @@ from typing import Any
 
 from apprentice.errors import ModelError
 from apprentice.family import model_config
+from apprentice.hub import is_from_hub
 
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 # transformers 5.23 reads `attn_implementation`, `_attn_implementation`, and the same of `experts`; older ones `…_internal` too.
@@ -36,6 +37,11 @@ def check_model_folder(folder: Path, *, trust: bool = False) -> None:
         raise ModelError(
             f"{folder} has its weights as a pickle ({pickles[0]}), which can run any code when it is read. {REMEDY}, or, if you"
             " trust its author, say --trust (model.trust=true in a recipe)."
+        )
+    if is_from_hub(folder) and not any(folder.glob("*.safetensors")):
+        raise ModelError(
+            f"{folder} has no weights as safetensors on the hub, and pickles (`.bin`), which can run any code when they are read,"
+            " are not fetched. Take another model, or, if you trust its author, say --trust (model.trust=true in a recipe)."
         )
     for adapter in (folder, folder / "adapter"):
         if (adapter / "adapter_config.json").is_file():

@@ -9,7 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from apprentice.artifacts import Run, find_run, read_contract
+from apprentice.artifacts import GATE_FILE, Run, find_run, read_contract
 from apprentice.data.pipeline import make_corpus
 from apprentice.errors import EvaluationError, RecipeError, RunError
 from apprentice.hub import local_folder
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from apprentice.evaluate.endpoint import Endpoint
     from apprentice.evaluate.launch import Subject
 
-GATE_FILE = "gate.json"  # beside the weights
 Result = tuple[dict[str, Any], Folder]
 
 
@@ -52,14 +51,14 @@ def evaluate_run(recipe: Recipe, *, wanted: Wanted = Wanted(), progress: Progres
     place = run.report
     known: list[Folder] = []
     if wanted.against is not None:
-        name, folder, known = _other(wanted)
+        name, folder, known = _other(wanted, trust=recipe.model.trust)
         subjects = [_subject(name, folder, recipe.evaluation.shots), tuned]
         place = place / f"against-{name}"
         known = [*known, run.report]
     else:
         settings = recipe.evaluation
         base_shots = settings.shots if settings.baseline_shots is None else settings.baseline_shots
-        subjects = [_subject("base", local_folder(recipe.model.base), base_shots)] if base_shots else []
+        subjects = [_subject("base", local_folder(recipe.model.base, trust=recipe.model.trust), base_shots)] if base_shots else []
         subjects.append(tuned)
         place = place if endpoint is None else place / "endpoint"
     if wanted.tasks:  # the run's own report, score and verdict are about its own tasks
@@ -85,7 +84,7 @@ def evaluate_model(model: str, recipe: Recipe, out: Path | None, *, wanted: Want
         subjects = [_subject("model" if endpoint is None else "endpoint", folder, recipe.evaluation.shots, endpoint)]
         known: list[Folder] = []
         if wanted.against is not None:
-            other, other_folder, known = _other(wanted)
+            other, other_folder, known = _other(wanted, trust=recipe.model.trust)
             subjects.insert(0, _subject(other, other_folder, recipe.evaluation.shots))
         beside_an_adapter = Path(model).expanduser().parent / "model"
         if not any(_came_from(recipe, place) for place in (beside_an_adapter, *(subject.folder for subject in subjects))):
@@ -150,12 +149,12 @@ def _endpoint(wanted: Wanted) -> Endpoint | None:
     return Endpoint(wanted.endpoint, wanted.model or model_at(wanted.endpoint, wanted.key), wanted.key)
 
 
-def _other(wanted: Wanted) -> tuple[str, Path, list[Folder]]:
+def _other(wanted: Wanted, *, trust: bool) -> tuple[str, Path, list[Folder]]:
     """Name, folder and earlier reports of the run or model to compare with."""
     assert wanted.against is not None
     run = find_run(wanted.against, wanted.storage)
     if run is None:
-        folder = local_folder(wanted.against)
+        folder = local_folder(wanted.against, trust=trust)
         return folder.name, folder, []
     if not run.is_trained:
         raise RunError(f"run {run.name!r} has no trained model yet; train it first.")
@@ -167,7 +166,7 @@ def _whole_model(model: str, *, trust: bool) -> Iterator[tuple[str, Path]]:
     """Name and folder of a model; an adapter (a PEFT folder) is merged into its base for as long as it is needed."""
     folder = Path(model).expanduser()
     if not (folder / "adapter_config.json").is_file():
-        whole = local_folder(model)
+        whole = local_folder(model, trust=trust)
         yield whole.name, whole
         return
     from apprentice.models.merging import merge_adapter

@@ -40,14 +40,14 @@ def predict(
     run = find_run(target, storage)
     if run is not None and not run.is_trained:
         raise RunError(f"run {run.name!r} has no trained model yet; train it first.")
-    folder = local_folder(str(run.model) if run is not None else target)
-    check_writes(folder)
-    layout = layout_beside(folder, None if run is not None else contract_for(folder, contract, recipe, storage))
     if run is not None:
         model = run.recipe().model
     else:
         model = load_recipe(find_recipe(recipe)).model if recipe is not None else Model(base=target)
     model = model.model_copy(update={"trust": model.trust or trust})
+    folder = local_folder(str(run.model) if run is not None else target, trust=model.trust)
+    check_writes(folder)
+    layout = layout_beside(folder, None if run is not None else contract_for(folder, contract, recipe, storage))
     check_model_folder(folder, trust=model.trust)
     config = model_config(folder)
     context = config.get("max_position_embeddings") or config.get("n_positions") or PROMPT_TOKENS + max_tokens

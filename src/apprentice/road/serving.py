@@ -53,7 +53,7 @@ def endpoint(
     run = find_run(target, storage)
     if run is not None and not run.is_trained:
         raise RunError(f"run {run.name!r} has no trained model yet; train it first.")
-    folder = local_folder(str(run.model) if run is not None else target)
+    folder = local_folder(str(run.model) if run is not None else target, trust=trust)
     if require_gate:
         passed_gate(run.model if run is not None else Folder.at(folder))
     settings = run.recipe().serving if run is not None else _serving_for_bare(recipe, contract, storage)
@@ -89,7 +89,7 @@ def _offer(target: str, storage: str, words: PromptContract | None, *, trust: bo
     run = find_run(target, storage)
     if run is not None and not run.is_trained:
         raise RunError(f"run {run.name!r}, which serving.beside names, has no trained model yet; train it first.")
-    folder = local_folder(str(run.model) if run is not None else target)
+    folder = local_folder(str(run.model) if run is not None else target, trust=trust)
     return Offer(run.name if run is not None else Path(target).name, folder, words, trust)
 
 

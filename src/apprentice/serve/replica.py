@@ -64,7 +64,10 @@ class Replica:
         self._keys = Keys(keys_file) if keys_file is not None else None
         self._limits = SharedLimits(limits) if limits is not None else OwnLimits()
         # A cache's folder that another node named is fetched here.
-        folders = [offer.folder if offer.folder.is_dir() else local_folder(str(offer.folder)) for offer in offers]
+        folders = [
+            offer.folder if offer.folder.is_dir() and not offer.trust else local_folder(str(offer.folder), trust=offer.trust)
+            for offer in offers
+        ]
         models = [
             _model(offer, folder, serving, dtype, threads, with_adapters=serving.adapters is not None and not place)
             for place, (offer, folder) in enumerate(zip(offers, folders, strict=True))
