@@ -161,7 +161,7 @@ class Folder:
         return [self / info.base_name for info in sorted(infos, key=lambda info: str(info.base_name))]
 
     def versions(self) -> dict[str, str]:
-        """Path inside the folder → what changes with the file: its ETag in an object store, elsewhere its size and time of change."""
+        """Path inside the folder → what changes with the file: an ETag in object stores, elsewhere size and time of change."""
         fs, path = self.filesystem()
         infos = fs.get_file_info(pafs.FileSelector(path, recursive=True, allow_not_found=True))
         files = [info for info in infos if info.is_file]
