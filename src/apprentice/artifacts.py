@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from apprentice.errors import ContractError, RunError
@@ -24,6 +23,7 @@ from apprentice.identity import flat as flat
 from apprentice.identity import identity as identity
 from apprentice.identity import identity_hash as identity_hash
 from apprentice.identity import public_base as public_base
+from apprentice.plain_yaml import load_yaml
 from apprentice.recipe import Recipe, dump_recipe
 from apprentice.storage import Folder, is_uri
 from apprentice.tasks.kept import KeptTasks, dump_tasks
@@ -96,7 +96,7 @@ class Run:
 
     def recipe(self) -> Recipe:
         """The resolved recipe that the run was started with."""
-        return Recipe.model_validate(yaml.safe_load(self.recipe_file.read_text()))
+        return Recipe.model_validate(load_yaml(self.recipe_file.read_text()))
 
     def tasks(self) -> KeptTasks:
         """The tasks as they were defined when the run was last opened; none of a run of an earlier version, which kept none."""

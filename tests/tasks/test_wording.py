@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import datetime
 import pickle
 
 import jinja2
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from jinja2.sandbox import SecurityError
 
-from apprentice.tasks.wording import MAX_REPEAT, Expression, Wording, lenient
+from apprentice.tasks.wording import MAX_REPEAT, Expression, ForeignWording, Wording
 
 
 def test_names_are_the_fields_that_the_text_needs() -> None:
@@ -118,6 +119,11 @@ def test_both_travel_between_processes() -> None:
 
 
 GROW = "{% set ns = namespace(x='aaaa', l=[1], n=3) %}{% for i in range(100) %}"
+# Two equal lists and a tuple that hold each other twice, a hundred times: looked at without sharing they have 2^100 parts.
+DOUBLE = (
+    "{% set ns = namespace(a=[1], b=[1], t=(1,)) %}{% for i in range(90) %}"
+    "{% set ns.a = [ns.a, ns.a] %}{% set ns.b = [ns.b, ns.b] %}{% set ns.t = (ns.t, ns.t) %}{% endfor %}"
+)
 
 
 @pytest.mark.parametrize(
@@ -144,21 +150,182 @@ GROW = "{% set ns = namespace(x='aaaa', l=[1], n=3) %}{% for i in range(100) %}"
         "{{ '{:1000000000}'.format(1) }}",
         "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(50) }}",
         "{% macro f(n) %}{{ f(n) }}{% endmacro %}{{ f(1) }}",
+        "{{ 7 | round(20000000) }}",
+        "{{ 1.5 | round(-20000000, 'floor') }}",
+        DOUBLE + "{{ ns.a == ns.b }}",
+        DOUBLE + "{{ ns.a < ns.b }}",
+        DOUBLE + "{{ ns.a in [ns.b] }}",
+        DOUBLE + "{{ ns.a is eq ns.b }}",
+        DOUBLE + "{{ [ns.a] | reject('in', [ns.b]) | list | length }}",
+        DOUBLE + "{{ [ns.a].index(ns.b) }}",
+        DOUBLE + "{{ [ns.a, ns.b] | sort | length }}",
+        DOUBLE + "{{ [ns.a, ns.b] | max | length }}",
+        DOUBLE + "{{ '%s' | format(ns.a) }}",
+        DOUBLE + "{{ '%r %s' | format(1, {'a': ns.a}) }}",
+        DOUBLE + "{{ {(ns.t,): 1} }}",
+        DOUBLE + "{{ [ns.t] | unique | list | length }}",
+        DOUBLE + "{{ {}.get(ns.t) }}",
+        DOUBLE + "{{ {}[ns.t] }}",
+        DOUBLE + "{{ [ns.t] | most_frequent }}",
+        GROW + "{% set ns.x = namespace(a=ns.x, b=ns.x) %}{% endfor %}{{ ns.x }}",
+        GROW + "{% set ns.x = namespace(a=ns.x, b=ns.x) %}{% endfor %}{{ [ns.x] | string }}",
+        "{{ range(50000) | batch(1) | sum(start=[]) | length }}",
+        "{% set n = ('f' * 99999) | int(base=16) %}{{ n // 3 }}",
+        "{% for i in range(9999) %}{{ ('f' * 9999) | int(0, 16) // 7 }}{% endfor %}",
+        GROW + "{% set ns.n = ns.n ** 60 %}{% endfor %}",
+        "{{ ('a' * 99999).encode('utf-32') }}",
+        "{{ (5).to_bytes(2000000000, 'big') }}",
+        "{{ 'a'.encode().ljust(2000000000) }}",
+        "{% for i in range(1000) %}{{ [i] | batch(99999, 'x') | list | length }}{% endfor %}",
+        "{% for i in range(1000) %}{{ [i] | slice(99999, 'x') | list | length }}{% endfor %}",
+        "{% set t = 'a' * 99999 %}{% for i in range(99999) %}{% set u = t[1:] %}{% endfor %}",
+        "{% set t = 'a ' * 49999 %}{% for i in range(99999) %}{% set u = t.split() %}{% endfor %}",
+        "{% for i in range(99999) %}{% set u = 'a' * 99999 %}{% endfor %}",
+        "{% for i in range(99999) %}{% set u = [1] * 99999 %}{% endfor %}",
+        "{% for i in [1] recursive %}" + "a" * 1000 + "{{ loop(range(100000)) if loop.depth < 9 }}{% endfor %}",
+        "{{ [[1]] | map('_steps', -10**12) | list }}{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+        "{% for i in range(100000) | _steps(-9) %}{% endfor %}",
+        "{% set l = [1] %}{% for i in range(99) %}{{ l.extend(l) or '' }}{% endfor %}{{ l | length }}",
     ],
 )
 @pytest.mark.timeout(60)  # each would run for hours, or fill the memory, if it were let
 def test_work_without_end_is_an_error(source: str) -> None:
     with pytest.raises((jinja2.TemplateError, RecursionError)):
-        lenient(source)({}, python_forms=True)
+        ForeignWording(source)({})
+
+
+@pytest.mark.parametrize("source", ["a == b", "a in [b]", "{t: 1}", "a | sort", "n // 3 * n * n * n * n", "(text * 99).split()"])
+def test_expressions_pay_as_templates_do(source: str) -> None:
+    a: object = 1
+    b: object = 1
+    t: object = 1
+    for _ in range(90):
+        a, b, t = [a, a], [b, b], (t, t)
+    values = {"a": a, "b": b, "t": t, "n": 2**4000, "text": "a " * 500_000}
+    with pytest.raises(jinja2.TemplateRuntimeError):
+        Expression(source)(values)
+
+
+def test_many_plain_pieces_have_a_bound_too() -> None:
+    with pytest.raises(jinja2.TemplateRuntimeError, match="more than 16,000,000 characters"):
+        Wording("{{ text }}" * 20_000)({"text": "a" * 100_000})
+    assert len(Wording("{{ text }}" * 200)({"text": "a" * 10_000})) == 2_000_000
+
+
+@pytest.mark.parametrize(
+    "inner", ["9" * 100_000, "[" * 3000 + "]" * 3000, "(" * 150 + "1" + ")" * 150, "0x" + "f" * 5000 + " // 3"]
+)
+def test_what_python_cannot_compile_is_a_wrong_template(inner: str) -> None:
+    with pytest.raises((jinja2.TemplateSyntaxError, jinja2.TemplateRuntimeError)):
+        Wording("{{ " + inner + " }}" if "(" not in inner else "{{ " + inner * 20 + " }}")({})
+    with pytest.raises((jinja2.TemplateSyntaxError, jinja2.TemplateRuntimeError)):
+        Expression(inner if "(" not in inner else inner * 20)({})
+
+
+@pytest.mark.parametrize(
+    ("source", "text"),
+    [
+        ("{{ 2.567 | round(2) }} {{ 7 | round }} {{ '12' | int + 1 }} {{ 'ff' | int(base=16) }}", "2.57 7 13 255"),
+        ("{{ [1, 2, 3] | sum }} {{ rows | sum(attribute='n') }}", "6 3"),
+        ("{{ [3, 1, 2] | sort | join(', ') }} {{ [1, 1, 2] | unique | list }}", "1, 2, 3 [1, 2]"),
+        ("{{ [1, 2, 3] | batch(2) | list }} {{ [1, 2, 3] | slice(2) | list }}", "[[1, 2], [3]] [[1, 2], [3]]"),
+        ("{{ 'a-b'.split('-')[1:] | first }} {{ text.strip().lower()[:2] }} {{ 1 < 2 < 3 }}", "b so True"),
+        ("{{ day.year }}-{{ day.month }} {{ day.isoformat() }}", "2026-11 2026-11-30"),
+        ("{{ {'a': 1}['a'] }} {{ rows | map(attribute='n') | list }} {{ rows[0].get('m', 0) }}", "1 [1, 2] 0"),
+        (
+            "{% for key, value in rows[1].items() %}{{ key }}{{ value }}{% endfor %} {{ '%s and %d' | format('x', 3) }}",
+            "n2 x and 3",
+        ),
+    ],
+)
+def test_ordinary_work_is_let_through(source: str, text: str) -> None:
+    values = {"rows": [{"n": 1}, {"n": 2}], "text": " Some ", "day": datetime.date(2026, 11, 30)}
+    assert Wording(source)(values, python_forms=True) == text
+    assert ForeignWording(source)(values) == text
+
+
+@pytest.mark.parametrize(
+    "source", ["'a'.encode()", "n.to_bytes(2, 'big')", "n.bit_length()", "raw.hex()", "day.strftime('%99999d')"]
+)
+def test_methods_that_are_not_on_the_list_are_refused(source: str) -> None:
+    with pytest.raises((SecurityError, jinja2.UndefinedError)):
+        Wording("{{ " + source + " }}")({"n": 5, "raw": b"ab", "day": datetime.date(2026, 11, 30)})
 
 
 def test_a_list_does_not_grow_under_the_loop() -> None:
-    assert (
-        lenient("{% set l = [1, 2] %}{% for x in l %}{{ l.append(x) or '' }}{% endfor %}{{ l }}")({}, python_forms=True)
-        == "[1, 2, 1, 2]"
-    )
+    assert ForeignWording("{% set l = [1, 2] %}{% for x in l %}{{ l.append(x) or '' }}{% endfor %}{{ l }}")({}) == "[1, 2, 1, 2]"
 
 
 def test_an_allowance_is_for_one_rendering() -> None:
-    wording = lenient("{% for i in range(90000) %}{% endfor %}done")
+    wording = ForeignWording("{% for i in range(90000) %}{% endfor %}done")
     assert [wording({}) for _ in range(20)] == ["done"] * 20
+
+
+# Statements that make something larger or look at all of it; a state that is nested, long, or many.
+STATEMENTS = (
+    "{% set ns.a = [ns.a, ns.a] %}",
+    "{% set ns.a = ns.a + ns.a %}",
+    "{% set ns.a = (ns.a, ns.b) %}",
+    "{% set ns.a = {'k': ns.a, 'l': ns.a} %}",
+    "{% set ns.a = ns.a | list %}",
+    "{% set ns.b = ns.a %}",
+    "{% set ns.b = [ns.b] * 50 %}",
+    "{% set ns.s = ns.s ~ ns.s %}",
+    "{% set ns.s = ns.s * 3 %}",
+    "{% set ns.s = ns.s | replace('a', ns.s) %}",
+    "{% set ns.s = ns.s.join([ns.s, 'a', ns.s]) %}",
+    "{% set ns.s = ns.s | upper | lower | title | trim %}",
+    "{% set ns.s %}{{ ns.s }}{{ ns.a }}{% endset %}",
+    "{% set ns.a = ns.s.split('a') %}",
+    "{% set ns.a = ns.a | batch(7, ns.s) | list %}",
+    "{% set ns.a = ns.a | slice(900, ns.a) | list %}",
+    "{% set ns.n = ns.n * ns.n + 7 %}",
+    "{% set ns.n = ns.n ** 3 // 5 %}",
+    "{% set ns.n = (ns.s | int(1, 16)) * ns.n %}",
+    "{% set ns.n = ns.n | round(99) | int %}",
+    "{{ ns.a == ns.b }}{{ ns.a in [ns.b] }}",
+    "{{ ns.a | unique | list | length }}",
+    "{{ ns.a | sort | length }}{{ ns.a | groupby(0) | length }}",
+    "{{ '%s%s' | format(ns.a, ns.s) }}",
+    "{{ ns.s[1:] | length }}{{ ns.a[::2] | length }}",
+    "{% for x in ns.a %}{{ x }}{% endfor %}",
+    "{% for x in ns.s %}{{ x }}{% endfor %}",
+)
+
+
+@given(st.lists(st.tuples(st.sampled_from([1, 9, 400]), st.lists(st.sampled_from(STATEMENTS), min_size=1, max_size=4)), max_size=4))
+@settings(max_examples=60, deadline=None)
+def test_no_mixture_of_statements_reaches_the_kernels_limits(blocks: list[tuple[int, list[str]]]) -> None:
+    loops = "".join(f"{{% for i in range({times}) %}}{''.join(statements)}{{% endfor %}}" for times, statements in blocks)
+    wording = ForeignWording("{% set ns = namespace(a=['a', 1], b=[], s='aab', n=3) %}" + loops + "{{ ns.s }}{{ ns.a }}{{ ns.n }}")
+    reason = ""
+    try:
+        wording({})
+    except jinja2.TemplateRuntimeError as error:
+        reason = str(error)
+    assert "took more than" not in reason
+    assert "MemoryError" not in reason
+
+
+class Slow(str):
+    """A text that works for ever where the allowance cannot see it."""
+
+    def upper(self) -> str:
+        while True:
+            pass
+
+
+class Huge(str):
+    """A text that fills the memory where the allowance cannot see it."""
+
+    def upper(self) -> str:
+        return "a" * (8 << 30)
+
+
+def test_the_kernel_bounds_what_the_allowance_does_not_see() -> None:
+    wording = ForeignWording("{{ text.upper() }}")
+    with pytest.raises(jinja2.TemplateRuntimeError, match="took more than 5 s of processor time"):
+        wording({"text": Slow("a")})
+    with pytest.raises(jinja2.TemplateRuntimeError, match="MemoryError"):
+        wording({"text": Huge("a")})
+    assert wording({"text": "a"}) == "A"

@@ -11,6 +11,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from apprentice.errors import RecipeError, did_you_mean
+from apprentice.plain_yaml import load_yaml
 from apprentice.recipe.data import COLLECTION_KEYS, Collection
 from apprentice.recipe.whole import Recipe
 from apprentice.storage import is_uri, refuse_credentials
@@ -54,7 +55,7 @@ def written_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{file}: the recipe cannot be read ({error.__class__.__name__}); check the path.") from error
     try:
-        content = yaml.safe_load(text)
+        content = load_yaml(text)
     except yaml.YAMLError as error:
         raise RecipeError(f"{file}: not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
@@ -89,7 +90,7 @@ def _said(override: str) -> tuple[str, Any]:
     if not equals:
         raise RecipeError(f"{override!r} is not an override; write key.path=value, for example training.steps=10.")
     try:
-        return key.strip(), yaml.safe_load(value)
+        return key.strip(), load_yaml(value)
     except yaml.YAMLError as error:
         raise RecipeError(f"{override!r}: the value is not YAML: {' '.join(str(error).split())}") from error
 

@@ -29,6 +29,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from apprentice.errors import ServingError
+from apprentice.plain_yaml import load_yaml
 
 log = logging.getLogger(__name__)
 REFRESH_S = 5.0  # how often the keys file is looked at
@@ -110,7 +111,7 @@ class Keys:
     def _read(self) -> tuple[Key, ...]:
         try:
             stamp = self._stamp_now()
-            found = _File.model_validate(yaml.safe_load(self._file.read_text()))
+            found = _File.model_validate(load_yaml(self._file.read_text()))
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise ServingError(
                 f"the keys file {self._file} cannot be read ({error.__class__.__name__}); check {KEYS_FILE}."

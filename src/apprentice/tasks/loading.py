@@ -11,6 +11,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from apprentice.errors import TaskError, did_you_mean
+from apprentice.plain_yaml import load_yaml
 from apprentice.tasks.conversations import conversation_tasks
 from apprentice.tasks.natural_instructions import instruction_tasks
 from apprentice.tasks.preferences import preference_tasks
@@ -45,7 +46,7 @@ def library() -> dict[str, Path]:
 def load_task(path: Path) -> Task:
     """The task in one YAML file. Raises `TaskError` naming file, place and what to change."""
     try:
-        content: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content: Any = load_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise TaskError(f"{path} does not exist; check the path in data.tasks.") from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

@@ -10,7 +10,6 @@ Knows nothing of recipes, nor of where rows lie beyond names that are likely.
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Mapping, Sequence
 from functools import cache, cached_property
@@ -21,9 +20,10 @@ import yaml
 from pydantic import Field, ValidationError
 
 from apprentice.errors import RowError, TaskError, did_you_mean
+from apprentice.plain_yaml import PlainLoader
 from apprentice.tasks.schema import Example, Metric, Task, Template
 from apprentice.tasks.source_spec import SourceSpec
-from apprentice.tasks.wording import Wording, lenient
+from apprentice.tasks.wording import ForeignWording, Wording
 
 SEPARATOR = "|||"
 _MARK = "\ue000pipes\ue000"  # stands for a separator in a row's own text
@@ -37,7 +37,7 @@ _METRICS: dict[str, tuple[Metric, ...]] = {
 }
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(PlainLoader):
     """Plain data, and PromptSource's two tags as plain mappings."""
 
 
@@ -68,16 +68,11 @@ class PromptTemplate(Template):
 
     @cached_property
     def _whole(self) -> Wording:
-        return lenient(self.instruction)
+        return ForeignWording(self.instruction)
 
     @cached_property
     def _choices(self) -> Wording | None:
-        return lenient(self.answer_choices) if self.answer_choices else None
-
-    @cached_property
-    def _builds(self) -> bool:
-        """Whether it may change lists or mappings that it is given."""
-        return bool(re.search(r"\.(append|extend|insert|pop|update|remove|clear|sort|reverse|setdefault)\(", self.instruction))
+        return ForeignWording(self.answer_choices) if self.answer_choices else None
 
     @property
     def names(self) -> frozenset[str]:
@@ -87,10 +82,9 @@ class PromptTemplate(Template):
     def example(self, task: str, row: Mapping[str, Any]) -> Example:
         """The example of one row. Raises `RowError` with reason `skipped` where either part is empty."""
         values = {name: _protected(value) for name, value in row.items() if name in self.names}
-        chosen = self._choices(values, python_forms=True).split(SEPARATOR) if self._choices is not None else []
-        given = copy.deepcopy(values) if self._builds else values
+        chosen = self._choices(values).split(SEPARATOR) if self._choices is not None else []
         shown = [choice.strip() for choice in chosen] or None
-        parts = self._whole(given | {"answer_choices": shown}, python_forms=True).split(SEPARATOR)
+        parts = self._whole(values | {"answer_choices": shown}).split(SEPARATOR)
         choices = tuple(self._restored(choice).strip() for choice in chosen)
         texts = [self._restored(part).strip() for part in parts]
         if len(texts) != 2 or not all(texts):

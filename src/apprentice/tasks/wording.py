@@ -12,10 +12,14 @@ import jinja2
 import jinja2.meta
 from jinja2 import nodes
 
-from apprentice.tasks.printing import text_of
-from apprentice.tasks.sandbox import LENIENT, MAX_REPEAT, STRICT, compiled, renew
+from apprentice.tasks import isolation
+from apprentice.tasks.allowance import CHARACTERS, MAX_WORK, paid, renew
+from apprentice.tasks.sandbox import LENIENT, STRICT, compiled
+from apprentice.tasks.template_filters import MAX_REPEAT
 
 __all__ = ["MAX_REPEAT", "Expression", "Wording"]
+
+MAX_CHARACTERS = MAX_WORK * CHARACTERS  # of a text
 
 
 class Wording:
@@ -26,30 +30,48 @@ class Wording:
 
     def __init__(self, source: str, environment: jinja2.Environment = STRICT) -> None:
         self.source = source
-        parsed = environment.parse(source)
+        parsed, self._template = compiled(environment, source)
         self.names = frozenset(jinja2.meta.find_undeclared_variables(parsed))
         self._pieces = _pieces(parsed)
-        self._template = compiled(environment, parsed)
-        self._lenient = environment is not STRICT
 
     def __call__(self, values: Mapping[str, Any], *, python_forms: bool = False) -> str:
         """The text for these values, stripped. Raises `jinja2.TemplateError` or what an operation inside raises.
 
         Lists, mappings, bytes and None are errors (`PythonForm`), or with `python_forms` printed as Python writes them.
         """
+        renew(self.source, values, python_forms=python_forms)
         if self._pieces is None or not self.names <= values.keys():
-            renew(self.source, values, python_forms=python_forms)
-            return self._template.render(values).strip()
-        said = str if python_forms else text_of
-        return "".join([said(values[piece]) if is_name else piece for is_name, piece in self._pieces]).strip()
+            return self._rendered(values)
+        parts = [_shown(values[piece]) if is_name else piece for is_name, piece in self._pieces]
+        if sum(map(len, parts)) > MAX_CHARACTERS:
+            raise jinja2.TemplateRuntimeError(f"the template makes a text of more than {MAX_CHARACTERS:,} characters")
+        return "".join(parts).strip()
+
+    def _rendered(self, values: Mapping[str, Any]) -> str:
+        return self._template.render(values).strip()
 
     def __reduce__(self) -> tuple[Any, tuple[str, ...]]:
-        return (lenient, (self.source,)) if self._lenient else (type(self), (self.source,))
+        return type(self), (self.source,)
 
 
-def lenient(source: str) -> Wording:
-    """A template in the language of PromptSource: what is not there is empty, and there are `range`, `zip` and lists that grow."""
-    return Wording(source, LENIENT)
+class ForeignWording(Wording):
+    """A template of somebody else's in the language of PromptSource, rendered in a process whose memory and time are bounded.
+
+    What is not there is empty, there are `range`, `zip` and lists that grow, and lists are printed as Python writes them.
+    """
+
+    def __init__(self, source: str) -> None:
+        super().__init__(source, LENIENT)
+
+    def __call__(self, values: Mapping[str, Any], *, python_forms: bool = True) -> str:
+        return super().__call__(values, python_forms=python_forms)
+
+    def _rendered(self, values: Mapping[str, Any]) -> str:
+        return isolation.render(self.source, values)
+
+
+def _shown(value: Any) -> str:
+    return value if type(value) is str else str(paid(value))
 
 
 def _pieces(parsed: nodes.Template) -> list[tuple[bool, str]] | None:
@@ -70,10 +92,10 @@ class Expression:
 
     def __init__(self, source: str) -> None:
         self.source = source
-        parsed = STRICT.parse("{{" + source + "}}")
+        parsed, _ = compiled(STRICT, "{{" + source + "}}")
         self.texts = frozenset(node.value for node in parsed.find_all(nodes.Const) if isinstance(node.value, str))
         self.names = frozenset(jinja2.meta.find_undeclared_variables(parsed))  # folds constants in `parsed`, so it comes last
-        self._template = compiled(STRICT, STRICT.parse("{% set result = (" + source + "\n) %}"))
+        self._template = compiled(STRICT, "{% set result = (" + source + "\n) %}")[1]
 
     def __call__(self, values: Mapping[str, Any], *, python_forms: bool = False) -> Any:
         """The value for these values; `python_forms` as in `Wording`, of what the expression itself joins to text."""

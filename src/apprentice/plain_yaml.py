@@ -1,0 +1,71 @@
+"""YAML as plain data with bounds: what a few hundred bytes can say has a size, a depth, and numbers of so many digits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import yaml
+
+MAX_NODES = 100_000  # of a document: texts, lists and mappings, those behind an alias counted each time
+MAX_DEPTH = 64  # of lists and mappings inside each other
+MAX_DIGITS = 100  # of a number
+
+
+class PlainLoader(yaml.SafeLoader):
+    """PyYAML's safe loader with bounds. Beyond one it raises `yaml.YAMLError`, with the place."""
+
+    def __init__(self, stream: Any) -> None:
+        super().__init__(stream)
+        self._depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        self._depth += 1
+        if self._depth > MAX_DEPTH:
+            raise yaml.composer.ComposerError(None, None, f"nested more than {MAX_DEPTH} deep", self.get_mark())
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
+
+    def get_single_node(self) -> Any:
+        node = super().get_single_node()
+        if node is not None and _expanded(node, {}) > MAX_NODES:
+            raise yaml.composer.ComposerError(
+                None,
+                None,
+                f"more than {MAX_NODES:,} values, those behind aliases and merge keys counted each time",
+                node.start_mark,
+            )
+        return node
+
+    def bounded_number(self, node: yaml.ScalarNode) -> int | float:
+        if len(node.value) > MAX_DIGITS:
+            raise yaml.constructor.ConstructorError(None, None, f"a number of more than {MAX_DIGITS} digits", node.start_mark)
+        return self.construct_yaml_float(node) if node.tag.endswith("float") else self.construct_yaml_int(node)
+
+
+for _kind in ("int", "float"):
+    PlainLoader.add_constructor(f"tag:yaml.org,2002:{_kind}", PlainLoader.bounded_number)
+
+
+def _expanded(node: yaml.Node, sizes: dict[int, int | None]) -> int:
+    """Nodes of the tree that `node` stands for, aliases followed; `sizes` remembers, with None for those that are being counted."""
+    if id(node) in sizes:
+        if (known := sizes[id(node)]) is None:
+            raise yaml.composer.ComposerError(None, None, "an alias that holds itself", node.start_mark)
+        return known
+    sizes[id(node)] = None
+    parts: list[yaml.Node] = []
+    if isinstance(node, yaml.SequenceNode):
+        parts = node.value
+    elif isinstance(node, yaml.MappingNode):
+        parts = [part for pair in node.value for part in pair]
+    total = sizes[id(node)] = 1 + sum(_expanded(part, sizes) for part in parts)
+    return total
+
+
+def load_yaml(text: str) -> Any:
+    """The one document in `text` as plain data. Raises `yaml.YAMLError` for what is no YAML and for what is beyond a bound."""
+    try:
+        return yaml.load(text, Loader=PlainLoader)  # nosec B506 (a safe loader)
+    except (ValueError, OverflowError) as error:  # of PyYAML's own constructors: a date such as 2026-99-99
+        raise yaml.YAMLError(f"a value that is none of its kind ({error})") from error
