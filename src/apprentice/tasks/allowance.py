@@ -108,8 +108,8 @@ def size(value: Any) -> int:
 
 def paid(value: Any) -> Any:
     """`value`, which is to be printed, once its weight is paid for."""
-    spend(weight(value))
     check_text(value)
+    spend(weight(value))
     return value
 
 
