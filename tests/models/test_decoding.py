@@ -232,7 +232,7 @@ def test_bias_penalties_and_constraints(model: Any) -> None:
 
 
 def test_requests_wait_for_memory_and_say_the_same(model: Any) -> None:
-    of_one = prepare(model)
+    of_one = prepare(model).position_bytes
     decoder = Decoder(model, slots=8, context=90, kv_bytes=150 * of_one + 1)
     assert (decoder.kv_tokens, decoder.context) == (150, 90)
     for number, prompt in enumerate(PROMPTS):
@@ -284,3 +284,25 @@ def test_logits_that_are_not_finite_write_nothing() -> None:
         model.get_output_embeddings().weight.fill_(float("inf"))
     with pytest.raises(ModelError, match=r"^MistralForCausalLM: the model's logits are not finite"):
         generate(model, [[5, 6, 7]], max_new_tokens=3, stop_ids=())
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), OSError(12, "Cannot allocate memory")])
+def test_memory_for_keys_and_values_is_there_from_the_start_or_refused(
+    model: Any, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    decoder = Decoder(model, slots=3, context=64)
+    assert (
+        decoder._memory.position_bytes * 3 * 64 == 2 * 2 * 3 * 64 * 64 * 4
+    )  # layers, keys and values, slots, context, width, bytes
+    allocate = KvMemory._allocate
+
+    def too_small(memory: KvMemory, like: Any) -> Any:
+        if memory.context == 64:
+            raise error
+        return allocate(memory, like)
+
+    monkeypatch.setattr(KvMemory, "_allocate", too_small)
+    with pytest.raises(
+        ModelError, match=r"keys and values of 3 contexts of 64 tokens take 0\.0 GB, and there is not so much memory"
+    ):
+        Decoder(model, slots=3, context=64)

@@ -11,8 +11,9 @@ import pytest
 from apprentice.errors import ServingError
 from apprentice.family import kv_numbers, model_config
 from apprentice.recipe import Serving
+from apprentice.serve import transformers_engine
 from apprentice.serve.deployment import check
-from apprentice.serve.replica import at_once
+from apprentice.serve.replica import Offer, at_once, start_models
 
 WITH_VLLM = Serving(port=0, engine="vllm")
 
@@ -49,3 +50,24 @@ def test_a_replica_decodes_as_many_as_its_memory_holds_in_the_type_that_it_keeps
     assert at_once(chat_model, Serving(**memory), "float32", on_gpu=True) == replies
     assert at_once(chat_model, Serving(**memory, engine="vllm"), "auto", on_gpu=False) == 2 * replies
     assert at_once(chat_model, Serving(max_running=64), "auto", on_gpu=False) == 64
+    assert at_once(chat_model, Serving(**memory), "auto", on_gpu=False, engines=2) == replies // 2
+
+
+def test_engines_side_by_side_share_threads_and_memory(
+    chat_model: Path, plain_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    numbers = kv_numbers(model_config(chat_model))
+    assert numbers is not None
+    threads: list[int] = []
+    monkeypatch.setattr(transformers_engine.os, "sched_getaffinity", lambda _: set(range(8)))
+    monkeypatch.setattr(transformers_engine.torch, "set_num_threads", threads.append)
+    room = 1000  # tokens in float32
+    serving = Serving(kv_memory_gb=room * numbers * 4 / 1e9, context=100, max_running=64)
+    offers = [Offer("one", chat_model), Offer("other", plain_model)]
+    models = start_models(offers, [offer.folder for offer in offers], serving, "float32", 4)
+    try:
+        assert threads == [2, 2]
+        assert [model.engine.stats().kv_tokens for model in models] == [room // 2] * 2
+    finally:
+        for model in models:
+            model.engine.close()

@@ -93,6 +93,11 @@ class CrossingDecoder:
             places = [given[number] + step for number in order for step in range(counts[number])]
             return logits if places == sorted(places) else torch.empty_like(logits).index_copy_(0, self._tensor(places), logits)
 
+    def allocate(self, like: CrossingDecoder) -> None:
+        """The memory of both sides, now. Raises `ModelError` where there is not so much."""
+        self._own.allocate(like._own)
+        self._cross.allocate(like._cross)
+
     def try_adapter(self, adapter: Lora) -> None:
         """One pass with the rows of two requests, of which one has `adapter`, in memory of its own. Raises what that raises."""
         tried = CrossingDecoder(self._model, slots=2, context=2)
@@ -298,8 +303,8 @@ def _attend(
     return crossing.attend(module, query, key, value, scaling), None
 
 
-def check(model: Any) -> int:
-    """Tries on a few tokens whether the model's own logits come out; the bytes that one token's keys and values take on one side.
+def check(model: Any) -> CrossingDecoder:
+    """Tries on a few tokens whether the model's own logits come out; gives what they were tried with.
 
     Raises `CannotShareError` if they do not, `ModelError` where the model's own are not finite.
     """
@@ -330,4 +335,4 @@ def check(model: Any) -> int:
         raise CannotShareError(
             f"{kind} gives other logits in company than alone (apart by {apart:.2g}); it cannot be served here yet."
         )
-    return tried.memory(crosses=False).position_bytes
+    return tried

@@ -107,12 +107,13 @@ class Decoder:
     def __init__(
         self, model: Any, *, slots: int, context: int, kv_bytes: int | None = None, prefill_tokens: int = PREFILL_TOKENS
     ) -> None:
-        of_one = prepare(model)
+        tried = prepare(model)
         positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        self._fit(model, slots, min(context, positions or context), kv_bytes, of_one)
+        self._fit(model, slots, min(context, positions or context), kv_bytes, tried.position_bytes)
         self._model = model
         self._loras = LoraLayers(model)
         self._memory = KvMemory(self.slots, self.context)
+        self._memory.allocate(tried)
         self._begin(prefill_tokens)
 
     def _fit(self, model: Any, slots: int, context: int, kv_bytes: int | None, of_one: int) -> None:

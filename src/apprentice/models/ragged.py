@@ -87,6 +87,21 @@ class KvMemory:
         """The layer's whole memory, once something was written to it."""
         return self._layers[layer]
 
+    def allocate(self, like: KvMemory) -> None:
+        """Memory for every layer that `like` has, now: on a GPU that has no room for it, this fails and not the first request.
+
+        Raises `ModelError`.
+        """
+        try:
+            for layer, (keys, values) in like._layers.items():
+                self._layers[layer] = self._allocate(keys), self._allocate(values)
+        except (torch.OutOfMemoryError, OSError) as error:
+            total = like.position_bytes * self.slots * self.context / 1e9
+            raise ModelError(
+                f"keys and values of {self.slots} contexts of {self.context} tokens take {total:.1f} GB, and there is not so much"
+                " memory; lower serving.kv_memory_gb, serving.max_running or serving.context."
+            ) from error
+
     def copy(self, source: int, target: int, count: int) -> None:
         """Gives slot `target` the first `count` positions of slot `source`."""
         with torch.inference_mode():
@@ -108,7 +123,7 @@ class KvMemory:
         return sum(part.nbytes // (self.slots * self.context) for part in parts)
 
     def _allocate(self, like: torch.Tensor) -> torch.Tensor:
-        shape = (self.slots, like.shape[1], self.context, like.shape[2])
+        shape = (self.slots, like.shape[1], self.context, like.shape[-1])
         if like.device.type != "cpu":
             return torch.zeros(shape, dtype=like.dtype, device=like.device)
         # Fresh pages take no memory before they are written, so unused slots and context cost nothing; and they are zeros, as
@@ -329,10 +344,10 @@ def _attend(
     return torch.cat(parts)[None], None
 
 
-def prepare(model: Any) -> int:
+def prepare(model: Any) -> KvMemory:
     """Makes `forward` possible for `model`, and checks on a few tokens that it computes what the model itself computes.
 
-    Gives the bytes that one token's keys and values take.
+    Gives the memory that they took.
 
     Raises `ModelError` for models that keep something besides keys and values, or place tokens otherwise than by position ids.
     """
@@ -359,4 +374,4 @@ def prepare(model: Any) -> int:
     apart = float((found - expected[[8, length - 1]]).abs().max())
     if not apart <= allowed:
         raise ModelError(f"{kind} gives other logits in company than alone (apart by {apart:.2g}); it cannot generate here yet.")
-    return memory.position_bytes
+    return memory

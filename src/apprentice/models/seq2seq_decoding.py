@@ -25,11 +25,13 @@ class Seq2seqDecoder(Decoder):
     def __init__(
         self, model: Any, *, slots: int, context: int, kv_bytes: int | None = None, prefill_tokens: int = PREFILL_TOKENS
     ) -> None:
-        of_one = check(model)
+        tried = check(model)
         positions = getattr(model.config, "max_position_embeddings", None)
+        of_one = tried.memory(crosses=False).position_bytes
         self._fit(model, slots, min(context, positions or context), kv_bytes, of_one)
         self._start_id = int(model.config.decoder_start_token_id)
         self._crossing = CrossingDecoder(model, self.slots, self.context)
+        self._crossing.allocate(tried)
         self._begin(prefill_tokens)
 
     @property

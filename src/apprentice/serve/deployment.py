@@ -217,7 +217,8 @@ def _application(
     scaling: dict[str, Any] = {"num_replicas": least}
     if most > least:
         # Below what a replica decodes at once, so that a new one comes before requests wait long.
-        ongoing = max(1, at_once(models[0].folder, serving, dtype, on_gpu=resources.get("num_gpus", 0) > 0) * 3 // 4)
+        on_gpu = resources.get("num_gpus", 0) > 0
+        ongoing = max(1, at_once(models[0].folder, serving, dtype, on_gpu=on_gpu, engines=len(models)) * 3 // 4)
         target = {"min_replicas": least, "max_replicas": most, "target_ongoing_requests": ongoing}
         scaling = {"autoscaling_config": target}
     deployment = serve.deployment(

@@ -41,17 +41,22 @@ def check_engine(name: str, folder: Path) -> None:
         )
 
 
-def start_engine(folder: Path, serving: Serving, *, dtype: str, threads: int, trust: bool, with_adapters: bool) -> Engine:
-    """The engine that `serving` names over the model in `folder`, in the event loop that asks it. Raises as `check_engine`, and
-    `ModelError` where it does not start."""
+def start_engine(
+    folder: Path, serving: Serving, *, dtype: str, threads: int, trust: bool, with_adapters: bool, engines: int = 1
+) -> Engine:
+    """The engine that `serving` names over the model in `folder`, in the event loop that asks it.
+
+    It gets its part of the threads and of the memory for keys and values where so many `engines` share them. Raises as
+    `check_engine`, and `ModelError` where it does not start.
+    """
     check_engine(serving.engine, folder)
     wanted: dict[str, Any] = {
         "dtype": dtype,
         "max_running": serving.max_running,
         "max_queued": serving.max_queued_requests,
         "context": serving.context,
-        "threads": threads,
-        "kv_bytes": serving.kv_bytes,
+        "threads": max(1, threads // engines),
+        "kv_bytes": serving.kv_bytes and serving.kv_bytes // engines,
         "trust": trust,
     }
     if serving.engine == "vllm":

@@ -68,10 +68,7 @@ class Replica:
             offer.folder if offer.folder.is_dir() and not offer.trust else local_folder(str(offer.folder), trust=offer.trust)
             for offer in offers
         ]
-        models = [
-            _model(offer, folder, serving, dtype, threads, with_adapters=serving.adapters is not None and not place)
-            for place, (offer, folder) in enumerate(zip(offers, folders, strict=True))
-        ]
+        models = start_models(offers, folders, serving, dtype, threads)
         more = None
         if serving.adapters is not None:
             shelf, base = Folder.at(serving.adapters), models[0]
@@ -97,17 +94,33 @@ class Replica:
             engine.check()
 
 
-def _model(offer: Offer, folder: Path, serving: Serving, dtype: str, threads: int, *, with_adapters: bool) -> Model:
-    layout = layout_beside(folder, offer.contract)
-    engine = start_engine(folder, serving, dtype=dtype, threads=threads, trust=offer.trust, with_adapters=with_adapters)
-    return Model(offer.name, engine, layout, read_contract(folder) or offer.contract)
+def start_models(offers: Sequence[Offer], folders: Sequence[Path], serving: Serving, dtype: str, threads: int) -> list[Model]:
+    """A model with an engine of its own for each offer; they share the replica's threads and memory in equal parts."""
+    models: list[Model] = []
+    for offer, folder in zip(offers, folders, strict=True):
+        layout = layout_beside(folder, offer.contract)
+        engine = start_engine(
+            folder,
+            serving,
+            dtype=dtype,
+            threads=threads,
+            trust=offer.trust,
+            with_adapters=serving.adapters is not None and not models,
+            engines=len(offers),
+        )
+        models.append(Model(offer.name, engine, layout, read_contract(folder) or offer.contract))
+    return models
 
 
-def at_once(folder: Path, serving: Serving, dtype: str, *, on_gpu: bool) -> int:
-    """Requests of half a context that one replica decodes together: `max_running`, or fewer where its memory has less room."""
-    limit, numbers = serving.kv_bytes, kv_numbers(model_config(folder))
-    if limit is None or numbers is None:
+def at_once(folder: Path, serving: Serving, dtype: str, *, on_gpu: bool, engines: int = 1) -> int:
+    """Requests of half a context that one of a replica's `engines` decodes together.
+
+    `max_running`, or fewer where its part of the memory has less room.
+    """
+    numbers = kv_numbers(model_config(folder))
+    if serving.kv_bytes is None or numbers is None:
         return serving.max_running
+    limit = serving.kv_bytes // engines
     halved = dtype != "float32" and (on_gpu or serving.engine == "vllm")  # our own memory is in float32 on CPUs
     of_one = numbers * (2 if halved else 4)
     return max(1, min(serving.max_running, 2 * limit // (of_one * serving.context)))
