@@ -112,6 +112,15 @@ def test_best_and_prune(folder: Folder) -> None:
     assert steps(folder) == ["step-000002", "step-000004"]  # the newest to go on from, the best to export
 
 
+def test_what_began_the_round_is_kept_until_the_next_one(folder: Folder) -> None:
+    for step in range(1, 8):
+        checkpoints.prune(folder, 1, saved(folder, step), round_steps=4)
+        assert steps(folder) == sorted({f"step-{step:06d}", *(["step-000004"] if step >= 4 else [])})
+        assert checkpoints.newest_step(folder) == step
+    checkpoints.prune(folder, 1, saved(folder, 8), round_steps=4)
+    assert steps(folder) == ["step-000008"]
+
+
 def test_without_validation_the_newest_is_best(folder: Folder) -> None:
     for step in (1, 2, 3):
         last = saved(folder, step)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from copy import deepcopy
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,8 @@ import torch
 
 from apprentice.artifacts import Run, open_run
 from apprentice.data.corpus import Corpus, make_corpus
+from apprentice.data.pipeline import table_of
+from apprentice.data.window import WindowRenderer
 from apprentice.models.loading import load_model
 from apprentice.models.reward import choice_rewards
 from apprentice.recipe import load_recipe
@@ -113,15 +115,37 @@ def test_the_first_step_learns_from_advantages_alone(corpus: Corpus, rows: dict[
     assert float(loss.figures["clipped"]) == 0.0
 
 
-def test_rows_without_a_reply_have_no_loss_and_no_gradient(corpus: Corpus, rows: dict[str, Any]) -> None:
-    packed = PackedRows.of(deepcopy(rows))
-    packed.segment_ids[:4], packed.loss_mask[:4] = 0, 0
-    packed.advantages[:4] = packed.rewards[:4] = [np.zeros(0, np.float32)] * 4  # type: ignore[index]
-    model: Any = load_model(corpus.recipe.model.base, torch.float32)
-    loss = PolicyLoss(model, corpus.recipe.training.grpo)(*packed.micros(4)[0].tensors)
-    loss.backward()
-    assert float(loss.detach()) == 0.0
-    assert all(parameter.grad is None or not parameter.grad.any() for parameter in model.parameters())
+@pytest.mark.parametrize("kept", [1, 0])
+def test_rows_without_a_reply_have_no_loss_and_no_gradient(
+    corpus: Corpus, kept: int, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two prompts with two replies each, `kept` are not too long: fewer replies than the round has rows, or none."""
+    reward = str(corpus.recipe.training.grpo.reward)
+    shape = {"reward": reward, "group": 2, "max_new_tokens": 8}
+    small = corpus_of(tmp_path, tiny_model, training__grpo=shape, data__window=2, training__checkpoint__every_steps=1)
+    inner = WindowRenderer.prompts
+    monkeypatch.setattr(WindowRenderer, "prompts", lambda self, window: inner(self, window)[:kept])
+    made = RoundWriter(small, torch.device("cpu")).rows(0, 0, None)
+    replies = 2 * kept
+    assert len(made["row"]) == small.recipe.round.rows == 8 > replies
+    assert sum(len(row) for row in made["examples"]) == replies
+    assert len(replies_of(made)) == replies
+    packed = PackedRows.of(made)
+    empty = [row for row in range(8) if not len(made["examples"][row])]
+    assert len(empty) == 8 - replies
+    assert not made["segment_ids"][empty].any()
+    assert not made["loss_mask"][empty].any()
+    model: Any = load_model(small.recipe.model.base, torch.float32)
+    for row, micro in enumerate(packed.micros(1)):
+        model.zero_grad()
+        loss = PolicyLoss(model, small.recipe.training.grpo)(*micro.tensors)
+        loss.backward()
+        learns = any(parameter.grad is not None and parameter.grad.any() for parameter in model.parameters())
+        assert math.isfinite(float(loss.detach()))
+        if row in empty:
+            assert not learns
+            assert float(loss.detach()) == 0.0
+    assert table_of(made).num_rows == 8
 
 
 def test_the_same_round_again_is_the_same(corpus: Corpus, rows: dict[str, Any]) -> None:

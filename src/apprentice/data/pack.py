@@ -124,8 +124,8 @@ def build_rows(
     """The arrays of packed rows.
 
     `ids` holds all examples one after the other, (tokens,); `lengths` and `prompt_lengths` are (examples,), and everything
-    after an example's prompt is trained on, but for the places `untrained` of `ids`. The result has four arrays of shape
-    (rows, row_length):
+    after an example's prompt is trained on, but for the places `untrained` of `ids`. A row may have no example. The result has four
+    arrays of shape (rows, row_length):
 
     input_ids     int32, `pad_id` behind the last example
     positions     int32, restarting at 0 with every example and with the padding
@@ -188,9 +188,10 @@ def _side(
     packed = lengths[order]
     row_of = np.repeat(np.arange(len(rows)), counts)
     first_of_row = np.cumsum(counts) - counts
-    before = np.cumsum(packed) - packed  # tokens of all examples before this one, in packed order
-    used = np.add.reduceat(packed, first_of_row) if len(rows) else np.zeros(0, np.int64)
-    place_in_row = before - np.repeat(before[first_of_row], counts)
+    ends = np.concatenate([np.zeros(1, np.int64), np.cumsum(packed)])  # tokens of the first so many examples, in packed order
+    before, before_row = ends[:-1], ends[first_of_row]
+    used = ends[first_of_row + counts] - before_row  # 0 of a row without examples
+    place_in_row = before - np.repeat(before_row, counts)
     segment = np.arange(len(order)) - np.repeat(first_of_row, counts) + 1
 
     within = np.arange(int(packed.sum())) - np.repeat(before, packed)  # each token's place in its example

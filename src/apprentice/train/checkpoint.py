@@ -167,9 +167,16 @@ def _place_of_lowest(losses: Sequence[float | None]) -> int | None:
     return min(numbers)[1] if numbers else None
 
 
-def prune(checkpoints: Folder, keep: int, newest: Checkpoint) -> None:
+def newest_step(checkpoints: Folder) -> int:
+    """Steps of the newest checkpoint, whether or not it is damaged; 0 while there is none."""
+    return next((_age(folder)[0] for folder in _newest_first(checkpoints) if _is_there(folder / CHECKSUMS)), 0)
+
+
+def prune(checkpoints: Folder, keep: int, newest: Checkpoint, round_steps: int | None = None) -> None:
     """Leaves `newest`, from which the run goes on, the best, and of the others the newest, `keep` in all (2 if those two differ).
 
+    With `round_steps`, the steps of an on-policy round, that which wrote the round of `newest` is left besides: what is not yet
+    written of the round needs it.
     Those that sort after `newest` were passed over as damaged, and are the first to go. Those that wait for their validation are
     left besides, `MOST_AWAITED` at most, and whatever is in use. Deleting never ends a run: what cannot be deleted is left.
     """
@@ -180,6 +187,9 @@ def prune(checkpoints: Folder, keep: int, newest: Checkpoint) -> None:
         lowest = _place_of_lowest([_validation_loss(folder) for folder in folders])
         chosen = dict.fromkeys([0, *([] if lowest is None else [lowest]), *range(len(folders))])
         spared |= {folders[place].name for place in list(chosen)[: max(keep, 2 if lowest else 1)]}
+        if round_steps is not None:
+            begun = _age(newest.folder)[0] // round_steps * round_steps
+            spared |= {folder.name for folder in folders if _age(folder)[0] == begun}
         old = [folder for folder in _newest_first(checkpoints) if folder.name not in spared and not _is_in_use(folder)]
     except StorageError as error:
         _log.warning("no old checkpoint is deleted now: %s", error)

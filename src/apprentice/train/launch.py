@@ -187,12 +187,14 @@ def _fit(recipe: Recipe, run: Run, corpus: Corpus, goal: Goal, tracker: Tracker,
     # Ray Train would look for checkpoints that it knew in an earlier call; which one counts is decided by checkpoint.restorable.
     with suppress(OSError):
         (run.checkpoints / "checkpoint_manager_snapshot.json").delete()
-    failure: Exception | None = None
+    failure: BaseException | None = None
     with Follower(mailbox, tracker, recipe.training.hang_timeout_s):
         before = signal.getsignal(signal.SIGINT)
         try:
             trainer.fit()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
+            if isinstance(error, SystemExit) and not trainer.stopped:
+                raise
             failure = error
         finally:
             if threading.current_thread() is threading.main_thread():
@@ -201,6 +203,8 @@ def _fit(recipe: Recipe, run: Run, corpus: Corpus, goal: Goal, tracker: Tracker,
     ray.kill(mailbox)
     if outcome.error is not None:
         raise outcome.error
+    if trainer.stopped:
+        raise KeyboardInterrupt
     if failure is not None:
         raise _explained(failure, outcome) from failure
     return outcome.attempts
@@ -272,7 +276,7 @@ def validation_limit(recipe: Recipe) -> int:
     return min(max(rows, training.global_batch, LEAST_VALIDATION_ROWS), MOST_VALIDATION_ROWS)
 
 
-def _explained(failure: Exception, outcome: Outcome) -> Exception:
+def _explained(failure: BaseException, outcome: Outcome) -> BaseException:
     """Our own error if `failure` carries one; workers that die are the user's to mend; all else is a defect and stays as it is."""
     ours = mendable(failure)
     if ours is not None:
@@ -290,8 +294,16 @@ def _explained(failure: Exception, outcome: Outcome) -> Exception:
 
 def _finish(recipe: Recipe, run: Run, corpus: Corpus, goal: Goal, tracker: Tracker, attempts: int) -> TrainResult:
     last, best = checkpoints.restorable(run.checkpoints), checkpoints.best(run.checkpoints)
-    if last is None or best is None or goal.reached(last.state) < 1.0:
-        raise KeyboardInterrupt  # Ray Train was told to stop, and did
+    if last is None or best is None:
+        raise TrainingError(
+            f"training is over, but no checkpoint in {run.checkpoints} can be read, so there is nothing to export; mend what the"
+            " warnings above say of them and give the same command again, or train anew with --restart."
+        )
+    if goal.reached(last.state) < 1.0:
+        raise TrainingError(
+            f"training is over, but the newest checkpoint in {run.checkpoints} that can be read is that of step {last.state.step};"
+            " give the same command again: it goes on from there."
+        )
     checkpoints.prune(run.checkpoints, recipe.training.checkpoint.keep, last)  # those that waited for their validation
     state = last.state
     names = [task.name for task in corpus.tasks]

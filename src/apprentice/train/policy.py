@@ -76,5 +76,7 @@ def advantages(rewards: Tensor) -> Tensor:
     Zeros where all replies to a prompt are worth the same: there is nothing to learn from them. The deviation is the sample's, with
     `SMALLEST` added to it, as TRL has it; the paper does not say.
     """
+    if not len(rewards):
+        return rewards
     apart = rewards - rewards.mean(dim=1, keepdim=True)
     return apart / (rewards.std(dim=1, keepdim=True) + SMALLEST)

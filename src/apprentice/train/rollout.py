@@ -22,6 +22,7 @@ import torch
 from apprentice.artifacts import Run
 from apprentice.data.corpus import Corpus
 from apprentice.data.pipeline import Start, in_steps, table_of
+from apprentice.errors import TrainingError
 from apprentice.storage import Folder
 from apprentice.train import checkpoint as checkpoints
 from apprentice.train.checkpoint import Checkpoint
@@ -77,14 +78,25 @@ class _RoundActor:
         step = window * self._corpus.recipe.round.steps
         if step == 0:
             return table_of(self._writer.rows(window, part, None))
-        with checkpoints.tensors_of(self._checkpoint_of(step)) as read:
+        with checkpoints.tensors_of(checkpoint_of(self._run, step)) as read:
             return table_of(self._writer.rows(window, part, read))
 
-    def _checkpoint_of(self, step: int) -> Checkpoint:
-        """Waits for it: the workers are on their way there, or have gone, and Ray ends this process with the stream."""
-        while (found := checkpoints.of_step(self._run.checkpoints, step)) is None:
-            time.sleep(WAIT_S)
-        return found
+
+def checkpoint_of(run: Run, step: int) -> Checkpoint:
+    """That after `step`, which the workers are on their way to; if they have gone, Ray ends this process with the stream.
+
+    Raises `TrainingError` where it will not come any more, since a newer one is there.
+    """
+    while True:
+        passed = checkpoints.newest_step(run.checkpoints) > step
+        if (found := checkpoints.of_step(run.checkpoints, step)) is not None:
+            return found
+        if passed:
+            raise TrainingError(
+                f"the replies of the round after step {step} are not all written, and the checkpoint of that step, whose model"
+                f" was writing them, is damaged or gone; start run {run.name!r} over with --restart."
+            )
+        time.sleep(WAIT_S)
 
 
 def _write(file: Folder, rows: pa.Table) -> None:

@@ -34,6 +34,8 @@ class _Written(NamedTuple):
 class Saver:
     """Saves into `folder` on the first of `peers` and keeps `keep` there; `facts` go into every checkpoint. All must make one.
 
+    On-policy, with rounds of `round_steps`, that with which the round began is kept besides.
+
     `tell(state, message=…)` gets a sentence about a checkpoint that could not be written, and `tell(state, saved_s=…, blocked_s=…)`
     how long one took and how long training waited for it, both from the thread that writes. `register` gets every outcome, on all
     workers alike, when they call `settle` or save the next: the checkpoint on the first worker, None on the others or if there is
@@ -49,9 +51,11 @@ class Saver:
         peers: Peers,
         tell: Callable[..., None],
         register: Callable[[Checkpoint | None, State], None],
+        round_steps: int | None = None,
     ) -> None:
         self._folder = folder
         self._keep = keep
+        self._round_steps = round_steps
         self._facts = facts
         self._tell = tell
         self._register = register
@@ -103,7 +107,7 @@ class Saver:
             for _ in tensors:  # gathering takes all workers, also for what is not written
                 pass
         if saved is not None:
-            checkpoints.prune(self._folder, self._keep, saved)
+            checkpoints.prune(self._folder, self._keep, saved, self._round_steps)
             took = time.perf_counter() - begin
             self._tell(state, saved_s=took, blocked_s=took if blocked_s is None else blocked_s)
         return _Written(saved, None)

@@ -8,6 +8,7 @@ Train's controller, which calls it in its own process; nothing of models or rows
 
 from __future__ import annotations
 
+import signal
 import socket
 import time
 from collections.abc import Mapping, Sequence
@@ -118,7 +119,9 @@ def _answers(node: Mapping[str, Any]) -> bool:
 
 
 class Trainer(TorchTrainer):
-    """Ray Train's trainer with a policy of ours, for which it has no argument."""
+    """Ray Train's trainer with a policy of ours, for which it has no argument; it knows whether Ctrl-C `stopped` it."""
+
+    stopped = False
 
     def __init__(self, *arguments: Any, policy: ScalingPolicy, **more: Any) -> None:
         super().__init__(*arguments, **more)
@@ -127,3 +130,15 @@ class Trainer(TorchTrainer):
     def _initialize_and_run_controller(self, **given: Any) -> Any:
         inner: Any = super()
         return inner._initialize_and_run_controller(**given | {"scaling_policy": self._policy})
+
+    def _register_sigint_handler(self, controller: Any) -> None:
+        """Ray Train ends in one of several ways after Ctrl-C, with exit code 0 among them, and none of them says so."""
+        inner: Any = super()
+        inner._register_sigint_handler(controller)
+        theirs: Any = signal.getsignal(signal.SIGINT)
+
+        def handler(number: int, frame: Any) -> None:
+            self.stopped = True
+            theirs(number, frame)
+
+        signal.signal(signal.SIGINT, handler)

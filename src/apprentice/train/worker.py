@@ -73,7 +73,9 @@ def run_worker(
     facts = {"dtype": str(watch.dtype).removeprefix("torch."), "tuning": recipe.tuning.method, checkpoints.AWAITED: validated_aside}
     calls = _Calls(engine, goal, tell if peers.rank == 0 else _unheard, validation, peers)
     calls.note(state, message=_told(recipe, engine, str(facts["dtype"])))
-    saver = Saver(run.checkpoints, training.checkpoint.keep, facts, peers=peers, tell=calls.note, register=register)
+    round_steps = recipe.round.steps if training.aim.rounds else None
+    kept = (run.checkpoints, training.checkpoint.keep, facts)
+    saver = Saver(*kept, peers=peers, tell=calls.note, register=register, round_steps=round_steps)
 
     def save(now: State) -> None:
         now.loss_scaling = engine.loss_scaling()
