@@ -181,3 +181,28 @@ def test_schema_describes_every_top_level_key():
     schema = json.loads(printed.stdout)
     assert set(schema["properties"]) == set(Recipe.model_fields)
     assert schema["additionalProperties"] is False
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("training.steps=many", "override 'training.steps=many': training.steps: a whole number is needed (it is 'many')."),
+        ("evaluation.shots=3", "override 'evaluation.shots=3': evaluation.shots: a list is needed, as in [a, b] (it is 3)."),
+        ("training.stps=3", "override 'training.stps=3': training.stps: not a key of a recipe. Did you mean 'steps'?"),
+        ("training={steps: 3, global_batch: x}", "override 'training={steps: 3, global_batch: x}': training.global_batch: a whole"),
+        ("model=small", "override 'model=small': model: a block of keys is needed (it is 'small')."),
+        ("model.trust=perhaps", "override 'model.trust=perhaps': model.trust: true or false is needed (it is 'perhaps')."),
+        ("training.steps=0", "override 'training.steps=0': training.steps: it must be greater than or equal to 1 (it is 0)."),
+        ("name=[a]", "override 'name=[a]': name: a text is needed; put it in quotes (it is ['a'])."),
+    ],
+)
+def test_the_fault_of_an_override_is_told_of_the_override(write, override: str, message: str) -> None:
+    with pytest.raises(RecipeError) as error:
+        load_recipe(write(SMALL), ["seed=1", override])
+    assert message in str(error.value)
+
+
+def test_a_fault_of_the_file_is_told_of_its_line_whatever_is_overridden(write) -> None:
+    file = write(SMALL.replace("steps:", "stps:"))
+    with pytest.raises(RecipeError, match=rf"^{file}:\d+: training\.stps: not a key of a recipe"):
+        load_recipe(file, ["training.workers=2"])

@@ -230,8 +230,8 @@ def test_check_of_a_good_recipe(command, tiny_model, tmp_path):
         "tasks",
         "downloads",
         "model",
-        "storage",
         "sources",
+        "storage",
         "resources",
         "training",
         "rows",
@@ -241,9 +241,10 @@ def test_check_of_a_good_recipe(command, tiny_model, tmp_path):
     ]
     told = {finding["subject"]: finding["message"] for finding in result["findings"]}
     assert "each example's end among them" in told["rows"]
-    assert told["packing"].startswith("the same loss as alone: ")
+    assert told["packing"].endswith("in one row and each alone they have the same loss")
     assert "tokens/s a worker" in told["duration"]
     assert re.match(r"[0-9,]+ questions to base and tuned model, ", told["evaluation"])
+    assert not (tmp_path / "runs").exists()
 
 
 def own_task(folder: Path, **template: str) -> str:

@@ -10,7 +10,8 @@ import json
 import struct
 import tempfile
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, fields
 from math import prod
 from pathlib import Path
@@ -49,13 +50,47 @@ class Finding:
         return asdict(self)
 
 
-def check(recipe: Recipe) -> list[Finding]:
-    """All points, in the order a person would mend them. Needs Ray to be connected for the last of them."""
-    findings = [_finding(subject, look, recipe) for subject, look in POINTS.items()]
-    if all(finding.ok for finding in findings):
-        with tempfile.TemporaryDirectory(prefix="apprentice-") as folder:
-            findings += _rehearsed(recipe, Run(Folder.at(folder) / recipe.name))
+def check(recipe: Recipe, connected: Callable[[], AbstractContextManager[None]]) -> list[Finding]:
+    """All points, in the order a person would mend them; `connected` connects to Ray, once all is well that needs none.
+
+    Leaves nothing behind that was not there before.
+    """
+    with cache_cleared(recipe):
+        findings = _findings(recipe, [subject for subject in POINTS if subject not in NEED_RAY])
+        if not all(finding.ok for finding in findings):
+            return findings
+        with connected():
+            findings = [*findings, *_findings(recipe, NEED_RAY)]
+            if all(finding.ok for finding in findings):
+                with tempfile.TemporaryDirectory(prefix="apprentice-") as folder:
+                    findings += _rehearsed(recipe, Run(Folder.at(folder) / recipe.name))
     return findings
+
+
+def _findings(recipe: Recipe, subjects: Sequence[str]) -> list[Finding]:
+    """The points on these subjects; what two of them fail for, such as a missing task file, is told once."""
+    told: set[str] = set()
+    found = []
+    for subject in subjects:
+        finding = _finding(subject, POINTS[subject], recipe)
+        if finding.ok or finding.message not in told:
+            found.append(finding)
+        told.add(finding.message)
+    return found
+
+
+@contextmanager
+def cache_cleared(recipe: Recipe) -> Iterator[None]:
+    """Removes, at the end, the cache of converted files and the storage around it if they were not there before."""
+    storage = Folder.at(recipe.storage)
+    cache = storage / "cache"
+    made = [folder for folder in (cache, storage) if not folder.exists()]
+    try:
+        yield
+    finally:
+        for folder in made:
+            if folder == cache or (folder.exists() and not folder.children()):
+                folder.delete()
 
 
 def before_writing(recipe: Recipe) -> None:
@@ -330,9 +365,18 @@ def _evaluation(corpus: Corpus, reading: float | None) -> str:
             written = settings.max_new_tokens * WRITTEN if task.choices is None else 0
             asked += len(found)
             tokens += len(found) * (min(index.mean_tokens * (1 + shots), length) + written)
+    silent = [task.name for task in corpus.tasks if not len(corpus.indices[task.name].test)]
+    if not asked and any(task.has_answers for task in corpus.tasks):
+        raise DataError(
+            "none of the recipe's tasks has test rows, so nothing can be scored; give one a test split, in `files` or `splits` of"
+            " its source, or as `test` of an entry such as `{alpaca: FILE, test: FILE}`."
+        )
+    if not asked:
+        return "nothing can be scored: the tasks have prompts without answers"
+    unasked = f"; none of {', '.join(silent[:3])}{', …' if len(silent) > 3 else ''}, without test rows" if silent else ""
     cpus = sum(node.get("CPU", 0.0) for node in node_resources())
     time = "" if reading is None else f", {spoken_time(tokens / (reading * max(1.0, cpus)))}, roughly"
-    return f"{asked:,} questions to {'base and tuned model' if base else 'the tuned model'}{time}"
+    return f"{asked:,} questions to {'base and tuned model' if base else 'the tuned model'}{time}{unasked}"
 
 
 def _parameters(file: Path) -> int:
@@ -347,7 +391,8 @@ POINTS: dict[str, Callable[[Recipe], str]] = {
     "tasks": _tasks,
     "downloads": _downloads,
     "model": _model,
-    "storage": _storage,
     "sources": _sources,
+    "storage": _storage,
     "resources": _resources,
 }
+NEED_RAY = ("storage", "resources")

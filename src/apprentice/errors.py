@@ -120,6 +120,31 @@ def full_disk(error: BaseException) -> str | None:
     return None
 
 
+# pydantic's type of an error → what it says in the words of a YAML file.
+_NEEDED = {
+    "tuple_type": "a list is needed, as in [a, b]",
+    "list_type": "a list is needed, as in [a, b]",
+    "dict_type": "a block of keys is needed",
+    "model_type": "a block of keys is needed",
+    "model_attributes_type": "a block of keys is needed",
+    "string_type": "a text is needed; put it in quotes",
+    "int_type": "a whole number is needed",
+    "int_parsing": "a whole number is needed",
+    "int_from_float": "a whole number is needed",
+    "float_type": "a number is needed",
+    "float_parsing": "a number is needed",
+    "bool_type": "true or false is needed",
+    "bool_parsing": "true or false is needed",
+    "missing": "this key is needed, and missing",
+}
+
+
+def needed(kind: str, message: str) -> str:
+    """What a value that pydantic refused should be: its error's `kind` and `message` in plain words, without a full stop."""
+    said = message.removeprefix("Value error, ").removeprefix("Assertion failed, ")
+    return _NEEDED.get(kind, said.replace("Input should be", "it must be"))
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """` Did you mean 'x'?` with the nearest known name, or an empty string."""
     near = get_close_matches(name, list(known), n=1, cutoff=0.6)

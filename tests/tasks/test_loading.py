@@ -96,14 +96,14 @@ def test_a_file_that_is_not_text(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "place"),
     [
-        ("cluster: own\n", "", "cluster: Field required."),
+        ("cluster: own\n", "", "cluster: this key is needed, and missing."),
         ("cluster: own", "clusters: own", "clusters: a task has no such key. Did you mean 'cluster'?"),
         ("cluster: own", "cluster: own\nzzz: red", "zzz: a task has no such key. Remove it."),
         ("instruction:", "instructions:", "templates.0.instructions: a template has no such key. Did you mean 'instruction'?"),
         ("{dataset: mine}", "{dataset: mine, colums: {}}", "sources.1.colums: a source has no such key. Did you mean 'columns'?"),
-        ("metrics: [exact_match]", "metrics: [exact]", "metrics.0: Input should be"),
+        ("metrics: [exact_match]", "metrics: [exact]", "metrics.0: it must be 'accuracy', "),
         ('answer: "{{ answer }}"', 'answer: "{{ answer"', "answer: not a Jinja2 template"),
-        (GOOD, "", "Input should be a valid dictionary"),
+        (GOOD, "", "a block of keys is needed"),
     ],
 )
 def test_a_wrong_key_or_value_is_named_with_its_place(tmp_path: Path, old: str, new: str, place: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -49,8 +50,27 @@ def test_a_task_without_targets_is_named(corpus: Corpus, rows: PackedRows) -> No
         rehearsal.told_of_rows(corpus, replace(rows, facts=facts))
 
 
+def test_a_task_that_is_cut_or_dropped_whole_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    def told(name: str, **data: Any) -> str:
+        (tmp_path / name).mkdir()
+        corpus = make_small_corpus(tmp_path / name, tiny_model, **data)
+        return rehearsal.told_of_rows(corpus, rehearsal.first_rows(corpus))
+
+    formats = {"zero_shot": 1.0, "few_shot": 0.0, "inverted": 0.0}
+    assert "cut or dropped: nothing" in told("whole", formats=formats)
+    with pytest.raises(DataError) as error:
+        told("cut", formats=formats, max_length=60)
+    assert re.fullmatch(
+        r"task 'stories': all of its (\d+) examples in the first window are cut or dropped \(\1 truncated input\); raise"
+        r" data\.max_length \(60\), shorten the wordings, or leave the task out of data\.tasks\.",
+        str(error.value),
+    )
+    few_shot = {"zero_shot": 0.0, "few_shot": 1.0, "inverted": 0.0}
+    assert "of stories" in told("exemplars", formats=few_shot, max_length=150, shots=[5, 5])
+
+
 def test_packing_that_mixes_examples_is_refused(corpus: Corpus, rows: PackedRows) -> None:
-    assert rehearsal.told_of_packing(corpus, rows).startswith("the same loss as alone: ")
+    assert rehearsal.told_of_packing(corpus, rows).endswith("in one row and each alone they have the same loss")
     straight = np.broadcast_to(np.arange(rows.positions.shape[1], dtype=rows.positions.dtype), rows.positions.shape)
     with pytest.raises(ModelError, match="packed examples see each other"):
         rehearsal.told_of_packing(corpus, replace(rows, positions=straight))
@@ -59,8 +79,8 @@ def test_packing_that_mixes_examples_is_refused(corpus: Corpus, rows: PackedRows
 def test_examples_that_weigh_differently_have_the_same_loss_alone(corpus: Corpus, rows: PackedRows) -> None:
     weights = [np.linspace(1.0, 0.1, len(row.examples), dtype=np.float32) for row in rows.facts]
     plain, weighted = (rehearsal.told_of_packing(corpus, each) for each in (rows, replace(rows, weights=weights)))
-    assert weighted.startswith("the same loss as alone: ")
-    assert weighted != plain
+    assert weighted == plain
+    assert weighted.endswith("in one row and each alone they have the same loss")
 
 
 def test_time_is_told_where_it_is_known(corpus: Corpus, rows: PackedRows) -> None:

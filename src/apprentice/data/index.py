@@ -190,7 +190,8 @@ def _frozen(task: Task, recipe: Recipe, folder: Folder, cache: Folder, rules: in
     for split, old, new in zip(("train", "test"), kept, sources, strict=True):
         same_rows = (old and old.fingerprint) == (new and new.fingerprint)
         if not same_rows or (old and new and any(new.columns.get(name) != column for name, column in old.columns.items())):
-            where = (new or old).files[0]  # type: ignore[union-attr]
+            found = new or old
+            where = found and (found.named or found.files[0])
             raise DataError(
                 f"task {task.name!r}: the {split} {'columns' if same_rows else 'rows'} ({where}) have changed since the run's"
                 " index was frozen; put the old file back, start over with --restart, or choose another `name`."

@@ -28,7 +28,6 @@ from apprentice.data.delimited import how_to_read
 from apprentice.data.written import Reading, read, readings_of
 from apprentice.errors import DataError, StorageError, did_you_mean
 from apprentice.storage import Folder
-from apprentice.tasks.loading import library
 from apprentice.tasks.schema import Task, missing_fields
 from apprentice.tasks.source_spec import SourceSpec
 
@@ -59,6 +58,7 @@ class Source:
     fingerprint: str  # of sizes and footers, whatever the folder
     readings: dict[str, Reading] = field(default_factory=dict)  # field → how its stored text or bytes are read, if not as they are
     encoding: str | None = None  # of fields that are bytes
+    named: str | None = None  # the file as the task names it, which `files` may have been converted from
 
     @property
     def rows(self) -> int:
@@ -91,7 +91,7 @@ def resolve(task: Task, split: Split, *, root: str | None, cache: Folder, rules:
         footers = list(pool.map(_footer, files))
     for file, footer in zip(files, footers, strict=True):
         if missing := missing_fields(task, spec, footer.columns):
-            raise DataError(_missing_column(task, spec, file, footer.columns, missing))
+            raise DataError(_missing_column(task, spec, _as_named(spec, name, file), footer.columns, missing))
     columns = {
         field: column
         for field in sorted(task.fields)
@@ -108,6 +108,7 @@ def resolve(task: Task, split: Split, *, root: str | None, cache: Folder, rules:
         fingerprint=_fingerprint(footers, readings, spec.encoding),
         readings=readings,
         encoding=spec.encoding,
+        named=spec.files[name] if spec.files is not None else None,
     )
 
 
@@ -228,10 +229,15 @@ def _hub_files(task: Task, spec: SourceSpec, name: str, absent: list[str]) -> li
     )
 
 
+def _as_named(spec: SourceSpec, name: str, file: str) -> str:
+    """The file as a person knows it: the one that the task names, where `file` was converted from it."""
+    return spec.files[name] if spec.files is not None else file
+
+
 def _missing_column(task: Task, spec: SourceSpec, file: str, columns: Sequence[str], missing: Sequence[tuple[str, str]]) -> str:
     place, field = missing[0]
     where = f"template {place!r}" if place != "task" else "an expression"
-    home = library().get(task.name)
+    home = task.origin
     column = spec.columns.get(field, field)
     more = f" ({len(missing) - 1} more like this.)" if len(missing) > 1 else ""
     return (

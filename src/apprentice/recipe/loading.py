@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from apprentice.errors import RecipeError, did_you_mean
+from apprentice.errors import RecipeError, did_you_mean, needed
 from apprentice.plain_yaml import load_yaml
 from apprentice.recipe.data import COLLECTION_KEYS, Collection
 from apprentice.recipe.whole import Recipe
@@ -65,7 +65,7 @@ def written_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     try:
         return Recipe.model_validate(content)
     except ValidationError as error:
-        raise RecipeError(_sentence(error, file, text)) from error
+        raise RecipeError(_sentence(error, file, text, overrides)) from error
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -175,7 +175,7 @@ def _with_absolute_paths(recipe: Recipe, folder: Path) -> Recipe:
     return recipe.model_copy(update=changed)
 
 
-def _sentence(error: ValidationError, file: Path, text: str) -> str:
+def _sentence(error: ValidationError, file: Path, text: str, overrides: Sequence[str]) -> str:
     errors = error.errors()
     # An unknown key before all else: what is missing is often the same key misspelt.
     unknown = next((error for error in errors if error["type"] == "extra_forbidden"), errors[0])
@@ -185,13 +185,14 @@ def _sentence(error: ValidationError, file: Path, text: str) -> str:
     first = max(same, key=lambda other: (other["type"] == "value_error", len(other["loc"])))
     keys = _keys_of(first["loc"])
     dotted = ".".join(str(key) for key in keys)
-    where = f"{file}:{_line(yaml.compose(text), keys)}: {dotted + ': ' if dotted else ''}"
+    said = [override for override in overrides if f"{dotted}.".startswith(f"{_said(override)[0]}.")]  # the last one counts
+    place = f"override {said[-1]!r}" if said else f"{file}:{_line(yaml.compose(text), keys)}"
+    where = f"{place}: {dotted + ': ' if dotted else ''}"
     if first["type"] == "extra_forbidden":
         known = _fields_at(keys[:-1])
         return f"{where}not a key of a recipe.{did_you_mean(str(keys[-1]), known)} Known here: {', '.join(known)}."
-    if first["type"] == "missing":
-        return f"{where}this key is needed, and missing."
-    return f"{where}{first['msg'].removeprefix('Value error, ')} (it is {_shown(first['input'])})."
+    what = needed(first["type"], first["msg"])
+    return f"{where}{what}." if first["type"] == "missing" else f"{where}{what} (it is {_shown(first['input'])})."
 
 
 def _keys_of(place: Sequence[str | int]) -> list[str | int]:

@@ -46,8 +46,7 @@ def prepared(recipe: Recipe, *, restart: bool, progress: Progress) -> tuple[Run,
 
 def check_recipe(recipe: Recipe) -> list[check.Finding]:
     """Every point that can be known beforehand."""
-    with ray_session():
-        return check.check(recipe)
+    return check.check(recipe, ray_session)
 
 
 def preview(recipe: Recipe, number: int) -> list[Any]:
@@ -94,5 +93,5 @@ def scratch_run(recipe: Recipe) -> Iterator[Run]:
     """A run folder that is thrown away: looking must not leave a half-made run behind."""
     import tempfile
 
-    with tempfile.TemporaryDirectory(prefix="apprentice-") as folder:
+    with check.cache_cleared(recipe), tempfile.TemporaryDirectory(prefix="apprentice-") as folder:
         yield Run(Folder.at(folder) / recipe.name)

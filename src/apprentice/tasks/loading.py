@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from apprentice.errors import TaskError, did_you_mean
+from apprentice.errors import TaskError, did_you_mean, needed
 from apprentice.plain_yaml import load_yaml
 from apprentice.tasks.conversations import conversation_tasks
 from apprentice.tasks.natural_instructions import instruction_tasks
@@ -73,7 +73,7 @@ def _first_fault(error: ValidationError) -> str:
         model = rooms.get(str(fault["loc"][0]), Task) if len(fault["loc"]) > 1 else Task
         near = did_you_mean(str(fault["loc"][-1]), model.model_fields)
         return f"{place}: a {model.__name__.removesuffix('Spec').lower()} has no such key.{near or ' Remove it.'}"
-    return f"{place + ': ' if place else ''}{fault['msg'].removeprefix('Value error, ')}."
+    return f"{place + ': ' if place else ''}{needed(fault['type'], fault['msg'])}."
 
 
 def find_tasks(entry: Entry, folder: Path) -> list[Task]:

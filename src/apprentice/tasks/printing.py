@@ -1,13 +1,14 @@
-"""Values as the text of a prompt: what Python alone would print in its own form is no text, and an error instead."""
+"""Values as the text of a prompt, and of messages: what Python alone would print in its own form is no text, but an error."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jinja2
 
 _SHOWN = 60  # characters of a value in a message
+_LISTED = 6  # choices in a message
 
 
 class PythonForm(jinja2.TemplateRuntimeError):
@@ -43,3 +44,14 @@ def _refusal(value: Any) -> str:
 def _shown(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
+
+
+def unknown_label(label: Any, choices: Sequence[str]) -> str:
+    """Why `label` is not the index of one of `choices`, and what to do."""
+    shown = ", ".join(f"{place} {choice!r}" for place, choice in enumerate(choices[:_LISTED]))
+    shown += f", … {len(choices) - 1} {choices[-1]!r}" if len(choices) > _LISTED else ""
+    if isinstance(label, str):
+        remedy = "a text becomes one with `label: \"['first', 'second'].index(field)\"`, its values in the order of the choices"
+    else:
+        remedy = "correct `label`, as in `label - 1` where labels count from 1, or leave such rows out with `keep`"
+    return f"label {label!r} is not the number of a choice ({shown}); {remedy}."

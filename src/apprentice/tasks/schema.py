@@ -49,7 +49,7 @@ from pydantic import Field, PrivateAttr, SerializeAsAny, field_validator, model_
 
 from apprentice.errors import RowError
 from apprentice.tasks.cells import Cell
-from apprentice.tasks.printing import PythonForm, text_of
+from apprentice.tasks.printing import PythonForm, text_of, unknown_label
 from apprentice.tasks.source_spec import SourceSpec, Strict
 from apprentice.tasks.template_lines import template_lines
 from apprentice.tasks.wording import Expression, Wording
@@ -347,7 +347,7 @@ class Task(Strict):
         choices = self._choices(values, template)
         references: tuple[str, ...] = ()
         if choices:
-            label = self._label(values, len(choices))
+            label = self._label(values, choices)
             values |= {"choices": choices, "label": label, "answer": choices[label]}
         else:
             values["answer"] = self._expressions["answer"](values, python_forms=template._python_forms)
@@ -374,13 +374,13 @@ class Task(Strict):
         choices = self._expressions["choices"](values, python_forms=template._python_forms)
         return tuple(template.text(choice).strip() for choice in choices)
 
-    def _label(self, values: Mapping[str, Any], count: int) -> int:
+    def _label(self, values: Mapping[str, Any], choices: Sequence[str]) -> int:
         counted = self._counted("label", values)
         if blank := [name for name in self._expressions["label"].names if counted.get(name, "") is None]:
             raise RowError("null", f"task {self.name!r}: field {blank[0]!r} is {str(values[blank[0]])!r}, which is no value.")
         label = self._expressions["label"](counted, python_forms=True)
-        if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < count:
-            raise RowError("unknown_label", f"task {self.name!r}: label {label!r} is not one of {count} choices.")
+        if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < len(choices):
+            raise RowError("unknown_label", f"task {self.name!r}: {unknown_label(label, choices)}")
         return label
 
     def _counted(self, place: str, values: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from apprentice.data.pipeline import Corpus, estimate_steps, render_window
+from apprentice.data.tokenize import CUT_EXEMPLARS, CUT_INPUT, CUT_TURNS, LAST_TURN_ONLY
 from apprentice.errors import DataError, ModelError
 from apprentice.hub import local_folder
 from apprentice.models.loading import count_parameters, load_model, resolve_dtype
@@ -24,6 +25,7 @@ from apprentice.train.batch import PackedRows
 from apprentice.train.objective import loss_of
 
 LARGEST = 1_500_000_000  # numbers: a larger model would take this process minutes and tens of GiB
+LEAST_EXAMPLES = 5  # of a task in the window, for all of them to be cut is no chance
 TOKENS = 1024  # of the row that is tried; a longer one says no more and takes longer
 _CLOSE = 1e-4  # relative: what the order of float32's sums may change of a loss
 
@@ -51,7 +53,7 @@ def first_rows(corpus: Corpus) -> PackedRows:
 def told_of_rows(corpus: Corpus, rows: PackedRows) -> str:
     """One sentence on the first window: how full its rows are, what is trained on, what was cut or dropped.
 
-    Raises `DataError` if an example does not end with a token that is trained on, or a task has nothing to learn in it.
+    Raises `DataError` if an example does not end with a token that is trained on, or a task has nothing whole to learn in it.
     """
     _check_ends(corpus, rows)
     examples, targets = Counter[str](), Counter[str]()
@@ -61,6 +63,7 @@ def told_of_rows(corpus: Corpus, rows: PackedRows) -> str:
             targets[corpus.tasks[task].name] += count
     if silent := sorted(name for name in examples if not targets[name]):
         raise DataError(f"task {silent[0]!r} has {examples[silent[0]]} examples in the first window and no token to train on.")
+    _check_cut(corpus, rows, examples)
     each = {name: count / examples[name] for name, count in targets.items()}
     fewest, most = min(each, key=each.__getitem__), max(each, key=each.__getitem__)
     spread = f"{each[fewest]:.0f} an example of {fewest}" + (f", {each[most]:.0f} of {most}" if most != fewest else "")
@@ -75,18 +78,39 @@ def told_of_prompts(corpus: Corpus, rows: PackedRows) -> str:
     """One sentence on the first round of an on-policy run: its prompts, replies and steps."""
     shape, grpo = corpus.recipe.round, corpus.recipe.training.grpo
     prompts = Counter(corpus.tasks[task].name for row in rows.facts for task in row.tasks)
+    _check_cut(corpus, rows, prompts)
     return (
         f"a round has {sum(prompts.values())} prompts and {shape.group} replies of at most {grpo.max_new_tokens} tokens to each, in"
         f" {shape.steps} step{'s' if shape.steps != 1 else ''}; cut or dropped: {_cut(rows, prompts)}"
     )
 
 
-def _cut(rows: PackedRows, examples: Mapping[str, int]) -> str:
-    """The three tasks of which most was cut or dropped, with the share of their examples."""
-    cut = Counter[str]()
+def _lost(rows: PackedRows) -> dict[str, Counter[str]]:
+    """Task → reason → examples that were cut or dropped for it."""
+    lost: dict[str, Counter[str]] = {}
     for row in rows.facts:
         for name, reasons in row.dropped.items():
-            cut[name] += sum(reasons.values())
+            lost.setdefault(name, Counter()).update(reasons)
+    return lost
+
+
+def _check_cut(corpus: Corpus, rows: PackedRows, examples: Mapping[str, int]) -> None:
+    """Raises `DataError` for a task of which every example of the window, and not by chance of a few, was cut or dropped."""
+    for name, reasons in _lost(rows).items():
+        del reasons[CUT_EXEMPLARS], reasons[LAST_TURN_ONLY]  # what is learnt is whole
+        dropped = sum(number for reason, number in reasons.items() if reason not in (CUT_INPUT, CUT_TURNS))
+        count = examples[name] + dropped
+        if reasons.total() >= count >= LEAST_EXAMPLES:
+            why = ", ".join(f"{number} {reason.replace('_', ' ')}" for reason, number in reasons.most_common())
+            raise DataError(
+                f"task {name!r}: all of its {count} examples in the first window are cut or dropped ({why}); raise data.max_length"
+                f" ({corpus.recipe.data.max_length}), shorten the wordings, or leave the task out of data.tasks."
+            )
+
+
+def _cut(rows: PackedRows, examples: Mapping[str, int]) -> str:
+    """The three tasks of which most was cut or dropped, with the share of their examples."""
+    cut = Counter({name: reasons.total() for name, reasons in _lost(rows).items()})
     return ", ".join(f"{count / max(examples[name], count):.0%} of {name}" for name, count in cut.most_common(3)) or "nothing"
 
 
@@ -125,7 +149,8 @@ def told_of_packing(corpus: Corpus, rows: PackedRows) -> str:
             f"packed examples see each other in this model: a row's loss is {together:.5g}, its examples' alone {apart:.5g};"
             " set data.packing.strategy to none."
         )
-    return f"the same loss as alone: {together:.5g}, {len(row.facts[0].examples)} examples in one row"
+    number = len(row.facts[0].examples)
+    return f"the {number} examples of a row do not see each other: in one row and each alone they have the same loss"
 
 
 def _share(rows: PackedRows, row: int) -> PackedRows:
