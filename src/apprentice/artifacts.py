@@ -9,7 +9,7 @@ import hashlib
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -174,6 +174,7 @@ class PromptContract(BaseModel):
     truncation: str = "exemplars from the last, then input from its end; instruction and answer never"
     end_ids: tuple[int, ...]
     stop_ids: tuple[int, ...]
+    rank_by: Literal["sum", "mean", "pmi"] = Field("sum", description="How the choices of a task are compared.")
     tokenizer_sha256: str
     chat_template_sha256: str | None
     chat_template: str | None = Field(None, description="Of a bare model that a recipe gives one; else it lies beside the weights.")

@@ -12,6 +12,7 @@ import pytest
 import pytest_asyncio
 import torch
 
+from apprentice.artifacts import read_contract
 from apprentice.data.contract import layout_beside
 from apprentice.models.loading import load_model
 from apprentice.models.seq2seq_scoring import seq2seq_logprobs
@@ -63,6 +64,36 @@ async def test_a_task_is_ranked_as_evaluation_does(http: httpx.AsyncClient, t5_m
     (expected,) = seq2seq_logprobs(model, [layout.encode_prompt(answer["prompt"])], [choices], 4096)
     assert [entry["logprob"] for entry in answer["choices"]] == pytest.approx(expected, abs=1e-3)
     assert len(expected) == 4
+
+
+@pytest.mark.parametrize("rank_by", ["sum", "mean", "pmi"])
+async def test_the_endpoint_ranks_as_the_contract_says(t5_model: Path, rank_by: str) -> None:
+    layout, contract = layout_beside(t5_model), read_contract(t5_model)
+    assert contract is not None
+    engine = TransformersEngine(t5_model, dtype="float32", max_running=8, max_queued=16, context=512, threads=1)
+    served = Model("t5", engine, layout, contract.model_copy(update={"rank_by": rank_by}))
+    task = load_task(library()["ag_news"])
+    app = build_app(Catalogue([served]), tasks=[task])
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test", timeout=60) as client:
+        answer = (await client.post("/v1/tasks/ag_news", json={"fields": {"text": "The striker scored twice."}})).json()
+        choices = [[*ids, *layout.end_ids] for ids in layout.encode_answers([entry["choice"] for entry in answer["choices"]])]
+        model = load_model(t5_model, torch.float32)
+        prompts = [layout.encode_prompt(answer["prompt"]), layout.encode_prompt(layout.prompt("", ""))]
+        sums, priors = seq2seq_logprobs(model, prompts, [choices] * 2, 4096)
+        scores = {
+            "sum": sums,
+            "mean": [value / len(ids) for value, ids in zip(sums, choices, strict=True)],
+            "pmi": [value - prior for value, prior in zip(sums, priors, strict=True)],
+        }[rank_by]
+        shares = torch.tensor(scores).softmax(0).tolist()
+        assert [entry["probability"] for entry in answer["choices"]] == pytest.approx(shares, abs=1e-4)
+        assert [entry["logprob"] for entry in answer["choices"]] == pytest.approx(sums, abs=1e-3)
+        assert answer["answer"] == answer["choices"][max(range(4), key=scores.__getitem__)]["choice"]
+        assert answer["ranked_by"] == rank_by
+        engine._model.get_output_embeddings().weight.data.fill_(float("nan"))
+        broken = await client.post("/v1/tasks/ag_news", json={"fields": {"text": "a"}})
+        assert (broken.status_code, broken.json()["error"]["code"]) == (500, "not_finite")
+    engine.close()
 
 
 async def test_what_an_encoder_decoder_cannot_say_is_refused(http: httpx.AsyncClient) -> None:

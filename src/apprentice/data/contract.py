@@ -61,6 +61,7 @@ def make_contract(
         max_length=recipe.data.max_length,
         end_ids=layout.end_ids,
         stop_ids=layout.stop_ids,
+        rank_by=recipe.evaluation.rank_by,
         tokenizer_sha256=layout.tokenizer.fingerprint,
         chat_template_sha256=_template_sha256(layout.tokenizer.chat_template),
         chat_template=layout.tokenizer.given_template,

@@ -227,6 +227,11 @@ class Layout:
         """Ids of a prompt that somebody wrote whole: its control tokens are meant."""
         return self._started([self.tokenizer.encode(text)])[0]
 
+    @cached_property
+    def empty_prompt(self) -> list[int]:
+        """The prompt of an empty question, after which a choice's prior is taken."""
+        return self.encode_prompt(self.prompt("", "")) or list(self.end_ids)
+
     def encode_answers(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of answers, without the end."""
         return self._encoded([self._text(text) for text in texts])

@@ -2,7 +2,8 @@
 
 A choice's tokens are its own and those that end an answer in the layout, exactly what training taught the model to write: the sum
 is the probability that the whole reply is this choice. Without the end, "card payment" would always beat "card payment fee", as
-a prefix is never less likely than what continues it. Three ways to compare are in `RANKINGS`; sums, as in T0, are the default.
+a prefix is never less likely than what continues it. Three ways to compare are in `models.ranking`; sums, as in
+T0, are the default.
 """
 
 from __future__ import annotations
@@ -12,20 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from apprentice.errors import EvaluationError
-
-Logprobs = Sequence[float]
-
-# Name → (sums, tokens of each, sums after an empty question) → the score of each choice.
-RANKINGS: dict[str, Callable[[Logprobs, Sequence[int], Logprobs], list[float]]] = {
-    "sum": lambda sums, tokens, priors: list(sums),
-    "mean": lambda sums, tokens, priors: [value / count for value, count in zip(sums, tokens, strict=True)],
-    "pmi": lambda sums, tokens, priors: [value - prior for value, prior in zip(sums, priors, strict=True)],
-}
-RANKING_TITLES = {
-    "sum": "the summed log-probability of the choice and the end of the answer, as in T0",
-    "mean": "the log-probability per token of the choice and the end of the answer",
-    "pmi": "pointwise mutual information: the summed log-probability less the same after an empty question",
-}
+from apprentice.models.ranking import RANKINGS, best
 
 
 def ranked(record: Mapping[str, Any], rank_by: str) -> str:
@@ -53,11 +41,6 @@ def question_name(record: Mapping[str, Any]) -> str:
     if "task" not in record:
         return f"row {record['row']}"
     return f"{record['task']} row {record['row']}, wording {record['template']}"
-
-
-def best(scores: Sequence[float]) -> int:
-    """The place of the largest; the first of equals."""
-    return max(range(len(scores)), key=lambda place: (scores[place], -place))
 
 
 def by_prior(

@@ -50,7 +50,7 @@ class Manner:
     @property
     def empty_prompt(self) -> list[int]:
         """The prompt of an empty question, after which a choice's prior is taken."""
-        return self.layout.encode_prompt(self.layout.prompt("", "")) or list(self.layout.end_ids)
+        return self.layout.empty_prompt
 
 
 class Scorer:

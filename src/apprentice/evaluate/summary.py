@@ -19,8 +19,8 @@ from apprentice.evaluate.intervals import CONFIDENCE, RESAMPLES, bootstrap, inte
 from apprentice.evaluate.majority import NAME as MAJORITY
 from apprentice.evaluate.metrics import METRICS, Floats
 from apprentice.evaluate.predictions import facts_of
-from apprentice.evaluate.rank import RANKING_TITLES
 from apprentice.evaluate.winning import judged_by
+from apprentice.models.ranking import RANKING_TITLES
 
 Record = Mapping[str, Any]
 POOLS = ((True, "ranked"), (True, "generated"), (False, "ranked"), (False, "generated"))  # (held out, kind), as shown

@@ -6,6 +6,7 @@ Knows nothing of routes, keys or replicas.
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
@@ -44,6 +45,7 @@ class Answering:
 
     def __init__(self, model: Model) -> None:
         self.phrasing = Phrasing(model.layout, model.engine.context, model.engine.vocabulary)
+        self.rank_by = model.contract.rank_by if model.contract is not None else "sum"
         self._engine = model.engine
         self._adapter = model.adapter
         self._layout = model.layout
@@ -108,18 +110,25 @@ class Answering:
         ]
         return JSONResponse(bodies.whole(choices, usage_of(replies, prompts)))
 
-    async def logprobs(self, prompt: Sequence[int], choices: Sequence[Sequence[int]], account: Account) -> list[float]:
-        """Natural log-probability of each of `choices` after `prompt`, a few of them at a time; closes `account`."""
-        longest = len(prompt) + max(len(ids) for ids in choices)
+    async def logprobs(
+        self, prompts: Sequence[Sequence[int]], choices: Sequence[Sequence[int]], account: Account
+    ) -> list[list[float]]:
+        """Natural log-probability of each of `choices` after each of `prompts`, a few of them at a time; closes `account`.
+
+        Raises `RequestProblem`, with status 500 where the model's numbers are not finite.
+        """
+        longest = max(map(len, prompts)) + max(map(len, choices))
         if longest >= self._engine.context:
             message = f"prompt and choice have {longest} tokens; the context of {self._engine.context} leaves no room."
             raise RequestProblem(message, param="fields", code="context_length_exceeded")
-        for ids in (prompt, *choices):
+        for ids in (*prompts, *choices):
             self.phrasing.check_known(ids, param="fields")
         requests = [
-            Request((*prompt, *ids), max_tokens=1, logprobs=0, score_from=len(prompt), stop_ids=frozenset()) for ids in choices
+            Request((*prompt, *ids), max_tokens=1, logprobs=0, score_from=len(prompt), stop_ids=frozenset())
+            for prompt in prompts
+            for ids in choices
         ]
-        usage = Usage(len(prompt) + sum(map(len, choices)), 0)
+        usage = Usage(sum(map(len, prompts)) + len(prompts) * sum(map(len, choices)), 0)
         await account.reserve(usage.prompt)
         found = [0.0] * len(requests)
         at_once = min(_CHOICES_AT_ONCE, self._engine.capacity)
@@ -148,8 +157,11 @@ class Answering:
         finally:
             for stream in opening:
                 stream.close()
+        if not all(map(math.isfinite, found)):
+            message = "the model's log-probabilities are not finite, so no choice is larger than another."
+            raise RequestProblem(message, status=500, kind="server_error", code="not_finite")
         account.close(usage, None, 200)
-        return found
+        return [found[first : first + len(choices)] for first in range(0, len(found), len(choices))]
 
     async def _formed(self, asked: Asked, requests: list[Request]) -> list[Request]:
         if not self._forms.are_wanted(asked):

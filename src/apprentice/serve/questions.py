@@ -15,6 +15,7 @@ from fastapi.responses import Response
 
 from apprentice.data.layout import Layout
 from apprentice.errors import ChatTemplateError, did_you_mean
+from apprentice.models.ranking import RANKINGS, best
 from apprentice.serve.accounts import Account
 from apprentice.serve.answering import Answering
 from apprentice.serve.protocol import InstructRequest, RenderRequest, RequestProblem, TaskRequest
@@ -53,9 +54,9 @@ def rendered(task: Task, asked: RenderRequest, layout: Layout) -> dict[str, Any]
 
 
 async def answered(task: Task, asked: TaskRequest, layout: Layout, answering: Answering, account: Account) -> dict[str, Any]:
-    """The rendered prompt with the ranked choices and their probabilities, or with the reply. Raises `RequestProblem`.
+    """The rendered prompt with the choices, ranked as the model's contract says, or with the reply. Raises `RequestProblem`.
 
-    Closes `account` where it does not raise.
+    `probability` is a choice's share by that ranking, `logprob` always the sum. Closes `account` where it does not raise.
     """
     template = _template(task, asked.template)
     # In a thread, as a row may be large and a template may work for a second.
@@ -74,14 +75,16 @@ async def answered(task: Task, asked: TaskRequest, layout: Layout, answering: An
         replies = await answering.answer(instructed, await asyncio.to_thread(answering.requests, instructed), account)
         return body | {"answer": _text_of(replies)}
     ids = [(*encoded, *layout.end_ids) for encoded in await asyncio.to_thread(layout.encode_answers, list(choices))]
-    sums = await answering.logprobs(await asyncio.to_thread(layout.encode_prompt, text), ids, account)
-    best = max(range(len(sums)), key=sums.__getitem__)
-    weights = [math.exp(value - sums[best]) for value in sums]
+    prompts = [await asyncio.to_thread(layout.encode_prompt, text), *([layout.empty_prompt] if answering.rank_by == "pmi" else [])]
+    sums, *priors = await answering.logprobs(prompts, ids, account)
+    scores = RANKINGS[answering.rank_by](sums, [len(encoded) for encoded in ids], priors[0] if priors else ())
+    wins = best(scores)
+    weights = [math.exp(value - scores[wins]) for value in scores]
     ranked = [
         {"choice": choice, "probability": weight / sum(weights), "logprob": value}
         for choice, weight, value in zip(choices, weights, sums, strict=True)
     ]
-    return body | {"answer": choices[best], "choices": ranked}
+    return body | {"answer": choices[wins], "ranked_by": answering.rank_by, "choices": ranked}
 
 
 def _phrased(layout: Layout, instruction: str, given: str) -> str:

@@ -1,0 +1,24 @@
+"""How choices are compared by their log-probabilities: in evaluation and at the endpoint alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+Logprobs = Sequence[float]
+
+# Name → (sums, tokens of each, sums after an empty question) → the score of each choice.
+RANKINGS: dict[str, Callable[[Logprobs, Sequence[int], Logprobs], list[float]]] = {
+    "sum": lambda sums, tokens, priors: list(sums),
+    "mean": lambda sums, tokens, priors: [value / count for value, count in zip(sums, tokens, strict=True)],
+    "pmi": lambda sums, tokens, priors: [value - prior for value, prior in zip(sums, priors, strict=True)],
+}
+RANKING_TITLES = {
+    "sum": "the summed log-probability of the choice and the end of the answer, as in T0",
+    "mean": "the log-probability per token of the choice and the end of the answer",
+    "pmi": "pointwise mutual information: the summed log-probability less the same after an empty question",
+}
+
+
+def best(scores: Sequence[float]) -> int:
+    """The place of the largest; the first of equals."""
+    return max(range(len(scores)), key=lambda place: (scores[place], -place))
