@@ -180,10 +180,16 @@ class PromptContract(BaseModel):
     chat_template: str | None = Field(None, description="Of a bare model that a recipe gives one; else it lies beside the weights.")
     base: str
     base_sha256: str | None = Field(None, description="Of an adapter's base: its weight files.")
-    weights_sha256: str = Field(description="Of the weight files beside the contract, in order of name.")
+    weights_sha256: str = Field(
+        description="Of the weight files beside the contract, in order of name; empty at an endpoint that did not take it."
+    )
     ancestors: tuple[str, ...] = Field((), description="Base models and runs this one comes from, oldest first.")
     run: str = ""
     golden: tuple[Golden, ...]
+
+    def for_other_weights(self) -> PromptContract:
+        """The same words for weights that have no contract of their own, and whose hash nobody took."""
+        return self.model_copy(update={"weights_sha256": "", "base_sha256": None})
 
     def write(self, folder: Path) -> None:
         (Folder.at(folder) / CONTRACT_FILE).write_text(self.model_dump_json(indent=2) + "\n")

@@ -16,13 +16,14 @@ from apprentice.artifacts import Run
 from apprentice.data.contract import make_contract
 from apprentice.data.corpus import Corpus
 from apprentice.errors import DataError, EvaluationError
-from apprentice.evaluate import predictions
+from apprentice.evaluate import launch, predictions
 from apprentice.evaluate.launch import Subject, _requests, evaluate
+from apprentice.evaluate.pool import Room
 from apprentice.evaluate.summary import summarise
 from apprentice.models.loading import load_model
 from apprentice.models.reward import choice_rewards
 from apprentice.models.scoring import choice_logprobs
-from apprentice.recipe import Recipe
+from apprentice.recipe import Model, Recipe
 from apprentice.storage import Folder
 
 Records = list[dict[str, Any]]
@@ -55,10 +56,29 @@ def evaluated(
     subjects = [Subject("base", tiny_model, (0, 2)), Subject("tuned", tuned, (0,))]
     report = evaluate(recipe, corpus, subjects, Folder.at(out), run=run, progress=seen.append)
     assert seen[-1] == {"message": report["summary"]["sentence"], "done": True}
+    assert [(subject["dtype"], len(subject["weights_sha256"])) for subject in report["subjects"]] == [("float32", 64)] * 2
     assert any(
         line["message"] == "base: 80 of 80 questions" for line in seen
     )  # 4 tasks, 5 rows, 2 wordings, 2 numbers of exemplars
     return report, out, predictions.read(Folder.at(out)).to_pylist()
+
+
+@pytest.mark.parametrize(
+    ("asked", "gpus", "nodes", "computed"),
+    [
+        ("auto", 1, {}, "bfloat16"),  # whatever the driver's own hardware is
+        ("auto", 0, {"a": True, "b": True}, "bfloat16"),
+        ("auto", 0, {"a": True, "b": False}, "float32"),  # all workers alike
+        ("float32", 1, {}, "float32"),
+        ("float16", 0, {"a": False, "b": False}, "float16"),
+    ],
+)
+def test_the_number_format_is_that_of_the_workers(
+    asked: str, gpus: int, nodes: dict[str, bool], computed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "on_every_node", lambda question: nodes)
+    model = Model.model_validate({"base": "m", "dtype": asked})
+    assert launch.in_one_dtype(model, Room(4, 4, gpus, 1 << 34)).dtype == computed
 
 
 def of(records: Records, subject: str, shots: int) -> Records:

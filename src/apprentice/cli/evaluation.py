@@ -120,9 +120,13 @@ def _show(screen: Any, found: dict[str, Any], folder: Any) -> None:
     failed = []
     if found["unscored"]:
         lost = found["unscored"]
+        remembered = all(subject["weights_sha256"] for subject in found["subjects"] if subject["name"] == lost[0]["subject"])
+        again = "the same command asks only for these"
+        if not remembered:
+            again = "the same command asks all again, as the endpoint does not say which weights answer"
         failed.append(
             f"{len(lost)} questions have no answer (the first: {lost[0]['task']} row {lost[0]['row']}, {lost[0]['reason']});"
-            " all others are kept, and the same command asks only for these."
+            f" all others are in the report, and {again}."
         )
     if found["gate"] and not found["gate"]["passed"]:
         failed.append(sentence(found["gate"]))

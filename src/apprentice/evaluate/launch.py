@@ -37,8 +37,9 @@ from apprentice.evaluate.subjects import Spoken, Subject, check_subjects, descri
 from apprentice.evaluate.summary import summarise
 from apprentice.family import gives_rewards
 from apprentice.hub import local_folder
-from apprentice.nodes import node_resources
-from apprentice.recipe import Recipe
+from apprentice.models.loading import multiplies_bfloat16
+from apprentice.nodes import node_resources, on_every_node
+from apprentice.recipe import Model, Recipe
 from apprentice.storage import Folder
 
 ENCODED_TOGETHER = 256  # requests
@@ -70,8 +71,9 @@ def evaluate(
     started = time.time()
     check_subjects(subjects)
     requests, not_scored = _requests(recipe, corpus, subjects)
-    spoken = {subject.name: spoken_to(subject, recipe, corpus) for subject in subjects}
     room = free_room()
+    asked_for, recipe = recipe, recipe.model_copy(update={"model": in_one_dtype(recipe.model, room)})
+    spoken = {subject.name: spoken_to(subject, recipe, corpus) for subject in subjects}
     majorities = _majorities(corpus, sorted({request.task for request in requests}))
     answers = Answers(out, corpus.tasks, known)
     rendered: dict[tuple[Any, ...], list[Record]] = {}
@@ -90,7 +92,7 @@ def evaluate(
     least = min(request.shots for request in requests)
     plain = [question for question in first if question["shots"] == least and not question["perturbation"]]
     records += majority.predicted(plain, majorities)
-    facts = facts_for(recipe, corpus.tasks, corpus.held_out, majorities, started) | {
+    facts = facts_for(asked_for, corpus.tasks, corpus.held_out, majorities, started) | {
         "subjects": [described(subject, spoken[subject.name]) for subject in subjects],
         "not_scored": not_scored,
         "test_rows": {name: len(corpus.indices[name].test) for name in majorities},
@@ -163,6 +165,20 @@ def free_room() -> Room:
     return Room(cpus, together, int(free.get("GPU", 0)), int(free.get("memory", 0)))
 
 
+def in_one_dtype(model: Model, room: Room) -> Model:
+    """`model` with the number format that all workers compute in, where it leaves that to the hardware.
+
+    The driver's own hardware does not count: it may be a node without a GPU, or with another CPU than the workers'.
+    """
+    if model.dtype != "auto":
+        return model
+    if room.gpus:
+        return model.model_copy(update={"dtype": "bfloat16"})
+    ask = ray.remote(num_cpus=1)(multiplies_bfloat16)
+    fast = list(on_every_node(multiplies_bfloat16).values()) or [ray.get(ask.remote())]
+    return model.model_copy(update={"dtype": "bfloat16" if all(fast) else "float32"})
+
+
 def _encode(corpus: Corpus, requests: Sequence[Request], layout: Layout, limits: Limits) -> list[dict[str, Any]]:
     """The questions of all requests, sorted. Ray tasks render and tokenise; they share one copy of the corpus on each node."""
     ordered = sorted(requests)  # rows that lie together are read together
@@ -185,7 +201,7 @@ def _score(
     blank = dict.fromkeys(ANSWER) | {"unscored": ""}
     records = [{**question, **blank, "subject": subject.name, "key": None} for question in asked]
     for record in records:
-        if not record["dropped"]:
+        if not record["dropped"] and spoken.fingerprint is not None:
             record["key"] = key_of(spoken.fingerprint, record)
             record |= answers.find(record["key"]) or {}
     open_places = [place for place, record in enumerate(records) if not record["dropped"] and record["prediction"] is None]

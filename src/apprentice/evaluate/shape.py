@@ -25,7 +25,8 @@ class Subject(_Shape):
     folder: str
     layout: str
     contract: str = Field(description="Whose words it was spoken to in: `its own` or `the recipe's`.")
-    weights_sha256: str | None = None
+    weights_sha256: str | None = Field(None, description="Of what answered, where it is known.")
+    dtype: str | None = Field(None, description="The number format that it computed in, where it was loaded for this.")
     prompt_tokens: int | None = None
 
 

@@ -15,7 +15,7 @@ from apprentice.data.corpus import Corpus
 from apprentice.data.layout import Layout
 from apprentice.errors import EvaluationError
 from apprentice.evaluate import majority
-from apprentice.evaluate.endpoint import Endpoint
+from apprentice.evaluate.endpoint import Endpoint, weights_at
 from apprentice.evaluate.prompts import Limits
 from apprentice.evaluate.scorer import Manner
 from apprentice.family import RELATIVE_POSITIONS, model_config
@@ -39,11 +39,17 @@ class Subject:
 
 @dataclass(frozen=True)
 class Spoken:
-    """How a subject is spoken to, and the fingerprint of everything that shapes its answers besides the question."""
+    """How a subject is spoken to, and the fingerprint of everything that shapes its answers besides the question.
+
+    None: nobody knows what answers there, so no answer is remembered. `weights` is the hash of what answers, where it is known,
+    `dtype` the number format that it computes in, of a model here.
+    """
 
     manner: Manner
     limits: Limits
-    fingerprint: str
+    fingerprint: str | None
+    weights: str | None = None
+    dtype: str | None = None
 
     @property
     def phrasing(self) -> tuple[Any, ...]:
@@ -61,15 +67,28 @@ def check_subjects(subjects: Sequence[Subject]) -> None:
 
 
 def spoken_to(subject: Subject, recipe: Recipe, corpus: Corpus) -> Spoken:
-    """Layout and limits: from the folder's contract, or for a bare model as the recipe says. Raises `ModelError`."""
+    """Layout and limits: from the folder's contract, or for a bare model as the recipe says. Raises `ModelError`.
+
+    The recipe's `model.dtype` is to be what the workers compute in; `auto` would be what suits the machine that asks.
+    """
     if read_contract(subject.folder) is not None:
         layout = layout_beside(subject.folder)
     elif subject.folder == corpus.layout.tokenizer.folder:
         layout = corpus.layout
     else:
         layout = layout_of(recipe, Tokenizer(subject.folder))
-    manner = manner_of(recipe, layout)
-    return Spoken(manner, limits_of(recipe, subject.folder), _fingerprint(subject, recipe, manner))
+    manner, limits = manner_of(recipe, layout), limits_of(recipe, subject.folder)
+    if subject.endpoint is None:
+        contract = read_contract(subject.folder)
+        sha = contract.weights_sha256 if contract is not None else weights_sha256(subject.folder)
+        dtype = str(resolve_dtype(recipe.model.dtype))
+        fingerprint = _fingerprint([sha, dtype], manner)
+        return Spoken(manner, limits, fingerprint, sha, dtype.removeprefix("torch."))
+    there = weights_at(subject.endpoint)
+    if there is None:
+        return Spoken(manner, limits, None)
+    weights = [subject.endpoint.url, subject.endpoint.model, *there]
+    return Spoken(manner, limits, _fingerprint(weights, manner), there[0])
 
 
 def manner_of(recipe: Recipe, layout: Layout) -> Manner:
@@ -85,15 +104,8 @@ def limits_of(recipe: Recipe, folder: Path) -> Limits:
     return Limits(recipe.data.max_length, recipe.evaluation.max_new_tokens, context)
 
 
-def _fingerprint(subject: Subject, recipe: Recipe, manner: Manner) -> str:
-    """Where this is equal, equal questions get equal answers (an endpoint is taken at its word: its address and model name)."""
-    weights: list[Any]
-    if subject.endpoint is not None:
-        weights = [subject.endpoint.url, subject.endpoint.model]
-    else:
-        contract = read_contract(subject.folder)
-        sha = contract.weights_sha256 if contract is not None else weights_sha256(subject.folder)
-        weights = [sha, str(resolve_dtype(recipe.model.dtype))]
+def _fingerprint(weights: list[str | None], manner: Manner) -> str:
+    """Where this is equal, equal questions get equal answers."""
     shape = [*identity(manner.layout), manner.layout.stop_ids, manner.reply, manner.priors]
     return hashlib.sha256(json.dumps([weights, shape], default=str).encode()).hexdigest()
 
@@ -113,6 +125,7 @@ def described(subject: Subject, spoken: Spoken) -> dict[str, Any]:
         "folder": str(subject.folder) if subject.endpoint is None else f"{subject.endpoint.url} ({subject.endpoint.model})",
         "layout": spoken.manner.layout.name,
         "contract": "its own" if contract else "the recipe's",
-        "weights_sha256": contract.weights_sha256 if contract else None,
+        "weights_sha256": spoken.weights,
+        "dtype": spoken.dtype,
         "prompt_tokens": spoken.limits.prompt,
     }

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from apprentice.artifacts import weights_sha256
 from apprentice.data.layout import Layout
 from apprentice.errors import EvaluationError
-from apprentice.evaluate.launch import free_room, mapped
+from apprentice.evaluate.launch import free_room, in_one_dtype, mapped
 from apprentice.evaluate.pool import pool_for
 from apprentice.evaluate.prompts import Limits
 from apprentice.evaluate.scorer import weight_bytes
@@ -42,10 +42,13 @@ def predict(
     where `out` holds replies to something else or the model cannot answer.
     """
     chunks = chunks_of(file)
+    room = free_room()
+    model = in_one_dtype(model, room)
     state: dict[str, Any] = {
         "input": str(file),
         "sha256": sha256_of(file),
         "weights_sha256": weights_sha256(folder),
+        "dtype": model.dtype,
         "layout": layout.name,
         "max_new_tokens": limits.reply,
         "prompt_tokens": limits.prompt,
@@ -61,7 +64,6 @@ def predict(
     started, done = time.monotonic(), 0
     total = sum(chunk.rows for chunk in left)
     if left:
-        room = free_room()
         pool = pool_for(room, weight_bytes(folder, model, gpu=room.gpus > 0), len(left))
         tables = [pa.Table.from_pylist([asdict(chunk)]) for chunk in left]
         progress({"message": f"loading on {pool.workers} worker{'s' if pool.workers > 1 else ''}"})
@@ -81,7 +83,7 @@ def _check_state(out: Folder, state: dict[str, Any]) -> None:
     file = out / STATE_FILE
     if not file.exists():
         return
-    old = file.read_json()
+    old = {"dtype": state["dtype"], **file.read_json()}  # which earlier versions did not keep
     if changed := sorted(key for key in state.keys() - {"input"} if old.get(key) != state[key]):
         raise EvaluationError(
             f"{out} holds replies to something else ({', '.join(changed)} changed);"

@@ -171,7 +171,8 @@ class Adapters:
                 folder = place.folder.local if place.folder.is_local else place.folder.download(Path(scratch) / "adapter")
                 layout = layout_over(name, folder, self._base.layout, self._base_sha256)
                 adapter = self._base.engine.adapter(folder)
-                contract = read_contract(folder) or self._base.contract
+                words = self._base.contract
+                contract = read_contract(folder) or (words and words.for_other_weights())
             except (ApprenticeError, OSError) as error:
                 shown = str(place.folder), str(Path(scratch) / "adapter")
                 reason = str(error).replace(shown[0], repr(name)).replace(shown[1], repr(name))

@@ -108,7 +108,8 @@ def start_models(offers: Sequence[Offer], folders: Sequence[Path], serving: Serv
             with_adapters=serving.adapters is not None and not models,
             engines=len(offers),
         )
-        models.append(Model(offer.name, engine, layout, read_contract(folder) or offer.contract))
+        contract = read_contract(folder) or (offer.contract and offer.contract.for_other_weights())
+        models.append(Model(offer.name, engine, layout, contract))
     return models
 
 
