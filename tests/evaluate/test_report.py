@@ -45,7 +45,7 @@ def test_the_table_has_held_out_tasks_first(report: dict[str, Any]) -> None:
         ["alpha_rank", "accuracy", "0.0", "25.0", "25.0", "75.0"],
         ["gamma_text", "token F1", "–", "75.0", "–", "100.0"],
     ]
-    assert rows[0][6] == Cell("+0.0 (+0.0 to +0.0), p 1.000")
+    assert rows[0][6] == Cell("+0.0 (-20.1 to +20.1), p 1.000")
     assert rows[1][6].mark == ""  # eight rows say too little
     assert re.fullmatch(r"\+50\.0 \(\+[\d.]+ to \+[\d.]+\), p 0\.\d+", rows[1][6].text)
 
@@ -59,8 +59,8 @@ def test_markdown_is_a_table_that_github_reads(report: dict[str, Any]) -> None:
     assert widths == {8}
     assert "- delta: no test split." in lines
     assert "- base 5-shot: on average fewer exemplars fitted into the prompt: alpha_rank 3.0." in lines
-    assert "| ranked (held out) | 1 | 0.0 | 50.0 | – | 50.0 | +0.0 (+0.0 to +0.0), p 1.000 |" in lines
-    assert "| beta (held out) | 1 | 0.0 | 50.0 | – | 50.0 | +0.0 (+0.0 to +0.0), p 1.000 |" in lines
+    assert "| ranked (held out) | 1 | 0.0 | 50.0 | – | 50.0 | +0.0 (-20.1 to +20.1), p 1.000 |" in lines
+    assert "| beta (held out) | 1 | 0.0 | 50.0 | – | 50.0 | +0.0 (-20.1 to +20.1), p 1.000 |" in lines
     names = ["median", "worst", "spread", "changed", "consistency"]
     columns = " | ".join(f"{subject} {name}" for subject in ("base", "tuned") for name in names)
     assert f"| task | wordings | {columns} |" in lines

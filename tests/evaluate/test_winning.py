@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from scipy.stats import binomtest
 
 from apprentice.data.corpus import Corpus
 from apprentice.evaluate.compare import joined
@@ -33,25 +34,38 @@ def test_a_win_a_tie_and_a_loss_make_half() -> None:
         said("tuned", 3, "nothing to meet", 5.0),
         said("majority", 0, "a", None),
     ]
-    found = judged_by("run:judge", records, COLUMNS, {"gamma_text": False}, resamples=500)
+    found = judged_by("run:judge", records, COLUMNS, {"gamma_text": "trained_on"}, resamples=500)
     [line] = found["lines"]
     assert found["judge"] == "run:judge"
     assert (line["held_out"], line["column"], line["against"], line["questions"]) == (False, "tuned@0", "base@0", 3)
     assert (line["win_rate"], line["reward"], line["words"]) == (50.0, [1.0, 1.0], [3.0, 2.0])
-    assert line["divergence"] == pytest.approx(0.5)
+    assert line["log_ratio"] == pytest.approx(0.5)
     assert 0.0 <= line["interval"][0] < 50.0 < line["interval"][1] <= 100.0
 
 
 def test_the_wordings_of_a_row_are_one_case() -> None:
-    """Two rows whose wordings all agree: the interval spans all, however many wordings there are."""
+    """Two rows whose wordings all agree: the interval is that of one win in two, however many wordings there are."""
     records = [
         said(subject, row, "text", float(row if subject == "tuned" else 0.5), template=f"w{wording}")
         for subject in ("base", "tuned")
         for row in range(2)
         for wording in range(9)
     ]
-    [line] = judged_by("judge", records, COLUMNS, {"gamma_text": True}, resamples=500)["lines"]
-    assert (line["win_rate"], line["interval"], line["divergence"]) == (50.0, [0.0, 100.0], None)
+    [line] = judged_by("judge", records, COLUMNS, {"gamma_text": "held_out"}, resamples=500)["lines"]
+    expected = binomtest(1, 2).proportion_ci(method="wilson")
+    assert (line["win_rate"], line["log_ratio"], line["p"]) == (50.0, None, 1.0)
+    assert line["interval"] == pytest.approx([100 * expected.low, 100 * expected.high])
+
+
+def test_winning_always_is_not_certain_and_few_wins_are_no_mark() -> None:
+    def line(rows: int) -> dict[str, Any]:
+        records = [said(name, row, "text", reward) for row in range(rows) for name, reward in (("base", 0.0), ("tuned", 1.0))]
+        [found] = judged_by("judge", records, COLUMNS, {"gamma_text": "held_out"}, resamples=2000)["lines"]
+        return dict(found)
+
+    assert (line(20)["win_rate"], line(20)["interval"]) == (100.0, pytest.approx([83.9, 100.0], abs=0.05))
+    assert line(20)["p"] < 0.01
+    assert line(4)["p"] == pytest.approx(1 / 8, abs=0.03)
 
 
 def judged(recipe: Recipe, judge: str = "run:judge") -> Any:
@@ -74,6 +88,7 @@ def test_the_report_shows_it(recipe: Recipe) -> None:
     assert row[-1].text == "0.250"
     for page in (markdown(report), html(report)):
         assert "Judged by a reward model" in page
+        assert "it is no estimate of their kl divergence" in page.lower()
         assert "how often run:judge gives a written reply the higher reward" in page
     plain = summarise(tables.table(recipe), resamples=200)
     assert "judged" not in plain
@@ -91,7 +106,7 @@ def test_tables_without_rewards_are_still_read(recipe: Recipe, tmp_path: Any) ->
 def test_runs_of_one_judge_are_compared_and_others_are_not(recipe: Recipe) -> None:
     same = summarise(joined({"a": judged(recipe), "b": judged(recipe)}), resamples=200)
     [line] = same["judged"]["lines"]
-    assert (line["column"], line["win_rate"], line["divergence"]) == ("b@0", 50.0, None)
+    assert (line["column"], line["win_rate"], line["log_ratio"]) == ("b@0", 50.0, None)
     assert "judged" not in summarise(joined({"a": judged(recipe), "b": judged(recipe, "run:other")}), resamples=200)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from apprentice.evaluate.intervals import RowSums, interval
+from apprentice.evaluate.intervals import RowSums, score_interval
 from apprentice.evaluate.metrics import METRICS, Floats, label_of
 from apprentice.evaluate.robustness import agreement, robustness
 
@@ -74,8 +74,8 @@ def counts(records: Sequence[Record]) -> dict[str, Any]:
     }
 
 
-def scores(scored: Scored, records: Sequence[Record], metrics: Sequence[str], draws: Floats) -> dict[str, Any]:
-    """The numbers of a column of one task; `draws` are the bootstrap's scores by the first metric."""
+def scores(scored: Scored, records: Sequence[Record], metrics: Sequence[str], key: str, resamples: int) -> dict[str, Any]:
+    """The numbers of a column of one task, its intervals by the first metric; `key` and `resamples` are the bootstrap's."""
     main = METRICS[metrics[0]]
     asked = Counter(record["template"] for record in scored.records)
     wordings = {name: scored.by_row(metrics[0], name).score(main) for name in sorted(asked)}
@@ -84,13 +84,14 @@ def scores(scored: Scored, records: Sequence[Record], metrics: Sequence[str], dr
     answered = [record for record in records if record["prediction"] is not None]
     return {
         "score": found[metrics[0]],
-        "interval": list(interval(draws)),
+        "interval": list(score_interval(scored.by_row(metrics[0]), main, key, resamples)),
         "metrics": found,
         "rows": len({record["row"] for record in scored.records}),
         "wordings": {name: {"score": score, "questions": asked[name]} for name, score in wordings.items()},
         "median": spread.median,
         "worst": wordings[spread.worst],
         "worst_wording": spread.worst,
+        "worst_interval": list(score_interval(scored.by_row(metrics[0], spread.worst), main, key, resamples)),
         "spread": spread.spread,
         "changed": agreement(scored.records)["changed"],
         "consistency": agreement(answered)["consistency"],

@@ -10,6 +10,7 @@ from typing import Any
 
 from apprentice import __version__
 from apprentice.recipe import Recipe
+from apprentice.tasks.exposure import exposures
 from apprentice.tasks.schema import Task
 
 PACKAGES = ("torch", "transformers", "ray", "sacrebleu", "rouge-score")
@@ -18,13 +19,18 @@ PACKAGES = ("torch", "transformers", "ray", "sacrebleu", "rouge-score")
 def facts_for(
     recipe: Recipe,
     tasks: Sequence[Task],
-    held_out: Collection[str],
+    kept_out: Collection[str],
     majorities: Mapping[str, dict[str, Any] | None],
     started: float,
+    trained_clusters: Collection[str] = (),
 ) -> dict[str, Any]:
-    """Facts about the tasks in `majorities` (those scored) and about this evaluation, begun at `started` (seconds since 1970)."""
+    """Facts about the tasks in `majorities` (those scored) and about this evaluation, begun at `started` (seconds since 1970).
+
+    No rows of the tasks `kept_out` were trained on; those of the others and of `trained_clusters` were.
+    """
+    seen = exposures(tasks, kept_out, trained_clusters)
     return {
-        "version": 1,
+        "version": 2,  # of the facts: 1 had no exposures
         "name": recipe.name,
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
         "seconds": round(time.time() - started, 1),
@@ -38,7 +44,8 @@ def facts_for(
                 "summary": task.summary,
                 "kind": "ranked" if task.is_ranked else "generated",
                 "metrics": list(task.metrics),
-                "held_out": task.name in held_out,
+                "held_out": seen[task.name] == "held_out",
+                "exposure": seen[task.name],
                 "majority": majorities[task.name],
             }
             for task in tasks

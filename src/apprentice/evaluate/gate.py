@@ -7,7 +7,11 @@ from typing import Any
 
 import numpy as np
 
+from apprentice.evaluate.intervals import apart_interval, mean_interval
+
 Report = Mapping[str, Any]
+Task = Mapping[str, Any]
+Estimate = tuple[float, float, float]  # value, and the ends of its interval
 
 
 def judged(report: Report) -> dict[str, Any] | None:
@@ -21,18 +25,18 @@ def judged(report: Report) -> dict[str, Any] | None:
         return None
     last = report["columns"][-1]["subject"]
     column = next(column for column in report["columns"] if column["subject"] == last)
-    certain = gate["certain"]
-    checks = []
-    for bound, held_out in (("held_out", True), ("trained_on", False)):
+    other = str(column["against"] or "nothing").partition("@")[0]
+    bounds: list[tuple[str, list[Estimate], float]] = []
+    for bound in ("held_out", "trained_on"):
         if gate[bound] is not None:
-            members = [task for task in report["tasks"] if task["held_out"] is held_out]
-            checks.append(_check(f"{bound} mean above {_other(column)}", _gain(report, members, column, certain), gate[bound]))
+            members = [task for task in report["tasks"] if task["exposure"] == bound]
+            bounds.append((f"{bound} mean above {other}", _gains(members, column), gate[bound]))
     if gate["worst_wording"] is not None:
-        checks.append(_check(f"worst wording above {_other(column)}", _worst(report["tasks"], column), gate["worst_wording"]))
+        bounds.append((f"worst wording above {other}", _worst(report["tasks"], column), gate["worst_wording"]))
     for name, least in gate["tasks"].items():
-        cell = next((task["columns"].get(column["key"]) for task in report["tasks"] if task["task"] == name), None)
-        found = cell and cell["score"]
-        checks.append(_check(f"score of {name}", cell["interval"][0] if cell and found is not None and certain else found, least))
+        members = [task for task in report["tasks"] if task["task"] == name]
+        bounds.append((f"score of {name}", _scores(members, column), least))
+    checks = [_check(name, estimates, least, certain=gate["certain"]) for name, estimates, least in bounds]
     return {"subject": last, "passed": all(check["passed"] for check in checks), "checks": checks}
 
 
@@ -49,32 +53,32 @@ def sentence(verdict: Mapping[str, Any]) -> str:
     return f"gate: {verdict['subject']} failed: {'; '.join(failed)}"
 
 
-def _other(column: Mapping[str, Any]) -> str:
-    return str(column["against"] or "nothing").partition("@")[0]
+def _gains(tasks: Sequence[Task], column: Task) -> list[Estimate]:
+    """Each task's difference to the other column."""
+    found = [task["differences"][column["key"]] for task in tasks if column["key"] in task["differences"]]
+    return [(entry["mean"], *entry["interval"]) for entry in found]
 
 
-def _gain(report: Report, tasks: Sequence[Mapping[str, Any]], column: Mapping[str, Any], certain: bool) -> float | None:
-    """Mean difference over tasks. `certain`: the low end of the interval of the mean, from those of the pools they make up."""
-    compared = [task["differences"][column["key"]] for task in tasks if column["key"] in task["differences"]]
-    if not compared:
-        return None
-    mean = float(np.mean([found["mean"] for found in compared]))
-    if not certain:
-        return mean
-    # Tasks are independent: their intervals' lower halves add up as squares.
-    halves = [found["mean"] - found["interval"][0] for found in compared]
-    return mean - float(np.sqrt(np.sum(np.square(halves)))) / len(compared)
+def _scores(tasks: Sequence[Task], column: Task) -> list[Estimate]:
+    cells = [task["columns"].get(column["key"]) for task in tasks]
+    return [(cell["score"], *cell["interval"]) for cell in cells if cell and cell["score"] is not None]
 
 
-def _worst(tasks: Sequence[Mapping[str, Any]], column: Mapping[str, Any]) -> float | None:
-    """Mean over tasks of how far the worst wording lies above the other's worst."""
-    gains = []
+def _worst(tasks: Sequence[Task], column: Task) -> list[Estimate]:
+    """How far each task's worst wording lies above the other's worst: two wordings, perhaps, so no pairs of rows."""
+    found: list[Estimate] = []
     for task in tasks:
         ours, theirs = (task["columns"].get(key) for key in (column["key"], column["against"]))
         if ours and theirs and ours["score"] is not None and theirs["score"] is not None:
-            gains.append(ours["worst"] - theirs["worst"])
-    return float(np.mean(gains)) if gains else None
+            sides = [(cell["worst"], *cell["worst_interval"]) for cell in (ours, theirs)]
+            found.append((ours["worst"] - theirs["worst"], *apart_interval(*sides)))
+    return found
 
 
-def _check(name: str, found: float | None, needed: float) -> dict[str, Any]:
+def _check(name: str, estimates: Sequence[Estimate], needed: float, *, certain: bool) -> dict[str, Any]:
+    """One bound on the mean over tasks, or where it is to be `certain`, on the low end of that mean's interval."""
+    found = None
+    if estimates:
+        found = mean_interval(estimates)[0] if certain else float(np.mean([value for value, *_ in estimates]))
+    name = f"low end of {name}" if certain else name
     return {"name": name, "found": found, "needed": needed, "passed": found is not None and found >= needed}

@@ -1,6 +1,15 @@
-"""95% intervals by bootstrap over rows, and a paired test: the wordings of a row stay together, two models meet the same resamples.
+"""95% intervals over rows, a paired test, and marks that hold for their number; the wordings of a row stay together.
 
-Pure numpy; knows nothing of tasks or models. The resamples of a key are always the same, so differences are paired by construction.
+What is right or wrong has Wilson's interval [1], with the number of independent answers that rows and wordings come to (Kish's
+effective number [2]), and a difference of two such scores on the same rows has Newcombe's (method 10 [3]). Both keep their width
+where all answers are right. Other metrics have the percentile bootstrap; where all its draws agree, Wilson's limits for as many
+answers as there are rows. The mean of several tasks has the limits that theirs add up to as squares (MOVER [4]): tasks are
+independent. What is marked better or worse is so after Benjamini and Hochberg's correction [5] for the number of comparisons.
+
+[1] Wilson 1927, J. Am. Stat. Assoc. 22. [2] Kish 1965, Survey Sampling. [3] Newcombe 1998, Stat. Med. 17, 2635.
+[4] Zou and Donner 2008, Stat. Med. 27. [5] Benjamini and Hochberg 1995, J. R. Stat. Soc. B 57.
+
+Knows nothing of tasks or models. The resamples of a key are always the same, so differences are paired by construction.
 """
 
 from __future__ import annotations
@@ -11,6 +20,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import stats
 
 from apprentice.evaluate.metrics import Floats, Metric
 
@@ -85,18 +95,104 @@ def p_value(difference: float, draws: Floats) -> float:
     return float((1 + np.sum(np.abs(draws) >= abs(difference) - 1e-9)) / (1 + len(draws)))
 
 
-def interval(draws: Floats, confidence: float = CONFIDENCE) -> tuple[float, float]:
+def percentiles(draws: Floats) -> tuple[float, float]:
     """The percentile interval of bootstrap draws."""
-    tail = (1.0 - confidence) / 2
+    tail = (1.0 - CONFIDENCE) / 2
     low, high = np.quantile(draws, [tail, 1.0 - tail])
     return float(low), float(high)
 
 
-def verdict(low: float, high: float, p: float = 0.0) -> str:
-    """`better` or `worse` where the interval of a difference leaves zero out and the paired test agrees, else `unclear`.
+def score_interval(column: RowSums, metric: Metric, key: str, resamples: int = RESAMPLES) -> tuple[float, float]:
+    """The interval of a column's score."""
+    if metric.binary:
+        return _wilson(column.score(metric), _independent(column), 0.0)
+    low, high = percentiles(bootstrap({"": column}, metric, key, resamples)[""])
+    return (low, high) if high > low else _wilson(column.score(metric), len(column.rows), metric.least)
 
-    With few rows the interval alone is too sure of itself.
-    """
+
+def difference_interval(
+    ours: RowSums, theirs: RowSums, metric: Metric, key: str, resamples: int = RESAMPLES
+) -> tuple[float, float]:
+    """The interval of the difference of two columns' scores over the same rows. Raises `ValueError` for other rows."""
+    if not np.array_equal(ours.rows, theirs.rows):
+        raise ValueError("paired columns hold different rows")
+    if not metric.binary:
+        draws = bootstrap({"ours": ours, "theirs": theirs}, metric, key, resamples)
+        low, high = percentiles(draws["ours"] - draws["theirs"])
+        if high > low:
+            return low, high
+    sides = [(column.score(metric), *score_interval(column, metric, key, resamples)) for column in (ours, theirs)]
+    return _difference(sides[0], sides[1], _correlation(ours, theirs) if metric.binary else 0.0)
+
+
+def mean_interval(estimates: Sequence[tuple[float, float, float]]) -> tuple[float, float]:
+    """The interval of the mean of independent estimates (value, low, high)."""
+    values, lows, highs = np.array(estimates).T
+    below, above = (float(np.sqrt(np.square(gaps).sum())) / len(values) for gaps in (values - lows, highs - values))
+    return float(values.mean()) - below, float(values.mean()) + above
+
+
+def apart_interval(ours: tuple[float, float, float], theirs: tuple[float, float, float]) -> tuple[float, float]:
+    """The interval of the difference of two estimates (value, low, high), taken as independent."""
+    return _difference(ours, theirs, 0.0)
+
+
+def adjusted(values: Sequence[float]) -> list[float]:
+    """p-values of several comparisons, each as large as it is once their number counts (Benjamini and Hochberg)."""
+    return [float(value) for value in stats.false_discovery_control(values, method="bh")] if values else []
+
+
+def verdict(low: float, high: float, p: float) -> str:
+    """`better` or `worse` where the interval of a difference leaves zero out and the adjusted `p` agrees, else `unclear`."""
     if p > 1.0 - CONFIDENCE:
         return "unclear"
     return "better" if low > 0 else "worse" if high < 0 else "unclear"
+
+
+def _wilson(score: float, count: float, least: float) -> tuple[float, float]:
+    """Wilson's limits of a score from `least` to 100, as the share of right ones among `count` answers."""
+    z = float(stats.norm.ppf((1.0 + CONFIDENCE) / 2))
+    width = 100.0 - least
+    share = min(1.0, max(0.0, (score - least) / width))
+    middle = (share + z**2 / (2 * count)) / (1 + z**2 / count)
+    half = z / (1 + z**2 / count) * np.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
+    # At the edges the limit is the edge itself, and no rounding beside it.
+    low, high = (0.0 if share == 0.0 else middle - half), (1.0 if share == 1.0 else middle + half)
+    return least + width * float(low), least + width * float(high)
+
+
+def _residuals(column: RowSums) -> Floats:
+    """How far each row's sum of right answers is from what the score expects of it, in answers; shape (rows,)."""
+    return np.asarray(column.sums[:, 0] - column.counts * (column.sums[:, 0].sum() / column.counts.sum()))
+
+
+def _independent(column: RowSums) -> float:
+    """How many independent answers the rows come to: as many as there are rows where wordings agree, all where they do not."""
+    rows, answers = len(column.rows), float(column.counts.sum())
+    share = float(column.sums[:, 0].sum()) / answers
+    variance = float(np.square(_residuals(column)).sum()) / answers**2
+    return min(answers, max(rows, share * (1 - share) / variance)) if variance > 0 else rows
+
+
+def _correlation(ours: RowSums, theirs: RowSums) -> float:
+    """Of two columns' right answers, with Newcombe's correction for continuity; 0 where one is constant."""
+    one, other = _residuals(ours), _residuals(theirs)
+    rows = len(one)
+    each = float(ours.counts.mean() * theirs.counts.mean())
+    spread = float(np.sqrt(np.square(one).mean() * np.square(other).mean()))
+    if spread == 0.0:
+        return 0.0
+    shared = float((one * other).mean())
+    if shared > 0:
+        shared = max(0.0, shared - each / (2 * rows))
+    return shared / spread
+
+
+def _difference(ours: tuple[float, float, float], theirs: tuple[float, float, float], correlation: float) -> tuple[float, float]:
+    """The limits of `ours` less `theirs`, each (value, low, high)."""
+    (one, one_low, one_high), (other, other_low, other_high) = ours, theirs
+
+    def reach(first: float, second: float) -> float:
+        return float(np.sqrt(max(0.0, first**2 - 2 * correlation * first * second + second**2)))
+
+    return one - other - reach(one - one_low, other_high - other), one - other + reach(one_high - one, other - other_low)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -58,6 +58,7 @@ def evaluate(
     run: Run | None = None,
     known: Iterable[Folder] = (),
     contamination: Mapping[str, Any] = {},
+    trained_clusters: Collection[str] = (),
     progress: Progress,
 ) -> dict[str, Any]:
     """Scores every subject on the test rows of the corpus's tasks; writes predictions and reports to `out`, gives the report.
@@ -65,8 +66,8 @@ def evaluate(
     The first subject is the one that the others are compared with. A folder with a prompt contract is spoken to as the contract
     says, a bare model in the recipe's layout. Answers that lie in `out`, or in the folders `known`, are not asked for again. `run`
     adds its training curve and ledger to the report, `contamination` (`story.contamination_of`) what is known of a task's test
-    rows. Raises `EvaluationError` where there is nothing to score or a model cannot answer, `ResourcesError` where no worker fits,
-    `ContractError`, `ModelError`.
+    rows, `trained_clusters` are those of tasks that were trained on and may not be scored. Raises `EvaluationError` where there is
+    nothing to score or a model cannot answer, `ResourcesError` where no worker fits, `ContractError`, `ModelError`.
     """
     started = time.time()
     check_subjects(subjects)
@@ -92,7 +93,7 @@ def evaluate(
     least = min(request.shots for request in requests)
     plain = [question for question in first if question["shots"] == least and not question["perturbation"]]
     records += majority.predicted(plain, majorities)
-    facts = facts_for(asked_for, corpus.tasks, corpus.held_out, majorities, started) | {
+    facts = facts_for(asked_for, corpus.tasks, corpus.held_out, majorities, started, trained_clusters) | {
         "subjects": [described(subject, spoken[subject.name]) for subject in subjects],
         "not_scored": not_scored,
         "test_rows": {name: len(corpus.indices[name].test) for name in majorities},

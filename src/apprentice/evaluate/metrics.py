@@ -29,13 +29,16 @@ class Metric:
 
     `sums` has shape (…, width) and `counts` (how many examples are in each sum) has shape (…); the scores have shape (…). Vectors
     of different widths add up after zeros are put on their right. `single` is the metric that judges one prediction alone, where
-    this one says something of many only.
+    this one says something of many only. A `binary` one finds each prediction right or wrong, and its score is the share of right
+    ones; `least` is the lowest score there is.
     """
 
     title: str
     statistics: Callable[[str, Sequence[str], Sequence[str]], tuple[float, ...]]
     value: Callable[[Floats, Floats], Floats]
     single: str | None = None
+    binary: bool = False
+    least: float = 0.0
     signature: Callable[[], str] | None = None  # how the reference implementation names these settings
 
     def of_one(self, prediction: str, references: Sequence[str], choices: Sequence[str] = ()) -> float:
@@ -214,8 +217,8 @@ _ARTICLES = re.compile(r"\b(a|an|the)\b")
 
 # A metric is one line here and its name in `apprentice.tasks.schema.Metric`.
 METRICS: dict[str, Metric] = {
-    "accuracy": Metric("accuracy", _accuracy, _mean),
-    "exact_match": Metric("exact match", _exact_match, _mean),
+    "accuracy": Metric("accuracy", _accuracy, _mean, binary=True),
+    "exact_match": Metric("exact match", _exact_match, _mean, binary=True),
     "token_f1": Metric("token F1", _token_f1, _mean),
     # Without a stemmer, as in T5 and FLAN; it knows English only.
     "rouge_1": Metric("ROUGE-1", _rouge("rouge1"), _mean),
@@ -223,11 +226,11 @@ METRICS: dict[str, Metric] = {
     "rouge_l": Metric("ROUGE-L", _rouge("rougeL"), _mean),
     "bleu": Metric("BLEU", _bleu, _corpus_bleu, signature=_bleu_signature),
     "chrf": Metric("chrF", _chrf, _corpus_chrf, signature=_chrf_signature),
-    "matthews": Metric("Matthews", _labels, _matthews, single="accuracy"),
+    "matthews": Metric("Matthews", _labels, _matthews, single="accuracy", least=-100.0),
     "label_distribution": Metric("label distribution", _labels, _agreement, single="accuracy"),
     # In points: +10 says the longer answer of a pair ten times in a hundred more often than it is the better one.
-    "length_bias": Metric("length bias", _longer, _mean, single="accuracy"),
+    "length_bias": Metric("length bias", _longer, _mean, single="accuracy", least=-100.0),
     # As Super-NaturalInstructions scores: with a stemmer, and articles count.
     "ni_rouge_l": Metric("ROUGE-L (NI)", _rouge("rougeL", stemmer=True), _mean),
-    "ni_exact_match": Metric("exact match (NI)", _ni_exact_match, _mean),
+    "ni_exact_match": Metric("exact match (NI)", _ni_exact_match, _mean, binary=True),
 }

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 INK, MUTED, GRID = "#1f2933", "#7b8794", "#e4e7eb"
 COLOURS = ("#9aa5b1", "#0f609b", "#c05621", "#2f855a", "#6b46c1", "#b83280")  # the first is what others are compared with
+TAGGED = {"held_out": "  (held out)", "scored_only": "  (scored only)"}
 STYLE: Any = {
     "font.family": "sans-serif",
     "font.size": 9.0,
@@ -30,7 +31,7 @@ def wording_dots(report: Mapping[str, Any]) -> str:
     axes = figure.subplots()
     step = 0.26
     for line, task in enumerate(tasks):
-        if line and task["held_out"] != tasks[line - 1]["held_out"]:
+        if line and task["exposure"] != tasks[line - 1]["exposure"]:
             axes.axhline(line - 0.5, color=MUTED, linewidth=0.8)
         for number, lane in enumerate(lanes):
             if not (cell := _scored(task, lane["key"])):
@@ -43,7 +44,7 @@ def wording_dots(report: Mapping[str, Any]) -> str:
         baseline = _scored(task, report["columns"][0]["key"])
         if baseline:
             axes.plot([baseline["score"]] * 2, [line - 0.4, line + 0.4], ":", color=MUTED, linewidth=1.1)
-    axes.set_yticks(range(len(tasks)), [f"{task['task']}{'  (held out)' if task['held_out'] else ''}" for task in tasks])
+    axes.set_yticks(range(len(tasks)), [f"{task['task']}{TAGGED.get(task['exposure'], '')}" for task in tasks])
     axes.set_ylim(len(tasks) - 0.5, -0.5)
     axes.set_xlim(-2, 102)
     axes.set_xlabel("score")

@@ -21,8 +21,12 @@ from apprentice.storage import Folder
 
 NOTES = (
     "Scores are 0 to 100 by the task's first metric: the mean over rows and their wordings (BLEU: of the whole corpus).",
-    "Intervals are 95% by paired bootstrap over rows, p is of the paired randomisation test; the wordings of a row stay together."
-    " Pools and clusters count every task the same.",
+    "Held out: the task's cluster is nowhere trained on. Scored only: other tasks of its cluster are trained on.",
+    "Intervals are 95% over rows, the wordings of a row together: Wilson's where an answer is right or wrong, Newcombe's for"
+    " differences of such scores, else the percentile bootstrap. Pools and clusters count every task the same, and the intervals of"
+    " their tasks add up as squares.",
+    "p is of the paired randomisation test. Better and worse are marked where the interval leaves 0 out and p, after Benjamini and"
+    " Hochberg's correction for the number of comparisons in the same table, is at most 0.05.",
     "Worst wording and spread (distance between the quartiles of the wordings' scores) hold sampling noise besides the effect"
     " of wording where each wording met only a part of the rows. Changed: rows (%) that got more than one answer over their"
     " wordings. Consistency: how often (%) two askings of the same row, changed ones included, got the same answer.",
@@ -30,9 +34,10 @@ NOTES = (
     "Exemplars come from the task's training rows, for held-out tasks too, and are the same for every model.",
 )
 JUDGED = (
-    "Win rate: how often {} gives a written reply the higher reward, a tie counting half. Longer replies and a high log-ratio (nats"
-    " per token of the replies: an estimate of the KL divergence from the other model) are ways to please a reward model without"
-    " being better."
+    "Win rate: how often {} gives a written reply the higher reward, a tie counting half. Longer replies, and replies that the"
+    " other model would hardly say, are ways to please a reward model without being better. The log-ratio is how much likelier its"
+    " own greedy reply, tokenised again, is to the model than to the other, in nats per token. It is no estimate of their KL"
+    " divergence, which needs sampled replies."
 )
 
 
@@ -90,6 +95,7 @@ def html(report: Mapping[str, Any]) -> str:
         report=report,
         gate=verdict(report["gate"]) if report["gate"] else None,
         titles={column["key"]: column["title"] for column in report["columns"]},
+        tags=TAGS,
         tables=tables,
         details=details,
         pictures=_pictures(report),
@@ -121,12 +127,13 @@ def _pictures(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
 
 
 class Cell(NamedTuple):
-    """A table's cell: its text, and how the page marks it: `held_out`, `better`, `worse`, or not at all."""
+    """A table's cell: its text, and how the page marks it: `held_out`, `scored_only`, `better`, `worse`, or not at all."""
 
     text: str
     mark: str = ""
 
 
+TAGS = {"held_out": "held out", "scored_only": "scored only"}
 Table = tuple[list[str], list[list[Cell]]]
 STEADINESS = ("median", "worst", "spread", "changed", "consistency")  # of a cell, over the wordings
 
@@ -141,12 +148,16 @@ def task_table(report: Mapping[str, Any]) -> Table:
         *[_difference_title(report, column) for column in compared],
     ]
     looked = any(task.get("contaminated") for task in report["tasks"])
+    if shared := report.get("shared"):
+        header.insert(2, "rows of all")
     rows = []
     for task in report["tasks"]:
-        name = Cell(task["task"], "held_out" if task["held_out"] else "")
+        name = _named(task["task"], task)
         scores = [_number(task["columns"].get(column["key"], {}).get("score")) for column in columns]
-        differences = [_difference(task["differences"].get(column["key"])) for column in compared]
+        differences = [_difference(task["differences"].get(column["key"]), _rows_fewer(task, column)) for column in compared]
         cells = [name, Cell(METRICS[task["metric"]].title), *scores, *differences]
+        if shared:
+            cells.insert(2, Cell(str(shared[task["task"]]["rows"])))
         if looked:
             seen = task.get("contaminated")
             cells.append(Cell("–" if seen is None else f"{seen['rows']} of {seen['of']}"))
@@ -181,9 +192,15 @@ def _group_table(report: Mapping[str, Any], name: str, groups: Sequence[Mapping[
             few = f" ({found['tasks']} tasks)" if found and found["tasks"] < pool["tasks"] else ""
             cells.append(Cell(_number(found and found["mean"]).text + few))
         differences = [_difference(pool["differences"].get(column["key"])) for column in compared]
-        plain = f"{pool[name]}, trained on" if name == "kind" else pool[name]
-        kind = Cell(pool[name], "held_out") if pool["held_out"] else Cell(plain)
-        rows.append([kind, Cell(str(pool["tasks"])), *cells, *differences])
+        trained = name == "kind" and pool["exposure"] == "trained_on"
+        rows.append(
+            [
+                Cell(f"{pool[name]}, trained on") if trained else _named(pool[name], pool),
+                Cell(str(pool["tasks"])),
+                *cells,
+                *differences,
+            ]
+        )
     return header, rows
 
 
@@ -205,7 +222,7 @@ def wording_table(report: Mapping[str, Any]) -> Table:
     for line, title, wordings in lines:
         found = [line["columns"].get(column["key"]) or {} for column in lanes]
         numbers = [_number(cell.get(name)) for cell in found for name in names]
-        rows.append([Cell(title, "held_out" if line["held_out"] else ""), Cell(wordings), *numbers])
+        rows.append([_named(title, line), Cell(wordings), *numbers])
     return ["task", "wordings", *[f"{column['title']} {name}" for column in lanes for name in names]], rows
 
 
@@ -223,25 +240,25 @@ def perturbation_table(report: Mapping[str, Any]) -> Table:
                     "–" if cell is None else f"{cell['score']:.1f} ({cell['unchanged_score']:.1f}), {cell['changed'] or 0:.0f}%"
                 )
                 cells.append(Cell(changed))
-            rows.append([Cell(task["task"], "held_out" if task["held_out"] else ""), Cell(kind.replace("_", " ")), *cells])
+            rows.append([_named(task["task"], task), Cell(kind.replace("_", " ")), *cells])
     return ["task", "change", *[f"{column['title']}: score (unchanged), rows changed" for column in columns]], rows
 
 
 def judged_table(report: Mapping[str, Any]) -> Table:
-    """Win rates, and beside them rewards, lengths and how far the replies are from the other model's."""
+    """Win rates, and beside them rewards, lengths and how much likelier the replies are to their writer than to the other model."""
     titles = {column["key"]: column["title"] for column in report["columns"]}
     rows = []
     for line in report["judged"]["lines"]:
         low, high = line["interval"]
-        mark = "better" if low > 50 else "worse" if high < 50 else ""
+        mark = line["verdict"] if line["verdict"] != "unclear" else ""
         rows.append(
             [
-                Cell(f"{titles[line['column']]} against {titles[line['against']]}", "held_out" if line["held_out"] else ""),
+                _named(f"{titles[line['column']]} against {titles[line['against']]}", line),
                 Cell(str(line["questions"])),
                 Cell(f"{line['win_rate']:.1f} ({low:.1f} to {high:.1f})", mark),
                 Cell(" / ".join(f"{value:.2f}" for value in line["reward"])),
                 Cell(" / ".join(f"{value:.1f}" for value in line["words"])),
-                Cell("–" if line["divergence"] is None else f"{line['divergence']:.3f}"),
+                Cell("–" if line["log_ratio"] is None else f"{line['log_ratio']:.3f}"),
             ]
         )
     return ["replies", "questions", "win rate", "mean reward of both", "words of both", "log-ratio per token"], rows
@@ -263,6 +280,10 @@ def remarks(report: Mapping[str, Any]) -> list[str]:
             few = [f"{name} {count:.1f}" for name, count in fitted if count < column["shots"] - 0.05]
             if few:
                 found.append(f"{column['title']}: on average fewer exemplars fitted into the prompt: {', '.join(few)}.")
+    for name, seen in (report.get("shared") or {}).items():
+        if any(count > seen["rows"] for count in seen["of"].values()):
+            own = ", ".join(f"{run} {count}" for run, count in seen["of"].items())
+            found.append(f"{name}: all columns are over the {seen['rows']} rows that every run answered ({own}).")
     if lost := report["unscored"]:
         found.append(f"{len(lost)} questions have no answer, the first because: {lost[0]['reason']}.")
     for task in report["tasks"]:
@@ -303,19 +324,32 @@ def _number(value: float | None) -> Cell:
     return Cell("–" if value is None else f"{value:.1f}")
 
 
-def _difference(found: Mapping[str, Any] | None) -> Cell:
+def _named(name: str, line: Mapping[str, Any]) -> Cell:
+    """What a line is about, marked where it was not trained on."""
+    return Cell(name, line["exposure"] if line["exposure"] in TAGS else "")
+
+
+def _rows_fewer(task: Mapping[str, Any], column: Mapping[str, Any]) -> str:
+    """Over how many rows a difference is, where one of the two columns beside it has more."""
+    found = task["differences"].get(column["key"])
+    if found is None or all(task["columns"][key]["rows"] == found["rows"] for key in (column["key"], column["against"])):
+        return ""
+    return f" on {found['rows']} rows"
+
+
+def _difference(found: Mapping[str, Any] | None, over: str = "") -> Cell:
     if found is None:
         return Cell("–")
     low, high = found["interval"]
     p = f"p {found['p']:.3f}" if found["p"] >= 0.001 else "p < 0.001"
     return Cell(
-        f"{found['mean']:+.1f} ({low:+.1f} to {high:+.1f}), {p}",
+        f"{found['mean']:+.1f} ({low:+.1f} to {high:+.1f}){over}, {p}",
         found["verdict"] if found["verdict"] != "unclear" else "",
     )
 
 
 def _rows(header: Sequence[str], rows: Sequence[Sequence[Cell]]) -> list[str]:
     """A Markdown table; all but the first column to the right."""
-    texts = [[f"{cell.text} (held out)" if cell.mark == "held_out" else cell.text for cell in row] for row in rows]
+    texts = [[f"{cell.text} ({TAGS[cell.mark]})" if cell.mark in TAGS else cell.text for cell in row] for row in rows]
     lines = [f"| {' | '.join(text.replace('|', chr(92) + '|') for text in row)} |" for row in (header, *texts)]
     return [lines[0], "|---" + "|---:" * (len(header) - 1) + "|", *lines[1:]]

@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from apprentice.tasks.exposure import Exposure
+
 Interval = tuple[float, float]
 Verdict = Literal["better", "worse", "unclear"]
 
@@ -73,6 +75,7 @@ class Cell(_Shape):
     median: float | None = None
     worst: float | None = None
     worst_wording: str | None = None
+    worst_interval: Interval | None = None
     spread: float | None = Field(None, description="Distance between the quartiles of the wordings' scores.")
     changed: float | None = Field(None, description="Share of rows (0 to 100) whose answer changes with the wording.")
     consistency: float | None = Field(None, description="How often (0 to 100) two askings of a row agree.")
@@ -83,12 +86,17 @@ class Cell(_Shape):
 
 
 class Difference(_Shape):
-    """`mean` is in points; `p` is of the paired randomisation test."""
+    """`mean` is in points; `p` is of the paired randomisation test.
+
+    `p_adjusted` is that after Benjamini and Hochberg's correction for the number of comparisons in the same table; `verdict` needs
+    it, and an interval without zero.
+    """
 
     against: str
     mean: float
     interval: Interval
     p: float
+    p_adjusted: float
     verdict: Verdict
     rows: int | None = None
     tasks: int | None = None
@@ -120,6 +128,7 @@ class Task(_Shape):
     metrics: list[str]
     metric: str
     held_out: bool
+    exposure: Exposure = Field(description="Whether its cluster is nowhere trained on, others of it are, or it is itself.")
     majority: dict[str, Any] | None
     contaminated: Contamination | None = None
     columns: dict[str, Cell]
@@ -142,6 +151,7 @@ class Group(_Shape):
     """Tasks of one kind or one cluster, each counting the same."""
 
     held_out: bool
+    exposure: Exposure
     kind: Literal["ranked", "generated"] | None = None
     cluster: str | None = None
     tasks: int
@@ -153,14 +163,20 @@ class Judged(_Shape):
     """A column's written replies against those of the column it is compared with; pairs are its own and the other's."""
 
     held_out: bool
+    exposure: Exposure
     column: str
     against: str
     questions: int
     win_rate: float = Field(description="How often (0 to 100) its reward is the higher one; a tie counts half.")
     interval: Interval
+    p: float = Field(description="Of wins and losses changing sides at random.")
+    p_adjusted: float
+    verdict: Verdict
     reward: tuple[float, float]
     words: tuple[float, float]
-    divergence: float | None = Field(description="Mean log-ratio to the other per token of its replies, in nats.")
+    log_ratio: float | None = Field(
+        description="How much likelier its replies are to it than to the other, in nats per token; greedy, so no divergence."
+    )
 
 
 class Judgement(_Shape):
@@ -168,6 +184,14 @@ class Judgement(_Shape):
 
     judge: str
     lines: list[Judged]
+
+
+class Shared(_Shape):
+    """How many of a task's questions all compared runs answered: the columns and differences are over these."""
+
+    rows: int
+    questions: int
+    of: dict[str, int] = Field(description="Run → rows that it answered.")
 
 
 class Check(_Shape):
@@ -207,6 +231,7 @@ class Report(_Shape):
     subjects: list[Subject]
     not_scored: list[dict[Literal["task", "reason"], str]]
     test_rows: dict[str, int] = {}
+    shared: dict[str, Shared] | None = Field(None, description="Task → what compared runs have in common.")
     story: dict[Literal["history", "ledger"], Any]
     confidence: float
     resamples: int

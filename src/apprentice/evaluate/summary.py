@@ -15,15 +15,27 @@ import pyarrow as pa
 from apprentice.evaluate.cells import Scored, counts, paired, scores
 from apprentice.evaluate.examples import best_and_worst, samples
 from apprentice.evaluate.gate import judged
-from apprentice.evaluate.intervals import CONFIDENCE, RESAMPLES, bootstrap, interval, p_value, swapped, verdict
+from apprentice.evaluate.intervals import (
+    CONFIDENCE,
+    RESAMPLES,
+    adjusted,
+    difference_interval,
+    mean_interval,
+    p_value,
+    swapped,
+    verdict,
+)
 from apprentice.evaluate.majority import NAME as MAJORITY
 from apprentice.evaluate.metrics import METRICS, Floats
 from apprentice.evaluate.predictions import facts_of
 from apprentice.evaluate.winning import judged_by
 from apprentice.models.ranking import RANKING_TITLES
+from apprentice.tasks.exposure import EXPOSURES, exposure_in
 
 Record = Mapping[str, Any]
-POOLS = ((True, "ranked"), (True, "generated"), (False, "ranked"), (False, "generated"))  # (held out, kind), as shown
+VERSION = 2  # of report.json: 1 had no `exposure`, `p_adjusted` and `shared`, bootstrap intervals throughout, and `divergence`
+POOLS = [(exposure, kind) for exposure in EXPOSURES for kind in ("ranked", "generated")]  # as shown
+LEAST_SHARED_ROWS = 20  # that runs have in common, for a pool of tasks to be spoken of in the headline
 
 
 def summarise(table: pa.Table, *, resamples: int = RESAMPLES) -> dict[str, Any]:
@@ -33,28 +45,32 @@ def summarise(table: pa.Table, *, resamples: int = RESAMPLES) -> dict[str, Any]:
     come first; a task's first metric is the one that its intervals, wordings and pools use.
     """
     facts = facts_of(table)
+    facts["tasks"] = {name: about | exposure_in(about) for name, about in facts["tasks"].items()}
     columns = _columns(facts)
     met: dict[str, dict[str, list[Record]]] = defaultdict(lambda: defaultdict(list))
     for record in table.to_pylist():
         met[record["task"]][_key(record["subject"], record["shots"])].append(record)
-    names = sorted(met, key=lambda name: (not facts["tasks"][name]["held_out"], facts["tasks"][name]["cluster"], name))
+    names = sorted(met, key=lambda name: (EXPOSURES.index(facts["tasks"][name]["exposure"]), facts["tasks"][name]["cluster"], name))
     tasks, draws = [], {}
     for name in names:
         entry, found = _task(name, facts["tasks"][name], met[name], columns, f"{facts['seed']} {name}", resamples)
         tasks.append(entry)
         draws[name] = found
     pools = []
-    for held_out, kind in POOLS:
-        members = [task for task in tasks if task["held_out"] is held_out and task["kind"] == kind]
+    for exposure, kind in POOLS:
+        members = [task for task in tasks if (task["exposure"], task["kind"]) == (exposure, kind)]
         if members:
-            pools.append({"held_out": held_out, "kind": kind, **_pool(members, draws, columns)})
+            pools.append(_exposed(exposure) | {"kind": kind, **_pool(members, draws, columns)})
     clusters = []
-    for held_out, cluster in dict.fromkeys((task["held_out"], task["cluster"]) for task in tasks):
-        members = [task for task in tasks if (task["held_out"], task["cluster"]) == (held_out, cluster)]
-        clusters.append({"held_out": held_out, "cluster": cluster, **_pool(members, draws, columns)})
+    for exposure, cluster in dict.fromkeys((task["exposure"], task["cluster"]) for task in tasks):
+        members = [task for task in tasks if (task["exposure"], task["cluster"]) == (exposure, cluster)]
+        clusters.append(_exposed(exposure) | {"cluster": cluster, **_pool(members, draws, columns)})
+    for lines in (tasks, pools, clusters):
+        _mark([found for line in lines for found in line["differences"].values()])
     rank_by = facts["settings"].get("rank_by", "sum")
     used = sorted({name for task in tasks for name in task["metrics"]})
     report = facts | {
+        "version": VERSION,
         "confidence": CONFIDENCE,
         "resamples": resamples,
         "ranking": {"by": rank_by, "meaning": RANKING_TITLES[rank_by]},
@@ -67,10 +83,12 @@ def summarise(table: pa.Table, *, resamples: int = RESAMPLES) -> dict[str, Any]:
     }
     if facts["settings"].get("judge"):
         records = [record for columns_met in met.values() for found in columns_met.values() for record in found]
-        held_out_of = {name: about["held_out"] for name, about in facts["tasks"].items()}
-        report["judged"] = judged_by(facts["settings"]["judge"], records, columns, held_out_of, resamples)
-    headline = [sentence for pool in pools for sentence in _sentences(pool, columns)]
-    report |= {"headline": headline, "summary": _summary(tasks, pools, columns)}
+        exposures = {name: about["exposure"] for name, about in facts["tasks"].items()}
+        report["judged"] = judged_by(facts["settings"]["judge"], records, columns, exposures, resamples)
+        _mark(report["judged"]["lines"], middle=50.0)
+    spoken = [pool for pool in pools if not (facts.get("shared") and _rows_of(pool, tasks) < LEAST_SHARED_ROWS)]
+    headline = [sentence for pool in spoken for sentence in _sentences(pool, columns)]
+    report |= {"headline": headline, "summary": _summary(tasks, spoken, columns)}
     return report | {"gate": judged(report)}
 
 
@@ -84,6 +102,24 @@ def _unscored(met: Mapping[str, Mapping[str, Sequence[Record]]]) -> list[dict[st
         for record in records
         if record["unscored"]
     ]
+
+
+def _exposed(exposure: str) -> dict[str, Any]:
+    return {"held_out": exposure == "held_out", "exposure": exposure}
+
+
+def _rows_of(pool: Mapping[str, Any], tasks: Sequence[Mapping[str, Any]]) -> int:
+    """The fewest rows over which a difference in `pool` was taken."""
+    members = [task for task in tasks if (task["exposure"], task["kind"]) == (pool["exposure"], pool["kind"])]
+    keys = [key for task in members for key in task["differences"]]
+    return min((sum(task["differences"][key]["rows"] for task in members if key in task["differences"]) for key in keys), default=0)
+
+
+def _mark(found: Sequence[dict[str, Any]], middle: float = 0.0) -> None:
+    """Gives the comparisons of one table their verdicts, each with the p-value that it has among so many."""
+    for entry, p in zip(found, adjusted([entry["p"] for entry in found]), strict=True):
+        low, high = entry["interval"]
+        entry |= {"p_adjusted": p, "verdict": verdict(low - middle, high - middle, p)}
 
 
 def _key(subject: str, shots: int) -> str:
@@ -117,70 +153,69 @@ def _task(
     key: str,
     resamples: int,
 ) -> tuple[dict[str, Any], dict[str, Floats]]:
-    """A task's entry, and the bootstrap draws of its columns (`a`), of its differences (`a - b`) and of their tests (`a ~ b`)."""
+    """A task's entry, and the draws of its differences' tests, by column."""
     main = about["metrics"][0]
     metric = METRICS[main]
     scored = {column: Scored.of(records, about["metrics"]) for column, records in met.items()}
-    sums = {column: found.by_row(main) for column, found in scored.items() if found.records}
     draws: dict[str, Floats] = {}
-    for name, found in sums.items():
-        draws |= bootstrap({name: found}, metric, key, resamples)
     differences = {}
     for column in columns:
         ours, theirs = column["key"], column["against"]
-        if ours not in sums or theirs not in sums:
+        if ours not in scored or theirs not in scored:
             continue
         pair = paired(scored[ours], scored[theirs], main)
         if pair is None:
             continue
-        drawn = bootstrap({ours: pair[0], theirs: pair[1]}, metric, key, resamples)
-        draws[f"{ours} - {theirs}"] = drawn[ours] - drawn[theirs]
-        draws[f"{ours} ~ {theirs}"] = swapped(*pair, metric, key, resamples)
+        draws[ours] = swapped(*pair, metric, key, resamples)
         mean = pair[0].score(metric) - pair[1].score(metric)
-        test = p_value(mean, draws[f"{ours} ~ {theirs}"])
         differences[ours] = {
             "against": theirs,
             "rows": len(pair[0].rows),
-            **_with_interval(mean, draws[f"{ours} - {theirs}"], test),
+            "mean": mean,
+            "interval": list(difference_interval(*pair, metric, key, resamples)),
+            "p": p_value(mean, draws[ours]),
         }
     cells = {name: counts(records) for name, records in met.items()}
-    for name in sums:
-        cells[name] |= scores(scored[name], met[name], about["metrics"], draws[name])
+    for name, found in scored.items():
+        if found.records:
+            cells[name] |= scores(found, met[name], about["metrics"], key, resamples)
     entry = {"task": task, **about, "metric": main, "columns": cells, "differences": differences}
     return entry | {"samples": samples(met, columns), "extremes": best_and_worst(met, columns)}, draws
-
-
-def _with_interval(mean: float, draws: Floats, p: float) -> dict[str, Any]:
-    low, high = interval(draws)
-    return {"mean": mean, "interval": [low, high], "p": p, "verdict": verdict(low, high, p)}
 
 
 def _pool(
     members: Sequence[Mapping[str, Any]], draws: Mapping[str, Mapping[str, Floats]], columns: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """Means over the tasks `members`, each task counting the same; rows are resampled within their task."""
+    """Means over the tasks `members`, each task counting the same; rows are drawn within their task."""
     means, differences = {}, {}
     for column in columns:
         key = column["key"]
         scored = [task for task in members if task["columns"].get(key, {}).get("score") is not None]
         if scored:
-            mean = float(np.mean([task["columns"][key]["score"] for task in scored]))
-            drawn = np.mean([draws[task["task"]][key] for task in scored], axis=0)
-            means[key] = {"mean": mean, "interval": list(interval(drawn)), "tasks": len(scored)} | {
-                name: _mean_of(scored, key, name) for name in ("worst", "spread", "changed", "consistency")
-            }
+            found = [(task["columns"][key]["score"], *task["columns"][key]["interval"]) for task in scored]
+            means[key] = {
+                "mean": float(np.mean([score for score, *_ in found])),
+                "interval": list(mean_interval(found)),
+                "tasks": len(scored),
+            } | {name: _mean_of(scored, key, name) for name in ("worst", "spread", "changed", "consistency")}
         compared = [task for task in members if key in task["differences"]]
         if compared:
             mean = float(np.mean([task["differences"][key]["mean"] for task in compared]))
-            drawn, test = (
-                np.mean([draws[task["task"]][f"{key} {sign} {column['against']}"] for task in compared], axis=0) for sign in "-~"
-            )
+            test = np.mean([draws[task["task"]][key] for task in compared], axis=0)
             differences[key] = {
                 "against": column["against"],
                 "tasks": len(compared),
-                **_with_interval(mean, drawn, p_value(mean, test)),
+                "mean": mean,
+                "interval": list(gain_interval(compared, key)),
+                "p": p_value(mean, test),
             }
     return {"tasks": len(members), "columns": means, "differences": differences}
+
+
+def gain_interval(tasks: Sequence[Mapping[str, Any]], key: str) -> tuple[float, float]:
+    """The interval of the mean over `tasks` of the difference that the column `key` has in each."""
+    found = [task["differences"][key] for task in tasks]
+    return mean_interval([(entry["mean"], *entry["interval"]) for entry in found])
 
 
 def _mean_of(tasks: Sequence[Mapping[str, Any]], key: str, name: str) -> float | None:
@@ -192,7 +227,7 @@ def _mean_of(tasks: Sequence[Mapping[str, Any]], key: str, name: str) -> float |
 def _sentences(pool: Mapping[str, Any], columns: Sequence[Mapping[str, Any]]) -> list[str]:
     """One sentence per comparison: who scores what, the difference, its interval."""
     titles = {column["key"]: column["title"] for column in columns}
-    where = f"{'held-out' if pool['held_out'] else 'trained-on'} {pool['kind']}"
+    where = f"{pool['exposure'].replace('_', '-')} {pool['kind']}"
     sentences = []
     for key, found in pool["differences"].items():
         low, high = found["interval"]
@@ -213,11 +248,12 @@ def _summary(
     scores = [cell["score"] for task in tasks if (cell := task["columns"].get(chosen["key"])) and cell["score"] is not None]
     parts = []
     for pool in pools:
-        where = f"{'held-out' if pool['held_out'] else 'trained-on'} {pool['kind']}"
+        where = f"{pool['exposure'].replace('_', '-')} {pool['kind']}"
         if found := pool["differences"].get(chosen["key"]):
             parts.append(f"{where} {found['mean']:+.1f} ({found['interval'][0]:+.1f} to {found['interval'][1]:+.1f})")
         elif found := pool["columns"].get(chosen["key"]):
             parts.append(f"{where} {found['mean']:.1f}")
     titles = {column["key"]: column["title"] for column in columns}
     against = f" against {titles[chosen['against']]}, points with 95% interval" if chosen["against"] else ""
-    return {"score": float(np.mean(scores)) if scores else None, "sentence": f"{chosen['title']}{against}: {', '.join(parts)}"}
+    told = ", ".join(parts) or "too few rows to say"
+    return {"score": float(np.mean(scores)) if scores else None, "sentence": f"{chosen['title']}{against}: {told}"}

@@ -13,6 +13,7 @@ import yaml
 from apprentice import __version__
 from apprentice.artifacts import PromptContract
 from apprentice.recipe import Recipe
+from apprentice.tasks.exposure import exposure_in, exposures
 from apprentice.tasks.schema import Task
 
 UNKNOWN = "unknown"
@@ -79,9 +80,10 @@ def _training(recipe: Recipe, ledger: Mapping[str, Any]) -> str:
 
 def _data(ledger: Mapping[str, Any], tasks: Sequence[Task], held_out: set[str] | frozenset[str]) -> str:
     lines = ["## Data", "", "| task | cluster | share of examples | licence |", "|---|---|---:|---|"]
+    seen = exposures(tasks, held_out)
     for task in sorted(tasks, key=lambda task: (task.name in held_out, task.cluster, task.name)):
         share = ledger["tasks"].get(task.name, {}).get("share_of_examples")
-        shown = "held out" if task.name in held_out else UNKNOWN if share is None else f"{share:.1%}"
+        shown = seen[task.name].replace("_", " ") if task.name in held_out else UNKNOWN if share is None else f"{share:.1%}"
         lines.append(f"| `{task.name}` | {task.cluster} | {shown} | {task.licence} |")
     return "\n".join(lines)
 
@@ -95,7 +97,9 @@ def _scores(report: Mapping[str, Any] | None) -> str:
     for task in report["tasks"]:
         found = [task["columns"].get(column["key"], {}).get("score") for column in columns]
         shown = " | ".join("–" if score is None else f"{score:.1f}" for score in found)
-        lines.append(f"| `{task['task']}`{' (held out)' if task['held_out'] else ''} | {task['metric']} | {shown} |")
+        exposure = exposure_in(task)["exposure"]
+        tag = "" if exposure == "trained_on" else f" ({exposure.replace('_', ' ')})"
+        lines.append(f"| `{task['task']}`{tag} | {task['metric']} | {shown} |")
     return "\n".join(lines)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from apprentice.artifacts import GATE_FILE, Run, find_run, read_contract
 from apprentice.data.pipeline import make_corpus
-from apprentice.errors import EvaluationError, RecipeError, RunError
+from apprentice.errors import EvaluationError, RecipeError, RunError, TaskError
 from apprentice.hub import local_folder
 from apprentice.recipe import RUN, Recipe, find_recipe, load_recipe
 from apprentice.road.data import Progress, scratch_run
@@ -41,8 +41,11 @@ class Wanted:
     storage: str = "./runs"
 
 
-def evaluate_run(recipe: Recipe, *, wanted: Wanted = Wanted(), progress: Progress) -> Result:
-    """Scores the run of `recipe` beside its base model (or another run); gives the report and its folder, which lies in the run."""
+def evaluate_run(recipe: Recipe, *, wanted: Wanted = Wanted(), trained_by: Recipe | None = None, progress: Progress) -> Result:
+    """Scores the run of `recipe` beside its base model (or another run); gives the report and its folder, which lies in the run.
+
+    `trained_by` is the recipe with the tasks that were trained on, where `recipe` has others to be scored.
+    """
     run = Run(Folder.at(recipe.storage) / recipe.name)
     if not run.is_trained:
         raise RunError(f"run {run.name!r} in {recipe.storage} has no trained model yet; train it first.")
@@ -66,17 +69,26 @@ def evaluate_run(recipe: Recipe, *, wanted: Wanted = Wanted(), progress: Progres
         known = [*known, run.report]
     place = Folder.at(wanted.out) if wanted.out else place
     with ray_session():
-        report = _evaluated(recipe, run, subjects, place, run, known, wanted.restart, progress)
+        trained = trained_clusters(trained_by or recipe, run.tasks().find)
+        report = _evaluated(recipe, run, subjects, place, run, known, wanted.restart, trained, progress)
     if wanted.against is None and endpoint is None and not wanted.tasks:
         run.update_status(score=report["summary"]["score"])
         _store_verdict(run.model, report)
     return report, place
 
 
-def evaluate_model(model: str, recipe: Recipe, out: Path | None, *, wanted: Wanted = Wanted(), progress: Progress) -> Result:
+def evaluate_model(
+    model: str,
+    recipe: Recipe,
+    out: Path | None,
+    *,
+    wanted: Wanted = Wanted(),
+    trained_by: Recipe | None = None,
+    progress: Progress,
+) -> Result:
     """Scores a bare model or an adapter (folder, hub id) on the tasks of `recipe`, spoken to in the recipe's layout.
 
-    All tasks count as held out, unless one of the models scored came from the recipe's own run.
+    All tasks count as held out, unless one of the models scored came from the recipe's own run; `trained_by` as in `evaluate_run`.
     """
     with _whole_model(model, trust=recipe.model.trust) as (name, folder):
         place = Folder.at(out or Path("reports") / name)
@@ -87,16 +99,30 @@ def evaluate_model(model: str, recipe: Recipe, out: Path | None, *, wanted: Want
             other, other_folder, known = _other(wanted, trust=recipe.model.trust)
             subjects.insert(0, _subject(other, other_folder, recipe.evaluation.shots))
         beside_an_adapter = Path(model).expanduser().parent / "model"
-        if not any(_came_from(recipe, place) for place in (beside_an_adapter, *(subject.folder for subject in subjects))):
+        trained: frozenset[str] = frozenset()
+        if any(_came_from(recipe, place) for place in (beside_an_adapter, *(subject.folder for subject in subjects))):
+            trained = trained_clusters(trained_by or recipe)
+        else:
             recipe = _all_held_out(recipe)
         with ray_session(), scratch_run(recipe) as scratch:
-            return _evaluated(recipe, scratch, subjects, place, None, known, wanted.restart, progress), place
+            return _evaluated(recipe, scratch, subjects, place, None, known, wanted.restart, trained, progress), place
 
 
 def _came_from(recipe: Recipe, model: Path) -> bool:
     """Whether the run of `recipe` made the weights in `model`, or weights that they were made from."""
     contract = read_contract(model)
     return contract is not None and recipe.name in (contract.run, *(name.removeprefix(RUN) for name in contract.ancestors))
+
+
+def trained_clusters(recipe: Recipe, find: Find = find_tasks) -> frozenset[str]:
+    """The clusters that the run of `recipe` trains on, and those of the runs that it goes on from, where these are at hand."""
+    tasks, kept_out = select_tasks(recipe.data.entries, recipe.data.hold_out, Path.cwd(), to_train=False, find=find)
+    found = frozenset(task.cluster for task in tasks if task.name not in kept_out)
+    if recipe.model.base.startswith(RUN):
+        before = Run(Folder.at(recipe.model.base.removeprefix(RUN)))
+        with suppress(TaskError):  # its tasks' files may be gone
+            found |= trained_clusters(before.recipe(), before.tasks().find) if before.recipe_file.exists() else frozenset()
+    return found
 
 
 def _all_held_out(recipe: Recipe) -> Recipe:
@@ -113,6 +139,7 @@ def _evaluated(
     run: Run | None,
     known: Sequence[Folder],
     restart: bool,
+    trained: frozenset[str],
     progress: Progress,
 ) -> dict[str, Any]:
     from apprentice.evaluate import launch
@@ -130,6 +157,7 @@ def _evaluated(
         run=run,
         known=known,
         contamination=contamination_of(corpus.contamination),
+        trained_clusters=trained,
         progress=lambda values: progress("evaluate", values),
     )
 
@@ -190,21 +218,23 @@ def evaluate(target: str, overrides: Sequence[str], *, wanted: Wanted, progress:
     """Scores what `target` names: a recipe, a run (beside its base model), or a bare model on the tasks of `wanted.recipe`."""
     run = find_run(target, wanted.storage)
     if run is not None:
-        recipe = _with_tasks(_recipe_of(run, overrides), wanted, find=run.tasks().find)
-        return evaluate_run(recipe, wanted=wanted, progress=progress)
+        whole = _recipe_of(run, overrides)
+        recipe = _with_tasks(whole, wanted, find=run.tasks().find)
+        return evaluate_run(recipe, wanted=wanted, trained_by=whole, progress=progress)
     if target.endswith((".yaml", ".yml")) or _is_shipped(target):
-        recipe = load_recipe(find_recipe(target), overrides)
-        check_definitions(recipe)
-        return evaluate_run(_with_tasks(recipe, wanted), wanted=wanted, progress=progress)
+        whole = load_recipe(find_recipe(target), overrides)
+        check_definitions(whole)
+        return evaluate_run(_with_tasks(whole, wanted), wanted=wanted, trained_by=whole, progress=progress)
     if wanted.recipe is not None:
-        recipe = _with_tasks(load_recipe(find_recipe(wanted.recipe), overrides), wanted)
+        whole = load_recipe(find_recipe(wanted.recipe), overrides)
+        recipe = _with_tasks(whole, wanted)
     elif wanted.tasks:
-        recipe = _bare_recipe(target, overrides, wanted)
+        whole = recipe = _bare_recipe(target, overrides, wanted)
     else:
         raise RecipeError(
             f"{target!r} is not a run or a recipe; a bare model needs the tasks of a recipe: --recipe FILE, or --tasks NAME."
         )
-    return evaluate_model(target, recipe, wanted.out, wanted=wanted, progress=progress)
+    return evaluate_model(target, recipe, wanted.out, wanted=wanted, trained_by=whole, progress=progress)
 
 
 def check_definitions(recipe: Recipe) -> None:
