@@ -10,8 +10,9 @@ import pytest
 
 from apprentice.data.sources import Reader, resolve
 from apprentice.errors import TaskError
+from apprentice.evaluate.metrics import METRICS
 from apprentice.storage import Folder
-from apprentice.tasks.loading import select_tasks
+from apprentice.tasks.loading import library, load_task, select_tasks
 from apprentice.tasks.natural_instructions import instruction_tasks
 
 CONTENT: dict[str, Any] = {
@@ -41,6 +42,16 @@ def test_the_prompt_of_tk_instruct(folder: Path) -> None:
         "Now complete the following example -"
     )
     assert (example.input, example.target, example.references) == ("Input: d\nOutput:", "D", ("D", "d!"))
+
+
+def test_replies_are_scored_as_the_original_scores_them(folder: Path) -> None:
+    """Articles count, and words are stemmed: neither is so for SQuAD's exact match and plain ROUGE-L."""
+    [own] = instruction_tasks({"natural_instructions": str(folder / "task1_new.json")})
+    for task in (own, load_task(library()["natural_instructions"])):
+        scores = {name: METRICS[name].of_one("the dog barks", ["dog barking"]) for name in task.metrics}
+        assert list(scores) == ["ni_rouge_l", "ni_exact_match"]
+        assert scores["ni_rouge_l"] == pytest.approx(80.0)
+        assert METRICS[task.metrics[1]].of_one("the dog", ["dog"]) == 0.0
 
 
 def test_what_is_shown_can_be_chosen(folder: Path) -> None:

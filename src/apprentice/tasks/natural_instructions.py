@@ -1,7 +1,8 @@
 """Task files of Super-NaturalInstructions (Wang et al. 2022) to tasks: definition, examples and instances in one JSON file.
 
 Both schemas are read: `Definition` a text (the earlier one) or a list of texts. The prompt is Tk-Instruct's: the definition, then
-positive and negative examples, then the input. Knows nothing of recipes, and leaves the instances to `data.convert`.
+positive and negative examples, then the input; so are the metrics. Knows nothing of recipes, and leaves the instances to
+`data.convert`.
 """
 
 from __future__ import annotations
@@ -114,7 +115,7 @@ def _task(file: Path, split: str, entry: Mapping[str, Any]) -> Task:
         cluster=entry.get("cluster") or _slug(category),
         summary=definition,
         sources=(SourceSpec(files={split: str(file)}),),
-        metrics=("rouge_l", "exact_match"),
+        metrics=("ni_rouge_l", "ni_exact_match"),
         templates=(InstanceTemplate(name="instance", instruction="\n\n".join([*parts, "Now complete the following example -"])),),
         origin=str(file),
     )
