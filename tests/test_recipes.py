@@ -218,7 +218,7 @@ def test_tk_instruct_shows_definition_and_two_examples_and_scores_by_category(sh
     assert example.instruction == "\n\n".join([f"Definition: {definition}", *shown, "Now complete the following example -"])
     assert (example.input, example.target) == ("Input: name[Blue Spice]\nOutput:", "It is Blue Spice.")
     assert task.cluster == file["Categories"][0].lower().replace(" ", "_").replace("-", "_")
-    assert {task.metrics[0] for task in tasks} == {"rouge_l"}
+    assert {task.metrics[0] for task in tasks} == {"ni_rouge_l"}
 
 
 @pytest.fixture(scope="module")

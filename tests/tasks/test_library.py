@@ -85,7 +85,7 @@ GENERATION_METRICS = {
     "conversation": {"rouge_l"},
     "translation": {"bleu"},
     "reasoning": {"exact_match"},
-    "instructions": {"rouge_l", "exact_match"},
+    "instructions": {"rouge_l", "exact_match", "ni_rouge_l", "ni_exact_match"},
 }
 
 
