@@ -277,7 +277,7 @@ def test_trust_holds_for_the_models_beside_too(model, tiny_model, tmp_path, monk
         raise KeyboardInterrupt
 
     monkeypatch.setattr(deployment, "start", start)
-    monkeypatch.setattr("apprentice.road.serving.ray_session", nullcontext)
+    monkeypatch.setattr("apprentice.road.serving.ray_session", lambda niceness: nullcontext())
     served = {"beside": [str(model)], "recipe": str(tiny_recipe(tmp_path, tiny_model)), "port": 0, "progress": lambda *_: None}
     with pytest.raises(ModelError, match="weights as a pickle"), road.endpoint(str(tiny_model), **served):
         pass

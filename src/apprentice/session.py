@@ -35,6 +35,7 @@ QUIET = {
     "GLOO_LOG_LEVEL": "ERROR",
 }
 VERSION_VARIABLE = "APPRENTICE_VERSION"  # by which a job says which version sent it
+NICENESS = "RAY_worker_niceness"
 SPARE_CPUS = 2  # logical CPUs of a local session beside the machine's own, for the light processes next to training
 
 
@@ -64,7 +65,9 @@ def _greeting_kept_back() -> Iterator[None]:
             os.write(2, b"".join(line for line in written if b"RAY_BACKEND_LOG_LEVEL" not in line))
 
 
-def _connect() -> None:
+def _connect(niceness: int | None) -> None:
+    if niceness is not None:
+        os.environ.setdefault(NICENESS, str(niceness))
     if os.environ.get("RAY_ADDRESS"):
         ray.init(logging_level=logging.ERROR, log_to_driver=False)
         return
@@ -80,8 +83,11 @@ def _connect() -> None:
 
 
 @contextmanager
-def ray_session() -> Iterator[None]:
-    """Ray, connected; a local session is shut down at the end, a cluster of somebody else's is only left."""
+def ray_session(niceness: int | None = None) -> Iterator[None]:
+    """Ray, connected; a local session is shut down at the end, a cluster of somebody else's is only left.
+
+    `niceness` is that of a local session's workers, if the environment does not say another one; Ray's own is 15.
+    """
     if ray.is_initialized():
         yield
         return
@@ -92,7 +98,7 @@ def ray_session() -> Iterator[None]:
         os.environ["PATH"] = os.pathsep.join([scripts, os.environ.get("PATH", "")])
     try:
         with _greeting_kept_back():
-            _connect()
+            _connect(niceness)
     except Exception as error:  # Ray raises bare exceptions here
         raise ResourcesError(
             f"Ray did not start: {' '.join(str(error).split())} Look for a full disk or a busy machine."

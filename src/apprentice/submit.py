@@ -316,6 +316,19 @@ def deploy_run(run: str, recipe: Recipe, *, timeout_s: float = 600.0) -> str:
         time.sleep(POLL_S)
 
 
+# What the recipe may say besides, if it says it.
+_DEPLOYED = {
+    "engine",
+    "threads",
+    "kv_memory_gb",
+    "adapters",
+    "max_adapters",
+    "request_timeout_s",
+    "max_body_bytes",
+    "drain_timeout_s",
+}
+
+
 def serve_config(model: str, recipe: Recipe) -> dict[str, Any]:
     """`serve/config.yaml` for the model folder `model`, with the recipe's serving keys and the keys file that guards the endpoint.
 
@@ -334,7 +347,7 @@ def serve_config(model: str, recipe: Recipe) -> dict[str, Any]:
         "max_running": serving.max_running,
         "max_queued_requests": serving.max_queued_requests,
         "context": serving.context,
-        **serving.model_dump(include={"kv_memory_gb", "adapters", "max_adapters"}, exclude_defaults=True),
+        **serving.model_dump(include=_DEPLOYED, exclude_defaults=True),
         **({"beside": beside} if beside else {}),
     }
     if keys_file is not None:

@@ -25,6 +25,7 @@ from apprentice.errors import ContractError, ModelError, ServingError, TaskError
 from apprentice.models.decoding import generate
 from apprentice.models.loading import load_model
 from apprentice.recipe import Serving
+from apprentice.serve import deployment
 from apprentice.serve.deployment import AppArguments, Endpoint, application, check, start
 from apprentice.serve.keys import new_key
 from apprentice.serve.metrics import exported_names
@@ -244,6 +245,22 @@ def test_arguments_build_the_same_application(chat_model: Path, tiny_model: Path
         application({"model": str(chat_model), "beside": [str(chat_model.parent)]})
     with pytest.raises(ServingError, match="max_runing: Extra inputs are not permitted"):
         application({"model": str(chat_model), "max_runing": 3})
+
+
+def test_a_replica_decodes_with_the_threads_that_it_is_given(chat_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the key; else by the person's OMP_NUM_THREADS, which Ray sets anew in its workers; else by what it reserves."""
+    built = application({"model": str(chat_model), "threads": 3, "cpus": 2})._bound_deployment
+    assert (built.init_args[3], built.ray_actor_options["num_cpus"]) == (3, 2)
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")  # in the task that builds an application it is Ray's
+    assert application({"model": str(chat_model), "cpus": 2})._bound_deployment.init_args[3] == 2
+    assert deployment._threads_of_environment() == 7
+    monkeypatch.setattr(deployment.ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 6.0}}])
+    for threads, replicas, reserved in ((None, 1, 6), (4, 1, 4), (7, 1, 6), (2, 2, 2), (None, 2, 3)):
+        serving = Serving(threads=threads, replicas={"min": replicas, "max": replicas})  # type: ignore[arg-type]
+        assert deployment._replica_resources(serving, None) == {"num_cpus": reserved}
+    for said in ("", "0", "many"):
+        monkeypatch.setenv("OMP_NUM_THREADS", said)
+        assert deployment._threads_of_environment() is None
 
 
 def test_arguments_name_keys_and_tasks(chat_model: Path, tmp_path: Path) -> None:

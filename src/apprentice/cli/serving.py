@@ -22,6 +22,9 @@ def serve(
         str | None, typer.Option(help="Folder or URI with LoRA adapters of the model; `model` in a request names one.")
     ] = None,
     beside: Annotated[list[str] | None, typer.Option(help="A further run or model at the same endpoint; may be repeated.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads that one replica decodes with; serving.threads by default.")
+    ] = None,
     require_gate: Annotated[bool, typer.Option(help="Refuse a model that has not passed its recipe's `evaluation.gate`.")] = False,
     storage: Storage = "./runs",
     insecure: Annotated[bool, typer.Option(help="Let an address other than loopback do without keys.")] = False,
@@ -40,6 +43,7 @@ def serve(
         recipe=recipe,
         adapters=adapters,
         beside=beside,
+        threads=threads,
         storage=storage,
         require_gate=require_gate,
         insecure=insecure,

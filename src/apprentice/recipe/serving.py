@@ -28,6 +28,10 @@ class Serving(Strict):
     max_running: Positive = Field(32, description="Requests decoded together by one replica.")
     max_queued_requests: Positive = 64
     context: Positive = Field(2048, description="Tokens of prompt and reply together.")
+    threads: Positive | None = Field(
+        None,
+        description="CPU threads that one replica decodes with; left out: OMP_NUM_THREADS, or else its share of the CPUs.",
+    )
     kv_memory_gb: Annotated[float, Field(gt=0.0)] | None = Field(
         None, description="Memory for keys and values of one replica, in 10**9 bytes; left out: what max_running contexts take."
     )

@@ -37,6 +37,7 @@ def endpoint(
     recipe: str | None = None,
     adapters: str | None = None,
     beside: Sequence[str] | None = None,
+    threads: int | None = None,
     storage: str = "./runs",
     require_gate: bool = False,
     insecure: bool = False,
@@ -61,6 +62,7 @@ def endpoint(
         "host": host,
         "port": port,
         "engine": engine,
+        "threads": threads,
         "adapters": adapters and str(Folder.at(adapters)),
         "beside": tuple(beside or ()) or None,
     }
@@ -71,7 +73,7 @@ def endpoint(
     name = run.name if run is not None else folder.name
     others = [_offer(other, storage, words or read_contract(folder), trust=trust) for other in settings.beside]
     deployment.check(folder, settings, words, insecure=insecure, beside=others, trust=trust)
-    with ray_session():
+    with ray_session(niceness=0):  # Ray's own 15 gives the endpoint next to nothing beside any other work on the machine
         progress("serve", {"message": f"loading {folder}"})
         running = deployment.start(
             folder, settings, model_name=name, contract=words, insecure=insecure, tasks=tasks, beside=others, trust=trust

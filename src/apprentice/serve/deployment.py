@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import socket
 import time
 from collections.abc import Iterator, Sequence
@@ -117,10 +118,11 @@ def start(
     """Serves the model in `folder` inside the Ray that the caller has started, and returns once it answers.
 
     `beside` are further models, decoded in the same replicas. `tasks` can be asked by their fields besides the library's. Port 0
-    takes a free one; `insecure` lets an address other than loopback do without keys. Each replica reserves `cpus` CPUs and decodes
-    with them (None: all of the largest node, shared among the most replicas), and a GPU where there are any. Raises as `check`
-    does, before anything starts; `ResourcesError` where the cluster has no CPU (or GPU) left for the replicas; `ServingError` where
-    they do not come up within `timeout_s` seconds. Nothing is left running then.
+    takes a free one; `insecure` lets an address other than loopback do without keys. Each replica reserves `cpus` CPUs (None: all
+    of the largest node, shared among the most replicas), and a GPU where there are any. It decodes with `serving.threads` threads;
+    where that says nothing, with `cpus`, or as many as OMP_NUM_THREADS says, or all that it reserves. Raises as `check` does,
+    before anything starts; `ResourcesError` where the cluster has no CPU (or GPU) left for the replicas; `ServingError` where they
+    do not come up within `timeout_s` seconds. Nothing is left running then.
     """
     models = [Offer(model_name, folder, contract, trust), *beside]
     check(folder, serving, contract, insecure=insecure, beside=beside, trust=trust)
@@ -128,6 +130,7 @@ def start(
     if _serve_is_running():
         raise ServingError("this Ray cluster serves something already; stop that endpoint first, or use another cluster.")
     port = serving.port or _bind(serving.host, 0)
+    serving = serving.model_copy(update={"threads": serving.threads or cpus or _threads_of_environment()})
     resources = _replica_resources(serving, cpus)
     _wait_for_resources(resources, serving.replicas.min, min(timeout_s, _RESOURCES_TIMEOUT_S))
     endpoint = Endpoint(f"http://{_in_url(serving.host)}:{port}", model_name)
@@ -158,6 +161,7 @@ class AppArguments(BaseModel):
     max_running: int = Field(32, ge=1)
     max_queued_requests: int = Field(64, ge=1)
     context: int = Field(2048, ge=1)
+    threads: int | None = Field(None, ge=1, description="CPU threads that each replica decodes with; left out: as many as `cpus`.")
     kv_memory_gb: float | None = Field(None, gt=0.0, description="For keys and values of one replica, in 10**9 bytes.")
     adapters: str | None = Field(None, description="Folder or URI of LoRA adapters of the model, on every node.")
     max_adapters: int = Field(8, ge=1)
@@ -233,7 +237,7 @@ def _application(
     keys_file = keys_file or keys_file_of()
     shared = keys_file is not None and most > 1
     limits = serve.deployment(name="limits", ray_actor_options={"num_cpus": 0})(LimiterOfAll).bind() if shared else None
-    threads = max(1, int(resources["num_cpus"]))
+    threads = serving.threads or max(1, int(resources["num_cpus"]))
     return deployment.bind(models, serving, dtype, threads, keys_file, limits, tasks, insecure)
 
 
@@ -241,8 +245,14 @@ def _replica_resources(serving: Serving, cpus: int | None) -> dict[str, float]:
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     if any(node.get("GPU", 0) >= 1 for node in nodes):
         return {"num_cpus": cpus or 1, "num_gpus": 1}
-    share = max(node.get("CPU", 0) for node in nodes) // max(serving.replicas.min, serving.replicas.max)
-    return {"num_cpus": cpus or max(1, int(share))}
+    share = max(1, int(max(node.get("CPU", 0) for node in nodes) // max(serving.replicas.min, serving.replicas.max)))
+    return {"num_cpus": cpus or min(share, serving.threads or share)}
+
+
+def _threads_of_environment() -> int | None:
+    """What the person's OMP_NUM_THREADS says; Ray sets another one in its workers."""
+    told = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
+    return int(told) if told.isdecimal() and int(told) > 0 else None
 
 
 def _wait_for_resources(resources: dict[str, float], replicas: int, timeout_s: float) -> None:

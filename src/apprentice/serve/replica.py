@@ -7,6 +7,7 @@ replicas are started.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +29,9 @@ from apprentice.serve.limits import OwnLimits, SharedLimits
 from apprentice.storage import Folder
 from apprentice.tasks.loading import library, load_task
 from apprentice.tasks.schema import Task
+
+log = logging.getLogger(__name__)
+NICENESS = "RAY_worker_niceness"  # Ray's variable for the niceness of its workers, Serve's controller and proxies among them
 
 
 class Offer(NamedTuple):
@@ -58,6 +62,7 @@ class Replica:
         insecure: bool = False,
     ) -> None:
         _log_requests()
+        take_priority()
         check_guarded(_proxies_host(), insecure=insecure, file=keys_file)
         self._serving = serving
         self._tasks = {task.name: task for task in (*map(load_task, library().values()), *tasks)}  # own ones of a name come first
@@ -125,6 +130,23 @@ def at_once(folder: Path, serving: Serving, dtype: str, *, on_gpu: bool, engines
     halved = dtype != "float32" and (on_gpu or serving.engine == "vllm")  # our own memory is in float32 on CPUs
     of_one = numbers * (2 if halved else 4)
     return max(1, min(serving.max_running, 2 * limit // (of_one * serving.context)))
+
+
+def take_priority() -> None:
+    """All threads of this process run at niceness 0 from now on, if nobody said otherwise: Ray starts its workers at 15.
+
+    Beside any other work on the machine that makes a token take seconds. Without the right to do so it is told.
+    """
+    if NICENESS in os.environ or os.getpriority(os.PRIO_PROCESS, 0) <= 0:
+        return
+    try:
+        for thread in os.listdir("/proc/self/task"):
+            os.setpriority(os.PRIO_PROCESS, int(thread), 0)
+    except ProcessLookupError:
+        pass  # a thread that has just ended
+    except PermissionError:
+        found = os.getpriority(os.PRIO_PROCESS, 0)
+        log.warning("this replica runs at niceness %d, behind all other work; start Ray's nodes with %s=0", found, NICENESS)
 
 
 def _proxies_host() -> str:
