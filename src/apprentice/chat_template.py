@@ -1,7 +1,8 @@
 """Chat templates: Jinja programs from model folders and recipes that turn messages into a prompt's text.
 
-They are compiled as transformers compiles them (tests hold the two against each other), but may be told a fixed time, so that a
-template which writes today's date gives the same text on every day.
+They give what transformers makes of them (tests hold the two against each other), but run in the sandbox of task templates, whose
+allowance bounds their work, and may be told a fixed time, so that a template which writes today's date gives the same text on every
+day.
 """
 
 from __future__ import annotations
@@ -16,12 +17,15 @@ import jinja2
 import jinja2.ext
 from jinja2 import nodes
 from jinja2.exceptions import SecurityError
+from jinja2.filters import do_indent
 from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from apprentice.errors import ChatTemplateError
+from apprentice.tasks.allowance import renew
+from apprentice.tasks.sandbox import chat_environment, compiled
 
 Message = dict[str, Any]  # `role` and `content`
+_MAX_INDENT = 16  # spaces a level
 # Whatever a template's program may raise over messages it was not written for.
 _FAILURES = (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError)
 
@@ -33,6 +37,7 @@ class ChatTemplate:
         self._origin = origin
         try:
             self._compiled = _compiled(source)
+            self._source = source
         except jinja2.TemplateError as error:
             raise ChatTemplateError(f"the chat template of {origin} is not valid Jinja: {_line(error)}.") from error
 
@@ -41,11 +46,10 @@ class ChatTemplate:
 
         Raises `ChatTemplateError` where the template fails over the messages.
         """
-        clock: dict[str, Callable[[str], str]] = {} if now is None else {"strftime_now": now.strftime}
+        renew(self._source, {}, python_forms=True)
+        given = {"messages": list(messages), "tools": None, "documents": None, "add_generation_prompt": generate}
         try:
-            return self._compiled.render(
-                messages=list(messages), tools=None, documents=None, add_generation_prompt=generate, **clock, **variables
-            )
+            return self._compiled.render(given, strftime_now=_now if now is None else now.strftime, **variables)
         except _FAILURES as error:
             raise ChatTemplateError(f"the chat template of {self._origin} refuses these messages: {_line(error)}.") from error
 
@@ -91,6 +95,8 @@ def _refuse(message: str) -> None:
 def _to_json(
     value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False
 ) -> str:
+    if indent is not None and indent > _MAX_INDENT:
+        raise jinja2.TemplateRuntimeError(f"'tojson' indents by at most {_MAX_INDENT}")
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
@@ -98,11 +104,20 @@ def _now(form: str) -> str:
     return datetime.now().strftime(form)  # the local day, as templates expect
 
 
+def _indent(text: str, width: int | str = 4, first: bool = False, blank: bool = False) -> str:
+    prefix = width if isinstance(width, str) else " " * min(width, _MAX_INDENT)
+    return do_indent(text, prefix[:_MAX_INDENT], first, blank)
+
+
+_ENVIRONMENT = chat_environment(
+    {"tojson": _to_json, "indent": _indent, "safe": str},
+    [_Generation, jinja2.ext.loopcontrols],
+    raise_exception=_refuse,
+    namespace=_namespace,
+    dict=dict,
+)
+
+
 @lru_cache(maxsize=64)
 def _compiled(source: str) -> jinja2.Template:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals |= {"raise_exception": _refuse, "strftime_now": _now, "namespace": _namespace, "dict": dict}
-    return environment.from_string(source)
+    return compiled(_ENVIRONMENT, source)[1]

@@ -66,6 +66,6 @@ def _expanded(node: yaml.Node, sizes: dict[int, int | None]) -> int:
 def load_yaml(text: str) -> Any:
     """The one document in `text` as plain data. Raises `yaml.YAMLError` for what is no YAML and for what is beyond a bound."""
     try:
-        return yaml.load(text, Loader=PlainLoader)  # nosec B506 (a safe loader)
+        return yaml.load(text, Loader=PlainLoader)  # a safe loader  # nosec B506
     except (ValueError, OverflowError) as error:  # of PyYAML's own constructors: a date such as 2026-99-99
         raise yaml.YAMLError(f"a value that is none of its kind ({error})") from error

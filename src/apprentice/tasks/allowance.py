@@ -75,7 +75,7 @@ def weight(value: Any, depth: int = 0) -> int:
         return 1 + len(value) // CHARACTERS
     if isinstance(value, int):
         return within_bits(value) and 1
-    if value is None or isinstance(value, _LEAVES):
+    if value is None or isinstance(value, _LEAVES) or hasattr(value, "__next__"):
         return 1
     if isinstance(value, Mapping):
         value = [*value, *value.values()]

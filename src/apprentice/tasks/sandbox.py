@@ -8,19 +8,20 @@ template may call of a value is on a list for each type.
 from __future__ import annotations
 
 import datetime
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jinja2
 from jinja2 import nodes
 from jinja2.exceptions import SecurityError
+from jinja2.ext import Extension
 from jinja2.runtime import LoopContext, Macro, TemplateReference
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SandboxedEnvironment
-from jinja2.utils import Namespace
+from jinja2.utils import Cycler, Joiner, Namespace
 from jinja2.visitor import NodeTransformer
 
 from apprentice.tasks.allowance import CHARACTERS, MAX_BITS, bounded, cost, paid, size, spend, weight
-from apprentice.tasks.template_filters import DRAWING_FILTERS, KNOWN_FILTERS, KNOWN_TESTS, MAX_REPEAT
+from apprentice.tasks.template_filters import DRAWING_FILTERS, KNOWN_FILTERS, KNOWN_TESTS, MAX_REPEAT, metered
 
 _CALL = 16  # steps that a call costs
 _MAX_EXPONENT = 64
@@ -40,9 +41,10 @@ _METHODS: tuple[tuple[Any, frozenset[str]], ...] = (
     (Mapping, frozenset(_MAPPINGS.split())),
     (datetime.date | datetime.time | datetime.timedelta, frozenset(_TIMES.split())),
 )
-_SPLITTING = frozenset(["join", "partition", "rpartition", "rsplit", "split", "splitlines"])
+_JINJAS = frozenset(["_loop_vars", "_block_vars"])  # options that Jinja itself gives to a call
+_SPLITTING = frozenset(["rsplit", "split", "splitlines"])
 _COMPARING = frozenset(["count", "index", "remove", "sort"])
-_OF_TEMPLATES = LoopContext | Macro | Namespace | TemplateReference | jinja2.Undefined
+_OF_TEMPLATES = Cycler | LoopContext | Macro | Namespace | TemplateReference | jinja2.Undefined
 
 
 def _joined(parts: list[Any]) -> str:
@@ -116,9 +118,13 @@ class _Limits(SandboxedEnvironment):
 
     def call(self, context: Any, obj: Any, /, *arguments: Any, **options: Any) -> Any:
         owner, name = getattr(obj, "__self__", None), getattr(obj, "__name__", "")
-        spend(_CALL + sum(cost(argument) for argument in (*arguments, *options.values())))
+        own = [value for name, value in options.items() if name not in _JINJAS]
+        spend(_CALL + sum(cost(argument) for argument in (*arguments, *own)))
         if isinstance(owner, str):
-            spend(len(owner) if name in _SPLITTING else size(owner))
+            spend(size(owner))
+            if name in _SPLITTING:
+                by = arguments[0] if arguments else options.get("sep")
+                spend(owner.count(by) if isinstance(by, str) and by else len(owner) // 2)
             if name == "replace" and len(arguments) > 1:
                 spend(owner.count(arguments[0]) * len(arguments[1]) // CHARACTERS)
             if name == "join" and arguments:
@@ -131,7 +137,7 @@ class _Limits(SandboxedEnvironment):
         return found
 
 
-class _Strict(ImmutableSandboxedEnvironment, _Limits):
+class _Immutable(ImmutableSandboxedEnvironment, _Limits):
     pass
 
 
@@ -221,7 +227,7 @@ def _furnished(environment: jinja2.Environment, filters: Mapping[str, Callable[.
 
 
 # Our own task files: a name in a template is always a field of the row, and what is not there is an error.
-STRICT = _furnished(_Strict(undefined=jinja2.StrictUndefined, autoescape=False, keep_trailing_newline=False), KNOWN_FILTERS)
+STRICT = _furnished(_Immutable(undefined=jinja2.StrictUndefined, autoescape=False, keep_trailing_newline=False), KNOWN_FILTERS)
 # PromptSource: what is not there is empty; templates build lists; some draw at random, here by the row's content.
 LENIENT = _furnished(
     _Limits(autoescape=False),
@@ -231,3 +237,12 @@ LENIENT = _furnished(
     namespace=Namespace,
     dict=dict,
 )
+
+
+def chat_environment(
+    filters: Mapping[str, Callable[..., Any]], extensions: Sequence[type[Extension]], **names: Any
+) -> jinja2.Environment:
+    """The sandbox for chat templates: what is not there is empty, and nothing can be changed; with more filters and names."""
+    environment = _Immutable(trim_blocks=True, lstrip_blocks=True, extensions=list(extensions))
+    common = {"range": _range, "cycler": Cycler, "joiner": Joiner}
+    return _furnished(environment, KNOWN_FILTERS | metered(filters), **common, **names)
