@@ -11,7 +11,7 @@ import pytest
 import yaml
 from ray.exceptions import AuthenticationError
 
-from apprentice import jobs, submit
+from apprentice import deploy, jobs, submit
 from apprentice.console import Screen
 from apprentice.errors import RecipeError, ResourcesError, RunError, ServingError
 from apprentice.recipe import load_recipe
@@ -189,7 +189,7 @@ def test_the_report_is_named_by_what_was_learned_and_how_it_was_scored(tmp_path)
 
 
 def test_what_is_deployed_is_the_projects_serve_file(tmp_path):
-    made = submit.serve_config("/runs/tiny/model", load_recipe(tiny_recipe(tmp_path, Path("/models/tiny"))))
+    made = deploy.serve_config("/runs/tiny/model", load_recipe(tiny_recipe(tmp_path, Path("/models/tiny"))))
     shipped = yaml.safe_load((ROOT / "serve" / "config.yaml").read_text())
     assert set(made) == set(shipped)
     assert set(made["applications"][0]) == set(shipped["applications"][0])
@@ -204,7 +204,7 @@ def test_a_run_beside_is_deployed_by_its_place(tmp_path):
         jobs.pipeline(recipe, Screen(), deploy=True)
     assert not (tmp_path / "runs" / "tiny").exists()
     (tmp_path / "runs" / "other" / "model" / "apprentice.json").write_text("{}")
-    made = submit.serve_config("/runs/tiny/model", recipe)["applications"][0]["args"]
+    made = deploy.serve_config("/runs/tiny/model", recipe)["applications"][0]["args"]
     assert made["beside"] == [str(tmp_path / "runs" / "other" / "model"), "org/model", "/models/base"]
     AppArguments.model_validate(made)
 
@@ -213,12 +213,123 @@ def test_nothing_is_deployed_for_everybody(tmp_path, monkeypatch):
     open_to_all = load_recipe(tiny_recipe(tmp_path, Path("/models/tiny"), serving__host="0.0.0.0"))
     monkeypatch.delenv(KEYS_FILE, raising=False)
     with pytest.raises(ServingError, match="no keys guard the endpoint"):
-        submit.serve_config("/runs/tiny/model", open_to_all)
+        deploy.serve_config("/runs/tiny/model", open_to_all)
     guard = tmp_path / "keys.yaml"
     guard.write_text(f"keys:\n{new_key('ada')[1]}")
     monkeypatch.setenv(KEYS_FILE, str(guard))
-    made = submit.serve_config("/runs/tiny/model", open_to_all)
+    made = deploy.serve_config("/runs/tiny/model", open_to_all)
     assert made["applications"][0]["args"]["keys_file"] == str(guard)
+
+
+OURS = "apprentice.serve.app:app"
+
+
+class Serve:
+    """Stands in for Ray's client of Serve: what it is given replaces what was deployed that way, and comes up at once."""
+
+    def __init__(self, applications: dict[str, Any], port: int = 8000) -> None:
+        self.applications, self.port = applications, port
+        self.sent: list[dict[str, Any]] = []
+        self.rival: dict[str, Any] | None = None  # somebody who deploys right after us
+
+    def get_serve_details(self) -> dict[str, Any]:
+        return (
+            {"applications": self.applications, "http_options": {"port": self.port}} if self.applications else {"applications": {}}
+        )
+
+    def deploy_applications(self, config: dict[str, Any]) -> None:
+        self.sent.append(config)
+        imperative = {name: one for name, one in self.applications.items() if not one["deployed_app_config"]}
+        self.applications = imperative | {one["name"]: running(one) for one in config["applications"]}
+        if self.rival is not None:
+            self.applications, self.rival = self.rival, None
+
+
+def running(config: dict[str, Any] | None, prefix: str = "/") -> dict[str, Any]:
+    prefix = (config or {}).get("route_prefix", prefix)
+    return {"status": "RUNNING", "route_prefix": prefix, "deployed_app_config": config, "message": ""}
+
+
+def deployed(serve: Serve, name: str) -> deploy.Deployed:
+    application = {"name": name, "route_prefix": "/", "import_path": OURS, "args": {"name": name}}
+    config = {"http_options": {"port": 8000}, "logging_config": {"log_level": "WARNING"}, "applications": [application]}
+    return deploy.deploy(serve, config, timeout_s=60.0)
+
+
+def test_what_others_serve_stays_as_it_is():
+    theirs = {"name": "theirs", "route_prefix": "/theirs", "import_path": "them:app", "deployments": [{"name": "a"}]}
+    serve = Serve({"theirs": running(theirs), "by_hand": running(None, "/hand")}, port=9000)
+    assert deployed(serve, "first") == ("first", 9000, "/")
+    assert deployed(serve, "second") == ("second", 9000, "/second")
+    assert deployed(serve, "second") == ("second", 9000, "/second")
+    assert set(serve.applications) == {"theirs", "by_hand", "first", "second"}
+    assert serve.applications["theirs"]["deployed_app_config"] == theirs
+    for sent in serve.sent:
+        assert "logging_config" not in sent  # Serve would give it to those that have none
+    assert deployed(Serve({}), "alone") == ("alone", 8000, "/")
+
+
+def test_an_application_of_an_earlier_version_is_replaced_by_its_own_recipe_alone():
+    old = {"name": "apprentice", "route_prefix": "/", "import_path": OURS, "args": {"name": "first"}}
+    serve = Serve({"apprentice": running(old)})
+    assert deployed(serve, "second") == ("second", 8000, "/second")
+    assert deployed(serve, "first") == ("first", 8000, "/")
+    assert set(serve.applications) == {"first", "second"}
+
+
+def test_who_deploys_at_the_same_time_takes_nothing_away():
+    other = {"name": "other", "route_prefix": "/", "import_path": "them:app"}
+    serve = Serve({})
+    serve.rival = {"other": running(other)}
+    assert deployed(serve, "ours") == ("ours", 8000, "/ours")
+    assert set(serve.applications) == {"other", "ours"}
+
+
+def test_what_does_not_come_up_is_said():
+    serve = Serve({})
+    serve.deploy_applications = lambda config: serve.applications.update(  # type: ignore[method-assign]
+        ours={"status": "DEPLOY_FAILED", "message": "Traceback\nno room", "route_prefix": "/", "deployed_app_config": {}}
+    )
+    with pytest.raises(ServingError, match=r"^the endpoint does not come up: no room$"):
+        deployed(serve, "ours")
+
+
+class Tailed(Dashboard):
+    """A job whose log grows while the connection to it breaks again and again."""
+
+    log = "one\n" + "two" + "\n\nthree\n"
+
+    def __init__(self, breaks_after: list[int]) -> None:
+        super().__init__({"job": "RUNNING"})
+        self.breaks = breaks_after
+
+    async def tail_job_logs(self, job: str) -> Any:
+        if not self.breaks:
+            self.statuses["job"] = "SUCCEEDED"
+            yield self.log
+            return
+        here = self.log[: self.breaks.pop(0)]
+        for start in range(0, len(here), 3):
+            yield here[start : start + 3]
+        raise RuntimeError("WebSocket connection closed unexpectedly with close code 1006")
+
+
+def test_each_line_of_the_log_is_shown_once(monkeypatch):
+    monkeypatch.setattr(submit, "connect", lambda address, ca=None: Tailed([0, 6, 5, 9, 13]))
+    monkeypatch.setattr(submit, "POLL_S", 0.0)
+    said: list[str] = []
+    submit.follow(submit.Submission("job", "run", attached=True), address=ADDRESS, say=said.append)
+    assert said == ["one", "two", "", "three"]
+
+
+@pytest.mark.parametrize(
+    "place", ["runs/x.jsonl", "a/runs/b/x.jsonl", "a/reports/x.csv", "a/.venv2/x.csv", "a/b/x.parquet", "x.csv"]
+)
+def test_what_is_not_packed_is_what_ray_leaves_out(place, tmp_path):
+    from ray._private.runtime_env.packaging import _get_excludes  # Ray 2.60
+
+    left_out = bool(_get_excludes(tmp_path, list(submit.NOT_PACKED))(tmp_path / place))
+    assert submit._stays_here(tmp_path / place, tmp_path) == left_out == (place != "x.csv")
 
 
 class Refusing(Dashboard):
@@ -236,6 +347,13 @@ class Refusing(Dashboard):
 def test_a_missing_or_wrong_token_is_said(monkeypatch, tmp_path, error):
     monkeypatch.setattr(submit, "connect", lambda address, ca=None: Refusing(error))
     with pytest.raises(ResourcesError, match="asks for a token; set RAY_AUTH_MODE=token"):
+        submit.submit(str(tiny_recipe(tmp_path, Path("/models/tiny"))), [], address=ADDRESS, folder=tmp_path)
+
+
+@pytest.mark.parametrize("text", ["no job tiny-4010403-1", "Request failed with status code 500: token bucket", "status 401"])
+def test_an_error_that_only_sounds_like_it_is_none_of_authentication(monkeypatch, tmp_path, text):
+    monkeypatch.setattr(submit, "connect", lambda address, ca=None: Refusing(RuntimeError(text)))
+    with pytest.raises(RuntimeError, match=text):
         submit.submit(str(tiny_recipe(tmp_path, Path("/models/tiny"))), [], address=ADDRESS, folder=tmp_path)
 
 

@@ -17,13 +17,13 @@ import sys
 from apprentice import __version__, road
 from apprentice.artifacts import Run
 from apprentice.console import Screen
+from apprentice.deploy import deploy_run, serve_config
 from apprentice.errors import ResourcesError
 from apprentice.identity import FORMAT, identity, identity_hash
 from apprentice.nodes import is_job
 from apprentice.recipe import Recipe, find_recipe, load_recipe
 from apprentice.session import VERSION_VARIABLE, ray_session
 from apprentice.storage import Folder
-from apprentice.submit import deploy_run, serve_config
 
 
 def prepare(recipe: Recipe, screen: Screen) -> None:
@@ -48,7 +48,7 @@ def pipeline(recipe: Recipe, screen: Screen, *, deploy: bool = False) -> None:
     """Prepare, train, evaluate and, if asked, deploy; what is there with the same identity is not made again.
 
     Prints the run folder last. Raises `EvaluationError` for a model that does not pass the recipe's gate, which is not deployed,
-    and what `submit.serve_config` raises, before anything is trained.
+    and what `deploy.serve_config` raises, before anything is trained.
     """
     run = Run(Folder.at(recipe.storage) / recipe.name)
     if deploy:
@@ -66,8 +66,8 @@ def pipeline(recipe: Recipe, screen: Screen, *, deploy: bool = False) -> None:
         if recipe.evaluation.gate is not None:
             road.passed_gate(run.model)
         if deploy:
-            name = deploy_run(str(run.folder), recipe)
-            screen.say(f"deployed as the Serve application {name!r}, port {recipe.serving.port} of every node")
+            there = deploy_run(str(run.folder), recipe)
+            screen.say(f"deployed as the Serve application {there.name!r}, port {there.port} of every node, path {there.path}")
     screen.result({}, str(run.folder))
 
 

@@ -1,4 +1,4 @@
-"""The road as a Ray job: packed, sent, followed, and, when it has passed, deployed on the same cluster.
+"""The road as a Ray job: packed, sent and followed.
 
 The run is what is stable: each of its jobs is `<name>-<identity>-<attempt>`; a live one is followed, after a dead
 one comes the next attempt, which goes on where the run stopped. Knows nothing of what the job does. Nothing of this process's
@@ -13,6 +13,7 @@ import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,15 +21,14 @@ from typing import Any
 from ray.exceptions import AuthenticationError
 
 from apprentice import __version__
-from apprentice.artifacts import find_run
-from apprentice.errors import RecipeError, ResourcesError, RunError, ServingError
+from apprentice.errors import RecipeError, ResourcesError, RunError
 from apprentice.identity import identity, identity_hash
 from apprentice.recipe import SHIPPED, Recipe, find_recipe, load_recipe, written_recipe
 from apprentice.session import VERSION_VARIABLE
 from apprentice.storage import Folder, is_uri
 from apprentice.tasks.loading import find_tasks
 
-# What a working directory may hold besides what .gitignore names, and no job needs.
+# What a working directory may hold, however deep, besides what .gitignore names, and no job needs.
 NOT_PACKED = (
     "runs/",
     "reports/",
@@ -42,6 +42,7 @@ NOT_PACKED = (
     "**/auth_token",
 )
 LIVE = ("PENDING", "RUNNING")
+_REFUSED = re.compile(r"Request failed with status code 40[13]\b")  # as Ray's client words what it does not know better
 POLL_S = 1.0
 LOST_S = 300.0  # how long a dashboard may be away before following gives up; the job goes on without us
 STOP_S = 60.0
@@ -160,8 +161,13 @@ def _stays_here(path: Path, working: Path) -> bool:
     place = path.resolve()
     if not place.is_relative_to(working.resolve()):
         return False
-    folder = place.relative_to(working.resolve()).parts[0]
-    return any(pattern in (f"{folder}/", f"**/*{place.suffix}") for pattern in NOT_PACKED)
+    folders = place.relative_to(working.resolve()).parts[:-1]
+    return any(
+        fnmatch(place.name, pattern.removeprefix("**/"))
+        if not pattern.endswith("/")
+        else any(fnmatch(folder, pattern.removeprefix("**/").rstrip("/")) for folder in folders)
+        for pattern in NOT_PACKED
+    )
 
 
 def _tasks(recipe: Recipe) -> list[str]:
@@ -192,8 +198,7 @@ def _asked(address: str, question: Callable[[], Any]) -> Any:
             " --ca for a certificate of your own."
         ) from error
     except (RuntimeError, AuthenticationError) as error:
-        words = ("unauthorized", "authentication", "token", "401", "403")
-        if isinstance(error, AuthenticationError) or any(word in str(error).lower() for word in words):
+        if isinstance(error, AuthenticationError) or _REFUSED.match(str(error)):
             raise ResourcesError(
                 f"the Ray cluster at {address} asks for a token; set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or ~/.ray/auth_token."
             ) from error
@@ -241,11 +246,11 @@ def follow(submission: Submission, *, address: str, ca: str | None = None, say: 
     Raises `RunError` with the job's last sentence if it failed or was stopped. Ctrl-C comes through and leaves the job alone.
     """
     client = connect(address, ca)
-    shown = 0
+    log = _Log(say)
     lost_since: float | None = None
     while True:
         try:
-            shown = asyncio.run(_tail(client, submission.job, shown, say))
+            asyncio.run(log.tail(client, submission.job))
             status = client.get_job_status(submission.job)
             lost_since = None
         except (ConnectionError, OSError, RuntimeError) as error:
@@ -263,15 +268,27 @@ def follow(submission: Submission, *, address: str, ca: str | None = None, say: 
         raise RunError(f"job {submission.job} {_ending(client, submission.job, str(status.value))}")
 
 
-async def _tail(client: Any, job: str, shown: int, say: Callable[[str], None]) -> int:
-    """Shows what the log has beyond its first `shown` characters; gives how many it has now."""
-    seen = 0
-    async for text in client.tail_job_logs(job):
-        new = text[max(0, shown - seen) :]
-        seen += len(text)
-        if new.strip("\n"):
-            say(new.rstrip("\n"))
-    return max(seen, shown)
+class _Log:
+    """A job's log as it grows: each line is said once, however often the connection to it breaks."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say = say
+        self._said = 0  # characters
+        self._open = ""  # the last line, while it has no end
+
+    async def tail(self, client: Any, job: str) -> None:
+        """Says what comes until the job ends; each connection begins with the whole log. Raises what the client raises."""
+        seen = 0
+        async for text in client.tail_job_logs(job):
+            new = text[max(0, self._said - seen) :]
+            seen += len(text)
+            self._said = max(self._said, seen)
+            *whole, self._open = (self._open + new).split("\n")
+            for line in whole:
+                self._say(line)
+        if self._open:
+            self._say(self._open)
+            self._open = ""
 
 
 def _ending(client: Any, job: str, status: str) -> str:
@@ -290,82 +307,3 @@ def stop(job: str, *, address: str, ca: str | None = None) -> None:
             raise RunError(f"job {job} still runs {STOP_S:.0f} s after it was told to stop; try: ray job stop {job}")
         _asked(address, partial(client.stop_job, job))
         time.sleep(POLL_S)
-
-
-def deploy_run(run: str, recipe: Recipe, *, timeout_s: float = 600.0) -> str:
-    """Deploys the run's model on the Ray that this process is connected to, as `serve deploy` would; gives the application's name.
-
-    Replaces what the application served before, replica by replica. Raises `ServingError` where it does not come up.
-    """
-    import ray
-    from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
-
-    url = ray.init(ignore_reinit_error=True).dashboard_url
-    if not url:
-        raise ServingError("this Ray has no dashboard, through which the endpoint is deployed; start the head with one.")
-    client = ServeSubmissionClient(f"http://{url}")
-    client.deploy_applications(serve_config(f"{run}/model", recipe))
-    deadline = time.monotonic() + timeout_s
-    while True:
-        details = client.get_serve_details()["applications"].get("apprentice", {})
-        if details.get("status") == "RUNNING":
-            return "apprentice"
-        if details.get("status") == "DEPLOY_FAILED" or time.monotonic() > deadline:
-            lines = str(details.get("message", "")).strip().splitlines()
-            raise ServingError(f"the endpoint does not come up: {lines[-1] if lines else 'no reason was given'}")
-        time.sleep(POLL_S)
-
-
-# What the recipe may say besides, if it says it.
-_DEPLOYED = {
-    "engine",
-    "threads",
-    "kv_memory_gb",
-    "adapters",
-    "max_adapters",
-    "request_timeout_s",
-    "max_body_bytes",
-    "drain_timeout_s",
-}
-
-
-def serve_config(model: str, recipe: Recipe) -> dict[str, Any]:
-    """`serve/config.yaml` for the model folder `model`, with the recipe's serving keys and the keys file that guards the endpoint.
-
-    Raises `ServingError` for a host that others reach without keys (every node would answer everybody), and `RunError` for a run
-    beside it that has no model.
-    """
-    from apprentice.serve.keys import check_guarded
-
-    serving = recipe.serving
-    keys_file = check_guarded(serving.host)
-    beside = [_place(name, recipe) for name in serving.beside]
-    arguments = {
-        "model": model,
-        "name": recipe.name,
-        "replicas": serving.replicas.model_dump(),
-        "max_running": serving.max_running,
-        "max_queued_requests": serving.max_queued_requests,
-        "context": serving.context,
-        **serving.model_dump(include=_DEPLOYED, exclude_defaults=True),
-        **({"beside": beside} if beside else {}),
-    }
-    if keys_file is not None:
-        arguments["keys_file"] = str(keys_file)
-    application = {"name": "apprentice", "route_prefix": "/", "import_path": "apprentice.serve.app:app", "args": arguments}
-    return {
-        "proxy_location": "EveryNode",
-        "http_options": {"host": serving.host, "port": serving.port},
-        "logging_config": {"log_level": "WARNING", "enable_access_log": False},
-        "applications": [application],
-    }
-
-
-def _place(name: str, recipe: Recipe) -> str:
-    """Where a model lies that `serving.beside` names: of a run of the same storage, its model; of all else, the name says it."""
-    run = find_run(name, recipe.storage)
-    if run is None:
-        return name
-    if not run.is_trained:
-        raise RunError(f"run {run.name!r}, which serving.beside names, has no trained model yet; train it first.")
-    return str(run.model)

@@ -456,3 +456,21 @@ async def test_a_task_can_be_filled_in_and_seen(layout: Layout) -> None:
     assert rendered["token_ids"].count(2) == forged["token_ids"].count(2)  # a field ends no turn
     assert "<|im_end|>" in forged["text"].split("<|im_end|>\n<|im_start|>user")[1].split("<|im_end|>\n<|im_start|>assistant")[0]
     assert "'ag_news'" in unknown.json()["error"]["message"]
+
+
+async def test_under_a_prefix_what_is_open_is_open_and_what_is_guarded_is_guarded(layout: Layout, tmp_path: Path) -> None:
+    """Ray Serve passes the whole path on, and says in `root_path` which part is the application's place."""
+    key, entry = new_key("anna")
+    file = tmp_path / "keys.yaml"
+    file.write_text(yaml.safe_dump({"keys": yaml.safe_load(entry)}))
+    app = build_app(Catalogue([Model("tiny", Scripted([5, layout.stop_ids[0]]), layout)]), keys=Keys(file))
+    under = httpx.ASGITransport(app, root_path="/second")
+    async with httpx.AsyncClient(transport=under, base_url="http://test/second/") as http:
+        assert (await http.get("health")).status_code == 200
+        asked: dict[str, Any] = {"prompt": "abc"}
+        assert (await http.post("v1/completions", json=asked)).status_code == 401
+        allowed = {"Authorization": f"Bearer {key}"}
+        assert (await http.post("v1/completions", json=asked, headers=allowed)).status_code == 200
+        wrong = await http.post("v1/completions", json=asked | {"max_tokenz": 3}, headers=allowed)
+        assert wrong.json()["error"]["param"] == "max_tokenz"
+        assert "Did you mean 'max_tokens'?" in wrong.json()["error"]["message"]

@@ -97,7 +97,7 @@ class Gate:
         return None
 
     async def _check_key(self, scope: Scope, headers: Headers) -> None:
-        path = scope["path"]
+        path = scope["path"].removeprefix(scope.get("root_path", ""))  # Serve may have us under a prefix
         if self._keys is None or path in OPEN or path.startswith("/playground/"):
             return
         kind, _, given = headers.get("authorization", "").partition(" ")

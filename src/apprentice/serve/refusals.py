@@ -40,7 +40,7 @@ def answer_errors(app: FastAPI, appointments: Appointments) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def on_validation(request: HttpRequest, error: RequestValidationError) -> Response:
-        body = _BODIES.get(request.url.path, TaskRequest)
+        body = _BODIES.get(request.scope["path"].removeprefix(request.scope.get("root_path", "")), TaskRequest)
         return respond(explain(error.errors(), list(body.model_fields)))
 
     @app.exception_handler(Overloaded)
