@@ -66,7 +66,6 @@ def refusal(task: Task, row: dict[str, Any] | None = None) -> str:
         ("{{ deep[1:] | join(', ') }}", "None would be printed"),
         ("{{ [meta] | join(', ', attribute='note') }}", "None would be printed"),
         ("{{ answers | string }}", "a list would be printed"),
-        ("{{ answers | map('upper') }}", "generator would be printed as Python writes it; join its parts"),
         ("{{ '%s' | format(answers) }}", "a list would be printed"),
         ("{% set x %}{{ answers }}{% endset %}{{ x }}", "a list would be printed"),
         ("{{ meta.keys() }}", "would be printed as Python writes it"),
@@ -78,7 +77,7 @@ def test_what_only_python_could_print_is_a_bad_row(said: str, message: str) -> N
         assert message in refusal(task)
         as_ever = pickle.loads(pickle.dumps(task.of_format(1)))
         example = as_ever.render(ROW, as_ever.templates[0])
-        assert any(form in f"{example}" for form in ("[", "{", "None", "b'", "generator"))
+        assert any(form in f"{example}" for form in ("[", "{", "None", "b'"))
         assert as_ever == task.of_format(1)
         assert task.of_format(2) is task
 
