@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -79,3 +80,20 @@ def test_a_result_that_finds_no_room_is_an_error():
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env={**os.environ, "CODE": code}, timeout=60)
     assert done.returncode == 1
     assert done.stderr.startswith("error: no room is left on the disk; make room")
+
+
+@pytest.mark.parametrize(("columns", "shown"), [(300, "restarts 2"), (120, "15170 tokens/s"), (60, "loss 1.235")])
+def test_a_live_line_that_is_too_long_keeps_the_time_that_is_left(monkeypatch, columns, shown):
+    values = {"step": "3/60", "loss": 1.23456, "smoothed_loss": 1.3, "learning_rate": 0.0003, "grad_norm": 1.7}
+    values |= {"tokens_per_s": 15170.2, "tokens_per_s_worker": 758.2, "mfu_share": 0.31, "waiting_for_data_share": 0.013}
+    values |= {"mixture_drift_share": 0.02, "eta_s": 75.2, "restarts": 2}
+    screen = io.StringIO()
+    screen.isatty = lambda: True
+    monkeypatch.setattr("sys.stdout", screen)
+    monkeypatch.setattr("shutil.get_terminal_size", lambda: os.terminal_size((columns, 40)))
+    Screen().progress("train", values)
+    line = screen.getvalue().removeprefix("\r\033[K")
+    assert len(line) < columns
+    assert line.startswith("train     step 3/60  loss 1.235")
+    assert "eta 1:15" in line
+    assert shown in line

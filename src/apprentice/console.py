@@ -60,11 +60,12 @@ class Screen:
 
     def progress(self, stage: str, values: Mapping[str, Any]) -> None:
         """How far a stage is: a line that renews itself on a terminal, and stays if it is `done`; plain lines elsewhere."""
-        line = f"{stage:<9} " + "  ".join(text for key, value in values.items() if (text := _shown(key, value)))
+        line = _line(stage, values)
         if self._log.isatty():
             stays = bool(values.get("done"))
-            room = None if stays else shutil.get_terminal_size().columns - 1  # a line that wraps does not renew itself
-            _write(self._log, f"\r\033[K{line[:room]}" + ("\n" if stays else ""))
+            if not stays:
+                line = _fitted(stage, values, shutil.get_terminal_size().columns - 1)  # a line that wraps does not renew itself
+            _write(self._log, f"\r\033[K{line}" + ("\n" if stays else ""))
             self._live = not stays
             self._stage = stage
             return
@@ -137,6 +138,18 @@ def _let_go(stream: TextIO) -> None:
         nothing = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nothing, stream.fileno())
         os.close(nothing)
+
+
+def _line(stage: str, values: Mapping[str, Any]) -> str:
+    return f"{stage:<9} " + "  ".join(text for key, value in values.items() if (text := _shown(key, value)))
+
+
+def _fitted(stage: str, values: Mapping[str, Any], room: int) -> str:
+    """The line without as many of its last values as do not fit, but with the time that is left."""
+    left = dict(values)
+    while len(_line(stage, left)) > room and (spare := [key for key in left if key != "eta_s"]):
+        del left[spare[-1]]
+    return _line(stage, left)[:room]
 
 
 def _shown(key: str, value: Any) -> str:

@@ -247,3 +247,32 @@ def test_missing_fields_go_by_the_names_of_the_source() -> None:
     renamed = SourceSpec(dataset="reviews", columns={"text": "body", "stars": "rating"})
     assert missing_fields(ranked(), renamed, ["body", "rating"]) == []
     assert ("plain", "text") in missing_fields(ranked(), renamed, ["text", "rating"])
+
+
+@pytest.mark.parametrize(
+    ("label", "said"),
+    [
+        (
+            "2",
+            "label 2 is not the number of a choice (0 'bad', 1 'good'); correct `label`, as in `label - 1` where labels count",
+        ),
+        ("'good'", "label 'good' is not the number of a choice (0 'bad', 1 'good'); a text becomes one with `label: \"['first', "),
+        ("true", "label True is not the number of a choice"),
+    ],
+)
+def test_a_label_that_is_none_is_told_with_the_choices_and_the_remedy(label: str, said: str) -> None:
+    task = Task.model_validate(
+        {
+            "name": "own",
+            "cluster": "own",
+            "sources": [{"dataset": "own"}],
+            "choices": ["bad", "good"],
+            "label": label,
+            "metrics": ["accuracy"],
+            "templates": [{"name": "ask", "instruction": "Good or bad?"}],
+        }
+    )
+    with pytest.raises(RowError) as error:
+        task.render({}, task.templates[0])
+    assert error.value.reason == "unknown_label"
+    assert said in str(error.value)

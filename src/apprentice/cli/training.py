@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Mapping
+from typing import Annotated, Any
 
 import typer
 
@@ -29,7 +30,12 @@ def train(
     from apprentice import road
 
     screen = screen_for(json)
-    result = road.train(loaded_recipe(recipe, overrides, trust=trust), restart=restart, progress=screen.progress)
+    loaded = loaded_recipe(recipe, overrides, trust=trust)
+    try:
+        result = road.train(loaded, restart=restart, progress=screen.progress)
+    except KeyboardInterrupt:
+        screen.error(road.stopped_sentence(loaded))
+        raise typer.Exit(1) from None
     screen.result(result, road.training_sentence(result) + f"\n{result['run']}")
 
 
@@ -41,8 +47,14 @@ def runs(storage: Storage = "./runs", json: Json = False) -> None:
     found = road.runs(storage)
     if not json:
         columns = ["name", "state", "step", "loss", "validation_loss", "score", "updated"]
-        screen.show(table_of(columns, [[cell(run.get(column)) for column in columns] for run in found]))
+        screen.show(table_of(columns, [[_shown(run, column) for column in columns] for run in found]))
     screen.result({"runs": found})
+
+
+def _shown(run: Mapping[str, Any], column: str) -> str:
+    """One value of a run; a score with the metrics that it is the mean of."""
+    metrics = run.get("score_metrics") if column == "score" else None
+    return cell(run.get(column)) + (f" ({', '.join(metrics)})" if metrics else "")
 
 
 def export(

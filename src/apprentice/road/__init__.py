@@ -21,7 +21,7 @@ from apprentice.road.evaluation import (
 from apprentice.road.export import export
 from apprentice.road.prediction import predict
 from apprentice.road.serving import ask, endpoint, wait_for_stop
-from apprentice.road.training import number, runs, train, training_sentence
+from apprentice.road.training import number, runs, stopped_sentence, train, training_sentence
 
 __all__ = [
     "Progress",
@@ -46,6 +46,7 @@ __all__ = [
     "preview_page",
     "report",
     "runs",
+    "stopped_sentence",
     "trace",
     "train",
     "training_sentence",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,9 +73,17 @@ def evaluate_run(recipe: Recipe, *, wanted: Wanted = Wanted(), trained_by: Recip
         trained = trained_clusters(trained_by or recipe, run.tasks().find)
         report = _evaluated(recipe, run, subjects, place, run, known, wanted.restart, trained, progress)
     if wanted.against is None and endpoint is None and not wanted.tasks:
-        run.update_status(score=report["summary"]["score"])
+        run.update_status(score=report["summary"]["score"], score_metrics=metrics_of_score(report))
         _store_verdict(run.model, report)
     return report, place
+
+
+def metrics_of_score(report: Mapping[str, Any]) -> list[str]:
+    """The metrics that the one number of a report is the mean of, each task having its own: those of most tasks first."""
+    last = report["columns"][-1]["subject"]
+    key = next(column["key"] for column in report["columns"] if column["subject"] == last)
+    scored = [task["metric"] for task in report["tasks"] if task["columns"].get(key, {}).get("score") is not None]
+    return [name for name, _ in Counter(scored).most_common()]
 
 
 def evaluate_model(

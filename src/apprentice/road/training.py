@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from apprentice.artifacts import Run
+from apprentice.json_lines import read_records
 from apprentice.recipe import Recipe
 from apprentice.road.data import Progress, prepared
 from apprentice.session import ray_session
@@ -65,6 +66,22 @@ def training_sentence(result: Mapping[str, Any]) -> str:
         + _memory(result.get("peak_memory"), result.get("expected_memory"))
         + "".join(f"\nwarning: {line}" for line in result["warnings"])
     )
+
+
+def stopped_sentence(recipe: Recipe) -> str:
+    """One line on where Ctrl-C stopped the run of `recipe`, and from where it goes on."""
+    from apprentice.train import checkpoint
+
+    run = Run(Folder.at(recipe.storage) / recipe.name)
+    steps = [record["step"] for record in read_records(run.folder / "steps.jsonl") if "loss" in record]
+    if not steps:
+        return "stopped by Ctrl-C before the first step; the same command begins the run, or goes on with it."
+    saved = checkpoint.newest_step(run.checkpoints)
+    again = (
+        f"the newest checkpoint is that of step {saved}, from which" if saved else "no checkpoint was made, so from the beginning"
+    )
+    where = f"after step {steps[-1]} of {run.status().get('steps', '?')}"
+    return f"stopped by Ctrl-C {where}; {again} the same command goes on: {run.folder}"
 
 
 def _memory(peak: int | None, expected: int | None) -> str:
