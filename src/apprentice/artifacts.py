@@ -14,6 +14,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from apprentice.errors import ContractError, RunError
+from apprentice.fence import FENCE
 from apprentice.identity import ADAPTER as ADAPTER
 from apprentice.identity import CONTRACT_FILE as CONTRACT_FILE
 from apprentice.identity import FORMAT as FORMAT
@@ -107,6 +108,12 @@ class Run:
         file = self.folder / "status.json"
         return dict(file.read_json()) if file.exists() else {}
 
+    def clear(self) -> None:
+        """Removes all but the fence, which whoever clears it holds."""
+        for child in self.folder.children():
+            if child.name != FENCE:
+                child.delete()
+
     def update_status(self, **values: Any) -> None:
         (self.folder / "status.json").write_json(
             self.status() | values | {"updated": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
@@ -123,7 +130,7 @@ def open_run(recipe: Recipe, *, restart: bool = False) -> Run:
     keys = identity(recipe, version)
     file = run.folder / "identity.json"
     if restart:
-        run.folder.delete()
+        run.clear()
     elif file.exists() and (changed := differences(recipe, file.read_json()["keys"], keys)):
         more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
         raise RunError(

@@ -30,6 +30,8 @@ STILL_S = 60.0  # without one, after which a holder is dead
 LOOK_S = 1.0  # between two looks at somebody else's counter
 JOB_VARIABLE = "RAY_JOB_SUBMISSION_ID"  # Ray's, in what a job runs
 
+FENCE = "fence"  # folder in a run's
+
 Tell = Callable[[str], None]
 
 
@@ -124,7 +126,7 @@ class Log:
 
     @property
     def folder(self) -> Folder:
-        return self.run / "fence"
+        return self.run / FENCE
 
     def look(self) -> tuple[Entry | None, int]:
         """The newest entry, None if there is none, and the number after it.
@@ -253,7 +255,7 @@ class Hold:
 
     @property
     def _beat(self) -> Folder:
-        return self.token.run / "fence" / f"beat-{self.token.attempt:06d}"
+        return self.token.run / FENCE / f"beat-{self.token.attempt:06d}"
 
     def is_held(self) -> bool:
         """Whether this process may still write; asks the store only if nothing was heard of it for a while."""

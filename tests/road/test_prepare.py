@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
 import pytest
 import yaml
 
-from apprentice import check
+from apprentice import check, fence, road
 from apprentice.artifacts import Run
 from apprentice.data.corpus import make_corpus
 from apprentice.errors import DataError, RunError
+from apprentice.fence import FencedError, committed
 from apprentice.recipe import Recipe, load_recipe
 from apprentice.road import data
 from apprentice.road.beginning import Table, begin
@@ -50,6 +53,49 @@ def test_an_error_leaves_what_an_earlier_command_prepared(recipe: Recipe, monkey
     with pytest.raises(DataError, match="nothing can be learnt"):
         prepared(recipe)
     assert content(run.index) == before
+
+
+HOLDS = """
+import sys
+from apprentice import fence
+from apprentice.storage import Folder
+fence.BEAT_S = 0.05
+with fence.hold(Folder.at(sys.argv[1]), "train"):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_run_that_somebody_holds_is_left_alone(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fence, "LOOK_S", 0.1)
+    run = prepared(recipe)
+    (run.model / "apprentice.json").write_text("{}")
+    before = {str(file): file.read_bytes() for file in run.folder.local.rglob("*") if file.is_file()}
+    command = [sys.executable, "-c", HOLDS, str(run.folder)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        words = rf"run 'tiny' is held by `train` \(process {other.pid} on .*or stop it with `kill {other.pid}` on"
+        for restart in (False, True):
+            with (
+                pytest.raises(FencedError, match=words),
+                data.written_run(recipe, "train", restart=restart, progress=lambda stage, values: None),
+            ):
+                pass
+        with pytest.raises(FencedError, match=words):
+            road.evaluate_run(recipe, progress=lambda stage, values: None)
+        other.communicate()
+    assert {name: Path(name).read_bytes() for name in before} == before
+    with data.written_run(recipe, "train", restart=True, progress=lambda stage, values: None) as (again, _):
+        assert not again.is_trained
+        assert committed(again.folder) == set()
+    assert sorted(child.name for child in run.folder.children()) == [
+        "fence",
+        "identity.json",
+        "index",
+        "recipe.yaml",
+        "tasks.jsonl",
+    ]
 
 
 def test_an_error_leaves_no_half_made_run_behind(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:

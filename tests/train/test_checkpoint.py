@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from apprentice import fence
 from apprentice.errors import StorageError
+from apprentice.fence import FencedError, Holder, Token
 from apprentice.storage import Folder
 from apprentice.train import checkpoint as checkpoints
 from apprentice.train.state import State
@@ -129,6 +131,44 @@ def test_without_validation_the_newest_is_best(folder: Folder) -> None:
     assert best.state.step == 3
     checkpoints.prune(folder, 1, last)
     assert steps(folder) == ["step-000003"]
+
+
+def taken(run: Folder, pid: int) -> Token:
+    """The right of the first workers of an attempt on another machine."""
+    holder = Holder("train", "node-b", pid, "another machine", "1", None, "2026-11-30 10:00:00 UTC")
+    clock = iter(range(0, 10_000, 100))
+    entry = fence._take(fence.Log(run), holder, lambda _: None, lambda: float(next(clock)), lambda _: None)
+    return Token(run, entry.number).begin_group(1)
+
+
+def test_what_an_attempt_saves_lies_under_its_token_and_counts_while_the_run_is_its_own(tmp_path: Path, folder: Folder) -> None:
+    run, tensors = Folder.at(tmp_path), [("weight/a", torch.zeros(1))]
+    saved(folder, 3)  # by an earlier version
+    first = taken(run, 1)
+    checkpoints.save(folder, tensors, State(step=6), {}, first)
+    assert steps(folder) == ["step-000003", "step-000006.3"]
+    second = taken(run, 2)
+    with pytest.raises(FencedError, match=r"taken over by `train` \(process 2 on node-b\)"):
+        checkpoints.save(folder, tensors, State(step=9), {}, first)
+    found = checkpoints.restorable(folder)
+    assert found is not None
+    assert found.folder.name == "step-000006.3"
+    assert checkpoints.of_step(folder, 9) is None
+    checkpoints.sweep(folder)  # as the second does when it begins
+    assert steps(folder) == ["step-000003", "step-000006.3"]
+    newest = checkpoints.save(folder, tensors, State(step=9), {}, second)
+    assert (newest.folder.name, checkpoints.restorable(folder)) == ("step-000009.6", newest)
+    checkpoints.prune(folder, 1, newest)
+    assert steps(folder) == ["step-000009.6"]
+
+
+def test_a_damaged_one_that_is_passed_over_is_saved_again_under_the_next_token(tmp_path: Path, folder: Folder) -> None:
+    run, tensors = Folder.at(tmp_path), [("weight/a", torch.zeros(1))]
+    first = checkpoints.save(folder, tensors, State(step=6), {}, taken(run, 1))
+    (first.folder / "state.json").write_text("{")
+    again = checkpoints.save(folder, tensors, State(step=6), {}, taken(run, 2))
+    assert [first.folder.name, again.folder.name] == ["step-000006.2", "step-000006.5"]
+    assert checkpoints.restorable(folder) == again
 
 
 def waiting(folder: Folder, step: int) -> checkpoints.Checkpoint:

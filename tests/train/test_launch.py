@@ -110,9 +110,9 @@ def test_a_whole_run(undisturbed: Any, tiny_model: Path) -> None:
     figures = next(record for record in seen if "loss" in record)
     assert {"step", "steps", "loss", "learning_rate", "grad_norm", "tokens_per_s", "data_wait", "eta_s"} <= figures.keys()
     assert [folder.name for folder in run.checkpoints.children() if folder.name.startswith("step-")] == [
-        "step-000003",
-        "step-000006",
-        "step-000008",
+        "step-000003.2",
+        "step-000006.2",
+        "step-000008.2",
     ]
     assert run.status()["state"] == "trained"
     assert len(list(run.events.local.iterdir())) == 1
@@ -145,7 +145,7 @@ def test_checkpoints_are_validated_aside_while_training_goes_on(undisturbed: Any
     assert result.validation_loss == min(found.values())
     assert run.status()["validation_loss"] == result.validation_loss  # of the model that was exported
 
-    newest = checkpoints.named(run.checkpoints, "step-000008")
+    newest = checkpoints.named(run.checkpoints, "step-000008.2")
     assert newest is not None
     (newest.folder / checkpoints.VALIDATION).delete()
     shutil.rmtree(run.model.local)

@@ -10,6 +10,7 @@ from apprentice import check
 from apprentice.artifacts import Run, find_run, open_run
 from apprentice.data.pipeline import Corpus, estimate_steps, make_corpus
 from apprentice.errors import ApprenticeError, RunError
+from apprentice.fence import hold
 from apprentice.json_lines import read_records
 from apprentice.recipe import Recipe
 from apprentice.session import ray_session
@@ -20,16 +21,26 @@ Progress = Callable[[str, Mapping[str, Any]], None]
 
 def prepare(recipe: Recipe, *, restart: bool = False, progress: Progress) -> dict[str, Any]:
     """Freezes each task's index; gives the run folder and what training will see."""
-    with ray_session():
-        run, corpus = prepared(recipe, restart=restart, progress=progress)
+    with ray_session(), written_run(recipe, "prepare", restart=restart, progress=progress) as (run, corpus):
         rows = {name: len(index.train) for name, index in corpus.indices.items() if name not in corpus.held_out}
         return {"run": str(run.folder), "tasks": len(rows), "train_rows": sum(rows.values()), **estimate_steps(corpus)}
 
 
-def prepared(recipe: Recipe, *, restart: bool, progress: Progress) -> tuple[Run, Corpus]:
+@contextmanager
+def written_run(recipe: Recipe, command: str, *, restart: bool, progress: Progress) -> Iterator[tuple[Run, Corpus]]:
+    """The run of `recipe`, prepared, which this process holds for `command` as long as the block takes.
+
+    Raises `FencedError` if somebody else holds it.
+    """
     check.before_writing(recipe)
+    folder = Folder.at(recipe.storage) / recipe.name
+    with hold(folder, command, tell=lambda message: progress("prepare", {"message": message, "done": True})):
+        yield prepared(recipe, restart=restart, progress=progress)
+
+
+def prepared(recipe: Recipe, *, restart: bool, progress: Progress) -> tuple[Run, Corpus]:
     progress("prepare", {"message": f"tasks of {recipe.name}"})
-    was_there = (Folder.at(recipe.storage) / recipe.name).exists() and not restart
+    was_there = (Folder.at(recipe.storage) / recipe.name / "identity.json").exists() and not restart
     run = open_run(recipe, restart=restart)
     try:
         corpus = make_corpus(recipe, run)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from apprentice.artifacts import GATE_FILE, Run, find_run, read_contract
 from apprentice.data.pipeline import make_corpus
 from apprentice.errors import EvaluationError, RecipeError, RunError, TaskError
+from apprentice.fence import refuse_held
 from apprentice.hub import local_folder
 from apprentice.recipe import RUN, Recipe, find_recipe, load_recipe
 from apprentice.road.data import Progress, scratch_run
@@ -50,6 +51,7 @@ def evaluate_run(recipe: Recipe, *, wanted: Wanted = Wanted(), trained_by: Recip
     run = Run(Folder.at(recipe.storage) / recipe.name)
     if not run.is_trained:
         raise RunError(f"run {run.name!r} in {recipe.storage} has no trained model yet; train it first.")
+    refuse_held(run.folder, tell=lambda message: progress("evaluate", {"message": message, "done": True}))
     endpoint = _endpoint(wanted)
     tuned = _subject("tuned" if endpoint is None else "endpoint", local_folder(str(run.model)), recipe.evaluation.shots, endpoint)
     place = run.report

@@ -9,7 +9,7 @@ from typing import Any
 from apprentice.artifacts import Run
 from apprentice.json_lines import read_records
 from apprentice.recipe import Recipe
-from apprentice.road.data import Progress, prepared
+from apprentice.road.data import Progress, written_run
 from apprentice.session import ray_session
 from apprentice.storage import Folder
 
@@ -19,8 +19,7 @@ def train(recipe: Recipe, *, restart: bool = False, progress: Progress) -> dict[
     from apprentice.evaluate.glance import glance_of
     from apprentice.train import launch
 
-    with ray_session():
-        run, corpus = prepared(recipe, restart=restart, progress=progress)
+    with ray_session(), written_run(recipe, "train", restart=restart, progress=progress) as (run, corpus):
         if run.is_trained:
             return {"run": str(run.folder), "already": True, **_status(run)}
         score = glance_of(corpus) if recipe.evaluation.while_training else None

@@ -1,14 +1,14 @@
 """Checkpoints: float32 weights and moments by parameter name in safetensors, the state as JSON, and checksums.
 
-    <checkpoints>/step-000040/
+    <checkpoints>/step-000040.2/  after 40 steps, by the workers whose token is 2
       state.json          step, next packed row, token counts, ledger counts, what the tensors belong to
       tensors-0001.safetensors …
       checksums.json      sha256 of every other file; written last, so a folder without it is no checkpoint
       validation.json     what came of validating it aside, later
       in-use-<…>          somebody reads it, and it is not deleted
 
-A checkpoint is whole or absent: on a local disk it is renamed into place, elsewhere `checksums.json` makes it count. It does not
-depend on the number of workers or the ZeRO stage. Knows nothing of Ray or DeepSpeed.
+A checkpoint counts when the run's fence says so, and before there was one, when it has its `checksums.json`. It does not depend on
+the number of workers or the ZeRO stage. Knows nothing of Ray or DeepSpeed.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from apprentice.errors import MissingError, StorageError
+from apprentice.fence import Token, committed
 from apprentice.storage import Folder, answer_of
 from apprentice.train.state import State
 
@@ -52,14 +53,18 @@ class Checkpoint:
     facts: dict[str, Any]  # dtype, tuning method: what is needed to export without asking the hardware again
 
 
-def save(checkpoints: Folder, tensors: Iterable[tuple[str, Tensor]], state: State, facts: dict[str, Any]) -> Checkpoint:
-    """Writes one checkpoint, streaming `tensors`, and gives it back once it is whole.
+def save(
+    checkpoints: Folder, tensors: Iterable[tuple[str, Tensor]], state: State, facts: dict[str, Any], token: Token | None = None
+) -> Checkpoint:
+    """Writes one checkpoint, streaming `tensors`, and gives it back once it counts.
 
-    The name is `step-<n>`; a step that is saved again (after a damaged checkpoint) gets a name of its own. Raises `StorageError`
-    where it cannot be written, such as on a full disk; nothing of it is left then.
+    It lies under the `token` of those who write it, `step-<n>.<token>`; without a fence it is `step-<n>`, or has a further number
+    if that is taken. Raises `StorageError` where it cannot be written, such as on a full disk; nothing of it is left then. Raises
+    `FencedError` if others have the run now; it does not count then.
     """
     try:
-        target = checkpoints / _free_name(checkpoints, state.step)
+        name = f"step-{state.step:06d}.{token.writer}" if token else _free_name(checkpoints, state.step)
+        target = checkpoints / name
         scratch = checkpoints.make().local if checkpoints.is_local else None  # on the same disk, so that it can be renamed
         with tempfile.TemporaryDirectory(prefix=_PART, dir=scratch, ignore_cleanup_errors=True) as folder:
             part = Path(folder)
@@ -68,6 +73,9 @@ def save(checkpoints: Folder, tensors: Iterable[tuple[str, Tensor]], state: Stat
             sums[STATE] = _sha256(part / STATE)
             Folder.at(part / CHECKSUMS).write_json(sums)
             _publish(part, target)
+        if token is not None:
+            there = {folder.name for folder in _children(checkpoints)}
+            token.commit(name, there.__contains__)
     except (OSError, SafetensorError, StorageError) as error:
         reason = getattr(error, "strerror", None) or error
         raise StorageError(f"the checkpoint of step {state.step} cannot be written to {checkpoints} ({reason})") from error
@@ -238,19 +246,26 @@ def _is_in_use(checkpoint: Folder) -> bool:
 
 
 def sweep(checkpoints: Folder) -> None:
-    """Removes what interrupted saves, deletions and readers left behind. Call it while nobody saves."""
+    """Removes what attempts left behind that are over: half of a checkpoint, one that does not count, marks of readers.
+
+    Only who holds the run may call it, before workers begin.
+    """
+    counted = committed(checkpoints.parent)
     for folder in _children(checkpoints):
         if not folder.name.startswith(("step-", _PART)):
             continue
         for mark in _children(folder):
             if mark.name.startswith(_IN_USE):
                 _delete(mark)
-        if folder.name.startswith(_PART) or not _is_there(folder / CHECKSUMS):
+        overtaken = counted is not None and folder.name not in counted
+        if folder.name.startswith(_PART) or overtaken or not _is_there(folder / CHECKSUMS):
             _remove(folder)
 
 
 def _newest_first(checkpoints: Folder) -> list[Folder]:
+    counted = committed(checkpoints.parent)
     folders = [folder for folder in _children(checkpoints) if folder.name.startswith("step-")]
+    folders = [folder for folder in folders if counted is None or folder.name in counted]
     return sorted(folders, key=_age, reverse=True)
 
 

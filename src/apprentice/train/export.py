@@ -21,6 +21,7 @@ from apprentice.artifacts import ADAPTER, CONTRACT_FILE, Run, public_base, weigh
 from apprentice.data.contract import ancestors_of, layout_beside, make_contract
 from apprentice.data.layout import Layout
 from apprentice.errors import TrainingError
+from apprentice.fence import Token
 from apprentice.hub import PACKAGED_MODELS, local_folder
 from apprentice.models.loading import load_model, resolve_dtype
 from apprentice.models.reward import is_reward
@@ -46,12 +47,12 @@ _TOKENIZER_FILES = (
 _CLOSE = 5e-3  # nats: how far merging an adapter in float32 may move a log-probability
 
 
-def export(recipe: Recipe, run: Run, checkpoint: Checkpoint, layout: Layout) -> None:
+def export(recipe: Recipe, run: Run, checkpoint: Checkpoint, layout: Layout, token: Token | None = None) -> None:
     """Writes `model/` and, for methods that have one, `adapter/` of `run` from `checkpoint`.
 
     The model is saved in the number format it was trained in; an adapter that cannot be merged lies beside its base's weights in
     `model/adapter/`, where `load_model` finds it. Raises `TrainingError` if what was written does not load again as
-    the same model.
+    the same model, and `FencedError` where others have the run now.
     """
     method = TUNING_METHODS[recipe.tuning.method]
     model: Any = load_model(recipe.model.base, torch.float32, head=recipe.head, trust=recipe.model.trust)
@@ -76,6 +77,8 @@ def export(recipe: Recipe, run: Run, checkpoint: Checkpoint, layout: Layout) -> 
         _complete(written, recipe, layout)
         _compare(written, model, dtype, probe, expected, trust=recipe.model.trust)
         del model
+        if token is not None:
+            token.check()
         if method.save_adapter is not None:
             _publish(adapter, run.adapter)
         _publish(written, run.model)

@@ -28,6 +28,7 @@ from apprentice.artifacts import Run, public_base
 from apprentice.data.corpus import positions_of_epochs
 from apprentice.data.pipeline import Corpus, Start, estimate_steps, train_stream, validation_rows
 from apprentice.errors import RecipeError, TrainingError, causes
+from apprentice.fence import Hold, Token, hold
 from apprentice.hub import local_folder
 from apprentice.models.loading import count_parameters, resolve_dtype
 from apprentice.nodes import is_job, node_resources
@@ -85,10 +86,17 @@ def train(
     learning_rate, grad_norm, tokens, target_tokens, seconds, tokens_per_s, data_wait (share of time), eta_s; and with
     attempt, step, steps and validation_loss after each validation, samples (instruction and reply) where they are asked for, or
     message (what is trained and how) at the start. With `score`, each checkpoint's model goes through it aside, and a dict has
-    held_out (the mean) and held_out_tasks. Raises the `ApprenticeError` that stopped the run.
+    held_out (the mean) and held_out_tasks. Raises the `ApprenticeError` that stopped the run, `FencedError` if others hold it.
     """
     if run.is_trained and "training" in run.status():
         return TrainResult(**run.status()["training"])
+    with hold(run.folder, "train", tell=lambda message: progress({"message": message})) as held:
+        return _train(recipe, run, corpus, held, progress, score)
+
+
+def _train(
+    recipe: Recipe, run: Run, corpus: Corpus, held: Hold, progress: Callable[[dict[str, Any]], None], score: Score | None
+) -> TrainResult:
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", START_TIMEOUT_S)
     # Ray Train's own verdict on a silent worker comes after ours, which names it.
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(2 * recipe.training.hang_timeout_s)
@@ -96,22 +104,23 @@ def train(
     _check_cluster(recipe)
     checkpoints.sweep(run.checkpoints)
     found = checkpoints.restorable(run.checkpoints)
-    tracker = Tracker(run, progress, open_services(recipe, run))
+    tracker = Tracker(run, progress, open_services(recipe, run), held.is_held)
     attempts = 1
     try:
         if found is None or goal.reached(found.state) < 1.0:
             run.update_status(state="training", steps=goal.steps)
             if recipe.training.aim.reference:
                 corpus = _with_reference(recipe, run, corpus, progress)
-            attempts = _fit(recipe, run, corpus, goal, tracker, score)
+            attempts = _fit(recipe, run, corpus, goal, tracker, held.token, score)
         if checkpoints.awaited(run.checkpoints):
             _catch_up(recipe, run, corpus, tracker, score)
-        result = _finish(recipe, run, corpus, goal, tracker, attempts)
+        result = _finish(recipe, run, corpus, goal, tracker, held.token, attempts)
         tracker.close()
         return result
     except BaseException as error:
         with suppress(OSError):  # a full disk may be what the error is about
-            run.update_status(state="failed" if isinstance(error, Exception) else "stopped")
+            if held.is_held():
+                run.update_status(state="failed" if isinstance(error, Exception) else "stopped")
         with suppress(OSError):
             tracker.close()
         raise
@@ -171,7 +180,7 @@ def _row_length(corpus: Corpus) -> int:
     return corpus.row_length + (corpus.target_length or 0)
 
 
-def _fit(recipe: Recipe, run: Run, corpus: Corpus, goal: Goal, tracker: Tracker, score: Score | None) -> int:
+def _fit(recipe: Recipe, run: Run, corpus: Corpus, goal: Goal, tracker: Tracker, token: Token, score: Score | None) -> int:
     """Runs the workers until the goal; gives the number of attempts."""
     workers = workers_that_fit(recipe, node_resources())
     aside = goes_aside(recipe, node_resources())
@@ -182,7 +191,7 @@ def _fit(recipe: Recipe, run: Run, corpus: Corpus, goal: Goal, tracker: Tracker,
     within = validation_rows(corpus, 0 if aside else validation_limit(recipe))
     samples = Samples(corpus.layout, recipe.training.sample_instructions)
     sizes = (_row_length(corpus), corpus.row_bytes)
-    job = Job(recipe, run, goal, mailbox, ray.put(corpus), ray.put(within), *sizes, _shares(corpus), samples, aside)
+    job = Job(recipe, run, goal, mailbox, ray.put(corpus), ray.put(within), *sizes, _shares(corpus), samples, aside, token)
     trainer = _trainer(job, corpus, _validation(recipe, run, corpus, score).config(mailbox) if aside else None)
     # Ray Train would look for checkpoints that it knew in an earlier call; which one counts is decided by checkpoint.restorable.
     with suppress(OSError):
@@ -292,7 +301,8 @@ def _explained(failure: BaseException, outcome: Outcome) -> BaseException:
     return next((error for error in failures.values() if isinstance(error, Exception)), failure)
 
 
-def _finish(recipe: Recipe, run: Run, corpus: Corpus, goal: Goal, tracker: Tracker, attempts: int) -> TrainResult:
+def _finish(recipe: Recipe, run: Run, corpus: Corpus, goal: Goal, tracker: Tracker, token: Token, attempts: int) -> TrainResult:
+    token.check()
     last, best = checkpoints.restorable(run.checkpoints), checkpoints.best(run.checkpoints)
     if last is None or best is None:
         raise TrainingError(
@@ -314,7 +324,8 @@ def _finish(recipe: Recipe, run: Run, corpus: Corpus, goal: Goal, tracker: Track
     run.ledger_file.write_json(state.ledger.report(names, shares, rows, means, left_out))
     run.update_status(state="exporting")
     # In a process of its own, whose memory is given back.
-    exporting = ray.remote(export).options(num_cpus=1, max_retries=0).remote(recipe, run, best, corpus.layout)
+    task: Any = ray.remote(export)
+    exporting = task.options(num_cpus=1, max_retries=0).remote(recipe, run, best, corpus.layout, token)
     memory = tracker.memory and tracker.memory | {"expected": round(expected_of(recipe, _row_length(corpus), tracker.memory).total)}
     try:
         ray.get(exporting)

@@ -20,6 +20,7 @@ import ray.train.torch
 from ray.train import CheckpointUploadMode
 
 from apprentice.artifacts import Run
+from apprentice.fence import Token
 from apprentice.recipe import Recipe, Training
 from apprentice.train.batch import PackedRows
 from apprentice.train.deepspeed_config import rows_per_worker
@@ -50,6 +51,7 @@ class Job:
     shares: dict[int, float]  # number of a task → its share of the examples
     samples: Samples
     aside: bool  # checkpoints are validated there, and not by the workers
+    token: Token  # the run's
 
 
 def work(job: Job) -> None:
@@ -84,6 +86,8 @@ def work(job: Job) -> None:
         given = (job.recipe, job.run, job.goal, restored, rows, validation, job.length)
         told: dict[str, Any] = {"tell": tell, "register": register, "wanted": pulse.checkpoint_wanted}
         told["is_empty"] = lambda window: len(render_window(ray.get(job.corpus), window)["row"]) == 0
+        if context.get_world_rank() == 0:
+            told["token"] = job.token.begin_group(attempt)
         told |= {"shares": job.shares, "samples": job.samples, "validated_aside": job.aside}
         run_worker(*given, device=device, **told)
     except Exception as error:

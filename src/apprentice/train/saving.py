@@ -13,6 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 from apprentice.errors import StorageError
+from apprentice.fence import Token
 from apprentice.storage import Folder
 from apprentice.train import checkpoint as checkpoints
 from apprentice.train.checkpoint import Checkpoint
@@ -39,7 +40,7 @@ class Saver:
     `tell(state, message=…)` gets a sentence about a checkpoint that could not be written, and `tell(state, saved_s=…, blocked_s=…)`
     how long one took and how long training waited for it, both from the thread that writes. `register` gets every outcome, on all
     workers alike, when they call `settle` or save the next: the checkpoint on the first worker, None on the others or if there is
-    none.
+    none. `token` is the first worker's right to commit; once that is gone, `FencedError` ends the run there.
     """
 
     def __init__(
@@ -52,12 +53,14 @@ class Saver:
         tell: Callable[..., None],
         register: Callable[[Checkpoint | None, State], None],
         round_steps: int | None = None,
+        token: Token | None = None,
     ) -> None:
         self._folder = folder
         self._keep = keep
         self._round_steps = round_steps
         self._facts = facts
         self._tell = tell
+        self._token = token
         self._register = register
         self._peers = peers
         self._gathering = Gathering(peers)
@@ -100,7 +103,7 @@ class Saver:
     def _write(self, pieces: Sequence[Piece], state: State, begin: float, blocked_s: float | None, last: bool) -> _Written:
         tensors = self._gathering.whole(pieces)
         try:
-            saved = checkpoints.save(self._folder, tensors, state, self._facts) if self._peers.rank == 0 else None
+            saved = checkpoints.save(self._folder, tensors, state, self._facts, self._token) if self._peers.rank == 0 else None
         except StorageError as error:
             return _Written(None, self._told(error, state, last))
         finally:

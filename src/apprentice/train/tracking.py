@@ -181,10 +181,17 @@ class Smoothed:
 class Tracker:
     """Writes records in the driver; also adds up the speed of steady steps (the first of an attempt warms up)."""
 
-    def __init__(self, run: Run, progress: Callable[[dict[str, Any]], None], services: Sequence[Feed] = ()) -> None:
+    def __init__(
+        self,
+        run: Run,
+        progress: Callable[[dict[str, Any]], None],
+        services: Sequence[Feed] = (),
+        may_write: Callable[[], bool] = lambda: True,
+    ) -> None:
         self._run = run
         self._progress: Callable[[dict[str, Any]], None] | None = progress
         self._services = services
+        self._may_write = may_write  # to the run's folder: not once somebody else has taken it over
         self._smoothed = Smoothed()
         self._file = run.folder / "steps.jsonl"
         self._scratch = None if run.folder.is_local else tempfile.TemporaryDirectory()
@@ -219,6 +226,8 @@ class Tracker:
             self._count(record)
         self.memory = record.get("memory", self.memory)
         for put in (self._write_lines, lambda: self._draw(record), lambda: self._update_status(record)):
+            if not self._may_write():
+                break
             try:
                 put()
             except (OSError, StorageError) as error:
@@ -306,15 +315,17 @@ class Tracker:
         self._run.update_status(state="training", **known)
 
     def close(self) -> None:
-        """Raises `OSError` where there is no room for the last lines."""
+        """Ends the files, if the run is still ours. Raises `OSError` where there is no room for the last lines."""
         for service in self._services:
             service.close()
             self._tell_of(service)
         if self._events is not None:
             events, self._events = self._events, None
             events.close()
-        self._write_lines()
+        if self._may_write():
+            self._write_lines()
+            if self._scratch is not None:
+                self._file.write_text("".join(line + "\n" for line in self._lines))
+                self._run.events.upload(self._events_folder)
         if self._scratch is not None:
-            self._file.write_text("".join(line + "\n" for line in self._lines))
-            self._run.events.upload(self._events_folder)
             self._scratch.cleanup()

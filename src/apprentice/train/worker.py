@@ -16,6 +16,7 @@ from torch import nn
 
 from apprentice.artifacts import Run
 from apprentice.family import family_of
+from apprentice.fence import Token
 from apprentice.hub import local_folder
 from apprentice.models.loading import check_dtype, count_parameters, load_model, resolve_dtype
 from apprentice.models.tuning import TUNING_METHODS, check_tuning, load_trainable, trainable, trained_share
@@ -55,6 +56,7 @@ def run_worker(
     samples: Samples | None = None,
     validated_aside: bool = False,
     is_empty: Callable[[int], bool] = lambda window: False,
+    token: Token | None = None,
 ) -> State:
     """Trains until `goal`; the state at the end is the same on every worker.
 
@@ -62,7 +64,7 @@ def run_worker(
     record; `register` on every worker after each checkpoint, with the checkpoint on the first worker, None on the others.
     `shares` are what each task, by number, was meant to have of the examples; `wanted` says whether a checkpoint should come now;
     `samples` are asked every `training.sample_every_steps`; `validated_aside` marks checkpoints whose validation loss comes later;
-    `is_empty` says whether a window of the plan has no rows.
+    `is_empty` says whether a window of the plan has no rows; `token` is the first worker's right to commit checkpoints.
     """
     peers = Peers()
     training = recipe.training
@@ -73,9 +75,9 @@ def run_worker(
     facts = {"dtype": str(watch.dtype).removeprefix("torch."), "tuning": recipe.tuning.method, checkpoints.AWAITED: validated_aside}
     calls = _Calls(engine, goal, tell if peers.rank == 0 else _unheard, validation, peers)
     calls.note(state, message=_told(recipe, engine, str(facts["dtype"])))
-    round_steps = recipe.round.steps if training.aim.rounds else None
-    kept = (run.checkpoints, training.checkpoint.keep, facts)
-    saver = Saver(*kept, peers=peers, tell=calls.note, register=register, round_steps=round_steps)
+    hearing: dict[str, Any] = {"peers": peers, "tell": calls.note, "register": register, "token": token}
+    hearing["round_steps"] = recipe.round.steps if training.aim.rounds else None
+    saver = Saver(run.checkpoints, training.checkpoint.keep, facts, **hearing)
 
     def save(now: State) -> None:
         now.loss_scaling = engine.loss_scaling()
