@@ -199,7 +199,7 @@ class Tracker:
         self._lines = [json.dumps(record) for record in earlier] if self._scratch is not None else []  # not written yet
         self._earlier_attempts = earlier[-1]["attempt"] if earlier else 0
         if self._scratch is None and (torn := cut_torn_tail(self._file)):
-            progress({"message": f"{self._file} ended in {torn} bytes of a line that was never finished; they are cut off"})
+            self._show({"message": f"{self._file} ended in {torn} bytes of a line that was never finished; they are cut off"})
         folder = run.events.local if self._scratch is None else Path(self._scratch.name)
         self._events: Events | None = Events(folder)
         self._events_folder = folder
