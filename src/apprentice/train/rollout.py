@@ -102,4 +102,4 @@ def checkpoint_of(run: Run, step: int) -> Checkpoint:
 def _write(file: Folder, rows: pa.Table) -> None:
     stream = io.BytesIO()
     pq.write_table(rows, stream)
-    file.create(stream.getvalue())  # where an attempt that was overtaken has been so, its rows are as good
+    file.create(stream.getvalue())  # whoever writes a round first has written it
