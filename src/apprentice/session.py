@@ -7,15 +7,19 @@ from __future__ import annotations
 
 import logging
 import os
+import stat
 import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import ray
 import ray.data  # sets its loggers up anew on import, so it must come before quiet()
+from ray._private import ray_constants
 
 from apprentice.errors import ResourcesError
 
@@ -73,13 +77,46 @@ def _connect(niceness: int | None) -> None:
         return
     cpus = len(os.sched_getaffinity(0)) + SPARE_CPUS
     os.environ.setdefault("RAY_worker_maximum_startup_concurrency", str(cpus))  # Ray warns of many processes, and counts only cores
-    ray.init(
-        address="local",
-        num_cpus=cpus,
-        include_dashboard=False,
-        logging_level=logging.ERROR,
-        log_to_driver=False,
-    )
+    start_local(cpus, logging_level=logging.ERROR)
+
+
+def start_local(cpus: int, **settings: Any) -> None:
+    """A Ray of this machine and this user alone: it listens on loopback, and others can read neither its token nor its sessions.
+
+    `settings` are further ones of `ray.init`.
+    """
+    for library in ("GLOO", "NCCL"):  # between the workers of a training
+        os.environ.setdefault(f"{library}_SOCKET_IFNAME", "lo")
+    _close_token()
+    # Ray 2.60 takes loopback for its node's address only where clusters are switched off, as they are on macOS, and replaces it
+    # where it is asked for by name. With any other, its processes listen on all addresses of the machine.
+    with patch.object(ray_constants, "ENABLE_RAY_CLUSTER", False):
+        ray.init(
+            **{"_temp_dir": str(_own_folder()), **settings},
+            address="local",
+            num_cpus=cpus,
+            include_dashboard=False,
+            log_to_driver=False,
+        )
+    _close_token()
+
+
+def _close_token() -> None:
+    """Keeps Ray's token from other users: it writes the file with what the umask allows, and only if there is none."""
+    file = Path.home() / ".ray" / "auth_token"
+    file.parent.mkdir(mode=0o700, exist_ok=True)
+    if file.is_file() and file.stat().st_mode & 0o077:
+        file.chmod(0o600)
+
+
+def _own_folder() -> Path:
+    """Where Ray keeps its sessions: below a folder of this user alone, since Ray opens its own to everybody (0777)."""
+    folder = Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()) / f"apprentice-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+        raise ResourcesError(f"{folder} is not a folder that you alone can read; remove it, or name another place in RAY_TMPDIR.")
+    return folder / "ray"
 
 
 @contextmanager

@@ -33,6 +33,7 @@ from apprentice.tasks.loading import library
 from tests.conftest import ROOT
 from tests.models.adapters import merged
 from tests.serve.company import alone_and_together
+from tests.sockets import listening
 
 
 def sync_client(endpoint: Endpoint) -> openai.OpenAI:
@@ -60,6 +61,11 @@ def test_openais_client(endpoint: Endpoint) -> None:
     raw = client.completions.create(model="tiny", prompt="Sort the numbers", max_tokens=5, temperature=0.9, seed=3)
     again = client.completions.create(model="tiny", prompt="Sort the numbers", max_tokens=5, temperature=0.9, seed=3, stream=True)
     assert "".join(chunk.choices[0].text for chunk in again) == raw.choices[0].text
+
+
+def test_nothing_listens_beyond_this_machine(endpoint: Endpoint) -> None:
+    """Ray Serve's processes, too: proxy, controller, replicas."""
+    assert [(name, address) for name, address in listening() if not address.startswith("127.")] == []
 
 
 def test_openais_client_understands_errors(endpoint: Endpoint) -> None:

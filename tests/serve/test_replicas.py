@@ -16,6 +16,7 @@ from ray import serve
 
 from apprentice.recipe import Replicas, Serving
 from apprentice.serve.deployment import APP_NAME, Endpoint, application, start
+from tests.sockets import listening
 
 pytestmark = [pytest.mark.slow, pytest.mark.asyncio]
 ASKED: dict[str, Any] = {"prompt": "Once", "max_tokens": 20, "ignore_eos": True, "stream": True}
@@ -47,6 +48,12 @@ async def outcome(http: httpx.AsyncClient, asked: dict[str, Any]) -> str:
 async def answering(http: httpx.AsyncClient) -> set[str]:
     """The replicas that some calls reach."""
     return {str((await http.get("/stats")).json()["replica"]) for _ in range(12)}
+
+
+async def test_replicas_and_their_limiter_listen_on_loopback(pair: Endpoint) -> None:
+    found = listening()
+    assert {name for name, _ in found if "Replica" in name}
+    assert [(name, address) for name, address in found if not address.startswith("127.")] == []
 
 
 async def test_a_rolling_update_fails_no_request(pair: Endpoint, chat_model: Path) -> None:

@@ -10,6 +10,7 @@ import logging
 from typing import Any
 
 from apprentice.serve.keys import Limiter
+from apprentice.serve.loopback import listen_on_loopback
 from apprentice.serve.protocol import RequestProblem
 
 log = logging.getLogger(__name__)
@@ -20,6 +21,7 @@ class LimiterOfAll:
     """The limits of the keys, in one process for all replicas."""
 
     def __init__(self) -> None:
+        listen_on_loopback()
         self._limiter = Limiter()
 
     async def admit(self, name: str, requests_per_minute: int | None, tokens_per_minute: int | None) -> float:

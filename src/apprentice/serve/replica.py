@@ -26,6 +26,7 @@ from apprentice.serve.engines import start_engine
 from apprentice.serve.ingress import build_app
 from apprentice.serve.keys import Keys, check_guarded
 from apprentice.serve.limits import OwnLimits, SharedLimits
+from apprentice.serve.loopback import listen_on_loopback
 from apprentice.storage import Folder
 from apprentice.tasks.loading import library, load_task
 from apprentice.tasks.schema import Task
@@ -63,6 +64,7 @@ class Replica:
     ) -> None:
         _log_requests()
         take_priority()
+        listen_on_loopback()
         check_guarded(_proxies_host(), insecure=insecure, file=keys_file)
         self._serving = serving
         self._tasks = {task.name: task for task in (*map(load_task, library().values()), *tasks)}  # own ones of a name come first

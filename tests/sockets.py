@@ -1,0 +1,19 @@
+"""What this process and those that it started listen on."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+
+import psutil
+
+
+def listening() -> list[tuple[str, str]]:
+    """(process, address) of each listening socket, IPv4 addresses as such."""
+    found = []
+    own = psutil.Process()
+    for process in (own, *own.children(recursive=True)):
+        with suppress(psutil.NoSuchProcess):
+            for connection in process.net_connections("inet"):
+                if connection.status == psutil.CONN_LISTEN:
+                    found.append((process.name(), connection.laddr.ip.removeprefix("::ffff:")))
+    return found
