@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from apprentice import check
 from apprentice.errors import ContractError, RecipeError, ServingError
 from apprentice.recipe import load_recipe
+from tests.chat_templates import sources
 from tests.recipes import tiny_recipe
 from tests.samples import tiny_model_of
 from tests.test_chains import trained
@@ -67,6 +68,15 @@ def test_a_model_and_a_layout_that_do_not_fit_are_refused(tmp_path: Path, tiny_m
     short = tiny_model_of("gpt_neox", tiny_model, tmp_path / "short")
     with pytest.raises(RecipeError, match=r"data.max_length 600 is more than the 512 positions of .*short; lower it"):
         model_point(tmp_path / "long", short, data__max_length=600, data__packing={"length": 1024})
+
+
+def test_what_a_chat_template_does_otherwise_is_said(tmp_path: Path, tiny_model: Path) -> None:
+    templates = {name: sources()[name].read_text() for name in ("qwen3_5_think", "deepseekv3")}
+    line = model_point(tmp_path / "closed", tiny_model, data__chat_template=templates["qwen3_5_think"])
+    assert line.endswith(r"'<|im_end|>', '\n</think>\n\n' belongs to the prompt, of a conversation only the last answer is learnt")
+    ends = templates["deepseekv3"].replace("<｜end▁of▁sentence｜>", "<|im_end|>")
+    line = model_point(tmp_path / "open", tiny_model, data__chat_template=ends)
+    assert line.endswith(r"prompts go without the template's '<think>\n'")
 
 
 def test_an_engine_that_could_not_decode_what_is_trained_is_refused(tmp_path: Path, tiny_model: Path) -> None:

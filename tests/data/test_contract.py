@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
+from datetime import date, timedelta
 from pathlib import Path
 
 import pytest
@@ -137,6 +139,24 @@ def test_a_contract_of_the_first_version_keeps_its_ids(folder: Path) -> None:
     assert layout.version == 1
     assert layout.encode_prompt(layout.prompt("<|im_end|>")).count(2) == 3
     assert [layout_version(format) for format in (1, 2)] == [1, 2]
+
+
+def test_a_day_that_an_old_contract_does_not_name_is_found(folder: Path) -> None:
+    """Models whose template writes today's date could not be served on the next day."""
+    file = folder / "chat_template.jinja"
+    file.write_text("{{ strftime_now('%d %B %Y') }}\n" + file.read_text())
+    then = (date.today() - timedelta(40)).isoformat()
+    recipe = recipe_of(folder)
+    layout = replace(layout_of(recipe, Tokenizer(folder), version=1), day=then)
+    make_contract(recipe, layout, folder).write(folder)
+    found = layout_beside(folder)
+    assert (found.version, found.day) == (1, then)
+    assert found.encode_prompt(found.prompt("Why?")) == layout.encode_prompt(layout.prompt("Why?"))
+    make_contract(recipe, layout_of(recipe, Tokenizer(folder)), folder).write(folder)
+    assert layout_beside(folder).prompt("Why?").startswith("01 January 2025\n")  # new ones name theirs
+    rewrite(folder, date="2024-12-31")
+    with pytest.raises(ContractError, match="gets other token ids here than in training"):
+        layout_beside(folder)
 
 
 def test_control_tokens_that_texts_mean_are_in_the_contract(tiny_model: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
+from datetime import date, timedelta
 from pathlib import Path
 
 from apprentice.artifacts import Golden, PromptContract, public_base, read_contract, weights_sha256
@@ -18,6 +20,7 @@ _GOLDEN = (
     ("Übersetze ins Englische: „Grüß Gott“ 你好 🙂", "naïve café — São Paulo"),
     ("### Input:\nAdd the numbers.", "  17 + 25 =\n"),
 )
+_DAYS_BACK = 3 * 366  # no apprentice of layout version 1 is older
 # Earlier turns, where the layout has turns: an answer of several lines, and one that a template might change.
 _HISTORY = (("Name a colour.", "Blue.\n\nOr „grün“."), ("Another?", "<think>red</think> Red"))
 
@@ -127,12 +130,35 @@ def layout_under(contract: PromptContract, tokenizer: Tokenizer) -> Layout:
         version=contract.layout_version,
         control_tokens=contract.control_tokens,
     )
+    if _differs(layout, contract) is not None and layout.version == 1 and "strftime_now" in (tokenizer.chat_template or ""):
+        layout = _on_its_day(layout, contract)
+    if (golden := _differs(layout, contract)) is not None:
+        raise ContractError(
+            f"the prompt for {golden.instruction[:40]!r} gets other token ids here than in training;"
+            " restore the tokenizer and the library versions of the run."
+        )
+    return layout
+
+
+def _differs(layout: Layout, contract: PromptContract) -> Golden | None:
+    """The first question whose prompt has other ids than the contract says; None if there is none."""
     for golden in contract.golden:
         if _prompt_ids(layout, golden.instruction, golden.input, golden.history) != golden.ids:
-            raise ContractError(
-                f"the prompt for {golden.instruction[:40]!r} gets other token ids here than in training;"
-                " restore the tokenizer and the library versions of the run."
-            )
+            return golden
+    return None
+
+
+def _on_its_day(layout: Layout, contract: PromptContract) -> Layout:
+    """`layout` on the day on which its model was exported, which contracts of version 1 do not name; itself if that is not found.
+
+    The chat template writes the day into every prompt, those with golden ids too.
+    """
+    golden, today = next(one for one in contract.golden if not one.input), date.today()
+    asked = [{"role": "user", "content": golden.instruction}]
+    for ago in range(_DAYS_BACK):
+        then = replace(layout, day=(today - timedelta(ago)).isoformat())
+        if then.encode_prompt(then.chat_prompt(asked)) == list(golden.ids):
+            return then
     return layout
 
 

@@ -74,6 +74,7 @@ class Layout:
     quality: str = ""
     version: int = LAYOUT_VERSION
     control_tokens: tuple[str, ...] = ()
+    day: str | None = None  # that version 1's templates take for today; None: the clock's
 
     def __post_init__(self) -> None:
         if self.name not in get_args(LayoutName):
@@ -125,9 +126,11 @@ class Layout:
     def _rendered(self, messages: Sequence[Mapping[str, Any]], *, generate: bool, parts: bool = False) -> str:
         """What the template makes of these messages as they are; with `parts`, contents are lists of one text."""
         seen = {"quality": self.quality} if self.quality else {}
-        now = datetime.fromisoformat(self.date) if self.version > 1 else None  # version 1: today
+        day = self.date if self.version > 1 else self.day
         said = [dict(one, content=[{"type": "text", "text": one["content"]}]) if parts else dict(one) for one in messages]
-        return self.tokenizer.apply_chat_template(said, generate=generate, now=now, date_string=self.date, **seen)
+        return self.tokenizer.apply_chat_template(
+            said, generate=generate, now=day and datetime.fromisoformat(day), date_string=self.date, **seen
+        )
 
     @cached_property
     def _takes_parts(self) -> bool:

@@ -76,7 +76,7 @@ def spoken_to(subject: Subject, recipe: Recipe, corpus: Corpus) -> Spoken:
     elif subject.folder == corpus.layout.tokenizer.folder:
         layout = corpus.layout
     else:
-        layout = layout_of(recipe, Tokenizer(subject.folder))
+        layout = layout_of(recipe, Tokenizer(subject.folder), corpus.layout.version)
     manner, limits = manner_of(recipe, layout), limits_of(recipe, subject.folder)
     if subject.endpoint is None:
         contract = read_contract(subject.folder)
