@@ -127,9 +127,10 @@ class Layout:
         """What the template makes of these messages as they are; with `parts`, contents are lists of one text."""
         seen = {"quality": self.quality} if self.quality else {}
         day = self.date if self.version > 1 else self.day
+        now = datetime.fromisoformat(day) if day is not None else None
         said = [dict(one, content=[{"type": "text", "text": one["content"]}]) if parts else dict(one) for one in messages]
         return self.tokenizer.apply_chat_template(
-            said, generate=generate, now=day and datetime.fromisoformat(day), date_string=self.date, **seen
+            said, generate=generate, now=now, date_string=self.date, **seen
         )
 
     @cached_property
