@@ -129,9 +129,7 @@ class Layout:
         day = self.date if self.version > 1 else self.day
         now = datetime.fromisoformat(day) if day is not None else None
         said = [dict(one, content=[{"type": "text", "text": one["content"]}]) if parts else dict(one) for one in messages]
-        return self.tokenizer.apply_chat_template(
-            said, generate=generate, now=now, date_string=self.date, **seen
-        )
+        return self.tokenizer.apply_chat_template(said, generate=generate, now=now, date_string=self.date, **seen)
 
     @cached_property
     def _takes_parts(self) -> bool:

@@ -113,7 +113,8 @@ def _fingerprint(weights: list[str | None], manner: Manner) -> str:
 def identity(layout: Layout) -> tuple[Any, ...]:
     """Equal for layouts that make the same ids of the same texts."""
     same = layout.name, layout.system, layout.date, layout.tokenizer.fingerprint, layout.tokenizer.chat_template
-    return same if layout.version == 1 else (*same, layout.version, layout.control_tokens)
+    new = (layout.version, layout.control_tokens) if layout.version > 1 else ()
+    return *same, *new, *([layout.day] if layout.day is not None else [])
 
 
 def described(subject: Subject, spoken: Spoken) -> dict[str, Any]:
