@@ -186,18 +186,8 @@ def _model(recipe: Recipe) -> str:
     if (named := recipe.data.qualities) is not None:
         classes = ", ".join(f"{name} ({quality.weight:g})" for name, quality in named.items())
         more = f", classes {classes} {'' if shown_in_the_prompt(layouts_of(named, layout)) else 'not '}shown in the prompt"
-    more += _told(layout)
+    more += layout.turns.remarks if layout.turns is not None else ""
     return f"{line}, layout {layout.name}, an answer ends with {tokenizer.decode(layout.end_ids, skip_special=False)!r}{more}"
-
-
-def _told(layout: Layout) -> str:
-    """What a person may not expect of the chat template."""
-    turns = layout.turns
-    if turns is None:
-        return ""
-    beyond = f", {turns.lead!r} belongs to the prompt" if turns.lead else ""
-    without = f", prompts go without the template's {turns.withdrawn!r}" if turns.withdrawn else ""
-    return beyond + without + ("" if turns.alike else ", of a conversation only the last answer is learnt")
 
 
 def _check_length(recipe: Recipe, folder: Path) -> None:

@@ -37,6 +37,13 @@ class Turns:
         return text.removesuffix(self.withdrawn) + self.lead
 
     @property
+    def remarks(self) -> str:
+        """What a person may not expect of the template, each remark behind a comma."""
+        beyond = f", {self.lead!r} belongs to the prompt" if self.lead else ""
+        without = f", prompts go without the template's {self.withdrawn!r}" if self.withdrawn else ""
+        return beyond + without + ("" if self.alike else ", of a conversation only the last answer is learnt")
+
+    @property
     def closes_a_thought(self) -> bool:
         """True if the prompt ends a thought, so that an answer with one of its own would be a second."""
         return "</think>" in self.lead
