@@ -50,6 +50,17 @@ def test_the_table_has_held_out_tasks_first(report: dict[str, Any]) -> None:
     assert re.fullmatch(r"\+50\.0 \(\+[\d.]+ to \+[\d.]+\), p 0\.\d+", rows[1][6].text)
 
 
+def test_a_difference_over_fewer_rows_than_its_columns_says_so(recipe: Recipe) -> None:
+    records = tables.predictions()
+    for record in records:
+        if (record["subject"], record["task"]) == ("tuned", "alpha_rank") and record["row"] < 3:
+            record |= {"dropped": "too_long", "prediction": None}
+    _, rows = task_table(summarise(tables.table(recipe, records), resamples=50))
+    assert rows[1][0].text == "alpha_rank"
+    assert ") on 5 rows, p" in rows[1][6].text
+    assert "rows" not in rows[0][6].text
+
+
 def test_markdown_is_a_table_that_github_reads(report: dict[str, Any]) -> None:
     text = markdown(report)
     lines = text.splitlines()

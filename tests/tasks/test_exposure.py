@@ -13,7 +13,7 @@ from apprentice.evaluate.facts import facts_for
 from apprentice.recipe import Recipe
 from apprentice.road.evaluation import trained_clusters
 from apprentice.storage import Folder
-from apprentice.tasks.exposure import exposures
+from apprentice.tasks.exposure import exposure_in, exposures
 from apprentice.tasks.schema import Task
 
 
@@ -36,6 +36,18 @@ def test_three_kinds() -> None:
     assert exposures(tasks, {"b", "c", "d"}) == {"a": "trained_on", "b": "scored_only", "c": "held_out", "d": "held_out"}
     assert exposures(tasks, {"b", "c", "d"}, {"three"})["d"] == "scored_only"
     assert exposures(tasks[1:2], {"b"}) == {"b": "held_out"}
+
+
+@pytest.mark.parametrize(
+    ("about", "expected"),
+    [
+        ({"held_out": True}, {"exposure": "held_out", "held_out": True}),  # reports before version 2 know two kinds
+        ({"held_out": False}, {"exposure": "trained_on", "held_out": False}),
+        ({"held_out": False, "exposure": "scored_only"}, {"exposure": "scored_only", "held_out": False}),
+    ],
+)
+def test_what_earlier_reports_say_is_understood(about: dict[str, object], expected: dict[str, object]) -> None:
+    assert exposure_in(about) == expected
 
 
 def test_a_task_without_training_rows_is_not_held_out_where_its_cluster_is_trained_on(tiny_model: Path, tmp_path: Path) -> None:
