@@ -33,6 +33,7 @@ from apprentice.hub import local_folder, missing_model
 from apprentice.nodes import node_resources, on_every_node
 from apprentice.recipe import Recipe
 from apprentice.storage import Folder
+from apprentice.tasks.exposure import count_exposures
 from apprentice.tasks.leaks import leaks
 from apprentice.tasks.loading import select_tasks
 from apprentice.tokenizer import Tokenizer
@@ -154,7 +155,7 @@ def _tasks(recipe: Recipe) -> str:
             f"training.objective {objective} makes a model that writes nothing, and task {written[0]!r} is scored by what is"
             " written; leave it out of data.tasks, or take one whose choices are ranked."
         )
-    return f"{len(tasks)} task{'s' if len(tasks) != 1 else ''}, {len(held_out)} of them held out"
+    return count_exposures(tasks, held_out)
 
 
 def _downloads(recipe: Recipe) -> str:

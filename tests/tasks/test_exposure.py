@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from apprentice.artifacts import Run
+from apprentice.check import POINTS
 from apprentice.data.corpus import make_corpus
 from apprentice.evaluate.facts import facts_for
 from apprentice.recipe import Recipe
@@ -66,6 +67,7 @@ def test_a_task_without_training_rows_is_not_held_out_where_its_cluster_is_train
             "training": {"steps": 1},
         }
     )
+    assert POINTS["tasks"](recipe) == "3 tasks, 1 of them held out, 1 scored only"
     corpus = make_corpus(recipe, Run(Folder.at(recipe.storage) / recipe.name), parallel=False)
     facts = facts_for(recipe, corpus.tasks, corpus.held_out, {"yes": None, "no": None, "far": None}, 0.0)
     assert {name: (about["exposure"], about["held_out"]) for name, about in facts["tasks"].items()} == {

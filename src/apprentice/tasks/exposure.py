@@ -29,3 +29,10 @@ def exposure_in(about: Mapping[str, Any]) -> dict[str, Any]:
 def most_seen(found: Collection[Exposure]) -> Exposure:
     """Of a task that several runs met: what it is for all of them together."""
     return max(found, key=EXPOSURES.index)
+
+
+def count_exposures(tasks: Sequence[Task], kept_out: Collection[str]) -> str:
+    """How many `tasks` there are and how many of them are not trained on, in words."""
+    seen = list(exposures(tasks, kept_out).values())
+    beside = f", {seen.count('scored_only')} scored only" if "scored_only" in seen else ""
+    return f"{len(tasks)} task{'s' if len(tasks) != 1 else ''}, {seen.count('held_out')} of them held out{beside}"
