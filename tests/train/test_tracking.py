@@ -203,6 +203,21 @@ def test_the_list_of_runs_has_the_validation_loss_of_what_was_exported(tmp_path:
     assert road.runs(str(tmp_path))[0]["validation_loss"] == 1.2
 
 
+def test_who_has_lost_the_run_writes_nothing_to_it(tmp_path: Path) -> None:
+    run = Run(Folder.at(tmp_path / "run").make())
+    seen: list[dict[str, Any]] = []
+    held = True
+    tracker = Tracker(run, seen.append, (), lambda: held)
+    tracker.write(record(1))
+    held = False
+    tracker.write(record(4))
+    tracker.write({"attempt": 1, "step": 4, "steps": 4, "validation_loss": 1.5})
+    tracker.close()
+    assert [one["step"] for one in seen] == [1, 4, 4]
+    assert [one["step"] for one in read_records(run.folder / "steps.jsonl")] == [1]
+    assert (run.status()["step"], "validation_loss" in run.status()) == (1, False)
+
+
 def test_a_full_disk_stops_nothing_and_what_it_refused_is_written_later(tmp_path: Path) -> None:
     run = Run(Folder.at(tmp_path / "run").make())
     seen: list[dict[str, Any]] = []
