@@ -21,7 +21,7 @@ from typing import Any
 
 import methods
 import yaml
-from figures import report
+from figures import claim_stdout, report
 
 from apprentice import road
 from apprentice.recipe import Recipe, dump_recipe, find_recipe, load_recipe
@@ -214,4 +214,5 @@ def picture_of(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
+    claim_stdout()
     main()

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from figures import compare, report
+from figures import claim_stdout, compare, report
 
 from apprentice.hub import local_folder
 from apprentice.models.decoding import generate
@@ -143,4 +143,5 @@ def _rate(work: Callable[[], Any], rows: int) -> Callable[[], float]:
 
 
 if __name__ == "__main__":
+    claim_stdout()
     main()

@@ -3,9 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import sys
 from collections.abc import Callable
+from typing import TextIO
+
+_out: TextIO | None = None
+
+
+def claim_stdout() -> None:
+    """From here on standard output is for figures alone: what libraries and other processes print there goes to standard error."""
+    global _out
+    sys.stdout.flush()
+    _out = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
 
 
 def compare(figure: str, ours: Callable[[], float], peer_name: str, peer: Callable[[], float], *, runs: int, goal: float) -> None:
@@ -27,4 +39,4 @@ def compare(figure: str, ours: Callable[[], float], peer_name: str, peer: Callab
 def report(figure: str, value: float | None, **rest: object) -> None:
     """Prints one figure; `value` None comes with a `why`."""
     rounded = None if value is None else round(value, 4)
-    print(json.dumps({"figure": figure, "value": rounded, **rest}), flush=True)
+    print(json.dumps({"figure": figure, "value": rounded, **rest}), file=_out, flush=True)

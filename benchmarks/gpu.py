@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 import trainers
-from figures import report
+from figures import claim_stdout, report
 
 from apprentice.hub import local_folder
 from apprentice.models.loading import count_parameters, resolve_dtype
@@ -218,4 +218,5 @@ def main(given: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    claim_stdout()
     main(sys.argv[1:])

@@ -27,7 +27,7 @@ from urllib.request import urlopen
 
 import ray
 import torch
-from figures import report
+from figures import claim_stdout, report
 from serving import contract_of
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -227,4 +227,5 @@ def resident_mib(pid: int) -> float:
 
 
 if __name__ == "__main__":
+    claim_stdout()
     main()

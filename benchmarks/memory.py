@@ -9,7 +9,7 @@ import argparse
 import itertools
 import tempfile
 
-from figures import report
+from figures import claim_stdout, report
 
 from apprentice.artifacts import open_run
 from apprentice.data.pipeline import make_corpus
@@ -71,4 +71,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    claim_stdout()
     main()

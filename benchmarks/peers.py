@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import httpx
-from figures import compare, report
+from figures import claim_stdout, compare, report
 
 AT_ONCE = 32
 CONTEXT = 2048
@@ -232,4 +232,5 @@ async def stream(http: httpx.AsyncClient, server: Running, number: int, tokens: 
 
 
 if __name__ == "__main__":
+    claim_stdout()
     main()

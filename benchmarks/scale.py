@@ -32,7 +32,7 @@ from control import (
     rows_that_hide,
     simulate,
 )
-from figures import report
+from figures import claim_stdout, report
 
 from apprentice.data.plan import Plan
 from apprentice.data.row_ranges import RowRanges
@@ -159,4 +159,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    claim_stdout()
     main()

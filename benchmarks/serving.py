@@ -26,7 +26,7 @@ from typing import Any
 
 import httpx
 import torch
-from figures import compare, report
+from figures import claim_stdout, compare, report
 from safetensors.torch import save_file
 from transformers import T5Config, T5ForConditionalGeneration
 
@@ -257,4 +257,5 @@ async def tokens_per_s(endpoint: Endpoint, tokens: int, *, at_once: int, models:
 
 
 if __name__ == "__main__":
+    claim_stdout()
     main()

@@ -28,7 +28,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 import trainers
-from figures import compare, report
+from figures import claim_stdout, compare, report
 
 from apprentice.artifacts import Run, open_run
 from apprentice.data.pipeline import Corpus, make_corpus, render_window
@@ -278,4 +278,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    claim_stdout()
     main()

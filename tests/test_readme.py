@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 import subprocess
+import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -45,12 +46,24 @@ def test_a_shown_command_can_be_given(document: str, line: str):
         files = [value for flag, value in pairwise(words) if flag in ("-k", "-f")]
         assert files or "-n" in words
         assert all((ROOT / file).exists() for file in files), files
+    elif program == "export":
+        assert words == ["RAY_AUTH_MODE=token"]
     else:
         assert program == "ray", f"{document} shows {program!r}; say here how it is checked"
-        assert words[0] in ("start", "job", "up")
+        assert words[0] in ("start", "job", "up", "get-auth-token")
     for word in words:
         if word.startswith(("jobs/", "src/", "serve/", "tests/", "cluster/")):
             assert (ROOT / word).exists(), word
+
+
+def test_rays_commands_show_the_token():
+    """Tried: `ray start` takes the token that lies there by itself, and `ray job submit` then stops without the mode."""
+    pages = [*DOCUMENTS, ROOT / "docs" / "guides" / "clusters.md"]
+    shown = [block for file in pages for block in re.findall(r"```bash[^\n]*\n(.*?)```", file.read_text(), flags=re.DOTALL)]
+    guarded = [block for block in shown if re.search(r"^ray (start|job)", block, flags=re.MULTILINE)]
+    assert len(guarded) >= 4
+    for block in guarded:
+        assert block.startswith("export RAY_AUTH_MODE=token\n"), block
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda file: file.relative_to(ROOT).as_posix())
@@ -75,3 +88,16 @@ def test_make_without_a_target_lists_the_targets():
     shown = subprocess.run(["make", "--no-print-directory"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     for target in ("setup", "demo", "test", "check", "bench", "peers"):
         assert f"make {target}" in shown
+
+
+def test_benchmarks_print_figures_and_nothing_else_on_standard_output():
+    code = "import os, sys; sys.path.insert(0, 'benchmarks'); import figures; figures.claim_stdout();"
+    code += "print('a library'); os.system('echo another process'); figures.report('a.figure', 1.23456, unit='ms')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == '{"figure": "a.figure", "value": 1.2346, "unit": "ms"}\n'
+    assert "a library" in done.stderr
+    assert "another process" in done.stderr
+    for file in (ROOT / "benchmarks").glob("*.py"):
+        text = file.read_text(encoding="utf-8")
+        if "__main__" in text and "import claim_stdout" in text:
+            assert text.index("    claim_stdout()\n") < text.rindex("    main("), file

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import re
 import socket
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import yaml
@@ -346,7 +351,9 @@ class Refusing(Dashboard):
 )
 def test_a_missing_or_wrong_token_is_said(monkeypatch, tmp_path, error):
     monkeypatch.setattr(submit, "connect", lambda address, ca=None: Refusing(error))
-    with pytest.raises(ResourcesError, match="asks for a token; set RAY_AUTH_MODE=token"):
+    with pytest.raises(
+        ResourcesError, match=r"asks for a token, and has another than lies here; put its own into ~/\.ray/auth_token"
+    ):
         submit.submit(str(tiny_recipe(tmp_path, Path("/models/tiny"))), [], address=ADDRESS, folder=tmp_path)
 
 
@@ -355,6 +362,38 @@ def test_an_error_that_only_sounds_like_it_is_none_of_authentication(monkeypatch
     monkeypatch.setattr(submit, "connect", lambda address, ca=None: Refusing(RuntimeError(text)))
     with pytest.raises(RuntimeError, match=text):
         submit.submit(str(tiny_recipe(tmp_path, Path("/models/tiny"))), [], address=ADDRESS, folder=tmp_path)
+
+
+class Asking(BaseHTTPRequestHandler):
+    """A dashboard that keeps what was shown to it, and knows nobody."""
+
+    shown: ClassVar[list[str | None]] = []
+
+    def do_GET(self) -> None:
+        self.shown.append(self.headers.get("Authorization"))
+        self.send_response(401)
+        self.end_headers()
+
+    def log_message(self, *_: Any) -> None:
+        """Says nothing."""
+
+
+@pytest.mark.parametrize(("mode", "shown"), [(None, "Bearer " + "ab" * 32), ("disabled", None)])
+def test_the_token_that_lies_here_is_shown(tmp_path, mode, shown):
+    """`ray start` asks for it by itself where it lies, and Ray's own client of jobs would not show it."""
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray" / "auth_token").write_text("ab" * 32)
+    Asking.shown.clear()
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
+    environment |= {"HOME": str(tmp_path)} | ({"RAY_AUTH_MODE": mode} if mode else {})
+    with HTTPServer(("127.0.0.1", 0), Asking) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        code = f"from apprentice import submit; submit.connect('http://127.0.0.1:{server.server_address[1]}')"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=120)
+        server.shutdown()
+    assert Asking.shown
+    assert set(Asking.shown) == {shown}
+    assert "asks for a token" in done.stderr
 
 
 def test_a_certificate_of_a_stranger_is_said(tmp_path):

@@ -177,9 +177,15 @@ def _tasks(recipe: Recipe) -> list[str]:
 
 
 def connect(address: str, ca: str | None = None) -> Any:
-    """A client of the cluster's dashboard. `ca` is a file with the certificate that signed it."""
+    """A client of the cluster's dashboard. `ca` is a file with the certificate that signed it.
+
+    A token that lies here is shown, unless RAY_AUTH_MODE says otherwise: where one lies, `ray start` asks for it by itself.
+    """
+    # Private, Ray 2.60: `ray.init` does so before it connects to a cluster, and Ray's client of jobs does not.
+    from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
     from ray.job_submission import JobSubmissionClient
 
+    maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
     return _asked(address, lambda: JobSubmissionClient(address, verify=ca or True))
 
 
@@ -200,7 +206,8 @@ def _asked(address: str, question: Callable[[], Any]) -> Any:
     except (RuntimeError, AuthenticationError) as error:
         if isinstance(error, AuthenticationError) or _REFUSED.match(str(error)):
             raise ResourcesError(
-                f"the Ray cluster at {address} asks for a token; set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or ~/.ray/auth_token."
+                f"the Ray cluster at {address} asks for a token, and has another than lies here; put its own into"
+                " ~/.ray/auth_token or RAY_AUTH_TOKEN, and leave RAY_AUTH_MODE out, or say RAY_AUTH_MODE=token."
             ) from error
         raise
 
