@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from apprentice.errors import EvaluationError
 from apprentice.evaluate.metrics import METRICS
-from apprentice.storage import Folder
+from apprentice.storage import Folder, answer_of
 from apprentice.tasks.schema import Task
 
 FILE = "predictions.parquet"
@@ -82,10 +82,12 @@ def save(table: pa.Table, out: Folder) -> None:
 def read(out: Folder) -> pa.Table:
     """The predictions of an evaluation.
 
-    Raises `StorageError` if there are none in `out`, `EvaluationError` if they are broken or lack what a report needs.
+    Raises `StorageError` if there are none in `out` or the store does not answer, `EvaluationError` if they are broken or lack
+    what a report needs.
     """
+    content = answer_of(out / FILE, (out / FILE).read_bytes)
     try:
-        table = pq.read_table(io.BytesIO((out / FILE).read_bytes()))
+        table = pq.read_table(io.BytesIO(content))
     except (pa.ArrowException, OSError) as error:
         raise EvaluationError(f"{out / FILE} is not a readable Parquet file; score again with --restart.") from error
     for name in _LATER:
