@@ -17,6 +17,7 @@ from apprentice.identity import identity, model_sha256
 from apprentice.recipe import Recipe
 from apprentice.storage import Folder
 from apprentice.submit import job_stem
+from apprentice.tasks import loading
 from tests.data.small import SUMS
 from tests.kept_runs.measure import ARCHIVE, CAPITAL, PLACE, unpack
 from tests.tasks.test_natural_instructions import CONTENT
@@ -89,11 +90,9 @@ def test_collections_are_known_by_what_is_in_their_files(tmp_path: Path) -> None
 
 
 def test_the_tasks_are_kept_with_the_run(tmp_path: Path) -> None:
-    from apprentice.tasks.loading import find_tasks
-
     recipe = collections(tmp_path / "here")
     run = open_run(recipe)
-    found = [(entry, find_tasks(entry, tmp_path)) for entry in recipe.data.entries]
+    found = [(entry, loading.find_tasks(entry, tmp_path)) for entry in recipe.data.entries]
     shutil.rmtree(tmp_path / "here")
     kept = run.tasks()
     for entry, tasks in found:
@@ -101,9 +100,23 @@ def test_the_tasks_are_kept_with_the_run(tmp_path: Path) -> None:
         assert again == tasks
         assert [type(task.templates[0]) for task in again] == [type(task.templates[0]) for task in tasks]
     assert kept.find("promptsource_glue_toy", tmp_path) == found[0][1], "by its name, too"
-    assert kept.find("squad", tmp_path) == find_tasks("squad", tmp_path)
+    assert kept.find("squad", tmp_path) == loading.find_tasks("squad", tmp_path)
     with pytest.raises(TaskError, match="'sst3' is not a task"):
         kept.find("sst3", tmp_path)
+
+
+def test_a_run_goes_on_with_the_library_of_its_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = recipe_in(tmp_path, ["sst2"])
+    run = open_run(recipe)
+    [before] = run.tasks().find("sst2", tmp_path)
+    reworded = yaml.safe_load(loading.library()["sst2"].read_text())
+    reworded["templates"][0]["instruction"] = "Is the film liked?"
+    (tmp_path / "sst2.yaml").write_text(yaml.safe_dump(reworded))
+    monkeypatch.setattr(loading, "library", lambda: {"sst2": tmp_path / "sst2.yaml"})
+    assert loading.find_tasks("sst2", tmp_path) != [before]
+    assert open_run(recipe).tasks().find("sst2", tmp_path) == [before]
+    [after] = open_run(recipe, restart=True).tasks().find("sst2", tmp_path)
+    assert after.templates[0].instruction == "Is the film liked?"
 
 
 def test_a_models_folder_is_known_by_its_files(tiny_model: Path, tmp_path: Path) -> None:

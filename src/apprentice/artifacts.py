@@ -28,6 +28,7 @@ from apprentice.plain_yaml import load_yaml
 from apprentice.recipe import Recipe, dump_recipe
 from apprentice.storage import Folder, is_uri
 from apprentice.tasks.kept import KeptTasks, dump_tasks
+from apprentice.tasks.loading import find_tasks
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,8 @@ def open_run(recipe: Recipe, *, restart: bool = False) -> Run:
     """
     run = Run(Folder.at(recipe.storage) / recipe.name)
     version = FORMAT if restart else run.format
-    keys = identity(recipe, version)
+    find = find_tasks if restart else run.tasks().find_again
+    keys = identity(recipe, version, find=find)
     file = run.folder / "identity.json"
     if restart:
         run.clear()
@@ -137,8 +139,9 @@ def open_run(recipe: Recipe, *, restart: bool = False) -> Run:
             f"run {recipe.name!r} in {recipe.storage} was made with another recipe: {', '.join(changed[:5])}{more}."
             " Choose another `name`, or start over with --restart."
         )
+    tasks = dump_tasks(recipe.data.entries, Path.cwd(), find)
     run.folder.make()
-    run.tasks_file.write_text(dump_tasks(recipe.data.entries, Path.cwd()))
+    run.tasks_file.write_text(tasks)
     run.recipe_file.write_text(dump_recipe(recipe))
     file.write_json({"format": version, "hash": identity_hash(keys), "keys": keys})
     return run

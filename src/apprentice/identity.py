@@ -18,7 +18,7 @@ from apprentice.errors import TaskError
 from apprentice.recipe import RUN, Recipe
 from apprentice.storage import Folder
 from apprentice.tasks.definition import definition_of
-from apprentice.tasks.loading import find_tasks
+from apprentice.tasks.loading import Entry, Find, find_tasks
 
 # Keys that say where and on how much hardware a run executes, or what happens after it; they do not shape learning.
 NOT_IDENTITY = (
@@ -53,10 +53,11 @@ _MODEL_FILES = ("config.json", "tokenizer*", "special_tokens_map.json", "added_t
 _TASK = "data.tasks."  # how the key of a task's definition begins
 
 
-def identity(recipe: Recipe, version: int = FORMAT, *, anywhere: bool = False) -> dict[str, Any]:
+def identity(recipe: Recipe, version: int = FORMAT, *, anywhere: bool = False, find: Find = find_tasks) -> dict[str, Any]:
     """Dotted key → value, for every key that shapes learning, by the formula of the format `version`.
 
     `anywhere`: task files that are not on this machine are known by how the recipe names them; otherwise they raise `TaskError`.
+    `find` says what an entry of `data.tasks` means.
     """
     keys = flat(recipe.model_dump(mode="json"))
     set_keys = flat(recipe.model_dump(mode="json", exclude_defaults=True))
@@ -75,7 +76,7 @@ def identity(recipe: Recipe, version: int = FORMAT, *, anywhere: bool = False) -
     if version == 1:
         return kept | {key: public_base(base) for key, base in named.items()} | {"data.tasks": _paths(recipe)}
     del kept["data.promptsource"]  # a folder; what was found in it is in the tasks' definitions
-    definitions = _definitions(recipe.data.entries, anywhere=anywhere)
+    definitions = _definitions(recipe.data.entries, find, anywhere=anywhere)
     tasks = {"data.tasks": list(definitions), **{f"{_TASK}{name}": found for name, found in definitions.items()}}
     return kept | {key: _model(base) for key, base in named.items()} | tasks
 
@@ -90,12 +91,12 @@ def _paths(recipe: Recipe) -> list[Any]:
     ]
 
 
-def _definitions(entries: Sequence[str | Mapping[str, Any]], *, anywhere: bool) -> dict[str, str]:
+def _definitions(entries: Sequence[Entry], find: Find, *, anywhere: bool) -> dict[str, str]:
     """Task → the hash of its definition, in the recipe's order."""
     found: dict[str, str] = {}
     for entry in entries:
         try:
-            found |= {task.name: definition_of(task)[:16] for task in find_tasks(entry, Path.cwd())}
+            found |= {task.name: definition_of(task)[:16] for task in find(entry, Path.cwd())}
         except TaskError:
             if not anywhere:
                 raise

@@ -24,6 +24,7 @@ from apprentice.nodes import is_job
 from apprentice.recipe import Recipe, find_recipe, load_recipe
 from apprentice.session import VERSION_VARIABLE, ray_session
 from apprentice.storage import Folder
+from apprentice.tasks.loading import Find, find_tasks
 
 
 def prepare(recipe: Recipe, screen: Screen) -> None:
@@ -56,7 +57,7 @@ def pipeline(recipe: Recipe, screen: Screen, *, deploy: bool = False) -> None:
     with ray_session():
         result = road.train(recipe, progress=screen.progress)  # freezes the indices first, unless they are there
         screen.say(road.training_sentence(result) if not result["already"] else "trained already, with the same identity")
-        wanted = evaluation_identity(recipe, run.format)
+        wanted = evaluation_identity(recipe, run.format, run.tasks().find_again)
         if run.status().get("evaluated") == wanted and (run.report / "report.json").exists():
             screen.say("evaluated already, with the same settings")
         else:
@@ -71,10 +72,10 @@ def pipeline(recipe: Recipe, screen: Screen, *, deploy: bool = False) -> None:
     screen.result({}, str(run.folder))
 
 
-def evaluation_identity(recipe: Recipe, version: int = FORMAT) -> str:
+def evaluation_identity(recipe: Recipe, version: int = FORMAT, find: Find = find_tasks) -> str:
     """Names a report: what the run learned from and how it was scored."""
     settings = {f"evaluation.{key}": value for key, value in recipe.evaluation.model_dump(mode="json").items()}
-    return identity_hash(identity(recipe, version) | settings)
+    return identity_hash(identity(recipe, version, find=find) | settings)
 
 
 PR_SET_PDEATHSIG = 1  # prctl(2): the signal that this process gets when its parent ends

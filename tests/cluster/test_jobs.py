@@ -19,6 +19,7 @@ import pytest
 import yaml
 
 from tests.conftest import ROOT
+from tests.data.small import write_tasks
 from tests.recipes import tiny_recipe
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
@@ -90,7 +91,9 @@ SECRET = "hf_" + secrets.token_hex(12)
 
 
 def test_the_road_is_submitted_followed_and_deployed_and_given_again_does_nothing_twice(head, tiny_model, tmp_path):
-    recipe = tiny_recipe(tmp_path, tiny_model, training__steps=3, serving__port=free_port())
+    write_tasks(tmp_path)
+    tasks = ["quickstart", "./sums.yaml"]
+    recipe = tiny_recipe(tmp_path, tiny_model, data__tasks=tasks, training__steps=3, serving__port=free_port())
     done = submit(recipe, head, HF_TOKEN=SECRET)
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads(done.stdout)
@@ -102,6 +105,7 @@ def test_the_road_is_submitted_followed_and_deployed_and_given_again_does_nothin
     assert "train     step 3/3" in done.stderr
 
     made = {path: path.stat().st_mtime_ns for name in ("model", "report") for path in (run / name).iterdir()}
+    (tmp_path / "notes.md").write_text("So that Ray unpacks the folder, with the task's file in it, elsewhere.")
     again = submit(recipe, head, "--deploy", HF_TOKEN=SECRET)
     assert again.returncode == 0, again.stdout + again.stderr
     assert json.loads(again.stdout)["job"] == result["job"][:-1] + "2"

@@ -251,8 +251,9 @@ def evaluate(target: str, overrides: Sequence[str], *, wanted: Wanted, progress:
 def check_definitions(recipe: Recipe) -> None:
     """Raises `RunError` for a task that is defined otherwise than in its run, which is scored by what it was made with."""
     run = Run(Folder.at(recipe.storage) / recipe.name)
-    tasks, _ = select_tasks(recipe.data.entries, (), Path.cwd(), to_train=False)
-    if changed := run.tasks().changed(tasks):
+    kept = run.tasks()
+    tasks, _ = select_tasks(recipe.data.entries, (), Path.cwd(), to_train=False, find=kept.find_again)
+    if changed := kept.changed(tasks):
         raise RunError(
             f"the templates or answers of task {changed[0]!r} changed since run {run.name!r} was made; undo that, or score the run"
             f" by what it was made with: apprentice evaluate {run.folder}."

@@ -9,7 +9,7 @@ from typing import Any
 
 from apprentice.tasks.conversations import ConversationTemplate
 from apprentice.tasks.definition import definition_of
-from apprentice.tasks.loading import COLLECTIONS, Entry, find_tasks
+from apprentice.tasks.loading import COLLECTIONS, Entry, Find, find_tasks
 from apprentice.tasks.natural_instructions import InstanceTemplate
 from apprentice.tasks.preferences import PreferenceTemplate
 from apprentice.tasks.prompts import PromptTemplate as QuestionTemplate
@@ -28,7 +28,7 @@ _TEMPLATES: dict[str, type[Template]] = {
 }
 
 
-def dump_tasks(entries: Sequence[Entry], folder: Path) -> str:
+def dump_tasks(entries: Sequence[Entry], folder: Path, find: Find = find_tasks) -> str:
     """The tasks that `entries` mean, a line of JSON each. Raises `TaskError` as `find_tasks` does."""
     lines = [
         json.dumps(
@@ -40,7 +40,7 @@ def dump_tasks(entries: Sequence[Entry], folder: Path) -> str:
             ensure_ascii=False,
         )
         for entry in entries
-        for task in find_tasks(entry, folder)
+        for task in find(entry, folder)
     ]
     return "".join(f"{line}\n" for line in lines)
 
@@ -60,6 +60,14 @@ class KeptTasks:
         if (kept := self._of_entry.get(_key(entry))) is not None:
             return kept
         return [self._by_name[entry]] if isinstance(entry, str) and entry in self._by_name else find_tasks(entry, folder)
+
+    def find_again(self, entry: Entry, folder: Path) -> list[Task]:
+        """What `entry` means for a run that goes on: a person's own files as they are now, the library's tasks as they were then.
+
+        A later version of the library is no change of the run's.
+        """
+        own = not isinstance(entry, str) or entry.endswith((".yaml", ".yml"))
+        return find_tasks(entry, folder) if own else self.find(entry, folder)
 
     def changed(self, tasks: Sequence[Task]) -> list[str]:
         """Those of `tasks` that the run knows under the same name with another definition."""
