@@ -35,6 +35,7 @@ from apprentice.family import kv_numbers, model_config
 from apprentice.models.loading import resolve_dtype, without_weights
 from apprentice.models.lora import CONFIG, WEIGHTS, read_lora
 from apprentice.serve.engine import EngineFailed, NewToken, Overloaded, Request, RequestFailed, Score, Stats
+from apprentice.serve.lifeline import guard_children
 from apprentice.serve.protocol import MOST_TOP
 
 log = logging.getLogger(__name__)
@@ -82,6 +83,7 @@ class VllmEngine:
             folder, dtype, max_running=max_running, context=self.context, kv_bytes=kv_bytes, trust=trust, adapters=adapters
         )
         _use_threads(threads)
+        guard_children()
         try:
             self._llm = AsyncLLM.from_engine_args(arguments)
         except (RuntimeError, ValueError, OSError) as error:
