@@ -116,6 +116,8 @@ def test_test_rows_of_ones_own(command: Command, tmp_path: Path) -> None:
         (["vague.csv"], "it is not clear which column of vague.csv is to be learnt; its columns are Review, Verdict."),
         (["none.csv"], "none.csv does not exist; check the path"),
         (["My reviews.csv", "--label", "Star"], "Did you mean 'Stars'?"),
+        (["My reviews.csv", "--encoding", "foo"], "--encoding: no encoding is called 'foo'; give one such as utf-8, cp1252"),
+        (["My reviews.csv", "--encoding", "hex"], "--encoding: no encoding is called 'hex'"),
         (["few.jsonl"], "few.jsonl holds 1 rows; 10 are the least"),
     ],
 )

@@ -206,7 +206,7 @@ def test_answers_that_are_lists(answer: Any, wording: str, references: str) -> N
         (
             {"text": "a", "answer": {"x": 1}},
             Columns(("text",), answer="answer"),
-            "'answer' holds a dict with x in each row, which is no text",
+            "'answer' holds a mapping with the keys x in each row, which is no text",
         ),
         ({"text": {"x": 1}, "answer": "b"}, Columns(("text",), answer="answer"), "name other columns with --input"),
         (

@@ -18,6 +18,7 @@ from apprentice.recipe import Recipe
 from apprentice.storage import Folder
 from apprentice.tasks.draft import Columns, UnclearLabelsError, draft, guess, is_printable
 from apprentice.tasks.schema import Task
+from apprentice.tasks.source_spec import known_encoding
 
 TEST_SHARE, MOST_TESTED = 0.1, 500
 LEAST_ROWS = 10
@@ -58,6 +59,10 @@ def begin(
     folder = out or Path(name)
     if folder.exists() and any(folder.iterdir()):
         raise DataError(f"{folder} is there already and not empty; say --out FOLDER, or remove it.")
+    try:
+        said = replace(said, encoding=said.encoding and known_encoding(said.encoding))
+    except ValueError as error:
+        raise DataError(f"--encoding: {error}.") from error
     with tempfile.TemporaryDirectory(prefix="apprentice-") as scratch:
         rows = list(_rows(file, scratch, said.encoding))
         tested = list(_rows(test, scratch, said.encoding)) if test is not None else None

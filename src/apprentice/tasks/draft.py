@@ -176,8 +176,9 @@ def _answer(column: str, field: str, rows: Sequence[Mapping[str, Any]]) -> tuple
 def _no_text(column: str, value: Any, remedy: str) -> str:
     if isinstance(value, bytes):
         return f"column {column!r} holds bytes, not text, such as {value[:LISTED]!r}; say what they are written in with --encoding."
-    keys = f" with {_shown(list(value))}" if isinstance(value, Mapping) else ""
-    return f"column {column!r} holds a {type(value).__name__}{keys} in each row, which is no text; {remedy}."
+    keys = f" with the keys {_shown(list(value))}" if isinstance(value, Mapping) else ""
+    kind = "mapping" if isinstance(value, Mapping) else type(value).__name__
+    return f"column {column!r} holds a {kind}{keys} in each row, which is no text; {remedy}."
 
 
 def _inputs(columns: Columns, shown: Mapping[str, str]) -> str:

@@ -30,10 +30,7 @@ class SourceSpec(Strict):
     @field_validator("encoding")
     @classmethod
     def _is_known(cls, name: str | None) -> str | None:
-        try:
-            return name and codecs.lookup(name).name
-        except LookupError as error:
-            raise ValueError(f"no encoding is called {name!r}; give one such as utf-8, cp1252 or shift_jis") from error
+        return name and known_encoding(name)
 
     @model_validator(mode="after")
     def _one_place(self) -> Self:
@@ -41,3 +38,12 @@ class SourceSpec(Strict):
         if sum(place is not None for place in places) != 1:
             raise ValueError("a source names exactly one of `dataset`, `hub`, `files` and `builtin`")
         return self
+
+
+def known_encoding(name: str) -> str:
+    """Python's name of an encoding of text. Raises `ValueError` where there is none of that name."""
+    try:
+        "".encode(name)  # hex and other codecs that are not of text fail here
+        return codecs.lookup(name).name
+    except LookupError as error:
+        raise ValueError(f"no encoding is called {name!r}; give one such as utf-8, cp1252 or shift_jis") from error
