@@ -19,8 +19,9 @@ from apprentice.evaluate import endpoint as asking
 from apprentice.evaluate import subjects
 from apprentice.evaluate.endpoint import Endpoint, EndpointScorer, model_at, weights_at
 from apprentice.evaluate.predictions import table_of
-from apprentice.evaluate.scorer import ASKED, Manner
+from apprentice.evaluate.scorer import ASKED
 from apprentice.evaluate.subjects import Subject, described, spoken_to
+from apprentice.model_pool.limits import Manner
 from apprentice.recipe import Recipe
 
 Answer = Callable[[dict[str, Any]], tuple[Any, ...]]  # status, body, and perhaps headers

@@ -16,10 +16,11 @@ from apprentice.artifacts import Run
 from apprentice.data.contract import make_contract
 from apprentice.data.corpus import Corpus
 from apprentice.errors import DataError, EvaluationError
-from apprentice.evaluate import launch, predictions
+from apprentice.evaluate import predictions
 from apprentice.evaluate.launch import Subject, _requests, evaluate
-from apprentice.evaluate.pool import Room
 from apprentice.evaluate.summary import summarise
+from apprentice.model_pool import actors
+from apprentice.model_pool.pool import Room
 from apprentice.models.loading import load_model
 from apprentice.models.reward import choice_rewards
 from apprentice.models.scoring import choice_logprobs
@@ -76,9 +77,9 @@ def evaluated(
 def test_the_number_format_is_that_of_the_workers(
     asked: str, gpus: int, nodes: dict[str, bool], computed: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(launch, "on_every_node", lambda question: nodes)
+    monkeypatch.setattr(actors, "on_every_node", lambda question: nodes)
     model = Model.model_validate({"base": "m", "dtype": asked})
-    assert launch.in_one_dtype(model, Room(4, 4, gpus, 1 << 34)).dtype == computed
+    assert actors.in_one_dtype(model, Room(4, 4, gpus, 1 << 34)).dtype == computed
 
 
 def of(records: Records, subject: str, shots: int) -> Records:

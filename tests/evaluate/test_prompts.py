@@ -13,8 +13,9 @@ from apprentice.data.layout import Exemplar
 from apprentice.data.plan import exemplar_rows
 from apprentice.data.render import Renderer
 from apprentice.data.tokenize import encode
-from apprentice.evaluate.prompts import EMPTY_CHOICE, NOT_A_CHOICE, Limits, can_show, encoded
+from apprentice.evaluate.prompts import EMPTY_CHOICE, NOT_A_CHOICE, can_show, encoded
 from apprentice.evaluate.sampling import Request
+from apprentice.model_pool.limits import Limits
 from apprentice.tasks.schema import Task
 
 LIMITS = Limits(prompt=700, reply=6)

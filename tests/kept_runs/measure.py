@@ -136,10 +136,11 @@ def answers(place: Path) -> dict[str, Any]:
     from apprentice.data.pipeline import make_corpus
     from apprentice.evaluate import predictions
     from apprentice.evaluate.launch import _requests
-    from apprentice.evaluate.pool import Pool
     from apprentice.evaluate.prompts import encoded
-    from apprentice.evaluate.scorer import Scorer, blocks, model_on, with_prediction
+    from apprentice.evaluate.scorer import Scorer, blocks, with_prediction
     from apprentice.evaluate.subjects import Subject, spoken_to
+    from apprentice.model_pool.model import model_on
+    from apprentice.model_pool.pool import Pool
     from apprentice.recipe import load_recipe
     from apprentice.storage import Folder
 

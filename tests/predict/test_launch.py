@@ -11,7 +11,7 @@ import pytest
 
 from apprentice.data.layout import Layout
 from apprentice.errors import EvaluationError
-from apprentice.evaluate.prompts import Limits
+from apprentice.model_pool.limits import Limits
 from apprentice.predict import launch, rows
 from apprentice.recipe import Model
 from apprentice.storage import Folder

@@ -14,9 +14,11 @@ from apprentice import road
 from apprentice.check import POINTS
 from apprentice.data.layout import Layout
 from apprentice.errors import ModelError, RecipeError
-from apprentice.evaluate.pool import Pool
 from apprentice.evaluate.predictions import table_of
-from apprentice.evaluate.scorer import ASKED, Manner, Scorer, model_on
+from apprentice.evaluate.scorer import ASKED, Scorer
+from apprentice.model_pool.limits import Manner
+from apprentice.model_pool.model import model_on
+from apprentice.model_pool.pool import Pool
 from apprentice.models.loading import load_model
 from apprentice.recipe import Model, Serving, load_recipe
 from apprentice.serve import deployment

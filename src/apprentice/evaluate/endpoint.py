@@ -26,7 +26,7 @@ from apprentice.data.layout import SEPARATOR
 from apprentice.errors import EvaluationError
 
 if TYPE_CHECKING:
-    from apprentice.evaluate.scorer import Manner
+    from apprentice.model_pool.limits import Manner
 
 AT_ONCE = 16  # requests under way
 PATIENCE_S = 300.0  # how long one that is down or busy is asked again: a restart of an endpoint with its model is shorter
@@ -147,7 +147,7 @@ class EndpointScorer:
         return total
 
     def _generated(self, http: httpx.Client, prompt: Sequence[int]) -> str:
-        from apprentice.evaluate.generate import bounded
+        from apprentice.model_pool.generate import bounded
 
         layout = self._manner.layout
         stop = {} if layout.name == "chat" else {"stop": [SEPARATOR.strip("\n")]}

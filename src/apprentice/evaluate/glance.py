@@ -17,9 +17,10 @@ from apprentice.errors import EvaluationError
 from apprentice.evaluate.predictions import scored
 from apprentice.evaluate.prompts import encoded
 from apprentice.evaluate.sampling import requests_of
-from apprentice.evaluate.scorer import Manner, Scorer, blocks, with_prediction
+from apprentice.evaluate.scorer import Scorer, blocks, with_prediction
 from apprentice.evaluate.subjects import limits_of, manner_of
 from apprentice.hub import local_folder
+from apprentice.model_pool.limits import Manner
 from apprentice.tasks.schema import Task
 
 

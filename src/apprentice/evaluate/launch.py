@@ -7,44 +7,41 @@ room that knows Ray. Ray must be initialised by the caller.
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import pyarrow as pa
 import ray
 
 from apprentice.artifacts import Run, public_base
 from apprentice.data.layout import Layout
 from apprentice.data.pipeline import Corpus
-from apprentice.errors import ApprenticeError, EvaluationError
+from apprentice.errors import EvaluationError
 from apprentice.evaluate import majority, predictions
 from apprentice.evaluate.answers import ANSWER, PARTS, Answers, key_of
 from apprentice.evaluate.endpoint import EndpointScorer
 from apprentice.evaluate.facts import facts_for
 from apprentice.evaluate.judging import Asked, to_a_judge, to_the_writer, written
-from apprentice.evaluate.pool import Pool, Room, pool_for
-from apprentice.evaluate.prompts import Limits, can_show, encoded
+from apprentice.evaluate.prompts import can_show, encoded
 from apprentice.evaluate.rank import ranked
 from apprentice.evaluate.report import write_report
 from apprentice.evaluate.sampling import Request, requests_of
-from apprentice.evaluate.scorer import LEAST_TOGETHER, Scorer, blocks, model_on, weight_bytes, with_prediction
+from apprentice.evaluate.scorer import LEAST_TOGETHER, Scorer, blocks, with_prediction
 from apprentice.evaluate.story import story_of
 from apprentice.evaluate.subjects import Spoken, Subject, check_subjects, described, spoken_to
 from apprentice.evaluate.summary import summarise
 from apprentice.family import gives_rewards
 from apprentice.hub import local_folder
-from apprentice.models.loading import multiplies_bfloat16
-from apprentice.nodes import node_resources, on_every_node
-from apprentice.recipe import Model, Recipe
+from apprentice.model_pool.actors import free_room, gathered, in_one_dtype, mapped
+from apprentice.model_pool.limits import Limits
+from apprentice.model_pool.model import model_on, weight_bytes
+from apprentice.model_pool.pool import Pool, Room, pool_for
+from apprentice.recipe import Recipe
 from apprentice.storage import Folder
 
 ENCODED_TOGETHER = 256  # requests
-SETTLE_S = 5.0  # how long resources that a stage before still holds may take to come back …
-PATIENCE_S = 60.0  # … and how long we wait for one CPU at least
 Progress = Callable[[dict[str, Any]], None]
 Record = dict[str, Any]
 
@@ -147,45 +144,12 @@ def _requests(recipe: Recipe, corpus: Corpus, subjects: Sequence[Subject]) -> tu
     return requests, not_scored
 
 
-def free_room() -> Room:
-    """What is free now. Stages before us may still be letting go, so this waits, a little for all, longer for one CPU."""
-    start = time.monotonic()
-    while True:
-        there, free = node_resources(), ray.available_resources()
-        waited = time.monotonic() - start
-        idle = free.get("CPU", 0) >= sum(node.get("CPU", 0) for node in there)
-        if idle or waited > PATIENCE_S or (waited > SETTLE_S and free.get("CPU", 0) >= 1):
-            break
-        time.sleep(0.2)
-    cpus = int(free.get("CPU", 0))
-    nodes = [int(node.get("CPU", 0)) for node in there]
-    if len(nodes) == 1:
-        cpus = min(cpus, len(os.sched_getaffinity(0)))  # a local session may count more CPUs than there are cores
-    # What is free on a busy cluster may lie scattered, one CPU here and one there.
-    together = min((node for node in nodes if node), default=1) if idle else 1
-    return Room(cpus, together, int(free.get("GPU", 0)), int(free.get("memory", 0)))
-
-
-def in_one_dtype(model: Model, room: Room) -> Model:
-    """`model` with the number format that all workers compute in, where it leaves that to the hardware.
-
-    The driver's own hardware does not count: it may be a node without a GPU, or with another CPU than the workers'.
-    """
-    if model.dtype != "auto":
-        return model
-    if room.gpus:
-        return model.model_copy(update={"dtype": "bfloat16"})
-    ask = ray.remote(num_cpus=1)(multiplies_bfloat16)
-    fast = list(on_every_node(multiplies_bfloat16).values()) or [ray.get(ask.remote())]
-    return model.model_copy(update={"dtype": "bfloat16" if all(fast) else "float32"})
-
-
 def _encode(corpus: Corpus, requests: Sequence[Request], layout: Layout, limits: Limits) -> list[dict[str, Any]]:
     """The questions of all requests, sorted. Ray tasks render and tokenise; they share one copy of the corpus on each node."""
     ordered = sorted(requests)  # rows that lie together are read together
     parts = [ordered[start : start + ENCODED_TOGETHER] for start in range(0, len(ordered), ENCODED_TOGETHER)]
     work, shared = ray.remote(num_cpus=1)(encoded), ray.put(corpus)
-    tables = _gathered([work.remote(shared, part, layout, limits) for part in parts])
+    tables = gathered([work.remote(shared, part, layout, limits) for part in parts])
     return [record for table in tables for record in table.to_pylist()]
 
 
@@ -304,35 +268,10 @@ def _answered(
         yield block.to_pylist()
 
 
-def mapped(tables: Sequence[pa.Table], worker: type, arguments: tuple[Any, ...], pool: Pool) -> Iterator[pa.Table]:
-    """Each table through a pool of workers, as the results come."""
-    dataset = ray.data.from_arrow(list(tables)).map_batches(
-        worker,
-        batch_size=None,  # one table, one call
-        batch_format="pyarrow",
-        fn_constructor_args=arguments,
-        compute=ray.data.ActorPoolStrategy(size=pool.workers),
-        num_cpus=pool.cpus,
-        num_gpus=pool.gpus,
-    )
-    dataset.context.enable_progress_bars = False
-    yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
-
-
-def _gathered(references: list[Any]) -> list[Any]:
-    """The results of Ray tasks, in order; an error of ours arrives as itself, without Ray's wrapping."""
-    try:
-        return list(ray.get(references))
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, ApprenticeError):
-            raise error.cause from None
-        raise
-
-
 def _majorities(corpus: Corpus, names: Sequence[str]) -> dict[str, dict[str, Any] | None]:
     """Task → its majority answer."""
     work, shared = ray.remote(num_cpus=1)(majority.majority_of), ray.put(corpus)
-    return dict(zip(names, _gathered([work.remote(shared, name) for name in names]), strict=True))
+    return dict(zip(names, gathered([work.remote(shared, name) for name in names]), strict=True))
 
 
 __all__ = ["PARTS", "Subject", "evaluate", "predictions"]

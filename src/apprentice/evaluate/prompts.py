@@ -6,7 +6,6 @@ Knows nothing of models. Exemplars come from the task's training index, for held
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -21,23 +20,11 @@ from apprentice.errors import RowError
 from apprentice.evaluate.perturbation import perturbed
 from apprentice.evaluate.predictions import ENCODED, table_of
 from apprentice.evaluate.sampling import Request
+from apprentice.model_pool.limits import Limits
 
 NOT_A_CHOICE = "target_not_a_choice"
 EMPTY_CHOICE = "choice_without_tokens"
 NOTHING_TO_CHANGE = "nothing_to_change"  # the perturbation does not apply to this question
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Tokens: of a prompt, of a generated reply, and of what the model can see at once (None: no bound is known)."""
-
-    prompt: int
-    reply: int
-    context: int | None = None
-
-    def prompt_before(self, answer: int) -> int:
-        """The longest prompt before an answer of so many tokens."""
-        return self.prompt if self.context is None else min(self.prompt, self.context - answer)
 
 
 def encoded(corpus: Corpus, requests: Iterable[Request], layout: Layout, limits: Limits) -> pa.Table:

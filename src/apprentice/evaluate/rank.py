@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from apprentice.errors import EvaluationError
+from apprentice.model_pool.generate import question_name
 from apprentice.models.ranking import RANKINGS, best
 
 
@@ -34,13 +35,6 @@ def check_finite(record: Mapping[str, Any], numbers: Sequence[float]) -> None:
             f"{question_name(record)}: the model gives {', '.join(f'{value:.4g}' for value in numbers)}, and what is not finite has"
             " no order; its weights are damaged, or they leave their number format's range: try model.dtype float32."
         )
-
-
-def question_name(record: Mapping[str, Any]) -> str:
-    """A question as a person finds it again: its task, row and wording; a row of a file has a number alone."""
-    if "task" not in record:
-        return f"row {record['row']}"
-    return f"{record['task']} row {record['row']}, wording {record['template']}"
 
 
 def by_prior(

@@ -4,26 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import torch
 
-from apprentice.data.layout import Layout
 from apprentice.errors import ApprenticeError, EvaluationError
-from apprentice.evaluate.generate import reply
-from apprentice.evaluate.pool import Pool
 from apprentice.evaluate.predictions import ENCODED, table_of
 from apprentice.evaluate.rank import by_prior, check_finite, ranked
-from apprentice.family import gives_rewards
-from apprentice.models.loading import count_parameters, load_model, resolve_dtype
-from apprentice.models.packing import placed
+from apprentice.model_pool.generate import reply
+from apprentice.model_pool.limits import Manner
 from apprentice.models.reward import choice_rewards, is_reward
 from apprentice.models.scoring import choice_logprobs
-from apprentice.recipe import Model
 
 LEAST_TOGETHER, MOST_TOGETHER = 16, 64  # questions of one block: enough to batch, few enough to share among workers
 ASKED = pa.schema([("place", pa.int64()), *ENCODED])  # place: of the question among all of its subject
@@ -37,20 +29,6 @@ ANSWERED = pa.schema(
         ("failure", pa.string()),  # why the whole block could not be answered; then it is the only line
     ]
 )
-
-
-@dataclass(frozen=True)
-class Manner:
-    """How questions are answered: the layout they are phrased in, the longest reply, and whether choices need priors."""
-
-    layout: Layout
-    reply: int  # tokens
-    priors: bool = False
-
-    @property
-    def empty_prompt(self) -> list[int]:
-        """The prompt of an empty question, after which a choice's prior is taken."""
-        return self.layout.empty_prompt
 
 
 class Scorer:
@@ -116,17 +94,3 @@ def with_prediction(record: Mapping[str, Any], answer: Mapping[str, Any], rank_b
         found["choice_tokens"] = [len(ids) for ids in record["choice_ids"]]
         found["prediction"] = ranked({**record, **found}, rank_by)
     return {**record, **found}
-
-
-def model_on(folder: Path, settings: Model, pool: Pool) -> Any:
-    """The model in `folder`, loaded as `settings` say where a worker of `pool` runs."""
-    torch.set_num_threads(pool.cpus)
-    device = "cuda" if pool.gpus else "cpu"
-    head = 0 if gives_rewards(folder) else None
-    dtype = resolve_dtype(settings.dtype, device)
-    return placed(load_model(folder, dtype, settings.attention, head=head, trust=settings.trust), device)
-
-
-def weight_bytes(folder: Path, model: Model, *, gpu: bool) -> int:
-    """Bytes of one copy of the weights in the number format that scoring uses."""
-    return count_parameters(folder) * resolve_dtype(model.dtype, "cuda" if gpu else "cpu").itemsize

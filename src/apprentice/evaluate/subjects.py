@@ -16,9 +16,8 @@ from apprentice.data.layout import Layout
 from apprentice.errors import EvaluationError
 from apprentice.evaluate import majority
 from apprentice.evaluate.endpoint import Endpoint, weights_at
-from apprentice.evaluate.prompts import Limits
-from apprentice.evaluate.scorer import Manner
 from apprentice.family import RELATIVE_POSITIONS, model_config
+from apprentice.model_pool.limits import Limits, Manner
 from apprentice.models.loading import resolve_dtype
 from apprentice.recipe import Recipe
 from apprentice.tokenizer import Tokenizer

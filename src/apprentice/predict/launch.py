@@ -19,10 +19,10 @@ import pyarrow.parquet as pq
 from apprentice.artifacts import weights_sha256
 from apprentice.data.layout import Layout
 from apprentice.errors import EvaluationError
-from apprentice.evaluate.launch import free_room, in_one_dtype, mapped
-from apprentice.evaluate.pool import pool_for
-from apprentice.evaluate.prompts import Limits
-from apprentice.evaluate.scorer import weight_bytes
+from apprentice.model_pool.actors import free_room, in_one_dtype, mapped
+from apprentice.model_pool.limits import Limits
+from apprentice.model_pool.model import weight_bytes
+from apprentice.model_pool.pool import pool_for
 from apprentice.predict.rows import chunks_of, sha256_of
 from apprentice.predict.worker import Predictor, part_of
 from apprentice.recipe import Model

@@ -14,10 +14,10 @@ import pyarrow.parquet as pq
 from apprentice.data.layout import Layout
 from apprentice.data.tokenize import drop_reason, fit_prompt
 from apprentice.errors import ApprenticeError
-from apprentice.evaluate.generate import reply
-from apprentice.evaluate.pool import Pool
-from apprentice.evaluate.prompts import Limits
-from apprentice.evaluate.scorer import Manner, model_on
+from apprentice.model_pool.generate import reply
+from apprentice.model_pool.limits import Limits, Manner
+from apprentice.model_pool.model import model_on
+from apprentice.model_pool.pool import Pool
 from apprentice.predict.rows import Chunk, Row, read
 from apprentice.recipe import Model
 from apprentice.storage import Folder

@@ -33,7 +33,7 @@ def predict(
     progress: Progress,
 ) -> dict[str, Any]:
     """Replies of the run or model `target` to every row of `file`, a path or URI; gives the folder and what is in it."""
-    from apprentice.evaluate.prompts import Limits
+    from apprentice.model_pool.limits import Limits
     from apprentice.models.trust import check_model_folder
     from apprentice.predict import launch
 

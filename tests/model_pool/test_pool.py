@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from apprentice.errors import ResourcesError
-from apprentice.evaluate.pool import Pool, Room, pool_for
+from apprentice.model_pool.pool import Pool, Room, pool_for
 
 GIB = 2**30
 

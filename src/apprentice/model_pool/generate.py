@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from apprentice.data.layout import SEPARATOR, Layout
 from apprentice.errors import EvaluationError
-from apprentice.evaluate.rank import question_name
 from apprentice.models.decoding import NotFiniteError, generate
 
 if TYPE_CHECKING:
-    from apprentice.evaluate.scorer import Manner
+    from apprentice.model_pool.limits import Manner
 
 
 def reply(model: Any, questions: Sequence[Mapping[str, Any]], manner: Manner) -> list[dict[str, Any]]:
@@ -35,3 +34,10 @@ def shown(layout: Layout, ids: Sequence[int]) -> str:
 def bounded(layout: Layout, text: str) -> str:
     """`text` up to where an exemplar of the model's own would begin."""
     return (text if layout.name == "chat" else text.partition(SEPARATOR.strip("\n"))[0]).strip()
+
+
+def question_name(record: Mapping[str, Any]) -> str:
+    """A question as a person finds it again: its task, row and wording; a row of a file has a number alone."""
+    if "task" not in record:
+        return f"row {record['row']}"
+    return f"{record['task']} row {record['row']}, wording {record['template']}"

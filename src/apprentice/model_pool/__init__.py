@@ -1,0 +1,1 @@
+"""Ray actors that hold a model and answer; shared by evaluation, prediction and on-policy training."""

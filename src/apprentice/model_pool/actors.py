@@ -1,0 +1,78 @@
+"""Pools of workers as Ray actors: the room that is free for them, and tables mapped through them in order."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pyarrow as pa
+import ray
+
+from apprentice.errors import ApprenticeError
+from apprentice.model_pool.pool import Pool, Room
+from apprentice.models.loading import multiplies_bfloat16
+from apprentice.nodes import node_resources, on_every_node
+from apprentice.recipe import Model
+
+SETTLE_S = 5.0  # how long resources that a stage before still holds may take to come back …
+PATIENCE_S = 60.0  # … and how long we wait for one CPU at least
+
+
+def free_room() -> Room:
+    """What is free now. Stages before us may still be letting go, so this waits, a little for all, longer for one CPU."""
+    start = time.monotonic()
+    while True:
+        there, free = node_resources(), ray.available_resources()
+        waited = time.monotonic() - start
+        idle = free.get("CPU", 0) >= sum(node.get("CPU", 0) for node in there)
+        if idle or waited > PATIENCE_S or (waited > SETTLE_S and free.get("CPU", 0) >= 1):
+            break
+        time.sleep(0.2)
+    cpus = int(free.get("CPU", 0))
+    nodes = [int(node.get("CPU", 0)) for node in there]
+    if len(nodes) == 1:
+        cpus = min(cpus, len(os.sched_getaffinity(0)))  # a local session may count more CPUs than there are cores
+    # What is free on a busy cluster may lie scattered, one CPU here and one there.
+    together = min((node for node in nodes if node), default=1) if idle else 1
+    return Room(cpus, together, int(free.get("GPU", 0)), int(free.get("memory", 0)))
+
+
+def in_one_dtype(model: Model, room: Room) -> Model:
+    """`model` with the number format that all workers compute in, where it leaves that to the hardware.
+
+    The driver's own hardware does not count: it may be a node without a GPU, or with another CPU than the workers'.
+    """
+    if model.dtype != "auto":
+        return model
+    if room.gpus:
+        return model.model_copy(update={"dtype": "bfloat16"})
+    ask = ray.remote(num_cpus=1)(multiplies_bfloat16)
+    fast = list(on_every_node(multiplies_bfloat16).values()) or [ray.get(ask.remote())]
+    return model.model_copy(update={"dtype": "bfloat16" if all(fast) else "float32"})
+
+
+def mapped(tables: Sequence[pa.Table], worker: type, arguments: tuple[Any, ...], pool: Pool) -> Iterator[pa.Table]:
+    """Each table through a pool of workers, as the results come."""
+    dataset = ray.data.from_arrow(list(tables)).map_batches(
+        worker,
+        batch_size=None,  # one table, one call
+        batch_format="pyarrow",
+        fn_constructor_args=arguments,
+        compute=ray.data.ActorPoolStrategy(size=pool.workers),
+        num_cpus=pool.cpus,
+        num_gpus=pool.gpus,
+    )
+    dataset.context.enable_progress_bars = False
+    yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
+
+
+def gathered(references: list[Any]) -> list[Any]:
+    """The results of Ray tasks, in order; an error of ours arrives as itself, without Ray's wrapping."""
+    try:
+        return list(ray.get(references))
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, ApprenticeError):
+            raise error.cause from None
+        raise

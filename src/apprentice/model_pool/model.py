@@ -1,0 +1,28 @@
+"""The model that a worker of a pool holds: loaded where the worker runs, in one number format."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from apprentice.family import gives_rewards
+from apprentice.model_pool.pool import Pool
+from apprentice.models.loading import count_parameters, load_model, resolve_dtype
+from apprentice.models.packing import placed
+from apprentice.recipe import Model
+
+
+def model_on(folder: Path, settings: Model, pool: Pool) -> Any:
+    """The model in `folder`, loaded as `settings` say where a worker of `pool` runs."""
+    torch.set_num_threads(pool.cpus)
+    device = "cuda" if pool.gpus else "cpu"
+    head = 0 if gives_rewards(folder) else None
+    dtype = resolve_dtype(settings.dtype, device)
+    return placed(load_model(folder, dtype, settings.attention, head=head, trust=settings.trust), device)
+
+
+def weight_bytes(folder: Path, model: Model, *, gpu: bool) -> int:
+    """Bytes of one copy of the weights in the number format that scoring uses."""
+    return count_parameters(folder) * resolve_dtype(model.dtype, "cuda" if gpu else "cpu").itemsize
