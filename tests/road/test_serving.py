@@ -7,9 +7,12 @@ from typing import Any
 
 import yaml
 
-from apprentice.recipe import Recipe
+from apprentice.artifacts import open_run
+from apprentice.recipe import Recipe, load_recipe
 from apprentice.road.serving import own_tasks
-from apprentice.tasks.loading import library
+from apprentice.tasks.loading import library, load_task
+from tests.data.small import write_tasks
+from tests.recipes import tiny_recipe
 
 
 def test_a_recipes_own_task_files_can_be_asked_and_a_lost_one_is_told(tmp_path: Path) -> None:
@@ -28,3 +31,14 @@ def test_a_recipes_own_task_files_can_be_asked_and_a_lost_one_is_told(tmp_path: 
     assert [task.name for task in found] == ["my_news"]
     assert [values["message"][:22] for values in told] == ["not under /v1/tasks: /"]
     assert "lost.yaml does not exist" in told[0]["message"]
+
+
+def test_a_run_is_asked_by_the_tasks_that_it_was_made_with(tmp_path: Path, tiny_model: Path) -> None:
+    write_tasks(tmp_path)
+    recipe = load_recipe(tiny_recipe(tmp_path, tiny_model, data__tasks=["./sums.yaml", "sst2"], data__hold_out=[]))
+    run = open_run(recipe)
+    (tmp_path / "sums.yaml").unlink()
+    load_task.cache_clear()
+    told: list[dict[str, Any]] = []
+    assert [task.name for task in own_tasks(recipe, lambda _, values: told.append(values), run.tasks().find)] == ["sums"]
+    assert not told
