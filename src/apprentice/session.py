@@ -22,6 +22,7 @@ import ray.data  # sets its loggers up anew on import, so it must come before qu
 from ray._private import ray_constants
 
 from apprentice.errors import ResourcesError
+from apprentice.serve.crowding import NICENESS
 
 # Third parties' noise that says nothing to the person at the screen; set before workers start, inherited by them.
 QUIET = {
@@ -39,7 +40,6 @@ QUIET = {
     "GLOO_LOG_LEVEL": "ERROR",
 }
 VERSION_VARIABLE = "APPRENTICE_VERSION"  # by which a job says which version sent it
-NICENESS = "RAY_worker_niceness"
 SPARE_CPUS = 2  # logical CPUs of a local session beside the machine's own, for the light processes next to training
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
-import threading
 from pathlib import Path
 
 import pytest
@@ -12,9 +11,9 @@ import pytest
 from apprentice.errors import ServingError
 from apprentice.family import kv_numbers, model_config
 from apprentice.recipe import Serving
-from apprentice.serve import replica, transformers_engine
+from apprentice.serve import transformers_engine
 from apprentice.serve.deployment import check
-from apprentice.serve.replica import NICENESS, Offer, at_once, start_models, take_priority
+from apprentice.serve.replica import Offer, at_once, start_models
 
 WITH_VLLM = Serving(port=0, engine="vllm")
 
@@ -72,25 +71,3 @@ def test_engines_side_by_side_share_threads_and_memory(
     finally:
         for model in models:
             model.engine.close()
-
-
-def test_a_replica_is_no_nicer_than_it_was_told(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    changed: list[tuple[int, int]] = []
-    monkeypatch.delenv(NICENESS, raising=False)
-    monkeypatch.setattr(replica.os, "getpriority", lambda *_: 15)
-    monkeypatch.setattr(replica.os, "setpriority", lambda _, thread, niceness: changed.append((thread, niceness)))
-    take_priority()
-    assert (threading.get_native_id(), 0) in changed
-    assert len(changed) == len({thread for thread, _ in changed}) >= threading.active_count()
-    changed.clear()
-    monkeypatch.setenv(NICENESS, "15")
-    take_priority()
-    assert changed == []
-
-    def denied(*_: int) -> None:
-        raise PermissionError
-
-    monkeypatch.delenv(NICENESS)
-    monkeypatch.setattr(replica.os, "setpriority", denied)
-    take_priority()
-    assert "runs at niceness 15, behind all other work; start Ray's nodes with RAY_worker_niceness=0" in caplog.text

@@ -7,7 +7,6 @@ replicas are started.
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +21,7 @@ from apprentice.hub import local_folder
 from apprentice.recipe import Serving
 from apprentice.serve.adapters import Adapters
 from apprentice.serve.catalogue import Catalogue, Model
+from apprentice.serve.crowding import spin_little_if_crowded, take_priority
 from apprentice.serve.engines import start_engine
 from apprentice.serve.ingress import build_app
 from apprentice.serve.keys import Keys, check_guarded
@@ -30,9 +30,6 @@ from apprentice.serve.loopback import listen_on_loopback
 from apprentice.storage import Folder
 from apprentice.tasks.loading import library, load_task
 from apprentice.tasks.schema import Task
-
-log = logging.getLogger(__name__)
-NICENESS = "RAY_worker_niceness"  # Ray's variable for the niceness of its workers, Serve's controller and proxies among them
 
 
 class Offer(NamedTuple):
@@ -103,6 +100,7 @@ class Replica:
 
 def start_models(offers: Sequence[Offer], folders: Sequence[Path], serving: Serving, dtype: str, threads: int) -> list[Model]:
     """A model with an engine of its own for each offer; they share the replica's threads and memory in equal parts."""
+    spin_little_if_crowded(threads)
     models: list[Model] = []
     for offer, folder in zip(offers, folders, strict=True):
         layout = layout_beside(folder, offer.contract)
@@ -132,23 +130,6 @@ def at_once(folder: Path, serving: Serving, dtype: str, *, on_gpu: bool, engines
     halved = dtype != "float32" and (on_gpu or serving.engine == "vllm")  # our own memory is in float32 on CPUs
     of_one = numbers * (2 if halved else 4)
     return max(1, min(serving.max_running, 2 * limit // (of_one * serving.context)))
-
-
-def take_priority() -> None:
-    """All threads of this process run at niceness 0 from now on, if nobody said otherwise: Ray starts its workers at 15.
-
-    Beside any other work on the machine that makes a token take seconds. Without the right to do so it is told.
-    """
-    if NICENESS in os.environ or os.getpriority(os.PRIO_PROCESS, 0) <= 0:
-        return
-    try:
-        for thread in os.listdir("/proc/self/task"):
-            os.setpriority(os.PRIO_PROCESS, int(thread), 0)
-    except ProcessLookupError:
-        pass  # a thread that has just ended
-    except PermissionError:
-        found = os.getpriority(os.PRIO_PROCESS, 0)
-        log.warning("this replica runs at niceness %d, behind all other work; start Ray's nodes with %s=0", found, NICENESS)
 
 
 def _proxies_host() -> str:
