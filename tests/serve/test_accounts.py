@@ -84,8 +84,8 @@ async def test_many_at_once_do_not_use_more_than_a_minute_has(layout: Layout, tm
         assert max(waits) <= 6  # a hundred come in six seconds
         # What was not used came back at once.
         left = 1000 - 10 * each
-        assert guarded.limiter.reserve("anna", 1000, left) == 0.0
-        assert guarded.limiter.reserve("anna", 1000, 1) > 0.0
+        assert guarded.limiter.reserve("anna", 1000, left).wait_s == 0.0
+        assert guarded.limiter.reserve("anna", 1000, 1).wait_s > 0.0
 
 
 async def test_a_refused_or_failed_request_gives_back_what_it_reserved(layout: Layout, tmp_path: Path) -> None:
@@ -93,7 +93,7 @@ async def test_a_refused_or_failed_request_gives_back_what_it_reserved(layout: L
     asked = {"prompt": "Hello", "max_tokens": 90}
     async with guarded.client(Scripted([]), layout) as http:
         assert [(await http.post("/v1/completions", json=asked)).json()["error"]["code"] for _ in range(3)] == ["overloaded"] * 3
-    assert guarded.limiter.reserve("anna", 150, 150) == 0.0
+    assert guarded.limiter.reserve("anna", 150, 150).wait_s == 0.0
 
 
 async def test_a_task_costs_its_key_what_it_reads_and_is_counted(layout: Layout, tmp_path: Path, counted: Counted) -> None:
@@ -107,11 +107,11 @@ async def test_a_task_costs_its_key_what_it_reads_and_is_counted(layout: Layout,
         read = len(layout.encode_prompt(answer.json()["prompt"]))
         choices = layout.encode_answers([choice["choice"] for choice in answer.json()["choices"]])
         cost = read + sum(len(ids) + len(layout.end_ids) for ids in choices)
-        assert guarded.limiter.reserve("anna", 2000, 2000 - cost - 10) == 0.0
+        assert guarded.limiter.reserve("anna", 2000, 2000 - cost - 10).wait_s == 0.0
         refused = await http.post("/v1/tasks/ag_news", json={"fields": {"text": "a goal"}})
         assert (refused.status_code, refused.json()["error"]["code"]) == (429, "rate_limit_exceeded")
         assert (await http.post("/v1/tasks/ag_news", json={"fields": {}})).status_code == 400
-        assert guarded.limiter.reserve("anna", 2000, 10) == 0.0  # what is refused costs nothing
+        assert guarded.limiter.reserve("anna", 2000, 10).wait_s == 0.0  # what is refused costs nothing
     assert [counted("apprentice_requests", model="tiny", status=status) for status in ("200", "429", "400")] == [1, 1, 1]
 
 
@@ -218,7 +218,30 @@ async def test_a_limiter_that_is_down_is_an_answer_in_openais_shape(layout: Layo
     async with guarded.client(engine, layout, limits=SharedLimits(_Up(shared))) as http:
         assert (await http.post("/v1/completions", json={"prompt": "a", "max_tokens": 20})).status_code == 200
         await asyncio.sleep(0)
-    assert await shared.reserve("anna", 1000, 1000 - len(layout.tokenizer.encode("a")) - 2) == 0.0
+    assert (await shared.reserve("anna", 1000, 1000 - len(layout.tokenizer.encode("a")) - 2)).wait_s == 0.0
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_answers_tell_what_is_left_of_the_limits(layout: Layout, tmp_path: Path, stream: bool) -> None:
+    """OpenAI's headers: after what this request may come to use, in refusals too."""
+    guarded = Guarded(tmp_path / "keys.yaml", 600, 2)
+    prompt = len(layout.tokenizer.encode("Hello"))
+    async with guarded.client(Scripted([5, layout.stop_ids[0]]), layout) as http:
+        asked = {"prompt": "Hello", "max_tokens": 100 - prompt, "stream": stream}
+        first = (await http.post("/v1/completions", json=asked)).headers
+        found = {name.removeprefix("x-ratelimit-"): value for name, value in first.items() if name.startswith("x-ratelimit-")}
+        assert found == {
+            "limit-requests": "2",
+            "remaining-requests": "1",
+            "reset-requests": "30s",
+            "limit-tokens": "600",
+            "remaining-tokens": "500",
+            "reset-tokens": "10s",
+        }
+        await http.post("/v1/completions", json=asked)
+        refused = await http.post("/v1/completions", json=asked)
+        assert (refused.status_code, refused.headers["x-ratelimit-remaining-requests"]) == (429, "0")
+        assert "x-ratelimit-limit-requests" not in (await http.get("/v1/models")).headers  # asks for nothing that is counted
 
 
 async def test_a_typo_in_the_keys_file_is_said_and_ends_what_it_should_have_revoked(

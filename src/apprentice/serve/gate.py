@@ -17,14 +17,14 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from apprentice.errors import ServingError
-from apprentice.serve.accounts import Limits, limit_reached
+from apprentice.serve.accounts import Limits, Standing, limit_reached
 from apprentice.serve.keys import Key, Keys
 from apprentice.serve.outcomes import told
 from apprentice.serve.protocol import RequestProblem
 
 log = logging.getLogger("apprentice.requests")
 OPEN = ("/", "/health", "/ready", "/docs", "/openapi.json")  # what needs no key, besides the page's files
-_KEY = "apprentice.key"
+_KEY, _STANDING = "apprentice.key", "apprentice.standing"
 BODY_TIMEOUT_S = 30.0  # a body that takes longer is not coming
 
 
@@ -65,8 +65,11 @@ class Gate:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+                said = MutableHeaders(scope=message)
                 if not self._behind_proxy:
-                    MutableHeaders(scope=message)["X-Request-Id"] = number
+                    said["X-Request-Id"] = number
+                if standing := standing_of(scope):
+                    said.update(standing.headers())
             await send(message)
 
         try:
@@ -108,9 +111,10 @@ class Gate:
         scope[_KEY] = key
         if self._limits is None or not key.is_limited or scope["method"] != "POST":
             return
-        wait = await self._limits.admit(key.name, key.requests_per_minute, key.tokens_per_minute)
-        if wait > 0:
-            raise limit_reached(key, wait)
+        left = await self._limits.admit(key.name, key.requests_per_minute, key.tokens_per_minute)
+        scope[_STANDING] = Standing(key, left)
+        if left.wait_s > 0:
+            raise limit_reached(key, left.wait_s)
 
     def _owner(self, given: str) -> Key | None:
         assert self._keys is not None
@@ -151,6 +155,12 @@ def key_of(scope: Scope) -> Key | None:
     """Whose request it is; None where everybody may ask."""
     key: Key | None = scope.get(_KEY)
     return key
+
+
+def standing_of(scope: Scope) -> Standing | None:
+    """What is left of the limits of the request's key; None where it has none."""
+    standing: Standing | None = scope.get(_STANDING)
+    return standing
 
 
 def respond(problem: RequestProblem) -> JSONResponse:

@@ -28,7 +28,7 @@ from apprentice.serve.appointments import Appointments
 from apprentice.serve.body import CheckedRoute, beside_loop_if_large
 from apprentice.serve.catalogue import Catalogue, Lease, Model
 from apprentice.serve.engine import EngineFailed, Overloaded, Request
-from apprentice.serve.gate import BODY_TIMEOUT_S, Gate, key_of
+from apprentice.serve.gate import BODY_TIMEOUT_S, Gate, key_of, standing_of
 from apprentice.serve.keys import Keys
 from apprentice.serve.metrics import SAMPLE_S, Metrics
 from apprentice.serve.outcomes import status_of
@@ -166,7 +166,7 @@ class _Door:
                 self.appointments.ended()
             self.metrics.ended(model.name, status, began, first, usage)
 
-        account = Account(deadline, self._limits, key_of(http.scope), on_close)
+        account = Account(deadline, self._limits, key_of(http.scope), on_close, standing_of(http.scope))
         try:
             yield model, account
         except BaseException as error:

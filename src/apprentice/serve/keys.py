@@ -23,7 +23,7 @@ import secrets
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -135,6 +135,14 @@ def new_key(name: str) -> tuple[str, str]:
     return key, yaml.safe_dump([{"name": name, "sha256": hashlib.sha256(key.encode()).hexdigest()}], sort_keys=False)
 
 
+class Left(NamedTuple):
+    """How long a key must wait (0: it may ask now), and what its minute still holds (None: not limited, or not looked up)."""
+
+    wait_s: float
+    requests: float | None = None
+    tokens: float | None = None
+
+
 class Limiter:
     """Requests and tokens of each key in a minute, as buckets that fill evenly; `clock` gives seconds.
 
@@ -146,26 +154,25 @@ class Limiter:
         self._clock = clock
         self._buckets: dict[tuple[str, str], tuple[float, float]] = {}  # (key, kind) → what was left at which time
 
-    def admit(self, name: str, requests_per_minute: int | None, tokens_per_minute: int | None) -> float:
-        """0 if the key may ask now (its request is counted), else the seconds until it may."""
+    def admit(self, name: str, requests_per_minute: int | None, tokens_per_minute: int | None) -> Left:
+        """Counts a request of the key if it may ask now, and says what is left."""
         limits = [("requests", requests_per_minute, 1.0), ("tokens", tokens_per_minute, 1.0)]
         waits = [(needed - self._left(name, kind, limit)) * 60.0 / limit for kind, limit, needed in limits if limit is not None]
-        if waits and max(waits) > 0:
-            return max(waits)
-        if requests_per_minute is not None:
+        wait = max(0.0, *waits) if waits else 0.0
+        if requests_per_minute is not None and not wait:
             self._take(name, "requests", requests_per_minute, 1.0)
-        return 0.0
+        return Left(wait, *(None if limit is None else self._left(name, kind, limit) for kind, limit, _ in limits))
 
-    def reserve(self, name: str, tokens_per_minute: int, tokens: int) -> float:
-        """0 if the bucket held `tokens`, which are taken now, else the seconds until it does.
+    def reserve(self, name: str, tokens_per_minute: int, tokens: int) -> Left:
+        """Takes `tokens` out of the bucket if it holds them, and says what is left, or how long it takes until it does.
 
         A request that may use more than a minute's tokens waits for a full bucket, and takes all of it.
         """
         needed = min(tokens, tokens_per_minute)
-        if (wait := (needed - self._left(name, "tokens", tokens_per_minute)) * 60.0 / tokens_per_minute) > 0:
-            return wait
-        self._take(name, "tokens", tokens_per_minute, needed)
-        return 0.0
+        wait = max(0.0, (needed - self._left(name, "tokens", tokens_per_minute)) * 60.0 / tokens_per_minute)
+        if not wait:
+            self._take(name, "tokens", tokens_per_minute, needed)
+        return Left(wait, tokens=self._left(name, "tokens", tokens_per_minute))
 
     def settle(self, name: str, tokens_per_minute: int, reserved: int, used: int) -> None:
         """A request of `reserved` tokens has ended and `used` so many."""

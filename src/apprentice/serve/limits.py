@@ -9,7 +9,7 @@ import asyncio
 import logging
 from typing import Any
 
-from apprentice.serve.keys import Limiter
+from apprentice.serve.keys import Left, Limiter
 from apprentice.serve.loopback import listen_on_loopback
 from apprentice.serve.protocol import RequestProblem
 
@@ -24,10 +24,10 @@ class LimiterOfAll:
         listen_on_loopback()
         self._limiter = Limiter()
 
-    async def admit(self, name: str, requests_per_minute: int | None, tokens_per_minute: int | None) -> float:
+    async def admit(self, name: str, requests_per_minute: int | None, tokens_per_minute: int | None) -> Left:
         return self._limiter.admit(name, requests_per_minute, tokens_per_minute)
 
-    async def reserve(self, name: str, tokens_per_minute: int, tokens: int) -> float:
+    async def reserve(self, name: str, tokens_per_minute: int, tokens: int) -> Left:
         return self._limiter.reserve(name, tokens_per_minute, tokens)
 
     async def settle(self, name: str, tokens_per_minute: int, reserved: int, used: int) -> None:
@@ -40,10 +40,10 @@ class SharedLimits:
     def __init__(self, handle: Any) -> None:
         self._handle = handle
 
-    async def admit(self, name: str, requests_per_minute: int | None, tokens_per_minute: int | None) -> float:
+    async def admit(self, name: str, requests_per_minute: int | None, tokens_per_minute: int | None) -> Left:
         return await self._ask(self._handle.admit, name, requests_per_minute, tokens_per_minute)
 
-    async def reserve(self, name: str, tokens_per_minute: int, tokens: int) -> float:
+    async def reserve(self, name: str, tokens_per_minute: int, tokens: int) -> Left:
         return await self._ask(self._handle.reserve, name, tokens_per_minute, tokens)
 
     def settle(self, name: str, tokens_per_minute: int, reserved: int, used: int) -> None:
@@ -52,10 +52,10 @@ class SharedLimits:
         except Exception as error:  # the minute makes up for what does not come back
             log.warning("the limiter was not told what a request used: %s", error)
 
-    async def _ask(self, method: Any, *asked: Any) -> float:
+    async def _ask(self, method: Any, *asked: Any) -> Left:
         try:
             async with asyncio.timeout(_ANSWER_S):
-                return float(await method.remote(*asked))
+                return Left(*await method.remote(*asked))
         except Exception as error:  # Ray Serve has many names for a deployment that does not answer
             log.warning("the limiter does not answer: %s: %s", type(error).__name__, error)
             message = "the limits of API keys cannot be looked up now; try again in a moment."
@@ -70,10 +70,10 @@ class OwnLimits:
     def __init__(self, limiter: Limiter | None = None) -> None:
         self._limiter = limiter or Limiter()
 
-    async def admit(self, name: str, requests_per_minute: int | None, tokens_per_minute: int | None) -> float:
+    async def admit(self, name: str, requests_per_minute: int | None, tokens_per_minute: int | None) -> Left:
         return self._limiter.admit(name, requests_per_minute, tokens_per_minute)
 
-    async def reserve(self, name: str, tokens_per_minute: int, tokens: int) -> float:
+    async def reserve(self, name: str, tokens_per_minute: int, tokens: int) -> Left:
         return self._limiter.reserve(name, tokens_per_minute, tokens)
 
     def settle(self, name: str, tokens_per_minute: int, reserved: int, used: int) -> None:
