@@ -219,7 +219,8 @@ def test_two_models_answer_side_by_side(page: Page, endpoint: Endpoint) -> None:
     expect(page.locator(".pane")).to_have_count(1)
 
 
-def test_a_key_is_asked_for_and_sent(page: Page, endpoint: Endpoint) -> None:
+@pytest.mark.parametrize("width", [360, 1280])
+def test_a_key_is_asked_for_and_sent(page: Page, endpoint: Endpoint, width: int) -> None:
     def guard(route: Route) -> None:
         if route.request.headers.get("authorization") == "Bearer sk-good":
             route.continue_()
@@ -227,13 +228,37 @@ def test_a_key_is_asked_for_and_sent(page: Page, endpoint: Endpoint) -> None:
             route.fulfill(status=401, json={"error": {"message": "no valid API key was given."}})
 
     page.route("**/v1/**", guard)
+    page.set_viewport_size({"width": width, "height": 740})
     page.goto(endpoint.url)
     expect(page.locator("#key")).to_be_focused()
-    page.fill("#key", "sk-good")
-    page.keyboard.press("Enter")
-    page.keyboard.press("Escape")
+    box, tab = page.locator(".sheet").bounding_box(), page.locator("#tab-instruct").bounding_box()
+    assert box is not None
+    assert tab is not None
+    beside = box["x"] >= tab["x"] + tab["width"] or box["y"] + box["height"] <= tab["y"]
+    assert beside, "the box covers the tabs"
+    page.click("h1")  # beside the box, which goes out of the way
+    expect(page.locator("#key")).to_be_hidden()
+    page.click("#tab-task")
+    expect(page.locator("#no-tasks")).to_contain_text("lists its tasks once it has your key")
+    expect(page.locator("#pick-task")).to_be_hidden()
+    expect(page.locator("#run")).to_be_disabled()
+    page.click("#tab-instruct")
     page.fill("#instruction", "Name three colours.")
     set_most(page, 3)
+    page.click("#run")
+    expect(page.locator(".pane .error")).to_have_text("This endpoint wants an API key; enter it under “Key”.")
+    page.fill("#key", "sk-wrong")
+    page.keyboard.press("Enter")
+    expect(page.locator("#key-wrong")).to_have_text("This endpoint does not know the key; correct it under “Key”.")
+    page.fill("#key", "sk-good")
+    page.keyboard.press("Enter")
+    expect(page.locator("#key")).to_be_hidden()  # it covers nothing once it is right
+    expect(page.locator(".pane .error")).to_be_hidden()
+    expect(page.locator("#instruction")).to_be_focused()
+    page.click("#tab-task")
+    expect(page.locator("#task option")).not_to_have_count(0)
+    expect(page.locator("#no-tasks")).to_be_hidden()
+    page.click("#tab-instruct")
     page.click("#run")
     written(page)
     page.click("#code > summary")

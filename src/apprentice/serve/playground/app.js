@@ -75,7 +75,8 @@ async function write(pane, path, body, signal) {
   } catch (problem) {
     if (problem.name === "AbortError") return pane.stopped();
     pane.fail(problem instanceof TypeError ? "The endpoint cannot be reached; is it still running?" : problem.message);
-    if (problem instanceof Refusal && problem.status === 401) askForKey();
+    pane.refused = problem instanceof Refusal && problem.status === 401;
+    if (pane.refused) askForKey(problem.message);
   }
 }
 
@@ -103,7 +104,7 @@ async function run(event) {
 }
 
 function setBusy(busy) {
-  element("run").disabled = busy;
+  element("run").disabled = busy || (mode === "task" && !currentTask());
   element("stop").disabled = !busy;
   document.body.dataset.busy = String(busy);
 }
@@ -167,6 +168,7 @@ function setMode(chosen) {
     element(`panel-${name}`).hidden = name !== mode;
     element(`panel-${name}`).disabled = name !== mode;
   }
+  element("run").disabled = Boolean(running) || (mode === "task" && !currentTask());
   element("run-key").textContent = mode === "chat" ? "⏎" : "Ctrl ⏎";
   setPanes();
 }
@@ -193,9 +195,28 @@ function showModels(names) {
   if (panes.every((pane) => pane.isEmpty)) setPanes(); // what is being written, or was, stays
 }
 
-function askForKey() {
+function askForKey(why) {
+  element("key-wrong").textContent = why;
+  element("key-wrong").hidden = !why || !theKey(); // where none was given, the box says enough
   element("key-box").open = true;
   element("key").focus();
+}
+
+// The endpoint has answered: the box is in nobody's way any more, and what was refused for want of a key is forgotten.
+function keyIsRight() {
+  const asked = element("key-box").open;
+  element("key-box").open = false;
+  element("key-wrong").hidden = true;
+  panes.forEach((pane) => pane.keyIsRight());
+  if (asked) document.querySelector("fieldset:not([disabled]) textarea")?.focus();
+}
+
+// Without a key there are no tasks to choose from, and the tab says why.
+function showTaskTab(listed, anyTasks) {
+  element("tab-task").hidden = listed && !anyTasks;
+  element("no-tasks").hidden = listed;
+  element("pick-task").hidden = !listed;
+  if (mode === "task") element("run").disabled = !listed;
 }
 
 async function connect() {
@@ -212,9 +233,12 @@ async function connect() {
     const [listed, tasks] = await Promise.all([read("v1/models"), read("v1/tasks")]);
     showModels(listed.data.map((each) => each.id));
     showTasks(tasks.data, refresh);
-    element("tab-task").hidden = !tasks.data.length;
+    showTaskTab(true, tasks.data.length > 0);
+    keyIsRight();
   } catch (problem) {
-    if (problem instanceof Refusal && problem.status === 401) askForKey();
+    if (!(problem instanceof Refusal && problem.status === 401)) return;
+    showTaskTab(false, false);
+    askForKey(problem.message);
   }
 }
 
@@ -237,6 +261,13 @@ element("key").value = theKey();
 element("key").addEventListener("change", () => {
   setKey(element("key").value);
   connect();
+});
+element("give-key").addEventListener("click", (event) => {
+  event.stopPropagation(); // else it is a click beside the box that it opens
+  askForKey();
+});
+document.addEventListener("click", (event) => {
+  if (!element("key-box").contains(event.target)) element("key-box").open = false;
 });
 tabs(document.querySelector(".tabs"), setMode);
 tabs(document.querySelector(".tabs.small"), (name) => {

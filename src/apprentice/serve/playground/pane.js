@@ -22,6 +22,14 @@ export class Pane {
     this.thread.dataset.state = "empty";
     this.pace.textContent = "";
     this.error.hidden = true;
+    this.refused = false;
+  }
+
+  // The key that was missing is there: its refusal is no longer true.
+  keyIsRight() {
+    if (!this.refused) return;
+    if (this.turns.length) [this.error.hidden, this.refused] = [true, false];
+    else this.clear();
   }
 
   // Makes room for a reply; in a conversation the turns before it stay, and `said` is the user's.

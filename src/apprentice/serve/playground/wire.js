@@ -17,8 +17,13 @@ export class Refusal extends Error {
   }
 }
 
+// What a person does about a refused key; the endpoint's own sentence is for programs, which send a header.
+const keySentence = () =>
+  key ? "This endpoint does not know the key; correct it under “Key”." : "This endpoint wants an API key; enter it under “Key”.";
+
 async function checked(response) {
   if (response.ok) return response;
+  if (response.status === 401) throw new Refusal(keySentence(), 401);
   let message = `the endpoint answered with status ${response.status}.`;
   try {
     message = (await response.json()).error.message;
