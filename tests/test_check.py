@@ -11,9 +11,14 @@ import pytest
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from apprentice import check
-from apprentice.errors import ContractError, RecipeError, ServingError
+from apprentice.artifacts import Run
+from apprentice.data import convert
+from apprentice.data.corpus import make_corpus
+from apprentice.errors import ContractError, RecipeError, ResourcesError, ServingError, StorageError
 from apprentice.recipe import load_recipe
+from apprentice.storage import Folder
 from tests.chat_templates import sources
+from tests.preferences import write_pairs
 from tests.recipes import tiny_recipe
 from tests.samples import tiny_model_of
 from tests.test_chains import trained
@@ -35,6 +40,39 @@ def test_the_memory_of_each_worker_is_estimated_on_gpus_too(
     told = check.POINTS["resources"](on_cpus)
     assert "about 18.9 GiB each" in told
     assert "activations 0.0, process 0.4, checkpoint 6.5, with" in told
+
+
+def test_rows_are_converted_once(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `check` converted is what the index is made from; where a point fails nothing stays behind."""
+    pairs = write_pairs(tmp_path / "pairs.jsonl")
+    preferred = {"data__tasks": [{"preferences": str(pairs)}], "data__hold_out": [], "data__formats": {}}
+    recipe = load_recipe(tiny_recipe(tmp_path, tiny_model, **preferred, data__max_length=96, training__objective="dpo"))
+    written: list[str] = []
+    inner = convert._write
+
+    def write(tables: Any, target: Any, origin: Any) -> None:
+        written.append(target.name)
+        inner(tables, target, origin)
+
+    def no(_: Any) -> str:
+        raise ResourcesError("no")
+
+    monkeypatch.setattr(convert, "_write", write)
+    monkeypatch.setattr(check, "POINTS", {"sources": check.POINTS["sources"], "resources": no})
+    with pytest.raises(ResourcesError):
+        check.before_writing(recipe)
+    assert not (tmp_path / "runs").exists()
+    assert len(written) == 1
+    monkeypatch.setattr(check, "POINTS", {"sources": check.POINTS["sources"]})
+    check.before_writing(recipe)
+    make_corpus(recipe, Run(Folder.at(tmp_path / "runs" / "tiny")), parallel=False)
+    assert len(written) == 2
+    (tmp_path / "file").write_text("")
+    nowhere = recipe.model_copy(update={"storage": str(tmp_path / "file")})
+    with pytest.raises(
+        StorageError, match=r"^.*/file/cache/converted cannot be made \(Not a directory\); choose another `storage`"
+    ):
+        check.POINTS["sources"](nowhere)
 
 
 def test_parameters_are_counted_from_the_header(tiny_model: Path) -> None:

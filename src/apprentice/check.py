@@ -81,13 +81,17 @@ def _findings(recipe: Recipe, subjects: Sequence[str]) -> list[Finding]:
 
 
 @contextmanager
-def cache_cleared(recipe: Recipe) -> Iterator[None]:
-    """Removes, at the end, the cache of converted files and the storage around it if they were not there before."""
+def cache_cleared(recipe: Recipe, *, keep: bool = False) -> Iterator[None]:
+    """Removes, at the end, the cache of converted files and the storage around it if they were not there before.
+
+    With `keep` they stay where all went well: what comes next reads what was converted.
+    """
     storage = Folder.at(recipe.storage)
     cache = storage / "cache"
     made = [folder for folder in (cache, storage) if not folder.exists()]
     try:
         yield
+        made = [] if keep else made
     finally:
         for folder in made:
             if folder == cache or (folder.exists() and not folder.children()):
@@ -96,8 +100,9 @@ def cache_cleared(recipe: Recipe) -> Iterator[None]:
 
 def before_writing(recipe: Recipe) -> None:
     """Raises the first point that fails."""
-    for look in POINTS.values():
-        look(recipe)
+    with cache_cleared(recipe, keep=True):
+        for look in POINTS.values():
+            look(recipe)
 
 
 def after_indexing(recipe: Recipe, corpus: Corpus) -> str:
@@ -281,10 +286,11 @@ def _seen(probe: Folder, mark: str) -> str:
 def _sources(recipe: Recipe) -> str:
     tasks, _ = select_tasks(recipe.data.entries, recipe.data.hold_out, Path.cwd())
     rows = 0
-    with tempfile.TemporaryDirectory(prefix="apprentice-") as cache:
-        for task in tasks:
-            source = resolve(task, "train", root=recipe.data.root, cache=Folder.at(cache))
-            rows += source.rows if source is not None else 0
+    storage = Folder.at(recipe.storage)
+    rules = Run(storage / recipe.name).format  # as its index will be made, from the same converted files
+    for task in tasks:
+        source = resolve(task, "train", root=recipe.data.root, cache=storage / "cache", rules=rules)
+        rows += source.rows if source is not None else 0
     return f"{rows} training rows"
 
 
@@ -311,7 +317,8 @@ def _resources(recipe: Recipe) -> str:
     length = recipe.data.packing.length
     micro = micro_batch(recipe.training, workers=ask.workers, length=length, on_gpu=on_gpu)
     each = expected(recipe, parameters, trained, dtype, workers=ask.workers, micro=micro, length=length)
-    parts = [f"{part.name} {getattr(each, part.name) / GIB:.1f}" for part in fields(each)]
+    sizes = {part.name: getattr(each, part.name) for part in fields(each)}
+    parts = [f"{name} {'unknown' if size is None else f'{size / GIB:.1f}'}" for name, size in sizes.items()]
     gpus = f", {ask.gpus:g} GPUs" if ask.gpus else ""
     writers = recipe.training.grpo.actors if recipe.training.aim.rounds else 0
     beside = f"; beside them {writers} that write{'s' if writers == 1 else ''} replies, with three models each" if writers else ""

@@ -14,6 +14,7 @@ from apprentice.models.tuning import TUNING_METHODS
 from apprentice.recipe import Recipe, load_recipe
 from apprentice.train.activations import LOGIT_BYTES, activations
 from apprentice.train.loss import TargetLoss
+from apprentice.train.memory import expected, out_of_memory
 from tests.models.architectures import made
 from tests.recipes import tiny_recipe
 
@@ -50,7 +51,7 @@ def kept(made: Recipe, dtype: torch.dtype) -> int:
     return sum(storage.nbytes() for storage in held.values())
 
 
-def estimate(made: Recipe, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> float:
+def estimate(made: Recipe, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> float | None:
     """Without what a backward pass needs beside it."""
     with monkeypatch.context() as patch:
         patch.setattr("apprentice.train.activations.WORKING_TENSORS", 0)
@@ -83,3 +84,25 @@ def test_rows_logits_and_checkpointing(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_encoder_decoders(tmp_path: Path) -> None:
     assert activations(recipe(tmp_path, "t5"), torch.float32, ROWS, LENGTH, 1) > 2 * ROWS * LENGTH * 64 * 4
+
+
+def test_what_nobody_knows_is_not_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = recipe(tmp_path, "llama")
+
+    def fails(error: type[Exception]) -> Any:
+        def kept(*_: Any) -> Any:
+            raise error("no numbers")
+
+        return kept
+
+    for error, told in ((NotImplementedError, 0), (TypeError, 1), (AttributeError, 2)):
+        monkeypatch.setattr("apprentice.train.activations._kept", fails(error))
+        assert activations(made, torch.float32, ROWS, LENGTH) is None
+        assert len(caplog.records) == told
+        assert all(record.exc_info for record in caplog.records)
+    state = expected(made, 2**30, 2**30, torch.float32, workers=1, micro=1, length=LENGTH)
+    assert state.activations is None
+    assert state.total > 4 * 2**30
+    assert "and activations an unknown rest." in str(out_of_memory(state, 1, LENGTH, "", []))

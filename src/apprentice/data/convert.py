@@ -29,7 +29,7 @@ import pyarrow.parquet as pq
 from apprentice.artifacts import FORMAT
 from apprentice.data.delimited import not_utf8, text_batches
 from apprentice.data.json_columns import ESCAPED_SURROGATE, tables_of, without_surrogates
-from apprentice.errors import DataError
+from apprentice.errors import DataError, StorageError
 from apprentice.storage import Folder
 from apprentice.tasks import builtin
 
@@ -135,7 +135,10 @@ def _kind(name: str) -> str:
 def _write(tables: Iterator[pa.Table], target: Folder, origin: Folder) -> None:
     """Writes beside the target under another name and renames; for object stores, to a local file that is then sent whole."""
     here = target.local.parent if target.is_local else Path(tempfile.gettempdir())
-    here.mkdir(parents=True, exist_ok=True)
+    try:
+        here.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"{here} cannot be made ({error.strerror or error}); choose another `storage`.") from error
     part = here / f".{uuid.uuid4().hex}.part"
     try:
         first = next(tables, None)

@@ -6,6 +6,7 @@ added up: right for every architecture and tuning method, with no formula to kee
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -24,19 +25,23 @@ from apprentice.recipe import Recipe
 from apprentice.train.loss import CHUNK_NUMBERS
 
 LOGIT_BYTES = 16  # of one logit at the peak: itself, its logarithm in float32, and the gradients of the two
+_log = logging.getLogger(__name__)
 WORKING_TENSORS = 4  # as large as the widest of a layer, that a backward pass has beside what was kept
 
 
-def activations(recipe: Recipe, dtype: torch.dtype, rows: int, length: int, targets: int | None = None) -> float:
+def activations(recipe: Recipe, dtype: torch.dtype, rows: int, length: int, targets: int | None = None) -> float | None:
     """Bytes at the peak for `rows` packed rows of `length` tokens at once, `targets` of them predicted (None: as many as could be).
 
-    With activation checkpointing only the inputs of layers are kept, and what is inside of one layer at a time. 0 for an
+    With activation checkpointing only the inputs of layers are kept, and what is inside of one layer at a time. None for an
     architecture that cannot be run without numbers.
     """
     try:
         kept, largest, config = _kept(recipe, dtype, rows, length)
-    except (NotImplementedError, RuntimeError, ValueError, TypeError, AttributeError):
-        return 0.0
+    except (NotImplementedError, RuntimeError, ValueError):
+        return None
+    except (TypeError, AttributeError):  # a fault of ours or of the model's code, which is not worth a run
+        _log.warning("what a forward pass of %s keeps is not known", recipe.model.base, exc_info=True)
+        return None
     text = config.get_text_config()
     layers, vocabulary = max(1, int(text.num_hidden_layers)), int(text.vocab_size)
     if recipe.training.activation_checkpointing:

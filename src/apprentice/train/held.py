@@ -26,13 +26,13 @@ class Held:
     weights: float
     gradients: float
     optimizer: float
-    activations: float = 0.0
+    activations: float | None = 0.0  # None where nobody knows
     process: float = 0.0
     checkpoint: float = 0.0
 
     @property
     def total(self) -> float:
-        return self.weights + self.gradients + self.optimizer + self.activations + self.process + self.checkpoint
+        return self.weights + self.gradients + self.optimizer + (self.activations or 0.0) + self.process + self.checkpoint
 
 
 def held(recipe: Recipe, parameters: int, trained: int, dtype: torch.dtype, workers: int) -> Held:

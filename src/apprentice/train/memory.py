@@ -145,9 +145,10 @@ def in_use(device: torch.device) -> str:
 def out_of_memory(state: Held, micro: int, length: int, used: str, changes: Sequence[Change]) -> TrainingError:
     """The sentence for a worker that ran out of memory with `micro` rows of `length` tokens at once; `used` says of what."""
     rows = f"{micro} row{'s' if micro != 1 else ''} of {length} tokens"
+    kept = "an unknown rest" if state.activations is None else f"{state.activations / GIB:.2f}"
     return TrainingError(
         f"a worker ran out of memory with {rows} at once{used}: weights take about {state.weights / GIB:.2f} GiB, gradients"
-        f" {state.gradients / GIB:.2f}, the optimizer {state.optimizer / GIB:.2f} and activations {state.activations / GIB:.2f}."
+        f" {state.gradients / GIB:.2f}, the optimizer {state.optimizer / GIB:.2f} and activations {kept}."
         f" The smallest changes that help: {', or '.join(change.text for change in changes)}."
     )
 
