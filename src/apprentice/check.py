@@ -10,8 +10,8 @@ import json
 import struct
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, fields
 from math import prod
 from pathlib import Path
@@ -20,6 +20,7 @@ from typing import Any
 import ray
 
 from apprentice.artifacts import Run, public_base
+from apprentice.data.cache import cache_cleared
 from apprentice.data.companions import check_companions
 from apprentice.data.contract import check_base, layout_of, layout_version
 from apprentice.data.corpus import packing_strategy
@@ -78,24 +79,6 @@ def _findings(recipe: Recipe, subjects: Sequence[str]) -> list[Finding]:
             found.append(finding)
         told.add(finding.message)
     return found
-
-
-@contextmanager
-def cache_cleared(recipe: Recipe, *, keep: bool = False) -> Iterator[None]:
-    """Removes, at the end, the cache of converted files and the storage around it if they were not there before.
-
-    With `keep` they stay where all went well: what comes next reads what was converted.
-    """
-    storage = Folder.at(recipe.storage)
-    cache = storage / "cache"
-    made = [folder for folder in (cache, storage) if not folder.exists()]
-    try:
-        yield
-        made = [] if keep else made
-    finally:
-        for folder in made:
-            if folder == cache or (folder.exists() and not folder.children()):
-                folder.delete()
 
 
 def before_writing(recipe: Recipe) -> None:

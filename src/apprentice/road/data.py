@@ -8,6 +8,7 @@ from typing import Any
 
 from apprentice import check
 from apprentice.artifacts import Run, find_run, open_run
+from apprentice.data.cache import cache_cleared
 from apprentice.data.pipeline import Corpus, estimate_steps, make_corpus
 from apprentice.errors import ApprenticeError, RunError
 from apprentice.fence import hold
@@ -104,5 +105,5 @@ def scratch_run(recipe: Recipe) -> Iterator[Run]:
     """A run folder that is thrown away: looking must not leave a half-made run behind."""
     import tempfile
 
-    with check.cache_cleared(recipe), tempfile.TemporaryDirectory(prefix="apprentice-") as folder:
+    with cache_cleared(recipe), tempfile.TemporaryDirectory(prefix="apprentice-") as folder:
         yield Run(Folder.at(folder) / recipe.name)
