@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,19 @@ def test_bfloat16_runs_are_saved_in_bfloat16(tiny_model: Path, tmp_path: Path) -
     assert merge is not None
     merged = merge(model).state_dict()
     assert all(torch.equal(tensor, merged[name].bfloat16()) for name, tensor in alone.state_dict().items())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_merge_that_loses_the_adapter_is_not_published(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    made = recipe(tiny_model, "lora")
+    run, checkpoint, _ = trained(tmp_path, made, dtype)
+    forgetful = replace(TUNING_METHODS["lora"], merge=lambda model: load_model(tiny_model, torch.float32))
+    monkeypatch.setitem(TUNING_METHODS, "lora", forgetful)
+    with pytest.raises(TrainingError, match=r"log-probabilities are .* from the trained model's; do not use it"):
+        export(made, run, checkpoint, layout_of(tiny_model))
+    assert not run.model.exists()
 
 
 def test_what_does_not_load_again_is_not_published(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
