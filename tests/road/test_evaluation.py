@@ -39,7 +39,9 @@ def test_other_tasks_have_a_report_of_their_own(run: Run, monkeypatch: pytest.Mo
 
     def evaluated(recipe: Any, run: Any, subjects: Any, place: Folder, within: Any, others: Any, *rest: Any) -> dict[str, Any]:
         known.append((place, list(others)))
-        return {"summary": {"score": 10.0 * len(known)}, "gate": {"passed": len(known) == 1}, "created": "now"}
+        columns = [{"subject": "tuned", "key": "tuned"}]
+        summary = {"score": 10.0 * len(known)}
+        return {"summary": summary, "gate": {"passed": len(known) == 1}, "created": "now", "columns": columns, "tasks": []}
 
     monkeypatch.setattr(evaluation, "ray_session", lambda: pytest.MonkeyPatch.context())
     monkeypatch.setattr(evaluation, "_evaluated", evaluated)

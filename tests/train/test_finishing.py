@@ -13,6 +13,7 @@ import ray
 
 from apprentice.artifacts import Run
 from apprentice.errors import TrainingError
+from apprentice.fence import hold
 from apprentice.storage import Folder
 from apprentice.train import checkpoint as checkpoints
 from apprentice.train.launch import _finish
@@ -23,7 +24,8 @@ from tests.train.test_checkpoint import saved
 
 def finish(run: Run) -> None:
     nothing: Any = None  # what comes after is not reached
-    _finish(nothing, run, nothing, Goal(4), nothing, 1)
+    with hold(run.folder, "train") as held:
+        _finish(nothing, run, nothing, Goal(4), nothing, held.token, 1)
 
 
 def test_no_checkpoint_that_can_be_read_is_no_ctrl_c(tmp_path: Path) -> None:

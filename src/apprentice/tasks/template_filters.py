@@ -39,8 +39,11 @@ _PRINTING = frozenset(["string", "e", "escape", "replace", "title", "trim", "upp
 _SORTING = frozenset(["dictsort", "groupby", "max", "min", "most_frequent", "sort", "unique"])
 
 
-def _metered(call: Callable[..., Any], name: str) -> Callable[..., Any]:
-    """`call`, paid for by the size of what it gets: of the arguments alone, or with all that is in them where it looks at that."""
+def _metered(call: Callable[..., Any], name: str, *, prints: bool) -> Callable[..., Any]:
+    """`call`, paid for by the size of what it gets: of the arguments alone, or with all that is in them where it looks at that.
+
+    One that `prints` its first argument refuses what is no text.
+    """
     given = 1 if hasattr(call, "jinja_pass_arg") else 0  # what Jinja itself puts before the arguments
 
     @functools.wraps(call)
@@ -49,7 +52,7 @@ def _metered(call: Callable[..., Any], name: str) -> Callable[..., Any]:
         weigh = size if name in _SHALLOW else cost
         work = sum(weigh(argument) for argument in (*arguments[given:], *options.values()))
         spend(1 + work * (work.bit_length() if name in _SORTING else 1))
-        if name in _PRINTING:
+        if prints:
             check_text(arguments[given])
         return call(*arguments, **options)
 
@@ -139,11 +142,11 @@ _OWN: dict[str, Callable[..., Any]] = {
 }
 
 
-def metered(calls: Mapping[str, Callable[..., Any]]) -> dict[str, Callable[..., Any]]:
-    """Filters or tests by name, each paid for."""
-    return {name: _metered(call, name) for name, call in calls.items()}
+def metered(filters: Mapping[str, Callable[..., Any]]) -> dict[str, Callable[..., Any]]:
+    """Filters by name, each paid for."""
+    return {name: _metered(call, name, prints=name in _PRINTING) for name, call in filters.items()}
 
 
 KNOWN_FILTERS = metered({name: FILTERS[name] for name in _NAMES.split()} | _OWN)
 DRAWING_FILTERS = metered({"choice": _drawn, "random": _drawn, "most_frequent": _most_frequent})  # PromptSource's
-KNOWN_TESTS = metered(cast("dict[str, Callable[..., Any]]", TESTS))
+KNOWN_TESTS = {name: _metered(call, name, prints=False) for name, call in cast("dict[str, Callable[..., Any]]", TESTS).items()}
