@@ -23,9 +23,9 @@ import methods
 import yaml
 from figures import claim_stdout, report
 
-from apprentice import road
+from apprentice import pipeline
 from apprentice.recipe import Recipe, dump_recipe, find_recipe, load_recipe
-from apprentice.tasks.loading import select_tasks
+from apprentice.tasks.registry import select_tasks
 from apprentice.tasks.schema import Task
 
 Variants = dict[str, Recipe]
@@ -109,8 +109,8 @@ def _scored(name: str, recipe: Recipe) -> dict[str, Any]:
             shown = {key: value for key, value in values.items() if key != "done"}
             print(f"{name}: {stage} {shown}", file=sys.stderr, flush=True)
 
-    road.train(recipe, progress=progress)
-    return road.evaluate_run(recipe, progress=progress)[0]
+    pipeline.train(recipe, progress=progress)
+    return pipeline.evaluate_run(recipe, progress=progress)[0]
 
 
 def _every_wording(recipe: Recipe, folder: Path) -> dict[str, Any]:
@@ -120,8 +120,8 @@ def _every_wording(recipe: Recipe, folder: Path) -> dict[str, Any]:
     data = recipe.data.model_copy(update={"tasks": names, "hold_out": names})
     evaluation = recipe.evaluation.model_copy(update={"templates_per_row": "all", "shots": (0,), "baseline_shots": (0,)})
     asked = recipe.model_copy(update={"data": data, "evaluation": evaluation})
-    wanted = road.Wanted(out=folder / f"{recipe.name}-wordings")
-    return road.evaluate_run(asked, wanted=wanted, progress=lambda stage, values: None)[0]
+    wanted = pipeline.Wanted(out=folder / f"{recipe.name}-wordings")
+    return pipeline.evaluate_run(asked, wanted=wanted, progress=lambda stage, values: None)[0]
 
 
 def wordings_of(variant: str, found: Mapping[str, Any]) -> list[dict[str, Any]]:

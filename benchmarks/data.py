@@ -24,10 +24,10 @@ from typing import Any
 
 from figures import compare, report
 
-from apprentice.artifacts import Run
 from apprentice.data.corpus import Corpus, make_corpus
+from apprentice.ray_cluster.session import ray_session
 from apprentice.recipe import Recipe
-from apprentice.session import ray_session
+from apprentice.run.folder import Run
 from apprentice.storage import Folder
 
 ACTORS = 2
@@ -62,7 +62,7 @@ class Ours:
 
     def __call__(self) -> float:
         """Tokens a second."""
-        from apprentice.data.pipeline import WINDOWS_TOGETHER, Start, train_stream
+        from apprentice.data.stream import WINDOWS_TOGETHER, Start, train_stream
 
         in_hand = ACTORS * WINDOWS_TOGETHER
         begun = time.perf_counter()
@@ -119,7 +119,7 @@ def bare_tokenizer(corpus: Corpus) -> Any:
 
 def raw_tokenizer(corpus: Corpus, windows: int) -> Callable[[], float]:
     """Tokens a second of the tokenizer alone, with all cores, over the prompts of at most four windows."""
-    from apprentice.data.render import Rendered, Renderer
+    from apprentice.data.encoding.render import Rendered, Renderer
 
     draws = corpus.plan.draws(0, min(windows, 4) * corpus.recipe.data.window)
     rendered = [item for item in Renderer(corpus.tasks, corpus.indices).of_draws(draws) if isinstance(item, Rendered)]

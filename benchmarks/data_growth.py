@@ -21,10 +21,10 @@ from pathlib import Path
 import pyarrow.parquet as pq
 from figures import report
 
-from apprentice.artifacts import Run
 from apprentice.data.corpus import Corpus, make_corpus
 from apprentice.data.window import WindowRenderer
 from apprentice.recipe import Recipe, find_recipe, load_recipe
+from apprentice.run.folder import Run
 from apprentice.storage import Folder
 
 FAR = 10**8

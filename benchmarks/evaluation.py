@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from figures import claim_stdout, compare, report
 
-from apprentice.hub import local_folder
-from apprentice.models.decoding import generate
+from apprentice.inference.choice_scoring import choice_logprobs
+from apprentice.inference.decoder import generate
 from apprentice.models.loading import load_model
-from apprentice.models.scoring import choice_logprobs
-from apprentice.tokenizer import Tokenizer
+from apprentice.pretrained.hub import local_folder
+from apprentice.pretrained.tokenizer import Tokenizer
 
 BATCH = 16
 # Two kinds of choices. The harness computes a prompt once for all choices of one token, and again for every longer one.

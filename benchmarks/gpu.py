@@ -27,14 +27,14 @@ import torch.multiprocessing
 import trainers
 from figures import claim_stdout, report
 
-from apprentice.hub import local_folder
 from apprentice.models.loading import count_parameters, resolve_dtype
+from apprentice.pretrained.hub import local_folder
 from apprentice.recipe import Recipe
-from apprentice.train import flops
 from apprentice.train.batch import PackedRows, RowFacts
-from apprentice.train.deepspeed_config import micro_batch
-from apprentice.train.memory import peak_memory
-from apprentice.train.peers import Peers
+from apprentice.train.engine.collectives import Peers
+from apprentice.train.engine.deepspeed_config import micro_batch
+from apprentice.train.memory.measure import peak_memory
+from apprentice.train.metrics import mfu as flops
 from apprentice.train.worker import build_engine
 
 WARM_UP = 2  # steps that do not count

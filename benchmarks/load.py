@@ -31,11 +31,11 @@ from figures import claim_stdout, report
 from serving import contract_of
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from apprentice.hub import local_folder
+from apprentice.pretrained.hub import local_folder
+from apprentice.pretrained.tokenizer import Tokenizer
+from apprentice.ray_cluster.session import ray_session
 from apprentice.recipe import Serving
 from apprentice.serve.deployment import APP_NAME, start
-from apprentice.session import ray_session
-from apprentice.tokenizer import Tokenizer
 
 TOKENS = 32  # of each reply
 FEW = 32  # clients of the run beside

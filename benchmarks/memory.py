@@ -11,11 +11,11 @@ import tempfile
 
 from figures import claim_stdout, report
 
-from apprentice.artifacts import open_run
-from apprentice.data.pipeline import make_corpus
+from apprentice.data.stream import make_corpus
+from apprentice.ray_cluster.session import ray_session
 from apprentice.recipe import Recipe
-from apprentice.session import ray_session
-from apprentice.train.launch import train
+from apprentice.run.folder import open_run
+from apprentice.train.distributed.driver import train
 
 MIB = 2**20
 

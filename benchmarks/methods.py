@@ -19,11 +19,11 @@ from typing import Any
 import psutil
 from figures import report
 
-from apprentice import road
-from apprentice.artifacts import Run, open_run
+from apprentice import pipeline
 from apprentice.models.loading import load_model, resolve_dtype
-from apprentice.models.tuning import TUNING_METHODS, trained_share
+from apprentice.models.tuning.methods import TUNING_METHODS, trained_share
 from apprentice.recipe import Recipe, find_recipe, load_recipe
+from apprentice.run.folder import Run, open_run
 
 RECIPES = ("full", "lora", "adapter_tuning", "prefix_tuning", "prompt_tuning")
 POOLS = {"trained_on_ranked": "#0f609b", "trained_on_generated": "#2c7a7b", "held_out_ranked": "#c05621"}
@@ -60,9 +60,9 @@ def line_of(recipe: Recipe, earlier: Mapping[str, Any]) -> Line:
 
     run = open_run(recipe)
     with PeakMemory() as memory:
-        trained = road.train(recipe, progress=progress)
+        trained = pipeline.train(recipe, progress=progress)
     held = earlier.get("memory_mib") if trained["already"] else memory.peak / MIB
-    found = road.evaluate_run(recipe, progress=progress)[0]
+    found = pipeline.evaluate_run(recipe, progress=progress)[0]
     return {**trained_of(recipe), "memory_mib": held, **facts_of(run), "pools": pools_of(found)}
 
 

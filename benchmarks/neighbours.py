@@ -22,11 +22,11 @@ import httpx
 from figures import report
 from serving import PASSAGE, contract_of
 
-from apprentice.hub import local_folder
+from apprentice.pretrained.hub import local_folder
+from apprentice.ray_cluster.crowding import NICENESS
+from apprentice.ray_cluster.session import ray_session
 from apprentice.recipe import Serving
-from apprentice.serve.crowding import NICENESS
 from apprentice.serve.deployment import start
-from apprentice.session import ray_session
 
 LONGEST_S = 120.0  # a reply that takes longer counts as so long
 

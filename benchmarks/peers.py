@@ -67,7 +67,7 @@ def main() -> None:
 def model_folder(given: str | None) -> Path:
     if given:
         return Path(given).absolute()
-    from apprentice.hub import local_folder
+    from apprentice.pretrained.hub import local_folder
 
     return local_folder("smollm2-135m-instruct")
 
@@ -125,10 +125,10 @@ def serve(folder: Path, engine: str, port: str) -> None:
     """Our endpoint, until SIGTERM; runs in the environment that has the engine."""
     from serving import contract_of
 
+    from apprentice.pipeline.serve import wait_for_stop
+    from apprentice.ray_cluster.session import ray_session
     from apprentice.recipe import Serving
-    from apprentice.road.serving import wait_for_stop
     from apprentice.serve.deployment import start
-    from apprentice.session import ray_session
 
     settings = Serving.model_validate({"engine": engine, "port": int(port), "max_running": AT_ONCE, "context": CONTEXT})
     with ray_session(), start(folder, settings, model_name=NAME, contract=contract_of(folder), dtype="bfloat16"):

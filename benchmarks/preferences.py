@@ -20,17 +20,17 @@ from typing import Any
 import torch
 import torch.multiprocessing
 
-from apprentice.artifacts import Run, open_run
-from apprentice.data.pipeline import Corpus, make_corpus, render_window
-from apprentice.hub import local_folder
+from apprentice.data.stream import Corpus, make_corpus, render_window
 from apprentice.models.loading import load_model, resolve_dtype
+from apprentice.pretrained.hub import local_folder
 from apprentice.recipe import DPO, Recipe
+from apprentice.run.folder import Run, open_run
 from apprentice.tasks.builtin import rows
-from apprentice.tasks.loading import find_tasks
+from apprentice.tasks.registry import find_tasks
 from apprentice.train.batch import PackedRows
-from apprentice.train.deepspeed_config import micro_batch
-from apprentice.train.launch import train
-from apprentice.train.preference import PreferenceLoss
+from apprentice.train.distributed.driver import train
+from apprentice.train.engine.deepspeed_config import micro_batch
+from apprentice.train.losses.preference import PreferenceLoss
 
 WARM_UP = 2  # steps that do not count
 RATE, RANK = 1e-4, 16

@@ -34,10 +34,10 @@ from control import (
 )
 from figures import claim_stdout, report
 
-from apprentice.data.plan import Plan
-from apprentice.data.row_ranges import RowRanges
-from apprentice.data.sources import Source
-from apprentice.data.task_index import TaskIndex
+from apprentice.data.index.row_ranges import RowRanges
+from apprentice.data.index.task_index import TaskIndex
+from apprentice.data.sampling.plan import Plan
+from apprentice.data.sources.locate import Source
 from apprentice.recipe import Recipe
 from apprentice.tasks.schema import Task
 

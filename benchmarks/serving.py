@@ -30,16 +30,16 @@ from figures import claim_stdout, compare, report
 from safetensors.torch import save_file
 from transformers import T5Config, T5ForConditionalGeneration
 
-from apprentice.artifacts import PromptContract
-from apprentice.data.contract import layout_of, make_contract
-from apprentice.hub import local_folder
+from apprentice.data.encoding.prompt_contract import layout_of, make_contract
 from apprentice.models.loading import load_model, resolve_dtype
+from apprentice.pretrained.hub import local_folder
+from apprentice.pretrained.tokenizer import Tokenizer
+from apprentice.ray_cluster.session import ray_session
 from apprentice.recipe import Data, Model, Recipe, Serving, Training
+from apprentice.run.folder import PromptContract
 from apprentice.serve.deployment import Endpoint, start
-from apprentice.serve.engine import Request
-from apprentice.serve.transformers_engine import TransformersEngine
-from apprentice.session import ray_session
-from apprentice.tokenizer import Tokenizer
+from apprentice.serve.engines.base import Request
+from apprentice.serve.engines.transformers import TransformersEngine
 
 REQUESTS = 16
 PASSAGE = "The ferry leaves the harbour at seven in the morning and needs two hours to the island, where the market opens at nine. "

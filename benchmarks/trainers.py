@@ -22,13 +22,13 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
-from apprentice.hub import local_folder
 from apprentice.models.loading import load_model, resolve_dtype
-from apprentice.models.tuning import TUNING_METHODS
+from apprentice.models.tuning.methods import TUNING_METHODS
+from apprentice.pretrained.hub import local_folder
 from apprentice.recipe import Recipe
 from apprentice.train.batch import PackedRows
-from apprentice.train.deepspeed_config import micro_batch, rows_per_worker
-from apprentice.train.memory import peak_memory
+from apprentice.train.engine.deepspeed_config import micro_batch, rows_per_worker
+from apprentice.train.memory.measure import peak_memory
 
 WARM_UP = 2  # steps that do not count
 

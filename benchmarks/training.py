@@ -30,18 +30,18 @@ import torch.multiprocessing
 import trainers
 from figures import claim_stdout, compare, report
 
-from apprentice.artifacts import Run, open_run
-from apprentice.data.pipeline import Corpus, make_corpus, render_window
+from apprentice.data.stream import Corpus, make_corpus, render_window
 from apprentice.models.loading import load_model, resolve_dtype
-from apprentice.models.tuning import TUNING_METHODS, trainable
+from apprentice.models.tuning.methods import TUNING_METHODS, trainable
+from apprentice.ray_cluster.session import ray_session
 from apprentice.recipe import Recipe
 from apprentice.recipe.training import Checkpointing
-from apprentice.session import ray_session
+from apprentice.run.folder import Run, open_run
 from apprentice.train.batch import PackedRows
-from apprentice.train.deepspeed_config import micro_batch, rows_per_worker
-from apprentice.train.launch import train
-from apprentice.train.loss import TargetLoss
-from apprentice.train.optim import adamw, learning_rate
+from apprentice.train.distributed.driver import train
+from apprentice.train.engine.deepspeed_config import micro_batch, rows_per_worker
+from apprentice.train.losses.sft import TargetLoss
+from apprentice.train.optimizer import adamw, learning_rate
 
 WARM_UP = 2  # steps that do not count
 GOAL, DPO_GOAL = 0.95, 1.2

@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from apprentice.data.layout import Layout
-from apprentice.data.tokenize import Tokenized, encode
+from apprentice.data.encoding.prompt_format import Layout
+from apprentice.data.encoding.tokenize import Tokenized, encode
+from apprentice.pretrained.tokenizer import Tokenizer
 from apprentice.tasks.schema import Example
-from apprentice.tokenizer import Tokenizer
 
 # The end token of the models that a template belongs to, by the start of its name; others end with ChatML's.
 END_TOKENS = {

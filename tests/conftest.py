@@ -173,7 +173,7 @@ def ray_cluster() -> Iterator[None]:
     """One local Ray with 4 CPUs for the whole session, apart from any other Ray on the machine."""
     import ray
 
-    from apprentice.session import start_local
+    from apprentice.ray_cluster.session import start_local
 
     session = tempfile.mkdtemp(prefix="apprentice-ray-", dir="/tmp")  # short: Unix socket paths hold 107 characters
     start_local(4, configure_logging=False, object_store_memory=512 * 2**20, _temp_dir=session)

@@ -128,10 +128,10 @@ class Reader:
         return [*words, "--url", f"http://{self.address}"] if words[0] == "ask" and "--url" not in words else words
 
     def _serve(self, words: list[str]) -> str:
-        from apprentice import road
+        from apprentice import pipeline
 
         given = dict(check_command(["apprentice", "serve", *words]).params)
-        running = road.endpoint(**given | {"port": 0}, progress=lambda stage, values: None)
+        running = pipeline.endpoint(**given | {"port": 0}, progress=lambda stage, values: None)
         self.address = self._open.enter_context(running).removeprefix("http://")
         return ""
 

@@ -25,15 +25,15 @@ def answered(recipe: Any) -> dict[str, Any]:
     import httpx
     import torch
 
-    from apprentice.artifacts import open_run
-    from apprentice.data.contract import layout_beside
-    from apprentice.data.pipeline import make_corpus
+    from apprentice.data.encoding.prompt_contract import layout_beside
+    from apprentice.data.stream import make_corpus
     from apprentice.models.loading import load_model
-    from apprentice.serve.catalogue import Catalogue, Model
-    from apprentice.serve.ingress import build_app
-    from apprentice.serve.transformers_engine import TransformersEngine
-    from apprentice.train import checkpoint as checkpoints
-    from apprentice.train.export import export
+    from apprentice.run.folder import open_run
+    from apprentice.serve.api.routes import build_app
+    from apprentice.serve.engines.transformers import TransformersEngine
+    from apprentice.serve.generation.served_models import Catalogue, Model
+    from apprentice.train.checkpoint import format as checkpoints
+    from apprentice.train.checkpoint.export import export
 
     run = open_run(recipe)
     corpus = make_corpus(recipe, run, parallel=False)
@@ -68,12 +68,12 @@ def trained(recipe: Any, run: Any, corpus: Any, told: list[dict[str, Any]], *, u
     import numpy as np
     import torch
 
-    from apprentice.data.pipeline import render_window, validation_rows
-    from apprentice.train import checkpoint as checkpoints
+    from apprentice.data.stream import render_window, validation_rows
     from apprentice.train.batch import PackedRows
-    from apprentice.train.launch import validation_limit
-    from apprentice.train.rounds import RoundWriter
-    from apprentice.train.samples import Samples
+    from apprentice.train.checkpoint import format as checkpoints
+    from apprentice.train.distributed.driver import validation_limit
+    from apprentice.train.metrics.samples import Samples
+    from apprentice.train.on_policy.rollout import RoundWriter
     from apprentice.train.state import Goal, State
     from apprentice.train.worker import run_worker
 
@@ -148,10 +148,10 @@ def gone_on(recipe: Any) -> dict[str, Any]:
     import numpy as np
     import torch
 
-    from apprentice.artifacts import Run, open_run
-    from apprentice.data.pipeline import make_corpus
     from apprentice.data.reference import Reference
-    from apprentice.train import checkpoint as checkpoints
+    from apprentice.data.stream import make_corpus
+    from apprentice.run.folder import Run, open_run
+    from apprentice.train.checkpoint import format as checkpoints
 
     def made(run: Run) -> Any:
         corpus = make_corpus(recipe, run, parallel=False)

@@ -12,10 +12,10 @@ from typing import Any
 import psutil
 import pytest
 
-from apprentice.evaluate.summary import summarise
-from apprentice.models.tuning import TUNING_METHODS
+from apprentice.evaluate.stats.summary import summarise
+from apprentice.models.tuning.methods import TUNING_METHODS
 from apprentice.recipe import Recipe, find_recipe, load_recipe
-from apprentice.tasks.loading import select_tasks
+from apprentice.tasks.registry import select_tasks
 from tests.evaluate import tables
 from tests.recipes import tiny_recipe
 

@@ -14,17 +14,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from apprentice import hub, road
-from apprentice.artifacts import Run, read_contract
-from apprentice.data.layout import Layout
+from apprentice import pipeline
+from apprentice.data.encoding.prompt_format import Layout
 from apprentice.errors import ModelError, StorageError
+from apprentice.inference.lora import read_lora
 from apprentice.models.loading import load_model
-from apprentice.models.lora import read_lora
-from apprentice.serve.adapters import Adapters, adapters_in
-from apprentice.serve.catalogue import Lease, Model
-from apprentice.serve.transformers_engine import TransformersEngine
+from apprentice.pretrained import hub
+from apprentice.pretrained.tokenizer import Tokenizer
+from apprentice.run.folder import Run, read_contract
+from apprentice.serve.engines.transformers import TransformersEngine
+from apprentice.serve.generation.adapters import Adapters, adapters_in
+from apprentice.serve.generation.served_models import Lease, Model
 from apprentice.storage import Folder
-from apprentice.tokenizer import Tokenizer
 from tests.models.adapters import random_lora
 from tests.object_store import BUCKET, ObjectStore, object_store
 from tests.recipes import tiny_recipe
@@ -89,7 +90,7 @@ def test_new_weights_under_an_old_config_are_seen(store, tiny_model):
 def test_the_road_with_its_storage_in_a_store(store, tiny_model, tmp_path):
     storage = f"s3://{BUCKET}/runs"
     recipe = tiny_recipe(tmp_path, tiny_model, storage=storage, training__steps=3, evaluation__gate={"held_out": -1000.0})
-    done = pipeline(recipe)
+    done = run_pipeline(recipe)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.strip().endswith(f"{storage}/tiny")
     keys = [key.removeprefix("runs/tiny/") for key in store.objects if key.startswith("runs/tiny/")]
@@ -105,13 +106,13 @@ def test_the_road_with_its_storage_in_a_store(store, tiny_model, tmp_path):
     assert any(key.startswith("checkpoints/step-") for key in keys)
     assert not [place for place in (tmp_path / "runs", Path("s3:")) if place.exists()]
 
-    again = pipeline(recipe)
+    again = run_pipeline(recipe)
     assert again.returncode == 0, again.stdout + again.stderr
     assert "trained already" in again.stdout
     assert "evaluated already" in again.stdout
     assert store.secret not in done.stdout + done.stderr + again.stdout + again.stderr + str(store.objects)
 
-    found, place = road.report(f"{storage}/tiny", "./runs")
+    found, place = pipeline.report(f"{storage}/tiny", "./runs")
     assert len(found["tasks"]) >= 8
     assert json.loads((place / "report.json").read_text())["summary"] == found["summary"]
     run = Run(Folder.at(f"{storage}/tiny"))
@@ -119,14 +120,14 @@ def test_the_road_with_its_storage_in_a_store(store, tiny_model, tmp_path):
     assert read_contract(folder) == read_contract(run.model)
 
 
-def pipeline(recipe: Path) -> subprocess.CompletedProcess[str]:
+def run_pipeline(recipe: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "apprentice.jobs", "pipeline", "--recipe", str(recipe)]
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     return subprocess.run(command, capture_output=True, text=True, check=False, cwd=recipe.parent, env=environment)
 
 
 def test_a_store_that_refuses_is_said_in_one_sentence(store, tiny_model, tmp_path, monkeypatch):
-    from apprentice.check import POINTS
+    from apprentice.preflight.check import POINTS
     from apprentice.recipe import load_recipe
 
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "somebody")

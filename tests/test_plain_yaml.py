@@ -10,8 +10,8 @@ import yaml
 from apprentice.errors import ApprenticeError
 from apprentice.plain_yaml import MAX_NODES, load_yaml
 from apprentice.recipe import load_recipe
-from apprentice.serve.keys import Keys
-from apprentice.tasks.loading import load_task
+from apprentice.serve.api.keys import Keys
+from apprentice.tasks.registry import load_task
 
 MERGES = "a0: &a0 {k: 1}\n" + "".join(f"a{n}: &a{n}\n  <<: [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 9))
 LAUGHS = "a0: &a0 [x]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 9))

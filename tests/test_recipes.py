@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from apprentice import check, road
+from apprentice import pipeline
+from apprentice.preflight import check
 from apprentice.recipe import SHIPPED, load_recipe
-from apprentice.tasks.loading import select_tasks
+from apprentice.tasks.registry import select_tasks
 from tests import single
 from tests.conftest import DATA_FOLDER, NEEDS_DATA, ROOT
 from tests.samples import tiny_model_of, write_datasets
@@ -181,8 +182,8 @@ def there(name: str) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_recipe_makes_packed_rows_in_its_layout(name, tiny_model, tmp_path):
-    from apprentice.artifacts import Run
-    from apprentice.data.pipeline import make_corpus, render_window
+    from apprentice.data.stream import make_corpus, render_window
+    from apprentice.run.folder import Run
     from apprentice.storage import Folder
 
     there(name)
@@ -265,15 +266,15 @@ def test_recipe_runs_to_an_answer(name, answers):
 @pytest.mark.parametrize("name", FAR)
 def test_recipe_runs_on_ray_to_an_answered_request(name, tiny_model, ray_cluster, tmp_path):
     recipe = load_recipe(SHIPPED / f"{name}.yaml", tiny(name, tiny_model, tmp_path))
-    result = road.train(recipe, progress=lambda stage, values: None)
+    result = pipeline.train(recipe, progress=lambda stage, values: None)
     assert result["steps"] == 2
-    with road.endpoint(result["run"], progress=lambda stage, values: None) as url:
-        assert isinstance(road.ask(url, "Name a colour.", "", max_tokens=4), str)
+    with pipeline.endpoint(result["run"], progress=lambda stage, values: None) as url:
+        assert isinstance(pipeline.ask(url, "Name a colour.", "", max_tokens=4), str)
 
 
 @pytest.mark.slow
 def test_zephyr_goes_on_from_its_first_run(answers):
-    from apprentice.artifacts import read_contract
+    from apprentice.run.folder import read_contract
 
     contract = read_contract(answers / "zephyr" / "runs" / "zephyr" / "model")
     assert contract is not None

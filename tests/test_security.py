@@ -14,12 +14,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from apprentice import hub
-from apprentice.artifacts import weights_sha256
 from apprentice.errors import ContractError, ModelError, StorageError
 from apprentice.models.loading import load_model, without_weights
-from apprentice.models.merging import merge_adapter
+from apprentice.models.merge import merge_adapter
+from apprentice.pretrained import hub
 from apprentice.recipe import Serving, load_recipe
+from apprentice.run.folder import weights_sha256
 from apprentice.storage import Folder
 from tests.conftest import ROOT
 from tests.recipes import tiny_recipe
@@ -159,7 +159,7 @@ def test_what_a_config_names_is_never_used(model, tmp_path, monkeypatch, named):
     from transformers import modeling_utils
 
     from apprentice.models import loading
-    from apprentice.train.activations import activations
+    from apprentice.train.memory.activations import activations
 
     fetched = []
     monkeypatch.setattr(modeling_utils, "lazy_import_flash_attention", lambda name, **_: fetched.append(name))
@@ -198,7 +198,7 @@ def test_a_pickled_adapter_beside_the_weights_is_refused_too(model, tmp_path, pl
 
 
 def test_check_says_it_before_anything_is_reserved(model, tmp_path):
-    from apprentice.check import POINTS
+    from apprentice.preflight.check import POINTS
 
     pickled(model)
     file = tiny_recipe(tmp_path, model)
@@ -211,7 +211,8 @@ def test_trust_is_one_word_on_every_command_that_loads_a_model(monkeypatch, tmp_
     """What each command does with it is the recipe's `model.trust`, or one argument."""
     from typer.testing import CliRunner
 
-    from apprentice import cli, road, submit
+    from apprentice import cli, pipeline
+    from apprentice.jobs import submit
 
     told: dict[str, object] = {}
 
@@ -220,14 +221,14 @@ def test_trust_is_one_word_on_every_command_that_loads_a_model(monkeypatch, tmp_
         return submit.Submission("", "", False)
 
     train = {"run": "", "steps": 0}
-    monkeypatch.setattr(road, "train", lambda recipe, **_: told.update(train=recipe.model.trust) or train)
-    monkeypatch.setattr(road, "training_sentence", lambda result: "")
-    monkeypatch.setattr(road, "prepare", lambda recipe, **_: told.update(prepare=recipe.model.trust) or {})
-    monkeypatch.setattr(road, "check_recipe", lambda recipe: told.update(check=recipe.model.trust) or [])
-    monkeypatch.setattr(road, "evaluate", lambda target, overrides, **_: told.update(evaluate=overrides) or ({}, ""))
-    monkeypatch.setattr(road, "predict", lambda *_, trust, **__: told.update(predict=trust) or {})
-    monkeypatch.setattr(road, "endpoint", lambda *_, trust, **__: told.update(serve=trust) or nullcontext("http://127.0.0.1:1"))
-    monkeypatch.setattr(road, "wait_for_stop", lambda: None)
+    monkeypatch.setattr(pipeline, "train", lambda recipe, **_: told.update(train=recipe.model.trust) or train)
+    monkeypatch.setattr(pipeline, "training_sentence", lambda result: "")
+    monkeypatch.setattr(pipeline, "prepare", lambda recipe, **_: told.update(prepare=recipe.model.trust) or {})
+    monkeypatch.setattr(pipeline, "check_recipe", lambda recipe: told.update(check=recipe.model.trust) or [])
+    monkeypatch.setattr(pipeline, "evaluate", lambda target, overrides, **_: told.update(evaluate=overrides) or ({}, ""))
+    monkeypatch.setattr(pipeline, "predict", lambda *_, trust, **__: told.update(predict=trust) or {})
+    monkeypatch.setattr(pipeline, "endpoint", lambda *_, trust, **__: told.update(serve=trust) or nullcontext("http://127.0.0.1:1"))
+    monkeypatch.setattr(pipeline, "wait_for_stop", lambda: None)
     monkeypatch.setattr(
         submit, "submit", lambda recipe, overrides, **_: told.update(submit=overrides) or submit.Submission("", "", False)
     )
@@ -266,7 +267,7 @@ def test_the_endpoint_refuses_before_anything_starts(model):
 
 
 def test_trust_holds_for_the_models_beside_too(model, tiny_model, tmp_path, monkeypatch):
-    from apprentice import road
+    from apprentice import pipeline
     from apprentice.serve import deployment
 
     pickled(model)
@@ -277,11 +278,11 @@ def test_trust_holds_for_the_models_beside_too(model, tiny_model, tmp_path, monk
         raise KeyboardInterrupt
 
     monkeypatch.setattr(deployment, "start", start)
-    monkeypatch.setattr("apprentice.road.serving.ray_session", lambda niceness: nullcontext())
+    monkeypatch.setattr("apprentice.pipeline.serve.ray_session", lambda niceness: nullcontext())
     served = {"beside": [str(model)], "recipe": str(tiny_recipe(tmp_path, tiny_model)), "port": 0, "progress": lambda *_: None}
-    with pytest.raises(ModelError, match="weights as a pickle"), road.endpoint(str(tiny_model), **served):
+    with pytest.raises(ModelError, match="weights as a pickle"), pipeline.endpoint(str(tiny_model), **served):
         pass
-    with pytest.raises(KeyboardInterrupt), road.endpoint(str(tiny_model), trust=True, **served):
+    with pytest.raises(KeyboardInterrupt), pipeline.endpoint(str(tiny_model), trust=True, **served):
         pass
     assert told == [(True, [True])]
 

@@ -106,8 +106,8 @@ class Place:
 
 def planned(folder: Path, steps: int) -> dict[int, list[int]]:
     """The plan's positions of each step, in order, from the run's recipe and index alone."""
-    from apprentice.artifacts import Run
-    from apprentice.data.pipeline import make_corpus, render_window
+    from apprentice.data.stream import make_corpus, render_window
+    from apprentice.run.folder import Run
     from apprentice.storage import Folder
 
     run = Run(Folder.at(str(folder)))

@@ -162,7 +162,7 @@ def test_nobody_answers(tiny_model, tmp_path):
 
 FOLLOWED = """
 import json, sys
-from apprentice import submit as jobs
+from apprentice.jobs import submit as jobs
 from apprentice.errors import RunError
 
 name, address = sys.argv[1:]

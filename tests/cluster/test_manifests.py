@@ -18,8 +18,8 @@ import pytest
 import yaml
 
 from apprentice import __version__
-from apprentice.artifacts import Run
 from apprentice.recipe import load_recipe
+from apprentice.run.folder import Run
 from apprentice.serve.deployment import AppArguments
 from apprentice.storage import Folder
 from tests.conftest import DATA_FOLDER, NEEDS_DATA, ROOT
@@ -347,9 +347,9 @@ def test_the_dashboard_shows_metrics_that_ray_has():
     """Every name in the panels is one that Ray's own dashboards ask for, or is declared in its sources; or is a run's figure."""
     import ray
 
-    from apprentice.serve.metrics import exported_names
-    from apprentice.train.services import gauge_name
-    from apprentice.train.tracking import SCALARS
+    from apprentice.serve.api.metrics import exported_names
+    from apprentice.train.metrics.backends import gauge_name
+    from apprentice.train.metrics.tracker import SCALARS
 
     content = json.loads((KUSTOMIZE / "base" / "dashboard.json").read_text())
     queries = [target["expr"] for panel in content["panels"] for target in panel["targets"]]

@@ -15,16 +15,16 @@ from typing import TextIO
 
 import pytest
 
-from apprentice.submit import entrypoint
+from apprentice.jobs.submit import entrypoint
 
 pytestmark = pytest.mark.timeout(400)
 # What Ray's supervisor gives each driver; that it is there says that a process is one.
 JOB = {"RAY_JOB_CONFIG_JSON_ENV_VAR": json.dumps({"metadata": {"job_submission_id": "tiny-1"}})}
 DRIVER = """
 import sys, time
-from apprentice import jobs
+from apprentice.jobs import stages as jobs
 jobs.STAGES["train"] = lambda recipe, screen: (print("working", flush=True), time.sleep(300))
-jobs.load_recipe, jobs.find_recipe, jobs.road.check_order = lambda *_: None, lambda name: name, lambda _: None
+jobs.load_recipe, jobs.find_recipe, jobs.pipeline.check_order = lambda *_: None, lambda name: name, lambda _: None
 if sys.argv[1:]:
     import os, pathlib
     pathlib.Path(sys.argv[1]).write_text(str(os.getpid()))

@@ -9,9 +9,9 @@ from typing import Any
 
 import yaml
 
-from apprentice.artifacts import Run
 from apprentice.data.corpus import Corpus, make_corpus
 from apprentice.recipe import Recipe
+from apprentice.run.folder import Run
 from apprentice.storage import Folder
 
 CorpusOf = Callable[..., Corpus]

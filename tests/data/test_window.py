@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from apprentice.data.corpus import Corpus
-from apprentice.data.pack import Rows
-from apprentice.data.render import Renderer
-from apprentice.data.tokenize import encode
+from apprentice.data.encoding.render import Renderer
+from apprentice.data.encoding.tokenize import encode
+from apprentice.data.packing import Rows
 from apprentice.data.window import WindowRenderer
 from tests.data.small import CorpusOf
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from apprentice.artifacts import Run
 from apprentice.data.corpus import Corpus, make_corpus
 from apprentice.recipe import Recipe
+from apprentice.run.folder import Run
 from apprentice.storage import Folder
 
 

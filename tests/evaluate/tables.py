@@ -7,7 +7,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from apprentice.evaluate.predictions import scored, with_facts
+from apprentice.evaluate.report.predictions import scored, with_facts
 from apprentice.recipe import Recipe
 from apprentice.tasks.schema import Task
 
@@ -71,7 +71,7 @@ def predictions(base: Sequence[int] = (2, 4, 4), tuned: Sequence[int] = (6, 4, 8
 
 
 def facts(recipe: Recipe) -> dict[str, Any]:
-    from apprentice.evaluate.facts import facts_for
+    from apprentice.evaluate.report.metadata import facts_for
 
     majorities: dict[str, Any] = {"alpha_rank": {"label": 0}, "beta_rank": {"label": 0}, "gamma_text": None}
     return facts_for(recipe, TASKS, HELD_OUT, majorities, 0.0) | {

@@ -202,9 +202,9 @@ def dying(before: int, checkpoint: int) -> Any:
     """A worker function that is killed before it takes the rows of step `before`, once that of step `checkpoint` is whole."""
 
     def work(job: Any) -> None:
-        from apprentice.train import checkpoint as checkpoints
-        from apprentice.train import member
         from apprentice.train import worker as there
+        from apprentice.train.checkpoint import format as checkpoints
+        from apprentice.train.distributed import ray_worker as member
 
         inner = there.run_worker
 
@@ -226,10 +226,10 @@ def dying(before: int, checkpoint: int) -> Any:
 
 
 def make_run(folder: Path, name: str) -> None:
-    from apprentice import road
+    from apprentice import pipeline
     from apprentice.errors import TrainingError
     from apprentice.recipe import load_recipe
-    from apprentice.train import launch
+    from apprentice.train.distributed import driver as launch
 
     file = folder / "recipes" / f"{name}.yaml"
     file.parent.mkdir(exist_ok=True)
@@ -238,13 +238,15 @@ def make_run(folder: Path, name: str) -> None:
     if name in (STOPPED, ROUNDS):
         launch.work = dying(7, 4) if name == STOPPED else dying(4, 3)
     try:
-        road.train(load_recipe(file), progress=lambda stage, values: None)
+        pipeline.train(load_recipe(file), progress=lambda stage, values: None)
     except TrainingError as error:
         print(f"{name}: {error}")
     finally:
         launch.work = work
     if name in (FINISHED, LORA):
-        report, _ = road.evaluate(str(folder / "runs" / name), (), wanted=road.Wanted(), progress=lambda stage, values: None)
+        report, _ = pipeline.evaluate(
+            str(folder / "runs" / name), (), wanted=pipeline.Wanted(), progress=lambda stage, values: None
+        )
         print(f"{name}: {report['summary']['sentence']}")
 
 

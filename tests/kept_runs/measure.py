@@ -85,10 +85,10 @@ def measure(_: int, folder: str, result: str) -> None:
 
 def resumed(place: Path) -> dict[str, Any]:
     """A hash of each packed row from the last checkpoint to the end, and what each step there comes to."""
-    from apprentice.artifacts import open_run
-    from apprentice.data.pipeline import make_corpus
+    from apprentice.data.stream import make_corpus
     from apprentice.recipe import load_recipe
-    from apprentice.train import checkpoint as checkpoints
+    from apprentice.run.folder import open_run
+    from apprentice.train.checkpoint import format as checkpoints
     from tests import single
 
     recipe = load_recipe(place / "recipe.yaml")
@@ -115,7 +115,7 @@ def resumed(place: Path) -> dict[str, Any]:
 def _rows(corpus: Any, run: Any, state: Any) -> Iterator[str]:
     from itertools import count
 
-    from apprentice.data.pipeline import render_window
+    from apprentice.data.stream import render_window
     from tests import single
 
     for window in count(state.window):
@@ -132,16 +132,16 @@ def _rows(corpus: Any, run: Any, state: Any) -> Iterator[str]:
 
 def answers(place: Path) -> dict[str, Any]:
     """The questions of an evaluation, with the model's answers and what they score."""
-    from apprentice.artifacts import Run
-    from apprentice.data.pipeline import make_corpus
-    from apprentice.evaluate import predictions
-    from apprentice.evaluate.launch import _requests
-    from apprentice.evaluate.prompts import encoded
-    from apprentice.evaluate.scorer import Scorer, blocks, with_prediction
-    from apprentice.evaluate.subjects import Subject, spoken_to
+    from apprentice.data.stream import make_corpus
+    from apprentice.evaluate.questions.prompts import encoded
+    from apprentice.evaluate.questions.subjects import Subject, spoken_to
+    from apprentice.evaluate.report import predictions
+    from apprentice.evaluate.run import _requests
+    from apprentice.evaluate.scoring.worker import Scorer, blocks, with_prediction
     from apprentice.model_pool.model import model_on
     from apprentice.model_pool.pool import Pool
     from apprentice.recipe import load_recipe
+    from apprentice.run.folder import Run
     from apprentice.storage import Folder
 
     recipe = load_recipe(place / "recipe.yaml")
@@ -172,10 +172,10 @@ def served(place: Path) -> dict[str, Any]:
     """Prompt ids of every instruction, and the ids of greedy replies, as the endpoint gives them."""
     import httpx
 
-    from apprentice.data.contract import layout_beside
-    from apprentice.serve.catalogue import Catalogue, Model
-    from apprentice.serve.ingress import build_app
-    from apprentice.serve.transformers_engine import TransformersEngine
+    from apprentice.data.encoding.prompt_contract import layout_beside
+    from apprentice.serve.api.routes import build_app
+    from apprentice.serve.engines.transformers import TransformersEngine
+    from apprentice.serve.generation.served_models import Catalogue, Model
 
     async def ask() -> dict[str, Any]:
         folder = place / "model"
@@ -208,17 +208,17 @@ def exported(place: Path) -> dict[str, Any]:
     import torch
     from safetensors.torch import load_file
 
-    from apprentice import road
-    from apprentice.artifacts import Run, read_contract
-    from apprentice.data.pipeline import make_corpus
+    from apprentice import pipeline
+    from apprentice.data.stream import make_corpus
     from apprentice.recipe import load_recipe
+    from apprentice.run.folder import Run, read_contract
     from apprentice.storage import Folder
-    from apprentice.train import checkpoint as checkpoints
-    from apprentice.train.export import export
+    from apprentice.train.checkpoint import format as checkpoints
+    from apprentice.train.checkpoint.export import export
 
     recipe = load_recipe(place / "recipe.yaml")
     run = Run(Folder.at(place))
-    road.export(str(place), str(place.parents[1] / f"handed-on-{place.name}"))
+    pipeline.export(str(place), str(place.parents[1] / f"handed-on-{place.name}"))
     handed_on = place.parents[1] / f"handed-on-{place.name}"
     best = checkpoints.best(run.checkpoints)
     assert best is not None

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from apprentice.models.lora import CONFIG, WEIGHTS
+from apprentice.inference.lora import CONFIG, WEIGHTS
 
 ALPHA = 8
 

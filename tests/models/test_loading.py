@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from apprentice.errors import ModelError, RecipeError
-from apprentice.family import family_of
 from apprentice.models.loading import check_dtype, count_parameters, load_model, resolve_attention, resolve_dtype
+from apprentice.pretrained.architecture import family_of
 from tests.models.architectures import CAUSAL, SEQ2SEQ, made
 
 

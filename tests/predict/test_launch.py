@@ -9,13 +9,13 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from apprentice.data.layout import Layout
+from apprentice.data.encoding.prompt_format import Layout
 from apprentice.errors import EvaluationError
 from apprentice.model_pool.limits import Limits
 from apprentice.predict import launch, rows
+from apprentice.pretrained.tokenizer import Tokenizer
 from apprentice.recipe import Model
 from apprentice.storage import Folder
-from apprentice.tokenizer import Tokenizer
 
 
 @pytest.mark.slow

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import torch
 
-from apprentice.data.contract import layout_of, make_contract
+from apprentice.data.encoding.prompt_contract import layout_of, make_contract
 from apprentice.models.loading import load_model
+from apprentice.pretrained.tokenizer import Tokenizer
 from apprentice.recipe import Recipe, Serving
-from apprentice.serve import metrics
+from apprentice.serve.api import metrics
 from apprentice.serve.deployment import Endpoint, start
 from apprentice.serve.replica import Offer
-from apprentice.tokenizer import Tokenizer
 from tests.models.adapters import random_lora
 
 RUNNING, QUEUED = 16, 4  # what the endpoint of the tests takes at once

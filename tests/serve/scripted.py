@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from apprentice.serve.engine import EngineFailed, NewToken, Overloaded, Request, Score, Stats, TokenStream
+from apprentice.serve.engines.base import EngineFailed, NewToken, Overloaded, Request, Score, Stats, TokenStream
 
 
 class Spoken:

@@ -19,17 +19,17 @@ import torch
 import yaml
 from ray.serve.schema import ServeDeploySchema
 
-from apprentice.artifacts import read_contract
-from apprentice.data.contract import layout_beside
+from apprentice.data.encoding.prompt_contract import layout_beside
 from apprentice.errors import ContractError, ModelError, ServingError, TaskError
-from apprentice.models.decoding import generate
+from apprentice.inference.decoder import generate
 from apprentice.models.loading import load_model
 from apprentice.recipe import Serving
+from apprentice.run.folder import read_contract
 from apprentice.serve import deployment
+from apprentice.serve.api.keys import new_key
+from apprentice.serve.api.metrics import exported_names
 from apprentice.serve.deployment import AppArguments, Endpoint, application, check, start
-from apprentice.serve.keys import new_key
-from apprentice.serve.metrics import exported_names
-from apprentice.tasks.loading import library
+from apprentice.tasks.registry import library
 from tests.conftest import ROOT
 from tests.models.adapters import merged
 from tests.serve.company import alone_and_together

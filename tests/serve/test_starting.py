@@ -14,9 +14,9 @@ from ray.serve.config import HTTPOptions
 
 from apprentice.errors import ResourcesError, ServingError
 from apprentice.models.loading import load_model
+from apprentice.pretrained.tokenizer import Tokenizer
 from apprentice.recipe import Replicas, Serving
 from apprentice.serve.deployment import APP_NAME, application, start
-from apprentice.tokenizer import Tokenizer
 from tests.serve.company import QUESTIONS, alone_and_together
 
 pytestmark = pytest.mark.slow

@@ -17,7 +17,7 @@ from apprentice.errors import TaskError
 from apprentice.tasks import builtin
 from apprentice.tasks.builtin import GENERATORS, VERSION
 from apprentice.tasks.builtin.dice import Dice
-from apprentice.tasks.loading import find_tasks
+from apprentice.tasks.registry import find_tasks
 from apprentice.tasks.schema import Example, Task
 
 TASKS = {task.name: task for task in find_tasks("quickstart", Path())}

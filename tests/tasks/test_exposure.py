@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from apprentice.artifacts import Run
-from apprentice.check import POINTS
 from apprentice.data.corpus import make_corpus
-from apprentice.evaluate.facts import facts_for
+from apprentice.evaluate.report.metadata import facts_for
+from apprentice.pipeline.evaluate import trained_clusters
+from apprentice.preflight.check import POINTS
 from apprentice.recipe import Recipe
-from apprentice.road.evaluation import trained_clusters
+from apprentice.run.folder import Run
 from apprentice.storage import Folder
 from apprentice.tasks.exposure import exposure_in, exposures
 from apprentice.tasks.schema import Task

@@ -13,7 +13,7 @@ import pyarrow.parquet as parquet
 import pytest
 import yaml
 
-from apprentice.tasks.loading import BUILTIN, library, load_task
+from apprentice.tasks.registry import BUILTIN, library, load_task
 from apprentice.tasks.schema import Example, Task, missing_fields
 
 # A row in the fields of the task, and its answer, for the tasks whose real rows are in ../shared/data. Any task has a `sample`.

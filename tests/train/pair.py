@@ -15,13 +15,13 @@ import torch.distributed as dist
 from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from apprentice.models.tuning import TUNING_METHODS, load_trainable, trainable
+from apprentice.models.tuning.methods import TUNING_METHODS, load_trainable, trainable
 from apprentice.recipe import Training, Tuning
-from apprentice.train.engine import DeepSpeedEngine
+from apprentice.train.checkpoint.shard_gather import Gathering
+from apprentice.train.engine.collectives import Peers
+from apprentice.train.engine.deepspeed import DeepSpeedEngine
 from apprentice.train.loop import validation_loss
-from apprentice.train.optim import moments, optimizer_of
-from apprentice.train.peers import Peers
-from apprentice.train.pieces import Gathering
+from apprentice.train.optimizer import moments, optimizer_of
 from tests.train.rows import counted, packed_rows, reference_nll
 
 STEPS = 4

@@ -15,10 +15,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from apprentice.errors import TrainingError
 from apprentice.recipe import Optimizer
 from apprentice.train.batch import Micro, PackedRows
+from apprentice.train.engine.collectives import Peers
 from apprentice.train.loop import Course, train_loop, validation_loss
-from apprentice.train.loss import TargetLoss
-from apprentice.train.optim import adamw
-from apprentice.train.peers import Peers
+from apprentice.train.losses.sft import TargetLoss
+from apprentice.train.optimizer import adamw
 from apprentice.train.state import Goal, State, StepOutcome
 from tests.train.rows import packed_columns, packed_rows
 

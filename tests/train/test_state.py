@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from apprentice.train.ledger import Ledger
+from apprentice.train.metrics.mixture_ledger import Ledger
 from apprentice.train.state import Goal, State
 
 

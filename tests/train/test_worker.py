@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from apprentice.artifacts import open_run
 from apprentice.errors import TrainingError
 from apprentice.recipe import load_recipe
+from apprentice.run.folder import open_run
 from apprentice.train import worker
 from apprentice.train.state import Goal
 from tests.recipes import tiny_recipe

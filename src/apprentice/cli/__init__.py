@@ -1,4 +1,4 @@
-"""The `apprentice` command: parses, calls road.py and check.py, prints.
+"""The `apprentice` command: parses, calls the pipeline's stages, prints.
 
 Exit codes: 0 done, 1 the user can mend it, 2 wrong usage, 3 our fault. Imports nothing heavy, so that `--help` is instant.
 """

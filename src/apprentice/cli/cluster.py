@@ -24,8 +24,8 @@ def submit(
     trust: Trust = False,
     json: Json = False,
 ) -> None:
-    """The same road as a Ray job; given again, it follows the live job or goes on where the run stopped."""
-    from apprentice import submit as jobs
+    """The same pipeline as a Ray job; given again, it follows the live job or goes on where the run stopped."""
+    from apprentice.jobs import submit as jobs
 
     screen = screen_for(json)
     sent = jobs.submit(recipe, with_trust(overrides, trust), address=address, ca=ca, deploy=deploy, install=install)

@@ -27,13 +27,13 @@ def init(
     json: Json = False,
 ) -> None:
     """A task file and a recipe from your own table; the columns are guessed by their names unless you say which is which."""
-    from apprentice import road
+    from apprentice import pipeline
 
     screen = screen_for(json)
     names = tuple(name.strip() for name in choices.split(",")) if choices else ()
-    table = road.Table(instruction, tuple(input or ()), answer, label, names, encoding)
+    table = pipeline.Table(instruction, tuple(input or ()), answer, label, names, encoding)
     ask = (lambda question: str(typer.prompt(question, default="", show_default=False))) if screen.can_ask else None
-    found = road.begin(file, out, table, test=test, base=base, ask=ask)
+    found = pipeline.begin(file, out, table, test=test, base=base, ask=ask)
     columns = "".join(f"\n  {kind:<12} {cell(value)}" for kind, value in found["columns"].items())
     left_out = f", {found['left_out']} left out that lack a value" if found["left_out"] else ""
     screen.result(
@@ -45,10 +45,10 @@ def init(
 
 def check(recipe: RecipeFile, overrides: Overrides = None, trust: Trust = False, json: Json = False) -> None:
     """Everything that can be known before a GPU is reserved; exit code 1 if the recipe is not ready."""
-    from apprentice import road
+    from apprentice import pipeline
 
     screen = screen_for(json)
-    findings = road.check_recipe(loaded_recipe(recipe, overrides, trust=trust))
+    findings = pipeline.check_recipe(loaded_recipe(recipe, overrides, trust=trust))
     for finding in findings:
         screen.say(f"{'ok ' if finding.ok else 'NO '} {finding.subject:<10} {finding.message}")
     ready = all(finding.ok for finding in findings)
@@ -59,8 +59,8 @@ def check(recipe: RecipeFile, overrides: Overrides = None, trust: Trust = False,
 
 def tasks(name: Annotated[str | None, typer.Argument(help="A task's name, or a cluster's.")] = None, json: Json = False) -> None:
     """The library of tasks, or one task with its wordings."""
-    from apprentice.tasks.description import UNKNOWN, describe, training_rows
-    from apprentice.tasks.loading import find_tasks, library, load_task
+    from apprentice.tasks.describe import UNKNOWN, describe, training_rows
+    from apprentice.tasks.registry import find_tasks, library, load_task
 
     screen = screen_for(json)
     found = [load_task(path) for path in library().values()] if name is None else find_tasks(name, Path.cwd())
@@ -98,15 +98,15 @@ def preview(
     json: Json = False,
 ) -> None:
     """Rendered examples, with the tokens that are trained on marked."""
-    from apprentice import road
-    from apprentice.data import preview as view
+    from apprentice import pipeline
+    from apprentice.data.inspect import preview as view
 
     screen = screen_for(json)
     if html is not None:
-        html.write_text(road.preview_page(loaded_recipe(recipe, overrides), number), encoding="utf-8")
+        html.write_text(pipeline.preview_page(loaded_recipe(recipe, overrides), number), encoding="utf-8")
         screen.result({"page": str(html)}, f"wrote {html}")
         return
-    shown = road.preview(loaded_recipe(recipe, overrides), number)
+    shown = pipeline.preview(loaded_recipe(recipe, overrides), number)
     if not json:
         screen.show(view.to_text(shown))
     screen.result({"examples": [item.as_dict() for item in shown]})
@@ -120,13 +120,13 @@ def trace(
     json: Json = False,
 ) -> None:
     """The examples that an optimizer step was made of: task, row, wording, exemplars and text."""
-    from apprentice import road
-    from apprentice.data import preview as view
+    from apprentice import pipeline
+    from apprentice.data.inspect import preview as view
 
     if (step is None) == (position is None):
         raise typer.BadParameter("give either --step or --position")
     screen = screen_for(json)
-    shown = road.trace(run, storage, step=step, position=position)
+    shown = pipeline.trace(run, storage, step=step, position=position)
     if not json:
         screen.show(view.to_text(shown))
     screen.result({"examples": [item.as_dict() for item in shown]})
@@ -136,11 +136,11 @@ def prepare(
     recipe: RecipeFile, overrides: Overrides = None, restart: Restart = False, trust: Trust = False, json: Json = False
 ) -> None:
     """Freeze each task's index and show what the run will train on."""
-    from apprentice import road
+    from apprentice import pipeline
 
     screen = screen_for(json)
     loaded = loaded_recipe(recipe, overrides, trust=trust)
-    result = road.prepare(loaded, restart=restart, progress=screen.progress)
+    result = pipeline.prepare(loaded, restart=restart, progress=screen.progress)
     screen.result(
         result, f"{result['train_rows']} training rows of {result['tasks']} tasks, {result['steps']} steps\n{result['run']}"
     )

@@ -29,10 +29,10 @@ def evaluate(
     json: Json = False,
 ) -> None:
     """Score base and tuned model side by side; writes report.json, report.md and report.html."""
-    from apprentice import road
+    from apprentice import pipeline
 
     screen = screen_for(json)
-    wanted = road.Wanted(
+    wanted = pipeline.Wanted(
         recipe=recipe,
         tasks=tuple(tasks or ()),
         against=against,
@@ -43,7 +43,7 @@ def evaluate(
         restart=restart,
         storage=storage,
     )
-    found, folder = road.evaluate(target, with_trust(overrides, trust), wanted=wanted, progress=screen.progress)
+    found, folder = pipeline.evaluate(target, with_trust(overrides, trust), wanted=wanted, progress=screen.progress)
     _show(screen, found, folder)
 
 
@@ -53,16 +53,16 @@ def report(
     json: Json = False,
 ) -> None:
     """Make a report again from its predictions, without any model."""
-    from apprentice import road
+    from apprentice import pipeline
 
-    _show(screen_for(json), *road.report(target, storage))
+    _show(screen_for(json), *pipeline.report(target, storage))
 
 
 def report_schema() -> None:
     """The JSON Schema of report.json, for programs that read reports."""
     import json
 
-    from apprentice.evaluate.shape import Report
+    from apprentice.evaluate.report.schema import Report
 
     screen_for(False).result({}, json.dumps(Report.model_json_schema(), indent=2))
 
@@ -74,9 +74,9 @@ def compare(
     json: Json = False,
 ) -> None:
     """Several scored runs in one report, question by question."""
-    from apprentice import road
+    from apprentice import pipeline
 
-    _show(screen_for(json), *road.compare(targets, out, storage))
+    _show(screen_for(json), *pipeline.compare(targets, out, storage))
 
 
 def predict(
@@ -92,10 +92,10 @@ def predict(
     json: Json = False,
 ) -> None:
     """Replies to a whole file, as Parquet; rows that cannot be asked are listed beside them."""
-    from apprentice import road
+    from apprentice import pipeline
 
     screen = screen_for(json)
-    result = road.predict(
+    result = pipeline.predict(
         target,
         file,
         out,
@@ -113,7 +113,7 @@ def predict(
 
 def _show(screen: Any, found: dict[str, Any], folder: Any) -> None:
     """The report; exit code 1 where questions stayed without an answer, or the gate was not passed."""
-    from apprentice.evaluate.gate import sentence
+    from apprentice.evaluate.report.quality_gate import sentence
 
     text = (folder / "report.md").read_text()
     screen.result(found, f"{text}\n{folder / 'report.html'}")

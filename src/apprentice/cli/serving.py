@@ -31,10 +31,10 @@ def serve(
     trust: Trust = False,
 ) -> None:
     """The endpoint and the playground on one port, until Ctrl-C."""
-    from apprentice import road
+    from apprentice import pipeline
 
     screen = screen_for(as_json=False)
-    with road.endpoint(
+    with pipeline.endpoint(
         target,
         host=host,
         port=port,
@@ -51,7 +51,7 @@ def serve(
         progress=screen.progress,
     ) as url:
         screen.say(f"serving {target} at {url}  (playground: {url}/, API: {url}/v1, stop with Ctrl-C)")
-        road.wait_for_stop()
+        pipeline.wait_for_stop()
     screen.say("stopped")
 
 
@@ -64,10 +64,10 @@ def ask(
     json: Json = False,
 ) -> None:
     """One request against a running endpoint."""
-    from apprentice import road
+    from apprentice import pipeline
 
     screen = screen_for(json)
-    reply = road.ask(url, instruction, input, max_tokens=max_tokens, key=key)
+    reply = pipeline.ask(url, instruction, input, max_tokens=max_tokens, key=key)
     screen.result({"reply": reply}, reply)
 
 
@@ -76,7 +76,7 @@ def key(
     json: Json = False,
 ) -> None:
     """A new API key, shown once, and its entry for the keys file."""
-    from apprentice.serve.keys import KEYS_FILE, new_key
+    from apprentice.serve.api.keys import KEYS_FILE, new_key
 
     made, entry = new_key(name)
     where = f"Keep it now: only its hash is stored. Add this under `keys:` in the file that {KEYS_FILE} names:"

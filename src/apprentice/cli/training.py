@@ -16,7 +16,7 @@ def quickstart(
     json: Json = False,
 ) -> None:
     """The whole road on the built-in mixture and a real 135M model, offline of any hub."""
-    from apprentice import quickstart as demo
+    from apprentice.pipeline import quickstart as demo
 
     screen = screen_for(json)
     result = demo.run(storage, short=short, screen=screen)
@@ -27,24 +27,24 @@ def train(
     recipe: RecipeFile, overrides: Overrides = None, restart: Restart = False, trust: Trust = False, json: Json = False
 ) -> None:
     """Fine-tune; prints the run folder last."""
-    from apprentice import road
+    from apprentice import pipeline
 
     screen = screen_for(json)
     loaded = loaded_recipe(recipe, overrides, trust=trust)
     try:
-        result = road.train(loaded, restart=restart, progress=screen.progress)
+        result = pipeline.train(loaded, restart=restart, progress=screen.progress)
     except KeyboardInterrupt:
-        screen.error(road.stopped_sentence(loaded))
+        screen.error(pipeline.stopped_sentence(loaded))
         raise typer.Exit(1) from None
-    screen.result(result, road.training_sentence(result) + f"\n{result['run']}")
+    screen.result(result, pipeline.training_sentence(result) + f"\n{result['run']}")
 
 
 def runs(storage: Storage = "./runs", json: Json = False) -> None:
     """What there is: name, state, steps, loss, score."""
-    from apprentice import road
+    from apprentice import pipeline
 
     screen = screen_for(json)
-    found = road.runs(storage)
+    found = pipeline.runs(storage)
     if not json:
         columns = ["name", "state", "step", "loss", "validation_loss", "score", "updated"]
         screen.show(table_of(columns, [[_shown(run, column) for column in columns] for run in found]))
@@ -64,8 +64,8 @@ def export(
     json: Json = False,
 ) -> None:
     """Merged safetensors, tokenizer and prompt contract in one folder, with a model card."""
-    from apprentice import road
+    from apprentice import pipeline
 
     screen = screen_for(json)
-    result = road.export(run, folder, storage=storage)
+    result = pipeline.export(run, folder, storage=storage)
     screen.result(result, f"{result['bytes'] / 1e6:.0f} MB\n{result['folder']}")

@@ -12,24 +12,24 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
-from apprentice.artifacts import FORMAT, Run
-from apprentice.data.contract import layout_of, layout_version
-from apprentice.data.index import contamination_in, freeze, index_beside
-from apprentice.data.layout import Exemplar, Layout
-from apprentice.data.mixture import Size, epoch_rows
-from apprentice.data.pack import Strategy
-from apprentice.data.plan import Plan
-from apprentice.data.quality import classes_of, layouts_of
+from apprentice.data.encoding.prompt_contract import layout_of, layout_version
+from apprentice.data.encoding.prompt_format import Exemplar, Layout
+from apprentice.data.encoding.quality import classes_of, layouts_of
+from apprentice.data.encoding.tokenize import Tokenized, encode, encode_pairs, encode_questions
+from apprentice.data.index.build import contamination_in, freeze, index_beside
+from apprentice.data.index.task_index import TaskIndex, frozen_tasks
+from apprentice.data.packing import Strategy
 from apprentice.data.reference import Reference
-from apprentice.data.task_index import TaskIndex, frozen_tasks
-from apprentice.data.tokenize import Tokenized, encode, encode_pairs, encode_questions
+from apprentice.data.sampling.mixture import Size, epoch_rows
+from apprentice.data.sampling.plan import Plan
 from apprentice.errors import DataError, RecipeError
-from apprentice.family import Family, family_of, not_packed_because
+from apprentice.pretrained.architecture import Family, family_of, not_packed_because
+from apprentice.pretrained.tokenizer import Tokenizer
 from apprentice.recipe import Recipe
+from apprentice.run.folder import FORMAT, Run
 from apprentice.storage import Folder
-from apprentice.tasks.loading import select_tasks
+from apprentice.tasks.registry import select_tasks
 from apprentice.tasks.schema import Example, Task
-from apprentice.tokenizer import Tokenizer
 
 # Of a row's tokens that a strategy fills with examples: greedy as measured, and two sides that must both fit waste more.
 FILLED = {"best_fit": 0.98, "greedy": 0.85, "none": 1.0}

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from apprentice.data.permutation import Numbers
+from apprentice.data.sampling.permutation import Numbers
 from apprentice.errors import DataError
 from apprentice.storage import Folder
 

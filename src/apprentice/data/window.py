@@ -51,12 +51,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from apprentice.data.corpus import Corpus
-from apprentice.data.layout import Exemplar
-from apprentice.data.pack import Rows, build_pairs, build_rows, pack, pack_pairs
-from apprentice.data.permutation import below, draw, key_of, permute
-from apprentice.data.plan import Draw
-from apprentice.data.render import Renderer
-from apprentice.data.tokenize import Tokenized, drop_reason
+from apprentice.data.encoding.prompt_format import Exemplar
+from apprentice.data.encoding.render import Renderer
+from apprentice.data.encoding.tokenize import Tokenized, drop_reason
+from apprentice.data.packing import Rows, build_pairs, build_rows, pack, pack_pairs
+from apprentice.data.sampling.permutation import below, draw, key_of, permute
+from apprentice.data.sampling.plan import Draw
 from apprentice.errors import RowError
 from apprentice.tasks.schema import Example, Task
 

@@ -13,7 +13,7 @@ import ray
 from apprentice.errors import ApprenticeError
 from apprentice.model_pool.pool import Pool, Room
 from apprentice.models.loading import multiplies_bfloat16
-from apprentice.nodes import node_resources, on_every_node
+from apprentice.ray_cluster.nodes import node_resources, on_every_node
 from apprentice.recipe import Model
 
 SETTLE_S = 5.0  # how long resources that a stage before still holds may take to come back …

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from apprentice.data.layout import SEPARATOR, Layout
+from apprentice.data.encoding.prompt_format import SEPARATOR, Layout
 from apprentice.errors import EvaluationError
-from apprentice.models.decoding import NotFiniteError, generate
+from apprentice.inference.decoder import NotFiniteError, generate
 
 if TYPE_CHECKING:
     from apprentice.model_pool.limits import Manner

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from apprentice.data.layout import Layout
+from apprentice.data.encoding.prompt_format import Layout
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from apprentice.family import gives_rewards
+from apprentice.inference.cpu_linear import placed
 from apprentice.model_pool.pool import Pool
 from apprentice.models.loading import count_parameters, load_model, resolve_dtype
-from apprentice.models.packing import placed
+from apprentice.pretrained.architecture import gives_rewards
 from apprentice.recipe import Model
 
 

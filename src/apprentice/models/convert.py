@@ -1,30 +1,6 @@
-"""A GGUF file to a safetensors folder with its tokenizer: `python -m apprentice.models.convert FILE FOLDER`.
+"""The former name of `apprentice.models.gguf`, for those who type `python -m apprentice.models.convert FILE FOLDER`."""
 
-A program of its own, so that the memory of the conversion is given back. Knows nothing of where the file came from.
-"""
-
-from __future__ import annotations
-
-import sys
-from pathlib import Path
-
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
-
-def convert(gguf: Path, target: Path) -> None:
-    """Writes the dequantised model in bfloat16, and the tokenizer, to `target`."""
-    model = AutoModelForCausalLM.from_pretrained(
-        gguf.parent,
-        gguf_file=gguf.name,
-        quantization_config=GgufConfig(dequantize=True),
-        dtype=torch.bfloat16,
-        attn_implementation="eager",
-    )
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    model.save_pretrained(target)
-    tokenizer.save_pretrained(target)
-
+from apprentice.models.gguf import main
 
 if __name__ == "__main__":
-    convert(Path(sys.argv[1]), Path(sys.argv[2]))
+    main()

@@ -25,12 +25,12 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from apprentice.artifacts import ADAPTER
 from apprentice.errors import ModelError, RecipeError
-from apprentice.family import FAMILIES, NO_FLOAT16, check_writes, family_of, gives_rewards, model_config
-from apprentice.hub import local_folder
-from apprentice.models import adapter as adapters
-from apprentice.models.trust import check_model_folder
+from apprentice.models.tuning import bottleneck as adapters
+from apprentice.pretrained.architecture import FAMILIES, NO_FLOAT16, check_writes, family_of, gives_rewards, model_config
+from apprentice.pretrained.hub import local_folder
+from apprentice.pretrained.trust import check_model_folder
+from apprentice.run.folder import ADAPTER
 
 _FAST_BFLOAT16 = ("amx_bf16", "avx512_bf16")  # what a CPU multiplies bfloat16 with, as PyTorch names it
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -90,7 +90,8 @@ def load_model(
     head: int | None = None,
     trust: bool = False,
 ) -> PreTrainedModel:
-    """The model `base` (folder, hub id or packaged model) on the CPU, in evaluation mode; `apprentice.family` tells which kind.
+    """The model `base` (folder, hub id or packaged model) on the CPU, in evaluation mode; its kind is what
+    `apprentice.pretrained.architecture` tells.
 
     An adapter that was exported beside the weights is attached. `four_bit` quantizes the weights onto the GPU. `head` asks for a
     reward model: where the folder holds none, its last layer begins from that seed. Raises `ModelError` if the model cannot be

@@ -16,8 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from apprentice.artifacts import weights_sha256
-from apprentice.data.layout import Layout
+from apprentice.data.encoding.prompt_format import Layout
 from apprentice.errors import EvaluationError
 from apprentice.model_pool.actors import free_room, in_one_dtype, mapped
 from apprentice.model_pool.limits import Limits
@@ -26,6 +25,7 @@ from apprentice.model_pool.pool import pool_for
 from apprentice.predict.rows import chunks_of, sha256_of
 from apprentice.predict.worker import Predictor, part_of
 from apprentice.recipe import Model
+from apprentice.run.folder import weights_sha256
 from apprentice.storage import Folder
 
 STATE_FILE = "predict.json"  # what the parts in a folder are replies to

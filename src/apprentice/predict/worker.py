@@ -11,8 +11,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from apprentice.data.layout import Layout
-from apprentice.data.tokenize import drop_reason, fit_prompt
+from apprentice.data.encoding.prompt_format import Layout
+from apprentice.data.encoding.tokenize import drop_reason, fit_prompt
 from apprentice.errors import ApprenticeError
 from apprentice.model_pool.generate import reply
 from apprentice.model_pool.limits import Limits, Manner

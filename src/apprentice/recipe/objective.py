@@ -1,6 +1,6 @@
 """What a run can learn from: the objectives of training as plain data, and the settings of each.
 
-Knows nothing of tensors; the loss of each objective is in `apprentice.train.objective`.
+Knows nothing of tensors; the loss of each objective is in `apprentice.train.losses.registry`.
 """
 
 from __future__ import annotations

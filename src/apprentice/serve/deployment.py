@@ -23,20 +23,20 @@ from ray import serve
 from ray.serve.config import HTTPOptions
 from ray.serve.schema import ApplicationStatus, LoggingConfig
 
-from apprentice.artifacts import PromptContract, read_contract
-from apprentice.data.contract import layout_beside
+from apprentice.data.encoding.prompt_contract import layout_beside
 from apprentice.errors import ResourcesError, ServingError
-from apprentice.family import check_writes
-from apprentice.hub import local_folder
-from apprentice.models.trust import check_model_folder
+from apprentice.pretrained.architecture import check_writes
+from apprentice.pretrained.hub import local_folder
+from apprentice.pretrained.trust import check_model_folder
 from apprentice.recipe import Replicas, Serving
-from apprentice.serve.adapters import adapters_in
-from apprentice.serve.engines import check_engine
-from apprentice.serve.keys import Keys, check_guarded, keys_file_of
-from apprentice.serve.limits import LimiterOfAll
+from apprentice.run.folder import PromptContract, read_contract
+from apprentice.serve.api.keys import Keys, check_guarded, keys_file_of
+from apprentice.serve.api.rate_limit import LimiterOfAll
+from apprentice.serve.engines.factory import check_engine
+from apprentice.serve.generation.adapters import adapters_in
 from apprentice.serve.replica import Offer, Replica, at_once
 from apprentice.storage import Folder
-from apprentice.tasks.loading import find_tasks
+from apprentice.tasks.registry import find_tasks
 from apprentice.tasks.schema import Task
 
 APP_NAME = "apprentice"

@@ -14,21 +14,21 @@ from typing import Any, NamedTuple
 import ray
 from ray import serve
 
-from apprentice.artifacts import PromptContract, read_contract, weights_sha256
-from apprentice.data.contract import layout_beside
-from apprentice.family import kv_numbers, model_config
-from apprentice.hub import local_folder
+from apprentice.data.encoding.prompt_contract import layout_beside
+from apprentice.pretrained.architecture import kv_numbers, model_config
+from apprentice.pretrained.hub import local_folder
+from apprentice.ray_cluster.crowding import spin_little_if_crowded, take_priority
 from apprentice.recipe import Serving
-from apprentice.serve.adapters import Adapters
-from apprentice.serve.catalogue import Catalogue, Model
-from apprentice.serve.crowding import spin_little_if_crowded, take_priority
-from apprentice.serve.engines import start_engine
-from apprentice.serve.ingress import build_app
-from apprentice.serve.keys import Keys, check_guarded
-from apprentice.serve.limits import OwnLimits, SharedLimits
+from apprentice.run.folder import PromptContract, read_contract, weights_sha256
+from apprentice.serve.api.keys import Keys, check_guarded
+from apprentice.serve.api.rate_limit import OwnLimits, SharedLimits
+from apprentice.serve.api.routes import build_app
+from apprentice.serve.engines.factory import start_engine
+from apprentice.serve.generation.adapters import Adapters
+from apprentice.serve.generation.served_models import Catalogue, Model
 from apprentice.serve.loopback import listen_on_loopback
 from apprentice.storage import Folder
-from apprentice.tasks.loading import library, load_task
+from apprentice.tasks.registry import library, load_task
 from apprentice.tasks.schema import Task
 
 

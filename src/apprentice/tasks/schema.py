@@ -48,11 +48,11 @@ import jinja2
 from pydantic import Field, PrivateAttr, SerializeAsAny, field_validator, model_validator
 
 from apprentice.errors import RowError
-from apprentice.tasks.cells import Cell
-from apprentice.tasks.printing import PythonForm, text_of, unknown_label
 from apprentice.tasks.source_spec import SourceSpec, Strict
-from apprentice.tasks.template_lines import template_lines
-from apprentice.tasks.wording import Expression, Wording
+from apprentice.tasks.templates.cells import Cell
+from apprentice.tasks.templates.expressions import Expression, Wording
+from apprentice.tasks.templates.line_numbers import template_lines
+from apprentice.tasks.templates.printing import PythonForm, text_of, unknown_label
 
 Metric = Literal[
     "accuracy",

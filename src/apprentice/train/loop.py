@@ -19,8 +19,8 @@ import torch
 from apprentice.errors import TrainingError
 from apprentice.recipe import Optimizer
 from apprentice.train.batch import Micro, PackedRows, RowFacts
-from apprentice.train.optim import learning_rate
-from apprentice.train.peers import Peers
+from apprentice.train.engine.collectives import Peers
+from apprentice.train.optimizer import learning_rate
 from apprentice.train.state import Goal, State, StepOutcome
 
 RECENT_STEPS = 20  # that speed and the estimate of the end are taken from

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from apprentice.train.ledger import Ledger
+from apprentice.train.metrics.mixture_ledger import Ledger
 
 
 class StepOutcome(NamedTuple):

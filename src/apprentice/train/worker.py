@@ -14,28 +14,28 @@ from typing import Any
 import torch
 from torch import nn
 
-from apprentice.artifacts import Run
-from apprentice.family import family_of
-from apprentice.fence import Token
-from apprentice.hub import local_folder
 from apprentice.models.loading import check_dtype, count_parameters, load_model, resolve_dtype
-from apprentice.models.tuning import TUNING_METHODS, check_tuning, load_trainable, trainable, trained_share
+from apprentice.models.tuning.methods import TUNING_METHODS, check_tuning, load_trainable, trainable, trained_share
+from apprentice.pretrained.architecture import family_of
+from apprentice.pretrained.hub import local_folder
 from apprentice.recipe import Recipe
-from apprentice.train import checkpoint as checkpoints
-from apprentice.train import flops
+from apprentice.run.fence import Token
+from apprentice.run.folder import Run
 from apprentice.train.batch import PackedRows
-from apprentice.train.checkpoint import Checkpoint
-from apprentice.train.deepspeed_config import micro_batch, rows_per_worker
-from apprentice.train.engine import WEIGHT, DeepSpeedEngine, checkpointing
-from apprentice.train.fitting import has_room, largest_that_fits
-from apprentice.train.held import held
+from apprentice.train.checkpoint import format as checkpoints
+from apprentice.train.checkpoint.async_saver import Saver
+from apprentice.train.checkpoint.format import Checkpoint
+from apprentice.train.engine.collectives import Peers
+from apprentice.train.engine.deepspeed import WEIGHT, DeepSpeedEngine, checkpointing
+from apprentice.train.engine.deepspeed_config import micro_batch, rows_per_worker
 from apprentice.train.loop import Course, train_loop, validation_loss
-from apprentice.train.loss import TargetLoss
-from apprentice.train.memory import Watch, peak_memory
-from apprentice.train.objective import loss_of
-from apprentice.train.peers import Peers
-from apprentice.train.samples import Samples
-from apprentice.train.saving import Saver
+from apprentice.train.losses.registry import loss_of
+from apprentice.train.losses.sft import TargetLoss
+from apprentice.train.memory.batch_size import has_room, largest_that_fits
+from apprentice.train.memory.estimate import held
+from apprentice.train.memory.measure import Watch, peak_memory
+from apprentice.train.metrics import mfu as flops
+from apprentice.train.metrics.samples import Samples
 from apprentice.train.state import Goal, State
 
 

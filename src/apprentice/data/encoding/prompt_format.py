@@ -1,0 +1,319 @@
+"""Layouts: how instruction, input and exemplars become the model's text, the same in training, evaluation and serving.
+
+plain     instruction, blank line, input; the answer after a newline; exemplars before it, with a separator line
+alpaca    the section headings of Stanford Alpaca (Taori et al. 2023); exemplars as in plain
+chat      the tokenizer's own chat template; exemplars are earlier turns
+
+Prompt and answer are tokenised apart and joined as ids, so that a served prompt has exactly the ids it had in training. What
+people wrote is text: control tokens in it are encoded as characters. Knows nothing of tasks or packing.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from functools import cached_property
+from typing import Any, Literal, get_args
+
+from apprentice.data.encoding.chat_turns import Turns, read_turns
+from apprentice.errors import ChatTemplateError, ContractError
+from apprentice.pretrained.architecture import Family, family_of
+from apprentice.pretrained.control_tokens import BREAK, ControlTokens, unescape
+from apprentice.pretrained.tokenizer import Tokenizer
+
+LayoutName = Literal["plain", "alpaca", "chat"]
+LAYOUT_VERSION = 2  # of new runs; raised whenever a layout's ids change. Version 1: no `turns`, control tokens of texts are tokens
+LAYOUT_VERSIONS = (1, 2)  # that old contracts and runs have, and what is asked of them still follows
+SEPARATOR = "\n\n###\n\n"
+_MARK = "\u2402answer\u2403"  # stands for an answer while the text after it is looked up
+# What chat templates are known to look for in a message, and what else they might.
+_QUESTIONS = (
+    "a",
+    "B\n\nc",
+    "<think>d</think>e",
+    "<tool_response>f</tool_response>",
+    "{{ g }}",
+    "<|h|>",
+    "</s>",
+    "[INST] i [/INST]",
+    "é字",
+)
+_THOUGHT = ("<think>", "</think>")
+_ALPACA_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request."
+)
+_ALPACA = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+
+
+@dataclass(frozen=True, slots=True)
+class Exemplar:
+    """A solved example shown before the question."""
+
+    instruction: str
+    input: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One layout over one tokenizer.
+
+    `system` is the system text (empty: the template's own default); `date` freezes chat templates that insert today's date
+    (`YYYY-MM-DD`; templates see it as `date_string`). `quality` is the class of mixed-quality data that chat templates see under
+    that name (empty: they do not, and say what is said to a model that is to reply). `version` is one of `LAYOUT_VERSIONS`;
+    `control_tokens` are those that texts may hold as such.
+    """
+
+    name: LayoutName
+    tokenizer: Tokenizer
+    system: str = ""
+    date: str = "2025-01-01"
+    quality: str = ""
+    version: int = LAYOUT_VERSION
+    control_tokens: tuple[str, ...] = ()
+    day: str | None = None  # that version 1's templates take for today; None: the clock's
+
+    def __post_init__(self) -> None:
+        if self.name not in get_args(LayoutName):
+            raise ContractError(f"layout {self.name!r} is unknown; choose one of {', '.join(get_args(LayoutName))}.")
+        if self.name == "chat" and self.tokenizer.chat_template is None:
+            raise ContractError(
+                f"the tokenizer in {self.tokenizer.folder} has no chat template; use layout `plain` or `alpaca`, or give"
+                " data.chat_template."
+            )
+        if strange := [token for token in self.control_tokens if not self.tokenizer.is_added_text(token)]:
+            raise ContractError(
+                f"data.control_tokens: {strange[0]!r} is no token of its own in {self.tokenizer.folder}; write it as"
+                " the tokenizer does."
+            )
+
+    def prompt(self, instruction: str, input: str = "", exemplars: Sequence[Exemplar] = ()) -> str:
+        """The text up to where the answer starts, for `encode_prompt`; `shown` is what a person reads of it.
+
+        Raises `ChatTemplateError` where the chat template refuses the question.
+        """
+        if self.name == "chat":
+            asked = _user_text(instruction, input)
+            if self._around and not exemplars and asked == asked.strip():
+                return self._text(asked).join(self._around)
+            turns = [(_user_text(shot.instruction, shot.input), shot.answer) for shot in exemplars]
+            return self.chat_prompt([*_messages(turns), {"role": "user", "content": asked}])
+        shown = [self._single(shot.instruction, shot.input) + self._text(shot.answer) for shot in exemplars]
+        head = f"{self._text(self.system)}\n\n" if self.system else ""
+        return head + SEPARATOR.join([*shown, self._single(instruction, input)])
+
+    def chat_prompt(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """The chat template's text for OpenAI-style messages, up to where the answer starts, for `encode_prompt`.
+
+        Raises `ContractError` where the layout has no turns, `ChatTemplateError` where the template refuses the messages.
+        """
+        if self.name != "chat":
+            raise ContractError(f"layout `{self.name}` has no turns; it takes one instruction.")
+        text = self._templated(self._with_system(messages), generate=True)
+        return text if self.turns is None else self.turns.opened(text)
+
+    def _with_system(self, messages: Sequence[Mapping[str, str]]) -> list[Mapping[str, str]]:
+        system = [{"role": "system", "content": self.system}] if self.system and messages[0]["role"] != "system" else []
+        return [*system, *messages]
+
+    def _templated(self, messages: Sequence[Mapping[str, str]], *, generate: bool) -> str:
+        told = [dict(message, content=self._text(message["content"])) for message in messages]
+        return self._rendered(told, generate=generate, parts=self._takes_parts)
+
+    def _rendered(self, messages: Sequence[Mapping[str, Any]], *, generate: bool, parts: bool = False) -> str:
+        """What the template makes of these messages as they are; with `parts`, contents are lists of one text."""
+        seen = {"quality": self.quality} if self.quality else {}
+        day = self.date if self.version > 1 else self.day
+        now = datetime.fromisoformat(day) if day is not None else None
+        said = [dict(one, content=[{"type": "text", "text": one["content"]}]) if parts else dict(one) for one in messages]
+        return self.tokenizer.apply_chat_template(said, generate=generate, now=now, date_string=self.date, **seen)
+
+    @cached_property
+    def _takes_parts(self) -> bool:
+        """True if the template shows texts only as parts of a content, as those of models that see images do."""
+        turns = [{"role": "user", "content": _MARK}, {"role": "assistant", "content": _MARK}]
+
+        def marks(parts: bool) -> int:
+            try:
+                return self._rendered(turns, generate=False, parts=parts).count(_MARK)
+            except ChatTemplateError:
+                return 0
+
+        return marks(parts=False) < 2 <= marks(parts=True)
+
+    @cached_property
+    def turns(self) -> Turns | None:
+        """How the chat template writes answers; None in version 1, which takes it for the way of ChatML, and without turns."""
+        if self.name != "chat" or self.version == 1:
+            return None
+
+        def render(messages: Sequence[Mapping[str, Any]], generate: bool) -> str:
+            return self._templated(self._with_system(messages), generate=generate)
+
+        return read_turns(render, re.compile("|".join(map(re.escape, self.control_names)) or "(?!)"), self.tokenizer.end_text)
+
+    @cached_property
+    def control_names(self) -> tuple[str, ...]:
+        """What structures a prompt: the tokenizer's special tokens, and others that the chat template writes around what is said.
+
+        Not the marks of a thought, which answers write themselves.
+        """
+        special = self.tokenizer.special_texts
+        if self.name != "chat":
+            return special
+        said = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+        text = self._rendered(said, generate=True, parts=self._takes_parts)
+        others = [token for token in self.tokenizer.other_added_texts if token not in _THOUGHT and not token.isspace()]
+        return *special, *(token for token in others if token in text and not token.isalnum())
+
+    @cached_property
+    def _escaping(self) -> ControlTokens:
+        return self.tokenizer.kept_apart(tuple(name for name in self.control_names if name not in self.control_tokens))
+
+    def _text(self, text: str) -> str:
+        """`text` as a prompt holds what people wrote."""
+        return text if self.version == 1 else self._escaping.escape(text)
+
+    @staticmethod
+    def shown(prompt: str) -> str:
+        """What a person reads of a prompt's text."""
+        return unescape(prompt)
+
+    def chat_pieces(self, messages: Sequence[Mapping[str, str]]) -> list[tuple[list[int], bool]]:
+        """(ids, whether they are an earlier answer with its end) of a conversation whose last turn is opened for the assistant.
+
+        Answers are encoded apart, as they are when they are learnt or generated, so that a conversation that goes on has the ids
+        that it had. One piece, none of it an answer, where the chat template changes earlier answers.
+        """
+        text = self.chat_prompt(messages)
+        answers = [message["content"].strip() for message in messages if message["role"] == "assistant"]
+        if not answers or (self.turns is not None and not self.turns.alike):
+            return [(self.encode_prompt(text), False)]
+        marks = iter([f"{_MARK}{number}\u2403" for number in range(len(answers))])
+        marked = [dict(m, content=next(marks)) if m["role"] == "assistant" else m for m in messages]
+        parts = re.split(f"{_MARK}\\d+\u2403", self.chat_prompt(marked))
+        rebuilt = "".join(part + self._text(answer) for part, answer in zip(parts, [*answers, ""], strict=False))
+        stripped = [dict(m, content=m["content"].strip()) if m["role"] == "assistant" else m for m in messages]
+        end = self._closing if self.turns is None else self.turns.inner_end
+        space = "" if self.turns is None else self.turns.space
+        behind = parts[1:]
+        if len(behind) != len(answers) or rebuilt != self.chat_prompt(stripped) or not all(part.startswith(end) for part in behind):
+            return [(self.encode_prompt(text), False)]
+        asked = [parts[0], *(self._behind(part.removeprefix(end)) for part in behind)]
+        rests = self.encode_prompts([*(part.removesuffix(space) for part in asked[:-1]), asked[-1]])
+        pieces = [(rests[0], False)]
+        for answer, rest in zip(self.encode_answers(answers), rests[1:], strict=True):
+            pieces += [(answer + list(self._inner_end_ids), True), (rest, False)]
+        return pieces
+
+    def _behind(self, text: str) -> str:
+        """`text` as the tokenizer reads it behind the end of an answer."""
+        swallowed = self.version > 1 and self.tokenizer.swallows_space(self._inner_end_ids[-1])
+        return text.lstrip() if swallowed else text
+
+    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Ids of a conversation with the assistant's turn opened. Raises `ContractError` where the layout has no turns."""
+        return [id for ids, _ in self.chat_pieces(messages) for id in ids]
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Ids of what `prompt` gave, with what the tokenizer puts at a text's start (chat templates write that themselves)."""
+        return self.encode_prompts([text])[0]
+
+    def encode_prompts(self, texts: Sequence[str]) -> list[list[int]]:
+        return self._started(self._encoded(texts))
+
+    def encode_raw(self, text: str) -> list[int]:
+        """Ids of a prompt that somebody wrote whole: its control tokens are meant."""
+        return self._started([self.tokenizer.encode(text)])[0]
+
+    @cached_property
+    def empty_prompt(self) -> list[int]:
+        """The prompt of an empty question, after which a choice's prior is taken."""
+        return self.encode_prompt(self.prompt("", "")) or list(self.end_ids)
+
+    def encode_answers(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of answers, without the end."""
+        return self._encoded([self._text(text) for text in texts])
+
+    def _started(self, prompts: list[list[int]]) -> list[list[int]]:
+        start = [] if self.name == "chat" else list(self.tokenizer.start_ids)
+        # An encoder's text is a text of its own, and ends like one; a causal model's prompt goes on with the answer.
+        finish = list(self.tokenizer.finish_ids) if self.family == "seq2seq" else []
+        return [start + ids + finish for ids in prompts] if start or finish else prompts
+
+    def _encoded(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of texts in which control tokens that are text are broken."""
+        broken = [number for number, text in enumerate(texts) if BREAK in text] if self.version > 1 else []
+        if not broken:
+            return self.tokenizer.encode_batch(texts)
+        encoded = self.tokenizer.encode_batch(["" if BREAK in text else text for text in texts])
+        for number, ids in zip(broken, self._escaping.encode([texts[number] for number in broken]), strict=True):
+            encoded[number] = ids
+        return encoded
+
+    @cached_property
+    def family(self) -> Family:
+        """Of the model whose tokenizer this is: an encoder reads prompts as texts of their own."""
+        folder = self.tokenizer.folder
+        return family_of(folder) if (folder / "config.json").is_file() else "causal"
+
+    @cached_property
+    def end_ids(self) -> tuple[int, ...]:
+        """The ids after an answer, trained on: the end token, or what ends the template's assistant turn."""
+        if self.name != "chat":
+            return (self.tokenizer.end_id,)
+        ids = tuple(self.tokenizer.encode(self._closing if self.turns is None else self.turns.end))
+        return ids or (self.tokenizer.end_id,)
+
+    @cached_property
+    def _inner_end_ids(self) -> tuple[int, ...]:
+        """The ids after an answer that is followed by another turn."""
+        return self.end_ids if self.turns is None else tuple(self.tokenizer.encode(self.turns.inner_end))
+
+    @cached_property
+    def _closing(self) -> str:
+        """What the chat template writes behind an answer, without white space at its end."""
+        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _MARK}]
+        return self._templated(turns, generate=False).partition(_MARK)[2].rstrip()
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Ids at which generation ends: the end token, and those that answers are learnt to end with."""
+        inner = self._inner_end_ids[-1] if self.name == "chat" else self.tokenizer.end_id
+        return tuple(sorted({self.tokenizer.end_id, self.end_ids[-1], inner}))
+
+    @cached_property
+    def _around(self) -> tuple[str, str] | None:
+        """What the chat template writes before and after a lone question; None if that depends on the question."""
+        before, _, after = self.chat_prompt([{"role": "user", "content": _MARK}]).partition(_MARK)
+        return (before, after) if all(self._asks(text) == before + self._text(text) + after for text in _QUESTIONS) else None
+
+    def _asks(self, question: str) -> str | None:
+        """The prompt of a lone question; None where the template refuses it, which other questions need not mind."""
+        try:
+            return self.chat_prompt([{"role": "user", "content": question}])
+        except ChatTemplateError:
+            return None
+
+    def _single(self, instruction: str, input: str) -> str:
+        instruction, input = self._text(instruction), self._text(input)
+        if self.name == "plain":
+            return f"{_user_text(instruction, input)}\n"
+        if input:
+            return f"{_ALPACA_WITH_INPUT}\n\n### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+        return f"{_ALPACA}\n\n### Instruction:\n{instruction}\n\n### Response:\n"
+
+
+def _user_text(instruction: str, input: str) -> str:
+    return "\n\n".join(part for part in (instruction, input) if part)
+
+
+def _messages(turns: Sequence[tuple[str, str]]) -> list[dict[str, str]]:
+    return [
+        message
+        for asked, answer in turns
+        for message in ({"role": "user", "content": asked}, {"role": "assistant", "content": answer})
+    ]

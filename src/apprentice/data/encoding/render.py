@@ -1,0 +1,85 @@
+"""Rows to examples: reads the rows that a stretch of the plan draws, source by source in one go, and renders them.
+
+Knows nothing of layouts, tokens or Ray.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from apprentice.data.encoding.prompt_format import Exemplar
+from apprentice.data.index.task_index import TaskIndex
+from apprentice.data.sampling.plan import Draw
+from apprentice.data.sources.locate import Reader, Split
+from apprentice.errors import DataError, RowError
+from apprentice.tasks.schema import Example, Task
+
+CACHED_GROUPS = 8  # row groups kept of each source: as many as the plan draws from at a time
+
+
+class Rendered(NamedTuple):
+    """What one draw of the plan becomes."""
+
+    example: Example
+    exemplars: list[Exemplar]
+
+
+class Renderer:
+    """Renders rows of `tasks` by number, from the sources in `indices`."""
+
+    def __init__(self, tasks: Sequence[Task], indices: Mapping[str, TaskIndex], cached_groups: int = CACHED_GROUPS) -> None:
+        self._tasks = {task.name: task for task in tasks}
+        self._indices = indices
+        self._cached_groups = cached_groups
+        self._readers: dict[tuple[str, Split], Reader] = {}
+
+    def example(self, task: str, split: Split, row: int, template: str) -> Example:
+        """One row through one template. Raises `RowError` if that cannot be rendered, `DataError` if it cannot be read."""
+        found = self._rows(task, split, [row])[row]
+        return self._tasks[task].render(found, self._tasks[task].template_by_name[template])
+
+    def of_draw(self, draw: Draw) -> Rendered:
+        """The example and exemplars of one draw. Raises `RowError` if the example cannot be rendered."""
+        rendered = self.of_draws([draw])[0]
+        if isinstance(rendered, RowError):
+            raise rendered
+        return rendered
+
+    def of_draws(self, draws: Sequence[Draw]) -> list[Rendered | RowError]:
+        """What every draw becomes, in order; an exemplar that the template cannot render is left out."""
+        wanted: dict[str, set[int]] = {}
+        for draw in draws:
+            wanted.setdefault(draw.task, set()).update((draw.row, *draw.shots))
+        rows = {task: self._rows(task, "train", numbers) for task, numbers in wanted.items()}
+        return [self._rendered(draw, rows[draw.task]) for draw in draws]
+
+    def _rendered(self, draw: Draw, rows: Mapping[int, Mapping[str, Any]]) -> Rendered | RowError:
+        task = self._tasks[draw.task]
+        template = task.template_by_name[draw.template]
+        try:
+            example = task.render(rows[draw.row], template)
+        except RowError as error:
+            return error
+        exemplars = []
+        for shot in draw.shots:
+            try:
+                shown = task.render(rows[shot], template)
+            except RowError:
+                continue
+            exemplars.append(Exemplar(shown.instruction, shown.input, shown.target))
+        return Rendered(example, exemplars)
+
+    def _rows(self, task: str, split: Split, numbers: Iterable[int]) -> dict[int, dict[str, Any]]:
+        """Row number → row; sorted, so that every row group is read once."""
+        ascending = sorted(numbers)
+        return dict(zip(ascending, self._reader(task, split).rows(ascending), strict=True))
+
+    def _reader(self, task: str, split: Split) -> Reader:
+        if (task, split) not in self._readers:
+            index = self._indices[task]
+            source = index.train_source if split == "train" else index.test_source
+            if source is None:
+                raise DataError(f"task {task!r} has no {split} split; declare one in its sources.")
+            self._readers[task, split] = Reader(source, self._cached_groups)
+        return self._readers[task, split]

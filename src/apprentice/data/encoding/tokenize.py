@@ -1,0 +1,222 @@
+"""Examples to token ids within a limit, many at once.
+
+Too long: exemplars are dropped from the last, then the input is cut from its end; instruction and answer are never cut,
+and what then still does not fit is dropped whole. Knows layouts, not where examples come from nor how they are packed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from typing import NamedTuple
+
+from apprentice.data.encoding.prompt_format import Exemplar, Layout
+from apprentice.errors import ChatTemplateError
+from apprentice.tasks.schema import Example
+
+# The words under which the ledger counts what was cut.
+CUT_EXEMPLARS = "truncated_exemplars"
+CUT_INPUT = "truncated_input"
+CUT_TURNS = "truncated_turns"
+LAST_TURN_ONLY = "last_turn_only"  # the chat template changes earlier answers, so only the last one can be learnt as it is
+TOO_LONG = "too_long"
+REFUSED = "refused_by_template"  # the chat template has no way to say it
+SECOND_THOUGHT = "second_thought"  # the prompt ends a thought already, and the answer brings its own
+
+
+@dataclass(frozen=True, slots=True)
+class Tokenized:
+    """One training example: prompt, answer and end; everything from `prompt_length` on is trained on, but for `untrained`."""
+
+    ids: list[int]
+    prompt_length: int
+    exemplars_used: int
+    truncated: str | None  # `CUT_EXEMPLARS`, `CUT_INPUT`, `CUT_TURNS`, `LAST_TURN_ONLY`, or nothing was cut
+    untrained: tuple[tuple[int, int], ...] = ()  # stretches behind `prompt_length` that are not: a conversation's later questions
+    rejected: Tokenized | None = None  # of a pair: the same prompt with the worse answer
+
+    @property
+    def answers(self) -> tuple[Tokenized, ...]:
+        """Itself, and of a pair the rejected one after it."""
+        return (self,) if self.rejected is None else (self, self.rejected)
+
+    @property
+    def size(self) -> int:
+        """Tokens, of both answers with their prompts."""
+        return sum(len(answer.ids) for answer in self.answers)
+
+    @property
+    def target_tokens(self) -> int:
+        """How many tokens are trained on, of both answers."""
+        untrained = sum(stop - start for start, stop in self.untrained)
+        return sum(len(answer.ids) - answer.prompt_length for answer in self.answers) - untrained
+
+
+class Fitted(NamedTuple):
+    """A prompt that keeps to its limit."""
+
+    ids: list[int]
+    exemplars_used: int
+    truncated: str | None
+
+
+def encode(
+    layout: Layout, items: Sequence[tuple[Example, Sequence[Exemplar]]], max_length: int, target_length: int | None = None
+) -> list[Tokenized | None]:
+    """Token ids of every item, at most `max_length` each; None for what cannot be learnt (see `drop_reason`).
+
+    With a `target_length`, as encoder-decoders have it, `max_length` is for the prompt alone, and `target_length` for the answer.
+    All prompts go through the tokenizer at once, and so do all answers.
+    """
+    if any(example.has_turns for example, _ in items):
+        single = iter(encode(layout, [item for item in items if not item[0].has_turns], max_length, target_length))
+        return [_conversation(layout, item[0], max_length) if item[0].has_turns else next(single) for item in items]
+    prompts = _prompts(layout, items)
+    answers = layout.encode_answers([example.target for example, _ in items])
+    end = list(layout.end_ids)
+    found: list[Tokenized | None] = []
+    for (example, shots), prompt, answer in zip(items, prompts, answers, strict=True):
+        if prompt is None or _thinks_twice(layout, example):
+            found.append(None)
+            continue
+        answer += end
+        # On one side with the prompt, or on a side of its own.
+        room, answer_room = (max_length - len(answer), max_length) if target_length is None else (max_length, target_length)
+        fitted: Fitted | None = Fitted(prompt, len(shots), None)
+        if len(answer) > answer_room:
+            fitted = None
+        elif len(prompt) > room:
+            fitted = fit_prompt(layout, example, shots, room)
+        found.append(fitted and Tokenized(fitted.ids + answer, len(fitted.ids), fitted.exemplars_used, fitted.truncated))
+    return found
+
+
+def drop_reason(layout: Layout, example: Example, exemplars: Sequence[Exemplar] = ()) -> str:
+    """Why an example that has no token ids has none: `REFUSED`, `SECOND_THOUGHT` or `TOO_LONG`."""
+    if _thinks_twice(layout, example):
+        return SECOND_THOUGHT
+    try:
+        _said(layout, example, exemplars)
+    except ChatTemplateError:
+        return REFUSED
+    return TOO_LONG
+
+
+def _thinks_twice(layout: Layout, example: Example) -> bool:
+    turns = layout.turns
+    return turns is not None and turns.closes_a_thought and any("</think>" in text for text in (example.target, example.rejected))
+
+
+def _said(layout: Layout, example: Example, exemplars: Sequence[Exemplar]) -> str:
+    """The prompt's text. Raises `ChatTemplateError`."""
+    if example.has_turns:
+        return layout.chat_prompt(_messages(example))
+    return layout.prompt(example.instruction, example.input, exemplars)
+
+
+def _prompts(layout: Layout, items: Sequence[tuple[Example, Sequence[Exemplar]]]) -> list[list[int] | None]:
+    """The prompt of every item, of a conversation nothing; None where the chat template refuses it."""
+    texts: list[str | None] = []
+    for example, shots in items:
+        try:
+            texts.append("" if example.has_turns else _said(layout, example, shots))
+        except ChatTemplateError:
+            texts.append(None)
+    encoded = layout.encode_prompts([text or "" for text in texts])
+    return [None if text is None else ids for text, ids in zip(texts, encoded, strict=True)]
+
+
+def encode_pairs(layout: Layout, examples: Sequence[Example], max_length: int) -> list[Tokenized | None]:
+    """Both answers of every example after the same prompt, at most `max_length` tokens each with it; None where they do not fit
+    (see `drop_reason`).
+
+    The prompt has room for the longer answer. Of a conversation the last answer is compared; the earlier ones belong to the prompt.
+    """
+    better = layout.encode_answers([example.target for example in examples])
+    worse = layout.encode_answers([example.rejected for example in examples])
+    end = list(layout.end_ids)
+    rooms = [max_length - max(map(len, answers)) - len(end) for answers in zip(better, worse, strict=True)]
+    found: list[Tokenized | None] = []
+    for fitted, chosen, rejected in zip(_questions(layout, examples, rooms), better, worse, strict=True):
+        if fitted is None:
+            found.append(None)
+            continue
+        both = [Tokenized(fitted.ids + ids + end, len(fitted.ids), 0, fitted.truncated) for ids in (chosen, rejected)]
+        found.append(replace(both[0], rejected=both[1]))
+    return found
+
+
+def encode_questions(layout: Layout, examples: Sequence[Example], max_prompt_tokens: int) -> list[Tokenized | None]:
+    """The prompt of every example in at most so many tokens, with nothing behind it; None as `drop_reason` says."""
+    found = _questions(layout, examples, [max_prompt_tokens] * len(examples))
+    return [fitted and Tokenized(fitted.ids, len(fitted.ids), 0, fitted.truncated) for fitted in found]
+
+
+def _questions(layout: Layout, examples: Sequence[Example], rooms: Sequence[int]) -> list[Fitted | None]:
+    """The prompt of every example within its room; of a conversation, all before its last answer."""
+    found: list[Fitted | None] = []
+    for example, prompt, room in zip(examples, _prompts(layout, [(one, ()) for one in examples]), rooms, strict=True):
+        fitted = None if prompt is None else Fitted(prompt, 0, None)
+        if prompt is None or room <= 0 or _thinks_twice(layout, example):
+            fitted = None
+        elif example.has_turns or len(prompt) > room:
+            fitted = fit_prompt(layout, example, (), room)
+        found.append(fitted)
+    return found
+
+
+def _messages(example: Example) -> list[dict[str, str]]:
+    """A conversation up to its last question, as chat templates take it."""
+    system = [{"role": "system", "content": example.system}] if example.system else []
+    turns = [
+        {"role": role, "content": text} for turn in example.history for role, text in zip(("user", "assistant"), turn, strict=True)
+    ]
+    return [*system, *turns, {"role": "user", "content": example.instruction}]
+
+
+def _conversation(layout: Layout, example: Example, max_length: int) -> Tokenized | None:
+    """A conversation with every answer trained on; what is too long loses its last turns, and is dropped if not one fits."""
+    try:
+        pieces = layout.chat_pieces(_messages(example))
+    except ChatTemplateError:
+        return None
+    if _thinks_twice(layout, example):
+        return None
+    pieces.append((layout.encode_answers([example.target])[0] + list(layout.end_ids), True))
+    truncated = LAST_TURN_ONLY if example.history and len(pieces) == 2 else None
+    while pieces and sum(len(piece) for piece, _ in pieces) > max_length:
+        pieces, truncated = pieces[:-2], CUT_TURNS
+    if not pieces:
+        return None
+    bounds = [0, *accumulate(len(piece) for piece, _ in pieces)]
+    untrained = tuple((bounds[place], bounds[place + 1]) for place in range(2, len(pieces), 2))
+    return Tokenized([id for piece, _ in pieces for id in piece], bounds[1], 0, truncated, untrained)
+
+
+def fit_prompt(layout: Layout, example: Example, exemplars: Sequence[Exemplar], max_prompt_tokens: int) -> Fitted | None:
+    """The prompt of `example` in at most `max_prompt_tokens`; None where not even the instruction fits, or the template refuses."""
+    try:
+        return _fit(layout, example, exemplars, max_prompt_tokens)
+    except ChatTemplateError:
+        return None
+
+
+def _fit(layout: Layout, example: Example, exemplars: Sequence[Exemplar], max_prompt_tokens: int) -> Fitted | None:
+    if example.has_turns:
+        ids = layout.encode_chat(_messages(example))
+        return Fitted(ids, 0, None) if len(ids) <= max_prompt_tokens else None
+    ids = []
+    for used in range(len(exemplars), -1, -1):
+        ids = layout.encode_prompt(layout.prompt(example.instruction, example.input, exemplars[:used]))
+        if len(ids) <= max_prompt_tokens:
+            return Fitted(ids, used, CUT_EXEMPLARS if used < len(exemplars) else None)
+    given, tokens = example.input, len(layout.tokenizer.encode(example.input))
+    while given:
+        # Tokens can merge differently at the cut, so one round is usually, not always, enough.
+        tokens -= len(ids) - max_prompt_tokens
+        given = layout.tokenizer.cut(example.input, max(tokens, 0))
+        ids = layout.encode_prompt(layout.prompt(example.instruction, given))
+        if len(ids) <= max_prompt_tokens:
+            return Fitted(ids, 0, CUT_INPUT)
+    return None

@@ -1,0 +1,139 @@
+"""The filters over whole tasks: reads the rows stretch by stretch, lets `filters` choose, and reports what test rows had in common.
+
+Whoever calls it says how the stretches are run: one after the other, or on Ray. Knows nothing of how the index is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from apprentice.data.index.filters import Chosen, Measured, Passages, choose, gathered, limited, measure, passages_of
+from apprentice.data.index.ngrams import ngrams, words_of
+from apprentice.data.sampling.permutation import Keys, Numbers, key_of
+from apprentice.data.sources.locate import Reader, Source
+from apprentice.recipe import Filters, Recipe
+from apprentice.tasks.schema import Task
+
+STRETCH_ROWS = 8192  # that one call looks at
+SHOWN_MATCHES = 1000  # in the report
+Run = Callable[[Callable[..., Any], Iterator[tuple[Any, ...]]], Iterator[Any]]
+
+
+class Candidate(NamedTuple):
+    """One task with its usable rows; `train` is None for a task that is not trained on."""
+
+    task: Task
+    train_source: Source | None
+    train: Numbers | None
+    test_source: Source | None
+    test: Numbers
+
+
+def filtered(candidates: Sequence[Candidate], recipe: Recipe, run: Run) -> tuple[dict[str, Chosen], dict[str, Any] | None]:
+    """What stays of each task that is trained on; and the report on passages shared with test rows, if those were looked for.
+
+    Raises `DataError` if a source cannot be read.
+    """
+    settings, most, seed = recipe.data.filters, recipe.data.mixture.max_rows, recipe.seed
+    trained = [(one, one.train) for one in candidates if one.train is not None]
+    if settings == Filters():  # nothing has to be read
+        kept = {one.task.name: limited(train, most, key_of(seed, one.task.name, "max rows")) for one, train in trained}
+        return {
+            one.task.name: Chosen(
+                kept[one.task.name],
+                {"max_rows": len(train) - len(kept[one.task.name])} if len(kept[one.task.name]) < len(train) else {},
+                [],
+            )
+            for one, train in trained
+        }, None
+    tests = _test_passages(candidates, settings, run) if settings.decontaminate else gathered([])
+    known = np.unique(tests.hashes)
+    chosen = {}
+    for one, train in trained:
+        calls = ((one.task, _reader(one.train_source), part, settings, known) for part in _stretches(train))
+        parts = list(run(_measured, calls))
+        whole = Measured(*(np.concatenate(columns) for columns in zip(*parts, strict=True))) if parts else None
+        if whole is not None:
+            chosen[one.task.name] = choose(one.task.name, whole, settings, most, seed)
+    return chosen, _report(candidates, chosen, tests, settings.ngram) if settings.decontaminate else None
+
+
+def shared_passages(candidates: Sequence[Candidate], recipe: Recipe, run: Run) -> dict[str, Any]:
+    """The report on passages that test rows share with training rows, which all stay. Raises `DataError` as `filtered` does."""
+    looking = Filters(decontaminate=True, ngram=recipe.data.filters.ngram)
+    mixture = recipe.data.mixture.model_copy(update={"max_rows": None})
+    data = recipe.data.model_copy(update={"filters": looking, "mixture": mixture})
+    report = filtered(candidates, recipe.model_copy(update={"data": data}), run)[1]
+    assert report is not None, "passages were looked for"
+    for found in report["tasks"].values():
+        found["training_rows_kept"] = found.pop("training_rows_dropped")
+    return report
+
+
+def _test_passages(candidates: Sequence[Candidate], settings: Filters, run: Run) -> Passages:
+    labels = [number for number, one in enumerate(candidates) for _ in _stretches(one.test)]
+    calls = ((_reader(one.test_source), part, settings.ngram) for one in candidates for part in _stretches(one.test))
+    return gathered([(number, *found) for number, found in zip(labels, run(_test_part, calls), strict=True)])
+
+
+def _measured(task: Task, reader: Reader, numbers: Numbers, settings: Filters, tests: Keys) -> Measured:
+    return measure(task, reader.rows(numbers), numbers, settings, tests)
+
+
+def _test_part(reader: Reader, numbers: Numbers, length: int) -> tuple[Keys, Numbers]:
+    return passages_of(reader.rows(numbers), numbers, length)
+
+
+def _reader(source: Source | None) -> Reader:
+    assert source is not None, "rows without a source"
+    return Reader(source, 1)
+
+
+def _stretches(rows: Numbers) -> list[Numbers]:
+    return [rows[start : start + STRETCH_ROWS] for start in range(0, len(rows), STRETCH_ROWS)]
+
+
+def _report(candidates: Sequence[Candidate], chosen: Mapping[str, Chosen], tests: Passages, length: int) -> dict[str, Any]:
+    """`contamination.json`: for each scored task how many of its test rows shared a passage with which training rows."""
+    owners: dict[int, list[tuple[int, int]]] = {}  # passage → (task, test row)
+    wanted = np.array(sorted({passage for one in chosen.values() for _, passage in one.contaminated}), np.uint64)
+    for place in np.flatnonzero(np.isin(tests.hashes, wanted)).tolist():
+        owners.setdefault(int(tests.hashes[place]), []).append((int(tests.tasks[place]), int(tests.rows[place])))
+    rows_of: dict[int, set[int]] = {}
+    sources: dict[int, dict[str, int]] = {}
+    matches: list[dict[str, Any]] = []
+    by_name = {one.task.name: one for one in candidates}
+    for name, choice in chosen.items():
+        for row, passage in choice.contaminated:
+            for number in {task for task, _ in owners[passage]}:
+                sources.setdefault(number, {})[name] = sources.get(number, {}).get(name, 0) + 1
+            for number, test_row in owners[passage]:
+                rows_of.setdefault(number, set()).add(test_row)
+            if len(matches) < SHOWN_MATCHES:
+                number, test_row = owners[passage][0]
+                where = {"test_task": candidates[number].task.name, "test_row": test_row}
+                words = _passage(by_name[name], row, passage, length)
+                matches.append({"task": name, "row": row, **where, "passage": words})
+    scored = {
+        one.task.name: {
+            "test_rows": len(one.test),
+            "shared": len(rows_of.get(number, ())),
+            "share": round(len(rows_of.get(number, ())) / len(one.test), 4),
+            "training_rows_dropped": dict(sorted(sources.get(number, {}).items())),
+        }
+        for number, one in enumerate(candidates)
+        if len(one.test)
+    }
+    return {"ngram": length, "tasks": scored, "matches": matches}
+
+
+def _passage(candidate: Candidate, row: int, passage: int, length: int) -> str:
+    """The words of a training row that hash to `passage`."""
+    words = words_of(_reader(candidate.train_source).rows([row])[0], only_texts=True)
+    hashes, _, starts = ngrams([words], length)
+    flat = [word for text in words for word in text]
+    start = int(starts[np.flatnonzero(hashes == np.uint64(passage))[0]])
+    return " ".join(flat[start : start + length])

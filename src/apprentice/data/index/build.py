@@ -1,0 +1,365 @@
+"""The frozen index: which rows of each task are usable, and which of them train, validate and test. Made once per run.
+
+A row is usable if one of the task's templates renders it. The index is kept with the run, so that a run that goes on draws
+from exactly the rows it began with; sources or tasks that changed since are refused. Knows nothing of order or mixture.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from apprentice.data.encoding.prompt_contract import layout_of
+from apprentice.data.encoding.prompt_format import Layout
+from apprentice.data.encoding.tokenize import encode, encode_pairs
+from apprentice.data.index.apply_filters import Candidate, filtered, shared_passages
+from apprentice.data.index.filters import Chosen
+from apprentice.data.index.task_index import INDEX_FILE, TaskIndex, frozen_tasks, index_file, packed, read_index
+from apprentice.data.sampling.exemplars import Pool
+from apprentice.data.sampling.permutation import Numbers, below, draw, key_of, permute
+from apprentice.data.sources.locate import MissingSourceError, Reader, Source, Split, is_unchanged, resolve
+from apprentice.errors import DataError, RowError
+from apprentice.pretrained.tokenizer import Tokenizer
+from apprentice.recipe import Filters, Recipe
+from apprentice.run.folder import FORMAT
+from apprentice.storage import Folder
+from apprentice.tasks.definition import definition_of
+from apprentice.tasks.schema import Example, Task
+
+CHUNK_ROWS = 8192  # that one Ray task looks at
+SAMPLE_ROWS = 128  # of each task, for its mean lengths
+SHOWN_REJECTS = 10
+IN_FLIGHT = 16  # stretches of rows that the filters look at at a time
+CONTAMINATION_FILE = "contamination.json"  # in the index: passages that training and test rows shared
+
+
+_Sources = tuple[Source | None, Source | None]  # training and test rows
+_Job = tuple[Task, Source | None, float]  # with the share of rows that are for validation
+
+
+class _Reject(NamedTuple):
+    split: Split
+    row: int
+    reason: str
+    message: str
+
+
+class _Scan(NamedTuple):
+    """What a stretch of one source holds."""
+
+    kept: Numbers
+    validation: Numbers
+    rejects: list[_Reject]
+
+
+class Index(NamedTuple):
+    """What was made of some tasks' sources."""
+
+    tasks: dict[str, TaskIndex]
+    rejects: dict[str, list[_Reject]]
+    contamination: dict[str, Any] | None  # passages that test rows share with training rows; None where nobody looked
+
+
+def is_held_out(task: Task, hold_out: Sequence[str]) -> bool:
+    """Whether `task` is never trained on, by its own name or its cluster's."""
+    return not {task.name, task.cluster}.isdisjoint(hold_out)
+
+
+def freeze(
+    tasks: Sequence[Task],
+    recipe: Recipe,
+    folder: Folder,
+    cache: Folder,
+    tokenizer: Tokenizer,
+    *,
+    parallel: bool = True,
+    rules: int = FORMAT,
+) -> dict[str, TaskIndex]:
+    """The index of every task: what lies whole in `folder`, or made now and written there.
+
+    What an interrupted call left in `folder` is made again: the filters look at all tasks together. `rules` is the format of the
+    run, by which files are read. `parallel` scans with Ray, which must be up; otherwise in this process. Raises
+    `DataError` for a source that cannot be used (see `resolve`), that changed since it was frozen, or that has more unusable rows
+    than `data.max_bad_rows`.
+    """
+    known = frozen_tasks(folder)
+    if (folder / INDEX_FILE).exists() or all(task.name in known for task in tasks):
+        return {task.name: _frozen(task, recipe, folder, cache, rules) for task in tasks}
+    made = _made(tasks, recipe, cache, tokenizer, parallel=parallel, rules=rules)
+    folder.delete()
+    _write(made, tasks, folder)
+    return made.tasks
+
+
+def contamination_in(folder: Folder) -> dict[str, Any]:
+    """What the index in `folder` says of passages that test rows share with training rows, by task; empty where nobody looked."""
+    file = folder / CONTAMINATION_FILE
+    return dict(file.read_json()["tasks"]) if file.exists() else {}
+
+
+def index_beside(
+    tasks: Sequence[Task],
+    trained: Mapping[str, tuple[Task, TaskIndex]],
+    recipe: Recipe,
+    cache: Folder,
+    tokenizer: Tokenizer,
+    *,
+    parallel: bool = True,
+    rules: int = FORMAT,
+) -> Index:
+    """The index of tasks that a run is only scored on, beside the one it was `trained` by; nothing is written.
+
+    Where there are `trained` tasks, its report says how many of the test rows share a passage with rows that were trained on.
+    """
+    plain = recipe.model_copy(update={"data": recipe.data.model_copy(update={"filters": Filters()})})
+    made = _made(tasks, plain, cache, tokenizer, parallel=parallel, rules=rules)
+    if not trained:
+        return made
+    candidates = [Candidate(task, index.train_source, index.train, None, _numbers([])) for task, index in trained.values()] + [
+        Candidate(task, None, None, index.test_source, index.test) for task, index in zip(tasks, made.tasks.values(), strict=True)
+    ]
+    return made._replace(contamination=shared_passages(candidates, recipe, _each_in_ray if parallel else _each_here))
+
+
+def _made(tasks: Sequence[Task], recipe: Recipe, cache: Folder, tokenizer: Tokenizer, *, parallel: bool, rules: int) -> Index:
+    sources: dict[str, _Sources] = {task.name: _resolved(task, recipe, cache, rules) for task in tasks}
+    rejects = {}
+    scans = list(zip(tasks, *_scanned(tasks, sources, recipe, parallel=parallel), strict=True))
+    for task, train, test in scans:
+        rejects[task.name] = [*train.rejects, *test.rejects]
+        _refuse_bad(task, rejects[task.name], sum(source.rows for source in sources[task.name] if source), recipe)
+    chosen, contamination = filtered(
+        [
+            Candidate(task, sources[task.name][0], _trained(task, train, recipe), sources[task.name][1], test.kept)
+            for task, train, test in scans
+        ],
+        recipe,
+        _each_in_ray if parallel else _each_here,
+    )
+    indices = {}
+    for task, train, test in scans:
+        choice = chosen.get(task.name, Chosen(train.kept, {}, []))
+        means = _mean_tokens(task, sources[task.name][0], choice.kept, layout_of(recipe, tokenizer), recipe)
+        indices[task.name] = TaskIndex(
+            task.name,
+            *sources[task.name],
+            choice.kept,
+            train.validation,
+            test.kept,
+            *means,
+            rejects=dict(Counter(reject.reason for reject in rejects[task.name]).most_common()),
+            filtered=choice.dropped,
+        )
+    return Index(indices, rejects, contamination)
+
+
+def _write(made: Index, tasks: Sequence[Task], folder: Folder) -> None:
+    """Writes the index; `INDEX_FILE` comes last, and without it nothing of what lies there counts."""
+    if made.contamination is not None:
+        (folder / CONTAMINATION_FILE).write_json(made.contamination)
+    for task in tasks:
+        lines = [json.dumps({"task": task.name, **reject._asdict()}, ensure_ascii=False) for reject in made.rejects[task.name]]
+        (folder / f"{task.name}.rejects.jsonl").write_text("".join(f"{line}\n" for line in lines))
+        index_file(folder, task).write_bytes(packed(made.tasks[task.name], task))
+    (folder / INDEX_FILE).write_json({"version": 2, "tasks": [task.name for task in tasks]})
+
+
+def _resolved(task: Task, recipe: Recipe, cache: Folder, rules: int) -> _Sources:
+    return (
+        resolve(task, "train", root=recipe.data.root, cache=cache, rules=rules),
+        resolve(task, "test", root=recipe.data.root, cache=cache, rules=rules),
+    )
+
+
+def _frozen(task: Task, recipe: Recipe, folder: Folder, cache: Folder, rules: int) -> TaskIndex:
+    """The index in `folder`, with the sources where they lie now; converted rows of a file that is gone since are still rows."""
+    file = index_file(folder, task)
+    index, definition = read_index(folder, task)
+    kept = (index.train_source, index.test_source)
+    try:
+        sources = _resolved(task, recipe, cache, rules)
+    except MissingSourceError:
+        if not all(is_unchanged(source) for source in kept if source):
+            raise
+        sources = kept
+    for split, old, new in zip(("train", "test"), kept, sources, strict=True):
+        same_rows = (old and old.fingerprint) == (new and new.fingerprint)
+        if not same_rows or (old and new and any(new.columns.get(name) != column for name, column in old.columns.items())):
+            found = new or old
+            where = found and (found.named or found.files[0])
+            raise DataError(
+                f"task {task.name!r}: the {split} {'columns' if same_rows else 'rows'} ({where}) have changed since the run's"
+                " index was frozen; put the old file back, start over with --restart, or choose another `name`."
+            )
+    if definition != definition_of(task):
+        raise DataError(
+            f"task {task.name!r}: its templates or answers have changed since the run's index was frozen ({file}); undo that,"
+            " start over with --restart, or choose another `name`."
+        )
+    return TaskIndex(**(vars(index) | {"train_source": sources[0], "test_source": sources[1]}))
+
+
+def _scanned(
+    tasks: Sequence[Task], sources: Mapping[str, _Sources], recipe: Recipe, *, parallel: bool
+) -> tuple[list[_Scan], list[_Scan]]:
+    """The scans of the training and of the test rows of each task."""
+    jobs: list[_Job] = []
+    for task in tasks:
+        train, test = sources[task.name]
+        validation = 0.0 if is_held_out(task, recipe.data.hold_out) else recipe.data.validation
+        jobs += [(task, train, validation), (task, test, 0.0)]
+    run = _in_ray if parallel and tasks else _in_this_process
+    scans = list(run(jobs))
+    return scans[::2], scans[1::2]
+
+
+def _in_this_process(jobs: Sequence[_Job]) -> Iterator[_Scan]:
+    for task, source, validation in jobs:
+        reader = Reader(source, 1) if source else None
+        yield _joined([_scan(task, reader, start, stop, validation) for start, stop in _stretches(source)])
+
+
+def _in_ray(jobs: Sequence[_Job]) -> Iterator[_Scan]:
+    import ray
+
+    scan = ray.remote(_scan)
+    pending = []
+    for task, source, validation in jobs:
+        reader = Reader(source, 1) if source else None
+        shared, at = ray.put(task), ray.put(reader)
+        pending.append([scan.remote(shared, at, start, stop, validation) for start, stop in _stretches(source)])
+    for references in pending:
+        yield _joined(_result(references))
+
+
+def _trained(task: Task, train: _Scan, recipe: Recipe) -> Numbers | None:
+    return None if is_held_out(task, recipe.data.hold_out) else train.kept
+
+
+def _each_here(action: Callable[..., Any], calls: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
+    return (action(*call) for call in calls)
+
+
+def _each_in_ray(action: Callable[..., Any], calls: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
+    """The results in order, of at most `IN_FLIGHT` calls at a time: what is not taken yet does not pile up."""
+    import ray
+
+    remote, waiting = ray.remote(action), deque[Any]()
+    for call in calls:
+        waiting.append(remote.remote(*call))
+        if len(waiting) == IN_FLIGHT:
+            yield _result(waiting.popleft())
+    while waiting:
+        yield _result(waiting.popleft())
+
+
+def _result(reference: Any) -> Any:
+    import ray
+
+    try:
+        return ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        raise (error.cause if isinstance(error.cause, DataError) else error) from None
+
+
+def _stretches(source: Source | None) -> list[tuple[int, int]]:
+    rows = source.rows if source else 0
+    return [(start, min(start + CHUNK_ROWS, rows)) for start in range(0, rows, CHUNK_ROWS)]
+
+
+def _scan(task: Task, reader: Reader | None, start: int, stop: int, validation: float) -> _Scan:
+    """Which of the rows [start, stop) are usable; a share `validation` of them, by their content, are for validation."""
+    kept, held_back, rejects = [], [], []
+    assert reader is not None, "without a source there are no stretches to scan"
+    for number, row in zip(range(start, stop), reader.rows(np.arange(start, stop)), strict=True):
+        failure = _failure(task, row)
+        if failure is not None:
+            rejects.append(_Reject(reader.source.split, number, failure.reason, str(failure)))
+        elif validation and _chance(row) < validation:
+            held_back.append(number)
+        else:
+            kept.append(number)
+    return _Scan(_numbers(kept), _numbers(held_back), rejects)
+
+
+def _failure(task: Task, row: Mapping[str, Any]) -> RowError | None:
+    """Why no template renders the row: what the first one says; None if one does."""
+    first: RowError | None = None
+    for template in task.templates:
+        try:
+            task.render(row, template)
+            return None
+        except RowError as error:
+            first = first or error
+            if error.reason in ("missing", "null"):
+                break  # of the row, whatever the template
+    return first
+
+
+def _chance(row: Mapping[str, Any]) -> float:
+    """A number in [0, 1) that depends on the row's content alone, so that equal rows are on the same side."""
+    content = json.dumps(row, sort_keys=True, ensure_ascii=False, default=str)
+    return int.from_bytes(hashlib.blake2b(content.encode(), digest_size=8).digest(), "little") / 2**64
+
+
+def _joined(scans: Sequence[_Scan]) -> _Scan:
+    return _Scan(
+        np.concatenate([_numbers([]), *(scan.kept for scan in scans)]),
+        np.concatenate([_numbers([]), *(scan.validation for scan in scans)]),
+        [reject for scan in scans for reject in scan.rejects],
+    )
+
+
+def _numbers(values: Sequence[int]) -> Numbers:
+    return np.array(values, dtype=np.int64)
+
+
+def _refuse_bad(task: Task, rejects: Sequence[_Reject], rows: int, recipe: Recipe) -> None:
+    allowed = recipe.data.max_bad_rows
+    rejects = [reject for reject in rejects if reject.reason != "skipped"]  # templates that leave rows out are meant to
+    if len(rejects) > allowed * rows:
+        shown = "; ".join(f"{reject.split} row {reject.row}: {reject.message}" for reject in rejects[:SHOWN_REJECTS])
+        raise DataError(
+            f"task {task.name!r}: {len(rejects)} of {rows} rows are unusable, more than data.max_bad_rows = {allowed:g} allows;"
+            f" mend the rows or the templates, or raise it. The first: {shown}"
+        )
+
+
+def _mean_tokens(task: Task, source: Source | None, kept: Numbers, layout: Layout, recipe: Recipe) -> tuple[float, float]:
+    """Mean length of a training example and of its trained-on part, over a seeded sample, in tokens."""
+    if source is None or not len(kept):
+        return 0.0, 0.0
+    pool = Pool(recipe.seed, task.name, kept)  # few row groups to read
+    places = np.arange(min(SAMPLE_ROWS, len(pool)))
+    rows = pool.rows[permute(places, len(pool), key_of(recipe.seed, task.name, "sample"))]
+    templates = task.scored_templates or task.templates
+    which = below(draw(key_of(recipe.seed, task.name, "sample templates"), places), len(templates))
+    examples = [_rendered(task, row, int(number)) for row, number in zip(Reader(source).rows(rows), which, strict=True)]
+    usable = [example for example in examples if example is not None]
+    if not usable:
+        return 0.0, 0.0
+    if recipe.training.aim.pairs and task.has_pairs:
+        pairs = [tokens for tokens in encode_pairs(layout, usable, recipe.data.max_length) if tokens]
+        return float(np.mean([pair.size for pair in pairs] or [0])), float(np.mean([pair.target_tokens for pair in pairs] or [0]))
+    if any(example.has_turns for example in usable):
+        told = [tokens for tokens in encode(layout, [(example, ()) for example in usable], recipe.data.max_length) if tokens]
+        return (
+            float(np.mean([len(tokens.ids) for tokens in told] or [0])),
+            float(np.mean([tokens.target_tokens for tokens in told] or [0])),
+        )
+    prompts = layout.encode_prompts([layout.prompt(example.instruction, example.input) for example in usable])
+    answers = [len(ids) + len(layout.end_ids) for ids in layout.encode_answers([example.target for example in usable])]
+    whole = [min(len(ids) + answer, recipe.data.max_length) for ids, answer in zip(prompts, answers, strict=True)]
+    return float(np.mean(whole)), float(np.mean(answers))
+
+
+def _rendered(task: Task, row: Mapping[str, Any], number: int) -> Example | None:
+    try:
+        return task.render(row, (task.scored_templates or task.templates)[number])
+    except RowError:
+        return None

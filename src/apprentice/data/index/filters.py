@@ -1,0 +1,200 @@
+"""Which usable training rows are left out, and why: length, duplicates, passages of test rows, uneven labels, too many rows.
+
+    measure   a stretch of rows to numbers: words, digest, MinHash signature, label, passages shared with test rows
+    choose    one task's numbers to the rows that stay, and how many each filter dropped
+
+Of a row no more than its numbers is kept (some 20 bytes; 280 for near duplicates), so memory does not grow with what the rows
+hold. Pure functions of rows and settings; knows nothing of files or of Ray, which the index runs them on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from apprentice.data.index.ngrams import digest, ngrams, shingles, words_of
+from apprentice.data.sampling.permutation import Keys, Numbers, draw, key_of, permute
+from apprentice.errors import RowError
+from apprentice.recipe import Filters
+from apprentice.tasks.schema import Task
+
+SIGNATURE = 64  # hash functions of MinHash: the estimate errs by 0.06 at most places
+STRETCH_ROWS = 512  # that `max_rows` keeps or leaves together, so that few row groups have to be read
+MOST_COMPARED = 200  # rows of one bucket that the others in it are compared with; only rows much alike, and not enough, have more
+COMMON = 10  # test rows of one task from which a passage is boilerplate, such as a question that each of them asks
+
+
+class Measured(NamedTuple):
+    """The numbers of some rows, one entry a row."""
+
+    rows: Numbers
+    words: Numbers
+    digests: Keys
+    signatures: NDArray[np.uint32]  # (rows, SIGNATURE), or (rows, 0)
+    labels: Numbers  # -1 where there is none
+    passages: Keys  # of a test row that the row shares, 0 for none
+
+
+class Passages(NamedTuple):
+    """The passages of all test rows, ascending by hash; one entry for each passage and row."""
+
+    hashes: Keys
+    tasks: Numbers
+    rows: Numbers
+
+
+class Chosen(NamedTuple):
+    """What the filters leave of one task."""
+
+    kept: Numbers
+    dropped: dict[str, int]  # reason → rows
+    contaminated: list[tuple[int, int]]  # (row, passage) of those that share one with a test row
+
+
+def measure(task: Task, rows: Sequence[Mapping[str, Any]], numbers: Numbers, filters: Filters, tests: Keys) -> Measured:
+    """The numbers of `rows`, which have the row numbers `numbers`; `tests` are the passages of test rows, ascending."""
+    words = [words_of(row) for row in rows]
+    signatures = np.zeros((len(rows), 0), np.uint32)
+    if filters.duplicates == "near" and rows:
+        from datasketch import MinHash
+
+        hashed = MinHash.generator([shingles(row) for row in words], num_perm=SIGNATURE)
+        signatures = np.array([one.hashvalues for one in hashed], np.uint64).astype(np.uint32)
+    return Measured(
+        numbers,
+        np.array([sum(map(len, row)) for row in words], np.int64),
+        np.array([digest(row) for row in words], np.uint64),
+        signatures,
+        np.array([_label(task, row) for row in rows], np.int64) if filters.label_balance else np.full(len(rows), -1),
+        _shared(rows, filters.ngram, tests),
+    )
+
+
+def passages_of(rows: Sequence[Mapping[str, Any]], numbers: Numbers, length: int) -> tuple[Keys, Numbers]:
+    """(hash, row number) of every passage of `length` words in the texts of test rows."""
+    hashes, owners, _ = ngrams([words_of(row, only_texts=True) for row in rows], length)
+    return hashes, numbers[owners]
+
+
+def gathered(parts: Sequence[tuple[int, Keys, Numbers]]) -> Passages:
+    """All test rows' passages from (number of the task, hashes, row numbers), without those that many rows of a task have."""
+    hashes = np.concatenate([np.zeros(0, np.uint64), *(part[1] for part in parts)])
+    tasks = np.concatenate([np.zeros(0, np.int64), *(np.full(len(part[1]), part[0]) for part in parts)])
+    rows = np.concatenate([np.zeros(0, np.int64), *(part[2] for part in parts)])
+    order = np.lexsort((rows, tasks, hashes))
+    hashes, tasks, rows = hashes[order], tasks[order], rows[order]
+    if not len(hashes):
+        return Passages(hashes, tasks, rows)
+    begins = np.append(True, (hashes[1:] != hashes[:-1]) | (tasks[1:] != tasks[:-1]))
+    new_row = begins | np.append(True, rows[1:] != rows[:-1])
+    group = np.cumsum(begins) - 1
+    rare = np.bincount(group, weights=new_row)[group] <= COMMON
+    return Passages(hashes[rare & new_row], tasks[rare & new_row], rows[rare & new_row])
+
+
+def choose(name: str, measured: Measured, filters: Filters, max_rows: int | None, seed: int) -> Chosen:
+    """The rows of one task that stay, ascending; each row that goes is counted under the first reason for it."""
+    stays = np.ones(len(measured.rows), bool)
+    dropped: dict[str, int] = {}
+
+    def drop(reason: str, which: NDArray[np.bool_]) -> None:
+        if count := int((which & stays).sum()):
+            dropped[reason] = count
+            stays[which] = False
+
+    drop("too_few_words", measured.words < filters.min_words)
+    if filters.max_words is not None:
+        drop("too_many_words", measured.words > filters.max_words)
+    shared = measured.passages != 0
+    contaminated = list(zip(measured.rows[shared & stays].tolist(), measured.passages[shared & stays].tolist(), strict=True))
+    drop("in_a_test_row", shared)
+    if filters.duplicates != "keep":
+        drop("duplicate", _repeated(measured.digests, stays))
+    if filters.duplicates == "near":
+        drop("near_duplicate", _alike(measured.signatures, stays, filters.near_threshold))
+    if filters.label_balance is not None:
+        drop("label_balance", _surplus(measured, stays, filters.label_balance, key_of(seed, name, "label balance")))
+    kept = limited(measured.rows[stays], max_rows, key_of(seed, name, "max rows"))
+    if len(kept) < stays.sum():
+        dropped["max_rows"] = int(stays.sum()) - len(kept)
+    return Chosen(kept, dropped, contaminated)
+
+
+def limited(rows: Numbers, most: int | None, key: int) -> Numbers:
+    """At most `most` of `rows`, in whole stretches chosen by `key`."""
+    if most is None or len(rows) <= most:
+        return rows
+    stretches = -(-len(rows) // STRETCH_ROWS)
+    wanted = min(stretches, -(-most // STRETCH_ROWS) + 1)  # the last stretch may be short
+    chosen = permute(np.arange(wanted), stretches, key)
+    places = (chosen[:, None] * STRETCH_ROWS + np.arange(STRETCH_ROWS)).ravel()
+    return np.sort(rows[places[places < len(rows)][:most]])
+
+
+def _label(task: Task, row: Mapping[str, Any]) -> int:
+    for template in task.scored_templates:
+        try:
+            example = task.render(row, template)
+        except RowError:
+            continue
+        return example.choices.index(example.target) if example.target in example.choices else -1
+    return -1
+
+
+def _shared(rows: Sequence[Mapping[str, Any]], length: int, tests: Keys) -> Keys:
+    """For each row the first passage that it shares with a test row, or 0."""
+    found = np.zeros(len(rows), np.uint64)
+    if not len(tests):
+        return found
+    hashes, owners, starts = ngrams([words_of(row, only_texts=True) for row in rows], length)
+    at = np.minimum(np.searchsorted(tests, hashes), len(tests) - 1)
+    hit = np.flatnonzero(tests[at] == hashes)
+    hit = hit[np.lexsort((starts[hit], owners[hit]))]
+    first_owners, first = np.unique(owners[hit], return_index=True)
+    found[first_owners] = hashes[hit[first]]
+    return found
+
+
+def _repeated(digests: Keys, stays: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """All but the first of equal ones among those that stay."""
+    here = np.flatnonzero(stays)
+    repeated = stays.copy()
+    repeated[here[np.unique(digests[here], return_index=True)[1]]] = False
+    return repeated
+
+
+def _alike(signatures: NDArray[np.uint32], stays: NDArray[np.bool_], threshold: float) -> NDArray[np.bool_]:
+    """Rows whose signature is alike that of an earlier row that stays, among those that fall together in one of the bands."""
+    # The tallest bands that still bring 95 of 100 pairs at the threshold together: fewer pairs to compare.
+    height = max(tall for tall in range(1, 17) if tall == 1 or 1 - (1 - threshold**tall) ** (SIGNATURE // tall) >= 0.95)
+    gone = np.zeros(len(stays), bool)
+    for band in range(SIGNATURE // height):
+        here = np.flatnonzero(stays & ~gone)
+        part = np.ascontiguousarray(signatures[here, band * height : (band + 1) * height])
+        _, bucket = np.unique(part.view(np.dtype((np.void, part.itemsize * height))).ravel(), return_inverse=True)
+        order = np.argsort(bucket, kind="stable")
+        ends = np.flatnonzero(np.append(bucket[order][1:] != bucket[order][:-1], True)) + 1
+        for start, end in zip(np.append(0, ends[:-1]), ends, strict=True):
+            members = here[order[start:end]]
+            for _ in range(MOST_COMPARED):
+                if len(members) < 2:
+                    break
+                first, members = members[0], members[1:]
+                like = (signatures[members] == signatures[first]).mean(axis=1) >= threshold
+                gone[members[like]] = True
+                members = members[~like]
+    return gone
+
+
+def _surplus(measured: Measured, stays: NDArray[np.bool_], ratio: float, key: int) -> NDArray[np.bool_]:
+    """What each label has beyond `ratio` times the rarest label, chosen by `key` and the row's number."""
+    labels, counts = np.unique(measured.labels[stays & (measured.labels >= 0)], return_counts=True)
+    surplus = np.zeros(len(stays), bool)
+    for label in labels:
+        here = np.flatnonzero(stays & (measured.labels == label))
+        by_chance = here[np.argsort(draw(key, measured.rows[here]), kind="stable")]
+        surplus[by_chance[int(ratio * counts.min()) :]] = True
+    return surplus

@@ -1,0 +1,1 @@
+"""Examples and packed rows for people to look at."""

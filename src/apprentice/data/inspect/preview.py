@@ -1,0 +1,127 @@
+"""Examples of the plan for a person to read: the exact text that the model gets, with what is trained on marked.
+
+Knows nothing of packing or training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from apprentice.data.corpus import Corpus
+from apprentice.data.encoding.render import Renderer
+from apprentice.data.encoding.tokenize import Tokenized, drop_reason
+from apprentice.data.sampling.plan import Draw
+from apprentice.errors import RowError
+
+if TYPE_CHECKING:
+    from rich.text import Text
+
+OPEN, CLOSE = "⟦", "⟧"  # around what is trained on, where colours are not seen
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One example; `prompt` and `trained` are decoded from token ids, so they are what the model sees, special tokens included."""
+
+    position: int  # in the plan
+    task: str
+    template: str
+    format: str
+    row: int  # number in the task's training source
+    exemplars: int
+    shots: tuple[int, ...]  # rows of the exemplars that were drawn; the first `exemplars` of them fitted
+    pass_: int  # how often every row of the task was drawn before
+    prompt: str
+    trained: str
+    tokens: int
+    target_tokens: int
+    truncated: str  # what was cut, or empty
+    rejected: str = ""  # of a pair: the worse answer
+
+    @property
+    def heading(self) -> str:
+        return f"{self.position}: {self.task} · {self.template} · {self.format.replace('_', '-')}"
+
+    @property
+    def facts(self) -> str:
+        """One line on where it comes from and how long it is."""
+        shots = f", exemplars {', '.join(map(str, self.shots[: self.exemplars]))}" if self.exemplars else ""
+        cut = f", {self.truncated.replace('_', ' ')}" if self.truncated else ""
+        return f"row {self.row} in pass {self.pass_ + 1}{shots}, {self.tokens} tokens, {self.target_tokens} of them trained on{cut}"
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def preview(corpus: Corpus, number: int) -> list[Shown]:
+    """The first `number` usable examples of the plan; fewer if more than nine in ten are dropped."""
+    renderer, found = Renderer(corpus.tasks, corpus.indices), list[Shown]()
+    for start in range(0, 10 * number, number):
+        draws = corpus.plan.draws(start, start + number)
+        rendered = zip(draws, renderer.of_draws(draws), strict=True)
+        usable = [(draw, item) for draw, item in rendered if not isinstance(item, RowError)]
+        tokenized = corpus.encode([item for _, item in usable])
+        found += [_shown(corpus, draw, tokens) for (draw, _), tokens in zip(usable, tokenized, strict=True) if tokens is not None]
+        if len(found) >= number:
+            break
+    return found[:number]
+
+
+def to_text(shown: Sequence[Shown]) -> Text:
+    """For a terminal: what is trained on in green and between ⟦ and ⟧, a pair's worse answer in red."""
+    from rich.text import Text
+
+    text = Text()
+    for item in shown:
+        text.append(f"{item.heading}\n", "bold").append(f"{item.facts}\n", "dim").append(item.prompt)
+        text.append(f"{OPEN}{item.trained}{CLOSE}", "green")
+        if item.rejected:
+            text.append("\nrejected: ", "dim").append(f"{OPEN}{item.rejected}{CLOSE}", "red")
+        text.append("\n\n")
+    return text
+
+
+def trace(corpus: Corpus, positions: Sequence[int]) -> list[Shown]:
+    """The examples at these positions of the plan; one that was dropped has no tokens, and says why under `truncated`."""
+    renderer = Renderer(corpus.tasks, corpus.indices)
+    draws = [drawn for position in positions for drawn in corpus.plan.draws(position, position + 1)]
+    found = []
+    for draw, item in zip(draws, renderer.of_draws(draws), strict=True):
+        if isinstance(item, RowError):
+            found.append(_shown(corpus, draw, Tokenized([], 0, 0, item.reason)))
+            continue
+        [tokens] = corpus.encode([item])
+        found.append(_shown(corpus, draw, tokens or Tokenized([], 0, 0, drop_reason(corpus.layout, *item))))
+    return found
+
+
+def _trained(tokens: Tokenized, decode: Callable[..., str]) -> str:
+    """What is trained on; a conversation's later questions stand between ⟧ and ⟦ in it."""
+    text, done = "", tokens.prompt_length
+    for start, stop in tokens.untrained:
+        text += decode(tokens.ids[done:start], skip_special=False) + CLOSE
+        text += decode(tokens.ids[start:stop], skip_special=False) + OPEN
+        done = stop
+    return text + decode(tokens.ids[done:], skip_special=False)
+
+
+def _shown(corpus: Corpus, draw: Draw, tokens: Tokenized) -> Shown:
+    decode = corpus.layout.tokenizer.decode
+    return Shown(
+        position=draw.position,
+        task=draw.task,
+        template=draw.template,
+        format=draw.format,
+        row=draw.row,
+        exemplars=tokens.exemplars_used,
+        shots=draw.shots,
+        pass_=draw.pass_,
+        prompt=decode(tokens.ids[: tokens.prompt_length], skip_special=False),
+        trained=_trained(tokens, decode),
+        tokens=tokens.size,
+        target_tokens=tokens.target_tokens,
+        truncated=tokens.truncated or "",
+        rejected="" if tokens.rejected is None else _trained(tokens.rejected, decode),
+    )

@@ -1,0 +1,63 @@
+"""Which solved rows are shown before a row: drawn by key (seed, task, row), nested, never the row itself.
+
+They come from a pool of at most 4,096 training rows of the task, in a few contiguous stretches, so that few row groups
+of a large dataset have to be read for them. Knows nothing of templates; all exemplars of an example share its template.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from apprentice.data.index.row_ranges import RowRanges
+from apprentice.data.sampling.permutation import Keys, Numbers, draw, key_of, permute
+
+POOL_STRETCHES = 8
+STRETCH_ROWS = 512
+
+
+class Pool:
+    """The rows of one task that can be exemplars; `kept` are source row numbers, ascending.
+
+    `draw(key, rows)` gives the key of each row's exemplars.
+    """
+
+    def __init__(self, seed: int, task: str, kept: Numbers | RowRanges) -> None:
+        self.key = key_of(seed, task, "exemplars")
+        stretches = max(1, len(kept) // STRETCH_ROWS)
+        if stretches > POOL_STRETCHES:
+            chosen = permute(np.arange(POOL_STRETCHES), stretches, key_of(seed, task, "exemplar stretches"))
+            places = (np.sort(chosen)[:, None] * STRETCH_ROWS + np.arange(STRETCH_ROWS)).ravel()
+            self.rows: Numbers = kept[places]
+        else:
+            self.rows = kept[: POOL_STRETCHES * STRETCH_ROWS]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+def candidates(sizes: Numbers, keys: Keys, count: int) -> Numbers:
+    """(len(keys), count) places in pools of `sizes`, all different within a line; `count` is at most the smallest size.
+
+    The first j of a line are the same for every `count`.
+    """
+    places = np.broadcast_to(np.arange(count), (len(keys), count))
+    return permute(places, sizes[:, None], keys[:, None])
+
+
+def without(own: Numbers, candidate_rows: Numbers, counts: Numbers) -> list[tuple[int, ...]]:
+    """The first `counts[i]` of line i of `candidate_rows` that are not the row `own[i]`."""
+    lines = zip(candidate_rows.tolist(), own.tolist(), counts.tolist(), strict=True)
+    return [tuple([row for row in line if row != mine][:count]) for line, mine, count in lines]
+
+
+def exemplar_rows(seed: int, task: str, row: int, k: int, kept: Numbers) -> tuple[int, ...]:
+    """Source row numbers of the first `k` exemplars of `row`, from the training index `kept`; fewer if it has fewer rows.
+
+    The first of five is the one of one, and `row` itself is never among them.
+    """
+    pool = Pool(seed, task, kept)
+    if not len(pool) or k < 1:
+        return ()
+    own = np.array([row])
+    places = candidates(np.array([len(pool)]), draw(pool.key, own), min(k + 1, len(pool)))
+    return without(own, pool.rows[places], np.array([k]))[0]

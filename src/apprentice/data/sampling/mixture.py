@@ -1,0 +1,134 @@
+"""How often each task is drawn: the mixture's strategy and the tasks' sizes to integer weights.
+
+Integers make everything that follows exact, and the same on every machine. Knows nothing of which row comes when.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from decimal import Decimal
+from fractions import Fraction
+from math import gcd, lcm
+from typing import NamedTuple
+
+from apprentice.data.sampling.interleave import MAX_TOTAL
+from apprentice.errors import RecipeError, did_you_mean
+from apprentice.recipe import Group, Mixture
+
+_ROOM = MAX_TOTAL // 2  # weights are scaled to this total where exact ones would be larger; rounding up has the other half
+
+
+class Size(NamedTuple):
+    """What a task that is trained on brings to the mixture."""
+
+    rows: int  # usable training rows
+    cluster: str = ""
+    target_tokens: float = 1.0  # mean of an example's answer
+
+
+def shares(mixture: Mixture, sizes: Mapping[str, Size]) -> dict[str, int]:
+    """Task → integer weight of its share of positions, for the tasks that have rows.
+
+    Exact where the weights' total stays below 2**30, and else rounded to that total, though never to 0. By target tokens, a task
+    with answers of half the mean length is drawn twice as often. Raises `RecipeError` if nothing has rows, if `weights` or
+    `groups` name other tasks than those, or if a task is in no group or in two.
+    """
+    if not any(size.rows for size in sizes.values()):
+        raise RecipeError("data: no task has rows to train on; check data.tasks, data.hold_out and data.validation.")
+    found = _within(mixture, dict(sizes), sizes, "data.mixture")
+    if mixture.by == "target_tokens":
+        found = {task: _per_token(share, sizes[task].target_tokens) for task, share in found.items()}
+    return _integers({task: found[task] for task in sizes if task in found})
+
+
+def epoch_rows(mixture: Mixture | Group, sizes: Mapping[str, Size], where: str = "data.mixture") -> dict[str, int]:
+    """Task → rows of it in one epoch: those it has, up to the cap of the mixture, or of the innermost group that the task is in."""
+    if mixture.groups is None:
+        return {task: min(size.rows, mixture.cap or size.rows) for task, size in sizes.items()}
+    members = {name: _members(group, sizes, sizes, f"{where}.groups.{name}") for name, group in mixture.groups.items()}
+    parts = [epoch_rows(mixture.groups[name], tasks, f"{where}.groups.{name}") for name, tasks in members.items()]
+    return {task: rows for part in parts for task, rows in part.items()}
+
+
+def _within(mixture: Mixture | Group, sizes: Mapping[str, Size], known: Mapping[str, Size], where: str) -> dict[str, Fraction]:
+    """Task → its part of what `sizes` share, all together 1; nothing for tasks without rows."""
+    if mixture.groups is None:
+        weights = _weights(mixture, sizes, where)
+        total = sum(weights.values())
+        return {task: weight / total for task, weight in weights.items()}
+    members = {name: _members(group, sizes, known, f"{where}.groups.{name}") for name, group in mixture.groups.items()}
+    homes: dict[str, str] = {}
+    for name, tasks in members.items():
+        for task in tasks:
+            if task in homes:
+                raise RecipeError(f"{where}.groups: {task!r} is in both {homes[task]!r} and {name!r}; leave it in one of them.")
+            homes[task] = name
+    if missing := [task for task, size in sizes.items() if task not in homes and size.rows]:
+        raise RecipeError(f"{where}.groups: {missing[0]!r} is in no group; put every task that is trained on into one.")
+    filled = {name: tasks for name, tasks in members.items() if any(size.rows for size in tasks.values())}
+    whole = sum((Fraction(str(mixture.groups[name].share)) for name in filled), Fraction(0))
+    found: dict[str, Fraction] = {}
+    for name, tasks in filled.items():
+        group = mixture.groups[name]
+        part = Fraction(str(group.share)) / whole
+        inner = _within(group, tasks, known, f"{where}.groups.{name}")
+        found |= {task: part * share for task, share in inner.items()}
+    return found
+
+
+def _members(group: Group, sizes: Mapping[str, Size], known: Mapping[str, Size], where: str) -> dict[str, Size]:
+    """The tasks that a group and the groups in it name, by themselves or by their cluster."""
+    if group.groups is not None:
+        inner = [_members(one, sizes, known, f"{where}.groups.{name}") for name, one in group.groups.items()]
+        return {task: size for tasks in inner for task, size in tasks.items()}
+    found: dict[str, Size] = {}
+    for entry in group.tasks or ():
+        here = {task: size for task, size in sizes.items() if entry in (task, size.cluster)}
+        if not here:
+            names = [*known, *sorted({size.cluster for size in known.values() if size.cluster})]
+            raise RecipeError(
+                f"{where}.tasks: {entry!r} is neither a task that is trained on nor a cluster of such.{did_you_mean(entry, names)}"
+            )
+        found |= here
+    return found
+
+
+def _weights(mixture: Mixture | Group, sizes: Mapping[str, Size], where: str) -> dict[str, Fraction]:
+    rows = {task: size.rows for task, size in sizes.items() if size.rows > 0}
+    if mixture.strategy == "weights":
+        return _given(mixture.weights or {}, sizes, rows, where)
+    if mixture.strategy == "equal":
+        return dict.fromkeys(rows, Fraction(1))
+    counted = {task: min(size, mixture.cap or size) for task, size in rows.items()}
+    if mixture.strategy == "proportional":
+        return {task: Fraction(size) for task, size in counted.items()}
+    # Decimal powers are rounded alike on every machine; those of the C library are not.
+    power = 1 / Decimal(str(mixture.temperature))
+    return {task: Fraction(Decimal(size) ** power) for task, size in counted.items()}
+
+
+def _given(weights: Mapping[str, float], sizes: Mapping[str, Size], rows: Mapping[str, int], where: str) -> dict[str, Fraction]:
+    for task in weights:
+        if task not in sizes:
+            raise RecipeError(f"{where}.weights: {task!r} is not a task that is trained on.{did_you_mean(task, sizes)}")
+        if task not in rows:
+            raise RecipeError(f"{where}.weights: {task!r} has no rows to train on; leave it out.")
+    if missing := [task for task in rows if task not in weights]:
+        raise RecipeError(f"{where}.weights: {missing[0]!r} has no weight; give one to every task that is trained on.")
+    return {task: Fraction(str(weights[task])) for task in rows}
+
+
+def _per_token(share: Fraction, target_tokens: float) -> Fraction:
+    """Decimals, whose denominators have a common one that is small; fractions of many means would have none."""
+    return Fraction(Decimal(share.numerator) / Decimal(share.denominator) / Decimal(str(max(target_tokens, 1e-3))))
+
+
+def _integers(weights: Mapping[str, Fraction]) -> dict[str, int]:
+    scale = lcm(*(weight.denominator for weight in weights.values()))
+    exact = {task: int(weight * scale) for task, weight in weights.items()}
+    shared = gcd(*exact.values())
+    exact = {task: weight // shared for task, weight in exact.items()}
+    total = sum(exact.values())
+    if total <= _ROOM:
+        return exact
+    return {task: max(1, round(Fraction(weight * _ROOM, total))) for task, weight in exact.items()}

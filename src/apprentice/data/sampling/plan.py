@@ -1,0 +1,170 @@
+"""The order of training as a pure function: position → task, format, template, row and exemplars.
+
+Nothing here has state: any stretch of positions can be computed by itself, at the same cost wherever it lies and however
+large the datasets are. Knows nothing of texts, tokens or Ray.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+from typing import NamedTuple
+
+import numpy as np
+
+from apprentice.data.index.build import is_held_out
+from apprentice.data.index.task_index import TaskIndex
+from apprentice.data.sampling.exemplars import Pool, candidates, exemplar_rows, without
+from apprentice.data.sampling.interleave import Rotation
+from apprentice.data.sampling.mixture import Size, shares
+from apprentice.data.sampling.permutation import Numbers, below, draw, key_of, permute
+from apprentice.data.sampling.shuffle import RowOrder, drawn, runs
+from apprentice.recipe import Formats, Recipe
+from apprentice.tasks.schema import Task, Template
+
+__all__ = ["FORMATS", "Draw", "Plan", "exemplar_rows"]
+
+FORMATS = ("zero_shot", "few_shot", "inverted", "cot")
+_ZERO_SHOT, _FEW_SHOT, _INVERTED, _COT = range(4)
+
+
+class Draw(NamedTuple):
+    """What stands at one position of the plan."""
+
+    position: int
+    task: str
+    format: str  # one of FORMATS
+    template: str
+    row: int  # number in the task's training source
+    shots: tuple[int, ...]  # source row numbers of the exemplars, nearest to the instruction's start first
+    pass_: int  # how often every row of the task was drawn before
+
+
+class _Member(NamedTuple):
+    """One task that is trained on."""
+
+    name: str
+    scored: tuple[str, ...]  # templates
+    inverted: tuple[str, ...]
+    cot: tuple[str, ...]
+    order: RowOrder
+
+    @property
+    def by_format(self) -> tuple[tuple[str, ...], ...]:
+        """The templates that each of FORMATS may use."""
+        return (self.scored, self.scored, self.inverted, self.cot)
+
+
+class Plan:
+    """The plan of a run; make it with `Plan.of`."""
+
+    def __init__(self, seed: int, formats: Formats, shots: tuple[int, int], members: Sequence[_Member], weights: Sequence[int]):
+        self._state = (seed, formats, shots, tuple(members), tuple(weights))
+        self._shots = shots
+        self._format_key, self._template_key, self._shots_key = (key_of(seed, name) for name in ("format", "template", "shots"))
+        self._members = tuple(members)
+        self._leaf = {member.name: leaf for leaf, member in enumerate(members)}
+        self._rotation = Rotation(weights)
+        self._orders = [member.order for member in members]
+        self._pools = [Pool(seed, member.name, member.order.kept) for member in members]
+        self._pool_sizes = np.array([len(pool) for pool in self._pools])
+        # Column f: how many templates format f may use.
+        self._templates = np.array([[len(names) for names in member.by_format] for member in members])
+        last = round(formats.cot * 2**53)
+        self._bounds = (round(formats.zero_shot * 2**53), 2**53 - round(formats.inverted * 2**53) - last, 2**53 - last)
+
+    def __reduce__(self) -> tuple[type[Plan], tuple[int, Formats, tuple[int, int], tuple[_Member, ...], tuple[int, ...]]]:
+        return type(self), self._state
+
+    @classmethod
+    def of(cls, recipe: Recipe, tasks: Sequence[Task], indices: Mapping[str, TaskIndex]) -> Plan:
+        """The plan over all tasks that are not held out and have training rows; the order of `tasks` does not matter.
+
+        Raises `RecipeError` if there is none, or if the mixture's weights name other tasks.
+        """
+        by_name = {task.name: task for task in tasks}
+        trained = {name: task for name, task in sorted(by_name.items()) if not is_held_out(task, recipe.data.hold_out)}
+        sizes = {
+            name: Size(len(indices[name].train), task.cluster, indices[name].mean_target_tokens) for name, task in trained.items()
+        }
+        weights = shares(recipe.data.mixture, sizes)
+        members = []
+        for name in weights:
+            source = indices[name].train_source
+            groups = np.array(source.group_rows if source else (), dtype=np.int64)
+            order = RowOrder(key_of(recipe.seed, name, "order"), indices[name].train, groups)
+            task = trained[name]
+            kinds = (task.scored_templates, task.inverted_templates, task.cot_templates)
+            scored, inverted, cot = (_some(kind, recipe, name) for kind in kinds)
+            members.append(_Member(name, scored, inverted, cot, order))
+        return cls(recipe.seed, recipe.data.formats, recipe.data.shots, members, list(weights.values()))
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Names of the tasks trained on, sorted."""
+        return tuple(member.name for member in self._members)
+
+    @property
+    def shares(self) -> dict[str, Fraction]:
+        """Task → its exact share of the positions."""
+        total = sum(self._rotation.weights)
+        return {name: Fraction(weight, total) for name, weight in zip(self.tasks, self._rotation.weights, strict=True)}
+
+    def task_at(self, position: int) -> str:
+        return self._members[int(self._rotation.turns(np.array([position]))[0][0])].name
+
+    def count(self, task: str, position: int) -> int:
+        """How often `task` stands before `position`: closed form, within 2 of position × share."""
+        return self._rotation.count(self._leaf[task], position)
+
+    def draws(self, start: int, stop: int) -> list[Draw]:
+        """What stands at the positions [start, stop)."""
+        positions = np.arange(start, stop, dtype=np.int64)
+        if not positions.size:
+            return []
+        leaves, counts = self._rotation.turns(positions)
+        formats = self._formats(positions, leaves)
+        usable = self._templates[leaves, formats]
+        templates = below(draw(self._template_key, positions), usable).tolist()
+        rows, passes = drawn(self._orders, leaves, counts)
+        shots = self._exemplars(positions, leaves, formats, rows)
+        columns = zip(positions.tolist(), leaves.tolist(), formats.tolist(), templates, rows.tolist(), passes.tolist(), strict=True)
+        draws = []
+        for position, leaf, form, template, row, pass_ in columns:
+            member = self._members[leaf]
+            names = member.by_format[form]
+            draws.append(Draw(position, member.name, FORMATS[form], names[template], row, shots.get(position, ()), pass_))
+        return draws
+
+    def _formats(self, positions: Numbers, leaves: Numbers) -> Numbers:
+        """The drawn format, or zero-shot where the task cannot do that one (and inverted where it can do nothing else)."""
+        chance = (draw(self._format_key, positions) >> np.uint64(11)).astype(np.int64)
+        formats = sum(((chance >= bound).astype(np.int64) for bound in self._bounds), np.zeros_like(chance))
+        too_few = (formats == _FEW_SHOT) & (self._pool_sizes[leaves] <= self._shots[1])
+        formats[too_few | (self._templates[leaves, formats] == 0)] = _ZERO_SHOT
+        formats[self._templates[leaves, formats] == 0] = _INVERTED
+        return formats
+
+    def _exemplars(self, positions: Numbers, leaves: Numbers, formats: Numbers, rows: Numbers) -> dict[int, tuple[int, ...]]:
+        """Position → exemplars, for the few-shot ones."""
+        few = np.flatnonzero(formats == _FEW_SHOT)
+        if not few.size:
+            return {}
+        least, most = self._shots
+        counts = least + below(draw(self._shots_key, positions[few]), most - least + 1)
+        by_pool, parts = runs(leaves[few])
+        few, counts = few[by_pool], counts[by_pool]
+        keys = np.empty(len(few), dtype=np.uint64)
+        for leaf, part in parts:
+            keys[part] = self._pools[leaf].key
+        places = candidates(self._pool_sizes[leaves[few]], draw(keys, rows[few]), most + 1)
+        for leaf, part in parts:
+            places[part] = self._pools[leaf].rows[places[part]]
+        return dict(zip(positions[few].tolist(), without(rows[few], places, counts), strict=True))
+
+
+def _some(templates: Sequence[Template], recipe: Recipe, task: str) -> tuple[str, ...]:
+    """The names of the templates that training uses: all, or so many of them by key, in the file's order."""
+    most = min(recipe.data.templates_per_task or len(templates), len(templates))
+    chosen = permute(np.arange(most), max(len(templates), 1), key_of(recipe.seed, task, "templates"))
+    return tuple(templates[number].name for number in sorted(chosen.tolist()))

@@ -1,0 +1,1 @@
+"""Where the rows of a task lie, and their conversion to Parquet."""

@@ -1,0 +1,111 @@
+"""Rows of JSON to Arrow tables in which each number stays the number that it was.
+
+An Arrow column has one type, so 0 beside 0.5 would become 0.0, and a whole number of more than 64 bits has no place at all. A
+column that holds such numbers is kept as JSON text, marked to be read back row by row.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import chain
+from typing import Any
+
+import pyarrow as pa
+
+from apprentice.data.sources.column_text import marked
+from apprentice.errors import DataError
+
+ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_BITS_64 = range(-(2**63), 2**63)
+
+Rows = list[dict[str, Any]]
+_Kinds = dict[tuple[str, ...], set[str]]  # path of keys, the column's first → kinds of numbers that stand there
+
+
+def without_surrogates(value: Any) -> Any:
+    """`value` with U+FFFD for each half of a surrogate pair, which no encoding can hold; such rows are counted as broken."""
+    if isinstance(value, str):
+        return _SURROGATE.sub("\ufffd", value)
+    if isinstance(value, list):
+        return [without_surrogates(item) for item in value]
+    if isinstance(value, dict):
+        return {without_surrogates(key): without_surrogates(item) for key, item in value.items()}
+    return value
+
+
+def tables_of(batches: Callable[[], Iterable[Rows]], name: str, rules: int) -> Iterator[pa.Table]:
+    """Two passes over `batches`: the types of all rows together (absent keys are null), then the tables.
+
+    By the rules of format 1 whole numbers beside fractions become fractions. Raises `DataError` for a key whose values are of
+    different types.
+    """
+    schema, kinds = pa.schema([]), _Kinds()
+    for batch in batches():
+        keys = list(dict.fromkeys(chain.from_iterable(batch)))
+        try:
+            found = pa.schema([(key, _type_of([row.get(key) for row in batch])) for key in keys])
+            schema = pa.unify_schemas([schema, found], promote_options="permissive")
+        except (pa.ArrowException, OverflowError) as error:
+            raise DataError(f"{name}: a key has values of different types: {error}; give each key one type.") from error
+        _see(batch, (), kinds)
+    kept = {path[0] for path, kind in kinds.items() if "big" in kind or (rules >= 2 and len(kind) > 1)}
+    stored = pa.schema([marked(pa.field(field.name, pa.string()), "json") if field.name in kept else field for field in schema])
+    for batch in batches():
+        rows = [_as_json(row, kept, schema) for row in batch] if kept else batch
+        yield pa.Table.from_pylist(rows, schema=stored)
+
+
+def _type_of(values: list[Any]) -> pa.DataType:
+    try:
+        return pa.array(values).type
+    except (OverflowError, pa.ArrowInvalid):  # of a long number, or of values that do not fit together: then it fails again
+        return pa.array([_small(value) for value in values]).type
+
+
+def _small(value: Any) -> Any:
+    """`value` with 0 for each whole number of more than 64 bits."""
+    if isinstance(value, list):
+        return [_small(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _small(item) for key, item in value.items()}
+    return 0 if isinstance(value, int) and value not in _BITS_64 else value
+
+
+def _see(values: list[Any], path: tuple[str, ...], kinds: _Kinds) -> None:
+    """Adds to `kinds` what numbers stand in `values`, which all stand at `path`."""
+    types = set(map(type, values))
+    if float in types:
+        kinds.setdefault(path, set()).add("fraction")
+    if int in types:
+        kinds.setdefault(path, set()).add("whole")
+        if any(type(value) is int and value not in _BITS_64 for value in values):
+            kinds[path].add("big")
+    if list in types:
+        _see(list(chain.from_iterable(value for value in values if type(value) is list)), path, kinds)
+    if dict in types:
+        inner = defaultdict[str, list[Any]](list)
+        for value in values:
+            for key, item in value.items() if type(value) is dict else ():
+                inner[key].append(item)
+        for key, items in inner.items():
+            _see(items, (*path, key), kinds)
+
+
+def _as_json(row: Mapping[str, Any], kept: set[str], schema: pa.Schema) -> dict[str, Any]:
+    return {
+        key: json.dumps(_filled(value, schema.field(key).type), ensure_ascii=False) if key in kept and value is not None else value
+        for key, value in row.items()
+    }
+
+
+def _filled(value: Any, kind: pa.DataType) -> Any:
+    """`value` with None for the keys of `kind` that it lacks, as Arrow would give it back."""
+    if isinstance(value, list):
+        return [_filled(item, kind.value_type) for item in value]
+    if isinstance(value, dict):
+        return {field.name: _filled(value.get(field.name), field.type) for field in kind}
+    return value

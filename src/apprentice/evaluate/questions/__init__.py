@@ -1,0 +1,1 @@
+"""What is asked: rows, prompts, perturbed wordings, and the models that answer."""

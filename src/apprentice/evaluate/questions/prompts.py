@@ -1,0 +1,89 @@
+"""Requests to questions: rendered, with exemplars, as token ids under one layout, cut to a limit.
+
+Knows nothing of models. Exemplars come from the task's training index, for held-out tasks too, and are the same for every subject.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import pyarrow as pa
+
+from apprentice.data.corpus import Corpus
+from apprentice.data.encoding.prompt_format import Exemplar, Layout
+from apprentice.data.encoding.render import Renderer
+from apprentice.data.encoding.tokenize import drop_reason, fit_prompt
+from apprentice.data.index.task_index import TaskIndex
+from apprentice.data.sampling.plan import exemplar_rows
+from apprentice.errors import RowError
+from apprentice.evaluate.questions.perturbation import perturbed
+from apprentice.evaluate.questions.row_selection import Request
+from apprentice.evaluate.report.predictions import ENCODED, table_of
+from apprentice.model_pool.limits import Limits
+
+NOT_A_CHOICE = "target_not_a_choice"
+EMPTY_CHOICE = "choice_without_tokens"
+NOTHING_TO_CHANGE = "nothing_to_change"  # the perturbation does not apply to this question
+
+
+def encoded(corpus: Corpus, requests: Iterable[Request], layout: Layout, limits: Limits) -> pa.Table:
+    """One line of `predictions.ENCODED` per request, in order; those that cannot be asked say why in `dropped`."""
+    renderer = Renderer(corpus.tasks, corpus.indices)
+    seed, indices = corpus.recipe.seed, corpus.indices
+    return table_of([_question(request, renderer, indices[request.task], layout, seed, limits) for request in requests], ENCODED)
+
+
+def _question(request: Request, renderer: Renderer, index: TaskIndex, layout: Layout, seed: int, limits: Limits) -> dict[str, Any]:
+    record: dict[str, Any] = request._asdict() | {"truncated": "", "dropped": ""}
+    try:
+        example = renderer.example(request.task, "test", request.row, request.template)
+    except RowError as error:
+        return record | {"dropped": error.reason}
+    if example.choices and example.target not in example.choices:
+        return record | {"dropped": NOT_A_CHOICE}
+    if request.perturbation:
+        changed = perturbed(example, request.perturbation, seed, request.row)
+        if changed is None:
+            return record | {"dropped": NOTHING_TO_CHANGE}
+        example = changed
+    rows, exemplars = _exemplars(request, renderer, index, seed)
+    answers = layout.encode_answers(example.choices) if example.choices else []
+    if not all(answers):
+        return record | {"dropped": EMPTY_CHOICE}
+    choice_ids = [[*ids, *layout.end_ids] for ids in answers]
+    room = limits.prompt_before(max(map(len, choice_ids), default=limits.reply))
+    fitted = fit_prompt(layout, example, exemplars, room)
+    if fitted is None:
+        return record | {"dropped": drop_reason(layout, example, exemplars)}
+    return record | {
+        "prompt": layout.tokenizer.decode(fitted.ids, skip_special=False),
+        "target": example.target,
+        "references": list(example.references),
+        "choices": list(example.choices),
+        "exemplars": rows[: fitted.exemplars_used],
+        "prompt_tokens": len(fitted.ids),
+        "truncated": fitted.truncated or "",
+        "prompt_ids": fitted.ids,
+        "choice_ids": choice_ids,
+    }
+
+
+def _exemplars(request: Request, renderer: Renderer, index: TaskIndex, seed: int) -> tuple[list[int], list[Exemplar]]:
+    """Rows and exemplars for one request; a row that this template cannot render is left out."""
+    rows: list[int] = []
+    shown: list[Exemplar] = []
+    if request.shots:
+        for row in exemplar_rows(seed, request.task, request.row, request.shots, index.train):
+            try:
+                solved = renderer.example(request.task, "train", row, request.template)
+            except RowError:
+                continue
+            rows.append(int(row))
+            shown.append(Exemplar(solved.instruction, solved.input, solved.target))
+    return rows, shown
+
+
+def can_show(index: TaskIndex, shots: int) -> bool:
+    """True if the task has enough training rows for `shots` exemplars."""
+    return shots == 0 or (index.train_source is not None and len(index.train) > shots)

@@ -1,0 +1,1 @@
+"""The report: its schema, writing, plots, comparison and the quality gate."""

@@ -1,0 +1,97 @@
+"""Several evaluations' tables of predictions to one, in which each run is a subject and the first is what the others meet. Pure."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+
+from apprentice.errors import EvaluationError
+from apprentice.evaluate.report.predictions import PREDICTION, facts_of, table_of, with_facts
+from apprentice.evaluate.scoring.majority_baseline import NAME as MAJORITY
+from apprentice.tasks.exposure import exposure_in, most_seen
+
+
+def joined(tables: Mapping[str, pa.Table]) -> pa.Table:
+    """Run name → its table becomes one table of the tasks that all have; of each run the last subject is taken.
+
+    Kept are the questions that all of them answered, so that columns and differences are over the same rows. Raises
+    `EvaluationError` for fewer than two runs, or no task or question in common.
+    """
+    if len(tables) < 2:
+        raise EvaluationError("comparing needs at least two runs of different names.")
+    facts = {name: facts_of(table) for name, table in tables.items()}
+    common = set.intersection(*(set(found["tasks"]) for found in facts.values()))
+    if not common:
+        raise EvaluationError(f"the runs {', '.join(tables)} have no task in common, so there is nothing to compare.")
+    records: list[dict[str, Any]] = []
+    subjects = []
+    for number, (name, table) in enumerate(tables.items()):
+        last = facts[name]["subjects"][-1]
+        subjects.append({**last, "name": name})
+        kept = [record for record in table.to_pylist() if record["task"] in common]
+        # A run's log-ratio is to its own base, which is not the run that it meets here.
+        records += [{**record, "subject": name, "log_ratio": None} for record in kept if record["subject"] == last["name"]]
+        records += [record for record in kept if record["subject"] == MAJORITY and not number]
+    first = next(iter(facts.values()))
+    records, shared = _over_shared_questions(records, list(tables))
+    if not shared:
+        raise EvaluationError(f"the runs {', '.join(tables)} answered no question in common, so there is nothing to compare.")
+    # A task that any of the runs trained on is not held out for all.
+    seen = {task: most_seen([exposure_in(found["tasks"][task])["exposure"] for found in facts.values()]) for task in shared}
+    tasks = {
+        task: {**about, "exposure": seen[task], "held_out": seen[task] == "held_out"}
+        for task, about in first["tasks"].items()
+        if task in shared
+    }
+    judges = {found["settings"].get("judge") for found in facts.values()}
+    whole = first | {
+        "name": " and ".join(tables),
+        "subjects": subjects,
+        "tasks": tasks,
+        "shared": shared,
+        "settings": first["settings"] | {"gate": None, "judge": judges.pop() if len(judges) == 1 else None},
+        "story": {"history": [], "ledger": None},
+        "not_scored": [
+            {"task": task, "reason": f"not in {name}"}
+            for task in sorted(set().union(*(found["tasks"] for found in facts.values())) - common)
+            for name in facts
+            if task not in facts[name]["tasks"]
+        ]
+        + [{"task": task, "reason": "no question that all runs answered"} for task in sorted(common - set(shared))],
+    }
+    return with_facts(table_of(records, PREDICTION), whole)
+
+
+def _over_shared_questions(
+    records: Sequence[dict[str, Any]], runs: Sequence[str]
+) -> tuple[list[dict[str, Any]], dict[str, dict[str, Any]]]:
+    """The records of the questions that every column of every run answered; and what each task has of them (`shape.Shared`).
+
+    A question is a row in one wording, changed on purpose or not; how many exemplars stood before it makes another column.
+    """
+    answered: dict[str, dict[tuple[str, int], set[tuple[Any, ...]]]] = defaultdict(lambda: defaultdict(set))
+    for record in records:
+        if record["subject"] != MAJORITY:
+            of_column = answered[record["task"]][record["subject"], record["shots"]]
+            if record["prediction"] is not None:
+                of_column.add(_question(record))
+    kept, shared = {}, {}
+    for task, columns in answered.items():
+        everywhere = set.intersection(*columns.values()) if {run for run, _ in columns} == set(runs) else set()
+        plain = [question for question in everywhere if not question[2]]
+        if plain:
+            kept[task] = everywhere
+            own = {run: {row for (name, _), met in columns.items() if name == run for row, *_ in met} for run in runs}
+            shared[task] = {
+                "rows": len({row for row, *_ in plain}),
+                "questions": len(plain),
+                "of": {run: len(rows) for run, rows in own.items()},
+            }
+    return [record for record in records if _question(record) in kept.get(record["task"], ())], shared
+
+
+def _question(record: Mapping[str, Any]) -> tuple[int, str, str]:
+    return record["row"], record["template"], record["perturbation"]

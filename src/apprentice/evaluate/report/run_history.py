@@ -1,0 +1,43 @@
+"""What a run's folder tells beside its scores: training curve, ledger, and test rows that were met in training data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from apprentice.run.folder import Run
+from apprentice.run.json_lines import read_records
+
+MOST_POINTS = 400  # of the curve: more are not seen in a picture
+
+
+def story_of(run: Run | None) -> dict[str, Any]:
+    """`history` (a record per step and per validation, thinned evenly) and `ledger`; empty for a bare model."""
+    if run is None:
+        return {"history": [], "ledger": None}
+    history = [_point(record) for record in read_records(run.folder / "steps.jsonl")]
+    steps = [record for record in history if "loss" in record]
+    kept = {id(record) for record in steps[:: max(1, len(steps) // MOST_POINTS)]}
+    history = [record for record in history if "loss" not in record or id(record) in kept]
+    return {"history": history, "ledger": run.ledger_file.read_json() if run.ledger_file.exists() else None}
+
+
+def _point(record: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: record[key] for key in ("step", "loss", "validation_loss") if record.get(key) is not None}
+
+
+def contamination_of(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Task → how many of its test rows share a passage with training data, from the index's report; empty where nobody looked.
+
+    Training rows that were dropped say what the score would have been inflated by, and how alike the data are; those that were
+    kept, because the run was made before it was known that the task would be scored, do inflate it.
+    """
+    return {
+        task: {
+            "rows": seen["shared"],
+            "of": seen["test_rows"],
+            "dropped": sum(seen.get("training_rows_dropped", {}).values()),
+            "kept": sum(seen.get("training_rows_kept", {}).values()),
+        }
+        for task, seen in found.items()
+    }

@@ -1,0 +1,278 @@
+"""Evaluation on Ray: questions are encoded once per layout, scored by one pool of workers per subject, and summed up on the driver.
+
+Answers are kept as they come (`answers.py`), so an evaluation that was interrupted goes on where it stopped. The only file of this
+room that knows Ray. Ray must be initialised by the caller.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import ray
+
+from apprentice.data.encoding.prompt_format import Layout
+from apprentice.data.stream import Corpus
+from apprentice.errors import EvaluationError
+from apprentice.evaluate.questions.prompts import can_show, encoded
+from apprentice.evaluate.questions.row_selection import Request, requests_of
+from apprentice.evaluate.questions.subjects import Spoken, Subject, check_subjects, described, spoken_to
+from apprentice.evaluate.report import predictions
+from apprentice.evaluate.report.metadata import facts_for
+from apprentice.evaluate.report.run_history import story_of
+from apprentice.evaluate.report.write import write_report
+from apprentice.evaluate.scoring import majority_baseline as majority
+from apprentice.evaluate.scoring.answer_cache import ANSWER, PARTS, Answers, key_of
+from apprentice.evaluate.scoring.endpoint import EndpointScorer
+from apprentice.evaluate.scoring.judge import Asked, to_a_judge, to_the_writer, written
+from apprentice.evaluate.scoring.rank import ranked
+from apprentice.evaluate.scoring.worker import LEAST_TOGETHER, Scorer, blocks, with_prediction
+from apprentice.evaluate.stats.summary import summarise
+from apprentice.model_pool.actors import free_room, gathered, in_one_dtype, mapped
+from apprentice.model_pool.limits import Limits
+from apprentice.model_pool.model import model_on, weight_bytes
+from apprentice.model_pool.pool import Pool, Room, pool_for
+from apprentice.pretrained.architecture import gives_rewards
+from apprentice.pretrained.hub import local_folder
+from apprentice.recipe import Recipe
+from apprentice.run.folder import Run, public_base
+from apprentice.storage import Folder
+
+ENCODED_TOGETHER = 256  # requests
+Progress = Callable[[dict[str, Any]], None]
+Record = dict[str, Any]
+
+
+def evaluate(
+    recipe: Recipe,
+    corpus: Corpus,
+    subjects: Sequence[Subject],
+    out: Folder,
+    *,
+    run: Run | None = None,
+    known: Iterable[Folder] = (),
+    contamination: Mapping[str, Any] = {},
+    trained_clusters: Collection[str] = (),
+    progress: Progress,
+) -> dict[str, Any]:
+    """Scores every subject on the test rows of the corpus's tasks; writes predictions and reports to `out`, gives the report.
+
+    The first subject is the one that the others are compared with. A folder with a prompt contract is spoken to as the contract
+    says, a bare model in the recipe's layout. Answers that lie in `out`, or in the folders `known`, are not asked for again. `run`
+    adds its training curve and ledger to the report, `contamination` (`story.contamination_of`) what is known of a task's test
+    rows, `trained_clusters` are those of tasks that were trained on and may not be scored. Raises `EvaluationError` where there is
+    nothing to score or a model cannot answer, `ResourcesError` where no worker fits, `ContractError`, `ModelError`.
+    """
+    started = time.time()
+    check_subjects(subjects)
+    requests, not_scored = _requests(recipe, corpus, subjects)
+    room = free_room()
+    asked_for, recipe = recipe, recipe.model_copy(update={"model": in_one_dtype(recipe.model, room)})
+    spoken = {subject.name: spoken_to(subject, recipe, corpus) for subject in subjects}
+    majorities = _majorities(corpus, sorted({request.task for request in requests}))
+    answers = Answers(out, corpus.tasks, known)
+    rendered: dict[tuple[Any, ...], list[Record]] = {}
+    records: list[Record] = []
+    for subject in subjects:
+        manner, limits = spoken[subject.name].manner, spoken[subject.name].limits
+        key = spoken[subject.name].phrasing
+        if key not in rendered:
+            progress({"message": f"rendering {len(requests)} questions"})
+            rendered[key] = _encode(corpus, requests, manner.layout, limits)
+        asked = [question for question in rendered[key] if question["shots"] in subject.shots]
+        records += _score(subject, recipe, spoken[subject.name], asked, room, answers, progress)
+    if recipe.evaluation.judge is not None:
+        _judge(recipe, corpus, subjects, spoken, rendered, records, room, progress)
+    first = next(iter(rendered.values()))
+    least = min(request.shots for request in requests)
+    plain = [question for question in first if question["shots"] == least and not question["perturbation"]]
+    records += majority.predicted(plain, majorities)
+    facts = facts_for(asked_for, corpus.tasks, corpus.held_out, majorities, started, trained_clusters) | {
+        "subjects": [described(subject, spoken[subject.name]) for subject in subjects],
+        "not_scored": not_scored,
+        "test_rows": {name: len(corpus.indices[name].test) for name in majorities},
+        "story": story_of(run),
+    }
+    for name, about in facts["tasks"].items():
+        about["contaminated"] = contamination.get(name)
+    table = predictions.with_facts(predictions.scored(records, corpus.tasks), facts)
+    predictions.save(table, out)
+    answers.close()
+    report = summarise(table)
+    write_report(report, out)
+    progress({"message": report["summary"]["sentence"], "done": True})
+    return report
+
+
+def _requests(recipe: Recipe, corpus: Corpus, subjects: Sequence[Subject]) -> tuple[list[Request], list[dict[str, str]]]:
+    """What is asked, and which tasks are not (wholly) scored, with the reason."""
+    shots = sorted({k for subject in subjects for k in subject.shots})
+    settings = recipe.evaluation
+    requests: list[Request] = []
+    not_scored: list[dict[str, str]] = []
+    for task in corpus.tasks:
+        index = corpus.indices[task.name]
+        if index.test_source is None or not len(index.test):
+            not_scored.append({"task": task.name, "reason": "no test rows" if index.test_source else "no test split"})
+            continue
+        possible = [k for k in shots if can_show(index, k)]
+        if len(possible) < len(shots):
+            reason = (
+                f"too few training rows for {shots[len(possible)]} exemplars"
+                if index.train_source
+                else "no training split, so no exemplars"
+            )
+            not_scored.append({"task": task.name, "reason": reason})
+        if not possible:
+            continue
+        requests += requests_of(
+            task,
+            index.test,
+            possible,
+            max_examples=settings.max_examples,
+            templates_per_row=settings.templates_per_row,
+            seed=recipe.seed,
+            perturbations=settings.perturbations,
+        )
+    if not requests:
+        raise EvaluationError(
+            "none of the recipe's tasks has test rows, so there is nothing to score; add a task with a test split."
+        )
+    return requests, not_scored
+
+
+def _encode(corpus: Corpus, requests: Sequence[Request], layout: Layout, limits: Limits) -> list[dict[str, Any]]:
+    """The questions of all requests, sorted. Ray tasks render and tokenise; they share one copy of the corpus on each node."""
+    ordered = sorted(requests)  # rows that lie together are read together
+    parts = [ordered[start : start + ENCODED_TOGETHER] for start in range(0, len(ordered), ENCODED_TOGETHER)]
+    work, shared = ray.remote(num_cpus=1)(encoded), ray.put(corpus)
+    tables = gathered([work.remote(shared, part, layout, limits) for part in parts])
+    return [record for table in tables for record in table.to_pylist()]
+
+
+def _score(
+    subject: Subject,
+    recipe: Recipe,
+    spoken: Spoken,
+    asked: Sequence[Record],
+    room: Room,
+    answers: Answers,
+    progress: Progress,
+) -> list[Record]:
+    """The records of one subject: every question with its answer, or with the reason why there is none."""
+    blank = dict.fromkeys(ANSWER) | {"unscored": ""}
+    records = [{**question, **blank, "subject": subject.name, "key": None} for question in asked]
+    for record in records:
+        if not record["dropped"] and spoken.fingerprint is not None:
+            record["key"] = key_of(spoken.fingerprint, record)
+            record |= answers.find(record["key"]) or {}
+    open_places = [place for place, record in enumerate(records) if not record["dropped"] and record["prediction"] is None]
+    total = sum(not record["dropped"] for record in records)
+    if len(open_places) < total:
+        progress({"message": f"{subject.name}: {total - len(open_places)} of {total} answers were there already"})
+    start, done = time.monotonic(), 0
+    for block in _answered(subject, recipe, spoken, [(place, asked[place]) for place in open_places], room, progress):
+        for answer in block:
+            if answer["failure"]:
+                raise EvaluationError(f"{subject.name}: {answer['failure']}")
+            records[answer["place"]] = with_prediction(records[answer["place"]], answer, recipe.evaluation.rank_by)
+        fresh = [records[answer["place"]] for answer in block]
+        answers.add(fresh)
+        done += len(block)
+        left = (time.monotonic() - start) * (len(open_places) / done - 1)
+        progress({"message": f"{subject.name}: {total - len(open_places) + done} of {total} questions", "eta_s": left})
+    for record in records:  # answers that were there may have been ranked otherwise
+        if record["choice_logprobs"]:
+            record["prediction"] = ranked(record, recipe.evaluation.rank_by)
+    return records
+
+
+def _judge(
+    recipe: Recipe,
+    corpus: Corpus,
+    subjects: Sequence[Subject],
+    spoken: Mapping[str, Spoken],
+    rendered: Mapping[tuple[Any, ...], Sequence[Record]],
+    records: list[Record],
+    room: Room,
+    progress: Progress,
+) -> None:
+    """Gives every written reply the judge's reward and, where its writer was asked as the first subject was, their log-ratio."""
+    replies = written(records)
+    judge = Subject("judge", local_folder(str(recipe.evaluation.judge)))
+    if not gives_rewards(judge.folder):
+        raise EvaluationError(
+            f"evaluation.judge {public_base(str(recipe.evaluation.judge))} is no reward model; name a run with"
+            " `training.objective: reward`, or another model that gives an answer a number."
+        )
+    its = spoken_to(judge, recipe, corpus)
+    its = replace(its, manner=replace(its.manner, priors=False))
+    asked = to_a_judge(_encode(corpus, list(replies), its.manner.layout, its.limits), replies, its.manner.layout)
+    for record, reward in _values(judge, recipe, its, asked, room, progress):
+        record["reward"] = reward
+    base = subjects[0]
+    for subject in subjects[1:]:
+        manner = spoken[subject.name].manner
+        if subject.endpoint or base.endpoint or spoken[subject.name].phrasing != spoken[base.name].phrasing:
+            continue
+        plain = replace(spoken[subject.name], manner=replace(manner, priors=False))
+        own = to_the_writer(rendered[plain.phrasing], replies, subject.name, manner.layout)
+        sums = [_values(model, recipe, plain, own, room, progress) for model in (subject, base)]
+        counts = {id(record): len(question["choice_ids"][0]) for question, (record,) in own}
+        for (record, ours), (_, theirs) in zip(*sums, strict=True):
+            record |= {"log_ratio": ours - theirs, "reply_tokens": counts[id(record)]}
+
+
+def _values(
+    subject: Subject, recipe: Recipe, spoken: Spoken, asked: Asked, room: Room, progress: Progress
+) -> list[tuple[Record, float]]:
+    """Each record with the number that `subject` gives to it as a choice, in order."""
+    found: dict[int, list[float]] = {}
+    for block in _answered(
+        subject, recipe, spoken, [(place, question) for place, (question, _) in enumerate(asked)], room, progress
+    ):
+        for answer in block:
+            if answer["failure"]:
+                raise EvaluationError(f"{subject.name}: {answer['failure']}")
+            found[answer["place"]] = answer["choice_logprobs"]
+    return [pair for place, (_, records) in enumerate(asked) for pair in zip(records, found[place], strict=True)]
+
+
+def _answered(
+    subject: Subject,
+    recipe: Recipe,
+    spoken: Spoken,
+    asked: Sequence[tuple[int, Record]],
+    room: Room,
+    progress: Progress,
+) -> Iterator[list[Record]]:
+    """Blocks of answers (`scorer.ANSWERED`) to the questions, each with its place, as they come."""
+    if not asked:
+        return
+    worker: type = Scorer
+    arguments: tuple[Any, ...]
+    if subject.endpoint is not None:
+        pool = Pool(1, 1, 0)
+        worker, arguments = EndpointScorer, (subject.endpoint, spoken.manner)
+        progress({"message": f"{subject.name}: asking {subject.endpoint.url}"})
+    else:
+        bytes_of_one = weight_bytes(subject.folder, recipe.model, gpu=room.gpus > 0)
+        pool = pool_for(room, bytes_of_one, math.ceil(len(asked) / LEAST_TOGETHER))
+        load = partial(model_on, subject.folder, recipe.model, pool)
+        arguments = (load, str(subject.folder), spoken.manner)
+        progress({"message": f"{subject.name}: loading on {pool.workers} worker{'s' if pool.workers > 1 else ''}"})
+    for block in mapped(blocks(asked, pool.workers), worker, arguments, pool):
+        yield block.to_pylist()
+
+
+def _majorities(corpus: Corpus, names: Sequence[str]) -> dict[str, dict[str, Any] | None]:
+    """Task → its majority answer."""
+    work, shared = ray.remote(num_cpus=1)(majority.majority_of), ray.put(corpus)
+    return dict(zip(names, gathered([work.remote(shared, name) for name in names]), strict=True))
+
+
+__all__ = ["PARTS", "Subject", "evaluate", "predictions"]

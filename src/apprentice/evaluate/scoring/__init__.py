@@ -1,0 +1,1 @@
+"""Answers of a model or an endpoint to questions, remembered and scored."""

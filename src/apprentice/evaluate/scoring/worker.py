@@ -1,0 +1,96 @@
+"""One scoring worker: a model in memory, blocks of questions in, answers out. A plain class; what calls it may be Ray."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import pyarrow as pa
+
+from apprentice.errors import ApprenticeError, EvaluationError
+from apprentice.evaluate.report.predictions import ENCODED, table_of
+from apprentice.evaluate.scoring.rank import by_prior, check_finite, ranked
+from apprentice.inference.choice_scoring import choice_logprobs
+from apprentice.model_pool.generate import reply
+from apprentice.model_pool.limits import Manner
+from apprentice.models.reward import choice_rewards, is_reward
+
+LEAST_TOGETHER, MOST_TOGETHER = 16, 64  # questions of one block: enough to batch, few enough to share among workers
+ASKED = pa.schema([("place", pa.int64()), *ENCODED])  # place: of the question among all of its subject
+ANSWERED = pa.schema(
+    [
+        ("place", pa.int64()),
+        ("prediction", pa.string()),  # of generated questions
+        ("choice_logprobs", pa.list_(pa.float64())),
+        ("choice_priors", pa.list_(pa.float64())),
+        ("unscored", pa.string()),  # why this question has no answer
+        ("failure", pa.string()),  # why the whole block could not be answered; then it is the only line
+    ]
+)
+
+
+class Scorer:
+    """Answers blocks of questions with the model that `load` gives with the first of them, and that errors call `name`.
+
+    What the user can mend becomes a `failure` in the answer, not an exception: Ray would print that with all its stacks.
+    """
+
+    def __init__(self, load: Callable[[], Any], name: str, manner: Manner) -> None:
+        self._load, self._name, self._manner = load, name, manner
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        """A block of the schema `ASKED`, all of it ranked or all of it generated, becomes one of `ANSWERED`."""
+        asked = block.to_pylist()
+        try:
+            answers = self._ranked(asked) if asked[0]["choices"] else self._written(asked)
+        except ApprenticeError as error:
+            return pa.Table.from_pylist([{"failure": str(error)}], schema=ANSWERED)
+        rows = [{"place": question["place"], **answer} for question, answer in zip(asked, answers, strict=True)]
+        return pa.Table.from_pylist(rows, schema=ANSWERED)
+
+    def _ranked(self, asked: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        choices = [question["choice_ids"] for question in asked]
+        scores = choice_rewards if is_reward(self._model) else choice_logprobs
+        sums = scores(self._model, [question["prompt_ids"] for question in asked], choices)
+        for question, found in zip(asked, sums, strict=True):
+            check_finite(question, found)
+        if not self._manner.priors:
+            return [{"choice_logprobs": found} for found in sums]
+        empty = self._manner.empty_prompt
+        priors = by_prior(asked, lambda lists: choice_logprobs(self._model, [empty] * len(lists), lists))
+        return [{"choice_logprobs": found, "choice_priors": prior} for found, prior in zip(sums, priors, strict=True)]
+
+    def _written(self, asked: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        if is_reward(self._model):
+            raise EvaluationError(
+                f"{self._name} is a reward model and writes nothing, but some tasks are scored by what is written; leave out"
+                " those that have no choices."
+            )
+        return reply(self._model, asked, self._manner)
+
+    @cached_property
+    def _model(self) -> Any:
+        return self._load()
+
+
+def blocks(asked: Sequence[tuple[int, Mapping[str, Any]]], workers: int) -> list[pa.Table]:
+    """Questions, each with its place, in blocks of one kind and like length, the longest first; two or more for each worker."""
+    found = []
+    for is_ranked in (False, True):
+        chosen = [{"place": place, **question} for place, question in asked if bool(question["choices"]) is is_ranked]
+        chosen.sort(key=lambda question: (-question["prompt_tokens"], question["place"]))
+        size = min(MOST_TOGETHER, max(LEAST_TOGETHER, math.ceil(len(chosen) / (2 * workers))))
+        found += [table_of(chosen[start : start + size], ASKED) for start in range(0, len(chosen), size)]
+    return found
+
+
+def with_prediction(record: Mapping[str, Any], answer: Mapping[str, Any], rank_by: str) -> dict[str, Any]:
+    """A question's record with what an answer (of the schema `ANSWERED`) says of it."""
+    found = {name: answer[name] for name in ("prediction", "choice_logprobs", "choice_priors")}
+    found["unscored"] = answer["unscored"] or ""
+    if answer["choice_logprobs"]:
+        found["choice_tokens"] = [len(ids) for ids in record["choice_ids"]]
+        found["prediction"] = ranked({**record, **found}, rank_by)
+    return {**record, **found}

@@ -1,0 +1,1 @@
+"""Metrics, intervals and summaries. Pure functions of scores."""

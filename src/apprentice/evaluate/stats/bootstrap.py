@@ -1,0 +1,198 @@
+"""95% intervals over rows, a paired test, and marks that hold for their number; the wordings of a row stay together.
+
+What is right or wrong has Wilson's interval [1], with the number of independent answers that rows and wordings come to (Kish's
+effective number [2]), and a difference of two such scores on the same rows has Newcombe's (method 10 [3]). Both keep their width
+where all answers are right. Other metrics have the percentile bootstrap; where all its draws agree, Wilson's limits for as many
+answers as there are rows. The mean of several tasks has the limits that theirs add up to as squares (MOVER [4]): tasks are
+independent. What is marked better or worse is so after Benjamini and Hochberg's correction [5] for the number of comparisons.
+
+[1] Wilson 1927, J. Am. Stat. Assoc. 22. [2] Kish 1965, Survey Sampling. [3] Newcombe 1998, Stat. Med. 17, 2635.
+[4] Zou and Donner 2008, Stat. Med. 27. [5] Benjamini and Hochberg 1995, J. R. Stat. Soc. B 57.
+
+Knows nothing of tasks or models. The resamples of a key are always the same, so differences are paired by construction.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+
+from apprentice.evaluate.stats.metrics import Floats, Metric
+
+CONFIDENCE = 0.95
+RESAMPLES = 2_000
+_CHUNK = 4_000_000  # numbers of one block of resampling weights (32 MB)
+
+
+@dataclass(frozen=True)
+class RowSums:
+    """What a metric says of each row: its statistics summed over the row's wordings."""
+
+    rows: NDArray[np.int64]  # (rows,), ascending
+    sums: Floats  # (rows, width)
+    counts: Floats  # (rows,), wordings met
+
+    @classmethod
+    def of(cls, rows: Sequence[int], statistics: Sequence[Sequence[float]] | Floats) -> RowSums:
+        """Groups one vector per prediction by the prediction's row."""
+        unique, place = np.unique(np.asarray(rows, dtype=np.int64), return_inverse=True)
+        vectors = np.asarray(statistics, dtype=np.float64)
+        sums = np.zeros((len(unique), vectors.shape[1]))
+        np.add.at(sums, place, vectors)
+        return cls(unique, sums, np.bincount(place, minlength=len(unique)).astype(np.float64))
+
+    def only(self, rows: NDArray[np.int64]) -> RowSums:
+        """The same for those of its rows that are in `rows`."""
+        kept = np.isin(self.rows, rows)
+        return RowSums(self.rows[kept], self.sums[kept], self.counts[kept])
+
+    def score(self, metric: Metric) -> float:
+        return float(metric.value(self.sums.sum(axis=0), self.counts.sum()))
+
+
+def bootstrap(columns: Mapping[str, RowSums], metric: Metric, key: str, resamples: int = RESAMPLES) -> dict[str, Floats]:
+    """Column → its score in each resample, shape (resamples,). All columns must hold the same rows."""
+    rows = next(iter(columns.values())).rows
+    if any(not np.array_equal(column.rows, rows) for column in columns.values()):
+        raise ValueError("paired columns hold different rows")
+    random = np.random.default_rng(list(hashlib.sha256(f"bootstrap {key}".encode()).digest()))
+    share = np.full(len(rows), 1.0 / len(rows))
+    step = max(1, _CHUNK // len(rows))
+    parts: dict[str, list[Floats]] = {name: [] for name in columns}
+    for start in range(0, resamples, step):
+        times = random.multinomial(len(rows), share, size=min(step, resamples - start)).astype(np.float64)  # (resamples, rows)
+        for name, column in columns.items():
+            parts[name].append(metric.value(times @ column.sums, times @ column.counts))
+    return {name: np.concatenate(found) for name, found in parts.items()}
+
+
+def swapped(ours: RowSums, theirs: RowSums, metric: Metric, key: str, permutations: int = RESAMPLES) -> Floats:
+    """The difference of the two scores after their answers to rows changed sides at random, shape (permutations,).
+
+    What the difference would be if it did not matter which model answered: the paired randomisation test. Raises `ValueError` for
+    columns that hold different rows.
+    """
+    if not np.array_equal(ours.rows, theirs.rows):
+        raise ValueError("paired columns hold different rows")
+    random = np.random.default_rng(list(hashlib.sha256(f"swapped {key}".encode()).digest()))
+    step = max(1, _CHUNK // len(ours.rows))
+    parts = []
+    for start in range(0, permutations, step):
+        sides = random.integers(0, 2, size=(min(step, permutations - start), len(ours.rows))).astype(np.float64)
+        first = metric.value(sides @ ours.sums + (1 - sides) @ theirs.sums, sides @ ours.counts + (1 - sides) @ theirs.counts)
+        second = metric.value((1 - sides) @ ours.sums + sides @ theirs.sums, (1 - sides) @ ours.counts + sides @ theirs.counts)
+        parts.append(first - second)
+    return np.concatenate(parts)
+
+
+def p_value(difference: float, draws: Floats) -> float:
+    """How often chance alone gives at least such a difference, in either direction; never 0, since the data are one such draw."""
+    return float((1 + np.sum(np.abs(draws) >= abs(difference) - 1e-9)) / (1 + len(draws)))
+
+
+def percentiles(draws: Floats) -> tuple[float, float]:
+    """The percentile interval of bootstrap draws."""
+    tail = (1.0 - CONFIDENCE) / 2
+    low, high = np.quantile(draws, [tail, 1.0 - tail])
+    return float(low), float(high)
+
+
+def score_interval(column: RowSums, metric: Metric, key: str, resamples: int = RESAMPLES) -> tuple[float, float]:
+    """The interval of a column's score."""
+    if metric.binary:
+        return _wilson(column.score(metric), _independent(column), 0.0)
+    low, high = percentiles(bootstrap({"": column}, metric, key, resamples)[""])
+    return (low, high) if high > low else _wilson(column.score(metric), len(column.rows), metric.least)
+
+
+def difference_interval(
+    ours: RowSums, theirs: RowSums, metric: Metric, key: str, resamples: int = RESAMPLES
+) -> tuple[float, float]:
+    """The interval of the difference of two columns' scores over the same rows. Raises `ValueError` for other rows."""
+    if not np.array_equal(ours.rows, theirs.rows):
+        raise ValueError("paired columns hold different rows")
+    if not metric.binary:
+        draws = bootstrap({"ours": ours, "theirs": theirs}, metric, key, resamples)
+        low, high = percentiles(draws["ours"] - draws["theirs"])
+        if high > low:
+            return low, high
+    sides = [(column.score(metric), *score_interval(column, metric, key, resamples)) for column in (ours, theirs)]
+    return _difference(sides[0], sides[1], _correlation(ours, theirs) if metric.binary else 0.0)
+
+
+def mean_interval(estimates: Sequence[tuple[float, float, float]]) -> tuple[float, float]:
+    """The interval of the mean of independent estimates (value, low, high)."""
+    values, lows, highs = np.array(estimates).T
+    below, above = (float(np.sqrt(np.square(gaps).sum())) / len(values) for gaps in (values - lows, highs - values))
+    return float(values.mean()) - below, float(values.mean()) + above
+
+
+def apart_interval(ours: tuple[float, float, float], theirs: tuple[float, float, float]) -> tuple[float, float]:
+    """The interval of the difference of two estimates (value, low, high), taken as independent."""
+    return _difference(ours, theirs, 0.0)
+
+
+def adjusted(values: Sequence[float]) -> list[float]:
+    """p-values of several comparisons, each as large as it is once their number counts (Benjamini and Hochberg)."""
+    return [float(value) for value in stats.false_discovery_control(values, method="bh")] if values else []
+
+
+def verdict(low: float, high: float, p: float) -> str:
+    """`better` or `worse` where the interval of a difference leaves zero out and the adjusted `p` agrees, else `unclear`."""
+    if p > 1.0 - CONFIDENCE:
+        return "unclear"
+    return "better" if low > 0 else "worse" if high < 0 else "unclear"
+
+
+def _wilson(score: float, count: float, least: float) -> tuple[float, float]:
+    """Wilson's limits of a score from `least` to 100, as the share of right ones among `count` answers."""
+    z = float(stats.norm.ppf((1.0 + CONFIDENCE) / 2))
+    width = 100.0 - least
+    share = min(1.0, max(0.0, (score - least) / width))
+    middle = (share + z**2 / (2 * count)) / (1 + z**2 / count)
+    half = z / (1 + z**2 / count) * np.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
+    # At the edges the limit is the edge itself, and no rounding beside it.
+    low, high = (0.0 if share == 0.0 else middle - half), (1.0 if share == 1.0 else middle + half)
+    return least + width * float(low), least + width * float(high)
+
+
+def _residuals(column: RowSums) -> Floats:
+    """How far each row's sum of right answers is from what the score expects of it, in answers; shape (rows,)."""
+    return np.asarray(column.sums[:, 0] - column.counts * (column.sums[:, 0].sum() / column.counts.sum()))
+
+
+def _independent(column: RowSums) -> float:
+    """How many independent answers the rows come to: as many as there are rows where wordings agree, all where they do not."""
+    rows, answers = len(column.rows), float(column.counts.sum())
+    share = float(column.sums[:, 0].sum()) / answers
+    variance = float(np.square(_residuals(column)).sum()) / answers**2
+    return min(answers, max(rows, share * (1 - share) / variance)) if variance > 0 else rows
+
+
+def _correlation(ours: RowSums, theirs: RowSums) -> float:
+    """Of two columns' right answers, with Newcombe's correction for continuity; 0 where one is constant."""
+    one, other = _residuals(ours), _residuals(theirs)
+    rows = len(one)
+    each = float(ours.counts.mean() * theirs.counts.mean())
+    spread = float(np.sqrt(np.square(one).mean() * np.square(other).mean()))
+    if spread == 0.0:
+        return 0.0
+    shared = float((one * other).mean())
+    if shared > 0:
+        shared = max(0.0, shared - each / (2 * rows))
+    return shared / spread
+
+
+def _difference(ours: tuple[float, float, float], theirs: tuple[float, float, float], correlation: float) -> tuple[float, float]:
+    """The limits of `ours` less `theirs`, each (value, low, high)."""
+    (one, one_low, one_high), (other, other_low, other_high) = ours, theirs
+
+    def reach(first: float, second: float) -> float:
+        return float(np.sqrt(max(0.0, first**2 - 2 * correlation * first * second + second**2)))
+
+    return one - other - reach(one - one_low, other_high - other), one - other + reach(one_high - one, other - other_low)

@@ -1,0 +1,73 @@
+"""What a reward model says of the subjects' written replies: who wins how often, and what it may have cost. Pure.
+
+Win rate: how often (0 to 100) the reward of a reply is higher than that of the reply it is compared with, a tie counting half; its
+interval is Wilson's over rows, the wordings of a row together. Beside it stand two ways to please a reward model without being
+better: longer replies, and replies that the base would hardly say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from apprentice.evaluate.stats.bootstrap import RowSums, p_value, score_interval, swapped
+from apprentice.evaluate.stats.metrics import METRICS
+from apprentice.tasks.exposure import EXPOSURES
+
+Record = Mapping[str, Any]
+
+
+def judged_by(
+    judge: str, records: Sequence[Record], columns: Sequence[Mapping[str, Any]], exposures: Mapping[str, str], resamples: int
+) -> dict[str, Any]:
+    """`judge`, and `lines`: one for the tasks of each exposure, of each column that is compared with another.
+
+    A line has `win_rate`, `interval`, `p` (of wins and losses changing sides), `questions`, and of both sides `reward` and `words`
+    (means); `log_ratio` is how much likelier its replies are to the column than to the compared one, in nats per token, where both
+    were asked alike. The replies are greedy and tokenised again, so it estimates no divergence of the two models.
+    """
+    met = {(_column(record), *_question(record)): record for record in records if record["reward"] is not None}
+    lines = []
+    for exposure in EXPOSURES:
+        for column in columns:
+            ours, theirs = column["key"], column["against"]
+            pairs = [
+                (record, met[theirs, *question])
+                for (key, *question), record in met.items()
+                if key == ours and exposures[record["task"]] == exposure and (theirs, *question) in met
+            ]
+            if pairs:
+                about = {"held_out": exposure == "held_out", "exposure": exposure, "column": ours, "against": theirs}
+                lines.append(about | _line(pairs, f"{exposure} {ours}", resamples))
+    return {"judge": judge, "lines": lines}
+
+
+def _line(pairs: Sequence[tuple[Record, Record]], key: str, resamples: int) -> dict[str, Any]:
+    wins = [[float(np.sign(one["reward"] - other["reward"])) / 2 + 0.5] for one, other in pairs]
+    names = sorted({(one["task"], one["row"]) for one, _ in pairs})
+    numbers = {name: number for number, name in enumerate(names)}
+    rows = [numbers[one["task"], one["row"]] for one, _ in pairs]
+    sums, losses = RowSums.of(rows, wins), RowSums.of(rows, [[1.0 - won] for [won] in wins])
+    share = METRICS["accuracy"]  # the mean of what is between 0 and 1, as 0 to 100
+    sides = [[pair[side] for pair in pairs] for side in (0, 1)]
+    measured = [one for one in sides[0] if one["log_ratio"] is not None]
+    tokens = sum(one["reply_tokens"] for one in measured)
+    return {
+        "questions": len(pairs),
+        "win_rate": sums.score(share),
+        "interval": list(score_interval(sums, share, f"judge {key}", resamples)),
+        "p": p_value(sums.score(share) - losses.score(share), swapped(sums, losses, share, f"judge {key}", resamples)),
+        "reward": [float(np.mean([record["reward"] for record in side])) for side in sides],
+        "words": [float(np.mean([len(record["prediction"].split()) for record in side])) for side in sides],
+        "log_ratio": sum(one["log_ratio"] for one in measured) / tokens if tokens else None,
+    }
+
+
+def _column(record: Record) -> str:
+    return f"{record['subject']}@{record['shots']}"
+
+
+def _question(record: Record) -> tuple[Any, ...]:
+    return record["task"], record["row"], record["template"], record["perturbation"]

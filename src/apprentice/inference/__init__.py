@@ -1,0 +1,1 @@
+"""Our own inference engine on PyTorch: continuous batching, KV cache, sampling, choice scoring, adapters."""

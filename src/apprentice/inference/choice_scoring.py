@@ -1,0 +1,190 @@
+"""Log-probabilities of answer choices: pure, batched, each prompt computed once for all its choices where that is exact.
+
+An encoder-decoder reads the prompt once (`seq2seq_scoring`), and behind virtual tokens each text is by itself (`alone`). For other
+causal models one row of the batch is a prompt followed by all its choices; positions of every choice start after the prompt, and an
+additive mask lets a choice see the prompt and itself only, so that the sums are those of separate forward passes. transformers
+hands such a mask to the layers as it is, so a layer's sliding window is not applied, and a recurrent layer does not look at it:
+rows longer than the window, and all rows of models that mix texts (`family.mixes_because`), hold one choice each and no mask.
+Knows nothing of tasks, layouts or how an answer ends: callers give the ids.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from apprentice.inference.seq2seq_scoring import is_seq2seq, seq2seq_logprobs
+from apprentice.inference.unbatched import alone_logprob, has_virtual_tokens
+from apprentice.pretrained.architecture import mixes_because
+
+BATCH_TOKENS = 4096
+_WINDOWS = ("sliding_window", "attention_chunk_size", "window_size")  # what configs call how far a layer looks back, in tokens
+_LOGIT_ROWS = 1024  # positions whose logits one forward pass keeps: 0.2 GB in fp32 with 49,152 words, 1 GB with 256,000
+
+
+def choice_logprobs(
+    model: Any, prompts: Sequence[Sequence[int]], choices: Sequence[Sequence[Sequence[int]]], batch_tokens: int = BATCH_TOKENS
+) -> list[list[float]]:
+    """Natural log-probability of every choice after its prompt: the sum over the choice's tokens.
+
+    `batch_tokens` bounds the tokens, padding included, of one forward pass (a longer single row still runs alone). Raises
+    `ValueError` for an empty prompt or choice. The order of the results is that of the arguments.
+    """
+    if any(not prompt for prompt in prompts) or any(not ids for group in choices for ids in group):
+        raise ValueError("a prompt or a choice without tokens has no log-probability")
+    if has_virtual_tokens(model):
+        return [[alone_logprob(model, prompt, ids) for ids in group] for prompt, group in zip(prompts, choices, strict=True)]
+    if prompts and is_seq2seq(model):
+        return seq2seq_logprobs(model, prompts, choices, batch_tokens)
+    most = _shared_tokens(model) if prompts else None
+    rows = [
+        _Row(number, list(prompt), part)
+        for number, (prompt, group) in enumerate(zip(prompts, choices, strict=True))
+        for part in _parts(len(prompt), group, batch_tokens, most)
+    ]
+    found: list[list[float]] = [[0.0] * len(group) for group in choices]
+    apart = [row for row in rows if most is not None and sum(row.size) > most]
+    shared = [row for row in rows if most is None or sum(row.size) <= most]
+    for forward, batches in (
+        (_forward, _batches(shared, batch_tokens)),
+        (_forward_apart, _batches(apart, batch_tokens, begin_together=True)),
+    ):
+        for batch in batches:
+            for row, sums in zip(batch, forward(model, batch), strict=True):
+                for (place, _), value in zip(row.choices, sums, strict=True):
+                    found[row.number][place] = value
+    return found
+
+
+def _shared_tokens(model: Any) -> int | None:
+    """How many tokens a row may have whose choices share it and stay apart; None: any number."""
+    config = model.config.get_text_config()
+    if config._attn_implementation not in ("sdpa", "eager"):  # flash attention takes no such mask
+        return 0
+    if mixes_because(config.to_dict()) is not None:
+        return 0
+    windows = [getattr(config, name, None) for name in _WINDOWS]
+    return min((size for size in windows if isinstance(size, int) and size > 0), default=None)
+
+
+class _Row:
+    """One prompt with (some of) its choices. The last token of a choice is only predicted, so it is no input."""
+
+    def __init__(self, number: int, prompt: list[int], choices: list[tuple[int, Sequence[int]]]) -> None:
+        self.number = number
+        self.prompt = prompt
+        self.choices = choices  # (place among all choices of the prompt, ids)
+        self.side = sum(len(ids) - 1 for _, ids in choices)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return len(self.prompt), self.side
+
+
+def _parts(
+    prompt: int, group: Sequence[Sequence[int]], batch_tokens: int, most: int | None
+) -> list[list[tuple[int, Sequence[int]]]]:
+    """The choices in as few runs as keep prompt and run within `batch_tokens` and `most`; one that does not fit is by itself."""
+    parts: list[list[tuple[int, Sequence[int]]]] = []
+    whole = min(batch_tokens, batch_tokens if most is None else most)
+    room = 0
+    for place, ids in enumerate(group):
+        if not parts or len(ids) - 1 > room:
+            parts.append([])
+            room = whole - prompt
+        parts[-1].append((place, ids))
+        room -= len(ids) - 1
+    return parts
+
+
+def _batches(rows: list[_Row], batch_tokens: int, *, begin_together: bool = False) -> list[list[_Row]]:
+    """Rows of like size together: longest first, so that memory runs out at once or not at all.
+
+    Rows that `begin_together` have their prompts' ends, and so their logits, in different columns.
+    """
+    batches: list[list[_Row]] = []
+    widest = (0, 0)
+    for row in sorted(rows, key=lambda row: (row.size, row.number), reverse=True):
+        widest = (max(widest[0], row.size[0]), max(widest[1], row.size[1]))
+        count = len(batches[-1]) + 1 if batches else 0
+        kept = widest[1] + 1 + (widest[0] - row.size[0] if begin_together else 0)
+        if not count or count * sum(widest) > batch_tokens or count * kept > _LOGIT_ROWS:
+            batches.append([])
+            widest = row.size
+        batches[-1].append(row)
+    return batches
+
+
+@torch.inference_mode()
+def _forward(model: Any, batch: list[_Row]) -> list[list[float]]:
+    device = next(model.parameters()).device
+    width, side = max(len(row.prompt) for row in batch), max(row.side for row in batch)
+    ids, positions, mask = _inputs(batch, width, side, next(model.parameters()).dtype)
+    # Prompts end in the same column, so the columns whose logits are needed are the last ones.
+    logits = model(
+        input_ids=ids.to(device),
+        attention_mask=mask.to(device),
+        position_ids=positions.to(device),
+        use_cache=False,
+        logits_to_keep=side + 1,
+    ).logits[:, -side - 1 :]  # (rows, 1 + side, vocabulary); a model that keeps all of them gives more
+    return [_sums(logits[number], row) for number, row in enumerate(batch)]
+
+
+@torch.inference_mode()
+def _forward_apart(model: Any, batch: list[_Row]) -> list[list[float]]:
+    """The same for rows of one choice each, as the model reads any text: what pads a row stands behind it, where nobody looks."""
+    texts = [[*row.prompt, *row.choices[0][1][:-1]] for row in batch]
+    width, first = max(map(len, texts)), min(len(row.prompt) for row in batch) - 1
+    ids = torch.zeros(len(batch), width, dtype=torch.long)
+    for line, text in enumerate(texts):
+        ids[line, : len(text)] = torch.tensor(text)
+    kept = width - first
+    logits = model(input_ids=ids.to(next(model.parameters()).device), use_cache=False, logits_to_keep=kept).logits[:, -kept:]
+    return [_sums(logits[line, len(row.prompt) - 1 - first :], row) for line, row in enumerate(batch)]
+
+
+def _inputs(batch: list[_Row], width: int, side: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Ids and positions (rows, width + side) and the additive mask (rows, 1, width + side, width + side).
+
+    Prompt [5, 6] with choices [7, 8] and [9, 3, 4] has ids 5 6 | 7 | 9 3 and positions 0 1 | 2 | 2 3.
+    """
+    length = width + side
+    ids = torch.zeros(len(batch), length, dtype=torch.long)
+    positions = torch.zeros(len(batch), length, dtype=torch.long)
+    seen = torch.eye(length, dtype=torch.bool).repeat(len(batch), 1, 1)  # padding sees itself, so that no row of weights is empty
+    for number, row in enumerate(batch):
+        start = width - len(row.prompt)
+        ids[number, start:width] = torch.tensor(row.prompt)
+        positions[number, start:width] = torch.arange(len(row.prompt))
+        seen[number, start:width, start:width] = torch.ones(len(row.prompt), len(row.prompt), dtype=torch.bool).tril()
+        at = width
+        for _, choice in row.choices:
+            end = at + len(choice) - 1
+            ids[number, at:end] = torch.tensor(choice[:-1], dtype=torch.long)
+            positions[number, at:end] = len(row.prompt) + torch.arange(end - at)
+            seen[number, at:end, start:width] = True
+            seen[number, at:end, at:end] = torch.ones(end - at, end - at, dtype=torch.bool).tril()
+            at = end
+    # An additive mask: a boolean one is silently wrong with eager attention (transformers 5.23).
+    mask = torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, torch.finfo(dtype).min)
+    return ids, positions, mask[:, None]
+
+
+def _sums(logits: Tensor, row: _Row) -> list[float]:
+    """Log-probability of each choice of one row, from its logits (1 + side, vocabulary)."""
+    columns, targets, owners = [], [], []
+    at = 1
+    for order, (_, choice) in enumerate(row.choices):
+        columns += [0, *range(at, at + len(choice) - 1)]  # the prompt's last token predicts every choice's first
+        targets += list(choice)
+        owners += [order] * len(choice)
+        at += len(choice) - 1
+    used = logits[torch.tensor(columns, device=logits.device)].float()  # (tokens, vocabulary)
+    wanted = torch.tensor(targets, device=logits.device)[:, None]
+    logprobs = (used.gather(1, wanted)[:, 0] - used.logsumexp(dim=-1)).double().cpu()
+    sums = torch.zeros(len(row.choices), dtype=torch.float64).index_add_(0, torch.tensor(owners), logprobs)
+    return [float(value) for value in sums]

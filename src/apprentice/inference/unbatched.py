@@ -1,0 +1,155 @@
+"""Models whose texts cannot share a pass: those behind virtual tokens (prefix and prompt tuning), and some encoder-decoders.
+
+Each request is computed by the model's own forward pass with its own keys and values, so it costs what it costs alone, and gives
+the same in any company. Knows nothing of HTTP, layouts or tasks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutput
+
+from apprentice.errors import ModelError
+from apprentice.inference.decoder import PREFILL_TOKENS, Decoder, Generation, Running, Scored, Token, scores
+from apprentice.inference.encoder_decoder import CannotShareError
+from apprentice.inference.seq2seq_decoder import Seq2seqDecoder
+from apprentice.inference.seq2seq_scoring import is_seq2seq
+
+
+def has_virtual_tokens(model: Any) -> bool:
+    """True after prefix or prompt tuning: tokens that are no words stand before every text."""
+    return _virtual_tokens(model) > 0
+
+
+def _virtual_tokens(model: Any) -> int:
+    configs = getattr(model, "peft_config", {}).values()
+    return max((config.num_virtual_tokens for config in configs if config.is_prompt_learning), default=0)
+
+
+def decoder_for(model: Any, *, slots: int, context: int, kv_bytes: int | None = None, or_alone: bool = False) -> Decoder:
+    """The decoder that `model` can be decoded by. Raises `ModelError` as `Decoder` does.
+
+    With `or_alone` an encoder-decoder whose requests cannot share a pass is computed request by request instead of refused.
+    """
+    kind = AloneDecoder if has_virtual_tokens(model) else Seq2seqDecoder if is_seq2seq(model) else Decoder
+    try:
+        return kind(model, slots=slots, context=context, kv_bytes=kv_bytes)
+    except CannotShareError:
+        if not or_alone:
+            raise
+        return AloneDecoder(model, slots=slots, context=context)
+
+
+@torch.inference_mode()
+def alone_logprob(model: Any, prompt: Sequence[int], ids: Sequence[int]) -> float:
+    """The natural log-probability of `ids` after `prompt`, summed over its tokens, in one forward pass of its own."""
+    wanted = torch.tensor(list(ids), device=_device(model))
+    if is_seq2seq(model):
+        start = model.config.decoder_start_token_id
+        logits = model(input_ids=_row(model, prompt), decoder_input_ids=_row(model, [start, *ids[:-1]]), use_cache=False).logits[0]
+    else:
+        logits = model(input_ids=_row(model, [*prompt, *ids]), use_cache=False).logits[0][-len(ids) - 1 : -1]
+    return float(logits.float().log_softmax(dim=-1).gather(1, wanted[:, None]).double().sum())
+
+
+@dataclass
+class _Memory:
+    """One request's keys and values, and what its encoder made of the prompt."""
+
+    cache: Any
+    encoded: Any = None
+
+
+class AloneDecoder(Decoder):
+    """A `Decoder` that computes request by request, in turn.
+
+    An encoder reads the prompt; with `score_from` it reads what comes before that place, and the decoder is held to the rest.
+    Each request has a cache of its own that ends with it, so `kv_bytes` bounds nothing here.
+    """
+
+    def __init__(
+        self, model: Any, *, slots: int, context: int, kv_bytes: int | None = None, prefill_tokens: int = PREFILL_TOKENS
+    ) -> None:
+        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        most = min(context, positions - _virtual_tokens(model)) if positions else context
+        self._fit(model, slots, most, None, 1)
+        self._model = model
+        # With virtual tokens, the model inside goes on by itself once they are in the cache.
+        self._behind = model.get_base_model() if has_virtual_tokens(model) else model
+        self._memories: dict[Hashable, _Memory] = {}
+        self._begin(prefill_tokens)
+
+    def submit(self, key: Hashable, wanted: Generation) -> None:
+        if wanted.score_from == 0 and is_seq2seq(self._model):
+            raise ModelError("an encoder-decoder gives no probabilities to the prompt it reads; ask for those of the reply.")
+        super().submit(key, wanted)
+
+    def step(self) -> list[Token]:
+        """One forward pass for each request that holds a slot, and a token for each."""
+        while self._waiting and (taken := self._slots.take(self._need(self._waiting[0][1]))) is not None:
+            key, wanted = self._waiting.popleft()
+            self._running[key] = Running(key, wanted, taken.slot, wanted.prompt)
+        owners = list(self._running.values())
+        return self._next_tokens(torch.stack([self._after(owner) for owner in owners]), owners) if owners else []
+
+    @torch.inference_mode()
+    def _after(self, owner: Running) -> Tensor:
+        """The logits (vocabulary) after what `owner` has so far."""
+        memory = self._memories.get(owner.key)
+        if memory is None:
+            return self._begin_pair(owner) if is_seq2seq(self._model) else self._begin_text(owner)
+        ids = _row(self._model, owner.pending)
+        if memory.encoded is None:
+            found = self._behind(input_ids=ids, past_key_values=memory.cache, use_cache=True)
+        else:
+            given = {"encoder_outputs": memory.encoded, "decoder_input_ids": ids}
+            found = self._behind(**given, past_key_values=memory.cache, use_cache=True)
+        memory.cache = found.past_key_values
+        owner.start += len(owner.pending)
+        last: Tensor = found.logits[0, -1]
+        return last
+
+    def _begin_text(self, owner: Running) -> Tensor:
+        prompt, first = owner.wanted.prompt, owner.wanted.score_from
+        found = self._model(input_ids=_row(self._model, prompt), use_cache=True)
+        self._memories[owner.key] = _Memory(found.past_key_values)
+        owner.start = len(prompt)
+        if first is not None:
+            owner.prompt = [Scored(prompt[0], None)] if first == 0 else []
+            begin = max(first, 1)
+            logits = found.logits[0][-len(prompt) :][begin - 1 : -1]
+            owner.prompt += scores(logits, prompt[begin:], [owner.wanted.logprobs or 0] * len(prompt[begin:]))
+        last: Tensor = found.logits[0, -1]
+        return last
+
+    def _begin_pair(self, owner: Running) -> Tensor:
+        prompt, first = owner.wanted.prompt, owner.wanted.score_from
+        told = prompt[first:] if first is not None else ()
+        start = self._model.config.decoder_start_token_id
+        given = {"input_ids": _row(self._model, prompt[: len(prompt) - len(told)])}
+        found = self._model(**given, decoder_input_ids=_row(self._model, [start, *told]), use_cache=True)
+        states = BaseModelOutput(last_hidden_state=found.encoder_last_hidden_state)
+        self._memories[owner.key] = _Memory(found.past_key_values, states)
+        owner.start = 1 + len(told)
+        if told:
+            owner.prompt = scores(found.logits[0, :-1], told, [owner.wanted.logprobs or 0] * len(told))
+        last: Tensor = found.logits[0, -1]
+        return last
+
+    def _release(self, owner: Running) -> None:
+        self._memories.pop(owner.key, None)
+        super()._release(owner)
+
+
+def _device(model: Any) -> torch.device:
+    found: torch.device = next(model.parameters()).device
+    return found
+
+
+def _row(model: Any, ids: Sequence[int]) -> Tensor:
+    return torch.tensor([list(ids)], device=_device(model))

@@ -1,0 +1,316 @@
+"""The pipeline as a Ray job: packed, sent and followed.
+
+The run is what is stable: each of its jobs is `<name>-<identity>-<attempt>`; a live one is followed, after a dead
+one comes the next attempt, which goes on where the run stopped. Knows nothing of what the job does. Nothing of this process's
+environment is sent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import shlex
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ray.exceptions import AuthenticationError
+
+from apprentice import __version__
+from apprentice.errors import RecipeError, ResourcesError, RunError
+from apprentice.ray_cluster.session import VERSION_VARIABLE
+from apprentice.recipe import SHIPPED, Recipe, find_recipe, load_recipe, written_recipe
+from apprentice.run.identity import identity, identity_hash
+from apprentice.storage import Folder, is_uri
+from apprentice.tasks.registry import find_tasks
+
+# What a working directory may hold, however deep, besides what .gitignore names, and no job needs.
+NOT_PACKED = (
+    "runs/",
+    "reports/",
+    ".git/",
+    ".venv*/",
+    "**/__pycache__/",
+    "**/.*_cache/",
+    "**/*.safetensors",
+    "**/*.parquet",
+    "**/.env*",
+    "**/auth_token",
+)
+LIVE = ("PENDING", "RUNNING")
+_REFUSED = re.compile(r"Request failed with status code 40[13]\b")  # as Ray's client words what it does not know better
+POLL_S = 1.0
+LOST_S = 300.0  # how long a dashboard may be away before following gives up; the job goes on without us
+STOP_S = 60.0
+
+
+@dataclass(frozen=True)
+class Submission:
+    """A job and the run it works on; `attached` if the job was there already."""
+
+    job: str
+    run: str
+    attached: bool
+
+
+def check_places(file: Path, overrides: Sequence[str]) -> Recipe:
+    """The recipe as it is written. Raises `RecipeError` for a path that means something else on a cluster than here."""
+    recipe = written_recipe(file, overrides)
+    paths = [
+        ("storage", recipe.storage),
+        ("data.root", recipe.data.root),
+        ("data.promptsource", recipe.data.promptsource),
+        ("serving.adapters", recipe.serving.adapters),
+    ]
+    models = [
+        ("model.base", recipe.model.base),
+        ("training.dpo.reference", recipe.training.dpo.reference),
+        ("training.grpo.reward", recipe.training.grpo.reward),
+        ("evaluation.judge", recipe.evaluation.judge),
+        *(("serving.beside", name) for name in recipe.serving.beside),
+    ]
+    # Another model is a hub id, a packaged one or a run.
+    for key, path in [*paths, *((key, name) for key, name in models if name and name.startswith((".", "~")))]:
+        if path is None or is_uri(path) or path.startswith("/"):
+            continue
+        raise RecipeError(
+            f"{key} {path!r} is a path of this machine: on a cluster each node would look for it in a place of its own."
+            f" Give an absolute path that every node has mounted, or s3://…: {key}=/shared/…"
+        )
+    return recipe
+
+
+def submit(
+    name: str,
+    overrides: Sequence[str],
+    *,
+    address: str,
+    ca: str | None = None,
+    deploy: bool = False,
+    install: bool = False,
+    folder: Path | None = None,
+) -> Submission:
+    """Sends the whole road of the recipe `name` as a job, unless one of the same run is live.
+
+    `folder` (default: the current one) is what is packed. Raises `RecipeError` before anything is sent, `ResourcesError` where no
+    cluster answers or it refuses us.
+    """
+    file, working = find_recipe(name), (folder or Path.cwd()).absolute()
+    written, recipe = check_places(file, overrides), load_recipe(file, overrides)
+    where = _in_package(file, working, written, recipe)
+    client = connect(address, ca)
+    run = str(Folder.at(recipe.storage) / recipe.name)
+    stem = job_stem(recipe)
+    for _ in range(2):  # the second time if somebody else was quicker
+        earlier = _asked(address, lambda: [job.submission_id for job in client.list_jobs() if job.submission_id])
+        attempts = sorted(int(found[1]) for one in earlier if (found := re.fullmatch(re.escape(stem) + r"-(\d+)", one)))
+        last = f"{stem}-{attempts[-1]}" if attempts else None
+        if last and _asked(address, partial(client.get_job_status, last)) in LIVE:
+            return Submission(last, run, attached=True)
+        job = f"{stem}-{attempts[-1] + 1 if attempts else 1}"
+        words = ["python", "-m", "apprentice.jobs", "pipeline", "--recipe", where, *(["--deploy"] if deploy else []), *overrides]
+        try:
+            _send(client, address, job, words, working, recipe, install=install)
+        except RunError:
+            continue
+        return Submission(job, run, attached=False)
+    raise RunError(f"somebody else submits run {recipe.name!r} at the same time; give the command again to follow their job.")
+
+
+def job_stem(recipe: Recipe) -> str:
+    """The part of a job's id that all attempts of a run share."""
+    place = {"storage": recipe.storage, "name": recipe.name}
+    return f"{re.sub('[^A-Za-z0-9_.-]', '-', recipe.name)}-{identity_hash(identity(recipe, anywhere=True) | place)}"
+
+
+def _in_package(file: Path, working: Path, written: Recipe, recipe: Recipe) -> str:
+    """How the job names the recipe. Raises `RecipeError` for a recipe, or a path relative to it, that would stay behind."""
+    if file.parent == SHIPPED:
+        return file.stem
+    # A path that loading made absolute lies beside the recipe; one that was written so is the cluster's own.
+    relative = [Path(found) for said, found in zip(_tasks(written), _tasks(recipe), strict=True) if found != said]
+    for needed in (file.absolute(), *relative):
+        if not needed.resolve().is_relative_to(working.resolve()):
+            raise RecipeError(
+                f"{needed} is not under {working}, and only that folder is sent to the cluster; give the command in a folder"
+                " that holds both."
+            )
+    tables = [path for file in relative if file.suffix in (".yaml", ".yml") for path in _tables(file)]
+    for needed in (*relative, *tables):
+        if _stays_here(needed, working):
+            raise RecipeError(
+                f"{needed} is not sent to the cluster (runs, weights and Parquet files stay here); put it where every node finds"
+                " it, and name that place, or keep the rows as JSONL or CSV."
+            )
+    return str(file.resolve().relative_to(working.resolve()))
+
+
+def _tables(task_file: Path) -> Iterator[Path]:
+    """The files of rows that the tasks in a file, or in the files of a glob, name."""
+    for task in find_tasks(str(task_file), task_file.parent):
+        for source in task.sources:
+            yield from map(Path, (source.files or {}).values())
+
+
+def _stays_here(path: Path, working: Path) -> bool:
+    """Whether a path under `working` is one of those that are not packed."""
+    place = path.resolve()
+    if not place.is_relative_to(working.resolve()):
+        return False
+    folders = place.relative_to(working.resolve()).parts[:-1]
+    return any(
+        fnmatch(place.name, pattern.removeprefix("**/"))
+        if not pattern.endswith("/")
+        else any(fnmatch(folder, pattern.removeprefix("**/").rstrip("/")) for folder in folders)
+        for pattern in NOT_PACKED
+    )
+
+
+def _tasks(recipe: Recipe) -> list[str]:
+    """Every text in `data.tasks`: names, paths and collections' paths."""
+    entries = ([task] if isinstance(task, str) else task.model_dump().values() for task in recipe.data.tasks)
+    return [text for entry in entries for text in entry if isinstance(text, str)]
+
+
+def connect(address: str, ca: str | None = None) -> Any:
+    """A client of the cluster's dashboard. `ca` is a file with the certificate that signed it.
+
+    A token that lies here is shown, unless RAY_AUTH_MODE says otherwise: where one lies, `ray start` asks for it by itself.
+    """
+    # Private, Ray 2.60: `ray.init` does so before it connects to a cluster, and Ray's client of jobs does not.
+    from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
+    from ray.job_submission import JobSubmissionClient
+
+    maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+    return _asked(address, lambda: JobSubmissionClient(address, verify=ca or True))
+
+
+def _asked(address: str, question: Callable[[], Any]) -> Any:
+    """The dashboard's answer; one sentence where there is none, or it does not know us."""
+    try:
+        return question()
+    except (ConnectionError, OSError) as error:
+        if "CERTIFICATE_VERIFY_FAILED" in f"{error} {error.__context__}":
+            raise ResourcesError(
+                f"the certificate of {address} is signed by nobody whom this machine knows; name the CA's certificate: --ca FILE."
+            ) from error
+        reason = " ".join(str(error).split())[:200]
+        raise ResourcesError(
+            f"no Ray dashboard answers at {address} ({error.__class__.__name__}: {reason}); check the address, a port-forward, and"
+            " --ca for a certificate of your own."
+        ) from error
+    except (RuntimeError, AuthenticationError) as error:
+        if isinstance(error, AuthenticationError) or _REFUSED.match(str(error)):
+            raise ResourcesError(
+                f"the Ray cluster at {address} asks for a token, and has another than lies here; put its own into"
+                " ~/.ray/auth_token or RAY_AUTH_TOKEN, and leave RAY_AUTH_MODE out, or say RAY_AUTH_MODE=token."
+            ) from error
+        raise
+
+
+def entrypoint(words: Sequence[str]) -> str:
+    """The command line of a job, for the shell that Ray starts it with.
+
+    `exec`: the shell becomes the driver. Ray stops a job by a signal to the shell and the children that it sees at that moment, and
+    a driver that the shell is only just starting would not be among them, and would go on without end.
+    """
+    return f"exec {shlex.join(words)}"
+
+
+def _send(client: Any, address: str, job: str, words: list[str], working: Path, recipe: Recipe, *, install: bool) -> None:
+    environment: dict[str, Any] = {
+        "working_dir": str(working),
+        "excludes": list(NOT_PACKED),
+        "env_vars": {VERSION_VARIABLE: __version__},
+    }
+    if install:
+        environment["pip"] = [f"apprentice=={__version__}"]
+
+    def send() -> None:
+        client.submit_job(
+            entrypoint=entrypoint(words),
+            submission_id=job,
+            runtime_env=environment,
+            metadata={"run": recipe.name, "apprentice": __version__},
+            entrypoint_num_cpus=1,
+        )
+
+    try:
+        _asked(address, send)
+    except RuntimeError as error:
+        if "already exists" in str(error):
+            raise RunError(job) from error
+        raise ResourcesError(f"{address} does not take the job: {' '.join(str(error).split())[-300:]}") from error
+
+
+def follow(submission: Submission, *, address: str, ca: str | None = None, say: Callable[[str], None]) -> None:
+    """Shows the job's output until it ends. A dashboard that is away for less than five minutes is waited for.
+
+    Raises `RunError` with the job's last sentence if it failed or was stopped. Ctrl-C comes through and leaves the job alone.
+    """
+    client = connect(address, ca)
+    log = _Log(say)
+    lost_since: float | None = None
+    while True:
+        try:
+            asyncio.run(log.tail(client, submission.job))
+            status = client.get_job_status(submission.job)
+            lost_since = None
+        except (ConnectionError, OSError, RuntimeError) as error:
+            lost_since = lost_since or time.monotonic()
+            if time.monotonic() - lost_since > LOST_S:
+                raise ResourcesError(
+                    f"the dashboard at {address} has been away for {LOST_S / 60:.0f} minutes; the job may still run: give the same"
+                    " command again to follow it."
+                ) from error
+            status = "RUNNING"
+        if status not in LIVE:
+            break
+        time.sleep(POLL_S)
+    if status != "SUCCEEDED":
+        raise RunError(f"job {submission.job} {_ending(client, submission.job, str(status.value))}")
+
+
+class _Log:
+    """A job's log as it grows: each line is said once, however often the connection to it breaks."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say = say
+        self._said = 0  # characters
+        self._open = ""  # the last line, while it has no end
+
+    async def tail(self, client: Any, job: str) -> None:
+        """Says what comes until the job ends; each connection begins with the whole log. Raises what the client raises."""
+        seen = 0
+        async for text in client.tail_job_logs(job):
+            new = text[max(0, self._said - seen) :]
+            seen += len(text)
+            self._said = max(self._said, seen)
+            *whole, self._open = (self._open + new).split("\n")
+            for line in whole:
+                self._say(line)
+        if self._open:
+            self._say(self._open)
+            self._open = ""
+
+
+def _ending(client: Any, job: str, status: str) -> str:
+    errors = [line for line in client.get_job_logs(job).splitlines() if line.startswith("error: ")]
+    if status == "STOPPED":
+        return "was stopped; give the same command again and the run goes on."
+    return f"failed: {errors[-1].removeprefix('error: ')}" if errors else "failed; its log says more: ray job logs " + job
+
+
+def stop(job: str, *, address: str, ca: str | None = None) -> None:
+    """Tells the job to stop until Ray says that it has ended; what its run has saved stays. Raises `RunError` after a minute."""
+    client = connect(address, ca)
+    deadline = time.monotonic() + STOP_S
+    while _asked(address, partial(client.get_job_status, job)) in LIVE:
+        if time.monotonic() > deadline:
+            raise RunError(f"job {job} still runs {STOP_S:.0f} s after it was told to stop; try: ray job stop {job}")
+        _asked(address, partial(client.stop_job, job))
+        time.sleep(POLL_S)

@@ -1,0 +1,35 @@
+"""A GGUF file to a safetensors folder with its tokenizer: `python -m apprentice.models.gguf FILE FOLDER`.
+
+A program of its own, so that the memory of the conversion is given back. Knows nothing of where the file came from.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+
+def convert(gguf: Path, target: Path) -> None:
+    """Writes the dequantised model in bfloat16, and the tokenizer, to `target`."""
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent,
+        gguf_file=gguf.name,
+        quantization_config=GgufConfig(dequantize=True),
+        dtype=torch.bfloat16,
+        attn_implementation="eager",
+    )
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    model.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+
+
+def main() -> None:
+    """Converts the file that the command line names first to the folder that it names second."""
+    convert(Path(sys.argv[1]), Path(sys.argv[2]))
+
+
+if __name__ == "__main__":
+    main()

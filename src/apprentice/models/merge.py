@@ -1,0 +1,50 @@
+"""An adapter over its base to one plain model folder. Knows nothing of what is done with it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+from pathlib import Path
+from pickle import UnpicklingError  # nosec B403
+from typing import Any
+
+import torch
+
+from apprentice.errors import ModelError
+from apprentice.models.loading import load_model
+from apprentice.pretrained.hub import local_folder
+from apprentice.pretrained.trust import check_adapter_folder
+
+
+def merge_adapter(adapter: Path, target: Path, *, trust: bool = False) -> Path:
+    """Writes the base model of the PEFT folder `adapter`, with the adapter merged into it, to `target`, and gives that.
+
+    Raises `ModelError` where the adapter names no base, or is none of that base; or, unless `trust`, if one of the two is a pickle.
+    """
+    from peft import PeftModel
+
+    check_adapter_folder(adapter, trust=trust)
+    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    name = config.get("base_model_name_or_path")
+    if not name:
+        raise ModelError(f"{adapter} does not say which base model it belongs to (base_model_name_or_path).")
+    base = local_folder(str(name), trust=trust)
+    model: Any = load_model(base, torch.float32, trust=trust)
+    try:
+        with warnings.catch_warnings():  # peft asks transformers in a way that is to go
+            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+            merged = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+    except (RuntimeError, ValueError, OSError, UnpicklingError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ModelError(f"the adapter in {adapter} does not fit its base {name}: {reason}") from error
+    merged.save_pretrained(target)
+    for file in base.iterdir():
+        if (
+            file.is_file()
+            and not file.name.endswith(".safetensors")
+            and not (target / file.name).exists()
+            and "index" not in file.name
+        ):
+            shutil.copy(file, target / file.name)
+    return target

@@ -1,0 +1,1 @@
+"""Parameter-efficient tuning methods: LoRA, bottleneck adapters, prefix and prompt tuning."""

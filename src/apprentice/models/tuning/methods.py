@@ -1,0 +1,160 @@
+"""Tuning methods: how each wraps the model, and what of it is saved.
+
+A method is one entry of `TUNING_METHODS`; the training loop is the same for all. A wrapped model's trainable parameters are
+those with `requires_grad`. Knows nothing of optimizers, workers or checkpoints.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from apprentice.errors import ModelError, RecipeError
+from apprentice.models.loading import SCORE
+from apprentice.models.tuning.bottleneck import add_adapters, save_adapters
+from apprentice.models.tuning.virtual_tokens import begin_as_words
+from apprentice.recipe import Tuning
+
+
+@dataclass(frozen=True)
+class TuningMethod:
+    """How a model is tuned.
+
+    `wrap(model, tuning, seed)` freezes and adds; `save_adapter` writes the added weights into a folder, with the name of the base
+    model. `merge` gives a plain model with the same outputs, where the added weights can become part of the base's; a method
+    without it is exported as the base's weights with the adapter beside them. `four_bit` keeps the frozen base in 4 bits.
+    """
+
+    wrap: Callable[[PreTrainedModel, Tuning, int], nn.Module]
+    merge: Callable[[Any], PreTrainedModel] | None = None
+    save_adapter: Callable[[Any, Path, str], None] | None = None
+    four_bit: bool = False
+
+
+def _wrap_full(model: PreTrainedModel, tuning: Tuning, seed: int) -> nn.Module:
+    return model.requires_grad_(True)
+
+
+def _wrap_lora(model: PreTrainedModel, tuning: Tuning, seed: int) -> nn.Module:
+    from peft import LoraConfig
+
+    config = LoraConfig(
+        task_type=_task_type(model),
+        r=tuning.rank,
+        lora_alpha=tuning.alpha or 2 * tuning.rank,  # type: ignore[arg-type]  # a float is fine
+        lora_dropout=tuning.dropout,
+        target_modules="all-linear",
+    )
+    return _with_peft(model, config, seed)
+
+
+def _wrap_prefix(model: PreTrainedModel, tuning: Tuning, seed: int) -> nn.Module:
+    from peft import PrefixTuningConfig
+
+    return _with_virtual_tokens(model, PrefixTuningConfig, tuning, seed)
+
+
+def _wrap_prompt(model: PreTrainedModel, tuning: Tuning, seed: int) -> nn.Module:
+    from peft import PromptTuningConfig
+
+    return _with_virtual_tokens(model, PromptTuningConfig, tuning, seed)
+
+
+def _with_virtual_tokens(model: PreTrainedModel, config: Any, tuning: Tuning, seed: int) -> nn.Module:
+    wrapped = _with_peft(model, config(task_type=_task_type(model), num_virtual_tokens=tuning.virtual_tokens), seed)
+    begin_as_words(wrapped, seed)
+    return wrapped
+
+
+def _wrap_adapter(model: PreTrainedModel, tuning: Tuning, seed: int) -> nn.Module:
+    model.requires_grad_(False)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        add_adapters(model, tuning.width)
+    return model
+
+
+def _task_type(model: PreTrainedModel) -> Any:
+    if hasattr(model, SCORE):
+        return "SEQ_CLS"  # the new layer is trained beside the matrices
+    return "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
+
+
+def _with_peft(model: PreTrainedModel, config: Any, seed: int) -> nn.Module:
+    from peft import get_peft_model
+
+    with torch.random.fork_rng(), _quiet():
+        torch.manual_seed(seed)  # the same first weights on every worker
+        wrapped: nn.Module = get_peft_model(model, config)
+    return wrapped
+
+
+def _save_peft(model: Any, folder: Path, base: str) -> None:
+    model.peft_config["default"].base_model_name_or_path = base  # not the folder it was loaded from here
+    with _quiet():
+        model.save_pretrained(folder, save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)  # peft's model card is an empty form
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _merge_lora(model: Any) -> PreTrainedModel:
+    merged: PreTrainedModel = model.merge_and_unload()
+    return merged
+
+
+TUNING_METHODS: dict[str, TuningMethod] = {
+    "full": TuningMethod(_wrap_full, merge=lambda model: model),
+    "lora": TuningMethod(_wrap_lora, _merge_lora, _save_peft),
+    "qlora": TuningMethod(_wrap_lora, _merge_lora, _save_peft, four_bit=True),
+    "prefix": TuningMethod(_wrap_prefix, save_adapter=_save_peft),
+    "prompt": TuningMethod(_wrap_prompt, save_adapter=_save_peft),
+    "adapter": TuningMethod(_wrap_adapter, save_adapter=save_adapters),
+}
+
+
+def check_tuning(tuning: Tuning, *, on_gpu: bool) -> None:
+    """Raises `RecipeError` for a method that the hardware cannot run."""
+    if TUNING_METHODS[tuning.method].four_bit and not on_gpu:
+        raise RecipeError(
+            f"tuning.method {tuning.method} keeps the base model in 4 bits, which only GPUs compute with, and"
+            " training.resources.gpus is 0; use lora, or give each worker a GPU."
+        )
+
+
+def trained_share(model: nn.Module) -> tuple[int, float]:
+    """How many numbers are trained, and their share of all of the model's."""
+    trained = sum(parameter.numel() for parameter in trainable(model).values())
+    return trained, trained / max(sum(parameter.numel() for parameter in model.parameters()), 1)
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Name → parameter, of all that training changes; a parameter that two modules share has one name."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+@torch.no_grad()
+def load_trainable(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Copies `weights` over the trainable parameters. Raises `ModelError` unless names and shapes are the same."""
+    parameters = trainable(model)
+    if parameters.keys() != weights.keys():
+        odd = sorted(parameters.keys() ^ weights.keys())
+        raise ModelError(f"the saved weights are not those of this model: {odd[0]!r} is in only one of them; use the run's recipe.")
+    for name, parameter in parameters.items():
+        if parameter.shape != weights[name].shape:
+            shapes = f"{tuple(weights[name].shape)} is not {tuple(parameter.shape)}"
+            raise ModelError(f"the saved weights are not those of this model: {name!r} {shapes}; use the recipe of the run.")
+        parameter.copy_(weights[name])

@@ -1,0 +1,364 @@
+"""Scoring a run beside its base model or another, a bare model, an adapter, or an endpoint; reports made again and compared."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from apprentice.data.stream import make_corpus
+from apprentice.errors import EvaluationError, RecipeError, RunError, TaskError
+from apprentice.pipeline.prepare import Progress, scratch_run
+from apprentice.pretrained.hub import local_folder
+from apprentice.ray_cluster.session import ray_session
+from apprentice.recipe import RUN, Recipe, find_recipe, load_recipe
+from apprentice.run.fence import refuse_held
+from apprentice.run.folder import GATE_FILE, Run, find_run, read_contract
+from apprentice.storage import Folder, refuse_credentials
+from apprentice.tasks.registry import Find, find_tasks, select_tasks
+
+if TYPE_CHECKING:
+    from apprentice.evaluate.run import Subject
+    from apprentice.evaluate.scoring.endpoint import Endpoint
+
+Result = tuple[dict[str, Any], Folder]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What `apprentice evaluate` may be told besides its target."""
+
+    recipe: str | None = None
+    tasks: tuple[str, ...] = ()
+    against: str | None = None
+    endpoint: str | None = None
+    model: str | None = None  # the name at the endpoint
+    key: str | None = None  # for the endpoint
+    out: Path | None = None
+    restart: bool = False
+    storage: str = "./runs"
+
+
+def evaluate_run(recipe: Recipe, *, wanted: Wanted = Wanted(), trained_by: Recipe | None = None, progress: Progress) -> Result:
+    """Scores the run of `recipe` beside its base model (or another run); gives the report and its folder, which lies in the run.
+
+    `trained_by` is the recipe with the tasks that were trained on, where `recipe` has others to be scored.
+    """
+    run = Run(Folder.at(recipe.storage) / recipe.name)
+    if not run.is_trained:
+        raise RunError(f"run {run.name!r} in {recipe.storage} has no trained model yet; train it first.")
+    refuse_held(run.folder, tell=lambda message: progress("evaluate", {"message": message, "done": True}))
+    endpoint = _endpoint(wanted)
+    tuned = _subject("tuned" if endpoint is None else "endpoint", local_folder(str(run.model)), recipe.evaluation.shots, endpoint)
+    place = run.report
+    known: list[Folder] = []
+    if wanted.against is not None:
+        name, folder, known = _other(wanted, trust=recipe.model.trust)
+        subjects = [_subject(name, folder, recipe.evaluation.shots), tuned]
+        place = place / f"against-{name}"
+        known = [*known, run.report]
+    else:
+        settings = recipe.evaluation
+        base_shots = settings.shots if settings.baseline_shots is None else settings.baseline_shots
+        subjects = [_subject("base", local_folder(recipe.model.base, trust=recipe.model.trust), base_shots)] if base_shots else []
+        subjects.append(tuned)
+        place = place if endpoint is None else place / "endpoint"
+    if wanted.tasks:  # the run's own report, score and verdict are about its own tasks
+        place = place / f"tasks-{'-'.join(Path(name).stem for name in wanted.tasks)}"[:100]
+        known = [*known, run.report]
+    place = Folder.at(wanted.out) if wanted.out else place
+    with ray_session():
+        trained = trained_clusters(trained_by or recipe, run.tasks().find)
+        report = _evaluated(recipe, run, subjects, place, run, known, wanted.restart, trained, progress)
+    if wanted.against is None and endpoint is None and not wanted.tasks:
+        run.update_status(score=report["summary"]["score"], score_metrics=metrics_of_score(report))
+        _store_verdict(run.model, report)
+    return report, place
+
+
+def metrics_of_score(report: Mapping[str, Any]) -> list[str]:
+    """The metrics that the one number of a report is the mean of, each task having its own: those of most tasks first."""
+    last = report["columns"][-1]["subject"]
+    key = next(column["key"] for column in report["columns"] if column["subject"] == last)
+    scored = [task["metric"] for task in report["tasks"] if task["columns"].get(key, {}).get("score") is not None]
+    return [name for name, _ in Counter(scored).most_common()]
+
+
+def evaluate_model(
+    model: str,
+    recipe: Recipe,
+    out: Path | None,
+    *,
+    wanted: Wanted = Wanted(),
+    trained_by: Recipe | None = None,
+    progress: Progress,
+) -> Result:
+    """Scores a bare model or an adapter (folder, hub id) on the tasks of `recipe`, spoken to in the recipe's layout.
+
+    All tasks count as held out, unless one of the models scored came from the recipe's own run; `trained_by` as in `evaluate_run`.
+    """
+    with _whole_model(model, trust=recipe.model.trust) as (name, folder):
+        place = Folder.at(out or Path("reports") / name)
+        endpoint = _endpoint(wanted)
+        subjects = [_subject("model" if endpoint is None else "endpoint", folder, recipe.evaluation.shots, endpoint)]
+        known: list[Folder] = []
+        if wanted.against is not None:
+            other, other_folder, known = _other(wanted, trust=recipe.model.trust)
+            subjects.insert(0, _subject(other, other_folder, recipe.evaluation.shots))
+        beside_an_adapter = Path(model).expanduser().parent / "model"
+        trained: frozenset[str] = frozenset()
+        if any(_came_from(recipe, place) for place in (beside_an_adapter, *(subject.folder for subject in subjects))):
+            trained = trained_clusters(trained_by or recipe)
+        else:
+            recipe = _all_held_out(recipe)
+        with ray_session(), scratch_run(recipe) as scratch:
+            return _evaluated(recipe, scratch, subjects, place, None, known, wanted.restart, trained, progress), place
+
+
+def _came_from(recipe: Recipe, model: Path) -> bool:
+    """Whether the run of `recipe` made the weights in `model`, or weights that they were made from."""
+    contract = read_contract(model)
+    return contract is not None and recipe.name in (contract.run, *(name.removeprefix(RUN) for name in contract.ancestors))
+
+
+def trained_clusters(recipe: Recipe, find: Find = find_tasks) -> frozenset[str]:
+    """The clusters that the run of `recipe` trains on, and those of the runs that it goes on from, where these are at hand."""
+    tasks, kept_out = select_tasks(recipe.data.entries, recipe.data.hold_out, Path.cwd(), to_train=False, find=find)
+    found = frozenset(task.cluster for task in tasks if task.name not in kept_out)
+    if recipe.model.base.startswith(RUN):
+        before = Run(Folder.at(recipe.model.base.removeprefix(RUN)))
+        with suppress(TaskError):  # its tasks' files may be gone
+            found |= trained_clusters(before.recipe(), before.tasks().find) if before.recipe_file.exists() else frozenset()
+    return found
+
+
+def _all_held_out(recipe: Recipe) -> Recipe:
+    tasks, _ = select_tasks(recipe.data.entries, (), Path.cwd(), to_train=False)
+    held_out = tuple(task.name for task in tasks)
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"hold_out": held_out})})
+
+
+def _evaluated(
+    recipe: Recipe,
+    indexed: Run,
+    subjects: Sequence[Subject],
+    place: Folder,
+    run: Run | None,
+    known: Sequence[Folder],
+    restart: bool,
+    trained: frozenset[str],
+    progress: Progress,
+) -> dict[str, Any]:
+    from apprentice.evaluate import run as launch
+    from apprentice.evaluate.report.run_history import contamination_of
+
+    if restart:
+        for name in (launch.predictions.FILE, launch.PARTS):
+            (place / name).delete()
+    corpus = make_corpus(recipe, indexed, to_train=False)
+    return launch.evaluate(
+        recipe,
+        corpus,
+        subjects,
+        place,
+        run=run,
+        known=known,
+        contamination=contamination_of(corpus.contamination),
+        trained_clusters=trained,
+        progress=lambda values: progress("evaluate", values),
+    )
+
+
+def _subject(name: str, folder: Path, shots: tuple[int, ...], endpoint: Endpoint | None = None) -> Subject:
+    from apprentice.evaluate.run import Subject
+
+    return Subject(name, folder, shots, endpoint)
+
+
+def _endpoint(wanted: Wanted) -> Endpoint | None:
+    from apprentice.evaluate.scoring.endpoint import Endpoint, model_at
+
+    if wanted.endpoint is None:
+        return None
+    refuse_credentials(wanted.endpoint)
+    return Endpoint(wanted.endpoint, wanted.model or model_at(wanted.endpoint, wanted.key), wanted.key)
+
+
+def _other(wanted: Wanted, *, trust: bool) -> tuple[str, Path, list[Folder]]:
+    """Name, folder and earlier reports of the run or model to compare with."""
+    assert wanted.against is not None
+    run = find_run(wanted.against, wanted.storage)
+    if run is None:
+        folder = local_folder(wanted.against, trust=trust)
+        return folder.name, folder, []
+    if not run.is_trained:
+        raise RunError(f"run {run.name!r} has no trained model yet; train it first.")
+    return run.name, local_folder(str(run.model)), [run.report]
+
+
+@contextmanager
+def _whole_model(model: str, *, trust: bool) -> Iterator[tuple[str, Path]]:
+    """Name and folder of a model; an adapter (a PEFT folder) is merged into its base for as long as it is needed."""
+    folder = Path(model).expanduser()
+    if not (folder / "adapter_config.json").is_file():
+        whole = local_folder(model, trust=trust)
+        yield whole.name, whole
+        return
+    from apprentice.models.merge import merge_adapter
+
+    with TemporaryDirectory(prefix="apprentice-") as scratch:
+        yield folder.name, merge_adapter(folder, Path(scratch), trust=trust)
+
+
+def _store_verdict(model: Folder, report: dict[str, Any]) -> None:
+    """Keeps the gate's verdict beside the weights it is about; an old one of other bounds goes."""
+    file = model / GATE_FILE
+    file.delete()
+    if report["gate"] is not None:
+        contract = read_contract(model)
+        file.write_json(
+            {**report["gate"], "created": report["created"], "weights_sha256": contract.weights_sha256 if contract else None}
+        )
+
+
+def evaluate(target: str, overrides: Sequence[str], *, wanted: Wanted, progress: Progress) -> Result:
+    """Scores what `target` names: a recipe, a run (beside its base model), or a bare model on the tasks of `wanted.recipe`."""
+    run = find_run(target, wanted.storage)
+    if run is not None:
+        whole = _recipe_of(run, overrides)
+        recipe = _with_tasks(whole, wanted, find=run.tasks().find)
+        return evaluate_run(recipe, wanted=wanted, trained_by=whole, progress=progress)
+    if target.endswith((".yaml", ".yml")) or _is_shipped(target):
+        whole = load_recipe(find_recipe(target), overrides)
+        check_definitions(whole)
+        return evaluate_run(_with_tasks(whole, wanted), wanted=wanted, trained_by=whole, progress=progress)
+    if wanted.recipe is not None:
+        whole = load_recipe(find_recipe(wanted.recipe), overrides)
+        recipe = _with_tasks(whole, wanted)
+    elif wanted.tasks:
+        whole = recipe = _bare_recipe(target, overrides, wanted)
+    else:
+        raise RecipeError(
+            f"{target!r} is not a run or a recipe; a bare model needs the tasks of a recipe: --recipe FILE, or --tasks NAME."
+        )
+    return evaluate_model(target, recipe, wanted.out, wanted=wanted, trained_by=whole, progress=progress)
+
+
+def check_definitions(recipe: Recipe) -> None:
+    """Raises `RunError` for a task that is defined otherwise than in its run, which is scored by what it was made with."""
+    run = Run(Folder.at(recipe.storage) / recipe.name)
+    kept = run.tasks()
+    tasks, _ = select_tasks(recipe.data.entries, (), Path.cwd(), to_train=False, find=kept.find_again)
+    if changed := kept.changed(tasks):
+        raise RunError(
+            f"the templates or answers of task {changed[0]!r} changed since run {run.name!r} was made; undo that, or score the run"
+            f" by what it was made with: apprentice evaluate {run.folder}."
+        )
+
+
+def _recipe_of(run: Run, overrides: Sequence[str]) -> Recipe:
+    with TemporaryDirectory(prefix="apprentice-") as scratch:  # a run in an object store has no file to be read from
+        file = Path(scratch) / "recipe.yaml"
+        file.write_text(run.recipe_file.read_text(), encoding="utf-8")
+        return load_recipe(file, overrides)
+
+
+def _with_tasks(recipe: Recipe, wanted: Wanted, find: Find = find_tasks) -> Recipe:
+    """The recipe with the tasks on the command line instead; those that it does not train on are held out."""
+    if not wanted.tasks:
+        return recipe
+    known, held_out = select_tasks(recipe.data.entries, recipe.data.hold_out, Path.cwd(), to_train=False, find=find)
+    trained = {task.name for task in known} - held_out
+    chosen, _ = select_tasks(wanted.tasks, (), Path.cwd(), to_train=False, find=find)
+    others = tuple(task.name for task in chosen if task.name not in trained)
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"tasks": wanted.tasks, "hold_out": others})})
+
+
+def _bare_recipe(model: str, overrides: Sequence[str], wanted: Wanted) -> Recipe:
+    """A recipe for scoring alone: the tasks on the command line, all of them held out."""
+    import tempfile
+
+    import yaml
+
+    whole = {
+        "name": "model",
+        "storage": wanted.storage,
+        "model": {"base": model},
+        "data": {"tasks": list(wanted.tasks), "hold_out": list(wanted.tasks)},
+        "training": {"steps": 1},
+    }
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml", dir=".", prefix=".apprentice-", encoding="utf-8") as file:
+        file.write(yaml.safe_dump(whole))
+        file.flush()
+        return load_recipe(file.name, overrides)
+
+
+def _is_shipped(name: str) -> bool:
+    try:
+        find_recipe(name)
+    except RecipeError:
+        return False
+    return True
+
+
+def report(target: str, storage: str) -> Result:
+    """The report of a run (or in a folder) made again from its predictions, without any model."""
+    from apprentice.evaluate.report import predictions
+    from apprentice.evaluate.report.write import write_report
+    from apprentice.evaluate.stats.summary import summarise
+
+    folder = _reported(target, storage)
+    found = summarise(predictions.read(folder))
+    write_report(found, folder)
+    return found, folder
+
+
+def compare(targets: Sequence[str], out: Path | None, storage: str) -> Result:
+    """One report over the last subject of several runs' predictions; every run is compared with the first."""
+    from apprentice.evaluate.report import predictions
+    from apprentice.evaluate.report.compare import joined
+    from apprentice.evaluate.report.write import write_report
+    from apprentice.evaluate.stats.summary import summarise
+
+    folders = [_reported(target, storage) for target in targets]
+    names = [_name_of(target, storage) for target in targets]
+    table = joined({name: predictions.read(folder) for name, folder in zip(names, folders, strict=True)})
+    place = Folder.at(out or Path("reports") / f"compare-{'-'.join(names)}"[:100])
+    predictions.save(table, place)
+    found = summarise(table)
+    write_report(found, place)
+    return found, place
+
+
+def _name_of(target: str, storage: str) -> str:
+    run = find_run(target, storage)
+    return run.name if run is not None else Path(target).name
+
+
+def _reported(target: str, storage: str) -> Folder:
+    """The folder with the predictions that `target`, a run or such a folder, names."""
+    run = find_run(target, storage)
+    folder = run.report if run is not None else Folder.at(target)
+    if not (folder / "predictions.parquet").exists():
+        raise EvaluationError(f"{target!r} has no predictions yet; score it first with `apprentice evaluate {target}`.")
+    return folder
+
+
+def passed_gate(model: Folder) -> None:
+    """Raises `EvaluationError` unless the weights in `model` have the verdict that they passed their recipe's gate."""
+    file, contract = model / GATE_FILE, read_contract(model)
+    if not file.exists():
+        raise EvaluationError(
+            f"{model} has no verdict of a gate; give its recipe an `evaluation.gate` and score it with `apprentice evaluate`."
+        )
+    found = file.read_json()
+    if contract is None or found["weights_sha256"] != contract.weights_sha256:
+        raise EvaluationError(f"the verdict in {model} is about other weights; score the model again.")
+    if not found["passed"]:
+        from apprentice.evaluate.report.quality_gate import sentence
+
+        raise EvaluationError(f"{model} did not pass: {sentence(found)}.")

@@ -1,0 +1,207 @@
+"""`apprentice init`: from a table of one's own to a task file and a recipe that pass `check`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from apprentice.errors import ApprenticeError, DataError, RowError
+from apprentice.recipe import Recipe
+from apprentice.storage import Folder
+from apprentice.tasks.scaffold import Columns, UnclearLabelsError, draft, guess, is_printable
+from apprentice.tasks.schema import Task
+from apprentice.tasks.source_spec import known_encoding
+
+TEST_SHARE, MOST_TESTED = 0.1, 500
+LEAST_ROWS = 10
+SEEN = 100_000  # rows that labels are looked for in
+
+
+@dataclass(frozen=True)
+class Table:
+    """What the user says of a file: what its columns are for, and the names of its labels; None and () leave it to be guessed.
+
+    `choices` may be columns, in which each row's choices stand. `encoding` is None for UTF-8.
+    """
+
+    instruction: str | None = None
+    inputs: tuple[str, ...] = ()
+    answer: str | None = None
+    label: str | None = None
+    choices: tuple[str, ...] = ()
+    encoding: str | None = None
+
+
+def begin(
+    file: Path,
+    out: Path | None,
+    said: Table,
+    *,
+    test: Path | None = None,
+    base: str,
+    ask: Callable[[str], str] | None = None,
+) -> dict[str, Any]:
+    """Writes a folder with `task.yaml`, `recipe.yaml` and the rows as `train.parquet` and `test.parquet`; gives what is in it.
+
+    A tenth of the rows, at most 500, is for tests, chosen by the hash of its content, unless `test` names a file of its own. Rows
+    that no wording can render are left out and counted. `ask` puts a question to the person and gives the reply; without it what is
+    unclear is an error. Raises `DataError` or `TaskError`, and then writes nothing.
+    """
+    name = re.sub(r"\W+", "_", file.name.split(".")[0].lower()).strip("_") or "own"
+    folder = out or Path(name)
+    if folder.exists() and any(folder.iterdir()):
+        raise DataError(f"{folder} is there already and not empty; say --out FOLDER, or remove it.")
+    try:
+        said = replace(said, encoding=said.encoding and known_encoding(said.encoding))
+    except ValueError as error:
+        raise DataError(f"--encoding: {error}.") from error
+    with tempfile.TemporaryDirectory(prefix="apprentice-") as scratch:
+        rows = list(_rows(file, scratch, said.encoding))
+        tested = list(_rows(test, scratch, said.encoding)) if test is not None else None
+    if len(rows) < LEAST_ROWS:
+        raise DataError(f"{file} holds {len(rows)} rows; {LEAST_ROWS} are the least that can be learnt from and tested.")
+    try:
+        columns, whole, content = _drafted(name, rows, file, said)
+    except UnclearLabelsError as unclear:
+        if ask is None:
+            raise
+        names = tuple(part.strip() for part in ask(unclear.question).split(",") if part.strip())
+        columns, whole, content = _drafted(name, rows, file, replace(said, choices=names or unclear.values))
+    task = Task.model_validate(content)
+    usable = [row for row in whole if _renders(task, row)]
+    if tested is None:
+        tests = {_hash(row) for row in sorted(usable, key=_hash)[: min(MOST_TESTED, max(1, round(TEST_SHARE * len(usable))))]}
+        train, tested = [row for row in usable if _hash(row) not in tests], [row for row in usable if _hash(row) in tests]
+    else:
+        train, tested = usable, [row for row in _whole(tested, columns) if _renders(task, row)]
+    if not train or not tested:
+        raise DataError(f"no {'training' if not train else 'test'} rows are left of {file if not train else test or file}.")
+    _write(folder, content, _recipe(name, columns, base), train, tested)
+    return {
+        "folder": str(folder),
+        "recipe": str(folder / "recipe.yaml"),
+        "task": str(folder / "task.yaml"),
+        "columns": {key: list(value) if isinstance(value, tuple) else value for key, value in vars(columns).items() if value},
+        "choices": content.get("choices"),
+        "train_rows": len(train),
+        "test_rows": len(tested),
+        "left_out": len(rows) - len(usable),
+    }
+
+
+def _drafted(
+    name: str, rows: Sequence[Mapping[str, Any]], file: Path, said: Table
+) -> tuple[Columns, list[dict[str, Any]], dict[str, Any]]:
+    """What the columns are for, the rows that are whole, and the content of the task file."""
+    unprintable = {column for column in rows[0] if not all(is_printable(row.get(column) or "") for row in rows[:SEEN])}
+    columns = guess(
+        list(rows[0]),
+        str(file),
+        instruction=said.instruction,
+        inputs=said.inputs,
+        answer=said.answer,
+        label=said.label,
+        choices=said.choices,
+        unprintable=unprintable,
+    )
+    whole = _whole(rows, columns)
+    if not whole:
+        raise DataError(f"no row of {file} has a value in {columns.label or columns.answer!r}; name another column.")
+    names = () if columns.choices else said.choices
+    return columns, whole, draft(name, columns, whole[:SEEN], {"train": "train.parquet", "test": "test.parquet"}, names)
+
+
+def _rows(file: Path, scratch: str, encoding: str | None) -> Iterator[dict[str, Any]]:
+    """The rows of a file of any kind that a task can read; what text spells is left as it was written."""
+    import pyarrow.parquet as pq
+
+    from apprentice.data.sources.column_text import read, readings_of
+    from apprentice.data.sources.convert import parquet_file
+
+    try:
+        found = pq.ParquetFile(parquet_file(str(file), Folder.at(scratch), "own", encoding=encoding))
+        readings = {column: way for column, way in readings_of(found.schema_arrow).items() if way != "cell"}
+        for batch in found.iter_batches():
+            for row in batch.to_pylist():
+                yield row | {column: read(row[column], way, encoding) for column, way in readings.items()}
+    except ApprenticeError as error:
+        said = str(error).removeprefix("task 'own': ").replace("correct `files` in the task's file", "check the path")
+        raise DataError(re.sub(r"`encoding: (\S+)` in the source", r"--encoding \1", said)) from error
+    except (OSError, ValueError) as error:
+        raise DataError(f"{file} cannot be read as Parquet: {' '.join(str(error).split())}") from error
+
+
+def _whole(rows: Sequence[Mapping[str, Any]], columns: Columns) -> list[dict[str, Any]]:
+    """The rows that say what is asked and what is right, with nothing else; an input without value is empty."""
+    needed = [column for column in (columns.instruction, *columns.choices, columns.answer, columns.label) if column is not None]
+    return [
+        {column: row[column] for column in needed}
+        | {column: "" if row.get(column) is None else row[column] for column in columns.inputs}
+        for row in rows
+        if all(str(row.get(column) if row.get(column) is not None else "").strip() for column in needed)
+    ]
+
+
+def _renders(task: Task, row: Mapping[str, Any]) -> bool:
+    spec = task.sources[0]
+    values = {field: row.get(spec.columns.get(field, field)) for field in task.fields}
+    try:
+        for template in task.templates:
+            task.render(values, template)
+    except RowError:
+        return False
+    return True
+
+
+def _hash(row: Mapping[str, Any]) -> str:
+    """Equal rows, wherever they stand, are on the same side."""
+    return hashlib.sha256(json.dumps(row, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _recipe(name: str, columns: Columns, base: str) -> dict[str, Any]:
+    evaluation: dict[str, Any] = {"max_examples": 100}
+    return {
+        "name": name.replace("_", "-"),
+        "storage": "./runs",
+        "model": {"base": base},
+        "data": {"tasks": ["./task.yaml"], "layout": "chat", "max_length": 512, "packing": {"length": 1024}},
+        "tuning": {"method": "lora", "rank": 16},
+        "training": {
+            "workers": 1,
+            "steps": 60,
+            "global_batch": 2,
+            "optimizer": {"learning_rate": 1.0e-3, "warmup_steps": 6},
+            "checkpoint": {"every_steps": 30},
+        },
+        "evaluation": evaluation if columns.label else evaluation | {"max_new_tokens": 64},
+    }
+
+
+def _write(
+    folder: Path, content: Mapping[str, Any], recipe: Mapping[str, Any], train: Sequence[Any], tested: Sequence[Any]
+) -> None:
+    from apprentice.data.sources.convert import write_rows
+
+    Recipe.model_validate(recipe)
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, rows in (("train", train), ("test", tested)):
+        write_rows(rows, Folder.at(folder / f"{split}.parquet"))
+    (folder / "task.yaml").write_text(
+        "# Reword these, and add more: about ten wordings, and as different as people would say them, make a model that\n"
+        "# follows the instruction and not one fixed string. `apprentice tasks ./task.yaml` shows them on the sample row.\n"
+        + yaml.safe_dump(dict(content), sort_keys=False, allow_unicode=True, width=120),
+        encoding="utf-8",
+    )
+    (folder / "recipe.yaml").write_text(
+        "# A first recipe for one machine without a GPU; `apprentice check recipe.yaml` says whether it is ready.\n"
+        + yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True),
+        encoding="utf-8",
+    )

@@ -1,0 +1,66 @@
+"""Replies to a whole file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from apprentice.data.encoding.prompt_contract import layout_beside
+from apprentice.errors import RunError
+from apprentice.pipeline.prepare import Progress
+from apprentice.pipeline.serve import contract_for
+from apprentice.pretrained.architecture import check_writes, model_config
+from apprentice.pretrained.hub import local_folder
+from apprentice.ray_cluster.session import ray_session
+from apprentice.recipe import Model, find_recipe, load_recipe
+from apprentice.run.folder import find_run
+from apprentice.storage import Folder
+
+PROMPT_TOKENS = 2048  # of a model that says nothing of its own context
+
+
+def predict(
+    target: str,
+    file: Path | str,
+    out: Path | str | None,
+    *,
+    max_tokens: int,
+    contract: str | None,
+    recipe: str | None,
+    restart: bool,
+    storage: str,
+    trust: bool = False,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Replies of the run or model `target` to every row of `file`, a path or URI; gives the folder and what is in it."""
+    from apprentice.model_pool.limits import Limits
+    from apprentice.predict import launch
+    from apprentice.pretrained.trust import check_model_folder
+
+    run = find_run(target, storage)
+    if run is not None and not run.is_trained:
+        raise RunError(f"run {run.name!r} has no trained model yet; train it first.")
+    if run is not None:
+        model = run.recipe().model
+    else:
+        model = load_recipe(find_recipe(recipe)).model if recipe is not None else Model(base=target)
+    model = model.model_copy(update={"trust": model.trust or trust})
+    folder = local_folder(str(run.model) if run is not None else target, trust=model.trust)
+    check_writes(folder)
+    layout = layout_beside(folder, None if run is not None else contract_for(folder, contract, recipe, storage))
+    check_model_folder(folder, trust=model.trust)
+    config = model_config(folder)
+    context = config.get("max_position_embeddings") or config.get("n_positions") or PROMPT_TOKENS + max_tokens
+    limits = Limits(context - max_tokens, max_tokens)
+    place = Folder.at(out or f"{str(file).removesuffix(Path(file).suffix)}-replies")
+    with ray_session():
+        return launch.predict(
+            Folder.at(file),
+            place,
+            folder,
+            model,
+            layout,
+            limits,
+            restart=restart,
+            progress=lambda values: progress("predict", values),
+        )

@@ -1,0 +1,109 @@
+"""What happens before training: checks, the frozen index, and a look at the examples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from apprentice.data.sources.cache import cache_cleared
+from apprentice.data.stream import Corpus, estimate_steps, make_corpus
+from apprentice.errors import ApprenticeError, RunError
+from apprentice.preflight import check
+from apprentice.ray_cluster.session import ray_session
+from apprentice.recipe import Recipe
+from apprentice.run.fence import hold
+from apprentice.run.folder import Run, find_run, open_run
+from apprentice.run.json_lines import read_records
+from apprentice.storage import Folder
+
+Progress = Callable[[str, Mapping[str, Any]], None]
+
+
+def prepare(recipe: Recipe, *, restart: bool = False, progress: Progress) -> dict[str, Any]:
+    """Freezes each task's index; gives the run folder and what training will see."""
+    with ray_session(), written_run(recipe, "prepare", restart=restart, progress=progress) as (run, corpus):
+        rows = {name: len(index.train) for name, index in corpus.indices.items() if name not in corpus.held_out}
+        return {"run": str(run.folder), "tasks": len(rows), "train_rows": sum(rows.values()), **estimate_steps(corpus)}
+
+
+@contextmanager
+def written_run(recipe: Recipe, command: str, *, restart: bool, progress: Progress) -> Iterator[tuple[Run, Corpus]]:
+    """The run of `recipe`, prepared, which this process holds for `command` as long as the block takes.
+
+    Raises `FencedError` if somebody else holds it.
+    """
+    check.before_writing(recipe)
+    folder = Folder.at(recipe.storage) / recipe.name
+    with hold(folder, command, tell=lambda message: progress("prepare", {"message": message, "done": True})):
+        yield prepared(recipe, restart=restart, progress=progress)
+
+
+def prepared(recipe: Recipe, *, restart: bool, progress: Progress) -> tuple[Run, Corpus]:
+    progress("prepare", {"message": f"tasks of {recipe.name}"})
+    was_there = (Folder.at(recipe.storage) / recipe.name / "identity.json").exists() and not restart
+    run = open_run(recipe, restart=restart)
+    try:
+        corpus = make_corpus(recipe, run)
+        check.after_indexing(recipe, corpus)
+    except ApprenticeError:
+        if not was_there:  # this call made it all: leave no half-made run behind
+            run.folder.delete()
+        raise
+    progress(
+        "prepare", {"tasks": len(corpus.tasks), "rows": sum(len(index.train) for index in corpus.indices.values()), "done": True}
+    )
+    return run, corpus
+
+
+def check_recipe(recipe: Recipe) -> list[check.Finding]:
+    """Every point that can be known beforehand."""
+    return check.check(recipe, ray_session)
+
+
+def preview(recipe: Recipe, number: int) -> list[Any]:
+    """The first `number` examples of the plan, as the model will see them (`apprentice.data.inspect.preview`)."""
+    from apprentice.data.inspect import preview as view
+
+    with ray_session(), scratch_run(recipe) as run:
+        return view.preview(make_corpus(recipe, run), number)
+
+
+def preview_page(recipe: Recipe, rows: int) -> str:
+    """The first packed rows of the stream as an HTML page (`apprentice.data.inspect.packed_rows_html`)."""
+    from apprentice.data.inspect import packed_rows_html as row_view
+
+    with ray_session(), scratch_run(recipe) as run:
+        return row_view.to_html(row_view.rows_of(make_corpus(recipe, run), rows))
+
+
+def trace(name: str, storage: str, *, step: int | None, position: int | None) -> list[Any]:
+    """The examples that an optimizer step of a run was made of, or the one at a position of its plan.
+
+    Raises `RunError` if there is no such run or step.
+    """
+    from apprentice.data.inspect import preview as view
+
+    run = find_run(name, storage)
+    if run is None:
+        raise RunError(f"{name!r} is not a run in {storage}; `apprentice runs` lists them.")
+    positions = [position] if position is not None else _positions(run, step or 0)
+    return view.trace(make_corpus(run.recipe(), run, parallel=False), positions)
+
+
+def _positions(run: Run, step: int) -> list[int]:
+    """The plan's positions of an optimizer step, the last time that it was made."""
+    records = read_records(run.folder / "steps.jsonl")
+    made = {record["step"]: record["examples"] for record in records if "examples" in record}
+    if step not in made:
+        raise RunError(f"run {run.name!r} has made {max(made, default=0)} steps, counted from 1; step {step} is not among them.")
+    return [int(position) for position in made[step]]
+
+
+@contextmanager
+def scratch_run(recipe: Recipe) -> Iterator[Run]:
+    """A run folder that is thrown away: looking must not leave a half-made run behind."""
+    import tempfile
+
+    with cache_cleared(recipe), tempfile.TemporaryDirectory(prefix="apprentice-") as folder:
+        yield Run(Folder.at(folder) / recipe.name)

@@ -1,0 +1,166 @@
+"""The endpoint for a run or a model, and one request against it."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from apprentice.data.encoding.prompt_contract import layout_of, make_contract
+from apprentice.errors import ContractError, RunError, ServingError, TaskError
+from apprentice.pipeline.evaluate import passed_gate
+from apprentice.pipeline.prepare import Progress
+from apprentice.pretrained.hub import local_folder
+from apprentice.pretrained.tokenizer import Tokenizer
+from apprentice.ray_cluster.session import ray_session
+from apprentice.recipe import Recipe, Serving, find_recipe, load_recipe
+from apprentice.run.folder import PromptContract, find_run, read_contract
+from apprentice.storage import Folder
+from apprentice.tasks.registry import Find, find_tasks
+from apprentice.tasks.schema import Task
+
+if TYPE_CHECKING:
+    from apprentice.serve.replica import Offer
+
+
+@contextmanager
+def endpoint(
+    target: str,
+    *,
+    host: str | None = None,
+    port: int | None = None,
+    engine: str | None = None,
+    contract: str | None = None,
+    recipe: str | None = None,
+    adapters: str | None = None,
+    beside: Sequence[str] | None = None,
+    threads: int | None = None,
+    storage: str = "./runs",
+    require_gate: bool = False,
+    insecure: bool = False,
+    trust: bool = False,
+    progress: Progress,
+) -> Iterator[str]:
+    """The running endpoint's URL for a run or a model, with what the folder `adapters` holds; it is shut down on leaving.
+
+    `beside` names further runs and models that it serves. `trust` lets the folder of each of them bring pickled weights or code of
+    its own.
+    """
+    from apprentice.serve import deployment
+
+    run = find_run(target, storage)
+    if run is not None and not run.is_trained:
+        raise RunError(f"run {run.name!r} has no trained model yet; train it first.")
+    folder = local_folder(str(run.model) if run is not None else target, trust=trust)
+    if require_gate:
+        passed_gate(run.model if run is not None else Folder.at(folder))
+    settings = run.recipe().serving if run is not None else _serving_for_bare(recipe, contract, storage)
+    chosen = {
+        "host": host,
+        "port": port,
+        "engine": engine,
+        "threads": threads,
+        "adapters": adapters and str(Folder.at(adapters)),
+        "beside": tuple(beside or ()) or None,
+    }
+    settings = settings.model_copy(update={key: value for key, value in chosen.items() if value is not None})
+    words = None if run is not None else contract_for(folder, contract, recipe, storage) or _of_an_adapter(folder, settings)
+    spoken = run.recipe() if run is not None else load_recipe(find_recipe(recipe)) if recipe is not None else None
+    tasks = own_tasks(spoken, progress, run.tasks().find if run is not None else find_tasks) if spoken is not None else []
+    name = run.name if run is not None else folder.name
+    others = [_offer(other, storage, words or read_contract(folder), trust=trust) for other in settings.beside]
+    deployment.check(folder, settings, words, insecure=insecure, beside=others, trust=trust)
+    with ray_session(niceness=0):  # Ray's own 15 gives the endpoint next to nothing beside any other work on the machine
+        progress("serve", {"message": f"loading {folder}"})
+        running = deployment.start(
+            folder, settings, model_name=name, contract=words, insecure=insecure, tasks=tasks, beside=others, trust=trust
+        )
+        try:
+            yield running.url
+        finally:
+            running.stop()
+
+
+def _offer(target: str, storage: str, words: PromptContract | None, *, trust: bool) -> Offer:
+    """A further model; a bare one is spoken to in `words`."""
+    from apprentice.serve.replica import Offer
+
+    run = find_run(target, storage)
+    if run is not None and not run.is_trained:
+        raise RunError(f"run {run.name!r}, which serving.beside names, has no trained model yet; train it first.")
+    folder = local_folder(str(run.model) if run is not None else target, trust=trust)
+    return Offer(run.name if run is not None else Path(target).name, folder, words, trust)
+
+
+def _of_an_adapter(folder: Path, settings: Serving) -> PromptContract | None:
+    """The words for a bare base that none were named for: those of the first of its adapters that has some."""
+    if settings.adapters is None or read_contract(folder) is not None:
+        return None
+    from apprentice.serve.generation.adapters import adapters_in
+
+    contracts = (read_contract(place.folder) for place in adapters_in(Folder.at(settings.adapters)).values())
+    return next((found for found in contracts if found is not None), None)
+
+
+def own_tasks(recipe: Recipe, progress: Progress, find: Find = find_tasks) -> list[Task]:
+    """The tasks of the recipe's own files, to be asked by their fields; a file that is gone since is told and left out."""
+    found: list[Task] = []
+    for entry in recipe.data.entries:
+        if isinstance(entry, str) and entry.endswith((".yaml", ".yml")):
+            try:
+                found += find(entry, Path.cwd())
+            except TaskError as error:
+                progress("serve", {"message": f"not under /v1/tasks: {error}"})
+    return found
+
+
+def _serving_for_bare(recipe: str | None, contract: str | None, storage: str) -> Serving:
+    """How a bare model is served: as the named recipe or the contract's run says, or by default."""
+    if recipe is not None:
+        return load_recipe(find_recipe(recipe)).serving
+    run = find_run(contract, storage) if contract is not None else None
+    return run.recipe().serving if run is not None else Serving()
+
+
+def contract_for(folder: Path, contract: str | None, recipe: str | None, storage: str) -> PromptContract | None:
+    """The contract that a bare model is given: of another run, or made from a recipe; None if nothing is named."""
+    if contract is not None:
+        run = find_run(contract, storage)
+        found = read_contract(run.model if run is not None else Path(contract))
+        if found is None:
+            raise ContractError(
+                f"{contract!r} is not a run or folder with a prompt contract (apprentice.json); name a trained run."
+            )
+        return found
+    if recipe is not None:
+        settings = load_recipe(find_recipe(recipe))
+        return make_contract(settings, layout_of(settings, Tokenizer(folder)), folder)
+    return None
+
+
+def wait_for_stop() -> None:
+    """Returns at Ctrl-C or SIGTERM."""
+    stopped = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stopped.set())
+    stopped.wait()
+
+
+def ask(url: str, instruction: str, input: str, *, max_tokens: int, key: str | None = None) -> str:
+    """The reply of a running endpoint to one instruction, phrased there as in training. Raises `ServingError`."""
+    import httpx
+
+    body = {"instruction": instruction, "input": input, "max_tokens": max_tokens}
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    try:
+        reply = httpx.post(f"{url.rstrip('/')}/v1/instruct", json=body, headers=headers, timeout=300.0)
+    except httpx.HTTPError as error:
+        raise ServingError(
+            f"no endpoint answers at {url} ({error.__class__.__name__}); start one with `apprentice serve RUN`."
+        ) from error
+    if reply.status_code != 200:
+        raise ServingError(f"{url} answered {reply.status_code}: {reply.text[:300]}")
+    return str(reply.json()["choices"][0]["text"])

@@ -1,0 +1,106 @@
+"""Fine-tuning, and the list of runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from apprentice.pipeline.prepare import Progress, written_run
+from apprentice.ray_cluster.session import ray_session
+from apprentice.recipe import Recipe
+from apprentice.run.folder import Run
+from apprentice.run.json_lines import read_records
+from apprentice.storage import Folder
+
+
+def train(recipe: Recipe, *, restart: bool = False, progress: Progress) -> dict[str, Any]:
+    """Fine-tunes, or goes on with a run that was stopped; gives the run folder and the last figures."""
+    from apprentice.evaluate.online import glance_of
+    from apprentice.train.distributed import driver as launch
+
+    with ray_session(), written_run(recipe, "train", restart=restart, progress=progress) as (run, corpus):
+        if run.is_trained:
+            return {"run": str(run.folder), "already": True, **_status(run)}
+        score = glance_of(corpus) if recipe.evaluation.while_training else None
+        result = launch.train(recipe, run, corpus, progress=lambda values: progress("train", _step_line(values)), score=score)
+        run.update_status(state="trained")
+        return {"run": str(run.folder), "already": False, **asdict(result), "warnings": run.ledger_file.read_json()["warnings"]}
+
+
+def _step_line(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What a person wants to see of one record of the training loop."""
+    if "message" in values:
+        return {"message": values["message"], "done": True}
+    if "samples" in values:
+        shown = [f"\n            {sample['instruction']}\n            → {sample['reply']}" for sample in values["samples"]]
+        return {"step": f"{values['step']}/{values['steps']}", "message": f"replies{''.join(shown)}", "done": True}
+    if found := {name: values[name] for name in ("validation_loss", "held_out") if name in values}:
+        return {"step": f"{values['step']}/{values['steps']}", **found, "done": True}
+    return {
+        "step": f"{values['step']}/{values['steps']}",
+        "loss": values["loss"],
+        "smoothed_loss": values["smoothed_loss"],
+        **{name: values[name] for name in ("accuracy", "margin", "reward", "kl", "reply_tokens") if name in values},
+        "learning_rate": values["learning_rate"],
+        "grad_norm": values["grad_norm"],
+        "tokens_per_s": values["tokens_per_s"],
+        "tokens_per_s_worker": values["tokens_per_s_worker"] if values["workers"] > 1 else None,
+        "mfu_share": values.get("mfu"),
+        "waiting_for_data_share": values["data_wait"],
+        "mixture_drift_share": values["ledger_drift"],
+        "eta_s": values["eta_s"],
+        "restarts": values["attempt"] - 1 or None,
+        "done": values["step"] == values["steps"],
+    }
+
+
+def training_sentence(result: Mapping[str, Any]) -> str:
+    """One line on what `train` did."""
+    if result["already"]:
+        return "this run is trained already; --restart trains it anew"
+    return (
+        f"{result['steps']} steps, loss {result['loss']:.3f}, validation loss {number(result['validation_loss'])},"
+        f" {result['tokens_per_s']:.0f} tokens/s, waited for data {result['wait_share']:.1%} of the time"
+        + _memory(result.get("peak_memory"), result.get("expected_memory"))
+        + "".join(f"\nwarning: {line}" for line in result["warnings"])
+    )
+
+
+def stopped_sentence(recipe: Recipe) -> str:
+    """One line on where Ctrl-C stopped the run of `recipe`, and from where it goes on."""
+    from apprentice.train.checkpoint import format as checkpoint
+
+    run = Run(Folder.at(recipe.storage) / recipe.name)
+    steps = [record["step"] for record in read_records(run.folder / "steps.jsonl") if "loss" in record]
+    if not steps:
+        return "stopped by Ctrl-C before the first step; the same command begins the run, or goes on with it."
+    saved = checkpoint.newest_step(run.checkpoints)
+    again = (
+        f"the newest checkpoint is that of step {saved}, from which" if saved else "no checkpoint was made, so from the beginning"
+    )
+    where = f"after step {steps[-1]} of {run.status().get('steps', '?')}"
+    return f"stopped by Ctrl-C {where}; {again} the same command goes on: {run.folder}"
+
+
+def _memory(peak: int | None, expected: int | None) -> str:
+    return (
+        "" if peak is None or expected is None else f", at most {peak / 2**30:.1f} GiB a worker ({expected / 2**30:.1f} expected)"
+    )
+
+
+def number(value: float | None) -> str:
+    """A loss for the screen; `none` where there were no rows to take it from."""
+    return "none" if value is None else f"{value:.3f}"
+
+
+def runs(storage: str) -> list[dict[str, Any]]:
+    """Every run in `storage` with its state."""
+    found = [Run(folder) for folder in Folder.at(storage).children() if (folder / "identity.json").exists()]
+    return [{"name": run.name, "state": "prepared"} | _status(run) for run in found]
+
+
+def _status(run: Run) -> dict[str, Any]:
+    """The run's status; of a trained one with the validation loss of the model that was exported, whichever came last."""
+    status = run.status()
+    return status | {key: status["training"][key] for key in ("validation_loss",) if key in status.get("training", {})}

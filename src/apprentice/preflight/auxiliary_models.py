@@ -1,0 +1,39 @@
+"""Models that a recipe names beside its base, held against it: DPO's reference, and the reward model of on-policy training."""
+
+from __future__ import annotations
+
+from apprentice.errors import RecipeError
+from apprentice.pretrained.architecture import family_of, gives_rewards
+from apprentice.pretrained.hub import local_folder
+from apprentice.pretrained.tokenizer import Tokenizer
+from apprentice.recipe import Recipe
+from apprentice.run.folder import public_base, read_contract
+
+
+def check_companions(recipe: Recipe, tokenizer: Tokenizer) -> None:
+    """Raises `RecipeError` where `tokenizer`, the base's, is not theirs too, or where one is not what it is named for."""
+    if reference := recipe.training.dpo.reference:
+        _check_tokens("training.dpo.reference", reference, recipe, tokenizer, " Leave it out (the base is the reference), or name")
+    if reward := recipe.training.grpo.reward:
+        folder = local_folder(reward)
+        if not gives_rewards(folder):
+            raise RecipeError(
+                f"training.grpo.reward {public_base(reward)} writes words and gives an answer no number; name a run with"
+                " `training.objective: reward`, or another model that does."
+            )
+        _check_tokens("training.grpo.reward", reward, recipe, tokenizer, " Name")
+        contract = read_contract(folder)
+        if contract is not None and contract.layout != recipe.data.layout:
+            raise RecipeError(
+                f"training.grpo.reward {public_base(reward)} was trained in layout {contract.layout!r}, and data.layout is"
+                f" {recipe.data.layout!r}: it would read prompts that it never saw; use one layout for both."
+            )
+
+
+def _check_tokens(key: str, name: str, recipe: Recipe, tokenizer: Tokenizer, remedy: str) -> None:
+    folder = local_folder(name)
+    if family_of(folder) != "causal" or Tokenizer(folder).fingerprint != tokenizer.fingerprint:
+        raise RecipeError(
+            f"{key} {public_base(name)} has another tokenizer than model.base {public_base(recipe.model.base)}:"
+            f" the same answer would be other tokens to it.{remedy} a model of its kind."
+        )

@@ -1,0 +1,224 @@
+"""What one window of real rows and one pass of the real model tell before anything is reserved, in this process.
+
+That every example ends with a token that is trained on, what was cut, that packing changes nothing for this model, and how fast a
+worker will be. Knows nothing of Ray; what it makes is thrown away.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from apprentice.data.encoding.tokenize import CUT_EXEMPLARS, CUT_INPUT, CUT_TURNS, LAST_TURN_ONLY
+from apprentice.data.stream import Corpus, estimate_steps, render_window
+from apprentice.errors import DataError, ModelError
+from apprentice.models.loading import count_parameters, load_model, resolve_dtype
+from apprentice.models.tuning.methods import TUNING_METHODS
+from apprentice.pretrained.hub import local_folder
+from apprentice.train.batch import PackedRows
+from apprentice.train.losses.registry import loss_of
+
+LARGEST = 1_500_000_000  # numbers: a larger model would take this process minutes and tens of GiB
+LEAST_EXAMPLES = 5  # of a task in the window, for all of them to be cut is no chance
+TOKENS = 1024  # of the row that is tried; a longer one says no more and takes longer
+_CLOSE = 1e-4  # relative: what the order of float32's sums may change of a loss
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Of one worker, in tokens/s; None where this process cannot tell."""
+
+    training: float | None
+    reading: float | None
+
+
+def first_rows(corpus: Corpus) -> PackedRows:
+    """The rows of the first window that has any. Raises `DataError` where many in a row have none."""
+    for window in range(8):
+        rows = PackedRows.of(render_window(corpus, window))
+        if len(rows):
+            return rows
+    raise DataError(
+        f"none of the first {8 * corpus.recipe.data.window:,} examples can be trained on: all of them are dropped;"
+        " `apprentice prepare` says why. Often data.max_length is too short for instruction and answer."
+    )
+
+
+def told_of_rows(corpus: Corpus, rows: PackedRows) -> str:
+    """One sentence on the first window: how full its rows are, what is trained on, what was cut or dropped.
+
+    Raises `DataError` if an example does not end with a token that is trained on, or a task has nothing whole to learn in it.
+    """
+    _check_ends(corpus, rows)
+    examples, targets = Counter[str](), Counter[str]()
+    for row in rows.facts:
+        for task, count in zip(row.tasks, row.targets, strict=True):
+            examples[corpus.tasks[task].name] += 1
+            targets[corpus.tasks[task].name] += count
+    if silent := sorted(name for name in examples if not targets[name]):
+        raise DataError(f"task {silent[0]!r} has {examples[silent[0]]} examples in the first window and no token to train on.")
+    _check_cut(corpus, rows, examples)
+    each = {name: count / examples[name] for name, count in targets.items()}
+    fewest, most = min(each, key=each.__getitem__), max(each, key=each.__getitem__)
+    spread = f"{each[fewest]:.0f} an example of {fewest}" + (f", {each[most]:.0f} of {most}" if most != fewest else "")
+    room = rows.input_ids.size + (0 if rows.target_ids is None else rows.target_ids.size)
+    return (
+        f"{sum(examples.values())} examples in {len(rows)} rows, {rows.tokens / room:.0%} full; {rows.targets / rows.tokens:.0%} of"
+        f" the tokens are trained on ({spread}), each example's end among them; cut or dropped: {_cut(rows, examples)}"
+    )
+
+
+def told_of_prompts(corpus: Corpus, rows: PackedRows) -> str:
+    """One sentence on the first round of an on-policy run: its prompts, replies and steps."""
+    shape, grpo = corpus.recipe.round, corpus.recipe.training.grpo
+    prompts = Counter(corpus.tasks[task].name for row in rows.facts for task in row.tasks)
+    _check_cut(corpus, rows, prompts)
+    return (
+        f"a round has {sum(prompts.values())} prompts and {shape.group} replies of at most {grpo.max_new_tokens} tokens to each, in"
+        f" {shape.steps} step{'s' if shape.steps != 1 else ''}; cut or dropped: {_cut(rows, prompts)}"
+    )
+
+
+def _lost(rows: PackedRows) -> dict[str, Counter[str]]:
+    """Task → reason → examples that were cut or dropped for it."""
+    lost: dict[str, Counter[str]] = {}
+    for row in rows.facts:
+        for name, reasons in row.dropped.items():
+            lost.setdefault(name, Counter()).update(reasons)
+    return lost
+
+
+def _check_cut(corpus: Corpus, rows: PackedRows, examples: Mapping[str, int]) -> None:
+    """Raises `DataError` for a task of which every example of the window, and not by chance of a few, was cut or dropped."""
+    for name, reasons in _lost(rows).items():
+        del reasons[CUT_EXEMPLARS], reasons[LAST_TURN_ONLY]  # what is learnt is whole
+        dropped = sum(number for reason, number in reasons.items() if reason not in (CUT_INPUT, CUT_TURNS))
+        count = examples[name] + dropped
+        if reasons.total() >= count >= LEAST_EXAMPLES:
+            why = ", ".join(f"{number} {reason.replace('_', ' ')}" for reason, number in reasons.most_common())
+            raise DataError(
+                f"task {name!r}: all of its {count} examples in the first window are cut or dropped ({why}); raise data.max_length"
+                f" ({corpus.recipe.data.max_length}), shorten the wordings, or leave the task out of data.tasks."
+            )
+
+
+def _cut(rows: PackedRows, examples: Mapping[str, int]) -> str:
+    """The three tasks of which most was cut or dropped, with the share of their examples."""
+    cut = Counter({name: reasons.total() for name, reasons in _lost(rows).items()})
+    return ", ".join(f"{count / max(examples[name], count):.0%} of {name}" for name, count in cut.most_common(3)) or "nothing"
+
+
+def _check_ends(corpus: Corpus, rows: PackedRows) -> None:
+    ids, segments = (rows.input_ids, rows.segment_ids) if rows.target_ids is None else (rows.target_ids, rows.target_segment_ids)
+    assert segments is not None
+    last = np.ones_like(segments, dtype=bool)  # of its segment
+    last[:, :-1] = segments[:, :-1] != segments[:, 1:]
+    last &= segments > 0
+    end = corpus.layout.end_ids[-1]
+    wrong = last & ((rows.loss_mask == 0) | (ids != end))
+    if wrong.any():
+        row = rows.facts[int(np.argwhere(wrong)[0][0])]
+        raise DataError(f"an example of row {row.row} in window {row.window} does not end with a token that is trained on.")
+
+
+def told_of_packing(corpus: Corpus, rows: PackedRows) -> str:
+    """One sentence on whether a packed row has the loss of its examples alone, in float32. Raises `ModelError` if not."""
+    recipe = corpus.recipe
+    if corpus.strategy == "none":
+        return "one example a row"
+    if rows.reference is not None:
+        return "two answers a pair, packed; the loss looks at whole pairs, so it is not compared with that of one example"
+    if why := _too_large(corpus):
+        return f"not tried: {why}"
+    several = [row for row in range(len(rows)) if len(rows.facts[row].examples) > 1]
+    if not several:
+        return "no row of the first window holds two examples"
+    row = _share(rows, min(several, key=lambda row: int((rows.segment_ids[row] > 0).sum())))
+    loss = loss_of(load_model(recipe.model.base, torch.float32, recipe.model.attention, trust=recipe.model.trust), recipe.training)
+    with torch.no_grad():
+        together = float(loss(*row.micros(1)[0].tensors))
+        apart = sum(float(loss(*one.micros(1)[0].tensors)) for one in _alone(row))
+    if abs(together - apart) > _CLOSE * max(abs(apart), 1.0):
+        raise ModelError(
+            f"packed examples see each other in this model: a row's loss is {together:.5g}, its examples' alone {apart:.5g};"
+            " set data.packing.strategy to none."
+        )
+    number = len(row.facts[0].examples)
+    return f"the {number} examples of a row do not see each other: in one row and each alone they have the same loss"
+
+
+def _share(rows: PackedRows, row: int) -> PackedRows:
+    return rows.share(row, len(rows))
+
+
+def _alone(row: PackedRows) -> list[PackedRows]:
+    """The examples of one row, each in a row of its own."""
+    return [_only(row, segment) for segment in range(1, int(row.segment_ids.max()) + 1)]
+
+
+def _only(row: PackedRows, segment: int) -> PackedRows:
+    kept = row.segment_ids[0] == segment
+    mine: dict[str, Any] = {"input_ids": row.input_ids[:, kept], "positions": row.positions[:, kept]}
+    mine["segment_ids"] = np.ones_like(mine["input_ids"])
+    mine["weights"] = None if row.weights is None else [row.weights[0][segment - 1 : segment]]
+    if row.target_ids is None or row.target_positions is None or row.target_segment_ids is None:
+        return replace(row, **mine, loss_mask=row.loss_mask[:, kept])
+    there = row.target_segment_ids[0] == segment
+    mine |= {"target_ids": row.target_ids[:, there], "target_positions": row.target_positions[:, there]}
+    return replace(row, **mine, target_segment_ids=np.ones_like(mine["target_ids"]), loss_mask=row.loss_mask[:, there])
+
+
+def speed_of(corpus: Corpus, rows: PackedRows) -> Speed:
+    """Tokens/s of a worker without GPUs, by one pass forward and backward over one row with the threads of a worker."""
+    recipe = corpus.recipe
+    if recipe.training.resources.gpus or _too_large(corpus) or recipe.tuning.method == "qlora" or recipe.training.aim.rounds:
+        return Speed(None, None)
+    dtype = resolve_dtype(recipe.model.dtype, "cpu")
+    settings: dict[str, Any] = {"head": recipe.head, "trust": recipe.model.trust}
+    model = load_model(recipe.model.base, dtype, recipe.model.attention, **settings)
+    loss = loss_of(TUNING_METHODS[recipe.tuning.method].wrap(model, recipe.tuning, recipe.seed), recipe.training).train()
+    fitting = [row for row in range(len(rows)) if int((rows.segment_ids[row] > 0).sum()) <= TOKENS] or [0]
+    row = _share(rows, max(fitting, key=lambda row: int((rows.segment_ids[row] > 0).sum())))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, int(recipe.training.resources.cpus)))
+    try:
+        with torch.no_grad():
+            loss(*row.micros(1)[0].tensors)  # the first pass sets things up
+            began = time.perf_counter()
+            loss(*row.micros(1)[0].tensors)
+            reading = row.tokens / (time.perf_counter() - began)
+        began = time.perf_counter()
+        loss(*row.micros(1)[0].tensors).backward()
+        return Speed(row.tokens / (time.perf_counter() - began), reading)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def told_of_duration(corpus: Corpus, speed: Speed) -> str:
+    """One sentence on how much training reads, and how long it will take where that is known."""
+    found = estimate_steps(corpus)
+    tokens, targets = found["steps"] * found["tokens_per_step"], found["steps"] * found["target_tokens_per_step"]
+    size = f"about {tokens:,.0f} tokens, {targets:,.0f} of them trained on"
+    if speed.training is None:
+        return f"{size}; how long it takes shows after the first steps"
+    workers = corpus.recipe.training.min_workers
+    time = spoken_time(tokens / (speed.training * workers))
+    return f"{size}; {time} at {speed.training:.0f} tokens/s a worker, beside loading and saving"
+
+
+def spoken_time(seconds: float) -> str:
+    """12 seconds as "under a minute", 100 as "about 2 minutes", 9,000 as "about 2.5 hours"."""
+    if seconds < 60:
+        return "under a minute"
+    return f"about {seconds / 60:.0f} minutes" if seconds < 5400 else f"about {seconds / 3600:.1f} hours"
+
+
+def _too_large(corpus: Corpus) -> str:
+    numbers = count_parameters(local_folder(corpus.recipe.model.base))
+    return f"the model has {numbers / 1e9:.1f} billion numbers, too many for this process" if numbers > LARGEST else ""

@@ -1,0 +1,1 @@
+"""The connection to Ray, and the nodes of its cluster."""

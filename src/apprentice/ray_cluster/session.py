@@ -1,0 +1,148 @@
+"""A connection to Ray: the cluster that `RAY_ADDRESS` or a Ray job names, or a quiet local one that ends with us.
+
+Knows nothing of what runs on it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import stat
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import ray
+import ray.data  # sets its loggers up anew on import, so it must come before quiet()
+from ray._private import ray_constants
+
+from apprentice.errors import ResourcesError
+from apprentice.ray_cluster.crowding import NICENESS
+
+# Third parties' noise that says nothing to the person at the screen; set before workers start, inherited by them.
+QUIET = {
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_BACKEND_LOG_LEVEL": "fatal",  # what its core has to say of errors reaches us as exceptions too
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "PYTHONWARNINGS": "ignore",
+    "DS_LOG_LEVEL": "error",
+    "GLOO_LOG_LEVEL": "ERROR",
+}
+VERSION_VARIABLE = "APPRENTICE_VERSION"  # by which a job says which version sent it
+SPARE_CPUS = 2  # logical CPUs of a local session beside the machine's own, for the light processes next to training
+
+
+def quiet() -> None:
+    """Turns third-party progress bars, warnings and information messages off in this process and those it starts."""
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    warnings.filterwarnings("ignore")
+    for name in ("ray", "ray.data", "ray.train", "ray.serve", "ray.tune", "transformers", "deepspeed", "httpx", "filelock"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+@contextmanager
+def _greeting_kept_back() -> Iterator[None]:
+    """Ray's core announces the log level that it was given; what else it writes while it starts reaches the screen at the end."""
+    sys.stderr.flush()
+    screen = os.dup(2)
+    with tempfile.TemporaryFile() as written:
+        os.dup2(written.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(screen, 2)
+            os.close(screen)
+            written.seek(0)
+            os.write(2, b"".join(line for line in written if b"RAY_BACKEND_LOG_LEVEL" not in line))
+
+
+def _connect(niceness: int | None) -> None:
+    if niceness is not None:
+        os.environ.setdefault(NICENESS, str(niceness))
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(logging_level=logging.ERROR, log_to_driver=False)
+        return
+    cpus = len(os.sched_getaffinity(0)) + SPARE_CPUS
+    os.environ.setdefault("RAY_worker_maximum_startup_concurrency", str(cpus))  # Ray warns of many processes, and counts only cores
+    start_local(cpus, logging_level=logging.ERROR)
+
+
+def start_local(cpus: int, **settings: Any) -> None:
+    """A Ray of this machine and this user alone: it listens on loopback, and others can read neither its token nor its sessions.
+
+    `settings` are further ones of `ray.init`.
+    """
+    for library in ("GLOO", "NCCL"):  # between the workers of a training
+        os.environ.setdefault(f"{library}_SOCKET_IFNAME", "lo")
+    _close_token()
+    # Ray 2.60 takes loopback for its node's address only where clusters are switched off, as they are on macOS, and replaces it
+    # where it is asked for by name. With any other, its processes listen on all addresses of the machine.
+    with patch.object(ray_constants, "ENABLE_RAY_CLUSTER", False):
+        ray.init(
+            **{"_temp_dir": str(_own_folder()), **settings},
+            address="local",
+            num_cpus=cpus,
+            include_dashboard=False,
+            log_to_driver=False,
+        )
+    _close_token()
+
+
+def _close_token() -> None:
+    """Keeps Ray's token from other users: it writes the file with what the umask allows, and only if there is none."""
+    file = Path.home() / ".ray" / "auth_token"
+    file.parent.mkdir(mode=0o700, exist_ok=True)
+    if file.is_file() and file.stat().st_mode & 0o077:
+        file.chmod(0o600)
+
+
+def _own_folder() -> Path:
+    """Where Ray keeps its sessions: below a folder of this user alone, since Ray opens its own to everybody (0777)."""
+    folder = Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()) / f"apprentice-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+        raise ResourcesError(f"{folder} is not a folder that you alone can read; remove it, or name another place in RAY_TMPDIR.")
+    return folder / "ray"
+
+
+@contextmanager
+def ray_session(niceness: int | None = None) -> Iterator[None]:
+    """Ray, connected; a local session is shut down at the end, a cluster of somebody else's is only left.
+
+    `niceness` is that of a local session's workers, if the environment does not say another one; Ray's own is 15.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    quiet()
+    # Workers compile DeepSpeed's small op with the ninja of this environment.
+    scripts = str(Path(sys.executable).parent)
+    if scripts not in os.environ.get("PATH", "").split(os.pathsep):
+        os.environ["PATH"] = os.pathsep.join([scripts, os.environ.get("PATH", "")])
+    try:
+        with _greeting_kept_back():
+            _connect(niceness)
+    except Exception as error:  # Ray raises bare exceptions here
+        raise ResourcesError(
+            f"Ray did not start: {' '.join(str(error).split())} Look for a full disk or a busy machine."
+        ) from error
+    quiet()  # ray.init sets its own loggers up anew
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    try:
+        yield
+    finally:
+        ray.shutdown()

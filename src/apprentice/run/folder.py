@@ -1,0 +1,230 @@
+"""The run folder, and the prompt contract that lies beside the weights.
+
+Knows where things lie; what makes two runs the same is in `identity`. Knows nothing of how a stage does its work.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from apprentice.errors import ContractError, RunError
+from apprentice.plain_yaml import load_yaml
+from apprentice.recipe import Recipe, dump_recipe
+from apprentice.run.fence import FENCE
+from apprentice.run.identity import ADAPTER as ADAPTER
+from apprentice.run.identity import CONTRACT_FILE as CONTRACT_FILE
+from apprentice.run.identity import FORMAT as FORMAT
+from apprentice.run.identity import GATE_FILE as GATE_FILE
+from apprentice.run.identity import differences
+from apprentice.run.identity import flat as flat
+from apprentice.run.identity import identity as identity
+from apprentice.run.identity import identity_hash as identity_hash
+from apprentice.run.identity import public_base as public_base
+from apprentice.storage import Folder, is_uri
+from apprentice.tasks.registry import find_tasks
+from apprentice.tasks.snapshot import KeptTasks, dump_tasks
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run's folder; the properties name what lies in it (design: the tree of a run folder)."""
+
+    folder: Folder
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def format(self) -> int:
+        """By which rules the run reads its rows and phrases its prompts: those of when it was made; `FORMAT` while it is not."""
+        file = self.folder / "identity.json"
+        return int(file.read_json().get("format", 1)) if file.exists() else FORMAT
+
+    @property
+    def recipe_file(self) -> Folder:
+        return self.folder / "recipe.yaml"
+
+    @property
+    def tasks_file(self) -> Folder:
+        return self.folder / "tasks.jsonl"
+
+    @property
+    def index(self) -> Folder:
+        return self.folder / "index"
+
+    @property
+    def reference(self) -> Folder:
+        return self.folder / "reference"
+
+    @property
+    def rounds(self) -> Folder:
+        return self.folder / "rounds"
+
+    @property
+    def checkpoints(self) -> Folder:
+        return self.folder / "checkpoints"
+
+    @property
+    def model(self) -> Folder:
+        return self.folder / "model"
+
+    @property
+    def adapter(self) -> Folder:
+        return self.folder / "adapter"
+
+    @property
+    def report(self) -> Folder:
+        return self.folder / "report"
+
+    @property
+    def events(self) -> Folder:
+        return self.folder / "events"
+
+    @property
+    def ledger_file(self) -> Folder:
+        return self.folder / "ledger.json"
+
+    @property
+    def is_trained(self) -> bool:
+        """True once the exported model, whose contract is written last, is whole."""
+        return (self.model / CONTRACT_FILE).exists()
+
+    def recipe(self) -> Recipe:
+        """The resolved recipe that the run was started with."""
+        return Recipe.model_validate(load_yaml(self.recipe_file.read_text()))
+
+    def tasks(self) -> KeptTasks:
+        """The tasks as they were defined when the run was last opened; none of a run of an earlier version, which kept none."""
+        return KeptTasks(self.tasks_file.read_text() if self.tasks_file.exists() else "")
+
+    def status(self) -> dict[str, Any]:
+        """What `apprentice runs` shows: state, step, steps, loss, …; empty before training starts."""
+        file = self.folder / "status.json"
+        return dict(file.read_json()) if file.exists() else {}
+
+    def clear(self) -> None:
+        """Removes all but the fence, which whoever clears it holds."""
+        for child in self.folder.children():
+            if child.name != FENCE:
+                child.delete()
+
+    def update_status(self, **values: Any) -> None:
+        (self.folder / "status.json").write_json(
+            self.status() | values | {"updated": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+        )
+
+
+def open_run(recipe: Recipe, *, restart: bool = False) -> Run:
+    """The run that `recipe` names: a new folder, or the one there if its identity is the same.
+
+    Raises `RunError` listing the keys that differ otherwise; `restart` removes the old run first.
+    """
+    run = Run(Folder.at(recipe.storage) / recipe.name)
+    version = FORMAT if restart else run.format
+    find = find_tasks if restart else run.tasks().find_again
+    keys = identity(recipe, version, find=find)
+    file = run.folder / "identity.json"
+    if restart:
+        run.clear()
+    elif file.exists() and (changed := differences(recipe, file.read_json()["keys"], keys)):
+        more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
+        raise RunError(
+            f"run {recipe.name!r} in {recipe.storage} was made with another recipe: {', '.join(changed[:5])}{more}."
+            " Choose another `name`, or start over with --restart."
+        )
+    tasks = dump_tasks(recipe.data.entries, Path.cwd(), find)
+    run.folder.make()
+    run.tasks_file.write_text(tasks)
+    run.recipe_file.write_text(dump_recipe(recipe))
+    file.write_json({"format": version, "hash": identity_hash(keys), "keys": keys})
+    return run
+
+
+def find_run(text: str, storage: str = "./runs") -> Run | None:
+    """The run that `text` names: a run folder's path or URI, or a name in `storage`; None if there is none."""
+    for folder in (Folder.at(text), Folder.at(storage) / text if not is_uri(text) else None):
+        if folder is not None and (folder / "identity.json").exists():
+            return Run(folder)
+    return None
+
+
+class Golden(BaseModel):
+    """Instruction and input, after earlier questions and answers, with the ids their prompt must have."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    instruction: str
+    input: str
+    ids: tuple[int, ...]
+    history: tuple[tuple[str, str], ...] = ()
+
+
+class PromptContract(BaseModel):
+    """`apprentice.json`: how to phrase a request so that the model sees what it saw in training.
+
+    Training writes it; evaluation and serving obey it and refuse what they cannot reproduce.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    version: int = 1
+    layout: str
+    layout_version: int
+    system: str
+    date: str = Field(description="Frozen date for chat templates that insert one.")
+    control_tokens: tuple[str, ...] = Field(
+        (), description="Control tokens that texts may hold as such; all others are text there."
+    )
+    max_length: int = Field(description="Tokens of one training example.")
+    truncation: str = "exemplars from the last, then input from its end; instruction and answer never"
+    end_ids: tuple[int, ...]
+    stop_ids: tuple[int, ...]
+    rank_by: Literal["sum", "mean", "pmi"] = Field("sum", description="How the choices of a task are compared.")
+    tokenizer_sha256: str
+    chat_template_sha256: str | None
+    chat_template: str | None = Field(None, description="Of a bare model that a recipe gives one; else it lies beside the weights.")
+    base: str
+    base_sha256: str | None = Field(None, description="Of an adapter's base: its weight files.")
+    weights_sha256: str = Field(
+        description="Of the weight files beside the contract, in order of name; empty at an endpoint that did not take it."
+    )
+    ancestors: tuple[str, ...] = Field((), description="Base models and runs this one comes from, oldest first.")
+    run: str = ""
+    golden: tuple[Golden, ...]
+
+    def for_other_weights(self) -> PromptContract:
+        """The same words for weights that have no contract of their own, and whose hash nobody took."""
+        return self.model_copy(update={"weights_sha256": "", "base_sha256": None})
+
+    def write(self, folder: Path) -> None:
+        (Folder.at(folder) / CONTRACT_FILE).write_text(self.model_dump_json(indent=2) + "\n")
+
+
+def read_contract(folder: Path | Folder) -> PromptContract | None:
+    """The contract in a model folder; None if there is none. Raises `ContractError` if it cannot be understood."""
+    file = Folder.at(str(folder)) / CONTRACT_FILE
+    if not file.exists():
+        return None
+    try:
+        return PromptContract.model_validate_json(file.read_bytes())
+    except ValidationError as error:
+        raise ContractError(f"{file} is not a prompt contract of this version: {error.errors()[0]['msg']}.") from error
+
+
+def weights_sha256(folder: Path) -> str:
+    """sha256 over the safetensors files of `folder`, in order of name; over trusted pickles where there are none.
+
+    An adapter beside the weights (`adapter/`) counts with them: two runs of one base differ in nothing else.
+    """
+    digest = hashlib.sha256()
+    weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+    for file in [*weights, *sorted((folder / ADAPTER).glob("*.safetensors"))]:
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 22):
+                digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""The HTTP side of the endpoint: routes, schemas, keys, rate limits, errors."""

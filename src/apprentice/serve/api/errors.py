@@ -1,0 +1,66 @@
+"""Every error of the endpoint in the shape that OpenAI's clients read."""
+
+from __future__ import annotations
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+from starlette.requests import Request as HttpRequest
+
+from apprentice.serve.api.middleware import respond
+from apprentice.serve.api.outcomes import told
+from apprentice.serve.api.retry_after import Appointments
+from apprentice.serve.api.schemas import (
+    ChatRequest,
+    CompletionRequest,
+    InstructRequest,
+    RenderRequest,
+    RequestProblem,
+    TaskRequest,
+    explain,
+)
+from apprentice.serve.engines.base import EngineFailed, Overloaded
+
+_BODIES: dict[str, type[BaseModel]] = {
+    "/v1/completions": CompletionRequest,
+    "/v1/chat/completions": ChatRequest,
+    "/v1/instruct": InstructRequest,
+    "/v1/render": RenderRequest,
+}
+
+
+def answer_errors(app: FastAPI, appointments: Appointments) -> None:
+    """Sets the handlers of `app`; who is refused because too many wait gets one of `appointments`."""
+
+    @app.exception_handler(RequestProblem)
+    async def on_problem(_: HttpRequest, problem: RequestProblem) -> Response:
+        return respond(problem)
+
+    @app.exception_handler(RequestValidationError)
+    async def on_validation(request: HttpRequest, error: RequestValidationError) -> Response:
+        body = _BODIES.get(request.scope["path"].removeprefix(request.scope.get("root_path", "")), TaskRequest)
+        return respond(explain(error.errors(), list(body.model_fields)))
+
+    @app.exception_handler(Overloaded)
+    async def on_overload(_: HttpRequest, __: Overloaded) -> Response:
+        seconds = appointments.next_s()
+        message = f"too many requests are waiting; try again in {seconds} s."
+        return respond(RequestProblem(message, status=429, kind="rate_limit_error", code="overloaded", retry_after_s=seconds))
+
+    @app.exception_handler(EngineFailed)
+    async def on_failure(_: HttpRequest, failure: EngineFailed) -> Response:
+        return respond(told(failure))
+
+    @app.exception_handler(HTTPException)
+    async def on_http(request: HttpRequest, error: HTTPException) -> Response:
+        message = f"{request.method} {request.url.path[:200]}: {error.detail}."
+        code = "unknown_url" if error.status_code == 404 else None
+        response: JSONResponse = respond(RequestProblem(message, status=error.status_code, code=code))
+        response.headers.update(error.headers or {})
+        return response
+
+    @app.exception_handler(Exception)
+    async def on_bug(_: HttpRequest, error: Exception) -> Response:
+        return respond(told(error))

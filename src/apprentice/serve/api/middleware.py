@@ -1,0 +1,171 @@
+"""What every request passes on its way in: an id, a limit on its body, its key; and a line in the log on its way out.
+
+A plain ASGI wrapper. Prompts are never logged. Knows nothing of engines.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+import uuid
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from apprentice.errors import ServingError
+from apprentice.serve.api.accounts import Limits, Standing, limit_reached
+from apprentice.serve.api.keys import Key, Keys
+from apprentice.serve.api.outcomes import told
+from apprentice.serve.api.schemas import RequestProblem
+
+log = logging.getLogger("apprentice.requests")
+OPEN = ("/", "/health", "/ready", "/docs", "/openapi.json")  # what needs no key, besides the page's files
+_KEY, _STANDING = "apprentice.key", "apprentice.standing"
+BODY_TIMEOUT_S = 30.0  # a body that takes longer is not coming
+
+
+class Gate:
+    """Wraps `app`; without `keys` everybody may ask. A body must have come within `body_timeout_s` seconds.
+
+    `behind_proxy`: Ray Serve's proxy sends the id of each request back, and a second header of the name would be joined to it.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        keys: Keys | None,
+        limits: Limits | None,
+        max_body_bytes: int,
+        body_timeout_s: float = BODY_TIMEOUT_S,
+        behind_proxy: bool = False,
+    ) -> None:
+        self._app = app
+        self._keys = keys
+        self._limits = limits
+        self._max_body_bytes = max_body_bytes
+        self._body_timeout_s = body_timeout_s
+        self._behind_proxy = behind_proxy
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        began = time.perf_counter()
+        headers = Headers(scope=scope)
+        given = headers.get("x-request-id", "")
+        number = given if given.isascii() and given.isprintable() and 0 < len(given) <= 64 else uuid.uuid4().hex
+        status = 499  # the client left before an answer
+
+        async def send_on(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                said = MutableHeaders(scope=message)
+                if not self._behind_proxy:
+                    said["X-Request-Id"] = number
+                if standing := standing_of(scope):
+                    said.update(standing.headers())
+            await send(message)
+
+        try:
+            if refusal := await self._refusal(scope, headers):
+                await refusal(scope, receive, send_on)
+            else:
+                await self._app(scope, self._counted(receive), send_on)
+        finally:
+            key: Key | None = scope.get(_KEY)
+            line = {
+                "request_id": number,
+                "method": scope["method"],
+                "path": scope["path"][:200],
+                "status": status,
+                "seconds": round(time.perf_counter() - began, 4),
+                "key": key.name if key else None,
+            }
+            log.info(json.dumps(line))
+
+    async def _refusal(self, scope: Scope, headers: Headers) -> Response | None:
+        try:
+            length = headers.get("content-length", "0")
+            if not length.isdecimal() or int(length[:20]) > self._max_body_bytes:
+                raise RequestProblem(f"{self._too_large}.", status=413, code="body_too_large")
+            await self._check_key(scope, headers)
+        except Exception as error:
+            return respond(told(error))
+        return None
+
+    async def _check_key(self, scope: Scope, headers: Headers) -> None:
+        path = scope["path"].removeprefix(scope.get("root_path", ""))  # Serve may have us under a prefix
+        if self._keys is None or path in OPEN or path.startswith("/playground/"):
+            return
+        kind, _, given = headers.get("authorization", "").partition(" ")
+        key = self._owner(given.strip()) if kind.lower() == "bearer" else None
+        if key is None:
+            message = "no valid API key was given; send the header `Authorization: Bearer KEY`."
+            raise RequestProblem(message, status=401, code="invalid_api_key")
+        scope[_KEY] = key
+        if self._limits is None or not key.is_limited or scope["method"] != "POST":
+            return
+        left = await self._limits.admit(key.name, key.requests_per_minute, key.tokens_per_minute)
+        scope[_STANDING] = Standing(key, left)
+        if left.wait_s > 0:
+            raise limit_reached(key, left.wait_s)
+
+    def _owner(self, given: str) -> Key | None:
+        assert self._keys is not None
+        try:
+            return self._keys.owner(given)
+        except ServingError as error:
+            message = "the endpoint cannot read its API keys any more, so it lets nobody in; its log says why."
+            raise RequestProblem(message, status=503, kind="server_error", code="keys_unreadable") from error
+
+    def _counted(self, receive: Receive) -> Receive:
+        """`receive`, which ends bodies that came without a length and are too long, and those that do not come."""
+        seen = 0
+        # None once all is there: who waits then waits for the client to leave.
+        deadline: float | None = asyncio.get_running_loop().time() + self._body_timeout_s
+
+        async def counted() -> Message:
+            nonlocal seen, deadline
+            try:
+                async with asyncio.timeout_at(deadline):
+                    message = await receive()
+            except TimeoutError as error:
+                raise HTTPException(408, f"the body did not arrive within {self._body_timeout_s:g} s") from error
+            if not message.get("more_body"):
+                deadline = None
+            seen += len(message.get("body", b""))
+            if seen > self._max_body_bytes:
+                raise HTTPException(413, self._too_large)  # the one kind that FastAPI lets out of reading a body
+            return message
+
+        return counted
+
+    @property
+    def _too_large(self) -> str:
+        return f"the body is larger than {self._max_body_bytes} bytes, the most that is read here"
+
+
+def key_of(scope: Scope) -> Key | None:
+    """Whose request it is; None where everybody may ask."""
+    key: Key | None = scope.get(_KEY)
+    return key
+
+
+def standing_of(scope: Scope) -> Standing | None:
+    """What is left of the limits of the request's key; None where it has none."""
+    standing: Standing | None = scope.get(_STANDING)
+    return standing
+
+
+def respond(problem: RequestProblem) -> JSONResponse:
+    """The answer that `problem` is."""
+    headers = {} if problem.retry_after_s is None else {"Retry-After": str(problem.retry_after_s)}
+    if problem.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"  # RFC 9110 asks for it, and some clients send no key before they read it
+    return JSONResponse(problem.body, status_code=problem.status, headers=headers)

@@ -1,0 +1,34 @@
+"""How a request ended, whatever ended it: the status that is counted, and what its client reads."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+from apprentice.serve.api.schemas import RequestProblem
+from apprentice.serve.engines.base import EngineFailed, Overloaded
+
+log = logging.getLogger(__name__)
+LEFT = 499  # the client was gone before the end
+
+
+def status_of(error: BaseException) -> int:
+    """The HTTP status of a request that `error` ended; 499 for one whose client has left."""
+    if isinstance(error, RequestProblem):
+        return error.status
+    if isinstance(error, Overloaded):
+        return 429
+    if isinstance(error, EngineFailed):
+        return 503
+    return LEFT if isinstance(error, asyncio.CancelledError) else 500
+
+
+def told(error: Exception) -> RequestProblem:
+    """What the client reads of `error`; of a fault of ours that its log says more."""
+    if isinstance(error, RequestProblem):
+        return error
+    if isinstance(error, EngineFailed):
+        return RequestProblem(f"the engine has stopped: {error}.", status=503, kind="server_error", code="engine_failed")
+    log.error("a request failed by a fault of ours", exc_info=error)
+    message = f"{type(error).__name__}: this is a fault of the endpoint; its log says more."
+    return RequestProblem(message, status=500, kind="server_error")

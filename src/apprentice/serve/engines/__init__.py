@@ -1,0 +1,1 @@
+"""Engines behind one protocol: ours on PyTorch, and vLLM."""

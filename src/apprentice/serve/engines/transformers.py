@@ -1,0 +1,311 @@
+"""Causal models and encoder-decoders of transformers as an engine: our decoder in a thread of its own, beside the event loop.
+
+The thread steps while there is somebody to step for; requests and cancellations reach it through a queue that it empties between
+two steps, tokens go back through the event loop. All arithmetic is that thread's, the model's loading too: OpenMP keeps helpers for
+each thread that ever needed some, and once there are more of them than CPUs they sleep between two operations, where to wake them
+takes longer than the operation. Knows nothing of text or HTTP.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+
+from apprentice.errors import ModelError
+from apprentice.inference.cpu_linear import placed
+from apprentice.inference.decoder import Generation, Token
+from apprentice.inference.lora import Lora, read_lora
+from apprentice.inference.sampler import Sampling
+from apprentice.inference.unbatched import decoder_for, has_virtual_tokens
+from apprentice.models.loading import load_model, resolve_dtype
+from apprentice.serve.engines.base import EngineFailed, NewToken, Overloaded, Request, RequestFailed, Score, Stats
+
+log = logging.getLogger(__name__)
+# Under load tokens go out several at once: a reply's are held for so long for each request that runs, but not longer than the most.
+_PACE_S, _MOST_PACE_S = 0.003, 0.1
+
+
+class TransformersEngine:
+    """The model in `folder`, decoding up to `max_running` requests together while up to `max_queued` more wait.
+
+    `dtype` is `auto`, `bfloat16` or `float32`; keys and values take at most `kv_bytes` (None: `max_running` contexts); `threads`
+    are CPU threads for the arithmetic, no more than there are CPUs.
+    Raises `ModelError` if the model cannot be loaded or decoded.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        dtype: str,
+        max_running: int,
+        max_queued: int,
+        context: int,
+        threads: int,
+        kv_bytes: int | None = None,
+        trust: bool = False,
+    ) -> None:
+        def load() -> None:
+            torch.set_num_threads(min(threads, len(os.sched_getaffinity(0))))
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            self._model: Any = placed(load_model(folder, resolve_dtype(dtype), trust=trust), device)
+            self._decoder = decoder_for(self._model, slots=max_running, context=context, kv_bytes=kv_bytes)
+
+        self._most = max_running + max_queued
+        self._replies: dict[int, _Reply] = {}
+        self._numbers = itertools.count()
+        self._accepted = 0
+        self._produced = 0
+        self._prompt_tokens = 0
+        self._held_tokens = self._reserved_tokens = 0
+        self._failure: str | None = None
+        self._orders: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        loaded: Future[None] = Future()
+        self._thread = threading.Thread(target=self._run, args=(load, loaded), name="decoder", daemon=True)
+        self._thread.start()
+        loaded.result()
+
+    @property
+    def context(self) -> int:
+        return self._decoder.context
+
+    @property
+    def capacity(self) -> int:
+        return self._most
+
+    @property
+    def vocabulary(self) -> int:
+        return self._decoder.vocabulary
+
+    def adapter(self, folder: Path) -> Lora:
+        if has_virtual_tokens(self._model):
+            raise ModelError("the model that is served has virtual tokens of its own, and takes no adapters; serve its base.")
+        with ThreadPoolExecutor(1) as short_lived:
+            adapter = short_lived.submit(read_lora, folder, self._model).result()
+        self._try(adapter, folder)
+        return adapter
+
+    def _try(self, adapter: Lora, folder: Path) -> None:
+        """One pass with the adapter, so that one that cannot be applied is refused here and fails nobody's reply."""
+        tried: Future[None] = Future()
+
+        def attempt() -> None:
+            try:
+                self._decoder.try_adapter(adapter)
+                tried.set_result(None)
+            except (ModelError, RuntimeError, ValueError, TypeError) as error:
+                tried.set_exception(ModelError(f"the adapter in {folder} cannot be applied: {error}"))
+
+        self._orders.put(attempt)
+        while not tried.done():
+            self.check()  # a decoder that has stopped carries out no orders
+            with suppress(TimeoutError):
+                tried.exception(timeout=1.0)
+        tried.result()
+
+    def generate(self, requests: list[Request]) -> list[_Reply]:
+        self.check()
+        if len(self._replies) + len(requests) > self._most:
+            raise Overloaded
+        replies = [self._begin(request) for request in requests]
+        if self._failure is not None:  # in between: it tells those whom it saw in the table, and no others
+            for reply in replies:
+                reply.close()
+            self.check()
+        return replies
+
+    def _begin(self, request: Request) -> _Reply:
+        key = next(self._numbers)
+        reply = self._replies[key] = _Reply(lambda: self._forget(key), lambda: self._failure)
+        self._accepted += 1
+        self._prompt_tokens += len(request.prompt)
+        sampling = Sampling(
+            request.temperature,
+            request.top_p,
+            request.seed,
+            request.frequency_penalty,
+            request.presence_penalty,
+            request.logit_bias,
+        )
+        wanted = Generation(
+            request.prompt,
+            request.max_tokens,
+            request.stop_ids,
+            sampling,
+            request.constraint,
+            request.logprobs,
+            request.score_from,
+            request.adapter,
+        )
+        self._orders.put(lambda: self._submit(key, wanted))
+        return reply
+
+    def _submit(self, key: int, wanted: Generation) -> None:
+        try:
+            self._decoder.submit(key, wanted)
+        except Exception as error:  # whatever it is, it is this request's
+            self._fail(key, error)
+
+    def _fail(self, key: int, error: Exception) -> None:
+        """Tells who waits for the reply that it will not come; the others are not concerned."""
+        if not isinstance(error, ModelError):
+            log.error("a request failed", exc_info=error)
+        if (reply := self._replies.get(key)) is not None:
+            reply.reason = str(error) or type(error).__name__
+            self._deliver([(reply, None)])
+
+    def _forget(self, key: int) -> None:
+        """A reply has ended, or nobody wants it any more, wherever it stood."""
+        if self._replies.pop(key, None) is not None:
+            self._orders.put(lambda: self._decoder.cancel(key))
+
+    def stats(self) -> Stats:
+        decoder = self._decoder
+        running = decoder.running
+        return Stats(
+            running,
+            max(0, len(self._replies) - running),
+            self._accepted,
+            self._produced,
+            self._prompt_tokens,
+            decoder.shared,
+            self._held_tokens / decoder.kv_tokens,
+            self._reserved_tokens / decoder.kv_tokens,
+            decoder.kv_tokens,
+        )
+
+    def check(self) -> None:
+        if self._failure is not None:
+            raise EngineFailed(self._failure)
+
+    def close(self) -> None:
+        self._orders.put(None)
+        self._thread.join(timeout=30)
+
+    def _run(self, load: Callable[[], None], loaded: Future[None]) -> None:
+        try:
+            load()
+            loaded.set_result(None)
+        except BaseException as error:  # whoever waits for the model is told
+            loaded.set_exception(error)
+            return
+        try:
+            while self._obey():
+                self._pass_on(self._decoder.step())
+            self._failure = "the engine was closed"
+        except BaseException as error:  # no end of this thread may leave somebody waiting
+            self._failure = f"{type(error).__name__}: {error}"
+            log.exception("the decoder stopped")
+        self._deliver([(reply, None) for reply in list(self._replies.values())])
+
+    def _pass_on(self, tokens: list[Token]) -> None:
+        """Hands a step's tokens over, with one call into the loop for all; some are held back for the next when many run."""
+        self._produced += len(tokens)
+        self._weigh()
+        for key, error in self._decoder.take_failures().items():
+            self._fail(key, error)  # type: ignore[arg-type]  # our keys are numbers
+        now = time.monotonic()
+        pace = min(_MOST_PACE_S, _PACE_S * (self._decoder.running - 1))
+        ready: list[tuple[_Reply, list[NewToken] | None]] = []
+        for token in tokens:
+            # A reply that has been given up is gone from the table; its cancellation is on the way.
+            reply = self._replies.get(token.key)  # type: ignore[call-overload]  # our keys are numbers
+            if reply is None:
+                continue
+            reply.held.append(_new_token(token))
+            if token.finish or now - reply.passed_on >= pace:
+                ready.append((reply, reply.held))
+                reply.held, reply.passed_on = [], now
+        self._deliver(ready)
+
+    def _weigh(self) -> None:
+        """Notes how full the memory is, for `stats`."""
+        self._held_tokens, self._reserved_tokens = self._decoder.held_tokens, self._decoder.reserved_tokens
+
+    def _deliver(self, ready: list[tuple[_Reply, list[NewToken] | None]]) -> None:
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Reply, list[NewToken] | None]]] = {}
+        for reply, tokens in ready:
+            by_loop.setdefault(reply.loop, []).append((reply, tokens))
+        for loop, items in by_loop.items():
+            # The loop is closed when the whole process ends; nobody listens then.
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(_arrive, items)
+
+    def _obey(self) -> bool:
+        """Carries out what was ordered, waiting for an order if there is nothing to decode; false when told to stop."""
+        while True:
+            idle = not (self._decoder.running or self._decoder.waiting)
+            try:
+                order = self._orders.get(block=idle)
+            except queue.Empty:
+                return True
+            if order is None:
+                return False
+            order()
+            self._weigh()  # a cancellation may be the last that happens for a long time
+
+
+class _Reply:
+    """One reply's tokens on their way from the decoder's thread (`held`) to the loop that waits for them (`arrived`)."""
+
+    def __init__(self, forget: Callable[[], None], failure: Callable[[], str | None]) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.held: list[NewToken] = []  # the decoder's thread alone touches these two
+        self.passed_on = 0.0
+        self.arrived: list[NewToken] = []
+        self.reason: str | None = None  # why this reply alone fails
+        self.failed = False
+        self.news = asyncio.Event()
+        self._ended = False
+        self._forget = forget
+        self._failure = failure
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> list[NewToken]:
+        if self._ended:
+            raise StopAsyncIteration
+        await self.news.wait()
+        self.news.clear()
+        tokens, self.arrived = self.arrived, []
+        if not tokens:
+            if self.reason is not None:
+                raise RequestFailed(self.reason)
+            raise EngineFailed(self._failure())
+        self._ended = tokens[-1].finish is not None
+        if self.failed:
+            self.news.set()
+        return tokens
+
+    def close(self) -> None:
+        self._forget()
+
+
+def _arrive(items: list[tuple[_Reply, list[NewToken] | None]]) -> None:
+    """In the loop: gives each reply its tokens; None says that no more will come."""
+    for reply, tokens in items:
+        if tokens is None:
+            reply.failed = True
+        else:
+            reply.arrived += tokens
+        reply.news.set()
+
+
+def _new_token(token: Token) -> NewToken:
+    if token.scored is None and not token.prompt:
+        return NewToken(token.id, token.finish, cached=token.shared)
+    scored = token.scored and Score(*token.scored)
+    return NewToken(token.id, token.finish, scored, tuple(Score(*one) for one in token.prompt), token.shared)

@@ -1,0 +1,94 @@
+"""Replies of a given form: a JSON schema, one of some choices, a regular expression. llguidance says which token may come next.
+
+Knows nothing of engines; an engine asks a `Form` for what is allowed and tells it what came.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import lru_cache
+from typing import Any
+
+import llguidance
+import llguidance.numpy
+import numpy as np
+
+from apprentice.data.encoding.prompt_format import Layout
+from apprentice.errors import ModelError
+from apprentice.serve.api.schemas import Asked, RequestProblem
+
+
+class Forms:
+    """Makes forms for replies in `layout`."""
+
+    def __init__(self, layout: Layout) -> None:
+        self._layout = layout
+
+    @property
+    def _tokenizer(self) -> llguidance.LLTokenizer:
+        return _tokenizer(str(self._layout.tokenizer.folder / "tokenizer.json"), tuple(self._layout.stop_ids))
+
+    @staticmethod
+    def are_wanted(asked: Asked) -> bool:
+        return asked.response_format is not None or asked.structured_outputs is not None
+
+    def wanted(self, asked: Asked) -> str:
+        """The grammar that a request asks for that wants one; takes milliseconds, so not in an event loop."""
+        matcher = llguidance.LLMatcher
+        if (form := asked.response_format) is not None:
+            schema = form.json_schema.schema_ if form.json_schema is not None else {"type": "object"}
+            return str(matcher.grammar_from_json_schema(json.dumps(schema)))
+        wish = asked.structured_outputs
+        assert wish is not None
+        if wish.choice is not None:
+            return str(
+                matcher.grammar_from_lark("start: " + " | ".join(json.dumps(text, ensure_ascii=False) for text in wish.choice))
+            )
+        if wish.regex is not None:
+            return str(matcher.grammar_from_regex(wish.regex))
+        return str(matcher.grammar_from_json_schema(json.dumps(wish.json_)))
+
+    def form(self, grammar: str) -> Form:
+        """A fresh form of `grammar`; takes milliseconds, so not in an event loop. Raises `RequestProblem`."""
+        matcher = llguidance.LLMatcher(self._tokenizer, grammar, log_level=0)
+        if matcher.is_error():
+            raise RequestProblem(f"the form of the reply cannot be followed: {_reason(matcher)}.", code="invalid_form")
+        return Form(matcher, self._tokenizer.vocab_size, self._layout.stop_ids, grammar)
+
+
+def _reason(matcher: Any) -> str:
+    return " ".join(str(matcher.get_error()).split())[:300].rstrip(".")
+
+
+@lru_cache(maxsize=4)
+def _tokenizer(file: str, stop_ids: tuple[int, ...]) -> llguidance.LLTokenizer:
+    """One for all adapters of a base; takes a tenth of a second to make."""
+    return llguidance.LLTokenizer(file, eos_token=list(stop_ids))
+
+
+class Form:
+    """The state of one reply's form; `grammar` is what it began from, for an engine that keeps the state itself."""
+
+    def __init__(self, matcher: Any, size: int, stop_ids: tuple[int, ...], grammar: str) -> None:
+        self.grammar = grammar
+        self._matcher = matcher
+        self._bits = llguidance.numpy.allocate_token_bitmask(1, size)
+        self._size = size
+        self._stop_ids = stop_ids
+
+    def allowed(self) -> np.ndarray:
+        """For every id whether it may come next (bool). Raises `ModelError` where the grammar cannot be followed any further."""
+        if self._matcher.is_error():
+            raise ModelError(f"its form cannot be followed: {_reason(self._matcher)}.")
+        if not self._matcher.is_stopped():
+            llguidance.numpy.fill_next_token_bitmask(self._matcher, self._bits, 0)
+            allowed = np.unpackbits(self._bits[0].view(np.uint8), bitorder="little")[: self._size].astype(bool)
+            if allowed.any():
+                return allowed
+        ended = np.zeros(self._size, dtype=bool)
+        ended[list(self._stop_ids)] = True
+        return ended
+
+    def accept(self, id: int) -> None:
+        """`id` has come."""
+        self._matcher.consume_token(id)

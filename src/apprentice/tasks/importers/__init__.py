@@ -1,0 +1,1 @@
+"""Tasks from other projects' files: PromptSource, Natural Instructions, conversations, preferences."""

@@ -1,0 +1,100 @@
+"""Files of conversations to tasks: ShareGPT's `conversations` and OpenAI's `messages`, with every turn of the assistant learnt.
+
+A conversation is an optional system text and then questions and answers in turn; a last question without an answer is left out.
+Knows nothing of recipes or of chat templates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
+
+from apprentice.errors import RowError
+from apprentice.tasks.importers.records import record_task
+from apprentice.tasks.schema import Example, Task, Template
+
+ROLES = {
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
+    "system": "system",
+    "developer": "system",
+}
+
+
+class SpokenTemplate(Template):
+    """Takes what was said in `COLUMNS` of a row as it is; a row may lack those in `OPTIONAL`."""
+
+    COLUMNS: ClassVar[frozenset[str]]
+    OPTIONAL: ClassVar[frozenset[str]]
+
+    @property
+    def is_whole(self) -> bool:
+        return True
+
+    @property
+    def has_turns(self) -> bool:
+        return True
+
+    @property
+    def names(self) -> frozenset[str]:
+        return self.COLUMNS
+
+    @property
+    def optional_names(self) -> frozenset[str]:
+        return self.OPTIONAL
+
+
+class ConversationTemplate(SpokenTemplate):
+    """The last question and answer are the example, the turns before are its history."""
+
+    COLUMNS = frozenset(["messages", "conversations", "system"])  # a row has one of the first two
+    OPTIONAL = COLUMNS
+
+    def example(self, task: str, row: Mapping[str, Any]) -> Example:
+        """Raises `RowError` with reason `null`, `unknown_role`, `turns` or `empty_answer`."""
+        messages = row.get("messages") or row.get("conversations")
+        if not messages:
+            raise RowError("null", f"task {task!r}: the row has neither `messages` nor `conversations`.")
+        said = [message_of(task, message, self.text) for message in messages]
+        if said[-1][0] == "user":
+            said.pop()
+        system, turns = exchanges(task, said, self.text(row.get("system") or "").strip())
+        asked, answer = turns[-1]
+        return Example(task, self.name, asked, "", answer, (), (answer,), turns[:-1], system)
+
+
+def exchanges(task: str, said: Sequence[tuple[str, str]], system: str) -> tuple[str, tuple[tuple[str, str], ...]]:
+    """The system text (that of a first message, or else `system`), and questions with their answers, of (role, text) messages.
+
+    Raises `RowError` with reason `turns` or `empty_answer`.
+    """
+    if said and said[0][0] == "system":
+        system, said = said[0][1] or system, said[1:]
+    if not said or [role for role, _ in said] != ["user", "assistant"] * (len(said) // 2):
+        raise RowError("turns", f"task {task!r}: the turns are not questions and answers by turns, beginning with a question.")
+    if not all(text for role, text in said if role == "assistant"):
+        raise RowError("empty_answer", f"task {task!r}: an answer is empty.")
+    return system, tuple((asked, answer) for (_, asked), (_, answer) in zip(said[::2], said[1::2], strict=True))
+
+
+def message_of(task: str, message: Mapping[str, Any], text: Callable[[Any], str]) -> tuple[str, str]:
+    """(role, text) of one message, in either way of writing it; `text` makes text of what is said."""
+    written = message.get("role") or message.get("from")
+    role = ROLES.get(str(written).lower())
+    if role is None:
+        raise RowError("unknown_role", f"task {task!r}: role {written!r} is none of {', '.join(ROLES)}.")
+    content = message.get("content") if message.get("content") is not None else message.get("value")
+    if isinstance(content, list):
+        content = "\n".join(text(part["text"]) for part in content if part.get("text"))
+    if content is None:
+        raise RowError("null", f"task {task!r}: a message has no text.")
+    return role, text(content).strip()
+
+
+def conversation_tasks(entry: Mapping[str, Any]) -> list[Task]:
+    """The task of a recipe's entry: `conversations` (a file) and, optional, `test` (a file) and `cluster`."""
+    return [record_task(entry, "conversations", ConversationTemplate(name="conversation", instruction="", output=""))]

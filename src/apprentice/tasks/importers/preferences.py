@@ -1,0 +1,81 @@
+"""Files of preferences to tasks: rows with a question, the answer that was chosen, and the one that was rejected.
+
+Three ways of writing them are understood: texts in `prompt`, `chosen` and `rejected`; messages in any of the three, where `chosen`
+and `rejected` hold the answer alone or the whole conversation (UltraFeedback); and whole conversations as texts with "Human:" and
+"Assistant:" (HH-RLHF). Knows nothing of recipes or of how a model learns from a pair.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from apprentice.errors import RowError
+from apprentice.tasks.importers.conversations import SpokenTemplate, exchanges, message_of
+from apprentice.tasks.importers.records import record_task
+from apprentice.tasks.schema import Example, Task
+from apprentice.tasks.source_spec import SourceSpec
+
+_SAMPLE = {"prompt": "Which herb grows in the shade?", "chosen": "Mint does, and chives.", "rejected": "Any."}
+_SPEAKERS = {"Human": "user", "Assistant": "assistant"}
+_SPOKEN = re.compile(r"\n\n(Human|Assistant):")
+
+Said = list[tuple[str, str]]  # (role, text) of each message
+
+
+class PreferenceTemplate(SpokenTemplate):
+    """A question with both answers. Where answers are ranked, their order is that of the alphabet."""
+
+    COLUMNS = frozenset(["prompt", "chosen", "rejected", "system"])
+    OPTIONAL = frozenset(["prompt", "system"])
+
+    @property
+    def has_pairs(self) -> bool:
+        return True
+
+    def example(self, task: str, row: Mapping[str, Any]) -> Example:
+        """Raises `RowError` with reason `null`, `unknown_role`, `turns`, `prompts_differ`, `empty_answer` or `equal_answers`."""
+        for column in ("chosen", "rejected"):
+            if not row.get(column):
+                raise RowError("null", f"task {task!r}: the row has no {column!r} answer.")
+        asked = said_in(task, row.get("prompt") or [], "user", self.text)
+        (better, before), (worse, other) = (_answer(task, row[column], asked, self.text) for column in ("chosen", "rejected"))
+        if before != other:
+            raise RowError("prompts_differ", f"task {task!r}: the two answers do not follow the same conversation.")
+        system, turns = exchanges(task, [*before, ("assistant", better)], self.text(row.get("system") or "").strip())
+        if not worse:
+            raise RowError("empty_answer", f"task {task!r}: the rejected answer is empty.")
+        if better == worse:
+            raise RowError("equal_answers", f"task {task!r}: both answers of the pair are the same, so neither is better.")
+        choices = (better, worse) if better < worse else (worse, better)
+        return Example(task, self.name, turns[-1][0], "", better, choices, (better,), turns[:-1], system, worse)
+
+
+def said_in(task: str, value: Any, role: str, text: Callable[[Any], str]) -> Said:
+    """What a column says: messages, a conversation written as text, or one text of `role`."""
+    if not isinstance(value, str):
+        return [message_of(task, message, text) for message in value]
+    parts = _SPOKEN.split(f"\n\n{value.lstrip()}") if _SPOKEN.match(f"\n\n{value.lstrip()}") else []
+    if not parts:
+        return [(role, value.strip())]
+    said = [(_SPEAKERS[speaker], spoken.strip()) for speaker, spoken in zip(parts[1::2], parts[2::2], strict=True)]
+    return said[:-1] if role == "user" and said[-1] == ("assistant", "") else said  # a prompt that ends with "Assistant:"
+
+
+def _answer(task: str, value: Any, asked: Said, text: Callable[[Any], str]) -> tuple[str, Said]:
+    """The answer, and what was said before it: in the column itself, or else `asked`."""
+    said = said_in(task, value, "assistant", text)
+    if not said or said[-1][0] != "assistant":
+        raise RowError("turns", f"task {task!r}: an answer of the pair does not end with what the assistant says.")
+    return said[-1][1], said[:-1] or asked
+
+
+def preference_tasks(entry: Mapping[str, Any]) -> list[Task]:
+    """The task of a recipe's entry: `preferences` (a file, or with `splits` a dataset); optional `test` (a file), `cluster`."""
+    task = record_task(entry, "preferences", PreferenceTemplate(name="preference", instruction="", output=""))
+    changes: dict[str, Any] = {"metrics": ("accuracy", "length_bias"), "sample": _SAMPLE}
+    if splits := entry.get("splits"):
+        name = str(entry["preferences"])
+        changes["sources"] = (SourceSpec(dataset=name.rsplit("/", 1)[-1], splits=splits), SourceSpec(hub=name, splits=splits))
+    return [task.model_copy(update=changes)]

@@ -1,0 +1,42 @@
+"""Files of prompts without answers to tasks: rows with a `prompt`, a text or messages, which a model is to answer by itself.
+
+Knows nothing of recipes or of how a model learns from its own answers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from apprentice.errors import RowError
+from apprentice.tasks.importers.conversations import SpokenTemplate, exchanges
+from apprentice.tasks.importers.preferences import said_in
+from apprentice.tasks.importers.records import record_task
+from apprentice.tasks.schema import Example, Task
+
+_SAMPLE = {"prompt": "Which herb grows in the shade?"}
+
+
+class PromptTemplate(SpokenTemplate):
+    """A question, and what was said before it."""
+
+    COLUMNS = frozenset(["prompt", "system"])
+    OPTIONAL = frozenset(["system"])
+
+    @property
+    def has_answer(self) -> bool:
+        return False
+
+    def example(self, task: str, row: Mapping[str, Any]) -> Example:
+        """Raises `RowError` with reason `null`, `unknown_role`, `turns` or `empty_answer` (of an earlier turn)."""
+        if not row.get("prompt"):
+            raise RowError("null", f"task {task!r}: the row has no prompt.")
+        said = said_in(task, row["prompt"], "user", self.text)
+        system, turns = exchanges(task, [*said, ("assistant", "…")], self.text(row.get("system") or "").strip())
+        return Example(task, self.name, turns[-1][0], "", "", (), (), turns[:-1], system)
+
+
+def question_tasks(entry: Mapping[str, Any]) -> list[Task]:
+    """The task of a recipe's entry: `prompts` (a file) and, optional, `cluster`."""
+    task = record_task(entry, "prompts", PromptTemplate(name="prompt", instruction="", output=""))
+    return [task.model_copy(update={"sample": _SAMPLE})]

@@ -1,0 +1,204 @@
+"""PromptSource's `templates.yaml` to tasks: the templates of Bach et al. (2022), that T0 and P3 are made of.
+
+A template's text is a prompt, `|||` and the answer. It prints lists as PromptSource does: as Python writes them. Answer choices,
+fixed or of each row, are a template of their own. A row for which either part is empty is skipped by that template; that is
+meant, and not a bad row. Templates whose metadata does not say `original_task` ask for something else than the dataset's answer,
+and stand where other tasks have inverted ones.
+
+Knows nothing of recipes, nor of where rows lie beyond names that are likely.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import Field, ValidationError
+
+from apprentice.errors import RowError, TaskError, did_you_mean
+from apprentice.plain_yaml import PlainLoader
+from apprentice.tasks.schema import Example, Metric, Task, Template
+from apprentice.tasks.source_spec import SourceSpec
+from apprentice.tasks.templates.expressions import ForeignWording, Wording
+
+SEPARATOR = "|||"
+_MARK = "\ue000pipes\ue000"  # stands for a separator in a row's own text
+_METRICS: dict[str, tuple[Metric, ...]] = {
+    "Accuracy": ("accuracy",),
+    "BLEU": ("bleu",),
+    "ROUGE": ("rouge_l",),
+    "Squad": ("exact_match", "token_f1"),
+    "Trivia QA": ("exact_match", "token_f1"),
+    "COQA F1": ("token_f1",),
+}
+
+
+class _Loader(PlainLoader):
+    """Plain data, and PromptSource's two tags as plain mappings."""
+
+
+def _mapping(loader: yaml.SafeLoader, node: yaml.Node) -> dict[Any, Any]:
+    if not isinstance(node, yaml.MappingNode):
+        raise yaml.constructor.ConstructorError(None, None, f"{node.tag} stands before a mapping", node.start_mark)
+    return loader.construct_mapping(node, deep=True)
+
+
+_Loader.add_constructor("!Template", _mapping)
+_Loader.add_constructor("!TemplateMetadata", _mapping)
+
+
+class PromptTemplate(Template):
+    """One template of PromptSource; `instruction` is its whole text."""
+
+    answer_choices: str | None = Field(None, description="Choices, between separators; may depend on the row.")
+    choices_in_prompt: bool | None = None
+    languages: tuple[str, ...] = ()
+
+    @classmethod
+    def _compiles(cls, text: str) -> str:
+        return text  # in PromptSource's language, when it is first used
+
+    @property
+    def is_whole(self) -> bool:
+        return True
+
+    @cached_property
+    def _whole(self) -> Wording:
+        return ForeignWording(self.instruction)
+
+    @cached_property
+    def _choices(self) -> Wording | None:
+        return ForeignWording(self.answer_choices) if self.answer_choices else None
+
+    @property
+    def names(self) -> frozenset[str]:
+        own = self._choices.names if self._choices else frozenset()
+        return (self._whole.names | own) - {"answer_choices"}
+
+    def example(self, task: str, row: Mapping[str, Any]) -> Example:
+        """The example of one row. Raises `RowError` with reason `skipped` where either part is empty."""
+        values = {name: _protected(value) for name, value in row.items() if name in self.names}
+        chosen = self._choices(values).split(SEPARATOR) if self._choices is not None else []
+        shown = [choice.strip() for choice in chosen] or None
+        parts = self._whole(values | {"answer_choices": shown}).split(SEPARATOR)
+        choices = tuple(self._restored(choice).strip() for choice in chosen)
+        texts = [self._restored(part).strip() for part in parts]
+        if len(texts) != 2 or not all(texts):
+            raise RowError("skipped", f"task {task!r}, template {self.name!r}: gives no prompt and answer for this row.")
+        prompt, target = texts
+        return Example(task, self.name, prompt, "", target, choices if target in choices else (), (target,))
+
+    def _restored(self, text: str) -> str:
+        """`text` with separators again for their marks, which a list that is printed whole holds as Python writes them."""
+        text = text.replace(_MARK, SEPARATOR)
+        return text if self._python_forms else text.replace(repr(_MARK)[1:-1], SEPARATOR)
+
+
+def _protected(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.replace(SEPARATOR, _MARK)
+    if isinstance(value, list):
+        return [_protected(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _protected(item) for key, item in value.items()}
+    return value
+
+
+def prompt_tasks(entry: Mapping[str, Any]) -> list[Task]:
+    """The tasks of a recipe's entry: `promptsource` (a name under `root`, a file, or a folder), and, all optional, `dataset`,
+    `splits`, `columns`, `templates` (names) and `cluster`.
+
+    Raises `TaskError` for what is not there.
+    """
+    files = template_files(str(entry["promptsource"]), entry.get("root"))
+    if len(files) > 1 and (extra := [key for key in ("dataset", "templates") if entry.get(key)]):
+        raise TaskError(f"data.tasks: `{extra[0]}` is for one set of templates, and {entry['promptsource']} holds {len(files)}.")
+    return [_chosen(load_templates(file), file, entry) for file in files]
+
+
+def template_files(name: str, root: str | None) -> list[Path]:
+    """The `templates.yaml` files that `name` means: `glue/mrpc` under `root`, a path to one, or a folder of many."""
+    places = [Path(name)] if Path(name).is_absolute() else [Path(root) / name] if root else []
+    for place in places:
+        if place.is_file():
+            return [place]
+        if (place / "templates.yaml").is_file():
+            return [place / "templates.yaml"]
+        if found := sorted(place.glob("**/templates.yaml")):
+            return found
+    if not places:
+        raise TaskError(f"data.tasks: promptsource {name!r} is a name, and data.promptsource does not say where the templates lie.")
+    known = [str(file.parent.relative_to(root)) for file in sorted(Path(root).glob("**/templates.yaml"))] if root else []
+    raise TaskError(f"data.tasks: {places[0]} holds no templates.yaml.{did_you_mean(name, known)} Correct it or data.promptsource.")
+
+
+@cache
+def load_templates(file: Path) -> Task:
+    """The task in one `templates.yaml`, on the dataset that it names. Raises `TaskError` naming file and template."""
+    try:
+        content = _Loader(file.read_text(encoding="utf-8")).get_single_data()
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise TaskError(f"{file} cannot be read as PromptSource templates: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict) or not isinstance(content.get("templates"), dict) or not content["templates"]:
+        raise TaskError(f"{file} holds no `templates`; it is not a file of PromptSource.")
+    dataset, subset = str(content.get("dataset") or file.parent.name), content.get("subset")
+    near = [f"{dataset}/{subset}", str(subset)] if subset else [dataset]
+    try:
+        templates = tuple(_template(key, found) for key, found in content["templates"].items())
+        names = [template.name for template in templates]
+        return Task(
+            name="promptsource_" + re.sub(r"[^a-z0-9]+", "_", "_".join(filter(None, [dataset, subset])).lower()).strip("_"),
+            cluster="promptsource_" + re.sub(r"[^a-z0-9]+", "_", dataset.lower()).strip("_"),
+            summary=f"PromptSource's templates for {'/'.join(filter(None, [dataset, subset]))}",
+            sources=(*(SourceSpec(dataset=name) for name in near), SourceSpec(hub=dataset, config=subset)),
+            metrics=_metrics(content["templates"].values()),
+            templates=tuple(
+                template if names.count(template.name) == 1 else template.model_copy(update={"name": f"{template.name} {number}"})
+                for number, template in enumerate(templates, 1)
+            ),
+            origin=str(file),
+        )
+    except (ValidationError, KeyError, TypeError, AttributeError) as error:
+        raise TaskError(f"{file}: a template is not as PromptSource writes them: {' '.join(str(error).split())}") from error
+
+
+def _template(key: str, content: Mapping[str, Any]) -> PromptTemplate:
+    metadata = content.get("metadata") or {}
+    return PromptTemplate(
+        name=str(content.get("name") or key),
+        instruction=str(content["jinja"]),
+        output="",
+        answer_choices=content.get("answer_choices"),
+        choices_in_prompt=metadata.get("choices_in_prompt"),
+        languages=tuple(metadata.get("languages") or ()),
+        inverted=metadata.get("original_task") is False,
+    )
+
+
+def _metrics(templates: Any) -> tuple[Metric, ...]:
+    """The metrics that most of the original templates name; accuracy where most have choices."""
+    own = [found for found in templates if (found.get("metadata") or {}).get("original_task") is not False] or list(templates)
+    named = [name for found in own for name in (found.get("metadata") or {}).get("metrics") or ()]
+    if 2 * sum(1 for found in own if found.get("answer_choices")) >= len(own):
+        return ("accuracy",)
+    known = sorted({name for name in named if name in _METRICS and name != "Accuracy"}, key=lambda name: (-named.count(name), name))
+    return tuple(dict.fromkeys(metric for name in known for metric in _METRICS[name])) or ("exact_match",)
+
+
+def _chosen(task: Task, file: Path, entry: Mapping[str, Any]) -> Task:
+    """The task with what the recipe's entry says of it."""
+    changes: dict[str, Any] = {}
+    if wanted := entry.get("templates"):
+        if unknown := [name for name in wanted if name not in task.template_by_name]:
+            raise TaskError(f"{file}: no template is called {unknown[0]!r}.{did_you_mean(unknown[0], task.template_by_name)}")
+        changes["templates"] = tuple(template for template in task.templates if template.name in wanted)
+    if entry.get("cluster"):
+        changes["cluster"] = entry["cluster"]
+    sources: Sequence[SourceSpec] = (SourceSpec(dataset=entry["dataset"]),) if entry.get("dataset") else task.sources
+    common = {key: entry[key] for key in ("splits", "columns") if entry.get(key)}
+    changes["sources"] = tuple(spec.model_copy(update=common) for spec in sources)
+    return task.model_copy(update=changes)

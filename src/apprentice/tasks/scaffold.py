@@ -1,0 +1,330 @@
+"""A first task file for somebody's own table: which columns hold instruction, input, answer or label, and wordings to begin with.
+
+Pure: columns and rows in, the content of a task file out. Knows nothing of files, nor of how the rows are split.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from apprentice.errors import TaskError, did_you_mean
+from apprentice.tasks.templates.cells import Cell
+from apprentice.tasks.templates.printing import is_text
+
+# Names that columns of each kind often have, the surest first; compared without case.
+INSTRUCTIONS = ("instruction", "prompt", "question", "query", "request", "inputs")
+ANSWERS = ("output", "answer", "response", "completion", "reply", "summary", "target", "targets", "translation")
+LABELS = ("label", "labels", "class", "category", "sentiment", "intent", "topic", "rating", "stars")
+MOST_CHOICES = 100
+LISTED = 12  # choices that a wording can list
+LETTERS = "ABCDEFGHIJ"
+SHORT = 5.0  # words: answers of up to this mean length are compared whole, longer ones by what they share
+
+
+@dataclass(frozen=True)
+class Columns:
+    """What each column is for: exactly one of `answer` and `label`, an `instruction` perhaps, and any number of inputs.
+
+    `choices` are those that a row's own choices stand in: one for each choice, or a single one that holds lists.
+    """
+
+    inputs: tuple[str, ...]
+    instruction: str | None = None
+    answer: str | None = None
+    label: str | None = None
+    choices: tuple[str, ...] = ()
+
+
+class UnclearLabelsError(TaskError):
+    """What labels say, or where the choices stand, only a person knows; `question` asks for it, `values` are the labels."""
+
+    def __init__(self, message: str, question: str, values: tuple[str, ...]) -> None:
+        super().__init__(message)
+        self.question = question
+        self.values = values
+
+
+def guess(
+    columns: Sequence[str],
+    file: str,
+    *,
+    instruction: str | None = None,
+    inputs: Sequence[str] = (),
+    answer: str | None = None,
+    label: str | None = None,
+    choices: Sequence[str] = (),
+    unprintable: Collection[str] = (),
+) -> Columns:
+    """What the user said, completed by the names of columns; those that are `unprintable` are no inputs of themselves.
+
+    `choices` that are all names of columns are where a row's choices stand. Raises `TaskError` for a column that is not there, or
+    if it is unclear which one is to be learnt.
+    """
+    for named in (instruction, answer, label, *inputs):
+        if named is not None and named not in columns:
+            raise TaskError(f"{file} has no column {named!r}.{did_you_mean(named, columns)} Its columns are {', '.join(columns)}.")
+    if answer is not None and label is not None:
+        raise TaskError(f"--answer {answer} and --label {label}: a task has either an answer to write or labels to choose from.")
+    if answer is None and label is None:
+        answer = _first(columns, ANSWERS)
+        label = _first(columns, LABELS) if answer is None else None
+    if answer is None and label is None:
+        raise TaskError(
+            f"it is not clear which column of {file} is to be learnt; its columns are {', '.join(columns)}."
+            " Say --label COLUMN for labels to choose from, or --answer COLUMN for texts to write."
+        )
+    if instruction is None and answer is not None:
+        instruction = _first([column for column in columns if column not in (answer, *inputs)], INSTRUCTIONS)
+    own = tuple(choices) if choices and label is not None and {*choices} <= {*columns} - {label} else ()
+    used = {instruction, answer, label, *own, *unprintable}
+    given = tuple(inputs) or tuple(column for column in columns if column not in used and not _is_number(column))
+    if not given and instruction is None and not own:
+        raise TaskError(f"{file} has no column besides {answer or label!r}, so there is nothing to ask about.")
+    return Columns(given, instruction, answer, label, own)
+
+
+def _first(columns: Sequence[str], names: Sequence[str]) -> str | None:
+    lower = {column.lower().strip(): column for column in columns}
+    return next((lower[name] for name in names if name in lower), None)
+
+
+def _is_number(column: str) -> bool:
+    """Whether the column only counts rows."""
+    return column.lower().strip() in ("id", "idx", "index", "row", "")
+
+
+def fields_of(columns: Columns) -> dict[str, str]:
+    """Field → column: names that templates can say. "Review text" becomes `review_text`."""
+    fields: dict[str, str] = {}
+    for column in filter(None, (columns.instruction, *columns.inputs, *columns.choices, columns.answer, columns.label)):
+        if column in fields.values():
+            continue
+        name = re.sub(r"\W+", "_", column.lower()).strip("_") or "column"
+        name = f"column_{name}" if name[0].isdigit() else name
+        while name in fields:
+            name += "_"
+        fields[name] = column
+    return fields
+
+
+def draft(
+    name: str,
+    columns: Columns,
+    rows: Sequence[Mapping[str, Any]],
+    files: Mapping[str, str],
+    choices: Sequence[str] = (),
+) -> dict[str, Any]:
+    """The content of a task file over `files` (split → path); `rows` are all rows, or enough of them to see every label.
+
+    `choices` are the names of the labels in the order of their sorted values. Raises `TaskError` where there are too many labels or
+    too few, or not as many names, or where a column is no text; `UnclearLabelsError` for numbers without names.
+    """
+    fields = fields_of(columns)
+    named = {column: field for field, column in fields.items()}
+    renamed = {field: column for field, column in fields.items() if field != column}
+    source: dict[str, Any] = {"files": dict(files)} | ({"columns": renamed} if renamed else {})
+    content: dict[str, Any] = {"name": name, "cluster": "own", "sources": [source]}
+    shown = {column: _printed(column, named[column], rows) for column in filter(None, (columns.instruction, *columns.inputs))}
+    given = _inputs(columns, shown)
+    if columns.label is not None and columns.choices:
+        content |= _with_own_choices(columns, named, rows)
+        templates = _choosing_own(given)
+    elif columns.label is not None:
+        content |= _with_choices(columns, named[columns.label], rows, choices)
+        templates = _choosing(content["choices"], given)
+    else:
+        assert columns.answer is not None
+        if choices:
+            raise TaskError("--choices names labels, but there is no --label column; leave it out.")
+        answer, right, texts = _answer(columns.answer, named[columns.answer], rows)
+        short = sum(len(text.split()) for text in texts) <= SHORT * len(texts)
+        content |= {"answer": f"{{{{ {answer} }}}}"} | ({"references": right} if right else {})
+        content["metrics"] = ["exact_match", "token_f1"] if short else ["rouge_l"]
+        templates = _writing(columns, shown, given)
+    sample = {field: rows[0][column] for field, column in fields.items()}
+    return content | {"sample": sample, "templates": templates}
+
+
+def is_printable(value: Any) -> bool:
+    """True for text, numbers and lists of them."""
+    return all(map(is_text, value)) if isinstance(value, list) else is_text(value)
+
+
+def _printed(column: str, field: str, rows: Sequence[Mapping[str, Any]]) -> str:
+    """The expression that prints a column: lists with their items below each other."""
+    values = [row[column] for row in rows]
+    if odd := [value for value in values if not is_printable(value)]:
+        raise TaskError(_no_text(column, odd[0], "name other columns with --input or --instruction"))
+    return f"{field} | join('\\n')" if any(isinstance(value, list) for value in values) else field
+
+
+def _answer(column: str, field: str, rows: Sequence[Mapping[str, Any]]) -> tuple[str, str | None, list[str]]:
+    """The expression of the text to write, that of all texts that count as right if there may be several, and the texts."""
+    values = [row[column] for row in rows]
+    if all(isinstance(value, Mapping) and is_printable(value.get("text")) for value in values):  # as SQuAD gives answers
+        field, values = f"{field}.text", [value["text"] for value in values]
+    if odd := [value for value in values if not is_printable(value)]:
+        raise TaskError(_no_text(column, odd[0], "name the column with the text to write with --answer"))
+    if not any(isinstance(value, list) for value in values):
+        return field, None, list(map(str, values))
+    return f"{field}[0]", field, [str(value[0]) for value in values if value]
+
+
+def _no_text(column: str, value: Any, remedy: str) -> str:
+    if isinstance(value, bytes):
+        return f"column {column!r} holds bytes, not text, such as {value[:LISTED]!r}; say what they are written in with --encoding."
+    keys = f" with the keys {_shown(list(value))}" if isinstance(value, Mapping) else ""
+    kind = "mapping" if isinstance(value, Mapping) else type(value).__name__
+    return f"column {column!r} holds a {kind}{keys} in each row, which is no text; {remedy}."
+
+
+def _inputs(columns: Columns, shown: Mapping[str, str]) -> str:
+    """The text that shows the input columns: the only one bare, several with their names before them."""
+    if len(columns.inputs) == 1:
+        return f"{{{{ {shown[columns.inputs[0]]} }}}}"
+    return "\n".join(f"{column.strip().capitalize()}: {{{{ {shown[column]} }}}}" for column in columns.inputs)
+
+
+def _with_choices(columns: Columns, field: str, rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, Any]:
+    found = _labels(str(columns.label), rows)
+    if not 2 <= len(found) <= MOST_CHOICES:
+        raise TaskError(
+            f"column {field!r} holds {len(found)} different values; labels are 2 to {MOST_CHOICES}."
+            " Say --answer COLUMN instead if its texts are to be written, not chosen."
+        )
+    if names and len(names) != len(found):
+        raise TaskError(f"--choices gives {len(names)} names, but column {field!r} holds {len(found)} values: {_shown(found)}.")
+    if not names and (all(map(_is_number_text, found)) or suggested_choices(columns, rows)):
+        raise _unclear(columns, found, rows)
+    counted = found == list(range(len(found))) and not any(isinstance(value, bool) for value in found)
+    return {
+        "choices": list(names) or [str(value) for value in found],
+        "label": field if counted else f"{found!r}.index({field})",
+        "metrics": ["accuracy"],
+    }
+
+
+def _labels(column: str, rows: Sequence[Mapping[str, Any]]) -> list[Any]:
+    """The different values of a column in order; numbers before texts, those that CSV gives as texts too."""
+    if odd := [row[column] for row in rows if not is_text(row[column])]:
+        raise TaskError(_no_text(column, odd[0], "name the column of labels with --label, or that of texts to write with --answer"))
+    found = {row[column] for row in rows}
+    return sorted(found, key=lambda value: (0, float(value), "") if _is_number_text(value) else (1, 0.0, str(value)))
+
+
+def _is_number_text(value: Any) -> bool:
+    """Whether the value is a number, or a text that is nothing but one."""
+    spelt = Cell(value).value if isinstance(value, str) else value
+    return isinstance(spelt, int | float) and not isinstance(spelt, bool)
+
+
+def _unclear(columns: Columns, found: Sequence[Any], rows: Sequence[Mapping[str, Any]]) -> UnclearLabelsError:
+    values = tuple(map(str, found))
+    own = suggested_choices(columns, rows)
+    said = f"the labels in column {columns.label!r} are {_shown(found)}, which say nothing to a model"
+    given = f"give each a name, in this order, as in --choices {','.join(f'name{value}' for value in values[:3])}"
+    given += ",…" if len(values) > 3 else ""
+    stand = (
+        f"; if {_shown(own)} hold{'s' if len(own) == 1 else ''} what a row chooses from, --choices {','.join(own)}" if own else ""
+    )
+    keep = f"; to learn them as they are, --choices {','.join(values)}" if len(values) <= LISTED else ""
+    question = f"The labels in column {columns.label!r} are {_shown(found)}. Their names in this order, with commas between"
+    question += f", or {','.join(own)} if each row's choices stand there" if own else ""
+    return UnclearLabelsError(f"{said}; {given}{stand}{keep}.", f"{question} (Enter keeps them as they are)", values)
+
+
+def suggested_choices(columns: Columns, rows: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    """Columns that seem to hold what each row chooses from: several that are numbered or lettered alike, or one of lists.
+
+    Only where the labels can be their numbers or letters.
+    """
+    series: dict[str, list[str]] = {}
+    for column in columns.inputs:
+        if all(isinstance(row[column], list) and len(row[column]) > 1 for row in rows):
+            return (column,) if _places(columns, (column,), rows) is not None else ()
+        if match := re.fullmatch(r"(.*?)[ _-]?(\d|[a-jA-J])", column):
+            series.setdefault(match[1], []).append(column)
+    for found in series.values():
+        ends = [column[-1].lower() for column in sorted(found)]
+        if (
+            len(found) > 1
+            and "".join(ends) in ("0123456789"[: len(ends)], "123456789"[: len(ends)], LETTERS[: len(ends)].lower())
+            and _places(columns, found, rows) is not None
+        ):
+            return tuple(sorted(found))
+    return ()
+
+
+def _places(columns: Columns, own: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[Any] | None:
+    """The labels that stand for the first choice, the second and so on; None where labels are not numbers or letters of choices."""
+    number = max(len(row[own[0]]) for row in rows) if len(own) == 1 else len(own)
+    found = _labels(str(columns.label), rows)
+    kind = type(found[0])
+    for start in (0, 1):
+        numbers: list[Any] = [kind(place) for place in range(start, start + number)] if kind in (int, str) else []
+        if {*found} <= {*numbers}:
+            return numbers
+    for letters in (LETTERS, LETTERS.lower()):
+        if {*found} <= {*letters[:number]}:
+            return list(letters[:number])
+    return None
+
+
+def _with_own_choices(columns: Columns, named: Mapping[str, str], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Choices that stand in each row, and the label as one's number, its letter or its text."""
+    own, label = columns.choices, named[str(columns.label)]
+    lists = [isinstance(row[column], list) for row in rows for column in own]
+    if len(own) == 1 and not all(lists):
+        raise TaskError(f"--choices {own[0]}: this column holds one text a row; name one column for each choice, or one of lists.")
+    if len(own) > 1 and any(lists):
+        raise TaskError(
+            f"--choices {','.join(own)}: a column of these holds lists; name one column of lists, or one for each choice."
+        )
+    choices = named[own[0]] if len(own) == 1 else f"[{', '.join(named[column] for column in own)}]"
+    places = _places(columns, own, rows)
+    by_text = all(row[str(columns.label)] in (row[own[0]] if len(own) == 1 else [row[column] for column in own]) for row in rows)
+    if places is None and not by_text:
+        raise TaskError(
+            f"column {columns.label!r} holds {_shown(_labels(str(columns.label), rows))}, which are neither numbers nor letters nor"
+            f" texts of the choices in {_shown(own)}; name another with --label."
+        )
+    counted = places is not None and places == list(range(len(places)))
+    expression = label if counted else f"{choices}.index({label})" if places is None else f"{places!r}.index({label})"
+    return {"choices": choices, "label": expression, "metrics": ["accuracy"]}
+
+
+def _choosing_own(given: str) -> list[dict[str, Any]]:
+    listed = f"{given}\n\n".lstrip() + "- {{ choices | join('\n- ') }}"
+    return [
+        {"name": "choose", "instruction": "Choose the answer that fits best.", "input": listed},
+        {"name": "which", "instruction": "Which of these is right?", "input": listed},
+        {"name": "copy", "instruction": "Only one of these is right. Answer with it alone.", "input": listed},
+    ]
+
+
+def _shown(values: Sequence[Any]) -> str:
+    return ", ".join(map(str, values[:LISTED])) + (", …" if len(values) > LISTED else "")
+
+
+def _choosing(choices: Sequence[str], given: str) -> list[dict[str, Any]]:
+    listed = f": {', '.join(choices)}" if len(choices) <= LISTED else ""
+    return [
+        {"name": "choose", "instruction": f"Choose the label that fits{listed}.", "input": given},
+        {"name": "which", "instruction": f"Which label does this deserve{listed}?", "input": given},
+        {"name": "sort", "instruction": f"Sort this under one heading{listed}. Answer with the heading alone.", "input": given},
+    ]
+
+
+def _writing(columns: Columns, shown: Mapping[str, str], given: str) -> list[dict[str, Any]]:
+    if columns.instruction is not None:
+        asked: dict[str, Any] = {"name": "as_written", "instruction": f"{{{{ {shown[columns.instruction]} }}}}"}
+        return [asked | ({"input": given} if given else {})]
+    what = str(columns.answer).strip().lower()
+    return [
+        {"name": "write", "instruction": f"Write the {what} for this.", "input": given},
+        {"name": "what", "instruction": f"What is the {what}?", "input": given},
+        {"name": "give", "instruction": f"Read this and give the {what}.", "input": given},
+    ]

@@ -1,0 +1,85 @@
+"""The tasks of a run as text that needs no other file: what each entry of `data.tasks` meant when the run was made."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from apprentice.tasks.definition import definition_of
+from apprentice.tasks.importers.conversations import ConversationTemplate
+from apprentice.tasks.importers.natural_instructions import InstanceTemplate
+from apprentice.tasks.importers.preferences import PreferenceTemplate
+from apprentice.tasks.importers.prompts import PromptTemplate as QuestionTemplate
+from apprentice.tasks.importers.promptsource import PromptTemplate
+from apprentice.tasks.importers.records import KINDS, RecordTemplate
+from apprentice.tasks.registry import COLLECTIONS, Entry, Find, find_tasks
+from apprentice.tasks.schema import Task, Template
+
+# The key that names an entry's collection → what its templates are.
+_TEMPLATES: dict[str, type[Template]] = {
+    "promptsource": PromptTemplate,
+    "natural_instructions": InstanceTemplate,
+    "conversations": ConversationTemplate,
+    "preferences": PreferenceTemplate,
+    "prompts": QuestionTemplate,
+    **dict.fromkeys(KINDS, RecordTemplate),
+}
+
+
+def dump_tasks(entries: Sequence[Entry], folder: Path, find: Find = find_tasks) -> str:
+    """The tasks that `entries` mean, a line of JSON each. Raises `TaskError` as `find_tasks` does."""
+    lines = [
+        json.dumps(
+            {
+                "entry": entry,
+                "sha256": definition_of(task),
+                "task": task.model_dump(mode="json", exclude_defaults=True, fallback=str),
+            },
+            ensure_ascii=False,
+        )
+        for entry in entries
+        for task in find(entry, folder)
+    ]
+    return "".join(f"{line}\n" for line in lines)
+
+
+class KeptTasks:
+    """What `dump_tasks` wrote; no tasks if it wrote nothing."""
+
+    def __init__(self, text: str) -> None:
+        self._of_entry: dict[str, list[Task]] = {}
+        for line in text.splitlines():
+            record = json.loads(line)
+            self._of_entry.setdefault(_key(record["entry"]), []).append(_task(record["entry"], record["task"]))
+        self._by_name = {task.name: task for tasks in self._of_entry.values() for task in tasks}
+
+    def find(self, entry: Entry, folder: Path) -> list[Task]:
+        """The tasks that `entry` meant, or the one of that name; what the run does not know is looked for as `find_tasks` does."""
+        if (kept := self._of_entry.get(_key(entry))) is not None:
+            return kept
+        return [self._by_name[entry]] if isinstance(entry, str) and entry in self._by_name else find_tasks(entry, folder)
+
+    def find_again(self, entry: Entry, folder: Path) -> list[Task]:
+        """What `entry` means for a run that goes on: a person's own files as they are now, the library's tasks as they were then.
+
+        A later version of the library is no change of the run's.
+        """
+        own = not isinstance(entry, str) or entry.endswith((".yaml", ".yml"))
+        return find_tasks(entry, folder) if own else self.find(entry, folder)
+
+    def changed(self, tasks: Sequence[Task]) -> list[str]:
+        """Those of `tasks` that the run knows under the same name with another definition."""
+        known = {name: definition_of(task) for name, task in self._by_name.items()}
+        return [task.name for task in tasks if known.get(task.name, definition_of(task)) != definition_of(task)]
+
+
+def _key(entry: Entry) -> str:
+    return json.dumps(entry, sort_keys=True)
+
+
+def _task(entry: Entry, content: Mapping[str, Any]) -> Task:
+    kind = next((kind for kind in COLLECTIONS if isinstance(entry, Mapping) and entry.get(kind) is not None), "")
+    template = _TEMPLATES.get(kind, Template)
+    return Task.model_validate({**content, "templates": [template.model_validate(one) for one in content["templates"]]})

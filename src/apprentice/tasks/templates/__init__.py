@@ -1,0 +1,1 @@
+"""Template expressions and the sandbox that they run in."""

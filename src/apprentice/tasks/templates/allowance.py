@@ -1,0 +1,125 @@
+"""The allowance of one rendering: how much work and how much text a template may still make.
+
+A step is about as much work as one turn of an empty loop. Values cost steps by their size when they are copied, compared, hashed or
+printed: a text one for every 16 characters, a list or mapping one for each item and what the item costs.
+"""
+
+from __future__ import annotations
+
+import datetime
+import decimal
+import hashlib
+import json
+import random
+import threading
+from collections.abc import ItemsView, KeysView, Mapping, ValuesView
+from typing import Any
+
+import jinja2
+
+from apprentice.tasks.templates.printing import text_of
+
+MAX_WORK = 1_000_000  # steps of one rendering
+CHARACTERS = 16  # that cost as much as one step
+MAX_BITS = 4096  # of a whole number
+MAX_DEPTH = 100  # of lists inside lists
+_CONTAINERS: Any = list | tuple | set | frozenset | KeysView | ValuesView | ItemsView
+_LEAVES = (
+    bool | float | bytes | range | decimal.Decimal | datetime.date | datetime.time | datetime.timedelta | jinja2.Undefined | None
+)
+
+
+class _Allowance(threading.local):
+    """What one rendering may still spend, and the chance that its draws come from."""
+
+    left = MAX_WORK
+    values: Mapping[str, Any] = {}
+    source = ""
+    chance: random.Random | None = None
+    python_forms = False
+
+    def renew(self, source: str, values: Mapping[str, Any], *, python_forms: bool = False) -> None:
+        """Begins a rendering; with `python_forms` lists and the like are printed as Python writes them."""
+        self.left, self.source, self.values, self.chance = MAX_WORK, source, values, None
+        self.python_forms = python_forms
+
+    def spend(self, work: int) -> None:
+        self.left -= max(0, work)
+        if self.left < 0:
+            raise jinja2.TemplateRuntimeError("the template works too long or builds something too large")
+
+    def check_text(self, value: Any) -> None:
+        """Raises `PythonForm` for a value that is to be printed and is no text."""
+        if not self.python_forms:
+            text_of(value)
+
+    def drawn(self, items: Any) -> Any:
+        """One of `items`, drawn by the template and the row alone."""
+        if self.chance is None:
+            row = json.dumps(dict(self.values), sort_keys=True, default=str)
+            self.chance = random.Random(hashlib.blake2b(f"{self.source}\n{row}".encode()).digest())
+        return self.chance.choice(bounded(items))
+
+
+_ALLOWANCE = _Allowance()
+renew, spend, drawn, check_text = _ALLOWANCE.renew, _ALLOWANCE.spend, _ALLOWANCE.drawn, _ALLOWANCE.check_text
+
+
+def weight(value: Any, depth: int = 0) -> int:
+    """Steps that it costs to copy, compare, hash or print `value`, nested parts included; pays for looking at them.
+
+    Raises `jinja2.TemplateRuntimeError` for what is no plain data (a namespace, a macro), for lists in lists more than `MAX_DEPTH`
+    deep, and for whole numbers of more than `MAX_BITS`.
+    """
+    if isinstance(value, str):
+        return 1 + len(value) // CHARACTERS
+    if isinstance(value, int):
+        return within_bits(value) and 1
+    if value is None or isinstance(value, _LEAVES) or hasattr(value, "__next__"):
+        return 1
+    if isinstance(value, Mapping):
+        value = [*value, *value.values()]
+    if not isinstance(value, _CONTAINERS):
+        raise jinja2.TemplateRuntimeError(f"a {type(value).__name__} cannot be shown or compared in a template")
+    if depth == MAX_DEPTH:
+        raise jinja2.TemplateRuntimeError(f"the template builds lists in lists, more than {MAX_DEPTH} deep")
+    spend(4 * len(value))
+    return 1 + sum(weight(item, depth + 1) for item in value)
+
+
+def within_bits(number: int) -> bool:
+    """True; raises `jinja2.TemplateRuntimeError` for a whole number of more than `MAX_BITS`."""
+    if number.bit_length() > MAX_BITS:
+        raise jinja2.TemplateRuntimeError(f"the template would build something too large: a number of more than {MAX_BITS} bits")
+    return True
+
+
+def cost(value: Any) -> int:
+    """The same of an argument, which may also be something that only the template knows, such as a namespace."""
+    return weight(value) if isinstance(value, str | int | Mapping | _CONTAINERS) else 1
+
+
+def size(value: Any) -> int:
+    """Steps that it costs to copy `value` alone, without its parts."""
+    if isinstance(value, str):
+        return 1 + len(value) // CHARACTERS
+    return len(value) if isinstance(value, Mapping | range | _CONTAINERS) else 1
+
+
+def paid(value: Any) -> Any:
+    """`value`, which is to be printed, once its weight is paid for."""
+    check_text(value)
+    spend(weight(value))
+    return value
+
+
+def bounded(items: Any) -> list[Any]:
+    """The items of any iterable, each paid for as it comes."""
+    if isinstance(items, str | Mapping | range | _CONTAINERS):
+        spend(len(items))
+        return list(items)
+    found = []
+    for item in items:
+        spend(2)
+        found.append(item)
+    return found

@@ -1,0 +1,78 @@
+"""A training state in pieces: what each worker holds of every tensor, and whole tensors put together on the first worker.
+
+Goes over gloo, in a group of its own, so that a thread can do it while training goes on. Knows nothing of DeepSpeed or files.
+"""
+
+from __future__ import annotations
+
+import math
+import platform
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from apprentice.train.engine.collectives import Peers
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A stretch of one tensor laid flat. `read()` gives its numbers, (numbers,), and may take its time."""
+
+    key: str
+    shape: tuple[int, ...]  # of the whole tensor
+    start: int
+    numbers: int
+    read: Callable[[], Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        """As float32."""
+        return 4 * self.numbers
+
+    def copied(self) -> Piece:
+        """The same piece with numbers of its own, in the memory of this machine."""
+        values = self.read().detach().to("cpu", torch.float32, copy=True)
+        return replace(self, read=lambda: values)
+
+
+class Gathering:
+    """Puts pieces together. All of `peers` must make one, and call it equally often, with the same keys in the same order."""
+
+    def __init__(self, peers: Peers) -> None:
+        self._peers = peers
+        self._group: Any = dist.new_group(backend="gloo") if peers.workers > 1 else None
+
+    def whole(self, pieces: Sequence[Piece]) -> Iterator[tuple[str, Tensor]]:
+        """Key and float32 tensor one after the other on the first worker, nothing on the others; all must run through it."""
+        places = [(piece.start, piece.numbers) for piece in pieces]
+        told: list[Any] = [places] * self._peers.workers
+        if self._group is not None:
+            dist.gather_object(places, told if self._peers.rank == 0 else None, dst=0, group=self._group)
+        for number, piece in enumerate(pieces):
+            mine = piece.read().detach().to("cpu", torch.float32) if piece.numbers else torch.empty(0)
+            if self._peers.rank == 0:
+                yield piece.key, self._put_together(mine, piece, [of_one[number] for of_one in told])
+            elif piece.numbers:
+                dist.send(mine.contiguous(), dst=0, group=self._group)
+
+    def _put_together(self, mine: Tensor, piece: Piece, places: list[tuple[int, int]]) -> Tensor:
+        flat = torch.empty(math.prod(piece.shape), dtype=torch.float32)
+        flat[piece.start : piece.start + piece.numbers] = mine
+        for rank, (start, numbers) in enumerate(places):
+            if rank > 0 and numbers:
+                dist.recv(flat[start : start + numbers], src=rank, group=self._group)
+        return flat.view(piece.shape)
+
+
+def room_for_copies(pieces: Sequence[Piece], peers: Peers, free: float) -> bool:
+    """Whether all workers can copy their `pieces` at once; `free` bytes there are for it on this worker's machine."""
+    told = peers.gather((platform.node(), sum(piece.nbytes for piece in pieces), free))
+    needed = Counter[str]()
+    for machine, size, _ in told:
+        needed[machine] += size
+    return all(needed[machine] <= there for machine, _, there in told)

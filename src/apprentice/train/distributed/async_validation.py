@@ -1,0 +1,113 @@
+"""What is done with a checkpoint while training goes on: its validation loss, and what held-out tasks make of its model.
+
+Ray Train's asynchronous validation starts it in a process of its own, one checkpoint after another, on resources that no worker
+has. Only the validation loss chooses among checkpoints. Knows nothing of Ray or of evaluation: what scores a model is given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch import nn
+
+from apprentice.errors import ApprenticeError, ResourcesError
+from apprentice.models.loading import load_model, resolve_dtype
+from apprentice.models.tuning.methods import TUNING_METHODS, load_trainable, trainable
+from apprentice.recipe import Recipe
+from apprentice.train.batch import Micro, PackedRows
+from apprentice.train.checkpoint.format import Checkpoint, tensors_of
+from apprentice.train.distributed.resources import room_aside
+from apprentice.train.engine.collectives import Peers
+from apprentice.train.engine.deepspeed import WEIGHT
+from apprentice.train.engine.deepspeed_config import micro_batch
+from apprentice.train.loop import validation_loss
+from apprentice.train.losses.registry import loss_of
+from apprentice.train.losses.sft import TargetLoss
+
+Score = Callable[[Any], Mapping[str, float]]  # a model → held-out task → score
+
+
+def goes_aside(recipe: Recipe, nodes: Sequence[Mapping[str, float]]) -> bool:
+    """Whether checkpoints are validated aside on these nodes. Raises `ResourcesError` where the recipe wants it without room."""
+    training = recipe.training
+    chosen = training.checkpoint.validation
+    if chosen == "workers" or training.aim.rounds:
+        return False
+    if room_aside(recipe, nodes) and (chosen == "aside" or recipe.evaluation.while_training or training.deepspeed.stage < 3):
+        return True
+    if chosen == "aside" or recipe.evaluation.while_training:
+        wish = "training.checkpoint.validation aside" if chosen == "aside" else "evaluation.while_training"
+        raise ResourcesError(
+            f"{wish} takes the CPUs and GPUs of one more worker beside {training.max_workers}, and the cluster has no room for"
+            " them; leave it out, lower training.workers, or add a node."
+        )
+    return False
+
+
+@dataclass(frozen=True)
+class Aside:
+    """The task: `rows` of `length` tokens are what the loss is taken over, `score` gives the held-out tasks' scores."""
+
+    recipe: Recipe
+    rows: PackedRows
+    length: int
+    score: Score | None = None
+
+    def __call__(self, checkpoint: Checkpoint, told: Callable[[dict[str, Any]], None], *, on_gpu: bool) -> float | None:
+        """The validation loss of `checkpoint`, None without rows. `told` gets the figures one after another.
+
+        An error of ours while tasks are scored becomes a message: training does not depend on it.
+        """
+        device = torch.device("cuda" if on_gpu else "cpu")
+        if not on_gpu:
+            torch.set_num_threads(max(1, int(self.recipe.training.resources.cpus)))
+        dtype = resolve_dtype(checkpoint.facts["dtype"])
+        model = self._model(checkpoint, dtype).to(device)
+        loss = self._loss(model, dtype, device)
+        if loss is not None:
+            told({"validation_loss": loss})
+        if self.score is not None:
+            try:
+                scores = dict(self.score(self._whole(model)))
+                told({"held_out": fmean(scores.values()), "held_out_tasks": scores})
+            except ApprenticeError as error:
+                told({"message": f"the held-out tasks were not scored: {error}"})
+        return loss
+
+    def _model(self, checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
+        """As it was trained, with the weights of `checkpoint`."""
+        recipe, method = self.recipe, TUNING_METHODS[self.recipe.tuning.method]
+        weights = torch.float32 if recipe.training.optimizer.name == "adafactor" else dtype
+        chosen: dict[str, Any] = {"four_bit": method.four_bit, "head": recipe.head, "trust": recipe.model.trust}
+        base = load_model(recipe.model.base, weights, recipe.model.attention, **chosen)
+        model = method.wrap(base, recipe.tuning, recipe.seed)
+        with tensors_of(checkpoint) as read:
+            load_trainable(model, {name: read(f"{WEIGHT}/{name}") for name in trainable(model)})
+        return model.eval()
+
+    def _loss(self, model: nn.Module, dtype: torch.dtype, device: torch.device) -> float | None:
+        training = self.recipe.training
+        compute = dtype if training.optimizer.name == "adafactor" and dtype != torch.float32 else None
+        micro = micro_batch(training, workers=training.max_workers, length=self.length, on_gpu=device.type != "cpu")
+        return validation_loss(_Plain(loss_of(model, training, compute).eval(), device), self.rows, micro, Peers())
+
+    def _whole(self, model: Any) -> Any:
+        """The model that an export would make of it, where that is another one."""
+        merge = TUNING_METHODS[self.recipe.tuning.method].merge
+        return model if merge is None else merge(model)
+
+
+@dataclass(frozen=True)
+class _Plain:
+    """A loss without an engine around it."""
+
+    loss: TargetLoss
+    device: torch.device
+
+    def validation_nll(self, micro: Micro) -> float:
+        with torch.no_grad():
+            return float(self.loss(*micro.to(self.device).tensors))

@@ -1,0 +1,349 @@
+"""Training under Ray Train: the stream of rows, the workers, restarts, and the export at the end.
+
+What becomes of one worker under Ray Train is in member.py, what it does in worker.py, what a step is in loop.py.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import signal
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import Any
+
+import ray
+import ray.train
+import ray.train.torch
+from ray.data import ExecutionOptions, ExecutionResources
+from ray.train import ValidationConfig
+from ray.train.torch import TorchConfig
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from apprentice.data.corpus import positions_of_epochs
+from apprentice.data.stream import Corpus, Start, estimate_steps, train_stream, validation_rows
+from apprentice.errors import RecipeError, TrainingError, causes
+from apprentice.models.loading import count_parameters, resolve_dtype
+from apprentice.pretrained.hub import local_folder
+from apprentice.ray_cluster.nodes import is_job, node_resources
+from apprentice.recipe import Recipe
+from apprentice.run.fence import Hold, Token, hold
+from apprentice.run.folder import Run, public_base
+from apprentice.train.batch import PackedRows
+from apprentice.train.checkpoint import format as checkpoints
+from apprentice.train.checkpoint.export import export
+from apprentice.train.distributed.async_validation import Aside, Score, goes_aside
+from apprentice.train.distributed.elastic import DivisorPolicy, Trainer, leaving
+from apprentice.train.distributed.failure import lost_peer, mendable
+from apprentice.train.distributed.follower import Follower, outcome_of
+from apprentice.train.distributed.ray_worker import Job, work
+from apprentice.train.distributed.resources import Ask, check_resources, required_resources, workers_that_fit
+from apprentice.train.distributed.score_reference import references
+from apprentice.train.distributed.validation_task import Validation
+from apprentice.train.memory.measure import expected_of
+from apprentice.train.metrics.backends import open_services
+from apprentice.train.metrics.samples import Samples
+from apprentice.train.metrics.tracker import Mailbox, Outcome, Tracker
+from apprentice.train.state import Goal
+
+AFTER_US_S = 10  # that a collective waits on for a silent worker, who is named and ended first
+START_TIMEOUT_S = "600"  # of a worker group; Ray Train's 60 s are too few for a busy machine, and it would begin again and again
+LEAST_VALIDATION_ROWS, MOST_VALIDATION_ROWS = 8, 256
+STEPS_AHEAD = 16  # that the stream of rows may be, and at least this much
+LEAST_AHEAD_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a finished training was. `tokens_per_s` and `wait_share` are those of the steps this call made, without warm-up.
+
+    `peak_memory` is in bytes, of the worker that held most; `expected_memory` what `check` would have said of these workers.
+    """
+
+    steps: int
+    loss: float
+    validation_loss: float | None
+    tokens: int
+    target_tokens: int
+    tokens_per_s: float
+    wait_share: float
+    restarts: int
+    exported_step: int
+    peak_memory: int | None = None
+    expected_memory: int | None = None
+
+
+def train(
+    recipe: Recipe, run: Run, corpus: Corpus, *, progress: Callable[[dict[str, Any]], None], score: Score | None = None
+) -> TrainResult:
+    """Fine-tunes as `recipe` says, from the newest whole checkpoint of `run` if there is one, and exports the best.
+
+    Ray must be running. `progress` is called in this process, from a thread, with a dict per step: attempt, step, steps, loss,
+    learning_rate, grad_norm, tokens, target_tokens, seconds, tokens_per_s, data_wait (share of time), eta_s; and with
+    attempt, step, steps and validation_loss after each validation, samples (instruction and reply) where they are asked for, or
+    message (what is trained and how) at the start. With `score`, each checkpoint's model goes through it aside, and a dict has
+    held_out (the mean) and held_out_tasks. Raises the `ApprenticeError` that stopped the run, `FencedError` if others hold it.
+    """
+    if run.is_trained and "training" in run.status():
+        return TrainResult(**run.status()["training"])
+    with hold(run.folder, "train", tell=lambda message: progress({"message": message})) as held:
+        return _train(recipe, run, corpus, held, progress, score)
+
+
+def _train(
+    recipe: Recipe, run: Run, corpus: Corpus, held: Hold, progress: Callable[[dict[str, Any]], None], score: Score | None
+) -> TrainResult:
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", START_TIMEOUT_S)
+    # Ray Train's own verdict on a silent worker comes after ours, which names it.
+    os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(2 * recipe.training.hang_timeout_s)
+    goal = goal_of(recipe, corpus)
+    _check_cluster(recipe)
+    checkpoints.sweep(run.checkpoints)
+    found = checkpoints.restorable(run.checkpoints)
+    tracker = Tracker(run, progress, open_services(recipe, run), held.is_held)
+    attempts = 1
+    try:
+        if found is None or goal.reached(found.state) < 1.0:
+            run.update_status(state="training", steps=goal.steps)
+            if recipe.training.aim.reference:
+                corpus = _with_reference(recipe, run, corpus, progress)
+            attempts = _fit(recipe, run, corpus, goal, tracker, held.token, score)
+        if checkpoints.awaited(run.checkpoints):
+            _catch_up(recipe, run, corpus, tracker, score)
+        result = _finish(recipe, run, corpus, goal, tracker, held.token, attempts)
+        tracker.close()
+        return result
+    except BaseException as error:
+        with suppress(OSError):  # a full disk may be what the error is about
+            if held.is_held():
+                run.update_status(state="failed" if isinstance(error, Exception) else "stopped")
+        with suppress(OSError):
+            tracker.close()
+        raise
+
+
+def goal_of(recipe: Recipe, corpus: Corpus) -> Goal:
+    """Where the run ends. Raises `RecipeError` if the warm-up is not shorter than the run."""
+    training = recipe.training
+    steps = training.steps or int(estimate_steps(corpus)["steps"])
+    if training.optimizer.warmup_steps >= steps:
+        raise RecipeError(f"warmup_steps {training.optimizer.warmup_steps} is not shorter than the run's {steps} steps; lower it.")
+    if training.epochs is None:
+        return Goal(steps, tokens=training.tokens)
+    return Goal(steps, positions=positions_of_epochs(corpus))
+
+
+def _with_reference(recipe: Recipe, run: Run, corpus: Corpus, progress: Callable[[dict[str, Any]], None]) -> Corpus:
+    found = references(recipe, run, corpus, workers_that_fit(recipe, node_resources()))
+    pairs = sum(len(reference.rows) for reference in found.values())
+    name = public_base(recipe.training.dpo.reference or recipe.model.base)
+    progress({"message": f"the reference, {name}, has given its log-probabilities of {pairs:,} pairs"})
+    return replace(corpus, reference=found)
+
+
+def _shares(corpus: Corpus) -> dict[int, float]:
+    found = corpus.plan.shares
+    return {number: float(found[task.name]) for number, task in enumerate(corpus.tasks) if task.name in found}
+
+
+def _check_cluster(recipe: Recipe) -> Ask:
+    dtype = resolve_dtype(recipe.model.dtype, "cuda" if recipe.training.resources.gpus else "cpu")
+    ask = required_resources(recipe, count_parameters(local_folder(recipe.model.base)), dtype)
+    check_resources(ask, node_resources())
+    return ask
+
+
+def _validation(recipe: Recipe, run: Run, corpus: Corpus, score: Score | None) -> Validation:
+    """What validates checkpoints aside."""
+    rows = PackedRows.of(validation_rows(corpus, validation_limit(recipe)))
+    return Validation(Aside(recipe, rows, _row_length(corpus), score), run, recipe.training.resources)
+
+
+def _catch_up(recipe: Recipe, run: Run, corpus: Corpus, tracker: Tracker, score: Score | None) -> None:
+    """Validates the checkpoints of a run that was stopped before they were."""
+
+    def told(step: int, figures: dict[str, Any]) -> None:
+        tracker.write({"attempt": 0, "step": step, "steps": step, **figures})
+
+    try:
+        _validation(recipe, run, corpus, score).catch_up(told)
+    except ray.exceptions.RayError as error:
+        raise mendable(error) or error from None
+
+
+def _row_length(corpus: Corpus) -> int:
+    """Tokens of a packed row, of both sides."""
+    return corpus.row_length + (corpus.target_length or 0)
+
+
+def _fit(recipe: Recipe, run: Run, corpus: Corpus, goal: Goal, tracker: Tracker, token: Token, score: Score | None) -> int:
+    """Runs the workers until the goal; gives the number of attempts."""
+    workers = workers_that_fit(recipe, node_resources())
+    aside = goes_aside(recipe, node_resources())
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)  # a node of the workers may go
+    # A call that the network lost is made again; a mailbox that died stays dead, since what it held is lost.
+    kept = {"num_cpus": 0, "scheduling_strategy": here, "max_restarts": 0, "max_task_retries": -1}
+    mailbox: Any = ray.remote(Mailbox).options(**kept).remote(workers)
+    within = validation_rows(corpus, 0 if aside else validation_limit(recipe))
+    samples = Samples(corpus.layout, recipe.training.sample_instructions)
+    sizes = (_row_length(corpus), corpus.row_bytes)
+    job = Job(recipe, run, goal, mailbox, ray.put(corpus), ray.put(within), *sizes, _shares(corpus), samples, aside, token)
+    trainer = _trainer(job, corpus, _validation(recipe, run, corpus, score).config(mailbox) if aside else None)
+    # Ray Train would look for checkpoints that it knew in an earlier call; which one counts is decided by checkpoint.restorable.
+    with suppress(OSError):
+        (run.checkpoints / "checkpoint_manager_snapshot.json").delete()
+    failure: BaseException | None = None
+    with Follower(mailbox, tracker, recipe.training.hang_timeout_s):
+        before = signal.getsignal(signal.SIGINT)
+        try:
+            trainer.fit()
+        except (Exception, SystemExit) as error:
+            if isinstance(error, SystemExit) and not trainer.stopped:
+                raise
+            failure = error
+        finally:
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGINT, before)  # Ray Train leaves its own handler behind
+    outcome = outcome_of(mailbox)
+    ray.kill(mailbox)
+    if outcome.error is not None:
+        raise outcome.error
+    if trainer.stopped:
+        raise KeyboardInterrupt
+    if failure is not None:
+        raise _explained(failure, outcome) from failure
+    return outcome.attempts
+
+
+def _trainer(job: Job, corpus: Corpus, validation: ValidationConfig | None) -> Trainer:
+    training = job.recipe.training
+    resources = {"CPU": training.resources.cpus} | ({"GPU": training.resources.gpus} if training.resources.gpus else {})
+    run, mailbox, aside = job.run, job.mailbox, job.aside  # `job` would have the controller import all that this file does
+    held = job.corpus
+    submitted = is_job()
+
+    def build() -> Any:
+        """The stream for a worker group that is about to start; called for each one, before its workers run."""
+        found = checkpoints.restorable(run.checkpoints)
+        workers = ray.get(mailbox.begin.remote(found))
+        start = Start(found.state.window, found.state.row) if found else Start()
+        if training.aim.rounds:
+            from apprentice.train.on_policy.rollout_stream import round_stream  # with the models that write replies
+
+            mailbox.stream.remote(training.grpo.actors * training.resources.cpus)
+            return round_stream(ray.get(held), run, start)
+        # As many actors as there is room for now: a node may have been lost since the run began.
+        nodes = node_resources(job=submitted, without=leaving(ray.nodes()))
+        spare = sum(node.get("CPU", 0.0) for node in nodes) - (workers + aside) * training.resources.cpus
+        actors = max(1, min(max(4, workers), int(spare) - 1))
+        mailbox.stream.remote(actors)
+        return train_stream(ray.get(held), start, None, actors)
+
+    logging.getLogger("ray.train").setLevel(logging.WARNING)
+    run_config: Any = ray.train.RunConfig  # its hints are those of the first Ray Train
+    scaling = ray.train.ScalingConfig(
+        num_workers=training.max_workers, use_gpu=training.resources.gpus > 0, resources_per_worker=resources
+    )
+    return Trainer(
+        partial(work, job),  # not as train_loop_config, which Ray Train's controller would unpack
+        policy=DivisorPolicy(scaling, job.recipe, mailbox),
+        scaling_config=scaling,
+        run_config=run_config(
+            name=job.run.checkpoints.name,
+            storage_path=str(job.run.folder),
+            failure_config=ray.train.FailureConfig(max_failures=training.max_failures),
+            logging_config=ray.train.LoggingConfig(log_level="ERROR"),
+        ),
+        validation_config=validation,
+        torch_config=TorchConfig(timeout_s=math.ceil(training.hang_timeout_s) + AFTER_US_S),
+        datasets={"train": build},
+        # Order and no locality: each step must be one stretch of the stream, whatever runs where.
+        dataset_config=ray.train.DataConfig(execution_options=_stream_options(job), enable_shard_locality=False),
+    )
+
+
+def _stream_options(job: Job) -> ExecutionOptions:
+    """Rows in order, and not too far ahead of training: what makes them may share its cores."""
+    step = job.recipe.training.global_batch * job.row_bytes
+    ahead = ExecutionResources.for_limits(object_store_memory=max(LEAST_AHEAD_BYTES, STEPS_AHEAD * step))
+    return ExecutionOptions(preserve_order=True, resource_limits=ahead)
+
+
+def validation_limit(recipe: Recipe) -> int:
+    """Packed validation rows: an eighth of the rows trained on between two checkpoints, which costs about 5% of the time.
+
+    None of an on-policy run: what it learns from is its own, and nothing else has its loss.
+    """
+    training = recipe.training
+    if training.aim.rounds:
+        return 0
+    rows = training.checkpoint.every_steps * training.global_batch // 8
+    return min(max(rows, training.global_batch, LEAST_VALIDATION_ROWS), MOST_VALIDATION_ROWS)
+
+
+def _explained(failure: BaseException, outcome: Outcome) -> BaseException:
+    """Our own error if `failure` carries one; workers that die are the user's to mend; all else is a defect and stays as it is."""
+    ours = mendable(failure)
+    if ours is not None:
+        return ours
+    if any(isinstance(error, ray.exceptions.RayActorError) or lost_peer(error) for error in causes(failure)):
+        times = "once" if outcome.attempts == 1 else f"{outcome.attempts} times"
+        died = f"{outcome.silent[-1]}; " if outcome.silent else "a worker died, and "
+        return TrainingError(
+            f"{died}the run had been started {times}; look for a lack of memory or a lost node, then run the same"
+            " command again: it goes on from the newest checkpoint."
+        )
+    failures = getattr(failure, "worker_failures", {})
+    return next((error for error in failures.values() if isinstance(error, Exception)), failure)
+
+
+def _finish(recipe: Recipe, run: Run, corpus: Corpus, goal: Goal, tracker: Tracker, token: Token, attempts: int) -> TrainResult:
+    token.check()
+    last, best = checkpoints.restorable(run.checkpoints), checkpoints.best(run.checkpoints)
+    if last is None or best is None:
+        raise TrainingError(
+            f"training is over, but no checkpoint in {run.checkpoints} can be read, so there is nothing to export; mend what the"
+            " warnings above say of them and give the same command again, or train anew with --restart."
+        )
+    if goal.reached(last.state) < 1.0:
+        raise TrainingError(
+            f"training is over, but the newest checkpoint in {run.checkpoints} that can be read is that of step {last.state.step};"
+            " give the same command again: it goes on from there."
+        )
+    checkpoints.prune(run.checkpoints, recipe.training.checkpoint.keep, last)  # those that waited for their validation
+    state = last.state
+    names = [task.name for task in corpus.tasks]
+    shares = {name: float(share) for name, share in corpus.plan.shares.items()}
+    rows = {name: len(index.train) for name, index in corpus.indices.items()}
+    means = {name: index.mean_target_tokens for name, index in corpus.indices.items()}
+    left_out = {name: {**index.rejects, **index.filtered} for name, index in corpus.indices.items()}
+    run.ledger_file.write_json(state.ledger.report(names, shares, rows, means, left_out))
+    run.update_status(state="exporting")
+    # In a process of its own, whose memory is given back.
+    task: Any = ray.remote(export)
+    exporting = task.options(num_cpus=1, max_retries=0).remote(recipe, run, best, corpus.layout, token)
+    memory = tracker.memory and tracker.memory | {"expected": round(expected_of(recipe, _row_length(corpus), tracker.memory).total)}
+    try:
+        ray.get(exporting)
+    except ray.exceptions.RayError as error:
+        raise mendable(error) or error from None
+    result = TrainResult(
+        steps=state.step,
+        loss=state.loss,
+        validation_loss=best.state.validation_loss,
+        tokens=state.tokens,
+        target_tokens=state.target_tokens,
+        tokens_per_s=tracker.tokens / tracker.seconds if tracker.seconds else 0.0,
+        wait_share=tracker.waited / tracker.seconds if tracker.seconds else 0.0,
+        restarts=attempts - 1,
+        exported_step=best.state.step,
+        **({"peak_memory": memory["peak"], "expected_memory": memory["expected"]} if memory else {}),
+    )
+    at = {"step": state.step, "steps": state.step, "loss": state.loss}
+    exported = {"validation_loss": best.state.validation_loss, "validated_step": best.state.step}
+    run.update_status(state="trained", **at, **exported, training=asdict(result))
+    return result

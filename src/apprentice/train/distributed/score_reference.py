@@ -1,0 +1,115 @@
+"""The reference's log-probabilities of all pairs of a run, computed once by Ray Data and kept with the run.
+
+    stretches of rows ─▶ actors with the frozen model: packed as in training, forward only ─▶ <run>/reference/<task>.npz
+
+Knows nothing of the loss that they go into.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import ray
+import ray.data
+import torch
+
+from apprentice.data.corpus import Corpus
+from apprentice.data.reference import Reference
+from apprentice.data.window import WindowRenderer
+from apprentice.models.loading import load_model, resolve_dtype
+from apprentice.models.tuning.methods import TUNING_METHODS
+from apprentice.recipe import DPO, Recipe
+from apprentice.run.folder import Run
+from apprentice.tasks.schema import Task
+from apprentice.train.batch import PackedRows
+from apprentice.train.engine.deepspeed_config import CPU_MICRO_TOKENS, GPU_MICRO_TOKENS
+from apprentice.train.losses.preference import PreferenceLoss
+
+STRETCH_PAIRS = 256  # that one call of an actor takes
+
+
+class _Stretch(NamedTuple):
+    """Some rows of a task."""
+
+    task: int  # number in `Corpus.tasks`
+    rows: tuple[int, ...]
+
+
+def references(recipe: Recipe, run: Run, corpus: Corpus, actors: int) -> dict[str, Reference]:
+    """Task → what the reference says of its training and validation pairs: what lies in `run`, or computed now and written there.
+
+    Ray must be up; each of `actors` processes reserves what a training worker does. The reference is `training.dpo.reference`, or
+    else the base as it is before tuning.
+    """
+    files = {task.name: run.reference / f"{task.name}.npz" for task in corpus.tasks if task.name in corpus.plan.shares}
+    missing = [number for number, task in enumerate(corpus.tasks) if task.name in files and not files[task.name].exists()]
+    stretches = [stretch for number in missing for stretch in _stretches(corpus, number)]
+    if stretches:
+        found = _computed(recipe, corpus, stretches, actors)
+        for number in missing:
+            rows, values = found["row"][found["task"] == number], found["values"][found["task"] == number]
+            order = np.argsort(rows)
+            Reference(rows[order], values[order]).write(files[corpus.tasks[number].name])
+    return {name: Reference.read(file) for name, file in files.items()}
+
+
+def _stretches(corpus: Corpus, number: int) -> Iterator[_Stretch]:
+    index = corpus.indices[corpus.tasks[number].name]
+    rows = np.sort(np.concatenate([index.train, index.validation]))
+    for start in range(0, len(rows), STRETCH_PAIRS):
+        yield _Stretch(number, tuple(rows[start : start + STRETCH_PAIRS].tolist()))
+
+
+def _computed(recipe: Recipe, corpus: Corpus, stretches: list[_Stretch], actors: int) -> dict[str, Any]:
+    """The columns task, row and values, one entry a pair."""
+    resources = recipe.training.resources
+    numbers = ray.data.range(len(stretches), override_num_blocks=len(stretches))
+    numbers.context.enable_progress_bars = False
+    computed = numbers.map_batches(
+        _ReferenceActor,
+        fn_constructor_args=(recipe, ray.put(corpus), ray.put(stretches)),
+        batch_size=1,
+        compute=ray.data.ActorPoolStrategy(size=min(actors, len(stretches))),
+        num_cpus=resources.cpus,
+        num_gpus=resources.gpus or None,
+    )
+    batches = list(computed.iter_batches(batch_size=None, batch_format="numpy"))
+    found = {name: np.concatenate([batch[name] for batch in batches]) for name in ("task", "row", "better", "worse")}
+    return found | {"values": np.stack([found["better"], found["worse"]], axis=1)}
+
+
+class _ReferenceActor:
+    """One process with the frozen model."""
+
+    def __init__(self, recipe: Recipe, corpus: Any, stretches: Any) -> None:
+        self._corpus: Corpus = ray.get(corpus)
+        self._stretches: list[_Stretch] = ray.get(stretches)
+        self._renderer = WindowRenderer(self._corpus)
+        on_gpu = recipe.training.resources.gpus > 0
+        self._device = torch.device("cuda" if on_gpu else "cpu")
+        if not on_gpu:
+            torch.set_num_threads(max(1, int(recipe.training.resources.cpus)))
+        self._at_once = max(1, (GPU_MICRO_TOKENS if on_gpu else CPU_MICRO_TOKENS) // self._corpus.row_length)
+        four_bit = recipe.training.dpo.reference is None and TUNING_METHODS[recipe.tuning.method].four_bit
+        base = recipe.training.dpo.reference or recipe.model.base
+        dtype = resolve_dtype(recipe.model.dtype, self._device.type)
+        model = load_model(base, dtype, recipe.model.attention, four_bit=four_bit, trust=recipe.model.trust)
+        self._loss = PreferenceLoss(model, DPO()).to(self._device).eval()
+
+    def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        stretch = self._stretches[int(batch["id"][0])]
+        rows, values = self._pairs(self._corpus.tasks[stretch.task], stretch.rows)
+        return {"task": np.full(len(rows), stretch.task), "row": rows, "better": values[:, 0], "worse": values[:, 1]}
+
+    def _pairs(self, task: Task, rows: tuple[int, ...]) -> tuple[Any, Any]:
+        """(row numbers, log-probabilities of shape (rows, 2)) of those of `rows` that fit."""
+        packed = PackedRows.of(self._renderer.zero_shot(task, rows))
+        found = [np.zeros(0, np.float32)]
+        with torch.no_grad():
+            for micro in packed.micros(self._at_once):
+                given: Any = micro.to(self._device).tensors
+                found.append(self._loss.log_probabilities(*given).float().cpu().numpy())
+        numbers = [row for fact in packed.facts for row in fact.examples]
+        return np.array(numbers, np.int64), np.concatenate(found).reshape(-1, 2)

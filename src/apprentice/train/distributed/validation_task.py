@@ -1,0 +1,78 @@
+"""Checkpoints validated while training goes on, as Ray Train's asynchronous validation; what is done to each is in aside.py.
+
+A checkpoint whose validation was cut off, by a stop or by its node, is still marked as awaited and taken up at the end of the run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+import ray
+import ray.train
+from ray.train import ValidationConfig
+
+from apprentice.recipe.training import Resources
+from apprentice.run.folder import Run
+
+if TYPE_CHECKING:  # it brings models, which Ray Train's controller would load too
+    from apprentice.train.checkpoint.format import Checkpoint
+    from apprentice.train.distributed.async_validation import Aside
+
+Told = Callable[[int, dict[str, Any]], Any]  # the checkpoint's step, and figures of it
+
+
+class Validation:
+    """`aside` over the checkpoints of `run`, each in a process with `resources` of its own."""
+
+    def __init__(self, aside: Aside, run: Run, resources: Resources) -> None:
+        self._aside = ray.put(aside)
+        self._run = run
+        self._resources: dict[str, Any] = {"num_cpus": resources.cpus, "num_gpus": resources.gpus}
+
+    def config(self, mailbox: Any) -> ValidationConfig:
+        """For Ray Train; figures go to `mailbox`."""
+
+        def validate(checkpoint: ray.train.Checkpoint, **_: Any) -> dict[str, Any]:
+            tell: Told = mailbox.validated.remote
+            return {"validation_loss": self._validated(PurePosixPath(checkpoint.path).name, tell)}
+
+        return ValidationConfig(fn=validate, ray_remote_kwargs=self._resources)
+
+    def catch_up(self, told: Told) -> None:
+        """Validates what is still awaited, one after another. Raises what keeps it from that."""
+
+        def validate(name: str) -> list[tuple[int, dict[str, Any]]]:
+            figures: list[tuple[int, dict[str, Any]]] = []
+            self._validated(name, lambda *told: figures.append(told))
+            return figures
+
+        from apprentice.train.checkpoint import format as checkpoints
+
+        for found in checkpoints.awaited(self._run.checkpoints):
+            name = PurePosixPath(str(found.folder)).name
+            for step, figures in ray.get(ray.remote(validate).options(**self._resources, max_retries=0).remote(name)):
+                told(step, figures)
+
+    def _validated(self, name: str, told: Told) -> float | None:
+        """The loss of the checkpoint of this name; None too if newer ones have pushed it out."""
+        from apprentice.train.checkpoint import format as checkpoints
+
+        with checkpoints.in_use(self._run.checkpoints / name):
+            found = checkpoints.named(self._run.checkpoints, name)
+            return None if found is None else self._validate(found, told)
+
+    def _validate(self, found: Checkpoint, told: Told) -> float | None:
+        from apprentice.train.checkpoint import format as checkpoints
+
+        def tell(figures: dict[str, Any]) -> None:
+            if "validation_loss" in figures:
+                checkpoints.note_validation(found, figures["validation_loss"])
+            told(found.state.step, figures)
+
+        aside: Aside = ray.get(self._aside)
+        loss = aside(found, tell, on_gpu=self._resources["num_gpus"] > 0)
+        if loss is None:
+            checkpoints.note_validation(found, None)
+        return loss

@@ -1,0 +1,1 @@
+"""DeepSpeed's engine, its configuration, and collectives."""

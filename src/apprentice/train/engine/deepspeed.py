@@ -1,0 +1,270 @@
+"""The DeepSpeed engine behind a small face: one optimizer step, one validation pass, and its state by parameter name.
+
+The state (float32 weights and what the optimizer keeps of each) goes out in pieces and in whole, by parameter name, so that a
+checkpoint means the same on any number of workers and at any ZeRO stage. Knows nothing of Ray, of files, or of where the rows
+come from.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import logging
+import math
+import os
+import warnings
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from apprentice.models.tuning.methods import trained_share
+from apprentice.recipe import Training
+from apprentice.train.batch import Micro
+from apprentice.train.checkpoint.shard_gather import Piece
+from apprentice.train.engine.deepspeed_config import deepspeed_config
+from apprentice.train.losses.registry import loss_of
+from apprentice.train.losses.sft import TargetLoss
+from apprentice.train.optimizer import moments, optimizer_of
+from apprentice.train.state import StepOutcome
+
+WEIGHT = "weight"
+SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # what DeepSpeed's loss scaler goes on from
+
+
+class DeepSpeedEngine:
+    """`model` on `device`, trained by `workers` processes that have joined one torch.distributed group.
+
+    It multiplies in `dtype`, whatever its weights have.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        training: Training,
+        *,
+        dtype: torch.dtype,
+        workers: int,
+        micro: int,
+        device: torch.device,
+    ) -> None:
+        deepspeed = _deepspeed(device)
+        trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        numbers = sum(parameter.numel() for parameter in trained.values())
+        weights = next(iter(trained.values())).dtype if training.optimizer.name == "adafactor" else dtype
+        config = deepspeed_config(training, workers=workers, micro=micro, dtype=weights, trainable=numbers)
+        if training.activation_checkpointing:
+            checkpointing(model)
+        self._loss_module = loss_of(model, training, None if weights == dtype else dtype)
+        wrapped = _Module(self._loss_module).to(device=device)
+        self.trained = trained_share(model)  # how many numbers, and of all the part
+        self.attention = str(getattr(getattr(model, "config", None), "_attn_implementation", "eager"))
+        self.micro = micro
+        self._optimizer = training.optimizer.name
+        self._scales_loss = weights == torch.float16
+        self._shapes = {name: parameter.shape for name, parameter in trained.items()}  # ZeRO-3 takes them away
+        # What DeepSpeed warns of is its own use of PyTorch, and it prints the memory it uses: nothing a user can act on.
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            self._engine = deepspeed.initialize(
+                model=wrapped, optimizer=optimizer_of(trained, training.optimizer), config=config, dist_init_required=False
+            )[0]
+        self._parameters = trained  # DeepSpeed keeps the parameter objects and swaps what is in them
+        self._device = device
+        self._rank = dist.get_rank()
+
+    def train_step(self, micros: Sequence[Micro], scale: float, rate: float) -> StepOutcome:
+        """One optimizer step with learning rate `rate` on the summed loss of `micros` times `scale`, added over the workers.
+
+        All workers must give equally many micro-batches.
+        """
+        self._engine.train()
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = rate
+        nll = torch.zeros((), dtype=torch.float64)
+        norm = 0.0
+        figures: Counter[str] = Counter()
+        workers = self._engine.dp_world_size
+        for number, micro in enumerate(micros, start=1):
+            loss = self._loss(micro)
+            # DeepSpeed averages over the workers, so what each gives is multiplied by their number.
+            self._engine.backward(loss * (scale * workers), scale_wrt_gas=False)
+            if number == len(micros) and not self._engine.zero_optimization():
+                norm = self._plain_norm()
+            self._engine.step()
+            nll += loss.detach().double().cpu()
+            figures.update({name: float(value) for name, value in self._loss_module.figures.items()})
+        if self._engine.zero_optimization():
+            # A float16 step that overflowed was left out, and the loss scale halved: nothing went wrong.
+            left_out = self._scales_loss and getattr(self._engine.optimizer, "overflow", False)
+            norm = 0.0 if left_out else float(self._engine.get_global_grad_norm())
+        return StepOutcome(float(nll), norm, dict(figures))
+
+    def validation_nll(self, micro: Micro) -> float:
+        """The summed loss of `micro`; all workers must call it equally often (ZeRO-3 gathers weights)."""
+        self._engine.eval()
+        with torch.no_grad():
+            return float(self._loss(micro))
+
+    def likeliest(self, prompt: Sequence[int], reply: Sequence[int]) -> int:
+        """The token that the model finds most likely after `prompt` and the beginning of a `reply`; all workers must call it."""
+        self._engine.eval()
+        with torch.no_grad():
+            logits = self._engine(*(torch.tensor([list(ids)], dtype=torch.long, device=self._device) for ids in (prompt, reply)))
+        return int(logits[0, -1].argmax())
+
+    def _loss(self, micro: Micro) -> Tensor:
+        there = micro.to(self._device)
+        loss: Tensor = self._engine(*there.tensors)
+        return loss
+
+    def _plain_norm(self) -> float:
+        norms = [parameter.grad.norm() for parameter in self._parameters.values() if parameter.grad is not None]
+        return float(torch.linalg.vector_norm(torch.stack(norms)))
+
+    def pieces(self) -> list[Piece]:
+        """What this worker holds of the state: keys (`weight/<name>`, `exp_avg/<name>`, …) in the same order on all workers.
+
+        They are read from the engine's own tensors, so a step changes those that are not copied.
+        """
+        if self._steps_made() == 0:  # every float16 step so far overflowed and was left out
+            self._begin_optimizer_state(0)
+        self._link_optimizer_state()
+        found = []
+        for name, parameter in self._parameters.items():
+            shapes = {None: self._shapes[name]} | moments(self._optimizer, self._shapes[name])
+            for moment, shape in shapes.items():
+                start, numbers, read = self._held(parameter, moment, math.prod(shape))
+                found.append(Piece(f"{moment or WEIGHT}/{name}", tuple(shape), start, numbers, read))
+        return found
+
+    def _held(self, parameter: nn.Parameter, moment: str | None, numbers: int) -> tuple[int, int, Callable[[], Tensor]]:
+        """Where this worker's part of a parameter's weight (or `moment`) of `numbers` begins, how long it is, and what gives it."""
+        if not self._engine.zero_optimization():  # every worker has all, and the first gives it
+            whole = parameter if moment is None else self._plain_state(parameter)[moment]
+            return 0, numbers if self._rank == 0 else 0, whole.flatten
+        sharded: Any = parameter
+        if hasattr(parameter, "ds_id"):  # ZeRO-3: equal parts, the last ones padded
+            part = sharded.ds_tensor.ds_numel
+            start = min(self._rank * part, numbers)
+            count = min(part, numbers - start)
+            return start, count, lambda: sharded._z3_optimizer.get_local_fp32_param(parameter, moment)[:count]
+        held = sharded._hp_mapping
+        if held is None:
+            return 0, 0, lambda: torch.empty(0)
+        address = held.lp_fragment_address
+        return address.start, address.numel, lambda: held.get_hp_fragment(moment)
+
+    def loss_scaling(self) -> dict[str, float] | None:
+        """Of float16, what scales the loss, and `steps`, how many were not left out; None for what needs no scale."""
+        if not self._scales_loss:
+            return None
+        scaler = self._engine.optimizer.loss_scaler
+        return {name: getattr(scaler, name) for name in SCALER if hasattr(scaler, name)} | {"steps": self._steps_made()}
+
+    def restore(self, read: Callable[[str], Tensor], steps: int, scaling: Mapping[str, float] | None = None) -> None:
+        """Puts back a state: `read(key)` gives a whole tensor, `steps` is how many optimizer steps were made.
+
+        `scaling` is what `loss_scaling` gave; without it the loss is scaled as at the beginning.
+        """
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        if scaling is not None and self._scales_loss:
+            steps = int(scaling["steps"])
+            for name in SCALER:
+                if name in scaling:
+                    setattr(self._engine.optimizer.loss_scaler, name, scaling[name])
+        self._begin_optimizer_state(steps)
+        sharded = self._engine.zero_optimization()
+        for name, parameter in self._parameters.items():
+            weight = read(f"{WEIGHT}/{name}").to(self._device)
+            if sharded:
+                safe_set_full_fp32_param(parameter, weight)
+            else:
+                parameter.data.copy_(weight)
+            for key in moments(self._optimizer, self._shapes[name]):
+                moment = read(f"{key}/{name}").to(self._device)
+                if sharded:
+                    safe_set_full_optimizer_state(parameter, moment, key)
+                else:
+                    self._plain_state(parameter)[key].copy_(moment)
+
+    def _plain_state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        state: dict[str, Tensor] = self._engine.optimizer.state[parameter]
+        return state
+
+    def _inner_optimizer(self) -> torch.optim.Optimizer:
+        zero: Any = self._engine.optimizer
+        inner: torch.optim.Optimizer = zero.optimizer if self._engine.zero_optimization() else zero
+        return inner
+
+    def _steps_made(self) -> int:
+        """As the optimizer counts them."""
+        return max((int(state["step"]) for state in self._inner_optimizer().state.values() if "step" in state), default=0)
+
+    def _begin_optimizer_state(self, steps: int) -> None:
+        """An optimizer makes its state in its first step; a restored run needs it before."""
+        inner = self._inner_optimizer()
+        for master in self._masters():
+            inner.state[master] = {"step": torch.tensor(float(steps), device=master.device)} | {
+                key: master.new_zeros(shape) for key, shape in moments(self._optimizer, master.shape).items()
+            }
+        self._link_optimizer_state()
+
+    def _link_optimizer_state(self) -> None:
+        """Tells ZeRO where each parameter's part of the optimizer's state lies.
+
+        DeepSpeed does so itself after the first group of parameters was stepped, when the state of the others is not there yet.
+        """
+        zero: Any = self._engine.optimizer
+        if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):
+            zero._hp_optimizer_states_linked = False
+            zero._lazy_init_hp_params_optimizer_state()
+
+    def _masters(self) -> list[Tensor]:
+        """The flat float32 tensors that the optimizer steps; each ZeRO stage keeps them under another name."""
+        for name in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition"):
+            if hasattr(self._engine.optimizer, name):
+                return list(getattr(self._engine.optimizer, name))
+        return list(self._parameters.values())
+
+
+class _Module(nn.Module):
+    """What DeepSpeed wraps: the loss of a micro-batch, or for two tensors, prompt and beginning of a reply, the model's logits."""
+
+    def __init__(self, loss: TargetLoss) -> None:
+        super().__init__()
+        self.loss = loss
+
+    def forward(self, *tensors: Tensor | None) -> Tensor:
+        if len(tensors) == 2 and (prompt := tensors[0]) is not None and (reply := tensors[1]) is not None:
+            return self.loss.logits_after(prompt, reply)
+        result: Tensor = self.loss(*tensors)
+        return result
+
+
+def checkpointing(model: nn.Module) -> None:
+    """Keeps only the input of each of `model`'s layers from now on."""
+    plain: Any = model
+    plain.gradient_checkpointing_enable({"use_reentrant": False})
+
+
+def _deepspeed(device: torch.device) -> Any:
+    """DeepSpeed, quiet and set for `device`."""
+    os.environ["DS_ACCELERATOR"] = device.type
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import deepspeed
+        from deepspeed.ops import __compatible_ops__
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # On a CPU DeepSpeed would compile a shared-memory reduction (half a minute, with g++) that only inference calls.
+    __compatible_ops__["deepspeed_shm_comm"] = False
+    # To know whether it knows an optimizer DeepSpeed looks at Muon too, for which it brings PyTorch's compiler: 1.5 s for nothing.
+    with patch.object(torch, "compile", lambda function, **_: function), contextlib.suppress(ImportError):
+        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+    return deepspeed

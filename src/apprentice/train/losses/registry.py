@@ -1,0 +1,28 @@
+"""The loss of each objective for each kind of model.
+
+What an objective needs of the data stands in `apprentice.recipe.OBJECTIVES`. Knows nothing of engines or of where rows come from.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from apprentice.recipe import Training
+from apprentice.train.losses.grpo import PolicyLoss
+from apprentice.train.losses.preference import PreferenceLoss, RewardLoss
+from apprentice.train.losses.sft import PairLoss, TargetLoss
+
+
+def loss_of(model: nn.Module, training: Training, compute: torch.dtype | None = None) -> TargetLoss:
+    """The loss of `training`'s objective for `model`; `compute` is the format to multiply in, where not that of the weights."""
+    if training.objective == "dpo":
+        return PreferenceLoss(model, training.dpo, compute)
+    if training.objective == "reward":
+        return RewardLoss(model, compute)
+    if training.objective == "grpo":
+        return PolicyLoss(model, training.grpo, compute)
+    inner: Any = model
+    return PairLoss(model, compute) if getattr(inner.config, "is_encoder_decoder", False) else TargetLoss(model, compute)

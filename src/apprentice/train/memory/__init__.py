@@ -1,0 +1,1 @@
+"""Memory of a training worker: estimated before, measured while it runs."""

@@ -1,0 +1,118 @@
+"""What a forward pass keeps for its backward pass, in bytes, before any memory is taken.
+
+The model is built and run on PyTorch's meta device, where tensors have shapes and nothing in them, and what autograd would save is
+added up: right for every architecture and tuning method, with no formula to keep true. Knows nothing of workers or optimizers.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, masking_utils
+
+from apprentice.models.loading import read_config
+from apprentice.models.tuning.methods import TUNING_METHODS
+from apprentice.pretrained.architecture import family_of
+from apprentice.pretrained.hub import local_folder
+from apprentice.recipe import Recipe
+from apprentice.train.losses.sft import CHUNK_NUMBERS
+
+LOGIT_BYTES = 16  # of one logit at the peak: itself, its logarithm in float32, and the gradients of the two
+_log = logging.getLogger(__name__)
+WORKING_TENSORS = 4  # as large as the widest of a layer, that a backward pass has beside what was kept
+
+
+def activations(recipe: Recipe, dtype: torch.dtype, rows: int, length: int, targets: int | None = None) -> float | None:
+    """Bytes at the peak for `rows` packed rows of `length` tokens at once, `targets` of them predicted (None: as many as could be).
+
+    With activation checkpointing only the inputs of layers are kept, and what is inside of one layer at a time. None for an
+    architecture that cannot be run without numbers.
+    """
+    try:
+        kept, largest, config = _kept(recipe, dtype, rows, length)
+    except (NotImplementedError, RuntimeError, ValueError):
+        return None
+    except (TypeError, AttributeError):  # a fault of ours or of the model's code, which is not worth a run
+        _log.warning("what a forward pass of %s keeps is not known", recipe.model.base, exc_info=True)
+        return None
+    text = config.get_text_config()
+    layers, vocabulary = max(1, int(text.num_hidden_layers)), int(text.vocab_size)
+    if recipe.training.activation_checkpointing:
+        kept = layers * rows * length * int(text.hidden_size) * dtype.itemsize + kept / layers
+    logits = min(rows * length if targets is None else targets, max(1, CHUNK_NUMBERS // vocabulary)) * vocabulary
+    return kept + max(float(logits) * LOGIT_BYTES, WORKING_TENSORS * largest)
+
+
+def _kept(recipe: Recipe, dtype: torch.dtype, rows: int, length: int) -> tuple[float, float, Any]:
+    """Bytes kept by the model without its logits, those of the largest tensor among them, and the model's configuration."""
+    folder = local_folder(recipe.model.base)
+    seq2seq = family_of(folder) == "seq2seq"
+    loader: Any = AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM
+    eager = recipe.model.attention == "eager"
+    config = read_config(folder, "eager" if eager else None)
+    with warnings.catch_warnings(), torch.device("meta"):
+        warnings.simplefilter("ignore")
+        model = loader.from_config(config, dtype=dtype)
+        wrapped: Any = TUNING_METHODS[recipe.tuning.method].wrap(model, recipe.tuning, recipe.seed).train()
+        if recipe.training.optimizer.name != "adafactor":
+            wrapped.to(dtype)  # as DeepSpeed does; Adafactor keeps what is trained wide
+        ids = torch.empty((rows, length), dtype=torch.long)
+        seen = torch.empty((rows, 1, length, length), dtype=torch.bool)
+        given: dict[str, Any] = {"input_ids": ids, "use_cache": False}
+        virtual = any(config.is_prompt_learning for config in getattr(wrapped, "peft_config", {}).values())
+        if seq2seq:
+            given["decoder_input_ids"] = ids[:, : max(1, length // 4)]
+        elif not virtual:  # behind virtual tokens a row is one example, given without positions
+            given |= {"position_ids": ids, "attention_mask": torch.empty(seen.shape, dtype=dtype) if eager else seen}
+        wrapped.get_output_embeddings().register_forward_pre_hook(lambda _, arguments: (arguments[0][:, :1], *arguments[1:]))
+        # Without a mask transformers would read the positions, in which there is nothing.
+        unread = patch.object(masking_utils, "find_packed_sequence_indices", lambda positions: None)
+        with unread, patch.object(F, "scaled_dot_product_attention", _attention):
+            sizes = _saved(wrapped, lambda: wrapped(**given).logits)
+    return float(sum(sizes)), float(max(sizes, default=0)), config
+
+
+def _saved(model: nn.Module, run: Callable[[], Tensor]) -> list[int]:
+    """Bytes of each tensor that `run()` keeps for its backward pass and that is none of the model's own."""
+    own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    held: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            held[storage._cdata] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = run()
+    del out
+    return [storage.nbytes() for storage in held.values()]
+
+
+class _Fused(torch.autograd.Function):
+    """Keeps what fused attention keeps: queries, keys, values, the outcome, a number for each query, and the mask as numbers."""
+
+    @staticmethod
+    def forward(context: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        out = torch.empty_like(query)
+        numbers = [] if mask is None else [torch.empty(mask.shape, dtype=query.dtype)]
+        context.save_for_backward(query, key, value, out, torch.empty(query.shape[:3], dtype=torch.float32), *numbers)
+        return out
+
+    @staticmethod
+    def backward(context: Any, *gradients: Tensor) -> Any:
+        raise NotImplementedError
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *_: Any, **__: Any) -> Tensor:
+    """In the place of PyTorch's, which on the meta device keeps what no device does."""
+    fused: Any = _Fused
+    out: Tensor = fused.apply(query, key, value, attn_mask)
+    return out

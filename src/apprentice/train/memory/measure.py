@@ -1,0 +1,193 @@
+"""What memory there is, and what to change of a recipe when it was not enough.
+
+What is held is in held.py, and activations.py counts those. Knows nothing of Ray or DeepSpeed.
+"""
+
+from __future__ import annotations
+
+import math
+import resource
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from apprentice.errors import TrainingError
+from apprentice.models.loading import count_parameters, resolve_dtype
+from apprentice.pretrained.hub import local_folder
+from apprentice.recipe import Recipe
+from apprentice.train.checkpoint.format import SHARD_BYTES
+from apprentice.train.memory.activations import activations
+from apprentice.train.memory.estimate import PROCESS_BYTES, Held, gathered, held
+
+GIB = 2**30
+CLEARLY_LESS = 0.9  # of what was too much, so that a change which is named really helps
+
+
+def free_memory() -> float:
+    """Bytes that processes can still get here: what the kernel says is available, or what the container's limit leaves."""
+    lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    free = float(lines["MemAvailable"].split()[0]) * 1024
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit, used = (float((group / name).read_text()) for name in ("memory.max", "memory.current"))
+        cached = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())["inactive_file"]
+    except (OSError, ValueError, KeyError):  # no such limit: "max"
+        return free
+    return min(free, limit - used + float(cached))
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes that this process has held at most so far: of the GPU's tensors on one, resident ones elsewhere."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def expected(recipe: Recipe, parameters: int, trained: int, dtype: torch.dtype, *, workers: int, micro: int, length: int) -> Held:
+    """What the first of `workers` holds at its peak, with `micro` rows of `length` tokens at once; arguments as for `held`."""
+    kept = activations(recipe, dtype, micro, length)
+    found = held(recipe, parameters, trained, dtype, workers)
+    found = replace(found, weights=found.weights + gathered(recipe, parameters, dtype), activations=kept)
+    if recipe.training.resources.gpus:
+        return found  # the process and the checkpoint are none of the GPU's memory
+    state = 12.0 * trained  # as it is in a checkpoint
+    return replace(found, process=PROCESS_BYTES, checkpoint=state / workers + min(state, SHARD_BYTES))
+
+
+def expected_of(recipe: Recipe, length: int, found: Mapping[str, int]) -> Held:
+    """The same for the workers that ran: `found` has their number, the rows at once (micro) and the numbers trained."""
+    dtype = resolve_dtype(recipe.model.dtype, "cuda" if recipe.training.resources.gpus else "cpu")
+    numbers = count_parameters(local_folder(recipe.model.base))
+    return expected(recipe, numbers, found["trained"], dtype, workers=found["workers"], micro=found["micro"], length=length)
+
+
+class Change(NamedTuple):
+    """A smaller recipe: as `key: value` with what it costs, and what it would be."""
+
+    text: str
+    recipe: Recipe
+    micro: int
+    length: int
+
+
+def smaller(recipe: Recipe, micro: int, length: int, workers: int) -> list[Change]:
+    """Changes of the recipe that take less memory, the smallest first."""
+    training, deepspeed = recipe.training, recipe.training.deepspeed
+    rows = training.global_batch // workers
+    fewer = max((size for size in range(1, micro) if rows % size == 0), default=0)
+    shorter = recipe.data.packing.length // 2
+
+    def with_training(**values: Any) -> Recipe:
+        return recipe.model_copy(update={"training": training.model_copy(update=values)})
+
+    def with_deepspeed(**values: Any) -> Recipe:
+        return with_training(deepspeed=deepspeed.model_copy(update=values))
+
+    found: list[tuple[bool, str, Recipe, int, int]] = [
+        (fewer > 0, f"training.micro_batch: {fewer} (the same steps, more passes)", recipe, fewer, length),
+        (
+            not training.activation_checkpointing,
+            "training.activation_checkpointing: true (a third more time)",
+            with_training(activation_checkpointing=True),
+            micro,
+            length,
+        ),
+        (
+            workers > 1 and deepspeed.stage < 3 and training.optimizer.name != "adafactor",
+            f"training.deepspeed.stage: {deepspeed.stage + 1}",
+            with_deepspeed(stage=deepspeed.stage + 1),
+            micro,
+            length,
+        ),
+        (
+            training.resources.gpus > 0 and deepspeed.stage > 0 and deepspeed.offload == "none",
+            "training.deepspeed.offload: cpu (slower steps)",
+            with_deepspeed(offload="cpu"),
+            micro,
+            length,
+        ),
+        (
+            recipe.tuning.method == "full",
+            "tuning.method: lora",
+            recipe.model_copy(update={"tuning": recipe.tuning.model_copy(update={"method": "lora"})}),
+            micro,
+            length,
+        ),
+        (True, f"data.packing.length: {shorter}", recipe, micro, length // 2),
+    ]
+    return [Change(text, less, rows_at_once, tokens) for there, text, less, rows_at_once, tokens in found if there]
+
+
+def that_fit(changes: Sequence[Change], total: Callable[[Change], float], limit: float) -> list[Change]:
+    """The two smallest of `changes` whose `total` bytes are within `limit`; where fewer are, those that come nearest."""
+    sizes = [total(change) for change in changes]
+    order = sorted(range(len(changes)), key=lambda place: (sizes[place] > limit, sizes[place] if sizes[place] > limit else place))
+    return [changes[place] for place in order[:2]]
+
+
+def ran_out(error: BaseException) -> bool:
+    """True for what PyTorch raises when an allocation fails, on a GPU or not."""
+    return isinstance(error, torch.OutOfMemoryError) or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+
+
+def in_use(device: torch.device) -> str:
+    """What this process has used so far, in brackets behind a sentence."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return f" ({(total - free) / GIB:.1f} of {total / GIB:.1f} GiB of the GPU were in use)"
+    return f" (the process had used up to {peak_memory(device) / GIB:.1f} GiB)"
+
+
+def out_of_memory(state: Held, micro: int, length: int, used: str, changes: Sequence[Change]) -> TrainingError:
+    """The sentence for a worker that ran out of memory with `micro` rows of `length` tokens at once; `used` says of what."""
+    rows = f"{micro} row{'s' if micro != 1 else ''} of {length} tokens"
+    kept = "an unknown rest" if state.activations is None else f"{state.activations / GIB:.2f}"
+    return TrainingError(
+        f"a worker ran out of memory with {rows} at once{used}: weights take about {state.weights / GIB:.2f} GiB, gradients"
+        f" {state.gradients / GIB:.2f}, the optimizer {state.optimizer / GIB:.2f} and activations {kept}."
+        f" The smallest changes that help: {', or '.join(change.text for change in changes)}."
+    )
+
+
+@dataclass
+class Watch:
+    """What one worker's sentence needs to know; `trained` numbers are all of them in full tuning, until the engine knows it."""
+
+    recipe: Recipe
+    parameters: int
+    dtype: torch.dtype
+    micro: int
+    length: int
+    workers: int
+    device: torch.device
+    trained: int = 0
+
+    def __post_init__(self) -> None:
+        self.trained = self.parameters if self.recipe.tuning.method == "full" else 0
+
+    @contextmanager
+    def explained(self) -> Iterator[None]:
+        """Raises `TrainingError` instead of PyTorch's own error where memory runs out inside."""
+        try:
+            yield
+        except RuntimeError as error:
+            if not ran_out(error):
+                raise
+            state = self._held(Change("", self.recipe, self.micro, self.length))
+            changes = smaller(self.recipe, self.micro, self.length, self.workers)
+            named = that_fit(changes, lambda change: self._held(change).total, self._limit(state))
+            raise out_of_memory(state, self.micro, self.length, in_use(self.device), named) from error
+
+    def _held(self, change: Change) -> Held:
+        trained = self.trained if change.recipe.tuning.method == self.recipe.tuning.method else 0
+        kept = activations(change.recipe, self.dtype, change.micro, change.length)
+        return replace(held(change.recipe, self.parameters, trained, self.dtype, self.workers), activations=kept)
+
+    def _limit(self, state: Held) -> float:
+        """Bytes that there are, as far as is known: less than what was too much."""
+        there = torch.cuda.mem_get_info(self.device)[1] if self.device.type == "cuda" else math.inf
+        return CLEARLY_LESS * min(state.total, there)

@@ -1,0 +1,122 @@
+"""Where a run's figures go besides its own folder: MLflow and Weights & Biases, each behind an extra, and Ray's metrics.
+
+Each has a thread of its own (feed.py), so that training waits for none. Knows nothing of steps or models.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import time
+from collections.abc import Callable, Mapping
+from importlib.util import find_spec
+from typing import Any
+
+from apprentice.errors import RecipeError
+from apprentice.recipe import Recipe
+from apprentice.run.folder import Run, flat
+from apprentice.train.metrics.writer import Feed, Service
+
+PROJECT = "apprentice"
+
+
+class RayMetrics:
+    """Gauges `ray_apprentice_train_loss`, …, tagged with the run, where Prometheus finds Ray's own."""
+
+    def __init__(self, run: Run) -> None:
+        self._tags = {"run": run.name}
+        self._gauges: dict[str, Any] = {}
+
+    def add(self, values: Mapping[str, float], step: int) -> None:
+        from ray.util.metrics import Gauge
+
+        for name, value in {**values, "train/step": float(step)}.items():
+            if name not in self._gauges:
+                self._gauges[name] = Gauge(gauge_name(name), description=f"Of a run: {name}.", tag_keys=("run",))
+            self._gauges[name].set(value, tags=self._tags)
+
+    def close(self) -> None:
+        """Ray forgets gauges with the process."""
+
+
+class MLflow:
+    """A run of the experiment `apprentice` (or MLFLOW_EXPERIMENT_NAME) at MLFLOW_TRACKING_URI, taken up again with ours."""
+
+    def __init__(self, run: Run, recipe: Recipe) -> None:
+        from mlflow import MlflowClient
+        from mlflow.entities import Metric, Param
+
+        self._client, self._metric = MlflowClient(), Metric
+        name = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
+        known = self._client.get_experiment_by_name(name)
+        experiment = known.experiment_id if known is not None else self._client.create_experiment(name)
+        key = key_of(run)
+        found = self._client.search_runs([experiment], f"tags.apprentice = '{key}'", max_results=1)
+        if found:
+            self._id = found[0].info.run_id
+            return
+        self._id = self._client.create_run(experiment, run_name=run.name, tags={"apprentice": key}).info.run_id
+        params = [
+            Param(name, str(value)[:500]) for name, value in flat(recipe.model_dump(mode="json", exclude_defaults=True)).items()
+        ]
+        for first in range(0, len(params), 100):  # as many as one call takes
+            self._client.log_batch(self._id, params=params[first : first + 100])
+
+    def add(self, values: Mapping[str, float], step: int) -> None:
+        now = int(time.time() * 1000)
+        self._client.log_batch(self._id, metrics=[self._metric(name, value, now, step) for name, value in values.items()])
+
+    def close(self) -> None:
+        self._client.set_terminated(self._id)
+
+
+class WeightsAndBiases:
+    """A run of the project `apprentice` (or WANDB_PROJECT), taken up again with ours."""
+
+    def __init__(self, run: Run, recipe: Recipe) -> None:
+        import wandb
+
+        self._run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", PROJECT),
+            id=key_of(run),
+            name=run.name,
+            resume="allow",
+            config=flat(recipe.model_dump(mode="json", exclude_defaults=True)),
+            settings=wandb.Settings(silent=True, console="off", disable_git=True),
+        )
+
+    def add(self, values: Mapping[str, float], step: int) -> None:
+        self._run.log({**values, "step": step})  # its own step would have to grow, and a restarted run goes back
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def check_services(recipe: Recipe) -> None:
+    """Raises `RecipeError` for a service whose package is not installed."""
+    for name in recipe.training.tracking:
+        if find_spec(name) is None:
+            raise RecipeError(
+                f"training.tracking names {name}, which is not installed here; `pip install 'apprentice[{name}]'`, or leave it out."
+            )
+
+
+def open_services(recipe: Recipe, run: Run) -> list[Feed]:
+    """Ray's metrics and those that the recipe names. Raises `RecipeError` for one whose package is not installed."""
+    check_services(recipe)
+    known: dict[str, Callable[[], Service]] = {
+        "mlflow": lambda: MLflow(run, recipe),
+        "wandb": lambda: WeightsAndBiases(run, recipe),
+    }
+    return [Feed("Ray's metrics", lambda: RayMetrics(run)), *(Feed(name, known[name]) for name in recipe.training.tracking)]
+
+
+def gauge_name(name: str) -> str:
+    """`train/loss` as Prometheus takes it."""
+    return re.sub(r"\W", "_", f"apprentice_{name}")
+
+
+def key_of(run: Run) -> str:
+    """Stays the same however often the run is taken up."""
+    return hashlib.sha256(str(run.folder).encode()).hexdigest()[:16]

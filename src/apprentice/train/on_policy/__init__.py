@@ -1,0 +1,1 @@
+"""Rounds of replies for on-policy training (GRPO)."""

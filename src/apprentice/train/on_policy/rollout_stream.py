@@ -1,0 +1,105 @@
+"""The stream of an on-policy run: rounds as Ray Data makes them, each with the weights that the one before it ended with.
+
+    number of a round ─▶ actors that wait for its checkpoint, then write, score and pack replies ─▶ <run>/rounds/ ─▶ the workers
+
+A round that lies in the run is read and never written again. The training workers know none of this: they take rows, and the
+checkpoint that follows a round's last step lets the next one begin. Knows nothing of losses.
+"""
+
+from __future__ import annotations
+
+import io
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+import ray.data
+import torch
+
+from apprentice.data.corpus import Corpus
+from apprentice.data.stream import Start, in_steps, table_of
+from apprentice.errors import TrainingError
+from apprentice.run.folder import Run
+from apprentice.storage import Folder
+from apprentice.train.checkpoint import format as checkpoints
+from apprentice.train.checkpoint.format import Checkpoint
+from apprentice.train.on_policy.rollout import RoundWriter
+
+WAIT_S = 0.2  # between two looks for a checkpoint
+
+
+def round_stream(corpus: Corpus, run: Run, start: Start) -> ray.data.Dataset:
+    """The rows of all rounds of the run from `start` on, in order and as `train_stream` gives them. Ray must be up.
+
+    Nobody may read ahead of the step that it is at: a round's rows wait for the weights that the step before them makes.
+    """
+    recipe = corpus.recipe
+    steps, shape = recipe.training.steps or 0, recipe.round
+    items = max(1, -(-steps // shape.steps) - start.window) * shape.parts
+    numbers = ray.data.range(items, concurrency=1, override_num_blocks=items)  # a round leaves its actor when it is made
+    resources = recipe.training.resources
+    rows = numbers.map_batches(
+        _RoundActor,
+        fn_constructor_args=(ray.put(corpus), run, start),
+        batch_size=1,
+        compute=ray.data.ActorPoolStrategy(size=shape.parts),
+        num_cpus=resources.cpus,
+        num_gpus=resources.gpus or None,
+    )
+    return in_steps(rows, recipe)
+
+
+class _RoundActor:
+    """One of the processes that write replies."""
+
+    def __init__(self, corpus: ray.ObjectRef[Corpus], run: Run, start: Start) -> None:
+        self._corpus = ray.get(corpus)
+        self._run, self._start = run, start
+        resources = self._corpus.recipe.training.resources
+        if not resources.gpus:
+            torch.set_num_threads(max(1, int(resources.cpus)))
+        self._writer = RoundWriter(self._corpus, torch.device("cuda" if resources.gpus else "cpu"))
+
+    def __call__(self, batch: Mapping[str, Any]) -> pa.Table:
+        shape = self._corpus.recipe.round
+        number, part = divmod(int(batch["id"][0]), shape.parts)
+        window = self._start.window + number
+        file = self._run.rounds / f"{window:06d}-{part}.parquet"
+        if not file.exists():
+            _write(file, self._made(window, part))
+        rows = pq.read_table(io.BytesIO(file.read_bytes()))
+        trained_on = self._start.row - rows["row"][0].as_py() if window == self._start.window else 0
+        return rows.slice(min(max(0, trained_on), len(rows)))
+
+    def _made(self, window: int, part: int) -> pa.Table:
+        step = window * self._corpus.recipe.round.steps
+        if step == 0:
+            return table_of(self._writer.rows(window, part, None))
+        with checkpoints.tensors_of(checkpoint_of(self._run, step)) as read:
+            return table_of(self._writer.rows(window, part, read))
+
+
+def checkpoint_of(run: Run, step: int) -> Checkpoint:
+    """That after `step`, which the workers are on their way to; if they have gone, Ray ends this process with the stream.
+
+    Raises `TrainingError` where it will not come any more, since a newer one is there.
+    """
+    while True:
+        passed = checkpoints.newest_step(run.checkpoints) > step
+        if (found := checkpoints.of_step(run.checkpoints, step)) is not None:
+            return found
+        if passed:
+            raise TrainingError(
+                f"the replies of the round after step {step} are not all written, and the checkpoint of that step, whose model"
+                f" was writing them, is damaged or gone; start run {run.name!r} over with --restart."
+            )
+        time.sleep(WAIT_S)
+
+
+def _write(file: Folder, rows: pa.Table) -> None:
+    stream = io.BytesIO()
+    pq.write_table(rows, stream)
+    file.create(stream.getvalue())  # whoever writes a round first has written it

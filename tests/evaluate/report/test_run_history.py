@@ -1,0 +1,46 @@
+"""What a run's folder adds to a report."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from apprentice.evaluate.report.run_history import MOST_POINTS, contamination_of, story_of
+from apprentice.evaluate.report.write import remarks, task_table
+from apprentice.evaluate.stats.summary import summarise
+from apprentice.recipe import Recipe
+from apprentice.run.folder import Run
+from apprentice.storage import Folder
+from tests.evaluate import tables
+
+
+def test_a_long_curve_is_thinned_and_validation_is_kept(tmp_path: Path) -> None:
+    lines = [{"step": step, "loss": 1.0, "tokens_per_s": 5.0} for step in range(1, 2001)]
+    lines.append({"step": 2000, "validation_loss": 0.5})
+    torn = '{"step": 2001, "lo'
+    (tmp_path / "steps.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + torn)
+    (tmp_path / "ledger.json").write_text('{"tasks": {}}')
+    story = story_of(Run(Folder.at(tmp_path)))
+    assert len(story["history"]) == MOST_POINTS + 1
+    assert story["history"][0] == {"step": 1, "loss": 1.0}
+    assert story["history"][-1] == {"step": 2000, "validation_loss": 0.5}
+    assert story["ledger"] == {"tasks": {}}
+    assert story_of(None) == {"history": [], "ledger": None}
+
+
+def test_contamination_stands_beside_the_score(recipe: Recipe) -> None:
+    assert contamination_of({}) == {}
+    dropped = {"test_rows": 40, "shared": 3, "share": 0.075, "training_rows_dropped": {"x": 2, "y": 2}}
+    kept = {"test_rows": 20, "shared": 2, "share": 0.1, "training_rows_kept": {"x": 5}}
+    found = contamination_of({"alpha_rank": dropped, "beta_rank": kept})
+    assert found["alpha_rank"] == {"rows": 3, "of": 40, "dropped": 4, "kept": 0}
+    report = summarise(tables.table(recipe), resamples=20)
+    for task in report["tasks"]:
+        task["contaminated"] = found.get(task["task"])
+    header, rows = task_table(report)
+    assert header[-1] == "test rows seen in training data"
+    shown = {row[0].text: row[-1].text for row in rows}
+    assert (shown["alpha_rank"], shown["beta_rank"]) == ("3 of 40", "2 of 20")
+    lines = remarks(report)
+    assert "alpha_rank: 3 of 40 test rows share a passage with training rows, which were dropped." in lines
+    assert "beta_rank: 2 of 20 test rows share a passage with training rows, which were trained on all the same." in lines

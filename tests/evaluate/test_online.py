@@ -1,0 +1,43 @@
+"""A glance at the held-out tasks says what a whole evaluation says of the same rows."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from apprentice.data.corpus import Corpus
+from apprentice.errors import EvaluationError
+from apprentice.evaluate.online import glance_of
+from apprentice.evaluate.questions.row_selection import requests_of
+from apprentice.evaluate.stats.metrics import METRICS
+from apprentice.inference.choice_scoring import choice_logprobs
+from apprentice.models.loading import load_model
+
+
+def looking(corpus: Corpus, **more: Any) -> Corpus:
+    evaluation = corpus.recipe.evaluation.model_copy(update={"while_training": 6, **more})
+    return replace(corpus, recipe=corpus.recipe.model_copy(update={"evaluation": evaluation}))
+
+
+def test_scores_are_those_of_the_model(corpus: Corpus, tiny_model: Path) -> None:
+    model: Any = load_model(tiny_model, torch.float32)
+    glance = glance_of(looking(corpus))
+    assert {question["task"] for question in glance.questions} == {"short_reviews"}  # of the cluster held out
+    [task] = glance.tasks
+    drawn = requests_of(task, corpus.indices[task.name].test, [0], max_examples=6, templates_per_row=1, seed=corpus.recipe.seed)
+    assert sorted(question["row"] for question in glance.questions) == sorted(request.row for request in drawn)
+    expected = []
+    for question in glance.questions:
+        [sums] = choice_logprobs(model, [question["prompt_ids"]], [question["choice_ids"]])
+        said = question["choices"][max(range(len(sums)), key=lambda place: sums[place])]
+        expected.append(METRICS[task.metrics[0]].of_one(said, question["references"], question["choices"]))
+    assert glance(model) == {"short_reviews": pytest.approx(sum(expected) / len(expected))}
+
+
+def test_without_held_out_tasks(corpus: Corpus) -> None:
+    with pytest.raises(EvaluationError, match=r"^evaluation\.while_training asks held-out tasks, and the recipe has none"):
+        glance_of(replace(looking(corpus), held_out=frozenset()))

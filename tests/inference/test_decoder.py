@@ -1,0 +1,308 @@
+"""Requests join and leave a running batch, and their replies are those they would have alone."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import torch
+
+from apprentice.errors import ModelError
+from apprentice.inference import decoder as decoding
+from apprentice.inference.batch import KvMemory, prepare
+from apprentice.inference.decoder import Decoder, Generation, NotFiniteError, Token, generate
+from apprentice.inference.sampler import Sampling
+from apprentice.models.loading import load_model
+from tests.models.architectures import made
+
+PROMPTS = [[(11 * length + 7 * place) % 509 + 3 for place in range(length)] for length in (1, 5, 40, 13, 2, 27, 8, 60, 3, 19)]
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model: Path) -> Any:
+    return load_model(tiny_model, torch.float32)
+
+
+def greedy(model: Any, prompt: list[int], count: int) -> list[int]:
+    """The plain way: the whole text through the model for every token."""
+    ids = list(prompt)
+    with torch.inference_mode():
+        for _ in range(count):
+            ids.append(int(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+    return ids[len(prompt) :]
+
+
+def drain(decoder: Decoder) -> list[list[Token]]:
+    steps = []
+    while decoder.running or decoder.waiting:
+        steps.append(decoder.step())
+    return steps
+
+
+def test_generate_equals_the_plain_way(model: Any) -> None:
+    replies = generate(model, PROMPTS, max_new_tokens=12, stop_ids=(), max_running=4)
+    assert replies == [greedy(model, prompt, 12) for prompt in PROMPTS]
+    assert generate(model, [], max_new_tokens=12, stop_ids=()) == []
+
+
+def test_generate_ends_before_the_stop_id(model: Any) -> None:
+    whole = greedy(model, PROMPTS[1], 12)
+    stop = whole[5]
+    assert generate(model, [PROMPTS[1]], max_new_tokens=12, stop_ids=[stop]) == [whole[: whole.index(stop)]]
+
+
+def test_requests_join_between_steps_and_leave_at_once(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows: list[list[int]] = []
+
+    def counting(*args: Any) -> torch.Tensor:
+        rows.append([len(segment.ids) for segment in args[2]])
+        return decoding_forward(*args)
+
+    decoding_forward = decoding.forward
+    monkeypatch.setattr(decoding, "forward", counting)
+    decoder = Decoder(model, slots=2, context=64)
+    decoder.submit("a", Generation(PROMPTS[1], 4))
+    seen = [[token[:3:2] for token in decoder.step()]]
+    decoder.submit("b", Generation(PROMPTS[4], 1))
+    decoder.submit("c", Generation(PROMPTS[8], 2))
+    assert (decoder.running, decoder.waiting) == (1, 2)
+    while decoder.running or decoder.waiting:
+        seen.append([token[:3:2] for token in decoder.step()])
+    assert seen == [[("a", None)], [("a", None), ("b", "length")], [("a", None), ("c", None)], [("a", "length"), ("c", "length")]]
+    # Every step is one pass over the weights; c takes b's place in the very next one.
+    assert rows == [[5], [1, 2], [1, 3], [1, 1]]
+
+
+def test_a_long_prompt_is_read_in_chunks_beside_running_requests(model: Any) -> None:
+    decoder = Decoder(model, slots=3, context=100, prefill_tokens=25)
+    decoder.submit("short", Generation(PROMPTS[1], 9))
+    decoder.submit("long", Generation(PROMPTS[7], 6))
+    decoder.submit("next", Generation(PROMPTS[2], 3))
+    steps = drain(decoder)
+    keys = [[token.key for token in step] for step in steps]
+    # Prompts of 5, 60 and 40 tokens, in pieces of 25 and no more than 25 a step: 5; 25; 25; 10 + 15 of next do not fit: 10; 25; 15.
+    assert keys[:6] == [
+        ["short"],
+        ["short"],
+        ["short"],
+        ["short", "long"],
+        ["short", "long"],
+        ["short", "long", "next"],
+    ]
+    replies = {key: [token.id for step in steps for token in step if token.key == key] for key in ("short", "long", "next")}
+    assert replies == {
+        "short": greedy(model, PROMPTS[1], 9),
+        "long": greedy(model, PROMPTS[7], 6),
+        "next": greedy(model, PROMPTS[2], 3),
+    }
+
+
+def test_cancelled_requests_give_their_slot_back(model: Any) -> None:
+    decoder = Decoder(model, slots=1, context=64)
+    for key in "abc":
+        decoder.submit(key, Generation(PROMPTS[1], 3))
+    decoder.step()
+    decoder.cancel("a")
+    decoder.cancel("b")
+    decoder.cancel("unknown")
+    assert (decoder.running, decoder.waiting) == (0, 1)
+    steps = drain(decoder)
+    assert [token.key for step in steps for token in step] == ["c"] * 3
+    assert [token.id for step in steps for token in step] == greedy(model, PROMPTS[1], 3)
+    assert decoder.step() == []
+
+
+def test_a_full_context_ends_the_reply(model: Any) -> None:
+    decoder = Decoder(model, slots=1, context=8)
+    decoder.submit("a", Generation([5, 6, 7, 8, 9], 100))
+    tokens = [token for step in drain(decoder) for token in step]
+    # Five tokens of the prompt, three of the reply fill the context; a fourth needs no place in it.
+    assert [token.finish for token in tokens] == [None, None, None, "length"]
+    with pytest.raises(ModelError, match="8 tokens; the context of 8 leaves no room"):
+        decoder.submit("b", Generation(list(range(3, 11)), 1))
+    with pytest.raises(ModelError, match="the prompt is empty"):
+        decoder.submit("c", Generation([], 1))
+
+
+def test_sampled_replies_do_not_depend_on_company(model: Any) -> None:
+    def replies(numbers: list[int], slots: int) -> dict[int, list[int]]:
+        decoder = Decoder(model, slots=slots, context=128)
+        for number in numbers:
+            decoder.submit(number, Generation(PROMPTS[number], 20, sampling=Sampling(1.0, 0.9, seed=100 + number)))
+        tokens = [token for step in drain(decoder) for token in step]
+        return {number: [token.id for token in tokens if token.key == number] for number in numbers}
+
+    everybody = list(range(len(PROMPTS)))
+    together = replies(everybody, slots=10)
+    alone = {number: replies([number], slots=1)[number] for number in everybody}
+    assert together == alone
+    assert len({tuple(reply) for reply in together.values()}) == len(PROMPTS)
+
+
+def test_bfloat16_leaves_the_single_reply_only_where_two_tokens_are_close(tiny_model: Path) -> None:
+    model = load_model(tiny_model, torch.bfloat16)
+    together = generate(model, PROMPTS, max_new_tokens=40, stop_ids=(), max_running=len(PROMPTS))
+    left = 0
+    for prompt, reply in zip(PROMPTS, together, strict=True):
+        alone = generate(model, [prompt], max_new_tokens=40, stop_ids=())[0]
+        if alone != reply:
+            left += 1
+            common = next(place for place, (one, other) in enumerate(zip(alone, reply, strict=True)) if one != other)
+            with torch.inference_mode():
+                logits = model(input_ids=torch.tensor([prompt + alone[:common]]), use_cache=False).logits[0, -1].float()
+            best = logits.topk(2).values
+            assert float(best[0] - best[1]) < 0.25
+    assert left < len(PROMPTS)
+
+
+def plain_scores(model: Any, ids: list[int]) -> torch.Tensor:
+    with torch.inference_mode():
+        return torch.log_softmax(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].float(), dim=-1)  # type: ignore[no-any-return]
+
+
+def test_scores_of_prompt_and_reply_are_the_models(model: Any) -> None:
+    decoder = Decoder(model, slots=2, context=100, prefill_tokens=25)
+    decoder.submit("other", Generation(PROMPTS[2], 8))
+    decoder.submit("a", Generation(PROMPTS[7], 3, logprobs=2, score_from=0))
+    tokens = [token for step in drain(decoder) for token in step if token.key == "a"]
+    ids = PROMPTS[7] + [token.id for token in tokens]
+    expected = plain_scores(model, ids)
+    scored = [*tokens[0].prompt, *(token.scored for token in tokens)]
+    assert scored[0] == (ids[0], None, ())
+    assert [one.id for one in scored if one] == ids
+    for place, one in enumerate(scored[1:], start=1):
+        assert one is not None
+        assert one.logprob == pytest.approx(float(expected[place - 1, ids[place]]), abs=1e-4)
+        best = expected[place - 1].topk(2)
+        assert [id for id, _ in one.top] == best.indices.tolist()
+        assert [value for _, value in one.top] == pytest.approx(best.values.tolist(), abs=1e-4)
+    assert [token.prompt for token in tokens[1:]] == [(), ()]
+    decoder.submit("b", Generation(PROMPTS[7], 1, logprobs=0, score_from=50))
+    (tail,) = [token for step in drain(decoder) for token in step]
+    assert [one.id for one in tail.prompt] == PROMPTS[7][50:]
+    assert [one.logprob for one in tail.prompt] == pytest.approx([one.logprob for one in tokens[0].prompt[50:]], abs=1e-4)
+    assert decoder.shared == 49  # from the first request's memory
+
+
+def test_a_shared_beginning_is_computed_once(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    computed: list[int] = []
+
+    def counting(*args: Any) -> torch.Tensor:
+        computed.append(sum(len(segment.ids) for segment in args[2]))
+        return forward(*args)
+
+    forward = decoding.forward
+    monkeypatch.setattr(decoding, "forward", counting)
+    head = PROMPTS[7]
+    prompts = [[*head, 7, 8], [*head, 9], [*head, 7, 8]]
+    decoder = Decoder(model, slots=3, context=100)
+    for number, prompt in enumerate(prompts):
+        decoder.submit(number, Generation(prompt, 5))
+    steps = drain(decoder)
+    # The first is read whole while the others wait; then one token of the second, and one of the third, is left to read.
+    assert computed[:2] == [62, 1 + 1 + 1]
+    assert decoder.shared == 60 + 61
+    replies = [[token.id for step in steps for token in step if token.key == number] for number in range(3)]
+    assert replies == [greedy(model, prompt, 5) for prompt in prompts]
+
+
+def test_bias_penalties_and_constraints(model: Any) -> None:
+    def reply(sampling: Sampling, constraint: Any = None) -> list[int]:
+        decoder = Decoder(model, slots=1, context=64)
+        decoder.submit("a", Generation(PROMPTS[1], 12, sampling=sampling, constraint=constraint))
+        return [token.id for step in drain(decoder) for token in step]
+
+    class Countdown:
+        said: ClassVar[list[int]] = []
+
+        def allowed(self) -> np.ndarray:
+            return np.arange(512) == 20 - len(self.said)
+
+        def accept(self, id: int) -> None:
+            self.said.append(id)
+
+    assert reply(Sampling(bias={77: 1000.0})) == [77] * 12
+    assert len(set(reply(Sampling(presence_penalty=1000.0)))) == 12
+    both = reply(Sampling(bias={77: 1000.0, 78: 1000.0}, frequency_penalty=100.0))
+    assert [sorted(both[place : place + 2]) for place in range(0, 12, 2)] == [[77, 78]] * 6
+    assert reply(Sampling(temperature=1.0, seed=3), Countdown()) == list(range(20, 8, -1))
+
+
+def test_requests_wait_for_memory_and_say_the_same(model: Any) -> None:
+    of_one = prepare(model).position_bytes
+    decoder = Decoder(model, slots=8, context=90, kv_bytes=150 * of_one + 1)
+    assert (decoder.kv_tokens, decoder.context) == (150, 90)
+    for number, prompt in enumerate(PROMPTS):
+        decoder.submit(number, Generation(prompt, 12))
+    replies: dict[Any, list[int]] = {number: [] for number in range(len(PROMPTS))}
+    most_running, most_reserved = 0, 0
+    while decoder.running or decoder.waiting:
+        for token in decoder.step():
+            replies[token.key].append(token.id)
+        most_running, most_reserved = max(most_running, decoder.running), max(most_reserved, decoder.reserved_tokens)
+        assert decoder.held_tokens <= decoder.reserved_tokens <= 150
+    assert list(replies.values()) == [greedy(model, prompt, 12) for prompt in PROMPTS]
+    # 1, 5, 40, 13 and 2 tokens with 12 new ones each come to 121; the prompt of 27 and all behind it wait.
+    assert (most_running, decoder.reserved_tokens) == (5, 0)
+    assert Decoder(model, slots=8, context=90, kv_bytes=50 * of_one).context == 50
+    with pytest.raises(ModelError, match="room for 1 tokens"):
+        Decoder(model, slots=8, context=90, kv_bytes=of_one)
+
+
+def test_memory_that_is_given_back_is_fresh() -> None:
+    memory = KvMemory(slots=3, context=256)
+    filled = torch.ones(3 * 256, 2, 8)
+    keys, values = memory.write(0, filled, filled, torch.arange(3).repeat_interleave(256), torch.arange(256).repeat(3))
+    assert memory.position_bytes == 2 * 2 * 8 * 4
+    memory.give_back(1)
+    for part in (keys, values):
+        assert [float(part[slot].sum()) for slot in range(3)] == [4096.0, 0.0, 4096.0]
+
+
+def test_two_system_prompts_that_take_turns_are_read_once_each(model: Any) -> None:
+    decoder = Decoder(model, slots=4, context=128)
+    systems = [[(place * step + 3) % 509 + 3 for place in range(50)] for step in (7, 11)]
+    for number in range(6):
+        prompt = [*systems[number % 2], 5 + number, 9]
+        decoder.submit(number, Generation(prompt, 4))
+        assert [token.id for step in drain(decoder) for token in step] == greedy(model, prompt, 4)
+    assert decoder.shared == 4 * 50
+
+
+def test_logits_that_are_not_finite_write_nothing() -> None:
+    model = made("mistral")
+    with torch.no_grad():
+        model.get_input_embeddings().weight[499] = float("nan")
+    with pytest.raises(NotFiniteError, match=r"^the model's logits are not finite") as caught:
+        generate(model, [[5, 6, 7], [5, 499, 6], [8, 9]], max_new_tokens=3, stop_ids=())
+    assert caught.value.number == 1
+    assert pickle.loads(pickle.dumps(caught.value)).number == 1  # errors cross processes
+    with torch.no_grad():
+        model.get_output_embeddings().weight.fill_(float("inf"))
+    with pytest.raises(ModelError, match=r"^MistralForCausalLM: the model's logits are not finite"):
+        generate(model, [[5, 6, 7]], max_new_tokens=3, stop_ids=())
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), OSError(12, "Cannot allocate memory")])
+def test_memory_for_keys_and_values_is_there_from_the_start_or_refused(
+    model: Any, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    decoder = Decoder(model, slots=3, context=64)
+    assert (
+        decoder._memory.position_bytes * 3 * 64 == 2 * 2 * 3 * 64 * 64 * 4
+    )  # layers, keys and values, slots, context, width, bytes
+    allocate = KvMemory._allocate
+
+    def too_small(memory: KvMemory, like: Any) -> Any:
+        if memory.context == 64:
+            raise error
+        return allocate(memory, like)
+
+    monkeypatch.setattr(KvMemory, "_allocate", too_small)
+    with pytest.raises(
+        ModelError, match=r"keys and values of 3 contexts of 64 tokens take 0\.0 GB, and there is not so much memory"
+    ):
+        Decoder(model, slots=3, context=64)

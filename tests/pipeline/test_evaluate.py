@@ -1,0 +1,82 @@
+"""Scoring a run on other tasks than its own: its report, its score and its verdict stay what they are."""
+
+from __future__ import annotations
+
+import shutil
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from apprentice import pipeline
+from apprentice.data.encoding.prompt_contract import layout_of, make_contract
+from apprentice.errors import RunError
+from apprentice.pretrained.tokenizer import Tokenizer
+from apprentice.recipe import load_recipe
+from apprentice.run.folder import Run, open_run
+from apprentice.storage import Folder
+from apprentice.tasks.definition import definition_of
+from apprentice.tasks.registry import load_task, select_tasks
+from tests.data.small import write_tasks
+from tests.recipes import tiny_recipe
+
+evaluation = import_module("apprentice.pipeline.evaluate")  # the package has a function of that name
+
+
+@pytest.fixture
+def run(tmp_path: Path, tiny_model: Path) -> Run:
+    """As training leaves one."""
+    recipe = load_recipe(tiny_recipe(tmp_path, tiny_model))
+    made = open_run(recipe)
+    shutil.copytree(tiny_model, made.model.local)
+    layout = layout_of(recipe, Tokenizer(made.model.local))
+    make_contract(recipe, layout, made.model.local, run=recipe.name).write(made.model.local)
+    return made
+
+
+def test_other_tasks_have_a_report_of_their_own(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    known: list[tuple[Folder, list[Folder]]] = []
+
+    def evaluated(recipe: Any, run: Any, subjects: Any, place: Folder, within: Any, others: Any, *rest: Any) -> dict[str, Any]:
+        known.append((place, list(others)))
+        columns = [{"subject": "tuned", "key": "tuned"}]
+        summary = {"score": 10.0 * len(known)}
+        return {"summary": summary, "gate": {"passed": len(known) == 1}, "created": "now", "columns": columns, "tasks": []}
+
+    monkeypatch.setattr(evaluation, "ray_session", lambda: pytest.MonkeyPatch.context())
+    monkeypatch.setattr(evaluation, "_evaluated", evaluated)
+    show = {"progress": lambda *_: None}
+    pipeline.evaluate(str(run.folder), [], wanted=pipeline.Wanted(), **show)
+    pipeline.evaluate(str(run.folder), [], wanted=pipeline.Wanted(tasks=("sst2", "ag_news")), **show)
+    assert known == [(run.report, []), (run.report / "tasks-sst2-ag_news", [run.report])]
+    assert run.status()["score"] == 10.0
+    assert (run.model / "gate.json").read_json()["passed"] is True
+
+
+def test_a_run_is_scored_by_the_definitions_that_it_was_made_with(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By its name, though the task's file is another one now; the recipe that names that file is refused."""
+    write_tasks(tmp_path)
+    file = tiny_recipe(tmp_path, tiny_model, data__tasks=["./sums.yaml", "./stories.yaml"], data__hold_out=["tone"])
+    run = open_run(load_recipe(file))
+    scored: list[dict[str, str]] = []
+
+    def evaluated(recipe: Any, **rest: Any) -> Any:
+        tasks, _ = select_tasks(recipe.data.entries, recipe.data.hold_out, tmp_path, to_train=False, find=run.tasks().find)
+        scored.append({task.name: definition_of(task) for task in tasks})
+        return {}, run.report
+
+    monkeypatch.setattr(evaluation, "evaluate_run", evaluated)
+    show = {"progress": lambda *_: None}
+    pipeline.evaluate(str(file), [], wanted=pipeline.Wanted(), **show)
+    changed = yaml.safe_load((tmp_path / "sums.yaml").read_text()) | {"answer": "{{ a - b }}"}
+    (tmp_path / "sums.yaml").write_text(yaml.safe_dump(changed))
+    load_task.cache_clear()
+    pipeline.evaluate("tiny", [], wanted=pipeline.Wanted(storage=str(tmp_path / "runs")), **show)
+    pipeline.evaluate("tiny", [], wanted=pipeline.Wanted(storage=str(tmp_path / "runs"), tasks=("sums",)), **show)
+    assert scored == [scored[0], scored[0], {"sums": scored[0]["sums"]}]
+    with pytest.raises(RunError, match=r"task 'sums' changed since run 'tiny' was made; .*: apprentice evaluate /.*/runs/tiny\.$"):
+        pipeline.evaluate(str(file), [], wanted=pipeline.Wanted(), **show)

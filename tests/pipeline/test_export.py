@@ -1,0 +1,122 @@
+"""`apprentice export`: a folder that others load, with a card that says where it comes from."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from transformers import AutoModelForCausalLM
+
+from apprentice import cli, pipeline
+from apprentice.data.encoding.prompt_contract import layout_beside, layout_of, make_contract
+from apprentice.errors import ContractError, RunError, StorageError
+from apprentice.pretrained.tokenizer import Tokenizer
+from apprentice.recipe import load_recipe
+from apprentice.run.folder import Run, open_run
+from apprentice.tasks.registry import load_task
+from tests.data.small import write_tasks
+from tests.recipes import tiny_recipe
+
+
+@pytest.fixture
+def run(tmp_path: Path, tiny_model: Path) -> Run:
+    """As training and evaluation leave one."""
+    recipe = load_recipe(tiny_recipe(tmp_path, tiny_model, data__tasks=["sst2", "ag_news", "trec"], data__hold_out=["sentiment"]))
+    made = open_run(recipe)
+    place = made.model.local
+    shutil.copytree(tiny_model, place)
+    make_contract(recipe, layout_of(recipe, Tokenizer(place)), place, ancestors=("org/base",), run=recipe.name).write(place)
+    tasks = {"ag_news": {"share_of_examples": 0.75}, "trec": {"share_of_examples": 0.25}}
+    made.ledger_file.write_json({"examples": 1200, "target_tokens": 3456, "tasks": tasks})
+    return made
+
+
+REPORT = {
+    "summary": {"sentence": "tuned against base: held-out ranked +12.5"},
+    "columns": [{"key": "base@0", "title": "base"}, {"key": "tuned@0", "title": "tuned"}],
+    "tasks": [
+        {
+            "task": "sst2",
+            "held_out": True,
+            "metric": "accuracy",
+            "columns": {"base@0": {"score": 50.0}, "tuned@0": {"score": 62.5}},
+        },
+        {"task": "trec", "held_out": False, "metric": "accuracy", "columns": {"tuned@0": {"score": None}}},
+    ],
+}
+
+
+def test_what_is_exported_loads_and_says_what_it_is(run: Run, tmp_path: Path) -> None:
+    run.report.make()
+    (run.report / "report.json").write_json(REPORT)
+    result = pipeline.export("tiny", str(tmp_path / "out" / "model"), storage=str(tmp_path / "runs"))
+    place = tmp_path / "out" / "model"
+    assert result["folder"] == str(place)
+    assert result["bytes"] == sum(file.stat().st_size for file in place.iterdir())
+    assert {file.name for file in place.iterdir()} == {file.name for file in run.model.local.iterdir()} | {"README.md"}
+    assert AutoModelForCausalLM.from_pretrained(place).num_parameters() > 0
+    assert layout_beside(place).name == "chat"
+    card = (place / "README.md").read_text()
+    metadata = yaml.safe_load(card.split("---")[1])
+    assert metadata["base_model"] == "org/base"
+    assert metadata["pipeline_tag"] == "text-generation"
+    assert len(metadata["datasets"]) >= 2
+    lines = card.splitlines()
+    assert "| `ag_news` | topic | 75.0% | " in card
+    assert any(line.startswith("| `sst2` | sentiment | held out |") for line in lines)
+    assert "| `sst2` (held out) | accuracy | 50.0 | 62.5 |" in lines
+    assert "| `trec` | accuracy | – | – |" in lines
+    assert "1,200 examples with 3,456 tokens of answers." in card
+    shown = yaml.safe_load(card.split("```yaml\n")[1].split("```")[0])
+    assert shown["tuning"] == {"rank": 4}
+    assert "storage" not in shown
+    assert str(tmp_path) not in card.replace(shown["model"]["base"], "")
+    assert "The base model's licence is that of org/base" in card
+
+
+def test_a_card_of_tasks_whose_files_are_gone(tmp_path: Path, tiny_model: Path) -> None:
+    write_tasks(tmp_path)
+    made = open_run(load_recipe(tiny_recipe(tmp_path, tiny_model, data__tasks=["./sums.yaml", "sst2"], data__hold_out=[])))
+    recipe = made.recipe()
+    shutil.copytree(tiny_model, made.model.local)
+    make_contract(recipe, layout_of(recipe, Tokenizer(made.model.local)), made.model.local).write(made.model.local)
+    (tmp_path / "sums.yaml").unlink()
+    load_task.cache_clear()
+    pipeline.export("tiny", str(tmp_path / "out"), storage=str(tmp_path / "runs"))
+    assert "| `sums` | numbers | unknown | unknown |" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_what_was_not_evaluated_says_so(run: Run, tmp_path: Path) -> None:
+    pipeline.export(str(run.folder), str(tmp_path / "out"))
+    assert "## Scores\n\nNot evaluated." in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_what_cannot_be_exported(run: Run, tmp_path: Path) -> None:
+    storage = str(tmp_path / "runs")
+    with pytest.raises(RunError, match="'none' is not a run in"):
+        pipeline.export("none", str(tmp_path / "out"), storage=storage)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "a").touch()
+    with pytest.raises(StorageError, match="is there already and not empty; name a new folder"):
+        pipeline.export("tiny", str(tmp_path / "full"), storage=storage)
+    weights = run.model.local / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    with pytest.raises(ContractError, match="are not those its contract was written for"):
+        pipeline.export("tiny", str(tmp_path / "out"), storage=storage)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["full", "recipe.yaml", "runs"]  # nothing half-written
+    (run.model / "apprentice.json").delete()
+    with pytest.raises(RunError, match="has no trained model yet; train it first"):
+        pipeline.export("tiny", str(tmp_path / "out"), storage=storage)
+
+
+def test_the_command(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["apprentice", "export", "tiny", str(tmp_path / "out"), "--storage", str(tmp_path / "runs"), "--json"]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(SystemExit) as done:
+        cli.main()
+    assert not done.value.code
+    assert json.loads(capsys.readouterr().out)["folder"] == str(tmp_path / "out")

@@ -1,0 +1,117 @@
+"""InstructGPT's chain on the whole road: demonstrations, a reward model, rounds of replies; and a round whose worker is killed."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from apprentice import pipeline
+from apprentice.data.stream import make_corpus
+from apprentice.jobs import stages as jobs
+from apprentice.recipe import load_recipe
+from apprentice.run.folder import Run, open_run, read_contract
+from apprentice.storage import Folder
+from apprentice.train.checkpoint import format as checkpoints
+from apprentice.train.distributed import driver as launch
+from tests.preferences import write_pairs
+from tests.recipes import tiny_recipe
+from tests.rounds import round_recipe
+from tests.train.distributed.test_driver import dying, steps_of
+
+pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(600)]
+
+
+@pytest.fixture(scope="module")
+def chain(ray_cluster: None, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of three runs that one job made: `demonstrations`, `reward` and `rounds`, which goes on from the first."""
+    folder = tmp_path_factory.mktemp("instructgpt")
+    pairs = {"data__tasks": [{"preferences": str(write_pairs(folder / "pairs.jsonl"))}], "data__hold_out": [], "data__formats": {}}
+    short = pairs | {"data__max_length": 96, "training__workers": 1, "storage": str(folder / "runs")}
+    (folder / "first").mkdir()
+    (folder / "second").mkdir()
+    (folder / "third").mkdir()
+    files = [
+        tiny_recipe(folder / "first", tiny_model, name="demonstrations", **short),
+        tiny_recipe(
+            folder / "second", tiny_model, name="reward", model__base="run:demonstrations", training__objective="reward", **short
+        ),
+        recipe_of_rounds(folder, folder / "third"),
+    ]
+    jobs.run_job("train", [word for file in files for word in ("--recipe", str(file))])
+    return folder
+
+
+def recipe_of_rounds(chain: Path, folder: Path, **changes: Any) -> Path:
+    named: dict[str, Any] = {"model__base": "run:demonstrations", "training__grpo__reward": "run:reward", "name": "rounds"}
+    return round_recipe(folder, Path(), storage=str(chain / "runs"), **(named | changes))
+
+
+def test_the_chain_ends_in_a_model_that_answers(chain: Path) -> None:
+    run = Run(Folder.at(chain / "runs" / "rounds"))
+    contract = read_contract(run.model.local)
+    assert contract is not None
+    assert contract.ancestors[-1] == "run:demonstrations"
+    assert (run.folder / "identity.json").read_json()["keys"]["training.grpo.reward"] == "run:reward"
+    with pipeline.endpoint(str(run.folder), progress=lambda stage, values: None) as url:
+        assert isinstance(pipeline.ask(url, "Name a colour.", "", max_tokens=4), str)
+
+
+def test_every_step_says_what_the_replies_were_worth(chain: Path) -> None:
+    steps = steps_of(Run(Folder.at(chain / "runs" / "rounds")))
+    assert [step["step"] for step in steps] == [1, 2, 3, 4]
+    assert steps[0]["kl"] == pytest.approx(0.0, abs=1e-5)  # the policy begins as its reference
+    assert steps[-1]["kl"] > steps[0]["kl"]
+    for step in steps:
+        assert len(step["examples"]) == 16  # of 32 replies in two steps
+        assert math.isfinite(step["reward"])
+        assert 0 < step["reply_tokens"] <= 8
+    assert {position for step in steps[:2] for position in step["examples"]} == set(range(8))
+    assert {position for step in steps[2:] for position in step["examples"]} == set(range(8, 16))
+
+
+def test_rounds_lie_in_the_run(chain: Path) -> None:
+    run = Run(Folder.at(chain / "runs" / "rounds"))
+    assert sorted(file.name for file in run.rounds.children()) == ["000000-0.parquet", "000001-0.parquet"]
+    table = pq.read_table((run.rounds / "000001-0.parquet").local)
+    rewards = [reward for row in table["rewards"].to_pylist() for reward in row]
+    assert len(rewards) == 32
+    steps = steps_of(run)
+    assert sum(step["reward"] for step in steps[2:]) / 2 == pytest.approx(sum(rewards) / 32, rel=1e-4)
+
+
+def test_a_killed_worker_goes_on_with_the_replies_that_are_there(
+    chain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed in the second round, whose replies are written already: they are not written again."""
+    monkeypatch.setattr(launch, "work", dying(tmp_path / "died", 4))
+    (tmp_path / "recipe").mkdir()
+    made = load_recipe(recipe_of_rounds(chain, tmp_path / "recipe", name="killed", training__max_failures=1))
+    run = open_run(made)
+    result = launch.train(made, run, make_corpus(made, run), progress=lambda values: None)
+    assert (tmp_path / "died").exists()
+    assert result.restarts == 1
+    steps, undisturbed = steps_of(run), {step["step"]: step for step in steps_of(Run(Folder.at(chain / "runs" / "rounds")))}
+    assert [step["step"] for step in steps] == [1, 2, 3, 3, 4]
+    for step in steps:
+        assert step["examples"] == undisturbed[step["step"]]["examples"]
+        for name in ("loss", "reward", "kl"):
+            assert step[name] == pytest.approx(undisturbed[step["step"]][name], rel=1e-4, abs=1e-5)
+    for key, (one, other) in weights(run, Run(Folder.at(chain / "runs" / "rounds"))).items():
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5, msg=key)
+
+
+def weights(*runs: Run) -> dict[str, list[torch.Tensor]]:
+    """Key → the tensors of the last checkpoint of each run."""
+    found: dict[str, list[torch.Tensor]] = {}
+    for run in runs:
+        last = checkpoints.restorable(run.checkpoints)
+        assert last is not None
+        with checkpoints.tensors_of(last) as read:
+            for key in checkpoints.keys_of(last):
+                found.setdefault(key, []).append(read(key))
+    return found

@@ -1,0 +1,86 @@
+"""What a node has for us: all of it, less what drivers of jobs hold; and whether it sees the storage."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import ray
+import ray.util.state
+
+from apprentice.errors import StorageError
+from apprentice.preflight import check
+from apprentice.ray_cluster.nodes import node_resources, on_every_node
+from apprentice.recipe import load_recipe
+from apprentice.storage import Folder
+from tests.recipes import tiny_recipe
+
+NODES = [
+    {"NodeID": "a", "Alive": True, "Resources": {"CPU": 4.0, "memory": 8.0}},
+    {"NodeID": "b", "Alive": True, "Resources": {"CPU": 2.0, "GPU": 1.0}},
+    {"NodeID": "c", "Alive": False, "Resources": {"CPU": 8.0}},
+]
+
+
+class Supervisor:
+    def __init__(self, node: str, resources: dict[str, float] | None) -> None:
+        self.node_id, self.required_resources = node, resources
+
+
+def test_drivers_of_jobs_hold_cpus_that_ray_data_does_not_know_of(monkeypatch):
+    asked: list[Any] = []
+
+    def list_actors(**arguments: Any) -> list[Supervisor]:
+        asked.append(arguments)
+        return [Supervisor("b", {"CPU": 1.0}), Supervisor("b", None), Supervisor("a", {"CPU": 0.5})]
+
+    monkeypatch.setattr(ray, "nodes", lambda: NODES)
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(gcs_address="10.0.0.1:6379"))
+    monkeypatch.setattr(ray.util.state, "list_actors", list_actors)
+    monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR", raising=False)
+    assert node_resources() == [{"CPU": 4.0, "memory": 8.0}, {"CPU": 2.0, "GPU": 1.0}]
+    assert asked == []  # a local session has no dashboard to ask
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps({"metadata": {"job_submission_id": "x-1"}}))
+    assert node_resources() == [{"CPU": 3.5, "memory": 8.0}, {"CPU": 1.0, "GPU": 1.0}]
+    (one,) = asked
+    assert one["address"] == "10.0.0.1:6379"  # this cluster's, should the machine have another Ray too
+    assert one["filters"] == [("class_name", "=", "JobSupervisor"), ("state", "=", "ALIVE")]
+
+
+class Answering:
+    """Stands in for `on_every_node`: the question is asked here, once with each of the folders that nodes see."""
+
+    def __init__(self, folders: dict[str, Folder]) -> None:
+        self.folders = folders
+
+    def __call__(self, question: Any, probe: Folder, mark: str) -> dict[str, str]:
+        return {name: question(folder / probe.name, mark) for name, folder in self.folders.items()}
+
+
+def test_a_storage_that_a_node_does_not_see_is_found(monkeypatch, tiny_model, tmp_path):
+    recipe = load_recipe(tiny_recipe(tmp_path, tiny_model))
+    storage, other = Folder.at(recipe.storage), Folder.at(tmp_path / "other")
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(check, "on_every_node", Answering({"10.0.0.1": storage, "10.0.0.2": storage}))
+    assert check.POINTS["storage"](recipe) == f"{storage}, seen by 2 nodes"
+    assert not storage.exists()
+    monkeypatch.setattr(check, "on_every_node", Answering({"10.0.0.1": storage, "10.0.0.2": other}))
+    with pytest.raises(StorageError, match=r"not the same folder on every node: 1 of 2 nodes .* 10\.0\.0\.2 among them .*other"):
+        check.POINTS["storage"](recipe)
+    assert not storage.exists()
+
+
+def test_what_a_node_says_of_a_probe(tmp_path):
+    probe = Folder.at(tmp_path / "probe")
+    assert "does not exist" in check._seen(probe, "mark")
+    probe.write_text("mark")
+    assert check._seen(probe, "mark") == ""
+    assert check._seen(probe, "other") == "another file is there"
+    assert [child.name for child in Folder.at(tmp_path).children()] == ["probe"]
+
+
+def test_where_there_is_one_node_nobody_is_asked(monkeypatch):
+    monkeypatch.setattr(ray, "nodes", lambda: [NODES[0], NODES[2], {"NodeID": "d", "Alive": True, "Resources": {}}])
+    assert on_every_node(lambda: 1) == {}

@@ -1,0 +1,110 @@
+"""What the API promises, on a real model under Ray Serve, through OpenAI's client: scores, forms, choices, tasks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+import torch
+
+from apprentice.models.loading import load_model
+from apprentice.pretrained.tokenizer import Tokenizer
+from apprentice.serve.deployment import Endpoint
+
+
+@pytest.fixture(scope="module")
+def client(endpoint: Endpoint) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{endpoint.url}/v1", api_key="none", max_retries=0)
+
+
+def test_echoed_scores_are_the_models(client: openai.OpenAI, chat_model: Path) -> None:
+    """The call that lm-evaluation-harness makes: token ids in, `echo`, one token more."""
+    ids = Tokenizer(chat_model).encode("Is the review positive or negative?")
+    (choice,) = client.completions.create(model="tiny", prompt=[ids], max_tokens=1, echo=True, logprobs=1).choices
+    assert choice.logprobs is not None
+    found = choice.logprobs.token_logprobs
+    assert found is not None
+    with torch.inference_mode():
+        logits = load_model(chat_model, torch.float32)(input_ids=torch.tensor([ids])).logits[0]
+    expected = torch.log_softmax(logits, dim=-1)[range(len(ids) - 1), ids[1:]].tolist()
+    assert found[0] is None
+    assert found[1:-1] == pytest.approx(expected, abs=1e-3)
+    assert len(found) == len(ids) + 1
+
+
+def test_a_request_has_one_id(endpoint: Endpoint) -> None:
+    for headers in ({}, {"X-Request-Id": "mine-1"}):
+        response = httpx.get(f"{endpoint.url}/health", headers=headers)
+        (number,) = response.headers.get_list("x-request-id")
+        assert number == headers.get("X-Request-Id", number)
+        assert len(number) >= 6
+
+
+def test_a_prompt_that_comes_again_is_in_memory(client: openai.OpenAI) -> None:
+    words = " ".join(["Is this the film?"] * 20)
+    usages = [client.completions.create(model="tiny", prompt=words, max_tokens=2).usage for _ in range(2)]
+    first, second = [usage.prompt_tokens_details.cached_tokens for usage in usages if usage and usage.prompt_tokens_details]
+    assert second is not None
+    assert second >= 32  # what is worth copying
+    assert (first or 0) <= second
+
+
+def test_replies_of_a_given_form(client: openai.OpenAI) -> None:
+    schema = {"type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"], "additionalProperties": False}
+    asked = client.chat.completions.create(
+        model="tiny",
+        messages=[{"role": "user", "content": "Say it."}],
+        response_format={"type": "json_schema", "json_schema": {"name": "answer", "schema": schema, "strict": True}},
+        max_tokens=200,
+        temperature=1.0,
+        seed=1,
+    )
+    assert set(json.loads(asked.choices[0].message.content or "")) == {"ok"}
+    replies = client.completions.create(
+        model="tiny",
+        prompt="Which?",
+        n=6,
+        seed=2,
+        temperature=2.0,
+        max_tokens=40,
+        extra_body={"structured_outputs": {"choice": ["positive", "negative"]}},
+    ).choices
+    assert {choice.text for choice in replies} == {"positive", "negative"}
+    assert [choice.index for choice in replies] == list(range(6))
+    with pytest.raises(openai.BadRequestError, match="the form of the reply cannot be followed"):
+        client.completions.create(model="tiny", prompt="a", extra_body={"structured_outputs": {"regex": "("}})
+
+
+def test_the_stream_helper_gathers_the_same_reply(client: openai.OpenAI) -> None:
+    asked = {"model": "tiny", "messages": [{"role": "user", "content": "Which topic?"}], "max_completion_tokens": 8, "n": 2}
+    whole = client.chat.completions.create(**asked, temperature=1.0, seed=5)  # type: ignore[call-overload]
+    texts = [choice.message.content for choice in whole.choices]
+    assert [choice.finish_reason for choice in whole.choices] == ["length", "length"]
+    gathered = ["", ""]
+    with client.chat.completions.stream(**asked, temperature=1.0, seed=5) as stream:  # type: ignore[arg-type]
+        for event in stream:  # the helper's whole completion would be refused: these replies were cut off
+            if event.type == "chunk":
+                for choice in event.chunk.choices:
+                    gathered[choice.index] += choice.delta.content or ""
+    assert gathered == texts
+    assert len(set(texts)) == 2
+
+
+def test_a_task_ranks_its_choices(endpoint: Endpoint) -> None:
+    with httpx.Client(base_url=endpoint.url, timeout=60) as http:
+        listed = {task["id"]: task for task in http.get("/v1/tasks").json()["data"]}
+        assert listed["sst2"]["fields"] == ["sentence"]
+        answer = http.post("/v1/tasks/sst2", json={"fields": {"sentence": "A warm, funny film."}}).json()
+        assert sum(choice["probability"] for choice in answer["choices"]) == pytest.approx(1.0)
+        best = max(answer["choices"], key=lambda choice: choice["logprob"])
+        assert answer["answer"] == best["choice"]
+        assert "A warm, funny film." in answer["prompt"]
+        missing = http.post("/v1/tasks/sst2", json={"fields": {}})
+        assert (missing.status_code, "'sentence' is missing" in missing.text) == (400, True)
+        unknown = http.post("/v1/tasks/../sst", json={"fields": {}})
+        assert unknown.status_code in (404, 405)
+        written = http.post("/v1/tasks/squad", json={"fields": {"context": "A. B.", "question": "Who?"}, "max_tokens": 4}).json()
+        assert isinstance(written["answer"], str)

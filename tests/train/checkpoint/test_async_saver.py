@@ -1,0 +1,191 @@
+"""A checkpoint that cannot be written is told and tried again; the run ends with an error only if its last one is missing."""
+
+from __future__ import annotations
+
+import resource
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.multiprocessing
+from torch import Tensor
+
+from apprentice.errors import StorageError
+from apprentice.storage import Folder
+from apprentice.train.checkpoint import async_saver as saving
+from apprentice.train.checkpoint import format as checkpoints
+from apprentice.train.checkpoint.async_saver import Saver
+from apprentice.train.checkpoint.shard_gather import Piece
+from apprentice.train.engine.collectives import Peers
+from apprentice.train.state import State
+
+LARGE = 100_000  # numbers of each tensor: 400 kB
+
+
+@contextmanager
+def no_room() -> Iterator[None]:
+    """Files may not grow beyond 100 kB, so that writing really fails half-way."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+class Ears:
+    """What a saver said, and to whom."""
+
+    def __init__(self, folder: Folder, rank: int = 0) -> None:
+        self.rank = rank
+        self.told: list[tuple[int, str]] = []
+        self.took: list[dict[str, float]] = []
+        self.registered: list[tuple[bool, int]] = []
+        self.gathered = 0
+        self.saver = Saver(
+            folder,
+            2,
+            {"dtype": "float32"},
+            peers=Peers(),
+            tell=self.tell,
+            register=lambda saved, state: self.registered.append((saved is not None, state.step)),
+        )
+
+    def tell(self, state: State, message: str = "", **seconds: float) -> None:
+        self.told.append((state.step, message)) if message else self.took.append(seconds)
+
+    def pieces(self) -> list[Piece]:
+        """The first worker's half of each tensor, and of the second the other."""
+
+        def read() -> Tensor:
+            self.gathered += 1
+            return torch.full((LARGE,), 1.0 + self.rank)
+
+        shape = (Peers().workers, LARGE)
+        return [Piece(f"weight/{name}", shape, self.rank * LARGE, LARGE, read) for name in "abc"]
+
+    def settle(self) -> None:
+        """Waits for the thread."""
+        pending = self.saver._pending
+        assert pending is not None
+        pending[1].result()
+
+    def save(self, step: int, **more: Any) -> None:
+        self.saver.save(State(step=step), self.pieces(), **({"last": False} | more))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Folder:
+    return Folder.at(tmp_path / "checkpoints")
+
+
+def names(folder: Folder) -> list[str]:
+    return sorted(child.name for child in folder.children())
+
+
+@pytest.mark.parametrize("free", [2**40, 0])  # a copy fits into memory, or not
+def test_training_goes_on_and_the_next_one_is_tried(free: int, folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(saving, "free_memory", lambda: float(free))
+    # One tensor a file: the first fails, the others are gathered all the same.
+    monkeypatch.setattr(checkpoints, "SHARD_BYTES", LARGE)
+    ears = Ears(folder)
+    ears.save(3)
+    ears.settle()
+    assert ears.registered == []  # what became of it is known to all workers when they ask, or at the next one
+    assert ears.saver.written()
+    assert ears.saver.settle() is None
+    assert ears.registered == [(True, 3)]
+    assert not ears.saver.written()
+    with no_room():
+        ears.save(6)
+        ears.settle()
+    assert ears.gathered == 6
+    assert names(folder) == ["step-000003"]  # and no half of one
+    ((step, message),) = ears.told
+    assert step == 6
+    assert message.startswith(f"the checkpoint of step 6 cannot be written to {folder} (")
+    assert message.endswith(
+        "); the last whole checkpoint is that of step 3. Training goes on, and the next checkpoint is tried as usual."
+    )
+    ears.save(9, last=True)
+    assert names(folder) == ["step-000003", "step-000009"]
+    assert ears.registered == [(True, 3), (False, 6), (True, 9)]
+    assert len(ears.took) == 2
+    assert all(0 < took["blocked_s"] <= took["saved_s"] for took in ears.took)
+    assert [took["blocked_s"] == took["saved_s"] for took in ears.took] == [free == 0, free == 0]
+
+
+def test_the_last_one_must_be_there(folder: Folder) -> None:
+    ears = Ears(folder)
+    ears.save(3)
+    ears.settle()
+    with no_room(), pytest.raises(StorageError, match=r"step 6 cannot .*\); the last whole .* step 3\. Make room there and train"):
+        ears.save(6, last=True)
+    assert ears.gathered == 6
+    assert names(folder) == ["step-000003"]
+    found = checkpoints.restorable(folder)
+    assert found is not None
+    assert found.state.step == 3
+
+
+def test_without_any_checkpoint(folder: Folder) -> None:
+    ears = Ears(folder)
+    with no_room(), pytest.raises(StorageError, match=r"; there is no other checkpoint\. Make room"):
+        ears.save(2, last=True)
+
+
+def second(rank: int, folder: str) -> None:
+    """One of two workers, whose first has no room once and no memory for copies the next time."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    ears = Ears(Folder.at(Path(folder) / "checkpoints"), rank)
+    with no_room():
+        ears.save(3)
+        ears.settle()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(saving, "free_memory", lambda: 2.0**40 * rank)  # what one of them lacks keeps both from copying
+        ears.save(6, last=True)
+    assert ears.gathered == 6
+    assert ears.registered == [(False, 3), (rank == 0, 6)]
+    assert [step for step, _ in ears.told] == [3] * (rank == 0)
+    assert [took["blocked_s"] == took["saved_s"] for took in ears.took] == [True] * (rank == 0)
+    torch.distributed.destroy_process_group()
+
+
+def test_each_worker_gives_its_part_and_the_first_writes(tmp_path: Path, folder: Folder) -> None:
+    torch.multiprocessing.spawn(second, (str(tmp_path),), nprocs=2)
+    found = checkpoints.restorable(folder)
+    assert found is not None
+    assert found.state.step == 6
+    with checkpoints.tensors_of(found) as read:
+        for name in "abc":
+            assert torch.equal(read(f"weight/{name}"), torch.tensor([[1.0], [2.0]]).expand(2, LARGE))
+
+
+def test_training_goes_on_while_one_is_written(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The state and the tensors are those of the step that was saved, whatever came after."""
+    may_write = threading.Event()
+    write = checkpoints.save
+
+    def slow(*arguments: Any) -> Any:
+        assert may_write.wait(30)
+        return write(*arguments)
+
+    monkeypatch.setattr(checkpoints, "save", slow)
+    ears = Ears(folder)
+    state, weight = State(step=3, tokens=30), torch.ones(4)
+    ears.saver.save(state, [Piece("weight/a", (2, 2), 0, 4, lambda: weight)], last=False)
+    state.step, state.tokens = 4, 40
+    state.ledger.examples[0] = 1
+    weight.zero_()
+    assert names(folder) == []
+    may_write.set()
+    ears.saver.close()
+    found = checkpoints.restorable(folder)
+    assert found is not None
+    assert (found.state.step, found.state.tokens, found.state.ledger.examples) == (3, 30, {})
+    with checkpoints.tensors_of(found) as read:
+        assert read("weight/a").tolist() == [[1, 1], [1, 1]]

@@ -1,0 +1,62 @@
+"""The command `apprentice train RECIPE` whose workers stop before chosen steps until a file lets them go on: run as a script.
+
+    python held.py RECIPE FOLDER STEP…
+
+Before step n of those named each worker writes `FOLDER/at-<n>-<rank>`, with its process and node, and waits for `FOLDER/go-<n>`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def holding(folder: str, steps: list[int]) -> Callable[[Any], None]:
+    """What each worker runs. It goes to them by value, and with it all that it needs."""
+
+    def work(job: Any) -> None:
+        import json
+        import os
+        import time
+
+        import ray
+        import ray.train
+
+        from apprentice.train import worker as there
+        from apprentice.train.distributed import ray_worker as member
+
+        inner = there.run_worker
+
+        def run_worker(recipe: Any, run: Any, goal: Any, restored: Any, rows: Any, *rest: Any, **more: Any) -> Any:
+            rank = ray.train.get_context().get_world_rank()
+
+            def held() -> Any:
+                step = restored.state.step if restored else 0
+                for batch in rows:
+                    step += 1
+                    if step in steps:
+                        who = {"process": os.getpid(), "node": ray.get_runtime_context().get_node_id()}
+                        (Path(folder) / f"at-{step}-{rank}").write_text(json.dumps(who))
+                        while not (Path(folder) / f"go-{step}").exists():
+                            time.sleep(0.05)
+                    yield batch
+
+            return inner(recipe, run, goal, restored, held(), *rest, **more)
+
+        there.run_worker = run_worker
+        member.work(job)
+
+    return work
+
+
+if __name__ == "__main__":
+    from apprentice.cli import main
+    from apprentice.train.distributed import driver as launch
+    from apprentice.train.distributed import elastic as scaling
+
+    scaling.LOOK_EVERY_S = 1.0
+    launch.work = holding(sys.argv[2], [int(step) for step in sys.argv[3:]])
+    sys.argv = ["apprentice", "train", sys.argv[1]]
+    main()

@@ -1,0 +1,245 @@
+"""DPO's loss and gradients against TRL's on the same pairs, packed against one by one, and whole steps of the engine's loop."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from apprentice.errors import ModelError
+from apprentice.models.loading import load_model
+from apprentice.models.reward import choice_rewards
+from apprentice.recipe import DPO
+from apprentice.train.batch import PackedRows
+from apprentice.train.losses.preference import PreferenceLoss, RewardLoss
+from apprentice.train.losses.sft import TargetLoss
+from tests.models.architectures import made
+from tests.train.rows import examples_of, packed_columns
+
+ROWS = 3
+
+
+def pair_rows(count: int = ROWS, **changes: Any) -> PackedRows:
+    """Packed rows of one or two pairs: both answers of a pair have the same prompt, as data/window.py makes them."""
+    columns = packed_columns(2 * count)
+    names = ("input_ids", "positions", "segment_ids", "loss_mask")
+    kept = []
+    for place in range(2 * count):
+        segments = columns["segment_ids"][place]
+        even = int(segments.max()) // 2 * 2
+        for name in names:
+            columns[name][place] = np.where(segments <= even, columns[name][place], 0)
+        columns["examples"][place] = columns["examples"][place][: even // 2]
+        columns["example_tasks"][place] = columns["example_tasks"][place][: even // 2]
+        columns["example_targets"][place] = [1] * (even // 2)
+        kept.append(even)
+    rng = np.random.default_rng(5)
+    columns["reference"] = [rng.normal(-20, 2, even).astype(np.float32) for even in kept]
+    return replace(PackedRows.of(columns), **changes).share(0, 2)
+
+
+def gradients(model: Any) -> dict[str, torch.Tensor]:
+    found = {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+    model.zero_grad()
+    return found
+
+
+def same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
+    """No number of a gradient is off by more than 1e-5 of the largest of its tensor."""
+    assert ours.keys() == theirs.keys() != set()
+    for name, gradient in theirs.items():
+        largest = float(gradient.abs().max())
+        assert largest > 0, name
+        torch.testing.assert_close(ours[name], gradient, rtol=0, atol=1e-5 * largest, msg=lambda told, name=name: f"{name}: {told}")
+
+
+def trl_of(model: Any, folder: Path, tokenizer: Path, smoothing: float) -> Any:
+    """TRL's trainer over `model`, with the reference's log-probabilities given."""
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerFast
+    from trl import DPOConfig, DPOTrainer
+
+    config = DPOConfig(
+        output_dir=str(folder),
+        beta=0.3,
+        label_smoothing=smoothing,
+        loss_type=["sigmoid"],
+        precompute_ref_log_probs=True,
+        report_to=[],
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        max_length=None,
+        disable_tqdm=True,
+    )
+    rows = Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}])
+    return DPOTrainer(
+        model=model, args=config, train_dataset=rows, processing_class=PreTrainedTokenizerFast.from_pretrained(tokenizer)
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # TRL's and accelerate's own
+def test_loss_and_gradients_are_trls(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    rows = pair_rows()
+    micro = rows.micros(ROWS)[0]
+    reference = micro.tensors[3]
+    assert reference is not None
+    texts = examples_of(rows)
+    assert len(texts) == len(reference) >= 6
+    model = made("llama")
+    trainer = trl_of(model, tmp_path, tiny_model, 0.0)
+    order = [*range(0, len(texts), 2), *range(1, len(texts), 2)]  # TRL's batch: the better answers, then the worse
+    padded = torch.nn.utils.rnn.pad_sequence
+    batch = {
+        "input_ids": padded([texts[place][0] for place in order], batch_first=True),
+        "attention_mask": padded([torch.ones_like(texts[place][0]) for place in order], batch_first=True),
+        "completion_mask": padded([texts[place][1].long() for place in order], batch_first=True),
+        "ref_chosen_logps": reference[::2],
+        "ref_rejected_logps": reference[1::2],
+    }
+    model.zero_grad()
+    theirs = trainer.compute_loss(trainer.model, batch)
+    theirs.backward()
+    expected = gradients(trainer.model)
+    fresh = made("llama")
+    pairs = len(reference) // 2
+    loss = PreferenceLoss(fresh, DPO(beta=0.3))
+    ours = loss(*micro.tensors) / pairs
+    ours.backward()
+    assert pairs == rows.counted
+    torch.testing.assert_close(ours, theirs.float(), rtol=1e-5, atol=0)
+    same(gradients(fresh), expected)
+    shown = {name: float(value) / pairs for name, value in loss.figures.items()}
+    metrics = {name: values[-1] for name, values in trainer._metrics["eval"].items()}
+    assert shown["margin"] == pytest.approx(metrics["rewards/margins"], rel=1e-4)
+    assert shown["accuracy"] == pytest.approx(metrics["rewards/accuracies"])
+    assert shown["chosen_reward"] == pytest.approx(metrics["rewards/chosen"], rel=1e-4)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_packed_pairs_are_single_pairs(smoothing: float) -> None:
+    rows, dpo = pair_rows(), DPO(beta=0.2, label_smoothing=smoothing)
+    model = made("llama")
+    micro = rows.micros(ROWS)[0]
+    loss = PreferenceLoss(model, dpo)(*micro.tensors)
+    loss.backward()
+    ours = gradients(model)
+    total = torch.zeros(())
+    known = np.concatenate(rows.reference or [])
+    texts = examples_of(rows)
+    for place in range(0, len(texts), 2):
+        own = []
+        for ids, mask in texts[place : place + 2]:
+            logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1].log_softmax(-1)
+            own.append(logits.gather(-1, ids[1:, None])[:, 0][mask[1:]].sum())
+        margin = dpo.beta * ((own[0] - known[place]) - (own[1] - known[place + 1]))
+        total = total - (1 - smoothing) * margin.sigmoid().log() - smoothing * (-margin).sigmoid().log()
+    total.backward()
+    torch.testing.assert_close(loss, total, rtol=1e-5, atol=0)
+    same(ours, gradients(model))
+
+
+def test_micro_batches_add_up() -> None:
+    rows, model = pair_rows(), made("llama")
+    loss = PreferenceLoss(model, DPO())
+    whole = loss(*rows.micros(ROWS)[0].tensors)
+    parts = torch.stack([loss(*micro.tensors) for micro in rows.micros(1)]).sum()
+    torch.testing.assert_close(whole, parts, rtol=1e-6, atol=0)
+
+
+def test_a_model_against_itself_prefers_nothing() -> None:
+    """With its own log-probabilities as the reference every pair costs log 2, and no answer has a reward."""
+    rows, model = pair_rows(), made("llama")
+    loss = PreferenceLoss(model, DPO())
+    micro = rows.micros(ROWS)[0]
+    given: Any = micro.tensors
+    with torch.no_grad():
+        own = loss.log_probabilities(*given)
+        ids, positions, answers, _, is_target = given
+        value = loss(ids, positions, answers, own, is_target)
+        nll = TargetLoss(model)(ids, positions, is_target)
+    assert float(value) == pytest.approx(rows.counted * np.log(2), rel=1e-6)
+    assert float(loss.figures["margin"]) == pytest.approx(0.0, abs=1e-5)
+    assert float(own.sum()) == pytest.approx(-float(nll), rel=1e-6)
+
+
+def reward_model(folder: Path) -> Any:
+    """A tiny Llama whose last layer is a new one."""
+    made("llama").save_pretrained(folder)
+    return load_model(folder, torch.float32, head=3)
+
+
+def test_rewards_of_packed_answers_are_those_of_single_ones(tmp_path: Path) -> None:
+    rows, model = pair_rows(), reward_model(tmp_path)
+    micro = rows.micros(ROWS)[0]
+    module = RewardLoss(model)
+    loss = module(*micro.tensors)
+    loss.backward()
+    ours = gradients(model)
+    shown = float(module.figures["chosen_reward"])
+    alone = torch.stack([model(input_ids=ids[None]).logits[0, 0] for ids, _ in examples_of(rows)]).view(-1, 2)
+    expected = -torch.nn.functional.logsigmoid(alone[:, 0] - alone[:, 1]).sum()
+    expected.backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+    same(ours, gradients(model))
+    assert "score.weight" in ours
+    alone = alone.detach()
+    assert shown == pytest.approx(float(alone[:, 0].sum()), rel=1e-4)
+    ids = [text.tolist() for text, _ in examples_of(rows)]
+    pairs = [[ids[place][3:], ids[place + 1][3:]] for place in range(0, len(ids), 2)]
+    prompts = [ids[place][:3] for place in range(0, len(ids), 2)]
+    same_prompt = [(prompt, [pair[0]]) for prompt, pair in zip(prompts, pairs, strict=True)]
+    found = choice_rewards(model, [prompt for prompt, _ in same_prompt], [group for _, group in same_prompt], batch_tokens=30)
+    assert [value for [value] in found] == pytest.approx(alone[:, 0].tolist(), rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # TRL's and accelerate's own
+def test_reward_loss_and_gradients_are_trls(tmp_path: Path, tiny_model: Path) -> None:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerFast
+    from trl import RewardConfig, RewardTrainer
+
+    rows, model = pair_rows(), reward_model(tmp_path / "model")
+    micro = rows.micros(ROWS)[0]
+    loss = RewardLoss(model)(*micro.tensors) / rows.counted
+    loss.backward()
+    ours = gradients(model)
+    config = RewardConfig(
+        output_dir=str(tmp_path), report_to=[], use_cpu=True, bf16=False, gradient_checkpointing=False, disable_tqdm=True
+    )
+    trainer = RewardTrainer(
+        model=model,
+        args=config,
+        train_dataset=Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}]),
+        processing_class=PreTrainedTokenizerFast.from_pretrained(tiny_model),
+    )
+    texts = examples_of(rows)
+    order = [*range(0, len(texts), 2), *range(1, len(texts), 2)]
+    padded = torch.nn.utils.rnn.pad_sequence
+    batch = {
+        "input_ids": padded([texts[place][0] for place in order], batch_first=True),
+        "attention_mask": padded([torch.ones_like(texts[place][0]) for place in order], batch_first=True),
+    }
+    theirs = trainer.compute_loss(trainer.model.eval(), batch)
+    theirs.backward()
+    torch.testing.assert_close(loss, theirs, rtol=1e-5, atol=0)
+    same(ours, gradients(trainer.model))
+    figures = trainer._metrics["eval"]
+    assert float(figures["accuracy"][-1]) >= 0
+    assert figures["margin"]
+
+
+def test_a_reward_model_is_asked_to_write(tmp_path: Path) -> None:
+    reward_model(tmp_path / "base").save_pretrained(tmp_path / "reward")
+    with pytest.raises(ModelError, match="is a reward model: it gives answers a number and writes none"):
+        load_model(tmp_path / "reward", torch.float32)
+    again = load_model(tmp_path / "reward", torch.float32, head=9)
+    torch.testing.assert_close(again.score.weight, load_model(tmp_path / "base", torch.float32, head=3).score.weight)
+    assert not torch.equal(again.score.weight, load_model(tmp_path / "base", torch.float32, head=4).score.weight)

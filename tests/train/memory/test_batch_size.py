@@ -1,0 +1,72 @@
+"""The search for the most rows at once, with a model that runs out of memory where a test says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from apprentice.recipe import load_recipe
+from apprentice.train import worker
+from apprentice.train.losses.sft import TargetLoss
+from apprentice.train.memory.batch_size import has_room, largest_that_fits
+from tests.models.architectures import made
+from tests.recipes import tiny_recipe
+
+
+@pytest.mark.parametrize(("rows", "most", "expected"), [(12, 12, 12), (12, 5, 4), (12, 1, 1), (12, 0, 1), (1, 9, 1), (7, 6, 1)])
+def test_the_largest_divisor_that_fits(rows: int, most: int, expected: int) -> None:
+    asked: list[int] = []
+
+    def fits(size: int) -> bool:
+        asked.append(size)
+        return size <= most
+
+    assert largest_that_fits(rows, fits) == expected
+    assert len(asked) <= 3
+    assert all(rows % size == 0 for size in asked)
+
+
+class Narrow(TargetLoss):
+    """Has room for `room` tokens at once; counts its passes."""
+
+    def __init__(self, room: int) -> None:
+        super().__init__(made("llama").train())
+        self.room, self.passes = room, 0
+
+    def forward(self, input_ids: torch.Tensor, *rest: Any) -> torch.Tensor:
+        self.passes += 1
+        if input_ids.numel() > self.room:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return super().forward(input_ids, *rest)
+
+
+def test_a_pass_is_tried_and_leaves_nothing() -> None:
+    loss, cpu = Narrow(128), torch.device("cpu")
+    before = {name: value.clone() for name, value in loss.state_dict().items()}
+    assert [has_room(loss, rows, 32, 1e6, cpu) for rows in (1, 4, 5)] == [True, True, False]
+    assert loss.passes == 3
+    assert all(parameter.grad is None for parameter in loss.parameters())
+    assert all(torch.equal(before[name], value) for name, value in loss.state_dict().items())
+    assert not has_room(loss, 1, 32, 2**60, cpu)  # no room for what is held aside
+    assert loss.passes == 3
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    loss = Narrow(128)
+    monkeypatch.setattr(TargetLoss, "forward", lambda *_: (_ for _ in ()).throw(RuntimeError("shapes differ")))
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        has_room(loss, 1, 32, 0, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(("others", "expected"), [(True, 4), (False, 1)])
+def test_all_workers_take_what_fits_on_each(others: bool, expected: int, tmp_path: Path, tiny_model: Path) -> None:
+    recipe = load_recipe(tiny_recipe(tmp_path, tiny_model, training__global_batch=16, tuning={"method": "full"}))
+    peers: Any = SimpleNamespace(workers=2, rank=0, gather=lambda mine: [mine, others and mine])
+    model = made("llama").train()
+    patched = Narrow(4 * 96)
+    assert worker.fitted(recipe, model, 96, torch.float32, torch.device("cpu"), peers, loss=patched) == expected
+    assert patched.passes == 2

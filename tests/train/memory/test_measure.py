@@ -1,0 +1,157 @@
+"""What a worker holds, and what to change when it was not enough."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from apprentice.errors import TrainingError
+from apprentice.recipe import Recipe, load_recipe
+from apprentice.train.checkpoint.format import SHARD_BYTES
+from apprentice.train.memory.estimate import PROCESS_BYTES, gathered, held
+from apprentice.train.memory.measure import GIB, Watch, expected, free_memory, out_of_memory, ran_out, smaller, that_fit
+from tests.recipes import tiny_recipe
+
+
+def recipe(folder: Path, **changes: Any) -> Recipe:
+    return load_recipe(tiny_recipe(folder, folder, **changes))
+
+
+# 1000 numbers, all trained, two workers: bytes of weights, gradients and optimizer
+@pytest.mark.parametrize(
+    ("stage", "dtype", "expected"),
+    [
+        (0, torch.float32, (4000, 4000, 8000)),
+        (0, torch.bfloat16, (2000, 4000, 6000)),  # which runs as stage 1
+        (1, torch.float32, (4000, 4000, 4000)),
+        (2, torch.bfloat16, (2000, 2000, 6000)),
+        (3, torch.bfloat16, (1000, 2000, 6000)),
+    ],
+)
+def test_each_stage_shares_out_more(stage: int, dtype: torch.dtype, expected: tuple[int, ...], tmp_path: Path) -> None:
+    found = held(recipe(tmp_path, training__deepspeed={"stage": stage}), 1000, 1000, dtype, 2)
+    assert (found.weights, found.gradients, found.optimizer) == expected
+    assert found.total == sum(expected)
+
+
+def test_frozen_weights_adafactor_and_offload(tmp_path: Path) -> None:
+    found = held(recipe(tmp_path), 1000, 10, torch.bfloat16, 1)
+    assert (found.weights, found.gradients, found.optimizer) == (2000, 40, 120)
+    slim = recipe(tmp_path, training__optimizer={"name": "adafactor"}, training__deepspeed={"stage": 0})
+    assert held(slim, 1000, 1000, torch.bfloat16, 2).optimizer == 0
+    on_disk = {"stage": 3, "offload": "nvme", "nvme_path": "/fast"}
+    in_memory = {"stage": 2, "offload": "cpu"}
+    for deepspeed, gpus, there in ((in_memory, 1, 0), (on_disk, 1, 0), (in_memory, 0, 6000), (on_disk, 0, 0)):
+        away = recipe(tmp_path, training__deepspeed=deepspeed, training__resources={"gpus": gpus})
+        assert held(away, 1000, 1000, torch.bfloat16, 2).optimizer == there
+
+
+def test_zero_3_has_whole_weights_beside_its_shares(tmp_path: Path) -> None:
+    def whole(**deepspeed: Any) -> float:
+        return gathered(recipe(tmp_path, training__deepspeed=deepspeed), 2 * 10**9, torch.bfloat16)
+
+    assert whole(stage=2) == 0
+    assert whole(stage=3) == 2 * (10**9 + 5 * 10**7)
+    few = {"stage3_max_live_parameters": 10**8, "stage3_prefetch_bucket_size": 10**6}
+    assert whole(stage=3, extra={"zero_optimization": few}) == 2 * (10**8 + 10**6)
+
+
+def test_process_and_checkpoint_are_in_the_hosts_memory(tmp_path: Path, tiny_model: Path) -> None:
+    made = load_recipe(tiny_recipe(tmp_path, tiny_model, tuning={"method": "full"}))
+    rows = {"workers": 2, "micro": 2, "length": 256}
+    here = expected(made, 10**9, 10**9, torch.bfloat16, **rows)
+    assert here.process == PROCESS_BYTES
+    assert here.checkpoint == 6 * 10**9 + SHARD_BYTES
+    assert expected(made, 1000, 1000, torch.bfloat16, **rows).checkpoint == 6000 + 12000
+    on_gpu = load_recipe(tiny_recipe(tmp_path, tiny_model, tuning={"method": "full"}, training__resources={"gpus": 1}))
+    there = expected(on_gpu, 10**9, 10**9, torch.bfloat16, **rows)
+    assert (there.process, there.checkpoint) == (0, 0)
+    assert there.activations == here.activations > 0
+
+
+def test_the_smallest_changes_come_first(tmp_path: Path) -> None:
+    made = recipe(tmp_path, training__global_batch=16, tuning={"method": "full"})
+    assert [change.text.partition(" (")[0] for change in smaller(made, 8, 256, 2)] == [
+        "training.micro_batch: 4",
+        "training.activation_checkpointing: true",
+        "training.deepspeed.stage: 3",
+        "tuning.method: lora",
+        "data.packing.length: 128",
+    ]
+    least = recipe(
+        tmp_path,
+        training__activation_checkpointing=True,
+        training__deepspeed={"stage": 3, "offload": "cpu"},
+        training__resources={"gpus": 1},
+    )
+    assert [change.text for change in smaller(least, 1, 256, 2)] == ["data.packing.length: 128"]
+    assert [change.text.partition(" (")[0] for change in smaller(recipe(tmp_path, training__resources={"gpus": 1}), 1, 256, 1)][
+        :2
+    ] == [
+        "training.activation_checkpointing: true",
+        "training.deepspeed.offload: cpu",
+    ]
+
+
+def test_every_change_is_a_recipe(tmp_path: Path) -> None:
+    made = recipe(tmp_path, training__global_batch=16, tuning={"method": "full"}, training__resources={"gpus": 1})
+    changes = smaller(made, 8, 256, 2)
+    assert len(changes) == 6
+    for change in changes:
+        key, _, value = change.text.partition(" (")[0].partition(": ")
+        values = [f"{key}={value}", *(["data.max_length=128"] if key.startswith("data") else [])]
+        assert load_recipe(tmp_path / "recipe.yaml", values) != made
+
+
+def test_the_sentence(tmp_path: Path) -> None:
+    made = recipe(tmp_path, training__global_batch=16)
+    state = replace(held(made, GIB, GIB // 4, torch.bfloat16, 2), activations=3 * GIB)
+    assert state.total == 7 * GIB
+    error = out_of_memory(state, 8, 256, " (78.0 of 79.2 GiB of the GPU were in use)", smaller(made, 8, 256, 2)[:2])
+    assert str(error) == (
+        "a worker ran out of memory with 8 rows of 256 tokens at once (78.0 of 79.2 GiB of the GPU were in use): weights take about"
+        " 2.00 GiB, gradients 0.50, the optimizer 1.50 and activations 3.00. The smallest changes that help:"
+        " training.micro_batch: 4 (the same steps, more passes), or training.activation_checkpointing: true (a third more time)."
+    )
+
+
+def test_changes_that_would_fit_are_named_first(tmp_path: Path) -> None:
+    changes = smaller(recipe(tmp_path, training__global_batch=16, tuning={"method": "full"}), 8, 256, 2)
+    sizes = dict(zip((change.text for change in changes), (9.0, 8.0, 6.0, 3.0, 4.0), strict=True))
+    assert that_fit(changes, lambda change: sizes[change.text], 6.0) == [changes[2], changes[3]]
+    assert that_fit(changes, lambda change: sizes[change.text], 3.5) == [changes[3], changes[4]]  # one fits, and the nearest other
+    assert that_fit(changes, lambda change: sizes[change.text], 1.0) == [changes[3], changes[4]]
+
+
+def test_a_worker_names_what_fits_by_its_own_estimate(tmp_path: Path, tiny_model: Path) -> None:
+    """Where the optimizer is what is large, fewer rows would not help."""
+    made = load_recipe(tiny_recipe(tmp_path, tiny_model, training__deepspeed={"stage": 0}, tuning={"method": "full"}))
+    watch = Watch(made, 10**9, torch.float32, 2, 256, 2, torch.device("cpu"))
+    with (
+        pytest.raises(TrainingError, match=r"activations 0\.0\d\. The .*: training.deepspeed.stage: 1, or tuning.method: lora\.$"),
+        watch.explained(),
+    ):
+        raise torch.OutOfMemoryError
+    small = Watch(made, 10**5, torch.float32, 2, 256, 2, torch.device("cpu"))
+    with (
+        pytest.raises(TrainingError, match=r"help: training.micro_batch: 1 .*, or training.activation_checkpointing: true"),
+        small.explained(),
+    ):
+        raise torch.OutOfMemoryError
+
+
+def test_free_memory() -> None:
+    assert 2**20 < free_memory() < 2**50
+
+
+def test_what_counts_as_running_out() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**50)
+    assert ran_out(caught.value)
+    assert ran_out(torch.OutOfMemoryError("CUDA out of memory"))
+    assert not ran_out(RuntimeError("shapes differ"))
+    assert not ran_out(ValueError("can't allocate memory"))

@@ -1,0 +1,188 @@
+"""Where figures go: a real MLflow store, an offline run of Weights & Biases, Ray's metrics, and services that fail."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import ray
+
+from apprentice.errors import RecipeError
+from apprentice.recipe import Recipe
+from apprentice.run.folder import Run
+from apprentice.storage import Folder
+from apprentice.train.metrics import backends as services
+from apprentice.train.metrics.tracker import Tracker
+from apprentice.train.metrics.writer import Feed
+from tests.train.metrics.test_tracker import record
+
+
+def recipe(*tracking: str) -> Recipe:
+    training = {"steps": 4, "tracking": list(tracking), "optimizer": {"learning_rate": 3e-4}}
+    return Recipe.model_validate({"name": "kite", "model": {"base": "tiny"}, "data": {"tasks": ["sst2"]}, "training": training})
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    return Run(Folder.at(tmp_path / "kite").make())
+
+
+def test_mlflow_has_the_figures_and_one_run_however_often_it_is_taken_up(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "store").as_uri())
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    for step in (1, 2):
+        seen: list[dict[str, Any]] = []
+        tracker = Tracker(run, seen.append, services.open_services(recipe("mlflow"), run)[1:])
+        tracker.write(record(step, loss=float(step)))
+        tracker.close()
+        assert [one["message"] for one in seen if "message" in one] == []
+    from mlflow import MlflowClient
+
+    client = MlflowClient()
+    experiment = client.get_experiment_by_name("apprentice")
+    assert experiment is not None
+    [found] = client.search_runs([experiment.experiment_id])
+    assert found.info.run_name == "kite"
+    assert found.data.params["training.optimizer.learning_rate"] == "0.0003"
+    history = client.get_metric_history(found.info.run_id, "train/loss")
+    assert sorted((point.step, point.value) for point in history) == [(1, 1.0), (2, 2.0)]
+    assert {
+        "train/smoothed_loss",
+        "train/grad_norm",
+        "speed/tokens_per_s",
+        "speed/tokens_per_s_worker",
+    } <= found.data.metrics.keys()
+
+
+@pytest.mark.slow
+def test_weights_and_biases_offline(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("WANDB_MODE", "offline"), ("WANDB_DIR", str(tmp_path)), ("WANDB_API_KEY", "0" * 40)):
+        monkeypatch.setenv(name, value)
+    made = services.open_services(recipe("wandb"), run)
+    for step in range(1, 4):
+        made[1].add({"train/loss": float(step)}, step)
+    made[1].close()
+    assert made[1].told() == []
+    import wandb
+
+    wandb.teardown()  # its own process writes the last of it
+    [file] = tmp_path.rglob(f"run-{services.key_of(run)}.wandb")
+    assert b"train/loss" in file.read_bytes()
+
+
+@pytest.mark.slow
+def test_rays_metrics_have_the_figures(run: Run, ray_cluster: None) -> None:
+    made = services.open_services(recipe(), run)
+    made[0].add({"train/loss": 1.25, "speed/tokens_per_s": 50.0}, 7)
+    [node] = [node for node in ray.nodes() if node["Alive"]]
+    wanted = {"train_loss": "1.25", "speed_tokens_per_s": "50.0", "train_step": "7.0"}
+    deadline = time.monotonic() + 60
+    while True:
+        text = httpx.get(f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics").text
+        lines = [line for line in text.splitlines() if line.startswith("ray_apprentice_") and 'run="kite"' in line]
+        found = {line.partition("{")[0].removeprefix("ray_apprentice_"): line.rsplit(" ", 1)[1] for line in lines}
+        if found == wanted or time.monotonic() > deadline:
+            break
+        time.sleep(0.5)
+    assert found == wanted
+
+
+def test_a_package_that_is_not_installed_is_said_before_anything_starts(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(services, "find_spec", lambda name: None)
+    with pytest.raises(
+        RecipeError, match=r"training\.tracking names wandb, which is not installed here; `pip install 'apprentice\["
+    ):
+        services.open_services(recipe("wandb"), run)
+
+
+def told(run: Run, *feeds: Feed) -> list[str]:
+    """What a person sees of two steps' figures on their way to `feeds`."""
+    seen: list[dict[str, Any]] = []
+    tracker = Tracker(run, seen.append, feeds)
+    for step in (1, 2):
+        tracker.write(record(step))
+    tracker.close()
+    return [one["message"] for one in seen if "message" in one]
+
+
+def test_a_service_that_cannot_be_reached_is_told_of_and_training_goes_on(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "nowhere://at/all")
+    [message] = told(run, *services.open_services(recipe("mlflow"), run)[1:])
+    assert message.startswith("mlflow does not take the run's figures (")
+    assert message.endswith("; training goes on.")
+
+
+class Odd:
+    """A service whose calls do what they are told to."""
+
+    def __init__(self, add: Callable[[], Any] = lambda: None, close: Callable[[], Any] = lambda: None) -> None:
+        self.took: list[int] = []
+        self._add, self._close = add, close
+
+    def add(self, values: Mapping[str, float], step: int) -> None:
+        self._add()
+        self.took.append(step)
+
+    def close(self) -> None:
+        self._close()
+
+
+def failing(error: Exception) -> Callable[[], Any]:
+    def fail() -> Any:
+        raise error
+
+    return fail
+
+
+def test_a_service_that_fails_later_is_told_of_once(run: Run) -> None:
+    broken = Odd(failing(ConnectionError("no\nroute")), failing(AssertionError("it was left before")))
+    assert told(run, Feed("broken", lambda: broken)) == ["broken takes no more figures (no route); training goes on."]
+
+
+def test_figures_that_a_service_loses_at_the_end_are_told_of(run: Run) -> None:
+    full = Odd(close=failing(TimeoutError("it did not answer")))
+    assert told(run, Feed("full", lambda: full)) == ["full may lack the last figures (it did not answer)."]
+    assert full.took == [1, 2]
+
+
+def test_nobody_waits_for_a_service_that_hangs() -> None:
+    goes_on, taken = threading.Event(), threading.Event()
+
+    def hang() -> None:
+        taken.set()
+        assert goes_on.wait(60)
+
+    slow = Odd(hang)
+    feed = Feed("slow", lambda: slow, waiting=2)
+    feed.add({"loss": 1.0}, 1)
+    assert taken.wait(60)
+    for step in range(2, 7):  # two of them wait, three are lost
+        feed.add({"loss": 1.0}, step)
+    assert feed.told() == ["slow does not keep up: figures from step 4 on are lost to it; training goes on."]
+    feed.close(patience_s=0.1)
+    assert feed.told() == ["slow did not answer for 0.1 seconds at the end; it lacks the last figures."]
+    goes_on.set()
+
+
+def test_lost_figures_are_counted() -> None:
+    goes_on = threading.Event()
+    slow = Odd()
+
+    def opened() -> Odd:
+        assert goes_on.wait(60)
+        return slow
+
+    feed = Feed("slow", opened, waiting=2)
+    for step in range(5):
+        feed.add({"loss": 1.0}, step)
+    goes_on.set()
+    feed.close()
+    assert feed.told()[1:] == ["slow lacks 3 of the run's records, because it did not keep up."]
+    assert slow.took == [0, 1]

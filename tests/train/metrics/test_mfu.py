@@ -1,0 +1,27 @@
+"""How many floating-point operations a token takes, and what devices are known."""
+
+from __future__ import annotations
+
+import pytest
+
+from apprentice.train.metrics import mfu as flops
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA L40S", 362e12),
+        ("NVIDIA L4", 121e12),
+        ("somebody's card", None),
+    ],
+)
+def test_peaks_by_the_name_that_the_device_gives(name: str, expected: float | None) -> None:
+    assert flops.peak(name) == expected
+
+
+def test_a_trained_weight_costs_six_and_a_frozen_one_four() -> None:
+    assert flops.per_token(1000, 1000) == 6000.0
+    assert flops.per_token(1000, 0) == 4000.0

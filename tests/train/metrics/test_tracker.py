@@ -1,0 +1,247 @@
+"""What the driver writes of a run's records."""
+
+from __future__ import annotations
+
+import errno
+import json
+import resource
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ray.train.v2.api.exceptions import ControllerError
+
+from apprentice import pipeline
+from apprentice.errors import DataError, TrainingError, full_disk
+from apprentice.run.folder import Run
+from apprentice.run.json_lines import read_records
+from apprentice.storage import Folder
+from apprentice.train.distributed.heartbeat import Who
+from apprentice.train.metrics import tracker as tracking
+from apprentice.train.metrics.tracker import Mailbox, Tracker
+
+
+def record(step: int, attempt: int = 1, **more: Any) -> dict[str, Any]:
+    figures = {"loss": 2.0, "learning_rate": 0.1, "grad_norm": 1.0, "tokens": 100, "seconds": 2.0, "data_wait_s": 0.5}
+    return {
+        "attempt": attempt,
+        "step": step,
+        "steps": 4,
+        "tokens_per_s": 50.0,
+        "data_wait": 0.25,
+        "workers": 2,
+        "examples": [step],
+        **figures,
+        **more,
+    }
+
+
+def test_mailbox() -> None:
+    mailbox = Mailbox()
+    mailbox.begin(None)
+    assert mailbox.start() == (1, None, False)
+    mailbox.put({"step": 1, "steps": 2})
+    mailbox.put({"step": 2, "steps": 2})
+    assert [told["step"] for told in mailbox.take()] == [1, 2]
+    assert [told["step"] for told in mailbox.take()] == [1, 2]  # the first answer may have been lost
+    mailbox.put({"step": 3, "steps": 3})
+    assert [told["step"] for told in mailbox.take(2)] == [3]
+    assert mailbox.take(3) == []
+    first = TrainingError("first")
+    mailbox.fail(first)
+    mailbox.fail(DataError("second"))
+    mailbox.begin(None)
+    assert mailbox.start() == (2, None, True)
+    assert mailbox.outcome() == (2, first, [])
+
+
+def test_the_wish_for_a_checkpoint() -> None:
+    mailbox = Mailbox(2)
+    assert mailbox.begin(None) == 2
+    worker = Who(0, 11, "abc", "10.0.0.1")
+    assert mailbox.beat(1, worker) == 0
+    mailbox.want()
+    assert mailbox.beat(1, worker) == 1
+    mailbox.put(record(1))
+    assert mailbox.wanted()
+    mailbox.put({"attempt": 1, "step": 1, "steps": 4, "saved_s": 2.0, "blocked_s": 0.1})
+    assert not mailbox.wanted()
+    mailbox.resize(1)
+    assert mailbox.begin(None) == 1
+    assert mailbox.beat(2, worker) == 0  # the new workers begin at a checkpoint
+    assert [told["message"] for told in mailbox.take() if "message" in told] == ["training goes on with 1 worker instead of 2"]
+
+
+def test_silent_workers_are_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 1.0, 11.0, 11.0, 12.0, 13.0, 50.0])
+    monkeypatch.setattr(tracking.time, "monotonic", lambda: next(clock))
+    mailbox = Mailbox(2)
+    mailbox.begin(None)
+    mailbox.put(record(3))
+    first, second = Who(0, 11, "abc", "10.0.0.1"), Who(1, 12, "def", "10.0.0.2")
+    mailbox.beat(1, first)
+    mailbox.beat(1, second)
+    mailbox.beat(1, first)
+    assert mailbox.silent(10.0) == []
+    assert mailbox.silent(10.0) == [second]
+    mailbox.beat(1, second)  # too late
+    assert mailbox.silent(10.0) == [second]
+    mailbox.part()
+    assert mailbox.silent(10.0) == []
+    sentence = "worker 1 (process 12 on 10.0.0.2) had not answered for 10 seconds and was ended"
+    assert mailbox.outcome().silent == [sentence]
+    assert mailbox.take()[-1] == {"attempt": 1, "step": 3, "steps": 4, "message": sentence}
+
+
+def test_only_this_attempts_workers_are_listened_for() -> None:
+    mailbox = Mailbox(1)
+    mailbox.begin(None)
+    mailbox.begin(None)
+    mailbox.beat(1, Who(0, 11, "abc", "10.0.0.1"))
+    assert mailbox.silent(-1.0) == []
+    mailbox.beat(2, Who(0, 12, "abc", "10.0.0.1"))
+    mailbox.leave(0)
+    assert mailbox.silent(-1.0) == []
+
+
+def test_tracker(tmp_path: Path) -> None:
+    run = Run(Folder.at(tmp_path / "run").make())
+    seen: list[dict[str, Any]] = []
+    tracker = Tracker(run, seen.append)
+    for given in (record(1), record(2), record(2, attempt=2), record(3, attempt=2)):
+        tracker.write(given)
+    tracker.write({"attempt": 2, "step": 4, "steps": 4, "validation_loss": 1.5})
+    tracker.close()
+    lines = [json.loads(line) for line in (tmp_path / "run" / "steps.jsonl").read_text().splitlines()]
+    assert [(line["attempt"], line["step"]) for line in lines] == [(1, 1), (1, 2), (2, 2), (2, 3), (2, 4)]
+    assert lines[3]["examples"] == [3]
+    assert [("examples" in one) for one in seen] == [False] * 5
+    assert (tracker.tokens, tracker.seconds, tracker.waited) == (200, 4.0, 1.0)  # the first step of each attempt warms up
+    assert run.status()["validation_loss"] == 1.5
+    assert run.status()["state"] == "training"
+    assert len(list((tmp_path / "run" / "events").iterdir())) == 1
+
+
+def test_smoothed_loss_and_speed_of_one_worker(tmp_path: Path) -> None:
+    seen: list[dict[str, Any]] = []
+    tracker = Tracker(Run(Folder.at(tmp_path / "run").make()), seen.append)
+    for step, loss in ((1, 4.0), (2, 2.0), (3, float("nan"))):
+        tracker.write(record(step, loss=loss))
+    tracker.close()
+    assert [one["smoothed_loss"] for one in seen] == pytest.approx([4.0, (0.9 * 4.0 + 2.0) / 1.9, (0.9 * 4.0 + 2.0) / 1.9])
+    assert {one["tokens_per_s_worker"] for one in seen} == {25.0}
+
+
+def test_replies_are_kept_shown_and_drawn(tmp_path: Path) -> None:
+    run = Run(Folder.at(tmp_path / "run").make())
+    seen: list[dict[str, Any]] = []
+    tracker = Tracker(run, seen.append)
+    samples = [{"instruction": "Name a bird.", "reply": "a kite"}]
+    tracker.write({"attempt": 1, "step": 2, "steps": 4, "samples": samples})
+    tracker.close()
+    assert seen == [{"attempt": 1, "step": 2, "steps": 4, "samples": samples}]
+    assert json.loads((tmp_path / "run" / "steps.jsonl").read_text())["samples"] == samples
+    [events] = (tmp_path / "run" / "events").iterdir()
+    assert b"a kite" in events.read_bytes()
+
+
+def test_a_second_tracker_goes_on_in_the_same_file(tmp_path: Path) -> None:
+    run = Run(Folder.at(tmp_path / "run").make())
+    for step in (1, 2):
+        tracker = Tracker(run, lambda _: None)
+        tracker.write(record(step))
+        tracker.close()
+    lines = [json.loads(line) for line in (tmp_path / "run" / "steps.jsonl").read_text().splitlines()]
+    assert [(line["attempt"], line["step"]) for line in lines] == [(1, 1), (2, 2)]
+
+
+@pytest.mark.parametrize("torn", [b'{"attempt": 1, "st', b"\0" * 40, b'{"step": \xc3', b'\0\0\n{"attempt"'])
+def test_a_torn_last_line_is_cut_and_told(tmp_path: Path, torn: bytes) -> None:
+    """As a kill or a loss of power leaves it."""
+    run = Run(Folder.at(tmp_path / "run").make())
+    file = tmp_path / "run" / "steps.jsonl"
+    file.write_bytes(json.dumps(record(1)).encode() + b"\n" + torn)
+    seen: list[dict[str, Any]] = []
+    tracker = Tracker(run, seen.append)
+    assert [one["message"] for one in seen] == [
+        f"{file} ended in {len(torn)} bytes of a line that was never finished; they are cut off"
+    ]
+    tracker.write(record(2))
+    tracker.close()
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [(line["attempt"], line["step"]) for line in lines] == [(1, 1), (2, 2)]
+
+
+def test_a_last_line_without_its_end_of_line_is_whole(tmp_path: Path) -> None:
+    run = Run(Folder.at(tmp_path / "run").make())
+    (tmp_path / "run" / "steps.jsonl").write_text(json.dumps(record(1)))
+    seen: list[dict[str, Any]] = []
+    tracker = Tracker(run, seen.append)
+    tracker.write(record(2))
+    tracker.close()
+    assert [one["step"] for one in read_records(run.folder / "steps.jsonl")] == [1, 2]
+    assert [one for one in seen if "message" in one] == []
+
+
+def test_a_validation_that_comes_late_is_not_the_runs(tmp_path: Path) -> None:
+    """Not after a resume either, when the older checkpoint's comes to another process."""
+    run = Run(Folder.at(tmp_path / "run").make())
+    for step, figures in ((3, {"validation_loss": 1.5, "held_out": 0.4}), (2, {"validation_loss": 1.2, "held_out": 0.1})):
+        tracker = Tracker(run, lambda _: None)
+        tracker.write(record(step))  # and the status is not written for every step
+        tracker.write({"attempt": 1, "step": step, "steps": 4, **figures})
+        tracker.close()
+    assert (run.status()["validation_loss"], run.status()["held_out"]) == (1.5, 0.4)
+
+
+def test_the_list_of_runs_has_the_validation_loss_of_what_was_exported(tmp_path: Path) -> None:
+    run = Run(Folder.at(tmp_path / "run").make())
+    (run.folder / "identity.json").write_json({})
+    run.update_status(validation_loss=1.5)
+    assert pipeline.runs(str(tmp_path))[0]["validation_loss"] == 1.5
+    run.update_status(state="trained", validation_loss=1.7, training={"validation_loss": 1.2})  # as earlier versions left it
+    assert pipeline.runs(str(tmp_path))[0]["validation_loss"] == 1.2
+
+
+def test_who_has_lost_the_run_writes_nothing_to_it(tmp_path: Path) -> None:
+    run = Run(Folder.at(tmp_path / "run").make())
+    seen: list[dict[str, Any]] = []
+    held = True
+    tracker = Tracker(run, seen.append, (), lambda: held)
+    tracker.write(record(1))
+    held = False
+    tracker.write(record(4))
+    tracker.write({"attempt": 1, "step": 4, "steps": 4, "validation_loss": 1.5})
+    tracker.close()
+    assert [one["step"] for one in seen] == [1, 4, 4]
+    assert [one["step"] for one in read_records(run.folder / "steps.jsonl")] == [1]
+    assert (run.status()["step"], "validation_loss" in run.status()) == (1, False)
+
+
+def test_a_full_disk_stops_nothing_and_what_it_refused_is_written_later(tmp_path: Path) -> None:
+    run = Run(Folder.at(tmp_path / "run").make())
+    seen: list[dict[str, Any]] = []
+    tracker = Tracker(run, seen.append)
+    tracker.write(record(1))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))  # every write fails
+    try:
+        for step in range(2, 40):  # more than any queue holds
+            tracker.write(record(step))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    assert [one["message"] for one in seen if "message" in one] == [
+        f"{tmp_path / 'run'} cannot be written to (File too large); make room there. Training goes on."
+    ]
+    tracker.write(record(40))
+    tracker.close()
+    lines = [json.loads(line) for line in (tmp_path / "run" / "steps.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 41))
+
+
+def test_a_full_disk_is_one_sentence() -> None:
+    full = OSError(errno.ENOSPC, "No space left on device", "/runs/x/status.json")
+    around = RuntimeError("a task failed")
+    around.__cause__ = full
+    assert str(full_disk(around)).startswith("no room is left on the disk for /runs/x/status.json; make room and give the same")
+    assert full_disk(ControllerError(OSError(errno.ENOSPC, "Error writing bytes to file"))) is not None  # Ray Train's own files
+    assert full_disk(OSError(errno.EACCES, "Permission denied")) is None
