@@ -21,7 +21,7 @@ setup: $(VENV)/.installed ## install apprentice and all it needs into .venv
 
 setup-dev: $(VENV)/.installed-dev ## the same, with what the tests and checks need
 
-demo: setup ## the whole road on a real 135M model: data, training, evaluation, serving
+demo: setup ## the whole pipeline on a real 135M model: data, training, evaluation, serving
 	@$(BIN)/apprentice quickstart
 
 test: setup-dev ## the quick tests

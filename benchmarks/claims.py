@@ -1,4 +1,4 @@
-"""What instruction tuning claims, tried on a small scale: the tables of the README about learning, with intervals.
+"""What instruction tuning claims, tried on a small scale: the tables of docs/results.md about learning, with intervals.
 
     python benchmarks/claims.py [--recipe flan_mini] [--hold-out sentiment nli] [--clusters 2 5 0] [--out DIR] [KEY=VALUE …]
     python benchmarks/claims.py methods …      # full, LoRA, prefix, prompt and adapter tuning side by side: methods.py
@@ -7,7 +7,7 @@
 (b) T0's question: one wording per task against all of them; held-out tasks are asked in every wording: mean, worst, spread;
 (c) FLAN's question: how many clusters are trained on (0 means all).
 
-Each variant is a run of its own, trained and scored by the ordinary road; given again, what is done is not done again. Prints one
+Each variant is a run of its own, trained and scored by the ordinary pipeline; given again, what is done is not done again. Prints one
 JSON object per figure, and writes `claims.md` and `claims.svg`. `--dry-run` only lists the variants.
 """
 

@@ -1,4 +1,4 @@
-"""`ray job submit … -- python jobs/pipeline.py --recipe R [key=value …]`: the whole road; prints the run folder last."""
+"""`ray job submit … -- python jobs/pipeline.py --recipe R [key=value …]`: the whole pipeline; prints the run folder last."""
 
 from apprentice.jobs import run_job
 

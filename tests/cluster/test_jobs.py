@@ -1,4 +1,4 @@
-"""The road as a Ray job: a real cluster started with `ray start --head`, `apprentice submit` and `ray job submit`."""
+"""The pipeline as a Ray job: a real cluster started with `ray start --head`, `apprentice submit` and `ray job submit`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command that sends the road to a cluster."""
+"""The command that sends the pipeline to a cluster."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ def quickstart(
     storage: Storage = "./runs",
     json: Json = False,
 ) -> None:
-    """The whole road on the built-in mixture and a real 135M model, offline of any hub."""
+    """The whole pipeline on the built-in mixture and a real 135M model, offline of any hub."""
     from apprentice.pipeline import quickstart as demo
 
     screen = screen_for(json)

@@ -1,4 +1,4 @@
-"""What runs on a cluster: each stage of the road as a job, progress as plain lines, exit codes as the command line has them.
+"""What runs on a cluster: each stage of the pipeline as a job, progress as plain lines, exit codes as the command line has them.
 
     python -m apprentice.jobs pipeline --recipe R [--recipe R2 …] [key=value …]
 

@@ -94,7 +94,7 @@ def submit(
     install: bool = False,
     folder: Path | None = None,
 ) -> Submission:
-    """Sends the whole road of the recipe `name` as a job, unless one of the same run is live.
+    """Sends the whole pipeline of the recipe `name` as a job, unless one of the same run is live.
 
     `folder` (default: the current one) is what is packed. Raises `RecipeError` before anything is sent, `ResourcesError` where no
     cluster answers or it refuses us.

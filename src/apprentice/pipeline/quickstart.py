@@ -1,4 +1,4 @@
-"""The demonstration: the whole road on the built-in mixture, a served model that answers three instructions, and one table.
+"""The demonstration: the whole pipeline on the built-in mixture, a served model that answers three instructions, and one table.
 
 Knows only pipeline.py; everything it does, a person could do with the other commands.
 """

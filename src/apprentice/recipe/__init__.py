@@ -1,4 +1,4 @@
-"""The recipe: one YAML file that describes the whole road, as strict pydantic models.
+"""The recipe: one YAML file that describes the whole pipeline, as strict pydantic models.
 
 An unknown key or a wrong value is refused at once, with the file's line and the nearest right name. Relative paths are
 relative to the recipe file, those on the command line to the current directory. Knows nothing of datasets, clusters or models

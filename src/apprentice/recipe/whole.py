@@ -31,7 +31,7 @@ class Model(Strict):
 
 
 class Recipe(Strict):
-    """One execution of the whole road."""
+    """One execution of the whole pipeline."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Name of the run's folder.")
     seed: int = 0
