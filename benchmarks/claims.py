@@ -7,7 +7,7 @@
 (b) T0's question: one wording per task against all of them; held-out tasks are asked in every wording: mean, worst, spread;
 (c) FLAN's question: how many clusters are trained on (0 means all).
 
-Each variant is a run of its own, trained and scored by the ordinary pipeline; given again, what is done is not done again. Prints one
+Each variant is a run of its own, trained and scored by the ordinary pipeline; given again, what is done stays. Prints one
 JSON object per figure, and writes `claims.md` and `claims.svg`. `--dry-run` only lists the variants.
 """
 

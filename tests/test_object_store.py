@@ -1,4 +1,4 @@
-"""Runs in an object store: the same pipeline with `storage=s3://…`, in processes that know the store from their environment alone."""
+"""Runs in an object store: the pipeline with `storage=s3://…`, in processes that know the store by their environment alone."""
 
 from __future__ import annotations
 
