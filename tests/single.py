@@ -27,6 +27,7 @@ def answered(recipe: Any) -> dict[str, Any]:
 
     from apprentice.data.encoding.prompt_contract import layout_beside
     from apprentice.data.stream import make_corpus
+    from apprentice.data.window import WindowRenderer
     from apprentice.models.loading import load_model
     from apprentice.run.folder import open_run
     from apprentice.serve.api.routes import build_app
@@ -41,7 +42,7 @@ def answered(recipe: Any) -> dict[str, Any]:
     trained(recipe, run, corpus, told)
     best = checkpoints.best(run.checkpoints)
     assert best is not None
-    export(recipe, run, best, corpus.layout)
+    export(recipe, run, best, corpus.layout, WindowRenderer(corpus).probe(1))
     folder = run.model.local
 
     async def ask() -> dict[str, Any]:

@@ -98,6 +98,7 @@ def test_the_road_with_its_storage_in_a_store(store, tiny_model, tmp_path):
         "recipe.yaml",
         "status.json",
         "ledger.json",
+        "export.json",
         "model/apprentice.json",
         "report/report.html",
         "adapter/adapter_config.json",

@@ -13,6 +13,7 @@ from apprentice.data.encoding.render import Renderer
 from apprentice.data.encoding.tokenize import encode
 from apprentice.data.packing import Rows
 from apprentice.data.window import WindowRenderer
+from apprentice.errors import DataError
 from tests.data.small import CorpusOf
 
 SHAPES = {"input_ids": "int32", "positions": "int32", "segment_ids": "int32", "loss_mask": "uint8"}
@@ -191,3 +192,40 @@ def _labelled(rows: Rows) -> list[tuple[int, tuple[Any, Any, int, int]]]:
 
 def test_no_validation_rows(corpus_of: CorpusOf) -> None:
     assert len(WindowRenderer(corpus_of(validation=0.0)).validation(8)["row"]) == 0
+
+
+def ids_in(rows: Rows) -> list[list[int]]:
+    """The token ids of every example."""
+    return [
+        ids[segments == segment].tolist()
+        for ids, segments in zip(rows["input_ids"], rows["segment_ids"], strict=True)
+        for segment in range(1, int(segments.max()) + 1)
+    ]
+
+
+def test_a_probe_is_short_and_the_same_again(corpus: Corpus) -> None:
+    probe = WindowRenderer(corpus).probe(1)
+    assert probe.rows == "validation"
+    assert 1 <= len(probe.examples) <= 8
+    assert sum(example.size for example in probe.examples) <= 512
+    assert probe == WindowRenderer(corpus).probe(3)
+    held_back = ids_in(WindowRenderer(corpus).validation(1000))
+    assert all(example.ids in held_back for example in probe.examples)
+
+
+def test_a_run_without_validation_is_probed_by_its_training(corpus_of: CorpusOf) -> None:
+    corpus = corpus_of(validation=0.0)
+    probe = WindowRenderer(corpus).probe(1)
+    assert probe.rows == "training"
+    trained = ids_in(WindowRenderer(corpus).window(0))
+    assert all(example.ids in trained for example in probe.examples)
+
+
+def test_no_row_to_probe(corpus_of: CorpusOf) -> None:
+    with pytest.raises(DataError, match="cannot be checked"):
+        WindowRenderer(corpus_of(max_length=10)).probe(2)
+
+
+def test_one_long_example_is_enough(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("apprentice.data.window.PROBE_TOKENS", 1)
+    assert len(WindowRenderer(corpus).probe(1).examples) == 1

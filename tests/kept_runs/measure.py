@@ -210,6 +210,7 @@ def exported(place: Path) -> dict[str, Any]:
 
     from apprentice import pipeline
     from apprentice.data.stream import make_corpus
+    from apprentice.data.window import WindowRenderer
     from apprentice.recipe import load_recipe
     from apprentice.run.folder import Run, read_contract
     from apprentice.storage import Folder
@@ -223,10 +224,10 @@ def exported(place: Path) -> dict[str, Any]:
     best = checkpoints.best(run.checkpoints)
     assert best is not None
     before, contract = load_file(place / "model" / "model.safetensors"), read_contract(run.model.local)
-    layout = make_corpus(recipe, run, parallel=False).layout
+    corpus = make_corpus(recipe, run, parallel=False)
     again = Run(run.folder / "again")
     (again.folder / "identity.json").write_text((run.folder / "identity.json").read_text())
-    export(recipe, again, best, layout)
+    export(recipe, again, best, corpus.layout, WindowRenderer(corpus).probe(1))
     after, made = load_file(again.model.local / "model.safetensors"), read_contract(again.model.local)
     assert contract is not None
     assert made is not None

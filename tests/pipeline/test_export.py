@@ -32,6 +32,8 @@ def run(tmp_path: Path, tiny_model: Path) -> Run:
     make_contract(recipe, layout_of(recipe, Tokenizer(place)), place, ancestors=("org/base",), run=recipe.name).write(place)
     tasks = {"ag_news": {"share_of_examples": 0.75}, "trec": {"share_of_examples": 0.25}}
     made.ledger_file.write_json({"examples": 1200, "target_tokens": 3456, "tasks": tasks})
+    facts = {"rows": "validation", "examples": 8, "of": "log-probabilities", "dtype": "bfloat16", "count": 123}
+    made.export_file.write_json({"version": 1, "step": 4, **facts, "mean": 0.0031, "largest": 0.021})
     return made
 
 
@@ -71,6 +73,7 @@ def test_what_is_exported_loads_and_says_what_it_is(run: Run, tmp_path: Path) ->
     assert "| `sst2` (held out) | accuracy | 50.0 | 62.5 |" in lines
     assert "| `trec` | accuracy | – | – |" in lines
     assert "1,200 examples with 3,456 tokens of answers." in card
+    assert "on 8 validation rows: the log-probabilities of 123 tokens differ by 3.1e-03 nats in the mean" in card
     shown = yaml.safe_load(card.split("```yaml\n")[1].split("```")[0])
     assert shown["tuning"] == {"rank": 4}
     assert "storage" not in shown

@@ -51,6 +51,7 @@ def test_the_run_folder_holds_what_the_design_names(trained):
         "identity.json",
         "status.json",
         "ledger.json",
+        "export.json",
         "index",
         "checkpoints",
         "model",

@@ -44,8 +44,8 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain, count
-from typing import Any, NamedTuple
+from itertools import accumulate, chain, count
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,8 +57,11 @@ from apprentice.data.encoding.tokenize import Tokenized, drop_reason
 from apprentice.data.packing import Rows, build_pairs, build_rows, pack, pack_pairs
 from apprentice.data.sampling.permutation import below, draw, key_of, permute
 from apprentice.data.sampling.plan import Draw
-from apprentice.errors import RowError
+from apprentice.errors import DataError, RowError
 from apprentice.tasks.schema import Example, Task
+
+PROBE_EXAMPLES, PROBE_TOKENS = 8, 512  # that two models are compared on, in the slowest place: one core, in float32
+PROBE_AMONG = 64  # examples in the plan's order, of which the shortest are taken
 
 
 class _Item(NamedTuple):
@@ -76,6 +79,13 @@ class Prompt(NamedTuple):
     position: int  # in the plan
     task: int  # number in `Corpus.tasks`
     ids: list[int]
+
+
+class Probe(NamedTuple):
+    """A few examples of a run, which two models are compared on."""
+
+    rows: Literal["validation", "training"]  # where they are from
+    examples: tuple[Tokenized, ...]
 
 
 class WindowRenderer:
@@ -135,6 +145,27 @@ class WindowRenderer:
         size = self.corpus.recipe.data.window
         items, _ = self._items(self.corpus.plan.draws(window * size, (window + 1) * size))
         return [Prompt(item.number, item.task, item.tokens.ids) for item in items]
+
+    def probe(self, windows: int) -> Probe:
+        """The shortest of the first validation examples, or of those in the first `windows` of training where there are none.
+
+        The same ones whenever it is asked: at least one, at most `PROBE_EXAMPLES` with `PROBE_TOKENS` together. Raises `DataError`
+        if no row can be used.
+        """
+        size = self.corpus.recipe.data.window
+        training = (self.corpus.plan.draws(number * size, (number + 1) * size) for number in range(windows))
+        sources: dict[Literal["validation", "training"], Iterable[list[Draw]]] = {
+            "validation": _validation_draws(self.corpus),
+            "training": training,
+        }
+        for rows, stretches in sources.items():
+            for draws in stretches:
+                if items := self._items(draws)[0][:PROBE_AMONG]:
+                    ascending = sorted((item.tokens for item in items), key=lambda tokens: tokens.size)[:PROBE_EXAMPLES]
+                    tokens = list(accumulate(one.size for one in ascending))
+                    fitting = sum(total <= PROBE_TOKENS for total in tokens)
+                    return Probe(rows, tuple(ascending[: max(1, fitting)]))
+        raise DataError("none of the run's rows can be used any more, so the export cannot be checked; put its data back.")
 
     def _items(self, draws: Sequence[Draw]) -> tuple[list[_Item], dict[str, Counter[str]]]:
         """The usable examples, and what was dropped or cut."""

@@ -61,6 +61,7 @@ def _card(run: Run, part: Path) -> str:
         recipe,
         contract,
         run.ledger_file.read_json() if run.ledger_file.exists() else {"examples": 0, "target_tokens": 0, "tasks": {}},
+        run.export_file.read_json() if run.export_file.exists() else None,
         report.read_json() if report.exists() else None,
         tasks,
         held_out,

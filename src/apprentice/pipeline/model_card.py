@@ -1,6 +1,6 @@
 """The model card that goes with exported weights: what they are, what they learnt from under which licences, and how they scored.
 
-Pure: takes a run's recipe, contract, ledger and report. What is not known is said to be not known.
+Pure: takes a run's recipe, contract, ledger, facts of the export and report. What is not known is said to be not known.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from apprentice import __version__
+from apprentice.evaluate.report.run_history import export_sentence
 from apprentice.recipe import Recipe
 from apprentice.run.folder import PromptContract
 from apprentice.tasks.exposure import exposure_in, exposures
@@ -23,6 +24,7 @@ def model_card(
     recipe: Recipe,
     contract: PromptContract,
     ledger: Mapping[str, Any],
+    exported: Mapping[str, Any] | None,
     report: Mapping[str, Any] | None,
     tasks: Sequence[Task],
     held_out: set[str] | frozenset[str],
@@ -34,7 +36,7 @@ def model_card(
         f"# {recipe.name}",
         _origin(recipe, contract),
         _speaking(contract),
-        _training(recipe, ledger),
+        _training(recipe, ledger, exported),
         _data(ledger, tasks, held_out),
         _scores(report),
         _licences(contract, tasks, held_out),
@@ -71,11 +73,12 @@ def _speaking(contract: PromptContract) -> str:
     )
 
 
-def _training(recipe: Recipe, ledger: Mapping[str, Any]) -> str:
+def _training(recipe: Recipe, ledger: Mapping[str, Any], exported: Mapping[str, Any] | None) -> str:
     content = recipe.model_dump(mode="json", exclude_defaults=True, exclude={"storage": True, "data": {"root"}})
     text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True).strip()
     seen = f"{ledger['examples']:,} examples with {ledger['target_tokens']:,} tokens of answers."
-    return f"## Training\n\n{seen} The recipe, without what is at its default:\n\n```yaml\n{text}\n```"
+    compared = export_sentence(exported) or f"How far these weights are from the trained ones is {UNKNOWN}."
+    return f"## Training\n\n{seen} {compared}\n\nThe recipe, without what is at its default:\n\n```yaml\n{text}\n```"
 
 
 def _data(ledger: Mapping[str, Any], tasks: Sequence[Task], held_out: set[str] | frozenset[str]) -> str:

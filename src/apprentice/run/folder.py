@@ -92,6 +92,11 @@ class Run:
         return self.folder / "ledger.json"
 
     @property
+    def export_file(self) -> Folder:
+        """How far the exported model is from the trained one; not there in runs of earlier versions."""
+        return self.folder / "export.json"
+
+    @property
     def is_trained(self) -> bool:
         """True once the exported model, whose contract is written last, is whole."""
         return (self.model / CONTRACT_FILE).exists()

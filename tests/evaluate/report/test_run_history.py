@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from apprentice.evaluate.report.run_history import MOST_POINTS, contamination_of, story_of
-from apprentice.evaluate.report.write import remarks, task_table
+from apprentice.evaluate.report.run_history import MOST_POINTS, contamination_of, export_sentence, story_of
+from apprentice.evaluate.report.schema import Report
+from apprentice.evaluate.report.write import html, markdown, remarks, task_table
 from apprentice.evaluate.stats.summary import summarise
 from apprentice.recipe import Recipe
 from apprentice.run.folder import Run
@@ -25,7 +26,44 @@ def test_a_long_curve_is_thinned_and_validation_is_kept(tmp_path: Path) -> None:
     assert story["history"][0] == {"step": 1, "loss": 1.0}
     assert story["history"][-1] == {"step": 2000, "validation_loss": 0.5}
     assert story["ledger"] == {"tasks": {}}
-    assert story_of(None) == {"history": [], "ledger": None}
+    assert story["export"] is None  # a run of an earlier version
+    assert story_of(None) == {"history": [], "ledger": None, "export": None}
+
+
+EXPORT = {
+    "version": 1,
+    "step": 40,
+    "rows": "validation",
+    "examples": 8,
+    "of": "log-probabilities",
+    "dtype": "bfloat16",
+    "count": 123,
+    "mean": 0.0031,
+    "largest": 0.021,
+}
+
+
+def test_the_report_says_how_true_the_exported_model_is(tmp_path: Path, recipe: Recipe) -> None:
+    run = Run(Folder.at(tmp_path))
+    run.export_file.write_json(EXPORT)
+    report = summarise(tables.table(recipe), resamples=20)
+    assert not any("exported model" in line for line in remarks(report))
+    report["story"] = story_of(run)
+    said = (
+        "The exported model (bfloat16) was held against the trained weights in float32 on 8 validation rows: the log-probabilities"
+        " of 123 tokens differ by 3.1e-03 nats in the mean and by 2.1e-02 nats at most."
+    )
+    assert said in remarks(report)
+    assert f"- {said}" in markdown(report).splitlines()
+    assert said in html(report)
+    assert Report.model_validate(report).story["export"] == EXPORT
+
+
+def test_an_export_without_facts_says_nothing_and_rewards_have_no_unit() -> None:
+    assert export_sentence(None) is None
+    said = export_sentence(EXPORT | {"of": "rewards", "rows": "training", "count": 16})
+    assert said is not None
+    assert "on 8 training rows: the rewards of 16 answers differ by 3.1e-03 in the mean and by 2.1e-02 at most." in said
 
 
 def test_contamination_stands_beside_the_score(recipe: Recipe) -> None:

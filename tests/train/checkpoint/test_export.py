@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,10 +11,12 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
 
 from apprentice.data.encoding.prompt_contract import layout_beside, layout_over
 from apprentice.data.encoding.prompt_format import Layout
+from apprentice.data.encoding.tokenize import Tokenized
+from apprentice.data.window import Probe
 from apprentice.errors import TrainingError
 from apprentice.models.loading import load_model
 from apprentice.models.tuning.methods import TUNING_METHODS, load_trainable, trainable
@@ -22,21 +26,30 @@ from apprentice.run.folder import Run, read_contract, weights_sha256
 from apprentice.storage import Folder
 from apprentice.train.checkpoint import export as exporting
 from apprentice.train.checkpoint.export import export
+from apprentice.train.checkpoint.fidelity import check, said_of
 from apprentice.train.checkpoint.format import Checkpoint, save
 from apprentice.train.state import State
 
 IDS = torch.tensor([[5, 6, 7, 8]])
+PROBE = Probe(
+    "validation",
+    (
+        Tokenized([9, 40, 41, 42, 7, 2], 4, 0, None),
+        Tokenized([9, 30, 31, 32, 33, 34, 35, 2], 2, 0, None, untrained=((4, 6),)),  # a conversation
+    ),
+)
+TARGETS = ((0, (4, 5)), (1, (2, 3, 6, 7)))  # example → the places of its target tokens
 
 
-def recipe(model: Path, method: str) -> Recipe:
+def recipe(model: Path, method: str, objective: str = "sft") -> Recipe:
     return Recipe.model_validate(
         {
             "name": "exported",
             "seed": 4,
             "model": {"base": str(model)},
-            "data": {"tasks": ["t"]},
+            "data": {"tasks": ["t"], "max_length": 512},
             "tuning": {"method": method, "rank": 4, "virtual_tokens": 4, "width": 8},
-            "training": {"steps": 3},
+            "training": {"steps": 3, "objective": objective},
         }
     )
 
@@ -44,13 +57,24 @@ def recipe(model: Path, method: str) -> Recipe:
 def trained(folder: Path, made: Recipe, dtype: str) -> tuple[Run, Checkpoint, Any]:
     """A checkpoint with weights that are not those of the base, and the model that has them."""
     method = TUNING_METHODS[made.tuning.method]
-    model: Any = method.wrap(load_model(made.model.base, torch.float32), made.tuning, made.seed).eval()
+    model: Any = method.wrap(load_model(made.model.base, torch.float32, head=made.head), made.tuning, made.seed).eval()
     generator = torch.Generator().manual_seed(5)
     weights = {name: p.detach() + 0.05 * torch.randn(p.shape, generator=generator) for name, p in trainable(model).items()}
     load_trainable(model, weights)
     run = Run(Folder.at(folder / "run"))
     tensors = ((f"weight/{name}", value) for name, value in weights.items())
     return run, save(run.checkpoints, tensors, State(step=3), {"dtype": dtype}), model
+
+
+def told(model: Any) -> torch.Tensor:
+    """The log-probabilities of the probe's target tokens, by a plain forward pass."""
+    found = []
+    for number, places in TARGETS:
+        ids = torch.tensor([PROBE.examples[number].ids])
+        with torch.no_grad():
+            logits = model(input_ids=ids, use_cache=False).logits[0, -ids.shape[1] :]
+        found += [logits[place - 1].float().log_softmax(-1)[ids[0, place]] for place in places]
+    return torch.stack(found)
 
 
 def layout_of(model: Path) -> Layout:
@@ -62,7 +86,7 @@ def layout_of(model: Path) -> Layout:
 def test_export(tiny_model: Path, tmp_path: Path, method: str) -> None:
     made = recipe(tiny_model, method)
     run, checkpoint, model = trained(tmp_path, made, "float32")
-    export(made, run, checkpoint, layout_of(tiny_model))
+    export(made, run, checkpoint, layout_of(tiny_model), PROBE)
     assert run.is_trained
     with torch.no_grad():
         expected = model(input_ids=IDS).logits
@@ -87,14 +111,30 @@ def test_export(tiny_model: Path, tmp_path: Path, method: str) -> None:
         with torch.no_grad():
             torch.testing.assert_close(with_peft(input_ids=IDS).logits, expected, rtol=0, atol=1e-5)
     assert sorted(child.name for child in run.folder.children() if child.name.startswith(".")) == []
+    facts = run.export_file.read_json()
+    assert {name: facts[name] for name in ("version", "step", "rows", "examples", "count", "of", "dtype")} == {
+        "version": 1,
+        "step": 3,
+        "rows": "validation",
+        "examples": 2,
+        "count": 6,
+        "of": "log-probabilities",
+        "dtype": "float32",
+    }
+    assert 0 <= facts["mean"] <= facts["largest"] < 1e-4
 
 
 def test_bfloat16_runs_are_saved_in_bfloat16(tiny_model: Path, tmp_path: Path) -> None:
     made = recipe(tiny_model, "lora")
     run, checkpoint, model = trained(tmp_path, made, "bfloat16")
-    export(made, run, checkpoint, layout_of(tiny_model))
+    export(made, run, checkpoint, layout_of(tiny_model), PROBE)
     alone = AutoModelForCausalLM.from_pretrained(run.model.local)
     assert alone.dtype == torch.bfloat16
+    apart = (told(alone) - told(model)).abs()  # the trained weights in float32
+    facts = run.export_file.read_json()
+    assert facts["dtype"] == "bfloat16"
+    assert (facts["mean"], facts["largest"]) == pytest.approx((float(apart.mean()), float(apart.max())), rel=1e-2)
+    assert facts["largest"] > facts["mean"] > 1e-4
     merge = TUNING_METHODS["lora"].merge
     assert merge is not None
     merged = merge(model).state_dict()
@@ -110,7 +150,8 @@ def test_a_merge_that_loses_the_adapter_is_not_published(
     forgetful = replace(TUNING_METHODS["lora"], merge=lambda model: load_model(tiny_model, torch.float32))
     monkeypatch.setitem(TUNING_METHODS, "lora", forgetful)
     with pytest.raises(TrainingError, match=r"log-probabilities are .* from the trained model's; do not use it"):
-        export(made, run, checkpoint, layout_of(tiny_model))
+        export(made, run, checkpoint, layout_of(tiny_model), PROBE)
+    assert not run.export_file.exists()
     assert not run.model.exists()
 
 
@@ -123,5 +164,93 @@ def test_what_does_not_load_again_is_not_published(tiny_model: Path, tmp_path: P
 
     monkeypatch.setattr(exporting, "load_model", loads_something_else)
     with pytest.raises(TrainingError, match="is not the same in the exported model"):
-        export(made, run, checkpoint, layout_of(tiny_model))
+        export(made, run, checkpoint, layout_of(tiny_model), PROBE)
+    assert not run.export_file.exists()
     assert not run.model.exists()
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft 0.21 on transformers 5.23
+@pytest.mark.parametrize("method", ["full", "lora", "prefix", "prompt", "adapter"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_encoder_decoder_is_held_against_what_was_trained(t5_folder: Path, tmp_path: Path, method: str, dtype: str) -> None:
+    made = recipe(t5_folder, method)
+    run, checkpoint, model = trained(tmp_path, made, dtype)
+    export(made, run, checkpoint, Layout("plain", Tokenizer(t5_folder), "seq2seq"), PAIRS)
+    alone, apart = load_model(run.model.local, torch.float32 if dtype == "float32" else torch.bfloat16), []
+    for example in PAIRS.examples:
+        prompt, reply = (
+            torch.tensor([part]) for part in (example.ids[: example.prompt_length], example.ids[example.prompt_length :])
+        )
+        given = {"input_ids": prompt, "decoder_input_ids": torch.cat([torch.tensor([[0]]), reply[:, :-1]], dim=1)}
+        with torch.no_grad():
+            logits = [one(**given, use_cache=False).logits.float().log_softmax(-1) for one in (alone, model)]
+        apart.append((logits[0] - logits[1])[0].gather(1, reply.T).abs().flatten())
+    facts = run.export_file.read_json()
+    assert facts["count"] == len(torch.cat(apart)) == 5
+    expected = (float(torch.cat(apart).mean()), float(torch.cat(apart).max()))
+    assert (facts["mean"], facts["largest"]) == pytest.approx(expected, rel=0.05, abs=1e-5)
+
+
+PAIRS = Probe("training", (Tokenized([40, 41, 42, 2, 7, 8, 2], 4, 0, None), Tokenized([30, 31, 2, 33, 2], 3, 0, None)))
+
+
+@pytest.fixture(scope="module")
+def t5_folder(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("t5") / "bare"
+    shutil.copytree(tiny_model, folder)
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        sizes = {"d_model": 64, "d_kv": 32, "d_ff": 96, "num_layers": 2, "num_heads": 2}
+        T5ForConditionalGeneration(T5Config(vocab_size=512, eos_token_id=2, decoder_start_token_id=0, **sizes)).save_pretrained(
+            folder
+        )
+    return folder
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_a_reward_model_is_held_against_what_was_trained(tiny_model: Path, tmp_path: Path, method: str) -> None:
+    made = recipe(tiny_model, method, objective="reward")
+    run, checkpoint, model = trained(tmp_path, made, "bfloat16")
+    better, worse = [9, 40, 41, 7, 2], [9, 40, 41, 8, 8, 2]
+    probe = Probe("validation", (Tokenized(better, 3, 0, None, rejected=Tokenized(worse, 3, 0, None)),))
+    export(made, run, checkpoint, layout_of(tiny_model), probe)
+    alone = load_model(run.model.local, torch.bfloat16, head=0)
+    with torch.no_grad():
+        rewards = [[float(one(input_ids=torch.tensor([ids])).logits) for ids in (better, worse)] for one in (alone, model)]
+    apart = [abs(one - other) for one, other in zip(*rewards, strict=True)]
+    facts = run.export_file.read_json()
+    assert (facts["of"], facts["count"], facts["examples"]) == ("rewards", 2, 1)
+    assert (facts["mean"], facts["largest"]) == pytest.approx((sum(apart) / 2, max(apart)), rel=0.1, abs=1e-3)
+    assert facts["largest"] > 0
+
+
+def test_questions_alone_are_compared_by_their_own_tokens(tiny_model: Path) -> None:
+    model = load_model(tiny_model, torch.float32)
+    ids = [9, 40, 41, 7]
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+    expected = torch.stack([logits[place, ids[place + 1]] for place in range(3)])
+    torch.testing.assert_close(said_of(model, [Tokenized(ids, 4, 0, None)]), expected)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "apart", "refused"),
+    [
+        (torch.float32, [0.0, 0.004], False),
+        (torch.float32, [0.0, 0.006], True),  # any token
+        (torch.bfloat16, [0.0, 0.4], False),  # the mean
+        (torch.bfloat16, [0.2, 0.4], True),
+        (torch.float32, [0.0, float("nan")], True),
+    ],
+)
+def test_how_far_is_too_far(dtype: torch.dtype, apart: list[float], refused: bool) -> None:
+    expected = torch.tensor([-1.0, -2.0])
+    with pytest.raises(TrainingError, match="do not use it") if refused else nullcontext():
+        check(expected, expected + torch.tensor(apart), dtype, rewards=False)
+
+
+def test_rewards_are_compared_in_proportion() -> None:
+    facts = check(torch.tensor([1000.0]), torch.tensor([1001.0]), torch.float32, rewards=True)
+    assert facts["largest"] == 1.0
+    with pytest.raises(TrainingError, match="rewards are"):
+        check(torch.tensor([1.0]), torch.tensor([1.01]), torch.float32, rewards=True)

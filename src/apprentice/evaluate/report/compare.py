@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from apprentice.errors import EvaluationError
 from apprentice.evaluate.report.predictions import PREDICTION, facts_of, table_of, with_facts
+from apprentice.evaluate.report.run_history import story_of
 from apprentice.evaluate.scoring.majority_baseline import NAME as MAJORITY
 from apprentice.tasks.exposure import exposure_in, most_seen
 
@@ -53,7 +54,7 @@ def joined(tables: Mapping[str, pa.Table]) -> pa.Table:
         "tasks": tasks,
         "shared": shared,
         "settings": first["settings"] | {"gate": None, "judge": judges.pop() if len(judges) == 1 else None},
-        "story": {"history": [], "ledger": None},
+        "story": story_of(None),
         "not_scored": [
             {"task": task, "reason": f"not in {name}"}
             for task in sorted(set().union(*(found["tasks"] for found in facts.values())) - common)

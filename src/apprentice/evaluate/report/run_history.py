@@ -1,4 +1,4 @@
-"""What a run's folder tells beside its scores: training curve, ledger, and test rows that were met in training data."""
+"""What a run's folder tells beside its scores: training curve, ledger, how true the export is, and test rows met in training."""
 
 from __future__ import annotations
 
@@ -7,19 +7,37 @@ from typing import Any
 
 from apprentice.run.folder import Run
 from apprentice.run.json_lines import read_records
+from apprentice.storage import Folder
 
 MOST_POINTS = 400  # of the curve: more are not seen in a picture
 
 
 def story_of(run: Run | None) -> dict[str, Any]:
-    """`history` (a record per step and per validation, thinned evenly) and `ledger`; empty for a bare model."""
+    """`history` (a record per step and per validation, thinned evenly), `ledger` and `export`; empty for a bare model."""
     if run is None:
-        return {"history": [], "ledger": None}
+        return {"history": [], "ledger": None, "export": None}
     history = [_point(record) for record in read_records(run.folder / "steps.jsonl")]
     steps = [record for record in history if "loss" in record]
     kept = {id(record) for record in steps[:: max(1, len(steps) // MOST_POINTS)]}
     history = [record for record in history if "loss" not in record or id(record) in kept]
-    return {"history": history, "ledger": run.ledger_file.read_json() if run.ledger_file.exists() else None}
+    return {"history": history, "ledger": _content(run.ledger_file), "export": _content(run.export_file)}
+
+
+def _content(file: Folder) -> dict[str, Any] | None:
+    return dict(file.read_json()) if file.exists() else None
+
+
+def export_sentence(facts: Mapping[str, Any] | None) -> str | None:
+    """By how much the exported model differs from the trained one; None of runs that did not note it."""
+    if facts is None:
+        return None
+    what = "answers" if facts["of"] == "rewards" else "tokens"
+    unit = "" if facts["of"] == "rewards" else " nats"
+    return (
+        f"The exported model ({facts['dtype']}) was held against the trained weights in float32 on {facts['examples']}"
+        f" {facts['rows']} rows: the {facts['of']} of {facts['count']} {what} differ by {facts['mean']:.1e}{unit} in the mean and"
+        f" by {facts['largest']:.1e}{unit} at most."
+    )
 
 
 def _point(record: Mapping[str, Any]) -> dict[str, Any]:

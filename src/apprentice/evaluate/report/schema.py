@@ -232,7 +232,7 @@ class Report(_Shape):
     not_scored: list[dict[Literal["task", "reason"], str]]
     test_rows: dict[str, int] = {}
     shared: dict[str, Shared] | None = Field(None, description="Task → what compared runs have in common.")
-    story: dict[Literal["history", "ledger"], Any]
+    story: dict[Literal["history", "ledger", "export"], Any]
     confidence: float
     resamples: int
     ranking: dict[Literal["by", "meaning"], str]

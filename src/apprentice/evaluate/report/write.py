@@ -16,6 +16,7 @@ import yaml
 from apprentice.evaluate.report.examples import chosen
 from apprentice.evaluate.report.plots import mixture_bars, shot_curves, training_curve, wording_dots
 from apprentice.evaluate.report.quality_gate import sentence as verdict
+from apprentice.evaluate.report.run_history import export_sentence
 from apprentice.evaluate.stats.metrics import METRICS
 from apprentice.storage import Folder
 
@@ -265,7 +266,7 @@ def judged_table(report: Mapping[str, Any]) -> Table:
 
 
 def remarks(report: Mapping[str, Any]) -> list[str]:
-    """What a reader must know besides the scores: cut and dropped questions, exemplars left out, tasks not scored."""
+    """What a reader must know besides the scores: cut and dropped questions, the export's difference, tasks not scored."""
     found = []
     for column in report["columns"][1:]:
         cells = [(task["task"], task["columns"][column["key"]]) for task in report["tasks"] if column["key"] in task["columns"]]
@@ -292,6 +293,8 @@ def remarks(report: Mapping[str, Any]) -> list[str]:
             found.append(
                 f"{task['task']}: {seen['rows']} of {seen['of']} test rows share a passage with training rows, which were {fate}."
             )
+    if said := export_sentence(report["story"].get("export")):
+        found.append(said)
     return found + [f"{item['task']}: {item['reason']}." for item in report["not_scored"]]
 
 

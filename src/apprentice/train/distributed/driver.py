@@ -26,6 +26,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from apprentice.data.corpus import positions_of_epochs
 from apprentice.data.stream import Corpus, Start, estimate_steps, train_stream, validation_rows
+from apprentice.data.window import WindowRenderer
 from apprentice.errors import RecipeError, TrainingError, causes
 from apprentice.models.loading import count_parameters, resolve_dtype
 from apprentice.pretrained.hub import local_folder
@@ -323,9 +324,10 @@ def _finish(recipe: Recipe, run: Run, corpus: Corpus, goal: Goal, tracker: Track
     left_out = {name: {**index.rejects, **index.filtered} for name, index in corpus.indices.items()}
     run.ledger_file.write_json(state.ledger.report(names, shares, rows, means, left_out))
     run.update_status(state="exporting")
+    probe = WindowRenderer(corpus).probe(last.state.window + 1)
     # In a process of its own, whose memory is given back.
     task: Any = ray.remote(export)
-    exporting = task.options(num_cpus=1, max_retries=0).remote(recipe, run, best, corpus.layout, token)
+    exporting = task.options(num_cpus=1, max_retries=0).remote(recipe, run, best, corpus.layout, probe, token)
     memory = tracker.memory and tracker.memory | {"expected": round(expected_of(recipe, _row_length(corpus), tracker.memory).total)}
     try:
         ray.get(exporting)

@@ -64,6 +64,11 @@ class TargetLoss(nn.Module):
         given: dict[str, Any] = {"input_ids": input_ids} | ({} if positions is None else {"position_ids": positions})
         return self._losses(lambda: self._called(**given), wanted, labels, reduction)
 
+    def target_log_probabilities(self, prompt: Tensor, reply: Tensor, is_target: Tensor) -> Tensor:
+        """Log-probabilities (nats) of the tokens of `reply` after `prompt` that `is_target`; arguments have shape (1, tokens)."""
+        wanted = F.pad(is_target, (prompt.shape[1], 0))
+        return -self._losses_at(torch.cat([prompt, reply], dim=1), None, wanted, "none")
+
     def logits_after(self, prompt: Tensor, reply: Tensor) -> Tensor:
         """The model's logits (1, tokens, vocabulary) on `prompt` and the beginning of a `reply`, both (1, tokens)."""
         model: Any = self.model
@@ -149,6 +154,12 @@ class PairLoss(TargetLoss):
         if is_target.dtype == torch.bool:
             return self._losses_of_pairs(*given, is_target, "sum")
         return (self._losses_of_pairs(*given, is_target > 0, "none") * _weights(is_target)).sum()
+
+    def target_log_probabilities(self, prompt: Tensor, reply: Tensor, is_target: Tensor) -> Tensor:
+        """As of a causal model; the reply is the decoder's."""
+        places = torch.arange(reply.shape[1], device=reply.device)[None]
+        given = (prompt, torch.ones_like(prompt), reply, places, torch.ones_like(reply))
+        return -self._losses_of_pairs(*given, is_target, "none")
 
     def _losses_of_pairs(
         self,

@@ -1,0 +1,67 @@
+"""How far an exported model is from the trained one, on rows of the run: the log-probabilities of target tokens, or rewards.
+
+Knows nothing of files or of how a model is exported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from apprentice.data.encoding.tokenize import Tokenized
+from apprentice.errors import TrainingError
+from apprentice.models.reward import choice_rewards, is_reward
+from apprentice.train.losses.sft import PairLoss, TargetLoss
+
+CLOSE = 5e-3  # nats, of any token: how far merging an adapter in float32 may move a log-probability
+CLOSE_NARROW = 0.25  # nats, in the mean: how far a narrower number format may
+
+
+def said_of(model: Any, examples: Sequence[Tokenized]) -> Tensor:
+    """The log-probability (nats) of every target token of the examples, float32; of a reward model, the reward of every answer.
+
+    Both answers of a pair count. Of an example that is a question alone, all tokens behind the first are targets.
+    """
+    answers = [answer for example in examples for answer in example.answers]
+    if is_reward(model):
+        return torch.tensor(choice_rewards(model, [()] * len(answers), [[answer.ids] for answer in answers])).flatten()
+    loss = (PairLoss if model.config.is_encoder_decoder else TargetLoss)(model)
+    with torch.no_grad():
+        return torch.cat([loss.target_log_probabilities(*_parts(answer)).float().cpu() for answer in answers])
+
+
+def _parts(answer: Tokenized) -> tuple[Tensor, Tensor, Tensor]:
+    """Prompt, reply, and which tokens of the reply are targets; all of shape (1, tokens)."""
+    start = answer.prompt_length if answer.prompt_length < len(answer.ids) else 1
+    is_target = torch.ones(1, len(answer.ids), dtype=torch.bool)
+    for first, last in answer.untrained:
+        is_target[0, first:last] = False
+    ids = torch.tensor([answer.ids])
+    return ids[:, :start], ids[:, start:], is_target[:, start:]
+
+
+def check(expected: Tensor, found: Tensor, dtype: torch.dtype, *, rewards: bool) -> dict[str, Any]:
+    """The facts of a model in `dtype` that says `found` where the trained weights, in float32, say `expected`.
+
+    `of` (what was compared), `dtype`, `count`, and the `mean` and `largest` difference. Raises `TrainingError` where they are too
+    far apart; of rewards, which know no scale, in proportion to those above 1.
+    """
+    what = "rewards" if rewards else "log-probabilities"
+    difference = (found - expected).abs()
+    scaled = difference / expected.abs().clamp(min=1) if rewards else difference
+    wide = dtype == torch.float32
+    apart = float(scaled.max() if wide else scaled.mean())
+    if not apart <= (CLOSE if wide else CLOSE_NARROW):
+        raise TrainingError(
+            f"the exported model's {what} are {apart:.1e} from the trained model's; do not use it, and report this."
+        )
+    return {
+        "of": what,
+        "dtype": str(dtype).removeprefix("torch."),
+        "count": len(difference),
+        "mean": float(difference.mean()),
+        "largest": float(difference.max()),
+    }
