@@ -1,6 +1,7 @@
-"""The `apprentice` command: parses, calls the pipeline's stages, prints.
+"""The `apprentice` command: parses arguments, calls the pipeline's stages, prints results.
 
-Exit codes: 0 done, 1 the user can mend it, 2 wrong usage, 3 our fault. Imports nothing heavy, so that `--help` is instant.
+Exit codes: 0 done, 1 an error that the user can correct, 2 wrong usage, 3 a bug in apprentice. Heavy imports stand inside the
+commands, so that `--help` is instant.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The command that sends the pipeline to a cluster."""
+"""The command that runs the pipeline on a cluster: submit."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def submit(
     trust: Trust = False,
     json: Json = False,
 ) -> None:
-    """The same pipeline as a Ray job; given again, it follows the live job or goes on where the run stopped."""
+    """Run the whole pipeline as a Ray job; the same command again follows the live job, or resumes a run that stopped."""
     from apprentice.jobs import submit as jobs
 
     screen = screen_for(json)

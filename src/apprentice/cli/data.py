@@ -1,4 +1,4 @@
-"""Commands about tasks and data."""
+"""Commands on tasks and data: init, check, tasks, preview, trace, prepare, recipe-schema."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def init(
     out: Annotated[Path | None, typer.Option(help="The new folder; named after the file by default.")] = None,
     json: Json = False,
 ) -> None:
-    """A task file and a recipe from your own table; the columns are guessed by their names unless you say which is which."""
+    """Write a task file and a recipe for your own table; columns are guessed by their names unless you name them."""
     from apprentice import pipeline
 
     screen = screen_for(json)
@@ -44,7 +44,7 @@ def init(
 
 
 def check(recipe: RecipeFile, overrides: Overrides = None, trust: Trust = False, json: Json = False) -> None:
-    """Everything that can be known before a GPU is reserved; exit code 1 if the recipe is not ready."""
+    """Check everything that can be known before a GPU is reserved; exit code 1 if the recipe is not ready."""
     from apprentice import pipeline
 
     screen = screen_for(json)

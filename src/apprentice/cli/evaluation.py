@@ -1,4 +1,4 @@
-"""Commands that score, and that show scores again."""
+"""Commands that score models and show reports: evaluate, report, report-schema, compare, predict."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def compare(
     storage: Storage = "./runs",
     json: Json = False,
 ) -> None:
-    """Several scored runs in one report, question by question."""
+    """Compare several evaluated runs in one report, question by question."""
     from apprentice import pipeline
 
     _show(screen_for(json), *pipeline.compare(targets, out, storage))
@@ -91,7 +91,7 @@ def predict(
     trust: Trust = False,
     json: Json = False,
 ) -> None:
-    """Replies to a whole file, as Parquet; rows that cannot be asked are listed beside them."""
+    """Write replies to every row of a file, as Parquet; rows that cannot be asked are listed beside them."""
     from apprentice import pipeline
 
     screen = screen_for(json)
@@ -112,7 +112,7 @@ def predict(
 
 
 def _show(screen: Any, found: dict[str, Any], folder: Any) -> None:
-    """The report; exit code 1 where questions stayed without an answer, or the gate was not passed."""
+    """Prints a report; exits with code 1 if questions have no answer or the quality gate was not passed."""
     from apprentice.evaluate.report.quality_gate import sentence
 
     text = (folder / "report.md").read_text()

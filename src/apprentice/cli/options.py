@@ -1,4 +1,4 @@
-"""What the commands share: their common arguments, the screen, and tables."""
+"""Arguments, screen and tables that the commands share."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def screen_for(as_json: bool) -> Screen:
 
 
 def loaded_recipe(name: str, overrides: list[str] | None, *, trust: bool = False) -> Any:
-    """The recipe in the file, or of the name, `name`."""
+    """Loads a recipe, from a file or a shipped one by name, and applies the overrides."""
     from apprentice.recipe import find_recipe, load_recipe
 
     return load_recipe(find_recipe(name), with_trust(overrides, trust))
 
 
 def with_trust(overrides: list[str] | None, trust: bool) -> list[str]:
-    """The overrides, with what `--trust` stands for."""
+    """The overrides, plus `model.trust=true` if `--trust` was given."""
     return [*(overrides or []), *(["model.trust=true"] if trust else [])]
 
 
@@ -48,7 +48,7 @@ def table_of(columns: list[str], rows: list[list[str]]) -> Any:
 
 
 def task_table(rows: list[dict[str, Any]], unknown: str) -> Any:
-    """The library by cluster: a heading for each, its tasks below, summaries wrapped to the width of the screen."""
+    """Table of the task library: a heading for each cluster, its tasks below, summaries wrapped to the screen's width."""
     from rich.table import Table
     from rich.text import Text
 
@@ -70,7 +70,7 @@ def task_table(rows: list[dict[str, Any]], unknown: str) -> Any:
 
 
 def cell(value: Any) -> str:
-    """One value as a table shows it."""
+    """A value as text for a table: `–` for None, a list joined by commas, a float with four significant digits."""
     if value is None:
         return "–"
     if isinstance(value, list):

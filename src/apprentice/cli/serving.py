@@ -1,4 +1,4 @@
-"""Commands about the endpoint."""
+"""Commands on the HTTP endpoint: serve, ask, key."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def serve(
     insecure: Annotated[bool, typer.Option(help="Let an address other than loopback do without keys.")] = False,
     trust: Trust = False,
 ) -> None:
-    """The endpoint and the playground on one port, until Ctrl-C."""
+    """Serve a model: endpoint and playground on one port, until Ctrl-C."""
     from apprentice import pipeline
 
     screen = screen_for(as_json=False)
@@ -63,7 +63,7 @@ def ask(
     key: Annotated[str | None, typer.Option(envvar="APPRENTICE_API_KEY", help="API key, if the endpoint wants one.")] = None,
     json: Json = False,
 ) -> None:
-    """One request against a running endpoint."""
+    """Send one request to a running endpoint."""
     from apprentice import pipeline
 
     screen = screen_for(json)

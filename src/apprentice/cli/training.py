@@ -1,4 +1,4 @@
-"""Commands that train, and the list of what was trained."""
+"""Commands that train, list runs and export models: quickstart, train, runs, export."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def quickstart(
     storage: Storage = "./runs",
     json: Json = False,
 ) -> None:
-    """The whole pipeline on the built-in mixture and a real 135M model, offline of any hub."""
+    """Run the whole pipeline on the built-in mixture and a real 135M model, offline of any hub."""
     from apprentice.pipeline import quickstart as demo
 
     screen = screen_for(json)
@@ -26,7 +26,7 @@ def quickstart(
 def train(
     recipe: RecipeFile, overrides: Overrides = None, restart: Restart = False, trust: Trust = False, json: Json = False
 ) -> None:
-    """Fine-tune; prints the run folder last."""
+    """Fine-tune, or resume a run that stopped; prints the run folder last."""
     from apprentice import pipeline
 
     screen = screen_for(json)
@@ -40,7 +40,7 @@ def train(
 
 
 def runs(storage: Storage = "./runs", json: Json = False) -> None:
-    """What there is: name, state, steps, loss, score."""
+    """List the runs: name, state, steps, loss, score."""
     from apprentice import pipeline
 
     screen = screen_for(json)
@@ -52,7 +52,7 @@ def runs(storage: Storage = "./runs", json: Json = False) -> None:
 
 
 def _shown(run: Mapping[str, Any], column: str) -> str:
-    """One value of a run; a score with the metrics that it is the mean of."""
+    """One column of a run as text; the score also names the metrics that it is the mean of."""
     metrics = run.get("score_metrics") if column == "score" else None
     return cell(run.get(column)) + (f" ({', '.join(metrics)})" if metrics else "")
 
@@ -63,7 +63,7 @@ def export(
     storage: Storage = "./runs",
     json: Json = False,
 ) -> None:
-    """Merged safetensors, tokenizer and prompt contract in one folder, with a model card."""
+    """Export merged safetensors, tokenizer and prompt contract into one folder, with a model card."""
     from apprentice import pipeline
 
     screen = screen_for(json)

@@ -1,4 +1,4 @@
-"""`python -m apprentice.jobs STAGE --recipe R [key=value …]`: one stage as a job."""
+"""Entry point of `python -m apprentice.jobs STAGE --recipe R [key=value …]`: one stage of the pipeline as a job."""
 
 from apprentice.jobs.stages import main
 

@@ -1,4 +1,4 @@
-"""A trained model as an application of the Ray Serve that runs on the cluster, beside whatever else is served there."""
+"""Deployment of a trained model as a Ray Serve application on the cluster, beside the applications already served there."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from apprentice.run.folder import find_run
 
 POLL_S = 1.0
 _APP = "apprentice.serve.app:app"
-# What the recipe may say besides, if it says it.
+# Keys of the recipe's `serving` section that are passed on only where they differ from their defaults.
 _DEPLOYED = {
     "engine",
     "threads",
@@ -26,7 +26,7 @@ _DEPLOYED = {
 
 
 class Deployed(NamedTuple):
-    """An application that answers: its name, and where on every node."""
+    """A running Serve application: its name, and the port and path under which every node answers."""
 
     name: str
     port: int
@@ -34,10 +34,11 @@ class Deployed(NamedTuple):
 
 
 def deploy_run(run: str, recipe: Recipe, *, timeout_s: float = 600.0) -> Deployed:
-    """Deploys the run's model on the Ray that this process is connected to, as an application of the recipe's name.
+    """Deploys the model of the run folder `run` on the Ray cluster that this process is connected to.
 
-    Replaces what that application served before, replica by replica; other applications stay as they are. Raises `ServingError`
-    where it does not come up.
+    The application has the recipe's name. One that has the name already is replaced, replica by replica; other applications
+    stay as they are. Raises `ServingError` if Ray has no dashboard, or the application does not run within `timeout_s`
+    seconds.
     """
     import ray
     from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
@@ -49,21 +50,25 @@ def deploy_run(run: str, recipe: Recipe, *, timeout_s: float = 600.0) -> Deploye
 
 
 def deploy(client: Any, config: dict[str, Any], *, timeout_s: float) -> Deployed:
-    """Deploys the one application of `config` through `client`, Ray's, and waits for it."""
+    """Deploys the one application of `config` and polls until it runs.
+
+    `client` is Ray's `ServeSubmissionClient`. Raises `ServingError` if the deployment fails or takes more than `timeout_s`
+    seconds.
+    """
     [application] = config["applications"]
     name, deadline, message = application["name"], time.monotonic() + timeout_s, ""
     asked: dict[str, Any] | None = None
     while True:
         there = client.get_serve_details()
         found = there["applications"].get(name, {})
-        # Serve replaces the whole list: somebody who deployed at the same time may have left ours out.
+        # Serve replaces its whole list of applications: another client that deployed at the same time may have dropped ours.
         if asked is None or not found:
             asked = beside_others(config, there)
             client.deploy_applications(asked)
             continue
         message = str(found.get("message", "")).strip()
         if found.get("status") == "RUNNING":
-            port = (there.get("http_options") or config["http_options"])["port"]  # Serve's own, if it ran already
+            port = (there.get("http_options") or config["http_options"])["port"]  # the port of a Serve that ran already stays
             return Deployed(name, port, found.get("route_prefix") or asked["applications"][-1]["route_prefix"])
         if found.get("status") == "DEPLOY_FAILED" or time.monotonic() > deadline:
             lines = message.splitlines()
@@ -72,10 +77,11 @@ def deploy(client: Any, config: dict[str, Any], *, timeout_s: float) -> Deployed
 
 
 def beside_others(config: Mapping[str, Any], there: Mapping[str, Any]) -> dict[str, Any]:
-    """`config` with the applications that were deployed to the Serve of which `there` are the details, exactly as they were.
+    """`config` plus the applications that Serve runs already, unchanged, because a deployment replaces Serve's whole list.
 
-    Ours is the last, under `/`, or where another application has that, under `/<name>`. An application of an earlier version, which
-    had one name for all recipes, is replaced where it is this recipe's.
+    `there` is the result of Ray's `get_serve_details`. Ours comes last, under the route `/`, or under `/<name>` if another
+    application has `/`. An application that an earlier version of apprentice deployed for this recipe, under the name
+    `apprentice`, is left out and so replaced.
     """
     [application] = config["applications"]
     name = application["name"]
@@ -94,22 +100,23 @@ def beside_others(config: Mapping[str, Any], there: Mapping[str, Any]) -> dict[s
     if ours["route_prefix"] in taken:
         ours["route_prefix"] = f"/{name}"
     whole = dict(config)
-    if others:  # a logging configuration of all would become theirs
+    if others:  # a logging configuration for all applications would change theirs
         ours["logging_config"] = whole.pop("logging_config")
     return whole | {"applications": [*others, ours]}
 
 
 def _is_earlier(deployed: Mapping[str, Any], ours: Mapping[str, Any]) -> bool:
-    """Whether an application is what an earlier version deployed of this recipe."""
+    """Whether an application was deployed for this recipe by an earlier version, which named all applications `apprentice`."""
     named = (deployed.get("args") or {}).get("name")
     return deployed["name"] == "apprentice" and deployed.get("import_path") == _APP and named == ours["args"]["name"]
 
 
 def serve_config(model: str, recipe: Recipe) -> dict[str, Any]:
-    """`serve/config.yaml` for the model folder `model`, with the recipe's serving keys and the keys file that guards the endpoint.
+    """The Serve configuration of the model folder `model`, in the form of `serve/config.yaml`.
 
-    Raises `ServingError` for a host that others reach without keys (every node would answer everybody), and `RunError` for a run
-    beside it that has no model.
+    It holds the recipe's serving keys and the path of the keys file that guards the endpoint. Raises `ServingError` for a host
+    that is reachable from outside without keys (every node would answer anybody), and `RunError` for a run in `serving.beside`
+    without a trained model.
     """
     from apprentice.serve.api.keys import check_guarded
 
@@ -138,7 +145,7 @@ def serve_config(model: str, recipe: Recipe) -> dict[str, Any]:
 
 
 def _place(name: str, recipe: Recipe) -> str:
-    """Where a model lies that `serving.beside` names: of a run of the same storage, its model; of all else, the name says it."""
+    """Path of a model in `serving.beside`: the model folder of a run in the same storage, else the name itself."""
     run = find_run(name, recipe.storage)
     if run is None:
         return name

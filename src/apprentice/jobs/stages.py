@@ -1,9 +1,10 @@
-"""What runs on a cluster: each stage of the pipeline as a job, progress as plain lines, exit codes as the command line has them.
+"""The stages of the pipeline as they run on a cluster, each as a job.
 
     python -m apprentice.jobs pipeline --recipe R [--recipe R2 …] [key=value …]
 
-Several recipes run in order, and each may start from the run of one before it. `apprentice submit` starts it so; the scripts
-in `jobs/` are the same stages for `ray job submit`.
+Several recipes run in order, and each may start from the run of an earlier one. `apprentice submit` starts this command; the
+scripts in `jobs/` run the same stages through `ray job submit`. Progress is printed as plain lines, and exit codes are those
+of the command line.
 """
 
 from __future__ import annotations
@@ -28,34 +29,34 @@ from apprentice.tasks.registry import Find, find_tasks
 
 
 def prepare(recipe: Recipe, screen: Screen) -> None:
-    """Freezes the indices; prints the run folder."""
+    """Freezes the index of each task; prints the run folder."""
     screen.result({}, pipeline.prepare(recipe, progress=screen.progress)["run"])
 
 
 def train(recipe: Recipe, screen: Screen) -> None:
-    """Fine-tunes, or goes on; prints the run folder."""
+    """Fine-tunes, or resumes the run; prints the run folder."""
     result = pipeline.train(recipe, progress=screen.progress)
     screen.say(pipeline.training_sentence(result))
     screen.result({}, result["run"])
 
 
 def evaluate(recipe: Recipe, screen: Screen) -> None:
-    """Scores the run beside its base model; prints the report's folder."""
+    """Evaluates the run beside its base model; prints the report's folder."""
     pipeline.check_definitions(recipe)
     screen.result({}, str(pipeline.evaluate_run(recipe, progress=screen.progress)[1]))
 
 
 def run_pipeline(recipe: Recipe, screen: Screen, *, deploy: bool = False) -> None:
-    """Prepare, train, evaluate and, if asked, deploy; what is there with the same identity is not made again.
+    """Prepares, trains, evaluates and, with `deploy`, deploys; skips each stage that was finished with the same identity.
 
-    Prints the run folder last. Raises `EvaluationError` for a model that does not pass the recipe's gate, which is not deployed,
-    and what `deploy.serve_config` raises, before anything is trained.
+    Prints the run folder last. Raises `EvaluationError` for a model that does not pass the recipe's quality gate; it is not
+    deployed. With `deploy`, the errors of `deploy.serve_config` are raised before anything is trained.
     """
     run = Run(Folder.at(recipe.storage) / recipe.name)
     if deploy:
         serve_config(str(run.model), recipe)  # refuses what could not be deployed before anything is trained
     with ray_session():
-        result = pipeline.train(recipe, progress=screen.progress)  # freezes the indices first, unless they are there
+        result = pipeline.train(recipe, progress=screen.progress)  # prepares first, if need be
         screen.say(pipeline.training_sentence(result) if not result["already"] else "trained already, with the same identity")
         wanted = evaluation_identity(recipe, run.format, run.tasks().find_again)
         if run.status().get("evaluated") == wanted and (run.report / "report.json").exists():
@@ -73,17 +74,23 @@ def run_pipeline(recipe: Recipe, screen: Screen, *, deploy: bool = False) -> Non
 
 
 def evaluation_identity(recipe: Recipe, version: int = FORMAT, find: Find = find_tasks) -> str:
-    """Names a report: what the run learned from and how it was scored."""
+    """Hash of all that shapes a report: the run's identity and the recipe's evaluation settings.
+
+    `version` is the run's format, `find` looks up a task by name or path.
+    """
     settings = {f"evaluation.{key}": value for key, value in recipe.evaluation.model_dump(mode="json").items()}
     return identity_hash(identity(recipe, version, find=find) | settings)
 
 
-PR_SET_PDEATHSIG = 1  # prctl(2): the signal that this process gets when its parent ends
+PR_SET_PDEATHSIG = 1  # prctl(2): sets the signal that this process gets when its parent ends
 STAGES = {"prepare": prepare, "train": train, "evaluate": evaluate, "pipeline": run_pipeline}
 
 
 def run_job(stage: str, words: list[str] | None = None) -> None:
-    """Runs `stage` on each recipe that the command line names, in order; exit codes as the command line's."""
+    """Runs `stage` on each recipe named in `words` (default: the command line), in order.
+
+    Ends the process with the command line's exit code where a stage fails.
+    """
     parser = argparse.ArgumentParser()
     parser.add_argument(
         "--recipe", required=True, action="append", help="recipe file, or the name of one that is shipped; several make a chain"
@@ -108,7 +115,7 @@ def run_job(stage: str, words: list[str] | None = None) -> None:
 
 
 def _end_with_the_shell() -> None:
-    """Lets a job's driver end when the shell does that Ray started it in: a stop that came early may have reached the shell alone.
+    """Makes a job's driver end when the shell ends that Ray started it in, because an early stop may reach the shell alone.
 
     `apprentice submit` needs none of this, since its shell becomes the driver; `ray job submit … -- python …` does.
     """
@@ -132,7 +139,7 @@ def _same_version() -> None:
 
 
 def main() -> None:
-    """`python -m apprentice.jobs STAGE …`."""
+    """Entry point of `python -m apprentice.jobs STAGE …`."""
     if len(sys.argv) < 2 or sys.argv[1] not in STAGES:
         print(f"usage: python -m apprentice.jobs {{{','.join(STAGES)}}} --recipe R [key=value …]", file=sys.stderr)
         sys.exit(2)

@@ -1,8 +1,7 @@
-"""The pipeline as a Ray job: packed, sent and followed.
+"""Client for Ray jobs: packs the working folder, submits the pipeline, follows the job and stops it.
 
-The run is what is stable: each of its jobs is `<name>-<identity>-<attempt>`; a live one is followed, after a dead
-one comes the next attempt, which goes on where the run stopped. Knows nothing of what the job does. Nothing of this process's
-environment is sent.
+A job's id is `<name>-<identity>-<attempt>`, so all jobs of a run share a prefix. A live job of the run is followed; after one
+that ended, the next attempt is submitted, which resumes the run. No environment variable of this process is sent.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from apprentice.run.identity import identity, identity_hash
 from apprentice.storage import Folder, is_uri
 from apprentice.tasks.registry import find_tasks
 
-# What a working directory may hold, however deep, besides what .gitignore names, and no job needs.
+# Files and folders, at any depth of the working folder, that no job needs; those that .gitignore names are left out as well.
 NOT_PACKED = (
     "runs/",
     "reports/",
@@ -42,15 +41,15 @@ NOT_PACKED = (
     "**/auth_token",
 )
 LIVE = ("PENDING", "RUNNING")
-_REFUSED = re.compile(r"Request failed with status code 40[13]\b")  # as Ray's client words what it does not know better
+_REFUSED = re.compile(r"Request failed with status code 40[13]\b")  # the text is all that Ray's client raises for these
 POLL_S = 1.0
-LOST_S = 300.0  # how long a dashboard may be away before following gives up; the job goes on without us
+LOST_S = 300.0  # seconds without a dashboard after which following gives up; the job goes on
 STOP_S = 60.0
 
 
 @dataclass(frozen=True)
 class Submission:
-    """A job and the run it works on; `attached` if the job was there already."""
+    """A job and the folder of its run; `attached` if the job was live already and nothing was submitted."""
 
     job: str
     run: str
@@ -58,7 +57,10 @@ class Submission:
 
 
 def check_places(file: Path, overrides: Sequence[str]) -> Recipe:
-    """The recipe as it is written. Raises `RecipeError` for a path that means something else on a cluster than here."""
+    """The recipe with its paths as they are written.
+
+    Raises `RecipeError` for a relative path, which on a cluster would mean another place on each node.
+    """
     recipe = written_recipe(file, overrides)
     paths = [
         ("storage", recipe.storage),
@@ -73,7 +75,7 @@ def check_places(file: Path, overrides: Sequence[str]) -> Recipe:
         ("evaluation.judge", recipe.evaluation.judge),
         *(("serving.beside", name) for name in recipe.serving.beside),
     ]
-    # Another model is a hub id, a packaged one or a run.
+    # A model name that does not begin so is a hub id, a packaged model or a run.
     for key, path in [*paths, *((key, name) for key, name in models if name and name.startswith((".", "~")))]:
         if path is None or is_uri(path) or path.startswith("/"):
             continue
@@ -94,10 +96,11 @@ def submit(
     install: bool = False,
     folder: Path | None = None,
 ) -> Submission:
-    """Sends the whole pipeline of the recipe `name` as a job, unless one of the same run is live.
+    """Submits the whole pipeline of the recipe `name` as a job, unless a job of the same run is live.
 
-    `folder` (default: the current one) is what is packed. Raises `RecipeError` before anything is sent, `ResourcesError` where no
-    cluster answers or it refuses us.
+    `folder` (default: the current one) is packed and sent; `ca` is a certificate file, as in `connect`; `install` lets the
+    nodes install this version of apprentice. Raises `RecipeError` before anything is sent, `ResourcesError` where no cluster
+    answers or it refuses us, and `RunError` where somebody else submits the same run at this moment.
     """
     file, working = find_recipe(name), (folder or Path.cwd()).absolute()
     written, recipe = check_places(file, overrides), load_recipe(file, overrides)
@@ -105,7 +108,7 @@ def submit(
     client = connect(address, ca)
     run = str(Folder.at(recipe.storage) / recipe.name)
     stem = job_stem(recipe)
-    for _ in range(2):  # the second time if somebody else was quicker
+    for _ in range(2):  # a second time if somebody else submitted the same attempt first
         earlier = _asked(address, lambda: [job.submission_id for job in client.list_jobs() if job.submission_id])
         attempts = sorted(int(found[1]) for one in earlier if (found := re.fullmatch(re.escape(stem) + r"-(\d+)", one)))
         last = f"{stem}-{attempts[-1]}" if attempts else None
@@ -122,16 +125,19 @@ def submit(
 
 
 def job_stem(recipe: Recipe) -> str:
-    """The part of a job's id that all attempts of a run share."""
+    """The prefix that the ids of all jobs of a run share: `<name>-<hash of identity and storage>`."""
     place = {"storage": recipe.storage, "name": recipe.name}
     return f"{re.sub('[^A-Za-z0-9_.-]', '-', recipe.name)}-{identity_hash(identity(recipe, anywhere=True) | place)}"
 
 
 def _in_package(file: Path, working: Path, written: Recipe, recipe: Recipe) -> str:
-    """How the job names the recipe. Raises `RecipeError` for a recipe, or a path relative to it, that would stay behind."""
+    """Path of the recipe inside the package that is sent, or its name if it is shipped with apprentice.
+
+    Raises `RecipeError` if the recipe, a task file or a table of rows beside it would not be sent.
+    """
     if file.parent == SHIPPED:
         return file.stem
-    # A path that loading made absolute lies beside the recipe; one that was written so is the cluster's own.
+    # A path that loading made absolute lies beside the recipe; one written as absolute is a path on the cluster.
     relative = [Path(found) for said, found in zip(_tasks(written), _tasks(recipe), strict=True) if found != said]
     for needed in (file.absolute(), *relative):
         if not needed.resolve().is_relative_to(working.resolve()):
@@ -150,14 +156,14 @@ def _in_package(file: Path, working: Path, written: Recipe, recipe: Recipe) -> s
 
 
 def _tables(task_file: Path) -> Iterator[Path]:
-    """The files of rows that the tasks in a file, or in the files of a glob, name."""
+    """Paths of the data files that the tasks in a task file, or in the files of a glob, name."""
     for task in find_tasks(str(task_file), task_file.parent):
         for source in task.sources:
             yield from map(Path, (source.files or {}).values())
 
 
 def _stays_here(path: Path, working: Path) -> bool:
-    """Whether a path under `working` is one of those that are not packed."""
+    """Whether a path under `working` matches a pattern of `NOT_PACKED`."""
     place = path.resolve()
     if not place.is_relative_to(working.resolve()):
         return False
@@ -171,17 +177,18 @@ def _stays_here(path: Path, working: Path) -> bool:
 
 
 def _tasks(recipe: Recipe) -> list[str]:
-    """Every text in `data.tasks`: names, paths and collections' paths."""
+    """All strings in `data.tasks`: names, paths, and the paths of collections."""
     entries = ([task] if isinstance(task, str) else task.model_dump().values() for task in recipe.data.tasks)
     return [text for entry in entries for text in entry if isinstance(text, str)]
 
 
 def connect(address: str, ca: str | None = None) -> Any:
-    """A client of the cluster's dashboard. `ca` is a file with the certificate that signed it.
+    """A client for jobs, Ray's `JobSubmissionClient`, connected to the cluster's dashboard at `address`.
 
-    A token that lies here is shown, unless RAY_AUTH_MODE says otherwise: where one lies, `ray start` asks for it by itself.
+    `ca` is a file with the certificate that signed the dashboard's. A Ray token found on this machine is sent unless
+    RAY_AUTH_MODE says otherwise, because a cluster started by `ray start` beside such a token asks for it.
     """
-    # Private, Ray 2.60: `ray.init` does so before it connects to a cluster, and Ray's client of jobs does not.
+    # Private API of Ray 2.60: `ray.init` calls it before it connects to a cluster, and Ray's client for jobs does not.
     from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
     from ray.job_submission import JobSubmissionClient
 
@@ -190,7 +197,7 @@ def connect(address: str, ca: str | None = None) -> Any:
 
 
 def _asked(address: str, question: Callable[[], Any]) -> Any:
-    """The dashboard's answer; one sentence where there is none, or it does not know us."""
+    """The result of a call to the dashboard; failed connections, certificates and tokens become `ResourcesError`."""
     try:
         return question()
     except (ConnectionError, OSError) as error:
@@ -213,10 +220,11 @@ def _asked(address: str, question: Callable[[], Any]) -> Any:
 
 
 def entrypoint(words: Sequence[str]) -> str:
-    """The command line of a job, for the shell that Ray starts it with.
+    """The command line of a job, for the shell that Ray starts it in.
 
-    `exec`: the shell becomes the driver. Ray stops a job by a signal to the shell and the children that it sees at that moment, and
-    a driver that the shell is only just starting would not be among them, and would go on without end.
+    It begins with `exec`, so that the shell becomes the driver. Ray stops a job by signalling the shell and the child
+    processes that exist at that moment; a driver that the shell is just starting would not be among them and would go on
+    without end.
     """
     return f"exec {shlex.join(words)}"
 
@@ -248,9 +256,10 @@ def _send(client: Any, address: str, job: str, words: list[str], working: Path, 
 
 
 def follow(submission: Submission, *, address: str, ca: str | None = None, say: Callable[[str], None]) -> None:
-    """Shows the job's output until it ends. A dashboard that is away for less than five minutes is waited for.
+    """Passes the job's output to `say`, line by line, until the job ends.
 
-    Raises `RunError` with the job's last sentence if it failed or was stopped. Ctrl-C comes through and leaves the job alone.
+    A dashboard that does not answer is waited for, up to `LOST_S` seconds; then `ResourcesError` is raised. Raises `RunError`
+    with the job's last error line if it failed or was stopped. Ctrl-C ends the following and not the job.
     """
     client = connect(address, ca)
     log = _Log(say)
@@ -276,15 +285,18 @@ def follow(submission: Submission, *, address: str, ca: str | None = None, say: 
 
 
 class _Log:
-    """A job's log as it grows: each line is said once, however often the connection to it breaks."""
+    """A job's growing log; each line is passed to `say` once, however often the connection breaks."""
 
     def __init__(self, say: Callable[[str], None]) -> None:
         self._say = say
-        self._said = 0  # characters
-        self._open = ""  # the last line, while it has no end
+        self._said = 0  # characters of the log already passed on
+        self._open = ""  # the last line, until its newline arrives
 
     async def tail(self, client: Any, job: str) -> None:
-        """Says what comes until the job ends; each connection begins with the whole log. Raises what the client raises."""
+        """Passes on what is new until the job ends. Raises what the client raises.
+
+        Each connection begins with the whole log, of which the characters already passed on are skipped.
+        """
         seen = 0
         async for text in client.tail_job_logs(job):
             new = text[max(0, self._said - seen) :]
@@ -306,7 +318,10 @@ def _ending(client: Any, job: str, status: str) -> str:
 
 
 def stop(job: str, *, address: str, ca: str | None = None) -> None:
-    """Tells the job to stop until Ray says that it has ended; what its run has saved stays. Raises `RunError` after a minute."""
+    """Asks Ray to stop the job until Ray reports that it has ended. Checkpoints of its run stay.
+
+    Raises `RunError` after `STOP_S` seconds.
+    """
     client = connect(address, ca)
     deadline = time.monotonic() + STOP_S
     while _asked(address, partial(client.get_job_status, job)) in LIVE:

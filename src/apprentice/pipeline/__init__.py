@@ -1,6 +1,6 @@
-"""The pipeline: prepare, train, evaluate and serve, one after the other. The only place that knows all the stages.
+"""The pipeline: composes the stages of a run, which are prepare, train, evaluate, predict, serve and export.
 
-Each stage checks what can be known before it writes or reserves anything, and goes on where an earlier attempt stopped.
+Each stage checks what can be known before it writes or reserves anything, and resumes where an earlier attempt stopped.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""Several recipes in a row, of which each may start from the run of one before it.
+"""Order checks for a chain of recipes, each of which may start from the run of an earlier one.
 
-Looks at the order before anything is trained; what a base's own contract says is looked at when its turn comes.
+The order and the prompt formats are checked before anything is trained. A base's own prompt contract is checked when its
+recipe's turn comes.
 """
 
 from __future__ import annotations
@@ -14,7 +15,10 @@ from apprentice.storage import Folder
 
 
 def check_order(recipes: Sequence[Recipe]) -> None:
-    """Raises `RecipeError` unless every `run:` is trained already or comes earlier in the list, in the same layout."""
+    """Raises `RecipeError` unless every `run:` model is trained already or made by an earlier recipe with the same layout.
+
+    Two recipes with one run folder, or a `data.chat_template` that differs from the base's, are refused as well.
+    """
     earlier: dict[str, Recipe] = {}
     for recipe in recipes:
         folder = str(Folder.at(recipe.storage) / recipe.name)

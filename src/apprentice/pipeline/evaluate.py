@@ -1,4 +1,4 @@
-"""Scoring a run beside its base model or another, a bare model, an adapter, or an endpoint; reports made again and compared."""
+"""Evaluation of a run, a bare model, an adapter or an HTTP endpoint; reports made again and compared."""
 
 from __future__ import annotations
 
@@ -25,28 +25,31 @@ if TYPE_CHECKING:
     from apprentice.evaluate.run import Subject
     from apprentice.evaluate.scoring.endpoint import Endpoint
 
-Result = tuple[dict[str, Any], Folder]
+Result = tuple[dict[str, Any], Folder]  # the report, and the folder that it was written to
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What `apprentice evaluate` may be told besides its target."""
+    """Options of `apprentice evaluate`, besides its target and overrides."""
 
     recipe: str | None = None
     tasks: tuple[str, ...] = ()
     against: str | None = None
     endpoint: str | None = None
-    model: str | None = None  # the name at the endpoint
-    key: str | None = None  # for the endpoint
+    model: str | None = None  # the model's name at the endpoint
+    key: str | None = None  # the endpoint's API key
     out: Path | None = None
     restart: bool = False
     storage: str = "./runs"
 
 
 def evaluate_run(recipe: Recipe, *, wanted: Wanted = Wanted(), trained_by: Recipe | None = None, progress: Progress) -> Result:
-    """Scores the run of `recipe` beside its base model (or another run); gives the report and its folder, which lies in the run.
+    """Evaluates the run of `recipe` beside its base model, or beside `wanted.against`.
 
-    `trained_by` is the recipe with the tasks that were trained on, where `recipe` has others to be scored.
+    Returns the report and its folder, which lies in the run unless `wanted.out` names another. `trained_by` is the recipe
+    whose tasks were trained on, where `recipe` has other tasks to score. Only an evaluation on the run's own tasks, without
+    `against` and endpoint, stores the run's score and its quality gate's verdict. Raises `RunError` for a run without a
+    trained model, and `FencedError` if another process holds the run.
     """
     run = Run(Folder.at(recipe.storage) / recipe.name)
     if not run.is_trained:
@@ -81,7 +84,7 @@ def evaluate_run(recipe: Recipe, *, wanted: Wanted = Wanted(), trained_by: Recip
 
 
 def metrics_of_score(report: Mapping[str, Any]) -> list[str]:
-    """The metrics that the one number of a report is the mean of, each task having its own: those of most tasks first."""
+    """Names of the metrics that a report's overall score is the mean of, the metric of most tasks first."""
     last = report["columns"][-1]["subject"]
     key = next(column["key"] for column in report["columns"] if column["subject"] == last)
     scored = [task["metric"] for task in report["tasks"] if task["columns"].get(key, {}).get("score") is not None]
@@ -97,9 +100,10 @@ def evaluate_model(
     trained_by: Recipe | None = None,
     progress: Progress,
 ) -> Result:
-    """Scores a bare model or an adapter (folder, hub id) on the tasks of `recipe`, spoken to in the recipe's layout.
+    """Evaluates a bare model or an adapter (folder, hub id) on the tasks of `recipe`, with the recipe's prompt format.
 
-    All tasks count as held out, unless one of the models scored came from the recipe's own run; `trained_by` as in `evaluate_run`.
+    The report goes to `out`, by default `reports/<model>`. All tasks count as held out, unless one of the evaluated models
+    comes from the run of `recipe`. `trained_by` is as in `evaluate_run`.
     """
     with _whole_model(model, trust=recipe.model.trust) as (name, folder):
         place = Folder.at(out or Path("reports") / name)
@@ -120,13 +124,13 @@ def evaluate_model(
 
 
 def _came_from(recipe: Recipe, model: Path) -> bool:
-    """Whether the run of `recipe` made the weights in `model`, or weights that they were made from."""
+    """Whether the weights in `model`, or weights that they were trained from, come from the run of `recipe`."""
     contract = read_contract(model)
     return contract is not None and recipe.name in (contract.run, *(name.removeprefix(RUN) for name in contract.ancestors))
 
 
 def trained_clusters(recipe: Recipe, find: Find = find_tasks) -> frozenset[str]:
-    """The clusters that the run of `recipe` trains on, and those of the runs that it goes on from, where these are at hand."""
+    """Clusters that the run of `recipe` trains on, with those of the earlier runs it starts from, where these still exist."""
     tasks, kept_out = select_tasks(recipe.data.entries, recipe.data.hold_out, Path.cwd(), to_train=False, find=find)
     found = frozenset(task.cluster for task in tasks if task.name not in kept_out)
     if recipe.model.base.startswith(RUN):
@@ -189,7 +193,7 @@ def _endpoint(wanted: Wanted) -> Endpoint | None:
 
 
 def _other(wanted: Wanted, *, trust: bool) -> tuple[str, Path, list[Folder]]:
-    """Name, folder and earlier reports of the run or model to compare with."""
+    """Name, model folder and earlier reports of the run or model to compare with."""
     assert wanted.against is not None
     run = find_run(wanted.against, wanted.storage)
     if run is None:
@@ -202,7 +206,7 @@ def _other(wanted: Wanted, *, trust: bool) -> tuple[str, Path, list[Folder]]:
 
 @contextmanager
 def _whole_model(model: str, *, trust: bool) -> Iterator[tuple[str, Path]]:
-    """Name and folder of a model; an adapter (a PEFT folder) is merged into its base for as long as it is needed."""
+    """Yields a model's name and folder; an adapter (PEFT folder) is merged into its base in a temporary folder."""
     folder = Path(model).expanduser()
     if not (folder / "adapter_config.json").is_file():
         whole = local_folder(model, trust=trust)
@@ -215,7 +219,7 @@ def _whole_model(model: str, *, trust: bool) -> Iterator[tuple[str, Path]]:
 
 
 def _store_verdict(model: Folder, report: dict[str, Any]) -> None:
-    """Keeps the gate's verdict beside the weights it is about; an old one of other bounds goes."""
+    """Writes the quality gate's verdict beside the weights that it is about, in place of an earlier one."""
     file = model / GATE_FILE
     file.delete()
     if report["gate"] is not None:
@@ -226,7 +230,10 @@ def _store_verdict(model: Folder, report: dict[str, Any]) -> None:
 
 
 def evaluate(target: str, overrides: Sequence[str], *, wanted: Wanted, progress: Progress) -> Result:
-    """Scores what `target` names: a recipe, a run (beside its base model), or a bare model on the tasks of `wanted.recipe`."""
+    """Evaluates `target`: the run that it names, the run of the recipe that it names, or a bare model.
+
+    A bare model is scored on the tasks of `wanted.recipe`, or on `wanted.tasks`; without either, `RecipeError` is raised.
+    """
     run = find_run(target, wanted.storage)
     if run is not None:
         whole = _recipe_of(run, overrides)
@@ -249,7 +256,10 @@ def evaluate(target: str, overrides: Sequence[str], *, wanted: Wanted, progress:
 
 
 def check_definitions(recipe: Recipe) -> None:
-    """Raises `RunError` for a task that is defined otherwise than in its run, which is scored by what it was made with."""
+    """Raises `RunError` if a task is now defined otherwise than when its run was made.
+
+    The run is scored with the definitions that it keeps.
+    """
     run = Run(Folder.at(recipe.storage) / recipe.name)
     kept = run.tasks()
     tasks, _ = select_tasks(recipe.data.entries, (), Path.cwd(), to_train=False, find=kept.find_again)
@@ -261,14 +271,14 @@ def check_definitions(recipe: Recipe) -> None:
 
 
 def _recipe_of(run: Run, overrides: Sequence[str]) -> Recipe:
-    with TemporaryDirectory(prefix="apprentice-") as scratch:  # a run in an object store has no file to be read from
+    with TemporaryDirectory(prefix="apprentice-") as scratch:  # loading needs a local file, and the run may lie in an object store
         file = Path(scratch) / "recipe.yaml"
         file.write_text(run.recipe_file.read_text(), encoding="utf-8")
         return load_recipe(file, overrides)
 
 
 def _with_tasks(recipe: Recipe, wanted: Wanted, find: Find = find_tasks) -> Recipe:
-    """The recipe with the tasks on the command line instead; those that it does not train on are held out."""
+    """The recipe with `wanted.tasks`, if any, in place of its own; those that it does not train on are held out."""
     if not wanted.tasks:
         return recipe
     known, held_out = select_tasks(recipe.data.entries, recipe.data.hold_out, Path.cwd(), to_train=False, find=find)
@@ -279,7 +289,7 @@ def _with_tasks(recipe: Recipe, wanted: Wanted, find: Find = find_tasks) -> Reci
 
 
 def _bare_recipe(model: str, overrides: Sequence[str], wanted: Wanted) -> Recipe:
-    """A recipe for scoring alone: the tasks on the command line, all of them held out."""
+    """A recipe for evaluation alone: `wanted.tasks`, all of them held out."""
     import tempfile
 
     import yaml
@@ -306,7 +316,10 @@ def _is_shipped(name: str) -> bool:
 
 
 def report(target: str, storage: str) -> Result:
-    """The report of a run (or in a folder) made again from its predictions, without any model."""
+    """Makes a report again from its stored predictions, without any model.
+
+    `target` is a run, or a folder with `predictions.parquet`. Raises `EvaluationError` if there are no predictions.
+    """
     from apprentice.evaluate.report import predictions
     from apprentice.evaluate.report.write import write_report
     from apprentice.evaluate.stats.summary import summarise
@@ -318,7 +331,10 @@ def report(target: str, storage: str) -> Result:
 
 
 def compare(targets: Sequence[str], out: Path | None, storage: str) -> Result:
-    """One report over the last subject of several runs' predictions; every run is compared with the first."""
+    """Writes one report over the predictions of several runs, each with its last subject; all are compared with the first.
+
+    The report goes to `out`, by default `reports/compare-<names>`. Raises `EvaluationError` for a run without predictions.
+    """
     from apprentice.evaluate.report import predictions
     from apprentice.evaluate.report.compare import joined
     from apprentice.evaluate.report.write import write_report
@@ -340,7 +356,7 @@ def _name_of(target: str, storage: str) -> str:
 
 
 def _reported(target: str, storage: str) -> Folder:
-    """The folder with the predictions that `target`, a run or such a folder, names."""
+    """The folder with predictions that `target` names: a run's report, or the folder itself."""
     run = find_run(target, storage)
     folder = run.report if run is not None else Folder.at(target)
     if not (folder / "predictions.parquet").exists():
@@ -349,7 +365,7 @@ def _reported(target: str, storage: str) -> Folder:
 
 
 def passed_gate(model: Folder) -> None:
-    """Raises `EvaluationError` unless the weights in `model` have the verdict that they passed their recipe's gate."""
+    """Raises `EvaluationError` unless a stored verdict says that the weights in `model` passed their recipe's quality gate."""
     file, contract = model / GATE_FILE, read_contract(model)
     if not file.exists():
         raise EvaluationError(

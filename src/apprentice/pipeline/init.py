@@ -1,4 +1,4 @@
-"""`apprentice init`: from a table of one's own to a task file and a recipe that pass `check`."""
+"""`apprentice init`: makes, from a user's own table, a task file and a recipe that pass `check`."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from apprentice.tasks.source_spec import known_encoding
 
 TEST_SHARE, MOST_TESTED = 0.1, 500
 LEAST_ROWS = 10
-SEEN = 100_000  # rows that labels are looked for in
+SEEN = 100_000  # rows that are searched for labels
 
 
 @dataclass(frozen=True)
 class Table:
-    """What the user says of a file: what its columns are for, and the names of its labels; None and () leave it to be guessed.
+    """The user's description of a table: the purpose of its columns and the names of its labels; None and () mean guess.
 
-    `choices` may be columns, in which each row's choices stand. `encoding` is None for UTF-8.
+    `choices` may be columns that hold each row's choices. `encoding` is None for UTF-8.
     """
 
     instruction: str | None = None
@@ -49,11 +49,11 @@ def begin(
     base: str,
     ask: Callable[[str], str] | None = None,
 ) -> dict[str, Any]:
-    """Writes a folder with `task.yaml`, `recipe.yaml` and the rows as `train.parquet` and `test.parquet`; gives what is in it.
+    """Writes a folder with `task.yaml`, `recipe.yaml`, `train.parquet` and `test.parquet`; returns a summary of it.
 
-    A tenth of the rows, at most 500, is for tests, chosen by the hash of its content, unless `test` names a file of its own. Rows
-    that no wording can render are left out and counted. `ask` puts a question to the person and gives the reply; without it what is
-    unclear is an error. Raises `DataError` or `TaskError`, and then writes nothing.
+    A tenth of the rows, at most 500, becomes the test split, chosen by a hash of each row's content, unless `test` names a
+    file of test rows. Rows that some wording cannot render are left out and counted. `ask` puts a question to the user and
+    returns the reply; without it, unclear labels are an error. Raises `DataError` or `TaskError`, and then writes nothing.
     """
     name = re.sub(r"\W+", "_", file.name.split(".")[0].lower()).strip("_") or "own"
     folder = out or Path(name)
@@ -100,7 +100,7 @@ def begin(
 def _drafted(
     name: str, rows: Sequence[Mapping[str, Any]], file: Path, said: Table
 ) -> tuple[Columns, list[dict[str, Any]], dict[str, Any]]:
-    """What the columns are for, the rows that are whole, and the content of the task file."""
+    """Guesses the columns; returns them, the rows that have all needed values, and the content of the task file."""
     unprintable = {column for column in rows[0] if not all(is_printable(row.get(column) or "") for row in rows[:SEEN])}
     columns = guess(
         list(rows[0]),
@@ -120,7 +120,7 @@ def _drafted(
 
 
 def _rows(file: Path, scratch: str, encoding: str | None) -> Iterator[dict[str, Any]]:
-    """The rows of a file of any kind that a task can read; what text spells is left as it was written."""
+    """The rows of a file in any format that a task can read; text cells keep their spelling."""
     import pyarrow.parquet as pq
 
     from apprentice.data.sources.column_text import read, readings_of
@@ -140,7 +140,7 @@ def _rows(file: Path, scratch: str, encoding: str | None) -> Iterator[dict[str, 
 
 
 def _whole(rows: Sequence[Mapping[str, Any]], columns: Columns) -> list[dict[str, Any]]:
-    """The rows that say what is asked and what is right, with nothing else; an input without value is empty."""
+    """The rows that have a value in every needed column, reduced to needed and input columns; a missing input is `''`."""
     needed = [column for column in (columns.instruction, *columns.choices, columns.answer, columns.label) if column is not None]
     return [
         {column: row[column] for column in needed}
@@ -162,7 +162,7 @@ def _renders(task: Task, row: Mapping[str, Any]) -> bool:
 
 
 def _hash(row: Mapping[str, Any]) -> str:
-    """Equal rows, wherever they stand, are on the same side."""
+    """Hash of a row's content, by which equal rows get into the same split."""
     return hashlib.sha256(json.dumps(row, sort_keys=True, default=str).encode()).hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""Replies to a whole file."""
+"""Batch prediction: the replies of a run or a model to every row of a file."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from apprentice.recipe import Model, find_recipe, load_recipe
 from apprentice.run.folder import find_run
 from apprentice.storage import Folder
 
-PROMPT_TOKENS = 2048  # of a model that says nothing of its own context
+PROMPT_TOKENS = 2048  # longest prompt for a model whose config states no context length
 
 
 def predict(
@@ -32,7 +32,11 @@ def predict(
     trust: bool = False,
     progress: Progress,
 ) -> dict[str, Any]:
-    """Replies of the run or model `target` to every row of `file`, a path or URI; gives the folder and what is in it."""
+    """Writes the replies of the run or model `target` to every row of `file`, a path or URI; returns a summary.
+
+    The replies go to `out`, by default `<file>-replies` without the file's suffix. `contract` (a run) or `recipe` gives a bare
+    model its prompt format. Raises `RunError` for a run without a trained model.
+    """
     from apprentice.model_pool.limits import Limits
     from apprentice.predict import launch
     from apprentice.pretrained.trust import check_model_folder

@@ -1,4 +1,4 @@
-"""What happens before training: checks, the frozen index, and a look at the examples."""
+"""Preparation of a run: preflight checks, the frozen index, and previews and traces of its examples."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from apprentice.run.folder import Run, find_run, open_run
 from apprentice.run.json_lines import read_records
 from apprentice.storage import Folder
 
-Progress = Callable[[str, Mapping[str, Any]], None]
+Progress = Callable[[str, Mapping[str, Any]], None]  # called with the name of a stage and values to show
 
 
 def prepare(recipe: Recipe, *, restart: bool = False, progress: Progress) -> dict[str, Any]:
-    """Freezes each task's index; gives the run folder and what training will see."""
+    """Freezes each task's index; returns the run folder, the numbers of tasks and training rows, and estimated steps."""
     with ray_session(), written_run(recipe, "prepare", restart=restart, progress=progress) as (run, corpus):
         rows = {name: len(index.train) for name, index in corpus.indices.items() if name not in corpus.held_out}
         return {"run": str(run.folder), "tasks": len(rows), "train_rows": sum(rows.values()), **estimate_steps(corpus)}
@@ -29,9 +29,10 @@ def prepare(recipe: Recipe, *, restart: bool = False, progress: Progress) -> dic
 
 @contextmanager
 def written_run(recipe: Recipe, command: str, *, restart: bool, progress: Progress) -> Iterator[tuple[Run, Corpus]]:
-    """The run of `recipe`, prepared, which this process holds for `command` as long as the block takes.
+    """Prepares the run of `recipe` and yields it with its corpus, holding the run's fence until the block ends.
 
-    Raises `FencedError` if somebody else holds it.
+    `command` names the holder to others. Raises `FencedError` if another process holds the run, and what the preflight checks
+    raise.
     """
     check.before_writing(recipe)
     folder = Folder.at(recipe.storage) / recipe.name
@@ -47,7 +48,7 @@ def prepared(recipe: Recipe, *, restart: bool, progress: Progress) -> tuple[Run,
         corpus = make_corpus(recipe, run)
         check.after_indexing(recipe, corpus)
     except ApprenticeError:
-        if not was_there:  # this call made it all: leave no half-made run behind
+        if not was_there:  # this call made the run: leave no half-made one behind
             run.folder.delete()
         raise
     progress(
@@ -57,12 +58,12 @@ def prepared(recipe: Recipe, *, restart: bool, progress: Progress) -> tuple[Run,
 
 
 def check_recipe(recipe: Recipe) -> list[check.Finding]:
-    """Every point that can be known beforehand."""
+    """The findings of all preflight checks (`apprentice.preflight.check`)."""
     return check.check(recipe, ray_session)
 
 
 def preview(recipe: Recipe, number: int) -> list[Any]:
-    """The first `number` examples of the plan, as the model will see them (`apprentice.data.inspect.preview`)."""
+    """The first `number` examples of the sampling plan, as the model will see them (`apprentice.data.inspect.preview`)."""
     from apprentice.data.inspect import preview as view
 
     with ray_session(), scratch_run(recipe) as run:
@@ -70,7 +71,7 @@ def preview(recipe: Recipe, number: int) -> list[Any]:
 
 
 def preview_page(recipe: Recipe, rows: int) -> str:
-    """The first packed rows of the stream as an HTML page (`apprentice.data.inspect.packed_rows_html`)."""
+    """The first `rows` packed rows as an HTML page (`apprentice.data.inspect.packed_rows_html`)."""
     from apprentice.data.inspect import packed_rows_html as row_view
 
     with ray_session(), scratch_run(recipe) as run:
@@ -78,7 +79,7 @@ def preview_page(recipe: Recipe, rows: int) -> str:
 
 
 def trace(name: str, storage: str, *, step: int | None, position: int | None) -> list[Any]:
-    """The examples that an optimizer step of a run was made of, or the one at a position of its plan.
+    """The examples of one optimizer step of a run, or the example at one position of its sampling plan.
 
     Raises `RunError` if there is no such run or step.
     """
@@ -92,7 +93,7 @@ def trace(name: str, storage: str, *, step: int | None, position: int | None) ->
 
 
 def _positions(run: Run, step: int) -> list[int]:
-    """The plan's positions of an optimizer step, the last time that it was made."""
+    """Plan positions of an optimizer step's examples; of a step that was repeated after a fault, those of the last time."""
     records = read_records(run.folder / "steps.jsonl")
     made = {record["step"]: record["examples"] for record in records if "examples" in record}
     if step not in made:
@@ -102,7 +103,7 @@ def _positions(run: Run, step: int) -> list[int]:
 
 @contextmanager
 def scratch_run(recipe: Recipe) -> Iterator[Run]:
-    """A run folder that is thrown away: looking must not leave a half-made run behind."""
+    """Yields a run in a temporary folder, so that a preview leaves no half-made run behind."""
     import tempfile
 
     with cache_cleared(recipe), tempfile.TemporaryDirectory(prefix="apprentice-") as folder:

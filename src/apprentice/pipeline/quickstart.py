@@ -1,6 +1,6 @@
-"""The demonstration: the whole pipeline on the built-in mixture, a served model that answers three instructions, and one table.
+"""The quickstart: trains, evaluates and serves a model on the built-in mixture, asks it three instructions, prints a table.
 
-Knows only pipeline.py; everything it does, a person could do with the other commands.
+A user could do all of it with the other commands.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ ASKED = (
 
 
 def run(storage: str, *, short: bool, screen: Screen) -> dict[str, Any]:
-    """Fetches, trains, evaluates, serves, asks; shows the table and gives the same as a dictionary."""
+    """Downloads, trains, evaluates, serves and asks; prints the table and returns the same as a dictionary. `short`: 4 steps."""
     recipe = load_recipe(find_recipe("quickstart"), [f"storage={Folder.at(storage)}", *(SHORT if short else ())])
     took: dict[str, float] = {}
     screen.say(
@@ -65,7 +65,7 @@ def _timed(took: dict[str, float], stage: str) -> Iterator[None]:
 
 
 def _ask(url: str, recipe: Recipe, instruction: str, given: str) -> dict[str, str]:
-    """One instruction over HTTP with the `openai` client, as any other program would ask."""
+    """Sends one instruction over HTTP with the `openai` client, as any other program would."""
     from openai import OpenAI
 
     with OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=300.0) as client:

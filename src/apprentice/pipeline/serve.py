@@ -1,4 +1,4 @@
-"""The endpoint for a run or a model, and one request against it."""
+"""The HTTP endpoint of a run or a model, and one request to it."""
 
 from __future__ import annotations
 
@@ -44,10 +44,12 @@ def endpoint(
     trust: bool = False,
     progress: Progress,
 ) -> Iterator[str]:
-    """The running endpoint's URL for a run or a model, with what the folder `adapters` holds; it is shut down on leaving.
+    """Starts the endpoint of a run or a model, yields its URL and shuts it down on leaving.
 
-    `beside` names further runs and models that it serves. `trust` lets the folder of each of them bring pickled weights or code of
-    its own.
+    `adapters` is a folder of LoRA adapters to serve too; `beside` names further runs and models. `contract` (a run) or
+    `recipe` gives a bare model its prompt format. Of `host`, `port`, `engine`, `adapters`, `beside` and `threads`, None leaves
+    the recipe's setting. `trust` lets the folder of each model bring pickled weights or code of its own. Raises `RunError` for
+    a run without a trained model, and with `require_gate` `EvaluationError` for a model that has not passed its quality gate.
     """
     from apprentice.serve import deployment
 
@@ -73,7 +75,7 @@ def endpoint(
     name = run.name if run is not None else folder.name
     others = [_offer(other, storage, words or read_contract(folder), trust=trust) for other in settings.beside]
     deployment.check(folder, settings, words, insecure=insecure, beside=others, trust=trust)
-    with ray_session(niceness=0):  # Ray's own 15 gives the endpoint next to nothing beside any other work on the machine
+    with ray_session(niceness=0):  # Ray's default, 15, starves the endpoint beside any other work on the machine
         progress("serve", {"message": f"loading {folder}"})
         running = deployment.start(
             folder, settings, model_name=name, contract=words, insecure=insecure, tasks=tasks, beside=others, trust=trust
@@ -85,7 +87,7 @@ def endpoint(
 
 
 def _offer(target: str, storage: str, words: PromptContract | None, *, trust: bool) -> Offer:
-    """A further model; a bare one is spoken to in `words`."""
+    """A further model to serve; `words` is the prompt contract that a bare one takes."""
     from apprentice.serve.replica import Offer
 
     run = find_run(target, storage)
@@ -96,7 +98,7 @@ def _offer(target: str, storage: str, words: PromptContract | None, *, trust: bo
 
 
 def _of_an_adapter(folder: Path, settings: Serving) -> PromptContract | None:
-    """The words for a bare base that none were named for: those of the first of its adapters that has some."""
+    """Prompt contract for a bare base without one: that of the first of its adapters that has one."""
     if settings.adapters is None or read_contract(folder) is not None:
         return None
     from apprentice.serve.generation.adapters import adapters_in
@@ -106,7 +108,7 @@ def _of_an_adapter(folder: Path, settings: Serving) -> PromptContract | None:
 
 
 def own_tasks(recipe: Recipe, progress: Progress, find: Find = find_tasks) -> list[Task]:
-    """The tasks of the recipe's own files, to be asked by their fields; a file that is gone since is told and left out."""
+    """The tasks in the recipe's own files, to be offered by their fields; a file that no longer loads is reported and skipped."""
     found: list[Task] = []
     for entry in recipe.data.entries:
         if isinstance(entry, str) and entry.endswith((".yaml", ".yml")):
@@ -118,7 +120,7 @@ def own_tasks(recipe: Recipe, progress: Progress, find: Find = find_tasks) -> li
 
 
 def _serving_for_bare(recipe: str | None, contract: str | None, storage: str) -> Serving:
-    """How a bare model is served: as the named recipe or the contract's run says, or by default."""
+    """Serving settings for a bare model: those of the named recipe, of the contract's run, or the defaults."""
     if recipe is not None:
         return load_recipe(find_recipe(recipe)).serving
     run = find_run(contract, storage) if contract is not None else None
@@ -126,7 +128,10 @@ def _serving_for_bare(recipe: str | None, contract: str | None, storage: str) ->
 
 
 def contract_for(folder: Path, contract: str | None, recipe: str | None, storage: str) -> PromptContract | None:
-    """The contract that a bare model is given: of another run, or made from a recipe; None if nothing is named."""
+    """The prompt contract for a bare model: that of another run or folder, or one made from a recipe; None if neither is named.
+
+    Raises `ContractError` if `contract` names nothing that has one.
+    """
     if contract is not None:
         run = find_run(contract, storage)
         found = read_contract(run.model if run is not None else Path(contract))
@@ -142,7 +147,7 @@ def contract_for(folder: Path, contract: str | None, recipe: str | None, storage
 
 
 def wait_for_stop() -> None:
-    """Returns at Ctrl-C or SIGTERM."""
+    """Blocks until Ctrl-C or SIGTERM."""
     stopped = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stopped.set())
@@ -150,7 +155,10 @@ def wait_for_stop() -> None:
 
 
 def ask(url: str, instruction: str, input: str, *, max_tokens: int, key: str | None = None) -> str:
-    """The reply of a running endpoint to one instruction, phrased there as in training. Raises `ServingError`."""
+    """Sends one instruction to a running endpoint, which phrases it as in training; returns the reply.
+
+    Raises `ServingError` if no endpoint answers, or it answers with an error.
+    """
     import httpx
 
     body = {"instruction": instruction, "input": input, "max_tokens": max_tokens}

@@ -1,4 +1,4 @@
-"""Fine-tuning, and the list of runs."""
+"""Fine-tuning of a run, its progress lines, and the list of runs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from apprentice.storage import Folder
 
 
 def train(recipe: Recipe, *, restart: bool = False, progress: Progress) -> dict[str, Any]:
-    """Fine-tunes, or goes on with a run that was stopped; gives the run folder and the last figures."""
+    """Fine-tunes, or resumes a run that stopped; returns the run folder and the last metrics.
+
+    `already` is true in the result if the run was trained before this call.
+    """
     from apprentice.evaluate.online import glance_of
     from apprentice.train.distributed import driver as launch
 
@@ -29,7 +32,7 @@ def train(recipe: Recipe, *, restart: bool = False, progress: Progress) -> dict[
 
 
 def _step_line(values: Mapping[str, Any]) -> dict[str, Any]:
-    """What a person wants to see of one record of the training loop."""
+    """The values to show of one record of the training loop."""
     if "message" in values:
         return {"message": values["message"], "done": True}
     if "samples" in values:
@@ -56,7 +59,7 @@ def _step_line(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def training_sentence(result: Mapping[str, Any]) -> str:
-    """One line on what `train` did."""
+    """The result of `train` in one sentence, with its warnings below."""
     if result["already"]:
         return "this run is trained already; --restart trains it anew"
     return (
@@ -68,7 +71,7 @@ def training_sentence(result: Mapping[str, Any]) -> str:
 
 
 def stopped_sentence(recipe: Recipe) -> str:
-    """One line on where Ctrl-C stopped the run of `recipe`, and from where it goes on."""
+    """One sentence on the step at which Ctrl-C stopped the run of `recipe`, and the checkpoint from which it resumes."""
     from apprentice.train.checkpoint import format as checkpoint
 
     run = Run(Folder.at(recipe.storage) / recipe.name)
@@ -90,17 +93,17 @@ def _memory(peak: int | None, expected: int | None) -> str:
 
 
 def number(value: float | None) -> str:
-    """A loss for the screen; `none` where there were no rows to take it from."""
+    """A loss as text; `none` if there were no rows to compute it on."""
     return "none" if value is None else f"{value:.3f}"
 
 
 def runs(storage: str) -> list[dict[str, Any]]:
-    """Every run in `storage` with its state."""
+    """Name, state and latest metrics of every run in `storage`."""
     found = [Run(folder) for folder in Folder.at(storage).children() if (folder / "identity.json").exists()]
     return [{"name": run.name, "state": "prepared"} | _status(run) for run in found]
 
 
 def _status(run: Run) -> dict[str, Any]:
-    """The run's status; of a trained one with the validation loss of the model that was exported, whichever came last."""
+    """The run's status; for a trained run with the validation loss of the exported model, not of the last validation."""
     status = run.status()
     return status | {key: status["training"][key] for key in ("validation_loss",) if key in status.get("training", {})}

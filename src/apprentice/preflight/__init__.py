@@ -1,1 +1,1 @@
-"""Everything that can be known before hardware is reserved."""
+"""Checks of everything that can be known before hardware is reserved."""

@@ -1,4 +1,4 @@
-"""Models that a recipe names beside its base, held against it: DPO's reference, and the reward model of on-policy training."""
+"""Checks of the models that a recipe names beside its base: DPO's reference, and the reward model of on-policy training."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from apprentice.run.folder import public_base, read_contract
 
 
 def check_companions(recipe: Recipe, tokenizer: Tokenizer) -> None:
-    """Raises `RecipeError` where `tokenizer`, the base's, is not theirs too, or where one is not what it is named for."""
+    """Raises `RecipeError` if such a model has another tokenizer than `tokenizer`, the base's.
+
+    A reward model must also give a number for a reply, and be trained with the recipe's prompt format.
+    """
     if reference := recipe.training.dpo.reference:
         _check_tokens("training.dpo.reference", reference, recipe, tokenizer, " Leave it out (the base is the reference), or name")
     if reward := recipe.training.grpo.reward:

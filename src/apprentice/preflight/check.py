@@ -1,6 +1,6 @@
-"""Everything that can be known before hardware is reserved, each point with one sentence.
+"""Preflight checks: everything that can be known before hardware is reserved, each check with one sentence.
 
-`check` looks at all points and lists them; `before_writing` and `after_indexing` raise the first that fails, so that a
+`check` runs all of them and lists their findings; `before_writing` and `after_indexing` raise the first that fails, so that a
 stage stops before it has written or reserved anything.
 """
 
@@ -42,7 +42,7 @@ from apprentice.tasks.registry import select_tasks
 
 @dataclass(frozen=True)
 class Finding:
-    """One point that was looked at."""
+    """The result of one check: its subject, whether it passed, and one sentence."""
 
     subject: str
     ok: bool
@@ -53,9 +53,10 @@ class Finding:
 
 
 def check(recipe: Recipe, connected: Callable[[], AbstractContextManager[None]]) -> list[Finding]:
-    """All points, in the order a person would mend them; `connected` connects to Ray, once all is well that needs none.
+    """Runs all checks, in the order in which a person would correct them, and leaves no files behind.
 
-    Leaves nothing behind that was not there before.
+    Checks that need Ray run only after all others passed, inside `connected()`; a dry run of the data and the model comes
+    last.
     """
     with cache_cleared(recipe):
         findings = _findings(recipe, [subject for subject in POINTS if subject not in NEED_RAY])
@@ -70,7 +71,7 @@ def check(recipe: Recipe, connected: Callable[[], AbstractContextManager[None]])
 
 
 def _findings(recipe: Recipe, subjects: Sequence[str]) -> list[Finding]:
-    """The points on these subjects; what two of them fail for, such as a missing task file, is told once."""
+    """Runs the checks on `subjects`; a failure that several share, such as a missing task file, is listed once."""
     told: set[str] = set()
     found = []
     for subject in subjects:
@@ -82,14 +83,17 @@ def _findings(recipe: Recipe, subjects: Sequence[str]) -> list[Finding]:
 
 
 def before_writing(recipe: Recipe) -> None:
-    """Raises the first point that fails."""
+    """Runs the checks in `POINTS`; raises the first failure."""
     with cache_cleared(recipe, keep=True):
         for look in POINTS.values():
             look(recipe)
 
 
 def after_indexing(recipe: Recipe, corpus: Corpus) -> str:
-    """What only the frozen index can tell: steps, warm-up, and that each task has something to learn."""
+    """Checks what only the frozen index can tell: the number of steps, the warm-up, and each task's training rows.
+
+    Returns one sentence. Raises `RecipeError` if the warm-up is not shorter than the run, `DataError` for a task without rows.
+    """
     steps = int(estimate_steps(corpus)["steps"])
     warmup = recipe.training.optimizer.warmup_steps
     if warmup >= steps:
@@ -180,7 +184,7 @@ def _model(recipe: Recipe) -> str:
 
 
 def _check_length(recipe: Recipe, folder: Path) -> None:
-    """Raises `RecipeError` for examples that are longer than the model has positions."""
+    """Raises `RecipeError` if `data.max_length` exceeds the number of positions of the model."""
     config = model_config(folder)
     positions = config.get("max_position_embeddings") or config.get("n_positions")
     if config.get("model_type") in RELATIVE_POSITIONS:
@@ -193,7 +197,7 @@ def _check_length(recipe: Recipe, folder: Path) -> None:
 
 
 def _check_engine(recipe: Recipe, folder: Path) -> None:
-    """Raises `ServingError` where the recipe's engine could not decode what the recipe trains, whether or not it is installed."""
+    """Raises `ServingError` if the recipe's serving engine, installed or not, cannot decode the model that the recipe trains."""
     from apprentice.models.tuning.methods import TUNING_METHODS
     from apprentice.serve.engines.factory import check_decodes
 
@@ -207,7 +211,7 @@ def _check_engine(recipe: Recipe, folder: Path) -> None:
 
 
 def _check_turns(layout: Layout) -> None:
-    """Raises `ContractError` for a chat template that refuses a question, or ends turns with a text that an answer may hold."""
+    """Raises `ContractError` if the chat template refuses a question, or ends turns with tokens that an answer may hold."""
     try:
         layout.prompt("a")
     except ChatTemplateError as error:
@@ -254,7 +258,7 @@ def _storage(recipe: Recipe) -> str:
 
 
 def _seen(probe: Folder, mark: str) -> str:
-    """Empty if this node sees in the file `probe` what another wrote there, and can write beside it; else why not."""
+    """Empty if this node reads `mark` in the file `probe`, which another node wrote, and can write beside it; else the reason."""
     try:
         if probe.read_text() != mark:
             return "another file is there"
@@ -270,7 +274,7 @@ def _sources(recipe: Recipe) -> str:
     tasks, _ = select_tasks(recipe.data.entries, recipe.data.hold_out, Path.cwd())
     rows = 0
     storage = Folder.at(recipe.storage)
-    rules = Run(storage / recipe.name).format  # as its index will be made, from the same converted files
+    rules = Run(storage / recipe.name).format  # as for the run's index, so that both use the same converted files
     for task in tasks:
         source = resolve(task, "train", root=recipe.data.root, cache=storage / "cache", rules=rules)
         rows += source.rows if source is not None else 0
@@ -296,7 +300,7 @@ def _resources(recipe: Recipe) -> str:
     check_resources(ask, nodes)
     aside = "; one more validates aside" if goes_aside(recipe, nodes) else ""
     cpus = sum(node.get("CPU", 0.0) for node in nodes)
-    trained = parameters if recipe.tuning.method == "full" else 0  # what other methods train is small beside it
+    trained = parameters if recipe.tuning.method == "full" else 0  # other methods train few parameters in comparison
     length = recipe.data.packing.length
     micro = micro_batch(recipe.training, workers=ask.workers, length=length, on_gpu=on_gpu)
     each = expected(recipe, parameters, trained, dtype, workers=ask.workers, micro=micro, length=length)
@@ -312,7 +316,7 @@ def _resources(recipe: Recipe) -> str:
 
 
 def _rehearsed(recipe: Recipe, scratch: Run) -> list[Finding]:
-    """What the frozen index, a first window of rows and one pass of the model tell."""
+    """Findings from a dry run: the frozen index, a first window of rows and one pass of the model."""
     from apprentice.preflight import dry_run as rehearsal
 
     try:
@@ -334,7 +338,11 @@ def _rehearsed(recipe: Recipe, scratch: Run) -> list[Finding]:
 
 
 def _evaluation(corpus: Corpus, reading: float | None) -> str:
-    """How many questions, and how long at least, from the tokens/s that one CPU's worker reads."""
+    """One sentence on the number of evaluation questions, and roughly how long they take.
+
+    `reading` is the speed of a CPU worker's forward pass in tokens/s; without it no time is given. Raises `DataError` if no
+    task has test rows.
+    """
     from apprentice.evaluate.questions.row_selection import requests_of
     from apprentice.preflight.dry_run import spoken_time
 
@@ -378,7 +386,7 @@ def _parameters(file: Path) -> int:
     return sum(prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
 
 
-WRITTEN = 8  # a token that is written takes as long as so many that are read: measured for 16 to 32 replies at once
+WRITTEN = 8  # decoding one token takes as long as reading so many of a prompt: measured for 16 to 32 replies at once
 POINTS: dict[str, Callable[[Recipe], str]] = {
     "tasks": _tasks,
     "downloads": _downloads,

@@ -1,7 +1,7 @@
-"""What one window of real rows and one pass of the real model tell before anything is reserved, in this process.
+"""Dry run of a recipe in this process: one window of real rows, and one pass of the real model.
 
-That every example ends with a token that is trained on, what was cut, that packing changes nothing for this model, and how fast a
-worker will be. Knows nothing of Ray; what it makes is thrown away.
+It shows whether every example ends with a token that is trained on, what was cut, whether packing changes the model's loss,
+and how fast a worker will be. Nothing of it is kept.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ from apprentice.pretrained.hub import local_folder
 from apprentice.train.batch import PackedRows
 from apprentice.train.losses.registry import loss_of
 
-LARGEST = 1_500_000_000  # numbers: a larger model would take this process minutes and tens of GiB
-LEAST_EXAMPLES = 5  # of a task in the window, for all of them to be cut is no chance
-TOKENS = 1024  # of the row that is tried; a longer one says no more and takes longer
-_CLOSE = 1e-4  # relative: what the order of float32's sums may change of a loss
+LARGEST = 1_500_000_000  # parameters; a larger model would take this process minutes and tens of GiB
+LEAST_EXAMPLES = 5  # of a task in the window; if all of so many are cut, it is not by chance
+TOKENS = 1024  # in the row that is timed, at most; a longer one takes longer and tells no more
+_CLOSE = 1e-4  # relative tolerance: the order of summation in float32 changes a loss by less
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Of one worker, in tokens/s; None where this process cannot tell."""
+    """Speed of one worker in tokens/s, in training and in a forward pass alone; None where this process cannot measure it."""
 
     training: float | None
     reading: float | None
 
 
 def first_rows(corpus: Corpus) -> PackedRows:
-    """The rows of the first window that has any. Raises `DataError` where many in a row have none."""
+    """Packed rows of the first window that has any. Raises `DataError` if the first eight windows have none."""
     for window in range(8):
         rows = PackedRows.of(render_window(corpus, window))
         if len(rows):
@@ -53,7 +53,8 @@ def first_rows(corpus: Corpus) -> PackedRows:
 def told_of_rows(corpus: Corpus, rows: PackedRows) -> str:
     """One sentence on the first window: how full its rows are, what is trained on, what was cut or dropped.
 
-    Raises `DataError` if an example does not end with a token that is trained on, or a task has nothing whole to learn in it.
+    Raises `DataError` if an example does not end with a token that is trained on, if a task has no token to train on in the
+    window, or if all of its examples there were cut or dropped.
     """
     _check_ends(corpus, rows)
     examples, targets = Counter[str](), Counter[str]()
@@ -75,7 +76,10 @@ def told_of_rows(corpus: Corpus, rows: PackedRows) -> str:
 
 
 def told_of_prompts(corpus: Corpus, rows: PackedRows) -> str:
-    """One sentence on the first round of an on-policy run: its prompts, replies and steps."""
+    """One sentence on the first round of an on-policy run: its prompts, replies and steps.
+
+    Raises `DataError` if all prompts of a task were cut or dropped.
+    """
     shape, grpo = corpus.recipe.round, corpus.recipe.training.grpo
     prompts = Counter(corpus.tasks[task].name for row in rows.facts for task in row.tasks)
     _check_cut(corpus, rows, prompts)
@@ -86,7 +90,7 @@ def told_of_prompts(corpus: Corpus, rows: PackedRows) -> str:
 
 
 def _lost(rows: PackedRows) -> dict[str, Counter[str]]:
-    """Task → reason → examples that were cut or dropped for it."""
+    """Numbers of examples that were cut or dropped: task → reason → number."""
     lost: dict[str, Counter[str]] = {}
     for row in rows.facts:
         for name, reasons in row.dropped.items():
@@ -95,9 +99,9 @@ def _lost(rows: PackedRows) -> dict[str, Counter[str]]:
 
 
 def _check_cut(corpus: Corpus, rows: PackedRows, examples: Mapping[str, int]) -> None:
-    """Raises `DataError` for a task of which every example of the window, and not by chance of a few, was cut or dropped."""
+    """Raises `DataError` for a task with at least `LEAST_EXAMPLES` examples in the window, all of them cut or dropped."""
     for name, reasons in _lost(rows).items():
-        del reasons[CUT_EXEMPLARS], reasons[LAST_TURN_ONLY]  # what is learnt is whole
+        del reasons[CUT_EXEMPLARS], reasons[LAST_TURN_ONLY]  # these leave the instruction and the answer whole
         dropped = sum(number for reason, number in reasons.items() if reason not in (CUT_INPUT, CUT_TURNS))
         count = examples[name] + dropped
         if reasons.total() >= count >= LEAST_EXAMPLES:
@@ -109,7 +113,7 @@ def _check_cut(corpus: Corpus, rows: PackedRows, examples: Mapping[str, int]) ->
 
 
 def _cut(rows: PackedRows, examples: Mapping[str, int]) -> str:
-    """The three tasks of which most was cut or dropped, with the share of their examples."""
+    """The three tasks with the most examples cut or dropped, each with the share of its examples, as text."""
     cut = Counter({name: reasons.total() for name, reasons in _lost(rows).items()})
     return ", ".join(f"{count / max(examples[name], count):.0%} of {name}" for name, count in cut.most_common(3)) or "nothing"
 
@@ -117,7 +121,7 @@ def _cut(rows: PackedRows, examples: Mapping[str, int]) -> str:
 def _check_ends(corpus: Corpus, rows: PackedRows) -> None:
     ids, segments = (rows.input_ids, rows.segment_ids) if rows.target_ids is None else (rows.target_ids, rows.target_segment_ids)
     assert segments is not None
-    last = np.ones_like(segments, dtype=bool)  # of its segment
+    last = np.ones_like(segments, dtype=bool)  # whether a token is the last of its segment
     last[:, :-1] = segments[:, :-1] != segments[:, 1:]
     last &= segments > 0
     end = corpus.layout.end_ids[-1]
@@ -128,7 +132,10 @@ def _check_ends(corpus: Corpus, rows: PackedRows) -> None:
 
 
 def told_of_packing(corpus: Corpus, rows: PackedRows) -> str:
-    """One sentence on whether a packed row has the loss of its examples alone, in float32. Raises `ModelError` if not."""
+    """One sentence on whether a packed row has the same loss, in float32, as its examples each in a row of its own.
+
+    Raises `ModelError` if it has not, that is, if the model lets packed examples attend to each other.
+    """
     recipe = corpus.recipe
     if corpus.strategy == "none":
         return "one example a row"
@@ -158,7 +165,7 @@ def _share(rows: PackedRows, row: int) -> PackedRows:
 
 
 def _alone(row: PackedRows) -> list[PackedRows]:
-    """The examples of one row, each in a row of its own."""
+    """The examples of one packed row, each in a row of its own."""
     return [_only(row, segment) for segment in range(1, int(row.segment_ids.max()) + 1)]
 
 
@@ -175,7 +182,10 @@ def _only(row: PackedRows, segment: int) -> PackedRows:
 
 
 def speed_of(corpus: Corpus, rows: PackedRows) -> Speed:
-    """Tokens/s of a worker without GPUs, by one pass forward and backward over one row with the threads of a worker."""
+    """Measures a CPU worker's speed on one row: a forward pass, then a forward and backward pass, with a worker's threads.
+
+    Not measured (both None) for workers with GPUs, models too large for this process, QLoRA, and on-policy training.
+    """
     recipe = corpus.recipe
     if recipe.training.resources.gpus or _too_large(corpus) or recipe.tuning.method == "qlora" or recipe.training.aim.rounds:
         return Speed(None, None)
@@ -189,7 +199,7 @@ def speed_of(corpus: Corpus, rows: PackedRows) -> Speed:
     torch.set_num_threads(max(1, int(recipe.training.resources.cpus)))
     try:
         with torch.no_grad():
-            loss(*row.micros(1)[0].tensors)  # the first pass sets things up
+            loss(*row.micros(1)[0].tensors)  # warm-up
             began = time.perf_counter()
             loss(*row.micros(1)[0].tensors)
             reading = row.tokens / (time.perf_counter() - began)
@@ -201,7 +211,7 @@ def speed_of(corpus: Corpus, rows: PackedRows) -> Speed:
 
 
 def told_of_duration(corpus: Corpus, speed: Speed) -> str:
-    """One sentence on how much training reads, and how long it will take where that is known."""
+    """One sentence on the number of tokens in training, and the time it takes where the speed is known."""
     found = estimate_steps(corpus)
     tokens, targets = found["steps"] * found["tokens_per_step"], found["steps"] * found["target_tokens_per_step"]
     size = f"about {tokens:,.0f} tokens, {targets:,.0f} of them trained on"
@@ -213,7 +223,7 @@ def told_of_duration(corpus: Corpus, speed: Speed) -> str:
 
 
 def spoken_time(seconds: float) -> str:
-    """12 seconds as "under a minute", 100 as "about 2 minutes", 9,000 as "about 2.5 hours"."""
+    """A duration in words: 12 seconds are "under a minute", 100 "about 2 minutes", 9,000 "about 2.5 hours"."""
     if seconds < 60:
         return "under a minute"
     return f"about {seconds / 60:.0f} minutes" if seconds < 5400 else f"about {seconds / 3600:.1f} hours"
