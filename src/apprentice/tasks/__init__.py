@@ -1,1 +1,1 @@
-"""What a task is, and the library of tasks. Text only: no tokenizer, no model, no Ray."""
+"""Tasks: their schema, their templates, importers of other formats, and the library. Text only: no tokenizer, model or Ray."""

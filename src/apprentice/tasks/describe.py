@@ -1,4 +1,4 @@
-"""A task as text for a person: what it is, where its rows lie, and each wording, rendered on a sample row where there is one."""
+"""Description of a task as text: its metadata, its sources, and each template, rendered on a sample row where there is one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ UNKNOWN = "unknown"
 
 
 def describe(task: Task) -> str:
-    """Name, cluster, sources and every wording of `task`, rendered on its `sample`, or a built-in task's first row."""
+    """Name, cluster, sources and every template of `task`, rendered on its `sample`, or on a built-in task's first row."""
     row = sample_row(task)
     head = [
         f"{task.name}  (cluster {task.cluster}, {', '.join(task.metrics)}, licence {task.licence})",
@@ -27,7 +27,7 @@ def describe(task: Task) -> str:
 
 
 def sample_row(task: Task) -> Mapping[str, Any] | None:
-    """A row to show the wordings on: the task's own sample, or a built-in task's first; None for a file without one."""
+    """The row to render templates on: the task's `sample`, or a built-in task's first row; else None."""
     if task.sample is not None:
         return task.sample
     names = [name for spec in task.sources if (name := spec.builtin)]
@@ -35,7 +35,7 @@ def sample_row(task: Task) -> Mapping[str, Any] | None:
 
 
 def training_rows(task: Task) -> int | None:
-    """How many training rows the task has, as published or as built in; None when nobody could see it."""
+    """Number of training rows, as published or built in; None if unknown."""
     names = [name for spec in task.sources if (name := spec.builtin)]
     return len(rows(names[0], "train")) if names else task.train_rows
 

@@ -1,6 +1,6 @@
-"""Whether what is held out is learnt all the same, because a task that is trained on reads the same rows.
+"""Leak check: held-out tasks whose rows are trained on all the same, because another task reads the same source.
 
-Compares where tasks say that their rows lie. Rows that came there in another way are found by `data.filters.decontaminate`.
+It compares the sources that tasks name. Equal rows in different sources are found by the decontamination filter.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from apprentice.tasks.schema import Task
 
 
 def leaks(tasks: Sequence[Task], held_out: Collection[str]) -> list[tuple[str, str, str]]:
-    """(held-out task, task that is trained on, place that both name), for every such pair."""
+    """(held-out task, task trained on, source that both name), for every such pair."""
     places: dict[str, list[str]] = {}
     for task in tasks:
         if task.name not in held_out:

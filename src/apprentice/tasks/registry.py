@@ -1,4 +1,4 @@
-"""Task files to tasks: the library by name, a user's own files by path or glob."""
+"""Registry of tasks: finds the library's by name and a user's own by path or glob, and loads their files."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from apprentice.tasks.importers.records import KINDS, record_tasks
 from apprentice.tasks.schema import Task, Template
 from apprentice.tasks.source_spec import SourceSpec
 
-Entry = str | Mapping[str, Any]  # of `data.tasks`
-Find = Callable[[Entry, Path], list[Task]]
+Entry = str | Mapping[str, Any]  # an entry of `data.tasks`
+Find = Callable[[Entry, Path], list[Task]]  # looks up an entry; paths are relative to the folder
 LIBRARY = Path(__file__).parent / "library"
 BUILTIN = LIBRARY / "quickstart"
-# The key that names an entry's collection → its tasks.
+# Key of an entry that names files of another format → the importer of that format.
 COLLECTIONS: dict[str, Callable[[Mapping[str, Any]], list[Task]]] = {
     "promptsource": prompt_tasks,
     "natural_instructions": instruction_tasks,
@@ -44,7 +44,10 @@ def library() -> dict[str, Path]:
 
 @cache
 def load_task(path: Path) -> Task:
-    """The task in one YAML file. Raises `TaskError` naming file, place and what to change."""
+    """The task in one YAML file; paths of its data files, relative to it, become absolute.
+
+    Raises `TaskError` that names the file, the place in it and the remedy.
+    """
     try:
         content: Any = load_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -64,7 +67,7 @@ def load_task(path: Path) -> Task:
 
 
 def _first_fault(error: ValidationError) -> str:
-    """Place and fault in one sentence; an unknown key before all else, since a missing one is often the same key misspelt."""
+    """One sentence on the place and the fault; an unknown key comes first, since a missing key is often the same one misspelt."""
     faults = error.errors()
     fault = next((fault for fault in faults if fault["type"] == "extra_forbidden"), faults[0])
     place = ".".join(str(part) for part in fault["loc"])
@@ -77,8 +80,10 @@ def _first_fault(error: ValidationError) -> str:
 
 
 def find_tasks(entry: Entry, folder: Path) -> list[Task]:
-    """The tasks that one entry of `data.tasks` means: a library name, a cluster, a path or glob relative to `folder`, or a
-    mapping that names another collection's files, such as `{promptsource: …}`.
+    """The tasks that one entry of `data.tasks` stands for.
+
+    The entry is a name in the library, a cluster, a path or glob relative to `folder`, or a mapping that names files of
+    another format, such as `{promptsource: …}`. Raises `TaskError` if there are none.
     """
     if isinstance(entry, Mapping):
         kind = next(kind for kind in COLLECTIONS if entry.get(kind) is not None)
@@ -101,11 +106,11 @@ def find_tasks(entry: Entry, folder: Path) -> list[Task]:
 def select_tasks(
     entries: Sequence[Entry], hold_out: Sequence[str], folder: Path, *, to_train: bool = True, find: Find = find_tasks
 ) -> tuple[tuple[Task, ...], frozenset[str]]:
-    """The tasks that `entries` mean, in order and each once, and the names of those that `hold_out` keeps out of training.
+    """The tasks of all `entries`, in order and each once, and the names of those that are kept out of training.
 
-    `find` says what an entry means: `KeptTasks.find` of a run, what it meant then.
-
-    Raises `TaskError` for an unknown name, a held-out name that no task or cluster has, or when nothing is left `to_train` on.
+    Kept out are the tasks and clusters in `hold_out`, and tasks without training rows. `find` looks up an entry;
+    `KeptTasks.find` of a run gives the tasks as they were when the run was made. Raises `TaskError` for an unknown name, for a
+    name in `hold_out` that no task or cluster has, and, with `to_train`, if nothing is left to train on.
     """
     found = {task.name: task for entry in entries for task in find(entry, folder)}
     tasks = tuple(found.values())

@@ -1,6 +1,6 @@
-"""A first task file for somebody's own table: which columns hold instruction, input, answer or label, and wordings to begin with.
+"""Scaffold of a task file for a user's own table: guesses the purpose of each column and drafts first templates.
 
-Pure: columns and rows in, the content of a task file out. Knows nothing of files, nor of how the rows are split.
+Pure functions, from columns and rows to the content of a task file.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ from apprentice.errors import TaskError, did_you_mean
 from apprentice.tasks.templates.cells import Cell
 from apprentice.tasks.templates.printing import is_text
 
-# Names that columns of each kind often have, the surest first; compared without case.
+# Usual names of columns of each kind, the most certain first; compared without case.
 INSTRUCTIONS = ("instruction", "prompt", "question", "query", "request", "inputs")
 ANSWERS = ("output", "answer", "response", "completion", "reply", "summary", "target", "targets", "translation")
 LABELS = ("label", "labels", "class", "category", "sentiment", "intent", "topic", "rating", "stars")
 MOST_CHOICES = 100
-LISTED = 12  # choices that a wording can list
+LISTED = 12  # most choices that a template, or a message, lists
 LETTERS = "ABCDEFGHIJ"
-SHORT = 5.0  # words: answers of up to this mean length are compared whole, longer ones by what they share
+SHORT = 5.0  # words; answers of at most this mean length are scored by exact match and token F1, longer ones by ROUGE-L
 
 
 @dataclass(frozen=True)
 class Columns:
-    """What each column is for: exactly one of `answer` and `label`, an `instruction` perhaps, and any number of inputs.
+    """The purpose of each column: exactly one of `answer` and `label`, an optional `instruction`, any number of inputs.
 
-    `choices` are those that a row's own choices stand in: one for each choice, or a single one that holds lists.
+    `choices` are the columns that hold each row's own choices: one column for each choice, or a single column of lists.
     """
 
     inputs: tuple[str, ...]
@@ -39,7 +39,10 @@ class Columns:
 
 
 class UnclearLabelsError(TaskError):
-    """What labels say, or where the choices stand, only a person knows; `question` asks for it, `values` are the labels."""
+    """The meaning of labels, or the place of the choices, cannot be guessed.
+
+    `question` asks the user for it; `values` are the labels.
+    """
 
     def __init__(self, message: str, question: str, values: tuple[str, ...]) -> None:
         super().__init__(message)
@@ -58,10 +61,11 @@ def guess(
     choices: Sequence[str] = (),
     unprintable: Collection[str] = (),
 ) -> Columns:
-    """What the user said, completed by the names of columns; those that are `unprintable` are no inputs of themselves.
+    """Completes the columns that the user named by the usual names of columns.
 
-    `choices` that are all names of columns are where a row's choices stand. Raises `TaskError` for a column that is not there, or
-    if it is unclear which one is to be learnt.
+    Columns in `unprintable` do not become inputs by themselves. `choices` are taken as columns with each row's choices if all
+    of them are names of columns. Raises `TaskError` for a column that is not there, if both answer and label are named, if it
+    is unclear which column is to be learnt, and if no other column is left to ask about.
     """
     for named in (instruction, answer, label, *inputs):
         if named is not None and named not in columns:
@@ -92,12 +96,12 @@ def _first(columns: Sequence[str], names: Sequence[str]) -> str | None:
 
 
 def _is_number(column: str) -> bool:
-    """Whether the column only counts rows."""
+    """Whether the column's name says that it only numbers the rows."""
     return column.lower().strip() in ("id", "idx", "index", "row", "")
 
 
 def fields_of(columns: Columns) -> dict[str, str]:
-    """Field → column: names that templates can say. "Review text" becomes `review_text`."""
+    """Field → column, with field names that templates can use: "Review text" becomes `review_text`."""
     fields: dict[str, str] = {}
     for column in filter(None, (columns.instruction, *columns.inputs, *columns.choices, columns.answer, columns.label)):
         if column in fields.values():
@@ -117,10 +121,11 @@ def draft(
     files: Mapping[str, str],
     choices: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """The content of a task file over `files` (split → path); `rows` are all rows, or enough of them to see every label.
+    """The content of a task file over `files` (split → path), from all rows, or enough of them to see every label.
 
-    `choices` are the names of the labels in the order of their sorted values. Raises `TaskError` where there are too many labels or
-    too few, or not as many names, or where a column is no text; `UnclearLabelsError` for numbers without names.
+    `choices` are the names of the labels, in the order of their sorted values. Raises `TaskError` for too few or too many
+    labels, a wrong number of names, or a column that is no text; `UnclearLabelsError` for labels without meaning, such as
+    numbers without names.
     """
     fields = fields_of(columns)
     named = {column: field for field, column in fields.items()}
@@ -149,12 +154,12 @@ def draft(
 
 
 def is_printable(value: Any) -> bool:
-    """True for text, numbers and lists of them."""
+    """Whether the value is text, a number, or a list of these."""
     return all(map(is_text, value)) if isinstance(value, list) else is_text(value)
 
 
 def _printed(column: str, field: str, rows: Sequence[Mapping[str, Any]]) -> str:
-    """The expression that prints a column: lists with their items below each other."""
+    """The template expression that prints a column; lists have each item on a line of its own. Raises `TaskError`."""
     values = [row[column] for row in rows]
     if odd := [value for value in values if not is_printable(value)]:
         raise TaskError(_no_text(column, odd[0], "name other columns with --input or --instruction"))
@@ -162,9 +167,12 @@ def _printed(column: str, field: str, rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _answer(column: str, field: str, rows: Sequence[Mapping[str, Any]]) -> tuple[str, str | None, list[str]]:
-    """The expression of the text to write, that of all texts that count as right if there may be several, and the texts."""
+    """The expression of the answer, the expression of all right answers if there may be several, and the answers as text.
+
+    Raises `TaskError` for a column that is no text.
+    """
     values = [row[column] for row in rows]
-    if all(isinstance(value, Mapping) and is_printable(value.get("text")) for value in values):  # as SQuAD gives answers
+    if all(isinstance(value, Mapping) and is_printable(value.get("text")) for value in values):  # SQuAD's format of answers
         field, values = f"{field}.text", [value["text"] for value in values]
     if odd := [value for value in values if not is_printable(value)]:
         raise TaskError(_no_text(column, odd[0], "name the column with the text to write with --answer"))
@@ -182,7 +190,7 @@ def _no_text(column: str, value: Any, remedy: str) -> str:
 
 
 def _inputs(columns: Columns, shown: Mapping[str, str]) -> str:
-    """The text that shows the input columns: the only one bare, several with their names before them."""
+    """The template text that shows the input columns: a single one bare, several with their names before them."""
     if len(columns.inputs) == 1:
         return f"{{{{ {shown[columns.inputs[0]]} }}}}"
     return "\n".join(f"{column.strip().capitalize()}: {{{{ {shown[column]} }}}}" for column in columns.inputs)
@@ -208,7 +216,7 @@ def _with_choices(columns: Columns, field: str, rows: Sequence[Mapping[str, Any]
 
 
 def _labels(column: str, rows: Sequence[Mapping[str, Any]]) -> list[Any]:
-    """The different values of a column in order; numbers before texts, those that CSV gives as texts too."""
+    """The distinct values of a column, sorted; numbers, also those that CSV holds as text, come before texts."""
     if odd := [row[column] for row in rows if not is_text(row[column])]:
         raise TaskError(_no_text(column, odd[0], "name the column of labels with --label, or that of texts to write with --answer"))
     found = {row[column] for row in rows}
@@ -216,7 +224,7 @@ def _labels(column: str, rows: Sequence[Mapping[str, Any]]) -> list[Any]:
 
 
 def _is_number_text(value: Any) -> bool:
-    """Whether the value is a number, or a text that is nothing but one."""
+    """Whether the value is a number, or a text that spells one."""
     spelt = Cell(value).value if isinstance(value, str) else value
     return isinstance(spelt, int | float) and not isinstance(spelt, bool)
 
@@ -237,9 +245,9 @@ def _unclear(columns: Columns, found: Sequence[Any], rows: Sequence[Mapping[str,
 
 
 def suggested_choices(columns: Columns, rows: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
-    """Columns that seem to hold what each row chooses from: several that are numbered or lettered alike, or one of lists.
+    """Columns that seem to hold each row's choices: several that are numbered or lettered alike, or one of lists.
 
-    Only where the labels can be their numbers or letters.
+    Empty unless all labels can be numbers or letters of these choices.
     """
     series: dict[str, list[str]] = {}
     for column in columns.inputs:
@@ -259,7 +267,10 @@ def suggested_choices(columns: Columns, rows: Sequence[Mapping[str, Any]]) -> tu
 
 
 def _places(columns: Columns, own: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[Any] | None:
-    """The labels that stand for the first choice, the second and so on; None where labels are not numbers or letters of choices."""
+    """The labels of the first choice, the second and so on, such as [1, 2, 3] or ["A", "B", "C"].
+
+    None if the labels are neither numbers nor letters of the choices.
+    """
     number = max(len(row[own[0]]) for row in rows) if len(own) == 1 else len(own)
     found = _labels(str(columns.label), rows)
     kind = type(found[0])
@@ -274,7 +285,10 @@ def _places(columns: Columns, own: Sequence[str], rows: Sequence[Mapping[str, An
 
 
 def _with_own_choices(columns: Columns, named: Mapping[str, str], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Choices that stand in each row, and the label as one's number, its letter or its text."""
+    """The keys `choices`, `label` and `metrics` of a task whose choices are in each row.
+
+    A label may be the number, the letter or the text of a choice. Raises `TaskError` if it is none of these.
+    """
     own, label = columns.choices, named[str(columns.label)]
     lists = [isinstance(row[column], list) for row in rows for column in own]
     if len(own) == 1 and not all(lists):

@@ -29,12 +29,10 @@
 
 A task without `choices` gives `answer` (a template, such as `{{ answers.text[0] }}`) and is scored by generation;
 `references` (an expression that gives a list) names all answers that count as right. Expressions, and the task's
-`answer`, see the row as it is; templates see besides, and in place of a field of that name, `answer` and (in a task
-with choices) `choices` and `label`. A template may bring `choices` of its own (same length and order as the task's),
+`answer`, see the row as it is. Templates also see `answer` and, in a task with choices, `choices` and `label`; these hide
+fields of the row with the same names. A template may have `choices` of its own (same length and order as the task's),
 and `input` may be left out. A template with `cot: true` (chain of thought) asks for the reasoning and then the answer, and
-its `output` gives both; it is trained on, not scored, unless the task has nothing else.
-
-Knows nothing of where the rows are read from, nor of tokens.
+its `output` gives both; it is trained on, not scored, unless the task has no other.
 """
 
 from __future__ import annotations
@@ -74,7 +72,7 @@ REPLACEMENT_CHARACTER = "�"
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A rendered template: what is asked, what is right, and where it came from."""
+    """A rendered template: instruction, input and target, with the task and template that it came from."""
 
     task: str
     template: str
@@ -82,19 +80,19 @@ class Example:
     input: str
     target: str
     choices: tuple[str, ...] = ()  # empty: scored by generation
-    references: tuple[str, ...] = ()  # all answers that count as right; the target is the first
-    history: tuple[tuple[str, str], ...] = ()  # earlier questions and answers of a conversation; the answers are learnt too
+    references: tuple[str, ...] = ()  # all answers that count as right
+    history: tuple[tuple[str, str], ...] = ()  # earlier (question, answer) pairs of a conversation; the answers are trained on too
     system: str = ""  # the conversation's own system text
-    rejected: str = ""  # of a preference: the answer that is worse than the target
+    rejected: str = ""  # the worse answer of a preference pair
 
     @property
     def has_turns(self) -> bool:
-        """True if it can only be told as a conversation."""
+        """True if only a chat format can express it: it has a history or a system text."""
         return bool(self.history or self.system)
 
 
 def _compiled(text: str) -> str:
-    """`text` itself, once it is known to be a template."""
+    """`text` itself, checked to be a valid template. Raises `ValueError`."""
     try:
         Wording(text)
     except jinja2.TemplateSyntaxError as error:
@@ -112,7 +110,7 @@ class Template(Strict):
     choices: tuple[str, ...] | None = None
     inverted: bool = Field(False, description="The answer is given and the input is asked for.")
     cot: bool = Field(False, description="Chain of thought: the output holds the reasoning and then the answer.")
-    _python_forms: bool = PrivateAttr(default=False)  # as runs of format 1 render: lists are printed as Python writes them
+    _python_forms: bool = PrivateAttr(default=False)  # runs of format 1 print lists as Python writes them
 
     def of_format_1(self) -> Self:
         """The template as runs of format 1 render it."""
@@ -142,12 +140,12 @@ class Template(Strict):
 
     @property
     def names(self) -> frozenset[str]:
-        """Every variable that the three parts need."""
+        """Names of all variables that the three parts use."""
         return frozenset().union(*(part.names for part in self.parts))
 
     @property
     def is_whole(self) -> bool:
-        """True if it says by itself what the answer and the choices are (`example`), whatever the task says of them."""
+        """True if `example` makes examples from rows by itself, without the task's answer and choices."""
         return False
 
     @property
@@ -162,21 +160,21 @@ class Template(Strict):
 
     @property
     def has_answer(self) -> bool:
-        """False if its examples are questions alone."""
+        """False if its examples are prompts without answers."""
         return True
 
     @property
     def optional_names(self) -> frozenset[str]:
-        """Those of `names` that a source may lack, or that may be null; only where the template is whole."""
+        """Those of `names` that a source may lack, or that may be null; empty unless the template `is_whole`."""
         return frozenset()
 
     def example(self, task: str, row: Mapping[str, Any]) -> Example:
-        """The example of one row of `task`; only where the template is whole. Raises `RowError`."""
+        """The example of one row of `task`, for templates that are whole. Raises `RowError`."""
         raise NotImplementedError
 
 
 class Task(Strict):
-    """One dataset with its wordings, choices and metrics."""
+    """One dataset with its sources, templates, choices and metrics."""
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_]*$")
     cluster: str = Field(pattern=r"^[a-z0-9][a-z0-9_]*$")
@@ -194,7 +192,10 @@ class Task(Strict):
     origin: str = Field("", description="The file that it was read from.")
 
     def of_format(self, number: int) -> Task:
-        """The task as a run of that format renders it; `references` of format 1 see the rendered answer in a field `answer`."""
+        """The task as a run of this format renders it.
+
+        In format 1, lists are printed as Python writes them, and `references` see the rendered answer as the field `answer`.
+        """
         if number >= 2:
             return self
         return self.model_copy(update={"templates": tuple(template.of_format_1() for template in self.templates)})
@@ -232,27 +233,27 @@ class Task(Strict):
 
     @property
     def train_rows(self) -> int | None:
-        """Published number of training rows, of the first source that gives it; None when unknown."""
+        """Published number of training rows, of the first source that states one; None if unknown."""
         return next((spec.rows["train"] for spec in self.sources if "train" in spec.rows), None)
 
     @property
     def is_ranked(self) -> bool:
-        """True if answers are ranked among choices, false if they are generated."""
+        """True if the answer is chosen by ranking choices, false if it is generated."""
         return self.choices is not None or (self.is_whole and self.metrics[0] == "accuracy")
 
     @cached_property
     def is_whole(self) -> bool:
-        """True if all its templates bring their own answers."""
+        """True if all its templates make their examples by themselves."""
         return all(template.is_whole for template in self.templates)
 
     @cached_property
     def has_pairs(self) -> bool:
-        """True if every example of it has a better and a worse answer."""
+        """True if every example has a chosen and a rejected answer."""
         return all(template.has_pairs for template in self.templates)
 
     @cached_property
     def has_answers(self) -> bool:
-        """False if no example of it says what is right."""
+        """False if its examples are prompts without answers."""
         return any(template.has_answer for template in self.templates)
 
     @cached_property
@@ -261,7 +262,7 @@ class Task(Strict):
 
     @cached_property
     def scored_templates(self) -> tuple[Template, ...]:
-        """The wordings that evaluation uses: all that ask for the answer alone, or else those that ask for reasoning too."""
+        """The templates that evaluation uses: those that ask for the answer alone, or, without any, the chain-of-thought ones."""
         return tuple(template for template in self.templates if not template.inverted and not template.cot) or self.cot_templates
 
     @cached_property
@@ -270,23 +271,23 @@ class Task(Strict):
 
     @cached_property
     def cot_templates(self) -> tuple[Template, ...]:
-        """The wordings that ask for the reasoning and then the answer."""
+        """The templates that ask for the reasoning and then the answer."""
         return tuple(template for template in self.templates if template.cot)
 
     @cached_property
     def fields(self) -> frozenset[str]:
-        """The row fields that the task needs, from what its templates and expressions name."""
+        """The row fields that its templates and expressions use."""
         worded = frozenset().union(*(template.names for template in self.templates)) - self.given_names
         return worded.union(*(part.names for part in self._expressions.values()))
 
     @cached_property
     def optional_fields(self) -> frozenset[str]:
-        """Those of `fields` that no template insists on."""
+        """Those of `fields` that a row may lack."""
         return frozenset().union(*(template.optional_names for template in self.templates))
 
     @cached_property
     def _counting(self) -> dict[str, frozenset[str]]:
-        """`label` and `keep` → the fields that they see as the numbers and truth values that cells of CSV spell.
+        """`label` and `keep` → the fields whose CSV cells they see as numbers and truth values.
 
         An expression that quotes such a text itself, as in `['1', '2'].index(stars)`, sees text.
         """
@@ -295,12 +296,12 @@ class Task(Strict):
 
     @cached_property
     def counted_fields(self) -> frozenset[str]:
-        """Those of `fields` whose cells are seen as numbers and truth values somewhere."""
+        """Those of `fields` whose CSV cells some expression sees as numbers or truth values."""
         return frozenset().union(*self._counting.values())
 
     @property
     def given_names(self) -> frozenset[str]:
-        """What templates see besides the row's fields."""
+        """Names that templates see besides the row's fields."""
         if self.is_whole:
             return frozenset()
         return frozenset(["choices", "label", "answer"] if self.choices is not None else ["answer"])
@@ -314,7 +315,7 @@ class Task(Strict):
         return found | ({} if self.answer is None else {"answer": Wording(self.answer)})
 
     def name_of(self, template: Template) -> str:
-        """File, line, task and template, as far as they are known, for a message."""
+        """File, line, task and template for a message, as far as they are known."""
         line = template_lines(self.origin).get(template.name) if self.origin else None
         return f"{f'{self.origin}:{line}: ' if line else ''}task {self.name!r}, template {template.name!r}"
 
@@ -322,7 +323,7 @@ class Task(Strict):
         """The example that `template` makes of `row` (field → value).
 
         Raises `RowError` with reason `missing`, `null`, `unknown_label`, `empty_answer`, `broken_character`, `python_form` or
-        `template`, and `skipped` where `keep` is false of the row or a whole template says that it does not apply.
+        `template`, and with reason `skipped` if `keep` is false for the row or a whole template does not apply to it.
         """
         for field in () if self.is_whole else self.fields:
             if row.get(field) is None:
@@ -384,14 +385,14 @@ class Task(Strict):
         return label
 
     def _counted(self, place: str, values: Mapping[str, Any]) -> Mapping[str, Any]:
-        """The row as an expression sees it: with what its cells spell."""
+        """The row as the expression `label` or `keep` sees it, with CSV cells as the numbers and truth values they spell."""
         names = self._counting.get(place, frozenset())
         cells = {name: cell.value for name in names if isinstance(cell := values.get(name), Cell)}
         return {**values, **cells} if cells else values
 
 
 def missing_fields(task: Task, spec: SourceSpec, available: Sequence[str]) -> list[tuple[str, str]]:
-    """(template name or `task`, field) for every field that a source with these columns cannot give."""
+    """(template name or `task`, field) for every required field that a source with the columns `available` lacks."""
     offered = {field for field in task.fields if spec.columns.get(field, field) in available}
     worded = [(template.name, template.names - task.given_names) for template in task.templates]
     named = [*worded, *(("task", part.names) for part in task._expressions.values())]

@@ -1,4 +1,7 @@
-"""The tasks of a run as text that needs no other file: what each entry of `data.tasks` meant when the run was made."""
+"""Snapshot of a run's tasks: the definitions that each entry of `data.tasks` had when the run was made.
+
+The text needs no other file, so a run outlives changes of task files and of the library.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ from apprentice.tasks.importers.records import KINDS, RecordTemplate
 from apprentice.tasks.registry import COLLECTIONS, Entry, Find, find_tasks
 from apprentice.tasks.schema import Task, Template
 
-# The key that names an entry's collection → what its templates are.
+# Key of an entry that names files of another format → the class of its templates.
 _TEMPLATES: dict[str, type[Template]] = {
     "promptsource": PromptTemplate,
     "natural_instructions": InstanceTemplate,
@@ -29,7 +32,7 @@ _TEMPLATES: dict[str, type[Template]] = {
 
 
 def dump_tasks(entries: Sequence[Entry], folder: Path, find: Find = find_tasks) -> str:
-    """The tasks that `entries` mean, a line of JSON each. Raises `TaskError` as `find_tasks` does."""
+    """The tasks of all `entries` as JSON lines (keys `entry`, `sha256`, `task`). Raises `TaskError` as `find_tasks` does."""
     lines = [
         json.dumps(
             {
@@ -46,7 +49,7 @@ def dump_tasks(entries: Sequence[Entry], folder: Path, find: Find = find_tasks) 
 
 
 class KeptTasks:
-    """What `dump_tasks` wrote; no tasks if it wrote nothing."""
+    """The tasks of a run, read from the text that `dump_tasks` made; none if the text is empty."""
 
     def __init__(self, text: str) -> None:
         self._of_entry: dict[str, list[Task]] = {}
@@ -56,21 +59,21 @@ class KeptTasks:
         self._by_name = {task.name: task for tasks in self._of_entry.values() for task in tasks}
 
     def find(self, entry: Entry, folder: Path) -> list[Task]:
-        """The tasks that `entry` meant, or the one of that name; what the run does not know is looked for as `find_tasks` does."""
+        """The tasks of `entry` when the run was made, or the kept task of that name; any other entry goes to `find_tasks`."""
         if (kept := self._of_entry.get(_key(entry))) is not None:
             return kept
         return [self._by_name[entry]] if isinstance(entry, str) and entry in self._by_name else find_tasks(entry, folder)
 
     def find_again(self, entry: Entry, folder: Path) -> list[Task]:
-        """What `entry` means for a run that goes on: a person's own files as they are now, the library's tasks as they were then.
+        """The tasks of `entry` for resuming the run: a user's own files as they are now, the library's tasks as they were then.
 
-        A later version of the library is no change of the run's.
+        So a later version of the library does not change the run, and a change of the user's own files is noticed.
         """
         own = not isinstance(entry, str) or entry.endswith((".yaml", ".yml"))
         return find_tasks(entry, folder) if own else self.find(entry, folder)
 
     def changed(self, tasks: Sequence[Task]) -> list[str]:
-        """Those of `tasks` that the run knows under the same name with another definition."""
+        """Names of those of `tasks` that the run knows under the same name with another definition."""
         known = {name: definition_of(task) for name, task in self._by_name.items()}
         return [task.name for task in tasks if known.get(task.name, definition_of(task)) != definition_of(task)]
 

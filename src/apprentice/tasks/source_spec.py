@@ -1,4 +1,4 @@
-"""Where the rows of a task lie: one entry of a task file's `sources`."""
+"""The source of a task's rows: one entry of a task file's `sources`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class Strict(BaseModel):
 
 
 class SourceSpec(Strict):
-    """Where the rows of a task lie. Exactly one of `dataset`, `hub`, `files`, `builtin`."""
+    """The source of a task's rows. Exactly one of `dataset`, `hub`, `files` and `builtin` is set."""
 
     dataset: str | None = Field(None, description="Folder under `data.root` with one Parquet file per split.")
     hub: str | None = Field(None, description="Dataset id on the Hugging Face hub.")
@@ -41,9 +41,9 @@ class SourceSpec(Strict):
 
 
 def known_encoding(name: str) -> str:
-    """Python's name of an encoding of text. Raises `ValueError` where there is none of that name."""
+    """Python's name of a text encoding. Raises `ValueError` for an unknown one."""
     try:
-        "".encode(name)  # hex and other codecs that are not of text fail here
+        "".encode(name)  # fails for codecs that do not encode text, such as hex
         return codecs.lookup(name).name
     except LookupError as error:
         raise ValueError(f"no encoding is called {name!r}; give one such as utf-8, cp1252 or shift_jis") from error

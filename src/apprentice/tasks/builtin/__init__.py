@@ -1,7 +1,7 @@
-"""The rows of the mixture `quickstart`: made by seeded pure functions, so that a fresh machine needs no dataset.
+"""Built-in rows of the mixture `quickstart`, made by seeded pure functions, so that a fresh machine needs no dataset.
 
-A generator takes dice and the row's number and gives one row, a flat dict whose *first* column is the text that makes it
-distinct. Which task has which wordings stands in `tasks/library/quickstart/`; this package knows nothing of them.
+A generator takes a random source (`Dice`) and the row's number and returns one row: a flat dict whose *first* column is the
+text by which rows are told apart. The wordings of each task are in `tasks/library/quickstart/`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from apprentice.tasks.builtin.pairs import composed_inference, same_meaning
 from apprentice.tasks.builtin.passages import passage_questions, product_sentences
 from apprentice.tasks.builtin.subjects import assistant_requests, headline_topics
 
-VERSION = 2  # raise it with any change of the rows; a test holds their checksum
+VERSION = 2  # raise it with any change of the rows; a test compares their checksum
 ROWS = {"train": 400, "test": 100}
 
 GENERATORS: dict[str, Callable[[Dice, int], dict[str, Any]]] = {
@@ -37,9 +37,10 @@ GENERATORS: dict[str, Callable[[Dice, int], dict[str, Any]]] = {
 
 
 def rows(name: str, split: Literal["train", "test"]) -> list[dict[str, Any]]:
-    """All rows of one split, the same in every process. No two rows of a task have the same words in their first column.
+    """All rows of one split of a generator, the same in every process.
 
-    Raises `TaskError` for an unknown name or split.
+    No two rows of a task have the same words in their first column, so none of a test split is in the training split. Raises
+    `TaskError` for an unknown name or split.
     """
     if name not in GENERATORS:
         raise TaskError(f"builtin: {name!r} is not built in.{did_you_mean(name, GENERATORS)} Built in are {', '.join(GENERATORS)}.")
@@ -51,11 +52,11 @@ def rows(name: str, split: Literal["train", "test"]) -> list[dict[str, Any]]:
         row = GENERATORS[name](dice, len(made))
         made.setdefault(_words(next(iter(row.values()))), row)
     table = list(made.values())
-    # Generators take turns in their labels, so that each split is balanced; shuffled, a row's place tells nothing of its label.
+    # Generators cycle through their labels, which balances each split; shuffling removes the order of labels.
     return dice.shuffled(table[: ROWS["train"]]) if split == "train" else dice.shuffled(table[ROWS["train"] :])
 
 
 def _words(text: str | list[str]) -> tuple[str, ...]:
-    """What two rows must not share: their words, whatever the order, so that `a, b` in test is not `b, a` of train."""
+    """Key by which rows are told apart: their words in sorted order, so that `a, b` in test is not `b, a` in train."""
     words = text.split() if isinstance(text, str) else text
     return tuple(sorted(word.strip(".,;:!?").lower() for word in words))

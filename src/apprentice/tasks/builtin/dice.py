@@ -1,6 +1,6 @@
-"""Repeatable draws from a text key: the same key gives the same draws on every machine and Python version.
+"""Reproducible random draws from a text key: the same key gives the same draws on every machine and Python version.
 
-`random` promises that only for `random()`, and the built-in rows must never change within a version. Knows nothing of tasks.
+Python's `random` promises that only for `random()`, and the built-in rows must never change within a version.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ T = TypeVar("T")
 
 
 class Dice:
-    """A counter-based generator: draw n is a hash of (key, n)."""
+    """Counter-based random generator: draw n is a SHA-256 hash of (key, n)."""
 
     def __init__(self, key: str) -> None:
         self._key = key
         self._drawn = 0
 
     def below(self, count: int) -> int:
-        """A number from 0 to `count` - 1."""
+        """An integer from 0 to `count` - 1."""
         digest = hashlib.sha256(f"{self._key}/{self._drawn}".encode()).digest()
         self._drawn += 1
         return int.from_bytes(digest[:8], "big") % count
 
     def between(self, low: int, high: int) -> int:
-        """A number from `low` to `high`, both included."""
+        """An integer from `low` to `high`, both included."""
         return low + self.below(high - low + 1)
 
     def one(self, options: Sequence[T]) -> T:

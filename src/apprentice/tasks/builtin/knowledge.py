@@ -1,4 +1,4 @@
-"""What everybody knows about everyday words: which of four is of the kind asked for."""
+"""Common knowledge of everyday words: which of four words is of the kind asked for."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ KINDS: dict[str, list[str]] = {
 
 
 def one_of_a_kind(dice: Dice, number: int) -> dict[str, Any]:
-    """`words`, four of different kinds; a `kind`; and `label`: the place of the word of that kind."""
+    """Row with `words`, four of different kinds; `kind`; and `label`, the index of the word of that kind."""
     label = number % 4
     kinds = dice.some(list(KINDS), 4)
     return {"words": [dice.one(KINDS[kind]) for kind in kinds], "kind": kinds[label], "label": label}

@@ -1,4 +1,4 @@
-"""Small sums told as stories, and dates to be written out."""
+"""Arithmetic word problems, and dates to be written out."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ THINGS = ["apples", "marbles", "books", "coins", "stamps", "eggs", "pencils", "s
 
 
 def word_problems(dice: Dice, number: int) -> dict[str, Any]:
-    """`problem`, and its `calculation` with the result, such as 7 + 5 = 12."""
+    """Row with `problem` and its `calculation`, such as 7 + 5 = 12."""
     name, other = dice.some(NAMES, 2)
     things = dice.one(THINGS)
     more, has = sorted([dice.between(2, 10), dice.between(3, 10)])
@@ -37,6 +37,6 @@ def word_problems(dice: Dice, number: int) -> dict[str, Any]:
 
 
 def written_dates(dice: Dice, number: int) -> dict[str, Any]:
-    """`date`, such as 2021-03-04, and `written`: 4 March 2021."""
+    """Row with `date`, such as 2021-03-04, and `written`, 4 March 2021."""
     year, month, day = dice.between(1950, 2049), number % 12 + 1, dice.between(1, 28)
     return {"date": f"{year}-{month:02}-{day:02}", "written": f"{day} {MONTHS[month - 1]} {year}"}

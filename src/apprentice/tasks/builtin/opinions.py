@@ -1,6 +1,6 @@
-"""Short texts that carry a feeling: reviews of things, and messages from friends.
+"""Sentiment and emotion: reviews of things, and messages from friends.
 
-A review often names a good and a bad side, or denies one, so that the words alone do not give it away.
+A review often names a good and a bad side, or denies one, so that single words do not give its label away.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from typing import Any
 
 from apprentice.tasks.builtin.dice import Dice
 
-# What is reviewed → things, their sides, words of praise, words of blame.
+# Kind of thing → (things, their aspects, words of praise, words of blame).
 REVIEWED: dict[str, tuple[list[str], list[str], list[str], list[str]]] = {
     "story": (
         ["film", "series", "play", "novel", "short story"],
@@ -31,7 +31,7 @@ REVIEWED: dict[str, tuple[list[str], list[str], list[str], list[str]]] = {
     ),
 }
 
-# Closing remarks, [blame, praise].
+# Closing remarks by label: blame, praise.
 VERDICTS: list[list[str]] = [
     ["Save your money.", "I regret choosing it.", "Never again.", "I would warn my friends.", "A waste of time."],
     ["Worth every penny.", "I am glad I chose it.", "I would choose it again.", "I told all my friends.", "Time well spent."],
@@ -127,7 +127,7 @@ REACTIONS: dict[str, list[str]] = {
 
 
 def short_reviews(dice: Dice, number: int) -> dict[str, Any]:
-    """`review`, the `thing` it is about, and `label`: 0 blame, 1 praise."""
+    """Row with `review`, the `thing` it is about, and `label`: 0 blame, 1 praise."""
     label = number % 2
     things, sides, praise, blame = REVIEWED[dice.one(list(REVIEWED))]
     says, denies = (praise, blame) if label else (blame, praise)
@@ -152,7 +152,7 @@ def short_reviews(dice: Dice, number: int) -> dict[str, Any]:
 
 
 def message_moods(dice: Dice, number: int) -> dict[str, Any]:
-    """`message`, and `label`: its place in `MOODS`."""
+    """Row with `message` and `label`, the index of its emotion in `MOODS`."""
     label = number % len(MOODS)
     mood = MOODS[label]
     event, reaction = dice.one(EVENTS[mood]), dice.one(REACTIONS[mood])

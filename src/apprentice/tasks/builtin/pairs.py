@@ -1,4 +1,4 @@
-"""Pairs of sentences: does the second follow from the first, and do both mean the same?"""
+"""Sentence pairs: natural language inference and paraphrase."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 from apprentice.tasks.builtin.dice import Dice
 
 NAMES = ["Ana", "Ben", "Carla", "David", "Emma", "Farid", "Grace", "Hugo", "Ines", "Jonas", "Kim", "Lars", "Maya", "Noah"]
-# A thing and what kind of thing it is.
+# (thing, its kind)
 KINDS = [
     ("poodle", "dog"), ("parrot", "bird"), ("rose bush", "plant"), ("violin", "musical instrument"), ("sofa", "piece of furniture"),
     ("canoe", "boat"), ("novel", "book"), ("ring", "piece of jewellery"), ("raincoat", "piece of clothing"), ("hammer", "tool"),
@@ -17,7 +17,7 @@ PLACES = ["at the market", "in the old town", "at a fair", "near the harbour", "
 TIMES = ["on Monday", "on Friday", "last week", "in March", "in the morning", "after work", "yesterday", "in spring"]
 COLOURS = ["black", "white", "brown", "grey", "red", "yellow"]
 
-# Ways to say one thing: two phrases that mean the same, and a third that does not.
+# (phrase, phrase with the same meaning, phrase with another meaning)
 ACTS = [
     ("bought a bicycle", "purchased a bike", "repaired a bicycle"),
     ("began to cry", "burst into tears", "began to laugh"),
@@ -49,7 +49,7 @@ RELATIVES = ["sister", "neighbour", "cousin", "teacher", "aunt", "friend", "boss
 
 
 def composed_inference(dice: Dice, number: int) -> dict[str, Any]:
-    """`premise`, `hypothesis`, and `label`: 0 it follows, 1 it may or may not be so, 2 it cannot be."""
+    """Row with `premise`, `hypothesis` and `label`: 0 entailment, 1 neutral, 2 contradiction."""
     label = number % 3
     buyer, seller, stranger = dice.some(NAMES, 3)
     (thing, kind), (other, _) = dice.some(KINDS, 2)
@@ -89,7 +89,7 @@ def composed_inference(dice: Dice, number: int) -> dict[str, Any]:
 
 
 def same_meaning(dice: Dice, number: int) -> dict[str, Any]:
-    """`first`, `second`, and `label`: 0 they differ, 1 they mean the same."""
+    """Row with `first`, `second` and `label`: 0 different meaning, 1 same meaning."""
     label = number % 2
     who = f"{dice.one(PEOPLE)}'s {dice.one(RELATIVES)}" if dice.below(2) else dice.one(PEOPLE)
     *acts, other_act = dice.one(ACTS)

@@ -1,4 +1,4 @@
-"""Short invented passages with a question each, and shop records with the sentence that tells them."""
+"""Reading comprehension on short invented passages, and shop records to be written as sentences."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ GOODS = [
     "clock",
 ]  # fmt: skip
 COLOURS = ["red", "blue", "green", "black", "white", "yellow", "grey", "purple"]
-# What the record says of the stock → how a sentence says it.
+# Value of the record's `stock` → its words in the sentence.
 STOCK = {"none": "is sold out", "few": "is nearly gone", "many": "can be had at once", "ordered": "will be back soon"}
 
 
 def passage_questions(dice: Dice, number: int) -> dict[str, Any]:
-    """`passage`, `question`, and `answer`: words of the passage."""
+    """Row with `passage`, `question` and `answer`, which is a span of the passage."""
     person, other = (f"{first} {last}" for first, last in zip(dice.some(FIRST, 2), dice.some(LAST, 2), strict=True))
     town, elsewhere = dice.some(TOWNS, 2)
     year, job = str(dice.between(1801, 1999)), dice.one(JOBS)
@@ -87,7 +87,7 @@ def passage_questions(dice: Dice, number: int) -> dict[str, Any]:
 
 
 def product_sentences(dice: Dice, number: int) -> dict[str, Any]:
-    """`record`, key by key as a shop keeps it, and `sentence`, which tells it."""
+    """Row with `record`, the keys and values of a shop item, and `sentence`, which says the same in words."""
     goods, colour, price = dice.one(GOODS), dice.one(COLOURS), dice.between(5, 99)
     stock = list(STOCK)[number % len(STOCK)]
     record = "; ".join(dice.shuffled([f"item: {goods}", f"colour: {colour}", f"price: {price}", f"stock: {stock}"]))

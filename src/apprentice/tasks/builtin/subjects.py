@@ -1,4 +1,4 @@
-"""Texts that belong to one of a few classes by what they are about: headlines, and requests to an assistant."""
+"""Text classification: topics of headlines, and intents of requests to an assistant."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 from apprentice.tasks.builtin.dice import Dice
 
-# Topic → who, does what, and a remark that fits any of them.
+# Topic → (who, does what, remarks that fit any of them).
 HEADLINES: dict[str, tuple[list[str], list[str], list[str]]] = {
     "sport": (
         [
@@ -83,7 +83,7 @@ TOWNS = ["Oslo", "Porto", "Leeds", "Bremen", "Nairobi", "Quebec", "Osaka", "Turi
 
 
 def headline_topics(dice: Dice, number: int) -> dict[str, Any]:
-    """`headline`, and `label`: its place in `TOPICS`."""
+    """Row with `headline` and `label`, the index of its topic in `TOPICS`."""
     label = number % len(TOPICS)
     who, does, remarks = HEADLINES[TOPICS[label]]
     headline = f"{dice.one(who)} {dice.one(does)} {dice.one(remarks)}"
@@ -91,7 +91,7 @@ def headline_topics(dice: Dice, number: int) -> dict[str, Any]:
 
 
 def assistant_requests(dice: Dice, number: int) -> dict[str, Any]:
-    """`request`, said to a voice assistant, and `label`: its place in `INTENTS`."""
+    """Row with `request`, to a voice assistant, and `label`, the index of its intent in `INTENTS`."""
     label = number % len(INTENTS)
     day, hour = dice.one(DAYS), f"{dice.between(5, 11)}:{dice.one(['00', '15', '30', '45'])}"
     first, second = dice.some(GOODS, 2)

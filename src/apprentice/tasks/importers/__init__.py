@@ -1,1 +1,1 @@
-"""Tasks from other projects' files: PromptSource, Natural Instructions, conversations, preferences."""
+"""Importers of other formats: PromptSource, Natural Instructions, conversations, preferences, prompts, finished instructions."""

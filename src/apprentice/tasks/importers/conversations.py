@@ -1,7 +1,7 @@
-"""Files of conversations to tasks: ShareGPT's `conversations` and OpenAI's `messages`, with every turn of the assistant learnt.
+"""Importer of conversation files: ShareGPT's `conversations` and OpenAI's `messages`, trained on every turn of the assistant.
 
-A conversation is an optional system text and then questions and answers in turn; a last question without an answer is left out.
-Knows nothing of recipes or of chat templates.
+A conversation is an optional system text and then alternating questions and answers; a last question without an answer is left
+out.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ ROLES = {
 
 
 class SpokenTemplate(Template):
-    """Takes what was said in `COLUMNS` of a row as it is; a row may lack those in `OPTIONAL`."""
+    """A template that takes its example from `COLUMNS` of a row as they are; a row may lack those in `OPTIONAL`."""
 
     COLUMNS: ClassVar[frozenset[str]]
     OPTIONAL: ClassVar[frozenset[str]]
@@ -49,13 +49,13 @@ class SpokenTemplate(Template):
 
 
 class ConversationTemplate(SpokenTemplate):
-    """The last question and answer are the example, the turns before are its history."""
+    """A conversation's last question and answer are the example; the earlier turns are its history."""
 
     COLUMNS = frozenset(["messages", "conversations", "system"])  # a row has one of the first two
     OPTIONAL = COLUMNS
 
     def example(self, task: str, row: Mapping[str, Any]) -> Example:
-        """Raises `RowError` with reason `null`, `unknown_role`, `turns` or `empty_answer`."""
+        """The example of one conversation. Raises `RowError` with reason `null`, `unknown_role`, `turns` or `empty_answer`."""
         messages = row.get("messages") or row.get("conversations")
         if not messages:
             raise RowError("null", f"task {task!r}: the row has neither `messages` nor `conversations`.")
@@ -68,9 +68,10 @@ class ConversationTemplate(SpokenTemplate):
 
 
 def exchanges(task: str, said: Sequence[tuple[str, str]], system: str) -> tuple[str, tuple[tuple[str, str], ...]]:
-    """The system text (that of a first message, or else `system`), and questions with their answers, of (role, text) messages.
+    """Splits (role, text) messages into the system text and pairs of question and answer.
 
-    Raises `RowError` with reason `turns` or `empty_answer`.
+    The system text is that of a first message with the role `system`, or else `system`. Raises `RowError` with reason `turns`
+    or `empty_answer`.
     """
     if said and said[0][0] == "system":
         system, said = said[0][1] or system, said[1:]
@@ -82,7 +83,10 @@ def exchanges(task: str, said: Sequence[tuple[str, str]], system: str) -> tuple[
 
 
 def message_of(task: str, message: Mapping[str, Any], text: Callable[[Any], str]) -> tuple[str, str]:
-    """(role, text) of one message, in either way of writing it; `text` makes text of what is said."""
+    """(role, text) of one message of either format; `text` turns the content into a string.
+
+    Raises `RowError` with reason `unknown_role` or `null`.
+    """
     written = message.get("role") or message.get("from")
     role = ROLES.get(str(written).lower())
     if role is None:
@@ -96,5 +100,5 @@ def message_of(task: str, message: Mapping[str, Any], text: Callable[[Any], str]
 
 
 def conversation_tasks(entry: Mapping[str, Any]) -> list[Task]:
-    """The task of a recipe's entry: `conversations` (a file) and, optional, `test` (a file) and `cluster`."""
+    """The task for a recipe entry with `conversations` (a file) and, optionally, `test` (a file) and `cluster`."""
     return [record_task(entry, "conversations", ConversationTemplate(name="conversation", instruction="", output=""))]

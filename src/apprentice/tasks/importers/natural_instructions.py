@@ -1,8 +1,8 @@
-"""Task files of Super-NaturalInstructions (Wang et al. 2022) to tasks: definition, examples and instances in one JSON file.
+"""Importer of Super-NaturalInstructions (Wang et al. 2022): one JSON file a task, with definition, examples and instances.
 
-Both schemas are read: `Definition` a text (the earlier one) or a list of texts. The prompt is Tk-Instruct's: the definition, then
-positive and negative examples, then the input; so are the metrics. Knows nothing of recipes, and leaves the instances to
-`data.convert`.
+Both schemas are read: `Definition` is a text (the earlier one) or a list of texts. Prompt and metrics are those of
+Tk-Instruct: the definition, then positive and negative examples, then the input. The instances are read by
+`apprentice.data.sources.convert`.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from apprentice.errors import RowError, TaskError
 from apprentice.tasks.schema import Example, Task, Template
 from apprentice.tasks.source_spec import SourceSpec
 
-LISTS = ("train_tasks.txt", "test_tasks.txt")  # the official splits: names of task files, one a line
+LISTS = ("train_tasks.txt", "test_tasks.txt")  # the official splits; each file lists names of tasks, one a line
 
 
 class InstanceTemplate(Template):
-    """Definition and examples as plain text before each instance."""
+    """A template with the definition and examples as plain text before each instance."""
 
     @classmethod
     def _compiles(cls, text: str) -> str:
-        return text  # not a template: braces mean nothing in it
+        return text  # plain text: braces have no meaning in it
 
     @property
     def is_whole(self) -> bool:
@@ -38,7 +38,10 @@ class InstanceTemplate(Template):
         return frozenset(["input", "output"])
 
     def example(self, task: str, row: Mapping[str, Any]) -> Example:
-        """One instance; all its outputs count as right, the first is learnt."""
+        """The example of one instance; all its outputs count as right, and the first is the target.
+
+        Raises `RowError` with reason `null` or `empty_answer`.
+        """
         given, outputs = row.get("input"), row.get("output")
         if given is None or outputs is None:
             raise RowError("null", f"task {task!r}: an instance lacks its input or output.")
@@ -49,10 +52,11 @@ class InstanceTemplate(Template):
 
 
 def instruction_tasks(entry: Mapping[str, Any]) -> list[Task]:
-    """The tasks of a recipe's entry: `natural_instructions` (a path or glob) and, all optional, `definition`, `positive`,
-    `negative`, `explanations` and `official_splits` (the folder with train_tasks.txt and test_tasks.txt).
+    """The tasks for a recipe entry with `natural_instructions`, a path or glob.
 
-    With official splits a task of the test list has test rows only, and a task of neither list is left out. Raises `TaskError`.
+    Optional keys: `definition`, `positive`, `negative`, `explanations`, `cluster`, and `official_splits`, the folder with
+    train_tasks.txt and test_tasks.txt. With official splits a task of the test list has test rows only, and a task of neither
+    list is left out. Raises `TaskError` if no file matches, a file cannot be read, or none is in the lists.
     """
     pattern = str(entry["natural_instructions"])
     files = [Path(found) for found in sorted(glob(pattern))]
@@ -70,7 +74,7 @@ def instruction_tasks(entry: Mapping[str, Any]) -> list[Task]:
 
 
 def _official(folder: Path) -> dict[str, str]:
-    """Task → its split."""
+    """Task name → `train` or `test`, from the lists in `folder`. Raises `TaskError` if one cannot be read."""
     found: dict[str, str] = {}
     for name in LISTS:
         try:
@@ -83,7 +87,10 @@ def _official(folder: Path) -> dict[str, str]:
 
 @cache
 def _head(file: Path) -> tuple[str, str, tuple[tuple[str, ...], ...], tuple[tuple[str, ...], ...]]:
-    """(definition, category, positive examples, negative examples) of a file; an example is input, output and explanation."""
+    """(definition, category, positive examples, negative examples) of a file; each example is (input, output, explanation).
+
+    Raises `TaskError` for a file of another format.
+    """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         definition = content["Definition"]

@@ -1,8 +1,8 @@
-"""Files of preferences to tasks: rows with a question, the answer that was chosen, and the one that was rejected.
+"""Importer of preference files: rows with a prompt, a chosen answer and a rejected one.
 
-Three ways of writing them are understood: texts in `prompt`, `chosen` and `rejected`; messages in any of the three, where `chosen`
-and `rejected` hold the answer alone or the whole conversation (UltraFeedback); and whole conversations as texts with "Human:" and
-"Assistant:" (HH-RLHF). Knows nothing of recipes or of how a model learns from a pair.
+Three formats are read: texts in `prompt`, `chosen` and `rejected`; messages in any of the three, where `chosen` and `rejected`
+hold the answer alone or the whole conversation (UltraFeedback); and whole conversations as texts with "Human:" and
+"Assistant:" (HH-RLHF).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Said = list[tuple[str, str]]  # (role, text) of each message
 
 
 class PreferenceTemplate(SpokenTemplate):
-    """A question with both answers. Where answers are ranked, their order is that of the alphabet."""
+    """A prompt with both answers. As choices for ranking, the two stand in alphabetical order."""
 
     COLUMNS = frozenset(["prompt", "chosen", "rejected", "system"])
     OPTIONAL = frozenset(["prompt", "system"])
@@ -35,7 +35,10 @@ class PreferenceTemplate(SpokenTemplate):
         return True
 
     def example(self, task: str, row: Mapping[str, Any]) -> Example:
-        """Raises `RowError` with reason `null`, `unknown_role`, `turns`, `prompts_differ`, `empty_answer` or `equal_answers`."""
+        """The example of one pair.
+
+        Raises `RowError` with reason `null`, `unknown_role`, `turns`, `prompts_differ`, `empty_answer` or `equal_answers`.
+        """
         for column in ("chosen", "rejected"):
             if not row.get(column):
                 raise RowError("null", f"task {task!r}: the row has no {column!r} answer.")
@@ -53,18 +56,21 @@ class PreferenceTemplate(SpokenTemplate):
 
 
 def said_in(task: str, value: Any, role: str, text: Callable[[Any], str]) -> Said:
-    """What a column says: messages, a conversation written as text, or one text of `role`."""
+    """The messages in a column: a list of messages, a conversation written as one text, or one text of `role`."""
     if not isinstance(value, str):
         return [message_of(task, message, text) for message in value]
     parts = _SPOKEN.split(f"\n\n{value.lstrip()}") if _SPOKEN.match(f"\n\n{value.lstrip()}") else []
     if not parts:
         return [(role, value.strip())]
     said = [(_SPEAKERS[speaker], spoken.strip()) for speaker, spoken in zip(parts[1::2], parts[2::2], strict=True)]
-    return said[:-1] if role == "user" and said[-1] == ("assistant", "") else said  # a prompt that ends with "Assistant:"
+    return said[:-1] if role == "user" and said[-1] == ("assistant", "") else said  # the prompt ends with "Assistant:"
 
 
 def _answer(task: str, value: Any, asked: Said, text: Callable[[Any], str]) -> tuple[str, Said]:
-    """The answer, and what was said before it: in the column itself, or else `asked`."""
+    """The answer, and the messages before it: those in the column itself, or else `asked`.
+
+    Raises `RowError` with reason `turns` if the column does not end with an answer.
+    """
     said = said_in(task, value, "assistant", text)
     if not said or said[-1][0] != "assistant":
         raise RowError("turns", f"task {task!r}: an answer of the pair does not end with what the assistant says.")
@@ -72,7 +78,10 @@ def _answer(task: str, value: Any, asked: Said, text: Callable[[Any], str]) -> t
 
 
 def preference_tasks(entry: Mapping[str, Any]) -> list[Task]:
-    """The task of a recipe's entry: `preferences` (a file, or with `splits` a dataset); optional `test` (a file), `cluster`."""
+    """The task for a recipe entry with `preferences`: a file, or with `splits` a dataset.
+
+    Optional keys: `test` (a file) and `cluster`.
+    """
     task = record_task(entry, "preferences", PreferenceTemplate(name="preference", instruction="", output=""))
     changes: dict[str, Any] = {"metrics": ("accuracy", "length_bias"), "sample": _SAMPLE}
     if splits := entry.get("splits"):

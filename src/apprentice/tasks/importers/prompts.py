@@ -1,7 +1,4 @@
-"""Files of prompts without answers to tasks: rows with a `prompt`, a text or messages, which a model is to answer by itself.
-
-Knows nothing of recipes or of how a model learns from its own answers.
-"""
+"""Importer of prompt files without answers: rows with a `prompt`, a text or messages, which a model answers itself."""
 
 from __future__ import annotations
 
@@ -18,7 +15,7 @@ _SAMPLE = {"prompt": "Which herb grows in the shade?"}
 
 
 class PromptTemplate(SpokenTemplate):
-    """A question, and what was said before it."""
+    """A prompt with its history and no answer."""
 
     COLUMNS = frozenset(["prompt", "system"])
     OPTIONAL = frozenset(["system"])
@@ -28,7 +25,10 @@ class PromptTemplate(SpokenTemplate):
         return False
 
     def example(self, task: str, row: Mapping[str, Any]) -> Example:
-        """Raises `RowError` with reason `null`, `unknown_role`, `turns` or `empty_answer` (of an earlier turn)."""
+        """The example of one prompt.
+
+        Raises `RowError` with reason `null`, `unknown_role`, `turns` or `empty_answer` (of an earlier turn).
+        """
         if not row.get("prompt"):
             raise RowError("null", f"task {task!r}: the row has no prompt.")
         said = said_in(task, row["prompt"], "user", self.text)
@@ -37,6 +37,6 @@ class PromptTemplate(SpokenTemplate):
 
 
 def question_tasks(entry: Mapping[str, Any]) -> list[Task]:
-    """The task of a recipe's entry: `prompts` (a file) and, optional, `cluster`."""
+    """The task for a recipe entry with `prompts` (a file) and, optionally, `cluster`."""
     task = record_task(entry, "prompts", PromptTemplate(name="prompt", instruction="", output=""))
     return [task.model_copy(update={"sample": _SAMPLE})]

@@ -1,11 +1,9 @@
-"""PromptSource's `templates.yaml` to tasks: the templates of Bach et al. (2022), that T0 and P3 are made of.
+"""Importer of PromptSource's `templates.yaml` (Bach et al. 2022), the templates that T0 and P3 were made with.
 
-A template's text is a prompt, `|||` and the answer. It prints lists as PromptSource does: as Python writes them. Answer choices,
-fixed or of each row, are a template of their own. A row for which either part is empty is skipped by that template; that is
-meant, and not a bad row. Templates whose metadata does not say `original_task` ask for something else than the dataset's answer,
-and stand where other tasks have inverted ones.
-
-Knows nothing of recipes, nor of where rows lie beyond names that are likely.
+A template's text is the prompt, `|||` and the answer. Lists are printed as Python writes them, as PromptSource does. Answer
+choices, fixed or depending on the row, are a template of their own. A row for which either part is empty is skipped by that
+template on purpose, and is not counted as a bad row. Templates whose metadata says `original_task: false` ask for something
+else than the dataset's answer, and count as inverted.
 """
 
 from __future__ import annotations
@@ -26,7 +24,7 @@ from apprentice.tasks.source_spec import SourceSpec
 from apprentice.tasks.templates.expressions import ForeignWording, Wording
 
 SEPARATOR = "|||"
-_MARK = "\ue000pipes\ue000"  # stands for a separator in a row's own text
+_MARK = "\ue000pipes\ue000"  # replaces a separator in a row's own text while the template is split
 _METRICS: dict[str, tuple[Metric, ...]] = {
     "Accuracy": ("accuracy",),
     "BLEU": ("bleu",),
@@ -38,7 +36,7 @@ _METRICS: dict[str, tuple[Metric, ...]] = {
 
 
 class _Loader(PlainLoader):
-    """Plain data, and PromptSource's two tags as plain mappings."""
+    """YAML loader of plain data that reads PromptSource's two tags as plain mappings."""
 
 
 def _mapping(loader: yaml.SafeLoader, node: yaml.Node) -> dict[Any, Any]:
@@ -52,7 +50,7 @@ _Loader.add_constructor("!TemplateMetadata", _mapping)
 
 
 class PromptTemplate(Template):
-    """One template of PromptSource; `instruction` is its whole text."""
+    """One template of PromptSource; `instruction` holds its whole text."""
 
     answer_choices: str | None = Field(None, description="Choices, between separators; may depend on the row.")
     choices_in_prompt: bool | None = None
@@ -60,7 +58,7 @@ class PromptTemplate(Template):
 
     @classmethod
     def _compiles(cls, text: str) -> str:
-        return text  # in PromptSource's language, when it is first used
+        return text  # compiled on first use, in PromptSource's dialect
 
     @property
     def is_whole(self) -> bool:
@@ -80,7 +78,7 @@ class PromptTemplate(Template):
         return (self._whole.names | own) - {"answer_choices"}
 
     def example(self, task: str, row: Mapping[str, Any]) -> Example:
-        """The example of one row. Raises `RowError` with reason `skipped` where either part is empty."""
+        """The example of one row. Raises `RowError` with reason `skipped` if the prompt or the answer is empty."""
         values = {name: _protected(value) for name, value in row.items() if name in self.names}
         chosen = self._choices(values).split(SEPARATOR) if self._choices is not None else []
         shown = [choice.strip() for choice in chosen] or None
@@ -93,7 +91,10 @@ class PromptTemplate(Template):
         return Example(task, self.name, prompt, "", target, choices if target in choices else (), (target,))
 
     def _restored(self, text: str) -> str:
-        """`text` with separators again for their marks, which a list that is printed whole holds as Python writes them."""
+        """`text` with separators in place of their marks.
+
+        In a list that was printed whole, the mark has the escaped form that Python prints.
+        """
         text = text.replace(_MARK, SEPARATOR)
         return text if self._python_forms else text.replace(repr(_MARK)[1:-1], SEPARATOR)
 
@@ -109,10 +110,10 @@ def _protected(value: Any) -> Any:
 
 
 def prompt_tasks(entry: Mapping[str, Any]) -> list[Task]:
-    """The tasks of a recipe's entry: `promptsource` (a name under `root`, a file, or a folder), and, all optional, `dataset`,
-    `splits`, `columns`, `templates` (names) and `cluster`.
+    """The tasks for a recipe entry with `promptsource`: a name under `root`, a file, or a folder.
 
-    Raises `TaskError` for what is not there.
+    Optional keys: `dataset`, `splits`, `columns`, `templates` (names) and `cluster`. Raises `TaskError` for missing or
+    unreadable files and unknown templates.
     """
     files = template_files(str(entry["promptsource"]), entry.get("root"))
     if len(files) > 1 and (extra := [key for key in ("dataset", "templates") if entry.get(key)]):
@@ -121,7 +122,10 @@ def prompt_tasks(entry: Mapping[str, Any]) -> list[Task]:
 
 
 def template_files(name: str, root: str | None) -> list[Path]:
-    """The `templates.yaml` files that `name` means: `glue/mrpc` under `root`, a path to one, or a folder of many."""
+    """The `templates.yaml` files that `name` stands for: `glue/mrpc` under `root`, a path to one, or a folder of many.
+
+    Raises `TaskError` if there are none.
+    """
     places = [Path(name)] if Path(name).is_absolute() else [Path(root) / name] if root else []
     for place in places:
         if place.is_file():
@@ -138,7 +142,7 @@ def template_files(name: str, root: str | None) -> list[Path]:
 
 @cache
 def load_templates(file: Path) -> Task:
-    """The task in one `templates.yaml`, on the dataset that it names. Raises `TaskError` naming file and template."""
+    """The task in one `templates.yaml`, on the dataset that it names. Raises `TaskError` that names the file."""
     try:
         content = _Loader(file.read_text(encoding="utf-8")).get_single_data()
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -180,7 +184,10 @@ def _template(key: str, content: Mapping[str, Any]) -> PromptTemplate:
 
 
 def _metrics(templates: Any) -> tuple[Metric, ...]:
-    """The metrics that most of the original templates name; accuracy where most have choices."""
+    """Metrics of the task: those named in its original templates, the most frequent first.
+
+    Accuracy if at least half of these templates have answer choices, `exact_match` if no known metric is named.
+    """
     own = [found for found in templates if (found.get("metadata") or {}).get("original_task") is not False] or list(templates)
     named = [name for found in own for name in (found.get("metadata") or {}).get("metrics") or ()]
     if 2 * sum(1 for found in own if found.get("answer_choices")) >= len(own):
@@ -190,7 +197,7 @@ def _metrics(templates: Any) -> tuple[Metric, ...]:
 
 
 def _chosen(task: Task, file: Path, entry: Mapping[str, Any]) -> Task:
-    """The task with what the recipe's entry says of it."""
+    """The task with the templates, cluster, splits and columns of the recipe's entry."""
     changes: dict[str, Any] = {}
     if wanted := entry.get("templates"):
         if unknown := [name for name in wanted if name not in task.template_by_name]:

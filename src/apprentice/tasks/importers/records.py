@@ -1,7 +1,4 @@
-"""Files of finished instructions to tasks: Alpaca, Dolly, Self-Instruct's seeds, and P3 rows that are rendered already.
-
-Each row brings its own instruction. Knows nothing of recipes, nor of how the file is read.
-"""
+"""Importer of finished instructions, one a row: Alpaca, Dolly, Self-Instruct's seeds, and rendered P3 rows."""
 
 from __future__ import annotations
 
@@ -16,7 +13,7 @@ from apprentice.errors import RowError
 from apprentice.tasks.schema import Example, Task, Template
 from apprentice.tasks.source_spec import SourceSpec
 
-# Kind → the columns that hold instruction, input (it may be missing or empty) and answer; a dot goes into the first of a list.
+# Format → columns of instruction, input (may be missing or empty) and answer; `a.b` is key `b` of the first item of list `a`.
 KINDS: dict[str, tuple[str, str, str]] = {
     "alpaca": ("instruction", "input", "output"),
     "dolly": ("instruction", "context", "response"),
@@ -26,7 +23,7 @@ KINDS: dict[str, tuple[str, str, str]] = {
 
 
 class RecordTemplate(Template):
-    """Takes instruction, input and answer from columns of the row."""
+    """A template that takes instruction, input and answer from columns of the row."""
 
     columns: tuple[str, str, str] = Field(description="Those of instruction, input and answer.")
 
@@ -43,7 +40,7 @@ class RecordTemplate(Template):
         return frozenset([self.columns[1]]) - {self.columns[0], self.columns[2], ""}
 
     def example(self, task: str, row: Mapping[str, Any]) -> Example:
-        """Raises `RowError` with reason `null` or `empty_answer`."""
+        """The example of one row. Raises `RowError` with reason `null` or `empty_answer`."""
         asked, given, said = (self._value(row, column) for column in self.columns)
         if asked is None or said is None:
             raise RowError("null", f"task {task!r}: {self.columns[0 if asked is None else 2]!r} is null.")
@@ -60,13 +57,16 @@ class RecordTemplate(Template):
 
 
 def record_tasks(entry: Mapping[str, Any]) -> list[Task]:
-    """The task of a recipe's entry: one of `KINDS` with the file of training rows and, optional, `test` (a file) and `cluster`."""
+    """The task for a recipe entry with one of `KINDS` (a file of training rows).
+
+    Optional keys: `test` (a file) and `cluster`.
+    """
     kind = next(kind for kind in KINDS if entry.get(kind))
     return [record_task(entry, kind, RecordTemplate(name=kind, instruction="", output="", columns=KINDS[kind]))]
 
 
 def record_task(entry: Mapping[str, Any], kind: str, template: Template) -> Task:
-    """The task over the file that `entry` names under `kind`."""
+    """The task over the file that `entry` names under `kind`, with `template` as its only one."""
     file = str(entry[kind])
     files = {"train": file} | ({"test": str(entry["test"])} if entry.get("test") else {})
     name = re.sub(r"[^a-z0-9]+", "_", f"{kind} {Path(file).name.partition('.')[0]}".lower()).strip("_")

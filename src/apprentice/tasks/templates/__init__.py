@@ -1,1 +1,1 @@
-"""Template expressions and the sandbox that they run in."""
+"""Templates: the expression language and the sandbox that it runs in."""

@@ -1,7 +1,7 @@
-"""The allowance of one rendering: how much work and how much text a template may still make.
+"""Budget of one rendering: limits on the work that a template may do and on the text that it may build.
 
-A step is about as much work as one turn of an empty loop. Values cost steps by their size when they are copied, compared, hashed or
-printed: a text one for every 16 characters, a list or mapping one for each item and what the item costs.
+Work is counted in steps; a step is about one iteration of an empty loop. Copying, comparing, hashing or printing a value costs
+steps by its size: a text one for every 16 characters, a list or mapping one for each item plus the item's own cost.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ import jinja2
 from apprentice.tasks.templates.printing import text_of
 
 MAX_WORK = 1_000_000  # steps of one rendering
-CHARACTERS = 16  # that cost as much as one step
-MAX_BITS = 4096  # of a whole number
-MAX_DEPTH = 100  # of lists inside lists
+CHARACTERS = 16  # characters that cost one step
+MAX_BITS = 4096  # most bits of an integer
+MAX_DEPTH = 100  # deepest nesting of lists
 _CONTAINERS: Any = list | tuple | set | frozenset | KeysView | ValuesView | ItemsView
 _LEAVES = (
     bool | float | bytes | range | decimal.Decimal | datetime.date | datetime.time | datetime.timedelta | jinja2.Undefined | None
@@ -30,7 +30,7 @@ _LEAVES = (
 
 
 class _Allowance(threading.local):
-    """What one rendering may still spend, and the chance that its draws come from."""
+    """State of the current rendering in this thread: steps left, and the random generator of its draws."""
 
     left = MAX_WORK
     values: Mapping[str, Any] = {}
@@ -39,7 +39,7 @@ class _Allowance(threading.local):
     python_forms = False
 
     def renew(self, source: str, values: Mapping[str, Any], *, python_forms: bool = False) -> None:
-        """Begins a rendering; with `python_forms` lists and the like are printed as Python writes them."""
+        """Begins a rendering; with `python_forms`, lists and the like are printed as Python writes them."""
         self.left, self.source, self.values, self.chance = MAX_WORK, source, values, None
         self.python_forms = python_forms
 
@@ -49,12 +49,12 @@ class _Allowance(threading.local):
             raise jinja2.TemplateRuntimeError("the template works too long or builds something too large")
 
     def check_text(self, value: Any) -> None:
-        """Raises `PythonForm` for a value that is to be printed and is no text."""
+        """Raises `PythonForm` for a value that is to be printed and has no text form, unless Python's forms are allowed."""
         if not self.python_forms:
             text_of(value)
 
     def drawn(self, items: Any) -> Any:
-        """One of `items`, drawn by the template and the row alone."""
+        """A random item of `items`; the seed is a hash of the template and the row, so draws are reproducible."""
         if self.chance is None:
             row = json.dumps(dict(self.values), sort_keys=True, default=str)
             self.chance = random.Random(hashlib.blake2b(f"{self.source}\n{row}".encode()).digest())
@@ -66,10 +66,10 @@ renew, spend, drawn, check_text = _ALLOWANCE.renew, _ALLOWANCE.spend, _ALLOWANCE
 
 
 def weight(value: Any, depth: int = 0) -> int:
-    """Steps that it costs to copy, compare, hash or print `value`, nested parts included; pays for looking at them.
+    """Steps for copying, comparing, hashing or printing `value` with all nested parts; spends some for looking at them.
 
-    Raises `jinja2.TemplateRuntimeError` for what is no plain data (a namespace, a macro), for lists in lists more than `MAX_DEPTH`
-    deep, and for whole numbers of more than `MAX_BITS`.
+    Raises `jinja2.TemplateRuntimeError` for a value that is not plain data (a namespace, a macro), for lists nested more than
+    `MAX_DEPTH` deep, and for integers of more than `MAX_BITS` bits.
     """
     if isinstance(value, str):
         return 1 + len(value) // CHARACTERS
@@ -88,33 +88,33 @@ def weight(value: Any, depth: int = 0) -> int:
 
 
 def within_bits(number: int) -> bool:
-    """True; raises `jinja2.TemplateRuntimeError` for a whole number of more than `MAX_BITS`."""
+    """True; raises `jinja2.TemplateRuntimeError` for an integer of more than `MAX_BITS` bits."""
     if number.bit_length() > MAX_BITS:
         raise jinja2.TemplateRuntimeError(f"the template would build something too large: a number of more than {MAX_BITS} bits")
     return True
 
 
 def cost(value: Any) -> int:
-    """The same of an argument, which may also be something that only the template knows, such as a namespace."""
+    """The `weight` of an argument; 1 for objects that only templates know, such as a namespace."""
     return weight(value) if isinstance(value, str | int | Mapping | _CONTAINERS) else 1
 
 
 def size(value: Any) -> int:
-    """Steps that it costs to copy `value` alone, without its parts."""
+    """Steps for a shallow copy of `value`."""
     if isinstance(value, str):
         return 1 + len(value) // CHARACTERS
     return len(value) if isinstance(value, Mapping | range | _CONTAINERS) else 1
 
 
 def paid(value: Any) -> Any:
-    """`value`, which is to be printed, once its weight is paid for."""
+    """`value` itself, checked to be printable, after its weight was spent."""
     check_text(value)
     spend(weight(value))
     return value
 
 
 def bounded(items: Any) -> list[Any]:
-    """The items of any iterable, each paid for as it comes."""
+    """The items of any iterable as a list; each is paid for as it is taken."""
     if isinstance(items, str | Mapping | range | _CONTAINERS):
         spend(len(items))
         return list(items)

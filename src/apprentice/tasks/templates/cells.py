@@ -1,14 +1,14 @@
-"""Cells of a table that is text alone, such as CSV: what was written stays, and what it spells is known where it is asked for.
+"""Cells of a table of pure text, such as CSV, which keep both their text and the value that it spells.
 
-Templates print a cell as it was written, `00001` and `1.10` too. A `label` or `keep` counts and compares, so it sees the number or
-the truth value that a cell spells.
+Templates print a cell as it was written, such as `00001` or `1.10`. The expressions `label` and `keep` count and compare, so
+they see the number or truth value that the cell spells.
 """
 
 from __future__ import annotations
 
 import re
 
-_NUMBER = re.compile(r"[+-]?(?:\d{1,18}(\.\d*)?|\.\d+)([eE][+-]?\d{1,3})?", re.ASCII)  # longer ones are codes, not amounts
+_NUMBER = re.compile(r"[+-]?(?:\d{1,18}(\.\d*)?|\.\d+)([eE][+-]?\d{1,3})?", re.ASCII)  # more digits are a code and no amount
 _TRUTHS = {"true": True, "false": False}
 _NOTHING = frozenset(["", "NA", "N/A", "n/a", "NULL", "null", "NaN", "nan"])
 
@@ -20,7 +20,7 @@ class Cell(str):
 
     @property
     def value(self) -> int | float | bool | str | None:
-        """The number or truth value that the cell spells, None where it says that there is none, or else its text."""
+        """The number or truth value that the cell spells; None for an empty cell or a word such as `NA`; else its text."""
         text = self.strip()
         if text in _NOTHING:
             return None
@@ -30,7 +30,7 @@ class Cell(str):
 
     @property
     def spells(self) -> bool:
-        """True if it is more than text."""
+        """True if the cell spells something other than text."""
         return not isinstance(self.value, str)
 
     def __reduce__(self) -> tuple[type[Cell], tuple[str]]:

@@ -1,6 +1,6 @@
-"""The little language that task files are written in: Jinja2 in the sandbox, compiled once.
+"""Expression language of task files: Jinja2 in the sandbox, compiled once.
 
-A name in a template is always a field of the row: there is no `range`, and what is not there is an error. Knows nothing of tasks.
+In the strict sandbox every name is a field of the row: there is no `range`, and an undefined name is an error.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from apprentice.tasks.templates.sandbox import LENIENT, STRICT, compiled
 
 __all__ = ["MAX_REPEAT", "Expression", "Wording"]
 
-MAX_CHARACTERS = MAX_WORK * CHARACTERS  # of a text
+MAX_CHARACTERS = MAX_WORK * CHARACTERS  # most characters of a rendered text
 
 
 class Wording:
-    """One compiled template: text with `{{ field }}` in it.
+    """A compiled template: text with `{{ field }}` in it.
 
-    `names` are the variables it needs. Raises `jinja2.TemplateSyntaxError` on construction.
+    `names` are the variables that it uses. Raises `jinja2.TemplateSyntaxError` on construction.
     """
 
     def __init__(self, source: str, environment: jinja2.Environment = STRICT) -> None:
@@ -35,9 +35,9 @@ class Wording:
         self._pieces = _pieces(parsed)
 
     def __call__(self, values: Mapping[str, Any], *, python_forms: bool = False) -> str:
-        """The text for these values, stripped. Raises `jinja2.TemplateError` or what an operation inside raises.
+        """The text for these values, stripped. Raises `jinja2.TemplateError`, or what an operation in the template raises.
 
-        Lists, mappings, bytes and None are errors (`PythonForm`), or with `python_forms` printed as Python writes them.
+        Lists, mappings, bytes and None raise `PythonForm`; with `python_forms` they are printed as Python writes them.
         """
         renew(self.source, values, python_forms=python_forms)
         if self._pieces is None or not self.names <= values.keys():
@@ -55,9 +55,9 @@ class Wording:
 
 
 class ForeignWording(Wording):
-    """A template of somebody else's in the language of PromptSource, rendered in a process whose memory and time are bounded.
+    """A template of a third party, in PromptSource's dialect, rendered in a process with bounded memory and time.
 
-    What is not there is empty, there are `range`, `zip` and lists that grow, and lists are printed as Python writes them.
+    An undefined name is empty, `range`, `zip` and growing lists exist, and lists are printed as Python writes them.
     """
 
     def __init__(self, source: str) -> None:
@@ -75,7 +75,10 @@ def _shown(value: Any) -> str:
 
 
 def _pieces(parsed: nodes.Template) -> list[tuple[bool, str]] | None:
-    """(is a name, text or name) in order if a template is only text and bare fields, as most are: rendering it needs no Jinja."""
+    """The parts of a template of only text and bare fields, as most are, which is rendered without Jinja; else None.
+
+    Each part is (whether it is a name, the text or name).
+    """
     found: list[tuple[bool, str]] = []
     for node in (node for output in parsed.body for node in (output.nodes if isinstance(output, nodes.Output) else [output])):
         if isinstance(node, nodes.TemplateData):
@@ -88,7 +91,11 @@ def _pieces(parsed: nodes.Template) -> list[tuple[bool, str]] | None:
 
 
 class Expression:
-    """One compiled expression, such as `answers.text[0]`; gives a value, not text. `texts` are those that it quotes."""
+    """A compiled expression, such as `answers.text[0]`, which gives a value of any type.
+
+    `names` are the variables that it uses, `texts` the string constants in it. Raises `jinja2.TemplateSyntaxError` on
+    construction.
+    """
 
     def __init__(self, source: str) -> None:
         self.source = source
@@ -98,7 +105,10 @@ class Expression:
         self._template = compiled(STRICT, "{% set result = (" + source + "\n) %}")[1]
 
     def __call__(self, values: Mapping[str, Any], *, python_forms: bool = False) -> Any:
-        """The value for these values; `python_forms` as in `Wording`, of what the expression itself joins to text."""
+        """The value for these values of the fields; `python_forms` as in `Wording`, for text that the expression itself joins.
+
+        Raises `jinja2.TemplateError`, or what an operation in the expression raises.
+        """
         renew(self.source, values, python_forms=python_forms)
         context = self._template.new_context(dict(values))
         for _ in self._template.root_render_func(context):

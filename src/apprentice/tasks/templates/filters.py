@@ -1,4 +1,4 @@
-"""Filters and tests that templates may use: Jinja's own that were looked at, each paid for out of the rendering's allowance."""
+"""Filters and tests for templates: reviewed ones of Jinja and our own, each charged to the rendering's budget (`allowance.py`)."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from jinja2.tests import TESTS
 from apprentice.tasks.templates.allowance import CHARACTERS, bounded, check_text, cost, drawn, size, spend, within_bits
 
 MAX_REPEAT = 100_000  # characters or items that `*`, `range`, `batch` and `slice` may build
-_MAX_PLACES = 100  # of `round`
-_MAX_DIGITS = 1000  # of a text that becomes a whole number
+_MAX_PLACES = 100  # decimal places of `round`
+_MAX_DIGITS = 1000  # of a text that `int` reads
 _NAMES = (
     "abs batch capitalize count d default dictsort e escape first float groupby int items join last length list lower map max min"
     " reject rejectattr replace reverse round select selectattr slice sort string sum title trim truncate unique upper wordcount"
 )
-_UNSEEN = (  # by filters that hand on what is in their arguments without looking at it
+_UNSEEN = (  # these filters pass on the items of their arguments without reading them
     "batch choice count d default first items last length list map random reject rejectattr reverse select selectattr slice"
 )
 _SHALLOW = frozenset(_UNSEEN.split())
@@ -40,11 +40,11 @@ _SORTING = frozenset(["dictsort", "groupby", "max", "min", "most_frequent", "sor
 
 
 def _metered(call: Callable[..., Any], name: str, *, prints: bool) -> Callable[..., Any]:
-    """`call`, paid for by the size of what it gets: of the arguments alone, or with all that is in them where it looks at that.
+    """`call`, charged by the size of its arguments: shallow for filters in `_SHALLOW`, else with all nested parts.
 
-    One that `prints` its first argument refuses what is no text.
+    With `prints`, a first argument that has no text form is refused.
     """
-    given = 1 if hasattr(call, "jinja_pass_arg") else 0  # what Jinja itself puts before the arguments
+    given = 1 if hasattr(call, "jinja_pass_arg") else 0  # Jinja passes its context or environment first
 
     @functools.wraps(call)
     def metered(*arguments: Any, **options: Any) -> Any:
@@ -110,7 +110,7 @@ def _slice(value: Any, slices: int, fill_with: Any = None) -> list[Any]:
 
 
 def _format(text: str, *values: Any) -> str:
-    """`text % values`, with no more than two digits of padding."""
+    """`text % values`, with padding to at most 99 characters."""
     if re.search(r"%[^a-zA-Z%]*(\d{3}|\*)", text):
         raise jinja2.TemplateRuntimeError("'format' would pad text with more than 99 characters")
     for value in values:
@@ -119,13 +119,13 @@ def _format(text: str, *values: Any) -> str:
 
 
 def _most_frequent(items: Any) -> list[Any]:
-    """The items that appear most often, in the order in which they come first."""
+    """The most frequent items, in the order of their first occurrence."""
     counts = Counter(bounded(items))
     most = max(counts.values(), default=0)
     return [item for item, count in counts.items() if count == most]
 
 
-@jinja2.pass_context  # so that a draw from a constant list is not made once and for all while the template is compiled
+@jinja2.pass_context  # keeps Jinja from folding a draw from a constant list into a constant
 def _drawn(context: Any, items: Any) -> Any:
     return drawn(items)
 
@@ -143,7 +143,7 @@ _OWN: dict[str, Callable[..., Any]] = {
 
 
 def metered(filters: Mapping[str, Callable[..., Any]]) -> dict[str, Callable[..., Any]]:
-    """Filters by name, each paid for."""
+    """The filters by name, each charged to the budget."""
     return {name: _metered(call, name, prints=name in _PRINTING) for name, call in filters.items()}
 
 

@@ -1,7 +1,7 @@
-"""A process of its own for templates that are not the user's: the kernel bounds its memory and its processor time.
+"""Process isolation for third-party templates: the kernel limits the memory and processor time of a worker process.
 
-The sandbox's allowance counts the work that was thought of; these limits hold for the rest too. The process starts with the first
-such template, takes one rendering after another, and ends with the process that it belongs to.
+The sandbox's budget counts the kinds of work that were foreseen; these limits hold for all others too. The process starts with
+the first such template, renders one after another, and ends with the process that started it.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from typing import Any
 
 import jinja2
 
-CPU_S = 5  # of processor time, for one rendering
-MEMORY_BYTES = 1 << 30  # of address space, beyond what the process begins with
+CPU_S = 5  # seconds of processor time for one rendering
+MEMORY_BYTES = 1 << 30  # of address space, beyond what the process has at its start
 
 
 class _Renderer:
-    """The process, and the pipe to it. What comes back is JSON: nothing that it sends can run here."""
+    """The worker process and the pipe to it. Its answers are JSON, so nothing that it sends can run here."""
 
     def __init__(self) -> None:
         self._pipe, theirs = Pipe()
@@ -53,14 +53,14 @@ class _Renderer:
         self._process.wait()
 
 
-_renderers: dict[int, _Renderer] = {}  # by process: a fork must not talk through its parent's pipe
+_renderers: dict[int, _Renderer] = {}  # by process id: a fork must not use its parent's pipe
 _lock = threading.Lock()
 
 
 def render(source: str, values: Mapping[str, Any]) -> str:
     """The text of the PromptSource template `source` for these values, stripped.
 
-    Raises `jinja2.TemplateRuntimeError` for what goes wrong in it, and where it is ended by a limit.
+    Raises `jinja2.TemplateRuntimeError` for an error in the template, and if a limit ends the process.
     """
     with _lock:
         pid = os.getpid()

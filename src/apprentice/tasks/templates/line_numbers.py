@@ -1,4 +1,4 @@
-"""Where the templates of a task file stand in it, for messages."""
+"""Line numbers of the templates in a task file, for messages."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import yaml
 
 @cache
 def template_lines(file: str) -> dict[str, int]:
-    """Template name → 1-based line of its name in a YAML file of templates; empty where that cannot be read."""
+    """Template name → 1-based line of its name in a YAML file of templates; empty if the file cannot be read."""
     found: dict[str, int] = {}
     with suppress(OSError, UnicodeDecodeError, yaml.YAMLError):
         waiting = [yaml.compose(Path(file).read_text(encoding="utf-8"), Loader=yaml.SafeLoader)]

@@ -1,4 +1,4 @@
-"""Values as the text of a prompt, and of messages: what Python alone would print in its own form is no text, but an error."""
+"""Text forms of values for prompts and messages; values that only Python's own notation can print are refused."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ _LISTED = 6  # choices in a message
 
 
 class PythonForm(jinja2.TemplateRuntimeError):
-    """A list, a mapping, bytes or nothing stands where a text is to be."""
+    """A list, a mapping, bytes or None stands where text is needed."""
 
 
 def is_text(value: Any) -> bool:
-    """False for what has no form but Python's own: collections, bytes and None."""
+    """Whether a value has a text form other than Python's notation; false for collections, bytes and None."""
     return isinstance(value, str | jinja2.Undefined) or not (value is None or isinstance(value, Iterable))
 
 
 def text_of(value: Any) -> str:
-    """`value` as text. Raises `PythonForm` for a value that has none."""
+    """`value` as text. Raises `PythonForm` for a value without a text form."""
     if not is_text(value):
         raise PythonForm(_refusal(value))
     return str(value)
@@ -47,7 +47,7 @@ def _shown(value: Any) -> str:
 
 
 def unknown_label(label: Any, choices: Sequence[str]) -> str:
-    """Why `label` is not the index of one of `choices`, and what to do."""
+    """Message on a `label` that is not the index of one of `choices`, with a remedy."""
     shown = ", ".join(f"{place} {choice!r}" for place, choice in enumerate(choices[:_LISTED]))
     shown += f", … {len(choices) - 1} {choices[-1]!r}" if len(choices) > _LISTED else ""
     if isinstance(label, str):

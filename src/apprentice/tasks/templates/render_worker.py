@@ -1,4 +1,4 @@
-"""The process behind `isolation.py`: templates and rows come through a pipe, texts go back, and it limits itself.
+"""Worker process of `isolation.py`: receives templates and rows through a pipe, sends back texts, and limits itself.
 
 python -m apprentice.tasks.templates.render_worker FILE_DESCRIPTOR
 """
@@ -25,7 +25,7 @@ def _compiled(source: str) -> Wording:
 
 
 def serve(pipe: Connection) -> None:
-    """Answers `(source, values)` with `{"text": …}` or `{"error": …}` as JSON until the other side closes."""
+    """Answers each `(source, values)` with `{"text": …}` or `{"error": …}` as JSON, until the other side closes the pipe."""
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     most = pages * resource.getpagesize() + MEMORY_BYTES
     resource.setrlimit(resource.RLIMIT_AS, (most, most))
@@ -34,11 +34,11 @@ def serve(pipe: Connection) -> None:
             source, values = pipe.recv()
         except EOFError:
             return
-        # The kernel ends the process at the soft limit, which counts all of its time: it is moved on before each rendering.
+        # The soft limit counts the process's time since its start, so it is raised before each rendering.
         resource.setrlimit(resource.RLIMIT_CPU, (ceil(time.process_time()) + CPU_S, resource.RLIM_INFINITY))
         try:
             answer = {"text": _compiled(source)(values, python_forms=True)}
-        except Exception as error:  # whatever a template does is its own error, told to who asked for it
+        except Exception as error:  # any failure of a template is reported to the caller as an error of the template
             answer = {"error": str(error) or type(error).__name__}
         pipe.send_bytes(json.dumps(answer).encode())
 

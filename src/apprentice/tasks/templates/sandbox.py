@@ -1,8 +1,8 @@
-"""The sandbox that templates run in: they cannot reach Python, and cannot work or grow without end.
+"""Sandbox for templates: they cannot reach Python, and their work and output are bounded.
 
-Every loop, call, filter, test, comparison and operator, and everything that makes longer text or lists out of shorter ones, is
-paid for out of one allowance for each rendering (`allowance.py`); when it is spent the rendering fails. What a
-template may call of a value is on a list for each type.
+Every loop, call, filter, test, comparison and operator, and everything that builds longer texts or lists out of shorter ones,
+is charged to one budget for each rendering (`allowance.py`); when it is spent the rendering fails. The methods that a template
+may call are listed for each type.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from jinja2.visitor import NodeTransformer
 from apprentice.tasks.templates.allowance import CHARACTERS, MAX_BITS, bounded, cost, paid, size, spend, weight
 from apprentice.tasks.templates.filters import DRAWING_FILTERS, KNOWN_FILTERS, KNOWN_TESTS, MAX_REPEAT, metered
 
-_CALL = 16  # steps that a call costs
+_CALL = 16  # steps of a call
 _MAX_EXPONENT = 64
 _LISTS = "append clear copy count extend index insert pop remove reverse sort"  # the strict sandbox refuses those that change it
 _MAPPINGS = "clear copy get items keys pop popitem setdefault update values"
@@ -33,7 +33,7 @@ _TEXTS = (
     " rsplit rstrip split splitlines startswith strip swapcase title upper"
 )
 _TIMES = "date day days hour isoformat isoweekday microsecond minute month second seconds time total_seconds weekday year"
-# Type → what a template may ask of its values; of other types nothing.
+# Type → methods and attributes that templates may use; other types have none.
 _METHODS: tuple[tuple[Any, frozenset[str]], ...] = (
     (str, frozenset(_TEXTS.split())),
     (list, frozenset(_LISTS.split())),
@@ -41,7 +41,7 @@ _METHODS: tuple[tuple[Any, frozenset[str]], ...] = (
     (Mapping, frozenset(_MAPPINGS.split())),
     (datetime.date | datetime.time | datetime.timedelta, frozenset(_TIMES.split())),
 )
-_JINJAS = frozenset(["_loop_vars", "_block_vars"])  # options that Jinja itself gives to a call
+_JINJAS = frozenset(["_loop_vars", "_block_vars"])  # keyword arguments that Jinja itself adds to a call
 _SPLITTING = frozenset(["rsplit", "split", "splitlines"])
 _COMPARING = frozenset(["count", "index", "remove", "sort"])
 _OF_TEMPLATES = Cycler | LoopContext | Macro | Namespace | TemplateReference | jinja2.Undefined
@@ -52,20 +52,20 @@ def _joined(parts: list[Any]) -> str:
 
 
 def _steps(items: Any, each: int) -> Any:
-    """What a loop goes over, paid for beforehand; a copy, so that it cannot grow under the loop."""
+    """The items for a loop, charged beforehand; a copy, so that the list cannot grow during the loop."""
     found = items if isinstance(items, range) else bounded(items)
     spend(len(found) * each)
     return found
 
 
 def _copied(value: Any) -> Any:
-    """What a slice is taken of."""
+    """`value`, which is to be sliced, after a shallow copy was charged."""
     spend(size(value))
     return value
 
 
 def _compared(value: Any) -> Any:
-    """What is compared, looked for or looked in, or is the key of a mapping."""
+    """`value`, which is to be compared or is a mapping's key, after its cost was charged."""
     spend(cost(value))
     return value
 
@@ -78,7 +78,7 @@ def _range(*bounds: int) -> range:
 
 
 class _Limits(SandboxedEnvironment):
-    """What both sandboxes share: operators, calls and look-ups that are paid for, and methods by a list for each type."""
+    """Base of both sandboxes: charged operators, calls and look-ups, and methods limited to a list for each type."""
 
     intercepted_binops = frozenset(["+", "-", "*", "/", "//", "%", "**"])
 
@@ -142,7 +142,7 @@ class _Immutable(ImmutableSandboxedEnvironment, _Limits):
 
 
 class _Guard(NodeTransformer):
-    """Puts the payments into a parsed template: around what loops go over, what is printed, joined, compared and sliced."""
+    """Rewrites a parsed template so that it pays for its loops, outputs, concatenations, comparisons and slices."""
 
     def __init__(self, environment: jinja2.Environment) -> None:
         self.environment = environment
@@ -196,9 +196,9 @@ class _Guard(NodeTransformer):
 
 
 def compiled(environment: jinja2.Environment, source: str) -> tuple[nodes.Template, jinja2.Template]:
-    """`source` parsed, and as a template with its payments; call `renew` before each rendering of it.
+    """`source` parsed, and compiled with its payments; call `renew` before each rendering.
 
-    Raises `jinja2.TemplateSyntaxError`, also for what Python cannot compile: numbers and brackets without end.
+    Raises `jinja2.TemplateSyntaxError`, also for nesting or numbers that Python cannot compile.
     """
     try:
         parsed = environment.parse(source)
@@ -211,7 +211,7 @@ def compiled(environment: jinja2.Environment, source: str) -> tuple[nodes.Templa
 
 
 def _furnished(environment: jinja2.Environment, filters: Mapping[str, Callable[..., Any]], **names: Any) -> jinja2.Environment:
-    """Only the filters, tests and names that were looked at."""
+    """The environment with only these filters and names, and the reviewed tests."""
     environment.filters = {
         **filters,
         "_paid": paid,
@@ -226,9 +226,9 @@ def _furnished(environment: jinja2.Environment, filters: Mapping[str, Callable[.
     return environment
 
 
-# Our own task files: a name in a template is always a field of the row, and what is not there is an error.
+# For our own task files: every name is a field of the row, and an undefined name is an error.
 STRICT = _furnished(_Immutable(undefined=jinja2.StrictUndefined, autoescape=False, keep_trailing_newline=False), KNOWN_FILTERS)
-# PromptSource: what is not there is empty; templates build lists; some draw at random, here by the row's content.
+# For PromptSource: an undefined name is empty, templates build lists, and random draws are seeded by the row's content.
 LENIENT = _furnished(
     _Limits(autoescape=False),
     KNOWN_FILTERS | DRAWING_FILTERS,
@@ -242,7 +242,7 @@ LENIENT = _furnished(
 def chat_environment(
     filters: Mapping[str, Callable[..., Any]], extensions: Sequence[type[Extension]], **names: Any
 ) -> jinja2.Environment:
-    """The sandbox for chat templates: what is not there is empty, and nothing can be changed; with more filters and names."""
+    """The sandbox for chat templates, with more filters, extensions and names: an undefined name is empty, values are immutable."""
     environment = _Immutable(trim_blocks=True, lstrip_blocks=True, extensions=list(extensions))
     common = {"range": _range, "cycler": Cycler, "joiner": Joiner}
     return _furnished(environment, KNOWN_FILTERS | metered(filters), **common, **names)
