@@ -1,4 +1,4 @@
-"""The one import path of the endpoint for Ray Serve's config files: `serve.app:app` (see config.yaml beside it)."""
+"""Import path of the endpoint for Ray Serve's config files: `serve.app:app` (see config.yaml beside it)."""
 
 from apprentice.serve.deployment import application as app
 

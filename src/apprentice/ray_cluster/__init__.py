@@ -1,1 +1,1 @@
-"""The connection to Ray, and the nodes of its cluster."""
+"""Connection to Ray, and questions to the nodes of its cluster."""

@@ -1,7 +1,4 @@
-"""How a replica behaves on a machine that it does not have to itself: its priority, and how its threads wait for each other.
-
-Knows nothing of engines, Ray or HTTP.
-"""
+"""Process priority and OpenMP thread waiting of a replica on a machine that other processes share."""
 
 from __future__ import annotations
 
@@ -13,16 +10,17 @@ from pathlib import Path
 
 log = logging.getLogger(__name__)
 NICENESS = "RAY_worker_niceness"  # Ray's variable for the niceness of its workers, Serve's controller and proxies among them
-SPINS = "GOMP_SPINCOUNT"  # libgomp's variable: turns of a thread that waits for another before it sleeps
-_FEW_SPINS = 1000  # some microseconds; where libgomp thinks it has the machine to itself it is 300,000, which is milliseconds
+SPINS = "GOMP_SPINCOUNT"  # libgomp's variable: loop turns for which a waiting thread spins before it sleeps
+_FEW_SPINS = 1000  # some microseconds; libgomp's default on a machine that it thinks it has alone is 300,000, which is milliseconds
 _SAMPLES, _SAMPLE_S = 10, 0.05
 _LOAD = Path("/proc/loadavg")
 
 
 def take_priority() -> None:
-    """All threads of this process run at niceness 0 from now on, if nobody said otherwise: Ray starts its workers at 15.
+    """Sets all threads of this process to niceness 0, because Ray starts its workers at 15.
 
-    Beside any other work on the machine that makes a token take seconds. Without the right to do so it is told.
+    At 15, a token takes seconds beside any other work on the machine. Does nothing where `RAY_worker_niceness` is set. Logs a
+    warning where the process has no right to change its niceness.
     """
     if NICENESS in os.environ or os.getpriority(os.PRIO_PROCESS, 0) <= 0:
         return
@@ -37,10 +35,10 @@ def take_priority() -> None:
 
 
 def spin_little_if_crowded(threads: int) -> None:
-    """Where others keep the CPUs busy that `threads` of ours want, ours sleep while they wait for each other.
+    """Makes OpenMP's waiting threads sleep early where `threads` of ours and the machine's other busy threads exceed the CPUs.
 
-    A thread that spins then takes the CPU from the very one that it waits for. libgomp reads its variable when PyTorch is loaded,
-    so this comes before that; what a person has set stays.
+    A waiting thread that spins there takes the CPU from the very thread that it waits for. Call this before PyTorch is imported:
+    libgomp reads `GOMP_SPINCOUNT` when it is loaded. Does nothing after that, or if it or `OMP_WAIT_POLICY` is already set.
     """
     if "torch" in sys.modules or {SPINS, "OMP_WAIT_POLICY"} & os.environ.keys():
         return
@@ -49,7 +47,10 @@ def spin_little_if_crowded(threads: int) -> None:
 
 
 def others_running() -> int:
-    """Threads besides this one that want a CPU all the time: the fewest of half a second, so that a burst does not count."""
+    """Number of threads on this machine, besides the calling one, that want a CPU all the time.
+
+    The minimum of ten samples of /proc/loadavg in about half a second, so that a burst does not count; 0 without such a file.
+    """
     fewest: list[int] = []
     for sample in range(_SAMPLES):
         if sample:

@@ -1,7 +1,4 @@
-"""The nodes of the cluster that this process is connected to: what each has for us, and what each answers.
-
-Knows nothing of what is asked of them.
-"""
+"""Nodes of the Ray cluster that this process is connected to: their resources, and a function call on each of them."""
 
 from __future__ import annotations
 
@@ -18,14 +15,14 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from apprentice.errors import ResourcesError
 
 T = TypeVar("T")
-PATIENCE_S = 120.0  # how long a node may take to answer; most of it is the start of a process
+PATIENCE_S = 120.0  # seconds that a node may take to answer; most of them are the start of a process
 
 
 def node_resources(*, job: bool | None = None, without: Container[str] = ()) -> list[dict[str, float]]:
-    """Ray's resources of each live node but those `without` names by id, less the CPUs that the drivers of Ray jobs hold there.
+    """Ray's resources (name → amount) of each live node, less the CPUs that drivers of Ray jobs reserve there.
 
-    Ray Data does not know of those, and would wait without end for the last CPU that a driver has. `job` says whether there are
-    such drivers (None: whether this process is one).
+    Ray Data does not know of the drivers' CPUs, and would wait for ever for the last one. Nodes whose ids are in `without` are left
+    out. `job` says whether there may be such drivers (None: whether this process is one).
     """
     drivers = _driver_cpus() if (is_job() if job is None else job) else Counter[str]()
     found = []
@@ -39,9 +36,10 @@ def node_resources(*, job: bool | None = None, without: Container[str] = ()) -> 
 
 
 def on_every_node(question: Callable[..., T], *arguments: Any) -> dict[str, T]:
-    """The answer of each live node that does work (has CPUs), by its address; nothing where there is only one.
+    """Calls `question(*arguments)` on each live node with CPUs; returns the results by node ("address (first digits of its id)").
 
-    Raises `ResourcesError` for a node that does not answer.
+    A cluster with a single such node gives an empty dict. Raises `ResourcesError` for a node that does not answer within
+    `PATIENCE_S` seconds, or on which the call fails.
     """
     nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0)]
     if len(nodes) < 2:
@@ -69,10 +67,10 @@ def is_job() -> bool:
 
 
 def _driver_cpus() -> Counter[str]:
-    """CPUs that drivers of jobs hold, by node."""
+    """CPUs that drivers of Ray jobs reserve, by node id."""
     from ray.util.state import list_actors
 
-    here = ray.get_runtime_context().gcs_address  # unless told, it looks for any Ray on this machine, and there may be two
+    here = ray.get_runtime_context().gcs_address  # without it, any Ray on this machine is taken, and there may be two
     supervisors = list_actors(address=here, filters=[("class_name", "=", "JobSupervisor"), ("state", "=", "ALIVE")], detail=True)
     held: Counter[str] = Counter()
     for actor in supervisors:

@@ -1,7 +1,4 @@
-"""A connection to Ray: the cluster that `RAY_ADDRESS` or a Ray job names, or a quiet local one that ends with us.
-
-Knows nothing of what runs on it.
-"""
+"""Connection to Ray: to the cluster that `RAY_ADDRESS` or a Ray job names, or else to a local Ray that ends with the session."""
 
 from __future__ import annotations
 
@@ -24,10 +21,10 @@ from ray._private import ray_constants
 from apprentice.errors import ResourcesError
 from apprentice.ray_cluster.crowding import NICENESS
 
-# Third parties' noise that says nothing to the person at the screen; set before workers start, inherited by them.
+# Environment that turns off third-party messages of no use to the user; set before workers start, so that they inherit it.
 QUIET = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_BACKEND_LOG_LEVEL": "fatal",  # what its core has to say of errors reaches us as exceptions too
+    "RAY_BACKEND_LOG_LEVEL": "fatal",  # errors of Ray's core reach us as exceptions too
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -39,7 +36,7 @@ QUIET = {
     "DS_LOG_LEVEL": "error",
     "GLOO_LOG_LEVEL": "ERROR",
 }
-VERSION_VARIABLE = "APPRENTICE_VERSION"  # by which a job says which version sent it
+VERSION_VARIABLE = "APPRENTICE_VERSION"  # environment variable: the version of apprentice that submitted a job
 SPARE_CPUS = 2  # logical CPUs of a local session beside the machine's own, for the light processes next to training
 
 
@@ -54,7 +51,7 @@ def quiet() -> None:
 
 @contextmanager
 def _greeting_kept_back() -> Iterator[None]:
-    """Ray's core announces the log level that it was given; what else it writes while it starts reaches the screen at the end."""
+    """Holds standard error back while Ray starts, and prints it at the end without Ray's lines about its log level."""
     sys.stderr.flush()
     screen = os.dup(2)
     with tempfile.TemporaryFile() as written:
@@ -81,9 +78,8 @@ def _connect(niceness: int | None) -> None:
 
 
 def start_local(cpus: int, **settings: Any) -> None:
-    """A Ray of this machine and this user alone: it listens on loopback, and others can read neither its token nor its sessions.
-
-    `settings` are further ones of `ray.init`.
+    """Starts a Ray for this machine and this user only: it listens on loopback, and other users can read neither its token nor its
+    session files. `settings` are passed on to `ray.init`.
     """
     for library in ("GLOO", "NCCL"):  # between the workers of a training
         os.environ.setdefault(f"{library}_SOCKET_IFNAME", "lo")
@@ -102,7 +98,7 @@ def start_local(cpus: int, **settings: Any) -> None:
 
 
 def _close_token() -> None:
-    """Keeps Ray's token from other users: it writes the file with what the umask allows, and only if there is none."""
+    """Makes Ray's token file readable by this user only, because Ray writes it with whatever the umask allows."""
     file = Path.home() / ".ray" / "auth_token"
     file.parent.mkdir(mode=0o700, exist_ok=True)
     if file.is_file() and file.stat().st_mode & 0o077:
@@ -110,7 +106,10 @@ def _close_token() -> None:
 
 
 def _own_folder() -> Path:
-    """Where Ray keeps its sessions: below a folder of this user alone, since Ray opens its own to everybody (0777)."""
+    """Folder for Ray's sessions, inside one that only this user can read, because Ray opens its own to everybody (0777).
+
+    Raises `ResourcesError` where another user owns the outer folder or can read it.
+    """
     folder = Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()) / f"apprentice-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     found = folder.lstat()
@@ -121,9 +120,10 @@ def _own_folder() -> Path:
 
 @contextmanager
 def ray_session(niceness: int | None = None) -> Iterator[None]:
-    """Ray, connected; a local session is shut down at the end, a cluster of somebody else's is only left.
+    """Connects to Ray for a `with` block; a local Ray is shut down at its end, an existing cluster is only disconnected from.
 
-    `niceness` is that of a local session's workers, if the environment does not say another one; Ray's own is 15.
+    Does nothing where Ray is connected already. `niceness` is that of a local session's workers, unless the environment sets
+    `RAY_worker_niceness` (Ray's default: 15). Raises `ResourcesError` where Ray does not start.
     """
     if ray.is_initialized():
         yield
@@ -136,7 +136,7 @@ def ray_session(niceness: int | None = None) -> Iterator[None]:
     try:
         with _greeting_kept_back():
             _connect(niceness)
-    except Exception as error:  # Ray raises bare exceptions here
+    except Exception as error:  # Ray raises exceptions of many types here
         raise ResourcesError(
             f"Ray did not start: {' '.join(str(error).split())} Look for a full disk or a busy machine."
         ) from error

@@ -1,1 +1,1 @@
-"""From a model folder to an HTTP endpoint: protocol, engine, ingress, and the deployment on Ray Serve."""
+"""Serving: an HTTP endpoint with OpenAI's API over model folders, deployed on Ray Serve."""

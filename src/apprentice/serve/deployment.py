@@ -1,8 +1,8 @@
-"""The endpoint on Ray Serve: checks that come first, the replicas, start and stop.
+"""The endpoint as a Ray Serve application: checks before the start, then start, readiness and stop.
 
-One deployment only: routes and engine live in the same process of a replica, the engine in a thread of its own. A token then goes
-from the model to the socket through one hop, Serve's proxy, and a client that leaves is noticed where its request is decoded.
-Each replica admits `max_running` requests and lets `max_queued_requests` wait; further ones get status 429.
+The routes and the engines are one deployment, so a token goes from the model to the socket through one hop, Serve's proxy, and the
+replica that decodes a request notices when its client leaves. Each replica decodes `max_running` requests at once and lets
+`max_queued_requests` wait; further requests get status 429.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from apprentice.tasks.registry import find_tasks
 from apprentice.tasks.schema import Task
 
 APP_NAME = "apprentice"
-_ROOM_BESIDE = 10_000  # requests besides those that run or wait: health, gauges, the page, and all that are refused
+_ROOM_BESIDE = 10_000  # requests besides those that run or wait: health, /stats, the pages, and those that are refused
 _RESOURCES_TIMEOUT_S = 30.0
 _LOGGING = LoggingConfig(log_level="WARNING", enable_access_log=False)
 _CONTROLLER = "SERVE_CONTROLLER_ACTOR"
@@ -48,14 +48,14 @@ _CONTROLLER = "SERVE_CONTROLLER_ACTOR"
 
 @dataclass(frozen=True)
 class Endpoint:
-    """A running endpoint; `url` has no slash at its end. Use it as a context manager, or call `stop()`."""
+    """A running endpoint; `url` has no slash at its end. As a context manager it stops at the end, as `stop()` does."""
 
     url: str
     model_name: str
     _stopped: list[bool] = field(default_factory=list, repr=False)
 
     def stop(self) -> None:
-        """Ends replicas and proxy and frees the port. A second call does nothing."""
+        """Stops replicas and proxy and frees the port. A second call does nothing."""
         if not self._stopped:
             self._stopped.append(True)
             with _quiet():
@@ -77,10 +77,10 @@ def check(
     beside: Sequence[Offer] = (),
     trust: bool = False,
 ) -> None:
-    """Everything that can be known before anything starts. Needs no Ray.
+    """Checks everything that can be known before anything starts. Needs no Ray.
 
-    Raises `ContractError` (no contract, or one that cannot be reproduced), `ModelError` (a folder that must be trusted and is
-    not), `ServingError` (host, keys, port, names, engine) or `StorageError` (adapters that cannot be listed).
+    Raises `ContractError` (no prompt contract, or one that cannot be reproduced), `ModelError` (a folder that must be trusted and
+    is not, or a reward model), `ServingError` (host, keys, port, names, engine) or `StorageError` (adapters that cannot be listed).
     """
     check_guarded(serving.host, insecure=insecure)
     _check_models([Offer("", folder, contract, trust), *beside], serving)
@@ -115,14 +115,17 @@ def start(
     beside: Sequence[Offer] = (),
     trust: bool = False,
 ) -> Endpoint:
-    """Serves the model in `folder` inside the Ray that the caller has started, and returns once it answers.
+    """Serves the model in `folder` on the Ray that the caller is connected to, and returns once the endpoint answers.
 
-    `beside` are further models, decoded in the same replicas. `tasks` can be asked by their fields besides the library's. Port 0
-    takes a free one; `insecure` lets an address other than loopback do without keys. Each replica reserves `cpus` CPUs (None: all
-    of the largest node, shared among the most replicas), and a GPU where there are any. It decodes with `serving.threads` threads;
-    where that says nothing, with `cpus`, or as many as OMP_NUM_THREADS says, or all that it reserves. Raises as `check` does,
-    before anything starts; `ResourcesError` where the cluster has no CPU (or GPU) left for the replicas; `ServingError` where they
-    do not come up within `timeout_s` seconds. Nothing is left running then.
+    `beside` are further models, loaded by the same replicas. `tasks` are added to the library's tasks at `/v1/tasks`. Port 0 takes
+    a free one. `insecure` allows an address other than loopback without keys. Each replica reserves a GPU if a node has one, and
+    `cpus` CPUs (None: 1 beside a GPU; else the largest node's, divided by the largest number of replicas, but not more than its
+    threads). It decodes with `serving.threads` threads; if unset, with `cpus`; then with OMP_NUM_THREADS; then with all CPUs that
+    it reserves.
+
+    Raises what `check` raises before anything starts; `ResourcesError` where the cluster has too few free CPUs (or GPUs);
+    `ServingError` where it serves something already, or the endpoint does not answer within `timeout_s` seconds. Nothing is left
+    running after an error.
     """
     models = [Offer(model_name, folder, contract, trust), *beside]
     check(folder, serving, contract, insecure=insecure, beside=beside, trust=trust)
@@ -149,7 +152,7 @@ def start(
 
 
 class AppArguments(BaseModel):
-    """The `args` of an application in a Serve config file; host and port are the file's `http_options`."""
+    """The `args` of an application in a Serve config file; host and port are that file's `http_options`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     model: str = Field(description="Model folder that every node reaches, or its URI: a run's `model/`.")
@@ -177,10 +180,10 @@ class AppArguments(BaseModel):
 
 
 def application(args: dict[str, Any]) -> serve.Application:
-    """The builder behind `serve/app.py`.
+    """Builds the Serve application of `serve/app.py` from the `args` of a config file.
 
-    Raises `ServingError` for arguments or keys that do not fit, `ModelError` for a place without a model, `ContractError` as
-    `check` does, `TaskError` for a task file.
+    Raises `ServingError` for wrong arguments or keys, `ModelError` for a place without a model, `ContractError` as `check` does,
+    `TaskError` for a task file.
     """
     try:
         wanted = AppArguments.model_validate(args)
@@ -195,7 +198,7 @@ def application(args: dict[str, Any]) -> serve.Application:
     resources = {"num_cpus": wanted.cpus, "num_gpus": wanted.gpus}
     keys_file = Path(wanted.keys_file).expanduser().absolute() if wanted.keys_file else None
     if keys_file is not None:
-        Keys(keys_file)  # the replicas look at the address: only they know for certain which one Serve listens on
+        Keys(keys_file)  # checks the file; replicas check the host: only they know which one Serve listens on
     tasks = [task for file in wanted.tasks for task in find_tasks(file, Path.cwd())]
     return _application(models, serving, wanted.dtype, resources, tasks, keys_file, insecure=wanted.insecure)
 
@@ -220,7 +223,7 @@ def _application(
     least, most = serving.replicas.min, max(serving.replicas.min, serving.replicas.max)
     scaling: dict[str, Any] = {"num_replicas": least}
     if most > least:
-        # Below what a replica decodes at once, so that a new one comes before requests wait long.
+        # Less than a replica decodes at once, so that another one starts before requests wait long.
         on_gpu = resources.get("num_gpus", 0) > 0
         ongoing = max(1, at_once(models[0].folder, serving, dtype, on_gpu=on_gpu, engines=len(models)) * 3 // 4)
         target = {"min_replicas": least, "max_replicas": most, "target_ongoing_requests": ongoing}
@@ -228,7 +231,7 @@ def _application(
     deployment = serve.deployment(
         name="apprentice",
         ray_actor_options=resources,
-        # What is more than running and queued is answered with 429 at once, so it must get in.
+        # The replica itself answers requests beyond its queue, with 429, so Serve must let them in.
         max_ongoing_requests=serving.max_running + serving.max_queued_requests + _ROOM_BESIDE,
         max_constructor_retry_count=1,
         graceful_shutdown_timeout_s=serving.drain_timeout_s,
@@ -250,13 +253,16 @@ def _replica_resources(serving: Serving, cpus: int | None) -> dict[str, float]:
 
 
 def _threads_of_environment() -> int | None:
-    """What the person's OMP_NUM_THREADS says; Ray sets another one in its workers."""
+    """The user's OMP_NUM_THREADS, or None; read here because Ray sets another one in its workers."""
     told = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
     return int(told) if told.isdecimal() and int(told) > 0 else None
 
 
 def _wait_for_resources(resources: dict[str, float], replicas: int, timeout_s: float) -> None:
-    """Returns once the cluster has the replicas' share free: what ran before may still be giving its own back."""
+    """Waits until the cluster has the replicas' CPUs (or GPUs) free: an earlier program may still be releasing its own.
+
+    Raises `ResourcesError` after `timeout_s` seconds.
+    """
     kind = "GPU" if resources.get("num_gpus") else "CPU"
     needed = resources[f"num_{kind.lower()}s"] * replicas
     deadline = time.monotonic() + timeout_s
@@ -280,7 +286,7 @@ def _wait_until_running(timeout_s: float) -> None:
 
 
 def _reason(state: Any) -> str:
-    """The last line that says something, of what Serve reports about an application."""
+    """The last error, or else the last line, in what Serve reports about an application."""
     messages: list[str] = [deployment.message for deployment in state.deployments.values()] + [state.message]
     lines = [line.strip() for message in messages for line in message.splitlines() if line.strip()]
     raised = [line for line in lines if "Error: " in line]
@@ -295,14 +301,14 @@ def _serve_is_running() -> bool:
 
 
 def _shut_down(timeout_s: float = 60.0) -> None:
-    """Ends Serve. `serve.shutdown()` alone waits inside the controller until that is killed, and Ray reports a failure."""
+    """Ends Serve. `serve.shutdown()` alone waits in the controller until that is killed, which Ray reports as a failure."""
     with contextlib.suppress(ValueError, ray.exceptions.RayActorError):
         controller = ray.get_actor(_CONTROLLER, namespace="serve")
         ray.get(controller.graceful_shutdown.remote(wait=False), timeout=timeout_s)
     deadline = time.monotonic() + timeout_s
     while _serve_is_running() and time.monotonic() < deadline:
         time.sleep(0.05)
-    serve.shutdown()  # forgets the dead controller; ends one that did not obey
+    serve.shutdown()  # forgets the dead controller; kills one that still runs
 
 
 def _in_url(host: str) -> str:
@@ -310,10 +316,10 @@ def _in_url(host: str) -> str:
 
 
 def _bind(host: str, port: int) -> int:
-    """`port` if it is free on `host`, a free one for 0. Raises `ServingError`."""
+    """Returns `port` if it is free on `host`, or a free port for 0. Raises `ServingError`."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
-        # As servers do: connections of an earlier endpoint that linger in TIME_WAIT do not count.
+        # As servers do, so that an earlier endpoint's connections in TIME_WAIT do not count.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
@@ -326,7 +332,7 @@ def _bind(host: str, port: int) -> int:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Ray Serve's own chatter on the driver, below warnings, is left out."""
+    """Hides Ray Serve's log messages below warnings on the driver."""
     logger = logging.getLogger("ray.serve")
     level = logger.level
     logger.setLevel(logging.WARNING)

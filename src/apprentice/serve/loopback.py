@@ -1,7 +1,8 @@
-"""Ray Serve's replicas on loopback where their Ray is: a private part of Ray, read in 2.60, that has no setting.
+"""Patch of Ray Serve that keeps replicas on loopback where their Ray listens there.
 
-Each replica opens a port for calls between deployments on all addresses of the machine, and unpickles what comes. Ray's token
-guards it (where `RAY_AUTH_MODE` does not switch that off); on a Ray of this machine alone nobody else has to reach it at all.
+Each replica opens a gRPC port for calls between deployments on all addresses of the machine, and unpickles what arrives. Ray's
+token guards the port (unless `RAY_AUTH_MODE` turns that off), but on a Ray of this machine alone nobody else needs to reach it at
+all. Ray has no setting for it, so a private function is replaced, read in Ray 2.60.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ _INTERNALS: Any = replica
 
 
 def listen_on_loopback() -> None:
-    """Called in a replica before it is ready: its port is opened on its node's address where that is loopback."""
+    """Makes Serve open this replica's port on its node's address if that is loopback. Call it before the replica is ready."""
     address: str = ray.util.get_node_ip_address()
     if not address.startswith("127."):
         return

@@ -1,7 +1,6 @@
-"""One replica: a process with the engines of all models that the endpoint serves, and the routes over them.
+"""Replica of the endpoint: a process with an engine for each served model, and the HTTP routes over them.
 
-Runs inside Ray Serve, one engine for each model beside the event loop, in a thread or processes of its own. Knows nothing of how
-replicas are started.
+Runs inside Ray Serve. Each engine runs beside the event loop, in a thread or in processes of its own.
 """
 
 from __future__ import annotations
@@ -33,9 +32,9 @@ from apprentice.tasks.schema import Task
 
 
 class Offer(NamedTuple):
-    """A model that is served as `name`; `contract` holds for a folder without one of its own.
+    """A model to serve as `name`; `contract` is used for a folder without a prompt contract of its own.
 
-    `trust` lets its folder bring pickled weights or code of its own.
+    `trust` allows the folder to bring pickled weights or code.
     """
 
     name: str
@@ -46,7 +45,11 @@ class Offer(NamedTuple):
 
 @serve.ingress()
 class Replica:
-    """The models `offers`, the first of them with the adapters that `serving` names; `threads` CPU threads for the arithmetic."""
+    """Ray Serve's deployment class: loads the models `offers` and answers requests for them.
+
+    The first model takes the adapters of `serving.adapters`. `threads` CPU threads are shared by all engines. `limits` is a handle
+    of the rate limiter that all replicas share (None: this replica counts itself).
+    """
 
     def __init__(
         self,
@@ -64,10 +67,10 @@ class Replica:
         listen_on_loopback()
         check_guarded(_proxies_host(), insecure=insecure, file=keys_file)
         self._serving = serving
-        self._tasks = {task.name: task for task in (*map(load_task, library().values()), *tasks)}  # own ones of a name come first
+        self._tasks = {task.name: task for task in (*map(load_task, library().values()), *tasks)}  # own ones replace the library's
         self._keys = Keys(keys_file) if keys_file is not None else None
         self._limits = SharedLimits(limits) if limits is not None else OwnLimits()
-        # A cache's folder that another node named is fetched here.
+        # A folder in another node's model cache is fetched into this node's.
         folders = [
             offer.folder if offer.folder.is_dir() and not offer.trust else local_folder(str(offer.folder), trust=offer.trust)
             for offer in offers
@@ -76,7 +79,7 @@ class Replica:
         more = None
         if serving.adapters is not None:
             shelf, base = Folder.at(serving.adapters), models[0]
-            own = read_contract(folders[0])  # whose hash was compared with the weights just now
+            own = read_contract(folders[0])  # its hash was compared with the weights just now
             hash = own.weights_sha256 if own is not None else weights_sha256(folders[0])
             more = Adapters(shelf, base, hash, most=serving.max_adapters, most_waiting=serving.max_queued_requests)
         self._catalogue = Catalogue(models, more)
@@ -93,13 +96,13 @@ class Replica:
         )
 
     def check_health(self) -> None:
-        """Ray Serve calls this, and replaces the replica when it raises."""
+        """Raises `EngineFailed` if an engine has stopped. Ray Serve calls this, and then replaces the replica."""
         for engine in self._catalogue.engines.values():
             engine.check()
 
 
 def start_models(offers: Sequence[Offer], folders: Sequence[Path], serving: Serving, dtype: str, threads: int) -> list[Model]:
-    """A model with an engine of its own for each offer; they share the replica's threads and memory in equal parts."""
+    """Starts an engine for each offer and returns the models; engines share threads and KV memory in equal parts."""
     spin_little_if_crowded(threads)
     models: list[Model] = []
     for offer, folder in zip(offers, folders, strict=True):
@@ -119,27 +122,27 @@ def start_models(offers: Sequence[Offer], folders: Sequence[Path], serving: Serv
 
 
 def at_once(folder: Path, serving: Serving, dtype: str, *, on_gpu: bool, engines: int = 1) -> int:
-    """Requests of half a context that one of a replica's `engines` decodes together.
+    """Number of requests, each half a context long, that one of a replica's `engines` decodes together.
 
-    `max_running`, or fewer where its part of the memory has less room.
+    `max_running`, or fewer where the engine's part of the KV memory does not hold that many.
     """
     numbers = kv_numbers(model_config(folder))
     if serving.kv_bytes is None or numbers is None:
         return serving.max_running
     limit = serving.kv_bytes // engines
-    halved = dtype != "float32" and (on_gpu or serving.engine == "vllm")  # our own memory is in float32 on CPUs
+    halved = dtype != "float32" and (on_gpu or serving.engine == "vllm")  # our own engine's KV cache is float32 on CPUs
     of_one = numbers * (2 if halved else 4)
     return max(1, min(serving.max_running, 2 * limit // (of_one * serving.context)))
 
 
 def _proxies_host() -> str:
-    """The address that Serve's proxies listen on in this cluster, whoever started them."""
+    """Address that Serve's HTTP proxies listen on in this cluster, whoever started them."""
     controller: Any = ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")
     return str(ray.get(controller.get_http_config.remote()).host or "localhost")  # None: no proxy listens
 
 
 def _log_requests() -> None:
-    """One JSON line on standard error for each request, and nothing of what it says."""
+    """Sets up the request log: one JSON line on standard error for each request, without prompts or replies."""
     logger = logging.getLogger("apprentice.requests")
     if not logger.handlers:
         logger.addHandler(logging.StreamHandler())

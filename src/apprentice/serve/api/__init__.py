@@ -1,1 +1,1 @@
-"""The HTTP side of the endpoint: routes, schemas, keys, rate limits, errors."""
+"""HTTP API of the endpoint: routes, schemas, API keys, rate limits, metrics, errors."""

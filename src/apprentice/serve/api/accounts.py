@@ -1,7 +1,4 @@
-"""One request's account: until when it may take, what it costs its key, and how it ended, counted once however it ends.
-
-Knows nothing of HTTP or engines.
-"""
+"""Account of one request: its deadline, the tokens that it takes from its key's limit, and how it ended, counted once."""
 
 from __future__ import annotations
 
@@ -12,12 +9,15 @@ from typing import Protocol
 from apprentice.serve.api.keys import Key, Left
 from apprentice.serve.api.schemas import RequestProblem, Usage
 
-# Told once: the usage (None where no engine took the request), the time of the first token (`time.perf_counter`), the status.
+# Called once with the usage (None: no engine took the request), the time of the first token (`time.perf_counter`), the status.
 OnClose = Callable[[Usage | None, float | None, int], None]
 
 
 class Limits(Protocol):
-    """A `keys.Limiter`, here or shared among replicas. What asks it raises `RequestProblem` where it cannot be reached."""
+    """Protocol of the rate limiter of all keys, in this process or shared among replicas (see `keys.Limiter`).
+
+    `admit` and `reserve` raise `RequestProblem` where a shared one cannot be reached.
+    """
 
     def admit(self, name: str, requests_per_minute: int | None, tokens_per_minute: int | None) -> Awaitable[Left]: ...
 
@@ -27,13 +27,13 @@ class Limits(Protocol):
 
 
 class Standing:
-    """A key's limits and what is `left` of them, as the answer to a request tells it."""
+    """A key's limits and what is `left` of them, as response headers."""
 
     def __init__(self, key: Key, left: Left) -> None:
         self.key, self.left = key, left
 
     def headers(self) -> dict[str, str]:
-        """OpenAI's `x-ratelimit-…`: limit, what remains, and how long it takes until all is there again."""
+        """OpenAI's `x-ratelimit-…` headers: the limit, what remains of it, and the seconds until it is full again."""
         found = {}
         for kind, limit, left in (
             ("requests", self.key.requests_per_minute, self.left.requests),
@@ -47,7 +47,7 @@ class Standing:
 
 
 class Account:
-    """The account of a request that arrived now; `deadline` is a time of the event loop's clock."""
+    """Account of a request that has just arrived; `deadline` is in seconds on the event loop's clock."""
 
     def __init__(
         self, deadline: float, limits: Limits | None, key: Key | None, on_close: OnClose, standing: Standing | None = None
@@ -60,7 +60,10 @@ class Account:
         self._is_open = True
 
     async def reserve(self, tokens: int) -> None:
-        """Takes from the key's minute what the request may come to use. Raises `RequestProblem` where that is not left."""
+        """Takes the tokens that the request may use from its key's limit.
+
+        Raises `RequestProblem` (status 429) where too few are left.
+        """
         if self._limits is None or self._key is None or self._key.tokens_per_minute is None:
             return
         left = await self._limits.reserve(self._key.name, self._key.tokens_per_minute, tokens)
@@ -71,7 +74,7 @@ class Account:
         self._reserved = tokens
 
     def close(self, usage: Usage | None, first: float | None, status: int) -> None:
-        """The request has ended; of the key's minute it keeps what it used. Only the first call counts."""
+        """Ends the account: tokens that were not used go back to the key's limit. Only the first call counts."""
         if not self._is_open:
             return
         self._is_open = False
@@ -82,7 +85,7 @@ class Account:
 
 
 def limit_reached(key: Key, wait_s: float) -> RequestProblem:
-    """The refusal of a key that may ask again in `wait_s` seconds."""
+    """Refusal (status 429) of a key that may send requests again in `wait_s` seconds."""
     seconds = math.ceil(wait_s)
     message = f"key {key.name!r} has used what it may in a minute, or its running requests may; try again in {seconds} s."
     return RequestProblem(message, status=429, kind="rate_limit_error", code="rate_limit_exceeded", retry_after_s=seconds)

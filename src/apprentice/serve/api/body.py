@@ -1,4 +1,4 @@
-"""Reading a request's JSON: whatever is wrong with it becomes one clear refusal, and a large one holds up nobody else's stream."""
+"""Reading of JSON request bodies: any fault becomes one clear refusal, and large bodies are parsed in a thread."""
 
 from __future__ import annotations
 
@@ -16,18 +16,21 @@ from starlette.requests import Request
 P = ParamSpec("P")
 T = TypeVar("T")
 _DEEPEST = 64  # arrays and objects inside each other
-_LARGE_BYTES = 32_768  # of a body whose reading takes longer than a thread costs
+_LARGE_BYTES = 32_768  # a larger body takes longer to parse than a thread takes to start
 
 
 async def beside_loop_if_large(http: Request, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """`work` done, in a thread where the body of `http` is large: on the event loop it would freeze all streams."""
+    """Result of `work(*args, **kwargs)`, run in a thread where the body of `http` is large.
+
+    On the event loop such work would freeze all streams.
+    """
     if len(await http.body()) > _LARGE_BYTES:
         return await asyncio.to_thread(work, *args, **kwargs)
     return work(*args, **kwargs)
 
 
 class _Checked(Request):
-    """A request whose JSON is parsed, and checked against the route's body `field`, by `_read`."""
+    """A request whose JSON is parsed and validated against the route's body `field`, by `_read`."""
 
     field: Any = None
 
@@ -38,7 +41,7 @@ class _Checked(Request):
 
 
 class CheckedRoute(APIRoute):
-    """A route whose body is read here."""
+    """A route whose body is parsed and validated by this module, not by FastAPI."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handle = super().get_route_handler()
@@ -49,7 +52,7 @@ class CheckedRoute(APIRoute):
             try:
                 return await handle(http)
             except HTTPException as error:
-                # FastAPI takes what fails while a body is read for a fault of the JSON.
+                # FastAPI wraps any error while a body is read in an HTTPException about JSON.
                 if isinstance(error.__cause__, RequestValidationError):
                     raise error.__cause__ from None
                 raise
@@ -58,7 +61,10 @@ class CheckedRoute(APIRoute):
 
 
 def _read(body: bytes, field: Any) -> Any:
-    """The route's request, which FastAPI then takes as it is. Raises `RequestValidationError` or `HTTPException`."""
+    """The body as the route's request model, which FastAPI takes as it is.
+
+    Raises `RequestValidationError` or `HTTPException`.
+    """
     values = _parsed(body)
     request, errors = field.validate(values, {}, loc=("body",))
     if errors:
@@ -77,7 +83,7 @@ def _parsed(body: bytes) -> Any:
         raise HTTPException(400, f"the body is nested deeper than {_DEEPEST}") from error
     except json.JSONDecodeError:
         raise
-    except ValueError as error:  # a number of thousands of digits, NaN
+    except ValueError as error:  # an integer of thousands of digits, or NaN
         raise HTTPException(400, f"the body is not JSON that can be read: {error}") from error
     if _depth(values) > _DEEPEST:
         raise HTTPException(400, f"the body is nested deeper than {_DEEPEST}")
@@ -89,7 +95,7 @@ def _no_number(name: str) -> Any:
 
 
 def _depth(value: Any) -> int:
-    """Levels of arrays and objects, counted without recursion."""
+    """Levels of nested arrays and objects, counted without recursion."""
     deepest = 0
     left = [(value, 1)]
     while left:

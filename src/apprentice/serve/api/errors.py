@@ -1,4 +1,4 @@
-"""Every error of the endpoint in the shape that OpenAI's clients read."""
+"""Exception handlers that turn every error of the endpoint into OpenAI's error body."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _BODIES: dict[str, type[BaseModel]] = {
 
 
 def answer_errors(app: FastAPI, appointments: Appointments) -> None:
-    """Sets the handlers of `app`; who is refused because too many wait gets one of `appointments`."""
+    """Adds the handlers to `app`; a request refused because the queue is full gets a `Retry-After` from `appointments`."""
 
     @app.exception_handler(RequestProblem)
     async def on_problem(_: HttpRequest, problem: RequestProblem) -> Response:

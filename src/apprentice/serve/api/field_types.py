@@ -1,6 +1,7 @@
-"""The types of a request's fields. Each has a bound: what is longer than any use of it is refused before it costs anything.
+"""Types of request fields. Each has an upper bound, so that values larger than any use are refused before they cost anything.
 
-A refusal is cheap too: a list ends at its first fault, since pydantic makes an error for each, and FastAPI copies them all.
+A refusal is cheap too: a list's validation ends at its first fault, because pydantic makes an error for each and FastAPI copies
+them all.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ _FORM_CHARACTERS = 100_000  # of a regular expression, or of a schema as JSON
 
 
 class Strict(BaseModel):
-    """An object of a request: unknown keys are refused, the first of them by name.
+    """Base class of request objects: unknown keys are refused, the first of them by name.
 
-    Keys without a value are left out, and those that ask for nothing: with one of the values that `neutral` has for them.
+    Keys without a value are dropped, and so are those with a value that asks for nothing (`neutral`: key → such values).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -36,7 +37,7 @@ class Strict(BaseModel):
 
 
 def few(most: int, *, least: int = 0) -> Any:
-    """What a list of `least` to `most` items is annotated with."""
+    """`Field` of a list with `least` to `most` items."""
     return Field(min_length=least, max_length=most, fail_fast=True)
 
 
@@ -61,7 +62,7 @@ def _few_biases(values: Any) -> Any:
     return values
 
 
-_ENCODABLE = BeforeValidator(_encodable)  # before the length is counted, which such a text has not
+_ENCODABLE = BeforeValidator(_encodable)  # runs before pydantic's own checks, which fail on such a text
 Text = Annotated[str, Field(max_length=2**22), _ENCODABLE]  # a prompt, a message, an instruction
 Name = Annotated[str, Field(max_length=256), _ENCODABLE]  # of a model, a task, a template, a schema, a field
 Stop = Annotated[str, Field(max_length=256), _ENCODABLE]  # a stop string

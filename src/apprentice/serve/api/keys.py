@@ -1,4 +1,4 @@
-"""API keys: who may ask, for which models, and how much in a minute.
+"""API keys: who may send requests, for which models, and how many requests and tokens a minute.
 
 A keys file is YAML. Keys are stored as sha256 only (a key has 256 random bits, so nobody finds one by trying):
 
@@ -8,8 +8,6 @@ A keys file is YAML. Keys are stored as sha256 only (a key has 256 random bits, 
         models: [flan-mini]              # left out: all
         requests_per_minute: 60          # left out: no limit
         tokens_per_minute: 20000         # prompt and reply together
-
-Knows nothing of HTTP or Ray.
 """
 
 from __future__ import annotations
@@ -32,8 +30,8 @@ from apprentice.errors import ServingError
 from apprentice.plain_yaml import load_yaml
 
 log = logging.getLogger(__name__)
-REFRESH_S = 5.0  # how often the keys file is looked at
-GRACE_S = 60.0  # for so long keys are taken that stood in it before it became unreadable
+REFRESH_S = 5.0  # seconds between two looks at the keys file
+GRACE_S = 60.0  # seconds for which the last keys are accepted after the file became unreadable
 KEYS_FILE = "APPRENTICE_API_KEYS_FILE"  # environment variable with the path of the keys file
 _PREFIX = "sk-apprentice-"
 
@@ -64,19 +62,19 @@ class _File(BaseModel):
 class Keys:
     """The keys in `file`, read again when the file changes. Raises `ServingError` for a file that cannot be used.
 
-    A file that is half-written or gone for a moment changes nothing. One that stays unreadable lets nobody in after `GRACE_S`
-    seconds: it may have been changed to revoke a key. `clock` gives seconds.
+    A file that is half-written or gone for a moment changes nothing. One that stays unreadable admits nobody after `GRACE_S`
+    seconds, because it may have been changed to revoke a key. `clock` gives seconds.
     """
 
     def __init__(self, file: Path, clock: Callable[[], float] = time.monotonic) -> None:
         self._file = file
         self._clock = clock
         self._looked_at = clock()
-        self._unreadable: tuple[float, str] | None = None  # since when, and why
+        self._unreadable: tuple[float, str] | None = None  # since when (seconds), and why
         self.all = self._read()
 
     def owner(self, given: str) -> Key | None:
-        """The entry of the key `given`, compared with every entry in the same time; None if it is nobody's.
+        """The entry of the key `given`, or None. Every entry is compared, so that the time taken reveals nothing.
 
         Raises `ServingError` where the file has been unreadable for too long.
         """
@@ -104,7 +102,10 @@ class Keys:
             self._unreadable = (self._unreadable[0] if self._unreadable else self._clock(), str(error))
 
     def _stamp_now(self) -> tuple[int, int, int]:
-        """Another one when the file is: a copy may keep its time, and a secret of Kubernetes is exchanged as a link."""
+        """(modification time in ns, size in bytes, inode) of the file, which changes when the file does.
+
+        The time alone does not do: a copy may keep it, and Kubernetes replaces a secret by another link.
+        """
         now = self._file.stat()
         return now.st_mtime_ns, now.st_size, now.st_ino
 
@@ -130,13 +131,16 @@ class Keys:
 
 
 def new_key(name: str) -> tuple[str, str]:
-    """A new key and its entry for the keys file; the key itself is stored nowhere."""
+    """A new key and its YAML entry for the keys file; the key itself is stored nowhere."""
     key = _PREFIX + secrets.token_urlsafe(32)
     return key, yaml.safe_dump([{"name": name, "sha256": hashlib.sha256(key.encode()).hexdigest()}], sort_keys=False)
 
 
 class Left(NamedTuple):
-    """How long a key must wait (0: it may ask now), and what its minute still holds (None: not limited, or not looked up)."""
+    """The limiter's answer: seconds that a key must wait (0: not at all), and the requests and tokens that are left in its limits.
+
+    `requests` and `tokens` are None where they are not limited, or were not looked up.
+    """
 
     wait_s: float
     requests: float | None = None
@@ -144,18 +148,18 @@ class Left(NamedTuple):
 
 
 class Limiter:
-    """Requests and tokens of each key in a minute, as buckets that fill evenly; `clock` gives seconds.
+    """Rate limiter: for each key a token bucket of requests and one of tokens, refilled evenly in a minute. `clock` gives seconds.
 
-    A request is let in while both of its key's buckets hold something. Before it runs, all the tokens that it may come to use are
-    taken out; when it has ended, those that it did not use come back. So many at once cannot use more than there is.
+    A request is admitted while both of its key's buckets hold at least 1. Before it runs, all tokens that it may use are taken out;
+    when it has ended, those that it did not use are put back. So concurrent requests cannot use more than the limit together.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._buckets: dict[tuple[str, str], tuple[float, float]] = {}  # (key, kind) → what was left at which time
+        self._buckets: dict[tuple[str, str], tuple[float, float]] = {}  # (key, kind) → what was left, and when
 
     def admit(self, name: str, requests_per_minute: int | None, tokens_per_minute: int | None) -> Left:
-        """Counts a request of the key if it may ask now, and says what is left."""
+        """Counts a request of the key `name` if it is admitted, and says what is left or how long it must wait."""
         limits = [("requests", requests_per_minute, 1.0), ("tokens", tokens_per_minute, 1.0)]
         waits = [(needed - self._left(name, kind, limit)) * 60.0 / limit for kind, limit, needed in limits if limit is not None]
         wait = max(0.0, *waits) if waits else 0.0
@@ -164,9 +168,9 @@ class Limiter:
         return Left(wait, *(None if limit is None else self._left(name, kind, limit) for kind, limit, _ in limits))
 
     def reserve(self, name: str, tokens_per_minute: int, tokens: int) -> Left:
-        """Takes `tokens` out of the bucket if it holds them, and says what is left, or how long it takes until it does.
+        """Takes `tokens` out of the bucket if it holds them, and says what is left or how long it takes until it does.
 
-        A request that may use more than a minute's tokens waits for a full bucket, and takes all of it.
+        A request for more than a minute's tokens waits for a full bucket, and takes all of it.
         """
         needed = min(tokens, tokens_per_minute)
         wait = max(0.0, (needed - self._left(name, "tokens", tokens_per_minute)) * 60.0 / tokens_per_minute)
@@ -175,7 +179,7 @@ class Limiter:
         return Left(wait, tokens=self._left(name, "tokens", tokens_per_minute))
 
     def settle(self, name: str, tokens_per_minute: int, reserved: int, used: int) -> None:
-        """A request of `reserved` tokens has ended and `used` so many."""
+        """Corrects the bucket at the end of a request that reserved `reserved` tokens and used `used`."""
         self._take(name, "tokens", tokens_per_minute, used - min(reserved, tokens_per_minute))
 
     def _left(self, name: str, kind: str, limit: int) -> float:
@@ -187,15 +191,15 @@ class Limiter:
 
 
 def keys_file_of() -> Path | None:
-    """The keys file that the environment names."""
+    """The keys file that the environment variable names, or None."""
     named = os.environ.get(KEYS_FILE)
     return Path(named).expanduser().absolute() if named else None
 
 
 def check_guarded(host: str, *, insecure: bool = False, file: Path | None = None) -> Path | None:
-    """The keys file that guards an endpoint on `host`, if there is one: `file`, or the one that the environment names.
+    """The keys file that guards an endpoint on `host`: `file`, or the environment's; None if there is none.
 
-    Raises `ServingError` for an address other than loopback without keys, unless `insecure`, and for a file that is none of keys.
+    Raises `ServingError` for an address other than loopback without keys, unless `insecure`, and for an unusable keys file.
     """
     file = file or keys_file_of()
     if not (_is_loopback(host) or file or insecure):

@@ -1,7 +1,7 @@
-"""The endpoint's numbers among Ray's metrics: what the engines say of themselves, and how the requests went.
+"""Prometheus metrics of the endpoint, exported through Ray: the engines' gauges and counters, and statuses and times of requests.
 
-Prometheus finds them at each node's port for Ray's metrics, `ray_` before their names, tagged with the model and, by Ray Serve,
-with application, deployment and replica. A route of ours would show the one replica that a request happens to reach.
+Prometheus finds them at each node's port for Ray's metrics, with `ray_` before their names, tagged with the model and, by Ray
+Serve, with application, deployment and replica. A route of ours would show only the one replica that a request happens to reach.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from ray.serve import metrics
 from apprentice.serve.api.schemas import Usage
 from apprentice.serve.engines.base import Engine, Stats
 
-SAMPLE_S = 5.0  # how often the engines are looked at
+SAMPLE_S = 5.0  # seconds between two samples of the engines
 _SECONDS = [0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0]
 _TOKEN_SECONDS = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0]
 _GAUGES: dict[str, tuple[str, Callable[[Stats], float]]] = {
@@ -40,14 +40,14 @@ _HISTOGRAMS = {
 
 
 def exported_names() -> set[str]:
-    """What Prometheus calls the series: `ray_apprentice_requests_total`, `ray_apprentice_request_seconds_bucket`, …"""
+    """Names of the series in Prometheus: `ray_apprentice_requests_total`, `ray_apprentice_request_seconds_bucket`, …"""
     counters = {f"{name}_total" for name in (*_COUNTERS, _REQUESTS)}
     histograms = {f"{name}_{part}" for name in _HISTOGRAMS for part in ("bucket", "count", "sum")}
     return {f"ray_{name}" for name in {*_GAUGES, *counters, *histograms}}
 
 
 class Metrics:
-    """Counts for the models of `engines` (by name) and their adapters."""
+    """Metrics of the models of `engines` (by name) and their adapters."""
 
     def __init__(self, engines: Mapping[str, Engine]) -> None:
         self._engines = engines
@@ -56,12 +56,12 @@ class Metrics:
         self._requests = metrics.Counter(_REQUESTS, "Requests by status.", _REQUEST_TAGS)
         histograms = (metrics.Histogram(name, help, edges, ("model",)) for name, (help, edges) in _HISTOGRAMS.items())
         self._seconds, self._first, self._each = histograms
-        self._counted: dict[tuple[str, str], int] = {}  # by counter and model
+        self._counted: dict[tuple[str, str], int] = {}  # last value by (counter, model)
 
     def ended(self, model: str, status: int, began: float, first: float | None, usage: Usage | None) -> None:
-        """A request for `model` has ended; `began` and `first` (its first token) are times of `time.perf_counter`.
+        """Records the end of a request for `model`; `began` and `first` (its first token) are times of `time.perf_counter`.
 
-        How long requests take is told by those that were answered: a refusal takes no time, and who leaves early says little.
+        A request's duration is recorded for status 200 only: a refusal takes no time, and a client that leaves early says little.
         """
         now = time.perf_counter()
         self._requests.inc(tags={"model": model, "status": str(status)})
@@ -74,7 +74,7 @@ class Metrics:
                 self._each.observe((now - first) / (usage.completion - 1), tags)
 
     def sample(self) -> None:
-        """Sets the gauges to where the engines stand, and the counters forward to it."""
+        """Sets the gauges to the engines' current values, and advances the counters to them."""
         for model, engine in self._engines.items():
             stats, tags = engine.stats(), {"model": model}
             for name, (_, value) in _GAUGES.items():

@@ -1,6 +1,6 @@
-"""What every request passes on its way in: an id, a limit on its body, its key; and a line in the log on its way out.
+"""ASGI middleware around all routes: request ids, a limit on bodies, API keys, and one log line for each request.
 
-A plain ASGI wrapper. Prompts are never logged. Knows nothing of engines.
+Prompts are never logged.
 """
 
 from __future__ import annotations
@@ -23,15 +23,16 @@ from apprentice.serve.api.outcomes import told
 from apprentice.serve.api.schemas import RequestProblem
 
 log = logging.getLogger("apprentice.requests")
-OPEN = ("/", "/health", "/ready", "/docs", "/openapi.json")  # what needs no key, besides the page's files
+OPEN = ("/", "/health", "/ready", "/docs", "/openapi.json")  # paths that need no key, besides the playground's files
 _KEY, _STANDING = "apprentice.key", "apprentice.standing"
-BODY_TIMEOUT_S = 30.0  # a body that takes longer is not coming
+BODY_TIMEOUT_S = 30.0  # seconds within which a body must have arrived
 
 
 class Gate:
-    """Wraps `app`; without `keys` everybody may ask. A body must have come within `body_timeout_s` seconds.
+    """ASGI middleware around `app`; without `keys` it admits everybody.
 
-    `behind_proxy`: Ray Serve's proxy sends the id of each request back, and a second header of the name would be joined to it.
+    A body must arrive within `body_timeout_s` seconds (else status 408) and have at most `max_body_bytes` bytes (else 413).
+    `behind_proxy` leaves the header X-Request-Id to Ray Serve's proxy, which would join a second one to its own.
     """
 
     def __init__(
@@ -100,7 +101,7 @@ class Gate:
         return None
 
     async def _check_key(self, scope: Scope, headers: Headers) -> None:
-        path = scope["path"].removeprefix(scope.get("root_path", ""))  # Serve may have us under a prefix
+        path = scope["path"].removeprefix(scope.get("root_path", ""))  # Serve may mount the application under a prefix
         if self._keys is None or path in OPEN or path.startswith("/playground/"):
             return
         kind, _, given = headers.get("authorization", "").partition(" ")
@@ -125,9 +126,9 @@ class Gate:
             raise RequestProblem(message, status=503, kind="server_error", code="keys_unreadable") from error
 
     def _counted(self, receive: Receive) -> Receive:
-        """`receive`, which ends bodies that came without a length and are too long, and those that do not come."""
+        """Wraps `receive`: raises for a body that is too long, whatever its Content-Length, or that does not arrive in time."""
         seen = 0
-        # None once all is there: who waits then waits for the client to leave.
+        # None once the body is complete: a later call waits for the client to leave.
         deadline: float | None = asyncio.get_running_loop().time() + self._body_timeout_s
 
         async def counted() -> Message:
@@ -141,7 +142,7 @@ class Gate:
                 deadline = None
             seen += len(message.get("body", b""))
             if seen > self._max_body_bytes:
-                raise HTTPException(413, self._too_large)  # the one kind that FastAPI lets out of reading a body
+                raise HTTPException(413, self._too_large)  # the only exception that FastAPI passes on from reading a body
             return message
 
         return counted
@@ -152,19 +153,19 @@ class Gate:
 
 
 def key_of(scope: Scope) -> Key | None:
-    """Whose request it is; None where everybody may ask."""
+    """API key of the request; None where everybody is admitted."""
     key: Key | None = scope.get(_KEY)
     return key
 
 
 def standing_of(scope: Scope) -> Standing | None:
-    """What is left of the limits of the request's key; None where it has none."""
+    """State of the limits of the request's key; None where it has no limits."""
     standing: Standing | None = scope.get(_STANDING)
     return standing
 
 
 def respond(problem: RequestProblem) -> JSONResponse:
-    """The answer that `problem` is."""
+    """The HTTP response for `problem`."""
     headers = {} if problem.retry_after_s is None else {"Retry-After": str(problem.retry_after_s)}
     if problem.status == 401:
         headers["WWW-Authenticate"] = "Bearer"  # RFC 9110 asks for it, and some clients send no key before they read it

@@ -1,4 +1,4 @@
-"""Fields that clients send, OpenAI's and then others', and the values with which they ask for nothing: no reason to refuse."""
+"""Request fields of OpenAI's and other servers' clients, with the values that ask for nothing: no reason to refuse a request."""
 
 from __future__ import annotations
 

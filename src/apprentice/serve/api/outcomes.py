@@ -1,4 +1,4 @@
-"""How a request ended, whatever ended it: the status that is counted, and what its client reads."""
+"""Outcomes of requests: the HTTP status that is counted for an error, and the error that the client reads."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from apprentice.serve.api.schemas import RequestProblem
 from apprentice.serve.engines.base import EngineFailed, Overloaded
 
 log = logging.getLogger(__name__)
-LEFT = 499  # the client was gone before the end
+LEFT = 499  # the client disconnected before the end
 
 
 def status_of(error: BaseException) -> int:
-    """The HTTP status of a request that `error` ended; 499 for one whose client has left."""
+    """HTTP status for a request that `error` ended; 499 where its client has disconnected."""
     if isinstance(error, RequestProblem):
         return error.status
     if isinstance(error, Overloaded):
@@ -24,7 +24,7 @@ def status_of(error: BaseException) -> int:
 
 
 def told(error: Exception) -> RequestProblem:
-    """What the client reads of `error`; of a fault of ours that its log says more."""
+    """The error that the client reads; an unexpected one is logged, and the client reads only its type."""
     if isinstance(error, RequestProblem):
         return error
     if isinstance(error, EngineFailed):

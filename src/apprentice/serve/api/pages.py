@@ -1,6 +1,6 @@
-"""The pages that people open in a browser: the playground at `/`, and the endpoint's routes described at `/docs`.
+"""Browser pages: the playground at `/`, and a description of the endpoint's routes at `/docs`.
 
-Plain files without a build step. Knows nothing of models or requests.
+Static files without a build step.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from fastapi.responses import FileResponse
 _FOLDER = Path(__file__).parents[1] / "playground"
 _PAGES = {"/": "index.html", "/docs": "docs.html"}
 _KINDS = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
-# The pages need nothing from elsewhere, and must not be made to load it.
+# The pages need nothing from other hosts, and must not be made to load anything from there.
 _HEADERS = {"Content-Security-Policy": "default-src 'self'; img-src 'self' data:", "Cache-Control": "no-cache"}
 
 
 def serve_pages(app: FastAPI) -> None:
-    """Adds both pages to `app`, and under `/playground/` the files that they are made of."""
+    """Adds both pages to `app`, and their files under `/playground/`."""
 
     def route(path: str, file: Path) -> None:
         @app.get(path, include_in_schema=False)

@@ -1,6 +1,6 @@
-"""What the keys have used, counted in the one replica there is, or in one process for all of them.
+"""Rate limits of API keys: counted inside the only replica, or in one process that all replicas share.
 
-The counting itself is `keys.Limiter`'s. Knows nothing of HTTP.
+`keys.Limiter` does the counting.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from apprentice.serve.api.schemas import RequestProblem
 from apprentice.serve.loopback import listen_on_loopback
 
 log = logging.getLogger(__name__)
-_ANSWER_S = 5.0  # for so long a request waits for the limiter
+_ANSWER_S = 5.0  # seconds that a request waits for the shared limiter
 
 
 class LimiterOfAll:
-    """The limits of the keys, in one process for all replicas."""
+    """Ray Serve deployment class with the one limiter that all replicas share."""
 
     def __init__(self) -> None:
         listen_on_loopback()
@@ -35,7 +35,10 @@ class LimiterOfAll:
 
 
 class SharedLimits:
-    """Asks the limiter of all replicas. While that is down, requests of limited keys are refused."""
+    """Client of the limiter that all replicas share; `handle` is its Serve handle.
+
+    While it is down, requests of limited keys are refused with status 503.
+    """
 
     def __init__(self, handle: Any) -> None:
         self._handle = handle
@@ -49,14 +52,14 @@ class SharedLimits:
     def settle(self, name: str, tokens_per_minute: int, reserved: int, used: int) -> None:
         try:
             self._handle.settle.remote(name, tokens_per_minute, reserved, used)
-        except Exception as error:  # the minute makes up for what does not come back
+        except Exception as error:  # within a minute the bucket is full again anyway
             log.warning("the limiter was not told what a request used: %s", error)
 
     async def _ask(self, method: Any, *asked: Any) -> Left:
         try:
             async with asyncio.timeout(_ANSWER_S):
                 return Left(*await method.remote(*asked))
-        except Exception as error:  # Ray Serve has many names for a deployment that does not answer
+        except Exception as error:  # Ray Serve raises many types for a deployment that does not answer
             log.warning("the limiter does not answer: %s: %s", type(error).__name__, error)
             message = "the limits of API keys cannot be looked up now; try again in a moment."
             raise RequestProblem(
@@ -65,7 +68,7 @@ class SharedLimits:
 
 
 class OwnLimits:
-    """The limits where there is one replica only."""
+    """The limiter inside the only replica."""
 
     def __init__(self, limiter: Limiter | None = None) -> None:
         self._limiter = limiter or Limiter()

@@ -1,4 +1,4 @@
-"""When those who are refused may come again: one after another, so that refusing them takes little from those who are answered."""
+"""Retry-After times of requests refused for overload: spread out, so that retries take little from requests that were admitted."""
 
 from __future__ import annotations
 
@@ -7,29 +7,30 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-_WINDOW_S = 10.0  # the pace of replies is that of so many seconds
-_LEAST_PACE = 1.0  # a second, where little has ended yet
-_MOST_S = 60  # nobody is sent away for longer
+_WINDOW_S = 10.0  # seconds over which the pace of replies is measured
+_LEAST_PACE = 1.0  # retries a second where few replies have ended yet
+_MOST_S = 60  # longest Retry-After in seconds
 
 
 class Appointments:
-    """Gives each refused request a time of its own, at half the pace at which replies end: those who got in ask again as well.
+    """Gives each refused request a time of its own to retry, at half the pace at which replies end.
 
-    Where 100 replies end in a second, 500 who are refused at once are told to come again after 1, 1, ... 2, ... 10 seconds.
+    The other half is left to admitted clients, who send further requests. Where 100 replies end in a second, 500 requests refused
+    at once are told to retry after 1, 1, ... 2, ... 10 seconds. `clock` gives seconds.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._ends: deque[float] = deque()
-        self._last = -math.inf  # the latest time that was given
+        self._last = -math.inf  # the latest retry time so far
 
     def ended(self) -> None:
-        """A reply has ended."""
+        """Counts a reply that has ended."""
         self._ends.append(self._clock())
         self._forget()
 
     def next_s(self) -> int:
-        """Whole seconds until one more may come again, 1 to 60."""
+        """Whole seconds after which one more refused request may retry, 1 to 60."""
         now = self._clock()
         self._forget()
         pace = max(_LEAST_PACE, len(self._ends) / _WINDOW_S / 2)

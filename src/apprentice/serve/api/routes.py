@@ -1,6 +1,6 @@
-"""The HTTP routes over the models of a catalogue: OpenAI's, our own, health, and the page at `/`.
+"""HTTP routes over a catalogue of models: OpenAI's, our own (instruct, render, tasks), health and stats, and the browser pages.
 
-A plain ASGI application: any server runs it, Ray Serve among them. Knows nothing of replicas or models.
+The result is a plain ASGI application: any ASGI server can run it, Ray Serve among them.
 """
 
 from __future__ import annotations
@@ -60,9 +60,10 @@ def build_app(
     replica: str = "",
     behind_proxy: bool = False,
 ) -> ASGIApp:
-    """The application that serves the models of `catalogue`; it closes their engines when it ends.
+    """The ASGI application that serves the models of `catalogue`; it closes their engines when it shuts down.
 
-    `keys` None lets everybody in; `limits` counts what keys use. `behind_proxy`: Ray Serve's.
+    `keys` None admits everybody; `limits` is the rate limiter of the keys. `replica` is the id that `/stats` shows. `behind_proxy`
+    is true behind Ray Serve's proxy.
     """
     serving = serving or Serving()
     door = _Door(catalogue, serving, limits, replica)
@@ -77,8 +78,8 @@ def build_app(
 
 
 def describe_api() -> dict[str, Any]:
-    """The endpoint's OpenAPI description; no model is loaded for it."""
-    # Routes ask the catalogue for something only when they are called.
+    """The endpoint's OpenAPI description, made without loading a model."""
+    # Routes use the catalogue only when they are called.
     nothing = cast(Any, SimpleNamespace(engines={}))
     return _routes(_Door(nothing, Serving(), None, ""), ()).openapi()
 
@@ -104,7 +105,7 @@ def _routes(door: _Door, tasks: Sequence[Task]) -> FastAPI:
 
 
 class _Door:
-    """What the routes share."""
+    """State that all routes share: models, accounts, metrics, readiness."""
 
     def __init__(self, catalogue: Catalogue, serving: Serving, limits: Limits | None, replica: str) -> None:
         self.catalogue = catalogue
@@ -119,13 +120,13 @@ class _Door:
         self._answers: asyncio.Task[None] | None = None
 
     async def sample(self) -> None:
-        """Keeps the gauges at where the engines stand, until it is cancelled."""
+        """Updates the engines' metrics every `SAMPLE_S` seconds until it is cancelled."""
         while True:
             self.metrics.sample()
             await asyncio.sleep(SAMPLE_S)
 
     def shown(self, name: str) -> dict[str, Any]:
-        """A model as OpenAI's clients list it; an adapter's says what it is over."""
+        """A model as `/v1/models` lists it; an adapter has its base as `parent`."""
         body = {"id": name, "object": "model", "created": self._created, "owned_by": "apprentice"}
         return body if name in self.engines else body | {"parent": self.catalogue.default.name}
 
@@ -135,7 +136,7 @@ class _Door:
         return self._known[model]
 
     async def take(self, http: HttpRequest, name: str | None) -> Lease:
-        """A lease of the model. Raises `RequestProblem` for one that is not served, or not to this key."""
+        """A lease of the model. Raises `RequestProblem` for one that is not served, or that this key may not use."""
         wanted = self.catalogue.default.name if name is None else name
         if not self.may_use(http, wanted):
             key = key_of(http.scope)
@@ -149,13 +150,16 @@ class _Door:
 
     @asynccontextmanager
     async def accounted(self, http: HttpRequest, name: str | None) -> AsyncGenerator[tuple[Model, Account], None]:
-        """The model and an account for one request; what raises closes it, what answers must."""
+        """The model and an account for one request, for a `with` block.
+
+        An exception closes the account; without one, the block must close it.
+        """
         began = time.perf_counter()
         deadline = asyncio.get_running_loop().time() + self._timeout_s
         try:
             lease = await self._taken_by(deadline, http, name)
         except (Overloaded, RequestProblem) as error:
-            if status_of(error) not in (403, 404):  # else anybody could make up names to be counted
+            if status_of(error) not in (403, 404):  # otherwise made-up names would become series of the metrics
                 self.metrics.ended(name or self.catalogue.default.name, status_of(error), began, None, None)
             raise
         model = lease.model
@@ -188,7 +192,7 @@ class _Door:
             return await answering.answer(asked, requests, account)
 
     async def has_answered(self) -> bool:
-        """True once each engine has produced a token; the first call asks for one."""
+        """True once each engine has produced a token; the first call starts a request for one."""
         for engine in self.engines.values():
             engine.check()
         if self._answers is None:
@@ -226,7 +230,7 @@ def _serve_openai(app: FastAPI, door: _Door) -> None:
     @app.get("/v1/models/{name:path}")
     async def one_model(http: HttpRequest, name: str) -> dict[str, Any]:
         if name not in await door.catalogue.names() or not door.may_use(http, name):
-            with await door.take(http, name):  # which says why not
+            with await door.take(http, name):  # raises with the reason
                 pass
         return door.shown(name)
 

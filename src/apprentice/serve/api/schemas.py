@@ -1,8 +1,8 @@
-"""The requests and replies of OpenAI's completions and chat completions that are spoken here, and the shape of errors.
+"""Schemas of requests and replies: OpenAI's completions and chat completions, our own requests, and the error body.
 
-What is not in these models is refused by name. `temperature` is 0 where it is not given (OpenAI: 1), so that a reply can be had
-again. One field is ours: `ignore_eos` goes on past the model's own end, for measuring. Two are vLLM's: `return_token_ids` adds the
-ids of prompt and reply, `structured_outputs` gives a reply its form. Knows nothing of engines, layouts or HTTP.
+Fields that are not in these models are refused by name. `temperature` defaults to 0 (OpenAI: 1), so that replies can be reproduced.
+One field is ours: `ignore_eos` goes on past the model's own end, for benchmarks. Two are vLLM's: `return_token_ids` adds the ids of
+prompt and reply, `structured_outputs` constrains the reply's form.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ from apprentice.serve.api.neutral_fields import NEUTRAL, NEUTRAL_STREAM, NEUTRAL
 MOST_TOP = 20  # best tokens scored beside each token
 MOST_CHOICES = 128  # replies that one request may ask for
 _PROMPT_IDS = "prompt_token_ids"
-MOST_MESSAGES = 4096  # of a conversation, and parts of one message
+MOST_MESSAGES = 4096  # messages of a conversation, and parts of one message
 _UNUSED = "Accepted and not used."
 
 _TOOL_ROLES = ("tool", "function")
 
 
-class RequestProblem(Exception):  # noqa: N818 - it is the client's, and becomes an answer
-    """Why a request is not served, as OpenAI's clients expect to read it."""
+class RequestProblem(Exception):  # noqa: N818 - a fault of the request, sent to the client
+    """A refusal of a request: HTTP `status` and error `body` in OpenAI's shape."""
 
     def __init__(
         self,
@@ -92,7 +92,7 @@ class ResponseFormat(Strict):
 
 
 class StructuredOutputs(Strict):
-    """vLLM's field for replies of a given form; exactly one of the three."""
+    """vLLM's field for constrained replies; exactly one of the three."""
 
     choice: Annotated[list[FormChoice], few(1000, least=1)] | None = None
     regex: Regex | None = None
@@ -106,7 +106,7 @@ class StructuredOutputs(Strict):
 
 
 class Asked(Strict):
-    """What all requests may say."""
+    """Fields that all requests for a generated reply share."""
 
     neutral = NEUTRAL
     model: Name | None = None
@@ -147,7 +147,7 @@ class Asked(Strict):
 
     @property
     def top(self) -> int | None:
-        """So many best tokens are scored beside each token of the reply; None: no scores."""
+        """How many of the best tokens are scored beside each token of the reply; None: no scores."""
         return None
 
     @property
@@ -156,7 +156,7 @@ class Asked(Strict):
 
 
 class CompletionRequest(Asked):
-    """Raw text (or token ids), continued as it is; several prompts give `n` choices each, in their order."""
+    """Raw text or token ids, continued as they are; several prompts give `n` choices each, in their order."""
 
     prompt: Text | TokenIds | Annotated[list[Text], few(MOST_CHOICES)] | Annotated[list[TokenIds], few(MOST_CHOICES)]
     max_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = 16
@@ -188,7 +188,7 @@ class TextPart(Strict):
 
 
 class Message(Strict):
-    """A turn of a conversation. `developer` is OpenAI's newer word for `system`; what answers of ours bring along may come back."""
+    """A turn of a conversation. `developer` is OpenAI's newer word for `system`. A reply's message may be sent back as a turn."""
 
     neutral = NEUTRAL_TURN
     role: Literal["system", "developer", "user", "assistant"]
@@ -206,7 +206,7 @@ class Message(Strict):
 
     @property
     def speaker(self) -> str:
-        """The role in a chat template's words."""
+        """The role as chat templates name it."""
         return "system" if self.role == "developer" else self.role
 
     @property
@@ -234,7 +234,7 @@ class ChatRequest(Asked):
 
 
 class InstructRequest(Asked):
-    """An instruction and its input, phrased exactly as in training (ours, not OpenAI's)."""
+    """An instruction and its input, in exactly the prompt format of training (ours, not OpenAI's)."""
 
     instruction: Annotated[Text, Field(min_length=1)]
     input: Text = ""
@@ -246,7 +246,7 @@ class InstructRequest(Asked):
 
 
 class RenderRequest(Strict):
-    """An instruction and its input, a conversation, or the fields of a task: what the model would read."""
+    """An instruction and its input, a conversation, or a task's fields; the reply is the prompt that the model would read."""
 
     instruction: Text = ""
     input: Text = ""
@@ -264,7 +264,7 @@ class RenderRequest(Strict):
 
 
 class TaskRequest(Strict):
-    """A row of a task: its fields, and which of its wordings asks (the first where none is named)."""
+    """A row of a task: its fields, and the template that asks (default: the first)."""
 
     fields: Row
     template: Name | None = None
@@ -274,7 +274,7 @@ class TaskRequest(Strict):
 
 @dataclass(frozen=True)
 class Usage:
-    """Tokens read and tokens produced, the end token included; `cached` of those read were in memory already."""
+    """Prompt tokens and produced tokens, the end token included; `cached` prompt tokens came from the KV cache."""
 
     prompt: int
     completion: int
@@ -290,14 +290,14 @@ class Usage:
 
 
 class Ids(NamedTuple):
-    """Token ids of a choice, or of a piece of one, where `return_token_ids` asks for them; the prompt's come once."""
+    """Token ids of a choice, or of a piece of one, for `return_token_ids`; the prompt's come once."""
 
     prompt: Sequence[int] | None
     reply: Sequence[int]
 
 
 class Replies:
-    """Builds the bodies of one reply: whole, or in chunks. `chat` chooses between OpenAI's two shapes."""
+    """Builds the response bodies for one request, whole or in chunks. `chat` chooses between OpenAI's two shapes."""
 
     def __init__(self, model: str, *, chat: bool) -> None:
         self.chat = chat
@@ -310,12 +310,12 @@ class Replies:
     def choice(
         self, index: int, text: str, finish: str, logprobs: Mapping[str, Any] | None, ids: Ids | None = None
     ) -> dict[str, Any]:
-        """One whole reply, with its token `ids` if given, in vLLM's fields."""
+        """One whole choice, with its token `ids`, if any, in vLLM's fields."""
         said = {"message": {"role": "assistant", "content": text}} if self.chat else {"text": text}
         return {"index": index, **said, "finish_reason": finish, "logprobs": logprobs, **_fields(ids)}
 
     def whole(self, choices: Sequence[dict[str, Any]], usage: Usage) -> dict[str, Any]:
-        """All replies in one body."""
+        """The body with all choices."""
         kind = "chat.completion" if self.chat else "text_completion"
         return self._with_prompt({**self._head, "object": kind, "choices": list(choices), "usage": usage.body()})
 
@@ -329,7 +329,7 @@ class Replies:
         first: bool = False,
         ids: Ids | None = None,
     ) -> dict[str, Any]:
-        """One piece of a streamed reply; the `first` of a chat names the role."""
+        """The body of one piece of a streamed reply; the `first` of a chat names the role."""
         delta = {"role": "assistant", "content": text} if first else ({"content": text} if text else {})
         said = {"delta": delta} if self.chat else {"text": text}
         choice = {"index": index, **said, "finish_reason": finish, "logprobs": logprobs, **_fields(ids)}
@@ -339,7 +339,7 @@ class Replies:
         return {**self._head, "object": self._chunk_kind, "choices": [], "usage": usage.body()}
 
     def _with_prompt(self, body: dict[str, Any]) -> dict[str, Any]:
-        """A chat has one prompt: its ids stand beside the choices."""
+        """Moves the prompt's ids of a chat from the choices to the body, because a chat has one prompt."""
         ids = [choice.pop(_PROMPT_IDS, None) for choice in body["choices"]] if self.chat else []
         return body | {_PROMPT_IDS: ids[0]} if ids and ids[0] is not None else body
 
@@ -356,21 +356,21 @@ def _fields(ids: Ids | None) -> dict[str, Any]:
 
 
 def event(body: Mapping[str, Any]) -> str:
-    """One server-sent event."""
+    """`body` as one server-sent event."""
     return f"data: {json.dumps(body, ensure_ascii=False, separators=(',', ':'))}\n\n"
 
 
-# What pydantic puts between keys where a value may have several types; a key may be called `functions` or `list`.
+# Type names that pydantic puts between keys where a value may have several types. Keys named `functions` or `list` do not match.
 _TYPE = re.compile(r"(list\[|constrained-|function-\w+\[|str$|json-or)")
 LAST_EVENT = "data: [DONE]\n\n"
 
 
 def explain(errors: Sequence[Any], known: Sequence[str]) -> RequestProblem:
-    """The first of pydantic's `errors` about a request's body whose fields are `known`, in one sentence."""
-    # Where a value may have several types there is one error for each; the deepest says most.
+    """The most telling of pydantic's `errors` about a request's body, in one sentence; `known` are the body's fields."""
+    # Where a value may have several types there is an error for each; the deepest says most.
     first = max(errors, key=lambda error: len(error["loc"]) if error["loc"][:2] == errors[0]["loc"][:2] else 0)
     names = [str(part) for part in first["loc"] if part != "body"]
-    unknown = first["type"] == "extra_forbidden"  # then the last is a key, whatever it looks like
+    unknown = first["type"] == "extra_forbidden"  # then the last part is a key, whatever it looks like
     path = [name for place, name in enumerate(names) if (unknown and place == len(names) - 1) or not _TYPE.match(name)]
     param = ".".join(path) or None
     if first["type"] == "json_invalid":

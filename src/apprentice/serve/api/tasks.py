@@ -1,7 +1,4 @@
-"""A task's own wording asked of the model: fields in, the answer out, ranked among the choices where the task has some.
-
-Knows nothing of HTTP.
-"""
+"""Tasks by their fields: renders a row with one of the task's templates, asks the model, and ranks the task's choices."""
 
 from __future__ import annotations
 
@@ -25,7 +22,7 @@ from apprentice.tasks.templates.expressions import Expression
 
 
 def described(task: Task) -> dict[str, Any]:
-    """What a person needs to fill the task in."""
+    """Description of a task for `/v1/tasks`: its fields, a sample row, its choices and templates."""
     names = frozenset().union(*(_needed(task, template) for template in task.scored_templates))
     sample = sample_row(task) or {}
     return {
@@ -41,7 +38,7 @@ def described(task: Task) -> dict[str, Any]:
 
 
 def rendered(task: Task, asked: RenderRequest, layout: Layout) -> dict[str, Any]:
-    """What the model would read where `asked` asks for one of the task's wordings, and the choices. Raises `RequestProblem`."""
+    """Prompt (text and token ids), instruction, input and choices for a row of the task. Raises `RequestProblem`."""
     instruction, given, choices = _question(task, _template(task, asked.template), asked.fields or {})
     text = _phrased(layout, instruction, given)
     return {
@@ -54,12 +51,13 @@ def rendered(task: Task, asked: RenderRequest, layout: Layout) -> dict[str, Any]
 
 
 async def answered(task: Task, asked: TaskRequest, layout: Layout, answering: Answering, account: Account) -> dict[str, Any]:
-    """The rendered prompt with the choices, ranked as the model's contract says, or with the reply. Raises `RequestProblem`.
+    """The rendered prompt with the choices, ranked as the model's contract says, or with a generated reply where there are none.
 
-    `probability` is a choice's share by that ranking, `logprob` always the sum. Closes `account` where it does not raise.
+    `probability` is the softmax of the ranking's scores; `logprob` is always the choice's summed log-probability. Closes `account`
+    unless it raises. Raises `RequestProblem`.
     """
     template = _template(task, asked.template)
-    # In a thread, as a row may be large and a template may work for a second.
+    # In a thread, because a row may be large and a template may take a second.
     instruction, given, choices = await asyncio.to_thread(_question, task, template, asked.fields)
     text = await asyncio.to_thread(_phrased, layout, instruction, given)
     body: dict[str, Any] = {

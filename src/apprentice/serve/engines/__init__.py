@@ -1,1 +1,1 @@
-"""Engines behind one protocol: ours on PyTorch, and vLLM."""
+"""Inference engines behind one protocol: our own on PyTorch and transformers, and vLLM."""

@@ -1,6 +1,11 @@
-"""What an engine is to the rest of serving: token ids in, token ids out, as they come.
+"""Protocol of inference engines: token ids in, token ids out, streamed as they are produced.
 
-Knows nothing of text, HTTP, Ray or PyTorch; the engines in `*_engine.py` fulfil it.
+    (stream,) = engine.generate([Request(prompt=(1, 2, 3), max_tokens=16)])
+    async for tokens in stream:  # a list of one or more `NewToken`; the last one has a `finish`
+        ...
+    stream.close()
+
+transformers.py and vllm.py implement it.
 """
 
 from __future__ import annotations
@@ -15,12 +20,11 @@ Finish = Literal["stop", "length"]
 
 @dataclass(frozen=True)
 class Request:
-    """One reply that is wanted: at most `max_tokens` tokens, ended by one of `stop_ids` (reported too) or by a full context.
+    """A request for one reply: at most `max_tokens` tokens, ended by one of `stop_ids` (part of the reply) or by a full context.
 
-    `logprobs` None: none; else so many of the best tokens besides each token's own. `score_from` wants them of the prompt too,
-    from that place on.
-    `constraint` is an object with the methods of `models.sampling.Constraint` and the `grammar` that it follows, in llguidance's
-    words; `adapter` is what the engine's `adapter` gave.
+    `logprobs` is how many of the best tokens are scored beside each token of the reply (None: no scores at all). `score_from` is
+    the index of the first prompt token to score as well. `constraint` has the methods of `inference.sampler.Constraint`, and a
+    `grammar` in llguidance's format. `adapter` is what `Engine.adapter` returned.
     """
 
     prompt: tuple[int, ...]
@@ -39,7 +43,7 @@ class Request:
 
 
 class Score(NamedTuple):
-    """A token with its natural log-probability (None for a text's first) and those of the best tokens."""
+    """A token, its natural log-probability (None for a text's first token), and the best tokens as (id, log-probability)."""
 
     id: int
     logprob: float | None
@@ -49,7 +53,8 @@ class Score(NamedTuple):
 class NewToken(NamedTuple):
     """One token of a reply; `finish` says why it is the last, or is None.
 
-    The first brings the prompt's scores, if wanted, and how many of its tokens are `cached`: taken from another request's memory.
+    A reply's first token also has the `prompt`'s scores, if requested, and `cached`: how many prompt tokens were taken from another
+    request's KV cache.
     """
 
     id: int
@@ -63,30 +68,30 @@ class Stats(NamedTuple):
     """Gauges and counters of one engine."""
 
     running: int  # requests that are being decoded
-    queued: int  # requests that wait for a place
+    queued: int  # requests that wait for a slot
     requests: int  # requests accepted since the start
     tokens: int  # tokens produced since the start
     prompt_tokens: int = 0  # prompt tokens accepted since the start
-    shared_tokens: int = 0  # of them, those taken from another request's memory
-    kv_use: float = 0.0  # share of the memory for keys and values that running requests use
-    kv_reserved: float = 0.0  # share of it that they may come to use, by which requests are let in
-    kv_tokens: int = 0  # tokens of all requests together that the memory has room for
+    shared_tokens: int = 0  # of them, those taken from another request's KV cache
+    kv_use: float = 0.0  # share of the KV memory that running requests use
+    kv_reserved: float = 0.0  # share of it that they may grow to; admission goes by this
+    kv_tokens: int = 0  # size of the KV memory in tokens of all requests together
 
 
-class Overloaded(Exception):  # noqa: N818 - a state of the engine, and every client's everyday answer
-    """The engine has as many requests waiting as it takes."""
+class Overloaded(Exception):  # noqa: N818 - a normal state under load, answered with status 429
+    """The engine's queue is full."""
 
 
 class EngineFailed(Exception):  # noqa: N818
-    """The engine has stopped for good; the replica is replaced."""
+    """The engine has stopped for good; Ray Serve replaces the replica."""
 
 
 class RequestFailed(Exception):  # noqa: N818
-    """This request cannot be decoded, for the reason that the message gives; the engine and all others go on."""
+    """One request cannot be decoded, for the reason in the message; the engine and all other requests go on."""
 
 
 class TokenStream(Protocol):
-    """One reply's tokens: each step gives all that have come since the last, one at least.
+    """Tokens of one reply as an async iterator; each step gives a list of all tokens since the last step, at least one.
 
     Raises `EngineFailed` or `RequestFailed`.
     """
@@ -96,35 +101,38 @@ class TokenStream(Protocol):
     async def __anext__(self) -> list[NewToken]: ...
 
     def close(self) -> None:
-        """Frees the reply's place, whether or not it is finished; may be called again."""
+        """Frees the reply's slot, whether or not it is finished; may be called again."""
 
 
 class Engine(Protocol):
-    """All methods are called from one event loop."""
+    """An inference engine. All methods but `adapter` are called from one event loop."""
 
     @property
     def context(self) -> int:
-        """Tokens of prompt and reply together."""
+        """Most tokens of prompt and reply together."""
 
     @property
     def capacity(self) -> int:
-        """Requests that run and wait at most."""
+        """Most requests that run and wait together."""
 
     @property
     def vocabulary(self) -> int:
-        """Token ids from 0 on that the model can read and say; a tokenizer may know more of them than the weights do."""
+        """Number of token ids that the model's weights have, from 0 on; a tokenizer may have more."""
 
     def adapter(self, folder: Path) -> Any:
-        """The adapter in `folder`, to be given in requests. From any thread. Raises `ModelError` where it does not fit."""
+        """Loads the adapter in `folder`, for `Request.adapter`. Raises `ModelError` where it does not fit the model.
+
+        Blocks until it is loaded, so it is called from a thread other than the event loop's.
+        """
 
     def generate(self, requests: list[Request]) -> Sequence[TokenStream]:
-        """Accepts all, or raises `Overloaded` or `EngineFailed`. Whoever holds a stream must close it."""
+        """Accepts all requests, or raises `Overloaded` or `EngineFailed` and accepts none. The caller must close each stream."""
 
     def stats(self) -> Stats:
-        """Where the engine stands now."""
+        """The engine's current gauges and counters."""
 
     def check(self) -> None:
         """Raises `EngineFailed` if the engine has stopped."""
 
     def close(self) -> None:
-        """Stops the engine; replies under way fail."""
+        """Stops the engine; replies in progress fail."""

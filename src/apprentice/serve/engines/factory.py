@@ -1,6 +1,6 @@
-"""The engines by name: what each of them can decode, and starting one.
+"""Engines by name: checks of what each can decode, and the start of one.
 
-Knows nothing of Ray or HTTP; the engines' own packages are imported where one is started.
+An engine's own packages are imported only when it is started.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from apprentice.serve.engines.base import Engine
 
 
 def check_decodes(name: str, folder: Path) -> None:
-    """Raises `ServingError` where the engine `name` cannot decode the model in `folder`, whether or not it is installed here."""
+    """Raises `ServingError` where the engine `name`, installed here or not, cannot decode the model in `folder`."""
     if name == "vllm" and family_of(folder) == "seq2seq":
         raise ServingError(
             f"serving.engine vllm decodes causal models only, and {folder} is a sequence-to-sequence model; use transformers."
@@ -44,10 +44,10 @@ def check_engine(name: str, folder: Path) -> None:
 def start_engine(
     folder: Path, serving: Serving, *, dtype: str, threads: int, trust: bool, with_adapters: bool, engines: int = 1
 ) -> Engine:
-    """The engine that `serving` names over the model in `folder`, in the event loop that asks it.
+    """Starts the engine that `serving` names over the model in `folder`. Call it in the event loop that will use the engine.
 
-    It gets its part of the threads and of the memory for keys and values where so many `engines` share them. Raises as
-    `check_engine`, and `ModelError` where it does not start.
+    `engines` is how many engines share the `threads` and the KV memory in equal parts. `with_adapters` makes vLLM reserve room for
+    `serving.max_adapters` adapters. Raises `ServingError` as `check_engine` does, `ModelError` where the engine does not start.
     """
     check_engine(serving.engine, folder)
     wanted: dict[str, Any] = {

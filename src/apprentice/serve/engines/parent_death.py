@@ -1,7 +1,8 @@
-"""Processes that a replica started end with it, however it ends; else vLLM's would keep its memory when it is killed.
+"""Kills the processes that a replica started once the replica is gone, however it ended.
 
-A process beside the replica watches it and kills what is left of its descendants. Nothing is installed into vLLM, and nothing hangs
-on the thread that started them: a parent-death signal comes when that thread ends, however long the process goes on.
+Otherwise vLLM's processes would keep their memory when a replica is killed. A watcher process beside the replica follows its
+descendants and kills those that outlive it; nothing is patched in vLLM. A parent-death signal (`PR_SET_PDEATHSIG`) does not serve
+here: it is sent when the thread that started the process ends, even if its process goes on.
 """
 
 from __future__ import annotations
@@ -14,17 +15,20 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-_LOOK_S = 0.2  # between two looks for new descendants
+_LOOK_S = 0.2  # seconds between two looks for new descendants
 
 
 def guard_children() -> None:
-    """Has what this process starts, now or later, killed when this process is gone."""
+    """Starts a watcher that kills all descendants of this process, present and future, once this process is gone."""
     command = [sys.executable, "-m", "apprentice.serve.engines.parent_death", str(os.getpid())]
     subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
 
 
 def _watch(pid: int) -> None:
-    """Waits for the end of process `pid`, then kills its descendants of the last moments. A pidfd never means another process."""
+    """Waits for the end of process `pid`, then kills the descendants that it had at the last look.
+
+    Descendants are kept as pidfds, because a pid may be reused by another process.
+    """
     found: dict[int, int] = {}
     watched = os.pidfd_open(pid)
     while not select.select([watched], [], [], _LOOK_S)[0]:
@@ -40,7 +44,7 @@ def _watch(pid: int) -> None:
 
 
 def _descendants(pid: int) -> set[int]:
-    """Processes that `pid` started, those that they started, and so on."""
+    """Ids of all processes below `pid`: its children, their children, and so on."""
     children: set[int] = set()
     for thread in Path(f"/proc/{pid}/task").glob("*/children"):
         with suppress(OSError):  # it has just ended

@@ -1,9 +1,11 @@
-"""Causal models and encoder-decoders of transformers as an engine: our decoder in a thread of its own, beside the event loop.
+"""Engine for transformers' causal models and encoder-decoders: our decoder in a thread of its own, beside the event loop.
 
-The thread steps while there is somebody to step for; requests and cancellations reach it through a queue that it empties between
-two steps, tokens go back through the event loop. All arithmetic is that thread's, the model's loading too: OpenMP keeps helpers for
-each thread that ever needed some, and once there are more of them than CPUs they sleep between two operations, where to wake them
-takes longer than the operation. Knows nothing of text or HTTP.
+    event loop ── generate, close ──▶ queue of orders ──▶ decoder thread: all orders, one step, all orders, one step, …
+    event loop ◀── call_soon_threadsafe(tokens) ───────── decoder thread
+
+The thread steps while it has requests, and waits for an order while it has none. PyTorch's arithmetic happens in that thread, the
+model's loading included (adapters are read in threads that end at once): OpenMP keeps helper threads for each thread that ever used
+some. Once there are more of them than CPUs they sleep between two operations, and waking them takes longer than the operation.
 """
 
 from __future__ import annotations
@@ -33,16 +35,16 @@ from apprentice.models.loading import load_model, resolve_dtype
 from apprentice.serve.engines.base import EngineFailed, NewToken, Overloaded, Request, RequestFailed, Score, Stats
 
 log = logging.getLogger(__name__)
-# Under load tokens go out several at once: a reply's are held for so long for each request that runs, but not longer than the most.
+# Under load a reply's tokens are sent in groups. Seconds between two groups: for each other running request, and at most.
 _PACE_S, _MOST_PACE_S = 0.003, 0.1
 
 
 class TransformersEngine:
-    """The model in `folder`, decoding up to `max_running` requests together while up to `max_queued` more wait.
+    """`Engine` over the model in `folder`: decodes up to `max_running` requests together while up to `max_queued` more wait.
 
-    `dtype` is `auto`, `bfloat16` or `float32`; keys and values take at most `kv_bytes` (None: `max_running` contexts); `threads`
-    are CPU threads for the arithmetic, no more than there are CPUs.
-    Raises `ModelError` if the model cannot be loaded or decoded.
+    `dtype` is `auto`, `bfloat16` or `float32`. The KV cache takes at most `kv_bytes` bytes (None: `max_running` contexts).
+    `threads` CPU threads do the arithmetic, but no more than there are CPUs. Raises `ModelError` if the model cannot be loaded or
+    decoded.
     """
 
     def __init__(
@@ -98,7 +100,7 @@ class TransformersEngine:
         return adapter
 
     def _try(self, adapter: Lora, folder: Path) -> None:
-        """One pass with the adapter, so that one that cannot be applied is refused here and fails nobody's reply."""
+        """Runs one forward pass with the adapter, so that an unusable one is refused here and fails nobody's reply."""
         tried: Future[None] = Future()
 
         def attempt() -> None:
@@ -120,7 +122,7 @@ class TransformersEngine:
         if len(self._replies) + len(requests) > self._most:
             raise Overloaded
         replies = [self._begin(request) for request in requests]
-        if self._failure is not None:  # in between: it tells those whom it saw in the table, and no others
+        if self._failure is not None:  # in the meantime: the thread has told only the replies that it saw in the table
             for reply in replies:
                 reply.close()
             self.check()
@@ -155,11 +157,11 @@ class TransformersEngine:
     def _submit(self, key: int, wanted: Generation) -> None:
         try:
             self._decoder.submit(key, wanted)
-        except Exception as error:  # whatever it is, it is this request's
+        except Exception as error:  # of whatever type, it concerns this request only
             self._fail(key, error)
 
     def _fail(self, key: int, error: Exception) -> None:
-        """Tells who waits for the reply that it will not come; the others are not concerned."""
+        """Ends the reply `key` with `error`; other replies go on."""
         if not isinstance(error, ModelError):
             log.error("a request failed", exc_info=error)
         if (reply := self._replies.get(key)) is not None:
@@ -167,7 +169,7 @@ class TransformersEngine:
             self._deliver([(reply, None)])
 
     def _forget(self, key: int) -> None:
-        """A reply has ended, or nobody wants it any more, wherever it stood."""
+        """Drops a reply that has ended or is given up, and cancels its request in the decoder."""
         if self._replies.pop(key, None) is not None:
             self._orders.put(lambda: self._decoder.cancel(key))
 
@@ -198,20 +200,20 @@ class TransformersEngine:
         try:
             load()
             loaded.set_result(None)
-        except BaseException as error:  # whoever waits for the model is told
+        except BaseException as error:  # raised again in __init__, which waits for it
             loaded.set_exception(error)
             return
         try:
             while self._obey():
                 self._pass_on(self._decoder.step())
             self._failure = "the engine was closed"
-        except BaseException as error:  # no end of this thread may leave somebody waiting
+        except BaseException as error:  # whatever ends this thread, no reply may wait for ever
             self._failure = f"{type(error).__name__}: {error}"
             log.exception("the decoder stopped")
         self._deliver([(reply, None) for reply in list(self._replies.values())])
 
     def _pass_on(self, tokens: list[Token]) -> None:
-        """Hands a step's tokens over, with one call into the loop for all; some are held back for the next when many run."""
+        """Sends a step's tokens to their replies, with one call into the event loop; under load some are held for a later step."""
         self._produced += len(tokens)
         self._weigh()
         for key, error in self._decoder.take_failures().items():
@@ -220,7 +222,7 @@ class TransformersEngine:
         pace = min(_MOST_PACE_S, _PACE_S * (self._decoder.running - 1))
         ready: list[tuple[_Reply, list[NewToken] | None]] = []
         for token in tokens:
-            # A reply that has been given up is gone from the table; its cancellation is on the way.
+            # A reply that was given up is gone from the table; its cancellation is in the queue.
             reply = self._replies.get(token.key)  # type: ignore[call-overload]  # our keys are numbers
             if reply is None:
                 continue
@@ -231,7 +233,7 @@ class TransformersEngine:
         self._deliver(ready)
 
     def _weigh(self) -> None:
-        """Notes how full the memory is, for `stats`."""
+        """Notes how much of the KV memory is used and reserved, for `stats`."""
         self._held_tokens, self._reserved_tokens = self._decoder.held_tokens, self._decoder.reserved_tokens
 
     def _deliver(self, ready: list[tuple[_Reply, list[NewToken] | None]]) -> None:
@@ -239,12 +241,12 @@ class TransformersEngine:
         for reply, tokens in ready:
             by_loop.setdefault(reply.loop, []).append((reply, tokens))
         for loop, items in by_loop.items():
-            # The loop is closed when the whole process ends; nobody listens then.
+            # The loop is closed when the whole process ends; nobody waits for tokens then.
             if not loop.is_closed():
                 loop.call_soon_threadsafe(_arrive, items)
 
     def _obey(self) -> bool:
-        """Carries out what was ordered, waiting for an order if there is nothing to decode; false when told to stop."""
+        """Carries out the orders in the queue, waiting for one if there is nothing to decode; false at the order to stop."""
         while True:
             idle = not (self._decoder.running or self._decoder.waiting)
             try:
@@ -254,15 +256,15 @@ class TransformersEngine:
             if order is None:
                 return False
             order()
-            self._weigh()  # a cancellation may be the last that happens for a long time
+            self._weigh()  # a cancellation may be the last event for a long time
 
 
 class _Reply:
-    """One reply's tokens on their way from the decoder's thread (`held`) to the loop that waits for them (`arrived`)."""
+    """Token stream of one reply: the decoder's thread collects tokens in `held`, the event loop reads them from `arrived`."""
 
     def __init__(self, forget: Callable[[], None], failure: Callable[[], str | None]) -> None:
         self.loop = asyncio.get_running_loop()
-        self.held: list[NewToken] = []  # the decoder's thread alone touches these two
+        self.held: list[NewToken] = []  # only the decoder's thread uses these two
         self.passed_on = 0.0
         self.arrived: list[NewToken] = []
         self.reason: str | None = None  # why this reply alone fails
@@ -295,7 +297,7 @@ class _Reply:
 
 
 def _arrive(items: list[tuple[_Reply, list[NewToken] | None]]) -> None:
-    """In the loop: gives each reply its tokens; None says that no more will come."""
+    """Gives each reply its tokens, in the event loop; None says that no more will come."""
     for reply, tokens in items:
         if tokens is None:
             reply.failed = True

@@ -1,7 +1,7 @@
-"""Causal models as an engine through vLLM, whose scheduler and model run in processes of their own beside this one.
+"""Engine for causal models through vLLM, whose scheduler and model run in processes of their own beside this one.
 
-vLLM gets token ids and gives token ids: layout, stop texts, scores' shape, keys and limits are ours, as with the other engine.
-Knows nothing of text or HTTP.
+vLLM takes and returns token ids only. Prompt formats, stop strings, the shape of log-probabilities, keys and limits are handled
+outside of it, in the same code as for the other engine.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any, Self
 
-# Before vLLM is imported, which reads them: nothing is reported to anybody, and a replica's log holds no more than warnings.
+# Set before vLLM is imported, which reads them: no usage statistics are sent, and a replica's log has warnings only.
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
@@ -39,19 +39,19 @@ from apprentice.serve.engines.base import EngineFailed, NewToken, Overloaded, Re
 from apprentice.serve.engines.parent_death import guard_children
 
 log = logging.getLogger(__name__)
-MOST_RANK = 64  # of an adapter: vLLM keeps room for it in every layer from the start
+MOST_RANK = 64  # largest rank of an adapter: vLLM reserves room for it in every layer at the start
 _LOAD_TIMEOUT_S = 300.0
-_BLOCK = 128  # tokens whose keys and values vLLM keeps together on a CPU; fewer on a GPU
-# Under load tokens go out several at once: a reply's are held for so long for each request that runs, but not longer than the most.
+_BLOCK = 128  # tokens in one of vLLM's KV blocks on a CPU; a GPU's blocks are smaller
+# Under load a reply's tokens are sent in groups. Seconds between two groups: for each other running request, and at most.
 _PACE_S, _MOST_PACE_S = 0.003, 0.1
 
 
 class VllmEngine:
-    """The model in `folder`, decoding up to `max_running` requests together while up to `max_queued` more wait.
+    """`Engine` over the model in `folder`: decodes up to `max_running` requests together while up to `max_queued` more wait.
 
-    Made in the event loop that asks it. `dtype` is `auto`, `bfloat16` or `float32`; keys and values take at most `kv_bytes` (None:
-    `max_running` contexts); on a CPU `threads` do the arithmetic, or, where those are all there are, all but the one that vLLM
-    leaves to its scheduler. `adapters` (0: none) are in memory at once. Raises `ModelError` if vLLM does not start.
+    Must be made in the event loop that uses it. `dtype` is `auto`, `bfloat16` or `float32`. The KV cache takes `kv_bytes` bytes
+    (None: `max_running` contexts). On a CPU, `threads` threads do the arithmetic; if those are all CPUs, vLLM leaves one to its
+    scheduler. `adapters` is how many LoRA adapters may be in memory at once (0: none). Raises `ModelError` if vLLM does not start.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class VllmEngine:
         self.context = min(context, config.get("max_position_embeddings") or context)
         self._most = max_running + max_queued
         self._folder, self._trust = folder, trust
-        self._shape: Any = None  # the model that adapters must fit
+        self._shape: Any = None  # the model without weights, which adapters must fit; made for the first adapter
         self._numbers = itertools.count(1)
         self._replies: set[_Reply] = set()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -111,7 +111,7 @@ class VllmEngine:
         if max(ranks, default=0) > MOST_RANK:
             raise ModelError(f"the adapter in {folder} has rank {max(ranks)}, and with vLLM at most {MOST_RANK} fits.")
         number = next(self._numbers)
-        copy = Path(self._scratch.name) / str(number)  # vLLM reads it again when it had to put it out of memory
+        copy = Path(self._scratch.name) / str(number)  # vLLM reads the files again after it evicted the adapter
         copy.mkdir()
         for file in (CONFIG, WEIGHTS):
             shutil.copy(folder / file, copy / file)
@@ -127,7 +127,7 @@ class VllmEngine:
         return adapter
 
     def _put_away(self, number: int, copy: Path) -> None:
-        """Nobody has the adapter any more: its place in vLLM is free for another."""
+        """Removes an adapter that nothing refers to any more, so that its place in vLLM is free for another."""
 
         async def put_away() -> None:
             try:
@@ -150,7 +150,7 @@ class VllmEngine:
         return replies
 
     async def enter(self, request: Request) -> Any:
-        """Hands the request over to vLLM; gives the queue of its outputs."""
+        """Submits the request to vLLM; returns the queue of its outputs."""
         return await self._llm.add_request(
             str(next(self._numbers)),
             tokens_input(list(request.prompt)),
@@ -159,7 +159,7 @@ class VllmEngine:
         )
 
     def forget(self, reply: _Reply, entering: asyncio.Task[Any] | None) -> None:
-        """A reply has ended (None), or nobody wants it any more, wherever it stands."""
+        """Drops a reply that has ended (`entering` is None), or one that is given up, whose request is then aborted in vLLM."""
         if reply not in self._replies:
             return
         self._replies.remove(reply)
@@ -179,7 +179,7 @@ class VllmEngine:
             log.debug("not aborted: %s", error)
 
     def pace_s(self) -> float:
-        """How long a reply's tokens are held back now."""
+        """Seconds for which a reply's tokens are held back at the present load."""
         return min(_MOST_PACE_S, _PACE_S * (len(self._replies) - 1))
 
     def failed(self) -> EngineFailed:
@@ -196,7 +196,7 @@ class VllmEngine:
             self._prompt_tokens,
             self.shared,
             used,
-            used,  # vLLM reserves nothing: where memory runs out, it puts a request back and computes it again later
+            used,  # vLLM reserves nothing: where memory runs out, it preempts a request and computes it again later
             self._kv_tokens,
         )
 
@@ -215,20 +215,20 @@ class VllmEngine:
 
 
 class Adapter:
-    """An adapter that vLLM has read; the copy that it reads goes when this does."""
+    """An adapter that vLLM has loaded; its copy on disk is removed when this object is collected."""
 
     def __init__(self, request: LoRARequest) -> None:
         self.request = request
 
 
 class _Reply:
-    """One reply's tokens on their way from vLLM, several at a time when many run."""
+    """Token stream of one reply from vLLM; under load a step gives several tokens."""
 
     def __init__(self, engine: VllmEngine, request: Request) -> None:
         self._engine = engine
         self._request = request
         self._entering = asyncio.get_running_loop().create_task(engine.enter(request))
-        self.held = 0  # tokens of prompt and reply that vLLM has keys and values of, as far as it has told
+        self.held = 0  # tokens of prompt and reply in vLLM's KV cache, as far as its outputs show
         self._passed_on = 0.0
         self._ended = False
         self._prompt: tuple[Score, ...] = ()
@@ -244,7 +244,7 @@ class _Reply:
                 queue = await asyncio.shield(self._entering)
             except EngineDeadError:
                 raise
-            except Exception as error:  # vLLM refuses by many kinds of them
+            except Exception as error:  # vLLM refuses requests by exceptions of many types
                 raise RequestFailed(" ".join(str(error).split())[:300]) from error
             early = self._passed_on + self._engine.pace_s() - time.monotonic()
             if early > 0 and not (queue.output is not None and queue.output.finished):
@@ -284,7 +284,7 @@ class _Reply:
         return tokens
 
     def fail(self) -> None:
-        """Whoever waits for tokens learns that none will come."""
+        """Ends the stream with `EngineFailed` for whoever waits for its tokens."""
 
         def tell(entering: asyncio.Task[Any]) -> None:
             if not entering.cancelled() and entering.exception() is None:
@@ -304,7 +304,7 @@ def _arguments(
         kv_bytes = numbers * kind.itemsize * max_running * -(-context // _BLOCK) * _BLOCK
     loras: dict[str, Any] = {}
     if adapters:
-        # One place more than adapters: on a CPU, vLLM 0.29 adds what lies in the last place to rows without an adapter.
+        # One slot more than adapters: on a CPU, vLLM 0.29 applies the adapter in the last slot to rows without an adapter.
         places = adapters + 1
         loras = {"enable_lora": True, "max_lora_rank": MOST_RANK, "max_loras": places, "max_cpu_loras": places}
     return AsyncEngineArgs(
@@ -315,7 +315,7 @@ def _arguments(
         kv_cache_memory_bytes=kv_bytes,
         load_format="auto" if trust else "safetensors",
         trust_remote_code=trust,
-        generation_config="vllm",  # what is sampled how is each request's to say
+        generation_config="vllm",  # sampling parameters come with each request, not from the model's folder
         structured_outputs_config={"backend": "guidance"},
         max_logprobs=MOST_TOP,
         disable_log_stats=True,
@@ -326,7 +326,7 @@ def _arguments(
 def _sampling(request: Request, end_id: int | None) -> SamplingParams:
     stop_ids = request.stop_ids
     if request.constraint is not None and end_id is not None:
-        stop_ids |= {end_id}  # vLLM's own matcher ends a form with this one
+        stop_ids |= {end_id}  # vLLM's own grammar matcher ends a reply with this id
     return SamplingParams(
         max_tokens=request.max_tokens,
         temperature=request.temperature,
@@ -338,7 +338,7 @@ def _sampling(request: Request, end_id: int | None) -> SamplingParams:
         logprobs=request.logprobs,
         prompt_logprobs=None if request.score_from is None else request.logprobs or 0,
         stop_token_ids=sorted(stop_ids),
-        ignore_eos=True,  # the request's own ids end it
+        ignore_eos=True,  # `stop_token_ids` end the reply
         detokenize=False,
         output_kind=RequestOutputKind.DELTA,
         structured_outputs=None if request.constraint is None else _form(request.constraint.grammar),
@@ -347,7 +347,7 @@ def _sampling(request: Request, end_id: int | None) -> SamplingParams:
 
 
 def _form(grammar: str) -> StructuredOutputsParams:
-    """A grammar of llguidance, which is Lark or holds Lark or a JSON schema in JSON, in vLLM's words."""
+    """Converts an llguidance grammar (Lark, or JSON that contains Lark or a JSON schema) to vLLM's parameters."""
     if not grammar.startswith("{"):
         return StructuredOutputsParams(grammar=grammar)
     (held,) = json.loads(grammar)["grammars"]
@@ -357,7 +357,7 @@ def _form(grammar: str) -> StructuredOutputsParams:
 
 
 def _score(id: int, found: Any, most: int) -> Score:
-    """`found`: rank and log-probability by token, of the best and of `id`; None for a text's first."""
+    """Score of token `id`. `found`: token id → vLLM's rank and log-probability, for `id` and the best; None for a text's first."""
     if found is None:
         return Score(id, None)
     best = sorted((one.rank, other, one.logprob) for other, one in found.items() if one.rank <= most)
@@ -365,7 +365,7 @@ def _score(id: int, found: Any, most: int) -> Score:
 
 
 def _use_threads(threads: int) -> None:
-    """On a CPU: `threads` of them for the arithmetic, wherever the system puts them, where other processes are to have the rest."""
+    """Limits vLLM on a CPU to `threads` unpinned threads, if that leaves CPUs to other processes."""
     if threads < len(os.sched_getaffinity(0)):
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         os.environ["OMP_NUM_THREADS"] = str(threads)

@@ -1,1 +1,1 @@
-"""From a checked request to tokens and back to text: prompts, streams, stop strings, log-probabilities, grammars."""
+"""Text generation over an engine: prompts, token streams, detokenization, grammars, log-probabilities, adapters."""

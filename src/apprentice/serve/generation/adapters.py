@@ -1,10 +1,10 @@
-"""Adapters in one folder, on disk or in an object store, each served under its folder's name; those asked for last are in memory.
+"""LoRA adapters in one folder, on disk or in an object store, loaded on request and cached in memory (LRU).
 
     adapters/anna/adapter_config.json     a PEFT folder: the model `anna`
     adapters/bert/adapter/…               a run's folder, whose adapter lies in it: the model `bert`
 
-Names are looked up in the folder's listing, which is read again every few seconds, so no name is ever made a path. A new version
-of an adapter is another one: replies under way go on with what they began with. Knows nothing of HTTP, or of what an adapter is.
+Each adapter is served under its folder's name. Names are looked up in the folder's listing, which is read again every few seconds,
+so no name is ever made a path. A changed adapter is loaded as a new version; replies in progress keep the old one.
 """
 
 from __future__ import annotations
@@ -32,22 +32,22 @@ from apprentice.storage import Folder
 
 log = logging.getLogger(__name__)
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_FRESH_S = 5.0  # a listing is believed for so long
-_AGAIN_S = 1.0  # and for so long when a name is not in it
-_LISTING_S = 1.0  # how long a request for a known name waits for a new listing
-_PATIENCE_S = 5.0  # how long who needs a place in memory leaves it to chance that one becomes free
-_READERS = 4  # adapters that are read at once
+_FRESH_S = 5.0  # seconds for which a listing is used
+_AGAIN_S = 1.0  # seconds for which it is used when a requested name is not in it
+_LISTING_S = 1.0  # seconds that a request for a known name waits for a new listing
+_PATIENCE_S = 5.0  # seconds until a request that waits for a place in memory makes the oldest adapter leave
+_READERS = 4  # adapters that are loaded at once
 
 
 class Place(NamedTuple):
-    """Where an adapter lies, and a text that is another one when its files are."""
+    """An adapter's folder, and a text that changes with its files."""
 
     folder: Folder
     version: str
 
 
 def adapters_in(folder: Folder) -> dict[str, Place]:
-    """Name → place of the adapters in `folder`. Raises `StorageError`."""
+    """Adapters in `folder` by name. Raises `StorageError` where they cannot be listed."""
     fs, path = folder.filesystem()
     try:
         infos = fs.get_file_info(pafs.FileSelector(path))
@@ -66,16 +66,17 @@ def adapters_in(folder: Folder) -> dict[str, Place]:
 
 @dataclass
 class _Entry:
-    """One adapter in memory, or on its way there."""
+    """An adapter in memory or being loaded, and how many requests use it."""
 
     model: asyncio.Future[Model]
     users: int = 0
 
 
 class Adapters:
-    """The adapters in `folder` over `base`, whose weights have the hash `base_sha256`.
+    """Cache of the adapters in `folder` over the model `base`, whose weights have the hash `base_sha256`.
 
-    `most` are in memory at once, and at most `most_waiting` requests wait for theirs. All methods are called from one event loop.
+    At most `most` are in memory at once, and at most `most_waiting` requests wait for a place. All methods are called from one
+    event loop.
     """
 
     def __init__(self, folder: Folder, base: Model, base_sha256: str, *, most: int, most_waiting: int) -> None:
@@ -83,16 +84,16 @@ class Adapters:
         self._base = base
         self._base_sha256 = base_sha256
         self._most, self._most_waiting = most, most_waiting
-        self._places: dict[str, Place] | None = None  # None until they could be listed once
+        self._places: dict[str, Place] | None = None  # None until the first listing succeeds
         self._listed_at = -_FRESH_S
         self._listing: asyncio.Task[None] | None = None
-        self._entries: OrderedDict[tuple[str, str], _Entry] = OrderedDict()  # longest not asked for first
-        self._leaving: tuple[str, str] | None = None  # whom nobody joins any more, so that its place becomes free
-        self._refused: dict[str, tuple[str, str]] = {}  # which version was refused, and why
-        self._turn = asyncio.Lock()  # who comes first gets the next place
+        self._entries: OrderedDict[tuple[str, str], _Entry] = OrderedDict()  # by (name, version), least recently used first
+        self._leaving: tuple[str, str] | None = None  # the entry that takes no new users, so that it becomes free
+        self._refused: dict[str, tuple[str, str]] = {}  # name → the version that was refused, and why
+        self._turn = asyncio.Lock()  # the next place goes to the request that came first
         self._waiting = 0
         self._freed = asyncio.Event()
-        self._readers = ThreadPoolExecutor(_READERS, "adapters")  # a slow store holds up other adapters at most
+        self._readers = ThreadPoolExecutor(_READERS, "adapters")  # so that a slow store delays nothing but adapters
 
     async def names(self) -> list[str]:
         return list(await self._list(_FRESH_S))
@@ -111,15 +112,15 @@ class Adapters:
         except BaseException:
             self._give_back(entry)
             if entry.model.done() and self._entries.get(key) is entry:
-                del self._entries[key]  # it did not come into memory; the next who asks tries again
+                del self._entries[key]  # it was not loaded; the next request tries again
             raise
         return Lease(model, lambda: self._give_back(entry))
 
     async def _entry(self, key: tuple[str, str], place: Place) -> _Entry:
-        """The adapter's place in memory, held for one more user. Raises `Overloaded`.
+        """The adapter's entry, with one more user; the adapter is loaded if it is not in memory. Raises `Overloaded`.
 
-        Who asks for one that is in memory waits for nobody. Who needs a place waits until one is free, and after a while sees to
-        it: then the adapter not asked for the longest takes no new users.
+        A request for an adapter in memory does not wait, unless that adapter is to leave. Any other waits until a place is free;
+        after `_PATIENCE_S` seconds the least recently used adapter takes no new users and leaves once nobody uses it.
         """
         if key in self._entries and key != self._leaving:
             return self._join(key)
@@ -151,7 +152,7 @@ class Adapters:
         return self._entries[key]
 
     def _evict(self) -> bool:
-        """Forgets the adapter that was not asked for the longest, of those that nobody uses; false if there is none."""
+        """Drops the least recently used adapter without users; false if there is none."""
         for key, entry in self._entries.items():
             if not entry.users:
                 del self._entries[key]
@@ -165,7 +166,7 @@ class Adapters:
         self._freed.set()
 
     def _read(self, name: str, place: Place) -> Model:
-        """In a thread. Raises `RequestProblem`."""
+        """Loads an adapter, in a thread. Raises `RequestProblem`."""
         with TemporaryDirectory(prefix="apprentice-") as scratch:
             try:
                 folder = place.folder.local if place.folder.is_local else place.folder.download(Path(scratch) / "adapter")
@@ -189,9 +190,10 @@ class Adapters:
         return Model(name, self._base.engine, layout, contract, adapter)
 
     async def _list(self, fresh_s: float, known: str | None = None) -> Mapping[str, Place]:
-        """The places, listed again if they are older than `fresh_s`; where they cannot be listed the old ones hold.
+        """Adapters by name, listed again if the listing is older than `fresh_s` seconds; if that fails, the old listing is kept.
 
-        Who asks for one that is `known` waits for a slow store only a moment. Raises `RequestProblem` where none were ever listed.
+        Waits at most `_LISTING_S` seconds for the new listing if the old one has the name `known`. Raises `RequestProblem` where no
+        listing has ever succeeded.
         """
         if time.monotonic() - self._listed_at >= fresh_s:
             if self._listing is None or self._listing.done():

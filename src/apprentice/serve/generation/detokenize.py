@@ -1,38 +1,43 @@
-"""Token ids to text as they come: whole characters only, and nothing of a stop string.
+"""Incremental detokenization: token ids to text as they arrive, in whole characters, cut before the first stop string.
 
-Knows nothing of engines or HTTP. A streamed reply and a whole one pass through here alike, so they read the same.
+    text = TextStream(tokenizer.decode, stop=["END"])
+    text.add(id)   # "A"  this token's text is certain
+    text.add(id)   # ""   "E" may be the beginning of "END", so it is held back
+    text.add(id)   # "EX" it was not
+
+Streamed and whole replies both pass through here, so they have the same text.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-_UNFINISHED = "\ufffd"  # how tokenizers decode the first bytes of a character whose last ones are in the next token
-_MOST_UNFINISHED = 16  # tokens; no character has so many, so what is held back then is rubbish and may go out
+_UNFINISHED = "\ufffd"  # what tokenizers make of a character's first bytes while its last ones are in the next token
+_MOST_UNFINISHED = 16  # tokens; no character has more, so such bytes are invalid and are passed on
 
 
 class TextStream:
-    """Text from ids, with the exact stop strings `stop` cut off. `decode` turns ids into text."""
+    """Text of one reply from its token ids, ended before the first of the strings `stop`. `decode` turns ids into text."""
 
     def __init__(self, decode: Callable[[Sequence[int]], str], stop: Sequence[str] = ()) -> None:
         self._decode = decode
         self._searches = [_Search(text) for text in stop if text]
         self._ids: list[int] = []
-        self._given = 0  # ids whose text is in `_held` or was given out
+        self._given = 0  # ids whose text is in `_held` or was returned
         self._context = 0  # decoding starts here: some tokenizers write a word differently at the start of a text
         self._held = ""
-        self.length = 0  # characters that have come, those held back and cut off too
+        self.length = 0  # characters so far, including those held back or cut off
         self.stopped = False
 
     def add(self, id: int) -> str:
-        """The text that is certain now. Sets `stopped` once a stop string has been met."""
+        """Adds a token and returns the text that is now certain. Sets `stopped` once a stop string has been met."""
         if self.stopped:
             return ""
         self._ids.append(id)
         return self._pass_on(self._new_text(final=False), final=False)
 
     def end(self) -> str:
-        """What was held back and now stays as it is."""
+        """The rest of the text, which was held back, once there are no more tokens."""
         return "" if self.stopped else self._pass_on(self._new_text(final=True), final=True)
 
     def _new_text(self, *, final: bool) -> str:
@@ -61,10 +66,10 @@ class TextStream:
 
 
 class _Search:
-    """Search for one stop string in a text that comes in pieces (Knuth, Morris, Pratt 1977).
+    """Search for one stop string in text that arrives in pieces (Knuth, Morris, Pratt 1977).
 
-    A character costs a few comparisons, however long the string is: a stop string of a request must not slow down the others.
-    `matched` characters at the end of the text are the beginning of the string.
+    A character costs a few comparisons, however long the string is, so that one request's stop string does not slow down others.
+    `matched` is how many characters at the end of the text are the beginning of the string.
     """
 
     def __init__(self, sought: str) -> None:
@@ -73,7 +78,10 @@ class _Search:
         self.matched = 0
 
     def begin_in(self, new: str) -> int | None:
-        """Feeds the text's next characters; where the string begins, counted from their first, once it is whole."""
+        """Feeds the next characters of the text; returns where the string begins once it is complete, else None.
+
+        The place is counted from the first character of `new`: it is negative if the string began in an earlier piece.
+        """
         for place, character in enumerate(new):
             self.matched = self._longer(self.matched, character)
             if self.matched == len(self._sought):
@@ -83,7 +91,7 @@ class _Search:
         return None
 
     def _longer(self, length: int, character: str) -> int:
-        """The longest prefix of the string that ends with `character`, after one of `length` characters."""
+        """Length of the longest prefix of the string that ends with `character`, where one of `length` characters came before."""
         while length and self._sought[length] != character:
             length = self._borders[length - 1]
         return length + (self._sought[length] == character)

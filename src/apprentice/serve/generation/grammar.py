@@ -1,6 +1,6 @@
-"""Replies of a given form: a JSON schema, one of some choices, a regular expression. llguidance says which token may come next.
+"""Constrained decoding with llguidance: replies that follow a JSON schema, a list of choices or a regular expression.
 
-Knows nothing of engines; an engine asks a `Form` for what is allowed and tells it what came.
+An engine asks a `Form` which tokens may come next, and reports to it the token that was chosen.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from apprentice.serve.api.schemas import Asked, RequestProblem
 
 
 class Forms:
-    """Makes forms for replies in `layout`."""
+    """Makes grammars and forms for replies in the prompt format `layout`."""
 
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
@@ -33,7 +33,7 @@ class Forms:
         return asked.response_format is not None or asked.structured_outputs is not None
 
     def wanted(self, asked: Asked) -> str:
-        """The grammar that a request asks for that wants one; takes milliseconds, so not in an event loop."""
+        """Grammar of a request that asks for one (`are_wanted`); takes milliseconds, so not in an event loop."""
         matcher = llguidance.LLMatcher
         if (form := asked.response_format) is not None:
             schema = form.json_schema.schema_ if form.json_schema is not None else {"type": "object"}
@@ -49,7 +49,10 @@ class Forms:
         return str(matcher.grammar_from_json_schema(json.dumps(wish.json_)))
 
     def form(self, grammar: str) -> Form:
-        """A fresh form of `grammar`; takes milliseconds, so not in an event loop. Raises `RequestProblem`."""
+        """A new form at the start of `grammar`; takes milliseconds, so not in an event loop.
+
+        Raises `RequestProblem` where llguidance cannot follow the grammar.
+        """
         matcher = llguidance.LLMatcher(self._tokenizer, grammar, log_level=0)
         if matcher.is_error():
             raise RequestProblem(f"the form of the reply cannot be followed: {_reason(matcher)}.", code="invalid_form")
@@ -62,12 +65,12 @@ def _reason(matcher: Any) -> str:
 
 @lru_cache(maxsize=4)
 def _tokenizer(file: str, stop_ids: tuple[int, ...]) -> llguidance.LLTokenizer:
-    """One for all adapters of a base; takes a tenth of a second to make."""
+    """llguidance's tokenizer, shared by all adapters of a base; takes a tenth of a second to make."""
     return llguidance.LLTokenizer(file, eos_token=list(stop_ids))
 
 
 class Form:
-    """The state of one reply's form; `grammar` is what it began from, for an engine that keeps the state itself."""
+    """State of one reply's grammar; `grammar` is its source, for an engine that keeps the state itself."""
 
     def __init__(self, matcher: Any, size: int, stop_ids: tuple[int, ...], grammar: str) -> None:
         self.grammar = grammar
@@ -77,7 +80,10 @@ class Form:
         self._stop_ids = stop_ids
 
     def allowed(self) -> np.ndarray:
-        """For every id whether it may come next (bool). Raises `ModelError` where the grammar cannot be followed any further."""
+        """Mask (vocabulary,) bool of the token ids that may come next; only the stop ids once the form is complete.
+
+        Raises `ModelError` where the grammar cannot be followed any further.
+        """
         if self._matcher.is_error():
             raise ModelError(f"its form cannot be followed: {_reason(self._matcher)}.")
         if not self._matcher.is_stopped():
@@ -90,5 +96,5 @@ class Form:
         return ended
 
     def accept(self, id: int) -> None:
-        """`id` has come."""
+        """Advances by the token `id`."""
         self._matcher.consume_token(id)

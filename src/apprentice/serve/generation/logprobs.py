@@ -1,7 +1,7 @@
-"""Log-probabilities in the two shapes that OpenAI's clients read. Knows nothing of engines or HTTP.
+"""Log-probabilities in OpenAI's two shapes, for completions and for chats.
 
-A token that was said is among the best that are shown even where it was none of them. One that is only some bytes of a character
-is spelled as OpenAI spells it: `bytes:\\xf0\\x9f` in completions, `\\xf0\\x9f` in chats.
+The produced token is listed among the best even where it was none of them. A token that is only some bytes of a character is
+spelled as OpenAI spells it: `bytes:\\xf0\\x9f` in completions, `\\xf0\\x9f` in chats.
 """
 
 from __future__ import annotations
@@ -12,11 +12,14 @@ from typing import Any
 from apprentice.pretrained.tokenizer import Tokenizer
 from apprentice.serve.engines.base import Score
 
-_LEAST = -9999.0  # stands for minus infinity, which JSON has not
+_LEAST = -9999.0  # stands for minus infinity, which JSON cannot express
 
 
 def of_completion(scores: Sequence[Score], tokenizer: Tokenizer, offsets: Sequence[int]) -> dict[str, Any]:
-    """Four lists, one entry for each token; `offsets` are the places of their texts in the choice's."""
+    """`logprobs` of a completion: four lists, one entry for each token.
+
+    `offsets` are the tokens' places in the choice's text, in characters.
+    """
     return {
         "tokens": [_text(tokenizer, score.id) for score in scores],
         "token_logprobs": [None if score.logprob is None else max(score.logprob, _LEAST) for score in scores],
@@ -26,14 +29,14 @@ def of_completion(scores: Sequence[Score], tokenizer: Tokenizer, offsets: Sequen
 
 
 def of_chat(scores: Sequence[Score], tokenizer: Tokenizer) -> dict[str, Any]:
-    """`content`, one entry for each token, with the bytes of its text."""
+    """`logprobs` of a chat: `content`, one entry for each token, with the bytes of its text."""
 
     def entry(id: int, logprob: float | None) -> dict[str, Any]:
         piece = tokenizer.token_bytes(id)
         return {"token": _spelled(piece), "logprob": max(logprob or 0.0, _LEAST), "bytes": list(piece)}
 
     content = [
-        # Without a wish for the best ones the list is empty, as OpenAI's is.
+        # Empty where the request asks for no best tokens, as OpenAI's is.
         entry(score.id, score.logprob) | {"top_logprobs": [entry(*each) for each in _best(score)] if score.top else []}
         for score in scores
     ]
@@ -41,7 +44,7 @@ def of_chat(scores: Sequence[Score], tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def _best(score: Score) -> list[tuple[int, float]]:
-    """The best tokens, and the one that was said."""
+    """The best tokens, and last the produced one if it is none of them."""
     said = [] if score.logprob is None or any(id == score.id for id, _ in score.top) else [(score.id, score.logprob)]
     return [*score.top, *said]
 

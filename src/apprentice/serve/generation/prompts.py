@@ -1,7 +1,4 @@
-"""From a request of the protocol to token ids, in the layout of the prompt contract; what does not fit is refused in one sentence.
-
-Knows the layout and the sizes of context and vocabulary; nothing of engines or HTTP.
-"""
+"""Conversion of requests to token ids in the prompt contract's format; `RequestProblem` for a request that does not fit."""
 
 from __future__ import annotations
 
@@ -25,14 +22,17 @@ from apprentice.serve.engines.base import Request
 
 @dataclass(frozen=True)
 class Phrasing:
-    """How the model is spoken to. All methods raise `RequestProblem`."""
+    """Makes prompts for one model: its prompt format (`layout`), its `context` in tokens, the size of its vocabulary.
+
+    All methods raise `RequestProblem`.
+    """
 
     layout: Layout
     context: int
-    vocabulary: int  # ids that the model's weights know
+    vocabulary: int  # number of ids that the model's weights have
 
     def completion(self, asked: CompletionRequest) -> list[Request]:
-        """Each prompt raw, as text or token ids, `n` times."""
+        """Each prompt as it is, text or token ids, `n` times."""
         if asked.echo and asked.top is not None and self.layout.family == "seq2seq":
             raise RequestProblem("`echo` with `logprobs`: an encoder-decoder gives its prompt no probabilities.", param="logprobs")
         prompts = [self.layout.encode_raw(prompt) if isinstance(prompt, str) else prompt for prompt in asked.prompts]
@@ -41,12 +41,12 @@ class Phrasing:
         return [request for ids in prompts for request in self._requests(asked, ids, asked.max_tokens, param="prompt")]
 
     def chat(self, asked: ChatRequest) -> list[Request]:
-        """A conversation under the chat template; one user turn, the instruction, where the layout has no turns."""
+        """A conversation under the chat template; in a format without turns, one user message, which is the instruction."""
         most = asked.max_completion_tokens or asked.max_tokens
         return self._requests(asked, self._conversation(asked.messages)[1], most, param="messages")
 
     def rendered(self, asked: RenderRequest) -> tuple[str, list[int]]:
-        """What the model would read, as text and as ids."""
+        """The prompt that the model would read, as text and as token ids."""
         if asked.messages:
             return self._conversation(asked.messages)
         return self._question(asked.instruction, asked.input, param="input")
@@ -76,7 +76,7 @@ class Phrasing:
         return self._question(messages[0]["content"], "", param="messages")
 
     def instruct(self, asked: InstructRequest) -> list[Request]:
-        """Instruction and input, phrased as in training."""
+        """Instruction and input in the prompt format of training."""
         ids = self._question(asked.instruction, asked.input, param="input")[1]
         return self._requests(asked, ids, asked.max_tokens, param="input")
 
@@ -90,7 +90,7 @@ class Phrasing:
             raise RequestProblem(f"`{param}`: token id {highest} is outside the vocabulary of {size}.", param=param)
 
     def _requests(self, asked: Asked, prompt: list[int], max_tokens: int | None, *, param: str) -> list[Request]:
-        """`n` requests for replies to one prompt; only their seeds differ."""
+        """`n` requests for replies to one prompt, which differ in their seeds only."""
         if not prompt:
             raise RequestProblem(f"`{param}` is empty; give at least one token.", param=param)
         self.check_known(prompt, param=param)

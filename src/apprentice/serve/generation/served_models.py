@@ -1,6 +1,6 @@
-"""The models that one endpoint answers as: each a name, the engine behind it, how it is spoken to, and the adapter that it puts on.
+"""Catalogue of the models that one endpoint serves: each has a name, an engine, a prompt format and perhaps an adapter.
 
-Whoever asks takes a lease of a model and gives it back, so that an adapter in use stays in memory. Knows nothing of HTTP.
+A request takes a lease of a model and releases it at its end, so that an adapter in use stays in memory.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from apprentice.serve.engines.base import Engine
 
 @dataclass(frozen=True, eq=False)
 class Model:
-    """What requests for `name` are answered with; `adapter` is what its engine takes as a request's."""
+    """A served model; `adapter` is what its engine expects as `Request.adapter`."""
 
     name: str
     engine: Engine
@@ -28,7 +28,7 @@ class Model:
 
 
 class Lease:
-    """A model for one request; `release` may be called again."""
+    """The right of one request to use a model; as a context manager it gives the model. `release` may be called again."""
 
     def __init__(self, model: Model, on_release: Callable[[], None] | None = None) -> None:
         self.model = model
@@ -47,17 +47,20 @@ class Lease:
 
 
 class More(Protocol):
-    """Models that come and go: `adapters.Adapters`."""
+    """Protocol of a set of models that come and go; `adapters.Adapters` is one."""
 
     async def names(self) -> list[str]:
-        """All there are now."""
+        """Names of all that are available now."""
 
     async def take(self, name: str) -> Lease | None:
-        """A lease of the model, loaded if need be; None if there is none of that name. Raises `RequestProblem` or `Overloaded`."""
+        """A lease of the model, loaded if need be; None if there is none of that name.
+
+        Raises `RequestProblem` or `Overloaded`.
+        """
 
 
 class Catalogue:
-    """`models` that are always there, the first of them where a request names none, and `more`."""
+    """Permanent `models`, the first of which answers requests that name none, and those of `more`, which come and go."""
 
     def __init__(self, models: Sequence[Model], more: More | None = None) -> None:
         self.default = models[0]
@@ -66,7 +69,7 @@ class Catalogue:
 
     @property
     def engines(self) -> dict[str, Engine]:
-        """Each engine under the name of its own model."""
+        """Engines by the names of their models."""
         return {name: model.engine for name, model in self.fixed.items()}
 
     async def names(self) -> list[str]:
@@ -74,9 +77,9 @@ class Catalogue:
         return [*self.fixed, *(name for name in more if name not in self.fixed)]
 
     async def take(self, name: str | None, allowed: Callable[[str], bool] = lambda name: True) -> Lease:
-        """A lease of the model; only those that are `allowed` are spoken of.
+        """A lease of the model `name` (None: the default). Error messages name only models that are `allowed`.
 
-        Raises `RequestProblem` for a model that is not here or cannot be used, `Overloaded` where too many wait for adapters.
+        Raises `RequestProblem` for a model that is not served or cannot be used, `Overloaded` where too many wait for adapters.
         """
         if name is None or name in self.fixed:
             return Lease(self.fixed[name] if name is not None else self.default)

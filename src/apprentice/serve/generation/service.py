@@ -1,7 +1,4 @@
-"""Answers: a request, phrased, goes through the engine and comes back whole or as server-sent events in OpenAI's shape.
-
-Knows nothing of routes, keys or replicas.
-"""
+"""Answers to requests: through the engine and back, whole or as server-sent events, in OpenAI's shape."""
 
 from __future__ import annotations
 
@@ -37,11 +34,11 @@ from apprentice.serve.generation.prompts import Phrasing
 from apprentice.serve.generation.served_models import Model
 from apprentice.serve.generation.streams import Piece, Placed, Reply, side_by_side, usage_of
 
-_CHOICES_AT_ONCE = 8  # of one question; however many it has, it takes no more of the engine's places
+_CHOICES_AT_ONCE = 8  # choices of one question that are scored at a time, so that it does not fill the engine
 
 
 class Answering:
-    """Answers requests as `model`, each until its account's deadline."""
+    """Answers requests with `model`, each until the deadline of its account."""
 
     def __init__(self, model: Model) -> None:
         self.phrasing = Phrasing(model.layout, model.engine.context, model.engine.vocabulary)
@@ -53,7 +50,7 @@ class Answering:
         self._forms = Forms(model.layout)
 
     def requests(self, asked: Asked) -> list[Request]:
-        """What the engine is to do. Raises `RequestProblem`."""
+        """Requests to the engine that `asked` becomes: `n` for each prompt. Raises `RequestProblem`."""
         if isinstance(asked, ChatRequest):
             return self.phrasing.chat(asked)
         if isinstance(asked, InstructRequest):
@@ -62,9 +59,10 @@ class Answering:
         return self.phrasing.completion(asked)
 
     async def answer(self, asked: Asked, requests: list[Request], account: Account) -> Response:
-        """The whole answer or its stream, of the `requests` that `asked` has become; closes `account` once the engine took them.
+        """Response to `asked`, whole or as a stream; `requests` is what `self.requests(asked)` gave.
 
-        Raises `RequestProblem`, `Overloaded` or `EngineFailed` while the status can say it.
+        Closes `account` at the end, if the engine has accepted the requests. Raises `RequestProblem`, `Overloaded` or
+        `EngineFailed` before the response begins; a later error of a stream is sent as an event.
         """
         requests = await self._formed(asked, requests)
         prompts = len(requests) // asked.n
@@ -113,9 +111,10 @@ class Answering:
     async def logprobs(
         self, prompts: Sequence[Sequence[int]], choices: Sequence[Sequence[int]], account: Account
     ) -> list[list[float]]:
-        """Natural log-probability of each of `choices` after each of `prompts`, a few of them at a time; closes `account`.
+        """Summed natural log-probability of each of `choices` after each of `prompts`, all token ids: [prompt][choice].
 
-        Raises `RequestProblem`, with status 500 where the model's numbers are not finite.
+        `_CHOICES_AT_ONCE` are scored at a time. Closes `account` unless it raises. Raises `RequestProblem`, with status 500 where
+        the model's numbers are not finite.
         """
         longest = max(map(len, prompts)) + max(map(len, choices))
         if longest >= self._engine.context:
@@ -141,7 +140,7 @@ class Answering:
                 async with aclosing(reply.pieces()) as pieces:
                     async for piece in pieces:
                         found[place] += sum(placed.score.logprob or 0.0 for placed in piece.scores)
-                # What has ended has left its place, and before anybody else can come the next one takes it.
+                # The request that ended has freed its slot. Nothing is awaited before the next one takes it.
                 following = next(left, None)
                 if following is None:
                     return
@@ -211,7 +210,7 @@ class Answering:
 
         def chunks(reply: Reply, piece: Piece) -> list[str]:
             index, first = reply.index, reply.index not in begun
-            if before := waiting.pop(index, None):  # scores and ids come with the text that they end up in
+            if before := waiting.pop(index, None):  # scores and ids are sent with the text that they end up in
                 piece = Piece(piece.text, before.scores + piece.scores, before.ids + piece.ids, piece.finish)
             if not (piece.text or first or piece.finish):
                 waiting[index] = piece
@@ -253,13 +252,13 @@ class Answering:
 
 @dataclass
 class _Ending:
-    """How a stream went: 499 as long as its client has not been sent all."""
+    """Status that is counted for a stream: 499 until everything has been sent to the client."""
 
     status: int = LEFT
 
 
 class _EventStream(StreamingResponse):
-    """Server-sent events that free the engine whatever happens to the client, even before the first event is out."""
+    """Server-sent events that free the engine's slots whatever happens to the client, even before the first event is sent."""
 
     def __init__(self, events: AsyncGenerator[str, None], ended: Callable[[], Awaitable[None]]) -> None:
         super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})

@@ -1,7 +1,4 @@
-"""From an engine's tokens to the replies of one request: text that is certain, scores, and several choices side by side.
-
-Knows nothing of HTTP or of how OpenAI's bodies look.
-"""
+"""Replies of one request from an engine's token streams: text as it becomes certain, scores, and several replies interleaved."""
 
 from __future__ import annotations
 
@@ -20,7 +17,7 @@ from apprentice.serve.generation.detokenize import TextStream
 
 
 class Placed(NamedTuple):
-    """A token's score, and where the token's text begins in the choice's, in characters."""
+    """A token's score, and where the token's text begins in the choice's text, in characters."""
 
     score: Score
     at: int
@@ -28,7 +25,7 @@ class Placed(NamedTuple):
 
 @dataclass
 class Piece:
-    """What has become certain of one reply; `finish` comes with the last."""
+    """The next part of one reply; `finish` is set on the last one."""
 
     text: str
     scores: list[Placed]
@@ -38,9 +35,9 @@ class Piece:
 
 @dataclass
 class Reply:
-    """One reply on its way from the engine to text; `finish`, `text` and `ids` are whole once the pieces have ended.
+    """One reply on its way from the engine to text; `finish` and `ids` are complete once `pieces()` has ended.
 
-    `only_prompt` drops what the engine adds to a prompt that was merely to be scored.
+    `only_prompt` leaves out the token that the engine adds to a prompt that is only to be scored.
     """
 
     index: int
@@ -48,19 +45,20 @@ class Reply:
     layout: Layout
     request: Request
     stops: list[str]
-    deadline: float  # of the event loop's clock
+    deadline: float  # seconds on the event loop's clock
     echo: str = ""
-    unsaid: int = 0  # tokens at the prompt's start that its text does not show
+    unsaid: int = 0  # tokens at the prompt's start that `echo` does not show
     only_prompt: bool = False
     keeps_end: bool = True  # whether the end token is among the scores
     finish: str = "length"
     ids: list[int] = field(default_factory=list)  # all that were produced, the end token included
-    cached: int = 0  # tokens of the prompt that the engine had in memory
+    cached: int = 0  # tokens of the prompt that were in the KV cache
 
     async def pieces(self) -> AsyncGenerator[Piece, None]:
-        """The text as it becomes certain, often empty. Closing it frees the engine's place.
+        """The reply in pieces as its text becomes certain; a piece's text is often empty.
 
-        Raises `RequestProblem` when late, or where this request cannot be decoded.
+        Closing the generator frees the engine's slot. Raises `RequestProblem` after the deadline or where this request cannot be
+        decoded, `EngineFailed` where the engine stops.
         """
         text = TextStream(self.layout.tokenizer.decode, self.stops)
         opening: str | None = self.echo
@@ -82,7 +80,7 @@ class Reply:
             self.stream.close()
 
     async def _placed(self, prompt: Sequence[Score]) -> list[Placed]:
-        """The prompt's scores with their places in the text that is echoed."""
+        """The prompt's scores with their places in the echoed text."""
         if not prompt or not self.echo:
             return [Placed(score, 0) for score in prompt]
         ids = [score.id for score in prompt]
@@ -114,7 +112,7 @@ class Reply:
 
 
 def _places(tokenizer: Tokenizer, ids: Sequence[int], unsaid: int) -> list[int]:
-    """Where each token's text begins in the text of all, special tokens shown, without the first `unsaid` tokens."""
+    """Where each token's text begins in the text of all `ids`, with special tokens shown and the first `unsaid` left out."""
     text = TextStream(partial(tokenizer.decode, skip_special=False))
     places = [0] * unsaid
     for id in ids[unsaid:]:
@@ -124,7 +122,7 @@ def _places(tokenizer: Tokenizer, ids: Sequence[int], unsaid: int) -> list[int]:
 
 
 def usage_of(replies: Sequence[Reply], prompts: int) -> Usage:
-    """Tokens of the `prompts` different prompts, each counted once, and of all replies."""
+    """Tokens of a request: those of its `prompts` different prompts, each counted once, and those of all replies."""
     each = len(replies) // prompts
     asked = replies[::each]
     read, cached = sum(len(reply.request.prompt) for reply in asked), sum(reply.cached for reply in asked)
@@ -132,7 +130,7 @@ def usage_of(replies: Sequence[Reply], prompts: int) -> Usage:
 
 
 async def side_by_side(replies: Sequence[Reply]) -> AsyncGenerator[tuple[Reply, Piece], None]:
-    """The pieces of all replies as they come. Closing it closes them all. Raises what the first of them raises."""
+    """Pieces of all replies in the order of arrival. Closing the generator closes them all. Raises the first error of any."""
     if len(replies) == 1:
         async with aclosing(replies[0].pieces()) as pieces:
             async for piece in pieces:
@@ -153,7 +151,7 @@ async def side_by_side(replies: Sequence[Reply]) -> AsyncGenerator[tuple[Reply, 
         finally:
             arrived.put_nowait(None)
 
-    # A task of its own around the group: whoever asks for the next piece may be another task each time.
+    # A task of its own around the group: only the task that enters a group may leave it, and each piece may be read by another.
     readers = asyncio.create_task(read_all())
     unfinished = len(replies)
     try:
@@ -170,4 +168,4 @@ async def side_by_side(replies: Sequence[Reply]) -> AsyncGenerator[tuple[Reply, 
         readers.cancel()
         await asyncio.gather(readers, return_exceptions=True)
         for reply in replies:
-            reply.stream.close()  # a reader that was cancelled before it began has closed nothing
+            reply.stream.close()  # a reader that was cancelled before it began has not closed its stream

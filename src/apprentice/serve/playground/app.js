@@ -1,5 +1,5 @@
-// The page's behaviour: ask one model or two, show replies as they stream in, show what the model reads and the request as code.
-// Nothing of what is typed is stored; the key stays in this tab.
+// Playground page: asks one model or two, streams their replies, shows the prompt as the model reads it and the request as code.
+// Typed texts are not stored; the key stays in this tab.
 
 import { Pane } from "./pane.js";
 import { curl, python } from "./snippets.js";
@@ -16,7 +16,7 @@ let panes = [];
 let models = [];
 let running = null; // the AbortController of the replies being written
 
-// ---- what is on the screen, as a request ----
+// ---- the form as a request ----
 
 function settings() {
   const number = (id) => element(id).valueAsNumber;
@@ -47,7 +47,7 @@ function request(pane) {
   return [`v1/tasks/${encodeURIComponent(task)}`, { model, ...rest, max_tokens: settings().max_tokens }];
 }
 
-// ---- asking ----
+// ---- sending requests ----
 
 async function stream(pane, path, body, signal) {
   const response = await send(path, { ...body, stream: true, stream_options: { include_usage: true } }, signal);
@@ -109,7 +109,7 @@ function setBusy(busy) {
   document.body.dataset.busy = String(busy);
 }
 
-// ---- what stands beside the reply ----
+// ---- panels beside the reply: the prompt, the request as code ----
 
 function refresh() {
   showChosen();
@@ -153,7 +153,7 @@ async function copy() {
   try {
     await navigator.clipboard.writeText(text.textContent);
   } catch {
-    document.execCommand("copy"); // a page that did not come by HTTPS has no clipboard of its own
+    document.execCommand("copy"); // a page without HTTPS has no navigator.clipboard
   }
   element("copy").textContent = "Copied";
   setTimeout(() => (element("copy").textContent = "Copy"), 1500);
@@ -192,17 +192,17 @@ function showModels(names) {
   element("second").replaceChildren(...options([["nothing", ""], ...models.map((name) => [name, name])]));
   element("models").hidden = models.length < 2;
   if (models.length === 2) element("second").value = models[1];
-  if (panes.every((pane) => pane.isEmpty)) setPanes(); // what is being written, or was, stays
+  if (panes.every((pane) => pane.isEmpty)) setPanes(); // replies on the screen stay
 }
 
 function askForKey(why) {
   element("key-wrong").textContent = why;
-  element("key-wrong").hidden = !why || !theKey(); // where none was given, the box says enough
+  element("key-wrong").hidden = !why || !theKey(); // without a key the box's own text is enough
   element("key-box").open = true;
   element("key").focus();
 }
 
-// The endpoint has answered: the box is in nobody's way any more, and what was refused for want of a key is forgotten.
+// The endpoint has accepted the key: closes the key box and clears refusals for want of a key.
 function keyIsRight() {
   const asked = element("key-box").open;
   element("key-box").open = false;
@@ -211,7 +211,7 @@ function keyIsRight() {
   if (asked) document.querySelector("fieldset:not([disabled]) textarea")?.focus();
 }
 
-// Without a key there are no tasks to choose from, and the tab says why.
+// Without a key no tasks are listed, and the tab says why.
 function showTaskTab(listed, anyTasks) {
   element("tab-task").hidden = listed && !anyTasks;
   element("no-tasks").hidden = listed;
@@ -263,7 +263,7 @@ element("key").addEventListener("change", () => {
   connect();
 });
 element("give-key").addEventListener("click", (event) => {
-  event.stopPropagation(); // else it is a click beside the box that it opens
+  event.stopPropagation(); // otherwise the click counts as one outside the box, which closes it
   askForKey();
 });
 document.addEventListener("click", (event) => {

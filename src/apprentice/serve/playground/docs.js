@@ -1,4 +1,4 @@
-// Shows the endpoint's OpenAPI description: each route with what it takes. Reads nothing but openapi.json.
+// API page: shows each route of openapi.json with its fields.
 
 const made = (name, text = "", kind = "") => {
   const element = document.createElement(name);

@@ -1,4 +1,4 @@
-// One model's side of the page: its turns, its pace, its error. Knows nothing of what was asked, or how.
+// Pane of one model: its turns, its tokens per second, its error.
 
 export class Pane {
   constructor(model) {
@@ -25,14 +25,14 @@ export class Pane {
     this.refused = false;
   }
 
-  // The key that was missing is there: its refusal is no longer true.
+  // A key has been accepted: removes the refusal for want of one.
   keyIsRight() {
     if (!this.refused) return;
     if (this.turns.length) [this.error.hidden, this.refused] = [true, false];
     else this.clear();
   }
 
-  // Makes room for a reply; in a conversation the turns before it stay, and `said` is the user's.
+  // Adds an empty reply; in a conversation earlier turns stay, and `said` is the user's message.
   begin(said) {
     if (said === undefined || this.thread.dataset.state === "empty") this.thread.textContent = "";
     this.error.hidden = true;
@@ -42,7 +42,7 @@ export class Pane {
     this.reply = this.add("reply", "");
     this.reply.scrollIntoView?.({ block: "nearest" });
     this.count = 0;
-    this.began = null; // the first token's time: what came before is waiting and reading the prompt
+    this.began = null; // time of the first token; waiting and reading the prompt come before it
   }
 
   set state(value) {
@@ -101,7 +101,7 @@ export class Pane {
     this.end();
   }
 
-  // What was asked in vain is no part of the conversation.
+  // A message that got no reply at all is no part of the conversation.
   fail(message) {
     this.pace.textContent = "";
     this.error.textContent = message;

@@ -1,4 +1,4 @@
-// A request as something to copy: a curl command, or Python with the package that fits.
+// Code for a request, to copy: a curl command, or Python with the package that fits.
 
 const KEY = "APPRENTICE_API_KEY"; // the environment variable in which the examples look for a key
 

@@ -1,4 +1,4 @@
-// Rows of tabs as screen readers and keyboards know them: arrows move, Home and End go to the ends, one tab is in the tab order; hidden tabs are passed by.
+// Accessible tab lists: arrow keys move, Home and End go to the ends, one tab is in the tab order; hidden tabs are skipped.
 
 export function tabs(list, chosen) {
   const all = [...list.querySelectorAll("[role=tab]")];

@@ -1,4 +1,4 @@
-// The task picker: which task, which of its wordings, and a box for each of its fields, filled with the task's sample row.
+// Task picker: the task, its template, and a box for each of its fields, filled with the task's sample row.
 
 const element = (id) => document.getElementById(id);
 let tasks = [];
@@ -50,7 +50,7 @@ function showFields() {
   );
 }
 
-// What the boxes hold; a field whose sample is not text is read as JSON. Throws where that fails.
+// The boxes' values by field; a field whose sample is not text is parsed as JSON. Throws where that fails.
 export function fields() {
   if (!current()) throw new Error("This endpoint knows no tasks, or wants a key before it lists them.");
   const { fields: names, sample } = current();

@@ -1,4 +1,4 @@
-// How the page speaks to the endpoint: requests with the key, refusals in the endpoint's own words, server-sent events as they come.
+// Client of the endpoint: requests with the key, errors in the endpoint's own words, server-sent events.
 
 let key = sessionStorage.getItem("key") ?? "";
 
@@ -9,7 +9,7 @@ export function setKey(value) {
   sessionStorage.setItem("key", key);
 }
 
-// A refusal of the endpoint: its sentence and its status.
+// An error of the endpoint: its message and its status.
 export class Refusal extends Error {
   constructor(message, status) {
     super(message);
@@ -17,7 +17,7 @@ export class Refusal extends Error {
   }
 }
 
-// What a person does about a refused key; the endpoint's own sentence is for programs, which send a header.
+// Advice for a refused key on this page; the endpoint's own message is for programs, which send a header.
 const keySentence = () =>
   key ? "This endpoint does not know the key; correct it under “Key”." : "This endpoint wants an API key; enter it under “Key”.";
 
@@ -28,7 +28,7 @@ async function checked(response) {
   try {
     message = (await response.json()).error.message;
   } catch {
-    // not ours: a proxy's page
+    // not the endpoint's error body: a proxy's page
   }
   throw new Refusal(message, response.status);
 }
@@ -44,7 +44,7 @@ export async function send(path, body, signal) {
   return checked(await fetch(path, { method: "POST", headers, body: JSON.stringify(body), signal }));
 }
 
-// The events of a response, each parsed; one that reports an error is thrown.
+// Parsed server-sent events of a response; an event that reports an error is thrown.
 export async function* events(response) {
   let unread = "";
   for await (const text of texts(response.body.getReader())) {
