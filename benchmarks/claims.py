@@ -1,14 +1,14 @@
-"""What instruction tuning claims, tried on a small scale: the tables of docs/results.md about learning, with intervals.
+"""Claims of instruction tuning, tested on a small scale: the tables on learning in docs/results.md, with intervals.
 
     python benchmarks/claims.py [--recipe flan_mini] [--hold-out sentiment nli] [--clusters 2 5 0] [--out DIR] [KEY=VALUE …]
     python benchmarks/claims.py methods …      # full, LoRA, prefix, prompt and adapter tuning side by side: methods.py
 
-(a) base against tuned, on tasks trained on and on each held-out cluster;
-(b) T0's question: one wording per task against all of them; held-out tasks are asked in every wording: mean, worst, spread;
-(c) FLAN's question: how many clusters are trained on (0 means all).
+(a) base against tuned model, on tasks trained on and on each held-out cluster;
+(b) T0's question: one wording for each task against all; held-out tasks are asked in every wording: mean, worst, spread;
+(c) FLAN's question: the number of clusters trained on (0 means all).
 
-Each variant is a run of its own, trained and scored by the ordinary pipeline; given again, what is done stays. Prints one
-JSON object per figure, and writes `claims.md` and `claims.svg`. `--dry-run` only lists the variants.
+Each variant is a run of its own, trained and evaluated by the ordinary pipeline; a second call repeats nothing that is done.
+Prints one JSON object for each figure, and writes `claims.md` and `claims.svg`. `--dry-run` only lists the variants.
 """
 
 from __future__ import annotations
@@ -67,14 +67,17 @@ def main() -> None:
 
 
 def variants_of(recipe: Recipe, hold_out: Sequence[str], clusters: Sequence[int], folder: Path) -> Variants:
-    """Name → recipe: all data for each held-out cluster, then one wording and fewer clusters for the first of them."""
+    """Run name → recipe of every variant.
+
+    All data for each held-out cluster; then, with the first of these held out, one wording for each task, and fewer clusters.
+    """
     tasks, _ = select_tasks(recipe.data.tasks, (), Path.cwd())
     found = {f"{recipe.name}-without-{cluster}": _variant(recipe, tasks, cluster, "") for cluster in hold_out}
     first = hold_out[0]
     found[_ONE_WORDING.format(recipe.name)] = _variant(recipe, _one_wording(tasks, first, folder), first, "one-wording")
     order = list(dict.fromkeys(task.cluster for task in tasks if first not in (task.cluster, task.name)))
     for number in clusters:
-        if 0 < number < len(order):  # all of them is the first variant
+        if 0 < number < len(order):  # the first variant has all of them
             kept = [task for task in tasks if task.cluster in order[:number] or first in (task.cluster, task.name)]
             found[f"{recipe.name}-{number}-clusters"] = _variant(recipe, kept, first, f"{number}-clusters")
     return {name: variant.model_copy(update={"name": name}) for name, variant in found.items()}
@@ -86,7 +89,7 @@ def _variant(recipe: Recipe, tasks: Sequence[Task | str], cluster: str, kind: st
 
 
 def _one_wording(tasks: Sequence[Task], held_out: str, folder: Path) -> list[Task | str]:
-    """The tasks with one wording each, as files in `folder`; held-out ones keep all theirs, since they are only scored."""
+    """The tasks with one wording each, as files in `folder`; held-out tasks keep all theirs, since they are only scored."""
     entries: list[Task | str] = []
     for task in tasks:
         if held_out in (task.cluster, task.name):
@@ -101,7 +104,7 @@ def _one_wording(tasks: Sequence[Task], held_out: str, folder: Path) -> list[Tas
 
 
 def _scored(name: str, recipe: Recipe) -> dict[str, Any]:
-    """The report of a run, trained first if it is not."""
+    """Trains a run, unless it is trained, and evaluates it; returns its report."""
     print(f"{name}: {len(dump_recipe(recipe).splitlines())} lines of recipe", file=sys.stderr)
 
     def progress(stage: str, values: Mapping[str, Any]) -> None:
@@ -114,7 +117,7 @@ def _scored(name: str, recipe: Recipe) -> dict[str, Any]:
 
 
 def _every_wording(recipe: Recipe, folder: Path) -> dict[str, Any]:
-    """The report of a trained variant on its held-out tasks, each row asked in every wording."""
+    """Evaluates a trained variant on its held-out tasks, each row in every wording; returns the report."""
     _, held_out = select_tasks(recipe.data.tasks, recipe.data.hold_out, Path.cwd())
     names = tuple(sorted(held_out))
     data = recipe.data.model_copy(update={"tasks": names, "hold_out": names})
@@ -125,7 +128,7 @@ def _every_wording(recipe: Recipe, folder: Path) -> dict[str, Any]:
 
 
 def wordings_of(variant: str, found: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Base and tuned model over every wording of the held-out tasks: mean, worst and spread, means over tasks."""
+    """Scores of base and tuned model over all wordings of the held-out tasks: mean, worst and spread, averaged over tasks."""
     keys = [column["key"] for column in found["columns"] if column["subject"] != "majority"]
     return [
         {"variant": variant, "model": key.split("@")[0], "tasks": pool["tasks"], "mean": cell["mean"]}
@@ -137,7 +140,7 @@ def wordings_of(variant: str, found: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def table_of_wordings(lines: Sequence[Mapping[str, Any]]) -> str:
-    """The second table, as GitHub Markdown."""
+    """The table of (b), as GitHub Markdown."""
     shown = ["| trained on | model | mean | worst wording | spread (IQR) | consistency |", "|---|---|---:|---:|---:|---:|"]
     for line in lines:
         numbers = [
@@ -149,7 +152,7 @@ def table_of_wordings(lines: Sequence[Mapping[str, Any]]) -> str:
 
 
 def figures_of(variant: str, found: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A line per pool: base and tuned mean, the difference with its interval, and the spread over wordings."""
+    """One record for each pool of tasks: base and tuned mean, their difference with its interval, the spread over wordings."""
     tuned = found["columns"][-1]["key"]
     base = next(column["against"] for column in found["columns"] if column["key"] == tuned)
     lines = []
@@ -191,7 +194,7 @@ def table_of(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def picture_of(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The differences with their intervals, one line each, as SVG."""
+    """The differences with their intervals, one line each, as SVG text."""
     import io
 
     from matplotlib.backends.backend_svg import FigureCanvasSVG

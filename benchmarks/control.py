@@ -1,18 +1,18 @@
-"""What a training step costs besides its arithmetic, for any number of workers.
+"""Model of the control cost of a training step, apart from its arithmetic, for any number of workers.
 
-Messages are counted. Every worker takes one block of rows for each step from one process, Ray Data's splitter, in turn;
-`simulate` lets that process serve as many workers as you like. Pure.
+It counts messages, and simulates the one process that hands out blocks of rows: for each step, every worker takes one block
+from Ray Data's splitter, one after another.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-BLOCK_S = 0.008  # of one block at the splitter: 100 to 150 blocks/s were measured with Ray 2.60 on two cores (design of the stream)
-AHEAD = 2  # steps that a worker asks for before it needs them: train/launch.py's PREFETCHED_STEPS
-POLL_S = 2.0  # how often Ray Train's controller asks each worker how it is
-LEAST_ACTORS = 4  # that may make windows, where there are CPUs for them; else one for each worker: train/launch.py
-ACTOR_TOKENS_PER_S = 700_000  # of one of them, with a fast tokenizer (measured, design of the data stream)
+BLOCK_S = 0.008  # seconds of the splitter for one block: 100 to 150 blocks/s were measured with Ray 2.60 on two cores
+AHEAD = 2  # steps that a worker requests in advance: `PREFETCHED_STEPS` in train/distributed/ray_worker.py
+POLL_S = 2.0  # seconds between two polls of each worker by Ray Train's controller
+LEAST_ACTORS = 4  # at least so many actors may make windows, or one for each worker: train/distributed/driver.py
+ACTOR_TOKENS_PER_S = 700_000  # of one such actor with a fast tokenizer, as measured
 DISK_BYTES_PER_S = 1e9  # an NVMe disk, or an object store written in parts
 
 
@@ -35,13 +35,14 @@ def messages(workers: int, step_s: float, every_steps: int) -> Messages:
 
 
 def simulate(workers: int, step_s: float, block_s: float, steps: int = 40) -> float:
-    """Seconds of a step, when one process hands out the blocks one after another and each worker asks `AHEAD` steps ahead.
+    """Seconds of a step if one process hands out the blocks in turn and each worker requests `AHEAD` steps in advance.
 
-    A step begins when every worker has its block and the step before is over. The first steps, which fill what is ahead, are left
-    out. Worked example: 100 workers, 0.01 s a block, steps of 0.1 s: a step lasts 1 s, what 100 blocks take.
+    A step begins when every worker has its block and the step before is over. The first half of the steps, in which the
+    prefetch buffer fills, is left out. Worked example: with 100 workers, 0.01 s a block and 0.1 s of arithmetic a step, a step
+    takes 1 s, the time of 100 blocks.
     """
-    free = 0.0  # when the splitter is done with what it was asked for
-    asked = [0.0] * AHEAD  # when the blocks of each step are asked for
+    free = 0.0  # time at which the splitter has served all requests
+    asked = [0.0] * AHEAD  # time at which the blocks of each step are requested
     began: list[float] = []
     over = 0.0
     for step in range(steps):
@@ -55,10 +56,10 @@ def simulate(workers: int, step_s: float, block_s: float, steps: int = 40) -> fl
 
 
 def rows_that_hide(workers: int, block_s: float, row_s: float) -> int:
-    """Rows of a worker in each step from which on the splitter is quicker than the step's arithmetic."""
+    """The fewest rows of a worker in a step for which the arithmetic takes longer than the splitter."""
     return max(1, -(-int(1e6 * workers * block_s) // max(1, int(1e6 * row_s))))
 
 
 def checkpoint_bytes(trained: int) -> int:
-    """Of one checkpoint: weight and Adam's two moments in float32, once, however many workers there are."""
+    """Size of a checkpoint in bytes: weight and Adam's two moments in float32, independent of the number of workers."""
     return 12 * trained

@@ -1,10 +1,10 @@
-"""The data pipeline against `datasets.map` with two processes, and against the bare tokenizer.
+"""Throughput of the data pipeline, against `datasets.map` with two processes and against the bare tokenizer.
 
-Ours is the stream that training gets: rendered, tokenised, packed, in blocks of half a global batch, read here in this
-process. The peer renders the same task with the same code, gives the texts to the same tokenizer as it comes, and does not
-pack. Its rate is over the whole call; ours begins with the first batch, after Ray's actors have started, and leaves out the
-windows they had in hand then. `data.first_row_s` is the time before that. A second peer packs besides as TRL does, best fit
-decreasing; the time that importing it takes is not counted.
+Ours is the stream that training gets: rendered, tokenized, packed, in blocks of half a global batch, read in this process. The
+peer renders the same task with the same code, uses the same tokenizer, and does not pack. Its rate is over the whole call.
+Ours is measured from the first batch on, after Ray's actors have started, without the windows that they had in hand then;
+`data.first_row_s` is the time before that. A second peer also packs as TRL does, best fit decreasing; the time to import TRL
+is not counted.
 
     python benchmarks/data.py [--root ../shared/data] [--examples 65536] [--runs 5] [--layout chat]
 """
@@ -54,14 +54,14 @@ def recipe_of(options: argparse.Namespace, storage: str) -> Recipe:
 
 
 class Ours:
-    """One pass through the stream; keeps what the other figures need."""
+    """One pass through our stream; also records the time to the first row of each pass."""
 
     def __init__(self, corpus: Corpus, windows: int) -> None:
         self.corpus, self.windows = corpus, windows
         self.first_row_s: list[float] = []
 
     def __call__(self) -> float:
-        """Tokens a second."""
+        """Tokens/s of one pass."""
         from apprentice.data.stream import WINDOWS_TOGETHER, Start, train_stream
 
         in_hand = ACTORS * WINDOWS_TOGETHER
@@ -77,7 +77,7 @@ class Ours:
 
 
 def datasets_map(options: argparse.Namespace, corpus: Corpus, *, packed: bool) -> float:
-    """Tokens a second of `datasets.map` over as many examples; `packed`: and of TRL's best-fit packing of what comes out."""
+    """Tokens/s of `datasets.map` over as many examples; with `packed`, of TRL's best-fit packing of its result as well."""
     import datasets
     import numpy as np
 
@@ -111,14 +111,14 @@ def datasets_map(options: argparse.Namespace, corpus: Corpus, *, packed: bool) -
 
 
 def bare_tokenizer(corpus: Corpus) -> Any:
-    """The model's tokenizer as transformers gives it, without what ours adds."""
+    """The model's tokenizer as transformers loads it, without our additions."""
     from transformers import PreTrainedTokenizerFast
 
     return PreTrainedTokenizerFast.from_pretrained(corpus.layout.tokenizer.folder).backend_tokenizer
 
 
 def raw_tokenizer(corpus: Corpus, windows: int) -> Callable[[], float]:
-    """Tokens a second of the tokenizer alone, with all cores, over the prompts of at most four windows."""
+    """A function for tokens/s of the tokenizer alone, on all cores, over the prompts of at most four windows."""
     from apprentice.data.encoding.render import Rendered, Renderer
 
     draws = corpus.plan.draws(0, min(windows, 4) * corpus.recipe.data.window)
@@ -135,7 +135,7 @@ def raw_tokenizer(corpus: Corpus, windows: int) -> Callable[[], float]:
 
 
 def in_own_process(options: argparse.Namespace, peer: str) -> Callable[[], float]:
-    """The peer, apart from this process: it forks, and Ray's threads here would not survive that."""
+    """A function that measures a peer in a fresh process, because it forks, which Ray's threads here would not survive."""
     command = [
         sys.executable,
         __file__,
@@ -173,7 +173,7 @@ def measure(options: argparse.Namespace, corpus: Corpus) -> None:
     windows = options.examples // options.window
     ours = Ours(corpus, windows)
     with ray_session():
-        ours()  # once for nothing: worker processes start and modules are read from disk
+        ours()  # warm-up: worker processes start and modules are read from disk
         compare("data.vs_datasets_map", ours, "datasets.map np=2", in_own_process(options, "map"), runs=options.runs, goal=1.2)
         compare(
             "data.vs_trl_packing", ours, "datasets.map np=2 + TRL bfd", in_own_process(options, "trl"), runs=options.runs, goal=1.3

@@ -1,4 +1,4 @@
-"""What the data stream costs when datasets grow, when it goes on far into a run, and how full it packs a real mixture.
+"""Scaling of the data stream: growing datasets, positions far into a run, and packing of a real mixture.
 
 `data.packing_efficiency`   real tokens per token of the rows of `flan_mini` at 2,048 tokens, over eight windows
 `data.resume_ratio`         time to the first window at position 10**8 against that at 0, each in a fresh renderer; 1 is the same
@@ -49,12 +49,12 @@ def first_window_s(corpus: Corpus, position: int) -> float:
 
 
 def resume_ratio(corpus: Corpus, runs: int) -> float:
-    first_window_s(corpus, 0)  # once for nothing: the tokenizer is read, and files come into the system's cache
+    first_window_s(corpus, 0)  # warm-up: the tokenizer is read, and files enter the system's cache
     return statistics.median(first_window_s(corpus, FAR + run * 10**6) / first_window_s(corpus, 0) for run in range(runs))
 
 
 def grown(root: Path, times: int, folder: Path) -> Path:
-    """SQuAD `times` over, in row groups of 1,000 rows."""
+    """Writes SQuAD's training rows `times` over, in row groups of 1,000 rows, and its test rows; returns `folder`."""
     rows = pq.read_table(root / "squad" / "train.parquet")
     (folder / "squad").mkdir(parents=True)
     with pq.ParquetWriter(folder / "squad" / "train.parquet", rows.schema) as writer:
@@ -65,7 +65,7 @@ def grown(root: Path, times: int, folder: Path) -> Path:
 
 
 def peak_mib(root: Path, storage: Path) -> float:
-    """Of a process of its own."""
+    """Peak memory of a fresh process that runs `render_some`, in MiB."""
     command = [sys.executable, __file__, "--memory", "--root", str(root), "--storage", str(storage)]
     return float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
@@ -77,7 +77,7 @@ def render_some(root: str, storage: str) -> None:
     renderer = WindowRenderer(corpus)
     for window in range(2 * WINDOWS):
         renderer.window(window)
-    # Of this program: getrusage would count what the process was before it became this program.
+    # VmHWM counts this program alone; getrusage would also count the process before its exec.
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     print(int(status["VmHWM"].split()[0]) / 1024)
 

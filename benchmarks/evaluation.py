@@ -1,9 +1,9 @@
-"""Rank scoring against lm-evaluation-harness, and generation against transformers' own `generate` over padded batches.
+"""Evaluation speed: rank scoring against lm-evaluation-harness, generation against transformers' `generate` on padded batches.
 
     python benchmarks/evaluation.py [--model FOLDER] [--rows 128] [--runs 3]
 
-The same model, number format, rows and batch size on both sides, in this process and with the same threads. The harness is its `hf`
-model, asked for the log-likelihood of every choice after the same text.
+Both sides have the same model, dtype, rows and batch size, in this process with the same threads. The harness runs as its `hf`
+model and computes the log-likelihood of every choice after the same text.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from apprentice.pretrained.hub import local_folder
 from apprentice.pretrained.tokenizer import Tokenizer
 
 BATCH = 16
-# Two kinds of choices. The harness computes a prompt once for all choices of one token, and again for every longer one.
+# Short and long choices: the harness computes a prompt once for all choices of one token, and again for every longer one.
 CHOICES = {
     "rank_vs_lm_eval": ("World", "Sports", "Business", "Science and technology"),
     "rank_sentences_vs_lm_eval": (
@@ -42,7 +42,7 @@ REPLY = 32  # tokens
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="smollm2-135m-instruct")
-    parser.add_argument("--rows", type=int, default=128)  # as many as a report asks and more: few end with half a batch idle
+    parser.add_argument("--rows", type=int, default=128)  # enough rows that the last, half-empty batch weighs little
     parser.add_argument("--runs", type=int, default=3)
     chosen = parser.parse_args()
     folder = local_folder(chosen.model)
@@ -75,7 +75,7 @@ def _ranking(figure: str, said: Sequence[str], folder: Path, model: Any, tokeniz
 
 
 def _harness(folder: Path, model: Any, texts: list[str], said: Sequence[str]) -> Callable[[], Any]:
-    """The same questions to lm-evaluation-harness' `hf` model over the same weights."""
+    """The same questions for lm-evaluation-harness' `hf` model with the same weights."""
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
     from transformers import AutoTokenizer
@@ -96,7 +96,7 @@ def _harness(folder: Path, model: Any, texts: list[str], said: Sequence[str]) ->
 
 def _generation(model: Any, tokenizer: Tokenizer, texts: list[str], runs: int) -> None:
     prompts = tokenizer.encode_batch(texts)
-    # Replies end where the model ends them, as in an evaluation: a padded batch waits for its longest.
+    # Replies end at a stop token, as in an evaluation, so a padded batch waits for its longest reply.
     stops = frozenset(tokenizer.encode("."))
 
     def ours() -> Any:

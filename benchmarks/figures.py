@@ -1,4 +1,7 @@
-"""One measured figure as one JSON line: our runs and a peer's, interleaved, because the machines are noisy."""
+"""Output of benchmarks: each measured figure is one JSON line on stdout.
+
+Our runs and a peer's are interleaved, because the speed of a machine drifts.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ _out: TextIO | None = None
 
 
 def claim_stdout() -> None:
-    """From here on standard output is for figures alone: what libraries and other processes print there goes to standard error."""
+    """Reserves standard output for figures: what libraries and other processes print there goes to standard error."""
     global _out
     sys.stdout.flush()
     _out = os.fdopen(os.dup(1), "w", encoding="utf-8")
@@ -21,7 +24,10 @@ def claim_stdout() -> None:
 
 
 def compare(figure: str, ours: Callable[[], float], peer_name: str, peer: Callable[[], float], *, runs: int, goal: float) -> None:
-    """Prints the median ratio of `ours()` to `peer()`, both in the same unit where larger is better, such as tokens/s."""
+    """Reports the median ratio of `ours()` to `peer()` over `runs` interleaved runs.
+
+    Both give a value in the same unit, of which more is better, such as tokens/s.
+    """
     pairs = [(ours(), peer()) for _ in range(runs)]
     for number, (mine, theirs) in enumerate(pairs, start=1):
         print(f"{figure} run {number}: ours {mine:.1f}, {peer_name} {theirs:.1f}", file=sys.stderr)
@@ -37,6 +43,6 @@ def compare(figure: str, ours: Callable[[], float], peer_name: str, peer: Callab
 
 
 def report(figure: str, value: float | None, **rest: object) -> None:
-    """Prints one figure; `value` None comes with a `why`."""
+    """Prints one figure as JSON; a `value` of None comes with the reason in `why`."""
     rounded = None if value is None else round(value, 4)
     print(json.dumps({"figure": figure, "value": rounded, **rest}), file=_out, flush=True)

@@ -1,8 +1,9 @@
-"""On one GPU: the share of its peak that our training step uses (MFU) and the memory it takes, for a Llama shape of about 1.2B
-parameters with random weights in bfloat16, packed rows of 4,096 tokens, the whole model and LoRA; TRL's SFTTrainer beside it.
+"""Training on one GPU: the share of its peak FLOP/s that our step uses (MFU), the memory it takes, and the speed against TRL.
 
-Ours is the engine that a run's worker builds, in one process and without Ray. Every token but an example's first is predicted, and
-the input embedding, which is looked up and not multiplied, does not count. `--tiny` runs the same with a tiny shape, on a CPU too.
+The model is a Llama shape of about 1.2B parameters with random weights in bfloat16, trained whole and with LoRA on packed rows
+of 4,096 tokens; the peer is TRL's SFTTrainer. Ours is the engine that a run's worker builds, in one process and without Ray.
+Every token but an example's first is predicted. The input embedding, which is a look-up and no product, does not count.
+`--tiny` runs the same with a tiny shape, on a CPU too.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from apprentice.train.memory.measure import peak_memory
 from apprentice.train.metrics import mfu as flops
 from apprentice.train.worker import build_engine
 
-WARM_UP = 2  # steps that do not count
+WARM_UP = 2  # first steps, which are not measured
 EXAMPLES = 4  # in a row
 GOAL, TRL_GOAL = 0.5, 1.0
 FIGURES = ("gpu.mfu_full", "gpu.mfu_lora", "gpu.peak_memory_gib", "gpu.vs_trl")
@@ -46,7 +47,7 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Shape:
-    """Of a Llama."""
+    """Shape of a Llama model."""
 
     hidden_size: int
     intermediate_size: int
@@ -60,17 +61,20 @@ LARGE, TINY = Shape(2048, 5632, 22, 32, 8), Shape(64, 128, 2, 4, 2)
 
 @dataclass(frozen=True)
 class Found:
-    """What a process measured over the steps after the warm-up."""
+    """Measurements of a training process over the steps after the warm-up."""
 
     targets_per_s: float
     tokens_per_s: float
     peak_memory: int  # bytes
-    micro: int  # rows at once
+    micro: int  # rows in a micro-batch
     trained: int
 
 
 def make_model(shape: Shape, tokenizer: str, folder: Path) -> int:
-    """Writes a model of `shape` with random weights, and `tokenizer` beside it; gives the numbers of its input embedding."""
+    """Writes a model of `shape` with random weights, and the tokenizer of the model `tokenizer`, into `folder`.
+
+    Returns the number of parameters of its input embedding.
+    """
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     words = AutoTokenizer.from_pretrained(local_folder(tokenizer))
@@ -82,7 +86,7 @@ def make_model(shape: Shape, tokenizer: str, folder: Path) -> int:
 
 
 def rows_of(count: int, length: int, vocabulary: int, seed: int) -> PackedRows:
-    """Full rows of `EXAMPLES` examples of equal length and random ids."""
+    """`count` full packed rows of `length` tokens, each of `EXAMPLES` examples of equal length with random token ids."""
     size = length // EXAMPLES
     ids = np.random.default_rng(seed).integers(3, vocabulary, (count, size * EXAMPLES)).astype(np.int32)
     places = np.broadcast_to(np.arange(size * EXAMPLES), ids.shape)
@@ -92,7 +96,7 @@ def rows_of(count: int, length: int, vocabulary: int, seed: int) -> PackedRows:
 
 
 def recipe_of(arguments: argparse.Namespace, folder: Path, method: str) -> Recipe:
-    """One worker with one GPU, or without where there is none."""
+    """A recipe for one worker, with one GPU where there is one."""
     return Recipe.model_validate(
         {
             "name": method,
@@ -114,7 +118,7 @@ def recipe_of(arguments: argparse.Namespace, folder: Path, method: str) -> Recip
 
 
 def measured(recipe: Recipe, steps: list[PackedRows]) -> Found:
-    """Trains on `steps` in a process of its own."""
+    """Trains on `steps` in a fresh process and returns its measurements."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "job").write_bytes(pickle.dumps((recipe, steps)))
         torch.multiprocessing.spawn(_process, (folder,), nprocs=1)
@@ -134,7 +138,7 @@ def _process(_: int, folder: str) -> None:
     tried = length if on_gpu and recipe.training.micro_batch == "auto" else None
     engine = build_engine(recipe, None, dtype=dtype, micro=micro, device=device, peers=Peers(), length=tried)
     if on_gpu:
-        torch.cuda.reset_peak_memory_stats()  # finding the rows at once went to the limit
+        torch.cuda.reset_peak_memory_stats()  # the search for the micro-batch size went up to the limit
     tokens = targets = 0
     begin = 0.0
     for number, rows in enumerate(steps):
@@ -149,14 +153,14 @@ def _process(_: int, folder: str) -> None:
 
 
 def _now(device: torch.device) -> float:
-    """Seconds, once the device has done what it was asked."""
+    """The time in seconds, once the device has finished its queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
 def utilisation(found: Found, numbers: int, embedding: int, peak: float) -> float:
-    """The share of `peak` FLOP/s; a whole model's embedding is trained, but nothing is multiplied with it."""
+    """Share of `peak` FLOP/s; the embedding does not count, since it is trained with the whole model but never multiplied."""
     trained = found.trained - (embedding if found.trained == numbers else 0)
     return flops.per_token(numbers - embedding, trained) * found.tokens_per_s / peak
 
@@ -211,7 +215,7 @@ def main(given: list[str]) -> None:
         for figure in FIGURES:
             report(figure, None, why=why)
         return
-    # DeepSpeed, which transformers looks at too, would print what it found.
+    # Without this, DeepSpeed, which transformers imports too, prints the accelerator that it detects.
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     with tempfile.TemporaryDirectory() as folder:
         run(arguments, Path(folder) / "model")

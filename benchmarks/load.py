@@ -1,11 +1,17 @@
-"""Many clients at once on one replica of a tiny model: what is answered, what is refused, what memory does, and a killed replica.
+"""Load test: many clients at once on one replica of a tiny model, its memory, and recovery from a killed replica.
 
     python benchmarks/load.py [--clients 500] [--seconds 60]
 
-Each client has a connection of its own and asks again as soon as it is answered, or when a 429 says that it may. `load.failed`:
-requests that were neither answered whole nor refused with 429. `load.unanswered`: those that the engine accepted and no client has
-an answer of. `load.tokens_vs_32`: tokens/s of answers, against 32 clients. `load.memory_mib`: how much replica and proxy have grown
-since the first quarter. `load.back_s`: from a replica's death under 32 clients until the next answer. All of it shares the CPUs.
+Each client has a connection of its own and sends its next request when the last is answered, or after the wait that a 429
+states.
+
+    load.failed        requests that were neither answered whole nor refused with 429
+    load.unanswered    requests that the engine accepted and no client got an answer to
+    load.tokens_vs_32  tokens/s of answers, against those of 32 clients
+    load.memory_mib    growth of replica and proxy since the first quarter
+    load.back_s        seconds from a replica's death under 32 clients until the next answer
+
+Clients and server share the CPUs.
 """
 
 from __future__ import annotations
@@ -38,13 +44,13 @@ from apprentice.recipe import Serving
 from apprentice.serve.deployment import APP_NAME, start
 
 TOKENS = 32  # of each reply
-FEW = 32  # clients of the run beside
+FEW = 32  # clients of the run to compare with
 WHOLE, REFUSED = "whole", "refused"
 
 
 @dataclass
 class Outcome:
-    """How the requests of a run ended (`WHOLE`, `REFUSED`, or what went wrong), and the memory in MiB as it went."""
+    """Results of a run: how its requests ended (`WHOLE`, `REFUSED`, or what went wrong), and samples of memory in MiB."""
 
     ended: Counter[str] = field(default_factory=Counter)
     accepted: int = 0
@@ -61,12 +67,12 @@ class Outcome:
 
     @property
     def growth(self) -> float:
-        """MiB from the end of the first quarter to the end."""
+        """MiB by which memory grew from the end of the first quarter to the end."""
         return max(self.memory[-3:]) - max(self.memory[: max(1, len(self.memory) // 4)])
 
 
 def main() -> None:
-    """Starts an endpoint, loads it, prints one JSON line for each figure."""
+    """Starts an endpoint, loads it, and prints one JSON line for each figure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clients", type=int, default=500)
     parser.add_argument("--seconds", type=float, default=60.0)
@@ -114,7 +120,7 @@ def tiny_llama(folder: Path) -> Path:
 
 
 async def load(url: str, *, clients: int, seconds: float) -> Outcome:
-    """`clients` ask for `seconds` seconds, and wait for the answer to what they have asked."""
+    """Runs `clients` clients for `seconds` seconds, and waits for the answers to their last requests."""
     outcome = Outcome(accepted=-accepted_by(url))
     began = time.monotonic()
     asking = [asyncio.create_task(ask(url, number, began + seconds, outcome.ended)) for number in range(clients)]
@@ -128,7 +134,7 @@ async def load(url: str, *, clients: int, seconds: float) -> Outcome:
 
 
 async def ask(url: str, number: int, until: float, ended: Counter[str], answered: list[float] | None = None) -> None:
-    """One client on a connection of its own; `answered` gets the times of its answers."""
+    """One client on a connection of its own, until the time `until`; the times of its answers are appended to `answered`."""
     place = urlsplit(url)
     body = json.dumps({"prompt": f"Client {number} asks.", "max_tokens": TOKENS, "ignore_eos": True}).encode()
     head = f"POST /v1/completions HTTP/1.1\r\nHost: {place.netloc}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
@@ -159,14 +165,14 @@ async def ask(url: str, number: int, until: float, ended: Counter[str], answered
 
 
 async def read_answer(reader: asyncio.StreamReader) -> tuple[int, dict[str, str], bytes]:
-    """Status, headers (in small letters) and body of one HTTP answer."""
+    """Status, headers (lower case) and body of one HTTP response."""
     first, *lines = (await reader.readuntil(b"\r\n\r\n")).decode().strip().split("\r\n")
     headers = dict(line.lower().split(": ", 1) for line in lines)
     return int(first.split()[1]), headers, await reader.readexactly(int(headers["content-length"]))
 
 
 async def killed(url: str) -> tuple[float, dict[str, int]]:
-    """Seconds from a replica's death under load until the next answer, and how the requests went that it took along."""
+    """Kills a replica under load; returns the seconds until the next answer, and how the requests ended that were not answered."""
     ended: Counter[str] = Counter()
     answered: list[float] = []
     until = time.monotonic() + 60
@@ -175,7 +181,7 @@ async def killed(url: str) -> tuple[float, dict[str, int]]:
     replica = json.loads(await asyncio.to_thread(text_of, f"{url}/stats"))["replica"]
     ray.kill(ray.get_actor(f"SERVE_REPLICA::{APP_NAME}#apprentice#{replica}", namespace="serve"))
     died = time.monotonic()
-    while not any(when > died + 0.5 for when in answered) and time.monotonic() < until:  # what was on its way is no new answer
+    while not any(when > died + 0.5 for when in answered) and time.monotonic() < until:  # earlier ones were on their way
         await asyncio.sleep(0.05)
     for task in asking:
         task.cancel()
@@ -195,13 +201,13 @@ def text_of(url: str) -> str:
 
 
 def memory_mib() -> float:
-    """Resident memory of the replicas and proxies that this process has started."""
+    """Resident memory, in MiB, of the replicas and proxies that this process has started."""
     ours = [pid for pid in descendants(os.getpid()) if title(pid).startswith(("ray::ServeReplica", "ray::ProxyActor"))]
     return sum(map(resident_mib, ours))
 
 
 def descendants(pid: int) -> Sequence[int]:
-    """All processes below `pid`."""
+    """Ids of all child processes of `pid`, and their children."""
     parents: dict[int, int] = {}
     for entry in os.scandir("/proc"):
         if entry.name.isdecimal():

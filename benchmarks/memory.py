@@ -1,6 +1,7 @@
-"""What a worker held at most beside what `check` expects of it: ZeRO stages 0 to 3, the whole model trained and LoRA.
+"""Accuracy of the memory estimate: expected against measured peak of a worker, for ZeRO stages 0 to 3, full tuning and LoRA.
 
-Real runs of two workers on the built-in tasks, without GPUs: resident memory, with a checkpoint written while training goes on.
+Real runs of two workers on the built-in tasks, without GPUs. Resident memory is measured, with a checkpoint written during
+training.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ MIB = 2**20
 
 
 def recipe_of(arguments: argparse.Namespace, storage: str, method: str, stage: int) -> Recipe:
-    """Four steps and a checkpoint in their middle."""
+    """A recipe of four steps, with a checkpoint after the second."""
     return Recipe.model_validate(
         {
             "name": f"{method}-{stage}",

@@ -1,8 +1,9 @@
-"""The usual table of tuning methods, measured: `python benchmarks/claims.py methods`. One recipe a method, same tokens and data.
+"""Comparison of tuning methods: `python benchmarks/claims.py methods`. One recipe for each method, with the same tokens and data.
 
-For each: how much is trained, what the worker processes hold at most, tokens/s, what is kept of it on disk, and the scores of base
-and tuned model on trained-on and held-out tasks. Prints one JSON object a method; writes `methods.md` and `methods.svg`. Given
-again, what is trained and scored is not done again; its memory is then known from `methods.json` of the first time.
+For each method: the number of trained parameters, the peak memory of the worker processes, tokens/s, sizes on disk, and the
+scores of base and tuned model on trained-on and held-out tasks. Prints one JSON object for each method; writes `methods.md`
+and `methods.svg`. A second call does not repeat what is trained and evaluated; it takes the memory from `methods.json` of the
+first.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def line_of(recipe: Recipe, earlier: Mapping[str, Any]) -> Line:
-    """Trains and scores one method; `earlier` is its line of a call before, for what only training shows."""
+    """Trains and evaluates one method; `earlier` is its record of an earlier call, for the memory, which only training shows."""
 
     def progress(stage: str, values: Mapping[str, Any]) -> None:
         if values.get("done"):
@@ -67,14 +68,14 @@ def line_of(recipe: Recipe, earlier: Mapping[str, Any]) -> Line:
 
 
 def trained_of(recipe: Recipe) -> Line:
-    """How many numbers are trained, and their share of all."""
+    """Number of trained parameters, and their share of all."""
     model = load_model(recipe.model.base, resolve_dtype(recipe.model.dtype, "cpu"), trust=recipe.model.trust)
     numbers, share = trained_share(TUNING_METHODS[recipe.tuning.method].wrap(model, recipe.tuning, recipe.seed))
     return {"trained": numbers, "trained_share": share}
 
 
 def facts_of(run: Run) -> Line:
-    """Speed over the steady steps, and sizes on disk: of one checkpoint, and of what a user keeps besides the base."""
+    """Speed over the steady steps, and sizes on disk: of the largest checkpoint, and of the adapter, or else the model."""
     training = run.status()["training"]
     checkpoints = [folder for folder in run.checkpoints.local.iterdir() if folder.is_dir()]
     kept = run.adapter.local if run.adapter.exists() else run.model.local
@@ -91,7 +92,7 @@ def _size(folder: Path) -> int:
 
 
 def pools_of(found: Mapping[str, Any]) -> dict[str, Line]:
-    """Pool → base and tuned mean, and the difference with its interval."""
+    """Pool of tasks → base and tuned mean, and their difference with its interval."""
     tuned = found["columns"][-1]["key"]
     base = found["columns"][-1]["against"]
     return {
@@ -108,9 +109,9 @@ def pools_of(found: Mapping[str, Any]) -> dict[str, Line]:
 
 
 class PeakMemory:
-    """The most that the training workers below this process held together, sampled each second.
+    """Peak memory of the training workers below this process, all together, in bytes, sampled each second.
 
-    Proportional set size: pages that several share count once.
+    Measured as proportional set size, which counts pages that processes share once.
     """
 
     def __init__(self) -> None:
@@ -134,12 +135,12 @@ class PeakMemory:
 def _held(process: psutil.Process) -> int:
     try:
         return int(process.memory_full_info().pss) if "TrainWorker" in " ".join(process.cmdline()) else 0
-    except psutil.Error:  # it ended meanwhile
+    except psutil.Error:  # the process has ended
         return 0
 
 
 def table_of(lines: Mapping[str, Line]) -> str:
-    """A line a method, as GitHub Markdown."""
+    """One row for each method, as GitHub Markdown."""
     pools = [pool for pool in POOLS if any(pool in line["pools"] for line in lines.values())]
     head = [
         "method",
@@ -178,7 +179,7 @@ def _score(pool: Line) -> str:
 
 
 def picture_of(lines: Mapping[str, Line]) -> str:
-    """Two panels as SVG: the gain over the base with its interval, and tokens/s."""
+    """Two panels as SVG text: the gain over the base with its interval, and tokens/s."""
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 

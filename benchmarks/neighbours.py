@@ -1,9 +1,10 @@
-"""The endpoint beside other work: one streamed reply at a time, over HTTP, while other processes keep the CPUs busy.
+"""Endpoint beside other work: one streamed reply at a time over HTTP, while other processes keep the CPUs busy.
 
     python benchmarks/neighbours.py [--model FOLDER] [--busy 2] [--tokens 16] [--runs 3] [--threads N]
 
-`serving.neighbours_ttft_ms`: until the first token. `serving.neighbours_token_ms`: each token after it. Both at niceness 0, as
-`apprentice serve` runs, against Ray's own 15; the machine's load before it is printed beside them.
+`serving.neighbours_ttft_ms` is the time to the first token, `serving.neighbours_token_ms` that of each token after it. Both
+are measured at niceness 0, as `apprentice serve` runs, against Ray's default of 15. The machine's load before the measurement
+is printed beside them.
 """
 
 from __future__ import annotations
@@ -28,11 +29,11 @@ from apprentice.ray_cluster.session import ray_session
 from apprentice.recipe import Serving
 from apprentice.serve.deployment import start
 
-LONGEST_S = 120.0  # a reply that takes longer counts as so long
+LONGEST_S = 120.0  # a reply that takes longer counts as this long
 
 
 def main() -> None:
-    """Measures at both nicenesses, prints one JSON line for each figure."""
+    """Measures at both nicenesses and prints one JSON line for each figure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="Model folder; the packaged 135M model by default.")
     parser.add_argument("--busy", type=int, default=2, help="Processes that compute without pause.")
@@ -50,7 +51,7 @@ def main() -> None:
 
 
 def measure(folder: Path, niceness: int, chosen: argparse.Namespace) -> list[tuple[float, float]]:
-    """(ms to the first token, ms a token after it) of each run."""
+    """(ms to the first token, ms for each token after it) of each run."""
     os.environ[NICENESS] = str(niceness)
     settings = Serving(port=0, max_running=4, context=512, threads=chosen.threads)
     with ray_session(), start(folder, settings, model_name="bench", contract=contract_of(folder)) as endpoint:
@@ -61,7 +62,7 @@ def measure(folder: Path, niceness: int, chosen: argparse.Namespace) -> list[tup
 
 @contextmanager
 def neighbours(count: int) -> Iterator[None]:
-    """So many processes at niceness 0 that each want a CPU for themselves."""
+    """Runs `count` processes at niceness 0, each of which keeps one CPU busy."""
     busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
     try:
         yield

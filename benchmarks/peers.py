@@ -1,13 +1,15 @@
-"""Our endpoint beside other servers: vLLM's own and `transformers serve`, over real HTTP, 32 streamed replies at once.
+"""Our endpoint against other servers: vLLM's own and `transformers serve`, over real HTTP, with 32 streamed replies at once.
 
     make vllm
     python benchmarks/peers.py [--model FOLDER] [--runs 5] [--vllm .venv-vllm] [--only vllm|transformers|ingress]
 
-`serving.vs_vllm_cpu`: our transformers engine against vLLM alone, tokens/s; `serving.ttft_vs_vllm_cpu`: vLLM's time to the first
-token, 8 at once, in ours. `serving.vs_transformers_serve`: the same engine against `transformers serve --continuous-batching`.
-`serving.vllm_ingress_vs_vllm`: our endpoint with the vllm engine against vLLM alone. A figure's two servers run beside each other
-and are asked in turn, each when the other has gone quiet. Replies have 64 to 80 tokens; only tokens that a server says it has made
-count.
+    serving.vs_vllm_cpu            tokens/s of our transformers engine against vLLM alone
+    serving.ttft_vs_vllm_cpu       vLLM's time to the first token divided by ours, 8 at once
+    serving.vs_transformers_serve  tokens/s of our transformers engine against `transformers serve --continuous-batching`
+    serving.vllm_ingress_vs_vllm   tokens/s of our endpoint with the vllm engine against vLLM alone
+
+A figure's two servers run beside each other and are asked in turn, each when the other has gone quiet. Replies have 64 to 80
+tokens; tokens are counted as the server reports them.
 """
 
 from __future__ import annotations
@@ -34,20 +36,20 @@ from figures import claim_stdout, compare, report
 
 AT_ONCE = 32
 CONTEXT = 2048
-QUIET_S = 3.0  # before a server is asked: vLLM's worker goes on looking for work for a second after its last token
+QUIET_S = 3.0  # wait before a server is asked: vLLM's worker polls for work for a second after its last token
 NAME = "bench"
 READY_TIMEOUT_S = 400.0
 PASSAGE = "The ferry leaves the harbour at seven in the morning and needs two hours to the island, where the market opens at nine. "
 
 
 def main() -> None:
-    """Starts the servers, measures, prints one JSON line for each figure."""
+    """Starts the servers, measures, and prints one JSON line for each figure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="Model folder; the packaged 135M model by default.")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--vllm", default=".venv-vllm", help="The environment that `make vllm` makes.")
     parser.add_argument("--only", choices=["vllm", "transformers", "ingress"], help="One of the comparisons.")
-    parser.add_argument("--serve", help=argparse.SUPPRESS)  # what this script starts itself as: engine and port
+    parser.add_argument("--serve", help=argparse.SUPPRESS)  # used when this script starts itself as a server: engine:port
     chosen = parser.parse_args()
     folder = model_folder(chosen.model)
     if chosen.serve:
@@ -97,7 +99,7 @@ def measure_ingress(folder: Path, python: str, runs: int) -> None:
 
 
 class Server(NamedTuple):
-    """How one is started on a port, and how a request says that a reply is not to end early."""
+    """A server: the command that starts it on a port, and the request fields that keep a reply from ending early."""
 
     command: Callable[[int], list[str]]
     asked: dict[str, Any]
@@ -122,7 +124,7 @@ def transformers(folder: Path) -> Server:
 
 
 def serve(folder: Path, engine: str, port: str) -> None:
-    """Our endpoint, until SIGTERM; runs in the environment that has the engine."""
+    """Runs our endpoint until SIGTERM, in the environment that has the engine."""
     from serving import contract_of
 
     from apprentice.pipeline.serve import wait_for_stop
@@ -136,7 +138,7 @@ def serve(folder: Path, engine: str, port: str) -> None:
 
 
 class Running(NamedTuple):
-    """A server that answers."""
+    """A running server: its URL, and the request fields of `Server`."""
 
     url: str
     asked: dict[str, Any]
@@ -144,7 +146,7 @@ class Running(NamedTuple):
 
 @contextmanager
 def servers(*wanted: Server) -> Iterator[list[Running]]:
-    """All of them beside each other, each warmed up."""
+    """Starts all servers beside each other, warms them up, and stops them on leaving."""
     with ExitStack() as stack:
         yield [stack.enter_context(running(server)) for server in wanted]
 
@@ -168,7 +170,7 @@ def running(server: Server) -> Iterator[Running]:
 
 
 def free_port() -> int:
-    """One below those that the system gives to whoever asks for any, as Ray's processes do before the server has it."""
+    """A free port below the ephemeral range, from which Ray's processes could take it before the server does."""
     for port in random.sample(range(20_000, 32_000), 100):
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
@@ -188,7 +190,7 @@ def wait_until_ready(url: str, process: subprocess.Popen[bytes]) -> None:
 
 
 def tokens_per_s(server: Running) -> float:
-    """New tokens per second of `AT_ONCE` streamed replies together."""
+    """New tokens/s of `AT_ONCE` streamed replies together."""
 
     async def all_of_them() -> float:
         await asyncio.sleep(QUIET_S)
@@ -201,7 +203,7 @@ def tokens_per_s(server: Running) -> float:
 
 
 def first_ms(server: Running) -> float:
-    """Median time to the first event of 8 streamed replies, whose prompts nobody has read before."""
+    """Median time in ms to the first event of 8 streamed replies, whose prompts no cache has seen."""
 
     async def all_of_them() -> float:
         await asyncio.sleep(QUIET_S)
@@ -217,7 +219,7 @@ def client() -> httpx.AsyncClient:
 
 
 async def stream(http: httpx.AsyncClient, server: Running, number: int, tokens: int) -> tuple[int, float]:
-    """One reply: its tokens, as the server counts them, and the seconds to its first event."""
+    """One streamed reply: its number of tokens, as the server counts them, and the seconds to its first event."""
     prompt = f"{number}. {PASSAGE * (1 + number % 3)}The captain"
     asked = {"prompt": prompt, "max_tokens": tokens, "temperature": 0, "stream": True, "stream_options": {"include_usage": True}}
     began, first, last = time.perf_counter(), 0.0, b""

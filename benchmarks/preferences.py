@@ -1,7 +1,7 @@
-"""DPO: our run against TRL's DPOTrainer on the same pairs, model and one process with one thread, in pairs/s.
+"""DPO training: our run against TRL's DPOTrainer, in pairs/s, on the same pairs and model, one process with one thread.
 
-The pairs are the built-in tasks' questions, each with its answer and with that of another question. Both sides pay for the
-reference: TRL in every step, ours with a pass of its own, whose seconds for each pair are added. Only steady steps count.
+The pairs are the built-in tasks' questions, each with its answer and the answer to another question. Both sides pay for the
+reference model: TRL in every step, ours in a pass of its own, whose seconds for each pair are added. Only steady steps count.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from apprentice.train.distributed.driver import train
 from apprentice.train.engine.deepspeed_config import micro_batch
 from apprentice.train.losses.preference import PreferenceLoss
 
-WARM_UP = 2  # steps that do not count
+WARM_UP = 2  # first steps, which are not measured
 RATE, RANK = 1e-4, 16
 
 
 def write_pairs(file: Path) -> list[dict[str, str]]:
-    """Questions of all built-in tasks in turn, as records of preferences."""
+    """Writes preference records on the questions of all built-in tasks, interleaved, as JSON lines; returns them."""
     asked = []
     for task in find_tasks("quickstart", file.parent):
         template = task.scored_templates[0]
@@ -52,7 +52,7 @@ def write_pairs(file: Path) -> list[dict[str, str]]:
 
 
 def recipe_of(arguments: argparse.Namespace, storage: str, name: str, steps: int) -> Recipe:
-    """One worker on the pairs in `storage`."""
+    """A recipe for one worker on the pairs in `storage`."""
     return Recipe.model_validate(
         {
             "name": name,
@@ -81,7 +81,7 @@ def recipe_of(arguments: argparse.Namespace, storage: str, name: str, steps: int
 
 
 def ours(arguments: argparse.Namespace, storage: str, name: str) -> float:
-    """Pairs/s of our run's steady steps, the reference's share included."""
+    """Pairs/s of our run's steady steps, with the reference pass included."""
     made = recipe_of(arguments, storage, name, arguments.steps + WARM_UP)
     run = open_run(made)
     corpus = make_corpus(made, run)
@@ -93,7 +93,7 @@ def ours(arguments: argparse.Namespace, storage: str, name: str) -> float:
 
 
 def reference_seconds(corpus: Corpus) -> float:
-    """Of one pair, over the packed rows of the first window."""
+    """Seconds of the reference pass for one pair, over the packed rows of the first window."""
     recipe = corpus.recipe
     dtype = resolve_dtype(recipe.model.dtype, "cpu")
     torch.set_num_threads(1)
@@ -102,7 +102,7 @@ def reference_seconds(corpus: Corpus) -> float:
     size = micro_batch(recipe.training, workers=1, length=corpus.row_length, on_gpu=False)
     micros: list[Any] = packed.micros(size)[:5]
     with torch.no_grad():
-        loss.log_probabilities(*micros[0].tensors)  # the first pass sets things up
+        loss.log_probabilities(*micros[0].tensors)  # warm-up
         begin = time.perf_counter()
         for micro in micros[1:]:
             loss.log_probabilities(*micro.tensors)
@@ -111,20 +111,20 @@ def reference_seconds(corpus: Corpus) -> float:
 
 
 def pairs_a_step(corpus: Corpus) -> int:
-    """What a step of ours holds, for TRL's batch."""
+    """Mean number of pairs in one of our steps, as TRL's batch size."""
     held = [len(examples) for examples in render_window(corpus, 0)["examples"]]
     return max(1, round(corpus.recipe.training.global_batch * sum(held) / len(held)))
 
 
 def trl(arguments: argparse.Namespace, storage: str, batch: int) -> float:
-    """Pairs/s of TRL's steady steps, in a process of its own."""
+    """Pairs/s of TRL's steady steps, in a fresh process."""
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.spawn(trl_process, (arguments, storage, batch, folder), nprocs=1)
         return float((Path(folder) / "speed").read_text())
 
 
 def trl_process(_: int, arguments: argparse.Namespace, storage: str, batch: int, folder: str) -> None:
-    """The peer: same weights, number format, LoRA and learning rate; the adapter is turned off for the reference."""
+    """The peer's process: same weights, dtype, LoRA and learning rate; the reference is the model without its adapter."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     from datasets import Dataset
@@ -178,7 +178,7 @@ def trl_process(_: int, arguments: argparse.Namespace, storage: str, batch: int,
         peft_config=LoraConfig(task_type="CAUSAL_LM", r=RANK, lora_alpha=2 * RANK, target_modules="all-linear"),
         callbacks=[clock],
     )
-    with contextlib.redirect_stdout(sys.stderr):  # it prints its figures, and standard output is for ours
+    with contextlib.redirect_stdout(sys.stderr):  # TRL prints its metrics, and standard output is for our figures
         trainer.train()
     speed = batch * arguments.steps / (clock.end - clock.begin)
     assert math.isfinite(speed)

@@ -1,14 +1,14 @@
-"""What the plan costs and how exact it is when there are many tasks, many rows and many positions behind it.
+"""Scaling of the sampling plan: its cost and exactness with many tasks, many rows and many positions.
 
 `scale.window_ms`     median time to draw one window of 1,024 positions, at position 0 and at 10**12, for few and many tasks;
                       with many (10,000 tasks, 10**10 rows), each window meets other tasks than the one before
 `scale.share_error`   largest |count - n · share| over all tasks and many n up to 10**12
-`scale.worker_error`  4,096 workers take windows of 128 positions in turn, and each draws its own by itself: largest difference,
-                      over all tasks, between what they drew together and the closed form
-`scale.plan_mib`      the plan as it travels to each of them: it holds the row groups, not the rows
-`scale.step_s`        a step of one second of arithmetic, for 8 to 4,096 workers (simulated; a block costs 8 ms, as measured)
+`scale.worker_error`  4,096 workers take windows of 128 positions in turn, and each draws its own: largest difference, over all
+                      tasks, between the sum of their draws and the closed form
+`scale.plan_mib`      size of the plan as it is sent to each of them: it holds the row groups, not the rows
+`scale.step_s`        a step with one second of arithmetic, for 8 to 4,096 workers (simulated; a block costs 8 ms, as measured)
 
-On standard error, the same as a table: what each number of workers costs, what is the first to be too slow, and what to change.
+The same is printed on standard error as a table: the cost for each number of workers, the first bottleneck, and its remedy.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ from apprentice.recipe import Recipe
 from apprentice.tasks.schema import Task
 
 WINDOW = 1024
-TURN = 128  # the window of each of many workers; what they draw together does not depend on it, and time does
+TURN = 128  # window of each of many workers: the time depends on it, and their draws together do not
 GROUP_ROWS = 100_000
 FAR = 10**12
-ALL_ROWS = 10**10  # of the larger number of tasks together
+ALL_ROWS = 10**10  # rows of the larger number of tasks together
 WORKERS = 4096
 MANY = (8, 64, 512, WORKERS)
 ROW_TOKENS, WORKER_TOKENS_PER_S = 2048, 10_000  # a GPU that trains 7 billion parameters
@@ -64,13 +64,13 @@ def make_index(task: str, rows: int) -> TaskIndex:
     groups = (GROUP_ROWS,) * (rows // GROUP_ROWS) + (rows % GROUP_ROWS,)
     source = Source(task, "train", ("none",), (len(groups),), groups, {}, "none")
     none = np.array([], dtype=np.int64)
-    kept: Any = RowRanges.all_of(rows)  # no machine could list them
+    kept: Any = RowRanges.all_of(rows)  # as ranges, because a list of so many rows fits into no memory
     return TaskIndex(task, source, None, kept, none, none, 0.0, 0.0, {})
 
 
 def make_plan(task_count: int, all_rows: int) -> Plan:
-    """Sizes spread evenly over four powers of ten, `all_rows` together."""
-    tasks = [make_task()] * task_count  # compiling their wordings is no part of what is measured
+    """A plan over `task_count` tasks with `all_rows` rows together, whose sizes are spread evenly over four powers of ten."""
+    tasks = [make_task()] * task_count  # compiling templates is not measured
     tasks = [task.model_copy(update={"name": f"task_{number}"}) for number, task in enumerate(tasks)]
     spread = np.geomspace(1, 10_000, task_count)
     sizes = np.maximum(spread * all_rows / spread.sum(), 100).astype(int)
@@ -81,7 +81,7 @@ def make_plan(task_count: int, all_rows: int) -> Plan:
 
 
 def window_ms(plan: Plan, position: int, runs: int) -> float:
-    """The median over `runs` windows from `position` on, after one that fills the caches."""
+    """Median time in ms over `runs` windows from `position` on, after one that fills the caches."""
     times = []
     for number in range(runs + 1):
         began = time.perf_counter()
@@ -91,7 +91,10 @@ def window_ms(plan: Plan, position: int, runs: int) -> float:
 
 
 def worker_error(plan: Plan) -> float:
-    """What 4,096 workers draw, one window each from `FAR` on, in no order; each draws from the plan as it was sent to it."""
+    """Largest error of the draws of 4,096 workers, one window each from `FAR` on, in random order.
+
+    Each worker draws from a copy of the plan as it was sent to it; the error is against the plan's closed form.
+    """
     first = FAR // TURN
     sent = pickle.loads(pickle.dumps(plan))
     seen: Counter[str] = Counter()
@@ -103,7 +106,7 @@ def worker_error(plan: Plan) -> float:
 
 
 def scale_table(window: float, plan_mib: float, block_s: float) -> str:
-    """What a step of a second costs each number of workers, as Markdown."""
+    """The cost of a one-second step for each number of workers, as Markdown."""
     lines = [
         "| workers | messages a step | of them blocks | a step of 1 s lasts | processes that make windows | plan sent to them"
         " | the first to be too slow | what to change |",

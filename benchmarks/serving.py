@@ -1,12 +1,15 @@
-"""Serving over real HTTP, our endpoint under Ray Serve.
+"""Serving over real HTTP: our endpoint under Ray Serve.
 
     python benchmarks/serving.py [--model FOLDER] [--tokens 96] [--runs 5] [--only overhead]
 
-`serving.vs_sequential`: 16 prompts of different lengths at once against one after another, tokens/s. `serving.ttft_ms`: until
-the first token of a streamed reply, 8 at once. `serving.overhead_ms`: a request for one token over HTTP, less the engine's own
-time for it. `serving.adapters_vs_base`: the same 16 prompts over four LoRA adapters of rank 16 against the base alone.
-`serving.seq2seq_vs_generate`: a T5 of t5-small's shape with random weights, 32 requests at once whose replies have 8 to 96 tokens,
-against transformers' `generate` on batches of 8 in the order of arrival; only wanted tokens count.
+Each figure is the median over the runs.
+
+    serving.vs_sequential        tokens/s of 16 prompts of different lengths at once, against one after another
+    serving.ttft_ms              time to the first token of a streamed reply, 8 at once
+    serving.overhead_ms          time of a request for one token over HTTP, less the engine's own time for it
+    serving.adapters_vs_base     tokens/s of the same 16 prompts over four LoRA adapters of rank 16, against the base alone
+    serving.seq2seq_vs_generate  a T5 of t5-small's shape with random weights, 32 requests at once with replies of 8 to 96 tokens,
+                                 against transformers' `generate` on batches of 8 in order of arrival; only requested tokens count
 """
 
 from __future__ import annotations
@@ -43,15 +46,15 @@ from apprentice.serve.engines.transformers import TransformersEngine
 
 REQUESTS = 16
 PASSAGE = "The ferry leaves the harbour at seven in the morning and needs two hours to the island, where the market opens at nine. "
-# Of each request to the T5: how often the passage is repeated, and how long the reply is.
+# (repeats of the passage, tokens of the reply) of each request to the T5.
 MIXED = [(number % 5, (8, 24, 48, 96)[number * 7 % 4]) for number in range(32)]
 ADAPTERS = ("one", "two", "three", "four")
-CPUS = len(os.sched_getaffinity(0))  # that a replica decodes with, and so does what is measured beside it
+CPUS = len(os.sched_getaffinity(0))  # threads of a replica and of its peers
 SINGLES = 40  # requests for one token whose median is taken
 
 
 def main() -> None:
-    """Starts the endpoints, measures, prints one JSON line for each figure."""
+    """Starts the endpoints, measures, and prints one JSON line for each figure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="Model folder; the packaged 135M model by default.")
     parser.add_argument("--tokens", type=int, default=96, help="New tokens of each request.")
@@ -78,7 +81,7 @@ def main() -> None:
 
 @contextmanager
 def serving(folder: Path, at_once: int, adapters: Path | None = None) -> Iterator[Endpoint]:
-    """The endpoint over `folder`, warmed up."""
+    """An endpoint over the model in `folder`, warmed up; it is stopped on leaving."""
     settings = Serving(port=0, max_running=at_once, adapters=str(adapters) if adapters else None)
     with start(folder, settings, model_name="bench", contract=contract_of(folder)) as endpoint:
         asyncio.run(tokens_per_s(endpoint, 8, at_once=at_once))
@@ -86,7 +89,7 @@ def serving(folder: Path, at_once: int, adapters: Path | None = None) -> Iterato
 
 
 def four_adapters(base: Path, folder: Path) -> Path:
-    """Random adapters of rank 16 of all linear layers, in PEFT's format."""
+    """Writes random LoRA adapters of rank 16 for all linear layers of the base, in PEFT's format; returns `folder`."""
     model = load_model(base, torch.float32)
     for seed, name in enumerate(ADAPTERS):
         made = torch.Generator().manual_seed(seed)
@@ -103,7 +106,7 @@ def four_adapters(base: Path, folder: Path) -> Path:
 
 
 def measure_adapters(endpoint: Endpoint, tokens: int, runs: int) -> None:
-    asyncio.run(tokens_per_s(endpoint, 8, at_once=REQUESTS, models=ADAPTERS))  # reads them
+    asyncio.run(tokens_per_s(endpoint, 8, at_once=REQUESTS, models=ADAPTERS))  # loads the adapters
     compare(
         "serving.adapters_vs_base",
         lambda: asyncio.run(tokens_per_s(endpoint, tokens, at_once=REQUESTS, models=ADAPTERS)),
@@ -145,11 +148,11 @@ def measure_overhead(endpoint: Endpoint, folder: Path, runs: int) -> None:
 
 
 async def over_http_ms(endpoint: Endpoint, ids: tuple[int, ...]) -> float:
-    """Median of requests for one token, one after another."""
+    """Median time in ms of requests for one token over HTTP, one after another."""
     spent = []
     async with httpx.AsyncClient(timeout=600) as http:
         for number in range(SINGLES):
-            asked = {"prompt": [number + 100, *ids], "max_tokens": 1}  # another beginning each time: nothing is shared
+            asked = {"prompt": [number + 100, *ids], "max_tokens": 1}  # a new first token: no cached prefix fits
             began = time.perf_counter()
             (await http.post(f"{endpoint.url}/v1/completions", json=asked)).raise_for_status()
             spent.append((time.perf_counter() - began) * 1000)
@@ -157,7 +160,7 @@ async def over_http_ms(endpoint: Endpoint, ids: tuple[int, ...]) -> float:
 
 
 async def inside_ms(engine: TransformersEngine, ids: tuple[int, ...]) -> float:
-    """The same for the engine in this process."""
+    """The same for the engine in this process, without HTTP."""
     spent = []
     for number in range(SINGLES):
         began = time.perf_counter()
@@ -169,7 +172,7 @@ async def inside_ms(engine: TransformersEngine, ids: tuple[int, ...]) -> float:
 
 
 async def first_tokens_ms(endpoint: Endpoint, *, at_once: int) -> float:
-    """Median time to the first event of `at_once` streamed replies."""
+    """Median time in ms to the first event of `at_once` streamed replies."""
 
     async def ask(http: httpx.AsyncClient, number: int) -> float:
         asked = {"prompt": f"{time.time_ns()} {number}. {PASSAGE * 2}", "max_tokens": 16, "stream": True, "ignore_eos": True}
@@ -185,7 +188,7 @@ async def first_tokens_ms(endpoint: Endpoint, *, at_once: int) -> float:
 
 
 def t5_small(tokenizer: Path, folder: Path) -> Path:
-    """A T5 of t5-small's shape with random weights, and the tokenizer of the folder `tokenizer`."""
+    """Writes a T5 of t5-small's shape with random weights, and the tokenizer of the folder `tokenizer`; returns `folder`."""
     shutil.copytree(tokenizer, folder, ignore=shutil.ignore_patterns("*.safetensors", "*.gguf", "apprentice.json"))
     ends = Tokenizer(folder).end_id
     size = -(-len(Tokenizer(folder)) // 64) * 64
@@ -239,7 +242,7 @@ def generated_per_s(model: Any, prompts: list[list[int]]) -> float:
 
 
 async def tokens_per_s(endpoint: Endpoint, tokens: int, *, at_once: int, models: Sequence[str] = ("bench",)) -> float:
-    """New tokens per second of all requests together, `at_once` of them under way at any time, shared out among `models`."""
+    """New tokens/s of all requests together, `at_once` of them at any time, distributed over `models`."""
     room = asyncio.Semaphore(at_once)
 
     async def ask(http: httpx.AsyncClient, number: int) -> int:

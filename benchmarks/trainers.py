@@ -1,7 +1,7 @@
-"""The peers of our training loop: transformers' Trainer and TRL's SFTTrainer on the examples of the same packed rows.
+"""Peers of our training loop: transformers' Trainer and TRL's SFTTrainer on the examples of the same packed rows.
 
-Same weights, number format, LoRA, rows a step, processes and threads; Trainer gets our rows as they are, TRL packs the examples
-itself. Only steady steps count, and only target tokens.
+Weights, dtype, LoRA, rows of a step, processes and threads are the same. Trainer gets our rows as they are; TRL packs the
+examples itself. Only steady steps count, and only target tokens.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from apprentice.train.batch import PackedRows
 from apprentice.train.engine.deepspeed_config import micro_batch, rows_per_worker
 from apprentice.train.memory.measure import peak_memory
 
-WARM_UP = 2  # steps that do not count
+WARM_UP = 2  # first steps, which are not measured
 
 
 @dataclass(frozen=True)
 class Job:
-    """What the processes of a peer get; `steps` are our steps' rows."""
+    """Input of a peer's processes; `steps` are the packed rows of our steps."""
 
     peer: str
     recipe: Recipe
@@ -44,14 +44,14 @@ class Job:
 
 
 class Measured(NamedTuple):
-    """`peak_memory` is in bytes, resident, of the process that held most."""
+    """Speed in target tokens/s, and the peak resident memory, in bytes, of the process with the most."""
 
     tokens_per_s: float
     peak_memory: int
 
 
 def measured(peer: str, recipe: Recipe, steps: list[PackedRows]) -> Measured:
-    """`peer` ("trainer" or "trl") over `steps`, in as many processes as the recipe has workers; target tokens count."""
+    """Trains `peer` ("trainer" or "trl") on `steps`, in as many processes as the recipe has workers."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "job.pickle"
         file.write_bytes(pickle.dumps(Job(peer, recipe, steps, folder)))
@@ -67,7 +67,7 @@ def _process(rank: int, file: str, workers: int) -> None:
     if workers > 1:
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(workers), MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
         dist.init_process_group("gloo", init_method=f"file://{job.folder}/store", rank=rank, world_size=workers)
-    with contextlib.redirect_stdout(sys.stderr):  # they print their figures, and standard output is for ours
+    with contextlib.redirect_stdout(sys.stderr):  # the peers print their metrics, and standard output is for our figures
         trainer = _trl(job, workers) if job.peer == "trl" else _trainer(job, workers)
         targets, seconds = _run(trainer)
     total, most = torch.tensor([targets], dtype=torch.float64), torch.tensor([peak_memory(torch.device("cpu"))])
@@ -79,7 +79,7 @@ def _process(rank: int, file: str, workers: int) -> None:
 
 
 def _run(trainer: Any) -> tuple[int, float]:
-    """This process's target tokens, and the seconds, of the steps after the warm-up."""
+    """Target tokens of this process, and seconds, over the steps after the warm-up."""
     found = {"targets": 0, "begin": 0.0}
     inner = trainer.training_step
 
@@ -165,7 +165,7 @@ def _trl(job: Job, workers: int) -> Any:
 
 
 def examples(steps: list[PackedRows]) -> list[dict[str, list[int]]]:
-    """The examples of all rows: their token ids, and which of them count."""
+    """The examples of all rows: their token ids, and which of these are targets."""
     found = []
     for step in steps:
         for ids, segments, mask in zip(step.input_ids, step.segment_ids, step.loss_mask, strict=True):

@@ -1,10 +1,10 @@
 """Training: our run on Ray Train and DeepSpeed against a bare PyTorch loop, transformers' Trainer and TRL's SFTTrainer.
 
-All have the same packed rows, model, number format, processes and threads. Only steady steps count: start, checkpoints and
-validation are left out on all sides. Against the bare loop the ratio is what Ray and DeepSpeed cost.
+All have the same packed rows, model, dtype, processes and threads. Only steady steps count: start, checkpoints and validation
+are left out on all sides. The ratio to the bare loop is the cost of Ray and DeepSpeed.
 
-How long a run takes to its first step, what part of a save training waits for, and the memory of a process beside that of TRL's are
-figures of their own. DPO against TRL's is in preferences.py, the two trainers in trainers.py.
+Further figures are the time to a run's first step, the share of a save that training waits for, and the memory of a process
+against TRL's. DPO against TRL's is in preferences.py, the two trainers are in trainers.py.
 """
 
 from __future__ import annotations
@@ -43,15 +43,15 @@ from apprentice.train.engine.deepspeed_config import micro_batch, rows_per_worke
 from apprentice.train.losses.sft import TargetLoss
 from apprentice.train.optimizer import adamw, learning_rate
 
-WARM_UP = 2  # steps that do not count
+WARM_UP = 2  # first steps, which are not measured
 GOAL, DPO_GOAL = 0.95, 1.2
 TRAINER_GOAL, TRL_GOAL = 1.0, 1.5
-STARTUP_GOAL_S, SAVE_GOAL, MEMORY_GOAL = 25.0, 0.1, 1.0  # seconds; part of a save; of TRL's
+STARTUP_GOAL_S, SAVE_GOAL, MEMORY_GOAL = 25.0, 0.1, 1.0  # seconds; share of a save; ratio to TRL's memory
 MIB = 2**20
 
 
 def recipe_of(arguments: argparse.Namespace, storage: str, name: str) -> Recipe:
-    """Two workers on the built-in tasks, as in the quickstart, with `arguments`' sizes."""
+    """A recipe on the built-in tasks, as in the quickstart, with the sizes in `arguments`."""
     return Recipe.model_validate(
         {
             "name": name,
@@ -88,7 +88,7 @@ def ours(arguments: argparse.Namespace, storage: str, number: int) -> float:
 
 
 def startup_s(arguments: argparse.Namespace, storage: str, number: int) -> tuple[float, float]:
-    """Seconds from the call until the first step begins, and until it is made."""
+    """Seconds from the call until the first step begins, and until it ends."""
     made = recipe_of(arguments, storage, f"startup-{number}")
     run = open_run(made)
     corpus = make_corpus(made, run)
@@ -105,7 +105,10 @@ def startup_s(arguments: argparse.Namespace, storage: str, number: int) -> tuple
 
 
 def save_block(arguments: argparse.Namespace, storage: str) -> tuple[float, float]:
-    """Seconds that training waited for a checkpoint of the whole model with AdamW's state, and that it took, in mid-run."""
+    """Median seconds that training waits for a checkpoint, and that the checkpoint takes.
+
+    Whole model with AdamW's state, saved during training.
+    """
     made = recipe_of(arguments, storage, "saves")
     training = made.training.model_copy(update={"steps": 6, "checkpoint": Checkpointing(every_steps=2, keep=1)})
     made = made.model_copy(update={"tuning": made.tuning.model_copy(update={"method": "full"}), "training": training})
@@ -118,7 +121,7 @@ def save_block(arguments: argparse.Namespace, storage: str) -> tuple[float, floa
 
 @dataclass(frozen=True)
 class Bare:
-    """What the processes of the bare loop get."""
+    """Input of the bare loop's processes."""
 
     recipe: Recipe
     steps: list[PackedRows]
@@ -172,13 +175,13 @@ def bare_process(rank: int, file: str, workers: int) -> None:
 
 
 def first_steps(arguments: argparse.Namespace, storage: str) -> list[PackedRows]:
-    """The steps that the peers take."""
+    """The packed rows of our first steps, for the peers."""
     made = recipe_of(arguments, storage, "rows")
     return steps_of(make_corpus(made, Run(open_run(made).folder), parallel=False), arguments.steps + WARM_UP)
 
 
 def steps_of(corpus: Corpus, count: int) -> list[PackedRows]:
-    """The rows of the first `count` steps, in the order in which our run takes them."""
+    """The packed rows of the first `count` steps, in the order in which our run takes them."""
     batch = corpus.recipe.training.global_batch
     columns: dict[str, list[Any]] = {}
     window = 0

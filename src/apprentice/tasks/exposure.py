@@ -1,8 +1,10 @@
-"""Exposure of a task: how much training saw of it.
+"""Exposure of a task: how much training saw of it, from the least to the most.
 
-held_out     no task of its cluster
-scored_only  other tasks of its cluster
-trained_on   the task itself
+    held_out     no task of its cluster
+    scored_only  other tasks of its cluster
+    trained_on   the task itself
+
+Tasks that are held out or scored only are not trained on.
 """
 
 from __future__ import annotations
