@@ -11,7 +11,7 @@ from dataclasses import dataclass
 BLOCK_S = 0.008  # seconds of the splitter for one block: 100 to 150 blocks/s were measured with Ray 2.60 on two cores
 AHEAD = 2  # steps that a worker requests in advance: `PREFETCHED_STEPS` in train/distributed/ray_worker.py
 POLL_S = 2.0  # seconds between two polls of each worker by Ray Train's controller
-LEAST_ACTORS = 4  # at least so many actors may make windows, or one for each worker: train/distributed/driver.py
+LEAST_ACTORS = 4  # limit on actors that make windows, or one a worker if these are more: train/distributed/driver.py
 ACTOR_TOKENS_PER_S = 700_000  # of one such actor with a fast tokenizer, as measured
 DISK_BYTES_PER_S = 1e9  # an NVMe disk, or an object store written in parts
 

@@ -1,4 +1,4 @@
-"""`ray job submit … -- python jobs/pipeline.py --recipe R [key=value …]`: the whole pipeline; prints the run folder last."""
+"""The whole pipeline as a Ray job: `ray job submit … -- python jobs/pipeline.py --recipe R [key=value …]`."""
 
 from apprentice.jobs import run_job
 

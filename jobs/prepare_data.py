@@ -1,4 +1,4 @@
-"""`ray job submit … -- python jobs/prepare_data.py --recipe R [key=value …]`: freeze the indices of a recipe's tasks."""
+"""The stage `prepare` as a Ray job: `ray job submit … -- python jobs/prepare_data.py --recipe R [key=value …]`."""
 
 from apprentice.jobs import run_job
 

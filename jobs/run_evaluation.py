@@ -1,4 +1,4 @@
-"""`ray job submit … -- python jobs/run_evaluation.py --recipe R [key=value …]`: score the recipe's run beside its base model."""
+"""The stage `evaluate` as a Ray job: `ray job submit … -- python jobs/run_evaluation.py --recipe R [key=value …]`."""
 
 from apprentice.jobs import run_job
 

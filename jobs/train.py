@@ -1,4 +1,4 @@
-"""`ray job submit … -- python jobs/train.py --recipe R [key=value …]`: fine-tune, or go on where the run stopped."""
+"""The stage `train` as a Ray job: `ray job submit … -- python jobs/train.py --recipe R [key=value …]`."""
 
 from apprentice.jobs import run_job
 

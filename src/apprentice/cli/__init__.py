@@ -31,7 +31,7 @@ def about(version: Annotated[bool, typer.Option("--version", help="Show the vers
         raise typer.Exit
 
 
-# In the order in which a person meets them.
+# In the order in which a new user needs them.
 for command in (
     training.quickstart,
     data.init,

@@ -58,7 +58,7 @@ def check(recipe: RecipeFile, overrides: Overrides = None, trust: Trust = False,
 
 
 def tasks(name: Annotated[str | None, typer.Argument(help="A task's name, or a cluster's.")] = None, json: Json = False) -> None:
-    """The library of tasks, or one task with its wordings."""
+    """List the library of tasks, or show one task with its wordings."""
     from apprentice.tasks.describe import UNKNOWN, describe, training_rows
     from apprentice.tasks.registry import find_tasks, library, load_task
 
@@ -97,7 +97,7 @@ def preview(
     html: Annotated[Path | None, typer.Option(help="Write a page of packed rows instead, in colours.")] = None,
     json: Json = False,
 ) -> None:
-    """Rendered examples, with the tokens that are trained on marked."""
+    """Show rendered examples, with the tokens that are trained on marked."""
     from apprentice import pipeline
     from apprentice.data.inspect import preview as view
 
@@ -119,7 +119,7 @@ def trace(
     storage: Storage = "./runs",
     json: Json = False,
 ) -> None:
-    """The examples that an optimizer step was made of: task, row, wording, exemplars and text."""
+    """Show the examples of an optimizer step: task, row, wording, exemplars and text."""
     from apprentice import pipeline
     from apprentice.data.inspect import preview as view
 
@@ -147,7 +147,7 @@ def prepare(
 
 
 def recipe_schema() -> None:
-    """The JSON Schema of a recipe, for editors."""
+    """Print the JSON Schema of a recipe, for editors."""
     import json
 
     from apprentice.recipe import Recipe

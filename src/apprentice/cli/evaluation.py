@@ -59,7 +59,7 @@ def report(
 
 
 def report_schema() -> None:
-    """The JSON Schema of report.json, for programs that read reports."""
+    """Print the JSON Schema of report.json, for programs that read reports."""
     import json
 
     from apprentice.evaluate.report.schema import Report

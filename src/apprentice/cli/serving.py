@@ -75,7 +75,7 @@ def key(
     name: Annotated[str, typer.Argument(help="Whose key it is.")],
     json: Json = False,
 ) -> None:
-    """A new API key, shown once, and its entry for the keys file."""
+    """Make a new API key, shown once, and its entry for the keys file."""
     from apprentice.serve.api.keys import KEYS_FILE, new_key
 
     made, entry = new_key(name)

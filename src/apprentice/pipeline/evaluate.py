@@ -70,7 +70,7 @@ def evaluate_run(recipe: Recipe, *, wanted: Wanted = Wanted(), trained_by: Recip
         subjects = [_subject("base", local_folder(recipe.model.base, trust=recipe.model.trust), base_shots)] if base_shots else []
         subjects.append(tuned)
         place = place if endpoint is None else place / "endpoint"
-    if wanted.tasks:  # the run's own report, score and verdict are about its own tasks
+    if wanted.tasks:  # not into the run's own report, which is about the run's own tasks
         place = place / f"tasks-{'-'.join(Path(name).stem for name in wanted.tasks)}"[:100]
         known = [*known, run.report]
     place = Folder.at(wanted.out) if wanted.out else place

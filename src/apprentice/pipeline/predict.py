@@ -34,8 +34,9 @@ def predict(
 ) -> dict[str, Any]:
     """Writes the replies of the run or model `target` to every row of `file`, a path or URI; returns a summary.
 
-    The replies go to `out`, by default `<file>-replies` without the file's suffix. `contract` (a run) or `recipe` gives a bare
-    model its prompt format. Raises `RunError` for a run without a trained model.
+    The replies go to `out`, by default `<file>-replies` without the file's suffix. `contract` (a run or model folder) or
+    `recipe` gives a bare model its prompt format. `max_tokens` limits each reply. Raises `RunError` for a run without a
+    trained model.
     """
     from apprentice.model_pool.limits import Limits
     from apprentice.predict import launch

@@ -46,10 +46,11 @@ def endpoint(
 ) -> Iterator[str]:
     """Starts the endpoint of a run or a model, yields its URL and shuts it down on leaving.
 
-    `adapters` is a folder of LoRA adapters to serve too; `beside` names further runs and models. `contract` (a run) or
-    `recipe` gives a bare model its prompt format. Of `host`, `port`, `engine`, `adapters`, `beside` and `threads`, None leaves
-    the recipe's setting. `trust` lets the folder of each model bring pickled weights or code of its own. Raises `RunError` for
-    a run without a trained model, and with `require_gate` `EvaluationError` for a model that has not passed its quality gate.
+    `adapters` is a folder of LoRA adapters to serve too; `beside` names further runs and models. `contract` (a run or model
+    folder) or `recipe` gives a bare model its prompt format. Of `host`, `port`, `engine`, `adapters`, `beside` and `threads`,
+    None leaves the recipe's setting. `trust` lets the folder of each model bring pickled weights or code of its own. Raises
+    `RunError` for a run without a trained model, and with `require_gate` `EvaluationError` for a model that has not passed its
+    quality gate.
     """
     from apprentice.serve import deployment
 

@@ -1,7 +1,10 @@
 """Importer of conversation files: ShareGPT's `conversations` and OpenAI's `messages`, trained on every turn of the assistant.
 
-A conversation is an optional system text and then alternating questions and answers; a last question without an answer is left
-out.
+    {"messages": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Good morning."}]}
+    {"conversations": [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Good morning."}], "system": "Be kind."}
+
+A conversation is an optional system text and then alternating questions and answers; a last question without an answer is
+left out.
 """
 
 from __future__ import annotations

@@ -1,5 +1,8 @@
 """Importer of PromptSource's `templates.yaml` (Bach et al. 2022), the templates that T0 and P3 were made with.
 
+    {{ premise }} Does it follow that {{ hypothesis }}? ||| {{ answer_choices[label] }}
+    ──────────────────── prompt ───────────────────────     ──────── answer ─────────
+
 A template's text is the prompt, `|||` and the answer. Lists are printed as Python writes them, as PromptSource does. Answer
 choices, fixed or depending on the row, are a template of their own. A row for which either part is empty is skipped by that
 template on purpose, and is not counted as a bad row. Templates whose metadata says `original_task: false` ask for something
