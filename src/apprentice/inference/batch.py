@@ -1,18 +1,18 @@
-"""One forward pass over many sequences of different lengths, their keys and values in preallocated memory, nothing padded.
+"""One forward pass over many sequences of different lengths, without padding; keys and values lie in a preallocated KV cache.
 
-The new tokens of all sequences form one flat row: a running sequence adds one token, a new prompt a chunk of many. Every weight is
-so read once a step, whatever the number of sequences. Only attention needs to know which token belongs to whom, and it is
-exchanged through transformers' attention interface:
+The new tokens of all sequences form one flat row: a sequence in decoding adds one token, a new prompt adds a chunk of many. Each
+weight is therefore read once a step, however many sequences there are. Only attention must know which token belongs to which
+sequence, and transformers' attention interface lets us replace it:
 
     sequences  slot 0 at position 5: [x], slot 1 at position 9: [y], slot 3 at position 0: [a, b, c]
     flat row   x  y  a  b  c
     positions  5  9  0  1  2
     attention  x and y together (adjacent slots, lengths of one bucket), then a, b, c causally
 
-Caches are never copied: keys and values are written in place, and adjacent slots are read as one view. What a sequence
-gets does not depend on its company: it is read up to the end of its own bucket and always masked, so its attention is the same
-arithmetic wherever it runs. Only the matrix products may sum in another order for few rows than for many (in bf16 they did not,
-where measured: AVX512-BF16). Knows nothing of requests, sampling or the end of a reply.
+A pass copies no cache: keys and values are written in place, and adjacent slots are read as one view. The logits of a sequence
+do not depend on the other sequences: its attention reads up to the end of its own length bucket and is always masked, so the
+arithmetic is the same in every batch. Only the matrix products may sum in another order for few rows than for many (in bf16 they
+did not, where measured: AVX512-BF16).
 """
 
 from __future__ import annotations
@@ -36,12 +36,16 @@ NOT_FINITE = (
     "the model's logits are not finite, and nothing can be written by them; its weights are damaged, or they leave their number"
     " format's range: try model.dtype float32."
 )
-# Positions are read in multiples of this. Larger: more sequences share a call; smaller: less is read for nothing.
+# Attention reads the cache up to a multiple of this many positions. Larger: more sequences share one product; smaller: fewer
+# masked positions are read.
 BUCKET = 128
 
 
 class Segment(NamedTuple):
-    """New tokens `ids` of the sequence in `slot`, the first at position `start`; logits after `every` one, or after the last."""
+    """New tokens `ids` of the sequence in cache slot `slot`, the first at position `start`.
+
+    Logits are computed after every token if `every`, else after the last one. `adapter` is applied to this sequence alone.
+    """
 
     slot: int
     start: int
@@ -51,31 +55,35 @@ class Segment(NamedTuple):
 
     @property
     def kept(self) -> int:
-        """Rows of logits that the segment gives."""
+        """Number of rows of logits that the segment gets."""
         return len(self.ids) if self.every else 1
 
     @property
     def place(self) -> tuple[bool, int]:
-        """Orders segments as they are computed: those of one token by their slots, then the others."""
+        """Sort key of the flat row: segments of one token first, then longer ones, each by slot."""
         return len(self.ids) > 1, self.slot
 
 
 class KvMemory:
-    """Keys and values of every layer, (slots, heads, context, width) each, in the type that attention computes in.
+    """KV cache: keys and values of every layer, (slots, key heads, context, head width) each.
 
-    On a CPU that is float32, whatever the model's: few queries over many keys multiply faster so, though twice as much is read.
+    The dtype is the one that attention computes in. On a CPU that is float32 for every model: few queries over many keys multiply
+    faster that way, though twice as many bytes are read.
     """
 
     def __init__(self, slots: int, context: int) -> None:
         self.slots = slots
         self.context = context
         self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        self._pages: list[mmap] = []  # what the layers' memory lies in, on a CPU
+        self._pages: list[mmap] = []  # buffers of the layers' tensors, on a CPU
 
     def write(
         self, layer: int, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Stores `keys` and `values` (tokens, heads, width) at `slots` and `positions`; gives the layer's whole memory."""
+        """Stores `keys` and `values` (tokens, heads, width) at `slots` and `positions` (tokens each).
+
+        Returns the keys and values of the whole layer. Allocates the layer at its first write.
+        """
         if layer not in self._layers:
             self._layers[layer] = self._allocate(keys), self._allocate(values)
         stored_keys, stored_values = self._layers[layer]
@@ -84,11 +92,11 @@ class KvMemory:
         return stored_keys, stored_values
 
     def layer(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The layer's whole memory, once something was written to it."""
+        """Keys and values of the whole layer; `KeyError` before its first write."""
         return self._layers[layer]
 
     def allocate(self, like: KvMemory) -> None:
-        """Memory for every layer that `like` has, now: on a GPU that has no room for it, this fails and not the first request.
+        """Allocates every layer that `like` has, so that a GPU with too little memory fails now and not at the first request.
 
         Raises `ModelError`.
         """
@@ -103,13 +111,13 @@ class KvMemory:
             ) from error
 
     def copy(self, source: int, target: int, count: int) -> None:
-        """Gives slot `target` the first `count` positions of slot `source`."""
+        """Copies the first `count` positions of slot `source` to slot `target`, in every layer."""
         with torch.inference_mode():
             for stored in (part for layer in self._layers.values() for part in layer):
                 stored[target, :, :count] = stored[source, :, :count]
 
     def give_back(self, slot: int) -> None:
-        """Frees the memory that `slot` takes, where it lies in pages of its own; it holds nothing then."""
+        """Returns the memory pages that lie wholly inside `slot` to the system (CPU only); the contents of the slot are lost."""
         for pages in self._pages:
             size = len(pages) // self.slots
             first, end = -(-slot * size // PAGESIZE) * PAGESIZE, (slot + 1) * size // PAGESIZE * PAGESIZE
@@ -118,7 +126,7 @@ class KvMemory:
 
     @property
     def position_bytes(self) -> int:
-        """What one position takes in all layers, once something was written to each."""
+        """Bytes of one position in all layers that have been written to."""
         parts = (part for layer in self._layers.values() for part in layer)
         return sum(part.nbytes // (self.slots * self.context) for part in parts)
 
@@ -126,8 +134,8 @@ class KvMemory:
         shape = (self.slots, like.shape[1], self.context, like.shape[-1])
         if like.device.type != "cpu":
             return torch.zeros(shape, dtype=like.dtype, device=like.device)
-        # Fresh pages take no memory before they are written, so unused slots and context cost nothing; and they are zeros, as
-        # they must be, because a masked NaN is still NaN.
+        # Fresh pages take no memory before they are written, so unused slots and context cost nothing. They are zeros, which is
+        # needed because a masked NaN is still NaN.
         pages = mmap(-1, math.prod(shape) * torch.float32.itemsize, flags=MAP_PRIVATE | MAP_ANONYMOUS)
         self._pages.append(pages)
         return torch.frombuffer(pages, dtype=torch.float32).view(shape)
@@ -135,9 +143,9 @@ class KvMemory:
 
 @dataclass(frozen=True)
 class Group:
-    """`count` sequences in adjacent slots that add one token each: tokens [first, first + count) of the row, slots from `slot` on.
+    """`count` sequences in adjacent slots, from `slot` on, that add one token each: tokens [first, first + count) of the flat row.
 
-    Each reads `read` positions, the end of the bucket that its own length falls into.
+    Each attends over `read` positions of the cache: the end of the bucket that its own length falls into.
     """
 
     first: int
@@ -148,7 +156,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Chunk:
-    """`count` new tokens of one sequence: tokens [first, first + count) of the row, positions from `start` on."""
+    """`count` new tokens of one sequence: tokens [first, first + count) of the flat row, at positions from `start` on."""
 
     first: int
     slot: int
@@ -157,7 +165,7 @@ class Chunk:
 
 
 def group_slots(slots: Sequence[int], lengths: Sequence[int], context: int) -> list[Group]:
-    """Runs of adjacent slots (ascending) whose lengths, with the new token, fall into one bucket.
+    """Groups adjacent slots (ascending) whose lengths, new token included, fall into one bucket of `BUCKET` positions.
 
     Slots [0, 1, 2, 4] with lengths [9, 10, 900, 8] give groups of slots [0, 1], [2] and [4], which read 128, 1024 and 128
     positions.
@@ -174,7 +182,7 @@ def group_slots(slots: Sequence[int], lengths: Sequence[int], context: int) -> l
 
 
 class Ragged:
-    """Who is who in one flat row: handed through the model to every layer's attention."""
+    """Attention metadata of a batch: slots, positions and masks of its flat row. The model hands it to every layer's attention."""
 
     def __init__(self, memory: KvMemory, segments: Sequence[Segment], device: torch.device) -> None:
         self.memory = memory
@@ -202,7 +210,7 @@ class Ragged:
         self.ids = on_device([token for segment in ordered for token in segment.ids])
         self.slots = on_device(np.repeat([segment.slot for segment in ordered], counts))
         self.positions = on_device(positions)
-        # Where in the row the logits are wanted, and where these stand in the order in which the segments were given.
+        # `kept`: places in the flat row whose logits are computed; `order_kept`: the caller's row of each of these logits.
         ends = before + counts
         self.kept = on_device([at for end, segment in zip(ends, ordered, strict=True) for at in range(end - segment.kept, end)])
         given = np.array([segment.kept for segment in segments])
@@ -215,10 +223,11 @@ class Ragged:
     @overload
     def mask(self, part: Chunk, window: int | None, keys: torch.Tensor) -> torch.Tensor | None: ...
     def mask(self, part: Group | Chunk, window: int | None, keys: torch.Tensor) -> torch.Tensor | None:
-        """What is added to the scores of `part`'s tokens with `keys`, for attention over the last `window` positions (None: all).
+        """Additive attention mask of `part` for attention over the last `window` positions (None: all of them).
 
-        0 for what a token may see, else -inf: (sequences, key heads, 1, positions) of a group; (1, 1, tokens, positions) of a
-        chunk, None for one that is plainly causal. Layers share it.
+        0 for positions that a token may see, else -inf; the dtype is that of `keys`. The shape is (sequences, key heads, 1,
+        positions) for a group, (1, 1, tokens, positions) for a chunk; None for a chunk that is plainly causal. Computed once for
+        all layers.
         """
         heads = keys.shape[1]
         if (part, window, heads) not in self._masks:
@@ -242,10 +251,10 @@ class Ragged:
 
 
 def forward(model: Any, memory: KvMemory, segments: Sequence[Segment], loras: LoraLayers | None = None) -> torch.Tensor:
-    """Logits (rows, vocabulary): of each segment in the order given, after its last token or after every one.
+    """Computes logits (rows, vocabulary) after the last token, or after every token, of each segment, in the order of `segments`.
 
-    At most one segment for each slot; `loras` are of this model, where segments have adapters. Runs under
-    `torch.inference_mode()`; `model` must have been through `prepare`.
+    At most one segment for each slot. Segments with adapters need `loras`, made for this model. Runs under
+    `torch.inference_mode()`. `model` must have been through `prepare`.
     """
     ragged = Ragged(memory, segments, model.device)
     was = model.config._attn_implementation
@@ -272,10 +281,11 @@ def attend(
     masks: Sequence[tuple[Group, torch.Tensor]],
     scale: float | None,
 ) -> torch.Tensor:
-    """Attention of sequences that add one token each, group by group: `query` (tokens, key heads, heads that share one, width).
+    """Decode attention: sequences that add one token each, group by group. Returns (tokens, query heads, width).
 
-    `keys` and `values` are a layer's whole memory; a group's mask is (sequences, key heads, 1, positions), in the memory's type.
-    Gives (tokens, heads, width). PyTorch's own multiplies head by head on a CPU; here all heads of a group are one product.
+    `query` is (tokens, key heads, query heads of each key head, width); `keys` and `values` are the cache of a whole layer; the
+    mask of a group is (sequences, key heads, 1, positions), in the cache's dtype. On a CPU PyTorch's own attention multiplies head
+    by head; here all heads of a group are one product.
     """
     tokens, heads, shared, width = query.shape
     scale = width**-0.5 if scale is None else scale
@@ -309,7 +319,10 @@ def _attend(
     ragged: Ragged | None = None,
     **rest: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention of one layer, for transformers' interface: `query` (1, heads, tokens, width) → (1, tokens, heads, width)."""
+    """Attention of one layer, for transformers' attention interface: `query` (1, heads, tokens, width) → (1, tokens, heads, width).
+
+    Writes the new keys and values to the cache first.
+    """
     name = type(module).__name__
     if (
         ragged is None
@@ -325,14 +338,14 @@ def _attend(
     heads, kv_heads = query.shape[1], keys.shape[1]
     parts = []
     if ragged.groups:
-        # The query heads that share a key head stand where tokens usually do, so that keys need not be repeated.
+        # Query heads that share a key head take the token dimension, so that keys need not be repeated.
         asking = query[0, :, : ragged.singles].transpose(0, 1).unflatten(1, (kv_heads, heads // kv_heads))
         masks = [(group, ragged.mask(group, sliding_window, keys)) for group in ragged.groups]
         parts.append(attend(asking, keys, values, masks, scaling))
     for chunk in ragged.chunks:
         of_chunk, end = slice(chunk.first, chunk.first + chunk.count), chunk.start + chunk.count
         mask = ragged.mask(chunk, sliding_window, keys)
-        if mask is None:  # all that it sees is new
+        if mask is None:  # it sees new tokens only, so the cache need not be read
             asking, seen, told = query[:, :, of_chunk], key[:, :, of_chunk], value[:, :, of_chunk]
         else:
             of_slot = slice(chunk.slot, chunk.slot + 1)
@@ -345,11 +358,12 @@ def _attend(
 
 
 def prepare(model: Any) -> KvMemory:
-    """Makes `forward` possible for `model`, and checks on a few tokens that it computes what the model itself computes.
+    """Registers our attention with transformers, and checks on a few tokens that `forward` gives the model's own logits.
 
-    Gives the memory that they took.
+    Returns the small KV cache of that check, which shows what every layer needs.
 
-    Raises `ModelError` for models that keep something besides keys and values, or place tokens otherwise than by position ids.
+    Raises `ModelError` for models that keep state besides keys and values, that place tokens otherwise than by position ids, or
+    whose logits are not finite.
     """
     from transformers import AttentionInterface
 

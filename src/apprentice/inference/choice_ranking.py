@@ -1,4 +1,4 @@
-"""How choices are compared by their log-probabilities: in evaluation and at the endpoint alike."""
+"""Ranking rules for answer choices: log-probabilities to one score per choice. Evaluation and the endpoint share them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 Logprobs = Sequence[float]
 
-# Name → (sums, tokens of each, sums after an empty question) → the score of each choice.
+# Name → (summed log-probabilities, token counts, the same sums after an empty question) → the score of each choice.
 RANKINGS: dict[str, Callable[[Logprobs, Sequence[int], Logprobs], list[float]]] = {
     "sum": lambda sums, tokens, priors: list(sums),
     "mean": lambda sums, tokens, priors: [value / count for value, count in zip(sums, tokens, strict=True)],
@@ -20,5 +20,5 @@ RANKING_TITLES = {
 
 
 def best(scores: Sequence[float]) -> int:
-    """The place of the largest; the first of equals."""
+    """Index of the largest score; the first of equal ones."""
     return max(range(len(scores)), key=lambda place: (scores[place], -place))

@@ -1,11 +1,19 @@
-"""Log-probabilities of answer choices: pure, batched, each prompt computed once for all its choices where that is exact.
+"""Log-probabilities of answer choices, in batches; a prompt is computed once for all its choices wherever that is exact.
 
-An encoder-decoder reads the prompt once (`seq2seq_scoring`), and behind virtual tokens each text is by itself (`alone`). For other
-causal models one row of the batch is a prompt followed by all its choices; positions of every choice start after the prompt, and an
-additive mask lets a choice see the prompt and itself only, so that the sums are those of separate forward passes. transformers
-hands such a mask to the layers as it is, so a layer's sliding window is not applied, and a recurrent layer does not look at it:
-rows longer than the window, and all rows of models that mix texts (`family.mixes_because`), hold one choice each and no mask.
-Knows nothing of tasks, layouts or how an answer ends: callers give the ids.
+For a causal model one row of the batch is a prompt followed by all its choices. The last token of a choice is only predicted, so
+it is no input:
+
+    prompt [5, 6], choices [7, 8] and [9, 3, 4]
+    ids          5  6 | 7 | 9  3
+    positions    0  1 | 2 | 2  3
+    7 sees       5  6   7
+    3 sees       5  6       9  3
+
+An additive mask lets a choice see the prompt and itself only, so the sums are those of separate forward passes. transformers hands
+such a mask to the layers unchanged: a layer's sliding window is then not applied, and a recurrent layer ignores the mask. Rows
+longer than the window, and all rows of models that mix texts (`architecture.mixes_because`), therefore hold one choice each and
+need no mask. Encoder-decoders encode the prompt once (`seq2seq_scoring`). Models with virtual tokens compute each choice in a
+forward pass of its own (`unbatched`).
 """
 
 from __future__ import annotations
@@ -28,10 +36,10 @@ _LOGIT_ROWS = 1024  # positions whose logits one forward pass keeps: 0.2 GB in f
 def choice_logprobs(
     model: Any, prompts: Sequence[Sequence[int]], choices: Sequence[Sequence[Sequence[int]]], batch_tokens: int = BATCH_TOKENS
 ) -> list[list[float]]:
-    """Natural log-probability of every choice after its prompt: the sum over the choice's tokens.
+    """Natural log-probability of every choice (token ids) after its prompt: the sum over the tokens of the choice.
 
-    `batch_tokens` bounds the tokens, padding included, of one forward pass (a longer single row still runs alone). Raises
-    `ValueError` for an empty prompt or choice. The order of the results is that of the arguments.
+    `choices[i]` are those of `prompts[i]`; the result has the same order. `batch_tokens` bounds the tokens, padding included, of
+    one forward pass (a longer single row still runs alone). Raises `ValueError` for an empty prompt or choice.
     """
     if any(not prompt for prompt in prompts) or any(not ids for group in choices for ids in group):
         raise ValueError("a prompt or a choice without tokens has no log-probability")
@@ -60,7 +68,7 @@ def choice_logprobs(
 
 
 def _shared_tokens(model: Any) -> int | None:
-    """How many tokens a row may have whose choices share it and stay apart; None: any number."""
+    """Maximal tokens of a row in which a mask keeps choices apart; None: any number, 0: the model takes no such mask."""
     config = model.config.get_text_config()
     if config._attn_implementation not in ("sdpa", "eager"):  # flash attention takes no such mask
         return 0
@@ -71,7 +79,7 @@ def _shared_tokens(model: Any) -> int | None:
 
 
 class _Row:
-    """One prompt with (some of) its choices. The last token of a choice is only predicted, so it is no input."""
+    """Row of a batch: one prompt with some or all of its choices. `side` counts the input tokens of the choices."""
 
     def __init__(self, number: int, prompt: list[int], choices: list[tuple[int, Sequence[int]]]) -> None:
         self.number = number
@@ -87,7 +95,7 @@ class _Row:
 def _parts(
     prompt: int, group: Sequence[Sequence[int]], batch_tokens: int, most: int | None
 ) -> list[list[tuple[int, Sequence[int]]]]:
-    """The choices in as few runs as keep prompt and run within `batch_tokens` and `most`; one that does not fit is by itself."""
+    """Splits choices, in order, so that prompt and part fit `batch_tokens` and `most`; a choice too long is a part alone."""
     parts: list[list[tuple[int, Sequence[int]]]] = []
     whole = min(batch_tokens, batch_tokens if most is None else most)
     room = 0
@@ -101,9 +109,9 @@ def _parts(
 
 
 def _batches(rows: list[_Row], batch_tokens: int, *, begin_together: bool = False) -> list[list[_Row]]:
-    """Rows of like size together: longest first, so that memory runs out at once or not at all.
+    """Groups rows of similar size, longest first, so that memory runs out at once or not at all.
 
-    Rows that `begin_together` have their prompts' ends, and so their logits, in different columns.
+    `begin_together`: rows are padded at the end, so the logits that are needed begin in a different column for each prompt.
     """
     batches: list[list[_Row]] = []
     widest = (0, 0)
@@ -136,7 +144,7 @@ def _forward(model: Any, batch: list[_Row]) -> list[list[float]]:
 
 @torch.inference_mode()
 def _forward_apart(model: Any, batch: list[_Row]) -> list[list[float]]:
-    """The same for rows of one choice each, as the model reads any text: what pads a row stands behind it, where nobody looks."""
+    """`_forward` for rows of one choice each, under the model's own causal mask: padding follows the text, so no token sees it."""
     texts = [[*row.prompt, *row.choices[0][1][:-1]] for row in batch]
     width, first = max(map(len, texts)), min(len(row.prompt) for row in batch) - 1
     ids = torch.zeros(len(batch), width, dtype=torch.long)
@@ -148,9 +156,9 @@ def _forward_apart(model: Any, batch: list[_Row]) -> list[list[float]]:
 
 
 def _inputs(batch: list[_Row], width: int, side: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Ids and positions (rows, width + side) and the additive mask (rows, 1, width + side, width + side).
+    """Ids and positions, int64 (rows, width + side), and the additive mask (rows, 1, width + side, width + side) in `dtype`.
 
-    Prompt [5, 6] with choices [7, 8] and [9, 3, 4] has ids 5 6 | 7 | 9 3 and positions 0 1 | 2 | 2 3.
+    Prompts are padded at the start, so that all end in column `width - 1`. The module's docstring shows one row.
     """
     length = width + side
     ids = torch.zeros(len(batch), length, dtype=torch.long)
@@ -175,7 +183,7 @@ def _inputs(batch: list[_Row], width: int, side: int, dtype: torch.dtype) -> tup
 
 
 def _sums(logits: Tensor, row: _Row) -> list[float]:
-    """Log-probability of each choice of one row, from its logits (1 + side, vocabulary)."""
+    """Log-probability of each choice of one row; logits (1 + side, vocabulary) begin after the last token of the prompt."""
     columns, targets, owners = [], [], []
     at = 1
     for order, (_, choice) in enumerate(row.choices):

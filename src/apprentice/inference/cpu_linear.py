@@ -1,8 +1,7 @@
-"""Weights in the order in which a CPU's matrix products read them, for models that are only computed.
+"""Linear layers whose bfloat16 weights are pre-packed into oneDNN's block layout, for inference on a CPU.
 
-oneDNN multiplies blocks; a weight that lies in rows is put into blocks anew in every product, which for few rows takes longer than
-the product. With a packed weight a product of 32 rows in bfloat16 takes about 0.6 of the time, one of a single row 0.4. Knows
-nothing of models' architectures.
+oneDNN multiplies blocks. A weight stored in rows is packed anew in every product, which for few rows takes longer than the product
+itself. With a packed weight a product of 32 rows in bfloat16 takes about 0.6 of the time, one of a single row 0.4.
 """
 
 from __future__ import annotations
@@ -16,10 +15,10 @@ from apprentice.models.loading import multiplies_bfloat16
 
 
 def placed(model: Any, device: str | torch.device) -> Any:
-    """`model` on `device`, for computing alone: on a CPU its linear layers in bfloat16 are packed, and cannot be saved any more.
+    """Moves `model` to `device` for inference only: on a CPU its bfloat16 linear layers are packed and can no longer be saved.
 
-    A packed layer computes what it did, and has `weight.shape` and `weight.dtype` as before. An embedding that shares its numbers
-    with a layer keeps its own.
+    A packed layer computes the same as before and keeps `weight.shape` and `weight.dtype`. An embedding tied to a packed layer
+    keeps the unpacked weight. Returns `model`, changed in place.
     """
     model = model.to(device)
     if torch.device(device).type == "cpu" and can_pack():
@@ -30,12 +29,12 @@ def placed(model: Any, device: str | torch.device) -> Any:
 
 
 def can_pack() -> bool:
-    """Whether this CPU multiplies bfloat16 itself, and PyTorch has oneDNN to do it with."""
+    """True if this CPU has bfloat16 products in hardware and PyTorch has oneDNN."""
     return torch.backends.mkldnn.is_available() and multiplies_bfloat16()
 
 
 class PackedLinear(nn.Linear):
-    """A linear layer whose weight is packed; only `placed` makes it."""
+    """Linear layer with a packed weight; made by `placed` only."""
 
     def forward(self, given: Tensor) -> Tensor:
         found: Tensor = torch.ops.mkldnn._linear_pointwise(given, self.weight, self.bias, "none", [], "")

@@ -1,9 +1,16 @@
-"""Continuous batching: many requests share every decoding step, join between two steps, and leave the moment they are done.
+"""Continuous-batching scheduler: requests share every decoding step, join between two steps, and leave as soon as they end.
 
-`Decoder` is the plain core: submit, cancel, step; no threads, no Ray, no HTTP, and token ids only. `generate` drives it for a list
-of prompts. A reply does not depend on the company it was made in: attention is the same arithmetic everywhere (ragged.py), and
-each request samples from its own stream of numbers. What remains is the rounding of a matrix product that sums in another order
-for few rows than for many: in fp32 far below the distance of two logits.
+`Decoder` is the core, with `submit`, `cancel` and `step`. It works on token ids, without threads, Ray or HTTP. `generate` drives it
+for a list of prompts. With two KV slots, A and B submitted first and C one step later:
+
+    step  slot 0            slot 1               waiting
+    1     prompt A → a1     prompt B → b1
+    2     a1 → a2           b1 → b2 (a stop id)  C
+    3     a2 → a3           prompt C → c1
+
+A reply does not depend on the requests that run beside it: attention is the same arithmetic in every batch (`batch`), and each
+request draws from random numbers of its own. What remains is the rounding of a matrix product that sums in another order for few
+rows than for many: in fp32 far below the distance of two logits.
 """
 
 from __future__ import annotations
@@ -24,17 +31,17 @@ from apprentice.inference.lora import Lora, LoraLayers
 from apprentice.inference.sampler import GREEDY, Constraint, Sampling, adjust, draw
 
 Finish = Literal["stop", "length"]
-# Prompt tokens computed in one step: enough to fill the cores, few enough that running requests do not notice.
+# Prompt tokens computed in one step: enough to fill the cores, few enough not to delay running requests.
 PREFILL_TOKENS = 512
-_SCORED_ROWS = 128  # rows whose log-probabilities are made at once
+_SCORED_ROWS = 128  # rows whose log-probabilities are computed at once
 
 
 @dataclass(frozen=True)
 class Generation:
-    """What one request asks for. It ends at one of `stop_ids`, or after `max_new_tokens`, or where the context is full.
+    """Generation request. The reply ends at one of `stop_ids`, after `max_new_tokens`, or where the context is full.
 
-    `logprobs` None: none; else each token comes with its log-probability and those of so many best tokens. `score_from` wants
-    the same of the prompt's tokens from that place on. `adapter` is added to the model for this request alone.
+    `logprobs` n: each token comes with its log-probability and those of the n most probable tokens; None: without. `score_from`
+    asks for the same for the prompt's tokens from that index on. `adapter` is applied to this request alone.
     """
 
     prompt: Sequence[int]
@@ -48,7 +55,7 @@ class Generation:
 
 
 class NotFiniteError(ModelError):
-    """The model's logits after a text are NaN or infinite, so no token follows; `number` says which of the texts."""
+    """Logits after a text are NaN or infinite, so no token can be chosen; `number` is the index of the prompt."""
 
     def __init__(self, number: int) -> None:
         super().__init__(NOT_FINITE)
@@ -59,7 +66,10 @@ class NotFiniteError(ModelError):
 
 
 class Scored(NamedTuple):
-    """A token with its natural log-probability under the model's own logits (None for a text's first), and the best tokens'."""
+    """Token id with its natural log-probability under the model's unmodified logits (None for the first token of a text).
+
+    `top` has (id, log-probability) of the most probable tokens, best first.
+    """
 
     id: int
     logprob: float | None
@@ -67,10 +77,10 @@ class Scored(NamedTuple):
 
 
 class Token(NamedTuple):
-    """One new token of the request `key`; `finish` says why it is the last, or is None. A stop id is reported too.
+    """New token of the request `key`; `finish` is why it is the last one, or None. A stop id is reported too.
 
-    `scored` is there if log-probabilities were wanted; `prompt`, with the first token, if the prompt's were. The first also says
-    how many of the prompt's tokens were `shared`: another request's memory had them.
+    `scored` is set if log-probabilities were asked for. The first token of a request also has `prompt`, the scores of the prompt's
+    tokens if asked for, and `shared`, the number of prompt tokens whose keys and values were reused from the cache.
     """
 
     key: Hashable
@@ -83,25 +93,25 @@ class Token(NamedTuple):
 
 @dataclass
 class Running:
-    """A request that holds a slot."""
+    """State of a request that holds a KV slot."""
 
     key: Hashable
     wanted: Generation
     slot: int
-    pending: Sequence[int]  # tokens whose keys and values are not in memory yet
+    pending: Sequence[int]  # tokens whose keys and values are not in the cache yet
     start: int = 0  # position of the first of them
-    shared: int = 0  # tokens of the prompt that did not have to be computed
+    shared: int = 0  # prompt tokens whose keys and values were reused
     produced: int = 0
-    seen: Counter[int] = field(default_factory=Counter)  # of the reply's tokens, for penalties
+    seen: Counter[int] = field(default_factory=Counter)  # counts of the reply's tokens, for penalties
     prompt: list[Scored] = field(default_factory=list)
 
 
 class Decoder:
-    """Decodes up to `slots` requests together, each with up to `context` tokens of prompt and reply.
+    """Continuous-batching decoder of up to `slots` concurrent requests, each with up to `context` tokens of prompt and reply.
 
-    `context` shrinks to what the model's positions allow. Keys and values take at most `kv_bytes` (None: what slots and context
-    come to); a request that could need more than is left waits. A prompt that begins like one in memory takes its keys and values
-    from there. Not thread-safe. Raises `ModelError` for a model that cannot be decoded so, or that little memory.
+    `context` is cut to the model's `max_position_embeddings`. Keys and values take at most `kv_bytes` (None: slots times context);
+    a request that could need more than is left waits. A prompt that shares its beginning with one in the cache reuses those keys
+    and values. Not thread-safe. Raises `ModelError` for a model that cannot be decoded this way, or for too little memory.
     """
 
     def __init__(
@@ -117,13 +127,13 @@ class Decoder:
         self._begin(prefill_tokens)
 
     def _fit(self, model: Any, slots: int, context: int, kv_bytes: int | None, of_one: int) -> None:
-        """As many slots, positions of each, and positions of all as `kv_bytes` give room for, with `of_one` bytes for each."""
-        # Token ids from 0 on that the model can both read and say.
+        """Sets `vocabulary`, `kv_tokens`, `context` and `slots` to what fits into `kv_bytes` at `of_one` bytes a position."""
+        # Number of token ids, from 0 on, that have both an input embedding and a logit.
         layers = model.get_input_embeddings(), model.get_output_embeddings()
         self.vocabulary = min(len(layer.weight) for layer in layers if layer is not None)
         self.kv_tokens = positions_within(kv_bytes, of_one, slots, context)
         self.context = min(context, self.kv_tokens)
-        # Memory that is not touched costs nothing on a CPU; on a GPU every slot has all its positions from the start.
+        # On a CPU untouched memory costs nothing; on a GPU every slot has all its positions from the start.
         on_cpu = model.device.type == "cpu"
         self.slots = slots if on_cpu else max(1, min(slots, self.kv_tokens // self.context))
 
@@ -133,30 +143,33 @@ class Decoder:
         self._waiting: deque[tuple[Hashable, Generation]] = deque()
         self._running: dict[Hashable, Running] = {}
         self._failures: dict[Hashable, Exception] = {}
-        self.shared = 0  # prompt tokens that did not have to be computed
+        self.shared = 0  # prompt tokens reused from the cache, over all requests
 
     @property
     def running(self) -> int:
-        """Requests that hold a slot."""
+        """Number of requests that hold a slot."""
         return len(self._running)
 
     @property
     def waiting(self) -> int:
-        """Requests that wait for one."""
+        """Number of requests that wait for a slot."""
         return len(self._waiting)
 
     @property
     def held_tokens(self) -> int:
-        """Positions of the memory that running requests use."""
+        """Cache positions that running requests use."""
         return sum(owner.start for owner in self._running.values())
 
     @property
     def reserved_tokens(self) -> int:
-        """Positions that running requests may come to use."""
+        """Cache positions that running requests may come to use."""
         return self._slots.reserved
 
     def submit(self, key: Hashable, wanted: Generation) -> None:
-        """Queues a request under a new `key`. Raises `ModelError` where prompt and one token do not fit the context."""
+        """Queues a request under a new `key`.
+
+        Raises `ModelError` for an empty prompt, and for one that leaves no room for a token in the context.
+        """
         if not wanted.prompt:
             raise ModelError("the prompt is empty; give at least one token.")
         if len(wanted.prompt) >= self.context:
@@ -166,14 +179,14 @@ class Decoder:
         self._waiting.append((key, wanted))
 
     def cancel(self, key: Hashable) -> None:
-        """Forgets the request; its slot is free for the next step. An unknown key is one that has just ended."""
+        """Drops the request and frees its slot for the next step. An unknown key is ignored: that request has just ended."""
         if key in self._running:
             self._release(self._running[key])
         else:
             self._waiting = deque(item for item in self._waiting if item[0] != key)
 
     def take_failures(self) -> dict[Hashable, Exception]:
-        """Requests that have failed since the last call, each for an error of its own; they have left."""
+        """Returns and clears the requests that failed since the last call, with their errors; they hold no slot any more."""
         failures, self._failures = self._failures, {}
         return failures
 
@@ -182,14 +195,14 @@ class Decoder:
         self._failures[owner.key] = error
 
     def try_adapter(self, adapter: Lora) -> None:
-        """One pass beside the running requests with the rows of two texts, of which one has `adapter`. Raises what that raises."""
+        """Runs one pass over two short texts, one with `adapter`, in a cache of its own. Raises what the forward pass raises."""
         memory = KvMemory(slots=2, context=2)
         forward(self._model, memory, [Segment(0, 0, [0, 0], adapter=adapter), Segment(1, 0, [0])], self._loras)
 
     def step(self) -> list[Token]:
-        """One forward pass for all: a token for every request whose prompt is computed. Empty if nobody is here.
+        """Runs one forward pass for all requests and returns a token for each whose prompt is fully computed.
 
-        A request whose form cannot be followed fails alone (`take_failures`).
+        Empty if there are no requests. A request whose constraint raises fails alone (`take_failures`).
         """
         self._admit()
         segments, owners = self._segments()
@@ -212,7 +225,7 @@ class Decoder:
         return self._next_tokens(logits if len(rows) == len(logits) else logits[rows], done)
 
     def _next_tokens(self, logits: Tensor, owners: Sequence[Running]) -> list[Token]:
-        """One token each, from `logits` (owners, vocabulary)."""
+        """Samples one token for each of `owners` from `logits` (owners, vocabulary)."""
         if not owners:
             return []
         wishes = [owner.wanted.sampling for owner in owners]
@@ -223,7 +236,7 @@ class Decoder:
             for row in changed:
                 try:
                     shaped[row] = adjust(logits[row], wishes[row], owners[row].seen, owners[row].wanted.constraint)
-                except Exception as error:  # a form is the request's own, and whatever is wrong with it concerns nobody else
+                except Exception as error:  # a constraint is the request's own, so its errors fail no other request
                     self._fail(owners[row], error)
         chosen = draw(shaped, wishes, [owner.produced for owner in owners])
         scored: dict[int, Scored] = {}
@@ -236,7 +249,7 @@ class Decoder:
         return [token for token in tokens if token.key not in self._failures]
 
     def _score_prompt(self, owner: Running, segment: Segment, logits: Tensor) -> None:
-        """Keeps the scores of the prompt's tokens that follow those of `segment`, whose logits are given."""
+        """Scores the prompt's tokens that follow those of `segment`, from its `logits` (tokens of the segment, vocabulary)."""
         first = owner.wanted.score_from or 0
         if segment.start == first == 0:
             owner.prompt.append(Scored(segment.ids[0], None))
@@ -264,16 +277,16 @@ class Decoder:
             self._running[key] = Running(key, wanted, slot, wanted.prompt[shared:], start=shared, shared=shared)
 
     def _need(self, wanted: Generation) -> int:
-        """Positions that the request may come to use."""
+        """Cache positions that the request may come to use."""
         return min(self.context, len(wanted.prompt) + wanted.max_new_tokens)
 
     def _is_being_read(self, wanted: Generation, usable: Sequence[int]) -> bool:
-        """Whether more of the prompt is being computed for another request than any slot has: it will be there in a moment."""
+        """True if a running prefill has a longer common prefix with this prompt than any slot: waiting a few steps saves work."""
         alike = [common(owner.wanted.prompt, usable) for owner in self._reading() if owner.wanted.adapter is wanted.adapter]
         return max(alike, default=0) >= self._slots.shared(usable, _number(wanted)) + LEAST_SHARED
 
     def _reading(self) -> list[Running]:
-        """Requests whose prompts are being read."""
+        """Running requests in prefill: they have no new token yet."""
         return [owner for owner in self._running.values() if not owner.produced]
 
     def _segments(self) -> tuple[list[Segment], list[Running]]:
@@ -282,13 +295,13 @@ class Decoder:
         for owner in self._running.values():  # oldest first
             ids = owner.pending[: self._prefill_tokens]
             if not owner.produced:
-                # A prompt is cut at its own multiples, whatever else there is, so that its arithmetic is always the same.
+                # A prompt is cut at fixed multiples, whatever else runs, so that its arithmetic is always the same.
                 if len(ids) > room:
                     continue
                 room -= len(ids)
             every = owner.wanted.score_from is not None and not owner.produced
             found.append((Segment(owner.slot, owner.start, ids, every, owner.wanted.adapter), owner))
-        found.sort(key=lambda pair: pair[0].place)  # then logits need not be put into another order
+        found.sort(key=lambda pair: pair[0].place)  # the order of the flat row, so that logits need not be reordered
         return [segment for segment, _ in found], [owner for _, owner in found]
 
     def _accept(self, owner: Running, chosen: int, scored: Scored | None) -> Token:
@@ -321,12 +334,12 @@ def _number(wanted: Generation) -> int:
 
 
 def _shareable(wanted: Generation) -> Sequence[int]:
-    """The part of the prompt that need not be computed: not its last token nor what comes before a scored one, for their logits."""
+    """Part of the prompt that may be reused from the cache: without tokens whose logits are needed, the last or those to score."""
     return wanted.prompt[: len(wanted.prompt) - 1 if wanted.score_from is None else max(0, wanted.score_from - 1)]
 
 
 def scores(logits: Tensor, ids: Sequence[int], tops: Sequence[int]) -> list[Scored]:
-    """Each id scored under its row of `logits` (ids, vocabulary), with so many best tokens as `tops` says."""
+    """Log-probability of each id under its row of `logits` (ids, vocabulary), with the `tops[row]` most probable tokens."""
     found: list[Scored] = []
     for first in range(0, len(ids), _SCORED_ROWS):
         part = slice(first, first + _SCORED_ROWS)
@@ -345,14 +358,17 @@ def scores(logits: Tensor, ids: Sequence[int], tops: Sequence[int]) -> list[Scor
 def generate(
     model: Any, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, stop_ids: Collection[int], max_running: int = 32
 ) -> list[list[int]]:
-    """Greedy replies to `prompts` (token ids), in their order, without the stop id that ended them. Raises `NotFiniteError`."""
+    """Generates greedy replies to `prompts` (token ids), in their order, without the stop id that ended them.
+
+    Raises `NotFiniteError`, and `ModelError` for a prompt or model that cannot be decoded.
+    """
     if not prompts:
         return []
     context = max(len(prompt) for prompt in prompts) + max_new_tokens
-    from apprentice.inference.unbatched import decoder_for  # which builds upon this module
+    from apprentice.inference.unbatched import decoder_for  # here, because it imports this module
 
     decoder = decoder_for(model, slots=min(max_running, len(prompts)), context=context, or_alone=True)
-    # Prompts of like length run side by side, so that little is padded in attention.
+    # Prompts of similar length run side by side, so that they fall into the same length buckets.
     for number in sorted(range(len(prompts)), key=lambda number: len(prompts[number])):
         decoder.submit(number, Generation(prompts[number], max_new_tokens, frozenset(stop_ids), logprobs=0))
     replies: dict[int, list[int]] = {number: [] for number in range(len(prompts))}

@@ -1,15 +1,15 @@
-"""An encoder-decoder run over many requests at once, the decoder's keys and values in preallocated memory, nothing padded.
+"""Forward pass of an encoder-decoder over many requests, without padding; keys and values lie in preallocated KV caches.
 
-A pass adds tokens to the decoder of each of many requests. Prompts of those that are new are read first, by the encoder, all as
-one flat row, and what cross-attention needs of them is kept; so are the decoder's tokens one flat row (see ragged.py):
+A pass adds tokens to the decoder of each request. First the encoder reads the prompts of new requests, all as one flat row, and
+the keys and values that cross-attention needs of them are cached. The decoder's tokens form one flat row too (as in `batch`):
 
     requests   slot 0 at position 5: [x], slot 3 at position 0: [y] with the new prompt [a, b, c]
     encoder    a  b  c
     decoder    x  y
-    attention  a, b, c among each other; x and y each over its own decoder's positions, and each over its own prompt
+    attention  a, b, c among each other; x and y each over its own decoder positions, and each over its own prompt
 
-What a request gets does not depend on its company: buckets and masks are its own. T5's relative positions are a bias on the
-scores, BART's absolute ones are put in where the model would count from 0. Knows nothing of sampling or the end of a reply.
+The logits of a request do not depend on the other requests: length buckets and masks are its own. T5's relative positions are a
+bias on the attention scores; BART's absolute positions are passed in, where the model itself would count from 0.
 """
 
 from __future__ import annotations
@@ -29,12 +29,15 @@ from apprentice.inference.batch import NOT_FINITE, Chunk, Group, KvMemory, atten
 from apprentice.inference.lora import Lora, LoraLayers
 
 ATTENTION = "apprentice_crossing"
-_CROSSING = ("EncDecAttention", "encoder_attn")  # what T5 and BART call attention to the prompt
-_OF_PROMPT = ("k", "v", "k_proj", "v_proj")  # its layers that are given the encoder's states
+_CROSSING = ("EncDecAttention", "encoder_attn")  # names of cross-attention in T5 and BART
+_OF_PROMPT = ("k", "v", "k_proj", "v_proj")  # its projections of the encoder's states
 
 
 class Part(NamedTuple):
-    """The next tokens `ids` of the decoder in `slot`, the first at position `start`; of a new request the `prompt` too."""
+    """Next decoder tokens `ids` of the request in `slot`, the first at position `start`; a new request has its `prompt` too.
+
+    `adapter` is applied to this request alone.
+    """
 
     slot: int
     start: int
@@ -44,13 +47,13 @@ class Part(NamedTuple):
 
 
 class CannotShareError(ModelError):
-    """An encoder-decoder whose requests cannot share a pass here."""
+    """The encoder-decoder cannot compute several requests in one pass here; `unbatched` computes them one by one."""
 
 
 class CrossingDecoder:
-    """`model` with memory for `slots` requests of up to `context` tokens on each side.
+    """Encoder-decoder with KV caches for `slots` requests of up to `context` tokens on each side.
 
-    Raises `ModelError` for a model whose logits are other ones here than its own.
+    Cross-attention keys and values of the prompt have a cache of their own. `check` proves that a model computes correctly here.
     """
 
     def __init__(self, model: Any, slots: int, context: int) -> None:
@@ -60,14 +63,17 @@ class CrossingDecoder:
         self._model = model
         self._decoder, self._encoder = model.get_decoder(), model.get_encoder()
         self._own, self._cross = KvMemory(slots, context), KvMemory(slots, context)
-        self._prompts = [0] * slots  # tokens of the prompt that each slot holds
+        self._prompts = [0] * slots  # prompt length of each slot, in tokens
         crossing = {name: part for name, part in model.named_modules() if name.endswith(_CROSSING)}
         self._crossing = {id(part) for part in crossing.values()}
         self._loras = LoraLayers(model, apart={f"{name}.{layer}" for name in crossing for layer in _OF_PROMPT})
         self._ahead, self._behind = self._distance_biases(self._encoder, context), self._distance_biases(self._decoder, context)
 
     def forward(self, parts: Sequence[Part]) -> Tensor:
-        """Logits (tokens, vocabulary) after each token of `parts`, in their order; at most one part for each slot."""
+        """Computes logits (tokens, vocabulary) after each token of `parts`, in the order given; at most one part for each slot.
+
+        A part with a prompt begins a request in its slot.
+        """
         new = [part for part in parts if part.prompt]
         for part in new:
             self._prompts[part.slot] = len(part.prompt)
@@ -94,19 +100,19 @@ class CrossingDecoder:
             return logits if places == sorted(places) else torch.empty_like(logits).index_copy_(0, self._tensor(places), logits)
 
     def allocate(self, like: CrossingDecoder) -> None:
-        """The memory of both sides, now. Raises `ModelError` where there is not so much."""
+        """Allocates the caches of both sides, for every layer that `like` has. Raises `ModelError` for too little memory."""
         self._own.allocate(like._own)
         self._cross.allocate(like._cross)
 
     def try_adapter(self, adapter: Lora) -> None:
-        """One pass with the rows of two requests, of which one has `adapter`, in memory of its own. Raises what that raises."""
+        """Runs one pass over two short requests, one with `adapter`, in caches of its own. Raises what the forward pass raises."""
         tried = CrossingDecoder(self._model, slots=2, context=2)
         tried._loras = self._loras
         start = self._model.config.decoder_start_token_id
         tried.forward([Part(0, 0, [start, 0], [0, 0], adapter), Part(1, 0, [start], [0])])
 
     def _read(self, new: Sequence[Part], adapters: Sequence[Lora | None], lengths: Sequence[int]) -> Tensor:
-        """The encoder's states (1, tokens, width) of all new prompts; where there are none, one of zeros that nobody looks at."""
+        """Encodes all new prompts: states (1, tokens, width). Without new prompts, one state of zeros that is never used."""
         if not new:
             width = self._model.config.d_model
             return torch.zeros(1, 1, width, dtype=self._model.dtype, device=self._model.device)
@@ -121,7 +127,7 @@ class CrossingDecoder:
 
     @contextmanager
     def _attending(self, side: Any, positions: Tensor) -> Iterator[None]:
-        """`side` attends as we do, and its tokens stand at `positions`, where it would count from 0 and look places up."""
+        """Within it, `side` (encoder or decoder) uses our attention, and its learned positions are those of `positions`."""
         was = side.config._attn_implementation
         side.config._attn_implementation = ATTENTION
         hook = None
@@ -137,9 +143,9 @@ class CrossingDecoder:
                 hook.remove()
 
     def _distance_biases(self, side: Any, context: int) -> Tensor | None:
-        """T5's bias (heads, 2 · context - 1) on the score of a token from `context - 1` places back to as many ahead.
+        """T5's relative position bias (heads, 2 · context - 1), for distances from `1 - context` to `context - 1`.
 
-        None for a model without.
+        None for a model without relative positions.
         """
         for part in side.modules():
             if getattr(part, "has_relative_attention_bias", False):
@@ -154,12 +160,12 @@ class CrossingDecoder:
         return None
 
     def give_back(self, slot: int) -> None:
-        """Frees the memory that `slot` takes."""
+        """Returns the slot's memory on both sides to the system, as `KvMemory.give_back` does."""
         self._own.give_back(slot)
         self._cross.give_back(slot)
 
     def is_crossing(self, module: Any) -> bool:
-        """True for attention to the prompt."""
+        """True for a cross-attention module."""
         return id(module) in self._crossing
 
     def memory(self, *, crosses: bool) -> KvMemory:
@@ -169,14 +175,14 @@ class CrossingDecoder:
         return self._prompts[slot]
 
     def bias_among(self, length: int, dtype: torch.dtype) -> Tensor | None:
-        """What is added to the scores of a prompt's tokens with each other, (1, heads, length, length)."""
+        """Position bias of the encoder's self-attention, (1, heads, length, length); None without relative positions."""
         if self._ahead is None:
             return None
         places = torch.arange(length, device=self._ahead.device)
         return self._ahead[:, places - places[:, None] + (self._ahead.shape[1] - 1) // 2].to(dtype)[None]
 
     def mask(self, asking: Tensor, read: int, dtype: torch.dtype) -> Tensor:
-        """What is added to scores of tokens at positions `asking` (n) with the first `read` ones: (n, heads or 1, read)."""
+        """Additive mask of decoder self-attention, bias included, for tokens at positions `asking` (n): (n, heads or 1, read)."""
         ahead = torch.arange(read, device=asking.device) - asking[:, None]  # (n, read)
         hidden = (ahead > 0)[:, None]
         if self._behind is None:
@@ -186,7 +192,7 @@ class CrossingDecoder:
 
 
 class _Encoding:
-    """New prompts of these lengths, one after another in a flat row."""
+    """Attention metadata of an encoder pass: the lengths of the prompts that stand one after another in the flat row."""
 
     def __init__(self, decoder: CrossingDecoder, lengths: Sequence[int]) -> None:
         self._decoder = decoder
@@ -213,7 +219,7 @@ class _Encoding:
 
 
 class _Decoding:
-    """More tokens of each request: first those of one token, in order of their slots."""
+    """Attention metadata of a decoder pass. `parts` of one token come first, in order of their slots; `new` have a prompt."""
 
     def __init__(self, decoder: CrossingDecoder, parts: Sequence[Part], new: Sequence[Part]) -> None:
         self._decoder = decoder
@@ -261,7 +267,7 @@ class _Decoding:
         return torch.cat(parts)[None]
 
     def _keep(self, layer: int, key: Tensor, value: Tensor, *, crosses: bool) -> tuple[Tensor, Tensor]:
-        """Writes what is new into the layer's memory and gives all of it; of prompts that were read before nothing is new."""
+        """Writes new keys and values to the cache and returns the whole layer; cross-attention has new ones for new prompts only."""
         memory = self._decoder.memory(crosses=crosses)
         slots, places = (self._read_slots, self._read_places) if crosses else (self._slots, self.positions)
         if not len(slots):
@@ -269,7 +275,10 @@ class _Decoding:
         return memory.write(layer, key[0].transpose(0, 1), value[0].transpose(0, 1), slots, places)
 
     def _mask(self, crosses: bool, part: Group | Chunk, keys: Tensor) -> Tensor:
-        """(requests, heads, 1, positions) of a group, (1, heads or 1, tokens, positions) of a chunk; all layers share it."""
+        """Additive mask, (requests, heads, 1, positions) of a group, (1, heads or 1, tokens, positions) of a chunk.
+
+        Computed once for all layers.
+        """
         key, dtype = (crosses, part), keys.dtype
         if key not in self._masks:
             of_part = slice(part.first, part.first + part.count)
@@ -295,7 +304,10 @@ def _attend(
     crossing: _Encoding | _Decoding | None = None,
     **rest: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of one layer, for transformers' interface. T5's `position_bias` in `rest` counts from 0; ours takes its place."""
+    """Attention of one layer, for transformers' attention interface.
+
+    T5's `position_bias` in `rest` is ignored: it counts positions from 0, and `_Encoding` and `_Decoding` add their own.
+    """
     if crossing is None or any(rest.get(extra) is not None for extra in ("softcap", "s_aux", "sliding_window")):
         raise CannotShareError(
             f"{type(module).__name__} attends in a way that our decoder does not know; this model cannot be served here."
@@ -304,9 +316,9 @@ def _attend(
 
 
 def check(model: Any) -> CrossingDecoder:
-    """Tries on a few tokens whether the model's own logits come out; gives what they were tried with.
+    """Checks on a few tokens that `CrossingDecoder` gives the model's own logits; returns the decoder of that check.
 
-    Raises `CannotShareError` if they do not, `ModelError` where the model's own are not finite.
+    Raises `CannotShareError` if it does not, `ModelError` where the model's own logits are not finite.
     """
     kind = type(model).__name__
     length = 12

@@ -1,13 +1,12 @@
-"""Which request has which slot of the memory for keys and values, what slots still hold of past ones, and how much all may hold.
+"""KV-slot allocator: admission by reserved length, prefix reuse, eviction of the least recently used.
 
-A request is let in when all that it may come to need (its prompt and its longest reply) fits beside what the running ones may come
-to need. What past requests left is kept for prompts that begin alike, and given up, oldest first, where the room is wanted.
+A request is admitted when the longest it can become (its prompt and its longest reply) fits beside the reservations of the running
+requests. Keys and values of past requests stay in the cache for prompts with the same beginning. They are evicted, oldest first,
+when their memory is needed.
 
-    30 positions   slot 0 runs and may come to 12; slots 1 and 2 are free and hold 10 and 8 of past requests
-    one of 15      takes slot 1, which grows by 5, and the 8 of slot 2 go
-    one of 19      waits until slot 0 is free
-
-Knows nothing of models, tokens' meaning or tensors.
+    limit: 30 positions    slot 0 runs and reserves 12; slots 1 and 2 are free and cache 10 and 8 of past requests
+    a request of 15        takes slot 1, which grows by 5; the 8 of slot 2 are evicted
+    a request of 19        instead waits until slot 0 is free
 """
 
 from __future__ import annotations
@@ -17,22 +16,25 @@ from dataclasses import dataclass
 
 from apprentice.errors import ModelError
 
-# Positions worth copying from another request's memory instead of computing them.
+# Shorter common prefixes than this, in tokens, are computed again instead of copied from another slot.
 LEAST_SHARED = 32
 
 
 @dataclass
 class _Slot:
-    held: list[int]  # whose keys and values it has, of past requests too
-    adapter: int = 0  # under which adapter they were computed, 0 for none
-    reserved: int = 0  # positions that the request in it may come to need; 0: free
+    held: list[int]  # token ids whose keys and values the slot has, of past requests too
+    adapter: int = 0  # number of the adapter that they were computed with, 0 for none
+    reserved: int = 0  # positions that the running request may come to need; 0: free
     touched: int = 0  # positions that take memory
-    used_at: int = 0  # count of releases at the time of its own
+    used_at: int = 0  # number of the slot's last release, for the order of eviction
 
 
 @dataclass(frozen=True)
 class Taken:
-    """A request's `slot`; the memory of those in `emptied` is to be given back, `shared` positions to be copied from `source`."""
+    """Slot allocated to a request. The caller frees the memory of the slots `emptied`, then copies the prefix from `source`.
+
+    `shared` is the number of positions to reuse; nothing is to be copied where `source` is `slot`.
+    """
 
     slot: int
     source: int
@@ -41,7 +43,7 @@ class Taken:
 
 
 class Slots:
-    """`count` slots that together hold up to `tokens` positions."""
+    """Allocator of `count` slots that together hold up to `tokens` positions."""
 
     def __init__(self, count: int, tokens: int) -> None:
         self.tokens = tokens
@@ -50,11 +52,14 @@ class Slots:
 
     @property
     def reserved(self) -> int:
-        """Positions that the running requests may come to need."""
+        """Positions reserved for the running requests."""
         return sum(slot.reserved for slot in self._all)
 
     def take(self, need: int, prefix: Sequence[int] = (), adapter: int = 0) -> Taken | None:
-        """A slot for a request of up to `need` positions whose prompt begins with `prefix`; None while there is none."""
+        """Allocates a slot for a request of up to `need` positions; None if it must wait.
+
+        `prefix` are the prompt's token ids that may be reused from the cache, `adapter` the number of its adapter, 0 for none.
+        """
         free = [place for place, slot in enumerate(self._all) if not slot.reserved]
         if not free:
             return None
@@ -62,7 +67,7 @@ class Slots:
         taken = sum(max(slot.touched, slot.reserved) for slot in self._all)
         chosen = self._choose(free, source, shared, self.tokens - taken - need)
         left = self.tokens - taken - max(0, need - self._all[chosen].touched)
-        # Given up first what was used longest ago; last what would be copied, and the chosen slot's own.
+        # Evicted first: the least recently used; last: the slot to copy from, then the contents of the chosen slot.
         victims = sorted((place for place in free if place != chosen), key=lambda at: (at == source, self._all[at].used_at))
         emptied = []
         for place in (*victims, chosen):
@@ -82,10 +87,10 @@ class Slots:
         return Taken(chosen, source, shared, tuple(emptied))
 
     def _choose(self, free: Sequence[int], source: int, shared: int, left: int) -> int:
-        """The slot of `free` whose content is worth least; `left` positions stay free where an empty one is taken.
+        """The free slot to use; `left` positions would stay unused if it were an empty one.
 
-        One of which all is shared goes on where it is; else an empty one is taken, where memory allows; else the one that was used
-        longest ago. Of like ones it is the lowest: slots in use that are adjacent are read as one view.
+        First choice is the slot whose whole contents are shared, which needs no copy; then an empty slot, if memory allows; then
+        the least recently used. Ties go to the lowest slot, because adjacent slots in use are read as one view.
         """
         if shared and source in free and len(self._all[source].held) == shared:
             return source
@@ -95,30 +100,30 @@ class Slots:
         return min((place for place in free if self._all[place].held), key=lambda place: self._all[place].used_at)
 
     def shared(self, prefix: Sequence[int], adapter: int) -> int:
-        """How many positions a request with this prefix would take from a slot now."""
+        """Number of positions that a request with this prefix would reuse now."""
         return self._like(prefix, adapter)[1]
 
     def hold(self, place: int, ids: Sequence[int]) -> None:
-        """The slot has the keys and values of `ids` too."""
+        """Records that the slot now has the keys and values of `ids` too."""
         self._all[place].held += ids
 
     def release(self, place: int, used: int) -> None:
-        """The request in the slot has ended and used so many positions."""
+        """Frees the slot of a request that has ended and used `used` positions; its contents stay for reuse."""
         slot = self._all[place]
         self._releases += 1
         slot.touched, slot.reserved, slot.used_at = max(slot.touched, min(used, slot.reserved)), 0, self._releases
 
     def _like(self, prefix: Sequence[int], adapter: int) -> tuple[int, int]:
-        """The slot whose memory begins most like `prefix`, and how many positions of it are worth taking."""
+        """The slot with the longest common beginning with `prefix`, and its length; 0 below `LEAST_SHARED`."""
         alike = ((common(slot.held, prefix) if slot.adapter == adapter else 0, -place) for place, slot in enumerate(self._all))
         shared, source = max(alike)
         return (-source, shared) if shared >= LEAST_SHARED else (-source, 0)
 
 
 def positions_within(limit: int | None, of_one: int, slots: int, context: int) -> int:
-    """How many positions of `of_one` bytes fit into `limit` bytes, and no more than `slots` contexts; None: no limit.
+    """Number of positions of `of_one` bytes that fit into `limit` bytes (None: no limit), at most `slots` times `context`.
 
-    Raises `ModelError` where there is no room for a prompt and a reply.
+    Raises `ModelError` where not even two positions fit, one for a prompt and one for a reply.
     """
     most = slots * context
     if limit is None:
@@ -129,7 +134,7 @@ def positions_within(limit: int | None, of_one: int, slots: int, context: int) -
 
 
 def common(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many ids the two have in common at their start, by halving."""
+    """Length of the common prefix, by bisection."""
     low, high = 0, min(len(one), len(other))
     if not high or one[0] != other[0]:
         return 0

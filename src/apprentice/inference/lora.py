@@ -1,15 +1,15 @@
-"""LoRA adapters over one base: each text is computed with its own adapter, texts of several adapters in one pass.
+"""Multi-LoRA: one forward pass over a shared base model in which each sequence has its own adapter, or none.
 
-What adapters add to a layer is two thin matrix products for all rows, however many adapters there are. The `down` matrices of the
-pass stand on top of each other, what is not of a row's own adapter is set to zero in between, and the `up` matrices stand side by
-side:
+However many adapters there are, a layer costs two thin matrix products more for all rows. The `down` matrices of all adapters in
+the pass are stacked, columns of other adapters than the row's own are set to zero in between, and the `up` matrices are stacked
+too:
 
     rows       x with adapter a (rank 2), y with b (rank 1), z with none
     down       x: [a1 a2 b1]   y: [a1 a2 b1]   z: [a1 a2 b1]
-    own alone  x: [a1 a2  0]   y: [ 0  0 b1]   z: [ 0  0  0]
+    masked     x: [a1 a2  0]   y: [ 0  0 b1]   z: [ 0  0  0]
     up         adds to x what a adds, to y what b adds, and zeros to z
 
-The base's weights are read once a pass, and never changed. Knows nothing of requests, or of when adapters come and go.
+The base's weights are read once a pass, and never changed.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ from apprentice.pretrained.trust import check_adapter_folder
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _MATRIX = re.compile(r"(.+)\.lora_([AB])\.weight")
-# Ways to begin that change the base's own weights, so that what is saved does not belong to the base as it is.
+# Initialisations of LoRA that change the base's own weights, so that the saved matrices do not fit the original base.
 _CHANGING = ("pissa", "olora", "corda", "loftq")
 _numbers = itertools.count(1)
 
 
 @dataclass(frozen=True, eq=False)
 class Lora:
-    """One adapter in memory: for each layer that it changes `down` (rank, inputs) and `up` (rank, outputs), the scale in `up`.
+    """LoRA adapter in memory: layer name → `down` (rank, inputs) and `up` (rank, outputs), which includes the scale.
 
-    `number` is no other adapter's, of this process.
+    `number` is unique within this process and greater than 0.
     """
 
     layers: Mapping[str, tuple[Tensor, Tensor]]
@@ -53,7 +53,10 @@ class Lora:
 
 
 def read_lora(folder: Path, model: Any) -> Lora:
-    """The adapter in `folder`, in PEFT's format, for `model`. Raises `ModelError` for one that is no LoRA of this model."""
+    """Reads the adapter in `folder`, in PEFT's format, to the device and dtype of `model`'s layers.
+
+    Raises `ModelError` if it cannot be read, is no plain LoRA, does not fit this model, or is not finite.
+    """
     check_adapter_folder(folder)
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
@@ -78,7 +81,7 @@ def read_lora(folder: Path, model: Any) -> Lora:
             raise ModelError(f"the adapter in {folder} holds numbers that are not finite, in {name!r}; train it again.")
         up = pair["B"].float().T * _scale(config, name, shapes[0][0])
         weight = module.weight
-        # A copy: what safetensors gives lies in the file, which may be replaced.
+        # A copy, because tensors from safetensors may be mapped from the file, which may be replaced.
         down = pair["A"].to(weight.device, weight.dtype, copy=True)
         layers[name] = (down, up.to(weight.device, weight.dtype).contiguous())
     return Lora(layers)
@@ -94,7 +97,7 @@ def _check_kind(folder: Path, config: Mapping[str, Any]) -> None:
 
 
 def _fits(module: Any, down: Sequence[int], up: Sequence[int]) -> bool:
-    """Whether matrices of these shapes add to what `module` computes, a linear layer; GPT-2's have their weight on its side."""
+    """True if matrices of these shapes fit `module`, a linear layer; GPT-2's linear layers have a transposed weight."""
     shape: Sequence[int] = getattr(getattr(module, "weight", None), "shape", ())
     if len(shape) != 2 or len(down) != 2 or len(up) != 2 or isinstance(module, torch.nn.Embedding):
         return False
@@ -103,7 +106,7 @@ def _fits(module: Any, down: Sequence[int], up: Sequence[int]) -> bool:
 
 
 def _scale(config: Mapping[str, Any], name: str, rank: int) -> float:
-    """What PEFT multiplies the product of the two matrices with."""
+    """PEFT's factor of the product of the two matrices: alpha / rank, or alpha / √rank with rslora."""
     alpha = float(config.get("lora_alpha") or rank)
     for pattern, value in (config.get("alpha_pattern") or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", name):
@@ -112,10 +115,11 @@ def _scale(config: Mapping[str, Any], name: str, rank: int) -> float:
 
 
 class LoraLayers:
-    """`model` with the adapters of the rows that are computed; one pass at a time. The layers `apart` are given rows of their own.
+    """Applies adapters to `model` by forward hooks; `rows` says which row has which adapter. One pass at a time.
 
-    Layers that are given the same tensor, such as those of queries, keys and values, share one product with all their `down`
-    matrices; which they are is seen in the first pass.
+    The layers named in `apart` compute other rows than the rest, such as cross-attention's projections of the encoder's states.
+    Layers with the same input tensor, such as those of queries, keys and values, share one product with all their `down` matrices;
+    which layers these are is found in the first pass.
     """
 
     def __init__(self, model: Any, apart: Collection[str] = ()) -> None:
@@ -125,10 +129,10 @@ class LoraLayers:
         self._hooked: set[str] = set()
         self._stacked: tuple[Lora, ...] = ()
         self._stacks: dict[str, _Stack] = {}
-        self._alike: dict[str, list[str]] = {}  # the first layer that is given a tensor → all that are
-        # Of layers that share a product: all their `down` matrices, whose each column is, how many are each layer's.
+        self._alike: dict[str, list[str]] = {}  # the first layer that gets an input tensor → all layers that get it
+        # For layers that share a product: their stacked `down` matrices, the adapter of each column, the columns of each layer.
         self._joint: dict[tuple[str, ...], tuple[Tensor, tuple[int, ...], list[int]]] = {}
-        self._rows: dict[bool, _Rows | None] = {}  # of the layers that are apart (True), and of all others
+        self._rows: dict[bool, _Rows | None] = {}  # of the layers `apart` (True), and of all others (False)
         self._given: Tensor | None = None
         self._leader = ""
         self._products: dict[str, Tensor] = {}  # of the layers that share `_given`
@@ -140,9 +144,9 @@ class LoraLayers:
         counts: Sequence[int],
         apart: tuple[Sequence[Lora | None], Sequence[int]] = ((), ()),
     ) -> Iterator[None]:
-        """Within it, the model's rows are `counts[0]` of `adapters[0]`, then `counts[1]` of `adapters[1]`, and so on.
+        """Within it, the first `counts[0]` rows of a pass have `adapters[0]`, the next `counts[1]` have `adapters[1]`, and so on.
 
-        Of a single adapter are all rows, however many. `apart` are those of the layers that are apart.
+        If `adapters` has one entry, it applies to all rows, however many. `apart` has the adapters and counts of the layers apart.
         """
         wanted = {adapter for adapter in (*adapters, *apart[0]) if adapter is not None}
         if not wanted:
@@ -154,7 +158,7 @@ class LoraLayers:
         try:
             yield
         except BaseException:
-            self._stacked = ()  # an adapter that cannot be applied is not left among those of the next pass
+            self._stacked = ()  # so that an adapter that cannot be applied is not used in the next pass
             raise
         finally:
             self._rows, self._products, self._given = {}, {}, None
@@ -194,7 +198,7 @@ class LoraLayers:
         output.view(count, -1).addmm_(self._products[name], self._stacks[name].up)
 
     def _multiply(self, names: Sequence[str], rows: _Rows) -> None:
-        """What is given, times the `down` matrices of these layers; zeros where a column is not of the row's adapter."""
+        """Multiplies the input with the `down` matrices of these layers; sets columns of other adapters than the row's to 0."""
         there = tuple(name for name in names if name in self._stacks)
         if there not in self._joint:
             stacks = [self._stacks[name] for name in there]
@@ -210,14 +214,14 @@ class LoraLayers:
 
 
 class _Rows:
-    """Whose the rows of a layer are: `owners` (rows, or 1 for all), the place of an adapter among the stacked ones, -1 for none."""
+    """Adapter of each row: `owners` (rows, or 1 for all rows) are indices into the stacked adapters, -1 for none."""
 
     def __init__(self, owners: Tensor) -> None:
         self.owners = owners
         self._others: dict[tuple[int, ...], Tensor] = {}
 
     def others(self, columns: tuple[int, ...]) -> Tensor:
-        """True where a column is not of the row's adapter, (rows, columns); all layers of one shape share it."""
+        """Mask (rows, columns), True where a column is not of the row's adapter; shared by layers with the same columns."""
         if columns not in self._others:
             self._others[columns] = self.owners[:, None] != torch.tensor(columns, device=self.owners.device)
         return self._others[columns]
@@ -225,7 +229,7 @@ class _Rows:
 
 @dataclass(frozen=True)
 class _Stack:
-    """One layer's matrices of all adapters of a pass: `down` (all ranks, inputs), `up` (all ranks, outputs), whose each rank is."""
+    """Stacked matrices of one layer: `down` (all ranks, inputs), `up` (all ranks, outputs), and the adapter index of each rank."""
 
     down: Tensor
     up: Tensor

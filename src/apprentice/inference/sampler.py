@@ -1,7 +1,7 @@
-"""Which token comes next: the most probable one, or one drawn by a counter-based generator, for many requests in one go.
+"""Sampler: temperature, top-p, penalties, logit bias and constraints, for a batch of requests.
 
-The draw for token n of a request depends on the request's seed and n alone, never on what else runs. Knows nothing of batches of
-tokens or of what a constraint means.
+Random numbers come from a counter-based generator (Philox), so the draw for token n of a request depends on the request's seed and
+n alone, never on the other requests of the batch.
 """
 
 from __future__ import annotations
@@ -15,15 +15,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_NUCLEUS = 512  # tokens among which top_p is looked for before the whole vocabulary is sorted
+_NUCLEUS = 512  # most probable tokens that top_p is tried on before the whole vocabulary is sorted
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """Temperature 0 takes the most probable token; `top_p` keeps the fewest tokens that together have that probability.
+    """Sampling settings of a request.
 
-    Before that, `bias` (token id → number) is added to the logits, and from those of tokens that the reply has already are taken
-    `presence_penalty`, and `frequency_penalty` for each time.
+    Temperature 0 takes the most probable token. `top_p` keeps the fewest tokens that together have that probability. Before that,
+    `bias` (token id → number) is added to the logits; tokens that the reply has already lose `presence_penalty` once, and
+    `frequency_penalty` for each occurrence.
     """
 
     temperature: float = 0.0
@@ -46,23 +47,26 @@ GREEDY = Sampling()
 
 
 class Constraint(Protocol):
-    """What a reply may say, token by token."""
+    """Constraint on a reply, token by token, such as a JSON schema; it has state and belongs to one request."""
 
     def allowed(self) -> np.ndarray:
-        """For every id whether it may come next; a bool array that may be shorter or longer than the logits."""
+        """Bool array: for each token id, whether it may come next. Ids beyond its end may not; it may be longer than the logits."""
 
     def accept(self, id: int) -> None:
-        """`id` has come."""
+        """Advances the state by the token `id` that was chosen."""
 
 
 def uniform(seed: int, step: int) -> float:
-    """A number in [0, 1) that is a pure function of `seed` (any integer) and `step` (0, 1, …)."""
+    """Random number in [0, 1), a pure function of `seed` (any integer) and `step` (0, 1, …)."""
     key = seed % 2**64
     return float(np.random.Generator(np.random.Philox(key=key, counter=[0, step, 0, 0])).random())
 
 
 def adjust(logits: Tensor, sampling: Sampling, seen: Counter[int], constraint: Constraint | None) -> Tensor:
-    """`logits` (vocabulary) as the request wants them, in float32: biased, penalised for what was `seen`, and constrained."""
+    """Applies bias, penalties for the tokens `seen` in the reply, and the constraint to `logits` (vocabulary).
+
+    Returns a new float32 tensor, -inf for tokens that the constraint forbids.
+    """
     changed = logits.float().clone()
     penalties = {id: sampling.presence_penalty + count * sampling.frequency_penalty for id, count in seen.items()}
     for numbers, sign in ((sampling.bias, 1.0), (penalties, -1.0)):
@@ -78,7 +82,7 @@ def adjust(logits: Tensor, sampling: Sampling, seen: Counter[int], constraint: C
 
 
 def draw(logits: Tensor, samplings: Sequence[Sampling], steps: Sequence[int]) -> list[int]:
-    """For each row of `logits` (requests, vocabulary) the id of the request's token number `steps[row]`."""
+    """Chooses a token id for each row of `logits` (requests, vocabulary); `steps[row]` is the token's index in its reply."""
     chosen: list[int] = logits.max(dim=-1).indices.tolist()  # as `argmax`, which takes five times as long in bfloat16 on a CPU
     drawn = [row for row, sampling in enumerate(samplings) if not sampling.is_greedy]
     if not drawn:
@@ -105,7 +109,10 @@ def draw(logits: Tensor, samplings: Sequence[Sampling], steps: Sequence[int]) ->
 
 
 def _at(probabilities: Tensor, points: Tensor) -> list[int]:
-    """For each row the place where the running sum passes `points` (rows, 1) of the row's sum; places of no weight are not hit."""
+    """Inverse-CDF sampling: for each row the index where the running sum passes `points` (rows, 1) times the row's sum.
+
+    An index with probability 0 is never chosen.
+    """
     cumulative = probabilities.cumsum(dim=-1)
     places = torch.searchsorted(cumulative, points * cumulative[:, -1:], right=True)[:, 0]
     last = (probabilities > 0).long().cumsum(dim=-1).argmax(dim=-1)  # rounding may carry a point past the last weight
@@ -113,7 +120,7 @@ def _at(probabilities: Tensor, points: Tensor) -> list[int]:
 
 
 def _in_nucleus(probabilities: Tensor, shares: Tensor, points: Tensor) -> list[int]:
-    """As `_at`, among the fewest tokens of each row that together have `shares` (rows, 1) of the probability."""
+    """Top-p sampling: `_at` among the fewest tokens of each row that together have `shares` (rows, 1) of the probability."""
     best, ids = probabilities.topk(min(_NUCLEUS, probabilities.shape[-1]), dim=-1)
     found = _at_best(best, ids, shares, points)
     if best.shape[-1] < probabilities.shape[-1]:

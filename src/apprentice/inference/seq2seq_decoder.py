@@ -1,7 +1,7 @@
-"""Continuous batching for encoder-decoders: the encoder reads each prompt once, requests join and leave between two steps.
+"""Continuous batching for encoder-decoders: the encoder reads each prompt once; requests join and leave between two steps.
 
-The same core as `Decoder`, of which it takes queue, sampling and the end of a reply. Where a prompt's end is to be scored
-(`score_from`), the encoder reads what is before, and the decoder is made to say the rest.
+`Seq2seqDecoder` takes its queue, sampling and stopping from `Decoder`. If the end of a prompt is to be scored (`score_from`), the
+encoder reads the tokens before that index, and the rest are forced as the first tokens of the decoder.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from apprentice.inference.lora import Lora
 
 
 class Seq2seqDecoder(Decoder):
-    """Decodes up to `slots` requests together, prompt and reply of up to `context` tokens together.
+    """Continuous-batching decoder of up to `slots` concurrent requests of an encoder-decoder.
 
-    `context` shrinks to what the model's positions allow; `kv_bytes` bounds the keys and values of both sides, as in `Decoder`.
-    Not thread-safe. Raises `ModelError` for a model that cannot be decoded so.
+    A prompt must be shorter than `context` tokens, and a reply ends when the decoder has `context`; `context` is cut to the model's
+    `max_position_embeddings`. `kv_bytes` limits memory as in `Decoder`. Not thread-safe. Raises `CannotShareError` for a model that
+    cannot be batched, and `ModelError` for one whose logits are not finite or for too little memory.
     """
 
     def __init__(
@@ -47,7 +48,7 @@ class Seq2seqDecoder(Decoder):
         super().submit(key, wanted)
 
     def step(self) -> list[Token]:
-        """One pass for all: what may be read of waiting prompts is read, and everybody gets a token."""
+        """Admits waiting requests, runs one pass over all, and returns a token for each. Empty if there are no requests."""
         self._join()
         owners = sorted(self._running.values(), key=lambda owner: owner.slot)
         if not owners:
@@ -55,7 +56,7 @@ class Seq2seqDecoder(Decoder):
         parts = [Part(owner.slot, owner.start, owner.pending, self._unread(owner), owner.wanted.adapter) for owner in owners]
         logits = self._crossing.forward(parts)
         row = 0
-        rows: list[int] = []  # of the logits after each one's last token
+        rows: list[int] = []  # of the logits after the last token of each request
         for owner, part in zip(owners, parts, strict=True):
             if said := part.ids[1:]:
                 owner.prompt += scores(logits[row : row + len(said)], said, [owner.wanted.logprobs or 0] * len(said))
@@ -65,7 +66,7 @@ class Seq2seqDecoder(Decoder):
         return self._next_tokens(logits if len(rows) == len(logits) else logits[rows], owners)
 
     def _join(self) -> None:
-        """Gives slots to those who wait, as many as one step may read; the first in the queue may have any length."""
+        """Admits waiting requests, up to `prefill_tokens` of prompts in one step; the first prompt may have any length."""
         read = 0
         while self._waiting:
             key, wanted = self._waiting[0]
@@ -81,10 +82,10 @@ class Seq2seqDecoder(Decoder):
             self._running[key] = Running(key, wanted, taken.slot, (self._start_id, *said))
 
     def _unread(self, owner: Running) -> Sequence[int]:
-        """What the encoder is to read now: the prompt of a request that has just come."""
+        """Tokens that the encoder has to read in this step: the prompt of a request in its first step, else none."""
         return () if owner.start else owner.wanted.prompt[: _parted(owner.wanted)]
 
 
 def _parted(wanted: Generation) -> int:
-    """How much of the prompt the encoder reads; the decoder is made to say the rest."""
+    """Number of prompt tokens that the encoder reads; the decoder is forced through the rest."""
     return len(wanted.prompt) if wanted.score_from is None else wanted.score_from

@@ -1,7 +1,4 @@
-"""Choices of an encoder-decoder: every prompt is read once for all of them.
-
-Pure and batched. Knows nothing of tasks, layouts or how an answer ends: callers give the ids.
-"""
+"""Log-probabilities of answer choices under an encoder-decoder, in batches: each prompt is encoded once for all its choices."""
 
 from __future__ import annotations
 
@@ -16,7 +13,7 @@ _LOGIT_ROWS = 1024  # positions whose logits one pass of the decoder keeps
 
 
 def is_seq2seq(model: Any) -> bool:
-    """True for an encoder with a decoder."""
+    """True for an encoder-decoder."""
     return bool(getattr(model.config, "is_encoder_decoder", False))
 
 
@@ -24,7 +21,10 @@ def is_seq2seq(model: Any) -> bool:
 def seq2seq_logprobs(
     model: Any, prompts: Sequence[Sequence[int]], choices: Sequence[Sequence[Sequence[int]]], batch_tokens: int
 ) -> list[list[float]]:
-    """Natural log-probability of every choice after its prompt: the sum over the choice's tokens, in the order of the arguments."""
+    """Natural log-probability of every choice (token ids) after its prompt: the sum over its tokens, in the order of the arguments.
+
+    `batch_tokens` bounds the tokens, padding included, of one pass of the encoder; a longer prompt runs alone.
+    """
     found: list[list[float]] = [[0.0] * len(group) for group in choices]
     for batch in _batches([len(prompt) for prompt in prompts], batch_tokens):
         states, mask = _encoded(model, [prompts[number] for number in batch])
@@ -40,7 +40,7 @@ def seq2seq_logprobs(
 
 
 def _batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
-    """Numbers of prompts of like length together, the longest first, padding included within `batch_tokens`."""
+    """Groups prompts (their indices) of similar length, longest first, within `batch_tokens` including padding."""
     batches: list[list[int]] = []
     for number in sorted(range(len(lengths)), key=lambda number: (-lengths[number], number)):
         if not batches or (len(batches[-1]) + 1) * lengths[batches[-1][0]] > batch_tokens:
@@ -50,7 +50,7 @@ def _batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
 
 
 def _even(lengths: Sequence[int]) -> list[list[int]]:
-    """Places of choices (ascending lengths) in runs whose logits stay within `_LOGIT_ROWS` positions."""
+    """Groups choices (indices, in ascending order of length) so that each group has at most `_LOGIT_ROWS` rows of logits."""
     runs: list[list[int]] = []
     for place, length in enumerate(lengths):
         if not runs or (len(runs[-1]) + 1) * length > _LOGIT_ROWS:
@@ -60,7 +60,7 @@ def _even(lengths: Sequence[int]) -> list[list[int]]:
 
 
 def _padded(model: Any, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """Ids and mask, (prompts, longest) each."""
+    """Right-padded ids and attention mask (1: a token, 0: padding), int64 (prompts, longest) each."""
     device = next(model.parameters()).device
     width = max(map(len, prompts))
     ids = torch.zeros(len(prompts), width, dtype=torch.long)
@@ -72,14 +72,14 @@ def _padded(model: Any, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tenso
 
 
 def _encoded(model: Any, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """The encoder's states (prompts, longest, hidden) and the mask of what is no padding."""
+    """Encoder states (prompts, longest, hidden) and their attention mask (prompts, longest)."""
     ids, mask = _padded(model, prompts)
     states: Tensor = model.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state
     return states, mask
 
 
 def _sums(model: Any, states: Tensor, mask: Tensor, texts: Sequence[Sequence[int]]) -> list[float]:
-    """Log-probability of every text (ids) after the states of its line."""
+    """Log-probability of each text (ids) given the encoder states (texts, longest, hidden) of the same row."""
     width = max(map(len, texts))
     labels = torch.zeros(len(texts), width, dtype=torch.long, device=states.device)
     real = torch.zeros(len(texts), width, device=states.device)

@@ -1,7 +1,7 @@
-"""Models whose texts cannot share a pass: those behind virtual tokens (prefix and prompt tuning), and some encoder-decoders.
+"""Unbatched decoding, for models that cannot compute several requests in one pass.
 
-Each request is computed by the model's own forward pass with its own keys and values, so it costs what it costs alone, and gives
-the same in any company. Knows nothing of HTTP, layouts or tasks.
+These are models with virtual tokens (prefix and prompt tuning) and some encoder-decoders. Each request is computed by the model's
+own forward pass with a KV cache of its own, so concurrent requests save no time, and a reply does not depend on the others.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from apprentice.inference.seq2seq_scoring import is_seq2seq
 
 
 def has_virtual_tokens(model: Any) -> bool:
-    """True after prefix or prompt tuning: tokens that are no words stand before every text."""
+    """True for a model with prefix or prompt tuning, which puts trained virtual tokens before every text."""
     return _virtual_tokens(model) > 0
 
 
@@ -32,9 +32,9 @@ def _virtual_tokens(model: Any) -> int:
 
 
 def decoder_for(model: Any, *, slots: int, context: int, kv_bytes: int | None = None, or_alone: bool = False) -> Decoder:
-    """The decoder that `model` can be decoded by. Raises `ModelError` as `Decoder` does.
+    """Makes the decoder for the kind of `model`. Raises `ModelError` as `Decoder` does.
 
-    With `or_alone` an encoder-decoder whose requests cannot share a pass is computed request by request instead of refused.
+    With `or_alone`, an encoder-decoder that cannot be batched gets an `AloneDecoder`; else it raises `CannotShareError`.
     """
     kind = AloneDecoder if has_virtual_tokens(model) else Seq2seqDecoder if is_seq2seq(model) else Decoder
     try:
@@ -47,7 +47,7 @@ def decoder_for(model: Any, *, slots: int, context: int, kv_bytes: int | None = 
 
 @torch.inference_mode()
 def alone_logprob(model: Any, prompt: Sequence[int], ids: Sequence[int]) -> float:
-    """The natural log-probability of `ids` after `prompt`, summed over its tokens, in one forward pass of its own."""
+    """Natural log-probability of `ids` after `prompt`, summed over the tokens of `ids`, in a forward pass of its own."""
     wanted = torch.tensor(list(ids), device=_device(model))
     if is_seq2seq(model):
         start = model.config.decoder_start_token_id
@@ -59,17 +59,17 @@ def alone_logprob(model: Any, prompt: Sequence[int], ids: Sequence[int]) -> floa
 
 @dataclass
 class _Memory:
-    """One request's keys and values, and what its encoder made of the prompt."""
+    """KV cache of one request and, for an encoder-decoder, the encoder's output for the prompt."""
 
     cache: Any
     encoded: Any = None
 
 
 class AloneDecoder(Decoder):
-    """A `Decoder` that computes request by request, in turn.
+    """`Decoder` that computes one request after another within each step.
 
-    An encoder reads the prompt; with `score_from` it reads what comes before that place, and the decoder is held to the rest.
-    Each request has a cache of its own that ends with it, so `kv_bytes` bounds nothing here.
+    An encoder reads the prompt; with `score_from` it reads the tokens before that index, and the rest are forced on the decoder.
+    Each request has a cache of its own, dropped at its end; `kv_bytes` is ignored.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class AloneDecoder(Decoder):
         most = min(context, positions - _virtual_tokens(model)) if positions else context
         self._fit(model, slots, most, None, 1)
         self._model = model
-        # With virtual tokens, the model inside goes on by itself once they are in the cache.
+        # Once the virtual tokens are in the cache, the base model continues without them.
         self._behind = model.get_base_model() if has_virtual_tokens(model) else model
         self._memories: dict[Hashable, _Memory] = {}
         self._begin(prefill_tokens)
@@ -90,7 +90,7 @@ class AloneDecoder(Decoder):
         super().submit(key, wanted)
 
     def step(self) -> list[Token]:
-        """One forward pass for each request that holds a slot, and a token for each."""
+        """Admits waiting requests, runs a forward pass for each that holds a slot, and returns a token for each."""
         while self._waiting and (taken := self._slots.take(self._need(self._waiting[0][1]))) is not None:
             key, wanted = self._waiting.popleft()
             self._running[key] = Running(key, wanted, taken.slot, wanted.prompt)
@@ -99,7 +99,7 @@ class AloneDecoder(Decoder):
 
     @torch.inference_mode()
     def _after(self, owner: Running) -> Tensor:
-        """The logits (vocabulary) after what `owner` has so far."""
+        """Logits (vocabulary) after the last token of `owner`; the first call computes its prompt."""
         memory = self._memories.get(owner.key)
         if memory is None:
             return self._begin_pair(owner) if is_seq2seq(self._model) else self._begin_text(owner)

@@ -1,4 +1,4 @@
-"""Pools of workers as Ray actors: the room that is free for them, and tables mapped through them in order."""
+"""Pool of Ray actors: the free resources for it, and tables mapped through it with Ray Data. Needs Ray initialised."""
 
 from __future__ import annotations
 
@@ -16,12 +16,15 @@ from apprentice.models.loading import multiplies_bfloat16
 from apprentice.ray_cluster.nodes import node_resources, on_every_node
 from apprentice.recipe import Model
 
-SETTLE_S = 5.0  # how long resources that a stage before still holds may take to come back …
-PATIENCE_S = 60.0  # … and how long we wait for one CPU at least
+SETTLE_S = 5.0  # wait at most this long for resources that an earlier stage is still releasing …
+PATIENCE_S = 60.0  # … and at most this long for a single CPU
 
 
 def free_room() -> Room:
-    """What is free now. Stages before us may still be letting go, so this waits, a little for all, longer for one CPU."""
+    """Free resources of the cluster.
+
+    Earlier stages may still be releasing theirs, so this waits up to `SETTLE_S` for all CPUs, up to `PATIENCE_S` for one.
+    """
     start = time.monotonic()
     while True:
         there, free = node_resources(), ray.available_resources()
@@ -34,15 +37,16 @@ def free_room() -> Room:
     nodes = [int(node.get("CPU", 0)) for node in there]
     if len(nodes) == 1:
         cpus = min(cpus, len(os.sched_getaffinity(0)))  # a local session may count more CPUs than there are cores
-    # What is free on a busy cluster may lie scattered, one CPU here and one there.
+    # On a busy cluster the free CPUs may lie on different nodes, one here and one there.
     together = min((node for node in nodes if node), default=1) if idle else 1
     return Room(cpus, together, int(free.get("GPU", 0)), int(free.get("memory", 0)))
 
 
 def in_one_dtype(model: Model, room: Room) -> Model:
-    """`model` with the number format that all workers compute in, where it leaves that to the hardware.
+    """Resolves `dtype: auto` to one dtype for all workers; any other `model` is returned unchanged.
 
-    The driver's own hardware does not count: it may be a node without a GPU, or with another CPU than the workers'.
+    bfloat16 on GPUs and where the CPUs of all nodes multiply it in hardware, else float32. The driver's own hardware is not
+    decisive: it may be a node without a GPU, or with another CPU than the workers'.
     """
     if model.dtype != "auto":
         return model
@@ -54,7 +58,7 @@ def in_one_dtype(model: Model, room: Room) -> Model:
 
 
 def mapped(tables: Sequence[pa.Table], worker: type, arguments: tuple[Any, ...], pool: Pool) -> Iterator[pa.Table]:
-    """Each table through a pool of workers, as the results come."""
+    """Maps each table through a pool of actors of class `worker`, built with `arguments`; yields the results as they arrive."""
     dataset = ray.data.from_arrow(list(tables)).map_batches(
         worker,
         batch_size=None,  # one table, one call
@@ -69,7 +73,7 @@ def mapped(tables: Sequence[pa.Table], worker: type, arguments: tuple[Any, ...],
 
 
 def gathered(references: list[Any]) -> list[Any]:
-    """The results of Ray tasks, in order; an error of ours arrives as itself, without Ray's wrapping."""
+    """Results of Ray tasks, in order; raises an `ApprenticeError` of a task as it is, without Ray's wrapper."""
     try:
         return list(ray.get(references))
     except ray.exceptions.RayTaskError as error:

@@ -1,4 +1,4 @@
-"""Generation: the prediction is the model's greedy reply, up to the end that the layout prescribes."""
+"""Greedy generation of predictions: replies of the model as text, up to the end that the prompt format prescribes."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
 
 def reply(model: Any, questions: Sequence[Mapping[str, Any]], manner: Manner) -> list[dict[str, Any]]:
-    """`prediction` for every question (a record of `predictions.ENCODED`).
+    """Generates a reply to every question, a record with `prompt_ids`; returns records with `prediction`, in the same order.
 
-    Raises `EvaluationError` with the question's name where the model's numbers are not finite.
+    Raises `EvaluationError`, which names the question, where the model's logits are not finite.
     """
     prompts = [list(question["prompt_ids"]) for question in questions]
     try:
@@ -27,17 +27,17 @@ def reply(model: Any, questions: Sequence[Mapping[str, Any]], manner: Manner) ->
 
 
 def shown(layout: Layout, ids: Sequence[int]) -> str:
-    """The reply's text. In layouts of plain text it ends where a model goes on to write exemplars of its own."""
+    """Text of a reply's token ids. In all prompt formats but `chat`, text after the reply is cut (`bounded`)."""
     return bounded(layout, layout.tokenizer.decode(ids))
 
 
 def bounded(layout: Layout, text: str) -> str:
-    """`text` up to where an exemplar of the model's own would begin."""
+    """`text` up to the exemplar separator, after which a base model goes on to invent exemplars; `chat` replies stay whole."""
     return (text if layout.name == "chat" else text.partition(SEPARATOR.strip("\n"))[0]).strip()
 
 
 def question_name(record: Mapping[str, Any]) -> str:
-    """A question as a person finds it again: its task, row and wording; a row of a file has a number alone."""
+    """Name of a question for messages: its task, row and wording, or the row number alone for a row of a file."""
     if "task" not in record:
         return f"row {record['row']}"
     return f"{record['task']} row {record['row']}, wording {record['template']}"

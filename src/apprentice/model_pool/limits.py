@@ -1,4 +1,4 @@
-"""How long prompts and replies may be, and how questions are answered."""
+"""Limits on the tokens of prompts and replies, and the settings under which questions are answered."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from apprentice.data.encoding.prompt_format import Layout
 
 @dataclass(frozen=True)
 class Limits:
-    """Tokens: of a prompt, of a generated reply, and of what the model can see at once (None: no bound is known)."""
+    """Maximal tokens of a prompt, of a generated reply, and of the model's context (None: no bound is known)."""
 
     prompt: int
     reply: int
     context: int | None = None
 
     def prompt_before(self, answer: int) -> int:
-        """The longest prompt before an answer of so many tokens."""
+        """Maximal tokens of a prompt that is followed by an answer of `answer` tokens."""
         return self.prompt if self.context is None else min(self.prompt, self.context - answer)
 
 
 @dataclass(frozen=True)
 class Manner:
-    """How questions are answered: the layout they are phrased in, the longest reply, and whether choices need priors."""
+    """Settings of answering: prompt format, maximal tokens of a reply, and whether the priors of choices are needed (PMI)."""
 
     layout: Layout
     reply: int  # tokens
@@ -30,5 +30,5 @@ class Manner:
 
     @property
     def empty_prompt(self) -> list[int]:
-        """The prompt of an empty question, after which a choice's prior is taken."""
+        """Token ids of the prompt of an empty question; a choice's prior is its log-probability after these."""
         return self.layout.empty_prompt

@@ -1,4 +1,4 @@
-"""The model that a worker of a pool holds: loaded where the worker runs, in one number format."""
+"""Loads a worker's model, on the worker's device and in its dtype."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from apprentice.recipe import Model
 
 
 def model_on(folder: Path, settings: Model, pool: Pool) -> Any:
-    """The model in `folder`, loaded as `settings` say where a worker of `pool` runs."""
+    """Loads the model in `folder` as `settings` say, on the device of a worker of `pool`; sets the process's number of threads."""
     torch.set_num_threads(pool.cpus)
     device = "cuda" if pool.gpus else "cpu"
     head = 0 if gives_rewards(folder) else None
@@ -24,5 +24,5 @@ def model_on(folder: Path, settings: Model, pool: Pool) -> Any:
 
 
 def weight_bytes(folder: Path, model: Model, *, gpu: bool) -> int:
-    """Bytes of one copy of the weights in the number format that scoring uses."""
+    """Bytes of one copy of the weights in the dtype of scoring."""
     return count_parameters(folder) * resolve_dtype(model.dtype, "cuda" if gpu else "cpu").itemsize

@@ -1,4 +1,4 @@
-"""How many scoring workers a cluster holds, and how large each is: arithmetic only, knows nothing of Ray."""
+"""Size of a pool of scoring workers: their number, and the CPUs and GPUs of each. Arithmetic only."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ OVERHEAD_BYTES = 1 << 30  # interpreter, PyTorch and activations, beside the wei
 
 @dataclass(frozen=True)
 class Room:
-    """What is there for scoring, over all nodes."""
+    """Resources free for scoring, over all nodes."""
 
     cpus: int
-    cpus_together: int  # that one worker can have: they lie on one node
+    cpus_together: int  # most CPUs that one worker can have: they must lie on one node
     gpus: int
     memory_bytes: int
 
@@ -28,9 +28,9 @@ class Pool:
 
 
 def pool_for(room: Room, weight_bytes: int, batches: int) -> Pool:
-    """The pool that fills `room`, one copy of the weights in each worker, no more workers than batches.
+    """Sizes the pool that fills `room`: one copy of the weights in each worker, no more workers than batches.
 
-    Raises `ResourcesError` where not even one worker fits.
+    With GPUs every worker has one GPU and one CPU. Raises `ResourcesError` where not even one worker fits.
     """
     if room.cpus < 1:
         raise ResourcesError("scoring needs 1 free CPU and the cluster has none; wait for what runs on it, or add a node.")

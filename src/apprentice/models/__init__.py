@@ -1,1 +1,1 @@
-"""Base and tuned weights to a model that can be trained, scored or served."""
+"""Loading, tuning and merging of models: from weights on disk to a model that can be trained, scored or served."""

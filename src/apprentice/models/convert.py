@@ -1,4 +1,4 @@
-"""The former name of `apprentice.models.gguf`, for those who type `python -m apprentice.models.convert FILE FOLDER`."""
+"""Former name of `apprentice.models.gguf`, kept so that `python -m apprentice.models.convert FILE FOLDER` still works."""
 
 from apprentice.models.gguf import main
 

@@ -1,6 +1,6 @@
-"""A GGUF file to a safetensors folder with its tokenizer: `python -m apprentice.models.gguf FILE FOLDER`.
+"""Converter of a GGUF file to a safetensors folder with its tokenizer: `python -m apprentice.models.gguf FILE FOLDER`.
 
-A program of its own, so that the memory of the conversion is given back. Knows nothing of where the file came from.
+A program of its own, so that the memory of the conversion is freed when it ends.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def convert(gguf: Path, target: Path) -> None:
 
 
 def main() -> None:
-    """Converts the file that the command line names first to the folder that it names second."""
+    """Converts the file of the first command-line argument to the folder of the second."""
     convert(Path(sys.argv[1]), Path(sys.argv[2]))
 
 

@@ -1,7 +1,6 @@
-"""Base weights and exported runs to a causal or sequence-to-sequence model in memory, quietly, in the number format that the
-hardware multiplies fast.
+"""Model loading: base weights or an exported run to a causal, sequence-to-sequence or reward model in memory.
 
-Knows nothing of tuning methods, layouts or where a model is used.
+`dtype: auto` is the number format that the hardware multiplies fast; `attention: auto` the fastest implementation that runs here.
 """
 
 from __future__ import annotations
@@ -32,14 +31,14 @@ from apprentice.pretrained.hub import local_folder
 from apprentice.pretrained.trust import check_model_folder
 from apprentice.run.folder import ADAPTER
 
-_FAST_BFLOAT16 = ("amx_bf16", "avx512_bf16")  # what a CPU multiplies bfloat16 with, as PyTorch names it
+_FAST_BFLOAT16 = ("amx_bf16", "avx512_bf16")  # CPU units that multiply bfloat16, in PyTorch's names
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-_ATTENTION = {"flash": "flash_attention_2", "flex": "flex_attention"}  # the recipe's words that transformers calls otherwise
-SCORE = "score"  # the layer of a reward model that gives the number
+_ATTENTION = {"flash": "flash_attention_2", "flex": "flex_attention"}  # recipe's name → transformers' name, where they differ
+SCORE = "score"  # name of a reward model's output layer
 
 
 def resolve_dtype(name: str, device: str | None = None) -> torch.dtype:
-    """The number format that `name` means on `device` ("cuda" or "cpu"; None: what there is).
+    """dtype that `name` means on `device` ("cuda" or "cpu"; None: a GPU if there is one).
 
     `auto` is bfloat16 on a GPU, on CPUs with AMX (matrix products about five times faster than in float32) and on CPUs with
     AVX512-BF16 (about twice), and float32 on all other CPUs, which only emulate bfloat16.
@@ -51,13 +50,13 @@ def resolve_dtype(name: str, device: str | None = None) -> torch.dtype:
 
 
 def multiplies_bfloat16() -> bool:
-    """Whether this machine's CPU multiplies bfloat16 itself, faster than float32."""
+    """True if this machine's CPU multiplies bfloat16 in hardware, faster than float32."""
     here = torch.cpu.get_capabilities()
     return any(here.get(unit, False) for unit in _FAST_BFLOAT16)
 
 
 def check_dtype(name: str, folder: Path, *, on_gpu: bool) -> None:
-    """Raises `RecipeError` where training the model in `folder` in the number format `name` would overflow or crawl."""
+    """Raises `RecipeError` if `name` is float16 and training the model in `folder` would overflow, or run on CPUs."""
     if name != "float16":
         return
     kind = model_config(folder).get("model_type")
@@ -68,10 +67,10 @@ def check_dtype(name: str, folder: Path, *, on_gpu: bool) -> None:
 
 
 def resolve_attention(name: str, device: str = "cpu") -> str | None:
-    """What transformers calls the attention `name` on `device`; None leaves the choice to the architecture.
+    """transformers' name of the attention implementation `name` on `device`; None leaves the choice to the architecture.
 
-    `auto` is flash attention on a GPU that has the package, and else what the architecture prefers (sdpa, where it can). Raises
-    `ModelError` for flash attention where it cannot run.
+    `auto` is flash attention on a GPU with the package installed, else the architecture's default (sdpa, if it has that). Raises
+    `ModelError` for `flash` where it cannot run.
     """
     there = device == "cuda" and importlib.util.find_spec("flash_attn") is not None
     if name == "flash" and not there:
@@ -90,13 +89,13 @@ def load_model(
     head: int | None = None,
     trust: bool = False,
 ) -> PreTrainedModel:
-    """The model `base` (folder, hub id or packaged model) on the CPU, in evaluation mode; its kind is what
-    `apprentice.pretrained.architecture` tells.
+    """Loads the model `base` (folder, hub id or packaged model) on the CPU, in evaluation mode.
 
-    An adapter that was exported beside the weights is attached. `four_bit` quantizes the weights onto the GPU. `head` asks for a
-    reward model: where the folder holds none, its last layer begins from that seed. Raises `ModelError` if the model cannot be
-    found, is no language model (or none that can give rewards), or lacks weights; and, unless `trust`, if it would read a pickle or
-    run code of the model's own.
+    `apprentice.pretrained.architecture` decides whether it is causal or sequence-to-sequence. An adapter exported beside the
+    weights is attached. `four_bit` quantizes the weights to NF4, which needs a GPU. `head` loads a reward model instead; if the
+    folder has none, the output layer is initialised with `head` as seed. Raises `ModelError` if the model cannot be found, is no
+    language model (or cannot give rewards), or lacks weights; and, unless `trust`, if it would read a pickle or run code of the
+    model's own.
     """
     folder = local_folder(str(base), trust=trust)
     check_model_folder(folder, trust=trust)
@@ -133,16 +132,16 @@ def load_model(
     if missing := sorted(set(found["missing_keys"]) - fresh):
         raise ModelError(f"{folder} lacks weights, {missing[0]!r} among them; fetch or export the model again.")
     if head is not None and model.config.pad_token_id is None:
-        model.config.pad_token_id = 0  # transformers asks for one; which place counts is decided by position here
+        model.config.pad_token_id = 0  # transformers needs one, though here the position decides which token's reward counts
     loaded: PreTrainedModel = _attach(model, folder / ADAPTER).eval()
     return loaded
 
 
 def read_config(folder: Path, attention: str | None = None, *, trust: bool = False) -> Any:
-    """The architecture in `folder`, with `attention` in transformers' word; None: sdpa where the architecture has it, else eager.
+    """Reads the model config in `folder` and sets its attention to `attention`, transformers' name; None: sdpa if it can, else eager.
 
-    What the folder says of attention and experts never counts, in nested configs either: transformers would fetch code by such
-    names. It is set here because a keyword of `from_pretrained` is overruled by the folder's `_attn_implementation` (5.23).
+    The folder's own settings of attention and experts are ignored, in nested configs too, because transformers would fetch code by
+    such names. It is set here because the folder's `_attn_implementation` overrules a keyword of `from_pretrained` (5.23).
     """
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust)
     config._attn_implementation, config._experts_implementation = attention, None
@@ -150,7 +149,7 @@ def read_config(folder: Path, attention: str | None = None, *, trust: bool = Fal
 
 
 def without_weights(folder: Path, *, trust: bool = False) -> PreTrainedModel:
-    """The causal model in `folder` on PyTorch's meta device: its layers with their shapes, and no numbers in them."""
+    """Builds the causal model in `folder` on PyTorch's meta device: layers and shapes without weights."""
     check_model_folder(folder, trust=trust)
     config = read_config(folder, trust=trust)
     with torch.device("meta"):
@@ -169,7 +168,7 @@ def _attach(model: Any, adapter: Path) -> Any:
 
 
 def count_parameters(folder: Path) -> int:
-    """Numbers in the safetensors files of `folder`, from their headers alone; 0 if there are none."""
+    """Number of parameters in the safetensors files of `folder`, read from their headers; 0 if there are no files."""
     total = 0
     for file in sorted(folder.glob("*.safetensors")):
         with file.open("rb") as stream:

@@ -1,4 +1,4 @@
-"""An adapter over its base to one plain model folder. Knows nothing of what is done with it."""
+"""Merges a PEFT adapter into its base model and writes one plain model folder."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from apprentice.pretrained.trust import check_adapter_folder
 
 
 def merge_adapter(adapter: Path, target: Path, *, trust: bool = False) -> Path:
-    """Writes the base model of the PEFT folder `adapter`, with the adapter merged into it, to `target`, and gives that.
+    """Writes the base model of the PEFT folder `adapter` to `target`, the adapter merged into it in float32; returns `target`.
 
-    Raises `ModelError` where the adapter names no base, or is none of that base; or, unless `trust`, if one of the two is a pickle.
+    Raises `ModelError` if the adapter names no base model or does not fit it; and, unless `trust`, if either is a pickle.
     """
     from peft import PeftModel
 
@@ -32,7 +32,7 @@ def merge_adapter(adapter: Path, target: Path, *, trust: bool = False) -> Path:
     base = local_folder(str(name), trust=trust)
     model: Any = load_model(base, torch.float32, trust=trust)
     try:
-        with warnings.catch_warnings():  # peft asks transformers in a way that is to go
+        with warnings.catch_warnings():  # peft uses a deprecated attribute of transformers
             warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
             merged = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
     except (RuntimeError, ValueError, OSError, UnpicklingError) as error:

@@ -1,7 +1,7 @@
-"""What a reward model says: the number that its last layer gives at an answer's last token, for many packed answers at once.
+"""Rewards of a reward model: the output of its last layer at the last token of each answer, for many answers at once.
 
-transformers' own models of this kind give one number a row, that of the last token that is no padding. Here a hook takes the
-layer's numbers at all places, so that the answers of a packed row each have theirs. Knows nothing of losses or of tasks.
+transformers' reward models return one number a row, at the last token that is no padding. Here a forward hook takes the output at
+every token, so that each answer of a packed row has its reward.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ BATCH_TOKENS = 4096
 
 
 def is_reward(model: Any) -> bool:
-    """Whether `model` gives numbers and no words."""
+    """True for a reward model, which outputs a number instead of text."""
     return hasattr(model, SCORE)
 
 
 def token_rewards(model: nn.Module, input_ids: Tensor, positions: Tensor | None) -> Tensor:
-    """What the last layer gives at every place, float32; all shapes (rows, length)."""
+    """Reward at every token, float32 (rows, length); `input_ids` and `positions` are int64 of the same shape."""
     held: list[Tensor] = []
     [layer] = [module for name, module in model.named_modules() if name.rsplit(".", 1)[-1] == SCORE]
     hook = layer.register_forward_hook(lambda _, __, output: held.append(output))
@@ -38,7 +38,10 @@ def token_rewards(model: nn.Module, input_ids: Tensor, positions: Tensor | None)
 def choice_rewards(
     model: Any, prompts: Sequence[Sequence[int]], choices: Sequence[Sequence[Sequence[int]]], batch_tokens: int = BATCH_TOKENS
 ) -> list[list[float]]:
-    """The reward of every choice after its prompt, in the order of the arguments; `batch_tokens` bounds one forward pass."""
+    """Reward of every choice (token ids) after its prompt, in the order of the arguments.
+
+    `batch_tokens` bounds the tokens, padding included, of one forward pass; a longer text runs alone.
+    """
     texts = [[*prompt, *ids] for prompt, group in zip(prompts, choices, strict=True) for ids in group]
     order = sorted(range(len(texts)), key=lambda place: len(texts[place]))
     found = [0.0] * len(texts)
@@ -49,7 +52,7 @@ def choice_rewards(
         ids = torch.zeros(len(together), int(lengths.max()), dtype=torch.long)
         for row, place in enumerate(together):
             ids[row, : len(texts[place])] = torch.tensor(texts[place])
-        with torch.no_grad():  # what stands behind a text does not change what was said before it
+        with torch.no_grad():  # attention is causal, so the padding after a text does not change its reward
             rewards = token_rewards(model, ids.to(model.device), None).cpu()
         for place, value in zip(together, rewards[torch.arange(len(together)), lengths - 1].tolist(), strict=True):
             found[place] = value

@@ -1,6 +1,6 @@
-"""Batch prediction on Ray Data: chunks of the input go through a pool of workers, each writes its part; parts that are there stay.
+"""Batch prediction on Ray Data: a pool of workers answers chunks of the input; each chunk is written as one Parquet part.
 
-The only file of this room that knows Ray, which must be initialised by the caller.
+A rerun keeps the parts that exist and computes the others. Ray must be initialised by the caller.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from apprentice.recipe import Model
 from apprentice.run.folder import weights_sha256
 from apprentice.storage import Folder
 
-STATE_FILE = "predict.json"  # what the parts in a folder are replies to
+STATE_FILE = "predict.json"  # input, model and settings that the parts in a folder were made from
 BAD_ROWS_FILE = "bad_rows.jsonl"
 Progress = Callable[[dict[str, Any]], None]
 
@@ -36,10 +36,11 @@ Progress = Callable[[dict[str, Any]], None]
 def predict(
     file: Folder, out: Folder, folder: Path, model: Model, layout: Layout, limits: Limits, *, restart: bool, progress: Progress
 ) -> dict[str, Any]:
-    """Replies of the model in `folder` to every row of `file`, as Parquet parts in `out`; rows without a reply in `bad_rows.jsonl`.
+    """Writes replies of the model in `folder` to every row of `file`, as Parquet parts in `out`; returns a summary.
 
-    Given again, it goes on with the parts that are missing. Raises `DataError` for a file that cannot be read, `EvaluationError`
-    where `out` holds replies to something else or the model cannot answer.
+    Rows without a reply are listed in `bad_rows.jsonl`. A second call with the same arguments computes only the missing parts;
+    `restart` deletes `out` first. Raises `DataError` for a file that cannot be read, `EvaluationError` where `out` has replies
+    to another input, model or setting, or the model cannot answer, `ResourcesError` where no worker fits.
     """
     chunks = chunks_of(file)
     room = free_room()
@@ -83,7 +84,7 @@ def _check_state(out: Folder, state: dict[str, Any]) -> None:
     file = out / STATE_FILE
     if not file.exists():
         return
-    old = {"dtype": state["dtype"], **file.read_json()}  # which earlier versions did not keep
+    old = {"dtype": state["dtype"], **file.read_json()}  # earlier versions did not store the dtype
     if changed := sorted(key for key in state.keys() - {"input"} if old.get(key) != state[key]):
         raise EvaluationError(
             f"{out} holds replies to something else ({', '.join(changed)} changed);"
@@ -92,7 +93,7 @@ def _check_state(out: Folder, state: dict[str, Any]) -> None:
 
 
 def _collect_bad(out: Folder, parts: int) -> int:
-    """Writes the rows without a reply, a line each with the reason; gives their number."""
+    """Writes the rows without a reply to `BAD_ROWS_FILE`, a JSON line each with the reason; returns their number."""
     lines = []
     for number in range(parts):
         table = pq.read_table(io.BytesIO(part_of(out, number).read_bytes()), columns=["row", "problem"])

@@ -1,6 +1,6 @@
-"""A JSONL or Parquet file of instructions as chunks that can be read alone, bad rows told apart. Knows nothing of models.
+"""Reader of instruction files, JSONL or Parquet: splits a file into chunks that can be read independently, and marks bad rows.
 
-A row has `instruction` (text) and may have `input` (text); what else it has is left alone.
+A row has `instruction` (text) and may have `input` (text); other fields are ignored.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ import pyarrow.parquet as pq
 from apprentice.errors import DataError
 from apprentice.storage import Folder
 
-ROWS_PER_CHUNK = 256  # what is lost at most when a worker dies, and enough to fill a batch
+ROWS_PER_CHUNK = 256  # enough to fill a batch, and the most that is lost when a worker dies
 _BLOCK = 1 << 22
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Rows [first, first + rows) of the file; `start` is where they begin: a byte of JSONL, or a row group of Parquet."""
+    """Rows [first, first + rows) of the file; `start` is the byte offset of the first one in JSONL, its row group in Parquet."""
 
     number: int
     first: int
     rows: int
     start: int
-    skipped: int = 0  # rows of the row group before them
+    skipped: int = 0  # rows of the row group before `first`
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row; `problem` says why it cannot be asked, or is empty."""
+    """Row of the input file; `problem` is the reason why the model cannot be asked, or empty."""
 
     number: int
     instruction: str = ""
@@ -44,7 +44,10 @@ class Row:
 
 
 def chunks_of(file: Folder, size: int = ROWS_PER_CHUNK) -> list[Chunk]:
-    """The file cut into chunks. Raises `DataError` for a file that is neither JSONL nor Parquet, or cannot be read."""
+    """Splits the file into chunks of up to `size` rows; reads a JSONL file once, of a Parquet file the metadata only.
+
+    Raises `DataError` for a file that is neither JSONL nor Parquet, lacks a column `instruction`, or cannot be read.
+    """
     try:
         if file.name.endswith((".jsonl", ".ndjson")):
             return _of_lines(file, size)
@@ -93,7 +96,7 @@ def _of_groups(file: Folder, size: int) -> list[Chunk]:
 
 
 def read(file: Folder, chunk: Chunk) -> list[Row]:
-    """The rows of one chunk, in order, bad ones with their problem."""
+    """Reads the rows of one chunk, in order; bad rows have a `problem`."""
     fs, path = file.filesystem()
     with fs.open_input_file(path) as source:
         if file.name.endswith((".parquet", ".pq")):
@@ -127,7 +130,7 @@ def _row(number: int, value: Any) -> Row:
 
 
 def sha256_of(file: Folder) -> str:
-    """Of the file's bytes."""
+    """SHA-256 of the file's bytes, as hex."""
     fs, path = file.filesystem()
     digest = hashlib.sha256()
     with fs.open_input_stream(path) as stream:

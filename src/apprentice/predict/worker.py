@@ -1,4 +1,4 @@
-"""One prediction worker: chunks of rows in, Parquet parts of replies out. A plain class; what calls it may be Ray."""
+"""Prediction worker: reads chunks of rows, writes Parquet parts of replies. A plain class that Ray Data calls."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ PART = pa.schema(
         ("input", pa.string()),
         ("prediction", pa.string()),  # null where there is a problem
         ("prompt_tokens", pa.int32()),
-        ("truncated", pa.string()),  # what was cut to fit, or empty
+        ("truncated", pa.string()),  # which part of the prompt was cut to fit, or empty
         ("problem", pa.string()),  # why there is no prediction, or empty
     ]
 )
 
 
 def part_of(out: Folder, number: int) -> Folder:
-    """The file with the replies to one chunk."""
+    """The file for the replies to chunk `number`."""
     return out / f"part-{number:06d}.parquet"
 
 
 class Predictor:
-    """Answers chunks with the model in `folder`, which it loads with the first of them, and writes each as a part of its own."""
+    """Answers chunks with the model in `folder`, loaded at the first chunk, and writes each as a part of its own."""
 
     def __init__(self, folder: Path, model: Model, layout: Layout, limits: Limits, file: Folder, out: Folder, pool: Pool) -> None:
         self._folder, self._settings, self._pool = folder, model, pool
@@ -50,7 +50,10 @@ class Predictor:
         self._limits, self._file, self._out = limits, file, out
 
     def __call__(self, block: pa.Table) -> pa.Table:
-        """A table of chunks becomes one of `number`, `rows` and `problems`, or of the `failure` that nothing helps against."""
+        """Answers a table of chunks. Returns `number`, `rows`, `problems` and `failure` of each chunk.
+
+        An `ApprenticeError` is returned as `failure`, in a table of one row, because it would fail for every chunk.
+        """
         done = []
         for wanted in block.to_pylist():
             chunk = Chunk(**wanted)
@@ -66,7 +69,7 @@ class Predictor:
         return pa.Table.from_pylist(done)
 
     def answered(self, rows: Sequence[Row]) -> pa.Table:
-        """The rows with their replies, in order (`PART`)."""
+        """Table of the rows with their replies, in order; its schema is `PART`."""
         layout = self._manner.layout
         records: list[dict[str, Any]] = []
         questions = []

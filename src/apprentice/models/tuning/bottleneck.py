@@ -1,10 +1,10 @@
-"""Bottleneck adapters (Houlsby et al. 2019): a small network after each layer's self-attention and after its feed-forward part.
+"""Bottleneck adapters (Houlsby et al. 2019): a small residual network after each self-attention and each feed-forward part.
 
-    adapter.json                  width, and the modules that have one
-    adapter_model.safetensors     their weights, by name in the model
+    adapter.json                  width, and the names of the modules that have an adapter
+    adapter_model.safetensors     weights of the adapters, by parameter name
 
-An adapter adds to what it is given, and begins with next to nothing, so that training starts from the base model. It lives inside
-the module whose output it changes and cannot be merged into the weights. Knows nothing of training.
+An adapter starts close to the identity, so that training starts from the base model. It is a submodule of the module whose output
+it changes, and cannot be merged into the weights.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from apprentice.errors import ModelError
 
 CONFIG, WEIGHTS = "adapter.json", "adapter_model.safetensors"
 NAME = "bottleneck"
-# What architectures call self-attention and the feed-forward part (of BART, its last matrix).
+# Architectures' names of self-attention and of the feed-forward part (in BART, of its last matrix).
 _AFTER = ("self_attn", "attn", "attention", "self_attention", "SelfAttention", "mlp", "DenseReluDense", "fc2")
-_START = 1e-3  # standard deviation of the second matrix: near identity, and not a saddle
+_START = 1e-3  # standard deviation of `up`: close to the identity, but not zero, which would be a saddle point
 
 
 class Bottleneck(nn.Module):
-    """x + up(gelu(down(x))), computed in the number format of x."""
+    """Adapter module: x + up(gelu(down(x))), with weights in `dtype`."""
 
     def __init__(self, hidden: int, width: int, dtype: torch.dtype) -> None:
         super().__init__()
@@ -44,9 +44,9 @@ class Bottleneck(nn.Module):
 
 
 def add_adapters(model: nn.Module, width: int) -> list[str]:
-    """Gives `model` adapters of `width`; the names of the modules that have one now.
+    """Adds adapters of hidden size `width` to `model`; returns the names of the modules that have one.
 
-    Raises `ModelError` for an architecture whose parts have other names.
+    Raises `ModelError` for an architecture in which no module has a known name.
     """
     inner: Any = model
     hidden = inner.config.get_text_config().hidden_size
@@ -68,7 +68,7 @@ def _adapt(module: nn.Module, _: Any, output: Any) -> Any:
 
 
 def save_adapters(model: nn.Module, folder: Path, base: str) -> None:
-    """Writes the adapters of `model`, which extends `base`, into `folder`."""
+    """Writes the adapters of `model` into `folder`, with `base` as the name of the base model."""
     weights = {name: value.contiguous() for name, value in model.state_dict().items() if f".{NAME}." in name}
     places = sorted({name.partition(f".{NAME}.")[0] for name in weights})
     width = weights[f"{places[0]}.{NAME}.down.weight"].shape[0]
@@ -78,7 +78,7 @@ def save_adapters(model: nn.Module, folder: Path, base: str) -> None:
 
 
 def load_adapters(model: nn.Module, folder: Path) -> None:
-    """Gives `model` the adapters that `save_adapters` wrote. Raises `ModelError` if they are another architecture's."""
+    """Adds to `model` the adapters that `save_adapters` wrote. Raises `ModelError` if they are for another architecture."""
     config = json.loads((folder / CONFIG).read_text())
     weights = load_file(folder / WEIGHTS)
     if sorted(add_adapters(model, config["width"])) != config["after"]:

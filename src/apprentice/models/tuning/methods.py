@@ -1,7 +1,7 @@
-"""Tuning methods: how each wraps the model, and what of it is saved.
+"""Tuning methods: full fine-tuning, LoRA, QLoRA, prefix, prompt and adapter tuning.
 
-A method is one entry of `TUNING_METHODS`; the training loop is the same for all. A wrapped model's trainable parameters are
-those with `requires_grad`. Knows nothing of optimizers, workers or checkpoints.
+A method is one entry of `TUNING_METHODS`, which says how to wrap a model, save what was added and merge it. The training loop is
+the same for all. Trainable parameters are those with `requires_grad`.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from apprentice.recipe import Tuning
 
 @dataclass(frozen=True)
 class TuningMethod:
-    """How a model is tuned.
+    """Functions of a tuning method.
 
-    `wrap(model, tuning, seed)` freezes and adds; `save_adapter` writes the added weights into a folder, with the name of the base
-    model. `merge` gives a plain model with the same outputs, where the added weights can become part of the base's; a method
-    without it is exported as the base's weights with the adapter beside them. `four_bit` keeps the frozen base in 4 bits.
+    `wrap(model, tuning, seed)` freezes the base and adds trainable weights. `save_adapter(model, folder, base)` writes the added
+    weights and the name of the base model. `merge(model)` returns a plain model with the same outputs; a method without it is
+    exported as base weights with the adapter beside them. `four_bit` quantizes the frozen base to 4 bits.
     """
 
     wrap: Callable[[PreTrainedModel, Tuning, int], nn.Module]
@@ -84,7 +84,7 @@ def _wrap_adapter(model: PreTrainedModel, tuning: Tuning, seed: int) -> nn.Modul
 
 def _task_type(model: PreTrainedModel) -> Any:
     if hasattr(model, SCORE):
-        return "SEQ_CLS"  # the new layer is trained beside the matrices
+        return "SEQ_CLS"  # so that peft trains the new output layer too
     return "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
 
 
@@ -127,7 +127,7 @@ TUNING_METHODS: dict[str, TuningMethod] = {
 
 
 def check_tuning(tuning: Tuning, *, on_gpu: bool) -> None:
-    """Raises `RecipeError` for a method that the hardware cannot run."""
+    """Raises `RecipeError` for a method in 4 bits without a GPU."""
     if TUNING_METHODS[tuning.method].four_bit and not on_gpu:
         raise RecipeError(
             f"tuning.method {tuning.method} keeps the base model in 4 bits, which only GPUs compute with, and"
@@ -136,19 +136,19 @@ def check_tuning(tuning: Tuning, *, on_gpu: bool) -> None:
 
 
 def trained_share(model: nn.Module) -> tuple[int, float]:
-    """How many numbers are trained, and their share of all of the model's."""
+    """Number of trainable parameters, and their share (0 to 1) of all parameters."""
     trained = sum(parameter.numel() for parameter in trainable(model).values())
     return trained, trained / max(sum(parameter.numel() for parameter in model.parameters()), 1)
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Name → parameter, of all that training changes; a parameter that two modules share has one name."""
+    """Trainable parameters by name; a parameter that two modules share is listed once."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 @torch.no_grad()
 def load_trainable(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Copies `weights` over the trainable parameters. Raises `ModelError` unless names and shapes are the same."""
+    """Copies `weights` into the trainable parameters of `model`. Raises `ModelError` unless names and shapes are the same."""
     parameters = trainable(model)
     if parameters.keys() != weights.keys():
         odd = sorted(parameters.keys() ^ weights.keys())
