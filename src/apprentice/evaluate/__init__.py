@@ -1,1 +1,1 @@
-"""From models and test rows to a report: requests, scores, intervals, tables and plots."""
+"""Evaluation: models and test rows to scores, intervals and a report with tables and plots."""

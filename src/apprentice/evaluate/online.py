@@ -1,7 +1,7 @@
-"""A glance at the held-out tasks: a few test rows of each, asked of a model that is in memory, such as one in training.
+"""Online evaluation: scores a model in memory, such as one in training, on a few test rows of each held-out task.
 
-One wording a row and no exemplars; the same rows each time, which a whole evaluation asks too. Says how a run goes, and chooses
-nothing. Knows nothing of training or of Ray.
+Each row is asked in one wording, without exemplars. The rows are the same each time, and are among those of a full evaluation. The
+scores show how a run is going; no checkpoint is chosen by them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from apprentice.tasks.schema import Task
 
 @dataclass(frozen=True)
 class Glance:
-    """`questions` (records of `predictions.ENCODED`) on held-out `tasks`, asked in `manner`."""
+    """Online evaluation on `questions` (records of `predictions.ENCODED`) of held-out `tasks`; call it with a model."""
 
     questions: Sequence[dict[str, Any]]
     tasks: Sequence[Task]
@@ -34,7 +34,7 @@ class Glance:
     rank_by: str
 
     def __call__(self, model: Any) -> dict[str, float]:
-        """Task → mean score, 0 to 100, of the rows that could be asked. Raises `EvaluationError` where `model` cannot answer."""
+        """Task → mean score, 0 to 100, over its questions. Raises `EvaluationError` where `model` cannot answer."""
         scorer = Scorer(lambda: model, "the model in training", self.manner)
         records = []
         for block in blocks(list(enumerate(self.questions)), 1):
@@ -49,7 +49,10 @@ class Glance:
 
 
 def glance_of(corpus: Corpus) -> Glance:
-    """The glance that the recipe's `evaluation.while_training` asks for. Raises `EvaluationError` without held-out test rows."""
+    """Prepares the online evaluation of the recipe's `evaluation.while_training`, the number of rows of each task.
+
+    Raises `EvaluationError` if no held-out task has test rows that can be asked.
+    """
     recipe = corpus.recipe
     tasks = [task for task in corpus.tasks if task.name in corpus.held_out and corpus.indices[task.name].test_source is not None]
     settings: dict[str, Any] = {"max_examples": recipe.evaluation.while_training, "templates_per_row": 1, "seed": recipe.seed}

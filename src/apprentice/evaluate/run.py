@@ -1,7 +1,11 @@
-"""Evaluation on Ray: questions are encoded once per layout, scored by one pool of workers per subject, and summed up on the driver.
+"""Evaluation on Ray: from models and test rows to predictions and a report.
 
-Answers are kept as they come (`answers.py`), so an evaluation that was interrupted goes on where it stopped. The only file of this
-room that knows Ray. Ray must be initialised by the caller.
+    test rows → requests → encoded questions → answers → predictions.parquet → report
+                driver     Ray tasks           Ray actors     driver
+
+Questions are encoded once for each prompt format, and answered by one pool of workers for each subject (a model or an endpoint).
+Answers are stored as they arrive (`scoring.answer_cache`), so an interrupted evaluation continues where it stopped. Ray must be
+initialised by the caller.
 """
 
 from __future__ import annotations
@@ -42,7 +46,7 @@ from apprentice.recipe import Recipe
 from apprentice.run.folder import Run, public_base
 from apprentice.storage import Folder
 
-ENCODED_TOGETHER = 256  # requests
+ENCODED_TOGETHER = 256  # requests of one Ray task
 Progress = Callable[[dict[str, Any]], None]
 Record = dict[str, Any]
 
@@ -59,13 +63,13 @@ def evaluate(
     trained_clusters: Collection[str] = (),
     progress: Progress,
 ) -> dict[str, Any]:
-    """Scores every subject on the test rows of the corpus's tasks; writes predictions and reports to `out`, gives the report.
+    """Scores every subject on the test rows of the corpus's tasks; writes predictions and reports to `out`, returns the report.
 
-    The first subject is the one that the others are compared with. A folder with a prompt contract is spoken to as the contract
-    says, a bare model in the recipe's layout. Answers that lie in `out`, or in the folders `known`, are not asked for again. `run`
-    adds its training curve and ledger to the report, `contamination` (`story.contamination_of`) what is known of a task's test
-    rows, `trained_clusters` are those of tasks that were trained on and may not be scored. Raises `EvaluationError` where there is
-    nothing to score or a model cannot answer, `ResourcesError` where no worker fits, `ContractError`, `ModelError`.
+    The other subjects are compared with the first. A folder with a prompt contract is prompted in the contract's format, a bare
+    model in the recipe's. Answers stored in `out`, or in the folders `known`, are reused. `run` adds its training curve and ledger
+    to the report; `contamination` (from `run_history.contamination_of`) adds what is known of each task's test rows;
+    `trained_clusters` are the clusters of training tasks, which need not be among the scored ones. Raises `EvaluationError` if
+    there is nothing to score or a model cannot answer, `ResourcesError` if no worker fits, `ContractError`, `ModelError`.
     """
     started = time.time()
     check_subjects(subjects)
@@ -109,7 +113,10 @@ def evaluate(
 
 
 def _requests(recipe: Recipe, corpus: Corpus, subjects: Sequence[Subject]) -> tuple[list[Request], list[dict[str, str]]]:
-    """What is asked, and which tasks are not (wholly) scored, with the reason."""
+    """Requests of all tasks, and the tasks that are not scored, or not with every number of exemplars, with the reason.
+
+    Raises `EvaluationError` if there are no requests.
+    """
     shots = sorted({k for subject in subjects for k in subject.shots})
     settings = recipe.evaluation
     requests: list[Request] = []
@@ -146,8 +153,8 @@ def _requests(recipe: Recipe, corpus: Corpus, subjects: Sequence[Subject]) -> tu
 
 
 def _encode(corpus: Corpus, requests: Sequence[Request], layout: Layout, limits: Limits) -> list[dict[str, Any]]:
-    """The questions of all requests, sorted. Ray tasks render and tokenise; they share one copy of the corpus on each node."""
-    ordered = sorted(requests)  # rows that lie together are read together
+    """Questions of all requests, sorted. Ray tasks render and tokenise them; they share one copy of the corpus on each node."""
+    ordered = sorted(requests)  # so that neighbouring rows are read together
     parts = [ordered[start : start + ENCODED_TOGETHER] for start in range(0, len(ordered), ENCODED_TOGETHER)]
     work, shared = ray.remote(num_cpus=1)(encoded), ray.put(corpus)
     tables = gathered([work.remote(shared, part, layout, limits) for part in parts])
@@ -163,7 +170,7 @@ def _score(
     answers: Answers,
     progress: Progress,
 ) -> list[Record]:
-    """The records of one subject: every question with its answer, or with the reason why there is none."""
+    """Records of one subject: each question with its answer, stored or new, or with the reason why it has none."""
     blank = dict.fromkeys(ANSWER) | {"unscored": ""}
     records = [{**question, **blank, "subject": subject.name, "key": None} for question in asked]
     for record in records:
@@ -185,7 +192,7 @@ def _score(
         done += len(block)
         left = (time.monotonic() - start) * (len(open_places) / done - 1)
         progress({"message": f"{subject.name}: {total - len(open_places) + done} of {total} questions", "eta_s": left})
-    for record in records:  # answers that were there may have been ranked otherwise
+    for record in records:  # stored answers may have been ranked by another rule
         if record["choice_logprobs"]:
             record["prediction"] = ranked(record, recipe.evaluation.rank_by)
     return records
@@ -201,7 +208,10 @@ def _judge(
     room: Room,
     progress: Progress,
 ) -> None:
-    """Gives every written reply the judge's reward and, where its writer was asked as the first subject was, their log-ratio."""
+    """Adds the judge's reward to the record of every generated reply, in place.
+
+    Replies of a subject whose prompts have the same token ids as the first subject's also get their log-ratio to the first subject.
+    """
     replies = written(records)
     judge = Subject("judge", local_folder(str(recipe.evaluation.judge)))
     if not gives_rewards(judge.folder):
@@ -230,7 +240,7 @@ def _judge(
 def _values(
     subject: Subject, recipe: Recipe, spoken: Spoken, asked: Asked, room: Room, progress: Progress
 ) -> list[tuple[Record, float]]:
-    """Each record with the number that `subject` gives to it as a choice, in order."""
+    """Each record with the value (reward or log-probability) that `subject` gives to its reply as a choice, in order."""
     found: dict[int, list[float]] = {}
     for block in _answered(
         subject, recipe, spoken, [(place, question) for place, (question, _) in enumerate(asked)], room, progress
@@ -250,7 +260,7 @@ def _answered(
     room: Room,
     progress: Progress,
 ) -> Iterator[list[Record]]:
-    """Blocks of answers (`scorer.ANSWERED`) to the questions, each with its place, as they come."""
+    """Yields blocks of answers (records of `worker.ANSWERED`) to the (place, question) pairs `asked`, as they arrive."""
     if not asked:
         return
     worker: type = Scorer
@@ -270,7 +280,7 @@ def _answered(
 
 
 def _majorities(corpus: Corpus, names: Sequence[str]) -> dict[str, dict[str, Any] | None]:
-    """Task → its majority answer."""
+    """Task → its majority answer or None, computed in Ray tasks."""
     work, shared = ray.remote(num_cpus=1)(majority.majority_of), ray.put(corpus)
     return dict(zip(names, gathered([work.remote(shared, name) for name in names]), strict=True))
 

@@ -1,1 +1,1 @@
-"""Our own inference engine on PyTorch: continuous batching, KV cache, sampling, choice scoring, adapters."""
+"""Inference engine on PyTorch: continuous batching, KV cache, sampling, choice scoring, LoRA adapters."""

@@ -267,7 +267,7 @@ class _Decoding:
         return torch.cat(parts)[None]
 
     def _keep(self, layer: int, key: Tensor, value: Tensor, *, crosses: bool) -> tuple[Tensor, Tensor]:
-        """Writes new keys and values to the cache and returns the whole layer; cross-attention has new ones for new prompts only."""
+        """Writes new keys and values to the cache, for cross-attention those of new prompts only; returns the whole layer."""
         memory = self._decoder.memory(crosses=crosses)
         slots, places = (self._read_slots, self._read_places) if crosses else (self._slots, self.positions)
         if not len(slots):

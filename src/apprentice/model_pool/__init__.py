@@ -1,1 +1,1 @@
-"""Ray actors that hold a model and answer; shared by evaluation, prediction and on-policy training."""
+"""Pool of Ray actors that each hold a model and answer prompts; shared by evaluation, prediction and on-policy training."""

@@ -138,7 +138,7 @@ def load_model(
 
 
 def read_config(folder: Path, attention: str | None = None, *, trust: bool = False) -> Any:
-    """Reads the model config in `folder` and sets its attention to `attention`, transformers' name; None: sdpa if it can, else eager.
+    """Reads the model config in `folder`, with `attention` in transformers' name; None: sdpa if the model has it, else eager.
 
     The folder's own settings of attention and experts are ignored, in nested configs too, because transformers would fetch code by
     such names. It is set here because the folder's `_attn_implementation` overrules a keyword of `from_pretrained` (5.23).

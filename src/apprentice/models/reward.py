@@ -52,7 +52,7 @@ def choice_rewards(
         ids = torch.zeros(len(together), int(lengths.max()), dtype=torch.long)
         for row, place in enumerate(together):
             ids[row, : len(texts[place])] = torch.tensor(texts[place])
-        with torch.no_grad():  # attention is causal, so the padding after a text does not change its reward
+        with torch.no_grad():  # the model is causal, so the padding after a text does not change its reward
             rewards = token_rewards(model, ids.to(model.device), None).cpu()
         for place, value in zip(together, rewards[torch.arange(len(together)), lengths - 1].tolist(), strict=True):
             found[place] = value

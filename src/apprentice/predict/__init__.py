@@ -1,1 +1,1 @@
-"""Batch prediction: a file of instructions to a folder of replies, on Ray Data."""
+"""Batch prediction on Ray Data: a file of instructions to a folder of replies."""

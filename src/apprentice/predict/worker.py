@@ -52,7 +52,7 @@ class Predictor:
     def __call__(self, block: pa.Table) -> pa.Table:
         """Answers a table of chunks. Returns `number`, `rows`, `problems` and `failure` of each chunk.
 
-        An `ApprenticeError` is returned as `failure`, in a table of one row, because it would fail for every chunk.
+        An `ApprenticeError` ends the block: it is returned as `failure`, in a table of one row, because a retry would not help.
         """
         done = []
         for wanted in block.to_pylist():

@@ -1,1 +1,1 @@
-"""What is asked: rows, prompts, perturbed wordings, and the models that answer."""
+"""Questions of an evaluation: test rows, prompts, perturbed wordings, and the models (subjects) that are asked."""

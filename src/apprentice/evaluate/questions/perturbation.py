@@ -1,7 +1,7 @@
-"""Wordings changed on purpose: the same question in other letters, other words, another order. Pure text, seeded.
+"""Perturbations of a question: other letter case, punctuation, synonyms, order of choices or of input, politeness. Seeded.
 
-Each change keeps what is asked and what is right. Where a change finds nothing to change, or would touch an answer, the question
-is not asked, and counted. Knows nothing of layouts or models.
+A perturbation keeps the meaning of the question and its right answer. If it finds nothing to change, or would change an answer, the
+perturbed question is dropped and counted.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from apprentice.tasks.schema import Example
 
 Random = np.random.Generator
 
-# Words that instructions are made of, with others that ask the same.
+# Words that are common in instructions, with synonyms.
 SYNONYMS: dict[str, tuple[str, ...]] = {
     "answer": ("reply to", "respond to"),
     "article": ("text", "piece"),
@@ -58,7 +58,10 @@ _ENDS = (".", "!", "?", ":")
 
 
 def perturbed(example: Example, kind: str, seed: int, row: int) -> Example | None:
-    """`example` changed by the perturbation `kind`; None where that changes nothing, or would change the answer."""
+    """Applies the perturbation `kind` to `example`; None if that changes nothing, or would change the answer.
+
+    The change is a pure function of `seed`, task, `row`, template and `kind`.
+    """
     random = np.random.default_rng(
         list(hashlib.sha256(f"perturbation {seed} {example.task} {row} {example.template} {kind}".encode()).digest())
     )
@@ -73,7 +76,7 @@ def _case(example: Example, random: Random) -> Example | None:
 
 
 def _kept(example: Example, changed: str) -> str:
-    """`changed` (the instruction in other letters) with the choices written as they are."""
+    """Restores the letter case of the choices in `changed`, the instruction in another case."""
     for choice in sorted(example.choices, key=len, reverse=True):
         changed = re.sub(rf"\b{re.escape(choice)}\b", _as_it_is(choice), changed, flags=re.IGNORECASE)
     return changed
@@ -104,7 +107,7 @@ def _synonyms(example: Example, random: Random) -> Example | None:
 
 
 def _choice_order(example: Example, random: Random) -> Example | None:
-    """The choices change places in the text that lists them; only where each stands there exactly once."""
+    """Rotates the choices in the text that lists them; None unless each occurs in it exactly once, without overlap."""
     text = f"{example.instruction}\x00{example.input}"
     places = []
     for choice in example.choices:
@@ -117,7 +120,7 @@ def _choice_order(example: Example, random: Random) -> Example | None:
     if len(ordered) < 2 or overlap:
         return None
     turn = 1 + int(random.integers(len(ordered) - 1))  # a rotation moves every choice
-    for number in reversed(range(len(ordered))):  # from the end, so that earlier places stay where they are
+    for number in reversed(range(len(ordered))):  # from the end, so that earlier offsets stay valid
         start, end = places[ordered[number]]
         text = text[:start] + example.choices[ordered[(number + turn) % len(ordered)]] + text[end:]
     instruction, _, given = text.partition("\x00")

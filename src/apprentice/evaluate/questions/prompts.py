@@ -1,6 +1,6 @@
-"""Requests to questions: rendered, with exemplars, as token ids under one layout, cut to a limit.
+"""Encoding of requests as questions: rendered with exemplars in one prompt format, as token ids, cut to a limit.
 
-Knows nothing of models. Exemplars come from the task's training index, for held-out tasks too, and are the same for every subject.
+Exemplars come from the task's training index, for held-out tasks too, and are the same for every subject.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ NOTHING_TO_CHANGE = "nothing_to_change"  # the perturbation does not apply to th
 
 
 def encoded(corpus: Corpus, requests: Iterable[Request], layout: Layout, limits: Limits) -> pa.Table:
-    """One line of `predictions.ENCODED` per request, in order; those that cannot be asked say why in `dropped`."""
+    """Encodes requests as a table of the schema `predictions.ENCODED`, in order; `dropped` says why one cannot be asked."""
     renderer = Renderer(corpus.tasks, corpus.indices)
     seed, indices = corpus.recipe.seed, corpus.indices
     return table_of([_question(request, renderer, indices[request.task], layout, seed, limits) for request in requests], ENCODED)
@@ -70,7 +70,7 @@ def _question(request: Request, renderer: Renderer, index: TaskIndex, layout: La
 
 
 def _exemplars(request: Request, renderer: Renderer, index: TaskIndex, seed: int) -> tuple[list[int], list[Exemplar]]:
-    """Rows and exemplars for one request; a row that this template cannot render is left out."""
+    """Training rows and their exemplars for one request; rows that the template cannot render are left out."""
     rows: list[int] = []
     shown: list[Exemplar] = []
     if request.shots:

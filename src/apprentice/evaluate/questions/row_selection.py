@@ -1,6 +1,6 @@
-"""Which test rows are scored, and in which wordings: the same for every model, whatever other tasks there are.
+"""Selection of the test rows and wordings (templates) that are scored, the same for every model.
 
-Pure: a seed and the task's own name decide. Knows nothing of models or layouts.
+The selection is a pure function of the seed and the task, so it does not depend on the other tasks of a recipe.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from apprentice.tasks.schema import Task
 
 
 class Request(NamedTuple):
-    """One question: a test row in one wording, after `shots` exemplars, changed on purpose by a `perturbation` or by none."""
+    """Request for one question: a test row in one wording, after `shots` exemplars, with a perturbation or none ("")."""
 
     task: str
     row: int  # source row number
@@ -35,11 +35,11 @@ def requests_of(
     seed: int,
     perturbations: Sequence[str] = (),
 ) -> list[Request]:
-    """The requests of one task, rows in drawn order.
+    """Selects the requests of one task; `test` are its usable test rows, at most `max_examples` are drawn, in random order.
 
-    A larger `max_examples` adds rows and keeps those there. Wordings go round in a drawn order, so each is met equally often, give
-    or take one, and no row meets one twice: three wordings a b c, two per row, give ab, ca, bc. Perturbations change a row's first
-    wording, with the fewest exemplars.
+    A larger `max_examples` adds rows and keeps the earlier ones. Wordings take turns in a random order, so each is used equally
+    often, give or take one, and none twice for a row: wordings a b c, two per row, give ab, ca, bc. Every wording is asked with
+    each number of `shots`. Perturbations apply to the first wording of a row, with the fewest exemplars.
     """
     random = np.random.default_rng(list(hashlib.sha256(f"evaluation {seed} {task.name}".encode()).digest()))
     names = [template.name for template in task.scored_templates]

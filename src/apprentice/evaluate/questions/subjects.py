@@ -1,4 +1,4 @@
-"""Who is scored: a model's folder or an endpoint that serves it, how it is spoken to, and what its answers depend on."""
+"""Subjects of an evaluation: the models or endpoints that are scored, their prompt format, limits and cache fingerprint."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from apprentice.run.folder import read_contract, weights_sha256
 
 @dataclass(frozen=True)
 class Subject:
-    """A model that is scored: its folder, and with how many exemplars each question is asked (once for each number).
+    """Model that is scored: its folder, and the numbers of exemplars (`shots`) that each question is asked with.
 
-    With an `endpoint` that is asked instead, and the folder says only how to phrase questions.
+    If there is an `endpoint`, it answers instead, and the folder only determines tokenizer and prompt format.
     """
 
     name: str
@@ -38,10 +38,10 @@ class Subject:
 
 @dataclass(frozen=True)
 class Spoken:
-    """How a subject is spoken to, and the fingerprint of everything that shapes its answers besides the question.
+    """Settings of asking a subject: prompt format, limits, and a fingerprint of all that shapes its answers besides the question.
 
-    None: nobody knows what answers there, so no answer is remembered. `weights` is the hash of what answers, where it is known,
-    `dtype` the number format that it computes in, of a model here.
+    Answers are cached under `fingerprint`; it is None for an endpoint that does not report its weights, whose answers are not
+    cached. `weights` is the SHA-256 of the weights, if known; `dtype` the dtype of a local model.
     """
 
     manner: Manner
@@ -52,12 +52,12 @@ class Spoken:
 
     @property
     def phrasing(self) -> tuple[Any, ...]:
-        """Equal for subjects whose questions have the same ids."""
+        """Key that is equal for subjects whose questions have the same token ids."""
         return *identity(self.manner.layout), self.limits
 
 
 def check_subjects(subjects: Sequence[Subject]) -> None:
-    """Raises `EvaluationError` unless every subject has a name of its own and something to be asked."""
+    """Raises `EvaluationError` unless there are subjects, each with a unique name, not `majority`, and some `shots`."""
     names = [subject.name for subject in subjects]
     if not subjects or len(set(names)) < len(names) or majority.NAME in names or any(not subject.shots for subject in subjects):
         raise EvaluationError(
@@ -66,9 +66,10 @@ def check_subjects(subjects: Sequence[Subject]) -> None:
 
 
 def spoken_to(subject: Subject, recipe: Recipe, corpus: Corpus) -> Spoken:
-    """Layout and limits: from the folder's contract, or for a bare model as the recipe says. Raises `ModelError`.
+    """Prompt format and limits of a subject: from the folder's prompt contract, or for a bare model from the recipe.
 
-    The recipe's `model.dtype` is to be what the workers compute in; `auto` would be what suits the machine that asks.
+    The recipe's `model.dtype` must be the dtype of the workers, because `auto` would be resolved for the calling machine. Raises
+    `ModelError`.
     """
     if read_contract(subject.folder) is not None:
         layout = layout_beside(subject.folder)
@@ -95,7 +96,7 @@ def manner_of(recipe: Recipe, layout: Layout) -> Manner:
 
 
 def limits_of(recipe: Recipe, folder: Path) -> Limits:
-    """What may be asked of the model in `folder`: of one with places to look up, what its endpoint takes too."""
+    """Limits on tokens for the model in `folder`; models with relative positions have no limit of context."""
     config = model_config(folder)
     context = config.get("max_position_embeddings") or config.get("n_positions")
     if config.get("model_type") in RELATIVE_POSITIONS:
@@ -104,20 +105,20 @@ def limits_of(recipe: Recipe, folder: Path) -> Limits:
 
 
 def _fingerprint(weights: list[str | None], manner: Manner) -> str:
-    """Where this is equal, equal questions get equal answers."""
+    """SHA-256 of weights and settings of answering: where it is equal, equal questions get equal answers."""
     shape = [*identity(manner.layout), manner.layout.stop_ids, manner.reply, manner.priors]
     return hashlib.sha256(json.dumps([weights, shape], default=str).encode()).hexdigest()
 
 
 def identity(layout: Layout) -> tuple[Any, ...]:
-    """Equal for layouts that make the same ids of the same texts."""
+    """Key that is equal for prompt formats that make the same token ids of the same texts."""
     same = layout.name, layout.system, layout.date, layout.tokenizer.fingerprint, layout.tokenizer.chat_template
     new = (layout.version, layout.control_tokens) if layout.version > 1 else ()
     return *same, *new, *([layout.day] if layout.day is not None else [])
 
 
 def described(subject: Subject, spoken: Spoken) -> dict[str, Any]:
-    """What the report says of a subject."""
+    """Entry of a subject in the report (`schema.Subject`)."""
     contract = read_contract(subject.folder)
     return {
         "name": subject.name,

@@ -1,1 +1,1 @@
-"""The report: its schema, writing, plots, comparison and the quality gate."""
+"""Report of an evaluation: table of predictions, schema, files, plots, comparison of runs and the quality gate."""

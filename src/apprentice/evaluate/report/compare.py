@@ -1,4 +1,4 @@
-"""Several evaluations' tables of predictions to one, in which each run is a subject and the first is what the others meet. Pure."""
+"""Comparison of runs: joins their tables of predictions to one, in which each run is a subject and the first is the reference."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from apprentice.tasks.exposure import exposure_in, most_seen
 
 
 def joined(tables: Mapping[str, pa.Table]) -> pa.Table:
-    """Run name → its table becomes one table of the tasks that all have; of each run the last subject is taken.
+    """Joins `tables` (run name → predictions) to one table of their common tasks, with the last subject of each run.
 
-    Kept are the questions that all of them answered, so that columns and differences are over the same rows. Raises
+    Only questions that all runs answered are kept, so that columns and differences are over the same rows. Raises
     `EvaluationError` for fewer than two runs, or no task or question in common.
     """
     if len(tables) < 2:
@@ -33,14 +33,14 @@ def joined(tables: Mapping[str, pa.Table]) -> pa.Table:
         last = facts[name]["subjects"][-1]
         subjects.append({**last, "name": name})
         kept = [record for record in table.to_pylist() if record["task"] in common]
-        # A run's log-ratio is to its own base, which is not the run that it meets here.
+        # The log-ratio of a run is to its own base, not to the run that it is compared with here.
         records += [{**record, "subject": name, "log_ratio": None} for record in kept if record["subject"] == last["name"]]
         records += [record for record in kept if record["subject"] == MAJORITY and not number]
     first = next(iter(facts.values()))
     records, shared = _over_shared_questions(records, list(tables))
     if not shared:
         raise EvaluationError(f"the runs {', '.join(tables)} answered no question in common, so there is nothing to compare.")
-    # A task that any of the runs trained on is not held out for all.
+    # A task that any of the runs trained on does not count as held out.
     seen = {task: most_seen([exposure_in(found["tasks"][task])["exposure"] for found in facts.values()]) for task in shared}
     tasks = {
         task: {**about, "exposure": seen[task], "held_out": seen[task] == "held_out"}
@@ -69,9 +69,9 @@ def joined(tables: Mapping[str, pa.Table]) -> pa.Table:
 def _over_shared_questions(
     records: Sequence[dict[str, Any]], runs: Sequence[str]
 ) -> tuple[list[dict[str, Any]], dict[str, dict[str, Any]]]:
-    """The records of the questions that every column of every run answered; and what each task has of them (`shape.Shared`).
+    """Records of the questions that every column of every run answered, and their number for each task (`schema.Shared`).
 
-    A question is a row in one wording, changed on purpose or not; how many exemplars stood before it makes another column.
+    A question is a row in one wording, with a perturbation or none; another number of exemplars is another column.
     """
     answered: dict[str, dict[tuple[str, int], set[tuple[Any, ...]]]] = defaultdict(lambda: defaultdict(set))
     for record in records:

@@ -1,4 +1,4 @@
-"""The questions that a report shows: a few of each task, and those where the last subject did best and worst. Pure."""
+"""Example questions of a report: a few of each task, and those where the last subject did best and worst. Pure functions."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ Met = Mapping[str, Sequence[Record]]
 
 
 def samples(met: Met, columns: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The first questions of the task, with every subject's reply."""
+    """First `SAMPLES` questions of a task, one per row, with the reply of every column."""
     rows = [(place, {"row": place[0], "template": place[1], **sample}) for place, sample in sorted(_said(met, columns).items())]
     different = {place[0]: sample for place, sample in reversed(rows)}  # one question per row
     return [sample for _, sample in sorted(different.items())][:SAMPLES]
 
 
 def best_and_worst(met: Met, columns: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """Questions in the order of the last subject's score, then of how far it lies from the one it is compared with.
+    """Best and worst questions of a task, by the last subject's score, then by its gain over the subject it is compared with.
 
-    At most `EXTREMES` of each, one per row: a report chooses among those of all tasks (`chosen`).
+    At most `EXTREMES` of each, one per row; `chosen` selects from those of all tasks.
     """
     last = columns[-1]
     first = next(column for column in columns if column["subject"] == last["subject"])
@@ -45,7 +45,7 @@ def best_and_worst(met: Met, columns: Sequence[Mapping[str, Any]]) -> dict[str, 
 
 
 def chosen(tasks: Sequence[Mapping[str, Any]], which: str) -> list[dict[str, Any]]:
-    """The report's `EXTREMES` of all tasks: in turn one of each task, so that no task fills the list."""
+    """Selects `EXTREMES` questions from all tasks, one of each task in turn, so that no task fills the list."""
     lists = [list(task["extremes"][which]) for task in tasks]
     turns = [examples[turn] for turn in range(EXTREMES) for examples in lists if turn < len(examples)]
     better = -1 if which == "best" else 1
@@ -57,7 +57,7 @@ def _rank(example: Mapping[str, Any]) -> tuple[float, float]:
 
 
 def _said(met: Met, columns: Sequence[Mapping[str, Any]]) -> dict[tuple[int, str], dict[str, Any]]:
-    """(row, template) → the prompt, what is right, and what each column replied."""
+    """(row, template) → prompt, target, and the reply of each column."""
     said: dict[tuple[int, str], dict[str, Any]] = {}
     for key in (column["key"] for column in columns if column["key"] in met):
         for record in met[key]:

@@ -1,4 +1,4 @@
-"""The report's pictures as SVG text: scores per wording, training curve, mixture. Knows only the report's numbers."""
+"""Plots of a report as SVG text: scores by wording, scores by number of exemplars, training curve, mixture."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 INK, MUTED, GRID = "#1f2933", "#7b8794", "#e4e7eb"
-COLOURS = ("#9aa5b1", "#0f609b", "#c05621", "#2f855a", "#6b46c1", "#b83280")  # the first is what others are compared with
+COLOURS = ("#9aa5b1", "#0f609b", "#c05621", "#2f855a", "#6b46c1", "#b83280")  # the first is for the reference subject
 TAGGED = {"held_out": "  (held out)", "scored_only": "  (scored only)"}
 STYLE: Any = {
     "font.family": "sans-serif",
@@ -23,7 +23,7 @@ STYLE: Any = {
 
 @matplotlib.rc_context(STYLE)
 def wording_dots(report: Mapping[str, Any]) -> str:
-    """One line per task, one lane per subject without exemplars, one dot per wording, a bar at the mean; held-out tasks first."""
+    """Plot with a line per task and in it a lane per subject, at the fewest exemplars: a dot per wording, a bar at the score."""
     least = min(column["shots"] for column in report["columns"][1:])
     lanes = [column for column in report["columns"][1:] if column["shots"] == least]
     tasks = [task for task in report["tasks"] if any(_scored(task, lane["key"]) for lane in lanes)]
@@ -57,13 +57,13 @@ def wording_dots(report: Mapping[str, Any]) -> str:
 
 
 def _lines_height(tasks: int, lanes: int) -> float:
-    """Inches for so many lines of so many lanes."""
+    """Height in inches of `tasks` lines with `lanes` lanes each."""
     return max(1.0, tasks * (0.2 + 0.14 * lanes))
 
 
 @matplotlib.rc_context(STYLE)
 def shot_curves(report: Mapping[str, Any]) -> str:
-    """A panel per pool, a line per subject: its mean score over the number of exemplars, with intervals."""
+    """Plot with a panel per pool and a curve per subject: mean score by number of exemplars, with intervals."""
     pools = report["pools"]
     figure = _figure(7.6, 2.6)
     panels = figure.subplots(1, len(pools), sharey=True, squeeze=False)[0]
@@ -106,7 +106,7 @@ def shot_curves(report: Mapping[str, Any]) -> str:
 
 @matplotlib.rc_context(STYLE)
 def training_curve(history: Sequence[Mapping[str, Any]]) -> str:
-    """Loss per optimizer step, and validation loss where it was measured. A step made again after a restart counts once."""
+    """Plot of training and validation loss by optimizer step. If a step was repeated after a restart, the last one counts."""
     figure = _figure(7.6, 2.6)
     axes = figure.subplots()
     losses, validation = (
@@ -132,7 +132,7 @@ def training_curve(history: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _running_mean(values: Sequence[float]) -> list[float]:
-    """Of each value and those about it, a tenth of all at most: as smooth at both ends as in between."""
+    """Centred running mean over about a tenth of all values; the window is cut at both ends."""
     reach = len(values) // 20
     parts = [values[max(0, place - reach) : place + reach + 1] for place in range(len(values))]
     return [sum(part) / len(part) for part in parts]
@@ -140,7 +140,7 @@ def _running_mean(values: Sequence[float]) -> list[float]:
 
 @matplotlib.rc_context(STYLE)
 def mixture_bars(ledger: Mapping[str, Any]) -> str:
-    """Requested share of each task beside what was drawn, in examples and in target tokens."""
+    """Bar chart of each task's requested share, beside its realised share of examples and of target tokens."""
     tasks = ledger["tasks"]
     names = sorted(tasks, key=lambda name: -tasks[name]["requested_share"])
     figure = _figure(7.6, 0.8 + 0.3 * max(2, len(names)))
@@ -164,12 +164,12 @@ def _scored(task: Mapping[str, Any], key: str) -> Mapping[str, Any] | None:
 
 def _figure(width: float, height: float) -> Figure:
     figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasSVG(figure)  # no pyplot: nothing global, no window system
+    FigureCanvasSVG(figure)  # without pyplot, which has global state and may need a display
     return figure
 
 
 def _svg(figure: Figure, axes: Any) -> str:
-    """The figure as an `<svg>` element; the same numbers give the same text."""
+    """Renders the figure as an `<svg>` element; the same numbers give the same text."""
     _quiet(axes)
     text = io.StringIO()
     figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})

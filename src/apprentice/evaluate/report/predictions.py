@@ -1,6 +1,7 @@
-"""The table of predictions: one row per question and subject, with all that a report needs in the file itself.
+"""Table of predictions: one row per question and subject; the file `predictions.parquet` has everything that a report needs.
 
-A report is a pure function of this table (`apprentice.evaluate.stats.summary`), so it can be made again without any model.
+A report is a pure function of this table (`apprentice.evaluate.stats.summary`), so it can be remade without any model. Facts about
+the evaluation (tasks, subjects, settings, versions) are JSON in the metadata of the schema.
 """
 
 from __future__ import annotations
@@ -27,14 +28,14 @@ QUESTION = pa.schema(
         ("row", pa.int64()),  # of the test source
         ("template", pa.string()),
         ("shots", pa.int32()),
-        ("perturbation", pa.string()),  # what was changed on purpose, or empty
-        ("prompt", pa.string()),  # what the model saw, after truncation
+        ("perturbation", pa.string()),  # name of the perturbation, or empty
+        ("prompt", pa.string()),  # text that the model saw, after truncation
         ("target", pa.string()),
         ("references", pa.list_(pa.string())),
         ("choices", pa.list_(pa.string())),  # empty: generated
-        ("exemplars", pa.list_(pa.int64())),  # rows of the training source that were shown
+        ("exemplars", pa.list_(pa.int64())),  # their rows in the training source
         ("prompt_tokens", pa.int32()),
-        ("truncated", pa.string()),  # what was cut, or empty
+        ("truncated", pa.string()),  # which part of the prompt was cut, or empty
         ("dropped", pa.string()),  # why the question was not asked, or empty
     ]
 )
@@ -45,26 +46,26 @@ PREDICTION = pa.schema(
         *QUESTION,
         ("prediction", pa.string()),  # null where dropped or unscored
         ("choice_logprobs", pa.list_(pa.float64())),  # summed over the choice's tokens and the end of the answer
-        ("choice_tokens", pa.list_(pa.int32())),  # how many those are
-        ("choice_priors", pa.list_(pa.float64())),  # the same sums after an empty question, where they were asked for
-        ("key", pa.string()),  # of what was asked of which model: equal keys have equal answers
+        ("choice_tokens", pa.list_(pa.int32())),  # number of those tokens
+        ("choice_priors", pa.list_(pa.float64())),  # the same sums after an empty question, if computed
+        ("key", pa.string()),  # cache key of model and question: equal keys have equal answers
         ("unscored", pa.string()),  # why there is no answer though the question was asked, or empty
-        ("score", pa.float64()),  # by the task's first metric, 0 to 100; of this one prediction
-        ("reward", pa.float64()),  # what `evaluation.judge` gives to a written reply
-        ("log_ratio", pa.float64()),  # summed log-probability of the reply's tokens, less what the first subject gives to them
-        ("reply_tokens", pa.int32()),  # how many those are
+        ("score", pa.float64()),  # of this one prediction, by the task's first metric
+        ("reward", pa.float64()),  # of a generated reply, by the model `evaluation.judge`
+        ("log_ratio", pa.float64()),  # summed log-probability of the reply, less that under the first subject
+        ("reply_tokens", pa.int32()),  # number of those tokens
     ]
 )
-_LATER = ("reward", "log_ratio", "reply_tokens")  # columns that older tables lack and that may be empty
+_LATER = ("reward", "log_ratio", "reply_tokens")  # columns that older tables lack; read as nulls
 
 
 def with_facts(table: pa.Table, facts: Mapping[str, Any]) -> pa.Table:
-    """The table with everything besides the predictions that the report says: tasks, subjects, settings, versions."""
+    """Table with `facts`, all that a report needs besides predictions, in the metadata of its schema. They must be JSON."""
     return table.replace_schema_metadata({_FACTS: json.dumps(dict(facts), ensure_ascii=False).encode()})
 
 
 def facts_of(table: pa.Table) -> dict[str, Any]:
-    """What `with_facts` put in. Raises `EvaluationError` if the table is not one of ours."""
+    """Facts that `with_facts` stored. Raises `EvaluationError` if the table has none."""
     try:
         return dict(json.loads(table.schema.metadata[_FACTS]))
     except (KeyError, TypeError, ValueError) as error:
@@ -80,7 +81,7 @@ def save(table: pa.Table, out: Folder) -> None:
 
 
 def read(out: Folder) -> pa.Table:
-    """The predictions of an evaluation.
+    """Reads the predictions of an evaluation from the folder `out`.
 
     Raises `StorageError` if there are none in `out` or the store does not answer, `EvaluationError` if they are broken or lack
     what a report needs.
@@ -101,12 +102,12 @@ def read(out: Folder) -> pa.Table:
 
 
 def table_of(records: Sequence[Mapping[str, Any]], schema: pa.Schema) -> pa.Table:
-    """Records as a table of exactly this schema."""
+    """Table of the records, of exactly this schema."""
     return pa.Table.from_pylist([dict(record) for record in records], schema=schema)
 
 
 def scored(records: Sequence[Mapping[str, Any]], tasks: Sequence[Task]) -> pa.Table:
-    """Questions with `subject` and `prediction` as the table of predictions, each with its own score."""
+    """Table of predictions (`PREDICTION`) from answered questions, with a score for each prediction by its task's first metric."""
     metrics = {task.name: METRICS[task.metrics[0]] for task in tasks}
     rows = []
     for record in records:

@@ -1,4 +1,4 @@
-"""The gate: whether the last subject reached what the recipe asks of it. Pure: a report's numbers in, a verdict out."""
+"""Quality gate: checks the last subject of a report against the lower bounds of the recipe's `evaluation.gate`. Pure functions."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ Estimate = tuple[float, float, float]  # value, and the ends of its interval
 
 
 def judged(report: Report) -> dict[str, Any] | None:
-    """`passed`, and one entry of `checks` for every bound of the recipe's `evaluation.gate`; None without a gate.
+    """Verdict of the gate: `passed`, and one entry of `checks` for every bound; None without a gate.
 
-    The last subject is judged, at its fewest exemplars, beside the one it is compared with. A bound that nothing was measured
-    for does not hold.
+    It judges the last subject at its fewest exemplars, relative to the column that it is compared with. A bound fails if nothing
+    was measured for it.
     """
     gate = report["settings"].get("gate")
     if gate is None:
@@ -41,7 +41,7 @@ def judged(report: Report) -> dict[str, Any] | None:
 
 
 def sentence(verdict: Mapping[str, Any]) -> str:
-    """The verdict in one line, every bound that failed in it."""
+    """Verdict in one sentence, with every bound that failed."""
     if verdict["passed"]:
         return f"gate: {verdict['subject']} passed all {len(verdict['checks'])} bounds"
     failed = [
@@ -54,7 +54,7 @@ def sentence(verdict: Mapping[str, Any]) -> str:
 
 
 def _gains(tasks: Sequence[Task], column: Task) -> list[Estimate]:
-    """Each task's difference to the other column."""
+    """Difference of the column in each task that has one."""
     found = [task["differences"][column["key"]] for task in tasks if column["key"] in task["differences"]]
     return [(entry["mean"], *entry["interval"]) for entry in found]
 
@@ -65,7 +65,7 @@ def _scores(tasks: Sequence[Task], column: Task) -> list[Estimate]:
 
 
 def _worst(tasks: Sequence[Task], column: Task) -> list[Estimate]:
-    """How far each task's worst wording lies above the other's worst: two wordings, perhaps, so no pairs of rows."""
+    """Difference of the worst wordings in each task; they may be two wordings, so the scores are taken as independent."""
     found: list[Estimate] = []
     for task in tasks:
         ours, theirs = (task["columns"].get(key) for key in (column["key"], column["against"]))
@@ -76,7 +76,7 @@ def _worst(tasks: Sequence[Task], column: Task) -> list[Estimate]:
 
 
 def _check(name: str, estimates: Sequence[Estimate], needed: float, *, certain: bool) -> dict[str, Any]:
-    """One bound on the mean over tasks, or where it is to be `certain`, on the low end of that mean's interval."""
+    """Check of one bound on the mean over tasks or, if `certain`, on the low end of that mean's interval."""
     found = None
     if estimates:
         found = mean_interval(estimates)[0] if certain else float(np.mean([value for value, *_ in estimates]))

@@ -1,6 +1,6 @@
-"""The shape of report.json, as models whose JSON Schema `apprentice report-schema` prints for programs that read reports.
+"""Schema of report.json as pydantic models; `apprentice report-schema` prints it as JSON Schema for programs that read reports.
 
-Knows nothing of how the numbers come about; a test holds every report against it.
+Tests validate reports against it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class _Shape(BaseModel):
 
 
 class Subject(_Shape):
-    """A model that was scored."""
+    """A model or endpoint that was scored."""
 
     name: str
     shots: list[int]
@@ -33,7 +33,7 @@ class Subject(_Shape):
 
 
 class Column(_Shape):
-    """A subject at one number of exemplars; `against` is the key of the column it is compared with."""
+    """A subject at one number of exemplars; `against` is the key of the column that it is compared with."""
 
     key: str
     subject: str
@@ -61,7 +61,7 @@ class Label(_Shape):
 
 
 class Cell(_Shape):
-    """A task in one column. Where `score` is null, every question was dropped and what follows it is left out."""
+    """A task in one column. If `score` is null, no question was answered, and the fields after it are left out."""
 
     questions: int
     truncated: dict[str, int]
@@ -86,10 +86,10 @@ class Cell(_Shape):
 
 
 class Difference(_Shape):
-    """`mean` is in points; `p` is of the paired randomisation test.
+    """A difference of two columns: `mean` in points, and `p` of the paired randomisation test.
 
-    `p_adjusted` is that after Benjamini and Hochberg's correction for the number of comparisons in the same table; `verdict` needs
-    it, and an interval without zero.
+    `p_adjusted` is `p` after Benjamini and Hochberg's correction for the number of comparisons in the same table. `verdict` is
+    better or worse if `p_adjusted` is at most 0.05 and the interval excludes zero.
     """
 
     against: str
@@ -148,7 +148,7 @@ class Mean(_Shape):
 
 
 class Group(_Shape):
-    """Tasks of one kind or one cluster, each counting the same."""
+    """Means over the tasks of one kind or one cluster, all weighted the same."""
 
     held_out: bool
     exposure: Exposure
@@ -160,7 +160,7 @@ class Group(_Shape):
 
 
 class Judged(_Shape):
-    """A column's written replies against those of the column it is compared with; pairs are its own and the other's."""
+    """A column's generated replies against those of the column it is compared with; pairs are (its own, the other's)."""
 
     held_out: bool
     exposure: Exposure
@@ -180,14 +180,14 @@ class Judged(_Shape):
 
 
 class Judgement(_Shape):
-    """What the reward model `judge` says."""
+    """Win rates by the reward model `judge`."""
 
     judge: str
     lines: list[Judged]
 
 
 class Shared(_Shape):
-    """How many of a task's questions all compared runs answered: the columns and differences are over these."""
+    """Number of a task's questions that all compared runs answered; columns and differences are over these."""
 
     rows: int
     questions: int
@@ -218,7 +218,7 @@ class Unscored(_Shape):
 
 
 class Report(_Shape):
-    """report.json: what was scored, how, and what came out."""
+    """The contents of report.json: what was scored, how, and the results."""
 
     version: int
     name: str

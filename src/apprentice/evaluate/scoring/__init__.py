@@ -1,1 +1,1 @@
-"""Answers of a model or an endpoint to questions, remembered and scored."""
+"""Scoring: answers of a model or an endpoint to questions, their cache, ranking, judge and majority baseline."""

@@ -1,8 +1,8 @@
-"""Answers that were given before, found again by what was asked of which model: what makes an evaluation resumable.
+"""Cache of answers, keyed by model and question; it makes an evaluation resumable.
 
-Every block of scored questions is written as it comes, a Parquet file of its own under `parts/`; the whole table of predictions
-replaces them at the end. Either serves the next evaluation: an answer is taken where model, prompt, choices and limits are the
-same, whatever else has changed. Knows nothing of models or of Ray.
+Every block of scored questions is written as it arrives, to a Parquet file of its own under `parts/`. At the end the table of
+predictions replaces these files. The next evaluation reads either: an answer is reused if model, prompt, choices and limits are the
+same, whatever else has changed.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ ANSWER = ("prediction", "choice_logprobs", "choice_tokens", "choice_priors")
 
 
 def key_of(model: str, question: Mapping[str, Any]) -> str:
-    """The name of what is asked: `model` (a fingerprint of everything that shapes its answer) and the question's ids."""
+    """Cache key of a question: a hash of the fingerprint `model` and of the token ids of prompt and choices."""
     asked = [model, list(question["prompt_ids"]), [list(ids) for ids in question["choice_ids"] or []]]
     return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:32]
 
 
 class Answers:
-    """The answers in the folder `out`, and in the `others` (finished evaluations of the same models elsewhere)."""
+    """Cache of the answers in the folder `out` and in `others`, the folders of finished evaluations. New answers go to `out`."""
 
     def __init__(self, out: Folder, tasks: Sequence[Task], others: Iterable[Folder] = ()) -> None:
         self._parts = out / PARTS
@@ -47,11 +47,11 @@ class Answers:
         return len(self._known)
 
     def find(self, key: str) -> dict[str, Any] | None:
-        """What was answered to the question of this key, or None."""
+        """Answer (`ANSWER` → value) to the question of this key, or None."""
         return self._known.get(key)
 
     def add(self, records: Sequence[Mapping[str, Any]]) -> None:
-        """Writes answered questions; they are found again from now on, in this process and the next."""
+        """Writes answered questions to a new part and adds them to the cache."""
         buffer = io.BytesIO()
         pq.write_table(predictions.scored(records, self._tasks), buffer, compression="zstd")
         (self._parts / f"{self._next:06d}.parquet").write_bytes(buffer.getvalue())
@@ -59,7 +59,7 @@ class Answers:
         self._known |= {record["key"]: {name: record.get(name) for name in ANSWER} for record in records if _answered(record)}
 
     def close(self) -> None:
-        """Removes the parts: the table of predictions holds them all."""
+        """Deletes the parts; to be called once the table of predictions, which has all answers, is written."""
         self._parts.delete()
 
     def _read(self, file: Folder) -> None:
@@ -73,6 +73,6 @@ class Answers:
 
 
 def _answered(record: Mapping[str, Any]) -> bool:
-    """Whether there is an answer to be found again; what ranks by numbers that are not finite is none, and is asked again."""
+    """True if the record has a key and a usable answer; one with log-probabilities that are not finite is asked again."""
     numbers = [*(record.get("choice_logprobs") or ()), *(record.get("choice_priors") or ())]
     return bool(record["key"]) and record["prediction"] is not None and all(map(math.isfinite, numbers))

@@ -1,6 +1,6 @@
-"""Written replies as questions to other models: to a reward model, which is better; to their writer and its base, how likely.
+"""Questions about generated replies: to a reward model, for their reward; to the subjects, for their log-probability.
 
-A reply is put as a choice, so that what ranks choices gives the numbers. Pure; knows nothing of models or of Ray.
+A reply is put as the choice of a question, so that the code that scores choices computes the numbers. Pure functions of records.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from apprentice.data.encoding.prompt_format import Layout
 from apprentice.evaluate.questions.row_selection import Request
 
 Record = dict[str, Any]
-Asked = list[tuple[Record, list[Record]]]  # a question, and the record that each of its choices is the reply of
+Asked = list[tuple[Record, list[Record]]]  # (question, the record of each of its choices)
 
 
 def request_of(record: Mapping[str, Any]) -> Request:
-    """The request that a record answers."""
+    """Request that a record answers."""
     return Request(*(record[name] for name in Request._fields))
 
 
 def written(records: Sequence[Record]) -> dict[Request, list[Record]]:
-    """Request → the records of all subjects that wrote a reply to it."""
+    """Request → the records of all subjects with a generated reply to it."""
     found: dict[Request, list[Record]] = defaultdict(list)
     for record in records:
         if record["prediction"] is not None and not record["choices"]:
@@ -31,7 +31,7 @@ def written(records: Sequence[Record]) -> dict[Request, list[Record]]:
 
 
 def to_a_judge(questions: Sequence[Record], replies: Mapping[Request, Sequence[Record]], layout: Layout) -> Asked:
-    """`questions` as the judge's `layout` phrases them, each with the subjects' replies and the end as its choices."""
+    """Questions to the judge: `questions` in its prompt format `layout`, with all subjects' replies, end included, as choices."""
     asked: Asked = []
     for question in questions:
         records = list(replies.get(request_of(question), ()))
@@ -43,7 +43,10 @@ def to_a_judge(questions: Sequence[Record], replies: Mapping[Request, Sequence[R
 
 
 def to_the_writer(questions: Sequence[Record], replies: Mapping[Request, Sequence[Record]], subject: str, layout: Layout) -> Asked:
-    """`questions` with the reply of one `subject`, as it was spoken to; without the end, since some replies were cut."""
+    """`questions` in a `subject`'s own prompt format, each with its reply as the only choice.
+
+    The choice lacks the end of an answer, because some replies were cut by the limit of tokens.
+    """
     asked: Asked = []
     for question in questions:
         own = [record for record in replies.get(request_of(question), ()) if record["subject"] == subject]

@@ -1,7 +1,7 @@
-"""The majority answer: what a model that never reads the question would score.
+"""Majority baseline: the score of always giving the most frequent training answer, without reading the question.
 
-Ranked tasks: the choice in the place that is right most often in training. Generated tasks: the most frequent training answer,
-where one answer makes up at least one in a hundred; summaries have no such answer, and no such baseline.
+For ranked tasks it is the choice at the index that is right most often in training; for generated tasks the most frequent answer,
+if it makes up at least 1 in 100. Tasks without such an answer, as summaries, have no baseline.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from apprentice.data.encoding.render import Renderer
 from apprentice.errors import RowError
 
 NAME = "majority"
-SAMPLE = 1_000  # training rows looked at
+SAMPLE = 1_000  # training rows that are counted, at most
 LEAST_SHARE = 0.01
 
 
 def majority_of(corpus: Corpus, name: str) -> dict[str, Any] | None:
-    """The majority answer of a task, or None: its `label` (place of the choice) or `text`, and its `share` of the `sample` rows."""
+    """Majority answer of a task, or None: its `label` (index of the choice) or `text`, and its `share` of the `sample` rows."""
     task = next(task for task in corpus.tasks if task.name == name)
     index = corpus.indices[name]
     if index.train_source is None or not len(index.train):
@@ -44,7 +44,7 @@ def majority_of(corpus: Corpus, name: str) -> dict[str, Any] | None:
             found[example.choices.index(example.target), ""] += 1
     if not found:
         return None
-    # The first in order among equals, not the first met.
+    # Ties are broken by the answer itself, so that the result does not depend on the order of rows.
     (label, text), count = min(found.items(), key=lambda item: (-item[1], str(item[0])))
     share = count / found.total()
     if label is None and share < LEAST_SHARE:
@@ -53,7 +53,7 @@ def majority_of(corpus: Corpus, name: str) -> dict[str, Any] | None:
 
 
 def predicted(questions: Sequence[Mapping[str, Any]], majorities: Mapping[str, dict[str, Any] | None]) -> list[dict[str, Any]]:
-    """The majority answer to every question that has one, as records with `prediction`."""
+    """Records with the majority answer as `prediction`, for every question that has one."""
     answers: list[dict[str, Any]] = []
     for question in questions:
         majority = majorities.get(question["task"])

@@ -1,9 +1,9 @@
 """Rank classification: the prediction is the choice with the largest log-probability after the prompt.
 
-A choice's tokens are its own and those that end an answer in the layout, exactly what training taught the model to write: the sum
-is the probability that the whole reply is this choice. Without the end, "card payment" would always beat "card payment fee", as
-a prefix is never less likely than what continues it. Three ways to compare are in `models.ranking`; sums, as in
-T0, are the default.
+The tokens of a choice include those that end an answer in the prompt format, exactly as in training, so their sum is the
+log-probability that the whole reply is this choice. Without the end, "card payment" would always beat "card payment fee", because a
+prefix is never less likely than its continuation. `inference.choice_ranking` has three rules of comparison; sums, as in T0, are the
+default.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from apprentice.model_pool.generate import question_name
 
 
 def ranked(record: Mapping[str, Any], rank_by: str) -> str:
-    """The choice that wins for a scored question: a record with `choices`, `choice_logprobs`, `choice_tokens`, `choice_priors`.
+    """Text of the best choice of a record with `choices`, `choice_logprobs`, `choice_tokens` and `choice_priors`.
 
-    Raises `EvaluationError` where a number is not finite: no choice is then larger than another.
+    `rank_by` is a name in `choice_ranking.RANKINGS`. Raises `EvaluationError` where a score is not finite.
     """
     priors = record["choice_priors"] if rank_by == "pmi" else ()
     scores = RANKINGS[rank_by](record["choice_logprobs"], record["choice_tokens"], priors)
@@ -29,7 +29,7 @@ def ranked(record: Mapping[str, Any], rank_by: str) -> str:
 
 
 def check_finite(record: Mapping[str, Any], numbers: Sequence[float]) -> None:
-    """Raises `EvaluationError` with the question's name where one of the model's `numbers` about it is NaN or infinite."""
+    """Raises `EvaluationError`, which names the question, if one of the model's `numbers` is NaN or infinite."""
     if not all(map(math.isfinite, numbers)):
         raise EvaluationError(
             f"{question_name(record)}: the model gives {', '.join(f'{value:.4g}' for value in numbers)}, and what is not finite has"
@@ -40,7 +40,7 @@ def check_finite(record: Mapping[str, Any], numbers: Sequence[float]) -> None:
 def by_prior(
     questions: Sequence[Mapping[str, Any]], score: Callable[[Sequence[Sequence[Sequence[int]]]], list[list[float]]]
 ) -> list[list[float]]:
-    """The prior of every question's choices; `score` gives those of lists of choices, and meets each list of choices once."""
+    """Priors of the choices of every question; `score` computes those of lists of choices, and gets each distinct list once."""
     keys = [tuple(tuple(ids) for ids in question["choice_ids"]) for question in questions]
     different = list(dict.fromkeys(keys))
     found = dict(zip(different, score([list(map(list, key)) for key in different]), strict=True))

@@ -1,4 +1,4 @@
-"""One scoring worker: a model in memory, blocks of questions in, answers out. A plain class; what calls it may be Ray."""
+"""Scoring worker: answers blocks of questions with a model in memory. A plain class that Ray Data can call."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from apprentice.model_pool.generate import reply
 from apprentice.model_pool.limits import Manner
 from apprentice.models.reward import choice_rewards, is_reward
 
-LEAST_TOGETHER, MOST_TOGETHER = 16, 64  # questions of one block: enough to batch, few enough to share among workers
-ASKED = pa.schema([("place", pa.int64()), *ENCODED])  # place: of the question among all of its subject
+LEAST_TOGETHER, MOST_TOGETHER = 16, 64  # questions in a block: enough for a batch, few enough to spread over workers
+ASKED = pa.schema([("place", pa.int64()), *ENCODED])  # place: index of the question in the list of its subject
 ANSWERED = pa.schema(
     [
         ("place", pa.int64()),
@@ -32,16 +32,16 @@ ANSWERED = pa.schema(
 
 
 class Scorer:
-    """Answers blocks of questions with the model that `load` gives with the first of them, and that errors call `name`.
+    """Answers blocks of questions with the model that `load` returns, called at the first block; errors name it `name`.
 
-    What the user can mend becomes a `failure` in the answer, not an exception: Ray would print that with all its stacks.
+    An `ApprenticeError` becomes a `failure` in the answer instead of an exception, which Ray would print with all its stacks.
     """
 
     def __init__(self, load: Callable[[], Any], name: str, manner: Manner) -> None:
         self._load, self._name, self._manner = load, name, manner
 
     def __call__(self, block: pa.Table) -> pa.Table:
-        """A block of the schema `ASKED`, all of it ranked or all of it generated, becomes one of `ANSWERED`."""
+        """Answers a block of the schema `ASKED`, all of it ranked or all of it generated; returns one of `ANSWERED`."""
         asked = block.to_pylist()
         try:
             answers = self._ranked(asked) if asked[0]["choices"] else self._written(asked)
@@ -76,7 +76,10 @@ class Scorer:
 
 
 def blocks(asked: Sequence[tuple[int, Mapping[str, Any]]], workers: int) -> list[pa.Table]:
-    """Questions, each with its place, in blocks of one kind and like length, the longest first; two or more for each worker."""
+    """Splits (place, question) pairs into blocks of one kind (generated or ranked) and similar prompt length, longest first.
+
+    A block has 16 to 64 questions, or fewer at the end; within these limits there are two or more blocks for each worker.
+    """
     found = []
     for is_ranked in (False, True):
         chosen = [{"place": place, **question} for place, question in asked if bool(question["choices"]) is is_ranked]
@@ -87,7 +90,7 @@ def blocks(asked: Sequence[tuple[int, Mapping[str, Any]]], workers: int) -> list
 
 
 def with_prediction(record: Mapping[str, Any], answer: Mapping[str, Any], rank_by: str) -> dict[str, Any]:
-    """A question's record with what an answer (of the schema `ANSWERED`) says of it."""
+    """Record of a question with the fields of its answer (schema `ANSWERED`); the prediction of a ranked one is its best choice."""
     found = {name: answer[name] for name in ("prediction", "choice_logprobs", "choice_priors")}
     found["unscored"] = answer["unscored"] or ""
     if answer["choice_logprobs"]:

@@ -1,1 +1,1 @@
-"""Metrics, intervals and summaries. Pure functions of scores."""
+"""Statistics: metrics, intervals, tests and summaries. Pure functions of predictions."""

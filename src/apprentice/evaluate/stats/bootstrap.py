@@ -1,15 +1,18 @@
-"""95% intervals over rows, a paired test, and marks that hold for their number; the wordings of a row stay together.
+"""Statistics of scores: 95% intervals, a paired randomisation test, and correction for multiple comparisons.
 
-What is right or wrong has Wilson's interval [1], with the number of independent answers that rows and wordings come to (Kish's
-effective number [2]), and a difference of two such scores on the same rows has Newcombe's (method 10 [3]). Both keep their width
-where all answers are right. Other metrics have the percentile bootstrap; where all its draws agree, Wilson's limits for as many
-answers as there are rows. The mean of several tasks has the limits that theirs add up to as squares (MOVER [4]): tasks are
-independent. What is marked better or worse is so after Benjamini and Hochberg's correction [5] for the number of comparisons.
+The unit is the row: all wordings of a row are resampled together.
+
+    score, right or wrong             Wilson's interval [1], with Kish's effective number of independent answers [2]
+    difference of two such scores     Newcombe's interval (method 10 [3])
+    score or difference of others     percentile bootstrap; if all draws agree, Wilson's limits with one answer a row
+    mean of several tasks             limits combined as squares (MOVER [4]), because tasks are independent
+    better or worse                   p-value corrected for the number of comparisons (Benjamini and Hochberg [5])
+
+Wilson's and Newcombe's intervals keep their width where all answers are right. The resamples of a key are always the same, so
+differences are paired by construction.
 
 [1] Wilson 1927, J. Am. Stat. Assoc. 22. [2] Kish 1965, Survey Sampling. [3] Newcombe 1998, Stat. Med. 17, 2635.
 [4] Zou and Donner 2008, Stat. Med. 27. [5] Benjamini and Hochberg 1995, J. R. Stat. Soc. B 57.
-
-Knows nothing of tasks or models. The resamples of a key are always the same, so differences are paired by construction.
 """
 
 from __future__ import annotations
@@ -26,20 +29,20 @@ from apprentice.evaluate.stats.metrics import Floats, Metric
 
 CONFIDENCE = 0.95
 RESAMPLES = 2_000
-_CHUNK = 4_000_000  # numbers of one block of resampling weights (32 MB)
+_CHUNK = 4_000_000  # float64 numbers in a block of resampling weights (32 MB)
 
 
 @dataclass(frozen=True)
 class RowSums:
-    """What a metric says of each row: its statistics summed over the row's wordings."""
+    """Statistics of a metric for each row, summed over the wordings of the row."""
 
     rows: NDArray[np.int64]  # (rows,), ascending
     sums: Floats  # (rows, width)
-    counts: Floats  # (rows,), wordings met
+    counts: Floats  # (rows,), number of wordings
 
     @classmethod
     def of(cls, rows: Sequence[int], statistics: Sequence[Sequence[float]] | Floats) -> RowSums:
-        """Groups one vector per prediction by the prediction's row."""
+        """Sums `statistics` (predictions, width) by row; `rows[i]` is the row of prediction i."""
         unique, place = np.unique(np.asarray(rows, dtype=np.int64), return_inverse=True)
         vectors = np.asarray(statistics, dtype=np.float64)
         sums = np.zeros((len(unique), vectors.shape[1]))
@@ -47,7 +50,7 @@ class RowSums:
         return cls(unique, sums, np.bincount(place, minlength=len(unique)).astype(np.float64))
 
     def only(self, rows: NDArray[np.int64]) -> RowSums:
-        """The same for those of its rows that are in `rows`."""
+        """Selects the rows that are in `rows`."""
         kept = np.isin(self.rows, rows)
         return RowSums(self.rows[kept], self.sums[kept], self.counts[kept])
 
@@ -56,7 +59,10 @@ class RowSums:
 
 
 def bootstrap(columns: Mapping[str, RowSums], metric: Metric, key: str, resamples: int = RESAMPLES) -> dict[str, Floats]:
-    """Column → its score in each resample, shape (resamples,). All columns must hold the same rows."""
+    """Resamples rows with replacement: column → its scores, shape (resamples,). `key` seeds the resamples.
+
+    Raises `ValueError` unless all columns have the same rows.
+    """
     rows = next(iter(columns.values())).rows
     if any(not np.array_equal(column.rows, rows) for column in columns.values()):
         raise ValueError("paired columns hold different rows")
@@ -72,10 +78,10 @@ def bootstrap(columns: Mapping[str, RowSums], metric: Metric, key: str, resample
 
 
 def swapped(ours: RowSums, theirs: RowSums, metric: Metric, key: str, permutations: int = RESAMPLES) -> Floats:
-    """The difference of the two scores after their answers to rows changed sides at random, shape (permutations,).
+    """Paired randomisation test: differences of the two scores with rows swapped at random, shape (permutations,).
 
-    What the difference would be if it did not matter which model answered: the paired randomisation test. Raises `ValueError` for
-    columns that hold different rows.
+    This is the distribution of the difference if it did not matter which model answered. Raises `ValueError` unless both columns
+    have the same rows.
     """
     if not np.array_equal(ours.rows, theirs.rows):
         raise ValueError("paired columns hold different rows")
@@ -91,19 +97,19 @@ def swapped(ours: RowSums, theirs: RowSums, metric: Metric, key: str, permutatio
 
 
 def p_value(difference: float, draws: Floats) -> float:
-    """How often chance alone gives at least such a difference, in either direction; never 0, since the data are one such draw."""
+    """Two-sided p-value: how often a draw is at least as large as `difference`; never 0, since the data count as one draw."""
     return float((1 + np.sum(np.abs(draws) >= abs(difference) - 1e-9)) / (1 + len(draws)))
 
 
 def percentiles(draws: Floats) -> tuple[float, float]:
-    """The percentile interval of bootstrap draws."""
+    """Percentile interval of bootstrap draws."""
     tail = (1.0 - CONFIDENCE) / 2
     low, high = np.quantile(draws, [tail, 1.0 - tail])
     return float(low), float(high)
 
 
 def score_interval(column: RowSums, metric: Metric, key: str, resamples: int = RESAMPLES) -> tuple[float, float]:
-    """The interval of a column's score."""
+    """95% interval (low, high) of a column's score; the module's docstring says by which method."""
     if metric.binary:
         return _wilson(column.score(metric), _independent(column), 0.0)
     low, high = percentiles(bootstrap({"": column}, metric, key, resamples)[""])
@@ -113,7 +119,7 @@ def score_interval(column: RowSums, metric: Metric, key: str, resamples: int = R
 def difference_interval(
     ours: RowSums, theirs: RowSums, metric: Metric, key: str, resamples: int = RESAMPLES
 ) -> tuple[float, float]:
-    """The interval of the difference of two columns' scores over the same rows. Raises `ValueError` for other rows."""
+    """95% interval of the difference `ours` - `theirs` of two scores. Raises `ValueError` unless both have the same rows."""
     if not np.array_equal(ours.rows, theirs.rows):
         raise ValueError("paired columns hold different rows")
     if not metric.binary:
@@ -126,48 +132,48 @@ def difference_interval(
 
 
 def mean_interval(estimates: Sequence[tuple[float, float, float]]) -> tuple[float, float]:
-    """The interval of the mean of independent estimates (value, low, high)."""
+    """95% interval of the mean of independent estimates (value, low, high)."""
     values, lows, highs = np.array(estimates).T
     below, above = (float(np.sqrt(np.square(gaps).sum())) / len(values) for gaps in (values - lows, highs - values))
     return float(values.mean()) - below, float(values.mean()) + above
 
 
 def apart_interval(ours: tuple[float, float, float], theirs: tuple[float, float, float]) -> tuple[float, float]:
-    """The interval of the difference of two estimates (value, low, high), taken as independent."""
+    """95% interval of the difference of two independent estimates (value, low, high)."""
     return _difference(ours, theirs, 0.0)
 
 
 def adjusted(values: Sequence[float]) -> list[float]:
-    """p-values of several comparisons, each as large as it is once their number counts (Benjamini and Hochberg)."""
+    """p-values of several comparisons, corrected for their number (Benjamini and Hochberg)."""
     return [float(value) for value in stats.false_discovery_control(values, method="bh")] if values else []
 
 
 def verdict(low: float, high: float, p: float) -> str:
-    """`better` or `worse` where the interval of a difference leaves zero out and the adjusted `p` agrees, else `unclear`."""
+    """`better` or `worse` if the interval of a difference excludes zero and the adjusted `p` is at most 0.05, else `unclear`."""
     if p > 1.0 - CONFIDENCE:
         return "unclear"
     return "better" if low > 0 else "worse" if high < 0 else "unclear"
 
 
 def _wilson(score: float, count: float, least: float) -> tuple[float, float]:
-    """Wilson's limits of a score from `least` to 100, as the share of right ones among `count` answers."""
+    """Wilson's limits of a score between `least` and 100, treated as the share of right answers among `count`."""
     z = float(stats.norm.ppf((1.0 + CONFIDENCE) / 2))
     width = 100.0 - least
     share = min(1.0, max(0.0, (score - least) / width))
     middle = (share + z**2 / (2 * count)) / (1 + z**2 / count)
     half = z / (1 + z**2 / count) * np.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
-    # At the edges the limit is the edge itself, and no rounding beside it.
+    # At the edges the limit is exactly the edge, without rounding.
     low, high = (0.0 if share == 0.0 else middle - half), (1.0 if share == 1.0 else middle + half)
     return least + width * float(low), least + width * float(high)
 
 
 def _residuals(column: RowSums) -> Floats:
-    """How far each row's sum of right answers is from what the score expects of it, in answers; shape (rows,)."""
+    """Right answers of each row minus the number expected from the overall score, shape (rows,)."""
     return np.asarray(column.sums[:, 0] - column.counts * (column.sums[:, 0].sum() / column.counts.sum()))
 
 
 def _independent(column: RowSums) -> float:
-    """How many independent answers the rows come to: as many as there are rows where wordings agree, all where they do not."""
+    """Effective number of independent answers: between the number of rows (wordings agree) and that of all answers."""
     rows, answers = len(column.rows), float(column.counts.sum())
     share = float(column.sums[:, 0].sum()) / answers
     variance = float(np.square(_residuals(column)).sum()) / answers**2
@@ -175,7 +181,7 @@ def _independent(column: RowSums) -> float:
 
 
 def _correlation(ours: RowSums, theirs: RowSums) -> float:
-    """Of two columns' right answers, with Newcombe's correction for continuity; 0 where one is constant."""
+    """Correlation of two columns' right answers, with Newcombe's continuity correction; 0 where one is constant."""
     one, other = _residuals(ours), _residuals(theirs)
     rows = len(one)
     each = float(ours.counts.mean() * theirs.counts.mean())
@@ -189,7 +195,7 @@ def _correlation(ours: RowSums, theirs: RowSums) -> float:
 
 
 def _difference(ours: tuple[float, float, float], theirs: tuple[float, float, float], correlation: float) -> tuple[float, float]:
-    """The limits of `ours` less `theirs`, each (value, low, high)."""
+    """Limits of `ours` - `theirs`, each (value, low, high), given the correlation of the two."""
     (one, one_low, one_high), (other, other_low, other_high) = ours, theirs
 
     def reach(first: float, second: float) -> float:

@@ -1,7 +1,7 @@
-"""Metrics: a prediction against its references, as small statistics that add up over examples.
+"""Metrics: a prediction against its references, as statistics that can be summed over examples.
 
-Every metric gives each example a short vector and turns a sum of such vectors into a score from 0 to 100. Means and corpus
-BLEU then look alike, and a bootstrap only adds vectors. Knows nothing of models, rows or wordings.
+Every metric gives each example a short vector, and turns a sum of such vectors into a score, 0 to 100 for most. Means and corpus
+BLEU are then computed alike, and a bootstrap only adds vectors.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Metric:
-    """`statistics(prediction, references, choices)` is one example's vector; `value(sums, counts)` is the score of many.
+    """Metric: `statistics(prediction, references, choices)` is the vector of one example, `value(sums, counts)` the score of many.
 
-    `sums` has shape (…, width) and `counts` (how many examples are in each sum) has shape (…); the scores have shape (…). Vectors
-    of different widths add up after zeros are put on their right. `single` is the metric that judges one prediction alone, where
-    this one says something of many only. A `binary` one finds each prediction right or wrong, and its score is the share of right
-    ones; `least` is the lowest score there is.
+    `sums` has shape (…, width) and `counts`, the number of examples in each sum, shape (…); the scores have shape (…). Vectors of
+    different widths are padded with zeros at the end before they are added. `single` is the metric for a single prediction, if this
+    one is defined for many only. A `binary` metric finds each prediction right or wrong, and its score is the share of right ones.
+    `least` is the lowest possible score.
     """
 
     title: str
@@ -39,23 +39,23 @@ class Metric:
     single: str | None = None
     binary: bool = False
     least: float = 0.0
-    signature: Callable[[], str] | None = None  # how the reference implementation names these settings
+    signature: Callable[[], str] | None = None  # the reference implementation's name of its settings
 
     def of_one(self, prediction: str, references: Sequence[str], choices: Sequence[str] = ()) -> float:
-        """The score of a single prediction, 0 to 100."""
+        """Score of a single prediction, by the metric `single` if there is one."""
         if self.single:
             return METRICS[self.single].of_one(prediction, references, choices)
         return float(self.value(np.array(self.statistics(prediction, references, choices)), np.array(1.0)))
 
     def of_many(self, answers: Sequence[tuple[str, Sequence[str], Sequence[str]]]) -> Floats:
-        """One vector per (prediction, references, choices), shape (answers, width)."""
+        """Vectors of many (prediction, references, choices), padded to one shape (answers, width)."""
         vectors = [self.statistics(*answer) for answer in answers]
         width = max(map(len, vectors), default=0)
         return np.array([[*vector, *[0.0] * (width - len(vector))] for vector in vectors]).reshape(len(vectors), width)
 
 
 def normalised(text: str) -> str:
-    """SQuAD's normal form: lower case, without ASCII punctuation and the articles a, an, the; single blanks.
+    """Text in SQuAD's normal form: lower case, without ASCII punctuation and the articles a, an, the; single blanks.
 
     "The  Eiffel Tower!" becomes "eiffel tower".
     """
@@ -64,7 +64,7 @@ def normalised(text: str) -> str:
 
 
 def without_punctuation(text: str) -> str:
-    """Super-NaturalInstructions' normal form: lower case, without ASCII punctuation, single blanks; articles stay."""
+    """Text in Super-NaturalInstructions' normal form: lower case, without ASCII punctuation, single blanks; articles stay."""
     return " ".join("".join(character for character in text.lower() if character not in _PUNCTUATION).split())
 
 
@@ -93,7 +93,7 @@ def _ni_exact_match(prediction: str, references: Sequence[str], choices: Sequenc
 
 
 def _rouge(kind: str, *, stemmer: bool = False) -> Callable[[str, Sequence[str], Sequence[str]], tuple[float, ...]]:
-    """The best F-measure over the references, of `rouge1`, `rouge2` or `rougeL`."""
+    """Statistics of `rouge1`, `rouge2` or `rougeL`: the best F-measure over the references."""
 
     def statistics(prediction: str, references: Sequence[str], choices: Sequence[str] = ()) -> tuple[float, ...]:
         return (float(_rouge_scorer(kind, stemmer).score_multi(list(references), prediction)[kind].fmeasure),)
@@ -102,19 +102,19 @@ def _rouge(kind: str, *, stemmer: bool = False) -> Callable[[str, Sequence[str],
 
 
 def _bleu(prediction: str, references: Sequence[str], choices: Sequence[str] = ()) -> tuple[float, ...]:
-    """Matching n-grams (4), n-grams said (4), length said, length of the nearest reference: sacrebleu adds these over a corpus."""
+    """Matching n-grams (4), n-grams of the prediction (4), its length, that of the nearest reference; sacrebleu sums them so."""
     found = _bleu_scorer().corpus_score([prediction], [[reference] for reference in references])
     return (*map(float, found.counts), *map(float, found.totals), float(found.sys_len), float(found.ref_len))
 
 
 def _chrf(prediction: str, references: Sequence[str], choices: Sequence[str] = ()) -> tuple[float, ...]:
-    """For each order of n-gram: said, in the best reference, shared; sacrebleu adds these over a corpus."""
+    """For each order: n-grams of the prediction, of the best reference, and shared; sacrebleu sums these over a corpus."""
     [found] = _chrf_scorer()._extract_corpus_statistics([prediction], [[reference] for reference in references])
     return tuple(map(float, found))
 
 
 def _labels(prediction: str, references: Sequence[str], choices: Sequence[str] = ()) -> tuple[float, ...]:
-    """[right, said 0, wanted 0, said 1, wanted 1, …] over the places of the choices, and one more for other texts."""
+    """[right, predicted 0, expected 0, predicted 1, expected 1, …] over the indices of the choices, and one for other texts."""
     said, wanted = label_of(prediction, choices), label_of(references[0], choices)
     vector = [0.0] * (1 + 2 * max(len(choices), said + 1, wanted + 1))
     vector[0] = float(said == wanted)
@@ -124,7 +124,7 @@ def _labels(prediction: str, references: Sequence[str], choices: Sequence[str] =
 
 
 def _longer(prediction: str, references: Sequence[str], choices: Sequence[str] = ()) -> tuple[float, ...]:
-    """Whether the longest of the choices (in characters) was said, less whether it was right; 0 where all are equally long."""
+    """1 if a longest choice (in characters) was predicted, less 1 if a longest is right; 0 if all are equally long."""
     sizes = {len(choice.strip()) for choice in choices}
     if len(sizes) < 2:
         return (0.0,)
@@ -132,7 +132,7 @@ def _longer(prediction: str, references: Sequence[str], choices: Sequence[str] =
 
 
 def label_of(text: str, choices: Sequence[str]) -> int:
-    """The place of `text` among `choices`; what is none of them is a label of its own, after the last."""
+    """Index of `text` among `choices`; `len(choices)` for any other text."""
     return next((place for place, choice in enumerate(choices) if choice.strip() == text.strip()), len(choices))
 
 
@@ -163,7 +163,7 @@ def _corpus_chrf(sums: Floats, counts: Floats) -> Floats:
 
 
 def _matthews(sums: Floats, counts: Floats) -> Floats:
-    """The correlation of what was said with what was right, over any number of labels (Gorodkin's R_K); 0 where one is constant."""
+    """Matthews correlation of predicted and right labels, for any number of labels (Gorodkin's R_K); 0 where one is constant."""
     right, said, wanted = sums[..., 0], sums[..., 1::2], sums[..., 2::2]
     covariance = right * counts - (said * wanted).sum(axis=-1)
     spread = (counts**2 - (said**2).sum(axis=-1)) * (counts**2 - (wanted**2).sum(axis=-1))
@@ -173,7 +173,7 @@ def _matthews(sums: Floats, counts: Floats) -> Floats:
 
 
 def _agreement(sums: Floats, counts: Floats) -> Floats:
-    """How alike the shares of labels are among what was said and what was right: 100 less half the summed difference."""
+    """Similarity of the shares of labels among predictions and right answers: 100 less half the summed difference in percent."""
     with np.errstate(invalid="ignore", divide="ignore"):
         apart = np.abs(sums[..., 1::2] - sums[..., 2::2]).sum(axis=-1) / (2 * counts)
     return np.asarray(100.0 * (1.0 - apart))
@@ -188,7 +188,7 @@ def _rouge_scorer(kind: str, stemmer: bool) -> Any:
 
 def _bleu_signature() -> str:
     scorer = _bleu_scorer()
-    scorer.corpus_score(["a"], [["a"]])  # a signature names the number of references, so something must have been scored
+    scorer.corpus_score(["a"], [["a"]])  # the signature has the number of references, which is set by scoring
     return f"sacrebleu {scorer.get_signature().format()}"
 
 
@@ -228,7 +228,7 @@ METRICS: dict[str, Metric] = {
     "chrf": Metric("chrF", _chrf, _corpus_chrf, signature=_chrf_signature),
     "matthews": Metric("Matthews", _labels, _matthews, single="accuracy", least=-100.0),
     "label_distribution": Metric("label distribution", _labels, _agreement, single="accuracy"),
-    # In points: +10 says the longer answer of a pair ten times in a hundred more often than it is the better one.
+    # In points: +10 means that the longer answer of a pair is chosen 10 times in 100 more often than it is the better one.
     "length_bias": Metric("length bias", _longer, _mean, single="accuracy", least=-100.0),
     # As Super-NaturalInstructions scores: with a stemmer, and articles count.
     "ni_rouge_l": Metric("ROUGE-L (NI)", _rouge("rougeL", stemmer=True), _mean),

@@ -1,4 +1,4 @@
-"""How much an answer and a score depend on the wording of the question. Pure; knows nothing of models."""
+"""Robustness: how much answers and scores depend on the wording of the question. Pure functions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from apprentice.evaluate.stats.metrics import label_of, normalised
 
 @dataclass(frozen=True)
 class Robustness:
-    """Scores 0 to 100 over the wordings. `spread` is the distance between their quartiles."""
+    """Robustness of a score over wordings, 0 to 100. `worst` names a wording; `spread` is the interquartile range."""
 
     wordings: Mapping[str, float]  # template → its score
     median: float
@@ -23,21 +23,22 @@ class Robustness:
 
 
 def robustness(wordings: Mapping[str, float]) -> Robustness:
-    """The wordings' scores {a: 50, b: 60, c: 70} have median 60, spread 10 and worst wording a."""
+    """Summary of the scores of wordings: {a: 50, b: 60, c: 70} has median 60, spread 10 and worst wording a."""
     low, middle, high = np.quantile(list(wordings.values()), [0.25, 0.5, 0.75])
     return Robustness(dict(wordings), float(middle), min(wordings, key=lambda name: wordings[name]), float(high - low))
 
 
 def answer_of(record: Mapping[str, Any]) -> Any:
-    """What was answered, whatever its words: the place of the choice, or the normal form of the text."""
+    """Answer of a record in comparable form: the index of the choice, or the text in SQuAD's normal form."""
     return label_of(record["prediction"], record["choices"]) if record["choices"] else normalised(record["prediction"])
 
 
 def agreement(records: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
-    """`changed`: the share of rows (0 to 100) that get more than one answer; `consistency`: how often two askings of a row agree.
+    """Agreement of the answers to a row. `changed` is the share of rows (0 to 100) that get more than one answer.
 
-    Only rows asked more than once count; without any, both are None. Answers a a b of one row: changed 100, consistency 100/3.
-    Consistency does not fall merely because more wordings were asked, so tasks with many and with few can be compared.
+    `consistency` is how often (0 to 100) two answers to the same row agree. Only rows asked more than once count; without any, both
+    are None. Answers a a b to one row: changed 100, consistency 100/3. Consistency does not fall merely because more wordings were
+    asked, so tasks with many and with few wordings can be compared.
     """
     answers: dict[int, list[Any]] = defaultdict(list)
     for record in records:

@@ -1,6 +1,10 @@
-"""The table of predictions to the numbers of a report: scores, intervals, wordings, differences, pools.
+"""Summary of a table of predictions as a report: scores, intervals, wordings, differences, pools.
 
-Pure: the same table gives the same report, without any model. Knows nothing of how the numbers are shown.
+    column   a subject at one number of exemplars, such as `model@0`; the baseline `majority@0` is the first
+    task     scores of each column, and differences of columns over the rows that both answered
+    pool     means over the tasks of one exposure (held out, scored only, trained on) and kind (ranked, generated)
+
+Pure: the same table gives the same report, without any model.
 """
 
 from __future__ import annotations
@@ -34,15 +38,15 @@ from apprentice.tasks.exposure import EXPOSURES, exposure_in
 
 Record = Mapping[str, Any]
 VERSION = 2  # of report.json: 1 had no `exposure`, `p_adjusted` and `shared`, bootstrap intervals throughout, and `divergence`
-POOLS = [(exposure, kind) for exposure in EXPOSURES for kind in ("ranked", "generated")]  # as shown
-LEAST_SHARED_ROWS = 20  # that runs have in common, for a pool of tasks to be spoken of in the headline
+POOLS = [(exposure, kind) for exposure in EXPOSURES for kind in ("ranked", "generated")]  # in the order of the report
+LEAST_SHARED_ROWS = 20  # compared runs with fewer rows in common in a pool have no headline about it
 
 
 def summarise(table: pa.Table, *, resamples: int = RESAMPLES) -> dict[str, Any]:
-    """The report: the table's facts, `columns`, `tasks`, `pools`, one `headline` per difference of a pool, and a `summary`.
+    """Builds the report (`schema.Report`): the table's facts, columns, tasks, pools, clusters, headlines, summary, quality gate.
 
-    Scores are 0 to 100. The first subject is what the others are compared with, at the same number of exemplars. Held-out tasks
-    come first; a task's first metric is the one that its intervals, wordings and pools use.
+    Scores are 0 to 100. The other subjects are compared with the first, at the same number of exemplars. Held-out tasks come first.
+    Intervals, wordings and pools use the first metric of each task. `resamples` is the number of bootstrap draws and permutations.
     """
     facts = facts_of(table)
     facts["tasks"] = {name: about | exposure_in(about) for name, about in facts["tasks"].items()}
@@ -93,7 +97,7 @@ def summarise(table: pa.Table, *, resamples: int = RESAMPLES) -> dict[str, Any]:
 
 
 def _unscored(met: Mapping[str, Mapping[str, Sequence[Record]]]) -> list[dict[str, Any]]:
-    """The questions that were asked and have no answer, with the reason."""
+    """Questions that were asked and have no answer, each with its `reason`."""
     return [
         {name: record[name] for name in ("subject", "task", "row", "template", "shots", "perturbation")}
         | {"reason": record["unscored"]}
@@ -109,14 +113,14 @@ def _exposed(exposure: str) -> dict[str, Any]:
 
 
 def _rows_of(pool: Mapping[str, Any], tasks: Sequence[Mapping[str, Any]]) -> int:
-    """The fewest rows over which a difference in `pool` was taken."""
+    """Fewest rows that a difference in `pool` is computed from; 0 without differences."""
     members = [task for task in tasks if (task["exposure"], task["kind"]) == (pool["exposure"], pool["kind"])]
     keys = [key for task in members for key in task["differences"]]
     return min((sum(task["differences"][key]["rows"] for task in members if key in task["differences"]) for key in keys), default=0)
 
 
 def _mark(found: Sequence[dict[str, Any]], middle: float = 0.0) -> None:
-    """Gives the comparisons of one table their verdicts, each with the p-value that it has among so many."""
+    """Adds `p_adjusted` and `verdict` to all comparisons of one table; `middle` is the value of no difference."""
     for entry, p in zip(found, adjusted([entry["p"] for entry in found]), strict=True):
         low, high = entry["interval"]
         entry |= {"p_adjusted": p, "verdict": verdict(low - middle, high - middle, p)}
@@ -127,7 +131,7 @@ def _key(subject: str, shots: int) -> str:
 
 
 def _columns(facts: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What is scored, in the order shown; `against` is the column that a column is compared with."""
+    """Columns in the order of the report; `against` is the key of the column that a column is compared with, or None."""
     first = facts["subjects"][0]
     columns = [{"key": _key(MAJORITY, 0), "subject": MAJORITY, "shots": 0, "title": "majority", "against": None}]
     for subject in facts["subjects"]:
@@ -153,7 +157,7 @@ def _task(
     key: str,
     resamples: int,
 ) -> tuple[dict[str, Any], dict[str, Floats]]:
-    """A task's entry, and the draws of its differences' tests, by column."""
+    """Entry of a task in the report, and the permutation draws of its differences by column."""
     main = about["metrics"][0]
     metric = METRICS[main]
     scored = {column: Scored.of(records, about["metrics"]) for column, records in met.items()}
@@ -186,7 +190,7 @@ def _task(
 def _pool(
     members: Sequence[Mapping[str, Any]], draws: Mapping[str, Mapping[str, Floats]], columns: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """Means over the tasks `members`, each task counting the same; rows are drawn within their task."""
+    """Means and differences over the tasks `members`, all weighted the same; rows are permuted within their task."""
     means, differences = {}, {}
     for column in columns:
         key = column["key"]
@@ -213,19 +217,19 @@ def _pool(
 
 
 def gain_interval(tasks: Sequence[Mapping[str, Any]], key: str) -> tuple[float, float]:
-    """The interval of the mean over `tasks` of the difference that the column `key` has in each."""
+    """95% interval of the difference of the column `key`, averaged over `tasks`."""
     found = [task["differences"][key] for task in tasks]
     return mean_interval([(entry["mean"], *entry["interval"]) for entry in found])
 
 
 def _mean_of(tasks: Sequence[Mapping[str, Any]], key: str, name: str) -> float | None:
-    """The mean of one number of a column's cells over the tasks that have it."""
+    """Mean of the cells' value `name` in the column `key`, over the tasks that have it; None if none has."""
     values = [task["columns"][key][name] for task in tasks if task["columns"][key][name] is not None]
     return float(np.mean(values)) if values else None
 
 
 def _sentences(pool: Mapping[str, Any], columns: Sequence[Mapping[str, Any]]) -> list[str]:
-    """One sentence per comparison: who scores what, the difference, its interval."""
+    """Headlines of a pool: one sentence per difference, with its verdict and interval."""
     titles = {column["key"]: column["title"] for column in columns}
     where = f"{pool['exposure'].replace('_', '-')} {pool['kind']}"
     sentences = []
@@ -243,7 +247,7 @@ def _sentences(pool: Mapping[str, Any], columns: Sequence[Mapping[str, Any]]) ->
 def _summary(
     tasks: Sequence[Mapping[str, Any]], pools: Sequence[Mapping[str, Any]], columns: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """`score`: the last subject's mean over tasks at its fewest exemplars; `sentence`: differences by pool, or scores by pool."""
+    """Summary of the last subject at its fewest exemplars: `score`, its mean over tasks, and a `sentence` about the pools."""
     chosen = next(column for column in columns if column["subject"] == columns[-1]["subject"])
     scores = [cell["score"] for task in tasks if (cell := task["columns"].get(chosen["key"])) and cell["score"] is not None]
     parts = []

@@ -1,6 +1,6 @@
-"""One column of one task: its questions with each metric's statistics, and the numbers that a report shows of them.
+"""Scores of one task in one column (a subject at one number of exemplars), with intervals, wordings and perturbations.
 
-Pure. Questions that were changed on purpose never enter a score; they only say how steady the answers are.
+Perturbed questions never enter a score; they only measure how stable the answers are. Pure functions.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Record = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Scored:
-    """The unchanged questions of one column of one task that have an answer, with each metric's statistics of every reply."""
+    """Answered questions of one task in one column, without perturbed ones, with the statistics of each metric."""
 
     records: Sequence[Record]
     statistics: Mapping[str, Floats]  # metric → (questions, width)
@@ -33,7 +33,7 @@ class Scored:
         return cls(asked, {name: METRICS[name].of_many(answers) for name in metrics})
 
     def by_row(self, metric: str, template: str | None = None, only: frozenset[Any] | None = None) -> RowSums:
-        """Statistics summed over the wordings of each row, or over one wording alone, or over the questions `only` (`pair_key`)."""
+        """Statistics summed by row; limited to the wording `template`, and to the questions `only` (`pair_key`), if given."""
         chosen = [
             number
             for number, record in enumerate(self.records)
@@ -43,12 +43,12 @@ class Scored:
 
 
 def pair_key(record: Record) -> tuple[int, str]:
-    """Equal for the same question to two models."""
+    """Key that is equal for the same question to two models."""
     return record["row"], record["template"]
 
 
 def paired(ours: Scored, theirs: Scored, metric: str) -> tuple[RowSums, RowSums] | None:
-    """Both columns over the questions that both answered; None if there is no such question."""
+    """Row sums of both columns over the questions that both answered; None if there is no such question."""
     shared = frozenset(map(pair_key, ours.records)) & frozenset(map(pair_key, theirs.records))
     if not shared:
         return None
@@ -63,19 +63,22 @@ def _widened(column: RowSums, width: int) -> RowSums:
 
 
 def counts(records: Sequence[Record]) -> dict[str, Any]:
-    """How many questions there were, and what became of those that were cut, dropped or not answered."""
+    """Number of questions, and of those that were truncated, dropped or not answered."""
     plain = [record for record in records if not record["perturbation"]]
     return {
         "questions": len(plain),
         "truncated": dict(Counter(record["truncated"] for record in plain if record["truncated"])),
         "dropped": dict(Counter(record["dropped"] for record in plain if record["dropped"])),
         "unscored": sum(bool(record["unscored"]) for record in records),
-        "score": None,  # where every question was dropped
+        "score": None,  # stays None if no question has an answer
     }
 
 
 def scores(scored: Scored, records: Sequence[Record], metrics: Sequence[str], key: str, resamples: int) -> dict[str, Any]:
-    """The numbers of a column of one task, its intervals by the first metric; `key` and `resamples` are the bootstrap's."""
+    """Cell of the report (`schema.Cell`) for one task in one column; intervals and wordings use the first metric.
+
+    `key` and `resamples` are those of the bootstrap.
+    """
     main = METRICS[metrics[0]]
     asked = Counter(record["template"] for record in scored.records)
     wordings = {name: scored.by_row(metrics[0], name).score(main) for name in sorted(asked)}
@@ -103,7 +106,7 @@ def scores(scored: Scored, records: Sequence[Record], metrics: Sequence[str], ke
 
 
 def _perturbations(scored: Scored, answered: Sequence[Record]) -> dict[str, dict[str, Any]]:
-    """Perturbation → its score, the score of the same questions unchanged, and how many rows (0 to 100) changed their answer."""
+    """Perturbation → its score, the score of the same questions unperturbed, and the share of rows (0 to 100) that `changed`."""
     shots = {record["shots"] for record in scored.records}
     plain = {pair_key(record): record for record in scored.records}
     kinds: dict[str, list[tuple[Record, Record]]] = defaultdict(list)
@@ -122,7 +125,7 @@ def _perturbations(scored: Scored, answered: Sequence[Record]) -> dict[str, dict
 
 
 def _labels(records: Sequence[Record]) -> list[dict[str, Any]] | None:
-    """Where every question has as many choices: the share (0 to 100) of each place among the answers and among what is right."""
+    """Share (0 to 100) of each choice among predictions and right answers; None unless all questions have as many choices."""
     sizes = {len(record["choices"]) for record in records}
     if len(sizes) != 1 or not max(sizes):
         return None

@@ -1,8 +1,8 @@
-"""What a reward model says of the subjects' written replies: who wins how often, and what it may have cost. Pure.
+"""Win rates of subjects' generated replies by a reward model, the judge. Pure functions.
 
-Win rate: how often (0 to 100) the reward of a reply is higher than that of the reply it is compared with, a tie counting half; its
-interval is Wilson's over rows, the wordings of a row together. Beside it stand two ways to please a reward model without being
-better: longer replies, and replies that the base would hardly say.
+The win rate is how often (0 to 100) the reward of a reply is higher than that of the reply it is compared with; a tie counts half.
+Its interval is Wilson's over rows, with the wordings of a row together. Two numbers beside it show ways to please a reward model
+without being better: the length of replies, and how unlikely they are to the other subject.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ Record = Mapping[str, Any]
 def judged_by(
     judge: str, records: Sequence[Record], columns: Sequence[Mapping[str, Any]], exposures: Mapping[str, str], resamples: int
 ) -> dict[str, Any]:
-    """`judge`, and `lines`: one for the tasks of each exposure, of each column that is compared with another.
+    """Judgement of the report: `judge`, and `lines`, one for each exposure and each column that is compared with another.
 
-    A line has `win_rate`, `interval`, `p` (of wins and losses changing sides), `questions`, and of both sides `reward` and `words`
-    (means); `log_ratio` is how much likelier its replies are to the column than to the compared one, in nats per token, where both
-    were asked alike. The replies are greedy and tokenised again, so it estimates no divergence of the two models.
+    A line has `win_rate`, `interval`, `p` (permutation test of wins and losses), `questions`, and for both sides the mean `reward`
+    and `words`. `log_ratio` is how much likelier the replies are to the column itself than to the other one, in nats per token, if
+    both got the same prompts. Replies are greedy and tokenised again, so it does not estimate a divergence of the two models.
     """
     met = {(_column(record), *_question(record)): record for record in records if record["reward"] is not None}
     lines = []
@@ -50,7 +50,7 @@ def _line(pairs: Sequence[tuple[Record, Record]], key: str, resamples: int) -> d
     numbers = {name: number for number, name in enumerate(names)}
     rows = [numbers[one["task"], one["row"]] for one, _ in pairs]
     sums, losses = RowSums.of(rows, wins), RowSums.of(rows, [[1.0 - won] for [won] in wins])
-    share = METRICS["accuracy"]  # the mean of what is between 0 and 1, as 0 to 100
+    share = METRICS["accuracy"]  # the mean of numbers between 0 and 1, as 0 to 100
     sides = [[pair[side] for pair in pairs] for side in (0, 1)]
     measured = [one for one in sides[0] if one["log_ratio"] is not None]
     tokens = sum(one["reply_tokens"] for one in measured)

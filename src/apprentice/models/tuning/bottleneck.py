@@ -38,7 +38,7 @@ class Bottleneck(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, given: Tensor) -> Tensor:
-        """(…, hidden) to (…, hidden)."""
+        """Maps (…, hidden) to (…, hidden)."""
         added: Tensor = self.up(nn.functional.gelu(self.down(given)))
         return given + added
 
