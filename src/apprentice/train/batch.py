@@ -1,6 +1,13 @@
-"""Packed rows as they come from the data pipeline, and the micro-batches of tensors that a model takes.
+"""Batches: packed rows as NumPy arrays from the data pipeline, and micro-batches of tensors for one forward pass.
 
-Pure. Knows nothing of the model, of Ray or of how many workers there are.
+Two examples of 3 and 2 tokens in a row of 6, each with one answer token:
+
+    input_ids    a a b c d 0
+    positions    0 1 2 0 1 0      restart at 0 with each example and with the padding
+    segment_ids  1 1 1 2 2 0      number of the example in its row; 0 is padding
+    loss_mask    0 0 1 0 1 0      1 on target tokens
+
+The columns are described in `apprentice.data.window`.
 """
 
 from __future__ import annotations
@@ -17,19 +24,27 @@ from torch import Tensor
 
 
 class RowFacts(NamedTuple):
-    """What the record of a step needs to know of one packed row."""
+    """Bookkeeping of one packed row: its place in the stream and the examples in it."""
 
     window: int
     row: int
-    examples: list[int]  # plan positions
-    tasks: list[int]  # number of each example's task
-    targets: list[int]  # target tokens of each example
-    dropped: dict[str, dict[str, int]]  # of the whole window, on its first row: task → reason → count
-    window_rows: int | None = None  # rows of the whole window; None where every window has as many
+    examples: list[int]  # their positions in the sampling plan
+    tasks: list[int]  # each example's task number
+    targets: list[int]  # each example's number of target tokens
+    dropped: dict[str, dict[str, int]]  # for the whole window, on its first row only: task → reason → count
+    window_rows: int | None = None  # rows in the window; None where every window has the same number
 
 
 class Micro(NamedTuple):
-    """What one forward pass takes: the arguments of an objective's loss, in order."""
+    """A micro-batch: the tensors of one forward pass, in the order in which the objective's loss takes them.
+
+    sft, causal            input_ids, positions (or None), is_target
+    sft, encoder-decoder   input_ids, segment_ids, target_ids, target_positions, target_segment_ids, is_target
+    dpo, reward            input_ids, positions, answers, reference, is_target
+    grpo                   input_ids, positions, replies, written, reference, advantages, rewards, is_target
+
+    Ids, positions and numbers are int64; log-probabilities, advantages and rewards float32.
+    """
 
     tensors: tuple[Tensor | None, ...]
 
@@ -41,12 +56,12 @@ class Micro(NamedTuple):
 
     @property
     def positions(self) -> Tensor | None:
-        """Restart at 0 with each example; None where each row has one."""
+        """Positions of a causal model's tokens, (rows, length), restarting with each example; None if all rows have just one."""
         return self.tensors[1]
 
     @property
     def is_target(self) -> Tensor:
-        """Boolean: this token is predicted, and counts; or float32: what it counts, 0 where it is not predicted."""
+        """Boolean: true for target tokens; or float32: the weight of each target token in the loss, 0 for all other tokens."""
         last = self.tensors[-1]
         assert last is not None
         return last
@@ -57,20 +72,20 @@ class Micro(NamedTuple):
 
 @dataclass(frozen=True)
 class PackedRows:
-    """Some packed rows; arrays of shape (rows, length), and on an encoder-decoder's other side (rows, target length)."""
+    """Packed rows as arrays of shape (rows, length); an encoder-decoder's target arrays are (rows, target length)."""
 
     input_ids: NDArray[Any]
     positions: NDArray[Any]
     segment_ids: NDArray[Any]
-    loss_mask: NDArray[Any]  # of the decoder's side, where there is one
+    loss_mask: NDArray[Any]  # (rows, target length) for an encoder-decoder
     facts: list[RowFacts]
     target_ids: NDArray[Any] | None = None
     target_positions: NDArray[Any] | None = None
     target_segment_ids: NDArray[Any] | None = None
-    weights: list[NDArray[Any]] | None = None  # each row's (examples,): what a target token of theirs counts, where that is not 1
-    reference: list[NDArray[Any]] | None = None  # of preferences: each row's (answers,), the reference's log-probabilities
-    # Of an on-policy round: each token's log-probability under the policy that wrote it and under the reference, (rows, length);
-    # and each row's (replies,): how much better a reply is than the others to its prompt, and its reward.
+    weights: list[NDArray[Any]] | None = None  # each row's (examples,): loss weight of an example's target tokens
+    reference: list[NDArray[Any]] | None = None  # preferences: each row's (answers,) log-probabilities of the reference
+    # On-policy rounds: (rows, length) log-probability of each token under the policy that wrote it (`written`) and under the
+    # reference (`held`); and each row's (replies,) advantages and rewards.
     written: NDArray[Any] | None = None
     held: NDArray[Any] | None = None
     advantages: list[NDArray[Any]] | None = None
@@ -78,7 +93,7 @@ class PackedRows:
 
     @classmethod
     def of(cls, columns: Mapping[str, Any]) -> PackedRows:
-        """From the pipeline's columns, as NumPy arrays or lists (one entry a row)."""
+        """From the pipeline's columns: NumPy arrays or lists with one entry for each row."""
         sides = ("target_ids", "target_positions", "target_segment_ids")
         found = (name for name in (*sides, "written", "held") if name in columns)
         wanted = ("input_ids", "positions", "segment_ids", "loss_mask", *found)
@@ -101,19 +116,19 @@ class PackedRows:
 
     @property
     def tokens(self) -> int:
-        """Real tokens, of both sides; padding is not counted."""
+        """Number of tokens without padding, on both sides of an encoder-decoder."""
         answers = 0 if self.target_segment_ids is None else int((self.target_segment_ids > 0).sum())
         return int((self.segment_ids > 0).sum()) + answers
 
     @property
     def targets(self) -> int:
-        """Tokens that are predicted and count. The first token of a causal row has nothing before it to be predicted from."""
+        """Number of target tokens. The first token of a causal row is never one: nothing stands before it."""
         counted = self.loss_mask[:, 1:] if self.target_ids is None else self.loss_mask
         return int((counted > 0).sum())
 
     @property
     def counted(self) -> float:
-        """What the loss is a mean over: pairs of preferences, replies of a round, or else target tokens, each with its weight."""
+        """The loss's denominator: the number of preference pairs or replies, else the sum of the target tokens' weights."""
         if self.reference is not None or self.advantages is not None:
             return sum(len(row.examples) for row in self.facts)
         if self.weights is None:
@@ -122,20 +137,20 @@ class PackedRows:
         return float((weights[:, 1:] if self.target_ids is None else weights).sum())
 
     def _target_weights(self, rows: slice) -> NDArray[Any]:
-        """What each place of `rows` counts: segments [1, 1, 2, 0] of weights [1, 0.1], all targets, give [1, 1, 0.1, 0]."""
+        """Loss weight of each token of `rows`: segments [1, 1, 2, 0] with weights [1, 0.1], all targets, give [1, 1, 0.1, 0]."""
         assert self.weights is not None
         segments = self.segment_ids if self.target_segment_ids is None else self.target_segment_ids
         each = [np.append(np.float32(0), row)[places] for row, places in zip(self.weights[rows], segments[rows], strict=True)]
         return np.stack(each).astype(np.float32) * (self.loss_mask[rows] > 0)
 
     def _targets_of(self, cut: tuple[slice, slice]) -> Tensor:
-        """Boolean, or what each counts; see `Micro.is_target`."""
+        """The `is_target` tensor of a micro-batch: boolean, or float32 weights."""
         if self.weights is None:
             return _tensor(self.loss_mask[cut], np.bool_)
         return _tensor(self._target_weights(cut[0])[:, cut[1]], np.float32)
 
     def micros(self, size: int) -> list[Micro]:
-        """Micro-batches of `size` rows, without the columns at the end that are padding in all of them."""
+        """Micro-batches of `size` rows (the last may be smaller). Columns at the end that are padding in all rows are cut off."""
         return [self._micro(slice(start, start + size)) for start in range(0, len(self), size)]
 
     def _micro(self, rows: slice) -> Micro:
@@ -162,28 +177,29 @@ class PackedRows:
         return Micro((ids, _tensor(self.positions[cut]), answers, known, is_target))
 
     def _numbered(self, cut: tuple[slice, slice], values: list[NDArray[Any]]) -> tuple[Tensor, Tensor]:
-        """The number of each token's answer, and the `values` of all answers.
+        """Number of each token's answer, (rows, length), and the `values` of all answers, (answers,).
 
-        Answers are counted on over the rows: segments [1, 1, 2, 2] and [1, 2, 2, 0] give [0, 0, 1, 1] and [2, 3, 3, 1].
+        Answers are numbered through all rows: segments [1, 1, 2, 2] and [1, 2, 2, 0] give [0, 0, 1, 1] and [2, 3, 3, 1]. The number
+        of a padding token means nothing.
         """
         before = np.cumsum([0, *map(len, values)])[:-1]
         return _tensor(self.segment_ids[cut] - 1 + before[:, None]), _joined(values)
 
     def share(self, rank: int, workers: int) -> PackedRows:
-        """Every `workers`-th row, beginning with row `rank`."""
+        """This worker's rows: every `workers`-th one, beginning with row `rank`."""
         part = slice(rank, None, workers)
         parts: dict[str, Any] = {name: None if value is None else value[part] for name, value in vars(self).items()}
         return PackedRows(**parts)
 
 
 def _used(segments: NDArray[Any]) -> slice:
-    """The columns up to the last that is no padding in some row; at least one."""
+    """Columns up to the last one that is not padding in every row; at least one."""
     columns = np.flatnonzero((segments > 0).any(axis=0))
     return slice(0, int(columns[-1]) + 1 if len(columns) else 1)
 
 
 def _tensor(array: NDArray[Any], dtype: Any = np.int64) -> Tensor:
-    # A copy: the arrays may be read-only views of shared memory, which torch does not take.
+    # A copy, because the arrays may be read-only views of shared memory, which torch does not take.
     return torch.from_numpy(array.astype(dtype))
 
 
@@ -200,5 +216,8 @@ def _ints(values: Sequence[Any]) -> list[int]:
 
 
 def micro_batch_rows(rows: int, length: int, budget: int) -> int:
-    """Packed rows at once, for `auto`: the largest divisor of a worker's `rows` whose tokens are within `budget`; at least 1."""
+    """Rows in a micro-batch for `micro_batch: auto`: the largest divisor of `rows` with at most `budget` tokens; at least 1.
+
+    `rows` are one worker's packed rows of a step, of `length` tokens each.
+    """
     return max(size for size in range(1, rows + 1) if rows % size == 0 and (size == 1 or size * length <= budget))

@@ -1,7 +1,8 @@
-"""The training loop: packed rows in, optimizer steps, records and checkpoints out.
+"""The training loop: takes packed rows, makes optimizer steps, and gives out records and checkpoints.
 
-It gets the engine, the rows and everything that leaves the process as arguments, so it runs under Ray Train and in one plain
-process alike. Knows nothing of Ray, DeepSpeed, files or datasets.
+    rows of one step ─▶ agree with all workers ─▶ are they the next rows of the plan? ─▶ optimizer step ─▶ record ─▶ checkpoint
+
+The engine, the rows and everything that leaves the process are arguments, so it runs under Ray Train and in a plain process alike.
 """
 
 from __future__ import annotations
@@ -23,50 +24,50 @@ from apprentice.train.engine.collectives import Peers
 from apprentice.train.optimizer import learning_rate
 from apprentice.train.state import Goal, State, StepOutcome
 
-RECENT_STEPS = 20  # that speed and the estimate of the end are taken from
+RECENT_STEPS = 20  # over which speed and remaining time are averaged
 
 
 class Validating(Protocol):
-    """What gives the summed loss of a micro-batch."""
+    """Anything that computes the summed validation loss of a micro-batch."""
 
     def validation_nll(self, micro: Micro) -> float: ...
 
 
 class Engine(Validating, Protocol):
-    """What the loop needs of an engine."""
+    """Anything that makes optimizer steps, such as `DeepSpeedEngine`."""
 
     def train_step(self, micros: Sequence[Micro], scale: float, rate: float) -> StepOutcome: ...
 
 
 @dataclass(frozen=True)
 class Course:
-    """The settings of one run of the loop."""
+    """Settings of the loop."""
 
     seed: int
     goal: Goal
     optimizer: Optimizer
-    micro: int  # packed rows at once
-    checkpoint_every: int  # steps
-    window: int  # positions of the plan
-    shares: Mapping[int, float] = field(default_factory=dict)  # of the examples, that each task (by number) was meant to have
-    window_rows: int | None = None  # packed rows of every window, where all have as many
-    utilisation: float | None = None  # of the devices' peak, for each token a second; None where the peak is not known
+    micro: int  # packed rows in a micro-batch
+    checkpoint_every: int  # optimizer steps
+    window: int  # positions of the sampling plan in a window
+    shares: Mapping[int, float] = field(default_factory=dict)  # task number → requested share of the examples
+    window_rows: int | None = None  # packed rows in each window, where all have the same number
+    utilisation: float | None = None  # MFU for each token a second; None where the devices' peak is not known
 
 
 @dataclass(frozen=True)
 class _Step:
-    """One step's rows on all workers, put together."""
+    """One optimizer step, put together from all workers."""
 
-    rows: list[RowFacts]  # in order of the stream
+    rows: list[RowFacts]  # of all workers, in the order of the stream
     tokens: int
     targets: int
-    counted: float  # what the loss is a mean over: target tokens with their weights, or pairs
-    checkpoint: bool  # one is wanted now
-    written: bool  # the one before is, by all workers
+    counted: float  # the loss's denominator: weighted target tokens, preference pairs or replies
+    checkpoint: bool  # some worker wants one after this step
+    written: bool  # the save before is over on all workers
 
     @property
     def examples(self) -> list[int]:
-        """The plan's positions that the rows hold."""
+        """Positions of the sampling plan in these rows."""
         return [position for row in self.rows for position in row.examples]
 
 
@@ -86,16 +87,21 @@ def train_loop(
     aside: Callable[[State], None] = lambda state: None,
     is_empty: Callable[[int], bool] = lambda window: False,
 ) -> State:
-    """Trains from `state` to the goal; every batch is this worker's part of one step.
+    """Trains from `state` to the goal and returns the state, changed in place. Each batch is this worker's part of one step.
 
-    `record` gets each finished step (on every worker), `save` the state at each checkpoint and at the end, after `validate` gave
-    the validation loss. `settle` follows a step before which `written` was true on every worker: the checkpoint is there. Where
-    `wanted` is true on some worker, a checkpoint follows at once, without validation; `aside` is called after each step. What
-    these take is no part of a step's time. `is_empty` is asked whether a window has no rows at all, where the stream has none.
-    Raises `TrainingError` if the loss is no number, the stream ends early, or a step's rows are not the next ones of the plan.
+    record    gets a dict for each finished step, on every worker
+    validate  gives the validation loss; called every `course.checkpoint_every` steps and at the end, just before `save`
+    save      gets the state; it may write the checkpoint in the background
+    written   says whether that background save is over; once it is on every worker, `settle` is called after the next step
+    wanted    says whether a checkpoint is wanted; if so on any worker, `save` follows the step at once, without validation
+    aside     is called after each step
+    is_empty  says whether a window has no rows; asked about windows that the stream skips
+
+    The time of validation, saving and `aside` is not counted in a step's seconds. Raises `TrainingError` if the loss or gradient is
+    not finite, the stream ends early, or a step's rows are not the next ones of the sampling plan.
     """
     clock = _Clock()
-    good = state.step  # of the newest checkpoint
+    good = state.step  # step of the newest checkpoint
     while course.goal.reached(state) < 1.0:
         rows = _next_rows(batches, state)
         clock.data_came()
@@ -136,11 +142,11 @@ def _recorded(state: State, step: _Step, outcome: StepOutcome, course: Course, p
 def _one_step(
     engine: Engine, rows: PackedRows, step: _Step, state: State, course: Course, peers: Peers
 ) -> tuple[StepOutcome, float]:
-    """One optimizer step, entered into `state`. Gives what it brought, and its learning rate."""
+    """Makes one optimizer step and updates `state`. Returns its outcome, with figures averaged over all workers, and its rate."""
     estimate = course.goal.steps
     rate = learning_rate(course.optimizer, state.step, course.goal.reached(state) * estimate, estimate)
     torch.manual_seed(_step_seed(course.seed, state.step, peers.rank))
-    counted = step.counted or 1  # a step whose examples have no target token changes nothing
+    counted = step.counted or 1  # a step without target tokens has loss 0; do not divide by 0
     outcome = engine.train_step(rows.micros(course.micro), 1.0 / counted, rate)
     loss, *figures = (total / counted for total in peers.sum([outcome.nll, *outcome.figures.values()]))
     _advance(state, step, course.window, loss)
@@ -148,11 +154,11 @@ def _one_step(
 
 
 def validation_loss(engine: Validating, rows: PackedRows, micro: int, peers: Peers) -> float | None:
-    """Mean loss over the target tokens (or pairs) of `rows`, which every worker has whole; None if there are none."""
+    """Mean loss over the target tokens (or pairs) of `rows`; None without any. All workers must call it with the same rows."""
     if len(rows) == 0 or rows.counted == 0:
         return None
     mine = rows.share(peers.rank, peers.workers).micros(micro)
-    # ZeRO-3 gathers weights in step: who has fewer micro-batches repeats one, and does not count it.
+    # ZeRO-3 gathers weights in each pass, so all workers make equally many: one with fewer repeats one, uncounted.
     rounds = math.ceil(math.ceil(len(rows) / peers.workers) / micro)
     spare = rows.micros(micro)[0]
     nll = 0.0
@@ -178,11 +184,14 @@ def _put_together(rows: PackedRows, wanted: bool, written: bool, peers: Peers) -
 
 
 def _check_place(step: _Step, state: State, course: Course, is_empty: Callable[[int], bool]) -> None:
-    """The rows of a step are the next ones of the plan: each follows the one before it, and holds examples of its window."""
+    """Raises `TrainingError` unless the step's rows are the next ones of the plan and hold only examples of their own window.
+
+    After row (window 3, row 4) comes (3, 5), or (4, 0) if window 3 has five rows. Windows in between must be empty ones.
+    """
     window, row, rows = state.window, state.row, course.window_rows or state.window_rows
     for fact in step.rows:
         if (fact.window, fact.row) != (window, row):
-            ended = row in (0, rows) or rows is None  # not known of a checkpoint of an earlier version
+            ended = row in (0, rows) or rows is None  # a checkpoint of an earlier version does not say
             between = range(window + (row > 0), fact.window)
             if fact.row > 0 or fact.window <= window or not ended or not all(map(is_empty, between)):
                 raise TrainingError(
@@ -200,7 +209,7 @@ def _check_place(step: _Step, state: State, course: Course, is_empty: Callable[[
 def _advance(state: State, step: _Step, window: int, loss: float) -> None:
     last = step.rows[-1].window
     if last != state.window or state.positions < last * window:
-        state.positions = last * window  # all positions of the windows before are done, dropped ones too
+        state.positions = last * window  # all positions of earlier windows are done, dropped ones too
     state.positions += sum(len(row.examples) for row in step.rows if row.window == last)
     state.step += 1
     state.window, state.row = step.rows[-1].window, step.rows[-1].row + 1
@@ -212,7 +221,7 @@ def _advance(state: State, step: _Step, window: int, loss: float) -> None:
 
 
 def _step_seed(seed: int, step: int, rank: int) -> int:
-    """Dropout depends on the step, not on how often the run was interrupted before."""
+    """Seed of dropout: a hash of run seed, step and rank, so that it does not depend on interruptions."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{step}/{rank}".encode()).digest()[:7], "big")
 
 
@@ -227,15 +236,15 @@ def _no_number(state: State, step: _Step, good: int) -> TrainingError:
 
 
 class _Clock:
-    """Seconds spent on data and on steps."""
+    """Measures the seconds of steps and of waiting for data, over the last `RECENT_STEPS` steps."""
 
     def __init__(self) -> None:
-        self._recent: deque[tuple[float, float, int]] = deque(maxlen=RECENT_STEPS)  # seconds, of them waiting, tokens
+        self._recent: deque[tuple[float, float, int]] = deque(maxlen=RECENT_STEPS)  # seconds, those of waiting for data, tokens
         self._steps = 0
         self.restart()
 
     def restart(self) -> None:
-        """Leaves out what came since the last step, such as saving a checkpoint."""
+        """Starts the next step's time now, so that validation or saving is not counted."""
         self._begin = time.perf_counter()
 
     def data_came(self) -> None:
@@ -244,7 +253,7 @@ class _Clock:
     def step_done(self, tokens: int) -> None:
         now = time.perf_counter()
         if self._steps == 1:
-            self._recent.clear()  # the first step waited for everything to start up
+            self._recent.clear()  # the first step includes start-up
         self._steps += 1
         self._recent.append((now - self._begin, self._waited, tokens))
         self._begin = now

@@ -1,7 +1,4 @@
-"""The optimizer and its learning rate as a pure function of how far the run is.
-
-Knows nothing of DeepSpeed, workers or data.
-"""
+"""Optimizers (AdamW, Adafactor) and the learning rate, a pure function of how far the run is."""
 
 from __future__ import annotations
 
@@ -16,11 +13,11 @@ from apprentice.recipe import Optimizer
 
 
 def learning_rate(optimizer: Optimizer, step: int, reached: float, steps: float) -> float:
-    """The rate of the step after `step` finished ones, in a run of about `steps`.
+    """Learning rate of the next step after `step` finished ones, in a run of about `steps`.
 
-    Warm-up rises evenly and reaches the full rate with its last step. After it the schedule falls from 1 to 0 as `reached`
-    (finished steps, or for runs that end by tokens or epochs the part done × `steps`) goes from the warm-up's end to `steps`; the
-    inverse square root goes by steps alone, so that it does not depend on where the run ends.
+    Warm-up is linear and reaches the full rate with its last step. After it, `linear` and `cosine` fall to 0 as `reached` goes from
+    the warm-up's end to `steps`. `reached` is the number of finished steps; for runs that end by tokens or epochs it is the part
+    done × `steps`. `inverse_sqrt` depends on `step` alone, and so not on where the run ends.
     """
     warmup = optimizer.warmup_steps
     if step < warmup:
@@ -42,7 +39,7 @@ def optimizer_of(parameters: Mapping[str, nn.Parameter], optimizer: Optimizer) -
 
 
 def moments(name: str, shape: torch.Size) -> dict[str, list[int]]:
-    """What optimizer `name` keeps of a parameter of `shape` beside its steps: name → shape."""
+    """State tensors that optimizer `name` keeps for a parameter of `shape`: name → shape. The step count is not among them."""
     if name == "adamw":
         return {"exp_avg": list(shape), "exp_avg_sq": list(shape)}
     if len(shape) < 2:
@@ -51,7 +48,7 @@ def moments(name: str, shape: torch.Size) -> dict[str, list[int]]:
 
 
 def adamw(parameters: Mapping[str, nn.Parameter], optimizer: Optimizer) -> torch.optim.AdamW:
-    """AdamW over `parameters`; weight decay is for matrices only, not for norms and biases."""
+    """Fused AdamW over `parameters`. Weight decay applies to tensors of two or more dimensions, not to norms and biases."""
     matrices = [parameter for parameter in parameters.values() if parameter.dim() >= 2]
     others = [parameter for parameter in parameters.values() if parameter.dim() < 2]
     if optimizer.weight_decay == 0.0:

@@ -1,7 +1,4 @@
-"""How far a run is: the part of a checkpoint that is not tensors; what one step brings; and when the run ends.
-
-Pure. Knows nothing of files, models or workers.
-"""
+"""Training state (the part of a checkpoint that is not tensors), the outcome of a step, and the goal at which a run ends."""
 
 from __future__ import annotations
 
@@ -14,7 +11,11 @@ from apprentice.train.metrics.mixture_ledger import Ledger
 
 
 class StepOutcome(NamedTuple):
-    """Of one worker: the summed loss, and what else the loss shows, summed alike. Of all: the gradient's norm before clipping."""
+    """Outcome of one optimizer step.
+
+    `nll` and `figures` (accuracy, reward, … by name) are sums over this worker's micro-batches. `grad_norm` is the norm of the
+    gradient of all workers, before clipping.
+    """
 
     nll: float
     grad_norm: float
@@ -23,19 +24,19 @@ class StepOutcome(NamedTuple):
 
 @dataclass
 class State:
-    """After `step` optimizer steps. `window` and `row` name the packed row that comes next."""
+    """Training state after `step` optimizer steps. `window` and `row` name the packed row that comes next."""
 
     step: int = 0
     window: int = 0
     row: int = 0
-    tokens: int = 0  # real tokens, padding excluded
+    tokens: int = 0  # without padding
     target_tokens: int = 0
-    positions: int = 0  # of the plan: those of all windows before, and the examples trained on of this one
-    loss: float = 0.0  # of the last step
+    positions: int = 0  # of the sampling plan: all of earlier windows, and the examples of `window` trained on so far
+    loss: float = 0.0  # mean over the last step's targets
     validation_loss: float | None = None  # at the last checkpoint
     ledger: Ledger = field(default_factory=Ledger)
-    loss_scaling: dict[str, float] | None = None  # of float16, where the engine goes on from
-    window_rows: int | None = None  # of `window`; not known where no row of it was trained on, or by an earlier version
+    loss_scaling: dict[str, float] | None = None  # float16 only: the state of the dynamic loss scaler
+    window_rows: int | None = None  # rows in `window`; None where no row of it was trained on, or not recorded (earlier versions)
 
     def to_json(self) -> dict[str, Any]:
         return {**vars(self), "ledger": self.ledger.to_json()}
@@ -47,9 +48,9 @@ class State:
 
 @dataclass(frozen=True)
 class Goal:
-    """Where a run ends: after `steps`, or else with the step that reaches `tokens` or `positions` of the plan.
+    """End of a run: the step that reaches `tokens`, or `positions` of the sampling plan, or else step `steps`.
 
-    `steps` is exact in the first case and an estimate in the others.
+    With `tokens` or `positions`, `steps` is an estimate.
     """
 
     steps: int
@@ -65,7 +66,7 @@ class Goal:
         return min(state.step / self.steps, 1.0)
 
     def expected_steps(self, state: State) -> int:
-        """Steps that the run will have, from what the steps so far brought; never fewer than are done."""
+        """Total number of steps of the run, extrapolated from the steps so far; never fewer than are done."""
         part = self.reached(state)
         if part == 1.0:
             return state.step

@@ -1,7 +1,7 @@
-"""One training worker: sets up model and engine, goes on where the checkpoint is, and hands all to the loop.
+"""One training worker: builds the model and its DeepSpeed engine, restores a checkpoint if there is one, and runs the loop.
 
-Rows come in and records and checkpoints go out through arguments, so it runs under Ray Train and in one plain process that has
-joined a torch.distributed group. Knows nothing of Ray or of how rows are made.
+Rows come in, and records and checkpoints go out, through arguments and callbacks. So it runs under Ray Train and in a plain process
+that has joined a torch.distributed group alike.
 """
 
 from __future__ import annotations
@@ -58,13 +58,20 @@ def run_worker(
     is_empty: Callable[[int], bool] = lambda window: False,
     token: Token | None = None,
 ) -> State:
-    """Trains until `goal`; the state at the end is the same on every worker.
+    """Trains until `goal` and returns the last state, which is the same on every worker.
 
-    `rows` are this worker's rows of `length` tokens, of one step after the other. `tell` is called on the first worker with every
-    record; `register` on every worker after each checkpoint, with the checkpoint on the first worker, None on the others.
-    `shares` are what each task, by number, was meant to have of the examples; `wanted` says whether a checkpoint should come now;
-    `samples` are asked every `training.sample_every_steps`; `validated_aside` marks checkpoints whose validation loss comes later;
-    `is_empty` says whether a window of the plan has no rows; `token` is the first worker's right to commit checkpoints.
+    rows             this worker's packed rows of `length` tokens: each item holds its rows of one optimizer step
+    validation       all validation rows, the same on every worker
+    tell             gets every record (a dict); called on the first worker (rank 0) only
+    register         called on every worker after each checkpoint: with the checkpoint on the first worker, with None on the others
+    shares           task number → share of the examples that the mixture asks for
+    wanted           says whether a checkpoint should be made after this step
+    samples          prompts that the model answers every `training.sample_every_steps` steps
+    validated_aside  marks the checkpoints as ones whose validation loss is computed later, by another process
+    is_empty         says whether a window of the sampling plan has no rows
+    token            the first worker's right to commit checkpoints to the run
+
+    Raises `TrainingError` where memory runs out, saying what to change, and all that `train_loop` and `Saver.save` raise.
     """
     peers = Peers()
     training = recipe.training
@@ -99,7 +106,7 @@ def run_worker(
 
 @dataclass(frozen=True)
 class _Calls:
-    """What the loop tells of a run, on one worker."""
+    """Callbacks of the loop on one worker: adds the step to records, and validates."""
 
     engine: DeepSpeedEngine
     goal: Goal
@@ -119,7 +126,10 @@ class _Calls:
 def _set_up(
     recipe: Recipe, restored: Checkpoint | None, length: int, *, device: torch.device, peers: Peers
 ) -> tuple[DeepSpeedEngine, Watch]:
-    """The engine, and who explains it when memory runs out. Raises what `check` would for a model that does not fit the recipe."""
+    """Builds the engine, and the watch that explains errors of memory.
+
+    Raises what `check` would for a number format or tuning method that the base model or the hardware does not support.
+    """
     training, on_gpu = recipe.training, device.type != "cpu"
     check_dtype(recipe.model.dtype, local_folder(recipe.model.base), on_gpu=on_gpu)
     check_tuning(recipe.tuning, on_gpu=on_gpu)
@@ -142,19 +152,19 @@ def _course(recipe: Recipe, goal: Goal, micro: int, shares: Mapping[int, float],
 
 
 def _utilisation(device: torch.device, watch: Watch, workers: int) -> float | None:
-    """The part of the devices' peak that one token a second takes."""
+    """Model FLOPs utilisation of one token a second on all workers together; None where the device's peak is not known."""
     of_one = flops.peak(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     return None if of_one is None else flops.per_token(watch.parameters, watch.trained) / (of_one * workers)
 
 
 def _can_try(recipe: Recipe) -> bool:
-    """Whether the rows at once may be found by trying: the pass that is tried is a causal model's on examples."""
+    """Whether the micro-batch size may be found by trying: the trial pass is that of a causal model with the `sft` loss."""
     training = recipe.training
     return training.micro_batch == "auto" and training.objective == "sft" and family_of(local_folder(recipe.model.base)) == "causal"
 
 
 def _unheard(_: dict[str, Any]) -> None:
-    """The records of the other workers, which are those of the first."""
+    """Drops a record: those of the other workers repeat the first one's."""
 
 
 def fitted(
@@ -167,7 +177,10 @@ def fitted(
     *,
     loss: TargetLoss | None = None,
 ) -> int:
-    """The most rows of `length` tokens at once that there is room for on every worker; all of them must call it."""
+    """The largest micro-batch (rows of `length` tokens) that every worker has memory for, found by trial passes.
+
+    All workers must call it. `loss` replaces the loss module of the recipe.
+    """
     compute = dtype if recipe.training.optimizer.name == "adafactor" and dtype != torch.float32 else None
     if recipe.training.activation_checkpointing:
         checkpointing(model)
@@ -192,12 +205,13 @@ def build_engine(
     peers: Peers,
     length: int | None = None,
 ) -> DeepSpeedEngine:
-    """The engine over the base model as the recipe tunes it, at its beginning or as `restored` left it.
+    """The engine over the base model with the recipe's tuning method, new or with the state of the checkpoint `restored`.
 
-    With `length`, the tokens of a packed row, the rows at once are not `micro` but the most that there is room for.
+    `micro` is the number of packed rows in a micro-batch. With `length`, the tokens of a packed row, the largest micro-batch that
+    fits into memory is looked for and used instead.
     """
     method = TUNING_METHODS[recipe.tuning.method]
-    # Adafactor steps the weights themselves, so they keep float32's precision whatever format multiplies.
+    # Adafactor updates the weights in place, with no float32 copy, so they stay float32 whatever format multiplies.
     weights = torch.float32 if recipe.training.optimizer.name == "adafactor" else dtype
     chosen: dict[str, Any] = {"four_bit": method.four_bit, "head": recipe.head, "trust": recipe.model.trust}
     model = load_model(recipe.model.base, weights, recipe.model.attention, **chosen)
@@ -215,7 +229,7 @@ def build_engine(
 
 
 def _told(recipe: Recipe, engine: DeepSpeedEngine, dtype: str) -> str:
-    """One line on what is trained and how."""
+    """The first message of a run: tuning method, trained parameters, dtype, attention, micro-batch."""
     count, share = engine.trained
     rows = f"{engine.micro} row{'s' if engine.micro != 1 else ''} at once"
     return f"{recipe.tuning.method}: {count:,} numbers trained, {share:.2%} of all; {dtype}, attention {engine.attention}, {rows}"

@@ -1,1 +1,1 @@
-"""Checkpoints: their format, saving in the background, gathering of shards, export."""
+"""Checkpoints: format, saving in the background, gathering of shards, export."""

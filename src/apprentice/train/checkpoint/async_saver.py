@@ -1,7 +1,10 @@
-"""Checkpoints as a run makes them: each worker copies what it holds, and while training goes on the first gathers and writes it.
+"""Async saver: each worker copies its shards of the state; the first worker gathers and writes them while training goes on.
 
-What cannot be written is told, and tried again at the next; only the last one must be there. All workers take part in gathering
-the tensors, whether or not the first can write them. Knows nothing of Ray or DeepSpeed.
+    training thread   step │ save: settle the one before, copy │ step │ step │ settle: register │ step
+    writing thread                                             └ gather, write, prune ┘
+
+A checkpoint that cannot be written is reported, and the next one is tried as usual; only the last one must succeed. All workers
+take part in gathering, even if the first one cannot write.
 """
 
 from __future__ import annotations
@@ -22,25 +25,26 @@ from apprentice.train.engine.collectives import Peers
 from apprentice.train.memory.measure import free_memory
 from apprentice.train.state import State
 
-MOST_OF_FREE_MEMORY = 0.5  # that a copy may take; what is larger is written while training waits
+MOST_OF_FREE_MEMORY = 0.5  # share of it that copies may take; what is larger is written while training waits
 
 
 class _Written(NamedTuple):
-    """One of the two."""
+    """Result of a save: exactly one of the two is set on the first worker, none on the others."""
 
     checkpoint: Checkpoint | None
     failure: StorageError | None
 
 
 class Saver:
-    """Saves into `folder` on the first of `peers` and keeps `keep` there; `facts` go into every checkpoint. All must make one.
+    """Saves checkpoints into `folder`, where the newest and best `keep` are kept. Every worker must create one.
 
-    On-policy, with rounds of `round_steps`, that with which the round began is kept besides.
-
-    `tell(state, message=…)` gets a sentence about a checkpoint that could not be written, and `tell(state, saved_s=…, blocked_s=…)`
-    how long one took and how long training waited for it, both from the thread that writes. `register` gets every outcome, on all
-    workers alike, when they call `settle` or save the next: the checkpoint on the first worker, None on the others or if there is
-    none. `token` is the first worker's right to commit; once that is gone, `FencedError` ends the run there.
+    facts        stored in every checkpoint
+    tell         called on the first worker, from the writing thread: `tell(state, message=…)` for a checkpoint that could not be
+                 written; `tell(state, saved_s=…, blocked_s=…)` with the seconds that one took and that training waited for it
+    register     called on all workers for every save, by `settle`: with the checkpoint on the first worker and None on the others,
+                 or with None on all if it could not be written
+    round_steps  steps of an on-policy round: the checkpoint at which the current round began is kept too
+    token        the first worker's right to commit; once another process has taken the run, a save ends in `FencedError`
     """
 
     def __init__(
@@ -65,13 +69,16 @@ class Saver:
         self._peers = peers
         self._gathering = Gathering(peers)
         self._thread = ThreadPoolExecutor(1, "apprentice-checkpoint")
-        self._pending: tuple[State, Future[_Written]] | None = None  # the state, and what becomes of it
+        self._pending: tuple[State, Future[_Written]] | None = None  # the last save that was not settled
 
     def save(self, state: State, pieces: Sequence[Piece], *, last: bool) -> None:
-        """One checkpoint of all workers' `pieces`. Raises `StorageError` if it is the `last` and cannot be written."""
+        """Starts saving a checkpoint of all workers' `pieces`. All workers must call it.
+
+        The `last` one is waited for. Raises `StorageError` on the first worker if that cannot be written.
+        """
         begin = time.perf_counter()
         self.settle()
-        state = copy.deepcopy(state)  # training goes on with it
+        state = copy.deepcopy(state)  # training changes the original
         written: Future[_Written] = Future()
         if room_for_copies(pieces, self._peers, MOST_OF_FREE_MEMORY * free_memory()):
             held = [piece.copied() for piece in pieces]
@@ -83,15 +90,15 @@ class Saver:
             raise failure
 
     def close(self) -> None:
-        """Waits for the checkpoint that is being written, so that a run that stops here does not lose it."""
+        """Waits for the checkpoint being written, so that a run that stops now does not lose it."""
         self._thread.shutdown(wait=True)
 
     def written(self) -> bool:
-        """Whether a save is over of which nobody has heard yet."""
+        """Whether a save is over and not yet settled."""
         return self._pending is not None and self._pending[1].done()
 
     def settle(self) -> StorageError | None:
-        """Waits for the save before and registers what became of it; gives what kept it from being written. All must call it."""
+        """Waits for the last save and registers its result; returns the error if it failed. All workers must call it."""
         if self._pending is None:
             return None
         state, writing = self._pending
@@ -107,7 +114,7 @@ class Saver:
         except StorageError as error:
             return _Written(None, self._told(error, state, last))
         finally:
-            for _ in tensors:  # gathering takes all workers, also for what is not written
+            for _ in tensors:  # gathering needs all workers, even after a failed write
                 pass
         if saved is not None:
             checkpoints.prune(self._folder, self._keep, saved, self._round_steps)

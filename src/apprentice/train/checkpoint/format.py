@@ -1,14 +1,17 @@
-"""Checkpoints: float32 weights and moments by parameter name in safetensors, the state as JSON, and checksums.
+"""Checkpoint format: float32 weights and optimizer moments by parameter name in safetensors, the state as JSON, checksums.
 
-    <checkpoints>/step-000040.2/  after 40 steps, by the workers whose token is 2
-      state.json          step, next packed row, token counts, ledger counts, what the tensors belong to
+    <checkpoints>/step-000040.2/  after 40 steps, written by the worker group whose fence token is 2
+      state.json          training state (step, next packed row, token counts, ledger) and facts (dtype, tuning method)
       tensors-0001.safetensors …
-      checksums.json      sha256 of every other file; written last, so a folder without it is no checkpoint
-      validation.json     what came of validating it aside, later
-      in-use-<…>          somebody reads it, and it is not deleted
+      checksums.json      sha256 of the files above; written last, so a folder without it is no checkpoint
+      validation.json     the loss of an asynchronous validation, written later
+      in-use-<…>          marker of a reader; the checkpoint is not deleted while there is one
 
-A checkpoint counts when the run's fence says so, and before there was one, when it has its `checksums.json`. It does not depend on
-the number of workers or the ZeRO stage. Knows nothing of Ray or DeepSpeed.
+A checkpoint counts once the run's fence lists it; in a run of an earlier version without a fence, once it has `checksums.json`. Its
+content does not depend on the number of workers or the ZeRO stage.
+
+"Whole" below means: all files are there and have their checksums. Reading a checkpoint raises `StorageError` if the store does not
+answer; a damaged one is logged as a warning and passed over.
 """
 
 from __future__ import annotations
@@ -36,36 +39,35 @@ from apprentice.storage import Folder, answer_of
 from apprentice.train.state import State
 
 CHECKSUMS, STATE, VALIDATION = "checksums.json", "state.json", "validation.json"
-AWAITED = "validation_awaited"  # fact of a checkpoint whose validation loss comes later, in a file of its own
-MOST_AWAITED = 3  # checkpoints that are kept until they are validated, though newer ones have come
-SHARD_BYTES = 1 << 29  # of tensors held in memory before they are written
+AWAITED = "validation_awaited"  # fact of a checkpoint whose loss comes later, in validation.json
+MOST_AWAITED = 3  # checkpoints kept until they are validated, beyond the usual number
+SHARD_BYTES = 1 << 29  # size of a tensors file, which is collected in memory first
 _PART, _IN_USE = ".part-", "in-use-"
-_NOT_UNDERSTOOD = (ValueError, KeyError, TypeError, AttributeError)  # of a file that is not what was written
+_NOT_UNDERSTOOD = (ValueError, KeyError, TypeError, AttributeError)  # errors of a file with unexpected content
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A whole checkpoint: its folder, how far the run was, and what else was saved with it."""
+    """A whole checkpoint: its folder, the training state, and facts saved with it."""
 
     folder: Folder
     state: State
-    facts: dict[str, Any]  # dtype, tuning method: what is needed to export without asking the hardware again
+    facts: dict[str, Any]  # dtype and tuning method (for an export on other hardware), whether its validation is awaited
 
 
 def save(
     checkpoints: Folder, tensors: Iterable[tuple[str, Tensor]], state: State, facts: dict[str, Any], token: Token | None = None
 ) -> Checkpoint:
-    """Writes one checkpoint, streaming `tensors`, and gives it back once it counts.
+    """Writes one checkpoint, streaming `tensors` (key, tensor), and returns it once it counts.
 
-    It lies under the `token` of those who write it, `step-<n>.<token>`; without a fence it is `step-<n>`, or has a further number
-    if that is taken. Raises `StorageError` where it cannot be written, such as on a full disk; nothing of it is left then. Raises
-    `FencedError` if others have the run now; it does not count then.
+    Its folder is `step-<n>.<token>`; without a token `step-<n>`, or `step-<n>.<k>` if that is taken. Raises `StorageError` if it
+    cannot be written, such as on a full disk. Raises `FencedError` if another process has taken the run; then it does not count.
     """
     try:
         name = f"step-{state.step:06d}.{token.writer}" if token else _free_name(checkpoints, state.step)
         target = checkpoints / name
-        scratch = checkpoints.make().local if checkpoints.is_local else None  # on the same disk, so that it can be renamed
+        scratch = checkpoints.make().local if checkpoints.is_local else None  # on the same disk, so that a rename is enough
         with tempfile.TemporaryDirectory(prefix=_PART, dir=scratch, ignore_cleanup_errors=True) as folder:
             part = Path(folder)
             sums = {file.name: _sha256(file) for file in _write_tensors(part, tensors)}
@@ -124,10 +126,7 @@ def _publish(part: Path, target: Folder) -> None:
 
 
 def restorable(checkpoints: Folder) -> Checkpoint | None:
-    """The newest whole checkpoint; None if there is none. Damaged ones are passed over with a warning.
-
-    A store that does not answer is not damage: it raises `StorageError`, here and in all that reads checkpoints.
-    """
+    """The newest whole checkpoint, from which a run goes on; None if there is none."""
     for folder in _newest_first(checkpoints):
         if found := _whole(folder):
             return found
@@ -135,7 +134,7 @@ def restorable(checkpoints: Folder) -> Checkpoint | None:
 
 
 def of_step(checkpoints: Folder, step: int) -> Checkpoint | None:
-    """The whole checkpoint after so many steps; None while there is none."""
+    """The whole checkpoint after `step` steps; None if there is none."""
     for folder in _newest_first(checkpoints):
         if _age(folder)[0] == step and _is_there(folder / CHECKSUMS) and (found := _whole(folder)):
             return found
@@ -143,26 +142,26 @@ def of_step(checkpoints: Folder, step: int) -> Checkpoint | None:
 
 
 def named(checkpoints: Folder, name: str) -> Checkpoint | None:
-    """The whole checkpoint in the folder of this name; None if it is not there any more."""
+    """The whole checkpoint in the folder `name`; None if it has been deleted or is damaged."""
     folder = checkpoints / name
     return _whole(folder) if _is_there(folder / CHECKSUMS) else None
 
 
 def awaited(checkpoints: Folder) -> list[Checkpoint]:
-    """The whole checkpoints that are still to be validated, oldest first."""
+    """The whole checkpoints whose asynchronous validation is not done, oldest first."""
     return [found for folder in reversed(_newest_first(checkpoints)) if _is_awaited(folder) and (found := _whole(folder))]
 
 
 def note_validation(checkpoint: Checkpoint, loss: float | None) -> None:
-    """Writes down what came of validating `checkpoint` aside, unless it has been deleted meanwhile."""
+    """Writes the loss of an asynchronous validation (None without validation rows), unless `checkpoint` was deleted meanwhile."""
     if _is_there(checkpoint.folder / CHECKSUMS):
         (checkpoint.folder / VALIDATION).write_json({"validation_loss": loss})
 
 
 def best(checkpoints: Folder) -> Checkpoint | None:
-    """The whole checkpoint with the lowest validation loss (of equals the newest); without validation losses the newest.
+    """The whole checkpoint with the lowest validation loss, the newest of equals; without any losses the newest.
 
-    A loss that is no number is none.
+    A loss that is not finite does not count.
     """
     found = [whole for folder in _newest_first(checkpoints) if (whole := _whole(folder))]
     place = _place_of_lowest([checkpoint.state.validation_loss for checkpoint in found])
@@ -170,23 +169,23 @@ def best(checkpoints: Folder) -> Checkpoint | None:
 
 
 def _place_of_lowest(losses: Sequence[float | None]) -> int | None:
-    """Where the lowest loss stands (of equals the first); None where none of them is a number."""
+    """Index of the lowest finite loss, the first of equals; None if there is none."""
     numbers = [(loss, place) for place, loss in enumerate(losses) if loss is not None and math.isfinite(loss)]
     return min(numbers)[1] if numbers else None
 
 
 def newest_step(checkpoints: Folder) -> int:
-    """Steps of the newest checkpoint, whether or not it is damaged; 0 while there is none."""
+    """Step of the newest checkpoint, even if it is damaged; 0 if there is none."""
     return next((_age(folder)[0] for folder in _newest_first(checkpoints) if _is_there(folder / CHECKSUMS)), 0)
 
 
 def prune(checkpoints: Folder, keep: int, newest: Checkpoint, round_steps: int | None = None) -> None:
-    """Leaves `newest`, from which the run goes on, the best, and of the others the newest, `keep` in all (2 if those two differ).
+    """Deletes old checkpoints. What cannot be deleted now is left.
 
-    With `round_steps`, the steps of an on-policy round, that which wrote the round of `newest` is left besides: what is not yet
-    written of the round needs it.
-    Those that sort after `newest` were passed over as damaged, and are the first to go. Those that wait for their validation are
-    left besides, `MOST_AWAITED` at most, and whatever is in use. Deleting never ends a run: what cannot be deleted is left.
+    Kept are `keep` checkpoints: `newest`, from which the run goes on, the best, and the newest of the others; where newest and best
+    differ, both are kept even if `keep` is 1. Kept besides are the newest `MOST_AWAITED` that wait for their validation, all that
+    are in use, and, with `round_steps` (the steps of an on-policy round), the one whose model writes the current round's replies,
+    since some of these may not be written yet. Checkpoints later than `newest` were passed over as damaged and are deleted.
     """
     try:
         folders = [folder for folder in _newest_first(checkpoints) if _age(folder) <= _age(newest.folder)]
@@ -207,9 +206,9 @@ def prune(checkpoints: Folder, keep: int, newest: Checkpoint, round_steps: int |
 
 
 def _remove(folder: Folder) -> None:
-    """Deletes a checkpoint, its checksums first, so that half of a deletion leaves no checkpoint.
+    """Deletes a checkpoint, its checksums first, so that a half-deleted folder is no checkpoint.
 
-    Who began to read it before the checksums went may read on.
+    If a reader marked it in the meantime, the other files stay.
     """
     _delete(folder / CHECKSUMS)
     if not _is_in_use(folder):
@@ -217,9 +216,9 @@ def _remove(folder: Folder) -> None:
 
 
 def _delete(place: Folder) -> None:
-    """Deletes a file or a folder, if that is possible.
+    """Deletes a file or folder; if that fails, logs a warning.
 
-    What is left, such as the `.nfs…` that NFS makes of a file that somebody has open, the next `sweep` takes.
+    The next `sweep` tries again, such as for the `.nfs…` file that NFS leaves of a deleted file that is still open.
     """
     try:
         place.delete()
@@ -229,9 +228,9 @@ def _delete(place: Folder) -> None:
 
 @contextmanager
 def in_use(checkpoint: Folder) -> Iterator[None]:
-    """Keeps `prune` from deleting a checkpoint while somebody reads it."""
+    """Marks a checkpoint as being read, so that `prune` does not delete it."""
     mark = checkpoint / f"{_IN_USE}{uuid.uuid4().hex[:8]}"
-    with suppress(OSError, StorageError):  # a folder that cannot be written to is not deleted either
+    with suppress(OSError, StorageError):  # where no mark can be written, nothing can be deleted either
         if (checkpoint / CHECKSUMS).exists():
             mark.write_bytes(b"")
     try:
@@ -246,9 +245,9 @@ def _is_in_use(checkpoint: Folder) -> bool:
 
 
 def sweep(checkpoints: Folder) -> None:
-    """Removes what attempts left behind that are over: half of a checkpoint, one that does not count, marks of readers.
+    """Deletes leftovers of earlier attempts: unfinished checkpoints, ones that do not count, marks of readers.
 
-    Only who holds the run may call it, before workers begin.
+    Only the process that holds the run may call it, before workers start.
     """
     counted = committed(checkpoints.parent)
     for folder in _children(checkpoints):
@@ -287,7 +286,7 @@ def _json(file: Folder) -> Any:
 
 
 def _whole(folder: Folder) -> Checkpoint | None:
-    """The checkpoint in `folder`; None, with a warning, where a file is missing, has another checksum, or cannot be parsed."""
+    """The checkpoint in `folder`; None, with a warning, if a file is missing, has another checksum, or cannot be parsed."""
     try:
         sums = _json(folder / CHECKSUMS)
         damaged = [name for name, digest in sums.items() if _folder_sha256(folder / name) != digest]
@@ -322,7 +321,10 @@ def _validation_loss(folder: Folder) -> float | None:
 
 @contextmanager
 def tensors_of(checkpoint: Checkpoint) -> Iterator[Callable[[str], Tensor]]:
-    """Gives a function from key to tensor; the files are read tensor by tensor."""
+    """Context with a function key → float32 tensor, which reads one tensor at a time.
+
+    A checkpoint in an object store is first downloaded into a temporary folder.
+    """
     with tempfile.TemporaryDirectory() as scratch, in_use(checkpoint.folder):
         folder = checkpoint.folder.local if checkpoint.folder.is_local else checkpoint.folder.download(Path(scratch))
         files: dict[str, Any] = {}

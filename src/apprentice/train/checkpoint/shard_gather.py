@@ -1,6 +1,9 @@
-"""A training state in pieces: what each worker holds of every tensor, and whole tensors put together on the first worker.
+"""Gathering of shards: whole tensors put together on the first worker from the pieces that each worker has.
 
-Goes over gloo, in a group of its own, so that a thread can do it while training goes on. Knows nothing of DeepSpeed or files.
+    worker 0  [a a a . . .]┐
+    worker 1  [. . . b b b]┴─▶ worker 0  [a a a b b b] ─▶ reshaped ─▶ written
+
+It uses a gloo group of its own, so that a thread can gather while training goes on.
 """
 
 from __future__ import annotations
@@ -21,34 +24,34 @@ from apprentice.train.engine.collectives import Peers
 
 @dataclass(frozen=True)
 class Piece:
-    """A stretch of one tensor laid flat. `read()` gives its numbers, (numbers,), and may take its time."""
+    """One worker's shard of a tensor: the elements from `start` of the flattened tensor. `read()` gives them, (numbers,)."""
 
     key: str
     shape: tuple[int, ...]  # of the whole tensor
     start: int
-    numbers: int
+    numbers: int  # of elements; 0 where this worker has none
     read: Callable[[], Tensor]
 
     @property
     def nbytes(self) -> int:
-        """As float32."""
+        """Size as float32."""
         return 4 * self.numbers
 
     def copied(self) -> Piece:
-        """The same piece with numbers of its own, in the memory of this machine."""
+        """Returns the piece with a float32 copy of its elements in host memory."""
         values = self.read().detach().to("cpu", torch.float32, copy=True)
         return replace(self, read=lambda: values)
 
 
 class Gathering:
-    """Puts pieces together. All of `peers` must make one, and call it equally often, with the same keys in the same order."""
+    """Gathers pieces into whole tensors. Every worker must create one, and call it equally often, with the same keys in order."""
 
     def __init__(self, peers: Peers) -> None:
         self._peers = peers
         self._group: Any = dist.new_group(backend="gloo") if peers.workers > 1 else None
 
     def whole(self, pieces: Sequence[Piece]) -> Iterator[tuple[str, Tensor]]:
-        """Key and float32 tensor one after the other on the first worker, nothing on the others; all must run through it."""
+        """Yields (key, float32 tensor) on the first worker, nothing on the others. All workers must exhaust the iterator."""
         places = [(piece.start, piece.numbers) for piece in pieces]
         told: list[Any] = [places] * self._peers.workers
         if self._group is not None:
@@ -70,7 +73,10 @@ class Gathering:
 
 
 def room_for_copies(pieces: Sequence[Piece], peers: Peers, free: float) -> bool:
-    """Whether all workers can copy their `pieces` at once; `free` bytes there are for it on this worker's machine."""
+    """Whether all workers can copy their `pieces` at once; `free` is the bytes available for it on this worker's machine.
+
+    Workers on the same machine share its memory. All workers must call it, and get the same answer.
+    """
     told = peers.gather((platform.node(), sum(piece.nbytes for piece in pieces), free))
     needed = Counter[str]()
     for machine, size, _ in told:

@@ -1,1 +1,1 @@
-"""Training under Ray Train: the driver, its workers, elastic numbers, heartbeats, validation beside training."""
+"""Training under Ray Train: driver, workers, elastic scaling, heartbeats, validation while training goes on."""

@@ -1,7 +1,7 @@
-"""What is done with a checkpoint while training goes on: its validation loss, and what held-out tasks make of its model.
+"""Asynchronous validation of a checkpoint: validation loss and held-out scores, computed while training goes on.
 
-Ray Train's asynchronous validation starts it in a process of its own, one checkpoint after another, on resources that no worker
-has. Only the validation loss chooses among checkpoints. Knows nothing of Ray or of evaluation: what scores a model is given.
+Ray Train runs it in a process of its own, one checkpoint after another, on resources that no worker uses. Only the validation loss
+chooses the best checkpoint; held-out scores are shown only.
 """
 
 from __future__ import annotations
@@ -32,7 +32,10 @@ Score = Callable[[Any], Mapping[str, float]]  # a model → held-out task → sc
 
 
 def goes_aside(recipe: Recipe, nodes: Sequence[Mapping[str, float]]) -> bool:
-    """Whether checkpoints are validated aside on these nodes. Raises `ResourcesError` where the recipe wants it without room."""
+    """Whether checkpoints are validated asynchronously; `nodes` are the Ray resources of each node.
+
+    Raises `ResourcesError` if the recipe demands it and the nodes have no room for one more worker.
+    """
     training = recipe.training
     chosen = training.checkpoint.validation
     if chosen == "workers" or training.aim.rounds:
@@ -50,7 +53,7 @@ def goes_aside(recipe: Recipe, nodes: Sequence[Mapping[str, float]]) -> bool:
 
 @dataclass(frozen=True)
 class Aside:
-    """The task: `rows` of `length` tokens are what the loss is taken over, `score` gives the held-out tasks' scores."""
+    """Validates one checkpoint: the loss over `rows`, packed rows of `length` tokens, and held-out scores where `score` is set."""
 
     recipe: Recipe
     rows: PackedRows
@@ -58,9 +61,9 @@ class Aside:
     score: Score | None = None
 
     def __call__(self, checkpoint: Checkpoint, told: Callable[[dict[str, Any]], None], *, on_gpu: bool) -> float | None:
-        """The validation loss of `checkpoint`, None without rows. `told` gets the figures one after another.
+        """Returns the validation loss of `checkpoint`, None without rows; `told` gets each result as soon as it is there.
 
-        An error of ours while tasks are scored becomes a message: training does not depend on it.
+        An `ApprenticeError` from `score` becomes a message, since training does not depend on the scores.
         """
         device = torch.device("cuda" if on_gpu else "cpu")
         if not on_gpu:
@@ -79,7 +82,7 @@ class Aside:
         return loss
 
     def _model(self, checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
-        """As it was trained, with the weights of `checkpoint`."""
+        """The model as in training (tuning method, number format), with the weights of `checkpoint`, in eval mode."""
         recipe, method = self.recipe, TUNING_METHODS[self.recipe.tuning.method]
         weights = torch.float32 if recipe.training.optimizer.name == "adafactor" else dtype
         chosen: dict[str, Any] = {"four_bit": method.four_bit, "head": recipe.head, "trust": recipe.model.trust}
@@ -96,14 +99,14 @@ class Aside:
         return validation_loss(_Plain(loss_of(model, training, compute).eval(), device), self.rows, micro, Peers())
 
     def _whole(self, model: Any) -> Any:
-        """The model that an export would make of it, where that is another one."""
+        """The model as an export would have it: adapters merged where the method can be merged."""
         merge = TUNING_METHODS[self.recipe.tuning.method].merge
         return model if merge is None else merge(model)
 
 
 @dataclass(frozen=True)
 class _Plain:
-    """A loss without an engine around it."""
+    """Validation loss without a DeepSpeed engine, for `validation_loss`."""
 
     loss: TargetLoss
     device: torch.device

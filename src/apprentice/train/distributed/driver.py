@@ -1,6 +1,11 @@
-"""Training under Ray Train: the stream of rows, the workers, restarts, and the export at the end.
+"""Training driver: starts the stream of rows and the Ray Train workers, follows the run, and exports the best checkpoint.
 
-What becomes of one worker under Ray Train is in member.py, what it does in worker.py, what a step is in loop.py.
+    driver.py      this process: cluster check, mailbox, trainer, restarts, export
+    ray_worker.py  a worker process under Ray Train
+    ../worker.py   model, engine and checkpoints in that process
+    ../loop.py     the steps
+
+Ray Train restarts the worker group after a failure, at most `training.max_failures` times, from the newest checkpoint.
 """
 
 from __future__ import annotations
@@ -51,18 +56,20 @@ from apprentice.train.metrics.samples import Samples
 from apprentice.train.metrics.tracker import Mailbox, Outcome, Tracker
 from apprentice.train.state import Goal
 
-AFTER_US_S = 10  # that a collective waits on for a silent worker, who is named and ended first
-START_TIMEOUT_S = "600"  # of a worker group; Ray Train's 60 s are too few for a busy machine, and it would begin again and again
+AFTER_US_S = 10  # collectives time out so much after `hang_timeout_s`, so that a silent worker is named and ended first
+START_TIMEOUT_S = "600"  # for a worker group; with Ray Train's 60 s, a busy machine would start one again and again
 LEAST_VALIDATION_ROWS, MOST_VALIDATION_ROWS = 8, 256
-STEPS_AHEAD = 16  # that the stream of rows may be, and at least this much
-LEAST_AHEAD_BYTES = 64 * 2**20
+STEPS_AHEAD = 16  # steps of rows that the stream may hold ready,
+LEAST_AHEAD_BYTES = 64 * 2**20  # or this much where they are smaller
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a finished training was. `tokens_per_s` and `wait_share` are those of the steps this call made, without warm-up.
+    """Result of a finished training.
 
-    `peak_memory` is in bytes, of the worker that held most; `expected_memory` what `check` would have said of these workers.
+    `tokens_per_s` and `wait_share` (share of the time spent waiting for rows) are of the steps of this call, without the first step
+    of each attempt. `peak_memory` is in bytes, the largest of all workers; `expected_memory` is the estimate of `check` for it.
+    `validation_loss` and `exported_step` are those of the exported checkpoint, the other figures those of the last.
     """
 
     steps: int
@@ -81,13 +88,17 @@ class TrainResult:
 def train(
     recipe: Recipe, run: Run, corpus: Corpus, *, progress: Callable[[dict[str, Any]], None], score: Score | None = None
 ) -> TrainResult:
-    """Fine-tunes as `recipe` says, from the newest whole checkpoint of `run` if there is one, and exports the best.
+    """Fine-tunes as `recipe` says, from the newest whole checkpoint of `run` if there is one, and exports the best checkpoint.
 
-    Ray must be running. `progress` is called in this process, from a thread, with a dict per step: attempt, step, steps, loss,
-    learning_rate, grad_norm, tokens, target_tokens, seconds, tokens_per_s, data_wait (share of time), eta_s; and with
-    attempt, step, steps and validation_loss after each validation, samples (instruction and reply) where they are asked for, or
-    message (what is trained and how) at the start. With `score`, each checkpoint's model goes through it aside, and a dict has
-    held_out (the mean) and held_out_tasks. Raises the `ApprenticeError` that stopped the run, `FencedError` if others hold it.
+    Ray must be running. `progress` is called in this process, from a thread, with a dict for each
+
+    step        attempt, step, steps, loss, learning_rate, grad_norm, tokens, target_tokens, seconds, tokens_per_s, eta_s (seconds),
+                data_wait (share of time), …
+    validation  attempt, step, steps, and validation_loss, or with `score` held_out (the mean score) and held_out_tasks
+    other news  attempt, step, steps, and samples (instruction and reply) or message; before the first worker only message
+
+    `score` gets the model of each checkpoint that is validated asynchronously. A run that is already trained returns its result.
+    Raises the `ApprenticeError` that stopped the run, `FencedError` if another process holds it, and `KeyboardInterrupt` on Ctrl-C.
     """
     if run.is_trained and "training" in run.status():
         return TrainResult(**run.status()["training"])
@@ -99,7 +110,7 @@ def _train(
     recipe: Recipe, run: Run, corpus: Corpus, held: Hold, progress: Callable[[dict[str, Any]], None], score: Score | None
 ) -> TrainResult:
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", START_TIMEOUT_S)
-    # Ray Train's own verdict on a silent worker comes after ours, which names it.
+    # Twice ours, so that a silent worker is first named and ended here.
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(2 * recipe.training.hang_timeout_s)
     goal = goal_of(recipe, corpus)
     _check_cluster(recipe)
@@ -128,7 +139,7 @@ def _train(
 
 
 def goal_of(recipe: Recipe, corpus: Corpus) -> Goal:
-    """Where the run ends. Raises `RecipeError` if the warm-up is not shorter than the run."""
+    """The goal of the run. Raises `RecipeError` if the warm-up is not shorter than the run."""
     training = recipe.training
     steps = training.steps or int(estimate_steps(corpus)["steps"])
     if training.optimizer.warmup_steps >= steps:
@@ -159,13 +170,13 @@ def _check_cluster(recipe: Recipe) -> Ask:
 
 
 def _validation(recipe: Recipe, run: Run, corpus: Corpus, score: Score | None) -> Validation:
-    """What validates checkpoints aside."""
+    """The asynchronous validation of this run."""
     rows = PackedRows.of(validation_rows(corpus, validation_limit(recipe)))
     return Validation(Aside(recipe, rows, _row_length(corpus), score), run, recipe.training.resources)
 
 
 def _catch_up(recipe: Recipe, run: Run, corpus: Corpus, tracker: Tracker, score: Score | None) -> None:
-    """Validates the checkpoints of a run that was stopped before they were."""
+    """Validates the checkpoints whose asynchronous validation was cut off or never began."""
 
     def told(step: int, figures: dict[str, Any]) -> None:
         tracker.write({"attempt": 0, "step": step, "steps": step, **figures})
@@ -177,16 +188,16 @@ def _catch_up(recipe: Recipe, run: Run, corpus: Corpus, tracker: Tracker, score:
 
 
 def _row_length(corpus: Corpus) -> int:
-    """Tokens of a packed row, of both sides."""
+    """Tokens of a packed row, on both sides of an encoder-decoder."""
     return corpus.row_length + (corpus.target_length or 0)
 
 
 def _fit(recipe: Recipe, run: Run, corpus: Corpus, goal: Goal, tracker: Tracker, token: Token, score: Score | None) -> int:
-    """Runs the workers until the goal; gives the number of attempts."""
+    """Runs worker groups until the goal is reached. Returns the number of attempts."""
     workers = workers_that_fit(recipe, node_resources())
     aside = goes_aside(recipe, node_resources())
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)  # a node of the workers may go
-    # A call that the network lost is made again; a mailbox that died stays dead, since what it held is lost.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)  # nodes of workers may be lost
+    # A call that the network lost is repeated; a mailbox that died is not restarted, since its state is lost.
     kept = {"num_cpus": 0, "scheduling_strategy": here, "max_restarts": 0, "max_task_retries": -1}
     mailbox: Any = ray.remote(Mailbox).options(**kept).remote(workers)
     within = validation_rows(corpus, 0 if aside else validation_limit(recipe))
@@ -194,7 +205,7 @@ def _fit(recipe: Recipe, run: Run, corpus: Corpus, goal: Goal, tracker: Tracker,
     sizes = (_row_length(corpus), corpus.row_bytes)
     job = Job(recipe, run, goal, mailbox, ray.put(corpus), ray.put(within), *sizes, _shares(corpus), samples, aside, token)
     trainer = _trainer(job, corpus, _validation(recipe, run, corpus, score).config(mailbox) if aside else None)
-    # Ray Train would look for checkpoints that it knew in an earlier call; which one counts is decided by checkpoint.restorable.
+    # Ray Train would look for the checkpoints of an earlier call; `checkpoints.restorable` decides where to go on.
     with suppress(OSError):
         (run.checkpoints / "checkpoint_manager_snapshot.json").delete()
     failure: BaseException | None = None
@@ -223,21 +234,22 @@ def _fit(recipe: Recipe, run: Run, corpus: Corpus, goal: Goal, tracker: Tracker,
 def _trainer(job: Job, corpus: Corpus, validation: ValidationConfig | None) -> Trainer:
     training = job.recipe.training
     resources = {"CPU": training.resources.cpus} | ({"GPU": training.resources.gpus} if training.resources.gpus else {})
-    run, mailbox, aside = job.run, job.mailbox, job.aside  # `job` would have the controller import all that this file does
+    # For `build`, which does not use `job`: that would make Ray Train's controller import all that this file imports.
+    run, mailbox, aside = job.run, job.mailbox, job.aside
     held = job.corpus
     submitted = is_job()
 
     def build() -> Any:
-        """The stream for a worker group that is about to start; called for each one, before its workers run."""
+        """The stream of rows for a worker group. Ray Train calls it for each group, before the workers run."""
         found = checkpoints.restorable(run.checkpoints)
         workers = ray.get(mailbox.begin.remote(found))
         start = Start(found.state.window, found.state.row) if found else Start()
         if training.aim.rounds:
-            from apprentice.train.on_policy.rollout_stream import round_stream  # with the models that write replies
+            from apprentice.train.on_policy.rollout_stream import round_stream  # imports the models that write replies
 
             mailbox.stream.remote(training.grpo.actors * training.resources.cpus)
             return round_stream(ray.get(held), run, start)
-        # As many actors as there is room for now: a node may have been lost since the run began.
+        # As many actors as there is room for now, since a node may have been lost after the run began.
         nodes = node_resources(job=submitted, without=leaving(ray.nodes()))
         spare = sum(node.get("CPU", 0.0) for node in nodes) - (workers + aside) * training.resources.cpus
         actors = max(1, min(max(4, workers), int(spare) - 1))
@@ -245,7 +257,7 @@ def _trainer(job: Job, corpus: Corpus, validation: ValidationConfig | None) -> T
         return train_stream(ray.get(held), start, None, actors)
 
     logging.getLogger("ray.train").setLevel(logging.WARNING)
-    run_config: Any = ray.train.RunConfig  # its hints are those of the first Ray Train
+    run_config: Any = ray.train.RunConfig  # its type hints are those of Ray Train V1
     scaling = ray.train.ScalingConfig(
         num_workers=training.max_workers, use_gpu=training.resources.gpus > 0, resources_per_worker=resources
     )
@@ -262,22 +274,22 @@ def _trainer(job: Job, corpus: Corpus, validation: ValidationConfig | None) -> T
         validation_config=validation,
         torch_config=TorchConfig(timeout_s=math.ceil(training.hang_timeout_s) + AFTER_US_S),
         datasets={"train": build},
-        # Order and no locality: each step must be one stretch of the stream, whatever runs where.
+        # In order and without locality, so that each step is a contiguous stretch of the stream, wherever workers run.
         dataset_config=ray.train.DataConfig(execution_options=_stream_options(job), enable_shard_locality=False),
     )
 
 
 def _stream_options(job: Job) -> ExecutionOptions:
-    """Rows in order, and not too far ahead of training: what makes them may share its cores."""
+    """Options of the stream: rows in order, and a bounded number ready ahead of training, whose cores the actors may share."""
     step = job.recipe.training.global_batch * job.row_bytes
     ahead = ExecutionResources.for_limits(object_store_memory=max(LEAST_AHEAD_BYTES, STEPS_AHEAD * step))
     return ExecutionOptions(preserve_order=True, resource_limits=ahead)
 
 
 def validation_limit(recipe: Recipe) -> int:
-    """Packed validation rows: an eighth of the rows trained on between two checkpoints, which costs about 5% of the time.
+    """Most packed validation rows: an eighth of the rows trained on between two checkpoints, which takes about 5% of the time.
 
-    None of an on-policy run: what it learns from is its own, and nothing else has its loss.
+    0 for an on-policy run: its loss is defined only for replies that it wrote itself.
     """
     training = recipe.training
     if training.aim.rounds:
@@ -287,7 +299,10 @@ def validation_limit(recipe: Recipe) -> int:
 
 
 def _explained(failure: BaseException, outcome: Outcome) -> BaseException:
-    """Our own error if `failure` carries one; workers that die are the user's to mend; all else is a defect and stays as it is."""
+    """The error to raise for `failure`.
+
+    That is the `ApprenticeError` inside it, a `TrainingError` with a remedy if workers died, or else the worker's own exception.
+    """
     ours = mendable(failure)
     if ours is not None:
         return ours
@@ -315,7 +330,7 @@ def _finish(recipe: Recipe, run: Run, corpus: Corpus, goal: Goal, tracker: Track
             f"training is over, but the newest checkpoint in {run.checkpoints} that can be read is that of step {last.state.step};"
             " give the same command again: it goes on from there."
         )
-    checkpoints.prune(run.checkpoints, recipe.training.checkpoint.keep, last)  # those that waited for their validation
+    checkpoints.prune(run.checkpoints, recipe.training.checkpoint.keep, last)  # some may have been kept until they were validated
     state = last.state
     names = [task.name for task in corpus.tasks]
     shares = {name: float(share) for name, share in corpus.plan.shares.items()}
@@ -325,7 +340,7 @@ def _finish(recipe: Recipe, run: Run, corpus: Corpus, goal: Goal, tracker: Track
     run.ledger_file.write_json(state.ledger.report(names, shares, rows, means, left_out))
     run.update_status(state="exporting")
     probe = WindowRenderer(corpus).probe(last.state.window + 1)
-    # In a process of its own, whose memory is given back.
+    # In a process of its own, so that its memory is freed.
     task: Any = ray.remote(export)
     exporting = task.options(num_cpus=1, max_retries=0).remote(recipe, run, best, corpus.layout, probe, token)
     memory = tracker.memory and tracker.memory | {"expected": round(expected_of(recipe, _row_length(corpus), tracker.memory).total)}

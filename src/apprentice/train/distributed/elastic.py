@@ -1,9 +1,17 @@
-"""How many workers a run has while nodes come and go: the most that there is room for and that divide the run's largest number.
+"""Elastic scaling policy: the number of workers while nodes come and go.
 
-Ray Train's own elastic policy takes any number in the range; only with a divisor is each step the same rows (see data/pipeline). A
-run grows at a checkpoint that it makes for this, so that no step is made twice for it. Where a node is lost that only made rows,
-what ran there would wait for ever for CPUs that the rest of the stream holds, and all starts again with what is left. Knows Ray
-Train's controller, which calls it in its own process; nothing of models or rows.
+It is the largest divisor of the run's largest number of workers for which there is room. With `workers` from 2 to 8:
+
+    the nodes have room for 7  ─▶  4 workers (2, 4 and 8 are possible)
+    a node joins: room for 8   ─▶  ask for a checkpoint; once it is written, restart with 8
+    a node with workers fails  ─▶  restart from the newest checkpoint with what fits
+    no room for 2              ─▶  wait for nodes
+
+Ray Train's own elastic policy takes any number in the range, but only with a divisor does each step keep the same rows (see
+data/stream.py). Growing at a checkpoint made for it repeats no step. If a node is lost that ran only data actors, these would wait
+for ever for CPUs that the rest of the stream holds, so the worker group is restarted with what is left.
+
+Ray Train's controller calls the policy, in its own process.
 """
 
 from __future__ import annotations
@@ -25,13 +33,13 @@ from apprentice.ray_cluster.nodes import is_job, node_resources
 from apprentice.recipe import Recipe
 from apprentice.train.distributed.resources import required_resources, slots, workers_that_fit
 
-LOOK_EVERY_S = 30.0  # for room to grow; growing costs the start of a worker group
-WAIT_S = 1.0  # between two looks while there is room for none
-ANSWER_S = 2.0  # that a node may take to accept a connection
+LOOK_EVERY_S = 30.0  # between two checks for room to grow; growing costs the start of a worker group
+WAIT_S = 1.0  # between two checks while there is not enough room to run
+ANSWER_S = 2.0  # in which a live node accepts a connection
 
 
 class DivisorPolicy(ScalingPolicy):
-    """Decides for one run; `mailbox` is told each number of workers, and asked for the checkpoint at which to grow."""
+    """Scaling policy of one run. It tells `mailbox` each number of workers, and requests there the checkpoint at which to grow."""
 
     def __init__(self, scaling: Any, recipe: Recipe, mailbox: Any) -> None:
         super().__init__(scaling)
@@ -55,7 +63,7 @@ class DivisorPolicy(ScalingPolicy):
             if not self._told:
                 self._mailbox.note.remote(f"there is no room for {self._recipe.training.min_workers} workers; waiting for nodes")
                 self._told = True
-            time.sleep(WAIT_S)  # the controller would ask again at once
+            time.sleep(WAIT_S)  # the controller asks again at once
             return NoopDecision()
         self._told = False
         return self._resize(workers)
@@ -78,7 +86,7 @@ class DivisorPolicy(ScalingPolicy):
         return NoopDecision()
 
     def _ask_for_nodes(self) -> None:
-        """Keeps the autoscaler busy with the largest number."""
+        """Renews the request to Ray's autoscaler for the largest number of workers."""
         ours: Any = self
         ours._maybe_send_resource_request()
 
@@ -88,25 +96,28 @@ class DivisorPolicy(ScalingPolicy):
         return ResizeDecision(num_workers=workers, resources_per_worker=self.scaling_config._resources_per_worker_not_none)
 
     def _room(self) -> int:
-        """Workers that the live nodes can hold; 0 for fewer than the recipe's least."""
+        """Number of workers for which the live nodes have room; 0 if fewer than the recipe's least."""
         try:
             return workers_that_fit(self._recipe, node_resources(job=self._submitted, without=leaving(ray.nodes())))
         except ResourcesError:
             return 0
 
     def _stream_fits(self, workers: int) -> bool:
-        """Whether the live nodes have the CPUs of the workers, of the stream as it was begun, and one for Ray Data's own tasks."""
+        """Whether the live nodes have CPUs for the workers, the data actors of this attempt and one of Ray Data's own tasks."""
         there = sum(node.get("CPU", 0.0) for node in node_resources(job=self._submitted))
         of_workers = workers * self._recipe.training.resources.cpus
         return bool(there >= of_workers + ray.get(self._mailbox.stream_cpus.remote()) + 1)
 
     def _free(self) -> int:
-        """Workers that fit into what nobody uses now."""
+        """Number of workers that fit into the resources free now."""
         return slots(required_resources(self._recipe), list(available_resources_per_node().values()))
 
 
 def leaving(nodes: Sequence[Mapping[str, Any]]) -> set[str]:
-    """Nodes that Ray lists as alive and that are about to go, or gone: it takes a while to believe that of a killed one."""
+    """Ids of nodes that are draining, or that Ray lists as alive but that accept no connection.
+
+    Ray takes a while to notice that a node was killed.
+    """
     return set(cluster.get_draining_nodes()) | {node["NodeID"] for node in nodes if node["Alive"] and not _answers(node)}
 
 
@@ -119,7 +130,7 @@ def _answers(node: Mapping[str, Any]) -> bool:
 
 
 class Trainer(TorchTrainer):
-    """Ray Train's trainer with a policy of ours, for which it has no argument; it knows whether Ctrl-C `stopped` it."""
+    """Ray Train's `TorchTrainer` with a scaling policy, for which it has no argument; `stopped` is true after Ctrl-C."""
 
     stopped = False
 
@@ -132,7 +143,7 @@ class Trainer(TorchTrainer):
         return inner._initialize_and_run_controller(**given | {"scaling_policy": self._policy})
 
     def _register_sigint_handler(self, controller: Any) -> None:
-        """Ray Train ends in one of several ways after Ctrl-C, with exit code 0 among them, and none of them says so."""
+        """Notes Ctrl-C: Ray Train ends in one of several ways after it, exit code 0 among them, and none of them says so."""
         inner: Any = super()
         inner._register_sigint_handler(controller)
         theirs: Any = signal.getsignal(signal.SIGINT)

@@ -1,4 +1,4 @@
-"""Follows a running training from its driver: passes its records on, and ends workers that have not answered for too long."""
+"""Follower: a driver thread that takes records from the mailbox to the tracker, and kills workers without a heartbeat."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from apprentice.errors import TrainingError
 from apprentice.train.distributed.heartbeat import Who, end
 from apprentice.train.metrics.tracker import Outcome, Tracker
 
-POLL_S = 0.2
-LAST_TRIES = 25  # to take the last records
+POLL_S = 0.2  # between two rounds
+LAST_TRIES = 25  # rounds at the end to get the last records
 _log = logging.getLogger(__name__)
 
 
 class Follower:
-    """A thread that works while the main thread waits for Ray Train. Nothing that it meets ends it but the end of the mailbox.
+    """A thread, inside `with`, that works while the main thread waits for Ray Train. It ends early only if the mailbox dies.
 
-    A call that the network lost is made again with the next round; a record that cannot be written is told and passed over.
+    A call that the network lost is repeated in the next round; a record that cannot be written is logged and skipped.
     """
 
     def __init__(self, mailbox: Any, tracker: Tracker, hang_timeout_s: float) -> None:
         self._mailbox = mailbox
         self._tracker = tracker
         self._hang_timeout_s = hang_timeout_s
-        self._seen = 0  # records
+        self._seen = 0  # records taken
         self._ended: set[Who] = set()
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="apprentice-progress", daemon=True)
@@ -49,10 +49,10 @@ class Follower:
                     return
                 time.sleep(POLL_S)
         except ray.exceptions.ActorDiedError:
-            return  # `outcome_of` says so, and the workers end of themselves
+            return  # `outcome_of` reports it, and the workers end by themselves
 
     def _pass_on(self) -> bool:
-        """One round; false where the network did not let it."""
+        """Makes one round: kills silent workers, passes records on. False if a call was lost on the network."""
         try:
             for who in ray.get(self._mailbox.silent.remote(self._hang_timeout_s)):
                 if who not in self._ended:
@@ -68,13 +68,13 @@ class Follower:
         for record in records:
             try:
                 self._tracker.write(record)
-            except Exception:  # a fault of ours must not cost the run what comes after it
+            except Exception:  # a defect here must not cost the run its later records
                 _log.exception("a record of step %s could not be written", record.get("step"))
         return True
 
 
 def outcome_of(mailbox: Any) -> Outcome:
-    """What the workers left in the mailbox."""
+    """The outcome of the run as the mailbox has it; if the mailbox died, one with an error that says so."""
     try:
         outcome: Outcome = ray.get(mailbox.outcome.remote())
     except ray.exceptions.ActorDiedError:

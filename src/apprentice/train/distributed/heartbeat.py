@@ -1,7 +1,6 @@
-"""What goes between a worker and the mailbox besides records: signs of life one way, and the wish for a checkpoint the other.
+"""Heartbeats of workers to the mailbox; the replies say whether a checkpoint is requested.
 
-A checkpoint is wanted before the run grows, and at once when a node of the run is about to be taken away. Knows Ray; nothing of
-how a step or a checkpoint is made.
+A checkpoint is requested before the run grows. A worker also wants one when Ray announces that a node is about to be taken away.
 """
 
 from __future__ import annotations
@@ -18,16 +17,16 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from apprentice.errors import TrainingError
 
-LONGEST_S = 2.0  # between two signs
-SIGNS = 5  # within the time after which a worker counts as silent
+LONGEST_S = 2.0  # between two heartbeats, at most
+SIGNS = 5  # heartbeats within the time after which a worker counts as silent
 
 
 class Who(NamedTuple):
-    """A worker's process."""
+    """Identity of a worker: rank, process id and node."""
 
     rank: int
     process: int
-    node: str  # Ray's id of it
+    node: str  # its id in Ray
     address: str
 
     def __str__(self) -> str:
@@ -35,7 +34,7 @@ class Who(NamedTuple):
 
 
 class Pulse:
-    """A thread of a worker of one attempt that tells `mailbox` that the worker is there."""
+    """Heartbeat thread of a worker in one attempt; starts at once. After `timeout_s` without one the worker counts as silent."""
 
     def __init__(self, mailbox: Any, attempt: int, rank: int, timeout_s: float) -> None:
         context = ray.get_runtime_context()
@@ -43,12 +42,12 @@ class Pulse:
         self._mailbox = mailbox
         self._attempt = attempt
         self._every_s = min(LONGEST_S, timeout_s / SIGNS)
-        self._patience_s = timeout_s / 2  # with one sign: an answer that was lost on the way would be waited for without end
-        self._wishes = 0  # for a checkpoint that the mailbox has heard
-        self._granted = 0
-        self._preemption: object = None  # the notice that a checkpoint was made for
+        self._patience_s = timeout_s / 2  # for one heartbeat's answer, which may be lost on the network
+        self._wishes = 0  # checkpoint requests that the mailbox has counted
+        self._granted = 0  # those that were passed on to the loop
+        self._preemption: object = None  # the newest notice that was passed on to the loop
         self._over = threading.Event()
-        self._alone = False  # nobody listens any more
+        self._alone = False  # true once the mailbox has died
         self._thread = threading.Thread(target=self._beat, name="apprentice-pulse", daemon=True)
         self._thread.start()
 
@@ -60,34 +59,34 @@ class Pulse:
                 self._alone = True
                 return
             except ray.exceptions.RayError:
-                pass  # the network's, most likely, and it passes: the next sign may arrive
+                pass  # most likely of the network and temporary: the next heartbeat may arrive
             if self._over.wait(self._every_s):
                 return
 
     def checkpoint_wanted(self) -> bool:
-        """Whether one is wanted after this step; the same wish is told once, and by the first worker.
+        """Whether a checkpoint is wanted after this step. Each request is reported once, and only on the first worker.
 
-        Raises `TrainingError` once the mailbox has died: nobody would notice any more if a worker hung.
+        Raises `TrainingError` once the mailbox has died, since nobody would notice a hanging worker any more.
         """
         if self._alone:
             raise TrainingError("nobody follows this run any more; give the same command again: it goes on where it was.")
         if self._who.rank > 0:
             return False
-        # Not ray.train.get_preemption_info, which waits for all workers at an actor; the loop puts their answers together itself.
+        # Not ray.train.get_preemption_info, which waits for all workers; the loop gathers their answers itself.
         notice = get_train_context().preemption_context.preemption_info
         wanted = self._wishes > self._granted or notice not in (None, self._preemption)
         self._granted, self._preemption = self._wishes, notice
         return wanted
 
     def close(self) -> None:
-        """The worker ends of itself."""
+        """Ends the thread and tells the mailbox that the worker ends normally."""
         self._over.set()
         self._thread.join()
         self._mailbox.leave.remote(self._who.rank)
 
 
 def end(who: Who) -> None:
-    """Kills the process of a worker that does not answer, from a task on its node: it would not hear anything milder."""
+    """Kills (SIGKILL) the process of a worker that does not answer, from a Ray task on its node."""
     there = NodeAffinitySchedulingStrategy(who.node, soft=False)
     ray.remote(_kill).options(num_cpus=0, max_retries=0, scheduling_strategy=there).remote(who.process)
 

@@ -1,7 +1,6 @@
-"""One worker under Ray Train, from its first line to its last: signs of life, rows in, records and checkpoints out.
+"""Worker process under Ray Train: gives `run_worker` its rows, takes its records and checkpoints to Ray, sends heartbeats.
 
-What it does is in worker.py, which brings the code of all models and is imported once the stream of rows has been told to start.
-Knows Ray; nothing of what becomes of the other workers.
+train/worker.py imports the code of all models, so it is imported only after the stream of rows has been started.
 """
 
 from __future__ import annotations
@@ -33,29 +32,29 @@ if TYPE_CHECKING:
     from apprentice.train.metrics.samples import Samples
 
 T = TypeVar("T")
-PREFETCHED_STEPS = 2
+PREFETCHED_STEPS = 2  # batches that Ray Data fetches ahead
 
 
 @dataclass(frozen=True)
 class Job:
-    """What every worker gets."""
+    """Arguments of a worker, the same for all."""
 
     recipe: Recipe
     run: Run
     goal: Goal
     mailbox: Any
-    corpus: Any  # reference to it
-    validation: Any  # reference to the packed validation rows
-    length: int  # tokens of a packed row, of both sides
-    row_bytes: int  # of a packed row's arrays
-    shares: dict[int, float]  # number of a task → its share of the examples
+    corpus: Any  # Ray object reference
+    validation: Any  # Ray object reference to the packed validation rows
+    length: int  # tokens of a packed row, on both sides of an encoder-decoder
+    row_bytes: int  # bytes of a packed row's arrays
+    shares: dict[int, float]  # task number → requested share of the examples
     samples: Samples
-    aside: bool  # checkpoints are validated there, and not by the workers
-    token: Token  # the run's
+    aside: bool  # checkpoints are validated asynchronously, not by the workers
+    token: Token  # the right to write to the run
 
 
 def work(job: Job) -> None:
-    """The whole life of one worker process."""
+    """Runs one worker from start to end; the function that Ray Train calls in each worker process."""
     attempt, restored, over = ray.get(job.mailbox.start.remote())
     if over:
         return
@@ -79,7 +78,7 @@ def work(job: Job) -> None:
     try:
         rows = _rows(training, context.get_world_size())
         from apprentice.data.stream import render_window
-        from apprentice.train.worker import run_worker  # the code of all models: it comes while the stream of rows starts up
+        from apprentice.train.worker import run_worker  # the code of all models, imported while the stream starts
 
         validation = PackedRows.of(ray.get(job.validation))
         device = ray.train.torch.get_device()
@@ -91,7 +90,7 @@ def work(job: Job) -> None:
         told |= {"shares": job.shares, "samples": job.samples, "validated_aside": job.aside}
         run_worker(*given, device=device, **told)
     except Exception as error:
-        # Trying again would not mend it: the next attempt sees it in the mailbox and ends at once.
+        # Another attempt would not mend it: its workers see the error in the mailbox and end at once.
         if (ours := mendable(error)) is not None:
             ray.get(job.mailbox.fail.remote(ours))
         raise
@@ -100,7 +99,7 @@ def work(job: Job) -> None:
 
 
 def _rows(training: Training, workers: int) -> Iterator[PackedRows]:
-    """This worker's rows of one step after the other."""
+    """This worker's packed rows; each item holds its rows of one optimizer step."""
     shard = ray.train.get_dataset_shard("train")
     ahead = 0 if training.aim.rounds else PREFETCHED_STEPS
     count = rows_per_worker(training, workers)
@@ -108,7 +107,7 @@ def _rows(training: Training, workers: int) -> Iterator[PackedRows]:
 
 
 def begun(batches: Iterable[T]) -> Iterator[T]:
-    """`batches`, of which the first is asked for at once, in a thread: the stream starts up while the model is loaded."""
+    """`batches`, the first of which a thread requests at once, so that the stream starts while the model is loaded."""
     iterator = iter(batches)
     pool = ThreadPoolExecutor(1, "apprentice-first-rows")
     first = pool.submit(lambda: list(islice(iterator, 1)))

@@ -1,7 +1,7 @@
-"""What a recipe's training asks of a cluster, and whether the cluster's nodes can give it: pure arithmetic.
+"""Resources that a recipe's training needs, and whether the nodes of a cluster have them: pure arithmetic.
 
-Memory is a lower bound (weights, gradients, optimizer; activations come on top): what is refused could not have run.
-Knows nothing of Ray beyond the shape of a node's resources.
+The memory needed is a lower bound (weights, gradients and optimizer, without activations), so what is refused could not have run. A
+node is a mapping of Ray's resource names to amounts: CPU, GPU, memory (bytes).
 """
 
 from __future__ import annotations
@@ -16,24 +16,27 @@ from apprentice.errors import ResourcesError
 from apprentice.recipe import Recipe
 from apprentice.train.memory.estimate import held
 
-DATA_CPUS = 2.0  # beside the workers: an actor that makes rows and the tasks around it; with one they wait for each other
+DATA_CPUS = 2.0  # beside the workers, for an actor that makes rows and Ray Data's tasks; with one CPU they block each other
 GIB = 2**30
 
 
 @dataclass(frozen=True)
 class Ask:
-    """What `workers` need each, and what is needed besides."""
+    """Resources needed: `cpus`, `gpus` and `memory` for each of `workers`, and `data_cpus` and `data_gpus` besides."""
 
     workers: int
     cpus: float
     gpus: float
     memory: int  # bytes
     data_cpus: float = DATA_CPUS
-    data_gpus: float = 0.0  # of those who write the replies of an on-policy run
+    data_gpus: float = 0.0  # for the actors that write the replies of an on-policy run
 
 
 def required_resources(recipe: Recipe, parameters: int = 0, dtype: torch.dtype = torch.float32) -> Ask:
-    """What `recipe` asks for at its least number of workers, for a model of `parameters` numbers (0: not known)."""
+    """Resources for `recipe` at its least number of workers; `parameters` is the size of the model (0: not known).
+
+    `memory` is that of the host, and 0 if the recipe uses GPUs.
+    """
     training = recipe.training
     workers = training.min_workers
     trained = parameters if recipe.tuning.method == "full" else 0
@@ -46,7 +49,7 @@ def required_resources(recipe: Recipe, parameters: int = 0, dtype: torch.dtype =
 
 
 def check_resources(ask: Ask, nodes: Sequence[Mapping[str, float]]) -> None:
-    """Raises `ResourcesError` with what is asked and what is there, if `nodes` (Ray resources of each) cannot hold `ask`."""
+    """Raises `ResourcesError`, with the resources needed and those there are, if `nodes` do not have what `ask` needs."""
     cpus = sum(node.get("CPU", 0.0) for node in nodes)
     gpus = sum(node.get("GPU", 0.0) for node in nodes)
     have = f"{cpus:g} CPUs and {gpus:g} GPUs on {len(nodes)} node{'s' if len(nodes) != 1 else ''}"
@@ -67,7 +70,7 @@ def check_resources(ask: Ask, nodes: Sequence[Mapping[str, float]]) -> None:
 
 
 def room_aside(recipe: Recipe, nodes: Sequence[Mapping[str, float]]) -> bool:
-    """Whether one more worker fits beside the most that the run may have."""
+    """Whether `nodes` have room for one worker more than the recipe's largest number."""
     try:
         check_resources(replace(required_resources(recipe), workers=recipe.training.max_workers + 1, memory=0), nodes)
     except ResourcesError:
@@ -76,7 +79,7 @@ def room_aside(recipe: Recipe, nodes: Sequence[Mapping[str, float]]) -> bool:
 
 
 def slots(ask: Ask, nodes: Sequence[Mapping[str, float]]) -> int:
-    """Workers that fit, each whole on one node."""
+    """Number of workers that fit on `nodes`, none spread over two nodes; `data_cpus` and `data_gpus` are not counted."""
     total = 0
     for node in nodes:
         fits = [node.get("CPU", 0.0) // ask.cpus]
@@ -87,7 +90,10 @@ def slots(ask: Ask, nodes: Sequence[Mapping[str, float]]) -> int:
 
 
 def workers_that_fit(recipe: Recipe, nodes: Sequence[Mapping[str, float]]) -> int:
-    """The most workers within the recipe's range that fit and divide its largest number, so that steps stay the same rows."""
+    """The largest number of workers in the recipe's range that fits and divides its largest number.
+
+    Divisors only, so that each step has the same rows on any number of workers. Raises `ResourcesError` if none fits.
+    """
     training = recipe.training
     ask = required_resources(recipe)
     cpus, gpus = (sum(node.get(kind, 0.0) for node in nodes) for kind in ("CPU", "GPU"))

@@ -1,8 +1,8 @@
-"""The reference's log-probabilities of all pairs of a run, computed once by Ray Data and kept with the run.
+"""Reference log-probabilities of all preference pairs of a run, for DPO: computed once with Ray Data and kept in the run.
 
     stretches of rows ─▶ actors with the frozen model: packed as in training, forward only ─▶ <run>/reference/<task>.npz
 
-Knows nothing of the loss that they go into.
+A task whose file is there already is not computed again.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ from apprentice.train.batch import PackedRows
 from apprentice.train.engine.deepspeed_config import CPU_MICRO_TOKENS, GPU_MICRO_TOKENS
 from apprentice.train.losses.preference import PreferenceLoss
 
-STRETCH_PAIRS = 256  # that one call of an actor takes
+STRETCH_PAIRS = 256  # pairs for one call of an actor
 
 
 class _Stretch(NamedTuple):
-    """Some rows of a task."""
+    """Rows of one task for one call of an actor."""
 
     task: int  # number in `Corpus.tasks`
     rows: tuple[int, ...]
 
 
 def references(recipe: Recipe, run: Run, corpus: Corpus, actors: int) -> dict[str, Reference]:
-    """Task → what the reference says of its training and validation pairs: what lies in `run`, or computed now and written there.
+    """Task name → log-probabilities of its training and validation pairs, read from `run`, or computed now and written there.
 
-    Ray must be up; each of `actors` processes reserves what a training worker does. The reference is `training.dpo.reference`, or
-    else the base as it is before tuning.
+    Ray must be running; each of `actors` processes reserves the CPUs and GPUs of a training worker. The reference model is
+    `training.dpo.reference`, or else the base model before tuning.
     """
     files = {task.name: run.reference / f"{task.name}.npz" for task in corpus.tasks if task.name in corpus.plan.shares}
     missing = [number for number, task in enumerate(corpus.tasks) if task.name in files and not files[task.name].exists()]
@@ -63,7 +63,7 @@ def _stretches(corpus: Corpus, number: int) -> Iterator[_Stretch]:
 
 
 def _computed(recipe: Recipe, corpus: Corpus, stretches: list[_Stretch], actors: int) -> dict[str, Any]:
-    """The columns task, row and values, one entry a pair."""
+    """The columns task, row and values, with one entry for each pair; values is float32 (pairs, 2), the better answer first."""
     resources = recipe.training.resources
     numbers = ray.data.range(len(stretches), override_num_blocks=len(stretches))
     numbers.context.enable_progress_bars = False
@@ -81,7 +81,7 @@ def _computed(recipe: Recipe, corpus: Corpus, stretches: list[_Stretch], actors:
 
 
 class _ReferenceActor:
-    """One process with the frozen model."""
+    """An actor with the frozen reference model."""
 
     def __init__(self, recipe: Recipe, corpus: Any, stretches: Any) -> None:
         self._corpus: Corpus = ray.get(corpus)
@@ -104,7 +104,7 @@ class _ReferenceActor:
         return {"task": np.full(len(rows), stretch.task), "row": rows, "better": values[:, 0], "worse": values[:, 1]}
 
     def _pairs(self, task: Task, rows: tuple[int, ...]) -> tuple[Any, Any]:
-        """(row numbers, log-probabilities of shape (rows, 2)) of those of `rows` that fit."""
+        """Row numbers (pairs,) int64 and log-probabilities (pairs, 2) float32, of those `rows` that fit into a packed row."""
         packed = PackedRows.of(self._renderer.zero_shot(task, rows))
         found = [np.zeros(0, np.float32)]
         with torch.no_grad():

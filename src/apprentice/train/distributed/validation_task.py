@@ -1,6 +1,7 @@
-"""Checkpoints validated while training goes on, as Ray Train's asynchronous validation; what is done to each is in aside.py.
+"""Ray task that validates checkpoints while training goes on (Ray Train's asynchronous validation).
 
-A checkpoint whose validation was cut off, by a stop or by its node, is still marked as awaited and taken up at the end of the run.
+The computation itself is in async_validation.py. A checkpoint whose validation was cut off, because the run was stopped or a node
+lost, stays marked as awaited and is validated at the end of the run.
 """
 
 from __future__ import annotations
@@ -16,15 +17,15 @@ from ray.train import ValidationConfig
 from apprentice.recipe.training import Resources
 from apprentice.run.folder import Run
 
-if TYPE_CHECKING:  # it brings models, which Ray Train's controller would load too
+if TYPE_CHECKING:  # it imports models, which Ray Train's controller does not need
     from apprentice.train.checkpoint.format import Checkpoint
     from apprentice.train.distributed.async_validation import Aside
 
-Told = Callable[[int, dict[str, Any]], Any]  # the checkpoint's step, and figures of it
+Told = Callable[[int, dict[str, Any]], Any]  # gets the checkpoint's step and figures of its validation
 
 
 class Validation:
-    """`aside` over the checkpoints of `run`, each in a process with `resources` of its own."""
+    """Runs `aside` on checkpoints of `run`, each in a Ray task with `resources` of its own."""
 
     def __init__(self, aside: Aside, run: Run, resources: Resources) -> None:
         self._aside = ray.put(aside)
@@ -32,7 +33,7 @@ class Validation:
         self._resources: dict[str, Any] = {"num_cpus": resources.cpus, "num_gpus": resources.gpus}
 
     def config(self, mailbox: Any) -> ValidationConfig:
-        """For Ray Train; figures go to `mailbox`."""
+        """Ray Train's configuration; the figures go to `mailbox`."""
 
         def validate(checkpoint: ray.train.Checkpoint, **_: Any) -> dict[str, Any]:
             tell: Told = mailbox.validated.remote
@@ -41,7 +42,7 @@ class Validation:
         return ValidationConfig(fn=validate, ray_remote_kwargs=self._resources)
 
     def catch_up(self, told: Told) -> None:
-        """Validates what is still awaited, one after another. Raises what keeps it from that."""
+        """Validates all checkpoints still awaited, oldest first. Raises the error of a validation that fails."""
 
         def validate(name: str) -> list[tuple[int, dict[str, Any]]]:
             figures: list[tuple[int, dict[str, Any]]] = []
@@ -56,7 +57,7 @@ class Validation:
                 told(step, figures)
 
     def _validated(self, name: str, told: Told) -> float | None:
-        """The loss of the checkpoint of this name; None too if newer ones have pushed it out."""
+        """Validation loss of the checkpoint in this folder; None without validation rows, or if the checkpoint was pruned."""
         from apprentice.train.checkpoint import format as checkpoints
 
         with checkpoints.in_use(self._run.checkpoints / name):

@@ -1,6 +1,6 @@
-"""What a worker says to the others: sums and gathered values over torch.distributed, or alone in one plain process.
+"""Collectives on small Python values: gather, sum and barrier over torch.distributed, or in a single process without it.
 
-Goes over gloo, whatever carries the gradients, so that small Python values never wait for a GPU. Knows nothing of training.
+They use a gloo group of their own, whatever backend carries the gradients, so that they never wait for a GPU.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 class Peers:
-    """The workers of one run. In a process without torch.distributed there is one."""
+    """The workers of a run; a process without torch.distributed is the only one. All workers must create it together."""
 
     def __init__(self) -> None:
         together = dist.is_available() and dist.is_initialized()
@@ -32,7 +32,7 @@ class Peers:
         return found
 
     def sum(self, values: Sequence[float]) -> list[float]:
-        """The sum over the workers of each of `values`."""
+        """The sum of each of `values` over all workers, in float64, on every worker."""
         if self._group is None:
             return [float(value) for value in values]
         total = torch.tensor(list(values), dtype=torch.float64)
@@ -40,6 +40,6 @@ class Peers:
         return [float(value) for value in total]
 
     def wait(self) -> None:
-        """Returns when all workers have called it."""
+        """Barrier: returns when all workers have called it."""
         if self._group is not None:
             dist.barrier(group=self._group)

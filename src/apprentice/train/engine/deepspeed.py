@@ -1,8 +1,7 @@
-"""The DeepSpeed engine behind a small face: one optimizer step, one validation pass, and its state by parameter name.
+"""DeepSpeed engine behind a small interface: an optimizer step, a validation pass, and the training state by parameter name.
 
-The state (float32 weights and what the optimizer keeps of each) goes out in pieces and in whole, by parameter name, so that a
-checkpoint means the same on any number of workers and at any ZeRO stage. Knows nothing of Ray, of files, or of where the rows
-come from.
+The state is the float32 weights and the optimizer's moments. It is saved from each worker's shards and restored from whole tensors,
+by parameter name, so that a checkpoint means the same on any number of workers and at any ZeRO stage.
 """
 
 from __future__ import annotations
@@ -34,13 +33,13 @@ from apprentice.train.optimizer import moments, optimizer_of
 from apprentice.train.state import StepOutcome
 
 WEIGHT = "weight"
-SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # what DeepSpeed's loss scaler goes on from
+SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # state of DeepSpeed's dynamic loss scaler
 
 
 class DeepSpeedEngine:
-    """`model` on `device`, trained by `workers` processes that have joined one torch.distributed group.
+    """DeepSpeed around `model` and its loss on `device`, in each of `workers` processes of one torch.distributed group.
 
-    It multiplies in `dtype`, whatever its weights have.
+    `micro` is the number of packed rows in a micro-batch; `dtype` the number format to multiply in, whatever that of the weights.
     """
 
     def __init__(
@@ -62,24 +61,24 @@ class DeepSpeedEngine:
             checkpointing(model)
         self._loss_module = loss_of(model, training, None if weights == dtype else dtype)
         wrapped = _Module(self._loss_module).to(device=device)
-        self.trained = trained_share(model)  # how many numbers, and of all the part
+        self.trained = trained_share(model)  # number of trained parameters, and their share of all
         self.attention = str(getattr(getattr(model, "config", None), "_attn_implementation", "eager"))
         self.micro = micro
         self._optimizer = training.optimizer.name
         self._scales_loss = weights == torch.float16
-        self._shapes = {name: parameter.shape for name, parameter in trained.items()}  # ZeRO-3 takes them away
-        # What DeepSpeed warns of is its own use of PyTorch, and it prints the memory it uses: nothing a user can act on.
+        self._shapes = {name: parameter.shape for name, parameter in trained.items()}  # ZeRO-3 empties the parameters
+        # DeepSpeed warns of its own use of PyTorch and prints the memory it uses: nothing a user can act on.
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             self._engine = deepspeed.initialize(
                 model=wrapped, optimizer=optimizer_of(trained, training.optimizer), config=config, dist_init_required=False
             )[0]
-        self._parameters = trained  # DeepSpeed keeps the parameter objects and swaps what is in them
+        self._parameters = trained  # DeepSpeed keeps the parameter objects and swaps their data
         self._device = device
         self._rank = dist.get_rank()
 
     def train_step(self, micros: Sequence[Micro], scale: float, rate: float) -> StepOutcome:
-        """One optimizer step with learning rate `rate` on the summed loss of `micros` times `scale`, added over the workers.
+        """One optimizer step with learning rate `rate`, on the loss of `micros` summed over all workers and times `scale`.
 
         All workers must give equally many micro-batches.
         """
@@ -92,7 +91,7 @@ class DeepSpeedEngine:
         workers = self._engine.dp_world_size
         for number, micro in enumerate(micros, start=1):
             loss = self._loss(micro)
-            # DeepSpeed averages over the workers, so what each gives is multiplied by their number.
+            # DeepSpeed averages gradients over the workers; times their number, the average is the sum.
             self._engine.backward(loss * (scale * workers), scale_wrt_gas=False)
             if number == len(micros) and not self._engine.zero_optimization():
                 norm = self._plain_norm()
@@ -100,19 +99,19 @@ class DeepSpeedEngine:
             nll += loss.detach().double().cpu()
             figures.update({name: float(value) for name, value in self._loss_module.figures.items()})
         if self._engine.zero_optimization():
-            # A float16 step that overflowed was left out, and the loss scale halved: nothing went wrong.
+            # A float16 step that overflowed was skipped and the loss scale lowered, which is no error.
             left_out = self._scales_loss and getattr(self._engine.optimizer, "overflow", False)
             norm = 0.0 if left_out else float(self._engine.get_global_grad_norm())
         return StepOutcome(float(nll), norm, dict(figures))
 
     def validation_nll(self, micro: Micro) -> float:
-        """The summed loss of `micro`; all workers must call it equally often (ZeRO-3 gathers weights)."""
+        """Summed loss of `micro` on this worker. All workers must call it equally often, since ZeRO-3 gathers weights."""
         self._engine.eval()
         with torch.no_grad():
             return float(self._loss(micro))
 
     def likeliest(self, prompt: Sequence[int], reply: Sequence[int]) -> int:
-        """The token that the model finds most likely after `prompt` and the beginning of a `reply`; all workers must call it."""
+        """Greedy next token id after `prompt` and the tokens of `reply` so far. All workers must call it."""
         self._engine.eval()
         with torch.no_grad():
             logits = self._engine(*(torch.tensor([list(ids)], dtype=torch.long, device=self._device) for ids in (prompt, reply)))
@@ -128,11 +127,11 @@ class DeepSpeedEngine:
         return float(torch.linalg.vector_norm(torch.stack(norms)))
 
     def pieces(self) -> list[Piece]:
-        """What this worker holds of the state: keys (`weight/<name>`, `exp_avg/<name>`, …) in the same order on all workers.
+        """This worker's shards of the state: keys `weight/<name>`, `exp_avg/<name>`, … in the same order on all workers.
 
-        They are read from the engine's own tensors, so a step changes those that are not copied.
+        They read the engine's own tensors, so the next step changes every piece that was not copied.
         """
-        if self._steps_made() == 0:  # every float16 step so far overflowed and was left out
+        if self._steps_made() == 0:  # every float16 step so far overflowed and was skipped
             self._begin_optimizer_state(0)
         self._link_optimizer_state()
         found = []
@@ -144,8 +143,8 @@ class DeepSpeedEngine:
         return found
 
     def _held(self, parameter: nn.Parameter, moment: str | None, numbers: int) -> tuple[int, int, Callable[[], Tensor]]:
-        """Where this worker's part of a parameter's weight (or `moment`) of `numbers` begins, how long it is, and what gives it."""
-        if not self._engine.zero_optimization():  # every worker has all, and the first gives it
+        """This worker's shard of a parameter's weight (or `moment`) of `numbers` elements: start, length, and its reader."""
+        if not self._engine.zero_optimization():  # stage 0: every worker has all, and the first one saves it
             whole = parameter if moment is None else self._plain_state(parameter)[moment]
             return 0, numbers if self._rank == 0 else 0, whole.flatten
         sharded: Any = parameter
@@ -161,16 +160,16 @@ class DeepSpeedEngine:
         return address.start, address.numel, lambda: held.get_hp_fragment(moment)
 
     def loss_scaling(self) -> dict[str, float] | None:
-        """Of float16, what scales the loss, and `steps`, how many were not left out; None for what needs no scale."""
+        """State of float16's loss scaler, and `steps`, the number of steps not skipped; None for other number formats."""
         if not self._scales_loss:
             return None
         scaler = self._engine.optimizer.loss_scaler
         return {name: getattr(scaler, name) for name in SCALER if hasattr(scaler, name)} | {"steps": self._steps_made()}
 
     def restore(self, read: Callable[[str], Tensor], steps: int, scaling: Mapping[str, float] | None = None) -> None:
-        """Puts back a state: `read(key)` gives a whole tensor, `steps` is how many optimizer steps were made.
+        """Restores the state: `read(key)` gives a whole tensor, `steps` is the number of optimizer steps made.
 
-        `scaling` is what `loss_scaling` gave; without it the loss is scaled as at the beginning.
+        `scaling` is the result of `loss_scaling`; without it the loss scale starts anew.
         """
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
@@ -204,11 +203,11 @@ class DeepSpeedEngine:
         return inner
 
     def _steps_made(self) -> int:
-        """As the optimizer counts them."""
+        """Number of steps in the optimizer's own count."""
         return max((int(state["step"]) for state in self._inner_optimizer().state.values() if "step" in state), default=0)
 
     def _begin_optimizer_state(self, steps: int) -> None:
-        """An optimizer makes its state in its first step; a restored run needs it before."""
+        """Creates the optimizer's state: zeros, and a count of `steps`. Optimizers do so in their first step, which is too late."""
         inner = self._inner_optimizer()
         for master in self._masters():
             inner.state[master] = {"step": torch.tensor(float(steps), device=master.device)} | {
@@ -219,7 +218,7 @@ class DeepSpeedEngine:
     def _link_optimizer_state(self) -> None:
         """Tells ZeRO where each parameter's part of the optimizer's state lies.
 
-        DeepSpeed does so itself after the first group of parameters was stepped, when the state of the others is not there yet.
+        DeepSpeed does this itself after it has stepped the first parameter group, when the state of the others does not exist yet.
         """
         zero: Any = self._engine.optimizer
         if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):
@@ -227,7 +226,7 @@ class DeepSpeedEngine:
             zero._lazy_init_hp_params_optimizer_state()
 
     def _masters(self) -> list[Tensor]:
-        """The flat float32 tensors that the optimizer steps; each ZeRO stage keeps them under another name."""
+        """The float32 tensors that the optimizer updates (flat under ZeRO); each ZeRO stage has another name for them."""
         for name in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition"):
             if hasattr(self._engine.optimizer, name):
                 return list(getattr(self._engine.optimizer, name))
@@ -235,7 +234,7 @@ class DeepSpeedEngine:
 
 
 class _Module(nn.Module):
-    """What DeepSpeed wraps: the loss of a micro-batch, or for two tensors, prompt and beginning of a reply, the model's logits."""
+    """The module that DeepSpeed wraps: returns a micro-batch's loss or, called with (prompt, reply so far), the model's logits."""
 
     def __init__(self, loss: TargetLoss) -> None:
         super().__init__()
@@ -249,22 +248,22 @@ class _Module(nn.Module):
 
 
 def checkpointing(model: nn.Module) -> None:
-    """Keeps only the input of each of `model`'s layers from now on."""
+    """Turns on activation checkpointing: `model` keeps only the input of each layer for the backward pass."""
     plain: Any = model
     plain.gradient_checkpointing_enable({"use_reentrant": False})
 
 
 def _deepspeed(device: torch.device) -> Any:
-    """DeepSpeed, quiet and set for `device`."""
+    """Imports DeepSpeed for `device`, with its warnings and logs turned down."""
     os.environ["DS_ACCELERATOR"] = device.type
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import deepspeed
         from deepspeed.ops import __compatible_ops__
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    # On a CPU DeepSpeed would compile a shared-memory reduction (half a minute, with g++) that only inference calls.
+    # On a CPU DeepSpeed would compile a shared-memory reduction that only inference uses: half a minute of g++.
     __compatible_ops__["deepspeed_shm_comm"] = False
-    # To know whether it knows an optimizer DeepSpeed looks at Muon too, for which it brings PyTorch's compiler: 1.5 s for nothing.
+    # To check an optimizer's type DeepSpeed imports Muon, and with it PyTorch's compiler: 1.5 s for nothing.
     with patch.object(torch, "compile", lambda function, **_: function), contextlib.suppress(ImportError):
         importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
     return deepspeed

@@ -1,7 +1,4 @@
-"""The recipe's training section as DeepSpeed's configuration: a pure function, a plain dict.
-
-Knows nothing of models beyond the number format and size of what is trained.
-"""
+"""DeepSpeed's configuration, a plain dict made from the recipe's training section by pure functions."""
 
 from __future__ import annotations
 
@@ -14,10 +11,10 @@ from apprentice.errors import RecipeError
 from apprentice.recipe import DeepSpeed, Training
 from apprentice.train.batch import micro_batch_rows
 
-# Tokens of a micro-batch that `auto` stays within. More brings no speed on a CPU, only memory.
+# Most tokens in a micro-batch for `micro_batch: auto`. On a CPU more costs memory and brings no speed.
 CPU_MICRO_TOKENS = 2048
 GPU_MICRO_TOKENS = 8192
-# Keys of DeepSpeed's that would undo what the recipe says elsewhere, and where it does.
+# Keys of DeepSpeed that a recipe must not set in `extra`, and the key that decides them.
 _OURS = {
     "optimizer": "training.optimizer",
     "scheduler": "training.optimizer.schedule",
@@ -26,6 +23,7 @@ _OURS = {
     "steps_per_print": "apprentice, which shows every step",
     "activation_checkpointing": "training.activation_checkpointing",
 }
+# Keys that `extra` may only repeat with the same value, and the key that decides them.
 _DECIDED_BY = {
     "train_batch_size": "training.global_batch",
     "train_micro_batch_size_per_gpu": "training.micro_batch",
@@ -37,18 +35,21 @@ _DECIDED_BY = {
     "zero_optimization.offload_optimizer.device": "training.deepspeed.offload",
     "zero_optimization.offload_param.device": "training.deepspeed.offload_parameters",
 }
-_LARGEST_BUCKET = 50_000_000  # numbers reduced in one go; DeepSpeed keeps a buffer of this size
+_LARGEST_BUCKET = 50_000_000  # elements reduced at once; DeepSpeed keeps a buffer of this size
 
 
 def rows_per_worker(training: Training, workers: int) -> int:
-    """Packed rows of one step that each of `workers` gets. Raises `RecipeError` if they do not divide the step."""
+    """Packed rows of one optimizer step for each worker. Raises `RecipeError` if `workers` does not divide `global_batch`."""
     if training.global_batch % workers:
         raise RecipeError(f"global_batch {training.global_batch} cannot be divided among {workers} workers; choose a multiple.")
     return training.global_batch // workers
 
 
 def micro_batch(training: Training, *, workers: int, length: int, on_gpu: bool) -> int:
-    """Packed rows of `length` tokens that one forward pass takes."""
+    """Number of packed rows (of `length` tokens) in a micro-batch.
+
+    Raises `RecipeError` if the recipe's number does not divide a worker's rows.
+    """
     rows = rows_per_worker(training, workers)
     if training.micro_batch == "auto":
         return micro_batch_rows(rows, length, GPU_MICRO_TOKENS if on_gpu else CPU_MICRO_TOKENS)
@@ -58,17 +59,17 @@ def micro_batch(training: Training, *, workers: int, length: int, on_gpu: bool) 
 
 
 def engine_stage(training: Training, *, narrow: bool) -> int:
-    """The ZeRO stage that runs: with `narrow` weights at least 1.
+    """The ZeRO stage that is used: the recipe's, but at least 1 with `narrow` (16-bit) weights.
 
-    DeepSpeed adds up bfloat16 gradients in float32 only if it partitions: stage 1 gives stage 0's numbers, in less memory.
+    DeepSpeed accumulates bfloat16 gradients in float32 only if it partitions. Stage 1 computes the same as stage 0, in less memory.
     """
     return max(training.deepspeed.stage, 1) if narrow else training.deepspeed.stage
 
 
 def deepspeed_config(training: Training, *, workers: int, micro: int, dtype: torch.dtype, trainable: int) -> dict[str, Any]:
-    """DeepSpeed's configuration for `workers` that each pass `micro` rows at once and train `trainable` numbers together.
+    """DeepSpeed's configuration for `workers` workers, micro-batches of `micro` rows, and `trainable` trained parameters.
 
-    Raises `RecipeError` for a key of `deepspeed.extra` that says something else than the rest of the recipe.
+    `dtype` is the number format of the weights. Raises `RecipeError` for a key of `deepspeed.extra` that contradicts the recipe.
     """
     stage = engine_stage(training, narrow=dtype != torch.float32)
     config = {
@@ -81,7 +82,7 @@ def deepspeed_config(training: Training, *, workers: int, micro: int, dtype: tor
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
         "zero_optimization": _zero(training.deepspeed, stage, min(max(trainable, 1), _LARGEST_BUCKET)),
-        "zero_allow_untested_optimizer": True,  # PyTorch's AdamW, fused, is as fast as theirs and needs no compiler
+        "zero_allow_untested_optimizer": True,  # PyTorch's fused AdamW is as fast as DeepSpeed's and needs no compiler
         "zero_force_ds_cpu_optimizer": False,
     }
     return _with_extra(config, training.deepspeed.extra, "")
@@ -99,7 +100,7 @@ def _zero(deepspeed: DeepSpeed, stage: int, bucket: int) -> dict[str, Any]:
 
 
 def _with_extra(config: dict[str, Any], extra: Mapping[str, Any], path: str) -> dict[str, Any]:
-    """`config` with the keys of `extra`, which may add and repeat but not contradict."""
+    """Merges `extra` into `config`: it may add keys and repeat values. Raises `RecipeError` where it contradicts."""
     merged = dict(config)
     for key, value in extra.items():
         name = f"{path}{key}"

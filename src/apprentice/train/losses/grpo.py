@@ -1,8 +1,7 @@
-"""The loss of an on-policy round: what made a reply better than the others to its prompt becomes more likely.
+"""GRPO loss (Shao et al. 2024, DeepSeekMath, section 4.1): replies better than the others to their prompt become more likely.
 
-GRPO (Shao et al. 2024, DeepSeekMath, section 4.1): each reply's advantage is its reward among the replies to the same prompt, the
-change of the policy within a round is clipped, and the policy is held to a reference. Knows nothing of who wrote or scored the
-replies, nor of accumulation or workers.
+A reply's advantage is its reward, standardised among the replies to the same prompt. The probability ratio to the policy that wrote
+the reply is clipped, and a KL penalty holds the policy to a reference model.
 """
 
 from __future__ import annotations
@@ -13,13 +12,13 @@ from torch import Tensor, nn
 from apprentice.recipe import GRPO
 from apprentice.train.losses.sft import TargetLoss
 
-SMALLEST = 1e-4  # deviation of a group's rewards
+SMALLEST = 1e-4  # added to the standard deviation of a group's rewards
 
 
 class PolicyLoss(TargetLoss):
-    """The sum over the replies of a micro-batch of each one's mean over its tokens, in float32.
+    """GRPO loss, float32: the mean over each reply's tokens, summed over the replies of a micro-batch.
 
-    Of a token with probability π now, π₀ when it was written, ρ under the reference, in a reply with advantage A:
+    The loss of a token with probability π now, π₀ when it was written, ρ under the reference, in a reply with advantage A, is
     −min(r·A, clip(r, 1−ε, 1+ε)·A) + β · (ρ/π − log(ρ/π) − 1), where r = π/π₀.
     """
 
@@ -38,11 +37,11 @@ class PolicyLoss(TargetLoss):
         rewards: Tensor,
         is_target: Tensor,
     ) -> Tensor:
-        """All of shape (rows, length) but `advantages` and `rewards`, (replies,); `replies` numbers each token's reply.
+        """All arguments have shape (rows, length), except `advantages` and `rewards`, which are (replies,) float32.
 
-        `written` and `reference` are log-probabilities of each token, of the policy that wrote it and of the reference. Leaves in
-        `figures` the sums over the replies of reward, tokens, divergence from the reference and the share of tokens that
-        were clipped; the last two are means over a reply's tokens.
+        `replies` numbers each token's reply, int64. `written` and `reference` are each token's log-probabilities under the policy
+        that wrote it and under the reference, float32. Sets `figures` to sums over the replies: `reward`, `reply_tokens` (number
+        of tokens), `kl` (divergence from the reference, mean over a reply's tokens) and `clipped` (share of its tokens).
         """
         own = -self._losses_at(input_ids, positions, is_target, "none")
         owners, before, held = (table[:, 1:][is_target[:, 1:]] for table in (replies, written, reference))
@@ -61,20 +60,20 @@ class PolicyLoss(TargetLoss):
 
 
 class ReplyLogProbs(TargetLoss):
-    """What a model gives to each token of packed replies, given all before it in its own example."""
+    """Log-probability of each token of packed replies, given the tokens before it in its own example."""
 
     def forward(self, input_ids: Tensor, positions: Tensor | None, is_target: Tensor) -> Tensor:
-        """All of shape (rows, length), `is_target` boolean; so is the result, float32, with 0 where no token is a target."""
+        """Arguments and result have shape (rows, length); `is_target` is boolean. The result is float32, 0 where it is false."""
         found = torch.zeros(is_target.shape, dtype=torch.float32, device=is_target.device)
         found[:, 1:][is_target[:, 1:]] = -self._losses_at(input_ids, positions, is_target, "none")
         return found
 
 
 def advantages(rewards: Tensor) -> Tensor:
-    """Of each reply among those to its prompt, from rewards of shape (prompts, group): how many standard deviations above the mean.
+    """Advantages from rewards, both (prompts, group): standard deviations above the mean of the replies to the same prompt.
 
-    Zeros where all replies to a prompt are worth the same: there is nothing to learn from them. The deviation is the sample's, with
-    `SMALLEST` added to it, as TRL has it; the paper does not say.
+    Zeros where all replies to a prompt have the same reward. The standard deviation is the sample's (n − 1), with `SMALLEST` added,
+    as in TRL; the paper does not say.
     """
     if not len(rewards):
         return rewards

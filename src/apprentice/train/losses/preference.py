@@ -1,8 +1,7 @@
-"""The losses of preferences: how far the model sets the better answer of a pair above the worse one.
+"""Preference losses: DPO (Rafailov et al. 2023), and the Bradley-Terry loss of reward models (Bradley and Terry 1952).
 
-DPO (Rafailov et al. 2023) compares the model with a frozen reference, whose log-probabilities come with the rows; a reward model
-gives each answer a number of its own (Bradley and Terry 1952). Both answers of a pair lie in one micro-batch. Knows nothing of
-where the reference's numbers come from, nor of accumulation or workers.
+DPO compares the model with a frozen reference, whose log-probabilities come with the rows; a reward model gives each answer a
+number of its own. Both answers of a pair lie in the same row, the better one before the worse one.
 """
 
 from __future__ import annotations
@@ -17,9 +16,10 @@ from apprentice.train.losses.sft import TargetLoss
 
 
 class PreferenceLoss(TargetLoss):
-    """The sum of DPO's loss over the pairs of a micro-batch, in float32.
+    """DPO loss, float32, summed over the pairs of a micro-batch.
 
-    Of a pair with the answers y⁺ and y⁻, policy π and reference ρ: −log σ(β · ((log π(y⁺) − log ρ(y⁺)) − (log π(y⁻) − log ρ(y⁻)))).
+    For answers y⁺ and y⁻, policy π and reference ρ: −log σ(m), m = β · ((log π(y⁺) − log ρ(y⁺)) − (log π(y⁻) − log ρ(y⁻))); with
+    label smoothing ε, −(1 − ε) · log σ(m) − ε · log σ(−m).
     """
 
     def __init__(self, model: nn.Module, dpo: DPO, compute: torch.dtype | None = None) -> None:
@@ -29,10 +29,11 @@ class PreferenceLoss(TargetLoss):
     def forward(  # type: ignore[override]  # other arguments: an engine calls the loss with what its micro-batches hold
         self, input_ids: Tensor, positions: Tensor, answers: Tensor, reference: Tensor, is_target: Tensor
     ) -> Tensor:
-        """All of shape (rows, length) but `reference`, (answers,); `answers` numbers each token's answer, better before worse.
+        """All arguments have shape (rows, length), except `reference`: (answers,) float32, the reference's log-probabilities.
 
-        Leaves in `figures` the sums over the pairs of how often the better answer has the higher reward, of both rewards
-        (β · (log π − log ρ)) and of what lies between them.
+        `answers` numbers each token's answer, int64: 2p for the better and 2p + 1 for the worse answer of pair p. Sets `figures` to
+        sums over the pairs: `accuracy` (1 if the better answer has the higher reward), `chosen_reward`, `rejected_reward` (each
+        β · (log π − log ρ)) and `margin`, their difference.
         """
         own = self.log_probabilities(input_ids, positions, answers, reference, is_target)
         rewards = self._dpo.beta * (own - reference).view(-1, 2)  # (pairs, 2)
@@ -45,22 +46,22 @@ class PreferenceLoss(TargetLoss):
     def log_probabilities(
         self, input_ids: Tensor, positions: Tensor, answers: Tensor, reference: Tensor, is_target: Tensor
     ) -> Tensor:
-        """The model's own log-probability of every answer, summed over its tokens and its end; shape (answers,)."""
+        """The model's log-probability of every answer, summed over its target tokens; shape (answers,)."""
         losses = self._losses_at(input_ids, positions, is_target, "none")
         owners = answers[:, 1:][is_target[:, 1:]]
         return torch.zeros_like(reference).index_add(0, owners, -losses)
 
 
 class RewardLoss(TargetLoss):
-    """The sum over the pairs of a micro-batch of −log σ(r(y⁺) − r(y⁻)), in float32: r is what a reward model gives an answer."""
+    """Bradley-Terry loss −log σ(r(y⁺) − r(y⁻)), float32, summed over the pairs of a micro-batch; r is the reward of an answer."""
 
-    def forward(  # type: ignore[override]  # as above; what a reference says is not looked at
+    def forward(  # type: ignore[override]  # as above; the values of `reference` are not used
         self, input_ids: Tensor, positions: Tensor, answers: Tensor, reference: Tensor, is_target: Tensor
     ) -> Tensor:
-        """Arguments and `figures` as those of `PreferenceLoss`."""
+        """Arguments and `figures` are those of `PreferenceLoss`; rewards are read at the last target token of each answer."""
         places = torch.arange(answers.numel(), device=answers.device).view_as(answers)
         last = torch.zeros_like(reference, dtype=torch.long)
-        last = last.scatter_reduce(0, answers[is_target], places[is_target], "amax")  # of each answer, its end
+        last = last.scatter_reduce(0, answers[is_target], places[is_target], "amax")  # flat place of an answer's last target
         if self._flat:
             input_ids, positions = input_ids.reshape(1, -1), positions.reshape(1, -1)
         with self._casting():
@@ -71,7 +72,7 @@ class RewardLoss(TargetLoss):
 
 
 def _shown(rewards: Tensor) -> dict[str, Tensor]:
-    """Sums over pairs, from rewards of shape (pairs, 2)."""
+    """The figures of both losses: sums over pairs, from rewards of shape (pairs, 2), the better answer first."""
     better, worse = rewards.detach().double().unbind(dim=1)
     named = {"accuracy": better > worse, "margin": better - worse, "chosen_reward": better, "rejected_reward": worse}
     return {name: values.double().sum() for name, values in named.items()}

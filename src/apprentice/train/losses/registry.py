@@ -1,6 +1,6 @@
-"""The loss of each objective for each kind of model.
+"""Registry of losses: the loss module for each objective and kind of model.
 
-What an objective needs of the data stands in `apprentice.recipe.OBJECTIVES`. Knows nothing of engines or of where rows come from.
+`apprentice.recipe.OBJECTIVES` says what each objective needs of the data.
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ from apprentice.train.losses.sft import PairLoss, TargetLoss
 
 
 def loss_of(model: nn.Module, training: Training, compute: torch.dtype | None = None) -> TargetLoss:
-    """The loss of `training`'s objective for `model`; `compute` is the format to multiply in, where not that of the weights."""
+    """Loss module of `training`'s objective around `model`.
+
+    `compute` is the number format to multiply in (autocast) if it is not that of the weights.
+    """
     if training.objective == "dpo":
         return PreferenceLoss(model, training.dpo, compute)
     if training.objective == "reward":

@@ -1,9 +1,10 @@
-"""The loss of instruction tuning: the sum of the target tokens' negative log-likelihoods, each predicted from its own example.
+"""Supervised fine-tuning loss: the sum of the target tokens' negative log-likelihoods. The caller divides the sum.
 
-Examples packed into a row are kept apart: for causal models by positions that restart, from which transformers builds the
-attention mask; for encoder-decoders by masks made here of the segments. The output layer sees only the places whose next token
-is a target, which for most instructions is a small part of a row, and of many targets only some at once: the same sum, without
-the largest tensor of the pass. Knows nothing of accumulation or workers: who divides the sum, says by what.
+Examples packed into a row do not see each other: in causal models because positions restart, from which transformers builds the
+attention mask; in encoder-decoders because of masks that are made here from the segment ids.
+
+The output layer runs only at places whose next token is a target, usually a small part of a row, and on at most `CHUNK_NUMBERS`
+logits at once. The sum is the same, without the (rows, length, vocabulary) tensor.
 """
 
 from __future__ import annotations
@@ -20,30 +21,31 @@ from torch.utils.checkpoint import checkpoint
 from apprentice.errors import RecipeError
 
 Reduction = Literal["sum", "none"]
-CHUNK_NUMBERS = 2**26  # logits at once: 256 MiB in float32
+CHUNK_NUMBERS = 2**26  # logits computed at once: 256 MiB in float32
 
 
 class TargetLoss(nn.Module):
-    """The sum of `model`'s negative log-likelihoods (nats) over the target tokens of a micro-batch, in float32.
+    """Negative log-likelihood (nats, float32) of a causal model, summed over the target tokens of a micro-batch.
 
-    `compute` is the number format to multiply in where it is not that of the weights.
+    `compute` is the number format to multiply in (autocast) if it is not that of the weights. `figures` holds other sums over the
+    last micro-batch, by name; it is empty for this loss, and subclasses fill it.
     """
 
     def __init__(self, model: nn.Module, compute: torch.dtype | None = None) -> None:
         super().__init__()
         self.model = model
         self._compute = compute
-        self._in_chunks = True  # until a model turns out to do more to its logits than `_finished` knows
+        self._in_chunks = True  # false once a model does more to its logits than `_finished` knows
         configs = getattr(model, "peft_config", {}).values()
-        self.figures: dict[str, Tensor] = {}  # of the last micro-batch: what else is worth seeing, summed as the loss is
+        self.figures: dict[str, Tensor] = {}  # set by subclasses
         self._alone = any(config.is_prompt_learning for config in configs)
         self._flat = str(getattr(getattr(model, "config", None), "_attn_implementation", "")).startswith("flash")
 
     def forward(self, input_ids: Tensor, positions: Tensor | None, is_target: Tensor) -> Tensor:
-        """All arguments have shape (rows, length); `is_target` is boolean and says which tokens are predicted and count.
+        """Loss of a micro-batch; all arguments have shape (rows, length).
 
-        In float32 it says what each counts, and is 0 where a token is not predicted. Without `positions` every row holds one
-        example. Raises `RecipeError` for several with prefix or prompt tuning.
+        `is_target` is boolean, true for target tokens, or float32: the weight of each target token, 0 for others. Without
+        `positions` every row holds one example. Raises `RecipeError` if `positions` are given with prefix or prompt tuning.
         """
         if is_target.dtype == torch.bool:
             return self._losses_at(input_ids, positions, is_target, "sum")
@@ -59,7 +61,7 @@ class TargetLoss(nn.Module):
         wanted = torch.zeros_like(is_target)
         wanted[:, :-1] = is_target[:, 1:]  # the place before a target token predicts it
         labels = input_ids[:, 1:][is_target[:, 1:]]
-        if self._flat and positions is not None:  # flash attention finds restarting positions in a single row only
+        if self._flat and positions is not None:  # flash attention recognises restarting positions only in a batch of one row
             input_ids, positions, wanted = (tensor.reshape(1, -1) for tensor in (input_ids, positions, wanted))
         given: dict[str, Any] = {"input_ids": input_ids} | ({} if positions is None else {"position_ids": positions})
         return self._losses(lambda: self._called(**given), wanted, labels, reduction)
@@ -70,7 +72,7 @@ class TargetLoss(nn.Module):
         return -self._losses_at(torch.cat([prompt, reply], dim=1), None, wanted, "none")
 
     def logits_after(self, prompt: Tensor, reply: Tensor) -> Tensor:
-        """The model's logits (1, tokens, vocabulary) on `prompt` and the beginning of a `reply`, both (1, tokens)."""
+        """Logits (1, tokens, vocabulary) for `prompt` and the `reply` so far, both (1, tokens); the last are the next token's."""
         model: Any = self.model
         if not getattr(model.config, "is_encoder_decoder", False):
             return self._called(input_ids=torch.cat([prompt, reply], dim=1))
@@ -88,10 +90,15 @@ class TargetLoss(nn.Module):
         return torch.autocast(next(self.model.parameters()).device.type, dtype=self._compute)
 
     def _losses(self, call: Callable[[], Tensor], wanted: Tensor, labels: Tensor, reduction: Reduction = "sum") -> Tensor:
-        """The loss of `call`'s logits at the `wanted` places (rows, length): the sum, or with `none` that of each place in order.
+        """Cross-entropy of `labels` (targets,) with the logits of `call()` at the `wanted` places, a (rows, length) mask.
 
-        A hook cuts the hidden states just before the output layer, so that what a model does to its logits afterwards (scaling,
-        soft caps) still happens. A model whose output layer is no module of its own gives all logits; they are cut afterwards.
+        The sum, or with reduction `none` one loss for each place, in order. A hook selects the hidden states just before the output
+        layer, so that what a model does to its logits afterwards (scaling, soft caps) still happens. Where the output layer is no
+        module of its own, all logits are computed and selected afterwards.
+
+        With many targets `call()` computes the logits of the first one only. If the output layer and `_finished` give the same, the
+        rest is computed from the hidden states in chunks; if not, the model does something unknown to its logits, and `call()` is
+        made again for all targets, in this pass and from then on.
         """
         model: Any = self.model
         head = model.get_output_embeddings()
@@ -108,7 +115,7 @@ class TargetLoss(nn.Module):
 
         hook = head.register_forward_pre_hook(cut)
         try:
-            logits = call()  # (targets, vocabulary), or of the first target alone
+            logits = call()  # (targets, vocabulary), or (1, vocabulary) with chunks
         finally:
             hook.remove()
         if not in_chunks:
@@ -120,7 +127,7 @@ class TargetLoss(nn.Module):
         return self._chunks(head, held[0], labels, size, reduction)
 
     def _chunks(self, head: nn.Module, hidden: Tensor, labels: Tensor, size: int, reduction: Reduction) -> Tensor:
-        """The loss of `size` targets at a time, whose logits are computed again for their gradients."""
+        """Cross-entropy in chunks of `size` targets; each chunk's logits are computed again in the backward pass, not kept."""
 
         def part(states: Tensor, wanted: Tensor) -> Tensor:
             return F.cross_entropy(self._finished(head(states)).float(), wanted, reduction=reduction)
@@ -131,14 +138,14 @@ class TargetLoss(nn.Module):
         return torch.stack(found).sum() if reduction == "sum" else torch.cat(found)
 
     def _finished(self, logits: Tensor) -> Tensor:
-        """What models do to their logits after the output layer, as far as it is known here."""
+        """The model's processing of logits after the output layer, as far as it is known here: soft capping."""
         model: Any = self.model
         cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
         return torch.tanh(logits / cap) * cap if cap else logits
 
 
 class PairLoss(TargetLoss):
-    """The same of an encoder-decoder, whose prompts and answers lie on two sides of a row."""
+    """`TargetLoss` for an encoder-decoder: prompts in the encoder's rows, answers in the decoder's."""
 
     def forward(  # type: ignore[override]  # other arguments: an engine calls the loss with what its micro-batches hold
         self,
@@ -149,7 +156,10 @@ class PairLoss(TargetLoss):
         target_segments: Tensor,
         is_target: Tensor,
     ) -> Tensor:
-        """The first two have shape (rows, length), the others (rows, target length); segment 0 is padding."""
+        """Loss of a micro-batch: the first two arguments have shape (rows, length), the others (rows, target length).
+
+        Segment 0 is padding. `target_ids` are the labels, not shifted; `is_target` is as for `TargetLoss`.
+        """
         given = (input_ids, segments, target_ids, target_positions, target_segments)
         if is_target.dtype == torch.bool:
             return self._losses_of_pairs(*given, is_target, "sum")
@@ -175,7 +185,7 @@ class PairLoss(TargetLoss):
         shifted = target_ids.roll(1, dims=1)
         decoder_ids = torch.where(target_positions == 0, model.config.decoder_start_token_id, shifted)
         labels = target_ids[is_target]
-        if int(segments.max()) <= 1:  # one example a row
+        if int(segments.max()) <= 1:  # at most one example in each row
             given = {"input_ids": input_ids, "attention_mask": (segments > 0).long(), "decoder_input_ids": decoder_ids}
             return self._losses(lambda: self._called(**given), is_target, labels, reduction)
         if self._alone:
@@ -200,10 +210,13 @@ class PairLoss(TargetLoss):
 
 
 def _weights(counts: Tensor) -> Tensor:
-    """Those of the targets alone, in order; shape (targets,)."""
+    """The weights that are not 0, in order; shape (targets,)."""
     return counts[counts > 0]
 
 
 def _additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
-    """(rows, 1, queries, keys): 0 where `seen`, else the least number; a boolean mask is wrong with eager attention."""
+    """Additive attention mask (rows, 1, queries, keys): 0 where `seen`, else the lowest number of `dtype`.
+
+    Not a boolean mask, because transformers' eager attention handles it wrongly.
+    """
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min)[:, None]

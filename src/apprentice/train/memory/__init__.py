@@ -1,1 +1,1 @@
-"""Memory of a training worker: estimated before, measured while it runs."""
+"""Memory of a training worker: estimated beforehand, measured while it runs."""

@@ -1,7 +1,7 @@
-"""What a forward pass keeps for its backward pass, in bytes, before any memory is taken.
+"""Activation memory: bytes that a forward pass keeps for its backward pass, computed without allocating them.
 
-The model is built and run on PyTorch's meta device, where tensors have shapes and nothing in them, and what autograd would save is
-added up: right for every architecture and tuning method, with no formula to keep true. Knows nothing of workers or optimizers.
+The model is built and run on PyTorch's meta device, where tensors have shapes and no data, and the tensors that autograd would save
+are added up. This needs no formula, and so holds for every architecture and tuning method.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ from apprentice.pretrained.hub import local_folder
 from apprentice.recipe import Recipe
 from apprentice.train.losses.sft import CHUNK_NUMBERS
 
-LOGIT_BYTES = 16  # of one logit at the peak: itself, its logarithm in float32, and the gradients of the two
+LOGIT_BYTES = 16  # for each logit at the peak: itself, its log-softmax in float32, and the gradients of the two
 _log = logging.getLogger(__name__)
-WORKING_TENSORS = 4  # as large as the widest of a layer, that a backward pass has beside what was kept
+WORKING_TENSORS = 4  # temporary tensors of a backward pass, each as large as the largest saved one
 
 
 def activations(recipe: Recipe, dtype: torch.dtype, rows: int, length: int, targets: int | None = None) -> float | None:
-    """Bytes at the peak for `rows` packed rows of `length` tokens at once, `targets` of them predicted (None: as many as could be).
+    """Peak bytes for a micro-batch of `rows` packed rows of `length` tokens, `targets` of them target tokens (None: all).
 
-    With activation checkpointing only the inputs of layers are kept, and what is inside of one layer at a time. None for an
-    architecture that cannot be run without numbers.
+    With activation checkpointing these are the inputs of all layers and the inside of one. None for an architecture that cannot run
+    on the meta device.
     """
     try:
         kept, largest, config = _kept(recipe, dtype, rows, length)
     except (NotImplementedError, RuntimeError, ValueError):
         return None
-    except (TypeError, AttributeError):  # a fault of ours or of the model's code, which is not worth a run
+    except (TypeError, AttributeError):  # a defect here or in the model's code, which must not end a run
         _log.warning("what a forward pass of %s keeps is not known", recipe.model.base, exc_info=True)
         return None
     text = config.get_text_config()
@@ -51,7 +51,7 @@ def activations(recipe: Recipe, dtype: torch.dtype, rows: int, length: int, targ
 
 
 def _kept(recipe: Recipe, dtype: torch.dtype, rows: int, length: int) -> tuple[float, float, Any]:
-    """Bytes kept by the model without its logits, those of the largest tensor among them, and the model's configuration."""
+    """Bytes of all saved tensors except logits, bytes of the largest of them, and the model's configuration."""
     folder = local_folder(recipe.model.base)
     seq2seq = family_of(folder) == "seq2seq"
     loader: Any = AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM
@@ -62,7 +62,7 @@ def _kept(recipe: Recipe, dtype: torch.dtype, rows: int, length: int) -> tuple[f
         model = loader.from_config(config, dtype=dtype)
         wrapped: Any = TUNING_METHODS[recipe.tuning.method].wrap(model, recipe.tuning, recipe.seed).train()
         if recipe.training.optimizer.name != "adafactor":
-            wrapped.to(dtype)  # as DeepSpeed does; Adafactor keeps what is trained wide
+            wrapped.to(dtype)  # as DeepSpeed does; with Adafactor trained weights stay float32
         ids = torch.empty((rows, length), dtype=torch.long)
         seen = torch.empty((rows, 1, length, length), dtype=torch.bool)
         given: dict[str, Any] = {"input_ids": ids, "use_cache": False}
@@ -72,7 +72,7 @@ def _kept(recipe: Recipe, dtype: torch.dtype, rows: int, length: int) -> tuple[f
         elif not virtual:  # behind virtual tokens a row is one example, given without positions
             given |= {"position_ids": ids, "attention_mask": torch.empty(seen.shape, dtype=dtype) if eager else seen}
         wrapped.get_output_embeddings().register_forward_pre_hook(lambda _, arguments: (arguments[0][:, :1], *arguments[1:]))
-        # Without a mask transformers would read the positions, in which there is nothing.
+        # Without a mask transformers would read the values of the positions, and there are none.
         unread = patch.object(masking_utils, "find_packed_sequence_indices", lambda positions: None)
         with unread, patch.object(F, "scaled_dot_product_attention", _attention):
             sizes = _saved(wrapped, lambda: wrapped(**given).logits)
@@ -80,7 +80,7 @@ def _kept(recipe: Recipe, dtype: torch.dtype, rows: int, length: int) -> tuple[f
 
 
 def _saved(model: nn.Module, run: Callable[[], Tensor]) -> list[int]:
-    """Bytes of each tensor that `run()` keeps for its backward pass and that is none of the model's own."""
+    """Bytes of each tensor that `run()` saves for its backward pass, without the model's parameters. Shared storage counts once."""
     own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
     held: dict[int, torch.UntypedStorage] = {}
 
@@ -97,7 +97,7 @@ def _saved(model: nn.Module, run: Callable[[], Tensor]) -> list[int]:
 
 
 class _Fused(torch.autograd.Function):
-    """Keeps what fused attention keeps: queries, keys, values, the outcome, a number for each query, and the mask as numbers."""
+    """Saves what fused attention saves: queries, keys, values, output, a float32 for each query, and the mask in the same dtype."""
 
     @staticmethod
     def forward(context: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
@@ -112,7 +112,7 @@ class _Fused(torch.autograd.Function):
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *_: Any, **__: Any) -> Tensor:
-    """In the place of PyTorch's, which on the meta device keeps what no device does."""
+    """Stands in for PyTorch's attention, which on the meta device saves tensors that no real device does."""
     fused: Any = _Fused
     out: Tensor = fused.apply(query, key, value, attn_mask)
     return out

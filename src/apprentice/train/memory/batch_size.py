@@ -1,7 +1,7 @@
-"""`micro_batch: auto` on a GPU: the most packed rows at once that a pass has room for, found by trying.
+"""Micro-batch size for `micro_batch: auto` on a GPU: the most packed rows for which there is memory, found by trial passes.
 
-A pass is tried before DeepSpeed takes its share, which is held aside meanwhile, so that no worker waits for another that ran out.
-More rows at once change sums only in their last digits. Knows nothing of DeepSpeed or of how a step is made.
+Passes are tried before DeepSpeed starts, with the memory that it will need reserved, so that no worker waits in a collective for
+one that ran out. Another micro-batch size changes sums only in their last digits.
 """
 
 from __future__ import annotations
@@ -15,9 +15,12 @@ from apprentice.train.memory.measure import ran_out
 
 
 def largest_that_fits(rows: int, fits: Callable[[int], bool]) -> int:
-    """The largest divisor of `rows` for which `fits` is true, if it is for all smaller ones; 1 if it is for none."""
+    """The largest divisor of `rows` for which `fits` is true, by bisection; 1 (not tried) if it is true for no larger one.
+
+    `fits` must be true for all divisors below one for which it is true.
+    """
     sizes = [size for size in range(1, rows + 1) if rows % size == 0]
-    low, high = 0, len(sizes)  # sizes[:low + 1] fit, sizes[high:] do not
+    low, high = 0, len(sizes)  # sizes[:low + 1] fit (1 is taken for granted), sizes[high:] do not
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(sizes[middle]) else (low, middle)
@@ -25,9 +28,9 @@ def largest_that_fits(rows: int, fits: Callable[[int], bool]) -> int:
 
 
 def has_room(loss: TargetLoss, rows: int, length: int, reserved: float, device: torch.device) -> bool:
-    """Whether forward and backward pass of `rows` full rows of `length` tokens run beside `reserved` bytes. Gradients are dropped.
+    """Whether a forward and backward pass of `rows` rows of `length` tokens fits beside `reserved` bytes. Drops the gradients.
 
-    Each row has two examples, and every token is a target: no real row takes more.
+    Each row is full, has two examples, and all its tokens are targets: no real row takes more.
     """
     try:
         aside = torch.empty(int(reserved), dtype=torch.uint8, device=device)

@@ -1,6 +1,6 @@
-"""What a worker holds in memory, as far as it can be known beforehand: weights, gradients and the optimizer's state.
+"""Memory estimate of a worker: bytes of weights, gradients and optimizer state, by arithmetic alone.
 
-Arithmetic alone, so that whoever only asks whether a recipe fits loads no model code. Knows nothing of Ray or DeepSpeed.
+It imports no model code, so that a check whether a recipe fits stays fast.
 """
 
 from __future__ import annotations
@@ -12,21 +12,21 @@ import torch
 from apprentice.recipe import Recipe
 from apprentice.train.engine.deepspeed_config import engine_stage
 
-# Of a worker's process on a CPU before it has a model, measured: Python, PyTorch, Ray, DeepSpeed and transformers.
+# Measured size of a worker's process on a CPU before it loads a model: Python, PyTorch, Ray, DeepSpeed and transformers.
 PROCESS_BYTES = 449 * 2**20
 
-# DeepSpeed's own settings of ZeRO 3, in numbers: as many are whole at a time, and so many more are fetched ahead.
+# DeepSpeed's defaults for ZeRO-3, in parameters: as many are gathered at a time, and so many more are fetched ahead.
 LIVE, FETCHED = 1e9, 5e7
 
 
 @dataclass(frozen=True)
 class Held:
-    """Bytes that one worker holds: on a GPU of the GPU's memory."""
+    """Bytes of memory that one worker needs: of its GPU if it has one, else of the host."""
 
     weights: float
     gradients: float
     optimizer: float
-    activations: float | None = 0.0  # None where nobody knows
+    activations: float | None = 0.0  # None where not known
     process: float = 0.0
     checkpoint: float = 0.0
 
@@ -36,22 +36,25 @@ class Held:
 
 
 def held(recipe: Recipe, parameters: int, trained: int, dtype: torch.dtype, workers: int) -> Held:
-    """Beside activations: a model of `parameters` numbers in `dtype`, of which `trained` are trained, shared as the stage says."""
+    """Memory of one of `workers` without activations, with weights, gradients and optimizer sharded as the ZeRO stage says.
+
+    The model has `parameters` parameters in `dtype`, of which `trained` are trained.
+    """
     training = recipe.training
     offload = training.deepspeed.offload
-    away = offload == "nvme" or (offload == "cpu" and training.resources.gpus > 0)  # out of the memory that is meant
-    narrow = dtype != torch.float32 and training.optimizer.name != "adafactor"  # Adafactor keeps the weights themselves wide
+    away = offload == "nvme" or (offload == "cpu" and training.resources.gpus > 0)  # in another memory than the one counted here
+    narrow = dtype != torch.float32 and training.optimizer.name != "adafactor"  # Adafactor's weights stay float32
     stage = engine_stage(training, narrow=narrow)
     weights = parameters * (2 if narrow else 4) / (workers if stage == 3 else 1)
     gradients = trained * 4 / (workers if stage >= 2 else 1)
-    # Adam's two moments (Adafactor keeps rows and columns, next to nothing), and float32 weights beside narrow ones
+    # Adam's two moments (Adafactor's are rows and columns, next to nothing), and float32 weights beside 16-bit ones.
     optimizer: float = trained * ((0 if training.optimizer.name == "adafactor" else 8) + (4 if narrow else 0))
     optimizer /= workers if stage >= 1 else 1
     return Held(weights, gradients, 0.0 if away else optimizer)
 
 
 def gathered(recipe: Recipe, parameters: int, dtype: torch.dtype) -> float:
-    """Bytes of the weights that ZeRO 3 has whole at its peak, beside each worker's share; none at other stages."""
+    """Bytes of gathered weights at the peak of ZeRO-3, beside each worker's shard; 0 at other stages."""
     training = recipe.training
     narrow = dtype != torch.float32 and training.optimizer.name != "adafactor"
     if engine_stage(training, narrow=narrow) < 3:

@@ -1,6 +1,6 @@
-"""What memory there is, and what to change of a recipe when it was not enough.
+"""Memory as measured: free and peak memory, and the changes of a recipe to suggest when a worker ran out.
 
-What is held is in held.py, and activations.py counts those. Knows nothing of Ray or DeepSpeed.
+estimate.py estimates weights, gradients and optimizer; activations.py estimates activations.
 """
 
 from __future__ import annotations
@@ -24,49 +24,49 @@ from apprentice.train.memory.activations import activations
 from apprentice.train.memory.estimate import PROCESS_BYTES, Held, gathered, held
 
 GIB = 2**30
-CLEARLY_LESS = 0.9  # of what was too much, so that a change which is named really helps
+CLEARLY_LESS = 0.9  # of the size that was too much, so that a suggested change really helps
 
 
 def free_memory() -> float:
-    """Bytes that processes can still get here: what the kernel says is available, or what the container's limit leaves."""
+    """Bytes of host memory still available: the kernel's MemAvailable, or less where a container's limit leaves less."""
     lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     free = float(lines["MemAvailable"].split()[0]) * 1024
     group = Path("/sys/fs/cgroup")
     try:
         limit, used = (float((group / name).read_text()) for name in ("memory.max", "memory.current"))
         cached = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())["inactive_file"]
-    except (OSError, ValueError, KeyError):  # no such limit: "max"
+    except (OSError, ValueError, KeyError):  # no limit ("max"), or no cgroup v2
         return free
     return min(free, limit - used + float(cached))
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes that this process has held at most so far: of the GPU's tensors on one, resident ones elsewhere."""
+    """Peak bytes of this process so far: of tensors on the GPU, or resident memory on a CPU."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def expected(recipe: Recipe, parameters: int, trained: int, dtype: torch.dtype, *, workers: int, micro: int, length: int) -> Held:
-    """What the first of `workers` holds at its peak, with `micro` rows of `length` tokens at once; arguments as for `held`."""
+    """Peak memory of the first of `workers`, with micro-batches of `micro` rows of `length` tokens. Other arguments: see `held`."""
     kept = activations(recipe, dtype, micro, length)
     found = held(recipe, parameters, trained, dtype, workers)
     found = replace(found, weights=found.weights + gathered(recipe, parameters, dtype), activations=kept)
     if recipe.training.resources.gpus:
-        return found  # the process and the checkpoint are none of the GPU's memory
-    state = 12.0 * trained  # as it is in a checkpoint
+        return found  # process and checkpoint take no GPU memory
+    state = 12.0 * trained  # bytes in a checkpoint: float32 weight and two moments
     return replace(found, process=PROCESS_BYTES, checkpoint=state / workers + min(state, SHARD_BYTES))
 
 
 def expected_of(recipe: Recipe, length: int, found: Mapping[str, int]) -> Held:
-    """The same for the workers that ran: `found` has their number, the rows at once (micro) and the numbers trained."""
+    """`expected` for workers that ran: `found` has the keys workers, micro (rows) and trained (parameters)."""
     dtype = resolve_dtype(recipe.model.dtype, "cuda" if recipe.training.resources.gpus else "cpu")
     numbers = count_parameters(local_folder(recipe.model.base))
     return expected(recipe, numbers, found["trained"], dtype, workers=found["workers"], micro=found["micro"], length=length)
 
 
 class Change(NamedTuple):
-    """A smaller recipe: as `key: value` with what it costs, and what it would be."""
+    """A change of a recipe that takes less memory: its text (`key: value` and the cost), and the recipe and sizes with it."""
 
     text: str
     recipe: Recipe
@@ -75,7 +75,7 @@ class Change(NamedTuple):
 
 
 def smaller(recipe: Recipe, micro: int, length: int, workers: int) -> list[Change]:
-    """Changes of the recipe that take less memory, the smallest first."""
+    """Changes of the recipe that take less memory, the least intrusive first."""
     training, deepspeed = recipe.training, recipe.training.deepspeed
     rows = training.global_batch // workers
     fewer = max((size for size in range(1, micro) if rows % size == 0), default=0)
@@ -123,19 +123,19 @@ def smaller(recipe: Recipe, micro: int, length: int, workers: int) -> list[Chang
 
 
 def that_fit(changes: Sequence[Change], total: Callable[[Change], float], limit: float) -> list[Change]:
-    """The two smallest of `changes` whose `total` bytes are within `limit`; where fewer are, those that come nearest."""
+    """The first two of `changes` whose `total` bytes are within `limit`; where fewer are, those that come nearest besides."""
     sizes = [total(change) for change in changes]
     order = sorted(range(len(changes)), key=lambda place: (sizes[place] > limit, sizes[place] if sizes[place] > limit else place))
     return [changes[place] for place in order[:2]]
 
 
 def ran_out(error: BaseException) -> bool:
-    """True for what PyTorch raises when an allocation fails, on a GPU or not."""
+    """Whether `error` is PyTorch's for a failed allocation, on a GPU or a CPU."""
     return isinstance(error, torch.OutOfMemoryError) or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
 
 
 def in_use(device: torch.device) -> str:
-    """What this process has used so far, in brackets behind a sentence."""
+    """Memory in use, as text in brackets for the end of a sentence."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return f" ({(total - free) / GIB:.1f} of {total / GIB:.1f} GiB of the GPU were in use)"
@@ -143,7 +143,7 @@ def in_use(device: torch.device) -> str:
 
 
 def out_of_memory(state: Held, micro: int, length: int, used: str, changes: Sequence[Change]) -> TrainingError:
-    """The sentence for a worker that ran out of memory with `micro` rows of `length` tokens at once; `used` says of what."""
+    """The error of a worker that ran out of memory with `micro` rows of `length` tokens; `used` is the text of `in_use`."""
     rows = f"{micro} row{'s' if micro != 1 else ''} of {length} tokens"
     kept = "an unknown rest" if state.activations is None else f"{state.activations / GIB:.2f}"
     return TrainingError(
@@ -155,7 +155,10 @@ def out_of_memory(state: Held, micro: int, length: int, used: str, changes: Sequ
 
 @dataclass
 class Watch:
-    """What one worker's sentence needs to know; `trained` numbers are all of them in full tuning, until the engine knows it."""
+    """Explains running out of memory on one worker.
+
+    `parameters` is the model's size. `trained` is set once the engine knows it; before, it is all of them in full tuning, else 0.
+    """
 
     recipe: Recipe
     parameters: int
@@ -171,7 +174,7 @@ class Watch:
 
     @contextmanager
     def explained(self) -> Iterator[None]:
-        """Raises `TrainingError` instead of PyTorch's own error where memory runs out inside."""
+        """Raises `TrainingError` with changes that help, instead of PyTorch's error, if memory runs out inside."""
         try:
             yield
         except RuntimeError as error:
@@ -188,6 +191,6 @@ class Watch:
         return replace(held(change.recipe, self.parameters, trained, self.dtype, self.workers), activations=kept)
 
     def _limit(self, state: Held) -> float:
-        """Bytes that there are, as far as is known: less than what was too much."""
+        """Bytes that a suggested change may take: 90% of the GPU, or of the estimate that was too much if that is less."""
         there = torch.cuda.mem_get_info(self.device)[1] if self.device.type == "cuda" else math.inf
         return CLEARLY_LESS * min(state.total, there)

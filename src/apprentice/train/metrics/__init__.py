@@ -1,1 +1,1 @@
-"""What is measured of a run and where it is written: tracker, TensorBoard, other services."""
+"""Metrics of a run and where they are written: tracker, TensorBoard, MLflow, Weights & Biases, Ray's metrics."""

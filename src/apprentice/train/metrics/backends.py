@@ -1,6 +1,6 @@
-"""Where a run's figures go besides its own folder: MLflow and Weights & Biases, each behind an extra, and Ray's metrics.
+"""Metrics backends: Ray's Prometheus gauges, and MLflow and Weights & Biases where the recipe names them (each a pip extra).
 
-Each has a thread of its own (feed.py), so that training waits for none. Knows nothing of steps or models.
+Each runs in a thread of its own (writer.py), so that training waits for none.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ PROJECT = "apprentice"
 
 
 class RayMetrics:
-    """Gauges `ray_apprentice_train_loss`, …, tagged with the run, where Prometheus finds Ray's own."""
+    """Ray gauges `ray_apprentice_train_loss` and so on, tagged with the run's name, beside Ray's own in Prometheus."""
 
     def __init__(self, run: Run) -> None:
         self._tags = {"run": run.name}
@@ -37,11 +37,14 @@ class RayMetrics:
             self._gauges[name].set(value, tags=self._tags)
 
     def close(self) -> None:
-        """Ray forgets gauges with the process."""
+        """Does nothing: Ray drops the gauges when the process ends."""
 
 
 class MLflow:
-    """A run of the experiment `apprentice` (or MLFLOW_EXPERIMENT_NAME) at MLFLOW_TRACKING_URI, taken up again with ours."""
+    """An MLflow run in the experiment `apprentice` (or MLFLOW_EXPERIMENT_NAME) at MLFLOW_TRACKING_URI.
+
+    A resumed run continues its MLflow run.
+    """
 
     def __init__(self, run: Run, recipe: Recipe) -> None:
         from mlflow import MlflowClient
@@ -60,7 +63,7 @@ class MLflow:
         params = [
             Param(name, str(value)[:500]) for name, value in flat(recipe.model_dump(mode="json", exclude_defaults=True)).items()
         ]
-        for first in range(0, len(params), 100):  # as many as one call takes
+        for first in range(0, len(params), 100):  # the most that one call takes
             self._client.log_batch(self._id, params=params[first : first + 100])
 
     def add(self, values: Mapping[str, float], step: int) -> None:
@@ -72,7 +75,7 @@ class MLflow:
 
 
 class WeightsAndBiases:
-    """A run of the project `apprentice` (or WANDB_PROJECT), taken up again with ours."""
+    """A W&B run in the project `apprentice` (or WANDB_PROJECT). A resumed run continues its W&B run."""
 
     def __init__(self, run: Run, recipe: Recipe) -> None:
         import wandb
@@ -87,7 +90,7 @@ class WeightsAndBiases:
         )
 
     def add(self, values: Mapping[str, float], step: int) -> None:
-        self._run.log({**values, "step": step})  # its own step would have to grow, and a restarted run goes back
+        self._run.log({**values, "step": step})  # as a value: W&B's own step may only grow, and a restarted run goes back
 
     def close(self) -> None:
         self._run.finish()
@@ -103,7 +106,7 @@ def check_services(recipe: Recipe) -> None:
 
 
 def open_services(recipe: Recipe, run: Run) -> list[Feed]:
-    """Ray's metrics and those that the recipe names. Raises `RecipeError` for one whose package is not installed."""
+    """Starts the feed of Ray's metrics, and of each service that the recipe names. Raises as `check_services` does."""
     check_services(recipe)
     known: dict[str, Callable[[], Service]] = {
         "mlflow": lambda: MLflow(run, recipe),
@@ -113,10 +116,10 @@ def open_services(recipe: Recipe, run: Run) -> list[Feed]:
 
 
 def gauge_name(name: str) -> str:
-    """`train/loss` as Prometheus takes it."""
+    """A Prometheus name: `train/loss` gives `apprentice_train_loss`."""
     return re.sub(r"\W", "_", f"apprentice_{name}")
 
 
 def key_of(run: Run) -> str:
-    """Stays the same however often the run is taken up."""
+    """Id of a run for the services, 16 hex digits made from its folder, so that a resumed run keeps it."""
     return hashlib.sha256(str(run.folder).encode()).hexdigest()[:16]

@@ -1,12 +1,13 @@
-"""Model FLOPs utilisation: how much of a device's peak the model's own arithmetic is (Chowdhery et al. 2022, appendix B).
+"""Model FLOPs utilisation (MFU): the model's FLOPs as a share of the device's peak (Chowdhery et al. 2022, appendix B).
 
-Attention's products are left out, since packed examples are short and what they cost depends on how they lie in a row: the figure
-never flatters. Knows nothing of engines.
+The products inside attention are left out: packed examples are short, and their cost depends on how they lie in a row. So the
+figure is a lower bound.
 """
 
 from __future__ import annotations
 
-# Dense FLOP/s in bfloat16 (float16 where there is none), from the makers' data sheets; the first name found in the device's counts.
+# Dense FLOP/s in bfloat16 (float16 where there is none), from the makers' data sheets. A device is known by the first key that its
+# name contains.
 PEAKS = {
     "H200": 989e12,
     "H100 PCIe": 756e12,
@@ -23,13 +24,13 @@ PEAKS = {
 
 
 def peak(device: str) -> float | None:
-    """FLOP/s of the device with that name; None where it is not known."""
+    """Peak FLOP/s of the device with this name; None where it is not known."""
     return next((value for name, value in PEAKS.items() if name in device), None)
 
 
 def per_token(numbers: int, trained: int) -> float:
-    """FLOPs of a training step for each token of a model of `numbers` weights of which `trained` are trained.
+    """Training FLOPs for one token, in a model of `numbers` weights of which `trained` are trained.
 
-    Two for each weight forward, two for the gradient of what it is multiplied with, and two for its own if it is trained.
+    For each weight: two in the forward pass, two for the gradient of the activation, and two for its own gradient if it is trained.
     """
     return 4.0 * numbers + 2.0 * trained

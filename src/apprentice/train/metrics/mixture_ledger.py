@@ -1,7 +1,4 @@
-"""The ledger: what share of training each task was meant to have, and what it got, in examples and in target tokens.
-
-Pure counting. Knows nothing of how the plan is drawn.
-"""
+"""Mixture ledger: each task's requested share of training against its realised share, in examples and in target tokens."""
 
 from __future__ import annotations
 
@@ -9,15 +6,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # batch.py brings torch, which who only counts need not wait for
+if TYPE_CHECKING:  # batch.py imports torch, which takes seconds and is not needed to count
     from apprentice.train.batch import RowFacts
 
-MANY_PASSES = 4  # from which on repeated data is worth clearly less than fresh data (Muennighoff et al. 2023)
+MANY_PASSES = 4  # from this pass on, repeated rows are worth clearly less than fresh ones (Muennighoff et al. 2023)
 
 
 @dataclass
 class Ledger:
-    """Counts so far: per number of a task, and examples dropped or truncated per task's name and reason."""
+    """Counts so far: examples and target tokens by task number; examples dropped or truncated by task name and reason."""
 
     examples: dict[int, int] = field(default_factory=dict)
     targets: dict[int, int] = field(default_factory=dict)
@@ -45,7 +42,7 @@ class Ledger:
         )
 
     def drift(self, requested: Mapping[int, float]) -> float:
-        """How far the tasks' shares of the examples are from what was asked: the largest difference; task's number → share."""
+        """Largest difference between a task's share of the examples and its requested one; `requested` is task number → share."""
         examples = max(sum(self.examples.values()), 1)
         return max((abs(self.examples.get(task, 0) / examples - share) for task, share in requested.items()), default=0.0)
 
@@ -57,10 +54,13 @@ class Ledger:
         mean_targets: Mapping[str, float],
         left_out: Mapping[str, Mapping[str, int]],
     ) -> dict[str, Any]:
-        """`ledger.json`: for every trained-on task (those with a requested share) what was asked and what came.
+        """Content of `ledger.json`: requested against realised shares of every trained task, and warnings.
 
-        `tasks` are the names in order of their numbers, `rows` the training rows of each, `mean_targets` the frozen mean length of
-        its answers, and `left_out` what its index does not have, by reason.
+        tasks         names, in order of the task numbers; those without a requested share are left out
+        requested     name → share of the examples
+        rows          name → number of training rows
+        mean_targets  name → mean target tokens of an example, as frozen in the index
+        left_out      name → reason → rows that are not in the index
         """
         weights = {name: float(requested[name]) * mean_targets.get(name, 0.0) for name in tasks if name in requested}
         whole = sum(weights.values()) or 1.0

@@ -1,7 +1,7 @@
-"""Replies to a few fixed instructions while a run trains, so that a person sees what it learns.
+"""Sample replies to a few fixed instructions while a run trains, so that a person sees what the model learns.
 
-Greedy and without a cache: the training engine makes one forward pass for each token, equally many on all workers whatever is said,
-because ZeRO-3 gathers weights in every pass. Knows nothing of engines.
+Greedy decoding without a KV cache: the training engine makes one forward pass for each of `MOST_TOKENS` tokens. A reply that ends
+early takes as many, because ZeRO-3 gathers weights in each pass and all workers must make equally many.
 """
 
 from __future__ import annotations
@@ -10,18 +10,21 @@ from collections.abc import Callable, Sequence
 
 from apprentice.data.encoding.prompt_format import Layout
 
-MOST_TOKENS = 32  # of a reply
+MOST_TOKENS = 32  # in a reply
 
 
 class Samples:
-    """`instructions`, asked as `layout` phrases them."""
+    """Sample replies to `instructions`, each put into the prompt format `layout`."""
 
     def __init__(self, layout: Layout, instructions: Sequence[str]) -> None:
         self._layout = layout
         self._asked = [(text, layout.encode_prompt(layout.prompt(text))) for text in instructions]
 
     def taken(self, likeliest: Callable[[Sequence[int], Sequence[int]], int]) -> list[dict[str, str]]:
-        """Each `instruction` with its `reply`; `likeliest(prompt, reply)` gives the next token. All workers must call it."""
+        """A dict with `instruction` and `reply` for each; `likeliest(prompt, reply)` gives the next token id.
+
+        All workers must call it.
+        """
         return [{"instruction": text, "reply": self._reply(prompt, likeliest)} for text, prompt in self._asked]
 
     def _reply(self, prompt: Sequence[int], likeliest: Callable[[Sequence[int], Sequence[int]], int]) -> str:

@@ -1,7 +1,6 @@
-"""TensorBoard's events, written by whoever adds them: a full disk is an `OSError` there.
+"""TensorBoard event files, written in the caller's thread, so that a full disk raises `OSError` there.
 
-tensorboardX's own `SummaryWriter` writes in a thread, which such an error ends; who adds more events then waits for ever.
-Knows nothing of what is drawn.
+tensorboardX's own `SummaryWriter` writes in a thread. A full disk ends that thread, and adding more events then blocks for ever.
 """
 
 from __future__ import annotations
@@ -11,11 +10,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-FLUSH_S = 10.0
+FLUSH_S = 10.0  # between two flushes to disk
 
 
 class Events:
-    """One new file of events in `folder`."""
+    """A new event file in `folder`."""
 
     def __init__(self, folder: Path) -> None:
         from tensorboardX.event_file_writer import EventsWriter
@@ -46,6 +45,6 @@ class Events:
         self._writer.close()
 
     def give_up(self) -> None:
-        """Closes the file, also where there is no room for what is still to be written."""
+        """Closes the file without raising, even if there is no room for what is still buffered."""
         with suppress(OSError):
             self._writer._py_recordio_writer.close()

@@ -1,9 +1,10 @@
-"""What a running training tells its driver, and where the driver writes it.
+"""Tracker and mailbox: bring the records of a running training to the driver, which writes them.
 
     worker of rank 0 ──▶ Mailbox (a Ray actor) ──▶ Tracker in the driver ──▶ steps.jsonl, TensorBoard events, status.json, progress
 
-The mailbox also carries the one decision from which checkpoint an attempt goes on, the wish for one, the first error that the user
-can mend, and which workers are silent. Knows nothing of models or of how a step is made.
+The mailbox also holds the state that driver and workers share: the checkpoint from which the current attempt started, whether a
+checkpoint is requested, the first error that the user can mend, and which workers are silent. An attempt is one worker group, from
+start to end or failure.
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ from apprentice.run.json_lines import cut_torn_tail, read_records
 from apprentice.train.metrics.tensorboard import Events
 from apprentice.train.metrics.writer import Feed
 
-if TYPE_CHECKING:  # it brings torch, two seconds that the mailbox need not wait for
+if TYPE_CHECKING:  # imports torch, which takes two seconds and the mailbox does not need
     from apprentice.train.checkpoint.format import Checkpoint
     from apprentice.train.distributed.heartbeat import Who
 
-STATUS_EVERY_S = 2.0
+STATUS_EVERY_S = 2.0  # between two writes of status.json
 _log = logging.getLogger(__name__)
 SCALARS = {
     "loss": "train/loss",
@@ -52,7 +53,7 @@ SCALARS = {
 
 
 class Outcome(NamedTuple):
-    """How many worker groups there were, the error that ended the run, and who had not answered."""
+    """Number of worker groups started, the error that ended the run, and a sentence for each worker that was silent."""
 
     attempts: int
     error: ApprenticeError | None
@@ -60,31 +61,31 @@ class Outcome(NamedTuple):
 
 
 class Mailbox:
-    """One per `train()` call, as a Ray actor; it outlives the workers."""
+    """State shared by driver and workers; a Ray actor, one for each `train()` call, that outlives the worker groups."""
 
     def __init__(self, workers: int = 1) -> None:
         self._workers = workers
         self._wishes = 0
         self._wanted = False
-        self._seen: dict[int, tuple[Who, float]] = {}  # of this attempt's workers, by rank: when each was last heard
-        self._hung: list[Who] = []  # of this attempt's workers
+        self._seen: dict[int, tuple[Who, float]] = {}  # this attempt's workers by rank: when each was last heard
+        self._hung: list[Who] = []  # this attempt's silent workers
         self._silent: list[str] = []
-        self._at = (0, 0)  # step, steps
+        self._at = (0, 0)  # step of the newest record, and expected steps
         self._stream_cpus = 0.0
         self._attempt = 0
         self._from: Checkpoint | None = None
         self._error: ApprenticeError | None = None
         self._records: list[dict[str, Any]] = []
-        self._forgotten = 0  # records that were taken
+        self._forgotten = 0  # records that the driver has received
 
     def resize(self, workers: int) -> None:
-        """The next worker group has `workers`."""
+        """Sets the number of workers of the next worker group."""
         if workers != self._workers:
             self.note(f"training goes on with {workers} worker{'s' if workers != 1 else ''} instead of {self._workers}")
         self._workers = workers
 
     def begin(self, checkpoint: Checkpoint | None) -> int:
-        """A worker group is about to start from `checkpoint`; gives the number of its workers."""
+        """Begins an attempt: a worker group is about to start from `checkpoint`. Returns its number of workers."""
         self._attempt += 1
         self._from = checkpoint
         self._wishes = 0
@@ -92,38 +93,38 @@ class Mailbox:
         return self._workers
 
     def stream(self, cpus: float) -> None:
-        """The stream of this attempt holds so many CPUs."""
+        """Sets the number of CPUs that the data actors of this attempt hold."""
         self._stream_cpus = cpus
 
     def stream_cpus(self) -> float:
         return self._stream_cpus
 
     def part(self) -> None:
-        """The workers are no more."""
+        """Forgets the workers of an attempt that has ended."""
         self._seen = {}
         self._hung = []
         self._wanted = False
 
     def start(self) -> tuple[int, Checkpoint | None, bool]:
-        """What a worker asks first: number of the attempt (from 1), where it goes on, and whether all is over already."""
+        """First call of a worker: the attempt's number (from 1), the checkpoint to restore, and whether the run has failed."""
         return self._attempt, self._from, self._error is not None
 
     def fail(self, error: ApprenticeError) -> None:
-        """An error that no further attempt would mend."""
+        """Records an error that no further attempt would mend; the first one counts."""
         self._error = self._error or error
 
     def put(self, record: dict[str, Any]) -> None:
         self._at = (record["step"], record["steps"])
-        if "saved_s" in record:  # a checkpoint is whole
+        if "saved_s" in record:  # a checkpoint has been written
             self._wanted = False
         self._records.append(record)
 
     def validated(self, step: int, figures: Mapping[str, Any]) -> None:
-        """What came of the checkpoint of `step`, while the run went on."""
+        """Adds a record with the validation figures of the checkpoint of `step`, computed outside the workers."""
         self._records.append({"attempt": max(self._attempt, 1), "step": step, "steps": self._at[1] or step, **figures})
 
     def note(self, message: str) -> None:
-        """A sentence for the person, at the step where the run is."""
+        """Adds a message for the user, at the current step."""
         step, steps = self._at
         self._records.append({"attempt": self._attempt, "step": step, "steps": steps, "message": message})
 
@@ -133,21 +134,24 @@ class Mailbox:
         self._wanted = True
 
     def wanted(self) -> bool:
-        """Whether the checkpoint that was asked for is not there yet."""
+        """Whether a checkpoint was requested and none has been written since."""
         return self._wanted
 
     def beat(self, attempt: int, who: Who) -> int:
-        """A worker's sign of life; gives how often a checkpoint was asked for."""
-        if attempt == self._attempt and who not in self._hung:  # who is ended is not heard any more
+        """Takes a worker's heartbeat. Returns how many checkpoints were requested in this attempt."""
+        if attempt == self._attempt and who not in self._hung:  # a worker that is being ended no longer counts
             self._seen[who.rank] = (who, time.monotonic())
         return self._wishes
 
     def leave(self, rank: int) -> None:
-        """A worker ends of itself."""
+        """Takes note that a worker ends normally."""
         self._seen.pop(rank, None)
 
     def silent(self, limit_s: float) -> list[Who]:
-        """Who was not heard for `limit_s` seconds, noted once; the same again in this attempt, as answers may be lost."""
+        """Workers of this attempt without a heartbeat for `limit_s` seconds.
+
+        Each is noted once, but returned by all later calls of the attempt, since an answer may be lost on the network.
+        """
         now = time.monotonic()
         for who in [who for who, at in self._seen.values() if now - at > limit_s]:
             del self._seen[who.rank]
@@ -157,7 +161,7 @@ class Mailbox:
         return self._hung
 
     def take(self, seen: int = 0) -> list[dict[str, Any]]:
-        """The records that come after the first `seen` of all; those are forgotten. The same again where the answer was lost."""
+        """All records after the first `seen`, which are dropped. A call with the same `seen`, after a lost answer, repeats them."""
         del self._records[: seen - self._forgotten]
         self._forgotten = seen
         return self._records
@@ -167,7 +171,7 @@ class Mailbox:
 
 
 class Smoothed:
-    """A mean in which each step counts 0.9 of the one after it, from the first step of this process on."""
+    """Exponential moving average with factor 0.9 and bias correction. Values that are not finite are left out."""
 
     def __init__(self) -> None:
         self._sum = self._weight = 0.0
@@ -179,7 +183,11 @@ class Smoothed:
 
 
 class Tracker:
-    """Writes records in the driver; also adds up the speed of steady steps (the first of an attempt warms up)."""
+    """Writes the records in the driver, and sums tokens and seconds of all steps but the first of each attempt (warm-up).
+
+    `progress` gets every record that is news to a person; `services` get the figures of `SCALARS`; `may_write` says whether this
+    process still holds the run and may write into its folder.
+    """
 
     def __init__(
         self,
@@ -191,31 +199,31 @@ class Tracker:
         self._run = run
         self._progress: Callable[[dict[str, Any]], None] | None = progress
         self._services = services
-        self._may_write = may_write  # to the run's folder: not once somebody else has taken it over
+        self._may_write = may_write
         self._smoothed = Smoothed()
         self._file = run.folder / "steps.jsonl"
         self._scratch = None if run.folder.is_local else tempfile.TemporaryDirectory()
         earlier = read_records(self._file)
-        self._lines = [json.dumps(record) for record in earlier] if self._scratch is not None else []  # not written yet
+        self._lines = [json.dumps(record) for record in earlier] if self._scratch is not None else []  # not yet written
         self._earlier_attempts = earlier[-1]["attempt"] if earlier else 0
         if self._scratch is None and (torn := cut_torn_tail(self._file)):
             self._show({"message": f"{self._file} ended in {torn} bytes of a line that was never finished; they are cut off"})
         folder = run.events.local if self._scratch is None else Path(self._scratch.name)
         self._events: Events | None = Events(folder)
         self._events_folder = folder
-        self._told = False  # that the disk is full
+        self._told = False  # whether the user knows of a write error
         self._status_at = 0.0
         self._warm: set[int] = set()
         self.tokens = 0
         self.seconds = 0.0
         self.waited = 0.0
-        self.memory: dict[str, int] | None = None  # what a worker held at most, and with what
+        self.memory: dict[str, int] | None = None  # the record of peak memory: peak (bytes), micro, trained, workers
 
     def write(self, record: dict[str, Any]) -> None:
-        """Takes a step (with `loss`) or a validation (with `validation_loss`) and shows it to `progress`.
+        """Writes one record: a step (with `loss`), a validation (with `validation_loss`) or a message; and shows it.
 
-        Attempts are counted on over all calls that went on with the run. A full disk is told once and stops nothing: lines wait for
-        room, the status and the events of meanwhile are lost.
+        `attempt` is counted on from earlier calls of `train()` on this run. A full disk is reported once and stops nothing: lines
+        of steps.jsonl wait for room; status and TensorBoard events of that time are lost.
         """
         record = record | {"attempt": record["attempt"] + self._earlier_attempts}
         if "loss" in record:
@@ -233,11 +241,11 @@ class Tracker:
             except (OSError, StorageError) as error:
                 self._tell_once(error)
         self._pass_on({name: record[key] for key, name in SCALARS.items() if record.get(key) is not None}, record["step"])
-        if "saved_s" not in record and "memory" not in record:  # no news to a person
+        if "saved_s" not in record and "memory" not in record:  # no news for a person
             self._show({key: value for key, value in record.items() if key != "examples"})
 
     def _show(self, values: dict[str, Any]) -> None:
-        """Lets `progress` have `values`; one that raises is heard once and then left alone, since the run is not about it."""
+        """Calls `progress`. If it raises, that is logged and it is not called again; training goes on."""
         if self._progress is None:
             return
         try:
@@ -247,7 +255,7 @@ class Tracker:
             _log.exception("nothing more is shown of the run, which goes on")
 
     def _write_lines(self) -> None:
-        """Appends the lines that wait, all or none."""
+        """Appends all waiting lines to steps.jsonl, or none if one cannot be written."""
         if self._scratch is not None:
             return
         file = self._file.local
@@ -272,11 +280,11 @@ class Tracker:
                 self._events.add_text(f"samples/{sample['instruction']}", sample["reply"], record["step"])
         except OSError:
             self._events.give_up()
-            self._events = None  # half an event may be in the file: nothing that comes after it would be read
+            self._events = None  # half an event may be in the file, and nothing after it would be read
             raise
 
     def _pass_on(self, values: Mapping[str, float], step: int) -> None:
-        """To the services; what there is to say of one is said."""
+        """Gives `values` to all services, and shows their messages."""
         for service in self._services:
             if values:
                 service.add(values, step)
@@ -308,14 +316,17 @@ class Tracker:
             self._status_at = time.monotonic()
         elif known:
             if record["step"] < self._run.status().get("validated_step", 0):
-                return  # an older checkpoint's, which came late
+                return  # a late result of an older checkpoint
             known["validated_step"] = record["step"]
         else:
             return
         self._run.update_status(state="training", **known)
 
     def close(self) -> None:
-        """Ends the files, if the run is still ours. Raises `OSError` where there is no room for the last lines."""
+        """Closes services and files; writes what is left if this process still holds the run.
+
+        Raises `OSError` where there is no room for the last lines.
+        """
         for service in self._services:
             service.close()
             self._tell_of(service)

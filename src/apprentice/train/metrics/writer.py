@@ -1,6 +1,8 @@
-"""A service that takes a run's figures, in a thread of its own: one that hangs or is slow holds up nobody.
+"""Feeds a metrics backend from a thread of its own, so that one that hangs or is slow never holds up training.
 
-Knows nothing of what the services are.
+    Tracker ── add() ──▶ queue (at most `WAITING` records) ──▶ thread ──▶ Service.add() ──▶ MLflow, W&B, Ray
+
+Records that find the queue full are lost, and that is reported.
 """
 
 from __future__ import annotations
@@ -12,12 +14,12 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Protocol
 
-WAITING = 1000  # records at most that a service has not taken yet
-PATIENCE_S = 30.0  # with it at the end
+WAITING = 1000  # records that may wait for a service
+PATIENCE_S = 30.0  # seconds to wait for a service at the end
 
 
 class Service(Protocol):
-    """Takes figures by name (such as `train/loss`) at a step."""
+    """A metrics backend: takes figures by name (such as `train/loss`) at a step."""
 
     def add(self, values: Mapping[str, float], step: int) -> None: ...
 
@@ -25,7 +27,10 @@ class Service(Protocol):
 
 
 class Feed:
-    """What `opened()` gives is fed and closed where it was opened. `told()` gives what a person should know of it, once."""
+    """Runs a metrics backend in its own thread. `opened()` makes the backend, and is called in that thread.
+
+    An error of the backend ends the feed and becomes a message; it is never raised to the caller.
+    """
 
     def __init__(self, name: str, opened: Callable[[], Service], *, waiting: int = WAITING) -> None:
         self._name = name
@@ -33,12 +38,12 @@ class Feed:
         self._queue: queue.Queue[tuple[Mapping[str, float], int] | None] = queue.Queue(waiting)
         self._news: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._lost = 0
-        self._over = threading.Event()  # nothing more is taken
+        self._over = threading.Event()  # set once records are no longer taken
         self._thread = threading.Thread(target=self._feed, name=f"apprentice-{name}", daemon=True)
         self._thread.start()
 
     def add(self, values: Mapping[str, float], step: int) -> None:
-        """Never waits: where too many records wait already, this one is lost."""
+        """Queues one record. Never blocks: if the queue is full, the record is lost."""
         if self._over.is_set():
             return
         try:
@@ -49,14 +54,14 @@ class Feed:
             self._lost += 1
 
     def told(self) -> list[str]:
-        """The sentences since the last call."""
+        """Messages for the user since the last call."""
         found = []
         while not self._news.empty():
             found.append(self._news.get())
         return found
 
     def close(self, patience_s: float = PATIENCE_S) -> None:
-        """Waits that long for the service to take what is left."""
+        """Waits at most `patience_s` seconds for the service to take what is left."""
         until = time.monotonic() + patience_s
         with suppress(queue.Full):
             self._queue.put(None, timeout=patience_s)
@@ -70,7 +75,7 @@ class Feed:
     def _feed(self) -> None:
         try:
             service = self._opened()
-        except Exception as error:  # theirs are of many kinds, and none is a reason not to train
+        except Exception as error:  # services raise errors of many kinds, and none is a reason not to train
             self._give_up(f"{self._name} does not take the run's figures ({_said(error)}); training goes on.")
             return
         while (record := self._queue.get()) is not None:
@@ -87,10 +92,10 @@ class Feed:
     def _give_up(self, news: str) -> None:
         self._over.set()
         self._news.put(news)
-        while not self._queue.empty():  # `close` may wait for room
+        while not self._queue.empty():  # `close` may be waiting for room in the queue
             self._queue.get()
 
 
 def _said(error: Exception) -> str:
-    """In one line."""
+    """An error's text on one line, at most 200 characters."""
     return " ".join(str(error).split())[:200]

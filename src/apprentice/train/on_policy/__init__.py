@@ -1,1 +1,1 @@
-"""Rounds of replies for on-policy training (GRPO)."""
+"""On-policy training (GRPO): rounds of replies that the model writes and learns from."""

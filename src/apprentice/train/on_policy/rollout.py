@@ -1,8 +1,8 @@
-"""One on-policy round, from its prompts to packed rows: the policy replies, a reward model compares, a reference is asked.
+"""Rollout of one on-policy round: the policy replies to prompts, a reward model scores, and the replies become packed rows.
 
-    prompts of a window ─▶ replies of the policy, drawn by seed ─▶ rewards, advantages ─▶ rows with each token's log-probabilities
+    prompts of a window ─▶ replies sampled from the policy ─▶ rewards, advantages ─▶ rows with each token's log-probabilities
 
-What comes out depends on the seed, the weights and the plan alone. Knows nothing of Ray, of files, or of when a round begins.
+The result depends only on the seed, the weights and the sampling plan.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from apprentice.train.engine.deepspeed import WEIGHT
 from apprentice.train.engine.deepspeed_config import CPU_MICRO_TOKENS, GPU_MICRO_TOKENS
 from apprentice.train.losses.grpo import ReplyLogProbs, advantages
 
-AT_ONCE = 64  # replies that are written together
+AT_ONCE = 64  # slots of the decoder: replies generated at the same time
 
 Read = Callable[[str], Tensor]  # key of a checkpoint → its tensor
 
 
 class Reply(NamedTuple):
-    """What the policy wrote, the end included where it came to one."""
+    """A reply of the policy: token ids, with the stop token where it `ended` with one and was not cut at the longest length."""
 
     prompt: Prompt
     ids: list[int]
@@ -46,7 +46,10 @@ class Reply(NamedTuple):
 
 
 class RoundWriter:
-    """Makes the rows of rounds on one device. Holds the reward model and the reference, nothing that a result depends on."""
+    """Makes the rows of on-policy rounds on one device.
+
+    Between rounds it keeps only the loaded reward model and reference, so a round's rows do not depend on earlier calls.
+    """
 
     def __init__(self, corpus: Corpus, device: torch.device) -> None:
         self._corpus, self._device = corpus, device
@@ -56,11 +59,12 @@ class RoundWriter:
         self._rows_at_once = max(1, budget // corpus.row_length)
 
     def rows(self, window: int, part: int, read: Read | None) -> Rows:
-        """Part `part` of the round over the prompts of `window`, written by the policy that a checkpoint's `read` gives.
+        """Packed rows of part `part` of the round over the prompts of `window`.
 
-        Without one it is the base. The columns are those of `apprentice.data.window` with four more: `written` and `reference`,
-        here `held`, float32 (length,): every reply token's log-probability under the policy and under the reference; `advantages`
-        and `rewards`, float32 (any,): of every reply.
+        `read` gives the policy's tensors from a checkpoint; without it the policy is the base model. The columns are those of
+        `apprentice.data.window` and four more: `written` and `held`, float32 (length,), each reply token's log-probability under
+        the policy and under the reference; `advantages` and `rewards`, float32 (replies,). Each of the round's `passes` goes over
+        all replies in an order of its own.
         """
         shape, recipe = self._corpus.recipe.round, self._corpus.recipe
         prompts = self._renderer.prompts(window)[part :: shape.parts]
@@ -107,7 +111,7 @@ class RoundWriter:
         return model.to(self._device).requires_grad_(False)
 
     def _replies(self, policy: Any, prompts: Sequence[Prompt]) -> list[Reply]:
-        """As many to each prompt as the recipe asks for, those to one prompt after each other."""
+        """`training.grpo.group` sampled replies to each prompt, in the prompts' order; each reply has its own random seed."""
         grpo, seed = self._corpus.recipe.training.grpo, self._corpus.recipe.seed
         stops = frozenset(self._corpus.layout.stop_ids)
         asked = [(prompt, number) for prompt in prompts for number in range(grpo.group)]
@@ -126,7 +130,7 @@ class RoundWriter:
         return [Reply(prompt, written[place], ended[place]) for place, (prompt, _) in enumerate(asked)]
 
     def _rewards(self, replies: Sequence[Reply]) -> Tensor:
-        """What the reward model gives to every reply, each with the end of an answer."""
+        """Reward of every reply, float32 (replies,). A reply that was cut is scored with an answer's end, like all others."""
         end = list(self._corpus.layout.end_ids)
         texts = [(reply.ids[:-1] if reply.ended else reply.ids) + end for reply in replies]
         found = choice_rewards(self._judge, [reply.prompt.ids for reply in replies], [[ids] for ids in texts])
@@ -150,7 +154,7 @@ class RoundWriter:
         return columns
 
     def _log_probabilities(self, model: Any, columns: Rows) -> NDArray[np.float32]:
-        """Of every reply token, (rows, length); 0 elsewhere."""
+        """Log-probability of every reply token under `model`, (rows, length); 0 for all other tokens."""
         rows = PackedRows.of(columns)
         module = ReplyLogProbs(model).eval()
         found = np.zeros(rows.input_ids.shape, np.float32)

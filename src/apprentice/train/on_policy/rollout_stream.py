@@ -1,9 +1,9 @@
-"""The stream of an on-policy run: rounds as Ray Data makes them, each with the weights that the one before it ended with.
+"""Stream of rows of an on-policy run: rounds made by Ray Data actors, each with the weights at the end of the round before.
 
     number of a round ─▶ actors that wait for its checkpoint, then write, score and pack replies ─▶ <run>/rounds/ ─▶ the workers
 
-A round that lies in the run is read and never written again. The training workers know none of this: they take rows, and the
-checkpoint that follows a round's last step lets the next one begin. Knows nothing of losses.
+Rounds are kept in the run's folder: one that is there is read, not made again. Training workers just take rows; the checkpoint
+after a round's last step lets the actors begin the next round.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from apprentice.train.checkpoint import format as checkpoints
 from apprentice.train.checkpoint.format import Checkpoint
 from apprentice.train.on_policy.rollout import RoundWriter
 
-WAIT_S = 0.2  # between two looks for a checkpoint
+WAIT_S = 0.2  # between two checks for a new checkpoint
 
 
 def round_stream(corpus: Corpus, run: Run, start: Start) -> ray.data.Dataset:
-    """The rows of all rounds of the run from `start` on, in order and as `train_stream` gives them. Ray must be up.
+    """The rows of all rounds from `start` on, in order and in blocks as `train_stream` gives them. Ray must be running.
 
-    Nobody may read ahead of the step that it is at: a round's rows wait for the weights that the step before them makes.
+    Readers must not prefetch beyond the current step: a round's rows wait for a checkpoint that only training makes.
     """
     recipe = corpus.recipe
     steps, shape = recipe.training.steps or 0, recipe.round
     items = max(1, -(-steps // shape.steps) - start.window) * shape.parts
-    numbers = ray.data.range(items, concurrency=1, override_num_blocks=items)  # a round leaves its actor when it is made
+    numbers = ray.data.range(items, concurrency=1, override_num_blocks=items)  # a block each: handed on once made
     resources = recipe.training.resources
     rows = numbers.map_batches(
         _RoundActor,
@@ -53,7 +53,7 @@ def round_stream(corpus: Corpus, run: Run, start: Start) -> ray.data.Dataset:
 
 
 class _RoundActor:
-    """One of the processes that write replies."""
+    """An actor that makes one part of a round for each call, or reads it if it was made before."""
 
     def __init__(self, corpus: ray.ObjectRef[Corpus], run: Run, start: Start) -> None:
         self._corpus = ray.get(corpus)
@@ -83,9 +83,9 @@ class _RoundActor:
 
 
 def checkpoint_of(run: Run, step: int) -> Checkpoint:
-    """That after `step`, which the workers are on their way to; if they have gone, Ray ends this process with the stream.
+    """Waits for the checkpoint after `step` and returns it. If the workers are gone, Ray ends this process with the stream.
 
-    Raises `TrainingError` where it will not come any more, since a newer one is there.
+    Raises `TrainingError` if there is a newer checkpoint and not this one: it will never come.
     """
     while True:
         passed = checkpoints.newest_step(run.checkpoints) > step
@@ -102,4 +102,4 @@ def checkpoint_of(run: Run, step: int) -> Checkpoint:
 def _write(file: Folder, rows: pa.Table) -> None:
     stream = io.BytesIO()
     pq.write_table(rows, stream)
-    file.create(stream.getvalue())  # whoever writes a round first has written it
+    file.create(stream.getvalue())  # the first writer of a round wins
