@@ -58,10 +58,9 @@ def run_worker(
     is_empty: Callable[[int], bool] = lambda window: False,
     token: Token | None = None,
 ) -> State:
-    """Trains until `goal` and returns the last state, which is the same on every worker.
+    """Trains until `goal`; returns the last state, the same on all workers. `TrainingError` says what to change if memory runs out.
 
     rows             this worker's packed rows of `length` tokens: each item holds its rows of one optimizer step
-    validation       all validation rows, the same on every worker
     tell             gets every record (a dict); called on the first worker (rank 0) only
     register         called on every worker after each checkpoint: with the checkpoint on the first worker, with None on the others
     shares           task number → share of the examples that the mixture asks for
@@ -70,8 +69,6 @@ def run_worker(
     validated_aside  marks the checkpoints as ones whose validation loss is computed later, by another process
     is_empty         says whether a window of the sampling plan has no rows
     token            the first worker's right to commit checkpoints to the run
-
-    Raises `TrainingError` where memory runs out, saying what to change, and all that `train_loop` and `Saver.save` raise.
     """
     peers = Peers()
     training = recipe.training

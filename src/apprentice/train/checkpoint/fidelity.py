@@ -1,7 +1,4 @@
-"""How far an exported model is from the trained one, on rows of the run: the log-probabilities of target tokens, or rewards.
-
-Knows nothing of files or of how a model is exported.
-"""
+"""Fidelity of an exported model: its distance from the trained one on rows of the run, in log-probabilities or rewards."""
 
 from __future__ import annotations
 
@@ -16,14 +13,14 @@ from apprentice.errors import TrainingError
 from apprentice.models.reward import choice_rewards, is_reward
 from apprentice.train.losses.sft import PairLoss, TargetLoss
 
-CLOSE = 5e-3  # nats, of any token: how far merging an adapter in float32 may move a log-probability
-CLOSE_NARROW = 0.25  # nats, in the mean: how far a narrower number format may
+CLOSE = 5e-3  # nats, largest of all tokens: how far merging an adapter in float32 may move a log-probability
+CLOSE_NARROW = 0.25  # nats, mean of all tokens: how far a 16-bit number format may
 
 
 def said_of(model: Any, examples: Sequence[Tokenized]) -> Tensor:
-    """The log-probability (nats) of every target token of the examples, float32; of a reward model, the reward of every answer.
+    """Log-probability (nats) of every target token of `examples`, float32 (targets,); from a reward model, every answer's reward.
 
-    Both answers of a pair count. Of an example that is a question alone, all tokens behind the first are targets.
+    Both answers of a preference pair are included. In an example without an answer all tokens but the first are targets.
     """
     answers = [answer for example in examples for answer in example.answers]
     if is_reward(model):
@@ -34,7 +31,7 @@ def said_of(model: Any, examples: Sequence[Tokenized]) -> Tensor:
 
 
 def _parts(answer: Tokenized) -> tuple[Tensor, Tensor, Tensor]:
-    """Prompt, reply, and which tokens of the reply are targets; all of shape (1, tokens)."""
+    """Prompt and reply ids, int64, and the reply's target mask, boolean; all of shape (1, tokens)."""
     start = answer.prompt_length if answer.prompt_length < len(answer.ids) else 1
     is_target = torch.ones(1, len(answer.ids), dtype=torch.bool)
     for first, last in answer.untrained:
@@ -44,10 +41,11 @@ def _parts(answer: Tokenized) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def check(expected: Tensor, found: Tensor, dtype: torch.dtype, *, rewards: bool) -> dict[str, Any]:
-    """The facts of a model in `dtype` that says `found` where the trained weights, in float32, say `expected`.
+    """Compares `found`, from the exported model in `dtype`, with `expected`, from the trained weights in float32.
 
-    `of` (what was compared), `dtype`, `count`, and the `mean` and `largest` difference. Raises `TrainingError` where they are too
-    far apart; of rewards, which know no scale, in proportion to those above 1.
+    Returns `of` (what was compared), `dtype`, `count`, and the `mean` and `largest` absolute difference. Raises `TrainingError` if
+    the difference is too large: the largest in float32, the mean otherwise. Rewards have no fixed scale, so those above 1 are
+    compared relatively.
     """
     what = "rewards" if rewards else "log-probabilities"
     difference = (found - expected).abs()

@@ -67,7 +67,7 @@ class TargetLoss(nn.Module):
         return self._losses(lambda: self._called(**given), wanted, labels, reduction)
 
     def target_log_probabilities(self, prompt: Tensor, reply: Tensor, is_target: Tensor) -> Tensor:
-        """Log-probabilities (nats) of the tokens of `reply` after `prompt` that `is_target`; arguments have shape (1, tokens)."""
+        """Log-probabilities (nats, (targets,)) of the target tokens of `reply` after `prompt`; arguments have shape (1, tokens)."""
         wanted = F.pad(is_target, (prompt.shape[1], 0))
         return -self._losses_at(torch.cat([prompt, reply], dim=1), None, wanted, "none")
 
@@ -166,7 +166,7 @@ class PairLoss(TargetLoss):
         return (self._losses_of_pairs(*given, is_target > 0, "none") * _weights(is_target)).sum()
 
     def target_log_probabilities(self, prompt: Tensor, reply: Tensor, is_target: Tensor) -> Tensor:
-        """As of a causal model; the reply is the decoder's."""
+        """As in `TargetLoss`; `prompt` goes to the encoder, `reply` to the decoder."""
         places = torch.arange(reply.shape[1], device=reply.device)[None]
         given = (prompt, torch.ones_like(prompt), reply, places, torch.ones_like(reply))
         return -self._losses_of_pairs(*given, is_target, "none")
