@@ -1,7 +1,4 @@
-"""What the person sees: progress on a terminal as one live line, elsewhere as plain lines; results as text or one JSON object.
-
-Knows nothing of what the stages do.
-"""
+"""Terminal output of the commands: progress as one live line (plain lines without a terminal), results as text or JSON."""
 
 from __future__ import annotations
 
@@ -19,18 +16,19 @@ from typing import Any, TextIO
 from apprentice import __version__
 from apprentice.errors import ApprenticeError, full_disk
 
-PLAIN_EVERY_S = 10.0  # between two lines of the same stage where there is no terminal
+PLAIN_EVERY_S = 10.0  # seconds between two lines of the same stage where there is no terminal
 
 
 class Screen:
-    """Standard output for results, and progress beside it.
+    """Writes results, progress and errors of one command.
 
-    With `as_json`, standard output gets exactly one JSON object (`result` or `error`) and everything else goes to standard error.
+    Results go to standard output, errors to standard error. With `as_json`, standard output gets exactly one JSON object (`result`
+    or `error`), and progress goes to standard error too.
     """
 
     def __init__(self, *, as_json: bool = False) -> None:
         for name in ("stdout", "stderr"):
-            if getattr(sys, name) is None:  # it was closed before we began
+            if getattr(sys, name) is None:  # the process was started with it closed
                 setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  for as long as the process lives
         self.as_json = as_json
         self._log = sys.stderr if as_json else sys.stdout
@@ -40,16 +38,16 @@ class Screen:
 
     @property
     def can_ask(self) -> bool:
-        """True if a person sits before it who can reply."""
+        """True if standard input and output are a terminal, so that a person can answer a question."""
         return not self.as_json and sys.stdin.isatty() and sys.stdout.isatty()
 
     def say(self, text: str = "") -> None:
-        """A line for the person."""
+        """Writes a line of text."""
         self._end_live()
         _write(self._log, f"{text}\n")
 
     def show(self, renderable: Any) -> None:
-        """A rich table or panel for the person."""
+        """Writes a rich table or panel."""
         from rich.console import Console
 
         self._end_live()
@@ -59,12 +57,16 @@ class Screen:
         _write(self._log, captured.get())
 
     def progress(self, stage: str, values: Mapping[str, Any]) -> None:
-        """How far a stage is: a line that renews itself on a terminal, and stays if it is `done`; plain lines elsewhere."""
+        """Writes the progress of a stage: on a terminal a line that replaces itself, and stays if `values` has `done`.
+
+        Elsewhere it writes plain lines: the first and the last of a stage, and between them at most one every `PLAIN_EVERY_S`
+        seconds. Keys of `values` are formatted by their units: `eta_s`, `…_share`, `tokens_per_s`, `message` …
+        """
         line = _line(stage, values)
         if self._log.isatty():
             stays = bool(values.get("done"))
             if not stays:
-                line = _fitted(stage, values, shutil.get_terminal_size().columns - 1)  # a line that wraps does not renew itself
+                line = _fitted(stage, values, shutil.get_terminal_size().columns - 1)  # a line that wraps cannot be replaced
             _write(self._log, f"\r\033[K{line}" + ("\n" if stays else ""))
             self._live = not stays
             self._stage = stage
@@ -75,7 +77,7 @@ class Screen:
             self._stage, self._last = stage, now
 
     def result(self, value: Mapping[str, Any], text: str = "") -> None:
-        """The command's result: the object itself with `as_json`, otherwise `text`."""
+        """Writes the command's result: `value` as JSON with `as_json`, otherwise `text`."""
         self._end_live()
         if self.as_json:
             _write(sys.stdout, json.dumps(value, ensure_ascii=False) + "\n", is_result=True)
@@ -83,7 +85,7 @@ class Screen:
             _write(sys.stdout, f"{text}\n", is_result=True)
 
     def warn(self, message: str) -> None:
-        """A line beside a result that stands."""
+        """Writes an error line without changing the result, which stays valid."""
         self._end_live()
         _write(sys.stderr, f"error: {message}\n")
 
@@ -94,7 +96,10 @@ class Screen:
         _write(sys.stderr, f"error: {message}\n")
 
     def failed(self, error: Exception) -> int:
-        """Says why a command ended: one sentence, and before it the traceback of what is a fault of ours. Gives the exit code."""
+        """Writes why a command failed, and returns its exit code.
+
+        An `ApprenticeError` or a full disk is one sentence (1); any other error is a bug of ours and has its traceback (3).
+        """
         sentence = str(error) if isinstance(error, ApprenticeError) else full_disk(error)
         if sentence is not None:
             self.error(sentence)
@@ -113,10 +118,11 @@ class Screen:
 
 
 def _write(stream: TextIO, text: str, *, is_result: bool = False) -> None:
-    """Writes `text` at once, and never raises: what the screen does must not touch the run.
+    """Writes and flushes `text` without raising, since output must not stop a run.
 
-    What the encoding lacks becomes `?`. A stream that cannot be written to (`| head` ended, the terminal was closed, the disk is
-    full) goes nowhere from then on. Raises `OSError` only for a result that finds no room, since somebody waits for that.
+    Characters that the stream's encoding lacks become `?`. A stream that cannot be written to (`| head` ended, the terminal was
+    closed, the disk is full) is redirected to the null device. Raises `OSError` only for a result on a full disk, because the
+    caller needs that.
     """
     try:
         stream.write(text)
@@ -128,13 +134,13 @@ def _write(stream: TextIO, text: str, *, is_result: bool = False) -> None:
         _let_go(stream)
         if is_result and full_disk(error):
             raise
-    except ValueError:  # it was closed
+    except ValueError:  # the stream is closed
         return
 
 
 def _let_go(stream: TextIO) -> None:
-    """Points `stream` at nothing, so that neither a library nor the interpreter's end stumbles over it."""
-    with suppress(OSError, ValueError):  # not every stream is a file
+    """Redirects `stream` to the null device, so that neither libraries nor the interpreter's exit fail on it."""
+    with suppress(OSError, ValueError):  # not every stream has a file descriptor
         nothing = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nothing, stream.fileno())
         os.close(nothing)
@@ -145,7 +151,7 @@ def _line(stage: str, values: Mapping[str, Any]) -> str:
 
 
 def _fitted(stage: str, values: Mapping[str, Any], room: int) -> str:
-    """The line without as many of its last values as do not fit, but with the time that is left."""
+    """The progress line in at most `room` characters: the last values are dropped first, `eta_s` never."""
     left = dict(values)
     while len(_line(stage, left)) > room and (spare := [key for key in left if key != "eta_s"]):
         del left[spare[-1]]
@@ -153,7 +159,7 @@ def _fitted(stage: str, values: Mapping[str, Any], room: int) -> str:
 
 
 def _shown(key: str, value: Any) -> str:
-    """One value of a progress line; keys name their units, a `message` stands by itself."""
+    """One value of a progress line, formatted by its key's unit; a `message` is shown without its key."""
     if value is None or key == "done":
         return ""
     if key == "message":

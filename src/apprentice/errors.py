@@ -1,4 +1,4 @@
-"""Every error a user can meet, with the exit code the command line gives it.
+"""All errors that are shown to users, as one sentence each.
 
     ApprenticeError            the user can mend it: one sentence, exit code 1, no traceback
     ├── RecipeError            the recipe: unknown key, wrong value, keys that contradict each other
@@ -6,7 +6,7 @@
     │   └── RowError           one row cannot be rendered by one template (counted, not fatal by itself)
     ├── DataError              a source: missing file, missing column, too many bad rows
     ├── ModelError             a base model or a model folder that cannot be found or loaded
-    ├── ContractError          the prompt contract is missing or cannot be reproduced
+    ├── ContractError          the prompt contract is missing, or its golden prompts cannot be reproduced
     │   └── ChatTemplateError    a chat template cannot render some messages (of a row: counted, not fatal by itself)
     ├── RunError               the run folder: another identity, damaged checkpoint, nothing to resume
     ├── ResourcesError         the machine or cluster has less than the recipe asks for
@@ -16,7 +16,7 @@
     └── StorageError           a path that cannot be read or written
         └── MissingError       the store answered, and nothing lies there
 
-Each message states the fact, the reason and the remedy. Anything else that escapes is our fault (exit code 3).
+Each message states the fact, the reason and the remedy. Any other exception that reaches the command line is a bug (exit code 3).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from difflib import get_close_matches
 
 
 class ApprenticeError(Exception):
-    """Base of all errors that the user can mend."""
+    """Base of all errors that the user can fix."""
 
 
 class RecipeError(ApprenticeError):
@@ -39,7 +39,7 @@ class TaskError(ApprenticeError):
 
 
 class RowError(TaskError):
-    """A row that a template cannot render; `reason` is the short word it is counted under."""
+    """A row that a template cannot render; `reason` is the word under which it is counted."""
 
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)
@@ -58,7 +58,7 @@ class ModelError(ApprenticeError):
 
 
 class ContractError(ApprenticeError):
-    """The prompt contract is missing, or cannot be reproduced here."""
+    """The prompt contract is missing, or the golden prompts in it cannot be reproduced."""
 
 
 class ChatTemplateError(ContractError):
@@ -66,7 +66,7 @@ class ChatTemplateError(ContractError):
 
 
 class RunError(ApprenticeError):
-    """The run folder does not allow what was asked."""
+    """The run folder does not allow the command."""
 
 
 class ResourcesError(ApprenticeError):
@@ -74,15 +74,15 @@ class ResourcesError(ApprenticeError):
 
 
 class TrainingError(ApprenticeError):
-    """Training stopped and cannot go on by itself."""
+    """Training stopped and cannot resume by itself."""
 
 
 class EvaluationError(ApprenticeError):
-    """Scoring is impossible as asked."""
+    """Scoring is impossible with these settings."""
 
 
 class ServingError(ApprenticeError):
-    """The endpoint cannot start as asked."""
+    """The endpoint cannot start with these settings."""
 
 
 class StorageError(ApprenticeError):
@@ -90,11 +90,11 @@ class StorageError(ApprenticeError):
 
 
 class MissingError(StorageError):
-    """Nothing lies at a path."""
+    """A path does not exist."""
 
 
 def causes(error: BaseException) -> Iterator[BaseException]:
-    """`error` and all that it carries as causes, Ray's ways to carry them included; each one once, the nearest first."""
+    """`error` and all its causes, breadth first and each once: Python's chaining, and the attributes in which Ray keeps them."""
     seen: set[int] = set()
     waiting = [error]
     while waiting:
@@ -112,7 +112,7 @@ def causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def full_disk(error: BaseException) -> str | None:
-    """The sentence for an error that comes of a full disk, wherever it was met; None for any other."""
+    """The message for an error that a full disk caused, directly or as one of its causes; None for any other error."""
     for cause in causes(error):
         if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
             where = f" for {cause.filename}" if cause.filename else ""
@@ -120,7 +120,7 @@ def full_disk(error: BaseException) -> str | None:
     return None
 
 
-# pydantic's type of an error → what it says in the words of a YAML file.
+# Type of a pydantic error → its message in terms of a YAML file.
 _NEEDED = {
     "tuple_type": "a list is needed, as in [a, b]",
     "list_type": "a list is needed, as in [a, b]",
@@ -140,7 +140,10 @@ _NEEDED = {
 
 
 def needed(kind: str, message: str) -> str:
-    """What a value that pydantic refused should be: its error's `kind` and `message` in plain words, without a full stop."""
+    """A pydantic error in plain words: the requirement that the value does not meet, without a full stop.
+
+    `kind` and `message` are the error's `type` and `msg`.
+    """
     said = message.removeprefix("Value error, ").removeprefix("Assertion failed, ")
     return _NEEDED.get(kind, said.replace("Input should be", "it must be"))
 

@@ -1,4 +1,4 @@
-"""YAML as plain data with bounds: what a few hundred bytes can say has a size, a depth, and numbers of so many digits."""
+"""Safe YAML loading with bounds on size, depth and length of numbers, against documents that expand far beyond their bytes."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from typing import Any
 
 import yaml
 
-MAX_NODES = 100_000  # of a document: texts, lists and mappings, those behind an alias counted each time
-MAX_DEPTH = 64  # of lists and mappings inside each other
-MAX_DIGITS = 100  # of a number
+MAX_NODES = 100_000  # scalars, lists and mappings of a document; those behind an alias count every time
+MAX_DEPTH = 64  # of nested lists and mappings
+MAX_DIGITS = 100  # characters of a number
 
 
 class PlainLoader(yaml.SafeLoader):
-    """PyYAML's safe loader with bounds. Beyond one it raises `yaml.YAMLError`, with the place."""
+    """PyYAML's safe loader with bounds; raises `yaml.YAMLError` with the line for a document beyond one."""
 
     def __init__(self, stream: Any) -> None:
         super().__init__(stream)
@@ -48,7 +48,10 @@ for _kind in ("int", "float"):
 
 
 def _expanded(node: yaml.Node, sizes: dict[int, int | None]) -> int:
-    """Nodes of the tree that `node` stands for, aliases followed; `sizes` remembers, with None for those that are being counted."""
+    """Number of nodes below and including `node`, aliases expanded.
+
+    `sizes` caches the numbers by `id(node)`; None marks a node that is being counted, to detect cycles.
+    """
     if id(node) in sizes:
         if (known := sizes[id(node)]) is None:
             raise yaml.composer.ComposerError(None, None, "an alias that holds itself", node.start_mark)
@@ -64,8 +67,8 @@ def _expanded(node: yaml.Node, sizes: dict[int, int | None]) -> int:
 
 
 def load_yaml(text: str) -> Any:
-    """The one document in `text` as plain data. Raises `yaml.YAMLError` for what is no YAML and for what is beyond a bound."""
+    """The single document in `text` as plain data. Raises `yaml.YAMLError` for invalid YAML, or a document beyond a bound."""
     try:
         return yaml.load(text, Loader=PlainLoader)  # a safe loader  # nosec B506
-    except (ValueError, OverflowError) as error:  # of PyYAML's own constructors: a date such as 2026-99-99
+    except (ValueError, OverflowError) as error:  # raised by PyYAML's constructors, for a date such as 2026-99-99
         raise yaml.YAMLError(f"a value that is none of its kind ({error})") from error

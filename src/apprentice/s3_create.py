@@ -1,6 +1,6 @@
-"""Creates an object in S3 only where none lies yet, which `pyarrow.fs` cannot.
+"""Conditional creation of S3 objects (`If-None-Match: *`), which `pyarrow.fs` does not offer.
 
-Finds the store and its keys as pyarrow does: AWS's environment variables, files and roles. Knows nothing of what is written.
+The store and its credentials come from where pyarrow takes them: AWS's environment variables, files and roles.
 """
 
 from __future__ import annotations
@@ -9,15 +9,15 @@ import os
 from functools import cache
 from typing import Any
 
-TAKEN = {"PreconditionFailed", "ConditionalRequestConflict"}  # somebody else's object is there, or on its way
-UNKNOWN = {"NotImplemented"}  # a store that does not know conditions
+TAKEN = {"PreconditionFailed", "ConditionalRequestConflict"}  # the object exists, or another writer is creating it
+UNKNOWN = {"NotImplemented"}  # the store does not support conditional writes
 UPLOAD_ATTEMPTS, TIMEOUT_S = 4, 20
 
 
 def s3_create(uri: str, data: bytes) -> bool | None:
-    """Writes `data` to `s3://bucket/key`; False if something lies there, None if the store knows no such condition.
+    """Creates `s3://bucket/key` with `data`: True if created, False if it exists, None if the store has no conditional writes.
 
-    Raises `OSError` for a store that does not answer.
+    Raises `OSError` for a store that does not answer or refuses the write.
     """
     from botocore.exceptions import BotoCoreError, ClientError
 
@@ -40,10 +40,10 @@ def _client() -> Any:
 
 @cache
 def _made(environment: tuple[tuple[str, str], ...]) -> Any:
-    """One client for each environment: making one takes a tenth of a second, and its connections stay open."""
+    """The S3 client for these environment variables, cached: making one takes 0.1 s, and its connections stay open."""
     import boto3
     from botocore.config import Config
 
     retries = {"mode": "standard", "total_max_attempts": UPLOAD_ATTEMPTS}
-    session = boto3.session.Session()  # not the default one, which keeps the first keys that it saw
+    session = boto3.session.Session()  # not the default session, which keeps the first credentials that it found
     return session.client("s3", config=Config(retries=retries, connect_timeout=TIMEOUT_S, read_timeout=TIMEOUT_S))

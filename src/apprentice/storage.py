@@ -1,7 +1,7 @@
-"""Folders on local disk, NFS, `s3://`, `gs://` or `hdfs://`, behind one small class over `pyarrow.fs`.
+"""Files and folders on local disk, NFS, `s3://`, `gs://` or `hdfs://`, behind one small class over `pyarrow.fs`.
 
-Knows nothing of runs, recipes or models. Files are written whole or not at all: on object stores by their own atomic put, elsewhere
-through a temporary name and a rename. HDFS does not rename onto a file, so one that is replaced there is gone for a moment.
+Files are written atomically: on object stores by their own atomic put, elsewhere through a temporary name and a rename. HDFS cannot
+rename onto an existing file, so that a file replaced there is missing for a moment.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from apprentice.s3_create import s3_create
 
 T = TypeVar("T")
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-_PUT_WHOLE = ("s3", "gcs", "abfs")  # pyarrow's names of file systems where a file is there once all of it is
-ATTEMPTS = 6  # to read something, with pauses of 1, 2, 4, 8 and 16 s between them
+_PUT_WHOLE = ("s3", "gcs", "abfs")  # pyarrow's names of file systems where a file appears once it is complete
+ATTEMPTS = 6  # to read, with pauses of 1, 2, 4, 8 and 16 seconds between them
 
 
 def is_uri(path: str) -> bool:
@@ -36,7 +36,7 @@ def is_uri(path: str) -> bool:
 
 
 def refuse_credentials(uri: str) -> None:
-    """Raises `StorageError` for `scheme://user:password@…`: recipes, run folders and job metadata would all show it."""
+    """Raises `StorageError` for `scheme://user:password@…`, since recipes, run folders and job metadata would show the password."""
     scheme, _, rest = uri.partition("://")
     user, found, _ = rest.partition("/")[0].rpartition("@")
     if found and ":" in user:
@@ -47,15 +47,14 @@ def refuse_credentials(uri: str) -> None:
 
 
 def pause(seconds: float) -> None:
-    """Waits between two attempts to read."""
+    """Sleeps between two attempts to read."""
     time.sleep(seconds)
 
 
 def answer_of(place: Folder, ask: Callable[[], T]) -> T:
-    """What `ask()` reads at `place`, asked again for half a minute while the store does not answer.
+    """The result of `ask()`, which accesses `place`; it is retried for half a minute while the store does not answer.
 
-    Raises `MissingError` at once where nothing lies there, `OSError` for a full disk, and `StorageError` for a store that stays
-    away.
+    Raises `MissingError` at once where nothing exists, `OSError` for a full disk, and `StorageError` after the last attempt.
     """
     retries = Retrying(
         retry=retry_if_exception(_may_pass),
@@ -78,7 +77,7 @@ def answer_of(place: Folder, ask: Callable[[], T]) -> T:
 
 
 def _may_pass(error: BaseException) -> bool:
-    """Whether asking again may help: not where something is missing or forbidden."""
+    """Whether a retry may help: not where a path is missing or forbidden, or a disk full."""
     if isinstance(error, StorageError):  # a store that could not be opened
         return not isinstance(error, MissingError) and isinstance(error.__cause__, OSError)
     lasting = (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError)
@@ -87,7 +86,11 @@ def _may_pass(error: BaseException) -> bool:
 
 @dataclass(frozen=True)
 class Folder:
-    """A folder (or a file in it) named by `uri`: an absolute local path or a URI."""
+    """A folder or a file, named by `uri`: an absolute local path or a URI.
+
+    `folder / "name"` is a child. Methods raise `StorageError` for a URI that cannot be opened, `MissingError` for reading a missing
+    file, and pyarrow's `OSError` where the store fails.
+    """
 
     uri: str
 
@@ -155,13 +158,13 @@ class Folder:
         return self
 
     def children(self) -> list[Folder]:
-        """What lies directly inside, sorted by name; empty if the folder does not exist."""
+        """The files and folders directly inside, sorted by name; empty if the folder does not exist."""
         fs, path = self.filesystem()
         infos = fs.get_file_info(pafs.FileSelector(path, allow_not_found=True))
         return [self / info.base_name for info in sorted(infos, key=lambda info: str(info.base_name))]
 
     def versions(self) -> dict[str, str]:
-        """Path inside the folder → what changes with the file: an ETag in object stores, elsewhere size and time of change."""
+        """Path inside the folder → version of the file: its ETag in object stores, elsewhere size and modification time."""
         fs, path = self.filesystem()
         infos = fs.get_file_info(pafs.FileSelector(path, recursive=True, allow_not_found=True))
         files = [info for info in infos if info.is_file]
@@ -184,7 +187,7 @@ class Folder:
         return json.loads(self.read_bytes())
 
     def write_bytes(self, data: bytes) -> None:
-        """Writes the file whole; a reader never sees a part."""
+        """Writes the file atomically; a reader never sees a part of it."""
         fs, path = self.filesystem()
         if self.is_local:
             target = Path(path)
@@ -200,10 +203,10 @@ class Folder:
             stream.write(data)
 
     def create(self, data: bytes) -> bool:
-        """Writes the file whole unless something lies there already; False then.
+        """Creates the file with `data`; returns False, and writes nothing, if it exists already.
 
-        Of several at once one succeeds: on disks and NFS by a hard link, on S3 by `If-None-Match`. Other stores know no such
-        condition, and there two that come in the same moment may both succeed.
+        Of several concurrent callers one succeeds: on disks and NFS by a hard link, on S3 by `If-None-Match`. Other stores have no
+        conditional writes, and there two callers at the same moment may both succeed.
         """
         if self.is_local:
             return _create_local(self.local, data)
@@ -221,7 +224,7 @@ class Folder:
         self.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
     def upload(self, source: Path) -> None:
-        """Copies the local folder or file `source` to this place; a file appears whole, those of a folder one after the other."""
+        """Copies the local folder or file `source` here; a single file appears atomically, those of a folder one by one."""
         fs, path = self.filesystem()
         systems = {"source_filesystem": pafs.LocalFileSystem(), "destination_filesystem": fs}
         if source.is_dir():
@@ -240,7 +243,7 @@ class Folder:
         return target
 
     def delete(self) -> None:
-        """Removes the file or the folder with all that is in it; nothing happens if it does not exist."""
+        """Removes the file, or the folder with its content; does nothing if it does not exist."""
         fs, path = self.filesystem()
         kind = fs.get_file_info(path).type
         if kind == pafs.FileType.Directory:
@@ -251,7 +254,10 @@ class Folder:
 
 @contextmanager
 def _whole(fs: pafs.FileSystem, path: str) -> Iterator[str]:
-    """The path to write to so that `path` appears whole: a temporary one that is renamed, where the file system writes in place."""
+    """Context manager for an atomic write of `path`: yields the path to write to.
+
+    That is `path` itself on object stores, elsewhere a temporary path beside it, which is renamed at the end.
+    """
     if fs.type_name in _PUT_WHOLE:
         yield path
         return
@@ -286,7 +292,7 @@ def _version(fs: pafs.FileSystem, info: pafs.FileInfo) -> str:
 
 
 def _create_local(target: Path, data: bytes) -> bool:
-    """A link to a whole file appears at once and only where there is none; a file system without links gets `O_EXCL`."""
+    """Creates a local file exclusively by a hard link to a complete temporary file; by `O_EXCL` without hard links."""
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.part")
     try:
@@ -308,7 +314,7 @@ def _create_local(target: Path, data: bytes) -> bool:
 
 
 def user_cache() -> Path:
-    """`$APPRENTICE_CACHE`, or `apprentice` in the user's cache folder."""
+    """The cache folder of this user: `$APPRENTICE_CACHE`, or `apprentice` in `$XDG_CACHE_HOME` or `~/.cache`."""
     if chosen := os.environ.get("APPRENTICE_CACHE"):
         return Path(chosen).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "apprentice"

@@ -1,1 +1,1 @@
-"""From datasets to packed rows. Knows tasks and tokenizers; knows nothing of models."""
+"""The data pipeline: from task files and datasets to packed rows of token ids."""

@@ -1,7 +1,4 @@
-"""The corpus: everything that says what a run trains on, and how much of it a step takes.
-
-Knows nothing of Ray's streams or of models.
-"""
+"""The corpus: a run's tasks, frozen indices, sampling plan and prompt format in one picklable object, and its length in steps."""
 
 from __future__ import annotations
 
@@ -31,32 +28,32 @@ from apprentice.storage import Folder
 from apprentice.tasks.registry import select_tasks
 from apprentice.tasks.schema import Example, Task
 
-# Of a row's tokens that a strategy fills with examples: greedy as measured, and two sides that must both fit waste more.
+# Share of a row's tokens that each packing strategy fills with examples; two sides that must both fit waste more.
 FILLED = {"best_fit": 0.98, "greedy": 0.85, "none": 1.0}
 FILLED_PAIRS = {"best_fit": 0.9, "greedy": 0.75, "none": 1.0}
-# Tuning methods whose virtual tokens stand before the row, not before each example, and ignore the positions (design, section 8).
+# Tuning methods that cannot pack: their virtual tokens stand before the row, not before each example, and ignore positions.
 _VIRTUAL = dict.fromkeys(("prefix", "prompt"), "the virtual tokens of prefix and prompt tuning ignore where an example begins")
 _TOKEN_BYTES = 12  # three int32 for each place of a row, and a byte for each that can be trained on
 
 
 @dataclass(frozen=True, eq=False)
 class Corpus:
-    """Everything that says what a run trains on. Picklable."""
+    """Everything needed to render training and validation rows. Picklable, so that it can be sent to Ray actors."""
 
     recipe: Recipe
     tasks: tuple[Task, ...]  # held-out ones too; packed rows name a task by its number here
-    held_out: frozenset[str]
-    indices: Mapping[str, TaskIndex]
-    order: Plan | None  # of training; None where tasks are only scored
+    held_out: frozenset[str]  # names of the tasks that are never trained on
+    indices: Mapping[str, TaskIndex]  # task → its usable rows
+    order: Plan | None  # the sampling plan; None where tasks are only scored
     layout: Layout
     strategy: Strategy = "best_fit"  # of packing, with `auto` resolved
 
-    reference: Mapping[str, Reference] | None = None  # task → what a frozen model says of its pairs
-    contamination: Mapping[str, Any] = field(default_factory=dict)  # task → what its test rows share with training rows
+    reference: Mapping[str, Reference] | None = None  # task → log-probabilities of its pairs by the reference model
+    contamination: Mapping[str, Any] = field(default_factory=dict)  # task → report on test rows that share text with training rows
 
     @cached_property
     def qualities(self) -> dict[str, str]:
-        """Task → its class of mixed-quality data; nothing where the recipe names no classes."""
+        """Task → its class of mixed-quality data; empty where the recipe names no classes."""
         return classes_of(named, self.tasks) if (named := self.recipe.data.qualities) else {}
 
     @cached_property
@@ -65,18 +62,18 @@ class Corpus:
 
     @property
     def has_pairs(self) -> bool:
-        """True if each example is a better and a worse answer."""
+        """True if each example is a preference pair: a better and a worse answer to one prompt."""
         return self.recipe.training.aim.pairs
 
     @property
     def plan(self) -> Plan:
-        """The order of training."""
+        """The sampling plan. Only for a corpus made with `to_train`."""
         assert self.order is not None, "this corpus was made for scoring alone"
         return self.order
 
     @property
     def family(self) -> Family:
-        """`seq2seq` where rows have an encoder's and a decoder's side."""
+        """`causal`, or `seq2seq`, whose rows have an encoder's and a decoder's side."""
         return self.layout.family
 
     @property
@@ -98,9 +95,9 @@ class Corpus:
         return _TOKEN_BYTES * (self.row_length + (self.target_length or 0)) + trained_on
 
     def encode(self, items: Sequence[tuple[Example, Sequence[Exemplar]]]) -> list[Tokenized | None]:
-        """Token ids of every example with its exemplars; None where they do not fit (reason `TOO_LONG`).
+        """Token ids of every (example, exemplars); None for an example that is dropped (see `tokenize.drop_reason`).
 
-        On-policy, those of the question alone, which leaves room for a reply.
+        An on-policy run gets the prompt alone, short enough that `grpo.max_new_tokens` of a reply fit behind it.
         """
         if self.recipe.training.aim.rounds:
             room = self.recipe.data.max_length - self.recipe.training.grpo.max_new_tokens
@@ -118,12 +115,12 @@ class Corpus:
 
 
 def make_corpus(recipe: Recipe, run: Run, *, parallel: bool = True, to_train: bool = True) -> Corpus:
-    """The corpus of `recipe`, its index frozen in `run` (or found there); `parallel` uses Ray, which must be up.
+    """Builds the corpus of `recipe`, and writes its index into `run` unless it is there already.
 
-    One that is not `to_train` has no plan, and every task may be held out; tasks that the run was not made with are indexed beside
-    its index, which stays as it is.
+    `parallel` scans sources with Ray, which must be initialised. Without `to_train` the corpus has no sampling plan, and every task
+    may be held out; tasks that the run was not made with are then indexed in memory, and the run's own index is not changed.
 
-    Raises `TaskError`, `DataError` and `RecipeError` for what the recipe names and the sources do not give.
+    Raises `TaskError`, `DataError` or `RecipeError` where the recipe's tasks, sources or settings cannot be used.
     """
     tasks, held_out = select_tasks(recipe.data.entries, recipe.data.hold_out, Path.cwd(), to_train=to_train, find=run.tasks().find)
     tasks = tuple(task.of_format(run.format) for task in tasks)
@@ -152,7 +149,7 @@ def make_corpus(recipe: Recipe, run: Run, *, parallel: bool = True, to_train: bo
 
 
 def _trained(run: Run, cache: Folder, tokenizer: Tokenizer, *, parallel: bool) -> dict[str, tuple[Task, TaskIndex]]:
-    """The tasks that `run` trained on, if it kept them apart from test rows; nothing if it did not, or their rows are gone."""
+    """The tasks that `run` trained on with their indices; empty without `filters.decontaminate`, or if their sources are gone."""
     recipe = run.recipe()
     if not recipe.data.filters.decontaminate:
         return {}
@@ -166,11 +163,11 @@ def _trained(run: Run, cache: Folder, tokenizer: Tokenizer, *, parallel: bool) -
 
 
 def packing_strategy(recipe: Recipe, folder: Path, run_format: int = FORMAT) -> Strategy:
-    """How the rows of the model in `folder` are packed: as asked, or by `auto` the densest way that is exact.
+    """The packing strategy for the model in `folder`: the recipe's, with `auto` resolved to `best_fit` or, where unsafe, `none`.
 
-    Runs of format 1 know recurrent models by their type alone, and go on as they began.
+    Runs of format 1 recognise recurrent models by their type alone, and keep the strategy that they began with.
 
-    Raises `RecipeError` where examples of one row would see each other, or a causal model is given a decoder's length.
+    Raises `RecipeError` where examples that share a row would see each other, or `target_length` is set for a causal model.
     """
     packing = recipe.data.packing
     if packing.target_length is not None and family_of(folder) == "causal":
@@ -196,9 +193,9 @@ def packing_strategy(recipe: Recipe, folder: Path, run_format: int = FORMAT) -> 
 
 
 def estimate_steps(corpus: Corpus) -> dict[str, float]:
-    """What the frozen mean lengths say of the run: the same wherever it is asked, and good to about a tenth.
+    """Estimates a run's size from the mean example lengths in the index: deterministic, and good to about a tenth.
 
-    `steps` (exact where the recipe gives them), `tokens_per_step` (padding excluded), `target_tokens_per_step`,
+    Keys: `steps` (exact where the recipe gives them), `tokens_per_step` (without padding), `target_tokens_per_step` and
     `rows_per_window`.
     """
     data, training = corpus.recipe.data, corpus.recipe.training
@@ -220,7 +217,7 @@ def estimate_steps(corpus: Corpus) -> dict[str, float]:
 
 
 def positions_of_epochs(corpus: Corpus) -> int:
-    """Positions of the plan that `training.epochs` come to: each kept row once an epoch, up to its cap."""
+    """Number of plan positions in `training.epochs` epochs; an epoch has each kept row of a task once, up to the mixture's cap."""
     sizes = {
         task.name: Size(len(corpus.indices[task.name].train), task.cluster)
         for task in corpus.tasks
@@ -243,9 +240,9 @@ def _examples_per_row(corpus: Corpus, tokens: float, targets: float) -> float:
 
 
 def _mean_example(corpus: Corpus) -> tuple[float, float]:
-    """(tokens, target tokens) of the mean example of the plan."""
+    """Mean (tokens, target tokens) of the plan's examples, tasks weighted by their shares."""
     data = corpus.recipe.data
-    shots = sum(data.shots) / 2  # their number is drawn evenly
+    shots = sum(data.shots) / 2  # mean of a uniform draw between the two bounds
     tokens = targets = 0.0
     for task, share in corpus.plan.shares.items():
         index = corpus.indices[task]

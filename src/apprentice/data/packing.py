@@ -1,8 +1,14 @@
-"""Packing: which examples share a row, and the arrays that a row becomes.
+"""Sequence packing: assigns examples to rows of fixed length and builds the arrays of those rows.
 
 Examples are never split. Inside a row every example is a segment of its own whose positions restart at 0, so that a
-causal model keeps them apart; an encoder-decoder's example is a segment of both sides of its row, under the same number.
-Knows nothing of tasks, tokenizers or Ray.
+causal model keeps them apart. Examples of 3 and 2 tokens, with prompts of 2 and 1, in a row of 6:
+
+    input_ids     11 12 13 21 22  0      0 is the padding id here
+    positions      0  1  2  0  1  0
+    segment_ids    1  1  1  2  2  0
+    loss_mask      0  0  1  0  1  0      only answers are trained on
+
+For an encoder-decoder a row has two sides, and an example has the same segment number on both.
 """
 
 from __future__ import annotations
@@ -19,14 +25,14 @@ Strategy = Literal["best_fit", "greedy", "none"]
 
 
 def pack(lengths: Sequence[int], row_length: int, strategy: Strategy = "best_fit") -> list[list[int]]:
-    """The rows, each a list of indices into `lengths`, no row longer than `row_length` tokens.
+    """Assigns examples of these lengths (tokens) to rows of at most `row_length` tokens; each row is a list of indices.
 
     best_fit   best fit decreasing: longest first, each into the fullest row that still has room
     greedy     in order; a row is closed by the first example that it has no room for
     none       one example a row, in order
 
-    Lengths [3, 5, 2] in rows of 5 give [[1], [0, 2]], and [[0], [1], [2]] greedily. Raises `ValueError` for a length that no
-    row can hold.
+    Lengths [3, 5, 2] in rows of 5 give [[1], [0, 2]] by `best_fit`, and [[0], [1], [2]] by `greedy`. Raises `ValueError` for a
+    length below 1 or above `row_length`.
     """
     _refuse_unfit(lengths, row_length)
     if strategy == "best_fit":
@@ -37,10 +43,10 @@ def pack(lengths: Sequence[int], row_length: int, strategy: Strategy = "best_fit
 def pack_pairs(
     lengths: Sequence[tuple[int, int]], row_lengths: tuple[int, int], strategy: Strategy = "best_fit"
 ) -> list[list[int]]:
-    """`pack` for examples with two sides, such as an encoder's and a decoder's: a row has room on both, or it has none.
+    """`pack` for examples of (encoder, decoder) lengths: an example goes into a row only if it fits on both sides.
 
-    `best_fit` begins with the examples that take the largest part of a row on either side, and puts each into the row that is
-    fullest, both sides taken together.
+    `best_fit` begins with the examples that take the largest part of a row on either side. Each goes into the row with the
+    least room left, both sides added up as parts of a whole row. Raises `ValueError` as `pack` does.
     """
     for side, row_length in enumerate(row_lengths):
         _refuse_unfit([pair[side] for pair in lengths], row_length)
@@ -68,8 +74,8 @@ def _in_order(lengths: Sequence[tuple[int, ...]], row_lengths: tuple[int, ...]) 
 
 def _best_fit(lengths: Sequence[int], row_length: int) -> list[list[int]]:
     rows: list[list[int]] = []
-    rooms: list[int] = []  # the distinct rooms left over, ascending: at most `row_length` of them
-    rows_with: dict[int, list[int]] = {}  # room → the rows that have exactly this much
+    rooms: list[int] = []  # distinct free lengths of open rows, ascending: at most `row_length` of them
+    rows_with: dict[int, list[int]] = {}  # free length → the rows that have exactly this much
     for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
         length = lengths[index]
         place = bisect_left(rooms, length)
@@ -93,7 +99,7 @@ def _best_fit(lengths: Sequence[int], row_length: int) -> list[list[int]]:
 def _best_fit_of_pairs(lengths: Sequence[tuple[int, int]], row_lengths: tuple[int, int]) -> list[list[int]]:
     sizes = np.array(lengths, np.int64).reshape(-1, 2)
     whole = np.array(row_lengths, np.int64)
-    # In units of 1 / (length · target_length) of a row, both sides are whole numbers and the sums exact.
+    # Parts of a row are compared in units of 1 / (row_lengths[0] · row_lengths[1]): integers, so sums are exact.
     weights = whole[::-1]
     order = np.argsort(-(sizes * weights).max(axis=1), kind="stable")
     rooms = np.empty((len(lengths), 2), np.int64)
@@ -121,16 +127,16 @@ def build_rows(
     pad_id: int,
     untrained: NDArray[np.int64] | None = None,
 ) -> Rows:
-    """The arrays of packed rows.
+    """Builds the arrays of packed rows.
 
-    `ids` holds all examples one after the other, (tokens,); `lengths` and `prompt_lengths` are (examples,), and everything
-    after an example's prompt is trained on, but for the places `untrained` of `ids`. A row may have no example. The result has four
-    arrays of shape (rows, row_length):
+    `ids` is the concatenation of all examples, (tokens,) int32; `lengths` and `prompt_lengths` are (examples,), in tokens; `rows`
+    comes from `pack`, and a row in it may be empty. All tokens after an example's prompt are trained on, except those at the
+    offsets `untrained` into `ids`. The result has four arrays of shape (rows, row_length):
 
     input_ids     int32, `pad_id` behind the last example
     positions     int32, restarting at 0 with every example and with the padding
     segment_ids   int32, 1, 2, … and 0 for padding: lengths [3, 2] in a row of 6 give [1, 1, 1, 2, 2, 0]
-    loss_mask     uint8, 1 on the tokens that are trained on (by position, whatever their id)
+    loss_mask     uint8, 1 on the tokens that are trained on, by position: a padding or end id in an answer counts
     """
     side = _side(ids, np.cumsum(lengths) - lengths, lengths, rows, row_length, pad_id)
     in_prompt = np.zeros(side.ids.shape, np.int64)
@@ -151,10 +157,10 @@ def build_pairs(
     row_lengths: tuple[int, int],
     pad_id: int,
 ) -> Rows:
-    """The arrays of packed rows whose prompts and answers lie on two sides; arguments as for `build_rows`.
+    """Builds the arrays of packed rows of an encoder-decoder; arguments and dtypes as for `build_rows`.
 
-    `input_ids`, `positions` and `segment_ids` of shape (rows, row_lengths[0]) hold the prompts; `target_ids`, `target_positions`,
-    `target_segment_ids` and `loss_mask` of shape (rows, row_lengths[1]) the answers.
+    `input_ids`, `positions` and `segment_ids` of shape (rows, row_lengths[0]) hold the prompts. `target_ids`, `target_positions`,
+    `target_segment_ids` and `loss_mask` of shape (rows, row_lengths[1]) hold the answers.
     """
     starts = np.cumsum(lengths) - lengths
     prompts = _side(ids, starts, prompt_lengths, rows, row_lengths[0], pad_id)
@@ -165,13 +171,13 @@ def build_pairs(
 
 
 class _Side(NamedTuple):
-    """One text of every example, laid into rows; the first three of shape (rows, row_length)."""
+    """One side of packed rows; `ids`, `positions` and `segments` are (rows, row_length), the other two (tokens,)."""
 
     ids: NDArray[np.int32]
     positions: NDArray[np.int32]
     segments: NDArray[np.int32]
-    places: NDArray[np.int64]  # of every real token in the flattened arrays
-    examples: NDArray[np.int64]  # and its example
+    places: NDArray[np.int64]  # offset of every real token in the flattened arrays
+    examples: NDArray[np.int64]  # index of that token's example
 
 
 def _side(
@@ -182,19 +188,19 @@ def _side(
     row_length: int,
     pad_id: int,
 ) -> _Side:
-    """Lays `ids[start : start + length]` of every example into `rows`."""
+    """Copies `ids[start : start + length]` of every example into its place in `rows`."""
     order = np.fromiter((index for row in rows for index in row), np.int64)
     counts = np.fromiter((len(row) for row in rows), np.int64, len(rows))
     packed = lengths[order]
     row_of = np.repeat(np.arange(len(rows)), counts)
     first_of_row = np.cumsum(counts) - counts
-    ends = np.concatenate([np.zeros(1, np.int64), np.cumsum(packed)])  # tokens of the first so many examples, in packed order
+    ends = np.concatenate([np.zeros(1, np.int64), np.cumsum(packed)])  # ends[k]: tokens of the first k examples in packed order
     before, before_row = ends[:-1], ends[first_of_row]
-    used = ends[first_of_row + counts] - before_row  # 0 of a row without examples
+    used = ends[first_of_row + counts] - before_row  # tokens of each row; 0 for a row without examples
     place_in_row = before - np.repeat(before_row, counts)
     segment = np.arange(len(order)) - np.repeat(first_of_row, counts) + 1
 
-    within = np.arange(int(packed.sum())) - np.repeat(before, packed)  # each token's place in its example
+    within = np.arange(int(packed.sum())) - np.repeat(before, packed)  # each token's offset in its example
     source = np.repeat(starts[order], packed) + within
     places = np.repeat(row_of * row_length + place_in_row, packed) + within
 
@@ -209,9 +215,9 @@ def _side(
 
 
 def decoder_inputs(target_ids: NDArray[Any], target_positions: NDArray[Any], start_id: int) -> NDArray[Any]:
-    """What the decoder reads to predict `target_ids`: each example's own, one to the right, led by `start_id`.
+    """The decoder's input ids for the labels `target_ids`: shifted right by one within each example, led by `start_id`.
 
-    Target ids [7, 8, 2, 9, 2] at positions [0, 1, 2, 0, 1] give [start, 7, 8, start, 9]; shapes (rows, target_length) all.
+    Target ids [7, 8, 2, 9, 2] at positions [0, 1, 2, 0, 1] give [start, 7, 8, start, 9]. All arrays are (rows, target_length).
     """
     shifted = np.roll(target_ids, 1, axis=-1)
     shifted[target_positions == 0] = start_id

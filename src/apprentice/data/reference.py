@@ -1,7 +1,4 @@
-"""What a frozen model says of each pair of a task, as it is kept with the run: the log-probabilities of both answers.
-
-Knows nothing of the model, nor of how the numbers were computed.
-"""
+"""Reference log-probabilities for DPO: what a frozen model gives to both answers of each pair, stored with the run as `.npz`."""
 
 from __future__ import annotations
 
@@ -18,13 +15,13 @@ from apprentice.storage import Folder
 
 @dataclass(frozen=True, eq=False)
 class Reference:
-    """Of one task: ascending numbers of its source's rows, and the two log-probabilities of each."""
+    """The reference log-probabilities of one task."""
 
-    rows: Numbers
+    rows: Numbers  # (rows,) row numbers in the task's training source, ascending
     values: NDArray[np.float32]  # (rows, 2): of the better and of the worse answer
 
     def of(self, row: int) -> tuple[float, float]:
-        """Of one row. Raises `DataError` if it is not among them."""
+        """(better, worse) of one source row. Raises `DataError` if the row has no values."""
         place = int(np.searchsorted(self.rows, row))
         if place == len(self.rows) or self.rows[place] != row:
             raise DataError(f"the run's folder `reference` says nothing of row {row}; delete it, and train again.")

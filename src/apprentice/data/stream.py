@@ -1,9 +1,14 @@
-"""The stream of packed rows through Ray Data: it begins where a checkpoint says and is the same on any cluster.
+"""The stream of packed rows as a Ray Dataset: it starts where a checkpoint says, and its order is the same on any cluster.
 
-    numbers of windows ─▶ actors that make whole windows ─▶ blocks of equally many rows ─▶ the training workers
+    window numbers ─▶ actors that render whole windows ─▶ blocks of equally many rows ─▶ training workers
 
-The last step is what makes a resume exact: Ray Train deals blocks out in turn, so with `global_batch / max_workers` rows a
-block every optimizer step is one contiguous stretch of rows, whatever the number of workers. Knows nothing of training.
+Blocks of equal size make a resume exact. Ray Train deals blocks out in turn, so with `global_batch / max_workers` rows a
+block every optimizer step is one contiguous range of rows, whatever the number of workers. With `global_batch` 4 and
+`max_workers` 4, a block is one row:
+
+    rows        0 1 2 3 │ 4 5 6 7 │ …      steps
+    2 workers   A B A B │ A B A B │ …
+    4 workers   A B C D │ A B C D │ …
 """
 
 from __future__ import annotations
@@ -29,8 +34,8 @@ if TYPE_CHECKING:
 __all__ = ["Corpus", "Start", "estimate_steps", "make_corpus", "render_window", "train_stream", "validation_rows"]
 
 MAX_BLOCKS = 256  # of window numbers, while windows are few: Ray takes 2 ms for each before the first window is rendered
-WINDOWS_PER_BLOCK = 32  # at most: an actor works through a block, and what it is ahead of its turn waits in memory
-WINDOWS_TOGETHER = 4  # travel as one object: each one costs Ray a twentieth of a core's second, a fifth of a window's own work
+WINDOWS_PER_BLOCK = 32  # at most: an actor works through a block, and windows finished before their turn wait in memory
+WINDOWS_TOGETHER = 4  # in one object: each object costs Ray a twentieth of a core's second, a fifth of a window's own work
 _TYPES = {
     "window": pa.int64(),
     "row": pa.int32(),
@@ -44,7 +49,7 @@ _TYPES = {
     "rewards": pa.list_(pa.float32()),
     "dropped": pa.string(),
 }
-SPARE_WINDOWS = 64  # a stream has four times the windows that the run is estimated to need, and these
+SPARE_WINDOWS = 64  # added to four times the windows that the run is estimated to need
 
 
 @dataclass(frozen=True)
@@ -61,17 +66,17 @@ def render_window(corpus: Corpus | WindowRenderer, window: int) -> Rows:
 
 
 def validation_rows(corpus: Corpus, limit_rows: int) -> Rows:
-    """At most `limit_rows` packed rows of validation examples, the same on every worker; no rows if there are no such examples."""
+    """At most `limit_rows` packed rows of validation examples, the same on every worker; no rows if there are no examples."""
     return WindowRenderer(corpus).validation(limit_rows)
 
 
 def train_stream(corpus: Corpus, start: Start = Start(), windows: int | None = None, concurrency: int = 1) -> ray.data.Dataset:
-    """The rows from `start` on, in order, `global_batch / max_workers` of them in a block; one row is one packed row.
+    """The packed rows from `start` on, in order, as a dataset with blocks of `global_batch / max_workers` rows.
 
-    `windows` bounds how many windows are read; by default so many that the stream outlasts the run. `concurrency` is the
-    number of actors, one CPU each. Ray must be up.
+    `windows` is the number of windows to read; the default is enough to outlast the run. `concurrency` is the number of
+    rendering actors, one CPU each. Ray must be initialised. Columns: see `apprentice.data.window`.
     """
-    import ray.data  # here, because it takes seconds, and windows are made without it too
+    import ray.data  # here, because the import takes seconds, and windows can be rendered without it
 
     estimate = estimate_steps(corpus)
     if windows is None:
@@ -80,7 +85,7 @@ def train_stream(corpus: Corpus, start: Start = Start(), windows: int | None = N
     together = min(WINDOWS_TOGETHER, max(1, windows // concurrency))
     per_block = max(together, min(WINDOWS_PER_BLOCK, ceil(windows / MAX_BLOCKS)))
     numbers = ray.data.range(windows, concurrency=1, override_num_blocks=ceil(windows / per_block))
-    # An actor hands on what it has when that is larger than this.
+    # Bytes of buffered output at which an actor emits a block: `together` windows, less half of one.
     numbers.context.target_max_block_size = ceil((together - 0.5) * estimate["rows_per_window"] * corpus.row_bytes)
     rows = numbers.map_batches(
         _WindowActor,
@@ -93,7 +98,7 @@ def train_stream(corpus: Corpus, start: Start = Start(), windows: int | None = N
 
 
 def in_steps(rows: ray.data.Dataset, recipe: Recipe) -> ray.data.Dataset:
-    """`rows` in order, in blocks of as many as one of the most workers takes for a step."""
+    """`rows` in order, repartitioned into blocks of `global_batch / max_workers` rows."""
     from apprentice.data.backpressure import Pace
 
     rows.context.enable_progress_bars = False
@@ -105,16 +110,16 @@ def in_steps(rows: ray.data.Dataset, recipe: Recipe) -> ray.data.Dataset:
 
 
 class _WindowActor:
-    """One of the processes that make windows."""
+    """Ray actor that renders windows, one a call."""
 
     def __init__(self, corpus: ray.ObjectRef[Corpus], start: Start) -> None:
         import ray
 
-        # One thread each: the actors share the cores among themselves. Read when the tokenizer first encodes a batch.
+        # One tokenizer thread an actor, since the actors share the cores. Read when the tokenizer first encodes a batch.
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
         self._renderer = WindowRenderer(ray.get(corpus))
         self._start = start
-        gc.freeze()  # modules and corpus stay: collections, of which a window causes many, need not look through them
+        gc.freeze()  # modules and corpus stay: the many collections that a window causes need not traverse them
 
     def __call__(self, batch: Mapping[str, Any]) -> pa.Table:
         window = self._start.window + int(batch["id"][0])
@@ -124,7 +129,7 @@ class _WindowActor:
 
 
 def table_of(rows: Rows) -> pa.Table:
-    """As Arrow columns: tables as fixed-shape tensors, one array a row as lists; the types are the same for no rows at all."""
+    """`rows` as an Arrow table: 2-D arrays become fixed-shape tensors, ragged ones lists; types are the same for zero rows."""
     return pa.table({name: _column(name, values) for name, values in rows.items()})
 
 

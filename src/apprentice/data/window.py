@@ -1,42 +1,43 @@
-"""A window of the plan to packed rows: rendered, tokenised and packed together, and independent of every other window.
+"""Rendering of a window: `data.window` consecutive plan positions become packed rows, independent of every other window.
 
-The columns of packed rows, all NumPy arrays with one entry a row. A causal model (`Corpus.family`) reads prompt and answer
-as one text:
+    positions [w·n, (w+1)·n) of the plan ─▶ rows of the sources ─▶ examples ─▶ token ids ─▶ packed rows, reordered
+
+The columns of packed rows are NumPy arrays with one entry a row. A causal model (`Corpus.family`) reads prompt and answer
+as one sequence:
 
     input_ids        int32 (length,)    padded with the tokenizer's padding id
     positions        int32 (length,)    restarting at 0 with every example and with the padding
     segment_ids      int32 (length,)    1, 2, … and 0 for padding
     loss_mask        uint8 (length,)    1 on the tokens that are trained on: answer and end
 
-An encoder-decoder reads the prompts (with the end that its tokenizer gives every text) in the same three columns, and writes
-the answers in columns of their own, where `length` is `Corpus.row_length` and `target_length` is `Corpus.target_length`:
+For an encoder-decoder the same three columns hold the prompts (with the end tokens that its tokenizer adds), and the answers
+have columns of their own. `length` is `Corpus.row_length` and `target_length` is `Corpus.target_length`:
 
     input_ids, positions, segment_ids       int32 (length,)         the encoder's side
     target_ids                              int32 (target_length,)  answers and ends: the labels, not shifted, padded as above
     target_positions, target_segment_ids    int32 (target_length,)  an example has the same segment number on both sides
     loss_mask                               uint8 (target_length,)  1 on answers and ends; a target is never an input of itself
 
-What the decoder reads is `pack.decoder_inputs(target_ids, target_positions, start_id)`: shifted within each example. Attention
-stays inside equal segment numbers: encoder to encoder, decoder to earlier decoder, decoder to encoder; 0 is padding.
-A preference is two examples of a causal model in one row, the better answer before the worse one: segments 1 and 2 are the first
-pair, 3 and 4 the second. It has one column more:
+The decoder's input ids are `packing.decoder_inputs(target_ids, target_positions, start_id)`. Attention stays inside equal
+segment numbers: encoder to encoder, decoder to earlier decoder, decoder to encoder; 0 is padding.
 
-    reference        float32 (any,)     what the reference gives to the answers in order: log-probabilities, or zeros
+A preference pair is two segments of a causal model in one row, the better answer before the worse one: segments 1 and 2 are
+the first pair, 3 and 4 the second. Such rows have one column more:
 
-Where the recipe names classes of mixed-quality data (`data.qualities`), there is besides
+    reference        float32 (any,)     log-probabilities of the answers by the reference model, two a pair; zeros without one
 
-    example_weights  float32 (any,)     what a target token of each example counts in the loss
+Where the recipe names classes of mixed-quality data (`data.qualities`), there is one more column:
 
-For all of them, where a pair counts as one example:
+    example_weights  float32 (any,)     weight in the loss of each example's target tokens
 
-    window, row      int64, int32       where the row stands in the stream
-    window_rows      int32              how many rows its window has
-    examples         int64 (any,)       the plan's positions of its examples, in row order
-    example_tasks    int32 (any,)       their tasks' numbers in `Corpus.tasks`
-    example_targets  int32 (any,)       their tokens that are trained on
-    dropped          str                on row 0 of a window, JSON: task → reason → how many were dropped or cut; else empty
+All rows have these columns, in which a pair counts as one example:
 
-Knows nothing of Ray: the same function serves Ray's actors, a plain process and the benchmarks.
+    window, row      int64, int32       number of the window, and of the row in it
+    window_rows      int32              number of rows of the window
+    examples         int64 (any,)       plan positions of the row's examples, in row order
+    example_tasks    int32 (any,)       number of each example's task in `Corpus.tasks`
+    example_targets  int32 (any,)       number of each example's tokens that are trained on
+    dropped          str                on row 0 of a window, JSON: task → reason → number of examples dropped or cut; else empty
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ PROBE_AMONG = 64  # examples in the plan's order, of which the shortest are take
 
 
 class _Item(NamedTuple):
-    """One example on its way into a row."""
+    """One tokenized example (or pair), not yet packed."""
 
     number: int  # position in the plan, or the source's row number for validation
     task: int  # number in `Corpus.tasks`
@@ -74,7 +75,7 @@ class _Item(NamedTuple):
 
 
 class Prompt(NamedTuple):
-    """A question that the model itself answers."""
+    """One prompt of an on-policy run, which the model itself answers."""
 
     position: int  # in the plan
     task: int  # number in `Corpus.tasks`
@@ -89,7 +90,10 @@ class Probe(NamedTuple):
 
 
 class WindowRenderer:
-    """Makes packed rows. Holds open files and cached row groups, nothing that a result depends on."""
+    """Renders windows, validation rows and prompts of a corpus.
+
+    Keeps open files and cached row groups, but no state that a result depends on: any window may be rendered first.
+    """
 
     def __init__(self, corpus: Corpus) -> None:
         self.corpus = corpus
@@ -97,7 +101,7 @@ class WindowRenderer:
         self._task_number = {task.name: number for number, task in enumerate(corpus.tasks)}
 
     def window(self, window: int) -> Rows:
-        """The packed rows of one window, in an order keyed by (seed, window); none if all its examples were dropped.
+        """The packed rows of one window, in an order keyed by (seed, window); no rows if all its examples were dropped.
 
         Raises `DataError` if a source cannot be read.
         """
@@ -114,9 +118,9 @@ class WindowRenderer:
         return self._columns(items, rows, window, counts)
 
     def validation(self, limit_rows: int) -> Rows:
-        """At most `limit_rows` packed rows of zero-shot validation examples, in the mixture's proportions while they last.
+        """At most `limit_rows` packed rows of zero-shot validation examples, in the mixture's proportions until a task runs out.
 
-        Their `examples` are source row numbers.
+        In these rows `examples` are row numbers in the source, not plan positions.
         """
         items: list[_Item] = []
         room = limit_rows * self.corpus.row_length
@@ -134,14 +138,14 @@ class WindowRenderer:
         return self._columns(items, rows, 0, {})
 
     def zero_shot(self, task: Task, rows: Sequence[int]) -> Rows:
-        """The packed rows of these training rows of `task`, each in its first wording; `examples` are source row numbers."""
+        """Packed rows of these training rows of `task`, each by the task's first template; `examples` are source row numbers."""
         template = (task.scored_templates or task.templates)[0].name
         draws = [Draw(row, task.name, "zero_shot", template, row, (), 0) for row in rows]
         items, _ = self._items(draws)
         return self._columns(items, _packed(self.corpus, items), 0, {})
 
     def prompts(self, window: int) -> list[Prompt]:
-        """What is asked in one window of an on-policy run, in the plan's order; what does not fit is left out."""
+        """The prompts of one window of an on-policy run, in plan order; prompts that do not fit are left out."""
         size = self.corpus.recipe.data.window
         items, _ = self._items(self.corpus.plan.draws(window * size, (window + 1) * size))
         return [Prompt(item.number, item.task, item.tokens.ids) for item in items]
@@ -168,7 +172,7 @@ class WindowRenderer:
         raise DataError("none of the run's rows can be used any more, so the export cannot be checked; put its data back.")
 
     def _items(self, draws: Sequence[Draw]) -> tuple[list[_Item], dict[str, Counter[str]]]:
-        """The usable examples, and what was dropped or cut."""
+        """The usable examples of these draws, and task → reason → number of examples dropped or cut."""
         counts: dict[str, Counter[str]] = {}
         kept: list[Draw] = []
         given: list[tuple[Example, Sequence[Exemplar]]] = []
@@ -220,19 +224,19 @@ class WindowRenderer:
         return columns
 
     def _weight(self, item: _Item) -> float:
-        """Of the class that the example's task belongs to."""
+        """The loss weight of the quality class that the example's task belongs to."""
         qualities = self.corpus.recipe.data.qualities or {}
         return qualities[self.corpus.qualities[self.corpus.tasks[item.task].name]].weight
 
     def _reference(self, item: _Item) -> tuple[float, float]:
-        """What the reference gives to both answers of a pair; zeros where there is none."""
+        """Log-probabilities of a pair's better and worse answer by the reference model; zeros without one."""
         if self.corpus.reference is None:
             return 0.0, 0.0
         return self.corpus.reference[self.corpus.tasks[item.task].name].of(item.row)
 
 
 def _untrained(texts: Sequence[Tokenized], lengths: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Places, in all examples one after the other, of what conversations hold behind their first prompt and do not train on."""
+    """Offsets, in the concatenation of all examples, of a conversation's later questions: tokens that are not trained on."""
     starts = np.cumsum(lengths) - lengths
     parts = [
         np.arange(start + first, start + last)
@@ -250,7 +254,7 @@ def _packed(corpus: Corpus, items: Sequence[_Item]) -> list[list[int]]:
 
 
 def _room_of(corpus: Corpus, item: _Item) -> int:
-    """Tokens of a row's `row_length` that an example takes: of the side that is shorter of room, in its proportion."""
+    """Tokens of a row's `row_length` that an example takes; of two sides, the one that takes the larger part of its side."""
     if corpus.strategy == "none":
         return corpus.row_length
     if corpus.target_length is None:
@@ -260,9 +264,9 @@ def _room_of(corpus: Corpus, item: _Item) -> int:
 
 
 def _by_length(items: Sequence[_Item], rows: list[list[int]], together: int, key: int) -> list[list[int]]:
-    """Rows of one example each, `together` of like length after each other and these groups in a keyed order.
+    """Orders unpacked rows: groups of `together` rows of similar length, the groups in an order keyed by `key`.
 
-    A step of such rows pads little; which lengths come when is left to chance.
+    A step takes one such group and pads little, while the order of lengths over training stays random.
     """
     ascending = sorted(rows, key=lambda row: items[row[0]].tokens.size)
     groups = [ascending[start : start + together] for start in range(0, len(ascending), together)]
@@ -270,7 +274,7 @@ def _by_length(items: Sequence[_Item], rows: list[list[int]], together: int, key
 
 
 def _validation_draws(corpus: Corpus) -> Iterator[list[Draw]]:
-    """Validation rows in stretches: each is the next one of the task whose turn it is in the plan."""
+    """Validation rows in chunks: follows the plan's sequence of tasks, and takes the next validation row of each."""
     size = corpus.recipe.data.window
     waiting = {task.name: _held_back(corpus, task) for task in corpus.tasks}
     for window in count():
@@ -282,7 +286,7 @@ def _validation_draws(corpus: Corpus) -> Iterator[list[Draw]]:
 
 
 def _held_back(corpus: Corpus, task: Task) -> Iterator[Draw]:
-    """The validation rows of one task, in a keyed order and wording."""
+    """The validation rows of one task, in an order and with templates drawn by the seed."""
     seed, rows = corpus.recipe.seed, corpus.indices[task.name].validation
     templates = task.scored_templates or task.templates
     order = rows[permute(np.arange(len(rows)), max(len(rows), 1), key_of(seed, task.name, "validation"))]
@@ -296,7 +300,7 @@ def _numbers(values: Iterable[int]) -> NDArray[np.int64]:
 
 
 def _ragged(parts: Sequence[NDArray[Any]]) -> NDArray[Any]:
-    """One array a row; NumPy would make a table of them where all are equally long."""
+    """An object array with one array a row; `np.array` would build a 2-D array where all are equally long."""
     column = np.empty(len(parts), object)
     column[:] = parts
     return column

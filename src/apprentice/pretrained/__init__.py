@@ -1,1 +1,1 @@
-"""What is known of a base model without PyTorch: where it comes from, its architecture, its tokenizer."""
+"""Base models without PyTorch: fetching, architecture facts from config.json, tokenizers and chat templates, safety checks."""

@@ -1,7 +1,4 @@
-"""What kind of model a folder holds, from its config.json alone: one that continues a text, or one that reads and then writes.
-
-Knows nothing of weights; imports neither torch nor transformers.
-"""
+"""Architecture facts from a model's config.json alone: causal or encoder-decoder, reward model or not, whether rows can pack."""
 
 from __future__ import annotations
 
@@ -15,8 +12,8 @@ Family = Literal["causal", "seq2seq"]
 FAMILIES: dict[Family, str] = {"causal": "causal language model", "seq2seq": "sequence-to-sequence model"}
 # Sequence-to-sequence types whose positions are relative to one another, so that examples can share a row.
 RELATIVE_POSITIONS = ("t5", "mt5", "umt5")
-# Causal types in which restarting positions do not keep examples of one row apart, and why; tried with tiny random models of 50
-# types: from 4e-4 (jamba) to 1.6 (rwkv) between packed and unpacked logits here, at most 2e-7 in those that pack.
+# Causal types in which restarting positions do not keep examples of one row apart, and why. Tried with tiny random models of 50
+# types: packed and unpacked logits differ by 4e-4 (jamba) to 1.6 (rwkv) in these, and by at most 2e-7 in those that pack.
 NOT_PACKED = {
     **dict.fromkeys(
         ("mamba", "mamba2", "falcon_mamba", "recurrent_gemma", "rwkv", "jamba", "bamba", "zamba", "zamba2"),
@@ -28,9 +25,9 @@ NOT_PACKED = {
     ),
     **dict.fromkeys(("opt", "bloom", "mpt", "xglm", "biogpt", "gpt_oss"), "this architecture does not follow restarting positions"),
 }
-# Kinds of layers, in the words of transformers' `layer_types`, that carry a state from token to token whatever a mask says.
+# Kinds of layers, by transformers' `layer_types`, that carry a state from token to token whatever the attention mask is.
 STATEFUL_LAYERS = ("linear_attention", "conv", "mamba", "hybrid", "hybrid_sliding")
-# Types whose activations leave float16's range.
+# Types whose activations overflow float16.
 NO_FLOAT16 = ("t5", "mt5", "umt5")
 
 
@@ -43,12 +40,12 @@ def family_of(folder: Path) -> Family:
 
 
 def gives_rewards(folder: Path) -> bool:
-    """Whether the model in `folder` gives an answer a number and writes none."""
+    """Whether the model in `folder` is a reward model (`…ForSequenceClassification`)."""
     return any(str(name).endswith("ForSequenceClassification") for name in model_config(folder).get("architectures") or ())
 
 
 def check_writes(folder: Path) -> None:
-    """Raises `ModelError` for a reward model, which is asked to write."""
+    """Raises `ModelError` if the model in `folder` is a reward model, which cannot generate text."""
     if gives_rewards(folder):
         raise ModelError(
             f"{folder} is a reward model: it gives answers a number and writes none. Score pairs of answers with `apprentice"
@@ -57,14 +54,14 @@ def check_writes(folder: Path) -> None:
 
 
 def can_pack(folder: Path) -> bool:
-    """Whether examples of the model in `folder` can share a row and stay apart."""
+    """Whether examples can share a row of the model in `folder` without seeing each other."""
     return not_packed_because(folder) is None
 
 
 def not_packed_because(folder: Path, *, by_layers: bool = True) -> str | None:
-    """Why examples of one row would see each other; None where they stay apart.
+    """Why examples that share a row would see each other in the model in `folder`; None where they do not.
 
-    `by_layers` False asks the model's type alone, as runs of format 1 did, whose rows must not change.
+    With `by_layers` False only the model's type counts, as in runs of format 1, whose rows must not change.
     """
     config = model_config(folder)
     kind = config.get("model_type")
@@ -74,7 +71,7 @@ def not_packed_because(folder: Path, *, by_layers: bool = True) -> str | None:
 
 
 def mixes_because(config: dict[str, Any]) -> str | None:
-    """Why a causal model of this config mixes texts that share a row, though mask and positions keep them apart; else None."""
+    """Why a causal model of this config mixes examples of a row in spite of mask and positions; None where it does not."""
     inner = config.get("text_config") or config
     for part in (config, inner):
         if reason := NOT_PACKED.get(str(part.get("model_type"))):
@@ -93,7 +90,7 @@ def model_config(folder: Path) -> dict[str, Any]:
 
 
 def kv_numbers(config: dict[str, Any]) -> int | None:
-    """How many numbers one token's keys and values are in all layers; None where `config` does not say it in the usual words."""
+    """Numbers in one token's KV cache over all layers; None where `config` has none of the usual keys."""
     inner = config.get("text_config") or config
     layers = inner.get("num_hidden_layers") or inner.get("num_layers") or inner.get("n_layer")
     heads = inner.get("num_attention_heads") or inner.get("num_heads") or inner.get("n_head")

@@ -1,8 +1,7 @@
 """Chat templates: Jinja programs from model folders and recipes that turn messages into a prompt's text.
 
-They give what transformers makes of them (tests hold the two against each other), but run in the sandbox of task templates, whose
-allowance bounds their work, and may be told a fixed time, so that a template which writes today's date gives the same text on every
-day.
+The text is the same as transformers' (tests compare the two). Unlike there, templates run in the sandbox of task templates with a
+bound on their work, and may get a fixed time, so that a template that writes today's date gives the same text every day.
 """
 
 from __future__ import annotations
@@ -26,12 +25,12 @@ from apprentice.tasks.templates.sandbox import chat_environment, compiled
 
 Message = dict[str, Any]  # `role` and `content`
 _MAX_INDENT = 16  # spaces a level
-# Whatever a template's program may raise over messages it was not written for.
+# Errors that a template's program may raise over messages it was not written for.
 _FAILURES = (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError)
 
 
 class ChatTemplate:
-    """The chat template `source`. Raises `ChatTemplateError` if it is no Jinja; `origin` names it in messages."""
+    """The compiled chat template `source`; `origin` names it in messages. Raises `ChatTemplateError` if it is not valid Jinja."""
 
     def __init__(self, source: str, origin: str) -> None:
         self._origin = origin
@@ -42,7 +41,7 @@ class ChatTemplate:
             raise ChatTemplateError(f"the chat template of {origin} is not valid Jinja: {_line(error)}.") from error
 
     def render(self, messages: Sequence[Message], *, generate: bool, now: datetime | None = None, **variables: Any) -> str:
-        """The text of `messages`; `generate` adds the opening of the assistant's turn, `now` stands in for the clock.
+        """The text of `messages`; `generate` adds the opening of the assistant's turn, `now` replaces the system clock.
 
         Raises `ChatTemplateError` where the template fails over the messages.
         """
@@ -59,7 +58,7 @@ def _line(error: Exception) -> str:
 
 
 class _Generation(jinja2.ext.Extension):
-    """`{% generation %}…{% endgeneration %}`, which marks what an assistant writes, and shows what stands in it."""
+    """Jinja tag `{% generation %}…{% endgeneration %}`, which marks the assistant's text; renders its content."""
 
     tags = {"generation"}  # noqa: RUF012 (Jinja's way to declare them)
 
@@ -73,7 +72,7 @@ class _Generation(jinja2.ext.Extension):
 
 
 class _Namespace(jinja2.utils.Namespace):
-    """`namespace()` without names that begin with an underscore: Python's own are none of a template's business."""
+    """Jinja's `namespace()` that refuses names beginning with an underscore, which are Python's own."""
 
     def __setitem__(self, name: str, value: Any) -> None:
         if name.startswith("_"):

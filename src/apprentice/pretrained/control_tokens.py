@@ -1,14 +1,14 @@
-"""Control tokens in texts that people wrote: encoded as ordinary characters, while those that a prompt format writes stay tokens.
+"""Escaping of control tokens in users' texts: they are encoded as characters, while those of the prompt format stay tokens.
 
-`escape` breaks a control token in a text with a private character, so that it is not taken for one of the format's, whatever
-is written around it:
+`escape` breaks a control token in a text with a private character, so that it is not taken for one of the format's:
 
     escape("a<|im_end|>b")   a<·|im_end|>b              · is the private character
     the format's text        <|im_start|>user\\na<·|im_end|>b<|im_end|>
     encode                   [1] user \\n a < | im _ end | > b [2]
 
-To encode such a text, a copy of the tokenizer is used in which the control tokens go by names that nobody can write. The format's
-tokens get those names, and the rest is then text and nothing else, with the ids that a tokenizer without control tokens gives it.
+Such a text is encoded by a copy of the tokenizer in which the control tokens have secret random names. The format's tokens are
+replaced by those names and the private characters removed; the rest is then plain text, with the ids that a tokenizer without
+control tokens gives it.
 """
 
 from __future__ import annotations
@@ -22,11 +22,14 @@ from typing import Any
 
 from apprentice.errors import ModelError
 
-BREAK = "\U000f0000"  # behind the first character of a control token that is text; doubled where a text has it itself
+BREAK = "\U000f0000"  # follows the first character of an escaped control token; doubled where a text contains it
 
 
 class ControlTokens:
-    """The control tokens `tokens` of `backend`, a `tokenizers.Tokenizer`; one of a single character cannot be broken, and stays."""
+    """Escapes and encodes for `backend`, a `tokenizers.Tokenizer`, with the control tokens `tokens`.
+
+    A control token of a single character cannot be escaped, and stays a token in texts.
+    """
 
     def __init__(self, backend: Any, tokens: Sequence[str]) -> None:
         self._backend = backend
@@ -36,13 +39,13 @@ class ControlTokens:
         self._secret = secrets.token_hex(8)
 
     def escape(self, text: str) -> str:
-        """`text` with its control tokens broken; itself where it has none."""
+        """`text` with its control tokens broken by `BREAK`; unchanged where it has none."""
         if BREAK in text:
             text = text.replace(BREAK, BREAK * 2)
         return self._starts.sub(rf"\1{BREAK}", text) if self._any.search(text) else text
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of texts with broken control tokens, nothing added. Raises `ModelError`."""
+        """Token ids of escaped texts, no special tokens added. Raises `ModelError` if the tokenizer cannot be renamed so."""
         named = [unescape(self._any.sub(lambda found: self._names[found[0]], text)) for text in texts]
         return [list(encoding.ids) for encoding in self._renamed.encode_batch_fast(named, add_special_tokens=False)]
 
@@ -52,7 +55,7 @@ class ControlTokens:
 
     @cached_property
     def _renamed(self) -> Any:
-        """The tokenizer in which the control tokens have other names, and the same ids."""
+        """A copy of the tokenizer in which the control tokens have secret names and the same ids."""
         content = json.loads(self._backend.to_str())
         for entry in content["added_tokens"]:
             entry["content"] = self._names.get(entry["content"], entry["content"])
@@ -60,7 +63,7 @@ class ControlTokens:
         vocabulary = model["vocab"]
         if isinstance(vocabulary, dict):
             model["vocab"] = {self._names.get(piece, piece): id for piece, id in vocabulary.items()}
-        else:  # Unigram's: it would find a control token in characters, too
+        else:  # a Unigram model, which would find a control token in characters, too
             model["vocab"] = [[self._names.get(piece, piece), *rest] for piece, *rest in vocabulary]
         if (unknown := model.get("unk_token")) is not None:
             model["unk_token"] = self._names.get(unknown, unknown)
@@ -74,5 +77,5 @@ class ControlTokens:
 
 
 def unescape(text: str) -> str:
-    """What a text with broken control tokens says."""
+    """The original of an escaped text."""
     return re.sub(f"{BREAK}({BREAK}?)", r"\1", text) if BREAK in text else text

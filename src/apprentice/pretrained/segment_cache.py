@@ -1,8 +1,11 @@
-"""Texts to token ids in parts: what stands between special tokens or blank lines is encoded once, however often it comes.
+"""Tokenization with a cache of text segments: a text between special tokens or blank lines is encoded once and then reused.
 
 Datasets repeat themselves: one passage under five questions, one instruction under a thousand rows, one exemplar in many
-prompts. A text is taken apart only where the tokenizer's own rules part it, so the ids are those of the whole text. Knows
-nothing of layouts or tasks.
+prompts. A text is split only where the tokenizer's own rules split it, so that the ids are those of the whole text. With `⏎⏎` as a
+border, these two prompts share the cached ids of their first segment:
+
+    Answer from the passage.⏎ │ ⏎Who wrote it?
+    Answer from the passage.⏎ │ ⏎When was it written?
 """
 
 from __future__ import annotations
@@ -13,14 +16,17 @@ from collections.abc import Sequence
 from itertools import pairwise, product
 from typing import Any
 
-REMEMBERED_TOKENS = 1 << 22  # of each of two generations; four bytes each
-_BLANK_LINE = re.compile(r"\n(?<=\S\n)\n(?=\S)")  # a literal first, which is searched for many times faster
-_PLACES = (1, 2)  # in a blank line, where a text may be parted: GPT-2's rules part the two newlines, later ones keep them together
-_BESIDE = ("a", "B", "7", ".", ",", "”", '"', "'", ":", "-", ")", "(", "é", "字", "ب", "🙂", "_", "<", "|", "s")
+REMEMBERED_TOKENS = 1 << 22  # cached in each of two generations, four bytes each
+_BLANK_LINE = re.compile(r"\n(?<=\S\n)\n(?=\S)")  # begins with a literal, which the search finds many times faster
+_PLACES = (1, 2)  # where a blank line may be split: GPT-2's rules split between its two newlines, later ones behind both
+_BESIDE = ("a", "B", "7", ".", ",", "”", '"', "'", ":", "-", ")", "(", "é", "字", "ب", "🙂", "_", "<", "|", "s")  # probes
 
 
 class Passages:
-    """Encodes texts part by part with `backend`, a `tokenizers.Tokenizer` whose special tokens are `special`; remembers parts."""
+    """Caching encoder over `backend`, a `tokenizers.Tokenizer` whose special tokens are `special`.
+
+    The cache has two generations: when the recent one is full it becomes the older one, and the previous older one is dropped.
+    """
 
     def __init__(self, backend: Any, special: Sequence[Any]) -> None:
         self._backend = backend
@@ -32,7 +38,7 @@ class Passages:
         self._room = REMEMBERED_TOKENS
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text, special tokens in it recognised, nothing added."""
+        """Token ids of each text; special tokens in it are recognised, none are added."""
         taken_apart = [self._apart(text) for text in texts]
         known: dict[str, array[int]] = {}
         new: dict[str, None] = {}
@@ -69,19 +75,19 @@ class Passages:
         return [text[start:end] for start, end in pairwise([0, *places, len(text)])]
 
     def _find_borders(self) -> re.Pattern[str] | None:
-        """Matches special tokens; None if text beside them is not encoded as if it stood alone."""
+        """A pattern for special tokens; None if the tokenizer encodes a text beside them differently from the text alone."""
         special = self._special
         if not special or any(token.normalized or token.lstrip or token.rstrip or token.single_word for token in special):
             return None
         longest_first = sorted((token.content for token in special), key=len, reverse=True)
         pattern = re.compile(f"({'|'.join(map(re.escape, longest_first))})")
-        # Some tokenizers treat a text's start apart, or what follows a special token: these texts stay whole.
+        # Some tokenizers treat the start of a text, or the text behind a special token, differently: no splitting there.
         probe = f"a b{special[0].content}a b\n{special[0].content} c{special[0].content}\nd"
         alone = [id for part in pattern.split(probe) for id in self._ids(part)]
         return pattern if alone == self._ids(probe) else None
 
     def _find_place(self) -> int:
-        """Where in a blank line the tokenizer itself parts a text before it merges anything, whatever is beside; 0 if nowhere."""
+        """Offset in a blank line at which the pre-tokenizer splits whatever characters are beside it; 0 if there is none."""
         return next((place for place in _PLACES if all(self._parts_at(place, *pair) for pair in product(_BESIDE, _BESIDE))), 0)
 
     def _parts_at(self, place: int, before: str, after: str) -> bool:

@@ -1,7 +1,4 @@
-"""Tokenizers without torch: fast batch encoding, special tokens, the chat template, and a fingerprint.
-
-Wraps the fast tokenizer of a model folder. Knows nothing of layouts or tasks.
-"""
+"""The tokenizer of a model folder (a wrapped fast tokenizer): batch encoding, special tokens, chat template, fingerprint."""
 
 from __future__ import annotations
 
@@ -19,11 +16,11 @@ from apprentice.pretrained.control_tokens import ControlTokens
 from apprentice.pretrained.hub import local_folder
 from apprentice.pretrained.segment_cache import Passages
 
-CACHED_WORDS = 1 << 18  # the tokenizer's own 10,000 are soon full, and then rarer words are merged anew each time they come
+CACHED_WORDS = 1 << 18  # the tokenizer's default of 10,000 soon fills up, and rarer words are then merged again at every occurrence
 
 
 def _byte_of_character() -> dict[str, int]:
-    """How byte-level tokenizers spell bytes: printable ones as themselves, the others from U+0100 on."""
+    """Character → byte in byte-level tokenizers: printable bytes as themselves, the others from U+0100 on (GPT-2)."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + place): byte for place, byte in enumerate(others)}
@@ -33,16 +30,16 @@ _BYTES = _byte_of_character()
 
 
 class Tokenizer:
-    """The tokenizer in `folder`, with `chat_template` in place of its own.
+    """The tokenizer in `folder`; `chat_template` replaces its own. Picklable.
 
-    Raises `ModelError` if there is none, or it has no end token.
+    Raises `ModelError` if the folder has no tokenizer.json, or the tokenizer has no end token.
     """
 
     def __init__(self, folder: Path, chat_template: str | None = None) -> None:
         # Not AutoTokenizer: its import alone brings torch, four seconds in every worker.
         from transformers import PreTrainedTokenizerFast
 
-        folder = folder if folder.is_dir() else local_folder(str(folder))  # a cache's folder that another node named
+        folder = folder if folder.is_dir() else local_folder(str(folder))  # a folder in the cache of another node
         self.folder = folder
         if not (folder / "tokenizer.json").is_file():
             raise ModelError(f"{folder} has no tokenizer.json; save the model's fast tokenizer there.")
@@ -65,7 +62,7 @@ class Tokenizer:
         return cls(local_folder(base))
 
     def with_template(self, chat_template: str | None) -> Tokenizer:
-        """The same with another chat template; itself where none is given, or it is its own."""
+        """This tokenizer with another chat template; itself if that is None or the one it has."""
         return self if chat_template in (None, self.chat_template) else Tokenizer(self.folder, chat_template)
 
     def __reduce__(self) -> tuple[type[Tokenizer], tuple[Path, str | None]]:
@@ -85,18 +82,18 @@ class Tokenizer:
 
     @property
     def pad_id(self) -> int:
-        """The padding id; the end token where there is none (padding is masked by position, so both are safe)."""
+        """The padding id, or the end id without one (padding is masked by position, so that both are safe)."""
         pad = self._inner.pad_token_id
         return int(self.end_id if pad is None else pad)
 
     @property
     def start_ids(self) -> tuple[int, ...]:
-        """What the tokenizer puts before a text by itself (a `<s>`, or nothing)."""
+        """Ids that the tokenizer adds before a text (`<s>`, or nothing)."""
         return self._around[0]
 
     @property
     def finish_ids(self) -> tuple[int, ...]:
-        """What the tokenizer puts behind a text by itself (the `</s>` that encoders of T5 and BART end a text with, or nothing)."""
+        """Ids that the tokenizer adds behind a text (the `</s>` of T5 and BART, or nothing)."""
         return self._around[1]
 
     @cached_property
@@ -121,41 +118,41 @@ class Tokenizer:
 
     @cached_property
     def other_added_texts(self) -> tuple[str, ...]:
-        """Tokens that are found in a text before it is taken apart, but are not special."""
+        """Added tokens that are not special, as texts; like special ones they are found in a text before it is pre-tokenized."""
         return tuple(str(token.content) for token in self._inner.added_tokens_decoder.values() if not token.special)
 
     def is_added_text(self, text: str) -> bool:
-        """True if `text` is one token that no text is made of by chance."""
+        """True if `text` is a special or another added token."""
         return text in self.special_texts or text in self.other_added_texts
 
     def swallows_space(self, id: int) -> bool:
-        """True for a token that takes the white space behind it along."""
+        """True for an added token that swallows the white space behind it (`rstrip`)."""
         token = self._inner.added_tokens_decoder.get(id)
         return token is not None and bool(token.rstrip)
 
     def kept_apart(self, tokens: tuple[str, ...]) -> ControlTokens:
-        """What keeps these control tokens apart from texts that hold them."""
+        """The escaping of these control tokens in texts; made once for each set of tokens."""
         if tokens not in self._kept_apart:
             self._kept_apart[tokens] = ControlTokens(self._backend, tokens)
         return self._kept_apart[tokens]
 
     def is_added(self, id: int) -> bool:
-        """True for a token that no text is made of by chance: the end token and the like."""
+        """True for the end token and all added tokens, which ordinary text does not produce."""
         return id == self.end_id or id in self._inner.added_tokens_decoder
 
     def __len__(self) -> int:
         return len(self._inner)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`, special tokens in it recognised, nothing added."""
+        """Token ids of `text`; special tokens in it are recognised, none are added."""
         return list(self._backend.encode(text, add_special_tokens=False).ids)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode` for many texts at once; passages that come again are encoded once."""
+        """`encode` for many texts at once, with a cache for repeated segments."""
         return self._passages.encode(texts)
 
     def cut(self, text: str, tokens: int) -> str:
-        """The start of `text` that its first `tokens` tokens cover, no character halved, white space at its end removed."""
+        """The prefix of `text` that its first `tokens` tokens cover, in whole characters, without trailing white space."""
         offsets = self._backend.encode(text, add_special_tokens=False).offsets
         return text[: offsets[tokens][0]].rstrip() if tokens < len(offsets) else text
 
@@ -163,7 +160,7 @@ class Tokenizer:
         return str(self._backend.decode(list(ids), skip_special_tokens=skip_special))
 
     def token_bytes(self, id: int) -> bytes:
-        """The text of one token in UTF-8, a space at its start included; perhaps only some bytes of a character."""
+        """The UTF-8 bytes of one token, with a leading space if it has one; they may be only a part of a character."""
         piece = str(self._inner.convert_ids_to_tokens(id))
         if id in self._inner.added_tokens_decoder:
             return piece.encode()
@@ -180,9 +177,9 @@ class Tokenizer:
     def apply_chat_template(
         self, messages: Sequence[Message], *, generate: bool, now: datetime | None = None, **variables: Any
     ) -> str:
-        """The chat template's text for `messages`; `generate` adds the opening of the assistant's turn, `now` stops its clock.
+        """The chat template's text for `messages`; `generate` adds the opening of the assistant's turn, `now` replaces the clock.
 
-        Raises `ChatTemplateError` where the template fails over them.
+        Raises `ChatTemplateError` where the template fails over the messages, `ModelError` without a chat template.
         """
         return self._chat_template.render(messages, generate=generate, now=now, **(self._inner.special_tokens_map | variables))
 
@@ -194,8 +191,8 @@ class Tokenizer:
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 of vocabulary, merges, normalisation and special tokens."""
-        # Padding and truncation are switched per call; they do not change what a text means.
+        """sha256 of the tokenizer's whole definition (vocabulary, merges, normalisation, special tokens …)."""
+        # Padding and truncation are settings of a call and do not change a text's ids.
         content = json.loads(self._backend.to_str())
         content.pop("padding", None)
         content.pop("truncation", None)

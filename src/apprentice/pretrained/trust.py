@@ -1,7 +1,7 @@
-"""What a model or adapter folder may hold: numbers as safetensors, and an architecture that transformers has itself.
+"""Safety checks of model and adapter folders: weights must be safetensors, and the architecture one that transformers has.
 
-A pickle can run anything when it is read, and so can a model's own code; both are refused before they are touched, unless the
-recipe says `model.trust`, or the command line `--trust`. Knows nothing of how models are loaded.
+A pickle can run any code when it is read, and so can a model's own modules. Both are refused before they are opened, unless the
+recipe sets `model.trust`, or the command line has `--trust`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ REMEDY = "Save it again as safetensors (`save_pretrained`)"
 def check_model_folder(folder: Path, *, trust: bool = False) -> None:
     """Raises `ModelError` if loading the model in `folder` would read a pickle or run code that came with it.
 
-    Beside safetensors a pickle is never read, and code of an architecture that transformers has never run; such a folder is fine.
+    A folder passes with pickles beside safetensors, which are never read, and with code for an architecture that transformers has,
+    which is never run. With `trust` only config.json must be readable.
     """
     config = model_config(folder)
     if trust:
@@ -69,7 +70,7 @@ def check_adapter_folder(folder: Path, *, trust: bool = False) -> None:
 
 
 def _implementations(value: Any) -> list[tuple[str, Any]]:
-    """Keys of a config, nested ones too, by which a folder would choose code for its attention or experts; and what they say."""
+    """(key, value) of all keys in a config, nested ones too, that choose an attention or experts implementation from elsewhere."""
     if isinstance(value, list):
         return [found for item in value for found in _implementations(item)]
     if not isinstance(value, dict):
@@ -89,7 +90,7 @@ def _pickles(folder: Path) -> list[str]:
 
 
 def _shards(folder: Path) -> list[str]:
-    """Files that the index of a model in several parts names."""
+    """File names in the index of a sharded model; empty without an index."""
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
         return []

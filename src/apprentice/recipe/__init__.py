@@ -1,8 +1,7 @@
 """The recipe: one YAML file that describes the whole pipeline, as strict pydantic models.
 
-An unknown key or a wrong value is refused at once, with the file's line and the nearest right name. Relative paths are
-relative to the recipe file, those on the command line to the current directory. Knows nothing of datasets, clusters or models
-beyond their names.
+An unknown key or a wrong value raises `RecipeError` with the file's line and the nearest known name. Paths in the file are relative
+to it; paths in command-line overrides are relative to the current directory.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The recipe's `data` block: datasets, tasks, mixture and packing."""
+"""The recipe's `data` block: tasks and their sources, mixture, filters, prompt format and packing."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from apprentice.recipe.strict import Positive, Share, Strict
 
 
 class _Shared(Strict):
-    """How some tasks share what they have together."""
+    """Shares of the tasks, or of the groups of tasks, in a mixture or a group."""
 
     strategy: Literal["equal", "proportional", "temperature", "weights"] = "proportional"
     cap: Positive | None = Field(None, description="Rows at which a task's size stops counting (T5's K; FLAN's rate of 3,000).")
@@ -33,7 +33,7 @@ class _Shared(Strict):
 
 
 class Group(_Shared):
-    """One sub-mixture: some tasks, or groups in turn, with a share of what lies around them."""
+    """A sub-mixture: tasks, or further groups, with a share of the mixture or group that it is in."""
 
     share: float = Field(gt=0.0, description="In proportion to those of the groups beside it.")
     tasks: tuple[str, ...] | None = Field(None, min_length=1, description="Tasks or clusters.")
@@ -55,7 +55,7 @@ class Mixture(_Shared):
 
 
 class Formats(Strict):
-    """Share of plan positions drawn in each format; they add up to 1."""
+    """Share of plan positions drawn in each format; the shares add up to 1."""
 
     zero_shot: Share = 1.0
     few_shot: Share = 0.0
@@ -71,7 +71,7 @@ class Formats(Strict):
 
 
 class Packing(Strict):
-    """How examples share rows."""
+    """Packing of several examples into one row."""
 
     length: Positive = Field(1024, description="Tokens of one packed row; of an encoder-decoder's row, those of the encoder.")
     target_length: Positive | None = Field(
@@ -83,7 +83,7 @@ class Packing(Strict):
 
 
 class Filters(Strict):
-    """Which training rows are left out when the index is made; what each one drops is counted and kept with the run."""
+    """Filters that drop training rows when the index is made; the number of rows that each one drops is stored with the run."""
 
     min_words: Positive = Field(1, description="Fewest words in the fields that a task reads.")
     max_words: Positive | None = Field(None, description="Most words in them.")
@@ -97,7 +97,7 @@ class Filters(Strict):
 
 
 class Quality(Strict):
-    """One class of mixed-quality data: the tasks in it, and what a token of their answers counts in the loss."""
+    """One quality class of mixed-quality data: the tasks in it, and the weight of their answers' tokens in the loss."""
 
     tasks: tuple[str, ...] = Field(
         (), description="Tasks or clusters; a task that no class names belongs to the one of the largest weight."
@@ -105,7 +105,7 @@ class Quality(Strict):
     weight: float = Field(1.0, gt=0.0, description="Of each target token; the loss is divided by the step's weights together.")
 
 
-# What names a collection → the keys that go with it.
+# Key that names a kind of collection → the further keys that this kind allows.
 COLLECTION_KEYS: dict[str, tuple[str, ...]] = {
     "promptsource": ("dataset", "splits", "columns", "templates"),
     "natural_instructions": ("definition", "positive", "negative", "explanations", "official_splits"),
@@ -116,7 +116,7 @@ COLLECTION_KEYS: dict[str, tuple[str, ...]] = {
 
 
 class Collection(Strict):
-    """Tasks that another project's files describe."""
+    """Tasks read from files in another project's format; exactly one key names the format."""
 
     promptsource: str | None = Field(
         None, description="`glue/mrpc` under `data.promptsource`, or a path to a templates.yaml or a folder of them."
@@ -160,7 +160,7 @@ class Collection(Strict):
 
 
 class Data(Strict):
-    """Datasets, tasks, mixture and packing."""
+    """Tasks and their sources, mixture, filters, prompt format and packing."""
 
     root: str | None = Field(None, description="Searched first: <root>/<dataset>/<split>.parquet; then the hub.")
     tasks: tuple[str | Collection, ...] = Field(
@@ -199,7 +199,7 @@ class Data(Strict):
 
     @property
     def entries(self) -> tuple[str | dict[str, Any], ...]:
-        """What `tasks` says, as plain values that need nothing else of the recipe."""
+        """The entries of `tasks` as plain values that can be resolved without the recipe: names, paths, or mappings."""
         return tuple(
             entry if isinstance(entry, str) else {"root": self.promptsource, **entry.model_dump(exclude_none=True)}
             for entry in self.tasks

@@ -1,4 +1,4 @@
-"""The recipe's `evaluation` block: how much is scored, how, and what has to come out."""
+"""The recipe's `evaluation` block: number of rows, wordings and exemplars, scoring rules, and the quality gate."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Perturbation = Literal["case", "punctuation", "synonyms", "choice_order", "input
 
 
 class Gate(Strict):
-    """What a tuned model has to reach; every bound that is given must hold."""
+    """The quality gate: bounds on a tuned model's scores; every bound that is given must hold."""
 
     held_out: float | None = Field(None, description="Points that the mean of held-out tasks must lie above the base model's.")
     trained_on: float | None = Field(None, description="The same for the tasks trained on.")
@@ -24,7 +24,7 @@ class Gate(Strict):
 
 
 class Evaluation(Strict):
-    """What is scored on the test rows of every task."""
+    """The scoring of the test rows of every task."""
 
     shots: tuple[Annotated[int, Field(ge=0)], ...] = Field((0,), min_length=1)
     max_examples: Positive = Field(100, description="Test rows per task.")

@@ -1,4 +1,4 @@
-"""Recipe files to recipes, and back: overrides, absolute paths, and errors with file, line and the nearest right name."""
+"""Loading and dumping of recipe files: overrides, absolute paths, and errors with file, line and the nearest known key."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from apprentice.recipe.data import COLLECTION_KEYS, Collection
 from apprentice.recipe.whole import Recipe
 from apprentice.storage import is_uri, refuse_credentials
 
-RUN = "run:"  # how a base begins that another run made
+RUN = "run:"  # prefix of a model that another run trained
 _PATHS = ("storage", "data.root", "data.promptsource", "serving.adapters")
-_MODELS = ("model.base", "training.dpo.reference", "training.grpo.reward", "evaluation.judge")  # a name, or a path that begins so
-_HERE, _TASK_FILES = (".", "/", "~"), (".yaml", ".yml")
+_MODELS = ("model.base", "training.dpo.reference", "training.grpo.reward", "evaluation.judge")  # each a name, or a path
+_HERE, _TASK_FILES = (".", "/", "~"), (".yaml", ".yml")  # how paths of models begin, and those of task files end
 SHIPPED = Path(__file__).resolve().parents[1] / "recipes"
 
 
 def find_recipe(name: str) -> Path:
-    """The file that `name` means: a path, or a recipe that the package ships. Raises `RecipeError`."""
+    """The recipe file that `name` means: an existing path, or the name of a shipped recipe. Raises `RecipeError` for neither."""
     shipped = {file.stem: file for file in sorted(SHIPPED.glob("*.yaml"))}
     if Path(name).is_file():
         return Path(name)
@@ -36,18 +36,18 @@ def find_recipe(name: str) -> Path:
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe in the file `path`, with `key.path=value` overrides applied and its paths absolute.
+    """The recipe in the file `path`, with `key.path=value` overrides applied and its paths made absolute.
 
-    Paths in the file are relative to it, those of overrides to the current directory, and so is the storage of a recipe that
-    names none. Raises `RecipeError` with file, line, key, reason and the nearest right name.
+    Paths in the file are relative to it. Paths in overrides, and the default storage, are relative to the current directory.
+    Raises `RecipeError` with file, line, key, reason and the nearest known key.
     """
     return _with_absolute_paths(written_recipe(path, [*map(_from_here, overrides)]), Path(path).absolute().parent)
 
 
 def written_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """The same with its paths as they are written.
+    """The recipe in the file `path` with overrides applied and its paths as written.
 
-    Raises `RecipeError` with file, line, key, reason and the nearest right name.
+    Raises `RecipeError` with file, line, key, reason and the nearest known key.
     """
     file = Path(path)
     try:
@@ -69,7 +69,7 @@ def written_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """The resolved recipe as YAML; `load_recipe` gives the same recipe back."""
+    """The resolved recipe as YAML, from which `load_recipe` restores the same recipe."""
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
@@ -85,7 +85,7 @@ def _apply(content: dict[str, Any], override: str) -> None:
 
 
 def _said(override: str) -> tuple[str, Any]:
-    """Key and value of `key.path=value`."""
+    """(key, parsed value) of `key.path=value`. Raises `RecipeError`."""
     key, equals, value = override.partition("=")
     if not equals:
         raise RecipeError(f"{override!r} is not an override; write key.path=value, for example training.steps=10.")
@@ -96,7 +96,7 @@ def _said(override: str) -> tuple[str, Any]:
 
 
 def _from_here(override: str) -> str:
-    """The same override; paths in it, which were typed in the current directory, begin there."""
+    """The override with the paths in it made absolute, relative to the current directory."""
     key, value = _said(override)
 
     def absolute(path: str) -> str:
@@ -118,7 +118,7 @@ def _from_here(override: str) -> str:
 
 
 def _located(entry: Any, absolute: Callable[[str], str]) -> Any:
-    """An entry of `data.tasks` with its paths absolute: a name, the path of a task file, or a collection as a mapping."""
+    """An entry of `data.tasks` (a name, the path of a task file, or a collection as a mapping) with its paths made absolute."""
     if isinstance(entry, str):
         return absolute(entry) if entry.endswith(_TASK_FILES) else entry
     if not isinstance(entry, dict):
@@ -126,14 +126,14 @@ def _located(entry: Any, absolute: Callable[[str], str]) -> Any:
     paths = {key: path for key in (*COLLECTION_KEYS, "test", "official_splits") if isinstance(path := entry.get(key), str)}
     named = paths.get("promptsource", ".")
     if not named.startswith(_HERE) and not named.endswith(_TASK_FILES):
-        return entry  # a name stays one
+        return entry  # a name, not a path
     if "preferences" in paths and entry.get("splits") is not None:
-        return entry  # and so does a dataset's
+        return entry  # the name of a dataset
     return entry | {key: absolute(path) for key, path in paths.items()}
 
 
 def _located_model(name: Any, absolute: Callable[[str], str]) -> Any:
-    """A model that is named by its path, with the path absolute; hub ids, runs and packaged models as they are."""
+    """A model's name, made absolute if it is a path; hub ids, runs and packaged models are unchanged."""
     return absolute(name) if isinstance(name, str) and name.startswith(_HERE) else name
 
 
@@ -149,7 +149,7 @@ def _with_absolute_paths(recipe: Recipe, folder: Path) -> Recipe:
 
     roots = {key: path and absolute(path) for key, path in (("root", recipe.data.root), ("promptsource", recipe.data.promptsource))}
     data = recipe.data.model_copy(update={"tasks": tuple(map(located, recipe.data.tasks)), **roots})
-    # A storage that nobody wrote is not beside the recipe, which may lie where the package is installed.
+    # The default storage is not relative to the recipe file, which may be in the installed package.
     storage = absolute(recipe.storage) if "storage" in recipe.model_fields_set else str(Path(recipe.storage).absolute())
 
     def located_base(base: str) -> str:
@@ -177,15 +177,15 @@ def _with_absolute_paths(recipe: Recipe, folder: Path) -> Recipe:
 
 def _sentence(error: ValidationError, file: Path, text: str, overrides: Sequence[str]) -> str:
     errors = error.errors()
-    # An unknown key before all else: what is missing is often the same key misspelt.
+    # An unknown key comes first, since a missing key is often the same one misspelt.
     unknown = next((error for error in errors if error["type"] == "extra_forbidden"), errors[0])
     start = _keys_of(unknown["loc"])
-    # Of a union (`workers: 2` or a range) each branch complains; the one that got furthest is about what was written.
+    # Each branch of a union (`workers: 2` or a range) reports an error; the deepest one is about the branch that was meant.
     same = [other for other in errors if _keys_of(other["loc"])[: len(start)] == start]
     first = max(same, key=lambda other: (other["type"] == "value_error", len(other["loc"])))
     keys = _keys_of(first["loc"])
     dotted = ".".join(str(key) for key in keys)
-    said = [override for override in overrides if f"{dotted}.".startswith(f"{_said(override)[0]}.")]  # the last one counts
+    said = [override for override in overrides if f"{dotted}.".startswith(f"{_said(override)[0]}.")]  # the last one applies
     place = f"override {said[-1]!r}" if said else f"{file}:{_line(yaml.compose(text), keys)}"
     where = f"{place}: {dotted + ': ' if dotted else ''}"
     if first["type"] == "extra_forbidden":
@@ -196,7 +196,7 @@ def _sentence(error: ValidationError, file: Path, text: str, overrides: Sequence
 
 
 def _keys_of(place: Sequence[str | int]) -> list[str | int]:
-    """The keys of a pydantic error's place, without the names it gives to the branches of a union."""
+    """The keys in the location of a pydantic error, without the names of union branches."""
     return [
         part
         for part in place
@@ -212,13 +212,13 @@ def _shown(value: Any) -> str:
 def _fields_at(keys: Sequence[Any]) -> list[str]:
     model: type[BaseModel] = Recipe
     for key in keys:
-        if (field := model.model_fields.get(str(key))) is not None:  # else a name that the user gave, as to a group
+        if (field := model.model_fields.get(str(key))) is not None:  # else a name chosen by the user, such as a group's
             model = next(_blocks_in(field.annotation), model)
     return list(model.model_fields)
 
 
 def _blocks_in(annotation: Any) -> Iterator[type[BaseModel]]:
-    """The blocks that a key's value can be, or hold under names of its own."""
+    """The block classes in a type annotation: of the value itself, or of values in a container."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
     for part in getattr(annotation, "__args__", ()):
@@ -226,7 +226,7 @@ def _blocks_in(annotation: Any) -> Iterator[type[BaseModel]]:
 
 
 def _line(node: yaml.Node | None, keys: Sequence[Any]) -> int:
-    """The 1-based line of the deepest of `keys` that the file holds (an override's key may not be in it)."""
+    """The 1-based line of the deepest of `keys` that the file contains (an override's key may be missing there)."""
     line = 1
     for key in keys:
         if isinstance(node, yaml.MappingNode):

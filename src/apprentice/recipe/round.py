@@ -1,4 +1,7 @@
-"""The shape of an on-policy round: how many prompts, replies, rows and steps it has. Plain arithmetic."""
+"""Sizes of an on-policy (GRPO) round: prompts, replies, packed rows and optimizer steps.
+
+64 prompts with 8 replies each are 512 replies. With room for 4 replies a row they fill 128 rows: 16 steps of 8 rows a pass.
+"""
 
 from __future__ import annotations
 
@@ -8,21 +11,21 @@ from math import ceil
 
 @dataclass(frozen=True)
 class Round:
-    """One round: `prompts` of the plan with `group` replies each, laid into rows for whole optimizer steps.
+    """One round: `prompts` of the plan with `group` replies each, packed into rows for whole optimizer steps.
 
-    The rows are made in `parts`, each by one actor from its share of the prompts, and learnt from `passes` times.
+    The rows are built by `parts` actors, each from its share of the prompts, and trained on `passes` times.
     """
 
     prompts: int
     group: int
-    replies_per_row: int  # so many have room, however long they are
+    replies_per_row: int  # replies that fit into a row even at their greatest length
     global_batch: int  # rows of a step
     parts: int
     passes: int
 
     @property
     def steps_of_a_pass(self) -> int:
-        """The fewest whole steps whose rows hold all replies."""
+        """The least number of whole steps whose rows hold all replies."""
         rows = self.parts * ceil(ceil(self.prompts / self.parts) * self.group / self.replies_per_row)
         return ceil(rows / self.global_batch)
 
@@ -32,10 +35,10 @@ class Round:
 
     @property
     def rows(self) -> int:
-        """Of one round, all passes together; the same for every round, so that a step never waits for the next one's replies."""
+        """Rows of one round, all passes together; equal for all rounds, so that no step needs replies of the next round."""
         return self.steps * self.global_batch
 
     def rows_of(self, part: int) -> int:
-        """Of one pass over what the actor `part` made: all actors give equally many, or one more."""
+        """Rows of one pass that the actor `part` builds; the numbers of two actors differ by at most one."""
         rows = self.steps_of_a_pass * self.global_batch
         return rows // self.parts + (part < rows % self.parts)

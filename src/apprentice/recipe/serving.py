@@ -1,4 +1,4 @@
-"""The recipe's `serving` block: the endpoint."""
+"""The recipe's `serving` block: the HTTP endpoint's engine, limits and replicas."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from apprentice.recipe.strict import Positive, Strict
 
 
 class Replicas(Strict):
-    """How many copies of the engine run."""
+    """Least and greatest number of replicas of the engine."""
 
     min: Positive = 1
     max: Positive = 1
 
 
 class Serving(Strict):
-    """The endpoint over the trained model."""
+    """The HTTP endpoint that serves the trained model."""
 
     engine: Literal["auto", "transformers", "vllm"] = Field(
         "auto", description="What decodes: `transformers`, our own, which `auto` takes, or `vllm` (an extra) for causal models."

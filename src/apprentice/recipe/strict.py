@@ -1,4 +1,4 @@
-"""What every block of a recipe shares: unknown keys are refused and values never change."""
+"""The base class of all blocks of a recipe, which refuses unknown keys and is immutable, and common value types."""
 
 from __future__ import annotations
 
@@ -11,6 +11,6 @@ Share = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
 class Strict(BaseModel):
-    """A block of a recipe."""
+    """Base of a block of a recipe: frozen, unknown keys are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)

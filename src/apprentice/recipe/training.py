@@ -1,4 +1,4 @@
-"""The recipe's `tuning` and `training` blocks: what is trained, on what, how long and how it is kept safe."""
+"""The recipe's `tuning` and `training` blocks: tuning method, workers, optimizer, DeepSpeed, length of training, checkpoints."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SAMPLES = (
 
 
 class Tuning(Strict):
-    """Which weights are trained."""
+    """The tuning method: which weights are trained."""
 
     method: Literal["full", "lora", "qlora", "prefix", "prompt", "adapter"] = "lora"
     rank: Positive = Field(16, description="Of LoRA's two matrices.")
@@ -39,7 +39,7 @@ class WorkerRange(Strict):
 
 
 class Resources(Strict):
-    """What each training worker reserves."""
+    """CPUs and GPUs that each training worker reserves in Ray."""
 
     cpus: float = Field(1.0, gt=0.0)
     gpus: float = Field(0.0, ge=0.0)
@@ -60,7 +60,7 @@ class Optimizer(Strict):
 
 
 class DeepSpeed(Strict):
-    """ZeRO, and where what does not fit is kept."""
+    """DeepSpeed's ZeRO stage, and offloading of optimizer state and parameters."""
 
     stage: Literal[0, 1, 2, 3] = 2
     offload: Literal["none", "cpu", "nvme"] = Field("none", description="Where the optimizer's state lies, if not on the GPU.")
@@ -93,7 +93,7 @@ class Checkpointing(Strict):
 
 
 class Training(Strict):
-    """The run on Ray Train and DeepSpeed."""
+    """Training on Ray Train and DeepSpeed. Exactly one of `steps`, `tokens` and `epochs` says when it ends."""
 
     objective: ObjectiveName = Field(
         "sft",
@@ -131,7 +131,7 @@ class Training(Strict):
 
     @property
     def aim(self) -> Objective:
-        """What the objective needs."""
+        """The requirements of the objective."""
         return OBJECTIVES[self.objective]
 
     @property

@@ -1,4 +1,4 @@
-"""The recipe as a whole, and the model that it starts from."""
+"""The complete recipe with the checks across blocks, and its `model` block."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from apprentice.recipe.training import Training, Tuning
 
 
 class Model(Strict):
-    """The pretrained model that is tuned."""
+    """The pretrained model that is fine-tuned."""
 
     base: str = Field(
         description="Hub id, folder, a model that a package carries (`smollm2-135m-instruct`), or `run:NAME`: what that run of the"
@@ -47,12 +47,12 @@ class Recipe(Strict):
 
     @property
     def head(self) -> int | None:
-        """The seed of a reward model's last layer; None for a model that writes."""
+        """The seed of a reward model's new last layer; None for objectives that train a language model."""
         return self.seed if self.training.aim.head else None
 
     @property
     def round(self) -> Round:
-        """The shape of every round of an on-policy run."""
+        """The sizes of a round of an on-policy run; all its rounds have the same."""
         data, grpo = self.data, self.training.grpo
         per_row = max(1, data.packing.length // data.max_length)
         return Round(data.window, grpo.group, per_row, self.training.global_batch, grpo.actors, grpo.passes)

@@ -1,1 +1,1 @@
-"""The run folder, what makes two runs the same, and the fence that keeps two writers apart."""
+"""The run folder: its layout, the identity of a run, and the fence that allows one writer at a time."""

@@ -1,11 +1,20 @@
-"""The fence of a run: who may write to it, and which of its checkpoints count (docs/guides/run_folder.md).
+"""The fence of a run: a log in the run folder that allows one writer at a time and lists the committed checkpoints.
 
-    <run>/fence/000001.json, 000002.json, …   entries, each created only where none lies; the last one is what holds
-    <run>/fence/beat-000001                   the counter that the holder of attempt 1 renews
+    <run>/fence/000001.json, 000002.json, …   log entries, each created only if it does not exist; the last one is valid
+    <run>/fence/beat-000001                   heartbeat counter, renewed by the holder that took the run with entry 1
 
-To take a run, to begin a group of workers and to commit a checkpoint are one thing: to create the entry after the last one. Whoever
-was overtaken finds that entry taken, reads it, and knows. A holder is dead when its counter has stood still for `STILL_S` of the
-taker's own clock, or at once if its process ran on this machine and is no more. Knows nothing of what is in a checkpoint.
+Taking a run, starting a group of workers and committing a checkpoint are the same operation: creating the next entry. Creation is
+exclusive, so that a process that was overtaken finds its entry taken, reads it, and stops:
+
+    000001   A takes the run                        attempt 1
+    000002   A's workers start                      attempt 1, group 1, writer 2
+    000003   A's workers commit a checkpoint        attempt 1, group 1, writer 2
+    000004   B takes the run: A's heartbeat stood   attempt 4
+             still for 60 seconds
+    A's next commit reads 000004, whose attempt is not 1, and raises `FencedError`
+
+A holder is dead when its counter has not changed for `STILL_S` seconds of the taker's own clock, so that clocks of machines are
+never compared, or at once if its process ran on this machine and has ended. See docs/guides/run_folder.md.
 """
 
 from __future__ import annotations
@@ -25,23 +34,23 @@ from typing import Any
 from apprentice.errors import MissingError, RunError, StorageError
 from apprentice.storage import Folder, answer_of
 
-BEAT_S = 5.0  # between two renewals of the counter
-STILL_S = 60.0  # without one, after which a holder is dead
-LOOK_S = 1.0  # between two looks at somebody else's counter
-JOB_VARIABLE = "RAY_JOB_SUBMISSION_ID"  # Ray's, in what a job runs
+BEAT_S = 5.0  # seconds between two heartbeats
+STILL_S = 60.0  # seconds without a heartbeat after which a holder is dead
+LOOK_S = 1.0  # seconds between two reads of another holder's heartbeat
+JOB_VARIABLE = "RAY_JOB_SUBMISSION_ID"  # set by Ray in the processes of a job
 
-FENCE = "fence"  # folder in a run's
+FENCE = "fence"  # name of the folder in the run folder
 
 Tell = Callable[[str], None]
 
 
 class FencedError(RunError):
-    """Somebody else holds the run."""
+    """Another process holds the run, or another group of workers writes to it."""
 
 
 @dataclass(frozen=True)
 class Holder:
-    """The process that took a run. `machine` and `started` tell it from another one of the same number."""
+    """The process that holds a run. `machine` and `started` distinguish it from another process with the same `pid`."""
 
     command: str
     host: str
@@ -63,7 +72,7 @@ class Holder:
 
     @property
     def is_gone(self) -> bool:
-        """Whether the process ran on this machine and is no more; False where that cannot be known."""
+        """Whether the process ran on this machine and has ended; False where that cannot be known."""
         if not self.machine or not self.started or self.machine != _machine():
             return False
         started = _started(self.pid)
@@ -75,7 +84,7 @@ class Holder:
 
 
 def _machine() -> str:
-    """This boot of this machine, and within it this container; empty where the system does not tell."""
+    """An id of this boot of this machine and of its PID namespace (container); empty where the system has none."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
         return f"{boot}/{os.readlink('/proc/self/ns/pid')}"
@@ -84,9 +93,9 @@ def _machine() -> str:
 
 
 def _started(pid: int) -> str | None:
-    """When the process began, in the kernel's own count; None if there is none, or only its remains; empty if nobody tells."""
+    """Start time of a process in clock ticks since boot; None if it has ended or is a zombie; empty where it cannot be read."""
     try:
-        with suppress(PermissionError):  # it is somebody else's
+        with suppress(PermissionError):  # it exists and belongs to another user
             os.kill(pid, 0)
         status = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
     except ProcessLookupError:
@@ -98,16 +107,16 @@ def _started(pid: int) -> str | None:
 
 @dataclass(frozen=True)
 class Entry:
-    """One entry: the state of the fence after it. `attempt` is the number of the entry with which the holder took the run."""
+    """One log entry, which holds the whole state of the fence. `attempt` is the number of the entry that took the run."""
 
     number: int
     attempt: int
-    group: int  # of workers, counted within the attempt; 0 before the first
-    writer: int  # number of the entry with which that group began; 0 before the first
+    group: int  # number of the group of workers within the attempt; 0 before the first
+    writer: int  # number of the entry with which that group started; 0 before the first
     holder: Holder
-    released: bool
-    checkpoints: tuple[str, ...]  # those that count, oldest first
-    id: str  # tells an entry of one's own from another's, where the store's answer was lost
+    released: bool  # True once the holder gave the run up
+    checkpoints: tuple[str, ...]  # names of the committed checkpoints, oldest first
+    id: str  # random; identifies one's own entry where the store's answer to its creation was lost
 
     def to_json(self) -> dict[str, Any]:
         return {"format": 1, **asdict(self)}
@@ -120,7 +129,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Log:
-    """The entries of one run."""
+    """The log of one run's fence; reads and adds entries. All methods raise `StorageError` for a store that does not answer."""
 
     run: Folder
 
@@ -129,17 +138,14 @@ class Log:
         return self.run / FENCE
 
     def look(self) -> tuple[Entry | None, int]:
-        """The newest entry, None if there is none, and the number after it.
-
-        Raises `StorageError` for a store that does not answer.
-        """
+        """(newest readable entry or None, number of the next entry)."""
         files = [file for file in answer_of(self.folder, self.folder.children) if _is_entry(file)]
         numbers = sorted((int(file.name.removesuffix(".json")) for file in files), reverse=True)
         for number in numbers:
             file = self._file(number)
             try:
                 return Entry.from_json(json.loads(answer_of(file, file.read_bytes))), numbers[0] + 1
-            except (MissingError, ValueError):  # deleted with the run; or, on a disk without links, cut off in its first moment
+            except (MissingError, ValueError):  # deleted with the run; or, on a disk without hard links, not yet written whole
                 continue
         return None, max(numbers, default=0) + 1
 
@@ -150,16 +156,16 @@ class Log:
         return self.folder / f"{number:06d}.json"
 
     def add(self, entry: Entry) -> bool:
-        """Creates `entry`; False if another one lies at its number."""
+        """Creates `entry`; False if another entry has its number."""
         file = self._file(entry.number)
         data = json.dumps(entry.to_json(), indent=2).encode()
         if answer_of(file, lambda: file.create(data)):
             return True
         last = self.last()
-        return last is not None and last.id == entry.id  # made, and the answer was lost
+        return last is not None and last.id == entry.id  # created, but the store's answer was lost
 
     def beat(self, attempt: int) -> bytes:
-        """The counter of an attempt's holder; empty before its first renewal."""
+        """The heartbeat counter of an attempt's holder as bytes; empty before its first heartbeat."""
         file = self.folder / f"beat-{attempt:06d}"
         try:
             return answer_of(file, file.read_bytes)
@@ -173,7 +179,10 @@ def _is_entry(file: Folder) -> bool:
 
 @dataclass(frozen=True)
 class Token:
-    """The right of one attempt to write to a run, and of a group of its workers to commit checkpoints; for any process."""
+    """A fencing token: the right of one attempt, and of one group of its workers, to write to a run.
+
+    Picklable; the driver passes it to its workers. A token with `writer` 0 is not bound to a group.
+    """
 
     run: Folder
     attempt: int
@@ -181,7 +190,7 @@ class Token:
     writer: int = 0
 
     def check(self) -> tuple[Entry, int]:
-        """The newest entry and the number after it. Raises `FencedError` if it is another attempt's, or a later group's."""
+        """(newest entry, number of the next). Raises `FencedError` if the run was released, taken over, deleted or regrouped."""
         last, number = Log(self.run).look()
         if last is None:
             raise FencedError(f"run {self.run.name!r} has been deleted while it was written to; nothing more is written.")
@@ -194,7 +203,10 @@ class Token:
         return last, number
 
     def begin_group(self, group: int) -> Token:
-        """The right of the workers' group of this number in the attempt; takes it from all groups before."""
+        """Adds the entry that starts worker group number `group`, and returns its token; tokens of earlier groups become invalid.
+
+        Raises `FencedError` if overtaken.
+        """
         while True:
             last, number = self.check()
             if last.group > group:
@@ -203,7 +215,10 @@ class Token:
                 return replace(self, group=group, writer=number)
 
     def commit(self, checkpoint: str, kept: Callable[[str], bool]) -> None:
-        """Makes the checkpoint of this name count, beside those before it that are `kept`. Raises `FencedError` if overtaken."""
+        """Adds an entry that lists `checkpoint` behind those earlier ones for which `kept` is true.
+
+        Raises `FencedError` if overtaken.
+        """
         while True:
             last, number = self.check()
             names = (*filter(kept, last.checkpoints), checkpoint)
@@ -216,18 +231,18 @@ def _after(last: Entry, number: int, **changes: Any) -> Entry:
 
 
 def committed(run: Folder) -> set[str] | None:
-    """The names of the checkpoints that count; None for a run without a fence, where every whole one does."""
+    """Names of the committed checkpoints; None for a run without a fence, in which every complete checkpoint counts."""
     last = Log(run).last()
     return None if last is None else set(last.checkpoints)
 
 
 class Hold:
-    """A run that this process holds. A thread renews the counter, and stops when somebody else has taken the run."""
+    """This process's hold on a run. A thread renews the heartbeat until it is released or another process takes the run."""
 
     def __init__(self, entry: Entry, run: Folder, clock: Callable[[], float]) -> None:
         self.token = Token(run, entry.number)
         self._clock = clock
-        self._seen = clock()  # when it was last known that nobody else has the run
+        self._seen = clock()  # time of the last successful check that the run is still held
         self._lost = False
         self._count = 0
         self._over = threading.Event()
@@ -239,11 +254,11 @@ class Hold:
 
     def _renew_again(self) -> None:
         while not self._over.wait(BEAT_S) and not self._lost:
-            with suppress(OSError, StorageError):  # the next one may come through; who took over meanwhile is found out then
+            with suppress(OSError, StorageError):  # the next attempt may succeed, and notices a takeover
                 self.renew()
 
     def renew(self) -> None:
-        """Counts on, unless the run was taken over."""
+        """Writes the next heartbeat, unless the run was taken over."""
         try:
             self.token.check()
         except FencedError:
@@ -258,18 +273,18 @@ class Hold:
         return self.token.run / FENCE / f"beat-{self.token.attempt:06d}"
 
     def is_held(self) -> bool:
-        """Whether this process may still write; asks the store only if nothing was heard of it for a while."""
+        """Whether this process may still write; reads the store only if the last check is older than `STILL_S / 2`."""
         if not self._lost and self._clock() - self._seen > STILL_S / 2:
             with suppress(OSError, StorageError):
                 self.renew()
         return not self._lost and self._clock() - self._seen <= STILL_S / 2
 
     def release(self) -> None:
-        """Ends the hold, so that the next one need not wait; a run folder in which nothing else lies goes."""
+        """Releases the run, so that the next holder need not wait; deletes a run folder that holds only the fence."""
         self._over.set()
         self._thread.join()
         log = Log(self.token.run)
-        with suppress(OSError, StorageError, FencedError):  # or else the next one waits until the counter has stood still
+        with suppress(OSError, StorageError, FencedError):  # after a failure the next holder waits for `STILL_S`
             last, number = self.token.check()
             self._beat.delete()
             if [child.name for child in answer_of(log.run, log.run.children)] == [log.folder.name]:
@@ -278,7 +293,7 @@ class Hold:
                 log.add(_after(last, number, released=True))
 
 
-_HELD: dict[str, tuple[Hold, int]] = {}  # of this process, and how many `hold` each
+_HELD: dict[str, tuple[Hold, int]] = {}  # run URI → (hold of this process, nesting depth of `hold`)
 
 
 @contextmanager
@@ -290,9 +305,10 @@ def hold(
     clock: Callable[[], float] = time.monotonic,
     wait: Callable[[float], None] = time.sleep,
 ) -> Iterator[Hold]:
-    """Holds `run` for as long as the block takes; a process may hold what it holds already.
+    """Context manager that holds `run` for the block; reentrant within a process.
 
-    Raises `FencedError` if somebody else holds it, after waiting for `STILL_S` where that one gives no sign of life.
+    `tell` gets a message while it waits for a holder without heartbeats; `clock` (seconds) and `wait` are replaced in tests.
+    Raises `FencedError` if another process holds the run. A holder whose heartbeat stands still for `STILL_S` is taken over.
     """
     held, depth = _HELD.get(run.uri, (None, 0))
     if held is None:
@@ -314,9 +330,9 @@ def _take(log: Log, holder: Holder, tell: Tell, clock: Callable[[], float], wait
         last = refuse_held(log.run, tell=tell, clock=clock, wait=wait)
         now, number = log.look()
         if (now and now.id) != (last and last.id):
-            continue  # somebody came between
+            continue  # another process added an entry meanwhile
         if now is None:
-            # A run of an earlier version: what it saved counts. Numbers begin after those in its folders' names.
+            # No fence: the run is new or of an earlier version, whose checkpoints all count. Numbers begin after those they name.
             names = [folder.name for folder in answer_of(log.run, (log.run / "checkpoints").children)]
             older = tuple(name for name in names if name.startswith("step-"))
             number = max([number, *(1 + int(name.partition(".")[2] or 1) for name in older)])
@@ -332,9 +348,9 @@ def refuse_held(
     clock: Callable[[], float] = time.monotonic,
     wait: Callable[[float], None] = time.sleep,
 ) -> Entry | None:
-    """The last entry of a run that nobody holds. Raises `FencedError` if somebody does.
+    """The last entry of a run that nobody else holds; None without entries. Raises `FencedError` if another process holds it.
 
-    Who gives no sign of life is waited for until the counter has stood still for `STILL_S`.
+    Waits up to `STILL_S` seconds for a heartbeat of the holder; without one the run counts as free.
     """
     log = Log(run)
     last = log.last()
@@ -347,7 +363,7 @@ def refuse_held(
             now = log.last()
             beat = log.beat(last.attempt)
         except StorageError:
-            since = clock()  # who cannot look has seen nothing stand still
+            since = clock()  # without an answer of the store nothing is known about the heartbeat
             continue
         if now is None or now.released:
             return now

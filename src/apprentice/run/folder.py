@@ -1,6 +1,12 @@
-"""The run folder, and the prompt contract that lies beside the weights.
+"""The run folder `<storage>/<name>/`: paths of its files, opening and finding runs, and the prompt contract's schema.
 
-Knows where things lie; what makes two runs the same is in `identity`. Knows nothing of how a stage does its work.
+    recipe.yaml  tasks.jsonl  identity.json    the recipe and tasks as resolved, and the run's identity (`identity`)
+    index/       reference/   rounds/          usable rows; DPO's reference values; on-policy rounds
+    checkpoints/ model/       adapter/         training state; exported weights
+    report/      events/      ledger.json      evaluation; TensorBoard; requested and realised shares
+    status.json  fence/                        state shown by `apprentice runs`; who may write (`fence`)
+
+The whole tree is in docs/guides/run_folder.md.
 """
 
 from __future__ import annotations
@@ -33,7 +39,7 @@ from apprentice.tasks.snapshot import KeptTasks, dump_tasks
 
 @dataclass(frozen=True)
 class Run:
-    """One run's folder; the properties name what lies in it (design: the tree of a run folder)."""
+    """One run, given by its folder; the properties are the files and folders in it."""
 
     folder: Folder
 
@@ -43,7 +49,7 @@ class Run:
 
     @property
     def format(self) -> int:
-        """By which rules the run reads its rows and phrases its prompts: those of when it was made; `FORMAT` while it is not."""
+        """The format of the run folder, which decides how rows are read and prompts encoded; `FORMAT` for a run not yet made."""
         file = self.folder / "identity.json"
         return int(file.read_json().get("format", 1)) if file.exists() else FORMAT
 
@@ -98,7 +104,7 @@ class Run:
 
     @property
     def is_trained(self) -> bool:
-        """True once the exported model, whose contract is written last, is whole."""
+        """True once the exported model is complete; its prompt contract is written last."""
         return (self.model / CONTRACT_FILE).exists()
 
     def recipe(self) -> Recipe:
@@ -106,16 +112,16 @@ class Run:
         return Recipe.model_validate(load_yaml(self.recipe_file.read_text()))
 
     def tasks(self) -> KeptTasks:
-        """The tasks as they were defined when the run was last opened; none of a run of an earlier version, which kept none."""
+        """The task definitions stored when the run was last opened; empty for runs of earlier versions, which stored none."""
         return KeptTasks(self.tasks_file.read_text() if self.tasks_file.exists() else "")
 
     def status(self) -> dict[str, Any]:
-        """What `apprentice runs` shows: state, step, steps, loss, …; empty before training starts."""
+        """The content of status.json (state, step, steps, loss, …), which `apprentice runs` shows; empty before training starts."""
         file = self.folder / "status.json"
         return dict(file.read_json()) if file.exists() else {}
 
     def clear(self) -> None:
-        """Removes all but the fence, which whoever clears it holds."""
+        """Removes everything except the fence, which the caller holds."""
         for child in self.folder.children():
             if child.name != FENCE:
                 child.delete()
@@ -127,9 +133,10 @@ class Run:
 
 
 def open_run(recipe: Recipe, *, restart: bool = False) -> Run:
-    """The run that `recipe` names: a new folder, or the one there if its identity is the same.
+    """The run that `recipe` names: a new folder, or the existing one if its identity is the same.
 
-    Raises `RunError` listing the keys that differ otherwise; `restart` removes the old run first.
+    Writes tasks, recipe and identity. Raises `RunError` with the keys that differ if the folder belongs to another identity;
+    `restart` removes the old run first.
     """
     run = Run(Folder.at(recipe.storage) / recipe.name)
     version = FORMAT if restart else run.format
@@ -153,7 +160,7 @@ def open_run(recipe: Recipe, *, restart: bool = False) -> Run:
 
 
 def find_run(text: str, storage: str = "./runs") -> Run | None:
-    """The run that `text` names: a run folder's path or URI, or a name in `storage`; None if there is none."""
+    """The run that `text` names: the path or URI of a run folder, or a name in `storage`; None if there is none."""
     for folder in (Folder.at(text), Folder.at(storage) / text if not is_uri(text) else None):
         if folder is not None and (folder / "identity.json").exists():
             return Run(folder)
@@ -161,7 +168,7 @@ def find_run(text: str, storage: str = "./runs") -> Run | None:
 
 
 class Golden(BaseModel):
-    """Instruction and input, after earlier questions and answers, with the ids their prompt must have."""
+    """A golden prompt: instruction and input, behind earlier (question, answer) turns, and the token ids it must have."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     instruction: str
@@ -171,9 +178,9 @@ class Golden(BaseModel):
 
 
 class PromptContract(BaseModel):
-    """`apprentice.json`: how to phrase a request so that the model sees what it saw in training.
+    """The prompt contract, `apprentice.json`: everything needed to encode a request with the token ids of training.
 
-    Training writes it; evaluation and serving obey it and refuse what they cannot reproduce.
+    Training writes it. Evaluation and serving follow it, and refuse a model whose golden prompts they cannot reproduce.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -203,7 +210,7 @@ class PromptContract(BaseModel):
     golden: tuple[Golden, ...]
 
     def for_other_weights(self) -> PromptContract:
-        """The same words for weights that have no contract of their own, and whose hash nobody took."""
+        """The same contract for other weights that have none of their own, without hashes of weights."""
         return self.model_copy(update={"weights_sha256": "", "base_sha256": None})
 
     def write(self, folder: Path) -> None:
@@ -211,7 +218,7 @@ class PromptContract(BaseModel):
 
 
 def read_contract(folder: Path | Folder) -> PromptContract | None:
-    """The contract in a model folder; None if there is none. Raises `ContractError` if it cannot be understood."""
+    """The contract in a model folder; None if there is none. Raises `ContractError` if it does not fit the schema."""
     file = Folder.at(str(folder)) / CONTRACT_FILE
     if not file.exists():
         return None
@@ -222,9 +229,9 @@ def read_contract(folder: Path | Folder) -> PromptContract | None:
 
 
 def weights_sha256(folder: Path) -> str:
-    """sha256 over the safetensors files of `folder`, in order of name; over trusted pickles where there are none.
+    """sha256 over the safetensors files of `folder`, in order of name; over `.bin` files where there are none.
 
-    An adapter beside the weights (`adapter/`) counts with them: two runs of one base differ in nothing else.
+    An adapter beside the weights (`adapter/`) is included, because two runs of one base may differ in nothing else.
     """
     digest = hashlib.sha256()
     weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))

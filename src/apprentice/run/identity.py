@@ -1,7 +1,8 @@
-"""What makes two runs the same: every key of the recipe that shapes learning, by content and never by a path.
+"""The identity of a run: all keys of its recipe that shape learning, with tasks and models by content and never by path.
 
-Format 2: a task is the hash of its definition, the model in a folder the hash of its files, another run's model the hash of its
-weights. Runs of format 1 knew tasks and folders by their paths, and are compared so. Rows are not part of it: the index knows them.
+In format 2, a task is represented by the hash of its definition, a model folder by the hash of its files, and another run's model
+by the hash of its weights. Runs of format 1 are compared by the paths of tasks and folders. Data rows are not part of the
+identity; the index checks them.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from apprentice.storage import Folder
 from apprentice.tasks.definition import definition_of
 from apprentice.tasks.registry import Entry, Find, find_tasks
 
-# Keys that say where and on how much hardware a run executes, or what happens after it; they do not shape learning.
+# Keys for the place and the hardware of a run, or for what happens after training; they do not shape learning.
 NOT_IDENTITY = (
     "name",
     "storage",
@@ -41,30 +42,30 @@ NOT_IDENTITY = (
     "evaluation",
     "serving",
 )
-# Keys that came later: at their defaults they are left out, so that a run keeps the identity that it had before.
+# Keys added in later versions: left out at their defaults, so that older runs keep their identity.
 LATER = ("training.objective", "training.dpo", "training.grpo", "data.chat_template", "data.qualities", "data.control_tokens")
-# Of what a run folder holds. 1: before the number was kept. 2: other rules of encoding, CSV and identity, for new runs only.
+# Format of a run folder. 1: before the number was stored. 2: new rules for encoding, CSV and identity, in new runs only.
 FORMAT = 2
 CONTRACT_FILE = "apprentice.json"
-GATE_FILE = "gate.json"  # beside the weights: whether they passed their recipe's gate
-ADAPTER = "adapter"  # folder beside a model's weights, with what cannot be merged into them
-# Of a model's folder: what shapes learning besides the weights. Reports, cards and settings of decoding do not.
+GATE_FILE = "gate.json"  # beside the weights: whether they passed their recipe's quality gate
+ADAPTER = "adapter"  # folder beside a model's weights, with an adapter that cannot be merged into them
+# Files of a model folder that shape learning besides the weights. Reports, cards and generation settings do not.
 _MODEL_FILES = ("config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*", "*.py")
-_TASK = "data.tasks."  # how the key of a task's definition begins
+_TASK = "data.tasks."  # prefix of the keys of task definitions
 
 
 def identity(recipe: Recipe, version: int = FORMAT, *, anywhere: bool = False, find: Find = find_tasks) -> dict[str, Any]:
-    """Dotted key → value, for every key that shapes learning, by the formula of the format `version`.
+    """The identity of `recipe` as dotted key → JSON value, by the rules of format `version`.
 
-    `anywhere`: task files that are not on this machine are known by how the recipe names them; otherwise they raise `TaskError`.
-    `find` says what an entry of `data.tasks` means.
+    `find` resolves an entry of `data.tasks` to tasks. With `anywhere`, task files that are not on this machine are represented by
+    their entry in the recipe; otherwise they raise `TaskError`.
     """
     keys = flat(recipe.model_dump(mode="json"))
     set_keys = flat(recipe.model_dump(mode="json", exclude_defaults=True))
     kept = {
         key: value for key, value in keys.items() if not _within(key, NOT_IDENTITY) and (key in set_keys or not _within(key, LATER))
     }
-    if recipe.data.qualities is not None:  # whole: of equals the first is the best
+    if recipe.data.qualities is not None:  # as an ordered list, because of equal weights the first class is the best
         kept = {key: value for key, value in kept.items() if not key.startswith("data.qualities.")}
         kept["data.qualities"] = [[name, *one.model_dump(mode="json").values()] for name, one in recipe.data.qualities.items()]
     models = {
@@ -75,14 +76,14 @@ def identity(recipe: Recipe, version: int = FORMAT, *, anywhere: bool = False, f
     named = {key: base for key, base in models.items() if base}
     if version == 1:
         return kept | {key: public_base(base) for key, base in named.items()} | {"data.tasks": _paths(recipe)}
-    del kept["data.promptsource"]  # a folder; what was found in it is in the tasks' definitions
+    del kept["data.promptsource"]  # a folder, whose content is in the tasks' definitions
     definitions = _definitions(recipe.data.entries, find, anywhere=anywhere)
     tasks = {"data.tasks": list(definitions), **{f"{_TASK}{name}": found for name, found in definitions.items()}}
     return kept | {key: _model(base) for key, base in named.items()} | tasks
 
 
 def _paths(recipe: Recipe) -> list[Any]:
-    """`data.tasks` as runs of format 1 know them."""
+    """`data.tasks` in the identity of format 1."""
     return [
         (entry if entry.islower() or "/" not in entry else Path(entry).name)
         if isinstance(entry, str)
@@ -92,7 +93,7 @@ def _paths(recipe: Recipe) -> list[Any]:
 
 
 def _definitions(entries: Sequence[Entry], find: Find, *, anywhere: bool) -> dict[str, str]:
-    """Task → the hash of its definition, in the recipe's order."""
+    """Task → the hash of its definition (16 hex digits), in the recipe's order."""
     found: dict[str, str] = {}
     for entry in entries:
         try:
@@ -105,7 +106,7 @@ def _definitions(entries: Sequence[Entry], find: Find, *, anywhere: bool) -> dic
 
 
 def _model(base: str) -> str:
-    """A model by what it is: a run's by its weights, a folder's by its files; a hub id and a URI are names."""
+    """A model in the identity: a run's with its weights' hash, a folder as the hash of its files, a hub id or URI as it is."""
     if base.startswith(RUN):
         contract = Folder.at(base.removeprefix(RUN)) / "model" / CONTRACT_FILE
         weights = f"@{contract.read_json()['weights_sha256'][:16]}" if contract.exists() else ""
@@ -115,7 +116,7 @@ def _model(base: str) -> str:
 
 
 def model_sha256(folder: Path) -> str:
-    """sha256 over the names and the content of the files in a model's folder that shape what it learns, weights among them."""
+    """sha256 over names and contents of the files in a model folder that shape learning, weights included."""
     weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
     small = {file for pattern in _MODEL_FILES for file in folder.glob(pattern) if file.is_file()}
     files = [*weights, *sorted(small), *sorted((folder / ADAPTER).glob("*.safetensors"))]
@@ -137,8 +138,8 @@ def _sha256(path: str) -> str:
 
 
 def differences(recipe: Recipe, old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """What is not the same in two identities, each in a few words; nothing where they are those of one run."""
-    # A key that a later version brought was not written then; at its default it changes nothing.
+    """The differences of two identities, each in a few words for messages; empty if they are those of one run."""
+    # A key added in a later version is missing in the old identity; at its default it changes nothing.
     written = flat(recipe.model_dump(mode="json", exclude_defaults=True))
     later = {key for key in new.keys() - old.keys() if key not in written and not key.startswith(_TASK)}
     changed = sorted(key for key in (old.keys() | new.keys()) - later if old.get(key) != new.get(key))
@@ -162,7 +163,7 @@ def _within(key: str, blocks: tuple[str, ...]) -> bool:
 
 
 def public_base(base: str) -> str:
-    """`base` as another machine would name it: a run by its name, wherever its folder lies."""
+    """`base` without paths of this machine: a run is named by `run:NAME` alone, other bases are unchanged."""
     return f"{RUN}{base.rsplit('/', 1)[-1]}" if base.startswith(RUN) else base
 
 
@@ -172,7 +173,7 @@ def identity_hash(keys: Mapping[str, Any]) -> str:
 
 
 def flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Dotted key → value of nested mappings: {"a": {"b": 1}} gives {"a.b": 1}; an empty mapping is a value."""
+    """Flattens nested mappings to dotted keys: {"a": {"b": 1}} gives {"a.b": 1}; an empty mapping is a value."""
     if not isinstance(value, dict) or not value:
         return {prefix: value}
     items = (flat(inner, f"{prefix}.{key}" if prefix else str(key)) for key, inner in value.items())

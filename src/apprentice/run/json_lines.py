@@ -1,7 +1,7 @@
-"""Files of one JSON object a line that grow while a process runs, such as `steps.jsonl`.
+"""JSON Lines files that grow while a process runs, such as `steps.jsonl`.
 
-A process that is killed, or a machine that loses its power, may leave a part of a last line, or zeros: a torn tail. It is no
-record. Knows nothing of what the records say.
+A process that is killed, or a machine that loses its power, may leave an incomplete last line or zeros: a torn tail. It is not
+read as a record.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from apprentice.storage import Folder
 
 
 def read_records(file: Folder) -> list[dict[str, Any]]:
-    """The whole lines of `file`, parsed; none if it does not exist."""
+    """The JSON objects of `file`, without lines that are not one; empty if the file does not exist."""
     return [record for line in _lines(file) if (record := _parsed(line)) is not None]
 
 
 def cut_torn_tail(file: Folder) -> int:
-    """Cuts what follows the last whole line of a local `file`, and gives how many bytes that was."""
+    """Truncates a local `file` after its last complete record, which then ends with a newline; returns the bytes cut off."""
     lines = _lines(file)
     torn = 0
     while lines and _parsed(lines[-1]) is None:

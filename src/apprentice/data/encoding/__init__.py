@@ -1,1 +1,1 @@
-"""From a rendered example to token ids: prompt formats, the prompt contract, tokenizing."""
+"""Encoding of rendered examples as token ids: prompt formats, the prompt contract, tokenization and truncation."""

@@ -1,6 +1,10 @@
-"""How a chat template writes answers: what stands before one, what ends it, and whether earlier ones stand as the last one does.
+"""Turns of a chat template: the text it writes before and behind an answer, found by rendering short probe conversations.
 
-Found by rendering short conversations and looking at what is around the answers; nothing is known of any template beforehand.
+For ChatML, a conversation is
+
+    <|im_start|>user⏎Why?<|im_end|>⏎<|im_start|>assistant⏎Because.<|im_end|>⏎
+
+The text up to `assistant⏎` is the prompt, and `end` is `<|im_end|>`. No template is known beforehand.
 """
 
 from __future__ import annotations
@@ -13,46 +17,48 @@ from typing import Any
 
 from apprentice.errors import ContractError
 
-Render = Callable[[Sequence[Mapping[str, Any]], bool], str]  # messages, whether the assistant's turn is opened → text
+Render = Callable[[Sequence[Mapping[str, Any]], bool], str]  # (messages, add the opening of the assistant's turn) → text
 _QUESTION, _ANSWER, _NEXT = "\u2402question\u2403", "\u2402answer\u2403", "\u2402next\u2403"
 
 
 @dataclass(frozen=True, slots=True)
 class Turns:
-    """What a chat template writes around answers.
+    """The texts that a chat template writes around answers.
 
-    A prompt is the text that the template opens a turn with, without `withdrawn` at its end (an open thought, where plain answers
-    have none) and with `lead` behind it (a channel's marks, an empty thought): what the template itself writes before an answer.
+    The text with an opened assistant turn (`add_generation_prompt`) can differ from the text before an answer that is already in
+    the messages. The prompt follows the latter: the opened text without `withdrawn`, plus `lead`.
     """
 
-    withdrawn: str
-    lead: str
+    withdrawn: str  # removed from the end of the opened text, such as `<think>` where answers without a thought have none
+    lead: str  # added behind it, such as a channel's tokens or an empty thought
     end: str  # behind the last answer, up to the token that ends it
     inner_end: str  # behind an earlier answer
-    space: str  # before an answer, which prompts leave out: with it they would end in half a word
-    alike: bool  # an earlier answer has the prompt that it had when it was the last
+    space: str  # spaces before an answer, which prompts leave out, since they would end in half a word otherwise
+    alike: bool  # True if an earlier answer has the same text before it as when it was the last one
 
     def opened(self, text: str) -> str:
-        """The prompt, of the text with the assistant's turn opened."""
+        """The prompt for `text`, which is rendered messages with the assistant's turn opened."""
         return text.removesuffix(self.withdrawn) + self.lead
 
     @property
     def remarks(self) -> str:
-        """What a person may not expect of the template, each remark behind a comma."""
+        """Unusual properties of the template for messages to people, each behind a comma; empty if there are none."""
         beyond = f", {self.lead!r} belongs to the prompt" if self.lead else ""
         without = f", prompts go without the template's {self.withdrawn!r}" if self.withdrawn else ""
         return beyond + without + ("" if self.alike else ", of a conversation only the last answer is learnt")
 
     @property
     def closes_a_thought(self) -> bool:
-        """True if the prompt ends a thought, so that an answer with one of its own would be a second."""
+        """True if the prompt has a closed `<think>` block, so that an answer with one would have two."""
         return "</think>" in self.lead
 
 
 def read_turns(render: Render, control: re.Pattern[str], fallback: str) -> Turns:
-    """The turns of a template. `control` matches what may end a turn; `fallback` ends one that the template does not end.
+    """Probes a template, given as its `render` function, for the texts around answers.
 
-    Raises `ContractError` where the template writes answers in another place than behind the turn that it opens.
+    `control` matches the control tokens that may end a turn; `fallback` is the end for a template that writes none. Raises
+    `ContractError` where the template writes a question in one way before an answer and in another before an opened turn, so that
+    no prompt would match the text that is trained on.
     """
     asked = {"role": "user", "content": _QUESTION}
     answered = [asked, {"role": "assistant", "content": _ANSWER}]
@@ -69,7 +75,7 @@ def read_turns(render: Render, control: re.Pattern[str], fallback: str) -> Turns
         )
     withdrawn, lead = opened.removeprefix(common), before.removeprefix(common)
     between = behind_inner.partition(_NEXT)[0]
-    # What both end with is the end; where they differ (gpt-oss, GLM-4), each has its own.
+    # The end is what follows both the last and an earlier answer; where these differ (gpt-oss, GLM-4), each has its own.
     shared = _up_to_control(_common_start(behind_last, between), control, last=True)
     inner_end = shared or _up_to_control(between, control)
     end = shared or _up_to_control(behind_last, control) or inner_end or behind_last.rstrip() or fallback

@@ -1,11 +1,11 @@
-"""Layouts: how instruction, input and exemplars become the model's text, the same in training, evaluation and serving.
+"""Prompt formats ("layouts"): instruction, input and exemplars to the model's text, the same in training, evaluation and serving.
 
 plain     instruction, blank line, input; the answer after a newline; exemplars before it, with a separator line
 alpaca    the section headings of Stanford Alpaca (Taori et al. 2023); exemplars as in plain
 chat      the tokenizer's own chat template; exemplars are earlier turns
 
-Prompt and answer are tokenised apart and joined as ids, so that a served prompt has exactly the ids it had in training. What
-people wrote is text: control tokens in it are encoded as characters. Knows nothing of tasks or packing.
+Prompt and answer are tokenized separately and joined as ids, so that a served prompt has exactly the ids it had in training.
+Control tokens in users' texts and in datasets, such as `<|im_end|>`, are encoded as ordinary characters.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from apprentice.pretrained.control_tokens import BREAK, ControlTokens, unescape
 from apprentice.pretrained.tokenizer import Tokenizer
 
 LayoutName = Literal["plain", "alpaca", "chat"]
-LAYOUT_VERSION = 2  # of new runs; raised whenever a layout's ids change. Version 1: no `turns`, control tokens of texts are tokens
-LAYOUT_VERSIONS = (1, 2)  # that old contracts and runs have, and what is asked of them still follows
+LAYOUT_VERSION = 2  # of new runs; raised whenever a layout's ids change. Version 1: no `turns`, control tokens in texts are tokens
+LAYOUT_VERSIONS = (1, 2)  # versions that old contracts and runs have, and that are still supported
 SEPARATOR = "\n\n###\n\n"
 _MARK = "\u2402answer\u2403"  # stands for an answer while the text after it is looked up
-# What chat templates are known to look for in a message, and what else they might.
+# Probe questions: texts that chat templates are known to react to, and others that they might.
 _QUESTIONS = (
     "a",
     "B\n\nc",
@@ -59,12 +59,12 @@ class Exemplar:
 
 @dataclass(frozen=True)
 class Layout:
-    """One layout over one tokenizer.
+    """A prompt format together with the tokenizer that encodes it.
 
-    `system` is the system text (empty: the template's own default); `date` freezes chat templates that insert today's date
-    (`YYYY-MM-DD`; templates see it as `date_string`). `quality` is the class of mixed-quality data that chat templates see under
-    that name (empty: they do not, and say what is said to a model that is to reply). `version` is one of `LAYOUT_VERSIONS`;
-    `control_tokens` are those that texts may hold as such.
+    `system` is the system prompt (empty: the template's own default). `date` (`YYYY-MM-DD`) replaces today's date in chat templates
+    that insert one; they see it as `date_string`. `quality` is the quality class passed to chat templates under that name (empty:
+    none is passed, as for replies). `version` is one of `LAYOUT_VERSIONS`. `control_tokens` are control tokens that stay tokens
+    when they occur in texts. Raises `ContractError` for an unknown name, a missing chat template or an unknown control token.
     """
 
     name: LayoutName
@@ -74,7 +74,7 @@ class Layout:
     quality: str = ""
     version: int = LAYOUT_VERSION
     control_tokens: tuple[str, ...] = ()
-    day: str | None = None  # that version 1's templates take for today; None: the clock's
+    day: str | None = None  # today's date for chat templates in version 1 (`YYYY-MM-DD`); None: the system clock's
 
     def __post_init__(self) -> None:
         if self.name not in get_args(LayoutName):
@@ -91,7 +91,7 @@ class Layout:
             )
 
     def prompt(self, instruction: str, input: str = "", exemplars: Sequence[Exemplar] = ()) -> str:
-        """The text up to where the answer starts, for `encode_prompt`; `shown` is what a person reads of it.
+        """The text up to where the answer starts, to be encoded by `encode_prompt`; `shown` makes it readable.
 
         Raises `ChatTemplateError` where the chat template refuses the question.
         """
@@ -106,9 +106,9 @@ class Layout:
         return head + SEPARATOR.join([*shown, self._single(instruction, input)])
 
     def chat_prompt(self, messages: Sequence[Mapping[str, str]]) -> str:
-        """The chat template's text for OpenAI-style messages, up to where the answer starts, for `encode_prompt`.
+        """The chat template's text for OpenAI-style messages, up to where the answer starts, to be encoded by `encode_prompt`.
 
-        Raises `ContractError` where the layout has no turns, `ChatTemplateError` where the template refuses the messages.
+        Raises `ContractError` for a layout other than `chat`, `ChatTemplateError` where the template refuses the messages.
         """
         if self.name != "chat":
             raise ContractError(f"layout `{self.name}` has no turns; it takes one instruction.")
@@ -124,7 +124,7 @@ class Layout:
         return self._rendered(told, generate=generate, parts=self._takes_parts)
 
     def _rendered(self, messages: Sequence[Mapping[str, Any]], *, generate: bool, parts: bool = False) -> str:
-        """What the template makes of these messages as they are; with `parts`, contents are lists of one text."""
+        """The chat template's text for these messages, unescaped; with `parts`, contents are lists of one text part."""
         seen = {"quality": self.quality} if self.quality else {}
         day = self.date if self.version > 1 else self.day
         now = datetime.fromisoformat(day) if day is not None else None
@@ -133,7 +133,7 @@ class Layout:
 
     @cached_property
     def _takes_parts(self) -> bool:
-        """True if the template shows texts only as parts of a content, as those of models that see images do."""
+        """True if the template shows only contents that are lists of parts, as those of vision models do."""
         turns = [{"role": "user", "content": _MARK}, {"role": "assistant", "content": _MARK}]
 
         def marks(parts: bool) -> int:
@@ -146,7 +146,7 @@ class Layout:
 
     @cached_property
     def turns(self) -> Turns | None:
-        """How the chat template writes answers; None in version 1, which takes it for the way of ChatML, and without turns."""
+        """The texts that the chat template writes around answers; None for other layouts and in version 1, which assumes ChatML."""
         if self.name != "chat" or self.version == 1:
             return None
 
@@ -157,9 +157,9 @@ class Layout:
 
     @cached_property
     def control_names(self) -> tuple[str, ...]:
-        """What structures a prompt: the tokenizer's special tokens, and others that the chat template writes around what is said.
+        """Control tokens: the tokenizer's special tokens, and other added tokens that the chat template writes around messages.
 
-        Not the marks of a thought, which answers write themselves.
+        `<think>` and `</think>` are not among these others, since answers write them themselves.
         """
         special = self.tokenizer.special_texts
         if self.name != "chat":
@@ -174,19 +174,19 @@ class Layout:
         return self.tokenizer.kept_apart(tuple(name for name in self.control_names if name not in self.control_tokens))
 
     def _text(self, text: str) -> str:
-        """`text` as a prompt holds what people wrote."""
+        """`text` with its control tokens escaped, as users' texts stand in a prompt; unchanged in version 1."""
         return text if self.version == 1 else self._escaping.escape(text)
 
     @staticmethod
     def shown(prompt: str) -> str:
-        """What a person reads of a prompt's text."""
+        """A prompt's text without its escape characters, for people to read."""
         return unescape(prompt)
 
     def chat_pieces(self, messages: Sequence[Mapping[str, str]]) -> list[tuple[list[int], bool]]:
-        """(ids, whether they are an earlier answer with its end) of a conversation whose last turn is opened for the assistant.
+        """Token ids of a conversation with the assistant's turn opened, as (ids, is an earlier answer with its end) pieces.
 
-        Answers are encoded apart, as they are when they are learnt or generated, so that a conversation that goes on has the ids
-        that it had. One piece, none of it an answer, where the chat template changes earlier answers.
+        Answers are encoded separately, as they are in training and generation, so that a conversation that goes on keeps its ids.
+        Where the chat template changes earlier answers, the result is one piece that is no answer.
         """
         text = self.chat_prompt(messages)
         answers = [message["content"].strip() for message in messages if message["role"] == "assistant"]
@@ -210,42 +210,45 @@ class Layout:
         return pieces
 
     def _behind(self, text: str) -> str:
-        """`text` as the tokenizer reads it behind the end of an answer."""
+        """`text` without leading white space where the end token of the answer before it takes that along (`rstrip`)."""
         swallowed = self.version > 1 and self.tokenizer.swallows_space(self._inner_end_ids[-1])
         return text.lstrip() if swallowed else text
 
     def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """Ids of a conversation with the assistant's turn opened. Raises `ContractError` where the layout has no turns."""
+        """Ids of a conversation with the assistant's turn opened. Raises `ContractError` for a layout other than `chat`."""
         return [id for ids, _ in self.chat_pieces(messages) for id in ids]
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Ids of what `prompt` gave, with what the tokenizer puts at a text's start (chat templates write that themselves)."""
+        """Ids of a text from `prompt` or `chat_prompt`, with the tokenizer's start ids except for `chat` (its template adds them).
+
+        For an encoder-decoder the tokenizer's end ids follow.
+        """
         return self.encode_prompts([text])[0]
 
     def encode_prompts(self, texts: Sequence[str]) -> list[list[int]]:
         return self._started(self._encoded(texts))
 
     def encode_raw(self, text: str) -> list[int]:
-        """Ids of a prompt that somebody wrote whole: its control tokens are meant."""
+        """Ids of a complete prompt written by a user, in which control tokens are tokens."""
         return self._started([self.tokenizer.encode(text)])[0]
 
     @cached_property
     def empty_prompt(self) -> list[int]:
-        """The prompt of an empty question, after which a choice's prior is taken."""
+        """Ids of the prompt of an empty question; the end ids if that is empty. Used for the prior of a choice (`rank_by: pmi`)."""
         return self.encode_prompt(self.prompt("", "")) or list(self.end_ids)
 
     def encode_answers(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of answers, without the end."""
+        """Ids of answers, without the end ids."""
         return self._encoded([self._text(text) for text in texts])
 
     def _started(self, prompts: list[list[int]]) -> list[list[int]]:
         start = [] if self.name == "chat" else list(self.tokenizer.start_ids)
-        # An encoder's text is a text of its own, and ends like one; a causal model's prompt goes on with the answer.
+        # An encoder's input is a complete text with its end; a causal model's prompt is continued by the answer.
         finish = list(self.tokenizer.finish_ids) if self.family == "seq2seq" else []
         return [start + ids + finish for ids in prompts] if start or finish else prompts
 
     def _encoded(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of texts in which control tokens that are text are broken."""
+        """Ids of texts whose escaped control tokens are encoded as characters."""
         broken = [number for number, text in enumerate(texts) if BREAK in text] if self.version > 1 else []
         if not broken:
             return self.tokenizer.encode_batch(texts)
@@ -256,13 +259,13 @@ class Layout:
 
     @cached_property
     def family(self) -> Family:
-        """Of the model whose tokenizer this is: an encoder reads prompts as texts of their own."""
+        """Family of the model in the tokenizer's folder; `causal` where the folder has no config.json."""
         folder = self.tokenizer.folder
         return family_of(folder) if (folder / "config.json").is_file() else "causal"
 
     @cached_property
     def end_ids(self) -> tuple[int, ...]:
-        """The ids after an answer, trained on: the end token, or what ends the template's assistant turn."""
+        """Ids after an answer, which are trained on: the end token, or the end of the chat template's assistant turn."""
         if self.name != "chat":
             return (self.tokenizer.end_id,)
         ids = tuple(self.tokenizer.encode(self._closing if self.turns is None else self.turns.end))
@@ -270,29 +273,29 @@ class Layout:
 
     @cached_property
     def _inner_end_ids(self) -> tuple[int, ...]:
-        """The ids after an answer that is followed by another turn."""
+        """Ids after an answer that is followed by another turn."""
         return self.end_ids if self.turns is None else tuple(self.tokenizer.encode(self.turns.inner_end))
 
     @cached_property
     def _closing(self) -> str:
-        """What the chat template writes behind an answer, without white space at its end."""
+        """Text that the chat template writes behind an answer, without trailing white space."""
         turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _MARK}]
         return self._templated(turns, generate=False).partition(_MARK)[2].rstrip()
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
-        """Ids at which generation ends: the end token, and those that answers are learnt to end with."""
+        """Ids at which generation ends, sorted: the end token, and the last ids of `end_ids` and of an inner answer's end."""
         inner = self._inner_end_ids[-1] if self.name == "chat" else self.tokenizer.end_id
         return tuple(sorted({self.tokenizer.end_id, self.end_ids[-1], inner}))
 
     @cached_property
     def _around(self) -> tuple[str, str] | None:
-        """What the chat template writes before and after a lone question; None if that depends on the question."""
+        """Texts that the chat template writes before and after a single question; None if they depend on the question."""
         before, _, after = self.chat_prompt([{"role": "user", "content": _MARK}]).partition(_MARK)
         return (before, after) if all(self._asks(text) == before + self._text(text) + after for text in _QUESTIONS) else None
 
     def _asks(self, question: str) -> str | None:
-        """The prompt of a lone question; None where the template refuses it, which other questions need not mind."""
+        """The prompt of a single question; None where the template refuses it."""
         try:
             return self.chat_prompt([{"role": "user", "content": question}])
         except ChatTemplateError:

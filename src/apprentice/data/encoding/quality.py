@@ -1,7 +1,7 @@
-"""Classes of mixed-quality data: which one each task belongs to, what its answers count, and whether the prompt shows it.
+"""Quality classes of mixed-quality data (`data.qualities`): the class of each task, and the prompt format that shows it.
 
-OpenChat's conditioned fine-tuning (Wang et al. 2023): a model learns from good and poor answers which is which, and is asked for
-good ones. Knows nothing of rows or losses.
+This is OpenChat's conditioned fine-tuning (Wang et al. 2023): prompts name the class of an answer in training, and replies are
+requested in the best class.
 """
 
 from __future__ import annotations
@@ -16,12 +16,15 @@ from apprentice.tasks.schema import Task
 
 
 def best_of(qualities: Mapping[str, Quality]) -> str:
-    """The class that counts most, and of equals the first: replies are asked for in it."""
+    """The class of the largest weight, the first one among equals; replies are requested in it."""
     return max(qualities, key=lambda name: qualities[name].weight)
 
 
 def classes_of(qualities: Mapping[str, Quality], tasks: Sequence[Task]) -> dict[str, str]:
-    """Task → name of its class. Raises `RecipeError` for a name that is no task, or a task in two classes."""
+    """Task → name of its class; tasks in no class belong to the best one.
+
+    Raises `RecipeError` for an entry that is neither a task nor a cluster, or for a task in two classes.
+    """
     known = {task.name for task in tasks} | {task.cluster for task in tasks}
     found: dict[str, str] = {}
     for name, quality in qualities.items():
@@ -37,9 +40,9 @@ def classes_of(qualities: Mapping[str, Quality], tasks: Sequence[Task]) -> dict[
 
 
 def layouts_of(qualities: Mapping[str, Quality], layout: Layout) -> dict[str, Layout]:
-    """Class → the layout that shows it, for learning; `layout` itself is what a reply is asked for in.
+    """Class → the layout whose chat template gets that class, for training; `layout` itself is used for replies.
 
-    Raises `RecipeError` where a chat template shows the class, but without one does not say what it says of the best.
+    Raises `RecipeError` where a chat template shows the class, but its prompt without one is not that of the best class.
     """
     layouts = {name: replace(layout, quality=name) for name in qualities}
     if layout.name == "chat":
@@ -55,5 +58,5 @@ def layouts_of(qualities: Mapping[str, Quality], layout: Layout) -> dict[str, La
 
 
 def shown_in_the_prompt(layouts: Mapping[str, Layout]) -> bool:
-    """Whether a model can tell the classes apart."""
+    """Whether every class has another prompt, so that a model can tell the classes apart."""
     return len({layout.prompt("a") for layout in layouts.values()}) == len(layouts)

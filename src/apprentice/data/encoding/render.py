@@ -1,7 +1,4 @@
-"""Rows to examples: reads the rows that a stretch of the plan draws, source by source in one go, and renders them.
-
-Knows nothing of layouts, tokens or Ray.
-"""
+"""Rendering of draws: reads the rows of a range of the plan, all rows of a task at once, and applies their templates."""
 
 from __future__ import annotations
 
@@ -19,14 +16,14 @@ CACHED_GROUPS = 8  # row groups kept of each source: as many as the plan draws f
 
 
 class Rendered(NamedTuple):
-    """What one draw of the plan becomes."""
+    """A rendered draw."""
 
     example: Example
     exemplars: list[Exemplar]
 
 
 class Renderer:
-    """Renders rows of `tasks` by number, from the sources in `indices`."""
+    """Renders rows of `tasks` by row number; opens the sources in `indices` when they are first read, and keeps them open."""
 
     def __init__(self, tasks: Sequence[Task], indices: Mapping[str, TaskIndex], cached_groups: int = CACHED_GROUPS) -> None:
         self._tasks = {task.name: task for task in tasks}
@@ -35,7 +32,7 @@ class Renderer:
         self._readers: dict[tuple[str, Split], Reader] = {}
 
     def example(self, task: str, split: Split, row: int, template: str) -> Example:
-        """One row through one template. Raises `RowError` if that cannot be rendered, `DataError` if it cannot be read."""
+        """One row rendered by one template. Raises `RowError` if it cannot be rendered, `DataError` if it cannot be read."""
         found = self._rows(task, split, [row])[row]
         return self._tasks[task].render(found, self._tasks[task].template_by_name[template])
 
@@ -47,7 +44,7 @@ class Renderer:
         return rendered
 
     def of_draws(self, draws: Sequence[Draw]) -> list[Rendered | RowError]:
-        """What every draw becomes, in order; an exemplar that the template cannot render is left out."""
+        """Every draw rendered, in order; the `RowError` in place of one that cannot be. Exemplars that cannot be are left out."""
         wanted: dict[str, set[int]] = {}
         for draw in draws:
             wanted.setdefault(draw.task, set()).update((draw.row, *draw.shots))
@@ -71,7 +68,7 @@ class Renderer:
         return Rendered(example, exemplars)
 
     def _rows(self, task: str, split: Split, numbers: Iterable[int]) -> dict[int, dict[str, Any]]:
-        """Row number → row; sorted, so that every row group is read once."""
+        """Row number → row. Numbers are sorted first, so that every row group is read once."""
         ascending = sorted(numbers)
         return dict(zip(ascending, self._reader(task, split).rows(ascending), strict=True))
 

@@ -1,7 +1,7 @@
-"""Examples to token ids within a limit, many at once.
+"""Tokenization of rendered examples within a length limit, many at once.
 
-Too long: exemplars are dropped from the last, then the input is cut from its end; instruction and answer are never cut,
-and what then still does not fit is dropped whole. Knows layouts, not where examples come from nor how they are packed.
+An example that is too long loses exemplars, from the last one, and then its input is cut from the end. Instruction and answer are
+never cut. An example that still does not fit is dropped.
 """
 
 from __future__ import annotations
@@ -15,46 +15,49 @@ from apprentice.data.encoding.prompt_format import Exemplar, Layout
 from apprentice.errors import ChatTemplateError
 from apprentice.tasks.schema import Example
 
-# The words under which the ledger counts what was cut.
+# Reasons under which the mixture ledger counts examples that were cut or dropped.
 CUT_EXEMPLARS = "truncated_exemplars"
 CUT_INPUT = "truncated_input"
 CUT_TURNS = "truncated_turns"
 LAST_TURN_ONLY = "last_turn_only"  # the chat template changes earlier answers, so only the last one can be learnt as it is
 TOO_LONG = "too_long"
-REFUSED = "refused_by_template"  # the chat template has no way to say it
-SECOND_THOUGHT = "second_thought"  # the prompt ends a thought already, and the answer brings its own
+REFUSED = "refused_by_template"  # the chat template raised an error over the messages
+SECOND_THOUGHT = "second_thought"  # the prompt ends with a closed `<think>` block, and the answer has one of its own
 
 
 @dataclass(frozen=True, slots=True)
 class Tokenized:
-    """One training example: prompt, answer and end; everything from `prompt_length` on is trained on, but for `untrained`."""
+    """The token ids of one training example: prompt, answer and end tokens.
+
+    All tokens from `prompt_length` on are trained on, except the ranges `untrained`.
+    """
 
     ids: list[int]
     prompt_length: int
     exemplars_used: int
-    truncated: str | None  # `CUT_EXEMPLARS`, `CUT_INPUT`, `CUT_TURNS`, `LAST_TURN_ONLY`, or nothing was cut
-    untrained: tuple[tuple[int, int], ...] = ()  # stretches behind `prompt_length` that are not: a conversation's later questions
+    truncated: str | None  # `CUT_EXEMPLARS`, `CUT_INPUT`, `CUT_TURNS` or `LAST_TURN_ONLY`; None where nothing was cut
+    untrained: tuple[tuple[int, int], ...] = ()  # [start, stop) of a conversation's later questions, behind `prompt_length`
     rejected: Tokenized | None = None  # of a pair: the same prompt with the worse answer
 
     @property
     def answers(self) -> tuple[Tokenized, ...]:
-        """Itself, and of a pair the rejected one after it."""
+        """(itself,), or for a pair (itself, rejected)."""
         return (self,) if self.rejected is None else (self, self.rejected)
 
     @property
     def size(self) -> int:
-        """Tokens, of both answers with their prompts."""
+        """Number of tokens; for a pair, those of both answers, each with its prompt."""
         return sum(len(answer.ids) for answer in self.answers)
 
     @property
     def target_tokens(self) -> int:
-        """How many tokens are trained on, of both answers."""
+        """Number of tokens that are trained on; for a pair, those of both answers."""
         untrained = sum(stop - start for start, stop in self.untrained)
         return sum(len(answer.ids) - answer.prompt_length for answer in self.answers) - untrained
 
 
 class Fitted(NamedTuple):
-    """A prompt that keeps to its limit."""
+    """A prompt cut to its limit, with what was cut (`truncated`, as in `Tokenized`)."""
 
     ids: list[int]
     exemplars_used: int
@@ -64,10 +67,10 @@ class Fitted(NamedTuple):
 def encode(
     layout: Layout, items: Sequence[tuple[Example, Sequence[Exemplar]]], max_length: int, target_length: int | None = None
 ) -> list[Tokenized | None]:
-    """Token ids of every item, at most `max_length` each; None for what cannot be learnt (see `drop_reason`).
+    """Token ids of every (example, exemplars), at most `max_length` tokens each; None for a dropped one (see `drop_reason`).
 
-    With a `target_length`, as encoder-decoders have it, `max_length` is for the prompt alone, and `target_length` for the answer.
-    All prompts go through the tokenizer at once, and so do all answers.
+    With a `target_length`, for encoder-decoders, `max_length` bounds the prompt alone and `target_length` the answer.
+    All prompts are tokenized in one batch, and all answers in another.
     """
     if any(example.has_turns for example, _ in items):
         single = iter(encode(layout, [item for item in items if not item[0].has_turns], max_length, target_length))
@@ -81,7 +84,7 @@ def encode(
             found.append(None)
             continue
         answer += end
-        # On one side with the prompt, or on a side of its own.
+        # A causal answer shares `max_length` with its prompt; an encoder-decoder's has a side of its own.
         room, answer_room = (max_length - len(answer), max_length) if target_length is None else (max_length, target_length)
         fitted: Fitted | None = Fitted(prompt, len(shots), None)
         if len(answer) > answer_room:
@@ -93,7 +96,7 @@ def encode(
 
 
 def drop_reason(layout: Layout, example: Example, exemplars: Sequence[Exemplar] = ()) -> str:
-    """Why an example that has no token ids has none: `REFUSED`, `SECOND_THOUGHT` or `TOO_LONG`."""
+    """Why `encode` dropped this example: `REFUSED`, `SECOND_THOUGHT` or `TOO_LONG`."""
     if _thinks_twice(layout, example):
         return SECOND_THOUGHT
     try:
@@ -109,14 +112,14 @@ def _thinks_twice(layout: Layout, example: Example) -> bool:
 
 
 def _said(layout: Layout, example: Example, exemplars: Sequence[Exemplar]) -> str:
-    """The prompt's text. Raises `ChatTemplateError`."""
+    """The text of an example's prompt. Raises `ChatTemplateError` where the chat template refuses it."""
     if example.has_turns:
         return layout.chat_prompt(_messages(example))
     return layout.prompt(example.instruction, example.input, exemplars)
 
 
 def _prompts(layout: Layout, items: Sequence[tuple[Example, Sequence[Exemplar]]]) -> list[list[int] | None]:
-    """The prompt of every item, of a conversation nothing; None where the chat template refuses it."""
+    """Prompt ids of every item: empty for conversations, None where the chat template refuses the item."""
     texts: list[str | None] = []
     for example, shots in items:
         try:
@@ -128,10 +131,10 @@ def _prompts(layout: Layout, items: Sequence[tuple[Example, Sequence[Exemplar]]]
 
 
 def encode_pairs(layout: Layout, examples: Sequence[Example], max_length: int) -> list[Tokenized | None]:
-    """Both answers of every example after the same prompt, at most `max_length` tokens each with it; None where they do not fit
-    (see `drop_reason`).
+    """Token ids of preference pairs: prompt and better answer, and the same prompt with the worse answer in `rejected`.
 
-    The prompt has room for the longer answer. Of a conversation the last answer is compared; the earlier ones belong to the prompt.
+    Each of the two has at most `max_length` tokens: the prompt is cut to leave room for the longer answer. None for a dropped
+    example (see `drop_reason`). Of a conversation only the last answers are compared; earlier turns belong to the prompt.
     """
     better = layout.encode_answers([example.target for example in examples])
     worse = layout.encode_answers([example.rejected for example in examples])
@@ -148,13 +151,13 @@ def encode_pairs(layout: Layout, examples: Sequence[Example], max_length: int) -
 
 
 def encode_questions(layout: Layout, examples: Sequence[Example], max_prompt_tokens: int) -> list[Tokenized | None]:
-    """The prompt of every example in at most so many tokens, with nothing behind it; None as `drop_reason` says."""
+    """Prompts alone, for on-policy training, in at most `max_prompt_tokens` each; None for a dropped one (see `drop_reason`)."""
     found = _questions(layout, examples, [max_prompt_tokens] * len(examples))
     return [fitted and Tokenized(fitted.ids, len(fitted.ids), 0, fitted.truncated) for fitted in found]
 
 
 def _questions(layout: Layout, examples: Sequence[Example], rooms: Sequence[int]) -> list[Fitted | None]:
-    """The prompt of every example within its room; of a conversation, all before its last answer."""
+    """The prompt of every example in at most `rooms[i]` tokens; a conversation's prompt is all before its last answer."""
     found: list[Fitted | None] = []
     for example, prompt, room in zip(examples, _prompts(layout, [(one, ()) for one in examples]), rooms, strict=True):
         fitted = None if prompt is None else Fitted(prompt, 0, None)
@@ -167,7 +170,7 @@ def _questions(layout: Layout, examples: Sequence[Example], rooms: Sequence[int]
 
 
 def _messages(example: Example) -> list[dict[str, str]]:
-    """A conversation up to its last question, as chat templates take it."""
+    """A conversation up to its last question, as OpenAI-style messages."""
     system = [{"role": "system", "content": example.system}] if example.system else []
     turns = [
         {"role": role, "content": text} for turn in example.history for role, text in zip(("user", "assistant"), turn, strict=True)
@@ -176,7 +179,7 @@ def _messages(example: Example) -> list[dict[str, str]]:
 
 
 def _conversation(layout: Layout, example: Example, max_length: int) -> Tokenized | None:
-    """A conversation with every answer trained on; what is too long loses its last turns, and is dropped if not one fits."""
+    """A conversation in which every answer is trained on; one that is too long loses its last turns, or is dropped if none fits."""
     try:
         pieces = layout.chat_pieces(_messages(example))
     except ChatTemplateError:
@@ -195,7 +198,7 @@ def _conversation(layout: Layout, example: Example, max_length: int) -> Tokenize
 
 
 def fit_prompt(layout: Layout, example: Example, exemplars: Sequence[Exemplar], max_prompt_tokens: int) -> Fitted | None:
-    """The prompt of `example` in at most `max_prompt_tokens`; None where not even the instruction fits, or the template refuses."""
+    """The prompt of `example` in at most `max_prompt_tokens`; None where the instruction alone is too long or is refused."""
     try:
         return _fit(layout, example, exemplars, max_prompt_tokens)
     except ChatTemplateError:
@@ -213,7 +216,7 @@ def _fit(layout: Layout, example: Example, exemplars: Sequence[Exemplar], max_pr
             return Fitted(ids, used, CUT_EXEMPLARS if used < len(exemplars) else None)
     given, tokens = example.input, len(layout.tokenizer.encode(example.input))
     while given:
-        # Tokens can merge differently at the cut, so one round is usually, not always, enough.
+        # Tokens can merge differently at the cut, so one round is not always enough.
         tokens -= len(ids) - max_prompt_tokens
         given = layout.tokenizer.cut(example.input, max(tokens, 0))
         ids = layout.encode_prompt(layout.prompt(example.instruction, given))

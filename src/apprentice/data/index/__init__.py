@@ -1,1 +1,1 @@
-"""The frozen list of each task's usable rows: scanning, filters, n-grams for de-duplication and decontamination."""
+"""The frozen index of each task's usable rows: scanning, filters, n-grams for deduplication and decontamination."""

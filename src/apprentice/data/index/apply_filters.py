@@ -1,6 +1,9 @@
-"""The filters over whole tasks: reads the rows stretch by stretch, lets `filters` choose, and reports what test rows had in common.
+"""Application of the row filters to whole tasks: reads rows in chunks, lets `filters` choose, and reports contamination.
 
-Whoever calls it says how the stretches are run: one after the other, or on Ray. Knows nothing of how the index is kept.
+    chunks of test rows ──passages_of──▶ hashes of all test passages
+    chunks of training rows ──measure──▶ numbers a row ──choose──▶ rows kept, one task at a time
+
+The caller passes a `Run` function, which executes the calls for the chunks in this process or on Ray.
 """
 
 from __future__ import annotations
@@ -17,9 +20,9 @@ from apprentice.data.sources.locate import Reader, Source
 from apprentice.recipe import Filters, Recipe
 from apprentice.tasks.schema import Task
 
-STRETCH_ROWS = 8192  # that one call looks at
-SHOWN_MATCHES = 1000  # in the report
-Run = Callable[[Callable[..., Any], Iterator[tuple[Any, ...]]], Iterator[Any]]
+STRETCH_ROWS = 8192  # of one call
+SHOWN_MATCHES = 1000  # at most, in the report
+Run = Callable[[Callable[..., Any], Iterator[tuple[Any, ...]]], Iterator[Any]]  # (function, arguments of calls) → results in order
 
 
 class Candidate(NamedTuple):
@@ -33,9 +36,10 @@ class Candidate(NamedTuple):
 
 
 def filtered(candidates: Sequence[Candidate], recipe: Recipe, run: Run) -> tuple[dict[str, Chosen], dict[str, Any] | None]:
-    """What stays of each task that is trained on; and the report on passages shared with test rows, if those were looked for.
+    """Task → rows kept, for each task that is trained on; and the contamination report, None without `filters.decontaminate`.
 
-    Raises `DataError` if a source cannot be read.
+    A task without usable training rows is missing from the result if any filter is set. Raises `DataError` if a source cannot be
+    read.
     """
     settings, most, seed = recipe.data.filters, recipe.data.mixture.max_rows, recipe.seed
     trained = [(one, one.train) for one in candidates if one.train is not None]
@@ -62,7 +66,10 @@ def filtered(candidates: Sequence[Candidate], recipe: Recipe, run: Run) -> tuple
 
 
 def shared_passages(candidates: Sequence[Candidate], recipe: Recipe, run: Run) -> dict[str, Any]:
-    """The report on passages that test rows share with training rows, which all stay. Raises `DataError` as `filtered` does."""
+    """The contamination report on test rows that share a passage with training rows; no training row is dropped for it.
+
+    Raises `DataError` if a source cannot be read.
+    """
     looking = Filters(decontaminate=True, ngram=recipe.data.filters.ngram)
     mixture = recipe.data.mixture.model_copy(update={"max_rows": None})
     data = recipe.data.model_copy(update={"filters": looking, "mixture": mixture})
@@ -97,7 +104,10 @@ def _stretches(rows: Numbers) -> list[Numbers]:
 
 
 def _report(candidates: Sequence[Candidate], chosen: Mapping[str, Chosen], tests: Passages, length: int) -> dict[str, Any]:
-    """`contamination.json`: for each scored task how many of its test rows shared a passage with which training rows."""
+    """The content of `contamination.json`: for each scored task, how many test rows share a passage with training rows.
+
+    Keys: `ngram` (words of a passage), `tasks` (task → counts), `matches` (at most `SHOWN_MATCHES` pairs of rows, with the words).
+    """
     owners: dict[int, list[tuple[int, int]]] = {}  # passage → (task, test row)
     wanted = np.array(sorted({passage for one in chosen.values() for _, passage in one.contaminated}), np.uint64)
     for place in np.flatnonzero(np.isin(tests.hashes, wanted)).tolist():

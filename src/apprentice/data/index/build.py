@@ -1,7 +1,9 @@
-"""The frozen index: which rows of each task are usable, and which of them train, validate and test. Made once per run.
+"""Builds the frozen index: the usable rows of each task, split into training, validation and test rows. Made once per run.
 
-A row is usable if one of the task's templates renders it. The index is kept with the run, so that a run that goes on draws
-from exactly the rows it began with; sources or tasks that changed since are refused. Knows nothing of order or mixture.
+    sources ──scan──▶ usable rows ──filters──▶ kept training rows ──▶ <run>/index/<task>.npz
+
+A row is usable if one of the task's templates renders it. The index is stored in the run folder, so that a resumed run draws
+from exactly the rows it began with; sources or tasks that have changed since are refused.
 """
 
 from __future__ import annotations
@@ -31,15 +33,15 @@ from apprentice.storage import Folder
 from apprentice.tasks.definition import definition_of
 from apprentice.tasks.schema import Example, Task
 
-CHUNK_ROWS = 8192  # that one Ray task looks at
+CHUNK_ROWS = 8192  # scanned by one Ray task
 SAMPLE_ROWS = 128  # of each task, for its mean lengths
 SHOWN_REJECTS = 10
-IN_FLIGHT = 16  # stretches of rows that the filters look at at a time
+IN_FLIGHT = 16  # Ray tasks of the filters at a time
 CONTAMINATION_FILE = "contamination.json"  # in the index: passages that training and test rows shared
 
 
 _Sources = tuple[Source | None, Source | None]  # training and test rows
-_Job = tuple[Task, Source | None, float]  # with the share of rows that are for validation
+_Job = tuple[Task, Source | None, float]  # the last one is the share of rows for validation
 
 
 class _Reject(NamedTuple):
@@ -50,7 +52,7 @@ class _Reject(NamedTuple):
 
 
 class _Scan(NamedTuple):
-    """What a stretch of one source holds."""
+    """The scan of a range of one source's rows."""
 
     kept: Numbers
     validation: Numbers
@@ -58,11 +60,11 @@ class _Scan(NamedTuple):
 
 
 class Index(NamedTuple):
-    """What was made of some tasks' sources."""
+    """The index of several tasks in memory; keys are task names."""
 
     tasks: dict[str, TaskIndex]
     rejects: dict[str, list[_Reject]]
-    contamination: dict[str, Any] | None  # passages that test rows share with training rows; None where nobody looked
+    contamination: dict[str, Any] | None  # report on passages that test and training rows share; None where it was not made
 
 
 def is_held_out(task: Task, hold_out: Sequence[str]) -> bool:
@@ -80,12 +82,12 @@ def freeze(
     parallel: bool = True,
     rules: int = FORMAT,
 ) -> dict[str, TaskIndex]:
-    """The index of every task: what lies whole in `folder`, or made now and written there.
+    """The index of every task: read from `folder` if it is complete there, else built and written there.
 
-    What an interrupted call left in `folder` is made again: the filters look at all tasks together. `rules` is the format of the
-    run, by which files are read. `parallel` scans with Ray, which must be up; otherwise in this process. Raises
-    `DataError` for a source that cannot be used (see `resolve`), that changed since it was frozen, or that has more unusable rows
-    than `data.max_bad_rows`.
+    An index that an interrupted call left incomplete is built again as a whole, because the filters compare all tasks. `rules` is
+    the format of the run, which decides how files are read. `parallel` scans with Ray, which must be initialised; otherwise this
+    process does. Raises `DataError` for a source that cannot be used (see `resolve`), that has changed since it was frozen, or that
+    has more unusable rows than `data.max_bad_rows`.
     """
     known = frozen_tasks(folder)
     if (folder / INDEX_FILE).exists() or all(task.name in known for task in tasks):
@@ -97,7 +99,7 @@ def freeze(
 
 
 def contamination_in(folder: Folder) -> dict[str, Any]:
-    """What the index in `folder` says of passages that test rows share with training rows, by task; empty where nobody looked."""
+    """Task → contamination report of the index in `folder` (see `apply_filters`); empty where none was made."""
     file = folder / CONTAMINATION_FILE
     return dict(file.read_json()["tasks"]) if file.exists() else {}
 
@@ -112,9 +114,10 @@ def index_beside(
     parallel: bool = True,
     rules: int = FORMAT,
 ) -> Index:
-    """The index of tasks that a run is only scored on, beside the one it was `trained` by; nothing is written.
+    """The index of tasks that a run is only scored on, in memory; the run's own index is not touched.
 
-    Where there are `trained` tasks, its report says how many of the test rows share a passage with rows that were trained on.
+    `trained` are the tasks of the run with their indices. Unless it is empty, the result has a contamination report: how many test
+    rows share a passage with rows that were trained on.
     """
     plain = recipe.model_copy(update={"data": recipe.data.model_copy(update={"filters": Filters()})})
     made = _made(tasks, plain, cache, tokenizer, parallel=parallel, rules=rules)
@@ -159,7 +162,7 @@ def _made(tasks: Sequence[Task], recipe: Recipe, cache: Folder, tokenizer: Token
 
 
 def _write(made: Index, tasks: Sequence[Task], folder: Folder) -> None:
-    """Writes the index; `INDEX_FILE` comes last, and without it nothing of what lies there counts."""
+    """Writes the index; `INDEX_FILE` comes last and makes it complete."""
     if made.contamination is not None:
         (folder / CONTAMINATION_FILE).write_json(made.contamination)
     for task in tasks:
@@ -177,7 +180,11 @@ def _resolved(task: Task, recipe: Recipe, cache: Folder, rules: int) -> _Sources
 
 
 def _frozen(task: Task, recipe: Recipe, folder: Folder, cache: Folder, rules: int) -> TaskIndex:
-    """The index in `folder`, with the sources where they lie now; converted rows of a file that is gone since are still rows."""
+    """The index of `task` in `folder`, with its sources resolved again, since files may have moved.
+
+    If no declared place exists any more, the sources stored in the index are used while they are unchanged. Raises `DataError` if
+    rows, columns or the task's definition have changed.
+    """
     file = index_file(folder, task)
     index, definition = read_index(folder, task)
     kept = (index.train_source, index.test_source)
@@ -207,7 +214,7 @@ def _frozen(task: Task, recipe: Recipe, folder: Folder, cache: Folder, rules: in
 def _scanned(
     tasks: Sequence[Task], sources: Mapping[str, _Sources], recipe: Recipe, *, parallel: bool
 ) -> tuple[list[_Scan], list[_Scan]]:
-    """The scans of the training and of the test rows of each task."""
+    """(scans of training rows, scans of test rows), one of each a task."""
     jobs: list[_Job] = []
     for task in tasks:
         train, test = sources[task.name]
@@ -246,7 +253,7 @@ def _each_here(action: Callable[..., Any], calls: Iterable[tuple[Any, ...]]) -> 
 
 
 def _each_in_ray(action: Callable[..., Any], calls: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
-    """The results in order, of at most `IN_FLIGHT` calls at a time: what is not taken yet does not pile up."""
+    """The results of the calls in order; at most `IN_FLIGHT` run or wait at a time, so that results do not pile up."""
     import ray
 
     remote, waiting = ray.remote(action), deque[Any]()
@@ -273,7 +280,7 @@ def _stretches(source: Source | None) -> list[tuple[int, int]]:
 
 
 def _scan(task: Task, reader: Reader | None, start: int, stop: int, validation: float) -> _Scan:
-    """Which of the rows [start, stop) are usable; a share `validation` of them, by their content, are for validation."""
+    """The usable rows in [start, stop); a share `validation` of them, chosen by a hash of their content, is for validation."""
     kept, held_back, rejects = [], [], []
     assert reader is not None, "without a source there are no stretches to scan"
     for number, row in zip(range(start, stop), reader.rows(np.arange(start, stop)), strict=True):
@@ -288,7 +295,7 @@ def _scan(task: Task, reader: Reader | None, start: int, stop: int, validation: 
 
 
 def _failure(task: Task, row: Mapping[str, Any]) -> RowError | None:
-    """Why no template renders the row: what the first one says; None if one does."""
+    """The first template's error if no template renders the row; None if one does."""
     first: RowError | None = None
     for template in task.templates:
         try:
@@ -297,12 +304,12 @@ def _failure(task: Task, row: Mapping[str, Any]) -> RowError | None:
         except RowError as error:
             first = first or error
             if error.reason in ("missing", "null"):
-                break  # of the row, whatever the template
+                break  # a fault of the row, whatever the template
     return first
 
 
 def _chance(row: Mapping[str, Any]) -> float:
-    """A number in [0, 1) that depends on the row's content alone, so that equal rows are on the same side."""
+    """A number in [0, 1) from a hash of the row's content, so that equal rows are in the same split."""
     content = json.dumps(row, sort_keys=True, ensure_ascii=False, default=str)
     return int.from_bytes(hashlib.blake2b(content.encode(), digest_size=8).digest(), "little") / 2**64
 
@@ -331,7 +338,7 @@ def _refuse_bad(task: Task, rejects: Sequence[_Reject], rows: int, recipe: Recip
 
 
 def _mean_tokens(task: Task, source: Source | None, kept: Numbers, layout: Layout, recipe: Recipe) -> tuple[float, float]:
-    """Mean length of a training example and of its trained-on part, over a seeded sample, in tokens."""
+    """Mean tokens of a zero-shot training example, and of its trained-on part, over a seeded sample of `SAMPLE_ROWS` rows."""
     if source is None or not len(kept):
         return 0.0, 0.0
     pool = Pool(recipe.seed, task.name, kept)  # few row groups to read

@@ -1,10 +1,10 @@
-"""Which usable training rows are left out, and why: length, duplicates, passages of test rows, uneven labels, too many rows.
+"""Row filters: drop training rows by length, duplication, passages shared with test rows, label balance and number of rows.
 
-    measure   a stretch of rows to numbers: words, digest, MinHash signature, label, passages shared with test rows
-    choose    one task's numbers to the rows that stay, and how many each filter dropped
+    measure   a chunk of rows → numbers a row: words, digest, MinHash signature, label, passage shared with a test row
+    choose    the numbers of a whole task → rows kept, and the number of rows that each filter dropped
 
-Of a row no more than its numbers is kept (some 20 bytes; 280 for near duplicates), so memory does not grow with what the rows
-hold. Pure functions of rows and settings; knows nothing of files or of Ray, which the index runs them on.
+Only these numbers are kept of a row (some 20 bytes; 280 for near duplicates), so that memory does not grow with the length of
+rows. All functions are pure functions of rows and settings.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ from apprentice.errors import RowError
 from apprentice.recipe import Filters
 from apprentice.tasks.schema import Task
 
-SIGNATURE = 64  # hash functions of MinHash: the estimate errs by 0.06 at most places
-STRETCH_ROWS = 512  # that `max_rows` keeps or leaves together, so that few row groups have to be read
-MOST_COMPARED = 200  # rows of one bucket that the others in it are compared with; only rows much alike, and not enough, have more
-COMMON = 10  # test rows of one task from which a passage is boilerplate, such as a question that each of them asks
+SIGNATURE = 64  # hash functions of MinHash; the standard error of the similarity is at most about 0.06
+STRETCH_ROWS = 512  # neighbours that `max_rows` keeps or drops together, so that few row groups have to be read
+MOST_COMPARED = 200  # rows of a bucket with which all others in it are compared; few buckets have more that are not duplicates
+COMMON = 10  # a passage in more test rows of one task is boilerplate, such as a question that each of them asks
 
 
 class Measured(NamedTuple):
-    """The numbers of some rows, one entry a row."""
+    """The numbers that filters need of some rows; arrays have one entry a row."""
 
-    rows: Numbers
+    rows: Numbers  # row numbers in the source
     words: Numbers
-    digests: Keys
-    signatures: NDArray[np.uint32]  # (rows, SIGNATURE), or (rows, 0)
-    labels: Numbers  # -1 where there is none
-    passages: Keys  # of a test row that the row shares, 0 for none
+    digests: Keys  # hashes of all words
+    signatures: NDArray[np.uint32]  # (rows, SIGNATURE); (rows, 0) unless near duplicates are dropped
+    labels: Numbers  # index of the answer among the choices; -1 for a row without one
+    passages: Keys  # hash of the first passage shared with a test row; 0 for none
 
 
 class Passages(NamedTuple):
-    """The passages of all test rows, ascending by hash; one entry for each passage and row."""
+    """The passages (n-grams of words) of all test rows, ascending by hash; one entry for each passage and row."""
 
     hashes: Keys
     tasks: Numbers
@@ -47,7 +47,7 @@ class Passages(NamedTuple):
 
 
 class Chosen(NamedTuple):
-    """What the filters leave of one task."""
+    """The result of the filters for one task."""
 
     kept: Numbers
     dropped: dict[str, int]  # reason → rows
@@ -55,7 +55,7 @@ class Chosen(NamedTuple):
 
 
 def measure(task: Task, rows: Sequence[Mapping[str, Any]], numbers: Numbers, filters: Filters, tests: Keys) -> Measured:
-    """The numbers of `rows`, which have the row numbers `numbers`; `tests` are the passages of test rows, ascending."""
+    """Measures `rows`, whose row numbers are `numbers`; `tests` are the hashes of all test passages, ascending."""
     words = [words_of(row) for row in rows]
     signatures = np.zeros((len(rows), 0), np.uint32)
     if filters.duplicates == "near" and rows:
@@ -80,7 +80,7 @@ def passages_of(rows: Sequence[Mapping[str, Any]], numbers: Numbers, length: int
 
 
 def gathered(parts: Sequence[tuple[int, Keys, Numbers]]) -> Passages:
-    """All test rows' passages from (number of the task, hashes, row numbers), without those that many rows of a task have."""
+    """Merges (number of the task, hashes, row numbers) of test rows; drops passages in more than `COMMON` rows of a task."""
     hashes = np.concatenate([np.zeros(0, np.uint64), *(part[1] for part in parts)])
     tasks = np.concatenate([np.zeros(0, np.int64), *(np.full(len(part[1]), part[0]) for part in parts)])
     rows = np.concatenate([np.zeros(0, np.int64), *(part[2] for part in parts)])
@@ -96,7 +96,7 @@ def gathered(parts: Sequence[tuple[int, Keys, Numbers]]) -> Passages:
 
 
 def choose(name: str, measured: Measured, filters: Filters, max_rows: int | None, seed: int) -> Chosen:
-    """The rows of one task that stay, ascending; each row that goes is counted under the first reason for it."""
+    """Applies the filters in order to one task; a dropped row is counted under the first filter that drops it."""
     stays = np.ones(len(measured.rows), bool)
     dropped: dict[str, int] = {}
 
@@ -124,11 +124,11 @@ def choose(name: str, measured: Measured, filters: Filters, max_rows: int | None
 
 
 def limited(rows: Numbers, most: int | None, key: int) -> Numbers:
-    """At most `most` of `rows`, in whole stretches chosen by `key`."""
+    """At most `most` of `rows`, ascending, in runs of `STRETCH_ROWS` neighbours chosen by `key`."""
     if most is None or len(rows) <= most:
         return rows
     stretches = -(-len(rows) // STRETCH_ROWS)
-    wanted = min(stretches, -(-most // STRETCH_ROWS) + 1)  # the last stretch may be short
+    wanted = min(stretches, -(-most // STRETCH_ROWS) + 1)  # one more, since the last run may be short
     chosen = permute(np.arange(wanted), stretches, key)
     places = (chosen[:, None] * STRETCH_ROWS + np.arange(STRETCH_ROWS)).ravel()
     return np.sort(rows[places[places < len(rows)][:most]])
@@ -145,7 +145,7 @@ def _label(task: Task, row: Mapping[str, Any]) -> int:
 
 
 def _shared(rows: Sequence[Mapping[str, Any]], length: int, tests: Keys) -> Keys:
-    """For each row the first passage that it shares with a test row, or 0."""
+    """For each row the hash of its first passage that a test row has too, or 0."""
     found = np.zeros(len(rows), np.uint64)
     if not len(tests):
         return found
@@ -159,7 +159,7 @@ def _shared(rows: Sequence[Mapping[str, Any]], length: int, tests: Keys) -> Keys
 
 
 def _repeated(digests: Keys, stays: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """All but the first of equal ones among those that stay."""
+    """Mask of the rows whose digest an earlier row that stays has too."""
     here = np.flatnonzero(stays)
     repeated = stays.copy()
     repeated[here[np.unique(digests[here], return_index=True)[1]]] = False
@@ -167,8 +167,11 @@ def _repeated(digests: Keys, stays: NDArray[np.bool_]) -> NDArray[np.bool_]:
 
 
 def _alike(signatures: NDArray[np.uint32], stays: NDArray[np.bool_], threshold: float) -> NDArray[np.bool_]:
-    """Rows whose signature is alike that of an earlier row that stays, among those that fall together in one of the bands."""
-    # The tallest bands that still bring 95 of 100 pairs at the threshold together: fewer pairs to compare.
+    """Mask of near duplicates: rows whose MinHash signature agrees to `threshold` with that of an earlier row that stays.
+
+    Only rows that share a bucket in some band of the signature are compared (locality-sensitive hashing).
+    """
+    # The tallest bands that still put 95 of 100 pairs at the threshold into one bucket: fewer pairs to compare.
     height = max(tall for tall in range(1, 17) if tall == 1 or 1 - (1 - threshold**tall) ** (SIGNATURE // tall) >= 0.95)
     gone = np.zeros(len(stays), bool)
     for band in range(SIGNATURE // height):
@@ -190,7 +193,7 @@ def _alike(signatures: NDArray[np.uint32], stays: NDArray[np.bool_], threshold: 
 
 
 def _surplus(measured: Measured, stays: NDArray[np.bool_], ratio: float, key: int) -> NDArray[np.bool_]:
-    """What each label has beyond `ratio` times the rarest label, chosen by `key` and the row's number."""
+    """Mask of the rows of each label beyond `ratio` times the count of the rarest label, chosen by `key` and row number."""
     labels, counts = np.unique(measured.labels[stays & (measured.labels >= 0)], return_counts=True)
     surplus = np.zeros(len(stays), bool)
     for label in labels:

@@ -1,4 +1,4 @@
-"""Words of rows and hashes of their n-grams: what tells that two rows share a passage. Pure; knows nothing of tasks or files."""
+"""Words of rows, hashes of their n-grams, digests and shingles, for deduplication and decontamination."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from numpy.typing import NDArray
 
 from apprentice.data.sampling.permutation import Keys, Numbers, mix
 
-SHORTEST = 4  # words of a row that is compared as a whole because it has fewer than an n-gram
+SHORTEST = 4  # least words of a row that is shorter than an n-gram and is compared as a whole
 _WORD = re.compile(r"\w+")
 _BASE = np.uint64(0x9E3779B97F4A7C15)  # odd: no factor in common with 2**64
 
 
 def words_of(row: Mapping[str, Any], *, only_texts: bool = False) -> list[list[str]]:
-    """The words of every text and number in the row, lower case and without punctuation, one list for each."""
+    """The words of every text in the row, and of every number unless `only_texts`: lower case, no punctuation, one list a text."""
     return [_WORD.findall(text.lower()) for name in sorted(row) for text in _leaves(row[name], only_texts)]
 
 
@@ -36,9 +36,10 @@ def _leaves(value: Any, only_texts: bool) -> Iterator[str]:
 
 
 def ngrams(rows: Sequence[Sequence[Sequence[str]]], length: int) -> tuple[Keys, Numbers, Numbers]:
-    """(hash, number of the row, place of its first word among the row's words) of every n-gram of `length` words of every text.
+    """(hash, index of the row, index of its first word among the row's words) of every n-gram of `length` words of every text.
 
-    A row with fewer words than that, but at least `SHORTEST`, has one: all its words. Equal words give equal hashes everywhere.
+    A row with fewer words than `length`, but at least `SHORTEST`, has one n-gram: all its words. Hashes (uint64) of equal words are
+    equal in every process.
     """
     found: list[tuple[Keys, Numbers, Numbers]] = []
     texts: list[list[str]] = []
@@ -70,13 +71,13 @@ def ngrams(rows: Sequence[Sequence[Sequence[str]]], length: int) -> tuple[Keys, 
 
 
 def digest(row: Sequence[Sequence[str]]) -> int:
-    """A hash of all words of a row, for exact duplicates."""
+    """A 64-bit hash of all words of a row, for exact duplicates; 0 for a row without texts."""
     flat = [word for text in row for word in (*text, "\x1f")]
     return int(_windows(_hashed(flat), len(flat))[0]) if flat else 0
 
 
 def shingles(row: Sequence[Sequence[str]], length: int = 3) -> list[bytes]:
-    """Every three words in a row, or the words where there are fewer; what MinHash compares."""
+    """Every `length` consecutive words, or the single words where there are fewer; MinHash compares the sets of these."""
     words = [word for text in row for word in text]
     if len(words) < length:
         return [word.encode() for word in words]
@@ -88,7 +89,7 @@ def _hashed(words: Sequence[str]) -> Keys:
 
 
 def _windows(hashes: Keys, length: int) -> Keys:
-    """The hash of every `length` neighbours, in which their order counts."""
+    """The polynomial hash of every `length` consecutive word hashes."""
     count = len(hashes) - length + 1
     total = np.zeros(count, np.uint64)
     for offset in range(length):

@@ -1,6 +1,10 @@
-"""Ascending row numbers as runs of neighbours: nearly all rows of a source are kept, so a few runs say which.
+"""Run-length encoding of ascending row numbers: nearly all rows of a source are kept, so that a few runs describe them.
 
-What the plan holds then grows with the rows that are missing, not with those that are there. Knows nothing of tasks.
+    numbers   3 4 5 9        two runs
+    firsts    3 9            first number of each run
+    places    0 3            how many numbers come before each run
+
+The plan's memory then grows with the number of missing rows, not of kept ones.
 """
 
 from __future__ import annotations
@@ -13,14 +17,14 @@ from apprentice.data.sampling.permutation import Numbers
 
 
 class RowRanges:
-    """`size` numbers in runs: run i begins with the number `firsts[i]`, which is the `places[i]`-th of all."""
+    """A sequence of `size` ascending int64 numbers in runs: run i begins with `firsts[i]`, at index `places[i]`."""
 
     def __init__(self, firsts: Numbers, places: Numbers, size: int) -> None:
         self.firsts, self.places, self.size = firsts, places, size
 
     @classmethod
     def of(cls, numbers: Numbers) -> RowRanges:
-        """Ascending numbers: [3, 4, 5, 9] are two runs, from 3 and from 9."""
+        """Encodes ascending numbers: [3, 4, 5, 9] are two runs, from 3 and from 9."""
         begins = np.flatnonzero(np.diff(numbers, prepend=-2) != 1)
         return cls(numbers[begins], begins.astype(np.int64), len(numbers))
 
@@ -33,14 +37,14 @@ class RowRanges:
         return self.size
 
     def __getitem__(self, places: Numbers | Sequence[int] | slice) -> Numbers:
-        """The numbers at these places, like a list of them would give."""
+        """The numbers at these indices, as an array of all numbers would give."""
         wanted = np.arange(*places.indices(self.size)) if isinstance(places, slice) else np.asarray(places, dtype=np.int64)
         run = np.searchsorted(self.places, wanted, side="right") - 1
         found: Numbers = self.firsts[run] + wanted - self.places[run]
         return found
 
     def below(self, bounds: Numbers) -> Numbers:
-        """How many of the numbers are less than each bound."""
+        """The number of elements less than each bound."""
         if not self.size:
             return np.zeros(len(bounds), np.int64)
         run = np.searchsorted(self.firsts, bounds) - 1

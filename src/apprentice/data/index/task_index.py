@@ -1,4 +1,4 @@
-"""One task's usable rows, and the files that hold them: `<index>/<task>.npz`, one a task, whole once `INDEX_FILE` is there."""
+"""The index of one task, and its file `<index>/<task>.npz`. An index folder is complete once `INDEX_FILE` exists in it."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from apprentice.storage import Folder
 from apprentice.tasks.definition import definition_of
 from apprentice.tasks.schema import Task
 
-INDEX_FILE = "index.json"  # written last; an index without it is that of an older version, or was interrupted
+INDEX_FILE = "index.json"  # written last; a folder without it is of an older version, or was interrupted
 
 
 @dataclass(frozen=True, eq=False)
 class TaskIndex:
-    """One task's usable rows, as ascending source row numbers (int64)."""
+    """The usable rows of one task, as ascending source row numbers (int64)."""
 
     task: str
     train_source: Source | None
     test_source: Source | None
-    train: Numbers  # of train_source; held-out tasks have them too, for exemplars only
-    validation: Numbers  # of train_source, never trained on; empty for held-out tasks
-    test: Numbers  # of test_source
+    train: Numbers  # rows of train_source; held-out tasks have them too, for exemplars only
+    validation: Numbers  # rows of train_source that are never trained on; empty for held-out tasks
+    test: Numbers  # rows of test_source
     mean_tokens: float  # of a zero-shot training example, prompt, answer and end; 0 without training rows
     mean_target_tokens: float  # of its answer and end
     rejects: dict[str, int]  # reason → rows, both splits together
@@ -36,12 +36,12 @@ class TaskIndex:
 
 
 def frozen_tasks(folder: Folder) -> set[str]:
-    """The tasks with an index in `folder`."""
+    """Names of the tasks with an index file in `folder`."""
     return {file.name.removesuffix(".npz") for file in folder.children() if file.name.endswith(".npz")}
 
 
 def read_index(folder: Folder, task: Task) -> tuple[TaskIndex, str]:
-    """The index of `task` in `folder`, and the hash of its definition then. Raises `DataError` if it is not there."""
+    """The index of `task` in `folder`, and the hash of the task's definition when it was made. Raises `DataError` without one."""
     if not index_file(folder, task).exists():
         raise DataError(f"{index_file(folder, task)} does not exist: the run has no index of task {task.name!r}; prepare it first.")
     return _unpacked(index_file(folder, task).read_bytes())
@@ -57,7 +57,7 @@ def packed(index: TaskIndex, task: Task) -> bytes:
     meta |= {name: asdict(meta[name]) if meta[name] else None for name in ("train_source", "test_source")}
     text = json.dumps({"definition": definition_of(task), **meta})
     stream = io.BytesIO()
-    # Steps from row to row are nearly all 1, and so compress to nearly nothing.
+    # Differences of neighbouring row numbers are nearly all 1, which compresses to almost nothing.
     steps = {name: np.diff(numbers, prepend=0) for name, numbers in rows.items()}
     np.savez_compressed(stream, meta=np.array(text), **steps)
     return stream.getvalue()

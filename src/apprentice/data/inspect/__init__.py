@@ -1,1 +1,1 @@
-"""Examples and packed rows for people to look at."""
+"""Human-readable views of examples (terminal) and of packed rows (HTML)."""

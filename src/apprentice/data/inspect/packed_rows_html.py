@@ -1,6 +1,6 @@
-"""Packed rows as a page: prompt, answer, padding and the segments that share a row, in colours.
+"""HTML page of packed rows: prompt, answer, padding and the segments that share a row, in colours.
 
-What it shows is decoded from the arrays that training gets, so it is what the model sees. Knows nothing of training.
+All texts are decoded from the arrays that training gets, so that the page shows what the model sees.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _STYLE = (
 
 @dataclass(frozen=True)
 class Segment:
-    """One example of a row: its parts in order, each a text, its tokens and whether they are trained on."""
+    """One example of a row; `parts` are (text, number of tokens, trained on) in order."""
 
     heading: str
     parts: tuple[tuple[str, int, bool], ...]
@@ -41,7 +41,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class RowView:
-    """One packed row; `sides` gives (name, length, real tokens) of its one or two sides."""
+    """One packed row; `sides` are (name, length, tokens without padding) of its one or two sides."""
 
     window: int
     row: int
@@ -61,7 +61,7 @@ def rows_of(corpus: Corpus, number: int) -> list[RowView]:
 
 
 def to_html(rows: Sequence[RowView]) -> str:
-    """A page of its own, needing nothing else."""
+    """A self-contained HTML page."""
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Packed rows</title>'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -88,7 +88,7 @@ def _view(corpus: Corpus, rows: Rows, place: int) -> RowView:
         parts: list[tuple[str, int, bool]] = []
         for ids, owners in given:
             here = -(-rows[owners][place] // answers) == number  # a pair is two segments
-            apart = owners == "segment_ids" and len(given) == 2  # an encoder's side, which the mask does not speak of
+            apart = owners == "segment_ids" and len(given) == 2  # an encoder's side, which has no loss mask
             mask = np.zeros(int(here.sum())) if apart else rows["loss_mask"][place][here]
             parts += _parts(corpus, rows[ids][place][here].tolist(), mask.tolist())
         [drawn] = corpus.plan.draws(position, position + 1)
@@ -117,7 +117,7 @@ def _article(row: RowView) -> str:
 
 
 def _bar(row: RowView, side: int) -> str:
-    """The tokens of one side of the row to scale."""
+    """A bar of one side of the row, each part as wide as its share of the tokens."""
     _, length, real = row.sides[side]
     pieces = []
     for number, segment in enumerate(row.segments):

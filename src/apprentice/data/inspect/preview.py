@@ -1,7 +1,4 @@
-"""Examples of the plan for a person to read: the exact text that the model gets, with what is trained on marked.
-
-Knows nothing of packing or training.
-"""
+"""Preview of a plan's examples: the exact text that the model gets, with the trained-on part marked."""
 
 from __future__ import annotations
 
@@ -18,12 +15,12 @@ from apprentice.errors import RowError
 if TYPE_CHECKING:
     from rich.text import Text
 
-OPEN, CLOSE = "⟦", "⟧"  # around what is trained on, where colours are not seen
+OPEN, CLOSE = "⟦", "⟧"  # around trained-on text, for outputs without colours
 
 
 @dataclass(frozen=True)
 class Shown:
-    """One example; `prompt` and `trained` are decoded from token ids, so they are what the model sees, special tokens included."""
+    """One example for display; `prompt` and `trained` are decoded from its token ids, special tokens included."""
 
     position: int  # in the plan
     task: str
@@ -31,13 +28,13 @@ class Shown:
     format: str
     row: int  # number in the task's training source
     exemplars: int
-    shots: tuple[int, ...]  # rows of the exemplars that were drawn; the first `exemplars` of them fitted
-    pass_: int  # how often every row of the task was drawn before
+    shots: tuple[int, ...]  # source rows of the exemplars that were drawn; the first `exemplars` of them fitted
+    pass_: int  # number of complete passes over the task's rows before this draw
     prompt: str
     trained: str
     tokens: int
     target_tokens: int
-    truncated: str  # what was cut, or empty
+    truncated: str  # reason of the cut or drop, or empty
     rejected: str = ""  # of a pair: the worse answer
 
     @property
@@ -46,7 +43,7 @@ class Shown:
 
     @property
     def facts(self) -> str:
-        """One line on where it comes from and how long it is."""
+        """One line with source row, exemplars, lengths in tokens, and the reason of a cut."""
         shots = f", exemplars {', '.join(map(str, self.shots[: self.exemplars]))}" if self.exemplars else ""
         cut = f", {self.truncated.replace('_', ' ')}" if self.truncated else ""
         return f"row {self.row} in pass {self.pass_ + 1}{shots}, {self.tokens} tokens, {self.target_tokens} of them trained on{cut}"
@@ -70,7 +67,7 @@ def preview(corpus: Corpus, number: int) -> list[Shown]:
 
 
 def to_text(shown: Sequence[Shown]) -> Text:
-    """For a terminal: what is trained on in green and between ⟦ and ⟧, a pair's worse answer in red."""
+    """The examples for a terminal: trained-on text in green and between ⟦ and ⟧, a pair's worse answer in red."""
     from rich.text import Text
 
     text = Text()
@@ -84,7 +81,7 @@ def to_text(shown: Sequence[Shown]) -> Text:
 
 
 def trace(corpus: Corpus, positions: Sequence[int]) -> list[Shown]:
-    """The examples at these positions of the plan; one that was dropped has no tokens, and says why under `truncated`."""
+    """The examples at these plan positions; a dropped one has no tokens, and its reason in `truncated`."""
     renderer = Renderer(corpus.tasks, corpus.indices)
     draws = [drawn for position in positions for drawn in corpus.plan.draws(position, position + 1)]
     found = []
@@ -98,7 +95,7 @@ def trace(corpus: Corpus, positions: Sequence[int]) -> list[Shown]:
 
 
 def _trained(tokens: Tokenized, decode: Callable[..., str]) -> str:
-    """What is trained on; a conversation's later questions stand between ⟧ and ⟦ in it."""
+    """The text that is trained on; a conversation's later questions, which are not, stand between ⟧ and ⟦ in it."""
     text, done = "", tokens.prompt_length
     for start, stop in tokens.untrained:
         text += decode(tokens.ids[done:start], skip_special=False) + CLOSE

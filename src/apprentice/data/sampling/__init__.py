@@ -1,1 +1,1 @@
-"""The order of training as a pure function of seed and position: mixture, plan, permutation, exemplars."""
+"""The sampling plan, a pure function of seed and position: mixture, interleaving, row shuffling, exemplars, keyed permutations."""

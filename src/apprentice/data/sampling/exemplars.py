@@ -1,7 +1,8 @@
-"""Which solved rows are shown before a row: drawn by key (seed, task, row), nested, never the row itself.
+"""Few-shot exemplars: the solved rows shown before a row, drawn by key (seed, task, row), nested, never the row itself.
 
-They come from a pool of at most 4,096 training rows of the task, in a few contiguous stretches, so that few row groups
-of a large dataset have to be read for them. Knows nothing of templates; all exemplars of an example share its template.
+Nested means that one exemplar is the first of two, and so on. Exemplars come from a pool of at most 4,096 training rows of the
+task, in 8 contiguous runs of 512, so that few row groups of a large dataset have to be read. All exemplars of an example
+are rendered with its own template.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ STRETCH_ROWS = 512
 
 
 class Pool:
-    """The rows of one task that can be exemplars; `kept` are source row numbers, ascending.
+    """The rows of one task that can be exemplars, chosen from `kept` (source row numbers, ascending).
 
-    `draw(key, rows)` gives the key of each row's exemplars.
+    `draw(pool.key, rows)` gives the key of each row's exemplars.
     """
 
     def __init__(self, seed: int, task: str, kept: Numbers | RowRanges) -> None:
@@ -36,16 +37,16 @@ class Pool:
 
 
 def candidates(sizes: Numbers, keys: Keys, count: int) -> Numbers:
-    """(len(keys), count) places in pools of `sizes`, all different within a line; `count` is at most the smallest size.
+    """(len(keys), count) int64 places in pools of `sizes`, distinct within a line; `count` is at most the smallest size.
 
-    The first j of a line are the same for every `count`.
+    The first j places of a line are the same for every `count`.
     """
     places = np.broadcast_to(np.arange(count), (len(keys), count))
     return permute(places, sizes[:, None], keys[:, None])
 
 
 def without(own: Numbers, candidate_rows: Numbers, counts: Numbers) -> list[tuple[int, ...]]:
-    """The first `counts[i]` of line i of `candidate_rows` that are not the row `own[i]`."""
+    """For each i, the first `counts[i]` rows of line i of `candidate_rows` other than `own[i]`."""
     lines = zip(candidate_rows.tolist(), own.tolist(), counts.tolist(), strict=True)
     return [tuple([row for row in line if row != mine][:count]) for line, mine, count in lines]
 
@@ -53,7 +54,7 @@ def without(own: Numbers, candidate_rows: Numbers, counts: Numbers) -> list[tupl
 def exemplar_rows(seed: int, task: str, row: int, k: int, kept: Numbers) -> tuple[int, ...]:
     """Source row numbers of the first `k` exemplars of `row`, from the training index `kept`; fewer if it has fewer rows.
 
-    The first of five is the one of one, and `row` itself is never among them.
+    Exemplars for a smaller `k` are the first of those for a larger one; `row` itself is never among them.
     """
     pool = Pool(seed, task, kept)
     if not len(pool) or k < 1:

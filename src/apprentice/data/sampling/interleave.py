@@ -1,10 +1,13 @@
-"""Whose turn it is: a fixed rule that deals positions to weights so evenly that every count is closed form.
+"""Deterministic weighted interleaving: deals positions to tasks so evenly that every task's count is closed form.
 
-The weights are the leaves of a Huffman tree. Of the first n arrivals at a node, round(n · left / total) go left, in exact
-integers. A child errs by at most ½ plus its parent's error times its part of the parent; up a Huffman tree weights grow
-at least like the Fibonacci numbers, so the errors add up to less than ½ · (1 + 1 + 1/2 + 1/3 + 1/5 + …) < 1.7: the count of
-each weight is never as much as 2 away from its share, whatever the number of weights or positions.
-Knows nothing of tasks.
+    weights 3, 2, 1     leaf at positions 0, 1, 2, …     0 1 0 2 0 1 │ 0 1 0 2 0 1 │ …
+                        count before position 6          3, 2 and 1
+
+The weights are the leaves of a Huffman tree, and each position walks from the root to a leaf. Of the first n arrivals at a node,
+round(n · left / total) go left, in exact integers. A child errs by at most ½ plus its parent's error times its part of the
+parent. Up a Huffman tree weights grow at least like the Fibonacci numbers, so the errors add up to less than
+½ · (1 + 1 + 1/2 + 1/3 + 1/5 + …) < 1.7: the count of each weight is never as much as 2 away from its share, whatever the number
+of weights or positions.
 """
 
 from __future__ import annotations
@@ -21,14 +24,17 @@ MAX_TOTAL = 2**31 - 1  # of all weights, so that every product below fits in 64 
 
 
 class _Node(NamedTuple):
-    total: int
-    left_total: int
+    total: int  # sum of the weights below this node
+    left_total: int  # sum of those below its left child
     left: int  # number of a node, or ~leaf
     right: int
 
 
 class Rotation:
-    """Deals positions 0, 1, 2, … to leaves 0 … len(weights) - 1 in proportion to their positive integer weights."""
+    """Deals positions 0, 1, 2, … to leaves 0 … len(weights) - 1 in proportion to their weights.
+
+    Raises `ValueError` unless the weights are positive integers that add up to at most `MAX_TOTAL`.
+    """
 
     def __init__(self, weights: Sequence[int]) -> None:
         if not weights or min(weights) < 1 or sum(weights) > MAX_TOTAL:
@@ -45,7 +51,7 @@ class Rotation:
         return type(self), (self.weights,)
 
     def turns(self, positions: Numbers) -> tuple[Numbers, Numbers]:
-        """(leaf, how often that leaf came before) for each position."""
+        """(leaf, number of earlier positions with that leaf) for each position; int64 arrays of the shape of `positions`."""
         place = np.full(positions.shape, self._root, dtype=np.int64)
         arrivals = positions.astype(np.int64).copy()
         active = np.flatnonzero(place >= 0)
@@ -63,7 +69,7 @@ class Rotation:
         return ~place, arrivals
 
     def count(self, leaf: int, position: int) -> int:
-        """How often `leaf` comes before `position`."""
+        """Number of positions before `position` that go to `leaf`; O(depth of the tree)."""
         place, steps = ~leaf, []
         while place in self._parent:
             steps.append(self._parent[place])
@@ -77,7 +83,7 @@ class Rotation:
 
 
 def _huffman(weights: Sequence[int]) -> tuple[list[_Node], int]:
-    """The inner nodes and the number of the root; ties go to the earlier leaf, leaves before nodes."""
+    """The inner nodes of a Huffman tree and the number of its root; ties go to the earlier leaf, and to leaves before nodes."""
     heap = [(weight, leaf, ~leaf) for leaf, weight in enumerate(weights)]
     heapq.heapify(heap)
     nodes: list[_Node] = []

@@ -1,6 +1,6 @@
-"""How often each task is drawn: the mixture's strategy and the tasks' sizes to integer weights.
+"""Mixture weights: turns the recipe's mixture strategy and the tasks' sizes into an integer weight for each task.
 
-Integers make everything that follows exact, and the same on every machine. Knows nothing of which row comes when.
+Integer weights make the sampling plan exact, and the same on every machine.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _ROOM = MAX_TOTAL // 2  # weights are scaled to this total where exact ones woul
 
 
 class Size(NamedTuple):
-    """What a task that is trained on brings to the mixture."""
+    """The size of a task that is trained on, as the mixture needs it."""
 
     rows: int  # usable training rows
     cluster: str = ""
@@ -27,11 +27,11 @@ class Size(NamedTuple):
 
 
 def shares(mixture: Mixture, sizes: Mapping[str, Size]) -> dict[str, int]:
-    """Task → integer weight of its share of positions, for the tasks that have rows.
+    """Task → integer weight of its share of plan positions, for the tasks that have rows.
 
-    Exact where the weights' total stays below 2**30, and else rounded to that total, though never to 0. By target tokens, a task
-    with answers of half the mean length is drawn twice as often. Raises `RecipeError` if nothing has rows, if `weights` or
-    `groups` name other tasks than those, or if a task is in no group or in two.
+    Weights are exact where their total stays below 2**30; otherwise they are rounded to that total, but never to 0. With
+    `by: target_tokens`, a task whose answers are half as long is drawn twice as often. Raises `RecipeError` if no task has rows, if
+    `weights` or `groups` name a task that is not trained on or leave one out, or if a task is in two groups.
     """
     if not any(size.rows for size in sizes.values()):
         raise RecipeError("data: no task has rows to train on; check data.tasks, data.hold_out and data.validation.")
@@ -42,7 +42,7 @@ def shares(mixture: Mixture, sizes: Mapping[str, Size]) -> dict[str, int]:
 
 
 def epoch_rows(mixture: Mixture | Group, sizes: Mapping[str, Size], where: str = "data.mixture") -> dict[str, int]:
-    """Task → rows of it in one epoch: those it has, up to the cap of the mixture, or of the innermost group that the task is in."""
+    """Task → its rows in one epoch: all of them, up to the cap of the mixture or of the innermost group that the task is in."""
     if mixture.groups is None:
         return {task: min(size.rows, mixture.cap or size.rows) for task, size in sizes.items()}
     members = {name: _members(group, sizes, sizes, f"{where}.groups.{name}") for name, group in mixture.groups.items()}
@@ -51,7 +51,7 @@ def epoch_rows(mixture: Mixture | Group, sizes: Mapping[str, Size], where: str =
 
 
 def _within(mixture: Mixture | Group, sizes: Mapping[str, Size], known: Mapping[str, Size], where: str) -> dict[str, Fraction]:
-    """Task → its part of what `sizes` share, all together 1; nothing for tasks without rows."""
+    """Task → its share among the tasks of `sizes`; shares add up to 1, and tasks without rows have none."""
     if mixture.groups is None:
         weights = _weights(mixture, sizes, where)
         total = sum(weights.values())
@@ -77,7 +77,7 @@ def _within(mixture: Mixture | Group, sizes: Mapping[str, Size], known: Mapping[
 
 
 def _members(group: Group, sizes: Mapping[str, Size], known: Mapping[str, Size], where: str) -> dict[str, Size]:
-    """The tasks that a group and the groups in it name, by themselves or by their cluster."""
+    """The tasks that a group, or the groups inside it, name directly or by their cluster."""
     if group.groups is not None:
         inner = [_members(one, sizes, known, f"{where}.groups.{name}") for name, one in group.groups.items()]
         return {task: size for tasks in inner for task, size in tasks.items()}
@@ -102,7 +102,7 @@ def _weights(mixture: Mixture | Group, sizes: Mapping[str, Size], where: str) ->
     counted = {task: min(size, mixture.cap or size) for task, size in rows.items()}
     if mixture.strategy == "proportional":
         return {task: Fraction(size) for task, size in counted.items()}
-    # Decimal powers are rounded alike on every machine; those of the C library are not.
+    # Decimal powers are rounded the same on every machine; those of the C library are not.
     power = 1 / Decimal(str(mixture.temperature))
     return {task: Fraction(Decimal(size) ** power) for task, size in counted.items()}
 
@@ -119,7 +119,7 @@ def _given(weights: Mapping[str, float], sizes: Mapping[str, Size], rows: Mappin
 
 
 def _per_token(share: Fraction, target_tokens: float) -> Fraction:
-    """Decimals, whose denominators have a common one that is small; fractions of many means would have none."""
+    """`share` divided by the mean target tokens, as a decimal: decimals have a small common denominator, exact quotients do not."""
     return Fraction(Decimal(share.numerator) / Decimal(share.denominator) / Decimal(str(max(target_tokens, 1e-3))))
 
 

@@ -1,7 +1,6 @@
-"""Keyed randomness without state: 64-bit keys from names, counter-based draws, and permutations of any size in O(1) memory.
+"""Stateless keyed randomness: 64-bit keys from names, counter-based random numbers, and permutations of any size in O(1) memory.
 
-Everything is a pure function of its arguments and vectorised in `uint64`, whose products wrap around on purpose.
-Knows nothing of tasks, rows or files.
+Every function is pure and vectorised in `uint64`, whose products wrap around on purpose.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ Numbers = NDArray[np.int64]
 
 _GOLDEN = 0x9E3779B97F4A7C15  # odd, so that multiplying by it permutes the 64-bit numbers
 _MIX_1, _MIX_2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
-# Measured: with fewer rounds or bits, small permutations are not equally likely.
+# Feistel rounds, and least bits of the permuted number. Measured: with fewer, small permutations are not equally likely.
 _ROUNDS = 8
 _LEAST_BITS = 6
 
@@ -28,7 +27,7 @@ def key_of(*parts: object) -> int:
 
 
 def mix(numbers: Keys) -> Keys:
-    """The finaliser of splitmix64: every input bit reaches every output bit."""
+    """The finaliser of splitmix64, a bijection of 64-bit numbers in which every input bit reaches every output bit."""
     mixed = (numbers ^ (numbers >> np.uint64(30))) * _MIX_1
     mixed = (mixed ^ (mixed >> np.uint64(27))) * _MIX_2
     finished: Keys = mixed ^ (mixed >> np.uint64(31))
@@ -36,21 +35,21 @@ def mix(numbers: Keys) -> Keys:
 
 
 def draw(key: int | Keys, counters: Numbers | Keys) -> Keys:
-    """The generator keyed `key` at `counters` (one dimension or more): uniform 64-bit numbers, each computed by itself."""
+    """Counter-based random numbers: a uniform uint64 for each of `counters` (one dimension or more), independent of the others."""
     keys = np.asarray(key, dtype=np.uint64)
     return mix(mix(np.asarray(counters).astype(np.uint64) * np.uint64(_GOLDEN) + keys) ^ keys)
 
 
 def below(numbers: Keys, bounds: Numbers | int) -> Numbers:
-    """Uniform 64-bit numbers to uniform integers in [0, bound): all but 2**-40 even for the bounds that occur here."""
+    """Maps uniform 64-bit numbers to integers in [0, bound), uniform up to 2**-40 for the bounds that occur here; int64."""
     return (numbers % np.asarray(bounds).astype(np.uint64)).astype(np.int64)
 
 
 def permute(indices: Numbers, sizes: Numbers | int, keys: Keys | int) -> Numbers:
-    """Where the permutation of [0, size) that `key` names sends `index`, for each element; the three broadcast to `indices`.
+    """The image of each index under the permutation of [0, size) that its key names; `sizes` and `keys` broadcast to `indices`.
 
-    A Feistel network permutes the next power of two (64 at least); what falls outside [0, size) walks on along its cycle until
-    it is inside.
+    A Feistel network permutes the next power of two (at least 64). A number that falls outside [0, size) is permuted again until
+    it is inside (cycle walking).
     """
     shape = indices.shape
     place = indices.astype(np.uint64).ravel()
@@ -65,7 +64,7 @@ def permute(indices: Numbers, sizes: Numbers | int, keys: Keys | int) -> Numbers
 
 
 def _feistel(place: Keys, bits: Keys, round_keys: list[Keys]) -> Keys:
-    """Permutes [0, 2**bits): the halves of the number are changed in turn, each by a hash of the other."""
+    """A Feistel network that permutes [0, 2**bits): each half of the number in turn is XORed with a hash of the other."""
     low_bits = (bits + np.uint64(1)) >> np.uint64(1)
     low_mask = (np.uint64(1) << low_bits) - np.uint64(1)
     high_mask = (np.uint64(1) << (bits - low_bits)) - np.uint64(1)
@@ -87,5 +86,5 @@ def _half_mix(numbers: Keys) -> Keys:
 
 
 def _bit_length(numbers: Keys) -> Keys:
-    """Bits that each number needs: 0 for 0, 3 for 4 to 7. Exact below 2**53."""
+    """The bit length of each number: 0 for 0, 3 for 4 to 7. Exact below 2**53."""
     return np.asarray(np.frexp(numbers.astype(np.float64))[1], dtype=np.uint64)

@@ -1,7 +1,12 @@
-"""The order of training as a pure function: position → task, format, template, row and exemplars.
+"""The sampling plan: a pure function from a position in training to task, format, template, row and exemplars.
 
-Nothing here has state: any stretch of positions can be computed by itself, at the same cost wherever it lies and however
-large the datasets are. Knows nothing of texts, tokens or Ray.
+    position ──Rotation──▶ task, and count: how often the task was drawn before
+    position ──key──▶ format (zero_shot, few_shot, inverted, cot) ──key──▶ template of the task that this format may use
+    task, count ──RowOrder──▶ pass = count // rows of the task, and the row at place count % rows in that pass's order
+    task, row ──Pool──▶ exemplars, if the format is few_shot
+
+A task of 100 rows that is drawn for the 250th time (count 249) is in pass 2, at place 49 of that pass. Nothing has state: any
+range of positions can be computed alone, at the same cost wherever it lies and however large the datasets are.
 """
 
 from __future__ import annotations
@@ -29,7 +34,7 @@ _ZERO_SHOT, _FEW_SHOT, _INVERTED, _COT = range(4)
 
 
 class Draw(NamedTuple):
-    """What stands at one position of the plan."""
+    """One position of the plan: an example before it is rendered."""
 
     position: int
     task: str
@@ -37,11 +42,11 @@ class Draw(NamedTuple):
     template: str
     row: int  # number in the task's training source
     shots: tuple[int, ...]  # source row numbers of the exemplars, nearest to the instruction's start first
-    pass_: int  # how often every row of the task was drawn before
+    pass_: int  # number of complete passes over the task's rows before this draw
 
 
 class _Member(NamedTuple):
-    """One task that is trained on."""
+    """One task that is trained on, with its template names by kind."""
 
     name: str
     scored: tuple[str, ...]  # templates
@@ -51,12 +56,12 @@ class _Member(NamedTuple):
 
     @property
     def by_format(self) -> tuple[tuple[str, ...], ...]:
-        """The templates that each of FORMATS may use."""
+        """The templates that each of FORMATS may use, in that order."""
         return (self.scored, self.scored, self.inverted, self.cot)
 
 
 class Plan:
-    """The plan of a run; make it with `Plan.of`."""
+    """The sampling plan of a run; made by `Plan.of`. Picklable."""
 
     def __init__(self, seed: int, formats: Formats, shots: tuple[int, int], members: Sequence[_Member], weights: Sequence[int]):
         self._state = (seed, formats, shots, tuple(members), tuple(weights))
@@ -68,7 +73,7 @@ class Plan:
         self._orders = [member.order for member in members]
         self._pools = [Pool(seed, member.name, member.order.kept) for member in members]
         self._pool_sizes = np.array([len(pool) for pool in self._pools])
-        # Column f: how many templates format f may use.
+        # (tasks, formats): number of templates that each format may use.
         self._templates = np.array([[len(names) for names in member.by_format] for member in members])
         last = round(formats.cot * 2**53)
         self._bounds = (round(formats.zero_shot * 2**53), 2**53 - round(formats.inverted * 2**53) - last, 2**53 - last)
@@ -80,7 +85,7 @@ class Plan:
     def of(cls, recipe: Recipe, tasks: Sequence[Task], indices: Mapping[str, TaskIndex]) -> Plan:
         """The plan over all tasks that are not held out and have training rows; the order of `tasks` does not matter.
 
-        Raises `RecipeError` if there is none, or if the mixture's weights name other tasks.
+        Raises `RecipeError` if there are no such tasks, or as `mixture.shares` does.
         """
         by_name = {task.name: task for task in tasks}
         trained = {name: task for name, task in sorted(by_name.items()) if not is_held_out(task, recipe.data.hold_out)}
@@ -114,11 +119,11 @@ class Plan:
         return self._members[int(self._rotation.turns(np.array([position]))[0][0])].name
 
     def count(self, task: str, position: int) -> int:
-        """How often `task` stands before `position`: closed form, within 2 of position × share."""
+        """Number of positions before `position` that go to `task`: closed form, within 2 of position × share."""
         return self._rotation.count(self._leaf[task], position)
 
     def draws(self, start: int, stop: int) -> list[Draw]:
-        """What stands at the positions [start, stop)."""
+        """The draws at positions [start, stop)."""
         positions = np.arange(start, stop, dtype=np.int64)
         if not positions.size:
             return []
@@ -137,7 +142,7 @@ class Plan:
         return draws
 
     def _formats(self, positions: Numbers, leaves: Numbers) -> Numbers:
-        """The drawn format, or zero-shot where the task cannot do that one (and inverted where it can do nothing else)."""
+        """Formats as indices into FORMATS: the drawn one if the task supports it, else zero-shot, else inverted."""
         chance = (draw(self._format_key, positions) >> np.uint64(11)).astype(np.int64)
         formats = sum(((chance >= bound).astype(np.int64) for bound in self._bounds), np.zeros_like(chance))
         too_few = (formats == _FEW_SHOT) & (self._pool_sizes[leaves] <= self._shots[1])
@@ -146,7 +151,7 @@ class Plan:
         return formats
 
     def _exemplars(self, positions: Numbers, leaves: Numbers, formats: Numbers, rows: Numbers) -> dict[int, tuple[int, ...]]:
-        """Position → exemplars, for the few-shot ones."""
+        """Position → source rows of its exemplars, for the few-shot positions."""
         few = np.flatnonzero(formats == _FEW_SHOT)
         if not few.size:
             return {}
@@ -164,7 +169,7 @@ class Plan:
 
 
 def _some(templates: Sequence[Template], recipe: Recipe, task: str) -> tuple[str, ...]:
-    """The names of the templates that training uses: all, or so many of them by key, in the file's order."""
+    """Names of the templates that training uses: all, or `data.templates_per_task` of them chosen by key, in the file's order."""
     most = min(recipe.data.templates_per_task or len(templates), len(templates))
     chosen = permute(np.arange(most), max(len(templates), 1), key_of(recipe.seed, task, "templates"))
     return tuple(templates[number].name for number in sorted(chosen.tolist()))

@@ -1,7 +1,11 @@
-"""The order of one task's rows: pass after pass, each row once per pass, a different order every time, and all by arithmetic.
+"""Two-level shuffle of one task's rows: permutes the row groups, then the rows inside buffers of `SHELF_GROUPS` (8) groups.
 
-A pass shuffles the row groups, puts every `SHELF_GROUPS` of them in turn on one shelf, and shuffles the rows of a shelf.
-So neighbours in the order come from few row groups, and no list of rows is ever shuffled. Knows nothing of tasks.
+    row groups of the file        0  1  2 … 23
+    permuted for a pass          17  4  9 … │ 2 21  0 … │ …     each buffer ("shelf") has 8 of them
+    rows of each buffer          in a keyed permutation of all rows of its 8 groups
+
+Every pass has each row once, in an order of its own. Neighbours in the order come from at most 8 row groups, so that reads stay
+local. Orders are computed by keyed permutations; no list of rows is ever shuffled.
 """
 
 from __future__ import annotations
@@ -17,19 +21,22 @@ from apprentice.data.index.row_ranges import RowRanges
 from apprentice.data.sampling.permutation import Numbers, draw, permute
 
 SHELF_GROUPS = 8
-_GROUP_ROUND = 2**32  # counters of the row groups' shuffles; those of the passes count up from 0
+_GROUP_ROUND = 2**32  # counters of the row groups' permutations start here; those of the rows' count passes from 0
 
 
 class _Pass(NamedTuple):
-    """One pass over several shelves; places count kept rows in the order of the shuffled groups."""
+    """The permuted row groups of one pass; places count kept rows in the order of these groups."""
 
     group_order: Numbers
-    group_starts: Numbers  # place of each shuffled group's first row
-    shelf_starts: Numbers  # and of each shelf's, with the end of the last
+    group_starts: Numbers  # place of the first row of each group in `group_order`
+    shelf_starts: Numbers  # place of the first row of each buffer, and behind them the end of the last
 
 
 class RowOrder:
-    """The endless order of the rows `kept` (source row numbers, ascending) of a source with row groups of `group_rows`."""
+    """The endless order, pass after pass, of the rows `kept` of a source.
+
+    `kept` are ascending source row numbers; `group_rows` are the sizes in rows of the source's row groups.
+    """
 
     def __init__(self, key: int, kept: Numbers | RowRanges, group_rows: Numbers) -> None:
         self.key = key
@@ -49,11 +56,11 @@ class RowOrder:
 
     @property
     def has_shelves(self) -> bool:
-        """False where all row groups go on one shelf; then the order of groups does not matter."""
+        """False where all row groups fit into one buffer; then their order does not matter."""
         return len(self._sizes) > SHELF_GROUPS
 
     def shelves(self, passes: Numbers, offsets: Numbers) -> tuple[Numbers, Numbers, Numbers]:
-        """(number, first place, rows) of the shelf that each offset in its pass falls on."""
+        """(number, first place, rows) of the buffer that each offset in its pass falls into."""
         number, start, size = np.empty((3, len(passes)), dtype=np.int64)
         for pass_ in set(passes.tolist()):
             here = passes == pass_
@@ -64,7 +71,7 @@ class RowOrder:
         return number, start, size
 
     def rows(self, passes: Numbers, places: Numbers) -> Numbers:
-        """Source row numbers at shuffled places: the start of the shelf plus a place on it."""
+        """Source row numbers at `places` of each pass; a place is the start of a buffer plus a permuted offset in it."""
         if not self.has_shelves:
             return self.kept[places]
         found = np.empty_like(places)
@@ -84,7 +91,7 @@ class RowOrder:
 
 
 def drawn(orders: Sequence[RowOrder], which: Numbers, counts: Numbers) -> tuple[Numbers, Numbers]:
-    """(source row, pass) of the draw numbered `counts[i]` of `orders[which[i]]`, for all i at once."""
+    """(source row, pass) of draw number `counts[i]` of `orders[which[i]]`, for all i at once; int64 arrays."""
     by_order, parts = runs(which)
     sizes, starts, shelves = np.zeros((3, len(which)), dtype=np.int64)
     keys = np.empty(len(which), dtype=np.uint64)
@@ -94,7 +101,7 @@ def drawn(orders: Sequence[RowOrder], which: Numbers, counts: Numbers) -> tuple[
     for number, part in parts:
         if orders[number].has_shelves:
             shelves[part], starts[part], sizes[part] = orders[number].shelves(passes[part], offsets[part])
-    # One call for all: that is where the time goes.
+    # One call for all orders: most of the time is spent here.
     places = starts + permute(offsets - starts, sizes, draw(draw(keys, passes), shelves))
     rows = np.empty((2, len(which)), dtype=np.int64)
     rows[1, by_order] = passes
@@ -103,7 +110,7 @@ def drawn(orders: Sequence[RowOrder], which: Numbers, counts: Numbers) -> tuple[
 
 
 def runs(labels: Numbers) -> tuple[Numbers, list[tuple[int, slice]]]:
-    """The order that sorts `labels` and keeps equal ones as they come, and where each label then stands."""
+    """The stable sorting order of `labels`, and (label, its slice of the sorted array) for each distinct label."""
     order = np.argsort(labels, kind="stable")
     found, starts = np.unique(labels[order], return_index=True)
     bounds = pairwise([*starts.tolist(), len(labels)])

@@ -1,1 +1,1 @@
-"""Where the rows of a task lie, and their conversion to Parquet."""
+"""Sources of a task's rows: finding their files, converting them to Parquet, and random access to rows."""

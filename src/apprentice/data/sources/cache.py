@@ -1,4 +1,4 @@
-"""The cache of converted files beside the runs: when what lies in it stays, and when it goes."""
+"""Lifetime of the cache of converted files (`<storage>/cache`): removed after commands that created it and do not need it."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from apprentice.storage import Folder
 
 @contextmanager
 def cache_cleared(recipe: Recipe, *, keep: bool = False) -> Iterator[None]:
-    """Removes, at the end, the cache of converted files and the storage around it if they were not there before.
+    """Removes at the end the cache, and the storage folder if it is empty, provided that they did not exist before.
 
-    With `keep` they stay where all went well: what comes next reads what was converted.
+    With `keep` they stay if the block raised nothing, so that a later command reads the converted files.
     """
     storage = Folder.at(recipe.storage)
     cache = storage / "cache"

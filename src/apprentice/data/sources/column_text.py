@@ -1,6 +1,6 @@
-"""How the text in a converted column is read: as cells of CSV, as JSON that no single Arrow type holds, or as bytes in an encoding.
+"""Decoding of stored column values: CSV cells, JSON text for values that no single Arrow type holds, and bytes in an encoding.
 
-A converter marks the columns of its Parquet files; `Source` carries the marks to `Reader`.
+Converters mark the columns of their Parquet files in the Arrow field metadata; `Source` carries the marks to `Reader`.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ _MARK = b"apprentice.reading"
 
 
 def marked(field: pa.Field, reading: Reading) -> pa.Field:
-    """`field` with the mark that says how its text is read."""
+    """`field` with `reading` in its metadata."""
     return field.with_metadata({_MARK: reading.encode()})
 
 
 def readings_of(schema: pa.Schema) -> dict[str, Reading]:
-    """Column → how it is read, for those that are not read as they are."""
+    """Column → how its values are decoded, for the columns that need decoding."""
     found: dict[str, Reading] = {}
     for field in schema:
         if mark := (field.metadata or {}).get(_MARK):
@@ -33,13 +33,13 @@ def readings_of(schema: pa.Schema) -> dict[str, Reading]:
 
 
 def is_bytes(kind: pa.DataType) -> bool:
-    """Whether values of an Arrow type are bytes without an encoding."""
+    """Whether an Arrow type is one of the binary types."""
     types = pa.types
     return any(test(kind) for test in (types.is_binary, types.is_large_binary, types.is_fixed_size_binary, types.is_binary_view))
 
 
 def read(value: Any, reading: Reading, encoding: str | None) -> Any:
-    """What a stored value stands for. Bytes that `encoding` does not know become U+FFFD; None stays None."""
+    """Decodes a stored value. Bytes that are invalid in `encoding` become U+FFFD; None stays None."""
     if value is None:
         return None
     if reading == "json":

@@ -1,10 +1,8 @@
-"""Files that cannot be read at random, and the built-in tasks, to Parquet in the cache: once, streaming, whole or absent.
+"""Conversion to Parquet in the cache of files without random access (CSV, JSON, Arrow) and of built-in tasks: once, streaming.
 
-A converted file is named by what it came from (path, size, time of change) and by the rules it was read by, so that a changed
-original is converted anew. Runs of format 1 go on with CSV whose types are guessed, and with JSON whose columns have one type of
-number each.
-Several processes may convert the same file at once: each writes its own and the last rename wins, with the same bytes.
-Knows nothing of tasks' fields.
+A converted file's name has a hash of the original's path, size and modification time and of the reading rules, so that a changed
+original is converted again. Runs of format 1 keep their rules: CSV column types are guessed, and a JSON column has one type of
+number. Several processes may convert the same file at once: each writes a temporary file, and the last rename wins.
 """
 
 from __future__ import annotations
@@ -33,12 +31,12 @@ from apprentice.run.folder import FORMAT
 from apprentice.storage import Folder
 from apprentice.tasks import builtin
 
-ROWS_PER_GROUP = 4096  # a window reads whole row groups, so they are kept small
+ROWS_PER_GROUP = 4096  # small, because a window reads whole row groups
 _BLOCK_BYTES = 16 * 2**20  # of a CSV file
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _JSON_LINES = {".jsonl", ".ndjson"}
 _JSON_DOCUMENT = ".json"  # one list of objects, or a task file of Super-NaturalInstructions
-_READ_CHARACTERS = 2**20  # of a JSON document at a time
+_READ_CHARACTERS = 2**20  # read of a JSON document at a time
 _COMPRESSIONS = {".gz", ".bz2", ".zst", ".lz4"}
 _ARROW = {".arrow", ".feather"}
 _ARROW_MAGIC = b"ARROW1"  # how a random access file begins
@@ -46,10 +44,10 @@ _SAVED_STATE = "state.json"  # in a folder that `datasets.Dataset.save_to_disk` 
 
 
 def parquet_file(path: str, cache: Folder, task: str, *, encoding: str | None = None, rules: int = FORMAT) -> str:
-    """`path` itself if it is Parquet, or the Parquet file under `cache` that it was converted to.
+    """`path` itself if it is Parquet, else the Parquet file under `cache` that it is converted to.
 
-    `encoding` is that of a text file, UTF-8 by default; `rules` is the format of the run that reads.
-    Raises `DataError` naming the file: missing, of no known kind, or broken (with the line where that is known).
+    `encoding` is that of a text file, UTF-8 by default; `rules` is the format of the run that reads. Raises `DataError` for a file
+    that is missing, of an unknown kind, or broken (with the line where it is known).
     """
     file = Folder.at(path)
     fs, inside = file.filesystem()
@@ -98,7 +96,7 @@ def _saved_to_disk(folder: Folder, cache: Folder, task: str) -> str:
 def _converted(
     origin: Folder, files: Sequence[Folder], cache: Folder, tables: Callable[[], Iterator[pa.Table]], way: str = ""
 ) -> str:
-    """The Parquet file of `origin`, written from its `tables` where there is none yet of exactly these `files` read this `way`."""
+    """The converted file of `origin`; written from `tables` unless it exists for these `files` and this `way` of reading."""
     key = hashlib.sha256()
     for file in files:
         fs, inside = file.filesystem()
@@ -122,7 +120,7 @@ def builtin_file(name: str, split: str, cache: Folder) -> str:
 
 
 def write_rows(rows: Sequence[dict[str, Any]], target: Folder) -> None:
-    """A Parquet file with the rows, in which numbers stay what they are."""
+    """Writes rows to a Parquet file without changing any number (see `json_columns`)."""
     batches = [list(rows[start : start + ROWS_PER_GROUP]) for start in range(0, len(rows), ROWS_PER_GROUP)]
     _write(tables_of(lambda: batches, target.name, FORMAT), target, target)
 
@@ -133,7 +131,7 @@ def _kind(name: str) -> str:
 
 
 def _write(tables: Iterator[pa.Table], target: Folder, origin: Folder) -> None:
-    """Writes beside the target under another name and renames; for object stores, to a local file that is then sent whole."""
+    """Writes a temporary file beside the target and renames it; for an object store, a local file that is then uploaded."""
     here = target.local.parent if target.is_local else Path(tempfile.gettempdir())
     try:
         here.mkdir(parents=True, exist_ok=True)
@@ -160,7 +158,7 @@ def _arrow_tables(files: Sequence[Folder]) -> Iterator[pa.Table]:
 
 
 def _arrow_batches(file: Folder) -> Iterator[pa.RecordBatch]:
-    """The batches of an Arrow file of either format: a stream (as `datasets` writes them) or one for random access."""
+    """The record batches of an Arrow file in either IPC format: stream (which `datasets` writes) or file."""
     fs, path = file.filesystem()
     try:
         with fs.open_input_file(path) as stream:
@@ -176,7 +174,7 @@ def _arrow_batches(file: Folder) -> Iterator[pa.RecordBatch]:
 
 
 def _typed_csv_tables(file: Folder, delimiter: str, encoding: str | None) -> Iterator[pa.Table]:
-    """As runs of format 1 read CSV: column types are guessed from the first block."""
+    """CSV tables as runs of format 1 read them: column types are guessed from the first block."""
     fs, path = file.filesystem()
     try:
         with (
@@ -193,7 +191,7 @@ def _typed_csv_tables(file: Folder, delimiter: str, encoding: str | None) -> Ite
 
 
 def _regrouped(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
-    """The same rows in tables of a multiple of `ROWS_PER_GROUP` rows, but for the last."""
+    """The same rows in tables of a multiple of `ROWS_PER_GROUP` rows, except the last."""
     rest: pa.Table | None = None
     for table in tables:
         rest = table if rest is None else pa.concat_tables([rest, table])
@@ -229,7 +227,7 @@ def _json_batches(file: Folder, encoding: str | None) -> Iterator[list[dict[str,
 
 
 def _document_rows(file: Folder, text: io.TextIOBase) -> Iterator[dict[str, Any]]:
-    """The objects of one list, read piece by piece, or the instances of a task file of Super-NaturalInstructions."""
+    """The objects of a JSON list, parsed incrementally, or the instances of a task file of Super-NaturalInstructions."""
     decoder, rest, number = json.JSONDecoder(), text.read(_READ_CHARACTERS).lstrip(), 0
     if not rest.startswith("["):
         yield from _instances(file, rest + text.read())
@@ -244,7 +242,7 @@ def _document_rows(file: Folder, text: io.TextIOBase) -> Iterator[dict[str, Any]
         except json.JSONDecodeError as error:
             if rest.startswith("]", place):
                 return
-            # Twice as much each time, so that a long row is not parsed over and over.
+            # The buffer doubles, so that a long row is not parsed again for every block of text.
             if not (more := text.read(max(_READ_CHARACTERS, len(rest) - place))):
                 raise DataError(f"{file}: object {number + 1} is not JSON: {error.msg}; mend the file.") from error
             rest, place = rest[place:] + more, 0

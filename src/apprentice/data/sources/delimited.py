@@ -1,6 +1,6 @@
-"""CSV and TSV files as text alone: each cell stays what was written, whatever it looks like.
+"""CSV and TSV reader in which every column is text.
 
-`0` beside `0.5`, `true`, `00001`, `1.10`, `NA` and dates are answers that somebody wrote; guessed types would rewrite them.
+`0` beside `0.5`, `true`, `00001`, `1.10`, `NA` and dates can be answers; guessed types would rewrite them.
 """
 
 from __future__ import annotations
@@ -15,15 +15,16 @@ from apprentice.data.sources.column_text import marked
 from apprentice.errors import DataError
 from apprentice.storage import Folder
 
-_TRIED = ("utf-8", "cp1252")  # encodings that bytes are held against
+_TRIED = ("utf-8", "cp1252")  # encodings that are tried on bytes of unknown encoding
 _BYTE_ORDER_MARKS = (b"\xff\xfe", b"\xfe\xff")
-_SHOWN = 40  # bytes of a place that is not UTF-8
+_SHOWN = 40  # bytes shown in messages around a byte that is not UTF-8
 
 
 def text_batches(file: Folder, delimiter: str, encoding: str | None, block_bytes: int) -> Iterator[pa.Table]:
-    """The rows of a file in tables of one block each; every column is text, marked as cells.
+    """The rows of a file as tables of about `block_bytes` bytes of text; every column is a string, marked `cell`.
 
-    Raises `DataError` naming the file, and the encoding that would read it where it is not in `encoding` (UTF-8 by default).
+    `encoding` defaults to UTF-8. Raises `DataError` with the file's name, and for a file that is not UTF-8 with an encoding that
+    would read it.
     """
     kind = "CSV" if delimiter == "," else "TSV"
     try:
@@ -43,7 +44,7 @@ def text_batches(file: Folder, delimiter: str, encoding: str | None, block_bytes
 
 
 def _opened(file: Folder, delimiter: str, encoding: str | None, block_bytes: int, texts: Sequence[str]) -> pacsv.CSVStreamingReader:
-    """A reader of the file, `texts` being the columns whose types are not guessed."""
+    """A streaming reader of the file; the columns `texts` are strings, the types of others are guessed."""
     fs, path = file.filesystem()
     return pacsv.open_csv(
         fs.open_input_stream(path),
@@ -54,7 +55,7 @@ def _opened(file: Folder, delimiter: str, encoding: str | None, block_bytes: int
 
 
 def not_utf8(file: Folder) -> str | None:
-    """A sentence about the first line that is not UTF-8, with the encoding that would read it; None where all are UTF-8."""
+    """A sentence for an error about the first line that is not UTF-8, with an encoding that reads it; None for a UTF-8 file."""
     fs, path = file.filesystem()
     with fs.open_input_stream(path) as stream, io.BufferedReader(stream) as lines:
         for number, line in enumerate(lines, start=1):
@@ -72,7 +73,7 @@ def _fails(data: bytes) -> bool:
 
 
 def _encoding_of(data: bytes) -> str | None:
-    """An encoding that reads `data` as text; None where none of the likely ones does."""
+    """The first likely encoding that decodes `data`; None where none does."""
     if data.startswith(_BYTE_ORDER_MARKS):
         return "utf-16"
     for encoding in _TRIED:
@@ -85,7 +86,7 @@ def _encoding_of(data: bytes) -> str | None:
 
 
 def how_to_read(data: bytes) -> str:
-    """`data`, and the encoding that would read it, with what it would then say: a person sees whether that is what was written."""
+    """Advice for an error: the bytes, a likely encoding, and the text it gives, so that a person sees whether it is right."""
     encoding = _encoding_of(data)
     odd = next((place for place, byte in enumerate(data) if byte > 127), 0)
     data = data[max(0, odd - _SHOWN // 2) :][:_SHOWN]

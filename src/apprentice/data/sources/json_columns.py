@@ -1,7 +1,7 @@
-"""Rows of JSON to Arrow tables in which each number stays the number that it was.
+"""Conversion of JSON rows to Arrow tables without changing any number.
 
-An Arrow column has one type, so 0 beside 0.5 would become 0.0, and a whole number of more than 64 bits has no place at all. A
-column that holds such numbers is kept as JSON text, marked to be read back row by row.
+An Arrow column has one type, so 0 beside 0.5 would become 0.0, and integers of more than 64 bits cannot be stored at all. A
+column with such numbers is stored as JSON text, marked to be parsed row by row.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 _BITS_64 = range(-(2**63), 2**63)
 
 Rows = list[dict[str, Any]]
-_Kinds = dict[tuple[str, ...], set[str]]  # path of keys, the column's first → kinds of numbers that stand there
+_Kinds = dict[tuple[str, ...], set[str]]  # path of keys, beginning with the column → kinds of numbers found there
 
 
 def without_surrogates(value: Any) -> Any:
-    """`value` with U+FFFD for each half of a surrogate pair, which no encoding can hold; such rows are counted as broken."""
+    """`value` with U+FFFD for each lone surrogate, which cannot be encoded; such rows are counted as broken."""
     if isinstance(value, str):
         return _SURROGATE.sub("\ufffd", value)
     if isinstance(value, list):
@@ -38,10 +38,10 @@ def without_surrogates(value: Any) -> Any:
 
 
 def tables_of(batches: Callable[[], Iterable[Rows]], name: str, rules: int) -> Iterator[pa.Table]:
-    """Two passes over `batches`: the types of all rows together (absent keys are null), then the tables.
+    """Arrow tables of `batches`, which is called twice: first for the common schema of all rows, then for the tables.
 
-    By the rules of format 1 whole numbers beside fractions become fractions. Raises `DataError` for a key whose values are of
-    different types.
+    Absent keys are null. `rules` is the run's format: in format 1, integers beside fractions become fractions. Raises `DataError`
+    for a key whose values have different types; `name` stands for the file in its message.
     """
     schema, kinds = pa.schema([]), _Kinds()
     for batch in batches():
@@ -62,12 +62,12 @@ def tables_of(batches: Callable[[], Iterable[Rows]], name: str, rules: int) -> I
 def _type_of(values: list[Any]) -> pa.DataType:
     try:
         return pa.array(values).type
-    except (OverflowError, pa.ArrowInvalid):  # of a long number, or of values that do not fit together: then it fails again
+    except (OverflowError, pa.ArrowInvalid):  # a long number, or values of different types: these fail again below
         return pa.array([_small(value) for value in values]).type
 
 
 def _small(value: Any) -> Any:
-    """`value` with 0 for each whole number of more than 64 bits."""
+    """`value` with 0 in place of each integer of more than 64 bits."""
     if isinstance(value, list):
         return [_small(item) for item in value]
     if isinstance(value, dict):
@@ -76,7 +76,7 @@ def _small(value: Any) -> Any:
 
 
 def _see(values: list[Any], path: tuple[str, ...], kinds: _Kinds) -> None:
-    """Adds to `kinds` what numbers stand in `values`, which all stand at `path`."""
+    """Adds to `kinds` the kinds of numbers in `values`, all of which are at `path`, and below them."""
     types = set(map(type, values))
     if float in types:
         kinds.setdefault(path, set()).add("fraction")
@@ -103,7 +103,7 @@ def _as_json(row: Mapping[str, Any], kept: set[str], schema: pa.Schema) -> dict[
 
 
 def _filled(value: Any, kind: pa.DataType) -> Any:
-    """`value` with None for the keys of `kind` that it lacks, as Arrow would give it back."""
+    """`value` with None for the keys of the Arrow type `kind` that it lacks, as Arrow would return it."""
     if isinstance(value, list):
         return [_filled(item, kind.value_type) for item in value]
     if isinstance(value, dict):

@@ -1,7 +1,6 @@
-"""Where a task's rows lie: its declared places to one list of Parquet files, and random access to the rows in them.
+"""Sources: resolves a task's declared places to one list of Parquet files, and reads rows of these by number.
 
-Whatever cannot be read at random (JSONL, CSV, built-in tasks) becomes Parquet once, in `convert`. Knows nothing of
-which rows are wanted, nor in what order.
+Files without random access (JSONL, CSV …) and built-in tasks are converted to Parquet once, by `convert`.
 """
 
 from __future__ import annotations
@@ -34,31 +33,31 @@ from apprentice.tasks.source_spec import SourceSpec
 Split = Literal["train", "test"]
 T = TypeVar("T")
 
-RETRY_PAUSES_S = (0.1, 0.5, 2.0)  # between attempts to read what answers with an OSError
-OPEN_FILES = 16  # that one reader holds
-# A hub that is not reached raises what the hub's client has for its own errors' base, which is not always an OSError.
+RETRY_PAUSES_S = (0.1, 0.5, 2.0)  # between attempts to read a file that raises `OSError`
+OPEN_FILES = 16  # at most, of one reader
+# An unreachable hub raises the base class of the hub client's errors, which is not always an `OSError`.
 UNREACHED: tuple[type[Exception], ...] = (OSError, *HfHubHTTPError.__bases__)
 _FAILED: tuple[type[Exception], ...] = (*UNREACHED, StorageError)
 
 
 class MissingSourceError(DataError):
-    """None of a task's places is there."""
+    """None of a task's declared places exists."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """The rows of one split of one task. Row numbers count through `files` in order."""
+    """The files with the rows of one split of one task. Row numbers count through `files` in order, from 0."""
 
     task: str
     split: Split
     files: tuple[str, ...]  # local paths or URIs of Parquet files
-    file_groups: tuple[int, ...]  # row groups of every file
-    group_rows: tuple[int, ...]  # rows of every row group, over all files in order
+    file_groups: tuple[int, ...]  # number of row groups of each file
+    group_rows: tuple[int, ...]  # number of rows of each row group, over all files in order
     columns: dict[str, str]  # field of the task → column of the files
-    fingerprint: str  # of sizes and footers, whatever the folder
-    readings: dict[str, Reading] = field(default_factory=dict)  # field → how its stored text or bytes are read, if not as they are
-    encoding: str | None = None  # of fields that are bytes
-    named: str | None = None  # the file as the task names it, which `files` may have been converted from
+    fingerprint: str  # sha256 of sizes and Parquet footers, independent of the folder
+    readings: dict[str, Reading] = field(default_factory=dict)  # field → how its values are decoded, if they are
+    encoding: str | None = None  # of binary fields
+    named: str | None = None  # the file as the task names it, from which `files` may have been converted
 
     @property
     def rows(self) -> int:
@@ -73,11 +72,12 @@ class _Footer(NamedTuple):
 
 
 def resolve(task: Task, split: Split, *, root: str | None, cache: Folder, rules: int = FORMAT) -> Source | None:
-    """The Parquet files of one split, in the first of the task's places that can be reached; None if that has no such split.
+    """The Parquet files of one split, from the first of the task's places that exists; None if that place has no such split.
 
-    Both splits come from the same place, so that train and test stay apart. `rules` is the format of the run that reads. Raises
-    `MissingSourceError` if no place is there, and `DataError` if one cannot be reached, a file is missing or unreadable, or a
-    column is missing or bytes in no known encoding.
+    Both splits come from the same place, so that training and test rows stay apart. `root` is `data.root`; `cache` is the folder
+    for converted files; `rules` is the format of the run that reads. Raises `MissingSourceError` if no place exists, and
+    `DataError` if a place cannot be reached, a file is missing or unreadable, a column is missing, or a column is binary and the
+    task names no encoding.
     """
     try:
         spec, absent = _reachable(task, root)
@@ -120,7 +120,7 @@ def _fingerprint(footers: Sequence[_Footer], readings: Mapping[str, Reading], en
 
 
 def is_unchanged(source: Source) -> bool:
-    """Whether the files of `source` are where it says, and are those it was made of."""
+    """Whether the files of `source` still exist and have its fingerprint."""
     try:
         with ThreadPoolExecutor(max_workers=8) as pool:
             return _fingerprint(list(pool.map(_footer, source.files)), source.readings, source.encoding) == source.fingerprint
@@ -131,7 +131,10 @@ def is_unchanged(source: Source) -> bool:
 def _readings(
     task: Task, spec: SourceSpec, columns: dict[str, str], files: Sequence[str], footers: Sequence[_Footer]
 ) -> dict[str, Reading]:
-    """Field → how it is read. Cells are text wherever nothing is counted. Raises `DataError` for bytes without an encoding."""
+    """Field → how it is decoded; CSV cells become `Cell` only for fields that the task counts with, else they stay strings.
+
+    Raises `DataError` for a binary column of a task that names no encoding.
+    """
     found: dict[str, Reading] = {}
     for file, footer in zip(files, footers, strict=True):
         for name, column in columns.items():
@@ -146,13 +149,13 @@ def _readings(
 
 
 def _first_value(file: str, column: str) -> bytes:
-    """The first bytes of a column that are not ASCII, or else its first; of the first row group."""
+    """The first value with non-ASCII bytes in a column's first row group, else its first value."""
     values = [value for value in _open(file).read_row_group(0, columns=[column])[column].to_pylist() if value]
     return next((value for value in values if not value.isascii()), values[0] if values else b"")
 
 
 def on_the_hub(task: Task, root: str | None) -> str | None:
-    """The hub dataset that the rows of `task` would be read from; None where something nearer is there, or nothing at all."""
+    """The hub dataset (`id` or `id/config`) from which the rows of `task` would be read; None if they come from elsewhere."""
     try:
         spec, _ = _reachable(task, root)
     except DataError:
@@ -161,7 +164,7 @@ def on_the_hub(task: Task, root: str | None) -> str | None:
 
 
 def _reachable(task: Task, root: str | None) -> tuple[SourceSpec, list[str]]:
-    """The first place that can be reached, and why those before it cannot. A hub is taken if nothing nearer is there."""
+    """The first of the task's places that exists, and why those before it do not; a hub or built-in place counts as existing."""
     absent: list[str] = []
     for spec in task.sources:
         if spec.dataset is not None:
@@ -230,7 +233,7 @@ def _hub_files(task: Task, spec: SourceSpec, name: str, absent: list[str]) -> li
 
 
 def _as_named(spec: SourceSpec, name: str, file: str) -> str:
-    """The file as a person knows it: the one that the task names, where `file` was converted from it."""
+    """The file as the task names it, from which `file` may have been converted."""
     return spec.files[name] if spec.files is not None else file
 
 
@@ -247,7 +250,7 @@ def _missing_column(task: Task, spec: SourceSpec, file: str, columns: Sequence[s
 
 
 def _retrying(file: str, action: Callable[[], T]) -> T:
-    """The result of `action`, tried again after an `OSError`. Raises `DataError` that names the file."""
+    """The result of `action`, retried after errors of the connection. Raises `DataError` with the file's name."""
     for pause in (*RETRY_PAUSES_S, None):
         try:
             return action()
@@ -284,7 +287,10 @@ def _footer(file: str) -> _Footer:
 
 
 class Reader:
-    """Rows of a source by number. Keeps the last `cached_groups` row groups, only the columns that the task needs."""
+    """Random access to the rows of a source; caches the last `cached_groups` row groups, with only the task's columns.
+
+    Picklable; a copy opens the files anew.
+    """
 
     def __init__(self, source: Source, cached_groups: int = 8) -> None:
         self.source = source
@@ -298,7 +304,10 @@ class Reader:
         return type(self), (self.source, self.cached_groups)
 
     def rows(self, ids: Sequence[int] | NDArray[np.int64]) -> list[dict[str, Any]]:
-        """Field → value for each row number, in the order asked. Raises `DataError` naming the file that cannot be read."""
+        """Field → value for each row number, in the order of `ids`.
+
+        Raises `DataError` with the name of a file that cannot be read or has changed, `ValueError` for a number out of range.
+        """
         wanted = np.asarray(ids, dtype=np.int64)
         if wanted.size and not 0 <= wanted.min() <= wanted.max() < self.source.rows:
             raise ValueError(f"task {self.source.task!r} has {self.source.rows} {self.source.split} rows; asked for {wanted.max()}")
