@@ -31,11 +31,11 @@ class ApprenticeError(Exception):
 
 
 class RecipeError(ApprenticeError):
-    """The recipe is wrong."""
+    """The recipe has an unknown key, a wrong value, or keys that contradict each other."""
 
 
 class TaskError(ApprenticeError):
-    """A task file, or a template in it, is wrong."""
+    """A task file, or a template in it, is invalid."""
 
 
 class RowError(TaskError):

@@ -31,7 +31,7 @@ ATTEMPTS = 6  # to read, with pauses of 1, 2, 4, 8 and 16 seconds between them
 
 
 def is_uri(path: str) -> bool:
-    """True for `s3://…`, `gs://…`, `file://…`; false for a plain path."""
+    """True for a URI such as `s3://…` or `file://…`, False for a plain path."""
     return "://" in path
 
 
@@ -129,7 +129,7 @@ class Folder:
         return Folder(self.uri.rstrip("/").rsplit("/", 1)[0])
 
     def filesystem(self) -> tuple[pafs.FileSystem, str]:
-        """The pyarrow file system and the path inside it."""
+        """(pyarrow file system, path inside it). Raises `StorageError` for a URI that cannot be opened."""
         if self.is_local:
             return pafs.LocalFileSystem(), self.uri
         try:
@@ -149,7 +149,7 @@ class Folder:
         return bool(fs.get_file_info(path).type != pafs.FileType.NotFound)
 
     def make(self) -> Folder:
-        """Creates the folder (and its parents)."""
+        """Creates the folder and its parents; does nothing if it exists. Raises `StorageError`."""
         fs, path = self.filesystem()
         try:
             fs.create_dir(path, recursive=True)

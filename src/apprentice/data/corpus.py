@@ -33,7 +33,7 @@ FILLED = {"best_fit": 0.98, "greedy": 0.85, "none": 1.0}
 FILLED_PAIRS = {"best_fit": 0.9, "greedy": 0.75, "none": 1.0}
 # Tuning methods that cannot pack: their virtual tokens stand before the row, not before each example, and ignore positions.
 _VIRTUAL = dict.fromkeys(("prefix", "prompt"), "the virtual tokens of prefix and prompt tuning ignore where an example begins")
-_TOKEN_BYTES = 12  # three int32 for each place of a row, and a byte for each that can be trained on
+_TOKEN_BYTES = 12  # three int32 for each token of a row; the loss mask has one byte more for each that can be trained on
 
 
 @dataclass(frozen=True, eq=False)

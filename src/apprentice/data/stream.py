@@ -54,7 +54,7 @@ SPARE_WINDOWS = 64  # added to four times the windows that the run is estimated 
 
 @dataclass(frozen=True)
 class Start:
-    """Where a stream begins: the first row that was not yet trained on."""
+    """The start of a stream: window and row of the first packed row that was not yet trained on."""
 
     window: int = 0
     row: int = 0

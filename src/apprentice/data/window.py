@@ -112,7 +112,7 @@ class WindowRenderer:
         if self.corpus.strategy == "none":
             rows = _by_length(items, rows, recipe.training.global_batch, key_of(recipe.seed, "rows", window))
         else:
-            # Best fit puts the longest examples into the first rows; training must not see lengths in waves.
+            # Best fit puts the longest examples into the first rows; without a shuffle, lengths would come in waves.
             order = permute(np.arange(len(rows)), max(len(rows), 1), key_of(recipe.seed, "rows", window))
             rows = [rows[number] for number in order]
         return self._columns(items, rows, window, counts)
@@ -132,7 +132,7 @@ class WindowRenderer:
             if room <= 0:
                 break
         rows = _packed(self.corpus, items)
-        while len(rows) > limit_rows:  # no packing is perfect
+        while len(rows) > limit_rows:  # packing leaves some padding, so that the examples may need more rows
             del items[-max(1, len(items) // 50) :]
             rows = _packed(self.corpus, items)
         return self._columns(items, rows, 0, {})

@@ -61,7 +61,7 @@ def check_model_folder(folder: Path, *, trust: bool = False) -> None:
 
 
 def check_adapter_folder(folder: Path, *, trust: bool = False) -> None:
-    """Raises `ModelError` if loading the adapter in `folder` would read a pickle."""
+    """Raises `ModelError` if loading the adapter in `folder` would read a pickle, unless `trust`."""
     if not trust and not any(folder.glob("adapter_model*.safetensors")) and (pickles := _pickles(folder)):
         raise ModelError(
             f"{folder} has its adapter as a pickle ({pickles[0]}), which can run any code when it is read. {REMEDY}, or, if you"

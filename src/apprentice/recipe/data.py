@@ -46,7 +46,7 @@ class Group(_Shared):
 
 
 class Mixture(_Shared):
-    """How often each task is drawn."""
+    """The mixture: how often each task is drawn."""
 
     by: Literal["examples", "target_tokens"] = Field("examples", description="What the shares are shares of.")
     max_rows: Positive | None = Field(

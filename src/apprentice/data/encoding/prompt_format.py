@@ -27,7 +27,7 @@ LayoutName = Literal["plain", "alpaca", "chat"]
 LAYOUT_VERSION = 2  # of new runs; raised whenever a layout's ids change. Version 1: no `turns`, control tokens in texts are tokens
 LAYOUT_VERSIONS = (1, 2)  # versions that old contracts and runs have, and that are still supported
 SEPARATOR = "\n\n###\n\n"
-_MARK = "\u2402answer\u2403"  # stands for an answer while the text after it is looked up
+_MARK = "\u2402answer\u2403"  # stands for an answer or a question while the text around it is looked up
 # Probe questions: texts that chat templates are known to react to, and others that they might.
 _QUESTIONS = (
     "a",

@@ -12,7 +12,7 @@ from apprentice.data.sources.locate import Reader, Split
 from apprentice.errors import DataError, RowError
 from apprentice.tasks.schema import Example, Task
 
-CACHED_GROUPS = 8  # row groups kept of each source: as many as the plan draws from at a time
+CACHED_GROUPS = 8  # row groups cached for each source: as many as a shuffle buffer of the plan has
 
 
 class Rendered(NamedTuple):

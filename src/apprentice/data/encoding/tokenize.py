@@ -19,7 +19,7 @@ from apprentice.tasks.schema import Example
 CUT_EXEMPLARS = "truncated_exemplars"
 CUT_INPUT = "truncated_input"
 CUT_TURNS = "truncated_turns"
-LAST_TURN_ONLY = "last_turn_only"  # the chat template changes earlier answers, so only the last one can be learnt as it is
+LAST_TURN_ONLY = "last_turn_only"  # the chat template changes earlier answers, so only the last one is trained on
 TOO_LONG = "too_long"
 REFUSED = "refused_by_template"  # the chat template raised an error over the messages
 SECOND_THOUGHT = "second_thought"  # the prompt ends with a closed `<think>` block, and the answer has one of its own

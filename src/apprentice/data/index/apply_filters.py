@@ -43,7 +43,7 @@ def filtered(candidates: Sequence[Candidate], recipe: Recipe, run: Run) -> tuple
     """
     settings, most, seed = recipe.data.filters, recipe.data.mixture.max_rows, recipe.seed
     trained = [(one, one.train) for one in candidates if one.train is not None]
-    if settings == Filters():  # nothing has to be read
+    if settings == Filters():  # no filter is set, so no row has to be read
         kept = {one.task.name: limited(train, most, key_of(seed, one.task.name, "max rows")) for one, train in trained}
         return {
             one.task.name: Chosen(

@@ -37,7 +37,7 @@ CHUNK_ROWS = 8192  # scanned by one Ray task
 SAMPLE_ROWS = 128  # of each task, for its mean lengths
 SHOWN_REJECTS = 10
 IN_FLIGHT = 16  # Ray tasks of the filters at a time
-CONTAMINATION_FILE = "contamination.json"  # in the index: passages that training and test rows shared
+CONTAMINATION_FILE = "contamination.json"  # in the index folder: report on passages that training and test rows share
 
 
 _Sources = tuple[Source | None, Source | None]  # training and test rows
@@ -328,7 +328,7 @@ def _numbers(values: Sequence[int]) -> Numbers:
 
 def _refuse_bad(task: Task, rejects: Sequence[_Reject], rows: int, recipe: Recipe) -> None:
     allowed = recipe.data.max_bad_rows
-    rejects = [reject for reject in rejects if reject.reason != "skipped"]  # templates that leave rows out are meant to
+    rejects = [reject for reject in rejects if reject.reason != "skipped"]  # a template skips rows on purpose
     if len(rejects) > allowed * rows:
         shown = "; ".join(f"{reject.split} row {reject.row}: {reject.message}" for reject in rejects[:SHOWN_REJECTS])
         raise DataError(
@@ -341,7 +341,7 @@ def _mean_tokens(task: Task, source: Source | None, kept: Numbers, layout: Layou
     """Mean tokens of a zero-shot training example, and of its trained-on part, over a seeded sample of `SAMPLE_ROWS` rows."""
     if source is None or not len(kept):
         return 0.0, 0.0
-    pool = Pool(recipe.seed, task.name, kept)  # few row groups to read
+    pool = Pool(recipe.seed, task.name, kept)  # its rows lie in few row groups
     places = np.arange(min(SAMPLE_ROWS, len(pool)))
     rows = pool.rows[permute(places, len(pool), key_of(recipe.seed, task.name, "sample"))]
     templates = task.scored_templates or task.templates

@@ -15,7 +15,7 @@ from apprentice.data.sampling.interleave import MAX_TOTAL
 from apprentice.errors import RecipeError, did_you_mean
 from apprentice.recipe import Group, Mixture
 
-_ROOM = MAX_TOTAL // 2  # weights are scaled to this total where exact ones would be larger; rounding up has the other half
+_ROOM = MAX_TOTAL // 2  # larger totals are scaled to this one; the other half leaves room for rounding up
 
 
 class Size(NamedTuple):

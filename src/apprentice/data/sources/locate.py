@@ -333,7 +333,7 @@ class Reader:
             try:
                 table = self._open(file).read_row_group(inside, columns=sorted(set(columns.values())))
             except UNREACHED:
-                self._open.cache_clear()  # a broken connection stays broken
+                self._open.cache_clear()  # a file object with a broken connection cannot be used again
                 raise
             return pa.table({field: table[column] for field, column in columns.items()}).combine_chunks()
 
