@@ -1,7 +1,7 @@
 """Quality classes of mixed-quality data (`data.qualities`): the class of each task, and the prompt format that shows it.
 
-This is OpenChat's conditioned fine-tuning (Wang et al. 2023): prompts name the class of an answer in training, and replies are
-requested in the best class.
+This is OpenChat's conditioned fine-tuning (Wang et al. 2023): a chat template can show the class of an answer in training, and
+replies are requested in the class of the largest weight.
 """
 
 from __future__ import annotations

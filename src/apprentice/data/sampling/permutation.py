@@ -35,7 +35,7 @@ def mix(numbers: Keys) -> Keys:
 
 
 def draw(key: int | Keys, counters: Numbers | Keys) -> Keys:
-    """Counter-based random numbers: a uniform uint64 for each of `counters` (one dimension or more), independent of the others."""
+    """Counter-based random numbers: for each of `counters` (one dimension or more) a uniform uint64 of (key, counter) alone."""
     keys = np.asarray(key, dtype=np.uint64)
     return mix(mix(np.asarray(counters).astype(np.uint64) * np.uint64(_GOLDEN) + keys) ^ keys)
 
