@@ -17,6 +17,35 @@ ROOMS = ("src", "jobs", "serve", "benchmarks")
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
 NAMES_OF_NOTHING = {"utils", "util", "helpers", "helper", "common", "misc"}
+# Pictures that stood where the field has a word; docs/decisions/packaging.md says which.
+PICTURES = {
+    "alone",
+    "answers",
+    "aside",
+    "beginning",
+    "companions",
+    "crossing",
+    "facts",
+    "feed",
+    "fitting",
+    "glance",
+    "held",
+    "lifeline",
+    "member",
+    "pace",
+    "passages",
+    "peers",
+    "pieces",
+    "pulse",
+    "ragged",
+    "rehearsal",
+    "road",
+    "rotation",
+    "rounds",
+    "story",
+    "winning",
+}
+RIDDLE = re.compile(r"^(What|Who|Whose|Where|When|How|Which|Whether)\b")
 
 MODULE_OF = {"pyyaml": "yaml"}  # where the package's name is not the module's
 NEEDED_BY_OTHERS = {"accelerate", "gguf", "ninja"}  # transformers and DeepSpeed ask for them when they need them
@@ -66,6 +95,15 @@ def test_every_module_says_what_it_is() -> None:
     silent = [str(path) for path in files if not ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))]
     assert silent == []
     assert [str(path) for path in files if path.stem in NAMES_OF_NOTHING] == []
+
+
+def test_names_and_sentences_need_no_translator() -> None:
+    files = python_files("src")
+    assert [str(path) for path in files if path.stem in PICTURES] == []
+    docstrings = {path: ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "" for path in files}
+    assert [f"{path}: begins with a question" for path, text in docstrings.items() if RIDDLE.match(text)] == []
+    # Import rules are contracts in pyproject.toml; they need no sentence.
+    assert [str(path) for path in files if re.search(r"[Kk]nows nothing\s+of", path.read_text(encoding="utf-8"))] == []
 
 
 def test_tests_mirror_the_source() -> None:
