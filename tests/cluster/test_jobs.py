@@ -151,7 +151,7 @@ def test_rays_own_command_runs_the_scripts(head, tiny_model, tmp_path):
 def test_without_the_token_nothing_is_sent(head, tiny_model, tmp_path):
     done = submit(tiny_recipe(tmp_path, tiny_model), head, RAY_AUTH_TOKEN="0" * 64)
     assert done.returncode == 1, done.stderr
-    assert "asks for a token; set RAY_AUTH_MODE=token" in json.loads(done.stdout)["error"]
+    assert "asks for a token, and has another than lies here" in json.loads(done.stdout)["error"]
 
 
 def test_nobody_answers(tiny_model, tmp_path):
