@@ -33,7 +33,6 @@ PICTURES = {
     "lifeline",
     "member",
     "pace",
-    "passages",
     "peers",
     "pieces",
     "pulse",
