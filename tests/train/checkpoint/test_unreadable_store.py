@@ -211,3 +211,20 @@ def test_what_cannot_be_deleted_stays_and_ends_nothing(
     assert found.state.step == 9
     checkpoints.sweep(folder)
     assert names(folder) == ["step-000009"]
+
+
+@pytest.mark.usefixtures("waited")
+def test_a_store_that_stops_to_answer_while_it_deletes_ends_nothing(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    newest, real = saved(folder, 9), Folder.delete
+
+    def deleted(self: Folder) -> None:
+        real(self)
+        failing(monkeypatch, "children", float("inf"))  # after the checksums of the first one
+
+    monkeypatch.setattr(Folder, "delete", deleted)
+    checkpoints.prune(folder, 1, newest)
+    monkeypatch.undo()
+    assert "step-000009" in names(folder)
+    checkpoints.sweep(folder)
+    checkpoints.prune(folder, 1, newest)
+    assert names(folder) == ["step-000009"]

@@ -180,7 +180,7 @@ def newest_step(checkpoints: Folder) -> int:
 
 
 def prune(checkpoints: Folder, keep: int, newest: Checkpoint, round_steps: int | None = None) -> None:
-    """Deletes old checkpoints. What cannot be deleted now is left.
+    """Deletes old checkpoints. What cannot be deleted now is left; deleting never ends a run.
 
     Kept are `keep` checkpoints: `newest`, from which the run goes on, the best, and the newest of the others; where newest and best
     differ, both are kept even if `keep` is 1. Kept besides are the newest `MOST_AWAITED` that wait for their validation, all that
@@ -208,10 +208,15 @@ def prune(checkpoints: Folder, keep: int, newest: Checkpoint, round_steps: int |
 def _remove(folder: Folder) -> None:
     """Deletes a checkpoint, its checksums first, so that a half-deleted folder is no checkpoint.
 
-    If a reader marked it in the meantime, the other files stay.
+    If a reader marked it in the meantime, or the store does not say, the other files stay until a later `sweep`.
     """
     _delete(folder / CHECKSUMS)
-    if not _is_in_use(folder):
+    try:
+        is_in_use = _is_in_use(folder)
+    except StorageError as error:
+        _log.warning("%s is not deleted now: %s", folder, error)
+        return
+    if not is_in_use:
         _delete(folder)
 
 
