@@ -92,7 +92,7 @@ def shot_curves(report: Mapping[str, Any]) -> str:
                 markersize=4,
                 capsize=2,
             )
-        axes.set_title(f"{pool['kind']}, {'held out' if pool['held_out'] else 'trained on'}", fontsize=9, color=INK)
+        axes.set_title(f"{pool['kind']}, {pool['exposure'].replace('_', ' ')}", fontsize=9, color=INK)
         axes.set_xlabel("exemplars")
         axes.set_xticks(sorted({column["shots"] for column in report["columns"][1:]}))
         axes.grid(axis="y", color=GRID)

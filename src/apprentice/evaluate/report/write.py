@@ -167,7 +167,7 @@ def task_table(report: Mapping[str, Any]) -> Table:
 
 
 def pool_table(report: Mapping[str, Any]) -> Table:
-    """The same for the pools: held out or trained on, ranked or generated."""
+    """Table of the pools: tasks of one exposure (held out, scored only, trained on) and kind (ranked, generated)."""
     return _group_table(report, "kind", report["pools"])
 
 
