@@ -1,4 +1,4 @@
-"""What a report says besides the predictions: recipe, settings, versions, and what each task is."""
+"""Metadata of a report: the recipe, the evaluation's settings, package versions, and a description of each task."""
 
 from __future__ import annotations
 

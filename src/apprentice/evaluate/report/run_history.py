@@ -1,4 +1,4 @@
-"""What a run's folder tells beside its scores: training curve, ledger, how true the export is, and test rows met in training."""
+"""History of a run for its report: training curve, mixture ledger, difference of the export, test rows found in training data."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _content(file: Folder) -> dict[str, Any] | None:
 
 
 def export_sentence(facts: Mapping[str, Any] | None) -> str | None:
-    """By how much the exported model differs from the trained one; None of runs that did not note it."""
+    """Sentence on how far the exported model is from the trained one; None for runs that did not record it."""
     if facts is None:
         return None
     what = "answers" if facts["of"] == "rewards" else "tokens"

@@ -1,6 +1,6 @@
 """The report's numbers as files: report.json for programs, report.md for a pull request, report.html for reading.
 
-Knows nothing of how the numbers came about; the same numbers give the same files.
+The same numbers give the same files.
 """
 
 from __future__ import annotations
@@ -172,7 +172,7 @@ def pool_table(report: Mapping[str, Any]) -> Table:
 
 
 def cluster_table(report: Mapping[str, Any]) -> Table:
-    """The same for the clusters of tasks, held-out ones first."""
+    """Table of the clusters of tasks, held-out ones first."""
     return _group_table(report, "cluster", report["clusters"])
 
 
@@ -266,7 +266,7 @@ def judged_table(report: Mapping[str, Any]) -> Table:
 
 
 def remarks(report: Mapping[str, Any]) -> list[str]:
-    """What a reader must know besides the scores: cut and dropped questions, the export's difference, tasks not scored."""
+    """Remarks below the scores: cut and dropped questions, the export's difference, tasks that were not scored."""
     found = []
     for column in report["columns"][1:]:
         cells = [(task["task"], task["columns"][column["key"]]) for task in report["tasks"] if column["key"] in task["columns"]]
@@ -299,7 +299,7 @@ def remarks(report: Mapping[str, Any]) -> list[str]:
 
 
 def notes(report: Mapping[str, Any]) -> list[str]:
-    """How the numbers are meant, one sentence each."""
+    """Explanations of the numbers, one sentence each."""
     judged = report.get("judged")
     of_judge = [JUDGED.format(judged["judge"])] if judged else []
     signatures = [f"{METRICS[name].title}: {text}." for name, text in report["signatures"].items()]
@@ -307,7 +307,7 @@ def notes(report: Mapping[str, Any]) -> list[str]:
 
 
 def settings(report: Mapping[str, Any]) -> str:
-    """How to make the report again, in one line."""
+    """Settings with which the same report is made again, in one line."""
     asked = report["settings"]
     subjects = "; ".join(f"{subject['name']} = {subject['folder']} ({subject['layout']} layout)" for subject in report["subjects"])
     versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
@@ -328,12 +328,12 @@ def _number(value: float | None) -> Cell:
 
 
 def _named(name: str, line: Mapping[str, Any]) -> Cell:
-    """What a line is about, marked where it was not trained on."""
+    """First cell of a line: the name of its task or cluster, marked where it was not trained on."""
     return Cell(name, line["exposure"] if line["exposure"] in TAGS else "")
 
 
 def _rows_fewer(task: Mapping[str, Any], column: Mapping[str, Any]) -> str:
-    """Over how many rows a difference is, where one of the two columns beside it has more."""
+    """Number of rows of a difference, where one of the two columns beside it has more."""
     found = task["differences"].get(column["key"])
     if found is None or all(task["columns"][key]["rows"] == found["rows"] for key in (column["key"], column["against"])):
         return ""

@@ -1,7 +1,7 @@
-"""From the best checkpoint to a model that transformers loads alone, and an adapter that peft loads alone.
+"""Export of the best checkpoint: a folder that transformers loads by itself, and for adapters one that peft loads by itself.
 
-What is written is loaded again and held against the trained model on rows of the run before it counts; how far it is from it
-is written with the run, the prompt contract last. Knows nothing of Ray, DeepSpeed or workers.
+The written weights are loaded again and compared with the trained model on rows of the run (`fidelity.py`) before they count. The
+difference goes to `export.json`; the prompt contract is written last, so that a folder with it is whole.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def _complete(folder: Path, recipe: Recipe, layout: Layout) -> None:
 
 
 def _contract_of_adapter(folder: Path, recipe: Recipe, layout: Layout) -> None:
-    """An adapter says how it was spoken to, and over which weights."""
+    """Prompt contract of an adapter: its prompt format, and the hash of the base weights that it belongs to."""
     base = local_folder(recipe.model.base)
     contract = make_contract(
         recipe, layout, folder, ancestors=ancestors_of(base), run=recipe.name, base_sha256=weights_sha256(base)
@@ -116,7 +116,10 @@ def _contract_of_adapter(folder: Path, recipe: Recipe, layout: Layout) -> None:
 
 
 def _loaded_again(folder: Path, model: Any, dtype: torch.dtype, *, trust: bool) -> Any:
-    """The model on disk, whose numbers are those of `model` in memory."""
+    """Loads the model in `folder` and checks that its weights are those of `model`, which is in memory.
+
+    Raises `TrainingError` for the first that is not.
+    """
     again = load_model(folder, dtype, head=0 if is_reward(model) else None, trust=trust)
     written = again.state_dict()
     odd = [
