@@ -119,7 +119,7 @@ def evaluate_model(
             trained = trained_clusters(trained_by or recipe)
         else:
             recipe = _all_held_out(recipe)
-        with ray_session(), scratch_run(recipe) as scratch:
+        with ray_session(), scratch_run(recipe, keep_cache=True) as scratch:
             return _evaluated(recipe, scratch, subjects, place, None, known, wanted.restart, trained, progress), place
 
 

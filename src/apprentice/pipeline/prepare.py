@@ -102,9 +102,12 @@ def _positions(run: Run, step: int) -> list[int]:
 
 
 @contextmanager
-def scratch_run(recipe: Recipe) -> Iterator[Run]:
-    """Yields a run in a temporary folder, so that a preview leaves no half-made run behind."""
+def scratch_run(recipe: Recipe, *, keep_cache: bool = False) -> Iterator[Run]:
+    """Yields a run in a temporary folder, so that a preview leaves no half-made run behind.
+
+    With `keep_cache` the files that were converted for it stay in the storage, for the next command that reads them.
+    """
     import tempfile
 
-    with cache_cleared(recipe), tempfile.TemporaryDirectory(prefix="apprentice-") as folder:
+    with cache_cleared(recipe, keep=keep_cache), tempfile.TemporaryDirectory(prefix="apprentice-") as folder:
         yield Run(Folder.at(folder) / recipe.name)
