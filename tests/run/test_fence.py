@@ -279,6 +279,20 @@ def test_a_run_that_came_to_nothing_leaves_nothing(tmp_path: Path) -> None:
     assert not run.exists()
 
 
+def test_a_first_heartbeat_that_cannot_be_written_leaves_the_run_free(disk: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    (disk / "recipe.yaml").write_text("")
+
+    def full(self: Folder, data: bytes) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Folder, "write_bytes", full)
+        with pytest.raises(OSError, match="No space left"), hold(disk, "train"):
+            pass
+    with hold(disk, "prepare", wait=lambda _: pytest.fail("waited for itself")):
+        pass
+
+
 def test_an_entry_that_was_cut_off_is_passed_over(disk: Folder) -> None:
     """As a machine that loses its power leaves it on a disk without links."""
     token = taken(disk)

@@ -282,7 +282,8 @@ class Hold:
     def release(self) -> None:
         """Releases the run, so that the next holder need not wait; deletes a run folder that holds only the fence."""
         self._over.set()
-        self._thread.join()
+        if self._thread.is_alive():
+            self._thread.join()
         log = Log(self.token.run)
         with suppress(OSError, StorageError, FencedError):  # after a failure the next holder waits for `STILL_S`
             last, number = self.token.check()
@@ -313,9 +314,10 @@ def hold(
     held, depth = _HELD.get(run.uri, (None, 0))
     if held is None:
         held = Hold(_take(Log(run), Holder.here(command), tell, clock, wait), run, clock)
-        held.start()
     _HELD[run.uri] = (held, depth + 1)
     try:
+        if not depth:
+            held.start()
         yield held
     finally:
         if depth:
