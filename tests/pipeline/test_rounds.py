@@ -56,7 +56,10 @@ def test_the_chain_ends_in_a_model_that_answers(chain: Path) -> None:
     contract = read_contract(run.model.local)
     assert contract is not None
     assert contract.ancestors[-1] == "run:demonstrations"
-    assert (run.folder / "identity.json").read_json()["keys"]["training.grpo.reward"] == "run:reward"
+    reward = read_contract(chain / "runs" / "reward" / "model")
+    assert reward is not None
+    named = (run.folder / "identity.json").read_json()["keys"]["training.grpo.reward"]
+    assert named == f"run:reward@{reward.weights_sha256[:16]}"
     with pipeline.endpoint(str(run.folder), progress=lambda stage, values: None) as url:
         assert isinstance(pipeline.ask(url, "Name a colour.", "", max_tokens=4), str)
 
