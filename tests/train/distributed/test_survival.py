@@ -36,14 +36,17 @@ class Nodes:
     """A Ray cluster of one process group a node, on this machine."""
 
     def __init__(self) -> None:
+        from ray._private.services import node_ip_address_from_perspective
         from ray.cluster_utils import Cluster
 
-        head = {"num_cpus": 1, "include_dashboard": False, "object_store_memory": 2**27}
+        # Not loopback, which a Ray of this process may have for its own: drivers of other processes look for a cluster elsewhere.
+        self.address = node_ip_address_from_perspective()
+        head = {"num_cpus": 1, "include_dashboard": False, "object_store_memory": 2**27, "node_ip_address": self.address}
         self.cluster = Cluster(initialize_head=True, head_node_args=head)
         self.nodes: dict[str, Any] = {}
 
     def add(self, cpus: int) -> None:
-        node = self.cluster.add_node(num_cpus=cpus, object_store_memory=2**27)
+        node = self.cluster.add_node(num_cpus=cpus, object_store_memory=2**27, node_ip_address=self.address)
         self.nodes[node.node_id] = node
 
     def drain(self, node: str) -> None:
