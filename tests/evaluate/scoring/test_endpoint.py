@@ -56,7 +56,10 @@ def server(answer: Answer, contract: bytes | None = None) -> Iterator[tuple[str,
         def log_message(self, format: str, *values: Any) -> None:
             pass
 
-    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    class Server(ThreadingHTTPServer):
+        request_queue_size = 4 * asking.AT_ONCE  # with the default of 5 the kernel drops connections of 16 threads for a second
+
+    http = Server(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=http.serve_forever, args=(0.01,), daemon=True)
     thread.start()
     try:
@@ -141,15 +144,19 @@ def test_nonsense_is_unscored_at_once(corpus: Corpus, name: str) -> None:
 @pytest.mark.parametrize(
     ("answer", "words"),
     [
-        (body("<html>"), "the endpoint's reply is not JSON, for 0 s"),
-        (body("", 503), "the endpoint answered 503, for 0 s"),
-        (body("", 500), "the endpoint answered 500, for 0 s"),
+        (body("<html>"), "the endpoint's reply is not JSON"),
+        (body("", 503), "the endpoint answered 503"),
+        (body("", 500), "the endpoint answered 500"),
     ],
 )
-def test_what_may_pass_is_asked_again_until_patience_ends(corpus: Corpus, answer: Answer, words: str) -> None:
+def test_what_may_pass_is_asked_again_until_patience_ends(
+    corpus: Corpus, answer: Answer, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(asking, "PATIENCE_S", 1.0)
+    monkeypatch.setattr(asking, "FAULT_PATIENCE_S", 1.0)
     with server(answer) as (url, seen):
         [found] = asked(EndpointScorer(Endpoint(url, "m"), Manner(corpus.layout, 6)))
-    assert found["unscored"] == words
+    assert re.fullmatch(rf"{words}, for \d s", found["unscored"])
     assert len(seen) > 2
 
 
@@ -212,7 +219,8 @@ def test_one_that_stays_down_is_given_up_and_found_again_when_it_is_back(corpus:
         up.set()
         [first] = asked(scorer)
         assert first["choice_logprobs"] == pytest.approx([-1.0, -2.0])
-        assert all(given["choice_logprobs"] for given in asked(scorer, 40))
+        monkeypatch.setattr(asking, "PATIENCE_S", 60.0)  # a busy machine may lose a connection now
+        assert [answer["unscored"] for answer in asked(scorer, 40)] == [None] * 40
 
 
 def test_one_that_is_slow_is_not_waited_for(corpus: Corpus) -> None:
