@@ -24,7 +24,7 @@ from figures import report
 from serving import PASSAGE, contract_of
 
 from apprentice.pretrained.hub import local_folder
-from apprentice.ray_cluster.crowding import NICENESS
+from apprentice.ray_cluster.process_priority import NICENESS
 from apprentice.ray_cluster.session import ray_session
 from apprentice.recipe import Serving
 from apprentice.serve.deployment import start

@@ -39,7 +39,7 @@ from apprentice.pretrained.hub import local_folder
 from apprentice.pretrained.tokenizer import Tokenizer
 from apprentice.ray_cluster.session import ray_session
 from apprentice.recipe import Data, Model, Recipe, Serving, Training
-from apprentice.run.folder import PromptContract
+from apprentice.run.contract import PromptContract
 from apprentice.serve.deployment import Endpoint, start
 from apprentice.serve.engines.base import Request
 from apprentice.serve.engines.transformers import TransformersEngine

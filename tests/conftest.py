@@ -173,10 +173,10 @@ def ray_cluster() -> Iterator[None]:
     """One local Ray with 4 CPUs for the whole session, apart from any other Ray on the machine."""
     import ray
 
-    from apprentice.ray_cluster.session import start_local
+    from apprentice.ray_cluster.session import start_local_ray
 
     session = tempfile.mkdtemp(prefix="apprentice-ray-", dir="/tmp")  # short: Unix socket paths hold 107 characters
-    start_local(4, configure_logging=False, object_store_memory=512 * 2**20, _temp_dir=session)
+    start_local_ray(4, configure_logging=False, object_store_memory=512 * 2**20, _temp_dir=session)
     yield
     ray.shutdown()
     shutil.rmtree(session, ignore_errors=True)

@@ -21,7 +21,8 @@ from apprentice.inference.lora import read_lora
 from apprentice.models.loading import load_model
 from apprentice.pretrained import hub
 from apprentice.pretrained.tokenizer import Tokenizer
-from apprentice.run.folder import Run, read_contract
+from apprentice.run.contract import read_contract
+from apprentice.run.folder import Run
 from apprentice.serve.engines.transformers import TransformersEngine
 from apprentice.serve.generation.adapters import Adapters, adapters_in
 from apprentice.serve.generation.served_models import Lease, Model
@@ -128,12 +129,12 @@ def run_pipeline(recipe: Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_store_that_refuses_is_said_in_one_sentence(store, tiny_model, tmp_path, monkeypatch):
-    from apprentice.preflight.check import POINTS
+    from apprentice.preflight.check import CHECKS
     from apprentice.recipe import load_recipe
 
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "somebody")
     with pytest.raises(StorageError, match="Choose another `storage`") as caught:
-        POINTS["storage"](load_recipe(tiny_recipe(tmp_path, tiny_model, storage=f"s3://{BUCKET}/runs")))
+        CHECKS["storage"](load_recipe(tiny_recipe(tmp_path, tiny_model, storage=f"s3://{BUCKET}/runs")))
     assert store.secret not in str(caught.value)
 
 

@@ -131,7 +131,7 @@ def test_check_says_what_it_would_download_with_the_hub_out_of_reach(file, tmp_p
     for task in tasks:
         named = [source.model_dump() for source in task.sources]
         sets |= {"/".join(filter(None, (spec["hub"], spec["config"]))) for spec in named if spec["hub"]}
-    said = check.POINTS["downloads"](recipe)
+    said = check.CHECKS["downloads"](recipe)
     model = WANTED_MODELS[file.stem]
     wanted = [model] if model is not None else []
     if sets:
@@ -274,7 +274,7 @@ def test_recipe_runs_on_ray_to_an_answered_request(name, tiny_model, ray_cluster
 
 @pytest.mark.slow
 def test_zephyr_goes_on_from_its_first_run(answers):
-    from apprentice.run.folder import read_contract
+    from apprentice.run.contract import read_contract
 
     contract = read_contract(answers / "zephyr" / "runs" / "zephyr" / "model")
     assert contract is not None

@@ -19,7 +19,7 @@ from apprentice.models.loading import load_model, without_weights
 from apprentice.models.merge import merge_adapter
 from apprentice.pretrained import hub
 from apprentice.recipe import Serving, load_recipe
-from apprentice.run.folder import weights_sha256
+from apprentice.run.contract import weights_sha256
 from apprentice.storage import Folder
 from tests.conftest import ROOT
 from tests.recipes import tiny_recipe
@@ -198,13 +198,13 @@ def test_a_pickled_adapter_beside_the_weights_is_refused_too(model, tmp_path, pl
 
 
 def test_check_says_it_before_anything_is_reserved(model, tmp_path):
-    from apprentice.preflight.check import POINTS
+    from apprentice.preflight.check import CHECKS
 
     pickled(model)
     file = tiny_recipe(tmp_path, model)
     with pytest.raises(ModelError, match="weights as a pickle"):
-        POINTS["model"](load_recipe(file))
-    assert "layout chat" in POINTS["model"](load_recipe(file, ["model.trust=true"]))
+        CHECKS["model"](load_recipe(file))
+    assert "layout chat" in CHECKS["model"](load_recipe(file, ["model.trust=true"]))
 
 
 def test_trust_is_one_word_on_every_command_that_loads_a_model(monkeypatch, tmp_path):

@@ -51,7 +51,7 @@ def pause(seconds: float) -> None:
     time.sleep(seconds)
 
 
-def answer_of(place: Folder, ask: Callable[[], T]) -> T:
+def with_retries(place: Folder, ask: Callable[[], T]) -> T:
     """The result of `ask()`, which accesses `place`; it is retried for half a minute while the store does not answer.
 
     Raises `MissingError` at once where nothing exists, `OSError` for a full disk, and `StorageError` after the last attempt.

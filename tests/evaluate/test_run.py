@@ -77,7 +77,7 @@ def evaluated(
 def test_the_number_format_is_that_of_the_workers(
     asked: str, gpus: int, nodes: dict[str, bool], computed: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(actors, "on_every_node", lambda question: nodes)
+    monkeypatch.setattr(actors, "call_on_every_node", lambda question: nodes)
     model = Model.model_validate({"base": "m", "dtype": asked})
     assert actors.in_one_dtype(model, Room(4, 4, gpus, 1 << 34)).dtype == computed
 

@@ -212,7 +212,8 @@ def exported(place: Path) -> dict[str, Any]:
     from apprentice.data.stream import make_corpus
     from apprentice.data.window import WindowRenderer
     from apprentice.recipe import load_recipe
-    from apprentice.run.folder import Run, read_contract
+    from apprentice.run.contract import read_contract
+    from apprentice.run.folder import Run
     from apprentice.storage import Folder
     from apprentice.train.checkpoint import format as checkpoints
     from apprentice.train.checkpoint.export import export

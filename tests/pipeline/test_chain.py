@@ -14,7 +14,8 @@ from apprentice.errors import ContractError, ModelError, RecipeError
 from apprentice.pretrained.hub import local_folder
 from apprentice.pretrained.tokenizer import Tokenizer
 from apprentice.recipe import Recipe, load_recipe
-from apprentice.run.folder import identity, public_base, read_contract
+from apprentice.run.contract import read_contract
+from apprentice.run.identity import identity, public_base
 from tests.recipes import tiny_recipe
 
 

@@ -20,7 +20,7 @@ from apprentice.pipeline.init import Table, begin
 from apprentice.preflight import check
 from apprentice.recipe import Recipe, load_recipe
 from apprentice.run import fence
-from apprentice.run.fence import FencedError, committed
+from apprentice.run.fence import FencedError, committed_checkpoints
 from apprentice.run.folder import Run
 from apprentice.storage import Folder
 from tests.recipes import tiny_recipe
@@ -63,15 +63,15 @@ HOLDS = """
 import sys
 from apprentice.run import fence
 from apprentice.storage import Folder
-fence.BEAT_S = 0.05
-with fence.hold(Folder.at(sys.argv[1]), "train"):
+fence.HEARTBEAT_S = 0.05
+with fence.lease_run(Folder.at(sys.argv[1]), "train"):
     print("held", flush=True)
     sys.stdin.read()
 """
 
 
 def test_a_run_that_somebody_holds_is_left_alone(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fence, "LOOK_S", 0.1)
+    monkeypatch.setattr(fence, "POLL_S", 0.1)
     run = prepared(recipe)
     (run.model / "apprentice.json").write_text("{}")
     before = {str(file): file.read_bytes() for file in run.folder.local.rglob("*") if file.is_file()}
@@ -92,7 +92,7 @@ def test_a_run_that_somebody_holds_is_left_alone(recipe: Recipe, monkeypatch: py
     assert {name: Path(name).read_bytes() for name in before} == before
     with data.written_run(recipe, "train", restart=True, progress=lambda stage, values: None) as (again, _):
         assert not again.is_trained
-        assert committed(again.folder) == set()
+        assert committed_checkpoints(again.folder) == set()
     assert sorted(child.name for child in run.folder.children()) == [
         "fence",
         "identity.json",

@@ -14,7 +14,8 @@ from apprentice import pipeline
 from apprentice.data.stream import make_corpus
 from apprentice.jobs import stages as jobs
 from apprentice.recipe import load_recipe
-from apprentice.run.folder import Run, open_run, read_contract
+from apprentice.run.contract import read_contract
+from apprentice.run.folder import Run, open_run
 from apprentice.storage import Folder
 from apprentice.train.checkpoint import format as checkpoints
 from apprentice.train.distributed import driver as launch

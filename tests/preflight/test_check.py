@@ -32,12 +32,12 @@ def test_the_memory_of_each_worker_is_estimated_on_gpus_too(
     changes = {"training__resources": {"cpus": 1, "gpus": 1}, "training__deepspeed": {"stage": 1}, "model__dtype": "bfloat16"}
     recipe = load_recipe(tiny_recipe(tmp_path, tiny_model, tuning={"method": "full"}, **changes))
     # 2 bytes of weights and 4 of gradients a number, and half of 12 for the optimizer at stage 1 with two workers
-    assert check.POINTS["resources"](recipe) == (
+    assert check.CHECKS["resources"](recipe) == (
         "2 workers of 1 CPUs, 1 GPUs and about 12.0 GiB each (weights 2.0, gradients 4.0, optimizer 6.0,"
         " activations 0.0, process 0.0, checkpoint 0.0, with 2 rows at once); 8 CPUs there"
     )
     on_cpus = load_recipe(tiny_recipe(tmp_path, tiny_model, tuning={"method": "full"}, **changes | {"training__resources": {}}))
-    told = check.POINTS["resources"](on_cpus)
+    told = check.CHECKS["resources"](on_cpus)
     assert "about 18.9 GiB each" in told
     assert "activations 0.0, process 0.4, checkpoint 6.5, with" in told
 
@@ -58,12 +58,12 @@ def test_rows_are_converted_once(tmp_path: Path, tiny_model: Path, monkeypatch: 
         raise ResourcesError("no")
 
     monkeypatch.setattr(convert, "_write", write)
-    monkeypatch.setattr(check, "POINTS", {"sources": check.POINTS["sources"], "resources": no})
+    monkeypatch.setattr(check, "CHECKS", {"sources": check.CHECKS["sources"], "resources": no})
     with pytest.raises(ResourcesError):
         check.before_writing(recipe)
     assert not (tmp_path / "runs").exists()
     assert len(written) == 1
-    monkeypatch.setattr(check, "POINTS", {"sources": check.POINTS["sources"]})
+    monkeypatch.setattr(check, "CHECKS", {"sources": check.CHECKS["sources"]})
     check.before_writing(recipe)
     make_corpus(recipe, Run(Folder.at(tmp_path / "runs" / "tiny")), parallel=False)
     assert len(written) == 2
@@ -72,7 +72,7 @@ def test_rows_are_converted_once(tmp_path: Path, tiny_model: Path, monkeypatch: 
     with pytest.raises(
         StorageError, match=r"^.*/file/cache/converted cannot be made \(Not a directory\); choose another `storage`"
     ):
-        check.POINTS["sources"](nowhere)
+        check.CHECKS["sources"](nowhere)
 
 
 def test_parameters_are_counted_from_the_header(tiny_model: Path) -> None:
@@ -84,7 +84,7 @@ def test_parameters_are_counted_from_the_header(tiny_model: Path) -> None:
 def model_point(folder: Path, model: Path, **changes: Any) -> str:
     """What `check` says of the model and the layout."""
     folder.mkdir()
-    return check.POINTS["model"](load_recipe(tiny_recipe(folder, model, **changes)))
+    return check.CHECKS["model"](load_recipe(tiny_recipe(folder, model, **changes)))
 
 
 def test_a_model_and_a_layout_that_do_not_fit_are_refused(tmp_path: Path, tiny_model: Path) -> None:

@@ -12,7 +12,7 @@ import ray.util.state
 
 from apprentice.errors import StorageError
 from apprentice.preflight import check
-from apprentice.ray_cluster.nodes import node_resources, on_every_node
+from apprentice.ray_cluster.nodes import call_on_every_node, node_resources
 from apprentice.recipe import load_recipe
 from apprentice.storage import Folder
 from tests.recipes import tiny_recipe
@@ -50,7 +50,7 @@ def test_drivers_of_jobs_hold_cpus_that_ray_data_does_not_know_of(monkeypatch):
 
 
 class Answering:
-    """Stands in for `on_every_node`: the question is asked here, once with each of the folders that nodes see."""
+    """Stands in for `call_on_every_node`: the question is asked here, once with each of the folders that nodes see."""
 
     def __init__(self, folders: dict[str, Folder]) -> None:
         self.folders = folders
@@ -63,12 +63,12 @@ def test_a_storage_that_a_node_does_not_see_is_found(monkeypatch, tiny_model, tm
     recipe = load_recipe(tiny_recipe(tmp_path, tiny_model))
     storage, other = Folder.at(recipe.storage), Folder.at(tmp_path / "other")
     monkeypatch.setattr(ray, "is_initialized", lambda: True)
-    monkeypatch.setattr(check, "on_every_node", Answering({"10.0.0.1": storage, "10.0.0.2": storage}))
-    assert check.POINTS["storage"](recipe) == f"{storage}, seen by 2 nodes"
+    monkeypatch.setattr(check, "call_on_every_node", Answering({"10.0.0.1": storage, "10.0.0.2": storage}))
+    assert check.CHECKS["storage"](recipe) == f"{storage}, seen by 2 nodes"
     assert not storage.exists()
-    monkeypatch.setattr(check, "on_every_node", Answering({"10.0.0.1": storage, "10.0.0.2": other}))
+    monkeypatch.setattr(check, "call_on_every_node", Answering({"10.0.0.1": storage, "10.0.0.2": other}))
     with pytest.raises(StorageError, match=r"not the same folder on every node: 1 of 2 nodes .* 10\.0\.0\.2 among them .*other"):
-        check.POINTS["storage"](recipe)
+        check.CHECKS["storage"](recipe)
     assert not storage.exists()
 
 
@@ -83,4 +83,4 @@ def test_what_a_node_says_of_a_probe(tmp_path):
 
 def test_where_there_is_one_node_nobody_is_asked(monkeypatch):
     monkeypatch.setattr(ray, "nodes", lambda: [NODES[0], NODES[2], {"NodeID": "d", "Alive": True, "Resources": {}}])
-    assert on_every_node(lambda: 1) == {}
+    assert call_on_every_node(lambda: 1) == {}

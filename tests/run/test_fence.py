@@ -15,7 +15,17 @@ from pathlib import Path
 import pytest
 
 from apprentice.run import fence
-from apprentice.run.fence import STILL_S, FencedError, Hold, Holder, Log, Token, committed, hold, refuse_held
+from apprentice.run.fence import (
+    EXPIRY_S,
+    FencedError,
+    FenceLog,
+    FenceToken,
+    Holder,
+    Lease,
+    committed_checkpoints,
+    lease_run,
+    wait_until_free,
+)
 from apprentice.storage import Folder
 from tests.object_store import BUCKET, ObjectStore, object_store
 
@@ -65,9 +75,9 @@ def disk(tmp_path: Path) -> Folder:
 ELSEWHERE = Holder("train", "node-b", 12, "another machine", "1", "raysubmit_7", "2026-11-30 10:00:00 UTC")
 
 
-def taken(run: Folder, holder: Holder = ELSEWHERE) -> Token:
+def taken(run: Folder, holder: Holder = ELSEWHERE) -> FenceToken:
     """As a process on another machine takes it, which then does nothing."""
-    return Token(run, fence._take(Log(run), holder, lambda _: None, lambda: 0.0, lambda _: None).number)
+    return FenceToken(run, fence._take(FenceLog(run), holder, lambda _: None, lambda: 0.0, lambda _: None).number)
 
 
 def test_create_only_where_nothing_lies(run: Folder) -> None:
@@ -90,17 +100,17 @@ def test_without_links_the_file_is_created_all_the_same(disk: Folder, monkeypatc
 
 
 def test_one_holds_it_and_the_next_may_after_that(run: Folder) -> None:
-    with hold(run, "train") as held:
+    with lease_run(run, "train") as held:
         assert held.is_held()
-        with hold(run, "train") as again:  # the same process
+        with lease_run(run, "train") as again:  # the same process
             assert again is held
-        entry = Log(run).last()
+        entry = FenceLog(run).last()
         assert entry is not None
         assert (entry.attempt, entry.released, entry.holder.pid) == (1, False, os.getpid())
-    entry = Log(run).last()
+    entry = FenceLog(run).last()
     assert entry is not None
     assert (entry.number, entry.released) == (2, True)
-    with hold(run, "train") as held:  # which waits for nothing
+    with lease_run(run, "train") as held:  # which waits for nothing
         assert held.token.attempt == 3
     assert [child.name for child in (run / "fence").children()] == [f"00000{number}.json" for number in range(1, 5)]
 
@@ -108,7 +118,7 @@ def test_one_holds_it_and_the_next_may_after_that(run: Folder) -> None:
 def test_a_second_is_told_who_holds_it(run: Folder) -> None:
     token, clock = taken(run), Clock()
     clock.meanwhile = [lambda: None, lambda: (run / "fence" / f"beat-{token.attempt:06d}").write_text("1")]
-    with pytest.raises(FencedError) as caught, hold(run, "train", clock=clock, wait=clock.wait):
+    with pytest.raises(FencedError) as caught, lease_run(run, "train", clock=clock, wait=clock.wait):
         pass
     assert str(caught.value) == (
         "run 'tiny' is held by `train` (process 12 on node-b, job raysubmit_7) since 2026-11-30 10:00:00 UTC; two at once would"
@@ -120,8 +130,8 @@ def test_a_second_is_told_who_holds_it(run: Folder) -> None:
 
 def test_a_counter_that_stands_still_is_taken_over(run: Folder) -> None:
     first, clock, told = taken(run), Clock(), list[str]()
-    with hold(run, "train", clock=clock, wait=clock.wait, tell=told.append) as held:
-        assert clock.now == STILL_S
+    with lease_run(run, "train", clock=clock, wait=clock.wait, tell=told.append) as held:
+        assert clock.now == EXPIRY_S
         assert told == [f"{ELSEWHERE} holds the run and gives no sign of life; it is taken over in 50 seconds"]
         assert held.token.attempt == 2
         with pytest.raises(
@@ -133,49 +143,49 @@ def test_a_counter_that_stands_still_is_taken_over(run: Folder) -> None:
 def test_who_cannot_look_has_seen_nothing_stand_still(disk: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
     taken(disk)
     clock = Clock()
-    real = Log.beat
+    real = FenceLog.beat
 
-    def away(self: Log, attempt: int) -> bytes:
-        if clock.now == STILL_S - 1:
+    def away(self: FenceLog, attempt: int) -> bytes:
+        if clock.now == EXPIRY_S - 1:
             raise fence.StorageError("away")
         return real(self, attempt)
 
-    monkeypatch.setattr(Log, "beat", away)
-    assert refuse_held(disk, clock=clock, wait=clock.wait) is not None
-    assert clock.now == 2 * STILL_S - 1
+    monkeypatch.setattr(FenceLog, "beat", away)
+    assert wait_until_free(disk, clock=clock, wait=clock.wait) is not None
+    assert clock.now == 2 * EXPIRY_S - 1
 
 
 def test_a_process_of_this_machine_that_is_gone_is_taken_over_at_once(disk: Folder) -> None:
     """Killed, and so without a word; its remains do not count as life, nor does another process of its number."""
     program = (
-        "import sys, time\nfrom apprentice.run.fence import hold\nfrom apprentice.storage import Folder\n"
-        "with hold(Folder.at(sys.argv[1]), 'train'):\n    print('held', flush=True)\n    time.sleep(600)"
+        "import sys, time\nfrom apprentice.run.fence import lease_run\nfrom apprentice.storage import Folder\n"
+        "with lease_run(Folder.at(sys.argv[1]), 'train'):\n    print('held', flush=True)\n    time.sleep(600)"
     )
     process = subprocess.Popen([sys.executable, "-c", program, str(disk)], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert process.stdout.readline() == "held\n"
-    entry = Log(disk).last()
+    entry = FenceLog(disk).last()
     assert entry is not None
     assert not entry.holder.is_gone
     assert replace(entry.holder, started="1").is_gone
     assert not replace(entry.holder, machine="another").is_gone
     process.send_signal(signal.SIGKILL)
     os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # dead, and nobody has asked how it ended
-    with hold(disk, "train", wait=lambda _: pytest.fail("nobody is there to wait for")) as held:
+    with lease_run(disk, "train", wait=lambda _: pytest.fail("nobody is there to wait for")) as held:
         assert held.token.attempt == 2
     process.wait()
     process.stdout.close()
 
 
 def test_of_many_at_once_one_takes_over(run: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fence, "LOOK_S", STILL_S)
+    monkeypatch.setattr(fence, "POLL_S", EXPIRY_S)
     taken(run)
 
     def take(number: int) -> int | None:
         clock = Clock()
         try:
             holder = replace(ELSEWHERE, pid=number)
-            return fence._take(Log(run), holder, lambda _: None, clock, clock.wait).number
+            return fence._take(FenceLog(run), holder, lambda _: None, clock, clock.wait).number
         except FencedError:
             return None
 
@@ -183,25 +193,25 @@ def test_of_many_at_once_one_takes_over(run: Folder, monkeypatch: pytest.MonkeyP
     assert first == [2]
     with ThreadPoolExecutor(4) as threads:
         found = [number for number in threads.map(take, range(1, 5)) if number is not None]
-    entry = Log(run).last()
+    entry = FenceLog(run).last()
     assert entry is not None
     assert len(set(found)) == len(found)  # one after the other, each after it saw the one before stand still
     assert entry.number == max(found)
 
 
 def test_what_an_overtaken_attempt_saves_does_not_count(run: Folder) -> None:
-    first = taken(run).begin_group(1)
+    first = taken(run).start_group(1)
     first.commit("step-000003.2", lambda _: True)
-    assert committed(run) == {"step-000003.2"}
+    assert committed_checkpoints(run) == {"step-000003.2"}
     clock = Clock()
-    with hold(run, "train", clock=clock, wait=clock.wait) as held:
-        second = held.token.begin_group(1)
+    with lease_run(run, "train", clock=clock, wait=clock.wait) as held:
+        second = held.token.start_group(1)
         with pytest.raises(FencedError, match="has been taken over by"):
             first.commit("step-000006.2", lambda _: True)
         with pytest.raises(FencedError, match="has been taken over by"):
-            first.begin_group(2)
+            first.start_group(2)
         second.commit(f"step-000006.{second.writer}", lambda name: name != "step-000003.2")
-        assert committed(run) == {f"step-000006.{second.writer}"}
+        assert committed_checkpoints(run) == {f"step-000006.{second.writer}"}
 
 
 def test_a_commit_that_is_overtaken_in_its_last_moment(run: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,63 +225,63 @@ def test_a_commit_that_is_overtaken_in_its_last_moment(run: Folder, monkeypatch:
         return create(self, data)
 
     monkeypatch.setattr(Folder, "create", slow)
-    monkeypatch.setattr(fence, "refuse_held", lambda run, **_: Log(run).last())
+    monkeypatch.setattr(fence, "wait_until_free", lambda run, **_: FenceLog(run).last())
     with pytest.raises(FencedError, match=r"taken over by `train` \(process 13"):
         first.commit("step-000003.1", lambda _: True)
-    assert committed(run) == set()
+    assert committed_checkpoints(run) == set()
 
 
 def test_an_answer_that_was_lost_is_no_conflict(disk: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
     token, create = taken(disk), Folder.create
     monkeypatch.setattr(Folder, "create", lambda self, data: create(self, data) and False)
     token.commit("step-000003.1", lambda _: True)
-    entry = Log(disk).last()
+    entry = FenceLog(disk).last()
     assert entry is not None
     assert (entry.number, entry.checkpoints) == (2, ("step-000003.1",))
 
 
 def test_workers_that_were_given_up_commit_nothing(disk: Folder) -> None:
     token = taken(disk)
-    old, new = token.begin_group(1), token.begin_group(2)
+    old, new = token.start_group(1), token.start_group(2)
     with pytest.raises(FencedError, match="other workers go on with run 'tiny'; what these wrote last does not count"):
         old.commit("step-000003.2", lambda _: True)
     with pytest.raises(FencedError, match="these do not begin"):
-        token.begin_group(1)
+        token.start_group(1)
     new.commit("step-000003.3", lambda _: True)
-    assert committed(disk) == {"step-000003.3"}
+    assert committed_checkpoints(disk) == {"step-000003.3"}
 
 
 def test_who_was_away_for_a_while_asks_before_it_writes(disk: Folder) -> None:
     clock = Clock()
-    entry = fence._take(Log(disk), ELSEWHERE, lambda _: None, clock, clock.wait)
-    held = Hold(entry, disk, clock)
+    entry = fence._take(FenceLog(disk), ELSEWHERE, lambda _: None, clock, clock.wait)
+    held = Lease(entry, disk, clock)
     held.renew()
-    clock.now += STILL_S
+    clock.now += EXPIRY_S
     assert held.is_held()  # and says so itself
-    assert Log(disk).beat(1) == b"2\n"
-    clock.now += STILL_S
-    with hold(disk, "train", clock=clock, wait=clock.wait):
+    assert FenceLog(disk).beat(1) == b"2\n"
+    clock.now += EXPIRY_S
+    with lease_run(disk, "train", clock=clock, wait=clock.wait):
         assert not held.is_held()
-        last = Log(disk).last()
+        last = FenceLog(disk).last()
         assert last is not None
         assert (last.attempt, last.released) == (2, False)
 
 
 def test_what_a_run_of_an_earlier_version_saved_counts(disk: Folder) -> None:
-    assert committed(disk) is None
+    assert committed_checkpoints(disk) is None
     for name in ("step-000003", "step-000006", "step-000006.2"):
         (disk / "checkpoints" / name).make()
-    with hold(disk, "train") as held:
+    with lease_run(disk, "train") as held:
         assert held.token.attempt == 3  # no folder has this number at its end
-        assert committed(disk) == {"step-000003", "step-000006", "step-000006.2"}
+        assert committed_checkpoints(disk) == {"step-000003", "step-000006", "step-000006.2"}
 
 
 def test_a_run_that_came_to_nothing_leaves_nothing(tmp_path: Path) -> None:
     run = Folder.at(tmp_path / "new")
-    with hold(run, "prepare"):
+    with lease_run(run, "prepare"):
         assert (run / "fence").exists()
     assert not run.exists()
-    with hold(run, "prepare") as held:
+    with lease_run(run, "prepare") as held:
         run.delete()
         assert held.is_held()
         held.renew()
@@ -287,9 +297,9 @@ def test_a_first_heartbeat_that_cannot_be_written_leaves_the_run_free(disk: Fold
 
     with monkeypatch.context() as patch:
         patch.setattr(Folder, "write_bytes", full)
-        with pytest.raises(OSError, match="No space left"), hold(disk, "train"):
+        with pytest.raises(OSError, match="No space left"), lease_run(disk, "train"):
             pass
-    with hold(disk, "prepare", wait=lambda _: pytest.fail("waited for itself")):
+    with lease_run(disk, "prepare", wait=lambda _: pytest.fail("waited for itself")):
         pass
 
 
@@ -298,7 +308,7 @@ def test_an_entry_that_was_cut_off_is_passed_over(disk: Folder) -> None:
     token = taken(disk)
     (disk / "fence" / "000002.json").write_text('{"format": 1, "num')
     token.commit("step-000003.1", lambda _: True)
-    entry = Log(disk).last()
+    entry = FenceLog(disk).last()
     assert entry is not None
-    assert (entry.number, committed(disk)) == (3, {"step-000003.1"})
+    assert (entry.number, committed_checkpoints(disk)) == (3, {"step-000003.1"})
     assert json.loads((disk / "fence" / "000003.json").read_text())["format"] == 1

@@ -8,7 +8,9 @@ import pytest
 
 from apprentice.errors import ContractError, RunError
 from apprentice.recipe import Recipe
-from apprentice.run.folder import Run, find_run, identity, open_run, read_contract, weights_sha256
+from apprentice.run.contract import read_contract, weights_sha256
+from apprentice.run.folder import Run, find_run, open_run
+from apprentice.run.identity import identity
 from apprentice.storage import Folder
 
 

@@ -24,7 +24,7 @@ from apprentice.errors import ContractError, ModelError, ServingError, TaskError
 from apprentice.inference.decoder import generate
 from apprentice.models.loading import load_model
 from apprentice.recipe import Serving
-from apprentice.run.folder import read_contract
+from apprentice.run.contract import read_contract
 from apprentice.serve import deployment
 from apprentice.serve.api.keys import new_key
 from apprentice.serve.api.metrics import exported_names

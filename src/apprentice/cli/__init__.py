@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from apprentice import __version__
-from apprentice.cli import cluster, data, evaluation, serving, training
+from apprentice.cli import cluster_commands, data_commands, evaluation_commands, serving_commands, training_commands
 from apprentice.console import Screen
 
 app = typer.Typer(
@@ -33,26 +33,26 @@ def about(version: Annotated[bool, typer.Option("--version", help="Show the vers
 
 # In the order in which a new user needs them.
 for command in (
-    training.quickstart,
-    data.init,
-    data.check,
-    data.tasks,
-    data.preview,
-    data.prepare,
-    training.train,
-    training.runs,
-    data.trace,
-    evaluation.evaluate,
-    evaluation.report,
-    evaluation.compare,
-    evaluation.report_schema,
-    evaluation.predict,
-    training.export,
-    serving.serve,
-    serving.ask,
-    serving.key,
-    cluster.submit,
-    data.recipe_schema,
+    training_commands.quickstart,
+    data_commands.init,
+    data_commands.check,
+    data_commands.tasks,
+    data_commands.preview,
+    data_commands.prepare,
+    training_commands.train,
+    training_commands.runs,
+    data_commands.trace,
+    evaluation_commands.evaluate,
+    evaluation_commands.report,
+    evaluation_commands.compare,
+    evaluation_commands.report_schema,
+    evaluation_commands.predict,
+    training_commands.export,
+    serving_commands.serve,
+    serving_commands.ask,
+    serving_commands.key,
+    cluster_commands.submit,
+    data_commands.recipe_schema,
 ):
     app.command(command.__name__.replace("_", "-"))(command)
 

@@ -23,7 +23,8 @@ from apprentice.errors import DataError, RecipeError
 from apprentice.pretrained.architecture import Family, family_of, not_packed_because
 from apprentice.pretrained.tokenizer import Tokenizer
 from apprentice.recipe import Recipe
-from apprentice.run.folder import FORMAT, Run
+from apprentice.run.folder import Run
+from apprentice.run.identity import FORMAT
 from apprentice.storage import Folder
 from apprentice.tasks.registry import select_tasks
 from apprentice.tasks.schema import Example, Task

@@ -43,7 +43,8 @@ from apprentice.model_pool.pool import Pool, Room, pool_for
 from apprentice.pretrained.architecture import gives_rewards
 from apprentice.pretrained.hub import local_folder
 from apprentice.recipe import Recipe
-from apprentice.run.folder import Run, public_base
+from apprentice.run.folder import Run
+from apprentice.run.identity import public_base
 from apprentice.storage import Folder
 
 ENCODED_TOGETHER = 256  # requests of one Ray task

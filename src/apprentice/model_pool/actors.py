@@ -13,7 +13,7 @@ import ray
 from apprentice.errors import ApprenticeError
 from apprentice.model_pool.pool import Pool, Room
 from apprentice.models.loading import multiplies_bfloat16
-from apprentice.ray_cluster.nodes import node_resources, on_every_node
+from apprentice.ray_cluster.nodes import call_on_every_node, node_resources
 from apprentice.recipe import Model
 
 SETTLE_S = 5.0  # wait at most this long for resources that an earlier stage is still releasing …
@@ -53,7 +53,7 @@ def in_one_dtype(model: Model, room: Room) -> Model:
     if room.gpus:
         return model.model_copy(update={"dtype": "bfloat16"})
     ask = ray.remote(num_cpus=1)(multiplies_bfloat16)
-    fast = list(on_every_node(multiplies_bfloat16).values()) or [ray.get(ask.remote())]
+    fast = list(call_on_every_node(multiplies_bfloat16).values()) or [ray.get(ask.remote())]
     return model.model_copy(update={"dtype": "bfloat16" if all(fast) else "float32"})
 
 

@@ -29,7 +29,7 @@ from apprentice.models.tuning import bottleneck as adapters
 from apprentice.pretrained.architecture import FAMILIES, NO_FLOAT16, check_writes, family_of, gives_rewards, model_config
 from apprentice.pretrained.hub import local_folder
 from apprentice.pretrained.trust import check_model_folder
-from apprentice.run.folder import ADAPTER
+from apprentice.run.identity import ADAPTER
 
 _FAST_BFLOAT16 = ("amx_bf16", "avx512_bf16")  # CPU units that multiply bfloat16, in PyTorch's names
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}

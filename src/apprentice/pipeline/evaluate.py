@@ -16,8 +16,10 @@ from apprentice.pipeline.prepare import Progress, scratch_run
 from apprentice.pretrained.hub import local_folder
 from apprentice.ray_cluster.session import ray_session
 from apprentice.recipe import RUN, Recipe, find_recipe, load_recipe
-from apprentice.run.fence import refuse_held
-from apprentice.run.folder import GATE_FILE, Run, find_run, read_contract
+from apprentice.run.contract import read_contract
+from apprentice.run.fence import wait_until_free
+from apprentice.run.folder import Run, find_run
+from apprentice.run.identity import GATE_FILE
 from apprentice.storage import Folder, refuse_credentials
 from apprentice.tasks.registry import Find, find_tasks, select_tasks
 
@@ -54,7 +56,7 @@ def evaluate_run(recipe: Recipe, *, wanted: Wanted = Wanted(), trained_by: Recip
     run = Run(Folder.at(recipe.storage) / recipe.name)
     if not run.is_trained:
         raise RunError(f"run {run.name!r} in {recipe.storage} has no trained model yet; train it first.")
-    refuse_held(run.folder, tell=lambda message: progress("evaluate", {"message": message, "done": True}))
+    wait_until_free(run.folder, tell=lambda message: progress("evaluate", {"message": message, "done": True}))
     endpoint = _endpoint(wanted)
     tuned = _subject("tuned" if endpoint is None else "endpoint", local_folder(str(run.model)), recipe.evaluation.shots, endpoint)
     place = run.report

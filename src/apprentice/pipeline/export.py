@@ -12,7 +12,8 @@ from apprentice.data.encoding.prompt_contract import layout_beside
 from apprentice.errors import ContractError, RunError, StorageError
 from apprentice.pipeline.model_card import model_card
 from apprentice.pretrained.architecture import family_of
-from apprentice.run.folder import Run, find_run, read_contract
+from apprentice.run.contract import read_contract
+from apprentice.run.folder import Run, find_run
 from apprentice.tasks.registry import select_tasks
 
 

@@ -13,7 +13,7 @@ import yaml
 from apprentice import __version__
 from apprentice.evaluate.report.run_history import export_sentence
 from apprentice.recipe import Recipe
-from apprentice.run.folder import PromptContract
+from apprentice.run.contract import PromptContract
 from apprentice.tasks.exposure import exposure_in, exposures
 from apprentice.tasks.schema import Task
 

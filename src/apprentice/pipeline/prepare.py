@@ -12,7 +12,7 @@ from apprentice.errors import ApprenticeError, RunError
 from apprentice.preflight import check
 from apprentice.ray_cluster.session import ray_session
 from apprentice.recipe import Recipe
-from apprentice.run.fence import hold
+from apprentice.run.fence import lease_run
 from apprentice.run.folder import Run, find_run, open_run
 from apprentice.run.json_lines import read_records
 from apprentice.storage import Folder
@@ -36,7 +36,7 @@ def written_run(recipe: Recipe, command: str, *, restart: bool, progress: Progre
     """
     check.before_writing(recipe)
     folder = Folder.at(recipe.storage) / recipe.name
-    with hold(folder, command, tell=lambda message: progress("prepare", {"message": message, "done": True})):
+    with lease_run(folder, command, tell=lambda message: progress("prepare", {"message": message, "done": True})):
         yield prepared(recipe, restart=restart, progress=progress)
 
 

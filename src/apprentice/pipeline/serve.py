@@ -17,7 +17,8 @@ from apprentice.pretrained.hub import local_folder
 from apprentice.pretrained.tokenizer import Tokenizer
 from apprentice.ray_cluster.session import ray_session
 from apprentice.recipe import Recipe, Serving, find_recipe, load_recipe
-from apprentice.run.folder import PromptContract, find_run, read_contract
+from apprentice.run.contract import PromptContract, read_contract
+from apprentice.run.folder import find_run
 from apprentice.storage import Folder
 from apprentice.tasks.registry import Find, find_tasks
 from apprentice.tasks.schema import Task

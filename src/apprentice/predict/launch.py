@@ -25,7 +25,7 @@ from apprentice.model_pool.pool import pool_for
 from apprentice.predict.rows import chunks_of, sha256_of
 from apprentice.predict.worker import Predictor, part_of
 from apprentice.recipe import Model
-from apprentice.run.folder import weights_sha256
+from apprentice.run.contract import weights_sha256
 from apprentice.storage import Folder
 
 STATE_FILE = "predict.json"  # input, model and settings that the parts in a folder were made from

@@ -7,7 +7,8 @@ from apprentice.pretrained.architecture import family_of, gives_rewards
 from apprentice.pretrained.hub import local_folder
 from apprentice.pretrained.tokenizer import Tokenizer
 from apprentice.recipe import Recipe
-from apprentice.run.folder import public_base, read_contract
+from apprentice.run.contract import read_contract
+from apprentice.run.identity import public_base
 
 
 def check_companions(recipe: Recipe, tokenizer: Tokenizer) -> None:

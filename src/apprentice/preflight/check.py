@@ -31,9 +31,10 @@ from apprentice.preflight.auxiliary_models import check_companions
 from apprentice.pretrained.architecture import RELATIVE_POSITIONS, check_writes, model_config
 from apprentice.pretrained.hub import local_folder, missing_model
 from apprentice.pretrained.tokenizer import Tokenizer
-from apprentice.ray_cluster.nodes import node_resources, on_every_node
+from apprentice.ray_cluster.nodes import call_on_every_node, node_resources
 from apprentice.recipe import Recipe
-from apprentice.run.folder import Run, public_base
+from apprentice.run.folder import Run
+from apprentice.run.identity import public_base
 from apprentice.storage import Folder
 from apprentice.tasks.exposure import count_exposures
 from apprentice.tasks.leaks import leaks
@@ -59,7 +60,7 @@ def check(recipe: Recipe, connected: Callable[[], AbstractContextManager[None]])
     last.
     """
     with cache_cleared(recipe):
-        findings = _findings(recipe, [subject for subject in POINTS if subject not in NEED_RAY])
+        findings = _findings(recipe, [subject for subject in CHECKS if subject not in NEED_RAY])
         if not all(finding.ok for finding in findings):
             return findings
         with connected():
@@ -75,7 +76,7 @@ def _findings(recipe: Recipe, subjects: Sequence[str]) -> list[Finding]:
     told: set[str] = set()
     found = []
     for subject in subjects:
-        finding = _finding(subject, POINTS[subject], recipe)
+        finding = _finding(subject, CHECKS[subject], recipe)
         if finding.ok or finding.message not in told:
             found.append(finding)
         told.add(finding.message)
@@ -83,9 +84,9 @@ def _findings(recipe: Recipe, subjects: Sequence[str]) -> list[Finding]:
 
 
 def before_writing(recipe: Recipe) -> None:
-    """Runs the checks in `POINTS`; raises the first failure."""
+    """Runs the checks in `CHECKS`; raises the first failure."""
     with cache_cleared(recipe, keep=True):
-        for look in POINTS.values():
+        for look in CHECKS.values():
             look(recipe)
 
 
@@ -239,7 +240,7 @@ def _storage(recipe: Recipe) -> str:
         was_there = folder.exists()
         try:
             probe.write_text(mark)
-            answers = on_every_node(_seen, probe, mark) if ray.is_initialized() else {}
+            answers = call_on_every_node(_seen, probe, mark) if ray.is_initialized() else {}
         finally:
             probe.delete()
             if not was_there and folder.exists() and not folder.children():
@@ -387,7 +388,7 @@ def _parameters(file: Path) -> int:
 
 
 WRITTEN = 8  # decoding one token takes as long as reading so many of a prompt: measured for 16 to 32 replies at once
-POINTS: dict[str, Callable[[Recipe], str]] = {
+CHECKS: dict[str, Callable[[Recipe], str]] = {
     "tasks": _tasks,
     "downloads": _downloads,
     "model": _model,

@@ -20,7 +20,8 @@ from filelock import FileLock
 
 from apprentice.errors import ModelError, did_you_mean
 from apprentice.recipe import RUN
-from apprentice.run.folder import GATE_FILE, Run
+from apprentice.run.folder import Run
+from apprentice.run.identity import GATE_FILE
 from apprentice.storage import Folder, is_uri, user_cache
 
 

@@ -35,7 +35,7 @@ def node_resources(*, job: bool | None = None, without: Container[str] = ()) -> 
     return found
 
 
-def on_every_node(question: Callable[..., T], *arguments: Any) -> dict[str, T]:
+def call_on_every_node(question: Callable[..., T], *arguments: Any) -> dict[str, T]:
     """Calls `question(*arguments)` on each live node with CPUs; returns the results by node ("address (first digits of its id)").
 
     A cluster with a single such node gives an empty dict. Raises `ResourcesError` for a node that does not answer within

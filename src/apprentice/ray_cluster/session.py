@@ -19,7 +19,7 @@ import ray.data  # sets its loggers up anew on import, so it must come before qu
 from ray._private import ray_constants
 
 from apprentice.errors import ResourcesError
-from apprentice.ray_cluster.crowding import NICENESS
+from apprentice.ray_cluster.process_priority import NICENESS
 
 # Environment that turns off third-party messages of no use to the user; set before workers start, so that they inherit it.
 QUIET = {
@@ -74,10 +74,10 @@ def _connect(niceness: int | None) -> None:
         return
     cpus = len(os.sched_getaffinity(0)) + SPARE_CPUS
     os.environ.setdefault("RAY_worker_maximum_startup_concurrency", str(cpus))  # Ray warns of many processes, and counts only cores
-    start_local(cpus, logging_level=logging.ERROR)
+    start_local_ray(cpus, logging_level=logging.ERROR)
 
 
-def start_local(cpus: int, **settings: Any) -> None:
+def start_local_ray(cpus: int, **settings: Any) -> None:
     """Starts a Ray for this machine and this user only: it listens on loopback, and other users can read neither its token nor its
     session files. `settings` are passed on to `ray.init`.
     """

@@ -13,7 +13,7 @@ exclusive, so that a process that was overtaken finds its entry taken, reads it,
              still for 60 seconds
     A's next commit reads 000004, whose attempt is not 1, and raises `FencedError`
 
-A holder is dead when its counter has not changed for `STILL_S` seconds of the taker's own clock, so that clocks of machines are
+A holder is dead when its counter has not changed for `EXPIRY_S` seconds of the taker's own clock, so that clocks of machines are
 never compared, or at once if its process ran on this machine and has ended. See docs/guides/run_folder.md.
 """
 
@@ -32,11 +32,11 @@ from pathlib import Path
 from typing import Any
 
 from apprentice.errors import MissingError, RunError, StorageError
-from apprentice.storage import Folder, answer_of
+from apprentice.storage import Folder, with_retries
 
-BEAT_S = 5.0  # seconds between two heartbeats
-STILL_S = 60.0  # seconds without a heartbeat after which a holder is dead
-LOOK_S = 1.0  # seconds between two reads of another holder's heartbeat
+HEARTBEAT_S = 5.0  # seconds between two heartbeats
+EXPIRY_S = 60.0  # seconds without a heartbeat after which a holder is dead
+POLL_S = 1.0  # seconds between two reads of another holder's heartbeat
 JOB_VARIABLE = "RAY_JOB_SUBMISSION_ID"  # set by Ray in the processes of a job
 
 FENCE = "fence"  # name of the folder in the run folder
@@ -106,7 +106,7 @@ def _started(pid: int) -> str | None:
 
 
 @dataclass(frozen=True)
-class Entry:
+class FenceEntry:
     """One log entry, which holds the whole state of the fence. `attempt` is the number of the entry that took the run."""
 
     number: int
@@ -122,13 +122,13 @@ class Entry:
         return {"format": 1, **asdict(self)}
 
     @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Entry:
+    def from_json(cls, value: Mapping[str, Any]) -> FenceEntry:
         known = {name: value[name] for name in cls.__dataclass_fields__}
         return cls(**known | {"holder": Holder(**value["holder"]), "checkpoints": tuple(value["checkpoints"])})
 
 
 @dataclass(frozen=True)
-class Log:
+class FenceLog:
     """The log of one run's fence; reads and adds entries. All methods raise `StorageError` for a store that does not answer."""
 
     run: Folder
@@ -137,29 +137,29 @@ class Log:
     def folder(self) -> Folder:
         return self.run / FENCE
 
-    def look(self) -> tuple[Entry | None, int]:
+    def look(self) -> tuple[FenceEntry | None, int]:
         """(newest readable entry or None, number of the next entry)."""
-        files = [file for file in answer_of(self.folder, self.folder.children) if _is_entry(file)]
+        files = [file for file in with_retries(self.folder, self.folder.children) if _is_entry(file)]
         numbers = sorted((int(file.name.removesuffix(".json")) for file in files), reverse=True)
         for number in numbers:
             file = self._file(number)
             try:
-                return Entry.from_json(json.loads(answer_of(file, file.read_bytes))), numbers[0] + 1
+                return FenceEntry.from_json(json.loads(with_retries(file, file.read_bytes))), numbers[0] + 1
             except (MissingError, ValueError):  # deleted with the run; or, on a disk without hard links, not yet written whole
                 continue
         return None, max(numbers, default=0) + 1
 
-    def last(self) -> Entry | None:
+    def last(self) -> FenceEntry | None:
         return self.look()[0]
 
     def _file(self, number: int) -> Folder:
         return self.folder / f"{number:06d}.json"
 
-    def add(self, entry: Entry) -> bool:
+    def add(self, entry: FenceEntry) -> bool:
         """Creates `entry`; False if another entry has its number."""
         file = self._file(entry.number)
         data = json.dumps(entry.to_json(), indent=2).encode()
-        if answer_of(file, lambda: file.create(data)):
+        if with_retries(file, lambda: file.create(data)):
             return True
         last = self.last()
         return last is not None and last.id == entry.id  # created, but the store's answer was lost
@@ -168,7 +168,7 @@ class Log:
         """The heartbeat counter of an attempt's holder as bytes; empty before its first heartbeat."""
         file = self.folder / f"beat-{attempt:06d}"
         try:
-            return answer_of(file, file.read_bytes)
+            return with_retries(file, file.read_bytes)
         except MissingError:
             return b""
 
@@ -178,7 +178,7 @@ def _is_entry(file: Folder) -> bool:
 
 
 @dataclass(frozen=True)
-class Token:
+class FenceToken:
     """A fencing token: the right of one attempt, and of one group of its workers, to write to a run.
 
     Picklable; the driver passes it to its workers. A token with `writer` 0 is not bound to a group.
@@ -189,9 +189,9 @@ class Token:
     group: int = 0
     writer: int = 0
 
-    def check(self) -> tuple[Entry, int]:
+    def check(self) -> tuple[FenceEntry, int]:
         """(newest entry, number of the next). Raises `FencedError` if the run was released, taken over, deleted or regrouped."""
-        last, number = Log(self.run).look()
+        last, number = FenceLog(self.run).look()
         if last is None:
             raise FencedError(f"run {self.run.name!r} has been deleted while it was written to; nothing more is written.")
         if last.attempt != self.attempt or last.released:
@@ -202,7 +202,7 @@ class Token:
             raise FencedError(f"other workers go on with run {self.run.name!r}; what these wrote last does not count.")
         return last, number
 
-    def begin_group(self, group: int) -> Token:
+    def start_group(self, group: int) -> FenceToken:
         """Adds the entry that starts worker group number `group`, and returns its token; tokens of earlier groups become invalid.
 
         Raises `FencedError` if overtaken.
@@ -211,7 +211,7 @@ class Token:
             last, number = self.check()
             if last.group > group:
                 raise FencedError(f"other workers go on with run {self.run.name!r}; these do not begin.")
-            if Log(self.run).add(_after(last, number, group=group, writer=number)):
+            if FenceLog(self.run).add(_after(last, number, group=group, writer=number)):
                 return replace(self, group=group, writer=number)
 
     def commit(self, checkpoint: str, kept: Callable[[str], bool]) -> None:
@@ -222,25 +222,25 @@ class Token:
         while True:
             last, number = self.check()
             names = (*filter(kept, last.checkpoints), checkpoint)
-            if Log(self.run).add(_after(last, number, checkpoints=names)):
+            if FenceLog(self.run).add(_after(last, number, checkpoints=names)):
                 return
 
 
-def _after(last: Entry, number: int, **changes: Any) -> Entry:
+def _after(last: FenceEntry, number: int, **changes: Any) -> FenceEntry:
     return replace(last, number=number, id=uuid.uuid4().hex, **changes)
 
 
-def committed(run: Folder) -> set[str] | None:
+def committed_checkpoints(run: Folder) -> set[str] | None:
     """Names of the committed checkpoints; None for a run without a fence, in which every complete checkpoint counts."""
-    last = Log(run).last()
+    last = FenceLog(run).last()
     return None if last is None else set(last.checkpoints)
 
 
-class Hold:
-    """This process's hold on a run. A thread renews the heartbeat until it is released or another process takes the run."""
+class Lease:
+    """This process's lease on a run. A thread renews the heartbeat until it is released or another process takes the run."""
 
-    def __init__(self, entry: Entry, run: Folder, clock: Callable[[], float]) -> None:
-        self.token = Token(run, entry.number)
+    def __init__(self, entry: FenceEntry, run: Folder, clock: Callable[[], float]) -> None:
+        self.token = FenceToken(run, entry.number)
         self._clock = clock
         self._seen = clock()  # time of the last successful check that the run is still held
         self._lost = False
@@ -253,7 +253,7 @@ class Hold:
         self._thread.start()
 
     def _renew_again(self) -> None:
-        while not self._over.wait(BEAT_S) and not self._lost:
+        while not self._over.wait(HEARTBEAT_S) and not self._lost:
             with suppress(OSError, StorageError):  # the next attempt may succeed, and notices a takeover
                 self.renew()
 
@@ -273,47 +273,47 @@ class Hold:
         return self.token.run / FENCE / f"beat-{self.token.attempt:06d}"
 
     def is_held(self) -> bool:
-        """Whether this process may still write; reads the store only if the last check is older than `STILL_S / 2`."""
-        if not self._lost and self._clock() - self._seen > STILL_S / 2:
+        """Whether this process may still write; reads the store only if the last check is older than `EXPIRY_S / 2`."""
+        if not self._lost and self._clock() - self._seen > EXPIRY_S / 2:
             with suppress(OSError, StorageError):
                 self.renew()
-        return not self._lost and self._clock() - self._seen <= STILL_S / 2
+        return not self._lost and self._clock() - self._seen <= EXPIRY_S / 2
 
     def release(self) -> None:
         """Releases the run, so that the next holder need not wait; deletes a run folder that holds only the fence."""
         self._over.set()
         if self._thread.is_alive():
             self._thread.join()
-        log = Log(self.token.run)
-        with suppress(OSError, StorageError, FencedError):  # after a failure the next holder waits for `STILL_S`
+        log = FenceLog(self.token.run)
+        with suppress(OSError, StorageError, FencedError):  # after a failure the next holder waits for `EXPIRY_S`
             last, number = self.token.check()
             self._beat.delete()
-            if [child.name for child in answer_of(log.run, log.run.children)] == [log.folder.name]:
+            if [child.name for child in with_retries(log.run, log.run.children)] == [log.folder.name]:
                 log.run.delete()
             else:
                 log.add(_after(last, number, released=True))
 
 
-_HELD: dict[str, tuple[Hold, int]] = {}  # run URI → (hold of this process, nesting depth of `hold`)
+_HELD: dict[str, tuple[Lease, int]] = {}  # run URI → (lease of this process, nesting depth of `lease_run`)
 
 
 @contextmanager
-def hold(
+def lease_run(
     run: Folder,
     command: str,
     *,
     tell: Tell = lambda _: None,
     clock: Callable[[], float] = time.monotonic,
     wait: Callable[[float], None] = time.sleep,
-) -> Iterator[Hold]:
+) -> Iterator[Lease]:
     """Context manager that holds `run` for the block; reentrant within a process.
 
     `tell` gets a message while it waits for a holder without heartbeats; `clock` (seconds) and `wait` are replaced in tests.
-    Raises `FencedError` if another process holds the run. A holder whose heartbeat stands still for `STILL_S` is taken over.
+    Raises `FencedError` if another process holds the run. A holder whose heartbeat stands still for `EXPIRY_S` is taken over.
     """
     held, depth = _HELD.get(run.uri, (None, 0))
     if held is None:
-        held = Hold(_take(Log(run), Holder.here(command), tell, clock, wait), run, clock)
+        held = Lease(_take(FenceLog(run), Holder.here(command), tell, clock, wait), run, clock)
     _HELD[run.uri] = (held, depth + 1)
     try:
         if not depth:
@@ -327,40 +327,40 @@ def hold(
             held.release()
 
 
-def _take(log: Log, holder: Holder, tell: Tell, clock: Callable[[], float], wait: Callable[[float], None]) -> Entry:
+def _take(log: FenceLog, holder: Holder, tell: Tell, clock: Callable[[], float], wait: Callable[[float], None]) -> FenceEntry:
     while True:
-        last = refuse_held(log.run, tell=tell, clock=clock, wait=wait)
+        last = wait_until_free(log.run, tell=tell, clock=clock, wait=wait)
         now, number = log.look()
         if (now and now.id) != (last and last.id):
             continue  # another process added an entry meanwhile
         if now is None:
             # No fence: the run is new or of an earlier version, whose checkpoints all count. Numbers begin after those they name.
-            names = [folder.name for folder in answer_of(log.run, (log.run / "checkpoints").children)]
+            names = [folder.name for folder in with_retries(log.run, (log.run / "checkpoints").children)]
             older = tuple(name for name in names if name.startswith("step-"))
             number = max([number, *(1 + int(name.partition(".")[2] or 1) for name in older)])
-        entry = Entry(number, number, 0, 0, holder, False, older if now is None else now.checkpoints, uuid.uuid4().hex)
+        entry = FenceEntry(number, number, 0, 0, holder, False, older if now is None else now.checkpoints, uuid.uuid4().hex)
         if log.add(entry):
             return entry
 
 
-def refuse_held(
+def wait_until_free(
     run: Folder,
     *,
     tell: Tell = lambda _: None,
     clock: Callable[[], float] = time.monotonic,
     wait: Callable[[float], None] = time.sleep,
-) -> Entry | None:
+) -> FenceEntry | None:
     """The last entry of a run that nobody else holds; None without entries. Raises `FencedError` if another process holds it.
 
-    Waits up to `STILL_S` seconds for a heartbeat of the holder; without one the run counts as free.
+    Waits up to `EXPIRY_S` seconds for a heartbeat of the holder; without one the run counts as free.
     """
-    log = Log(run)
+    log = FenceLog(run)
     last = log.last()
     if last is None or last.released or last.holder.is_gone or run.uri in _HELD:
         return last
     seen, since, told = log.beat(last.attempt), clock(), False
-    while clock() - since < STILL_S:
-        wait(LOOK_S)
+    while clock() - since < EXPIRY_S:
+        wait(POLL_S)
         try:
             now = log.last()
             beat = log.beat(last.attempt)
@@ -373,9 +373,11 @@ def refuse_held(
             raise FencedError(
                 f"run {run.name!r} is held by {now.holder}; two at once would spoil it. Wait for its end, or stop it with"
                 f" {now.holder.way_to_stop} and give the same command again: it is taken over when no sign of life has come for"
-                f" {STILL_S:g} seconds."
+                f" {EXPIRY_S:g} seconds."
             )
-        if not told and clock() - since > 2 * BEAT_S:
-            tell(f"{last.holder} holds the run and gives no sign of life; it is taken over in {STILL_S - 2 * BEAT_S:g} seconds")
+        if not told and clock() - since > 2 * HEARTBEAT_S:
+            tell(
+                f"{last.holder} holds the run and gives no sign of life; it is taken over in {EXPIRY_S - 2 * HEARTBEAT_S:g} seconds"
+            )
             told = True
     return last

@@ -29,7 +29,7 @@ from apprentice.pretrained.architecture import check_writes
 from apprentice.pretrained.hub import local_folder
 from apprentice.pretrained.trust import check_model_folder
 from apprentice.recipe import Replicas, Serving
-from apprentice.run.folder import PromptContract, read_contract
+from apprentice.run.contract import PromptContract, read_contract
 from apprentice.serve.api.keys import Keys, check_guarded, keys_file_of
 from apprentice.serve.api.rate_limit import LimiterOfAll
 from apprentice.serve.engines.factory import check_engine

@@ -16,9 +16,9 @@ from ray import serve
 from apprentice.data.encoding.prompt_contract import layout_beside
 from apprentice.pretrained.architecture import kv_numbers, model_config
 from apprentice.pretrained.hub import local_folder
-from apprentice.ray_cluster.crowding import spin_little_if_crowded, take_priority
+from apprentice.ray_cluster.process_priority import limit_thread_spinning, raise_priority
 from apprentice.recipe import Serving
-from apprentice.run.folder import PromptContract, read_contract, weights_sha256
+from apprentice.run.contract import PromptContract, read_contract, weights_sha256
 from apprentice.serve.api.keys import Keys, check_guarded
 from apprentice.serve.api.rate_limit import OwnLimits, SharedLimits
 from apprentice.serve.api.routes import build_app
@@ -63,7 +63,7 @@ class Replica:
         insecure: bool = False,
     ) -> None:
         _log_requests()
-        take_priority()
+        raise_priority()
         listen_on_loopback()
         check_guarded(_proxies_host(), insecure=insecure, file=keys_file)
         self._serving = serving
@@ -103,7 +103,7 @@ class Replica:
 
 def start_models(offers: Sequence[Offer], folders: Sequence[Path], serving: Serving, dtype: str, threads: int) -> list[Model]:
     """Starts an engine for each offer and returns the models; engines share threads and KV memory in equal parts."""
-    spin_little_if_crowded(threads)
+    limit_thread_spinning(threads)
     models: list[Model] = []
     for offer, folder in zip(offers, folders, strict=True):
         layout = layout_beside(folder, offer.contract)

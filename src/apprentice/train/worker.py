@@ -19,7 +19,7 @@ from apprentice.models.tuning.methods import TUNING_METHODS, check_tuning, load_
 from apprentice.pretrained.architecture import family_of
 from apprentice.pretrained.hub import local_folder
 from apprentice.recipe import Recipe
-from apprentice.run.fence import Token
+from apprentice.run.fence import FenceToken
 from apprentice.run.folder import Run
 from apprentice.train.batch import PackedRows
 from apprentice.train.checkpoint import format as checkpoints
@@ -56,7 +56,7 @@ def run_worker(
     samples: Samples | None = None,
     validated_aside: bool = False,
     is_empty: Callable[[int], bool] = lambda window: False,
-    token: Token | None = None,
+    token: FenceToken | None = None,
 ) -> State:
     """Trains until `goal`; returns the last state, the same on all workers. `TrainingError` says what to change if memory runs out.
 

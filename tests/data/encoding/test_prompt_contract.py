@@ -15,7 +15,8 @@ from apprentice.data.encoding.prompt_contract import layout_beside, layout_of, l
 from apprentice.errors import ContractError
 from apprentice.pretrained.tokenizer import Tokenizer
 from apprentice.recipe import Recipe
-from apprentice.run.folder import Golden, PromptContract, identity, read_contract
+from apprentice.run.contract import GoldenPrompt, PromptContract, read_contract
+from apprentice.run.identity import identity
 
 
 def recipe_of(folder: Path, layout: str = "chat") -> Recipe:
@@ -79,7 +80,7 @@ def _other_template(folder: Path) -> None:
 
 
 def _other_golden(folder: Path) -> None:
-    rewrite(folder, golden=(Golden(instruction="Name three colours.", input="", ids=(1, 2, 3)),))
+    rewrite(folder, golden=(GoldenPrompt(instruction="Name three colours.", input="", ids=(1, 2, 3)),))
 
 
 @pytest.mark.parametrize(

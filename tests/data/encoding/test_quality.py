@@ -17,7 +17,8 @@ from apprentice.errors import ContractError, RecipeError
 from apprentice.preflight import check
 from apprentice.pretrained.tokenizer import Tokenizer
 from apprentice.recipe import SHIPPED, Quality, Recipe, load_recipe, written_recipe
-from apprentice.run.folder import Run, identity
+from apprentice.run.folder import Run
+from apprentice.run.identity import identity
 from apprentice.storage import Folder
 from apprentice.tasks.registry import select_tasks
 from tests.recipes import tiny_recipe
@@ -107,7 +108,7 @@ def test_what_does_not_fit_is_refused_by_check(tiny_model, tmp_path):
     def said(**changes: Any) -> str:
         folder = tmp_path / str(next(files))
         folder.mkdir()
-        return check.POINTS["model"](recipe_of(folder, tiny_model, **changes))
+        return check.CHECKS["model"](recipe_of(folder, tiny_model, **changes))
 
     assert said().endswith("classes GPT3 (0.1), GPT4 (1) shown in the prompt")
     assert said(data__chat_template=None).endswith("classes GPT3 (0.1), GPT4 (1) not shown in the prompt")

@@ -15,7 +15,7 @@ import torch
 from apprentice.data.encoding.prompt_contract import layout_beside
 from apprentice.inference.seq2seq_scoring import seq2seq_logprobs
 from apprentice.models.loading import load_model
-from apprentice.run.folder import read_contract
+from apprentice.run.contract import read_contract
 from apprentice.serve.api.routes import build_app
 from apprentice.serve.engines.transformers import TransformersEngine
 from apprentice.serve.generation.served_models import Catalogue, Model

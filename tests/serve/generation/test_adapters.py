@@ -20,7 +20,7 @@ from apprentice.errors import StorageError
 from apprentice.inference.decoder import generate
 from apprentice.models.loading import load_model
 from apprentice.recipe import Recipe, Serving
-from apprentice.run.folder import read_contract, weights_sha256
+from apprentice.run.contract import read_contract, weights_sha256
 from apprentice.serve.api.keys import Keys, new_key
 from apprentice.serve.api.routes import build_app
 from apprentice.serve.api.schemas import RequestProblem

@@ -22,7 +22,8 @@ from apprentice.models.loading import load_model
 from apprentice.models.tuning.methods import TUNING_METHODS, load_trainable, trainable
 from apprentice.pretrained.tokenizer import Tokenizer
 from apprentice.recipe import Recipe
-from apprentice.run.folder import Run, read_contract, weights_sha256
+from apprentice.run.contract import read_contract, weights_sha256
+from apprentice.run.folder import Run
 from apprentice.storage import Folder
 from apprentice.train.checkpoint import export as exporting
 from apprentice.train.checkpoint.export import export

@@ -10,7 +10,7 @@ import torch
 
 from apprentice.errors import StorageError
 from apprentice.run import fence
-from apprentice.run.fence import FencedError, Holder, Token
+from apprentice.run.fence import FencedError, FenceToken, Holder
 from apprentice.storage import Folder
 from apprentice.train.checkpoint import format as checkpoints
 from apprentice.train.state import State
@@ -133,12 +133,12 @@ def test_without_validation_the_newest_is_best(folder: Folder) -> None:
     assert steps(folder) == ["step-000003"]
 
 
-def taken(run: Folder, pid: int) -> Token:
+def taken(run: Folder, pid: int) -> FenceToken:
     """The right of the first workers of an attempt on another machine."""
     holder = Holder("train", "node-b", pid, "another machine", "1", None, "2026-11-30 10:00:00 UTC")
     clock = iter(range(0, 10_000, 100))
-    entry = fence._take(fence.Log(run), holder, lambda _: None, lambda: float(next(clock)), lambda _: None)
-    return Token(run, entry.number).begin_group(1)
+    entry = fence._take(fence.FenceLog(run), holder, lambda _: None, lambda: float(next(clock)), lambda _: None)
+    return FenceToken(run, entry.number).start_group(1)
 
 
 def test_what_an_attempt_saves_lies_under_its_token_and_counts_while_the_run_is_its_own(tmp_path: Path, folder: Folder) -> None:

@@ -12,7 +12,7 @@ import pytest
 import ray
 
 from apprentice.errors import TrainingError
-from apprentice.run.fence import hold
+from apprentice.run.fence import lease_run
 from apprentice.run.folder import Run
 from apprentice.storage import Folder
 from apprentice.train.checkpoint import format as checkpoints
@@ -24,7 +24,7 @@ from tests.train.checkpoint.test_format import saved
 
 def finish(run: Run) -> None:
     nothing: Any = None  # what comes after is not reached
-    with hold(run.folder, "train") as held:
+    with lease_run(run.folder, "train") as held:
         _finish(nothing, run, nothing, Goal(4), nothing, held.token, 1)
 
 

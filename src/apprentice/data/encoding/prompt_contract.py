@@ -1,7 +1,7 @@
 """The prompt contract (`apprentice.json` beside the weights): written by training, checked wherever the model is used.
 
 It holds the layout, hashes of tokenizer, chat template and weights, and golden prompts with their ids. A layout that cannot
-reproduce the golden ids is refused. Its schema is `run.folder.PromptContract`.
+reproduce the golden ids is refused. Its schema is `run.contract.PromptContract`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from apprentice.data.encoding.prompt_format import LAYOUT_VERSION, LAYOUT_VERSIO
 from apprentice.errors import ContractError
 from apprentice.pretrained.tokenizer import Tokenizer
 from apprentice.recipe import Recipe
-from apprentice.run.folder import Golden, PromptContract, public_base, read_contract, weights_sha256
+from apprentice.run.contract import GoldenPrompt, PromptContract, read_contract, weights_sha256
+from apprentice.run.identity import public_base
 
 # Non-ASCII, an empty input, white space at the edges, digits, and text that looks like a heading.
 _GOLDEN = (
@@ -55,10 +56,10 @@ def make_contract(
     `base_sha256` is the hash of the base's weights, for an adapter.
     """
     questions = [*_GOLDEN, *([_forged(layout)] if layout.version > 1 else [])]
-    golden = [Golden(instruction=asked, input=given, ids=_prompt_ids(layout, asked, given)) for asked, given in questions]
+    golden = [GoldenPrompt(instruction=asked, input=given, ids=_prompt_ids(layout, asked, given)) for asked, given in questions]
     if layout.name == "chat":
         ids = _prompt_ids(layout, "Why?", "", _HISTORY)
-        golden.append(Golden(instruction="Why?", input="", ids=ids, history=_HISTORY))
+        golden.append(GoldenPrompt(instruction="Why?", input="", ids=ids, history=_HISTORY))
     return PromptContract(
         layout=layout.name,
         layout_version=layout.version,
@@ -147,7 +148,7 @@ def layout_under(contract: PromptContract, tokenizer: Tokenizer) -> Layout:
     return layout
 
 
-def _differs(layout: Layout, contract: PromptContract) -> Golden | None:
+def _differs(layout: Layout, contract: PromptContract) -> GoldenPrompt | None:
     """The first golden prompt whose ids `layout` does not reproduce; None if it reproduces all."""
     for golden in contract.golden:
         if _prompt_ids(layout, golden.instruction, golden.input, golden.history) != golden.ids:

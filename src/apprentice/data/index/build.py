@@ -28,7 +28,7 @@ from apprentice.data.sources.locate import MissingSourceError, Reader, Source, S
 from apprentice.errors import DataError, RowError
 from apprentice.pretrained.tokenizer import Tokenizer
 from apprentice.recipe import Filters, Recipe
-from apprentice.run.folder import FORMAT
+from apprentice.run.identity import FORMAT
 from apprentice.storage import Folder
 from apprentice.tasks.definition import definition_of
 from apprentice.tasks.schema import Example, Task

@@ -27,7 +27,7 @@ import pyarrow.parquet as pq
 from apprentice.data.sources.delimited import not_utf8, text_batches
 from apprentice.data.sources.json_columns import ESCAPED_SURROGATE, tables_of, without_surrogates
 from apprentice.errors import DataError, StorageError
-from apprentice.run.folder import FORMAT
+from apprentice.run.identity import FORMAT
 from apprentice.storage import Folder
 from apprentice.tasks import builtin
 

@@ -25,7 +25,7 @@ from apprentice.data.sources.column_text import Reading, read, readings_of
 from apprentice.data.sources.convert import builtin_file, is_saved_to_disk, parquet_file
 from apprentice.data.sources.delimited import how_to_read
 from apprentice.errors import DataError, StorageError, did_you_mean
-from apprentice.run.folder import FORMAT
+from apprentice.run.identity import FORMAT
 from apprentice.storage import Folder
 from apprentice.tasks.schema import Task, missing_fields
 from apprentice.tasks.source_spec import SourceSpec

@@ -20,7 +20,7 @@ from apprentice.models.loading import resolve_dtype
 from apprentice.pretrained.architecture import RELATIVE_POSITIONS, model_config
 from apprentice.pretrained.tokenizer import Tokenizer
 from apprentice.recipe import Recipe
-from apprentice.run.folder import read_contract, weights_sha256
+from apprentice.run.contract import read_contract, weights_sha256
 
 
 @dataclass(frozen=True)

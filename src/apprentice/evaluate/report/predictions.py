@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from apprentice.errors import EvaluationError
 from apprentice.evaluate.stats.metrics import METRICS
-from apprentice.storage import Folder, answer_of
+from apprentice.storage import Folder, with_retries
 from apprentice.tasks.schema import Task
 
 FILE = "predictions.parquet"
@@ -86,7 +86,7 @@ def read(out: Folder) -> pa.Table:
     Raises `StorageError` if there are none in `out` or the store does not answer, `EvaluationError` if they are broken or lack
     what a report needs.
     """
-    content = answer_of(out / FILE, (out / FILE).read_bytes)
+    content = with_retries(out / FILE, (out / FILE).read_bytes)
     try:
         table = pq.read_table(io.BytesIO(content))
     except (pa.ArrowException, OSError) as error:

@@ -28,7 +28,7 @@ def robustness(wordings: Mapping[str, float]) -> Robustness:
     return Robustness(dict(wordings), float(middle), min(wordings, key=lambda name: wordings[name]), float(high - low))
 
 
-def answer_of(record: Mapping[str, Any]) -> Any:
+def with_retries(record: Mapping[str, Any]) -> Any:
     """Answer of a record in comparable form: the index of the choice, or the text in SQuAD's normal form."""
     return label_of(record["prediction"], record["choices"]) if record["choices"] else normalised(record["prediction"])
 
@@ -42,7 +42,7 @@ def agreement(records: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
     """
     answers: dict[int, list[Any]] = defaultdict(list)
     for record in records:
-        answers[record["row"]].append(answer_of(record))
+        answers[record["row"]].append(with_retries(record))
     several = [Counter(met) for met in answers.values() if len(met) > 1]
     if not several:
         return {"changed": None, "consistency": None}

@@ -12,7 +12,7 @@ from typing import Any
 from apprentice.errors import ServingError
 from apprentice.pretrained.architecture import family_of
 from apprentice.recipe import Serving
-from apprentice.run.folder import ADAPTER
+from apprentice.run.identity import ADAPTER
 from apprentice.serve.engines.base import Engine
 
 

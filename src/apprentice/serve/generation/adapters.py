@@ -24,7 +24,7 @@ import pyarrow.fs as pafs
 
 from apprentice.data.encoding.prompt_contract import layout_over
 from apprentice.errors import ApprenticeError, StorageError
-from apprentice.run.folder import read_contract
+from apprentice.run.contract import read_contract
 from apprentice.serve.api.schemas import RequestProblem
 from apprentice.serve.engines.base import Overloaded
 from apprentice.serve.generation.served_models import Lease, Model

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from apprentice.data.encoding.prompt_format import Layout
 from apprentice.errors import did_you_mean
-from apprentice.run.folder import PromptContract
+from apprentice.run.contract import PromptContract
 from apprentice.serve.api.schemas import RequestProblem
 from apprentice.serve.engines.base import Engine
 

@@ -16,7 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 from apprentice.errors import StorageError
-from apprentice.run.fence import Token
+from apprentice.run.fence import FenceToken
 from apprentice.storage import Folder
 from apprentice.train.checkpoint import format as checkpoints
 from apprentice.train.checkpoint.format import Checkpoint
@@ -57,7 +57,7 @@ class Saver:
         tell: Callable[..., None],
         register: Callable[[Checkpoint | None, State], None],
         round_steps: int | None = None,
-        token: Token | None = None,
+        token: FenceToken | None = None,
     ) -> None:
         self._folder = folder
         self._keep = keep

@@ -26,8 +26,10 @@ from apprentice.models.tuning.methods import TUNING_METHODS, load_trainable, tra
 from apprentice.pretrained.hub import PACKAGED_MODELS, local_folder
 from apprentice.pretrained.tokenizer import Tokenizer
 from apprentice.recipe import Recipe
-from apprentice.run.fence import Token
-from apprentice.run.folder import ADAPTER, CONTRACT_FILE, Run, public_base, weights_sha256
+from apprentice.run.contract import weights_sha256
+from apprentice.run.fence import FenceToken
+from apprentice.run.folder import Run
+from apprentice.run.identity import ADAPTER, CONTRACT_FILE, public_base
 from apprentice.storage import Folder
 from apprentice.train.checkpoint.fidelity import check, said_of
 from apprentice.train.checkpoint.format import Checkpoint, tensors_of
@@ -47,7 +49,7 @@ _TOKENIZER_FILES = (
 )
 
 
-def export(recipe: Recipe, run: Run, checkpoint: Checkpoint, layout: Layout, probe: Probe, token: Token | None = None) -> None:
+def export(recipe: Recipe, run: Run, checkpoint: Checkpoint, layout: Layout, probe: Probe, token: FenceToken | None = None) -> None:
     """Writes `model/` and, for methods that have one, `adapter/` of `run` from `checkpoint`; `export.json` says how true they are.
 
     The model is saved in the number format it was trained in; an adapter that cannot be merged lies beside its base's weights in

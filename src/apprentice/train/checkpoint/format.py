@@ -34,8 +34,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from apprentice.errors import MissingError, StorageError
-from apprentice.run.fence import Token, committed
-from apprentice.storage import Folder, answer_of
+from apprentice.run.fence import FenceToken, committed_checkpoints
+from apprentice.storage import Folder, with_retries
 from apprentice.train.state import State
 
 CHECKSUMS, STATE, VALIDATION = "checksums.json", "state.json", "validation.json"
@@ -57,7 +57,7 @@ class Checkpoint:
 
 
 def save(
-    checkpoints: Folder, tensors: Iterable[tuple[str, Tensor]], state: State, facts: dict[str, Any], token: Token | None = None
+    checkpoints: Folder, tensors: Iterable[tuple[str, Tensor]], state: State, facts: dict[str, Any], token: FenceToken | None = None
 ) -> Checkpoint:
     """Writes one checkpoint, streaming `tensors` (key, tensor), and returns it once it counts.
 
@@ -254,7 +254,7 @@ def sweep(checkpoints: Folder) -> None:
 
     Only the process that holds the run may call it, before workers start.
     """
-    counted = committed(checkpoints.parent)
+    counted = committed_checkpoints(checkpoints.parent)
     for folder in _children(checkpoints):
         if not folder.name.startswith(("step-", _PART)):
             continue
@@ -267,7 +267,7 @@ def sweep(checkpoints: Folder) -> None:
 
 
 def _newest_first(checkpoints: Folder) -> list[Folder]:
-    counted = committed(checkpoints.parent)
+    counted = committed_checkpoints(checkpoints.parent)
     folders = [folder for folder in _children(checkpoints) if folder.name.startswith("step-")]
     folders = [folder for folder in folders if counted is None or folder.name in counted]
     return sorted(folders, key=_age, reverse=True)
@@ -279,15 +279,15 @@ def _age(folder: Folder) -> tuple[int, int]:
 
 
 def _children(folder: Folder) -> list[Folder]:
-    return answer_of(folder, folder.children)
+    return with_retries(folder, folder.children)
 
 
 def _is_there(file: Folder) -> bool:
-    return answer_of(file, file.exists)
+    return with_retries(file, file.exists)
 
 
 def _json(file: Folder) -> Any:
-    return json.loads(answer_of(file, file.read_bytes))
+    return json.loads(with_retries(file, file.read_bytes))
 
 
 def _whole(folder: Folder) -> Checkpoint | None:
@@ -357,4 +357,4 @@ def _sha256(path: Path) -> str:
 
 def _folder_sha256(file: Folder) -> str:
     read = (lambda: _sha256(file.local)) if file.is_local else (lambda: hashlib.sha256(file.read_bytes()).hexdigest())
-    return answer_of(file, read)
+    return with_retries(file, read)

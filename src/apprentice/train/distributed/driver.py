@@ -37,8 +37,9 @@ from apprentice.models.loading import count_parameters, resolve_dtype
 from apprentice.pretrained.hub import local_folder
 from apprentice.ray_cluster.nodes import is_job, node_resources
 from apprentice.recipe import Recipe
-from apprentice.run.fence import Hold, Token, hold
-from apprentice.run.folder import Run, public_base
+from apprentice.run.fence import FenceToken, Lease, lease_run
+from apprentice.run.folder import Run
+from apprentice.run.identity import public_base
 from apprentice.train.batch import PackedRows
 from apprentice.train.checkpoint import format as checkpoints
 from apprentice.train.checkpoint.export import export
@@ -102,12 +103,12 @@ def train(
     """
     if run.is_trained and "training" in run.status():
         return TrainResult(**run.status()["training"])
-    with hold(run.folder, "train", tell=lambda message: progress({"message": message})) as held:
+    with lease_run(run.folder, "train", tell=lambda message: progress({"message": message})) as held:
         return _train(recipe, run, corpus, held, progress, score)
 
 
 def _train(
-    recipe: Recipe, run: Run, corpus: Corpus, held: Hold, progress: Callable[[dict[str, Any]], None], score: Score | None
+    recipe: Recipe, run: Run, corpus: Corpus, held: Lease, progress: Callable[[dict[str, Any]], None], score: Score | None
 ) -> TrainResult:
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", START_TIMEOUT_S)
     # Twice ours, so that a silent worker is first named and ended here.
@@ -192,7 +193,7 @@ def _row_length(corpus: Corpus) -> int:
     return corpus.row_length + (corpus.target_length or 0)
 
 
-def _fit(recipe: Recipe, run: Run, corpus: Corpus, goal: Goal, tracker: Tracker, token: Token, score: Score | None) -> int:
+def _fit(recipe: Recipe, run: Run, corpus: Corpus, goal: Goal, tracker: Tracker, token: FenceToken, score: Score | None) -> int:
     """Runs worker groups until the goal is reached. Returns the number of attempts."""
     workers = workers_that_fit(recipe, node_resources())
     aside = goes_aside(recipe, node_resources())
@@ -317,7 +318,9 @@ def _explained(failure: BaseException, outcome: Outcome) -> BaseException:
     return next((error for error in failures.values() if isinstance(error, Exception)), failure)
 
 
-def _finish(recipe: Recipe, run: Run, corpus: Corpus, goal: Goal, tracker: Tracker, token: Token, attempts: int) -> TrainResult:
+def _finish(
+    recipe: Recipe, run: Run, corpus: Corpus, goal: Goal, tracker: Tracker, token: FenceToken, attempts: int
+) -> TrainResult:
     token.check()
     last, best = checkpoints.restorable(run.checkpoints), checkpoints.best(run.checkpoints)
     if last is None or best is None:

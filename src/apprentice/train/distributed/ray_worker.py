@@ -19,7 +19,7 @@ import ray.train.torch
 from ray.train import CheckpointUploadMode
 
 from apprentice.recipe import Recipe, Training
-from apprentice.run.fence import Token
+from apprentice.run.fence import FenceToken
 from apprentice.run.folder import Run
 from apprentice.train.batch import PackedRows
 from apprentice.train.distributed.failure import mendable
@@ -50,7 +50,7 @@ class Job:
     shares: dict[int, float]  # task number → requested share of the examples
     samples: Samples
     aside: bool  # checkpoints are validated asynchronously, not by the workers
-    token: Token  # the right to write to the run
+    token: FenceToken  # the right to write to the run
 
 
 def work(job: Job) -> None:
@@ -86,7 +86,7 @@ def work(job: Job) -> None:
         told: dict[str, Any] = {"tell": tell, "register": register, "wanted": pulse.checkpoint_wanted}
         told["is_empty"] = lambda window: len(render_window(ray.get(job.corpus), window)["row"]) == 0
         if context.get_world_rank() == 0:
-            told["token"] = job.token.begin_group(attempt)
+            told["token"] = job.token.start_group(attempt)
         told |= {"shares": job.shares, "samples": job.samples, "validated_aside": job.aside}
         run_worker(*given, device=device, **told)
     except Exception as error:

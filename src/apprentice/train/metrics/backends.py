@@ -15,7 +15,8 @@ from typing import Any
 
 from apprentice.errors import RecipeError
 from apprentice.recipe import Recipe
-from apprentice.run.folder import Run, flat
+from apprentice.run.folder import Run
+from apprentice.run.identity import flat
 from apprentice.train.metrics.writer import Feed, Service
 
 PROJECT = "apprentice"

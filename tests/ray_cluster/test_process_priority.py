@@ -10,29 +10,29 @@ from pathlib import Path
 
 import pytest
 
-from apprentice.ray_cluster import crowding
-from apprentice.ray_cluster.crowding import NICENESS, SPINS, others_running, spin_little_if_crowded, take_priority
+from apprentice.ray_cluster import process_priority
+from apprentice.ray_cluster.process_priority import NICENESS, SPINS, count_busy_threads, limit_thread_spinning, raise_priority
 
 
 def test_a_replica_is_no_nicer_than_it_was_told(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     changed: list[tuple[int, int]] = []
     monkeypatch.delenv(NICENESS, raising=False)
-    monkeypatch.setattr(crowding.os, "getpriority", lambda *_: 15)
-    monkeypatch.setattr(crowding.os, "setpriority", lambda _, thread, niceness: changed.append((thread, niceness)))
-    take_priority()
+    monkeypatch.setattr(process_priority.os, "getpriority", lambda *_: 15)
+    monkeypatch.setattr(process_priority.os, "setpriority", lambda _, thread, niceness: changed.append((thread, niceness)))
+    raise_priority()
     assert (threading.get_native_id(), 0) in changed
     assert len(changed) == len({thread for thread, _ in changed}) >= threading.active_count()
     changed.clear()
     monkeypatch.setenv(NICENESS, "15")
-    take_priority()
+    raise_priority()
     assert changed == []
 
     def denied(*_: int) -> None:
         raise PermissionError
 
     monkeypatch.delenv(NICENESS)
-    monkeypatch.setattr(crowding.os, "setpriority", denied)
-    take_priority()
+    monkeypatch.setattr(process_priority.os, "setpriority", denied)
+    raise_priority()
     assert "runs at niceness 15, behind all other work; start Ray's nodes with RAY_worker_niceness=0" in caplog.text
 
 
@@ -58,22 +58,22 @@ def test_threads_spin_little_where_others_want_the_cpus(
 
     if left:
         next_sample()
-    monkeypatch.setattr(crowding, "_LOAD", load)
-    monkeypatch.setattr(crowding, "_SAMPLES", max(1, len(running)))
-    monkeypatch.setattr(crowding.time, "sleep", next_sample)
-    monkeypatch.setattr(crowding.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(process_priority, "_LOAD", load)
+    monkeypatch.setattr(process_priority, "_SAMPLES", max(1, len(running)))
+    monkeypatch.setattr(process_priority.time, "sleep", next_sample)
+    monkeypatch.setattr(process_priority.os, "cpu_count", lambda: 2)
     monkeypatch.delitem(sys.modules, "torch", raising=False)
     for name in (SPINS, "OMP_WAIT_POLICY"):
         monkeypatch.setenv(name, "")  # so that it is put back
         monkeypatch.delenv(name)
     for name, value in told.items():
         monkeypatch.setenv(name, value)
-    spin_little_if_crowded(2)
+    limit_thread_spinning(2)
     assert os.environ.get(SPINS) == expected
 
 
 def test_the_system_says_how_many_run() -> None:
-    assert others_running() >= 0
+    assert count_busy_threads() >= 0
 
 
 @pytest.mark.slow

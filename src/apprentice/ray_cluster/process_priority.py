@@ -16,7 +16,7 @@ _SAMPLES, _SAMPLE_S = 10, 0.05
 _LOAD = Path("/proc/loadavg")
 
 
-def take_priority() -> None:
+def raise_priority() -> None:
     """Sets all threads of this process to niceness 0, because Ray starts its workers at 15.
 
     At 15, a token takes seconds beside any other work on the machine. Does nothing where `RAY_worker_niceness` is set. Logs a
@@ -34,7 +34,7 @@ def take_priority() -> None:
         log.warning("this replica runs at niceness %d, behind all other work; start Ray's nodes with %s=0", found, NICENESS)
 
 
-def spin_little_if_crowded(threads: int) -> None:
+def limit_thread_spinning(threads: int) -> None:
     """Makes OpenMP's waiting threads sleep early where `threads` of ours and the machine's other busy threads exceed the CPUs.
 
     A waiting thread that spins there takes the CPU from the very thread that it waits for. Call this before PyTorch is imported:
@@ -42,11 +42,11 @@ def spin_little_if_crowded(threads: int) -> None:
     """
     if "torch" in sys.modules or {SPINS, "OMP_WAIT_POLICY"} & os.environ.keys():
         return
-    if threads + others_running() > (os.cpu_count() or 1):
+    if threads + count_busy_threads() > (os.cpu_count() or 1):
         os.environ[SPINS] = str(_FEW_SPINS)
 
 
-def others_running() -> int:
+def count_busy_threads() -> int:
     """Number of threads on this machine, besides the calling one, that want a CPU all the time.
 
     The minimum of ten samples of /proc/loadavg in about half a second, so that a burst does not count; 0 without such a file.
