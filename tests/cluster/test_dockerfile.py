@@ -42,8 +42,14 @@ def test_what_is_copied_exists_and_reaches_the_build():
         assert name in allowed, name
 
 
-def test_the_final_image_has_no_compiler_and_no_root():
+def test_the_final_image_has_no_root_and_a_compiler_only_where_triton_needs_it():
+    stages = dict(re.findall(r"^FROM \S+ AS (runtime-\w+)$(.*?)(?=^FROM )", text(), re.MULTILINE | re.DOTALL))
+    assert set(stages) == {"runtime-cpu", "runtime-cuda"}
+    assert "apt-get" not in stages["runtime-cpu"]
+    packages = {"gcc", "libc6-dev", "libibverbs1", "ibverbs-providers", "libaio1"}
+    assert packages <= set(stages["runtime-cuda"].split())
     final = text().rpartition("\nFROM ")[2]
+    assert final.startswith("runtime-${VARIANT}\n")
     assert "apt-get" not in final
     assert re.search(r"^USER 1000$", final, re.MULTILINE)
     assert "HEALTHCHECK" in final

