@@ -335,9 +335,10 @@ def test_budgets_and_monitors_select_pods(overlay):
 
 
 def test_pods_of_eight_gpus_have_memory_to_match():
-    """Shared memory holds the object store and NCCL's buffers; host memory holds AdamW's states of 8 × 80 GB when they are offloaded."""
+    """Shared memory holds the object store and NCCL's buffers; host memory holds offloaded states of AdamW."""
     for name, spec in cluster_specs("gpu-nodes"):
-        (group,) = [group for group in spec["workerGroupSpecs"] if limits(group["template"]["spec"]).get("nvidia.com/gpu") == "8"]
+        (group,) = [group for group in spec["workerGroupSpecs"] if group["groupName"] == "gpu8"]
+        assert limits(group["template"]["spec"])["nvidia.com/gpu"] == "8"
         assert (group["replicas"], group["minReplicas"]) == (0, 0), name
         pod = group["template"]["spec"]
         shm = next(volume for volume in pod["volumes"] if volume["name"] == "shm")["emptyDir"]
