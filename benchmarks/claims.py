@@ -112,7 +112,7 @@ def _scored(name: str, recipe: Recipe) -> dict[str, Any]:
             shown = {key: value for key, value in values.items() if key != "done"}
             print(f"{name}: {stage} {shown}", file=sys.stderr, flush=True)
 
-    pipeline.train(recipe, progress=progress)
+    pipeline.train_run(recipe, progress=progress)
     return pipeline.evaluate_run(recipe, progress=progress)[0]
 
 
@@ -123,8 +123,8 @@ def _every_wording(recipe: Recipe, folder: Path) -> dict[str, Any]:
     data = recipe.data.model_copy(update={"tasks": names, "hold_out": names})
     evaluation = recipe.evaluation.model_copy(update={"templates_per_row": "all", "shots": (0,), "baseline_shots": (0,)})
     asked = recipe.model_copy(update={"data": data, "evaluation": evaluation})
-    wanted = pipeline.Wanted(out=folder / f"{recipe.name}-wordings")
-    return pipeline.evaluate_run(asked, wanted=wanted, progress=lambda stage, values: None)[0]
+    options = pipeline.EvaluationOptions(out=folder / f"{recipe.name}-wordings")
+    return pipeline.evaluate_run(asked, options=options, progress=lambda stage, values: None)[0]
 
 
 def wordings_of(variant: str, found: Mapping[str, Any]) -> list[dict[str, Any]]:

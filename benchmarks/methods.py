@@ -61,7 +61,7 @@ def line_of(recipe: Recipe, earlier: Mapping[str, Any]) -> Line:
 
     run = open_run(recipe)
     with PeakMemory() as memory:
-        trained = pipeline.train(recipe, progress=progress)
+        trained = pipeline.train_run(recipe, progress=progress)
     held = earlier.get("memory_mib") if trained["already"] else memory.peak / MIB
     found = pipeline.evaluate_run(recipe, progress=progress)[0]
     return {**trained_of(recipe), "memory_mib": held, **facts_of(run), "pools": pools_of(found)}

@@ -131,7 +131,7 @@ class Reader:
         from apprentice import pipeline
 
         given = dict(check_command(["apprentice", "serve", *words]).params)
-        running = pipeline.endpoint(**given | {"port": 0}, progress=lambda stage, values: None)
+        running = pipeline.run_endpoint(**given | {"port": 0}, progress=lambda stage, values: None)
         self.address = self._open.enter_context(running).removeprefix("http://")
         return ""
 

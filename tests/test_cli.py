@@ -73,7 +73,7 @@ def test_our_fault_is_three_with_a_traceback_and_where_to_report(command, monkey
     def broken(name: str, overrides: list[str] | None, **_: object) -> None:
         raise ZeroDivisionError("inside")
 
-    monkeypatch.setattr(cli.training, "loaded_recipe", broken)
+    monkeypatch.setattr(cli.training_commands, "read_recipe", broken)
     code, _, err = command("train", "flan_mini")
     assert code == 3
     assert "ZeroDivisionError: inside" in err

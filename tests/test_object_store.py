@@ -114,7 +114,7 @@ def test_the_road_with_its_storage_in_a_store(store, tiny_model, tmp_path):
     assert "evaluated already" in again.stdout
     assert store.secret not in done.stdout + done.stderr + again.stdout + again.stderr + str(store.objects)
 
-    found, place = pipeline.report(f"{storage}/tiny", "./runs")
+    found, place = pipeline.rebuild_report(f"{storage}/tiny", "./runs")
     assert len(found["tasks"]) >= 8
     assert json.loads((place / "report.json").read_text())["summary"] == found["summary"]
     run = Run(Folder.at(f"{storage}/tiny"))

@@ -266,10 +266,10 @@ def test_recipe_runs_to_an_answer(name, answers):
 @pytest.mark.parametrize("name", FAR)
 def test_recipe_runs_on_ray_to_an_answered_request(name, tiny_model, ray_cluster, tmp_path):
     recipe = load_recipe(SHIPPED / f"{name}.yaml", tiny(name, tiny_model, tmp_path))
-    result = pipeline.train(recipe, progress=lambda stage, values: None)
+    result = pipeline.train_run(recipe, progress=lambda stage, values: None)
     assert result["steps"] == 2
-    with pipeline.endpoint(result["run"], progress=lambda stage, values: None) as url:
-        assert isinstance(pipeline.ask(url, "Name a colour.", "", max_tokens=4), str)
+    with pipeline.run_endpoint(result["run"], progress=lambda stage, values: None) as url:
+        assert isinstance(pipeline.ask_endpoint(url, "Name a colour.", "", max_tokens=4), str)
 
 
 @pytest.mark.slow

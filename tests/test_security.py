@@ -221,13 +221,15 @@ def test_trust_is_one_word_on_every_command_that_loads_a_model(monkeypatch, tmp_
         return submit.Submission("", "", False)
 
     train = {"run": "", "steps": 0}
-    monkeypatch.setattr(pipeline, "train", lambda recipe, **_: told.update(train=recipe.model.trust) or train)
+    monkeypatch.setattr(pipeline, "train_run", lambda recipe, **_: told.update(train=recipe.model.trust) or train)
     monkeypatch.setattr(pipeline, "training_sentence", lambda result: "")
-    monkeypatch.setattr(pipeline, "prepare", lambda recipe, **_: told.update(prepare=recipe.model.trust) or {})
+    monkeypatch.setattr(pipeline, "prepare_run", lambda recipe, **_: told.update(prepare=recipe.model.trust) or {})
     monkeypatch.setattr(pipeline, "check_recipe", lambda recipe: told.update(check=recipe.model.trust) or [])
-    monkeypatch.setattr(pipeline, "evaluate", lambda target, overrides, **_: told.update(evaluate=overrides) or ({}, ""))
-    monkeypatch.setattr(pipeline, "predict", lambda *_, trust, **__: told.update(predict=trust) or {})
-    monkeypatch.setattr(pipeline, "endpoint", lambda *_, trust, **__: told.update(serve=trust) or nullcontext("http://127.0.0.1:1"))
+    monkeypatch.setattr(pipeline, "evaluate_target", lambda target, overrides, **_: told.update(evaluate=overrides) or ({}, ""))
+    monkeypatch.setattr(pipeline, "predict_file", lambda *_, trust, **__: told.update(predict=trust) or {})
+    monkeypatch.setattr(
+        pipeline, "run_endpoint", lambda *_, trust, **__: told.update(serve=trust) or nullcontext("http://127.0.0.1:1")
+    )
     monkeypatch.setattr(pipeline, "wait_for_stop", lambda: None)
     monkeypatch.setattr(
         submit, "submit", lambda recipe, overrides, **_: told.update(submit=overrides) or submit.Submission("", "", False)
@@ -280,9 +282,9 @@ def test_trust_holds_for_the_models_beside_too(model, tiny_model, tmp_path, monk
     monkeypatch.setattr(deployment, "start", start)
     monkeypatch.setattr("apprentice.pipeline.serve.ray_session", lambda niceness: nullcontext())
     served = {"beside": [str(model)], "recipe": str(tiny_recipe(tmp_path, tiny_model)), "port": 0, "progress": lambda *_: None}
-    with pytest.raises(ModelError, match="weights as a pickle"), pipeline.endpoint(str(tiny_model), **served):
+    with pytest.raises(ModelError, match="weights as a pickle"), pipeline.run_endpoint(str(tiny_model), **served):
         pass
-    with pytest.raises(KeyboardInterrupt), pipeline.endpoint(str(tiny_model), trust=True, **served):
+    with pytest.raises(KeyboardInterrupt), pipeline.run_endpoint(str(tiny_model), trust=True, **served):
         pass
     assert told == [(True, [True])]
 

@@ -14,7 +14,7 @@ from contextlib import suppress
 from typing import Any, TextIO
 
 from apprentice import __version__
-from apprentice.errors import ApprenticeError, full_disk
+from apprentice.errors import ApprenticeError, full_disk_sentence
 
 PLAIN_EVERY_S = 10.0  # seconds between two lines of the same stage where there is no terminal
 
@@ -100,7 +100,7 @@ class Screen:
 
         An `ApprenticeError` or a full disk is one sentence (1); any other error is a bug of ours and has its traceback (3).
         """
-        sentence = str(error) if isinstance(error, ApprenticeError) else full_disk(error)
+        sentence = str(error) if isinstance(error, ApprenticeError) else full_disk_sentence(error)
         if sentence is not None:
             self.error(sentence)
             return 1
@@ -132,7 +132,7 @@ def _write(stream: TextIO, text: str, *, is_result: bool = False) -> None:
         _write(stream, text.encode(encoding, "replace").decode(encoding), is_result=is_result)
     except OSError as error:
         _let_go(stream)
-        if is_result and full_disk(error):
+        if is_result and full_disk_sentence(error):
             raise
     except ValueError:  # the stream is closed
         return

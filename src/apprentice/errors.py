@@ -93,7 +93,7 @@ class MissingError(StorageError):
     """A path does not exist."""
 
 
-def causes(error: BaseException) -> Iterator[BaseException]:
+def all_causes(error: BaseException) -> Iterator[BaseException]:
     """`error` and all its causes, breadth first and each once: Python's chaining, and the attributes in which Ray keeps them."""
     seen: set[int] = set()
     waiting = [error]
@@ -111,9 +111,9 @@ def causes(error: BaseException) -> Iterator[BaseException]:
         waiting += [candidate for candidate in inner if isinstance(candidate, BaseException)]
 
 
-def full_disk(error: BaseException) -> str | None:
+def full_disk_sentence(error: BaseException) -> str | None:
     """The message for an error that a full disk caused, directly or as one of its causes; None for any other error."""
-    for cause in causes(error):
+    for cause in all_causes(error):
         if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
             where = f" for {cause.filename}" if cause.filename else ""
             return f"no room is left on the disk{where}; make room and give the same command again: a run goes on where it was."
@@ -139,7 +139,7 @@ _NEEDED = {
 }
 
 
-def needed(kind: str, message: str) -> str:
+def requirement_of(kind: str, message: str) -> str:
     """A pydantic error in plain words: the requirement that the value does not meet, without a full stop.
 
     `kind` and `message` are the error's `type` and `msg`.

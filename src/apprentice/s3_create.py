@@ -14,7 +14,7 @@ UNKNOWN = {"NotImplemented"}  # the store does not support conditional writes
 UPLOAD_ATTEMPTS, TIMEOUT_S = 4, 20
 
 
-def s3_create(uri: str, data: bytes) -> bool | None:
+def create_object(uri: str, data: bytes) -> bool | None:
     """Creates `s3://bucket/key` with `data`: True if created, False if it exists, None if the store has no conditional writes.
 
     Raises `OSError` for a store that does not answer or refuses the write.

@@ -22,7 +22,7 @@ import pyarrow.fs as pafs
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_exponential
 
 from apprentice.errors import MissingError, StorageError
-from apprentice.s3_create import s3_create
+from apprentice.s3_create import create_object
 
 T = TypeVar("T")
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -210,7 +210,7 @@ class Folder:
         """
         if self.is_local:
             return _create_local(self.local, data)
-        if self.uri.startswith("s3://") and (created := s3_create(self.uri, data)) is not None:
+        if self.uri.startswith("s3://") and (created := create_object(self.uri, data)) is not None:
             return created
         if self.exists():
             return False

@@ -238,14 +238,14 @@ def make_run(folder: Path, name: str) -> None:
     if name in (STOPPED, ROUNDS):
         launch.work = dying(7, 4) if name == STOPPED else dying(4, 3)
     try:
-        pipeline.train(load_recipe(file), progress=lambda stage, values: None)
+        pipeline.train_run(load_recipe(file), progress=lambda stage, values: None)
     except TrainingError as error:
         print(f"{name}: {error}")
     finally:
         launch.work = work
     if name in (FINISHED, LORA):
-        report, _ = pipeline.evaluate(
-            str(folder / "runs" / name), (), wanted=pipeline.Wanted(), progress=lambda stage, values: None
+        report, _ = pipeline.evaluate_target(
+            str(folder / "runs" / name), (), options=pipeline.EvaluationOptions(), progress=lambda stage, values: None
         )
         print(f"{name}: {report['summary']['sentence']}")
 

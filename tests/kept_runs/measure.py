@@ -220,7 +220,7 @@ def exported(place: Path) -> dict[str, Any]:
 
     recipe = load_recipe(place / "recipe.yaml")
     run = Run(Folder.at(place))
-    pipeline.export(str(place), str(place.parents[1] / f"handed-on-{place.name}"))
+    pipeline.export_run(str(place), str(place.parents[1] / f"handed-on-{place.name}"))
     handed_on = place.parents[1] / f"handed-on-{place.name}"
     best = checkpoints.best(run.checkpoints)
     assert best is not None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import yaml
 from apprentice import pipeline
 from apprentice.data.encoding.prompt_contract import layout_of, make_contract
 from apprentice.errors import RunError
+from apprentice.pipeline import evaluate as evaluation
 from apprentice.pretrained.tokenizer import Tokenizer
 from apprentice.recipe import load_recipe
 from apprentice.run.folder import Run, open_run
@@ -21,8 +21,6 @@ from apprentice.tasks.definition import definition_of
 from apprentice.tasks.registry import load_task, select_tasks
 from tests.data.small import write_tasks
 from tests.recipes import tiny_recipe
-
-evaluation = import_module("apprentice.pipeline.evaluate")  # the package has a function of that name
 
 
 @pytest.fixture
@@ -48,8 +46,8 @@ def test_other_tasks_have_a_report_of_their_own(run: Run, monkeypatch: pytest.Mo
     monkeypatch.setattr(evaluation, "ray_session", lambda: pytest.MonkeyPatch.context())
     monkeypatch.setattr(evaluation, "_evaluated", evaluated)
     show = {"progress": lambda *_: None}
-    pipeline.evaluate(str(run.folder), [], wanted=pipeline.Wanted(), **show)
-    pipeline.evaluate(str(run.folder), [], wanted=pipeline.Wanted(tasks=("sst2", "ag_news")), **show)
+    pipeline.evaluate_target(str(run.folder), [], options=pipeline.EvaluationOptions(), **show)
+    pipeline.evaluate_target(str(run.folder), [], options=pipeline.EvaluationOptions(tasks=("sst2", "ag_news")), **show)
     assert known == [(run.report, []), (run.report / "tasks-sst2-ag_news", [run.report])]
     assert run.status()["score"] == 10.0
     assert (run.model / "gate.json").read_json()["passed"] is True
@@ -71,12 +69,14 @@ def test_a_run_is_scored_by_the_definitions_that_it_was_made_with(
 
     monkeypatch.setattr(evaluation, "evaluate_run", evaluated)
     show = {"progress": lambda *_: None}
-    pipeline.evaluate(str(file), [], wanted=pipeline.Wanted(), **show)
+    pipeline.evaluate_target(str(file), [], options=pipeline.EvaluationOptions(), **show)
     changed = yaml.safe_load((tmp_path / "sums.yaml").read_text()) | {"answer": "{{ a - b }}"}
     (tmp_path / "sums.yaml").write_text(yaml.safe_dump(changed))
     load_task.cache_clear()
-    pipeline.evaluate("tiny", [], wanted=pipeline.Wanted(storage=str(tmp_path / "runs")), **show)
-    pipeline.evaluate("tiny", [], wanted=pipeline.Wanted(storage=str(tmp_path / "runs"), tasks=("sums",)), **show)
+    pipeline.evaluate_target("tiny", [], options=pipeline.EvaluationOptions(storage=str(tmp_path / "runs")), **show)
+    pipeline.evaluate_target(
+        "tiny", [], options=pipeline.EvaluationOptions(storage=str(tmp_path / "runs"), tasks=("sums",)), **show
+    )
     assert scored == [scored[0], scored[0], {"sums": scored[0]["sums"]}]
     with pytest.raises(RunError, match=r"task 'sums' changed since run 'tiny' was made; .*: apprentice evaluate /.*/runs/tiny\.$"):
-        pipeline.evaluate(str(file), [], wanted=pipeline.Wanted(), **show)
+        pipeline.evaluate_target(str(file), [], options=pipeline.EvaluationOptions(), **show)

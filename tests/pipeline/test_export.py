@@ -55,7 +55,7 @@ REPORT = {
 def test_what_is_exported_loads_and_says_what_it_is(run: Run, tmp_path: Path) -> None:
     run.report.make()
     (run.report / "report.json").write_json(REPORT)
-    result = pipeline.export("tiny", str(tmp_path / "out" / "model"), storage=str(tmp_path / "runs"))
+    result = pipeline.export_run("tiny", str(tmp_path / "out" / "model"), storage=str(tmp_path / "runs"))
     place = tmp_path / "out" / "model"
     assert result["folder"] == str(place)
     assert result["bytes"] == sum(file.stat().st_size for file in place.iterdir())
@@ -89,31 +89,31 @@ def test_a_card_of_tasks_whose_files_are_gone(tmp_path: Path, tiny_model: Path) 
     make_contract(recipe, layout_of(recipe, Tokenizer(made.model.local)), made.model.local).write(made.model.local)
     (tmp_path / "sums.yaml").unlink()
     load_task.cache_clear()
-    pipeline.export("tiny", str(tmp_path / "out"), storage=str(tmp_path / "runs"))
+    pipeline.export_run("tiny", str(tmp_path / "out"), storage=str(tmp_path / "runs"))
     assert "| `sums` | numbers | unknown | unknown |" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_what_was_not_evaluated_says_so(run: Run, tmp_path: Path) -> None:
-    pipeline.export(str(run.folder), str(tmp_path / "out"))
+    pipeline.export_run(str(run.folder), str(tmp_path / "out"))
     assert "## Scores\n\nNot evaluated." in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_what_cannot_be_exported(run: Run, tmp_path: Path) -> None:
     storage = str(tmp_path / "runs")
     with pytest.raises(RunError, match="'none' is not a run in"):
-        pipeline.export("none", str(tmp_path / "out"), storage=storage)
+        pipeline.export_run("none", str(tmp_path / "out"), storage=storage)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "a").touch()
     with pytest.raises(StorageError, match="is there already and not empty; name a new folder"):
-        pipeline.export("tiny", str(tmp_path / "full"), storage=storage)
+        pipeline.export_run("tiny", str(tmp_path / "full"), storage=storage)
     weights = run.model.local / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
     with pytest.raises(ContractError, match="are not those its contract was written for"):
-        pipeline.export("tiny", str(tmp_path / "out"), storage=storage)
+        pipeline.export_run("tiny", str(tmp_path / "out"), storage=storage)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["full", "recipe.yaml", "runs"]  # nothing half-written
     (run.model / "apprentice.json").delete()
     with pytest.raises(RunError, match="has no trained model yet; train it first"):
-        pipeline.export("tiny", str(tmp_path / "out"), storage=storage)
+        pipeline.export_run("tiny", str(tmp_path / "out"), storage=storage)
 
 
 def test_the_command(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from apprentice.errors import EvaluationError
-from apprentice.pipeline.evaluate import passed_gate
+from apprentice.pipeline import evaluate as evaluation
+from apprentice.pipeline.evaluate import check_gate
 from apprentice.storage import Folder
-
-evaluation = import_module("apprentice.pipeline.evaluate")  # the package has a function of that name
 
 
 class Contract:
@@ -34,7 +32,7 @@ def report(**gate: Any) -> dict[str, Any]:
 def test_a_model_that_passed(folder: Folder) -> None:
     evaluation._store_verdict(folder, report(passed=True))
     assert json.loads((folder / "gate.json").read_text())["weights_sha256"] == "abc"
-    passed_gate(folder)
+    check_gate(folder)
 
 
 def test_a_model_that_failed(folder: Folder) -> None:
@@ -42,16 +40,16 @@ def test_a_model_that_failed(folder: Folder) -> None:
     with pytest.raises(
         EvaluationError, match=r"did not pass: gate: tuned failed: held_out mean above base is \+1\.0, at least \+2\.0"
     ):
-        passed_gate(folder)
+        check_gate(folder)
 
 
 def test_a_model_without_a_verdict_and_with_other_weights(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(EvaluationError, match="no verdict of a gate"):
-        passed_gate(folder)
+        check_gate(folder)
     evaluation._store_verdict(folder, report(passed=True))
     monkeypatch.setattr(Contract, "weights_sha256", "other")
     with pytest.raises(EvaluationError, match="about other weights"):
-        passed_gate(folder)
+        check_gate(folder)
 
 
 def test_scoring_without_a_gate_takes_the_old_verdict_away(folder: Folder) -> None:

@@ -20,7 +20,7 @@ from apprentice.console import Screen
 from apprentice.data.corpus import make_corpus
 from apprentice.data.sources.locate import Reader, Split, resolve
 from apprentice.preflight import check
-from apprentice.preflight.dry_run import first_rows, told_of_rows
+from apprentice.preflight.dry_run import describe_rows, render_first_rows
 from apprentice.recipe import load_recipe
 from apprentice.run.folder import Run
 from apprentice.storage import Folder
@@ -99,8 +99,8 @@ def check_all_that_needs_no_ray(file: str, folder: Path) -> str:
     for look in (check._tasks, check._model, check._storage, check._sources):
         assert look(recipe)
     corpus = make_corpus(recipe, Run(Folder.at(folder / "run")), parallel=False)
-    check.after_indexing(recipe, corpus)
-    return told_of_rows(corpus, first_rows(corpus))
+    check.check_index(recipe, corpus)
+    return describe_rows(corpus, render_first_rows(corpus))
 
 
 def test_test_rows_of_ones_own(command: Command, tmp_path: Path) -> None:

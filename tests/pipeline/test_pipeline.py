@@ -39,7 +39,7 @@ def trained(ray_cluster, tiny_model, tmp_path_factory) -> Path:
     recipe = tiny_recipe(tmp_path_factory.mktemp("road"), tiny_model)
     from apprentice.recipe import load_recipe
 
-    result = pipeline.train(load_recipe(recipe), progress=lambda stage, values: None)
+    result = pipeline.train_run(load_recipe(recipe), progress=lambda stage, values: None)
     assert result["steps"] == 4
     return recipe
 
@@ -198,8 +198,10 @@ def test_serve_answers_and_stops(trained, tiny_model, tmp_path):
     """A bare base, and over it the run's adapter, whose words it takes."""
     runs = trained.parent / "runs"
     asked = {"instruction": "Name a colour.", "max_tokens": 4, "ignore_eos": True}
-    with pipeline.endpoint(str(tiny_model), adapters=str(runs), storage=str(tmp_path), progress=lambda stage, values: None) as url:
-        reply = pipeline.ask(url, "Name a colour.", "", max_tokens=4)
+    with pipeline.run_endpoint(
+        str(tiny_model), adapters=str(runs), storage=str(tmp_path), progress=lambda stage, values: None
+    ) as url:
+        reply = pipeline.ask_endpoint(url, "Name a colour.", "", max_tokens=4)
         models = [model["id"] for model in httpx.get(f"{url}/v1/models").json()["data"]]
         answers = [httpx.post(f"{url}/v1/instruct", json=asked | {"model": name}, timeout=60) for name in models]
         layout = httpx.get(f"{url}/v1/contract", params={"model": "tiny"}).json()["layout"]

@@ -80,8 +80,8 @@ def test_the_reference_is_kept_with_the_run(trained: Path) -> None:
 
 
 def test_it_answers_over_http(trained: Path) -> None:
-    with pipeline.endpoint(str(trained), progress=lambda stage, values: None) as url:
-        assert isinstance(pipeline.ask(url, "Name a colour.", "", max_tokens=4), str)
+    with pipeline.run_endpoint(str(trained), progress=lambda stage, values: None) as url:
+        assert isinstance(pipeline.ask_endpoint(url, "Name a colour.", "", max_tokens=4), str)
 
 
 def test_evaluation_ranks_held_out_pairs(trained: Path) -> None:
@@ -107,7 +107,7 @@ def test_a_reward_model_is_scored_and_never_asked_to_write(trained: Path, tiny_m
     assert len(task["columns"]["tuned@0"]["interval"]) == 2
     with (
         pytest.raises(ModelError, match="is a reward model: it gives answers a number and writes none"),
-        pipeline.endpoint(str(run.folder), progress=lambda stage, values: None),
+        pipeline.run_endpoint(str(run.folder), progress=lambda stage, values: None),
     ):
         pytest.fail("it is served")
 

@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,8 @@ import yaml
 from apprentice import pipeline
 from apprentice.data.corpus import make_corpus
 from apprentice.errors import DataError, RunError
-from apprentice.pipeline.init import Table, begin
+from apprentice.pipeline import prepare as preparation
+from apprentice.pipeline.init import TableDescription, create_project
 from apprentice.preflight import check
 from apprentice.recipe import Recipe, load_recipe
 from apprentice.run import fence
@@ -25,19 +25,17 @@ from apprentice.run.folder import Run
 from apprentice.storage import Folder
 from tests.recipes import tiny_recipe
 
-data = import_module("apprentice.pipeline.prepare")  # the package has a function of that name
-
 
 @pytest.fixture
 def recipe(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
     """One whose preparation needs no Ray."""
-    monkeypatch.setattr(check, "before_writing", lambda recipe: None)
-    monkeypatch.setattr(data, "make_corpus", partial(make_corpus, parallel=False))
+    monkeypatch.setattr(check, "check_before_writing", lambda recipe: None)
+    monkeypatch.setattr(preparation, "make_corpus", partial(make_corpus, parallel=False))
     return load_recipe(tiny_recipe(tmp_path, tiny_model, data__tasks=["message_moods"], data__hold_out=[]))
 
 
 def prepared(recipe: Recipe) -> Run:
-    return data.prepared(recipe, restart=False, progress=lambda stage, values: None)[0]
+    return preparation.prepare_corpus(recipe, restart=False, progress=lambda stage, values: None)[0]
 
 
 def refuse(recipe: Recipe, corpus: object) -> str:
@@ -53,7 +51,7 @@ def test_an_error_leaves_what_an_earlier_command_prepared(recipe: Recipe, monkey
     assert not run.status(), "nothing was trained here yet"
     before = content(run.index)
     assert before
-    monkeypatch.setattr(check, "after_indexing", refuse)
+    monkeypatch.setattr(check, "check_index", refuse)
     with pytest.raises(DataError, match="nothing can be learnt"):
         prepared(recipe)
     assert content(run.index) == before
@@ -83,14 +81,14 @@ def test_a_run_that_somebody_holds_is_left_alone(recipe: Recipe, monkeypatch: py
         for restart in (False, True):
             with (
                 pytest.raises(FencedError, match=words),
-                data.written_run(recipe, "train", restart=restart, progress=lambda stage, values: None),
+                preparation.open_for_writing(recipe, "train", restart=restart, progress=lambda stage, values: None),
             ):
                 pass
         with pytest.raises(FencedError, match=words):
             pipeline.evaluate_run(recipe, progress=lambda stage, values: None)
         other.communicate()
     assert {name: Path(name).read_bytes() for name in before} == before
-    with data.written_run(recipe, "train", restart=True, progress=lambda stage, values: None) as (again, _):
+    with preparation.open_for_writing(recipe, "train", restart=True, progress=lambda stage, values: None) as (again, _):
         assert not again.is_trained
         assert committed_checkpoints(again.folder) == set()
     assert sorted(child.name for child in run.folder.children()) == [
@@ -103,7 +101,7 @@ def test_a_run_that_somebody_holds_is_left_alone(recipe: Recipe, monkeypatch: py
 
 
 def test_an_error_leaves_no_half_made_run_behind(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(check, "after_indexing", refuse)
+    monkeypatch.setattr(check, "check_index", refuse)
     with pytest.raises(DataError, match="nothing can be learnt"):
         prepared(recipe)
     assert not (Path(recipe.storage) / recipe.name).exists()
@@ -111,11 +109,11 @@ def test_an_error_leaves_no_half_made_run_behind(recipe: Recipe, monkeypatch: py
 
 def test_what_init_wrote_goes_on_wherever_it_is_unpacked(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As Ray unpacks a job's working directory: a folder of another name each time that a file in it changed."""
-    monkeypatch.setattr(check, "before_writing", lambda recipe: None)
-    monkeypatch.setattr(data, "make_corpus", partial(make_corpus, parallel=False))
+    monkeypatch.setattr(check, "check_before_writing", lambda recipe: None)
+    monkeypatch.setattr(preparation, "make_corpus", partial(make_corpus, parallel=False))
     rows = [{"question": f"What is {number} and one?", "answer": f"It is {number + 1}."} for number in range(40)]
     (tmp_path / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    begin(tmp_path / "sums.jsonl", tmp_path / "_ray_pkg_1", Table(), base=str(tiny_model))
+    create_project(tmp_path / "sums.jsonl", tmp_path / "_ray_pkg_1", TableDescription(), base=str(tiny_model))
     shared = f"storage={tmp_path / 'shared'}"
     run = prepared(load_recipe(tmp_path / "_ray_pkg_1" / "recipe.yaml", [shared]))
     before = content(run.index)

@@ -53,7 +53,7 @@ def test_to_predict(rewarding: Path, tmp_path: Path) -> None:
     file = tmp_path / "asked.jsonl"
     file.write_text('{"instruction": "Name a colour."}\n')
     with pytest.raises(ModelError, match=REFUSED):
-        pipeline.predict(
+        pipeline.predict_file(
             str(rewarding),
             file,
             None,

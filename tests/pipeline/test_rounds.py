@@ -61,8 +61,8 @@ def test_the_chain_ends_in_a_model_that_answers(chain: Path) -> None:
     assert reward is not None
     named = (run.folder / "identity.json").read_json()["keys"]["training.grpo.reward"]
     assert named == f"run:reward@{reward.weights_sha256[:16]}"
-    with pipeline.endpoint(str(run.folder), progress=lambda stage, values: None) as url:
-        assert isinstance(pipeline.ask(url, "Name a colour.", "", max_tokens=4), str)
+    with pipeline.run_endpoint(str(run.folder), progress=lambda stage, values: None) as url:
+        assert isinstance(pipeline.ask_endpoint(url, "Name a colour.", "", max_tokens=4), str)
 
 
 def test_every_step_says_what_the_replies_were_worth(chain: Path) -> None:

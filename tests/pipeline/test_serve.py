@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from apprentice.pipeline.serve import own_tasks
+from apprentice.pipeline.serve import find_own_tasks
 from apprentice.recipe import Recipe, load_recipe
 from apprentice.run.folder import open_run
 from apprentice.tasks.registry import library, load_task
@@ -27,7 +27,7 @@ def test_a_recipes_own_task_files_can_be_asked_and_a_lost_one_is_told(tmp_path: 
         }
     )
     told: list[dict[str, Any]] = []
-    found = own_tasks(recipe, lambda _, values: told.append(values))
+    found = find_own_tasks(recipe, lambda _, values: told.append(values))
     assert [task.name for task in found] == ["my_news"]
     assert [values["message"][:22] for values in told] == ["not under /v1/tasks: /"]
     assert "lost.yaml does not exist" in told[0]["message"]
@@ -40,5 +40,5 @@ def test_a_run_is_asked_by_the_tasks_that_it_was_made_with(tmp_path: Path, tiny_
     (tmp_path / "sums.yaml").unlink()
     load_task.cache_clear()
     told: list[dict[str, Any]] = []
-    assert [task.name for task in own_tasks(recipe, lambda _, values: told.append(values), run.tasks().find)] == ["sums"]
+    assert [task.name for task in find_own_tasks(recipe, lambda _, values: told.append(values), run.tasks().find)] == ["sums"]
     assert not told

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from apprentice import pipeline
 from apprentice.cli import app
-from apprentice.pipeline.evaluate import metrics_of_score
+from apprentice.pipeline.evaluate import list_score_metrics
 from apprentice.recipe import load_recipe
 from apprentice.run.folder import Run
 from apprentice.storage import Folder
@@ -53,7 +53,7 @@ def test_ctrl_c_tells_where_it_stopped(
             trained_so_far(run, steps, saved)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pipeline, "train", stopped)
+    monkeypatch.setattr(pipeline, "train_run", stopped)
     done = CliRunner().invoke(app, ["train", str(file)])
     assert done.exit_code == 1
     assert said in done.stderr
@@ -65,7 +65,7 @@ def test_a_score_is_shown_with_the_metrics_that_it_is_the_mean_of(tmp_path: Path
     scores = [("rouge_l", 30.0), ("accuracy", 80.0), ("exact_match", 40.0), ("accuracy", 90.0), ("bleu", None)]
     tasks = [{"metric": metric, "columns": {"tuned@0": {"score": score}}} for metric, score in scores]
     tasks.append({"metric": "chrf", "columns": {"base@0": {"score": 5.0}}})
-    metrics = metrics_of_score({"columns": columns, "tasks": tasks})
+    metrics = list_score_metrics({"columns": columns, "tasks": tasks})
     assert metrics == ["accuracy", "rouge_l", "exact_match"]
     for name, more in (("new", {"score_metrics": metrics}), ("old", {})):
         run = Run(Folder.at(tmp_path) / name)

@@ -60,11 +60,11 @@ def test_rows_are_converted_once(tmp_path: Path, tiny_model: Path, monkeypatch: 
     monkeypatch.setattr(convert, "_write", write)
     monkeypatch.setattr(check, "CHECKS", {"sources": check.CHECKS["sources"], "resources": no})
     with pytest.raises(ResourcesError):
-        check.before_writing(recipe)
+        check.check_before_writing(recipe)
     assert not (tmp_path / "runs").exists()
     assert len(written) == 1
     monkeypatch.setattr(check, "CHECKS", {"sources": check.CHECKS["sources"]})
-    check.before_writing(recipe)
+    check.check_before_writing(recipe)
     make_corpus(recipe, Run(Folder.at(tmp_path / "runs" / "tiny")), parallel=False)
     assert len(written) == 2
     (tmp_path / "file").write_text("")

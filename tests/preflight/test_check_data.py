@@ -68,7 +68,7 @@ def test_a_good_recipe_goes_on_with_ray_and_leaves_nothing_behind(
     tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(check, "node_resources", lambda: [{"CPU": 8.0}])
-    monkeypatch.setattr(check, "_rehearsed", rehearsed_here)
+    monkeypatch.setattr(check, "_dry_run", dry_run_here)
     recipe = own_recipe(tmp_path, tiny_model, {})
     findings = check.check(recipe, nothing)
     assert [(finding.subject, finding.ok) for finding in findings] == [
@@ -81,7 +81,7 @@ def test_a_good_recipe_goes_on_with_ray_and_leaves_nothing_behind(
     assert (tmp_path / "runs" / "cache" / "kept").exists()
 
 
-def rehearsed_here(recipe: Recipe, scratch: Run) -> list[check.Finding]:
+def dry_run_here(recipe: Recipe, scratch: Run) -> list[check.Finding]:
     """Converts into the recipe's own cache, as the real one does."""
     make_corpus(recipe, scratch, parallel=False)
     assert (Folder.at(recipe.storage) / "cache").exists()

@@ -12,7 +12,7 @@ import pytest
 
 from apprentice.data.corpus import Corpus
 from apprentice.errors import DataError, ModelError
-from apprentice.preflight import dry_run as rehearsal
+from apprentice.preflight import dry_run
 from apprentice.preflight.dry_run import Speed
 from apprentice.train.batch import PackedRows
 from tests.data.small import make_small_corpus
@@ -20,16 +20,16 @@ from tests.data.small import make_small_corpus
 
 @pytest.fixture(scope="module")
 def corpus(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Corpus:
-    return make_small_corpus(tmp_path_factory.mktemp("rehearsal"), tiny_model)
+    return make_small_corpus(tmp_path_factory.mktemp("dry_run"), tiny_model)
 
 
 @pytest.fixture(scope="module")
 def rows(corpus: Corpus) -> PackedRows:
-    return rehearsal.first_rows(corpus)
+    return dry_run.render_first_rows(corpus)
 
 
 def test_the_rows_are_told_in_one_sentence(corpus: Corpus, rows: PackedRows) -> None:
-    told = rehearsal.told_of_rows(corpus, rows)
+    told = dry_run.describe_rows(corpus, rows)
     examples = sum(len(row.examples) for row in rows.facts)
     assert told.startswith(f"{examples} examples in {len(rows)} rows, ")
     assert re.search(r"\(\d+ an example of \w+, \d+ of \w+\), each example's end among them; cut or dropped: ", told)
@@ -41,20 +41,20 @@ def test_an_end_that_is_not_trained_on_is_found(corpus: Corpus, rows: PackedRows
     mask = rows.loss_mask.copy()
     mask[2, np.flatnonzero(rows.segment_ids[2] == 1)[-1]] = 0
     with pytest.raises(DataError, match="row 2 in window 0 does not end with a token that is trained on"):
-        rehearsal.told_of_rows(corpus, replace(rows, loss_mask=mask))
+        dry_run.describe_rows(corpus, replace(rows, loss_mask=mask))
 
 
 def test_a_task_without_targets_is_named(corpus: Corpus, rows: PackedRows) -> None:
     facts = [row._replace(targets=[0] * len(row.targets)) for row in rows.facts]
     with pytest.raises(DataError, match=r"'stories' has \d+ examples in the first window and no token to train on"):
-        rehearsal.told_of_rows(corpus, replace(rows, facts=facts))
+        dry_run.describe_rows(corpus, replace(rows, facts=facts))
 
 
 def test_a_task_that_is_cut_or_dropped_whole_is_refused(tiny_model: Path, tmp_path: Path) -> None:
     def told(name: str, **data: Any) -> str:
         (tmp_path / name).mkdir()
         corpus = make_small_corpus(tmp_path / name, tiny_model, **data)
-        return rehearsal.told_of_rows(corpus, rehearsal.first_rows(corpus))
+        return dry_run.describe_rows(corpus, dry_run.render_first_rows(corpus))
 
     formats = {"zero_shot": 1.0, "few_shot": 0.0, "inverted": 0.0}
     assert "cut or dropped: nothing" in told("whole", formats=formats)
@@ -70,30 +70,30 @@ def test_a_task_that_is_cut_or_dropped_whole_is_refused(tiny_model: Path, tmp_pa
 
 
 def test_packing_that_mixes_examples_is_refused(corpus: Corpus, rows: PackedRows) -> None:
-    assert rehearsal.told_of_packing(corpus, rows).endswith("in one row and each alone they have the same loss")
+    assert dry_run.compare_packing(corpus, rows).endswith("in one row and each alone they have the same loss")
     straight = np.broadcast_to(np.arange(rows.positions.shape[1], dtype=rows.positions.dtype), rows.positions.shape)
     with pytest.raises(ModelError, match="packed examples see each other"):
-        rehearsal.told_of_packing(corpus, replace(rows, positions=straight))
+        dry_run.compare_packing(corpus, replace(rows, positions=straight))
 
 
 def test_examples_that_weigh_differently_have_the_same_loss_alone(corpus: Corpus, rows: PackedRows) -> None:
     weights = [np.linspace(1.0, 0.1, len(row.examples), dtype=np.float32) for row in rows.facts]
-    plain, weighted = (rehearsal.told_of_packing(corpus, each) for each in (rows, replace(rows, weights=weights)))
+    plain, weighted = (dry_run.compare_packing(corpus, each) for each in (rows, replace(rows, weights=weights)))
     assert weighted == plain
     assert weighted.endswith("in one row and each alone they have the same loss")
 
 
 def test_time_is_told_where_it_is_known(corpus: Corpus, rows: PackedRows) -> None:
-    speed = rehearsal.speed_of(corpus, rows)
+    speed = dry_run.measure_speed(corpus, rows)
     assert speed.training
     assert speed.reading
-    assert " tokens/s a worker" in rehearsal.told_of_duration(corpus, speed)
-    assert rehearsal.told_of_duration(corpus, Speed(None, None)).endswith("how long it takes shows after the first steps")
-    spoken = [rehearsal.spoken_time(seconds) for seconds in (12, 100, 5399, 9000)]
+    assert " tokens/s a worker" in dry_run.describe_duration(corpus, speed)
+    assert dry_run.describe_duration(corpus, Speed(None, None)).endswith("how long it takes shows after the first steps")
+    spoken = [dry_run.format_duration(seconds) for seconds in (12, 100, 5399, 9000)]
     assert spoken == ["under a minute", "about 2 minutes", "about 90 minutes", "about 2.5 hours"]
 
 
 def test_a_large_model_is_not_tried(corpus: Corpus, rows: PackedRows, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rehearsal, "count_parameters", lambda folder: 7_000_000_000)
-    assert rehearsal.told_of_packing(corpus, rows) == "not tried: the model has 7.0 billion numbers, too many for this process"
-    assert rehearsal.speed_of(corpus, rows) == Speed(None, None)
+    monkeypatch.setattr(dry_run, "count_parameters", lambda folder: 7_000_000_000)
+    assert dry_run.compare_packing(corpus, rows) == "not tried: the model has 7.0 billion numbers, too many for this process"
+    assert dry_run.measure_speed(corpus, rows) == Speed(None, None)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from apprentice.cli.options import Json, Overrides, RecipeFile, Restart, Storage, Trust, cell, loaded_recipe, screen_for, task_table
+from apprentice.cli.options import Json, Overrides, RecipeFile, Restart, Storage, Trust, cell, read_recipe, screen_for, task_table
 
 
 def init(
@@ -31,9 +31,9 @@ def init(
 
     screen = screen_for(json)
     names = tuple(name.strip() for name in choices.split(",")) if choices else ()
-    table = pipeline.Table(instruction, tuple(input or ()), answer, label, names, encoding)
+    table = pipeline.TableDescription(instruction, tuple(input or ()), answer, label, names, encoding)
     ask = (lambda question: str(typer.prompt(question, default="", show_default=False))) if screen.can_ask else None
-    found = pipeline.begin(file, out, table, test=test, base=base, ask=ask)
+    found = pipeline.create_project(file, out, table, test=test, base=base, ask=ask)
     columns = "".join(f"\n  {kind:<12} {cell(value)}" for kind, value in found["columns"].items())
     left_out = f", {found['left_out']} left out that lack a value" if found["left_out"] else ""
     screen.result(
@@ -48,7 +48,7 @@ def check(recipe: RecipeFile, overrides: Overrides = None, trust: Trust = False,
     from apprentice import pipeline
 
     screen = screen_for(json)
-    findings = pipeline.check_recipe(loaded_recipe(recipe, overrides, trust=trust))
+    findings = pipeline.check_recipe(read_recipe(recipe, overrides, trust=trust))
     for finding in findings:
         screen.say(f"{'ok ' if finding.ok else 'NO '} {finding.subject:<10} {finding.message}")
     ready = all(finding.ok for finding in findings)
@@ -103,10 +103,10 @@ def preview(
 
     screen = screen_for(json)
     if html is not None:
-        html.write_text(pipeline.preview_page(loaded_recipe(recipe, overrides), number), encoding="utf-8")
+        html.write_text(pipeline.preview_html(read_recipe(recipe, overrides), number), encoding="utf-8")
         screen.result({"page": str(html)}, f"wrote {html}")
         return
-    shown = pipeline.preview(loaded_recipe(recipe, overrides), number)
+    shown = pipeline.preview_examples(read_recipe(recipe, overrides), number)
     if not json:
         screen.show(view.to_text(shown))
     screen.result({"examples": [item.as_dict() for item in shown]})
@@ -126,7 +126,7 @@ def trace(
     if (step is None) == (position is None):
         raise typer.BadParameter("give either --step or --position")
     screen = screen_for(json)
-    shown = pipeline.trace(run, storage, step=step, position=position)
+    shown = pipeline.trace_examples(run, storage, step=step, position=position)
     if not json:
         screen.show(view.to_text(shown))
     screen.result({"examples": [item.as_dict() for item in shown]})
@@ -139,8 +139,8 @@ def prepare(
     from apprentice import pipeline
 
     screen = screen_for(json)
-    loaded = loaded_recipe(recipe, overrides, trust=trust)
-    result = pipeline.prepare(loaded, restart=restart, progress=screen.progress)
+    loaded = read_recipe(recipe, overrides, trust=trust)
+    result = pipeline.prepare_run(loaded, restart=restart, progress=screen.progress)
     screen.result(
         result, f"{result['train_rows']} training rows of {result['tasks']} tasks, {result['steps']} steps\n{result['run']}"
     )

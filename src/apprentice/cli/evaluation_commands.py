@@ -32,7 +32,7 @@ def evaluate(
     from apprentice import pipeline
 
     screen = screen_for(json)
-    wanted = pipeline.Wanted(
+    options = pipeline.EvaluationOptions(
         recipe=recipe,
         tasks=tuple(tasks or ()),
         against=against,
@@ -43,7 +43,7 @@ def evaluate(
         restart=restart,
         storage=storage,
     )
-    found, folder = pipeline.evaluate(target, with_trust(overrides, trust), wanted=wanted, progress=screen.progress)
+    found, folder = pipeline.evaluate_target(target, with_trust(overrides, trust), options=options, progress=screen.progress)
     _show(screen, found, folder)
 
 
@@ -55,7 +55,7 @@ def report(
     """Make a report again from its predictions, without any model."""
     from apprentice import pipeline
 
-    _show(screen_for(json), *pipeline.report(target, storage))
+    _show(screen_for(json), *pipeline.rebuild_report(target, storage))
 
 
 def report_schema() -> None:
@@ -76,7 +76,7 @@ def compare(
     """Compare several evaluated runs in one report, question by question."""
     from apprentice import pipeline
 
-    _show(screen_for(json), *pipeline.compare(targets, out, storage))
+    _show(screen_for(json), *pipeline.compare_runs(targets, out, storage))
 
 
 def predict(
@@ -95,7 +95,7 @@ def predict(
     from apprentice import pipeline
 
     screen = screen_for(json)
-    result = pipeline.predict(
+    result = pipeline.predict_file(
         target,
         file,
         out,

@@ -23,7 +23,7 @@ def screen_for(as_json: bool) -> Screen:
     return Screen(as_json=as_json)
 
 
-def loaded_recipe(name: str, overrides: list[str] | None, *, trust: bool = False) -> Any:
+def read_recipe(name: str, overrides: list[str] | None, *, trust: bool = False) -> Any:
     """Loads a recipe, from a file or a shipped one by name, and applies the overrides."""
     from apprentice.recipe import find_recipe, load_recipe
 

@@ -34,7 +34,7 @@ def serve(
     from apprentice import pipeline
 
     screen = screen_for(as_json=False)
-    with pipeline.endpoint(
+    with pipeline.run_endpoint(
         target,
         host=host,
         port=port,
@@ -67,7 +67,7 @@ def ask(
     from apprentice import pipeline
 
     screen = screen_for(json)
-    reply = pipeline.ask(url, instruction, input, max_tokens=max_tokens, key=key)
+    reply = pipeline.ask_endpoint(url, instruction, input, max_tokens=max_tokens, key=key)
     screen.result({"reply": reply}, reply)
 
 

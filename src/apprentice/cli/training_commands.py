@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from apprentice.cli.options import Json, Overrides, RecipeFile, Restart, Storage, Trust, cell, loaded_recipe, screen_for, table_of
+from apprentice.cli.options import Json, Overrides, RecipeFile, Restart, Storage, Trust, cell, read_recipe, screen_for, table_of
 
 
 def quickstart(
@@ -30,9 +30,9 @@ def train(
     from apprentice import pipeline
 
     screen = screen_for(json)
-    loaded = loaded_recipe(recipe, overrides, trust=trust)
+    loaded = read_recipe(recipe, overrides, trust=trust)
     try:
-        result = pipeline.train(loaded, restart=restart, progress=screen.progress)
+        result = pipeline.train_run(loaded, restart=restart, progress=screen.progress)
     except KeyboardInterrupt:
         screen.error(pipeline.stopped_sentence(loaded))
         raise typer.Exit(1) from None
@@ -44,7 +44,7 @@ def runs(storage: Storage = "./runs", json: Json = False) -> None:
     from apprentice import pipeline
 
     screen = screen_for(json)
-    found = pipeline.runs(storage)
+    found = pipeline.list_runs(storage)
     if not json:
         columns = ["name", "state", "step", "loss", "validation_loss", "score", "updated"]
         screen.show(table_of(columns, [[_shown(run, column) for column in columns] for run in found]))
@@ -67,5 +67,5 @@ def export(
     from apprentice import pipeline
 
     screen = screen_for(json)
-    result = pipeline.export(run, folder, storage=storage)
+    result = pipeline.export_run(run, folder, storage=storage)
     screen.result(result, f"{result['bytes'] / 1e6:.0f} MB\n{result['folder']}")

@@ -30,12 +30,12 @@ from apprentice.tasks.registry import Find, find_tasks
 
 def prepare(recipe: Recipe, screen: Screen) -> None:
     """Freezes the index of each task; prints the run folder."""
-    screen.result({}, pipeline.prepare(recipe, progress=screen.progress)["run"])
+    screen.result({}, pipeline.prepare_run(recipe, progress=screen.progress)["run"])
 
 
 def train(recipe: Recipe, screen: Screen) -> None:
     """Fine-tunes, or resumes the run; prints the run folder."""
-    result = pipeline.train(recipe, progress=screen.progress)
+    result = pipeline.train_run(recipe, progress=screen.progress)
     screen.say(pipeline.training_sentence(result))
     screen.result({}, result["run"])
 
@@ -56,7 +56,7 @@ def run_pipeline(recipe: Recipe, screen: Screen, *, deploy: bool = False) -> Non
     if deploy:
         serve_config(str(run.model), recipe)  # refuses what could not be deployed before anything is trained
     with ray_session():
-        result = pipeline.train(recipe, progress=screen.progress)  # prepares first, if need be
+        result = pipeline.train_run(recipe, progress=screen.progress)  # prepares first, if need be
         screen.say(pipeline.training_sentence(result) if not result["already"] else "trained already, with the same identity")
         wanted = evaluation_identity(recipe, run.format, run.tasks().find_again)
         if run.status().get("evaluated") == wanted and (run.report / "report.json").exists():
@@ -66,7 +66,7 @@ def run_pipeline(recipe: Recipe, screen: Screen, *, deploy: bool = False) -> Non
             run.update_status(evaluated=wanted)
             screen.say(report["summary"]["sentence"])
         if recipe.evaluation.gate is not None:
-            pipeline.passed_gate(run.model)
+            pipeline.check_gate(run.model)
         if deploy:
             there = deploy_run(str(run.folder), recipe)
             screen.say(f"deployed as the Serve application {there.name!r}, port {there.port} of every node, path {there.path}")

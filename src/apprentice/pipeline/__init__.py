@@ -7,48 +7,48 @@ from __future__ import annotations
 
 from apprentice.pipeline.chain import check_order
 from apprentice.pipeline.evaluate import (
-    Wanted,
+    EvaluationOptions,
     check_definitions,
-    compare,
-    evaluate,
+    check_gate,
+    compare_runs,
     evaluate_model,
     evaluate_run,
-    passed_gate,
-    report,
+    evaluate_target,
+    rebuild_report,
 )
-from apprentice.pipeline.export import export
-from apprentice.pipeline.init import Table, begin
-from apprentice.pipeline.predict import predict
-from apprentice.pipeline.prepare import Progress, check_recipe, prepare, preview, preview_page, trace
-from apprentice.pipeline.serve import ask, endpoint, wait_for_stop
-from apprentice.pipeline.train import number, runs, stopped_sentence, train, training_sentence
+from apprentice.pipeline.export import export_run
+from apprentice.pipeline.init import TableDescription, create_project
+from apprentice.pipeline.predict import predict_file
+from apprentice.pipeline.prepare import Progress, check_recipe, prepare_run, preview_examples, preview_html, trace_examples
+from apprentice.pipeline.serve import ask_endpoint, run_endpoint, wait_for_stop
+from apprentice.pipeline.train import format_loss, list_runs, stopped_sentence, train_run, training_sentence
 
 __all__ = [
+    "EvaluationOptions",
     "Progress",
-    "Table",
-    "Wanted",
-    "ask",
-    "begin",
+    "TableDescription",
+    "ask_endpoint",
     "check_definitions",
+    "check_gate",
     "check_order",
     "check_recipe",
-    "compare",
-    "endpoint",
-    "evaluate",
+    "compare_runs",
+    "create_project",
     "evaluate_model",
     "evaluate_run",
-    "export",
-    "number",
-    "passed_gate",
-    "predict",
-    "prepare",
-    "preview",
-    "preview_page",
-    "report",
-    "runs",
+    "evaluate_target",
+    "export_run",
+    "format_loss",
+    "list_runs",
+    "predict_file",
+    "prepare_run",
+    "preview_examples",
+    "preview_html",
+    "rebuild_report",
+    "run_endpoint",
     "stopped_sentence",
-    "trace",
-    "train",
+    "trace_examples",
+    "train_run",
     "training_sentence",
     "wait_for_stop",
 ]

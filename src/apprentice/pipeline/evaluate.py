@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from apprentice.data.stream import make_corpus
 from apprentice.errors import EvaluationError, RecipeError, RunError, TaskError
-from apprentice.pipeline.prepare import Progress, scratch_run
+from apprentice.pipeline.prepare import Progress, temporary_run
 from apprentice.pretrained.hub import local_folder
 from apprentice.ray_cluster.session import ray_session
 from apprentice.recipe import RUN, Recipe, find_recipe, load_recipe
@@ -31,7 +31,7 @@ Result = tuple[dict[str, Any], Folder]  # the report, and the folder that it was
 
 
 @dataclass(frozen=True)
-class Wanted:
+class EvaluationOptions:
     """Options of `apprentice evaluate`, besides its target and overrides."""
 
     recipe: str | None = None
@@ -45,10 +45,12 @@ class Wanted:
     storage: str = "./runs"
 
 
-def evaluate_run(recipe: Recipe, *, wanted: Wanted = Wanted(), trained_by: Recipe | None = None, progress: Progress) -> Result:
-    """Evaluates the run of `recipe` beside its base model, or beside `wanted.against`.
+def evaluate_run(
+    recipe: Recipe, *, options: EvaluationOptions = EvaluationOptions(), trained_by: Recipe | None = None, progress: Progress
+) -> Result:
+    """Evaluates the run of `recipe` beside its base model, or beside `options.against`.
 
-    Returns the report and its folder, which lies in the run unless `wanted.out` names another. `trained_by` is the recipe
+    Returns the report and its folder, which lies in the run unless `options.out` names another. `trained_by` is the recipe
     whose tasks were trained on, where `recipe` has other tasks to score. Only an evaluation on the run's own tasks, without
     `against` and endpoint, stores the run's score and its quality gate's verdict. Raises `RunError` for a run without a
     trained model, and `FencedError` if another process holds the run.
@@ -57,12 +59,12 @@ def evaluate_run(recipe: Recipe, *, wanted: Wanted = Wanted(), trained_by: Recip
     if not run.is_trained:
         raise RunError(f"run {run.name!r} in {recipe.storage} has no trained model yet; train it first.")
     wait_until_free(run.folder, tell=lambda message: progress("evaluate", {"message": message, "done": True}))
-    endpoint = _endpoint(wanted)
+    endpoint = _endpoint(options)
     tuned = _subject("tuned" if endpoint is None else "endpoint", local_folder(str(run.model)), recipe.evaluation.shots, endpoint)
     place = run.report
     known: list[Folder] = []
-    if wanted.against is not None:
-        name, folder, known = _other(wanted, trust=recipe.model.trust)
+    if options.against is not None:
+        name, folder, known = _other(options, trust=recipe.model.trust)
         subjects = [_subject(name, folder, recipe.evaluation.shots), tuned]
         place = place / f"against-{name}"
         known = [*known, run.report]
@@ -72,20 +74,20 @@ def evaluate_run(recipe: Recipe, *, wanted: Wanted = Wanted(), trained_by: Recip
         subjects = [_subject("base", local_folder(recipe.model.base, trust=recipe.model.trust), base_shots)] if base_shots else []
         subjects.append(tuned)
         place = place if endpoint is None else place / "endpoint"
-    if wanted.tasks:  # not into the run's own report, which is about the run's own tasks
-        place = place / f"tasks-{'-'.join(Path(name).stem for name in wanted.tasks)}"[:100]
+    if options.tasks:  # not into the run's own report, which is about the run's own tasks
+        place = place / f"tasks-{'-'.join(Path(name).stem for name in options.tasks)}"[:100]
         known = [*known, run.report]
-    place = Folder.at(wanted.out) if wanted.out else place
+    place = Folder.at(options.out) if options.out else place
     with ray_session():
         trained = trained_clusters(trained_by or recipe, run.tasks().find)
-        report = _evaluated(recipe, run, subjects, place, run, known, wanted.restart, trained, progress)
-    if wanted.against is None and endpoint is None and not wanted.tasks:
-        run.update_status(score=report["summary"]["score"], score_metrics=metrics_of_score(report))
+        report = _evaluated(recipe, run, subjects, place, run, known, options.restart, trained, progress)
+    if options.against is None and endpoint is None and not options.tasks:
+        run.update_status(score=report["summary"]["score"], score_metrics=list_score_metrics(report))
         _store_verdict(run.model, report)
     return report, place
 
 
-def metrics_of_score(report: Mapping[str, Any]) -> list[str]:
+def list_score_metrics(report: Mapping[str, Any]) -> list[str]:
     """Names of the metrics that a report's overall score is the mean of, the metric of most tasks first."""
     last = report["columns"][-1]["subject"]
     key = next(column["key"] for column in report["columns"] if column["subject"] == last)
@@ -98,7 +100,7 @@ def evaluate_model(
     recipe: Recipe,
     out: Path | None,
     *,
-    wanted: Wanted = Wanted(),
+    options: EvaluationOptions = EvaluationOptions(),
     trained_by: Recipe | None = None,
     progress: Progress,
 ) -> Result:
@@ -109,11 +111,11 @@ def evaluate_model(
     """
     with _whole_model(model, trust=recipe.model.trust) as (name, folder):
         place = Folder.at(out or Path("reports") / name)
-        endpoint = _endpoint(wanted)
+        endpoint = _endpoint(options)
         subjects = [_subject("model" if endpoint is None else "endpoint", folder, recipe.evaluation.shots, endpoint)]
         known: list[Folder] = []
-        if wanted.against is not None:
-            other, other_folder, known = _other(wanted, trust=recipe.model.trust)
+        if options.against is not None:
+            other, other_folder, known = _other(options, trust=recipe.model.trust)
             subjects.insert(0, _subject(other, other_folder, recipe.evaluation.shots))
         beside_an_adapter = Path(model).expanduser().parent / "model"
         trained: frozenset[str] = frozenset()
@@ -121,8 +123,8 @@ def evaluate_model(
             trained = trained_clusters(trained_by or recipe)
         else:
             recipe = _all_held_out(recipe)
-        with ray_session(), scratch_run(recipe, keep_cache=True) as scratch:
-            return _evaluated(recipe, scratch, subjects, place, None, known, wanted.restart, trained, progress), place
+        with ray_session(), temporary_run(recipe, keep_cache=True) as scratch:
+            return _evaluated(recipe, scratch, subjects, place, None, known, options.restart, trained, progress), place
 
 
 def _came_from(recipe: Recipe, model: Path) -> bool:
@@ -185,21 +187,21 @@ def _subject(name: str, folder: Path, shots: tuple[int, ...], endpoint: Endpoint
     return Subject(name, folder, shots, endpoint)
 
 
-def _endpoint(wanted: Wanted) -> Endpoint | None:
+def _endpoint(options: EvaluationOptions) -> Endpoint | None:
     from apprentice.evaluate.scoring.endpoint import Endpoint, model_at
 
-    if wanted.endpoint is None:
+    if options.endpoint is None:
         return None
-    refuse_credentials(wanted.endpoint)
-    return Endpoint(wanted.endpoint, wanted.model or model_at(wanted.endpoint, wanted.key), wanted.key)
+    refuse_credentials(options.endpoint)
+    return Endpoint(options.endpoint, options.model or model_at(options.endpoint, options.key), options.key)
 
 
-def _other(wanted: Wanted, *, trust: bool) -> tuple[str, Path, list[Folder]]:
+def _other(options: EvaluationOptions, *, trust: bool) -> tuple[str, Path, list[Folder]]:
     """Name, model folder and earlier reports of the run or model to compare with."""
-    assert wanted.against is not None
-    run = find_run(wanted.against, wanted.storage)
+    assert options.against is not None
+    run = find_run(options.against, options.storage)
     if run is None:
-        folder = local_folder(wanted.against, trust=trust)
+        folder = local_folder(options.against, trust=trust)
         return folder.name, folder, []
     if not run.is_trained:
         raise RunError(f"run {run.name!r} has no trained model yet; train it first.")
@@ -231,30 +233,30 @@ def _store_verdict(model: Folder, report: dict[str, Any]) -> None:
         )
 
 
-def evaluate(target: str, overrides: Sequence[str], *, wanted: Wanted, progress: Progress) -> Result:
+def evaluate_target(target: str, overrides: Sequence[str], *, options: EvaluationOptions, progress: Progress) -> Result:
     """Evaluates `target`: the run that it names, the run of the recipe that it names, or a bare model.
 
-    A bare model is scored on the tasks of `wanted.recipe`, or on `wanted.tasks`; without either, `RecipeError` is raised.
+    A bare model is scored on the tasks of `options.recipe`, or on `options.tasks`; without either, `RecipeError` is raised.
     """
-    run = find_run(target, wanted.storage)
+    run = find_run(target, options.storage)
     if run is not None:
         whole = _recipe_of(run, overrides)
-        recipe = _with_tasks(whole, wanted, find=run.tasks().find)
-        return evaluate_run(recipe, wanted=wanted, trained_by=whole, progress=progress)
+        recipe = _with_tasks(whole, options, find=run.tasks().find)
+        return evaluate_run(recipe, options=options, trained_by=whole, progress=progress)
     if target.endswith((".yaml", ".yml")) or _is_shipped(target):
         whole = load_recipe(find_recipe(target), overrides)
         check_definitions(whole)
-        return evaluate_run(_with_tasks(whole, wanted), wanted=wanted, trained_by=whole, progress=progress)
-    if wanted.recipe is not None:
-        whole = load_recipe(find_recipe(wanted.recipe), overrides)
-        recipe = _with_tasks(whole, wanted)
-    elif wanted.tasks:
-        whole = recipe = _bare_recipe(target, overrides, wanted)
+        return evaluate_run(_with_tasks(whole, options), options=options, trained_by=whole, progress=progress)
+    if options.recipe is not None:
+        whole = load_recipe(find_recipe(options.recipe), overrides)
+        recipe = _with_tasks(whole, options)
+    elif options.tasks:
+        whole = recipe = _bare_recipe(target, overrides, options)
     else:
         raise RecipeError(
             f"{target!r} is not a run or a recipe; a bare model needs the tasks of a recipe: --recipe FILE, or --tasks NAME."
         )
-    return evaluate_model(target, recipe, wanted.out, wanted=wanted, trained_by=whole, progress=progress)
+    return evaluate_model(target, recipe, options.out, options=options, trained_by=whole, progress=progress)
 
 
 def check_definitions(recipe: Recipe) -> None:
@@ -279,28 +281,28 @@ def _recipe_of(run: Run, overrides: Sequence[str]) -> Recipe:
         return load_recipe(file, overrides)
 
 
-def _with_tasks(recipe: Recipe, wanted: Wanted, find: Find = find_tasks) -> Recipe:
-    """The recipe with `wanted.tasks`, if any, in place of its own; those that it does not train on are held out."""
-    if not wanted.tasks:
+def _with_tasks(recipe: Recipe, options: EvaluationOptions, find: Find = find_tasks) -> Recipe:
+    """The recipe with `options.tasks`, if any, in place of its own; those that it does not train on are held out."""
+    if not options.tasks:
         return recipe
     known, held_out = select_tasks(recipe.data.entries, recipe.data.hold_out, Path.cwd(), to_train=False, find=find)
     trained = {task.name for task in known} - held_out
-    chosen, _ = select_tasks(wanted.tasks, (), Path.cwd(), to_train=False, find=find)
+    chosen, _ = select_tasks(options.tasks, (), Path.cwd(), to_train=False, find=find)
     others = tuple(task.name for task in chosen if task.name not in trained)
-    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"tasks": wanted.tasks, "hold_out": others})})
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"tasks": options.tasks, "hold_out": others})})
 
 
-def _bare_recipe(model: str, overrides: Sequence[str], wanted: Wanted) -> Recipe:
-    """A recipe for evaluation alone: `wanted.tasks`, all of them held out."""
+def _bare_recipe(model: str, overrides: Sequence[str], options: EvaluationOptions) -> Recipe:
+    """A recipe for evaluation alone: `options.tasks`, all of them held out."""
     import tempfile
 
     import yaml
 
     whole = {
         "name": "model",
-        "storage": wanted.storage,
+        "storage": options.storage,
         "model": {"base": model},
-        "data": {"tasks": list(wanted.tasks), "hold_out": list(wanted.tasks)},
+        "data": {"tasks": list(options.tasks), "hold_out": list(options.tasks)},
         "training": {"steps": 1},
     }
     with tempfile.NamedTemporaryFile("w", suffix=".yaml", dir=".", prefix=".apprentice-", encoding="utf-8") as file:
@@ -317,7 +319,7 @@ def _is_shipped(name: str) -> bool:
     return True
 
 
-def report(target: str, storage: str) -> Result:
+def rebuild_report(target: str, storage: str) -> Result:
     """Makes a report again from its stored predictions, without any model.
 
     `target` is a run, or a folder with `predictions.parquet`. Raises `EvaluationError` if there are no predictions.
@@ -332,7 +334,7 @@ def report(target: str, storage: str) -> Result:
     return found, folder
 
 
-def compare(targets: Sequence[str], out: Path | None, storage: str) -> Result:
+def compare_runs(targets: Sequence[str], out: Path | None, storage: str) -> Result:
     """Writes one report over the predictions of several runs, each with its last subject; all are compared with the first.
 
     The report goes to `out`, by default `reports/compare-<names>`. Raises `EvaluationError` for a run without predictions.
@@ -366,7 +368,7 @@ def _reported(target: str, storage: str) -> Folder:
     return folder
 
 
-def passed_gate(model: Folder) -> None:
+def check_gate(model: Folder) -> None:
     """Raises `EvaluationError` unless a stored verdict says that the weights in `model` passed their recipe's quality gate."""
     file, contract = model / GATE_FILE, read_contract(model)
     if not file.exists():

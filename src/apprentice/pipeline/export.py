@@ -17,7 +17,7 @@ from apprentice.run.folder import Run, find_run
 from apprentice.tasks.registry import select_tasks
 
 
-def export(target: str, folder: str, *, storage: str = "./runs") -> dict[str, Any]:
+def export_run(target: str, folder: str, *, storage: str = "./runs") -> dict[str, Any]:
     """Writes the model of the run `target` into the new `folder`, which transformers loads by itself.
 
     Raises `RunError` if there is no such trained run, and `StorageError` if `folder` holds something or cannot be written.

@@ -26,7 +26,7 @@ SEEN = 100_000  # rows that are searched for labels
 
 
 @dataclass(frozen=True)
-class Table:
+class TableDescription:
     """The user's description of a table: the purpose of its columns and the names of its labels; None and () mean guess.
 
     `choices` may be columns that hold each row's choices. `encoding` is None for UTF-8.
@@ -40,10 +40,10 @@ class Table:
     encoding: str | None = None
 
 
-def begin(
+def create_project(
     file: Path,
     out: Path | None,
-    said: Table,
+    said: TableDescription,
     *,
     test: Path | None = None,
     base: str,
@@ -98,7 +98,7 @@ def begin(
 
 
 def _drafted(
-    name: str, rows: Sequence[Mapping[str, Any]], file: Path, said: Table
+    name: str, rows: Sequence[Mapping[str, Any]], file: Path, said: TableDescription
 ) -> tuple[Columns, list[dict[str, Any]], dict[str, Any]]:
     """Guesses the columns; returns them, the rows that have all needed values, and the content of the task file."""
     unprintable = {column for column in rows[0] if not all(is_printable(row.get(column) or "") for row in rows[:SEEN])}

@@ -8,7 +8,7 @@ from typing import Any
 from apprentice.data.encoding.prompt_contract import layout_beside
 from apprentice.errors import RunError
 from apprentice.pipeline.prepare import Progress
-from apprentice.pipeline.serve import contract_for
+from apprentice.pipeline.serve import find_contract
 from apprentice.pretrained.architecture import check_writes, model_config
 from apprentice.pretrained.hub import local_folder
 from apprentice.ray_cluster.session import ray_session
@@ -19,7 +19,7 @@ from apprentice.storage import Folder
 PROMPT_TOKENS = 2048  # longest prompt for a model whose config states no context length
 
 
-def predict(
+def predict_file(
     target: str,
     file: Path | str,
     out: Path | str | None,
@@ -52,7 +52,7 @@ def predict(
     model = model.model_copy(update={"trust": model.trust or trust})
     folder = local_folder(str(run.model) if run is not None else target, trust=model.trust)
     check_writes(folder)
-    layout = layout_beside(folder, None if run is not None else contract_for(folder, contract, recipe, storage))
+    layout = layout_beside(folder, None if run is not None else find_contract(folder, contract, recipe, storage))
     check_model_folder(folder, trust=model.trust)
     config = model_config(folder)
     context = config.get("max_position_embeddings") or config.get("n_positions") or PROMPT_TOKENS + max_tokens

@@ -20,33 +20,33 @@ from apprentice.storage import Folder
 Progress = Callable[[str, Mapping[str, Any]], None]  # called with the name of a stage and values to show
 
 
-def prepare(recipe: Recipe, *, restart: bool = False, progress: Progress) -> dict[str, Any]:
+def prepare_run(recipe: Recipe, *, restart: bool = False, progress: Progress) -> dict[str, Any]:
     """Freezes each task's index; returns the run folder, the numbers of tasks and training rows, and estimated steps."""
-    with ray_session(), written_run(recipe, "prepare", restart=restart, progress=progress) as (run, corpus):
+    with ray_session(), open_for_writing(recipe, "prepare", restart=restart, progress=progress) as (run, corpus):
         rows = {name: len(index.train) for name, index in corpus.indices.items() if name not in corpus.held_out}
         return {"run": str(run.folder), "tasks": len(rows), "train_rows": sum(rows.values()), **estimate_steps(corpus)}
 
 
 @contextmanager
-def written_run(recipe: Recipe, command: str, *, restart: bool, progress: Progress) -> Iterator[tuple[Run, Corpus]]:
+def open_for_writing(recipe: Recipe, command: str, *, restart: bool, progress: Progress) -> Iterator[tuple[Run, Corpus]]:
     """Prepares the run of `recipe` and yields it with its corpus, holding the run's fence until the block ends.
 
     `command` names the holder to others. Raises `FencedError` if another process holds the run, and what the preflight checks
     raise.
     """
-    check.before_writing(recipe)
+    check.check_before_writing(recipe)
     folder = Folder.at(recipe.storage) / recipe.name
     with lease_run(folder, command, tell=lambda message: progress("prepare", {"message": message, "done": True})):
-        yield prepared(recipe, restart=restart, progress=progress)
+        yield prepare_corpus(recipe, restart=restart, progress=progress)
 
 
-def prepared(recipe: Recipe, *, restart: bool, progress: Progress) -> tuple[Run, Corpus]:
+def prepare_corpus(recipe: Recipe, *, restart: bool, progress: Progress) -> tuple[Run, Corpus]:
     progress("prepare", {"message": f"tasks of {recipe.name}"})
     was_there = (Folder.at(recipe.storage) / recipe.name / "identity.json").exists() and not restart
     run = open_run(recipe, restart=restart)
     try:
         corpus = make_corpus(recipe, run)
-        check.after_indexing(recipe, corpus)
+        check.check_index(recipe, corpus)
     except ApprenticeError:
         if not was_there:  # this call made the run: leave no half-made one behind
             run.folder.delete()
@@ -62,23 +62,23 @@ def check_recipe(recipe: Recipe) -> list[check.Finding]:
     return check.check(recipe, ray_session)
 
 
-def preview(recipe: Recipe, number: int) -> list[Any]:
+def preview_examples(recipe: Recipe, number: int) -> list[Any]:
     """The first `number` examples of the sampling plan, as the model will see them (`apprentice.data.inspect.preview`)."""
     from apprentice.data.inspect import preview as view
 
-    with ray_session(), scratch_run(recipe) as run:
+    with ray_session(), temporary_run(recipe) as run:
         return view.preview(make_corpus(recipe, run), number)
 
 
-def preview_page(recipe: Recipe, rows: int) -> str:
+def preview_html(recipe: Recipe, rows: int) -> str:
     """The first `rows` packed rows as an HTML page (`apprentice.data.inspect.packed_rows_html`)."""
     from apprentice.data.inspect import packed_rows_html as row_view
 
-    with ray_session(), scratch_run(recipe) as run:
+    with ray_session(), temporary_run(recipe) as run:
         return row_view.to_html(row_view.rows_of(make_corpus(recipe, run), rows))
 
 
-def trace(name: str, storage: str, *, step: int | None, position: int | None) -> list[Any]:
+def trace_examples(name: str, storage: str, *, step: int | None, position: int | None) -> list[Any]:
     """The examples of one optimizer step of a run, or the example at one position of its sampling plan.
 
     Raises `RunError` if there is no such run or step.
@@ -102,7 +102,7 @@ def _positions(run: Run, step: int) -> list[int]:
 
 
 @contextmanager
-def scratch_run(recipe: Recipe, *, keep_cache: bool = False) -> Iterator[Run]:
+def temporary_run(recipe: Recipe, *, keep_cache: bool = False) -> Iterator[Run]:
     """Yields a run in a temporary folder, so that a preview leaves no half-made run behind.
 
     With `keep_cache` the files that were converted for it stay in the storage, for the next command that reads them.

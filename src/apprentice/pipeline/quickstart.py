@@ -39,10 +39,10 @@ def run(storage: str, *, short: bool, screen: Screen) -> dict[str, Any]:
         folder = local_folder(recipe.model.base)
     with ray_session():
         with _timed(took, "train"):
-            trained = pipeline.train(recipe, restart=True, progress=screen.progress)
+            trained = pipeline.train_run(recipe, restart=True, progress=screen.progress)
         with _timed(took, "evaluate"):
             report, place = pipeline.evaluate_run(recipe, progress=screen.progress)
-        with _timed(took, "serve"), pipeline.endpoint(trained["run"], port=0, progress=screen.progress) as url:
+        with _timed(took, "serve"), pipeline.run_endpoint(trained["run"], port=0, progress=screen.progress) as url:
             replies = [_ask(url, recipe, asked, given) for asked, given in ASKED]
     result = {
         "run": trained["run"],
@@ -88,8 +88,8 @@ def _show(result: Mapping[str, Any], screen: Screen) -> None:
     table.add_row(
         "train",
         f"{seconds['train']:.0f}",
-        f"{training['steps']} steps, loss {training['loss']:.3f}, validation loss {pipeline.number(training['validation_loss'])},"
-        f" {training['tokens_per_s']:.0f} tokens/s",
+        f"{training['steps']} steps, loss {training['loss']:.3f},"
+        f" validation loss {pipeline.format_loss(training['validation_loss'])}, {training['tokens_per_s']:.0f} tokens/s",
     )
     table.add_row("evaluate", f"{seconds['evaluate']:.0f}", result["summary"]["sentence"])
     for number, item in enumerate(result["replies"]):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from apprentice.data.encoding.prompt_contract import layout_of, make_contract
 from apprentice.errors import ContractError, RunError, ServingError, TaskError
-from apprentice.pipeline.evaluate import passed_gate
+from apprentice.pipeline.evaluate import check_gate
 from apprentice.pipeline.prepare import Progress
 from apprentice.pretrained.hub import local_folder
 from apprentice.pretrained.tokenizer import Tokenizer
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def endpoint(
+def run_endpoint(
     target: str,
     *,
     host: str | None = None,
@@ -60,7 +60,7 @@ def endpoint(
         raise RunError(f"run {run.name!r} has no trained model yet; train it first.")
     folder = local_folder(str(run.model) if run is not None else target, trust=trust)
     if require_gate:
-        passed_gate(run.model if run is not None else Folder.at(folder))
+        check_gate(run.model if run is not None else Folder.at(folder))
     settings = run.recipe().serving if run is not None else _serving_for_bare(recipe, contract, storage)
     chosen = {
         "host": host,
@@ -71,9 +71,9 @@ def endpoint(
         "beside": tuple(beside or ()) or None,
     }
     settings = settings.model_copy(update={key: value for key, value in chosen.items() if value is not None})
-    words = None if run is not None else contract_for(folder, contract, recipe, storage) or _of_an_adapter(folder, settings)
+    words = None if run is not None else find_contract(folder, contract, recipe, storage) or _of_an_adapter(folder, settings)
     spoken = run.recipe() if run is not None else load_recipe(find_recipe(recipe)) if recipe is not None else None
-    tasks = own_tasks(spoken, progress, run.tasks().find if run is not None else find_tasks) if spoken is not None else []
+    tasks = find_own_tasks(spoken, progress, run.tasks().find if run is not None else find_tasks) if spoken is not None else []
     name = run.name if run is not None else folder.name
     others = [_offer(other, storage, words or read_contract(folder), trust=trust) for other in settings.beside]
     deployment.check(folder, settings, words, insecure=insecure, beside=others, trust=trust)
@@ -109,7 +109,7 @@ def _of_an_adapter(folder: Path, settings: Serving) -> PromptContract | None:
     return next((found for found in contracts if found is not None), None)
 
 
-def own_tasks(recipe: Recipe, progress: Progress, find: Find = find_tasks) -> list[Task]:
+def find_own_tasks(recipe: Recipe, progress: Progress, find: Find = find_tasks) -> list[Task]:
     """The tasks in the recipe's own files, to be offered by their fields; a file that no longer loads is reported and skipped."""
     found: list[Task] = []
     for entry in recipe.data.entries:
@@ -129,7 +129,7 @@ def _serving_for_bare(recipe: str | None, contract: str | None, storage: str) ->
     return run.recipe().serving if run is not None else Serving()
 
 
-def contract_for(folder: Path, contract: str | None, recipe: str | None, storage: str) -> PromptContract | None:
+def find_contract(folder: Path, contract: str | None, recipe: str | None, storage: str) -> PromptContract | None:
     """The prompt contract for a bare model: that of another run or folder, or one made from a recipe; None if neither is named.
 
     Raises `ContractError` if `contract` names nothing that has one.
@@ -156,7 +156,7 @@ def wait_for_stop() -> None:
     stopped.wait()
 
 
-def ask(url: str, instruction: str, input: str, *, max_tokens: int, key: str | None = None) -> str:
+def ask_endpoint(url: str, instruction: str, input: str, *, max_tokens: int, key: str | None = None) -> str:
     """Sends one instruction to a running endpoint, which phrases it as in training; returns the reply.
 
     Raises `ServingError` if no endpoint answers, or it answers with an error.

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from apprentice.pipeline.prepare import Progress, written_run
+from apprentice.pipeline.prepare import Progress, open_for_writing
 from apprentice.ray_cluster.session import ray_session
 from apprentice.recipe import Recipe
 from apprentice.run.folder import Run
@@ -14,7 +14,7 @@ from apprentice.run.json_lines import read_records
 from apprentice.storage import Folder
 
 
-def train(recipe: Recipe, *, restart: bool = False, progress: Progress) -> dict[str, Any]:
+def train_run(recipe: Recipe, *, restart: bool = False, progress: Progress) -> dict[str, Any]:
     """Fine-tunes, or resumes a run that stopped; returns the run folder and the last metrics.
 
     `already` is true in the result if the run was trained before this call.
@@ -22,7 +22,7 @@ def train(recipe: Recipe, *, restart: bool = False, progress: Progress) -> dict[
     from apprentice.evaluate.online import glance_of
     from apprentice.train.distributed import driver as launch
 
-    with ray_session(), written_run(recipe, "train", restart=restart, progress=progress) as (run, corpus):
+    with ray_session(), open_for_writing(recipe, "train", restart=restart, progress=progress) as (run, corpus):
         if run.is_trained:
             return {"run": str(run.folder), "already": True, **_status(run)}
         score = glance_of(corpus) if recipe.evaluation.while_training else None
@@ -63,7 +63,7 @@ def training_sentence(result: Mapping[str, Any]) -> str:
     if result["already"]:
         return "this run is trained already; --restart trains it anew"
     return (
-        f"{result['steps']} steps, loss {result['loss']:.3f}, validation loss {number(result['validation_loss'])},"
+        f"{result['steps']} steps, loss {result['loss']:.3f}, validation loss {format_loss(result['validation_loss'])},"
         f" {result['tokens_per_s']:.0f} tokens/s, waited for data {result['wait_share']:.1%} of the time"
         + _memory(result.get("peak_memory"), result.get("expected_memory"))
         + "".join(f"\nwarning: {line}" for line in result["warnings"])
@@ -92,12 +92,12 @@ def _memory(peak: int | None, expected: int | None) -> str:
     )
 
 
-def number(value: float | None) -> str:
+def format_loss(value: float | None) -> str:
     """A loss as text; `none` if there were no rows to compute it on."""
     return "none" if value is None else f"{value:.3f}"
 
 
-def runs(storage: str) -> list[dict[str, Any]]:
+def list_runs(storage: str) -> list[dict[str, Any]]:
     """Name, state and latest metrics of every run in `storage`."""
     found = [Run(folder) for folder in Folder.at(storage).children() if (folder / "identity.json").exists()]
     return [{"name": run.name, "state": "prepared"} | _status(run) for run in found]

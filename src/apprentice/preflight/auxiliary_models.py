@@ -11,7 +11,7 @@ from apprentice.run.contract import read_contract
 from apprentice.run.identity import public_base
 
 
-def check_companions(recipe: Recipe, tokenizer: Tokenizer) -> None:
+def check_auxiliary_models(recipe: Recipe, tokenizer: Tokenizer) -> None:
     """Raises `RecipeError` if such a model has another tokenizer than `tokenizer`, the base's.
 
     A reward model must also give a number for a reply, and be trained with the recipe's prompt format.

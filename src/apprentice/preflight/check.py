@@ -1,6 +1,6 @@
 """Preflight checks: everything that can be known before hardware is reserved, each check with one sentence.
 
-`check` runs all of them and lists their findings; `before_writing` and `after_indexing` raise the first that fails, so that a
+`check` runs all of them and lists their findings; `check_before_writing` and `check_index` raise the first that fails, so that a
 stage stops before it has written or reserved anything.
 """
 
@@ -27,7 +27,7 @@ from apprentice.data.sources.cache import cache_cleared
 from apprentice.data.sources.locate import on_the_hub, resolve
 from apprentice.data.stream import Corpus, estimate_steps, make_corpus
 from apprentice.errors import ApprenticeError, ChatTemplateError, ContractError, DataError, RecipeError, ServingError, StorageError
-from apprentice.preflight.auxiliary_models import check_companions
+from apprentice.preflight.auxiliary_models import check_auxiliary_models
 from apprentice.pretrained.architecture import RELATIVE_POSITIONS, check_writes, model_config
 from apprentice.pretrained.hub import local_folder, missing_model
 from apprentice.pretrained.tokenizer import Tokenizer
@@ -67,7 +67,7 @@ def check(recipe: Recipe, connected: Callable[[], AbstractContextManager[None]])
             findings = [*findings, *_findings(recipe, NEED_RAY)]
             if all(finding.ok for finding in findings):
                 with tempfile.TemporaryDirectory(prefix="apprentice-") as folder:
-                    findings += _rehearsed(recipe, Run(Folder.at(folder) / recipe.name))
+                    findings += _dry_run(recipe, Run(Folder.at(folder) / recipe.name))
     return findings
 
 
@@ -83,14 +83,14 @@ def _findings(recipe: Recipe, subjects: Sequence[str]) -> list[Finding]:
     return found
 
 
-def before_writing(recipe: Recipe) -> None:
+def check_before_writing(recipe: Recipe) -> None:
     """Runs the checks in `CHECKS`; raises the first failure."""
     with cache_cleared(recipe, keep=True):
         for look in CHECKS.values():
             look(recipe)
 
 
-def after_indexing(recipe: Recipe, corpus: Corpus) -> str:
+def check_index(recipe: Recipe, corpus: Corpus) -> str:
     """Checks what only the frozen index can tell: the number of steps, the warm-up, and each task's training rows.
 
     Returns one sentence. Raises `RecipeError` if the warm-up is not shorter than the run, `DataError` for a task without rows.
@@ -171,7 +171,7 @@ def _model(recipe: Recipe) -> str:
     ancestors = check_base(recipe, tokenizer.folder)
     packing_strategy(recipe, tokenizer.folder)
     _check_length(recipe, tokenizer.folder)
-    check_companions(recipe, tokenizer)
+    check_auxiliary_models(recipe, tokenizer)
     _check_engine(recipe, tokenizer.folder)
     if not recipe.training.aim.head:
         check_writes(tokenizer.folder)
@@ -316,24 +316,24 @@ def _resources(recipe: Recipe) -> str:
     )
 
 
-def _rehearsed(recipe: Recipe, scratch: Run) -> list[Finding]:
+def _dry_run(recipe: Recipe, scratch: Run) -> list[Finding]:
     """Findings from a dry run: the frozen index, a first window of rows and one pass of the model."""
-    from apprentice.preflight import dry_run as rehearsal
+    from apprentice.preflight import dry_run
 
     try:
         corpus = make_corpus(recipe, scratch)
-        rows = rehearsal.first_rows(corpus)
+        rows = dry_run.render_first_rows(corpus)
     except ApprenticeError as error:
         return [Finding("training", False, str(error))]
-    training = _finding("training", after_indexing, recipe, corpus)
+    training = _finding("training", check_index, recipe, corpus)
     if recipe.training.aim.rounds:
-        findings = [training, _finding("rows", rehearsal.told_of_prompts, corpus, rows)]
+        findings = [training, _finding("rows", dry_run.describe_prompts, corpus, rows)]
     else:
-        told_of = {"rows": rehearsal.told_of_rows, "packing": rehearsal.told_of_packing}
+        told_of = {"rows": dry_run.describe_rows, "packing": dry_run.compare_packing}
         findings = [training, *(_finding(subject, look, corpus, rows) for subject, look in told_of.items())]
     if all(finding.ok for finding in findings):
-        speed = rehearsal.speed_of(corpus, rows)
-        findings.append(_finding("duration", rehearsal.told_of_duration, corpus, speed))
+        speed = dry_run.measure_speed(corpus, rows)
+        findings.append(_finding("duration", dry_run.describe_duration, corpus, speed))
         findings.append(_finding("evaluation", _evaluation, corpus, speed.reading))
     return findings
 
@@ -345,7 +345,7 @@ def _evaluation(corpus: Corpus, reading: float | None) -> str:
     task has test rows.
     """
     from apprentice.evaluate.questions.row_selection import requests_of
-    from apprentice.preflight.dry_run import spoken_time
+    from apprentice.preflight.dry_run import format_duration
 
     settings, length = corpus.recipe.evaluation, corpus.recipe.data.max_length
     base = settings.shots if settings.baseline_shots is None else settings.baseline_shots
@@ -376,7 +376,7 @@ def _evaluation(corpus: Corpus, reading: float | None) -> str:
         return "nothing can be scored: the tasks have prompts without answers"
     unasked = f"; none of {', '.join(silent[:3])}{', …' if len(silent) > 3 else ''}, without test rows" if silent else ""
     cpus = sum(node.get("CPU", 0.0) for node in node_resources())
-    time = "" if reading is None else f", {spoken_time(tokens / (reading * max(1.0, cpus)))}, roughly"
+    time = "" if reading is None else f", {format_duration(tokens / (reading * max(1.0, cpus)))}, roughly"
     return f"{asked:,} questions to {'base and tuned model' if base else 'the tuned model'}{time}{unasked}"
 
 

@@ -38,7 +38,7 @@ class Speed:
     reading: float | None
 
 
-def first_rows(corpus: Corpus) -> PackedRows:
+def render_first_rows(corpus: Corpus) -> PackedRows:
     """Packed rows of the first window that has any. Raises `DataError` if the first eight windows have none."""
     for window in range(8):
         rows = PackedRows.of(render_window(corpus, window))
@@ -50,7 +50,7 @@ def first_rows(corpus: Corpus) -> PackedRows:
     )
 
 
-def told_of_rows(corpus: Corpus, rows: PackedRows) -> str:
+def describe_rows(corpus: Corpus, rows: PackedRows) -> str:
     """One sentence on the first window: how full its rows are, what is trained on, what was cut or dropped.
 
     Raises `DataError` if an example does not end with a token that is trained on, if a task has no token to train on in the
@@ -75,7 +75,7 @@ def told_of_rows(corpus: Corpus, rows: PackedRows) -> str:
     )
 
 
-def told_of_prompts(corpus: Corpus, rows: PackedRows) -> str:
+def describe_prompts(corpus: Corpus, rows: PackedRows) -> str:
     """One sentence on the first round of an on-policy run: its prompts, replies and steps.
 
     Raises `DataError` if all prompts of a task were cut or dropped.
@@ -131,7 +131,7 @@ def _check_ends(corpus: Corpus, rows: PackedRows) -> None:
         raise DataError(f"an example of row {row.row} in window {row.window} does not end with a token that is trained on.")
 
 
-def told_of_packing(corpus: Corpus, rows: PackedRows) -> str:
+def compare_packing(corpus: Corpus, rows: PackedRows) -> str:
     """One sentence on whether a packed row has the same loss, in float32, as its examples each in a row of its own.
 
     Raises `ModelError` if it has not, that is, if the model lets packed examples attend to each other.
@@ -181,7 +181,7 @@ def _only(row: PackedRows, segment: int) -> PackedRows:
     return replace(row, **mine, target_segment_ids=np.ones_like(mine["target_ids"]), loss_mask=row.loss_mask[:, there])
 
 
-def speed_of(corpus: Corpus, rows: PackedRows) -> Speed:
+def measure_speed(corpus: Corpus, rows: PackedRows) -> Speed:
     """Measures a CPU worker's speed on one row: a forward pass, then a forward and backward pass, with a worker's threads.
 
     Not measured (both None) for workers with GPUs, models too large for this process, QLoRA, and on-policy training.
@@ -210,7 +210,7 @@ def speed_of(corpus: Corpus, rows: PackedRows) -> Speed:
         torch.set_num_threads(threads)
 
 
-def told_of_duration(corpus: Corpus, speed: Speed) -> str:
+def describe_duration(corpus: Corpus, speed: Speed) -> str:
     """One sentence on the number of tokens in training, and the time it takes where the speed is known."""
     found = estimate_steps(corpus)
     tokens, targets = found["steps"] * found["tokens_per_step"], found["steps"] * found["target_tokens_per_step"]
@@ -218,11 +218,11 @@ def told_of_duration(corpus: Corpus, speed: Speed) -> str:
     if speed.training is None:
         return f"{size}; how long it takes shows after the first steps"
     workers = corpus.recipe.training.min_workers
-    time = spoken_time(tokens / (speed.training * workers))
+    time = format_duration(tokens / (speed.training * workers))
     return f"{size}; {time} at {speed.training:.0f} tokens/s a worker, beside loading and saving"
 
 
-def spoken_time(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """A duration in words: 12 seconds are "under a minute", 100 "about 2 minutes", 9,000 "about 2.5 hours"."""
     if seconds < 60:
         return "under a minute"

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from apprentice.errors import RecipeError, did_you_mean, needed
+from apprentice.errors import RecipeError, did_you_mean, requirement_of
 from apprentice.plain_yaml import load_yaml
 from apprentice.recipe.data import COLLECTION_KEYS, Collection
 from apprentice.recipe.whole import Recipe
@@ -191,7 +191,7 @@ def _sentence(error: ValidationError, file: Path, text: str, overrides: Sequence
     if first["type"] == "extra_forbidden":
         known = _fields_at(keys[:-1])
         return f"{where}not a key of a recipe.{did_you_mean(str(keys[-1]), known)} Known here: {', '.join(known)}."
-    what = needed(first["type"], first["msg"])
+    what = requirement_of(first["type"], first["msg"])
     return f"{where}{what}." if first["type"] == "missing" else f"{where}{what} (it is {_shown(first['input'])})."
 
 

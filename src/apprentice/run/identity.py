@@ -60,8 +60,8 @@ def identity(recipe: Recipe, version: int = FORMAT, *, anywhere: bool = False, f
     `find` resolves an entry of `data.tasks` to tasks. With `anywhere`, task files that are not on this machine are represented by
     their entry in the recipe; otherwise they raise `TaskError`.
     """
-    keys = flat(recipe.model_dump(mode="json"))
-    set_keys = flat(recipe.model_dump(mode="json", exclude_defaults=True))
+    keys = flatten(recipe.model_dump(mode="json"))
+    set_keys = flatten(recipe.model_dump(mode="json", exclude_defaults=True))
     kept = {
         key: value for key, value in keys.items() if not _within(key, NOT_IDENTITY) and (key in set_keys or not _within(key, LATER))
     }
@@ -140,7 +140,7 @@ def _sha256(path: str) -> str:
 def differences(recipe: Recipe, old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """The differences of two identities, each in a few words for messages; empty if they are those of one run."""
     # A key added in a later version is missing in the old identity; at its default it changes nothing.
-    written = flat(recipe.model_dump(mode="json", exclude_defaults=True))
+    written = flatten(recipe.model_dump(mode="json", exclude_defaults=True))
     later = {key for key in new.keys() - old.keys() if key not in written and not key.startswith(_TASK)}
     changed = sorted(key for key in (old.keys() | new.keys()) - later if old.get(key) != new.get(key))
     return [_difference(key, old.get(key), new.get(key)) for key in changed]
@@ -172,9 +172,9 @@ def identity_hash(keys: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(dict(keys), sort_keys=True).encode()).hexdigest()[:12]
 
 
-def flat(value: Any, prefix: str = "") -> dict[str, Any]:
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     """Flattens nested mappings to dotted keys: {"a": {"b": 1}} gives {"a.b": 1}; an empty mapping is a value."""
     if not isinstance(value, dict) or not value:
         return {prefix: value}
-    items = (flat(inner, f"{prefix}.{key}" if prefix else str(key)) for key, inner in value.items())
+    items = (flatten(inner, f"{prefix}.{key}" if prefix else str(key)) for key, inner in value.items())
     return {key: leaf for item in items for key, leaf in item.items()}

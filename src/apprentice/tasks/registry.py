@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from apprentice.errors import TaskError, did_you_mean, needed
+from apprentice.errors import TaskError, did_you_mean, requirement_of
 from apprentice.plain_yaml import load_yaml
 from apprentice.tasks.importers.conversations import conversation_tasks
 from apprentice.tasks.importers.natural_instructions import instruction_tasks
@@ -76,7 +76,7 @@ def _first_fault(error: ValidationError) -> str:
         model = rooms.get(str(fault["loc"][0]), Task) if len(fault["loc"]) > 1 else Task
         near = did_you_mean(str(fault["loc"][-1]), model.model_fields)
         return f"{place}: a {model.__name__.removesuffix('Spec').lower()} has no such key.{near or ' Remove it.'}"
-    return f"{place + ': ' if place else ''}{needed(fault['type'], fault['msg'])}."
+    return f"{place + ': ' if place else ''}{requirement_of(fault['type'], fault['msg'])}."
 
 
 def find_tasks(entry: Entry, folder: Path) -> list[Task]:

@@ -23,14 +23,14 @@ def test_the_examples_of_a_step(corpus_of: CorpusOf) -> None:
         "".join(json.dumps(line) + "\n" for line in [*made, again]) + '{"step": 3, "exam'
     )  # a torn tail
     storage = corpus.recipe.storage
-    shown = pipeline.trace("small", storage, step=2, position=None)
+    shown = pipeline.trace_examples("small", storage, step=2, position=None)
     assert [item.position for item in shown] == [5, 70_001]
     drawn = [corpus.plan.draws(item.position, item.position + 1)[0] for item in shown]
     assert [(item.task, item.row, item.template) for item in shown] == [(one.task, one.row, one.template) for one in drawn]
-    [one] = pipeline.trace(str(run.folder), storage, step=None, position=5)
+    [one] = pipeline.trace_examples(str(run.folder), storage, step=None, position=5)
     assert one == shown[0]
     with pytest.raises(RunError, match="has made 2 steps, counted from 1; step 3 is not among them"):
-        pipeline.trace("small", storage, step=3, position=None)
+        pipeline.trace_examples("small", storage, step=3, position=None)
 
 
 def test_the_examples_of_a_run_whose_package_is_gone(corpus_of: CorpusOf) -> None:
@@ -38,13 +38,13 @@ def test_the_examples_of_a_run_whose_package_is_gone(corpus_of: CorpusOf) -> Non
     corpus = corpus_of()
     open_run(corpus.recipe)
     storage = corpus.recipe.storage
-    [before] = pipeline.trace("small", storage, step=None, position=5)
+    [before] = pipeline.trace_examples("small", storage, step=None, position=5)
     for file in Path(storage).parent.glob("*.*"):
         file.unlink()
     load_task.cache_clear()
-    assert pipeline.trace("small", storage, step=None, position=5) == [before]
+    assert pipeline.trace_examples("small", storage, step=None, position=5) == [before]
 
 
 def test_no_such_run(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"'nobody' is not a run in .*; `apprentice runs` lists them"):
-        pipeline.trace("nobody", str(tmp_path), step=1, position=None)
+        pipeline.trace_examples("nobody", str(tmp_path), step=1, position=None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from apprentice.errors import DataError, RowError, TrainingError, causes
+from apprentice.errors import DataError, RowError, TrainingError, all_causes
 from apprentice.train.distributed.failure import lost_peer, mendable
 
 
@@ -49,7 +49,7 @@ def test_nothing_of_ours_and_no_endless_walk() -> None:
     first, second = ValueError("a"), ValueError("b")
     first.__cause__, second.__cause__ = second, first
     assert mendable(first) is None
-    assert len(list(causes(first))) == 2
+    assert len(list(all_causes(first))) == 2
 
 
 def test_lost_peer() -> None:

@@ -12,7 +12,7 @@ import pytest
 from ray.train.v2.api.exceptions import ControllerError
 
 from apprentice import pipeline
-from apprentice.errors import DataError, TrainingError, full_disk
+from apprentice.errors import DataError, TrainingError, full_disk_sentence
 from apprentice.run.folder import Run
 from apprentice.run.json_lines import read_records
 from apprentice.storage import Folder
@@ -198,9 +198,9 @@ def test_the_list_of_runs_has_the_validation_loss_of_what_was_exported(tmp_path:
     run = Run(Folder.at(tmp_path / "run").make())
     (run.folder / "identity.json").write_json({})
     run.update_status(validation_loss=1.5)
-    assert pipeline.runs(str(tmp_path))[0]["validation_loss"] == 1.5
+    assert pipeline.list_runs(str(tmp_path))[0]["validation_loss"] == 1.5
     run.update_status(state="trained", validation_loss=1.7, training={"validation_loss": 1.2})  # as earlier versions left it
-    assert pipeline.runs(str(tmp_path))[0]["validation_loss"] == 1.2
+    assert pipeline.list_runs(str(tmp_path))[0]["validation_loss"] == 1.2
 
 
 def test_who_has_lost_the_run_writes_nothing_to_it(tmp_path: Path) -> None:
@@ -242,6 +242,10 @@ def test_a_full_disk_is_one_sentence() -> None:
     full = OSError(errno.ENOSPC, "No space left on device", "/runs/x/status.json")
     around = RuntimeError("a task failed")
     around.__cause__ = full
-    assert str(full_disk(around)).startswith("no room is left on the disk for /runs/x/status.json; make room and give the same")
-    assert full_disk(ControllerError(OSError(errno.ENOSPC, "Error writing bytes to file"))) is not None  # Ray Train's own files
-    assert full_disk(OSError(errno.EACCES, "Permission denied")) is None
+    assert str(full_disk_sentence(around)).startswith(
+        "no room is left on the disk for /runs/x/status.json; make room and give the same"
+    )
+    assert (
+        full_disk_sentence(ControllerError(OSError(errno.ENOSPC, "Error writing bytes to file"))) is not None
+    )  # Ray Train's own files
+    assert full_disk_sentence(OSError(errno.EACCES, "Permission denied")) is None

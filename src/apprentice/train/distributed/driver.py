@@ -32,7 +32,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from apprentice.data.corpus import positions_of_epochs
 from apprentice.data.stream import Corpus, Start, estimate_steps, train_stream, validation_rows
 from apprentice.data.window import WindowRenderer
-from apprentice.errors import RecipeError, TrainingError, causes
+from apprentice.errors import RecipeError, TrainingError, all_causes
 from apprentice.models.loading import count_parameters, resolve_dtype
 from apprentice.pretrained.hub import local_folder
 from apprentice.ray_cluster.nodes import is_job, node_resources
@@ -307,7 +307,7 @@ def _explained(failure: BaseException, outcome: Outcome) -> BaseException:
     ours = mendable(failure)
     if ours is not None:
         return ours
-    if any(isinstance(error, ray.exceptions.RayActorError) or lost_peer(error) for error in causes(failure)):
+    if any(isinstance(error, ray.exceptions.RayActorError) or lost_peer(error) for error in all_causes(failure)):
         times = "once" if outcome.attempts == 1 else f"{outcome.attempts} times"
         died = f"{outcome.silent[-1]}; " if outcome.silent else "a worker died, and "
         return TrainingError(

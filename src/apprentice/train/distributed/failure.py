@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from apprentice import errors
-from apprentice.errors import ApprenticeError, causes
+from apprentice.errors import ApprenticeError, all_causes
 
 
 def lost_peer(error: BaseException) -> bool:
@@ -16,7 +16,7 @@ def lost_peer(error: BaseException) -> bool:
 
 def mendable(error: BaseException) -> ApprenticeError | None:
     """The `ApprenticeError` that `error` is, was caused by, or quotes in its text; None if there is none."""
-    found = [cause for cause in causes(error) if isinstance(cause, ApprenticeError)]
+    found = [cause for cause in all_causes(error) if isinstance(cause, ApprenticeError)]
     # Ray may make a class that inherits from its own and ours; the plain error is deeper.
     plain = [cause for cause in found if type(cause).__module__ == ApprenticeError.__module__]
     return next(iter(plain or found), None) or _from_text(str(error))

@@ -16,7 +16,7 @@ from typing import Any
 from apprentice.errors import RecipeError
 from apprentice.recipe import Recipe
 from apprentice.run.folder import Run
-from apprentice.run.identity import flat
+from apprentice.run.identity import flatten
 from apprentice.train.metrics.writer import Feed, Service
 
 PROJECT = "apprentice"
@@ -62,7 +62,7 @@ class MLflow:
             return
         self._id = self._client.create_run(experiment, run_name=run.name, tags={"apprentice": key}).info.run_id
         params = [
-            Param(name, str(value)[:500]) for name, value in flat(recipe.model_dump(mode="json", exclude_defaults=True)).items()
+            Param(name, str(value)[:500]) for name, value in flatten(recipe.model_dump(mode="json", exclude_defaults=True)).items()
         ]
         for first in range(0, len(params), 100):  # the most that one call takes
             self._client.log_batch(self._id, params=params[first : first + 100])
@@ -86,7 +86,7 @@ class WeightsAndBiases:
             id=key_of(run),
             name=run.name,
             resume="allow",
-            config=flat(recipe.model_dump(mode="json", exclude_defaults=True)),
+            config=flatten(recipe.model_dump(mode="json", exclude_defaults=True)),
             settings=wandb.Settings(silent=True, console="off", disable_git=True),
         )
 
