@@ -149,7 +149,7 @@ def gone_on(recipe: Any) -> dict[str, Any]:
     import numpy as np
     import torch
 
-    from apprentice.data.reference import Reference
+    from apprentice.data.reference import ReferenceLogProbs
     from apprentice.data.stream import make_corpus
     from apprentice.run.folder import Run, open_run
     from apprentice.train.checkpoint import format as checkpoints
@@ -159,7 +159,9 @@ def gone_on(recipe: Any) -> dict[str, Any]:
         [index] = corpus.indices.values()
         known = np.sort(np.concatenate([index.train, index.validation]))
         values = np.random.default_rng(5).normal(-20, 2, (len(known), 2)).astype(np.float32)
-        return replace(corpus, reference={index.task: Reference(known, values)}) if recipe.training.aim.reference else corpus
+        return (
+            replace(corpus, reference={index.task: ReferenceLogProbs(known, values)}) if recipe.training.aim.reference else corpus
+        )
 
     def end(run: Run) -> dict[str, Any]:
         found = checkpoints.restorable(run.checkpoints)

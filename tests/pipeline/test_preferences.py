@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from apprentice import cli, pipeline
-from apprentice.data.reference import Reference
+from apprentice.data.reference import ReferenceLogProbs
 from apprentice.data.stream import make_corpus
 from apprentice.errors import ModelError
 from apprentice.recipe import Recipe, load_recipe
@@ -69,7 +69,7 @@ def test_the_pairs_are_learnt(trained: Path) -> None:
 def test_the_reference_is_kept_with_the_run(trained: Path) -> None:
     run = Run(Folder.at(trained))
     [file] = run.reference.children()
-    reference = Reference.read(file)
+    reference = ReferenceLogProbs.read(file)
     assert reference.rows.tolist() == list(range(40))
     assert (reference.values < 0).all()
     assert len(np.unique(reference.values)) > 40

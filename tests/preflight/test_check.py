@@ -11,7 +11,7 @@ import pytest
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from apprentice.data.corpus import make_corpus
-from apprentice.data.sources import convert
+from apprentice.data.sources import parquet_conversion
 from apprentice.errors import ContractError, RecipeError, ResourcesError, ServingError, StorageError
 from apprentice.preflight import check
 from apprentice.recipe import load_recipe
@@ -48,7 +48,7 @@ def test_rows_are_converted_once(tmp_path: Path, tiny_model: Path, monkeypatch: 
     preferred = {"data__tasks": [{"preferences": str(pairs)}], "data__hold_out": [], "data__formats": {}}
     recipe = load_recipe(tiny_recipe(tmp_path, tiny_model, **preferred, data__max_length=96, training__objective="dpo"))
     written: list[str] = []
-    inner = convert._write
+    inner = parquet_conversion._write
 
     def write(tables: Any, target: Any, origin: Any) -> None:
         written.append(target.name)
@@ -57,7 +57,7 @@ def test_rows_are_converted_once(tmp_path: Path, tiny_model: Path, monkeypatch: 
     def no(_: Any) -> str:
         raise ResourcesError("no")
 
-    monkeypatch.setattr(convert, "_write", write)
+    monkeypatch.setattr(parquet_conversion, "_write", write)
     monkeypatch.setattr(check, "CHECKS", {"sources": check.CHECKS["sources"], "resources": no})
     with pytest.raises(ResourcesError):
         check.check_before_writing(recipe)

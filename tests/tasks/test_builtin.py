@@ -16,7 +16,7 @@ import pytest
 from apprentice.errors import TaskError
 from apprentice.tasks import builtin
 from apprentice.tasks.builtin import GENERATORS, VERSION
-from apprentice.tasks.builtin.dice import Dice
+from apprentice.tasks.builtin.seeded_random import SeededRandom
 from apprentice.tasks.registry import find_tasks
 from apprentice.tasks.schema import Example, Task
 
@@ -168,9 +168,9 @@ def test_unknown_names_are_refused_with_the_nearest() -> None:
 
 
 def test_dice_repeat_and_stay_in_range() -> None:
-    assert [Dice("key").below(1000) for _ in range(2)] == [56, 56]
-    dice = Dice("key")
-    assert {dice.between(2, 4) for _ in range(50)} == {2, 3, 4}
-    assert sorted(dice.shuffled("abcd")) == ["a", "b", "c", "d"]
+    assert [SeededRandom("key").below(1000) for _ in range(2)] == [56, 56]
+    rng = SeededRandom("key")
+    assert {rng.between(2, 4) for _ in range(50)} == {2, 3, 4}
+    assert sorted(rng.shuffled("abcd")) == ["a", "b", "c", "d"]
     with pytest.raises(ValueError, match="3 of 2 options"):
-        dice.some("ab", 3)
+        rng.some("ab", 3)

@@ -16,7 +16,7 @@ from apprentice.data.encoding.tokenize import Tokenized, encode, encode_pairs, e
 from apprentice.data.index.build import contamination_in, freeze, index_beside
 from apprentice.data.index.task_index import TaskIndex, frozen_tasks
 from apprentice.data.packing import Strategy
-from apprentice.data.reference import Reference
+from apprentice.data.reference import ReferenceLogProbs
 from apprentice.data.sampling.mixture import Size, epoch_rows
 from apprentice.data.sampling.plan import Plan
 from apprentice.errors import DataError, RecipeError
@@ -49,7 +49,7 @@ class Corpus:
     layout: Layout
     strategy: Strategy = "best_fit"  # of packing, with `auto` resolved
 
-    reference: Mapping[str, Reference] | None = None  # task → log-probabilities of its pairs by the reference model
+    reference: Mapping[str, ReferenceLogProbs] | None = None  # task → log-probabilities of its pairs by the reference model
     contamination: Mapping[str, Any] = field(default_factory=dict)  # task → report on test rows that share text with training rows
 
     @cached_property

@@ -14,7 +14,7 @@ from apprentice.storage import Folder
 
 
 @dataclass(frozen=True, eq=False)
-class Reference:
+class ReferenceLogProbs:
     """The reference log-probabilities of one task."""
 
     rows: Numbers  # (rows,) row numbers in the task's training source, ascending
@@ -34,6 +34,6 @@ class Reference:
         file.write_bytes(stream.getvalue())
 
     @classmethod
-    def read(cls, file: Folder) -> Reference:
+    def read(cls, file: Folder) -> ReferenceLogProbs:
         with np.load(io.BytesIO(file.read_bytes()), allow_pickle=False) as arrays:
             return cls(arrays["rows"], arrays["values"])

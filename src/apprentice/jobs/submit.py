@@ -22,7 +22,7 @@ from ray.exceptions import AuthenticationError
 from apprentice import __version__
 from apprentice.errors import RecipeError, ResourcesError, RunError
 from apprentice.ray_cluster.session import VERSION_VARIABLE
-from apprentice.recipe import SHIPPED, Recipe, find_recipe, load_recipe, written_recipe
+from apprentice.recipe import SHIPPED, Recipe, find_recipe, load_recipe, parse_recipe
 from apprentice.run.identity import identity, identity_hash
 from apprentice.storage import Folder, is_uri
 from apprentice.tasks.registry import find_tasks
@@ -61,7 +61,7 @@ def check_places(file: Path, overrides: Sequence[str]) -> Recipe:
 
     Raises `RecipeError` for a relative path, which on a cluster would mean another place on each node.
     """
-    recipe = written_recipe(file, overrides)
+    recipe = parse_recipe(file, overrides)
     paths = [
         ("storage", recipe.storage),
         ("data.root", recipe.data.root),

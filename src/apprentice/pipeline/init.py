@@ -124,7 +124,7 @@ def _rows(file: Path, scratch: str, encoding: str | None) -> Iterator[dict[str, 
     import pyarrow.parquet as pq
 
     from apprentice.data.sources.column_text import read, readings_of
-    from apprentice.data.sources.convert import parquet_file
+    from apprentice.data.sources.parquet_conversion import parquet_file
 
     try:
         found = pq.ParquetFile(parquet_file(str(file), Folder.at(scratch), "own", encoding=encoding))
@@ -188,7 +188,7 @@ def _recipe(name: str, columns: Columns, base: str) -> dict[str, Any]:
 def _write(
     folder: Path, content: Mapping[str, Any], recipe: Mapping[str, Any], train: Sequence[Any], tested: Sequence[Any]
 ) -> None:
-    from apprentice.data.sources.convert import write_rows
+    from apprentice.data.sources.parquet_conversion import write_rows
 
     Recipe.model_validate(recipe)
     folder.mkdir(parents=True, exist_ok=True)

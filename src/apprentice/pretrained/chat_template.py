@@ -20,7 +20,7 @@ from jinja2.filters import do_indent
 from jinja2.parser import Parser
 
 from apprentice.errors import ChatTemplateError
-from apprentice.tasks.templates.allowance import renew
+from apprentice.tasks.templates.budget import renew
 from apprentice.tasks.templates.sandbox import chat_environment, compiled
 
 Message = dict[str, Any]  # `role` and `content`

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from apprentice.recipe.data import Collection, Data, Filters, Formats, Group, Mixture, Packing, Quality
 from apprentice.recipe.evaluation import Evaluation, Gate
-from apprentice.recipe.loading import RUN, SHIPPED, dump_recipe, find_recipe, load_recipe, written_recipe
 from apprentice.recipe.objective import DPO, GRPO, OBJECTIVES, Objective
+from apprentice.recipe.recipe import Model, Recipe
+from apprentice.recipe.recipe_file import RUN, SHIPPED, dump_recipe, find_recipe, load_recipe, parse_recipe
 from apprentice.recipe.serving import Replicas, Serving
 from apprentice.recipe.training import Checkpointing, DeepSpeed, Optimizer, Resources, Training, Tuning, WorkerRange
-from apprentice.recipe.whole import Model, Recipe
 
 __all__ = [
     "DPO",
@@ -45,5 +45,5 @@ __all__ = [
     "dump_recipe",
     "find_recipe",
     "load_recipe",
-    "written_recipe",
+    "parse_recipe",
 ]

@@ -23,7 +23,7 @@ from apprentice.run.fence import FENCE
 from apprentice.run.identity import CONTRACT_FILE, FORMAT, differences, identity, identity_hash
 from apprentice.storage import Folder, is_uri
 from apprentice.tasks.registry import find_tasks
-from apprentice.tasks.snapshot import KeptTasks, dump_tasks
+from apprentice.tasks.snapshot import TaskSnapshot, dump_tasks
 
 
 @dataclass(frozen=True)
@@ -100,9 +100,9 @@ class Run:
         """The resolved recipe that the run was started with."""
         return Recipe.model_validate(load_yaml(self.recipe_file.read_text()))
 
-    def tasks(self) -> KeptTasks:
+    def tasks(self) -> TaskSnapshot:
         """The task definitions stored when the run was last opened; empty for runs of earlier versions, which stored none."""
-        return KeptTasks(self.tasks_file.read_text() if self.tasks_file.exists() else "")
+        return TaskSnapshot(self.tasks_file.read_text() if self.tasks_file.exists() else "")
 
     def status(self) -> dict[str, Any]:
         """The content of status.json (state, step, steps, loss, …), which `apprentice runs` shows; empty before training starts."""

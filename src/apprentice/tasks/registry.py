@@ -15,8 +15,8 @@ from apprentice.plain_yaml import load_yaml
 from apprentice.tasks.importers.conversations import conversation_tasks
 from apprentice.tasks.importers.natural_instructions import instruction_tasks
 from apprentice.tasks.importers.preferences import preference_tasks
-from apprentice.tasks.importers.prompts import question_tasks
-from apprentice.tasks.importers.promptsource import prompt_tasks
+from apprentice.tasks.importers.prompt_only import prompt_only_tasks
+from apprentice.tasks.importers.promptsource import promptsource_tasks
 from apprentice.tasks.importers.records import KINDS, record_tasks
 from apprentice.tasks.schema import Task, Template
 from apprentice.tasks.source_spec import SourceSpec
@@ -27,11 +27,11 @@ LIBRARY = Path(__file__).parent / "library"
 BUILTIN = LIBRARY / "quickstart"
 # Key of an entry that names files of another format → the importer of that format.
 COLLECTIONS: dict[str, Callable[[Mapping[str, Any]], list[Task]]] = {
-    "promptsource": prompt_tasks,
+    "promptsource": promptsource_tasks,
     "natural_instructions": instruction_tasks,
     "conversations": conversation_tasks,
     "preferences": preference_tasks,
-    "prompts": question_tasks,
+    "prompts": prompt_only_tasks,
     **dict.fromkeys(KINDS, record_tasks),
 }
 
@@ -109,7 +109,7 @@ def select_tasks(
     """The tasks of all `entries`, in order and each once, and the names of those that are kept out of training.
 
     Kept out are the tasks and clusters in `hold_out`, and tasks without training rows. `find` looks up an entry;
-    `KeptTasks.find` of a run gives the tasks as they were when the run was made. Raises `TaskError` for an unknown name, for a
+    `TaskSnapshot.find` of a run gives the tasks as they were when the run was made. Raises `TaskError` for an unknown name, for a
     name in `hold_out` that no task or cluster has, and, with `to_train`, if nothing is left to train on.
     """
     found = {task.name: task for entry in entries for task in find(entry, folder)}

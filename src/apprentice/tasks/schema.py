@@ -46,7 +46,7 @@ import jinja2
 from pydantic import Field, PrivateAttr, SerializeAsAny, field_validator, model_validator
 
 from apprentice.errors import RowError
-from apprentice.tasks.source_spec import SourceSpec, Strict
+from apprentice.tasks.source_spec import SourceSpec, TaskFileModel
 from apprentice.tasks.templates.cells import Cell
 from apprentice.tasks.templates.expressions import Expression, Wording
 from apprentice.tasks.templates.line_numbers import template_lines
@@ -100,7 +100,7 @@ def _compiled(text: str) -> str:
     return text
 
 
-class Template(Strict):
+class Template(TaskFileModel):
     """One wording of a task."""
 
     name: str
@@ -173,7 +173,7 @@ class Template(Strict):
         raise NotImplementedError
 
 
-class Task(Strict):
+class Task(TaskFileModel):
     """One dataset with its sources, templates, choices and metrics."""
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_]*$")

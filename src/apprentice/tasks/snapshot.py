@@ -14,19 +14,19 @@ from apprentice.tasks.definition import definition_of
 from apprentice.tasks.importers.conversations import ConversationTemplate
 from apprentice.tasks.importers.natural_instructions import InstanceTemplate
 from apprentice.tasks.importers.preferences import PreferenceTemplate
-from apprentice.tasks.importers.prompts import PromptTemplate as QuestionTemplate
-from apprentice.tasks.importers.promptsource import PromptTemplate
+from apprentice.tasks.importers.prompt_only import PromptOnlyTemplate
+from apprentice.tasks.importers.promptsource import PromptSourceTemplate
 from apprentice.tasks.importers.records import KINDS, RecordTemplate
 from apprentice.tasks.registry import COLLECTIONS, Entry, Find, find_tasks
 from apprentice.tasks.schema import Task, Template
 
 # Key of an entry that names files of another format → the class of its templates.
 _TEMPLATES: dict[str, type[Template]] = {
-    "promptsource": PromptTemplate,
+    "promptsource": PromptSourceTemplate,
     "natural_instructions": InstanceTemplate,
     "conversations": ConversationTemplate,
     "preferences": PreferenceTemplate,
-    "prompts": QuestionTemplate,
+    "prompts": PromptOnlyTemplate,
     **dict.fromkeys(KINDS, RecordTemplate),
 }
 
@@ -48,7 +48,7 @@ def dump_tasks(entries: Sequence[Entry], folder: Path, find: Find = find_tasks) 
     return "".join(f"{line}\n" for line in lines)
 
 
-class KeptTasks:
+class TaskSnapshot:
     """The tasks of a run, read from the text that `dump_tasks` made; none if the text is empty."""
 
     def __init__(self, text: str) -> None:

@@ -8,11 +8,11 @@ from typing import Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 
-class Strict(BaseModel):
+class TaskFileModel(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class SourceSpec(Strict):
+class SourceSpec(TaskFileModel):
     """The source of a task's rows. Exactly one of `dataset`, `hub`, `files` and `builtin` is set."""
 
     dataset: str | None = Field(None, description="Folder under `data.root` with one Parquet file per split.")

@@ -14,7 +14,7 @@ from apprentice.data.encoding.prompt_format import Layout
 from apprentice.data.encoding.tokenize import encode_pairs
 from apprentice.data.inspect.packed_rows_html import rows_of
 from apprentice.data.inspect.preview import preview
-from apprentice.data.reference import Reference
+from apprentice.data.reference import ReferenceLogProbs
 from apprentice.data.window import WindowRenderer
 from apprentice.errors import DataError, RecipeError
 from apprentice.preflight.check import CHECKS
@@ -85,7 +85,7 @@ def test_reference_numbers_lie_beside_their_answers(tiny_model, tmp_path):
     [index] = corpus.indices.values()
     known = np.sort(np.concatenate([index.train, index.validation]))
     values = np.stack([-known, -known - 0.5], axis=1).astype(np.float32)
-    with_reference = replace(corpus, reference={index.task: Reference(known, values)})
+    with_reference = replace(corpus, reference={index.task: ReferenceLogProbs(known, values)})
     for rows, row_of in (
         (WindowRenderer(with_reference).window(1), lambda position: corpus.plan.draws(position, position + 1)[0].row),
         (WindowRenderer(with_reference).validation(3), lambda row: row),
@@ -98,9 +98,9 @@ def test_reference_numbers_lie_beside_their_answers(tiny_model, tmp_path):
 
 
 def test_a_reference_that_lacks_a_row(tmp_path):
-    reference = Reference(np.array([1, 4]), np.array([[-1, -2], [-3, -4]], np.float32))
+    reference = ReferenceLogProbs(np.array([1, 4]), np.array([[-1, -2], [-3, -4]], np.float32))
     reference.write(Folder.at(tmp_path) / "task.npz")
-    again = Reference.read(Folder.at(tmp_path) / "task.npz")
+    again = ReferenceLogProbs.read(Folder.at(tmp_path) / "task.npz")
     assert (again.of(1), again.of(4)) == ((-1.0, -2.0), (-3.0, -4.0))
     with pytest.raises(DataError, match=r"says nothing of row 2"):
         again.of(2)

@@ -16,14 +16,14 @@ from apprentice.data.stream import make_corpus, render_window
 from apprentice.errors import ContractError, RecipeError
 from apprentice.preflight import check
 from apprentice.pretrained.tokenizer import Tokenizer
-from apprentice.recipe import SHIPPED, Quality, Recipe, load_recipe, written_recipe
+from apprentice.recipe import SHIPPED, Quality, Recipe, load_recipe, parse_recipe
 from apprentice.run.folder import Run
 from apprentice.run.identity import identity
 from apprentice.storage import Folder
 from apprentice.tasks.registry import select_tasks
 from tests.recipes import tiny_recipe
 
-TEMPLATE = written_recipe(SHIPPED / "openchat.yaml").data.chat_template
+TEMPLATE = parse_recipe(SHIPPED / "openchat.yaml").data.chat_template
 QUALITIES = {"GPT3": {"tasks": ["paraphrase"], "weight": 0.1}, "GPT4": {"tasks": ["word_problems", "topic"], "weight": 1.0}}
 TASKS = ["word_problems", "same_meaning", "composed_inference", "headline_topics"]
 

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from apprentice.data.corpus import Corpus
-from apprentice.data.inspect.packed_rows_html import RowView, Segment, rows_of, to_html
+from apprentice.data.inspect.packed_rows_html import RowView, SegmentView, rows_of, to_html
 from apprentice.data.window import WindowRenderer
 from tests.data.small import CorpusOf
 
@@ -41,7 +41,10 @@ def test_more_rows_than_one_window_has(corpus: Corpus) -> None:
 
 
 def test_the_page_is_to_scale_and_escaped() -> None:
-    segments = (Segment("0: sums", (("Add <b>.\n", 6, False), ("16</s>", 2, True))), Segment("1: sums", (("Go", 1, False),)))
+    segments = (
+        SegmentView("0: sums", (("Add <b>.\n", 6, False), ("16</s>", 2, True))),
+        SegmentView("1: sums", (("Go", 1, False),)),
+    )
     page = to_html([RowView(0, 4, segments, (("row", 20, 9),))])
     assert page.startswith("<!doctype html>")
     assert "<pre>Add &lt;b&gt;.\n<b>16&lt;/s&gt;</b></pre>" in page

@@ -7,10 +7,12 @@ import io
 from rich.console import Console
 
 from apprentice.data.corpus import Corpus
-from apprentice.data.inspect.preview import Shown, preview, to_text, trace
+from apprentice.data.inspect.preview import ExamplePreview, preview, to_text, trace
 from tests.data.small import CorpusOf
 
-ITEM = Shown(7, "sums", "add", "few_shot", 4, 2, (9, 6, 1), 1, "Add <b>[1]</b>.\n", "16<|im_end|>", 20, 3, "truncated_exemplars")
+ITEM = ExamplePreview(
+    7, "sums", "add", "few_shot", 4, 2, (9, 6, 1), 1, "Add <b>[1]</b>.\n", "16<|im_end|>", 20, 3, "truncated_exemplars"
+)
 
 
 def test_it_shows_the_plan(corpus: Corpus) -> None:

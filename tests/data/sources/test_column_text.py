@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from apprentice.data.corpus import make_corpus
-from apprentice.data.sources import convert
+from apprentice.data.sources import parquet_conversion
 from apprentice.data.sources.locate import Reader, Source, resolve
 from apprentice.errors import DataError, RowError
 from apprentice.recipe import load_recipe
@@ -66,7 +66,7 @@ def examples(task: Task, folder: Path, rules: int = 2) -> list[Example]:
 
 @pytest.mark.parametrize("kind", ["csv", "tsv"])
 def test_text_in_csv_stays_what_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
-    monkeypatch.setattr(convert, "_BLOCK_BYTES", 64)
+    monkeypatch.setattr(parquet_conversion, "_BLOCK_BYTES", 64)
     file = tmp_path / f"own.{kind}"
     file.write_text(CSV.replace(",", "\t") if kind == "tsv" else CSV)
     told = examples(writing(file), tmp_path)
@@ -154,7 +154,7 @@ def test_templates_see_text_where_a_label_sees_a_number(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["jsonl", "json"])
 def test_numbers_in_json_stay_what_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
-    monkeypatch.setattr(convert, "ROWS_PER_GROUP", 1)
+    monkeypatch.setattr(parquet_conversion, "ROWS_PER_GROUP", 1)
     said = [0, 0.5, None, 12345678901234567890123, 3]
     rows = [{"text": {"n": n, "of": [n, 1.5]} | ({"and": n} if n == 0 else {}), "said": n, "whole": 7, "half": 0.5} for n in said]
     file = tmp_path / f"own.{kind}"

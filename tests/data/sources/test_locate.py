@@ -15,8 +15,8 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
 
-from apprentice.data.sources import convert
 from apprentice.data.sources import locate as sources
+from apprentice.data.sources import parquet_conversion
 from apprentice.data.sources.locate import Reader, resolve
 from apprentice.errors import DataError
 from apprentice.storage import Folder
@@ -143,8 +143,8 @@ KINDS = [
 def test_files_are_converted_once(
     tmp_path: Path, cache: Folder, monkeypatch: pytest.MonkeyPatch, name: str, make: Callable[[Path], None]
 ) -> None:
-    monkeypatch.setattr(convert, "ROWS_PER_GROUP", 4)
-    monkeypatch.setattr(convert, "_BLOCK_BYTES", 64)
+    monkeypatch.setattr(parquet_conversion, "ROWS_PER_GROUP", 4)
+    monkeypatch.setattr(parquet_conversion, "_BLOCK_BYTES", 64)
     make(tmp_path / name)
     task = make_task({"files": {"train": str(tmp_path / name)}})
     source = resolve(task, "train", root=None, cache=cache)
@@ -159,10 +159,10 @@ def test_files_are_converted_once(
 
 
 def test_json_lines_of_mixed_types(tmp_path: Path, cache: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(convert, "ROWS_PER_GROUP", 1)
+    monkeypatch.setattr(parquet_conversion, "ROWS_PER_GROUP", 1)
     lines = [{"text": "a", "label": 0, "parts": []}, {"text": "b", "label": 1, "parts": [{"x": 1}]}, {"text": "c", "label": 2}]
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
-    file = convert.parquet_file(str(tmp_path / "a.jsonl"), cache, "mood")
+    file = parquet_conversion.parquet_file(str(tmp_path / "a.jsonl"), cache, "mood")
     assert pq.read_table(file).to_pylist() == [
         {"text": "a", "label": 0, "parts": []},
         {"text": "b", "label": 1, "parts": [{"x": 1}]},
@@ -199,7 +199,7 @@ def test_a_saved_dataset_under_the_root(tmp_path: Path, cache: Folder) -> None:
     found = [resolve(make_task(), split, root=str(tmp_path), cache=cache) for split in ("train", "test")]
     assert [source and source.rows for source in found] == [10, 3]
     with pytest.raises(DataError, match=r"mood is a folder without state\.json; name the folder of one split: test, train\."):
-        convert.parquet_file(str(tmp_path / "mood"), cache, "mood")
+        parquet_conversion.parquet_file(str(tmp_path / "mood"), cache, "mood")
     [file] = (tmp_path / "mood" / "train").glob("*.arrow")
     file.unlink()
     with pytest.raises(DataError, match=rf"{file} does not exist; put it back"):

@@ -14,7 +14,7 @@ import pytest
 
 from apprentice.errors import RowError, TaskError
 from apprentice.recipe import load_recipe
-from apprentice.tasks.importers.promptsource import load_templates, prompt_tasks, template_files
+from apprentice.tasks.importers.promptsource import load_templates, promptsource_tasks, template_files
 from apprentice.tasks.registry import select_tasks
 from apprentice.tasks.schema import Task
 
@@ -162,11 +162,11 @@ def test_entries_of_a_recipe(tmp_path: Path) -> None:
     assert [source.dataset for source in task.sources] == ["toys"]
     assert template_files(str(tmp_path / "ps"), None) == template_files("glue/toy", str(tmp_path / "ps"))
     with pytest.raises(TaskError, match="Did you mean 'glue/toy'"):
-        prompt_tasks({"promptsource": "glue/toys", "root": str(tmp_path / "ps")})
+        promptsource_tasks({"promptsource": "glue/toys", "root": str(tmp_path / "ps")})
     with pytest.raises(TaskError, match=r"data\.promptsource does not say"):
-        prompt_tasks({"promptsource": "glue/toy"})
+        promptsource_tasks({"promptsource": "glue/toy"})
     with pytest.raises(TaskError, match=r"no template is called 'wich'\. Did you mean 'which'"):
-        prompt_tasks({"promptsource": "glue/toy", "root": str(tmp_path / "ps"), "templates": ["wich"]})
+        promptsource_tasks({"promptsource": "glue/toy", "root": str(tmp_path / "ps"), "templates": ["wich"]})
 
 
 def test_all_published_files_are_read(templates: Path) -> None:

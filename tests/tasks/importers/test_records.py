@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from apprentice.data.sources import convert
+from apprentice.data.sources import parquet_conversion
 from apprentice.data.sources.locate import Reader, resolve
 from apprentice.errors import DataError, RecipeError, RowError
 from apprentice.recipe import load_recipe
@@ -39,7 +39,7 @@ ROWS: dict[str, list[dict[str, Any]]] = {
 @pytest.mark.parametrize("kind", ROWS)
 @pytest.mark.parametrize("ending", ["json", "jsonl"])
 def test_from_a_file_to_examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, ending: str) -> None:
-    monkeypatch.setattr(convert, "_READ_CHARACTERS", 7)
+    monkeypatch.setattr(parquet_conversion, "_READ_CHARACTERS", 7)
     file = tmp_path / f"my-rows.{ending}"
     file.write_text(json.dumps(ROWS[kind], indent=1) if ending == "json" else "\n".join(map(json.dumps, ROWS[kind])))
     (task,) = record_tasks({kind: str(file)})
@@ -82,7 +82,7 @@ def test_empty_and_null_answers_are_bad_rows(tmp_path: Path) -> None:
 def test_broken_documents_are_named(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "a.json").write_text(text)
     with pytest.raises(DataError, match=rf"a\.json.*{message}"):
-        convert.parquet_file(str(tmp_path / "a.json"), Folder.at(tmp_path / "cache"), "a")
+        parquet_conversion.parquet_file(str(tmp_path / "a.json"), Folder.at(tmp_path / "cache"), "a")
 
 
 def recipe_with(folder: Path, entry: str) -> Path:

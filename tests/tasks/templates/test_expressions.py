@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jinja2.sandbox import SecurityError
 
-from apprentice.tasks.templates.expressions import MAX_REPEAT, Expression, ForeignWording, Wording
+from apprentice.tasks.templates.expressions import MAX_REPEAT, Expression, PromptSourceWording, Wording
 
 
 def test_names_are_the_fields_that_the_text_needs() -> None:
@@ -191,7 +191,7 @@ DOUBLE = (
 @pytest.mark.timeout(60)  # each would run for hours, or fill the memory, if it were let
 def test_work_without_end_is_an_error(source: str) -> None:
     with pytest.raises((jinja2.TemplateError, RecursionError)):
-        ForeignWording(source)({})
+        PromptSourceWording(source)({})
 
 
 @pytest.mark.parametrize("source", ["a == b", "a in [b]", "{t: 1}", "a | sort", "n // 3 * n * n * n * n", "(text * 99).split()"])
@@ -241,7 +241,7 @@ def test_what_python_cannot_compile_is_a_wrong_template(inner: str) -> None:
 def test_ordinary_work_is_let_through(source: str, text: str) -> None:
     values = {"rows": [{"n": 1}, {"n": 2}], "text": " Some ", "day": datetime.date(2026, 11, 30)}
     assert Wording(source)(values, python_forms=True) == text
-    assert ForeignWording(source)(values) == text
+    assert PromptSourceWording(source)(values) == text
 
 
 @pytest.mark.parametrize(
@@ -253,11 +253,13 @@ def test_methods_that_are_not_on_the_list_are_refused(source: str) -> None:
 
 
 def test_a_list_does_not_grow_under_the_loop() -> None:
-    assert ForeignWording("{% set l = [1, 2] %}{% for x in l %}{{ l.append(x) or '' }}{% endfor %}{{ l }}")({}) == "[1, 2, 1, 2]"
+    assert (
+        PromptSourceWording("{% set l = [1, 2] %}{% for x in l %}{{ l.append(x) or '' }}{% endfor %}{{ l }}")({}) == "[1, 2, 1, 2]"
+    )
 
 
 def test_an_allowance_is_for_one_rendering() -> None:
-    wording = ForeignWording("{% for i in range(90000) %}{% endfor %}done")
+    wording = PromptSourceWording("{% for i in range(90000) %}{% endfor %}done")
     assert [wording({}) for _ in range(20)] == ["done"] * 20
 
 
@@ -297,7 +299,9 @@ STATEMENTS = (
 @settings(max_examples=60, deadline=None)
 def test_no_mixture_of_statements_reaches_the_kernels_limits(blocks: list[tuple[int, list[str]]]) -> None:
     loops = "".join(f"{{% for i in range({times}) %}}{''.join(statements)}{{% endfor %}}" for times, statements in blocks)
-    wording = ForeignWording("{% set ns = namespace(a=['a', 1], b=[], s='aab', n=3) %}" + loops + "{{ ns.s }}{{ ns.a }}{{ ns.n }}")
+    wording = PromptSourceWording(
+        "{% set ns = namespace(a=['a', 1], b=[], s='aab', n=3) %}" + loops + "{{ ns.s }}{{ ns.a }}{{ ns.n }}"
+    )
     reason = ""
     try:
         wording({})
@@ -323,7 +327,7 @@ class Huge(str):
 
 
 def test_the_kernel_bounds_what_the_allowance_does_not_see() -> None:
-    wording = ForeignWording("{{ text.upper() }}")
+    wording = PromptSourceWording("{{ text.upper() }}")
     with pytest.raises(jinja2.TemplateRuntimeError, match="took more than 5 s of processor time"):
         wording({"text": Slow("a")})
     with pytest.raises(jinja2.TemplateRuntimeError, match="MemoryError"):

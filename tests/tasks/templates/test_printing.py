@@ -11,8 +11,8 @@ from apprentice.errors import RowError
 from apprentice.tasks.importers.conversations import ConversationTemplate
 from apprentice.tasks.importers.natural_instructions import InstanceTemplate
 from apprentice.tasks.importers.preferences import PreferenceTemplate
-from apprentice.tasks.importers.prompts import PromptTemplate
-from apprentice.tasks.importers.promptsource import PromptTemplate as SourceTemplate
+from apprentice.tasks.importers.prompt_only import PromptOnlyTemplate
+from apprentice.tasks.importers.promptsource import PromptSourceTemplate
 from apprentice.tasks.importers.records import KINDS, RecordTemplate
 from apprentice.tasks.schema import Task, Template
 
@@ -133,8 +133,8 @@ CONTENT: dict[str, Any] = {"content": {"a": 1}}
             {"messages": [{"role": "user", **CONTENT}, {"role": "assistant", "content": "b"}]},
         ),
         (PreferenceTemplate(name="a", instruction=""), {"prompt": [{"role": "user", **CONTENT}], "chosen": "x", "rejected": "y"}),
-        (PromptTemplate(name="a", instruction=""), {"prompt": [{"role": "user", **CONTENT}]}),
-        (PromptTemplate(name="a", instruction=""), {"prompt": "x", "system": ["y"]}),
+        (PromptOnlyTemplate(name="a", instruction=""), {"prompt": [{"role": "user", **CONTENT}]}),
+        (PromptOnlyTemplate(name="a", instruction=""), {"prompt": "x", "system": ["y"]}),
     ],
 )
 def test_rows_that_bring_their_own_texts(template: Template, row: dict[str, Any]) -> None:
@@ -145,7 +145,7 @@ def test_rows_that_bring_their_own_texts(template: Template, row: dict[str, Any]
 
 
 def test_promptsource_prints_lists_as_ever_with_the_separators_of_the_row() -> None:
-    task = whole(SourceTemplate(name="a", instruction="Say {{ words }}. ||| {{ words[1] }}", output=""))
+    task = whole(PromptSourceTemplate(name="a", instruction="Say {{ words }}. ||| {{ words[1] }}", output=""))
     row = {"words": ["x ||| y", "||| z"]}
     example = task.render(row, task.templates[0])
     assert (example.instruction, example.target) == ("Say ['x ||| y', '||| z'].", "||| z")

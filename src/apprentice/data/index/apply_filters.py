@@ -13,8 +13,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from apprentice.data.index.filters import Chosen, Measured, Passages, choose, gathered, limited, measure, passages_of
 from apprentice.data.index.ngrams import ngrams, words_of
+from apprentice.data.index.row_filters import (
+    FilterResult,
+    PassageIndex,
+    RowMeasures,
+    choose,
+    limit_rows,
+    measure,
+    merge_passages,
+    passages_of,
+)
 from apprentice.data.sampling.permutation import Keys, Numbers, key_of
 from apprentice.data.sources.locate import Reader, Source
 from apprentice.recipe import Filters, Recipe
@@ -25,7 +34,7 @@ SHOWN_MATCHES = 1000  # at most, in the report
 Run = Callable[[Callable[..., Any], Iterator[tuple[Any, ...]]], Iterator[Any]]  # (function, arguments of calls) → results in order
 
 
-class Candidate(NamedTuple):
+class TaskRows(NamedTuple):
     """One task with its usable rows; `train` is None for a task that is not trained on."""
 
     task: Task
@@ -35,7 +44,7 @@ class Candidate(NamedTuple):
     test: Numbers
 
 
-def filtered(candidates: Sequence[Candidate], recipe: Recipe, run: Run) -> tuple[dict[str, Chosen], dict[str, Any] | None]:
+def filtered(candidates: Sequence[TaskRows], recipe: Recipe, run: Run) -> tuple[dict[str, FilterResult], dict[str, Any] | None]:
     """Task → rows kept, for each task that is trained on; and the contamination report, None without `filters.decontaminate`.
 
     A task without usable training rows is missing from the result if any filter is set. Raises `DataError` if a source cannot be
@@ -44,28 +53,28 @@ def filtered(candidates: Sequence[Candidate], recipe: Recipe, run: Run) -> tuple
     settings, most, seed = recipe.data.filters, recipe.data.mixture.max_rows, recipe.seed
     trained = [(one, one.train) for one in candidates if one.train is not None]
     if settings == Filters():  # no filter is set, so no row has to be read
-        kept = {one.task.name: limited(train, most, key_of(seed, one.task.name, "max rows")) for one, train in trained}
+        kept = {one.task.name: limit_rows(train, most, key_of(seed, one.task.name, "max rows")) for one, train in trained}
         return {
-            one.task.name: Chosen(
+            one.task.name: FilterResult(
                 kept[one.task.name],
                 {"max_rows": len(train) - len(kept[one.task.name])} if len(kept[one.task.name]) < len(train) else {},
                 [],
             )
             for one, train in trained
         }, None
-    tests = _test_passages(candidates, settings, run) if settings.decontaminate else gathered([])
+    tests = _test_passages(candidates, settings, run) if settings.decontaminate else merge_passages([])
     known = np.unique(tests.hashes)
     chosen = {}
     for one, train in trained:
         calls = ((one.task, _reader(one.train_source), part, settings, known) for part in _stretches(train))
         parts = list(run(_measured, calls))
-        whole = Measured(*(np.concatenate(columns) for columns in zip(*parts, strict=True))) if parts else None
+        whole = RowMeasures(*(np.concatenate(columns) for columns in zip(*parts, strict=True))) if parts else None
         if whole is not None:
             chosen[one.task.name] = choose(one.task.name, whole, settings, most, seed)
     return chosen, _report(candidates, chosen, tests, settings.ngram) if settings.decontaminate else None
 
 
-def shared_passages(candidates: Sequence[Candidate], recipe: Recipe, run: Run) -> dict[str, Any]:
+def shared_passages(candidates: Sequence[TaskRows], recipe: Recipe, run: Run) -> dict[str, Any]:
     """The contamination report on test rows that share a passage with training rows; no training row is dropped for it.
 
     Raises `DataError` if a source cannot be read.
@@ -80,13 +89,13 @@ def shared_passages(candidates: Sequence[Candidate], recipe: Recipe, run: Run) -
     return report
 
 
-def _test_passages(candidates: Sequence[Candidate], settings: Filters, run: Run) -> Passages:
+def _test_passages(candidates: Sequence[TaskRows], settings: Filters, run: Run) -> PassageIndex:
     labels = [number for number, one in enumerate(candidates) for _ in _stretches(one.test)]
     calls = ((_reader(one.test_source), part, settings.ngram) for one in candidates for part in _stretches(one.test))
-    return gathered([(number, *found) for number, found in zip(labels, run(_test_part, calls), strict=True)])
+    return merge_passages([(number, *found) for number, found in zip(labels, run(_test_part, calls), strict=True)])
 
 
-def _measured(task: Task, reader: Reader, numbers: Numbers, settings: Filters, tests: Keys) -> Measured:
+def _measured(task: Task, reader: Reader, numbers: Numbers, settings: Filters, tests: Keys) -> RowMeasures:
     return measure(task, reader.rows(numbers), numbers, settings, tests)
 
 
@@ -103,7 +112,7 @@ def _stretches(rows: Numbers) -> list[Numbers]:
     return [rows[start : start + STRETCH_ROWS] for start in range(0, len(rows), STRETCH_ROWS)]
 
 
-def _report(candidates: Sequence[Candidate], chosen: Mapping[str, Chosen], tests: Passages, length: int) -> dict[str, Any]:
+def _report(candidates: Sequence[TaskRows], chosen: Mapping[str, FilterResult], tests: PassageIndex, length: int) -> dict[str, Any]:
     """The content of `contamination.json`: for each scored task, how many test rows share a passage with training rows.
 
     Keys: `ngram` (words of a passage), `tasks` (task → counts), `matches` (at most `SHOWN_MATCHES` pairs of rows, with the words).
@@ -140,7 +149,7 @@ def _report(candidates: Sequence[Candidate], chosen: Mapping[str, Chosen], tests
     return {"ngram": length, "tasks": scored, "matches": matches}
 
 
-def _passage(candidate: Candidate, row: int, passage: int, length: int) -> str:
+def _passage(candidate: TaskRows, row: int, passage: int, length: int) -> str:
     """The words of a training row that hash to `passage`."""
     words = words_of(_reader(candidate.train_source).rows([row])[0], only_texts=True)
     hashes, _, starts = ngrams([words], length)

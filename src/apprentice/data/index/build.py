@@ -19,10 +19,10 @@ import numpy as np
 from apprentice.data.encoding.prompt_contract import layout_of
 from apprentice.data.encoding.prompt_format import Layout
 from apprentice.data.encoding.tokenize import encode, encode_pairs
-from apprentice.data.index.apply_filters import Candidate, filtered, shared_passages
-from apprentice.data.index.filters import Chosen
+from apprentice.data.index.apply_filters import TaskRows, filtered, shared_passages
+from apprentice.data.index.row_filters import FilterResult
 from apprentice.data.index.task_index import INDEX_FILE, TaskIndex, frozen_tasks, index_file, packed, read_index
-from apprentice.data.sampling.exemplars import Pool
+from apprentice.data.sampling.exemplars import ExemplarPool
 from apprentice.data.sampling.permutation import Numbers, below, draw, key_of, permute
 from apprentice.data.sources.locate import MissingSourceError, Reader, Source, Split, is_unchanged, resolve
 from apprentice.errors import DataError, RowError
@@ -123,8 +123,8 @@ def index_beside(
     made = _made(tasks, plain, cache, tokenizer, parallel=parallel, rules=rules)
     if not trained:
         return made
-    candidates = [Candidate(task, index.train_source, index.train, None, _numbers([])) for task, index in trained.values()] + [
-        Candidate(task, None, None, index.test_source, index.test) for task, index in zip(tasks, made.tasks.values(), strict=True)
+    candidates = [TaskRows(task, index.train_source, index.train, None, _numbers([])) for task, index in trained.values()] + [
+        TaskRows(task, None, None, index.test_source, index.test) for task, index in zip(tasks, made.tasks.values(), strict=True)
     ]
     return made._replace(contamination=shared_passages(candidates, recipe, _each_in_ray if parallel else _each_here))
 
@@ -138,7 +138,7 @@ def _made(tasks: Sequence[Task], recipe: Recipe, cache: Folder, tokenizer: Token
         _refuse_bad(task, rejects[task.name], sum(source.rows for source in sources[task.name] if source), recipe)
     chosen, contamination = filtered(
         [
-            Candidate(task, sources[task.name][0], _trained(task, train, recipe), sources[task.name][1], test.kept)
+            TaskRows(task, sources[task.name][0], _trained(task, train, recipe), sources[task.name][1], test.kept)
             for task, train, test in scans
         ],
         recipe,
@@ -146,7 +146,7 @@ def _made(tasks: Sequence[Task], recipe: Recipe, cache: Folder, tokenizer: Token
     )
     indices = {}
     for task, train, test in scans:
-        choice = chosen.get(task.name, Chosen(train.kept, {}, []))
+        choice = chosen.get(task.name, FilterResult(train.kept, {}, []))
         means = _mean_tokens(task, sources[task.name][0], choice.kept, layout_of(recipe, tokenizer), recipe)
         indices[task.name] = TaskIndex(
             task.name,
@@ -341,7 +341,7 @@ def _mean_tokens(task: Task, source: Source | None, kept: Numbers, layout: Layou
     """Mean tokens of a zero-shot training example, and of its trained-on part, over a seeded sample of `SAMPLE_ROWS` rows."""
     if source is None or not len(kept):
         return 0.0, 0.0
-    pool = Pool(recipe.seed, task.name, kept)  # its rows lie in few row groups
+    pool = ExemplarPool(recipe.seed, task.name, kept)  # its rows lie in few row groups
     places = np.arange(min(SAMPLE_ROWS, len(pool)))
     rows = pool.rows[permute(places, len(pool), key_of(recipe.seed, task.name, "sample"))]
     templates = task.scored_templates or task.templates

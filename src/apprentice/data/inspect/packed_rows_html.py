@@ -32,7 +32,7 @@ _STYLE = (
 
 
 @dataclass(frozen=True)
-class Segment:
+class SegmentView:
     """One example of a row; `parts` are (text, number of tokens, trained on) in order."""
 
     heading: str
@@ -45,7 +45,7 @@ class RowView:
 
     window: int
     row: int
-    segments: tuple[Segment, ...]
+    segments: tuple[SegmentView, ...]
     sides: tuple[tuple[str, int, int], ...]
 
 
@@ -94,7 +94,7 @@ def _view(corpus: Corpus, rows: Rows, place: int) -> RowView:
         [drawn] = corpus.plan.draws(position, position + 1)
         shots = f", {len(drawn.shots)} exemplars drawn" if drawn.shots else ""
         heading = f"{position}: {drawn.task} · {drawn.template} · {drawn.format.replace('_', '-')} · row {drawn.row}{shots}"
-        segments.append(Segment(heading, tuple(parts)))
+        segments.append(SegmentView(heading, tuple(parts)))
     names = ("row",) if len(given) == 1 else ("encoder", "decoder")
     sides = tuple(
         (name, rows[owners].shape[1], int((rows[owners][place] > 0).sum())) for name, (_, owners) in zip(names, given, strict=True)

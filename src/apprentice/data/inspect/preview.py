@@ -19,7 +19,7 @@ OPEN, CLOSE = "⟦", "⟧"  # around trained-on text, for outputs without colour
 
 
 @dataclass(frozen=True)
-class Shown:
+class ExamplePreview:
     """One example for display; `prompt` and `trained` are decoded from its token ids, special tokens included."""
 
     position: int  # in the plan
@@ -52,21 +52,23 @@ class Shown:
         return asdict(self)
 
 
-def preview(corpus: Corpus, number: int) -> list[Shown]:
+def preview(corpus: Corpus, number: int) -> list[ExamplePreview]:
     """The first `number` usable examples of the plan; fewer if more than nine in ten are dropped."""
-    renderer, found = Renderer(corpus.tasks, corpus.indices), list[Shown]()
+    renderer, found = Renderer(corpus.tasks, corpus.indices), list[ExamplePreview]()
     for start in range(0, 10 * number, number):
         draws = corpus.plan.draws(start, start + number)
         rendered = zip(draws, renderer.of_draws(draws), strict=True)
         usable = [(draw, item) for draw, item in rendered if not isinstance(item, RowError)]
         tokenized = corpus.encode([item for _, item in usable])
-        found += [_shown(corpus, draw, tokens) for (draw, _), tokens in zip(usable, tokenized, strict=True) if tokens is not None]
+        found += [
+            _preview_of(corpus, draw, tokens) for (draw, _), tokens in zip(usable, tokenized, strict=True) if tokens is not None
+        ]
         if len(found) >= number:
             break
     return found[:number]
 
 
-def to_text(shown: Sequence[Shown]) -> Text:
+def to_text(shown: Sequence[ExamplePreview]) -> Text:
     """The examples for a terminal: trained-on text in green and between ⟦ and ⟧, a pair's worse answer in red."""
     from rich.text import Text
 
@@ -80,17 +82,17 @@ def to_text(shown: Sequence[Shown]) -> Text:
     return text
 
 
-def trace(corpus: Corpus, positions: Sequence[int]) -> list[Shown]:
+def trace(corpus: Corpus, positions: Sequence[int]) -> list[ExamplePreview]:
     """The examples at these plan positions; a dropped one has no tokens, and its reason in `truncated`."""
     renderer = Renderer(corpus.tasks, corpus.indices)
     draws = [drawn for position in positions for drawn in corpus.plan.draws(position, position + 1)]
     found = []
     for draw, item in zip(draws, renderer.of_draws(draws), strict=True):
         if isinstance(item, RowError):
-            found.append(_shown(corpus, draw, Tokenized([], 0, 0, item.reason)))
+            found.append(_preview_of(corpus, draw, Tokenized([], 0, 0, item.reason)))
             continue
         [tokens] = corpus.encode([item])
-        found.append(_shown(corpus, draw, tokens or Tokenized([], 0, 0, drop_reason(corpus.layout, *item))))
+        found.append(_preview_of(corpus, draw, tokens or Tokenized([], 0, 0, drop_reason(corpus.layout, *item))))
     return found
 
 
@@ -104,9 +106,9 @@ def _trained(tokens: Tokenized, decode: Callable[..., str]) -> str:
     return text + decode(tokens.ids[done:], skip_special=False)
 
 
-def _shown(corpus: Corpus, draw: Draw, tokens: Tokenized) -> Shown:
+def _preview_of(corpus: Corpus, draw: Draw, tokens: Tokenized) -> ExamplePreview:
     decode = corpus.layout.tokenizer.decode
-    return Shown(
+    return ExamplePreview(
         position=draw.position,
         task=draw.task,
         template=draw.template,

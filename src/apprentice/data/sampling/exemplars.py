@@ -16,7 +16,7 @@ POOL_STRETCHES = 8
 STRETCH_ROWS = 512
 
 
-class Pool:
+class ExemplarPool:
     """The rows of one task that can be exemplars, chosen from `kept` (source row numbers, ascending).
 
     `draw(pool.key, rows)` gives the key of each row's exemplars.
@@ -56,7 +56,7 @@ def exemplar_rows(seed: int, task: str, row: int, k: int, kept: Numbers) -> tupl
 
     Exemplars for a smaller `k` are the first of those for a larger one; `row` itself is never among them.
     """
-    pool = Pool(seed, task, kept)
+    pool = ExemplarPool(seed, task, kept)
     if not len(pool) or k < 1:
         return ()
     own = np.array([row])

@@ -30,7 +30,7 @@ class _Node(NamedTuple):
     right: int
 
 
-class Rotation:
+class WeightedInterleave:
     """Deals positions 0, 1, 2, … to leaves 0 … len(weights) - 1 in proportion to their weights.
 
     Raises `ValueError` unless the weights are positive integers that add up to at most `MAX_TOTAL`.
@@ -47,7 +47,7 @@ class Rotation:
         self._parent = {node.left: (number, True) for number, node in enumerate(nodes)}
         self._parent |= {node.right: (number, False) for number, node in enumerate(nodes)}
 
-    def __reduce__(self) -> tuple[type[Rotation], tuple[tuple[int, ...]]]:
+    def __reduce__(self) -> tuple[type[WeightedInterleave], tuple[tuple[int, ...]]]:
         return type(self), (self.weights,)
 
     def turns(self, positions: Numbers) -> tuple[Numbers, Numbers]:

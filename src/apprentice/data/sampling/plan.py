@@ -19,8 +19,8 @@ import numpy as np
 
 from apprentice.data.index.build import is_held_out
 from apprentice.data.index.task_index import TaskIndex
-from apprentice.data.sampling.exemplars import Pool, candidates, exemplar_rows, without
-from apprentice.data.sampling.interleave import Rotation
+from apprentice.data.sampling.exemplars import ExemplarPool, candidates, exemplar_rows, without
+from apprentice.data.sampling.interleave import WeightedInterleave
 from apprentice.data.sampling.mixture import Size, shares
 from apprentice.data.sampling.permutation import Numbers, below, draw, key_of, permute
 from apprentice.data.sampling.shuffle import RowOrder, drawn, runs
@@ -69,9 +69,9 @@ class Plan:
         self._format_key, self._template_key, self._shots_key = (key_of(seed, name) for name in ("format", "template", "shots"))
         self._members = tuple(members)
         self._leaf = {member.name: leaf for leaf, member in enumerate(members)}
-        self._rotation = Rotation(weights)
+        self._rotation = WeightedInterleave(weights)
         self._orders = [member.order for member in members]
-        self._pools = [Pool(seed, member.name, member.order.kept) for member in members]
+        self._pools = [ExemplarPool(seed, member.name, member.order.kept) for member in members]
         self._pool_sizes = np.array([len(pool) for pool in self._pools])
         # (tasks, formats): number of templates that each format may use.
         self._templates = np.array([[len(names) for names in member.by_format] for member in members])

@@ -22,8 +22,8 @@ from huggingface_hub.errors import HfHubHTTPError
 from numpy.typing import NDArray
 
 from apprentice.data.sources.column_text import Reading, read, readings_of
-from apprentice.data.sources.convert import builtin_file, is_saved_to_disk, parquet_file
 from apprentice.data.sources.delimited import how_to_read
+from apprentice.data.sources.parquet_conversion import builtin_file, is_saved_to_disk, parquet_file
 from apprentice.errors import DataError, StorageError, did_you_mean
 from apprentice.run.identity import FORMAT
 from apprentice.storage import Folder

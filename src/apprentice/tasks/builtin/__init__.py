@@ -1,6 +1,6 @@
 """Built-in rows of the mixture `quickstart`, made by seeded pure functions, so that a fresh machine needs no dataset.
 
-A generator takes a random source (`Dice`) and the row's number and returns one row: a flat dict whose *first* column is the
+A generator takes a random source (`SeededRandom`) and the row's number and returns one row: a flat dict whose *first* column is the
 text by which rows are told apart. The wordings of each task are in `tasks/library/quickstart/`.
 """
 
@@ -10,18 +10,18 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 from apprentice.errors import TaskError, did_you_mean
-from apprentice.tasks.builtin.dice import Dice
 from apprentice.tasks.builtin.knowledge import one_of_a_kind
 from apprentice.tasks.builtin.numbers import word_problems, written_dates
 from apprentice.tasks.builtin.opinions import message_moods, short_reviews
 from apprentice.tasks.builtin.pairs import composed_inference, same_meaning
 from apprentice.tasks.builtin.passages import passage_questions, product_sentences
+from apprentice.tasks.builtin.seeded_random import SeededRandom
 from apprentice.tasks.builtin.subjects import assistant_requests, headline_topics
 
 VERSION = 2  # raise it with any change of the rows; a test compares their checksum
 ROWS = {"train": 400, "test": 100}
 
-GENERATORS: dict[str, Callable[[Dice, int], dict[str, Any]]] = {
+GENERATORS: dict[str, Callable[[SeededRandom, int], dict[str, Any]]] = {
     "assistant_requests": assistant_requests,
     "composed_inference": composed_inference,
     "headline_topics": headline_topics,
@@ -47,13 +47,13 @@ def rows(name: str, split: Literal["train", "test"]) -> list[dict[str, Any]]:
     if split not in ROWS:
         raise TaskError(f"builtin {name!r} has no split {split!r}.{did_you_mean(split, ROWS)} Its splits are {', '.join(ROWS)}.")
     made: dict[tuple[str, ...], dict[str, Any]] = {}
-    dice = Dice(f"{VERSION}/{name}")
+    rng = SeededRandom(f"{VERSION}/{name}")
     while len(made) < sum(ROWS.values()):
-        row = GENERATORS[name](dice, len(made))
+        row = GENERATORS[name](rng, len(made))
         made.setdefault(_words(next(iter(row.values()))), row)
     table = list(made.values())
     # Generators cycle through their labels, which balances each split; shuffling removes the order of labels.
-    return dice.shuffled(table[: ROWS["train"]]) if split == "train" else dice.shuffled(table[ROWS["train"] :])
+    return rng.shuffled(table[: ROWS["train"]]) if split == "train" else rng.shuffled(table[ROWS["train"] :])
 
 
 def _words(text: str | list[str]) -> tuple[str, ...]:

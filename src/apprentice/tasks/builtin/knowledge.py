@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from apprentice.tasks.builtin.dice import Dice
+from apprentice.tasks.builtin.seeded_random import SeededRandom
 
 KINDS: dict[str, list[str]] = {
     "kind of animal": ["dog", "horse", "rabbit", "lion", "sheep", "monkey", "bear", "goat", "wolf", "camel"],
@@ -22,8 +22,8 @@ KINDS: dict[str, list[str]] = {
 }
 
 
-def one_of_a_kind(dice: Dice, number: int) -> dict[str, Any]:
+def one_of_a_kind(rng: SeededRandom, number: int) -> dict[str, Any]:
     """Row with `words`, four of different kinds; `kind`; and `label`, the index of the word of that kind."""
     label = number % 4
-    kinds = dice.some(list(KINDS), 4)
-    return {"words": [dice.one(KINDS[kind]) for kind in kinds], "kind": kinds[label], "label": label}
+    kinds = rng.some(list(KINDS), 4)
+    return {"words": [rng.one(KINDS[kind]) for kind in kinds], "kind": kinds[label], "label": label}

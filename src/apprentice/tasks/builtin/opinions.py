@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from apprentice.tasks.builtin.dice import Dice
+from apprentice.tasks.builtin.seeded_random import SeededRandom
 
 # Kind of thing → (things, their aspects, words of praise, words of blame).
 REVIEWED: dict[str, tuple[list[str], list[str], list[str], list[str]]] = {
@@ -126,16 +126,16 @@ REACTIONS: dict[str, list[str]] = {
 }
 
 
-def short_reviews(dice: Dice, number: int) -> dict[str, Any]:
+def short_reviews(rng: SeededRandom, number: int) -> dict[str, Any]:
     """Row with `review`, the `thing` it is about, and `label`: 0 blame, 1 praise."""
     label = number % 2
-    things, sides, praise, blame = REVIEWED[dice.one(list(REVIEWED))]
+    things, sides, praise, blame = REVIEWED[rng.one(list(REVIEWED))]
     says, denies = (praise, blame) if label else (blame, praise)
-    thing = dice.one(things)
-    side, other = dice.some(sides, 2)
-    word, also = dice.some(says, 2)
-    against = dice.one(denies)
-    review = dice.one(
+    thing = rng.one(things)
+    side, other = rng.some(sides, 2)
+    word, also = rng.some(says, 2)
+    against = rng.one(denies)
+    review = rng.one(
         [
             f"The {side} of this {thing} is {word}, and the {other} is {also}.",
             f"I expected the {other} to be {against}, but the {thing} turned out {word}, above all the {side}.",
@@ -146,18 +146,18 @@ def short_reviews(dice: Dice, number: int) -> dict[str, Any]:
             f"This {thing} is {word}, and the {side} is {also} too. Only the {other} is {against}.",
         ]
     )
-    if dice.below(3) == 0:
-        review = f"{review} {dice.one(VERDICTS[label])}"
+    if rng.below(3) == 0:
+        review = f"{review} {rng.one(VERDICTS[label])}"
     return {"review": review, "thing": thing, "label": label}
 
 
-def message_moods(dice: Dice, number: int) -> dict[str, Any]:
+def message_moods(rng: SeededRandom, number: int) -> dict[str, Any]:
     """Row with `message` and `label`, the index of its emotion in `MOODS`."""
     label = number % len(MOODS)
     mood = MOODS[label]
-    event, reaction = dice.one(EVENTS[mood]), dice.one(REACTIONS[mood])
-    greeting = dice.one(["", "", "Hi Lena, ", "Hello you, ", "Listen, ", "You won't believe it: ", "News from here: "])
-    message = dice.one(
+    event, reaction = rng.one(EVENTS[mood]), rng.one(REACTIONS[mood])
+    greeting = rng.one(["", "", "Hi Lena, ", "Hello you, ", "Listen, ", "You won't believe it: ", "News from here: "])
+    message = rng.one(
         [
             f"{greeting}{event}. {_capital(reaction)}.",
             f"{greeting}{event}, and {reaction}.",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from apprentice.tasks.builtin.dice import Dice
+from apprentice.tasks.builtin.seeded_random import SeededRandom
 
 NAMES = ["Ana", "Ben", "Carla", "David", "Emma", "Farid", "Grace", "Hugo", "Ines", "Jonas", "Kim", "Lars", "Maya", "Noah"]
 # (thing, its kind)
@@ -48,14 +48,14 @@ PEOPLE = ["Ana", "Carla", "David", "Emma", "Hugo", "Jonas", "Maya", "Olga", "Pet
 RELATIVES = ["sister", "neighbour", "cousin", "teacher", "aunt", "friend", "boss", "grandmother"]
 
 
-def composed_inference(dice: Dice, number: int) -> dict[str, Any]:
+def composed_inference(rng: SeededRandom, number: int) -> dict[str, Any]:
     """Row with `premise`, `hypothesis` and `label`: 0 entailment, 1 neutral, 2 contradiction."""
     label = number % 3
-    buyer, seller, stranger = dice.some(NAMES, 3)
-    (thing, kind), (other, _) = dice.some(KINDS, 2)
-    colour, wrong = dice.some(COLOURS, 2)
-    place, time = dice.one(PLACES), dice.one(TIMES)
-    deal = dice.one(
+    buyer, seller, stranger = rng.some(NAMES, 3)
+    (thing, kind), (other, _) = rng.some(KINDS, 2)
+    colour, wrong = rng.some(COLOURS, 2)
+    place, time = rng.one(PLACES), rng.one(TIMES)
+    deal = rng.one(
         [
             f"{buyer} bought a {colour} {thing} from {seller}",
             f"{seller} sold a {colour} {thing} to {buyer}",
@@ -84,24 +84,24 @@ def composed_inference(dice: Dice, number: int) -> dict[str, Any]:
         f"{buyer} got nothing from {seller}.",
         f"Nobody sold a {kind}.",
     ]
-    hypothesis = dice.one([follows, open_question, cannot][label])
+    hypothesis = rng.one([follows, open_question, cannot][label])
     return {"premise": premise, "hypothesis": hypothesis, "label": label}
 
 
-def same_meaning(dice: Dice, number: int) -> dict[str, Any]:
+def same_meaning(rng: SeededRandom, number: int) -> dict[str, Any]:
     """Row with `first`, `second` and `label`: 0 different meaning, 1 same meaning."""
     label = number % 2
-    who = f"{dice.one(PEOPLE)}'s {dice.one(RELATIVES)}" if dice.below(2) else dice.one(PEOPLE)
-    *acts, other_act = dice.one(ACTS)
-    *moments, other_moment = dice.one(MOMENTS)
-    (act, same_act), (moment, same_moment) = dice.shuffled(acts), dice.shuffled(moments)
-    if dice.below(2):
+    who = f"{rng.one(PEOPLE)}'s {rng.one(RELATIVES)}" if rng.below(2) else rng.one(PEOPLE)
+    *acts, other_act = rng.one(ACTS)
+    *moments, other_moment = rng.one(MOMENTS)
+    (act, same_act), (moment, same_moment) = rng.shuffled(acts), rng.shuffled(moments)
+    if rng.below(2):
         same_moment = moment
-    changed = 0 if label else dice.between(1, 4)  # 1: the act, 2: the moment, 3 and 4: both
+    changed = 0 if label else rng.between(1, 4)  # 1: the act, 2: the moment, 3 and 4: both
     act_again = same_act if changed in (0, 2) else other_act
     moment_again = same_moment if changed in (0, 1) else other_moment
     first = f"{who} {act} {moment}."
-    second = dice.one(
+    second = rng.one(
         [
             f"{moment_again[0].upper()}{moment_again[1:]}, {who} {act_again}.",
             f"{who} {act_again}, and that was {moment_again}.",

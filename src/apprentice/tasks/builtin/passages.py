@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from apprentice.tasks.builtin.dice import Dice
+from apprentice.tasks.builtin.seeded_random import SeededRandom
 
 FIRST = ["Marta", "Ivan", "Leila", "Peter", "Sanna", "Diego", "Wanda", "Amir", "Clara", "Felix", "Noor", "Edgar"]
 LAST = ["Silva", "Novak", "Haddad", "Lind", "Okafor", "Brandt", "Moreau", "Castillo", "Reid", "Tanaka", "Kovacs", "Doyle"]
@@ -27,14 +27,14 @@ COLOURS = ["red", "blue", "green", "black", "white", "yellow", "grey", "purple"]
 STOCK = {"none": "is sold out", "few": "is nearly gone", "many": "can be had at once", "ordered": "will be back soon"}
 
 
-def passage_questions(dice: Dice, number: int) -> dict[str, Any]:
+def passage_questions(rng: SeededRandom, number: int) -> dict[str, Any]:
     """Row with `passage`, `question` and `answer`, which is a span of the passage."""
-    person, other = (f"{first} {last}" for first, last in zip(dice.some(FIRST, 2), dice.some(LAST, 2), strict=True))
-    town, elsewhere = dice.some(TOWNS, 2)
-    year, job = str(dice.between(1801, 1999)), dice.one(JOBS)
-    thing = f"{dice.one(ADJECTIVES)} {dice.one(TREASURES)}"
-    dish, animal, month = dice.one(DISHES), dice.one(ANIMALS), dice.one(MONTHS)
-    passage, asked = dice.one(
+    person, other = (f"{first} {last}" for first, last in zip(rng.some(FIRST, 2), rng.some(LAST, 2), strict=True))
+    town, elsewhere = rng.some(TOWNS, 2)
+    year, job = str(rng.between(1801, 1999)), rng.one(JOBS)
+    thing = f"{rng.one(ADJECTIVES)} {rng.one(TREASURES)}"
+    dish, animal, month = rng.one(DISHES), rng.one(ANIMALS), rng.one(MONTHS)
+    passage, asked = rng.one(
         [
             (
                 f"The museum of {town} opened in {year}. It was founded by {person}, {job} from {elsewhere}. "
@@ -86,11 +86,11 @@ def passage_questions(dice: Dice, number: int) -> dict[str, Any]:
     return {"passage": passage, "question": question, "answer": answer}
 
 
-def product_sentences(dice: Dice, number: int) -> dict[str, Any]:
+def product_sentences(rng: SeededRandom, number: int) -> dict[str, Any]:
     """Row with `record`, the keys and values of a shop item, and `sentence`, which says the same in words."""
-    goods, colour, price = dice.one(GOODS), dice.one(COLOURS), dice.between(5, 99)
+    goods, colour, price = rng.one(GOODS), rng.one(COLOURS), rng.between(5, 99)
     stock = list(STOCK)[number % len(STOCK)]
-    record = "; ".join(dice.shuffled([f"item: {goods}", f"colour: {colour}", f"price: {price}", f"stock: {stock}"]))
+    record = "; ".join(rng.shuffled([f"item: {goods}", f"colour: {colour}", f"price: {price}", f"stock: {stock}"]))
     return {"record": record, "sentence": f"The {colour} {goods} costs {price} euros and {STOCK[stock]}."}
 
 

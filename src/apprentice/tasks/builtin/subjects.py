@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from apprentice.tasks.builtin.dice import Dice
+from apprentice.tasks.builtin.seeded_random import SeededRandom
 
 # Topic → (who, does what, remarks that fit any of them).
 HEADLINES: dict[str, tuple[list[str], list[str], list[str]]] = {
@@ -82,21 +82,21 @@ SOUNDS = [
 TOWNS = ["Oslo", "Porto", "Leeds", "Bremen", "Nairobi", "Quebec", "Osaka", "Turin", "Lima", "Perth"]
 
 
-def headline_topics(dice: Dice, number: int) -> dict[str, Any]:
+def headline_topics(rng: SeededRandom, number: int) -> dict[str, Any]:
     """Row with `headline` and `label`, the index of its topic in `TOPICS`."""
     label = number % len(TOPICS)
     who, does, remarks = HEADLINES[TOPICS[label]]
-    headline = f"{dice.one(who)} {dice.one(does)} {dice.one(remarks)}"
+    headline = f"{rng.one(who)} {rng.one(does)} {rng.one(remarks)}"
     return {"headline": headline, "label": label}
 
 
-def assistant_requests(dice: Dice, number: int) -> dict[str, Any]:
+def assistant_requests(rng: SeededRandom, number: int) -> dict[str, Any]:
     """Row with `request`, to a voice assistant, and `label`, the index of its intent in `INTENTS`."""
     label = number % len(INTENTS)
-    day, hour = dice.one(DAYS), f"{dice.between(5, 11)}:{dice.one(['00', '15', '30', '45'])}"
-    first, second = dice.some(GOODS, 2)
-    place, person, sound, town = dice.one(PLACES), dice.one(PEOPLE), dice.one(SOUNDS), dice.one(TOWNS)
-    request = dice.one(
+    day, hour = rng.one(DAYS), f"{rng.between(5, 11)}:{rng.one(['00', '15', '30', '45'])}"
+    first, second = rng.some(GOODS, 2)
+    place, person, sound, town = rng.one(PLACES), rng.one(PEOPLE), rng.one(SOUNDS), rng.one(TOWNS)
+    request = rng.one(
         {
             "alarm": [
                 f"Wake me at {hour} {day}.",

@@ -28,7 +28,7 @@ ROLES = {
 }
 
 
-class SpokenTemplate(Template):
+class ColumnTemplate(Template):
     """A template that takes its example from `COLUMNS` of a row as they are; a row may lack those in `OPTIONAL`."""
 
     COLUMNS: ClassVar[frozenset[str]]
@@ -51,7 +51,7 @@ class SpokenTemplate(Template):
         return self.OPTIONAL
 
 
-class ConversationTemplate(SpokenTemplate):
+class ConversationTemplate(ColumnTemplate):
     """A conversation's last question and answer are the example; the earlier turns are its history."""
 
     COLUMNS = frozenset(["messages", "conversations", "system"])  # a row has one of the first two

@@ -2,7 +2,7 @@
 
 Both schemas are read: `Definition` is a text (the earlier one) or a list of texts. Prompt and metrics are those of
 Tk-Instruct: the definition, then positive and negative examples, then the input. The instances are read by
-`apprentice.data.sources.convert`.
+`apprentice.data.sources.parquet_conversion`.
 """
 
 from __future__ import annotations

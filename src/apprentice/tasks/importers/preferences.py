@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from apprentice.errors import RowError
-from apprentice.tasks.importers.conversations import SpokenTemplate, exchanges, message_of
+from apprentice.tasks.importers.conversations import ColumnTemplate, exchanges, message_of
 from apprentice.tasks.importers.records import record_task
 from apprentice.tasks.schema import Example, Task
 from apprentice.tasks.source_spec import SourceSpec
@@ -21,10 +21,10 @@ _SAMPLE = {"prompt": "Which herb grows in the shade?", "chosen": "Mint does, and
 _SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 _SPOKEN = re.compile(r"\n\n(Human|Assistant):")
 
-Said = list[tuple[str, str]]  # (role, text) of each message
+Messages = list[tuple[str, str]]  # (role, text) of each message
 
 
-class PreferenceTemplate(SpokenTemplate):
+class PreferenceTemplate(ColumnTemplate):
     """A prompt with both answers. As choices for ranking, the two stand in alphabetical order."""
 
     COLUMNS = frozenset(["prompt", "chosen", "rejected", "system"])
@@ -42,7 +42,7 @@ class PreferenceTemplate(SpokenTemplate):
         for column in ("chosen", "rejected"):
             if not row.get(column):
                 raise RowError("null", f"task {task!r}: the row has no {column!r} answer.")
-        asked = said_in(task, row.get("prompt") or [], "user", self.text)
+        asked = messages_in(task, row.get("prompt") or [], "user", self.text)
         (better, before), (worse, other) = (_answer(task, row[column], asked, self.text) for column in ("chosen", "rejected"))
         if before != other:
             raise RowError("prompts_differ", f"task {task!r}: the two answers do not follow the same conversation.")
@@ -55,7 +55,7 @@ class PreferenceTemplate(SpokenTemplate):
         return Example(task, self.name, turns[-1][0], "", better, choices, (better,), turns[:-1], system, worse)
 
 
-def said_in(task: str, value: Any, role: str, text: Callable[[Any], str]) -> Said:
+def messages_in(task: str, value: Any, role: str, text: Callable[[Any], str]) -> Messages:
     """The messages in a column: a list of messages, a conversation written as one text, or one text of `role`."""
     if not isinstance(value, str):
         return [message_of(task, message, text) for message in value]
@@ -66,12 +66,12 @@ def said_in(task: str, value: Any, role: str, text: Callable[[Any], str]) -> Sai
     return said[:-1] if role == "user" and said[-1] == ("assistant", "") else said  # the prompt ends with "Assistant:"
 
 
-def _answer(task: str, value: Any, asked: Said, text: Callable[[Any], str]) -> tuple[str, Said]:
+def _answer(task: str, value: Any, asked: Messages, text: Callable[[Any], str]) -> tuple[str, Messages]:
     """The answer, and the messages before it: those in the column itself, or else `asked`.
 
     Raises `RowError` with reason `turns` if the column does not end with an answer.
     """
-    said = said_in(task, value, "assistant", text)
+    said = messages_in(task, value, "assistant", text)
     if not said or said[-1][0] != "assistant":
         raise RowError("turns", f"task {task!r}: an answer of the pair does not end with what the assistant says.")
     return said[-1][1], said[:-1] or asked

@@ -24,7 +24,7 @@ from apprentice.errors import RowError, TaskError, did_you_mean
 from apprentice.plain_yaml import PlainLoader
 from apprentice.tasks.schema import Example, Metric, Task, Template
 from apprentice.tasks.source_spec import SourceSpec
-from apprentice.tasks.templates.expressions import ForeignWording, Wording
+from apprentice.tasks.templates.expressions import PromptSourceWording, Wording
 
 SEPARATOR = "|||"
 _MARK = "\ue000pipes\ue000"  # replaces a separator in a row's own text while the template is split
@@ -52,7 +52,7 @@ _Loader.add_constructor("!Template", _mapping)
 _Loader.add_constructor("!TemplateMetadata", _mapping)
 
 
-class PromptTemplate(Template):
+class PromptSourceTemplate(Template):
     """One template of PromptSource; `instruction` holds its whole text."""
 
     answer_choices: str | None = Field(None, description="Choices, between separators; may depend on the row.")
@@ -69,11 +69,11 @@ class PromptTemplate(Template):
 
     @cached_property
     def _whole(self) -> Wording:
-        return ForeignWording(self.instruction)
+        return PromptSourceWording(self.instruction)
 
     @cached_property
     def _choices(self) -> Wording | None:
-        return ForeignWording(self.answer_choices) if self.answer_choices else None
+        return PromptSourceWording(self.answer_choices) if self.answer_choices else None
 
     @property
     def names(self) -> frozenset[str]:
@@ -112,7 +112,7 @@ def _protected(value: Any) -> Any:
     return value
 
 
-def prompt_tasks(entry: Mapping[str, Any]) -> list[Task]:
+def promptsource_tasks(entry: Mapping[str, Any]) -> list[Task]:
     """The tasks for a recipe entry with `promptsource`: a name under `root`, a file, or a folder.
 
     Optional keys: `dataset`, `splits`, `columns`, `templates` (names) and `cluster`. Raises `TaskError` for missing or
@@ -173,9 +173,9 @@ def load_templates(file: Path) -> Task:
         raise TaskError(f"{file}: a template is not as PromptSource writes them: {' '.join(str(error).split())}") from error
 
 
-def _template(key: str, content: Mapping[str, Any]) -> PromptTemplate:
+def _template(key: str, content: Mapping[str, Any]) -> PromptSourceTemplate:
     metadata = content.get("metadata") or {}
-    return PromptTemplate(
+    return PromptSourceTemplate(
         name=str(content.get("name") or key),
         instruction=str(content["jinja"]),
         output="",

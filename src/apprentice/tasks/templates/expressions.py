@@ -13,8 +13,8 @@ import jinja2.meta
 from jinja2 import nodes
 
 from apprentice.tasks.templates import isolation
-from apprentice.tasks.templates.allowance import CHARACTERS, MAX_WORK, paid, renew
-from apprentice.tasks.templates.filters import MAX_REPEAT
+from apprentice.tasks.templates.budget import CHARACTERS, MAX_WORK, paid, renew
+from apprentice.tasks.templates.jinja_filters import MAX_REPEAT
 from apprentice.tasks.templates.sandbox import LENIENT, STRICT, compiled
 
 __all__ = ["MAX_REPEAT", "Expression", "Wording"]
@@ -54,7 +54,7 @@ class Wording:
         return type(self), (self.source,)
 
 
-class ForeignWording(Wording):
+class PromptSourceWording(Wording):
     """A template of a third party, in PromptSource's dialect, rendered in a process with bounded memory and time.
 
     An undefined name is empty, `range`, `zip` and growing lists exist, and lists are printed as Python writes them.

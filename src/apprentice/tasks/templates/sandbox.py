@@ -1,7 +1,7 @@
 """Sandbox for templates: they cannot reach Python, and their work and output are bounded.
 
 Every loop, call, filter, test, comparison and operator, and everything that builds longer texts or lists out of shorter ones,
-is charged to one budget for each rendering (`allowance.py`); when it is spent the rendering fails. The methods that a template
+is charged to one budget for each rendering (`budget.py`); when it is spent the rendering fails. The methods that a template
 may call are listed for each type.
 """
 
@@ -20,8 +20,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment, SandboxedEnvironment
 from jinja2.utils import Cycler, Joiner, Namespace
 from jinja2.visitor import NodeTransformer
 
-from apprentice.tasks.templates.allowance import CHARACTERS, MAX_BITS, bounded, cost, paid, size, spend, weight
-from apprentice.tasks.templates.filters import DRAWING_FILTERS, KNOWN_FILTERS, KNOWN_TESTS, MAX_REPEAT, metered
+from apprentice.tasks.templates.budget import CHARACTERS, MAX_BITS, bounded, cost, paid, size, spend, weight
+from apprentice.tasks.templates.jinja_filters import DRAWING_FILTERS, KNOWN_FILTERS, KNOWN_TESTS, MAX_REPEAT, metered
 
 _CALL = 16  # steps of a call
 _MAX_EXPONENT = 64

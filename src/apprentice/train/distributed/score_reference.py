@@ -16,7 +16,7 @@ import ray.data
 import torch
 
 from apprentice.data.corpus import Corpus
-from apprentice.data.reference import Reference
+from apprentice.data.reference import ReferenceLogProbs
 from apprentice.data.window import WindowRenderer
 from apprentice.models.loading import load_model, resolve_dtype
 from apprentice.models.tuning.methods import TUNING_METHODS
@@ -37,7 +37,7 @@ class _Stretch(NamedTuple):
     rows: tuple[int, ...]
 
 
-def references(recipe: Recipe, run: Run, corpus: Corpus, actors: int) -> dict[str, Reference]:
+def references(recipe: Recipe, run: Run, corpus: Corpus, actors: int) -> dict[str, ReferenceLogProbs]:
     """Task name → log-probabilities of its training and validation pairs, read from `run`, or computed now and written there.
 
     Ray must be running; each of `actors` processes reserves the CPUs and GPUs of a training worker. The reference model is
@@ -51,8 +51,8 @@ def references(recipe: Recipe, run: Run, corpus: Corpus, actors: int) -> dict[st
         for number in missing:
             rows, values = found["row"][found["task"] == number], found["values"][found["task"] == number]
             order = np.argsort(rows)
-            Reference(rows[order], values[order]).write(files[corpus.tasks[number].name])
-    return {name: Reference.read(file) for name, file in files.items()}
+            ReferenceLogProbs(rows[order], values[order]).write(files[corpus.tasks[number].name])
+    return {name: ReferenceLogProbs.read(file) for name, file in files.items()}
 
 
 def _stretches(corpus: Corpus, number: int) -> Iterator[_Stretch]:

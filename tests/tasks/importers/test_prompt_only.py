@@ -9,7 +9,7 @@ import pytest
 from apprentice.errors import RecipeError, RowError
 from apprentice.preflight.check import CHECKS
 from apprentice.recipe import load_recipe
-from apprentice.tasks.importers.prompts import question_tasks
+from apprentice.tasks.importers.prompt_only import prompt_only_tasks
 from apprentice.tasks.schema import Example
 from tests.recipes import tiny_recipe
 from tests.rounds import round_recipe
@@ -17,7 +17,7 @@ from tests.train.on_policy.test_rollout import RoundWriter, corpus_of, torch
 
 
 def asked(row: dict[str, object]) -> Example:
-    [task] = question_tasks({"prompts": "questions.jsonl"})
+    [task] = prompt_only_tasks({"prompts": "questions.jsonl"})
     return task.templates[0].example(task.name, row)
 
 

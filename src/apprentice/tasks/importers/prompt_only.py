@@ -6,15 +6,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from apprentice.errors import RowError
-from apprentice.tasks.importers.conversations import SpokenTemplate, exchanges
-from apprentice.tasks.importers.preferences import said_in
+from apprentice.tasks.importers.conversations import ColumnTemplate, exchanges
+from apprentice.tasks.importers.preferences import messages_in
 from apprentice.tasks.importers.records import record_task
 from apprentice.tasks.schema import Example, Task
 
 _SAMPLE = {"prompt": "Which herb grows in the shade?"}
 
 
-class PromptTemplate(SpokenTemplate):
+class PromptOnlyTemplate(ColumnTemplate):
     """A prompt with its history and no answer."""
 
     COLUMNS = frozenset(["prompt", "system"])
@@ -31,12 +31,12 @@ class PromptTemplate(SpokenTemplate):
         """
         if not row.get("prompt"):
             raise RowError("null", f"task {task!r}: the row has no prompt.")
-        said = said_in(task, row["prompt"], "user", self.text)
+        said = messages_in(task, row["prompt"], "user", self.text)
         system, turns = exchanges(task, [*said, ("assistant", "…")], self.text(row.get("system") or "").strip())
         return Example(task, self.name, turns[-1][0], "", "", (), (), turns[:-1], system)
 
 
-def question_tasks(entry: Mapping[str, Any]) -> list[Task]:
+def prompt_only_tasks(entry: Mapping[str, Any]) -> list[Task]:
     """The task for a recipe entry with `prompts` (a file) and, optionally, `cluster`."""
-    task = record_task(entry, "prompts", PromptTemplate(name="prompt", instruction="", output=""))
+    task = record_task(entry, "prompts", PromptOnlyTemplate(name="prompt", instruction="", output=""))
     return [task.model_copy(update={"sample": _SAMPLE})]

@@ -1,4 +1,4 @@
-"""Filters and tests for templates: reviewed ones of Jinja and our own, each charged to the rendering's budget (`allowance.py`)."""
+"""Filters and tests for templates: reviewed ones of Jinja and our own, each charged to the rendering's budget (`budget.py`)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from jinja2.filters import (
 )
 from jinja2.tests import TESTS
 
-from apprentice.tasks.templates.allowance import CHARACTERS, bounded, check_text, cost, drawn, size, spend, within_bits
+from apprentice.tasks.templates.budget import CHARACTERS, bounded, check_text, cost, drawn, size, spend, within_bits
 
 MAX_REPEAT = 100_000  # characters or items that `*`, `range`, `batch` and `slice` may build
 _MAX_PLACES = 100  # decimal places of `round`

@@ -27,7 +27,7 @@ MOST_COMPARED = 200  # rows of a bucket with which all others in it are compared
 COMMON = 10  # a passage in more test rows of one task is boilerplate, such as a question that each of them asks
 
 
-class Measured(NamedTuple):
+class RowMeasures(NamedTuple):
     """The numbers that filters need of some rows; arrays have one entry a row."""
 
     rows: Numbers  # row numbers in the source
@@ -38,7 +38,7 @@ class Measured(NamedTuple):
     passages: Keys  # hash of the first passage shared with a test row; 0 for none
 
 
-class Passages(NamedTuple):
+class PassageIndex(NamedTuple):
     """The passages (n-grams of words) of all test rows, ascending by hash; one entry for each passage and row."""
 
     hashes: Keys
@@ -46,7 +46,7 @@ class Passages(NamedTuple):
     rows: Numbers
 
 
-class Chosen(NamedTuple):
+class FilterResult(NamedTuple):
     """The result of the filters for one task."""
 
     kept: Numbers
@@ -54,7 +54,7 @@ class Chosen(NamedTuple):
     contaminated: list[tuple[int, int]]  # (row, passage) of those that share one with a test row
 
 
-def measure(task: Task, rows: Sequence[Mapping[str, Any]], numbers: Numbers, filters: Filters, tests: Keys) -> Measured:
+def measure(task: Task, rows: Sequence[Mapping[str, Any]], numbers: Numbers, filters: Filters, tests: Keys) -> RowMeasures:
     """Measures `rows`, whose row numbers are `numbers`; `tests` are the hashes of all test passages, ascending."""
     words = [words_of(row) for row in rows]
     signatures = np.zeros((len(rows), 0), np.uint32)
@@ -63,7 +63,7 @@ def measure(task: Task, rows: Sequence[Mapping[str, Any]], numbers: Numbers, fil
 
         hashed = MinHash.generator([shingles(row) for row in words], num_perm=SIGNATURE)
         signatures = np.array([one.hashvalues for one in hashed], np.uint64).astype(np.uint32)
-    return Measured(
+    return RowMeasures(
         numbers,
         np.array([sum(map(len, row)) for row in words], np.int64),
         np.array([digest(row) for row in words], np.uint64),
@@ -79,7 +79,7 @@ def passages_of(rows: Sequence[Mapping[str, Any]], numbers: Numbers, length: int
     return hashes, numbers[owners]
 
 
-def gathered(parts: Sequence[tuple[int, Keys, Numbers]]) -> Passages:
+def merge_passages(parts: Sequence[tuple[int, Keys, Numbers]]) -> PassageIndex:
     """Merges (number of the task, hashes, row numbers) of test rows; drops passages in more than `COMMON` rows of a task."""
     hashes = np.concatenate([np.zeros(0, np.uint64), *(part[1] for part in parts)])
     tasks = np.concatenate([np.zeros(0, np.int64), *(np.full(len(part[1]), part[0]) for part in parts)])
@@ -87,15 +87,15 @@ def gathered(parts: Sequence[tuple[int, Keys, Numbers]]) -> Passages:
     order = np.lexsort((rows, tasks, hashes))
     hashes, tasks, rows = hashes[order], tasks[order], rows[order]
     if not len(hashes):
-        return Passages(hashes, tasks, rows)
+        return PassageIndex(hashes, tasks, rows)
     begins = np.append(True, (hashes[1:] != hashes[:-1]) | (tasks[1:] != tasks[:-1]))
     new_row = begins | np.append(True, rows[1:] != rows[:-1])
     group = np.cumsum(begins) - 1
     rare = np.bincount(group, weights=new_row)[group] <= COMMON
-    return Passages(hashes[rare & new_row], tasks[rare & new_row], rows[rare & new_row])
+    return PassageIndex(hashes[rare & new_row], tasks[rare & new_row], rows[rare & new_row])
 
 
-def choose(name: str, measured: Measured, filters: Filters, max_rows: int | None, seed: int) -> Chosen:
+def choose(name: str, measured: RowMeasures, filters: Filters, max_rows: int | None, seed: int) -> FilterResult:
     """Applies the filters in order to one task; a dropped row is counted under the first filter that drops it."""
     stays = np.ones(len(measured.rows), bool)
     dropped: dict[str, int] = {}
@@ -117,13 +117,13 @@ def choose(name: str, measured: Measured, filters: Filters, max_rows: int | None
         drop("near_duplicate", _alike(measured.signatures, stays, filters.near_threshold))
     if filters.label_balance is not None:
         drop("label_balance", _surplus(measured, stays, filters.label_balance, key_of(seed, name, "label balance")))
-    kept = limited(measured.rows[stays], max_rows, key_of(seed, name, "max rows"))
+    kept = limit_rows(measured.rows[stays], max_rows, key_of(seed, name, "max rows"))
     if len(kept) < stays.sum():
         dropped["max_rows"] = int(stays.sum()) - len(kept)
-    return Chosen(kept, dropped, contaminated)
+    return FilterResult(kept, dropped, contaminated)
 
 
-def limited(rows: Numbers, most: int | None, key: int) -> Numbers:
+def limit_rows(rows: Numbers, most: int | None, key: int) -> Numbers:
     """At most `most` of `rows`, ascending, in runs of `STRETCH_ROWS` neighbours chosen by `key`."""
     if most is None or len(rows) <= most:
         return rows
@@ -192,7 +192,7 @@ def _alike(signatures: NDArray[np.uint32], stays: NDArray[np.bool_], threshold: 
     return gone
 
 
-def _surplus(measured: Measured, stays: NDArray[np.bool_], ratio: float, key: int) -> NDArray[np.bool_]:
+def _surplus(measured: RowMeasures, stays: NDArray[np.bool_], ratio: float, key: int) -> NDArray[np.bool_]:
     """Mask of the rows of each label beyond `ratio` times the count of the rarest label, chosen by `key` and row number."""
     labels, counts = np.unique(measured.labels[stays & (measured.labels >= 0)], return_counts=True)
     surplus = np.zeros(len(stays), bool)

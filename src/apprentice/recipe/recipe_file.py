@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 from apprentice.errors import RecipeError, did_you_mean, requirement_of
 from apprentice.plain_yaml import load_yaml
 from apprentice.recipe.data import COLLECTION_KEYS, Collection
-from apprentice.recipe.whole import Recipe
+from apprentice.recipe.recipe import Recipe
 from apprentice.storage import is_uri, refuse_credentials
 
 RUN = "run:"  # prefix of a model that another run trained
@@ -41,10 +41,10 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Paths in the file are relative to it. Paths in overrides, and the default storage, are relative to the current directory.
     Raises `RecipeError` with file, line, key, reason and the nearest known key.
     """
-    return _with_absolute_paths(written_recipe(path, [*map(_from_here, overrides)]), Path(path).absolute().parent)
+    return _with_absolute_paths(parse_recipe(path, [*map(_from_here, overrides)]), Path(path).absolute().parent)
 
 
-def written_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+def parse_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe in the file `path` with overrides applied and its paths as written.
 
     Raises `RecipeError` with file, line, key, reason and the nearest known key.

@@ -12,7 +12,7 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-class Dice:
+class SeededRandom:
     """Counter-based random generator: draw n is a SHA-256 hash of (key, n)."""
 
     def __init__(self, key: str) -> None:
