@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from figures import claim_stdout, compare, report
 
-from apprentice.inference.choice_scoring import choice_logprobs
-from apprentice.inference.decoder import generate
+from apprentice.inference.choices.choice_scoring import choice_logprobs
+from apprentice.inference.decoding import generate
 from apprentice.models.loading import load_model
 from apprentice.pretrained.hub import local_folder
 from apprentice.pretrained.tokenizer import Tokenizer

@@ -22,7 +22,7 @@ from figures import report
 
 from apprentice import pipeline
 from apprentice.models.loading import load_model, resolve_dtype
-from apprentice.models.tuning.methods import TUNING_METHODS, trained_share
+from apprentice.models.tuning.methods import TUNING_METHODS, count_trainable
 from apprentice.recipe import Recipe, find_recipe, load_recipe
 from apprentice.run.folder import Run, open_run
 
@@ -70,8 +70,8 @@ def line_of(recipe: Recipe, earlier: Mapping[str, Any]) -> Line:
 def trained_of(recipe: Recipe) -> Line:
     """Number of trained parameters, and their share of all."""
     model = load_model(recipe.model.base, resolve_dtype(recipe.model.dtype, "cpu"), trust=recipe.model.trust)
-    numbers, share = trained_share(TUNING_METHODS[recipe.tuning.method].wrap(model, recipe.tuning, recipe.seed))
-    return {"trained": numbers, "trained_share": share}
+    numbers, share = count_trainable(TUNING_METHODS[recipe.tuning.method].wrap(model, recipe.tuning, recipe.seed))
+    return {"trained": numbers, "count_trainable": share}
 
 
 def facts_of(run: Run) -> Line:
@@ -158,7 +158,7 @@ def table_of(lines: Mapping[str, Line]) -> str:
     for name, line in lines.items():
         memory = "–" if line["memory_mib"] is None else f"{line['memory_mib'] / 1024:.1f} GiB"
         cells = [
-            f"{line['trained']:,} ({line['trained_share']:.2%})",
+            f"{line['trained']:,} ({line['count_trainable']:.2%})",
             memory,
             f"{line['tokens_per_s']:.0f}",
             f"{line['checkpoint_mib']:.1f} MiB",

@@ -32,7 +32,7 @@ from figures import claim_stdout, compare, report
 
 from apprentice.data.stream import Corpus, make_corpus, render_window
 from apprentice.models.loading import load_model, resolve_dtype
-from apprentice.models.tuning.methods import TUNING_METHODS, trainable
+from apprentice.models.tuning.methods import TUNING_METHODS, trainable_parameters
 from apprentice.ray_cluster.session import ray_session
 from apprentice.recipe import Recipe
 from apprentice.recipe.training import Checkpointing
@@ -147,7 +147,7 @@ def bare_process(rank: int, file: str, workers: int) -> None:
     recipe, training = bare.recipe, bare.recipe.training
     dtype = resolve_dtype(recipe.model.dtype, "cpu")
     wrapped = TUNING_METHODS[recipe.tuning.method].wrap(load_model(recipe.model.base, dtype), recipe.tuning, recipe.seed).train()
-    parameters = trainable(wrapped)
+    parameters = trainable_parameters(wrapped)
     optimizer = adamw(parameters, training.optimizer)
     model: Any = torch.nn.parallel.DistributedDataParallel(TargetLoss(wrapped))
     micro = micro_batch(training, workers=workers, length=recipe.data.packing.length, on_gpu=False)

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from apprentice.errors import ContractError, ModelError, StorageError
-from apprentice.models.loading import load_model, without_weights
+from apprentice.models.loading import build_without_weights, load_model
 from apprentice.models.merge import merge_adapter
 from apprentice.pretrained import hub
 from apprentice.recipe import Serving, load_recipe
@@ -144,7 +144,7 @@ def test_code_from_a_hub_that_a_config_names_is_refused(model, named):
     with pytest.raises(ModelError, match="by which transformers may fetch code from a hub; remove the key"):
         load_model(model, torch.float32)
     with pytest.raises(ModelError, match="by which transformers may fetch code"):
-        without_weights(model)
+        build_without_weights(model)
 
 
 def test_built_in_names_may_stand_in_a_config(model):
@@ -168,7 +168,7 @@ def test_what_a_config_names_is_never_used(model, tmp_path, monkeypatch, named):
     (model / "config.json").write_text(json.dumps(config))
     loaded = load_model(model, torch.float32)
     assert {module.config._attn_implementation for module in loaded.modules() if hasattr(module, "config")} == {"sdpa"}
-    assert without_weights(model).config._attn_implementation == "sdpa"
+    assert build_without_weights(model).config._attn_implementation == "sdpa"
     assert activations(load_recipe(tiny_recipe(tmp_path, model)), torch.float32, 1, 8) > 0
     assert fetched == []
 

@@ -14,7 +14,7 @@ from apprentice.errors import EvaluationError
 from apprentice.evaluate.online import glance_of
 from apprentice.evaluate.questions.row_selection import requests_of
 from apprentice.evaluate.stats.metrics import METRICS
-from apprentice.inference.choice_scoring import choice_logprobs
+from apprentice.inference.choices.choice_scoring import choice_logprobs
 from apprentice.models.loading import load_model
 
 

@@ -18,7 +18,7 @@ from apprentice.errors import DataError, EvaluationError
 from apprentice.evaluate.report import predictions
 from apprentice.evaluate.run import Subject, _requests, evaluate
 from apprentice.evaluate.stats.summary import summarise
-from apprentice.inference.choice_scoring import choice_logprobs
+from apprentice.inference.choices.choice_scoring import choice_logprobs
 from apprentice.model_pool import actors
 from apprentice.model_pool.pool import Room
 from apprentice.models.loading import load_model

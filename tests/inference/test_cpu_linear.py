@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from apprentice.inference.batch import KvMemory, Segment, forward, prepare
-from apprentice.inference.cpu_linear import PackedLinear, can_pack, placed
+from apprentice.inference.cpu_linear import PackedLinear, can_pack, place_model
 from apprentice.models.loading import load_model
 
 pytestmark = pytest.mark.skipif(not can_pack(), reason="this CPU has no products in bfloat16")
@@ -24,7 +24,7 @@ def test_a_packed_layer_computes_what_it_did(inputs: int, outputs: int, bias: bo
     layer = nn.Linear(inputs, outputs, bias=bias).bfloat16()
     whole = torch.randn(2, 33, inputs).bfloat16()
     expected = torch.nn.functional.linear(whole.float(), layer.weight.float(), layer.bias.float() if bias else None)
-    packed = placed(nn.Sequential(layer), "cpu")[0]
+    packed = place_model(nn.Sequential(layer), "cpu")[0]
     assert type(packed) is PackedLinear
     assert packed.weight.shape == (outputs, inputs)
     assert packed.weight.dtype == torch.bfloat16
@@ -38,13 +38,13 @@ def test_a_packed_layer_computes_what_it_did(inputs: int, outputs: int, bias: bo
 def test_a_model_keeps_its_embedding_and_what_is_no_bfloat16_layer(tiny_model: Path) -> None:
     model: Any = load_model(tiny_model, torch.bfloat16)
     embedding = model.get_input_embeddings().weight.clone()
-    model = placed(model, "cpu")
+    model = place_model(model, "cpu")
     packed = [name for name, part in model.named_modules() if type(part) is PackedLinear]
     assert "lm_head" in packed
     assert len(packed) == 1 + 7 * model.config.num_hidden_layers
     assert torch.equal(model.get_input_embeddings().weight, embedding)
     assert model.dtype == torch.bfloat16
-    plain: Any = placed(load_model(tiny_model, torch.float32), "cpu")
+    plain: Any = place_model(load_model(tiny_model, torch.float32), "cpu")
     assert not [part for part in plain.modules() if type(part) is PackedLinear]
 
 
@@ -80,4 +80,4 @@ def test_a_packed_model_says_in_company_what_it_says_alone(tiny_model: Path) -> 
 
 
 def placed_model(folder: Path) -> Any:
-    return placed(load_model(folder, torch.bfloat16), "cpu")
+    return place_model(load_model(folder, torch.bfloat16), "cpu")

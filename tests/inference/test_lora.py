@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
 
 from apprentice.errors import ModelError
-from apprentice.inference.decoder import Generation, generate
+from apprentice.inference.decoding import generate, make_scheduler
+from apprentice.inference.generation_request import GenerationRequest
 from apprentice.inference.lora import CONFIG, WEIGHTS, Lora, LoraLayers, read_lora
 from apprentice.inference.sampler import Sampling
-from apprentice.inference.unbatched import decoder_for
 from apprentice.models.loading import load_model
 from tests.models.adapters import merged, random_lora
 
@@ -53,10 +53,10 @@ def folders(model: Any, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 def replies(model: Any, asked: list[tuple[list[int], Lora | None]], *, slots: int = 16, **more: Any) -> list[list[int]]:
-    decoder = decoder_for(model, slots=slots, context=128)
+    decoder = make_scheduler(model, slots=slots, context=128)
     for number, (prompt, adapter) in enumerate(asked):
         sampling = Sampling(0.8, 0.9, seed=number) if number % 2 and more.get("sampled") else Sampling()
-        decoder.submit(number, Generation(prompt, TOKENS, sampling=sampling, adapter=adapter))
+        decoder.submit(number, GenerationRequest(prompt, TOKENS, sampling=sampling, adapter=adapter))
     found: list[list[int]] = [[] for _ in asked]
     while decoder.running or decoder.waiting:
         for token in decoder.step():

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from apprentice.errors import ModelError
-from apprentice.inference.decoder import Generation, Token, generate
+from apprentice.inference.choices.seq2seq_scoring import seq2seq_logprobs
+from apprentice.inference.decoding import generate
+from apprentice.inference.generation_request import GeneratedToken, GenerationRequest
 from apprentice.inference.sampler import Sampling
-from apprentice.inference.seq2seq_decoder import Seq2seqDecoder
-from apprentice.inference.seq2seq_scoring import seq2seq_logprobs
+from apprentice.inference.seq2seq_decoder import Seq2seqScheduler
 from tests.models.architectures import SEQ2SEQ, made
 
 PROMPTS = [[(11 * length + 7 * place) % 480 + 3 for place in range(length)] for length in (1, 5, 40, 13, 2, 27, 8, 60, 3, 19)]
@@ -23,22 +24,22 @@ def model(request: pytest.FixtureRequest) -> Any:
     return made(request.param)
 
 
-def drain(decoder: Seq2seqDecoder, replies: dict[Hashable, list[Token]]) -> None:
+def drain(decoder: Seq2seqScheduler, replies: dict[Hashable, list[GeneratedToken]]) -> None:
     while decoder.running or decoder.waiting:
         for token in decoder.step():
             replies.setdefault(token.key, []).append(token)
 
 
-def decoded(model: Any, wanted: list[Generation], slots: int) -> list[list[Token]]:
-    decoder = Seq2seqDecoder(model, slots=slots, context=128)
+def decoded(model: Any, wanted: list[GenerationRequest], slots: int) -> list[list[GeneratedToken]]:
+    decoder = Seq2seqScheduler(model, slots=slots, context=128)
     for key, generation in enumerate(wanted):
         decoder.submit(key, generation)
-    replies: dict[Hashable, list[Token]] = {}
+    replies: dict[Hashable, list[GeneratedToken]] = {}
     drain(decoder, replies)
     return [replies[key] for key in range(len(wanted))]
 
 
-def ids(replies: list[list[Token]]) -> list[list[int]]:
+def ids(replies: list[list[GeneratedToken]]) -> list[list[int]]:
     return [[token.id for token in reply] for reply in replies]
 
 
@@ -53,7 +54,7 @@ def greedy(model: Any, prompt: list[int], count: int) -> list[int]:
 
 
 def test_company_does_not_matter_and_replies_are_the_models_own(model: Any) -> None:
-    wanted = [Generation(prompt, 14) for prompt in PROMPTS]
+    wanted = [GenerationRequest(prompt, 14) for prompt in PROMPTS]
     alone = [ids(decoded(model, [one], 1))[0] for one in wanted]
     for slots in (3, 10):  # with three, requests join and leave between steps
         assert ids(decoded(model, wanted, slots)) == alone
@@ -65,11 +66,11 @@ def test_each_prompt_is_read_once_and_those_that_wait_together(model: Any) -> No
     encoder = model.get_encoder()
     hook = encoder.register_forward_pre_hook(lambda _, __, named: reads.append(named["input_ids"][0].tolist()), with_kwargs=True)
     try:
-        decoder = Seq2seqDecoder(model, slots=2, context=64)
+        decoder = Seq2seqScheduler(model, slots=2, context=64)
         reads.clear()  # of the check that comes first
         for key in range(3):
-            decoder.submit(key, Generation(PROMPTS[key], 5))
-        replies: dict[Hashable, list[Token]] = {}
+            decoder.submit(key, GenerationRequest(PROMPTS[key], 5))
+        replies: dict[Hashable, list[GeneratedToken]] = {}
         drain(decoder, replies)
     finally:
         hook.remove()
@@ -78,46 +79,48 @@ def test_each_prompt_is_read_once_and_those_that_wait_together(model: Any) -> No
 
 
 def test_a_reply_ends_at_its_stop_id_and_at_the_context(model: Any) -> None:
-    (whole,) = ids(decoded(model, [Generation(PROMPTS[3], 12)], 1))
+    (whole,) = ids(decoded(model, [GenerationRequest(PROMPTS[3], 12)], 1))
     stop = whole[4]
-    ((*_, last),) = decoded(model, [Generation(PROMPTS[3], 12, frozenset([stop]))], 1)
+    ((*_, last),) = decoded(model, [GenerationRequest(PROMPTS[3], 12, frozenset([stop]))], 1)
     assert (last.id, last.finish) == (stop, "stop")
-    decoder = Seq2seqDecoder(model, slots=1, context=16)
-    decoder.submit("full", Generation(PROMPTS[1], 100))
-    replies: dict[Hashable, list[Token]] = {}
+    decoder = Seq2seqScheduler(model, slots=1, context=16)
+    decoder.submit("full", GenerationRequest(PROMPTS[1], 100))
+    replies: dict[Hashable, list[GeneratedToken]] = {}
     drain(decoder, replies)
     assert (len(replies["full"]), replies["full"][-1].finish) == (16, "length")
 
 
 def test_sampled_replies_do_not_depend_on_company(model: Any) -> None:
-    wanted = [Generation(prompt, 8, sampling=Sampling(0.9, 0.95, seed)) for seed, prompt in enumerate(PROMPTS)]
+    wanted = [GenerationRequest(prompt, 8, sampling=Sampling(0.9, 0.95, seed)) for seed, prompt in enumerate(PROMPTS)]
     assert ids(decoded(model, wanted, 4)) == [ids(decoded(model, [one], 1))[0] for one in wanted]
 
 
 def test_choices_are_scored_as_evaluation_scores_them(model: Any) -> None:
     choices = [[7, 9, 2], [5], [8, 8, 8, 8, 2]]
     expected = [seq2seq_logprobs(model, [prompt], [choices], 4096)[0] for prompt in PROMPTS[:4]]
-    wanted = [Generation([*prompt, *choice], 1, logprobs=0, score_from=len(prompt)) for prompt in PROMPTS[:4] for choice in choices]
+    wanted = [
+        GenerationRequest([*prompt, *choice], 1, logprobs=0, score_from=len(prompt)) for prompt in PROMPTS[:4] for choice in choices
+    ]
     found = [sum(score.logprob or 0.0 for score in reply[0].prompt) for reply in decoded(model, wanted, 5)]
     assert found == pytest.approx([value for group in expected for value in group], abs=1e-3)
 
 
 def test_cancelled_requests_give_their_slot_back(model: Any) -> None:
-    decoder = Seq2seqDecoder(model, slots=1, context=64)
-    decoder.submit("one", Generation(PROMPTS[1], 50))
-    decoder.submit("two", Generation(PROMPTS[2], 3))
+    decoder = Seq2seqScheduler(model, slots=1, context=64)
+    decoder.submit("one", GenerationRequest(PROMPTS[1], 50))
+    decoder.submit("two", GenerationRequest(PROMPTS[2], 3))
     decoder.step()
     decoder.cancel("one")
-    replies: dict[Hashable, list[Token]] = {}
+    replies: dict[Hashable, list[GeneratedToken]] = {}
     drain(decoder, replies)
     assert (list(replies), decoder.running) == (["two"], 0)
-    assert ids([replies["two"]]) == ids(decoded(model, [Generation(PROMPTS[2], 3)], 1))
+    assert ids([replies["two"]]) == ids(decoded(model, [GenerationRequest(PROMPTS[2], 3)], 1))
 
 
 def test_the_prompts_own_probabilities_are_refused() -> None:
-    decoder = Seq2seqDecoder(made("t5"), slots=1, context=64)
+    decoder = Seq2seqScheduler(made("t5"), slots=1, context=64)
     with pytest.raises(ModelError, match="gives no probabilities to the prompt"):
-        decoder.submit("one", Generation([3, 4], 1, logprobs=0, score_from=0))
+        decoder.submit("one", GenerationRequest([3, 4], 1, logprobs=0, score_from=0))
 
 
 def test_a_model_that_counts_otherwise_is_refused() -> None:
@@ -125,7 +128,7 @@ def test_a_model_that_counts_otherwise_is_refused() -> None:
     places = model.get_decoder().embed_positions
     model.get_decoder().embed_positions = torch.nn.Embedding(*places.weight.shape)
     with pytest.raises(ModelError, match="BartForConditionalGeneration cannot be served here"):
-        Seq2seqDecoder(model, slots=1, context=64)
+        Seq2seqScheduler(model, slots=1, context=64)
 
 
 @pytest.mark.parametrize("prompts", [PROMPTS])
@@ -137,7 +140,7 @@ def test_evaluation_writes_as_the_endpoint_does_whatever_generation_config_says(
         replies = generate(model, prompts, max_new_tokens=8, stop_ids=(1,))
     finally:
         config.update(**was)
-    served = ids(decoded(model, [Generation(prompt, 8, frozenset([1])) for prompt in prompts], 4))
+    served = ids(decoded(model, [GenerationRequest(prompt, 8, frozenset([1])) for prompt in prompts], 4))
     assert replies == [[token for token in reply if token != 1] for reply in served]
     assert replies == [generate(model, [prompt], max_new_tokens=8, stop_ids=(1,))[0] for prompt in prompts]
 
@@ -150,5 +153,5 @@ def test_what_cannot_share_a_pass_is_evaluated_alone() -> None:
         sizes = {"vocab_size": 500, "d_model": 64, "d_kv": 32, "d_ff": 96, "num_layers": 2, "num_heads": 2}
         umt5 = hf.UMT5ForConditionalGeneration(hf.UMT5Config(**sizes, decoder_start_token_id=0)).eval()
     with pytest.raises(ModelError, match="UMT5ForConditionalGeneration cannot be served here"):
-        Seq2seqDecoder(umt5, slots=1, context=64)
+        Seq2seqScheduler(umt5, slots=1, context=64)
     assert generate(umt5, PROMPTS[:4], max_new_tokens=6, stop_ids=()) == [greedy(umt5, prompt, 6) for prompt in PROMPTS[:4]]

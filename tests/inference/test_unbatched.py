@@ -8,11 +8,13 @@ import pytest
 import torch
 
 from apprentice.errors import ModelError
-from apprentice.inference.choice_scoring import choice_logprobs
-from apprentice.inference.decoder import Decoder, Generation, Token, generate
+from apprentice.inference.choices.choice_scoring import choice_logprobs
+from apprentice.inference.decoding import generate, make_scheduler
+from apprentice.inference.generation_request import GeneratedToken, GenerationRequest
 from apprentice.inference.sampler import Sampling
-from apprentice.inference.seq2seq_decoder import Seq2seqDecoder
-from apprentice.inference.unbatched import AloneDecoder, alone_logprob, decoder_for, has_virtual_tokens
+from apprentice.inference.scheduler import Scheduler
+from apprentice.inference.seq2seq_decoder import Seq2seqScheduler
+from apprentice.inference.unbatched import UnbatchedScheduler, alone_logprob, has_virtual_tokens
 from apprentice.models.tuning.methods import TUNING_METHODS
 from apprentice.recipe import Tuning
 from tests.models.architectures import made
@@ -50,19 +52,19 @@ def greedy(model: Any, prompt: list[int], count: int) -> list[int]:
     return ids
 
 
-def of(tokens: list[Token], key: str) -> list[Token]:
+def of(tokens: list[GeneratedToken], key: str) -> list[GeneratedToken]:
     return [token for token in tokens if token.key == key]
 
 
-def drained(decoder: Decoder) -> list[Token]:
-    found: list[Token] = []
+def drained(decoder: Scheduler) -> list[GeneratedToken]:
+    found: list[GeneratedToken] = []
     while decoder.running or decoder.waiting:
         found += decoder.step()
     return found
 
 
 def test_replies_are_the_models_own(model: Any) -> None:
-    assert isinstance(decoder_for(model, slots=1, context=32), AloneDecoder)
+    assert isinstance(make_scheduler(model, slots=1, context=32), UnbatchedScheduler)
     whole = [greedy(model, prompt, 6) for prompt in PROMPTS]
     assert not torch.allclose(logits_after(model, PROMPTS[0], []), logits_after(model, PROMPTS[2], []), atol=1e-3)
     assert generate(model, PROMPTS, max_new_tokens=6, stop_ids=(), max_running=2) == whole
@@ -78,31 +80,31 @@ def test_scores_are_those_of_full_forward_passes(model: Any) -> None:
     ]
     assert [alone_logprob(model, PROMPTS[0], ids) for ids in choices] == pytest.approx(expected, abs=1e-4)
     assert choice_logprobs(model, [PROMPTS[0]], [choices])[0] == pytest.approx(expected, abs=1e-4)
-    decoder = decoder_for(model, slots=2, context=32)
+    decoder = make_scheduler(model, slots=2, context=32)
     for place, ids in enumerate(choices):
-        decoder.submit(place, Generation((*PROMPTS[0], *ids), 1, logprobs=0, score_from=len(PROMPTS[0])))
+        decoder.submit(place, GenerationRequest((*PROMPTS[0], *ids), 1, logprobs=0, score_from=len(PROMPTS[0])))
     tokens = drained(decoder)
     assert [sum(score.logprob or 0.0 for score in token.prompt) for token in tokens] == pytest.approx(expected, abs=1e-4)
     assert [[score.id for score in token.prompt] for token in tokens] == choices
 
 
 def test_sampled_replies_do_not_depend_on_company(model: Any) -> None:
-    wanted = [Generation(prompt, 5, (), Sampling(temperature=1.0, seed=place)) for place, prompt in enumerate(PROMPTS)]
-    together = decoder_for(model, slots=4, context=32)
+    wanted = [GenerationRequest(prompt, 5, (), Sampling(temperature=1.0, seed=place)) for place, prompt in enumerate(PROMPTS)]
+    together = make_scheduler(model, slots=4, context=32)
     for place, request in enumerate(wanted):
         together.submit(str(place), request)
     tokens = drained(together)
     for place, request in enumerate(wanted):
-        alone = decoder_for(model, slots=1, context=32)
+        alone = make_scheduler(model, slots=1, context=32)
         alone.submit(str(place), request)
         assert [token.id for token in drained(alone)] == [token.id for token in of(tokens, str(place))]
 
 
 def test_a_cancelled_request_leaves_nothing(model: Any) -> None:
-    decoder = decoder_for(model, slots=1, context=32)
-    assert isinstance(decoder, AloneDecoder)
-    decoder.submit("gone", Generation(PROMPTS[0], 5))
-    decoder.submit("next", Generation(PROMPTS[1], 2))
+    decoder = make_scheduler(model, slots=1, context=32)
+    assert isinstance(decoder, UnbatchedScheduler)
+    decoder.submit("gone", GenerationRequest(PROMPTS[0], 5))
+    decoder.submit("next", GenerationRequest(PROMPTS[1], 2))
     decoder.step()
     assert decoder.held_tokens > 0
     decoder.cancel("gone")
@@ -112,15 +114,15 @@ def test_a_cancelled_request_leaves_nothing(model: Any) -> None:
 
 def test_a_prompt_that_is_only_read_has_no_probabilities() -> None:
     wrapped = TUNING_METHODS["prompt"].wrap(made("t5_v1.1"), Tuning(method="prompt", virtual_tokens=4), 3).eval()
-    decoder = decoder_for(wrapped, slots=1, context=32)
+    decoder = make_scheduler(wrapped, slots=1, context=32)
     with pytest.raises(ModelError, match="gives no probabilities to the prompt it reads"):
-        decoder.submit("echo", Generation(PROMPTS[0], 1, logprobs=2, score_from=0))
+        decoder.submit("echo", GenerationRequest(PROMPTS[0], 1, logprobs=2, score_from=0))
 
 
 def test_others_share_passes() -> None:
     model = made("llama")
     assert not has_virtual_tokens(model)
-    assert type(decoder_for(model, slots=1, context=32)) is Decoder
-    assert type(decoder_for(made("t5_v1.1"), slots=1, context=32)) is Seq2seqDecoder
+    assert type(make_scheduler(model, slots=1, context=32)) is Scheduler
+    assert type(make_scheduler(made("t5_v1.1"), slots=1, context=32)) is Seq2seqScheduler
     with_adapter = TUNING_METHODS["adapter"].wrap(model, Tuning(method="adapter", width=4), 3)
-    assert type(decoder_for(with_adapter.eval(), slots=1, context=32)) is Decoder
+    assert type(make_scheduler(with_adapter.eval(), slots=1, context=32)) is Scheduler

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from apprentice.pretrained import segment_cache as passages
-from apprentice.pretrained.segment_cache import Passages
+from apprentice.pretrained.segment_cache import SegmentCache
 
 SPECIAL = AddedToken("<|end|>", special=True, normalized=False)
 GPT2 = r"'(?:s|t)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -55,7 +55,7 @@ def whole(backend: Tokenizer, texts: list[str]) -> list[list[int]]:
 @settings(max_examples=150, deadline=None)
 @given(texts=st.lists(st.lists(st.sampled_from([*LINES, "\n", "\n\n", "\r\n"]), max_size=8).map("".join), max_size=4))
 def test_ids_are_those_of_the_whole_text(backend: Tokenizer, texts: list[str]) -> None:
-    assert Passages(backend, [SPECIAL]).encode(texts) == whole(backend, texts)
+    assert SegmentCache(backend, [SPECIAL]).encode(texts) == whole(backend, texts)
 
 
 @pytest.mark.parametrize(
@@ -63,13 +63,13 @@ def test_ids_are_those_of_the_whole_text(backend: Tokenizer, texts: list[str]) -
 )
 def test_a_blank_line_parts_a_text_where_the_tokenizer_does(pattern: str, parts: list[str]) -> None:
     seen: list[str] = []
-    Passages(Spy(trained(pattern), seen), [SPECIAL]).encode(["One.\n\nTwo."])
+    SegmentCache(Spy(trained(pattern), seen), [SPECIAL]).encode(["One.\n\nTwo."])
     assert seen == parts
 
 
 def test_a_passage_is_encoded_once() -> None:
     seen: list[str] = []
-    spied = Passages(Spy(trained(GPT2), seen), [SPECIAL])
+    spied = SegmentCache(Spy(trained(GPT2), seen), [SPECIAL])
     spied.encode(["One.\n\nTwo.", "One.\n\nThree."])
     spied.encode(["Four.\n\nTwo."])
     assert seen == ["One.\n", "\nTwo.", "\nThree.", "Four.\n"]
@@ -78,7 +78,7 @@ def test_a_passage_is_encoded_once() -> None:
 def test_what_did_not_come_again_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(passages, "REMEMBERED_TOKENS", 1)
     seen: list[str] = []
-    spied = Passages(Spy(trained(GPT2), seen), [SPECIAL])
+    spied = SegmentCache(Spy(trained(GPT2), seen), [SPECIAL])
     for text in ["Was it?", "yes", "Was it?", "7 of 10", "yes"]:
         spied.encode([text])
     assert seen == ["Was it?", "yes", "7 of 10", "yes"]
@@ -98,7 +98,7 @@ def test_texts_stay_whole_where_parts_would_be_encoded_otherwise(
     backend = trained(rule)
     seen: list[str] = []
     texts = ["One.\n\nTwo.<|end|>Three."]
-    assert Passages(Spy(backend, seen), [SPECIAL]).encode(texts) == whole(backend, texts)
+    assert SegmentCache(Spy(backend, seen), [SPECIAL]).encode(texts) == whole(backend, texts)
     assert seen == parts
 
 

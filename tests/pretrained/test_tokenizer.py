@@ -84,7 +84,7 @@ def test_many_at_once_where_a_text_is_not_the_sum_of_its_parts(folder: Path, cha
 
 def test_cut_keeps_the_start_and_whole_characters(tokenizer: Tokenizer) -> None:
     count = len(tokenizer.encode(TEXT))
-    cuts = [tokenizer.cut(TEXT, tokens) for tokens in range(count + 2)]
+    cuts = [tokenizer.truncate(TEXT, tokens) for tokens in range(count + 2)]
     assert cuts[0] == ""
     assert cuts[count:] == [TEXT, TEXT]
     for tokens, cut in enumerate(cuts):

@@ -21,7 +21,7 @@ from ray.serve.schema import ServeDeploySchema
 
 from apprentice.data.encoding.prompt_contract import layout_beside
 from apprentice.errors import ContractError, ModelError, ServingError, TaskError
-from apprentice.inference.decoder import generate
+from apprentice.inference.decoding import generate
 from apprentice.models.loading import load_model
 from apprentice.recipe import Serving
 from apprentice.run.contract import read_contract

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from apprentice.models.tuning.methods import TUNING_METHODS, load_trainable, trainable
+from apprentice.models.tuning.methods import TUNING_METHODS, load_trainable, trainable_parameters
 from apprentice.recipe import Training, Tuning
 from apprentice.train.checkpoint.shard_gather import Gathering
 from apprentice.train.engine.collectives import Peers
@@ -79,7 +79,7 @@ def ours(case: dict[str, Any], rank: int) -> dict[str, Any]:
     part, weighted = ROWS // workers, case.get("weighted", False)
     made: dict[str, Any] = {"dtype": dtype, "workers": workers, "micro": micro, "device": torch.device("cpu")}
     model = fresh(case["method"], torch.float32 if case["optimizer"] == "adafactor" else dtype)
-    before = {name: parameter.detach().clone() for name, parameter in trainable(model).items()}
+    before = {name: parameter.detach().clone() for name, parameter in trainable_parameters(model).items()}
     engine = DeepSpeedEngine(model, training, **made)
     found: dict[str, Any] = {"loss": [], "norm": []}
     for step in range(STEPS):
@@ -116,7 +116,7 @@ def carried_on(
     ends = [state_of(each) for each in (engine, second)]
     return {
         "end_scaling": (engine.loss_scaling(), second.loss_scaling()),
-        "whole": len(state) == sum(1 + len(moments(case["optimizer"], p.shape)) for p in trainable(model).values()) > 0
+        "whole": len(state) == sum(1 + len(moments(case["optimizer"], p.shape)) for p in trainable_parameters(model).values()) > 0
         if case["stage"] < 3
         else len(state) > 0,
         "restored": all(torch.equal(state[key], restored[key]) for key in state),
@@ -127,7 +127,7 @@ def carried_on(
 def reference(method: str, clip: float, optimizer_name: str, weighted: bool) -> dict[str, Any]:
     """The same training in plain PyTorch, float32, every example by itself."""
     model = fresh(method, torch.float32)
-    parameters = trainable(model)
+    parameters = trainable_parameters(model)
     chosen = {"workers": 1, "accumulation": 1, "stage": 0, "clip": clip, "optimizer": optimizer_name}
     optimizer = optimizer_of(parameters, settings(chosen).optimizer)
     before = {name: parameter.detach().clone() for name, parameter in parameters.items()}

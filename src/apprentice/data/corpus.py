@@ -20,7 +20,7 @@ from apprentice.data.reference import ReferenceLogProbs
 from apprentice.data.sampling.mixture import Size, epoch_rows
 from apprentice.data.sampling.plan import Plan
 from apprentice.errors import DataError, RecipeError
-from apprentice.pretrained.architecture import Family, family_of, not_packed_because
+from apprentice.pretrained.architecture import Family, family_of, packing_obstacle
 from apprentice.pretrained.tokenizer import Tokenizer
 from apprentice.recipe import Recipe
 from apprentice.run.folder import Run
@@ -175,7 +175,7 @@ def packing_strategy(recipe: Recipe, folder: Path, run_format: int = FORMAT) -> 
         raise RecipeError(
             f"data.packing.target_length is for encoder-decoders, and {recipe.model.base} continues one text; leave it out."
         )
-    reason = not_packed_because(folder, by_layers=run_format >= 2) or _VIRTUAL.get(recipe.tuning.method)
+    reason = packing_obstacle(folder, by_layers=run_format >= 2) or _VIRTUAL.get(recipe.tuning.method)
     together = {"dpo": "both answers of a pair", "reward": "both answers of a pair", "grpo": "several replies"}
     if (what := together.get(recipe.training.objective)) and (reason is not None or family_of(folder) == "seq2seq"):
         reason = reason or "an encoder reads a prompt once for each answer"

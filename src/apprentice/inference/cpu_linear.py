@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from apprentice.models.loading import multiplies_bfloat16
 
 
-def placed(model: Any, device: str | torch.device) -> Any:
+def place_model(model: Any, device: str | torch.device) -> Any:
     """Moves `model` to `device` for inference only: on a CPU its bfloat16 linear layers are packed and can no longer be saved.
 
     A packed layer computes the same as before and keeps `weight.shape` and `weight.dtype`. An embedding tied to a packed layer
@@ -34,7 +34,7 @@ def can_pack() -> bool:
 
 
 class PackedLinear(nn.Linear):
-    """Linear layer with a packed weight; made by `placed` only."""
+    """Linear layer with a packed weight; made by `place_model` only."""
 
     def forward(self, given: Tensor) -> Tensor:
         found: Tensor = torch.ops.mkldnn._linear_pointwise(given, self.weight, self.bias, "none", [], "")

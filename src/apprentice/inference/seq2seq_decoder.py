@@ -1,7 +1,7 @@
 """Continuous batching for encoder-decoders: the encoder reads each prompt once; requests join and leave between two steps.
 
-`Seq2seqDecoder` takes its queue, sampling and stopping from `Decoder`. If the end of a prompt is to be scored (`score_from`), the
-encoder reads the tokens before that index, and the rest are forced as the first tokens of the decoder.
+`Seq2seqScheduler` takes its queue, sampling and stopping from `Scheduler`. If the end of a prompt is to be scored (`score_from`),
+the encoder reads the tokens before that index, and the rest are forced as the first tokens of the decoder.
 """
 
 from __future__ import annotations
@@ -10,17 +10,18 @@ from collections.abc import Hashable, Sequence
 from typing import Any
 
 from apprentice.errors import ModelError
-from apprentice.inference.decoder import PREFILL_TOKENS, Decoder, Generation, Running, Token, scores
 from apprentice.inference.encoder_decoder import CrossingDecoder, Part, check
+from apprentice.inference.generation_request import GeneratedToken, GenerationRequest, RunningRequest
 from apprentice.inference.lora import Lora
+from apprentice.inference.scheduler import PREFILL_TOKENS, Scheduler, scores
 
 
-class Seq2seqDecoder(Decoder):
+class Seq2seqScheduler(Scheduler):
     """Continuous-batching decoder of up to `slots` concurrent requests of an encoder-decoder.
 
     A prompt must be shorter than `context` tokens, and a reply ends when the decoder has `context`; `context` is cut to the model's
-    `max_position_embeddings`. `kv_bytes` limits memory as in `Decoder`. Not thread-safe. Raises `CannotShareError` for a model that
-    cannot be batched, and `ModelError` for one whose logits are not finite or for too little memory.
+    `max_position_embeddings`. `kv_bytes` limits memory as in `Scheduler`. Not thread-safe. Raises `CannotShareError` for a model
+    that cannot be batched, and `ModelError` for one whose logits are not finite or for too little memory.
     """
 
     def __init__(
@@ -42,12 +43,12 @@ class Seq2seqDecoder(Decoder):
     def try_adapter(self, adapter: Lora) -> None:
         self._crossing.try_adapter(adapter)
 
-    def submit(self, key: Hashable, wanted: Generation) -> None:
+    def submit(self, key: Hashable, wanted: GenerationRequest) -> None:
         if wanted.score_from == 0:
             raise ModelError("an encoder-decoder gives no probabilities to the prompt it reads; ask for those of the reply.")
         super().submit(key, wanted)
 
-    def step(self) -> list[Token]:
+    def step(self) -> list[GeneratedToken]:
         """Admits waiting requests, runs one pass over all, and returns a token for each. Empty if there are no requests."""
         self._join()
         owners = sorted(self._running.values(), key=lambda owner: owner.slot)
@@ -79,13 +80,13 @@ class Seq2seqDecoder(Decoder):
                 self._crossing.give_back(emptied)
             self._waiting.popleft()
             said = wanted.prompt[_parted(wanted) :]
-            self._running[key] = Running(key, wanted, taken.slot, (self._start_id, *said))
+            self._running[key] = RunningRequest(key, wanted, taken.slot, (self._start_id, *said))
 
-    def _unread(self, owner: Running) -> Sequence[int]:
+    def _unread(self, owner: RunningRequest) -> Sequence[int]:
         """Tokens that the encoder has to read in this step: the prompt of a request in its first step, else none."""
         return () if owner.start else owner.wanted.prompt[: _parted(owner.wanted)]
 
 
-def _parted(wanted: Generation) -> int:
+def _parted(wanted: GenerationRequest) -> int:
     """Number of prompt tokens that the encoder reads; the decoder is forced through the rest."""
     return len(wanted.prompt) if wanted.score_from is None else wanted.score_from

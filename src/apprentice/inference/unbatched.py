@@ -15,10 +15,9 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutput
 
 from apprentice.errors import ModelError
-from apprentice.inference.decoder import PREFILL_TOKENS, Decoder, Generation, Running, Scored, Token, scores
-from apprentice.inference.encoder_decoder import CannotShareError
-from apprentice.inference.seq2seq_decoder import Seq2seqDecoder
-from apprentice.inference.seq2seq_scoring import is_seq2seq
+from apprentice.inference.choices.seq2seq_scoring import is_seq2seq
+from apprentice.inference.generation_request import GeneratedToken, GenerationRequest, RunningRequest, ScoredToken
+from apprentice.inference.scheduler import PREFILL_TOKENS, Scheduler, scores
 
 
 def has_virtual_tokens(model: Any) -> bool:
@@ -29,20 +28,6 @@ def has_virtual_tokens(model: Any) -> bool:
 def _virtual_tokens(model: Any) -> int:
     configs = getattr(model, "peft_config", {}).values()
     return max((config.num_virtual_tokens for config in configs if config.is_prompt_learning), default=0)
-
-
-def decoder_for(model: Any, *, slots: int, context: int, kv_bytes: int | None = None, or_alone: bool = False) -> Decoder:
-    """Makes the decoder for the kind of `model`. Raises `ModelError` as `Decoder` does.
-
-    With `or_alone`, an encoder-decoder that cannot be batched gets an `AloneDecoder`; else it raises `CannotShareError`.
-    """
-    kind = AloneDecoder if has_virtual_tokens(model) else Seq2seqDecoder if is_seq2seq(model) else Decoder
-    try:
-        return kind(model, slots=slots, context=context, kv_bytes=kv_bytes)
-    except CannotShareError:
-        if not or_alone:
-            raise
-        return AloneDecoder(model, slots=slots, context=context)
 
 
 @torch.inference_mode()
@@ -65,8 +50,8 @@ class _Memory:
     encoded: Any = None
 
 
-class AloneDecoder(Decoder):
-    """`Decoder` that computes one request after another within each step.
+class UnbatchedScheduler(Scheduler):
+    """`Scheduler` that computes one request after another within each step.
 
     An encoder reads the prompt; with `score_from` it reads the tokens before that index, and the rest are forced on the decoder.
     Each request has a cache of its own, dropped at its end; `kv_bytes` is ignored.
@@ -84,21 +69,21 @@ class AloneDecoder(Decoder):
         self._memories: dict[Hashable, _Memory] = {}
         self._begin(prefill_tokens)
 
-    def submit(self, key: Hashable, wanted: Generation) -> None:
+    def submit(self, key: Hashable, wanted: GenerationRequest) -> None:
         if wanted.score_from == 0 and is_seq2seq(self._model):
             raise ModelError("an encoder-decoder gives no probabilities to the prompt it reads; ask for those of the reply.")
         super().submit(key, wanted)
 
-    def step(self) -> list[Token]:
+    def step(self) -> list[GeneratedToken]:
         """Admits waiting requests, runs a forward pass for each that holds a slot, and returns a token for each."""
         while self._waiting and (taken := self._slots.take(self._need(self._waiting[0][1]))) is not None:
             key, wanted = self._waiting.popleft()
-            self._running[key] = Running(key, wanted, taken.slot, wanted.prompt)
+            self._running[key] = RunningRequest(key, wanted, taken.slot, wanted.prompt)
         owners = list(self._running.values())
         return self._next_tokens(torch.stack([self._after(owner) for owner in owners]), owners) if owners else []
 
     @torch.inference_mode()
-    def _after(self, owner: Running) -> Tensor:
+    def _after(self, owner: RunningRequest) -> Tensor:
         """Logits (vocabulary) after the last token of `owner`; the first call computes its prompt."""
         memory = self._memories.get(owner.key)
         if memory is None:
@@ -114,20 +99,20 @@ class AloneDecoder(Decoder):
         last: Tensor = found.logits[0, -1]
         return last
 
-    def _begin_text(self, owner: Running) -> Tensor:
+    def _begin_text(self, owner: RunningRequest) -> Tensor:
         prompt, first = owner.wanted.prompt, owner.wanted.score_from
         found = self._model(input_ids=_row(self._model, prompt), use_cache=True)
         self._memories[owner.key] = _Memory(found.past_key_values)
         owner.start = len(prompt)
         if first is not None:
-            owner.prompt = [Scored(prompt[0], None)] if first == 0 else []
+            owner.prompt = [ScoredToken(prompt[0], None)] if first == 0 else []
             begin = max(first, 1)
             logits = found.logits[0][-len(prompt) :][begin - 1 : -1]
             owner.prompt += scores(logits, prompt[begin:], [owner.wanted.logprobs or 0] * len(prompt[begin:]))
         last: Tensor = found.logits[0, -1]
         return last
 
-    def _begin_pair(self, owner: Running) -> Tensor:
+    def _begin_pair(self, owner: RunningRequest) -> Tensor:
         prompt, first = owner.wanted.prompt, owner.wanted.score_from
         told = prompt[first:] if first is not None else ()
         start = self._model.config.decoder_start_token_id
@@ -141,7 +126,7 @@ class AloneDecoder(Decoder):
         last: Tensor = found.logits[0, -1]
         return last
 
-    def _release(self, owner: Running) -> None:
+    def _release(self, owner: RunningRequest) -> None:
         self._memories.pop(owner.key, None)
         super()._release(owner)
 

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from apprentice.data.encoding.prompt_format import SEPARATOR, Layout
 from apprentice.errors import EvaluationError
-from apprentice.inference.decoder import NotFiniteError, generate
+from apprentice.inference.decoding import generate
+from apprentice.inference.generation_request import NotFiniteError
 
 if TYPE_CHECKING:
     from apprentice.model_pool.limits import Manner

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from apprentice.inference.cpu_linear import placed
+from apprentice.inference.cpu_linear import place_model
 from apprentice.model_pool.pool import Pool
 from apprentice.models.loading import count_parameters, load_model, resolve_dtype
 from apprentice.pretrained.architecture import gives_rewards
@@ -20,7 +20,7 @@ def model_on(folder: Path, settings: Model, pool: Pool) -> Any:
     device = "cuda" if pool.gpus else "cpu"
     head = 0 if gives_rewards(folder) else None
     dtype = resolve_dtype(settings.dtype, device)
-    return placed(load_model(folder, dtype, settings.attention, head=head, trust=settings.trust), device)
+    return place_model(load_model(folder, dtype, settings.attention, head=head, trust=settings.trust), device)
 
 
 def weight_bytes(folder: Path, model: Model, *, gpu: bool) -> int:

@@ -26,7 +26,7 @@ from transformers.utils import logging as transformers_logging
 
 from apprentice.errors import ModelError, RecipeError
 from apprentice.models.tuning import bottleneck as adapters
-from apprentice.pretrained.architecture import FAMILIES, NO_FLOAT16, check_writes, family_of, gives_rewards, model_config
+from apprentice.pretrained.architecture import FAMILIES, NO_FLOAT16, check_generates_text, family_of, gives_rewards, model_config
 from apprentice.pretrained.hub import local_folder
 from apprentice.pretrained.trust import check_model_folder
 from apprentice.run.identity import ADAPTER
@@ -101,7 +101,7 @@ def load_model(
     check_model_folder(folder, trust=trust)
     family = family_of(folder)
     if head is None:
-        check_writes(folder)
+        check_generates_text(folder)
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     implementation = resolve_attention(attention, "cuda" if torch.cuda.is_available() else "cpu")
@@ -148,7 +148,7 @@ def read_config(folder: Path, attention: str | None = None, *, trust: bool = Fal
     return config
 
 
-def without_weights(folder: Path, *, trust: bool = False) -> PreTrainedModel:
+def build_without_weights(folder: Path, *, trust: bool = False) -> PreTrainedModel:
     """Builds the causal model in `folder` on PyTorch's meta device: layers and shapes without weights."""
     check_model_folder(folder, trust=trust)
     config = read_config(folder, trust=trust)

@@ -9,7 +9,7 @@ from apprentice.data.encoding.prompt_contract import layout_beside
 from apprentice.errors import RunError
 from apprentice.pipeline.prepare import Progress
 from apprentice.pipeline.serve import find_contract
-from apprentice.pretrained.architecture import check_writes, model_config
+from apprentice.pretrained.architecture import check_generates_text, model_config
 from apprentice.pretrained.hub import local_folder
 from apprentice.ray_cluster.session import ray_session
 from apprentice.recipe import Model, find_recipe, load_recipe
@@ -51,7 +51,7 @@ def predict_file(
         model = load_recipe(find_recipe(recipe)).model if recipe is not None else Model(base=target)
     model = model.model_copy(update={"trust": model.trust or trust})
     folder = local_folder(str(run.model) if run is not None else target, trust=model.trust)
-    check_writes(folder)
+    check_generates_text(folder)
     layout = layout_beside(folder, None if run is not None else find_contract(folder, contract, recipe, storage))
     check_model_folder(folder, trust=model.trust)
     config = model_config(folder)

@@ -28,8 +28,8 @@ from apprentice.data.sources.locate import on_the_hub, resolve
 from apprentice.data.stream import Corpus, estimate_steps, make_corpus
 from apprentice.errors import ApprenticeError, ChatTemplateError, ContractError, DataError, RecipeError, ServingError, StorageError
 from apprentice.preflight.auxiliary_models import check_auxiliary_models
-from apprentice.pretrained.architecture import RELATIVE_POSITIONS, check_writes, model_config
-from apprentice.pretrained.hub import local_folder, missing_model
+from apprentice.pretrained.architecture import RELATIVE_POSITIONS, check_generates_text, model_config
+from apprentice.pretrained.hub import describe_download, local_folder
 from apprentice.pretrained.tokenizer import Tokenizer
 from apprentice.ray_cluster.nodes import call_on_every_node, node_resources
 from apprentice.recipe import Recipe
@@ -154,7 +154,7 @@ def _tasks(recipe: Recipe) -> str:
 def _downloads(recipe: Recipe) -> str:
     tasks, _ = select_tasks(recipe.data.entries, recipe.data.hold_out, Path.cwd())
     named = (recipe.model.base, recipe.training.dpo.reference, recipe.training.grpo.reward)
-    models = dict.fromkeys(found for name in named if name and (found := missing_model(name)))
+    models = dict.fromkeys(found for name in named if name and (found := describe_download(name)))
     sets = sorted({found for task in tasks if (found := on_the_hub(task, recipe.data.root))})
     wanted = [f"model {model}" for model in models]
     wanted += [f"{len(sets)} dataset{'s' if len(sets) > 1 else ''} from the hub ({', '.join(sets)}; sizes unknown)"] if sets else []
@@ -174,7 +174,7 @@ def _model(recipe: Recipe) -> str:
     check_auxiliary_models(recipe, tokenizer)
     _check_engine(recipe, tokenizer.folder)
     if not recipe.training.aim.head:
-        check_writes(tokenizer.folder)
+        check_generates_text(tokenizer.folder)
     line = " → ".join([*ancestors, public_base(recipe.model.base)])
     more = ""
     if (named := recipe.data.qualities) is not None:

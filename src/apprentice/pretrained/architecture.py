@@ -44,7 +44,7 @@ def gives_rewards(folder: Path) -> bool:
     return any(str(name).endswith("ForSequenceClassification") for name in model_config(folder).get("architectures") or ())
 
 
-def check_writes(folder: Path) -> None:
+def check_generates_text(folder: Path) -> None:
     """Raises `ModelError` if the model in `folder` is a reward model, which cannot generate text."""
     if gives_rewards(folder):
         raise ModelError(
@@ -55,10 +55,10 @@ def check_writes(folder: Path) -> None:
 
 def can_pack(folder: Path) -> bool:
     """Whether examples can share a row of the model in `folder` without seeing each other."""
-    return not_packed_because(folder) is None
+    return packing_obstacle(folder) is None
 
 
-def not_packed_because(folder: Path, *, by_layers: bool = True) -> str | None:
+def packing_obstacle(folder: Path, *, by_layers: bool = True) -> str | None:
     """Why examples that share a row would see each other in the model in `folder`; None where they do not.
 
     With `by_layers` False only the model's type counts, as in runs of format 1, whose rows must not change.
@@ -67,10 +67,10 @@ def not_packed_because(folder: Path, *, by_layers: bool = True) -> str | None:
     kind = config.get("model_type")
     if config.get("is_encoder_decoder") and kind not in RELATIVE_POSITIONS:
         return f"the positions of {kind} count the whole row"
-    return mixes_because(config) if by_layers else NOT_PACKED.get(str(kind))
+    return mixing_obstacle(config) if by_layers else NOT_PACKED.get(str(kind))
 
 
-def mixes_because(config: dict[str, Any]) -> str | None:
+def mixing_obstacle(config: dict[str, Any]) -> str | None:
     """Why a causal model of this config mixes examples of a row in spite of mask and positions; None where it does not."""
     inner = config.get("text_config") or config
     for part in (config, inner):
@@ -89,7 +89,7 @@ def model_config(folder: Path) -> dict[str, Any]:
         raise ModelError(f"{folder} is not a model folder: its config.json cannot be read ({error}).") from error
 
 
-def kv_numbers(config: dict[str, Any]) -> int | None:
+def kv_values_per_token(config: dict[str, Any]) -> int | None:
     """Numbers in one token's KV cache over all layers; None where `config` has none of the usual keys."""
     inner = config.get("text_config") or config
     layers = inner.get("num_hidden_layers") or inner.get("num_layers") or inner.get("n_layer")

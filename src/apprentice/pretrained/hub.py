@@ -62,7 +62,7 @@ HUB_SIZES = {
 }
 
 
-def missing_model(base: str) -> str | None:
+def describe_download(base: str) -> str | None:
     """Name and size (an estimate for hub models) of what fetching `base` would download; None where nothing would be."""
     if base in PACKAGED_MODELS:
         here = (user_cache() / "models" / base).is_dir()

@@ -22,7 +22,7 @@ _PLACES = (1, 2)  # where a blank line may be split: GPT-2's rules split between
 _BESIDE = ("a", "B", "7", ".", ",", "”", '"', "'", ":", "-", ")", "(", "é", "字", "ب", "🙂", "_", "<", "|", "s")  # probes
 
 
-class Passages:
+class SegmentCache:
     """Caching encoder over `backend`, a `tokenizers.Tokenizer` whose special tokens are `special`.
 
     The cache has two generations: when the recent one is full it becomes the older one, and the previous older one is dropped.

@@ -14,7 +14,7 @@ from apprentice.errors import ModelError
 from apprentice.pretrained.chat_template import ChatTemplate, Message
 from apprentice.pretrained.control_tokens import ControlTokens
 from apprentice.pretrained.hub import local_folder
-from apprentice.pretrained.segment_cache import Passages
+from apprentice.pretrained.segment_cache import SegmentCache
 
 CACHED_WORDS = 1 << 18  # the tokenizer's default of 10,000 soon fills up, and rarer words are then merged again at every occurrence
 
@@ -44,11 +44,11 @@ class Tokenizer:
         if not (folder / "tokenizer.json").is_file():
             raise ModelError(f"{folder} has no tokenizer.json; save the model's fast tokenizer there.")
         self._inner: Any = PreTrainedTokenizerFast.from_pretrained(folder)
-        self.given_template = chat_template
+        self.template_override = chat_template
         if chat_template is not None:
             self._inner.chat_template = chat_template
         self._backend: Any = self._inner.backend_tokenizer
-        self._kept_apart: dict[tuple[str, ...], ControlTokens] = {}
+        self._control_tokens: dict[tuple[str, ...], ControlTokens] = {}
         self._backend.no_padding()
         self._backend.no_truncation()
         if resize := getattr(self._backend.model, "_resize_cache", None):
@@ -66,11 +66,11 @@ class Tokenizer:
         return self if chat_template in (None, self.chat_template) else Tokenizer(self.folder, chat_template)
 
     def __reduce__(self) -> tuple[type[Tokenizer], tuple[Path, str | None]]:
-        return type(self), (self.folder, self.given_template)
+        return type(self), (self.folder, self.template_override)
 
     @cached_property
-    def _passages(self) -> Passages:
-        return Passages(self._backend, [token for token in self._inner.added_tokens_decoder.values() if token.special])
+    def _segments(self) -> SegmentCache:
+        return SegmentCache(self._backend, [token for token in self._inner.added_tokens_decoder.values() if token.special])
 
     @property
     def end_id(self) -> int:
@@ -125,16 +125,16 @@ class Tokenizer:
         """True if `text` is a special or another added token."""
         return text in self.special_texts or text in self.other_added_texts
 
-    def swallows_space(self, id: int) -> bool:
+    def strips_space_after(self, id: int) -> bool:
         """True for an added token that swallows the white space behind it (`rstrip`)."""
         token = self._inner.added_tokens_decoder.get(id)
         return token is not None and bool(token.rstrip)
 
-    def kept_apart(self, tokens: tuple[str, ...]) -> ControlTokens:
+    def control_tokens(self, tokens: tuple[str, ...]) -> ControlTokens:
         """The escaping of these control tokens in texts; made once for each set of tokens."""
-        if tokens not in self._kept_apart:
-            self._kept_apart[tokens] = ControlTokens(self._backend, tokens)
-        return self._kept_apart[tokens]
+        if tokens not in self._control_tokens:
+            self._control_tokens[tokens] = ControlTokens(self._backend, tokens)
+        return self._control_tokens[tokens]
 
     def is_added(self, id: int) -> bool:
         """True for the end token and all added tokens, which ordinary text does not produce."""
@@ -149,9 +149,9 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` for many texts at once, with a cache for repeated segments."""
-        return self._passages.encode(texts)
+        return self._segments.encode(texts)
 
-    def cut(self, text: str, tokens: int) -> str:
+    def truncate(self, text: str, tokens: int) -> str:
         """The prefix of `text` that its first `tokens` tokens cover, in whole characters, without trailing white space."""
         offsets = self._backend.encode(text, add_special_tokens=False).offsets
         return text[: offsets[tokens][0]].rstrip() if tokens < len(offsets) else text

@@ -25,7 +25,7 @@ from ray.serve.schema import ApplicationStatus, LoggingConfig
 
 from apprentice.data.encoding.prompt_contract import layout_beside
 from apprentice.errors import ResourcesError, ServingError
-from apprentice.pretrained.architecture import check_writes
+from apprentice.pretrained.architecture import check_generates_text
 from apprentice.pretrained.hub import local_folder
 from apprentice.pretrained.trust import check_model_folder
 from apprentice.recipe import Replicas, Serving
@@ -94,7 +94,7 @@ def _check_models(models: Sequence[Offer], serving: Serving) -> None:
         raise ServingError(f"serving.beside: two models are called {doubles[0]!r}; requests could not tell them apart.")
     for offer in models:
         check_model_folder(offer.folder, trust=offer.trust)
-        check_writes(offer.folder)
+        check_generates_text(offer.folder)
         check_engine(serving.engine, offer.folder)
         layout_beside(offer.folder, offer.contract)
     if serving.adapters is not None:

@@ -14,7 +14,7 @@ import ray
 from ray import serve
 
 from apprentice.data.encoding.prompt_contract import layout_beside
-from apprentice.pretrained.architecture import kv_numbers, model_config
+from apprentice.pretrained.architecture import kv_values_per_token, model_config
 from apprentice.pretrained.hub import local_folder
 from apprentice.ray_cluster.process_priority import limit_thread_spinning, raise_priority
 from apprentice.recipe import Serving
@@ -126,7 +126,7 @@ def at_once(folder: Path, serving: Serving, dtype: str, *, on_gpu: bool, engines
 
     `max_running`, or fewer where the engine's part of the KV memory does not hold that many.
     """
-    numbers = kv_numbers(model_config(folder))
+    numbers = kv_values_per_token(model_config(folder))
     if serving.kv_bytes is None or numbers is None:
         return serving.max_running
     limit = serving.kv_bytes // engines

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from apprentice.models.loading import check_dtype, count_parameters, load_model, resolve_dtype
-from apprentice.models.tuning.methods import TUNING_METHODS, check_tuning, load_trainable, trainable, trained_share
+from apprentice.models.tuning.methods import TUNING_METHODS, check_tuning, count_trainable, load_trainable, trainable_parameters
 from apprentice.pretrained.architecture import family_of
 from apprentice.pretrained.hub import local_folder
 from apprentice.recipe import Recipe
@@ -182,7 +182,7 @@ def fitted(
     if recipe.training.activation_checkpointing:
         checkpointing(model)
     loss = loss or loss_of(model, recipe.training, compute).to(device).train()
-    trained, _ = trained_share(model)
+    trained, _ = count_trainable(model)
     state = held(recipe, 0, trained, dtype, peers.workers)
     reserved = state.gradients + state.optimizer
 
@@ -219,7 +219,7 @@ def build_engine(
     if restored is None:
         return DeepSpeedEngine(wrapped, recipe.training, **settings)
     with checkpoints.tensors_of(restored) as read:
-        load_trainable(wrapped, {name: read(f"{WEIGHT}/{name}") for name in trainable(wrapped)})
+        load_trainable(wrapped, {name: read(f"{WEIGHT}/{name}") for name in trainable_parameters(wrapped)})
         engine = DeepSpeedEngine(wrapped, recipe.training, **settings)
         engine.restore(read, restored.state.step, restored.state.loss_scaling)
     return engine

@@ -16,7 +16,7 @@ from apprentice.evaluate.questions.subjects import limits_of, manner_of
 from apprentice.evaluate.scoring.answer_cache import Answers
 from apprentice.evaluate.scoring.rank import ranked
 from apprentice.evaluate.scoring.worker import Scorer, blocks
-from apprentice.inference import decoder as decoding
+from apprentice.inference import scheduler as scheduling
 from apprentice.models.loading import load_model
 from apprentice.storage import Folder
 from tests.evaluate import tables
@@ -54,8 +54,8 @@ def test_a_prior_that_is_not_finite_ranks_nothing_either() -> None:
 @pytest.mark.parametrize("name", ["short_reviews", "written_dates"])
 def test_a_model_of_nans_gets_no_score(corpus: Corpus, tiny_model: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model: Any = load_model(tiny_model, torch.float32)
-    size = decoding.prepare(model)
-    monkeypatch.setattr(decoding, "prepare", lambda model: size)  # which would refuse a model that is never finite
+    size = scheduling.prepare(model)
+    monkeypatch.setattr(scheduling, "prepare", lambda model: size)  # which would refuse a model that is never finite
     with torch.no_grad():
         model.get_output_embeddings().weight.fill_(NAN)
     [task] = [task for task in corpus.tasks if task.name == name]

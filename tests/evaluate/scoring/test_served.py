@@ -20,7 +20,7 @@ from apprentice.data.encoding.prompt_contract import make_contract
 from apprentice.evaluate.report import predictions
 from apprentice.evaluate.run import Subject, evaluate
 from apprentice.evaluate.scoring.endpoint import Endpoint, model_at
-from apprentice.inference.choice_scoring import choice_logprobs
+from apprentice.inference.choices.choice_scoring import choice_logprobs
 from apprentice.models.loading import load_model
 from apprentice.pretrained.tokenizer import Tokenizer
 from apprentice.recipe import Recipe, Serving

@@ -11,7 +11,7 @@ from peft import PeftModel
 
 from apprentice.errors import ModelError, RecipeError
 from apprentice.models.loading import load_model
-from apprentice.models.tuning.methods import TUNING_METHODS, check_tuning, load_trainable, trainable, trained_share
+from apprentice.models.tuning.methods import TUNING_METHODS, check_tuning, count_trainable, load_trainable, trainable_parameters
 from apprentice.recipe import Tuning
 from tests.models.architectures import SEQ2SEQ, made
 
@@ -26,29 +26,29 @@ def wrapped(folder: Path, method: str, seed: int = 1, **values: Any) -> Any:
 def disturbed(model: Any) -> dict[str, torch.Tensor]:
     """Weights as training might have left them."""
     generator = torch.Generator().manual_seed(5)
-    return {name: p.detach() + 0.05 * torch.randn(p.shape, generator=generator) for name, p in trainable(model).items()}
+    return {name: p.detach() + 0.05 * torch.randn(p.shape, generator=generator) for name, p in trainable_parameters(model).items()}
 
 
 def test_full_trains_everything(tiny_model: Path) -> None:
     model = wrapped(tiny_model, "full")
-    assert trainable(model).keys() == dict(model.named_parameters()).keys()
+    assert trainable_parameters(model).keys() == dict(model.named_parameters()).keys()
     assert TUNING_METHODS["full"].save_adapter is None
     merge = TUNING_METHODS["full"].merge
     assert merge is not None
     assert merge(model) is model
-    assert trained_share(model) == (sum(p.numel() for p in model.parameters()), 1.0)
+    assert count_trainable(model) == (sum(p.numel() for p in model.parameters()), 1.0)
 
 
 def test_lora_trains_two_small_matrices_of_every_linear_layer(tiny_model: Path) -> None:
     model = wrapped(tiny_model, "lora")
-    names = trainable(model)
+    names = trainable_parameters(model)
     assert len(names) == 2 * 2 * 7  # layers, matrices, projections
     assert all("lora_" in name for name in names)
     assert all(4 in parameter.shape for parameter in names.values())
 
 
 def test_lora_begins_the_same_everywhere(tiny_model: Path) -> None:
-    first, again, other = (trainable(wrapped(tiny_model, "lora", seed)) for seed in (1, 1, 2))
+    first, again, other = (trainable_parameters(wrapped(tiny_model, "lora", seed)) for seed in (1, 1, 2))
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not all(torch.equal(first[name], other[name]) for name in first)
 
@@ -99,7 +99,7 @@ def test_what_cannot_be_merged_loads_from_beside_the_weights(name: str, method: 
         ]
     assert (outputs[1][:, -4:] - outputs[0]).abs().max() > 1e-3
     torch.testing.assert_close(outputs[2], outputs[1], rtol=0, atol=1e-5)
-    numbers, share = trained_share(model)
+    numbers, share = count_trainable(model)
     assert 0 < numbers < 50_000
     assert 0 < share < 0.2
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from apprentice.errors import ServingError
-from apprentice.pretrained.architecture import kv_numbers, model_config
+from apprentice.pretrained.architecture import kv_values_per_token, model_config
 from apprentice.recipe import Serving
 from apprentice.serve.deployment import check
 from apprentice.serve.engines import transformers as transformers_engine
@@ -41,7 +41,7 @@ def test_vllm_is_an_extra(chat_model: Path) -> None:
 
 
 def test_a_replica_decodes_as_many_as_its_memory_holds_in_the_type_that_it_keeps(chat_model: Path) -> None:
-    numbers = kv_numbers(model_config(chat_model))
+    numbers = kv_values_per_token(model_config(chat_model))
     assert numbers is not None
     context, replies = 256, 12  # of half a context, in float32
     memory = {"kv_memory_gb": numbers * 4 * context * replies / 2 / 1e9, "context": context, "max_running": 64}
@@ -56,7 +56,7 @@ def test_a_replica_decodes_as_many_as_its_memory_holds_in_the_type_that_it_keeps
 def test_engines_side_by_side_share_threads_and_memory(
     chat_model: Path, plain_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    numbers = kv_numbers(model_config(chat_model))
+    numbers = kv_values_per_token(model_config(chat_model))
     assert numbers is not None
     threads: list[int] = []
     monkeypatch.setattr(transformers_engine.os, "sched_getaffinity", lambda _: set(range(8)))

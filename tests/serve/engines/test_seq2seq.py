@@ -13,7 +13,7 @@ import pytest_asyncio
 import torch
 
 from apprentice.data.encoding.prompt_contract import layout_beside
-from apprentice.inference.seq2seq_scoring import seq2seq_logprobs
+from apprentice.inference.choices.seq2seq_scoring import seq2seq_logprobs
 from apprentice.models.loading import load_model
 from apprentice.run.contract import read_contract
 from apprentice.serve.api.routes import build_app

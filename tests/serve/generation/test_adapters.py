@@ -17,7 +17,7 @@ import yaml
 
 from apprentice.data.encoding.prompt_contract import layout_beside, layout_of, make_contract
 from apprentice.errors import StorageError
-from apprentice.inference.decoder import generate
+from apprentice.inference.decoding import generate
 from apprentice.models.loading import load_model
 from apprentice.recipe import Recipe, Serving
 from apprentice.run.contract import read_contract, weights_sha256

@@ -19,7 +19,7 @@ from apprentice.data.encoding.tokenize import Tokenized
 from apprentice.data.window import Probe
 from apprentice.errors import TrainingError
 from apprentice.models.loading import load_model
-from apprentice.models.tuning.methods import TUNING_METHODS, load_trainable, trainable
+from apprentice.models.tuning.methods import TUNING_METHODS, load_trainable, trainable_parameters
 from apprentice.pretrained.tokenizer import Tokenizer
 from apprentice.recipe import Recipe
 from apprentice.run.contract import read_contract, weights_sha256
@@ -60,7 +60,9 @@ def trained(folder: Path, made: Recipe, dtype: str) -> tuple[Run, Checkpoint, An
     method = TUNING_METHODS[made.tuning.method]
     model: Any = method.wrap(load_model(made.model.base, torch.float32, head=made.head), made.tuning, made.seed).eval()
     generator = torch.Generator().manual_seed(5)
-    weights = {name: p.detach() + 0.05 * torch.randn(p.shape, generator=generator) for name, p in trainable(model).items()}
+    weights = {
+        name: p.detach() + 0.05 * torch.randn(p.shape, generator=generator) for name, p in trainable_parameters(model).items()
+    }
     load_trainable(model, weights)
     run = Run(Folder.at(folder / "run"))
     tensors = ((f"weight/{name}", value) for name, value in weights.items())

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from apprentice.errors import EvaluationError, ResourcesError
 from apprentice.models.loading import load_model
-from apprentice.models.tuning.methods import TUNING_METHODS, trainable
+from apprentice.models.tuning.methods import TUNING_METHODS, trainable_parameters
 from apprentice.recipe import Recipe, load_recipe
 from apprentice.storage import Folder
 from apprentice.train.checkpoint import format as checkpoints
@@ -53,9 +53,9 @@ def test_the_loss_is_that_of_the_weights_in_the_checkpoint(method: str, tmp_path
     model = TUNING_METHODS[method].wrap(load_model(tiny_model, torch.float32), made.tuning, made.seed).eval()
     with torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(2)
-        for parameter in trainable(model).values():
+        for parameter in trainable_parameters(model).values():
             parameter += 0.05 * torch.randn_like(parameter)
-    tensors = [(f"weight/{name}", parameter.detach().clone()) for name, parameter in trainable(model).items()]
+    tensors = [(f"weight/{name}", parameter.detach().clone()) for name, parameter in trainable_parameters(model).items()]
     saved = checkpoints.save(Folder.at(tmp_path / "saved"), tensors, State(step=2), {"dtype": "float32"})
     with torch.no_grad():
         summed = sum(float(TargetLoss(model)(*micro.tensors)) for micro in rows.micros(1))

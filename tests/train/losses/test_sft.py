@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from apprentice.errors import RecipeError
-from apprentice.models.tuning.methods import TUNING_METHODS, trainable
+from apprentice.models.tuning.methods import TUNING_METHODS, trainable_parameters
 from apprentice.recipe import Training, Tuning
 from apprentice.train.losses import sft as losses
 from apprentice.train.losses.registry import loss_of as loss_for
@@ -218,8 +218,8 @@ def test_every_method_learns_from_padded_rows_what_it_learns_from_single_ones(na
     padded = torch.stack([loss(*micro.tensors) for micro in pairs.joined(rows).micros(3)]).sum()
     torch.testing.assert_close(padded, alone, rtol=1e-5, atol=0)
     padded.backward()
-    assert all(parameter.grad is not None for parameter in trainable(model).values())
-    assert any(parameter.grad.abs().max() > 0 for parameter in trainable(model).values())
+    assert all(parameter.grad is not None for parameter in trainable_parameters(model).values())
+    assert any(parameter.grad.abs().max() > 0 for parameter in trainable_parameters(model).values())
     if method in ("prefix", "prompt"):
         packed = pairs.paired_rows(2) if name in SEQ2SEQ else packed_rows(2)
         with pytest.raises(RecipeError, match="must be `none` with tuning"):

@@ -72,7 +72,7 @@ def make_contract(
         rank_by=recipe.evaluation.rank_by,
         tokenizer_sha256=layout.tokenizer.fingerprint,
         chat_template_sha256=_template_sha256(layout.tokenizer.chat_template),
-        chat_template=layout.tokenizer.given_template,
+        chat_template=layout.tokenizer.template_override,
         base=public_base(recipe.model.base),
         base_sha256=base_sha256,
         weights_sha256=weights_sha256(folder),

@@ -171,7 +171,7 @@ class Layout:
 
     @cached_property
     def _escaping(self) -> ControlTokens:
-        return self.tokenizer.kept_apart(tuple(name for name in self.control_names if name not in self.control_tokens))
+        return self.tokenizer.control_tokens(tuple(name for name in self.control_names if name not in self.control_tokens))
 
     def _text(self, text: str) -> str:
         """`text` with its control tokens escaped, as users' texts stand in a prompt; unchanged in version 1."""
@@ -211,7 +211,7 @@ class Layout:
 
     def _behind(self, text: str) -> str:
         """`text` without leading white space where the end token of the answer before it takes that along (`rstrip`)."""
-        swallowed = self.version > 1 and self.tokenizer.swallows_space(self._inner_end_ids[-1])
+        swallowed = self.version > 1 and self.tokenizer.strips_space_after(self._inner_end_ids[-1])
         return text.lstrip() if swallowed else text
 
     def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:

@@ -218,7 +218,7 @@ def _fit(layout: Layout, example: Example, exemplars: Sequence[Exemplar], max_pr
     while given:
         # Tokens can merge differently at the cut, so one round is not always enough.
         tokens -= len(ids) - max_prompt_tokens
-        given = layout.tokenizer.cut(example.input, max(tokens, 0))
+        given = layout.tokenizer.truncate(example.input, max(tokens, 0))
         ids = layout.encode_prompt(layout.prompt(example.instruction, given))
         if len(ids) <= max_prompt_tokens:
             return Fitted(ids, 0, CUT_INPUT)

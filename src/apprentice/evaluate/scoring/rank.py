@@ -2,8 +2,8 @@
 
 The tokens of a choice include those that end an answer in the prompt format, exactly as in training, so their sum is the
 log-probability that the whole reply is this choice. Without the end, "card payment" would always beat "card payment fee", because a
-prefix is never less likely than its continuation. `inference.choice_ranking` has three rules of comparison; sums, as in T0, are the
-default.
+prefix is never less likely than its continuation. `inference.choices.choice_ranking` has three rules of comparison; sums, as
+in T0, are the default.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from apprentice.errors import EvaluationError
-from apprentice.inference.choice_ranking import RANKINGS, best
+from apprentice.inference.choices.choice_ranking import RANKINGS, index_of_best
 from apprentice.model_pool.generate import question_name
 
 
@@ -25,7 +25,7 @@ def ranked(record: Mapping[str, Any], rank_by: str) -> str:
     priors = record["choice_priors"] if rank_by == "pmi" else ()
     scores = RANKINGS[rank_by](record["choice_logprobs"], record["choice_tokens"], priors)
     check_finite(record, scores)
-    return str(record["choices"][best(scores)])
+    return str(record["choices"][index_of_best(scores)])
 
 
 def check_finite(record: Mapping[str, Any], numbers: Sequence[float]) -> None:

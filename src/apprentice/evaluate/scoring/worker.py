@@ -12,7 +12,7 @@ import pyarrow as pa
 from apprentice.errors import ApprenticeError, EvaluationError
 from apprentice.evaluate.report.predictions import ENCODED, table_of
 from apprentice.evaluate.scoring.rank import by_prior, check_finite, ranked
-from apprentice.inference.choice_scoring import choice_logprobs
+from apprentice.inference.choices.choice_scoring import choice_logprobs
 from apprentice.model_pool.generate import reply
 from apprentice.model_pool.limits import Manner
 from apprentice.models.reward import choice_rewards, is_reward

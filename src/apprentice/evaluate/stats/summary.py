@@ -33,7 +33,7 @@ from apprentice.evaluate.stats.bootstrap import (
 from apprentice.evaluate.stats.metrics import METRICS, Floats
 from apprentice.evaluate.stats.task_scores import Scored, counts, paired, scores
 from apprentice.evaluate.stats.win_rate import judged_by
-from apprentice.inference.choice_ranking import RANKING_TITLES
+from apprentice.inference.choices.choice_ranking import RANKING_TITLES
 from apprentice.tasks.exposure import EXPOSURES, exposure_in
 
 Record = Mapping[str, Any]

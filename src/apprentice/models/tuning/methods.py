@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from apprentice.errors import ModelError, RecipeError
 from apprentice.models.loading import SCORE
 from apprentice.models.tuning.bottleneck import add_adapters, save_adapters
-from apprentice.models.tuning.virtual_tokens import begin_as_words
+from apprentice.models.tuning.virtual_tokens import start_from_common_words
 from apprentice.recipe import Tuning
 
 
@@ -70,7 +70,7 @@ def _wrap_prompt(model: PreTrainedModel, tuning: Tuning, seed: int) -> nn.Module
 
 def _with_virtual_tokens(model: PreTrainedModel, config: Any, tuning: Tuning, seed: int) -> nn.Module:
     wrapped = _with_peft(model, config(task_type=_task_type(model), num_virtual_tokens=tuning.virtual_tokens), seed)
-    begin_as_words(wrapped, seed)
+    start_from_common_words(wrapped, seed)
     return wrapped
 
 
@@ -135,13 +135,13 @@ def check_tuning(tuning: Tuning, *, on_gpu: bool) -> None:
         )
 
 
-def trained_share(model: nn.Module) -> tuple[int, float]:
+def count_trainable(model: nn.Module) -> tuple[int, float]:
     """Number of trainable parameters, and their share (0 to 1) of all parameters."""
-    trained = sum(parameter.numel() for parameter in trainable(model).values())
+    trained = sum(parameter.numel() for parameter in trainable_parameters(model).values())
     return trained, trained / max(sum(parameter.numel() for parameter in model.parameters()), 1)
 
 
-def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Trainable parameters by name; a parameter that two modules share is listed once."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
@@ -149,7 +149,7 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 @torch.no_grad()
 def load_trainable(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Copies `weights` into the trainable parameters of `model`. Raises `ModelError` unless names and shapes are the same."""
-    parameters = trainable(model)
+    parameters = trainable_parameters(model)
     if parameters.keys() != weights.keys():
         odd = sorted(parameters.keys() ^ weights.keys())
         raise ModelError(f"the saved weights are not those of this model: {odd[0]!r} is in only one of them; use the run's recipe.")

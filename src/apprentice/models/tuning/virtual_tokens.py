@@ -16,7 +16,7 @@ COMMON = 5_000  # words are drawn from this many lowest token ids
 
 
 @torch.no_grad()
-def begin_as_words(wrapped: Any, seed: int) -> None:
+def start_from_common_words(wrapped: Any, seed: int) -> None:
     """Initialises the virtual tokens of peft's `wrapped` model; the same seed gives the same values on every worker.
 
     The prefix of an encoder-decoder, and one whose keys and values have another shape than peft's, keep peft's random values.

@@ -12,7 +12,7 @@ from fastapi.responses import Response
 
 from apprentice.data.encoding.prompt_format import Layout
 from apprentice.errors import ChatTemplateError, did_you_mean
-from apprentice.inference.choice_ranking import RANKINGS, best
+from apprentice.inference.choices.choice_ranking import RANKINGS, index_of_best
 from apprentice.serve.api.accounts import Account
 from apprentice.serve.api.schemas import InstructRequest, RenderRequest, RequestProblem, TaskRequest
 from apprentice.serve.generation.service import Answering
@@ -76,7 +76,7 @@ async def answered(task: Task, asked: TaskRequest, layout: Layout, answering: An
     prompts = [await asyncio.to_thread(layout.encode_prompt, text), *([layout.empty_prompt] if answering.rank_by == "pmi" else [])]
     sums, *priors = await answering.logprobs(prompts, ids, account)
     scores = RANKINGS[answering.rank_by](sums, [len(encoded) for encoded in ids], priors[0] if priors else ())
-    wins = best(scores)
+    wins = index_of_best(scores)
     weights = [math.exp(value - scores[wins]) for value in scores]
     ranked = [
         {"choice": choice, "probability": weight / sum(weights), "logprob": value}

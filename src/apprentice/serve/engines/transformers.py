@@ -26,17 +26,17 @@ from typing import Any, Self
 import torch
 
 from apprentice.errors import ModelError
-from apprentice.inference.cpu_linear import placed
-from apprentice.inference.decoder import Generation, Token
+from apprentice.inference.cpu_linear import place_model
+from apprentice.inference.decoding import make_scheduler
+from apprentice.inference.generation_request import GeneratedToken, GenerationRequest
 from apprentice.inference.lora import Lora, read_lora
 from apprentice.inference.sampler import Sampling
-from apprentice.inference.unbatched import decoder_for, has_virtual_tokens
+from apprentice.inference.token_pacing import pacing_seconds
+from apprentice.inference.unbatched import has_virtual_tokens
 from apprentice.models.loading import load_model, resolve_dtype
 from apprentice.serve.engines.base import EngineFailed, NewToken, Overloaded, Request, RequestFailed, Score, Stats
 
 log = logging.getLogger(__name__)
-# Under load a reply's tokens are sent in groups. Seconds between two groups: for each other running request, and at most.
-_PACE_S, _MOST_PACE_S = 0.003, 0.1
 
 
 class TransformersEngine:
@@ -62,8 +62,8 @@ class TransformersEngine:
         def load() -> None:
             torch.set_num_threads(min(threads, len(os.sched_getaffinity(0))))
             device = "cuda" if torch.cuda.is_available() else "cpu"
-            self._model: Any = placed(load_model(folder, resolve_dtype(dtype), trust=trust), device)
-            self._decoder = decoder_for(self._model, slots=max_running, context=context, kv_bytes=kv_bytes)
+            self._model: Any = place_model(load_model(folder, resolve_dtype(dtype), trust=trust), device)
+            self._decoder = make_scheduler(self._model, slots=max_running, context=context, kv_bytes=kv_bytes)
 
         self._most = max_running + max_queued
         self._replies: dict[int, _Reply] = {}
@@ -141,7 +141,7 @@ class TransformersEngine:
             request.presence_penalty,
             request.logit_bias,
         )
-        wanted = Generation(
+        wanted = GenerationRequest(
             request.prompt,
             request.max_tokens,
             request.stop_ids,
@@ -154,7 +154,7 @@ class TransformersEngine:
         self._orders.put(lambda: self._submit(key, wanted))
         return reply
 
-    def _submit(self, key: int, wanted: Generation) -> None:
+    def _submit(self, key: int, wanted: GenerationRequest) -> None:
         try:
             self._decoder.submit(key, wanted)
         except Exception as error:  # of whatever type, it concerns this request only
@@ -212,14 +212,14 @@ class TransformersEngine:
             log.exception("the decoder stopped")
         self._deliver([(reply, None) for reply in list(self._replies.values())])
 
-    def _pass_on(self, tokens: list[Token]) -> None:
+    def _pass_on(self, tokens: list[GeneratedToken]) -> None:
         """Sends a step's tokens to their replies, with one call into the event loop; under load some are held for a later step."""
         self._produced += len(tokens)
         self._weigh()
         for key, error in self._decoder.take_failures().items():
             self._fail(key, error)  # type: ignore[arg-type]  # our keys are numbers
         now = time.monotonic()
-        pace = min(_MOST_PACE_S, _PACE_S * (self._decoder.running - 1))
+        interval = pacing_seconds(self._decoder.running)
         ready: list[tuple[_Reply, list[NewToken] | None]] = []
         for token in tokens:
             # A reply that was given up is gone from the table; its cancellation is in the queue.
@@ -227,7 +227,7 @@ class TransformersEngine:
             if reply is None:
                 continue
             reply.held.append(_new_token(token))
-            if token.finish or now - reply.passed_on >= pace:
+            if token.finish or now - reply.passed_on >= interval:
                 ready.append((reply, reply.held))
                 reply.held, reply.passed_on = [], now
         self._deliver(ready)
@@ -306,7 +306,7 @@ def _arrive(items: list[tuple[_Reply, list[NewToken] | None]]) -> None:
         reply.news.set()
 
 
-def _new_token(token: Token) -> NewToken:
+def _new_token(token: GeneratedToken) -> NewToken:
     if token.scored is None and not token.prompt:
         return NewToken(token.id, token.finish, cached=token.shared)
     scored = token.scored and Score(*token.scored)

@@ -32,8 +32,9 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from apprentice.errors import ModelError
 from apprentice.inference.lora import CONFIG, WEIGHTS, read_lora
-from apprentice.models.loading import resolve_dtype, without_weights
-from apprentice.pretrained.architecture import kv_numbers, model_config
+from apprentice.inference.token_pacing import pacing_seconds
+from apprentice.models.loading import build_without_weights, resolve_dtype
+from apprentice.pretrained.architecture import kv_values_per_token, model_config
 from apprentice.serve.api.schemas import MOST_TOP
 from apprentice.serve.engines.base import EngineFailed, NewToken, Overloaded, Request, RequestFailed, Score, Stats
 from apprentice.serve.engines.parent_death import guard_children
@@ -42,8 +43,6 @@ log = logging.getLogger(__name__)
 MOST_RANK = 64  # largest rank of an adapter: vLLM reserves room for it in every layer at the start
 _LOAD_TIMEOUT_S = 300.0
 _BLOCK = 128  # tokens in one of vLLM's KV blocks on a CPU; a GPU's blocks are smaller
-# Under load a reply's tokens are sent in groups. Seconds between two groups: for each other running request, and at most.
-_PACE_S, _MOST_PACE_S = 0.003, 0.1
 
 
 class VllmEngine:
@@ -103,7 +102,7 @@ class VllmEngine:
 
     def adapter(self, folder: Path) -> Adapter:
         if self._shape is None:
-            self._shape = without_weights(self._folder, trust=self._trust)
+            self._shape = build_without_weights(self._folder, trust=self._trust)
         ranks = {len(down) for down, _ in read_lora(folder, self._shape).layers.values()}
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         if config.get("alpha_pattern") or len(ranks) > 1:
@@ -178,9 +177,9 @@ class VllmEngine:
         except Exception as error:
             log.debug("not aborted: %s", error)
 
-    def pace_s(self) -> float:
-        """Seconds for which a reply's tokens are held back at the present load."""
-        return min(_MOST_PACE_S, _PACE_S * (len(self._replies) - 1))
+    def pacing_seconds(self) -> float:
+        """Least seconds between two groups of a reply's tokens at the present load."""
+        return pacing_seconds(len(self._replies))
 
     def failed(self) -> EngineFailed:
         return EngineFailed(self._failure or "vLLM's own process has ended; its log says why")
@@ -246,7 +245,7 @@ class _Reply:
                 raise
             except Exception as error:  # vLLM refuses requests by exceptions of many types
                 raise RequestFailed(" ".join(str(error).split())[:300]) from error
-            early = self._passed_on + self._engine.pace_s() - time.monotonic()
+            early = self._passed_on + self._engine.pacing_seconds() - time.monotonic()
             if early > 0 and not (queue.output is not None and queue.output.finished):
                 await asyncio.sleep(early)
             tokens: list[NewToken] = []
@@ -300,7 +299,7 @@ def _arguments(
     folder: Path, dtype: str, *, max_running: int, context: int, kv_bytes: int | None, trust: bool, adapters: int
 ) -> AsyncEngineArgs:
     kind = resolve_dtype(dtype)
-    if kv_bytes is None and (numbers := kv_numbers(model_config(folder))) is not None:
+    if kv_bytes is None and (numbers := kv_values_per_token(model_config(folder))) is not None:
         kv_bytes = numbers * kind.itemsize * max_running * -(-context // _BLOCK) * _BLOCK
     loras: dict[str, Any] = {}
     if adapters:

@@ -22,7 +22,7 @@ from apprentice.data.window import Probe
 from apprentice.errors import TrainingError
 from apprentice.models.loading import load_model, resolve_dtype
 from apprentice.models.reward import is_reward
-from apprentice.models.tuning.methods import TUNING_METHODS, load_trainable, trainable
+from apprentice.models.tuning.methods import TUNING_METHODS, load_trainable, trainable_parameters
 from apprentice.pretrained.hub import PACKAGED_MODELS, local_folder
 from apprentice.pretrained.tokenizer import Tokenizer
 from apprentice.recipe import Recipe
@@ -60,7 +60,7 @@ def export(recipe: Recipe, run: Run, checkpoint: Checkpoint, layout: Layout, pro
     model: Any = load_model(recipe.model.base, torch.float32, head=recipe.head, trust=recipe.model.trust)
     model = method.wrap(model, recipe.tuning, recipe.seed).eval()
     with tensors_of(checkpoint) as read:
-        load_trainable(model, {name: read(f"{WEIGHT}/{name}") for name in trainable(model)})
+        load_trainable(model, {name: read(f"{WEIGHT}/{name}") for name in trainable_parameters(model)})
     expected = said_of(model, probe.examples)
     dtype = resolve_dtype(checkpoint.facts["dtype"])
     scratch = run.folder.make().local if run.folder.is_local else None
@@ -98,7 +98,7 @@ def _complete(folder: Path, recipe: Recipe, layout: Layout) -> None:
     for name in _TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copy2(source / name, folder / name)
-    if (template := layout.tokenizer.given_template) is not None:
+    if (template := layout.tokenizer.template_override) is not None:
         (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
         config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
         config.pop("chat_template", None)

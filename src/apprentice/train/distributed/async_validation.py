@@ -16,7 +16,7 @@ from torch import nn
 
 from apprentice.errors import ApprenticeError, ResourcesError
 from apprentice.models.loading import load_model, resolve_dtype
-from apprentice.models.tuning.methods import TUNING_METHODS, load_trainable, trainable
+from apprentice.models.tuning.methods import TUNING_METHODS, load_trainable, trainable_parameters
 from apprentice.recipe import Recipe
 from apprentice.train.batch import Micro, PackedRows
 from apprentice.train.checkpoint.format import Checkpoint, tensors_of
@@ -89,7 +89,7 @@ class Aside:
         base = load_model(recipe.model.base, weights, recipe.model.attention, **chosen)
         model = method.wrap(base, recipe.tuning, recipe.seed)
         with tensors_of(checkpoint) as read:
-            load_trainable(model, {name: read(f"{WEIGHT}/{name}") for name in trainable(model)})
+            load_trainable(model, {name: read(f"{WEIGHT}/{name}") for name in trainable_parameters(model)})
         return model.eval()
 
     def _loss(self, model: nn.Module, dtype: torch.dtype, device: torch.device) -> float | None:

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from apprentice.models.tuning.methods import trained_share
+from apprentice.models.tuning.methods import count_trainable
 from apprentice.recipe import Training
 from apprentice.train.batch import Micro
 from apprentice.train.checkpoint.shard_gather import Piece
@@ -61,7 +61,7 @@ class DeepSpeedEngine:
             checkpointing(model)
         self._loss_module = loss_of(model, training, None if weights == dtype else dtype)
         wrapped = _Module(self._loss_module).to(device=device)
-        self.trained = trained_share(model)  # number of trained parameters, and their share of all
+        self.trained = count_trainable(model)  # number of trained parameters, and their share of all
         self.attention = str(getattr(getattr(model, "config", None), "_attn_implementation", "eager"))
         self.micro = micro
         self._optimizer = training.optimizer.name

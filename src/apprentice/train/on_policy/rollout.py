@@ -21,12 +21,13 @@ from apprentice.data.corpus import Corpus
 from apprentice.data.packing import Rows, build_rows
 from apprentice.data.sampling.permutation import key_of, permute
 from apprentice.data.window import Prompt, WindowRenderer
-from apprentice.inference.cpu_linear import placed
-from apprentice.inference.decoder import Decoder, Generation
+from apprentice.inference.cpu_linear import place_model
+from apprentice.inference.generation_request import GenerationRequest
 from apprentice.inference.sampler import Sampling
+from apprentice.inference.scheduler import Scheduler
 from apprentice.models.loading import load_model, resolve_dtype
 from apprentice.models.reward import choice_rewards
-from apprentice.models.tuning.methods import TUNING_METHODS, load_trainable, trainable
+from apprentice.models.tuning.methods import TUNING_METHODS, load_trainable, trainable_parameters
 from apprentice.train.batch import PackedRows
 from apprentice.train.engine.deepspeed import WEIGHT
 from apprentice.train.engine.deepspeed_config import CPU_MICRO_TOKENS, GPU_MICRO_TOKENS
@@ -88,22 +89,22 @@ class RoundWriter:
         recipe = self._corpus.recipe
         model = self._loaded(recipe.model.base)
         if read is None:
-            return placed(model, self._device)
+            return place_model(model, self._device)
         method = TUNING_METHODS[recipe.tuning.method]
         assert method.merge is not None, "the recipe allows only methods that can be merged"
         wrapped = method.wrap(model, recipe.tuning, recipe.seed)
-        load_trainable(wrapped, {name: read(f"{WEIGHT}/{name}") for name in trainable(wrapped)})
-        return placed(method.merge(wrapped).requires_grad_(False).eval(), self._device)
+        load_trainable(wrapped, {name: read(f"{WEIGHT}/{name}") for name in trainable_parameters(wrapped)})
+        return place_model(method.merge(wrapped).requires_grad_(False).eval(), self._device)
 
     @cached_property
     def _reference(self) -> Any:
-        return placed(self._loaded(self._corpus.recipe.model.base), self._device)
+        return place_model(self._loaded(self._corpus.recipe.model.base), self._device)
 
     @cached_property
     def _judge(self) -> Any:
         reward = self._corpus.recipe.training.grpo.reward
         assert reward is not None, "the recipe names a reward model"
-        return placed(self._loaded(reward, head=0), self._device)
+        return place_model(self._loaded(reward, head=0), self._device)
 
     def _loaded(self, base: str, head: int | None = None) -> Any:
         settings = self._corpus.recipe.model
@@ -117,10 +118,10 @@ class RoundWriter:
         asked = [(prompt, number) for prompt in prompts for number in range(grpo.group)]
         if not asked:
             return []
-        decoder = Decoder(policy, slots=min(AT_ONCE, len(asked)), context=self._corpus.recipe.data.max_length)
+        decoder = Scheduler(policy, slots=min(AT_ONCE, len(asked)), context=self._corpus.recipe.data.max_length)
         for place, (prompt, number) in enumerate(asked):
             sampling = Sampling(1.0, seed=key_of(seed, "reply", prompt.position, number))
-            decoder.submit(place, Generation(prompt.ids, grpo.max_new_tokens, stops, sampling))
+            decoder.submit(place, GenerationRequest(prompt.ids, grpo.max_new_tokens, stops, sampling))
         written: dict[Hashable, list[int]] = {place: [] for place in range(len(asked))}
         ended: dict[Hashable, bool] = {}
         while decoder.running or decoder.waiting:

@@ -11,7 +11,7 @@ it is no input:
 
 An additive mask lets a choice see the prompt and itself only, so the sums are those of separate forward passes. transformers hands
 such a mask to the layers unchanged: a layer's sliding window is then not applied, and a recurrent layer ignores the mask. Rows
-longer than the window, and all rows of models that mix texts (`architecture.mixes_because`), therefore hold one choice each and
+longer than the window, and all rows of models that mix texts (`architecture.mixing_obstacle`), therefore hold one choice each and
 need no mask. Encoder-decoders encode the prompt once (`seq2seq_scoring`). Models with virtual tokens compute each choice in a
 forward pass of its own (`unbatched`).
 """
@@ -24,9 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from apprentice.inference.seq2seq_scoring import is_seq2seq, seq2seq_logprobs
+from apprentice.inference.choices.seq2seq_scoring import is_seq2seq, seq2seq_logprobs
 from apprentice.inference.unbatched import alone_logprob, has_virtual_tokens
-from apprentice.pretrained.architecture import mixes_because
+from apprentice.pretrained.architecture import mixing_obstacle
 
 BATCH_TOKENS = 4096
 _WINDOWS = ("sliding_window", "attention_chunk_size", "window_size")  # what configs call how far a layer looks back, in tokens
@@ -72,7 +72,7 @@ def _shared_tokens(model: Any) -> int | None:
     config = model.config.get_text_config()
     if config._attn_implementation not in ("sdpa", "eager"):  # flash attention takes no such mask
         return 0
-    if mixes_because(config.to_dict()) is not None:
+    if mixing_obstacle(config.to_dict()) is not None:
         return 0
     windows = [getattr(config, name, None) for name in _WINDOWS]
     return min((size for size in windows if isinstance(size, int) and size > 0), default=None)

@@ -19,6 +19,6 @@ RANKING_TITLES = {
 }
 
 
-def best(scores: Sequence[float]) -> int:
+def index_of_best(scores: Sequence[float]) -> int:
     """Index of the largest score; the first of equal ones."""
     return max(range(len(scores)), key=lambda place: (scores[place], -place))

@@ -1,7 +1,7 @@
 """Continuous-batching scheduler: requests share every decoding step, join between two steps, and leave as soon as they end.
 
-`Decoder` is the core, with `submit`, `cancel` and `step`. It works on token ids, without threads, Ray or HTTP. `generate` drives it
-for a list of prompts. With two KV slots, A and B submitted first and C one step later:
+`Scheduler` is the core, with `submit`, `cancel` and `step`. It works on token ids, without threads, Ray or HTTP.
+`decoding.generate` drives it for a list of prompts. With two KV slots, A and B submitted first and C one step later:
 
     step  slot 0            slot 1               waiting
     1     prompt A → a1     prompt B → b1
@@ -15,98 +15,26 @@ rows than for many: in fp32 far below the distance of two logits.
 
 from __future__ import annotations
 
-import math
-from collections import Counter, deque
-from collections.abc import Collection, Hashable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from collections import deque
+from collections.abc import Hashable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from apprentice.errors import ModelError
-from apprentice.inference.batch import NOT_FINITE, KvMemory, Segment, forward, prepare
+from apprentice.inference.batch import KvMemory, Segment, forward, prepare
+from apprentice.inference.generation_request import Finish, GeneratedToken, GenerationRequest, RunningRequest, ScoredToken
 from apprentice.inference.kv_slots import LEAST_SHARED, Slots, common, positions_within
 from apprentice.inference.lora import Lora, LoraLayers
-from apprentice.inference.sampler import GREEDY, Constraint, Sampling, adjust, draw
+from apprentice.inference.sampler import adjust, draw
 
-Finish = Literal["stop", "length"]
 # Prompt tokens computed in one step: enough to fill the cores, few enough not to delay running requests.
 PREFILL_TOKENS = 512
 _SCORED_ROWS = 128  # rows whose log-probabilities are computed at once
 
 
-@dataclass(frozen=True)
-class Generation:
-    """Generation request. The reply ends at one of `stop_ids`, after `max_new_tokens`, or where the context is full.
-
-    `logprobs` n: each token comes with its log-probability and those of the n most probable tokens; None: without. `score_from`
-    asks for the same for the prompt's tokens from that index on. `adapter` is applied to this request alone.
-    """
-
-    prompt: Sequence[int]
-    max_new_tokens: int
-    stop_ids: Collection[int] = ()
-    sampling: Sampling = GREEDY
-    constraint: Constraint | None = None
-    logprobs: int | None = None
-    score_from: int | None = None
-    adapter: Lora | None = None
-
-
-class NotFiniteError(ModelError):
-    """Logits after a text are NaN or infinite, so no token can be chosen; `number` is the index of the prompt."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(NOT_FINITE)
-        self.number = number
-
-    def __reduce__(self) -> tuple[type[NotFiniteError], tuple[int]]:
-        return type(self), (self.number,)
-
-
-class Scored(NamedTuple):
-    """Token id with its natural log-probability under the model's unmodified logits (None for the first token of a text).
-
-    `top` has (id, log-probability) of the most probable tokens, best first.
-    """
-
-    id: int
-    logprob: float | None
-    top: tuple[tuple[int, float], ...] = ()
-
-
-class Token(NamedTuple):
-    """New token of the request `key`; `finish` is why it is the last one, or None. A stop id is reported too.
-
-    `scored` is set if log-probabilities were asked for. The first token of a request also has `prompt`, the scores of the prompt's
-    tokens if asked for, and `shared`, the number of prompt tokens whose keys and values were reused from the cache.
-    """
-
-    key: Hashable
-    id: int
-    finish: Finish | None
-    scored: Scored | None = None
-    prompt: tuple[Scored, ...] = ()
-    shared: int = 0
-
-
-@dataclass
-class Running:
-    """State of a request that holds a KV slot."""
-
-    key: Hashable
-    wanted: Generation
-    slot: int
-    pending: Sequence[int]  # tokens whose keys and values are not in the cache yet
-    start: int = 0  # position of the first of them
-    shared: int = 0  # prompt tokens whose keys and values were reused
-    produced: int = 0
-    seen: Counter[int] = field(default_factory=Counter)  # counts of the reply's tokens, for penalties
-    prompt: list[Scored] = field(default_factory=list)
-
-
-class Decoder:
+class Scheduler:
     """Continuous-batching decoder of up to `slots` concurrent requests, each with up to `context` tokens of prompt and reply.
 
     `context` is cut to the model's `max_position_embeddings`. Keys and values take at most `kv_bytes` (None: slots times context);
@@ -140,8 +68,8 @@ class Decoder:
     def _begin(self, prefill_tokens: int) -> None:
         self._prefill_tokens = prefill_tokens
         self._slots = Slots(self.slots, self.kv_tokens)
-        self._waiting: deque[tuple[Hashable, Generation]] = deque()
-        self._running: dict[Hashable, Running] = {}
+        self._waiting: deque[tuple[Hashable, GenerationRequest]] = deque()
+        self._running: dict[Hashable, RunningRequest] = {}
         self._failures: dict[Hashable, Exception] = {}
         self.shared = 0  # prompt tokens reused from the cache, over all requests
 
@@ -165,7 +93,7 @@ class Decoder:
         """Cache positions that running requests may come to use."""
         return self._slots.reserved
 
-    def submit(self, key: Hashable, wanted: Generation) -> None:
+    def submit(self, key: Hashable, wanted: GenerationRequest) -> None:
         """Queues a request under a new `key`.
 
         Raises `ModelError` for an empty prompt, and for one that leaves no room for a token in the context.
@@ -190,7 +118,7 @@ class Decoder:
         failures, self._failures = self._failures, {}
         return failures
 
-    def _fail(self, owner: Running, error: Exception) -> None:
+    def _fail(self, owner: RunningRequest, error: Exception) -> None:
         self._release(owner)
         self._failures[owner.key] = error
 
@@ -199,7 +127,7 @@ class Decoder:
         memory = KvMemory(slots=2, context=2)
         forward(self._model, memory, [Segment(0, 0, [0, 0], adapter=adapter), Segment(1, 0, [0])], self._loras)
 
-    def step(self) -> list[Token]:
+    def step(self) -> list[GeneratedToken]:
         """Runs one forward pass for all requests and returns a token for each whose prompt is fully computed.
 
         Empty if there are no requests. A request whose constraint raises fails alone (`take_failures`).
@@ -209,7 +137,7 @@ class Decoder:
         if not segments:
             return []
         logits = forward(self._model, self._memory, segments, self._loras)
-        done: list[Running] = []
+        done: list[RunningRequest] = []
         rows: list[int] = []  # of the logits after the last token of those whose prompt is computed
         row = 0
         for segment, owner in zip(segments, owners, strict=True):
@@ -224,7 +152,7 @@ class Decoder:
                 rows.append(row - 1)
         return self._next_tokens(logits if len(rows) == len(logits) else logits[rows], done)
 
-    def _next_tokens(self, logits: Tensor, owners: Sequence[Running]) -> list[Token]:
+    def _next_tokens(self, logits: Tensor, owners: Sequence[RunningRequest]) -> list[GeneratedToken]:
         """Samples one token for each of `owners` from `logits` (owners, vocabulary)."""
         if not owners:
             return []
@@ -239,7 +167,7 @@ class Decoder:
                 except Exception as error:  # a constraint is the request's own, so its errors fail no other request
                     self._fail(owners[row], error)
         chosen = draw(shaped, wishes, [owner.produced for owner in owners])
-        scored: dict[int, Scored] = {}
+        scored: dict[int, ScoredToken] = {}
         if wanted := [row for row, owner in enumerate(owners) if owner.wanted.logprobs is not None]:
             tops = [owners[row].wanted.logprobs or 0 for row in wanted]
             scored = dict(zip(wanted, scores(logits[wanted], [chosen[row] for row in wanted], tops), strict=True))
@@ -248,11 +176,11 @@ class Decoder:
         ]
         return [token for token in tokens if token.key not in self._failures]
 
-    def _score_prompt(self, owner: Running, segment: Segment, logits: Tensor) -> None:
+    def _score_prompt(self, owner: RunningRequest, segment: Segment, logits: Tensor) -> None:
         """Scores the prompt's tokens that follow those of `segment`, from its `logits` (tokens of the segment, vocabulary)."""
         first = owner.wanted.score_from or 0
         if segment.start == first == 0:
-            owner.prompt.append(Scored(segment.ids[0], None))
+            owner.prompt.append(ScoredToken(segment.ids[0], None))
         begin = max(first, segment.start + 1)
         targets = owner.wanted.prompt[begin : segment.start + 1 + len(segment.ids)]
         rows = logits[begin - segment.start - 1 :][: len(targets)]
@@ -274,22 +202,22 @@ class Decoder:
             if shared and taken.source != slot:
                 self._memory.copy(taken.source, slot, shared)
             self.shared += shared
-            self._running[key] = Running(key, wanted, slot, wanted.prompt[shared:], start=shared, shared=shared)
+            self._running[key] = RunningRequest(key, wanted, slot, wanted.prompt[shared:], start=shared, shared=shared)
 
-    def _need(self, wanted: Generation) -> int:
+    def _need(self, wanted: GenerationRequest) -> int:
         """Cache positions that the request may come to use."""
         return min(self.context, len(wanted.prompt) + wanted.max_new_tokens)
 
-    def _is_being_read(self, wanted: Generation, usable: Sequence[int]) -> bool:
+    def _is_being_read(self, wanted: GenerationRequest, usable: Sequence[int]) -> bool:
         """True if a running prefill has a longer common prefix with this prompt than any slot: waiting a few steps saves work."""
         alike = [common(owner.wanted.prompt, usable) for owner in self._reading() if owner.wanted.adapter is wanted.adapter]
         return max(alike, default=0) >= self._slots.shared(usable, _number(wanted)) + LEAST_SHARED
 
-    def _reading(self) -> list[Running]:
+    def _reading(self) -> list[RunningRequest]:
         """Running requests in prefill: they have no new token yet."""
         return [owner for owner in self._running.values() if not owner.produced]
 
-    def _segments(self) -> tuple[list[Segment], list[Running]]:
+    def _segments(self) -> tuple[list[Segment], list[RunningRequest]]:
         room = self._prefill_tokens
         found = []
         for owner in self._running.values():  # oldest first
@@ -304,7 +232,7 @@ class Decoder:
         found.sort(key=lambda pair: pair[0].place)  # the order of the flat row, so that logits need not be reordered
         return [segment for segment, _ in found], [owner for _, owner in found]
 
-    def _accept(self, owner: Running, chosen: int, scored: Scored | None) -> Token:
+    def _accept(self, owner: RunningRequest, chosen: int, scored: ScoredToken | None) -> GeneratedToken:
         owner.produced += 1
         owner.pending = [chosen]
         owner.seen[chosen] += 1
@@ -321,26 +249,26 @@ class Decoder:
             except Exception as error:  # as above
                 self._fail(owner, error)
         if owner.produced > 1:
-            return Token(owner.key, chosen, finish, scored)
-        return Token(owner.key, chosen, finish, scored, tuple(owner.prompt), owner.shared)
+            return GeneratedToken(owner.key, chosen, finish, scored)
+        return GeneratedToken(owner.key, chosen, finish, scored, tuple(owner.prompt), owner.shared)
 
-    def _release(self, owner: Running) -> None:
+    def _release(self, owner: RunningRequest) -> None:
         del self._running[owner.key]
         self._slots.release(owner.slot, len(owner.wanted.prompt) + owner.produced)
 
 
-def _number(wanted: Generation) -> int:
+def _number(wanted: GenerationRequest) -> int:
     return wanted.adapter.number if wanted.adapter is not None else 0
 
 
-def _shareable(wanted: Generation) -> Sequence[int]:
+def _shareable(wanted: GenerationRequest) -> Sequence[int]:
     """Part of the prompt that may be reused from the cache: without tokens whose logits are needed, the last or those to score."""
     return wanted.prompt[: len(wanted.prompt) - 1 if wanted.score_from is None else max(0, wanted.score_from - 1)]
 
 
-def scores(logits: Tensor, ids: Sequence[int], tops: Sequence[int]) -> list[Scored]:
+def scores(logits: Tensor, ids: Sequence[int], tops: Sequence[int]) -> list[ScoredToken]:
     """Log-probability of each id under its row of `logits` (ids, vocabulary), with the `tops[row]` most probable tokens."""
-    found: list[Scored] = []
+    found: list[ScoredToken] = []
     for first in range(0, len(ids), _SCORED_ROWS):
         part = slice(first, first + _SCORED_ROWS)
         rows = logits[part].float()
@@ -351,32 +279,5 @@ def scores(logits: Tensor, ids: Sequence[int], tops: Sequence[int]) -> list[Scor
         best, places = (rows.topk(most, dim=-1)) if most else (whole[:, :0], wanted[:, :0])
         values, names = (best - whole).tolist(), places.tolist()
         for row, (id, count) in enumerate(zip(ids[part], tops[part], strict=True)):
-            found.append(Scored(int(id), own[row], tuple(zip(names[row][:count], values[row][:count], strict=True))))
+            found.append(ScoredToken(int(id), own[row], tuple(zip(names[row][:count], values[row][:count], strict=True))))
     return found
-
-
-def generate(
-    model: Any, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, stop_ids: Collection[int], max_running: int = 32
-) -> list[list[int]]:
-    """Generates greedy replies to `prompts` (token ids), in their order, without the stop id that ended them.
-
-    Raises `NotFiniteError`, and `ModelError` for a prompt or model that cannot be decoded.
-    """
-    if not prompts:
-        return []
-    context = max(len(prompt) for prompt in prompts) + max_new_tokens
-    from apprentice.inference.unbatched import decoder_for  # here, because it imports this module
-
-    decoder = decoder_for(model, slots=min(max_running, len(prompts)), context=context, or_alone=True)
-    # Prompts of similar length run side by side, so that they fall into the same length buckets.
-    for number in sorted(range(len(prompts)), key=lambda number: len(prompts[number])):
-        decoder.submit(number, Generation(prompts[number], max_new_tokens, frozenset(stop_ids), logprobs=0))
-    replies: dict[int, list[int]] = {number: [] for number in range(len(prompts))}
-    while decoder.running or decoder.waiting:
-        for token in decoder.step():
-            assert isinstance(token.key, int)
-            if token.scored is None or token.scored.logprob is None or not math.isfinite(token.scored.logprob):
-                raise NotFiniteError(token.key)
-            if token.finish != "stop":
-                replies[token.key].append(token.id)
-    return list(replies.values())

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from apprentice.inference.choice_scoring import choice_logprobs
+from apprentice.inference.choices.choice_scoring import choice_logprobs
 
 PROMPTS = [[5, 6, 7, 1], [9, 1], [4, 5, 6, 7, 8, 9, 10, 1]]
 CHOICES = [[[11, 1], [12, 13, 14, 1]], [[15, 1], [11, 1], [16, 17, 1]], [[20, 1]]]

@@ -11,10 +11,12 @@ import pytest
 import torch
 
 from apprentice.errors import ModelError
-from apprentice.inference import decoder as decoding
+from apprentice.inference import scheduler as scheduling
 from apprentice.inference.batch import KvMemory, prepare
-from apprentice.inference.decoder import Decoder, Generation, NotFiniteError, Token, generate
+from apprentice.inference.decoding import generate
+from apprentice.inference.generation_request import GeneratedToken, GenerationRequest, NotFiniteError
 from apprentice.inference.sampler import Sampling
+from apprentice.inference.scheduler import Scheduler
 from apprentice.models.loading import load_model
 from tests.models.architectures import made
 
@@ -35,7 +37,7 @@ def greedy(model: Any, prompt: list[int], count: int) -> list[int]:
     return ids[len(prompt) :]
 
 
-def drain(decoder: Decoder) -> list[list[Token]]:
+def drain(decoder: Scheduler) -> list[list[GeneratedToken]]:
     steps = []
     while decoder.running or decoder.waiting:
         steps.append(decoder.step())
@@ -59,15 +61,15 @@ def test_requests_join_between_steps_and_leave_at_once(model: Any, monkeypatch: 
 
     def counting(*args: Any) -> torch.Tensor:
         rows.append([len(segment.ids) for segment in args[2]])
-        return decoding_forward(*args)
+        return scheduling_forward(*args)
 
-    decoding_forward = decoding.forward
-    monkeypatch.setattr(decoding, "forward", counting)
-    decoder = Decoder(model, slots=2, context=64)
-    decoder.submit("a", Generation(PROMPTS[1], 4))
+    scheduling_forward = scheduling.forward
+    monkeypatch.setattr(scheduling, "forward", counting)
+    decoder = Scheduler(model, slots=2, context=64)
+    decoder.submit("a", GenerationRequest(PROMPTS[1], 4))
     seen = [[token[:3:2] for token in decoder.step()]]
-    decoder.submit("b", Generation(PROMPTS[4], 1))
-    decoder.submit("c", Generation(PROMPTS[8], 2))
+    decoder.submit("b", GenerationRequest(PROMPTS[4], 1))
+    decoder.submit("c", GenerationRequest(PROMPTS[8], 2))
     assert (decoder.running, decoder.waiting) == (1, 2)
     while decoder.running or decoder.waiting:
         seen.append([token[:3:2] for token in decoder.step()])
@@ -77,10 +79,10 @@ def test_requests_join_between_steps_and_leave_at_once(model: Any, monkeypatch: 
 
 
 def test_a_long_prompt_is_read_in_chunks_beside_running_requests(model: Any) -> None:
-    decoder = Decoder(model, slots=3, context=100, prefill_tokens=25)
-    decoder.submit("short", Generation(PROMPTS[1], 9))
-    decoder.submit("long", Generation(PROMPTS[7], 6))
-    decoder.submit("next", Generation(PROMPTS[2], 3))
+    decoder = Scheduler(model, slots=3, context=100, prefill_tokens=25)
+    decoder.submit("short", GenerationRequest(PROMPTS[1], 9))
+    decoder.submit("long", GenerationRequest(PROMPTS[7], 6))
+    decoder.submit("next", GenerationRequest(PROMPTS[2], 3))
     steps = drain(decoder)
     keys = [[token.key for token in step] for step in steps]
     # Prompts of 5, 60 and 40 tokens, in pieces of 25 and no more than 25 a step: 5; 25; 25; 10 + 15 of next do not fit: 10; 25; 15.
@@ -101,9 +103,9 @@ def test_a_long_prompt_is_read_in_chunks_beside_running_requests(model: Any) -> 
 
 
 def test_cancelled_requests_give_their_slot_back(model: Any) -> None:
-    decoder = Decoder(model, slots=1, context=64)
+    decoder = Scheduler(model, slots=1, context=64)
     for key in "abc":
-        decoder.submit(key, Generation(PROMPTS[1], 3))
+        decoder.submit(key, GenerationRequest(PROMPTS[1], 3))
     decoder.step()
     decoder.cancel("a")
     decoder.cancel("b")
@@ -116,22 +118,22 @@ def test_cancelled_requests_give_their_slot_back(model: Any) -> None:
 
 
 def test_a_full_context_ends_the_reply(model: Any) -> None:
-    decoder = Decoder(model, slots=1, context=8)
-    decoder.submit("a", Generation([5, 6, 7, 8, 9], 100))
+    decoder = Scheduler(model, slots=1, context=8)
+    decoder.submit("a", GenerationRequest([5, 6, 7, 8, 9], 100))
     tokens = [token for step in drain(decoder) for token in step]
     # Five tokens of the prompt, three of the reply fill the context; a fourth needs no place in it.
     assert [token.finish for token in tokens] == [None, None, None, "length"]
     with pytest.raises(ModelError, match="8 tokens; the context of 8 leaves no room"):
-        decoder.submit("b", Generation(list(range(3, 11)), 1))
+        decoder.submit("b", GenerationRequest(list(range(3, 11)), 1))
     with pytest.raises(ModelError, match="the prompt is empty"):
-        decoder.submit("c", Generation([], 1))
+        decoder.submit("c", GenerationRequest([], 1))
 
 
 def test_sampled_replies_do_not_depend_on_company(model: Any) -> None:
     def replies(numbers: list[int], slots: int) -> dict[int, list[int]]:
-        decoder = Decoder(model, slots=slots, context=128)
+        decoder = Scheduler(model, slots=slots, context=128)
         for number in numbers:
-            decoder.submit(number, Generation(PROMPTS[number], 20, sampling=Sampling(1.0, 0.9, seed=100 + number)))
+            decoder.submit(number, GenerationRequest(PROMPTS[number], 20, sampling=Sampling(1.0, 0.9, seed=100 + number)))
         tokens = [token for step in drain(decoder) for token in step]
         return {number: [token.id for token in tokens if token.key == number] for number in numbers}
 
@@ -164,9 +166,9 @@ def plain_scores(model: Any, ids: list[int]) -> torch.Tensor:
 
 
 def test_scores_of_prompt_and_reply_are_the_models(model: Any) -> None:
-    decoder = Decoder(model, slots=2, context=100, prefill_tokens=25)
-    decoder.submit("other", Generation(PROMPTS[2], 8))
-    decoder.submit("a", Generation(PROMPTS[7], 3, logprobs=2, score_from=0))
+    decoder = Scheduler(model, slots=2, context=100, prefill_tokens=25)
+    decoder.submit("other", GenerationRequest(PROMPTS[2], 8))
+    decoder.submit("a", GenerationRequest(PROMPTS[7], 3, logprobs=2, score_from=0))
     tokens = [token for step in drain(decoder) for token in step if token.key == "a"]
     ids = PROMPTS[7] + [token.id for token in tokens]
     expected = plain_scores(model, ids)
@@ -180,7 +182,7 @@ def test_scores_of_prompt_and_reply_are_the_models(model: Any) -> None:
         assert [id for id, _ in one.top] == best.indices.tolist()
         assert [value for _, value in one.top] == pytest.approx(best.values.tolist(), abs=1e-4)
     assert [token.prompt for token in tokens[1:]] == [(), ()]
-    decoder.submit("b", Generation(PROMPTS[7], 1, logprobs=0, score_from=50))
+    decoder.submit("b", GenerationRequest(PROMPTS[7], 1, logprobs=0, score_from=50))
     (tail,) = [token for step in drain(decoder) for token in step]
     assert [one.id for one in tail.prompt] == PROMPTS[7][50:]
     assert [one.logprob for one in tail.prompt] == pytest.approx([one.logprob for one in tokens[0].prompt[50:]], abs=1e-4)
@@ -194,13 +196,13 @@ def test_a_shared_beginning_is_computed_once(model: Any, monkeypatch: pytest.Mon
         computed.append(sum(len(segment.ids) for segment in args[2]))
         return forward(*args)
 
-    forward = decoding.forward
-    monkeypatch.setattr(decoding, "forward", counting)
+    forward = scheduling.forward
+    monkeypatch.setattr(scheduling, "forward", counting)
     head = PROMPTS[7]
     prompts = [[*head, 7, 8], [*head, 9], [*head, 7, 8]]
-    decoder = Decoder(model, slots=3, context=100)
+    decoder = Scheduler(model, slots=3, context=100)
     for number, prompt in enumerate(prompts):
-        decoder.submit(number, Generation(prompt, 5))
+        decoder.submit(number, GenerationRequest(prompt, 5))
     steps = drain(decoder)
     # The first is read whole while the others wait; then one token of the second, and one of the third, is left to read.
     assert computed[:2] == [62, 1 + 1 + 1]
@@ -211,8 +213,8 @@ def test_a_shared_beginning_is_computed_once(model: Any, monkeypatch: pytest.Mon
 
 def test_bias_penalties_and_constraints(model: Any) -> None:
     def reply(sampling: Sampling, constraint: Any = None) -> list[int]:
-        decoder = Decoder(model, slots=1, context=64)
-        decoder.submit("a", Generation(PROMPTS[1], 12, sampling=sampling, constraint=constraint))
+        decoder = Scheduler(model, slots=1, context=64)
+        decoder.submit("a", GenerationRequest(PROMPTS[1], 12, sampling=sampling, constraint=constraint))
         return [token.id for step in drain(decoder) for token in step]
 
     class Countdown:
@@ -233,10 +235,10 @@ def test_bias_penalties_and_constraints(model: Any) -> None:
 
 def test_requests_wait_for_memory_and_say_the_same(model: Any) -> None:
     of_one = prepare(model).position_bytes
-    decoder = Decoder(model, slots=8, context=90, kv_bytes=150 * of_one + 1)
+    decoder = Scheduler(model, slots=8, context=90, kv_bytes=150 * of_one + 1)
     assert (decoder.kv_tokens, decoder.context) == (150, 90)
     for number, prompt in enumerate(PROMPTS):
-        decoder.submit(number, Generation(prompt, 12))
+        decoder.submit(number, GenerationRequest(prompt, 12))
     replies: dict[Any, list[int]] = {number: [] for number in range(len(PROMPTS))}
     most_running, most_reserved = 0, 0
     while decoder.running or decoder.waiting:
@@ -247,9 +249,9 @@ def test_requests_wait_for_memory_and_say_the_same(model: Any) -> None:
     assert list(replies.values()) == [greedy(model, prompt, 12) for prompt in PROMPTS]
     # 1, 5, 40, 13 and 2 tokens with 12 new ones each come to 121; the prompt of 27 and all behind it wait.
     assert (most_running, decoder.reserved_tokens) == (5, 0)
-    assert Decoder(model, slots=8, context=90, kv_bytes=50 * of_one).context == 50
+    assert Scheduler(model, slots=8, context=90, kv_bytes=50 * of_one).context == 50
     with pytest.raises(ModelError, match="room for 1 tokens"):
-        Decoder(model, slots=8, context=90, kv_bytes=of_one)
+        Scheduler(model, slots=8, context=90, kv_bytes=of_one)
 
 
 def test_memory_that_is_given_back_is_fresh() -> None:
@@ -263,11 +265,11 @@ def test_memory_that_is_given_back_is_fresh() -> None:
 
 
 def test_two_system_prompts_that_take_turns_are_read_once_each(model: Any) -> None:
-    decoder = Decoder(model, slots=4, context=128)
+    decoder = Scheduler(model, slots=4, context=128)
     systems = [[(place * step + 3) % 509 + 3 for place in range(50)] for step in (7, 11)]
     for number in range(6):
         prompt = [*systems[number % 2], 5 + number, 9]
-        decoder.submit(number, Generation(prompt, 4))
+        decoder.submit(number, GenerationRequest(prompt, 4))
         assert [token.id for step in drain(decoder) for token in step] == greedy(model, prompt, 4)
     assert decoder.shared == 4 * 50
 
@@ -290,7 +292,7 @@ def test_logits_that_are_not_finite_write_nothing() -> None:
 def test_memory_for_keys_and_values_is_there_from_the_start_or_refused(
     model: Any, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    decoder = Decoder(model, slots=3, context=64)
+    decoder = Scheduler(model, slots=3, context=64)
     assert (
         decoder._memory.position_bytes * 3 * 64 == 2 * 2 * 3 * 64 * 64 * 4
     )  # layers, keys and values, slots, context, width, bytes
@@ -305,4 +307,4 @@ def test_memory_for_keys_and_values_is_there_from_the_start_or_refused(
     with pytest.raises(
         ModelError, match=r"keys and values of 3 contexts of 64 tokens take 0\.0 GB, and there is not so much memory"
     ):
-        Decoder(model, slots=3, context=64)
+        Scheduler(model, slots=3, context=64)

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from apprentice.inference import choice_scoring as scoring
-from apprentice.inference.choice_scoring import choice_logprobs
+from apprentice.inference.choices import choice_scoring as scoring
+from apprentice.inference.choices.choice_scoring import choice_logprobs
 from tests.models.architectures import CAUSAL, MIXING, made
 
 Question = tuple[list[int], list[list[int]]]
