@@ -43,8 +43,9 @@ audit: setup-dev ## known weaknesses of what is installed (asks the advisory dat
 docs: setup-dev ## the documentation, strictly built into site/
 	@$(BIN)/mkdocs build --quiet --strict
 
-bench: setup-dev ## all benchmarks of speed, one JSON object a line; give them the machine alone (claims.py trains for an hour: by hand)
-	@for script in $$(grep -l __main__ benchmarks/*.py | grep -v claims.py); do $(BIN)/python $$script || exit 1; done
+bench: setup-dev ## all benchmarks of speed, one JSON object a line; give them the machine alone (benchmarks/learning trains for an hour: by hand)
+	@for script in $$(grep -l __main__ benchmarks/*/*.py | grep -v learning/); do \
+	  $(BIN)/python -m $$(echo $${script%.py} | tr / .) || exit 1; done
 
 peers: ## the other projects that the benchmarks compare with, in .venv-peers
 	@$(PYTHON) -m venv .venv-peers

@@ -22,7 +22,7 @@ from apprentice.recipe import Serving, load_recipe
 from apprentice.run.contract import weights_sha256
 from apprentice.storage import Folder
 from tests.conftest import ROOT
-from tests.recipes import tiny_recipe
+from tests.support.recipes import tiny_recipe
 
 CODE = """
 from pathlib import Path

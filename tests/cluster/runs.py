@@ -16,7 +16,7 @@ from functools import cached_property
 from pathlib import Path
 
 from tests.cluster.hosts import Host, Hosts
-from tests.recipes import tiny_recipe
+from tests.support.recipes import tiny_recipe
 
 CPUS, OF_A_WORKER = 7, 4  # of each host and of each training worker: two workers cannot share a host, and two hosts are enough
 STEPS = 40

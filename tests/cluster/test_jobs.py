@@ -20,7 +20,7 @@ import yaml
 
 from tests.conftest import ROOT
 from tests.data.small import write_tasks
-from tests.recipes import tiny_recipe
+from tests.support.recipes import tiny_recipe
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 # A cluster of its own, guarded by a token as Ray does by itself where the user has one.

@@ -25,8 +25,8 @@ from apprentice.serve.api.keys import KEYS_FILE, new_key
 from apprentice.serve.deployment import AppArguments
 from apprentice.tasks.registry import library
 from tests.conftest import ROOT
-from tests.recipes import tiny_recipe
-from tests.tls import make_certificates, tls_before
+from tests.support.recipes import tiny_recipe
+from tests.support.tls import make_certificates, tls_before
 
 ADDRESS = "http://127.0.0.1:1"
 

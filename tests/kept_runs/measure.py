@@ -89,7 +89,7 @@ def resumed(place: Path) -> dict[str, Any]:
     from apprentice.recipe import load_recipe
     from apprentice.run.folder import open_run
     from apprentice.train.checkpoint import format as checkpoints
-    from tests import single
+    from tests.support import one_process
 
     recipe = load_recipe(place / "recipe.yaml")
     run = open_run(recipe)
@@ -99,7 +99,7 @@ def resumed(place: Path) -> dict[str, Any]:
     wanted = recipe.training.global_batch * ((recipe.training.steps or 0) - last.state.step)
     told: list[dict[str, Any]] = []
     rows = [digest for _, digest in zip(range(wanted), _rows(corpus, run, last.state), strict=False)]
-    single.trained(recipe, run, corpus, told)
+    one_process.trained(recipe, run, corpus, told)
     steps = [record for record in told if "loss" in record]
     figures = ("step", "loss", "grad_norm", "examples", "tokens", "target_tokens", "reward", "kl")
     return {
@@ -116,11 +116,11 @@ def _rows(corpus: Any, run: Any, state: Any) -> Iterator[str]:
     from itertools import count
 
     from apprentice.data.stream import render_window
-    from tests import single
+    from tests.support import one_process
 
     for window in count(state.window):
         rounds = corpus.recipe.training.aim.rounds
-        columns = single.round_of(run, window) if rounds else render_window(corpus, window)
+        columns = one_process.round_of(run, window) if rounds else render_window(corpus, window)
         if columns is None:
             return
         for row in range(state.row if window == state.window else 0, len(columns["row"])):

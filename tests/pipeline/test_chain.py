@@ -16,7 +16,7 @@ from apprentice.pretrained.tokenizer import Tokenizer
 from apprentice.recipe import Recipe, load_recipe
 from apprentice.run.contract import read_contract
 from apprentice.run.identity import identity, public_base
-from tests.recipes import tiny_recipe
+from tests.support.recipes import tiny_recipe
 
 
 def recipe_file(folder: Path, name: str, base: str, **changes: object) -> Path:

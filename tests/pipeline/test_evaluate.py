@@ -20,7 +20,7 @@ from apprentice.storage import Folder
 from apprentice.tasks.definition import definition_of
 from apprentice.tasks.registry import load_task, select_tasks
 from tests.data.small import write_tasks
-from tests.recipes import tiny_recipe
+from tests.support.recipes import tiny_recipe
 
 
 @pytest.fixture

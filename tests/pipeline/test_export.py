@@ -19,7 +19,7 @@ from apprentice.recipe import load_recipe
 from apprentice.run.folder import Run, open_run
 from apprentice.tasks.registry import load_task
 from tests.data.small import write_tasks
-from tests.recipes import tiny_recipe
+from tests.support.recipes import tiny_recipe
 
 
 @pytest.fixture

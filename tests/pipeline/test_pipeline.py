@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from apprentice import cli, pipeline
-from tests.recipes import tiny_recipe
+from tests.support.recipes import tiny_recipe
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 

@@ -18,8 +18,8 @@ from apprentice.recipe import Recipe, load_recipe
 from apprentice.run.folder import Run, open_run
 from apprentice.storage import Folder
 from apprentice.train.distributed import driver as launch
-from tests.preferences import write_pairs
-from tests.recipes import tiny_recipe
+from tests.support.preferences import write_pairs
+from tests.support.recipes import tiny_recipe
 from tests.train.distributed.test_driver import dying, steps_of
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(600)]

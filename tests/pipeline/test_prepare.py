@@ -23,7 +23,7 @@ from apprentice.run import fence
 from apprentice.run.fence import FencedError, committed_checkpoints
 from apprentice.run.folder import Run
 from apprentice.storage import Folder
-from tests.recipes import tiny_recipe
+from tests.support.recipes import tiny_recipe
 
 
 @pytest.fixture

@@ -23,8 +23,8 @@ from apprentice.preflight.check import CHECKS
 from apprentice.pretrained.tokenizer import Tokenizer
 from apprentice.recipe import Model, Serving, load_recipe
 from apprentice.serve import deployment
-from tests.preferences import write_pairs
-from tests.recipes import tiny_recipe
+from tests.support.preferences import write_pairs
+from tests.support.recipes import tiny_recipe
 
 REFUSED = r"^\S+ is a reward model: it gives answers a number and writes none\. Score pairs of answers with `apprentice evaluate`"
 

@@ -12,7 +12,7 @@ from apprentice.recipe import Recipe, load_recipe
 from apprentice.run.folder import open_run
 from apprentice.tasks.registry import library, load_task
 from tests.data.small import write_tasks
-from tests.recipes import tiny_recipe
+from tests.support.recipes import tiny_recipe
 
 
 def test_a_recipes_own_task_files_can_be_asked_and_a_lost_one_is_told(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from apprentice.recipe import load_recipe
 from apprentice.run.folder import Run
 from apprentice.storage import Folder
 from apprentice.train.checkpoint import format as checkpoint
-from tests.recipes import tiny_recipe
+from tests.support.recipes import tiny_recipe
 
 
 def trained_so_far(run: Run, steps: int, saved: int) -> None:

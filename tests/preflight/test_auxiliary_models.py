@@ -13,8 +13,8 @@ from apprentice.preflight.check import CHECKS
 from apprentice.pretrained.tokenizer import Tokenizer
 from apprentice.recipe import Recipe, load_recipe
 from apprentice.run.contract import read_contract
-from tests.rounds import reward_model, round_recipe
-from tests.samples import tiny_model_of
+from tests.support.on_policy import reward_model, round_recipe
+from tests.support.stand_ins import tiny_model_of
 
 WRONG = [
     ({"training__grpo__reward": None}, "objective grpo learns from what a reward model says; name one in `grpo.reward`"),

@@ -17,11 +17,11 @@ from apprentice.preflight import check
 from apprentice.recipe import load_recipe
 from apprentice.run.folder import Run
 from apprentice.storage import Folder
-from tests.chat_templates import sources
 from tests.pipeline.test_chain import trained
-from tests.preferences import write_pairs
-from tests.recipes import tiny_recipe
-from tests.samples import tiny_model_of
+from tests.support.chat_templates import sources
+from tests.support.preferences import write_pairs
+from tests.support.recipes import tiny_recipe
+from tests.support.stand_ins import tiny_model_of
 
 
 def test_the_memory_of_each_worker_is_estimated_on_gpus_too(

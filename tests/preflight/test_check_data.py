@@ -16,7 +16,7 @@ from apprentice.preflight import check
 from apprentice.recipe import Recipe, load_recipe
 from apprentice.run.folder import Run
 from apprentice.storage import Folder
-from tests.recipes import tiny_recipe
+from tests.support.recipes import tiny_recipe
 
 TASK: dict[str, Any] = {
     "name": "sst2",  # as a task of the library

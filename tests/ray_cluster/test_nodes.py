@@ -15,7 +15,7 @@ from apprentice.preflight import check
 from apprentice.ray_cluster.nodes import call_on_every_node, node_resources
 from apprentice.recipe import load_recipe
 from apprentice.storage import Folder
-from tests.recipes import tiny_recipe
+from tests.support.recipes import tiny_recipe
 
 NODES = [
     {"NodeID": "a", "Alive": True, "Resources": {"CPU": 4.0, "memory": 8.0}},

@@ -12,13 +12,13 @@ import pytest
 
 from apprentice.errors import ResourcesError
 from apprentice.ray_cluster.session import _own_folder
-from tests.sockets import listening
+from tests.support.sockets import listening
 
 SCRIPT = """
 import json, os
 from apprentice.ray_cluster.session import ray_session
 import ray
-from tests.sockets import listening
+from tests.support.sockets import listening
 init = ray.init
 def told(**settings):
     os.write(2, b"of ours: " + b"kept\\n")

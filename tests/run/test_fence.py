@@ -27,7 +27,7 @@ from apprentice.run.fence import (
     wait_until_free,
 )
 from apprentice.storage import Folder
-from tests.object_store import BUCKET, ObjectStore, object_store
+from tests.support.object_store import BUCKET, ObjectStore, object_store
 
 
 class Clock:

@@ -33,7 +33,7 @@ from apprentice.tasks.registry import library
 from tests.conftest import ROOT
 from tests.models.adapters import merged
 from tests.serve.company import alone_and_together
-from tests.sockets import listening
+from tests.support.sockets import listening
 
 
 def sync_client(endpoint: Endpoint) -> openai.OpenAI:

@@ -16,7 +16,7 @@ from ray import serve
 
 from apprentice.recipe import Replicas, Serving
 from apprentice.serve.deployment import APP_NAME, Endpoint, application, start
-from tests.sockets import listening
+from tests.support.sockets import listening
 
 pytestmark = [pytest.mark.slow, pytest.mark.asyncio]
 ASKED: dict[str, Any] = {"prompt": "Once", "max_tokens": 20, "ignore_eos": True, "stream": True}

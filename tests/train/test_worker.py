@@ -14,7 +14,7 @@ from apprentice.recipe import load_recipe
 from apprentice.run.folder import open_run
 from apprentice.train import worker
 from apprentice.train.state import Goal
-from tests.recipes import tiny_recipe
+from tests.support.recipes import tiny_recipe
 from tests.train.rows import packed_rows
 
 

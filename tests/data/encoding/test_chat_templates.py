@@ -10,7 +10,7 @@ from apprentice.data.encoding.prompt_format import Layout
 from apprentice.data.encoding.tokenize import LAST_TURN_ONLY, SECOND_THOUGHT, drop_reason, encode
 from apprentice.errors import ChatTemplateError, ContractError
 from apprentice.tasks.schema import Example
-from tests.chat_templates import EXAMPLE, HEAD, MESSAGES, Tried, sources, stand_in, tried
+from tests.support.chat_templates import EXAMPLE, HEAD, MESSAGES, Tried, sources, stand_in, tried
 
 PAGE = Path(__file__).parents[3] / "docs" / "guides" / "chat_templates.md"
 CLOCKS = ("gptoss", "muse")  # write today's date
@@ -24,7 +24,7 @@ def test_a_template_is_learnt_as_the_documentation_says(name: str, tmp_path: Pat
     found = tried(name, tmp_path)
     layout = found.layout
     rows = [line for line in PAGE.read_text(encoding="utf-8").splitlines() if line.startswith(f"| {name} |")]
-    assert rows == [found.row], "the page's table is what `python -m tests.chat_templates` prints"
+    assert rows == [found.row], "the page's table is what `python -m tests.support.chat_templates` prints"
     # Every answer with an end that is a token, and generation stops there.
     stops = {found.text([id]) for id in layout.stop_ids}
     answers = ["So."] if found.ours.truncated == LAST_TURN_ONLY else ["Because.", "So."]

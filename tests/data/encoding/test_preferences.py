@@ -23,8 +23,8 @@ from apprentice.recipe import Recipe
 from apprentice.run.folder import Run
 from apprentice.storage import Folder
 from apprentice.tasks.schema import Example
-from tests.preferences import pairs, write_pairs
-from tests.samples import tiny_model_of
+from tests.support.preferences import pairs, write_pairs
+from tests.support.stand_ins import tiny_model_of
 
 
 def recipe_of(folder: Path, model: Path, rows: list[dict[str, Any]] | None = None, **changes: Any) -> Recipe:

@@ -21,7 +21,7 @@ from apprentice.run.folder import Run
 from apprentice.run.identity import identity
 from apprentice.storage import Folder
 from apprentice.tasks.registry import select_tasks
-from tests.recipes import tiny_recipe
+from tests.support.recipes import tiny_recipe
 
 TEMPLATE = parse_recipe(SHIPPED / "openchat.yaml").data.chat_template
 QUALITIES = {"GPT3": {"tasks": ["paraphrase"], "weight": 0.1}, "GPT4": {"tasks": ["word_problems", "topic"], "weight": 1.0}}

@@ -19,7 +19,7 @@ from apprentice.recipe import load_recipe
 from apprentice.run.folder import Run
 from apprentice.storage import Folder
 from apprentice.tasks.schema import Example, Task
-from tests.recipes import tiny_recipe
+from tests.support.recipes import tiny_recipe
 
 CSV = "text,said,label\nfirst,0,1\nsecond,0.5,0\nthird,true,1\nfourth,00001,0\nfifth,1.10,1\nsixth,NA,0\nseventh,2020-01-02,1\n"
 SAID = ["0", "0.5", "true", "00001", "1.10", "NA", "2020-01-02"]

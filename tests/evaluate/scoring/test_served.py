@@ -26,7 +26,7 @@ from apprentice.pretrained.tokenizer import Tokenizer
 from apprentice.recipe import Recipe, Serving
 from apprentice.serve.deployment import start
 from apprentice.storage import Folder
-from tests.documents import ADDRESS, blocks_of, commands_in
+from tests.support.documents import ADDRESS, blocks_of, commands_in
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(300)]
 

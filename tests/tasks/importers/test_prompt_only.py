@@ -11,8 +11,8 @@ from apprentice.preflight.check import CHECKS
 from apprentice.recipe import load_recipe
 from apprentice.tasks.importers.prompt_only import prompt_only_tasks
 from apprentice.tasks.schema import Example
-from tests.recipes import tiny_recipe
-from tests.rounds import round_recipe
+from tests.support.on_policy import round_recipe
+from tests.support.recipes import tiny_recipe
 from tests.train.on_policy.test_rollout import RoundWriter, corpus_of, torch
 
 

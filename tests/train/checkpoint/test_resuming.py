@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch.multiprocessing
 
-from tests import single
-from tests.preferences import write_pairs
-from tests.recipes import tiny_recipe
+from tests.support import one_process
+from tests.support.preferences import write_pairs
+from tests.support.recipes import tiny_recipe
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "dpo": ("dpo", {"method": "lora", "rank": 4, "dropout": 0.1}),
@@ -46,7 +46,7 @@ def found(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             training__global_batch=2,
         )
         files[name] = [str(recipe), []]
-    torch.multiprocessing.spawn(single.process, (str(folder), files, single.gone_on), nprocs=1)
+    torch.multiprocessing.spawn(one_process.process, (str(folder), files, one_process.gone_on), nprocs=1)
     return folder
 
 

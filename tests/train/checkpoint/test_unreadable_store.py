@@ -17,7 +17,7 @@ from apprentice.errors import StorageError
 from apprentice.storage import Folder
 from apprentice.train.checkpoint import format as checkpoints
 from apprentice.train.state import State
-from tests.object_store import BUCKET, object_store
+from tests.support.object_store import BUCKET, object_store
 
 DOWN = OSError("When reading information for key 'a' in bucket 'b': AWS Error SLOW_DOWN during GetObject operation: 503")
 

@@ -18,7 +18,7 @@ from apprentice.train.checkpoint import format as checkpoints
 from apprentice.train.distributed.async_validation import Aside, goes_aside
 from apprentice.train.losses.sft import TargetLoss
 from apprentice.train.state import State
-from tests.recipes import tiny_recipe
+from tests.support.recipes import tiny_recipe
 from tests.train.rows import packed_rows
 
 ROOM, NO_ROOM = [{"CPU": 5.0}], [{"CPU": 4.0}]  # two workers, two for the data, one aside

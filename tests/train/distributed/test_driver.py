@@ -34,7 +34,7 @@ from apprentice.train.checkpoint import format as checkpoints
 from apprentice.train.distributed import driver as launch
 from apprentice.train.memory.estimate import PROCESS_BYTES
 from apprentice.train.metrics.tracker import Outcome
-from tests.recipes import tiny_recipe
+from tests.support.recipes import tiny_recipe
 
 STEPS = 8
 EVERY = 3  # checkpoints after steps 3, 6 and 8

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests.recipes import tiny_recipe
+from tests.support.recipes import tiny_recipe
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 STEPS, EVERY = 18, 3

@@ -16,7 +16,7 @@ from apprentice.train.losses.sft import TargetLoss
 from apprentice.train.memory.activations import LOGIT_BYTES, activations
 from apprentice.train.memory.measure import expected, out_of_memory
 from tests.models.architectures import made
-from tests.recipes import tiny_recipe
+from tests.support.recipes import tiny_recipe
 
 ROWS, LENGTH, VOCABULARY = 2, 96, 500
 

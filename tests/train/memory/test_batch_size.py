@@ -14,7 +14,7 @@ from apprentice.train import worker
 from apprentice.train.losses.sft import TargetLoss
 from apprentice.train.memory.batch_size import has_room, largest_that_fits
 from tests.models.architectures import made
-from tests.recipes import tiny_recipe
+from tests.support.recipes import tiny_recipe
 
 
 @pytest.mark.parametrize(("rows", "most", "expected"), [(12, 12, 12), (12, 5, 4), (12, 1, 1), (12, 0, 1), (1, 9, 1), (7, 6, 1)])

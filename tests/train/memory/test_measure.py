@@ -14,7 +14,7 @@ from apprentice.recipe import Recipe, load_recipe
 from apprentice.train.checkpoint.format import SHARD_BYTES
 from apprentice.train.memory.estimate import PROCESS_BYTES, gathered, held
 from apprentice.train.memory.measure import GIB, Watch, expected, free_memory, out_of_memory, ran_out, smaller, that_fit
-from tests.recipes import tiny_recipe
+from tests.support.recipes import tiny_recipe
 
 
 def recipe(folder: Path, **changes: Any) -> Recipe:

@@ -21,7 +21,7 @@ from apprentice.run.folder import Run, open_run
 from apprentice.train.batch import PackedRows
 from apprentice.train.losses.grpo import PolicyLoss, advantages
 from apprentice.train.on_policy.rollout import RoundWriter
-from tests.rounds import round_recipe
+from tests.support.on_policy import round_recipe
 
 
 @pytest.mark.parametrize(

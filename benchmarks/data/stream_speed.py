@@ -6,7 +6,7 @@ Ours is measured from the first batch on, after Ray's actors have started, witho
 `data.first_row_s` is the time before that. A second peer also packs as TRL does, best fit decreasing; the time to import TRL
 is not counted.
 
-    python benchmarks/data.py [--root ../shared/data] [--examples 65536] [--runs 5] [--layout chat]
+    python -m benchmarks.data.stream_speed [--root ../shared/data] [--examples 65536] [--runs 5] [--layout chat]
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from figures import compare, report
-
 from apprentice.data.corpus import Corpus, make_corpus
 from apprentice.ray_cluster.session import ray_session
 from apprentice.recipe import Recipe
 from apprentice.run.folder import Run
 from apprentice.storage import Folder
+from benchmarks.figures import compare, report
+
+ROOT = Path(__file__).parents[2]
 
 ACTORS = 2
 GLOBAL_BATCH = 64
@@ -138,17 +139,18 @@ def in_own_process(options: argparse.Namespace, peer: str) -> Callable[[], float
     """A function that measures a peer in a fresh process, because it forks, which Ray's threads here would not survive."""
     command = [
         sys.executable,
-        __file__,
+        "-m",
+        "benchmarks.data.stream_speed",
         f"--peer={peer}",
         *(f"--{name}={value}" for name, value in vars(options).items() if name != "peer"),
     ]
     quiet = os.environ | {"TOKENIZERS_PARALLELISM": "false"}
-    return lambda: float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=quiet).stdout)
+    return lambda: float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=quiet, cwd=ROOT).stdout)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Figures of the data pipeline, one JSON object a line.")
-    parser.add_argument("--root", default=str(Path(__file__).parents[2] / "shared" / "data"), help="holds squad/train.parquet")
+    parser.add_argument("--root", default=str(ROOT.parent / "shared" / "data"), help="holds squad/train.parquet")
     parser.add_argument("--base", default="smollm2-135m-instruct", help="whose tokenizer is used")
     parser.add_argument("--layout", default="chat")
     parser.add_argument("--examples", type=int, default=65536)

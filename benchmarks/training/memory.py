@@ -10,13 +10,12 @@ import argparse
 import itertools
 import tempfile
 
-from figures import claim_stdout, report
-
 from apprentice.data.stream import make_corpus
 from apprentice.ray_cluster.session import ray_session
 from apprentice.recipe import Recipe
 from apprentice.run.folder import open_run
 from apprentice.train.distributed.driver import train
+from benchmarks.figures import claim_stdout, report
 
 MIB = 2**20
 

@@ -6,8 +6,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from tests.preferences import write_pairs
-from tests.recipes import tiny_recipe
+from tests.support.preferences import write_pairs
+from tests.support.recipes import tiny_recipe
 
 ROUND = {"data__window": 8, "training__grpo__group": 4}  # 32 replies, two a row: 16 rows, two steps of 8
 

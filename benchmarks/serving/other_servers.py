@@ -1,7 +1,7 @@
 """Our endpoint against other servers: vLLM's own and `transformers serve`, over real HTTP, with 32 streamed replies at once.
 
     make vllm
-    python benchmarks/peers.py [--model FOLDER] [--runs 5] [--vllm .venv-vllm] [--only vllm|transformers|ingress]
+    python -m benchmarks.serving.other_servers [--model FOLDER] [--runs 5] [--vllm .venv-vllm] [--only vllm|transformers|ingress]
 
     serving.vs_vllm_cpu            tokens/s of our transformers engine against vLLM alone
     serving.ttft_vs_vllm_cpu       vLLM's time to the first token divided by ours, 8 at once
@@ -32,7 +32,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import httpx
-from figures import claim_stdout, compare, report
+
+from benchmarks.figures import claim_stdout, compare, report
 
 AT_ONCE = 32
 CONTEXT = 2048
@@ -106,7 +107,10 @@ class Server(NamedTuple):
 
 
 def ours(folder: Path, python: str, engine: str) -> Server:
-    return Server(lambda port: [python, __file__, "--model", str(folder), "--serve", f"{engine}:{port}"], {"ignore_eos": True})
+    return Server(
+        lambda port: [python, "-m", "benchmarks.serving.other_servers", "--model", str(folder), "--serve", f"{engine}:{port}"],
+        {"ignore_eos": True},
+    )
 
 
 def vllm(folder: Path, python: str) -> Server:
@@ -125,12 +129,11 @@ def transformers(folder: Path) -> Server:
 
 def serve(folder: Path, engine: str, port: str) -> None:
     """Runs our endpoint until SIGTERM, in the environment that has the engine."""
-    from serving import contract_of
-
     from apprentice.pipeline.serve import wait_for_stop
     from apprentice.ray_cluster.session import ray_session
     from apprentice.recipe import Serving
     from apprentice.serve.deployment import start
+    from benchmarks.serving.endpoint_speed import contract_of
 
     settings = Serving.model_validate({"engine": engine, "port": int(port), "max_running": AT_ONCE, "context": CONTEXT})
     with ray_session(), start(folder, settings, model_name=NAME, contract=contract_of(folder), dtype="bfloat16"):

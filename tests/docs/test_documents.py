@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
-from tests.documents import Block, Reader, blocks_of, check_yaml, matches
+from tests.support.documents import Block, Reader, blocks_of, check_yaml, matches
 
 DOCS = ROOT / "docs"
 PAGES = sorted(page for page in DOCS.rglob("*.md"))

@@ -1,6 +1,6 @@
 """Serving over real HTTP: our endpoint under Ray Serve.
 
-    python benchmarks/serving.py [--model FOLDER] [--tokens 96] [--runs 5] [--only overhead]
+    python -m benchmarks.serving.endpoint_speed [--model FOLDER] [--tokens 96] [--runs 5] [--only overhead]
 
 Each figure is the median over the runs.
 
@@ -29,7 +29,6 @@ from typing import Any
 
 import httpx
 import torch
-from figures import claim_stdout, compare, report
 from safetensors.torch import save_file
 from transformers import T5Config, T5ForConditionalGeneration
 
@@ -43,6 +42,7 @@ from apprentice.run.contract import PromptContract
 from apprentice.serve.deployment import Endpoint, start
 from apprentice.serve.engines.base import Request
 from apprentice.serve.engines.transformers import TransformersEngine
+from benchmarks.figures import claim_stdout, compare, report
 
 REQUESTS = 16
 PASSAGE = "The ferry leaves the harbour at seven in the morning and needs two hours to the island, where the market opens at nine. "

@@ -1,7 +1,8 @@
 """Claims of instruction tuning, tested on a small scale: the tables on learning in docs/results.md, with intervals.
 
-    python benchmarks/claims.py [--recipe flan_mini] [--hold-out sentiment nli] [--clusters 2 5 0] [--out DIR] [KEY=VALUE …]
-    python benchmarks/claims.py methods …      # full, LoRA, prefix, prompt and adapter tuning side by side: methods.py
+    python -m benchmarks.learning.claims [--recipe flan_mini] [--hold-out sentiment nli] [--clusters 2 5 0] [--out DIR]
+                                         [KEY=VALUE …]
+    python -m benchmarks.learning.claims methods …      # full, LoRA, prefix, prompt and adapter tuning side by side: methods.py
 
 (a) base against tuned model, on tasks trained on and on each held-out cluster;
 (b) T0's question: one wording for each task against all; held-out tasks are asked in every wording: mean, worst, spread;
@@ -19,14 +20,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import methods
 import yaml
-from figures import claim_stdout, report
 
 from apprentice import pipeline
 from apprentice.recipe import Recipe, dump_recipe, find_recipe, load_recipe
 from apprentice.tasks.registry import select_tasks
 from apprentice.tasks.schema import Task
+from benchmarks.figures import claim_stdout, report
+from benchmarks.learning import methods
 
 Variants = dict[str, Recipe]
 _ONE_WORDING = "{}-one-wording"

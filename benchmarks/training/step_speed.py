@@ -4,7 +4,7 @@ All have the same packed rows, model, dtype, processes and threads. Only steady 
 are left out on all sides. The ratio to the bare loop is the cost of Ray and DeepSpeed.
 
 Further figures are the time to a run's first step, the share of a save that training waits for, and the memory of a process
-against TRL's. DPO against TRL's is in preferences.py, the two trainers are in trainers.py.
+against TRL's. DPO against TRL's is in dpo_speed.py, the two trainers are in peer_trainers.py.
 """
 
 from __future__ import annotations
@@ -23,12 +23,9 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-import preferences
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
-import trainers
-from figures import claim_stdout, compare, report
 
 from apprentice.data.stream import Corpus, make_corpus, render_window
 from apprentice.models.loading import load_model, resolve_dtype
@@ -42,6 +39,8 @@ from apprentice.train.distributed.driver import train
 from apprentice.train.engine.deepspeed_config import micro_batch, rows_per_worker
 from apprentice.train.losses.sft import TargetLoss
 from apprentice.train.optimizer import adamw, learning_rate
+from benchmarks.figures import claim_stdout, compare, report
+from benchmarks.training import dpo_speed, peer_trainers
 
 WARM_UP = 2  # first steps, which are not measured
 GOAL, DPO_GOAL = 0.95, 1.2
@@ -210,7 +209,7 @@ def measure_peer(figure: str, name: str, goal: float, arguments: argparse.Namesp
         f"training.vs_{figure}",
         lambda: ours(arguments, storage, next(numbers)),
         name,
-        lambda: trainers.measured(figure, made, steps).tokens_per_s,
+        lambda: peer_trainers.measured(figure, made, steps).tokens_per_s,
         runs=arguments.runs,
         goal=goal,
     )
@@ -221,7 +220,7 @@ def measure_memory(arguments: argparse.Namespace, storage: str, _: Iterator[int]
     run = open_run(made)
     mine = train(made, run, make_corpus(made, run), progress=lambda _: None).peak_memory
     assert mine is not None
-    theirs = trainers.measured("trl", made, first_steps(arguments, storage)).peak_memory
+    theirs = peer_trainers.measured("trl", made, first_steps(arguments, storage)).peak_memory
     peer = {"name": "trl SFTTrainer, packing", "mib": theirs // MIB}
     report("training.memory_vs_trl", mine / theirs, unit="ratio", ours_mib=mine // MIB, peer=peer, runs=1, goal=MEMORY_GOAL)
 
@@ -238,12 +237,12 @@ def measure_save(arguments: argparse.Namespace, storage: str, _: Iterator[int]) 
 
 
 def measure_dpo(arguments: argparse.Namespace, storage: str, numbers: Iterator[int]) -> None:
-    batch = preferences.pairs_a_step(preferences.corpus_of(arguments, storage))
+    batch = dpo_speed.pairs_a_step(dpo_speed.corpus_of(arguments, storage))
     compare(
         "training.dpo_vs_trl",
-        lambda: preferences.ours(arguments, storage, f"dpo-{next(numbers)}"),
+        lambda: dpo_speed.ours(arguments, storage, f"dpo-{next(numbers)}"),
         "trl DPOTrainer",
-        partial(preferences.trl, arguments, storage, batch),
+        partial(dpo_speed.trl, arguments, storage, batch),
         runs=arguments.runs,
         goal=DPO_GOAL,
     )

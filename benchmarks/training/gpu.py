@@ -25,8 +25,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
-import trainers
-from figures import claim_stdout, report
 
 from apprentice.models.loading import count_parameters, resolve_dtype
 from apprentice.pretrained.hub import local_folder
@@ -37,6 +35,8 @@ from apprentice.train.engine.deepspeed_config import micro_batch
 from apprentice.train.memory.measure import peak_memory
 from apprentice.train.metrics import mfu as flops
 from apprentice.train.worker import build_engine
+from benchmarks.figures import claim_stdout, report
+from benchmarks.training import peer_trainers
 
 WARM_UP = 2  # first steps, which are not measured
 EXAMPLES = 4  # in a row
@@ -194,7 +194,7 @@ def run(arguments: argparse.Namespace, folder: Path) -> None:
         report("gpu.vs_trl", None, why="trl is not installed here")
         return
     same = recipe_of(argparse.Namespace(**vars(arguments) | {"micro": full.micro}), folder, "full")
-    peer = trainers.measured("trl", same, steps).tokens_per_s
+    peer = peer_trainers.measured("trl", same, steps).tokens_per_s
     sides: dict[str, Any] = {"ours": round(full.targets_per_s, 1), "peer": {"name": "trl SFTTrainer", "value": round(peer, 1)}}
     report("gpu.vs_trl", full.targets_per_s / peer, unit="ratio", **sides, device=name, runs=1, goal=TRL_GOAL)
 

@@ -28,8 +28,8 @@ from apprentice.serve.generation.adapters import Adapters, adapters_in
 from apprentice.serve.generation.served_models import Lease, Model
 from apprentice.storage import Folder
 from tests.models.adapters import random_lora
-from tests.object_store import BUCKET, ObjectStore, object_store
-from tests.recipes import tiny_recipe
+from tests.support.object_store import BUCKET, ObjectStore, object_store
+from tests.support.recipes import tiny_recipe
 
 
 @pytest.fixture

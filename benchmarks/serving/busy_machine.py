@@ -1,6 +1,6 @@
 """Endpoint beside other work: one streamed reply at a time over HTTP, while other processes keep the CPUs busy.
 
-    python benchmarks/neighbours.py [--model FOLDER] [--busy 2] [--tokens 16] [--runs 3] [--threads N]
+    python -m benchmarks.serving.busy_machine [--model FOLDER] [--busy 2] [--tokens 16] [--runs 3] [--threads N]
 
 `serving.neighbours_ttft_ms` is the time to the first token, `serving.neighbours_token_ms` that of each token after it. Both
 are measured at niceness 0, as `apprentice serve` runs, against Ray's default of 15. The machine's load before the measurement
@@ -20,14 +20,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
-from figures import report
-from serving import PASSAGE, contract_of
 
 from apprentice.pretrained.hub import local_folder
 from apprentice.ray_cluster.process_priority import NICENESS
 from apprentice.ray_cluster.session import ray_session
 from apprentice.recipe import Serving
 from apprentice.serve.deployment import start
+from benchmarks.figures import report
+from benchmarks.serving.endpoint_speed import PASSAGE, contract_of
 
 LONGEST_S = 120.0  # a reply that takes longer counts as this long
 

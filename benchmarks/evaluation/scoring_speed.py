@@ -1,6 +1,6 @@
 """Evaluation speed: rank scoring against lm-evaluation-harness, generation against transformers' `generate` on padded batches.
 
-    python benchmarks/evaluation.py [--model FOLDER] [--rows 128] [--runs 3]
+    python -m benchmarks.evaluation.scoring_speed [--model FOLDER] [--rows 128] [--runs 3]
 
 Both sides have the same model, dtype, rows and batch size, in this process with the same threads. The harness runs as its `hf`
 model and computes the log-likelihood of every choice after the same text.
@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from figures import claim_stdout, compare, report
 
 from apprentice.inference.choices.choice_scoring import choice_logprobs
 from apprentice.inference.decoding import generate
 from apprentice.models.loading import load_model
 from apprentice.pretrained.hub import local_folder
 from apprentice.pretrained.tokenizer import Tokenizer
+from benchmarks.figures import claim_stdout, compare, report
 
 BATCH = 16
 # Short and long choices: the harness computes a prompt once for all choices of one token, and again for every longer one.

@@ -1,6 +1,6 @@
 """Load test: many clients at once on one replica of a tiny model, its memory, and recovery from a killed replica.
 
-    python benchmarks/load.py [--clients 500] [--seconds 60]
+    python -m benchmarks.serving.load [--clients 500] [--seconds 60]
 
 Each client has a connection of its own and sends its next request when the last is answered, or after the wait that a 429
 states.
@@ -33,8 +33,6 @@ from urllib.request import urlopen
 
 import ray
 import torch
-from figures import claim_stdout, report
-from serving import contract_of
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from apprentice.pretrained.hub import local_folder
@@ -42,6 +40,8 @@ from apprentice.pretrained.tokenizer import Tokenizer
 from apprentice.ray_cluster.session import ray_session
 from apprentice.recipe import Serving
 from apprentice.serve.deployment import APP_NAME, start
+from benchmarks.figures import claim_stdout, report
+from benchmarks.serving.endpoint_speed import contract_of
 
 TOKENS = 32  # of each reply
 FEW = 32  # clients of the run to compare with

@@ -230,5 +230,5 @@ def refresh(page: Path) -> None:
     page.write_text(text, encoding="utf-8")
 
 
-if __name__ == "__main__":  # python -m tests.documents docs/how_it_works.md
+if __name__ == "__main__":  # python -m tests.support.documents docs/how_it_works.md
     refresh(Path(sys.argv[1]).absolute())

@@ -1,4 +1,4 @@
-"""`benchmarks/gpu.py` with a tiny shape, where there is no GPU too; and its arithmetic."""
+"""`benchmarks/training/gpu.py` with a tiny shape, where there is no GPU too; and its arithmetic."""
 
 from __future__ import annotations
 
@@ -6,20 +6,15 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 
-from tests.test_claims import BENCHMARKS, script
+from benchmarks.training import gpu
+from tests.conftest import ROOT
 
 
-@pytest.fixture(scope="module")
-def gpu() -> ModuleType:
-    return script("gpu")
-
-
-def test_rows_are_full_and_all_but_first_tokens_are_predicted(gpu: ModuleType) -> None:
+def test_rows_are_full_and_all_but_first_tokens_are_predicted() -> None:
     rows = gpu.rows_of(3, 16, 100, seed=1)
     assert rows.tokens == 48
     assert rows.targets == 36
@@ -29,16 +24,14 @@ def test_rows_are_full_and_all_but_first_tokens_are_predicted(gpu: ModuleType) -
     assert (rows.input_ids < 100).all()
 
 
-def test_the_embedding_is_no_arithmetic(gpu: ModuleType) -> None:
+def test_the_embedding_is_no_arithmetic() -> None:
     whole = gpu.Found(targets_per_s=0.0, tokens_per_s=10.0, peak_memory=0, micro=1, trained=1000)
     assert gpu.utilisation(whole, 1000, 200, 96_000.0) == pytest.approx(6 * 800 * 10 / 96_000)
     lora = gpu.Found(targets_per_s=0.0, tokens_per_s=10.0, peak_memory=0, micro=1, trained=50)
     assert gpu.utilisation(lora, 1000, 200, 96_000.0) == pytest.approx((4 * 800 + 2 * 50) * 10 / 96_000)
 
 
-def test_without_a_gpu_there_is_a_reason(
-    gpu: ModuleType, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_a_gpu_there_is_a_reason(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     gpu.main([])
     lines = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
@@ -47,10 +40,10 @@ def test_without_a_gpu_there_is_a_reason(
 
 
 @pytest.mark.slow
-def test_the_same_with_a_tiny_shape(gpu: ModuleType, tiny_model: Path) -> None:
+def test_the_same_with_a_tiny_shape(tiny_model: Path) -> None:
     size = ("--length", "32", "--rows", "2", "--steps", "2")
-    command = [sys.executable, str(BENCHMARKS / "gpu.py"), "--tiny", "--tokenizer", str(tiny_model), *size]
-    out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    command = [sys.executable, "-m", "benchmarks.training.gpu", "--tiny", "--tokenizer", str(tiny_model), *size]
+    out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=ROOT).stdout
     lines = [json.loads(line) for line in out.splitlines()]
     assert [line["figure"] for line in lines] == list(gpu.FIGURES)
     assert [line["tokens_per_s"] > 0 for line in lines[:2]] == [True, True]

@@ -1,6 +1,6 @@
 """The chat templates that TRL ships in its package, each over a stand-in tokenizer that has the template's control tokens.
 
-`python -m tests.chat_templates` prints the table of docs/guides/chat_templates.md.
+`python -m tests.support.chat_templates` prints the table of docs/guides/chat_templates.md.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
 `data.resume_ratio`         time to the first window at position 10**8 against that at 0, each in a fresh renderer; 1 is the same
 `data.memory_20x`           peak memory of a process that indexes SQuAD and renders windows of it, 20 times the rows against once
 
-    python benchmarks/data_growth.py [--root ../shared/data] [--runs 5]
+    python -m benchmarks.data.growth [--root ../shared/data] [--runs 5]
 """
 
 from __future__ import annotations
@@ -19,13 +19,15 @@ import time
 from pathlib import Path
 
 import pyarrow.parquet as pq
-from figures import report
 
 from apprentice.data.corpus import Corpus, make_corpus
 from apprentice.data.window import WindowRenderer
 from apprentice.recipe import Recipe, find_recipe, load_recipe
 from apprentice.run.folder import Run
 from apprentice.storage import Folder
+from benchmarks.figures import report
+
+ROOT = Path(__file__).parents[2]
 
 FAR = 10**8
 GROWTH = 20
@@ -66,8 +68,8 @@ def grown(root: Path, times: int, folder: Path) -> Path:
 
 def peak_mib(root: Path, storage: Path) -> float:
     """Peak memory of a fresh process that runs `render_some`, in MiB."""
-    command = [sys.executable, __file__, "--memory", "--root", str(root), "--storage", str(storage)]
-    return float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+    command = [sys.executable, "-m", "benchmarks.data.growth", "--memory", "--root", str(root), "--storage", str(storage)]
+    return float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=ROOT).stdout)
 
 
 def render_some(root: str, storage: str) -> None:
@@ -84,7 +86,7 @@ def render_some(root: str, storage: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Figures of the data stream as data grows, one JSON object a line.")
-    parser.add_argument("--root", default=str(Path(__file__).parents[2] / "shared" / "data"), help="holds squad/train.parquet")
+    parser.add_argument("--root", default=str(ROOT.parent / "shared" / "data"), help="holds squad/train.parquet")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--storage", help=argparse.SUPPRESS)
     parser.add_argument("--memory", action="store_true", help="one process of the memory figure: prints its peak in MiB")

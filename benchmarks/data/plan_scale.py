@@ -22,7 +22,14 @@ from collections import Counter
 from typing import Any
 
 import numpy as np
-from control import (
+
+from apprentice.data.index.row_ranges import RowRanges
+from apprentice.data.index.task_index import TaskIndex
+from apprentice.data.sampling.plan import Plan
+from apprentice.data.sources.locate import Source
+from apprentice.recipe import Recipe
+from apprentice.tasks.schema import Task
+from benchmarks.data.control_cost import (
     ACTOR_TOKENS_PER_S,
     BLOCK_S,
     DISK_BYTES_PER_S,
@@ -32,14 +39,7 @@ from control import (
     rows_that_hide,
     simulate,
 )
-from figures import claim_stdout, report
-
-from apprentice.data.index.row_ranges import RowRanges
-from apprentice.data.index.task_index import TaskIndex
-from apprentice.data.sampling.plan import Plan
-from apprentice.data.sources.locate import Source
-from apprentice.recipe import Recipe
-from apprentice.tasks.schema import Task
+from benchmarks.figures import claim_stdout, report
 
 WINDOW = 1024
 TURN = 128  # window of each of many workers: the time depends on it, and their draws together do not

@@ -2,46 +2,23 @@
 
 from __future__ import annotations
 
-import importlib
 import re
-import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
-import pytest
 
 from apprentice.evaluate.stats.summary import summarise
 from apprentice.models.tuning.methods import TUNING_METHODS
 from apprentice.recipe import Recipe, find_recipe, load_recipe
 from apprentice.tasks.registry import select_tasks
+from benchmarks.learning import claims, methods
 from tests.evaluate import tables
-from tests.recipes import tiny_recipe
-
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+from tests.support.recipes import tiny_recipe
 
 
-def script(name: str) -> ModuleType:
-    """A script of benchmarks/ as a module; it finds the others beside it."""
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        return importlib.import_module(name)
-    finally:
-        sys.path.remove(str(BENCHMARKS))
-
-
-@pytest.fixture(scope="module")
-def claims() -> ModuleType:
-    return script("claims")
-
-
-@pytest.fixture(scope="module")
-def methods() -> ModuleType:
-    return script("methods")
-
-
-def test_each_question_has_its_runs(claims: ModuleType, tiny_model: Path, tmp_path: Path) -> None:
+def test_each_question_has_its_runs(tiny_model: Path, tmp_path: Path) -> None:
     recipe = load_recipe(tiny_recipe(tmp_path, tiny_model))
     found = claims.variants_of(recipe, ["sentiment", "topic"], [2, 0], tmp_path)
     assert list(found) == ["tiny-without-sentiment", "tiny-without-topic", "tiny-one-wording", "tiny-2-clusters"]
@@ -56,7 +33,7 @@ def test_each_question_has_its_runs(claims: ModuleType, tiny_model: Path, tmp_pa
     assert len(trained) == 2
 
 
-def test_the_table_shows_base_tuned_and_interval(claims: ModuleType) -> None:
+def test_the_table_shows_base_tuned_and_interval() -> None:
     recipe = Recipe.model_validate({"name": "x", "model": {"base": "b"}, "data": {"tasks": ["a"]}, "training": {"steps": 1}})
     rows = claims.figures_of("all", summarise(tables.table(recipe), resamples=200))
     assert [(row["pool"], row["base"], row["tuned"]) for row in rows] == [
@@ -72,7 +49,7 @@ def test_the_table_shows_base_tuned_and_interval(claims: ModuleType) -> None:
     assert claims.picture_of(rows).count("<svg") == 1
 
 
-def test_every_wording_of_the_held_out_tasks_is_shown(claims: ModuleType) -> None:
+def test_every_wording_of_the_held_out_tasks_is_shown() -> None:
     recipe = Recipe.model_validate({"name": "x", "model": {"base": "b"}, "data": {"tasks": ["a"]}, "training": {"steps": 1}})
     found = summarise(tables.table(recipe), resamples=200)
     held_out = claims.wordings_of("all", found | {"pools": [pool for pool in found["pools"] if pool["held_out"]]})
@@ -82,7 +59,7 @@ def test_every_wording_of_the_held_out_tasks_is_shown(claims: ModuleType) -> Non
     assert shown[2].startswith("| all | base | 50.0 | ")
 
 
-def test_each_method_has_one_recipe_that_differs_in_nothing_else(methods: ModuleType) -> None:
+def test_each_method_has_one_recipe_that_differs_in_nothing_else() -> None:
     recipes = {name: load_recipe(find_recipe(name)) for name in methods.RECIPES}
     assert {recipe.tuning.method for recipe in recipes.values()} == set(TUNING_METHODS) - {"qlora"}
     rates = {recipe.training.optimizer.learning_rate for recipe in recipes.values()}
@@ -94,7 +71,7 @@ def test_each_method_has_one_recipe_that_differs_in_nothing_else(methods: Module
     assert alike == [alike[0]] * len(recipes)
 
 
-def test_methods_side_by_side(methods: ModuleType) -> None:
+def test_methods_side_by_side() -> None:
     recipe = Recipe.model_validate({"name": "x", "model": {"base": "b"}, "data": {"tasks": ["a"]}, "training": {"steps": 1}})
     pools = methods.pools_of(summarise(tables.table(recipe), resamples=200))
     assert {name: (pool["base"], pool["tuned"]) for name, pool in pools.items()} == {
@@ -115,7 +92,7 @@ def test_methods_side_by_side(methods: ModuleType) -> None:
     assert methods.picture_of(lines).count("<svg") == 1
 
 
-def test_memory_counts_the_training_workers_alone(methods: ModuleType) -> None:
+def test_memory_counts_the_training_workers_alone() -> None:
     class Process:
         def __init__(self, name: str, held: int) -> None:
             self.name, self.held = name, held

@@ -12,9 +12,9 @@ from apprentice import pipeline
 from apprentice.preflight import check
 from apprentice.recipe import SHIPPED, load_recipe
 from apprentice.tasks.registry import select_tasks
-from tests import single
 from tests.conftest import DATA_FOLDER, NEEDS_DATA, ROOT
-from tests.samples import tiny_model_of, write_datasets
+from tests.support import one_process
+from tests.support.stand_ins import tiny_model_of, write_datasets
 
 RECIPES = sorted(SHIPPED.glob("*.yaml"))
 SINGLE_SET = {"alpaca", "dolly", "openchat", "zephyr_sft", "zephyr", "instructgpt_sft", "instructgpt_reward", "instructgpt"}
@@ -237,7 +237,7 @@ def answers(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, base in bases.items():  # done before it
         jobs[name][1].append(f"model={{base: 'run:{folder}/{base.replace('-', '_')}/runs/{base}', dtype: float32}}")
     jobs["instructgpt"][1].append(f"training.grpo.reward='run:{folder}/instructgpt_reward/runs/instructgpt-reward'")
-    torch.multiprocessing.spawn(single.process, (str(folder), jobs), nprocs=1)
+    torch.multiprocessing.spawn(one_process.process, (str(folder), jobs), nprocs=1)
     return folder
 
 

@@ -1,4 +1,6 @@
-"""Comparison of tuning methods: `python benchmarks/claims.py methods`. One recipe for each method, with the same tokens and data.
+"""Comparison of tuning methods: `python -m benchmarks.learning.claims methods`.
+
+One recipe for each method, with the same tokens and data.
 
 For each method: the number of trained parameters, the peak memory of the worker processes, tokens/s, sizes on disk, and the
 scores of base and tuned model on trained-on and held-out tasks. Prints one JSON object for each method; writes `methods.md`
@@ -18,13 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from figures import report
 
 from apprentice import pipeline
 from apprentice.models.loading import load_model, resolve_dtype
 from apprentice.models.tuning.methods import TUNING_METHODS, count_trainable
 from apprentice.recipe import Recipe, find_recipe, load_recipe
 from apprentice.run.folder import Run, open_run
+from benchmarks.figures import report
 
 RECIPES = ("full", "lora", "adapter_tuning", "prefix_tuning", "prompt_tuning")
 POOLS = {"trained_on_ranked": "#0f609b", "trained_on_generated": "#2c7a7b", "held_out_ranked": "#c05621"}
