@@ -7,7 +7,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from apprentice.evaluate.report.predictions import scored, with_facts
+from apprentice.evaluate.report.predictions import scored, with_metadata
 from apprentice.recipe import Recipe
 from apprentice.tasks.schema import Task
 
@@ -71,10 +71,10 @@ def predictions(base: Sequence[int] = (2, 4, 4), tuned: Sequence[int] = (6, 4, 8
 
 
 def facts(recipe: Recipe) -> dict[str, Any]:
-    from apprentice.evaluate.report.metadata import facts_for
+    from apprentice.evaluate.report.metadata import make_metadata
 
     majorities: dict[str, Any] = {"alpha_rank": {"label": 0}, "beta_rank": {"label": 0}, "gamma_text": None}
-    return facts_for(recipe, TASKS, HELD_OUT, majorities, 0.0) | {
+    return make_metadata(recipe, TASKS, HELD_OUT, majorities, 0.0) | {
         "seconds": 12.3,
         "subjects": [
             {"name": "base", "shots": [0, 5], "folder": "models/base", "layout": "chat", "contract": "the recipe's"},
@@ -86,4 +86,4 @@ def facts(recipe: Recipe) -> dict[str, Any]:
 
 
 def table(recipe: Recipe, records: Sequence[dict[str, Any]] | None = None) -> pa.Table:
-    return with_facts(scored(predictions() if records is None else records, TASKS), facts(recipe))
+    return with_metadata(scored(predictions() if records is None else records, TASKS), facts(recipe))

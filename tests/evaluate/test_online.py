@@ -1,4 +1,4 @@
-"""A glance at the held-out tasks says what a whole evaluation says of the same rows."""
+"""Online evaluation on the held-out tasks says what a whole evaluation says of the same rows."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 
 from apprentice.data.corpus import Corpus
 from apprentice.errors import EvaluationError
-from apprentice.evaluate.online import glance_of
-from apprentice.evaluate.questions.row_selection import requests_of
+from apprentice.evaluate.online import prepare_online_evaluation
+from apprentice.evaluate.questions.row_selection import select_requests
 from apprentice.evaluate.stats.metrics import METRICS
 from apprentice.inference.choices.choice_scoring import choice_logprobs
 from apprentice.models.loading import load_model
@@ -25,19 +25,19 @@ def looking(corpus: Corpus, **more: Any) -> Corpus:
 
 def test_scores_are_those_of_the_model(corpus: Corpus, tiny_model: Path) -> None:
     model: Any = load_model(tiny_model, torch.float32)
-    glance = glance_of(looking(corpus))
-    assert {question["task"] for question in glance.questions} == {"short_reviews"}  # of the cluster held out
-    [task] = glance.tasks
-    drawn = requests_of(task, corpus.indices[task.name].test, [0], max_examples=6, templates_per_row=1, seed=corpus.recipe.seed)
-    assert sorted(question["row"] for question in glance.questions) == sorted(request.row for request in drawn)
+    evaluation = prepare_online_evaluation(looking(corpus))
+    assert {question["task"] for question in evaluation.questions} == {"short_reviews"}  # of the cluster held out
+    [task] = evaluation.tasks
+    drawn = select_requests(task, corpus.indices[task.name].test, [0], max_examples=6, templates_per_row=1, seed=corpus.recipe.seed)
+    assert sorted(question["row"] for question in evaluation.questions) == sorted(request.row for request in drawn)
     expected = []
-    for question in glance.questions:
+    for question in evaluation.questions:
         [sums] = choice_logprobs(model, [question["prompt_ids"]], [question["choice_ids"]])
         said = question["choices"][max(range(len(sums)), key=lambda place: sums[place])]
-        expected.append(METRICS[task.metrics[0]].of_one(said, question["references"], question["choices"]))
-    assert glance(model) == {"short_reviews": pytest.approx(sum(expected) / len(expected))}
+        expected.append(METRICS[task.metrics[0]].score_one(said, question["references"], question["choices"]))
+    assert evaluation(model) == {"short_reviews": pytest.approx(sum(expected) / len(expected))}
 
 
 def test_without_held_out_tasks(corpus: Corpus) -> None:
     with pytest.raises(EvaluationError, match=r"^evaluation\.while_training asks held-out tasks, and the recipe has none"):
-        glance_of(replace(looking(corpus), held_out=frozenset()))
+        prepare_online_evaluation(replace(looking(corpus), held_out=frozenset()))

@@ -20,7 +20,7 @@ from apprentice.evaluate.run import Subject, _requests, evaluate
 from apprentice.evaluate.stats.summary import summarise
 from apprentice.inference.choices.choice_scoring import choice_logprobs
 from apprentice.model_pool import actors
-from apprentice.model_pool.pool import Room
+from apprentice.model_pool.pool import FreeResources
 from apprentice.models.loading import load_model
 from apprentice.models.reward import choice_rewards
 from apprentice.recipe import Model, Recipe
@@ -79,7 +79,7 @@ def test_the_number_format_is_that_of_the_workers(
 ) -> None:
     monkeypatch.setattr(actors, "call_on_every_node", lambda question: nodes)
     model = Model.model_validate({"base": "m", "dtype": asked})
-    assert actors.in_one_dtype(model, Room(4, 4, gpus, 1 << 34)).dtype == computed
+    assert actors.resolve_model_dtype(model, FreeResources(4, 4, gpus, 1 << 34)).dtype == computed
 
 
 def of(records: Records, subject: str, shots: int) -> Records:
@@ -239,7 +239,7 @@ def test_an_interrupted_evaluation_goes_on(
     def refused(*_: Any) -> None:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr("apprentice.evaluate.run.mapped", refused)
+    monkeypatch.setattr("apprentice.evaluate.run.map_tables", refused)
     other = recipe.model_copy(update={"evaluation": recipe.evaluation.model_copy(update={"rank_by": "mean"})})
     again = evaluate(other, one, subjects, out, progress=lambda values: None)
     assert again["ranking"]["by"] == "mean"

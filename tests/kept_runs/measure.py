@@ -133,13 +133,13 @@ def _rows(corpus: Any, run: Any, state: Any) -> Iterator[str]:
 def answers(place: Path) -> dict[str, Any]:
     """The questions of an evaluation, with the model's answers and what they score."""
     from apprentice.data.stream import make_corpus
-    from apprentice.evaluate.questions.prompts import encoded
-    from apprentice.evaluate.questions.subjects import Subject, spoken_to
+    from apprentice.evaluate.questions.evaluation_subjects import Subject, make_subject_settings
+    from apprentice.evaluate.questions.question_encoding import encode_questions
     from apprentice.evaluate.report import predictions
     from apprentice.evaluate.run import _requests
-    from apprentice.evaluate.scoring.worker import Scorer, blocks, with_prediction
-    from apprentice.model_pool.model import model_on
-    from apprentice.model_pool.pool import Pool
+    from apprentice.evaluate.scoring.scorer import Scorer, make_blocks, with_prediction
+    from apprentice.model_pool.model import load_worker_model
+    from apprentice.model_pool.pool import WorkerPool
     from apprentice.recipe import load_recipe
     from apprentice.run.folder import Run
     from apprentice.storage import Folder
@@ -148,11 +148,11 @@ def answers(place: Path) -> dict[str, Any]:
     run = Run(Folder.at(place))
     corpus = make_corpus(recipe, run, parallel=False, to_train=False)
     subject = Subject("tuned", run.model.local, recipe.evaluation.shots)
-    spoken = spoken_to(subject, recipe, corpus)
+    spoken = make_subject_settings(subject, recipe, corpus)
     requests, _ = _requests(recipe, corpus, [subject])
-    asked = encoded(corpus, sorted(requests), spoken.manner.layout, spoken.limits).to_pylist()
-    scorer = Scorer(lambda: model_on(subject.folder, recipe.model, Pool(1, 1, 0)), "tuned", spoken.manner)
-    for block in blocks([(i, question) for i, question in enumerate(asked) if not question["dropped"]], 1):
+    asked = encode_questions(corpus, sorted(requests), spoken.answer_settings.layout, spoken.limits).to_pylist()
+    scorer = Scorer(lambda: load_worker_model(subject.folder, recipe.model, WorkerPool(1, 1, 0)), "tuned", spoken.answer_settings)
+    for block in make_blocks([(i, question) for i, question in enumerate(asked) if not question["dropped"]], 1):
         for answer in scorer(block).to_pylist():
             assert not answer["failure"], answer["failure"]
             asked[answer["place"]] = with_prediction(asked[answer["place"]], answer, recipe.evaluation.rank_by)

@@ -92,7 +92,7 @@ def answered(command, trained, monkeypatch) -> Path:
         raise AssertionError("a model was loaded")
 
     assert command("evaluate", trained, "--json")[0] == 0
-    monkeypatch.setattr(launch, "mapped", refused)
+    monkeypatch.setattr(launch, "map_tables", refused)
     return trained.parent / "runs" / "tiny"
 
 

@@ -13,11 +13,11 @@ import torch
 from apprentice import pipeline
 from apprentice.data.encoding.prompt_format import Layout
 from apprentice.errors import ModelError, RecipeError
-from apprentice.evaluate.report.predictions import table_of
-from apprentice.evaluate.scoring.worker import ASKED, Scorer
-from apprentice.model_pool.limits import Manner
-from apprentice.model_pool.model import model_on
-from apprentice.model_pool.pool import Pool
+from apprentice.evaluate.report.predictions import make_table
+from apprentice.evaluate.scoring.scorer import QUESTION_BLOCK, Scorer
+from apprentice.model_pool.answer_settings import AnswerSettings
+from apprentice.model_pool.model import load_worker_model
+from apprentice.model_pool.pool import WorkerPool
 from apprentice.models.loading import load_model
 from apprentice.preflight.check import CHECKS
 from apprentice.pretrained.tokenizer import Tokenizer
@@ -69,9 +69,9 @@ def test_to_predict(rewarding: Path, tmp_path: Path) -> None:
 
 def test_to_be_scored_by_what_it_writes(rewarding: Path) -> None:
     question = {"place": 0, "prompt_ids": [5, 6, 7], "choices": [], "choice_ids": []}
-    load = partial(model_on, rewarding, Model(base=str(rewarding), dtype="float32"), Pool(1, 1, 0))
-    scorer = Scorer(load, str(rewarding), Manner(Layout("chat", Tokenizer(rewarding)), 6))
-    [found] = scorer(table_of([question], ASKED)).to_pylist()
+    load = partial(load_worker_model, rewarding, Model(base=str(rewarding), dtype="float32"), WorkerPool(1, 1, 0))
+    scorer = Scorer(load, str(rewarding), AnswerSettings(Layout("chat", Tokenizer(rewarding)), 6))
+    [found] = scorer(make_table([question], QUESTION_BLOCK)).to_pylist()
     assert found["failure"] == (
         f"{rewarding} is a reward model and writes nothing, but some tasks are scored by what is written; leave out those that"
         " have no choices."

@@ -11,7 +11,7 @@ import pytest
 
 from apprentice.data.encoding.prompt_format import Layout
 from apprentice.errors import EvaluationError
-from apprentice.model_pool.limits import Limits
+from apprentice.model_pool.answer_settings import TokenLimits
 from apprentice.predict import launch, rows
 from apprentice.pretrained.tokenizer import Tokenizer
 from apprentice.recipe import Model
@@ -20,7 +20,7 @@ from apprentice.storage import Folder
 
 @pytest.mark.slow
 def test_it_goes_on_where_it_stopped(ray_cluster: None, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "chunks_of", lambda file: rows.chunks_of(file, size=4))
+    monkeypatch.setattr(launch, "split_into_chunks", lambda file: rows.split_into_chunks(file, size=4))
     lines = [json.dumps({"instruction": f"Name colour {number}.", "input": "now"}) for number in range(10)]
     lines[5] = "{broken"
     file = tmp_path / "asked.jsonl"
@@ -30,7 +30,7 @@ def test_it_goes_on_where_it_stopped(ray_cluster: None, tiny_model: Path, tmp_pa
     out = Folder.at(tmp_path / "out")
 
     def run(reply: int = 5, *, restart: bool = False) -> dict[str, Any]:
-        limits = Limits(200, reply)
+        limits = TokenLimits(200, reply)
         found: dict[str, Any] = launch.predict(
             Folder.at(file), out, tiny_model, model, layout, limits, restart=restart, progress=lambda values: None
         )

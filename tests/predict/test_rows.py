@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from apprentice.errors import DataError
-from apprentice.predict.rows import chunks_of, read
+from apprentice.predict.rows import read, split_into_chunks
 from apprentice.storage import Folder
 
 
@@ -23,7 +23,7 @@ def lines(folder: Path, *texts: str, end: str = "\n") -> Folder:
 @pytest.mark.parametrize("count", [1, 4, 5, 8, 9])
 def test_chunks_of_lines_hold_every_row_once(tmp_path: Path, count: int, end: str) -> None:
     file = lines(tmp_path, *[json.dumps({"instruction": f"é {number}"}, ensure_ascii=False) for number in range(count)], end=end)
-    chunks = chunks_of(file, size=4)
+    chunks = split_into_chunks(file, size=4)
     found = [row for chunk in chunks for row in read(file, chunk)]
     assert [(row.number, row.instruction) for row in found] == [(number, f"é {number}") for number in range(count)]
     assert len(chunks) == -(-count // 4)
@@ -33,7 +33,7 @@ def test_bad_lines_have_a_reason(tmp_path: Path) -> None:
     file = lines(
         tmp_path, "{", '{"instruction": 3}', '{"input": "x"}', "[1]", '{"instruction": "a", "input": 4}', '{"instruction": " "}', ""
     )
-    [chunk] = chunks_of(file)
+    [chunk] = split_into_chunks(file)
     problems = [row.problem for row in read(file, chunk)]
     assert problems[0].startswith("not JSON: ")
     assert problems[1:6] == [
@@ -50,7 +50,7 @@ def test_parquet_in_chunks_within_row_groups(tmp_path: Path) -> None:
     table = pa.table({"other": range(10), "instruction": [f"i{n}" for n in range(10)], "input": [None, *["x"] * 9]})
     pq.write_table(table, tmp_path / "asked.parquet", row_group_size=6)
     file = Folder.at(tmp_path / "asked.parquet")
-    chunks = chunks_of(file, size=4)
+    chunks = split_into_chunks(file, size=4)
     assert [(chunk.first, chunk.rows) for chunk in chunks] == [(0, 4), (4, 2), (6, 4)]
     found = [row for chunk in chunks for row in read(file, chunk)]
     assert [(row.number, row.instruction) for row in found] == [(n, f"i{n}") for n in range(10)]
@@ -59,9 +59,9 @@ def test_parquet_in_chunks_within_row_groups(tmp_path: Path) -> None:
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="neither"):
-        chunks_of(Folder.at(tmp_path / "asked.txt"))
+        split_into_chunks(Folder.at(tmp_path / "asked.txt"))
     with pytest.raises(DataError, match="cannot be read"):
-        chunks_of(Folder.at(tmp_path / "asked.jsonl"))
+        split_into_chunks(Folder.at(tmp_path / "asked.jsonl"))
     pq.write_table(pa.table({"text": ["a"]}), tmp_path / "asked.parquet")
     with pytest.raises(DataError, match="no column `instruction`; its columns are text"):
-        chunks_of(Folder.at(tmp_path / "asked.parquet"))
+        split_into_chunks(Folder.at(tmp_path / "asked.parquet"))

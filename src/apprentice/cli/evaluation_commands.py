@@ -62,7 +62,7 @@ def report_schema() -> None:
     """Print the JSON Schema of report.json, for programs that read reports."""
     import json
 
-    from apprentice.evaluate.report.schema import Report
+    from apprentice.evaluate.report.report_schema import Report
 
     screen_for(False).result({}, json.dumps(Report.model_json_schema(), indent=2))
 

@@ -11,7 +11,7 @@ import pyarrow as pa
 import ray
 
 from apprentice.errors import ApprenticeError
-from apprentice.model_pool.pool import Pool, Room
+from apprentice.model_pool.pool import FreeResources, WorkerPool
 from apprentice.models.loading import multiplies_bfloat16
 from apprentice.ray_cluster.nodes import call_on_every_node, node_resources
 from apprentice.recipe import Model
@@ -20,7 +20,7 @@ SETTLE_S = 5.0  # wait at most this long for resources that an earlier stage is 
 PATIENCE_S = 60.0  # … and at most this long for a single CPU
 
 
-def free_room() -> Room:
+def find_free_resources() -> FreeResources:
     """Free resources of the cluster.
 
     Earlier stages may still be releasing theirs, so this waits up to `SETTLE_S` for all CPUs, up to `PATIENCE_S` for one.
@@ -39,10 +39,10 @@ def free_room() -> Room:
         cpus = min(cpus, len(os.sched_getaffinity(0)))  # a local session may count more CPUs than there are cores
     # On a busy cluster the free CPUs may lie on different nodes, one here and one there.
     together = min((node for node in nodes if node), default=1) if idle else 1
-    return Room(cpus, together, int(free.get("GPU", 0)), int(free.get("memory", 0)))
+    return FreeResources(cpus, together, int(free.get("GPU", 0)), int(free.get("memory", 0)))
 
 
-def in_one_dtype(model: Model, room: Room) -> Model:
+def resolve_model_dtype(model: Model, resources: FreeResources) -> Model:
     """Resolves `dtype: auto` to one dtype for all workers; any other `model` is returned unchanged.
 
     bfloat16 on GPUs and where the CPUs of all nodes multiply it in hardware, else float32. The driver's own hardware is not
@@ -50,14 +50,14 @@ def in_one_dtype(model: Model, room: Room) -> Model:
     """
     if model.dtype != "auto":
         return model
-    if room.gpus:
+    if resources.gpus:
         return model.model_copy(update={"dtype": "bfloat16"})
     ask = ray.remote(num_cpus=1)(multiplies_bfloat16)
     fast = list(call_on_every_node(multiplies_bfloat16).values()) or [ray.get(ask.remote())]
     return model.model_copy(update={"dtype": "bfloat16" if all(fast) else "float32"})
 
 
-def mapped(tables: Sequence[pa.Table], worker: type, arguments: tuple[Any, ...], pool: Pool) -> Iterator[pa.Table]:
+def map_tables(tables: Sequence[pa.Table], worker: type, arguments: tuple[Any, ...], pool: WorkerPool) -> Iterator[pa.Table]:
     """Maps each table through a pool of actors of class `worker`, built with `arguments`; yields the results as they arrive."""
     dataset = ray.data.from_arrow(list(tables)).map_batches(
         worker,
@@ -72,7 +72,7 @@ def mapped(tables: Sequence[pa.Table], worker: type, arguments: tuple[Any, ...],
     yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
 
 
-def gathered(references: list[Any]) -> list[Any]:
+def gather_results(references: list[Any]) -> list[Any]:
     """Results of Ray tasks, in order; raises an `ApprenticeError` of a task as it is, without Ray's wrapper."""
     try:
         return list(ray.get(references))

@@ -11,20 +11,20 @@ from apprentice.inference.decoding import generate
 from apprentice.inference.generation_request import NotFiniteError
 
 if TYPE_CHECKING:
-    from apprentice.model_pool.limits import Manner
+    from apprentice.model_pool.answer_settings import AnswerSettings
 
 
-def reply(model: Any, questions: Sequence[Mapping[str, Any]], manner: Manner) -> list[dict[str, Any]]:
+def reply(model: Any, questions: Sequence[Mapping[str, Any]], answer_settings: AnswerSettings) -> list[dict[str, Any]]:
     """Generates a reply to every question, a record with `prompt_ids`; returns records with `prediction`, in the same order.
 
     Raises `EvaluationError`, which names the question, where the model's logits are not finite.
     """
     prompts = [list(question["prompt_ids"]) for question in questions]
     try:
-        replies = generate(model, prompts, max_new_tokens=manner.reply, stop_ids=manner.layout.stop_ids)
+        replies = generate(model, prompts, max_new_tokens=answer_settings.reply, stop_ids=answer_settings.layout.stop_ids)
     except NotFiniteError as error:
         raise EvaluationError(f"{question_name(questions[error.number])}: {error}") from error
-    return [{"prediction": shown(manner.layout, ids)} for ids in replies]
+    return [{"prediction": shown(answer_settings.layout, ids)} for ids in replies]
 
 
 def shown(layout: Layout, ids: Sequence[int]) -> str:

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 
 from apprentice.inference.cpu_linear import place_model
-from apprentice.model_pool.pool import Pool
+from apprentice.model_pool.pool import WorkerPool
 from apprentice.models.loading import count_parameters, load_model, resolve_dtype
 from apprentice.pretrained.architecture import gives_rewards
 from apprentice.recipe import Model
 
 
-def model_on(folder: Path, settings: Model, pool: Pool) -> Any:
+def load_worker_model(folder: Path, settings: Model, pool: WorkerPool) -> Any:
     """Loads the model in `folder` as `settings` say, on the device of a worker of `pool`; sets the process's number of threads."""
     torch.set_num_threads(pool.cpus)
     device = "cuda" if pool.gpus else "cpu"

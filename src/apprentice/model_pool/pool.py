@@ -11,7 +11,7 @@ OVERHEAD_BYTES = 1 << 30  # interpreter, PyTorch and activations, beside the wei
 
 
 @dataclass(frozen=True)
-class Room:
+class FreeResources:
     """Resources free for scoring, over all nodes."""
 
     cpus: int
@@ -21,28 +21,30 @@ class Room:
 
 
 @dataclass(frozen=True)
-class Pool:
+class WorkerPool:
     workers: int
     cpus: int  # of each
     gpus: int  # of each
 
 
-def pool_for(room: Room, weight_bytes: int, batches: int) -> Pool:
-    """Sizes the pool that fills `room`: one copy of the weights in each worker, no more workers than batches.
+def size_pool(resources: FreeResources, weight_bytes: int, batches: int) -> WorkerPool:
+    """Sizes the pool that fills `resources`: one copy of the weights in each worker, no more workers than batches.
 
     With GPUs every worker has one GPU and one CPU. Raises `ResourcesError` where not even one worker fits.
     """
-    if room.cpus < 1:
+    if resources.cpus < 1:
         raise ResourcesError("scoring needs 1 free CPU and the cluster has none; wait for what runs on it, or add a node.")
-    if room.gpus:
-        return Pool(max(1, min(room.gpus, room.cpus, batches)), 1, 1)
+    if resources.gpus:
+        return WorkerPool(max(1, min(resources.gpus, resources.cpus, batches)), 1, 1)
     needed = weight_bytes + OVERHEAD_BYTES
-    held = room.memory_bytes // needed
+    held = resources.memory_bytes // needed
     if held < 1:
         raise ResourcesError(
             f"scoring needs {needed / 2**30:.1f} GiB for one copy of the model and the cluster has"
-            f" {room.memory_bytes / 2**30:.1f} GiB; choose `model.dtype: bfloat16`, a smaller model, or add a node."
+            f" {resources.memory_bytes / 2**30:.1f} GiB; choose `model.dtype: bfloat16`, a smaller model, or add a node."
         )
-    by_cpus = room.cpus if room.cpus <= CPUS_PER_WORKER else room.cpus // min(CPUS_PER_WORKER, room.cpus_together)
+    by_cpus = (
+        resources.cpus if resources.cpus <= CPUS_PER_WORKER else resources.cpus // min(CPUS_PER_WORKER, resources.cpus_together)
+    )
     workers = max(1, min(by_cpus, held, batches))
-    return Pool(workers, min(room.cpus // workers, CPUS_PER_WORKER, room.cpus_together), 0)
+    return WorkerPool(workers, min(resources.cpus // workers, CPUS_PER_WORKER, resources.cpus_together), 0)

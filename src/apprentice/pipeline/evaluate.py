@@ -25,7 +25,7 @@ from apprentice.tasks.registry import Find, find_tasks, select_tasks
 
 if TYPE_CHECKING:
     from apprentice.evaluate.run import Subject
-    from apprentice.evaluate.scoring.endpoint import Endpoint
+    from apprentice.evaluate.scoring.endpoint import EndpointAddress
 
 Result = tuple[dict[str, Any], Folder]  # the report, and the folder that it was written to
 
@@ -162,7 +162,7 @@ def _evaluated(
     progress: Progress,
 ) -> dict[str, Any]:
     from apprentice.evaluate import run as launch
-    from apprentice.evaluate.report.run_history import contamination_of
+    from apprentice.evaluate.report.run_history import summarise_contamination
 
     if restart:
         for name in (launch.predictions.FILE, launch.PARTS):
@@ -175,25 +175,25 @@ def _evaluated(
         place,
         run=run,
         known=known,
-        contamination=contamination_of(corpus.contamination),
+        contamination=summarise_contamination(corpus.contamination),
         trained_clusters=trained,
         progress=lambda values: progress("evaluate", values),
     )
 
 
-def _subject(name: str, folder: Path, shots: tuple[int, ...], endpoint: Endpoint | None = None) -> Subject:
+def _subject(name: str, folder: Path, shots: tuple[int, ...], endpoint: EndpointAddress | None = None) -> Subject:
     from apprentice.evaluate.run import Subject
 
     return Subject(name, folder, shots, endpoint)
 
 
-def _endpoint(options: EvaluationOptions) -> Endpoint | None:
-    from apprentice.evaluate.scoring.endpoint import Endpoint, model_at
+def _endpoint(options: EvaluationOptions) -> EndpointAddress | None:
+    from apprentice.evaluate.scoring.endpoint import EndpointAddress, model_at
 
     if options.endpoint is None:
         return None
     refuse_credentials(options.endpoint)
-    return Endpoint(options.endpoint, options.model or model_at(options.endpoint, options.key), options.key)
+    return EndpointAddress(options.endpoint, options.model or model_at(options.endpoint, options.key), options.key)
 
 
 def _other(options: EvaluationOptions, *, trust: bool) -> tuple[str, Path, list[Folder]]:
@@ -340,13 +340,13 @@ def compare_runs(targets: Sequence[str], out: Path | None, storage: str) -> Resu
     The report goes to `out`, by default `reports/compare-<names>`. Raises `EvaluationError` for a run without predictions.
     """
     from apprentice.evaluate.report import predictions
-    from apprentice.evaluate.report.compare import joined
+    from apprentice.evaluate.report.compare import join_tables
     from apprentice.evaluate.report.write import write_report
     from apprentice.evaluate.stats.summary import summarise
 
     folders = [_reported(target, storage) for target in targets]
     names = [_name_of(target, storage) for target in targets]
-    table = joined({name: predictions.read(folder) for name, folder in zip(names, folders, strict=True)})
+    table = join_tables({name: predictions.read(folder) for name, folder in zip(names, folders, strict=True)})
     place = Folder.at(out or Path("reports") / f"compare-{'-'.join(names)}"[:100])
     predictions.save(table, place)
     found = summarise(table)

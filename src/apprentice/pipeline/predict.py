@@ -38,7 +38,7 @@ def predict_file(
     `recipe` gives a bare model its prompt format. `max_tokens` limits each reply. Raises `RunError` for a run without a
     trained model.
     """
-    from apprentice.model_pool.limits import Limits
+    from apprentice.model_pool.answer_settings import TokenLimits
     from apprentice.predict import launch
     from apprentice.pretrained.trust import check_model_folder
 
@@ -56,7 +56,7 @@ def predict_file(
     check_model_folder(folder, trust=model.trust)
     config = model_config(folder)
     context = config.get("max_position_embeddings") or config.get("n_positions") or PROMPT_TOKENS + max_tokens
-    limits = Limits(context - max_tokens, max_tokens)
+    limits = TokenLimits(context - max_tokens, max_tokens)
     place = Folder.at(out or f"{str(file).removesuffix(Path(file).suffix)}-replies")
     with ray_session():
         return launch.predict(

@@ -19,13 +19,13 @@ def train_run(recipe: Recipe, *, restart: bool = False, progress: Progress) -> d
 
     `already` is true in the result if the run was trained before this call.
     """
-    from apprentice.evaluate.online import glance_of
+    from apprentice.evaluate.online import prepare_online_evaluation
     from apprentice.train.distributed import driver as launch
 
     with ray_session(), open_for_writing(recipe, "train", restart=restart, progress=progress) as (run, corpus):
         if run.is_trained:
             return {"run": str(run.folder), "already": True, **_status(run)}
-        score = glance_of(corpus) if recipe.evaluation.while_training else None
+        score = prepare_online_evaluation(corpus) if recipe.evaluation.while_training else None
         result = launch.train(recipe, run, corpus, progress=lambda values: progress("train", _step_line(values)), score=score)
         run.update_status(state="trained")
         return {"run": str(run.folder), "already": False, **asdict(result), "warnings": run.ledger_file.read_json()["warnings"]}

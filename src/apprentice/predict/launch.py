@@ -18,12 +18,12 @@ import pyarrow.parquet as pq
 
 from apprentice.data.encoding.prompt_format import Layout
 from apprentice.errors import EvaluationError
-from apprentice.model_pool.actors import free_room, in_one_dtype, mapped
-from apprentice.model_pool.limits import Limits
+from apprentice.model_pool.actors import find_free_resources, map_tables, resolve_model_dtype
+from apprentice.model_pool.answer_settings import TokenLimits
 from apprentice.model_pool.model import weight_bytes
-from apprentice.model_pool.pool import pool_for
-from apprentice.predict.rows import chunks_of, sha256_of
-from apprentice.predict.worker import Predictor, part_of
+from apprentice.model_pool.pool import size_pool
+from apprentice.predict.predictor import Predictor, part_file
+from apprentice.predict.rows import file_sha256, split_into_chunks
 from apprentice.recipe import Model
 from apprentice.run.contract import weights_sha256
 from apprentice.storage import Folder
@@ -34,7 +34,7 @@ Progress = Callable[[dict[str, Any]], None]
 
 
 def predict(
-    file: Folder, out: Folder, folder: Path, model: Model, layout: Layout, limits: Limits, *, restart: bool, progress: Progress
+    file: Folder, out: Folder, folder: Path, model: Model, layout: Layout, limits: TokenLimits, *, restart: bool, progress: Progress
 ) -> dict[str, Any]:
     """Writes replies of the model in `folder` to every row of `file`, as Parquet parts in `out`; returns a summary.
 
@@ -42,12 +42,12 @@ def predict(
     `restart` deletes `out` first. Raises `DataError` for a file that cannot be read, `EvaluationError` where `out` has replies
     to another input, model or setting, or the model cannot answer, `ResourcesError` where no worker fits.
     """
-    chunks = chunks_of(file)
-    room = free_room()
-    model = in_one_dtype(model, room)
+    chunks = split_into_chunks(file)
+    resources = find_free_resources()
+    model = resolve_model_dtype(model, resources)
     state: dict[str, Any] = {
         "input": str(file),
-        "sha256": sha256_of(file),
+        "sha256": file_sha256(file),
         "weights_sha256": weights_sha256(folder),
         "dtype": model.dtype,
         "layout": layout.name,
@@ -59,16 +59,16 @@ def predict(
         out.delete()
     _check_state(out, state)
     (out / STATE_FILE).write_json(state)
-    left = [chunk for chunk in chunks if not part_of(out, chunk.number).exists()]
+    left = [chunk for chunk in chunks if not part_file(out, chunk.number).exists()]
     if len(left) < len(chunks):
         progress({"message": f"{len(chunks) - len(left)} of {len(chunks)} parts were there already"})
     started, done = time.monotonic(), 0
     total = sum(chunk.rows for chunk in left)
     if left:
-        pool = pool_for(room, weight_bytes(folder, model, gpu=room.gpus > 0), len(left))
+        pool = size_pool(resources, weight_bytes(folder, model, gpu=resources.gpus > 0), len(left))
         tables = [pa.Table.from_pylist([asdict(chunk)]) for chunk in left]
         progress({"message": f"loading on {pool.workers} worker{'s' if pool.workers > 1 else ''}"})
-        for block in mapped(tables, Predictor, (folder, model, layout, limits, file, out, pool), pool):
+        for block in map_tables(tables, Predictor, (folder, model, layout, limits, file, out, pool), pool):
             for line in block.to_pylist():
                 if line["failure"]:
                     raise EvaluationError(line["failure"])
@@ -96,7 +96,7 @@ def _collect_bad(out: Folder, parts: int) -> int:
     """Writes the rows without a reply to `BAD_ROWS_FILE`, a JSON line each with the reason; returns their number."""
     lines = []
     for number in range(parts):
-        table = pq.read_table(io.BytesIO(part_of(out, number).read_bytes()), columns=["row", "problem"])
+        table = pq.read_table(io.BytesIO(part_file(out, number).read_bytes()), columns=["row", "problem"])
         lines += [json.dumps(record, ensure_ascii=False) for record in table.to_pylist() if record["problem"]]
     (out / BAD_ROWS_FILE).write_text("".join(f"{line}\n" for line in lines))
     return len(lines)

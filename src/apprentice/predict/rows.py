@@ -23,7 +23,7 @@ _BLOCK = 1 << 22
 
 
 @dataclass(frozen=True)
-class Chunk:
+class RowChunk:
     """Rows [first, first + rows) of the file; `start` is the byte offset of the first one in JSONL, its row group in Parquet."""
 
     number: int
@@ -34,7 +34,7 @@ class Chunk:
 
 
 @dataclass(frozen=True)
-class Row:
+class InputRow:
     """Row of the input file; `problem` is the reason why the model cannot be asked, or empty."""
 
     number: int
@@ -43,7 +43,7 @@ class Row:
     problem: str = ""
 
 
-def chunks_of(file: Folder, size: int = ROWS_PER_CHUNK) -> list[Chunk]:
+def split_into_chunks(file: Folder, size: int = ROWS_PER_CHUNK) -> list[RowChunk]:
     """Splits the file into chunks of up to `size` rows; reads a JSONL file once, of a Parquet file the metadata only.
 
     Raises `DataError` for a file that is neither JSONL nor Parquet, lacks a column `instruction`, or cannot be read.
@@ -58,7 +58,7 @@ def chunks_of(file: Folder, size: int = ROWS_PER_CHUNK) -> list[Chunk]:
     raise DataError(f"{file} is neither .jsonl nor .parquet; write one row with `instruction` (and `input`) a line.")
 
 
-def _of_lines(file: Folder, size: int) -> list[Chunk]:
+def _of_lines(file: Folder, size: int) -> list[RowChunk]:
     fs, path = file.filesystem()
     starts, lines, place, last = [0], 0, 0, b"\n"
     with fs.open_input_stream(path) as stream:
@@ -72,15 +72,15 @@ def _of_lines(file: Folder, size: int) -> list[Chunk]:
             place, last = place + len(block), block[-1:]
     lines += last != b"\n"
     return [
-        Chunk(number, number * size, min(size, lines - number * size), start)
+        RowChunk(number, number * size, min(size, lines - number * size), start)
         for number, start in enumerate(starts)
         if number * size < lines
     ]
 
 
-def _of_groups(file: Folder, size: int) -> list[Chunk]:
+def _of_groups(file: Folder, size: int) -> list[RowChunk]:
     fs, path = file.filesystem()
-    chunks: list[Chunk] = []
+    chunks: list[RowChunk] = []
     first = 0
     with fs.open_input_file(path) as source:
         metadata = pq.ParquetFile(source).metadata
@@ -90,12 +90,12 @@ def _of_groups(file: Folder, size: int) -> list[Chunk]:
             total = metadata.row_group(group).num_rows
             for skipped in range(0, total, size):
                 rows = min(size, total - skipped)
-                chunks.append(Chunk(len(chunks), first + skipped, rows, group, skipped))
+                chunks.append(RowChunk(len(chunks), first + skipped, rows, group, skipped))
             first += total
     return chunks
 
 
-def read(file: Folder, chunk: Chunk) -> list[Row]:
+def read(file: Folder, chunk: RowChunk) -> list[InputRow]:
     """Reads the rows of one chunk, in order; bad rows have a `problem`."""
     fs, path = file.filesystem()
     with fs.open_input_file(path) as source:
@@ -109,27 +109,27 @@ def read(file: Folder, chunk: Chunk) -> list[Row]:
         return [_parsed(chunk.first + place, lines.readline()) for place in range(chunk.rows)]
 
 
-def _parsed(number: int, line: bytes) -> Row:
+def _parsed(number: int, line: bytes) -> InputRow:
     try:
         return _row(number, json.loads(line))
     except ValueError as error:  # not JSON, or not UTF-8
-        return Row(number, problem=f"not JSON: {' '.join(str(error).split())[:100]}")
+        return InputRow(number, problem=f"not JSON: {' '.join(str(error).split())[:100]}")
 
 
-def _row(number: int, value: Any) -> Row:
+def _row(number: int, value: Any) -> InputRow:
     if not isinstance(value, Mapping):
-        return Row(number, problem=f"not an object but {type(value).__name__}")
+        return InputRow(number, problem=f"not an object but {type(value).__name__}")
     instruction, given = value.get("instruction"), value.get("input")
     if not isinstance(instruction, str) or not instruction.strip():
-        return Row(
+        return InputRow(
             number, problem="no `instruction`" if instruction is None else "`instruction` is not a text with something in it"
         )
     if given is not None and not isinstance(given, str):
-        return Row(number, instruction, problem=f"`input` is not a text but {type(given).__name__}")
-    return Row(number, instruction, given or "")
+        return InputRow(number, instruction, problem=f"`input` is not a text but {type(given).__name__}")
+    return InputRow(number, instruction, given or "")
 
 
-def sha256_of(file: Folder) -> str:
+def file_sha256(file: Folder) -> str:
     """SHA-256 of the file's bytes, as hex."""
     fs, path = file.filesystem()
     digest = hashlib.sha256()

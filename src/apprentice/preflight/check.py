@@ -344,7 +344,7 @@ def _evaluation(corpus: Corpus, reading: float | None) -> str:
     `reading` is the speed of a CPU worker's forward pass in tokens/s; without it no time is given. Raises `DataError` if no
     task has test rows.
     """
-    from apprentice.evaluate.questions.row_selection import requests_of
+    from apprentice.evaluate.questions.row_selection import select_requests
     from apprentice.preflight.dry_run import format_duration
 
     settings, length = corpus.recipe.evaluation, corpus.recipe.data.max_length
@@ -354,7 +354,7 @@ def _evaluation(corpus: Corpus, reading: float | None) -> str:
     for task in corpus.tasks:
         index = corpus.indices[task.name]
         for shots in columns:
-            found = requests_of(
+            found = select_requests(
                 task,
                 index.test,
                 [shots],

@@ -6,11 +6,11 @@ import pytest
 
 from apprentice.data.corpus import Corpus
 from apprentice.data.encoding.render import Renderer
-from apprentice.evaluate.questions.perturbation import PERTURBATIONS, perturbed
+from apprentice.evaluate.questions.perturbation import PERTURBATIONS, perturb
 from apprentice.recipe.evaluation import Perturbation
 from apprentice.tasks.schema import Example
 
-ASKED = Example(
+EXAMPLE = Example(
     "moods", "w", "Is the review positive or negative?", "A warm film.", "positive", ("negative", "positive"), ("positive",)
 )
 
@@ -23,14 +23,18 @@ def test_the_recipe_may_name_each() -> None:
 
 @pytest.mark.parametrize("kind", PERTURBATIONS)
 def test_a_change_is_seeded_and_keeps_the_answer(kind: str) -> None:
-    first, again = (perturbed(ASKED, kind, 1, 7) for _ in range(2))
+    first, again = (perturb(EXAMPLE, kind, 1, 7) for _ in range(2))
     assert first is not None
-    assert first == again != ASKED
-    assert (first.target, first.choices, first.references) == (ASKED.target, ASKED.choices, ASKED.references)
+    assert first == again != EXAMPLE
+    assert (first.target, first.choices, first.references) == (
+        EXAMPLE.target,
+        EXAMPLE.choices,
+        EXAMPLE.references,
+    )
 
 
 def test_what_each_does() -> None:
-    found = {kind: perturbed(ASKED, kind, 1, 7) for kind in PERTURBATIONS}
+    found = {kind: perturb(EXAMPLE, kind, 1, 7) for kind in PERTURBATIONS}
     texts = {kind: example.instruction for kind, example in found.items() if example}
     assert texts["choice_order"] == "Is the review negative or positive?"
     assert texts["input_first"] == "A warm film.\n\nIs the review positive or negative?"
@@ -38,28 +42,28 @@ def test_what_each_does() -> None:
     assert texts["punctuation"].startswith("Is the review positive or negative")
     assert "positive or negative" in texts["synonyms"]
     assert "review" not in texts["synonyms"]
-    assert ASKED.instruction in texts["politeness"]
+    assert EXAMPLE.instruction in texts["politeness"]
 
 
 def test_what_cannot_be_changed_is_not_asked() -> None:
     bare = Example("t", "w", "Zzz", "", "yes", ("no", "yes"), ("yes",))
-    assert perturbed(bare, "input_first", 1, 1) is None  # no input
-    assert perturbed(bare, "choice_order", 1, 1) is None  # the choices are not in the text
-    assert perturbed(bare, "synonyms", 1, 1) is None  # no word with another
+    assert perturb(bare, "input_first", 1, 1) is None  # no input
+    assert perturb(bare, "choice_order", 1, 1) is None  # the choices are not in the text
+    assert perturb(bare, "synonyms", 1, 1) is None  # no word with another
     twice = Example("t", "w", "yes or no, yes?", "", "yes", ("no", "yes"), ("yes",))
-    assert perturbed(twice, "choice_order", 1, 1) is None
+    assert perturb(twice, "choice_order", 1, 1) is None
 
 
 def test_answers_are_not_exchanged_for_synonyms() -> None:
     asked = Example("t", "w", "Which topic is this text about?", "", "text", ("text", "other"), ("text",))
-    changed = perturbed(asked, "synonyms", 1, 1)
+    changed = perturb(asked, "synonyms", 1, 1)
     assert changed is not None
     assert "this text about" in changed.instruction
 
 
 def test_three_choices_all_move(corpus: Corpus) -> None:
     asked = Example("t", "w", "Say yes, no or maybe.", "", "no", ("yes", "no", "maybe"), ("no",))
-    found = {example.instruction for row in range(20) if (example := perturbed(asked, "choice_order", 1, row))}
+    found = {example.instruction for row in range(20) if (example := perturb(asked, "choice_order", 1, row))}
     assert found == {"Say no, maybe or yes.", "Say maybe, yes or no."}
 
 
@@ -71,7 +75,7 @@ def test_on_real_wordings(corpus: Corpus) -> None:
         for template in task.scored_templates:
             example = renderer.example(task.name, "test", row, template.name)
             for kind in PERTURBATIONS:
-                other = perturbed(example, kind, 3, row)
+                other = perturb(example, kind, 3, row)
                 if other is not None:
                     assert other.target == example.target
                     changed += 1

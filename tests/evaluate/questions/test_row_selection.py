@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from apprentice.evaluate.questions.row_selection import Request, requests_of
+from apprentice.evaluate.questions.row_selection import QuestionRequest, select_requests
 from apprentice.tasks.schema import Task
 
 
@@ -29,8 +29,8 @@ def task(name: str = "moods", wordings: int = 5) -> Task:
 TEST = np.arange(100, 300, 2)
 
 
-def asked(of: Task, *, most: int = 40, per_row: int = 2, seed: int = 1, shots: tuple[int, ...] = (0,)) -> list[Request]:
-    return requests_of(of, TEST, shots, max_examples=most, templates_per_row=per_row, seed=seed)
+def asked(of: Task, *, most: int = 40, per_row: int = 2, seed: int = 1, shots: tuple[int, ...] = (0,)) -> list[QuestionRequest]:
+    return select_requests(of, TEST, shots, max_examples=most, templates_per_row=per_row, seed=seed)
 
 
 @pytest.mark.parametrize(("wordings", "per_row", "most"), [(5, 2, 40), (5, 2, 7), (3, 2, 3), (8, 3, 100), (1, 1, 10), (2, 5, 9)])

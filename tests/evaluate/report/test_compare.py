@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from apprentice.errors import EvaluationError
-from apprentice.evaluate.report.compare import joined
-from apprentice.evaluate.report.predictions import facts_of, scored, with_facts
-from apprentice.evaluate.report.schema import Report
+from apprentice.evaluate.report.compare import join_tables
+from apprentice.evaluate.report.predictions import metadata_of, scored, with_metadata
+from apprentice.evaluate.report.report_schema import Report
 from apprentice.evaluate.report.write import html, markdown, task_table
 from apprentice.evaluate.stats.summary import summarise
 from apprentice.recipe import Recipe
@@ -19,7 +19,7 @@ from tests.evaluate import tables
 def test_every_run_meets_the_first(recipe: Recipe) -> None:
     one = tables.table(recipe)
     other = tables.table(recipe, tables.predictions(tuned=(7, 4, 8)))
-    report = summarise(joined({"one": one, "other": other}), resamples=50)
+    report = summarise(join_tables({"one": one, "other": other}), resamples=50)
     assert [(column["key"], column["against"]) for column in report["columns"]] == [
         ("majority@0", None),
         ("one@0", None),
@@ -46,7 +46,7 @@ def test_columns_and_differences_are_over_the_same_rows(recipe: Recipe) -> None:
         0.5,
         0.5,
     ]
-    report = summarise(joined({"one": tables.table(recipe, one), "other": tables.table(recipe, other)}), resamples=50)
+    report = summarise(join_tables({"one": tables.table(recipe, one), "other": tables.table(recipe, other)}), resamples=50)
     Report.model_validate(report)
     [alpha] = report["tasks"]
     cells = {key: (cell["score"], cell["rows"]) for key, cell in alpha["columns"].items()}
@@ -67,7 +67,7 @@ def test_columns_and_differences_are_over_the_same_rows(recipe: Recipe) -> None:
 
 def test_too_few_rows_in_common_are_no_headline(recipe: Recipe) -> None:
     runs = {"one": tables.table(recipe, of_rows(range(40), 20)), "other": tables.table(recipe, of_rows(range(37, 77), 20))}
-    report = summarise(joined(runs), resamples=50)
+    report = summarise(join_tables(runs), resamples=50)
     assert report["tasks"][0]["differences"]["other@0"]["rows"] == 3
     assert report["headline"] == []
     assert report["summary"]["sentence"] == "other against one, points with 95% interval: too few rows to say"
@@ -75,18 +75,18 @@ def test_too_few_rows_in_common_are_no_headline(recipe: Recipe) -> None:
 
 def test_three_runs_share_what_all_of_them_answered(recipe: Recipe) -> None:
     runs = {f"run{first}": tables.table(recipe, of_rows(range(first, first + 30), 9)) for first in (0, 5, 10)}
-    report = summarise(joined(runs), resamples=50)
+    report = summarise(join_tables(runs), resamples=50)
     assert {cell["rows"] for cell in report["tasks"][0]["columns"].values()} == {20}
     unanswered = of_rows(range(30), 9)
     for record in unanswered[:6]:
         record |= {"prediction": None, "unscored": "the endpoint was down"}
     runs["run0"] = tables.table(recipe, unanswered)
-    assert summarise(joined(runs), resamples=50)["shared"]["alpha_rank"]["rows"] == 20
+    assert summarise(join_tables(runs), resamples=50)["shared"]["alpha_rank"]["rows"] == 20
 
 
 def test_no_question_in_common(recipe: Recipe) -> None:
     with pytest.raises(EvaluationError, match="answered no question in common"):
-        joined({name: tables.table(recipe, of_rows(rows, 3)) for name, rows in (("a", range(5)), ("b", range(5, 9)))})
+        join_tables({name: tables.table(recipe, of_rows(rows, 3)) for name, rows in (("a", range(5)), ("b", range(5, 9)))})
 
 
 @pytest.mark.parametrize(
@@ -105,15 +105,15 @@ def test_a_task_is_what_the_run_that_saw_most_of_it_makes_it(recipe: Recipe, one
         facts["tasks"]["alpha_rank"] |= {"held_out": exposure in (None, "held_out"), "exposure": exposure}
         if exposure is None:
             del facts["tasks"]["alpha_rank"]["exposure"]
-        runs[name] = with_facts(scored(of_rows(range(8), 4), tables.TASKS), facts)
-    assert facts_of(joined(runs))["tasks"]["alpha_rank"]["exposure"] == both
+        runs[name] = with_metadata(scored(of_rows(range(8), 4), tables.TASKS), facts)
+    assert metadata_of(join_tables(runs))["tasks"]["alpha_rank"]["exposure"] == both
 
 
 def test_runs_without_a_common_task_and_a_single_run(recipe: Recipe) -> None:
     one = tables.table(recipe)
     with pytest.raises(EvaluationError, match="at least two runs"):
-        joined({"one": one})
+        join_tables({"one": one})
     facts = tables.facts(recipe)
     facts["tasks"] = {"else": facts["tasks"]["alpha_rank"]}
     with pytest.raises(EvaluationError, match="no task in common"):
-        joined({"one": one, "other": with_facts(one, facts)})
+        join_tables({"one": one, "other": with_metadata(one, facts)})

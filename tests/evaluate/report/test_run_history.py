@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from apprentice.evaluate.report.run_history import MOST_POINTS, contamination_of, export_sentence, story_of
-from apprentice.evaluate.report.schema import Report
+from apprentice.evaluate.report.report_schema import Report
+from apprentice.evaluate.report.run_history import MOST_POINTS, export_sentence, read_history, summarise_contamination
 from apprentice.evaluate.report.write import html, markdown, remarks, task_table
 from apprentice.evaluate.stats.summary import summarise
 from apprentice.recipe import Recipe
@@ -21,13 +21,13 @@ def test_a_long_curve_is_thinned_and_validation_is_kept(tmp_path: Path) -> None:
     torn = '{"step": 2001, "lo'
     (tmp_path / "steps.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + torn)
     (tmp_path / "ledger.json").write_text('{"tasks": {}}')
-    story = story_of(Run(Folder.at(tmp_path)))
+    story = read_history(Run(Folder.at(tmp_path)))
     assert len(story["history"]) == MOST_POINTS + 1
     assert story["history"][0] == {"step": 1, "loss": 1.0}
     assert story["history"][-1] == {"step": 2000, "validation_loss": 0.5}
     assert story["ledger"] == {"tasks": {}}
     assert story["export"] is None  # a run of an earlier version
-    assert story_of(None) == {"history": [], "ledger": None, "export": None}
+    assert read_history(None) == {"history": [], "ledger": None, "export": None}
 
 
 EXPORT = {
@@ -48,7 +48,7 @@ def test_the_report_says_how_true_the_exported_model_is(tmp_path: Path, recipe: 
     run.export_file.write_json(EXPORT)
     report = summarise(tables.table(recipe), resamples=20)
     assert not any("exported model" in line for line in remarks(report))
-    report["story"] = story_of(run)
+    report["story"] = read_history(run)
     said = (
         "The exported model (bfloat16) was held against the trained weights in float32 on 8 validation rows: the log-probabilities"
         " of 123 tokens differ by 3.1e-03 nats in the mean and by 2.1e-02 nats at most."
@@ -67,10 +67,10 @@ def test_an_export_without_facts_says_nothing_and_rewards_have_no_unit() -> None
 
 
 def test_contamination_stands_beside_the_score(recipe: Recipe) -> None:
-    assert contamination_of({}) == {}
+    assert summarise_contamination({}) == {}
     dropped = {"test_rows": 40, "shared": 3, "share": 0.075, "training_rows_dropped": {"x": 2, "y": 2}}
     kept = {"test_rows": 20, "shared": 2, "share": 0.1, "training_rows_kept": {"x": 5}}
-    found = contamination_of({"alpha_rank": dropped, "beta_rank": kept})
+    found = summarise_contamination({"alpha_rank": dropped, "beta_rank": kept})
     assert found["alpha_rank"] == {"rows": 3, "of": 40, "dropped": 4, "kept": 0}
     report = summarise(tables.table(recipe), resamples=20)
     for task in report["tasks"]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from apprentice.evaluate.report.write import Cell, html, markdown, remarks, task_table, wording_table, write_report
+from apprentice.evaluate.report.write import TableCell, html, markdown, remarks, task_table, wording_table, write_report
 from apprentice.evaluate.stats.summary import summarise
 from apprentice.recipe import Recipe
 from apprentice.storage import Folder
@@ -39,13 +39,13 @@ def report(recipe: Recipe) -> dict[str, Any]:
 def test_the_table_has_held_out_tasks_first(report: dict[str, Any]) -> None:
     header, rows = task_table(report)
     assert header == ["task", "metric", "majority", "base", "base 5-shot", "tuned", "tuned − base"]
-    assert rows[0][0] == Cell("beta_rank", "held_out")
+    assert rows[0][0] == TableCell("beta_rank", "held_out")
     assert [[cell.text for cell in row[:6]] for row in rows] == [
         ["beta_rank", "accuracy", "0.0", "50.0", "–", "50.0"],
         ["alpha_rank", "accuracy", "0.0", "25.0", "25.0", "75.0"],
         ["gamma_text", "token F1", "–", "75.0", "–", "100.0"],
     ]
-    assert rows[0][6] == Cell("+0.0 (-20.1 to +20.1), p 1.000")
+    assert rows[0][6] == TableCell("+0.0 (-20.1 to +20.1), p 1.000")
     assert rows[1][6].mark == ""  # eight rows say too little
     assert re.fullmatch(r"\+50\.0 \(\+[\d.]+ to \+[\d.]+\), p 0\.\d+", rows[1][6].text)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from apprentice.evaluate.report import predictions
-from apprentice.evaluate.scoring.answer_cache import Answers, key_of
+from apprentice.evaluate.scoring.answer_cache import AnswerCache, cache_key
 from apprentice.storage import Folder
 from tests.evaluate import tables
 
@@ -14,14 +14,14 @@ QUESTION = {"prompt_ids": [1, 2], "choice_ids": [[3], [4, 5]]}
 
 def test_keys_differ_where_model_or_question_does() -> None:
     keys = {
-        key_of("m", QUESTION),
-        key_of("n", QUESTION),
-        key_of("m", QUESTION | {"prompt_ids": [1, 2, 3]}),
-        key_of("m", QUESTION | {"choice_ids": [[3], [4]]}),
-        key_of("m", QUESTION | {"choice_ids": None}),
+        cache_key("m", QUESTION),
+        cache_key("n", QUESTION),
+        cache_key("m", QUESTION | {"prompt_ids": [1, 2, 3]}),
+        cache_key("m", QUESTION | {"choice_ids": [[3], [4]]}),
+        cache_key("m", QUESTION | {"choice_ids": None}),
     }
     assert len(keys) == 5
-    assert key_of("m", QUESTION) == key_of("m", dict(QUESTION))
+    assert cache_key("m", QUESTION) == cache_key("m", dict(QUESTION))
 
 
 def answered(row: int, prediction: str | None = "yes", **more: object) -> dict:
@@ -29,11 +29,11 @@ def answered(row: int, prediction: str | None = "yes", **more: object) -> dict:
 
 
 def test_parts_are_found_by_the_next_process(tmp_path: Path) -> None:
-    first = Answers(Folder.at(tmp_path), tables.TASKS)
+    first = AnswerCache(Folder.at(tmp_path), tables.TASKS)
     first.add([answered(0), answered(1)])
     first.add([answered(2, None, unscored="no answer")])
     assert len(list((tmp_path / "parts").iterdir())) == 2
-    again = Answers(Folder.at(tmp_path), tables.TASKS)
+    again = AnswerCache(Folder.at(tmp_path), tables.TASKS)
     assert len(again) == 2  # what has no answer is asked again
     assert again.find("k1") == {
         "prediction": "yes",
@@ -47,10 +47,10 @@ def test_parts_are_found_by_the_next_process(tmp_path: Path) -> None:
 
 
 def test_a_finished_table_serves_too_and_parts_go(tmp_path: Path) -> None:
-    answers = Answers(Folder.at(tmp_path / "a"), tables.TASKS)
+    answers = AnswerCache(Folder.at(tmp_path / "a"), tables.TASKS)
     answers.add([answered(0)])
     predictions.save(predictions.scored([answered(0)], tables.TASKS), Folder.at(tmp_path / "a"))
     answers.close()
     assert [path.name for path in (tmp_path / "a").iterdir()] == [predictions.FILE]
-    assert Answers(Folder.at(tmp_path / "a"), tables.TASKS).find("k0") is not None
-    assert Answers(Folder.at(tmp_path / "b"), tables.TASKS, [Folder.at(tmp_path / "a")]).find("k0") is not None
+    assert AnswerCache(Folder.at(tmp_path / "a"), tables.TASKS).find("k0") is not None
+    assert AnswerCache(Folder.at(tmp_path / "b"), tables.TASKS, [Folder.at(tmp_path / "a")]).find("k0") is not None

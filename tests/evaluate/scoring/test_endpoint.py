@@ -15,13 +15,13 @@ import pytest
 
 from apprentice.data.corpus import Corpus
 from apprentice.errors import EvaluationError
-from apprentice.evaluate.questions import subjects
-from apprentice.evaluate.questions.subjects import Subject, described, spoken_to
-from apprentice.evaluate.report.predictions import table_of
+from apprentice.evaluate.questions import evaluation_subjects
+from apprentice.evaluate.questions.evaluation_subjects import Subject, make_subject_settings, subject_entry
+from apprentice.evaluate.report.predictions import make_table
 from apprentice.evaluate.scoring import endpoint as asking
-from apprentice.evaluate.scoring.endpoint import Endpoint, EndpointScorer, model_at, weights_at
-from apprentice.evaluate.scoring.worker import ASKED
-from apprentice.model_pool.limits import Manner
+from apprentice.evaluate.scoring.endpoint import EndpointAddress, EndpointScorer, model_at, weights_at
+from apprentice.evaluate.scoring.scorer import QUESTION_BLOCK
+from apprentice.model_pool.answer_settings import AnswerSettings
 from apprentice.recipe import Recipe
 
 Answer = Callable[[dict[str, Any]], tuple[Any, ...]]  # status, body, and perhaps headers
@@ -80,7 +80,7 @@ def asked(scorer: EndpointScorer, count: int = 1, *, ranked: bool = True) -> lis
     question: dict[str, Any] = {"prompt_ids": [5, 6, 7], "choices": ["no", "yes"], "choice_ids": [[8, 2], [9, 9, 2]]}
     if not ranked:
         question |= {"choices": [], "choice_ids": []}
-    found: list[dict[str, Any]] = scorer(table_of([{"place": n, **question} for n in range(count)], ASKED)).to_pylist()
+    found: list[dict[str, Any]] = scorer(make_table([{"place": n, **question} for n in range(count)], QUESTION_BLOCK)).to_pylist()
     return found
 
 
@@ -92,7 +92,7 @@ def echo(body: dict[str, Any]) -> tuple[int, bytes]:
 
 def test_choices_are_summed_over_their_own_tokens(corpus: Corpus) -> None:
     with server(echo) as (url, seen):
-        [found] = asked(EndpointScorer(Endpoint(url, "m"), Manner(corpus.layout, 6)))
+        [found] = asked(EndpointScorer(EndpointAddress(url, "m"), AnswerSettings(corpus.layout, 6)))
     assert found["choice_logprobs"] == pytest.approx([-1.0, -2.0])
     assert (found["unscored"], found["choice_priors"]) == (None, None)
     assert [body["prompt"] for body in seen] == [[5, 6, 7, 8, 2], [5, 6, 7, 9, 9, 2]]
@@ -100,10 +100,10 @@ def test_choices_are_summed_over_their_own_tokens(corpus: Corpus) -> None:
 
 
 def test_priors_are_asked_once_for_equal_choices(corpus: Corpus) -> None:
-    manner = Manner(corpus.layout, 6, priors=True)
-    scorer = EndpointScorer(Endpoint("http://127.0.0.1:9", "m"), manner)
+    answer_settings = AnswerSettings(corpus.layout, 6, priors=True)
+    scorer = EndpointScorer(EndpointAddress("http://127.0.0.1:9", "m"), answer_settings)
     with server(echo) as (url, seen):
-        scorer = EndpointScorer(Endpoint(url, "m"), manner)
+        scorer = EndpointScorer(EndpointAddress(url, "m"), answer_settings)
         [first] = asked(scorer)
         asked(scorer)
     assert first["choice_priors"] == pytest.approx([-1.0, -2.0])
@@ -112,7 +112,7 @@ def test_priors_are_asked_once_for_equal_choices(corpus: Corpus) -> None:
 
 def test_replies_are_text(corpus: Corpus) -> None:
     with server(echo) as (url, seen):
-        [found] = asked(EndpointScorer(Endpoint(f"{url}/v1", "m"), Manner(corpus.layout, 6)), ranked=False)
+        [found] = asked(EndpointScorer(EndpointAddress(f"{url}/v1", "m"), AnswerSettings(corpus.layout, 6)), ranked=False)
     assert found["prediction"] == "a reply"
     assert (seen[0]["max_tokens"], seen[0]["temperature"]) == (6, 0)
 
@@ -135,7 +135,7 @@ NONSENSE = {
 def test_nonsense_is_unscored_at_once(corpus: Corpus, name: str) -> None:
     answer, words = NONSENSE[name]
     with server(answer) as (url, seen):
-        [found] = asked(EndpointScorer(Endpoint(url, "m"), Manner(corpus.layout, 6)))
+        [found] = asked(EndpointScorer(EndpointAddress(url, "m"), AnswerSettings(corpus.layout, 6)))
     assert found["choice_logprobs"] is None
     assert re.search(words, found["unscored"]), found
     assert len(seen) == 1
@@ -155,7 +155,7 @@ def test_what_may_pass_is_asked_again_until_patience_ends(
     monkeypatch.setattr(asking, "PATIENCE_S", 1.0)
     monkeypatch.setattr(asking, "FAULT_PATIENCE_S", 1.0)
     with server(answer) as (url, seen):
-        [found] = asked(EndpointScorer(Endpoint(url, "m"), Manner(corpus.layout, 6)))
+        [found] = asked(EndpointScorer(EndpointAddress(url, "m"), AnswerSettings(corpus.layout, 6)))
     assert re.fullmatch(rf"{words}, for \d s", found["unscored"])
     assert len(seen) > 2
 
@@ -170,7 +170,7 @@ def test_an_outage_that_is_shorter_than_patience_loses_nothing(corpus: Corpus, m
         return (503, b"") if len(calls) <= 4 * asking.AT_ONCE else echo(asked_body)
 
     with server(down_at_first) as (url, _):
-        found = asked(EndpointScorer(Endpoint(url, "m"), Manner(corpus.layout, 6)), 40)
+        found = asked(EndpointScorer(EndpointAddress(url, "m"), AnswerSettings(corpus.layout, 6)), 40)
     assert [answer["choice_logprobs"] for answer in found] == [pytest.approx([-1.0, -2.0])] * 40
     assert not any(answer["unscored"] for answer in found)
 
@@ -186,7 +186,7 @@ def test_the_endpoint_says_when_to_come_back(corpus: Corpus, after: str, monkeyp
         return (429, b"", {"Retry-After": after}) if len(calls) == 1 else echo(asked_body)
 
     with server(busy_once) as (url, _):
-        scorer = EndpointScorer(Endpoint(url, "m"), Manner(corpus.layout, 6), sleep=slept.append)
+        scorer = EndpointScorer(EndpointAddress(url, "m"), AnswerSettings(corpus.layout, 6), sleep=slept.append)
         [found] = asked(scorer, ranked=False)
     assert found["prediction"] == "a reply"
     assert slept == [7.0 if after == "7" else 0.0]
@@ -195,7 +195,7 @@ def test_the_endpoint_says_when_to_come_back(corpus: Corpus, after: str, monkeyp
 def test_one_that_asks_for_more_than_patience_is_not_waited_for(corpus: Corpus) -> None:
     slept: list[float] = []
     with server(lambda _: (429, b"", {"Retry-After": "3600"})) as (url, seen):
-        scorer = EndpointScorer(Endpoint(url, "m"), Manner(corpus.layout, 6), sleep=slept.append)
+        scorer = EndpointScorer(EndpointAddress(url, "m"), AnswerSettings(corpus.layout, 6), sleep=slept.append)
         [found] = asked(scorer)
     assert found["unscored"] == "the endpoint answered 429, for 0 s, and asks to come back in 3600 s"
     assert (slept, len(seen)) == ([], 1)
@@ -208,7 +208,7 @@ def test_one_that_stays_down_is_given_up_and_found_again_when_it_is_back(corpus:
         return echo(asked_body) if up.is_set() else (503, b"")
 
     with server(answer) as (url, seen):
-        scorer = EndpointScorer(Endpoint(url, "m"), Manner(corpus.layout, 6))
+        scorer = EndpointScorer(EndpointAddress(url, "m"), AnswerSettings(corpus.layout, 6))
         found = asked(scorer, 200)
         assert len(found) == 200
         reasons = r"the endpoint (answered 503|did not answer \(\w+\)).*|not asked: the endpoint had not answered for 0 s"
@@ -231,7 +231,7 @@ def test_one_that_is_slow_is_not_waited_for(corpus: Corpus) -> None:
         return echo(asked_body)
 
     with server(slow) as (url, seen):
-        [found] = asked(EndpointScorer(Endpoint(url, "m", timeout_s=0.2), Manner(corpus.layout, 6)))
+        [found] = asked(EndpointScorer(EndpointAddress(url, "m", timeout_s=0.2), AnswerSettings(corpus.layout, 6)))
         released.set()
     assert re.fullmatch(r"the endpoint did not answer \(ReadTimeout\), for \d s", found["unscored"])
     assert seen
@@ -239,25 +239,25 @@ def test_one_that_is_slow_is_not_waited_for(corpus: Corpus) -> None:
 
 def test_the_weights_are_those_that_the_endpoint_names() -> None:
     with server(echo, b'{"weights_sha256": "abc", "base_sha256": "def"}') as (url, seen):
-        assert weights_at(Endpoint(f"{url}/v1", "a model")) == ("abc", "def")
+        assert weights_at(EndpointAddress(f"{url}/v1", "a model")) == ("abc", "def")
     assert seen == [{"path": "/v1/contract?model=a+model"}]
-    assert weights_at(Endpoint(url, "m"), timeout_s=1.0) is None  # down by now
+    assert weights_at(EndpointAddress(url, "m"), timeout_s=1.0) is None  # down by now
     for contract in (None, b"<html>", b"[]", b"{}", b'{"weights_sha256": ""}', b'{"weights_sha256": null}'):
         with server(echo, contract) as (url, _):
-            assert weights_at(Endpoint(url, "m")) is None
+            assert weights_at(EndpointAddress(url, "m")) is None
 
 
 def test_answers_are_remembered_by_the_weights_and_not_by_the_name_alone(
     corpus: Corpus, recipe: Recipe, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same address and name, while what answers there changes."""
-    subject = Subject("endpoint", tiny_model, (0,), Endpoint("http://there", "m"))
+    subject = Subject("endpoint", tiny_model, (0,), EndpointAddress("http://there", "m"))
     seen = []
     for weights in (("old", None), ("new", None), ("old", None), ("old", "base"), None):
-        monkeypatch.setattr(subjects, "weights_at", lambda _, weights=weights: weights)
-        spoken = spoken_to(subject, recipe, corpus)
-        assert described(subject, spoken)["weights_sha256"] == (weights and weights[0])
-        seen.append(spoken.fingerprint)
+        monkeypatch.setattr(evaluation_subjects, "weights_at", lambda _, weights=weights: weights)
+        subject_settings = make_subject_settings(subject, recipe, corpus)
+        assert subject_entry(subject, subject_settings)["weights_sha256"] == (weights and weights[0])
+        seen.append(subject_settings.fingerprint)
     assert seen[0] == seen[2]
     assert len({*seen}) == 4
     assert seen[-1] is None  # nobody knows what answers, so nothing is remembered

@@ -9,7 +9,7 @@ import numpy as np
 
 from apprentice.data.corpus import Corpus
 from apprentice.data.encoding.render import Renderer
-from apprentice.evaluate.scoring.majority_baseline import majority_of, predicted
+from apprentice.evaluate.scoring.majority_baseline import majority_answer, predicted
 
 
 def test_of_a_ranked_task_it_is_the_most_frequent_place(corpus: Corpus) -> None:
@@ -22,7 +22,7 @@ def test_of_a_ranked_task_it_is_the_most_frequent_place(corpus: Corpus) -> None:
     for often, seldom in ((0, 1), (1, 0)):
         rows = np.sort(np.array(places[often][:9] + places[seldom][:3]))
         skewed = replace(corpus, indices={"same_meaning": replace(corpus.indices["same_meaning"], train=rows)})
-        assert majority_of(skewed, "same_meaning") == {"label": often, "text": "", "share": 0.75, "sample": 12}
+        assert majority_answer(skewed, "same_meaning") == {"label": often, "text": "", "share": 0.75, "sample": 12}
 
 
 def test_of_a_generated_task_it_is_a_frequent_answer_or_nothing(corpus: Corpus) -> None:
@@ -30,17 +30,17 @@ def test_of_a_generated_task_it_is_a_frequent_answer_or_nothing(corpus: Corpus) 
     template = next(task for task in corpus.tasks if task.name == "passage_questions").scored_templates[0].name
     rows = corpus.indices["passage_questions"].train
     answers = Counter(renderer.example("passage_questions", "train", int(row), template).target for row in rows)
-    found = majority_of(corpus, "passage_questions")
+    found = majority_answer(corpus, "passage_questions")
     assert found is not None
     assert found["label"] is None
     assert answers[found["text"]] == max(answers.values()) == round(found["share"] * len(rows))
     # Dates are all different: no answer is frequent.
-    assert majority_of(corpus, "written_dates") is None
+    assert majority_answer(corpus, "written_dates") is None
 
 
 def test_without_training_rows_there_is_none(corpus: Corpus) -> None:
     index = replace(corpus.indices["same_meaning"], train_source=None, train=np.array([], dtype=np.int64))
-    assert majority_of(replace(corpus, indices={**corpus.indices, "same_meaning": index}), "same_meaning") is None
+    assert majority_answer(replace(corpus, indices={**corpus.indices, "same_meaning": index}), "same_meaning") is None
 
 
 def test_it_answers_in_the_words_of_the_wording() -> None:

@@ -10,12 +10,12 @@ import torch
 
 from apprentice.data.corpus import Corpus
 from apprentice.errors import EvaluationError
-from apprentice.evaluate.questions.prompts import encoded
-from apprentice.evaluate.questions.row_selection import requests_of
-from apprentice.evaluate.questions.subjects import limits_of, manner_of
-from apprentice.evaluate.scoring.answer_cache import Answers
+from apprentice.evaluate.questions.evaluation_subjects import make_answer_settings, make_token_limits
+from apprentice.evaluate.questions.question_encoding import encode_questions
+from apprentice.evaluate.questions.row_selection import select_requests
+from apprentice.evaluate.scoring.answer_cache import AnswerCache
 from apprentice.evaluate.scoring.rank import ranked
-from apprentice.evaluate.scoring.worker import Scorer, blocks
+from apprentice.evaluate.scoring.scorer import Scorer, make_blocks
 from apprentice.inference import scheduler as scheduling
 from apprentice.models.loading import load_model
 from apprentice.storage import Folder
@@ -59,10 +59,10 @@ def test_a_model_of_nans_gets_no_score(corpus: Corpus, tiny_model: Path, name: s
     with torch.no_grad():
         model.get_output_embeddings().weight.fill_(NAN)
     [task] = [task for task in corpus.tasks if task.name == name]
-    requests = requests_of(task, corpus.indices[name].test, [0], max_examples=3, templates_per_row=1, seed=1)
-    questions = encoded(corpus, requests, corpus.layout, limits_of(corpus.recipe, tiny_model)).to_pylist()
-    scorer = Scorer(lambda: model, "broken", manner_of(corpus.recipe, corpus.layout))
-    for block in blocks(list(enumerate(questions)), 1):
+    requests = select_requests(task, corpus.indices[name].test, [0], max_examples=3, templates_per_row=1, seed=1)
+    questions = encode_questions(corpus, requests, corpus.layout, make_token_limits(corpus.recipe, tiny_model)).to_pylist()
+    scorer = Scorer(lambda: model, "broken", make_answer_settings(corpus.recipe, corpus.layout))
+    for block in make_blocks(list(enumerate(questions)), 1):
         [answer] = scorer(block).to_pylist()
         named = {f"{name} row {question['row']}, wording {question['template']}" for question in questions}
         assert answer["failure"].split(": ")[0] in named
@@ -70,10 +70,10 @@ def test_a_model_of_nans_gets_no_score(corpus: Corpus, tiny_model: Path, name: s
 
 
 def test_such_answers_of_an_earlier_evaluation_are_asked_for_again(tmp_path: Path) -> None:
-    answers = Answers(Folder.at(tmp_path), tables.TASKS)
+    answers = AnswerCache(Folder.at(tmp_path), tables.TASKS)
     record = tables.record("tuned", tables.TASKS[0], 0, "w0", "yes", key="k", choice_tokens=[1, 1])
     answers.add([record | {"choice_logprobs": [NAN, NAN]}])
     assert answers.find("k") is None
-    assert Answers(Folder.at(tmp_path), tables.TASKS).find("k") is None
+    assert AnswerCache(Folder.at(tmp_path), tables.TASKS).find("k") is None
     answers.add([record])
     assert answers.find("k") is not None

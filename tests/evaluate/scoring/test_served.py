@@ -19,7 +19,7 @@ from apprentice.data.corpus import Corpus
 from apprentice.data.encoding.prompt_contract import make_contract
 from apprentice.evaluate.report import predictions
 from apprentice.evaluate.run import Subject, evaluate
-from apprentice.evaluate.scoring.endpoint import Endpoint, model_at
+from apprentice.evaluate.scoring.endpoint import EndpointAddress, model_at
 from apprentice.inference.choices.choice_scoring import choice_logprobs
 from apprentice.models.loading import load_model
 from apprentice.pretrained.tokenizer import Tokenizer
@@ -49,7 +49,7 @@ def url(ray_cluster: None, model: Path) -> Iterator[str]:
 
 def test_the_endpoint_answers_as_the_model_in_memory(recipe: Recipe, corpus: Corpus, model: Path, url: str, tmp_path: Path) -> None:
     assert model_at(url) == "tiny"
-    subjects = [Subject("local", model, (0, 2)), Subject("served", model, (0, 2), Endpoint(url, "tiny"))]
+    subjects = [Subject("local", model, (0, 2)), Subject("served", model, (0, 2), EndpointAddress(url, "tiny"))]
     report = evaluate(recipe, corpus, subjects, Folder.at(tmp_path), progress=lambda values: None)
     assert report["unscored"] == []
 
@@ -78,7 +78,7 @@ def test_the_endpoint_answers_as_the_model_in_memory(recipe: Recipe, corpus: Cor
 
 def test_a_refusal_is_listed_and_the_rest_is_kept(recipe: Recipe, corpus: Corpus, model: Path, url: str, tmp_path: Path) -> None:
     """Every question that the endpoint refuses is listed with the reason that it gave."""
-    subjects = [Subject("local", model), Subject("served", model, (0,), Endpoint(url, "another"))]
+    subjects = [Subject("local", model), Subject("served", model, (0,), EndpointAddress(url, "another"))]
     report = evaluate(recipe, corpus, subjects, Folder.at(tmp_path), progress=lambda values: None)
     assert len(report["unscored"]) == QUESTIONS / 2
     assert {lost["subject"] for lost in report["unscored"]} == {"served"}

@@ -8,14 +8,14 @@ from scipy.stats import binomtest
 
 from apprentice.evaluate.stats.bootstrap import (
     RowSums,
-    adjusted,
+    adjust_p_values,
     bootstrap,
     difference_interval,
     mean_interval,
     p_value,
     percentiles,
+    permuted_differences,
     score_interval,
-    swapped,
     verdict,
 )
 from apprentice.evaluate.stats.metrics import METRICS
@@ -185,10 +185,10 @@ def test_the_limits_of_independent_tasks_add_up_as_squares() -> None:
 
 
 def test_many_comparisons_are_corrected_for() -> None:
-    assert adjusted([]) == []
-    assert adjusted([0.04]) == [0.04]
+    assert adjust_p_values([]) == []
+    assert adjust_p_values([0.04]) == [0.04]
     # Benjamini and Hochberg: p times their number over the rank, never more than the next larger one's.
-    assert adjusted([0.04, 0.001, 0.5, 0.03]) == pytest.approx([0.04 * 4 / 3, 0.004, 0.5, 0.04 * 4 / 3])
+    assert adjust_p_values([0.04, 0.001, 0.5, 0.03]) == pytest.approx([0.04 * 4 / 3, 0.004, 0.5, 0.04 * 4 / 3])
 
 
 def test_the_paired_test_is_fair_and_sees_a_difference() -> None:
@@ -196,12 +196,14 @@ def test_the_paired_test_is_fair_and_sees_a_difference() -> None:
     values = []
     for trial in range(200):  # no difference: small values are as rare as they say
         one, other = (sums((random.random((40, 1)) < 0.5).astype(float)) for _ in range(2))
-        values.append(p_value(one.score(ACCURACY) - other.score(ACCURACY), swapped(one, other, ACCURACY, f"{trial}", 400)))
+        values.append(
+            p_value(one.score(ACCURACY) - other.score(ACCURACY), permuted_differences(one, other, ACCURACY, f"{trial}", 400))
+        )
     assert sum(value <= 0.05 for value in values) <= 20
     assert max(values) > 0.5
     base = (np.arange(40) % 2).astype(float)[:, None]
     better = np.maximum(base, (np.arange(40) < 20).astype(float)[:, None])  # ten rows gained
     one, other = sums(better), sums(base)
     # All ten swaps the same way: 2 in 1024.
-    assert p_value(25.0, swapped(one, other, ACCURACY, "x", 20_000)) == pytest.approx(2 / 1024, rel=0.5)
-    assert p_value(0.0, swapped(one, one, ACCURACY, "x", 100)) == 1.0
+    assert p_value(25.0, permuted_differences(one, other, ACCURACY, "x", 20_000)) == pytest.approx(2 / 1024, rel=0.5)
+    assert p_value(0.0, permuted_differences(one, one, ACCURACY, "x", 100)) == 1.0

@@ -77,8 +77,8 @@ def test_normal_form_is_squads(text: str, expected: str) -> None:
     ],
 )
 def test_exact_match_and_f1_are_squads(said: str, right: list[str], exact: float, f1: float) -> None:
-    assert METRICS["exact_match"].of_one(said, right) == exact
-    assert METRICS["token_f1"].of_one(said, right) == pytest.approx(f1)
+    assert METRICS["exact_match"].score_one(said, right) == exact
+    assert METRICS["token_f1"].score_one(said, right) == pytest.approx(f1)
 
 
 def test_accuracy_is_of_the_text_itself() -> None:
@@ -138,7 +138,7 @@ def test_signatures_are_sacrebleus() -> None:
 
 def labelled(name: str, said: str, right: str, choices: str) -> float:
     metric = METRICS[name]
-    vectors = metric.of_many([(one, [other], list(choices)) for one, other in zip(said, right, strict=True)])
+    vectors = metric.statistics_of([(one, [other], list(choices)) for one, other in zip(said, right, strict=True)])
     return float(metric.value(vectors.sum(axis=0), np.array(float(len(said)))))
 
 
@@ -159,10 +159,10 @@ def test_label_distribution_compares_shares() -> None:
 
 
 def test_natural_instructions_keeps_articles_and_stems() -> None:
-    assert METRICS["ni_exact_match"].of_one("The  Cat!", ["the cat"]) == 100.0
-    assert METRICS["ni_exact_match"].of_one("cat", ["the cat"]) == 0.0
+    assert METRICS["ni_exact_match"].score_one("The  Cat!", ["the cat"]) == 100.0
+    assert METRICS["ni_exact_match"].score_one("cat", ["the cat"]) == 0.0
     expected = RougeScorer(["rougeL"], use_stemmer=True).score("dogs barking", "the dog barks")["rougeL"].fmeasure
-    assert METRICS["ni_rouge_l"].of_one("the dog barks", ["dogs barking"]) == pytest.approx(100 * expected)
+    assert METRICS["ni_rouge_l"].score_one("the dog barks", ["dogs barking"]) == pytest.approx(100 * expected)
     assert expected > 0
 
 
@@ -190,8 +190,8 @@ def test_people_who_answered_squad(shared_data: Path) -> None:
         for text in (said, f"The {said}!", " ".join(row["context"].split()[:6])):
             if right:
                 scores = [official_squad(text, answer) for answer in right]
-                assert METRICS["exact_match"].of_one(text, right) == pytest.approx(100 * max(exact for exact, _ in scores))
-                assert METRICS["token_f1"].of_one(text, right) == pytest.approx(100 * max(f1 for _, f1 in scores))
+                assert METRICS["exact_match"].score_one(text, right) == pytest.approx(100 * max(exact for exact, _ in scores))
+                assert METRICS["token_f1"].score_one(text, right) == pytest.approx(100 * max(f1 for _, f1 in scores))
                 compared += 1
     assert compared >= 900
 
@@ -217,7 +217,7 @@ def test_length_bias_is_how_much_more_often_the_longer_answer_is_said():
     metric = METRICS["length_bias"]
     pair = ("long answer", "short")
     answers = [("long answer", ["short"], pair), ("long answer", ["long answer"], pair), ("short", ["short"], pair)]
-    vectors = metric.of_many([*answers, ("ab", ["cd"], ("ab", "cd"))])
+    vectors = metric.statistics_of([*answers, ("ab", ["cd"], ("ab", "cd"))])
     assert vectors[:, 0].tolist() == [1.0, 0.0, 0.0, 0.0]
     assert float(metric.value(vectors.sum(axis=0), np.array(4.0))) == 25.0
-    assert metric.of_one("short", ["long answer"], pair) == 0.0
+    assert metric.score_one("short", ["long answer"], pair) == 0.0

@@ -8,13 +8,13 @@ import pytest
 from scipy.stats import binomtest
 
 from apprentice.data.corpus import Corpus
-from apprentice.evaluate.report.compare import joined
-from apprentice.evaluate.report.predictions import facts_of, read, save
-from apprentice.evaluate.report.schema import Report
+from apprentice.evaluate.report.compare import join_tables
+from apprentice.evaluate.report.predictions import metadata_of, read, save
+from apprentice.evaluate.report.report_schema import Report
 from apprentice.evaluate.report.write import html, judged_table, markdown
-from apprentice.evaluate.scoring.judge import request_of, to_a_judge, to_the_writer, written
+from apprentice.evaluate.scoring.judge import judge_questions, likelihood_questions, request_of, written
 from apprentice.evaluate.stats.summary import summarise
-from apprentice.evaluate.stats.win_rate import judged_by
+from apprentice.evaluate.stats.win_rate import compute_win_rates
 from apprentice.recipe import Recipe
 from apprentice.storage import Folder
 from tests.evaluate import tables
@@ -34,7 +34,7 @@ def test_a_win_a_tie_and_a_loss_make_half() -> None:
         said("tuned", 3, "nothing to meet", 5.0),
         said("majority", 0, "a", None),
     ]
-    found = judged_by("run:judge", records, COLUMNS, {"gamma_text": "trained_on"}, resamples=500)
+    found = compute_win_rates("run:judge", records, COLUMNS, {"gamma_text": "trained_on"}, resamples=500)
     [line] = found["lines"]
     assert found["judge"] == "run:judge"
     assert (line["held_out"], line["column"], line["against"], line["questions"]) == (False, "tuned@0", "base@0", 3)
@@ -51,7 +51,7 @@ def test_the_wordings_of_a_row_are_one_case() -> None:
         for row in range(2)
         for wording in range(9)
     ]
-    [line] = judged_by("judge", records, COLUMNS, {"gamma_text": "held_out"}, resamples=500)["lines"]
+    [line] = compute_win_rates("judge", records, COLUMNS, {"gamma_text": "held_out"}, resamples=500)["lines"]
     expected = binomtest(1, 2).proportion_ci(method="wilson")
     assert (line["win_rate"], line["log_ratio"], line["p"]) == (50.0, None, 1.0)
     assert line["interval"] == pytest.approx([100 * expected.low, 100 * expected.high])
@@ -60,7 +60,7 @@ def test_the_wordings_of_a_row_are_one_case() -> None:
 def test_winning_always_is_not_certain_and_few_wins_are_no_mark() -> None:
     def line(rows: int) -> dict[str, Any]:
         records = [said(name, row, "text", reward) for row in range(rows) for name, reward in (("base", 0.0), ("tuned", 1.0))]
-        [found] = judged_by("judge", records, COLUMNS, {"gamma_text": "held_out"}, resamples=2000)["lines"]
+        [found] = compute_win_rates("judge", records, COLUMNS, {"gamma_text": "held_out"}, resamples=2000)["lines"]
         return dict(found)
 
     assert (line(20)["win_rate"], line(20)["interval"]) == (100.0, pytest.approx([83.9, 100.0], abs=0.05))
@@ -100,14 +100,14 @@ def test_tables_without_rewards_are_still_read(recipe: Recipe, tmp_path: Any) ->
     save(table.drop_columns(["reward", "log_ratio", "reply_tokens"]), Folder.at(tmp_path))
     again = read(Folder.at(tmp_path))
     assert again.column_names == table.column_names
-    assert facts_of(again) == facts_of(table)
+    assert metadata_of(again) == metadata_of(table)
 
 
 def test_runs_of_one_judge_are_compared_and_others_are_not(recipe: Recipe) -> None:
-    same = summarise(joined({"a": judged(recipe), "b": judged(recipe)}), resamples=200)
+    same = summarise(join_tables({"a": judged(recipe), "b": judged(recipe)}), resamples=200)
     [line] = same["judged"]["lines"]
     assert (line["column"], line["win_rate"], line["log_ratio"]) == ("b@0", 50.0, None)
-    assert "judged" not in summarise(joined({"a": judged(recipe), "b": judged(recipe, "run:other")}), resamples=200)
+    assert "judged" not in summarise(join_tables({"a": judged(recipe), "b": judged(recipe, "run:other")}), resamples=200)
 
 
 def test_replies_become_choices(corpus: Corpus) -> None:
@@ -121,12 +121,12 @@ def test_replies_become_choices(corpus: Corpus) -> None:
     replies = written(records)
     assert {request.row: [record["subject"] for record in found] for request, found in replies.items()} == {1: ["base", "tuned"]}
     questions = [records[0] | {"choices": [], "prompt_ids": [1]}, records[2] | {"choices": [], "prompt_ids": [2]}]
-    [(question, [first, second])] = to_a_judge(questions, replies, layout)
+    [(question, [first, second])] = judge_questions(questions, replies, layout)
     assert (first, second) == (records[0], records[1])
     assert question["choices"] == ["a red house", ""]
     ids = layout.tokenizer.encode("a red house")
     assert question["choice_ids"] == [[*ids, *layout.end_ids], [*layout.end_ids]]
-    [(question, [only])] = to_the_writer(questions, replies, "base", layout)
+    [(question, [only])] = likelihood_questions(questions, replies, "base", layout)
     assert (question["choice_ids"], only) == ([ids], records[0])
-    assert to_the_writer(questions, replies, "tuned", layout) == []  # it said nothing
+    assert likelihood_questions(questions, replies, "tuned", layout) == []  # it said nothing
     assert request_of(records[0]).row == 1

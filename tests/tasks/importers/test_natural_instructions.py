@@ -48,10 +48,10 @@ def test_replies_are_scored_as_the_original_scores_them(folder: Path) -> None:
     """Articles count, and words are stemmed: neither is so for SQuAD's exact match and plain ROUGE-L."""
     [own] = instruction_tasks({"natural_instructions": str(folder / "task1_new.json")})
     for task in (own, load_task(library()["natural_instructions"])):
-        scores = {name: METRICS[name].of_one("the dog barks", ["dog barking"]) for name in task.metrics}
+        scores = {name: METRICS[name].score_one("the dog barks", ["dog barking"]) for name in task.metrics}
         assert list(scores) == ["ni_rouge_l", "ni_exact_match"]
         assert scores["ni_rouge_l"] == pytest.approx(80.0)
-        assert METRICS[task.metrics[1]].of_one("the dog", ["dog"]) == 0.0
+        assert METRICS[task.metrics[1]].score_one("the dog", ["dog"]) == 0.0
 
 
 def test_what_is_shown_can_be_chosen(folder: Path) -> None:

@@ -26,7 +26,7 @@ from transformers import (
 from apprentice.data.encoding.prompt_contract import layout_beside
 from apprentice.data.stream import make_corpus, render_window
 from apprentice.errors import DataError, RecipeError, ResourcesError, TrainingError
-from apprentice.evaluate.online import glance_of
+from apprentice.evaluate.online import prepare_online_evaluation
 from apprentice.models.loading import load_model
 from apprentice.recipe import Recipe, load_recipe
 from apprentice.run.folder import Run, open_run
@@ -131,7 +131,7 @@ def test_checkpoints_are_validated_aside_while_training_goes_on(undisturbed: Any
     run = open_run(made)
     corpus = make_corpus(made, run)
     seen: list[dict[str, Any]] = []
-    score = glance_of(corpus)
+    score = prepare_online_evaluation(corpus)
     result = launch.train(made, run, corpus, progress=seen.append, score=score)
     expected, found = (
         {record["step"]: record["validation_loss"] for record in records if "validation_loss" in record}

@@ -57,7 +57,7 @@ _AFTER = (" Thank you!", " Thanks a lot.", " Many thanks in advance.")
 _ENDS = (".", "!", "?", ":")
 
 
-def perturbed(example: Example, kind: str, seed: int, row: int) -> Example | None:
+def perturb(example: Example, kind: str, seed: int, row: int) -> Example | None:
     """Applies the perturbation `kind` to `example`; None if that changes nothing, or would change the answer.
 
     The change is a pure function of `seed`, task, `row`, template and `kind`.

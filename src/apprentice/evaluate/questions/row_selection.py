@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from apprentice.tasks.schema import Task
 
 
-class Request(NamedTuple):
+class QuestionRequest(NamedTuple):
     """Request for one question: a test row in one wording, after `shots` exemplars, with a perturbation or none ("")."""
 
     task: str
@@ -25,7 +25,7 @@ class Request(NamedTuple):
     perturbation: str = ""  # a name in `apprentice.evaluate.questions.perturbation.PERTURBATIONS`
 
 
-def requests_of(
+def select_requests(
     task: Task,
     test: NDArray[np.int64],
     shots: Sequence[int],
@@ -34,7 +34,7 @@ def requests_of(
     templates_per_row: int | Literal["all"],
     seed: int,
     perturbations: Sequence[str] = (),
-) -> list[Request]:
+) -> list[QuestionRequest]:
     """Selects the requests of one task; `test` are its usable test rows, at most `max_examples` are drawn, in random order.
 
     A larger `max_examples` adds rows and keeps the earlier ones. Wordings take turns in a random order, so each is used equally
@@ -49,6 +49,6 @@ def requests_of(
     found = []
     for number, row in enumerate(rows.tolist()):
         met = [wordings[(number * per_row + turn) % len(wordings)] for turn in range(per_row)]
-        found += [Request(task.name, row, wording, k) for wording in met for k in shots]
-        found += [Request(task.name, row, met[0], min(shots), kind) for kind in perturbations]
+        found += [QuestionRequest(task.name, row, wording, k) for wording in met for k in shots]
+        found += [QuestionRequest(task.name, row, met[0], min(shots), kind) for kind in perturbations]
     return found

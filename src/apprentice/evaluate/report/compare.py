@@ -9,13 +9,13 @@ from typing import Any
 import pyarrow as pa
 
 from apprentice.errors import EvaluationError
-from apprentice.evaluate.report.predictions import PREDICTION, facts_of, table_of, with_facts
-from apprentice.evaluate.report.run_history import story_of
+from apprentice.evaluate.report.predictions import PREDICTION, make_table, metadata_of, with_metadata
+from apprentice.evaluate.report.run_history import read_history
 from apprentice.evaluate.scoring.majority_baseline import NAME as MAJORITY
 from apprentice.tasks.exposure import exposure_in, most_seen
 
 
-def joined(tables: Mapping[str, pa.Table]) -> pa.Table:
+def join_tables(tables: Mapping[str, pa.Table]) -> pa.Table:
     """Joins `tables` (run name → predictions) to one table of their common tasks, with the last subject of each run.
 
     Only questions that all runs answered are kept, so that columns and differences are over the same rows. Raises
@@ -23,7 +23,7 @@ def joined(tables: Mapping[str, pa.Table]) -> pa.Table:
     """
     if len(tables) < 2:
         raise EvaluationError("comparing needs at least two runs of different names.")
-    facts = {name: facts_of(table) for name, table in tables.items()}
+    facts = {name: metadata_of(table) for name, table in tables.items()}
     common = set.intersection(*(set(found["tasks"]) for found in facts.values()))
     if not common:
         raise EvaluationError(f"the runs {', '.join(tables)} have no task in common, so there is nothing to compare.")
@@ -54,7 +54,7 @@ def joined(tables: Mapping[str, pa.Table]) -> pa.Table:
         "tasks": tasks,
         "shared": shared,
         "settings": first["settings"] | {"gate": None, "judge": judges.pop() if len(judges) == 1 else None},
-        "story": story_of(None),
+        "story": read_history(None),
         "not_scored": [
             {"task": task, "reason": f"not in {name}"}
             for task in sorted(set().union(*(found["tasks"] for found in facts.values())) - common)
@@ -63,13 +63,13 @@ def joined(tables: Mapping[str, pa.Table]) -> pa.Table:
         ]
         + [{"task": task, "reason": "no question that all runs answered"} for task in sorted(common - set(shared))],
     }
-    return with_facts(table_of(records, PREDICTION), whole)
+    return with_metadata(make_table(records, PREDICTION), whole)
 
 
 def _over_shared_questions(
     records: Sequence[dict[str, Any]], runs: Sequence[str]
 ) -> tuple[list[dict[str, Any]], dict[str, dict[str, Any]]]:
-    """Records of the questions that every column of every run answered, and their number for each task (`schema.Shared`).
+    """Records of the questions that every column of every run answered, and for each task their number (`SharedQuestions`).
 
     A question is a row in one wording, with a perturbation or none; another number of exemplars is another column.
     """

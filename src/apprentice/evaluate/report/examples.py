@@ -8,17 +8,17 @@ from typing import Any
 Record = Mapping[str, Any]
 SAMPLES = 2  # questions per task
 EXTREMES = 10  # best and worst of the whole report
-Met = Mapping[str, Sequence[Record]]
+RecordsByColumn = Mapping[str, Sequence[Record]]
 
 
-def samples(met: Met, columns: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def samples(met: RecordsByColumn, columns: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """First `SAMPLES` questions of a task, one per row, with the reply of every column."""
     rows = [(place, {"row": place[0], "template": place[1], **sample}) for place, sample in sorted(_said(met, columns).items())]
     different = {place[0]: sample for place, sample in reversed(rows)}  # one question per row
     return [sample for _, sample in sorted(different.items())][:SAMPLES]
 
 
-def best_and_worst(met: Met, columns: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+def best_and_worst_questions(met: RecordsByColumn, columns: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     """Best and worst questions of a task, by the last subject's score, then by its gain over the subject it is compared with.
 
     At most `EXTREMES` of each, one per row; `chosen` selects from those of all tasks.
@@ -56,7 +56,7 @@ def _rank(example: Mapping[str, Any]) -> tuple[float, float]:
     return example["score"], example["gain"] or 0.0
 
 
-def _said(met: Met, columns: Sequence[Mapping[str, Any]]) -> dict[tuple[int, str], dict[str, Any]]:
+def _said(met: RecordsByColumn, columns: Sequence[Mapping[str, Any]]) -> dict[tuple[int, str], dict[str, Any]]:
     """(row, template) → prompt, target, and the reply of each column."""
     said: dict[tuple[int, str], dict[str, Any]] = {}
     for key in (column["key"] for column in columns if column["key"] in met):

@@ -16,7 +16,7 @@ from apprentice.tasks.schema import Task
 PACKAGES = ("torch", "transformers", "ray", "sacrebleu", "rouge-score")
 
 
-def facts_for(
+def make_metadata(
     recipe: Recipe,
     tasks: Sequence[Task],
     kept_out: Collection[str],

@@ -39,7 +39,7 @@ QUESTION = pa.schema(
         ("dropped", pa.string()),  # why the question was not asked, or empty
     ]
 )
-ENCODED = pa.schema([*QUESTION, ("prompt_ids", pa.list_(pa.int32())), ("choice_ids", pa.list_(pa.list_(pa.int32())))])
+ENCODED_QUESTION = pa.schema([*QUESTION, ("prompt_ids", pa.list_(pa.int32())), ("choice_ids", pa.list_(pa.list_(pa.int32())))])
 PREDICTION = pa.schema(
     [
         ("subject", pa.string()),
@@ -59,13 +59,13 @@ PREDICTION = pa.schema(
 _LATER = ("reward", "log_ratio", "reply_tokens")  # columns that older tables lack; read as nulls
 
 
-def with_facts(table: pa.Table, facts: Mapping[str, Any]) -> pa.Table:
+def with_metadata(table: pa.Table, facts: Mapping[str, Any]) -> pa.Table:
     """Table with `facts`, all that a report needs besides predictions, in the metadata of its schema. They must be JSON."""
     return table.replace_schema_metadata({_FACTS: json.dumps(dict(facts), ensure_ascii=False).encode()})
 
 
-def facts_of(table: pa.Table) -> dict[str, Any]:
-    """Facts that `with_facts` stored. Raises `EvaluationError` if the table has none."""
+def metadata_of(table: pa.Table) -> dict[str, Any]:
+    """Facts that `with_metadata` stored. Raises `EvaluationError` if the table has none."""
     try:
         return dict(json.loads(table.schema.metadata[_FACTS]))
     except (KeyError, TypeError, ValueError) as error:
@@ -101,7 +101,7 @@ def read(out: Folder) -> pa.Table:
     return table
 
 
-def table_of(records: Sequence[Mapping[str, Any]], schema: pa.Schema) -> pa.Table:
+def make_table(records: Sequence[Mapping[str, Any]], schema: pa.Schema) -> pa.Table:
     """Table of the records, of exactly this schema."""
     return pa.Table.from_pylist([dict(record) for record in records], schema=schema)
 
@@ -113,8 +113,8 @@ def scored(records: Sequence[Mapping[str, Any]], tasks: Sequence[Task]) -> pa.Ta
     for record in records:
         score = None
         if record["prediction"] is not None:
-            score = metrics[record["task"]].of_one(record["prediction"], record["references"], record["choices"])
+            score = metrics[record["task"]].score_one(record["prediction"], record["references"], record["choices"])
         blank = {name: record.get(name) for name in PREDICTION.names}
         texts = {"perturbation": record.get("perturbation") or "", "unscored": record.get("unscored") or ""}
         rows.append(blank | texts | {"score": score})
-    return table_of(rows, PREDICTION)
+    return make_table(rows, PREDICTION)

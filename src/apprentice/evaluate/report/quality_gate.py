@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from apprentice.evaluate.stats.bootstrap import apart_interval, mean_interval
+from apprentice.evaluate.stats.bootstrap import independent_difference_interval, mean_interval
 
 Report = Mapping[str, Any]
 Task = Mapping[str, Any]
@@ -71,7 +71,7 @@ def _worst(tasks: Sequence[Task], column: Task) -> list[Estimate]:
         ours, theirs = (task["columns"].get(key) for key in (column["key"], column["against"]))
         if ours and theirs and ours["score"] is not None and theirs["score"] is not None:
             sides = [(cell["worst"], *cell["worst_interval"]) for cell in (ours, theirs)]
-            found.append((ours["worst"] - theirs["worst"], *apart_interval(*sides)))
+            found.append((ours["worst"] - theirs["worst"], *independent_difference_interval(*sides)))
     return found
 
 

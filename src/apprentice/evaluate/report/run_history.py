@@ -12,7 +12,7 @@ from apprentice.storage import Folder
 MOST_POINTS = 400  # of the curve: more are not seen in a picture
 
 
-def story_of(run: Run | None) -> dict[str, Any]:
+def read_history(run: Run | None) -> dict[str, Any]:
     """`history` (a record per step and per validation, thinned evenly), `ledger` and `export`; empty for a bare model."""
     if run is None:
         return {"history": [], "ledger": None, "export": None}
@@ -44,7 +44,7 @@ def _point(record: Mapping[str, Any]) -> dict[str, Any]:
     return {key: record[key] for key in ("step", "loss", "validation_loss") if record.get(key) is not None}
 
 
-def contamination_of(found: Mapping[str, Any]) -> dict[str, Any]:
+def summarise_contamination(found: Mapping[str, Any]) -> dict[str, Any]:
     """Task → how many of its test rows share a passage with training data, from the index's report; empty where nobody looked.
 
     Training rows that were dropped say what the score would have been inflated by, and how alike the data are; those that were

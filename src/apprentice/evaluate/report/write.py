@@ -127,7 +127,7 @@ def _pictures(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     return pictures
 
 
-class Cell(NamedTuple):
+class TableCell(NamedTuple):
     """A table's cell: its text, and how the page marks it: `held_out`, `scored_only`, `better`, `worse`, or not at all."""
 
     text: str
@@ -135,7 +135,7 @@ class Cell(NamedTuple):
 
 
 TAGS = {"held_out": "held out", "scored_only": "scored only"}
-Table = tuple[list[str], list[list[Cell]]]
+Table = tuple[list[str], list[list[TableCell]]]
 STEADINESS = ("median", "worst", "spread", "changed", "consistency")  # of a cell, over the wordings
 
 
@@ -156,12 +156,12 @@ def task_table(report: Mapping[str, Any]) -> Table:
         name = _named(task["task"], task)
         scores = [_number(task["columns"].get(column["key"], {}).get("score")) for column in columns]
         differences = [_difference(task["differences"].get(column["key"]), _rows_fewer(task, column)) for column in compared]
-        cells = [name, Cell(METRICS[task["metric"]].title), *scores, *differences]
+        cells = [name, TableCell(METRICS[task["metric"]].title), *scores, *differences]
         if shared:
-            cells.insert(2, Cell(str(shared[task["task"]]["rows"])))
+            cells.insert(2, TableCell(str(shared[task["task"]]["rows"])))
         if looked:
             seen = task.get("contaminated")
-            cells.append(Cell("–" if seen is None else f"{seen['rows']} of {seen['of']}"))
+            cells.append(TableCell("–" if seen is None else f"{seen['rows']} of {seen['of']}"))
         rows.append(cells)
     return [*header, "test rows seen in training data"] if looked else header, rows
 
@@ -191,13 +191,13 @@ def _group_table(report: Mapping[str, Any], name: str, groups: Sequence[Mapping[
             found = pool["columns"].get(column["key"])
             # A mean over fewer tasks than the line has cannot be compared with its neighbours unsaid.
             few = f" ({found['tasks']} tasks)" if found and found["tasks"] < pool["tasks"] else ""
-            cells.append(Cell(_number(found and found["mean"]).text + few))
+            cells.append(TableCell(_number(found and found["mean"]).text + few))
         differences = [_difference(pool["differences"].get(column["key"])) for column in compared]
         trained = name == "kind" and pool["exposure"] == "trained_on"
         rows.append(
             [
-                Cell(f"{pool[name]}, trained on") if trained else _named(pool[name], pool),
-                Cell(str(pool["tasks"])),
+                TableCell(f"{pool[name]}, trained on") if trained else _named(pool[name], pool),
+                TableCell(str(pool["tasks"])),
                 *cells,
                 *differences,
             ]
@@ -223,7 +223,7 @@ def wording_table(report: Mapping[str, Any]) -> Table:
     for line, title, wordings in lines:
         found = [line["columns"].get(column["key"]) or {} for column in lanes]
         numbers = [_number(cell.get(name)) for cell in found for name in names]
-        rows.append([_named(title, line), Cell(wordings), *numbers])
+        rows.append([_named(title, line), TableCell(wordings), *numbers])
     return ["task", "wordings", *[f"{column['title']} {name}" for column in lanes for name in names]], rows
 
 
@@ -240,8 +240,8 @@ def perturbation_table(report: Mapping[str, Any]) -> Table:
                 changed = (
                     "–" if cell is None else f"{cell['score']:.1f} ({cell['unchanged_score']:.1f}), {cell['changed'] or 0:.0f}%"
                 )
-                cells.append(Cell(changed))
-            rows.append([_named(task["task"], task), Cell(kind.replace("_", " ")), *cells])
+                cells.append(TableCell(changed))
+            rows.append([_named(task["task"], task), TableCell(kind.replace("_", " ")), *cells])
     return ["task", "change", *[f"{column['title']}: score (unchanged), rows changed" for column in columns]], rows
 
 
@@ -255,11 +255,11 @@ def judged_table(report: Mapping[str, Any]) -> Table:
         rows.append(
             [
                 _named(f"{titles[line['column']]} against {titles[line['against']]}", line),
-                Cell(str(line["questions"])),
-                Cell(f"{line['win_rate']:.1f} ({low:.1f} to {high:.1f})", mark),
-                Cell(" / ".join(f"{value:.2f}" for value in line["reward"])),
-                Cell(" / ".join(f"{value:.1f}" for value in line["words"])),
-                Cell("–" if line["log_ratio"] is None else f"{line['log_ratio']:.3f}"),
+                TableCell(str(line["questions"])),
+                TableCell(f"{line['win_rate']:.1f} ({low:.1f} to {high:.1f})", mark),
+                TableCell(" / ".join(f"{value:.2f}" for value in line["reward"])),
+                TableCell(" / ".join(f"{value:.1f}" for value in line["words"])),
+                TableCell("–" if line["log_ratio"] is None else f"{line['log_ratio']:.3f}"),
             ]
         )
     return ["replies", "questions", "win rate", "mean reward of both", "words of both", "log-ratio per token"], rows
@@ -323,13 +323,13 @@ def _difference_title(report: Mapping[str, Any], column: Mapping[str, Any]) -> s
     return f"{column['title']} − {titles[column['against']]}"
 
 
-def _number(value: float | None) -> Cell:
-    return Cell("–" if value is None else f"{value:.1f}")
+def _number(value: float | None) -> TableCell:
+    return TableCell("–" if value is None else f"{value:.1f}")
 
 
-def _named(name: str, line: Mapping[str, Any]) -> Cell:
+def _named(name: str, line: Mapping[str, Any]) -> TableCell:
     """First cell of a line: the name of its task or cluster, marked where it was not trained on."""
-    return Cell(name, line["exposure"] if line["exposure"] in TAGS else "")
+    return TableCell(name, line["exposure"] if line["exposure"] in TAGS else "")
 
 
 def _rows_fewer(task: Mapping[str, Any], column: Mapping[str, Any]) -> str:
@@ -340,18 +340,18 @@ def _rows_fewer(task: Mapping[str, Any], column: Mapping[str, Any]) -> str:
     return f" on {found['rows']} rows"
 
 
-def _difference(found: Mapping[str, Any] | None, over: str = "") -> Cell:
+def _difference(found: Mapping[str, Any] | None, over: str = "") -> TableCell:
     if found is None:
-        return Cell("–")
+        return TableCell("–")
     low, high = found["interval"]
     p = f"p {found['p']:.3f}" if found["p"] >= 0.001 else "p < 0.001"
-    return Cell(
+    return TableCell(
         f"{found['mean']:+.1f} ({low:+.1f} to {high:+.1f}){over}, {p}",
         found["verdict"] if found["verdict"] != "unclear" else "",
     )
 
 
-def _rows(header: Sequence[str], rows: Sequence[Sequence[Cell]]) -> list[str]:
+def _rows(header: Sequence[str], rows: Sequence[Sequence[TableCell]]) -> list[str]:
     """A Markdown table; all but the first column to the right."""
     texts = [[f"{cell.text} ({TAGS[cell.mark]})" if cell.mark in TAGS else cell.text for cell in row] for row in rows]
     lines = [f"| {' | '.join(text.replace('|', chr(92) + '|') for text in row)} |" for row in (header, *texts)]

@@ -24,13 +24,13 @@ PARTS = "parts"
 ANSWER = ("prediction", "choice_logprobs", "choice_tokens", "choice_priors")
 
 
-def key_of(model: str, question: Mapping[str, Any]) -> str:
+def cache_key(model: str, question: Mapping[str, Any]) -> str:
     """Cache key of a question: a hash of the fingerprint `model` and of the token ids of prompt and choices."""
     asked = [model, list(question["prompt_ids"]), [list(ids) for ids in question["choice_ids"] or []]]
     return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:32]
 
 
-class Answers:
+class AnswerCache:
     """Cache of the answers in the folder `out` and in `others`, the folders of finished evaluations. New answers go to `out`."""
 
     def __init__(self, out: Folder, tasks: Sequence[Task], others: Iterable[Folder] = ()) -> None:

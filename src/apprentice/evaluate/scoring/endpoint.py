@@ -26,7 +26,7 @@ from apprentice.data.encoding.prompt_format import SEPARATOR
 from apprentice.errors import EvaluationError
 
 if TYPE_CHECKING:
-    from apprentice.model_pool.limits import Manner
+    from apprentice.model_pool.answer_settings import AnswerSettings
 
 AT_ONCE = 16  # concurrent requests
 PATIENCE_S = 300.0  # retry limit while the endpoint is down or busy: restarting one with its model takes less
@@ -36,7 +36,7 @@ BUSY = (429, 502, 503)
 
 
 @dataclass(frozen=True)
-class Endpoint:
+class EndpointAddress:
     """Address of an endpoint (with or without `/v1`), the model's name there, the API key if it needs one, and a timeout."""
 
     url: str
@@ -55,7 +55,7 @@ class Endpoint:
 
 def model_at(url: str, key: str | None = None, timeout_s: float = 20.0) -> str:
     """Name of the first model that the endpoint lists. Raises `EvaluationError` if there is no such list."""
-    endpoint = Endpoint(url, "", key)
+    endpoint = EndpointAddress(url, "", key)
     try:
         reply = httpx.get(endpoint.completions.removesuffix("completions") + "models", headers=endpoint.headers, timeout=timeout_s)
         return str(reply.raise_for_status().json()["data"][0]["id"])
@@ -65,7 +65,7 @@ def model_at(url: str, key: str | None = None, timeout_s: float = 20.0) -> str:
         ) from error
 
 
-def weights_at(endpoint: Endpoint, timeout_s: float = 20.0) -> tuple[str, str | None] | None:
+def weights_at(endpoint: EndpointAddress, timeout_s: float = 20.0) -> tuple[str, str | None] | None:
     """SHA-256 of the served weights, and of their base if they are an adapter; None if the endpoint does not report them.
 
     Endpoints of apprentice report them in their prompt contract.
@@ -80,11 +80,11 @@ def weights_at(endpoint: Endpoint, timeout_s: float = 20.0) -> tuple[str, str | 
     return (weights, base) if weights and isinstance(weights, str) else None
 
 
-class Unscored(Exception):  # noqa: N818 - it is a result
+class UnansweredError(Exception):
     """A question gets no answer; the message is the reason."""
 
 
-class _Again(Exception):  # noqa: N818 - a result too
+class _RetryableError(Exception):
     """A request failed and may be retried: after `after_s` seconds if the endpoint says so, for up to `patience_s` seconds."""
 
     def __init__(self, reason: str, after_s: float | None = None, patience_s: float | None = None) -> None:
@@ -96,37 +96,39 @@ class _Again(Exception):  # noqa: N818 - a result too
 class EndpointScorer:
     """Answers blocks of questions by asking an endpoint; it is called as `Scorer` is. `sleep(seconds)` can be replaced in tests."""
 
-    def __init__(self, endpoint: Endpoint, manner: Manner, sleep: Callable[[float], None] = time.sleep) -> None:
-        self._endpoint, self._manner, self._sleep = endpoint, manner, sleep
+    def __init__(
+        self, endpoint: EndpointAddress, answer_settings: AnswerSettings, sleep: Callable[[float], None] = time.sleep
+    ) -> None:
+        self._endpoint, self._answer_settings, self._sleep = endpoint, answer_settings, sleep
         self._silent_since: float | None = None  # time of the first failure since the last answer; None: no failure since
         self._probe = Lock()
         self._priors: dict[tuple[tuple[int, ...], ...], list[float]] = {}
 
     def __call__(self, block: pa.Table) -> pa.Table:
-        """Answers a block of the schema `worker.ASKED`; returns one of `ANSWERED`, each row with an answer or with `unscored`."""
-        from apprentice.evaluate.scoring.worker import ANSWERED
+        """Answers a block of the schema `scorer.QUESTION_BLOCK`; returns an `ANSWER_BLOCK`, a row has an answer or `unscored`."""
+        from apprentice.evaluate.scoring.scorer import ANSWER_BLOCK
 
         with (
             httpx.Client(timeout=self._endpoint.timeout_s, headers=self._endpoint.headers) as http,
             ThreadPoolExecutor(AT_ONCE) as pool,
         ):
             rows = list(pool.map(lambda question: self._answer(http, question), block.to_pylist()))
-        return pa.Table.from_pylist(rows, schema=ANSWERED)
+        return pa.Table.from_pylist(rows, schema=ANSWER_BLOCK)
 
     def _answer(self, http: httpx.Client, question: Mapping[str, Any]) -> dict[str, Any]:
         try:
             if not question["choices"]:
                 return {"place": question["place"], "prediction": self._generated(http, question["prompt_ids"])}
             sums = self._sums(http, question["prompt_ids"], question["choice_ids"])
-            priors = self._prior(http, question["choice_ids"]) if self._manner.priors else None
+            priors = self._prior(http, question["choice_ids"]) if self._answer_settings.priors else None
             return {"place": question["place"], "choice_logprobs": sums, "choice_priors": priors}
-        except Unscored as reason:
+        except UnansweredError as reason:
             return {"place": question["place"], "unscored": str(reason)}
 
     def _prior(self, http: httpx.Client, choices: Sequence[Sequence[int]]) -> list[float]:
         key = tuple(tuple(ids) for ids in choices)
         if key not in self._priors:
-            self._priors[key] = self._sums(http, self._manner.empty_prompt, choices)
+            self._priors[key] = self._sums(http, self._answer_settings.empty_prompt, choices)
         return self._priors[key]
 
     def _sums(self, http: httpx.Client, prompt: Sequence[int], choices: Sequence[Sequence[int]]) -> list[float]:
@@ -141,41 +143,41 @@ class EndpointScorer:
             values = reply["choices"][0]["logprobs"]["token_logprobs"]
             total = float(sum(values[len(prompt) : len(ids)]))
         except (LookupError, TypeError, ValueError) as error:
-            raise Unscored("the endpoint gave no log-probabilities of the prompt (`echo` with `logprobs`)") from error
+            raise UnansweredError("the endpoint gave no log-probabilities of the prompt (`echo` with `logprobs`)") from error
         if len(values) not in (len(ids), len(ids) + 1) or not math.isfinite(total) or total > 1e-3:
-            raise Unscored(f"the endpoint gave {len(values)} log-probabilities for {len(ids)} tokens, or impossible ones")
+            raise UnansweredError(f"the endpoint gave {len(values)} log-probabilities for {len(ids)} tokens, or impossible ones")
         return total
 
     def _generated(self, http: httpx.Client, prompt: Sequence[int]) -> str:
         from apprentice.model_pool.generate import bounded
 
-        layout = self._manner.layout
+        layout = self._answer_settings.layout
         stop = {} if layout.name == "chat" else {"stop": [SEPARATOR.strip("\n")]}
-        reply = self._post(http, {"prompt": list(prompt), "max_tokens": self._manner.reply, "temperature": 0, **stop})
+        reply = self._post(http, {"prompt": list(prompt), "max_tokens": self._answer_settings.reply, "temperature": 0, **stop})
         try:
             text = reply["choices"][0]["text"]
             return bounded(layout, text if isinstance(text, str) else text["text"])
         except (LookupError, TypeError) as error:
-            raise Unscored("the endpoint's reply has no text") from error
+            raise UnansweredError("the endpoint's reply has no text") from error
 
     def _post(self, http: httpx.Client, asked: Mapping[str, Any]) -> Any:
-        """Posts a request and returns the JSON body. Raises `Unscored` once the retries end, or at once where none can help."""
+        """Posts a request and returns the JSON body. Raises `UnansweredError` once the retries end, or at once if none can help."""
         silent_since = self._silent_since
         if silent_since is None or time.monotonic() - silent_since <= PATIENCE_S:
             return self._patiently(http, asked)
         # The endpoint has been silent for too long: one request at a time still probes it, the others fail without being sent.
         if not self._probe.acquire(blocking=False):
-            raise Unscored(f"not asked: the endpoint had not answered for {PATIENCE_S:.0f} s")
+            raise UnansweredError(f"not asked: the endpoint had not answered for {PATIENCE_S:.0f} s")
         try:
             return self._once(http, asked)
-        except _Again as again:
-            raise Unscored(str(again)) from again
+        except _RetryableError as again:
+            raise UnansweredError(str(again)) from again
         finally:
             self._probe.release()
 
     def _patiently(self, http: httpx.Client, asked: Mapping[str, Any]) -> Any:
         tries = Retrying(
-            retry=retry_if_exception_type(_Again),
+            retry=retry_if_exception_type(_RetryableError),
             wait=_wait,
             stop=_is_over,
             sleep=self._sleep,
@@ -184,29 +186,29 @@ class EndpointScorer:
         began = time.monotonic()
         try:
             return tries(self._once, http, asked)
-        except _Again as again:
+        except _RetryableError as again:
             wish = f", and asks to come back in {again.after_s:.0f} s" if again.after_s else ""
-            raise Unscored(f"{again}, for {time.monotonic() - began:.0f} s{wish}") from again
+            raise UnansweredError(f"{again}, for {time.monotonic() - began:.0f} s{wish}") from again
 
     def _once(self, http: httpx.Client, asked: Mapping[str, Any]) -> Any:
-        """Sends one request. Raises `_Again` if it may be retried, else `Unscored`."""
+        """Sends one request. Raises `_RetryableError` if it may be retried, else `UnansweredError`."""
         try:
             reply = http.post(self._endpoint.completions, json={"model": self._endpoint.model, **asked})
             if reply.status_code in BUSY:
-                raise _Again(f"the endpoint answered {reply.status_code}", _retry_after(reply))
+                raise _RetryableError(f"the endpoint answered {reply.status_code}", _retry_after(reply))
             if reply.status_code >= 500:
-                raise _Again(f"the endpoint answered {reply.status_code}", _retry_after(reply), FAULT_PATIENCE_S)
+                raise _RetryableError(f"the endpoint answered {reply.status_code}", _retry_after(reply), FAULT_PATIENCE_S)
             if reply.status_code != 200:
-                raise Unscored(f"the endpoint answered {reply.status_code}: {' '.join(reply.text.split())[:200]}")
+                raise UnansweredError(f"the endpoint answered {reply.status_code}: {' '.join(reply.text.split())[:200]}")
             body = reply.json()
-        except (httpx.HTTPError, _Again) as error:
+        except (httpx.HTTPError, _RetryableError) as error:
             if self._silent_since is None:
                 self._silent_since = time.monotonic()
-            if isinstance(error, _Again):
+            if isinstance(error, _RetryableError):
                 raise
-            raise _Again(f"the endpoint did not answer ({type(error).__name__})") from error
+            raise _RetryableError(f"the endpoint did not answer ({type(error).__name__})") from error
         except ValueError as error:
-            raise _Again("the endpoint's reply is not JSON", patience_s=FAULT_PATIENCE_S) from error
+            raise _RetryableError("the endpoint's reply is not JSON", patience_s=FAULT_PATIENCE_S) from error
         self._silent_since = None
         return body
 
@@ -222,9 +224,9 @@ def _is_over(state: RetryCallState) -> bool:
     return (state.seconds_since_start or 0.0) + state.upcoming_sleep > _reason(state).patience_s
 
 
-def _reason(state: RetryCallState) -> _Again:
+def _reason(state: RetryCallState) -> _RetryableError:
     error = state.outcome.exception() if state.outcome is not None else None
-    assert isinstance(error, _Again)
+    assert isinstance(error, _RetryableError)
     return error
 
 

@@ -10,29 +10,31 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from apprentice.data.encoding.prompt_format import Layout
-from apprentice.evaluate.questions.row_selection import Request
+from apprentice.evaluate.questions.row_selection import QuestionRequest
 
 Record = dict[str, Any]
-Asked = list[tuple[Record, list[Record]]]  # (question, the record of each of its choices)
+ReplyQuestions = list[tuple[Record, list[Record]]]  # (question, the record of each of its choices)
 
 
-def request_of(record: Mapping[str, Any]) -> Request:
+def request_of(record: Mapping[str, Any]) -> QuestionRequest:
     """Request that a record answers."""
-    return Request(*(record[name] for name in Request._fields))
+    return QuestionRequest(*(record[name] for name in QuestionRequest._fields))
 
 
-def written(records: Sequence[Record]) -> dict[Request, list[Record]]:
+def written(records: Sequence[Record]) -> dict[QuestionRequest, list[Record]]:
     """Request → the records of all subjects with a generated reply to it."""
-    found: dict[Request, list[Record]] = defaultdict(list)
+    found: dict[QuestionRequest, list[Record]] = defaultdict(list)
     for record in records:
         if record["prediction"] is not None and not record["choices"]:
             found[request_of(record)].append(record)
     return found
 
 
-def to_a_judge(questions: Sequence[Record], replies: Mapping[Request, Sequence[Record]], layout: Layout) -> Asked:
+def judge_questions(
+    questions: Sequence[Record], replies: Mapping[QuestionRequest, Sequence[Record]], layout: Layout
+) -> ReplyQuestions:
     """Questions to the judge: `questions` in its prompt format `layout`, with all subjects' replies, end included, as choices."""
-    asked: Asked = []
+    asked: ReplyQuestions = []
     for question in questions:
         records = list(replies.get(request_of(question), ()))
         if records and not question["dropped"]:
@@ -42,12 +44,14 @@ def to_a_judge(questions: Sequence[Record], replies: Mapping[Request, Sequence[R
     return asked
 
 
-def to_the_writer(questions: Sequence[Record], replies: Mapping[Request, Sequence[Record]], subject: str, layout: Layout) -> Asked:
+def likelihood_questions(
+    questions: Sequence[Record], replies: Mapping[QuestionRequest, Sequence[Record]], subject: str, layout: Layout
+) -> ReplyQuestions:
     """`questions` in a `subject`'s own prompt format, each with its reply as the only choice.
 
     The choice lacks the end of an answer, because some replies were cut by the limit of tokens.
     """
-    asked: Asked = []
+    asked: ReplyQuestions = []
     for question in questions:
         own = [record for record in replies.get(request_of(question), ()) if record["subject"] == subject]
         ids = layout.encode_answers([record["prediction"] for record in own])

@@ -22,7 +22,7 @@ SAMPLE = 1_000  # training rows that are counted, at most
 LEAST_SHARE = 0.01
 
 
-def majority_of(corpus: Corpus, name: str) -> dict[str, Any] | None:
+def majority_answer(corpus: Corpus, name: str) -> dict[str, Any] | None:
     """Majority answer of a task, or None: its `label` (index of the choice) or `text`, and its `share` of the `sample` rows."""
     task = next(task for task in corpus.tasks if task.name == name)
     index = corpus.indices[name]

@@ -37,7 +37,7 @@ def check_finite(record: Mapping[str, Any], numbers: Sequence[float]) -> None:
         )
 
 
-def by_prior(
+def choice_priors_of(
     questions: Sequence[Mapping[str, Any]], score: Callable[[Sequence[Sequence[Sequence[int]]]], list[list[float]]]
 ) -> list[list[float]]:
     """Priors of the choices of every question; `score` computes those of lists of choices, and gets each distinct list once."""

@@ -77,7 +77,7 @@ def bootstrap(columns: Mapping[str, RowSums], metric: Metric, key: str, resample
     return {name: np.concatenate(found) for name, found in parts.items()}
 
 
-def swapped(ours: RowSums, theirs: RowSums, metric: Metric, key: str, permutations: int = RESAMPLES) -> Floats:
+def permuted_differences(ours: RowSums, theirs: RowSums, metric: Metric, key: str, permutations: int = RESAMPLES) -> Floats:
     """Paired randomisation test: differences of the two scores with rows swapped at random, shape (permutations,).
 
     This is the distribution of the difference if it did not matter which model answered. Raises `ValueError` unless both columns
@@ -138,12 +138,12 @@ def mean_interval(estimates: Sequence[tuple[float, float, float]]) -> tuple[floa
     return float(values.mean()) - below, float(values.mean()) + above
 
 
-def apart_interval(ours: tuple[float, float, float], theirs: tuple[float, float, float]) -> tuple[float, float]:
+def independent_difference_interval(ours: tuple[float, float, float], theirs: tuple[float, float, float]) -> tuple[float, float]:
     """95% interval of the difference of two independent estimates (value, low, high)."""
     return _difference(ours, theirs, 0.0)
 
 
-def adjusted(values: Sequence[float]) -> list[float]:
+def adjust_p_values(values: Sequence[float]) -> list[float]:
     """p-values of several comparisons, corrected for their number (Benjamini and Hochberg)."""
     return [float(value) for value in stats.false_discovery_control(values, method="bh")] if values else []
 

@@ -41,13 +41,13 @@ class Metric:
     least: float = 0.0
     signature: Callable[[], str] | None = None  # the reference implementation's name of its settings
 
-    def of_one(self, prediction: str, references: Sequence[str], choices: Sequence[str] = ()) -> float:
+    def score_one(self, prediction: str, references: Sequence[str], choices: Sequence[str] = ()) -> float:
         """Score of a single prediction, by the metric `single` if there is one."""
         if self.single:
-            return METRICS[self.single].of_one(prediction, references, choices)
+            return METRICS[self.single].score_one(prediction, references, choices)
         return float(self.value(np.array(self.statistics(prediction, references, choices)), np.array(1.0)))
 
-    def of_many(self, answers: Sequence[tuple[str, Sequence[str], Sequence[str]]]) -> Floats:
+    def statistics_of(self, answers: Sequence[tuple[str, Sequence[str], Sequence[str]]]) -> Floats:
         """Vectors of many (prediction, references, choices), padded to one shape (answers, width)."""
         vectors = [self.statistics(*answer) for answer in answers]
         width = max(map(len, vectors), default=0)
@@ -215,7 +215,7 @@ def _bleu_scorer() -> BLEU:
 _PUNCTUATION = frozenset(string.punctuation)
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 
-# A metric is one line here and its name in `apprentice.tasks.schema.Metric`.
+# A metric is one line here and its name in `apprentice.tasks.report_schema.Metric`.
 METRICS: dict[str, Metric] = {
     "accuracy": Metric("accuracy", _accuracy, _mean, binary=True),
     "exact_match": Metric("exact match", _exact_match, _mean, binary=True),

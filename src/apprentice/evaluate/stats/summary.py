@@ -16,23 +16,23 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from apprentice.evaluate.report.examples import best_and_worst, samples
-from apprentice.evaluate.report.predictions import facts_of
+from apprentice.evaluate.report.examples import best_and_worst_questions, samples
+from apprentice.evaluate.report.predictions import metadata_of
 from apprentice.evaluate.report.quality_gate import judged
 from apprentice.evaluate.scoring.majority_baseline import NAME as MAJORITY
 from apprentice.evaluate.stats.bootstrap import (
     CONFIDENCE,
     RESAMPLES,
-    adjusted,
+    adjust_p_values,
     difference_interval,
     mean_interval,
     p_value,
-    swapped,
+    permuted_differences,
     verdict,
 )
 from apprentice.evaluate.stats.metrics import METRICS, Floats
-from apprentice.evaluate.stats.task_scores import Scored, counts, paired, scores
-from apprentice.evaluate.stats.win_rate import judged_by
+from apprentice.evaluate.stats.task_scores import AnswerStatistics, counts, paired, scores
+from apprentice.evaluate.stats.win_rate import compute_win_rates
 from apprentice.inference.choices.choice_ranking import RANKING_TITLES
 from apprentice.tasks.exposure import EXPOSURES, exposure_in
 
@@ -43,12 +43,12 @@ LEAST_SHARED_ROWS = 20  # compared runs with fewer rows in common in a pool have
 
 
 def summarise(table: pa.Table, *, resamples: int = RESAMPLES) -> dict[str, Any]:
-    """Builds the report (`schema.Report`): the table's facts, columns, tasks, pools, clusters, headlines, summary, quality gate.
+    """Builds the report (`Report`): the table's facts, columns, tasks, pools, clusters, headlines, summary, quality gate.
 
     Scores are 0 to 100. The other subjects are compared with the first, at the same number of exemplars. Held-out tasks come first.
     Intervals, wordings and pools use the first metric of each task. `resamples` is the number of bootstrap draws and permutations.
     """
-    facts = facts_of(table)
+    facts = metadata_of(table)
     facts["tasks"] = {name: about | exposure_in(about) for name, about in facts["tasks"].items()}
     columns = _columns(facts)
     met: dict[str, dict[str, list[Record]]] = defaultdict(lambda: defaultdict(list))
@@ -88,7 +88,7 @@ def summarise(table: pa.Table, *, resamples: int = RESAMPLES) -> dict[str, Any]:
     if facts["settings"].get("judge"):
         records = [record for columns_met in met.values() for found in columns_met.values() for record in found]
         exposures = {name: about["exposure"] for name, about in facts["tasks"].items()}
-        report["judged"] = judged_by(facts["settings"]["judge"], records, columns, exposures, resamples)
+        report["judged"] = compute_win_rates(facts["settings"]["judge"], records, columns, exposures, resamples)
         _mark(report["judged"]["lines"], middle=50.0)
     spoken = [pool for pool in pools if not (facts.get("shared") and _rows_of(pool, tasks) < LEAST_SHARED_ROWS)]
     headline = [sentence for pool in spoken for sentence in _sentences(pool, columns)]
@@ -121,7 +121,7 @@ def _rows_of(pool: Mapping[str, Any], tasks: Sequence[Mapping[str, Any]]) -> int
 
 def _mark(found: Sequence[dict[str, Any]], middle: float = 0.0) -> None:
     """Adds `p_adjusted` and `verdict` to all comparisons of one table; `middle` is the value of no difference."""
-    for entry, p in zip(found, adjusted([entry["p"] for entry in found]), strict=True):
+    for entry, p in zip(found, adjust_p_values([entry["p"] for entry in found]), strict=True):
         low, high = entry["interval"]
         entry |= {"p_adjusted": p, "verdict": verdict(low - middle, high - middle, p)}
 
@@ -160,7 +160,7 @@ def _task(
     """Entry of a task in the report, and the permutation draws of its differences by column."""
     main = about["metrics"][0]
     metric = METRICS[main]
-    scored = {column: Scored.of(records, about["metrics"]) for column, records in met.items()}
+    scored = {column: AnswerStatistics.of(records, about["metrics"]) for column, records in met.items()}
     draws: dict[str, Floats] = {}
     differences = {}
     for column in columns:
@@ -170,7 +170,7 @@ def _task(
         pair = paired(scored[ours], scored[theirs], main)
         if pair is None:
             continue
-        draws[ours] = swapped(*pair, metric, key, resamples)
+        draws[ours] = permuted_differences(*pair, metric, key, resamples)
         mean = pair[0].score(metric) - pair[1].score(metric)
         differences[ours] = {
             "against": theirs,
@@ -184,7 +184,7 @@ def _task(
         if found.records:
             cells[name] |= scores(found, met[name], about["metrics"], key, resamples)
     entry = {"task": task, **about, "metric": main, "columns": cells, "differences": differences}
-    return entry | {"samples": samples(met, columns), "extremes": best_and_worst(met, columns)}, draws
+    return entry | {"samples": samples(met, columns), "extremes": best_and_worst_questions(met, columns)}, draws
 
 
 def _pool(

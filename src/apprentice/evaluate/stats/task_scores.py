@@ -20,17 +20,17 @@ Record = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Scored:
+class AnswerStatistics:
     """Answered questions of one task in one column, without perturbed ones, with the statistics of each metric."""
 
     records: Sequence[Record]
     statistics: Mapping[str, Floats]  # metric → (questions, width)
 
     @classmethod
-    def of(cls, records: Sequence[Record], metrics: Sequence[str]) -> Scored:
+    def of(cls, records: Sequence[Record], metrics: Sequence[str]) -> AnswerStatistics:
         asked = [record for record in records if record["prediction"] is not None and not record["perturbation"]]
         answers = [(record["prediction"], record["references"], record["choices"]) for record in asked]
-        return cls(asked, {name: METRICS[name].of_many(answers) for name in metrics})
+        return cls(asked, {name: METRICS[name].statistics_of(answers) for name in metrics})
 
     def by_row(self, metric: str, template: str | None = None, only: frozenset[Any] | None = None) -> RowSums:
         """Statistics summed by row; limited to the wording `template`, and to the questions `only` (`pair_key`), if given."""
@@ -47,7 +47,7 @@ def pair_key(record: Record) -> tuple[int, str]:
     return record["row"], record["template"]
 
 
-def paired(ours: Scored, theirs: Scored, metric: str) -> tuple[RowSums, RowSums] | None:
+def paired(ours: AnswerStatistics, theirs: AnswerStatistics, metric: str) -> tuple[RowSums, RowSums] | None:
     """Row sums of both columns over the questions that both answered; None if there is no such question."""
     shared = frozenset(map(pair_key, ours.records)) & frozenset(map(pair_key, theirs.records))
     if not shared:
@@ -74,8 +74,8 @@ def counts(records: Sequence[Record]) -> dict[str, Any]:
     }
 
 
-def scores(scored: Scored, records: Sequence[Record], metrics: Sequence[str], key: str, resamples: int) -> dict[str, Any]:
-    """Cell of the report (`schema.Cell`) for one task in one column; intervals and wordings use the first metric.
+def scores(scored: AnswerStatistics, records: Sequence[Record], metrics: Sequence[str], key: str, resamples: int) -> dict[str, Any]:
+    """Cell of the report (`report_schema.ColumnScores`) for one task in one column; intervals and wordings use the first metric.
 
     `key` and `resamples` are those of the bootstrap.
     """
@@ -105,7 +105,7 @@ def scores(scored: Scored, records: Sequence[Record], metrics: Sequence[str], ke
     }
 
 
-def _perturbations(scored: Scored, answered: Sequence[Record]) -> dict[str, dict[str, Any]]:
+def _perturbations(scored: AnswerStatistics, answered: Sequence[Record]) -> dict[str, dict[str, Any]]:
     """Perturbation → its score, the score of the same questions unperturbed, and the share of rows (0 to 100) that `changed`."""
     shots = {record["shots"] for record in scored.records}
     plain = {pair_key(record): record for record in scored.records}

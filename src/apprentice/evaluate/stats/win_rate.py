@@ -12,14 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from apprentice.evaluate.stats.bootstrap import RowSums, p_value, score_interval, swapped
+from apprentice.evaluate.stats.bootstrap import RowSums, p_value, permuted_differences, score_interval
 from apprentice.evaluate.stats.metrics import METRICS
 from apprentice.tasks.exposure import EXPOSURES
 
 Record = Mapping[str, Any]
 
 
-def judged_by(
+def compute_win_rates(
     judge: str, records: Sequence[Record], columns: Sequence[Mapping[str, Any]], exposures: Mapping[str, str], resamples: int
 ) -> dict[str, Any]:
     """Judgement of the report: `judge`, and `lines`, one for each exposure and each column that is compared with another.
@@ -58,7 +58,7 @@ def _line(pairs: Sequence[tuple[Record, Record]], key: str, resamples: int) -> d
         "questions": len(pairs),
         "win_rate": sums.score(share),
         "interval": list(score_interval(sums, share, f"judge {key}", resamples)),
-        "p": p_value(sums.score(share) - losses.score(share), swapped(sums, losses, share, f"judge {key}", resamples)),
+        "p": p_value(sums.score(share) - losses.score(share), permuted_differences(sums, losses, share, f"judge {key}", resamples)),
         "reward": [float(np.mean([record["reward"] for record in side])) for side in sides],
         "words": [float(np.mean([len(record["prediction"].split()) for record in side])) for side in sides],
         "log_ratio": sum(one["log_ratio"] for one in measured) / tokens if tokens else None,

@@ -13,22 +13,22 @@ from apprentice.data.encoding.prompt_format import Exemplar
 from apprentice.data.encoding.render import Renderer
 from apprentice.data.encoding.tokenize import encode
 from apprentice.data.sampling.plan import exemplar_rows
-from apprentice.evaluate.questions.prompts import EMPTY_CHOICE, NOT_A_CHOICE, can_show, encoded
-from apprentice.evaluate.questions.row_selection import Request
-from apprentice.model_pool.limits import Limits
+from apprentice.evaluate.questions.question_encoding import EMPTY_CHOICE, NOT_A_CHOICE, encode_questions, has_enough_exemplars
+from apprentice.evaluate.questions.row_selection import QuestionRequest
+from apprentice.model_pool.answer_settings import TokenLimits
 from apprentice.tasks.schema import Task
 
-LIMITS = Limits(prompt=700, reply=6)
+LIMITS = TokenLimits(prompt=700, reply=6)
 
 
-def questions(corpus: Corpus, *requests: Request, limits: Limits = LIMITS) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = encoded(corpus, requests, corpus.layout, limits).to_pylist()
+def questions(corpus: Corpus, *requests: QuestionRequest, limits: TokenLimits = LIMITS) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = encode_questions(corpus, requests, corpus.layout, limits).to_pylist()
     return found
 
 
 def test_a_ranked_question(corpus: Corpus) -> None:
     row = int(corpus.indices["same_meaning"].test[3])
-    [found] = questions(corpus, Request("same_meaning", row, "same_or_different", 0))
+    [found] = questions(corpus, QuestionRequest("same_meaning", row, "same_or_different", 0))
     example = Renderer(corpus.tasks, corpus.indices).example("same_meaning", "test", row, "same_or_different")
     assert (found["choices"], found["target"]) == (["different", "same"], example.target)
     [trained] = encode(corpus.layout, [(example, [])], 700)
@@ -44,7 +44,7 @@ def test_a_ranked_question(corpus: Corpus) -> None:
 def test_a_generated_question_has_no_choices(corpus: Corpus) -> None:
     row = int(corpus.indices["written_dates"].test[0])
     template = next(task for task in corpus.tasks if task.name == "written_dates").scored_templates[0].name
-    [found] = questions(corpus, Request("written_dates", row, template, 0))
+    [found] = questions(corpus, QuestionRequest("written_dates", row, template, 0))
     assert (found["choices"], found["choice_ids"]) == ([], [])
     assert found["references"] == [found["target"]]
 
@@ -54,7 +54,7 @@ def test_exemplars_are_nested_training_rows_in_the_same_wording(corpus: Corpus, 
     index = corpus.indices[task]
     row = int(index.test[1])
     template = next(found for found in corpus.tasks if found.name == task).scored_templates[1].name
-    zero, one, two = questions(corpus, *(Request(task, row, template, k) for k in (0, 1, 2)))
+    zero, one, two = questions(corpus, *(QuestionRequest(task, row, template, k) for k in (0, 1, 2)))
     assert [len(found["exemplars"]) for found in (zero, one, two)] == [0, 1, 2]
     assert two["exemplars"][:1] == one["exemplars"]
     assert tuple(two["exemplars"]) == exemplar_rows(5, task, row, 2, index.train)
@@ -68,29 +68,29 @@ def test_exemplars_are_nested_training_rows_in_the_same_wording(corpus: Corpus, 
 
 def test_what_does_not_fit_is_cut_or_dropped_and_said(corpus: Corpus) -> None:
     row = int(corpus.indices["passage_questions"].test[0])
-    asked = Request("passage_questions", row, "answer_from_passage", 2)
+    asked = QuestionRequest("passage_questions", row, "answer_from_passage", 2)
     [whole] = questions(corpus, replace_shots(asked, 0))
-    [fewer] = questions(corpus, asked, limits=Limits(prompt=whole["prompt_tokens"], reply=6))
+    [fewer] = questions(corpus, asked, limits=TokenLimits(prompt=whole["prompt_tokens"], reply=6))
     assert (fewer["truncated"], fewer["exemplars"]) == ("truncated_exemplars", [])
     assert fewer["prompt_ids"] == whole["prompt_ids"]
-    [cut] = questions(corpus, asked, limits=Limits(prompt=whole["prompt_tokens"] - 5, reply=6))
+    [cut] = questions(corpus, asked, limits=TokenLimits(prompt=whole["prompt_tokens"] - 5, reply=6))
     assert cut["truncated"] == "truncated_input"
     assert cut["prompt_tokens"] <= whole["prompt_tokens"] - 5
-    [dropped] = questions(corpus, asked, limits=Limits(prompt=5, reply=6))
+    [dropped] = questions(corpus, asked, limits=TokenLimits(prompt=5, reply=6))
     assert (dropped["dropped"], dropped["prompt_ids"]) == ("too_long", None)
 
 
-def replace_shots(request: Request, shots: int) -> Request:
+def replace_shots(request: QuestionRequest, shots: int) -> QuestionRequest:
     return request._replace(shots=shots)
 
 
 def test_the_context_leaves_room_for_the_answer(corpus: Corpus) -> None:
     row = int(corpus.indices["passage_questions"].test[0])
-    asked = Request("passage_questions", row, "answer_from_passage", 0)
+    asked = QuestionRequest("passage_questions", row, "answer_from_passage", 0)
     [whole] = questions(corpus, asked)
     size = whole["prompt_tokens"]
-    assert questions(corpus, asked, limits=Limits(700, 6, context=size + 6))[0]["truncated"] == ""
-    [cut] = questions(corpus, asked, limits=Limits(700, 6, context=size + 5))
+    assert questions(corpus, asked, limits=TokenLimits(700, 6, context=size + 6))[0]["truncated"] == ""
+    [cut] = questions(corpus, asked, limits=TokenLimits(700, 6, context=size + 5))
     assert (cut["truncated"], cut["prompt_tokens"] < size) == ("truncated_input", True)
 
 
@@ -100,7 +100,7 @@ def test_a_target_that_is_no_choice_is_dropped(corpus: Corpus) -> None:
     dotted["templates"][0]["output"] = "{{ answer }}!"
     changed = replace(corpus, tasks=(Task.model_validate(dotted),))
     row = int(corpus.indices["same_meaning"].test[0])
-    [found] = questions(changed, Request("same_meaning", row, task.templates[0].name, 0))
+    [found] = questions(changed, QuestionRequest("same_meaning", row, task.templates[0].name, 0))
     assert found["dropped"] == NOT_A_CHOICE
 
 
@@ -109,7 +109,9 @@ def test_a_choice_without_tokens_is_dropped(corpus: Corpus) -> None:
     mute = task.model_dump() | {"templates": [template.model_dump() for template in task.templates]}
     mute["templates"][0]["choices"] = ["", *(task.templates[0].choices or task.choices)[1:]]
     changed = replace(corpus, tasks=(Task.model_validate(mute),))
-    asked = [Request("same_meaning", int(row), task.templates[0].name, 0) for row in corpus.indices["same_meaning"].test[:8]]
+    asked = [
+        QuestionRequest("same_meaning", int(row), task.templates[0].name, 0) for row in corpus.indices["same_meaning"].test[:8]
+    ]
     found = questions(changed, *asked)
     # A row whose answer is the empty choice cannot be rendered at all.
     assert {question["dropped"] for question in found} == {EMPTY_CHOICE, "empty_answer"}
@@ -118,8 +120,8 @@ def test_a_choice_without_tokens_is_dropped(corpus: Corpus) -> None:
 
 def test_exemplars_need_more_training_rows_than_their_number(corpus: Corpus) -> None:
     index = corpus.indices["same_meaning"]
-    assert can_show(index, 5)
+    assert has_enough_exemplars(index, 5)
     few = replace(index, train=np.array([4, 9]))
-    assert [can_show(few, k) for k in (0, 1, 2)] == [True, True, False]
+    assert [has_enough_exemplars(few, k) for k in (0, 1, 2)] == [True, True, False]
     none = replace(index, train_source=None, train=np.array([], dtype=np.int64))
-    assert [can_show(none, k) for k in (0, 1)] == [True, False]
+    assert [has_enough_exemplars(none, k) for k in (0, 1)] == [True, False]

@@ -14,16 +14,16 @@ import pyarrow.parquet as pq
 from apprentice.data.encoding.prompt_format import Layout
 from apprentice.data.encoding.tokenize import drop_reason, fit_prompt
 from apprentice.errors import ApprenticeError
+from apprentice.model_pool.answer_settings import AnswerSettings, TokenLimits
 from apprentice.model_pool.generate import reply
-from apprentice.model_pool.limits import Limits, Manner
-from apprentice.model_pool.model import model_on
-from apprentice.model_pool.pool import Pool
-from apprentice.predict.rows import Chunk, Row, read
+from apprentice.model_pool.model import load_worker_model
+from apprentice.model_pool.pool import WorkerPool
+from apprentice.predict.rows import InputRow, RowChunk, read
 from apprentice.recipe import Model
 from apprentice.storage import Folder
 from apprentice.tasks.schema import Example
 
-PART = pa.schema(
+PART_SCHEMA = pa.schema(
     [
         ("row", pa.int64()),  # of the input, from 0
         ("instruction", pa.string()),
@@ -36,7 +36,7 @@ PART = pa.schema(
 )
 
 
-def part_of(out: Folder, number: int) -> Folder:
+def part_file(out: Folder, number: int) -> Folder:
     """The file for the replies to chunk `number`."""
     return out / f"part-{number:06d}.parquet"
 
@@ -44,9 +44,11 @@ def part_of(out: Folder, number: int) -> Folder:
 class Predictor:
     """Answers chunks with the model in `folder`, loaded at the first chunk, and writes each as a part of its own."""
 
-    def __init__(self, folder: Path, model: Model, layout: Layout, limits: Limits, file: Folder, out: Folder, pool: Pool) -> None:
+    def __init__(
+        self, folder: Path, model: Model, layout: Layout, limits: TokenLimits, file: Folder, out: Folder, pool: WorkerPool
+    ) -> None:
         self._folder, self._settings, self._pool = folder, model, pool
-        self._manner = Manner(layout, limits.reply)
+        self._answer_settings = AnswerSettings(layout, limits.reply)
         self._limits, self._file, self._out = limits, file, out
 
     def __call__(self, block: pa.Table) -> pa.Table:
@@ -56,21 +58,21 @@ class Predictor:
         """
         done = []
         for wanted in block.to_pylist():
-            chunk = Chunk(**wanted)
+            chunk = RowChunk(**wanted)
             try:
                 table = self.answered(read(self._file, chunk))
             except ApprenticeError as error:
                 return pa.table({"number": [chunk.number], "rows": [0], "problems": [0], "failure": [str(error)]})
             buffer = io.BytesIO()
             pq.write_table(table, buffer, compression="zstd")
-            part_of(self._out, chunk.number).write_bytes(buffer.getvalue())
+            part_file(self._out, chunk.number).write_bytes(buffer.getvalue())
             problems = sum(problem != "" for problem in table["problem"].to_pylist())
             done.append({"number": chunk.number, "rows": chunk.rows, "problems": problems, "failure": ""})
         return pa.Table.from_pylist(done)
 
-    def answered(self, rows: Sequence[Row]) -> pa.Table:
-        """Table of the rows with their replies, in order; its schema is `PART`."""
-        layout = self._manner.layout
+    def answered(self, rows: Sequence[InputRow]) -> pa.Table:
+        """Table of the rows with their replies, in order; its schema is `PART_SCHEMA`."""
+        layout = self._answer_settings.layout
         records: list[dict[str, Any]] = []
         questions = []
         for row in rows:
@@ -92,11 +94,11 @@ class Predictor:
             record |= {"prompt_tokens": len(fitted.ids), "truncated": fitted.truncated or ""}
             questions.append((record, {"row": row.number, "prompt_ids": fitted.ids}))
         if questions:
-            replies = reply(self._model, [question for _, question in questions], self._manner)
+            replies = reply(self._model, [question for _, question in questions], self._answer_settings)
             for (record, _), said in zip(questions, replies, strict=True):
                 record |= said
-        return pa.Table.from_pylist(records, schema=PART)
+        return pa.Table.from_pylist(records, schema=PART_SCHEMA)
 
     @cached_property
     def _model(self) -> Any:
-        return model_on(self._folder, self._settings, self._pool)
+        return load_worker_model(self._folder, self._settings, self._pool)

@@ -17,24 +17,28 @@ from apprentice.data.encoding.tokenize import drop_reason, fit_prompt
 from apprentice.data.index.task_index import TaskIndex
 from apprentice.data.sampling.plan import exemplar_rows
 from apprentice.errors import RowError
-from apprentice.evaluate.questions.perturbation import perturbed
-from apprentice.evaluate.questions.row_selection import Request
-from apprentice.evaluate.report.predictions import ENCODED, table_of
-from apprentice.model_pool.limits import Limits
+from apprentice.evaluate.questions.perturbation import perturb
+from apprentice.evaluate.questions.row_selection import QuestionRequest
+from apprentice.evaluate.report.predictions import ENCODED_QUESTION, make_table
+from apprentice.model_pool.answer_settings import TokenLimits
 
 NOT_A_CHOICE = "target_not_a_choice"
 EMPTY_CHOICE = "choice_without_tokens"
 NOTHING_TO_CHANGE = "nothing_to_change"  # the perturbation does not apply to this question
 
 
-def encoded(corpus: Corpus, requests: Iterable[Request], layout: Layout, limits: Limits) -> pa.Table:
-    """Encodes requests as a table of the schema `predictions.ENCODED`, in order; `dropped` says why one cannot be asked."""
+def encode_questions(corpus: Corpus, requests: Iterable[QuestionRequest], layout: Layout, limits: TokenLimits) -> pa.Table:
+    """Encodes requests as a table of the schema `predictions.ENCODED_QUESTION`, in order; `dropped` is why one cannot be asked."""
     renderer = Renderer(corpus.tasks, corpus.indices)
     seed, indices = corpus.recipe.seed, corpus.indices
-    return table_of([_question(request, renderer, indices[request.task], layout, seed, limits) for request in requests], ENCODED)
+    return make_table(
+        [_question(request, renderer, indices[request.task], layout, seed, limits) for request in requests], ENCODED_QUESTION
+    )
 
 
-def _question(request: Request, renderer: Renderer, index: TaskIndex, layout: Layout, seed: int, limits: Limits) -> dict[str, Any]:
+def _question(
+    request: QuestionRequest, renderer: Renderer, index: TaskIndex, layout: Layout, seed: int, limits: TokenLimits
+) -> dict[str, Any]:
     record: dict[str, Any] = request._asdict() | {"truncated": "", "dropped": ""}
     try:
         example = renderer.example(request.task, "test", request.row, request.template)
@@ -43,7 +47,7 @@ def _question(request: Request, renderer: Renderer, index: TaskIndex, layout: La
     if example.choices and example.target not in example.choices:
         return record | {"dropped": NOT_A_CHOICE}
     if request.perturbation:
-        changed = perturbed(example, request.perturbation, seed, request.row)
+        changed = perturb(example, request.perturbation, seed, request.row)
         if changed is None:
             return record | {"dropped": NOTHING_TO_CHANGE}
         example = changed
@@ -69,7 +73,7 @@ def _question(request: Request, renderer: Renderer, index: TaskIndex, layout: La
     }
 
 
-def _exemplars(request: Request, renderer: Renderer, index: TaskIndex, seed: int) -> tuple[list[int], list[Exemplar]]:
+def _exemplars(request: QuestionRequest, renderer: Renderer, index: TaskIndex, seed: int) -> tuple[list[int], list[Exemplar]]:
     """Training rows and their exemplars for one request; rows that the template cannot render are left out."""
     rows: list[int] = []
     shown: list[Exemplar] = []
@@ -84,6 +88,6 @@ def _exemplars(request: Request, renderer: Renderer, index: TaskIndex, seed: int
     return rows, shown
 
 
-def can_show(index: TaskIndex, shots: int) -> bool:
+def has_enough_exemplars(index: TaskIndex, shots: int) -> bool:
     """True if the task has enough training rows for `shots` exemplars."""
     return shots == 0 or (index.train_source is not None and len(index.train) > shots)

@@ -14,8 +14,8 @@ from apprentice.data.encoding.prompt_contract import layout_beside, layout_of
 from apprentice.data.encoding.prompt_format import Layout
 from apprentice.errors import EvaluationError
 from apprentice.evaluate.scoring import majority_baseline as majority
-from apprentice.evaluate.scoring.endpoint import Endpoint, weights_at
-from apprentice.model_pool.limits import Limits, Manner
+from apprentice.evaluate.scoring.endpoint import EndpointAddress, weights_at
+from apprentice.model_pool.answer_settings import AnswerSettings, TokenLimits
 from apprentice.models.loading import resolve_dtype
 from apprentice.pretrained.architecture import RELATIVE_POSITIONS, model_config
 from apprentice.pretrained.tokenizer import Tokenizer
@@ -33,27 +33,27 @@ class Subject:
     name: str
     folder: Path
     shots: tuple[int, ...] = (0,)
-    endpoint: Endpoint | None = None
+    endpoint: EndpointAddress | None = None
 
 
 @dataclass(frozen=True)
-class Spoken:
+class SubjectSettings:
     """Settings of asking a subject: prompt format, limits, and a fingerprint of all that shapes its answers besides the question.
 
     Answers are cached under `fingerprint`; it is None for an endpoint that does not report its weights, whose answers are not
     cached. `weights` is the SHA-256 of the weights, if known; `dtype` the dtype of a local model.
     """
 
-    manner: Manner
-    limits: Limits
+    answer_settings: AnswerSettings
+    limits: TokenLimits
     fingerprint: str | None
     weights: str | None = None
     dtype: str | None = None
 
     @property
-    def phrasing(self) -> tuple[Any, ...]:
+    def prompt_key(self) -> tuple[Any, ...]:
         """Key that is equal for subjects whose questions have the same token ids."""
-        return *identity(self.manner.layout), self.limits
+        return *identity(self.answer_settings.layout), self.limits
 
 
 def check_subjects(subjects: Sequence[Subject]) -> None:
@@ -65,7 +65,7 @@ def check_subjects(subjects: Sequence[Subject]) -> None:
         )
 
 
-def spoken_to(subject: Subject, recipe: Recipe, corpus: Corpus) -> Spoken:
+def make_subject_settings(subject: Subject, recipe: Recipe, corpus: Corpus) -> SubjectSettings:
     """Prompt format and limits of a subject: from the folder's prompt contract, or for a bare model from the recipe.
 
     The recipe's `model.dtype` must be the dtype of the workers, because `auto` would be resolved for the calling machine. Raises
@@ -77,36 +77,36 @@ def spoken_to(subject: Subject, recipe: Recipe, corpus: Corpus) -> Spoken:
         layout = corpus.layout
     else:
         layout = layout_of(recipe, Tokenizer(subject.folder), corpus.layout.version)
-    manner, limits = manner_of(recipe, layout), limits_of(recipe, subject.folder)
+    answer_settings, limits = make_answer_settings(recipe, layout), make_token_limits(recipe, subject.folder)
     if subject.endpoint is None:
         contract = read_contract(subject.folder)
         sha = contract.weights_sha256 if contract is not None else weights_sha256(subject.folder)
         dtype = str(resolve_dtype(recipe.model.dtype))
-        fingerprint = _fingerprint([sha, dtype], manner)
-        return Spoken(manner, limits, fingerprint, sha, dtype.removeprefix("torch."))
+        fingerprint = _fingerprint([sha, dtype], answer_settings)
+        return SubjectSettings(answer_settings, limits, fingerprint, sha, dtype.removeprefix("torch."))
     there = weights_at(subject.endpoint)
     if there is None:
-        return Spoken(manner, limits, None)
+        return SubjectSettings(answer_settings, limits, None)
     weights = [subject.endpoint.url, subject.endpoint.model, *there]
-    return Spoken(manner, limits, _fingerprint(weights, manner), there[0])
+    return SubjectSettings(answer_settings, limits, _fingerprint(weights, answer_settings), there[0])
 
 
-def manner_of(recipe: Recipe, layout: Layout) -> Manner:
-    return Manner(layout, recipe.evaluation.max_new_tokens, priors=recipe.evaluation.rank_by == "pmi")
+def make_answer_settings(recipe: Recipe, layout: Layout) -> AnswerSettings:
+    return AnswerSettings(layout, recipe.evaluation.max_new_tokens, priors=recipe.evaluation.rank_by == "pmi")
 
 
-def limits_of(recipe: Recipe, folder: Path) -> Limits:
+def make_token_limits(recipe: Recipe, folder: Path) -> TokenLimits:
     """Limits on tokens for the model in `folder`; models with relative positions have no limit of context."""
     config = model_config(folder)
     context = config.get("max_position_embeddings") or config.get("n_positions")
     if config.get("model_type") in RELATIVE_POSITIONS:
         context = None
-    return Limits(recipe.data.max_length, recipe.evaluation.max_new_tokens, context)
+    return TokenLimits(recipe.data.max_length, recipe.evaluation.max_new_tokens, context)
 
 
-def _fingerprint(weights: list[str | None], manner: Manner) -> str:
+def _fingerprint(weights: list[str | None], answer_settings: AnswerSettings) -> str:
     """SHA-256 of weights and settings of answering: where it is equal, equal questions get equal answers."""
-    shape = [*identity(manner.layout), manner.layout.stop_ids, manner.reply, manner.priors]
+    shape = [*identity(answer_settings.layout), answer_settings.layout.stop_ids, answer_settings.reply, answer_settings.priors]
     return hashlib.sha256(json.dumps([weights, shape], default=str).encode()).hexdigest()
 
 
@@ -117,16 +117,16 @@ def identity(layout: Layout) -> tuple[Any, ...]:
     return *same, *new, *([layout.day] if layout.day is not None else [])
 
 
-def described(subject: Subject, spoken: Spoken) -> dict[str, Any]:
-    """Entry of a subject in the report (`schema.Subject`)."""
+def subject_entry(subject: Subject, subject_settings: SubjectSettings) -> dict[str, Any]:
+    """Entry of a subject in the report (`report_schema.SubjectEntry`)."""
     contract = read_contract(subject.folder)
     return {
         "name": subject.name,
         "shots": list(subject.shots),
         "folder": str(subject.folder) if subject.endpoint is None else f"{subject.endpoint.url} ({subject.endpoint.model})",
-        "layout": spoken.manner.layout.name,
+        "layout": subject_settings.answer_settings.layout.name,
         "contract": "its own" if contract else "the recipe's",
-        "weights_sha256": spoken.weights,
-        "dtype": spoken.dtype,
-        "prompt_tokens": spoken.limits.prompt,
+        "weights_sha256": subject_settings.weights,
+        "dtype": subject_settings.dtype,
+        "prompt_tokens": subject_settings.limits.prompt,
     }

@@ -10,16 +10,16 @@ from typing import Any
 import pyarrow as pa
 
 from apprentice.errors import ApprenticeError, EvaluationError
-from apprentice.evaluate.report.predictions import ENCODED, table_of
-from apprentice.evaluate.scoring.rank import by_prior, check_finite, ranked
+from apprentice.evaluate.report.predictions import ENCODED_QUESTION, make_table
+from apprentice.evaluate.scoring.rank import choice_priors_of, check_finite, ranked
 from apprentice.inference.choices.choice_scoring import choice_logprobs
+from apprentice.model_pool.answer_settings import AnswerSettings
 from apprentice.model_pool.generate import reply
-from apprentice.model_pool.limits import Manner
 from apprentice.models.reward import choice_rewards, is_reward
 
 LEAST_TOGETHER, MOST_TOGETHER = 16, 64  # questions in a block: enough for a batch, few enough to spread over workers
-ASKED = pa.schema([("place", pa.int64()), *ENCODED])  # place: index of the question in the list of its subject
-ANSWERED = pa.schema(
+QUESTION_BLOCK = pa.schema([("place", pa.int64()), *ENCODED_QUESTION])  # place: index of the question in the list of its subject
+ANSWER_BLOCK = pa.schema(
     [
         ("place", pa.int64()),
         ("prediction", pa.string()),  # of generated questions
@@ -37,18 +37,18 @@ class Scorer:
     An `ApprenticeError` becomes a `failure` in the answer instead of an exception, which Ray would print with all its stacks.
     """
 
-    def __init__(self, load: Callable[[], Any], name: str, manner: Manner) -> None:
-        self._load, self._name, self._manner = load, name, manner
+    def __init__(self, load: Callable[[], Any], name: str, answer_settings: AnswerSettings) -> None:
+        self._load, self._name, self._answer_settings = load, name, answer_settings
 
     def __call__(self, block: pa.Table) -> pa.Table:
-        """Answers a block of the schema `ASKED`, all of it ranked or all of it generated; returns one of `ANSWERED`."""
+        """Answers a block of the schema `QUESTION_BLOCK`, all of it ranked or all generated; returns one of `ANSWER_BLOCK`."""
         asked = block.to_pylist()
         try:
             answers = self._ranked(asked) if asked[0]["choices"] else self._written(asked)
         except ApprenticeError as error:
-            return pa.Table.from_pylist([{"failure": str(error)}], schema=ANSWERED)
+            return pa.Table.from_pylist([{"failure": str(error)}], schema=ANSWER_BLOCK)
         rows = [{"place": question["place"], **answer} for question, answer in zip(asked, answers, strict=True)]
-        return pa.Table.from_pylist(rows, schema=ANSWERED)
+        return pa.Table.from_pylist(rows, schema=ANSWER_BLOCK)
 
     def _ranked(self, asked: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         choices = [question["choice_ids"] for question in asked]
@@ -56,10 +56,10 @@ class Scorer:
         sums = scores(self._model, [question["prompt_ids"] for question in asked], choices)
         for question, found in zip(asked, sums, strict=True):
             check_finite(question, found)
-        if not self._manner.priors:
+        if not self._answer_settings.priors:
             return [{"choice_logprobs": found} for found in sums]
-        empty = self._manner.empty_prompt
-        priors = by_prior(asked, lambda lists: choice_logprobs(self._model, [empty] * len(lists), lists))
+        empty = self._answer_settings.empty_prompt
+        priors = choice_priors_of(asked, lambda lists: choice_logprobs(self._model, [empty] * len(lists), lists))
         return [{"choice_logprobs": found, "choice_priors": prior} for found, prior in zip(sums, priors, strict=True)]
 
     def _written(self, asked: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -68,14 +68,14 @@ class Scorer:
                 f"{self._name} is a reward model and writes nothing, but some tasks are scored by what is written; leave out"
                 " those that have no choices."
             )
-        return reply(self._model, asked, self._manner)
+        return reply(self._model, asked, self._answer_settings)
 
     @cached_property
     def _model(self) -> Any:
         return self._load()
 
 
-def blocks(asked: Sequence[tuple[int, Mapping[str, Any]]], workers: int) -> list[pa.Table]:
+def make_blocks(asked: Sequence[tuple[int, Mapping[str, Any]]], workers: int) -> list[pa.Table]:
     """Splits (place, question) pairs into blocks of one kind (generated or ranked) and similar prompt length, longest first.
 
     A block has 16 to 64 questions, or fewer at the end; within these limits there are two or more blocks for each worker.
@@ -85,12 +85,12 @@ def blocks(asked: Sequence[tuple[int, Mapping[str, Any]]], workers: int) -> list
         chosen = [{"place": place, **question} for place, question in asked if bool(question["choices"]) is is_ranked]
         chosen.sort(key=lambda question: (-question["prompt_tokens"], question["place"]))
         size = min(MOST_TOGETHER, max(LEAST_TOGETHER, math.ceil(len(chosen) / (2 * workers))))
-        found += [table_of(chosen[start : start + size], ASKED) for start in range(0, len(chosen), size)]
+        found += [make_table(chosen[start : start + size], QUESTION_BLOCK) for start in range(0, len(chosen), size)]
     return found
 
 
 def with_prediction(record: Mapping[str, Any], answer: Mapping[str, Any], rank_by: str) -> dict[str, Any]:
-    """Record of a question with the fields of its answer (schema `ANSWERED`); the prediction of a ranked one is its best choice."""
+    """Record of a question with the fields of its answer (`ANSWER_BLOCK`); the prediction of a ranked one is its best choice."""
     found = {name: answer[name] for name in ("prediction", "choice_logprobs", "choice_priors")}
     found["unscored"] = answer["unscored"] or ""
     if answer["choice_logprobs"]:

@@ -8,7 +8,7 @@ from apprentice.data.encoding.prompt_format import Layout
 
 
 @dataclass(frozen=True)
-class Limits:
+class TokenLimits:
     """Maximal tokens of a prompt, of a generated reply, and of the model's context (None: no bound is known)."""
 
     prompt: int
@@ -21,7 +21,7 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Manner:
+class AnswerSettings:
     """Settings of answering: prompt format, maximal tokens of a reply, and whether the priors of choices are needed (PMI)."""
 
     layout: Layout

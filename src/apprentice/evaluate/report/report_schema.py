@@ -15,11 +15,11 @@ Interval = tuple[float, float]
 Verdict = Literal["better", "worse", "unclear"]
 
 
-class _Shape(BaseModel):
+class _Entry(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
-class Subject(_Shape):
+class SubjectEntry(_Entry):
     """A model or endpoint that was scored."""
 
     name: str
@@ -32,7 +32,7 @@ class Subject(_Shape):
     prompt_tokens: int | None = None
 
 
-class Column(_Shape):
+class Column(_Entry):
     """A subject at one number of exemplars; `against` is the key of the column that it is compared with."""
 
     key: str
@@ -42,25 +42,25 @@ class Column(_Shape):
     against: str | None
 
 
-class Wording(_Shape):
+class WordingScore(_Entry):
     score: float
     questions: int
 
 
-class Perturbed(_Shape):
+class PerturbationScore(_Entry):
     questions: int
     score: float
     unchanged_score: float
     changed: float | None
 
 
-class Label(_Shape):
+class LabelShares(_Entry):
     choice: str
     said: float
     right: float
 
 
-class Cell(_Shape):
+class ColumnScores(_Entry):
     """A task in one column. If `score` is null, no question was answered, and the fields after it are left out."""
 
     questions: int
@@ -71,7 +71,7 @@ class Cell(_Shape):
     interval: Interval | None = None
     metrics: dict[str, float] | None = None
     rows: int | None = None
-    wordings: dict[str, Wording] | None = None
+    wordings: dict[str, WordingScore] | None = None
     median: float | None = None
     worst: float | None = None
     worst_wording: str | None = None
@@ -79,13 +79,13 @@ class Cell(_Shape):
     spread: float | None = Field(None, description="Distance between the quartiles of the wordings' scores.")
     changed: float | None = Field(None, description="Share of rows (0 to 100) whose answer changes with the wording.")
     consistency: float | None = Field(None, description="How often (0 to 100) two askings of a row agree.")
-    perturbations: dict[str, Perturbed] | None = None
-    labels: list[Label] | None = None
+    perturbations: dict[str, PerturbationScore] | None = None
+    labels: list[LabelShares] | None = None
     exemplars: float | None = None
     prompt_tokens: float | None = None
 
 
-class Difference(_Shape):
+class Difference(_Entry):
     """A difference of two columns: `mean` in points, and `p` of the paired randomisation test.
 
     `p_adjusted` is `p` after Benjamini and Hochberg's correction for the number of comparisons in the same table. `verdict` is
@@ -102,7 +102,7 @@ class Difference(_Shape):
     tasks: int | None = None
 
 
-class Sample(_Shape):
+class SampleQuestion(_Entry):
     row: int
     template: str
     prompt: str | None
@@ -113,14 +113,14 @@ class Sample(_Shape):
     gain: float | None = None
 
 
-class Contamination(_Shape):
+class Contamination(_Entry):
     rows: int
     of: int
     dropped: int
     kept: int = Field(0, description="Training rows that share a passage and were trained on all the same.")
 
 
-class Task(_Shape):
+class TaskEntry(_Entry):
     task: str
     cluster: str
     summary: str
@@ -131,13 +131,13 @@ class Task(_Shape):
     exposure: Exposure = Field(description="Whether its cluster is nowhere trained on, others of it are, or it is itself.")
     majority: dict[str, Any] | None
     contaminated: Contamination | None = None
-    columns: dict[str, Cell]
+    columns: dict[str, ColumnScores]
     differences: dict[str, Difference]
-    samples: list[Sample]
-    extremes: dict[Literal["best", "worst"], list[Sample]]
+    samples: list[SampleQuestion]
+    extremes: dict[Literal["best", "worst"], list[SampleQuestion]]
 
 
-class Mean(_Shape):
+class GroupMean(_Entry):
     mean: float
     interval: Interval
     tasks: int
@@ -147,7 +147,7 @@ class Mean(_Shape):
     consistency: float | None
 
 
-class Group(_Shape):
+class GroupEntry(_Entry):
     """Means over the tasks of one kind or one cluster, all weighted the same."""
 
     held_out: bool
@@ -155,11 +155,11 @@ class Group(_Shape):
     kind: Literal["ranked", "generated"] | None = None
     cluster: str | None = None
     tasks: int
-    columns: dict[str, Mean]
+    columns: dict[str, GroupMean]
     differences: dict[str, Difference]
 
 
-class Judged(_Shape):
+class WinRate(_Entry):
     """A column's generated replies against those of the column it is compared with; pairs are (its own, the other's)."""
 
     held_out: bool
@@ -179,14 +179,14 @@ class Judged(_Shape):
     )
 
 
-class Judgement(_Shape):
+class WinRates(_Entry):
     """Win rates by the reward model `judge`."""
 
     judge: str
-    lines: list[Judged]
+    lines: list[WinRate]
 
 
-class Shared(_Shape):
+class SharedQuestions(_Entry):
     """Number of a task's questions that all compared runs answered; columns and differences are over these."""
 
     rows: int
@@ -194,20 +194,20 @@ class Shared(_Shape):
     of: dict[str, int] = Field(description="Run → rows that it answered.")
 
 
-class Check(_Shape):
+class GateCheck(_Entry):
     name: str
     found: float | None
     needed: float
     passed: bool
 
 
-class Gate(_Shape):
+class GateVerdict(_Entry):
     subject: str
     passed: bool
-    checks: list[Check]
+    checks: list[GateCheck]
 
 
-class Unscored(_Shape):
+class UnscoredQuestion(_Entry):
     subject: str
     task: str
     row: int
@@ -217,7 +217,7 @@ class Unscored(_Shape):
     reason: str
 
 
-class Report(_Shape):
+class Report(_Entry):
     """The contents of report.json: what was scored, how, and the results."""
 
     version: int
@@ -228,21 +228,21 @@ class Report(_Shape):
     versions: dict[str, str]
     recipe: dict[str, Any]
     settings: dict[str, Any]
-    subjects: list[Subject]
+    subjects: list[SubjectEntry]
     not_scored: list[dict[Literal["task", "reason"], str]]
     test_rows: dict[str, int] = {}
-    shared: dict[str, Shared] | None = Field(None, description="Task → what compared runs have in common.")
+    shared: dict[str, SharedQuestions] | None = Field(None, description="Task → what compared runs have in common.")
     story: dict[Literal["history", "ledger", "export"], Any]
     confidence: float
     resamples: int
     ranking: dict[Literal["by", "meaning"], str]
     signatures: dict[str, str]
     columns: list[Column]
-    tasks: list[Task]
-    pools: list[Group]
-    clusters: list[Group]
-    unscored: list[Unscored]
+    tasks: list[TaskEntry]
+    pools: list[GroupEntry]
+    clusters: list[GroupEntry]
+    unscored: list[UnscoredQuestion]
     headline: list[str]
     summary: dict[Literal["score", "sentence"], Any]
-    gate: Gate | None
-    judged: Judgement | None = None
+    gate: GateVerdict | None
+    judged: WinRates | None = None
