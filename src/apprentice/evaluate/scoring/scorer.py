@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from apprentice.errors import ApprenticeError, EvaluationError
 from apprentice.evaluate.report.predictions import ENCODED_QUESTION, make_table
-from apprentice.evaluate.scoring.rank import choice_priors_of, check_finite, ranked
+from apprentice.evaluate.scoring.rank import check_finite, choice_priors_of, ranked
 from apprentice.inference.choices.choice_scoring import choice_logprobs
 from apprentice.model_pool.answer_settings import AnswerSettings
 from apprentice.model_pool.generate import reply
