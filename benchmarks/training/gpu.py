@@ -30,7 +30,7 @@ from apprentice.models.loading import count_parameters, resolve_dtype
 from apprentice.pretrained.hub import local_folder
 from apprentice.recipe import Recipe
 from apprentice.train.batch import PackedRows, RowFacts
-from apprentice.train.engine.collectives import Peers
+from apprentice.train.engine.collectives import Collectives
 from apprentice.train.engine.deepspeed_config import micro_batch
 from apprentice.train.memory.measure import peak_memory
 from apprentice.train.metrics import mfu as flops
@@ -136,7 +136,7 @@ def _process(_: int, folder: str) -> None:
     micro = micro_batch(recipe.training, workers=1, length=length, on_gpu=on_gpu)
     dtype = resolve_dtype(recipe.model.dtype, device.type)
     tried = length if on_gpu and recipe.training.micro_batch == "auto" else None
-    engine = build_engine(recipe, None, dtype=dtype, micro=micro, device=device, peers=Peers(), length=tried)
+    engine = build_engine(recipe, None, dtype=dtype, micro=micro, device=device, collectives=Collectives(), length=tried)
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()  # the search for the micro-batch size went up to the limit
     tokens = targets = 0

@@ -212,7 +212,7 @@ def dying(before: int, checkpoint: int) -> Any:
             def watched() -> Any:
                 for step, batch in enumerate(rows, start=1):
                     if step == before:
-                        while checkpoints.of_step(run.checkpoints, checkpoint) is None:
+                        while checkpoints.find_of_step(run.checkpoints, checkpoint) is None:
                             time.sleep(0.1)
                         os.kill(os.getpid(), signal.SIGKILL)
                     yield batch

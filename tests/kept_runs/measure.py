@@ -94,7 +94,7 @@ def resumed(place: Path) -> dict[str, Any]:
     recipe = load_recipe(place / "recipe.yaml")
     run = open_run(recipe)
     corpus = make_corpus(recipe, run, parallel=False)
-    last = checkpoints.restorable(run.checkpoints)
+    last = checkpoints.find_newest(run.checkpoints)
     assert last is not None
     wanted = recipe.training.global_batch * ((recipe.training.steps or 0) - last.state.step)
     told: list[dict[str, Any]] = []
@@ -216,19 +216,19 @@ def exported(place: Path) -> dict[str, Any]:
     from apprentice.run.folder import Run
     from apprentice.storage import Folder
     from apprentice.train.checkpoint import format as checkpoints
-    from apprentice.train.checkpoint.export import export
+    from apprentice.train.checkpoint.model_export import export_model
 
     recipe = load_recipe(place / "recipe.yaml")
     run = Run(Folder.at(place))
     pipeline.export_run(str(place), str(place.parents[1] / f"handed-on-{place.name}"))
     handed_on = place.parents[1] / f"handed-on-{place.name}"
-    best = checkpoints.best(run.checkpoints)
+    best = checkpoints.find_best(run.checkpoints)
     assert best is not None
     before, contract = load_file(place / "model" / "model.safetensors"), read_contract(run.model.local)
     corpus = make_corpus(recipe, run, parallel=False)
     again = Run(run.folder / "again")
     (again.folder / "identity.json").write_text((run.folder / "identity.json").read_text())
-    export(recipe, again, best, corpus.layout, WindowRenderer(corpus).probe(1))
+    export_model(recipe, again, best, corpus.layout, WindowRenderer(corpus).probe(1))
     after, made = load_file(again.model.local / "model.safetensors"), read_contract(again.model.local)
     assert contract is not None
     assert made is not None

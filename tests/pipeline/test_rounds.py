@@ -113,9 +113,9 @@ def weights(*runs: Run) -> dict[str, list[torch.Tensor]]:
     """Key → the tensors of the last checkpoint of each run."""
     found: dict[str, list[torch.Tensor]] = {}
     for run in runs:
-        last = checkpoints.restorable(run.checkpoints)
+        last = checkpoints.find_newest(run.checkpoints)
         assert last is not None
-        with checkpoints.tensors_of(last) as read:
-            for key in checkpoints.keys_of(last):
+        with checkpoints.open_tensors(last) as read:
+            for key in checkpoints.list_keys(last):
                 found.setdefault(key, []).append(read(key))
     return found

@@ -34,15 +34,15 @@ def answered(recipe: Any) -> dict[str, Any]:
     from apprentice.serve.engines.transformers import TransformersEngine
     from apprentice.serve.generation.served_models import Catalogue, Model
     from apprentice.train.checkpoint import format as checkpoints
-    from apprentice.train.checkpoint.export import export
+    from apprentice.train.checkpoint.model_export import export_model
 
     run = open_run(recipe)
     corpus = make_corpus(recipe, run, parallel=False)
     told: list[dict[str, Any]] = []
     trained(recipe, run, corpus, told)
-    best = checkpoints.best(run.checkpoints)
+    best = checkpoints.find_best(run.checkpoints)
     assert best is not None
-    export(recipe, run, best, corpus.layout, WindowRenderer(corpus).probe(1))
+    export_model(recipe, run, best, corpus.layout, WindowRenderer(corpus).probe(1))
     folder = run.model.local
 
     async def ask() -> dict[str, Any]:
@@ -78,7 +78,7 @@ def trained(recipe: Any, run: Any, corpus: Any, told: list[dict[str, Any]], *, u
     from apprentice.train.state import Goal, State
     from apprentice.train.worker import run_worker
 
-    found = checkpoints.restorable(run.checkpoints)
+    found = checkpoints.find_newest(run.checkpoints)
     begin = found.state if found is not None else State()
 
     def made(window: int) -> Any:
@@ -89,8 +89,8 @@ def trained(recipe: Any, run: Any, corpus: Any, told: list[dict[str, Any]], *, u
         writer = RoundWriter(corpus, torch.device("cpu"))
         if window == 0:
             return writer.rows(0, 0, None)
-        before = checkpoints.of_step(run.checkpoints, window * recipe.round.steps)
-        with checkpoints.tensors_of(before) as read:
+        before = checkpoints.find_of_step(run.checkpoints, window * recipe.round.steps)
+        with checkpoints.open_tensors(before) as read:
             return writer.rows(window, 0, read)
 
     def rows(size: int) -> Iterator[PackedRows]:
@@ -164,10 +164,10 @@ def gone_on(recipe: Any) -> dict[str, Any]:
         )
 
     def end(run: Run) -> dict[str, Any]:
-        found = checkpoints.restorable(run.checkpoints)
+        found = checkpoints.find_newest(run.checkpoints)
         assert found is not None
-        with checkpoints.tensors_of(found) as read:
-            return {key: read(key) for key in checkpoints.keys_of(found)}
+        with checkpoints.open_tensors(found) as read:
+            return {key: read(key) for key in checkpoints.list_keys(found)}
 
     told: dict[str, list[dict[str, Any]]] = {"whole": [], "before": [], "after": []}
     run = open_run(recipe)

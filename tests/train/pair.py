@@ -17,8 +17,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from apprentice.models.tuning.methods import TUNING_METHODS, load_trainable, trainable_parameters
 from apprentice.recipe import Training, Tuning
-from apprentice.train.checkpoint.shard_gather import Gathering
-from apprentice.train.engine.collectives import Peers
+from apprentice.train.checkpoint.shard_gather import ShardGatherer
+from apprentice.train.engine.collectives import Collectives
 from apprentice.train.engine.deepspeed import DeepSpeedEngine
 from apprentice.train.loop import validation_loss
 from apprentice.train.optimizer import moments, optimizer_of
@@ -62,8 +62,8 @@ def settings(case: dict[str, Any]) -> Training:
 
 def state_of(engine: DeepSpeedEngine) -> dict[str, torch.Tensor]:
     """The whole state, on every worker, as the first puts it together for a checkpoint."""
-    peers = Peers()
-    return peers.gather(dict(Gathering(peers).whole([piece.copied() for piece in engine.pieces()])))[0]
+    collectives = Collectives()
+    return collectives.gather(dict(ShardGatherer(collectives).whole([piece.copied() for piece in engine.pieces()])))[0]
 
 
 def weights_of(engine: DeepSpeedEngine) -> dict[str, torch.Tensor]:
@@ -84,9 +84,9 @@ def ours(case: dict[str, Any], rank: int) -> dict[str, Any]:
     found: dict[str, Any] = {"loss": [], "norm": []}
     for step in range(STEPS):
         mine = packed_rows(part, first=step * ROWS + rank * part, weighted=weighted)
-        together = Peers().sum([mine.counted])[0]
+        together = Collectives().sum([mine.counted])[0]
         outcome = engine.train_step(mine.micros(micro), 1.0 / together, 1e-3)
-        found["loss"].append(Peers().sum([outcome.nll])[0] / together)
+        found["loss"].append(Collectives().sum([outcome.nll])[0] / together)
         found["norm"].append(outcome.grad_norm)
         if step == 0:
             found["update"] = norm_of(before, weights_of(engine))
@@ -96,7 +96,7 @@ def ours(case: dict[str, Any], rank: int) -> dict[str, Any]:
             }
             found["likeliest"] = [engine.likeliest(PROMPT, REPLY[:said]) for said in range(3)]
     found["scaling"] = engine.loss_scaling()
-    found["validation"] = validation_loss(engine, packed_rows(5, first=900, weighted=weighted), micro, Peers())
+    found["validation"] = validation_loss(engine, packed_rows(5, first=900, weighted=weighted), micro, Collectives())
     found |= carried_on(engine, case, training, made, rank)
     return found
 

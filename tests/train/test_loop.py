@@ -15,8 +15,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from apprentice.errors import TrainingError
 from apprentice.recipe import Optimizer
 from apprentice.train.batch import Micro, PackedRows
-from apprentice.train.engine.collectives import Peers
-from apprentice.train.loop import Course, train_loop, validation_loss
+from apprentice.train.engine.collectives import Collectives
+from apprentice.train.loop import LoopConfig, train_loop, validation_loss
 from apprentice.train.losses.sft import TargetLoss
 from apprentice.train.optimizer import adamw
 from apprentice.train.state import Goal, State, StepOutcome
@@ -68,12 +68,12 @@ def stream(start: int = 0, rows: int = 4) -> Iterator[PackedRows]:
         start += rows
 
 
-def course(steps: int = 5, micro: int = 2, every: int = 2, **goal: Any) -> Course:
-    return Course(7, Goal(steps, **goal), OPTIMIZER, micro, every, window=1024)
+def config(steps: int = 5, micro: int = 2, every: int = 2, **goal: Any) -> LoopConfig:
+    return LoopConfig(7, Goal(steps, **goal), OPTIMIZER, micro, every, window=1024)
 
 
 def run(
-    engine: PlainEngine, batches: Iterator[PackedRows], state: State, the_course: Course
+    engine: PlainEngine, batches: Iterator[PackedRows], state: State, loop_config: LoopConfig
 ) -> tuple[State, list[dict[str, Any]], list[int]]:
     records: list[dict[str, Any]] = []
     saves: list[int] = []
@@ -81,8 +81,8 @@ def run(
         engine,
         batches,
         state,
-        the_course,
-        peers=Peers(),
+        loop_config,
+        collectives=Collectives(),
         record=records.append,
         save=lambda now: saves.append(now.step),
         validate=lambda: 3.0,
@@ -92,7 +92,7 @@ def run(
 
 def test_five_steps() -> None:
     engine = PlainEngine()
-    end, records, saves = run(engine, stream(), State(), course())
+    end, records, saves = run(engine, stream(), State(), config())
     rows = packed_rows(20)
     assert [record["step"] for record in records] == [1, 2, 3, 4, 5]
     assert {record["steps"] for record in records} == {5}
@@ -109,32 +109,32 @@ def test_five_steps() -> None:
 
 
 def test_accumulation_does_not_change_the_loss() -> None:
-    losses = [[record["loss"] for record in run(PlainEngine(), stream(), State(), course(micro=micro))[1]] for micro in (1, 2, 4)]
+    losses = [[record["loss"] for record in run(PlainEngine(), stream(), State(), config(micro=micro))[1]] for micro in (1, 2, 4)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     assert losses[0] == pytest.approx(losses[2], rel=1e-5)
 
 
 def test_tokens_end_the_run_with_the_step_that_crosses() -> None:
     tokens = packed_rows(8).tokens
-    end, records, saves = run(PlainEngine(), stream(), State(), course(steps=9, every=50, tokens=tokens + 1))
+    end, records, saves = run(PlainEngine(), stream(), State(), config(steps=9, every=50, tokens=tokens + 1))
     assert (end.step, len(records), saves) == (3, 3, [3])
-    assert run(PlainEngine(), stream(), State(), course(steps=9, tokens=tokens))[0].step == 2
+    assert run(PlainEngine(), stream(), State(), config(steps=9, tokens=tokens))[0].step == 2
 
 
 def test_positions_count_all_of_finished_windows() -> None:
     first, second = PackedRows.of(packed_columns(4)), joined(packed_columns(2, first=4), packed_columns(2, window=1))
-    end, _, _ = run(PlainEngine(), iter([first, second]), State(), course(steps=2))
+    end, _, _ = run(PlainEngine(), iter([first, second]), State(), config(steps=2))
     in_second_window = sum(len(fact.examples) for fact in second.facts[2:])
     assert (end.window, end.row, end.positions) == (1, 2, 1024 + in_second_window)
 
 
 def test_going_on_with_dropout_is_as_if_uninterrupted() -> None:
     constant = Optimizer(learning_rate=1e-3, schedule="constant")
-    whole = run(PlainEngine(dropout=0.2), stream(), State(), replace(course(), optimizer=constant))[1]
+    whole = run(PlainEngine(dropout=0.2), stream(), State(), replace(config(), optimizer=constant))[1]
     engine = PlainEngine(dropout=0.2)
-    state, before, _ = run(engine, stream(), State(), replace(course(steps=2), optimizer=constant))
+    state, before, _ = run(engine, stream(), State(), replace(config(steps=2), optimizer=constant))
     torch.rand(100)  # whatever happened in between
-    rest = run(engine, stream(start=state.row), state, replace(course(), optimizer=constant))[1]
+    rest = run(engine, stream(start=state.row), state, replace(config(), optimizer=constant))[1]
     assert (len(before), len(rest)) == (2, 3)
     assert [record["loss"] for record in before + rest] == [record["loss"] for record in whole]
 
@@ -148,12 +148,12 @@ def joined(*parts: dict[str, Any], window_rows: int | None = None) -> PackedRows
 
 def test_a_stream_that_begins_elsewhere_is_refused() -> None:
     with pytest.raises(TrainingError, match=r"step 3: the stream is at \(window, row\) \(0, 4\) where \(0, 8\) comes next"):
-        run(PlainEngine(), stream(start=4), State(step=2, row=8), course())
+        run(PlainEngine(), stream(start=4), State(step=2, row=8), config())
 
 
 def test_the_end_of_a_window_goes_on_in_the_next() -> None:
     rows = joined(packed_columns(4, window=3))
-    end, _, _ = run(PlainEngine(), iter([rows]), State(step=4, window=2, row=9), course(steps=5))  # of an earlier version
+    end, _, _ = run(PlainEngine(), iter([rows]), State(step=4, window=2, row=9), config(steps=5))  # of an earlier version
     assert (end.window, end.row) == (3, 4)
 
 
@@ -174,7 +174,7 @@ def test_every_steps_place_is_checked(rows: PackedRows, place: tuple[int, int], 
     at = (window, row + before * (window == 0))
     words = f"step {1 + (before > 0)}: the stream is at (window, row) {at} where {(0, 2 + before)} comes next"
     with pytest.raises(TrainingError, match=re.escape(words)):
-        run(PlainEngine(), iter([packed_rows(4)] * (before > 0) + [shifted]), State(), course())
+        run(PlainEngine(), iter([packed_rows(4)] * (before > 0) + [shifted]), State(), config())
 
 
 def test_windows_without_rows_are_passed_over() -> None:
@@ -186,7 +186,7 @@ def test_windows_without_rows_are_passed_over() -> None:
 
     steps = [joined(packed_columns(4, window=1), window_rows=4), joined(packed_columns(4, window=4), window_rows=4)]
     more: dict[str, Any] = {"record": lambda _: None, "save": lambda _: None, "validate": lambda: None}
-    end = train_loop(PlainEngine(), iter(steps), State(), course(steps=2), peers=Peers(), is_empty=is_empty, **more)
+    end = train_loop(PlainEngine(), iter(steps), State(), config(steps=2), collectives=Collectives(), is_empty=is_empty, **more)
     assert (end.window, end.row, end.window_rows, asked) == (4, 4, 4, [0, 2, 3])
 
 
@@ -194,12 +194,12 @@ def test_examples_are_of_their_rows_window() -> None:
     columns = packed_columns(4)
     columns["window"] = [3] * 4
     with pytest.raises(TrainingError, match="row 0 of window 3 holds the plan's position 0, which is of window 0"):
-        run(PlainEngine(), iter([PackedRows.of(columns)]), State(window=3), course())
+        run(PlainEngine(), iter([PackedRows.of(columns)]), State(window=3), config())
 
 
 def test_a_stream_that_ends_early() -> None:
     with pytest.raises(TrainingError, match="ended after step 2"):
-        run(PlainEngine(), iter([packed_rows(4), packed_rows(4, first=4)]), State(), course())
+        run(PlainEngine(), iter([packed_rows(4), packed_rows(4, first=4)]), State(), config())
 
 
 def test_a_loss_that_is_no_number_stops_with_step_and_examples() -> None:
@@ -216,8 +216,8 @@ def test_a_loss_that_is_no_number_stops_with_step_and_examples() -> None:
             Broken(),
             stream(),
             State(),
-            course(),
-            peers=Peers(),
+            config(),
+            collectives=Collectives(),
             record=records.append,
             save=lambda _: pytest.fail("a broken model must not be saved"),
             validate=lambda: None,
@@ -229,8 +229,8 @@ def test_validation_loss() -> None:
     engine = PlainEngine()
     rows = packed_rows(5)
     expected = sum(engine.validation_nll(micro) for micro in rows.micros(1)) / rows.targets
-    assert validation_loss(engine, rows, 2, Peers()) == pytest.approx(expected, rel=1e-6)
-    assert validation_loss(engine, rows.share(5, 6), 2, Peers()) is None
+    assert validation_loss(engine, rows, 2, Collectives()) == pytest.approx(expected, rel=1e-6)
+    assert validation_loss(engine, rows.share(5, 6), 2, Collectives()) is None
 
 
 def test_a_checkpoint_that_is_wanted_comes_at_once_and_without_validation() -> None:
@@ -240,8 +240,8 @@ def test_a_checkpoint_that_is_wanted_comes_at_once_and_without_validation() -> N
         PlainEngine(),
         stream(),
         State(),
-        course(every=4),
-        peers=Peers(),
+        config(every=4),
+        collectives=Collectives(),
         record=lambda _: None,
         save=lambda now: saves.append((now.step, now.validation_loss)),
         validate=lambda: 3.0,
@@ -258,8 +258,8 @@ def test_a_checkpoint_is_made_known_at_the_next_step_after_it_was_written() -> N
         PlainEngine(),
         stream(),
         State(),
-        course(every=4),
-        peers=Peers(),
+        config(every=4),
+        collectives=Collectives(),
         record=lambda record: steps.append(record["step"]),
         save=lambda now: None,
         written=lambda: next(flags),

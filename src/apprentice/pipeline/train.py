@@ -78,7 +78,7 @@ def stopped_sentence(recipe: Recipe) -> str:
     steps = [record["step"] for record in read_records(run.folder / "steps.jsonl") if "loss" in record]
     if not steps:
         return "stopped by Ctrl-C before the first step; the same command begins the run, or goes on with it."
-    saved = checkpoint.newest_step(run.checkpoints)
+    saved = checkpoint.find_newest_step(run.checkpoints)
     again = (
         f"the newest checkpoint is that of step {saved}, from which" if saved else "no checkpoint was made, so from the beginning"
     )

@@ -231,7 +231,7 @@ def _check_turns(layout: Layout) -> None:
 
 
 def _storage(recipe: Recipe) -> str:
-    from apprentice.train.metrics.backends import check_services
+    from apprentice.train.metrics.backends import check_backends_installed
 
     folder = Folder.at(recipe.storage)
     mark = uuid.uuid4().hex
@@ -253,7 +253,7 @@ def _storage(recipe: Recipe) -> str:
             f"storage {folder} is not the same folder on every node: {len(blind)} of {len(answers)} nodes do not see what is"
             f" written here, {name} among them ({reason}). Mount it everywhere, give the nodes its credentials, or use s3://…."
         )
-    check_services(recipe)
+    check_backends_installed(recipe)
     seen = f", seen by {len(answers)} nodes" if answers else ""
     return f"{folder}{seen}" + "".join(f", figures to {name} too" for name in recipe.training.tracking)
 
@@ -285,7 +285,7 @@ def _sources(recipe: Recipe) -> str:
 def _resources(recipe: Recipe) -> str:
     from apprentice.models.loading import check_dtype, resolve_dtype
     from apprentice.models.tuning.methods import check_tuning
-    from apprentice.train.distributed.async_validation import goes_aside
+    from apprentice.train.distributed.async_validation import validates_asynchronously
     from apprentice.train.distributed.resources import GIB, check_resources, required_resources
     from apprentice.train.engine.deepspeed_config import micro_batch
     from apprentice.train.memory.measure import expected
@@ -299,7 +299,7 @@ def _resources(recipe: Recipe) -> str:
     ask = required_resources(recipe, parameters, dtype)
     nodes = node_resources()
     check_resources(ask, nodes)
-    aside = "; one more validates aside" if goes_aside(recipe, nodes) else ""
+    aside = "; one more validates aside" if validates_asynchronously(recipe, nodes) else ""
     cpus = sum(node.get("CPU", 0.0) for node in nodes)
     trained = parameters if recipe.tuning.method == "full" else 0  # other methods train few parameters in comparison
     length = recipe.data.packing.length

@@ -20,27 +20,27 @@ import torch
 from apprentice.errors import TrainingError
 from apprentice.recipe import Optimizer
 from apprentice.train.batch import Micro, PackedRows, RowFacts
-from apprentice.train.engine.collectives import Peers
+from apprentice.train.engine.collectives import Collectives
 from apprentice.train.optimizer import learning_rate
 from apprentice.train.state import Goal, State, StepOutcome
 
 RECENT_STEPS = 20  # over which speed and remaining time are averaged
 
 
-class Validating(Protocol):
+class ValidationEngine(Protocol):
     """Anything that computes the summed validation loss of a micro-batch."""
 
     def validation_nll(self, micro: Micro) -> float: ...
 
 
-class Engine(Validating, Protocol):
+class TrainingEngine(ValidationEngine, Protocol):
     """Anything that makes optimizer steps, such as `DeepSpeedEngine`."""
 
     def train_step(self, micros: Sequence[Micro], scale: float, rate: float) -> StepOutcome: ...
 
 
 @dataclass(frozen=True)
-class Course:
+class LoopConfig:
     """Settings of the loop."""
 
     seed: int
@@ -72,12 +72,12 @@ class _Step:
 
 
 def train_loop(
-    engine: Engine,
+    engine: TrainingEngine,
     batches: Iterator[PackedRows],
     state: State,
-    course: Course,
+    config: LoopConfig,
     *,
-    peers: Peers,
+    collectives: Collectives,
     record: Callable[[dict[str, Any]], None],
     save: Callable[[State], None],
     written: Callable[[], bool] = lambda: False,
@@ -90,7 +90,7 @@ def train_loop(
     """Trains from `state` to the goal and returns the state, changed in place. Each batch is this worker's part of one step.
 
     record    gets a dict for each finished step, on every worker
-    validate  gives the validation loss; called every `course.checkpoint_every` steps and at the end, just before `save`
+    validate  gives the validation loss; called every `config.checkpoint_every` steps and at the end, just before `save`
     save      gets the state; it may write the checkpoint in the background
     written   says whether that background save is over; once it is on every worker, `settle` is called after the next step
     wanted    says whether a checkpoint is wanted; if so on any worker, `save` follows the step at once, without validation
@@ -102,19 +102,19 @@ def train_loop(
     """
     clock = _Clock()
     good = state.step  # step of the newest checkpoint
-    while course.goal.reached(state) < 1.0:
+    while config.goal.reached(state) < 1.0:
         rows = _next_rows(batches, state)
         clock.data_came()
-        step = _put_together(rows, wanted(), written(), peers)
-        _check_place(step, state, course, is_empty)
-        outcome, rate = _one_step(engine, rows, step, state, course, peers)
+        step = _put_together(rows, wanted(), written(), collectives)
+        _check_place(step, state, config, is_empty)
+        outcome, rate = _one_step(engine, rows, step, state, config, collectives)
         clock.step_done(step.tokens)
-        record(_recorded(state, step, outcome, course, peers) | {"learning_rate": rate, **clock.figures(course, state)})
+        record(_recorded(state, step, outcome, config, collectives) | {"learning_rate": rate, **clock.figures(config, state)})
         if not (math.isfinite(state.loss) and math.isfinite(outcome.grad_norm)):
             raise _no_number(state, step, good)
         if step.written:
             settle()
-        due = state.step % course.checkpoint_every == 0 or course.goal.reached(state) == 1.0
+        due = state.step % config.checkpoint_every == 0 or config.goal.reached(state) == 1.0
         if due or step.checkpoint:
             state.validation_loss = validate() if due else None
             save(state)
@@ -124,48 +124,48 @@ def train_loop(
     return state
 
 
-def _recorded(state: State, step: _Step, outcome: StepOutcome, course: Course, peers: Peers) -> dict[str, Any]:
+def _recorded(state: State, step: _Step, outcome: StepOutcome, config: LoopConfig, collectives: Collectives) -> dict[str, Any]:
     return {
         "step": state.step,
-        "steps": course.goal.expected_steps(state),
+        "steps": config.goal.expected_steps(state),
         "loss": state.loss,
         "grad_norm": outcome.grad_norm,
         "tokens": step.tokens,
         "target_tokens": step.targets,
-        "workers": peers.workers,
+        "workers": collectives.workers,
         "examples": step.examples,
         **outcome.figures,
-        "ledger_drift": round(state.ledger.drift(course.shares), 6),
+        "ledger_drift": round(state.ledger.drift(config.shares), 6),
     }
 
 
 def _one_step(
-    engine: Engine, rows: PackedRows, step: _Step, state: State, course: Course, peers: Peers
+    engine: TrainingEngine, rows: PackedRows, step: _Step, state: State, config: LoopConfig, collectives: Collectives
 ) -> tuple[StepOutcome, float]:
     """Makes one optimizer step and updates `state`. Returns its outcome, with figures averaged over all workers, and its rate."""
-    estimate = course.goal.steps
-    rate = learning_rate(course.optimizer, state.step, course.goal.reached(state) * estimate, estimate)
-    torch.manual_seed(_step_seed(course.seed, state.step, peers.rank))
+    estimate = config.goal.steps
+    rate = learning_rate(config.optimizer, state.step, config.goal.reached(state) * estimate, estimate)
+    torch.manual_seed(_step_seed(config.seed, state.step, collectives.rank))
     counted = step.counted or 1  # a step without target tokens has loss 0; do not divide by 0
-    outcome = engine.train_step(rows.micros(course.micro), 1.0 / counted, rate)
-    loss, *figures = (total / counted for total in peers.sum([outcome.nll, *outcome.figures.values()]))
-    _advance(state, step, course.window, loss)
+    outcome = engine.train_step(rows.micros(config.micro), 1.0 / counted, rate)
+    loss, *figures = (total / counted for total in collectives.sum([outcome.nll, *outcome.figures.values()]))
+    _advance(state, step, config.window, loss)
     return outcome._replace(figures=dict(zip(outcome.figures, figures, strict=True))), rate
 
 
-def validation_loss(engine: Validating, rows: PackedRows, micro: int, peers: Peers) -> float | None:
+def validation_loss(engine: ValidationEngine, rows: PackedRows, micro: int, collectives: Collectives) -> float | None:
     """Mean loss over the target tokens (or pairs) of `rows`; None without any. All workers must call it with the same rows."""
     if len(rows) == 0 or rows.counted == 0:
         return None
-    mine = rows.share(peers.rank, peers.workers).micros(micro)
+    mine = rows.share(collectives.rank, collectives.workers).micros(micro)
     # ZeRO-3 gathers weights in each pass, so all workers make equally many: one with fewer repeats one, uncounted.
-    rounds = math.ceil(math.ceil(len(rows) / peers.workers) / micro)
+    rounds = math.ceil(math.ceil(len(rows) / collectives.workers) / micro)
     spare = rows.micros(micro)[0]
     nll = 0.0
     for number in range(rounds):
         value = engine.validation_nll(mine[number] if number < len(mine) else spare)
         nll += value if number < len(mine) else 0.0
-    return peers.sum([nll])[0] / rows.counted
+    return collectives.sum([nll])[0] / rows.counted
 
 
 def _next_rows(batches: Iterator[PackedRows], state: State) -> PackedRows:
@@ -176,19 +176,19 @@ def _next_rows(batches: Iterator[PackedRows], state: State) -> PackedRows:
         raise TrainingError(f"{message}; this is a defect of the data pipeline.") from None
 
 
-def _put_together(rows: PackedRows, wanted: bool, written: bool, peers: Peers) -> _Step:
-    told = peers.gather((rows.facts, rows.tokens, rows.targets, rows.counted, wanted, written))
+def _put_together(rows: PackedRows, wanted: bool, written: bool, collectives: Collectives) -> _Step:
+    told = collectives.gather((rows.facts, rows.tokens, rows.targets, rows.counted, wanted, written))
     parts, tokens, targets, counted, wishes, saves = zip(*told, strict=True)
     facts = sorted((fact for part in parts for fact in part), key=lambda fact: (fact.window, fact.row))
     return _Step(facts, sum(tokens), sum(targets), sum(counted), any(wishes), all(saves))
 
 
-def _check_place(step: _Step, state: State, course: Course, is_empty: Callable[[int], bool]) -> None:
+def _check_place(step: _Step, state: State, config: LoopConfig, is_empty: Callable[[int], bool]) -> None:
     """Raises `TrainingError` unless the step's rows are the next ones of the plan and hold only examples of their own window.
 
     After row (window 3, row 4) comes (3, 5), or (4, 0) if window 3 has five rows. Windows in between must be empty ones.
     """
-    window, row, rows = state.window, state.row, course.window_rows or state.window_rows
+    window, row, rows = state.window, state.row, config.window_rows or state.window_rows
     for fact in step.rows:
         if (fact.window, fact.row) != (window, row):
             ended = row in (0, rows) or rows is None  # a checkpoint of an earlier version does not say
@@ -198,12 +198,12 @@ def _check_place(step: _Step, state: State, course: Course, is_empty: Callable[[
                     f"step {state.step + 1}: the stream is at (window, row) {(fact.window, fact.row)} where {(window, row)} comes"
                     " next; restore the index that the run was made with, or report this as a defect of the data pipeline."
                 )
-        if strange := [position for position in fact.examples if position // course.window != fact.window]:
+        if strange := [position for position in fact.examples if position // config.window != fact.window]:
             raise TrainingError(
                 f"step {state.step + 1}: row {fact.row} of window {fact.window} holds the plan's position {strange[0]}, which is"
-                f" of window {strange[0] // course.window}; this is a defect of the data pipeline."
+                f" of window {strange[0] // config.window}; this is a defect of the data pipeline."
             )
-        window, row, rows = fact.window, fact.row + 1, course.window_rows or fact.window_rows
+        window, row, rows = fact.window, fact.row + 1, config.window_rows or fact.window_rows
 
 
 def _advance(state: State, step: _Step, window: int, loss: float) -> None:
@@ -258,13 +258,13 @@ class _Clock:
         self._recent.append((now - self._begin, self._waited, tokens))
         self._begin = now
 
-    def figures(self, course: Course, state: State) -> dict[str, float]:
+    def figures(self, config: LoopConfig, state: State) -> dict[str, float]:
         seconds, waited, tokens = (sum(column) for column in zip(*self._recent, strict=True))
         return {
             "seconds": self._recent[-1][0],
             "data_wait_s": self._recent[-1][1],
             "tokens_per_s": tokens / seconds,
-            **({} if course.utilisation is None else {"mfu": course.utilisation * tokens / seconds}),
+            **({} if config.utilisation is None else {"mfu": config.utilisation * tokens / seconds}),
             "data_wait": waited / seconds,
-            "eta_s": (course.goal.expected_steps(state) - state.step) * seconds / len(self._recent),
+            "eta_s": (config.goal.expected_steps(state) - state.step) * seconds / len(self._recent),
         }

@@ -23,17 +23,17 @@ from apprentice.run.fence import FenceToken
 from apprentice.run.folder import Run
 from apprentice.train.batch import PackedRows
 from apprentice.train.checkpoint import format as checkpoints
-from apprentice.train.checkpoint.async_saver import Saver
+from apprentice.train.checkpoint.async_saver import AsyncSaver
 from apprentice.train.checkpoint.format import Checkpoint
-from apprentice.train.engine.collectives import Peers
+from apprentice.train.engine.collectives import Collectives
 from apprentice.train.engine.deepspeed import WEIGHT, DeepSpeedEngine, checkpointing
 from apprentice.train.engine.deepspeed_config import micro_batch, rows_per_worker
-from apprentice.train.loop import Course, train_loop, validation_loss
+from apprentice.train.loop import LoopConfig, train_loop, validation_loss
 from apprentice.train.losses.registry import loss_of
 from apprentice.train.losses.sft import TargetLoss
 from apprentice.train.memory.batch_size import has_room, largest_that_fits
 from apprentice.train.memory.estimate import held
-from apprentice.train.memory.measure import Watch, peak_memory
+from apprentice.train.memory.measure import OutOfMemoryAdvisor, peak_memory
 from apprentice.train.metrics import mfu as flops
 from apprentice.train.metrics.samples import Samples
 from apprentice.train.state import Goal, State
@@ -70,18 +70,17 @@ def run_worker(
     is_empty         says whether a window of the sampling plan has no rows
     token            the first worker's right to commit checkpoints to the run
     """
-    peers = Peers()
-    training = recipe.training
+    collectives = Collectives()
     if device.type == "cpu":
-        torch.set_num_threads(max(1, int(training.resources.cpus)))
-    state = State() if restored is None else replace(restored.state)
-    engine, watch = _set_up(recipe, restored, length, device=device, peers=peers)
-    facts = {"dtype": str(watch.dtype).removeprefix("torch."), "tuning": recipe.tuning.method, checkpoints.AWAITED: validated_aside}
-    calls = _Calls(engine, goal, tell if peers.rank == 0 else _unheard, validation, peers)
+        torch.set_num_threads(max(1, int(recipe.training.resources.cpus)))
+    training, state = recipe.training, State() if restored is None else replace(restored.state)
+    engine, watch = _set_up(recipe, restored, length, device=device, collectives=collectives)
+    facts: dict[str, Any] = {"dtype": str(watch.dtype).removeprefix("torch."), "tuning": recipe.tuning.method}
+    facts[checkpoints.VALIDATION_AWAITED] = validated_aside
+    calls = _Calls(engine, goal, tell if collectives.rank == 0 else _unheard, validation, collectives)
     calls.note(state, message=_told(recipe, engine, str(facts["dtype"])))
-    hearing: dict[str, Any] = {"peers": peers, "tell": calls.note, "register": register, "token": token}
-    hearing["round_steps"] = recipe.round.steps if training.aim.rounds else None
-    saver = Saver(run.checkpoints, training.checkpoint.keep, facts, **hearing)
+    hearing: dict[str, Any] = {"collectives": collectives, "tell": calls.note, "register": register, "token": token}
+    saver = AsyncSaver(run.checkpoints, training.checkpoint.keep, facts, round_steps=_round_steps(recipe), **hearing)
 
     def save(now: State) -> None:
         now.loss_scaling = engine.loss_scaling()
@@ -94,10 +93,11 @@ def run_worker(
     with watch.explained(), closing(saver):
         saving = {"save": save, "written": saver.written, "settle": saver.settle, "aside": aside}
         outside: dict[str, Any] = {"record": calls.record, "wanted": wanted, "is_empty": is_empty, **saving}
-        course = _course(recipe, goal, engine.micro, shares or {}, _utilisation(device, watch, peers.workers))
-        state = train_loop(engine, rows, state, course, peers=peers, validate=lambda: calls.validate(state), **outside)
-        peak = max(peers.gather(peak_memory(device)))
-        calls.note(state, memory={"peak": peak, "micro": engine.micro, "trained": engine.trained[0], "workers": peers.workers})
+        course = _course(recipe, goal, engine.micro, shares or {}, _utilisation(device, watch, collectives.workers))
+        state = train_loop(engine, rows, state, course, collectives=collectives, validate=lambda: calls.validate(state), **outside)
+        peak = max(collectives.gather(peak_memory(device)))
+        memory = {"peak": peak, "micro": engine.micro, "trained": engine.trained[0], "workers": collectives.workers}
+        calls.note(state, memory=memory)
         return state
 
 
@@ -109,20 +109,20 @@ class _Calls:
     goal: Goal
     record: Callable[[dict[str, Any]], None]
     validation: PackedRows
-    peers: Peers
+    collectives: Collectives
 
     def note(self, now: State, **figures: Any) -> None:
         self.record({"step": now.step, "steps": self.goal.expected_steps(now), **figures})
 
     def validate(self, now: State) -> float | None:
-        if (loss := validation_loss(self.engine, self.validation, self.engine.micro, self.peers)) is not None:
+        if (loss := validation_loss(self.engine, self.validation, self.engine.micro, self.collectives)) is not None:
             self.note(now, validation_loss=loss)
         return loss
 
 
 def _set_up(
-    recipe: Recipe, restored: Checkpoint | None, length: int, *, device: torch.device, peers: Peers
-) -> tuple[DeepSpeedEngine, Watch]:
+    recipe: Recipe, restored: Checkpoint | None, length: int, *, device: torch.device, collectives: Collectives
+) -> tuple[DeepSpeedEngine, OutOfMemoryAdvisor]:
     """Builds the engine, and the watch that explains errors of memory.
 
     Raises what `check` would for a number format or tuning method that the base model or the hardware does not support.
@@ -130,25 +130,29 @@ def _set_up(
     training, on_gpu = recipe.training, device.type != "cpu"
     check_dtype(recipe.model.dtype, local_folder(recipe.model.base), on_gpu=on_gpu)
     check_tuning(recipe.tuning, on_gpu=on_gpu)
-    micro = micro_batch(training, workers=peers.workers, length=length, on_gpu=on_gpu)
+    micro = micro_batch(training, workers=collectives.workers, length=length, on_gpu=on_gpu)
     dtype = resolve_dtype(recipe.model.dtype, device.type)
     numbers = count_parameters(local_folder(recipe.model.base))
-    watch = Watch(recipe, numbers, dtype, micro, length, peers.workers, device)
+    watch = OutOfMemoryAdvisor(recipe, numbers, dtype, micro, length, collectives.workers, device)
     with watch.explained():
         tried = length if on_gpu and _can_try(recipe) else None
-        engine = build_engine(recipe, restored, dtype=dtype, micro=micro, device=device, peers=peers, length=tried)
+        engine = build_engine(recipe, restored, dtype=dtype, micro=micro, device=device, collectives=collectives, length=tried)
     watch.micro, watch.trained = engine.micro, engine.trained[0]
     return engine, watch
 
 
-def _course(recipe: Recipe, goal: Goal, micro: int, shares: Mapping[int, float], part: float | None) -> Course:
+def _round_steps(recipe: Recipe) -> int | None:
+    return recipe.round.steps if recipe.training.aim.rounds else None
+
+
+def _course(recipe: Recipe, goal: Goal, micro: int, shares: Mapping[int, float], part: float | None) -> LoopConfig:
     training = recipe.training
     rows = recipe.round.rows if training.aim.rounds else None
     every, window = training.checkpoint.every_steps, recipe.data.window
-    return Course(recipe.seed, goal, training.optimizer, micro, every, window, shares, rows, part)
+    return LoopConfig(recipe.seed, goal, training.optimizer, micro, every, window, shares, rows, part)
 
 
-def _utilisation(device: torch.device, watch: Watch, workers: int) -> float | None:
+def _utilisation(device: torch.device, watch: OutOfMemoryAdvisor, workers: int) -> float | None:
     """Model FLOPs utilisation of one token a second on all workers together; None where the device's peak is not known."""
     of_one = flops.peak(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     return None if of_one is None else flops.per_token(watch.parameters, watch.trained) / (of_one * workers)
@@ -170,7 +174,7 @@ def fitted(
     length: int,
     dtype: torch.dtype,
     device: torch.device,
-    peers: Peers,
+    collectives: Collectives,
     *,
     loss: TargetLoss | None = None,
 ) -> int:
@@ -183,13 +187,13 @@ def fitted(
         checkpointing(model)
     loss = loss or loss_of(model, recipe.training, compute).to(device).train()
     trained, _ = count_trainable(model)
-    state = held(recipe, 0, trained, dtype, peers.workers)
+    state = held(recipe, 0, trained, dtype, collectives.workers)
     reserved = state.gradients + state.optimizer
 
     def fits(rows: int) -> bool:
-        return all(peers.gather(has_room(loss, rows, length, reserved, device)))
+        return all(collectives.gather(has_room(loss, rows, length, reserved, device)))
 
-    return largest_that_fits(rows_per_worker(recipe.training, peers.workers), fits)
+    return largest_that_fits(rows_per_worker(recipe.training, collectives.workers), fits)
 
 
 def build_engine(
@@ -199,7 +203,7 @@ def build_engine(
     dtype: torch.dtype,
     micro: int,
     device: torch.device,
-    peers: Peers,
+    collectives: Collectives,
     length: int | None = None,
 ) -> DeepSpeedEngine:
     """The engine over the base model with the recipe's tuning method, new or with the state of the checkpoint `restored`.
@@ -214,11 +218,11 @@ def build_engine(
     model = load_model(recipe.model.base, weights, recipe.model.attention, **chosen)
     wrapped = method.wrap(model, recipe.tuning, recipe.seed)
     if length is not None:
-        micro = fitted(recipe, wrapped, length, dtype, device, peers)
-    settings: dict[str, Any] = {"dtype": dtype, "workers": peers.workers, "micro": micro, "device": device}
+        micro = fitted(recipe, wrapped, length, dtype, device, collectives)
+    settings: dict[str, Any] = {"dtype": dtype, "workers": collectives.workers, "micro": micro, "device": device}
     if restored is None:
         return DeepSpeedEngine(wrapped, recipe.training, **settings)
-    with checkpoints.tensors_of(restored) as read:
+    with checkpoints.open_tensors(restored) as read:
         load_trainable(wrapped, {name: read(f"{WEIGHT}/{name}") for name in trainable_parameters(wrapped)})
         engine = DeepSpeedEngine(wrapped, recipe.training, **settings)
         engine.restore(read, restored.state.step, restored.state.loss_scaling)

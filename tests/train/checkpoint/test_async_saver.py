@@ -18,9 +18,9 @@ from apprentice.errors import StorageError
 from apprentice.storage import Folder
 from apprentice.train.checkpoint import async_saver as saving
 from apprentice.train.checkpoint import format as checkpoints
-from apprentice.train.checkpoint.async_saver import Saver
-from apprentice.train.checkpoint.shard_gather import Piece
-from apprentice.train.engine.collectives import Peers
+from apprentice.train.checkpoint.async_saver import AsyncSaver
+from apprentice.train.checkpoint.shard_gather import Shard
+from apprentice.train.engine.collectives import Collectives
 from apprentice.train.state import State
 
 LARGE = 100_000  # numbers of each tensor: 400 kB
@@ -46,11 +46,11 @@ class Ears:
         self.took: list[dict[str, float]] = []
         self.registered: list[tuple[bool, int]] = []
         self.gathered = 0
-        self.saver = Saver(
+        self.saver = AsyncSaver(
             folder,
             2,
             {"dtype": "float32"},
-            peers=Peers(),
+            collectives=Collectives(),
             tell=self.tell,
             register=lambda saved, state: self.registered.append((saved is not None, state.step)),
         )
@@ -58,15 +58,15 @@ class Ears:
     def tell(self, state: State, message: str = "", **seconds: float) -> None:
         self.told.append((state.step, message)) if message else self.took.append(seconds)
 
-    def pieces(self) -> list[Piece]:
+    def pieces(self) -> list[Shard]:
         """The first worker's half of each tensor, and of the second the other."""
 
         def read() -> Tensor:
             self.gathered += 1
             return torch.full((LARGE,), 1.0 + self.rank)
 
-        shape = (Peers().workers, LARGE)
-        return [Piece(f"weight/{name}", shape, self.rank * LARGE, LARGE, read) for name in "abc"]
+        shape = (Collectives().workers, LARGE)
+        return [Shard(f"weight/{name}", shape, self.rank * LARGE, LARGE, read) for name in "abc"]
 
     def settle(self) -> None:
         """Waits for the thread."""
@@ -127,7 +127,7 @@ def test_the_last_one_must_be_there(folder: Folder) -> None:
         ears.save(6, last=True)
     assert ears.gathered == 6
     assert names(folder) == ["step-000003"]
-    found = checkpoints.restorable(folder)
+    found = checkpoints.find_newest(folder)
     assert found is not None
     assert found.state.step == 3
 
@@ -157,10 +157,10 @@ def second(rank: int, folder: str) -> None:
 
 def test_each_worker_gives_its_part_and_the_first_writes(tmp_path: Path, folder: Folder) -> None:
     torch.multiprocessing.spawn(second, (str(tmp_path),), nprocs=2)
-    found = checkpoints.restorable(folder)
+    found = checkpoints.find_newest(folder)
     assert found is not None
     assert found.state.step == 6
-    with checkpoints.tensors_of(found) as read:
+    with checkpoints.open_tensors(found) as read:
         for name in "abc":
             assert torch.equal(read(f"weight/{name}"), torch.tensor([[1.0], [2.0]]).expand(2, LARGE))
 
@@ -168,24 +168,24 @@ def test_each_worker_gives_its_part_and_the_first_writes(tmp_path: Path, folder:
 def test_training_goes_on_while_one_is_written(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
     """The state and the tensors are those of the step that was saved, whatever came after."""
     may_write = threading.Event()
-    write = checkpoints.save
+    write = checkpoints.write_checkpoint
 
     def slow(*arguments: Any) -> Any:
         assert may_write.wait(30)
         return write(*arguments)
 
-    monkeypatch.setattr(checkpoints, "save", slow)
+    monkeypatch.setattr(checkpoints, "write_checkpoint", slow)
     ears = Ears(folder)
     state, weight = State(step=3, tokens=30), torch.ones(4)
-    ears.saver.save(state, [Piece("weight/a", (2, 2), 0, 4, lambda: weight)], last=False)
+    ears.saver.save(state, [Shard("weight/a", (2, 2), 0, 4, lambda: weight)], last=False)
     state.step, state.tokens = 4, 40
     state.ledger.examples[0] = 1
     weight.zero_()
     assert names(folder) == []
     may_write.set()
     ears.saver.close()
-    found = checkpoints.restorable(folder)
+    found = checkpoints.find_newest(folder)
     assert found is not None
     assert (found.state.step, found.state.tokens, found.state.ledger.examples) == (3, 30, {})
-    with checkpoints.tensors_of(found) as read:
+    with checkpoints.open_tensors(found) as read:
         assert read("weight/a").tolist() == [[1, 1], [1, 1]]

@@ -18,7 +18,9 @@ from apprentice.train.state import State
 
 def saved(folder: Folder, step: int, validation_loss: float | None = None) -> checkpoints.Checkpoint:
     tensors = [("weight/a", torch.full((2, 3), float(step))), ("exp_avg/a", torch.zeros(2, 3))]
-    return checkpoints.save(folder, tensors, State(step=step, row=step, validation_loss=validation_loss), {"dtype": "float32"})
+    return checkpoints.write_checkpoint(
+        folder, tensors, State(step=step, row=step, validation_loss=validation_loss), {"dtype": "float32"}
+    )
 
 
 @pytest.fixture
@@ -31,26 +33,28 @@ def steps(folder: Folder) -> list[str]:
 
 
 def test_round_trip(folder: Folder) -> None:
-    assert checkpoints.restorable(folder) is None
+    assert checkpoints.find_newest(folder) is None
     saved(folder, 3)
     saved(folder, 12, 0.5)
-    found = checkpoints.restorable(folder)
+    found = checkpoints.find_newest(folder)
     assert found is not None
     assert (found.folder.name, found.state, found.facts) == (
         "step-000012",
         State(step=12, row=12, validation_loss=0.5),
         {"dtype": "float32"},
     )
-    with checkpoints.tensors_of(found) as read:
+    with checkpoints.open_tensors(found) as read:
         assert torch.equal(read("weight/a"), torch.full((2, 3), 12.0))
         assert torch.equal(read("exp_avg/a"), torch.zeros(2, 3))
 
 
 def test_tensors_are_streamed_into_shards(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoints, "SHARD_BYTES", 100)
-    found = checkpoints.save(folder, ((f"weight/{n}", torch.full((20,), float(n))) for n in range(5)), State(step=1), {})
+    found = checkpoints.write_checkpoint(
+        folder, ((f"weight/{n}", torch.full((20,), float(n))) for n in range(5)), State(step=1), {}
+    )
     assert len(list(found.folder.local.glob("*.safetensors"))) == 3
-    with checkpoints.tensors_of(found) as read:
+    with checkpoints.open_tensors(found) as read:
         assert [read(f"weight/{n}")[0].item() for n in range(5)] == [0.0, 1.0, 2.0, 3.0, 4.0]
 
 
@@ -71,7 +75,7 @@ def test_the_damaged_newest_is_passed_over(folder: Folder, damage: str, caplog: 
         case "state":
             (newest / "state.json").write_text("{}")
     with caplog.at_level(logging.WARNING):
-        found = checkpoints.restorable(folder)
+        found = checkpoints.find_newest(folder)
     assert found is not None
     assert found.state.step == 3
     assert len(caplog.records) == 1
@@ -82,7 +86,7 @@ def test_a_step_saved_again_is_the_newer(folder: Folder) -> None:
     saved(folder, 6)
     again = saved(folder, 6)
     assert again.folder.name == "step-000006.2"
-    found = checkpoints.restorable(folder)
+    found = checkpoints.find_newest(folder)
     assert found is not None
     assert found.folder == again.folder
 
@@ -93,19 +97,19 @@ def test_an_interrupted_save_leaves_nothing_that_counts(folder: Folder) -> None:
         raise OSError("disk full")
 
     with pytest.raises(StorageError, match=r"the checkpoint of step 2 cannot be written to .* \(disk full\)"):
-        checkpoints.save(folder, broken(), State(step=2), {})  # type: ignore[arg-type]
+        checkpoints.write_checkpoint(folder, broken(), State(step=2), {})  # type: ignore[arg-type]
     assert steps(folder) == []
     (folder / ".part-x" / "state.json").write_text("{}")
     (folder / "step-000009" / "state.json").write_text("{}")  # an upload that never got its checksums
     saved(folder, 1)
-    checkpoints.sweep(folder)
+    checkpoints.delete_leftovers(folder)
     assert steps(folder) == ["step-000001"]
 
 
 def test_best_and_prune(folder: Folder) -> None:
     for step, loss in ((1, 0.9), (2, 0.4), (3, 0.7), (4, 0.6)):
         last = saved(folder, step, loss)
-    best = checkpoints.best(folder)
+    best = checkpoints.find_best(folder)
     assert best is not None
     assert best.state.step == 2
     checkpoints.prune(folder, 3, last)
@@ -118,7 +122,7 @@ def test_what_began_the_round_is_kept_until_the_next_one(folder: Folder) -> None
     for step in range(1, 8):
         checkpoints.prune(folder, 1, saved(folder, step), round_steps=4)
         assert steps(folder) == sorted({f"step-{step:06d}", *(["step-000004"] if step >= 4 else [])})
-        assert checkpoints.newest_step(folder) == step
+        assert checkpoints.find_newest_step(folder) == step
     checkpoints.prune(folder, 1, saved(folder, 8), round_steps=4)
     assert steps(folder) == ["step-000008"]
 
@@ -126,7 +130,7 @@ def test_what_began_the_round_is_kept_until_the_next_one(folder: Folder) -> None
 def test_without_validation_the_newest_is_best(folder: Folder) -> None:
     for step in (1, 2, 3):
         last = saved(folder, step)
-    best = checkpoints.best(folder)
+    best = checkpoints.find_best(folder)
     assert best is not None
     assert best.state.step == 3
     checkpoints.prune(folder, 1, last)
@@ -145,45 +149,45 @@ def test_what_an_attempt_saves_lies_under_its_token_and_counts_while_the_run_is_
     run, tensors = Folder.at(tmp_path), [("weight/a", torch.zeros(1))]
     saved(folder, 3)  # by an earlier version
     first = taken(run, 1)
-    checkpoints.save(folder, tensors, State(step=6), {}, first)
+    checkpoints.write_checkpoint(folder, tensors, State(step=6), {}, first)
     assert steps(folder) == ["step-000003", "step-000006.3"]
     second = taken(run, 2)
     with pytest.raises(FencedError, match=r"taken over by `train` \(process 2 on node-b\)"):
-        checkpoints.save(folder, tensors, State(step=9), {}, first)
-    found = checkpoints.restorable(folder)
+        checkpoints.write_checkpoint(folder, tensors, State(step=9), {}, first)
+    found = checkpoints.find_newest(folder)
     assert found is not None
     assert found.folder.name == "step-000006.3"
-    assert checkpoints.of_step(folder, 9) is None
-    checkpoints.sweep(folder)  # as the second does when it begins
+    assert checkpoints.find_of_step(folder, 9) is None
+    checkpoints.delete_leftovers(folder)  # as the second does when it begins
     assert steps(folder) == ["step-000003", "step-000006.3"]
-    newest = checkpoints.save(folder, tensors, State(step=9), {}, second)
-    assert (newest.folder.name, checkpoints.restorable(folder)) == ("step-000009.6", newest)
+    newest = checkpoints.write_checkpoint(folder, tensors, State(step=9), {}, second)
+    assert (newest.folder.name, checkpoints.find_newest(folder)) == ("step-000009.6", newest)
     checkpoints.prune(folder, 1, newest)
     assert steps(folder) == ["step-000009.6"]
 
 
 def test_a_damaged_one_that_is_passed_over_is_saved_again_under_the_next_token(tmp_path: Path, folder: Folder) -> None:
     run, tensors = Folder.at(tmp_path), [("weight/a", torch.zeros(1))]
-    first = checkpoints.save(folder, tensors, State(step=6), {}, taken(run, 1))
+    first = checkpoints.write_checkpoint(folder, tensors, State(step=6), {}, taken(run, 1))
     (first.folder / "state.json").write_text("{")
-    again = checkpoints.save(folder, tensors, State(step=6), {}, taken(run, 2))
+    again = checkpoints.write_checkpoint(folder, tensors, State(step=6), {}, taken(run, 2))
     assert [first.folder.name, again.folder.name] == ["step-000006.2", "step-000006.5"]
-    assert checkpoints.restorable(folder) == again
+    assert checkpoints.find_newest(folder) == again
 
 
 def waiting(folder: Folder, step: int) -> checkpoints.Checkpoint:
-    return checkpoints.save(
-        folder, [("weight/a", torch.zeros(1))], State(step=step), {"dtype": "float32", checkpoints.AWAITED: True}
+    return checkpoints.write_checkpoint(
+        folder, [("weight/a", torch.zeros(1))], State(step=step), {"dtype": "float32", checkpoints.VALIDATION_AWAITED: True}
     )
 
 
 def test_a_validation_that_comes_later_counts_as_if_it_had_been_there(folder: Folder) -> None:
     first, second = waiting(folder, 1), waiting(folder, 2)
-    assert [found.state.step for found in checkpoints.awaited(folder)] == [1, 2]
-    checkpoints.note_validation(first, 0.5)
-    checkpoints.note_validation(second, 0.7)
-    assert checkpoints.awaited(folder) == []
-    best, newest = checkpoints.best(folder), checkpoints.named(folder, "step-000002")
+    assert [found.state.step for found in checkpoints.find_awaiting_validation(folder)] == [1, 2]
+    checkpoints.record_validation(first, 0.5)
+    checkpoints.record_validation(second, 0.7)
+    assert checkpoints.find_awaiting_validation(folder) == []
+    best, newest = checkpoints.find_best(folder), checkpoints.find_named(folder, "step-000002")
     assert best is not None
     assert newest is not None
     assert (best.state.step, best.state.validation_loss, newest.state.validation_loss) == (1, 0.5, 0.7)
@@ -193,9 +197,9 @@ def test_what_waits_for_its_validation_is_spared_within_bounds(folder: Folder) -
     for step in range(1, 7):
         last = waiting(folder, step)
         checkpoints.prune(folder, 1, last)
-    assert [found.state.step for found in checkpoints.awaited(folder)] == [4, 5, 6]
-    assert checkpoints.named(folder, "step-000001") is None
-    for number, found in enumerate(checkpoints.awaited(folder)):
-        checkpoints.note_validation(found, None if number == 1 else 1.0 + number)
+    assert [found.state.step for found in checkpoints.find_awaiting_validation(folder)] == [4, 5, 6]
+    assert checkpoints.find_named(folder, "step-000001") is None
+    for number, found in enumerate(checkpoints.find_awaiting_validation(folder)):
+        checkpoints.record_validation(found, None if number == 1 else 1.0 + number)
     checkpoints.prune(folder, 1, last)
     assert steps(folder) == ["step-000004", "step-000006"]

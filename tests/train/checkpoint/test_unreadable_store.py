@@ -39,7 +39,7 @@ def folder(tmp_path: Path) -> Folder:
 
 
 def saved(folder: Folder, step: int, loss: float | None = None, **facts: Any) -> checkpoints.Checkpoint:
-    return checkpoints.save(folder, [("weight/a", torch.zeros(1))], State(step=step, validation_loss=loss), facts)
+    return checkpoints.write_checkpoint(folder, [("weight/a", torch.zeros(1))], State(step=step, validation_loss=loss), facts)
 
 
 def names(folder: Folder) -> list[str]:
@@ -63,7 +63,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, what: str, times: float) -> None:
 @pytest.mark.parametrize("what", ["read_bytes", "exists", "children"])
 def test_it_is_asked_again(what: str, folder: Folder, waited: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
     failing(monkeypatch, what, 2)
-    found = checkpoints.restorable(folder)
+    found = checkpoints.find_newest(folder)
     assert found is not None
     assert found.state.step == 6
     assert waited == [1.0, 2.0]
@@ -72,12 +72,12 @@ def test_it_is_asked_again(what: str, folder: Folder, waited: list[float], monke
 ASKED = [
     *(
         (ask, what)
-        for ask in (checkpoints.restorable, checkpoints.best, checkpoints.awaited)
+        for ask in (checkpoints.find_newest, checkpoints.find_best, checkpoints.find_awaiting_validation)
         for what in ("read_bytes", "children")
     ),
-    (checkpoints.restorable, "exists"),
-    (checkpoints.sweep, "exists"),
-    (checkpoints.sweep, "children"),
+    (checkpoints.find_newest, "exists"),
+    (checkpoints.delete_leftovers, "exists"),
+    (checkpoints.delete_leftovers, "children"),
 ]
 
 
@@ -99,9 +99,9 @@ def test_credentials_that_expired(waited: list[float], monkeypatch: pytest.Monke
         saved(folder, 3)
         monkeypatch.setenv("AWS_ACCESS_KEY_ID", "expired")
         with pytest.raises(StorageError, match=r"does not answer \(.*AWS Error INVALID_ACCESS_KEY_ID"):
-            checkpoints.restorable(folder)
+            checkpoints.find_newest(folder)
         monkeypatch.setenv("AWS_ACCESS_KEY_ID", store.key_id)
-        found = checkpoints.restorable(folder)
+        found = checkpoints.find_newest(folder)
         assert found is not None
         assert found.state.step == 3
 
@@ -120,12 +120,12 @@ def test_nothing_is_deleted_while_the_store_cannot_be_read(
 def test_damaged_ones_that_were_passed_over_never_push_out_what_came_after(folder: Folder) -> None:
     saved(folder, 9, 0.1)
     (folder / "step-000009" / "tensors-0001.safetensors").write_bytes(b"damaged")
-    before = checkpoints.restorable(folder)
+    before = checkpoints.find_newest(folder)
     assert before is not None
     assert before.state.step == 6
     checkpoints.prune(folder, 2, saved(folder, 7, 0.5))
     assert names(folder) == ["step-000006", "step-000007"]
-    again = checkpoints.restorable(folder)
+    again = checkpoints.find_newest(folder)
     assert again is not None
     assert again.state.step == 7
 
@@ -134,29 +134,29 @@ def test_a_loss_that_is_no_number_never_wins(tmp_path: Path) -> None:
     folder = Folder.at(tmp_path / "checkpoints")
     for step, loss in enumerate((float("nan"), 0.4, float("inf"), float("-inf"), float("nan")), start=1):
         last = saved(folder, step, loss)
-    found = checkpoints.best(folder)
+    found = checkpoints.find_best(folder)
     assert found is not None
     assert found.state.step == 2
     checkpoints.prune(folder, 1, last)
     assert names(folder) == ["step-000002", "step-000005"]
     (folder / "step-000002").delete()
-    newest = checkpoints.best(folder)
+    newest = checkpoints.find_best(folder)
     assert newest is not None
     assert newest.state.step == 5
 
 
 def test_what_somebody_reads_is_not_deleted(folder: Folder) -> None:
     newest = saved(folder, 9)
-    oldest = checkpoints.named(folder, "step-000003")
+    oldest = checkpoints.find_named(folder, "step-000003")
     assert oldest is not None
-    with checkpoints.tensors_of(oldest) as read:
+    with checkpoints.open_tensors(oldest) as read:
         checkpoints.prune(folder, 1, newest)
         assert read("weight/a").tolist() == [0.0]
         assert names(folder) == ["step-000003", "step-000009"]
     checkpoints.prune(folder, 1, newest)
     assert names(folder) == ["step-000009"]
-    with checkpoints.in_use(folder / "step-000003"):  # which is gone
-        assert checkpoints.named(folder, "step-000003") is None
+    with checkpoints.mark_in_use(folder / "step-000003"):  # which is gone
+        assert checkpoints.find_named(folder, "step-000003") is None
     assert names(folder) == ["step-000009"]
 
 
@@ -165,27 +165,27 @@ def test_a_reader_that_comes_while_it_is_deleted_reads_on(folder: Folder, monkey
     delete = Folder.delete
 
     with contextlib.ExitStack() as reading:
-        found = checkpoints.named(folder, doomed.name)
+        found = checkpoints.find_named(folder, doomed.name)
         assert found is not None
 
         def slow(self: Folder) -> None:
             if self == doomed / "checksums.json":
-                reading.enter_context(checkpoints.in_use(doomed))
+                reading.enter_context(checkpoints.mark_in_use(doomed))
             delete(self)
 
         with monkeypatch.context() as patch:
             patch.setattr(Folder, "delete", slow)
             checkpoints.prune(folder, 2, newest)
-        with checkpoints.tensors_of(found) as tensors:
+        with checkpoints.open_tensors(found) as tensors:
             assert len(tensors("weight/a")) == 1
-        assert checkpoints.named(folder, doomed.name) is None
-    checkpoints.sweep(folder)
+        assert checkpoints.find_named(folder, doomed.name) is None
+    checkpoints.delete_leftovers(folder)
     assert names(folder) == ["step-000006", "step-000009"]
 
 
 def test_marks_of_readers_that_died_go_with_the_next_start(folder: Folder) -> None:
     (folder / "step-000003" / "in-use-1").write_bytes(b"")
-    checkpoints.sweep(folder)
+    checkpoints.delete_leftovers(folder)
     checkpoints.prune(folder, 1, saved(folder, 9))
     assert names(folder) == ["step-000009"]
 
@@ -203,13 +203,13 @@ def test_what_cannot_be_deleted_stays_and_ends_nothing(
     with monkeypatch.context() as patch, caplog.at_level(logging.WARNING):
         patch.setattr(Folder, "filesystem", lambda self: (Busy(), self.uri))
         checkpoints.prune(folder, 1, newest)
-        checkpoints.sweep(folder)
+        checkpoints.delete_leftovers(folder)
     assert "cannot be deleted now" in caplog.text
     assert names(folder) == ["step-000003", "step-000006", "step-000009"]
-    found = checkpoints.restorable(folder)
+    found = checkpoints.find_newest(folder)
     assert found is not None
     assert found.state.step == 9
-    checkpoints.sweep(folder)
+    checkpoints.delete_leftovers(folder)
     assert names(folder) == ["step-000009"]
 
 
@@ -225,6 +225,6 @@ def test_a_store_that_stops_to_answer_while_it_deletes_ends_nothing(folder: Fold
     checkpoints.prune(folder, 1, newest)
     monkeypatch.undo()
     assert "step-000009" in names(folder)
-    checkpoints.sweep(folder)
+    checkpoints.delete_leftovers(folder)
     checkpoints.prune(folder, 1, newest)
     assert names(folder) == ["step-000009"]

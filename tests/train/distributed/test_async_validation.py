@@ -15,7 +15,7 @@ from apprentice.models.tuning.methods import TUNING_METHODS, trainable_parameter
 from apprentice.recipe import Recipe, load_recipe
 from apprentice.storage import Folder
 from apprentice.train.checkpoint import format as checkpoints
-from apprentice.train.distributed.async_validation import Aside, goes_aside
+from apprentice.train.distributed.async_validation import CheckpointValidator, validates_asynchronously
 from apprentice.train.losses.sft import TargetLoss
 from apprentice.train.state import State
 from tests.support.recipes import tiny_recipe
@@ -30,18 +30,18 @@ def recipe(folder: Path, model: Path, **values: Any) -> Recipe:
 
 def test_aside_where_there_is_room(tmp_path: Path, tiny_model: Path) -> None:
     made = recipe(tmp_path, tiny_model)
-    assert (goes_aside(made, ROOM), goes_aside(made, NO_ROOM)) == (True, False)
+    assert (validates_asynchronously(made, ROOM), validates_asynchronously(made, NO_ROOM)) == (True, False)
     split = recipe(tmp_path, tiny_model, training__deepspeed={"stage": 3})
-    assert not goes_aside(split, ROOM)
+    assert not validates_asynchronously(split, ROOM)
     within = recipe(tmp_path, tiny_model, training__checkpoint={"every_steps": 2, "validation": "workers"})
-    assert not goes_aside(within, ROOM)
+    assert not validates_asynchronously(within, ROOM)
     told = recipe(tmp_path, tiny_model, training__checkpoint={"every_steps": 2, "validation": "aside"})
-    assert goes_aside(told, ROOM)
+    assert validates_asynchronously(told, ROOM)
     with pytest.raises(ResourcesError, match=r"^training\.checkpoint\.validation aside takes the CPUs and GPUs of one more worker"):
-        goes_aside(told, NO_ROOM)
+        validates_asynchronously(told, NO_ROOM)
     scored = recipe(tmp_path, tiny_model, evaluation__while_training=2)
     with pytest.raises(ResourcesError, match=r"^evaluation\.while_training takes the CPUs"):
-        goes_aside(scored, NO_ROOM)
+        validates_asynchronously(scored, NO_ROOM)
     with pytest.raises(ValidationError, match=r"scores checkpoints in a task aside, and this run has none"):
         Recipe.model_validate(within.model_dump() | {"evaluation": {"while_training": 2}})
 
@@ -56,7 +56,7 @@ def test_the_loss_is_that_of_the_weights_in_the_checkpoint(method: str, tmp_path
         for parameter in trainable_parameters(model).values():
             parameter += 0.05 * torch.randn_like(parameter)
     tensors = [(f"weight/{name}", parameter.detach().clone()) for name, parameter in trainable_parameters(model).items()]
-    saved = checkpoints.save(Folder.at(tmp_path / "saved"), tensors, State(step=2), {"dtype": "float32"})
+    saved = checkpoints.write_checkpoint(Folder.at(tmp_path / "saved"), tensors, State(step=2), {"dtype": "float32"})
     with torch.no_grad():
         summed = sum(float(TargetLoss(model)(*micro.tensors)) for micro in rows.micros(1))
     told: list[dict[str, Any]] = []
@@ -67,7 +67,7 @@ def test_the_loss_is_that_of_the_weights_in_the_checkpoint(method: str, tmp_path
             apart = (scored(input_ids=prompt).logits - model(input_ids=prompt).logits).abs().max()
         return {"a": float(apart), "b": 2.0}
 
-    loss = Aside(made, rows, rows.input_ids.shape[1], score)(saved, told.append, on_gpu=False)
+    loss = CheckpointValidator(made, rows, rows.input_ids.shape[1], score)(saved, told.append, on_gpu=False)
     assert loss == pytest.approx(summed / rows.targets, rel=1e-5)
     assert told[0] == {"validation_loss": loss}
     assert told[1]["held_out_tasks"]["a"] == pytest.approx(0.0, abs=1e-4)
@@ -78,12 +78,12 @@ def test_tasks_that_cannot_be_scored_stop_nothing(tmp_path: Path, tiny_model: Pa
     made = recipe(tmp_path, tiny_model, tuning={"method": "full"})
     model = load_model(tiny_model, torch.float32)
     tensors = [(f"weight/{name}", value.detach()) for name, value in model.named_parameters()]
-    saved = checkpoints.save(Folder.at(tmp_path / "saved"), tensors, State(step=2), {"dtype": "float32"})
+    saved = checkpoints.write_checkpoint(Folder.at(tmp_path / "saved"), tensors, State(step=2), {"dtype": "float32"})
     told: list[dict[str, Any]] = []
 
     def score(_: Any) -> dict[str, float]:
         raise EvaluationError("it writes nothing.")
 
     nothing = packed_rows(4, first=900).share(5, 6)
-    assert Aside(made, nothing, 256, score)(saved, told.append, on_gpu=False) is None
+    assert CheckpointValidator(made, nothing, 256, score)(saved, told.append, on_gpu=False) is None
     assert told == [{"message": "the held-out tasks were not scored: it writes nothing."}]

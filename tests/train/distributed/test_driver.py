@@ -33,7 +33,7 @@ from apprentice.run.folder import Run, open_run
 from apprentice.train.checkpoint import format as checkpoints
 from apprentice.train.distributed import driver as launch
 from apprentice.train.memory.estimate import PROCESS_BYTES
-from apprentice.train.metrics.tracker import Outcome
+from apprentice.train.metrics.tracker import RunOutcome
 from tests.support.recipes import tiny_recipe
 
 STEPS = 8
@@ -145,7 +145,7 @@ def test_checkpoints_are_validated_aside_while_training_goes_on(undisturbed: Any
     assert result.validation_loss == min(found.values())
     assert run.status()["validation_loss"] == result.validation_loss  # of the model that was exported
 
-    newest = checkpoints.named(run.checkpoints, "step-000008.2")
+    newest = checkpoints.find_named(run.checkpoints, "step-000008.2")
     assert newest is not None
     (newest.folder / checkpoints.VALIDATION).delete()
     shutil.rmtree(run.model.local)
@@ -268,10 +268,10 @@ def test_a_silent_worker_is_named_and_its_run_goes_on_with_other_workers(
 
 def test_a_dead_worker_in_a_sentence() -> None:
     gone = RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [10.0.0.2]:3345")
-    assert str(launch._explained(gone, Outcome(3, None, []))).startswith(
+    assert str(launch._explained(gone, RunOutcome(3, None, []))).startswith(
         "a worker died, and the run had been started 3 times; look"
     )
-    named = launch._explained(gone, Outcome(1, None, ["worker 1 (process 7 on 10.0.0.2) had not answered"]))
+    named = launch._explained(gone, RunOutcome(1, None, ["worker 1 (process 7 on 10.0.0.2) had not answered"]))
     assert str(named).startswith("worker 1 (process 7 on 10.0.0.2) had not answered; the run had been started once; look")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from apprentice.errors import DataError, RowError, TrainingError, all_causes
-from apprentice.train.distributed.failure import lost_peer, mendable
+from apprentice.train.distributed.failure import find_apprentice_error, is_lost_connection
 
 
 class WrappedError(Exception):
@@ -24,13 +24,13 @@ class DualError(WrappedError, DataError):
 
 def test_ours_is_found() -> None:
     ours = TrainingError("step 3")
-    assert mendable(GroupError({0: RuntimeError("peer gone"), 1: WrappedError(ours)})) is ours
+    assert find_apprentice_error(GroupError({0: RuntimeError("peer gone"), 1: WrappedError(ours)})) is ours
 
 
 def test_the_plain_error_is_preferred() -> None:
     plain = DataError("file gone")
-    assert mendable(DualError(plain)) is plain
-    assert isinstance(mendable(DualError(ValueError())), DualError)
+    assert find_apprentice_error(DualError(plain)) is plain
+    assert isinstance(find_apprentice_error(DualError(ValueError())), DualError)
 
 
 def test_raised_from() -> None:
@@ -40,7 +40,7 @@ def test_raised_from() -> None:
         except RowError as row:
             raise ValueError("later") from row
     except ValueError as error:
-        found = mendable(error)
+        found = find_apprentice_error(error)
     assert isinstance(found, RowError)
     assert found.reason == "null"
 
@@ -48,19 +48,19 @@ def test_raised_from() -> None:
 def test_nothing_of_ours_and_no_endless_walk() -> None:
     first, second = ValueError("a"), ValueError("b")
     first.__cause__, second.__cause__ = second, first
-    assert mendable(first) is None
+    assert find_apprentice_error(first) is None
     assert len(list(all_causes(first))) == 2
 
 
 def test_lost_peer() -> None:
-    assert lost_peer(RuntimeError("[gloo/transport/tcp/pair.cc:537] Read error: Connection reset by peer"))
-    assert not lost_peer(RuntimeError("size mismatch"))
-    assert not lost_peer(ValueError("gloo"))
+    assert is_lost_connection(RuntimeError("[gloo/transport/tcp/pair.cc:537] Read error: Connection reset by peer"))
+    assert not is_lost_connection(RuntimeError("size mismatch"))
+    assert not is_lost_connection(ValueError("gloo"))
 
 
 def test_only_the_text_came_through() -> None:
     text = 'ray::MapWorker()\n  File "x.py", line 3\napprentice.errors.DataError: /a/b.parquet is gone.\n\nThe above exception …'
-    found = mendable(RuntimeError(text))
+    found = find_apprentice_error(RuntimeError(text))
     assert type(found) is DataError
     assert str(found) == "/a/b.parquet is gone."
-    assert mendable(RuntimeError("apprentice.errors.NoSuchError: x")) is None
+    assert find_apprentice_error(RuntimeError("apprentice.errors.NoSuchError: x")) is None

@@ -16,7 +16,7 @@ from apprentice.run.folder import Run
 from apprentice.storage import Folder
 from apprentice.train.distributed import follower
 from apprentice.train.distributed.follower import Follower, outcome_of
-from apprentice.train.distributed.heartbeat import Pulse, Who
+from apprentice.train.distributed.heartbeat import Heartbeat, WorkerProcess
 from apprentice.train.metrics.tracker import Mailbox, Tracker
 from tests.train.metrics.test_tracker import record
 
@@ -112,7 +112,7 @@ def test_a_mailbox_that_died_is_one_sentence(near: Near, tmp_path: Path) -> None
 
 def test_a_worker_is_heard_again_after_a_blip(near: Near) -> None:
     near.errors = [BLIP, ray.exceptions.GetTimeoutError("no answer"), BLIP]
-    worker = Pulse(near, 1, 0, timeout_s=0.05)
+    worker = Heartbeat(near, 1, 0, timeout_s=0.05)
     for _ in range(6):
         assert near.heard.acquire(timeout=60)
     assert near.errors == []
@@ -121,7 +121,7 @@ def test_a_worker_is_heard_again_after_a_blip(near: Near) -> None:
 
 def test_a_worker_stops_where_nobody_listens(near: Near) -> None:
     near.errors = [DEATH]
-    worker = Pulse(near, 1, 1, timeout_s=0.05)
+    worker = Heartbeat(near, 1, 1, timeout_s=0.05)
     worker._thread.join(timeout=60)
     assert not worker._thread.is_alive()
     with pytest.raises(TrainingError, match="nobody follows this run any more; give the same command again"):
@@ -129,13 +129,13 @@ def test_a_worker_stops_where_nobody_listens(near: Near) -> None:
 
 
 def test_a_worker_that_is_silent_is_ended(near: Near, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ended: list[Who] = []
+    ended: list[WorkerProcess] = []
     gone = threading.Event()
     monkeypatch.setattr(follower, "end", lambda who: (ended.append(who), gone.set()))
-    near.beat.remote(1, Who(1, 12, "def", "10.0.0.2"))()
+    near.beat.remote(1, WorkerProcess(1, 12, "def", "10.0.0.2"))()
     near.errors = [BLIP]
     tracker = tracker_for(tmp_path, lambda values: None)
     with Follower(near, tracker, 0.01):
         assert gone.wait(60)
     tracker.close()
-    assert ended == [Who(1, 12, "def", "10.0.0.2")]
+    assert ended == [WorkerProcess(1, 12, "def", "10.0.0.2")]

@@ -65,8 +65,8 @@ def test_other_errors_are_not_taken_for_a_lack_of_room(monkeypatch: pytest.Monke
 @pytest.mark.parametrize(("others", "expected"), [(True, 4), (False, 1)])
 def test_all_workers_take_what_fits_on_each(others: bool, expected: int, tmp_path: Path, tiny_model: Path) -> None:
     recipe = load_recipe(tiny_recipe(tmp_path, tiny_model, training__global_batch=16, tuning={"method": "full"}))
-    peers: Any = SimpleNamespace(workers=2, rank=0, gather=lambda mine: [mine, others and mine])
+    collectives: Any = SimpleNamespace(workers=2, rank=0, gather=lambda mine: [mine, others and mine])
     model = made("llama").train()
     patched = Narrow(4 * 96)
-    assert worker.fitted(recipe, model, 96, torch.float32, torch.device("cpu"), peers, loss=patched) == expected
+    assert worker.fitted(recipe, model, 96, torch.float32, torch.device("cpu"), collectives, loss=patched) == expected
     assert patched.passes == 2

@@ -12,8 +12,17 @@ import torch
 from apprentice.errors import TrainingError
 from apprentice.recipe import Recipe, load_recipe
 from apprentice.train.checkpoint.format import SHARD_BYTES
-from apprentice.train.memory.estimate import PROCESS_BYTES, gathered, held
-from apprentice.train.memory.measure import GIB, Watch, expected, free_memory, out_of_memory, ran_out, smaller, that_fit
+from apprentice.train.memory.estimate import PROCESS_BYTES, gathered_weight_bytes, held
+from apprentice.train.memory.measure import (
+    GIB,
+    OutOfMemoryAdvisor,
+    choose_changes,
+    expected,
+    free_memory,
+    list_smaller_recipes,
+    out_of_memory,
+    ran_out,
+)
 from tests.support.recipes import tiny_recipe
 
 
@@ -52,7 +61,7 @@ def test_frozen_weights_adafactor_and_offload(tmp_path: Path) -> None:
 
 def test_zero_3_has_whole_weights_beside_its_shares(tmp_path: Path) -> None:
     def whole(**deepspeed: Any) -> float:
-        return gathered(recipe(tmp_path, training__deepspeed=deepspeed), 2 * 10**9, torch.bfloat16)
+        return gathered_weight_bytes(recipe(tmp_path, training__deepspeed=deepspeed), 2 * 10**9, torch.bfloat16)
 
     assert whole(stage=2) == 0
     assert whole(stage=3) == 2 * (10**9 + 5 * 10**7)
@@ -75,7 +84,7 @@ def test_process_and_checkpoint_are_in_the_hosts_memory(tmp_path: Path, tiny_mod
 
 def test_the_smallest_changes_come_first(tmp_path: Path) -> None:
     made = recipe(tmp_path, training__global_batch=16, tuning={"method": "full"})
-    assert [change.text.partition(" (")[0] for change in smaller(made, 8, 256, 2)] == [
+    assert [change.text.partition(" (")[0] for change in list_smaller_recipes(made, 8, 256, 2)] == [
         "training.micro_batch: 4",
         "training.activation_checkpointing: true",
         "training.deepspeed.stage: 3",
@@ -88,10 +97,11 @@ def test_the_smallest_changes_come_first(tmp_path: Path) -> None:
         training__deepspeed={"stage": 3, "offload": "cpu"},
         training__resources={"gpus": 1},
     )
-    assert [change.text for change in smaller(least, 1, 256, 2)] == ["data.packing.length: 128"]
-    assert [change.text.partition(" (")[0] for change in smaller(recipe(tmp_path, training__resources={"gpus": 1}), 1, 256, 1)][
-        :2
-    ] == [
+    assert [change.text for change in list_smaller_recipes(least, 1, 256, 2)] == ["data.packing.length: 128"]
+    assert [
+        change.text.partition(" (")[0]
+        for change in list_smaller_recipes(recipe(tmp_path, training__resources={"gpus": 1}), 1, 256, 1)
+    ][:2] == [
         "training.activation_checkpointing: true",
         "training.deepspeed.offload: cpu",
     ]
@@ -99,7 +109,7 @@ def test_the_smallest_changes_come_first(tmp_path: Path) -> None:
 
 def test_every_change_is_a_recipe(tmp_path: Path) -> None:
     made = recipe(tmp_path, training__global_batch=16, tuning={"method": "full"}, training__resources={"gpus": 1})
-    changes = smaller(made, 8, 256, 2)
+    changes = list_smaller_recipes(made, 8, 256, 2)
     assert len(changes) == 6
     for change in changes:
         key, _, value = change.text.partition(" (")[0].partition(": ")
@@ -111,7 +121,7 @@ def test_the_sentence(tmp_path: Path) -> None:
     made = recipe(tmp_path, training__global_batch=16)
     state = replace(held(made, GIB, GIB // 4, torch.bfloat16, 2), activations=3 * GIB)
     assert state.total == 7 * GIB
-    error = out_of_memory(state, 8, 256, " (78.0 of 79.2 GiB of the GPU were in use)", smaller(made, 8, 256, 2)[:2])
+    error = out_of_memory(state, 8, 256, " (78.0 of 79.2 GiB of the GPU were in use)", list_smaller_recipes(made, 8, 256, 2)[:2])
     assert str(error) == (
         "a worker ran out of memory with 8 rows of 256 tokens at once (78.0 of 79.2 GiB of the GPU were in use): weights take about"
         " 2.00 GiB, gradients 0.50, the optimizer 1.50 and activations 3.00. The smallest changes that help:"
@@ -120,23 +130,26 @@ def test_the_sentence(tmp_path: Path) -> None:
 
 
 def test_changes_that_would_fit_are_named_first(tmp_path: Path) -> None:
-    changes = smaller(recipe(tmp_path, training__global_batch=16, tuning={"method": "full"}), 8, 256, 2)
+    changes = list_smaller_recipes(recipe(tmp_path, training__global_batch=16, tuning={"method": "full"}), 8, 256, 2)
     sizes = dict(zip((change.text for change in changes), (9.0, 8.0, 6.0, 3.0, 4.0), strict=True))
-    assert that_fit(changes, lambda change: sizes[change.text], 6.0) == [changes[2], changes[3]]
-    assert that_fit(changes, lambda change: sizes[change.text], 3.5) == [changes[3], changes[4]]  # one fits, and the nearest other
-    assert that_fit(changes, lambda change: sizes[change.text], 1.0) == [changes[3], changes[4]]
+    assert choose_changes(changes, lambda change: sizes[change.text], 6.0) == [changes[2], changes[3]]
+    assert choose_changes(changes, lambda change: sizes[change.text], 3.5) == [
+        changes[3],
+        changes[4],
+    ]  # one fits, and the nearest other
+    assert choose_changes(changes, lambda change: sizes[change.text], 1.0) == [changes[3], changes[4]]
 
 
 def test_a_worker_names_what_fits_by_its_own_estimate(tmp_path: Path, tiny_model: Path) -> None:
     """Where the optimizer is what is large, fewer rows would not help."""
     made = load_recipe(tiny_recipe(tmp_path, tiny_model, training__deepspeed={"stage": 0}, tuning={"method": "full"}))
-    watch = Watch(made, 10**9, torch.float32, 2, 256, 2, torch.device("cpu"))
+    watch = OutOfMemoryAdvisor(made, 10**9, torch.float32, 2, 256, 2, torch.device("cpu"))
     with (
         pytest.raises(TrainingError, match=r"activations 0\.0\d\. The .*: training.deepspeed.stage: 1, or tuning.method: lora\.$"),
         watch.explained(),
     ):
         raise torch.OutOfMemoryError
-    small = Watch(made, 10**5, torch.float32, 2, 256, 2, torch.device("cpu"))
+    small = OutOfMemoryAdvisor(made, 10**5, torch.float32, 2, 256, 2, torch.device("cpu"))
     with (
         pytest.raises(TrainingError, match=r"help: training.micro_batch: 1 .*, or training.activation_checkpointing: true"),
         small.explained(),

@@ -18,7 +18,7 @@ from apprentice.run.folder import Run
 from apprentice.storage import Folder
 from apprentice.train.metrics import backends as services
 from apprentice.train.metrics.tracker import Tracker
-from apprentice.train.metrics.writer import Feed
+from apprentice.train.metrics.writer import BackendWriter
 from tests.train.metrics.test_tracker import record
 
 
@@ -39,7 +39,7 @@ def test_mlflow_has_the_figures_and_one_run_however_often_it_is_taken_up(
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     for step in (1, 2):
         seen: list[dict[str, Any]] = []
-        tracker = Tracker(run, seen.append, services.open_services(recipe("mlflow"), run)[1:])
+        tracker = Tracker(run, seen.append, services.open_backends(recipe("mlflow"), run)[1:])
         tracker.write(record(step, loss=float(step)))
         tracker.close()
         assert [one["message"] for one in seen if "message" in one] == []
@@ -65,7 +65,7 @@ def test_mlflow_has_the_figures_and_one_run_however_often_it_is_taken_up(
 def test_weights_and_biases_offline(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("WANDB_MODE", "offline"), ("WANDB_DIR", str(tmp_path)), ("WANDB_API_KEY", "0" * 40)):
         monkeypatch.setenv(name, value)
-    made = services.open_services(recipe("wandb"), run)
+    made = services.open_backends(recipe("wandb"), run)
     for step in range(1, 4):
         made[1].add({"train/loss": float(step)}, step)
     made[1].close()
@@ -79,7 +79,7 @@ def test_weights_and_biases_offline(run: Run, tmp_path: Path, monkeypatch: pytes
 
 @pytest.mark.slow
 def test_rays_metrics_have_the_figures(run: Run, ray_cluster: None) -> None:
-    made = services.open_services(recipe(), run)
+    made = services.open_backends(recipe(), run)
     made[0].add({"train/loss": 1.25, "speed/tokens_per_s": 50.0}, 7)
     [node] = [node for node in ray.nodes() if node["Alive"]]
     wanted = {"train_loss": "1.25", "speed_tokens_per_s": "50.0", "train_step": "7.0"}
@@ -99,10 +99,10 @@ def test_a_package_that_is_not_installed_is_said_before_anything_starts(run: Run
     with pytest.raises(
         RecipeError, match=r"training\.tracking names wandb, which is not installed here; `pip install 'apprentice\["
     ):
-        services.open_services(recipe("wandb"), run)
+        services.open_backends(recipe("wandb"), run)
 
 
-def told(run: Run, *feeds: Feed) -> list[str]:
+def told(run: Run, *feeds: BackendWriter) -> list[str]:
     """What a person sees of two steps' figures on their way to `feeds`."""
     seen: list[dict[str, Any]] = []
     tracker = Tracker(run, seen.append, feeds)
@@ -114,7 +114,7 @@ def told(run: Run, *feeds: Feed) -> list[str]:
 
 def test_a_service_that_cannot_be_reached_is_told_of_and_training_goes_on(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "nowhere://at/all")
-    [message] = told(run, *services.open_services(recipe("mlflow"), run)[1:])
+    [message] = told(run, *services.open_backends(recipe("mlflow"), run)[1:])
     assert message.startswith("mlflow does not take the run's figures (")
     assert message.endswith("; training goes on.")
 
@@ -143,12 +143,12 @@ def failing(error: Exception) -> Callable[[], Any]:
 
 def test_a_service_that_fails_later_is_told_of_once(run: Run) -> None:
     broken = Odd(failing(ConnectionError("no\nroute")), failing(AssertionError("it was left before")))
-    assert told(run, Feed("broken", lambda: broken)) == ["broken takes no more figures (no route); training goes on."]
+    assert told(run, BackendWriter("broken", lambda: broken)) == ["broken takes no more figures (no route); training goes on."]
 
 
 def test_figures_that_a_service_loses_at_the_end_are_told_of(run: Run) -> None:
     full = Odd(close=failing(TimeoutError("it did not answer")))
-    assert told(run, Feed("full", lambda: full)) == ["full may lack the last figures (it did not answer)."]
+    assert told(run, BackendWriter("full", lambda: full)) == ["full may lack the last figures (it did not answer)."]
     assert full.took == [1, 2]
 
 
@@ -160,7 +160,7 @@ def test_nobody_waits_for_a_service_that_hangs() -> None:
         assert goes_on.wait(60)
 
     slow = Odd(hang)
-    feed = Feed("slow", lambda: slow, waiting=2)
+    feed = BackendWriter("slow", lambda: slow, waiting=2)
     feed.add({"loss": 1.0}, 1)
     assert taken.wait(60)
     for step in range(2, 7):  # two of them wait, three are lost
@@ -179,7 +179,7 @@ def test_lost_figures_are_counted() -> None:
         assert goes_on.wait(60)
         return slow
 
-    feed = Feed("slow", opened, waiting=2)
+    feed = BackendWriter("slow", opened, waiting=2)
     for step in range(5):
         feed.add({"loss": 1.0}, step)
     goes_on.set()

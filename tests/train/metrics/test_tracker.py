@@ -16,7 +16,7 @@ from apprentice.errors import DataError, TrainingError, full_disk_sentence
 from apprentice.run.folder import Run
 from apprentice.run.json_lines import read_records
 from apprentice.storage import Folder
-from apprentice.train.distributed.heartbeat import Who
+from apprentice.train.distributed.heartbeat import WorkerProcess
 from apprentice.train.metrics import tracker as tracking
 from apprentice.train.metrics.tracker import Mailbox, Tracker
 
@@ -58,7 +58,7 @@ def test_mailbox() -> None:
 def test_the_wish_for_a_checkpoint() -> None:
     mailbox = Mailbox(2)
     assert mailbox.begin(None) == 2
-    worker = Who(0, 11, "abc", "10.0.0.1")
+    worker = WorkerProcess(0, 11, "abc", "10.0.0.1")
     assert mailbox.beat(1, worker) == 0
     mailbox.want()
     assert mailbox.beat(1, worker) == 1
@@ -78,7 +78,7 @@ def test_silent_workers_are_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
     mailbox = Mailbox(2)
     mailbox.begin(None)
     mailbox.put(record(3))
-    first, second = Who(0, 11, "abc", "10.0.0.1"), Who(1, 12, "def", "10.0.0.2")
+    first, second = WorkerProcess(0, 11, "abc", "10.0.0.1"), WorkerProcess(1, 12, "def", "10.0.0.2")
     mailbox.beat(1, first)
     mailbox.beat(1, second)
     mailbox.beat(1, first)
@@ -97,9 +97,9 @@ def test_only_this_attempts_workers_are_listened_for() -> None:
     mailbox = Mailbox(1)
     mailbox.begin(None)
     mailbox.begin(None)
-    mailbox.beat(1, Who(0, 11, "abc", "10.0.0.1"))
+    mailbox.beat(1, WorkerProcess(0, 11, "abc", "10.0.0.1"))
     assert mailbox.silent(-1.0) == []
-    mailbox.beat(2, Who(0, 12, "abc", "10.0.0.1"))
+    mailbox.beat(2, WorkerProcess(0, 12, "abc", "10.0.0.1"))
     mailbox.leave(0)
     assert mailbox.silent(-1.0) == []
 

@@ -20,8 +20,8 @@ from apprentice.run.fence import FenceToken
 from apprentice.storage import Folder
 from apprentice.train.checkpoint import format as checkpoints
 from apprentice.train.checkpoint.format import Checkpoint
-from apprentice.train.checkpoint.shard_gather import Gathering, Piece, room_for_copies
-from apprentice.train.engine.collectives import Peers
+from apprentice.train.checkpoint.shard_gather import Shard, ShardGatherer, room_for_copies
+from apprentice.train.engine.collectives import Collectives
 from apprentice.train.memory.measure import free_memory
 from apprentice.train.state import State
 
@@ -35,7 +35,7 @@ class _Written(NamedTuple):
     failure: StorageError | None
 
 
-class Saver:
+class AsyncSaver:
     """Saves checkpoints into `folder`, where the newest and best `keep` are kept. Every worker must create one.
 
     facts        stored in every checkpoint
@@ -53,7 +53,7 @@ class Saver:
         keep: int,
         facts: dict[str, Any],
         *,
-        peers: Peers,
+        collectives: Collectives,
         tell: Callable[..., None],
         register: Callable[[Checkpoint | None, State], None],
         round_steps: int | None = None,
@@ -66,12 +66,12 @@ class Saver:
         self._tell = tell
         self._token = token
         self._register = register
-        self._peers = peers
-        self._gathering = Gathering(peers)
+        self._collectives = collectives
+        self._gathering = ShardGatherer(collectives)
         self._thread = ThreadPoolExecutor(1, "apprentice-checkpoint")
         self._pending: tuple[State, Future[_Written]] | None = None  # the last save that was not settled
 
-    def save(self, state: State, pieces: Sequence[Piece], *, last: bool) -> None:
+    def save(self, state: State, pieces: Sequence[Shard], *, last: bool) -> None:
         """Starts saving a checkpoint of all workers' `pieces`. All workers must call it.
 
         The `last` one is waited for. Raises `StorageError` on the first worker if that cannot be written.
@@ -80,7 +80,7 @@ class Saver:
         self.settle()
         state = copy.deepcopy(state)  # training changes the original
         written: Future[_Written] = Future()
-        if room_for_copies(pieces, self._peers, MOST_OF_FREE_MEMORY * free_memory()):
+        if room_for_copies(pieces, self._collectives, MOST_OF_FREE_MEMORY * free_memory()):
             held = [piece.copied() for piece in pieces]
             written = self._thread.submit(self._write, held, state, begin, time.perf_counter() - begin, last)
         else:
@@ -107,10 +107,14 @@ class Saver:
         self._register(written.checkpoint, state)
         return written.failure
 
-    def _write(self, pieces: Sequence[Piece], state: State, begin: float, blocked_s: float | None, last: bool) -> _Written:
+    def _write(self, pieces: Sequence[Shard], state: State, begin: float, blocked_s: float | None, last: bool) -> _Written:
         tensors = self._gathering.whole(pieces)
         try:
-            saved = checkpoints.save(self._folder, tensors, state, self._facts, self._token) if self._peers.rank == 0 else None
+            saved = (
+                checkpoints.write_checkpoint(self._folder, tensors, state, self._facts, self._token)
+                if self._collectives.rank == 0
+                else None
+            )
         except StorageError as error:
             return _Written(None, self._told(error, state, last))
         finally:
@@ -124,7 +128,7 @@ class Saver:
 
     def _told(self, failure: StorageError, state: State, last: bool) -> StorageError:
         try:
-            before = checkpoints.restorable(self._folder)
+            before = checkpoints.find_newest(self._folder)
             good = f"the last whole checkpoint is that of step {before.state.step}" if before else "there is no other checkpoint"
         except StorageError:
             good = "which other checkpoints there are cannot be read either"

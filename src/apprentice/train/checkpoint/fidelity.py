@@ -17,7 +17,7 @@ CLOSE = 5e-3  # nats, largest of all tokens: how far merging an adapter in float
 CLOSE_NARROW = 0.25  # nats, mean of all tokens: how far a 16-bit number format may
 
 
-def said_of(model: Any, examples: Sequence[Tokenized]) -> Tensor:
+def score_examples(model: Any, examples: Sequence[Tokenized]) -> Tensor:
     """Log-probability (nats) of every target token of `examples`, float32 (targets,); from a reward model, every answer's reward.
 
     Both answers of a preference pair are included. In an example without an answer all tokens but the first are targets.

@@ -39,7 +39,7 @@ from apprentice.storage import Folder, with_retries
 from apprentice.train.state import State
 
 CHECKSUMS, STATE, VALIDATION = "checksums.json", "state.json", "validation.json"
-AWAITED = "validation_awaited"  # fact of a checkpoint whose loss comes later, in validation.json
+VALIDATION_AWAITED = "validation_awaited"  # fact of a checkpoint whose loss comes later, in validation.json
 MOST_AWAITED = 3  # checkpoints kept until they are validated, beyond the usual number
 SHARD_BYTES = 1 << 29  # size of a tensors file, which is collected in memory first
 _PART, _IN_USE = ".part-", "in-use-"
@@ -56,7 +56,7 @@ class Checkpoint:
     facts: dict[str, Any]  # dtype and tuning method (for an export on other hardware), whether its validation is awaited
 
 
-def save(
+def write_checkpoint(
     checkpoints: Folder, tensors: Iterable[tuple[str, Tensor]], state: State, facts: dict[str, Any], token: FenceToken | None = None
 ) -> Checkpoint:
     """Writes one checkpoint, streaming `tensors` (key, tensor), and returns it once it counts.
@@ -125,7 +125,7 @@ def _publish(part: Path, target: Folder) -> None:
         raise
 
 
-def restorable(checkpoints: Folder) -> Checkpoint | None:
+def find_newest(checkpoints: Folder) -> Checkpoint | None:
     """The newest whole checkpoint, from which a run goes on; None if there is none."""
     for folder in _newest_first(checkpoints):
         if found := _whole(folder):
@@ -133,7 +133,7 @@ def restorable(checkpoints: Folder) -> Checkpoint | None:
     return None
 
 
-def of_step(checkpoints: Folder, step: int) -> Checkpoint | None:
+def find_of_step(checkpoints: Folder, step: int) -> Checkpoint | None:
     """The whole checkpoint after `step` steps; None if there is none."""
     for folder in _newest_first(checkpoints):
         if _age(folder)[0] == step and _is_there(folder / CHECKSUMS) and (found := _whole(folder)):
@@ -141,24 +141,24 @@ def of_step(checkpoints: Folder, step: int) -> Checkpoint | None:
     return None
 
 
-def named(checkpoints: Folder, name: str) -> Checkpoint | None:
+def find_named(checkpoints: Folder, name: str) -> Checkpoint | None:
     """The whole checkpoint in the folder `name`; None if it has been deleted or is damaged."""
     folder = checkpoints / name
     return _whole(folder) if _is_there(folder / CHECKSUMS) else None
 
 
-def awaited(checkpoints: Folder) -> list[Checkpoint]:
+def find_awaiting_validation(checkpoints: Folder) -> list[Checkpoint]:
     """The whole checkpoints whose asynchronous validation is not done, oldest first."""
     return [found for folder in reversed(_newest_first(checkpoints)) if _is_awaited(folder) and (found := _whole(folder))]
 
 
-def note_validation(checkpoint: Checkpoint, loss: float | None) -> None:
+def record_validation(checkpoint: Checkpoint, loss: float | None) -> None:
     """Writes the loss of an asynchronous validation (None without validation rows), unless `checkpoint` was deleted meanwhile."""
     if _is_there(checkpoint.folder / CHECKSUMS):
         (checkpoint.folder / VALIDATION).write_json({"validation_loss": loss})
 
 
-def best(checkpoints: Folder) -> Checkpoint | None:
+def find_best(checkpoints: Folder) -> Checkpoint | None:
     """The whole checkpoint with the lowest validation loss, the newest of equals; without any losses the newest.
 
     A loss that is not finite does not count.
@@ -174,7 +174,7 @@ def _place_of_lowest(losses: Sequence[float | None]) -> int | None:
     return min(numbers)[1] if numbers else None
 
 
-def newest_step(checkpoints: Folder) -> int:
+def find_newest_step(checkpoints: Folder) -> int:
     """Step of the newest checkpoint, even if it is damaged; 0 if there is none."""
     return next((_age(folder)[0] for folder in _newest_first(checkpoints) if _is_there(folder / CHECKSUMS)), 0)
 
@@ -208,7 +208,7 @@ def prune(checkpoints: Folder, keep: int, newest: Checkpoint, round_steps: int |
 def _remove(folder: Folder) -> None:
     """Deletes a checkpoint, its checksums first, so that a half-deleted folder is no checkpoint.
 
-    If a reader marked it in the meantime, or the store does not say, the other files stay until a later `sweep`.
+    If a reader marked it in the meantime, or the store does not say, the other files stay until a later `delete_leftovers`.
     """
     _delete(folder / CHECKSUMS)
     try:
@@ -223,7 +223,7 @@ def _remove(folder: Folder) -> None:
 def _delete(place: Folder) -> None:
     """Deletes a file or folder; if that fails, logs a warning.
 
-    The next `sweep` tries again, such as for the `.nfs…` file that NFS leaves of a deleted file that is still open.
+    The next `delete_leftovers` tries again, such as for the `.nfs…` file that NFS leaves of a deleted file that is still open.
     """
     try:
         place.delete()
@@ -232,7 +232,7 @@ def _delete(place: Folder) -> None:
 
 
 @contextmanager
-def in_use(checkpoint: Folder) -> Iterator[None]:
+def mark_in_use(checkpoint: Folder) -> Iterator[None]:
     """Marks a checkpoint as being read, so that `prune` does not delete it."""
     mark = checkpoint / f"{_IN_USE}{uuid.uuid4().hex[:8]}"
     with suppress(OSError, StorageError):  # where no mark can be written, nothing can be deleted either
@@ -249,7 +249,7 @@ def _is_in_use(checkpoint: Folder) -> bool:
     return any(file.name.startswith(_IN_USE) for file in _children(checkpoint))
 
 
-def sweep(checkpoints: Folder) -> None:
+def delete_leftovers(checkpoints: Folder) -> None:
     """Deletes leftovers of earlier attempts: unfinished checkpoints, ones that do not count, marks of readers.
 
     Only the process that holds the run may call it, before workers start.
@@ -310,7 +310,7 @@ def _whole(folder: Folder) -> Checkpoint | None:
 
 def _is_awaited(folder: Folder) -> bool:
     try:
-        return bool(_json(folder / STATE)["facts"].get(AWAITED)) and not _is_there(folder / VALIDATION)
+        return bool(_json(folder / STATE)["facts"].get(VALIDATION_AWAITED)) and not _is_there(folder / VALIDATION)
     except (MissingError, *_NOT_UNDERSTOOD):
         return False
 
@@ -325,12 +325,12 @@ def _validation_loss(folder: Folder) -> float | None:
 
 
 @contextmanager
-def tensors_of(checkpoint: Checkpoint) -> Iterator[Callable[[str], Tensor]]:
+def open_tensors(checkpoint: Checkpoint) -> Iterator[Callable[[str], Tensor]]:
     """Context with a function key → float32 tensor, which reads one tensor at a time.
 
     A checkpoint in an object store is first downloaded into a temporary folder.
     """
-    with tempfile.TemporaryDirectory() as scratch, in_use(checkpoint.folder):
+    with tempfile.TemporaryDirectory() as scratch, mark_in_use(checkpoint.folder):
         folder = checkpoint.folder.local if checkpoint.folder.is_local else checkpoint.folder.download(Path(scratch))
         files: dict[str, Any] = {}
         for path in sorted(folder.glob("*.safetensors")):
@@ -338,9 +338,9 @@ def tensors_of(checkpoint: Checkpoint) -> Iterator[Callable[[str], Tensor]]:
         yield lambda key: files[key].get_tensor(key)
 
 
-def keys_of(checkpoint: Checkpoint) -> list[str]:
+def list_keys(checkpoint: Checkpoint) -> list[str]:
     """The keys of all tensors in `checkpoint`."""
-    with tempfile.TemporaryDirectory() as scratch, in_use(checkpoint.folder):
+    with tempfile.TemporaryDirectory() as scratch, mark_in_use(checkpoint.folder):
         folder = checkpoint.folder.local if checkpoint.folder.is_local else checkpoint.folder.download(Path(scratch))
         return [key for path in sorted(folder.glob("*.safetensors")) for key in _names(path)]
 

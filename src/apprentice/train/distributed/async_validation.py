@@ -19,9 +19,9 @@ from apprentice.models.loading import load_model, resolve_dtype
 from apprentice.models.tuning.methods import TUNING_METHODS, load_trainable, trainable_parameters
 from apprentice.recipe import Recipe
 from apprentice.train.batch import Micro, PackedRows
-from apprentice.train.checkpoint.format import Checkpoint, tensors_of
-from apprentice.train.distributed.resources import room_aside
-from apprentice.train.engine.collectives import Peers
+from apprentice.train.checkpoint.format import Checkpoint, open_tensors
+from apprentice.train.distributed.resources import has_room_for_validation
+from apprentice.train.engine.collectives import Collectives
 from apprentice.train.engine.deepspeed import WEIGHT
 from apprentice.train.engine.deepspeed_config import micro_batch
 from apprentice.train.loop import validation_loss
@@ -31,7 +31,7 @@ from apprentice.train.losses.sft import TargetLoss
 Score = Callable[[Any], Mapping[str, float]]  # a model → held-out task → score
 
 
-def goes_aside(recipe: Recipe, nodes: Sequence[Mapping[str, float]]) -> bool:
+def validates_asynchronously(recipe: Recipe, nodes: Sequence[Mapping[str, float]]) -> bool:
     """Whether checkpoints are validated asynchronously; `nodes` are the Ray resources of each node.
 
     Raises `ResourcesError` if the recipe demands it and the nodes have no room for one more worker.
@@ -40,7 +40,9 @@ def goes_aside(recipe: Recipe, nodes: Sequence[Mapping[str, float]]) -> bool:
     chosen = training.checkpoint.validation
     if chosen == "workers" or training.aim.rounds:
         return False
-    if room_aside(recipe, nodes) and (chosen == "aside" or recipe.evaluation.while_training or training.deepspeed.stage < 3):
+    if has_room_for_validation(recipe, nodes) and (
+        chosen == "aside" or recipe.evaluation.while_training or training.deepspeed.stage < 3
+    ):
         return True
     if chosen == "aside" or recipe.evaluation.while_training:
         wish = "training.checkpoint.validation aside" if chosen == "aside" else "evaluation.while_training"
@@ -52,7 +54,7 @@ def goes_aside(recipe: Recipe, nodes: Sequence[Mapping[str, float]]) -> bool:
 
 
 @dataclass(frozen=True)
-class Aside:
+class CheckpointValidator:
     """Validates one checkpoint: the loss over `rows`, packed rows of `length` tokens, and held-out scores where `score` is set."""
 
     recipe: Recipe
@@ -88,7 +90,7 @@ class Aside:
         chosen: dict[str, Any] = {"four_bit": method.four_bit, "head": recipe.head, "trust": recipe.model.trust}
         base = load_model(recipe.model.base, weights, recipe.model.attention, **chosen)
         model = method.wrap(base, recipe.tuning, recipe.seed)
-        with tensors_of(checkpoint) as read:
+        with open_tensors(checkpoint) as read:
             load_trainable(model, {name: read(f"{WEIGHT}/{name}") for name in trainable_parameters(model)})
         return model.eval()
 
@@ -96,7 +98,7 @@ class Aside:
         training = self.recipe.training
         compute = dtype if training.optimizer.name == "adafactor" and dtype != torch.float32 else None
         micro = micro_batch(training, workers=training.max_workers, length=self.length, on_gpu=device.type != "cpu")
-        return validation_loss(_Plain(loss_of(model, training, compute).eval(), device), self.rows, micro, Peers())
+        return validation_loss(_Plain(loss_of(model, training, compute).eval(), device), self.rows, micro, Collectives())
 
     def _whole(self, model: Any) -> Any:
         """The model as an export would have it: adapters merged where the method can be merged."""

@@ -42,19 +42,19 @@ from apprentice.run.folder import Run
 from apprentice.run.identity import public_base
 from apprentice.train.batch import PackedRows
 from apprentice.train.checkpoint import format as checkpoints
-from apprentice.train.checkpoint.export import export
-from apprentice.train.distributed.async_validation import Aside, Score, goes_aside
-from apprentice.train.distributed.elastic import DivisorPolicy, Trainer, leaving
-from apprentice.train.distributed.failure import lost_peer, mendable
+from apprentice.train.checkpoint.model_export import export_model
+from apprentice.train.distributed.async_validation import CheckpointValidator, Score, validates_asynchronously
+from apprentice.train.distributed.elastic import DivisorPolicy, ElasticTrainer, find_leaving_nodes
+from apprentice.train.distributed.failure import find_apprentice_error, is_lost_connection
 from apprentice.train.distributed.follower import Follower, outcome_of
 from apprentice.train.distributed.ray_worker import Job, work
-from apprentice.train.distributed.resources import Ask, check_resources, required_resources, workers_that_fit
+from apprentice.train.distributed.resources import ResourceRequest, check_resources, required_resources, workers_that_fit
 from apprentice.train.distributed.score_reference import references
 from apprentice.train.distributed.validation_task import Validation
-from apprentice.train.memory.measure import expected_of
-from apprentice.train.metrics.backends import open_services
+from apprentice.train.memory.measure import estimate_of_finished_run
+from apprentice.train.metrics.backends import open_backends
 from apprentice.train.metrics.samples import Samples
-from apprentice.train.metrics.tracker import Mailbox, Outcome, Tracker
+from apprentice.train.metrics.tracker import Mailbox, RunOutcome, Tracker
 from apprentice.train.state import Goal
 
 AFTER_US_S = 10  # collectives time out so much after `hang_timeout_s`, so that a silent worker is named and ended first
@@ -115,9 +115,9 @@ def _train(
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(2 * recipe.training.hang_timeout_s)
     goal = goal_of(recipe, corpus)
     _check_cluster(recipe)
-    checkpoints.sweep(run.checkpoints)
-    found = checkpoints.restorable(run.checkpoints)
-    tracker = Tracker(run, progress, open_services(recipe, run), held.is_held)
+    checkpoints.delete_leftovers(run.checkpoints)
+    found = checkpoints.find_newest(run.checkpoints)
+    tracker = Tracker(run, progress, open_backends(recipe, run), held.is_held)
     attempts = 1
     try:
         if found is None or goal.reached(found.state) < 1.0:
@@ -125,7 +125,7 @@ def _train(
             if recipe.training.aim.reference:
                 corpus = _with_reference(recipe, run, corpus, progress)
             attempts = _fit(recipe, run, corpus, goal, tracker, held.token, score)
-        if checkpoints.awaited(run.checkpoints):
+        if checkpoints.find_awaiting_validation(run.checkpoints):
             _catch_up(recipe, run, corpus, tracker, score)
         result = _finish(recipe, run, corpus, goal, tracker, held.token, attempts)
         tracker.close()
@@ -163,7 +163,7 @@ def _shares(corpus: Corpus) -> dict[int, float]:
     return {number: float(found[task.name]) for number, task in enumerate(corpus.tasks) if task.name in found}
 
 
-def _check_cluster(recipe: Recipe) -> Ask:
+def _check_cluster(recipe: Recipe) -> ResourceRequest:
     dtype = resolve_dtype(recipe.model.dtype, "cuda" if recipe.training.resources.gpus else "cpu")
     ask = required_resources(recipe, count_parameters(local_folder(recipe.model.base)), dtype)
     check_resources(ask, node_resources())
@@ -173,7 +173,7 @@ def _check_cluster(recipe: Recipe) -> Ask:
 def _validation(recipe: Recipe, run: Run, corpus: Corpus, score: Score | None) -> Validation:
     """The asynchronous validation of this run."""
     rows = PackedRows.of(validation_rows(corpus, validation_limit(recipe)))
-    return Validation(Aside(recipe, rows, _row_length(corpus), score), run, recipe.training.resources)
+    return Validation(CheckpointValidator(recipe, rows, _row_length(corpus), score), run, recipe.training.resources)
 
 
 def _catch_up(recipe: Recipe, run: Run, corpus: Corpus, tracker: Tracker, score: Score | None) -> None:
@@ -185,7 +185,7 @@ def _catch_up(recipe: Recipe, run: Run, corpus: Corpus, tracker: Tracker, score:
     try:
         _validation(recipe, run, corpus, score).catch_up(told)
     except ray.exceptions.RayError as error:
-        raise mendable(error) or error from None
+        raise find_apprentice_error(error) or error from None
 
 
 def _row_length(corpus: Corpus) -> int:
@@ -196,7 +196,7 @@ def _row_length(corpus: Corpus) -> int:
 def _fit(recipe: Recipe, run: Run, corpus: Corpus, goal: Goal, tracker: Tracker, token: FenceToken, score: Score | None) -> int:
     """Runs worker groups until the goal is reached. Returns the number of attempts."""
     workers = workers_that_fit(recipe, node_resources())
-    aside = goes_aside(recipe, node_resources())
+    aside = validates_asynchronously(recipe, node_resources())
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)  # nodes of workers may be lost
     # A call that the network lost is repeated; a mailbox that died is not restarted, since its state is lost.
     kept = {"num_cpus": 0, "scheduling_strategy": here, "max_restarts": 0, "max_task_retries": -1}
@@ -206,7 +206,7 @@ def _fit(recipe: Recipe, run: Run, corpus: Corpus, goal: Goal, tracker: Tracker,
     sizes = (_row_length(corpus), corpus.row_bytes)
     job = Job(recipe, run, goal, mailbox, ray.put(corpus), ray.put(within), *sizes, _shares(corpus), samples, aside, token)
     trainer = _trainer(job, corpus, _validation(recipe, run, corpus, score).config(mailbox) if aside else None)
-    # Ray Train would look for the checkpoints of an earlier call; `checkpoints.restorable` decides where to go on.
+    # Ray Train would look for the checkpoints of an earlier call; `checkpoints.find_newest` decides where to go on.
     with suppress(OSError):
         (run.checkpoints / "checkpoint_manager_snapshot.json").delete()
     failure: BaseException | None = None
@@ -232,7 +232,7 @@ def _fit(recipe: Recipe, run: Run, corpus: Corpus, goal: Goal, tracker: Tracker,
     return outcome.attempts
 
 
-def _trainer(job: Job, corpus: Corpus, validation: ValidationConfig | None) -> Trainer:
+def _trainer(job: Job, corpus: Corpus, validation: ValidationConfig | None) -> ElasticTrainer:
     training = job.recipe.training
     resources = {"CPU": training.resources.cpus} | ({"GPU": training.resources.gpus} if training.resources.gpus else {})
     # For `build`, which does not use `job`: that would make Ray Train's controller import all that this file imports.
@@ -242,16 +242,16 @@ def _trainer(job: Job, corpus: Corpus, validation: ValidationConfig | None) -> T
 
     def build() -> Any:
         """The stream of rows for a worker group. Ray Train calls it for each group, before the workers run."""
-        found = checkpoints.restorable(run.checkpoints)
+        found = checkpoints.find_newest(run.checkpoints)
         workers = ray.get(mailbox.begin.remote(found))
         start = Start(found.state.window, found.state.row) if found else Start()
         if training.aim.rounds:
-            from apprentice.train.on_policy.rollout_stream import round_stream  # imports the models that write replies
+            from apprentice.train.on_policy.rollout_stream import stream_rounds  # imports the models that write replies
 
             mailbox.stream.remote(training.grpo.actors * training.resources.cpus)
-            return round_stream(ray.get(held), run, start)
+            return stream_rounds(ray.get(held), run, start)
         # As many actors as there is room for now, since a node may have been lost after the run began.
-        nodes = node_resources(job=submitted, without=leaving(ray.nodes()))
+        nodes = node_resources(job=submitted, without=find_leaving_nodes(ray.nodes()))
         spare = sum(node.get("CPU", 0.0) for node in nodes) - (workers + aside) * training.resources.cpus
         actors = max(1, min(max(4, workers), int(spare) - 1))
         mailbox.stream.remote(actors)
@@ -262,7 +262,7 @@ def _trainer(job: Job, corpus: Corpus, validation: ValidationConfig | None) -> T
     scaling = ray.train.ScalingConfig(
         num_workers=training.max_workers, use_gpu=training.resources.gpus > 0, resources_per_worker=resources
     )
-    return Trainer(
+    return ElasticTrainer(
         partial(work, job),  # not as train_loop_config, which Ray Train's controller would unpack
         policy=DivisorPolicy(scaling, job.recipe, mailbox),
         scaling_config=scaling,
@@ -299,15 +299,15 @@ def validation_limit(recipe: Recipe) -> int:
     return min(max(rows, training.global_batch, LEAST_VALIDATION_ROWS), MOST_VALIDATION_ROWS)
 
 
-def _explained(failure: BaseException, outcome: Outcome) -> BaseException:
+def _explained(failure: BaseException, outcome: RunOutcome) -> BaseException:
     """The error to raise for `failure`.
 
     That is the `ApprenticeError` inside it, a `TrainingError` with a remedy if workers died, or else the worker's own exception.
     """
-    ours = mendable(failure)
+    ours = find_apprentice_error(failure)
     if ours is not None:
         return ours
-    if any(isinstance(error, ray.exceptions.RayActorError) or lost_peer(error) for error in all_causes(failure)):
+    if any(isinstance(error, ray.exceptions.RayActorError) or is_lost_connection(error) for error in all_causes(failure)):
         times = "once" if outcome.attempts == 1 else f"{outcome.attempts} times"
         died = f"{outcome.silent[-1]}; " if outcome.silent else "a worker died, and "
         return TrainingError(
@@ -322,7 +322,7 @@ def _finish(
     recipe: Recipe, run: Run, corpus: Corpus, goal: Goal, tracker: Tracker, token: FenceToken, attempts: int
 ) -> TrainResult:
     token.check()
-    last, best = checkpoints.restorable(run.checkpoints), checkpoints.best(run.checkpoints)
+    last, best = checkpoints.find_newest(run.checkpoints), checkpoints.find_best(run.checkpoints)
     if last is None or best is None:
         raise TrainingError(
             f"training is over, but no checkpoint in {run.checkpoints} can be read, so there is nothing to export; mend what the"
@@ -344,13 +344,15 @@ def _finish(
     run.update_status(state="exporting")
     probe = WindowRenderer(corpus).probe(last.state.window + 1)
     # In a process of its own, so that its memory is freed.
-    task: Any = ray.remote(export)
+    task: Any = ray.remote(export_model)
     exporting = task.options(num_cpus=1, max_retries=0).remote(recipe, run, best, corpus.layout, probe, token)
-    memory = tracker.memory and tracker.memory | {"expected": round(expected_of(recipe, _row_length(corpus), tracker.memory).total)}
+    memory = tracker.memory and tracker.memory | {
+        "expected": round(estimate_of_finished_run(recipe, _row_length(corpus), tracker.memory).total)
+    }
     try:
         ray.get(exporting)
     except ray.exceptions.RayError as error:
-        raise mendable(error) or error from None
+        raise find_apprentice_error(error) or error from None
     result = TrainResult(
         steps=state.step,
         loss=state.loss,

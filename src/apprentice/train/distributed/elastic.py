@@ -98,7 +98,7 @@ class DivisorPolicy(ScalingPolicy):
     def _room(self) -> int:
         """Number of workers for which the live nodes have room; 0 if fewer than the recipe's least."""
         try:
-            return workers_that_fit(self._recipe, node_resources(job=self._submitted, without=leaving(ray.nodes())))
+            return workers_that_fit(self._recipe, node_resources(job=self._submitted, without=find_leaving_nodes(ray.nodes())))
         except ResourcesError:
             return 0
 
@@ -113,7 +113,7 @@ class DivisorPolicy(ScalingPolicy):
         return slots(required_resources(self._recipe), list(available_resources_per_node().values()))
 
 
-def leaving(nodes: Sequence[Mapping[str, Any]]) -> set[str]:
+def find_leaving_nodes(nodes: Sequence[Mapping[str, Any]]) -> set[str]:
     """Ids of nodes that are draining, or that Ray lists as alive but that accept no connection.
 
     Ray takes a while to notice that a node was killed.
@@ -129,7 +129,7 @@ def _answers(node: Mapping[str, Any]) -> bool:
         return False
 
 
-class Trainer(TorchTrainer):
+class ElasticTrainer(TorchTrainer):
     """Ray Train's `TorchTrainer` with a scaling policy, for which it has no argument; `stopped` is true after Ctrl-C."""
 
     stopped = False

@@ -8,13 +8,13 @@ from apprentice import errors
 from apprentice.errors import ApprenticeError, all_causes
 
 
-def lost_peer(error: BaseException) -> bool:
+def is_lost_connection(error: BaseException) -> bool:
     """True for a connection error between workers (gloo, NCCL): what a worker sees when another one is gone."""
     words = ("gloo", "NCCL", "Connection reset by peer", "Connection closed by peer")
     return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
 
 
-def mendable(error: BaseException) -> ApprenticeError | None:
+def find_apprentice_error(error: BaseException) -> ApprenticeError | None:
     """The `ApprenticeError` that `error` is, was caused by, or quotes in its text; None if there is none."""
     found = [cause for cause in all_causes(error) if isinstance(cause, ApprenticeError)]
     # Ray may make a class that inherits from its own and ours; the plain error is deeper.

@@ -10,8 +10,8 @@ from typing import Any
 import ray
 
 from apprentice.errors import TrainingError
-from apprentice.train.distributed.heartbeat import Who, end
-from apprentice.train.metrics.tracker import Outcome, Tracker
+from apprentice.train.distributed.heartbeat import WorkerProcess, end
+from apprentice.train.metrics.tracker import RunOutcome, Tracker
 
 POLL_S = 0.2  # between two rounds
 LAST_TRIES = 25  # rounds at the end to get the last records
@@ -29,7 +29,7 @@ class Follower:
         self._tracker = tracker
         self._hang_timeout_s = hang_timeout_s
         self._seen = 0  # records taken
-        self._ended: set[Who] = set()
+        self._ended: set[WorkerProcess] = set()
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="apprentice-progress", daemon=True)
 
@@ -73,14 +73,14 @@ class Follower:
         return True
 
 
-def outcome_of(mailbox: Any) -> Outcome:
+def outcome_of(mailbox: Any) -> RunOutcome:
     """The outcome of the run as the mailbox has it; if the mailbox died, one with an error that says so."""
     try:
-        outcome: Outcome = ray.get(mailbox.outcome.remote())
+        outcome: RunOutcome = ray.get(mailbox.outcome.remote())
     except ray.exceptions.ActorDiedError:
         lost = TrainingError(
             "the process that gathers the run's figures died, most likely for lack of memory; make room and give the same command"
             " again: it goes on from the newest checkpoint."
         )
-        return Outcome(1, lost, [])
+        return RunOutcome(1, lost, [])
     return outcome

@@ -21,7 +21,7 @@ LONGEST_S = 2.0  # between two heartbeats, at most
 SIGNS = 5  # heartbeats within the time after which a worker counts as silent
 
 
-class Who(NamedTuple):
+class WorkerProcess(NamedTuple):
     """Identity of a worker: rank, process id and node."""
 
     rank: int
@@ -33,12 +33,12 @@ class Who(NamedTuple):
         return f"worker {self.rank} (process {self.process} on {self.address})"
 
 
-class Pulse:
+class Heartbeat:
     """Heartbeat thread of a worker in one attempt; starts at once. After `timeout_s` without one the worker counts as silent."""
 
     def __init__(self, mailbox: Any, attempt: int, rank: int, timeout_s: float) -> None:
         context = ray.get_runtime_context()
-        self._who = Who(rank, os.getpid(), context.get_node_id(), ray.util.get_node_ip_address())
+        self._who = WorkerProcess(rank, os.getpid(), context.get_node_id(), ray.util.get_node_ip_address())
         self._mailbox = mailbox
         self._attempt = attempt
         self._every_s = min(LONGEST_S, timeout_s / SIGNS)
@@ -85,7 +85,7 @@ class Pulse:
         self._mailbox.leave.remote(self._who.rank)
 
 
-def end(who: Who) -> None:
+def end(who: WorkerProcess) -> None:
     """Kills (SIGKILL) the process of a worker that does not answer, from a Ray task on its node."""
     there = NodeAffinitySchedulingStrategy(who.node, soft=False)
     ray.remote(_kill).options(num_cpus=0, max_retries=0, scheduling_strategy=there).remote(who.process)

@@ -22,8 +22,8 @@ from apprentice.recipe import Recipe, Training
 from apprentice.run.fence import FenceToken
 from apprentice.run.folder import Run
 from apprentice.train.batch import PackedRows
-from apprentice.train.distributed.failure import mendable
-from apprentice.train.distributed.heartbeat import Pulse
+from apprentice.train.distributed.failure import find_apprentice_error
+from apprentice.train.distributed.heartbeat import Heartbeat
 from apprentice.train.engine.deepspeed_config import rows_per_worker
 from apprentice.train.state import Goal, State
 
@@ -59,7 +59,7 @@ def work(job: Job) -> None:
     if over:
         return
     context, training = ray.train.get_context(), job.recipe.training
-    pulse = Pulse(job.mailbox, attempt, context.get_world_rank(), training.hang_timeout_s)
+    heartbeat = Heartbeat(job.mailbox, attempt, context.get_world_rank(), training.hang_timeout_s)
     logging.getLogger("ray").setLevel(logging.WARNING)
     warnings.simplefilter("ignore")  # deprecations inside DeepSpeed and Ray, for their developers
 
@@ -83,7 +83,7 @@ def work(job: Job) -> None:
         validation = PackedRows.of(ray.get(job.validation))
         device = ray.train.torch.get_device()
         given = (job.recipe, job.run, job.goal, restored, rows, validation, job.length)
-        told: dict[str, Any] = {"tell": tell, "register": register, "wanted": pulse.checkpoint_wanted}
+        told: dict[str, Any] = {"tell": tell, "register": register, "wanted": heartbeat.checkpoint_wanted}
         told["is_empty"] = lambda window: len(render_window(ray.get(job.corpus), window)["row"]) == 0
         if context.get_world_rank() == 0:
             told["token"] = job.token.start_group(attempt)
@@ -91,11 +91,11 @@ def work(job: Job) -> None:
         run_worker(*given, device=device, **told)
     except Exception as error:
         # Another attempt would not mend it: its workers see the error in the mailbox and end at once.
-        if (ours := mendable(error)) is not None:
+        if (ours := find_apprentice_error(error)) is not None:
             ray.get(job.mailbox.fail.remote(ours))
         raise
     finally:
-        pulse.close()
+        heartbeat.close()
 
 
 def _rows(training: Training, workers: int) -> Iterator[PackedRows]:

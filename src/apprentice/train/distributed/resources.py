@@ -21,7 +21,7 @@ GIB = 2**30
 
 
 @dataclass(frozen=True)
-class Ask:
+class ResourceRequest:
     """Resources needed: `cpus`, `gpus` and `memory` for each of `workers`, and `data_cpus` and `data_gpus` besides."""
 
     workers: int
@@ -32,7 +32,7 @@ class Ask:
     data_gpus: float = 0.0  # for the actors that write the replies of an on-policy run
 
 
-def required_resources(recipe: Recipe, parameters: int = 0, dtype: torch.dtype = torch.float32) -> Ask:
+def required_resources(recipe: Recipe, parameters: int = 0, dtype: torch.dtype = torch.float32) -> ResourceRequest:
     """Resources for `recipe` at its least number of workers; `parameters` is the size of the model (0: not known).
 
     `memory` is that of the host, and 0 if the recipe uses GPUs.
@@ -41,14 +41,14 @@ def required_resources(recipe: Recipe, parameters: int = 0, dtype: torch.dtype =
     workers = training.min_workers
     trained = parameters if recipe.tuning.method == "full" else 0
     memory = math.ceil(held(recipe, parameters, trained, dtype, workers).total) if training.resources.gpus == 0 else 0
-    ask = Ask(workers, training.resources.cpus, training.resources.gpus, memory)
+    ask = ResourceRequest(workers, training.resources.cpus, training.resources.gpus, memory)
     if not training.aim.rounds:
         return ask
     writers = training.grpo.actors
     return replace(ask, data_cpus=writers * ask.cpus + 1, data_gpus=writers * ask.gpus)
 
 
-def check_resources(ask: Ask, nodes: Sequence[Mapping[str, float]]) -> None:
+def check_resources(ask: ResourceRequest, nodes: Sequence[Mapping[str, float]]) -> None:
     """Raises `ResourcesError`, with the resources needed and those there are, if `nodes` do not have what `ask` needs."""
     cpus = sum(node.get("CPU", 0.0) for node in nodes)
     gpus = sum(node.get("GPU", 0.0) for node in nodes)
@@ -69,7 +69,7 @@ def check_resources(ask: Ask, nodes: Sequence[Mapping[str, float]]) -> None:
         )
 
 
-def room_aside(recipe: Recipe, nodes: Sequence[Mapping[str, float]]) -> bool:
+def has_room_for_validation(recipe: Recipe, nodes: Sequence[Mapping[str, float]]) -> bool:
     """Whether `nodes` have room for one worker more than the recipe's largest number."""
     try:
         check_resources(replace(required_resources(recipe), workers=recipe.training.max_workers + 1, memory=0), nodes)
@@ -78,7 +78,7 @@ def room_aside(recipe: Recipe, nodes: Sequence[Mapping[str, float]]) -> bool:
     return True
 
 
-def slots(ask: Ask, nodes: Sequence[Mapping[str, float]]) -> int:
+def slots(ask: ResourceRequest, nodes: Sequence[Mapping[str, float]]) -> int:
     """Number of workers that fit on `nodes`, none spread over two nodes; `data_cpus` and `data_gpus` are not counted."""
     total = 0
     for node in nodes:

@@ -19,7 +19,7 @@ from apprentice.run.folder import Run
 
 if TYPE_CHECKING:  # it imports models, which Ray Train's controller does not need
     from apprentice.train.checkpoint.format import Checkpoint
-    from apprentice.train.distributed.async_validation import Aside
+    from apprentice.train.distributed.async_validation import CheckpointValidator
 
 Told = Callable[[int, dict[str, Any]], Any]  # gets the checkpoint's step and figures of its validation
 
@@ -27,7 +27,7 @@ Told = Callable[[int, dict[str, Any]], Any]  # gets the checkpoint's step and fi
 class Validation:
     """Runs `aside` on checkpoints of `run`, each in a Ray task with `resources` of its own."""
 
-    def __init__(self, aside: Aside, run: Run, resources: Resources) -> None:
+    def __init__(self, aside: CheckpointValidator, run: Run, resources: Resources) -> None:
         self._aside = ray.put(aside)
         self._run = run
         self._resources: dict[str, Any] = {"num_cpus": resources.cpus, "num_gpus": resources.gpus}
@@ -51,7 +51,7 @@ class Validation:
 
         from apprentice.train.checkpoint import format as checkpoints
 
-        for found in checkpoints.awaited(self._run.checkpoints):
+        for found in checkpoints.find_awaiting_validation(self._run.checkpoints):
             name = PurePosixPath(str(found.folder)).name
             for step, figures in ray.get(ray.remote(validate).options(**self._resources, max_retries=0).remote(name)):
                 told(step, figures)
@@ -60,8 +60,8 @@ class Validation:
         """Validation loss of the checkpoint in this folder; None without validation rows, or if the checkpoint was pruned."""
         from apprentice.train.checkpoint import format as checkpoints
 
-        with checkpoints.in_use(self._run.checkpoints / name):
-            found = checkpoints.named(self._run.checkpoints, name)
+        with checkpoints.mark_in_use(self._run.checkpoints / name):
+            found = checkpoints.find_named(self._run.checkpoints, name)
             return None if found is None else self._validate(found, told)
 
     def _validate(self, found: Checkpoint, told: Told) -> float | None:
@@ -69,11 +69,11 @@ class Validation:
 
         def tell(figures: dict[str, Any]) -> None:
             if "validation_loss" in figures:
-                checkpoints.note_validation(found, figures["validation_loss"])
+                checkpoints.record_validation(found, figures["validation_loss"])
             told(found.state.step, figures)
 
-        aside: Aside = ray.get(self._aside)
+        aside: CheckpointValidator = ray.get(self._aside)
         loss = aside(found, tell, on_gpu=self._resources["num_gpus"] > 0)
         if loss is None:
-            checkpoints.note_validation(found, None)
+            checkpoints.record_validation(found, None)
         return loss

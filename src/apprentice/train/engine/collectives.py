@@ -14,7 +14,7 @@ import torch.distributed as dist
 T = TypeVar("T")
 
 
-class Peers:
+class Collectives:
     """The workers of a run; a process without torch.distributed is the only one. All workers must create it together."""
 
     def __init__(self) -> None:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from apprentice.models.tuning.methods import count_trainable
 from apprentice.recipe import Training
 from apprentice.train.batch import Micro
-from apprentice.train.checkpoint.shard_gather import Piece
+from apprentice.train.checkpoint.shard_gather import Shard
 from apprentice.train.engine.deepspeed_config import deepspeed_config
 from apprentice.train.losses.registry import loss_of
 from apprentice.train.losses.sft import TargetLoss
@@ -126,7 +126,7 @@ class DeepSpeedEngine:
         norms = [parameter.grad.norm() for parameter in self._parameters.values() if parameter.grad is not None]
         return float(torch.linalg.vector_norm(torch.stack(norms)))
 
-    def pieces(self) -> list[Piece]:
+    def pieces(self) -> list[Shard]:
         """This worker's shards of the state: keys `weight/<name>`, `exp_avg/<name>`, … in the same order on all workers.
 
         They read the engine's own tensors, so the next step changes every piece that was not copied.
@@ -139,7 +139,7 @@ class DeepSpeedEngine:
             shapes = {None: self._shapes[name]} | moments(self._optimizer, self._shapes[name])
             for moment, shape in shapes.items():
                 start, numbers, read = self._held(parameter, moment, math.prod(shape))
-                found.append(Piece(f"{moment or WEIGHT}/{name}", tuple(shape), start, numbers, read))
+                found.append(Shard(f"{moment or WEIGHT}/{name}", tuple(shape), start, numbers, read))
         return found
 
     def _held(self, parameter: nn.Parameter, moment: str | None, numbers: int) -> tuple[int, int, Callable[[], Tensor]]:

@@ -16,7 +16,7 @@ from apprentice.train.engine.deepspeed_config import engine_stage
 PROCESS_BYTES = 449 * 2**20
 
 # DeepSpeed's defaults for ZeRO-3, in parameters: as many are gathered at a time, and so many more are fetched ahead.
-LIVE, FETCHED = 1e9, 5e7
+LIVE_PARAMETERS, PREFETCHED_PARAMETERS = 1e9, 5e7
 
 
 @dataclass(frozen=True)
@@ -53,12 +53,15 @@ def held(recipe: Recipe, parameters: int, trained: int, dtype: torch.dtype, work
     return Held(weights, gradients, 0.0 if away else optimizer)
 
 
-def gathered(recipe: Recipe, parameters: int, dtype: torch.dtype) -> float:
+def gathered_weight_bytes(recipe: Recipe, parameters: int, dtype: torch.dtype) -> float:
     """Bytes of gathered weights at the peak of ZeRO-3, beside each worker's shard; 0 at other stages."""
     training = recipe.training
     narrow = dtype != torch.float32 and training.optimizer.name != "adafactor"
     if engine_stage(training, narrow=narrow) < 3:
         return 0.0
     said = training.deepspeed.extra.get("zero_optimization", {})
-    live, fetched = said.get("stage3_max_live_parameters", LIVE), said.get("stage3_prefetch_bucket_size", FETCHED)
+    live, fetched = (
+        said.get("stage3_max_live_parameters", LIVE_PARAMETERS),
+        said.get("stage3_prefetch_bucket_size", PREFETCHED_PARAMETERS),
+    )
     return float(min(parameters, live) + min(parameters, fetched)) * (2 if narrow else 4)

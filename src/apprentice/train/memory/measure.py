@@ -21,7 +21,7 @@ from apprentice.pretrained.hub import local_folder
 from apprentice.recipe import Recipe
 from apprentice.train.checkpoint.format import SHARD_BYTES
 from apprentice.train.memory.activations import activations
-from apprentice.train.memory.estimate import PROCESS_BYTES, Held, gathered, held
+from apprentice.train.memory.estimate import PROCESS_BYTES, Held, gathered_weight_bytes, held
 
 GIB = 2**30
 CLEARLY_LESS = 0.9  # of the size that was too much, so that a suggested change really helps
@@ -51,14 +51,14 @@ def expected(recipe: Recipe, parameters: int, trained: int, dtype: torch.dtype, 
     """Peak memory of the first of `workers`, with micro-batches of `micro` rows of `length` tokens. Other arguments: see `held`."""
     kept = activations(recipe, dtype, micro, length)
     found = held(recipe, parameters, trained, dtype, workers)
-    found = replace(found, weights=found.weights + gathered(recipe, parameters, dtype), activations=kept)
+    found = replace(found, weights=found.weights + gathered_weight_bytes(recipe, parameters, dtype), activations=kept)
     if recipe.training.resources.gpus:
         return found  # process and checkpoint take no GPU memory
     state = 12.0 * trained  # bytes in a checkpoint: float32 weight and two moments
     return replace(found, process=PROCESS_BYTES, checkpoint=state / workers + min(state, SHARD_BYTES))
 
 
-def expected_of(recipe: Recipe, length: int, found: Mapping[str, int]) -> Held:
+def estimate_of_finished_run(recipe: Recipe, length: int, found: Mapping[str, int]) -> Held:
     """`expected` for workers that ran: `found` has the keys workers, micro (rows) and trained (parameters)."""
     dtype = resolve_dtype(recipe.model.dtype, "cuda" if recipe.training.resources.gpus else "cpu")
     numbers = count_parameters(local_folder(recipe.model.base))
@@ -74,7 +74,7 @@ class Change(NamedTuple):
     length: int
 
 
-def smaller(recipe: Recipe, micro: int, length: int, workers: int) -> list[Change]:
+def list_smaller_recipes(recipe: Recipe, micro: int, length: int, workers: int) -> list[Change]:
     """Changes of the recipe that take less memory, the least intrusive first."""
     training, deepspeed = recipe.training, recipe.training.deepspeed
     rows = training.global_batch // workers
@@ -122,7 +122,7 @@ def smaller(recipe: Recipe, micro: int, length: int, workers: int) -> list[Chang
     return [Change(text, less, rows_at_once, tokens) for there, text, less, rows_at_once, tokens in found if there]
 
 
-def that_fit(changes: Sequence[Change], total: Callable[[Change], float], limit: float) -> list[Change]:
+def choose_changes(changes: Sequence[Change], total: Callable[[Change], float], limit: float) -> list[Change]:
     """The first two of `changes` whose `total` bytes are within `limit`; where fewer are, those that come nearest besides."""
     sizes = [total(change) for change in changes]
     order = sorted(range(len(changes)), key=lambda place: (sizes[place] > limit, sizes[place] if sizes[place] > limit else place))
@@ -154,7 +154,7 @@ def out_of_memory(state: Held, micro: int, length: int, used: str, changes: Sequ
 
 
 @dataclass
-class Watch:
+class OutOfMemoryAdvisor:
     """Explains running out of memory on one worker.
 
     `parameters` is the model's size. `trained` is set once the engine knows it; before, it is all of them in full tuning, else 0.
@@ -181,8 +181,8 @@ class Watch:
             if not ran_out(error):
                 raise
             state = self._held(Change("", self.recipe, self.micro, self.length))
-            changes = smaller(self.recipe, self.micro, self.length, self.workers)
-            named = that_fit(changes, lambda change: self._held(change).total, self._limit(state))
+            changes = list_smaller_recipes(self.recipe, self.micro, self.length, self.workers)
+            named = choose_changes(changes, lambda change: self._held(change).total, self._limit(state))
             raise out_of_memory(state, self.micro, self.length, in_use(self.device), named) from error
 
     def _held(self, change: Change) -> Held:

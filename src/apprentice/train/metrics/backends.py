@@ -17,7 +17,7 @@ from apprentice.errors import RecipeError
 from apprentice.recipe import Recipe
 from apprentice.run.folder import Run
 from apprentice.run.identity import flatten
-from apprentice.train.metrics.writer import Feed, Service
+from apprentice.train.metrics.writer import BackendWriter, MetricsBackend
 
 PROJECT = "apprentice"
 
@@ -97,7 +97,7 @@ class WeightsAndBiases:
         self._run.finish()
 
 
-def check_services(recipe: Recipe) -> None:
+def check_backends_installed(recipe: Recipe) -> None:
     """Raises `RecipeError` for a service whose package is not installed."""
     for name in recipe.training.tracking:
         if find_spec(name) is None:
@@ -106,14 +106,17 @@ def check_services(recipe: Recipe) -> None:
             )
 
 
-def open_services(recipe: Recipe, run: Run) -> list[Feed]:
-    """Starts the feed of Ray's metrics, and of each service that the recipe names. Raises as `check_services` does."""
-    check_services(recipe)
-    known: dict[str, Callable[[], Service]] = {
+def open_backends(recipe: Recipe, run: Run) -> list[BackendWriter]:
+    """Starts the feed of Ray's metrics, and of each service that the recipe names. Raises as `check_backends_installed` does."""
+    check_backends_installed(recipe)
+    known: dict[str, Callable[[], MetricsBackend]] = {
         "mlflow": lambda: MLflow(run, recipe),
         "wandb": lambda: WeightsAndBiases(run, recipe),
     }
-    return [Feed("Ray's metrics", lambda: RayMetrics(run)), *(Feed(name, known[name]) for name in recipe.training.tracking)]
+    return [
+        BackendWriter("Ray's metrics", lambda: RayMetrics(run)),
+        *(BackendWriter(name, known[name]) for name in recipe.training.tracking),
+    ]
 
 
 def gauge_name(name: str) -> str:

@@ -24,11 +24,11 @@ from apprentice.errors import ApprenticeError, StorageError
 from apprentice.run.folder import Run
 from apprentice.run.json_lines import cut_torn_tail, read_records
 from apprentice.train.metrics.tensorboard import Events
-from apprentice.train.metrics.writer import Feed
+from apprentice.train.metrics.writer import BackendWriter
 
 if TYPE_CHECKING:  # imports torch, which takes two seconds and the mailbox does not need
     from apprentice.train.checkpoint.format import Checkpoint
-    from apprentice.train.distributed.heartbeat import Who
+    from apprentice.train.distributed.heartbeat import WorkerProcess
 
 STATUS_EVERY_S = 2.0  # between two writes of status.json
 _log = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ SCALARS = {
 }
 
 
-class Outcome(NamedTuple):
+class RunOutcome(NamedTuple):
     """Number of worker groups started, the error that ended the run, and a sentence for each worker that was silent."""
 
     attempts: int
@@ -67,8 +67,8 @@ class Mailbox:
         self._workers = workers
         self._wishes = 0
         self._wanted = False
-        self._seen: dict[int, tuple[Who, float]] = {}  # this attempt's workers by rank: when each was last heard
-        self._hung: list[Who] = []  # this attempt's silent workers
+        self._seen: dict[int, tuple[WorkerProcess, float]] = {}  # this attempt's workers by rank: when each was last heard
+        self._hung: list[WorkerProcess] = []  # this attempt's silent workers
         self._silent: list[str] = []
         self._at = (0, 0)  # step of the newest record, and expected steps
         self._stream_cpus = 0.0
@@ -137,7 +137,7 @@ class Mailbox:
         """Whether a checkpoint was requested and none has been written since."""
         return self._wanted
 
-    def beat(self, attempt: int, who: Who) -> int:
+    def beat(self, attempt: int, who: WorkerProcess) -> int:
         """Takes a worker's heartbeat. Returns how many checkpoints were requested in this attempt."""
         if attempt == self._attempt and who not in self._hung:  # a worker that is being ended no longer counts
             self._seen[who.rank] = (who, time.monotonic())
@@ -147,7 +147,7 @@ class Mailbox:
         """Takes note that a worker ends normally."""
         self._seen.pop(rank, None)
 
-    def silent(self, limit_s: float) -> list[Who]:
+    def silent(self, limit_s: float) -> list[WorkerProcess]:
         """Workers of this attempt without a heartbeat for `limit_s` seconds.
 
         Each is noted once, but returned by all later calls of the attempt, since an answer may be lost on the network.
@@ -166,11 +166,11 @@ class Mailbox:
         self._forgotten = seen
         return self._records
 
-    def outcome(self) -> Outcome:
-        return Outcome(self._attempt, self._error, self._silent)
+    def outcome(self) -> RunOutcome:
+        return RunOutcome(self._attempt, self._error, self._silent)
 
 
-class Smoothed:
+class MovingAverage:
     """Exponential moving average with factor 0.9 and bias correction. Values that are not finite are left out."""
 
     def __init__(self) -> None:
@@ -193,14 +193,14 @@ class Tracker:
         self,
         run: Run,
         progress: Callable[[dict[str, Any]], None],
-        services: Sequence[Feed] = (),
+        services: Sequence[BackendWriter] = (),
         may_write: Callable[[], bool] = lambda: True,
     ) -> None:
         self._run = run
         self._progress: Callable[[dict[str, Any]], None] | None = progress
         self._services = services
         self._may_write = may_write
-        self._smoothed = Smoothed()
+        self._smoothed = MovingAverage()
         self._file = run.folder / "steps.jsonl"
         self._scratch = None if run.folder.is_local else tempfile.TemporaryDirectory()
         earlier = read_records(self._file)
@@ -290,7 +290,7 @@ class Tracker:
                 service.add(values, step)
             self._tell_of(service)
 
-    def _tell_of(self, service: Feed) -> None:
+    def _tell_of(self, service: BackendWriter) -> None:
         for message in service.told():
             self._show({"message": message})
 

@@ -18,7 +18,7 @@ WAITING = 1000  # records that may wait for a service
 PATIENCE_S = 30.0  # seconds to wait for a service at the end
 
 
-class Service(Protocol):
+class MetricsBackend(Protocol):
     """A metrics backend: takes figures by name (such as `train/loss`) at a step."""
 
     def add(self, values: Mapping[str, float], step: int) -> None: ...
@@ -26,13 +26,13 @@ class Service(Protocol):
     def close(self) -> None: ...
 
 
-class Feed:
+class BackendWriter:
     """Runs a metrics backend in its own thread. `opened()` makes the backend, and is called in that thread.
 
     An error of the backend ends the feed and becomes a message; it is never raised to the caller.
     """
 
-    def __init__(self, name: str, opened: Callable[[], Service], *, waiting: int = WAITING) -> None:
+    def __init__(self, name: str, opened: Callable[[], MetricsBackend], *, waiting: int = WAITING) -> None:
         self._name = name
         self._opened = opened
         self._queue: queue.Queue[tuple[Mapping[str, float], int] | None] = queue.Queue(waiting)

@@ -38,7 +38,7 @@ AT_ONCE = 64  # slots of the decoder: replies generated at the same time
 Read = Callable[[str], Tensor]  # key of a checkpoint → its tensor
 
 
-class Reply(NamedTuple):
+class Rollout(NamedTuple):
     """A reply of the policy: token ids, with the stop token where it `ended` with one and was not cut at the longest length."""
 
     prompt: Prompt
@@ -111,7 +111,7 @@ class RoundWriter:
         model: Any = load_model(base, self._dtype, settings.attention, head=head, trust=settings.trust)
         return model.to(self._device).requires_grad_(False)
 
-    def _replies(self, policy: Any, prompts: Sequence[Prompt]) -> list[Reply]:
+    def _replies(self, policy: Any, prompts: Sequence[Prompt]) -> list[Rollout]:
         """`training.grpo.group` sampled replies to each prompt, in the prompts' order; each reply has its own random seed."""
         grpo, seed = self._corpus.recipe.training.grpo, self._corpus.recipe.seed
         stops = frozenset(self._corpus.layout.stop_ids)
@@ -128,16 +128,16 @@ class RoundWriter:
             for token in decoder.step():
                 written[token.key].append(token.id)
                 ended[token.key] = token.finish == "stop"
-        return [Reply(prompt, written[place], ended[place]) for place, (prompt, _) in enumerate(asked)]
+        return [Rollout(prompt, written[place], ended[place]) for place, (prompt, _) in enumerate(asked)]
 
-    def _rewards(self, replies: Sequence[Reply]) -> Tensor:
+    def _rewards(self, replies: Sequence[Rollout]) -> Tensor:
         """Reward of every reply, float32 (replies,). A reply that was cut is scored with an answer's end, like all others."""
         end = list(self._corpus.layout.end_ids)
         texts = [(reply.ids[:-1] if reply.ended else reply.ids) + end for reply in replies]
         found = choice_rewards(self._judge, [reply.prompt.ids for reply in replies], [[ids] for ids in texts])
         return torch.tensor(list(chain.from_iterable(found)), dtype=torch.float32)
 
-    def _columns(self, replies: Sequence[Reply], rows: Sequence[Sequence[int]], per_reply: dict[str, NDArray[Any]]) -> Rows:
+    def _columns(self, replies: Sequence[Rollout], rows: Sequence[Sequence[int]], per_reply: dict[str, NDArray[Any]]) -> Rows:
         texts = [reply.prompt.ids + reply.ids for reply in replies]
         lengths = np.array([len(ids) for ids in texts], np.int64)
         prompts = np.array([len(reply.prompt.ids) for reply in replies], np.int64)

@@ -31,7 +31,7 @@ from apprentice.train.on_policy.rollout import RoundWriter
 WAIT_S = 0.2  # between two checks for a new checkpoint
 
 
-def round_stream(corpus: Corpus, run: Run, start: Start) -> ray.data.Dataset:
+def stream_rounds(corpus: Corpus, run: Run, start: Start) -> ray.data.Dataset:
     """The rows of all rounds from `start` on, in order and in blocks as `train_stream` gives them. Ray must be running.
 
     Readers must not prefetch beyond the current step: a round's rows wait for a checkpoint that only training makes.
@@ -78,18 +78,18 @@ class _RoundActor:
         step = window * self._corpus.recipe.round.steps
         if step == 0:
             return table_of(self._writer.rows(window, part, None))
-        with checkpoints.tensors_of(checkpoint_of(self._run, step)) as read:
+        with checkpoints.open_tensors(wait_for_checkpoint(self._run, step)) as read:
             return table_of(self._writer.rows(window, part, read))
 
 
-def checkpoint_of(run: Run, step: int) -> Checkpoint:
+def wait_for_checkpoint(run: Run, step: int) -> Checkpoint:
     """Waits for the checkpoint after `step` and returns it. If the workers are gone, Ray ends this process with the stream.
 
     Raises `TrainingError` if there is a newer checkpoint and not this one: it will never come.
     """
     while True:
-        passed = checkpoints.newest_step(run.checkpoints) > step
-        if (found := checkpoints.of_step(run.checkpoints, step)) is not None:
+        passed = checkpoints.find_newest_step(run.checkpoints) > step
+        if (found := checkpoints.find_of_step(run.checkpoints, step)) is not None:
             return found
         if passed:
             raise TrainingError(

@@ -31,8 +31,8 @@ from apprentice.run.fence import FenceToken
 from apprentice.run.folder import Run
 from apprentice.run.identity import ADAPTER, CONTRACT_FILE, public_base
 from apprentice.storage import Folder
-from apprentice.train.checkpoint.fidelity import check, said_of
-from apprentice.train.checkpoint.format import Checkpoint, tensors_of
+from apprentice.train.checkpoint.fidelity import check, score_examples
+from apprentice.train.checkpoint.format import Checkpoint, open_tensors
 from apprentice.train.engine.deepspeed import WEIGHT
 
 _TOKENIZER_FILES = (
@@ -49,7 +49,9 @@ _TOKENIZER_FILES = (
 )
 
 
-def export(recipe: Recipe, run: Run, checkpoint: Checkpoint, layout: Layout, probe: Probe, token: FenceToken | None = None) -> None:
+def export_model(
+    recipe: Recipe, run: Run, checkpoint: Checkpoint, layout: Layout, probe: Probe, token: FenceToken | None = None
+) -> None:
     """Writes `model/` and, for methods that have one, `adapter/` of `run` from `checkpoint`; `export.json` says how true they are.
 
     The model is saved in the number format it was trained in; an adapter that cannot be merged lies beside its base's weights in
@@ -59,9 +61,9 @@ def export(recipe: Recipe, run: Run, checkpoint: Checkpoint, layout: Layout, pro
     method = TUNING_METHODS[recipe.tuning.method]
     model: Any = load_model(recipe.model.base, torch.float32, head=recipe.head, trust=recipe.model.trust)
     model = method.wrap(model, recipe.tuning, recipe.seed).eval()
-    with tensors_of(checkpoint) as read:
+    with open_tensors(checkpoint) as read:
         load_trainable(model, {name: read(f"{WEIGHT}/{name}") for name in trainable_parameters(model)})
-    expected = said_of(model, probe.examples)
+    expected = score_examples(model, probe.examples)
     dtype = resolve_dtype(checkpoint.facts["dtype"])
     scratch = run.folder.make().local if run.folder.is_local else None
     with tempfile.TemporaryDirectory(prefix=".export-", dir=scratch, ignore_cleanup_errors=True) as folder:
@@ -77,7 +79,7 @@ def export(recipe: Recipe, run: Run, checkpoint: Checkpoint, layout: Layout, pro
             model.to(dtype).save_pretrained(written)
         _complete(written, recipe, layout)
         again = _loaded_again(written, model, dtype, trust=recipe.model.trust)
-        facts = check(expected, said_of(again, probe.examples), dtype, rewards=is_reward(again))
+        facts = check(expected, score_examples(again, probe.examples), dtype, rewards=is_reward(again))
         del model, again
         if token is not None:
             token.check()

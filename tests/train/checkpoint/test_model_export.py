@@ -25,10 +25,10 @@ from apprentice.recipe import Recipe
 from apprentice.run.contract import read_contract, weights_sha256
 from apprentice.run.folder import Run
 from apprentice.storage import Folder
-from apprentice.train.checkpoint import export as exporting
-from apprentice.train.checkpoint.export import export
-from apprentice.train.checkpoint.fidelity import check, said_of
-from apprentice.train.checkpoint.format import Checkpoint, save
+from apprentice.train.checkpoint import model_export as exporting
+from apprentice.train.checkpoint.fidelity import check, score_examples
+from apprentice.train.checkpoint.format import Checkpoint, write_checkpoint
+from apprentice.train.checkpoint.model_export import export_model
 from apprentice.train.state import State
 
 IDS = torch.tensor([[5, 6, 7, 8]])
@@ -66,7 +66,7 @@ def trained(folder: Path, made: Recipe, dtype: str) -> tuple[Run, Checkpoint, An
     load_trainable(model, weights)
     run = Run(Folder.at(folder / "run"))
     tensors = ((f"weight/{name}", value) for name, value in weights.items())
-    return run, save(run.checkpoints, tensors, State(step=3), {"dtype": dtype}), model
+    return run, write_checkpoint(run.checkpoints, tensors, State(step=3), {"dtype": dtype}), model
 
 
 def told(model: Any) -> torch.Tensor:
@@ -86,10 +86,10 @@ def layout_of(model: Path) -> Layout:
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft 0.21 on transformers 5.23
 @pytest.mark.parametrize("method", ["full", "lora", "qlora", "prefix", "prompt", "adapter"])
-def test_export(tiny_model: Path, tmp_path: Path, method: str) -> None:
+def test_export_model(tiny_model: Path, tmp_path: Path, method: str) -> None:
     made = recipe(tiny_model, method)
     run, checkpoint, model = trained(tmp_path, made, "float32")
-    export(made, run, checkpoint, layout_of(tiny_model), PROBE)
+    export_model(made, run, checkpoint, layout_of(tiny_model), PROBE)
     assert run.is_trained
     with torch.no_grad():
         expected = model(input_ids=IDS).logits
@@ -130,7 +130,7 @@ def test_export(tiny_model: Path, tmp_path: Path, method: str) -> None:
 def test_bfloat16_runs_are_saved_in_bfloat16(tiny_model: Path, tmp_path: Path) -> None:
     made = recipe(tiny_model, "lora")
     run, checkpoint, model = trained(tmp_path, made, "bfloat16")
-    export(made, run, checkpoint, layout_of(tiny_model), PROBE)
+    export_model(made, run, checkpoint, layout_of(tiny_model), PROBE)
     alone = AutoModelForCausalLM.from_pretrained(run.model.local)
     assert alone.dtype == torch.bfloat16
     apart = (told(alone) - told(model)).abs()  # the trained weights in float32
@@ -153,7 +153,7 @@ def test_a_merge_that_loses_the_adapter_is_not_published(
     forgetful = replace(TUNING_METHODS["lora"], merge=lambda model: load_model(tiny_model, torch.float32))
     monkeypatch.setitem(TUNING_METHODS, "lora", forgetful)
     with pytest.raises(TrainingError, match=r"log-probabilities are .* from the trained model's; do not use it"):
-        export(made, run, checkpoint, layout_of(tiny_model), PROBE)
+        export_model(made, run, checkpoint, layout_of(tiny_model), PROBE)
     assert not run.export_file.exists()
     assert not run.model.exists()
 
@@ -167,7 +167,7 @@ def test_what_does_not_load_again_is_not_published(tiny_model: Path, tmp_path: P
 
     monkeypatch.setattr(exporting, "load_model", loads_something_else)
     with pytest.raises(TrainingError, match="is not the same in the exported model"):
-        export(made, run, checkpoint, layout_of(tiny_model), PROBE)
+        export_model(made, run, checkpoint, layout_of(tiny_model), PROBE)
     assert not run.export_file.exists()
     assert not run.model.exists()
 
@@ -178,7 +178,7 @@ def test_what_does_not_load_again_is_not_published(tiny_model: Path, tmp_path: P
 def test_an_encoder_decoder_is_held_against_what_was_trained(t5_folder: Path, tmp_path: Path, method: str, dtype: str) -> None:
     made = recipe(t5_folder, method)
     run, checkpoint, model = trained(tmp_path, made, dtype)
-    export(made, run, checkpoint, Layout("plain", Tokenizer(t5_folder), "seq2seq"), PAIRS)
+    export_model(made, run, checkpoint, Layout("plain", Tokenizer(t5_folder), "seq2seq"), PAIRS)
     alone, apart = load_model(run.model.local, torch.float32 if dtype == "float32" else torch.bfloat16), []
     for example in PAIRS.examples:
         prompt, reply = (
@@ -216,7 +216,7 @@ def test_a_reward_model_is_held_against_what_was_trained(tiny_model: Path, tmp_p
     run, checkpoint, model = trained(tmp_path, made, "bfloat16")
     better, worse = [9, 40, 41, 7, 2], [9, 40, 41, 8, 8, 2]
     probe = Probe("validation", (Tokenized(better, 3, 0, None, rejected=Tokenized(worse, 3, 0, None)),))
-    export(made, run, checkpoint, layout_of(tiny_model), probe)
+    export_model(made, run, checkpoint, layout_of(tiny_model), probe)
     alone = load_model(run.model.local, torch.bfloat16, head=0)
     with torch.no_grad():
         rewards = [[float(one(input_ids=torch.tensor([ids])).logits) for ids in (better, worse)] for one in (alone, model)]
@@ -233,7 +233,7 @@ def test_questions_alone_are_compared_by_their_own_tokens(tiny_model: Path) -> N
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
     expected = torch.stack([logits[place, ids[place + 1]] for place in range(3)])
-    torch.testing.assert_close(said_of(model, [Tokenized(ids, 4, 0, None)]), expected)
+    torch.testing.assert_close(score_examples(model, [Tokenized(ids, 4, 0, None)]), expected)
 
 
 @pytest.mark.parametrize(
