@@ -9,14 +9,14 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from ray.data._internal.execution.execution_callback import ExecutionCallback
+from apprentice.data.compat import ExecutionCallback, has_output_backpressure
 
-REST_S = 0.05  # seconds a turn; rows are ready long before a training step wants them
+PAUSE_S = 0.05  # seconds a turn; rows are ready long before a training step wants them
 
 
-class Pace(ExecutionCallback):
-    """Sleeps `REST_S` after each turn of the loop in which an operator's output was under backpressure."""
+class BackpressurePause(ExecutionCallback):
+    """Sleeps `PAUSE_S` after each turn of the loop in which an operator's output was under backpressure."""
 
     def on_execution_step(self, executor: Any) -> None:
-        if any(operator._in_task_output_backpressure for operator in executor._topology):
-            time.sleep(REST_S)
+        if has_output_backpressure(executor):
+            time.sleep(PAUSE_S)

@@ -99,11 +99,11 @@ def train_stream(corpus: Corpus, start: Start = Start(), windows: int | None = N
 
 def in_steps(rows: ray.data.Dataset, recipe: Recipe) -> ray.data.Dataset:
     """`rows` in order, repartitioned into blocks of `global_batch / max_workers` rows."""
-    from apprentice.data.backpressure import Pace
+    from apprentice.data.backpressure import BackpressurePause
 
     rows.context.enable_progress_bars = False
     rows.context.execution_options.preserve_order = True
-    rows.context.custom_execution_callback_classes = [Pace]
+    rows.context.custom_execution_callback_classes = [BackpressurePause]
     unit = recipe.training.global_batch // recipe.training.max_workers
     stream: ray.data.Dataset = rows.repartition(target_num_rows_per_block=unit, strict=True)
     return stream
