@@ -123,7 +123,7 @@ def raw_tokenizer(corpus: Corpus, windows: int) -> Callable[[], float]:
     from apprentice.data.encoding.render import Rendered, Renderer
 
     draws = corpus.plan.draws(0, min(windows, 4) * corpus.recipe.data.window)
-    rendered = [item for item in Renderer(corpus.tasks, corpus.indices).of_draws(draws) if isinstance(item, Rendered)]
+    rendered = [item for item in Renderer(corpus.tasks, corpus.indices).render_draws(draws) if isinstance(item, Rendered)]
     prompts = [corpus.layout.prompt(item.example.instruction, item.example.input) for item in rendered]
     backend = bare_tokenizer(corpus)
 

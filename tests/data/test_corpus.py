@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from apprentice.data.corpus import Corpus, estimate_steps, packing_strategy, positions_of_epochs
+from apprentice.data.corpus import Corpus, packing_strategy
+from apprentice.data.run_length import estimate_steps, positions_of_epochs
 from apprentice.data.window import WindowRenderer
 from apprentice.errors import RecipeError, TaskError
 from apprentice.recipe import Model, Packing

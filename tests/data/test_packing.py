@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from apprentice.data.packing import build_pairs, build_rows, decoder_inputs, pack, pack_pairs
+from apprentice.data.packing import build_encoder_decoder_rows, build_rows, decoder_inputs, pack, pack_two_sided
 
 LENGTHS = st.lists(st.integers(1, 40), max_size=200)
 
@@ -38,13 +38,13 @@ def test_the_fullest_row_with_room_is_taken() -> None:
 
 def test_greedily_a_row_is_closed_by_what_does_not_fit() -> None:
     assert pack([2, 2, 2, 4, 1, 1], 5, "greedy") == [[0, 1], [2], [3, 4], [5]]
-    assert pack_pairs([(2, 1), (2, 2), (2, 1), (1, 3)], (5, 3), "greedy") == [[0, 1], [2], [3]]
-    assert pack_pairs([(2, 1), (2, 2)], (5, 3), "none") == [[0], [1]]
+    assert pack_two_sided([(2, 1), (2, 2), (2, 1), (1, 3)], (5, 3), "greedy") == [[0, 1], [2], [3]]
+    assert pack_two_sided([(2, 1), (2, 2)], (5, 3), "none") == [[0], [1]]
 
 
 def test_pairs_fit_on_both_sides() -> None:
     # The second takes 9 of 10 on one side and leaves a room that no other fits; the rest share a row on both sides.
-    assert pack_pairs([(5, 2), (2, 9), (4, 6), (1, 2)], (10, 10)) == [[1], [2, 0, 3]]
+    assert pack_two_sided([(5, 2), (2, 9), (4, 6), (1, 2)], (10, 10)) == [[1], [2, 0, 3]]
 
 
 PAIRS = st.lists(st.tuples(st.integers(1, 40), st.integers(1, 12)), max_size=150)
@@ -54,7 +54,7 @@ PAIRS = st.lists(st.tuples(st.integers(1, 40), st.integers(1, 12)), max_size=150
 def test_every_pair_once_and_within_both_lengths(
     pairs: list[tuple[int, int]], length: int, target_length: int, greedy: bool
 ) -> None:
-    rows = pack_pairs(pairs, (length, target_length), "greedy" if greedy else "best_fit")
+    rows = pack_two_sided(pairs, (length, target_length), "greedy" if greedy else "best_fit")
     assert sorted(index for row in rows for index in row) == list(range(len(pairs)))
     loads = [(sum(pairs[index][0] for index in row), sum(pairs[index][1] for index in row)) for row in rows]
     assert all(load <= length and targets <= target_length for load, targets in loads)
@@ -99,7 +99,7 @@ def test_arrays_of_two_rows() -> None:
 def test_arrays_of_two_sides() -> None:
     # Two examples in one row: 10 11 | 12 13 and 20 | 21; the answers lie on a side of their own.
     ids = np.array([10, 11, 12, 13, 20, 21], np.int32)
-    rows = build_pairs(ids, np.array([4, 2]), np.array([2, 1]), [[1, 0]], (4, 5), pad_id=0)
+    rows = build_encoder_decoder_rows(ids, np.array([4, 2]), np.array([2, 1]), [[1, 0]], (4, 5), pad_id=0)
     assert rows["input_ids"].tolist() == [[20, 10, 11, 0]]
     assert rows["positions"].tolist() == [[0, 0, 1, 0]]
     assert rows["segment_ids"].tolist() == [[1, 2, 2, 0]]

@@ -38,7 +38,7 @@ def examples_in(rows: Rows) -> dict[int, tuple[list[int], list[int], int, int]]:
 
 def test_every_position_of_the_plan_once_and_whole(corpus: Corpus) -> None:
     draws = corpus.plan.draws(64, 96)
-    expected = encode(corpus.layout, [Renderer(corpus.tasks, corpus.indices).of_draw(draw) for draw in draws], 200)
+    expected = encode(corpus.layout, [Renderer(corpus.tasks, corpus.indices).render_draw(draw) for draw in draws], 200)
     rows = WindowRenderer(corpus).window(2)
     found = examples_in(rows)
     assert sorted(found) == list(range(64, 96))
@@ -99,7 +99,7 @@ def test_an_encoder_decoder_has_prompts_and_answers_apart(pairs_of: CorpusOf, st
     corpus = pairs_of(packing={"length": 256, "target_length": 40, "strategy": strategy})
     assert (corpus.family, corpus.strategy, corpus.target_length) == ("seq2seq", strategy, 40)
     draws = corpus.plan.draws(32, 64)
-    given = [Renderer(corpus.tasks, corpus.indices).of_draw(draw) for draw in draws]
+    given = [Renderer(corpus.tasks, corpus.indices).render_draw(draw) for draw in draws]
     encoded = zip(draws, encode(corpus.layout, given, 200, 40), strict=True)
     expected = {draw.position: tokens for draw, tokens in encoded if tokens is not None}
     rows = WindowRenderer(corpus).window(1)
@@ -147,7 +147,7 @@ def test_what_is_cut_and_dropped_is_counted_on_the_first_row(corpus_of: CorpusOf
     draws = corpus.plan.draws(0, 128)
     expected: dict[str, dict[str, int]] = {}
     renderer = Renderer(corpus.tasks, corpus.indices)
-    for draw, tokens in zip(draws, encode(corpus.layout, [renderer.of_draw(draw) for draw in draws], 60), strict=True):
+    for draw, tokens in zip(draws, encode(corpus.layout, [renderer.render_draw(draw) for draw in draws], 60), strict=True):
         if reason := "too_long" if tokens is None else tokens.truncated:
             counts = expected.setdefault(draw.task, {})
             counts[reason] = counts.get(reason, 0) + 1

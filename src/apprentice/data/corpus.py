@@ -1,23 +1,20 @@
-"""The corpus: a run's tasks, frozen indices, sampling plan and prompt format in one picklable object, and its length in steps."""
+"""The corpus: a run's tasks, frozen indices, sampling plan and prompt format in one picklable object."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from math import ceil
 from pathlib import Path
 from typing import Any
 
 from apprentice.data.encoding.prompt_contract import layout_of, layout_version
-from apprentice.data.encoding.prompt_format import Exemplar, Layout
-from apprentice.data.encoding.quality import classes_of, layouts_of
-from apprentice.data.encoding.tokenize import Tokenized, encode, encode_pairs, encode_questions
+from apprentice.data.encoding.prompt_format import Layout
+from apprentice.data.encoding.quality import classes_of
 from apprentice.data.index.build import contamination_in, freeze, index_beside
 from apprentice.data.index.task_index import TaskIndex, frozen_tasks
 from apprentice.data.packing import Strategy
 from apprentice.data.reference import ReferenceLogProbs
-from apprentice.data.sampling.mixture import Size, epoch_rows
 from apprentice.data.sampling.plan import Plan
 from apprentice.errors import DataError, RecipeError
 from apprentice.pretrained.architecture import Family, family_of, packing_obstacle
@@ -27,11 +24,8 @@ from apprentice.run.folder import Run
 from apprentice.run.identity import FORMAT
 from apprentice.storage import Folder
 from apprentice.tasks.registry import select_tasks
-from apprentice.tasks.schema import Example, Task
+from apprentice.tasks.schema import Task
 
-# Share of a row's tokens that each packing strategy fills with examples; two sides that must both fit waste more.
-FILLED = {"best_fit": 0.98, "greedy": 0.85, "none": 1.0}
-FILLED_PAIRS = {"best_fit": 0.9, "greedy": 0.75, "none": 1.0}
 # Tuning methods that cannot pack: their virtual tokens stand before the row, not before each example, and ignore positions.
 _VIRTUAL = dict.fromkeys(("prefix", "prompt"), "the virtual tokens of prefix and prompt tuning ignore where an example begins")
 _TOKEN_BYTES = 12  # three int32 for each token of a row; the loss mask has one byte more for each that can be trained on
@@ -56,10 +50,6 @@ class Corpus:
     def qualities(self) -> dict[str, str]:
         """Task → its class of mixed-quality data; empty where the recipe names no classes."""
         return classes_of(named, self.tasks) if (named := self.recipe.data.qualities) else {}
-
-    @cached_property
-    def _layouts(self) -> dict[str, Layout]:
-        return layouts_of(self.recipe.data.qualities or {}, self.layout)
 
     @property
     def has_pairs(self) -> bool:
@@ -94,25 +84,6 @@ class Corpus:
         """Bytes of one packed row's arrays."""
         trained_on = self.target_length or self.row_length
         return _TOKEN_BYTES * (self.row_length + (self.target_length or 0)) + trained_on
-
-    def encode(self, items: Sequence[tuple[Example, Sequence[Exemplar]]]) -> list[Tokenized | None]:
-        """Token ids of every (example, exemplars); None for an example that is dropped (see `tokenize.drop_reason`).
-
-        An on-policy run gets the prompt alone, short enough that `grpo.max_new_tokens` of a reply fit behind it.
-        """
-        if self.recipe.training.aim.rounds:
-            room = self.recipe.data.max_length - self.recipe.training.grpo.max_new_tokens
-            return encode_questions(self.layout, [example for example, _ in items], room)
-        if self.has_pairs:
-            return encode_pairs(self.layout, [example for example, _ in items], self.recipe.data.max_length)
-        sizes = (self.recipe.data.max_length, self.target_length)
-        if not self.qualities:
-            return encode(self.layout, items, *sizes)
-        waiting = {
-            name: iter(encode(layout, [item for item in items if self.qualities[item[0].task] == name], *sizes))
-            for name, layout in self._layouts.items()
-        }
-        return [next(waiting[self.qualities[example.task]]) for example, _ in items]
 
 
 def make_corpus(recipe: Recipe, run: Run, *, parallel: bool = True, to_train: bool = True) -> Corpus:
@@ -191,63 +162,3 @@ def packing_strategy(recipe: Recipe, folder: Path, run_format: int = FORMAT) -> 
             " choose `none`, or `auto`, which does so by itself."
         )
     return packing.strategy
-
-
-def estimate_steps(corpus: Corpus) -> dict[str, float]:
-    """Estimates a run's size from the mean example lengths in the index: deterministic, and good to about a tenth.
-
-    Keys: `steps` (exact where the recipe gives them), `tokens_per_step` (without padding), `target_tokens_per_step` and
-    `rows_per_window`.
-    """
-    data, training = corpus.recipe.data, corpus.recipe.training
-    tokens, targets = _mean_example(corpus)
-    examples_per_row = _examples_per_row(corpus, tokens, targets)
-    examples_per_step = training.global_batch * examples_per_row
-    if training.steps is not None:
-        steps = training.steps
-    elif training.tokens is not None:
-        steps = ceil(training.tokens / (examples_per_step * tokens))
-    else:
-        steps = ceil(positions_of_epochs(corpus) / examples_per_step)
-    return {
-        "steps": max(1, steps),
-        "tokens_per_step": round(examples_per_step * tokens, 1),
-        "target_tokens_per_step": round(examples_per_step * targets, 1),
-        "rows_per_window": round(data.window / examples_per_row, 1),
-    }
-
-
-def positions_of_epochs(corpus: Corpus) -> int:
-    """Number of plan positions in `training.epochs` epochs; an epoch has each kept row of a task once, up to the mixture's cap."""
-    sizes = {
-        task.name: Size(len(corpus.indices[task.name].train), task.cluster)
-        for task in corpus.tasks
-        if task.name not in corpus.held_out
-    }
-    rows = epoch_rows(corpus.recipe.data.mixture, sizes)
-    return ceil((corpus.recipe.training.epochs or 0.0) * sum(rows.values()))
-
-
-def _examples_per_row(corpus: Corpus, tokens: float, targets: float) -> float:
-    if corpus.recipe.training.aim.rounds:
-        shape = corpus.recipe.round
-        return shape.prompts * shape.group * shape.passes / shape.rows
-    if corpus.strategy == "none":
-        return 1.0
-    if corpus.target_length is None:
-        return max(1.0, FILLED[corpus.strategy] * corpus.row_length / tokens)
-    fitting = min(corpus.row_length / max(tokens - targets, 1.0), corpus.target_length / max(targets, 1.0))
-    return max(1.0, FILLED_PAIRS[corpus.strategy] * fitting)
-
-
-def _mean_example(corpus: Corpus) -> tuple[float, float]:
-    """Mean (tokens, target tokens) of the plan's examples, tasks weighted by their shares."""
-    data = corpus.recipe.data
-    shots = sum(data.shots) / 2  # mean of a uniform draw between the two bounds
-    tokens = targets = 0.0
-    for task, share in corpus.plan.shares.items():
-        index = corpus.indices[task]
-        few_shot = min(index.mean_tokens * (1 + shots), data.max_length)
-        tokens += float(share) * (index.mean_tokens + data.formats.few_shot * (few_shot - index.mean_tokens))
-        targets += float(share) * index.mean_target_tokens
-    return max(tokens, 1.0), targets

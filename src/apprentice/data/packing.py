@@ -40,7 +40,7 @@ def pack(lengths: Sequence[int], row_length: int, strategy: Strategy = "best_fit
     return _in_order(list(zip(lengths, strict=True)), (row_length if strategy == "greedy" else 0,))
 
 
-def pack_pairs(
+def pack_two_sided(
     lengths: Sequence[tuple[int, int]], row_lengths: tuple[int, int], strategy: Strategy = "best_fit"
 ) -> list[list[int]]:
     """`pack` for examples of (encoder, decoder) lengths: an example goes into a row only if it fits on both sides.
@@ -51,7 +51,7 @@ def pack_pairs(
     for side, row_length in enumerate(row_lengths):
         _refuse_unfit([pair[side] for pair in lengths], row_length)
     if strategy == "best_fit":
-        return _best_fit_of_pairs(lengths, row_lengths)
+        return _best_fit_two_sided(lengths, row_lengths)
     return _in_order(lengths, row_lengths if strategy == "greedy" else (0, 0))
 
 
@@ -96,7 +96,7 @@ def _best_fit(lengths: Sequence[int], row_length: int) -> list[list[int]]:
     return rows
 
 
-def _best_fit_of_pairs(lengths: Sequence[tuple[int, int]], row_lengths: tuple[int, int]) -> list[list[int]]:
+def _best_fit_two_sided(lengths: Sequence[tuple[int, int]], row_lengths: tuple[int, int]) -> list[list[int]]:
     sizes = np.array(lengths, np.int64).reshape(-1, 2)
     whole = np.array(row_lengths, np.int64)
     # Parts of a row are compared in units of 1 / (row_lengths[0] · row_lengths[1]): integers, so sums are exact.
@@ -149,7 +149,7 @@ def build_rows(
     return {"input_ids": side.ids, "positions": side.positions, "segment_ids": side.segments, "loss_mask": loss_mask}
 
 
-def build_pairs(
+def build_encoder_decoder_rows(
     ids: NDArray[np.int32],
     lengths: NDArray[np.int64],
     prompt_lengths: NDArray[np.int64],

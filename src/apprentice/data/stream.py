@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from apprentice.data.corpus import Corpus, estimate_steps, make_corpus
+from apprentice.data.corpus import Corpus, make_corpus
 from apprentice.data.packing import Rows
+from apprentice.data.run_length import estimate_steps
 from apprentice.data.window import WindowRenderer
 from apprentice.recipe import Recipe
 
@@ -61,7 +62,7 @@ class Start:
 
 
 def render_window(corpus: Corpus | WindowRenderer, window: int) -> Rows:
-    """The packed rows of one window (columns: see `apprentice.data.window`), in this process."""
+    """The packed rows of one window (columns: see `apprentice.data.row_columns`), in this process."""
     return (corpus if isinstance(corpus, WindowRenderer) else WindowRenderer(corpus)).window(window)
 
 
@@ -74,7 +75,7 @@ def train_stream(corpus: Corpus, start: Start = Start(), windows: int | None = N
     """The packed rows from `start` on, in order, as a dataset with blocks of `global_batch / max_workers` rows.
 
     `windows` is the number of windows to read; the default is enough to outlast the run. `concurrency` is the number of
-    rendering actors, one CPU each. Ray must be initialised. Columns: see `apprentice.data.window`.
+    rendering actors, one CPU each. Ray must be initialised. Columns: see `apprentice.data.row_columns`.
     """
     import ray.data  # here, because the import takes seconds, and windows can be rendered without it
 

@@ -33,10 +33,10 @@ def test_one_row(renderer: Renderer) -> None:
 
 
 def test_exemplars_share_the_template(renderer: Renderer) -> None:
-    example, exemplars = renderer.of_draw(draw(4, shots=(2, 7)))
+    example, exemplars = renderer.render_draw(draw(4, shots=(2, 7)))
     assert example.target == "16"
     assert exemplars == [Exemplar("Add the two numbers.", "2 and 6", "8"), Exemplar("Add the two numbers.", "7 and 4", "11")]
-    inverted = renderer.of_draw(draw(4, template="back"))
+    inverted = renderer.render_draw(draw(4, template="back"))
     assert inverted == Rendered(
         Example("sums", "back", "Two numbers with the sum 16, please.", "", "4 and 12", (), ("4 and 12",)), []
     )
@@ -45,7 +45,7 @@ def test_exemplars_share_the_template(renderer: Renderer) -> None:
 def test_many_draws_are_as_one_by_one(corpus: Corpus, renderer: Renderer) -> None:
     draws = corpus.plan.draws(0, 64)
     assert any(draw.shots for draw in draws)
-    assert renderer.of_draws(draws) == [Renderer(corpus.tasks, corpus.indices).of_draw(draw) for draw in draws]
+    assert renderer.render_draws(draws) == [Renderer(corpus.tasks, corpus.indices).render_draw(draw) for draw in draws]
 
 
 def test_a_source_is_read_once_for_all_draws(renderer: Renderer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,7 +57,7 @@ def test_a_source_is_read_once_for_all_draws(renderer: Renderer, monkeypatch: py
         return rows(self, ids)
 
     monkeypatch.setattr(Reader, "rows", noted)
-    found = renderer.of_draws(
+    found = renderer.render_draws(
         [draw(9, shots=(1,)), draw(3, "stories", "mood"), draw(1, shots=(9, 5)), draw(3, "stories", "ending")]
     )
     assert len(found) == 4
@@ -74,9 +74,9 @@ def test_what_cannot_be_rendered(corpus_of: CorpusOf) -> None:
     pq.write_table(table.set_column(table.column_names.index("a"), "a", pa.array(broken, pa.int64())), source.files[0])
     renderer = Renderer(corpus.tasks, corpus.indices)
     with pytest.raises(RowError, match="field 'a' is null") as caught:
-        renderer.of_draw(draw(5))
+        renderer.render_draw(draw(5))
     assert caught.value.reason == "null"
-    first, second = renderer.of_draws([draw(5), draw(6, shots=(5, 7))])
+    first, second = renderer.render_draws([draw(5), draw(6, shots=(5, 7))])
     assert isinstance(first, RowError)
     assert isinstance(second, Rendered)
     assert [shot.answer for shot in second.exemplars] == ["11"]  # the broken one is left out

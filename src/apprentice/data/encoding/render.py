@@ -36,14 +36,14 @@ class Renderer:
         found = self._rows(task, split, [row])[row]
         return self._tasks[task].render(found, self._tasks[task].template_by_name[template])
 
-    def of_draw(self, draw: Draw) -> Rendered:
+    def render_draw(self, draw: Draw) -> Rendered:
         """The example and exemplars of one draw. Raises `RowError` if the example cannot be rendered."""
-        rendered = self.of_draws([draw])[0]
+        rendered = self.render_draws([draw])[0]
         if isinstance(rendered, RowError):
             raise rendered
         return rendered
 
-    def of_draws(self, draws: Sequence[Draw]) -> list[Rendered | RowError]:
+    def render_draws(self, draws: Sequence[Draw]) -> list[Rendered | RowError]:
         """Every draw rendered, in order; the `RowError` in place of one that cannot be. Exemplars that cannot be are left out."""
         wanted: dict[str, set[int]] = {}
         for draw in draws:

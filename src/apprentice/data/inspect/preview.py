@@ -7,8 +7,9 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from apprentice.data.corpus import Corpus
+from apprentice.data.encoding.encoder import ExampleEncoder
 from apprentice.data.encoding.render import Renderer
-from apprentice.data.encoding.tokenize import Tokenized, drop_reason
+from apprentice.data.encoding.tokenize import Tokenized
 from apprentice.data.sampling.plan import Draw
 from apprentice.errors import RowError
 
@@ -54,18 +55,19 @@ class ExamplePreview:
 
 def preview(corpus: Corpus, number: int) -> list[ExamplePreview]:
     """The first `number` usable examples of the plan; fewer if more than nine in ten are dropped."""
-    renderer, found = Renderer(corpus.tasks, corpus.indices), list[ExamplePreview]()
+    renderer, encoder = Renderer(corpus.tasks, corpus.indices), ExampleEncoder(corpus)
+    previews: list[ExamplePreview] = []
     for start in range(0, 10 * number, number):
         draws = corpus.plan.draws(start, start + number)
-        rendered = zip(draws, renderer.of_draws(draws), strict=True)
+        rendered = zip(draws, renderer.render_draws(draws), strict=True)
         usable = [(draw, item) for draw, item in rendered if not isinstance(item, RowError)]
-        tokenized = corpus.encode([item for _, item in usable])
-        found += [
+        tokenized = encoder.encode([item for _, item in usable])
+        previews += [
             _preview_of(corpus, draw, tokens) for (draw, _), tokens in zip(usable, tokenized, strict=True) if tokens is not None
         ]
-        if len(found) >= number:
+        if len(previews) >= number:
             break
-    return found[:number]
+    return previews[:number]
 
 
 def to_text(shown: Sequence[ExamplePreview]) -> Text:
@@ -84,16 +86,16 @@ def to_text(shown: Sequence[ExamplePreview]) -> Text:
 
 def trace(corpus: Corpus, positions: Sequence[int]) -> list[ExamplePreview]:
     """The examples at these plan positions; a dropped one has no tokens, and its reason in `truncated`."""
-    renderer = Renderer(corpus.tasks, corpus.indices)
+    renderer, encoder = Renderer(corpus.tasks, corpus.indices), ExampleEncoder(corpus)
     draws = [drawn for position in positions for drawn in corpus.plan.draws(position, position + 1)]
-    found = []
-    for draw, item in zip(draws, renderer.of_draws(draws), strict=True):
+    previews = []
+    for draw, item in zip(draws, renderer.render_draws(draws), strict=True):
         if isinstance(item, RowError):
-            found.append(_preview_of(corpus, draw, Tokenized([], 0, 0, item.reason)))
+            previews.append(_preview_of(corpus, draw, Tokenized([], 0, 0, item.reason)))
             continue
-        [tokens] = corpus.encode([item])
-        found.append(_preview_of(corpus, draw, tokens or Tokenized([], 0, 0, drop_reason(corpus.layout, *item))))
-    return found
+        [tokens] = encoder.encode([item])
+        previews.append(_preview_of(corpus, draw, tokens or Tokenized([], 0, 0, encoder.drop_reason(*item))))
+    return previews
 
 
 def _trained(tokens: Tokenized, decode: Callable[..., str]) -> str:

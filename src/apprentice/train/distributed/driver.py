@@ -29,7 +29,7 @@ from ray.train import ValidationConfig
 from ray.train.torch import TorchConfig
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from apprentice.data.corpus import positions_of_epochs
+from apprentice.data.run_length import positions_of_epochs
 from apprentice.data.stream import Corpus, Start, estimate_steps, train_stream, validation_rows
 from apprentice.data.window import WindowRenderer
 from apprentice.errors import RecipeError, TrainingError, all_causes
