@@ -198,13 +198,13 @@ def test_a_pickled_adapter_beside_the_weights_is_refused_too(model, tmp_path, pl
 
 
 def test_check_says_it_before_anything_is_reserved(model, tmp_path):
-    from apprentice.preflight.check import CHECKS
+    from apprentice.preflight.check import run_check
 
     pickled(model)
     file = tiny_recipe(tmp_path, model)
     with pytest.raises(ModelError, match="weights as a pickle"):
-        CHECKS["model"](load_recipe(file))
-    assert "layout chat" in CHECKS["model"](load_recipe(file, ["model.trust=true"]))
+        run_check("model", load_recipe(file))
+    assert "layout chat" in run_check("model", load_recipe(file, ["model.trust=true"]))
 
 
 def test_trust_is_one_word_on_every_command_that_loads_a_model(monkeypatch, tmp_path):

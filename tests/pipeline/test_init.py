@@ -96,8 +96,8 @@ def test_numbered_labels_in_parquet(command: Command, tiny_model: Path, tmp_path
 def check_all_that_needs_no_ray(file: str, folder: Path) -> str:
     """What `check` says of the first window; fails where `check` would."""
     recipe = load_recipe(file)
-    for look in (check._tasks, check._model, check._storage, check._sources):
-        assert look(recipe)
+    for subject in ("tasks", "model", "storage", "sources"):
+        assert check.run_check(subject, recipe)
     corpus = make_corpus(recipe, Run(Folder.at(folder / "run")), parallel=False)
     check.check_index(recipe, corpus)
     return describe_rows(corpus, render_first_rows(corpus))

@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from apprentice import cli, pipeline
+from apprentice.models import loading
 from tests.support.recipes import tiny_recipe
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
@@ -92,7 +93,7 @@ def answered(command, trained, monkeypatch) -> Path:
         raise AssertionError("a model was loaded")
 
     assert command("evaluate", trained, "--json")[0] == 0
-    monkeypatch.setattr(launch, "map_tables", refused)
+    monkeypatch.setattr(launch, "mapped", refused)
     return trained.parent / "runs" / "tiny"
 
 
@@ -296,9 +297,7 @@ def test_wrong_recipes_end_in_one_sentence_with_nothing_written(command, tiny_mo
 
 
 def test_not_enough_memory_is_said_before_anything_starts(command, tiny_model, tmp_path, monkeypatch):
-    from apprentice.preflight import check
-
-    monkeypatch.setattr(check, "_parameters", lambda file: 10**13)
+    monkeypatch.setattr(loading, "count_parameters", lambda folder: 10**13)
     code, _, err = command("train", tiny_recipe(tmp_path, tiny_model))
     assert code == 1
     assert "GiB of memory in each of 2 workers" in err

@@ -29,13 +29,28 @@ from tests.support.recipes import tiny_recipe
 @pytest.fixture
 def recipe(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
     """One whose preparation needs no Ray."""
-    monkeypatch.setattr(check, "check_before_writing", lambda recipe: None)
+    monkeypatch.setattr(check, "check_before_writing", lambda recipe, connect: None)
     monkeypatch.setattr(preparation, "make_corpus", partial(make_corpus, parallel=False))
     return load_recipe(tiny_recipe(tmp_path, tiny_model, data__tasks=["message_moods"], data__hold_out=[]))
 
 
 def prepared(recipe: Recipe) -> Run:
     return preparation.prepare_corpus(recipe, restart=False, progress=lambda stage, values: None)[0]
+
+
+def test_a_missing_column_is_said_before_ray_starts(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def start_ray() -> None:
+        raise AssertionError("Ray was started")
+
+    monkeypatch.setattr(preparation, "ray_session", start_ray)
+    (tmp_path / "sums.jsonl").write_text("".join(json.dumps({"question": str(n), "answer": str(n)}) + "\n" for n in range(40)))
+    create_project(tmp_path / "sums.jsonl", tmp_path / "sums", TableDescription(), base=str(tiny_model))
+    task = tmp_path / "sums" / "task.yaml"
+    task.write_text(task.read_text().replace("{{ question }}", "{{ questions }}"))
+    recipe = load_recipe(tmp_path / "sums" / "recipe.yaml", [f"storage={tmp_path / 'runs'}"])
+    for stage in (pipeline.prepare_run, pipeline.train_run):
+        with pytest.raises(DataError, match="no column 'questions'"):
+            stage(recipe, progress=lambda stage, values: None)
 
 
 def refuse(recipe: Recipe, corpus: object) -> str:
@@ -109,7 +124,7 @@ def test_an_error_leaves_no_half_made_run_behind(recipe: Recipe, monkeypatch: py
 
 def test_what_init_wrote_goes_on_wherever_it_is_unpacked(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As Ray unpacks a job's working directory: a folder of another name each time that a file in it changed."""
-    monkeypatch.setattr(check, "check_before_writing", lambda recipe: None)
+    monkeypatch.setattr(check, "check_before_writing", lambda recipe, connect: None)
     monkeypatch.setattr(preparation, "make_corpus", partial(make_corpus, parallel=False))
     rows = [{"question": f"What is {number} and one?", "answer": f"It is {number + 1}."} for number in range(40)]
     (tmp_path / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

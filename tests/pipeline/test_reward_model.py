@@ -19,7 +19,7 @@ from apprentice.model_pool.answer_settings import AnswerSettings
 from apprentice.model_pool.model import load_worker_model
 from apprentice.model_pool.pool import WorkerPool
 from apprentice.models.loading import load_model
-from apprentice.preflight.check import CHECKS
+from apprentice.preflight.check import run_check
 from apprentice.pretrained.tokenizer import Tokenizer
 from apprentice.recipe import Model, Serving, load_recipe
 from apprentice.serve import deployment
@@ -41,7 +41,7 @@ def rewarding(tiny_model: Path, tmp_path: Path) -> Path:
 
 def test_as_a_base_that_goes_on_writing(rewarding: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=REFUSED):
-        CHECKS["model"](load_recipe(tiny_recipe(tmp_path, rewarding)))
+        run_check("model", load_recipe(tiny_recipe(tmp_path, rewarding)))
 
 
 def test_to_be_served(rewarding: Path) -> None:
@@ -83,7 +83,7 @@ def test_a_recipe_that_would_have_one_scored_so(tiny_model: Path, tmp_path: Path
 
     def looked(held: str) -> str:
         chosen = {"data__tasks": [pairs, held], "data__hold_out": [held], "data__formats": {}, "data__max_length": 96}
-        return CHECKS["tasks"](load_recipe(tiny_recipe(tmp_path, tiny_model, training__objective="reward", **chosen)))
+        return run_check("tasks", load_recipe(tiny_recipe(tmp_path, tiny_model, training__objective="reward", **chosen)))
 
     assert looked("sst2") == "2 tasks, 1 of them held out"
     with pytest.raises(RecipeError, match=r"^training\.objective reward makes a model that writes nothing, and task 'squad' is"):

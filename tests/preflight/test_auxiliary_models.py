@@ -9,7 +9,7 @@ import pytest
 
 from apprentice.data.encoding.prompt_contract import layout_of, make_contract
 from apprentice.errors import ModelError, RecipeError
-from apprentice.preflight.check import CHECKS
+from apprentice.preflight.check import run_check
 from apprentice.pretrained.tokenizer import Tokenizer
 from apprentice.recipe import Recipe, load_recipe
 from apprentice.run.contract import read_contract
@@ -39,7 +39,7 @@ def test_what_a_recipe_cannot_mean_is_one_sentence(changes, words, tmp_path):
 @pytest.fixture
 def recipe(tiny_model: Path, tmp_path: Path) -> Recipe:
     found = load_recipe(round_recipe(tmp_path, tiny_model))
-    assert CHECKS["model"](found)
+    assert run_check("model", found)
     return found
 
 
@@ -50,7 +50,7 @@ def with_reward(recipe: Recipe, reward: Path) -> Recipe:
 
 def test_a_model_that_writes_is_no_reward_model(recipe, tiny_model):
     with pytest.raises(RecipeError, match=r"training\.grpo\.reward .* writes words and gives an answer no number; name a run with"):
-        CHECKS["model"](with_reward(recipe, tiny_model))
+        run_check("model", with_reward(recipe, tiny_model))
 
 
 def test_a_reward_model_with_another_tokenizer(recipe, tmp_path):
@@ -58,7 +58,7 @@ def test_a_reward_model_with_another_tokenizer(recipe, tmp_path):
     file = other / "tokenizer.json"
     file.write_text(file.read_text().replace("<|pad|>", "<|pod|>"))
     with pytest.raises(RecipeError, match=r"training\.grpo\.reward .* has another tokenizer than model\.base"):
-        CHECKS["model"](with_reward(recipe, other))
+        run_check("model", with_reward(recipe, other))
 
 
 def test_a_reward_model_of_another_layout(recipe, tmp_path):
@@ -67,16 +67,16 @@ def test_a_reward_model_of_another_layout(recipe, tmp_path):
     make_contract(plain, layout_of(plain, Tokenizer(reward)), reward).write(reward)
     assert read_contract(reward)
     with pytest.raises(RecipeError, match=r"was trained in layout 'plain', and data\.layout is 'chat'"):
-        CHECKS["model"](recipe)
+        run_check("model", recipe)
 
 
 def test_a_reward_model_is_not_asked_to_write(recipe, tiny_model, tmp_path):
     judge = reward_model(tmp_path / "judge", tiny_model)
     with pytest.raises(ModelError, match="is a reward model: it gives answers a number and writes none"):
-        CHECKS["model"](recipe.model_copy(update={"model": recipe.model.model_copy(update={"base": str(judge)})}))
+        run_check("model", recipe.model_copy(update={"model": recipe.model.model_copy(update={"base": str(judge)})}))
 
 
 def test_an_encoder_decoder_is_refused(recipe, tiny_model, tmp_path):
     base = tiny_model_of("t5_v1.1", tiny_model, tmp_path / "t5")
     with pytest.raises(RecipeError, match=r"grpo puts several replies into one row, where they would see each other here"):
-        CHECKS["model"](recipe.model_copy(update={"model": recipe.model.model_copy(update={"base": str(base)})}))
+        run_check("model", recipe.model_copy(update={"model": recipe.model.model_copy(update={"base": str(base)})}))

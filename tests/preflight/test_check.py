@@ -13,7 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from apprentice.data.corpus import make_corpus
 from apprentice.data.sources import parquet_conversion
 from apprentice.errors import ContractError, RecipeError, ResourcesError, ServingError, StorageError
-from apprentice.preflight import check
+from apprentice.models import loading
+from apprentice.preflight import check, cluster_checks
 from apprentice.recipe import load_recipe
 from apprentice.run.folder import Run
 from apprentice.storage import Folder
@@ -27,17 +28,17 @@ from tests.support.stand_ins import tiny_model_of
 def test_the_memory_of_each_worker_is_estimated_on_gpus_too(
     tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(check, "node_resources", lambda: [{"CPU": 8.0, "GPU": 2.0}])
-    monkeypatch.setattr(check, "_parameters", lambda file: 2**30)
+    monkeypatch.setattr(cluster_checks, "node_resources", lambda: [{"CPU": 8.0, "GPU": 2.0}])
+    monkeypatch.setattr(loading, "count_parameters", lambda folder: 2**30)
     changes = {"training__resources": {"cpus": 1, "gpus": 1}, "training__deepspeed": {"stage": 1}, "model__dtype": "bfloat16"}
     recipe = load_recipe(tiny_recipe(tmp_path, tiny_model, tuning={"method": "full"}, **changes))
     # 2 bytes of weights and 4 of gradients a number, and half of 12 for the optimizer at stage 1 with two workers
-    assert check.CHECKS["resources"](recipe) == (
+    assert check.run_check("resources", recipe) == (
         "2 workers of 1 CPUs, 1 GPUs and about 12.0 GiB each (weights 2.0, gradients 4.0, optimizer 6.0,"
         " activations 0.0, process 0.0, checkpoint 0.0, with 2 rows at once); 8 CPUs there"
     )
     on_cpus = load_recipe(tiny_recipe(tmp_path, tiny_model, tuning={"method": "full"}, **changes | {"training__resources": {}}))
-    told = check.CHECKS["resources"](on_cpus)
+    told = check.run_check("resources", on_cpus)
     assert "about 18.9 GiB each" in told
     assert "activations 0.0, process 0.4, checkpoint 6.5, with" in told
 
@@ -58,13 +59,14 @@ def test_rows_are_converted_once(tmp_path: Path, tiny_model: Path, monkeypatch: 
         raise ResourcesError("no")
 
     monkeypatch.setattr(parquet_conversion, "_write", write)
-    monkeypatch.setattr(check, "CHECKS", {"sources": check.CHECKS["sources"], "resources": no})
+    monkeypatch.setattr(check, "CHECKS_WITHOUT_RAY", {"sources": check.CHECKS_WITHOUT_RAY["sources"]})
+    monkeypatch.setattr(check, "CHECKS_WITH_RAY", {"resources": no})
     with pytest.raises(ResourcesError):
-        check.check_before_writing(recipe)
+        check.check_before_writing(recipe, lambda: None)
     assert not (tmp_path / "runs").exists()
     assert len(written) == 1
-    monkeypatch.setattr(check, "CHECKS", {"sources": check.CHECKS["sources"]})
-    check.check_before_writing(recipe)
+    monkeypatch.setattr(check, "CHECKS_WITH_RAY", {})
+    check.check_before_writing(recipe, lambda: None)
     make_corpus(recipe, Run(Folder.at(tmp_path / "runs" / "tiny")), parallel=False)
     assert len(written) == 2
     (tmp_path / "file").write_text("")
@@ -72,19 +74,18 @@ def test_rows_are_converted_once(tmp_path: Path, tiny_model: Path, monkeypatch: 
     with pytest.raises(
         StorageError, match=r"^.*/file/cache/converted cannot be made \(Not a directory\); choose another `storage`"
     ):
-        check.CHECKS["sources"](nowhere)
+        check.run_check("sources", nowhere)
 
 
 def test_parameters_are_counted_from_the_header(tiny_model: Path) -> None:
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tiny_model))
-    (file,) = tiny_model.glob("*.safetensors")
-    assert check._parameters(file) == model.num_parameters()
+    assert loading.count_parameters(tiny_model) == model.num_parameters()
 
 
 def model_point(folder: Path, model: Path, **changes: Any) -> str:
     """What `check` says of the model and the layout."""
     folder.mkdir()
-    return check.CHECKS["model"](load_recipe(tiny_recipe(folder, model, **changes)))
+    return check.run_check("model", load_recipe(tiny_recipe(folder, model, **changes)))
 
 
 def test_a_model_and_a_layout_that_do_not_fit_are_refused(tmp_path: Path, tiny_model: Path) -> None:

@@ -12,7 +12,8 @@ import yaml
 
 from apprentice.data.corpus import Corpus, make_corpus
 from apprentice.errors import DataError
-from apprentice.preflight import check
+from apprentice.preflight import check, cluster_checks, evaluation_estimate
+from apprentice.preflight.evaluation_estimate import describe_evaluation
 from apprentice.recipe import Recipe, load_recipe
 from apprentice.run.folder import Run
 from apprentice.storage import Folder
@@ -67,7 +68,7 @@ def test_a_missing_task_file_is_told_once(tmp_path: Path, tiny_model: Path) -> N
 def test_a_good_recipe_goes_on_with_ray_and_leaves_nothing_behind(
     tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(check, "node_resources", lambda: [{"CPU": 8.0}])
+    monkeypatch.setattr(cluster_checks, "node_resources", lambda: [{"CPU": 8.0}])
     monkeypatch.setattr(check, "_dry_run", dry_run_here)
     recipe = own_recipe(tmp_path, tiny_model, {})
     findings = check.check(recipe, nothing)
@@ -93,12 +94,12 @@ def corpus_of(recipe: Recipe, folder: Path) -> Corpus:
 
 
 def test_no_test_rows_are_not_ready(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(check, "node_resources", lambda: [{"CPU": 8.0}])
+    monkeypatch.setattr(evaluation_estimate, "node_resources", lambda: [{"CPU": 8.0}])
     recipe = own_recipe(tmp_path, tiny_model, {})
     with pytest.raises(DataError, match=r"^none of the recipe's tasks has test rows, so nothing can be scored; give one a test"):
-        check._evaluation(corpus_of(recipe, tmp_path / "alone"), None)
+        describe_evaluation(corpus_of(recipe, tmp_path / "alone"), None)
     recipe = own_recipe(tmp_path, tiny_model, {}, "quickstart")
-    told = check._evaluation(corpus_of(recipe, tmp_path / "together"), None)
+    told = describe_evaluation(corpus_of(recipe, tmp_path / "together"), None)
     assert told.endswith("; none of sst2, without test rows")
     (tmp_path / "asked.jsonl").write_text('{"prompt": "Which herb?"}\n' * 3)
     changes = {
@@ -109,7 +110,7 @@ def test_no_test_rows_are_not_ready(tmp_path: Path, tiny_model: Path, monkeypatc
         "data__formats": {},
     }
     recipe = load_recipe(tiny_recipe(tmp_path, tiny_model, **changes))
-    assert check._evaluation(corpus_of(recipe, tmp_path / "asked"), None).startswith(
+    assert describe_evaluation(corpus_of(recipe, tmp_path / "asked"), None).startswith(
         "nothing can be scored: the tasks have prompts"
     )
 

@@ -11,7 +11,7 @@ import ray
 import ray.util.state
 
 from apprentice.errors import StorageError
-from apprentice.preflight import check
+from apprentice.preflight import check, cluster_checks
 from apprentice.ray_cluster.nodes import call_on_every_node, node_resources
 from apprentice.recipe import load_recipe
 from apprentice.storage import Folder
@@ -63,21 +63,21 @@ def test_a_storage_that_a_node_does_not_see_is_found(monkeypatch, tiny_model, tm
     recipe = load_recipe(tiny_recipe(tmp_path, tiny_model))
     storage, other = Folder.at(recipe.storage), Folder.at(tmp_path / "other")
     monkeypatch.setattr(ray, "is_initialized", lambda: True)
-    monkeypatch.setattr(check, "call_on_every_node", Answering({"10.0.0.1": storage, "10.0.0.2": storage}))
-    assert check.CHECKS["storage"](recipe) == f"{storage}, seen by 2 nodes"
+    monkeypatch.setattr(cluster_checks, "call_on_every_node", Answering({"10.0.0.1": storage, "10.0.0.2": storage}))
+    assert check.run_check("storage", recipe) == f"{storage}, seen by 2 nodes"
     assert not storage.exists()
-    monkeypatch.setattr(check, "call_on_every_node", Answering({"10.0.0.1": storage, "10.0.0.2": other}))
+    monkeypatch.setattr(cluster_checks, "call_on_every_node", Answering({"10.0.0.1": storage, "10.0.0.2": other}))
     with pytest.raises(StorageError, match=r"not the same folder on every node: 1 of 2 nodes .* 10\.0\.0\.2 among them .*other"):
-        check.CHECKS["storage"](recipe)
+        check.run_check("storage", recipe)
     assert not storage.exists()
 
 
 def test_what_a_node_says_of_a_probe(tmp_path):
     probe = Folder.at(tmp_path / "probe")
-    assert "does not exist" in check._seen(probe, "mark")
+    assert "does not exist" in cluster_checks._read_probe(probe, "mark")
     probe.write_text("mark")
-    assert check._seen(probe, "mark") == ""
-    assert check._seen(probe, "other") == "another file is there"
+    assert cluster_checks._read_probe(probe, "mark") == ""
+    assert cluster_checks._read_probe(probe, "other") == "another file is there"
     assert [child.name for child in Folder.at(tmp_path).children()] == ["probe"]
 
 

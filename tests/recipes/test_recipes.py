@@ -131,7 +131,7 @@ def test_check_says_what_it_would_download_with_the_hub_out_of_reach(file, tmp_p
     for task in tasks:
         named = [source.model_dump() for source in task.sources]
         sets |= {"/".join(filter(None, (spec["hub"], spec["config"]))) for spec in named if spec["hub"]}
-    said = check.CHECKS["downloads"](recipe)
+    said = check.run_check("downloads", recipe)
     model = WANTED_MODELS[file.stem]
     wanted = [model] if model is not None else []
     if sets:

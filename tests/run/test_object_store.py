@@ -129,12 +129,12 @@ def run_pipeline(recipe: Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_store_that_refuses_is_said_in_one_sentence(store, tiny_model, tmp_path, monkeypatch):
-    from apprentice.preflight.check import CHECKS
+    from apprentice.preflight.check import run_check
     from apprentice.recipe import load_recipe
 
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "somebody")
     with pytest.raises(StorageError, match="Choose another `storage`") as caught:
-        CHECKS["storage"](load_recipe(tiny_recipe(tmp_path, tiny_model, storage=f"s3://{BUCKET}/runs")))
+        run_check("storage", load_recipe(tiny_recipe(tmp_path, tiny_model, storage=f"s3://{BUCKET}/runs")))
     assert store.secret not in str(caught.value)
 
 

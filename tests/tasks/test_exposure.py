@@ -10,7 +10,7 @@ import yaml
 from apprentice.data.corpus import make_corpus
 from apprentice.evaluate.report.metadata import make_metadata
 from apprentice.pipeline.evaluate import trained_clusters
-from apprentice.preflight.check import CHECKS
+from apprentice.preflight.check import run_check
 from apprentice.recipe import Recipe
 from apprentice.run.folder import Run
 from apprentice.storage import Folder
@@ -67,7 +67,7 @@ def test_a_task_without_training_rows_is_not_held_out_where_its_cluster_is_train
             "training": {"steps": 1},
         }
     )
-    assert CHECKS["tasks"](recipe) == "3 tasks, 1 of them held out, 1 scored only"
+    assert run_check("tasks", recipe) == "3 tasks, 1 of them held out, 1 scored only"
     corpus = make_corpus(recipe, Run(Folder.at(recipe.storage) / recipe.name), parallel=False)
     facts = make_metadata(recipe, corpus.tasks, corpus.held_out, {"yes": None, "no": None, "far": None}, 0.0)
     assert {name: (about["exposure"], about["held_out"]) for name, about in facts["tasks"].items()} == {

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from apprentice.data.sources.cache import cache_cleared
 from apprentice.data.stream import Corpus, estimate_steps, make_corpus
 from apprentice.errors import ApprenticeError, RunError
 from apprentice.preflight import check
-from apprentice.ray_cluster.session import ray_session
+from apprentice.ray_cluster.session import quiet, ray_session
 from apprentice.recipe import Recipe
 from apprentice.run.fence import lease_run
 from apprentice.run.folder import Run, find_run, open_run
@@ -22,21 +22,24 @@ Progress = Callable[[str, Mapping[str, Any]], None]  # called with the name of a
 
 def prepare_run(recipe: Recipe, *, restart: bool = False, progress: Progress) -> dict[str, Any]:
     """Freezes each task's index; returns the run folder, the numbers of tasks and training rows, and estimated steps."""
-    with ray_session(), open_for_writing(recipe, "prepare", restart=restart, progress=progress) as (run, corpus):
+    with open_for_writing(recipe, "prepare", restart=restart, progress=progress) as (run, corpus):
         rows = {name: len(index.train) for name, index in corpus.indices.items() if name not in corpus.held_out}
         return {"run": str(run.folder), "tasks": len(rows), "train_rows": sum(rows.values()), **estimate_steps(corpus)}
 
 
 @contextmanager
 def open_for_writing(recipe: Recipe, command: str, *, restart: bool, progress: Progress) -> Iterator[tuple[Run, Corpus]]:
-    """Prepares the run of `recipe` and yields it with its corpus, holding the run's fence until the block ends.
+    """Prepares the run of `recipe` and yields it with its corpus; until the block ends, Ray is connected and the run leased.
 
     `command` names the holder to others. Raises `FencedError` if another process holds the run, and what the preflight checks
-    raise.
+    raise; Ray is started only after those that can do without it have passed.
     """
-    check.check_before_writing(recipe)
     folder = Folder.at(recipe.storage) / recipe.name
-    with lease_run(folder, command, tell=lambda message: progress("prepare", {"message": message, "done": True})):
+    quiet()  # checks may download a model
+    with ExitStack() as stack:
+        check.check_before_writing(recipe, connect=lambda: stack.enter_context(ray_session()))
+        lease = lease_run(folder, command, tell=lambda message: progress("prepare", {"message": message, "done": True}))
+        stack.enter_context(lease)
         yield prepare_corpus(recipe, restart=restart, progress=progress)
 
 

@@ -7,7 +7,6 @@ from dataclasses import asdict
 from typing import Any
 
 from apprentice.pipeline.prepare import Progress, open_for_writing
-from apprentice.ray_cluster.session import ray_session
 from apprentice.recipe import Recipe
 from apprentice.run.folder import Run
 from apprentice.run.json_lines import read_records
@@ -22,7 +21,7 @@ def train_run(recipe: Recipe, *, restart: bool = False, progress: Progress) -> d
     from apprentice.evaluate.online import prepare_online_evaluation
     from apprentice.train.distributed import driver as launch
 
-    with ray_session(), open_for_writing(recipe, "train", restart=restart, progress=progress) as (run, corpus):
+    with open_for_writing(recipe, "train", restart=restart, progress=progress) as (run, corpus):
         if run.is_trained:
             return {"run": str(run.folder), "already": True, **_status(run)}
         score = prepare_online_evaluation(corpus) if recipe.evaluation.while_training else None

@@ -118,6 +118,11 @@ def _own_folder() -> Path:
     return folder / "ray"
 
 
+def is_connected() -> bool:
+    """Whether this process is connected to Ray."""
+    return bool(ray.is_initialized())
+
+
 @contextmanager
 def ray_session(niceness: int | None = None) -> Iterator[None]:
     """Connects to Ray for a `with` block; a local Ray is shut down at its end, an existing cluster is only disconnected from.
@@ -125,7 +130,7 @@ def ray_session(niceness: int | None = None) -> Iterator[None]:
     Does nothing where Ray is connected already. `niceness` is that of a local session's workers, unless the environment sets
     `RAY_worker_niceness` (Ray's default: 15). Raises `ResourcesError` where Ray does not start.
     """
-    if ray.is_initialized():
+    if is_connected():
         yield
         return
     quiet()

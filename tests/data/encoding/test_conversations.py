@@ -15,7 +15,7 @@ from apprentice.data.encoding.tokenize import CUT_TURNS, LAST_TURN_ONLY, encode
 from apprentice.data.inspect.preview import preview
 from apprentice.data.window import WindowRenderer
 from apprentice.errors import RecipeError
-from apprentice.preflight.check import CHECKS
+from apprentice.preflight.check import run_check
 from apprentice.pretrained.tokenizer import Tokenizer
 from apprentice.recipe import Recipe
 from apprentice.run.folder import Run
@@ -120,7 +120,7 @@ def test_rows_have_several_stretches(tmp_path: Path, tiny_model: Path) -> None:
 
 def test_layouts_without_turns_are_refused(tmp_path: Path, tiny_model: Path) -> None:
     with pytest.raises(RecipeError, match=r"plain has no turns, and task 'conversations_chats' holds conversations"):
-        CHECKS["tasks"](recipe_of(tmp_path, tiny_model, layout="plain"))
+        run_check("tasks", recipe_of(tmp_path, tiny_model, layout="plain"))
 
 
 def test_the_contract_has_golden_ids_of_a_conversation(tmp_path: Path, tiny_model: Path, layout: Layout) -> None:

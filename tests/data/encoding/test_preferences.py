@@ -17,7 +17,7 @@ from apprentice.data.inspect.preview import preview
 from apprentice.data.reference import ReferenceLogProbs
 from apprentice.data.window import WindowRenderer
 from apprentice.errors import DataError, RecipeError
-from apprentice.preflight.check import CHECKS
+from apprentice.preflight.check import run_check
 from apprentice.pretrained.tokenizer import Tokenizer
 from apprentice.recipe import Recipe
 from apprentice.run.folder import Run
@@ -170,9 +170,9 @@ def test_tasks_without_pairs_are_refused(tiny_model, tmp_path):
     tasks = {"tasks": [*recipe.data.tasks, "message_moods"]}
     data = recipe.data.model_copy(update=tasks)
     with pytest.raises(RecipeError, match=r"dpo learns from preferences, and task 'message_moods' has no rejected answers"):
-        CHECKS["tasks"](recipe.model_copy(update={"data": data}))
+        run_check("tasks", recipe.model_copy(update={"data": data}))
     held = data.model_copy(update={"hold_out": ("message_moods",)})
-    assert CHECKS["tasks"](recipe.model_copy(update={"data": held})) == "2 tasks, 1 of them held out"
+    assert run_check("tasks", recipe.model_copy(update={"data": held})) == "2 tasks, 1 of them held out"
 
 
 def test_a_reference_with_another_tokenizer_is_refused(tiny_model, tmp_path):
@@ -182,10 +182,10 @@ def test_a_reference_with_another_tokenizer_is_refused(tiny_model, tmp_path):
     shutil.copytree(tiny_model, other)
     file = other / "tokenizer.json"
     recipe = recipe_of(tmp_path, tiny_model, training__dpo={"reference": str(other)})
-    assert CHECKS["model"](recipe)
+    assert run_check("model", recipe)
     file.write_text(file.read_text().replace("<|pad|>", "<|pod|>"))
     with pytest.raises(RecipeError, match=r"training\.dpo\.reference .* has another tokenizer than model\.base"):
-        CHECKS["model"](recipe)
+        run_check("model", recipe)
 
 
 @pytest.mark.parametrize("method", ["prefix", "prompt"])
@@ -193,7 +193,7 @@ def test_methods_that_do_not_pack_are_refused(method, tiny_model, tmp_path):
     recipe = recipe_of(tmp_path, tiny_model)
     tuned = recipe.model_copy(update={"tuning": recipe.tuning.model_copy(update={"method": method})})
     with pytest.raises(RecipeError, match="where they would see each other here: the virtual tokens"):
-        CHECKS["model"](tuned)
+        run_check("model", tuned)
 
 
 @pytest.mark.parametrize("objective", ["dpo", "reward"])
@@ -204,4 +204,4 @@ def test_an_encoder_decoder_is_refused(objective, tiny_model, tmp_path):
         match=rf"^training\.objective {objective} puts both answers of a pair into one row, where they would see each other here:"
         r" an encoder reads a prompt once for each answer; use a causal model that packs",
     ):
-        CHECKS["model"](recipe_of(tmp_path, model, training__objective=objective))
+        run_check("model", recipe_of(tmp_path, model, training__objective=objective))

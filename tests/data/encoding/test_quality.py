@@ -108,7 +108,7 @@ def test_what_does_not_fit_is_refused_by_check(tiny_model, tmp_path):
     def said(**changes: Any) -> str:
         folder = tmp_path / str(next(files))
         folder.mkdir()
-        return check.CHECKS["model"](recipe_of(folder, tiny_model, **changes))
+        return check.run_check("model", recipe_of(folder, tiny_model, **changes))
 
     assert said().endswith("classes GPT3 (0.1), GPT4 (1) shown in the prompt")
     assert said(data__chat_template=None).endswith("classes GPT3 (0.1), GPT4 (1) not shown in the prompt")

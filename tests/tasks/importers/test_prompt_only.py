@@ -7,7 +7,7 @@ import json
 import pytest
 
 from apprentice.errors import RecipeError, RowError
-from apprentice.preflight.check import CHECKS
+from apprentice.preflight.check import run_check
 from apprentice.recipe import load_recipe
 from apprentice.tasks.importers.prompt_only import prompt_only_tasks
 from apprentice.tasks.schema import Example
@@ -48,7 +48,7 @@ def questions(tmp_path):
 
 def test_rounds_are_made_of_them(tiny_model, tmp_path, questions):
     corpus = corpus_of(tmp_path, tiny_model, data__tasks=questions)
-    assert CHECKS["tasks"](corpus.recipe) == "1 task, 0 of them held out"
+    assert run_check("tasks", corpus.recipe) == "1 task, 0 of them held out"
     rows = RoundWriter(corpus, torch.device("cpu")).rows(0, 0, None)
     assert sum(map(len, rows["rewards"])) == 32
     assert "Name colour" in corpus.layout.tokenizer.decode(rows["input_ids"][0].tolist())
@@ -57,7 +57,7 @@ def test_rounds_are_made_of_them(tiny_model, tmp_path, questions):
 def test_other_objectives_and_evaluation_refuse_them(tiny_model, tmp_path, questions):
     words = r"task 'prompts_questions' has prompts without answers, from which only training\.objective grpo learns"
     with pytest.raises(RecipeError, match=words):
-        CHECKS["tasks"](load_recipe(tiny_recipe(tmp_path, tiny_model, data__tasks=[*questions, "quickstart"])))
+        run_check("tasks", load_recipe(tiny_recipe(tmp_path, tiny_model, data__tasks=[*questions, "quickstart"])))
     held = {"data__tasks": [*questions, "quickstart"], "data__hold_out": ["prompts_questions"]}
     with pytest.raises(RecipeError, match=words):
-        CHECKS["tasks"](load_recipe(round_recipe(tmp_path, tiny_model, **held)))
+        run_check("tasks", load_recipe(round_recipe(tmp_path, tiny_model, **held)))

@@ -1,0 +1,77 @@
+"""Checks of a recipe's tasks, downloads and sources, without Ray."""
+
+from __future__ import annotations
+
+from apprentice.data.encoding.quality import classes_of
+from apprentice.data.sources.locate import on_the_hub, resolve
+from apprentice.errors import RecipeError
+from apprentice.preflight.lookup import RecipeLookup
+from apprentice.pretrained.hub import describe_download
+from apprentice.storage import Folder
+from apprentice.tasks.exposure import count_exposures
+from apprentice.tasks.leaks import leaks
+
+
+def check_tasks(lookup: RecipeLookup) -> str:
+    """Checks that all tasks load, fit the objective and the layout, and that no held-out rows are trained on; counts them.
+
+    Raises `TaskError` or `RecipeError`.
+    """
+    recipe, (tasks, held_out) = lookup.recipe, lookup.selection
+    if leaked := leaks(tasks, held_out):
+        kept_out, trained, place = leaked[0]
+        others = sorted({f"{one} through {other}" for one, other, _ in leaked[1:]} - {f"{kept_out} through {trained}"})
+        more = f" The same holds for {', '.join(others)}." if others else ""
+        raise RecipeError(
+            f"data.hold_out: {kept_out!r} is held out, but {trained!r} trains on the same rows ({place}); hold out both, or leave"
+            f" one out of data.tasks.{more}"
+        )
+    if recipe.data.layout != "chat" and (with_turns := [task for task in tasks if any(one.has_turns for one in task.templates)]):
+        raise RecipeError(
+            f"data.layout: {recipe.data.layout} has no turns, and task {with_turns[0].name!r} holds conversations; use"
+            " `layout: chat`."
+        )
+    if recipe.data.qualities is not None:
+        classes_of(recipe.data.qualities, tasks)
+    objective = recipe.training.objective
+    without_pairs = [task.name for task in tasks if recipe.training.aim.pairs and task.name not in held_out and not task.has_pairs]
+    if without_pairs:
+        raise RecipeError(
+            f"training.objective {objective} learns from preferences, and task {without_pairs[0]!r} has no rejected answers; name"
+            " files of preferences in data.tasks (`{preferences: pairs.jsonl}`), or hold the task out."
+        )
+    unanswered = [task.name for task in tasks if not task.has_answers and (task.name in held_out or not recipe.training.aim.rounds)]
+    if unanswered:
+        raise RecipeError(
+            f"task {unanswered[0]!r} has prompts without answers, from which only training.objective grpo learns and with which"
+            " nothing can be scored; leave it out of data.tasks, or name another objective."
+        )
+    if recipe.training.aim.head and (written := [task.name for task in tasks if not task.is_ranked]):
+        raise RecipeError(
+            f"training.objective {objective} makes a model that writes nothing, and task {written[0]!r} is scored by what is"
+            " written; leave it out of data.tasks, or take one whose choices are ranked."
+        )
+    return count_exposures(tasks, held_out)
+
+
+def list_downloads(lookup: RecipeLookup) -> str:
+    """Names the models and datasets that the run would download."""
+    recipe = lookup.recipe
+    names = (recipe.model.base, recipe.training.dpo.reference, recipe.training.grpo.reward)
+    models = dict.fromkeys(model for name in names if name and (model := describe_download(name)))
+    sets = sorted({name for task in lookup.tasks if (name := on_the_hub(task, recipe.data.root))})
+    downloads = [f"model {model}" for model in models]
+    if sets:
+        downloads.append(f"{len(sets)} dataset{'s' if len(sets) > 1 else ''} from the hub ({', '.join(sets)}; sizes unknown)")
+    return "; ".join(downloads) or "nothing"
+
+
+def check_sources(lookup: RecipeLookup) -> str:
+    """Reads the schemas of all training sources and counts their rows. Raises `DataError`, or `StorageError` for the cache."""
+    rows = 0
+    recipe, cache = lookup.recipe, Folder.at(lookup.recipe.storage) / "cache"
+    rules = lookup.run.format  # as for the run's index, so that both use the same converted files
+    for task in lookup.tasks:
+        source = resolve(task, "train", root=recipe.data.root, cache=cache, rules=rules)
+        rows += source.rows if source is not None else 0
+    return f"{rows} training rows"
