@@ -1,4 +1,4 @@
-"""What several checks need to know of one recipe, each looked up once: its tasks, its model folder and its tokenizer."""
+"""Lookup of what several checks need to know of one recipe, each found once: its tasks, its model folder and its tokenizer."""
 
 from __future__ import annotations
 
