@@ -44,6 +44,9 @@ def fresh(method: str, dtype: torch.dtype) -> Any:
 
 
 def settings(case: dict[str, Any]) -> Training:
+    extra: dict[str, Any] = {"fp16": {"initial_scale_power": case["scale"].bit_length() - 1}} if "scale" in case else {}
+    if case["stage"] == 3:  # with DeepSpeed's default a small model is never split
+        extra["zero_optimization"] = {"stage3_param_persistence_threshold": 0}
     return Training.model_validate(
         {
             "workers": case["workers"],
@@ -51,10 +54,7 @@ def settings(case: dict[str, Any]) -> Training:
             "global_batch": ROWS,
             "micro_batch": ROWS // case["workers"] // case["accumulation"],
             "optimizer": {"name": case["optimizer"], "learning_rate": 1e-3, "weight_decay": 0.01, "clip": case["clip"]},
-            "deepspeed": {
-                "stage": case["stage"],
-                "extra": {"fp16": {"initial_scale_power": case["scale"].bit_length() - 1}} if "scale" in case else {},
-            },
+            "deepspeed": {"stage": case["stage"], "extra": extra},
             "activation_checkpointing": case["accumulation"] == 3,
         }
     )

@@ -55,6 +55,17 @@ def packed_rows(count: int, seed: int = 0, first: int = 0, *, weighted: bool = F
     return PackedRows.of(packed_columns(count, seed, first, weighted=weighted))
 
 
+def reply_rows(count: int, seed: int = 0) -> PackedRows:
+    """Packed rows of an on-policy round: each example is a reply with an advantage, a reward and log-probabilities."""
+    columns = packed_columns(count, seed)
+    rng, replies = np.random.default_rng([3, seed]), [len(row) for row in columns["examples"]]
+    for name in ("written", "held"):
+        columns[name] = rng.normal(-6.2, 0.3, (count, LENGTH)).astype(np.float32)
+    columns["advantages"] = [rng.normal(0, 1, number).astype(np.float32) for number in replies]
+    columns["rewards"] = [np.arange(number, dtype=np.float32) for number in replies]
+    return PackedRows.of(columns)
+
+
 def examples_of(rows: PackedRows) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """(ids, target mask) of every example by itself."""
     found = []

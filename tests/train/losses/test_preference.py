@@ -23,9 +23,9 @@ from tests.train.rows import examples_of, packed_columns
 ROWS = 3
 
 
-def pair_rows(count: int = ROWS, **changes: Any) -> PackedRows:
+def pair_rows(count: int = ROWS, seed: int = 0, **changes: Any) -> PackedRows:
     """Packed rows of one or two pairs: both answers of a pair have the same prompt, as data/window.py makes them."""
-    columns = packed_columns(2 * count)
+    columns = packed_columns(2 * count, seed)
     names = ("input_ids", "positions", "segment_ids", "loss_mask")
     kept = []
     for place in range(2 * count):

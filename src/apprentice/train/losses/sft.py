@@ -4,23 +4,22 @@ Examples packed into a row do not see each other: in causal models because posit
 attention mask; in encoder-decoders because of masks that are made here from the segment ids.
 
 The output layer runs only at places whose next token is a target, usually a small part of a row, and on at most `CHUNK_NUMBERS`
-logits at once. The sum is the same, without the (rows, length, vocabulary) tensor.
+logits at once (`chunked_cross_entropy.py`). The sum is the same, without the (rows, length, vocabulary) tensor.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from apprentice.errors import RecipeError
+from apprentice.train.losses.chunked_cross_entropy import Reduction, at_places, chunked_cross_entropy
 
-Reduction = Literal["sum", "none"]
 CHUNK_NUMBERS = 2**26  # logits computed at once: 256 MiB in float32
 
 
@@ -35,7 +34,8 @@ class TargetLoss(nn.Module):
         super().__init__()
         self.model = model
         self._compute = compute
-        self._in_chunks = True  # false once a model does more to its logits than `_finished` knows
+        self._in_chunks = True  # false if the model does more to its logits than `_finished` knows,
+        self._probed = False  # which the first pass shows
         configs = getattr(model, "peft_config", {}).values()
         self.figures: dict[str, Tensor] = {}  # set by subclasses
         self._alone = any(config.is_prompt_learning for config in configs)
@@ -89,53 +89,32 @@ class TargetLoss(nn.Module):
             return nullcontext()
         return torch.autocast(next(self.model.parameters()).device.type, dtype=self._compute)
 
-    def _losses(self, call: Callable[[], Tensor], wanted: Tensor, labels: Tensor, reduction: Reduction = "sum") -> Tensor:
-        """Cross-entropy of `labels` (targets,) with the logits of `call()` at the `wanted` places, a (rows, length) mask.
+    def _losses(self, call: Callable[[], Tensor], places: Tensor, labels: Tensor, reduction: Reduction = "sum") -> Tensor:
+        """Cross-entropy of `labels` (targets,) with the logits of `call()` at `places`, a (rows, length) mask.
 
-        The sum, or with reduction `none` one loss for each place, in order. A hook selects the hidden states just before the output
-        layer, so that what a model does to its logits afterwards (scaling, soft caps) still happens. Where the output layer is no
-        module of its own, all logits are computed and selected afterwards.
-
-        With many targets `call()` computes the logits of the first one only. If the output layer and `_finished` give the same, the
-        rest is computed from the hidden states in chunks; if not, the model does something unknown to its logits, and `call()` is
-        made again for all targets, in this pass and from then on.
+        The sum, or with reduction `none` one loss for each place, in order. `call()` calls the output layer once, whatever the
+        number of targets. The losses are computed there, in chunks, if `_finished` is all that the model does to its logits
+        afterwards. If not (scaling, for example), which the first pass shows in every process alike, the logits of all targets are
+        computed at once, and `call()` is made again for them in this first pass. So are they where the output layer has modules of
+        its own, LoRA's for example, and all logits of a row where the model names no output layer.
         """
         model: Any = self.model
         head = model.get_output_embeddings()
         if head is None:
-            return F.cross_entropy(call()[wanted].float(), labels, reduction=reduction)
+            return F.cross_entropy(call()[places].float(), labels, reduction=reduction)
+        if not self._in_chunks or next(head.children(), None) is not None:
+            hook = head.register_forward_pre_hook(lambda _, given: (at_places(given[0], places), *given[1:]))
+            try:
+                return F.cross_entropy(call().float(), labels, reduction=reduction)
+            finally:
+                hook.remove()
         size = max(1, CHUNK_NUMBERS // model.config.get_text_config().vocab_size)
-        in_chunks = self._in_chunks and len(labels) > size
-        held: list[Tensor] = []
-
-        def cut(_: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-            virtual = arguments[0].shape[1] - wanted.shape[1]  # prompt tuning puts its tokens before the row
-            held.append(arguments[0][F.pad(wanted, (virtual, 0))])  # (targets, hidden)
-            return (held[0][:1] if in_chunks else held[0], *arguments[1:])
-
-        hook = head.register_forward_pre_hook(cut)
-        try:
-            logits = call()  # (targets, vocabulary), or (1, vocabulary) with chunks
-        finally:
-            hook.remove()
-        if not in_chunks:
-            return F.cross_entropy(logits.float(), labels, reduction=reduction)
-        with torch.no_grad():
-            self._in_chunks = torch.allclose(self._finished(head(held[0][:1])).float(), logits.float(), rtol=1e-3, atol=1e-3)
-        if not self._in_chunks:
-            return self._losses(call, wanted, labels, reduction)
-        return self._chunks(head, held[0], labels, size, reduction)
-
-    def _chunks(self, head: nn.Module, hidden: Tensor, labels: Tensor, size: int, reduction: Reduction) -> Tensor:
-        """Cross-entropy in chunks of `size` targets; each chunk's logits are computed again in the backward pass, not kept."""
-
-        def part(states: Tensor, wanted: Tensor) -> Tensor:
-            return F.cross_entropy(self._finished(head(states)).float(), wanted, reduction=reduction)
-
-        found: list[Tensor] = []
-        for states, wanted in zip(hidden.split(size), labels.split(size), strict=True):
-            found.append(checkpoint(part, states, wanted, use_reentrant=False))
-        return torch.stack(found).sum() if reduction == "sum" else torch.cat(found)
+        settings: dict[str, Any] = {"size": size, "finish": self._finished, "casting": self._casting}
+        losses, probe, finished = chunked_cross_entropy(call, head, places, labels, reduction, **settings)
+        if not self._probed:
+            same = torch.allclose(self._finished(probe).float(), finished.float(), rtol=1e-3, atol=1e-3)
+            self._probed, self._in_chunks = True, same
+        return losses if self._in_chunks else self._losses(call, places, labels, reduction)
 
     def _finished(self, logits: Tensor) -> Tensor:
         """The model's processing of logits after the output layer, as far as it is known here: soft capping."""

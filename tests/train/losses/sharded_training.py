@@ -1,0 +1,138 @@
+"""Training under ZeRO-3 in several gloo processes whose rows hold unequal numbers of target tokens, and the same in plain PyTorch.
+
+Every parameter is split (`stage3_param_persistence_threshold: 0`), so a process that calls a module more often than the others
+waits for ever. The last process has no target token at all where the objective allows it.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from apprentice.models.loading import load_model
+from apprentice.models.tuning.methods import trainable_parameters
+from apprentice.recipe import Training
+from apprentice.train.batch import PackedRows
+from apprentice.train.engine.collectives import Collectives
+from apprentice.train.engine.deepspeed import DeepSpeedEngine
+from apprentice.train.loop import validation_loss
+from apprentice.train.losses import sft
+from apprentice.train.losses.registry import loss_of
+from apprentice.train.optimizer import optimizer_of
+from tests.train.losses.test_preference import pair_rows
+from tests.train.pair import fresh, state_of
+from tests.train.rows import packed_rows, reply_rows
+
+STEPS, ROWS, RATE = 3, 4, 1e-3  # ROWS of one step for each process
+CHUNK = 5  # target tokens whose logits are computed at once
+
+
+def settings(case: dict[str, Any], workers: int) -> Training:
+    """The recipe's training section for `case`: every parameter split among `workers` processes."""
+    every_parameter = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+    grpo = {"grpo": {"reward": "run:judge"}} if case["objective"] == "grpo" else {}
+    return Training.model_validate(
+        {
+            "workers": workers,
+            "steps": STEPS,
+            "global_batch": ROWS * workers,
+            "micro_batch": ROWS // 2,
+            "objective": "sft" if case["objective"] == "weighted" else case["objective"],
+            "optimizer": {"name": "adamw", "learning_rate": RATE, "weight_decay": 0.01, "clip": 0.0},
+            "deepspeed": {"stage": 3, "extra": every_parameter},
+            "activation_checkpointing": case["checkpointing"],
+            **grpo,
+        }
+    )
+
+
+def model_of(case: dict[str, Any], folder: Path) -> Any:
+    """A tiny Llama with the tuning method of `case`; for the objective `reward` with a new last layer."""
+    if case["objective"] != "reward":
+        return fresh(case["method"], torch.float32)
+    return load_model(folder / "reward", torch.float32, head=3)
+
+
+def rows_of(case: dict[str, Any], step: int, rank: int, workers: int) -> PackedRows:
+    """Rows of one step and process. Process 0 has many target tokens, the last one of an sft case none."""
+    if case["objective"] in ("dpo", "reward"):
+        return pair_rows(ROWS, seed=step * workers + rank)
+    if case["objective"] == "grpo":
+        return reply_rows(ROWS, seed=step * workers + rank)
+    rows = packed_rows(ROWS, first=(step * workers + rank) * ROWS, weighted=case["objective"] == "weighted")
+    mask = rows.loss_mask.copy()
+    if rank == workers - 1:
+        mask[:] = 0
+    elif rank > 0:
+        mask[:, 12:] = 0
+    return replace(rows, loss_mask=mask)
+
+
+def sharded(case: dict[str, Any], rank: int, workers: int, folder: Path) -> dict[str, Any]:
+    """What `STEPS` steps of the engine give; `calls` counts this process's calls of the output layer, forwards alone."""
+    training = settings(case, workers)
+    model = model_of(case, folder)
+    given: dict[str, Any] = {"dtype": torch.float32, "workers": workers, "micro": ROWS // 2, "device": torch.device("cpu")}
+    calls = []
+    if (head := model.get_output_embeddings()) is not None:
+        head.register_forward_hook(lambda *_: calls.append(None))
+    engine = DeepSpeedEngine(model, training, **given)
+    result: dict[str, Any] = {"loss": [], "norm": []}
+    for step in range(STEPS):
+        mine = rows_of(case, step, rank, workers)
+        counted = Collectives().sum([mine.counted])[0]
+        outcome = engine.train_step(mine.micros(ROWS // 2), 1.0 / counted, RATE)
+        result["loss"].append(Collectives().sum([outcome.nll])[0] / counted)
+        result["norm"].append(outcome.grad_norm)
+    result["validation"] = validation_loss(engine, rows_of(case, STEPS, 0, workers), ROWS // 2, Collectives())
+    result["weights"] = {key[7:]: value for key, value in state_of(engine).items() if key.startswith("weight/")}
+    return result | {"calls": Collectives().gather(len(calls))}
+
+
+def plain(case: dict[str, Any], workers: int, folder: Path) -> dict[str, Any]:
+    """The same steps in one process, in plain PyTorch, with all logits at once."""
+    training = settings(case, workers).model_copy(update={"activation_checkpointing": False})
+    model = model_of(case, folder)
+    loss_module = loss_of(model, training).train()
+    parameters = trainable_parameters(model)
+    optimizer = optimizer_of(parameters, training.optimizer)
+    for group in optimizer.param_groups:
+        group["lr"] = RATE
+    result: dict[str, Any] = {"loss": [], "norm": []}
+    for step in range(STEPS):
+        parts = [rows_of(case, step, rank, workers) for rank in range(workers)]
+        counted = sum(part.counted for part in parts)
+        losses = [loss_module(*micro.tensors) for part in parts for micro in part.micros(1)]
+        loss = torch.stack(losses).sum() / counted
+        optimizer.zero_grad()
+        loss.backward()
+        result["loss"].append(loss.item())
+        result["norm"].append(torch.nn.utils.clip_grad_norm_(parameters.values(), 1e9).item())
+        optimizer.step()
+    rows = rows_of(case, STEPS, 0, workers)
+    with torch.no_grad():
+        summed = sum(float(loss_module(*micro.tensors)) for micro in rows.micros(1))
+    weights = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    return result | {"validation": summed / rows.counted, "weights": weights}
+
+
+def process(rank: int, workers: int, folder: str, cases: list[dict[str, Any]]) -> None:
+    """One of `workers` processes: trains every case of `cases`; the first one saves the results as they come."""
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(workers), MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=workers)
+    sft.CHUNK_NUMBERS = CHUNK * 512
+    results = []
+    for case in cases:
+        results.append(sharded(case, rank, workers, Path(folder)))
+        if rank == 0:
+            torch.save(results, Path(folder) / "results.pt")
+    dist.barrier()
+    dist.destroy_process_group()

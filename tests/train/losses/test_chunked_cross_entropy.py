@@ -1,0 +1,181 @@
+"""One call of the output layer for any number of targets; so processes with unequal numbers stay together under ZeRO-3."""
+
+from __future__ import annotations
+
+import gc
+import os
+import time
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.multiprocessing
+
+from apprentice.train.losses import sft
+from apprentice.train.losses.sft import TargetLoss
+from tests.models.architectures import made
+from tests.train.losses import sharded_training
+from tests.train.rows import packed_rows
+
+VOCABULARY = 500
+LIMIT_S = 240  # a process that waits for another one never ends
+PLAIN: dict[str, Any] = {"objective": "sft", "method": "full", "checkpointing": False}
+CASES: list[tuple[int, dict[str, Any]]] = [
+    (2, PLAIN),
+    (2, PLAIN | {"checkpointing": True}),
+    (2, PLAIN | {"method": "lora"}),
+    (2, PLAIN | {"method": "lora", "checkpointing": True}),
+    (2, PLAIN | {"objective": "weighted"}),
+    (2, PLAIN | {"objective": "dpo"}),
+    (2, PLAIN | {"objective": "reward"}),
+    (2, PLAIN | {"objective": "grpo", "method": "lora"}),
+    (4, PLAIN),
+    (4, PLAIN | {"method": "lora", "checkpointing": True}),
+]
+NAMES = ["-".join(map(str, (workers, *case.values()))) for workers, case in CASES]
+
+
+@pytest.fixture
+def in_chunks(monkeypatch: pytest.MonkeyPatch) -> int:
+    """Makes chunks of this number of targets."""
+    monkeypatch.setattr(sft, "CHUNK_NUMBERS", 4 * VOCABULARY)
+    return 4
+
+
+def masked(targets: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Arguments of the loss with `targets` target tokens."""
+    micro = packed_rows(2).micros(2)[0]
+    assert micro.positions is not None
+    is_target = torch.zeros_like(micro.is_target)
+    for place in range(targets):
+        is_target[place % 2, 1 + place // 2] = True
+    return micro.input_ids, micro.positions, is_target
+
+
+def rows_computed(model: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Numbers of targets of each computation of logits, as they happen."""
+    head, rows = model.get_output_embeddings(), []
+    plain = head.forward
+    monkeypatch.setattr(head, "forward", lambda states: rows.append(len(states)) or plain(states))
+    return rows
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("targets", [0, 1, 4, 5, 31])
+def test_the_output_layer_is_called_once(targets: int, weighted: bool, in_chunks: int) -> None:
+    model = made("llama")
+    calls: list[int] = []
+    model.get_output_embeddings().register_forward_hook(lambda *_: calls.append(1))
+    loss = TargetLoss(model)
+    ids, positions, is_target = masked(targets)
+    for passes in (1, 2, 3):
+        loss(ids, positions, is_target.float() * 0.5 if weighted else is_target).backward()
+        assert len(calls) == passes
+
+
+@pytest.mark.parametrize(("dtype", "weighted", "times"), [("float32", False, 1), ("float32", True, 2), ("float16", False, 2)])
+def test_logits_are_computed_again_only_for_gradients_not_known_before(
+    dtype: str, weighted: bool, times: int, in_chunks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = made("llama").to(getattr(torch, dtype))
+    rows = rows_computed(model, monkeypatch)
+    ids, positions, is_target = masked(10)
+    TargetLoss(model)(ids, positions, is_target.float() if weighted else is_target).backward()
+    assert rows == [4, 4, 2] * times
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_automatic_casts_are_those_of_all_logits_at_once(weighted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids, positions, is_target = masked(31)
+    given = (ids, positions, is_target.float() * 0.5 if weighted else is_target)
+    results = []
+    for numbers in (2**26, 4 * VOCABULARY):
+        monkeypatch.setattr(sft, "CHUNK_NUMBERS", numbers)
+        model = made("llama")
+        loss = TargetLoss(model, torch.bfloat16)(*given)
+        loss.backward()
+        results.append((loss.detach(), model.get_output_embeddings().weight.grad))
+    (whole, of_whole), (chunked, of_chunked) = results
+    torch.testing.assert_close(chunked, whole, rtol=1e-6, atol=0)
+    assert (of_chunked - of_whole).norm() <= 1e-2 * of_whole.norm()  # bfloat16 has 8 bits
+
+
+def test_a_layer_with_modules_of_its_own_is_called_whole(in_chunks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = made("qwen2")
+    given = masked(31)
+    expected = TargetLoss(model)(*given)
+    inner = model.get_output_embeddings()
+    model.set_output_embeddings(torch.nn.Sequential(inner))
+    rows = rows_computed(model, monkeypatch)
+    torch.testing.assert_close(TargetLoss(model)(*given), expected, rtol=1e-6, atol=0)
+    assert rows == [31]
+
+
+@pytest.mark.parametrize("targets", [3, 31])
+def test_nothing_is_kept_after_the_backward_pass(targets: int, in_chunks: int) -> None:
+    model, kept = made("llama"), []
+    model.get_output_embeddings().register_forward_pre_hook(lambda _, given: kept.append(weakref.ref(given[0])))
+    loss = TargetLoss(model)
+    gc.disable()
+    try:
+        loss(*masked(targets)).backward()
+        assert kept[0]() is None
+    finally:
+        gc.enable()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with the base of the reward model."""
+    top = tmp_path_factory.mktemp("sharded")
+    made("llama").save_pretrained(top / "reward")
+    return top
+
+
+@pytest.fixture(scope="module")
+def results(folder: Path) -> list[dict[str, Any]]:
+    """The results of all cases; each number of processes is started once, since that takes longer than a case."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    by_number: dict[int, dict[str, Any]] = {}
+    for workers in (2, 4):
+        numbers = [number for number, (size, _) in enumerate(CASES) if size == workers]
+        for number, result in zip(numbers, trained(workers, folder, [CASES[number][1] for number in numbers]), strict=False):
+            by_number[number] = result
+    return [by_number.get(number, {}) for number in range(len(CASES))]
+
+
+def trained(workers: int, folder: Path, cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Results of `cases` in order; those that a hang left out are missing. Ends the processes after `LIMIT_S`."""
+    place = folder / str(workers)
+    place.mkdir()
+    (place / "reward").symlink_to(folder / "reward")
+    group = torch.multiprocessing.start_processes(
+        sharded_training.process, (workers, str(place), cases), nprocs=workers, join=False, start_method="spawn"
+    )
+    deadline = time.monotonic() + LIMIT_S
+    try:
+        while not group.join(timeout=max(0.0, deadline - time.monotonic())) and time.monotonic() < deadline:
+            pass
+    finally:
+        for process in group.processes:
+            if process.is_alive():
+                process.kill()
+    saved = place / "results.pt"
+    return torch.load(saved) if saved.exists() else []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(len(CASES)), ids=NAMES)
+def test_split_training_is_training_in_one_process(results: list[dict[str, Any]], folder: Path, number: int) -> None:
+    (workers, case), ours = CASES[number], results[number]
+    assert ours, f"the processes hung: no result within {LIMIT_S} s"
+    plain = sharded_training.plain(case, workers, folder)
+    assert ours["loss"] == pytest.approx(plain["loss"], rel=1e-5)
+    assert ours["norm"] == pytest.approx(plain["norm"], rel=1e-5)
+    assert ours["validation"] == pytest.approx(plain["validation"], rel=1e-5)
+    assert ours["weights"].keys() == plain["weights"].keys() != set()
+    flat, plain_flat = (torch.cat([each["weights"][name].flatten() for name in plain["weights"]]) for each in (ours, plain))
+    assert (flat - plain_flat).norm() <= 1e-5 * plain_flat.norm()
+    assert len(set(ours["calls"])) == 1
