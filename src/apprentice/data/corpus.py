@@ -10,9 +10,9 @@ from typing import Any
 
 from apprentice.data.encoding.prompt_contract import layout_of, layout_version
 from apprentice.data.encoding.prompt_format import Layout
-from apprentice.data.encoding.quality import classes_of
-from apprentice.data.index.build import contamination_in, freeze, index_beside
-from apprentice.data.index.task_index import TaskIndex, frozen_tasks
+from apprentice.data.encoding.quality import assign_classes
+from apprentice.data.index.build import contamination_in, index_scored_tasks, load_or_build_index
+from apprentice.data.index.task_index import TaskIndex, indexed_tasks
 from apprentice.data.packing import Strategy
 from apprentice.data.reference import ReferenceLogProbs
 from apprentice.data.sampling.plan import Plan
@@ -49,7 +49,7 @@ class Corpus:
     @cached_property
     def qualities(self) -> dict[str, str]:
         """Task → its class of mixed-quality data; empty where the recipe names no classes."""
-        return classes_of(named, self.tasks) if (named := self.recipe.data.qualities) else {}
+        return assign_classes(named, self.tasks) if (named := self.recipe.data.qualities) else {}
 
     @property
     def has_pairs(self) -> bool:
@@ -98,12 +98,14 @@ def make_corpus(recipe: Recipe, run: Run, *, parallel: bool = True, to_train: bo
     tasks = tuple(task.of_format(run.format) for task in tasks)
     tokenizer = Tokenizer.load(recipe.model.base)
     cache = Folder.at(recipe.storage) / "cache"
-    frozen = frozen_tasks(run.index) if not to_train else set()
+    frozen = indexed_tasks(run.index) if not to_train else set()
     inside = [task for task in tasks if not frozen or task.name in frozen]
-    indices = freeze(inside, recipe, run.index, cache, tokenizer, parallel=parallel, rules=run.format) if inside else {}
+    indices = (
+        load_or_build_index(inside, recipe, run.index, cache, tokenizer, parallel=parallel, rules=run.format) if inside else {}
+    )
     contamination = contamination_in(run.index)
     if others := [task for task in tasks if task.name not in indices]:
-        beside = index_beside(
+        beside = index_scored_tasks(
             others,
             _trained(run, cache, tokenizer, parallel=parallel),
             recipe,
@@ -128,7 +130,7 @@ def _trained(run: Run, cache: Folder, tokenizer: Tokenizer, *, parallel: bool) -
     tasks, held_out = select_tasks(recipe.data.entries, recipe.data.hold_out, Path.cwd(), find=run.tasks().find)
     tasks = tuple(task.of_format(run.format) for task in tasks)
     try:
-        indices = freeze(tasks, recipe, run.index, cache, tokenizer, parallel=parallel, rules=run.format)
+        indices = load_or_build_index(tasks, recipe, run.index, cache, tokenizer, parallel=parallel, rules=run.format)
     except DataError:
         return {}
     return {task.name: (task, indices[task.name]) for task in tasks if task.name not in held_out}

@@ -36,7 +36,7 @@ __all__ = ["Corpus", "Start", "estimate_steps", "make_corpus", "render_window", 
 
 MAX_BLOCKS = 256  # of window numbers, while windows are few: Ray takes 2 ms for each before the first window is rendered
 WINDOWS_PER_BLOCK = 32  # at most: an actor works through a block, and windows finished before their turn wait in memory
-WINDOWS_TOGETHER = 4  # in one object: each object costs Ray a twentieth of a core's second, a fifth of a window's own work
+WINDOWS_PER_OBJECT = 4  # in one object: each object costs Ray a twentieth of a core's second, a fifth of a window's own work
 _TYPES = {
     "window": pa.int64(),
     "row": pa.int32(),
@@ -83,11 +83,11 @@ def train_stream(corpus: Corpus, start: Start = Start(), windows: int | None = N
     if windows is None:
         needed = ceil(estimate["steps"] * corpus.recipe.training.global_batch / estimate["rows_per_window"])
         windows = 4 * max(1, needed - start.window) + SPARE_WINDOWS
-    together = min(WINDOWS_TOGETHER, max(1, windows // concurrency))
-    per_block = max(together, min(WINDOWS_PER_BLOCK, ceil(windows / MAX_BLOCKS)))
-    numbers = ray.data.range(windows, concurrency=1, override_num_blocks=ceil(windows / per_block))
-    # Bytes of buffered output at which an actor emits a block: `together` windows, less half of one.
-    numbers.context.target_max_block_size = ceil((together - 0.5) * estimate["rows_per_window"] * corpus.row_bytes)
+    windows_per_object = min(WINDOWS_PER_OBJECT, max(1, windows // concurrency))
+    windows_per_block = max(windows_per_object, min(WINDOWS_PER_BLOCK, ceil(windows / MAX_BLOCKS)))
+    numbers = ray.data.range(windows, concurrency=1, override_num_blocks=ceil(windows / windows_per_block))
+    # Bytes of buffered output at which an actor emits a block: `windows_per_object` windows, less half of one.
+    numbers.context.target_max_block_size = ceil((windows_per_object - 0.5) * estimate["rows_per_window"] * corpus.row_bytes)
     rows = numbers.map_batches(
         _WindowActor,
         fn_constructor_args=(ray.put(corpus), start),
@@ -95,10 +95,10 @@ def train_stream(corpus: Corpus, start: Start = Start(), windows: int | None = N
         compute=ray.data.ActorPoolStrategy(size=concurrency),
         num_cpus=1,
     )
-    return in_steps(rows, corpus.recipe)
+    return repartition_by_step(rows, corpus.recipe)
 
 
-def in_steps(rows: ray.data.Dataset, recipe: Recipe) -> ray.data.Dataset:
+def repartition_by_step(rows: ray.data.Dataset, recipe: Recipe) -> ray.data.Dataset:
     """`rows` in order, repartitioned into blocks of `global_batch / max_workers` rows."""
     from apprentice.data.backpressure import BackpressurePause
 
@@ -126,10 +126,10 @@ class _WindowActor:
         window = self._start.window + int(batch["id"][0])
         rows = self._renderer.window(window)
         first = self._start.row if window == self._start.window else 0
-        return table_of({name: column[first:] for name, column in rows.items()})
+        return arrow_table({name: column[first:] for name, column in rows.items()})
 
 
-def table_of(rows: Rows) -> pa.Table:
+def arrow_table(rows: Rows) -> pa.Table:
     """`rows` as an Arrow table: 2-D arrays become fixed-shape tensors, ragged ones lists; types are the same for zero rows."""
     return pa.table({name: _column(name, values) for name, values in rows.items()})
 

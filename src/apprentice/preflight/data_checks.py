@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from apprentice.data.encoding.quality import classes_of
+from apprentice.data.encoding.quality import assign_classes
 from apprentice.data.sources.locate import on_the_hub, resolve
 from apprentice.errors import RecipeError
 from apprentice.preflight.lookup import RecipeLookup
@@ -32,7 +32,7 @@ def check_tasks(lookup: RecipeLookup) -> str:
             " `layout: chat`."
         )
     if recipe.data.qualities is not None:
-        classes_of(recipe.data.qualities, tasks)
+        assign_classes(recipe.data.qualities, tasks)
     objective = recipe.training.objective
     without_pairs = [task.name for task in tasks if recipe.training.aim.pairs and task.name not in held_out and not task.has_pairs]
     if without_pairs:

@@ -7,7 +7,7 @@ from pathlib import Path
 from apprentice.data.corpus import packing_strategy
 from apprentice.data.encoding.prompt_contract import check_base, layout_of, layout_version
 from apprentice.data.encoding.prompt_format import Layout
-from apprentice.data.encoding.quality import layouts_of, shown_in_the_prompt
+from apprentice.data.encoding.quality import are_classes_shown, layout_of_each_class
 from apprentice.errors import ChatTemplateError, ContractError, RecipeError, ServingError
 from apprentice.preflight.auxiliary_models import check_auxiliary_models
 from apprentice.preflight.lookup import RecipeLookup
@@ -38,7 +38,9 @@ def check_model(lookup: RecipeLookup) -> str:
     more = ""
     if (qualities := recipe.data.qualities) is not None:
         classes = ", ".join(f"{name} ({quality.weight:g})" for name, quality in qualities.items())
-        more = f", classes {classes} {'' if shown_in_the_prompt(layouts_of(qualities, layout)) else 'not '}shown in the prompt"
+        more = (
+            f", classes {classes} {'' if are_classes_shown(layout_of_each_class(qualities, layout)) else 'not '}shown in the prompt"
+        )
     more += layout.turns.remarks if layout.turns is not None else ""
     return f"{line}, layout {layout.name}, an answer ends with {tokenizer.decode(layout.end_ids, skip_special=False)!r}{more}"
 

@@ -20,8 +20,8 @@ from jinja2.filters import do_indent
 from jinja2.parser import Parser
 
 from apprentice.errors import ChatTemplateError
-from apprentice.tasks.templates.budget import renew
-from apprentice.tasks.templates.sandbox import chat_environment, compiled
+from apprentice.tasks.templates.budget import start_rendering
+from apprentice.tasks.templates.sandbox import chat_environment, compile_template
 
 Message = dict[str, Any]  # `role` and `content`
 _MAX_INDENT = 16  # spaces a level
@@ -45,7 +45,7 @@ class ChatTemplate:
 
         Raises `ChatTemplateError` where the template fails over the messages.
         """
-        renew(self._source, {}, python_forms=True)
+        start_rendering(self._source, {}, python_forms=True)
         given = {"messages": list(messages), "tools": None, "documents": None, "add_generation_prompt": generate}
         try:
             return self._compiled.render(given, strftime_now=_now if now is None else now.strftime, **variables)
@@ -119,4 +119,4 @@ _ENVIRONMENT = chat_environment(
 
 @lru_cache(maxsize=64)
 def _compiled(source: str) -> jinja2.Template:
-    return compiled(_ENVIRONMENT, source)[1]
+    return compile_template(_ENVIRONMENT, source)[1]

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from apprentice.recipe.strict import Positive, Share, Strict
 
 
-class _Shared(Strict):
+class _Strategy(Strict):
     """Shares of the tasks, or of the groups of tasks, in a mixture or a group."""
 
     strategy: Literal["equal", "proportional", "temperature", "weights"] = "proportional"
@@ -32,7 +32,7 @@ class _Shared(Strict):
         return self
 
 
-class Group(_Shared):
+class Group(_Strategy):
     """A sub-mixture: tasks, or further groups, with a share of the mixture or group that it is in."""
 
     share: float = Field(gt=0.0, description="In proportion to those of the groups beside it.")
@@ -45,7 +45,7 @@ class Group(_Shared):
         return self
 
 
-class Mixture(_Shared):
+class Mixture(_Strategy):
     """The mixture: how often each task is drawn."""
 
     by: Literal["examples", "target_tokens"] = Field("examples", description="What the shares are shares of.")
@@ -147,13 +147,13 @@ class Collection(Strict):
 
     @model_validator(mode="after")
     def _one_kind(self) -> Self:
-        given = [kind for kind in COLLECTION_KEYS if getattr(self, kind) is not None]
-        if len(given) != 1:
+        kinds = [kind for kind in COLLECTION_KEYS if getattr(self, kind) is not None]
+        if len(kinds) != 1:
             raise ValueError(f"a collection has exactly one of the keys {', '.join(COLLECTION_KEYS)}")
-        allowed = COLLECTION_KEYS[given[0]]
-        written = [key for key in type(self).model_fields if getattr(self, key) is not None]  # a resolved recipe names every key
-        if strange := [key for key in written if key not in (*allowed, given[0], "cluster")]:
-            raise ValueError(f"`{strange[0]}` does not belong to `{given[0]}`, which takes {', '.join((*allowed, 'cluster'))}")
+        allowed = COLLECTION_KEYS[kinds[0]]
+        set_keys = [key for key in type(self).model_fields if getattr(self, key) is not None]  # a resolved recipe names every key
+        if strange := [key for key in set_keys if key not in (*allowed, kinds[0], "cluster")]:
+            raise ValueError(f"`{strange[0]}` does not belong to `{kinds[0]}`, which takes {', '.join((*allowed, 'cluster'))}")
         if self.preferences is not None and self.test is not None and self.splits is not None:
             raise ValueError("with `splits`, `preferences` is a dataset, which has its own test rows; leave out `test`")
         return self

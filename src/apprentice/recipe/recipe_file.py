@@ -19,7 +19,7 @@ from apprentice.storage import is_uri, refuse_credentials
 RUN = "run:"  # prefix of a model that another run trained
 _PATHS = ("storage", "data.root", "data.promptsource", "serving.adapters")
 _MODELS = ("model.base", "training.dpo.reference", "training.grpo.reward", "evaluation.judge")  # each a name, or a path
-_HERE, _TASK_FILES = (".", "/", "~"), (".yaml", ".yml")  # how paths of models begin, and those of task files end
+_PATH_STARTS, _TASK_FILES = (".", "/", "~"), (".yaml", ".yml")  # how paths of models begin, and those of task files end
 SHIPPED = Path(__file__).resolve().parents[1] / "recipes"
 
 
@@ -41,7 +41,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Paths in the file are relative to it. Paths in overrides, and the default storage, are relative to the current directory.
     Raises `RecipeError` with file, line, key, reason and the nearest known key.
     """
-    return _with_absolute_paths(parse_recipe(path, [*map(_from_here, overrides)]), Path(path).absolute().parent)
+    return _with_absolute_paths(parse_recipe(path, [*map(_resolve_override_paths, overrides)]), Path(path).absolute().parent)
 
 
 def parse_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -74,7 +74,7 @@ def dump_recipe(recipe: Recipe) -> str:
 
 
 def _apply(content: dict[str, Any], override: str) -> None:
-    keys, value = _said(override)
+    keys, value = _parse_override(override)
     *parents, last = keys.split(".")
     place = content
     for parent in parents:
@@ -84,7 +84,7 @@ def _apply(content: dict[str, Any], override: str) -> None:
     place[last] = value
 
 
-def _said(override: str) -> tuple[str, Any]:
+def _parse_override(override: str) -> tuple[str, Any]:
     """(key, parsed value) of `key.path=value`. Raises `RecipeError`."""
     key, equals, value = override.partition("=")
     if not equals:
@@ -95,29 +95,29 @@ def _said(override: str) -> tuple[str, Any]:
         raise RecipeError(f"{override!r}: the value is not YAML: {' '.join(str(error).split())}") from error
 
 
-def _from_here(override: str) -> str:
+def _resolve_override_paths(override: str) -> str:
     """The override with the paths in it made absolute, relative to the current directory."""
-    key, value = _said(override)
+    key, value = _parse_override(override)
 
     def absolute(path: str) -> str:
         return path if is_uri(path) else str(Path(path).expanduser().absolute())
 
-    def from_here(key: str, said: Any) -> Any:
-        if key == "data.tasks" and isinstance(said, list):
-            return [_located(entry, absolute) for entry in said]
-        if isinstance(said, dict):
-            return {name: from_here(f"{key}.{name}", inner) for name, inner in said.items()}
-        if key == "serving.beside" and isinstance(said, list):
-            return [_located_model(entry, absolute) for entry in said]
+    def from_here(key: str, content: Any) -> Any:
+        if key == "data.tasks" and isinstance(content, list):
+            return [_locate_entry(entry, absolute) for entry in content]
+        if isinstance(content, dict):
+            return {name: from_here(f"{key}.{name}", inner) for name, inner in content.items()}
+        if key == "serving.beside" and isinstance(content, list):
+            return [_locate_model(entry, absolute) for entry in content]
         if key in _MODELS:
-            return _located_model(said, absolute)
-        return absolute(said) if key in _PATHS and isinstance(said, str) else said
+            return _locate_model(content, absolute)
+        return absolute(content) if key in _PATHS and isinstance(content, str) else content
 
-    there = from_here(key, value)
-    return override if there == value else f"{key}={json.dumps(there)}"
+    resolved = from_here(key, value)
+    return override if resolved == value else f"{key}={json.dumps(resolved)}"
 
 
-def _located(entry: Any, absolute: Callable[[str], str]) -> Any:
+def _locate_entry(entry: Any, absolute: Callable[[str], str]) -> Any:
     """An entry of `data.tasks` (a name, the path of a task file, or a collection as a mapping) with its paths made absolute."""
     if isinstance(entry, str):
         return absolute(entry) if entry.endswith(_TASK_FILES) else entry
@@ -125,16 +125,16 @@ def _located(entry: Any, absolute: Callable[[str], str]) -> Any:
         return entry
     paths = {key: path for key in (*COLLECTION_KEYS, "test", "official_splits") if isinstance(path := entry.get(key), str)}
     named = paths.get("promptsource", ".")
-    if not named.startswith(_HERE) and not named.endswith(_TASK_FILES):
+    if not named.startswith(_PATH_STARTS) and not named.endswith(_TASK_FILES):
         return entry  # a name, not a path
     if "preferences" in paths and entry.get("splits") is not None:
         return entry  # the name of a dataset
     return entry | {key: absolute(path) for key, path in paths.items()}
 
 
-def _located_model(name: Any, absolute: Callable[[str], str]) -> Any:
+def _locate_model(name: Any, absolute: Callable[[str], str]) -> Any:
     """A model's name, made absolute if it is a path; hub ids, runs and packaged models are unchanged."""
-    return absolute(name) if isinstance(name, str) and name.startswith(_HERE) else name
+    return absolute(name) if isinstance(name, str) and name.startswith(_PATH_STARTS) else name
 
 
 def _with_absolute_paths(recipe: Recipe, folder: Path) -> Recipe:
@@ -144,8 +144,8 @@ def _with_absolute_paths(recipe: Recipe, folder: Path) -> Recipe:
 
     def located(entry: str | Collection) -> str | Collection:
         if isinstance(entry, str):
-            return str(_located(entry, absolute))
-        return entry.model_copy(update=_located(entry.model_dump(), absolute))
+            return str(_locate_entry(entry, absolute))
+        return entry.model_copy(update=_locate_entry(entry.model_dump(), absolute))
 
     roots = {key: path and absolute(path) for key, path in (("root", recipe.data.root), ("promptsource", recipe.data.promptsource))}
     data = recipe.data.model_copy(update={"tasks": tuple(map(located, recipe.data.tasks)), **roots})
@@ -156,7 +156,7 @@ def _with_absolute_paths(recipe: Recipe, folder: Path) -> Recipe:
         if base.startswith(RUN):
             named = base.removeprefix(RUN)
             return f"{RUN}{named if is_uri(named) or Path(named).is_absolute() else f'{storage}/{named}'}"
-        return str(_located_model(base, absolute))
+        return str(_locate_model(base, absolute))
 
     model = recipe.model.model_copy(update={"base": located_base(recipe.model.base)})
     changed: dict[str, Any] = {"storage": storage, "data": data, "model": model}
@@ -168,7 +168,7 @@ def _with_absolute_paths(recipe: Recipe, folder: Path) -> Recipe:
         changed["training"] = recipe.training.model_copy(update={"grpo": grpo})
     if recipe.serving.adapters or recipe.serving.beside:
         adapters, beside = recipe.serving.adapters, recipe.serving.beside
-        places = {"adapters": adapters and absolute(adapters), "beside": tuple(_located_model(one, absolute) for one in beside)}
+        places = {"adapters": adapters and absolute(adapters), "beside": tuple(_locate_model(one, absolute) for one in beside)}
         changed["serving"] = recipe.serving.model_copy(update=places)
     if judge := recipe.evaluation.judge:
         changed["evaluation"] = recipe.evaluation.model_copy(update={"judge": located_base(judge)})
@@ -185,8 +185,9 @@ def _sentence(error: ValidationError, file: Path, text: str, overrides: Sequence
     first = max(same, key=lambda other: (other["type"] == "value_error", len(other["loc"])))
     keys = _keys_of(first["loc"])
     dotted = ".".join(str(key) for key in keys)
-    said = [override for override in overrides if f"{dotted}.".startswith(f"{_said(override)[0]}.")]  # the last one applies
-    place = f"override {said[-1]!r}" if said else f"{file}:{_line(yaml.compose(text), keys)}"
+    # The last override of a key applies.
+    matching = [override for override in overrides if f"{dotted}.".startswith(f"{_parse_override(override)[0]}.")]
+    place = f"override {matching[-1]!r}" if matching else f"{file}:{_line(yaml.compose(text), keys)}"
     where = f"{place}: {dotted + ': ' if dotted else ''}"
     if first["type"] == "extra_forbidden":
         known = _fields_at(keys[:-1])

@@ -32,13 +32,13 @@ def exposures(tasks: Sequence[Task], kept_out: Collection[str], trained_clusters
 
 def exposure_in(about: Mapping[str, Any]) -> dict[str, Any]:
     """The exposure recorded in a table of predictions for one task; tables before version 2 know only held out and trained on."""
-    found = about.get("exposure") or ("held_out" if about["held_out"] else "trained_on")
-    return {"exposure": found, "held_out": found == "held_out"}
+    exposure = about.get("exposure") or ("held_out" if about["held_out"] else "trained_on")
+    return {"exposure": exposure, "held_out": exposure == "held_out"}
 
 
-def most_seen(found: Collection[Exposure]) -> Exposure:
+def most_seen(exposures: Collection[Exposure]) -> Exposure:
     """The exposure of a task for several runs together: the greatest of theirs."""
-    return max(found, key=EXPOSURES.index)
+    return max(exposures, key=EXPOSURES.index)
 
 
 def count_exposures(tasks: Sequence[Task], kept_out: Collection[str]) -> str:

@@ -26,7 +26,7 @@ Find = Callable[[Entry, Path], list[Task]]  # looks up an entry; paths are relat
 LIBRARY = Path(__file__).parent / "library"
 BUILTIN = LIBRARY / "quickstart"
 # Key of an entry that names files of another format → the importer of that format.
-COLLECTIONS: dict[str, Callable[[Mapping[str, Any]], list[Task]]] = {
+IMPORTERS: dict[str, Callable[[Mapping[str, Any]], list[Task]]] = {
     "promptsource": promptsource_tasks,
     "natural_instructions": instruction_tasks,
     "conversations": conversation_tasks,
@@ -86,8 +86,8 @@ def find_tasks(entry: Entry, folder: Path) -> list[Task]:
     another format, such as `{promptsource: …}`. Raises `TaskError` if there are none.
     """
     if isinstance(entry, Mapping):
-        kind = next(kind for kind in COLLECTIONS if entry.get(kind) is not None)
-        return COLLECTIONS[kind](entry)
+        kind = next(kind for kind in IMPORTERS if entry.get(kind) is not None)
+        return IMPORTERS[kind](entry)
     name = entry
     if name.endswith((".yaml", ".yml")):
         paths = sorted(folder.glob(name)) if not Path(name).is_absolute() else [Path(name)]

@@ -17,7 +17,7 @@ from apprentice.tasks.importers.preferences import PreferenceTemplate
 from apprentice.tasks.importers.prompt_only import PromptOnlyTemplate
 from apprentice.tasks.importers.promptsource import PromptSourceTemplate
 from apprentice.tasks.importers.records import KINDS, RecordTemplate
-from apprentice.tasks.registry import COLLECTIONS, Entry, Find, find_tasks
+from apprentice.tasks.registry import IMPORTERS, Entry, Find, find_tasks
 from apprentice.tasks.schema import Task, Template
 
 # Key of an entry that names files of another format → the class of its templates.
@@ -83,6 +83,6 @@ def _key(entry: Entry) -> str:
 
 
 def _task(entry: Entry, content: Mapping[str, Any]) -> Task:
-    kind = next((kind for kind in COLLECTIONS if isinstance(entry, Mapping) and entry.get(kind) is not None), "")
+    kind = next((kind for kind in IMPORTERS if isinstance(entry, Mapping) and entry.get(kind) is not None), "")
     template = _TEMPLATES.get(kind, Template)
     return Task.model_validate({**content, "templates": [template.model_validate(one) for one in content["templates"]]})

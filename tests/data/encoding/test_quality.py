@@ -11,7 +11,7 @@ import pytest
 
 from apprentice.data.corpus import Corpus
 from apprentice.data.encoding.prompt_contract import layout_of, layout_under, make_contract
-from apprentice.data.encoding.quality import classes_of, layouts_of, shown_in_the_prompt
+from apprentice.data.encoding.quality import are_classes_shown, assign_classes, layout_of_each_class
 from apprentice.data.stream import make_corpus, render_window
 from apprentice.errors import ContractError, RecipeError
 from apprentice.preflight import check
@@ -40,7 +40,7 @@ def corpus_of(recipe: Recipe, folder: Path) -> Corpus:
 def test_the_published_text_of_both_classes(tiny_model, tmp_path):
     recipe = recipe_of(tmp_path, tiny_model)
     layout = layout_of(recipe, Tokenizer(tiny_model))
-    layouts = layouts_of(recipe.data.qualities, layout)
+    layouts = layout_of_each_class(recipe.data.qualities, layout)
     end = layout.tokenizer.end_text
     turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}, {"role": "user", "content": "Who?"}]
     bos = layout.prompt("Hello").partition("GPT4")[0]
@@ -49,7 +49,7 @@ def test_the_published_text_of_both_classes(tiny_model, tmp_path):
     )
     assert layout.prompt("Hello") == layouts["GPT4"].prompt("Hello") == f"{bos}GPT4 User: Hello{end}GPT4 Assistant:"
     assert layout.end_ids == layouts["GPT3"].end_ids == (layout.tokenizer.end_id,)
-    assert shown_in_the_prompt(layouts)
+    assert are_classes_shown(layouts)
 
 
 def test_every_example_shows_its_class_and_counts_what_that_says(tiny_model, tmp_path):
@@ -97,9 +97,9 @@ def test_a_name_that_is_no_task_and_a_task_in_two_classes_are_refused(tmp_path):
     with pytest.raises(
         RecipeError, match=r"data.qualities.best: 'word_problem' is neither a task .* Did you mean 'word_problems'\?"
     ):
-        classes_of({"best": Quality(tasks=("word_problem",))}, tasks)
+        assign_classes({"best": Quality(tasks=("word_problem",))}, tasks)
     with pytest.raises(RecipeError, match="'same_meaning' is in both 'a' and 'b'; leave it in one of them"):
-        classes_of({"a": Quality(tasks=("same_meaning",)), "b": Quality(tasks=("paraphrase",))}, tasks)
+        assign_classes({"a": Quality(tasks=("same_meaning",)), "b": Quality(tasks=("paraphrase",))}, tasks)
 
 
 def test_what_does_not_fit_is_refused_by_check(tiny_model, tmp_path):

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from apprentice.data.index import build as index_module
-from apprentice.data.index.build import freeze, is_held_out
+from apprentice.data.index.build import is_held_out, load_or_build_index
 from apprentice.data.index.task_index import TaskIndex
 from apprentice.errors import DataError
 from apprentice.pretrained.tokenizer import Tokenizer
@@ -50,11 +50,11 @@ class Site:
         (self.root / task).mkdir(parents=True, exist_ok=True)
         pq.write_table(pa.Table.from_pylist(rows), self.root / task / f"{split}.parquet", row_group_size=100)
 
-    def freeze(self, *tasks: Task, parallel: bool = False, **data: Any) -> dict[str, TaskIndex]:
+    def load_or_build_index(self, *tasks: Task, parallel: bool = False, **data: Any) -> dict[str, TaskIndex]:
         values = {"root": str(self.root), "tasks": [task.name for task in tasks], "layout": "plain"} | data
         content = {"name": "run", "model": {"base": "tiny"}, "data": values, "training": {"steps": 1}}
         recipe = Recipe.model_validate(content)
-        return freeze(tasks, recipe, self.folder, self.cache, self.tokenizer, parallel=parallel)
+        return load_or_build_index(tasks, recipe, self.folder, self.cache, self.tokenizer, parallel=parallel)
 
 
 @pytest.fixture
@@ -75,7 +75,7 @@ def arrays(index: TaskIndex) -> list[list[int]]:
 
 
 def test_rows_are_kept_held_back_or_rejected(site: Site) -> None:
-    index = site.freeze(make_task(), max_bad_rows=0.01, validation=0.1)["mood"]
+    index = site.load_or_build_index(make_task(), max_bad_rows=0.01, validation=0.1)["mood"]
     train, validation, test = arrays(index)
     assert test == list(range(50))
     assert sorted(train + validation) == [number for number in range(1000) if number not in (4, 6, 8)]
@@ -94,7 +94,7 @@ def test_rows_are_kept_held_back_or_rejected(site: Site) -> None:
 
 def test_mean_lengths(site: Site) -> None:
     site.write([{"text": "a", "label": 0}, {"text": "a", "label": 1}] * 50)
-    index = site.freeze(make_task(), validation=0.0)["mood"]
+    index = site.load_or_build_index(make_task(), validation=0.0)["mood"]
     ids = [len(site.tokenizer.encode(text)) for text in ("Good or bad?\n\na\n", "bad", "good")]
     target = (ids[1] + ids[2]) / 2 + 1  # and the end token
     start = len(site.tokenizer.start_ids)
@@ -103,16 +103,18 @@ def test_mean_lengths(site: Site) -> None:
 
 
 def test_held_out_tasks_keep_their_training_rows_for_exemplars(site: Site) -> None:
-    index = site.freeze(make_task(), max_bad_rows=0.01, hold_out=["sentiment"])["mood"]
+    index = site.load_or_build_index(make_task(), max_bad_rows=0.01, hold_out=["sentiment"])["mood"]
     assert len(index.train) == 997
     assert len(index.validation) == 0
 
 
 def test_a_task_may_have_one_split(site: Site) -> None:
-    index = site.freeze(make_task(sources=[{"dataset": "mood", "splits": {"test": "test"}}]))["mood"]
+    index = site.load_or_build_index(make_task(sources=[{"dataset": "mood", "splits": {"test": "test"}}]))["mood"]
     assert index.train_source is None
     assert (len(index.train), len(index.validation), len(index.test), index.mean_tokens) == (0, 0, 50, 0.0)
-    assert site.freeze(make_task(sources=[{"dataset": "mood", "splits": {"test": "test"}}]))["mood"].train_source is None
+    assert (
+        site.load_or_build_index(make_task(sources=[{"dataset": "mood", "splits": {"test": "test"}}]))["mood"].train_source is None
+    )
 
 
 def test_a_row_is_usable_if_one_template_renders_it(site: Site) -> None:
@@ -121,26 +123,26 @@ def test_a_row_is_usable_if_one_template_renders_it(site: Site) -> None:
         {"name": "write", "instruction": "Write.", "output": "{{ text }}", "inverted": True},
         {"name": "ask", "instruction": "Good or bad?", "input": "{{ text }}"},
     ]
-    assert site.freeze(make_task(templates=templates), validation=0.0)["mood"].train.tolist() == [0, 1]
+    assert site.load_or_build_index(make_task(templates=templates), validation=0.0)["mood"].train.tolist() == [0, 1]
 
 
 @pytest.mark.parametrize("chunk", [7, 333, 5000])
 def test_chunks_do_not_matter(site: Site, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
-    whole = site.freeze(make_task(), max_bad_rows=0.01)["mood"]
+    whole = site.load_or_build_index(make_task(), max_bad_rows=0.01)["mood"]
     shutil.rmtree(site.folder.local)
     monkeypatch.setattr(index_module, "CHUNK_ROWS", chunk)
-    assert arrays(site.freeze(make_task(), max_bad_rows=0.01)["mood"]) == arrays(whole)
+    assert arrays(site.load_or_build_index(make_task(), max_bad_rows=0.01)["mood"]) == arrays(whole)
 
 
 def test_what_was_written_is_read_as_it_was(site: Site) -> None:
-    frozen, loaded = (site.freeze(make_task(), max_bad_rows=0.01)["mood"] for _ in range(2))
+    frozen, loaded = (site.load_or_build_index(make_task(), max_bad_rows=0.01)["mood"] for _ in range(2))
     assert loaded is not frozen
     assert arrays(loaded) == arrays(frozen)
     assert loaded.train.dtype == np.int64
     rest = [{name: value for name, value in vars(index).items() if not isinstance(value, np.ndarray)} for index in (frozen, loaded)]
     assert rest[0] == rest[1]
     with pytest.raises(DataError, match=r"other\.npz does not exist: the run has no index of task 'other'"):
-        site.freeze(make_task("other"))
+        site.load_or_build_index(make_task("other"))
 
 
 def test_an_interrupted_index_is_made_again_as_a_whole(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,71 +162,71 @@ def test_an_interrupted_index_is_made_again_as_a_whole(site: Site, monkeypatch: 
     with monkeypatch.context() as patched:
         patched.setattr(Folder, "write_bytes", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            site.freeze(*tasks, **settings)
+            site.load_or_build_index(*tasks, **settings)
     assert (site.folder / "other.npz").exists()
-    index = site.freeze(*tasks, **settings)["mood"]
+    index = site.load_or_build_index(*tasks, **settings)["mood"]
     assert (index.train.tolist(), index.filtered) == ([3], {"in_a_test_row": 3})
     report = (site.folder / "contamination.json").read_json()
     assert report["tasks"]["other"] == {"test_rows": 1, "shared": 1, "share": 1.0, "training_rows_dropped": {"mood": 3}}
 
 
 def test_an_index_of_an_earlier_version_has_no_file_that_says_it_is_whole(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = site.freeze(make_task(), max_bad_rows=0.01)["mood"]
+    first = site.load_or_build_index(make_task(), max_bad_rows=0.01)["mood"]
     (site.folder / "index.json").delete()
     monkeypatch.delattr(index_module, "_scan")
-    assert arrays(site.freeze(make_task())["mood"]) == arrays(first)
+    assert arrays(site.load_or_build_index(make_task())["mood"]) == arrays(first)
 
 
 def test_what_is_frozen_is_used_again(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = site.freeze(make_task(), max_bad_rows=0.01)["mood"]
+    first = site.load_or_build_index(make_task(), max_bad_rows=0.01)["mood"]
     elsewhere = site.root.parent / "moved"
     site.root.rename(elsewhere)
     site.root = elsewhere
     monkeypatch.delattr(index_module, "_scan")
-    again = site.freeze(make_task(), max_bad_rows=0.01)["mood"]
+    again = site.load_or_build_index(make_task(), max_bad_rows=0.01)["mood"]
     assert arrays(again) == arrays(first)
     assert again.train_source is not None
     assert again.train_source.files == (str(elsewhere / "mood" / "train.parquet"),)
 
 
 def test_changed_sources_and_tasks_are_refused(site: Site) -> None:
-    site.freeze(make_task(), max_bad_rows=0.01)
+    site.load_or_build_index(make_task(), max_bad_rows=0.01)
     with pytest.raises(DataError, match="'mood': its templates or answers have changed"):
-        site.freeze(make_task(choices=["awful", "good"]))
+        site.load_or_build_index(make_task(choices=["awful", "good"]))
     site.write([{"text": "new", "label": 0}], split="test")
     with pytest.raises(
         DataError, match=r"'mood': the test rows \(.*/mood/test.parquet\) have changed .* start over with --restart"
     ):
-        site.freeze(make_task())
+        site.load_or_build_index(make_task())
 
 
 def test_the_same_rows_under_another_column_are_refused(site: Site) -> None:
     for split in ("train", "test"):
         site.write([{"text": f"text {number}", "other": "else", "label": 0} for number in range(20)], split=split)
-    site.freeze(make_task())
+    site.load_or_build_index(make_task())
     with pytest.raises(DataError, match=r"'mood': the train columns \(.*\) have changed"):
-        site.freeze(make_task(sources=[{"dataset": "mood", "columns": {"text": "other"}}]))
+        site.load_or_build_index(make_task(sources=[{"dataset": "mood", "columns": {"text": "other"}}]))
 
 
 def test_converted_rows_outlive_the_file_they_came_from(site: Site) -> None:
     file = site.root / "rows.jsonl"
     file.write_text("".join(json.dumps({"text": f"text {number}", "label": 0}) + "\n" for number in range(20)))
     task = make_task(sources=[{"files": {"train": str(file)}}])
-    first = site.freeze(task)["mood"]
+    first = site.load_or_build_index(task)["mood"]
     file.unlink()
-    again = site.freeze(task)["mood"]
+    again = site.load_or_build_index(task)["mood"]
     assert arrays(again) == arrays(first)
     assert again.train_source == first.train_source
     shutil.rmtree(site.cache.local)
     with pytest.raises(DataError, match=r"rows\.jsonl does not exist; correct data\.root or the paths in the task's file"):
-        site.freeze(task)
+        site.load_or_build_index(task)
 
 
 def test_too_many_bad_rows_stop_the_run_before_anything_is_written(site: Site) -> None:
     site.write([{"text": "x", "label": 0}] * 10, task="fine")
     site.write([{"text": "x", "label": 0}] * 10, task="fine", split="test")
     with pytest.raises(DataError) as error:
-        site.freeze(make_task("fine"), make_task(), max_bad_rows=0.002)
+        site.load_or_build_index(make_task("fine"), make_task(), max_bad_rows=0.002)
     assert "task 'mood': 3 of 1050 rows are unusable, more than data.max_bad_rows = 0.002 allows" in str(error.value)
     assert "train row 4: task 'mood': field 'text' is null.; train row 6:" in str(error.value)
     assert not site.folder.exists()
@@ -238,9 +240,9 @@ def test_held_out_by_task_or_cluster() -> None:
 
 def test_ray_gives_the_same_index(site: Site, ray_cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(index_module, "CHUNK_ROWS", 300)
-    here = site.freeze(make_task(), max_bad_rows=0.01)["mood"]
+    here = site.load_or_build_index(make_task(), max_bad_rows=0.01)["mood"]
     shutil.rmtree(site.folder.local)
-    assert arrays(site.freeze(make_task(), max_bad_rows=0.01, parallel=True)["mood"]) == arrays(here)
+    assert arrays(site.load_or_build_index(make_task(), max_bad_rows=0.01, parallel=True)["mood"]) == arrays(here)
 
 
 def test_an_error_in_a_ray_worker_is_still_one_sentence(site: Site, ray_cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -255,7 +257,7 @@ def test_an_error_in_a_ray_worker_is_still_one_sentence(site: Site, ray_cluster:
 
     monkeypatch.setattr(index_module, "resolve", resolve_and_lose)
     with pytest.raises(DataError, match=f"^{file} does not exist any more; put it back.$"):
-        site.freeze(make_task(), parallel=True)
+        site.load_or_build_index(make_task(), parallel=True)
 
 
 def test_rows_of_snli_without_a_verdict_are_left_out_and_are_no_bad_rows(site: Site) -> None:
@@ -263,7 +265,7 @@ def test_rows_of_snli_without_a_verdict_are_left_out_and_are_no_bad_rows(site: S
     rows = [{"premise": f"A cat {n} sleeps.", "hypothesis": "It rests.", "label": n % 4 - 1} for n in range(400)]
     site.write(rows, "snli")
     site.write(rows[:40], "snli", "test")
-    index = site.freeze(task, validation=0.0)["snli"]  # a quarter would be far more bad rows than max_bad_rows allows
+    index = site.load_or_build_index(task, validation=0.0)["snli"]  # a quarter would be far more bad rows than max_bad_rows allows
     assert len(index.train) == 300
     assert {rows[row]["label"] for row in index.train} == {0, 1, 2}
     assert len(index.test) == 30

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from apprentice.data.corpus import Corpus, make_corpus
-from apprentice.data.index.row_filters import STRETCH_ROWS, limit_rows
+from apprentice.data.index.row_filters import RUN_ROWS, limit_rows
 from apprentice.recipe import Recipe
 from apprentice.run.folder import Run, open_run
 from apprentice.storage import Folder
@@ -144,7 +144,7 @@ def test_at_most_so_many_rows_in_whole_stretches() -> None:
     kept = limit_rows(rows, 3000, 7)
     assert len(kept) == 3000
     assert set(kept.tolist()) <= set(rows.tolist())
-    assert (np.diff(kept) > 3).sum() <= 3000 // STRETCH_ROWS + 1  # few places to read from
+    assert (np.diff(kept) > 3).sum() <= 3000 // RUN_ROWS + 1  # few places to read from
     assert kept.tolist() == limit_rows(rows, 3000, 7).tolist() != limit_rows(rows, 3000, 8).tolist()
     assert limit_rows(rows, 100_000, 7) is limit_rows(rows, None, 7) is rows
     assert len(limit_rows(rows[:513], 512, 3)) == 512

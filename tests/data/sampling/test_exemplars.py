@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from apprentice.data.sampling.exemplars import POOL_STRETCHES, STRETCH_ROWS, ExemplarPool, exemplar_rows
+from apprentice.data.sampling.exemplars import POOL_RUNS, RUN_ROWS, ExemplarPool, exemplar_rows
 
 
 @settings(deadline=None)
@@ -42,6 +42,6 @@ def test_all_rows_of_a_small_task_are_used_about_equally() -> None:
 
 def test_a_large_task_has_a_small_pool() -> None:
     pool = ExemplarPool(3, "c4", np.arange(0, 2_000_000, 2))
-    assert len(pool) == len(set(pool.rows.tolist())) == POOL_STRETCHES * STRETCH_ROWS
-    assert len(set((pool.rows // 10_000).tolist())) <= 2 * POOL_STRETCHES
+    assert len(pool) == len(set(pool.rows.tolist())) == POOL_RUNS * RUN_ROWS
+    assert len(set((pool.rows // 10_000).tolist())) <= 2 * POOL_RUNS
     assert np.ptp(pool.rows) > 200_000  # not one stretch

@@ -25,9 +25,9 @@ def largest_error(rotation: WeightedInterleave, position: int) -> Fraction:
 
 
 def test_the_order_of_small_weights() -> None:
-    assert WeightedInterleave([1]).turns(np.arange(3))[0].tolist() == [0, 0, 0]
-    assert WeightedInterleave([1, 1]).turns(np.arange(4))[0].tolist() == [0, 1, 0, 1]
-    leaves, counts = WeightedInterleave([1, 3]).turns(np.arange(8))
+    assert WeightedInterleave([1]).assign(np.arange(3))[0].tolist() == [0, 0, 0]
+    assert WeightedInterleave([1, 1]).assign(np.arange(4))[0].tolist() == [0, 1, 0, 1]
+    leaves, counts = WeightedInterleave([1, 3]).assign(np.arange(8))
     assert leaves.tolist() == [1, 0, 1, 1, 1, 0, 1, 1]
     assert counts.tolist() == [0, 0, 1, 2, 3, 1, 4, 5]
 
@@ -36,7 +36,7 @@ def test_the_order_of_small_weights() -> None:
 @given(weights=WEIGHTS, start=st.integers(0, 10**12), stop=st.integers(1, 300))
 def test_counts_are_what_counting_gives(weights: list[int], start: int, stop: int) -> None:
     rotation = WeightedInterleave(weights)
-    leaves, counts = rotation.turns(np.arange(start, start + stop))
+    leaves, counts = rotation.assign(np.arange(start, start + stop))
     seen = [rotation.count(leaf, start) for leaf in range(len(weights))]
     for leaf, count in zip(leaves.tolist(), counts.tolist(), strict=True):
         assert count == seen[leaf]
@@ -72,7 +72,7 @@ def test_a_rotation_is_small_and_stays_itself_when_pickled() -> None:
     rotation = WeightedInterleave(range(1, 1001))
     again = pickle.loads(pickle.dumps(rotation))
     assert len(pickle.dumps(rotation)) < 5_000
-    assert again.turns(np.arange(500))[0].tolist() == rotation.turns(np.arange(500))[0].tolist()
+    assert again.assign(np.arange(500))[0].tolist() == rotation.assign(np.arange(500))[0].tolist()
 
 
 @pytest.mark.parametrize("weights", [[], [0, 1], [MAX_TOTAL, 1]])

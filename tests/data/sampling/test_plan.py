@@ -89,14 +89,14 @@ def test_counts_and_passes_are_closed_form(start: int) -> None:
 
 def test_each_row_comes_once_per_pass() -> None:
     plan = make_plan(SIZES)
-    drawn: dict[tuple[str, int], list[int]] = {}
+    draw_rows: dict[tuple[str, int], list[int]] = {}
     for draw in plan.draws(0, 12_000):
-        drawn.setdefault((draw.task, draw.pass_), []).append(draw.row)
-    complete = [(task, pass_) for task, pass_ in drawn if (task, pass_ + 1) in drawn]
+        draw_rows.setdefault((draw.task, draw.pass_), []).append(draw.row)
+    complete = [(task, pass_) for task, pass_ in draw_rows if (task, pass_ + 1) in draw_rows]
     assert len(complete) >= 6
     for task, pass_ in complete:
-        assert sorted(drawn[task, pass_]) == [row for row in range(SIZES[task]) if row % 10 != 9]
-    assert drawn["large", 0] != drawn["large", 1]
+        assert sorted(draw_rows[task, pass_]) == [row for row in range(SIZES[task]) if row % 10 != 9]
+    assert draw_rows["large", 0] != draw_rows["large", 1]
 
 
 def test_formats_templates_and_shots_are_as_asked() -> None:

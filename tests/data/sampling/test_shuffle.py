@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from apprentice.data.sampling.permutation import Numbers
-from apprentice.data.sampling.shuffle import SHELF_GROUPS, RowOrder, drawn
+from apprentice.data.sampling.shuffle import BUFFER_GROUPS, RowOrder, draw_rows
 
 
 def rows(order: RowOrder, start: int, stop: int) -> Numbers:
-    found, passes = drawn([order], np.zeros(stop - start, dtype=np.int64), np.arange(start, stop))
+    found, passes = draw_rows([order], np.zeros(stop - start, dtype=np.int64), np.arange(start, stop))
     assert passes.tolist() == [count // len(order) for count in range(start, stop)]
     return found
 
@@ -57,7 +57,7 @@ def test_a_stretch_of_the_order_reads_few_row_groups() -> None:
     order = make([1000] * 500)
     for start in (0, 7_500, 123_456, 10**9):
         groups = set((rows(order, start, start + 1000) // 1000).tolist())
-        assert 2 <= len(groups) <= 2 * SHELF_GROUPS
+        assert 2 <= len(groups) <= 2 * BUFFER_GROUPS
 
 
 def test_a_pickled_order_is_the_same() -> None:
@@ -70,7 +70,7 @@ def test_several_orders_at_once_are_each_what_they_are_alone() -> None:
     orders = [make([50] * 20, 0.5, seed=1), make([7], seed=2), make([9] * 9, seed=3)]
     which = np.array([0, 1, 2, 2, 1, 0, 0, 1] * 50)
     counts = np.concatenate([np.cumsum(which == number)[:, None] for number in range(3)], axis=1)[np.arange(len(which)), which] - 1
-    found, _ = drawn(orders, which, counts)
+    found, _ = draw_rows(orders, which, counts)
     for number, order in enumerate(orders):
         mine = which == number
         assert found[mine].tolist() == rows(order, 0, int(mine.sum())).tolist()

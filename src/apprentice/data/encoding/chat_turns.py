@@ -89,5 +89,5 @@ def _common_start(one: str, other: str) -> str:
 
 def _up_to_control(text: str, control: re.Pattern[str], *, last: bool = False) -> str:
     """The start of `text` up to its first (or last) control token; empty where it has none."""
-    ends = [found.end() for found in control.finditer(text)]
+    ends = [match.end() for match in control.finditer(text)]
     return text[: ends[-1 if last else 0]] if ends else ""

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from apprentice.data.corpus import Corpus
 from apprentice.data.encoding.prompt_format import Exemplar, Layout
-from apprentice.data.encoding.quality import layouts_of
-from apprentice.data.encoding.tokenize import Tokenized, drop_reason, encode, encode_pairs, encode_questions
+from apprentice.data.encoding.quality import layout_of_each_class
+from apprentice.data.encoding.tokenize import Tokenized, drop_reason, encode, encode_pairs, encode_prompts
 from apprentice.tasks.schema import Example
 
 
@@ -19,7 +19,7 @@ class ExampleEncoder:
         self._sizes = (corpus.recipe.data.max_length, corpus.target_length)
         self._class_of = corpus.qualities
         qualities = corpus.recipe.data.qualities
-        self._layout_of_class: dict[str, Layout] = layouts_of(qualities, corpus.layout) if qualities else {}
+        self._layout_of_class: dict[str, Layout] = layout_of_each_class(qualities, corpus.layout) if qualities else {}
 
     def encode(self, items: Sequence[tuple[Example, Sequence[Exemplar]]]) -> list[Tokenized | None]:
         """Token ids of every (example, exemplars); None for an example that is dropped (see `drop_reason`).
@@ -29,7 +29,7 @@ class ExampleEncoder:
         data, training = self._recipe.data, self._recipe.training
         if training.aim.rounds:
             room = data.max_length - training.grpo.max_new_tokens
-            return encode_questions(self._layout, [example for example, _ in items], room)
+            return encode_prompts(self._layout, [example for example, _ in items], room)
         if training.aim.pairs:
             return encode_pairs(self._layout, [example for example, _ in items], data.max_length)
         if not self._class_of:

@@ -33,8 +33,8 @@ class Renderer:
 
     def example(self, task: str, split: Split, row: int, template: str) -> Example:
         """One row rendered by one template. Raises `RowError` if it cannot be rendered, `DataError` if it cannot be read."""
-        found = self._rows(task, split, [row])[row]
-        return self._tasks[task].render(found, self._tasks[task].template_by_name[template])
+        fields = self._rows(task, split, [row])[row]
+        return self._tasks[task].render(fields, self._tasks[task].template_by_name[template])
 
     def render_draw(self, draw: Draw) -> Rendered:
         """The example and exemplars of one draw. Raises `RowError` if the example cannot be rendered."""
@@ -45,10 +45,10 @@ class Renderer:
 
     def render_draws(self, draws: Sequence[Draw]) -> list[Rendered | RowError]:
         """Every draw rendered, in order; the `RowError` in place of one that cannot be. Exemplars that cannot be are left out."""
-        wanted: dict[str, set[int]] = {}
+        numbers_of: dict[str, set[int]] = {}
         for draw in draws:
-            wanted.setdefault(draw.task, set()).update((draw.row, *draw.shots))
-        rows = {task: self._rows(task, "train", numbers) for task, numbers in wanted.items()}
+            numbers_of.setdefault(draw.task, set()).update((draw.row, *draw.shots))
+        rows = {task: self._rows(task, "train", numbers) for task, numbers in numbers_of.items()}
         return [self._rendered(draw, rows[draw.task]) for draw in draws]
 
     def _rendered(self, draw: Draw, rows: Mapping[int, Mapping[str, Any]]) -> Rendered | RowError:

@@ -56,7 +56,7 @@ class Tokenized:
         return sum(len(answer.ids) - answer.prompt_length for answer in self.answers) - untrained
 
 
-class Fitted(NamedTuple):
+class FittedPrompt(NamedTuple):
     """A prompt cut to its limit, with what was cut (`truncated`, as in `Tokenized`)."""
 
     ids: list[int]
@@ -78,40 +78,40 @@ def encode(
     prompts = _prompts(layout, items)
     answers = layout.encode_answers([example.target for example, _ in items])
     end = list(layout.end_ids)
-    found: list[Tokenized | None] = []
+    tokenized: list[Tokenized | None] = []
     for (example, shots), prompt, answer in zip(items, prompts, answers, strict=True):
-        if prompt is None or _thinks_twice(layout, example):
-            found.append(None)
+        if prompt is None or _has_second_thought(layout, example):
+            tokenized.append(None)
             continue
         answer += end
         # A causal answer shares `max_length` with its prompt; an encoder-decoder's has a side of its own.
         room, answer_room = (max_length - len(answer), max_length) if target_length is None else (max_length, target_length)
-        fitted: Fitted | None = Fitted(prompt, len(shots), None)
+        fitted: FittedPrompt | None = FittedPrompt(prompt, len(shots), None)
         if len(answer) > answer_room:
             fitted = None
         elif len(prompt) > room:
             fitted = fit_prompt(layout, example, shots, room)
-        found.append(fitted and Tokenized(fitted.ids + answer, len(fitted.ids), fitted.exemplars_used, fitted.truncated))
-    return found
+        tokenized.append(fitted and Tokenized(fitted.ids + answer, len(fitted.ids), fitted.exemplars_used, fitted.truncated))
+    return tokenized
 
 
 def drop_reason(layout: Layout, example: Example, exemplars: Sequence[Exemplar] = ()) -> str:
     """Why `encode` dropped this example: `REFUSED`, `SECOND_THOUGHT` or `TOO_LONG`."""
-    if _thinks_twice(layout, example):
+    if _has_second_thought(layout, example):
         return SECOND_THOUGHT
     try:
-        _said(layout, example, exemplars)
+        _prompt_text(layout, example, exemplars)
     except ChatTemplateError:
         return REFUSED
     return TOO_LONG
 
 
-def _thinks_twice(layout: Layout, example: Example) -> bool:
+def _has_second_thought(layout: Layout, example: Example) -> bool:
     turns = layout.turns
     return turns is not None and turns.closes_a_thought and any("</think>" in text for text in (example.target, example.rejected))
 
 
-def _said(layout: Layout, example: Example, exemplars: Sequence[Exemplar]) -> str:
+def _prompt_text(layout: Layout, example: Example, exemplars: Sequence[Exemplar]) -> str:
     """The text of an example's prompt. Raises `ChatTemplateError` where the chat template refuses it."""
     if example.has_turns:
         return layout.chat_prompt(_messages(example))
@@ -123,7 +123,7 @@ def _prompts(layout: Layout, items: Sequence[tuple[Example, Sequence[Exemplar]]]
     texts: list[str | None] = []
     for example, shots in items:
         try:
-            texts.append("" if example.has_turns else _said(layout, example, shots))
+            texts.append("" if example.has_turns else _prompt_text(layout, example, shots))
         except ChatTemplateError:
             texts.append(None)
     encoded = layout.encode_prompts([text or "" for text in texts])
@@ -140,33 +140,33 @@ def encode_pairs(layout: Layout, examples: Sequence[Example], max_length: int) -
     worse = layout.encode_answers([example.rejected for example in examples])
     end = list(layout.end_ids)
     rooms = [max_length - max(map(len, answers)) - len(end) for answers in zip(better, worse, strict=True)]
-    found: list[Tokenized | None] = []
-    for fitted, chosen, rejected in zip(_questions(layout, examples, rooms), better, worse, strict=True):
+    tokenized: list[Tokenized | None] = []
+    for fitted, chosen, rejected in zip(_fit_prompts(layout, examples, rooms), better, worse, strict=True):
         if fitted is None:
-            found.append(None)
+            tokenized.append(None)
             continue
         both = [Tokenized(fitted.ids + ids + end, len(fitted.ids), 0, fitted.truncated) for ids in (chosen, rejected)]
-        found.append(replace(both[0], rejected=both[1]))
-    return found
+        tokenized.append(replace(both[0], rejected=both[1]))
+    return tokenized
 
 
-def encode_questions(layout: Layout, examples: Sequence[Example], max_prompt_tokens: int) -> list[Tokenized | None]:
+def encode_prompts(layout: Layout, examples: Sequence[Example], max_prompt_tokens: int) -> list[Tokenized | None]:
     """Prompts alone, for on-policy training, in at most `max_prompt_tokens` each; None for a dropped one (see `drop_reason`)."""
-    found = _questions(layout, examples, [max_prompt_tokens] * len(examples))
-    return [fitted and Tokenized(fitted.ids, len(fitted.ids), 0, fitted.truncated) for fitted in found]
+    tokenized = _fit_prompts(layout, examples, [max_prompt_tokens] * len(examples))
+    return [fitted and Tokenized(fitted.ids, len(fitted.ids), 0, fitted.truncated) for fitted in tokenized]
 
 
-def _questions(layout: Layout, examples: Sequence[Example], rooms: Sequence[int]) -> list[Fitted | None]:
+def _fit_prompts(layout: Layout, examples: Sequence[Example], rooms: Sequence[int]) -> list[FittedPrompt | None]:
     """The prompt of every example in at most `rooms[i]` tokens; a conversation's prompt is all before its last answer."""
-    found: list[Fitted | None] = []
+    prompts_in_room: list[FittedPrompt | None] = []
     for example, prompt, room in zip(examples, _prompts(layout, [(one, ()) for one in examples]), rooms, strict=True):
-        fitted = None if prompt is None else Fitted(prompt, 0, None)
-        if prompt is None or room <= 0 or _thinks_twice(layout, example):
+        fitted = None if prompt is None else FittedPrompt(prompt, 0, None)
+        if prompt is None or room <= 0 or _has_second_thought(layout, example):
             fitted = None
         elif example.has_turns or len(prompt) > room:
             fitted = fit_prompt(layout, example, (), room)
-        found.append(fitted)
-    return found
+        prompts_in_room.append(fitted)
+    return prompts_in_room
 
 
 def _messages(example: Example) -> list[dict[str, str]]:
@@ -184,7 +184,7 @@ def _conversation(layout: Layout, example: Example, max_length: int) -> Tokenize
         pieces = layout.chat_pieces(_messages(example))
     except ChatTemplateError:
         return None
-    if _thinks_twice(layout, example):
+    if _has_second_thought(layout, example):
         return None
     pieces.append((layout.encode_answers([example.target])[0] + list(layout.end_ids), True))
     truncated = LAST_TURN_ONLY if example.history and len(pieces) == 2 else None
@@ -197,7 +197,7 @@ def _conversation(layout: Layout, example: Example, max_length: int) -> Tokenize
     return Tokenized([id for piece, _ in pieces for id in piece], bounds[1], 0, truncated, untrained)
 
 
-def fit_prompt(layout: Layout, example: Example, exemplars: Sequence[Exemplar], max_prompt_tokens: int) -> Fitted | None:
+def fit_prompt(layout: Layout, example: Example, exemplars: Sequence[Exemplar], max_prompt_tokens: int) -> FittedPrompt | None:
     """The prompt of `example` in at most `max_prompt_tokens`; None where the instruction alone is too long or is refused."""
     try:
         return _fit(layout, example, exemplars, max_prompt_tokens)
@@ -205,21 +205,21 @@ def fit_prompt(layout: Layout, example: Example, exemplars: Sequence[Exemplar], 
         return None
 
 
-def _fit(layout: Layout, example: Example, exemplars: Sequence[Exemplar], max_prompt_tokens: int) -> Fitted | None:
+def _fit(layout: Layout, example: Example, exemplars: Sequence[Exemplar], max_prompt_tokens: int) -> FittedPrompt | None:
     if example.has_turns:
         ids = layout.encode_chat(_messages(example))
-        return Fitted(ids, 0, None) if len(ids) <= max_prompt_tokens else None
+        return FittedPrompt(ids, 0, None) if len(ids) <= max_prompt_tokens else None
     ids = []
     for used in range(len(exemplars), -1, -1):
         ids = layout.encode_prompt(layout.prompt(example.instruction, example.input, exemplars[:used]))
         if len(ids) <= max_prompt_tokens:
-            return Fitted(ids, used, CUT_EXEMPLARS if used < len(exemplars) else None)
-    given, tokens = example.input, len(layout.tokenizer.encode(example.input))
-    while given:
+            return FittedPrompt(ids, used, CUT_EXEMPLARS if used < len(exemplars) else None)
+    input_text, tokens = example.input, len(layout.tokenizer.encode(example.input))
+    while input_text:
         # Tokens can merge differently at the cut, so one round is not always enough.
         tokens -= len(ids) - max_prompt_tokens
-        given = layout.tokenizer.truncate(example.input, max(tokens, 0))
-        ids = layout.encode_prompt(layout.prompt(example.instruction, given))
+        input_text = layout.tokenizer.truncate(example.input, max(tokens, 0))
+        ids = layout.encode_prompt(layout.prompt(example.instruction, input_text))
         if len(ids) <= max_prompt_tokens:
-            return Fitted(ids, 0, CUT_INPUT)
+            return FittedPrompt(ids, 0, CUT_INPUT)
     return None

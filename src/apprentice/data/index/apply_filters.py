@@ -3,7 +3,7 @@
     chunks of test rows ──passages_of──▶ hashes of all test passages
     chunks of training rows ──measure──▶ numbers a row ──choose──▶ rows kept, one task at a time
 
-The caller passes a `Run` function, which executes the calls for the chunks in this process or on Ray.
+The caller passes a `RunCalls` function, which executes the calls for the chunks in this process or on Ray.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from apprentice.data.index.row_filters import (
     FilterResult,
     PassageIndex,
     RowMeasures,
-    choose,
+    choose_rows,
     limit_rows,
-    measure,
+    measure_rows,
     merge_passages,
     passages_of,
 )
@@ -29,9 +29,10 @@ from apprentice.data.sources.locate import Reader, Source
 from apprentice.recipe import Filters, Recipe
 from apprentice.tasks.schema import Task
 
-STRETCH_ROWS = 8192  # of one call
+CHUNK_ROWS = 8192  # of one call
 SHOWN_MATCHES = 1000  # at most, in the report
-Run = Callable[[Callable[..., Any], Iterator[tuple[Any, ...]]], Iterator[Any]]  # (function, arguments of calls) → results in order
+# (function, arguments of calls) → results in order
+RunCalls = Callable[[Callable[..., Any], Iterator[tuple[Any, ...]]], Iterator[Any]]
 
 
 class TaskRows(NamedTuple):
@@ -44,7 +45,9 @@ class TaskRows(NamedTuple):
     test: Numbers
 
 
-def filtered(candidates: Sequence[TaskRows], recipe: Recipe, run: Run) -> tuple[dict[str, FilterResult], dict[str, Any] | None]:
+def apply_filters(
+    candidates: Sequence[TaskRows], recipe: Recipe, run: RunCalls
+) -> tuple[dict[str, FilterResult], dict[str, Any] | None]:
     """Task → rows kept, for each task that is trained on; and the contamination report, None without `filters.decontaminate`.
 
     A task without usable training rows is missing from the result if any filter is set. Raises `DataError` if a source cannot be
@@ -66,15 +69,15 @@ def filtered(candidates: Sequence[TaskRows], recipe: Recipe, run: Run) -> tuple[
     known = np.unique(tests.hashes)
     chosen = {}
     for one, train in trained:
-        calls = ((one.task, _reader(one.train_source), part, settings, known) for part in _stretches(train))
+        calls = ((one.task, _reader(one.train_source), part, settings, known) for part in _chunks(train))
         parts = list(run(_measured, calls))
         whole = RowMeasures(*(np.concatenate(columns) for columns in zip(*parts, strict=True))) if parts else None
         if whole is not None:
-            chosen[one.task.name] = choose(one.task.name, whole, settings, most, seed)
+            chosen[one.task.name] = choose_rows(one.task.name, whole, settings, most, seed)
     return chosen, _report(candidates, chosen, tests, settings.ngram) if settings.decontaminate else None
 
 
-def shared_passages(candidates: Sequence[TaskRows], recipe: Recipe, run: Run) -> dict[str, Any]:
+def report_contamination(candidates: Sequence[TaskRows], recipe: Recipe, run: RunCalls) -> dict[str, Any]:
     """The contamination report on test rows that share a passage with training rows; no training row is dropped for it.
 
     Raises `DataError` if a source cannot be read.
@@ -82,21 +85,21 @@ def shared_passages(candidates: Sequence[TaskRows], recipe: Recipe, run: Run) ->
     looking = Filters(decontaminate=True, ngram=recipe.data.filters.ngram)
     mixture = recipe.data.mixture.model_copy(update={"max_rows": None})
     data = recipe.data.model_copy(update={"filters": looking, "mixture": mixture})
-    report = filtered(candidates, recipe.model_copy(update={"data": data}), run)[1]
+    report = apply_filters(candidates, recipe.model_copy(update={"data": data}), run)[1]
     assert report is not None, "passages were looked for"
     for found in report["tasks"].values():
         found["training_rows_kept"] = found.pop("training_rows_dropped")
     return report
 
 
-def _test_passages(candidates: Sequence[TaskRows], settings: Filters, run: Run) -> PassageIndex:
-    labels = [number for number, one in enumerate(candidates) for _ in _stretches(one.test)]
-    calls = ((_reader(one.test_source), part, settings.ngram) for one in candidates for part in _stretches(one.test))
+def _test_passages(candidates: Sequence[TaskRows], settings: Filters, run: RunCalls) -> PassageIndex:
+    labels = [number for number, one in enumerate(candidates) for _ in _chunks(one.test)]
+    calls = ((_reader(one.test_source), part, settings.ngram) for one in candidates for part in _chunks(one.test))
     return merge_passages([(number, *found) for number, found in zip(labels, run(_test_part, calls), strict=True)])
 
 
 def _measured(task: Task, reader: Reader, numbers: Numbers, settings: Filters, tests: Keys) -> RowMeasures:
-    return measure(task, reader.rows(numbers), numbers, settings, tests)
+    return measure_rows(task, reader.rows(numbers), numbers, settings, tests)
 
 
 def _test_part(reader: Reader, numbers: Numbers, length: int) -> tuple[Keys, Numbers]:
@@ -108,8 +111,8 @@ def _reader(source: Source | None) -> Reader:
     return Reader(source, 1)
 
 
-def _stretches(rows: Numbers) -> list[Numbers]:
-    return [rows[start : start + STRETCH_ROWS] for start in range(0, len(rows), STRETCH_ROWS)]
+def _chunks(rows: Numbers) -> list[Numbers]:
+    return [rows[start : start + CHUNK_ROWS] for start in range(0, len(rows), CHUNK_ROWS)]
 
 
 def _report(candidates: Sequence[TaskRows], chosen: Mapping[str, FilterResult], tests: PassageIndex, length: int) -> dict[str, Any]:
@@ -118,8 +121,8 @@ def _report(candidates: Sequence[TaskRows], chosen: Mapping[str, FilterResult], 
     Keys: `ngram` (words of a passage), `tasks` (task → counts), `matches` (at most `SHOWN_MATCHES` pairs of rows, with the words).
     """
     owners: dict[int, list[tuple[int, int]]] = {}  # passage → (task, test row)
-    wanted = np.array(sorted({passage for one in chosen.values() for _, passage in one.contaminated}), np.uint64)
-    for place in np.flatnonzero(np.isin(tests.hashes, wanted)).tolist():
+    matched_hashes = np.array(sorted({passage for one in chosen.values() for _, passage in one.contaminated}), np.uint64)
+    for place in np.flatnonzero(np.isin(tests.hashes, matched_hashes)).tolist():
         owners.setdefault(int(tests.hashes[place]), []).append((int(tests.tasks[place]), int(tests.rows[place])))
     rows_of: dict[int, set[int]] = {}
     sources: dict[int, dict[str, int]] = {}

@@ -19,9 +19,9 @@ import numpy as np
 from apprentice.data.encoding.prompt_contract import layout_of
 from apprentice.data.encoding.prompt_format import Layout
 from apprentice.data.encoding.tokenize import encode, encode_pairs
-from apprentice.data.index.apply_filters import TaskRows, filtered, shared_passages
+from apprentice.data.index.apply_filters import TaskRows, apply_filters, report_contamination
 from apprentice.data.index.row_filters import FilterResult
-from apprentice.data.index.task_index import INDEX_FILE, TaskIndex, frozen_tasks, index_file, packed, read_index
+from apprentice.data.index.task_index import INDEX_FILE, TaskIndex, index_bytes, index_file, indexed_tasks, read_index
 from apprentice.data.sampling.exemplars import ExemplarPool
 from apprentice.data.sampling.permutation import Numbers, below, draw, key_of, permute
 from apprentice.data.sources.locate import MissingSourceError, Reader, Source, Split, is_unchanged, resolve
@@ -59,7 +59,7 @@ class _Scan(NamedTuple):
     rejects: list[_Reject]
 
 
-class Index(NamedTuple):
+class TaskIndices(NamedTuple):
     """The index of several tasks in memory; keys are task names."""
 
     tasks: dict[str, TaskIndex]
@@ -72,7 +72,7 @@ def is_held_out(task: Task, hold_out: Sequence[str]) -> bool:
     return not {task.name, task.cluster}.isdisjoint(hold_out)
 
 
-def freeze(
+def load_or_build_index(
     tasks: Sequence[Task],
     recipe: Recipe,
     folder: Folder,
@@ -89,13 +89,13 @@ def freeze(
     process does. Raises `DataError` for a source that cannot be used (see `resolve`), that has changed since it was frozen, or that
     has more unusable rows than `data.max_bad_rows`.
     """
-    known = frozen_tasks(folder)
+    known = indexed_tasks(folder)
     if (folder / INDEX_FILE).exists() or all(task.name in known for task in tasks):
-        return {task.name: _frozen(task, recipe, folder, cache, rules) for task in tasks}
-    made = _made(tasks, recipe, cache, tokenizer, parallel=parallel, rules=rules)
+        return {task.name: _load(task, recipe, folder, cache, rules) for task in tasks}
+    built = _build(tasks, recipe, cache, tokenizer, parallel=parallel, rules=rules)
     folder.delete()
-    _write(made, tasks, folder)
-    return made.tasks
+    _write(built, tasks, folder)
+    return built.tasks
 
 
 def contamination_in(folder: Folder) -> dict[str, Any]:
@@ -104,7 +104,7 @@ def contamination_in(folder: Folder) -> dict[str, Any]:
     return dict(file.read_json()["tasks"]) if file.exists() else {}
 
 
-def index_beside(
+def index_scored_tasks(
     tasks: Sequence[Task],
     trained: Mapping[str, tuple[Task, TaskIndex]],
     recipe: Recipe,
@@ -113,36 +113,38 @@ def index_beside(
     *,
     parallel: bool = True,
     rules: int = FORMAT,
-) -> Index:
+) -> TaskIndices:
     """The index of tasks that a run is only scored on, in memory; the run's own index is not touched.
 
     `trained` are the tasks of the run with their indices. Unless it is empty, the result has a contamination report: how many test
     rows share a passage with rows that were trained on.
     """
     plain = recipe.model_copy(update={"data": recipe.data.model_copy(update={"filters": Filters()})})
-    made = _made(tasks, plain, cache, tokenizer, parallel=parallel, rules=rules)
+    built = _build(tasks, plain, cache, tokenizer, parallel=parallel, rules=rules)
     if not trained:
-        return made
+        return built
     candidates = [TaskRows(task, index.train_source, index.train, None, _numbers([])) for task, index in trained.values()] + [
-        TaskRows(task, None, None, index.test_source, index.test) for task, index in zip(tasks, made.tasks.values(), strict=True)
+        TaskRows(task, None, None, index.test_source, index.test) for task, index in zip(tasks, built.tasks.values(), strict=True)
     ]
-    return made._replace(contamination=shared_passages(candidates, recipe, _each_in_ray if parallel else _each_here))
+    return built._replace(contamination=report_contamination(candidates, recipe, _run_on_ray if parallel else _run_here))
 
 
-def _made(tasks: Sequence[Task], recipe: Recipe, cache: Folder, tokenizer: Tokenizer, *, parallel: bool, rules: int) -> Index:
-    sources: dict[str, _Sources] = {task.name: _resolved(task, recipe, cache, rules) for task in tasks}
+def _build(
+    tasks: Sequence[Task], recipe: Recipe, cache: Folder, tokenizer: Tokenizer, *, parallel: bool, rules: int
+) -> TaskIndices:
+    sources: dict[str, _Sources] = {task.name: _resolve_splits(task, recipe, cache, rules) for task in tasks}
     rejects = {}
     scans = list(zip(tasks, *_scanned(tasks, sources, recipe, parallel=parallel), strict=True))
     for task, train, test in scans:
         rejects[task.name] = [*train.rejects, *test.rejects]
-        _refuse_bad(task, rejects[task.name], sum(source.rows for source in sources[task.name] if source), recipe)
-    chosen, contamination = filtered(
+        _refuse_bad_rows(task, rejects[task.name], sum(source.rows for source in sources[task.name] if source), recipe)
+    chosen, contamination = apply_filters(
         [
             TaskRows(task, sources[task.name][0], _trained(task, train, recipe), sources[task.name][1], test.kept)
             for task, train, test in scans
         ],
         recipe,
-        _each_in_ray if parallel else _each_here,
+        _run_on_ray if parallel else _run_here,
     )
     indices = {}
     for task, train, test in scans:
@@ -158,28 +160,28 @@ def _made(tasks: Sequence[Task], recipe: Recipe, cache: Folder, tokenizer: Token
             rejects=dict(Counter(reject.reason for reject in rejects[task.name]).most_common()),
             filtered=choice.dropped,
         )
-    return Index(indices, rejects, contamination)
+    return TaskIndices(indices, rejects, contamination)
 
 
-def _write(made: Index, tasks: Sequence[Task], folder: Folder) -> None:
+def _write(built: TaskIndices, tasks: Sequence[Task], folder: Folder) -> None:
     """Writes the index; `INDEX_FILE` comes last and makes it complete."""
-    if made.contamination is not None:
-        (folder / CONTAMINATION_FILE).write_json(made.contamination)
+    if built.contamination is not None:
+        (folder / CONTAMINATION_FILE).write_json(built.contamination)
     for task in tasks:
-        lines = [json.dumps({"task": task.name, **reject._asdict()}, ensure_ascii=False) for reject in made.rejects[task.name]]
+        lines = [json.dumps({"task": task.name, **reject._asdict()}, ensure_ascii=False) for reject in built.rejects[task.name]]
         (folder / f"{task.name}.rejects.jsonl").write_text("".join(f"{line}\n" for line in lines))
-        index_file(folder, task).write_bytes(packed(made.tasks[task.name], task))
+        index_file(folder, task).write_bytes(index_bytes(built.tasks[task.name], task))
     (folder / INDEX_FILE).write_json({"version": 2, "tasks": [task.name for task in tasks]})
 
 
-def _resolved(task: Task, recipe: Recipe, cache: Folder, rules: int) -> _Sources:
+def _resolve_splits(task: Task, recipe: Recipe, cache: Folder, rules: int) -> _Sources:
     return (
         resolve(task, "train", root=recipe.data.root, cache=cache, rules=rules),
         resolve(task, "test", root=recipe.data.root, cache=cache, rules=rules),
     )
 
 
-def _frozen(task: Task, recipe: Recipe, folder: Folder, cache: Folder, rules: int) -> TaskIndex:
+def _load(task: Task, recipe: Recipe, folder: Folder, cache: Folder, rules: int) -> TaskIndex:
     """The index of `task` in `folder`, with its sources resolved again, since files may have moved.
 
     If no declared place exists any more, the sources stored in the index are used while they are unchanged. Raises `DataError` if
@@ -189,7 +191,7 @@ def _frozen(task: Task, recipe: Recipe, folder: Folder, cache: Folder, rules: in
     index, definition = read_index(folder, task)
     kept = (index.train_source, index.test_source)
     try:
-        sources = _resolved(task, recipe, cache, rules)
+        sources = _resolve_splits(task, recipe, cache, rules)
     except MissingSourceError:
         if not all(is_unchanged(source) for source in kept if source):
             raise
@@ -220,18 +222,18 @@ def _scanned(
         train, test = sources[task.name]
         validation = 0.0 if is_held_out(task, recipe.data.hold_out) else recipe.data.validation
         jobs += [(task, train, validation), (task, test, 0.0)]
-    run = _in_ray if parallel and tasks else _in_this_process
+    run = _scan_on_ray if parallel and tasks else _scan_here
     scans = list(run(jobs))
     return scans[::2], scans[1::2]
 
 
-def _in_this_process(jobs: Sequence[_Job]) -> Iterator[_Scan]:
+def _scan_here(jobs: Sequence[_Job]) -> Iterator[_Scan]:
     for task, source, validation in jobs:
         reader = Reader(source, 1) if source else None
-        yield _joined([_scan(task, reader, start, stop, validation) for start, stop in _stretches(source)])
+        yield _concatenate([_scan(task, reader, start, stop, validation) for start, stop in _chunks(source)])
 
 
-def _in_ray(jobs: Sequence[_Job]) -> Iterator[_Scan]:
+def _scan_on_ray(jobs: Sequence[_Job]) -> Iterator[_Scan]:
     import ray
 
     scan = ray.remote(_scan)
@@ -239,20 +241,20 @@ def _in_ray(jobs: Sequence[_Job]) -> Iterator[_Scan]:
     for task, source, validation in jobs:
         reader = Reader(source, 1) if source else None
         shared, at = ray.put(task), ray.put(reader)
-        pending.append([scan.remote(shared, at, start, stop, validation) for start, stop in _stretches(source)])
+        pending.append([scan.remote(shared, at, start, stop, validation) for start, stop in _chunks(source)])
     for references in pending:
-        yield _joined(_result(references))
+        yield _concatenate(_result(references))
 
 
 def _trained(task: Task, train: _Scan, recipe: Recipe) -> Numbers | None:
     return None if is_held_out(task, recipe.data.hold_out) else train.kept
 
 
-def _each_here(action: Callable[..., Any], calls: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
+def _run_here(action: Callable[..., Any], calls: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
     return (action(*call) for call in calls)
 
 
-def _each_in_ray(action: Callable[..., Any], calls: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
+def _run_on_ray(action: Callable[..., Any], calls: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
     """The results of the calls in order; at most `IN_FLIGHT` run or wait at a time, so that results do not pile up."""
     import ray
 
@@ -274,24 +276,24 @@ def _result(reference: Any) -> Any:
         raise (error.cause if isinstance(error.cause, DataError) else error) from None
 
 
-def _stretches(source: Source | None) -> list[tuple[int, int]]:
+def _chunks(source: Source | None) -> list[tuple[int, int]]:
     rows = source.rows if source else 0
     return [(start, min(start + CHUNK_ROWS, rows)) for start in range(0, rows, CHUNK_ROWS)]
 
 
 def _scan(task: Task, reader: Reader | None, start: int, stop: int, validation: float) -> _Scan:
     """The usable rows in [start, stop); a share `validation` of them, chosen by a hash of their content, is for validation."""
-    kept, held_back, rejects = [], [], []
+    kept, validation_rows, rejects = [], [], []
     assert reader is not None, "without a source there are no stretches to scan"
     for number, row in zip(range(start, stop), reader.rows(np.arange(start, stop)), strict=True):
         failure = _failure(task, row)
         if failure is not None:
             rejects.append(_Reject(reader.source.split, number, failure.reason, str(failure)))
-        elif validation and _chance(row) < validation:
-            held_back.append(number)
+        elif validation and _hash_share(row) < validation:
+            validation_rows.append(number)
         else:
             kept.append(number)
-    return _Scan(_numbers(kept), _numbers(held_back), rejects)
+    return _Scan(_numbers(kept), _numbers(validation_rows), rejects)
 
 
 def _failure(task: Task, row: Mapping[str, Any]) -> RowError | None:
@@ -308,13 +310,13 @@ def _failure(task: Task, row: Mapping[str, Any]) -> RowError | None:
     return first
 
 
-def _chance(row: Mapping[str, Any]) -> float:
+def _hash_share(row: Mapping[str, Any]) -> float:
     """A number in [0, 1) from a hash of the row's content, so that equal rows are in the same split."""
     content = json.dumps(row, sort_keys=True, ensure_ascii=False, default=str)
     return int.from_bytes(hashlib.blake2b(content.encode(), digest_size=8).digest(), "little") / 2**64
 
 
-def _joined(scans: Sequence[_Scan]) -> _Scan:
+def _concatenate(scans: Sequence[_Scan]) -> _Scan:
     return _Scan(
         np.concatenate([_numbers([]), *(scan.kept for scan in scans)]),
         np.concatenate([_numbers([]), *(scan.validation for scan in scans)]),
@@ -326,7 +328,7 @@ def _numbers(values: Sequence[int]) -> Numbers:
     return np.array(values, dtype=np.int64)
 
 
-def _refuse_bad(task: Task, rejects: Sequence[_Reject], rows: int, recipe: Recipe) -> None:
+def _refuse_bad_rows(task: Task, rejects: Sequence[_Reject], rows: int, recipe: Recipe) -> None:
     allowed = recipe.data.max_bad_rows
     rejects = [reject for reject in rejects if reject.reason != "skipped"]  # a template skips rows on purpose
     if len(rejects) > allowed * rows:
@@ -354,10 +356,10 @@ def _mean_tokens(task: Task, source: Source | None, kept: Numbers, layout: Layou
         pairs = [tokens for tokens in encode_pairs(layout, usable, recipe.data.max_length) if tokens]
         return float(np.mean([pair.size for pair in pairs] or [0])), float(np.mean([pair.target_tokens for pair in pairs] or [0]))
     if any(example.has_turns for example in usable):
-        told = [tokens for tokens in encode(layout, [(example, ()) for example in usable], recipe.data.max_length) if tokens]
+        encoded = [tokens for tokens in encode(layout, [(example, ()) for example in usable], recipe.data.max_length) if tokens]
         return (
-            float(np.mean([len(tokens.ids) for tokens in told] or [0])),
-            float(np.mean([tokens.target_tokens for tokens in told] or [0])),
+            float(np.mean([len(tokens.ids) for tokens in encoded] or [0])),
+            float(np.mean([tokens.target_tokens for tokens in encoded] or [0])),
         )
     prompts = layout.encode_prompts([layout.prompt(example.instruction, example.input) for example in usable])
     answers = [len(ids) + len(layout.end_ids) for ids in layout.encode_answers([example.target for example in usable])]

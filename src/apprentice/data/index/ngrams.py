@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from apprentice.data.sampling.permutation import Keys, Numbers, mix
 
-SHORTEST = 4  # least words of a row that is shorter than an n-gram and is compared as a whole
+MIN_WORDS = 4  # least words of a row that is shorter than an n-gram and is compared as a whole
 _WORD = re.compile(r"\w+")
 _BASE = np.uint64(0x9E3779B97F4A7C15)  # odd: no factor in common with 2**64
 
@@ -38,17 +38,17 @@ def _leaves(value: Any, only_texts: bool) -> Iterator[str]:
 def ngrams(rows: Sequence[Sequence[Sequence[str]]], length: int) -> tuple[Keys, Numbers, Numbers]:
     """(hash, index of the row, index of its first word among the row's words) of every n-gram of `length` words of every text.
 
-    A row with fewer words than `length`, but at least `SHORTEST`, has one n-gram: all its words. Hashes (uint64) of equal words are
-    equal in every process.
+    A row with fewer words than `length`, but at least `MIN_WORDS`, has one n-gram: all its words. Hashes (uint64) of equal words
+    are equal in every process.
     """
-    found: list[tuple[Keys, Numbers, Numbers]] = []
+    parts: list[tuple[Keys, Numbers, Numbers]] = []
     texts: list[list[str]] = []
     places: list[tuple[int, int]] = []  # (row, place of the first word) of each text
     for number, row in enumerate(rows):
         if sum(map(len, row)) < length:
             whole = [word for text in row for word in text]
-            if len(whole) >= SHORTEST:
-                found.append((_windows(_hashed(whole), len(whole)), np.array([number]), np.array([0])))
+            if len(whole) >= MIN_WORDS:
+                parts.append((_hash_windows(_hash_words(whole), len(whole)), np.array([number]), np.array([0])))
             continue
         place = 0
         for text in row:
@@ -61,19 +61,19 @@ def ngrams(rows: Sequence[Sequence[Sequence[str]]], length: int) -> tuple[Keys, 
         ends = np.cumsum(sizes)
         within = np.arange(ends[-1]) - np.repeat(ends - sizes, sizes)
         usable = np.flatnonzero(within <= np.repeat(sizes, sizes) - length)  # windows that do not run into the next text
-        hashes = _windows(_hashed([word for text in texts for word in text]), length)[usable]
+        hashes = _hash_windows(_hash_words([word for text in texts for word in text]), length)[usable]
         owner, first = np.repeat(np.array(places, np.int64), sizes, axis=0)[usable].T
-        found.append((hashes, owner, first + within[usable]))
-    if not found:
+        parts.append((hashes, owner, first + within[usable]))
+    if not parts:
         return np.zeros(0, np.uint64), np.zeros(0, np.int64), np.zeros(0, np.int64)
-    hashes, owners, starts = (np.concatenate(part) for part in zip(*found, strict=True))
+    hashes, owners, starts = (np.concatenate(part) for part in zip(*parts, strict=True))
     return hashes, owners, starts
 
 
 def digest(row: Sequence[Sequence[str]]) -> int:
     """A 64-bit hash of all words of a row, for exact duplicates; 0 for a row without texts."""
     flat = [word for text in row for word in (*text, "\x1f")]
-    return int(_windows(_hashed(flat), len(flat))[0]) if flat else 0
+    return int(_hash_windows(_hash_words(flat), len(flat))[0]) if flat else 0
 
 
 def shingles(row: Sequence[Sequence[str]], length: int = 3) -> list[bytes]:
@@ -84,11 +84,11 @@ def shingles(row: Sequence[Sequence[str]], length: int = 3) -> list[bytes]:
     return [" ".join(words[start : start + length]).encode() for start in range(len(words) - length + 1)]
 
 
-def _hashed(words: Sequence[str]) -> Keys:
+def _hash_words(words: Sequence[str]) -> Keys:
     return mix(np.fromiter((zlib.crc32(word.encode()) for word in words), np.uint64, len(words)))
 
 
-def _windows(hashes: Keys, length: int) -> Keys:
+def _hash_windows(hashes: Keys, length: int) -> Keys:
     """The polynomial hash of every `length` consecutive word hashes."""
     count = len(hashes) - length + 1
     total = np.zeros(count, np.uint64)

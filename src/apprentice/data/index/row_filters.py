@@ -22,7 +22,7 @@ from apprentice.recipe import Filters
 from apprentice.tasks.schema import Task
 
 SIGNATURE = 64  # hash functions of MinHash; the standard error of the similarity is at most about 0.06
-STRETCH_ROWS = 512  # neighbours that `max_rows` keeps or drops together, so that few row groups have to be read
+RUN_ROWS = 512  # neighbours that `max_rows` keeps or drops together, so that few row groups have to be read
 MOST_COMPARED = 200  # rows of a bucket with which all others in it are compared; few buckets have more that are not duplicates
 COMMON = 10  # a passage in more test rows of one task is boilerplate, such as a question that each of them asks
 
@@ -54,7 +54,7 @@ class FilterResult(NamedTuple):
     contaminated: list[tuple[int, int]]  # (row, passage) of those that share one with a test row
 
 
-def measure(task: Task, rows: Sequence[Mapping[str, Any]], numbers: Numbers, filters: Filters, tests: Keys) -> RowMeasures:
+def measure_rows(task: Task, rows: Sequence[Mapping[str, Any]], numbers: Numbers, filters: Filters, tests: Keys) -> RowMeasures:
     """Measures `rows`, whose row numbers are `numbers`; `tests` are the hashes of all test passages, ascending."""
     words = [words_of(row) for row in rows]
     signatures = np.zeros((len(rows), 0), np.uint32)
@@ -69,7 +69,7 @@ def measure(task: Task, rows: Sequence[Mapping[str, Any]], numbers: Numbers, fil
         np.array([digest(row) for row in words], np.uint64),
         signatures,
         np.array([_label(task, row) for row in rows], np.int64) if filters.label_balance else np.full(len(rows), -1),
-        _shared(rows, filters.ngram, tests),
+        _shared_passages(rows, filters.ngram, tests),
     )
 
 
@@ -95,7 +95,7 @@ def merge_passages(parts: Sequence[tuple[int, Keys, Numbers]]) -> PassageIndex:
     return PassageIndex(hashes[rare & new_row], tasks[rare & new_row], rows[rare & new_row])
 
 
-def choose(name: str, measured: RowMeasures, filters: Filters, max_rows: int | None, seed: int) -> FilterResult:
+def choose_rows(name: str, measured: RowMeasures, filters: Filters, max_rows: int | None, seed: int) -> FilterResult:
     """Applies the filters in order to one task; a dropped row is counted under the first filter that drops it."""
     stays = np.ones(len(measured.rows), bool)
     dropped: dict[str, int] = {}
@@ -112,9 +112,9 @@ def choose(name: str, measured: RowMeasures, filters: Filters, max_rows: int | N
     contaminated = list(zip(measured.rows[shared & stays].tolist(), measured.passages[shared & stays].tolist(), strict=True))
     drop("in_a_test_row", shared)
     if filters.duplicates != "keep":
-        drop("duplicate", _repeated(measured.digests, stays))
+        drop("duplicate", _duplicates(measured.digests, stays))
     if filters.duplicates == "near":
-        drop("near_duplicate", _alike(measured.signatures, stays, filters.near_threshold))
+        drop("near_duplicate", _near_duplicates(measured.signatures, stays, filters.near_threshold))
     if filters.label_balance is not None:
         drop("label_balance", _surplus(measured, stays, filters.label_balance, key_of(seed, name, "label balance")))
     kept = limit_rows(measured.rows[stays], max_rows, key_of(seed, name, "max rows"))
@@ -124,13 +124,13 @@ def choose(name: str, measured: RowMeasures, filters: Filters, max_rows: int | N
 
 
 def limit_rows(rows: Numbers, most: int | None, key: int) -> Numbers:
-    """At most `most` of `rows`, ascending, in runs of `STRETCH_ROWS` neighbours chosen by `key`."""
+    """At most `most` of `rows`, ascending, in runs of `RUN_ROWS` neighbours chosen by `key`."""
     if most is None or len(rows) <= most:
         return rows
-    stretches = -(-len(rows) // STRETCH_ROWS)
-    wanted = min(stretches, -(-most // STRETCH_ROWS) + 1)  # one more, since the last run may be short
-    chosen = permute(np.arange(wanted), stretches, key)
-    places = (chosen[:, None] * STRETCH_ROWS + np.arange(STRETCH_ROWS)).ravel()
+    runs = -(-len(rows) // RUN_ROWS)
+    run_count = min(runs, -(-most // RUN_ROWS) + 1)  # one more, since the last run may be short
+    chosen = permute(np.arange(run_count), runs, key)
+    places = (chosen[:, None] * RUN_ROWS + np.arange(RUN_ROWS)).ravel()
     return np.sort(rows[places[places < len(rows)][:most]])
 
 
@@ -144,7 +144,7 @@ def _label(task: Task, row: Mapping[str, Any]) -> int:
     return -1
 
 
-def _shared(rows: Sequence[Mapping[str, Any]], length: int, tests: Keys) -> Keys:
+def _shared_passages(rows: Sequence[Mapping[str, Any]], length: int, tests: Keys) -> Keys:
     """For each row the hash of its first passage that a test row has too, or 0."""
     found = np.zeros(len(rows), np.uint64)
     if not len(tests):
@@ -158,15 +158,15 @@ def _shared(rows: Sequence[Mapping[str, Any]], length: int, tests: Keys) -> Keys
     return found
 
 
-def _repeated(digests: Keys, stays: NDArray[np.bool_]) -> NDArray[np.bool_]:
+def _duplicates(digests: Keys, stays: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """Mask of the rows whose digest an earlier row that stays has too."""
-    here = np.flatnonzero(stays)
+    places = np.flatnonzero(stays)
     repeated = stays.copy()
-    repeated[here[np.unique(digests[here], return_index=True)[1]]] = False
+    repeated[places[np.unique(digests[places], return_index=True)[1]]] = False
     return repeated
 
 
-def _alike(signatures: NDArray[np.uint32], stays: NDArray[np.bool_], threshold: float) -> NDArray[np.bool_]:
+def _near_duplicates(signatures: NDArray[np.uint32], stays: NDArray[np.bool_], threshold: float) -> NDArray[np.bool_]:
     """Mask of near duplicates: rows whose MinHash signature agrees to `threshold` with that of an earlier row that stays.
 
     Only rows that share a bucket in some band of the signature are compared (locality-sensitive hashing).
@@ -175,13 +175,13 @@ def _alike(signatures: NDArray[np.uint32], stays: NDArray[np.bool_], threshold: 
     height = max(tall for tall in range(1, 17) if tall == 1 or 1 - (1 - threshold**tall) ** (SIGNATURE // tall) >= 0.95)
     gone = np.zeros(len(stays), bool)
     for band in range(SIGNATURE // height):
-        here = np.flatnonzero(stays & ~gone)
-        part = np.ascontiguousarray(signatures[here, band * height : (band + 1) * height])
+        places = np.flatnonzero(stays & ~gone)
+        part = np.ascontiguousarray(signatures[places, band * height : (band + 1) * height])
         _, bucket = np.unique(part.view(np.dtype((np.void, part.itemsize * height))).ravel(), return_inverse=True)
         order = np.argsort(bucket, kind="stable")
         ends = np.flatnonzero(np.append(bucket[order][1:] != bucket[order][:-1], True)) + 1
         for start, end in zip(np.append(0, ends[:-1]), ends, strict=True):
-            members = here[order[start:end]]
+            members = places[order[start:end]]
             for _ in range(MOST_COMPARED):
                 if len(members) < 2:
                     break
@@ -197,7 +197,7 @@ def _surplus(measured: RowMeasures, stays: NDArray[np.bool_], ratio: float, key:
     labels, counts = np.unique(measured.labels[stays & (measured.labels >= 0)], return_counts=True)
     surplus = np.zeros(len(stays), bool)
     for label in labels:
-        here = np.flatnonzero(stays & (measured.labels == label))
-        by_chance = here[np.argsort(draw(key, measured.rows[here]), kind="stable")]
+        places = np.flatnonzero(stays & (measured.labels == label))
+        by_chance = places[np.argsort(draw(key, measured.rows[places]), kind="stable")]
         surplus[by_chance[int(ratio * counts.min()) :]] = True
     return surplus

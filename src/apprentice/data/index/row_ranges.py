@@ -38,10 +38,10 @@ class RowRanges:
 
     def __getitem__(self, places: Numbers | Sequence[int] | slice) -> Numbers:
         """The numbers at these indices, as an array of all numbers would give."""
-        wanted = np.arange(*places.indices(self.size)) if isinstance(places, slice) else np.asarray(places, dtype=np.int64)
-        run = np.searchsorted(self.places, wanted, side="right") - 1
-        found: Numbers = self.firsts[run] + wanted - self.places[run]
-        return found
+        indices = np.arange(*places.indices(self.size)) if isinstance(places, slice) else np.asarray(places, dtype=np.int64)
+        run = np.searchsorted(self.places, indices, side="right") - 1
+        numbers: Numbers = self.firsts[run] + indices - self.places[run]
+        return numbers
 
     def below(self, bounds: Numbers) -> Numbers:
         """The number of elements less than each bound."""

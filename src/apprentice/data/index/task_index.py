@@ -35,7 +35,7 @@ class TaskIndex:
     filtered: dict[str, int] = field(default_factory=dict)  # reason → training rows that `data.filters` left out
 
 
-def frozen_tasks(folder: Folder) -> set[str]:
+def indexed_tasks(folder: Folder) -> set[str]:
     """Names of the tasks with an index file in `folder`."""
     return {file.name.removesuffix(".npz") for file in folder.children() if file.name.endswith(".npz")}
 
@@ -51,7 +51,7 @@ def index_file(folder: Folder, task: Task) -> Folder:
     return folder / f"{task.name}.npz"
 
 
-def packed(index: TaskIndex, task: Task) -> bytes:
+def index_bytes(index: TaskIndex, task: Task) -> bytes:
     rows = {name: getattr(index, name) for name in ("train", "validation", "test")}
     meta = {name: value for name, value in vars(index).items() if name not in rows}
     meta |= {name: asdict(meta[name]) if meta[name] else None for name in ("train_source", "test_source")}

@@ -51,13 +51,13 @@ class RowView:
 
 def rows_of(corpus: Corpus, number: int) -> list[RowView]:
     """The first `number` packed rows of the stream; fewer if ten windows have fewer."""
-    renderer, found = WindowRenderer(corpus), list[RowView]()
+    renderer, views = WindowRenderer(corpus), list[RowView]()
     for window in range(10):
         rows = renderer.window(window)
-        found += [_view(corpus, rows, place) for place in range(min(len(rows["row"]), number - len(found)))]
-        if len(found) == number:
+        views += [_view(corpus, rows, place) for place in range(min(len(rows["row"]), number - len(views)))]
+        if len(views) == number:
             break
-    return found
+    return views
 
 
 def to_html(rows: Sequence[RowView]) -> str:
@@ -74,7 +74,7 @@ def to_html(rows: Sequence[RowView]) -> str:
 
 
 def _view(corpus: Corpus, rows: Rows, place: int) -> RowView:
-    given = (
+    sides_of = (
         [("input_ids", "segment_ids")]
         if corpus.target_length is None
         else [
@@ -86,18 +86,19 @@ def _view(corpus: Corpus, rows: Rows, place: int) -> RowView:
     answers = 2 if corpus.has_pairs else 1
     for number, position in enumerate(rows["examples"][place].tolist(), start=1):
         parts: list[tuple[str, int, bool]] = []
-        for ids, owners in given:
+        for ids, owners in sides_of:
             here = -(-rows[owners][place] // answers) == number  # a pair is two segments
-            apart = owners == "segment_ids" and len(given) == 2  # an encoder's side, which has no loss mask
+            apart = owners == "segment_ids" and len(sides_of) == 2  # an encoder's side, which has no loss mask
             mask = np.zeros(int(here.sum())) if apart else rows["loss_mask"][place][here]
             parts += _parts(corpus, rows[ids][place][here].tolist(), mask.tolist())
         [drawn] = corpus.plan.draws(position, position + 1)
         shots = f", {len(drawn.shots)} exemplars drawn" if drawn.shots else ""
         heading = f"{position}: {drawn.task} · {drawn.template} · {drawn.format.replace('_', '-')} · row {drawn.row}{shots}"
         segments.append(SegmentView(heading, tuple(parts)))
-    names = ("row",) if len(given) == 1 else ("encoder", "decoder")
+    names = ("row",) if len(sides_of) == 1 else ("encoder", "decoder")
     sides = tuple(
-        (name, rows[owners].shape[1], int((rows[owners][place] > 0).sum())) for name, (_, owners) in zip(names, given, strict=True)
+        (name, rows[owners].shape[1], int((rows[owners][place] > 0).sum()))
+        for name, (_, owners) in zip(names, sides_of, strict=True)
     )
     return RowView(int(rows["window"][place]), int(rows["row"][place]), tuple(segments), sides)
 

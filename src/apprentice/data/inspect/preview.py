@@ -43,7 +43,7 @@ class ExamplePreview:
         return f"{self.position}: {self.task} · {self.template} · {self.format.replace('_', '-')}"
 
     @property
-    def facts(self) -> str:
+    def details(self) -> str:
         """One line with source row, exemplars, lengths in tokens, and the reason of a cut."""
         shots = f", exemplars {', '.join(map(str, self.shots[: self.exemplars]))}" if self.exemplars else ""
         cut = f", {self.truncated.replace('_', ' ')}" if self.truncated else ""
@@ -70,13 +70,13 @@ def preview(corpus: Corpus, number: int) -> list[ExamplePreview]:
     return previews[:number]
 
 
-def to_text(shown: Sequence[ExamplePreview]) -> Text:
+def to_text(previews: Sequence[ExamplePreview]) -> Text:
     """The examples for a terminal: trained-on text in green and between ⟦ and ⟧, a pair's worse answer in red."""
     from rich.text import Text
 
     text = Text()
-    for item in shown:
-        text.append(f"{item.heading}\n", "bold").append(f"{item.facts}\n", "dim").append(item.prompt)
+    for item in previews:
+        text.append(f"{item.heading}\n", "bold").append(f"{item.details}\n", "dim").append(item.prompt)
         text.append(f"{OPEN}{item.trained}{CLOSE}", "green")
         if item.rejected:
             text.append("\nrejected: ", "dim").append(f"{OPEN}{item.rejected}{CLOSE}", "red")

@@ -12,8 +12,8 @@ import numpy as np
 from apprentice.data.index.row_ranges import RowRanges
 from apprentice.data.sampling.permutation import Keys, Numbers, draw, key_of, permute
 
-POOL_STRETCHES = 8
-STRETCH_ROWS = 512
+POOL_RUNS = 8
+RUN_ROWS = 512
 
 
 class ExemplarPool:
@@ -24,19 +24,19 @@ class ExemplarPool:
 
     def __init__(self, seed: int, task: str, kept: Numbers | RowRanges) -> None:
         self.key = key_of(seed, task, "exemplars")
-        stretches = max(1, len(kept) // STRETCH_ROWS)
-        if stretches > POOL_STRETCHES:
-            chosen = permute(np.arange(POOL_STRETCHES), stretches, key_of(seed, task, "exemplar stretches"))
-            places = (np.sort(chosen)[:, None] * STRETCH_ROWS + np.arange(STRETCH_ROWS)).ravel()
+        runs = max(1, len(kept) // RUN_ROWS)
+        if runs > POOL_RUNS:
+            chosen = permute(np.arange(POOL_RUNS), runs, key_of(seed, task, "exemplar stretches"))
+            places = (np.sort(chosen)[:, None] * RUN_ROWS + np.arange(RUN_ROWS)).ravel()
             self.rows: Numbers = kept[places]
         else:
-            self.rows = kept[: POOL_STRETCHES * STRETCH_ROWS]
+            self.rows = kept[: POOL_RUNS * RUN_ROWS]
 
     def __len__(self) -> int:
         return len(self.rows)
 
 
-def candidates(sizes: Numbers, keys: Keys, count: int) -> Numbers:
+def exemplar_places(sizes: Numbers, keys: Keys, count: int) -> Numbers:
     """(len(keys), count) int64 places in pools of `sizes`, distinct within a line; `count` is at most the smallest size.
 
     The first j places of a line are the same for every `count`.
@@ -45,7 +45,7 @@ def candidates(sizes: Numbers, keys: Keys, count: int) -> Numbers:
     return permute(places, sizes[:, None], keys[:, None])
 
 
-def without(own: Numbers, candidate_rows: Numbers, counts: Numbers) -> list[tuple[int, ...]]:
+def exclude_own_row(own: Numbers, candidate_rows: Numbers, counts: Numbers) -> list[tuple[int, ...]]:
     """For each i, the first `counts[i]` rows of line i of `candidate_rows` other than `own[i]`."""
     lines = zip(candidate_rows.tolist(), own.tolist(), counts.tolist(), strict=True)
     return [tuple([row for row in line if row != mine][:count]) for line, mine, count in lines]
@@ -60,5 +60,5 @@ def exemplar_rows(seed: int, task: str, row: int, k: int, kept: Numbers) -> tupl
     if not len(pool) or k < 1:
         return ()
     own = np.array([row])
-    places = candidates(np.array([len(pool)]), draw(pool.key, own), min(k + 1, len(pool)))
-    return without(own, pool.rows[places], np.array([k]))[0]
+    places = exemplar_places(np.array([len(pool)]), draw(pool.key, own), min(k + 1, len(pool)))
+    return exclude_own_row(own, pool.rows[places], np.array([k]))[0]

@@ -50,7 +50,7 @@ class WeightedInterleave:
     def __reduce__(self) -> tuple[type[WeightedInterleave], tuple[tuple[int, ...]]]:
         return type(self), (self.weights,)
 
-    def turns(self, positions: Numbers) -> tuple[Numbers, Numbers]:
+    def assign(self, positions: Numbers) -> tuple[Numbers, Numbers]:
         """(leaf, number of earlier positions with that leaf) for each position; int64 arrays of the shape of `positions`."""
         place = np.full(positions.shape, self._root, dtype=np.int64)
         arrivals = positions.astype(np.int64).copy()

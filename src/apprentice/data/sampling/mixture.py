@@ -35,10 +35,10 @@ def shares(mixture: Mixture, sizes: Mapping[str, Size]) -> dict[str, int]:
     """
     if not any(size.rows for size in sizes.values()):
         raise RecipeError("data: no task has rows to train on; check data.tasks, data.hold_out and data.validation.")
-    found = _within(mixture, dict(sizes), sizes, "data.mixture")
+    task_shares = _group_shares(mixture, dict(sizes), sizes, "data.mixture")
     if mixture.by == "target_tokens":
-        found = {task: _per_token(share, sizes[task].target_tokens) for task, share in found.items()}
-    return _integers({task: found[task] for task in sizes if task in found})
+        task_shares = {task: _divide_by_tokens(share, sizes[task].target_tokens) for task, share in task_shares.items()}
+    return _integers({task: task_shares[task] for task in sizes if task in task_shares})
 
 
 def epoch_rows(mixture: Mixture | Group, sizes: Mapping[str, Size], where: str = "data.mixture") -> dict[str, int]:
@@ -50,7 +50,9 @@ def epoch_rows(mixture: Mixture | Group, sizes: Mapping[str, Size], where: str =
     return {task: rows for part in parts for task, rows in part.items()}
 
 
-def _within(mixture: Mixture | Group, sizes: Mapping[str, Size], known: Mapping[str, Size], where: str) -> dict[str, Fraction]:
+def _group_shares(
+    mixture: Mixture | Group, sizes: Mapping[str, Size], known: Mapping[str, Size], where: str
+) -> dict[str, Fraction]:
     """Task → its share among the tasks of `sizes`; shares add up to 1, and tasks without rows have none."""
     if mixture.groups is None:
         weights = _weights(mixture, sizes, where)
@@ -67,13 +69,13 @@ def _within(mixture: Mixture | Group, sizes: Mapping[str, Size], known: Mapping[
         raise RecipeError(f"{where}.groups: {missing[0]!r} is in no group; put every task that is trained on into one.")
     filled = {name: tasks for name, tasks in members.items() if any(size.rows for size in tasks.values())}
     whole = sum((Fraction(str(mixture.groups[name].share)) for name in filled), Fraction(0))
-    found: dict[str, Fraction] = {}
+    task_shares: dict[str, Fraction] = {}
     for name, tasks in filled.items():
         group = mixture.groups[name]
         part = Fraction(str(group.share)) / whole
-        inner = _within(group, tasks, known, f"{where}.groups.{name}")
-        found |= {task: part * share for task, share in inner.items()}
-    return found
+        inner = _group_shares(group, tasks, known, f"{where}.groups.{name}")
+        task_shares |= {task: part * share for task, share in inner.items()}
+    return task_shares
 
 
 def _members(group: Group, sizes: Mapping[str, Size], known: Mapping[str, Size], where: str) -> dict[str, Size]:
@@ -81,22 +83,22 @@ def _members(group: Group, sizes: Mapping[str, Size], known: Mapping[str, Size],
     if group.groups is not None:
         inner = [_members(one, sizes, known, f"{where}.groups.{name}") for name, one in group.groups.items()]
         return {task: size for tasks in inner for task, size in tasks.items()}
-    found: dict[str, Size] = {}
+    members: dict[str, Size] = {}
     for entry in group.tasks or ():
-        here = {task: size for task, size in sizes.items() if entry in (task, size.cluster)}
-        if not here:
+        matching = {task: size for task, size in sizes.items() if entry in (task, size.cluster)}
+        if not matching:
             names = [*known, *sorted({size.cluster for size in known.values() if size.cluster})]
             raise RecipeError(
                 f"{where}.tasks: {entry!r} is neither a task that is trained on nor a cluster of such.{did_you_mean(entry, names)}"
             )
-        found |= here
-    return found
+        members |= matching
+    return members
 
 
 def _weights(mixture: Mixture | Group, sizes: Mapping[str, Size], where: str) -> dict[str, Fraction]:
     rows = {task: size.rows for task, size in sizes.items() if size.rows > 0}
     if mixture.strategy == "weights":
-        return _given(mixture.weights or {}, sizes, rows, where)
+        return _explicit_weights(mixture.weights or {}, sizes, rows, where)
     if mixture.strategy == "equal":
         return dict.fromkeys(rows, Fraction(1))
     counted = {task: min(size, mixture.cap or size) for task, size in rows.items()}
@@ -107,7 +109,9 @@ def _weights(mixture: Mixture | Group, sizes: Mapping[str, Size], where: str) ->
     return {task: Fraction(Decimal(size) ** power) for task, size in counted.items()}
 
 
-def _given(weights: Mapping[str, float], sizes: Mapping[str, Size], rows: Mapping[str, int], where: str) -> dict[str, Fraction]:
+def _explicit_weights(
+    weights: Mapping[str, float], sizes: Mapping[str, Size], rows: Mapping[str, int], where: str
+) -> dict[str, Fraction]:
     for task in weights:
         if task not in sizes:
             raise RecipeError(f"{where}.weights: {task!r} is not a task that is trained on.{did_you_mean(task, sizes)}")
@@ -118,7 +122,7 @@ def _given(weights: Mapping[str, float], sizes: Mapping[str, Size], rows: Mappin
     return {task: Fraction(str(weights[task])) for task in rows}
 
 
-def _per_token(share: Fraction, target_tokens: float) -> Fraction:
+def _divide_by_tokens(share: Fraction, target_tokens: float) -> Fraction:
     """`share` divided by the mean target tokens, as a decimal: decimals have a small common denominator, exact quotients do not."""
     return Fraction(Decimal(share.numerator) / Decimal(share.denominator) / Decimal(str(max(target_tokens, 1e-3))))
 

@@ -19,11 +19,11 @@ import numpy as np
 
 from apprentice.data.index.build import is_held_out
 from apprentice.data.index.task_index import TaskIndex
-from apprentice.data.sampling.exemplars import ExemplarPool, candidates, exemplar_rows, without
+from apprentice.data.sampling.exemplars import ExemplarPool, exclude_own_row, exemplar_places, exemplar_rows
 from apprentice.data.sampling.interleave import WeightedInterleave
 from apprentice.data.sampling.mixture import Size, shares
 from apprentice.data.sampling.permutation import Numbers, below, draw, key_of, permute
-from apprentice.data.sampling.shuffle import RowOrder, drawn, runs
+from apprentice.data.sampling.shuffle import RowOrder, draw_rows, group_equal
 from apprentice.recipe import Formats, Recipe
 from apprentice.tasks.schema import Task, Template
 
@@ -45,7 +45,7 @@ class Draw(NamedTuple):
     pass_: int  # number of complete passes over the task's rows before this draw
 
 
-class _Member(NamedTuple):
+class _TrainedTask(NamedTuple):
     """One task that is trained on, with its template names by kind."""
 
     name: str
@@ -63,22 +63,24 @@ class _Member(NamedTuple):
 class Plan:
     """The sampling plan of a run; made by `Plan.of`. Picklable."""
 
-    def __init__(self, seed: int, formats: Formats, shots: tuple[int, int], members: Sequence[_Member], weights: Sequence[int]):
-        self._state = (seed, formats, shots, tuple(members), tuple(weights))
+    def __init__(
+        self, seed: int, formats: Formats, shots: tuple[int, int], trained_tasks: Sequence[_TrainedTask], weights: Sequence[int]
+    ):
+        self._state = (seed, formats, shots, tuple(trained_tasks), tuple(weights))
         self._shots = shots
         self._format_key, self._template_key, self._shots_key = (key_of(seed, name) for name in ("format", "template", "shots"))
-        self._members = tuple(members)
-        self._leaf = {member.name: leaf for leaf, member in enumerate(members)}
-        self._rotation = WeightedInterleave(weights)
-        self._orders = [member.order for member in members]
-        self._pools = [ExemplarPool(seed, member.name, member.order.kept) for member in members]
+        self._trained_tasks = tuple(trained_tasks)
+        self._leaf = {trained_task.name: leaf for leaf, trained_task in enumerate(trained_tasks)}
+        self._interleave = WeightedInterleave(weights)
+        self._orders = [trained_task.order for trained_task in trained_tasks]
+        self._pools = [ExemplarPool(seed, trained_task.name, trained_task.order.kept) for trained_task in trained_tasks]
         self._pool_sizes = np.array([len(pool) for pool in self._pools])
         # (tasks, formats): number of templates that each format may use.
-        self._templates = np.array([[len(names) for names in member.by_format] for member in members])
+        self._templates = np.array([[len(names) for names in trained_task.by_format] for trained_task in trained_tasks])
         last = round(formats.cot * 2**53)
         self._bounds = (round(formats.zero_shot * 2**53), 2**53 - round(formats.inverted * 2**53) - last, 2**53 - last)
 
-    def __reduce__(self) -> tuple[type[Plan], tuple[int, Formats, tuple[int, int], tuple[_Member, ...], tuple[int, ...]]]:
+    def __reduce__(self) -> tuple[type[Plan], tuple[int, Formats, tuple[int, int], tuple[_TrainedTask, ...], tuple[int, ...]]]:
         return type(self), self._state
 
     @classmethod
@@ -93,52 +95,52 @@ class Plan:
             name: Size(len(indices[name].train), task.cluster, indices[name].mean_target_tokens) for name, task in trained.items()
         }
         weights = shares(recipe.data.mixture, sizes)
-        members = []
+        trained_tasks = []
         for name in weights:
             source = indices[name].train_source
             groups = np.array(source.group_rows if source else (), dtype=np.int64)
             order = RowOrder(key_of(recipe.seed, name, "order"), indices[name].train, groups)
             task = trained[name]
             kinds = (task.scored_templates, task.inverted_templates, task.cot_templates)
-            scored, inverted, cot = (_some(kind, recipe, name) for kind in kinds)
-            members.append(_Member(name, scored, inverted, cot, order))
-        return cls(recipe.seed, recipe.data.formats, recipe.data.shots, members, list(weights.values()))
+            scored, inverted, cot = (_choose_templates(kind, recipe, name) for kind in kinds)
+            trained_tasks.append(_TrainedTask(name, scored, inverted, cot, order))
+        return cls(recipe.seed, recipe.data.formats, recipe.data.shots, trained_tasks, list(weights.values()))
 
     @property
     def tasks(self) -> tuple[str, ...]:
         """Names of the tasks trained on, sorted."""
-        return tuple(member.name for member in self._members)
+        return tuple(trained_task.name for trained_task in self._trained_tasks)
 
     @property
     def shares(self) -> dict[str, Fraction]:
         """Task → its exact share of the positions."""
-        total = sum(self._rotation.weights)
-        return {name: Fraction(weight, total) for name, weight in zip(self.tasks, self._rotation.weights, strict=True)}
+        total = sum(self._interleave.weights)
+        return {name: Fraction(weight, total) for name, weight in zip(self.tasks, self._interleave.weights, strict=True)}
 
     def task_at(self, position: int) -> str:
-        return self._members[int(self._rotation.turns(np.array([position]))[0][0])].name
+        return self._trained_tasks[int(self._interleave.assign(np.array([position]))[0][0])].name
 
     def count(self, task: str, position: int) -> int:
         """Number of positions before `position` that go to `task`: closed form, within 2 of position × share."""
-        return self._rotation.count(self._leaf[task], position)
+        return self._interleave.count(self._leaf[task], position)
 
     def draws(self, start: int, stop: int) -> list[Draw]:
         """The draws at positions [start, stop)."""
         positions = np.arange(start, stop, dtype=np.int64)
         if not positions.size:
             return []
-        leaves, counts = self._rotation.turns(positions)
+        leaves, counts = self._interleave.assign(positions)
         formats = self._formats(positions, leaves)
-        usable = self._templates[leaves, formats]
-        templates = below(draw(self._template_key, positions), usable).tolist()
-        rows, passes = drawn(self._orders, leaves, counts)
+        template_counts = self._templates[leaves, formats]
+        templates = below(draw(self._template_key, positions), template_counts).tolist()
+        rows, passes = draw_rows(self._orders, leaves, counts)
         shots = self._exemplars(positions, leaves, formats, rows)
         columns = zip(positions.tolist(), leaves.tolist(), formats.tolist(), templates, rows.tolist(), passes.tolist(), strict=True)
         draws = []
         for position, leaf, form, template, row, pass_ in columns:
-            member = self._members[leaf]
-            names = member.by_format[form]
-            draws.append(Draw(position, member.name, FORMATS[form], names[template], row, shots.get(position, ()), pass_))
+            trained_task = self._trained_tasks[leaf]
+            names = trained_task.by_format[form]
+            draws.append(Draw(position, trained_task.name, FORMATS[form], names[template], row, shots.get(position, ()), pass_))
         return draws
 
     def _formats(self, positions: Numbers, leaves: Numbers) -> Numbers:
@@ -157,18 +159,18 @@ class Plan:
             return {}
         least, most = self._shots
         counts = least + below(draw(self._shots_key, positions[few]), most - least + 1)
-        by_pool, parts = runs(leaves[few])
+        by_pool, parts = group_equal(leaves[few])
         few, counts = few[by_pool], counts[by_pool]
         keys = np.empty(len(few), dtype=np.uint64)
         for leaf, part in parts:
             keys[part] = self._pools[leaf].key
-        places = candidates(self._pool_sizes[leaves[few]], draw(keys, rows[few]), most + 1)
+        places = exemplar_places(self._pool_sizes[leaves[few]], draw(keys, rows[few]), most + 1)
         for leaf, part in parts:
             places[part] = self._pools[leaf].rows[places[part]]
-        return dict(zip(positions[few].tolist(), without(rows[few], places, counts), strict=True))
+        return dict(zip(positions[few].tolist(), exclude_own_row(rows[few], places, counts), strict=True))
 
 
-def _some(templates: Sequence[Template], recipe: Recipe, task: str) -> tuple[str, ...]:
+def _choose_templates(templates: Sequence[Template], recipe: Recipe, task: str) -> tuple[str, ...]:
     """Names of the templates that training uses: all, or `data.templates_per_task` of them chosen by key, in the file's order."""
     most = min(recipe.data.templates_per_task or len(templates), len(templates))
     chosen = permute(np.arange(most), max(len(templates), 1), key_of(recipe.seed, task, "templates"))

@@ -1,4 +1,4 @@
-"""Two-level shuffle of one task's rows: permutes the row groups, then the rows inside buffers of `SHELF_GROUPS` (8) groups.
+"""Two-level shuffle of one task's rows: permutes the row groups, then the rows inside buffers of `BUFFER_GROUPS` (8) groups.
 
     row groups of the file        0  1  2 … 23
     permuted for a pass          17  4  9 … │ 2 21  0 … │ …     each buffer ("shelf") has 8 of them
@@ -20,7 +20,7 @@ import numpy as np
 from apprentice.data.index.row_ranges import RowRanges
 from apprentice.data.sampling.permutation import Numbers, draw, permute
 
-SHELF_GROUPS = 8
+BUFFER_GROUPS = 8
 _GROUP_ROUND = 2**32  # counters of the row groups' permutations start here; those of the rows' count passes from 0
 
 
@@ -29,7 +29,7 @@ class _Pass(NamedTuple):
 
     group_order: Numbers
     group_starts: Numbers  # place of the first row of each group in `group_order`
-    shelf_starts: Numbers  # place of the first row of each buffer, and behind them the end of the last
+    buffer_starts: Numbers  # place of the first row of each buffer, and behind them the end of the last
 
 
 class RowOrder:
@@ -55,24 +55,24 @@ class RowOrder:
         return len(self.kept)
 
     @property
-    def has_shelves(self) -> bool:
+    def has_buffers(self) -> bool:
         """False where all row groups fit into one buffer; then their order does not matter."""
-        return len(self._sizes) > SHELF_GROUPS
+        return len(self._sizes) > BUFFER_GROUPS
 
-    def shelves(self, passes: Numbers, offsets: Numbers) -> tuple[Numbers, Numbers, Numbers]:
+    def buffers(self, passes: Numbers, offsets: Numbers) -> tuple[Numbers, Numbers, Numbers]:
         """(number, first place, rows) of the buffer that each offset in its pass falls into."""
         number, start, size = np.empty((3, len(passes)), dtype=np.int64)
         for pass_ in set(passes.tolist()):
             here = passes == pass_
-            starts = self._pass(pass_).shelf_starts
-            number[here] = shelf = np.searchsorted(starts, offsets[here], side="right") - 1
-            start[here] = starts[shelf]
-            size[here] = starts[shelf + 1] - starts[shelf]
+            starts = self._pass(pass_).buffer_starts
+            number[here] = buffer = np.searchsorted(starts, offsets[here], side="right") - 1
+            start[here] = starts[buffer]
+            size[here] = starts[buffer + 1] - starts[buffer]
         return number, start, size
 
     def rows(self, passes: Numbers, places: Numbers) -> Numbers:
         """Source row numbers at `places` of each pass; a place is the start of a buffer plus a permuted offset in it."""
-        if not self.has_shelves:
+        if not self.has_buffers:
             return self.kept[places]
         found = np.empty_like(places)
         for pass_ in set(passes.tolist()):
@@ -87,29 +87,29 @@ class RowOrder:
         order = np.argsort(draw(key, np.arange(len(self._sizes))), kind="stable")
         ends = np.cumsum(self._sizes[order])
         starts = ends - self._sizes[order]
-        return _Pass(order, starts, np.append(starts[::SHELF_GROUPS], ends[-1]))
+        return _Pass(order, starts, np.append(starts[::BUFFER_GROUPS], ends[-1]))
 
 
-def drawn(orders: Sequence[RowOrder], which: Numbers, counts: Numbers) -> tuple[Numbers, Numbers]:
+def draw_rows(orders: Sequence[RowOrder], which: Numbers, counts: Numbers) -> tuple[Numbers, Numbers]:
     """(source row, pass) of draw number `counts[i]` of `orders[which[i]]`, for all i at once; int64 arrays."""
-    by_order, parts = runs(which)
-    sizes, starts, shelves = np.zeros((3, len(which)), dtype=np.int64)
+    by_order, parts = group_equal(which)
+    sizes, starts, buffers = np.zeros((3, len(which)), dtype=np.int64)
     keys = np.empty(len(which), dtype=np.uint64)
     for number, part in parts:
         sizes[part], keys[part] = len(orders[number]), orders[number].key
     passes, offsets = np.divmod(counts[by_order], sizes)
     for number, part in parts:
-        if orders[number].has_shelves:
-            shelves[part], starts[part], sizes[part] = orders[number].shelves(passes[part], offsets[part])
+        if orders[number].has_buffers:
+            buffers[part], starts[part], sizes[part] = orders[number].buffers(passes[part], offsets[part])
     # One call for all orders: most of the time is spent here.
-    places = starts + permute(offsets - starts, sizes, draw(draw(keys, passes), shelves))
+    places = starts + permute(offsets - starts, sizes, draw(draw(keys, passes), buffers))
     rows = np.empty((2, len(which)), dtype=np.int64)
     rows[1, by_order] = passes
     rows[0, by_order] = np.concatenate([places[:0], *(orders[number].rows(passes[part], places[part]) for number, part in parts)])
     return rows[0], rows[1]
 
 
-def runs(labels: Numbers) -> tuple[Numbers, list[tuple[int, slice]]]:
+def group_equal(labels: Numbers) -> tuple[Numbers, list[tuple[int, slice]]]:
     """The stable sorting order of `labels`, and (label, its slice of the sorted array) for each distinct label."""
     order = np.argsort(labels, kind="stable")
     found, starts = np.unique(labels[order], return_index=True)

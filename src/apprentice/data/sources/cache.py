@@ -17,11 +17,11 @@ def cache_cleared(recipe: Recipe, *, keep: bool = False) -> Iterator[None]:
     """
     storage = Folder.at(recipe.storage)
     cache = storage / "cache"
-    made = [folder for folder in (cache, storage) if not folder.exists()]
+    new_folders = [folder for folder in (cache, storage) if not folder.exists()]
     try:
         yield
-        made = [] if keep else made
+        new_folders = [] if keep else new_folders
     finally:
-        for folder in made:
+        for folder in new_folders:
             if folder == cache or (folder.exists() and not folder.children()):
                 folder.delete()

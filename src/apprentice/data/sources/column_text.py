@@ -16,20 +16,20 @@ Reading = Literal["cell", "json", "bytes"]
 _MARK = b"apprentice.reading"
 
 
-def marked(field: pa.Field, reading: Reading) -> pa.Field:
+def mark_reading(field: pa.Field, reading: Reading) -> pa.Field:
     """`field` with `reading` in its metadata."""
     return field.with_metadata({_MARK: reading.encode()})
 
 
 def readings_of(schema: pa.Schema) -> dict[str, Reading]:
     """Column → how its values are decoded, for the columns that need decoding."""
-    found: dict[str, Reading] = {}
+    readings: dict[str, Reading] = {}
     for field in schema:
         if mark := (field.metadata or {}).get(_MARK):
-            found[field.name] = cast(Reading, mark.decode())
+            readings[field.name] = cast(Reading, mark.decode())
         elif is_bytes(field.type):
-            found[field.name] = "bytes"
-    return found
+            readings[field.name] = "bytes"
+    return readings
 
 
 def is_bytes(kind: pa.DataType) -> bool:

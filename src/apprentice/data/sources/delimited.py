@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 import pyarrow as pa
 import pyarrow.csv as pacsv
 
-from apprentice.data.sources.column_text import marked
+from apprentice.data.sources.column_text import mark_reading
 from apprentice.errors import DataError
 from apprentice.storage import Folder
 
@@ -30,12 +30,12 @@ def text_batches(file: Folder, delimiter: str, encoding: str | None, block_bytes
     try:
         with _opened(file, delimiter, encoding, block_bytes, ()) as reader:
             names = reader.schema.names
-        schema = pa.schema([marked(pa.field(name, pa.string()), "cell") for name in names])
+        schema = pa.schema([mark_reading(pa.field(name, pa.string()), "cell") for name in names])
         with _opened(file, delimiter, encoding, block_bytes, names) as reader:
             for batch in reader:
                 yield pa.Table.from_arrays(batch.columns, schema=schema)
     except (pa.ArrowException, OSError, UnicodeError) as error:
-        if encoding is None and (place := not_utf8(file)) is not None:
+        if encoding is None and (place := describe_invalid_utf8(file)) is not None:
             raise DataError(place) from error
         said = " ".join(str(error).split())
         raise DataError(
@@ -54,13 +54,13 @@ def _opened(file: Folder, delimiter: str, encoding: str | None, block_bytes: int
     )
 
 
-def not_utf8(file: Folder) -> str | None:
+def describe_invalid_utf8(file: Folder) -> str | None:
     """A sentence for an error about the first line that is not UTF-8, with an encoding that reads it; None for a UTF-8 file."""
     fs, path = file.filesystem()
     with fs.open_input_stream(path) as stream, io.BufferedReader(stream) as lines:
         for number, line in enumerate(lines, start=1):
             if _fails(line):
-                return f"{file}:{number} is not UTF-8: {how_to_read(line.strip())}"
+                return f"{file}:{number} is not UTF-8: {suggest_encoding(line.strip())}"
     return None
 
 
@@ -85,7 +85,7 @@ def _encoding_of(data: bytes) -> str | None:
     return None
 
 
-def how_to_read(data: bytes) -> str:
+def suggest_encoding(data: bytes) -> str:
     """Advice for an error: the bytes, a likely encoding, and the text it gives, so that a person sees whether it is right."""
     encoding = _encoding_of(data)
     odd = next((place for place, byte in enumerate(data) if byte > 127), 0)

@@ -15,7 +15,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from apprentice.data.sources.column_text import marked
+from apprentice.data.sources.column_text import mark_reading
 from apprentice.errors import DataError
 
 ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
@@ -26,18 +26,18 @@ Rows = list[dict[str, Any]]
 _Kinds = dict[tuple[str, ...], set[str]]  # path of keys, beginning with the column → kinds of numbers found there
 
 
-def without_surrogates(value: Any) -> Any:
+def replace_surrogates(value: Any) -> Any:
     """`value` with U+FFFD for each lone surrogate, which cannot be encoded; such rows are counted as broken."""
     if isinstance(value, str):
         return _SURROGATE.sub("\ufffd", value)
     if isinstance(value, list):
-        return [without_surrogates(item) for item in value]
+        return [replace_surrogates(item) for item in value]
     if isinstance(value, dict):
-        return {without_surrogates(key): without_surrogates(item) for key, item in value.items()}
+        return {replace_surrogates(key): replace_surrogates(item) for key, item in value.items()}
     return value
 
 
-def tables_of(batches: Callable[[], Iterable[Rows]], name: str, rules: int) -> Iterator[pa.Table]:
+def arrow_tables(batches: Callable[[], Iterable[Rows]], name: str, rules: int) -> Iterator[pa.Table]:
     """Arrow tables of `batches`, which is called twice: first for the common schema of all rows, then for the tables.
 
     Absent keys are null. `rules` is the run's format: in format 1, integers beside fractions become fractions. Raises `DataError`
@@ -51,9 +51,11 @@ def tables_of(batches: Callable[[], Iterable[Rows]], name: str, rules: int) -> I
             schema = pa.unify_schemas([schema, found], promote_options="permissive")
         except (pa.ArrowException, OverflowError) as error:
             raise DataError(f"{name}: a key has values of different types: {error}; give each key one type.") from error
-        _see(batch, (), kinds)
+        _collect_number_kinds(batch, (), kinds)
     kept = {path[0] for path, kind in kinds.items() if "big" in kind or (rules >= 2 and len(kind) > 1)}
-    stored = pa.schema([marked(pa.field(field.name, pa.string()), "json") if field.name in kept else field for field in schema])
+    stored = pa.schema(
+        [mark_reading(pa.field(field.name, pa.string()), "json") if field.name in kept else field for field in schema]
+    )
     for batch in batches():
         rows = [_as_json(row, kept, schema) for row in batch] if kept else batch
         yield pa.Table.from_pylist(rows, schema=stored)
@@ -63,19 +65,19 @@ def _type_of(values: list[Any]) -> pa.DataType:
     try:
         return pa.array(values).type
     except (OverflowError, pa.ArrowInvalid):  # a long number, or values of different types: these fail again below
-        return pa.array([_small(value) for value in values]).type
+        return pa.array([_without_big_integers(value) for value in values]).type
 
 
-def _small(value: Any) -> Any:
+def _without_big_integers(value: Any) -> Any:
     """`value` with 0 in place of each integer of more than 64 bits."""
     if isinstance(value, list):
-        return [_small(item) for item in value]
+        return [_without_big_integers(item) for item in value]
     if isinstance(value, dict):
-        return {key: _small(item) for key, item in value.items()}
+        return {key: _without_big_integers(item) for key, item in value.items()}
     return 0 if isinstance(value, int) and value not in _BITS_64 else value
 
 
-def _see(values: list[Any], path: tuple[str, ...], kinds: _Kinds) -> None:
+def _collect_number_kinds(values: list[Any], path: tuple[str, ...], kinds: _Kinds) -> None:
     """Adds to `kinds` the kinds of numbers in `values`, all of which are at `path`, and below them."""
     types = set(map(type, values))
     if float in types:
@@ -85,14 +87,14 @@ def _see(values: list[Any], path: tuple[str, ...], kinds: _Kinds) -> None:
         if any(type(value) is int and value not in _BITS_64 for value in values):
             kinds[path].add("big")
     if list in types:
-        _see(list(chain.from_iterable(value for value in values if type(value) is list)), path, kinds)
+        _collect_number_kinds(list(chain.from_iterable(value for value in values if type(value) is list)), path, kinds)
     if dict in types:
         inner = defaultdict[str, list[Any]](list)
         for value in values:
             for key, item in value.items() if type(value) is dict else ():
                 inner[key].append(item)
         for key, items in inner.items():
-            _see(items, (*path, key), kinds)
+            _collect_number_kinds(items, (*path, key), kinds)
 
 
 def _as_json(row: Mapping[str, Any], kept: set[str], schema: pa.Schema) -> dict[str, Any]:

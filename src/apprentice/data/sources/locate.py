@@ -22,7 +22,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from numpy.typing import NDArray
 
 from apprentice.data.sources.column_text import Reading, read, readings_of
-from apprentice.data.sources.delimited import how_to_read
+from apprentice.data.sources.delimited import suggest_encoding
 from apprentice.data.sources.parquet_conversion import builtin_file, is_saved_to_disk, parquet_file
 from apprentice.errors import DataError, StorageError, did_you_mean
 from apprentice.run.identity import FORMAT
@@ -143,7 +143,9 @@ def _readings(
                 continue
             if reading == "bytes" and spec.encoding is None:
                 sample = _first_value(file, column)
-                raise DataError(f"task {task.name!r}: column {column!r} of {file} holds bytes, not text: {how_to_read(sample)}")
+                raise DataError(
+                    f"task {task.name!r}: column {column!r} of {file} holds bytes, not text: {suggest_encoding(sample)}"
+                )
             found[name] = reading
     return found
 

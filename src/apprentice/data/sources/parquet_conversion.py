@@ -24,8 +24,8 @@ import pyarrow.csv as pacsv
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from apprentice.data.sources.delimited import not_utf8, text_batches
-from apprentice.data.sources.json_columns import ESCAPED_SURROGATE, tables_of, without_surrogates
+from apprentice.data.sources.delimited import describe_invalid_utf8, text_batches
+from apprentice.data.sources.json_columns import ESCAPED_SURROGATE, arrow_tables, replace_surrogates
 from apprentice.errors import DataError, StorageError
 from apprentice.run.identity import FORMAT
 from apprentice.storage import Folder
@@ -69,7 +69,7 @@ def parquet_file(path: str, cache: Folder, task: str, *, encoding: str | None = 
         return _converted(file, [file], cache, lambda: _regrouped(text_batches(file, delimiter, encoding, _BLOCK_BYTES)), way)
     if kind in (*_JSON_LINES, _JSON_DOCUMENT):
         batches = partial(_json_batches, file, encoding)
-        return _converted(file, [file], cache, lambda: tables_of(batches, str(file), rules), way)
+        return _converted(file, [file], cache, lambda: arrow_tables(batches, str(file), rules), way)
     raise DataError(
         f"task {task!r}: {file} is of no kind that can be read; give Parquet (.parquet), Arrow (.arrow), JSON (.jsonl, .ndjson,"
         " .json), .csv or .tsv, the last three kinds also compressed (.gz, .bz2, .zst)."
@@ -122,7 +122,7 @@ def builtin_file(name: str, split: str, cache: Folder) -> str:
 def write_rows(rows: Sequence[dict[str, Any]], target: Folder) -> None:
     """Writes rows to a Parquet file without changing any number (see `json_columns`)."""
     batches = [list(rows[start : start + ROWS_PER_GROUP]) for start in range(0, len(rows), ROWS_PER_GROUP)]
-    _write(tables_of(lambda: batches, target.name, FORMAT), target, target)
+    _write(arrow_tables(lambda: batches, target.name, FORMAT), target, target)
 
 
 def _kind(name: str) -> str:
@@ -217,7 +217,7 @@ def _json_batches(file: Folder, encoding: str | None) -> Iterator[list[dict[str,
             while batch := list(islice(rows, ROWS_PER_GROUP)):
                 yield batch
     except UnicodeError as error:
-        if encoding is None and (place := not_utf8(file)) is not None:
+        if encoding is None and (place := describe_invalid_utf8(file)) is not None:
             raise DataError(place) from error
         raise DataError(
             f"{file} cannot be read as JSON in {encoding}: {error}; mend the file, or name another encoding."
@@ -250,12 +250,12 @@ def _document_rows(file: Folder, text: io.TextIOBase) -> Iterator[dict[str, Any]
         number += 1
         if not isinstance(row, dict):
             raise DataError(f"{file}: element {number} is {type(row).__name__}, not an object; each must be one.")
-        yield without_surrogates(row) if ESCAPED_SURROGATE.search(rest, start, place) else row
+        yield replace_surrogates(row) if ESCAPED_SURROGATE.search(rest, start, place) else row
 
 
 def _instances(file: Folder, text: str) -> Iterator[dict[str, Any]]:
     try:
-        content = without_surrogates(json.loads(text)) if ESCAPED_SURROGATE.search(text) else json.loads(text)
+        content = replace_surrogates(json.loads(text)) if ESCAPED_SURROGATE.search(text) else json.loads(text)
         yield from ({"input": row["input"], "output": row["output"]} for row in content["Instances"])
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise DataError(
@@ -270,4 +270,4 @@ def _json_row(file: Folder, number: int, line: str) -> dict[str, Any]:
         raise DataError(f"{file}:{number}: not JSON: {error.msg}; each line must be one object.") from error
     if not isinstance(row, dict):
         raise DataError(f"{file}:{number}: holds {type(row).__name__}, not an object; each line must be one object.")
-    return without_surrogates(row) if ESCAPED_SURROGATE.search(line) else row
+    return replace_surrogates(row) if ESCAPED_SURROGATE.search(line) else row

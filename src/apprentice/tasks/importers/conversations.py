@@ -62,27 +62,27 @@ class ConversationTemplate(ColumnTemplate):
         messages = row.get("messages") or row.get("conversations")
         if not messages:
             raise RowError("null", f"task {task!r}: the row has neither `messages` nor `conversations`.")
-        said = [message_of(task, message, self.text) for message in messages]
-        if said[-1][0] == "user":
-            said.pop()
-        system, turns = exchanges(task, said, self.text(row.get("system") or "").strip())
-        asked, answer = turns[-1]
-        return Example(task, self.name, asked, "", answer, (), (answer,), turns[:-1], system)
+        messages = [message_of(task, message, self.text) for message in messages]
+        if messages[-1][0] == "user":
+            messages.pop()
+        system, turns = split_turns(task, messages, self.text(row.get("system") or "").strip())
+        question, answer = turns[-1]
+        return Example(task, self.name, question, "", answer, (), (answer,), turns[:-1], system)
 
 
-def exchanges(task: str, said: Sequence[tuple[str, str]], system: str) -> tuple[str, tuple[tuple[str, str], ...]]:
+def split_turns(task: str, messages: Sequence[tuple[str, str]], system: str) -> tuple[str, tuple[tuple[str, str], ...]]:
     """Splits (role, text) messages into the system text and pairs of question and answer.
 
     The system text is that of a first message with the role `system`, or else `system`. Raises `RowError` with reason `turns`
     or `empty_answer`.
     """
-    if said and said[0][0] == "system":
-        system, said = said[0][1] or system, said[1:]
-    if not said or [role for role, _ in said] != ["user", "assistant"] * (len(said) // 2):
+    if messages and messages[0][0] == "system":
+        system, messages = messages[0][1] or system, messages[1:]
+    if not messages or [role for role, _ in messages] != ["user", "assistant"] * (len(messages) // 2):
         raise RowError("turns", f"task {task!r}: the turns are not questions and answers by turns, beginning with a question.")
-    if not all(text for role, text in said if role == "assistant"):
+    if not all(text for role, text in messages if role == "assistant"):
         raise RowError("empty_answer", f"task {task!r}: an answer is empty.")
-    return system, tuple((asked, answer) for (_, asked), (_, answer) in zip(said[::2], said[1::2], strict=True))
+    return system, tuple((question, answer) for (_, question), (_, answer) in zip(messages[::2], messages[1::2], strict=True))
 
 
 def message_of(task: str, message: Mapping[str, Any], text: Callable[[Any], str]) -> tuple[str, str]:
@@ -90,10 +90,10 @@ def message_of(task: str, message: Mapping[str, Any], text: Callable[[Any], str]
 
     Raises `RowError` with reason `unknown_role` or `null`.
     """
-    written = message.get("role") or message.get("from")
-    role = ROLES.get(str(written).lower())
+    role_name = message.get("role") or message.get("from")
+    role = ROLES.get(str(role_name).lower())
     if role is None:
-        raise RowError("unknown_role", f"task {task!r}: role {written!r} is none of {', '.join(ROLES)}.")
+        raise RowError("unknown_role", f"task {task!r}: role {role_name!r} is none of {', '.join(ROLES)}.")
     content = message.get("content") if message.get("content") is not None else message.get("value")
     if isinstance(content, list):
         content = "\n".join(text(part["text"]) for part in content if part.get("text"))

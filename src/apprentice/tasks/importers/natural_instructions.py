@@ -42,13 +42,13 @@ class InstanceTemplate(Template):
 
         Raises `RowError` with reason `null` or `empty_answer`.
         """
-        given, outputs = row.get("input"), row.get("output")
-        if given is None or outputs is None:
+        input_text, outputs = row.get("input"), row.get("output")
+        if input_text is None or outputs is None:
             raise RowError("null", f"task {task!r}: an instance lacks its input or output.")
         right = tuple(self.text(text).strip() for text in ([outputs] if isinstance(outputs, str) else outputs))
         if not right or not right[0]:
             raise RowError("empty_answer", f"task {task!r}: an instance has an empty output.")
-        return Example(task, self.name, self.instruction, f"Input: {self.text(given).strip()}\nOutput:", right[0], (), right)
+        return Example(task, self.name, self.instruction, f"Input: {self.text(input_text).strip()}\nOutput:", right[0], (), right)
 
 
 def instruction_tasks(entry: Mapping[str, Any]) -> list[Task]:
@@ -59,10 +59,10 @@ def instruction_tasks(entry: Mapping[str, Any]) -> list[Task]:
     list is left out. Raises `TaskError` if no file matches, a file cannot be read, or none is in the lists.
     """
     pattern = str(entry["natural_instructions"])
-    files = [Path(found) for found in sorted(glob(pattern))]
+    files = [Path(path) for path in sorted(glob(pattern))]
     if not files:
         raise TaskError(f"data.tasks: no file matches {pattern}; check the path.")
-    official = _official(Path(entry["official_splits"])) if entry.get("official_splits") else None
+    official = _official_splits(Path(entry["official_splits"])) if entry.get("official_splits") else None
     tasks = []
     for file in files:
         split = "train" if official is None else official.get(file.stem)
@@ -73,20 +73,20 @@ def instruction_tasks(entry: Mapping[str, Any]) -> list[Task]:
     return tasks
 
 
-def _official(folder: Path) -> dict[str, str]:
+def _official_splits(folder: Path) -> dict[str, str]:
     """Task name → `train` or `test`, from the lists in `folder`. Raises `TaskError` if one cannot be read."""
-    found: dict[str, str] = {}
+    split_of: dict[str, str] = {}
     for name in LISTS:
         try:
             names = (folder / name).read_text(encoding="utf-8").split()
         except (OSError, UnicodeDecodeError) as error:
             raise TaskError(f"{folder / name} cannot be read ({error.__class__.__name__}); correct official_splits.") from error
-        found |= dict.fromkeys(names, name.partition("_")[0])
-    return found
+        split_of |= dict.fromkeys(names, name.partition("_")[0])
+    return split_of
 
 
 @cache
-def _head(file: Path) -> tuple[str, str, tuple[tuple[str, ...], ...], tuple[tuple[str, ...], ...]]:
+def _read_header(file: Path) -> tuple[str, str, tuple[tuple[str, ...], ...], tuple[tuple[str, ...], ...]]:
     """(definition, category, positive examples, negative examples) of a file; each example is (input, output, explanation).
 
     Raises `TaskError` for a file of another format.
@@ -107,7 +107,7 @@ def _head(file: Path) -> tuple[str, str, tuple[tuple[str, ...], ...], tuple[tupl
 
 
 def _task(file: Path, split: str, entry: Mapping[str, Any]) -> Task:
-    definition, category, positive, negative = _head(file)
+    definition, category, positive, negative = _read_header(file)
     parts = [f"Definition: {definition}"] if entry.get("definition", True) else []
     for kind, examples, number in (
         ("Positive", positive, entry.get("positive", 2)),
@@ -129,8 +129,8 @@ def _task(file: Path, split: str, entry: Mapping[str, Any]) -> Task:
 
 
 def _shown(title: str, example: Sequence[str], explained: bool) -> str:
-    given, answer, why = example
-    lines = [f"{title} -", f"Input: {given}", f"Output: {answer}", *([f"Explanation: {why}"] if explained and why else [])]
+    input_text, answer, why = example
+    lines = [f"{title} -", f"Input: {input_text}", f"Output: {answer}", *([f"Explanation: {why}"] if explained and why else [])]
     return "\n".join(lines)
 
 

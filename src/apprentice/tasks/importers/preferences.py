@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from apprentice.errors import RowError
-from apprentice.tasks.importers.conversations import ColumnTemplate, exchanges, message_of
+from apprentice.tasks.importers.conversations import ColumnTemplate, message_of, split_turns
 from apprentice.tasks.importers.records import record_task
 from apprentice.tasks.schema import Example, Task
 from apprentice.tasks.source_spec import SourceSpec
@@ -42,11 +42,11 @@ class PreferenceTemplate(ColumnTemplate):
         for column in ("chosen", "rejected"):
             if not row.get(column):
                 raise RowError("null", f"task {task!r}: the row has no {column!r} answer.")
-        asked = messages_in(task, row.get("prompt") or [], "user", self.text)
-        (better, before), (worse, other) = (_answer(task, row[column], asked, self.text) for column in ("chosen", "rejected"))
+        question = messages_in(task, row.get("prompt") or [], "user", self.text)
+        (better, before), (worse, other) = (_answer(task, row[column], question, self.text) for column in ("chosen", "rejected"))
         if before != other:
             raise RowError("prompts_differ", f"task {task!r}: the two answers do not follow the same conversation.")
-        system, turns = exchanges(task, [*before, ("assistant", better)], self.text(row.get("system") or "").strip())
+        system, turns = split_turns(task, [*before, ("assistant", better)], self.text(row.get("system") or "").strip())
         if not worse:
             raise RowError("empty_answer", f"task {task!r}: the rejected answer is empty.")
         if better == worse:
@@ -62,19 +62,19 @@ def messages_in(task: str, value: Any, role: str, text: Callable[[Any], str]) ->
     parts = _SPOKEN.split(f"\n\n{value.lstrip()}") if _SPOKEN.match(f"\n\n{value.lstrip()}") else []
     if not parts:
         return [(role, value.strip())]
-    said = [(_SPEAKERS[speaker], spoken.strip()) for speaker, spoken in zip(parts[1::2], parts[2::2], strict=True)]
-    return said[:-1] if role == "user" and said[-1] == ("assistant", "") else said  # the prompt ends with "Assistant:"
+    messages = [(_SPEAKERS[speaker], spoken.strip()) for speaker, spoken in zip(parts[1::2], parts[2::2], strict=True)]
+    return messages[:-1] if role == "user" and messages[-1] == ("assistant", "") else messages  # the prompt ends with "Assistant:"
 
 
-def _answer(task: str, value: Any, asked: Messages, text: Callable[[Any], str]) -> tuple[str, Messages]:
-    """The answer, and the messages before it: those in the column itself, or else `asked`.
+def _answer(task: str, value: Any, question: Messages, text: Callable[[Any], str]) -> tuple[str, Messages]:
+    """The answer, and the messages before it: those in the column itself, or else `question`.
 
     Raises `RowError` with reason `turns` if the column does not end with an answer.
     """
-    said = messages_in(task, value, "assistant", text)
-    if not said or said[-1][0] != "assistant":
+    messages = messages_in(task, value, "assistant", text)
+    if not messages or messages[-1][0] != "assistant":
         raise RowError("turns", f"task {task!r}: an answer of the pair does not end with what the assistant says.")
-    return said[-1][1], said[:-1] or asked
+    return messages[-1][1], messages[:-1] or question
 
 
 def preference_tasks(entry: Mapping[str, Any]) -> list[Task]:

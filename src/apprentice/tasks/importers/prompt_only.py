@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from apprentice.errors import RowError
-from apprentice.tasks.importers.conversations import ColumnTemplate, exchanges
+from apprentice.tasks.importers.conversations import ColumnTemplate, split_turns
 from apprentice.tasks.importers.preferences import messages_in
 from apprentice.tasks.importers.records import record_task
 from apprentice.tasks.schema import Example, Task
@@ -31,8 +31,8 @@ class PromptOnlyTemplate(ColumnTemplate):
         """
         if not row.get("prompt"):
             raise RowError("null", f"task {task!r}: the row has no prompt.")
-        said = messages_in(task, row["prompt"], "user", self.text)
-        system, turns = exchanges(task, [*said, ("assistant", "…")], self.text(row.get("system") or "").strip())
+        messages = messages_in(task, row["prompt"], "user", self.text)
+        system, turns = split_turns(task, [*messages, ("assistant", "…")], self.text(row.get("system") or "").strip())
         return Example(task, self.name, turns[-1][0], "", "", (), (), turns[:-1], system)
 
 

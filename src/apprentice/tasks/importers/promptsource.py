@@ -82,18 +82,18 @@ class PromptSourceTemplate(Template):
 
     def example(self, task: str, row: Mapping[str, Any]) -> Example:
         """The example of one row. Raises `RowError` with reason `skipped` if the prompt or the answer is empty."""
-        values = {name: _protected(value) for name, value in row.items() if name in self.names}
+        values = {name: _escape_separator(value) for name, value in row.items() if name in self.names}
         chosen = self._choices(values).split(SEPARATOR) if self._choices is not None else []
         shown = [choice.strip() for choice in chosen] or None
         parts = self._whole(values | {"answer_choices": shown}).split(SEPARATOR)
-        choices = tuple(self._restored(choice).strip() for choice in chosen)
-        texts = [self._restored(part).strip() for part in parts]
+        choices = tuple(self._unescape_separator(choice).strip() for choice in chosen)
+        texts = [self._unescape_separator(part).strip() for part in parts]
         if len(texts) != 2 or not all(texts):
             raise RowError("skipped", f"task {task!r}, template {self.name!r}: gives no prompt and answer for this row.")
         prompt, target = texts
         return Example(task, self.name, prompt, "", target, choices if target in choices else (), (target,))
 
-    def _restored(self, text: str) -> str:
+    def _unescape_separator(self, text: str) -> str:
         """`text` with separators in place of their marks.
 
         In a list that was printed whole, the mark has the escaped form that Python prints.
@@ -102,13 +102,13 @@ class PromptSourceTemplate(Template):
         return text if self._python_forms else text.replace(repr(_MARK)[1:-1], SEPARATOR)
 
 
-def _protected(value: Any) -> Any:
+def _escape_separator(value: Any) -> Any:
     if isinstance(value, str):
         return value.replace(SEPARATOR, _MARK)
     if isinstance(value, list):
-        return [_protected(item) for item in value]
+        return [_escape_separator(item) for item in value]
     if isinstance(value, dict):
-        return {key: _protected(item) for key, item in value.items()}
+        return {key: _escape_separator(item) for key, item in value.items()}
     return value
 
 
@@ -121,7 +121,7 @@ def promptsource_tasks(entry: Mapping[str, Any]) -> list[Task]:
     files = template_files(str(entry["promptsource"]), entry.get("root"))
     if len(files) > 1 and (extra := [key for key in ("dataset", "templates") if entry.get(key)]):
         raise TaskError(f"data.tasks: `{extra[0]}` is for one set of templates, and {entry['promptsource']} holds {len(files)}.")
-    return [_chosen(load_templates(file), file, entry) for file in files]
+    return [_apply_entry(load_templates(file), file, entry) for file in files]
 
 
 def template_files(name: str, root: str | None) -> list[Path]:
@@ -199,13 +199,13 @@ def _metrics(templates: Any) -> tuple[Metric, ...]:
     return tuple(dict.fromkeys(metric for name in known for metric in _METRICS[name])) or ("exact_match",)
 
 
-def _chosen(task: Task, file: Path, entry: Mapping[str, Any]) -> Task:
+def _apply_entry(task: Task, file: Path, entry: Mapping[str, Any]) -> Task:
     """The task with the templates, cluster, splits and columns of the recipe's entry."""
     changes: dict[str, Any] = {}
-    if wanted := entry.get("templates"):
-        if unknown := [name for name in wanted if name not in task.template_by_name]:
+    if template_names := entry.get("templates"):
+        if unknown := [name for name in template_names if name not in task.template_by_name]:
             raise TaskError(f"{file}: no template is called {unknown[0]!r}.{did_you_mean(unknown[0], task.template_by_name)}")
-        changes["templates"] = tuple(template for template in task.templates if template.name in wanted)
+        changes["templates"] = tuple(template for template in task.templates if template.name in template_names)
     if entry.get("cluster"):
         changes["cluster"] = entry["cluster"]
     sources: Sequence[SourceSpec] = (SourceSpec(dataset=entry["dataset"]),) if entry.get("dataset") else task.sources

@@ -41,12 +41,12 @@ class RecordTemplate(Template):
 
     def example(self, task: str, row: Mapping[str, Any]) -> Example:
         """The example of one row. Raises `RowError` with reason `null` or `empty_answer`."""
-        asked, given, said = (self._value(row, column) for column in self.columns)
-        if asked is None or said is None:
-            raise RowError("null", f"task {task!r}: {self.columns[0 if asked is None else 2]!r} is null.")
-        if not said:
+        instruction, input_text, answer = (self._value(row, column) for column in self.columns)
+        if instruction is None or answer is None:
+            raise RowError("null", f"task {task!r}: {self.columns[0 if instruction is None else 2]!r} is null.")
+        if not answer:
             raise RowError("empty_answer", f"task {task!r}: {self.columns[2]!r} is empty.")
-        return Example(task, self.name, asked, given or "", said, (), (said,))
+        return Example(task, self.name, instruction, input_text or "", answer, (), (answer,))
 
     def _value(self, row: Mapping[str, Any], column: str) -> str | None:
         name, _, inner = column.partition(".")

@@ -29,7 +29,7 @@ _LEAVES = (
 )
 
 
-class _Allowance(threading.local):
+class _RenderingBudget(threading.local):
     """State of the current rendering in this thread: steps left, and the random generator of its draws."""
 
     left = MAX_WORK
@@ -38,7 +38,7 @@ class _Allowance(threading.local):
     chance: random.Random | None = None
     python_forms = False
 
-    def renew(self, source: str, values: Mapping[str, Any], *, python_forms: bool = False) -> None:
+    def start_rendering(self, source: str, values: Mapping[str, Any], *, python_forms: bool = False) -> None:
         """Begins a rendering; with `python_forms`, lists and the like are printed as Python writes them."""
         self.left, self.source, self.values, self.chance = MAX_WORK, source, values, None
         self.python_forms = python_forms
@@ -53,16 +53,16 @@ class _Allowance(threading.local):
         if not self.python_forms:
             text_of(value)
 
-    def drawn(self, items: Any) -> Any:
+    def random_item(self, items: Any) -> Any:
         """A random item of `items`; the seed is a hash of the template and the row, so draws are reproducible."""
         if self.chance is None:
             row = json.dumps(dict(self.values), sort_keys=True, default=str)
             self.chance = random.Random(hashlib.blake2b(f"{self.source}\n{row}".encode()).digest())
-        return self.chance.choice(bounded(items))
+        return self.chance.choice(charged_list(items))
 
 
-_ALLOWANCE = _Allowance()
-renew, spend, drawn, check_text = _ALLOWANCE.renew, _ALLOWANCE.spend, _ALLOWANCE.drawn, _ALLOWANCE.check_text
+_BUDGET = _RenderingBudget()
+start_rendering, spend, random_item, check_text = _BUDGET.start_rendering, _BUDGET.spend, _BUDGET.random_item, _BUDGET.check_text
 
 
 def weight(value: Any, depth: int = 0) -> int:
@@ -106,14 +106,14 @@ def size(value: Any) -> int:
     return len(value) if isinstance(value, Mapping | range | _CONTAINERS) else 1
 
 
-def paid(value: Any) -> Any:
+def charge(value: Any) -> Any:
     """`value` itself, checked to be printable, after its weight was spent."""
     check_text(value)
     spend(weight(value))
     return value
 
 
-def bounded(items: Any) -> list[Any]:
+def charged_list(items: Any) -> list[Any]:
     """The items of any iterable as a list; each is paid for as it is taken."""
     if isinstance(items, str | Mapping | range | _CONTAINERS):
         spend(len(items))

@@ -13,9 +13,9 @@ import jinja2.meta
 from jinja2 import nodes
 
 from apprentice.tasks.templates import isolation
-from apprentice.tasks.templates.budget import CHARACTERS, MAX_WORK, paid, renew
+from apprentice.tasks.templates.budget import CHARACTERS, MAX_WORK, charge, start_rendering
 from apprentice.tasks.templates.jinja_filters import MAX_REPEAT
-from apprentice.tasks.templates.sandbox import LENIENT, STRICT, compiled
+from apprentice.tasks.templates.sandbox import LENIENT, STRICT, compile_template
 
 __all__ = ["MAX_REPEAT", "Expression", "Wording"]
 
@@ -30,19 +30,19 @@ class Wording:
 
     def __init__(self, source: str, environment: jinja2.Environment = STRICT) -> None:
         self.source = source
-        parsed, self._template = compiled(environment, source)
+        parsed, self._template = compile_template(environment, source)
         self.names = frozenset(jinja2.meta.find_undeclared_variables(parsed))
-        self._pieces = _pieces(parsed)
+        self._plain_parts = _plain_parts(parsed)
 
     def __call__(self, values: Mapping[str, Any], *, python_forms: bool = False) -> str:
         """The text for these values, stripped. Raises `jinja2.TemplateError`, or what an operation in the template raises.
 
         Lists, mappings, bytes and None raise `PythonForm`; with `python_forms` they are printed as Python writes them.
         """
-        renew(self.source, values, python_forms=python_forms)
-        if self._pieces is None or not self.names <= values.keys():
+        start_rendering(self.source, values, python_forms=python_forms)
+        if self._plain_parts is None or not self.names <= values.keys():
             return self._rendered(values)
-        parts = [_shown(values[piece]) if is_name else piece for is_name, piece in self._pieces]
+        parts = [_shown(values[piece]) if is_name else piece for is_name, piece in self._plain_parts]
         if sum(map(len, parts)) > MAX_CHARACTERS:
             raise jinja2.TemplateRuntimeError(f"the template makes a text of more than {MAX_CHARACTERS:,} characters")
         return "".join(parts).strip()
@@ -71,23 +71,23 @@ class PromptSourceWording(Wording):
 
 
 def _shown(value: Any) -> str:
-    return value if type(value) is str else str(paid(value))
+    return value if type(value) is str else str(charge(value))
 
 
-def _pieces(parsed: nodes.Template) -> list[tuple[bool, str]] | None:
+def _plain_parts(parsed: nodes.Template) -> list[tuple[bool, str]] | None:
     """The parts of a template of only text and bare fields, as most are, which is rendered without Jinja; else None.
 
     Each part is (whether it is a name, the text or name).
     """
-    found: list[tuple[bool, str]] = []
+    parts: list[tuple[bool, str]] = []
     for node in (node for output in parsed.body for node in (output.nodes if isinstance(output, nodes.Output) else [output])):
         if isinstance(node, nodes.TemplateData):
-            found.append((False, node.data))
+            parts.append((False, node.data))
         elif isinstance(node, nodes.Name):
-            found.append((True, node.name))
+            parts.append((True, node.name))
         else:
             return None
-    return found
+    return parts
 
 
 class Expression:
@@ -99,17 +99,17 @@ class Expression:
 
     def __init__(self, source: str) -> None:
         self.source = source
-        parsed, _ = compiled(STRICT, "{{" + source + "}}")
+        parsed, _ = compile_template(STRICT, "{{" + source + "}}")
         self.texts = frozenset(node.value for node in parsed.find_all(nodes.Const) if isinstance(node.value, str))
         self.names = frozenset(jinja2.meta.find_undeclared_variables(parsed))  # folds constants in `parsed`, so it comes last
-        self._template = compiled(STRICT, "{% set result = (" + source + "\n) %}")[1]
+        self._template = compile_template(STRICT, "{% set result = (" + source + "\n) %}")[1]
 
     def __call__(self, values: Mapping[str, Any], *, python_forms: bool = False) -> Any:
         """The value for these values of the fields; `python_forms` as in `Wording`, for text that the expression itself joins.
 
         Raises `jinja2.TemplateError`, or what an operation in the expression raises.
         """
-        renew(self.source, values, python_forms=python_forms)
+        start_rendering(self.source, values, python_forms=python_forms)
         context = self._template.new_context(dict(values))
         for _ in self._template.root_render_func(context):
             pass

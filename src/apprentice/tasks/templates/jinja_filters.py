@@ -22,7 +22,7 @@ from jinja2.filters import (
 )
 from jinja2.tests import TESTS
 
-from apprentice.tasks.templates.budget import CHARACTERS, bounded, check_text, cost, drawn, size, spend, within_bits
+from apprentice.tasks.templates.budget import CHARACTERS, charged_list, check_text, cost, random_item, size, spend, within_bits
 
 MAX_REPEAT = 100_000  # characters or items that `*`, `range`, `batch` and `slice` may build
 _MAX_PLACES = 100  # decimal places of `round`
@@ -48,7 +48,7 @@ def _metered(call: Callable[..., Any], name: str, *, prints: bool) -> Callable[.
 
     @functools.wraps(call)
     def metered(*arguments: Any, **options: Any) -> Any:
-        arguments = tuple(bounded(argument) if hasattr(argument, "__next__") else argument for argument in arguments)
+        arguments = tuple(charged_list(argument) if hasattr(argument, "__next__") else argument for argument in arguments)
         weigh = size if name in _SHALLOW else cost
         work = sum(weigh(argument) for argument in (*arguments[given:], *options.values()))
         spend(1 + work * (work.bit_length() if name in _SORTING else 1))
@@ -60,7 +60,7 @@ def _metered(call: Callable[..., Any], name: str, *, prints: bool) -> Callable[.
 
 
 def _join(eval_context: Any, value: Any, d: str = "", attribute: Any = None) -> str:
-    items = bounded(value)
+    items = charged_list(value)
     spend(len(items) * len(str(d)) // CHARACTERS)
     get = make_attrgetter(eval_context.environment, attribute) if attribute is not None else lambda item: item
     for item in items:
@@ -96,13 +96,13 @@ def _sum(environment: Any, iterable: Any, attribute: Any = None, start: float = 
 def _batch(value: Any, linecount: int, fill_with: Any = None) -> list[Any]:
     if linecount > MAX_REPEAT:
         raise jinja2.TemplateRuntimeError("'batch' would build something too large")
-    items = bounded(value)
+    items = charged_list(value)
     spend(len(items) + max(0, linecount))
     return list(do_batch(items, linecount, fill_with))
 
 
 def _slice(value: Any, slices: int, fill_with: Any = None) -> list[Any]:
-    items = bounded(value)
+    items = charged_list(value)
     if slices > MAX_REPEAT:
         raise jinja2.TemplateRuntimeError("'slice' would build something too large")
     spend(len(items) + 2 * max(0, slices))
@@ -120,14 +120,14 @@ def _format(text: str, *values: Any) -> str:
 
 def _most_frequent(items: Any) -> list[Any]:
     """The most frequent items, in the order of their first occurrence."""
-    counts = Counter(bounded(items))
+    counts = Counter(charged_list(items))
     most = max(counts.values(), default=0)
     return [item for item, count in counts.items() if count == most]
 
 
 @jinja2.pass_context  # keeps Jinja from folding a draw from a constant list into a constant
 def _drawn(context: Any, items: Any) -> Any:
-    return drawn(items)
+    return random_item(items)
 
 
 _OWN: dict[str, Callable[..., Any]] = {

@@ -20,7 +20,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment, SandboxedEnvironment
 from jinja2.utils import Cycler, Joiner, Namespace
 from jinja2.visitor import NodeTransformer
 
-from apprentice.tasks.templates.budget import CHARACTERS, MAX_BITS, bounded, cost, paid, size, spend, weight
+from apprentice.tasks.templates.budget import CHARACTERS, MAX_BITS, charge, charged_list, cost, size, spend, weight
 from apprentice.tasks.templates.jinja_filters import DRAWING_FILTERS, KNOWN_FILTERS, KNOWN_TESTS, MAX_REPEAT, metered
 
 _CALL = 16  # steps of a call
@@ -48,12 +48,12 @@ _OF_TEMPLATES = Cycler | LoopContext | Macro | Namespace | TemplateReference | j
 
 
 def _joined(parts: list[Any]) -> str:
-    return "".join([str(paid(part)) for part in parts])
+    return "".join([str(charge(part)) for part in parts])
 
 
 def _steps(items: Any, each: int) -> Any:
     """The items for a loop, charged beforehand; a copy, so that the list cannot grow during the loop."""
-    found = items if isinstance(items, range) else bounded(items)
+    found = items if isinstance(items, range) else charged_list(items)
     spend(len(found) * each)
     return found
 
@@ -128,7 +128,7 @@ class _Limits(SandboxedEnvironment):
             if name == "replace" and len(arguments) > 1:
                 spend(owner.count(arguments[0]) * len(arguments[1]) // CHARACTERS)
             if name == "join" and arguments:
-                arguments = (bounded(arguments[0]), *arguments[1:])
+                arguments = (charged_list(arguments[0]), *arguments[1:])
                 spend(weight(arguments[0]) + len(arguments[0]) * len(owner) // CHARACTERS)
         elif isinstance(owner, list | tuple | Mapping):
             spend(weight(owner) * len(owner).bit_length() if name in _COMPARING else len(owner))
@@ -195,8 +195,8 @@ class _Guard(NodeTransformer):
         return node
 
 
-def compiled(environment: jinja2.Environment, source: str) -> tuple[nodes.Template, jinja2.Template]:
-    """`source` parsed, and compiled with its payments; call `renew` before each rendering.
+def compile_template(environment: jinja2.Environment, source: str) -> tuple[nodes.Template, jinja2.Template]:
+    """`source` parsed, and compiled with its payments; call `start_rendering` before each rendering.
 
     Raises `jinja2.TemplateSyntaxError`, also for nesting or numbers that Python cannot compile.
     """
@@ -210,11 +210,11 @@ def compiled(environment: jinja2.Environment, source: str) -> tuple[nodes.Templa
     return parsed, environment.template_class.from_code(environment, code, environment.make_globals(None))
 
 
-def _furnished(environment: jinja2.Environment, filters: Mapping[str, Callable[..., Any]], **names: Any) -> jinja2.Environment:
+def _configure(environment: jinja2.Environment, filters: Mapping[str, Callable[..., Any]], **names: Any) -> jinja2.Environment:
     """The environment with only these filters and names, and the reviewed tests."""
     environment.filters = {
         **filters,
-        "_paid": paid,
+        "_paid": charge,
         "_steps": _steps,
         "_joined": _joined,
         "_copied": _copied,
@@ -227,9 +227,9 @@ def _furnished(environment: jinja2.Environment, filters: Mapping[str, Callable[.
 
 
 # For our own task files: every name is a field of the row, and an undefined name is an error.
-STRICT = _furnished(_Immutable(undefined=jinja2.StrictUndefined, autoescape=False, keep_trailing_newline=False), KNOWN_FILTERS)
+STRICT = _configure(_Immutable(undefined=jinja2.StrictUndefined, autoescape=False, keep_trailing_newline=False), KNOWN_FILTERS)
 # For PromptSource: an undefined name is empty, templates build lists, and random draws are seeded by the row's content.
-LENIENT = _furnished(
+LENIENT = _configure(
     _Limits(autoescape=False),
     KNOWN_FILTERS | DRAWING_FILTERS,
     range=_range,
@@ -245,4 +245,4 @@ def chat_environment(
     """The sandbox for chat templates, with more filters, extensions and names: an undefined name is empty, values are immutable."""
     environment = _Immutable(trim_blocks=True, lstrip_blocks=True, extensions=list(extensions))
     common = {"range": _range, "cycler": Cycler, "joiner": Joiner}
-    return _furnished(environment, KNOWN_FILTERS | metered(filters), **common, **names)
+    return _configure(environment, KNOWN_FILTERS | metered(filters), **common, **names)

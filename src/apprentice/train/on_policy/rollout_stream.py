@@ -20,7 +20,7 @@ import ray.data
 import torch
 
 from apprentice.data.corpus import Corpus
-from apprentice.data.stream import Start, in_steps, table_of
+from apprentice.data.stream import Start, arrow_table, repartition_by_step
 from apprentice.errors import TrainingError
 from apprentice.run.folder import Run
 from apprentice.storage import Folder
@@ -49,7 +49,7 @@ def stream_rounds(corpus: Corpus, run: Run, start: Start) -> ray.data.Dataset:
         num_cpus=resources.cpus,
         num_gpus=resources.gpus or None,
     )
-    return in_steps(rows, recipe)
+    return repartition_by_step(rows, recipe)
 
 
 class _RoundActor:
@@ -77,9 +77,9 @@ class _RoundActor:
     def _made(self, window: int, part: int) -> pa.Table:
         step = window * self._corpus.recipe.round.steps
         if step == 0:
-            return table_of(self._writer.rows(window, part, None))
+            return arrow_table(self._writer.rows(window, part, None))
         with checkpoints.open_tensors(wait_for_checkpoint(self._run, step)) as read:
-            return table_of(self._writer.rows(window, part, read))
+            return arrow_table(self._writer.rows(window, part, read))
 
 
 def wait_for_checkpoint(run: Run, step: int) -> Checkpoint:
