@@ -9,7 +9,6 @@ from typing import Any
 
 import psutil
 
-from apprentice.evaluate.stats.summary import summarise
 from apprentice.models.tuning.methods import TUNING_METHODS
 from apprentice.recipe import Recipe, find_recipe, load_recipe
 from apprentice.tasks.registry import select_tasks
@@ -35,7 +34,7 @@ def test_each_question_has_its_runs(tiny_model: Path, tmp_path: Path) -> None:
 
 def test_the_table_shows_base_tuned_and_interval() -> None:
     recipe = Recipe.model_validate({"name": "x", "model": {"base": "b"}, "data": {"tasks": ["a"]}, "training": {"steps": 1}})
-    rows = claims.figures_of("all", summarise(tables.table(recipe), resamples=200))
+    rows = claims.figures_of("all", tables.report_of(tables.table(recipe)))
     assert [(row["pool"], row["base"], row["tuned"]) for row in rows] == [
         ("held_out_ranked", 50.0, 50.0),
         ("trained_on_ranked", 25.0, 75.0),
@@ -51,7 +50,7 @@ def test_the_table_shows_base_tuned_and_interval() -> None:
 
 def test_every_wording_of_the_held_out_tasks_is_shown() -> None:
     recipe = Recipe.model_validate({"name": "x", "model": {"base": "b"}, "data": {"tasks": ["a"]}, "training": {"steps": 1}})
-    found = summarise(tables.table(recipe), resamples=200)
+    found = tables.report_of(tables.table(recipe))
     held_out = claims.wordings_of("all", found | {"pools": [pool for pool in found["pools"] if pool["held_out"]]})
     assert [(line["model"], line["mean"]) for line in held_out] == [("base", 50.0), ("tuned", 50.0)]
     shown = claims.table_of_wordings(held_out).splitlines()
@@ -73,7 +72,7 @@ def test_each_method_has_one_recipe_that_differs_in_nothing_else() -> None:
 
 def test_methods_side_by_side() -> None:
     recipe = Recipe.model_validate({"name": "x", "model": {"base": "b"}, "data": {"tasks": ["a"]}, "training": {"steps": 1}})
-    pools = methods.pools_of(summarise(tables.table(recipe), resamples=200))
+    pools = methods.pools_of(tables.report_of(tables.table(recipe)))
     assert {name: (pool["base"], pool["tuned"]) for name, pool in pools.items()} == {
         "held_out_ranked": (50.0, 50.0),
         "trained_on_ranked": (25.0, 75.0),

@@ -8,6 +8,7 @@ from typing import Any
 import pyarrow as pa
 
 from apprentice.evaluate.report.predictions import scored, with_metadata
+from apprentice.evaluate.stats.summary import summarise
 from apprentice.recipe import Recipe
 from apprentice.tasks.schema import Task
 
@@ -83,6 +84,11 @@ def facts(recipe: Recipe) -> dict[str, Any]:
         "story": {"history": [], "ledger": None},
         "not_scored": [{"task": "delta", "reason": "no test split"}],
     }
+
+
+def report_of(table: pa.Table, resamples: int = 200) -> dict[str, Any]:
+    """The contents of report.json."""
+    return summarise(table, resamples=resamples).as_json()
 
 
 def table(recipe: Recipe, records: Sequence[dict[str, Any]] | None = None) -> pa.Table:

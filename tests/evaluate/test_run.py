@@ -55,7 +55,7 @@ def evaluated(
     (run.folder / "steps.jsonl").write_text('{"step": 1, "loss": 3.0}\n{"step": 2, "loss": 2.0}\n')
     seen: list[dict[str, Any]] = []
     subjects = [Subject("base", tiny_model, (0, 2)), Subject("tuned", tuned, (0,))]
-    report = evaluate(recipe, corpus, subjects, Folder.at(out), run=run, progress=seen.append)
+    report = evaluate(recipe, corpus, subjects, Folder.at(out), run=run, progress=seen.append).as_json()
     assert seen[-1] == {"message": report["summary"]["sentence"], "done": True}
     assert [(subject["dtype"], len(subject["weights_sha256"])) for subject in report["subjects"]] == [("float32", 64)] * 2
     assert any(
@@ -129,7 +129,7 @@ def test_answers_are_those_of_the_model_alone(evaluated: tuple[dict[str, Any], P
 @pytest.mark.slow
 def test_the_report_is_that_of_its_predictions(evaluated: tuple[dict[str, Any], Path, Records]) -> None:
     report, out, records = evaluated
-    assert summarise(predictions.read(Folder.at(out))) == report
+    assert summarise(predictions.read(Folder.at(out))).as_json() == report
     assert json.loads((out / "report.json").read_text()) == report
     assert {path.name for path in out.iterdir()} - {"parts"} == {"report.json", "report.md", "report.html", "predictions.parquet"}
     assert [column["key"] for column in report["columns"]] == ["majority@0", "base@0", "base@2", "tuned@0"]
@@ -233,7 +233,7 @@ def test_an_interrupted_evaluation_goes_on(
     seen: list[str] = []
     report = evaluate(recipe, one, subjects, out, progress=lambda values: seen.append(values["message"]))
     assert seen[1] == "base: 10 of 20 answers were there already"
-    assert [task["columns"] for task in report["tasks"]] == [task["columns"] for task in whole["tasks"]]
+    assert [task.columns for task in report.tasks] == [task.columns for task in whole.tasks]
     assert not (out / "parts").exists()
 
     def refused(*_: Any) -> None:
@@ -242,7 +242,7 @@ def test_an_interrupted_evaluation_goes_on(
     monkeypatch.setattr("apprentice.evaluate.run.map_tables", refused)
     other = recipe.model_copy(update={"evaluation": recipe.evaluation.model_copy(update={"rank_by": "mean"})})
     again = evaluate(other, one, subjects, out, progress=lambda values: None)
-    assert again["ranking"]["by"] == "mean"
+    assert again.ranking.by == "mean"
 
 
 @pytest.mark.slow
@@ -258,8 +258,9 @@ def test_a_reward_model_judges_what_was_written(
     subjects = [Subject("base", tiny_model, (0, 2)), Subject("tuned", tuned, (0,))]
     settings: dict[str, Any] = {"known": [Folder.at(evaluated[1])], "progress": lambda values: None}
     report = evaluate(asked, corpus, subjects, Folder.at(tmp_path / "out"), **settings)
-    lines = {line["held_out"]: line for line in report["judged"]["lines"]}
-    assert lines[False]["questions"] == sum(not record["choices"] for record in of(evaluated[2], "tuned", 0))
+    assert report.judged is not None
+    lines = {line.held_out: line for line in report.judged.lines}
+    assert lines[False].questions == sum(not record["choices"] for record in of(evaluated[2], "tuned", 0))
     records = predictions.read(Folder.at(tmp_path / "out")).to_pylist()
     assert all((record["reward"] is None) is bool(record["choices"]) for record in records if record["subject"] != "majority")
     layout, compared = corpus.layout, 0

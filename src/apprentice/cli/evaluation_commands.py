@@ -113,7 +113,8 @@ def predict(
 
 def _show(screen: Any, found: dict[str, Any], folder: Any) -> None:
     """Prints a report; exits with code 1 if questions have no answer or the quality gate was not passed."""
-    from apprentice.evaluate.report.quality_gate import sentence
+    from apprentice.evaluate.report.quality_gate import verdict_sentence
+    from apprentice.evaluate.report.report_schema import GateVerdict
 
     text = (folder / "report.md").read_text()
     screen.result(found, f"{text}\n{folder / 'report.html'}")
@@ -129,7 +130,7 @@ def _show(screen: Any, found: dict[str, Any], folder: Any) -> None:
             f" all others are in the report, and {again}."
         )
     if found["gate"] and not found["gate"]["passed"]:
-        failed.append(sentence(found["gate"]))
+        failed.append(verdict_sentence(GateVerdict.model_validate(found["gate"])))
     for line in failed:
         screen.warn(line)
     if failed:

@@ -33,6 +33,7 @@ from apprentice.evaluate.questions.question_encoding import encode_questions, ha
 from apprentice.evaluate.questions.row_selection import QuestionRequest, select_requests
 from apprentice.evaluate.report import predictions
 from apprentice.evaluate.report.metadata import make_metadata
+from apprentice.evaluate.report.report_schema import Report
 from apprentice.evaluate.report.run_history import read_history
 from apprentice.evaluate.report.write import write_report
 from apprentice.evaluate.scoring import majority_baseline as majority
@@ -69,7 +70,7 @@ def evaluate(
     contamination: Mapping[str, Any] = {},
     trained_clusters: Collection[str] = (),
     progress: Progress,
-) -> dict[str, Any]:
+) -> Report:
     """Scores every subject on the test rows of the corpus's tasks; writes predictions and reports to `out`, returns the report.
 
     The other subjects are compared with the first. A folder with a prompt contract is prompted in the contract's format, a bare
@@ -85,7 +86,7 @@ def evaluate(
     asked_for, recipe = recipe, recipe.model_copy(update={"model": resolve_model_dtype(recipe.model, resources)})
     spoken = {subject.name: make_subject_settings(subject, recipe, corpus) for subject in subjects}
     majorities = _majorities(corpus, sorted({request.task for request in requests}))
-    answers = AnswerCache(out, corpus.tasks, known)
+    answers = AnswerCache(out, known)
     rendered: dict[tuple[Any, ...], list[Record]] = {}
     records: list[Record] = []
     for subject in subjects:
@@ -115,7 +116,7 @@ def evaluate(
     answers.close()
     report = summarise(table)
     write_report(report, out)
-    progress({"message": report["summary"]["sentence"], "done": True})
+    progress({"message": report.summary.sentence, "done": True})
     return report
 
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from apprentice.evaluate.run import Subject
     from apprentice.evaluate.scoring.endpoint import EndpointAddress
 
-Result = tuple[dict[str, Any], Folder]  # the report, and the folder that it was written to
+Result = tuple[dict[str, Any], Folder]  # the contents of report.json, and the folder that it was written to
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,7 @@ def _evaluated(
         for name in (launch.predictions.FILE, launch.PARTS):
             (place / name).delete()
     corpus = make_corpus(recipe, indexed, to_train=False)
-    return launch.evaluate(
+    report = launch.evaluate(
         recipe,
         corpus,
         subjects,
@@ -179,6 +179,7 @@ def _evaluated(
         trained_clusters=trained,
         progress=lambda values: progress("evaluate", values),
     )
+    return report.as_json()
 
 
 def _subject(name: str, folder: Path, shots: tuple[int, ...], endpoint: EndpointAddress | None = None) -> Subject:
@@ -329,9 +330,9 @@ def rebuild_report(target: str, storage: str) -> Result:
     from apprentice.evaluate.stats.summary import summarise
 
     folder = _reported(target, storage)
-    found = summarise(predictions.read(folder))
-    write_report(found, folder)
-    return found, folder
+    made = summarise(predictions.read(folder))
+    write_report(made, folder)
+    return made.as_json(), folder
 
 
 def compare_runs(targets: Sequence[str], out: Path | None, storage: str) -> Result:
@@ -349,9 +350,9 @@ def compare_runs(targets: Sequence[str], out: Path | None, storage: str) -> Resu
     table = join_tables({name: predictions.read(folder) for name, folder in zip(names, folders, strict=True)})
     place = Folder.at(out or Path("reports") / f"compare-{'-'.join(names)}"[:100])
     predictions.save(table, place)
-    found = summarise(table)
-    write_report(found, place)
-    return found, place
+    made = summarise(table)
+    write_report(made, place)
+    return made.as_json(), place
 
 
 def _name_of(target: str, storage: str) -> str:
@@ -379,6 +380,8 @@ def check_gate(model: Folder) -> None:
     if contract is None or found["weights_sha256"] != contract.weights_sha256:
         raise EvaluationError(f"the verdict in {model} is about other weights; score the model again.")
     if not found["passed"]:
-        from apprentice.evaluate.report.quality_gate import sentence
+        from apprentice.evaluate.report.quality_gate import verdict_sentence
+        from apprentice.evaluate.report.report_schema import GateVerdict
 
-        raise EvaluationError(f"{model} did not pass: {sentence(found)}.")
+        verdict = GateVerdict.model_validate({name: found[name] for name in GateVerdict.model_fields})
+        raise EvaluationError(f"{model} did not pass: {verdict_sentence(verdict)}.")

@@ -10,7 +10,8 @@ from apprentice.errors import EvaluationError
 from apprentice.evaluate.report.compare import join_tables
 from apprentice.evaluate.report.predictions import metadata_of, scored, with_metadata
 from apprentice.evaluate.report.report_schema import Report
-from apprentice.evaluate.report.write import html, markdown, task_table
+from apprentice.evaluate.report.tables import task_table
+from apprentice.evaluate.report.write import html, markdown
 from apprentice.evaluate.stats.summary import summarise
 from apprentice.recipe import Recipe
 from tests.evaluate import tables
@@ -19,7 +20,7 @@ from tests.evaluate import tables
 def test_every_run_meets_the_first(recipe: Recipe) -> None:
     one = tables.table(recipe)
     other = tables.table(recipe, tables.predictions(tuned=(7, 4, 8)))
-    report = summarise(join_tables({"one": one, "other": other}), resamples=50)
+    report = tables.report_of(join_tables({"one": one, "other": other}), resamples=50)
     assert [(column["key"], column["against"]) for column in report["columns"]] == [
         ("majority@0", None),
         ("one@0", None),
@@ -46,7 +47,8 @@ def test_columns_and_differences_are_over_the_same_rows(recipe: Recipe) -> None:
         0.5,
         0.5,
     ]
-    report = summarise(join_tables({"one": tables.table(recipe, one), "other": tables.table(recipe, other)}), resamples=50)
+    compared = summarise(join_tables({"one": tables.table(recipe, one), "other": tables.table(recipe, other)}), resamples=50)
+    report = compared.as_json()
     Report.model_validate(report)
     [alpha] = report["tasks"]
     cells = {key: (cell["score"], cell["rows"]) for key, cell in alpha["columns"].items()}
@@ -54,9 +56,9 @@ def test_columns_and_differences_are_over_the_same_rows(recipe: Recipe) -> None:
     found = alpha["differences"]["other@0"]
     assert (found["mean"], found["rows"]) == (pytest.approx(cells["other@0"][0] - cells["one@0"][0]), 25)
     assert report["shared"] == {"alpha_rank": {"rows": 25, "questions": 25, "of": {"one": 40, "other": 30}}}
-    for page in (markdown(report), html(report)):
+    for page in (markdown(compared), html(compared)):
         assert "alpha_rank: all columns are over the 25 rows that every run answered (one 40, other 30)." in page
-    header, [row] = task_table(report)
+    header, [row] = task_table(compared)
     assert (header[2], row[2].text) == ("rows of all", "25")
     assert report["headline"]
     assert {line["task"]: line["reason"] for line in report["not_scored"]} == {
@@ -67,7 +69,7 @@ def test_columns_and_differences_are_over_the_same_rows(recipe: Recipe) -> None:
 
 def test_too_few_rows_in_common_are_no_headline(recipe: Recipe) -> None:
     runs = {"one": tables.table(recipe, of_rows(range(40), 20)), "other": tables.table(recipe, of_rows(range(37, 77), 20))}
-    report = summarise(join_tables(runs), resamples=50)
+    report = tables.report_of(join_tables(runs), resamples=50)
     assert report["tasks"][0]["differences"]["other@0"]["rows"] == 3
     assert report["headline"] == []
     assert report["summary"]["sentence"] == "other against one, points with 95% interval: too few rows to say"
@@ -75,13 +77,13 @@ def test_too_few_rows_in_common_are_no_headline(recipe: Recipe) -> None:
 
 def test_three_runs_share_what_all_of_them_answered(recipe: Recipe) -> None:
     runs = {f"run{first}": tables.table(recipe, of_rows(range(first, first + 30), 9)) for first in (0, 5, 10)}
-    report = summarise(join_tables(runs), resamples=50)
+    report = tables.report_of(join_tables(runs), resamples=50)
     assert {cell["rows"] for cell in report["tasks"][0]["columns"].values()} == {20}
     unanswered = of_rows(range(30), 9)
     for record in unanswered[:6]:
         record |= {"prediction": None, "unscored": "the endpoint was down"}
     runs["run0"] = tables.table(recipe, unanswered)
-    assert summarise(join_tables(runs), resamples=50)["shared"]["alpha_rank"]["rows"] == 20
+    assert tables.report_of(join_tables(runs), resamples=50)["shared"]["alpha_rank"]["rows"] == 20
 
 
 def test_no_question_in_common(recipe: Recipe) -> None:

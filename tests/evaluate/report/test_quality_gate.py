@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from apprentice.evaluate.report.predictions import scored, with_metadata
-from apprentice.evaluate.report.quality_gate import sentence
-from apprentice.evaluate.stats.summary import summarise
+from apprentice.evaluate.report.quality_gate import verdict_sentence
+from apprentice.evaluate.report.report_schema import GateVerdict
 from apprentice.recipe import Gate, Recipe
 from tests.evaluate import tables
 
@@ -16,13 +16,13 @@ from tests.evaluate import tables
 def verdict(recipe: Recipe, **bounds: Any) -> dict[str, Any]:
     facts = tables.facts(recipe)
     facts["settings"]["gate"] = Gate(**bounds).model_dump(mode="json")
-    found = summarise(with_metadata(scored(tables.predictions(), tables.TASKS), facts), resamples=200)["gate"]
+    found = tables.report_of(with_metadata(scored(tables.predictions(), tables.TASKS), facts), resamples=200)["gate"]
     assert found is not None
     return dict(found)
 
 
 def test_without_a_gate_there_is_no_verdict(recipe: Recipe) -> None:
-    assert summarise(tables.table(recipe), resamples=20)["gate"] is None
+    assert tables.report_of(tables.table(recipe), resamples=20)["gate"] is None
 
 
 @pytest.mark.parametrize(
@@ -43,10 +43,10 @@ def test_without_a_gate_there_is_no_verdict(recipe: Recipe) -> None:
     ],
 )
 def test_bounds(recipe: Recipe, bounds: dict[str, Any], passed: bool, found: float | None) -> None:
-    judged = verdict(recipe, **bounds)
-    assert judged["passed"] is passed
+    checked = verdict(recipe, **bounds)
+    assert checked["passed"] is passed
     if found is not None:
-        assert judged["checks"][0]["found"] == pytest.approx(found)
+        assert checked["checks"][0]["found"] == pytest.approx(found)
 
 
 def test_certain_is_the_low_end_of_the_summarys_own_interval(recipe: Recipe) -> None:
@@ -57,7 +57,7 @@ def test_certain_is_the_low_end_of_the_summarys_own_interval(recipe: Recipe) -> 
     )
     for about in facts["tasks"].values():
         about |= {"kind": "ranked", "exposure": "trained_on"}  # so that one pool holds what the bound is about
-    report = summarise(with_metadata(scored(tables.predictions(), tables.TASKS), facts), resamples=200)
+    report = tables.report_of(with_metadata(scored(tables.predictions(), tables.TASKS), facts), resamples=200)
     [pool] = report["pools"]
     trained_on, worst, alone = report["gate"]["checks"]
     assert pool["tasks"] == 3
@@ -73,14 +73,15 @@ def test_a_task_that_is_only_scored_is_in_neither_bound(recipe: Recipe) -> None:
     facts = tables.facts(recipe)
     facts["tasks"]["beta_rank"] |= {"held_out": False, "exposure": "scored_only"}
     facts["settings"]["gate"] = Gate(held_out=0.0, trained_on=37.5).model_dump(mode="json")
-    report = summarise(with_metadata(scored(tables.predictions(), tables.TASKS), facts), resamples=50)
+    report = tables.report_of(with_metadata(scored(tables.predictions(), tables.TASKS), facts), resamples=50)
     assert [(check["found"], check["passed"]) for check in report["gate"]["checks"]] == [(None, False), (37.5, True)]
 
 
 def test_the_failing_line_names_every_bound(recipe: Recipe) -> None:
-    line = sentence(verdict(recipe, held_out=2.0, tasks={"alpha_rank": 80.0, "gamma_text": 10.0}))
+    failed, passed = verdict(recipe, held_out=2.0, tasks={"alpha_rank": 80.0, "gamma_text": 10.0}), verdict(recipe, held_out=0.0)
+    line = verdict_sentence(GateVerdict.model_validate(failed))
     assert line == (
         "gate: tuned failed: held_out mean above base is +0.0, at least +2.0 is asked;"
         " score of alpha_rank is +75.0, at least +80.0 is asked"
     )
-    assert sentence(verdict(recipe, held_out=0.0)) == "gate: tuned passed all 1 bounds"
+    assert verdict_sentence(GateVerdict.model_validate(passed)) == "gate: tuned passed all 1 bounds"

@@ -9,7 +9,6 @@ from pydantic import ValidationError
 
 from apprentice.evaluate.report.predictions import scored, with_metadata
 from apprentice.evaluate.report.report_schema import Report
-from apprentice.evaluate.stats.summary import summarise
 from apprentice.recipe import Gate, Recipe
 from tests.evaluate import tables
 
@@ -20,7 +19,7 @@ def test_a_report_has_the_published_shape(recipe: Recipe) -> None:
     records.append({**records[1], "perturbation": "case", "prediction": None, "unscored": "no answer"})
     facts = tables.facts(recipe)
     facts["settings"]["gate"] = Gate(held_out=1.0).model_dump(mode="json")
-    report = summarise(with_metadata(scored(records, tables.TASKS), facts), resamples=20)
+    report = tables.report_of(with_metadata(scored(records, tables.TASKS), facts), resamples=20)
     read = Report.model_validate_json(json.dumps(report))
     assert len(read.tasks) == 3
     assert read.unscored[0].reason == "no answer"
@@ -37,7 +36,7 @@ def test_a_report_has_the_published_shape(recipe: Recipe) -> None:
 def test_perturbed_questions_do_not_enter_scores(recipe: Recipe) -> None:
     records = tables.predictions()
     wrong = [{**record, "perturbation": "case", "prediction": "no"} for record in records if record["subject"] == "tuned"]
-    plain, more = (summarise(tables.table(recipe, found), resamples=20) for found in (records, records + wrong))
+    plain, more = (tables.report_of(tables.table(recipe, found), resamples=20) for found in (records, records + wrong))
     for before, after in zip(plain["tasks"], more["tasks"], strict=True):
         for key, cell in before["columns"].items():
             assert (cell["score"], cell["questions"]) == (after["columns"][key]["score"], after["columns"][key]["questions"])

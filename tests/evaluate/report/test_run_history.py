@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from apprentice.evaluate.report.report_schema import Report
+from apprentice.evaluate.report.report_schema import Contamination, Report
 from apprentice.evaluate.report.run_history import MOST_POINTS, export_sentence, read_history, summarise_contamination
-from apprentice.evaluate.report.write import html, markdown, remarks, task_table
+from apprentice.evaluate.report.tables import task_table
+from apprentice.evaluate.report.write import html, markdown, remarks
 from apprentice.evaluate.stats.summary import summarise
 from apprentice.recipe import Recipe
 from apprentice.run.folder import Run
@@ -48,7 +49,7 @@ def test_the_report_says_how_true_the_exported_model_is(tmp_path: Path, recipe: 
     run.export_file.write_json(EXPORT)
     report = summarise(tables.table(recipe), resamples=20)
     assert not any("exported model" in line for line in remarks(report))
-    report["story"] = read_history(run)
+    report.story = read_history(run)
     said = (
         "The exported model (bfloat16) was held against the trained weights in float32 on 8 validation rows: the log-probabilities"
         " of 123 tokens differ by 3.1e-03 nats in the mean and by 2.1e-02 nats at most."
@@ -56,7 +57,7 @@ def test_the_report_says_how_true_the_exported_model_is(tmp_path: Path, recipe: 
     assert said in remarks(report)
     assert f"- {said}" in markdown(report).splitlines()
     assert said in html(report)
-    assert Report.model_validate(report).story["export"] == EXPORT
+    assert Report.model_validate(report.as_json()).story["export"] == EXPORT
 
 
 def test_an_export_without_facts_says_nothing_and_rewards_have_no_unit() -> None:
@@ -73,8 +74,8 @@ def test_contamination_stands_beside_the_score(recipe: Recipe) -> None:
     found = summarise_contamination({"alpha_rank": dropped, "beta_rank": kept})
     assert found["alpha_rank"] == {"rows": 3, "of": 40, "dropped": 4, "kept": 0}
     report = summarise(tables.table(recipe), resamples=20)
-    for task in report["tasks"]:
-        task["contaminated"] = found.get(task["task"])
+    for task in report.tasks:
+        task.contaminated = Contamination(**found[task.task]) if task.task in found else None
     header, rows = task_table(report)
     assert header[-1] == "test rows seen in training data"
     shown = {row[0].text: row[-1].text for row in rows}

@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 
-from apprentice.evaluate.report.write import TableCell, html, markdown, remarks, task_table, wording_table, write_report
+from apprentice.evaluate.report.report_schema import Report
+from apprentice.evaluate.report.tables import TableCell, task_table, wording_table
+from apprentice.evaluate.report.write import html, markdown, remarks, write_report
 from apprentice.evaluate.stats.summary import summarise
 from apprentice.recipe import Recipe
 from apprentice.storage import Folder
@@ -32,11 +34,11 @@ LEDGER = {
 
 
 @pytest.fixture(scope="module")
-def report(recipe: Recipe) -> dict[str, Any]:
+def report(recipe: Recipe) -> Report:
     return summarise(tables.table(recipe), resamples=400)
 
 
-def test_the_table_has_held_out_tasks_first(report: dict[str, Any]) -> None:
+def test_the_table_has_held_out_tasks_first(report: Report) -> None:
     header, rows = task_table(report)
     assert header == ["task", "metric", "majority", "base", "base 5-shot", "tuned", "tuned − base"]
     assert rows[0][0] == TableCell("beta_rank", "held_out")
@@ -61,7 +63,7 @@ def test_a_difference_over_fewer_rows_than_its_columns_says_so(recipe: Recipe) -
     assert "rows" not in rows[0][6].text
 
 
-def test_markdown_is_a_table_that_github_reads(report: dict[str, Any]) -> None:
+def test_markdown_is_a_table_that_github_reads(report: Report) -> None:
     text = markdown(report)
     lines = text.splitlines()
     assert lines[0] == "## Evaluation of small"
@@ -79,11 +81,11 @@ def test_markdown_is_a_table_that_github_reads(report: dict[str, Any]) -> None:
     assert not any(line.startswith("| all of") for line in lines)  # every cluster has one task
 
 
-def test_what_no_task_has_is_no_column(report: dict[str, Any]) -> None:
-    once = json.loads(json.dumps(report))
-    for task in once["tasks"]:
-        for cell in task["columns"].values():
-            cell |= {"changed": None, "consistency": None}
+def test_what_no_task_has_is_no_column(report: Report) -> None:
+    once = report.model_copy(deep=True)
+    for task in once.tasks:
+        for cell in task.columns.values():
+            cell.changed = cell.consistency = None
     assert wording_table(once)[0][2:] == [f"{name} {what}" for name in ("base", "tuned") for what in ("median", "worst", "spread")]
 
 
@@ -111,20 +113,20 @@ class Page(HTMLParser):
         self.links += [value or "" for name, value in attrs if name in ("src", "href") and not (value or "").startswith("#")]
 
 
-def test_html_needs_nothing_else(report: dict[str, Any]) -> None:
-    text = html(report | {"story": {"history": HISTORY, "ledger": LEDGER}})
+def test_html_needs_nothing_else(report: Report) -> None:
+    text = html(report.model_copy(update={"story": {"history": HISTORY, "ledger": LEDGER}}))
     page = Page()
     page.feed(text)
     assert page.links == []
     assert re.findall(r"url\((?!['\"]?#)", text) == []
     assert page.tags["svg"] == 4  # wordings, exemplars, training, mixture
     assert page.tags["table"] == 4
-    assert page.tags["details"] == len(report["tasks"]) + 2 * 10 + 1  # best, worst, and the recipe
+    assert page.tags["details"] == len(report.tasks) + 2 * 10 + 1  # best, worst, and the recipe
     assert "&lt;prompt&gt; alpha_rank 0 w0" in text  # what a model saw or said is text, never markup
     assert "<prompt>" not in text
 
 
-def test_pictures_are_whole_and_show_one_dot_per_wording(report: dict[str, Any]) -> None:
+def test_pictures_are_whole_and_show_one_dot_per_wording(report: Report) -> None:
     text = html(report)
     pictures = re.findall(r"<svg.*?</svg>", text, re.DOTALL)
     assert len(pictures) == 2
@@ -134,11 +136,11 @@ def test_pictures_are_whole_and_show_one_dot_per_wording(report: dict[str, Any])
         assert f">{title}<" in pictures[0]
 
 
-def test_the_files_are_written_and_the_same_again(report: dict[str, Any], tmp_path: Path) -> None:
+def test_the_files_are_written_and_the_same_again(report: Report, tmp_path: Path) -> None:
     for name in "ab":
         write_report(report, Folder.at(tmp_path / name))
     names = sorted(path.name for path in (tmp_path / "a").iterdir())
     assert names == ["report.html", "report.json", "report.md"]
     for name in names:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
-    assert json.loads((tmp_path / "a" / "report.json").read_text()) == report
+    assert json.loads((tmp_path / "a" / "report.json").read_text()) == report.as_json()

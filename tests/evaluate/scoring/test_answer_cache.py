@@ -29,11 +29,11 @@ def answered(row: int, prediction: str | None = "yes", **more: object) -> dict:
 
 
 def test_parts_are_found_by_the_next_process(tmp_path: Path) -> None:
-    first = AnswerCache(Folder.at(tmp_path), tables.TASKS)
+    first = AnswerCache(Folder.at(tmp_path))
     first.add([answered(0), answered(1)])
     first.add([answered(2, None, unscored="no answer")])
     assert len(list((tmp_path / "parts").iterdir())) == 2
-    again = AnswerCache(Folder.at(tmp_path), tables.TASKS)
+    again = AnswerCache(Folder.at(tmp_path))
     assert len(again) == 2  # what has no answer is asked again
     assert again.find("k1") == {
         "prediction": "yes",
@@ -47,10 +47,10 @@ def test_parts_are_found_by_the_next_process(tmp_path: Path) -> None:
 
 
 def test_a_finished_table_serves_too_and_parts_go(tmp_path: Path) -> None:
-    answers = AnswerCache(Folder.at(tmp_path / "a"), tables.TASKS)
+    answers = AnswerCache(Folder.at(tmp_path / "a"))
     answers.add([answered(0)])
     predictions.save(predictions.scored([answered(0)], tables.TASKS), Folder.at(tmp_path / "a"))
     answers.close()
     assert [path.name for path in (tmp_path / "a").iterdir()] == [predictions.FILE]
-    assert AnswerCache(Folder.at(tmp_path / "a"), tables.TASKS).find("k0") is not None
-    assert AnswerCache(Folder.at(tmp_path / "b"), tables.TASKS, [Folder.at(tmp_path / "a")]).find("k0") is not None
+    assert AnswerCache(Folder.at(tmp_path / "a")).find("k0") is not None
+    assert AnswerCache(Folder.at(tmp_path / "b"), [Folder.at(tmp_path / "a")]).find("k0") is not None

@@ -70,10 +70,10 @@ def test_a_model_of_nans_gets_no_score(corpus: Corpus, tiny_model: Path, name: s
 
 
 def test_such_answers_of_an_earlier_evaluation_are_asked_for_again(tmp_path: Path) -> None:
-    answers = AnswerCache(Folder.at(tmp_path), tables.TASKS)
+    answers = AnswerCache(Folder.at(tmp_path))
     record = tables.record("tuned", tables.TASKS[0], 0, "w0", "yes", key="k", choice_tokens=[1, 1])
     answers.add([record | {"choice_logprobs": [NAN, NAN]}])
     assert answers.find("k") is None
-    assert AnswerCache(Folder.at(tmp_path), tables.TASKS).find("k") is None
+    assert AnswerCache(Folder.at(tmp_path)).find("k") is None
     answers.add([record])
     assert answers.find("k") is not None

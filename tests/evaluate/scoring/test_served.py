@@ -50,7 +50,7 @@ def url(ray_cluster: None, model: Path) -> Iterator[str]:
 def test_the_endpoint_answers_as_the_model_in_memory(recipe: Recipe, corpus: Corpus, model: Path, url: str, tmp_path: Path) -> None:
     assert model_at(url) == "tiny"
     subjects = [Subject("local", model, (0, 2)), Subject("served", model, (0, 2), EndpointAddress(url, "tiny"))]
-    report = evaluate(recipe, corpus, subjects, Folder.at(tmp_path), progress=lambda values: None)
+    report = evaluate(recipe, corpus, subjects, Folder.at(tmp_path), progress=lambda values: None).as_json()
     assert report["unscored"] == []
 
     answers: dict[str, dict[tuple[Any, ...], dict[str, Any]]] = {"local": {}, "served": {}}
@@ -79,7 +79,7 @@ def test_the_endpoint_answers_as_the_model_in_memory(recipe: Recipe, corpus: Cor
 def test_a_refusal_is_listed_and_the_rest_is_kept(recipe: Recipe, corpus: Corpus, model: Path, url: str, tmp_path: Path) -> None:
     """Every question that the endpoint refuses is listed with the reason that it gave."""
     subjects = [Subject("local", model), Subject("served", model, (0,), EndpointAddress(url, "another"))]
-    report = evaluate(recipe, corpus, subjects, Folder.at(tmp_path), progress=lambda values: None)
+    report = evaluate(recipe, corpus, subjects, Folder.at(tmp_path), progress=lambda values: None).as_json()
     assert len(report["unscored"]) == QUESTIONS / 2
     assert {lost["subject"] for lost in report["unscored"]} == {"served"}
     assert "404" in report["unscored"][0]["reason"]

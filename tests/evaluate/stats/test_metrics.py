@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import string
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ import pytest
 from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu import corpus_bleu, corpus_chrf
 
-from apprentice.evaluate.stats.metrics import METRICS, normalised
+from apprentice.evaluate.stats.metrics import METRICS, Metric, normalised
 
 SAID = [
     "The cat sat on the mat.",
@@ -221,3 +222,19 @@ def test_length_bias_is_how_much_more_often_the_longer_answer_is_said():
     assert vectors[:, 0].tolist() == [1.0, 0.0, 0.0, 0.0]
     assert float(metric.value(vectors.sum(axis=0), np.array(4.0))) == 25.0
     assert metric.score_one("short", ["long answer"], pair) == 0.0
+
+
+def test_an_answer_is_measured_once_for_table_and_report() -> None:
+    calls: list[str] = []
+
+    def length(prediction: str, references: Sequence[str], choices: Sequence[str]) -> tuple[float, ...]:
+        calls.append(prediction)
+        return (float(len(prediction)),)
+
+    metric, other = (Metric(title, length, lambda sums, counts: sums[..., 0] / counts) for title in ("length", "the same again"))
+    answer = ("four", ["any"], ["a", "b"])
+    assert metric.score_one(*answer) == 4.0
+    assert metric.statistics_of([answer]).tolist() == other.statistics_of([answer]).tolist() == [[4.0]]
+    assert calls == ["four"]
+    assert metric.score_one("four", ["another"]) == 4.0
+    assert calls == ["four", "four"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from apprentice.evaluate.stats.robustness import agreement, robustness
+from apprentice.evaluate.stats.robustness import Agreement, agreement, robustness
 
 
 def test_spread_is_between_the_quartiles() -> None:
@@ -27,11 +27,11 @@ def said(row: int, prediction: str, choices: tuple[str, ...] = ()) -> dict:
 
 def test_agreement_over_the_askings_of_a_row() -> None:
     found = agreement([said(1, "a"), said(1, "a"), said(1, "b"), said(2, "c"), said(2, "The c!"), said(3, "alone")])
-    assert found["changed"] == 50.0  # row 1 of rows 1 and 2
-    assert found["consistency"] == pytest.approx(100 * (1 / 3 + 1) / 2)
-    assert agreement([said(3, "alone")]) == {"changed": None, "consistency": None}
+    assert found.changed == 50.0  # row 1 of rows 1 and 2
+    assert found.consistency == pytest.approx(100 * (1 / 3 + 1) / 2)
+    assert agreement([said(3, "alone")]) == Agreement(None, None)
 
 
 def test_ranked_answers_are_places_not_words() -> None:
     found = agreement([said(1, "yes", ("no", "yes")), said(1, "same", ("different", "same"))])
-    assert found == {"changed": 0.0, "consistency": 100.0}
+    assert found == Agreement(0.0, 100.0)

@@ -19,7 +19,7 @@ from tests.evaluate import tables
 
 @pytest.fixture(scope="module")
 def report(recipe: Recipe) -> dict[str, Any]:
-    return summarise(tables.table(recipe), resamples=400)
+    return tables.report_of(tables.table(recipe), resamples=400)
 
 
 def test_columns_and_tasks_come_in_the_order_shown(report: dict[str, Any]) -> None:
@@ -66,7 +66,7 @@ def test_differences_have_paired_intervals(report: dict[str, Any]) -> None:
 def test_better_needs_interval_and_test(recipe: Recipe) -> None:
     """Four of four rows that changed did so in favour: chance does that once in eight times. Eight of eight: once in 128."""
     few, many = (
-        summarise(tables.table(recipe, tables.predictions(base=(8 - gained, 4, 4), tuned=(8, 4, 4))), resamples=400)
+        tables.report_of(tables.table(recipe, tables.predictions(base=(8 - gained, 4, 4), tuned=(8, 4, 4))), resamples=400)
         for gained in (4, 8)
     )
     found = [report["tasks"][1]["differences"]["tuned@0"] for report in (few, many)]
@@ -88,7 +88,7 @@ def test_a_mark_among_many_needs_more_than_one_alone(recipe: Recipe) -> None:
                 records.append(tables.record("tuned", of, row, "w0", "yes" if row < (7 if not number else 1) else "no"))
         facts = tables.facts(recipe)
         facts["tasks"] = {of.name: facts["tasks"]["alpha_rank"] for of in tasks}
-        report = summarise(predictions.with_metadata(predictions.scored(records, tasks), facts), resamples=2000)
+        report = tables.report_of(predictions.with_metadata(predictions.scored(records, tasks), facts), resamples=2000)
         found = {task["task"]: task["differences"]["tuned@0"] for task in report["tasks"]}
         first = found["alpha_0"]
         assert first["p"] == pytest.approx(2 / 128, abs=0.01)
@@ -102,7 +102,7 @@ def test_tables_of_earlier_versions_are_still_summed_up(recipe: Recipe, report: 
     old = tables.facts(recipe) | {"version": 1}
     for about in old["tasks"].values():
         del about["exposure"]
-    again = summarise(predictions.with_metadata(predictions.scored(tables.predictions(), tables.TASKS), old), resamples=400)
+    again = tables.report_of(predictions.with_metadata(predictions.scored(tables.predictions(), tables.TASKS), old), resamples=400)
     assert again["version"] == report["version"] == 2
     assert again["tasks"] == report["tasks"]
     assert again["headline"] == report["headline"]
@@ -112,12 +112,12 @@ def test_three_kinds_of_tasks_are_kept_apart(recipe: Recipe) -> None:
     facts = tables.facts(recipe)
     facts["tasks"]["beta_rank"] |= {"held_out": False, "exposure": "scored_only"}
     report = summarise(predictions.with_metadata(predictions.scored(tables.predictions(), tables.TASKS), facts), resamples=50)
-    assert [(pool["exposure"], pool["held_out"], pool["kind"]) for pool in report["pools"]] == [
+    assert [(pool.exposure, pool.held_out, pool.kind) for pool in report.pools] == [
         ("scored_only", False, "ranked"),
         ("trained_on", False, "ranked"),
         ("trained_on", False, "generated"),
     ]
-    assert report["headline"][0].startswith("On 1 scored-only ranked task tuned is")
+    assert report.headline[0].startswith("On 1 scored-only ranked task tuned is")
     text = markdown(report)
     assert "| beta_rank (scored only) |" in text
     assert "| ranked (scored only) | 1 |" in text
@@ -140,7 +140,7 @@ def test_a_pool_of_two_tasks_averages_them_with_a_narrower_interval(recipe: Reci
     both = tables.facts(recipe)
     both["tasks"]["beta_rank"] |= {"held_out": False, "exposure": "trained_on"}
     records = tables.predictions(base=(2, 4, 4), tuned=(6, 6, 8))
-    report = summarise(predictions.with_metadata(predictions.scored(records, tables.TASKS), both), resamples=1000)
+    report = tables.report_of(predictions.with_metadata(predictions.scored(records, tables.TASKS), both), resamples=1000)
     pool = report["pools"][0]
     assert (pool["tasks"], pool["differences"]["tuned@0"]["mean"]) == (2, (50.0 + 25.0) / 2)
     widths = [np.ptp(entry["differences"]["tuned@0"]["interval"]) for entry in [*report["tasks"][:2], pool]]
@@ -156,7 +156,7 @@ def test_wordings_show_the_worst_and_the_spread(recipe: Recipe) -> None:
         else record
         for record in tables.predictions()
     ]
-    cell = summarise(tables.table(recipe, records), resamples=50)["tasks"][1]["columns"]["tuned@0"]
+    cell = tables.report_of(tables.table(recipe, records), resamples=50)["tasks"][1]["columns"]["tuned@0"]
     assert {name: wording["score"] for name, wording in cell["wordings"].items()} == {"w0": 75.0, "w1": 37.5}
     assert (cell["worst_wording"], cell["worst"], cell["spread"], cell["score"]) == ("w1", 37.5, 18.75, 56.25)
 
@@ -169,7 +169,7 @@ def test_dropped_questions_are_counted_and_pairs_share_rows(recipe: Recipe) -> N
                 record |= {"dropped": "too_long", "prediction": None}
             elif record["row"] == 1:
                 record["truncated"] = "truncated_input"
-    alpha = summarise(tables.table(recipe, records), resamples=50)["tasks"][1]
+    alpha = tables.report_of(tables.table(recipe, records), resamples=50)["tasks"][1]
     assert alpha["columns"]["tuned@0"]["dropped"] == {"too_long": 2}
     assert alpha["columns"]["tuned@0"]["truncated"] == {"truncated_input": 2}
     assert alpha["differences"]["tuned@0"]["rows"] == 7
@@ -182,7 +182,7 @@ def test_a_task_whose_questions_are_all_dropped_has_no_score(recipe: Recipe) -> 
         record | {"dropped": "too_long", "prediction": None} if record["task"] == "beta_rank" else record
         for record in tables.predictions()
     ]
-    report = summarise(tables.table(recipe, records), resamples=50)
+    report = tables.report_of(tables.table(recipe, records), resamples=50)
     assert {cell["score"] for cell in report["tasks"][0]["columns"].values()} == {None}
     assert report["pools"][0]["columns"] == report["pools"][0]["differences"] == {}
 
@@ -202,7 +202,7 @@ def test_one_subject_alone_is_only_scored(recipe: Recipe) -> None:
     records = [record for record in tables.predictions() if record["subject"] != "tuned"]
     alone = tables.facts(recipe)
     alone["subjects"] = alone["subjects"][:1]
-    report = summarise(predictions.with_metadata(predictions.scored(records, tables.TASKS), alone), resamples=50)
+    report = tables.report_of(predictions.with_metadata(predictions.scored(records, tables.TASKS), alone), resamples=50)
     assert report["headline"] == []
     assert report["summary"]["sentence"] == "base: held-out ranked 50.0, trained-on ranked 25.0, trained-on generated 75.0"
 
@@ -221,9 +221,9 @@ def test_samples_show_what_everyone_said(report: dict[str, Any]) -> None:
 
 def test_the_saved_table_gives_the_same_report(recipe: Recipe, report: dict[str, Any], tmp_path: Any) -> None:
     predictions.save(tables.table(recipe), Folder.at(tmp_path))
-    assert summarise(predictions.read(Folder.at(tmp_path)), resamples=400) == report
+    assert tables.report_of(predictions.read(Folder.at(tmp_path)), resamples=400) == report
 
 
 def test_a_strange_table_is_refused() -> None:
     with pytest.raises(EvaluationError, match=r"choose a predictions\.parquet"):
-        summarise(pa.table({"a": [1]}))
+        tables.report_of(pa.table({"a": [1]}))

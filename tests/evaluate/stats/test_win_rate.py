@@ -10,8 +10,9 @@ from scipy.stats import binomtest
 from apprentice.data.corpus import Corpus
 from apprentice.evaluate.report.compare import join_tables
 from apprentice.evaluate.report.predictions import metadata_of, read, save
-from apprentice.evaluate.report.report_schema import Report
-from apprentice.evaluate.report.write import html, judged_table, markdown
+from apprentice.evaluate.report.report_schema import Column, Report
+from apprentice.evaluate.report.tables import judged_table
+from apprentice.evaluate.report.write import html, markdown
 from apprentice.evaluate.scoring.judge import judge_questions, likelihood_questions, request_of, written
 from apprentice.evaluate.stats.summary import summarise
 from apprentice.evaluate.stats.win_rate import compute_win_rates
@@ -19,7 +20,18 @@ from apprentice.recipe import Recipe
 from apprentice.storage import Folder
 from tests.evaluate import tables
 
-COLUMNS = [{"key": "base@0", "against": None}, {"key": "tuned@0", "against": "base@0"}]
+COLUMNS = [
+    Column(key=f"{name}@0", subject=name, shots=0, title=name, against=against)
+    for name, against in (("base", None), ("tuned", "base@0"))
+]
+
+
+def win_rates(records: list[dict[str, Any]], exposure: str, resamples: int = 500) -> list[dict[str, Any]]:
+    """Lines of the report."""
+    found = compute_win_rates("run:judge", records, COLUMNS, {"gamma_text": exposure}, resamples)
+    assert found.judge == "run:judge"
+    lines: list[dict[str, Any]] = found.model_dump(mode="json")["lines"]
+    return lines
 
 
 def said(subject: str, row: int, text: str, reward: float | None, *, ratio: float | None = None, **more: Any) -> dict[str, Any]:
@@ -34,9 +46,7 @@ def test_a_win_a_tie_and_a_loss_make_half() -> None:
         said("tuned", 3, "nothing to meet", 5.0),
         said("majority", 0, "a", None),
     ]
-    found = compute_win_rates("run:judge", records, COLUMNS, {"gamma_text": "trained_on"}, resamples=500)
-    [line] = found["lines"]
-    assert found["judge"] == "run:judge"
+    [line] = win_rates(records, "trained_on")
     assert (line["held_out"], line["column"], line["against"], line["questions"]) == (False, "tuned@0", "base@0", 3)
     assert (line["win_rate"], line["reward"], line["words"]) == (50.0, [1.0, 1.0], [3.0, 2.0])
     assert line["log_ratio"] == pytest.approx(0.5)
@@ -51,7 +61,9 @@ def test_the_wordings_of_a_row_are_one_case() -> None:
         for row in range(2)
         for wording in range(9)
     ]
-    [line] = compute_win_rates("judge", records, COLUMNS, {"gamma_text": "held_out"}, resamples=500)["lines"]
+    [line] = compute_win_rates("judge", records, COLUMNS, {"gamma_text": "held_out"}, resamples=500).model_dump(mode="json")[
+        "lines"
+    ]
     expected = binomtest(1, 2).proportion_ci(method="wilson")
     assert (line["win_rate"], line["log_ratio"], line["p"]) == (50.0, None, 1.0)
     assert line["interval"] == pytest.approx([100 * expected.low, 100 * expected.high])
@@ -60,7 +72,9 @@ def test_the_wordings_of_a_row_are_one_case() -> None:
 def test_winning_always_is_not_certain_and_few_wins_are_no_mark() -> None:
     def line(rows: int) -> dict[str, Any]:
         records = [said(name, row, "text", reward) for row in range(rows) for name, reward in (("base", 0.0), ("tuned", 1.0))]
-        [found] = compute_win_rates("judge", records, COLUMNS, {"gamma_text": "held_out"}, resamples=2000)["lines"]
+        [found] = compute_win_rates("judge", records, COLUMNS, {"gamma_text": "held_out"}, resamples=2000).model_dump(mode="json")[
+            "lines"
+        ]
         return dict(found)
 
     assert (line(20)["win_rate"], line(20)["interval"]) == (100.0, pytest.approx([83.9, 100.0], abs=0.05))
@@ -81,7 +95,7 @@ def judged(recipe: Recipe, judge: str = "run:judge") -> Any:
 
 def test_the_report_shows_it(recipe: Recipe) -> None:
     report = summarise(judged(recipe), resamples=200)
-    Report.model_validate(report)
+    Report.model_validate(report.as_json())
     _, [row] = judged_table(report)
     assert row[0].text == "tuned against base"
     assert row[1].text == "16"
@@ -91,7 +105,7 @@ def test_the_report_shows_it(recipe: Recipe) -> None:
         assert "it is no estimate of their kl divergence" in page.lower()
         assert "how often run:judge gives a written reply the higher reward" in page
     plain = summarise(tables.table(recipe), resamples=200)
-    assert "judged" not in plain
+    assert "judged" not in plain.as_json()
     assert "Judged by" not in markdown(plain)
 
 
@@ -104,10 +118,10 @@ def test_tables_without_rewards_are_still_read(recipe: Recipe, tmp_path: Any) ->
 
 
 def test_runs_of_one_judge_are_compared_and_others_are_not(recipe: Recipe) -> None:
-    same = summarise(join_tables({"a": judged(recipe), "b": judged(recipe)}), resamples=200)
+    same = tables.report_of(join_tables({"a": judged(recipe), "b": judged(recipe)}), resamples=200)
     [line] = same["judged"]["lines"]
     assert (line["column"], line["win_rate"], line["log_ratio"]) == ("b@0", 50.0, None)
-    assert "judged" not in summarise(join_tables({"a": judged(recipe), "b": judged(recipe, "run:other")}), resamples=200)
+    assert "judged" not in tables.report_of(join_tables({"a": judged(recipe), "b": judged(recipe, "run:other")}), resamples=200)
 
 
 def test_replies_become_choices(corpus: Corpus) -> None:

@@ -10,6 +10,9 @@ import matplotlib
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
+from apprentice.evaluate.report.report_schema import ColumnScores, GroupEntry, Report, TaskEntry
+from apprentice.evaluate.report.tables import fewest_shots
+
 INK, MUTED, GRID = "#1f2933", "#7b8794", "#e4e7eb"
 COLOURS = ("#9aa5b1", "#0f609b", "#c05621", "#2f855a", "#6b46c1", "#b83280")  # the first is for the reference subject
 TAGGED = {"held_out": "  (held out)", "scored_only": "  (scored only)"}
@@ -22,79 +25,55 @@ STYLE: Any = {
 
 
 @matplotlib.rc_context(STYLE)
-def wording_dots(report: Mapping[str, Any]) -> str:
-    """Plot with a line per task and in it a lane per subject, at the fewest exemplars: a dot per wording, a bar at the score."""
-    least = min(column["shots"] for column in report["columns"][1:])
-    lanes = [column for column in report["columns"][1:] if column["shots"] == least]
-    tasks = [task for task in report["tasks"] if any(_scored(task, lane["key"]) for lane in lanes)]
-    figure = _figure(7.6, 0.75 + _lines_height(len(tasks), len(lanes)))
+def wording_dots(report: Report) -> str:
+    """Plot with a line per task and in it one per subject, at the fewest exemplars: a dot per wording, a bar at the score."""
+    columns = fewest_shots(report)
+    tasks = [task for task in report.tasks if any(_scores(task, column.key) for column in columns)]
+    figure = _figure(7.6, 0.75 + _lines_height(len(tasks), len(columns)))
     axes = figure.subplots()
     step = 0.26
     for line, task in enumerate(tasks):
-        if line and task["exposure"] != tasks[line - 1]["exposure"]:
+        if line and task.exposure != tasks[line - 1].exposure:
             axes.axhline(line - 0.5, color=MUTED, linewidth=0.8)
-        for number, lane in enumerate(lanes):
-            if not (cell := _scored(task, lane["key"])):
+        for number, column in enumerate(columns):
+            if not (cell := _scores(task, column.key)):
                 continue
-            height = line + (number - (len(lanes) - 1) / 2) * step
-            scores = [wording["score"] for wording in cell["wordings"].values()]
+            height = line + (number - (len(columns) - 1) / 2) * step
+            scores = [wording.score for wording in (cell.wordings or {}).values()]
             colour = COLOURS[number % len(COLOURS)]
             axes.plot(scores, [height] * len(scores), "o", color=colour, alpha=0.6, markersize=4.5, markeredgewidth=0)
-            axes.plot([cell["score"]] * 2, [height - 0.12, height + 0.12], color=colour, linewidth=2.2)
-        baseline = _scored(task, report["columns"][0]["key"])
-        if baseline:
-            axes.plot([baseline["score"]] * 2, [line - 0.4, line + 0.4], ":", color=MUTED, linewidth=1.1)
-    axes.set_yticks(range(len(tasks)), [f"{task['task']}{TAGGED.get(task['exposure'], '')}" for task in tasks])
+            axes.plot([cell.score or 0.0] * 2, [height - 0.12, height + 0.12], color=colour, linewidth=2.2)
+        if baseline := _scores(task, report.columns[0].key):
+            axes.plot([baseline.score or 0.0] * 2, [line - 0.4, line + 0.4], ":", color=MUTED, linewidth=1.1)
+    axes.set_yticks(range(len(tasks)), [f"{task.task}{TAGGED.get(task.exposure, '')}" for task in tasks])
     axes.set_ylim(len(tasks) - 0.5, -0.5)
     axes.set_xlim(-2, 102)
     axes.set_xlabel("score")
-    for number, lane in enumerate(lanes):
-        axes.plot([], [], "o", color=COLOURS[number % len(COLOURS)], label=lane["title"], markersize=5)
+    for number, column in enumerate(columns):
+        axes.plot([], [], "o", color=COLOURS[number % len(COLOURS)], label=column.title, markersize=5)
     axes.plot([], [], ":", color=MUTED, label="majority answer")
-    figure.legend(loc="outside upper center", ncols=len(lanes) + 1, frameon=False)
+    figure.legend(loc="outside upper center", ncols=len(columns) + 1, frameon=False)
     axes.grid(axis="x", color=GRID)
     return _svg(figure, axes)
 
 
-def _lines_height(tasks: int, lanes: int) -> float:
-    """Height in inches of `tasks` lines with `lanes` lanes each."""
-    return max(1.0, tasks * (0.2 + 0.14 * lanes))
+def _lines_height(tasks: int, columns: int) -> float:
+    """Height in inches of `tasks` lines with `columns` lines each."""
+    return max(1.0, tasks * (0.2 + 0.14 * columns))
 
 
 @matplotlib.rc_context(STYLE)
-def shot_curves(report: Mapping[str, Any]) -> str:
+def shot_curves(report: Report) -> str:
     """Plot with a panel per pool and a curve per subject: mean score by number of exemplars, with intervals."""
-    pools = report["pools"]
     figure = _figure(7.6, 2.6)
-    panels = figure.subplots(1, len(pools), sharey=True, squeeze=False)[0]
-    subjects = list(dict.fromkeys(column["subject"] for column in report["columns"][1:]))
-    for axes, pool in zip(panels, pools, strict=True):
+    panels = figure.subplots(1, len(report.pools), sharey=True, squeeze=False)[0]
+    subjects = list(dict.fromkeys(column.subject for column in report.columns[1:]))
+    for axes, pool in zip(panels, report.pools, strict=True):
         for number, subject in enumerate(subjects):
-            met = [
-                (c["shots"], pool["columns"][c["key"]])
-                for c in report["columns"]
-                if c["subject"] == subject and c["key"] in pool["columns"]
-            ]
-            if not met:
-                continue
-            means = [cell["mean"] for _, cell in met]
-            apart = [
-                [max(0.0, cell["mean"] - cell["interval"][0]) for _, cell in met],
-                [max(0.0, cell["interval"][1] - cell["mean"]) for _, cell in met],
-            ]
-            axes.errorbar(
-                [shots for shots, _ in met],
-                means,
-                yerr=apart,
-                fmt="o-",
-                color=COLOURS[number % len(COLOURS)],
-                label=subject,
-                markersize=4,
-                capsize=2,
-            )
-        axes.set_title(f"{pool['kind']}, {pool['exposure'].replace('_', ' ')}", fontsize=9, color=INK)
+            _draw_shot_curve(axes, report, pool, subject, COLOURS[number % len(COLOURS)])
+        axes.set_title(f"{pool.kind}, {pool.exposure.replace('_', ' ')}", fontsize=9, color=INK)
         axes.set_xlabel("exemplars")
-        axes.set_xticks(sorted({column["shots"] for column in report["columns"][1:]}))
+        axes.set_xticks(sorted({column.shots for column in report.columns[1:]}))
         axes.grid(axis="y", color=GRID)
     panels[0].set_ylabel("score")
     handles, labels = panels[0].get_legend_handles_labels()
@@ -102,6 +81,27 @@ def shot_curves(report: Mapping[str, Any]) -> str:
     for axes in panels[1:]:
         _quiet(axes)
     return _svg(figure, panels[0])
+
+
+def _draw_shot_curve(axes: Any, report: Report, pool: GroupEntry, subject: str, colour: str) -> None:
+    columns = [column for column in report.columns if column.subject == subject and column.key in pool.columns]
+    if not columns:
+        return
+    means = [pool.columns[column.key] for column in columns]
+    errors = [
+        [max(0.0, mean.mean - mean.interval[0]) for mean in means],
+        [max(0.0, mean.interval[1] - mean.mean) for mean in means],
+    ]
+    axes.errorbar(
+        [column.shots for column in columns],
+        [mean.mean for mean in means],
+        yerr=errors,
+        fmt="o-",
+        color=colour,
+        label=subject,
+        markersize=4,
+        capsize=2,
+    )
 
 
 @matplotlib.rc_context(STYLE)
@@ -157,9 +157,10 @@ def mixture_bars(ledger: Mapping[str, Any]) -> str:
     return _svg(figure, axes)
 
 
-def _scored(task: Mapping[str, Any], key: str) -> Mapping[str, Any] | None:
-    cell = task["columns"].get(key)
-    return cell if cell and cell["score"] is not None else None
+def _scores(task: TaskEntry, key: str) -> ColumnScores | None:
+    """Scores of a task in one column, if any question was answered."""
+    cell = task.columns.get(key)
+    return cell if cell and cell.score is not None else None
 
 
 def _figure(width: float, height: float) -> Figure:

@@ -7,78 +7,77 @@ from typing import Any
 
 import numpy as np
 
-from apprentice.evaluate.stats.bootstrap import independent_difference_interval, mean_interval
-
-Report = Mapping[str, Any]
-Task = Mapping[str, Any]
-Estimate = tuple[float, float, float]  # value, and the ends of its interval
+from apprentice.evaluate.report.report_schema import Column, ColumnScores, GateCheck, GateVerdict, TaskEntry, first_column_of
+from apprentice.evaluate.stats.bootstrap import Estimate, independent_difference_interval, mean_interval
 
 
-def judged(report: Report) -> dict[str, Any] | None:
-    """Verdict of the gate: `passed`, and one entry of `checks` for every bound; None without a gate.
+def evaluate_gate(gate: Mapping[str, Any] | None, columns: list[Column], tasks: Sequence[TaskEntry]) -> GateVerdict | None:
+    """Verdict on the bounds of `gate` (a recipe's `evaluation.gate` as JSON), a check for each; None without a gate.
 
     It judges the last subject at its fewest exemplars, relative to the column that it is compared with. A bound fails if nothing
     was measured for it.
     """
-    gate = report["settings"].get("gate")
     if gate is None:
         return None
-    last = report["columns"][-1]["subject"]
-    column = next(column for column in report["columns"] if column["subject"] == last)
-    other = str(column["against"] or "nothing").partition("@")[0]
+    column = first_column_of(columns[-1].subject, columns)
+    other = (column.against or "nothing").partition("@")[0]
     bounds: list[tuple[str, list[Estimate], float]] = []
-    for bound in ("held_out", "trained_on"):
-        if gate[bound] is not None:
-            members = [task for task in report["tasks"] if task["exposure"] == bound]
-            bounds.append((f"{bound} mean above {other}", _gains(members, column), gate[bound]))
+    for exposure in ("held_out", "trained_on"):
+        if gate[exposure] is not None:
+            members = [task for task in tasks if task.exposure == exposure]
+            bounds.append((f"{exposure} mean above {other}", _gains(members, column), gate[exposure]))
     if gate["worst_wording"] is not None:
-        bounds.append((f"worst wording above {other}", _worst(report["tasks"], column), gate["worst_wording"]))
-    for name, least in gate["tasks"].items():
-        members = [task for task in report["tasks"] if task["task"] == name]
-        bounds.append((f"score of {name}", _scores(members, column), least))
-    checks = [_check(name, estimates, least, certain=gate["certain"]) for name, estimates, least in bounds]
-    return {"subject": last, "passed": all(check["passed"] for check in checks), "checks": checks}
+        bounds.append((f"worst wording above {other}", _worst_wording_gains(tasks, column), gate["worst_wording"]))
+    for name, needed in gate["tasks"].items():
+        members = [task for task in tasks if task.task == name]
+        bounds.append((f"score of {name}", _scores(members, column), needed))
+    checks = [_check(name, estimates, needed, certain=gate["certain"]) for name, estimates, needed in bounds]
+    return GateVerdict(subject=column.subject, passed=all(check.passed for check in checks), checks=checks)
 
 
-def sentence(verdict: Mapping[str, Any]) -> str:
+def verdict_sentence(verdict: GateVerdict) -> str:
     """Verdict in one sentence, with every bound that failed."""
-    if verdict["passed"]:
-        return f"gate: {verdict['subject']} passed all {len(verdict['checks'])} bounds"
-    failed = [
-        f"{check['name']} is {'not measured' if check['found'] is None else format(check['found'], '+.1f')}, at least"
-        f" {check['needed']:+.1f} is asked"
-        for check in verdict["checks"]
-        if not check["passed"]
+    if verdict.passed:
+        return f"gate: {verdict.subject} passed all {len(verdict.checks)} bounds"
+    failures = [
+        f"{check.name} is {'not measured' if check.found is None else format(check.found, '+.1f')}, at least"
+        f" {check.needed:+.1f} is asked"
+        for check in verdict.checks
+        if not check.passed
     ]
-    return f"gate: {verdict['subject']} failed: {'; '.join(failed)}"
+    return f"gate: {verdict.subject} failed: {'; '.join(failures)}"
 
 
-def _gains(tasks: Sequence[Task], column: Task) -> list[Estimate]:
+def _gains(tasks: Sequence[TaskEntry], column: Column) -> list[Estimate]:
     """Difference of the column in each task that has one."""
-    found = [task["differences"][column["key"]] for task in tasks if column["key"] in task["differences"]]
-    return [(entry["mean"], *entry["interval"]) for entry in found]
+    differences = [task.differences[column.key] for task in tasks if column.key in task.differences]
+    return [(difference.mean, *difference.interval) for difference in differences]
 
 
-def _scores(tasks: Sequence[Task], column: Task) -> list[Estimate]:
-    cells = [task["columns"].get(column["key"]) for task in tasks]
-    return [(cell["score"], *cell["interval"]) for cell in cells if cell and cell["score"] is not None]
+def _scores(tasks: Sequence[TaskEntry], column: Column) -> list[Estimate]:
+    cells = [task.columns.get(column.key) for task in tasks]
+    return [(cell.score, *cell.interval) for cell in cells if cell and cell.score is not None and cell.interval is not None]
 
 
-def _worst(tasks: Sequence[Task], column: Task) -> list[Estimate]:
+def _worst_wording_gains(tasks: Sequence[TaskEntry], column: Column) -> list[Estimate]:
     """Difference of the worst wordings in each task; they may be two wordings, so the scores are taken as independent."""
-    found: list[Estimate] = []
+    gains: list[Estimate] = []
     for task in tasks:
-        ours, theirs = (task["columns"].get(key) for key in (column["key"], column["against"]))
-        if ours and theirs and ours["score"] is not None and theirs["score"] is not None:
-            sides = [(cell["worst"], *cell["worst_interval"]) for cell in (ours, theirs)]
-            found.append((ours["worst"] - theirs["worst"], *independent_difference_interval(*sides)))
-    return found
+        ours = _worst_wording(task.columns.get(column.key))
+        theirs = _worst_wording(task.columns.get(column.against or ""))
+        if ours and theirs:
+            gains.append((ours[0] - theirs[0], *independent_difference_interval(ours, theirs)))
+    return gains
 
 
-def _check(name: str, estimates: Sequence[Estimate], needed: float, *, certain: bool) -> dict[str, Any]:
+def _worst_wording(cell: ColumnScores | None) -> Estimate | None:
+    return (cell.worst, *cell.worst_interval) if cell and cell.worst is not None and cell.worst_interval is not None else None
+
+
+def _check(name: str, estimates: Sequence[Estimate], needed: float, *, certain: bool) -> GateCheck:
     """Check of one bound on the mean over tasks or, if `certain`, on the low end of that mean's interval."""
-    found = None
+    value = None
     if estimates:
-        found = mean_interval(estimates)[0] if certain else float(np.mean([value for value, *_ in estimates]))
+        value = mean_interval(estimates)[0] if certain else float(np.mean([mean for mean, *_ in estimates]))
     name = f"low end of {name}" if certain else name
-    return {"name": name, "found": found, "needed": needed, "passed": found is not None and found >= needed}
+    return GateCheck(name=name, found=value, needed=needed, passed=value is not None and value >= needed)

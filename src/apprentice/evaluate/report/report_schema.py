@@ -1,6 +1,11 @@
-"""Schema of report.json as pydantic models; `apprentice report-schema` prints it as JSON Schema for programs that read reports.
+"""Report of an evaluation as pydantic models: what `summarise` builds, report.json holds and `apprentice report-schema` prints.
 
-Tests validate reports against it.
+    Report ── columns   a subject at one number of exemplars
+           ├─ tasks     scores of each column (`ColumnScores`), differences of columns, sample questions
+           ├─ pools     means over the tasks of one exposure and kind
+           └─ clusters  means over the tasks of one exposure and cluster
+
+The order of the fields is that of the keys in report.json; a field that was not set has no key.
 """
 
 from __future__ import annotations
@@ -13,6 +18,7 @@ from apprentice.tasks.exposure import Exposure
 
 Interval = tuple[float, float]
 Verdict = Literal["better", "worse", "unclear"]
+Kind = Literal["ranked", "generated"]
 
 
 class _Entry(BaseModel):
@@ -43,18 +49,24 @@ class Column(_Entry):
 
 
 class WordingScore(_Entry):
+    """Score of the questions in one wording."""
+
     score: float
     questions: int
 
 
 class PerturbationScore(_Entry):
+    """Score of perturbed questions, beside that of the same questions unperturbed."""
+
     questions: int
     score: float
     unchanged_score: float
-    changed: float | None
+    changed: float | None = Field(description="Share of rows (0 to 100) whose answer changed.")
 
 
 class LabelShares(_Entry):
+    """Share (0 to 100) of one choice among the predictions (`said`) and among the right answers."""
+
     choice: str
     said: float
     right: float
@@ -93,27 +105,31 @@ class Difference(_Entry):
     """
 
     against: str
+    rows: int | None = None
+    tasks: int | None = None
     mean: float
     interval: Interval
     p: float
     p_adjusted: float
     verdict: Verdict
-    rows: int | None = None
-    tasks: int | None = None
 
 
 class SampleQuestion(_Entry):
+    """A question with the reply of each column; `score` and `gain` are those of the last subject, in the lists of extremes."""
+
+    task: str | None = None
     row: int
     template: str
     prompt: str | None
     target: str | None
     replies: dict[str, str]
-    task: str | None = None
     score: float | None = None
     gain: float | None = None
 
 
 class Contamination(_Entry):
+    """Number of a task's test rows, `of` so many, that share a passage with training rows."""
+
     rows: int
     of: int
     dropped: int
@@ -121,16 +137,18 @@ class Contamination(_Entry):
 
 
 class TaskEntry(_Entry):
+    """A task: its scores in each column, and the differences of columns over the rows that both answered."""
+
     task: str
     cluster: str
     summary: str
-    kind: Literal["ranked", "generated"]
+    kind: Kind
     metrics: list[str]
-    metric: str
     held_out: bool
     exposure: Exposure = Field(description="Whether its cluster is nowhere trained on, others of it are, or it is itself.")
     majority: dict[str, Any] | None
     contaminated: Contamination | None = None
+    metric: str
     columns: dict[str, ColumnScores]
     differences: dict[str, Difference]
     samples: list[SampleQuestion]
@@ -138,6 +156,8 @@ class TaskEntry(_Entry):
 
 
 class GroupMean(_Entry):
+    """Means of one column over the tasks of a group."""
+
     mean: float
     interval: Interval
     tasks: int
@@ -152,7 +172,7 @@ class GroupEntry(_Entry):
 
     held_out: bool
     exposure: Exposure
-    kind: Literal["ranked", "generated"] | None = None
+    kind: Kind | None = None
     cluster: str | None = None
     tasks: int
     columns: dict[str, GroupMean]
@@ -170,13 +190,13 @@ class WinRate(_Entry):
     win_rate: float = Field(description="How often (0 to 100) its reward is the higher one; a tie counts half.")
     interval: Interval
     p: float = Field(description="Of wins and losses changing sides at random.")
-    p_adjusted: float
-    verdict: Verdict
     reward: tuple[float, float]
     words: tuple[float, float]
     log_ratio: float | None = Field(
         description="How much likelier its replies are to it than to the other, in nats per token; greedy, so no divergence."
     )
+    p_adjusted: float
+    verdict: Verdict
 
 
 class WinRates(_Entry):
@@ -195,6 +215,8 @@ class SharedQuestions(_Entry):
 
 
 class GateCheck(_Entry):
+    """One bound of the quality gate; `found` is null if nothing was measured for it."""
+
     name: str
     found: float | None
     needed: float
@@ -202,12 +224,16 @@ class GateCheck(_Entry):
 
 
 class GateVerdict(_Entry):
+    """Verdict of the quality gate on one subject: passed if all checks are."""
+
     subject: str
     passed: bool
     checks: list[GateCheck]
 
 
 class UnscoredQuestion(_Entry):
+    """A question that was asked and has no answer."""
+
     subject: str
     task: str
     row: int
@@ -215,6 +241,27 @@ class UnscoredQuestion(_Entry):
     shots: int
     perturbation: str
     reason: str
+
+
+class UnscoredTask(_Entry):
+    """A task that was not scored, or not at every number of exemplars."""
+
+    task: str
+    reason: str
+
+
+class Ranking(_Entry):
+    """Rule by which choices were ranked, and its meaning in words."""
+
+    by: str
+    meaning: str
+
+
+class Summary(_Entry):
+    """Mean score of the last subject over all tasks, at its fewest exemplars, and one sentence about the pools."""
+
+    score: float | None
+    sentence: str
 
 
 class Report(_Entry):
@@ -228,21 +275,45 @@ class Report(_Entry):
     versions: dict[str, str]
     recipe: dict[str, Any]
     settings: dict[str, Any]
+    tasks: list[TaskEntry]
     subjects: list[SubjectEntry]
-    not_scored: list[dict[Literal["task", "reason"], str]]
+    not_scored: list[UnscoredTask]
     test_rows: dict[str, int] = {}
-    shared: dict[str, SharedQuestions] | None = Field(None, description="Task → what compared runs have in common.")
     story: dict[Literal["history", "ledger", "export"], Any]
+    shared: dict[str, SharedQuestions] | None = Field(None, description="Task → what compared runs have in common.")
     confidence: float
     resamples: int
-    ranking: dict[Literal["by", "meaning"], str]
+    ranking: Ranking
     signatures: dict[str, str]
     columns: list[Column]
-    tasks: list[TaskEntry]
     pools: list[GroupEntry]
     clusters: list[GroupEntry]
     unscored: list[UnscoredQuestion]
-    headline: list[str]
-    summary: dict[Literal["score", "sentence"], Any]
-    gate: GateVerdict | None
     judged: WinRates | None = None
+    headline: list[str]
+    summary: Summary
+    gate: GateVerdict | None
+
+    def as_json(self) -> dict[str, Any]:
+        """The contents of report.json as JSON values; fields that were not set have no key."""
+        return self.model_dump(mode="json", exclude_unset=True)
+
+    @property
+    def compared_columns(self) -> list[Column]:
+        """Columns that are compared with another."""
+        return [column for column in self.columns if column.against]
+
+    @property
+    def last_column(self) -> Column:
+        """The last subject at its fewest exemplars: the column that summary, gate and extremes are about."""
+        return first_column_of(self.columns[-1].subject, self.columns)
+
+    @property
+    def titles(self) -> dict[str, str]:
+        """Column key → title."""
+        return {column.key: column.title for column in self.columns}
+
+
+def first_column_of(subject: str, columns: list[Column]) -> Column:
+    """First column of a subject, which is that with the fewest exemplars."""
+    return next(column for column in columns if column.subject == subject)

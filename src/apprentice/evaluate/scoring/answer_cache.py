@@ -18,7 +18,6 @@ import pyarrow.parquet as pq
 
 from apprentice.evaluate.report import predictions
 from apprentice.storage import Folder
-from apprentice.tasks.schema import Task
 
 PARTS = "parts"
 ANSWER = ("prediction", "choice_logprobs", "choice_tokens", "choice_priors")
@@ -33,9 +32,8 @@ def cache_key(model: str, question: Mapping[str, Any]) -> str:
 class AnswerCache:
     """Cache of the answers in the folder `out` and in `others`, the folders of finished evaluations. New answers go to `out`."""
 
-    def __init__(self, out: Folder, tasks: Sequence[Task], others: Iterable[Folder] = ()) -> None:
+    def __init__(self, out: Folder, others: Iterable[Folder] = ()) -> None:
         self._parts = out / PARTS
-        self._tasks = tasks
         self._known: dict[str, dict[str, Any]] = {}
         files = [folder / predictions.FILE for folder in (out, *others)]
         parts = self._parts.children()
@@ -51,9 +49,9 @@ class AnswerCache:
         return self._known.get(key)
 
     def add(self, records: Sequence[Mapping[str, Any]]) -> None:
-        """Writes answered questions to a new part and adds them to the cache."""
+        """Writes answered questions to a new part, without scores, and adds them to the cache."""
         buffer = io.BytesIO()
-        pq.write_table(predictions.scored(records, self._tasks), buffer, compression="zstd")
+        pq.write_table(predictions.make_table(records, predictions.PREDICTION), buffer, compression="zstd")
         (self._parts / f"{self._next:06d}.parquet").write_bytes(buffer.getvalue())
         self._next += 1
         self._known |= {record["key"]: {name: record.get(name) for name in ANSWER} for record in records if _answered(record)}

@@ -25,10 +25,12 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
+from apprentice.evaluate.report.report_schema import Verdict
 from apprentice.evaluate.stats.metrics import Floats, Metric
 
 CONFIDENCE = 0.95
 RESAMPLES = 2_000
+Estimate = tuple[float, float, float]  # a value, and the ends of its 95% interval
 _CHUNK = 4_000_000  # float64 numbers in a block of resampling weights (32 MB)
 
 
@@ -131,14 +133,14 @@ def difference_interval(
     return _difference(sides[0], sides[1], _correlation(ours, theirs) if metric.binary else 0.0)
 
 
-def mean_interval(estimates: Sequence[tuple[float, float, float]]) -> tuple[float, float]:
+def mean_interval(estimates: Sequence[Estimate]) -> tuple[float, float]:
     """95% interval of the mean of independent estimates (value, low, high)."""
     values, lows, highs = np.array(estimates).T
     below, above = (float(np.sqrt(np.square(gaps).sum())) / len(values) for gaps in (values - lows, highs - values))
     return float(values.mean()) - below, float(values.mean()) + above
 
 
-def independent_difference_interval(ours: tuple[float, float, float], theirs: tuple[float, float, float]) -> tuple[float, float]:
+def independent_difference_interval(ours: Estimate, theirs: Estimate) -> tuple[float, float]:
     """95% interval of the difference of two independent estimates (value, low, high)."""
     return _difference(ours, theirs, 0.0)
 
@@ -148,7 +150,7 @@ def adjust_p_values(values: Sequence[float]) -> list[float]:
     return [float(value) for value in stats.false_discovery_control(values, method="bh")] if values else []
 
 
-def verdict(low: float, high: float, p: float) -> str:
+def verdict(low: float, high: float, p: float) -> Verdict:
     """`better` or `worse` if the interval of a difference excludes zero and the adjusted `p` is at most 0.05, else `unclear`."""
     if p > 1.0 - CONFIDENCE:
         return "unclear"
@@ -194,7 +196,7 @@ def _correlation(ours: RowSums, theirs: RowSums) -> float:
     return shared / spread
 
 
-def _difference(ours: tuple[float, float, float], theirs: tuple[float, float, float], correlation: float) -> tuple[float, float]:
+def _difference(ours: Estimate, theirs: Estimate, correlation: float) -> tuple[float, float]:
     """Limits of `ours` - `theirs`, each (value, low, high), given the correlation of the two."""
     (one, one_low, one_high), (other, other_low, other_high) = ours, theirs
 

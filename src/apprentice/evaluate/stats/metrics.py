@@ -11,7 +11,7 @@ import string
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from sacrebleu.metrics.bleu import BLEU
 
 Floats = NDArray[np.float64]
+Statistics = Callable[[str, Sequence[str], Sequence[str]], tuple[float, ...]]  # (prediction, references, choices) → vector
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Metric:
     """
 
     title: str
-    statistics: Callable[[str, Sequence[str], Sequence[str]], tuple[float, ...]]
+    statistics: Statistics
     value: Callable[[Floats, Floats], Floats]
     single: str | None = None
     binary: bool = False
@@ -45,13 +46,24 @@ class Metric:
         """Score of a single prediction, by the metric `single` if there is one."""
         if self.single:
             return METRICS[self.single].score_one(prediction, references, choices)
-        return float(self.value(np.array(self.statistics(prediction, references, choices)), np.array(1.0)))
+        return float(self.value(np.array(self._vector(prediction, references, choices)), np.array(1.0)))
 
     def statistics_of(self, answers: Sequence[tuple[str, Sequence[str], Sequence[str]]]) -> Floats:
         """Vectors of many (prediction, references, choices), padded to one shape (answers, width)."""
-        vectors = [self.statistics(*answer) for answer in answers]
+        vectors = [self._vector(*answer) for answer in answers]
         width = max(map(len, vectors), default=0)
         return np.array([[*vector, *[0.0] * (width - len(vector))] for vector in vectors]).reshape(len(vectors), width)
+
+    def _vector(self, prediction: str, references: Sequence[str], choices: Sequence[str]) -> tuple[float, ...]:
+        return _statistics_once(self.statistics, prediction, tuple(references), tuple(choices or ()))
+
+
+@lru_cache(maxsize=1 << 16)
+def _statistics_once(
+    statistics: Statistics, prediction: str, references: tuple[str, ...], choices: tuple[str, ...]
+) -> tuple[float, ...]:
+    """Vector of one example, remembered: the table of predictions and the report need the same ones, as do some metrics."""
+    return statistics(prediction, references, choices)
 
 
 def normalised(text: str) -> str:
@@ -92,7 +104,7 @@ def _ni_exact_match(prediction: str, references: Sequence[str], choices: Sequenc
     return (float(without_punctuation(prediction) in [without_punctuation(reference) for reference in references]),)
 
 
-def _rouge(kind: str, *, stemmer: bool = False) -> Callable[[str, Sequence[str], Sequence[str]], tuple[float, ...]]:
+def _rouge(kind: str, *, stemmer: bool = False) -> Statistics:
     """Statistics of `rouge1`, `rouge2` or `rougeL`: the best F-measure over the references."""
 
     def statistics(prediction: str, references: Sequence[str], choices: Sequence[str] = ()) -> tuple[float, ...]:

@@ -11,27 +11,32 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from apprentice.evaluate.report.examples import best_and_worst_questions, samples
+from apprentice.evaluate.report.examples import best_and_worst_questions, sample_questions
+from apprentice.evaluate.report.headline import write_headlines, write_summary
 from apprentice.evaluate.report.predictions import metadata_of
-from apprentice.evaluate.report.quality_gate import judged
-from apprentice.evaluate.scoring.majority_baseline import NAME as MAJORITY
-from apprentice.evaluate.stats.bootstrap import (
-    CONFIDENCE,
-    RESAMPLES,
-    adjust_p_values,
-    difference_interval,
-    mean_interval,
-    p_value,
-    permuted_differences,
-    verdict,
+from apprentice.evaluate.report.quality_gate import evaluate_gate
+from apprentice.evaluate.report.report_schema import (
+    Column,
+    ColumnScores,
+    Difference,
+    GroupEntry,
+    GroupMean,
+    Ranking,
+    Report,
+    TaskEntry,
+    UnscoredQuestion,
 )
-from apprentice.evaluate.stats.metrics import METRICS, Floats
-from apprentice.evaluate.stats.task_scores import AnswerStatistics, counts, paired, scores
+from apprentice.evaluate.scoring.majority_baseline import NAME as MAJORITY
+from apprentice.evaluate.stats.bootstrap import CONFIDENCE, RESAMPLES, mean_interval
+from apprentice.evaluate.stats.comparison import Comparison, adjust_comparisons, compare_columns, compare_groups
+from apprentice.evaluate.stats.metrics import METRICS
+from apprentice.evaluate.stats.task_scores import AnswerStatistics, score_column
 from apprentice.evaluate.stats.win_rate import compute_win_rates
 from apprentice.inference.choices.choice_ranking import RANKING_TITLES
 from apprentice.tasks.exposure import EXPOSURES, exposure_in
@@ -40,224 +45,191 @@ Record = Mapping[str, Any]
 VERSION = 2  # of report.json: 1 had no `exposure`, `p_adjusted` and `shared`, bootstrap intervals throughout, and `divergence`
 POOLS = [(exposure, kind) for exposure in EXPOSURES for kind in ("ranked", "generated")]  # in the order of the report
 LEAST_SHARED_ROWS = 20  # compared runs with fewer rows in common in a pool have no headline about it
+# Keys of a table's metadata, and of one of its tasks, that a report has as they are; tables of earlier versions lack some.
+_METADATA = ("name", "created", "seconds", "seed", "versions", "recipe", "settings", "subjects", "not_scored", "test_rows", "story")
+_TASK_METADATA = ("cluster", "summary", "kind", "metrics", "held_out", "exposure", "majority", "contaminated")
 
 
-def summarise(table: pa.Table, *, resamples: int = RESAMPLES) -> dict[str, Any]:
-    """Builds the report (`Report`): the table's facts, columns, tasks, pools, clusters, headlines, summary, quality gate.
+@dataclass(frozen=True)
+class _ScoredTask:
+    """A task with its metadata, records by column, scores of each column, and comparisons of columns."""
+
+    name: str
+    metadata: Mapping[str, Any]
+    records: Mapping[str, Sequence[Record]]
+    scores: Mapping[str, ColumnScores]
+    comparisons: Mapping[str, Comparison]
+
+
+def summarise(table: pa.Table, *, resamples: int = RESAMPLES) -> Report:
+    """Builds the report: the table's metadata, columns, tasks, pools, clusters, headlines, summary, quality gate.
 
     Scores are 0 to 100. The other subjects are compared with the first, at the same number of exemplars. Held-out tasks come first.
     Intervals, wordings and pools use the first metric of each task. `resamples` is the number of bootstrap draws and permutations.
     """
-    facts = metadata_of(table)
-    facts["tasks"] = {name: about | exposure_in(about) for name, about in facts["tasks"].items()}
-    columns = _columns(facts)
-    met: dict[str, dict[str, list[Record]]] = defaultdict(lambda: defaultdict(list))
-    for record in table.to_pylist():
-        met[record["task"]][_key(record["subject"], record["shots"])].append(record)
-    names = sorted(met, key=lambda name: (EXPOSURES.index(facts["tasks"][name]["exposure"]), facts["tasks"][name]["cluster"], name))
-    tasks, draws = [], {}
-    for name in names:
-        entry, found = _task(name, facts["tasks"][name], met[name], columns, f"{facts['seed']} {name}", resamples)
-        tasks.append(entry)
-        draws[name] = found
-    pools = []
-    for exposure, kind in POOLS:
-        members = [task for task in tasks if (task["exposure"], task["kind"]) == (exposure, kind)]
-        if members:
-            pools.append(_exposed(exposure) | {"kind": kind, **_pool(members, draws, columns)})
-    clusters = []
-    for exposure, cluster in dict.fromkeys((task["exposure"], task["cluster"]) for task in tasks):
-        members = [task for task in tasks if (task["exposure"], task["cluster"]) == (exposure, cluster)]
-        clusters.append(_exposed(exposure) | {"cluster": cluster, **_pool(members, draws, columns)})
-    for lines in (tasks, pools, clusters):
-        _mark([found for line in lines for found in line["differences"].values()])
-    rank_by = facts["settings"].get("rank_by", "sum")
-    used = sorted({name for task in tasks for name in task["metrics"]})
-    report = facts | {
-        "version": VERSION,
-        "confidence": CONFIDENCE,
-        "resamples": resamples,
-        "ranking": {"by": rank_by, "meaning": RANKING_TITLES[rank_by]},
-        "signatures": {name: signature() for name in used if (signature := METRICS[name].signature) is not None},
-        "columns": columns,
-        "tasks": tasks,
-        "pools": pools,
-        "clusters": clusters,
-        "unscored": _unscored(met),
-    }
-    if facts["settings"].get("judge"):
-        records = [record for columns_met in met.values() for found in columns_met.values() for record in found]
-        exposures = {name: about["exposure"] for name, about in facts["tasks"].items()}
-        report["judged"] = compute_win_rates(facts["settings"]["judge"], records, columns, exposures, resamples)
-        _mark(report["judged"]["lines"], middle=50.0)
-    spoken = [pool for pool in pools if not (facts.get("shared") and _rows_of(pool, tasks) < LEAST_SHARED_ROWS)]
-    headline = [sentence for pool in spoken for sentence in _sentences(pool, columns)]
-    report |= {"headline": headline, "summary": _summary(tasks, spoken, columns)}
-    return report | {"gate": judged(report)}
-
-
-def _unscored(met: Mapping[str, Mapping[str, Sequence[Record]]]) -> list[dict[str, Any]]:
-    """Questions that were asked and have no answer, each with its `reason`."""
-    return [
-        {name: record[name] for name in ("subject", "task", "row", "template", "shots", "perturbation")}
-        | {"reason": record["unscored"]}
-        for columns in met.values()
-        for records in columns.values()
-        for record in records
-        if record["unscored"]
-    ]
-
-
-def _exposed(exposure: str) -> dict[str, Any]:
-    return {"held_out": exposure == "held_out", "exposure": exposure}
-
-
-def _rows_of(pool: Mapping[str, Any], tasks: Sequence[Mapping[str, Any]]) -> int:
-    """Fewest rows that a difference in `pool` is computed from; 0 without differences."""
-    members = [task for task in tasks if (task["exposure"], task["kind"]) == (pool["exposure"], pool["kind"])]
-    keys = [key for task in members for key in task["differences"]]
-    return min((sum(task["differences"][key]["rows"] for task in members if key in task["differences"]) for key in keys), default=0)
-
-
-def _mark(found: Sequence[dict[str, Any]], middle: float = 0.0) -> None:
-    """Adds `p_adjusted` and `verdict` to all comparisons of one table; `middle` is the value of no difference."""
-    for entry, p in zip(found, adjust_p_values([entry["p"] for entry in found]), strict=True):
-        low, high = entry["interval"]
-        entry |= {"p_adjusted": p, "verdict": verdict(low - middle, high - middle, p)}
+    metadata = metadata_of(table)
+    columns = _columns(metadata["subjects"])
+    by_task = _group_records(table.to_pylist())
+    records = [record for by_column in by_task.values() for found in by_column.values() for record in found]
+    scored = _score_tasks(by_task, metadata, columns, resamples)
+    differences = adjust_comparisons([task.comparisons for task in scored])
+    tasks = [_task_entry(task, found, columns) for task, found in zip(scored, differences, strict=True)]
+    pools = _group_entries(scored, [("kind", exposure, kind) for exposure, kind in POOLS], columns)
+    clusters = dict.fromkeys(("cluster", task.metadata["exposure"], task.metadata["cluster"]) for task in scored)
+    shared = metadata.get("shared")
+    large_pools = [pool for pool in pools if not shared or _least_rows(pool, tasks) >= LEAST_SHARED_ROWS]
+    settings = metadata["settings"]
+    rank_by = settings.get("rank_by", "sum")
+    optional: dict[str, Any] = {"shared": shared} if "shared" in metadata else {}
+    if settings.get("judge"):
+        exposures = {name: exposure_in(about)["exposure"] for name, about in metadata["tasks"].items()}
+        optional["judged"] = compute_win_rates(settings["judge"], records, columns, exposures, resamples)
+    return Report(
+        version=VERSION,
+        **{name: metadata[name] for name in _METADATA if name in metadata},
+        **optional,
+        tasks=tasks,
+        confidence=CONFIDENCE,
+        resamples=resamples,
+        ranking=Ranking(by=rank_by, meaning=RANKING_TITLES[rank_by]),
+        signatures=_signatures(tasks),
+        columns=columns,
+        pools=pools,
+        clusters=_group_entries(scored, list(clusters), columns),
+        unscored=_unscored_questions(records),
+        headline=write_headlines(large_pools, columns),
+        summary=write_summary(tasks, large_pools, columns),
+        gate=evaluate_gate(settings.get("gate"), columns, tasks),
+    )
 
 
 def _key(subject: str, shots: int) -> str:
     return f"{subject}@{shots}"
 
 
-def _columns(facts: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Columns in the order of the report; `against` is the key of the column that a column is compared with, or None."""
-    first = facts["subjects"][0]
-    columns = [{"key": _key(MAJORITY, 0), "subject": MAJORITY, "shots": 0, "title": "majority", "against": None}]
-    for subject in facts["subjects"]:
+def _columns(subjects: Sequence[Mapping[str, Any]]) -> list[Column]:
+    """Columns in the order of the report: the majority baseline, then each subject at each number of exemplars."""
+    first = subjects[0]
+    columns = [Column(key=_key(MAJORITY, 0), subject=MAJORITY, shots=0, title="majority", against=None)]
+    for subject in subjects:
         for shots in subject["shots"]:
-            compared = subject is not first and shots in first["shots"]
+            is_compared = subject is not first and shots in first["shots"]
             columns.append(
-                {
-                    "key": _key(subject["name"], shots),
-                    "subject": subject["name"],
-                    "shots": shots,
-                    "title": subject["name"] + (f" {shots}-shot" if shots else ""),
-                    "against": _key(first["name"], shots) if compared else None,
-                }
+                Column(
+                    key=_key(subject["name"], shots),
+                    subject=subject["name"],
+                    shots=shots,
+                    title=subject["name"] + (f" {shots}-shot" if shots else ""),
+                    against=_key(first["name"], shots) if is_compared else None,
+                )
             )
     return columns
 
 
-def _task(
-    task: str,
-    about: Mapping[str, Any],
-    met: Mapping[str, list[Record]],
-    columns: Sequence[Mapping[str, Any]],
-    key: str,
-    resamples: int,
-) -> tuple[dict[str, Any], dict[str, Floats]]:
-    """Entry of a task in the report, and the permutation draws of its differences by column."""
-    main = about["metrics"][0]
-    metric = METRICS[main]
-    scored = {column: AnswerStatistics.of(records, about["metrics"]) for column, records in met.items()}
-    draws: dict[str, Floats] = {}
-    differences = {}
-    for column in columns:
-        ours, theirs = column["key"], column["against"]
-        if ours not in scored or theirs not in scored:
-            continue
-        pair = paired(scored[ours], scored[theirs], main)
-        if pair is None:
-            continue
-        draws[ours] = permuted_differences(*pair, metric, key, resamples)
-        mean = pair[0].score(metric) - pair[1].score(metric)
-        differences[ours] = {
-            "against": theirs,
-            "rows": len(pair[0].rows),
-            "mean": mean,
-            "interval": list(difference_interval(*pair, metric, key, resamples)),
-            "p": p_value(mean, draws[ours]),
-        }
-    cells = {name: counts(records) for name, records in met.items()}
-    for name, found in scored.items():
-        if found.records:
-            cells[name] |= scores(found, met[name], about["metrics"], key, resamples)
-    entry = {"task": task, **about, "metric": main, "columns": cells, "differences": differences}
-    return entry | {"samples": samples(met, columns), "extremes": best_and_worst_questions(met, columns)}, draws
+def _group_records(records: Sequence[Record]) -> dict[str, dict[str, list[Record]]]:
+    """Task → column → its records."""
+    by_task: dict[str, dict[str, list[Record]]] = defaultdict(lambda: defaultdict(list))
+    for record in records:
+        by_task[record["task"]][_key(record["subject"], record["shots"])].append(record)
+    return by_task
 
 
-def _pool(
-    members: Sequence[Mapping[str, Any]], draws: Mapping[str, Mapping[str, Floats]], columns: Sequence[Mapping[str, Any]]
-) -> dict[str, Any]:
-    """Means and differences over the tasks `members`, all weighted the same; rows are permuted within their task."""
-    means, differences = {}, {}
-    for column in columns:
-        key = column["key"]
-        scored = [task for task in members if task["columns"].get(key, {}).get("score") is not None]
-        if scored:
-            found = [(task["columns"][key]["score"], *task["columns"][key]["interval"]) for task in scored]
-            means[key] = {
-                "mean": float(np.mean([score for score, *_ in found])),
-                "interval": list(mean_interval(found)),
-                "tasks": len(scored),
-            } | {name: _mean_of(scored, key, name) for name in ("worst", "spread", "changed", "consistency")}
-        compared = [task for task in members if key in task["differences"]]
-        if compared:
-            mean = float(np.mean([task["differences"][key]["mean"] for task in compared]))
-            test = np.mean([draws[task["task"]][key] for task in compared], axis=0)
-            differences[key] = {
-                "against": column["against"],
-                "tasks": len(compared),
-                "mean": mean,
-                "interval": list(gain_interval(compared, key)),
-                "p": p_value(mean, test),
+def _score_tasks(
+    by_task: Mapping[str, Mapping[str, list[Record]]], metadata: Mapping[str, Any], columns: Sequence[Column], resamples: int
+) -> list[_ScoredTask]:
+    """Scores and comparisons of every task that has records, in the order of the report."""
+    scored = []
+    for name, by_column in by_task.items():
+        about = metadata["tasks"][name] | exposure_in(metadata["tasks"][name])
+        metrics, key = about["metrics"], f"{metadata['seed']} {name}"
+        answers = {column: AnswerStatistics.of(found, metrics) for column, found in by_column.items()}
+        scores = {column: score_column(answers[column], found, metrics, key, resamples) for column, found in by_column.items()}
+        comparisons = compare_columns(answers, columns, metrics[0], key, resamples)
+        scored.append(_ScoredTask(name, about, by_column, scores, comparisons))
+    return sorted(scored, key=lambda task: (EXPOSURES.index(task.metadata["exposure"]), task.metadata["cluster"], task.name))
+
+
+def _task_entry(task: _ScoredTask, differences: dict[str, Difference], columns: list[Column]) -> TaskEntry:
+    return TaskEntry(
+        task=task.name,
+        **{name: task.metadata[name] for name in _TASK_METADATA if name in task.metadata},
+        metric=task.metadata["metrics"][0],
+        columns=dict(task.scores),
+        differences=differences,
+        samples=sample_questions(task.records, columns),
+        extremes=best_and_worst_questions(task.records, columns),
+    )
+
+
+def _group_entries(
+    tasks: Sequence[_ScoredTask], groups: Sequence[tuple[str, str, str]], columns: Sequence[Column]
+) -> list[GroupEntry]:
+    """Means and differences of the groups that have tasks; a group is (`kind` or `cluster`, exposure, value of the first)."""
+    members = {
+        group: [task for task in tasks if (task.metadata["exposure"], task.metadata[group[0]]) == group[1:]] for group in groups
+    }
+    members = {group: found for group, found in members.items() if found}
+    differences = adjust_comparisons([compare_groups([task.comparisons for task in found], columns) for found in members.values()])
+    return [
+        GroupEntry.model_validate(
+            {
+                "held_out": exposure == "held_out",
+                "exposure": exposure,
+                field: value,
+                "tasks": len(found),
+                "columns": {
+                    column.key: mean
+                    for column in columns
+                    if (mean := _group_mean([task.scores[column.key] for task in found if column.key in task.scores]))
+                },
+                "differences": of_group,
             }
-    return {"tasks": len(members), "columns": means, "differences": differences}
-
-
-def gain_interval(tasks: Sequence[Mapping[str, Any]], key: str) -> tuple[float, float]:
-    """95% interval of the difference of the column `key`, averaged over `tasks`."""
-    found = [task["differences"][key] for task in tasks]
-    return mean_interval([(entry["mean"], *entry["interval"]) for entry in found])
-
-
-def _mean_of(tasks: Sequence[Mapping[str, Any]], key: str, name: str) -> float | None:
-    """Mean of the cells' value `name` in the column `key`, over the tasks that have it; None if none has."""
-    values = [task["columns"][key][name] for task in tasks if task["columns"][key][name] is not None]
-    return float(np.mean(values)) if values else None
-
-
-def _sentences(pool: Mapping[str, Any], columns: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Headlines of a pool: one sentence per difference, with its verdict and interval."""
-    titles = {column["key"]: column["title"] for column in columns}
-    where = f"{pool['exposure'].replace('_', '-')} {pool['kind']}"
-    sentences = []
-    for key, found in pool["differences"].items():
-        low, high = found["interval"]
-        tasks = f"On {found['tasks']} {where} task{'s' if found['tasks'] > 1 else ''}"
-        relation = {"better": "better than", "worse": "worse than", "unclear": "not clearly different from"}[found["verdict"]]
-        sentences.append(
-            f"{tasks} {titles[key]} is {relation} {titles[found['against']]}:"
-            f" {found['mean']:+.1f} points (95% interval {low:+.1f} to {high:+.1f})."
         )
-    return sentences
+        for ((field, exposure, value), found), of_group in zip(members.items(), differences, strict=True)
+    ]
 
 
-def _summary(
-    tasks: Sequence[Mapping[str, Any]], pools: Sequence[Mapping[str, Any]], columns: Sequence[Mapping[str, Any]]
-) -> dict[str, Any]:
-    """Summary of the last subject at its fewest exemplars: `score`, its mean over tasks, and a `sentence` about the pools."""
-    chosen = next(column for column in columns if column["subject"] == columns[-1]["subject"])
-    scores = [cell["score"] for task in tasks if (cell := task["columns"].get(chosen["key"])) and cell["score"] is not None]
-    parts = []
-    for pool in pools:
-        where = f"{pool['exposure'].replace('_', '-')} {pool['kind']}"
-        if found := pool["differences"].get(chosen["key"]):
-            parts.append(f"{where} {found['mean']:+.1f} ({found['interval'][0]:+.1f} to {found['interval'][1]:+.1f})")
-        elif found := pool["columns"].get(chosen["key"]):
-            parts.append(f"{where} {found['mean']:.1f}")
-    titles = {column["key"]: column["title"] for column in columns}
-    against = f" against {titles[chosen['against']]}, points with 95% interval" if chosen["against"] else ""
-    told = ", ".join(parts) or "too few rows to say"
-    return {"score": float(np.mean(scores)) if scores else None, "sentence": f"{chosen['title']}{against}: {told}"}
+def _group_mean(cells: Sequence[ColumnScores]) -> GroupMean | None:
+    """Means over the tasks of a group in one column, all weighted the same; None if none of them has a score."""
+    estimates = [(cell.score, *cell.interval) for cell in cells if cell.score is not None and cell.interval is not None]
+    if not estimates:
+        return None
+    scored = [cell for cell in cells if cell.score is not None]
+    return GroupMean(
+        mean=float(np.mean([score for score, *_ in estimates])),
+        interval=mean_interval(estimates),
+        tasks=len(estimates),
+        worst=_mean([cell.worst for cell in scored]),
+        spread=_mean([cell.spread for cell in scored]),
+        changed=_mean([cell.changed for cell in scored]),
+        consistency=_mean([cell.consistency for cell in scored]),
+    )
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    """Mean of the values that are not None; None if there are none."""
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None
+
+
+def _least_rows(pool: GroupEntry, tasks: Sequence[TaskEntry]) -> int:
+    """Fewest rows that a difference in `pool` is computed from; 0 without differences."""
+    members = [task.differences for task in tasks if (task.exposure, task.kind) == (pool.exposure, pool.kind)]
+    keys = [key for differences in members for key in differences]
+    return min((sum(differences[key].rows or 0 for differences in members if key in differences) for key in keys), default=0)
+
+
+def _signatures(tasks: Sequence[TaskEntry]) -> dict[str, str]:
+    """Metric → the reference implementation's name of its settings, for the metrics that have one."""
+    used = sorted({name for task in tasks for name in task.metrics})
+    return {name: signature() for name in used if (signature := METRICS[name].signature) is not None}
+
+
+def _unscored_questions(records: Sequence[Record]) -> list[UnscoredQuestion]:
+    """Questions that were asked and have no answer, each with its reason."""
+    fields = ("subject", "task", "row", "template", "shots", "perturbation")
+    return [
+        UnscoredQuestion(**{name: record[name] for name in fields}, reason=record["unscored"])
+        for record in records
+        if record["unscored"]
+    ]

@@ -12,11 +12,13 @@ from typing import Any
 
 import numpy as np
 
+from apprentice.evaluate.report.report_schema import ColumnScores, LabelShares, PerturbationScore, WordingScore
 from apprentice.evaluate.stats.bootstrap import RowSums, score_interval
 from apprentice.evaluate.stats.metrics import METRICS, Floats, label_of
 from apprentice.evaluate.stats.robustness import agreement, robustness
 
 Record = Mapping[str, Any]
+QuestionKey = tuple[int, str]  # row and template
 
 
 @dataclass(frozen=True)
@@ -28,28 +30,29 @@ class AnswerStatistics:
 
     @classmethod
     def of(cls, records: Sequence[Record], metrics: Sequence[str]) -> AnswerStatistics:
-        asked = [record for record in records if record["prediction"] is not None and not record["perturbation"]]
-        answers = [(record["prediction"], record["references"], record["choices"]) for record in asked]
-        return cls(asked, {name: METRICS[name].statistics_of(answers) for name in metrics})
+        """Statistics of the answered and unperturbed questions among `records`, by each of `metrics`."""
+        plain = [record for record in records if record["prediction"] is not None and not record["perturbation"]]
+        answers = [(record["prediction"], record["references"], record["choices"]) for record in plain]
+        return cls(plain, {name: METRICS[name].statistics_of(answers) for name in metrics})
 
-    def by_row(self, metric: str, template: str | None = None, only: frozenset[Any] | None = None) -> RowSums:
-        """Statistics summed by row; limited to the wording `template`, and to the questions `only` (`pair_key`), if given."""
+    def by_row(self, metric: str, template: str | None = None, only: frozenset[QuestionKey] | None = None) -> RowSums:
+        """Statistics summed by row; limited to the wording `template`, and to the questions `only`, if given."""
         chosen = [
             number
             for number, record in enumerate(self.records)
-            if template in (None, record["template"]) and (only is None or pair_key(record) in only)
+            if template in (None, record["template"]) and (only is None or question_key(record) in only)
         ]
         return RowSums.of([self.records[number]["row"] for number in chosen], self.statistics[metric][chosen])
 
 
-def pair_key(record: Record) -> tuple[int, str]:
+def question_key(record: Record) -> QuestionKey:
     """Key that is equal for the same question to two models."""
     return record["row"], record["template"]
 
 
-def paired(ours: AnswerStatistics, theirs: AnswerStatistics, metric: str) -> tuple[RowSums, RowSums] | None:
+def paired_rows(ours: AnswerStatistics, theirs: AnswerStatistics, metric: str) -> tuple[RowSums, RowSums] | None:
     """Row sums of both columns over the questions that both answered; None if there is no such question."""
-    shared = frozenset(map(pair_key, ours.records)) & frozenset(map(pair_key, theirs.records))
+    shared = frozenset(map(question_key, ours.records)) & frozenset(map(question_key, theirs.records))
     if not shared:
         return None
     first, second = ours.by_row(metric, only=shared), theirs.by_row(metric, only=shared)
@@ -62,7 +65,47 @@ def _widened(column: RowSums, width: int) -> RowSums:
     return RowSums(column.rows, np.pad(column.sums, ((0, 0), (0, missing))), column.counts) if missing else column
 
 
-def counts(records: Sequence[Record]) -> dict[str, Any]:
+def score_column(
+    answers: AnswerStatistics, records: Sequence[Record], metrics: Sequence[str], key: str, resamples: int
+) -> ColumnScores:
+    """Scores of one task in one column: counts of its questions and, if any has an answer, scores with intervals.
+
+    `answers` are those of `records`, all questions of the task in this column. Intervals and wordings use the first metric. `key`
+    and `resamples` are those of the bootstrap.
+    """
+    counts = _count_questions(records)
+    if not answers.records:
+        return ColumnScores(**counts, score=None)
+    metric = METRICS[metrics[0]]
+    sums = {name: answers.by_row(name) for name in metrics}
+    values = {name: sums[name].score(METRICS[name]) for name in metrics}
+    questions = Counter(record["template"] for record in answers.records)
+    wordings = {name: answers.by_row(metrics[0], name) for name in sorted(questions)}
+    scores = {name: rows.score(metric) for name, rows in wordings.items()}
+    spread = robustness(scores)
+    answered = [record for record in records if record["prediction"] is not None]
+    return ColumnScores(
+        **counts,
+        score=values[metrics[0]],
+        interval=score_interval(sums[metrics[0]], metric, key, resamples),
+        metrics=values,
+        rows=len({record["row"] for record in answers.records}),
+        wordings={name: WordingScore(score=score, questions=questions[name]) for name, score in scores.items()},
+        median=spread.median,
+        worst=scores[spread.worst],
+        worst_wording=spread.worst,
+        worst_interval=score_interval(wordings[spread.worst], metric, key, resamples),
+        spread=spread.spread,
+        changed=agreement(answers.records).changed,
+        consistency=agreement(answered).consistency,
+        perturbations=_perturbations(answers, answered),
+        labels=_labels(answers.records),
+        exemplars=float(np.mean([len(record["exemplars"] or []) for record in answers.records])),
+        prompt_tokens=float(np.mean([record["prompt_tokens"] or 0 for record in answers.records])),
+    )
+
+
+def _count_questions(records: Sequence[Record]) -> dict[str, Any]:
     """Number of questions, and of those that were truncated, dropped or not answered."""
     plain = [record for record in records if not record["perturbation"]]
     return {
@@ -70,69 +113,37 @@ def counts(records: Sequence[Record]) -> dict[str, Any]:
         "truncated": dict(Counter(record["truncated"] for record in plain if record["truncated"])),
         "dropped": dict(Counter(record["dropped"] for record in plain if record["dropped"])),
         "unscored": sum(bool(record["unscored"]) for record in records),
-        "score": None,  # stays None if no question has an answer
     }
 
 
-def scores(scored: AnswerStatistics, records: Sequence[Record], metrics: Sequence[str], key: str, resamples: int) -> dict[str, Any]:
-    """Cell of the report (`report_schema.ColumnScores`) for one task in one column; intervals and wordings use the first metric.
-
-    `key` and `resamples` are those of the bootstrap.
-    """
-    main = METRICS[metrics[0]]
-    asked = Counter(record["template"] for record in scored.records)
-    wordings = {name: scored.by_row(metrics[0], name).score(main) for name in sorted(asked)}
-    spread = robustness(wordings)
-    found = {name: scored.by_row(name).score(METRICS[name]) for name in metrics}
-    answered = [record for record in records if record["prediction"] is not None]
-    return {
-        "score": found[metrics[0]],
-        "interval": list(score_interval(scored.by_row(metrics[0]), main, key, resamples)),
-        "metrics": found,
-        "rows": len({record["row"] for record in scored.records}),
-        "wordings": {name: {"score": score, "questions": asked[name]} for name, score in wordings.items()},
-        "median": spread.median,
-        "worst": wordings[spread.worst],
-        "worst_wording": spread.worst,
-        "worst_interval": list(score_interval(scored.by_row(metrics[0], spread.worst), main, key, resamples)),
-        "spread": spread.spread,
-        "changed": agreement(scored.records)["changed"],
-        "consistency": agreement(answered)["consistency"],
-        "perturbations": _perturbations(scored, answered),
-        "labels": _labels(scored.records),
-        "exemplars": float(np.mean([len(record["exemplars"] or []) for record in scored.records])),
-        "prompt_tokens": float(np.mean([record["prompt_tokens"] or 0 for record in scored.records])),
-    }
-
-
-def _perturbations(scored: AnswerStatistics, answered: Sequence[Record]) -> dict[str, dict[str, Any]]:
-    """Perturbation → its score, the score of the same questions unperturbed, and the share of rows (0 to 100) that `changed`."""
-    shots = {record["shots"] for record in scored.records}
-    plain = {pair_key(record): record for record in scored.records}
-    kinds: dict[str, list[tuple[Record, Record]]] = defaultdict(list)
+def _perturbations(answers: AnswerStatistics, answered: Sequence[Record]) -> dict[str, PerturbationScore]:
+    """Perturbation → scores of its questions, and of the same questions unperturbed."""
+    shots = {record["shots"] for record in answers.records}
+    plain = {question_key(record): record for record in answers.records}
+    pairs_of_kind: dict[str, list[tuple[Record, Record]]] = defaultdict(list)
     for record in answered:
-        if record["perturbation"] and record["shots"] in shots and pair_key(record) in plain:
-            kinds[record["perturbation"]].append((record, plain[pair_key(record)]))
+        if record["perturbation"] and record["shots"] in shots and question_key(record) in plain:
+            pairs_of_kind[record["perturbation"]].append((record, plain[question_key(record)]))
     return {
-        kind: {
-            "questions": len(pairs),
-            "score": float(np.mean([changed["score"] for changed, _ in pairs])),
-            "unchanged_score": float(np.mean([as_it_was["score"] for _, as_it_was in pairs])),
-            "changed": agreement([record for pair in pairs for record in pair])["changed"],
-        }
-        for kind, pairs in sorted(kinds.items())
+        kind: PerturbationScore(
+            questions=len(pairs),
+            score=float(np.mean([perturbed["score"] for perturbed, _ in pairs])),
+            unchanged_score=float(np.mean([unperturbed["score"] for _, unperturbed in pairs])),
+            changed=agreement([record for pair in pairs for record in pair]).changed,
+        )
+        for kind, pairs in sorted(pairs_of_kind.items())
     }
 
 
-def _labels(records: Sequence[Record]) -> list[dict[str, Any]] | None:
-    """Share (0 to 100) of each choice among predictions and right answers; None unless all questions have as many choices."""
+def _labels(records: Sequence[Record]) -> list[LabelShares] | None:
+    """Share of each choice among predictions and right answers; None unless all questions have as many choices."""
     sizes = {len(record["choices"]) for record in records}
     if len(sizes) != 1 or not max(sizes):
         return None
-    said = Counter(label_of(record["prediction"], record["choices"]) for record in records)
+    predicted = Counter(label_of(record["prediction"], record["choices"]) for record in records)
     right = Counter(label_of(record["target"], record["choices"]) for record in records)
     total = len(records)
     return [
-        {"choice": choice, "said": 100 * said[place] / total, "right": 100 * right[place] / total}
+        LabelShares(choice=choice, said=100 * predicted[place] / total, right=100 * right[place] / total)
         for place, choice in enumerate(records[0]["choices"])
     ]

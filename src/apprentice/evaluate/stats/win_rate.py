@@ -12,62 +12,70 @@ from typing import Any
 
 import numpy as np
 
-from apprentice.evaluate.stats.bootstrap import RowSums, p_value, permuted_differences, score_interval
+from apprentice.evaluate.report.report_schema import Column, WinRate, WinRates
+from apprentice.evaluate.stats.bootstrap import RowSums, adjust_p_values, p_value, permuted_differences, score_interval, verdict
 from apprentice.evaluate.stats.metrics import METRICS
 from apprentice.tasks.exposure import EXPOSURES
 
 Record = Mapping[str, Any]
+EVEN = 50.0  # the win rate of equals
 
 
 def compute_win_rates(
-    judge: str, records: Sequence[Record], columns: Sequence[Mapping[str, Any]], exposures: Mapping[str, str], resamples: int
-) -> dict[str, Any]:
-    """Judgement of the report: `judge`, and `lines`, one for each exposure and each column that is compared with another.
+    judge: str, records: Sequence[Record], columns: Sequence[Column], exposures: Mapping[str, str], resamples: int
+) -> WinRates:
+    """Win rates by the reward model `judge`: a line for each exposure and each column that is compared with another.
 
-    A line has `win_rate`, `interval`, `p` (permutation test of wins and losses), `questions`, and for both sides the mean `reward`
-    and `words`. `log_ratio` is how much likelier the replies are to the column itself than to the other one, in nats per token, if
-    both got the same prompts. Replies are greedy and tokenised again, so it does not estimate a divergence of the two models.
+    `records` are predictions with their `reward`, `exposures` those of their tasks. `p` is of the permutation test of wins and
+    losses. Replies are greedy and tokenised again, so `log_ratio` does not estimate a divergence of the two models.
     """
-    met = {(_column(record), *_question(record)): record for record in records if record["reward"] is not None}
+    rewarded = {(_column_key(record), *_question_key(record)): record for record in records if record["reward"] is not None}
     lines = []
     for exposure in EXPOSURES:
         for column in columns:
-            ours, theirs = column["key"], column["against"]
             pairs = [
-                (record, met[theirs, *question])
-                for (key, *question), record in met.items()
-                if key == ours and exposures[record["task"]] == exposure and (theirs, *question) in met
+                (record, rewarded[column.against, *question])
+                for (key, *question), record in rewarded.items()
+                if key == column.key and exposures[record["task"]] == exposure and (column.against, *question) in rewarded
             ]
             if pairs:
-                about = {"held_out": exposure == "held_out", "exposure": exposure, "column": ours, "against": theirs}
-                lines.append(about | _line(pairs, f"{exposure} {ours}", resamples))
-    return {"judge": judge, "lines": lines}
+                fields = {"held_out": exposure == "held_out", "exposure": exposure, "column": column.key, "against": column.against}
+                lines.append(fields | _compare_replies(pairs, f"{exposure} {column.key}", resamples))
+    adjusted = adjust_p_values([line["p"] for line in lines])
+    return WinRates(judge=judge, lines=[_win_rate(line, p) for line, p in zip(lines, adjusted, strict=True)])
 
 
-def _line(pairs: Sequence[tuple[Record, Record]], key: str, resamples: int) -> dict[str, Any]:
-    wins = [[float(np.sign(one["reward"] - other["reward"])) / 2 + 0.5] for one, other in pairs]
-    names = sorted({(one["task"], one["row"]) for one, _ in pairs})
+def _win_rate(line: Mapping[str, Any], p_adjusted: float) -> WinRate:
+    low, high = line["interval"]
+    return WinRate(**line, p_adjusted=p_adjusted, verdict=verdict(low - EVEN, high - EVEN, p_adjusted))
+
+
+def _compare_replies(pairs: Sequence[tuple[Record, Record]], key: str, resamples: int) -> dict[str, Any]:
+    """Fields of `WinRate` that are computed from pairs of records, the column's own and the other's."""
+    wins = [[float(np.sign(ours["reward"] - theirs["reward"])) / 2 + 0.5] for ours, theirs in pairs]
+    names = sorted({(ours["task"], ours["row"]) for ours, _ in pairs})
     numbers = {name: number for number, name in enumerate(names)}
-    rows = [numbers[one["task"], one["row"]] for one, _ in pairs]
+    rows = [numbers[ours["task"], ours["row"]] for ours, _ in pairs]
     sums, losses = RowSums.of(rows, wins), RowSums.of(rows, [[1.0 - won] for [won] in wins])
     share = METRICS["accuracy"]  # the mean of numbers between 0 and 1, as 0 to 100
     sides = [[pair[side] for pair in pairs] for side in (0, 1)]
-    measured = [one for one in sides[0] if one["log_ratio"] is not None]
-    tokens = sum(one["reply_tokens"] for one in measured)
+    measured = [ours for ours in sides[0] if ours["log_ratio"] is not None]
+    tokens = sum(ours["reply_tokens"] for ours in measured)
+    draws = permuted_differences(sums, losses, share, f"judge {key}", resamples)
     return {
         "questions": len(pairs),
         "win_rate": sums.score(share),
-        "interval": list(score_interval(sums, share, f"judge {key}", resamples)),
-        "p": p_value(sums.score(share) - losses.score(share), permuted_differences(sums, losses, share, f"judge {key}", resamples)),
-        "reward": [float(np.mean([record["reward"] for record in side])) for side in sides],
-        "words": [float(np.mean([len(record["prediction"].split()) for record in side])) for side in sides],
-        "log_ratio": sum(one["log_ratio"] for one in measured) / tokens if tokens else None,
+        "interval": score_interval(sums, share, f"judge {key}", resamples),
+        "p": p_value(sums.score(share) - losses.score(share), draws),
+        "reward": tuple(float(np.mean([record["reward"] for record in side])) for side in sides),
+        "words": tuple(float(np.mean([len(record["prediction"].split()) for record in side])) for side in sides),
+        "log_ratio": sum(ours["log_ratio"] for ours in measured) / tokens if tokens else None,
     }
 
 
-def _column(record: Record) -> str:
+def _column_key(record: Record) -> str:
     return f"{record['subject']}@{record['shots']}"
 
 
-def _question(record: Record) -> tuple[Any, ...]:
+def _question_key(record: Record) -> tuple[Any, ...]:
     return record["task"], record["row"], record["template"], record["perturbation"]
