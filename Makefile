@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 TORCH_INDEX_URL ?=
 OURS := src jobs
 CODE := src tests jobs serve benchmarks docs
-QUICK := not slow and not cluster and not browser and not gpu
+QUICK := not slow and not cluster and not browser and not gpu and not long
 
 .PHONY: help setup setup-dev demo test check audit docs bench peers vllm test-vllm clean
 
@@ -43,8 +43,8 @@ audit: setup-dev ## known weaknesses of what is installed (asks the advisory dat
 docs: setup-dev ## the documentation, strictly built into site/
 	@$(BIN)/mkdocs build --quiet --strict
 
-bench: setup-dev ## all benchmarks of speed, one JSON object a line; give them the machine alone (benchmarks/learning trains for an hour: by hand)
-	@for script in $$(grep -l __main__ benchmarks/*/*.py | grep -v learning/); do \
+bench: setup-dev ## all benchmarks of speed, one JSON object a line; give them the machine alone (learning/ and checks/ are run by hand)
+	@for script in $$(grep -l __main__ benchmarks/*/*.py | grep -Ev '/(learning|checks)/'); do \
 	  $(BIN)/python -m $$(echo $${script%.py} | tr / .) || exit 1; done
 
 peers: ## the other projects that the benchmarks compare with, in .venv-peers

@@ -259,7 +259,7 @@ def write(fault: Fault, line: str) -> None:
 
 
 def main() -> None:
-    from tests.conftest import _save_tiny_tokenizer, _save_tiny_weights
+    from tests.support.tiny_model import save_tiny_model
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", choices=[*FAULTS, []], help="some of the faults; all if none is named")
@@ -271,8 +271,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory(prefix="faults") as folder:
             model = Path(folder) / "model"
             model.mkdir()
-            _save_tiny_tokenizer(model)
-            _save_tiny_weights(model)
+            save_tiny_model(model)
             try:
                 line = play(fault, model, Path(folder))
             except (AssertionError, subprocess.TimeoutExpired):
