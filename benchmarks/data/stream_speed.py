@@ -63,9 +63,9 @@ class Ours:
 
     def __call__(self) -> float:
         """Tokens/s of one pass."""
-        from apprentice.data.stream import WINDOWS_TOGETHER, Start, train_stream
+        from apprentice.data.stream import WINDOWS_PER_OBJECT, Start, train_stream
 
-        in_hand = ACTORS * WINDOWS_TOGETHER
+        in_hand = ACTORS * WINDOWS_PER_OBJECT
         begun = time.perf_counter()
         first, counted = 0.0, 0
         stream = train_stream(self.corpus, Start(), self.windows, ACTORS)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from apprentice.data.corpus import Corpus, make_corpus
-from apprentice.data.stream import table_of
+from apprentice.data.stream import arrow_table
 from apprentice.data.window import WindowRenderer
 from apprentice.models.loading import load_model
 from apprentice.models.reward import choice_rewards
@@ -145,7 +145,7 @@ def test_rows_without_a_reply_have_no_loss_and_no_gradient(
         if row in empty:
             assert not learns
             assert float(loss.detach()) == 0.0
-    assert table_of(made).num_rows == 8
+    assert arrow_table(made).num_rows == 8
 
 
 def test_the_same_round_again_is_the_same(corpus: Corpus, rows: dict[str, Any]) -> None:
