@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from apprentice.inference.batch import KvMemory, Segment, forward, prepare
 from apprentice.inference.cpu_linear import PackedLinear, can_pack, place_model
+from apprentice.inference.kv_cache import KvCache
+from apprentice.inference.runners.attention_metadata import TokenChunk
+from apprentice.inference.runners.causal import compute_logits, probe_model
 from apprentice.models.loading import load_model
 
 pytestmark = pytest.mark.skipif(not can_pack(), reason="this CPU has no products in bfloat16")
@@ -52,10 +54,10 @@ def test_a_packed_model_says_what_it_said(tiny_model: Path) -> None:
     ids = [(37 * place + 11) % 499 for place in range(40)]
 
     def logits(model: Any) -> torch.Tensor:
-        prepare(model)
-        memory = KvMemory(slots=2, context=64)
-        forward(model, memory, [Segment(1, 0, ids[:30])])
-        return forward(model, memory, [Segment(1, 30, ids[30:], every=True)]).float()
+        probe_model(model)
+        memory = KvCache(slots=2, context=64)
+        compute_logits(model, memory, [TokenChunk(1, 0, ids[:30])])
+        return compute_logits(model, memory, [TokenChunk(1, 30, ids[30:], all_logits=True)]).float()
 
     plain, packed = (logits(model) for model in (load_model(tiny_model, torch.bfloat16), placed_model(tiny_model)))
     assert float((plain - packed).abs().max()) <= 2e-2 * float(plain.abs().max())
@@ -64,16 +66,16 @@ def test_a_packed_model_says_what_it_said(tiny_model: Path) -> None:
 
 def test_a_packed_model_says_in_company_what_it_says_alone(tiny_model: Path) -> None:
     model = placed_model(tiny_model)
-    prepare(model)
+    probe_model(model)
     texts = [[(37 * place + start) % 499 for place in range(40)] for start in (11, 23, 5)]
     alone = []
     for text in texts:
-        memory = KvMemory(slots=3, context=64)
-        forward(model, memory, [Segment(0, 0, text[:-1])])
-        alone.append(forward(model, memory, [Segment(0, 39, text[-1:])])[0].float())
-    memory = KvMemory(slots=3, context=64)
-    forward(model, memory, [Segment(slot, 0, text[:-1]) for slot, text in enumerate(texts)])
-    together = forward(model, memory, [Segment(slot, 39, text[-1:]) for slot, text in enumerate(texts)]).float()
+        memory = KvCache(slots=3, context=64)
+        compute_logits(model, memory, [TokenChunk(0, 0, text[:-1])])
+        alone.append(compute_logits(model, memory, [TokenChunk(0, 39, text[-1:])])[0].float())
+    memory = KvCache(slots=3, context=64)
+    compute_logits(model, memory, [TokenChunk(slot, 0, text[:-1]) for slot, text in enumerate(texts)])
+    together = compute_logits(model, memory, [TokenChunk(slot, 39, text[-1:]) for slot, text in enumerate(texts)]).float()
     # Sums of another order are rounded to bfloat16 otherwise; another text's logits are far from these.
     assert float((together - torch.stack(alone)).abs().max()) <= 2e-2 * float(together.abs().max())
     assert float((together[0] - together[1]).abs().max()) > 0.2 * float(together.abs().max())

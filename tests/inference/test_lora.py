@@ -53,13 +53,13 @@ def folders(model: Any, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 def replies(model: Any, asked: list[tuple[list[int], Lora | None]], *, slots: int = 16, **more: Any) -> list[list[int]]:
-    decoder = make_scheduler(model, slots=slots, context=128)
+    scheduler = make_scheduler(model, slots=slots, context=128)
     for number, (prompt, adapter) in enumerate(asked):
         sampling = Sampling(0.8, 0.9, seed=number) if number % 2 and more.get("sampled") else Sampling()
-        decoder.submit(number, GenerationRequest(prompt, TOKENS, sampling=sampling, adapter=adapter))
+        scheduler.submit(number, GenerationRequest(prompt, TOKENS, sampling=sampling, adapter=adapter))
     found: list[list[int]] = [[] for _ in asked]
-    while decoder.running or decoder.waiting:
-        for token in decoder.step():
+    while scheduler.running or scheduler.waiting:
+        for token in scheduler.step():
             found[int(str(token.key))].append(token.id)
     return found
 

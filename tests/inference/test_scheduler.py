@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from apprentice.errors import ModelError
-from apprentice.inference import scheduler as scheduling
-from apprentice.inference.batch import KvMemory, prepare
-from apprentice.inference.decoding import generate
+from apprentice.inference.decoding import generate, make_scheduler
 from apprentice.inference.generation_request import GeneratedToken, GenerationRequest, NotFiniteError
+from apprentice.inference.kv_cache import KvCache
+from apprentice.inference.runners import causal
+from apprentice.inference.runners.causal import probe_model
 from apprentice.inference.sampler import Sampling
 from apprentice.inference.scheduler import Scheduler
 from apprentice.models.loading import load_model
@@ -37,10 +38,10 @@ def greedy(model: Any, prompt: list[int], count: int) -> list[int]:
     return ids[len(prompt) :]
 
 
-def drain(decoder: Scheduler) -> list[list[GeneratedToken]]:
+def drain(scheduler: Scheduler) -> list[list[GeneratedToken]]:
     steps = []
-    while decoder.running or decoder.waiting:
-        steps.append(decoder.step())
+    while scheduler.running or scheduler.waiting:
+        steps.append(scheduler.step())
     return steps
 
 
@@ -61,29 +62,29 @@ def test_requests_join_between_steps_and_leave_at_once(model: Any, monkeypatch: 
 
     def counting(*args: Any) -> torch.Tensor:
         rows.append([len(segment.ids) for segment in args[2]])
-        return scheduling_forward(*args)
+        return compute_logits(*args)
 
-    scheduling_forward = scheduling.forward
-    monkeypatch.setattr(scheduling, "forward", counting)
-    decoder = Scheduler(model, slots=2, context=64)
-    decoder.submit("a", GenerationRequest(PROMPTS[1], 4))
-    seen = [[token[:3:2] for token in decoder.step()]]
-    decoder.submit("b", GenerationRequest(PROMPTS[4], 1))
-    decoder.submit("c", GenerationRequest(PROMPTS[8], 2))
-    assert (decoder.running, decoder.waiting) == (1, 2)
-    while decoder.running or decoder.waiting:
-        seen.append([token[:3:2] for token in decoder.step()])
+    scheduler = make_scheduler(model, slots=2, context=64)
+    compute_logits = causal.compute_logits
+    monkeypatch.setattr(causal, "compute_logits", counting)
+    scheduler.submit("a", GenerationRequest(PROMPTS[1], 4))
+    seen = [[token[:3:2] for token in scheduler.step()]]
+    scheduler.submit("b", GenerationRequest(PROMPTS[4], 1))
+    scheduler.submit("c", GenerationRequest(PROMPTS[8], 2))
+    assert (scheduler.running, scheduler.waiting) == (1, 2)
+    while scheduler.running or scheduler.waiting:
+        seen.append([token[:3:2] for token in scheduler.step()])
     assert seen == [[("a", None)], [("a", None), ("b", "length")], [("a", None), ("c", None)], [("a", "length"), ("c", "length")]]
     # Every step is one pass over the weights; c takes b's place in the very next one.
     assert rows == [[5], [1, 2], [1, 3], [1, 1]]
 
 
 def test_a_long_prompt_is_read_in_chunks_beside_running_requests(model: Any) -> None:
-    decoder = Scheduler(model, slots=3, context=100, prefill_tokens=25)
-    decoder.submit("short", GenerationRequest(PROMPTS[1], 9))
-    decoder.submit("long", GenerationRequest(PROMPTS[7], 6))
-    decoder.submit("next", GenerationRequest(PROMPTS[2], 3))
-    steps = drain(decoder)
+    scheduler = make_scheduler(model, slots=3, context=100, prefill_tokens=25)
+    scheduler.submit("short", GenerationRequest(PROMPTS[1], 9))
+    scheduler.submit("long", GenerationRequest(PROMPTS[7], 6))
+    scheduler.submit("next", GenerationRequest(PROMPTS[2], 3))
+    steps = drain(scheduler)
     keys = [[token.key for token in step] for step in steps]
     # Prompts of 5, 60 and 40 tokens, in pieces of 25 and no more than 25 a step: 5; 25; 25; 10 + 15 of next do not fit: 10; 25; 15.
     assert keys[:6] == [
@@ -103,38 +104,38 @@ def test_a_long_prompt_is_read_in_chunks_beside_running_requests(model: Any) -> 
 
 
 def test_cancelled_requests_give_their_slot_back(model: Any) -> None:
-    decoder = Scheduler(model, slots=1, context=64)
+    scheduler = make_scheduler(model, slots=1, context=64)
     for key in "abc":
-        decoder.submit(key, GenerationRequest(PROMPTS[1], 3))
-    decoder.step()
-    decoder.cancel("a")
-    decoder.cancel("b")
-    decoder.cancel("unknown")
-    assert (decoder.running, decoder.waiting) == (0, 1)
-    steps = drain(decoder)
+        scheduler.submit(key, GenerationRequest(PROMPTS[1], 3))
+    scheduler.step()
+    scheduler.cancel("a")
+    scheduler.cancel("b")
+    scheduler.cancel("unknown")
+    assert (scheduler.running, scheduler.waiting) == (0, 1)
+    steps = drain(scheduler)
     assert [token.key for step in steps for token in step] == ["c"] * 3
     assert [token.id for step in steps for token in step] == greedy(model, PROMPTS[1], 3)
-    assert decoder.step() == []
+    assert scheduler.step() == []
 
 
 def test_a_full_context_ends_the_reply(model: Any) -> None:
-    decoder = Scheduler(model, slots=1, context=8)
-    decoder.submit("a", GenerationRequest([5, 6, 7, 8, 9], 100))
-    tokens = [token for step in drain(decoder) for token in step]
+    scheduler = make_scheduler(model, slots=1, context=8)
+    scheduler.submit("a", GenerationRequest([5, 6, 7, 8, 9], 100))
+    tokens = [token for step in drain(scheduler) for token in step]
     # Five tokens of the prompt, three of the reply fill the context; a fourth needs no place in it.
     assert [token.finish for token in tokens] == [None, None, None, "length"]
     with pytest.raises(ModelError, match="8 tokens; the context of 8 leaves no room"):
-        decoder.submit("b", GenerationRequest(list(range(3, 11)), 1))
+        scheduler.submit("b", GenerationRequest(list(range(3, 11)), 1))
     with pytest.raises(ModelError, match="the prompt is empty"):
-        decoder.submit("c", GenerationRequest([], 1))
+        scheduler.submit("c", GenerationRequest([], 1))
 
 
 def test_sampled_replies_do_not_depend_on_company(model: Any) -> None:
     def replies(numbers: list[int], slots: int) -> dict[int, list[int]]:
-        decoder = Scheduler(model, slots=slots, context=128)
+        scheduler = make_scheduler(model, slots=slots, context=128)
         for number in numbers:
-            decoder.submit(number, GenerationRequest(PROMPTS[number], 20, sampling=Sampling(1.0, 0.9, seed=100 + number)))
-        tokens = [token for step in drain(decoder) for token in step]
+            scheduler.submit(number, GenerationRequest(PROMPTS[number], 20, sampling=Sampling(1.0, 0.9, seed=100 + number)))
+        tokens = [token for step in drain(scheduler) for token in step]
         return {number: [token.id for token in tokens if token.key == number] for number in numbers}
 
     everybody = list(range(len(PROMPTS)))
@@ -166,13 +167,13 @@ def plain_scores(model: Any, ids: list[int]) -> torch.Tensor:
 
 
 def test_scores_of_prompt_and_reply_are_the_models(model: Any) -> None:
-    decoder = Scheduler(model, slots=2, context=100, prefill_tokens=25)
-    decoder.submit("other", GenerationRequest(PROMPTS[2], 8))
-    decoder.submit("a", GenerationRequest(PROMPTS[7], 3, logprobs=2, score_from=0))
-    tokens = [token for step in drain(decoder) for token in step if token.key == "a"]
+    scheduler = make_scheduler(model, slots=2, context=100, prefill_tokens=25)
+    scheduler.submit("other", GenerationRequest(PROMPTS[2], 8))
+    scheduler.submit("a", GenerationRequest(PROMPTS[7], 3, logprobs=2, score_from=0))
+    tokens = [token for step in drain(scheduler) for token in step if token.key == "a"]
     ids = PROMPTS[7] + [token.id for token in tokens]
     expected = plain_scores(model, ids)
-    scored = [*tokens[0].prompt, *(token.scored for token in tokens)]
+    scored = [*tokens[0].prompt_scores, *(token.score for token in tokens)]
     assert scored[0] == (ids[0], None, ())
     assert [one.id for one in scored if one] == ids
     for place, one in enumerate(scored[1:], start=1):
@@ -181,12 +182,14 @@ def test_scores_of_prompt_and_reply_are_the_models(model: Any) -> None:
         best = expected[place - 1].topk(2)
         assert [id for id, _ in one.top] == best.indices.tolist()
         assert [value for _, value in one.top] == pytest.approx(best.values.tolist(), abs=1e-4)
-    assert [token.prompt for token in tokens[1:]] == [(), ()]
-    decoder.submit("b", GenerationRequest(PROMPTS[7], 1, logprobs=0, score_from=50))
-    (tail,) = [token for step in drain(decoder) for token in step]
-    assert [one.id for one in tail.prompt] == PROMPTS[7][50:]
-    assert [one.logprob for one in tail.prompt] == pytest.approx([one.logprob for one in tokens[0].prompt[50:]], abs=1e-4)
-    assert decoder.shared == 49  # from the first request's memory
+    assert [token.prompt_scores for token in tokens[1:]] == [(), ()]
+    scheduler.submit("b", GenerationRequest(PROMPTS[7], 1, logprobs=0, score_from=50))
+    (tail,) = [token for step in drain(scheduler) for token in step]
+    assert [one.id for one in tail.prompt_scores] == PROMPTS[7][50:]
+    assert [one.logprob for one in tail.prompt_scores] == pytest.approx(
+        [one.logprob for one in tokens[0].prompt_scores[50:]], abs=1e-4
+    )
+    assert scheduler.reused_tokens == 49  # from the first request's memory
 
 
 def test_a_shared_beginning_is_computed_once(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,28 +197,28 @@ def test_a_shared_beginning_is_computed_once(model: Any, monkeypatch: pytest.Mon
 
     def counting(*args: Any) -> torch.Tensor:
         computed.append(sum(len(segment.ids) for segment in args[2]))
-        return forward(*args)
+        return compute_logits(*args)
 
-    forward = scheduling.forward
-    monkeypatch.setattr(scheduling, "forward", counting)
+    scheduler = make_scheduler(model, slots=3, context=100)
+    compute_logits = causal.compute_logits
+    monkeypatch.setattr(causal, "compute_logits", counting)
     head = PROMPTS[7]
     prompts = [[*head, 7, 8], [*head, 9], [*head, 7, 8]]
-    decoder = Scheduler(model, slots=3, context=100)
     for number, prompt in enumerate(prompts):
-        decoder.submit(number, GenerationRequest(prompt, 5))
-    steps = drain(decoder)
+        scheduler.submit(number, GenerationRequest(prompt, 5))
+    steps = drain(scheduler)
     # The first is read whole while the others wait; then one token of the second, and one of the third, is left to read.
     assert computed[:2] == [62, 1 + 1 + 1]
-    assert decoder.shared == 60 + 61
+    assert scheduler.reused_tokens == 60 + 61
     replies = [[token.id for step in steps for token in step if token.key == number] for number in range(3)]
     assert replies == [greedy(model, prompt, 5) for prompt in prompts]
 
 
 def test_bias_penalties_and_constraints(model: Any) -> None:
     def reply(sampling: Sampling, constraint: Any = None) -> list[int]:
-        decoder = Scheduler(model, slots=1, context=64)
-        decoder.submit("a", GenerationRequest(PROMPTS[1], 12, sampling=sampling, constraint=constraint))
-        return [token.id for step in drain(decoder) for token in step]
+        scheduler = make_scheduler(model, slots=1, context=64)
+        scheduler.submit("a", GenerationRequest(PROMPTS[1], 12, sampling=sampling, constraint=constraint))
+        return [token.id for step in drain(scheduler) for token in step]
 
     class Countdown:
         said: ClassVar[list[int]] = []
@@ -234,44 +237,34 @@ def test_bias_penalties_and_constraints(model: Any) -> None:
 
 
 def test_requests_wait_for_memory_and_say_the_same(model: Any) -> None:
-    of_one = prepare(model).position_bytes
-    decoder = Scheduler(model, slots=8, context=90, kv_bytes=150 * of_one + 1)
-    assert (decoder.kv_tokens, decoder.context) == (150, 90)
+    of_one = probe_model(model).position_bytes
+    scheduler = make_scheduler(model, slots=8, context=90, kv_bytes=150 * of_one + 1)
+    assert (scheduler.kv_tokens, scheduler.context) == (150, 90)
     for number, prompt in enumerate(PROMPTS):
-        decoder.submit(number, GenerationRequest(prompt, 12))
+        scheduler.submit(number, GenerationRequest(prompt, 12))
     replies: dict[Any, list[int]] = {number: [] for number in range(len(PROMPTS))}
     most_running, most_reserved = 0, 0
-    while decoder.running or decoder.waiting:
-        for token in decoder.step():
+    while scheduler.running or scheduler.waiting:
+        for token in scheduler.step():
             replies[token.key].append(token.id)
-        most_running, most_reserved = max(most_running, decoder.running), max(most_reserved, decoder.reserved_tokens)
-        assert decoder.held_tokens <= decoder.reserved_tokens <= 150
+        most_running, most_reserved = max(most_running, scheduler.running), max(most_reserved, scheduler.reserved_tokens)
+        assert scheduler.used_tokens <= scheduler.reserved_tokens <= 150
     assert list(replies.values()) == [greedy(model, prompt, 12) for prompt in PROMPTS]
     # 1, 5, 40, 13 and 2 tokens with 12 new ones each come to 121; the prompt of 27 and all behind it wait.
-    assert (most_running, decoder.reserved_tokens) == (5, 0)
-    assert Scheduler(model, slots=8, context=90, kv_bytes=50 * of_one).context == 50
+    assert (most_running, scheduler.reserved_tokens) == (5, 0)
+    assert make_scheduler(model, slots=8, context=90, kv_bytes=50 * of_one).context == 50
     with pytest.raises(ModelError, match="room for 1 tokens"):
-        Scheduler(model, slots=8, context=90, kv_bytes=of_one)
-
-
-def test_memory_that_is_given_back_is_fresh() -> None:
-    memory = KvMemory(slots=3, context=256)
-    filled = torch.ones(3 * 256, 2, 8)
-    keys, values = memory.write(0, filled, filled, torch.arange(3).repeat_interleave(256), torch.arange(256).repeat(3))
-    assert memory.position_bytes == 2 * 2 * 8 * 4
-    memory.give_back(1)
-    for part in (keys, values):
-        assert [float(part[slot].sum()) for slot in range(3)] == [4096.0, 0.0, 4096.0]
+        make_scheduler(model, slots=8, context=90, kv_bytes=of_one)
 
 
 def test_two_system_prompts_that_take_turns_are_read_once_each(model: Any) -> None:
-    decoder = Scheduler(model, slots=4, context=128)
+    scheduler = make_scheduler(model, slots=4, context=128)
     systems = [[(place * step + 3) % 509 + 3 for place in range(50)] for step in (7, 11)]
     for number in range(6):
         prompt = [*systems[number % 2], 5 + number, 9]
-        decoder.submit(number, GenerationRequest(prompt, 4))
-        assert [token.id for step in drain(decoder) for token in step] == greedy(model, prompt, 4)
-    assert decoder.shared == 4 * 50
+        scheduler.submit(number, GenerationRequest(prompt, 4))
+        assert [token.id for step in drain(scheduler) for token in step] == greedy(model, prompt, 4)
+    assert scheduler.reused_tokens == 4 * 50
 
 
 def test_logits_that_are_not_finite_write_nothing() -> None:
@@ -292,19 +285,39 @@ def test_logits_that_are_not_finite_write_nothing() -> None:
 def test_memory_for_keys_and_values_is_there_from_the_start_or_refused(
     model: Any, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    decoder = Scheduler(model, slots=3, context=64)
+    scheduler = make_scheduler(model, slots=3, context=64)
     assert (
-        decoder._memory.position_bytes * 3 * 64 == 2 * 2 * 3 * 64 * 64 * 4
+        scheduler.runner._cache.position_bytes * 3 * 64 == 2 * 2 * 3 * 64 * 64 * 4
     )  # layers, keys and values, slots, context, width, bytes
-    allocate = KvMemory._allocate
+    allocate = KvCache._allocate
 
-    def too_small(memory: KvMemory, like: Any) -> Any:
+    def too_small(memory: KvCache, like: Any) -> Any:
         if memory.context == 64:
             raise error
         return allocate(memory, like)
 
-    monkeypatch.setattr(KvMemory, "_allocate", too_small)
+    monkeypatch.setattr(KvCache, "_allocate", too_small)
     with pytest.raises(
         ModelError, match=r"keys and values of 3 contexts of 64 tokens take 0\.0 GB, and there is not so much memory"
     ):
-        Scheduler(model, slots=3, context=64)
+        make_scheduler(model, slots=3, context=64)
+
+
+def test_the_examples_of_the_module(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    passes: list[list[tuple[int, int]]] = []
+
+    def recording(*args: Any) -> torch.Tensor:
+        passes.append([(chunk.slot, len(chunk.ids)) for chunk in args[2]])
+        return compute_logits(*args)
+
+    compute_logits = causal.compute_logits
+    monkeypatch.setattr(causal, "compute_logits", recording)
+    scheduler = make_scheduler(model, slots=3, context=64, prefill_tokens=4)
+    scheduler.submit("A", GenerationRequest([5], 20))
+    scheduler.step()
+    passes.clear()
+    scheduler.submit("B", GenerationRequest([6, 7, 8, 9, 10, 11], 20))
+    scheduler.submit("C", GenerationRequest([12, 13, 14], 20))
+    keys = [[token.key for token in scheduler.step()] for _ in range(3)]
+    assert passes == [[(0, 1), (1, 4)], [(0, 1), (1, 2)], [(0, 1), (1, 1), (2, 3)]]
+    assert keys == [["A"], ["A", "B"], ["A", "B", "C"]]

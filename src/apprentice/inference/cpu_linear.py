@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from apprentice.inference.compat import multiply_packed, pack_linear_weight
 from apprentice.models.loading import multiplies_bfloat16
 
 
@@ -36,13 +37,13 @@ def can_pack() -> bool:
 class PackedLinear(nn.Linear):
     """Linear layer with a packed weight; made by `place_model` only."""
 
-    def forward(self, given: Tensor) -> Tensor:
-        found: Tensor = torch.ops.mkldnn._linear_pointwise(given, self.weight, self.bias, "none", [], "")
-        return found
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Maps (…, inputs) to (…, outputs)."""
+        return multiply_packed(inputs, self.weight, self.bias)
 
 
 @torch.no_grad()
 def _pack(layer: nn.Linear) -> None:
-    packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach().contiguous())
+    packed = pack_linear_weight(layer.weight.detach().contiguous())
     layer.weight = nn.Parameter(packed, requires_grad=False)
     layer.__class__ = PackedLinear

@@ -14,15 +14,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from apprentice.errors import ModelError
-
 # Shorter common prefixes than this, in tokens, are computed again instead of copied from another slot.
-LEAST_SHARED = 32
+LEAST_REUSED = 32
 
 
 @dataclass
 class _Slot:
-    held: list[int]  # token ids whose keys and values the slot has, of past requests too
+    cached_ids: list[int]  # token ids whose keys and values the slot has, of past requests too
     adapter: int = 0  # number of the adapter that they were computed with, 0 for none
     reserved: int = 0  # positions that the running request may come to need; 0: free
     touched: int = 0  # positions that take memory
@@ -30,110 +28,100 @@ class _Slot:
 
 
 @dataclass(frozen=True)
-class Taken:
-    """Slot allocated to a request. The caller frees the memory of the slots `emptied`, then copies the prefix from `source`.
+class SlotAllocation:
+    """Slot allocated to a request. The caller frees the memory of the slots `evicted`, then copies the prefix from `source`.
 
-    `shared` is the number of positions to reuse; nothing is to be copied where `source` is `slot`.
+    `reused` is the number of positions to reuse; nothing is to be copied where `source` is `slot`.
     """
 
     slot: int
     source: int
-    shared: int
-    emptied: tuple[int, ...]
+    reused: int
+    evicted: tuple[int, ...]
 
 
-class Slots:
-    """Allocator of `count` slots that together hold up to `tokens` positions."""
+class KvSlots:
+    """Allocator of `count` slots that together use up to `positions` positions of the KV cache."""
 
-    def __init__(self, count: int, tokens: int) -> None:
-        self.tokens = tokens
-        self._all = [_Slot([]) for _ in range(count)]
+    def __init__(self, count: int, positions: int) -> None:
+        self._positions = positions
+        self._slots = [_Slot([]) for _ in range(count)]
         self._releases = 0
 
     @property
     def reserved(self) -> int:
         """Positions reserved for the running requests."""
-        return sum(slot.reserved for slot in self._all)
+        return sum(slot.reserved for slot in self._slots)
 
-    def take(self, need: int, prefix: Sequence[int] = (), adapter: int = 0) -> Taken | None:
+    def allocate(self, need: int, prefix: Sequence[int] = (), adapter: int = 0) -> SlotAllocation | None:
         """Allocates a slot for a request of up to `need` positions; None if it must wait.
 
         `prefix` are the prompt's token ids that may be reused from the cache, `adapter` the number of its adapter, 0 for none.
         """
-        free = [place for place, slot in enumerate(self._all) if not slot.reserved]
+        free = [place for place, slot in enumerate(self._slots) if not slot.reserved]
         if not free:
             return None
-        source, shared = self._like(prefix, adapter)
-        taken = sum(max(slot.touched, slot.reserved) for slot in self._all)
-        chosen = self._choose(free, source, shared, self.tokens - taken - need)
-        left = self.tokens - taken - max(0, need - self._all[chosen].touched)
+        source, reused = self._longest_match(prefix, adapter)
+        in_use = sum(max(slot.touched, slot.reserved) for slot in self._slots)
+        chosen = self._choose(free, source, reused, self._positions - in_use - need)
+        left = self._positions - in_use - max(0, need - self._slots[chosen].touched)
         # Evicted first: the least recently used; last: the slot to copy from, then the contents of the chosen slot.
-        victims = sorted((place for place in free if place != chosen), key=lambda at: (at == source, self._all[at].used_at))
-        emptied = []
+        victims = sorted((place for place in free if place != chosen), key=lambda at: (at == source, self._slots[at].used_at))
+        evicted = []
         for place in (*victims, chosen):
             if left >= 0:
                 break
-            if (gain := self._all[place].touched - (need if place == chosen else 0)) > 0:
-                emptied.append(place)
+            if (gain := self._slots[place].touched - (need if place == chosen else 0)) > 0:
+                evicted.append(place)
                 left += gain
         if left < 0:
             return None
-        if source in emptied or not shared:
-            source, shared = chosen, 0
-        held = list(prefix[:shared])
-        for place in emptied:
-            self._all[place].held, self._all[place].touched = [], 0
-        self._all[chosen] = _Slot(held, adapter, reserved=need, touched=self._all[chosen].touched)
-        return Taken(chosen, source, shared, tuple(emptied))
+        if source in evicted or not reused:
+            source, reused = chosen, 0
+        cached_ids = list(prefix[:reused])
+        for place in evicted:
+            self._slots[place].cached_ids, self._slots[place].touched = [], 0
+        self._slots[chosen] = _Slot(cached_ids, adapter, reserved=need, touched=self._slots[chosen].touched)
+        return SlotAllocation(chosen, source, reused, tuple(evicted))
 
-    def _choose(self, free: Sequence[int], source: int, shared: int, left: int) -> int:
+    def _choose(self, free: Sequence[int], source: int, reused: int, left: int) -> int:
         """The free slot to use; `left` positions would stay unused if it were an empty one.
 
-        First choice is the slot whose whole contents are shared, which needs no copy; then an empty slot, if memory allows; then
+        First choice is the slot whose whole contents are reused, which needs no copy; then an empty slot, if memory allows; then
         the least recently used. Ties go to the lowest slot, because adjacent slots in use are read as one view.
         """
-        if shared and source in free and len(self._all[source].held) == shared:
+        if reused and source in free and len(self._slots[source].cached_ids) == reused:
             return source
-        empty = [place for place in free if not self._all[place].held]
+        empty = [place for place in free if not self._slots[place].cached_ids]
         if empty and (left >= 0 or len(empty) == len(free)):
             return empty[0]
-        return min((place for place in free if self._all[place].held), key=lambda place: self._all[place].used_at)
+        return min((place for place in free if self._slots[place].cached_ids), key=lambda place: self._slots[place].used_at)
 
-    def shared(self, prefix: Sequence[int], adapter: int) -> int:
+    def count_reusable(self, prefix: Sequence[int], adapter: int) -> int:
         """Number of positions that a request with this prefix would reuse now."""
-        return self._like(prefix, adapter)[1]
+        return self._longest_match(prefix, adapter)[1]
 
-    def hold(self, place: int, ids: Sequence[int]) -> None:
+    def append(self, place: int, ids: Sequence[int]) -> None:
         """Records that the slot now has the keys and values of `ids` too."""
-        self._all[place].held += ids
+        self._slots[place].cached_ids += ids
 
     def release(self, place: int, used: int) -> None:
         """Frees the slot of a request that has ended and used `used` positions; its contents stay for reuse."""
-        slot = self._all[place]
+        slot = self._slots[place]
         self._releases += 1
         slot.touched, slot.reserved, slot.used_at = max(slot.touched, min(used, slot.reserved)), 0, self._releases
 
-    def _like(self, prefix: Sequence[int], adapter: int) -> tuple[int, int]:
-        """The slot with the longest common beginning with `prefix`, and its length; 0 below `LEAST_SHARED`."""
-        alike = ((common(slot.held, prefix) if slot.adapter == adapter else 0, -place) for place, slot in enumerate(self._all))
-        shared, source = max(alike)
-        return (-source, shared) if shared >= LEAST_SHARED else (-source, 0)
+    def _longest_match(self, prefix: Sequence[int], adapter: int) -> tuple[int, int]:
+        """The slot with the longest common beginning with `prefix`, and its length; 0 below `LEAST_REUSED`."""
+        lengths = (
+            (common_prefix_length(slot.cached_ids, prefix) if slot.adapter == adapter else 0, -place)
+            for place, slot in enumerate(self._slots)
+        )
+        reused, source = max(lengths)
+        return (-source, reused) if reused >= LEAST_REUSED else (-source, 0)
 
 
-def positions_within(limit: int | None, of_one: int, slots: int, context: int) -> int:
-    """Number of positions of `of_one` bytes that fit into `limit` bytes (None: no limit), at most `slots` times `context`.
-
-    Raises `ModelError` where not even two positions fit, one for a prompt and one for a reply.
-    """
-    most = slots * context
-    if limit is None:
-        return most
-    if limit < 2 * of_one:
-        raise ModelError(f"serving.kv_memory_gb gives room for {limit // of_one} tokens of {of_one} bytes each; give more.")
-    return min(most, limit // of_one)
-
-
-def common(one: Sequence[int], other: Sequence[int]) -> int:
+def common_prefix_length(one: Sequence[int], other: Sequence[int]) -> int:
     """Length of the common prefix, by bisection."""
     low, high = 0, min(len(one), len(other))
     if not high or one[0] != other[0]:

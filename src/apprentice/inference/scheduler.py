@@ -1,81 +1,81 @@
-"""Continuous-batching scheduler: requests share every decoding step, join between two steps, and leave as soon as they end.
+"""Continuous-batching scheduler: requests share every pass, join between two passes, and leave as soon as they end.
 
-`Scheduler` is the core, with `submit`, `cancel` and `step`. It works on token ids, without threads, Ray or HTTP.
-`decoding.generate` drives it for a list of prompts. With two KV slots, A and B submitted first and C one step later:
+The scheduler says who is admitted, who runs and who leaves; a runner (`runners`) computes one pass of a model. It works on token
+ids, without threads, Ray or HTTP. With two KV slots, A and B submitted first and C one step later:
 
-    step  slot 0            slot 1               waiting
+    step  slot 0            slot 1                       waiting
     1     prompt A → a1     prompt B → b1
-    2     a1 → a2           b1 → b2 (a stop id)  C
+    2     a1 → a2           b1 → b2, a stop id: B ends   C
     3     a2 → a3           prompt C → c1
 
-A reply does not depend on the requests that run beside it: attention is the same arithmetic in every batch (`batch`), and each
-request draws from random numbers of its own. What remains is the rounding of a matrix product that sums in another order for few
-rows than for many: in fp32 far below the distance of two logits.
+A step has four parts: `_admit` gives slots to waiting requests, in order, while what they may come to need fits into the KV cache;
+`_schedule` chooses the tokens of this pass, one of each request in decoding and up to `prefill_tokens` of prompts; the runner
+computes them; `_sample` draws a token for each request whose prompt is computed, and frees the slots of those that end.
+
+    prefill_tokens 4   A in decoding, B with a prompt of 6, C with one of 3
+    step 1             A: 1 token    B: its first 4    C waits for room in the pass
+    step 2             A: 1 token    B: its last 2     C: 3 do not fit beside them
+    step 3             A: 1 token    B: 1 token        C: all 3
+
+A reply does not depend on the requests that run beside it: attention is the same arithmetic in every batch, and each request draws
+from random numbers of its own. What remains is the rounding of a matrix product that sums in another order for few rows than for
+many: in fp32 far below the distance of two logits.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Hashable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from apprentice.errors import ModelError
-from apprentice.inference.batch import KvMemory, Segment, forward, prepare
-from apprentice.inference.generation_request import Finish, GeneratedToken, GenerationRequest, RunningRequest, ScoredToken
-from apprentice.inference.kv_slots import LEAST_SHARED, Slots, common, positions_within
-from apprentice.inference.lora import Lora, LoraLayers
+from apprentice.inference.generation_request import Finish, GeneratedToken, GenerationRequest, RunningRequest, SplitPrompt
+from apprentice.inference.kv_slots import LEAST_REUSED, KvSlots, common_prefix_length
+from apprentice.inference.lora import Lora
+from apprentice.inference.runners.model_runner import ModelRunner
 from apprentice.inference.sampler import adjust, draw
+from apprentice.inference.token_scoring import ScoredToken, score_tokens
 
 # Prompt tokens computed in one step: enough to fill the cores, few enough not to delay running requests.
 PREFILL_TOKENS = 512
-_SCORED_ROWS = 128  # rows whose log-probabilities are computed at once
 
 
 class Scheduler:
-    """Continuous-batching decoder of up to `slots` concurrent requests, each with up to `context` tokens of prompt and reply.
+    """Scheduler of the requests of one model, which `runner` computes; at most `prefill_tokens` of prompts in one step.
 
-    `context` is cut to the model's `max_position_embeddings`. Keys and values take at most `kv_bytes` (None: slots times context);
-    a request that could need more than is left waits. A prompt that shares its beginning with one in the cache reuses those keys
-    and values. Not thread-safe. Raises `ModelError` for a model that cannot be decoded this way, or for too little memory.
+    Keys and values take at most what the runner's size allows; a request that could need more than is left waits. A prompt that
+    shares its beginning with one in the cache reuses those keys and values, if the runner can split prompts. Not thread-safe.
     """
 
-    def __init__(
-        self, model: Any, *, slots: int, context: int, kv_bytes: int | None = None, prefill_tokens: int = PREFILL_TOKENS
-    ) -> None:
-        tried = prepare(model)
-        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        self._fit(model, slots, min(context, positions or context), kv_bytes, tried.position_bytes)
-        self._model = model
-        self._loras = LoraLayers(model)
-        self._memory = KvMemory(self.slots, self.context)
-        self._memory.allocate(tried)
-        self._begin(prefill_tokens)
-
-    def _fit(self, model: Any, slots: int, context: int, kv_bytes: int | None, of_one: int) -> None:
-        """Sets `vocabulary`, `kv_tokens`, `context` and `slots` to what fits into `kv_bytes` at `of_one` bytes a position."""
-        # Number of token ids, from 0 on, that have both an input embedding and a logit.
-        layers = model.get_input_embeddings(), model.get_output_embeddings()
-        self.vocabulary = min(len(layer.weight) for layer in layers if layer is not None)
-        self.kv_tokens = positions_within(kv_bytes, of_one, slots, context)
-        self.context = min(context, self.kv_tokens)
-        # On a CPU untouched memory costs nothing; on a GPU every slot has all its positions from the start.
-        on_cpu = model.device.type == "cpu"
-        self.slots = slots if on_cpu else max(1, min(slots, self.kv_tokens // self.context))
-
-    def _begin(self, prefill_tokens: int) -> None:
+    def __init__(self, runner: ModelRunner, *, prefill_tokens: int = PREFILL_TOKENS) -> None:
+        self.runner = runner
+        self.reused_tokens = 0  # prompt tokens reused from the cache, over all requests
         self._prefill_tokens = prefill_tokens
-        self._slots = Slots(self.slots, self.kv_tokens)
+        self._slots = KvSlots(runner.size.slots, runner.size.positions)
         self._waiting: deque[tuple[Hashable, GenerationRequest]] = deque()
         self._running: dict[Hashable, RunningRequest] = {}
         self._failures: dict[Hashable, Exception] = {}
-        self.shared = 0  # prompt tokens reused from the cache, over all requests
+
+    @property
+    def context(self) -> int:
+        """Most tokens of a request: of prompt and reply together or, in an encoder-decoder, of each."""
+        return self.runner.size.context
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of token ids, from 0 on, that the model reads and writes."""
+        return self.runner.vocabulary
+
+    @property
+    def kv_tokens(self) -> int:
+        """Positions of the KV cache that all requests may use together."""
+        return self.runner.size.positions
 
     @property
     def running(self) -> int:
-        """Number of requests that hold a slot."""
+        """Number of requests that have a slot."""
         return len(self._running)
 
     @property
@@ -84,27 +84,29 @@ class Scheduler:
         return len(self._waiting)
 
     @property
-    def held_tokens(self) -> int:
+    def used_tokens(self) -> int:
         """Cache positions that running requests use."""
-        return sum(owner.start for owner in self._running.values())
+        return sum(running.used_positions for running in self._running.values())
 
     @property
     def reserved_tokens(self) -> int:
         """Cache positions that running requests may come to use."""
         return self._slots.reserved
 
-    def submit(self, key: Hashable, wanted: GenerationRequest) -> None:
+    def submit(self, key: Hashable, request: GenerationRequest) -> None:
         """Queues a request under a new `key`.
 
-        Raises `ModelError` for an empty prompt, and for one that leaves no room for a token in the context.
+        Raises `ModelError` for an empty prompt, for one that leaves no room for a token in the context, and for one that the
+        runner cannot compute.
         """
-        if not wanted.prompt:
+        if not request.prompt:
             raise ModelError("the prompt is empty; give at least one token.")
-        if len(wanted.prompt) >= self.context:
+        self.runner.split_prompt(request)
+        if len(request.prompt) >= self.context:
             raise ModelError(
-                f"the prompt has {len(wanted.prompt)} tokens; the context of {self.context} leaves no room for a reply."
+                f"the prompt has {len(request.prompt)} tokens; the context of {self.context} leaves no room for a reply."
             )
-        self._waiting.append((key, wanted))
+        self._waiting.append((key, request))
 
     def cancel(self, key: Hashable) -> None:
         """Drops the request and frees its slot for the next step. An unknown key is ignored: that request has just ended."""
@@ -114,170 +116,147 @@ class Scheduler:
             self._waiting = deque(item for item in self._waiting if item[0] != key)
 
     def take_failures(self) -> dict[Hashable, Exception]:
-        """Returns and clears the requests that failed since the last call, with their errors; they hold no slot any more."""
+        """Returns and clears the requests that failed since the last call, with their errors; they have no slot any more."""
         failures, self._failures = self._failures, {}
         return failures
 
-    def _fail(self, owner: RunningRequest, error: Exception) -> None:
-        self._release(owner)
-        self._failures[owner.key] = error
-
     def try_adapter(self, adapter: Lora) -> None:
         """Runs one pass over two short texts, one with `adapter`, in a cache of its own. Raises what the forward pass raises."""
-        memory = KvMemory(slots=2, context=2)
-        forward(self._model, memory, [Segment(0, 0, [0, 0], adapter=adapter), Segment(1, 0, [0])], self._loras)
+        self.runner.try_adapter(adapter)
 
     def step(self) -> list[GeneratedToken]:
-        """Runs one forward pass for all requests and returns a token for each whose prompt is fully computed.
+        """Runs one pass over all requests and returns a token for each whose prompt is fully computed.
 
         Empty if there are no requests. A request whose constraint raises fails alone (`take_failures`).
         """
         self._admit()
-        segments, owners = self._segments()
-        if not segments:
+        batch = self._schedule()
+        if not batch:
             return []
-        logits = forward(self._model, self._memory, segments, self._loras)
-        done: list[RunningRequest] = []
-        rows: list[int] = []  # of the logits after the last token of those whose prompt is computed
+        logits = self.runner.run(batch)
+        computed: list[RunningRequest] = []  # those whose prompt is computed
+        last_rows: list[int] = []  # of the logits after their last token
         row = 0
-        for segment, owner in zip(segments, owners, strict=True):
-            if segment.every:
-                self._score_prompt(owner, segment, logits[row : row + segment.kept])
-            row += segment.kept
-            owner.start += len(segment.ids)
-            owner.pending = owner.pending[len(segment.ids) :]
-            self._slots.hold(owner.slot, segment.ids)
-            if not owner.pending:
-                done.append(owner)
-                rows.append(row - 1)
-        return self._next_tokens(logits if len(rows) == len(logits) else logits[rows], done)
+        for running in batch:
+            rows = running.logit_rows
+            if running.needs_all_logits:
+                running.score_prompt(logits[row : row + rows])
+            row += rows
+            if self.runner.splits_prompts:
+                self._slots.append(running.slot, running.scheduled_ids)
+            running.advance()
+            if not running.pending:
+                computed.append(running)
+                last_rows.append(row - 1)
+        return self._sample(logits if len(last_rows) == len(logits) else logits[last_rows], computed)
 
-    def _next_tokens(self, logits: Tensor, owners: Sequence[RunningRequest]) -> list[GeneratedToken]:
-        """Samples one token for each of `owners` from `logits` (owners, vocabulary)."""
-        if not owners:
+    def _admit(self) -> None:
+        """Gives slots to waiting requests, in order, until one does not fit."""
+        while self._waiting:
+            key, request = self._waiting[0]
+            prompt = self.runner.split_prompt(request)
+            # An encoder-decoder's prompt and reply are on two sides, each with a context of its own.
+            need = len(prompt.encoder_ids) + min(self.context, len(prompt.decoder_ids) + request.max_new_tokens)
+            reusable = self._reusable_ids(prompt)
+            if self._is_being_computed(request, reusable):
+                return
+            if (allocation := self._slots.allocate(need, reusable, request.adapter_number)) is None:
+                return
+            self._waiting.popleft()
+            self.runner.begin(allocation)
+            reused = allocation.reused
+            self.reused_tokens += reused
+            self._running[key] = RunningRequest(
+                key, request, prompt, allocation.slot, prompt.decoder_ids[reused:], start=reused, reused=reused
+            )
+
+    def _reusable_ids(self, prompt: SplitPrompt) -> Sequence[int]:
+        """Part of a prompt that may be reused from the cache: not tokens whose logits are needed, the last or those to score."""
+        if not self.runner.splits_prompts:
+            return ()
+        return prompt.decoder_ids[: len(prompt.decoder_ids) - 1 if prompt.score_from is None else max(0, prompt.score_from - 1)]
+
+    def _is_being_computed(self, request: GenerationRequest, reusable: Sequence[int]) -> bool:
+        """True if a running prefill has a longer common prefix with this prompt than any slot: waiting a few steps saves work."""
+        lengths = [
+            common_prefix_length(running.prompt.decoder_ids, reusable)
+            for running in self._running.values()
+            if running.is_prefill and running.request.adapter is request.adapter
+        ]
+        return max(lengths, default=0) >= self._slots.count_reusable(reusable, request.adapter_number) + LEAST_REUSED
+
+    def _schedule(self) -> list[RunningRequest]:
+        """Chooses the tokens of this pass; returns the requests that run, in the order of the batch's flat row.
+
+        A prompt is cut at fixed multiples, whatever else runs, so that its arithmetic is always the same. One that cannot be cut is
+        computed whole, the first of a pass however long it is.
+        """
+        room = self._prefill_tokens
+        batch = []
+        for running in self._running.values():  # oldest first
+            count = min(len(running.pending), self._prefill_tokens) if self.runner.splits_prompts else len(running.pending)
+            if running.is_prefill:
+                tokens = len(running.prompt.encoder_ids) + count
+                if tokens > room and room < self._prefill_tokens:
+                    continue
+                room -= tokens
+            running.scheduled = count
+            batch.append(running)
+        return sorted(batch, key=lambda running: (running.scheduled > 1, running.slot))
+
+    def _sample(self, logits: Tensor, batch: Sequence[RunningRequest]) -> list[GeneratedToken]:
+        """Draws one token for each of `batch` from `logits` (requests, vocabulary)."""
+        if not batch:
             return []
-        wishes = [owner.wanted.sampling for owner in owners]
-        shaped = logits
-        changed = [row for row, owner in enumerate(owners) if wishes[row].changes_logits or owner.wanted.constraint]
+        samplings = [running.request.sampling for running in batch]
+        adjusted = logits
+        changed = [row for row, running in enumerate(batch) if samplings[row].changes_logits or running.request.constraint]
         if changed:
-            shaped = logits.to(torch.float32, copy=True)
+            adjusted = logits.to(torch.float32, copy=True)
             for row in changed:
                 try:
-                    shaped[row] = adjust(logits[row], wishes[row], owners[row].seen, owners[row].wanted.constraint)
+                    adjusted[row] = adjust(logits[row], samplings[row], batch[row].reply_counts, batch[row].request.constraint)
                 except Exception as error:  # a constraint is the request's own, so its errors fail no other request
-                    self._fail(owners[row], error)
-        chosen = draw(shaped, wishes, [owner.produced for owner in owners])
-        scored: dict[int, ScoredToken] = {}
-        if wanted := [row for row, owner in enumerate(owners) if owner.wanted.logprobs is not None]:
-            tops = [owners[row].wanted.logprobs or 0 for row in wanted]
-            scored = dict(zip(wanted, scores(logits[wanted], [chosen[row] for row in wanted], tops), strict=True))
+                    self._fail(batch[row], error)
+        ids = draw(adjusted, samplings, [running.produced for running in batch])
+        scores: dict[int, ScoredToken] = {}
+        if scored := [row for row, running in enumerate(batch) if running.request.logprobs is not None]:
+            tops = [batch[row].request.logprobs or 0 for row in scored]
+            scores = dict(zip(scored, score_tokens(logits[scored], [ids[row] for row in scored], tops), strict=True))
         tokens = [
-            self._accept(owner, chosen[row], scored.get(row)) for row, owner in enumerate(owners) if owner.key in self._running
+            self._accept(running, ids[row], scores.get(row)) for row, running in enumerate(batch) if running.key in self._running
         ]
         return [token for token in tokens if token.key not in self._failures]
 
-    def _score_prompt(self, owner: RunningRequest, segment: Segment, logits: Tensor) -> None:
-        """Scores the prompt's tokens that follow those of `segment`, from its `logits` (tokens of the segment, vocabulary)."""
-        first = owner.wanted.score_from or 0
-        if segment.start == first == 0:
-            owner.prompt.append(ScoredToken(segment.ids[0], None))
-        begin = max(first, segment.start + 1)
-        targets = owner.wanted.prompt[begin : segment.start + 1 + len(segment.ids)]
-        rows = logits[begin - segment.start - 1 :][: len(targets)]
-        owner.prompt += scores(rows, targets, [owner.wanted.logprobs or 0] * len(targets))
-
-    def _admit(self) -> None:
-        while self._waiting:
-            key, wanted = self._waiting[0]
-            usable = _shareable(wanted)
-            if (
-                self._is_being_read(wanted, usable)
-                or (taken := self._slots.take(self._need(wanted), usable, _number(wanted))) is None
-            ):
-                return
-            self._waiting.popleft()
-            slot, shared = taken.slot, taken.shared
-            for emptied in taken.emptied:
-                self._memory.give_back(emptied)
-            if shared and taken.source != slot:
-                self._memory.copy(taken.source, slot, shared)
-            self.shared += shared
-            self._running[key] = RunningRequest(key, wanted, slot, wanted.prompt[shared:], start=shared, shared=shared)
-
-    def _need(self, wanted: GenerationRequest) -> int:
-        """Cache positions that the request may come to use."""
-        return min(self.context, len(wanted.prompt) + wanted.max_new_tokens)
-
-    def _is_being_read(self, wanted: GenerationRequest, usable: Sequence[int]) -> bool:
-        """True if a running prefill has a longer common prefix with this prompt than any slot: waiting a few steps saves work."""
-        alike = [common(owner.wanted.prompt, usable) for owner in self._reading() if owner.wanted.adapter is wanted.adapter]
-        return max(alike, default=0) >= self._slots.shared(usable, _number(wanted)) + LEAST_SHARED
-
-    def _reading(self) -> list[RunningRequest]:
-        """Running requests in prefill: they have no new token yet."""
-        return [owner for owner in self._running.values() if not owner.produced]
-
-    def _segments(self) -> tuple[list[Segment], list[RunningRequest]]:
-        room = self._prefill_tokens
-        found = []
-        for owner in self._running.values():  # oldest first
-            ids = owner.pending[: self._prefill_tokens]
-            if not owner.produced:
-                # A prompt is cut at fixed multiples, whatever else runs, so that its arithmetic is always the same.
-                if len(ids) > room:
-                    continue
-                room -= len(ids)
-            every = owner.wanted.score_from is not None and not owner.produced
-            found.append((Segment(owner.slot, owner.start, ids, every, owner.wanted.adapter), owner))
-        found.sort(key=lambda pair: pair[0].place)  # the order of the flat row, so that logits need not be reordered
-        return [segment for segment, _ in found], [owner for _, owner in found]
-
-    def _accept(self, owner: RunningRequest, chosen: int, scored: ScoredToken | None) -> GeneratedToken:
-        owner.produced += 1
-        owner.pending = [chosen]
-        owner.seen[chosen] += 1
+    def _accept(self, running: RunningRequest, id: int, score: ScoredToken | None) -> GeneratedToken:
+        """Adds the token `id` to a reply, and ends the request where it is the last one."""
+        request = running.request
+        running.produced += 1
+        running.pending = [id]
+        running.reply_counts[id] += 1
         finish: Finish | None = None
-        if chosen in owner.wanted.stop_ids:
+        if id in request.stop_ids:
             finish = "stop"
-        elif owner.produced >= owner.wanted.max_new_tokens or owner.start >= self.context:
+        elif running.produced >= request.max_new_tokens or running.start >= self.context:
             finish = "length"
         if finish:
-            self._release(owner)
-        elif owner.wanted.constraint:
+            self._release(running)
+        elif request.constraint:
             try:
-                owner.wanted.constraint.accept(chosen)
+                request.constraint.accept(id)
             except Exception as error:  # as above
-                self._fail(owner, error)
-        if owner.produced > 1:
-            return GeneratedToken(owner.key, chosen, finish, scored)
-        return GeneratedToken(owner.key, chosen, finish, scored, tuple(owner.prompt), owner.shared)
+                self._fail(running, error)
+        if running.produced > 1:
+            return GeneratedToken(running.key, id, finish, score)
+        return GeneratedToken(running.key, id, finish, score, tuple(running.prompt_scores), running.reused)
 
-    def _release(self, owner: RunningRequest) -> None:
-        del self._running[owner.key]
-        self._slots.release(owner.slot, len(owner.wanted.prompt) + owner.produced)
+    def _fail(self, running: RunningRequest, error: Exception) -> None:
+        self._release(running)
+        self._failures[running.key] = error
 
-
-def _number(wanted: GenerationRequest) -> int:
-    return wanted.adapter.number if wanted.adapter is not None else 0
-
-
-def _shareable(wanted: GenerationRequest) -> Sequence[int]:
-    """Part of the prompt that may be reused from the cache: without tokens whose logits are needed, the last or those to score."""
-    return wanted.prompt[: len(wanted.prompt) - 1 if wanted.score_from is None else max(0, wanted.score_from - 1)]
-
-
-def scores(logits: Tensor, ids: Sequence[int], tops: Sequence[int]) -> list[ScoredToken]:
-    """Log-probability of each id under its row of `logits` (ids, vocabulary), with the `tops[row]` most probable tokens."""
-    found: list[ScoredToken] = []
-    for first in range(0, len(ids), _SCORED_ROWS):
-        part = slice(first, first + _SCORED_ROWS)
-        rows = logits[part].float()
-        wanted = torch.tensor(list(ids[part]), device=rows.device)[:, None]
-        whole = rows.logsumexp(dim=-1, keepdim=True)
-        own = (rows.gather(1, wanted) - whole)[:, 0].tolist()
-        most = min(max(tops[part]), rows.shape[-1])
-        best, places = (rows.topk(most, dim=-1)) if most else (whole[:, :0], wanted[:, :0])
-        values, names = (best - whole).tolist(), places.tolist()
-        for row, (id, count) in enumerate(zip(ids[part], tops[part], strict=True)):
-            found.append(ScoredToken(int(id), own[row], tuple(zip(names[row][:count], values[row][:count], strict=True))))
-    return found
+    def _release(self, running: RunningRequest) -> None:
+        """Frees the slot of a request that ends."""
+        del self._running[running.key]
+        used = len(running.prompt.encoder_ids) + running.start + len(running.pending)
+        self._slots.release(running.slot, used)
+        self.runner.end(running.slot)

@@ -16,7 +16,7 @@ from apprentice.evaluate.questions.row_selection import select_requests
 from apprentice.evaluate.scoring.answer_cache import AnswerCache
 from apprentice.evaluate.scoring.rank import ranked
 from apprentice.evaluate.scoring.scorer import Scorer, make_blocks
-from apprentice.inference import scheduler as scheduling
+from apprentice.inference.runners import causal
 from apprentice.models.loading import load_model
 from apprentice.storage import Folder
 from tests.evaluate import tables
@@ -54,8 +54,8 @@ def test_a_prior_that_is_not_finite_ranks_nothing_either() -> None:
 @pytest.mark.parametrize("name", ["short_reviews", "written_dates"])
 def test_a_model_of_nans_gets_no_score(corpus: Corpus, tiny_model: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model: Any = load_model(tiny_model, torch.float32)
-    size = scheduling.prepare(model)
-    monkeypatch.setattr(scheduling, "prepare", lambda model: size)  # which would refuse a model that is never finite
+    size = causal.probe_model(model)
+    monkeypatch.setattr(causal, "probe_model", lambda model: size)  # which would refuse a model that is never finite
     with torch.no_grad():
         model.get_output_embeddings().weight.fill_(NAN)
     [task] = [task for task in corpus.tasks if task.name == name]

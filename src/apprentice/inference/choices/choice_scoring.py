@@ -13,7 +13,7 @@ An additive mask lets a choice see the prompt and itself only, so the sums are t
 such a mask to the layers unchanged: a layer's sliding window is then not applied, and a recurrent layer ignores the mask. Rows
 longer than the window, and all rows of models that mix texts (`architecture.mixing_obstacle`), therefore hold one choice each and
 need no mask. Encoder-decoders encode the prompt once (`seq2seq_scoring`). Models with virtual tokens compute each choice in a
-forward pass of its own (`unbatched`).
+forward pass of its own.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from apprentice.inference.choices.seq2seq_scoring import is_seq2seq, seq2seq_logprobs
-from apprentice.inference.unbatched import alone_logprob, has_virtual_tokens
+from apprentice.inference.choices.seq2seq_scoring import seq2seq_logprobs
+from apprentice.inference.compat import attention_implementation
+from apprentice.models.model_kind import has_virtual_tokens, is_encoder_decoder
 from apprentice.pretrained.architecture import mixing_obstacle
 
 BATCH_TOKENS = 4096
@@ -44,8 +45,8 @@ def choice_logprobs(
     if any(not prompt for prompt in prompts) or any(not ids for group in choices for ids in group):
         raise ValueError("a prompt or a choice without tokens has no log-probability")
     if has_virtual_tokens(model):
-        return [[alone_logprob(model, prompt, ids) for ids in group] for prompt, group in zip(prompts, choices, strict=True)]
-    if prompts and is_seq2seq(model):
+        return [[unbatched_logprob(model, prompt, ids) for ids in group] for prompt, group in zip(prompts, choices, strict=True)]
+    if prompts and is_encoder_decoder(model):
         return seq2seq_logprobs(model, prompts, choices, batch_tokens)
     most = _shared_tokens(model) if prompts else None
     rows = [
@@ -67,10 +68,26 @@ def choice_logprobs(
     return found
 
 
+@torch.inference_mode()
+def unbatched_logprob(model: Any, prompt: Sequence[int], ids: Sequence[int]) -> float:
+    """Natural log-probability of `ids` after `prompt`, summed over the tokens of `ids`, in a forward pass of its own."""
+    device = next(model.parameters()).device
+
+    def row(values: Sequence[int]) -> Tensor:
+        return torch.tensor([list(values)], device=device)
+
+    if is_encoder_decoder(model):
+        start = model.config.decoder_start_token_id
+        logits = model(input_ids=row(prompt), decoder_input_ids=row([start, *ids[:-1]]), use_cache=False).logits[0]
+    else:
+        logits = model(input_ids=row([*prompt, *ids]), use_cache=False).logits[0][-len(ids) - 1 : -1]
+    return float(logits.float().log_softmax(dim=-1).gather(1, row(ids).T).double().sum())
+
+
 def _shared_tokens(model: Any) -> int | None:
     """Maximal tokens of a row in which a mask keeps choices apart; None: any number, 0: the model takes no such mask."""
     config = model.config.get_text_config()
-    if config._attn_implementation not in ("sdpa", "eager"):  # flash attention takes no such mask
+    if attention_implementation(config) not in ("sdpa", "eager"):  # flash attention takes no such mask
         return 0
     if mixing_obstacle(config.to_dict()) is not None:
         return 0

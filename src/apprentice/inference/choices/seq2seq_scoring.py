@@ -12,11 +12,6 @@ from transformers.modeling_outputs import BaseModelOutput
 _LOGIT_ROWS = 1024  # positions whose logits one pass of the decoder keeps
 
 
-def is_seq2seq(model: Any) -> bool:
-    """True for an encoder-decoder."""
-    return bool(getattr(model.config, "is_encoder_decoder", False))
-
-
 @torch.inference_mode()
 def seq2seq_logprobs(
     model: Any, prompts: Sequence[Sequence[int]], choices: Sequence[Sequence[Sequence[int]]], batch_tokens: int

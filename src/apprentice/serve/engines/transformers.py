@@ -32,8 +32,8 @@ from apprentice.inference.generation_request import GeneratedToken, GenerationRe
 from apprentice.inference.lora import Lora, read_lora
 from apprentice.inference.sampler import Sampling
 from apprentice.inference.token_pacing import pacing_seconds
-from apprentice.inference.unbatched import has_virtual_tokens
 from apprentice.models.loading import load_model, resolve_dtype
+from apprentice.models.model_kind import has_virtual_tokens
 from apprentice.serve.engines.base import EngineFailed, NewToken, Overloaded, Request, RequestFailed, Score, Stats
 
 log = logging.getLogger(__name__)
@@ -182,7 +182,7 @@ class TransformersEngine:
             self._accepted,
             self._produced,
             self._prompt_tokens,
-            decoder.shared,
+            decoder.reused_tokens,
             self._held_tokens / decoder.kv_tokens,
             self._reserved_tokens / decoder.kv_tokens,
             decoder.kv_tokens,
@@ -234,7 +234,7 @@ class TransformersEngine:
 
     def _weigh(self) -> None:
         """Notes how much of the KV memory is used and reserved, for `stats`."""
-        self._held_tokens, self._reserved_tokens = self._decoder.held_tokens, self._decoder.reserved_tokens
+        self._held_tokens, self._reserved_tokens = self._decoder.used_tokens, self._decoder.reserved_tokens
 
     def _deliver(self, ready: list[tuple[_Reply, list[NewToken] | None]]) -> None:
         by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Reply, list[NewToken] | None]]] = {}
@@ -307,7 +307,7 @@ def _arrive(items: list[tuple[_Reply, list[NewToken] | None]]) -> None:
 
 
 def _new_token(token: GeneratedToken) -> NewToken:
-    if token.scored is None and not token.prompt:
-        return NewToken(token.id, token.finish, cached=token.shared)
-    scored = token.scored and Score(*token.scored)
-    return NewToken(token.id, token.finish, scored, tuple(Score(*one) for one in token.prompt), token.shared)
+    if token.score is None and not token.prompt_scores:
+        return NewToken(token.id, token.finish, cached=token.reused)
+    scored = token.score and Score(*token.score)
+    return NewToken(token.id, token.finish, scored, tuple(Score(*one) for one in token.prompt_scores), token.reused)

@@ -22,9 +22,9 @@ from apprentice.data.packing import Rows, build_rows
 from apprentice.data.sampling.permutation import key_of, permute
 from apprentice.data.window import Prompt, WindowRenderer
 from apprentice.inference.cpu_linear import place_model
+from apprentice.inference.decoding import make_scheduler
 from apprentice.inference.generation_request import GenerationRequest
 from apprentice.inference.sampler import Sampling
-from apprentice.inference.scheduler import Scheduler
 from apprentice.models.loading import load_model, resolve_dtype
 from apprentice.models.reward import choice_rewards
 from apprentice.models.tuning.methods import TUNING_METHODS, load_trainable, trainable_parameters
@@ -33,7 +33,7 @@ from apprentice.train.engine.deepspeed import WEIGHT
 from apprentice.train.engine.deepspeed_config import CPU_MICRO_TOKENS, GPU_MICRO_TOKENS
 from apprentice.train.losses.grpo import ReplyLogProbs, advantages
 
-AT_ONCE = 64  # slots of the decoder: replies generated at the same time
+AT_ONCE = 64  # slots of the scheduler: replies generated at the same time
 
 Read = Callable[[str], Tensor]  # key of a checkpoint → its tensor
 
@@ -118,14 +118,14 @@ class RoundWriter:
         asked = [(prompt, number) for prompt in prompts for number in range(grpo.group)]
         if not asked:
             return []
-        decoder = Scheduler(policy, slots=min(AT_ONCE, len(asked)), context=self._corpus.recipe.data.max_length)
+        scheduler = make_scheduler(policy, slots=min(AT_ONCE, len(asked)), context=self._corpus.recipe.data.max_length)
         for place, (prompt, number) in enumerate(asked):
             sampling = Sampling(1.0, seed=key_of(seed, "reply", prompt.position, number))
-            decoder.submit(place, GenerationRequest(prompt.ids, grpo.max_new_tokens, stops, sampling))
+            scheduler.submit(place, GenerationRequest(prompt.ids, grpo.max_new_tokens, stops, sampling))
         written: dict[Hashable, list[int]] = {place: [] for place in range(len(asked))}
         ended: dict[Hashable, bool] = {}
-        while decoder.running or decoder.waiting:
-            for token in decoder.step():
+        while scheduler.running or scheduler.waiting:
+            for token in scheduler.step():
                 written[token.key].append(token.id)
                 ended[token.key] = token.finish == "stop"
         return [Rollout(prompt, written[place], ended[place]) for place, (prompt, _) in enumerate(asked)]

@@ -8,13 +8,15 @@ import pytest
 import torch
 
 from apprentice.errors import ModelError
-from apprentice.inference.choices.choice_scoring import choice_logprobs
+from apprentice.inference.choices.choice_scoring import choice_logprobs, unbatched_logprob
 from apprentice.inference.decoding import generate, make_scheduler
 from apprentice.inference.generation_request import GeneratedToken, GenerationRequest
+from apprentice.inference.runners.causal import CausalRunner
+from apprentice.inference.runners.encoder_decoder import EncoderDecoderRunner
+from apprentice.inference.runners.unbatched import UnbatchedRunner
 from apprentice.inference.sampler import Sampling
 from apprentice.inference.scheduler import Scheduler
-from apprentice.inference.seq2seq_decoder import Seq2seqScheduler
-from apprentice.inference.unbatched import UnbatchedScheduler, alone_logprob, has_virtual_tokens
+from apprentice.models.model_kind import has_virtual_tokens
 from apprentice.models.tuning.methods import TUNING_METHODS
 from apprentice.recipe import Tuning
 from tests.models.architectures import made
@@ -56,15 +58,15 @@ def of(tokens: list[GeneratedToken], key: str) -> list[GeneratedToken]:
     return [token for token in tokens if token.key == key]
 
 
-def drained(decoder: Scheduler) -> list[GeneratedToken]:
+def drained(scheduler: Scheduler) -> list[GeneratedToken]:
     found: list[GeneratedToken] = []
-    while decoder.running or decoder.waiting:
-        found += decoder.step()
+    while scheduler.running or scheduler.waiting:
+        found += scheduler.step()
     return found
 
 
 def test_replies_are_the_models_own(model: Any) -> None:
-    assert isinstance(make_scheduler(model, slots=1, context=32), UnbatchedScheduler)
+    assert isinstance(make_scheduler(model, slots=1, context=32).runner, UnbatchedRunner)
     whole = [greedy(model, prompt, 6) for prompt in PROMPTS]
     assert not torch.allclose(logits_after(model, PROMPTS[0], []), logits_after(model, PROMPTS[2], []), atol=1e-3)
     assert generate(model, PROMPTS, max_new_tokens=6, stop_ids=(), max_running=2) == whole
@@ -78,14 +80,14 @@ def test_scores_are_those_of_full_forward_passes(model: Any) -> None:
         float(sum(logits_after(model, PROMPTS[0], ids)[:-1].log_softmax(-1)[place, id] for place, id in enumerate(ids)))
         for ids in choices
     ]
-    assert [alone_logprob(model, PROMPTS[0], ids) for ids in choices] == pytest.approx(expected, abs=1e-4)
+    assert [unbatched_logprob(model, PROMPTS[0], ids) for ids in choices] == pytest.approx(expected, abs=1e-4)
     assert choice_logprobs(model, [PROMPTS[0]], [choices])[0] == pytest.approx(expected, abs=1e-4)
-    decoder = make_scheduler(model, slots=2, context=32)
+    scheduler = make_scheduler(model, slots=2, context=32)
     for place, ids in enumerate(choices):
-        decoder.submit(place, GenerationRequest((*PROMPTS[0], *ids), 1, logprobs=0, score_from=len(PROMPTS[0])))
-    tokens = drained(decoder)
-    assert [sum(score.logprob or 0.0 for score in token.prompt) for token in tokens] == pytest.approx(expected, abs=1e-4)
-    assert [[score.id for score in token.prompt] for token in tokens] == choices
+        scheduler.submit(place, GenerationRequest((*PROMPTS[0], *ids), 1, logprobs=0, score_from=len(PROMPTS[0])))
+    tokens = drained(scheduler)
+    assert [sum(score.logprob or 0.0 for score in token.prompt_scores) for token in tokens] == pytest.approx(expected, abs=1e-4)
+    assert [[score.id for score in token.prompt_scores] for token in tokens] == choices
 
 
 def test_sampled_replies_do_not_depend_on_company(model: Any) -> None:
@@ -101,28 +103,28 @@ def test_sampled_replies_do_not_depend_on_company(model: Any) -> None:
 
 
 def test_a_cancelled_request_leaves_nothing(model: Any) -> None:
-    decoder = make_scheduler(model, slots=1, context=32)
-    assert isinstance(decoder, UnbatchedScheduler)
-    decoder.submit("gone", GenerationRequest(PROMPTS[0], 5))
-    decoder.submit("next", GenerationRequest(PROMPTS[1], 2))
-    decoder.step()
-    assert decoder.held_tokens > 0
-    decoder.cancel("gone")
-    assert [token.id for token in drained(decoder)] == greedy(model, PROMPTS[1], 2)
-    assert (decoder._memories, decoder.held_tokens) == ({}, 0)
+    scheduler = make_scheduler(model, slots=1, context=32)
+    assert isinstance(scheduler.runner, UnbatchedRunner)
+    scheduler.submit("gone", GenerationRequest(PROMPTS[0], 5))
+    scheduler.submit("next", GenerationRequest(PROMPTS[1], 2))
+    scheduler.step()
+    assert scheduler.used_tokens > 0
+    scheduler.cancel("gone")
+    assert [token.id for token in drained(scheduler)] == greedy(model, PROMPTS[1], 2)
+    assert (scheduler.runner._caches, scheduler.used_tokens) == ({}, 0)
 
 
 def test_a_prompt_that_is_only_read_has_no_probabilities() -> None:
     wrapped = TUNING_METHODS["prompt"].wrap(made("t5_v1.1"), Tuning(method="prompt", virtual_tokens=4), 3).eval()
-    decoder = make_scheduler(wrapped, slots=1, context=32)
+    scheduler = make_scheduler(wrapped, slots=1, context=32)
     with pytest.raises(ModelError, match="gives no probabilities to the prompt it reads"):
-        decoder.submit("echo", GenerationRequest(PROMPTS[0], 1, logprobs=2, score_from=0))
+        scheduler.submit("echo", GenerationRequest(PROMPTS[0], 1, logprobs=2, score_from=0))
 
 
 def test_others_share_passes() -> None:
     model = made("llama")
     assert not has_virtual_tokens(model)
-    assert type(make_scheduler(model, slots=1, context=32)) is Scheduler
-    assert type(make_scheduler(made("t5_v1.1"), slots=1, context=32)) is Seq2seqScheduler
+    assert type(make_scheduler(model, slots=1, context=32).runner) is CausalRunner
+    assert type(make_scheduler(made("t5_v1.1"), slots=1, context=32).runner) is EncoderDecoderRunner
     with_adapter = TUNING_METHODS["adapter"].wrap(model, Tuning(method="adapter", width=4), 3)
-    assert type(make_scheduler(with_adapter.eval(), slots=1, context=32)) is Scheduler
+    assert type(make_scheduler(with_adapter.eval(), slots=1, context=32).runner) is CausalRunner

@@ -10,10 +10,11 @@ import torch
 
 from apprentice.errors import ModelError
 from apprentice.inference.choices.seq2seq_scoring import seq2seq_logprobs
-from apprentice.inference.decoding import generate
+from apprentice.inference.decoding import generate, make_scheduler
 from apprentice.inference.generation_request import GeneratedToken, GenerationRequest
+from apprentice.inference.runners.encoder_decoder import probe_encoder_decoder
 from apprentice.inference.sampler import Sampling
-from apprentice.inference.seq2seq_decoder import Seq2seqScheduler
+from apprentice.inference.scheduler import Scheduler
 from tests.models.architectures import SEQ2SEQ, made
 
 PROMPTS = [[(11 * length + 7 * place) % 480 + 3 for place in range(length)] for length in (1, 5, 40, 13, 2, 27, 8, 60, 3, 19)]
@@ -24,18 +25,18 @@ def model(request: pytest.FixtureRequest) -> Any:
     return made(request.param)
 
 
-def drain(decoder: Seq2seqScheduler, replies: dict[Hashable, list[GeneratedToken]]) -> None:
-    while decoder.running or decoder.waiting:
-        for token in decoder.step():
+def drain(scheduler: Scheduler, replies: dict[Hashable, list[GeneratedToken]]) -> None:
+    while scheduler.running or scheduler.waiting:
+        for token in scheduler.step():
             replies.setdefault(token.key, []).append(token)
 
 
 def decoded(model: Any, wanted: list[GenerationRequest], slots: int) -> list[list[GeneratedToken]]:
-    decoder = Seq2seqScheduler(model, slots=slots, context=128)
+    scheduler = make_scheduler(model, slots=slots, context=128)
     for key, generation in enumerate(wanted):
-        decoder.submit(key, generation)
+        scheduler.submit(key, generation)
     replies: dict[Hashable, list[GeneratedToken]] = {}
-    drain(decoder, replies)
+    drain(scheduler, replies)
     return [replies[key] for key in range(len(wanted))]
 
 
@@ -66,12 +67,12 @@ def test_each_prompt_is_read_once_and_those_that_wait_together(model: Any) -> No
     encoder = model.get_encoder()
     hook = encoder.register_forward_pre_hook(lambda _, __, named: reads.append(named["input_ids"][0].tolist()), with_kwargs=True)
     try:
-        decoder = Seq2seqScheduler(model, slots=2, context=64)
+        scheduler = make_scheduler(model, slots=2, context=64)
         reads.clear()  # of the check that comes first
         for key in range(3):
-            decoder.submit(key, GenerationRequest(PROMPTS[key], 5))
+            scheduler.submit(key, GenerationRequest(PROMPTS[key], 5))
         replies: dict[Hashable, list[GeneratedToken]] = {}
-        drain(decoder, replies)
+        drain(scheduler, replies)
     finally:
         hook.remove()
     assert reads == [PROMPTS[0] + PROMPTS[1], PROMPTS[2]]
@@ -83,10 +84,10 @@ def test_a_reply_ends_at_its_stop_id_and_at_the_context(model: Any) -> None:
     stop = whole[4]
     ((*_, last),) = decoded(model, [GenerationRequest(PROMPTS[3], 12, frozenset([stop]))], 1)
     assert (last.id, last.finish) == (stop, "stop")
-    decoder = Seq2seqScheduler(model, slots=1, context=16)
-    decoder.submit("full", GenerationRequest(PROMPTS[1], 100))
+    scheduler = make_scheduler(model, slots=1, context=16)
+    scheduler.submit("full", GenerationRequest(PROMPTS[1], 100))
     replies: dict[Hashable, list[GeneratedToken]] = {}
-    drain(decoder, replies)
+    drain(scheduler, replies)
     assert (len(replies["full"]), replies["full"][-1].finish) == (16, "length")
 
 
@@ -101,26 +102,26 @@ def test_choices_are_scored_as_evaluation_scores_them(model: Any) -> None:
     wanted = [
         GenerationRequest([*prompt, *choice], 1, logprobs=0, score_from=len(prompt)) for prompt in PROMPTS[:4] for choice in choices
     ]
-    found = [sum(score.logprob or 0.0 for score in reply[0].prompt) for reply in decoded(model, wanted, 5)]
+    found = [sum(score.logprob or 0.0 for score in reply[0].prompt_scores) for reply in decoded(model, wanted, 5)]
     assert found == pytest.approx([value for group in expected for value in group], abs=1e-3)
 
 
 def test_cancelled_requests_give_their_slot_back(model: Any) -> None:
-    decoder = Seq2seqScheduler(model, slots=1, context=64)
-    decoder.submit("one", GenerationRequest(PROMPTS[1], 50))
-    decoder.submit("two", GenerationRequest(PROMPTS[2], 3))
-    decoder.step()
-    decoder.cancel("one")
+    scheduler = make_scheduler(model, slots=1, context=64)
+    scheduler.submit("one", GenerationRequest(PROMPTS[1], 50))
+    scheduler.submit("two", GenerationRequest(PROMPTS[2], 3))
+    scheduler.step()
+    scheduler.cancel("one")
     replies: dict[Hashable, list[GeneratedToken]] = {}
-    drain(decoder, replies)
-    assert (list(replies), decoder.running) == (["two"], 0)
+    drain(scheduler, replies)
+    assert (list(replies), scheduler.running) == (["two"], 0)
     assert ids([replies["two"]]) == ids(decoded(model, [GenerationRequest(PROMPTS[2], 3)], 1))
 
 
 def test_the_prompts_own_probabilities_are_refused() -> None:
-    decoder = Seq2seqScheduler(made("t5"), slots=1, context=64)
+    scheduler = make_scheduler(made("t5"), slots=1, context=64)
     with pytest.raises(ModelError, match="gives no probabilities to the prompt"):
-        decoder.submit("one", GenerationRequest([3, 4], 1, logprobs=0, score_from=0))
+        scheduler.submit("one", GenerationRequest([3, 4], 1, logprobs=0, score_from=0))
 
 
 def test_a_model_that_counts_otherwise_is_refused() -> None:
@@ -128,7 +129,7 @@ def test_a_model_that_counts_otherwise_is_refused() -> None:
     places = model.get_decoder().embed_positions
     model.get_decoder().embed_positions = torch.nn.Embedding(*places.weight.shape)
     with pytest.raises(ModelError, match="BartForConditionalGeneration cannot be served here"):
-        Seq2seqScheduler(model, slots=1, context=64)
+        make_scheduler(model, slots=1, context=64)
 
 
 @pytest.mark.parametrize("prompts", [PROMPTS])
@@ -153,5 +154,32 @@ def test_what_cannot_share_a_pass_is_evaluated_alone() -> None:
         sizes = {"vocab_size": 500, "d_model": 64, "d_kv": 32, "d_ff": 96, "num_layers": 2, "num_heads": 2}
         umt5 = hf.UMT5ForConditionalGeneration(hf.UMT5Config(**sizes, decoder_start_token_id=0)).eval()
     with pytest.raises(ModelError, match="UMT5ForConditionalGeneration cannot be served here"):
-        Seq2seqScheduler(umt5, slots=1, context=64)
+        make_scheduler(umt5, slots=1, context=64)
     assert generate(umt5, PROMPTS[:4], max_new_tokens=6, stop_ids=()) == [greedy(umt5, prompt, 6) for prompt in PROMPTS[:4]]
+
+
+def test_prompts_and_replies_of_all_requests_stay_within_the_limit(model: Any) -> None:
+    position_bytes = probe_encoder_decoder(model).position_bytes  # on both sides together
+    scheduler = make_scheduler(model, slots=8, context=80, kv_bytes=80 * position_bytes)
+    assert (scheduler.context, scheduler.kv_tokens) == (80, 160)
+    for key, prompt in enumerate(PROMPTS):
+        scheduler.submit(key, GenerationRequest(prompt, 30))
+    replies: dict[Hashable, list[GeneratedToken]] = {}
+    most_reserved = 0
+    while scheduler.running or scheduler.waiting:
+        for token in scheduler.step():
+            replies.setdefault(token.key, []).append(token)
+        most_reserved = max(most_reserved, scheduler.reserved_tokens)
+        assert scheduler.used_tokens <= scheduler.reserved_tokens <= 160
+    assert most_reserved == (1 + 31) + (5 + 31) + (40 + 31)  # the first three prompts, with their replies and start tokens
+    assert ids([replies[key] for key in range(len(PROMPTS))]) == [greedy(model, prompt, 30) for prompt in PROMPTS]
+
+
+def test_a_long_prompt_does_not_shorten_what_its_reply_reserves(model: Any) -> None:
+    scheduler = make_scheduler(model, slots=1, context=64)
+    scheduler.submit("long", GenerationRequest(PROMPTS[7], 50))
+    scheduler.step()
+    assert scheduler.reserved_tokens == 60 + 51
+    replies: dict[Hashable, list[GeneratedToken]] = {}
+    drain(scheduler, replies)
+    assert len(replies["long"]) == 49

@@ -1,0 +1,1 @@
+"""Runners: one pass of a model over the requests that run, for causal models, encoder-decoders and those that cannot be batched."""
