@@ -10,7 +10,7 @@ import yaml
 from apprentice.errors import ApprenticeError
 from apprentice.plain_yaml import MAX_NODES, load_yaml
 from apprentice.recipe import load_recipe
-from apprentice.serve.api.keys import Keys
+from apprentice.serve.api.limits.api_keys import ApiKeys
 from apprentice.tasks.registry import load_task
 
 MERGES = "a0: &a0 {k: 1}\n" + "".join(f"a{n}: &a{n}\n  <<: [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 9))
@@ -50,7 +50,7 @@ def test_recipes_tasks_and_keys_are_refused_in_a_sentence(tmp_path: Path, text: 
     with pytest.raises(ApprenticeError, match=r"file\.yaml"):
         load_task(file)
     with pytest.raises(ApprenticeError, match=r"file\.yaml"):
-        Keys(file)
+        ApiKeys(file)
 
 
 def test_an_override_is_bounded_too(tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ from apprentice.ray_cluster.session import ray_session
 from apprentice.recipe import Data, Model, Recipe, Serving, Training
 from apprentice.run.contract import PromptContract
 from apprentice.serve.deployment import Endpoint, start
-from apprentice.serve.engines.base import Request
+from apprentice.serve.engines.base import EngineRequest
 from apprentice.serve.engines.transformers import TransformersEngine
 from benchmarks.figures import claim_stdout, compare, report
 
@@ -164,7 +164,7 @@ async def inside_ms(engine: TransformersEngine, ids: tuple[int, ...]) -> float:
     spent = []
     for number in range(SINGLES):
         began = time.perf_counter()
-        (stream,) = engine.generate([Request((number + 100, *ids), max_tokens=1)])
+        (stream,) = engine.generate([EngineRequest((number + 100, *ids), max_tokens=1)])
         await anext(stream)
         stream.close()
         spent.append((time.perf_counter() - began) * 1000)

@@ -122,7 +122,7 @@ def _parameters(command: Any) -> str:
 
 def http_page() -> str:
     """Every route of the endpoint, and every field that a request may have."""
-    from apprentice.serve.api.routes import describe_api
+    from apprentice.serve.api.application import describe_api
 
     description = describe_api()
     schemas = description.get("components", {}).get("schemas", {})

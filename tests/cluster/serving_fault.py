@@ -6,7 +6,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from apprentice.serve.api.keys import KEYS_FILE
+from apprentice.serve.api.limits.api_keys import KEYS_FILE
 from tests.cluster.hosts import Hosts
 from tests.cluster.runs import LONGEST_S, Place
 

@@ -389,7 +389,7 @@ def test_the_dashboard_shows_metrics_that_ray_has():
     """Every name in the panels is one that Ray's own dashboards ask for, or is declared in its sources; or is a run's figure."""
     import ray
 
-    from apprentice.serve.api.metrics import exported_names
+    from apprentice.serve.api.request_metrics import exported_names
     from apprentice.train.metrics.backends import gauge_name
     from apprentice.train.metrics.tracker import SCALARS
 

@@ -21,7 +21,7 @@ from apprentice.errors import RecipeError, ResourcesError, RunError, ServingErro
 from apprentice.jobs import deploy, submit
 from apprentice.jobs import stages as jobs
 from apprentice.recipe import load_recipe
-from apprentice.serve.api.keys import KEYS_FILE, new_key
+from apprentice.serve.api.limits.api_keys import KEYS_FILE, new_key
 from apprentice.serve.deployment import AppArguments
 from apprentice.tasks.registry import library
 from tests.conftest import ROOT

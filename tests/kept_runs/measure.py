@@ -173,15 +173,15 @@ def served(place: Path) -> dict[str, Any]:
     import httpx
 
     from apprentice.data.encoding.prompt_contract import layout_beside
-    from apprentice.serve.api.routes import build_app
+    from apprentice.serve.api.application import build_app
     from apprentice.serve.engines.transformers import TransformersEngine
-    from apprentice.serve.generation.served_models import Catalogue, Model
+    from apprentice.serve.generation.served_models import Catalogue, ServedModel
 
     async def ask() -> dict[str, Any]:
         folder = place / "model"
         layout = layout_beside(folder)
         engine = TransformersEngine(folder, dtype="float32", max_running=2, max_queued=2, context=512, threads=1)
-        app = build_app(Catalogue([Model("kept", engine, layout)]))
+        app = build_app(Catalogue([ServedModel("kept", engine, layout)]))
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as http:
 
             async def post(path: str, **body: Any) -> Any:

@@ -15,9 +15,9 @@ from apprentice.data.encoding.prompt_contract import layout_of, make_contract
 from apprentice.models.loading import load_model
 from apprentice.pretrained.tokenizer import Tokenizer
 from apprentice.recipe import Recipe, Serving
-from apprentice.serve.api import metrics
+from apprentice.serve.api import request_metrics
 from apprentice.serve.deployment import Endpoint, start
-from apprentice.serve.replica import Offer
+from apprentice.serve.replica import ModelSpec
 from tests.models.adapters import random_lora
 
 RUNNING, QUEUED = 16, 4  # what the endpoint of the tests takes at once
@@ -59,7 +59,7 @@ class Counted:
 def counted(monkeypatch: pytest.MonkeyPatch) -> Counted:
     found = Counted()
     for kind in ("Counter", "Gauge", "Histogram"):
-        monkeypatch.setattr(metrics.metrics, kind, found.kind)
+        monkeypatch.setattr(request_metrics.metrics, kind, found.kind)
     return found
 
 
@@ -104,6 +104,6 @@ def endpoint(ray_cluster: None, chat_model: Path, t5_model: Path, adapters: Path
     It serves `tiny`, its adapter `rhymes`, and beside them `t5`.
     """
     serving = Serving(port=0, max_running=RUNNING, max_queued_requests=QUEUED, context=2048, adapters=str(adapters))
-    others = [Offer("t5", t5_model)]
+    others = [ModelSpec("t5", t5_model)]
     with start(chat_model, serving, model_name="tiny", dtype="float32", cpus=1, beside=others) as running:
         yield running

@@ -4,19 +4,27 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from apprentice.serve.engines.base import EngineFailed, NewToken, Overloaded, Request, Score, Stats, TokenStream
+from apprentice.serve.engines.base import (
+    EngineFailed,
+    EngineRequest,
+    EngineStats,
+    NewToken,
+    Overloaded,
+    TokenScore,
+    TokenStream,
+)
 
 
-class Spoken:
-    """One reply of a `Scripted`; two tokens come at a time."""
+class ScriptedReply:
+    """One reply of a `ScriptedEngine`; two tokens come at a time."""
 
-    def __init__(self, engine: Scripted, prompt: tuple[Score, ...]) -> None:
+    def __init__(self, engine: ScriptedEngine, prompt: tuple[TokenScore, ...]) -> None:
         self.engine = engine
         self.prompt = prompt
         self.place = 0
         self.is_open = True
 
-    def __aiter__(self) -> Spoken:
+    def __aiter__(self) -> ScriptedReply:
         return self
 
     async def __anext__(self) -> list[NewToken]:
@@ -25,7 +33,7 @@ class Spoken:
         if not ids:
             raise self.engine.failure
         ends = self.place == len(self.engine.ids) and not self.engine.fails
-        scores = [Score(id, -0.5 - id, ((id, -0.5 - id), (9, -9.0))) for id in ids]
+        scores = [TokenScore(id, -0.5 - id, ((id, -0.5 - id), (9, -9.0))) for id in ids]
         tokens = [NewToken(id, None, score) for id, score in zip(ids, scores, strict=True)]
         if self.place == len(ids):
             tokens[0] = tokens[0]._replace(prompt=self.prompt, cached=self.engine.cached)
@@ -36,7 +44,7 @@ class Spoken:
         self.is_open = False
 
 
-class Scripted:
+class ScriptedEngine:
     """Replies with the ids it was given; then it ends, or fails, or (with nothing to say) is overloaded.
 
     `cached` tokens of each prompt were in memory.
@@ -56,7 +64,7 @@ class Scripted:
         self.cached = cached
         self.fails = fails
         self.failure = failure or EngineFailed("out of memory")
-        self.asked: list[Request] = []
+        self.asked: list[EngineRequest] = []
         self.open = self.most = 0
         self.closed = False
 
@@ -66,10 +74,10 @@ class Scripted:
 
     vocabulary = 1_000_000
 
-    def adapter(self, folder: Path) -> str:
+    def load_adapter(self, folder: Path) -> str:
         return folder.name
 
-    def generate(self, requests: list[Request]) -> list[TokenStream]:
+    def generate(self, requests: list[EngineRequest]) -> list[TokenStream]:
         if not self.ids:
             raise Overloaded
         self.asked += requests
@@ -77,13 +85,13 @@ class Scripted:
             raise Overloaded
         self.open += len(requests)
         self.most = max(self.most, self.open)
-        return [Spoken(self, self.scores(request) if self.prompt_scores else ()) for request in requests]
+        return [ScriptedReply(self, self.scores(request) if self.prompt_scores else ()) for request in requests]
 
-    def scores(self, request: Request) -> tuple[Score, ...]:
-        return tuple(Score(id, -1.0 if place else None) for place, id in enumerate(request.prompt))
+    def scores(self, request: EngineRequest) -> tuple[TokenScore, ...]:
+        return tuple(TokenScore(id, -1.0 if place else None) for place, id in enumerate(request.prompt))
 
-    def stats(self) -> Stats:
-        return Stats(self.open, 0, len(self.asked), 0)
+    def stats(self) -> EngineStats:
+        return EngineStats(self.open, 0, len(self.asked), 0)
 
     def check(self) -> None:
         if self.fails:

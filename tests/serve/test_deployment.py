@@ -26,8 +26,8 @@ from apprentice.models.loading import load_model
 from apprentice.recipe import Serving
 from apprentice.run.contract import read_contract
 from apprentice.serve import deployment
-from apprentice.serve.api.keys import new_key
-from apprentice.serve.api.metrics import exported_names
+from apprentice.serve.api.limits.api_keys import new_key
+from apprentice.serve.api.request_metrics import exported_names
 from apprentice.serve.deployment import AppArguments, Endpoint, application, check, start
 from apprentice.tasks.registry import library
 from tests.conftest import ROOT

@@ -30,9 +30,9 @@ def answered(recipe: Any) -> dict[str, Any]:
     from apprentice.data.window import WindowRenderer
     from apprentice.models.loading import load_model
     from apprentice.run.folder import open_run
-    from apprentice.serve.api.routes import build_app
+    from apprentice.serve.api.application import build_app
     from apprentice.serve.engines.transformers import TransformersEngine
-    from apprentice.serve.generation.served_models import Catalogue, Model
+    from apprentice.serve.generation.served_models import Catalogue, ServedModel
     from apprentice.train.checkpoint import format as checkpoints
     from apprentice.train.checkpoint.model_export import export_model
 
@@ -47,7 +47,7 @@ def answered(recipe: Any) -> dict[str, Any]:
 
     async def ask() -> dict[str, Any]:
         engine = TransformersEngine(folder, dtype="float32", max_running=2, max_queued=2, context=256, threads=1)
-        app = build_app(Catalogue([Model(recipe.name, engine, layout_beside(folder))]))
+        app = build_app(Catalogue([ServedModel(recipe.name, engine, layout_beside(folder))]))
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as http:
             asked = {"instruction": "Name a colour.", "input": "", "max_tokens": 4, "ignore_eos": True}
             reply = await http.post("/v1/instruct", json=asked)

@@ -76,7 +76,7 @@ def key(
     json: Json = False,
 ) -> None:
     """Make a new API key, shown once, and its entry for the keys file."""
-    from apprentice.serve.api.keys import KEYS_FILE, new_key
+    from apprentice.serve.api.limits.api_keys import KEYS_FILE, new_key
 
     made, entry = new_key(name)
     where = f"Keep it now: only its hash is stored. Add this under `keys:` in the file that {KEYS_FILE} names:"

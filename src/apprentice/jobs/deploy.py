@@ -118,7 +118,7 @@ def serve_config(model: str, recipe: Recipe) -> dict[str, Any]:
     that is reachable from outside without keys (every node would answer anybody), and `RunError` for a run in `serving.beside`
     without a trained model.
     """
-    from apprentice.serve.api.keys import check_guarded
+    from apprentice.serve.api.limits.api_keys import check_guarded
 
     serving = recipe.serving
     keys_file = check_guarded(serving.host)

@@ -24,7 +24,7 @@ from apprentice.tasks.registry import Find, find_tasks
 from apprentice.tasks.schema import Task
 
 if TYPE_CHECKING:
-    from apprentice.serve.replica import Offer
+    from apprentice.serve.replica import ModelSpec
 
 
 @contextmanager
@@ -75,7 +75,7 @@ def run_endpoint(
     spoken = run.recipe() if run is not None else load_recipe(find_recipe(recipe)) if recipe is not None else None
     tasks = find_own_tasks(spoken, progress, run.tasks().find if run is not None else find_tasks) if spoken is not None else []
     name = run.name if run is not None else folder.name
-    others = [_offer(other, storage, words or read_contract(folder), trust=trust) for other in settings.beside]
+    others = [_model_spec(other, storage, words or read_contract(folder), trust=trust) for other in settings.beside]
     deployment.check(folder, settings, words, insecure=insecure, beside=others, trust=trust)
     with ray_session(niceness=0):  # Ray's default, 15, starves the endpoint beside any other work on the machine
         progress("serve", {"message": f"loading {folder}"})
@@ -88,24 +88,24 @@ def run_endpoint(
             running.stop()
 
 
-def _offer(target: str, storage: str, words: PromptContract | None, *, trust: bool) -> Offer:
+def _model_spec(target: str, storage: str, words: PromptContract | None, *, trust: bool) -> ModelSpec:
     """A further model to serve; `words` is the prompt contract that a bare one takes."""
-    from apprentice.serve.replica import Offer
+    from apprentice.serve.replica import ModelSpec
 
     run = find_run(target, storage)
     if run is not None and not run.is_trained:
         raise RunError(f"run {run.name!r}, which serving.beside names, has no trained model yet; train it first.")
     folder = local_folder(str(run.model) if run is not None else target, trust=trust)
-    return Offer(run.name if run is not None else Path(target).name, folder, words, trust)
+    return ModelSpec(run.name if run is not None else Path(target).name, folder, words, trust)
 
 
 def _of_an_adapter(folder: Path, settings: Serving) -> PromptContract | None:
     """Prompt contract for a bare base without one: that of the first of its adapters that has one."""
     if settings.adapters is None or read_contract(folder) is not None:
         return None
-    from apprentice.serve.generation.adapters import adapters_in
+    from apprentice.serve.generation.adapters import list_adapters
 
-    contracts = (read_contract(place.folder) for place in adapters_in(Folder.at(settings.adapters)).values())
+    contracts = (read_contract(place.folder) for place in list_adapters(Folder.at(settings.adapters)).values())
     return next((found for found in contracts if found is not None), None)
 
 

@@ -30,20 +30,20 @@ from apprentice.pretrained.hub import local_folder
 from apprentice.pretrained.trust import check_model_folder
 from apprentice.recipe import Replicas, Serving
 from apprentice.run.contract import PromptContract, read_contract
-from apprentice.serve.api.keys import Keys, check_guarded, keys_file_of
-from apprentice.serve.api.rate_limit import LimiterOfAll
+from apprentice.serve.api.limits.api_keys import ApiKeys, check_guarded, keys_file_of_environment
+from apprentice.serve.api.limits.shared_rate_limits import RateLimiterDeployment
+from apprentice.serve.compat import serve_is_running, shut_down_serve
 from apprentice.serve.engines.factory import check_engine
-from apprentice.serve.generation.adapters import adapters_in
-from apprentice.serve.replica import Offer, Replica, at_once
+from apprentice.serve.generation.adapters import list_adapters
+from apprentice.serve.replica import ModelSpec, Replica, concurrent_requests
 from apprentice.storage import Folder
 from apprentice.tasks.registry import find_tasks
 from apprentice.tasks.schema import Task
 
 APP_NAME = "apprentice"
-_ROOM_BESIDE = 10_000  # requests besides those that run or wait: health, /stats, the pages, and those that are refused
+_OTHER_REQUESTS = 10_000  # requests besides those that run or wait: health, /stats, the pages, and those that are refused
 _RESOURCES_TIMEOUT_S = 30.0
 _LOGGING = LoggingConfig(log_level="WARNING", enable_access_log=False)
-_CONTROLLER = "SERVE_CONTROLLER_ACTOR"
 
 
 @dataclass(frozen=True)
@@ -52,14 +52,14 @@ class Endpoint:
 
     url: str
     model_name: str
-    _stopped: list[bool] = field(default_factory=list, repr=False)
+    _stops: list[bool] = field(default_factory=list, repr=False)
 
     def stop(self) -> None:
         """Stops replicas and proxy and frees the port. A second call does nothing."""
-        if not self._stopped:
-            self._stopped.append(True)
+        if not self._stops:
+            self._stops.append(True)
             with _quiet():
-                _shut_down()
+                shut_down_serve()
 
     def __enter__(self) -> Endpoint:
         return self
@@ -74,7 +74,7 @@ def check(
     contract: PromptContract | None = None,
     *,
     insecure: bool = False,
-    beside: Sequence[Offer] = (),
+    beside: Sequence[ModelSpec] = (),
     trust: bool = False,
 ) -> None:
     """Checks everything that can be known before anything starts. Needs no Ray.
@@ -83,22 +83,22 @@ def check(
     is not, or a reward model), `ServingError` (host, keys, port, names, engine) or `StorageError` (adapters that cannot be listed).
     """
     check_guarded(serving.host, insecure=insecure)
-    _check_models([Offer("", folder, contract, trust), *beside], serving)
+    _check_models([ModelSpec("", folder, contract, trust), *beside], serving)
     if serving.port:
-        _bind(serving.host, serving.port)
+        _free_port(serving.host, serving.port)
 
 
-def _check_models(models: Sequence[Offer], serving: Serving) -> None:
-    names = [offer.name for offer in models]
+def _check_models(models: Sequence[ModelSpec], serving: Serving) -> None:
+    names = [model.name for model in models]
     if doubles := sorted({name for name in names if names.count(name) > 1}):
         raise ServingError(f"serving.beside: two models are called {doubles[0]!r}; requests could not tell them apart.")
-    for offer in models:
-        check_model_folder(offer.folder, trust=offer.trust)
-        check_generates_text(offer.folder)
-        check_engine(serving.engine, offer.folder)
-        layout_beside(offer.folder, offer.contract)
+    for model in models:
+        check_model_folder(model.folder, trust=model.trust)
+        check_generates_text(model.folder)
+        check_engine(serving.engine, model.folder)
+        layout_beside(model.folder, model.contract)
     if serving.adapters is not None:
-        adapters_in(Folder.at(serving.adapters))
+        list_adapters(Folder.at(serving.adapters))
 
 
 def start(
@@ -112,7 +112,7 @@ def start(
     timeout_s: float = 600.0,
     insecure: bool = False,
     tasks: Sequence[Task] = (),
-    beside: Sequence[Offer] = (),
+    beside: Sequence[ModelSpec] = (),
     trust: bool = False,
 ) -> Endpoint:
     """Serves the model in `folder` on the Ray that the caller is connected to, and returns once the endpoint answers.
@@ -127,16 +127,16 @@ def start(
     `ServingError` where it serves something already, or the endpoint does not answer within `timeout_s` seconds. Nothing is left
     running after an error.
     """
-    models = [Offer(model_name, folder, contract, trust), *beside]
+    models = [ModelSpec(model_name, folder, contract, trust), *beside]
     check(folder, serving, contract, insecure=insecure, beside=beside, trust=trust)
     _check_models(models, serving)
-    if _serve_is_running():
+    if serve_is_running():
         raise ServingError("this Ray cluster serves something already; stop that endpoint first, or use another cluster.")
-    port = serving.port or _bind(serving.host, 0)
+    port = serving.port or _free_port(serving.host, 0)
     serving = serving.model_copy(update={"threads": serving.threads or cpus or _threads_of_environment()})
     resources = _replica_resources(serving, cpus)
     _wait_for_resources(resources, serving.replicas.min, min(timeout_s, _RESOURCES_TIMEOUT_S))
-    endpoint = Endpoint(f"http://{_in_url(serving.host)}:{port}", model_name)
+    endpoint = Endpoint(f"http://{_host_in_url(serving.host)}:{port}", model_name)
     try:
         with _quiet():
             serve.start(proxy_location="HeadOnly", http_options=HTTPOptions(host=serving.host, port=port), logging_config=_LOGGING)
@@ -186,32 +186,32 @@ def application(args: dict[str, Any]) -> serve.Application:
     `TaskError` for a task file.
     """
     try:
-        wanted = AppArguments.model_validate(args)
+        arguments = AppArguments.model_validate(args)
     except ValidationError as error:
         first = error.errors()[0]
         raise ServingError(f"args of the Serve application: {'.'.join(map(str, first['loc']))}: {first['msg']}.") from error
-    contract = read_contract(Path(wanted.contract).expanduser().absolute()) if wanted.contract else None
-    models = [_offer(wanted.model, wanted.name, contract)]
-    models += [_offer(place, "", contract or read_contract(models[0].folder)) for place in wanted.beside]
-    serving = Serving.model_validate(wanted.model_dump(include=set(Serving.model_fields)))
+    contract = read_contract(Path(arguments.contract).expanduser().absolute()) if arguments.contract else None
+    models = [_model_spec(arguments.model, arguments.name, contract)]
+    models += [_model_spec(place, "", contract or read_contract(models[0].folder)) for place in arguments.beside]
+    serving = Serving.model_validate(arguments.model_dump(include=set(Serving.model_fields)))
     _check_models(models, serving)
-    resources = {"num_cpus": wanted.cpus, "num_gpus": wanted.gpus}
-    keys_file = Path(wanted.keys_file).expanduser().absolute() if wanted.keys_file else None
+    resources = {"num_cpus": arguments.cpus, "num_gpus": arguments.gpus}
+    keys_file = Path(arguments.keys_file).expanduser().absolute() if arguments.keys_file else None
     if keys_file is not None:
-        Keys(keys_file)  # checks the file; replicas check the host: only they know which one Serve listens on
-    tasks = [task for file in wanted.tasks for task in find_tasks(file, Path.cwd())]
-    return _application(models, serving, wanted.dtype, resources, tasks, keys_file, insecure=wanted.insecure)
+        ApiKeys(keys_file)  # checks the file; replicas check the host: only they know which one Serve listens on
+    tasks = [task for file in arguments.tasks for task in find_tasks(file, Path.cwd())]
+    return _application(models, serving, arguments.dtype, resources, tasks, keys_file, insecure=arguments.insecure)
 
 
-def _offer(place: str, name: str, contract: PromptContract | None) -> Offer:
+def _model_spec(place: str, name: str, contract: PromptContract | None) -> ModelSpec:
     folder = local_folder(place)
     layout_beside(folder, contract)
-    own = read_contract(folder)
-    return Offer(name or (own.run if own else "") or Path(place).name, folder, contract)
+    contract_of_folder = read_contract(folder)
+    return ModelSpec(name or (contract_of_folder.run if contract_of_folder else "") or Path(place).name, folder, contract)
 
 
 def _application(
-    models: Sequence[Offer],
+    models: Sequence[ModelSpec],
     serving: Serving,
     dtype: str,
     resources: dict[str, float],
@@ -225,21 +225,21 @@ def _application(
     if most > least:
         # Less than a replica decodes at once, so that another one starts before requests wait long.
         on_gpu = resources.get("num_gpus", 0) > 0
-        ongoing = max(1, at_once(models[0].folder, serving, dtype, on_gpu=on_gpu, engines=len(models)) * 3 // 4)
+        ongoing = max(1, concurrent_requests(models[0].folder, serving, dtype, on_gpu=on_gpu, engines=len(models)) * 3 // 4)
         target = {"min_replicas": least, "max_replicas": most, "target_ongoing_requests": ongoing}
         scaling = {"autoscaling_config": target}
     deployment = serve.deployment(
         name="apprentice",
         ray_actor_options=resources,
         # The replica itself answers requests beyond its queue, with 429, so Serve must let them in.
-        max_ongoing_requests=serving.max_running + serving.max_queued_requests + _ROOM_BESIDE,
+        max_ongoing_requests=serving.max_running + serving.max_queued_requests + _OTHER_REQUESTS,
         max_constructor_retry_count=1,
         graceful_shutdown_timeout_s=serving.drain_timeout_s,
         **scaling,
     )(Replica)
-    keys_file = keys_file or keys_file_of()
+    keys_file = keys_file or keys_file_of_environment()
     shared = keys_file is not None and most > 1
-    limits = serve.deployment(name="limits", ray_actor_options={"num_cpus": 0})(LimiterOfAll).bind() if shared else None
+    limits = serve.deployment(name="limits", ray_actor_options={"num_cpus": 0})(RateLimiterDeployment).bind() if shared else None
     threads = serving.threads or max(1, int(resources["num_cpus"]))
     return deployment.bind(models, serving, dtype, threads, keys_file, limits, tasks, insecure)
 
@@ -254,8 +254,8 @@ def _replica_resources(serving: Serving, cpus: int | None) -> dict[str, float]:
 
 def _threads_of_environment() -> int | None:
     """The user's OMP_NUM_THREADS, or None; read here because Ray sets another one in its workers."""
-    told = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
-    return int(told) if told.isdecimal() and int(told) > 0 else None
+    threads = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
+    return int(threads) if threads.isdecimal() and int(threads) > 0 else None
 
 
 def _wait_for_resources(resources: dict[str, float], replicas: int, timeout_s: float) -> None:
@@ -289,33 +289,15 @@ def _reason(state: Any) -> str:
     """The last error, or else the last line, in what Serve reports about an application."""
     messages: list[str] = [deployment.message for deployment in state.deployments.values()] + [state.message]
     lines = [line.strip() for message in messages for line in message.splitlines() if line.strip()]
-    raised = [line for line in lines if "Error: " in line]
-    return (raised or lines or ["no reason was given"])[-1].rstrip(".") + "."
+    errors = [line for line in lines if "Error: " in line]
+    return (errors or lines or ["no reason was given"])[-1].rstrip(".") + "."
 
 
-def _serve_is_running() -> bool:
-    with contextlib.suppress(ValueError):
-        ray.get_actor(_CONTROLLER, namespace="serve")
-        return True
-    return False
-
-
-def _shut_down(timeout_s: float = 60.0) -> None:
-    """Ends Serve. `serve.shutdown()` alone waits in the controller until that is killed, which Ray reports as a failure."""
-    with contextlib.suppress(ValueError, ray.exceptions.RayActorError):
-        controller = ray.get_actor(_CONTROLLER, namespace="serve")
-        ray.get(controller.graceful_shutdown.remote(wait=False), timeout=timeout_s)
-    deadline = time.monotonic() + timeout_s
-    while _serve_is_running() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    serve.shutdown()  # forgets the dead controller; kills one that still runs
-
-
-def _in_url(host: str) -> str:
+def _host_in_url(host: str) -> str:
     return f"[{host}]" if ":" in host else host
 
 
-def _bind(host: str, port: int) -> int:
+def _free_port(host: str, port: int) -> int:
     """Returns `port` if it is free on `host`, or a free port for 0. Raises `ServingError`."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:

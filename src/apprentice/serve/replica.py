@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import ray
 from ray import serve
 
 from apprentice.data.encoding.prompt_contract import layout_beside
@@ -19,19 +18,20 @@ from apprentice.pretrained.hub import local_folder
 from apprentice.ray_cluster.process_priority import limit_thread_spinning, raise_priority
 from apprentice.recipe import Serving
 from apprentice.run.contract import PromptContract, read_contract, weights_sha256
-from apprentice.serve.api.keys import Keys, check_guarded
-from apprentice.serve.api.rate_limit import OwnLimits, SharedLimits
-from apprentice.serve.api.routes import build_app
+from apprentice.serve.api.application import build_app
+from apprentice.serve.api.limits.api_keys import ApiKeys, check_guarded
+from apprentice.serve.api.limits.rate_limiter import LocalRateLimits
+from apprentice.serve.api.limits.shared_rate_limits import SharedRateLimits
+from apprentice.serve.compat import listen_on_loopback, proxies_host
 from apprentice.serve.engines.factory import start_engine
-from apprentice.serve.generation.adapters import Adapters
-from apprentice.serve.generation.served_models import Catalogue, Model
-from apprentice.serve.loopback import listen_on_loopback
+from apprentice.serve.generation.adapters import AdapterCache
+from apprentice.serve.generation.served_models import Catalogue, ServedModel
 from apprentice.storage import Folder
 from apprentice.tasks.registry import library, load_task
 from apprentice.tasks.schema import Task
 
 
-class Offer(NamedTuple):
+class ModelSpec(NamedTuple):
     """A model to serve as `name`; `contract` is used for a folder without a prompt contract of its own.
 
     `trust` allows the folder to bring pickled weights or code.
@@ -45,7 +45,7 @@ class Offer(NamedTuple):
 
 @serve.ingress()
 class Replica:
-    """Ray Serve's deployment class: loads the models `offers` and answers requests for them.
+    """Ray Serve's deployment class: loads `models` and answers requests for them.
 
     The first model takes the adapters of `serving.adapters`. `threads` CPU threads are shared by all engines. `limits` is a handle
     of the rate limiter that all replicas share (None: this replica counts itself).
@@ -53,7 +53,7 @@ class Replica:
 
     def __init__(
         self,
-        offers: Sequence[Offer],
+        models: Sequence[ModelSpec],
         serving: Serving,
         dtype: str,
         threads: int,
@@ -65,24 +65,29 @@ class Replica:
         _log_requests()
         raise_priority()
         listen_on_loopback()
-        check_guarded(_proxies_host(), insecure=insecure, file=keys_file)
+        check_guarded(proxies_host(), insecure=insecure, file=keys_file)
         self._serving = serving
         self._tasks = {task.name: task for task in (*map(load_task, library().values()), *tasks)}  # own ones replace the library's
-        self._keys = Keys(keys_file) if keys_file is not None else None
-        self._limits = SharedLimits(limits) if limits is not None else OwnLimits()
+        self._keys = ApiKeys(keys_file) if keys_file is not None else None
+        self._limits = SharedRateLimits(limits) if limits is not None else LocalRateLimits()
         # A folder in another node's model cache is fetched into this node's.
         folders = [
-            offer.folder if offer.folder.is_dir() and not offer.trust else local_folder(str(offer.folder), trust=offer.trust)
-            for offer in offers
+            model.folder if model.folder.is_dir() and not model.trust else local_folder(str(model.folder), trust=model.trust)
+            for model in models
         ]
-        models = start_models(offers, folders, serving, dtype, threads)
-        more = None
+        served = start_models(models, folders, serving, dtype, threads)
+        adapters = None
         if serving.adapters is not None:
-            shelf, base = Folder.at(serving.adapters), models[0]
-            own = read_contract(folders[0])  # its hash was compared with the weights just now
-            hash = own.weights_sha256 if own is not None else weights_sha256(folders[0])
-            more = Adapters(shelf, base, hash, most=serving.max_adapters, most_waiting=serving.max_queued_requests)
-        self._catalogue = Catalogue(models, more)
+            contract = read_contract(folders[0])  # its hash was compared with the weights just now
+            base_sha256 = contract.weights_sha256 if contract is not None else weights_sha256(folders[0])
+            adapters = AdapterCache(
+                Folder.at(serving.adapters),
+                served[0],
+                base_sha256,
+                most=serving.max_adapters,
+                most_waiting=serving.max_queued_requests,
+            )
+        self._catalogue = Catalogue(served, adapters)
 
     def __serve_build_asgi_app__(self) -> Any:
         return build_app(
@@ -101,27 +106,29 @@ class Replica:
             engine.check()
 
 
-def start_models(offers: Sequence[Offer], folders: Sequence[Path], serving: Serving, dtype: str, threads: int) -> list[Model]:
-    """Starts an engine for each offer and returns the models; engines share threads and KV memory in equal parts."""
+def start_models(
+    specs: Sequence[ModelSpec], folders: Sequence[Path], serving: Serving, dtype: str, threads: int
+) -> list[ServedModel]:
+    """Starts an engine for each model and returns the models; engines share threads and KV memory in equal parts."""
     limit_thread_spinning(threads)
-    models: list[Model] = []
-    for offer, folder in zip(offers, folders, strict=True):
-        layout = layout_beside(folder, offer.contract)
+    models: list[ServedModel] = []
+    for spec, folder in zip(specs, folders, strict=True):
+        layout = layout_beside(folder, spec.contract)
         engine = start_engine(
             folder,
             serving,
             dtype=dtype,
             threads=threads,
-            trust=offer.trust,
+            trust=spec.trust,
             with_adapters=serving.adapters is not None and not models,
-            engines=len(offers),
+            engines=len(specs),
         )
-        contract = read_contract(folder) or (offer.contract and offer.contract.for_other_weights())
-        models.append(Model(offer.name, engine, layout, contract))
+        contract = read_contract(folder) or (spec.contract and spec.contract.for_other_weights())
+        models.append(ServedModel(spec.name, engine, layout, contract))
     return models
 
 
-def at_once(folder: Path, serving: Serving, dtype: str, *, on_gpu: bool, engines: int = 1) -> int:
+def concurrent_requests(folder: Path, serving: Serving, dtype: str, *, on_gpu: bool, engines: int = 1) -> int:
     """Number of requests, each half a context long, that one of a replica's `engines` decodes together.
 
     `max_running`, or fewer where the engine's part of the KV memory does not hold that many.
@@ -129,16 +136,10 @@ def at_once(folder: Path, serving: Serving, dtype: str, *, on_gpu: bool, engines
     numbers = kv_values_per_token(model_config(folder))
     if serving.kv_bytes is None or numbers is None:
         return serving.max_running
-    limit = serving.kv_bytes // engines
-    halved = dtype != "float32" and (on_gpu or serving.engine == "vllm")  # our own engine's KV cache is float32 on CPUs
-    of_one = numbers * (2 if halved else 4)
-    return max(1, min(serving.max_running, 2 * limit // (of_one * serving.context)))
-
-
-def _proxies_host() -> str:
-    """Address that Serve's HTTP proxies listen on in this cluster, whoever started them."""
-    controller: Any = ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")
-    return str(ray.get(controller.get_http_config.remote()).host or "localhost")  # None: no proxy listens
+    kv_bytes = serving.kv_bytes // engines
+    is_halved = dtype != "float32" and (on_gpu or serving.engine == "vllm")  # our own engine's KV cache is float32 on CPUs
+    bytes_per_token = numbers * (2 if is_halved else 4)
+    return max(1, min(serving.max_running, 2 * kv_bytes // (bytes_per_token * serving.context)))
 
 
 def _log_requests() -> None:

@@ -11,10 +11,10 @@ from hypothesis import HealthCheck, given, settings
 from schemathesis import GenerationMode
 
 from apprentice.data.encoding.prompt_contract import layout_beside
-from apprentice.serve.api.routes import build_app
-from apprentice.serve.generation.served_models import Catalogue, Model
+from apprentice.serve.api.application import build_app
+from apprentice.serve.generation.served_models import Catalogue, ServedModel
 from apprentice.tasks.registry import library, load_task
-from tests.serve.scripted import Scripted
+from tests.serve.scripted import ScriptedEngine
 
 pytestmark = pytest.mark.slow
 EXAMPLES = 15  # of each kind for each route
@@ -22,10 +22,10 @@ EXAMPLES = 15  # of each kind for each route
 
 def test_nothing_made_up_is_a_fault_of_ours(chat_model: Path) -> None:
     layout = layout_beside(chat_model)
-    engine = Scripted([*layout.tokenizer.encode("Good day."), layout.stop_ids[0]])
+    engine = ScriptedEngine([*layout.tokenizer.encode("Good day."), layout.stop_ids[0]])
     tasks = [load_task(library()[name]) for name in ("ag_news", "multi30k_en_de")]
     # Not ready is what /ready is for, and it says so with status 503.
-    app = build_app(Catalogue([Model("tiny", engine, layout)]), tasks=tasks)
+    app = build_app(Catalogue([ServedModel("tiny", engine, layout)]), tasks=tasks)
     schema = schemathesis.openapi.from_asgi("/openapi.json", app).exclude(path="/ready")
     answered: dict[str, list[int]] = {}
 

@@ -16,11 +16,11 @@ import pytest
 
 from apprentice.data.encoding.prompt_contract import layout_beside
 from apprentice.data.encoding.prompt_format import Layout
-from apprentice.serve.api.routes import build_app
+from apprentice.serve.api.application import build_app
 from apprentice.serve.engines.base import EngineFailed
-from apprentice.serve.generation.served_models import Catalogue, Model
+from apprentice.serve.generation.served_models import Catalogue, ServedModel
 from apprentice.tasks.registry import library, load_task
-from tests.serve.scripted import Scripted
+from tests.serve.scripted import ScriptedEngine
 
 pytestmark = pytest.mark.asyncio
 GOLDEN = Path(__file__).with_name("reply_bytes.json")
@@ -64,9 +64,9 @@ REQUESTS: list[tuple[str, str, Any]] = [
 ]
 
 
-async def reply(engine: Scripted, layout: Layout, method: str, path: str, body: Any) -> dict[str, Any]:
+async def reply(engine: ScriptedEngine, layout: Layout, method: str, path: str, body: Any) -> dict[str, Any]:
     tasks = [load_task(library()[name]) for name in ("ag_news", "multi30k_en_de")]
-    app = build_app(Catalogue([Model("tiny", engine, layout)]), tasks=tasks)
+    app = build_app(Catalogue([ServedModel("tiny", engine, layout)]), tasks=tasks)
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
         response = await http.request(method, path, json=body, headers={"X-Request-Id": "one"})
@@ -79,13 +79,13 @@ async def replies(layout: Layout, requests: list[tuple[str, str, Any]]) -> dict[
     ids = [*layout.tokenizer.encode(TEXT), layout.stop_ids[0]]
     found: dict[str, dict[str, Any]] = {}
     for method, path, body in requests:
-        engine = Scripted(ids, prompt_scores=True, cached=1)
+        engine = ScriptedEngine(ids, prompt_scores=True, cached=1)
         engine.context = 1000
         found[f"{method} {path} {json.dumps(body)}"] = await reply(engine, layout, method, path, body)
     for name, engine in (
-        ("failed", Scripted(ids, fails=True, failure=EngineFailed("out of memory"))),
-        ("faulty", Scripted(ids, fails=True, failure=ValueError("a fault"))),
-        ("overloaded", Scripted([])),
+        ("failed", ScriptedEngine(ids, fails=True, failure=EngineFailed("out of memory"))),
+        ("faulty", ScriptedEngine(ids, fails=True, failure=ValueError("a fault"))),
+        ("overloaded", ScriptedEngine([])),
     ):
         for more in ({}, USAGE):
             asked = {"prompt": "a"} | more

@@ -13,7 +13,7 @@ from apprentice.pretrained.architecture import kv_values_per_token, model_config
 from apprentice.recipe import Serving
 from apprentice.serve.deployment import check
 from apprentice.serve.engines import transformers as transformers_engine
-from apprentice.serve.replica import Offer, at_once, start_models
+from apprentice.serve.replica import ModelSpec, concurrent_requests, start_models
 
 WITH_VLLM = Serving(port=0, engine="vllm")
 
@@ -45,12 +45,12 @@ def test_a_replica_decodes_as_many_as_its_memory_holds_in_the_type_that_it_keeps
     assert numbers is not None
     context, replies = 256, 12  # of half a context, in float32
     memory = {"kv_memory_gb": numbers * 4 * context * replies / 2 / 1e9, "context": context, "max_running": 64}
-    assert at_once(chat_model, Serving(**memory), "auto", on_gpu=False) == replies
-    assert at_once(chat_model, Serving(**memory), "auto", on_gpu=True) == 2 * replies
-    assert at_once(chat_model, Serving(**memory), "float32", on_gpu=True) == replies
-    assert at_once(chat_model, Serving(**memory, engine="vllm"), "auto", on_gpu=False) == 2 * replies
-    assert at_once(chat_model, Serving(max_running=64), "auto", on_gpu=False) == 64
-    assert at_once(chat_model, Serving(**memory), "auto", on_gpu=False, engines=2) == replies // 2
+    assert concurrent_requests(chat_model, Serving(**memory), "auto", on_gpu=False) == replies
+    assert concurrent_requests(chat_model, Serving(**memory), "auto", on_gpu=True) == 2 * replies
+    assert concurrent_requests(chat_model, Serving(**memory), "float32", on_gpu=True) == replies
+    assert concurrent_requests(chat_model, Serving(**memory, engine="vllm"), "auto", on_gpu=False) == 2 * replies
+    assert concurrent_requests(chat_model, Serving(max_running=64), "auto", on_gpu=False) == 64
+    assert concurrent_requests(chat_model, Serving(**memory), "auto", on_gpu=False, engines=2) == replies // 2
 
 
 def test_engines_side_by_side_share_threads_and_memory(
@@ -63,7 +63,7 @@ def test_engines_side_by_side_share_threads_and_memory(
     monkeypatch.setattr(transformers_engine.torch, "set_num_threads", threads.append)
     room = 1000  # tokens in float32
     serving = Serving(kv_memory_gb=room * numbers * 4 / 1e9, context=100, max_running=64)
-    offers = [Offer("one", chat_model), Offer("other", plain_model)]
+    offers = [ModelSpec("one", chat_model), ModelSpec("other", plain_model)]
     models = start_models(offers, [offer.folder for offer in offers], serving, "float32", 4)
     try:
         assert threads == [2, 2]

@@ -16,11 +16,11 @@ from apprentice.data.encoding.prompt_contract import layout_beside
 from apprentice.inference.choices.seq2seq_scoring import seq2seq_logprobs
 from apprentice.models.loading import load_model
 from apprentice.run.contract import read_contract
-from apprentice.serve.api.routes import build_app
+from apprentice.serve.api.application import build_app
 from apprentice.serve.engines.transformers import TransformersEngine
-from apprentice.serve.generation.served_models import Catalogue, Model
+from apprentice.serve.generation.served_models import Catalogue, ServedModel
 from apprentice.tasks.registry import library, load_task
-from tests.serve.api.test_routes import events
+from tests.serve.api.routes.test_routes import events
 
 pytestmark = pytest.mark.asyncio
 
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.asyncio
 @pytest_asyncio.fixture
 async def http(t5_model: Path) -> AsyncIterator[httpx.AsyncClient]:
     engine = TransformersEngine(t5_model, dtype="float32", max_running=8, max_queued=16, context=512, threads=1)
-    app = build_app(Catalogue([Model("t5", engine, layout_beside(t5_model))]), tasks=[load_task(library()["ag_news"])])
+    app = build_app(Catalogue([ServedModel("t5", engine, layout_beside(t5_model))]), tasks=[load_task(library()["ag_news"])])
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test", timeout=60) as client:
         yield client
     engine.close()
@@ -71,7 +71,7 @@ async def test_the_endpoint_ranks_as_the_contract_says(t5_model: Path, rank_by: 
     layout, contract = layout_beside(t5_model), read_contract(t5_model)
     assert contract is not None
     engine = TransformersEngine(t5_model, dtype="float32", max_running=8, max_queued=16, context=512, threads=1)
-    served = Model("t5", engine, layout, contract.model_copy(update={"rank_by": rank_by}))
+    served = ServedModel("t5", engine, layout, contract.model_copy(update={"rank_by": rank_by}))
     task = load_task(library()["ag_news"])
     app = build_app(Catalogue([served]), tasks=[task])
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test", timeout=60) as client:

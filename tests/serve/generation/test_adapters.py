@@ -21,13 +21,13 @@ from apprentice.inference.decoding import generate
 from apprentice.models.loading import load_model
 from apprentice.recipe import Recipe, Serving
 from apprentice.run.contract import read_contract, weights_sha256
-from apprentice.serve.api.keys import Keys, new_key
-from apprentice.serve.api.routes import build_app
-from apprentice.serve.api.schemas import RequestProblem
+from apprentice.serve.api.application import build_app
+from apprentice.serve.api.limits.api_keys import ApiKeys, new_key
+from apprentice.serve.api.schemas.problems import RequestProblem
 from apprentice.serve.engines.transformers import TransformersEngine
 from apprentice.serve.generation import adapters as module
-from apprentice.serve.generation.adapters import Adapters, adapters_in
-from apprentice.serve.generation.served_models import Catalogue, Model
+from apprentice.serve.generation.adapters import AdapterCache, list_adapters
+from apprentice.serve.generation.served_models import Catalogue, ServedModel
 from apprentice.storage import Folder
 from tests.models.adapters import merged, random_lora
 from tests.serve.conftest import Counted
@@ -72,8 +72,8 @@ async def engine(chat_model: Path) -> AsyncIterator[TransformersEngine]:
 
 
 def served(engine: TransformersEngine, model: Path, folder: str | Path, most: int = 2, waiting: int = 8) -> Catalogue:
-    base = Model("base", engine, layout_beside(model), read_contract(model))
-    return Catalogue([base], Adapters(Folder.at(folder), base, weights_sha256(model), most=most, most_waiting=waiting))
+    base = ServedModel("base", engine, layout_beside(model), read_contract(model))
+    return Catalogue([base], AdapterCache(Folder.at(folder), base, weights_sha256(model), most=most, most_waiting=waiting))
 
 
 def client(catalogue: Catalogue, **more: Any) -> httpx.AsyncClient:
@@ -270,7 +270,7 @@ async def test_keys_hold_for_adapters(engine: TransformersEngine, chat_model: Pa
     key, entry = new_key("anna")
     file = tmp_path / "keys.yaml"
     file.write_text(yaml.safe_dump({"keys": [yaml.safe_load(entry)[0] | {"models": ["a"]}]}))
-    async with client(served(engine, chat_model, folder), keys=Keys(file)) as http:
+    async with client(served(engine, chat_model, folder), keys=ApiKeys(file)) as http:
         http.headers["Authorization"] = f"Bearer {key}"
         assert [model["id"] for model in (await http.get("/v1/models")).json()["data"]] == ["a"]
         assert len(await ids(http, "a")) == 8
@@ -283,7 +283,7 @@ async def test_keys_hold_for_adapters(engine: TransformersEngine, chat_model: Pa
 
 async def test_two_models_with_engines_of_their_own(engine: TransformersEngine, chat_model: Path, plain_model: Path) -> None:
     other = TransformersEngine(plain_model, dtype="float32", max_running=2, max_queued=2, context=100, threads=1)
-    models = [Model("tuned", engine, layout_beside(chat_model)), Model("base", other, layout_beside(plain_model))]
+    models = [ServedModel("tuned", engine, layout_beside(chat_model)), ServedModel("base", other, layout_beside(plain_model))]
     async with client(Catalogue(models)) as http:
         assert [model["id"] for model in (await http.get("/v1/models")).json()["data"]] == ["tuned", "base"]
         for name, layout in (("tuned", "chat"), ("base", "plain")):
@@ -301,5 +301,5 @@ async def test_two_models_with_engines_of_their_own(engine: TransformersEngine, 
 
 async def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="cannot be listed"):
-        adapters_in(Folder.at(tmp_path / "none"))
-    assert adapters_in(Folder.at(tmp_path)) == {}
+        list_adapters(Folder.at(tmp_path / "none"))
+    assert list_adapters(Folder.at(tmp_path)) == {}

@@ -8,7 +8,7 @@ from typing import SupportsIndex
 
 import pytest
 
-from apprentice.serve.generation.detokenize import TextStream
+from apprentice.serve.generation.detokenize import IncrementalDetokenizer
 
 
 def of_bytes(ids: Sequence[int]) -> str:
@@ -22,7 +22,7 @@ def words(ids: Sequence[int]) -> str:
 
 
 def pieces(text: bytes, stop: Sequence[str] = ()) -> list[str]:
-    stream = TextStream(of_bytes, stop)
+    stream = IncrementalDetokenizer(of_bytes, stop)
     return [*(stream.add(byte) for byte in text), stream.end()]
 
 
@@ -38,7 +38,7 @@ def test_what_never_becomes_a_character_comes_in_the_end() -> None:
 
 
 def test_words_keep_their_spaces() -> None:
-    stream = TextStream(words)
+    stream = IncrementalDetokenizer(words)
     assert [stream.add(id) for id in (0, 1, 2, 3)] == ["alpha", " beta", "ta", " gamma"]
 
 
@@ -56,7 +56,7 @@ def test_words_keep_their_spaces() -> None:
 def test_stop_strings(text: str, stop: list[str], expected: str) -> None:
     parts = pieces(text.encode(), stop)
     assert "".join(parts) == expected
-    stream = TextStream(of_bytes, stop)
+    stream = IncrementalDetokenizer(of_bytes, stop)
     for byte in text.encode():
         stream.add(byte)
     assert stream.stopped is (expected not in (text,))
@@ -102,6 +102,6 @@ def test_tokens_without_text_are_not_decoded_again_for_ever() -> None:
         most = max(most, len(ids))
         return "".join(chr(id) for id in ids if id)
 
-    stream = TextStream(decode)
+    stream = IncrementalDetokenizer(decode)
     assert "".join(stream.add(id) for id in [97, *[0] * 500, 98]) == "ab"
     assert most < 50

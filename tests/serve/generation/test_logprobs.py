@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from apprentice.pretrained.tokenizer import Tokenizer
-from apprentice.serve.engines.base import Score
-from apprentice.serve.generation.logprobs import of_chat, of_completion
+from apprentice.serve.engines.base import TokenScore
+from apprentice.serve.generation.logprobs import chat_logprobs, completion_logprobs
 
 
 @pytest.fixture(scope="module")
@@ -18,22 +18,26 @@ def tokenizer(tiny_model: Path) -> Tokenizer:
 
 def test_the_token_that_was_said_is_among_the_best(tokenizer: Tokenizer) -> None:
     said, best, other = tokenizer.encode("a")[0], tokenizer.encode("b")[0], tokenizer.encode("c")[0]
-    scores = [Score(said, -5.0, ((best, -0.5), (other, -1.0))), Score(best, -0.5, ((best, -0.5), (other, -1.0))), Score(said, -5.0)]
-    completion = of_completion(scores, tokenizer, [0, 1, 2])
-    assert completion["top_logprobs"] == [{"b": -0.5, "c": -1.0, "a": -5.0}, {"b": -0.5, "c": -1.0}, {"a": -5.0}]
-    first, second, third = of_chat(scores, tokenizer)["content"]
-    assert [(each["token"], each["logprob"]) for each in first["top_logprobs"]] == [("b", -0.5), ("c", -1.0), ("a", -5.0)]
-    assert [each["token"] for each in second["top_logprobs"]] == ["b", "c"]
-    assert third["top_logprobs"] == []  # nobody asked for the best
+    scores = [
+        TokenScore(said, -5.0, ((best, -0.5), (other, -1.0))),
+        TokenScore(best, -0.5, ((best, -0.5), (other, -1.0))),
+        TokenScore(said, -5.0),
+    ]
+    completion = completion_logprobs(scores, tokenizer, [0, 1, 2])
+    assert completion.top_logprobs == [{"b": -0.5, "c": -1.0, "a": -5.0}, {"b": -0.5, "c": -1.0}, {"a": -5.0}]
+    first, second, third = chat_logprobs(scores, tokenizer).content
+    assert [(each.token, each.logprob) for each in first.top_logprobs] == [("b", -0.5), ("c", -1.0), ("a", -5.0)]
+    assert [each.token for each in second.top_logprobs] == ["b", "c"]
+    assert third.top_logprobs == []  # nobody asked for the best
 
 
 def test_parts_of_characters_keep_their_bytes(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode("🚀")
     assert len(ids) == 4
-    scores = [Score(id, -1.0, ((id, -1.0),)) for id in ids]
-    tokens = of_completion(scores, tokenizer, [0] * 4)["tokens"]
+    scores = [TokenScore(id, -1.0, ((id, -1.0),)) for id in ids]
+    tokens = completion_logprobs(scores, tokenizer, [0] * 4).tokens
     assert tokens == ["bytes:\\xf0", "bytes:\\x9f", "bytes:\\x9a", "bytes:\\x80"]
-    content = of_chat(scores, tokenizer)["content"]
-    assert [entry["token"] for entry in content] == ["\\xf0", "\\x9f", "\\x9a", "\\x80"]
-    assert bytes(byte for entry in content for byte in entry["bytes"]).decode() == "🚀"
-    assert bytes(byte for entry in content for byte in entry["top_logprobs"][0]["bytes"]).decode() == "🚀"
+    content = chat_logprobs(scores, tokenizer).content
+    assert [entry.token for entry in content] == ["\\xf0", "\\x9f", "\\x9a", "\\x80"]
+    assert bytes(byte for entry in content for byte in entry.bytes).decode() == "🚀"
+    assert bytes(byte for entry in content for byte in entry.top_logprobs[0].bytes).decode() == "🚀"

@@ -17,18 +17,19 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from apprentice.errors import ServingError
-from apprentice.serve.api.accounts import Limits, Standing, limit_reached
-from apprentice.serve.api.keys import Key, Keys
-from apprentice.serve.api.outcomes import told
-from apprentice.serve.api.schemas import RequestProblem
+from apprentice.serve.api.error_status import CLIENT_CLOSED, problem_of
+from apprentice.serve.api.limits.accounts import RateLimitState, rate_limit_problem
+from apprentice.serve.api.limits.api_keys import ApiKey, ApiKeys
+from apprentice.serve.api.limits.rate_limiter import RateLimits
+from apprentice.serve.api.schemas.problems import RequestProblem
 
 log = logging.getLogger("apprentice.requests")
-OPEN = ("/", "/health", "/ready", "/docs", "/openapi.json")  # paths that need no key, besides the playground's files
-_KEY, _STANDING = "apprentice.key", "apprentice.standing"
+OPEN_PATHS = ("/", "/health", "/ready", "/docs", "/openapi.json")  # paths that need no key, besides the playground's files
+_KEY, _LIMIT_STATE = "apprentice.key", "apprentice.limit_state"
 BODY_TIMEOUT_S = 30.0  # seconds within which a body must have arrived
 
 
-class Gate:
+class AccessMiddleware:
     """ASGI middleware around `app`; without `keys` it admits everybody.
 
     A body must arrive within `body_timeout_s` seconds (else status 408) and have at most `max_body_bytes` bytes (else 413).
@@ -39,8 +40,8 @@ class Gate:
         self,
         app: ASGIApp,
         *,
-        keys: Keys | None,
-        limits: Limits | None,
+        keys: ApiKeys | None,
+        limits: RateLimits | None,
         max_body_bytes: int,
         body_timeout_s: float = BODY_TIMEOUT_S,
         behind_proxy: bool = False,
@@ -56,36 +57,36 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        began = time.perf_counter()
+        began_at = time.perf_counter()
         headers = Headers(scope=scope)
-        given = headers.get("x-request-id", "")
-        number = given if given.isascii() and given.isprintable() and 0 < len(given) <= 64 else uuid.uuid4().hex
-        status = 499  # the client left before an answer
+        client_id = headers.get("x-request-id", "")
+        request_id = client_id if client_id.isascii() and client_id.isprintable() and 0 < len(client_id) <= 64 else uuid.uuid4().hex
+        status = CLIENT_CLOSED  # until a response begins
 
         async def send_on(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                said = MutableHeaders(scope=message)
+                response_headers = MutableHeaders(scope=message)
                 if not self._behind_proxy:
-                    said["X-Request-Id"] = number
-                if standing := standing_of(scope):
-                    said.update(standing.headers())
+                    response_headers["X-Request-Id"] = request_id
+                if limit_state := limit_state_of(scope):
+                    response_headers.update(limit_state.headers())
             await send(message)
 
         try:
             if refusal := await self._refusal(scope, headers):
                 await refusal(scope, receive, send_on)
             else:
-                await self._app(scope, self._counted(receive), send_on)
+                await self._app(scope, self._limited(receive), send_on)
         finally:
-            key: Key | None = scope.get(_KEY)
+            key: ApiKey | None = scope.get(_KEY)
             line = {
-                "request_id": number,
+                "request_id": request_id,
                 "method": scope["method"],
                 "path": scope["path"][:200],
                 "status": status,
-                "seconds": round(time.perf_counter() - began, 4),
+                "seconds": round(time.perf_counter() - began_at, 4),
                 "key": key.name if key else None,
             }
             log.info(json.dumps(line))
@@ -97,42 +98,42 @@ class Gate:
                 raise RequestProblem(f"{self._too_large}.", status=413, code="body_too_large")
             await self._check_key(scope, headers)
         except Exception as error:
-            return respond(told(error))
+            return respond(problem_of(error))
         return None
 
     async def _check_key(self, scope: Scope, headers: Headers) -> None:
         path = scope["path"].removeprefix(scope.get("root_path", ""))  # Serve may mount the application under a prefix
-        if self._keys is None or path in OPEN or path.startswith("/playground/"):
+        if self._keys is None or path in OPEN_PATHS or path.startswith("/playground/"):
             return
-        kind, _, given = headers.get("authorization", "").partition(" ")
-        key = self._owner(given.strip()) if kind.lower() == "bearer" else None
+        scheme, _, secret = headers.get("authorization", "").partition(" ")
+        key = self._owner(secret.strip()) if scheme.lower() == "bearer" else None
         if key is None:
             message = "no valid API key was given; send the header `Authorization: Bearer KEY`."
             raise RequestProblem(message, status=401, code="invalid_api_key")
         scope[_KEY] = key
         if self._limits is None or not key.is_limited or scope["method"] != "POST":
             return
-        left = await self._limits.admit(key.name, key.requests_per_minute, key.tokens_per_minute)
-        scope[_STANDING] = Standing(key, left)
-        if left.wait_s > 0:
-            raise limit_reached(key, left.wait_s)
+        status = await self._limits.admit(key.name, key.requests_per_minute, key.tokens_per_minute)
+        scope[_LIMIT_STATE] = RateLimitState(key, status)
+        if status.wait_s > 0:
+            raise rate_limit_problem(key, status.wait_s)
 
-    def _owner(self, given: str) -> Key | None:
+    def _owner(self, secret: str) -> ApiKey | None:
         assert self._keys is not None
         try:
-            return self._keys.owner(given)
+            return self._keys.owner(secret)
         except ServingError as error:
             message = "the endpoint cannot read its API keys any more, so it lets nobody in; its log says why."
             raise RequestProblem(message, status=503, kind="server_error", code="keys_unreadable") from error
 
-    def _counted(self, receive: Receive) -> Receive:
+    def _limited(self, receive: Receive) -> Receive:
         """Wraps `receive`: raises for a body that is too long, whatever its Content-Length, or that does not arrive in time."""
-        seen = 0
+        received_bytes = 0
         # None once the body is complete: a later call waits for the client to leave.
         deadline: float | None = asyncio.get_running_loop().time() + self._body_timeout_s
 
-        async def counted() -> Message:
-            nonlocal seen, deadline
+        async def receive_limited() -> Message:
+            nonlocal received_bytes, deadline
             try:
                 async with asyncio.timeout_at(deadline):
                     message = await receive()
@@ -140,28 +141,28 @@ class Gate:
                 raise HTTPException(408, f"the body did not arrive within {self._body_timeout_s:g} s") from error
             if not message.get("more_body"):
                 deadline = None
-            seen += len(message.get("body", b""))
-            if seen > self._max_body_bytes:
+            received_bytes += len(message.get("body", b""))
+            if received_bytes > self._max_body_bytes:
                 raise HTTPException(413, self._too_large)  # the only exception that FastAPI passes on from reading a body
             return message
 
-        return counted
+        return receive_limited
 
     @property
     def _too_large(self) -> str:
         return f"the body is larger than {self._max_body_bytes} bytes, the most that is read here"
 
 
-def key_of(scope: Scope) -> Key | None:
+def key_of(scope: Scope) -> ApiKey | None:
     """API key of the request; None where everybody is admitted."""
-    key: Key | None = scope.get(_KEY)
+    key: ApiKey | None = scope.get(_KEY)
     return key
 
 
-def standing_of(scope: Scope) -> Standing | None:
+def limit_state_of(scope: Scope) -> RateLimitState | None:
     """State of the limits of the request's key; None where it has no limits."""
-    standing: Standing | None = scope.get(_STANDING)
-    return standing
+    state: RateLimitState | None = scope.get(_LIMIT_STATE)
+    return state
 
 
 def respond(problem: RequestProblem) -> JSONResponse:

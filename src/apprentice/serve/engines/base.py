@@ -1,6 +1,6 @@
 """Protocol of inference engines: token ids in, token ids out, streamed as they are produced.
 
-    (stream,) = engine.generate([Request(prompt=(1, 2, 3), max_tokens=16)])
+    (stream,) = engine.generate([EngineRequest(prompt=(1, 2, 3), max_tokens=16)])
     async for tokens in stream:  # a list of one or more `NewToken`; the last one has a `finish`
         ...
     stream.close()
@@ -19,12 +19,12 @@ Finish = Literal["stop", "length"]
 
 
 @dataclass(frozen=True)
-class Request:
+class EngineRequest:
     """A request for one reply: at most `max_tokens` tokens, ended by one of `stop_ids` (part of the reply) or by a full context.
 
     `logprobs` is how many of the best tokens are scored beside each token of the reply (None: no scores at all). `score_from` is
     the index of the first prompt token to score as well. `constraint` has the methods of `inference.sampler.Constraint`, and a
-    `grammar` in llguidance's format. `adapter` is what `Engine.adapter` returned.
+    `grammar` in llguidance's format. `adapter` is what `Engine.load_adapter` returned.
     """
 
     prompt: tuple[int, ...]
@@ -42,7 +42,7 @@ class Request:
     adapter: Any = None
 
 
-class Score(NamedTuple):
+class TokenScore(NamedTuple):
     """A token, its natural log-probability (None for a text's first token), and the best tokens as (id, log-probability)."""
 
     id: int
@@ -59,12 +59,12 @@ class NewToken(NamedTuple):
 
     id: int
     finish: Finish | None
-    score: Score | None = None
-    prompt: tuple[Score, ...] = ()
+    score: TokenScore | None = None
+    prompt: tuple[TokenScore, ...] = ()
     cached: int = 0
 
 
-class Stats(NamedTuple):
+class EngineStats(NamedTuple):
     """Gauges and counters of one engine."""
 
     running: int  # requests that are being decoded
@@ -105,7 +105,7 @@ class TokenStream(Protocol):
 
 
 class Engine(Protocol):
-    """An inference engine. All methods but `adapter` are called from one event loop."""
+    """An inference engine. All methods but `load_adapter` are called from one event loop."""
 
     @property
     def context(self) -> int:
@@ -119,16 +119,16 @@ class Engine(Protocol):
     def vocabulary(self) -> int:
         """Number of token ids that the model's weights have, from 0 on; a tokenizer may have more."""
 
-    def adapter(self, folder: Path) -> Any:
-        """Loads the adapter in `folder`, for `Request.adapter`. Raises `ModelError` where it does not fit the model.
+    def load_adapter(self, folder: Path) -> Any:
+        """Loads the adapter in `folder`, for `EngineRequest.adapter`. Raises `ModelError` where it does not fit the model.
 
         Blocks until it is loaded, so it is called from a thread other than the event loop's.
         """
 
-    def generate(self, requests: list[Request]) -> Sequence[TokenStream]:
+    def generate(self, requests: list[EngineRequest]) -> Sequence[TokenStream]:
         """Accepts all requests, or raises `Overloaded` or `EngineFailed` and accepts none. The caller must close each stream."""
 
-    def stats(self) -> Stats:
+    def stats(self) -> EngineStats:
         """The engine's current gauges and counters."""
 
     def check(self) -> None:

@@ -50,7 +50,7 @@ def start_engine(
     `serving.max_adapters` adapters. Raises `ServingError` as `check_engine` does, `ModelError` where the engine does not start.
     """
     check_engine(serving.engine, folder)
-    wanted: dict[str, Any] = {
+    settings: dict[str, Any] = {
         "dtype": dtype,
         "max_running": serving.max_running,
         "max_queued": serving.max_queued_requests,
@@ -62,7 +62,7 @@ def start_engine(
     if serving.engine == "vllm":
         from apprentice.serve.engines.vllm import VllmEngine
 
-        return VllmEngine(folder, **wanted, adapters=serving.max_adapters if with_adapters else 0)
+        return VllmEngine(folder, **settings, adapters=serving.max_adapters if with_adapters else 0)
     from apprentice.serve.engines.transformers import TransformersEngine
 
-    return TransformersEngine(folder, **wanted)
+    return TransformersEngine(folder, **settings)

@@ -35,8 +35,16 @@ from apprentice.inference.lora import CONFIG, WEIGHTS, read_lora
 from apprentice.inference.token_pacing import pacing_seconds
 from apprentice.models.loading import build_without_weights, resolve_dtype
 from apprentice.pretrained.architecture import kv_values_per_token, model_config
-from apprentice.serve.api.schemas import MOST_TOP
-from apprentice.serve.engines.base import EngineFailed, NewToken, Overloaded, Request, RequestFailed, Score, Stats
+from apprentice.serve.api.schemas.requests import MOST_TOP
+from apprentice.serve.engines.base import (
+    EngineFailed,
+    EngineRequest,
+    EngineStats,
+    NewToken,
+    Overloaded,
+    RequestFailed,
+    TokenScore,
+)
 from apprentice.serve.engines.parent_death import guard_children
 
 log = logging.getLogger(__name__)
@@ -73,7 +81,7 @@ class VllmEngine:
         self._folder, self._trust = folder, trust
         self._shape: Any = None  # the model without weights, which adapters must fit; made for the first adapter
         self._numbers = itertools.count(1)
-        self._replies: set[_Reply] = set()
+        self._replies: set[VllmStream] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._accepted = self._prompt_tokens = self.produced = self.shared = 0
         self._failure: str | None = None
@@ -100,7 +108,7 @@ class VllmEngine:
     def vocabulary(self) -> int:
         return int(self._llm.model_config.get_vocab_size())
 
-    def adapter(self, folder: Path) -> Adapter:
+    def load_adapter(self, folder: Path) -> Adapter:
         if self._shape is None:
             self._shape = build_without_weights(self._folder, trust=self._trust)
         ranks = {len(down) for down, _ in read_lora(folder, self._shape).layers.values()}
@@ -138,17 +146,17 @@ class VllmEngine:
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(lambda: self._start(put_away()))
 
-    def generate(self, requests: list[Request]) -> list[_Reply]:
+    def generate(self, requests: list[EngineRequest]) -> list[VllmStream]:
         self.check()
         if len(self._replies) + len(requests) > self._most:
             raise Overloaded
-        replies = [_Reply(self, request) for request in requests]
+        replies = [VllmStream(self, request) for request in requests]
         self._replies.update(replies)
         self._accepted += len(requests)
         self._prompt_tokens += sum(len(request.prompt) for request in requests)
         return replies
 
-    async def enter(self, request: Request) -> Any:
+    async def enter(self, request: EngineRequest) -> Any:
         """Submits the request to vLLM; returns the queue of its outputs."""
         return await self._llm.add_request(
             str(next(self._numbers)),
@@ -157,7 +165,7 @@ class VllmEngine:
             lora_request=request.adapter and request.adapter.request,
         )
 
-    def forget(self, reply: _Reply, entering: asyncio.Task[Any] | None) -> None:
+    def forget(self, reply: VllmStream, entering: asyncio.Task[Any] | None) -> None:
         """Drops a reply that has ended (`entering` is None), or one that is given up, whose request is then aborted in vLLM."""
         if reply not in self._replies:
             return
@@ -184,10 +192,10 @@ class VllmEngine:
     def failed(self) -> EngineFailed:
         return EngineFailed(self._failure or "vLLM's own process has ended; its log says why")
 
-    def stats(self) -> Stats:
+    def stats(self) -> EngineStats:
         running = [reply for reply in self._replies if reply.held]
         used = sum(reply.held for reply in running) / max(self._kv_tokens, 1)
-        return Stats(
+        return EngineStats(
             len(running),
             len(self._replies) - len(running),
             self._accepted,
@@ -220,17 +228,17 @@ class Adapter:
         self.request = request
 
 
-class _Reply:
+class VllmStream:
     """Token stream of one reply from vLLM; under load a step gives several tokens."""
 
-    def __init__(self, engine: VllmEngine, request: Request) -> None:
+    def __init__(self, engine: VllmEngine, request: EngineRequest) -> None:
         self._engine = engine
         self._request = request
         self._entering = asyncio.get_running_loop().create_task(engine.enter(request))
         self.held = 0  # tokens of prompt and reply in vLLM's KV cache, as far as its outputs show
         self._passed_on = 0.0
         self._ended = False
-        self._prompt: tuple[Score, ...] = ()
+        self._prompt: tuple[TokenScore, ...] = ()
 
     def __aiter__(self) -> Self:
         return self
@@ -262,7 +270,7 @@ class _Reply:
         if wanted.score_from is not None and output.prompt_logprobs:
             places = list(zip(wanted.prompt, output.prompt_logprobs, strict=True))[wanted.score_from :]
             self._prompt = tuple(_score(id, found, wanted.logprobs or 0) for id, found in places)
-        scores: list[Score | None] = [None] * len(reply.token_ids)
+        scores: list[TokenScore | None] = [None] * len(reply.token_ids)
         if (most := wanted.logprobs) is not None:
             scores = [_score(id, found, most) for id, found in zip(reply.token_ids, reply.logprobs, strict=True)]
         tokens = [NewToken(id, None, score) for id, score in zip(reply.token_ids, scores, strict=True)]
@@ -322,7 +330,7 @@ def _arguments(
     )
 
 
-def _sampling(request: Request, end_id: int | None) -> SamplingParams:
+def _sampling(request: EngineRequest, end_id: int | None) -> SamplingParams:
     stop_ids = request.stop_ids
     if request.constraint is not None and end_id is not None:
         stop_ids |= {end_id}  # vLLM's own grammar matcher ends a reply with this id
@@ -355,12 +363,12 @@ def _form(grammar: str) -> StructuredOutputsParams:
     return StructuredOutputsParams(json=held["json_schema"])
 
 
-def _score(id: int, found: Any, most: int) -> Score:
+def _score(id: int, found: Any, most: int) -> TokenScore:
     """Score of token `id`. `found`: token id → vLLM's rank and log-probability, for `id` and the best; None for a text's first."""
     if found is None:
-        return Score(id, None)
+        return TokenScore(id, None)
     best = sorted((one.rank, other, one.logprob) for other, one in found.items() if one.rank <= most)
-    return Score(id, found[id].logprob, tuple((other, logprob) for _, other, logprob in best[:most]))
+    return TokenScore(id, found[id].logprob, tuple((other, logprob) for _, other, logprob in best[:most]))
 
 
 def _use_threads(threads: int) -> None:

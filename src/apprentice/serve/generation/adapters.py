@@ -25,9 +25,9 @@ import pyarrow.fs as pafs
 from apprentice.data.encoding.prompt_contract import layout_over
 from apprentice.errors import ApprenticeError, StorageError
 from apprentice.run.contract import read_contract
-from apprentice.serve.api.schemas import RequestProblem
+from apprentice.serve.api.schemas.problems import RequestProblem
 from apprentice.serve.engines.base import Overloaded
-from apprentice.serve.generation.served_models import Lease, Model
+from apprentice.serve.generation.served_models import Lease, ServedModel
 from apprentice.storage import Folder
 
 log = logging.getLogger(__name__)
@@ -35,78 +35,80 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _FRESH_S = 5.0  # seconds for which a listing is used
 _AGAIN_S = 1.0  # seconds for which it is used when a requested name is not in it
 _LISTING_S = 1.0  # seconds that a request for a known name waits for a new listing
-_PATIENCE_S = 5.0  # seconds until a request that waits for a place in memory makes the oldest adapter leave
+_PATIENCE_S = 5.0  # seconds until a request that waits for room in memory makes the oldest adapter leave
 _READERS = 4  # adapters that are loaded at once
 
 
-class Place(NamedTuple):
+class AdapterFolder(NamedTuple):
     """An adapter's folder, and a text that changes with its files."""
 
     folder: Folder
     version: str
 
 
-def adapters_in(folder: Folder) -> dict[str, Place]:
+def list_adapters(folder: Folder) -> dict[str, AdapterFolder]:
     """Adapters in `folder` by name. Raises `StorageError` where they cannot be listed."""
     fs, path = folder.filesystem()
     try:
         infos = fs.get_file_info(pafs.FileSelector(path))
         names = sorted(str(info.base_name) for info in infos if info.type == pafs.FileType.Directory)
-        inside = [f"{name}{inner}" for name in names if not name.startswith(".") for inner in ("", "/adapter")]
-        files = fs.get_file_info([f"{path}/{where}/{file}" for where in inside for file in (CONFIG, WEIGHTS)])
+        subfolders = [f"{name}{inner}" for name in names if not name.startswith(".") for inner in ("", "/adapter")]
+        files = fs.get_file_info([f"{path}/{subfolder}/{file}" for subfolder in subfolders for file in (CONFIG, WEIGHTS)])
     except OSError as error:
         raise StorageError(f"the adapters in {folder} cannot be listed ({error.__class__.__name__}); check the path.") from error
-    found: dict[str, Place] = {}
-    for where, config, weights in zip(inside, files[::2], files[1::2], strict=True):
+    adapters: dict[str, AdapterFolder] = {}
+    for subfolder, config, weights in zip(subfolders, files[::2], files[1::2], strict=True):
         if config.type == pafs.FileType.File:
             version = f"{config.mtime_ns}-{weights.mtime_ns}-{weights.size}"
-            found.setdefault(where.partition("/")[0], Place(folder / where, version))
-    return found
+            adapters.setdefault(subfolder.partition("/")[0], AdapterFolder(folder / subfolder, version))
+    return adapters
 
 
 @dataclass
-class _Entry:
+class _CachedAdapter:
     """An adapter in memory or being loaded, and how many requests use it."""
 
-    model: asyncio.Future[Model]
+    model: asyncio.Future[ServedModel]
     users: int = 0
 
 
-class Adapters:
+class AdapterCache:
     """Cache of the adapters in `folder` over the model `base`, whose weights have the hash `base_sha256`.
 
-    At most `most` are in memory at once, and at most `most_waiting` requests wait for a place. All methods are called from one
+    At most `most` are in memory at once, and at most `most_waiting` requests wait for room. All methods are called from one
     event loop.
     """
 
-    def __init__(self, folder: Folder, base: Model, base_sha256: str, *, most: int, most_waiting: int) -> None:
+    def __init__(self, folder: Folder, base: ServedModel, base_sha256: str, *, most: int, most_waiting: int) -> None:
         self._folder = folder
         self._base = base
         self._base_sha256 = base_sha256
         self._most, self._most_waiting = most, most_waiting
-        self._places: dict[str, Place] | None = None  # None until the first listing succeeds
+        self._sources: dict[str, AdapterFolder] | None = None  # None until the first listing succeeds
         self._listed_at = -_FRESH_S
         self._listing: asyncio.Task[None] | None = None
-        self._entries: OrderedDict[tuple[str, str], _Entry] = OrderedDict()  # by (name, version), least recently used first
+        self._entries: OrderedDict[tuple[str, str], _CachedAdapter] = OrderedDict()  # by (name, version), least recently used first
         self._leaving: tuple[str, str] | None = None  # the entry that takes no new users, so that it becomes free
         self._refused: dict[str, tuple[str, str]] = {}  # name → the version that was refused, and why
-        self._turn = asyncio.Lock()  # the next place goes to the request that came first
+        self._turn = asyncio.Lock()  # the next free room goes to the request that came first
         self._waiting = 0
         self._freed = asyncio.Event()
         self._readers = ThreadPoolExecutor(_READERS, "adapters")  # so that a slow store delays nothing but adapters
 
     async def names(self) -> list[str]:
+        """Names of the adapters in the folder now."""
         return list(await self._list(_FRESH_S))
 
     async def take(self, name: str) -> Lease | None:
-        places = await self._list(_FRESH_S if name in (self._places or {}) else _AGAIN_S, name)
-        if (place := places.get(name)) is None:
+        """A lease of the adapter, loaded if need be; None for an unknown name. Raises `RequestProblem` or `Overloaded`."""
+        sources = await self._list(_FRESH_S if name in (self._sources or {}) else _AGAIN_S, name)
+        if (source := sources.get(name)) is None:
             return None
         version, reason = self._refused.get(name, ("", ""))
-        if version == place.version:
+        if version == source.version:
             raise RequestProblem(reason, param="model", code="adapter_refused")
-        key = (name, place.version)
-        entry = await self._entry(key, place)
+        key = (name, source.version)
+        entry = await self._entry(key, source)
         try:
             model = await asyncio.shield(entry.model)
         except BaseException:
@@ -116,10 +118,10 @@ class Adapters:
             raise
         return Lease(model, lambda: self._give_back(entry))
 
-    async def _entry(self, key: tuple[str, str], place: Place) -> _Entry:
+    async def _entry(self, key: tuple[str, str], source: AdapterFolder) -> _CachedAdapter:
         """The adapter's entry, with one more user; the adapter is loaded if it is not in memory. Raises `Overloaded`.
 
-        A request for an adapter in memory does not wait, unless that adapter is to leave. Any other waits until a place is free;
+        A request for an adapter in memory does not wait, unless that adapter is to leave. Any other waits until there is room;
         after `_PATIENCE_S` seconds the least recently used adapter takes no new users and leaves once nobody uses it.
         """
         if key in self._entries and key != self._leaving:
@@ -138,15 +140,15 @@ class Adapters:
                         self._leaving = next(iter(self._entries))
                 if key not in self._entries:
                     loop = asyncio.get_running_loop()
-                    read = loop.run_in_executor(self._readers, self._read, key[0], place)
-                    self._entries[key] = _Entry(asyncio.ensure_future(read))
+                    read = loop.run_in_executor(self._readers, self._read, key[0], source)
+                    self._entries[key] = _CachedAdapter(asyncio.ensure_future(read))
                 return self._join(key)
         finally:
             self._waiting -= 1
             if not self._waiting:
                 self._leaving = None
 
-    def _join(self, key: tuple[str, str]) -> _Entry:
+    def _join(self, key: tuple[str, str]) -> _CachedAdapter:
         self._entries.move_to_end(key)
         self._entries[key].users += 1
         return self._entries[key]
@@ -161,22 +163,22 @@ class Adapters:
                 return True
         return False
 
-    def _give_back(self, entry: _Entry) -> None:
+    def _give_back(self, entry: _CachedAdapter) -> None:
         entry.users -= 1
         self._freed.set()
 
-    def _read(self, name: str, place: Place) -> Model:
+    def _read(self, name: str, source: AdapterFolder) -> ServedModel:
         """Loads an adapter, in a thread. Raises `RequestProblem`."""
         with TemporaryDirectory(prefix="apprentice-") as scratch:
             try:
-                folder = place.folder.local if place.folder.is_local else place.folder.download(Path(scratch) / "adapter")
+                folder = source.folder.local if source.folder.is_local else source.folder.download(Path(scratch) / "adapter")
                 layout = layout_over(name, folder, self._base.layout, self._base_sha256)
-                adapter = self._base.engine.adapter(folder)
-                words = self._base.contract
-                contract = read_contract(folder) or (words and words.for_other_weights())
+                adapter = self._base.engine.load_adapter(folder)
+                base_contract = self._base.contract
+                contract = read_contract(folder) or (base_contract and base_contract.for_other_weights())
             except (ApprenticeError, OSError) as error:
-                shown = str(place.folder), str(Path(scratch) / "adapter")
-                reason = str(error).replace(shown[0], repr(name)).replace(shown[1], repr(name))
+                paths = str(source.folder), str(Path(scratch) / "adapter")
+                reason = str(error).replace(paths[0], repr(name)).replace(paths[1], repr(name))
                 if isinstance(error, StorageError | OSError) or isinstance(error.__cause__, OSError):
                     log.warning("adapter %s cannot be read now: %s", name, error)
                     message = f"adapter {name!r} cannot be read now: {reason}"
@@ -184,12 +186,12 @@ class Adapters:
                         message, status=503, param="model", kind="server_error", code="adapter_unreachable", retry_after_s=1
                     ) from error
                 log.warning("adapter %s is refused: %s", name, error)
-                self._refused[name] = (place.version, reason)
+                self._refused[name] = (source.version, reason)
                 raise RequestProblem(reason, param="model", code="adapter_refused") from error
         log.info("adapter %s is in memory", name)
-        return Model(name, self._base.engine, layout, contract, adapter)
+        return ServedModel(name, self._base.engine, layout, contract, adapter)
 
-    async def _list(self, fresh_s: float, known: str | None = None) -> Mapping[str, Place]:
+    async def _list(self, fresh_s: float, known: str | None = None) -> Mapping[str, AdapterFolder]:
         """Adapters by name, listed again if the listing is older than `fresh_s` seconds; if that fails, the old listing is kept.
 
         Waits at most `_LISTING_S` seconds for the new listing if the old one has the name `known`. Raises `RequestProblem` where no
@@ -198,17 +200,17 @@ class Adapters:
         if time.monotonic() - self._listed_at >= fresh_s:
             if self._listing is None or self._listing.done():
                 self._listing = asyncio.create_task(self._list_again())
-            await asyncio.wait({self._listing}, timeout=_LISTING_S if known in (self._places or {}) else None)
-        if self._places is None:
+            await asyncio.wait({self._listing}, timeout=_LISTING_S if known in (self._sources or {}) else None)
+        if self._sources is None:
             message = "the adapters of this endpoint cannot be listed now; its log says why."
             raise RequestProblem(
                 message, status=503, param="model", kind="server_error", code="adapter_unreachable", retry_after_s=1
             )
-        return self._places
+        return self._sources
 
     async def _list_again(self) -> None:
         try:
-            self._places = await asyncio.to_thread(adapters_in, self._folder)
+            self._sources = await asyncio.to_thread(list_adapters, self._folder)
         except StorageError as error:
             log.warning("%s", error)
         self._listed_at = time.monotonic()

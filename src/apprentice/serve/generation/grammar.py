@@ -1,6 +1,6 @@
 """Constrained decoding with llguidance: replies that follow a JSON schema, a list of choices or a regular expression.
 
-An engine asks a `Form` which tokens may come next, and reports to it the token that was chosen.
+An engine asks a `GrammarConstraint` which tokens may come next, and reports to it the token that was chosen.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ import numpy as np
 
 from apprentice.data.encoding.prompt_format import Layout
 from apprentice.errors import ModelError
-from apprentice.serve.api.schemas import Asked, RequestProblem
+from apprentice.serve.api.schemas.problems import RequestProblem
+from apprentice.serve.api.schemas.requests import GenerationFields
 
 
-class Forms:
-    """Makes grammars and forms for replies in the prompt format `layout`."""
+class GrammarCompiler:
+    """Compiles requests' grammars into constraints on replies in the prompt format `layout`."""
 
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
@@ -29,34 +30,30 @@ class Forms:
         return _tokenizer(str(self._layout.tokenizer.folder / "tokenizer.json"), tuple(self._layout.stop_ids))
 
     @staticmethod
-    def are_wanted(asked: Asked) -> bool:
-        return asked.response_format is not None or asked.structured_outputs is not None
-
-    def wanted(self, asked: Asked) -> str:
-        """Grammar of a request that asks for one (`are_wanted`); takes milliseconds, so not in an event loop."""
+    def grammar_of(body: GenerationFields) -> str:
+        """Grammar, as llguidance's text, of a reply that `is_constrained`; takes milliseconds, so not in an event loop."""
         matcher = llguidance.LLMatcher
-        if (form := asked.response_format) is not None:
-            schema = form.json_schema.schema_ if form.json_schema is not None else {"type": "object"}
+        if (response_format := body.response_format) is not None:
+            schema = response_format.json_schema.schema_ if response_format.json_schema is not None else {"type": "object"}
             return str(matcher.grammar_from_json_schema(json.dumps(schema)))
-        wish = asked.structured_outputs
-        assert wish is not None
-        if wish.choice is not None:
-            return str(
-                matcher.grammar_from_lark("start: " + " | ".join(json.dumps(text, ensure_ascii=False) for text in wish.choice))
-            )
-        if wish.regex is not None:
-            return str(matcher.grammar_from_regex(wish.regex))
-        return str(matcher.grammar_from_json_schema(json.dumps(wish.json_)))
+        outputs = body.structured_outputs
+        assert outputs is not None
+        if outputs.choice is not None:
+            texts = (json.dumps(text, ensure_ascii=False) for text in outputs.choice)
+            return str(matcher.grammar_from_lark("start: " + " | ".join(texts)))
+        if outputs.regex is not None:
+            return str(matcher.grammar_from_regex(outputs.regex))
+        return str(matcher.grammar_from_json_schema(json.dumps(outputs.json_)))
 
-    def form(self, grammar: str) -> Form:
-        """A new form at the start of `grammar`; takes milliseconds, so not in an event loop.
+    def compile(self, grammar: str) -> GrammarConstraint:
+        """A new constraint at the start of `grammar`; takes milliseconds, so not in an event loop.
 
         Raises `RequestProblem` where llguidance cannot follow the grammar.
         """
         matcher = llguidance.LLMatcher(self._tokenizer, grammar, log_level=0)
         if matcher.is_error():
             raise RequestProblem(f"the form of the reply cannot be followed: {_reason(matcher)}.", code="invalid_form")
-        return Form(matcher, self._tokenizer.vocab_size, self._layout.stop_ids, grammar)
+        return GrammarConstraint(matcher, self._tokenizer.vocab_size, self._layout.stop_ids, grammar)
 
 
 def _reason(matcher: Any) -> str:
@@ -69,8 +66,8 @@ def _tokenizer(file: str, stop_ids: tuple[int, ...]) -> llguidance.LLTokenizer:
     return llguidance.LLTokenizer(file, eos_token=list(stop_ids))
 
 
-class Form:
-    """State of one reply's grammar; `grammar` is its source, for an engine that keeps the state itself."""
+class GrammarConstraint:
+    """Constraint of one reply, with the state of its `grammar`, whose text an engine that keeps the state itself reads."""
 
     def __init__(self, matcher: Any, size: int, stop_ids: tuple[int, ...], grammar: str) -> None:
         self.grammar = grammar
@@ -80,7 +77,7 @@ class Form:
         self._stop_ids = stop_ids
 
     def allowed(self) -> np.ndarray:
-        """Mask (vocabulary,) bool of the token ids that may come next; only the stop ids once the form is complete.
+        """Mask (vocabulary,) bool of the token ids that may come next; only the stop ids once the grammar is complete.
 
         Raises `ModelError` where the grammar cannot be followed any further.
         """

@@ -6,19 +6,19 @@ A request takes a lease of a model and releases it at its end, so that an adapte
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from apprentice.data.encoding.prompt_format import Layout
 from apprentice.errors import did_you_mean
 from apprentice.run.contract import PromptContract
-from apprentice.serve.api.schemas import RequestProblem
-from apprentice.serve.engines.base import Engine
+from apprentice.serve.api.schemas.problems import RequestProblem
+from apprentice.serve.engines.base import Engine, EngineRequest, TokenStream
 
 
 @dataclass(frozen=True, eq=False)
-class Model:
-    """A served model; `adapter` is what its engine expects as `Request.adapter`."""
+class ServedModel:
+    """A served model; `adapter` is what its engine expects as `EngineRequest.adapter`."""
 
     name: str
     engine: Engine
@@ -26,27 +26,42 @@ class Model:
     contract: PromptContract | None = None
     adapter: Any = None
 
+    def generate(self, requests: Sequence[EngineRequest]) -> list[TokenStream]:
+        """Passes the requests to the engine, with this model's adapter. The caller must close each stream.
+
+        Raises `RequestProblem` for more than the engine ever takes, `Overloaded` for more than it takes now, `EngineFailed`.
+        """
+        if len(requests) > self.engine.capacity:
+            raise RequestProblem(
+                f"the request asks for {len(requests)} replies, and at most {self.engine.capacity} run and wait here;"
+                " ask for fewer."
+            )
+        if self.adapter is not None:
+            requests = [replace(request, adapter=self.adapter) for request in requests]
+        return list(self.engine.generate(list(requests)))
+
 
 class Lease:
     """The right of one request to use a model; as a context manager it gives the model. `release` may be called again."""
 
-    def __init__(self, model: Model, on_release: Callable[[], None] | None = None) -> None:
+    def __init__(self, model: ServedModel, on_release: Callable[[], None] | None = None) -> None:
         self.model = model
         self._on_release = on_release
 
     def release(self) -> None:
+        """Gives the model back."""
         if self._on_release is not None:
             self._on_release()
         self._on_release = None
 
-    def __enter__(self) -> Model:
+    def __enter__(self) -> ServedModel:
         return self.model
 
     def __exit__(self, *_: object) -> None:
         self.release()
 
 
-class More(Protocol):
+class DynamicModels(Protocol):
     """Protocol of a set of models that come and go; `adapters.Adapters` is one."""
 
     async def names(self) -> list[str]:
@@ -60,12 +75,12 @@ class More(Protocol):
 
 
 class Catalogue:
-    """Permanent `models`, the first of which answers requests that name none, and those of `more`, which come and go."""
+    """Permanent `models`, the first of which answers requests that name none, and those of `dynamic`, which come and go."""
 
-    def __init__(self, models: Sequence[Model], more: More | None = None) -> None:
+    def __init__(self, models: Sequence[ServedModel], dynamic: DynamicModels | None = None) -> None:
         self.default = models[0]
         self.fixed = {model.name: model for model in models}
-        self._more = more
+        self._dynamic = dynamic
 
     @property
     def engines(self) -> dict[str, Engine]:
@@ -73,19 +88,20 @@ class Catalogue:
         return {name: model.engine for name, model in self.fixed.items()}
 
     async def names(self) -> list[str]:
-        more = await self._more.names() if self._more is not None else []
-        return [*self.fixed, *(name for name in more if name not in self.fixed)]
+        """Names of all models, the permanent ones first."""
+        dynamic = await self._dynamic.names() if self._dynamic is not None else []
+        return [*self.fixed, *(name for name in dynamic if name not in self.fixed)]
 
-    async def take(self, name: str | None, allowed: Callable[[str], bool] = lambda name: True) -> Lease:
-        """A lease of the model `name` (None: the default). Error messages name only models that are `allowed`.
+    async def take(self, name: str | None, is_allowed: Callable[[str], bool] = lambda name: True) -> Lease:
+        """A lease of the model `name` (None: the default). Error messages name only models that `is_allowed` admits.
 
         Raises `RequestProblem` for a model that is not served or cannot be used, `Overloaded` where too many wait for adapters.
         """
         if name is None or name in self.fixed:
             return Lease(self.fixed[name] if name is not None else self.default)
-        lease = await self._more.take(name) if self._more is not None else None
+        lease = await self._dynamic.take(name) if self._dynamic is not None else None
         if lease is None:
-            known = [other for other in await self.names() if allowed(other)]
+            known = [other for other in await self.names() if is_allowed(other)]
             message = f"model {name!r} is not served here.{did_you_mean(name, known)} This endpoint serves {_listed(known)}."
             raise RequestProblem(message, status=404, param="model", code="model_not_found")
         return lease

@@ -7,141 +7,139 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from functools import partial
-from typing import NamedTuple
 
-from apprentice.data.encoding.prompt_format import Layout
 from apprentice.pretrained.tokenizer import Tokenizer
-from apprentice.serve.api.schemas import RequestProblem, Usage
-from apprentice.serve.engines.base import EngineFailed, NewToken, Request, RequestFailed, Score, TokenStream
-from apprentice.serve.generation.detokenize import TextStream
-
-
-class Placed(NamedTuple):
-    """A token's score, and where the token's text begins in the choice's text, in characters."""
-
-    score: Score
-    at: int
+from apprentice.serve.api.schemas.problems import RequestProblem
+from apprentice.serve.engines.base import EngineFailed, EngineRequest, NewToken, RequestFailed, TokenScore, TokenStream
+from apprentice.serve.generation.detokenize import IncrementalDetokenizer
 
 
 @dataclass
-class Piece:
-    """The next part of one reply; `finish` is set on the last one."""
+class ReplyChunk:
+    """The next part of one reply; `finish` is set on the last one.
 
-    text: str
-    scores: list[Placed]
-    ids: list[int]
+    `offsets` are where the text of each token in `scores` begins in the choice's text, in characters.
+    """
+
+    text: str = ""
+    scores: list[TokenScore] = field(default_factory=list)
+    offsets: list[int] = field(default_factory=list)
+    ids: list[int] = field(default_factory=list)
     finish: str | None = None
 
+    def append(self, other: ReplyChunk) -> None:
+        """Adds the chunk that follows this one."""
+        self.text += other.text
+        self.scores += other.scores
+        self.offsets += other.offsets
+        self.ids += other.ids
+        self.finish = other.finish
+
 
 @dataclass
-class Reply:
-    """One reply on its way from the engine to text; `finish` and `ids` are complete once `pieces()` has ended.
+class ReplyStream:
+    """One reply on its way from the engine to text; `finish`, `ids` and `cached` are complete once `chunks()` has ended.
 
-    `only_prompt` leaves out the token that the engine adds to a prompt that is only to be scored.
+    `echo` is the text that the reply begins with; it leaves out `unechoed_tokens` at the prompt's start. `is_only_scored` leaves
+    out the token that the engine adds to a prompt that is only to be scored.
     """
 
     index: int
-    stream: TokenStream
-    layout: Layout
-    request: Request
-    stops: list[str]
+    tokens: TokenStream
+    tokenizer: Tokenizer
+    request: EngineRequest
     deadline: float  # seconds on the event loop's clock
+    stops: Sequence[str] = ()
     echo: str = ""
-    unsaid: int = 0  # tokens at the prompt's start that `echo` does not show
-    only_prompt: bool = False
-    keeps_end: bool = True  # whether the end token is among the scores
+    unechoed_tokens: int = 0
+    is_only_scored: bool = False
+    scores_end_token: bool = True
     finish: str = "length"
     ids: list[int] = field(default_factory=list)  # all that were produced, the end token included
     cached: int = 0  # tokens of the prompt that were in the KV cache
 
-    async def pieces(self) -> AsyncGenerator[Piece, None]:
-        """The reply in pieces as its text becomes certain; a piece's text is often empty.
+    async def chunks(self) -> AsyncGenerator[ReplyChunk, None]:
+        """The reply in chunks as its text becomes certain; a chunk's text is often empty.
 
         Closing the generator frees the engine's slot. Raises `RequestProblem` after the deadline or where this request cannot be
         decoded, `EngineFailed` where the engine stops.
         """
-        text = TextStream(self.layout.tokenizer.decode, self.stops)
-        opening: str | None = self.echo
+        detokenizer = IncrementalDetokenizer(self.tokenizer.decode, self.stops)
+        is_first = True
         try:
             while True:
-                tokens = await self._next()
-                if opening is not None:
-                    self.cached = tokens[0].cached
-                piece = Piece(opening or "", await self._placed(tokens[0].prompt), [])
-                ended = self.only_prompt or self._take(tokens, text, piece)
-                opening = None
-                if ended:
-                    piece.text += "" if self.only_prompt else text.end()
-                    piece.finish = self.finish
-                    yield piece
+                tokens = await self._next_tokens()
+                chunk = await self._first_chunk(tokens[0]) if is_first else ReplyChunk()
+                is_first = False
+                has_ended = self.is_only_scored or self._add(tokens, detokenizer, chunk)
+                if has_ended:
+                    chunk.text += "" if self.is_only_scored else detokenizer.end()
+                    chunk.finish = self.finish
+                yield chunk
+                if has_ended:
                     return
-                yield piece
         finally:
-            self.stream.close()
+            self.tokens.close()
 
-    async def _placed(self, prompt: Sequence[Score]) -> list[Placed]:
-        """The prompt's scores with their places in the echoed text."""
-        if not prompt or not self.echo:
-            return [Placed(score, 0) for score in prompt]
-        ids = [score.id for score in prompt]
-        places = await asyncio.to_thread(_places, self.layout.tokenizer, ids, self.unsaid)
-        return [Placed(score, at) for score, at in zip(prompt, places, strict=True)]
+    async def _first_chunk(self, token: NewToken) -> ReplyChunk:
+        """The echo with the prompt's scores, which come with the first token."""
+        self.cached = token.cached
+        offsets = [0] * len(token.prompt)
+        if token.prompt and self.echo:
+            ids = [score.id for score in token.prompt]
+            offsets = await asyncio.to_thread(_text_offsets, self.tokenizer, ids, self.unechoed_tokens)
+        return ReplyChunk(self.echo, list(token.prompt), offsets)
 
-    async def _next(self) -> list[NewToken]:
+    async def _next_tokens(self) -> list[NewToken]:
         try:
             async with asyncio.timeout_at(self.deadline):
-                return await anext(self.stream)
+                return await anext(self.tokens)
         except TimeoutError as error:
             message = "the reply was not finished in the time that this endpoint gives a request; ask for fewer tokens."
             raise RequestProblem(message, status=504, kind="server_error", code="request_timeout") from error
         except RequestFailed as error:
             raise RequestProblem(f"the request cannot be decoded: {error}", code="request_failed") from error
 
-    def _take(self, tokens: list[NewToken], text: TextStream, piece: Piece) -> bool:
+    def _add(self, tokens: list[NewToken], detokenizer: IncrementalDetokenizer, chunk: ReplyChunk) -> bool:
+        """Adds tokens to the chunk; true once the reply has ended."""
         for token in tokens:
             self.ids.append(token.id)
-            piece.ids.append(token.id)
-            if token.score is not None and (self.keeps_end or token.finish != "stop"):
-                piece.scores.append(Placed(token.score, len(self.echo) + text.length))
-            if token.finish != "stop":
-                piece.text += text.add(token.id)
-            if text.stopped or token.finish:
-                self.finish = "stop" if text.stopped else str(token.finish)
+            chunk.ids.append(token.id)
+            is_end_token = token.finish == "stop"
+            if token.score is not None and (self.scores_end_token or not is_end_token):
+                chunk.scores.append(token.score)
+                chunk.offsets.append(len(self.echo) + detokenizer.length)
+            if not is_end_token:
+                chunk.text += detokenizer.add(token.id)
+            if detokenizer.stopped or token.finish:
+                self.finish = "stop" if detokenizer.stopped else str(token.finish)
                 return True
         return False
 
 
-def _places(tokenizer: Tokenizer, ids: Sequence[int], unsaid: int) -> list[int]:
-    """Where each token's text begins in the text of all `ids`, with special tokens shown and the first `unsaid` left out."""
-    text = TextStream(partial(tokenizer.decode, skip_special=False))
-    places = [0] * unsaid
-    for id in ids[unsaid:]:
-        places.append(text.length)
-        text.add(id)
-    return places
+def _text_offsets(tokenizer: Tokenizer, ids: Sequence[int], unechoed_tokens: int) -> list[int]:
+    """Where each token's text begins in the text of `ids`, with special tokens and without the first `unechoed_tokens`."""
+    detokenizer = IncrementalDetokenizer(partial(tokenizer.decode, skip_special=False))
+    offsets = [0] * unechoed_tokens
+    for id in ids[unechoed_tokens:]:
+        offsets.append(detokenizer.length)
+        detokenizer.add(id)
+    return offsets
 
 
-def usage_of(replies: Sequence[Reply], prompts: int) -> Usage:
-    """Tokens of a request: those of its `prompts` different prompts, each counted once, and those of all replies."""
-    each = len(replies) // prompts
-    asked = replies[::each]
-    read, cached = sum(len(reply.request.prompt) for reply in asked), sum(reply.cached for reply in asked)
-    return Usage(read, sum(len(reply.ids) for reply in replies), cached)
-
-
-async def side_by_side(replies: Sequence[Reply]) -> AsyncGenerator[tuple[Reply, Piece], None]:
-    """Pieces of all replies in the order of arrival. Closing the generator closes them all. Raises the first error of any."""
+async def merge_replies(replies: Sequence[ReplyStream]) -> AsyncGenerator[tuple[ReplyStream, ReplyChunk], None]:
+    """Chunks of all replies in the order of arrival. Closing the generator closes them all. Raises the first error of any."""
     if len(replies) == 1:
-        async with aclosing(replies[0].pieces()) as pieces:
-            async for piece in pieces:
-                yield replies[0], piece
+        async with aclosing(replies[0].chunks()) as chunks:
+            async for chunk in chunks:
+                yield replies[0], chunk
         return
-    arrived: asyncio.Queue[tuple[Reply, Piece] | None] = asyncio.Queue()  # None: no more will come
+    arrived: asyncio.Queue[tuple[ReplyStream, ReplyChunk] | None] = asyncio.Queue()  # None: no more will come
 
-    async def read(reply: Reply) -> None:
-        async with aclosing(reply.pieces()) as pieces:
-            async for piece in pieces:
-                arrived.put_nowait((reply, piece))
+    async def read(reply: ReplyStream) -> None:
+        async with aclosing(reply.chunks()) as chunks:
+            async for chunk in chunks:
+                arrived.put_nowait((reply, chunk))
 
     async def read_all() -> None:
         try:
@@ -151,13 +149,13 @@ async def side_by_side(replies: Sequence[Reply]) -> AsyncGenerator[tuple[Reply, 
         finally:
             arrived.put_nowait(None)
 
-    # A task of its own around the group: only the task that enters a group may leave it, and each piece may be read by another.
+    # A task of its own around the group: only the task that enters a group may leave it, and each chunk may be read by another.
     readers = asyncio.create_task(read_all())
     unfinished = len(replies)
     try:
-        while (news := await arrived.get()) is not None:
-            unfinished -= news[1].finish is not None
-            yield news
+        while (arrival := await arrived.get()) is not None:
+            unfinished -= arrival[1].finish is not None
+            yield arrival
         try:
             await readers
         except BaseExceptionGroup as group:
@@ -168,4 +166,4 @@ async def side_by_side(replies: Sequence[Reply]) -> AsyncGenerator[tuple[Reply, 
         readers.cancel()
         await asyncio.gather(readers, return_exceptions=True)
         for reply in replies:
-            reply.stream.close()  # a reader that was cancelled before it began has not closed its stream
+            reply.tokens.close()  # a reader that was cancelled before it began has not closed its stream

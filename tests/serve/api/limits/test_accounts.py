@@ -15,15 +15,16 @@ from starlette.requests import ClientDisconnect
 from apprentice.data.encoding.prompt_contract import layout_beside
 from apprentice.data.encoding.prompt_format import Layout
 from apprentice.recipe import Serving
-from apprentice.serve.api.keys import GRACE_S, REFRESH_S, Keys, Limiter, new_key
-from apprentice.serve.api.rate_limit import LimiterOfAll, OwnLimits, SharedLimits
-from apprentice.serve.api.routes import build_app
+from apprentice.serve.api.application import build_app
+from apprentice.serve.api.limits.api_keys import GRACE_S, REFRESH_S, ApiKeys, new_key
+from apprentice.serve.api.limits.rate_limiter import LocalRateLimits, RateLimiter
+from apprentice.serve.api.limits.shared_rate_limits import RateLimiterDeployment, SharedRateLimits
 from apprentice.serve.engines.base import EngineFailed, NewToken
-from apprentice.serve.generation.served_models import Catalogue, Model
+from apprentice.serve.generation.served_models import Catalogue, ServedModel
 from apprentice.tasks.registry import library, load_task
 from apprentice.tasks.schema import Task
 from tests.serve.conftest import Counted
-from tests.serve.scripted import Scripted, Spoken
+from tests.serve.scripted import ScriptedEngine, ScriptedReply
 
 pytestmark = pytest.mark.asyncio
 
@@ -42,25 +43,25 @@ class Guarded:
         self.file = file
         file.write_text(yaml.safe_dump({"keys": [yaml.safe_load(entry)[0] | limits]}))
         self.now = 100.0
-        self.keys = Keys(file, lambda: self.now)
-        self.limiter = Limiter(lambda: self.now)
+        self.keys = ApiKeys(file, lambda: self.now)
+        self.limiter = RateLimiter(lambda: self.now)
 
-    def client(self, engine: Scripted, layout: Layout, **more: Any) -> httpx.AsyncClient:
-        limits = more.pop("limits", OwnLimits(self.limiter))
-        app = build_app(Catalogue([Model("tiny", engine, layout)]), keys=self.keys, limits=limits, **more)
+    def client(self, engine: ScriptedEngine, layout: Layout, **more: Any) -> httpx.AsyncClient:
+        limits = more.pop("limits", LocalRateLimits(self.limiter))
+        app = build_app(Catalogue([ServedModel("tiny", engine, layout)]), keys=self.keys, limits=limits, **more)
         headers = {"Authorization": f"Bearer {self.key}"}
         return httpx.AsyncClient(
             transport=httpx.ASGITransport(app, raise_app_exceptions=False), base_url="http://test", headers=headers
         )
 
 
-class Slow(Scripted):
+class Slow(ScriptedEngine):
     """Each token takes a turn of the loop, so that all who come at once run at once."""
 
     capacity = 1000
 
     def generate(self, requests: list[Any]) -> list[Any]:
-        class Later(Spoken):
+        class Later(ScriptedReply):
             async def __anext__(self) -> list[NewToken]:
                 await asyncio.sleep(0)
                 return await super().__anext__()
@@ -91,14 +92,14 @@ async def test_many_at_once_do_not_use_more_than_a_minute_has(layout: Layout, tm
 async def test_a_refused_or_failed_request_gives_back_what_it_reserved(layout: Layout, tmp_path: Path) -> None:
     guarded = Guarded(tmp_path / "keys.yaml", 150)
     asked = {"prompt": "Hello", "max_tokens": 90}
-    async with guarded.client(Scripted([]), layout) as http:
+    async with guarded.client(ScriptedEngine([]), layout) as http:
         assert [(await http.post("/v1/completions", json=asked)).json()["error"]["code"] for _ in range(3)] == ["overloaded"] * 3
     assert guarded.limiter.reserve("anna", 150, 150).wait_s == 0.0
 
 
 async def test_a_task_costs_its_key_what_it_reads_and_is_counted(layout: Layout, tmp_path: Path, counted: Counted) -> None:
     guarded = Guarded(tmp_path / "keys.yaml", 2000)
-    engine = Scripted([5])
+    engine = ScriptedEngine([5])
     engine.context = 1000
     task = load_task(library()["ag_news"])
     async with guarded.client(engine, layout, tasks=[task]) as http:
@@ -116,14 +117,14 @@ async def test_a_task_costs_its_key_what_it_reads_and_is_counted(layout: Layout,
 
 
 async def test_a_question_takes_few_places_however_many_choices_it_has(layout: Layout) -> None:
-    engine = Scripted([5])
+    engine = ScriptedEngine([5])
     engine.context, engine.capacity = 1000, 9
     definition = yaml.safe_load(library()["ag_news"].read_text())
     definition |= {"name": "many", "choices": [f"topic {number}" for number in range(77)]}
     definition["templates"] = [template | {"choices": None} for template in definition["templates"][:1]]
     definition["label"] = "'topic 1'"
     task = Task.model_validate({key: value for key, value in definition.items() if value is not None})
-    app = build_app(Catalogue([Model("tiny", engine, layout)]), tasks=[task])
+    app = build_app(Catalogue([ServedModel("tiny", engine, layout)]), tasks=[task])
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as http:
         answer = await http.post("/v1/tasks/many", json={"fields": {"text": "a goal"}})
     assert answer.status_code == 200, answer.text
@@ -132,22 +133,22 @@ async def test_a_question_takes_few_places_however_many_choices_it_has(layout: L
 
 
 async def test_a_stream_counts_as_what_it_ended_as(layout: Layout, counted: Counted) -> None:
-    async def stream(engine: Scripted, **more: Any) -> str:
-        app = build_app(Catalogue([Model("tiny", engine, layout)]), **more)
+    async def stream(engine: ScriptedEngine, **more: Any) -> str:
+        app = build_app(Catalogue([ServedModel("tiny", engine, layout)]), **more)
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as http:
             return (await http.post("/v1/completions", json={"prompt": "a", "stream": True})).text
 
     ids = layout.tokenizer.encode("one two three")
-    await stream(Scripted([*ids, layout.stop_ids[0]]))
-    await stream(Scripted(ids, fails=True, failure=EngineFailed("out of memory")))
-    await stream(Scripted(ids, fails=True, failure=ValueError("a fault")))
+    await stream(ScriptedEngine([*ids, layout.stop_ids[0]]))
+    await stream(ScriptedEngine(ids, fails=True, failure=EngineFailed("out of memory")))
+    await stream(ScriptedEngine(ids, fails=True, failure=ValueError("a fault")))
     assert [counted("apprentice_requests", model="tiny", status=status) for status in ("200", "503", "500", "499")] == [1, 1, 1, 0]
     assert counted("apprentice_request_seconds", model="tiny") == 1
 
 
 async def test_a_client_that_leaves_counts_as_one_that_left(layout: Layout, counted: Counted) -> None:
     engine = Slow([*layout.tokenizer.encode("one two three"), layout.stop_ids[0]])
-    app = build_app(Catalogue([Model("tiny", engine, layout)]))
+    app = build_app(Catalogue([ServedModel("tiny", engine, layout)]))
     body = b'{"prompt": "a", "stream": true}'
     incoming = iter([{"type": "http.request", "body": body, "more_body": False}])
 
@@ -167,9 +168,9 @@ async def test_a_client_that_leaves_counts_as_one_that_left(layout: Layout, coun
 
 
 async def test_a_request_that_takes_too_long_counts_once_and_in_no_histogram(layout: Layout, counted: Counted) -> None:
-    class Silent(Scripted):
+    class Silent(ScriptedEngine):
         def generate(self, requests: list[Any]) -> list[Any]:
-            class Never(Spoken):
+            class Never(ScriptedReply):
                 async def __anext__(self) -> list[NewToken]:
                     await asyncio.Event().wait()
                     raise AssertionError
@@ -178,7 +179,7 @@ async def test_a_request_that_takes_too_long_counts_once_and_in_no_histogram(lay
             return [Never(self, ()) for _ in requests]
 
     engine = Silent([5])
-    app = build_app(Catalogue([Model("tiny", engine, layout)]), serving=Serving(request_timeout_s=0.05))
+    app = build_app(Catalogue([ServedModel("tiny", engine, layout)]), serving=Serving(request_timeout_s=0.05))
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as http:
         assert (await http.post("/v1/completions", json={"prompt": "a"})).status_code == 504
         assert (await http.post("/v1/completions", json={"prompt": "a", "max_tokens": 5000})).status_code == 400
@@ -199,7 +200,7 @@ class _Down:
 class _Up:
     """The handle of a limiter that runs."""
 
-    def __init__(self, limiter: LimiterOfAll) -> None:
+    def __init__(self, limiter: RateLimiterDeployment) -> None:
         self.limiter = limiter
 
     def __getattr__(self, name: str) -> Any:
@@ -208,14 +209,14 @@ class _Up:
 
 async def test_a_limiter_that_is_down_is_an_answer_in_openais_shape(layout: Layout, tmp_path: Path) -> None:
     guarded = Guarded(tmp_path / "keys.yaml", 1000, 10)
-    engine = Scripted([5, layout.stop_ids[0]])
-    async with guarded.client(engine, layout, limits=SharedLimits(_Down())) as http:
+    engine = ScriptedEngine([5, layout.stop_ids[0]])
+    async with guarded.client(engine, layout, limits=SharedRateLimits(_Down())) as http:
         answer = await http.post("/v1/completions", json={"prompt": "a"})
     assert (answer.status_code, answer.json()["error"]["code"], answer.headers["retry-after"]) == (503, "limits_unavailable", "5")
     assert "x-request-id" in answer.headers
     assert engine.asked == []
-    shared = LimiterOfAll()
-    async with guarded.client(engine, layout, limits=SharedLimits(_Up(shared))) as http:
+    shared = RateLimiterDeployment()
+    async with guarded.client(engine, layout, limits=SharedRateLimits(_Up(shared))) as http:
         assert (await http.post("/v1/completions", json={"prompt": "a", "max_tokens": 20})).status_code == 200
         await asyncio.sleep(0)
     assert (await shared.reserve("anna", 1000, 1000 - len(layout.tokenizer.encode("a")) - 2)).wait_s == 0.0
@@ -226,7 +227,7 @@ async def test_answers_tell_what_is_left_of_the_limits(layout: Layout, tmp_path:
     """OpenAI's headers: after what this request may come to use, in refusals too."""
     guarded = Guarded(tmp_path / "keys.yaml", 600, 2)
     prompt = len(layout.tokenizer.encode("Hello"))
-    async with guarded.client(Scripted([5, layout.stop_ids[0]]), layout) as http:
+    async with guarded.client(ScriptedEngine([5, layout.stop_ids[0]]), layout) as http:
         asked = {"prompt": "Hello", "max_tokens": 100 - prompt, "stream": stream}
         first = (await http.post("/v1/completions", json=asked)).headers
         found = {name.removeprefix("x-ratelimit-"): value for name, value in first.items() if name.startswith("x-ratelimit-")}
@@ -249,7 +250,7 @@ async def test_a_typo_in_the_keys_file_is_said_and_ends_what_it_should_have_revo
 ) -> None:
     guarded = Guarded(tmp_path / "keys.yaml", None)
     good = guarded.file.read_text()
-    engine = Scripted([5, layout.stop_ids[0]])
+    engine = ScriptedEngine([5, layout.stop_ids[0]])
     async with guarded.client(engine, layout) as http:
 
         async def code() -> str | None:

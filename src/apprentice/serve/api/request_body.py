@@ -15,11 +15,11 @@ from starlette.requests import Request
 
 P = ParamSpec("P")
 T = TypeVar("T")
-_DEEPEST = 64  # arrays and objects inside each other
+_MAX_DEPTH = 64  # arrays and objects inside each other
 _LARGE_BYTES = 32_768  # a larger body takes longer to parse than a thread takes to start
 
 
-async def beside_loop_if_large(http: Request, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+async def run_in_thread_if_large(http: Request, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """Result of `work(*args, **kwargs)`, run in a thread where the body of `http` is large.
 
     On the event loop such work would freeze all streams.
@@ -29,25 +29,25 @@ async def beside_loop_if_large(http: Request, work: Callable[P, T], *args: P.arg
     return work(*args, **kwargs)
 
 
-class _Checked(Request):
+class _ValidatedRequest(Request):
     """A request whose JSON is parsed and validated against the route's body `field`, by `_read`."""
 
     field: Any = None
 
     async def json(self) -> Any:
         if not hasattr(self, "_json"):
-            self._json = await beside_loop_if_large(self, _read, await self.body(), self.field)
+            self._json = await run_in_thread_if_large(self, _read, await self.body(), self.field)
         return self._json
 
 
-class CheckedRoute(APIRoute):
+class ValidatedRoute(APIRoute):
     """A route whose body is parsed and validated by this module, not by FastAPI."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handle = super().get_route_handler()
 
-        async def checked(request: Request) -> Response:
-            http = _Checked(request.scope, request.receive)
+        async def handle_validated(request: Request) -> Response:
+            http = _ValidatedRequest(request.scope, request.receive)
             http.field = self.body_field
             try:
                 return await handle(http)
@@ -57,7 +57,7 @@ class CheckedRoute(APIRoute):
                     raise error.__cause__ from None
                 raise
 
-        return checked
+        return handle_validated
 
 
 def _read(body: bytes, field: Any) -> Any:
@@ -65,44 +65,44 @@ def _read(body: bytes, field: Any) -> Any:
 
     Raises `RequestValidationError` or `HTTPException`.
     """
-    values = _parsed(body)
+    values = _parse(body)
     request, errors = field.validate(values, {}, loc=("body",))
     if errors:
         raise RequestValidationError(errors)
     return request
 
 
-def _parsed(body: bytes) -> Any:
+def _parse(body: bytes) -> Any:
     try:
         text = body.decode()
     except UnicodeDecodeError as error:
         raise HTTPException(400, "the body is not UTF-8") from error
     try:
-        values = json.loads(text, parse_constant=_no_number)
+        values = json.loads(text, parse_constant=_refuse_constant)
     except RecursionError as error:
-        raise HTTPException(400, f"the body is nested deeper than {_DEEPEST}") from error
+        raise HTTPException(400, f"the body is nested deeper than {_MAX_DEPTH}") from error
     except json.JSONDecodeError:
         raise
     except ValueError as error:  # an integer of thousands of digits, or NaN
         raise HTTPException(400, f"the body is not JSON that can be read: {error}") from error
-    if _depth(values) > _DEEPEST:
-        raise HTTPException(400, f"the body is nested deeper than {_DEEPEST}")
+    if _depth(values) > _MAX_DEPTH:
+        raise HTTPException(400, f"the body is nested deeper than {_MAX_DEPTH}")
     return values
 
 
-def _no_number(name: str) -> Any:
+def _refuse_constant(name: str) -> Any:
     raise ValueError(f"{name} is no JSON number")
 
 
 def _depth(value: Any) -> int:
     """Levels of nested arrays and objects, counted without recursion."""
     deepest = 0
-    left = [(value, 1)]
-    while left:
-        inner, level = left.pop()
+    unvisited = [(value, 1)]
+    while unvisited:
+        inner, level = unvisited.pop()
         if isinstance(inner, dict | list):
             deepest = max(deepest, level)
-            left += [
+            unvisited += [
                 (item, level + 1)
                 for item in (inner.values() if isinstance(inner, dict) else inner)
                 if isinstance(item, dict | list)

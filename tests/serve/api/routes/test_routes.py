@@ -18,14 +18,14 @@ from pydantic import BaseModel
 from apprentice.data.encoding.prompt_contract import layout_beside
 from apprentice.data.encoding.prompt_format import Layout
 from apprentice.recipe import Serving
-from apprentice.serve.api.keys import Keys, Limiter, new_key
-from apprentice.serve.api.rate_limit import OwnLimits
-from apprentice.serve.api.routes import build_app
-from apprentice.serve.engines.base import RequestFailed, Stats
-from apprentice.serve.generation.served_models import Catalogue, Model
+from apprentice.serve.api.application import build_app
+from apprentice.serve.api.limits.api_keys import ApiKeys, new_key
+from apprentice.serve.api.limits.rate_limiter import LocalRateLimits, RateLimiter
+from apprentice.serve.engines.base import EngineStats, RequestFailed
+from apprentice.serve.generation.served_models import Catalogue, ServedModel
 from apprentice.tasks.registry import library, load_task
 from apprentice.tasks.templates.expressions import Wording
-from tests.serve.scripted import Scripted
+from tests.serve.scripted import ScriptedEngine
 
 pytestmark = pytest.mark.asyncio
 
@@ -35,8 +35,8 @@ def layout(chat_model: Path) -> Layout:
     return layout_beside(chat_model)
 
 
-def client(engine: Scripted, layout: Layout, **more: Any) -> httpx.AsyncClient:
-    transport = httpx.ASGITransport(build_app(Catalogue([Model("tiny", engine, layout)]), **more), raise_app_exceptions=False)
+def client(engine: ScriptedEngine, layout: Layout, **more: Any) -> httpx.AsyncClient:
+    transport = httpx.ASGITransport(build_app(Catalogue([ServedModel("tiny", engine, layout)]), **more), raise_app_exceptions=False)
     return httpx.AsyncClient(transport=transport, base_url="http://test")
 
 
@@ -46,7 +46,7 @@ def events(text: str) -> list[Any]:
 
 
 async def test_a_whole_reply(layout: Layout) -> None:
-    engine = Scripted([*layout.tokenizer.encode("Good day."), layout.stop_ids[0]])
+    engine = ScriptedEngine([*layout.tokenizer.encode("Good day."), layout.stop_ids[0]])
     async with client(engine, layout) as http:
         asked = {"model": "tiny", "prompt": "Hello", "max_tokens": 50, "return_token_ids": True}
         body = (await http.post("/v1/completions", json=asked)).json()
@@ -58,7 +58,7 @@ async def test_a_whole_reply(layout: Layout) -> None:
 
 
 async def test_a_streamed_reply(layout: Layout) -> None:
-    engine = Scripted([*layout.tokenizer.encode("Good day."), layout.stop_ids[0]])
+    engine = ScriptedEngine([*layout.tokenizer.encode("Good day."), layout.stop_ids[0]])
     asked = {"messages": [{"role": "user", "content": "Hello"}], "stream": True, "stream_options": {"include_usage": True}}
     async with client(engine, layout) as http:
         response = await http.post("/v1/chat/completions", json=asked)
@@ -74,7 +74,7 @@ async def test_a_streamed_reply(layout: Layout) -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 async def test_a_stop_string_ends_the_reply_and_frees_the_place(layout: Layout, stream: bool) -> None:
-    engine = Scripted(layout.tokenizer.encode("one two three four"))
+    engine = ScriptedEngine(layout.tokenizer.encode("one two three four"))
     asked = {"instruction": "Count.", "stop": ["thr"], "stream": stream}
     async with client(engine, layout) as http:
         response = await http.post("/v1/instruct", json=asked)
@@ -84,7 +84,7 @@ async def test_a_stop_string_ends_the_reply_and_frees_the_place(layout: Layout, 
 
 
 async def test_an_overloaded_engine_is_status_429(layout: Layout) -> None:
-    async with client(Scripted([]), layout) as http:
+    async with client(ScriptedEngine([]), layout) as http:
         for stream in (False, True):
             response = await http.post("/v1/completions", json={"prompt": "a", "stream": stream})
             assert (response.status_code, response.headers["retry-after"]) == (429, "2" if stream else "1")  # one after another
@@ -92,7 +92,7 @@ async def test_an_overloaded_engine_is_status_429(layout: Layout) -> None:
 
 
 async def test_an_engine_that_fails_says_so(layout: Layout) -> None:
-    engine = Scripted(layout.tokenizer.encode("abc def"), fails=True)
+    engine = ScriptedEngine(layout.tokenizer.encode("abc def"), fails=True)
     async with client(engine, layout) as http:
         whole = await http.post("/v1/completions", json={"prompt": "a"})
         streamed = events((await http.post("/v1/completions", json={"prompt": "a", "stream": True})).text)
@@ -110,7 +110,7 @@ async def test_an_engine_that_fails_says_so(layout: Layout) -> None:
 async def test_whatever_ends_one_reply_ends_the_request(
     layout: Layout, n: int, stream: bool, failure: Exception, status: int, code: str | None
 ) -> None:
-    engine = Scripted(layout.tokenizer.encode("abc def"), fails=True, failure=failure)
+    engine = ScriptedEngine(layout.tokenizer.encode("abc def"), fails=True, failure=failure)
     async with client(engine, layout) as http, asyncio.timeout(10):
         answer = await http.post("/v1/completions", json={"prompt": "a", "n": n, "stream": stream})
     error = events(answer.text)[-2]["error"] if stream else answer.json()["error"]
@@ -120,7 +120,7 @@ async def test_whatever_ends_one_reply_ends_the_request(
 
 async def test_ids_that_the_weights_do_not_have_are_refused(layout: Layout) -> None:
     """A tokenizer may know more ids than the embedding has rows; one of them would end the engine for everybody."""
-    engine = Scripted([5, layout.stop_ids[0]])
+    engine = ScriptedEngine([5, layout.stop_ids[0]])
     engine.vocabulary, engine.context = max(layout.tokenizer.encode("abc")), 1000
     task = load_task(library()["ag_news"])
     chat = {"messages": [{"role": "user", "content": "abc"}]}
@@ -150,7 +150,7 @@ async def test_ids_that_the_weights_do_not_have_are_refused(layout: Layout) -> N
     ],
 )
 async def test_errors_have_openais_shape(layout: Layout, method: str, path: str, body: Any, status: int, code: str | None) -> None:
-    async with client(Scripted([5]), layout) as http:
+    async with client(ScriptedEngine([5]), layout) as http:
         response = await http.request(method, path, json=body)
     error = response.json()["error"]
     assert set(error) == {"message", "type", "param", "code"}
@@ -158,18 +158,18 @@ async def test_errors_have_openais_shape(layout: Layout, method: str, path: str,
 
 
 async def test_a_body_that_is_not_json(layout: Layout) -> None:
-    async with client(Scripted([5]), layout) as http:
+    async with client(ScriptedEngine([5]), layout) as http:
         response = await http.post("/v1/completions", content='{"prompt": ', headers={"content-type": "application/json"})
     assert (response.status_code, response.json()["error"]["message"][:21]) == (400, "the body is not JSON:")
 
 
 async def test_models_health_gauges_and_page(layout: Layout) -> None:
-    async with client(Scripted([5]), layout) as http:
+    async with client(ScriptedEngine([5]), layout) as http:
         models = (await http.get("/v1/models")).json()["data"]
         assert [model["id"] for model in models] == ["tiny"]
         assert (await http.get("/v1/models/tiny")).json() == models[0]
         assert (await http.get("/health")).json() == {"status": "ok", "model": "tiny", "layout": "chat", "context": 100}
-        assert (await http.get("/stats")).json() == {"replica": "", **Stats(0, 0, 0, 0)._asdict()}
+        assert (await http.get("/stats")).json() == {"replica": "", **EngineStats(0, 0, 0, 0)._asdict()}
         page = await http.get("/")
         assert "default-src 'self'" in page.headers["content-security-policy"]
         assert 'src="playground/app.js"' in page.text
@@ -180,7 +180,7 @@ async def test_models_health_gauges_and_page(layout: Layout) -> None:
 
 
 async def test_the_engine_ends_with_the_application(layout: Layout) -> None:
-    engine = Scripted([5])
+    engine = ScriptedEngine([5])
     sent: list[Any] = []
     orders = iter([{"type": "lifespan.startup"}, {"type": "lifespan.shutdown"}])
 
@@ -190,13 +190,13 @@ async def test_the_engine_ends_with_the_application(layout: Layout) -> None:
     async def send(message: Any) -> None:
         sent.append((message["type"], engine.closed))
 
-    await build_app(Catalogue([Model("tiny", engine, layout)]))({"type": "lifespan", "app": None, "state": {}}, receive, send)
+    await build_app(Catalogue([ServedModel("tiny", engine, layout)]))({"type": "lifespan", "app": None, "state": {}}, receive, send)
     assert sent == [("lifespan.startup.complete", False), ("lifespan.shutdown.complete", True)]
 
 
 @pytest.mark.parametrize("stream", [False, True])
 async def test_several_prompts_and_choices_stand_side_by_side(layout: Layout, stream: bool) -> None:
-    engine = Scripted([*layout.tokenizer.encode("Good day."), layout.stop_ids[0]])
+    engine = ScriptedEngine([*layout.tokenizer.encode("Good day."), layout.stop_ids[0]])
     asked = {"prompt": ["one", "two three"], "n": 2, "echo": True, "logprobs": 2, "max_tokens": 50, "stream": stream}
     async with client(engine, layout) as http:
         response = await http.post("/v1/completions", json=asked)
@@ -219,7 +219,7 @@ ODD = "Größe 🚀 café"
 @pytest.mark.parametrize("stop", [[], ["afé!"]])  # what may begin a stop string is held back
 async def test_scores_say_where_each_token_stands(layout: Layout, stream: bool, stop: list[str]) -> None:
     ids = layout.tokenizer.encode(ODD)
-    engine = Scripted([*ids, layout.stop_ids[0]], prompt_scores=True)
+    engine = ScriptedEngine([*ids, layout.stop_ids[0]], prompt_scores=True)
     asked = {"prompt": ODD, "echo": True, "logprobs": 1, "max_tokens": 50, "stream": stream, "stop": stop}
     async with client(engine, layout) as http:
         response = await http.post("/v1/completions", json=asked)
@@ -242,7 +242,7 @@ async def test_scores_say_where_each_token_stands(layout: Layout, stream: bool, 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
 async def test_the_ids_of_prompt_and_reply_are_given_in_vllms_fields(layout: Layout, path: str, stream: bool) -> None:
-    engine = Scripted([*layout.tokenizer.encode(ODD), layout.stop_ids[0]])
+    engine = ScriptedEngine([*layout.tokenizer.encode(ODD), layout.stop_ids[0]])
     words = {"prompt": ["one", "two"]} if path == "/v1/completions" else {"messages": [{"role": "user", "content": "one"}]}
     async with client(engine, layout) as http:
         response = await http.post(path, json={**words, "n": 2, "max_tokens": 50, "return_token_ids": True, "stream": stream})
@@ -260,7 +260,7 @@ async def test_the_ids_of_prompt_and_reply_are_given_in_vllms_fields(layout: Lay
 
 
 async def test_usage_tells_what_was_in_memory_already(layout: Layout) -> None:
-    engine = Scripted([5, layout.stop_ids[0]], cached=3)
+    engine = ScriptedEngine([5, layout.stop_ids[0]], cached=3)
     async with client(engine, layout) as http:
         whole = (await http.post("/v1/completions", json={"prompt": ["one", "two"], "n": 2})).json()["usage"]
         asked = {"prompt": "one", "stream": True, "stream_options": {"include_usage": True}}
@@ -270,7 +270,7 @@ async def test_usage_tells_what_was_in_memory_already(layout: Layout) -> None:
 
 
 async def test_chat_scores_have_bytes_and_no_end_token(layout: Layout) -> None:
-    engine = Scripted([*layout.tokenizer.encode("é!"), layout.stop_ids[0]])
+    engine = ScriptedEngine([*layout.tokenizer.encode("é!"), layout.stop_ids[0]])
     asked = {"messages": [{"role": "user", "content": "Hello"}], "logprobs": True, "top_logprobs": 2}
     async with client(engine, layout) as http:
         content = (await http.post("/v1/chat/completions", json=asked)).json()["choices"][0]["logprobs"]["content"]
@@ -279,7 +279,7 @@ async def test_chat_scores_have_bytes_and_no_end_token(layout: Layout) -> None:
 
 
 async def test_more_replies_than_ever_fit_are_refused(layout: Layout) -> None:
-    async with client(Scripted([5]), layout) as http:
+    async with client(ScriptedEngine([5]), layout) as http:
         response = await http.post("/v1/completions", json={"prompt": "a", "n": 9})
     assert (response.status_code, "at most 8 run and wait here" in response.text) == (400, True)
 
@@ -305,7 +305,7 @@ async def test_more_replies_than_ever_fit_are_refused(layout: Layout) -> None:
     ],
 )
 async def test_hostile_bodies_get_a_clear_refusal(layout: Layout, content: bytes, status: int, message: str) -> None:
-    engine = Scripted([5, layout.stop_ids[0]])
+    engine = ScriptedEngine([5, layout.stop_ids[0]])
     headers = {"content-type": "application/json"}
     async with client(engine, layout, serving=Serving(max_body_bytes=10_000)) as http:
         response = await http.post("/v1/completions", content=content, headers=headers)
@@ -339,7 +339,7 @@ async def test_a_large_request_is_read_beside_the_event_loop(layout: Layout, mon
     watch(Wording, "__call__")
     words = "many words " * 10_000
     turns = [{"role": "user", "content": words}]
-    async with client(Scripted([5]), layout, tasks=[load_task(library()["ag_news"])]) as http:
+    async with client(ScriptedEngine([5]), layout, tasks=[load_task(library()["ag_news"])]) as http:
         for path, body, status in (
             ("/v1/completions", {"prompt": words}, 400),
             ("/v1/instruct", {"instruction": "Read.", "input": words}, 400),
@@ -369,7 +369,7 @@ async def pieces(content: bytes) -> AsyncGenerator[bytes, None]:
 
 
 async def test_a_body_that_stays_half_sent_is_refused_in_time(layout: Layout) -> None:
-    engine = Scripted([5, layout.stop_ids[0]])
+    engine = ScriptedEngine([5, layout.stop_ids[0]])
 
     async def half() -> AsyncGenerator[bytes, None]:
         yield b'{"prompt": '
@@ -387,8 +387,8 @@ async def test_keys_name_who_asks_for_what_and_how_often(layout: Layout, tmp_pat
     file = tmp_path / "keys.yaml"
     file.write_text(yaml.safe_dump({"keys": [yaml.safe_load(entry)[0] | extra[name] for name, (_, entry) in made.items()]}))
 
-    engine = Scripted([5, layout.stop_ids[0]])
-    async with client(engine, layout, keys=Keys(file), limits=OwnLimits(Limiter(lambda: 100.0))) as http:
+    engine = ScriptedEngine([5, layout.stop_ids[0]])
+    async with client(engine, layout, keys=ApiKeys(file), limits=LocalRateLimits(RateLimiter(lambda: 100.0))) as http:
 
         async def status(key: str | None) -> tuple[int, str | None, str | None]:
             headers = {} if key is None else {"Authorization": f"Bearer {key}"}
@@ -413,7 +413,7 @@ async def test_keys_name_who_asks_for_what_and_how_often(layout: Layout, tmp_pat
 
 
 async def test_state_for_machines(layout: Layout, caplog: pytest.LogCaptureFixture) -> None:
-    engine = Scripted([5, layout.stop_ids[0]])
+    engine = ScriptedEngine([5, layout.stop_ids[0]])
     caplog.set_level("INFO", logger="apprentice.requests")
     async with client(engine, layout) as http:
         statuses = [(await http.get("/ready")).status_code for _ in range(1)]
@@ -431,7 +431,7 @@ async def test_state_for_machines(layout: Layout, caplog: pytest.LogCaptureFixtu
 
 
 async def test_what_the_model_reads_can_be_seen(layout: Layout) -> None:
-    async with client(Scripted([5]), layout) as http:
+    async with client(ScriptedEngine([5]), layout) as http:
         rendered = (await http.post("/v1/render", json={"instruction": "Name it.", "input": "A"})).json()
         turns = [{"role": "user", "content": "Name it.\n\nA"}]
         assert (await http.post("/v1/render", json={"messages": turns})).json() == rendered
@@ -441,7 +441,7 @@ async def test_what_the_model_reads_can_be_seen(layout: Layout) -> None:
 
 async def test_a_task_can_be_filled_in_and_seen(layout: Layout) -> None:
     task = load_task(library()["ag_news"])
-    async with client(Scripted([5]), layout, tasks=[task]) as http:
+    async with client(ScriptedEngine([5]), layout, tasks=[task]) as http:
         (described,) = (await http.get("/v1/tasks")).json()["data"]
         asked = {"task": "ag_news", "template": described["templates"][1], "fields": described["sample"]}
         rendered = (await http.post("/v1/render", json=asked)).json()
@@ -463,7 +463,7 @@ async def test_under_a_prefix_what_is_open_is_open_and_what_is_guarded_is_guarde
     key, entry = new_key("anna")
     file = tmp_path / "keys.yaml"
     file.write_text(yaml.safe_dump({"keys": yaml.safe_load(entry)}))
-    app = build_app(Catalogue([Model("tiny", Scripted([5, layout.stop_ids[0]]), layout)]), keys=Keys(file))
+    app = build_app(Catalogue([ServedModel("tiny", ScriptedEngine([5, layout.stop_ids[0]]), layout)]), keys=ApiKeys(file))
     under = httpx.ASGITransport(app, root_path="/second")
     async with httpx.AsyncClient(transport=under, base_url="http://test/second/") as http:
         assert (await http.get("health")).status_code == 200

@@ -21,7 +21,7 @@ import secrets
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -36,7 +36,7 @@ KEYS_FILE = "APPRENTICE_API_KEYS_FILE"  # environment variable with the path of 
 _PREFIX = "sk-apprentice-"
 
 
-class Key(BaseModel):
+class ApiKey(BaseModel):
     """One entry of the keys file."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -48,18 +48,20 @@ class Key(BaseModel):
 
     @property
     def is_limited(self) -> bool:
+        """Whether its requests or tokens are counted."""
         return self.requests_per_minute is not None or self.tokens_per_minute is not None
 
     def may_use(self, model: str) -> bool:
+        """Whether requests with this key may name the model."""
         return self.models is None or model in self.models
 
 
-class _File(BaseModel):
+class _KeysFile(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
-    keys: tuple[Key, ...] = Field(min_length=1)
+    keys: tuple[ApiKey, ...] = Field(min_length=1)
 
 
-class Keys:
+class ApiKeys:
     """The keys in `file`, read again when the file changes. Raises `ServingError` for a file that cannot be used.
 
     A file that is half-written or gone for a moment changes nothing. One that stays unreadable admits nobody after `GRACE_S`
@@ -69,30 +71,30 @@ class Keys:
     def __init__(self, file: Path, clock: Callable[[], float] = time.monotonic) -> None:
         self._file = file
         self._clock = clock
-        self._looked_at = clock()
+        self._checked_at = clock()
         self._unreadable: tuple[float, str] | None = None  # since when (seconds), and why
         self.all = self._read()
 
-    def owner(self, given: str) -> Key | None:
-        """The entry of the key `given`, or None. Every entry is compared, so that the time taken reveals nothing.
+    def owner(self, secret: str) -> ApiKey | None:
+        """The entry of the key `secret`, or None. Every entry is compared, so that the time taken reveals nothing.
 
         Raises `ServingError` where the file has been unreadable for too long.
         """
-        if self._clock() - self._looked_at > REFRESH_S:
+        if self._clock() - self._checked_at > REFRESH_S:
             self._refresh()
         if self._unreadable is not None and self._clock() - self._unreadable[0] > GRACE_S:
             raise ServingError(self._unreadable[1])
-        digest = hashlib.sha256(given.encode(errors="replace")).hexdigest()
-        found = None
+        digest = hashlib.sha256(secret.encode(errors="replace")).hexdigest()
+        owner = None
         for key in self.all:
             if hmac.compare_digest(digest, key.sha256):
-                found = key
-        return found
+                owner = key
+        return owner
 
     def _refresh(self) -> None:
-        self._looked_at = self._clock()
+        self._checked_at = self._clock()
         try:
-            if self._stamp_now() != self._stamp:
+            if self._current_stamp() != self._stamp:
                 self.all = self._read()
                 log.info("the keys file was read again: %d keys", len(self.all))
             self._unreadable = None
@@ -101,7 +103,7 @@ class Keys:
                 log.error("%s The keys as they were are taken for %g s, then none is.", error, GRACE_S)
             self._unreadable = (self._unreadable[0] if self._unreadable else self._clock(), str(error))
 
-    def _stamp_now(self) -> tuple[int, int, int]:
+    def _current_stamp(self) -> tuple[int, int, int]:
         """(modification time in ns, size in bytes, inode) of the file, which changes when the file does.
 
         The time alone does not do: a copy may keep it, and Kubernetes replaces a secret by another link.
@@ -109,10 +111,10 @@ class Keys:
         now = self._file.stat()
         return now.st_mtime_ns, now.st_size, now.st_ino
 
-    def _read(self) -> tuple[Key, ...]:
+    def _read(self) -> tuple[ApiKey, ...]:
         try:
-            stamp = self._stamp_now()
-            found = _File.model_validate(load_yaml(self._file.read_text()))
+            stamp = self._current_stamp()
+            entries = _KeysFile.model_validate(load_yaml(self._file.read_text()))
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise ServingError(
                 f"the keys file {self._file} cannot be read ({error.__class__.__name__}); check {KEYS_FILE}."
@@ -123,11 +125,11 @@ class Keys:
             raise ServingError(
                 f"the keys file {self._file}: {place}: {first['msg']}; `apprentice key NAME` makes an entry."
             ) from error
-        names = [key.name for key in found.keys]
+        names = [key.name for key in entries.keys]
         if doubles := sorted({name for name in names if names.count(name) > 1}):
             raise ServingError(f"the keys file {self._file} has two entries called {doubles[0]!r}; give each its own name.")
         self._stamp = stamp
-        return found.keys
+        return entries.keys
 
 
 def new_key(name: str) -> tuple[str, str]:
@@ -136,61 +138,7 @@ def new_key(name: str) -> tuple[str, str]:
     return key, yaml.safe_dump([{"name": name, "sha256": hashlib.sha256(key.encode()).hexdigest()}], sort_keys=False)
 
 
-class Left(NamedTuple):
-    """The limiter's answer: seconds that a key must wait (0: not at all), and the requests and tokens that are left in its limits.
-
-    `requests` and `tokens` are None where they are not limited, or were not looked up.
-    """
-
-    wait_s: float
-    requests: float | None = None
-    tokens: float | None = None
-
-
-class Limiter:
-    """Rate limiter: for each key a token bucket of requests and one of tokens, refilled evenly in a minute. `clock` gives seconds.
-
-    A request is admitted while both of its key's buckets hold at least 1. Before it runs, all tokens that it may use are taken out;
-    when it has ended, those that it did not use are put back. So concurrent requests cannot use more than the limit together.
-    """
-
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
-        self._buckets: dict[tuple[str, str], tuple[float, float]] = {}  # (key, kind) → what was left, and when
-
-    def admit(self, name: str, requests_per_minute: int | None, tokens_per_minute: int | None) -> Left:
-        """Counts a request of the key `name` if it is admitted, and says what is left or how long it must wait."""
-        limits = [("requests", requests_per_minute, 1.0), ("tokens", tokens_per_minute, 1.0)]
-        waits = [(needed - self._left(name, kind, limit)) * 60.0 / limit for kind, limit, needed in limits if limit is not None]
-        wait = max(0.0, *waits) if waits else 0.0
-        if requests_per_minute is not None and not wait:
-            self._take(name, "requests", requests_per_minute, 1.0)
-        return Left(wait, *(None if limit is None else self._left(name, kind, limit) for kind, limit, _ in limits))
-
-    def reserve(self, name: str, tokens_per_minute: int, tokens: int) -> Left:
-        """Takes `tokens` out of the bucket if it holds them, and says what is left or how long it takes until it does.
-
-        A request for more than a minute's tokens waits for a full bucket, and takes all of it.
-        """
-        needed = min(tokens, tokens_per_minute)
-        wait = max(0.0, (needed - self._left(name, "tokens", tokens_per_minute)) * 60.0 / tokens_per_minute)
-        if not wait:
-            self._take(name, "tokens", tokens_per_minute, needed)
-        return Left(wait, tokens=self._left(name, "tokens", tokens_per_minute))
-
-    def settle(self, name: str, tokens_per_minute: int, reserved: int, used: int) -> None:
-        """Corrects the bucket at the end of a request that reserved `reserved` tokens and used `used`."""
-        self._take(name, "tokens", tokens_per_minute, used - min(reserved, tokens_per_minute))
-
-    def _left(self, name: str, kind: str, limit: int) -> float:
-        left, at = self._buckets.get((name, kind), (float(limit), self._clock()))
-        return min(float(limit), left + (self._clock() - at) * limit / 60.0)
-
-    def _take(self, name: str, kind: str, limit: int, amount: float) -> None:
-        self._buckets[name, kind] = (self._left(name, kind, limit) - amount, self._clock())
-
-
-def keys_file_of() -> Path | None:
+def keys_file_of_environment() -> Path | None:
     """The keys file that the environment variable names, or None."""
     named = os.environ.get(KEYS_FILE)
     return Path(named).expanduser().absolute() if named else None
@@ -201,7 +149,7 @@ def check_guarded(host: str, *, insecure: bool = False, file: Path | None = None
 
     Raises `ServingError` for an address other than loopback without keys, unless `insecure`, and for an unusable keys file.
     """
-    file = file or keys_file_of()
+    file = file or keys_file_of_environment()
     if not (_is_loopback(host) or file or insecure):
         raise ServingError(
             f"the host {host!r} is not this machine alone, and no keys guard the endpoint; name a keys file in {KEYS_FILE}"
@@ -209,7 +157,7 @@ def check_guarded(host: str, *, insecure: bool = False, file: Path | None = None
             " with --insecure, or `insecure: true` of the application."
         )
     if file is not None:
-        Keys(file)
+        ApiKeys(file)
     return file
 
 

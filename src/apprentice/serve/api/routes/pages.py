@@ -10,14 +10,14 @@ from pathlib import Path
 from fastapi import FastAPI
 from fastapi.responses import FileResponse
 
-_FOLDER = Path(__file__).parents[1] / "playground"
+_FOLDER = Path(__file__).parents[2] / "playground"
 _PAGES = {"/": "index.html", "/docs": "docs.html"}
 _KINDS = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
 # The pages need nothing from other hosts, and must not be made to load anything from there.
 _HEADERS = {"Content-Security-Policy": "default-src 'self'; img-src 'self' data:", "Cache-Control": "no-cache"}
 
 
-def serve_pages(app: FastAPI) -> None:
+def add_pages(app: FastAPI) -> None:
     """Adds both pages to `app`, and their files under `/playground/`."""
 
     def route(path: str, file: Path) -> None:

@@ -12,20 +12,20 @@ from typing import Any
 
 from ray.serve import metrics
 
-from apprentice.serve.api.schemas import Usage
-from apprentice.serve.engines.base import Engine, Stats
+from apprentice.serve.api.schemas.responses import Usage
+from apprentice.serve.engines.base import Engine, EngineStats
 
 SAMPLE_S = 5.0  # seconds between two samples of the engines
 _SECONDS = [0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0]
 _TOKEN_SECONDS = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0]
-_GAUGES: dict[str, tuple[str, Callable[[Stats], float]]] = {
+_GAUGES: dict[str, tuple[str, Callable[[EngineStats], float]]] = {
     "apprentice_running_requests": ("Requests that are being decoded.", lambda stats: stats.running),
     "apprentice_queued_requests": ("Requests that wait for a place.", lambda stats: stats.queued),
     "apprentice_kv_use_ratio": ("Share of the memory for keys and values in use.", lambda stats: stats.kv_use),
     "apprentice_kv_reserved_ratio": ("Share of it that running requests may come to use.", lambda stats: stats.kv_reserved),
     "apprentice_kv_tokens": ("Tokens that the memory for keys and values has room for.", lambda stats: stats.kv_tokens),
 }
-_COUNTERS: dict[str, tuple[str, Callable[[Stats], int]]] = {
+_COUNTERS: dict[str, tuple[str, Callable[[EngineStats], int]]] = {
     "apprentice_tokens": ("Tokens produced.", lambda stats: stats.tokens),
     "apprentice_prompt_tokens": ("Prompt tokens accepted.", lambda stats: stats.prompt_tokens),
     "apprentice_shared_prompt_tokens": ("Prompt tokens taken from another request's memory.", lambda stats: stats.shared_tokens),
@@ -46,7 +46,7 @@ def exported_names() -> set[str]:
     return {f"ray_{name}" for name in {*_GAUGES, *counters, *histograms}}
 
 
-class Metrics:
+class RequestMetrics:
     """Metrics of the models of `engines` (by name) and their adapters."""
 
     def __init__(self, engines: Mapping[str, Engine]) -> None:
@@ -58,8 +58,8 @@ class Metrics:
         self._seconds, self._first, self._each = histograms
         self._counted: dict[tuple[str, str], int] = {}  # last value by (counter, model)
 
-    def ended(self, model: str, status: int, began: float, first: float | None, usage: Usage | None) -> None:
-        """Records the end of a request for `model`; `began` and `first` (its first token) are times of `time.perf_counter`.
+    def record_end(self, model: str, status: int, began_at: float, first_token_at: float | None, usage: Usage | None) -> None:
+        """Records the end of a request for `model`; `began_at` and `first_token_at` are times of `time.perf_counter`.
 
         A request's duration is recorded for status 200 only: a refusal takes no time, and a client that leaves early says little.
         """
@@ -67,11 +67,11 @@ class Metrics:
         self._requests.inc(tags={"model": model, "status": str(status)})
         tags = {"model": model}
         if status == 200:
-            self._seconds.observe(now - began, tags)
-        if first is not None:
-            self._first.observe(first - began, tags)
-            if usage is not None and usage.completion > 1:
-                self._each.observe((now - first) / (usage.completion - 1), tags)
+            self._seconds.observe(now - began_at, tags)
+        if first_token_at is not None:
+            self._first.observe(first_token_at - began_at, tags)
+            if usage is not None and usage.completion_tokens > 1:
+                self._each.observe((now - first_token_at) / (usage.completion_tokens - 1), tags)
 
     def sample(self) -> None:
         """Sets the gauges to the engines' current values, and advances the counters to them."""

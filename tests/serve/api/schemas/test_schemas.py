@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from apprentice.serve.api.schemas import (
-    Asked,
+from apprentice.serve.api.schemas.problems import problem_of_fields
+from apprentice.serve.api.schemas.requests import (
     ChatRequest,
     CompletionRequest,
-    Ids,
+    GenerationFields,
     InstructRequest,
     RenderRequest,
-    Replies,
     TaskRequest,
-    Usage,
-    event,
-    explain,
 )
 
 
-def refusal(kind: type[Asked], body: dict[str, Any]) -> dict[str, Any]:
+def refusal(kind: type[GenerationFields], body: dict[str, Any]) -> dict[str, Any]:
     with pytest.raises(ValidationError) as caught:
         kind.model_validate(body)
-    return dict(explain(caught.value.errors(), list(kind.model_fields)).body["error"])
+    return dict(problem_of_fields(caught.value.errors(), list(kind.model_fields)).body["error"])
 
 
 def test_what_asks_for_nothing_is_let_through() -> None:
@@ -134,32 +129,10 @@ def test_a_history_of_tools_is_refused_by_its_name(turn: dict[str, Any]) -> None
         (ChatRequest, {}, "messages", "`messages`: Field required."),
     ],
 )
-def test_refusals_name_the_field(kind: type[Asked], extra: dict[str, Any], param: str | None, message: str) -> None:
+def test_refusals_name_the_field(kind: type[GenerationFields], extra: dict[str, Any], param: str | None, message: str) -> None:
     error = refusal(kind, ({"prompt": "a"} if kind is CompletionRequest else {}) | extra)
     assert message in error["message"]
     assert (error["type"], (error["param"] or "").startswith(param or "")) == ("invalid_request_error", True)
-
-
-def test_bodies_have_openais_shape() -> None:
-    chat, text = Replies("m", chat=True), Replies("m", chat=False)
-    whole = chat.whole([chat.choice(0, "Hi", "stop", None)], Usage(3, 2))
-    assert whole["object"] == "chat.completion"
-    assert whole["choices"] == [
-        {"index": 0, "message": {"role": "assistant", "content": "Hi"}, "finish_reason": "stop", "logprobs": None}
-    ]
-    counts = {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
-    assert whole["usage"] == counts | {"prompt_tokens_details": {"cached_tokens": 0}}
-    said = text.choice(1, "Hi", "length", None, Ids([5], [7, 8]))
-    assert (said["prompt_token_ids"], said["token_ids"]) == ([5], [7, 8])
-    talked = chat.whole([chat.choice(0, "Hi", "stop", None, Ids([5], [7, 8]))], Usage(3, 2))
-    assert (talked["prompt_token_ids"], talked["choices"][0]["token_ids"]) == ([5], [7, 8])
-    assert "prompt_token_ids" not in talked["choices"][0]
-    first, last = chat.chunk(0, "H", None, first=True), chat.chunk(1, "", "stop")
-    assert first["choices"][0]["delta"] == {"role": "assistant", "content": "H"}
-    assert (last["choices"][0]["delta"], last["choices"][0]["finish_reason"]) == ({}, "stop")
-    assert text.chunk(0, "H", None)["choices"][0]["text"] == "H"
-    assert chat.usage_chunk(Usage(3, 2))["choices"] == []
-    assert json.loads(event(first).removeprefix("data: ")) == first
 
 
 MANY = 100_000

@@ -13,10 +13,10 @@ from typing import Annotated, Any, ClassVar
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 _MOST_BIASES = 1024
-_FORM_CHARACTERS = 100_000  # of a regular expression, or of a schema as JSON
+_GRAMMAR_CHARACTERS = 100_000  # of a regular expression, or of a schema as JSON
 
 
-class Strict(BaseModel):
+class StrictFields(BaseModel):
     """Base class of request objects: unknown keys are refused, the first of them by name.
 
     Keys without a value are dropped, and so are those with a value that asks for nothing (`neutral`: key → such values).
@@ -30,13 +30,15 @@ class Strict(BaseModel):
     def _without_neutral(cls, values: Any) -> Any:
         if not isinstance(values, Mapping):
             return values
-        asked = {key: value for key, value in values.items() if value is not None and value not in cls.neutral.get(str(key), ())}
+        meaningful = {
+            key: value for key, value in values.items() if value is not None and value not in cls.neutral.get(str(key), ())
+        }
         known = {field.alias or name for name, field in cls.model_fields.items()} | cls.model_fields.keys()
-        unknown = next((key for key in asked if key not in known), None)
-        return {key: value for key, value in asked.items() if key in known or key == unknown}
+        unknown = next((key for key in meaningful if key not in known), None)
+        return {key: value for key, value in meaningful.items() if key in known or key == unknown}
 
 
-def few(most: int, *, least: int = 0) -> Any:
+def bounded_list(most: int, *, least: int = 0) -> Any:
     """`Field` of a list with `least` to `most` items."""
     return Field(min_length=least, max_length=most, fail_fast=True)
 
@@ -50,13 +52,13 @@ def _encodable(text: Any) -> Any:
     return text
 
 
-def _small_form(form: dict[str, Any]) -> dict[str, Any]:
-    if len(json.dumps(form)) > _FORM_CHARACTERS:
-        raise ValueError(f"the schema has more than {_FORM_CHARACTERS} characters as JSON")
-    return form
+def _bounded_schema(schema: dict[str, Any]) -> dict[str, Any]:
+    if len(json.dumps(schema)) > _GRAMMAR_CHARACTERS:
+        raise ValueError(f"the schema has more than {_GRAMMAR_CHARACTERS} characters as JSON")
+    return schema
 
 
-def _few_biases(values: Any) -> Any:
+def _bounded_biases(values: Any) -> Any:
     if isinstance(values, Mapping) and len(values) > _MOST_BIASES:
         raise ValueError(f"at most {_MOST_BIASES} tokens may have a bias")
     return values
@@ -66,12 +68,12 @@ _ENCODABLE = BeforeValidator(_encodable)  # runs before pydantic's own checks, w
 Text = Annotated[str, Field(max_length=2**22), _ENCODABLE]  # a prompt, a message, an instruction
 Name = Annotated[str, Field(max_length=256), _ENCODABLE]  # of a model, a task, a template, a schema, a field
 Stop = Annotated[str, Field(max_length=256), _ENCODABLE]  # a stop string
-Regex = Annotated[str, Field(max_length=_FORM_CHARACTERS), _ENCODABLE]
-FormChoice = Annotated[str, Field(max_length=4096), _ENCODABLE]
-Schema = Annotated[dict[str, Any], AfterValidator(_small_form)]  # a JSON schema
+Regex = Annotated[str, Field(max_length=_GRAMMAR_CHARACTERS), _ENCODABLE]
+ChoiceText = Annotated[str, Field(max_length=4096), _ENCODABLE]
+Schema = Annotated[dict[str, Any], AfterValidator(_bounded_schema)]  # a JSON schema
 Row = Annotated[dict[Name, Any], Field(max_length=256)]  # a task's fields
 Metadata = Annotated[dict[Name, Annotated[str, Field(max_length=512)]], Field(max_length=16)]  # OpenAI's bounds
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
-TokenIds = Annotated[list[TokenId], few(2**20)]
+TokenIds = Annotated[list[TokenId], bounded_list(2**20)]
 TokenCount = Annotated[int, Field(ge=1, lt=2**31)]
-Biases = Annotated[dict[TokenId, Annotated[float, Field(ge=-100.0, le=100.0)]], BeforeValidator(_few_biases)]
+Biases = Annotated[dict[TokenId, Annotated[float, Field(ge=-100.0, le=100.0)]], BeforeValidator(_bounded_biases)]

@@ -9,18 +9,11 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.requests import Request as HttpRequest
 
+from apprentice.serve.api.error_status import problem_of
 from apprentice.serve.api.middleware import respond
-from apprentice.serve.api.outcomes import told
-from apprentice.serve.api.retry_after import Appointments
-from apprentice.serve.api.schemas import (
-    ChatRequest,
-    CompletionRequest,
-    InstructRequest,
-    RenderRequest,
-    RequestProblem,
-    TaskRequest,
-    explain,
-)
+from apprentice.serve.api.retry_after import RetrySchedule
+from apprentice.serve.api.schemas.problems import RequestProblem, problem_of_fields
+from apprentice.serve.api.schemas.requests import ChatRequest, CompletionRequest, InstructRequest, RenderRequest, TaskRequest
 from apprentice.serve.engines.base import EngineFailed, Overloaded
 
 _BODIES: dict[str, type[BaseModel]] = {
@@ -31,8 +24,8 @@ _BODIES: dict[str, type[BaseModel]] = {
 }
 
 
-def answer_errors(app: FastAPI, appointments: Appointments) -> None:
-    """Adds the handlers to `app`; a request refused because the queue is full gets a `Retry-After` from `appointments`."""
+def add_error_handlers(app: FastAPI, retry_schedule: RetrySchedule) -> None:
+    """Adds the handlers to `app`; a request refused because the queue is full gets a `Retry-After` from `retry_schedule`."""
 
     @app.exception_handler(RequestProblem)
     async def on_problem(_: HttpRequest, problem: RequestProblem) -> Response:
@@ -41,17 +34,17 @@ def answer_errors(app: FastAPI, appointments: Appointments) -> None:
     @app.exception_handler(RequestValidationError)
     async def on_validation(request: HttpRequest, error: RequestValidationError) -> Response:
         body = _BODIES.get(request.scope["path"].removeprefix(request.scope.get("root_path", "")), TaskRequest)
-        return respond(explain(error.errors(), list(body.model_fields)))
+        return respond(problem_of_fields(error.errors(), list(body.model_fields)))
 
     @app.exception_handler(Overloaded)
     async def on_overload(_: HttpRequest, __: Overloaded) -> Response:
-        seconds = appointments.next_s()
+        seconds = retry_schedule.next_s()
         message = f"too many requests are waiting; try again in {seconds} s."
         return respond(RequestProblem(message, status=429, kind="rate_limit_error", code="overloaded", retry_after_s=seconds))
 
     @app.exception_handler(EngineFailed)
     async def on_failure(_: HttpRequest, failure: EngineFailed) -> Response:
-        return respond(told(failure))
+        return respond(problem_of(failure))
 
     @app.exception_handler(HTTPException)
     async def on_http(request: HttpRequest, error: HTTPException) -> Response:
@@ -63,4 +56,4 @@ def answer_errors(app: FastAPI, appointments: Appointments) -> None:
 
     @app.exception_handler(Exception)
     async def on_bug(_: HttpRequest, error: Exception) -> Response:
-        return respond(told(error))
+        return respond(problem_of(error))

@@ -1,4 +1,4 @@
-"""Schemas of requests and replies: OpenAI's completions and chat completions, our own requests, and the error body.
+"""Schemas of request bodies: OpenAI's completions and chat completions, and our own.
 
 Fields that are not in these models are refused by name. `temperature` defaults to 0 (OpenAI: 1), so that replies can be reproduced.
 One field is ours: `ignore_eos` goes on past the model's own end, for benchmarks. Two are vLLM's: `return_token_ids` adds the ids of
@@ -7,68 +7,45 @@ prompt and reply, `structured_outputs` constrains the reply's form.
 
 from __future__ import annotations
 
-import json
-import re
-import time
-import uuid
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal, NamedTuple, Self
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import ConfigDict, Field, model_validator
 
-from apprentice.errors import did_you_mean
-from apprentice.serve.api.field_types import (
+from apprentice.serve.api.schemas.field_types import (
     Biases,
-    FormChoice,
+    ChoiceText,
     Metadata,
     Name,
     Regex,
     Row,
     Schema,
     Stop,
-    Strict,
+    StrictFields,
     Text,
     TokenCount,
     TokenIds,
-    few,
+    bounded_list,
 )
-from apprentice.serve.api.neutral_fields import NEUTRAL, NEUTRAL_STREAM, NEUTRAL_TURN
+from apprentice.serve.api.schemas.neutral_fields import NEUTRAL, NEUTRAL_STREAM, NEUTRAL_TURN
 
 MOST_TOP = 20  # best tokens scored beside each token
 MOST_CHOICES = 128  # replies that one request may ask for
-_PROMPT_IDS = "prompt_token_ids"
 MOST_MESSAGES = 4096  # messages of a conversation, and parts of one message
+_MANY = bounded_list(MOST_CHOICES)
 _UNUSED = "Accepted and not used."
 
 _TOOL_ROLES = ("tool", "function")
 
 
-class RequestProblem(Exception):  # noqa: N818 - a fault of the request, sent to the client
-    """A refusal of a request: HTTP `status` and error `body` in OpenAI's shape."""
+class StreamOptions(StrictFields):
+    """OpenAI's `stream_options`."""
 
-    def __init__(
-        self,
-        message: str,
-        *,
-        status: int = 400,
-        param: str | None = None,
-        code: str | None = None,
-        kind: str = "invalid_request_error",
-        retry_after_s: int | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.status = status
-        self.retry_after_s = retry_after_s
-        self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
-
-
-class StreamOptions(Strict):
     neutral = NEUTRAL_STREAM
     include_usage: bool = False
 
 
-class JsonSchema(Strict):
+class JsonSchema(StrictFields):
     """The `json_schema` of OpenAI's `response_format`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
@@ -78,7 +55,7 @@ class JsonSchema(Strict):
     strict: bool | None = None
 
 
-class ResponseFormat(Strict):
+class ResponseFormat(StrictFields):
     """A reply that is JSON: any object, or what a schema allows."""
 
     type: Literal["json_object", "json_schema"]
@@ -91,10 +68,10 @@ class ResponseFormat(Strict):
         return self
 
 
-class StructuredOutputs(Strict):
+class StructuredOutputs(StrictFields):
     """vLLM's field for constrained replies; exactly one of the three."""
 
-    choice: Annotated[list[FormChoice], few(1000, least=1)] | None = None
+    choice: Annotated[list[ChoiceText], bounded_list(1000, least=1)] | None = None
     regex: Regex | None = None
     json_: Schema | None = Field(None, alias="json")
 
@@ -105,7 +82,7 @@ class StructuredOutputs(Strict):
         return self
 
 
-class Asked(Strict):
+class GenerationFields(StrictFields):
     """Fields that all requests for a generated reply share."""
 
     neutral = NEUTRAL
@@ -115,7 +92,7 @@ class Asked(Strict):
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] = 1
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: Stop | Annotated[list[Stop], few(16)] = Field(default_factory=list)
+    stop: Stop | Annotated[list[Stop], bounded_list(16)] = Field(default_factory=list)
     frequency_penalty: Annotated[float, Field(ge=-2.0, le=2.0)] = 0.0
     presence_penalty: Annotated[float, Field(ge=-2.0, le=2.0)] = 0.0
     logit_bias: Biases = Field(default_factory=dict)
@@ -142,23 +119,30 @@ class Asked(Strict):
         return self
 
     @property
+    def is_constrained(self) -> bool:
+        """Whether the reply must follow a grammar."""
+        return self.response_format is not None or self.structured_outputs is not None
+
+    @property
     def streams_usage(self) -> bool:
+        """Whether the last chunk of the stream has the usage."""
         return self.stream_options is not None and self.stream_options.include_usage
 
     @property
-    def top(self) -> int | None:
+    def scored_tokens(self) -> int | None:
         """How many of the best tokens are scored beside each token of the reply; None: no scores."""
         return None
 
     @property
     def stops(self) -> list[str]:
+        """The stop strings as a list."""
         return [self.stop] if isinstance(self.stop, str) else self.stop
 
 
-class CompletionRequest(Asked):
+class CompletionRequest(GenerationFields):
     """Raw text or token ids, continued as they are; several prompts give `n` choices each, in their order."""
 
-    prompt: Text | TokenIds | Annotated[list[Text], few(MOST_CHOICES)] | Annotated[list[TokenIds], few(MOST_CHOICES)]
+    prompt: Text | TokenIds | Annotated[list[Text], _MANY] | Annotated[list[TokenIds], _MANY]
     max_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = 16
     echo: bool = False
     logprobs: Annotated[int, Field(ge=0, le=MOST_TOP)] | None = None
@@ -171,6 +155,7 @@ class CompletionRequest(Asked):
 
     @property
     def prompts(self) -> list[str] | list[list[int]]:
+        """The prompts as a list, each a text or token ids."""
         if isinstance(self.prompt, str):
             return [self.prompt]
         if self.prompt and isinstance(self.prompt[0], int):
@@ -178,21 +163,23 @@ class CompletionRequest(Asked):
         return self.prompt  # type: ignore[return-value]
 
     @property
-    def top(self) -> int | None:
+    def scored_tokens(self) -> int | None:
         return self.logprobs
 
 
-class TextPart(Strict):
+class TextPart(StrictFields):
+    """A part of a message's content."""
+
     type: Literal["text"]
     text: Text
 
 
-class Message(Strict):
+class Message(StrictFields):
     """A turn of a conversation. `developer` is OpenAI's newer word for `system`. A reply's message may be sent back as a turn."""
 
     neutral = NEUTRAL_TURN
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | Annotated[list[TextPart], few(MOST_MESSAGES)]
+    content: Text | Annotated[list[TextPart], bounded_list(MOST_MESSAGES)]
     name: Name | None = Field(None, description=_UNUSED)
 
     @model_validator(mode="before")
@@ -211,13 +198,14 @@ class Message(Strict):
 
     @property
     def text(self) -> str:
+        """The content as one text."""
         return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
 
 
-class ChatRequest(Asked):
+class ChatRequest(GenerationFields):
     """A conversation that ends with the user's turn."""
 
-    messages: Annotated[list[Message], few(MOST_MESSAGES, least=1)]
+    messages: Annotated[list[Message], bounded_list(MOST_MESSAGES, least=1)]
     max_completion_tokens: TokenCount | None = None
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_TOP)] = 0
@@ -229,11 +217,11 @@ class ChatRequest(Asked):
         return self
 
     @property
-    def top(self) -> int | None:
+    def scored_tokens(self) -> int | None:
         return self.top_logprobs if self.logprobs else None
 
 
-class InstructRequest(Asked):
+class InstructRequest(GenerationFields):
     """An instruction and its input, in exactly the prompt format of training (ours, not OpenAI's)."""
 
     instruction: Annotated[Text, Field(min_length=1)]
@@ -241,16 +229,16 @@ class InstructRequest(Asked):
     logprobs: Annotated[int, Field(ge=0, le=MOST_TOP)] | None = None
 
     @property
-    def top(self) -> int | None:
+    def scored_tokens(self) -> int | None:
         return self.logprobs
 
 
-class RenderRequest(Strict):
+class RenderRequest(StrictFields):
     """An instruction and its input, a conversation, or a task's fields; the reply is the prompt that the model would read."""
 
     instruction: Text = ""
     input: Text = ""
-    messages: Annotated[list[Message], few(MOST_MESSAGES)] | None = None
+    messages: Annotated[list[Message], bounded_list(MOST_MESSAGES)] | None = None
     task: Name | None = None
     template: Name | None = None
     fields: Row | None = None
@@ -263,122 +251,10 @@ class RenderRequest(Strict):
         return self
 
 
-class TaskRequest(Strict):
+class TaskRequest(StrictFields):
     """A row of a task: its fields, and the template that asks (default: the first)."""
 
     fields: Row
     template: Name | None = None
     model: Name | None = None
     max_tokens: TokenCount | None = None
-
-
-@dataclass(frozen=True)
-class Usage:
-    """Prompt tokens and produced tokens, the end token included; `cached` prompt tokens came from the KV cache."""
-
-    prompt: int
-    completion: int
-    cached: int = 0
-
-    def body(self) -> dict[str, Any]:
-        return {
-            "prompt_tokens": self.prompt,
-            "completion_tokens": self.completion,
-            "total_tokens": self.prompt + self.completion,
-            "prompt_tokens_details": {"cached_tokens": self.cached},
-        }
-
-
-class Ids(NamedTuple):
-    """Token ids of a choice, or of a piece of one, for `return_token_ids`; the prompt's come once."""
-
-    prompt: Sequence[int] | None
-    reply: Sequence[int]
-
-
-class Replies:
-    """Builds the response bodies for one request, whole or in chunks. `chat` chooses between OpenAI's two shapes."""
-
-    def __init__(self, model: str, *, chat: bool) -> None:
-        self.chat = chat
-        self._head = {
-            "id": f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}",
-            "created": int(time.time()),
-            "model": model,
-        }
-
-    def choice(
-        self, index: int, text: str, finish: str, logprobs: Mapping[str, Any] | None, ids: Ids | None = None
-    ) -> dict[str, Any]:
-        """One whole choice, with its token `ids`, if any, in vLLM's fields."""
-        said = {"message": {"role": "assistant", "content": text}} if self.chat else {"text": text}
-        return {"index": index, **said, "finish_reason": finish, "logprobs": logprobs, **_fields(ids)}
-
-    def whole(self, choices: Sequence[dict[str, Any]], usage: Usage) -> dict[str, Any]:
-        """The body with all choices."""
-        kind = "chat.completion" if self.chat else "text_completion"
-        return self._with_prompt({**self._head, "object": kind, "choices": list(choices), "usage": usage.body()})
-
-    def chunk(
-        self,
-        index: int,
-        text: str,
-        finish: str | None,
-        logprobs: Mapping[str, Any] | None = None,
-        *,
-        first: bool = False,
-        ids: Ids | None = None,
-    ) -> dict[str, Any]:
-        """The body of one piece of a streamed reply; the `first` of a chat names the role."""
-        delta = {"role": "assistant", "content": text} if first else ({"content": text} if text else {})
-        said = {"delta": delta} if self.chat else {"text": text}
-        choice = {"index": index, **said, "finish_reason": finish, "logprobs": logprobs, **_fields(ids)}
-        return self._with_prompt({**self._head, "object": self._chunk_kind, "choices": [choice]})
-
-    def usage_chunk(self, usage: Usage) -> dict[str, Any]:
-        return {**self._head, "object": self._chunk_kind, "choices": [], "usage": usage.body()}
-
-    def _with_prompt(self, body: dict[str, Any]) -> dict[str, Any]:
-        """Moves the prompt's ids of a chat from the choices to the body, because a chat has one prompt."""
-        ids = [choice.pop(_PROMPT_IDS, None) for choice in body["choices"]] if self.chat else []
-        return body | {_PROMPT_IDS: ids[0]} if ids and ids[0] is not None else body
-
-    @property
-    def _chunk_kind(self) -> str:
-        return "chat.completion.chunk" if self.chat else "text_completion"
-
-
-def _fields(ids: Ids | None) -> dict[str, Any]:
-    if ids is None:
-        return {}
-    prompt = {} if ids.prompt is None else {_PROMPT_IDS: list(ids.prompt)}
-    return prompt | {"token_ids": list(ids.reply)}
-
-
-def event(body: Mapping[str, Any]) -> str:
-    """`body` as one server-sent event."""
-    return f"data: {json.dumps(body, ensure_ascii=False, separators=(',', ':'))}\n\n"
-
-
-# Type names that pydantic puts between keys where a value may have several types. Keys named `functions` or `list` do not match.
-_TYPE = re.compile(r"(list\[|constrained-|function-\w+\[|str$|json-or)")
-LAST_EVENT = "data: [DONE]\n\n"
-
-
-def explain(errors: Sequence[Any], known: Sequence[str]) -> RequestProblem:
-    """The most telling of pydantic's `errors` about a request's body, in one sentence; `known` are the body's fields."""
-    # Where a value may have several types there is an error for each; the deepest says most.
-    first = max(errors, key=lambda error: len(error["loc"]) if error["loc"][:2] == errors[0]["loc"][:2] else 0)
-    names = [str(part) for part in first["loc"] if part != "body"]
-    unknown = first["type"] == "extra_forbidden"  # then the last part is a key, whatever it looks like
-    path = [name for place, name in enumerate(names) if (unknown and place == len(names) - 1) or not _TYPE.match(name)]
-    param = ".".join(path) or None
-    if first["type"] == "json_invalid":
-        return RequestProblem(f"the body is not JSON: {first['ctx']['error']}.")
-    if unknown and len(path) == 1:
-        near = did_you_mean(path[0], known)
-        return RequestProblem(
-            f"`{path[0]}` is not supported here.{near} Supported: {', '.join(known)}.", param=param, code="unsupported_parameter"
-        )
-    message = str(first["msg"]).removeprefix("Value error, ")
-    return RequestProblem(f"`{param}`: {message}." if param else f"the body: {message}.", param=param, code=first["type"])

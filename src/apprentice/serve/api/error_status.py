@@ -1,15 +1,15 @@
-"""Outcomes of requests: the HTTP status that is counted for an error, and the error that the client reads."""
+"""HTTP status that is counted for an error, and the error that the client reads."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 
-from apprentice.serve.api.schemas import RequestProblem
+from apprentice.serve.api.schemas.problems import RequestProblem
 from apprentice.serve.engines.base import EngineFailed, Overloaded
 
 log = logging.getLogger(__name__)
-LEFT = 499  # the client disconnected before the end
+CLIENT_CLOSED = 499  # the client disconnected before the end
 
 
 def status_of(error: BaseException) -> int:
@@ -20,10 +20,10 @@ def status_of(error: BaseException) -> int:
         return 429
     if isinstance(error, EngineFailed):
         return 503
-    return LEFT if isinstance(error, asyncio.CancelledError) else 500
+    return CLIENT_CLOSED if isinstance(error, asyncio.CancelledError) else 500
 
 
-def told(error: Exception) -> RequestProblem:
+def problem_of(error: Exception) -> RequestProblem:
     """The error that the client reads; an unexpected one is logged, and the client reads only its type."""
     if isinstance(error, RequestProblem):
         return error

@@ -3,27 +3,35 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2
-from fastapi.responses import Response
 
 from apprentice.data.encoding.prompt_format import Layout
 from apprentice.errors import ChatTemplateError, did_you_mean
 from apprentice.inference.choices.choice_ranking import RANKINGS, index_of_best
-from apprentice.serve.api.accounts import Account
-from apprentice.serve.api.schemas import InstructRequest, RenderRequest, RequestProblem, TaskRequest
-from apprentice.serve.generation.service import Answering
+from apprentice.serve.api.limits.accounts import Account
+from apprentice.serve.api.schemas.problems import RequestProblem
+from apprentice.serve.api.schemas.requests import InstructRequest, RenderRequest, TaskRequest
+from apprentice.serve.generation.choice_logprobs import ChoiceScorer
+from apprentice.serve.generation.reply_service import ReplyService
 from apprentice.tasks.describe import sample_row
 from apprentice.tasks.schema import Task, Template
 from apprentice.tasks.templates.expressions import Expression
 
 
-def described(task: Task) -> dict[str, Any]:
+class Question(NamedTuple):
+    """A row rendered with a template; `choices` is empty where the answer is free text."""
+
+    instruction: str
+    input: str
+    choices: tuple[str, ...]
+
+
+def describe_task(task: Task) -> dict[str, Any]:
     """Description of a task for `/v1/tasks`: its fields, a sample row, its choices and templates."""
-    names = frozenset().union(*(_needed(task, template) for template in task.scored_templates))
+    names = frozenset().union(*(_needed_fields(task, template) for template in task.scored_templates))
     sample = sample_row(task) or {}
     return {
         "id": task.name,
@@ -37,63 +45,69 @@ def described(task: Task) -> dict[str, Any]:
     }
 
 
-def rendered(task: Task, asked: RenderRequest, layout: Layout) -> dict[str, Any]:
+def render_task(task: Task, body: RenderRequest, layout: Layout) -> dict[str, Any]:
     """Prompt (text and token ids), instruction, input and choices for a row of the task. Raises `RequestProblem`."""
-    instruction, given, choices = _question(task, _template(task, asked.template), asked.fields or {})
-    text = _phrased(layout, instruction, given)
+    question = _question(task, _template(task, body.template), body.fields or {})
+    text = _prompt(layout, question)
     return {
         "text": layout.shown(text),
         "token_ids": layout.encode_prompt(text),
-        "instruction": instruction,
-        "input": given,
-        "choices": list(choices),
+        "instruction": question.instruction,
+        "input": question.input,
+        "choices": list(question.choices),
     }
 
 
-async def answered(task: Task, asked: TaskRequest, layout: Layout, answering: Answering, account: Account) -> dict[str, Any]:
+async def answer_task(
+    task: Task, body: TaskRequest, layout: Layout, replies: ReplyService, scorer: ChoiceScorer, account: Account
+) -> dict[str, Any]:
     """The rendered prompt with the choices, ranked as the model's contract says, or with a generated reply where there are none.
 
     `probability` is the softmax of the ranking's scores; `logprob` is always the choice's summed log-probability. Closes `account`
     unless it raises. Raises `RequestProblem`.
     """
-    template = _template(task, asked.template)
+    template = _template(task, body.template)
     # In a thread, because a row may be large and a template may take a second.
-    instruction, given, choices = await asyncio.to_thread(_question, task, template, asked.fields)
-    text = await asyncio.to_thread(_phrased, layout, instruction, given)
-    body: dict[str, Any] = {
+    question = await asyncio.to_thread(_question, task, template, body.fields)
+    text = await asyncio.to_thread(_prompt, layout, question)
+    answer: dict[str, Any] = {
         "object": "task.answer",
         "task": task.name,
         "template": template.name,
-        "instruction": instruction,
-        "input": given,
+        "instruction": question.instruction,
+        "input": question.input,
         "prompt": layout.shown(text),
     }
-    if not choices:
-        instructed = InstructRequest(instruction=instruction, input=given, max_tokens=asked.max_tokens)
-        replies = await answering.answer(instructed, await asyncio.to_thread(answering.requests, instructed), account)
-        return body | {"answer": _text_of(replies)}
+    if not question.choices:
+        instruction = InstructRequest(instruction=question.instruction, input=question.input, max_tokens=body.max_tokens)
+        prompts = await asyncio.to_thread(replies.encoder.encode_instruction, instruction)
+        return answer | {"answer": await replies.text(instruction, prompts, account)}
+    prompt_ids = await asyncio.to_thread(layout.encode_prompt, text)
+    return answer | await _ranked_choices(question.choices, prompt_ids, layout, scorer, account)
+
+
+async def _ranked_choices(
+    choices: tuple[str, ...], prompt: list[int], layout: Layout, scorer: ChoiceScorer, account: Account
+) -> dict[str, Any]:
+    """The best choice, and all with their probabilities."""
     ids = [(*encoded, *layout.end_ids) for encoded in await asyncio.to_thread(layout.encode_answers, list(choices))]
-    prompts = [await asyncio.to_thread(layout.encode_prompt, text), *([layout.empty_prompt] if answering.rank_by == "pmi" else [])]
-    sums, *priors = await answering.logprobs(prompts, ids, account)
-    scores = RANKINGS[answering.rank_by](sums, [len(encoded) for encoded in ids], priors[0] if priors else ())
-    wins = index_of_best(scores)
-    weights = [math.exp(value - scores[wins]) for value in scores]
+    prompts = [prompt, *([layout.empty_prompt] if scorer.rank_by == "pmi" else [])]
+    sums, *priors = await scorer.logprobs(prompts, ids, account)
+    scores = RANKINGS[scorer.rank_by](sums, [len(encoded) for encoded in ids], priors[0] if priors else ())
+    winner = index_of_best(scores)
+    weights = [math.exp(value - scores[winner]) for value in scores]
     ranked = [
         {"choice": choice, "probability": weight / sum(weights), "logprob": value}
         for choice, weight, value in zip(choices, weights, sums, strict=True)
     ]
-    return body | {"answer": choices[wins], "ranked_by": answering.rank_by, "choices": ranked}
+    return {"answer": choices[winner], "ranked_by": scorer.rank_by, "choices": ranked}
 
 
-def _phrased(layout: Layout, instruction: str, given: str) -> str:
+def _prompt(layout: Layout, question: Question) -> str:
     try:
-        return layout.prompt(instruction, given)
+        return layout.prompt(question.instruction, question.input)
     except ChatTemplateError as error:
         raise RequestProblem(f"`fields`: {error}", param="fields") from error
-
-
-def _text_of(response: Response) -> str:
-    return str(json.loads(bytes(response.body))["choices"][0]["text"])
 
 
 def _template(task: Task, name: str | None) -> Template:
@@ -106,14 +120,15 @@ def _template(task: Task, name: str | None) -> Template:
     return known[name]
 
 
-def _needed(task: Task, template: Template) -> frozenset[str]:
+def _needed_fields(task: Task, template: Template) -> frozenset[str]:
+    """Fields of a row that the template's instruction and input, or the task's own choices, are made of."""
     asking = template.parts[0].names | template.parts[1].names
     own = Expression(task.choices).names if isinstance(task.choices, str) and template.choices is None else frozenset()
     return (asking - {"choices"}) | own
 
 
-def _question(task: Task, template: Template, fields: dict[str, Any]) -> tuple[str, str, tuple[str, ...]]:
-    needed = sorted(_needed(task, template))
+def _question(task: Task, template: Template, fields: dict[str, Any]) -> Question:
+    needed = sorted(_needed_fields(task, template))
     if missing := [name for name in needed if fields.get(name) is None]:
         message = f"`fields`: {missing[0]!r} is missing; this wording of {task.name!r} needs {', '.join(needed)}."
         raise RequestProblem(message, param="fields", code="missing")
@@ -122,7 +137,7 @@ def _question(task: Task, template: Template, fields: dict[str, Any]) -> tuple[s
         if isinstance(choices, str):
             choices = tuple(str(choice).strip() for choice in Expression(choices)(fields))
         values = fields | ({"choices": choices} if choices else {})
-        instruction, given, _ = template.parts
-        return instruction(values), given(values), tuple(choices)
+        instruction, input, _ = template.parts
+        return Question(instruction(values), input(values), tuple(choices))
     except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
         raise RequestProblem(f"`fields`: they do not fit the task's wording: {error}.", param="fields") from error

@@ -1,0 +1,155 @@
+"""Conversion of request bodies to token ids in the prompt contract's format; `RequestProblem` for a request that does not fit.
+
+Needs a tokenizer and no engine.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from apprentice.data.encoding.prompt_format import Layout
+from apprentice.errors import ChatTemplateError
+from apprentice.serve.api.schemas.problems import RequestProblem
+from apprentice.serve.api.schemas.requests import (
+    ChatRequest,
+    CompletionRequest,
+    GenerationFields,
+    InstructRequest,
+    Message,
+    RenderRequest,
+)
+from apprentice.serve.engines.base import EngineRequest
+
+
+@dataclass(frozen=True)
+class EncodedPrompt:
+    """The engine requests for one prompt, one for each of its `n` choices, and the `echo` that each reply begins with.
+
+    `echo` leaves out `unechoed_tokens` at the prompt's start. With `is_only_scored` the reply is the echo alone, and the token that
+    the engine adds to it is left out.
+    """
+
+    requests: tuple[EngineRequest, ...]
+    echo: str = ""
+    unechoed_tokens: int = 0
+    is_only_scored: bool = False
+
+
+@dataclass(frozen=True)
+class PromptEncoder:
+    """Makes prompts for one model: its prompt format (`layout`), its `context` in tokens, the size of its vocabulary.
+
+    All methods raise `RequestProblem`.
+    """
+
+    layout: Layout
+    context: int
+    vocabulary: int  # number of ids that the model's weights have
+
+    def encode_completion(self, body: CompletionRequest) -> list[EncodedPrompt]:
+        """Each prompt as it is, text or token ids."""
+        scores_prompt = body.echo and body.scored_tokens is not None
+        if scores_prompt and self.layout.family == "seq2seq":
+            raise RequestProblem("`echo` with `logprobs`: an encoder-decoder gives its prompt no probabilities.", param="logprobs")
+        prompts = [(prompt, self.layout.encode_raw(prompt) if isinstance(prompt, str) else prompt) for prompt in body.prompts]
+        if not prompts:
+            raise RequestProblem("`prompt` is empty; give at least one token.", param="prompt")
+        score_from = 0 if scores_prompt else None
+        encoded = [
+            EncodedPrompt(self._requests(body, ids, body.max_tokens, param="prompt", score_from=score_from)) for _, ids in prompts
+        ]
+        if not body.echo:
+            return encoded
+        return [self._echoing(one, prompt, body) for one, (prompt, _) in zip(encoded, prompts, strict=True)]
+
+    def _echoing(self, encoded: EncodedPrompt, prompt: str | Sequence[int], body: CompletionRequest) -> EncodedPrompt:
+        tokenizer, is_text = self.layout.tokenizer, isinstance(prompt, str)
+        return replace(
+            encoded,
+            echo=prompt if isinstance(prompt, str) else tokenizer.decode(prompt, skip_special=False),
+            unechoed_tokens=len(tokenizer.start_ids) if is_text and self.layout.name != "chat" else 0,
+            is_only_scored=body.max_tokens == 0,
+        )
+
+    def encode_chat(self, body: ChatRequest) -> list[EncodedPrompt]:
+        """A conversation under the chat template; in a format without turns, one user message, which is the instruction."""
+        max_tokens = body.max_completion_tokens or body.max_tokens
+        return [EncodedPrompt(self._requests(body, self._conversation(body.messages)[1], max_tokens, param="messages"))]
+
+    def encode_instruction(self, body: InstructRequest) -> list[EncodedPrompt]:
+        """Instruction and input in the prompt format of training."""
+        ids = self._instruction(body.instruction, body.input, param="input")[1]
+        return [EncodedPrompt(self._requests(body, ids, body.max_tokens, param="input"))]
+
+    def render(self, body: RenderRequest) -> tuple[str, list[int]]:
+        """The prompt that the model would read, as text and as token ids."""
+        if body.messages:
+            return self._conversation(body.messages)
+        return self._instruction(body.instruction, body.input, param="input")
+
+    def check_known(self, ids: Iterable[int], *, param: str) -> None:
+        """Raises `RequestProblem` for an id that the model's weights or the tokenizer do not have.
+
+        A tokenizer may have more special tokens than the weights have rows, and a text that spells one gets its id.
+        """
+        size = min(self.vocabulary, len(self.layout.tokenizer))
+        if (highest := max(ids, default=0)) >= size:
+            raise RequestProblem(f"`{param}`: token id {highest} is outside the vocabulary of {size}.", param=param)
+
+    def _instruction(self, instruction: str, input: str, *, param: str) -> tuple[str, list[int]]:
+        try:
+            text = self.layout.prompt(instruction, input)
+        except ChatTemplateError as error:
+            raise RequestProblem(f"`{param}`: {error}", param=param) from error
+        return self.layout.shown(text), self.layout.encode_prompt(text)
+
+    def _conversation(self, turns: Sequence[Message]) -> tuple[str, list[int]]:
+        messages = [{"role": message.speaker, "content": message.text} for message in turns]
+        if messages[-1]["role"] != "user":
+            raise RequestProblem("`messages`: the last message must be the user's.", param="messages")
+        if self.layout.name == "chat":
+            try:
+                return self.layout.shown(self.layout.chat_prompt(messages)), self.layout.encode_chat(messages)
+            except ChatTemplateError as error:
+                raise RequestProblem(f"`messages`: {error}", param="messages") from error
+        if len(messages) > 1:
+            raise RequestProblem(
+                f"`messages`: this model was trained in the layout `{self.layout.name}`, which has no turns;"
+                " send exactly one user message.",
+                param="messages",
+            )
+        return self._instruction(messages[0]["content"], "", param="messages")
+
+    def _requests(
+        self, body: GenerationFields, prompt: list[int], max_tokens: int | None, *, param: str, score_from: int | None = None
+    ) -> tuple[EngineRequest, ...]:
+        """`n` requests for replies to one prompt, which differ in their seeds only."""
+        if not prompt:
+            raise RequestProblem(f"`{param}` is empty; give at least one token.", param=param)
+        self.check_known(prompt, param=param)
+        room = self.context - len(prompt)
+        least = 1 if max_tokens is None else max_tokens
+        if room < max(least, 1):
+            raise RequestProblem(
+                f"the prompt has {len(prompt)} tokens and the reply may have {least}; at most"
+                f" {self.context} fit together. Shorten the prompt or lower max_tokens.",
+                param=param,
+                code="context_length_exceeded",
+            )
+        self.check_known(body.logit_bias, param="logit_bias")
+        first_seed = secrets.randbits(62) if body.seed is None else body.seed
+        request = EngineRequest(
+            prompt=tuple(prompt),
+            max_tokens=room if max_tokens is None else max(max_tokens, 1),
+            stop_ids=frozenset() if body.ignore_eos else frozenset(self.layout.stop_ids),
+            temperature=body.temperature,
+            top_p=body.top_p,
+            frequency_penalty=body.frequency_penalty,
+            presence_penalty=body.presence_penalty,
+            logit_bias=body.logit_bias,
+            logprobs=body.scored_tokens,
+            score_from=score_from,
+        )
+        return tuple(replace(request, seed=first_seed + number) for number in range(body.n))

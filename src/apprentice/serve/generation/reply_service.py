@@ -1,0 +1,112 @@
+"""Replies to generation requests: through the engine and back, as a whole body or as server-sent events."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import replace
+
+from fastapi.responses import JSONResponse, Response
+
+from apprentice.serve.api.error_status import status_of
+from apprentice.serve.api.limits.accounts import Account
+from apprentice.serve.api.schemas.requests import GenerationFields
+from apprentice.serve.generation.event_stream import EventStream, ReplyEvents, choice_tokens
+from apprentice.serve.generation.grammar import GrammarCompiler
+from apprentice.serve.generation.prompt_encoding import EncodedPrompt, PromptEncoder
+from apprentice.serve.generation.reply_formats import CompletionFormat, ReplyFormat
+from apprentice.serve.generation.reply_group import ReplyGroup
+from apprentice.serve.generation.served_models import ServedModel
+from apprentice.serve.generation.streams import ReplyChunk, ReplyStream
+
+
+class ReplyService:
+    """Generates replies with `model`, each until the deadline of its account."""
+
+    def __init__(self, model: ServedModel) -> None:
+        self.encoder = PromptEncoder(model.layout, model.engine.context, model.engine.vocabulary)
+        self._model = model
+        self._grammars = GrammarCompiler(model.layout)
+
+    async def respond(
+        self, body: GenerationFields, prompts: Sequence[EncodedPrompt], format_type: type[ReplyFormat], account: Account
+    ) -> Response:
+        """Response to `body`, whole or as a stream; `prompts` is what `encoder` made of it.
+
+        Closes `account` at the end, if the engine has accepted the requests. Raises `RequestProblem`, `Overloaded` or
+        `EngineFailed` before the response begins; a later error of a stream is sent as an event.
+        """
+        group = await self._start(body, prompts, format_type, account)
+        bodies = format_type(self._model.name, self._model.layout.tokenizer)
+        if not body.stream:
+            wholes = await self._gather(group)
+            choices = [
+                (whole.text, reply.finish, choice_tokens(body, whole, reply.request.prompt))
+                for reply, whole in zip(group.replies, wholes, strict=True)
+            ]
+            return JSONResponse(bodies.whole(choices, group.usage).to_dict())
+        try:
+            opening = await anext(group)
+        except BaseException as error:
+            await group.close(status_of(error))
+            raise
+        events = ReplyEvents(body, bodies, group, opening)
+        return EventStream(events.generate(), lambda: group.close(events.status))
+
+    async def text(self, body: GenerationFields, prompts: Sequence[EncodedPrompt], account: Account) -> str:
+        """Text of the first reply; closes `account` and raises as `respond` does."""
+        group = await self._start(body, prompts, CompletionFormat, account)
+        return (await self._gather(group))[0].text
+
+    @staticmethod
+    async def _gather(group: ReplyGroup) -> list[ReplyChunk]:
+        """The whole replies; closes the group."""
+        wholes = [ReplyChunk() for _ in group.replies]
+        try:
+            async for reply, chunk in group:
+                wholes[reply.index].append(chunk)
+        except BaseException as error:
+            await group.close(status_of(error))
+            raise
+        await group.close(200)
+        return wholes
+
+    async def _start(
+        self, body: GenerationFields, prompts: Sequence[EncodedPrompt], format_type: type[ReplyFormat], account: Account
+    ) -> ReplyGroup:
+        """Passes the requests to the engine, once the key's limit has the tokens for them."""
+        prompts = await self._constrained(body, prompts)
+        requests = [request for prompt in prompts for request in prompt.requests]
+        prompt_tokens = sum(len(prompt.requests[0].prompt) for prompt in prompts)
+        await account.reserve(prompt_tokens + sum(request.max_tokens for request in requests))
+        streams = iter(self._model.generate(requests))
+        replies: list[ReplyStream] = []
+        for prompt in prompts:
+            for request in prompt.requests:
+                reply = ReplyStream(
+                    index=len(replies),
+                    tokens=next(streams),
+                    tokenizer=self._model.layout.tokenizer,
+                    request=request,
+                    deadline=account.deadline,
+                    stops=body.stops,
+                    echo=prompt.echo,
+                    unechoed_tokens=prompt.unechoed_tokens,
+                    is_only_scored=prompt.is_only_scored,
+                    scores_end_token=format_type.scores_end_token,
+                )
+                replies.append(reply)
+        return ReplyGroup(replies, len(prompts), account)
+
+    async def _constrained(self, body: GenerationFields, prompts: Sequence[EncodedPrompt]) -> Sequence[EncodedPrompt]:
+        """The prompts, with a constraint for each of their requests if the body asks for a form of the reply."""
+        if not body.is_constrained:
+            return prompts
+        grammar = await asyncio.to_thread(self._grammars.grammar_of, body)
+        constrained = []
+        for prompt in prompts:
+            requests = [
+                replace(request, constraint=await asyncio.to_thread(self._grammars.compile, grammar)) for request in prompt.requests
+            ]
+            constrained.append(replace(prompt, requests=tuple(requests)))
+        return constrained
