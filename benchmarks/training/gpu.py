@@ -136,7 +136,7 @@ def _process(_: int, folder: str) -> None:
     micro = micro_batch(recipe.training, workers=1, length=length, on_gpu=on_gpu)
     dtype = resolve_dtype(recipe.model.dtype, device.type)
     tried = length if on_gpu and recipe.training.micro_batch == "auto" else None
-    engine = build_engine(recipe, None, dtype=dtype, micro=micro, device=device, collectives=Collectives(), length=tried)
+    engine = build_engine(recipe, None, dtype=dtype, micro=micro, device=device, collectives=Collectives(), trial_length=tried)
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()  # the search for the micro-batch size went up to the limit
     tokens = targets = 0
@@ -162,7 +162,7 @@ def _now(device: torch.device) -> float:
 def utilisation(found: Found, numbers: int, embedding: int, peak: float) -> float:
     """Share of `peak` FLOP/s; the embedding does not count, since it is trained with the whole model but never multiplied."""
     trained = found.trained - (embedding if found.trained == numbers else 0)
-    return flops.per_token(numbers - embedding, trained) * found.tokens_per_s / peak
+    return flops.flops_per_token(numbers - embedding, trained) * found.tokens_per_s / peak
 
 
 def run(arguments: argparse.Namespace, folder: Path) -> None:
@@ -172,7 +172,7 @@ def run(arguments: argparse.Namespace, folder: Path) -> None:
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     vocabulary = embedding // (TINY if arguments.tiny else LARGE).hidden_size
     steps = [rows_of(arguments.rows, arguments.length, vocabulary, seed) for seed in range(arguments.steps + WARM_UP)]
-    peak, full = flops.peak(name), None
+    peak, full = flops.peak_flops(name), None
     for method in ("full", "lora"):
         found = measured(recipe_of(arguments, folder, method), steps)
         full = full or found

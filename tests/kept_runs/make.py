@@ -202,25 +202,25 @@ def dying(before: int, checkpoint: int) -> Any:
     """A worker function that is killed before it takes the rows of step `before`, once that of step `checkpoint` is whole."""
 
     def work(job: Any) -> None:
-        from apprentice.train import worker as there
+        from apprentice.train import worker as training_worker
         from apprentice.train.checkpoint import format as checkpoints
-        from apprentice.train.distributed import ray_worker as member
+        from apprentice.train.distributed import ray_worker
 
-        inner = there.run_worker
+        inner = training_worker.run_worker
 
-        def run_worker(recipe: Any, run: Any, goal: Any, restored: Any, rows: Any, *rest: Any, **more: Any) -> Any:
+        def run_worker(config: Any, restored: Any, rows: Any, *rest: Any, **more: Any) -> Any:
             def watched() -> Any:
                 for step, batch in enumerate(rows, start=1):
                     if step == before:
-                        while checkpoints.find_of_step(run.checkpoints, checkpoint) is None:
+                        while checkpoints.find_of_step(config.run.checkpoints, checkpoint) is None:
                             time.sleep(0.1)
                         os.kill(os.getpid(), signal.SIGKILL)
                     yield batch
 
-            return inner(recipe, run, goal, restored, watched(), *rest, **more)
+            return inner(config, restored, watched(), *rest, **more)
 
-        there.run_worker = run_worker
-        member.work(job)
+        training_worker.run_worker = run_worker
+        ray_worker.work(job)
 
     return work
 

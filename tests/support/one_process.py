@@ -73,10 +73,11 @@ def trained(recipe: Any, run: Any, corpus: Any, told: list[dict[str, Any]], *, u
     from apprentice.train.batch import PackedRows
     from apprentice.train.checkpoint import format as checkpoints
     from apprentice.train.distributed.driver import validation_limit
-    from apprentice.train.metrics.samples import Samples
+    from apprentice.train.metrics.samples import SampleReplies
     from apprentice.train.on_policy.rollout import RoundWriter
     from apprentice.train.state import Goal, State
     from apprentice.train.worker import run_worker
+    from apprentice.train.worker_config import WorkerConfig
 
     found = checkpoints.find_newest(run.checkpoints)
     begin = found.state if found is not None else State()
@@ -106,19 +107,25 @@ def trained(recipe: Any, run: Any, corpus: Any, told: list[dict[str, Any]], *, u
                 yield PackedRows.of({name: values[:size] for name, values in left.items()})
                 left = {name: values[size:] for name, values in left.items()}
 
-    run_worker(
-        recipe,
-        run,
-        Goal(recipe.training.steps),
-        found,
-        rows(recipe.training.global_batch),
-        PackedRows.of(validation_rows(corpus, min(2, validation_limit(recipe)))),
-        corpus.row_length,
-        device=torch.device("cpu"),
-        tell=told.append,
-        register=lambda saved, state: None,
-        samples=Samples(corpus.layout, recipe.training.sample_instructions),
-    )
+    class Events:
+        """Records of the run; checkpoints are registered nowhere."""
+
+        def record(self, figures: dict[str, Any]) -> None:
+            told.append(figures)
+
+        def register_checkpoint(self, checkpoint: Any, state: State) -> None:
+            pass
+
+        def is_checkpoint_requested(self) -> bool:
+            return False
+
+        def is_window_empty(self, window: int) -> bool:
+            return False
+
+    samples = SampleReplies(corpus.layout, recipe.training.sample_instructions)
+    config = WorkerConfig(recipe, run, Goal(recipe.training.steps), corpus.row_length, samples=samples)
+    validation = PackedRows.of(validation_rows(corpus, min(2, validation_limit(recipe))))
+    run_worker(config, found, rows(recipe.training.global_batch), validation, Events(), device=torch.device("cpu"))
 
 
 def round_of(run: Any, window: int) -> dict[str, Any] | None:

@@ -21,7 +21,7 @@ from apprentice.train.checkpoint.shard_gather import ShardGatherer
 from apprentice.train.engine.collectives import Collectives
 from apprentice.train.engine.deepspeed import DeepSpeedEngine
 from apprentice.train.loop import validation_loss
-from apprentice.train.optimizer import moments, optimizer_of
+from apprentice.train.optimizer import make_optimizer, moment_shapes
 from tests.train.rows import counted, packed_rows, reference_nll
 
 STEPS = 4
@@ -63,7 +63,7 @@ def settings(case: dict[str, Any]) -> Training:
 def state_of(engine: DeepSpeedEngine) -> dict[str, torch.Tensor]:
     """The whole state, on every worker, as the first puts it together for a checkpoint."""
     collectives = Collectives()
-    return collectives.gather(dict(ShardGatherer(collectives).whole([piece.copied() for piece in engine.pieces()])))[0]
+    return collectives.gather(dict(ShardGatherer(collectives).gather([piece.copy_to_host() for piece in engine.shards()])))[0]
 
 
 def weights_of(engine: DeepSpeedEngine) -> dict[str, torch.Tensor]:
@@ -116,7 +116,9 @@ def carried_on(
     ends = [state_of(each) for each in (engine, second)]
     return {
         "end_scaling": (engine.loss_scaling(), second.loss_scaling()),
-        "whole": len(state) == sum(1 + len(moments(case["optimizer"], p.shape)) for p in trainable_parameters(model).values()) > 0
+        "whole": len(state)
+        == sum(1 + len(moment_shapes(training.optimizer, p.shape)) for p in trainable_parameters(model).values())
+        > 0
         if case["stage"] < 3
         else len(state) > 0,
         "restored": all(torch.equal(state[key], restored[key]) for key in state),
@@ -129,7 +131,7 @@ def reference(method: str, clip: float, optimizer_name: str, weighted: bool) -> 
     model = fresh(method, torch.float32)
     parameters = trainable_parameters(model)
     chosen = {"workers": 1, "accumulation": 1, "stage": 0, "clip": clip, "optimizer": optimizer_name}
-    optimizer = optimizer_of(parameters, settings(chosen).optimizer)
+    optimizer = make_optimizer(parameters, settings(chosen).optimizer)
     before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     found: dict[str, Any] = {"loss": [], "norm": []}
     for step in range(STEPS):

@@ -14,9 +14,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from apprentice.errors import TrainingError
 from apprentice.recipe import Optimizer
+from apprentice.train import loop
 from apprentice.train.batch import Micro, PackedRows
 from apprentice.train.engine.collectives import Collectives
-from apprentice.train.loop import LoopConfig, train_loop, validation_loss
+from apprentice.train.loop import LoopCallback, LoopConfig, train_loop, validation_loss
 from apprentice.train.losses.sft import TargetLoss
 from apprentice.train.optimizer import adamw
 from apprentice.train.state import Goal, State, StepOutcome
@@ -72,22 +73,60 @@ def config(steps: int = 5, micro: int = 2, every: int = 2, **goal: Any) -> LoopC
     return LoopConfig(7, Goal(steps, **goal), OPTIMIZER, micro, every, window=1024)
 
 
+class Recorder(LoopCallback):
+    """Keeps what the loop tells it; `empty` are the windows without rows, `requests` and `finished` its answers step by step."""
+
+    def __init__(
+        self, loss: float | None = 3.0, empty: Sequence[int] = (), requests: Sequence[bool] = (), finished: Sequence[bool] = ()
+    ) -> None:
+        self.loss, self.empty = loss, empty
+        self.requests, self.finished = iter(requests), iter(finished)
+        self.records: list[dict[str, Any]] = []
+        self.saves: list[tuple[int, float | None]] = []
+        self.settled: list[int] = []
+        self.windows: list[int] = []
+        self.calls: list[str] = []
+
+    def record(self, figures: dict[str, Any]) -> None:
+        self.records.append(figures)
+        self.calls.append(f"record({figures['step']})")
+
+    def is_checkpoint_requested(self) -> bool:
+        return next(self.requests, False)
+
+    def validate(self, state: State) -> float | None:
+        self.calls.append("validate")
+        return self.loss
+
+    def save(self, state: State) -> None:
+        self.saves.append((state.step, state.validation_loss))
+        self.calls.append(f"save({state.step})")
+
+    def has_saved(self) -> bool:
+        return next(self.finished, False)
+
+    def settle_save(self) -> None:
+        self.settled.append(self.records[-1]["step"])
+        self.calls.append("settle_save")
+
+    def is_window_empty(self, window: int) -> bool:
+        self.windows.append(window)
+        return window in self.empty
+
+
 def run(
     engine: PlainEngine, batches: Iterator[PackedRows], state: State, loop_config: LoopConfig
 ) -> tuple[State, list[dict[str, Any]], list[int]]:
-    records: list[dict[str, Any]] = []
-    saves: list[int] = []
-    end = train_loop(
-        engine,
-        batches,
-        state,
-        loop_config,
-        collectives=Collectives(),
-        record=records.append,
-        save=lambda now: saves.append(now.step),
-        validate=lambda: 3.0,
-    )
-    return end, records, saves
+    callback = Recorder()
+    end = train_loop(engine, batches, state, loop_config, callback, collectives=Collectives())
+    return end, callback.records, [step for step, _ in callback.saves]
+
+
+def test_the_callback_is_called_in_order() -> None:
+    callback = Recorder(finished=[False, False, True, False, True])
+    train_loop(PlainEngine(), stream(), State(), config(), callback, collectives=Collectives())
+    described = loop.__doc__.split("are called so:")[1].split() if loop.__doc__ else []
+    assert callback.calls == described
 
 
 def test_five_steps() -> None:
@@ -178,16 +217,10 @@ def test_every_steps_place_is_checked(rows: PackedRows, place: tuple[int, int], 
 
 
 def test_windows_without_rows_are_passed_over() -> None:
-    asked: list[int] = []
-
-    def is_empty(window: int) -> bool:
-        asked.append(window)
-        return window in (0, 2, 3)
-
+    callback = Recorder(empty=(0, 2, 3))
     steps = [joined(packed_columns(4, window=1), window_rows=4), joined(packed_columns(4, window=4), window_rows=4)]
-    more: dict[str, Any] = {"record": lambda _: None, "save": lambda _: None, "validate": lambda: None}
-    end = train_loop(PlainEngine(), iter(steps), State(), config(steps=2), collectives=Collectives(), is_empty=is_empty, **more)
-    assert (end.window, end.row, end.window_rows, asked) == (4, 4, 4, [0, 2, 3])
+    end = train_loop(PlainEngine(), iter(steps), State(), config(steps=2), callback, collectives=Collectives())
+    assert (end.window, end.row, end.window_rows, callback.windows) == (4, 4, 4, [0, 2, 3])
 
 
 def test_examples_are_of_their_rows_window() -> None:
@@ -204,7 +237,7 @@ def test_a_stream_that_ends_early() -> None:
 
 def test_a_loss_that_is_no_number_stops_with_step_and_examples() -> None:
     engine = PlainEngine()
-    records: list[dict[str, Any]] = []
+    callback = Recorder()
 
     class Broken(PlainEngine):
         def train_step(self, micros: Sequence[Micro], scale: float, rate: float) -> StepOutcome:
@@ -212,17 +245,9 @@ def test_a_loss_that_is_no_number_stops_with_step_and_examples() -> None:
             return StepOutcome(math.nan, outcome.grad_norm) if len(engine.rates) == 2 else outcome
 
     with pytest.raises(TrainingError, match=r"step 2: the loss or its gradient is not a number .* positions 40, 41"):
-        train_loop(
-            Broken(),
-            stream(),
-            State(),
-            config(),
-            collectives=Collectives(),
-            record=records.append,
-            save=lambda _: pytest.fail("a broken model must not be saved"),
-            validate=lambda: None,
-        )
-    assert [record["step"] for record in records] == [1, 2]
+        train_loop(Broken(), stream(), State(), config(every=1), callback, collectives=Collectives())
+    assert [record["step"] for record in callback.records] == [1, 2]
+    assert callback.saves == [(1, 3.0)]  # a broken model is not saved
 
 
 def test_validation_loss() -> None:
@@ -233,37 +258,13 @@ def test_validation_loss() -> None:
     assert validation_loss(engine, rows.share(5, 6), 2, Collectives()) is None
 
 
-def test_a_checkpoint_that_is_wanted_comes_at_once_and_without_validation() -> None:
-    saves: list[tuple[int, float | None]] = []
-    wishes = iter([False, False, True, False, False])
-    train_loop(
-        PlainEngine(),
-        stream(),
-        State(),
-        config(every=4),
-        collectives=Collectives(),
-        record=lambda _: None,
-        save=lambda now: saves.append((now.step, now.validation_loss)),
-        validate=lambda: 3.0,
-        wanted=lambda: next(wishes),
-    )
-    assert saves == [(3, None), (4, 3.0), (5, 3.0)]
+def test_a_requested_checkpoint_comes_at_once_and_without_validation() -> None:
+    callback = Recorder(requests=[False, False, True, False, False])
+    train_loop(PlainEngine(), stream(), State(), config(every=4), callback, collectives=Collectives())
+    assert callback.saves == [(3, None), (4, 3.0), (5, 3.0)]
 
 
-def test_a_checkpoint_is_made_known_at_the_next_step_after_it_was_written() -> None:
-    settled: list[int] = []
-    steps: list[int] = []
-    flags = iter([False, False, True, False, True])
-    train_loop(
-        PlainEngine(),
-        stream(),
-        State(),
-        config(every=4),
-        collectives=Collectives(),
-        record=lambda record: steps.append(record["step"]),
-        save=lambda now: None,
-        written=lambda: next(flags),
-        settle=lambda: settled.append(steps[-1]),
-        validate=lambda: 3.0,
-    )
-    assert settled == [3, 5]
+def test_a_save_is_settled_at_the_next_step_after_it_was_written() -> None:
+    callback = Recorder(finished=[False, False, True, False, True])
+    train_loop(PlainEngine(), stream(), State(), config(every=4), callback, collectives=Collectives())
+    assert callback.settled == [3, 5]

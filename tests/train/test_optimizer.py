@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from apprentice.recipe import Optimizer
-from apprentice.train.optimizer import adamw, learning_rate, moments, optimizer_of
+from apprentice.train.optimizer import adamw, learning_rate, make_optimizer, moment_shapes
 
 
 def rates(schedule: str, steps: int, warmup: int) -> list[float]:
@@ -52,8 +52,8 @@ def test_settings_arrive() -> None:
 @pytest.mark.parametrize("shape", [(3, 2), (5,), (2, 3, 4)])
 def test_moments_are_those_that_the_optimizer_keeps(name: str, shape: tuple[int, ...]) -> None:
     weight = nn.Parameter(torch.ones(shape))
-    optimizer = optimizer_of({"w": weight}, Optimizer.model_validate({"name": name, "weight_decay": 0.1}))
+    optimizer = make_optimizer({"w": weight}, Optimizer.model_validate({"name": name, "weight_decay": 0.1}))
     weight.sum().backward()
     optimizer.step()
     kept = {key: list(value.shape) for key, value in optimizer.state[weight].items() if key != "step"}
-    assert kept == moments(name, weight.shape)
+    assert kept == moment_shapes(Optimizer.model_validate({"name": name}), weight.shape)

@@ -13,9 +13,29 @@ from apprentice.errors import TrainingError
 from apprentice.recipe import load_recipe
 from apprentice.run.folder import open_run
 from apprentice.train import worker
-from apprentice.train.state import Goal
+from apprentice.train.checkpoint.format import Checkpoint
+from apprentice.train.state import Goal, State
+from apprentice.train.worker_config import WorkerConfig
 from tests.support.recipes import tiny_recipe
 from tests.train.rows import packed_rows
+
+
+class Events:
+    """Keeps the records; nothing else is told or asked."""
+
+    def __init__(self) -> None:
+        self.records: list[dict[str, Any]] = []
+
+    def record(self, figures: dict[str, Any]) -> None:
+        self.records.append(figures)
+
+    def register_checkpoint(self, checkpoint: Checkpoint | None, state: State) -> None: ...
+
+    def is_checkpoint_requested(self) -> bool:
+        return False
+
+    def is_window_empty(self, window: int) -> bool:
+        return False
 
 
 @pytest.mark.parametrize("where", ["build_engine", "train_loop"])
@@ -28,24 +48,14 @@ def test_out_of_memory_is_one_sentence(where: str, tmp_path: Path, tiny_model: P
 
     monkeypatch.setattr(worker, "build_engine", lambda *_, **__: engine)
     monkeypatch.setattr(worker, where, full)
-    told: list[dict[str, Any]] = []
+    events = Events()
+    config = WorkerConfig(recipe, open_run(recipe), Goal(2), 256)
     with pytest.raises(
         TrainingError, match=r"^a worker ran out of memory with 4 rows of 256 tokens at once \(the process"
     ) as caught:
-        worker.run_worker(
-            recipe,
-            open_run(recipe),
-            Goal(2),
-            None,
-            iter([packed_rows(4)]),
-            packed_rows(1),
-            256,
-            device=torch.device("cpu"),
-            tell=told.append,
-            register=lambda saved, state: None,
-        )
+        worker.run_worker(config, None, iter([packed_rows(4)]), packed_rows(1), events, device=torch.device("cpu"))
     assert "training.micro_batch: 2 (the same steps, more passes), or training.activation_checkpointing: true" in str(caught.value)
-    assert len(told) == (where == "train_loop")
+    assert len(events.records) == (where == "train_loop")
 
 
 def test_other_errors_stay_what_they_are(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -54,7 +64,6 @@ def test_other_errors_stay_what_they_are(tmp_path: Path, tiny_model: Path, monke
 
     recipe = load_recipe(tiny_recipe(tmp_path, tiny_model, training__workers=1))
     monkeypatch.setattr(worker, "build_engine", wrong)
-    silent: dict[str, Any] = {"tell": lambda record: None, "register": lambda saved, state: None}
-    rows = (iter([packed_rows(4)]), packed_rows(1), 256)
+    config = WorkerConfig(recipe, open_run(recipe), Goal(2), 256)
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
-        worker.run_worker(recipe, open_run(recipe), Goal(2), None, *rows, device=torch.device("cpu"), **silent)
+        worker.run_worker(config, None, iter([packed_rows(4)]), packed_rows(1), Events(), device=torch.device("cpu"))

@@ -68,7 +68,7 @@ def check_workers(lookup: RecipeLookup) -> str:
     from apprentice.train.distributed.async_validation import validates_asynchronously
     from apprentice.train.distributed.resources import GIB, check_resources, required_resources
     from apprentice.train.engine.deepspeed_config import micro_batch
-    from apprentice.train.memory.measure import expected
+    from apprentice.train.memory.measure import estimate_peak_memory
 
     recipe, folder = lookup.recipe, lookup.model_folder
     on_gpu = recipe.training.resources.gpus > 0
@@ -84,7 +84,7 @@ def check_workers(lookup: RecipeLookup) -> str:
     trained = parameters if recipe.tuning.method == "full" else 0  # other methods train few parameters in comparison
     length = recipe.data.packing.length
     micro = micro_batch(recipe.training, workers=ask.workers, length=length, on_gpu=on_gpu)
-    each = expected(recipe, parameters, trained, dtype, workers=ask.workers, micro=micro, length=length)
+    each = estimate_peak_memory(recipe, parameters, trained, dtype, workers=ask.workers, micro=micro, length=length)
     sizes = {part.name: getattr(each, part.name) for part in fields(each)}
     parts = [f"{name} {'unknown' if size is None else f'{size / GIB:.1f}'}" for name, size in sizes.items()]
     gpus = f", {ask.gpus:g} GPUs" if ask.gpus else ""

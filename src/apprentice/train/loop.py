@@ -2,7 +2,11 @@
 
     rows of one step ─▶ agree with all workers ─▶ are they the next rows of the plan? ─▶ optimizer step ─▶ record ─▶ checkpoint
 
-The engine, the rows and everything that leaves the process are arguments, so it runs under Ray Train and in a plain process alike.
+The engine and the rows are arguments, and everything else that the loop tells or asks goes to a `LoopCallback`, so it runs under
+Ray Train and in a plain process alike. In a run of 5 steps with a checkpoint every 2, the callback's methods are called so:
+
+    record(1)  record(2) validate save(2)  record(3) settle_save  record(4) validate save(4)  record(5) settle_save
+    validate save(5)
 """
 
 from __future__ import annotations
@@ -11,7 +15,7 @@ import hashlib
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -33,7 +37,7 @@ class ValidationEngine(Protocol):
     def validation_nll(self, micro: Micro) -> float: ...
 
 
-class TrainingEngine(ValidationEngine, Protocol):
+class TrainingEngine(Protocol):
     """Anything that makes optimizer steps, such as `DeepSpeedEngine`."""
 
     def train_step(self, micros: Sequence[Micro], scale: float, rate: float) -> StepOutcome: ...
@@ -46,24 +50,59 @@ class LoopConfig:
     seed: int
     goal: Goal
     optimizer: Optimizer
-    micro: int  # packed rows in a micro-batch
-    checkpoint_every: int  # optimizer steps
+    micro_batch: int  # packed rows
+    checkpoint_every_steps: int
     window: int  # positions of the sampling plan in a window
-    shares: Mapping[int, float] = field(default_factory=dict)  # task number → requested share of the examples
+    requested_shares: Mapping[int, float] = field(default_factory=dict)  # task number → share of the examples
     window_rows: int | None = None  # packed rows in each window, where all have the same number
-    utilisation: float | None = None  # MFU for each token a second; None where the devices' peak is not known
+    mfu_per_token: float | None = None  # MFU for each token a second; None where the devices' peak is not known
+
+
+class LoopCallback:
+    """What the loop tells and asks the process around it. Methods are called on every worker; here they do nothing.
+
+    Time spent in them is not counted in a step's seconds.
+    """
+
+    def record(self, figures: dict[str, Any]) -> None:
+        """Takes the figures of a finished step."""
+
+    def is_checkpoint_requested(self) -> bool:
+        """Whether a checkpoint should follow this step; if so on any worker, it does at once, without validation."""
+        return False
+
+    def validate(self, state: State) -> float | None:
+        """Validation loss; asked every `checkpoint_every_steps` steps and at the end, just before `save`."""
+        return None
+
+    def save(self, state: State) -> None:
+        """Saves a checkpoint; it may go on writing in the background."""
+
+    def has_saved(self) -> bool:
+        """Whether the last save is over; once it is on every worker, `settle_save` follows the next step."""
+        return False
+
+    def settle_save(self) -> None:
+        """Registers the result of the last save."""
+
+    def after_step(self, state: State) -> None:
+        """Called last in each step."""
+
+    def is_window_empty(self, window: int) -> bool:
+        """Whether a window has no rows; asked about windows that the stream skips."""
+        return False
 
 
 @dataclass(frozen=True)
-class _Step:
+class _GlobalStep:
     """One optimizer step, put together from all workers."""
 
     rows: list[RowFacts]  # of all workers, in the order of the stream
     tokens: int
     targets: int
     counted: float  # the loss's denominator: weighted target tokens, preference pairs or replies
-    checkpoint: bool  # some worker wants one after this step
-    written: bool  # the save before is over on all workers
+    is_checkpoint_requested: bool  # by some worker
+    has_saved: bool  # the save before is over on all workers
 
     @property
     def examples(self) -> list[int]:
@@ -76,55 +115,42 @@ def train_loop(
     batches: Iterator[PackedRows],
     state: State,
     config: LoopConfig,
+    callback: LoopCallback,
     *,
     collectives: Collectives,
-    record: Callable[[dict[str, Any]], None],
-    save: Callable[[State], None],
-    written: Callable[[], bool] = lambda: False,
-    settle: Callable[[], object] = lambda: None,
-    validate: Callable[[], float | None],
-    wanted: Callable[[], bool] = lambda: False,
-    aside: Callable[[State], None] = lambda state: None,
-    is_empty: Callable[[int], bool] = lambda window: False,
 ) -> State:
     """Trains from `state` to the goal and returns the state, changed in place. Each batch is this worker's part of one step.
 
-    record    gets a dict for each finished step, on every worker
-    validate  gives the validation loss; called every `config.checkpoint_every` steps and at the end, just before `save`
-    save      gets the state; it may write the checkpoint in the background
-    written   says whether that background save is over; once it is on every worker, `settle` is called after the next step
-    wanted    says whether a checkpoint is wanted; if so on any worker, `save` follows the step at once, without validation
-    aside     is called after each step
-    is_empty  says whether a window has no rows; asked about windows that the stream skips
-
-    The time of validation, saving and `aside` is not counted in a step's seconds. Raises `TrainingError` if the loss or gradient is
-    not finite, the stream ends early, or a step's rows are not the next ones of the sampling plan.
+    Raises `TrainingError` if the loss or gradient is not finite, the stream ends early, or a step's rows are not the next ones of
+    the sampling plan.
     """
-    clock = _Clock()
-    good = state.step  # step of the newest checkpoint
+    timer = _StepTimer()
+    saved_step = state.step  # of the newest checkpoint
     while config.goal.reached(state) < 1.0:
         rows = _next_rows(batches, state)
-        clock.data_came()
-        step = _put_together(rows, wanted(), written(), collectives)
-        _check_place(step, state, config, is_empty)
+        timer.data_came()
+        step = _gather_step(rows, callback, collectives)
+        _check_place(step, state, config, callback)
         outcome, rate = _one_step(engine, rows, step, state, config, collectives)
-        clock.step_done(step.tokens)
-        record(_recorded(state, step, outcome, config, collectives) | {"learning_rate": rate, **clock.figures(config, state)})
+        timer.step_done(step.tokens)
+        callback.record(
+            _figures(state, step, outcome, config, collectives) | {"learning_rate": rate, **timer.figures(config, state)}
+        )
         if not (math.isfinite(state.loss) and math.isfinite(outcome.grad_norm)):
-            raise _no_number(state, step, good)
-        if step.written:
-            settle()
-        due = state.step % config.checkpoint_every == 0 or config.goal.reached(state) == 1.0
-        if due or step.checkpoint:
-            state.validation_loss = validate() if due else None
-            save(state)
-            good = state.step
-        aside(state)
-        clock.restart()
+            raise _not_finite(state, step, saved_step)
+        if step.has_saved:
+            callback.settle_save()
+        is_due = state.step % config.checkpoint_every_steps == 0 or config.goal.reached(state) == 1.0
+        if is_due or step.is_checkpoint_requested:
+            state.validation_loss = callback.validate(state) if is_due else None
+            callback.save(state)
+            saved_step = state.step
+        callback.after_step(state)
+        timer.restart()
     return state
 
 
-def _recorded(state: State, step: _Step, outcome: StepOutcome, config: LoopConfig, collectives: Collectives) -> dict[str, Any]:
+def _figures(state: State, step: _GlobalStep, outcome: StepOutcome, config: LoopConfig, collectives: Collectives) -> dict[str, Any]:
     return {
         "step": state.step,
         "steps": config.goal.expected_steps(state),
@@ -135,19 +161,19 @@ def _recorded(state: State, step: _Step, outcome: StepOutcome, config: LoopConfi
         "workers": collectives.workers,
         "examples": step.examples,
         **outcome.figures,
-        "ledger_drift": round(state.ledger.drift(config.shares), 6),
+        "ledger_drift": round(state.ledger.drift(config.requested_shares), 6),
     }
 
 
 def _one_step(
-    engine: TrainingEngine, rows: PackedRows, step: _Step, state: State, config: LoopConfig, collectives: Collectives
+    engine: TrainingEngine, rows: PackedRows, step: _GlobalStep, state: State, config: LoopConfig, collectives: Collectives
 ) -> tuple[StepOutcome, float]:
     """Makes one optimizer step and updates `state`. Returns its outcome, with figures averaged over all workers, and its rate."""
     estimate = config.goal.steps
     rate = learning_rate(config.optimizer, state.step, config.goal.reached(state) * estimate, estimate)
     torch.manual_seed(_step_seed(config.seed, state.step, collectives.rank))
     counted = step.counted or 1  # a step without target tokens has loss 0; do not divide by 0
-    outcome = engine.train_step(rows.micros(config.micro), 1.0 / counted, rate)
+    outcome = engine.train_step(rows.micros(config.micro_batch), 1.0 / counted, rate)
     loss, *figures = (total / counted for total in collectives.sum([outcome.nll, *outcome.figures.values()]))
     _advance(state, step, config.window, loss)
     return outcome._replace(figures=dict(zip(outcome.figures, figures, strict=True))), rate
@@ -176,14 +202,14 @@ def _next_rows(batches: Iterator[PackedRows], state: State) -> PackedRows:
         raise TrainingError(f"{message}; this is a defect of the data pipeline.") from None
 
 
-def _put_together(rows: PackedRows, wanted: bool, written: bool, collectives: Collectives) -> _Step:
-    told = collectives.gather((rows.facts, rows.tokens, rows.targets, rows.counted, wanted, written))
-    parts, tokens, targets, counted, wishes, saves = zip(*told, strict=True)
+def _gather_step(rows: PackedRows, callback: LoopCallback, collectives: Collectives) -> _GlobalStep:
+    mine = (rows.facts, rows.tokens, rows.targets, rows.counted, callback.is_checkpoint_requested(), callback.has_saved())
+    parts, tokens, targets, counted, requests, saves = zip(*collectives.gather(mine), strict=True)
     facts = sorted((fact for part in parts for fact in part), key=lambda fact: (fact.window, fact.row))
-    return _Step(facts, sum(tokens), sum(targets), sum(counted), any(wishes), all(saves))
+    return _GlobalStep(facts, sum(tokens), sum(targets), sum(counted), any(requests), all(saves))
 
 
-def _check_place(step: _Step, state: State, config: LoopConfig, is_empty: Callable[[int], bool]) -> None:
+def _check_place(step: _GlobalStep, state: State, config: LoopConfig, callback: LoopCallback) -> None:
     """Raises `TrainingError` unless the step's rows are the next ones of the plan and hold only examples of their own window.
 
     After row (window 3, row 4) comes (3, 5), or (4, 0) if window 3 has five rows. Windows in between must be empty ones.
@@ -191,22 +217,22 @@ def _check_place(step: _Step, state: State, config: LoopConfig, is_empty: Callab
     window, row, rows = state.window, state.row, config.window_rows or state.window_rows
     for fact in step.rows:
         if (fact.window, fact.row) != (window, row):
-            ended = row in (0, rows) or rows is None  # a checkpoint of an earlier version does not say
+            has_ended = row in (0, rows) or rows is None  # a checkpoint of an earlier version does not say
             between = range(window + (row > 0), fact.window)
-            if fact.row > 0 or fact.window <= window or not ended or not all(map(is_empty, between)):
+            if fact.row > 0 or fact.window <= window or not has_ended or not all(map(callback.is_window_empty, between)):
                 raise TrainingError(
                     f"step {state.step + 1}: the stream is at (window, row) {(fact.window, fact.row)} where {(window, row)} comes"
                     " next; restore the index that the run was made with, or report this as a defect of the data pipeline."
                 )
-        if strange := [position for position in fact.examples if position // config.window != fact.window]:
+        if foreign := [position for position in fact.examples if position // config.window != fact.window]:
             raise TrainingError(
-                f"step {state.step + 1}: row {fact.row} of window {fact.window} holds the plan's position {strange[0]}, which is"
-                f" of window {strange[0] // config.window}; this is a defect of the data pipeline."
+                f"step {state.step + 1}: row {fact.row} of window {fact.window} holds the plan's position {foreign[0]}, which is"
+                f" of window {foreign[0] // config.window}; this is a defect of the data pipeline."
             )
         window, row, rows = fact.window, fact.row + 1, config.window_rows or fact.window_rows
 
 
-def _advance(state: State, step: _Step, window: int, loss: float) -> None:
+def _advance(state: State, step: _GlobalStep, window: int, loss: float) -> None:
     last = step.rows[-1].window
     if last != state.window or state.positions < last * window:
         state.positions = last * window  # all positions of earlier windows are done, dropped ones too
@@ -225,9 +251,9 @@ def _step_seed(seed: int, step: int, rank: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}/{step}/{rank}".encode()).digest()[:7], "big")
 
 
-def _no_number(state: State, step: _Step, good: int) -> TrainingError:
+def _not_finite(state: State, step: _GlobalStep, saved_step: int) -> TrainingError:
     shown = ", ".join(map(str, step.examples[:20])) + (" …" if len(step.examples) > 20 else "")
-    before = f"the last good checkpoint is that of step {good}" if good else "there is no checkpoint yet"
+    before = f"the last good checkpoint is that of step {saved_step}" if saved_step else "there is no checkpoint yet"
     return TrainingError(
         f"step {state.step}: the loss or its gradient is not a number (loss {state.loss}), with the plan's positions {shown};"
         f" {before}. Try a lower training.optimizer.learning_rate, more warmup_steps, a smaller clip or model.dtype float32,"
@@ -235,7 +261,7 @@ def _no_number(state: State, step: _Step, good: int) -> TrainingError:
     )
 
 
-class _Clock:
+class _StepTimer:
     """Measures the seconds of steps and of waiting for data, over the last `RECENT_STEPS` steps."""
 
     def __init__(self) -> None:
@@ -264,7 +290,7 @@ class _Clock:
             "seconds": self._recent[-1][0],
             "data_wait_s": self._recent[-1][1],
             "tokens_per_s": tokens / seconds,
-            **({} if config.utilisation is None else {"mfu": config.utilisation * tokens / seconds}),
+            **({} if config.mfu_per_token is None else {"mfu": config.mfu_per_token * tokens / seconds}),
             "data_wait": waited / seconds,
             "eta_s": (config.goal.expected_steps(state) - state.step) * seconds / len(self._recent),
         }

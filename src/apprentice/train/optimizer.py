@@ -1,10 +1,16 @@
-"""Optimizers (AdamW, Adafactor) and the learning rate, a pure function of how far the run is."""
+"""Optimizers (AdamW, Adafactor), the number formats they work in, and the learning rate, a pure function of how far the run is.
+
+Whatever is different for Adafactor is decided here:
+
+    AdamW      two moments a weight; 16-bit weights have float32 copies, which it updates; works on any shard of a tensor
+    Adafactor  a row and a column of moments for each matrix; updates float32 weights in place; needs whole matrices
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -30,17 +36,45 @@ def learning_rate(optimizer: Optimizer, step: int, reached: float, steps: float)
     return optimizer.learning_rate * factor
 
 
-def optimizer_of(parameters: Mapping[str, nn.Parameter], optimizer: Optimizer) -> torch.optim.Optimizer:
-    """The optimizer that the recipe names."""
+class NumberFormats(NamedTuple):
+    """Number formats of a training: of the model's `weights`, and of the products where it is another one (autocast)."""
+
+    weights: torch.dtype
+    autocast: torch.dtype | None
+
+
+def number_formats(optimizer: Optimizer, dtype: torch.dtype) -> NumberFormats:
+    """Number formats with which a model is trained whose products are to be made in `dtype`."""
+    if _updates_in_place(optimizer):  # with no float32 copy, so the weights themselves are float32
+        return NumberFormats(torch.float32, dtype if dtype != torch.float32 else None)
+    return NumberFormats(dtype, None)
+
+
+def moment_bytes(optimizer: Optimizer) -> int:
+    """Bytes of optimizer state for a weight; 0 for Adafactor, whose rows and columns are next to nothing."""
+    return 0 if _updates_in_place(optimizer) else 8
+
+
+def can_be_sharded(optimizer: Optimizer) -> bool:
+    """Whether the optimizer works on shards of tensors, as ZeRO makes them."""
+    return not _updates_in_place(optimizer)
+
+
+def _updates_in_place(optimizer: Optimizer) -> bool:
+    return optimizer.name == "adafactor"
+
+
+def make_optimizer(parameters: Mapping[str, nn.Parameter], optimizer: Optimizer) -> torch.optim.Optimizer:
+    """The optimizer that the recipe names, over `parameters`."""
     if optimizer.name == "adafactor":
         decay = optimizer.weight_decay
         return torch.optim.Adafactor(list(parameters.values()), lr=optimizer.learning_rate, weight_decay=decay)
     return adamw(parameters, optimizer)
 
 
-def moments(name: str, shape: torch.Size) -> dict[str, list[int]]:
-    """State tensors that optimizer `name` keeps for a parameter of `shape`: name → shape. The step count is not among them."""
-    if name == "adamw":
+def moment_shapes(optimizer: Optimizer, shape: torch.Size) -> dict[str, list[int]]:
+    """State tensors that the optimizer keeps for a parameter of `shape`: name → shape. The step count is not among them."""
+    if optimizer.name == "adamw":
         return {"exp_avg": list(shape), "exp_avg_sq": list(shape)}
     if len(shape) < 2:
         return {"variance": list(shape)}

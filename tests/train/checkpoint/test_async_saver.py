@@ -51,14 +51,14 @@ class Ears:
             2,
             {"dtype": "float32"},
             collectives=Collectives(),
-            tell=self.tell,
+            report=self.report,
             register=lambda saved, state: self.registered.append((saved is not None, state.step)),
         )
 
-    def tell(self, state: State, message: str = "", **seconds: float) -> None:
+    def report(self, state: State, message: str = "", **seconds: float) -> None:
         self.told.append((state.step, message)) if message else self.took.append(seconds)
 
-    def pieces(self) -> list[Shard]:
+    def shards(self) -> list[Shard]:
         """The first worker's half of each tensor, and of the second the other."""
 
         def read() -> Tensor:
@@ -75,7 +75,7 @@ class Ears:
         pending[1].result()
 
     def save(self, step: int, **more: Any) -> None:
-        self.saver.save(State(step=step), self.pieces(), **({"last": False} | more))
+        self.saver.save(State(step=step), self.shards(), **({"last": False} | more))
 
 
 @pytest.fixture
@@ -96,10 +96,10 @@ def test_training_goes_on_and_the_next_one_is_tried(free: int, folder: Folder, m
     ears.save(3)
     ears.settle()
     assert ears.registered == []  # what became of it is known to all workers when they ask, or at the next one
-    assert ears.saver.written()
+    assert ears.saver.has_saved()
     assert ears.saver.settle() is None
     assert ears.registered == [(True, 3)]
-    assert not ears.saver.written()
+    assert not ears.saver.has_saved()
     with no_room():
         ears.save(6)
         ears.settle()

@@ -42,28 +42,28 @@ def fill(disk: Path) -> Path:
     return ballast
 
 
-def waiting(ballast: Path, before: int) -> Callable[[launch.Job], None]:
+def waiting(ballast: Path, before: int) -> Callable[[launch.WorkerJob], None]:
     """A worker function that takes the rows of step `before` once `ballast` is gone."""
 
     def work(job: Any) -> None:
         import time
 
-        from apprentice.train import worker as there
-        from apprentice.train.distributed import ray_worker as member
+        from apprentice.train import worker as training_worker
+        from apprentice.train.distributed import ray_worker
 
-        inner = there.run_worker
+        inner = training_worker.run_worker
 
-        def run_worker(recipe: Any, run: Any, goal: Any, restored: Any, rows: Any, *rest: Any, **more: Any) -> Any:
+        def run_worker(config: Any, restored: Any, rows: Any, *rest: Any, **more: Any) -> Any:
             def watched() -> Any:
                 for step, batch in enumerate(rows, start=1):
                     while step == before and ballast.exists():
                         time.sleep(0.05)
                     yield batch
 
-            return inner(recipe, run, goal, restored, watched(), *rest, **more)
+            return inner(config, restored, watched(), *rest, **more)
 
-        there.run_worker = run_worker
-        member.work(job)
+        training_worker.run_worker = run_worker
+        ray_worker.work(job)
 
     return work
 

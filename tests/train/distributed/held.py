@@ -24,12 +24,12 @@ def holding(folder: str, steps: list[int]) -> Callable[[Any], None]:
         import ray
         import ray.train
 
-        from apprentice.train import worker as there
-        from apprentice.train.distributed import ray_worker as member
+        from apprentice.train import worker as training_worker
+        from apprentice.train.distributed import ray_worker
 
-        inner = there.run_worker
+        inner = training_worker.run_worker
 
-        def run_worker(recipe: Any, run: Any, goal: Any, restored: Any, rows: Any, *rest: Any, **more: Any) -> Any:
+        def run_worker(config: Any, restored: Any, rows: Any, *rest: Any, **more: Any) -> Any:
             rank = ray.train.get_context().get_world_rank()
 
             def held() -> Any:
@@ -43,10 +43,10 @@ def holding(folder: str, steps: list[int]) -> Callable[[Any], None]:
                             time.sleep(0.05)
                     yield batch
 
-            return inner(recipe, run, goal, restored, held(), *rest, **more)
+            return inner(config, restored, held(), *rest, **more)
 
-        there.run_worker = run_worker
-        member.work(job)
+        training_worker.run_worker = run_worker
+        ray_worker.work(job)
 
     return work
 

@@ -32,11 +32,12 @@ from apprentice.recipe import Recipe, load_recipe
 from apprentice.run.folder import Run, open_run
 from apprentice.train.checkpoint import format as checkpoints
 from apprentice.train.distributed import driver as launch
+from apprentice.train.distributed.mailbox import RunOutcome
 from apprentice.train.memory.estimate import PROCESS_BYTES
-from apprentice.train.metrics.tracker import RunOutcome
 from tests.support.recipes import tiny_recipe
 
 STEPS = 8
+SHARDED = {"stage": 3, "extra": {"zero_optimization": {"stage3_param_persistence_threshold": 0}}}  # else small weights stay whole
 EVERY = 3  # checkpoints after steps 3, 6 and 8
 DIES_BEFORE = 6  # two steps after the checkpoint at 3
 
@@ -61,18 +62,18 @@ def steps_of(run: Run) -> list[dict[str, Any]]:
     return [record for record in map(json.loads, lines) if "loss" in record]
 
 
-def dying(marker: Path, before: int, *, by: int = signal.SIGKILL, again: bool = False) -> Callable[[launch.Job], None]:
+def dying(marker: Path, before: int, *, by: int = signal.SIGKILL, again: bool = False) -> Callable[[launch.WorkerJob], None]:
     """A worker function whose second worker gets the signal `by` before it takes the rows of step `before`: once, or each time."""
 
     def work(job: Any) -> None:
         import ray.train
 
-        from apprentice.train import worker as there
-        from apprentice.train.distributed import ray_worker as member
+        from apprentice.train import worker as training_worker
+        from apprentice.train.distributed import ray_worker
 
-        inner = there.run_worker
+        inner = training_worker.run_worker
 
-        def run_worker(recipe: Any, run: Any, goal: Any, restored: Any, rows: Any, *rest: Any, **more: Any) -> Any:
+        def run_worker(config: Any, restored: Any, rows: Any, *rest: Any, **more: Any) -> Any:
             def watched() -> Any:
                 step = restored.state.step if restored else 0
                 for batch in rows:
@@ -82,10 +83,10 @@ def dying(marker: Path, before: int, *, by: int = signal.SIGKILL, again: bool = 
                         os.kill(os.getpid(), by)
                     yield batch
 
-            return inner(recipe, run, goal, restored, watched(), *rest, **more)
+            return inner(config, restored, watched(), *rest, **more)
 
-        there.run_worker = run_worker
-        member.work(job)
+        training_worker.run_worker = run_worker
+        ray_worker.work(job)
 
     return work
 
@@ -256,7 +257,7 @@ def test_a_silent_worker_is_named_and_its_run_goes_on_with_other_workers(
             r" started once; .* goes on from the newest checkpoint",
         ):
             trained(recipe(tmp_path, tiny_model, training__max_failures=0, training__hang_timeout_s=15))
-    result, run, _ = trained(recipe(tmp_path, tiny_model, training__workers=1, training__deepspeed={"stage": 3}))
+    result, run, _ = trained(recipe(tmp_path, tiny_model, training__workers=1, training__deepspeed=SHARDED))
     steps = steps_of(run)
     assert [step["step"] for step in steps] == [1, 2, 3, 4, 5, 4, 5, 6, 7, 8]
     expected = {step["step"]: step for step in steps_of(undisturbed[1])}

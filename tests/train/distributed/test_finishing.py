@@ -16,8 +16,8 @@ from apprentice.run.fence import lease_run
 from apprentice.run.folder import Run
 from apprentice.storage import Folder
 from apprentice.train.checkpoint import format as checkpoints
+from apprentice.train.distributed.compat import PolicyTrainer
 from apprentice.train.distributed.driver import _finish
-from apprentice.train.distributed.elastic import ElasticTrainer
 from apprentice.train.state import Goal
 from tests.train.checkpoint.test_format import saved
 
@@ -64,7 +64,7 @@ def test_the_trainer_knows_of_ctrl_c(monkeypatch: pytest.MonkeyPatch) -> None:
         raise ray.exceptions.RayActorError
 
     monkeypatch.setattr(ray, "get", gone)
-    trainer = object.__new__(ElasticTrainer)
+    trainer = object.__new__(PolicyTrainer)
     trainer._register_sigint_handler(Controller())
     assert not trainer.stopped
     with pytest.raises(SystemExit):

@@ -17,7 +17,8 @@ from apprentice.storage import Folder
 from apprentice.train.distributed import follower
 from apprentice.train.distributed.follower import Follower, outcome_of
 from apprentice.train.distributed.heartbeat import Heartbeat, WorkerProcess
-from apprentice.train.metrics.tracker import Mailbox, Tracker
+from apprentice.train.distributed.mailbox import Mailbox
+from apprentice.train.metrics.tracker import Tracker
 from tests.train.metrics.test_tracker import record
 
 BLIP = ray.exceptions.ActorUnavailableError("the network was away", b"\x00" * 16)
@@ -53,7 +54,7 @@ def near(monkeypatch: pytest.MonkeyPatch) -> Near:
     monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: "abc"))
     monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: "10.0.0.1")
     monkeypatch.setattr(follower, "POLL_S", 0.001)
-    mailbox.begin.remote(None)()
+    mailbox.begin_attempt.remote(None)()
     return mailbox
 
 
@@ -64,7 +65,7 @@ def written(folder: Path) -> list[int]:
 def follow(near: Near, tracker: Tracker, records: list[dict[str, Any]]) -> None:
     with Follower(near, tracker, 10.0):
         for one in records:
-            near.put.remote(one)()
+            near.add_record.remote(one)()
     tracker.close()
 
 
@@ -96,7 +97,7 @@ def test_a_record_that_cannot_be_written_costs_only_itself(near: Near, tmp_path:
 def test_an_answer_that_the_network_lost_is_asked_for_again(near: Near, tmp_path: Path) -> None:
     near.errors = [BLIP, BLIP, BLIP]
     for step in (1, 2):
-        near.put.remote(record(step))()
+        near.add_record.remote(record(step))()
     follow(near, tracker_for(tmp_path, lambda values: None), [record(3)])
     assert near.errors == []
     assert written(tmp_path / "run") == [1, 2, 3]
@@ -125,13 +126,13 @@ def test_a_worker_stops_where_nobody_listens(near: Near) -> None:
     worker._thread.join(timeout=60)
     assert not worker._thread.is_alive()
     with pytest.raises(TrainingError, match="nobody follows this run any more; give the same command again"):
-        worker.checkpoint_wanted()
+        worker.is_checkpoint_requested()
 
 
 def test_a_worker_that_is_silent_is_ended(near: Near, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ended: list[WorkerProcess] = []
     gone = threading.Event()
-    monkeypatch.setattr(follower, "end", lambda who: (ended.append(who), gone.set()))
+    monkeypatch.setattr(follower, "kill_worker", lambda who: (ended.append(who), gone.set()))
     near.beat.remote(1, WorkerProcess(1, 12, "def", "10.0.0.2"))()
     near.errors = [BLIP]
     tracker = tracker_for(tmp_path, lambda values: None)

@@ -24,7 +24,7 @@ from apprentice.train.engine.deepspeed import DeepSpeedEngine
 from apprentice.train.loop import validation_loss
 from apprentice.train.losses import sft
 from apprentice.train.losses.registry import loss_of
-from apprentice.train.optimizer import optimizer_of
+from apprentice.train.optimizer import make_optimizer
 from tests.train.losses.test_preference import pair_rows
 from tests.train.pair import fresh, state_of
 from tests.train.rows import packed_rows, reply_rows
@@ -101,7 +101,7 @@ def plain(case: dict[str, Any], workers: int, folder: Path) -> dict[str, Any]:
     model = model_of(case, folder)
     loss_module = loss_of(model, training).train()
     parameters = trainable_parameters(model)
-    optimizer = optimizer_of(parameters, training.optimizer)
+    optimizer = make_optimizer(parameters, training.optimizer)
     for group in optimizer.param_groups:
         group["lr"] = RATE
     result: dict[str, Any] = {"loss": [], "norm": []}

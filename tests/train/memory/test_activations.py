@@ -14,7 +14,7 @@ from apprentice.models.tuning.methods import TUNING_METHODS
 from apprentice.recipe import Recipe, load_recipe
 from apprentice.train.losses.sft import TargetLoss
 from apprentice.train.memory.activations import LOGIT_BYTES, activations
-from apprentice.train.memory.measure import expected, out_of_memory
+from apprentice.train.memory.measure import estimate_peak_memory, out_of_memory
 from tests.models.architectures import made
 from tests.support.recipes import tiny_recipe
 
@@ -102,7 +102,7 @@ def test_what_nobody_knows_is_not_nothing(
         assert activations(made, torch.float32, ROWS, LENGTH) is None
         assert len(caplog.records) == told
         assert all(record.exc_info for record in caplog.records)
-    state = expected(made, 2**30, 2**30, torch.float32, workers=1, micro=1, length=LENGTH)
+    state = estimate_peak_memory(made, 2**30, 2**30, torch.float32, workers=1, micro=1, length=LENGTH)
     assert state.activations is None
     assert state.total > 4 * 2**30
     assert "and activations an unknown rest." in str(out_of_memory(state, 1, LENGTH, "", []))

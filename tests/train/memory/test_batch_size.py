@@ -68,5 +68,5 @@ def test_all_workers_take_what_fits_on_each(others: bool, expected: int, tmp_pat
     collectives: Any = SimpleNamespace(workers=2, rank=0, gather=lambda mine: [mine, others and mine])
     model = made("llama").train()
     patched = Narrow(4 * 96)
-    assert worker.fitted(recipe, model, 96, torch.float32, torch.device("cpu"), collectives, loss=patched) == expected
+    assert worker.find_micro_batch(recipe, model, 96, torch.float32, torch.device("cpu"), collectives, loss=patched) == expected
     assert patched.passes == 2

@@ -12,12 +12,12 @@ import torch
 from apprentice.errors import TrainingError
 from apprentice.recipe import Recipe, load_recipe
 from apprentice.train.checkpoint.format import SHARD_BYTES
-from apprentice.train.memory.estimate import PROCESS_BYTES, gathered_weight_bytes, held
+from apprentice.train.memory.estimate import PROCESS_BYTES, estimate_memory, gathered_weight_bytes
 from apprentice.train.memory.measure import (
     GIB,
     OutOfMemoryAdvisor,
     choose_changes,
-    expected,
+    estimate_peak_memory,
     free_memory,
     list_smaller_recipes,
     out_of_memory,
@@ -42,21 +42,21 @@ def recipe(folder: Path, **changes: Any) -> Recipe:
     ],
 )
 def test_each_stage_shares_out_more(stage: int, dtype: torch.dtype, expected: tuple[int, ...], tmp_path: Path) -> None:
-    found = held(recipe(tmp_path, training__deepspeed={"stage": stage}), 1000, 1000, dtype, 2)
+    found = estimate_memory(recipe(tmp_path, training__deepspeed={"stage": stage}), 1000, 1000, dtype, 2)
     assert (found.weights, found.gradients, found.optimizer) == expected
     assert found.total == sum(expected)
 
 
 def test_frozen_weights_adafactor_and_offload(tmp_path: Path) -> None:
-    found = held(recipe(tmp_path), 1000, 10, torch.bfloat16, 1)
+    found = estimate_memory(recipe(tmp_path), 1000, 10, torch.bfloat16, 1)
     assert (found.weights, found.gradients, found.optimizer) == (2000, 40, 120)
     slim = recipe(tmp_path, training__optimizer={"name": "adafactor"}, training__deepspeed={"stage": 0})
-    assert held(slim, 1000, 1000, torch.bfloat16, 2).optimizer == 0
+    assert estimate_memory(slim, 1000, 1000, torch.bfloat16, 2).optimizer == 0
     on_disk = {"stage": 3, "offload": "nvme", "nvme_path": "/fast"}
     in_memory = {"stage": 2, "offload": "cpu"}
     for deepspeed, gpus, there in ((in_memory, 1, 0), (on_disk, 1, 0), (in_memory, 0, 6000), (on_disk, 0, 0)):
         away = recipe(tmp_path, training__deepspeed=deepspeed, training__resources={"gpus": gpus})
-        assert held(away, 1000, 1000, torch.bfloat16, 2).optimizer == there
+        assert estimate_memory(away, 1000, 1000, torch.bfloat16, 2).optimizer == there
 
 
 def test_zero_3_has_whole_weights_beside_its_shares(tmp_path: Path) -> None:
@@ -72,12 +72,12 @@ def test_zero_3_has_whole_weights_beside_its_shares(tmp_path: Path) -> None:
 def test_process_and_checkpoint_are_in_the_hosts_memory(tmp_path: Path, tiny_model: Path) -> None:
     made = load_recipe(tiny_recipe(tmp_path, tiny_model, tuning={"method": "full"}))
     rows = {"workers": 2, "micro": 2, "length": 256}
-    here = expected(made, 10**9, 10**9, torch.bfloat16, **rows)
+    here = estimate_peak_memory(made, 10**9, 10**9, torch.bfloat16, **rows)
     assert here.process == PROCESS_BYTES
     assert here.checkpoint == 6 * 10**9 + SHARD_BYTES
-    assert expected(made, 1000, 1000, torch.bfloat16, **rows).checkpoint == 6000 + 12000
+    assert estimate_peak_memory(made, 1000, 1000, torch.bfloat16, **rows).checkpoint == 6000 + 12000
     on_gpu = load_recipe(tiny_recipe(tmp_path, tiny_model, tuning={"method": "full"}, training__resources={"gpus": 1}))
-    there = expected(on_gpu, 10**9, 10**9, torch.bfloat16, **rows)
+    there = estimate_peak_memory(on_gpu, 10**9, 10**9, torch.bfloat16, **rows)
     assert (there.process, there.checkpoint) == (0, 0)
     assert there.activations == here.activations > 0
 
@@ -119,7 +119,7 @@ def test_every_change_is_a_recipe(tmp_path: Path) -> None:
 
 def test_the_sentence(tmp_path: Path) -> None:
     made = recipe(tmp_path, training__global_batch=16)
-    state = replace(held(made, GIB, GIB // 4, torch.bfloat16, 2), activations=3 * GIB)
+    state = replace(estimate_memory(made, GIB, GIB // 4, torch.bfloat16, 2), activations=3 * GIB)
     assert state.total == 7 * GIB
     error = out_of_memory(state, 8, 256, " (78.0 of 79.2 GiB of the GPU were in use)", list_smaller_recipes(made, 8, 256, 2)[:2])
     assert str(error) == (
@@ -146,13 +146,13 @@ def test_a_worker_names_what_fits_by_its_own_estimate(tmp_path: Path, tiny_model
     watch = OutOfMemoryAdvisor(made, 10**9, torch.float32, 2, 256, 2, torch.device("cpu"))
     with (
         pytest.raises(TrainingError, match=r"activations 0\.0\d\. The .*: training.deepspeed.stage: 1, or tuning.method: lora\.$"),
-        watch.explained(),
+        watch.explain_errors(),
     ):
         raise torch.OutOfMemoryError
     small = OutOfMemoryAdvisor(made, 10**5, torch.float32, 2, 256, 2, torch.device("cpu"))
     with (
         pytest.raises(TrainingError, match=r"help: training.micro_batch: 1 .*, or training.activation_checkpointing: true"),
-        small.explained(),
+        small.explain_errors(),
     ):
         raise torch.OutOfMemoryError
 

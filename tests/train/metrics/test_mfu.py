@@ -19,9 +19,9 @@ from apprentice.train.metrics import mfu as flops
     ],
 )
 def test_peaks_by_the_name_that_the_device_gives(name: str, expected: float | None) -> None:
-    assert flops.peak(name) == expected
+    assert flops.peak_flops(name) == expected
 
 
 def test_a_trained_weight_costs_six_and_a_frozen_one_four() -> None:
-    assert flops.per_token(1000, 1000) == 6000.0
-    assert flops.per_token(1000, 0) == 4000.0
+    assert flops.flops_per_token(1000, 1000) == 6000.0
+    assert flops.flops_per_token(1000, 0) == 4000.0

@@ -15,7 +15,7 @@ from apprentice.models.tuning.methods import TUNING_METHODS
 from apprentice.pretrained.tokenizer import Tokenizer
 from apprentice.recipe import Training, Tuning
 from apprentice.train.losses.registry import loss_of
-from apprentice.train.metrics.samples import MOST_TOKENS, Samples
+from apprentice.train.metrics.samples import MOST_TOKENS, SampleReplies
 from tests.models.architectures import made
 
 
@@ -28,8 +28,8 @@ def test_a_reply_ends_where_the_model_ends_it_and_takes_no_fewer_passes(tiny_mod
         asked.append((list(prompt), list(reply)))
         return said[len(reply)] if len(reply) < len(said) else layout.stop_ids[0]
 
-    taken = Samples(layout, ["Name a thing.", "And another."]).taken(likeliest)
-    assert taken == [{"instruction": text, "reply": "a red kite"} for text in ("Name a thing.", "And another.")]
+    replies = SampleReplies(layout, ["Name a thing.", "And another."]).generate(likeliest)
+    assert replies == [{"instruction": text, "reply": "a red kite"} for text in ("Name a thing.", "And another.")]
     assert len(asked) == 2 * MOST_TOKENS
     assert asked[0] == (layout.encode_prompt(layout.prompt("Name a thing.")), [])
     assert asked[MOST_TOKENS - 1][1][: len(said)] == said

@@ -12,13 +12,11 @@ import pytest
 from ray.train.v2.api.exceptions import ControllerError
 
 from apprentice import pipeline
-from apprentice.errors import DataError, TrainingError, full_disk_sentence
+from apprentice.errors import full_disk_sentence
 from apprentice.run.folder import Run
 from apprentice.run.json_lines import read_records
 from apprentice.storage import Folder
-from apprentice.train.distributed.heartbeat import WorkerProcess
-from apprentice.train.metrics import tracker as tracking
-from apprentice.train.metrics.tracker import Mailbox, Tracker
+from apprentice.train.metrics.tracker import Tracker
 
 
 def record(step: int, attempt: int = 1, **more: Any) -> dict[str, Any]:
@@ -34,74 +32,6 @@ def record(step: int, attempt: int = 1, **more: Any) -> dict[str, Any]:
         **figures,
         **more,
     }
-
-
-def test_mailbox() -> None:
-    mailbox = Mailbox()
-    mailbox.begin(None)
-    assert mailbox.start() == (1, None, False)
-    mailbox.put({"step": 1, "steps": 2})
-    mailbox.put({"step": 2, "steps": 2})
-    assert [told["step"] for told in mailbox.take()] == [1, 2]
-    assert [told["step"] for told in mailbox.take()] == [1, 2]  # the first answer may have been lost
-    mailbox.put({"step": 3, "steps": 3})
-    assert [told["step"] for told in mailbox.take(2)] == [3]
-    assert mailbox.take(3) == []
-    first = TrainingError("first")
-    mailbox.fail(first)
-    mailbox.fail(DataError("second"))
-    mailbox.begin(None)
-    assert mailbox.start() == (2, None, True)
-    assert mailbox.outcome() == (2, first, [])
-
-
-def test_the_wish_for_a_checkpoint() -> None:
-    mailbox = Mailbox(2)
-    assert mailbox.begin(None) == 2
-    worker = WorkerProcess(0, 11, "abc", "10.0.0.1")
-    assert mailbox.beat(1, worker) == 0
-    mailbox.want()
-    assert mailbox.beat(1, worker) == 1
-    mailbox.put(record(1))
-    assert mailbox.wanted()
-    mailbox.put({"attempt": 1, "step": 1, "steps": 4, "saved_s": 2.0, "blocked_s": 0.1})
-    assert not mailbox.wanted()
-    mailbox.resize(1)
-    assert mailbox.begin(None) == 1
-    assert mailbox.beat(2, worker) == 0  # the new workers begin at a checkpoint
-    assert [told["message"] for told in mailbox.take() if "message" in told] == ["training goes on with 1 worker instead of 2"]
-
-
-def test_silent_workers_are_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter([0.0, 1.0, 11.0, 11.0, 12.0, 13.0, 50.0])
-    monkeypatch.setattr(tracking.time, "monotonic", lambda: next(clock))
-    mailbox = Mailbox(2)
-    mailbox.begin(None)
-    mailbox.put(record(3))
-    first, second = WorkerProcess(0, 11, "abc", "10.0.0.1"), WorkerProcess(1, 12, "def", "10.0.0.2")
-    mailbox.beat(1, first)
-    mailbox.beat(1, second)
-    mailbox.beat(1, first)
-    assert mailbox.silent(10.0) == []
-    assert mailbox.silent(10.0) == [second]
-    mailbox.beat(1, second)  # too late
-    assert mailbox.silent(10.0) == [second]
-    mailbox.part()
-    assert mailbox.silent(10.0) == []
-    sentence = "worker 1 (process 12 on 10.0.0.2) had not answered for 10 seconds and was ended"
-    assert mailbox.outcome().silent == [sentence]
-    assert mailbox.take()[-1] == {"attempt": 1, "step": 3, "steps": 4, "message": sentence}
-
-
-def test_only_this_attempts_workers_are_listened_for() -> None:
-    mailbox = Mailbox(1)
-    mailbox.begin(None)
-    mailbox.begin(None)
-    mailbox.beat(1, WorkerProcess(0, 11, "abc", "10.0.0.1"))
-    assert mailbox.silent(-1.0) == []
-    mailbox.beat(2, WorkerProcess(0, 12, "abc", "10.0.0.1"))
-    mailbox.leave(0)
-    assert mailbox.silent(-1.0) == []
 
 
 def test_tracker(tmp_path: Path) -> None:

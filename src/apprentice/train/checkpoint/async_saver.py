@@ -1,10 +1,17 @@
 """Async saver: each worker copies its shards of the state; the first worker gathers and writes them while training goes on.
 
-    training thread   step │ save: settle the one before, copy │ step │ step │ settle: register │ step
-    writing thread                                             └ gather, write, prune ┘
+    training thread   step 8 │ save: settle, copy │ step 9 │ step 10 │ settle: register │ step 11
+    writing thread                                └ gather, write, prune ┘
 
-A checkpoint that cannot be written is reported, and the next one is tried as usual; only the last one must succeed. All workers
-take part in gathering, even if the first one cannot write.
+Example: two workers save after step 8, and writing takes one and a half steps.
+
+    save(8)      both wait for the save before, copy their shards to host memory (1 s for 10 GB) and go on with step 9
+    in a thread  worker 1 sends its shards; worker 0 puts the tensors together, writes `step-000008.1` and deletes the oldest
+    after 9      worker 0 has not saved yet, so nothing happens
+    after 10     both have (`has_saved`): both call `settle`, which registers the checkpoint with Ray Train
+
+Where memory has no room for the copies, the save is done before step 9. A checkpoint that cannot be written is reported, and the
+next one is tried as usual; only the last one must succeed. All workers take part in gathering, even if the first one cannot write.
 """
 
 from __future__ import annotations
@@ -20,7 +27,7 @@ from apprentice.run.fence import FenceToken
 from apprentice.storage import Folder
 from apprentice.train.checkpoint import format as checkpoints
 from apprentice.train.checkpoint.format import Checkpoint
-from apprentice.train.checkpoint.shard_gather import Shard, ShardGatherer, room_for_copies
+from apprentice.train.checkpoint.shard_gather import Shard, ShardGatherer, has_room_for_copies
 from apprentice.train.engine.collectives import Collectives
 from apprentice.train.memory.measure import free_memory
 from apprentice.train.state import State
@@ -28,7 +35,7 @@ from apprentice.train.state import State
 MOST_OF_FREE_MEMORY = 0.5  # share of it that copies may take; what is larger is written while training waits
 
 
-class _Written(NamedTuple):
+class _SaveResult(NamedTuple):
     """Result of a save: exactly one of the two is set on the first worker, none on the others."""
 
     checkpoint: Checkpoint | None
@@ -39,8 +46,8 @@ class AsyncSaver:
     """Saves checkpoints into `folder`, where the newest and best `keep` are kept. Every worker must create one.
 
     facts        stored in every checkpoint
-    tell         called on the first worker, from the writing thread: `tell(state, message=…)` for a checkpoint that could not be
-                 written; `tell(state, saved_s=…, blocked_s=…)` with the seconds that one took and that training waited for it
+    report       called on the first worker, from the writing thread: `report(state, message=…)` for a checkpoint that could not be
+                 written; `report(state, saved_s=…, blocked_s=…)` with the seconds that one took and that training waited for it
     register     called on all workers for every save, by `settle`: with the checkpoint on the first worker and None on the others,
                  or with None on all if it could not be written
     round_steps  steps of an on-policy round: the checkpoint at which the current round began is kept too
@@ -54,7 +61,7 @@ class AsyncSaver:
         facts: dict[str, Any],
         *,
         collectives: Collectives,
-        tell: Callable[..., None],
+        report: Callable[..., None],
         register: Callable[[Checkpoint | None, State], None],
         round_steps: int | None = None,
         token: FenceToken | None = None,
@@ -63,29 +70,29 @@ class AsyncSaver:
         self._keep = keep
         self._round_steps = round_steps
         self._facts = facts
-        self._tell = tell
+        self._report = report
         self._token = token
         self._register = register
         self._collectives = collectives
-        self._gathering = ShardGatherer(collectives)
+        self._gatherer = ShardGatherer(collectives)
         self._thread = ThreadPoolExecutor(1, "apprentice-checkpoint")
-        self._pending: tuple[State, Future[_Written]] | None = None  # the last save that was not settled
+        self._pending: tuple[State, Future[_SaveResult]] | None = None  # the last save that was not settled
 
-    def save(self, state: State, pieces: Sequence[Shard], *, last: bool) -> None:
-        """Starts saving a checkpoint of all workers' `pieces`. All workers must call it.
+    def save(self, state: State, shards: Sequence[Shard], *, last: bool) -> None:
+        """Starts saving a checkpoint of all workers' `shards`. All workers must call it.
 
         The `last` one is waited for. Raises `StorageError` on the first worker if that cannot be written.
         """
         begin = time.perf_counter()
         self.settle()
         state = copy.deepcopy(state)  # training changes the original
-        written: Future[_Written] = Future()
-        if room_for_copies(pieces, self._collectives, MOST_OF_FREE_MEMORY * free_memory()):
-            held = [piece.copied() for piece in pieces]
-            written = self._thread.submit(self._write, held, state, begin, time.perf_counter() - begin, last)
+        result: Future[_SaveResult] = Future()
+        if has_room_for_copies(shards, self._collectives, MOST_OF_FREE_MEMORY * free_memory()):
+            copies = [shard.copy_to_host() for shard in shards]
+            result = self._thread.submit(self._write, copies, state, begin, time.perf_counter() - begin, last)
         else:
-            written.set_result(self._write(pieces, state, begin, None, last))
-        self._pending = (state, written)
+            result.set_result(self._write(shards, state, begin, None, last))
+        self._pending = (state, result)
         if last and (failure := self.settle()) is not None:
             raise failure
 
@@ -93,7 +100,7 @@ class AsyncSaver:
         """Waits for the checkpoint being written, so that a run that stops now does not lose it."""
         self._thread.shutdown(wait=True)
 
-    def written(self) -> bool:
+    def has_saved(self) -> bool:
         """Whether a save is over and not yet settled."""
         return self._pending is not None and self._pending[1].done()
 
@@ -103,36 +110,35 @@ class AsyncSaver:
             return None
         state, writing = self._pending
         self._pending = None
-        written = writing.result()
-        self._register(written.checkpoint, state)
-        return written.failure
+        result = writing.result()
+        self._register(result.checkpoint, state)
+        return result.failure
 
-    def _write(self, pieces: Sequence[Shard], state: State, begin: float, blocked_s: float | None, last: bool) -> _Written:
-        tensors = self._gathering.whole(pieces)
+    def _write(self, shards: Sequence[Shard], state: State, begin: float, blocked_s: float | None, last: bool) -> _SaveResult:
+        tensors = self._gatherer.gather(shards)
+        checkpoint = None
         try:
-            saved = (
-                checkpoints.write_checkpoint(self._folder, tensors, state, self._facts, self._token)
-                if self._collectives.rank == 0
-                else None
-            )
+            if self._collectives.rank == 0:
+                checkpoint = checkpoints.write_checkpoint(self._folder, tensors, state, self._facts, self._token)
         except StorageError as error:
-            return _Written(None, self._told(error, state, last))
+            return _SaveResult(None, self._explain(error, state, last))
         finally:
             for _ in tensors:  # gathering needs all workers, even after a failed write
                 pass
-        if saved is not None:
-            checkpoints.prune(self._folder, self._keep, saved, self._round_steps)
-            took = time.perf_counter() - begin
-            self._tell(state, saved_s=took, blocked_s=took if blocked_s is None else blocked_s)
-        return _Written(saved, None)
+        if checkpoint is not None:
+            checkpoints.prune(self._folder, self._keep, checkpoint, self._round_steps)
+            saved_s = time.perf_counter() - begin
+            self._report(state, saved_s=saved_s, blocked_s=saved_s if blocked_s is None else blocked_s)
+        return _SaveResult(checkpoint, None)
 
-    def _told(self, failure: StorageError, state: State, last: bool) -> StorageError:
+    def _explain(self, failure: StorageError, state: State, last: bool) -> StorageError:
+        """Reports a failed save; returns the error of the `last` one with the checkpoint that there is instead."""
         try:
-            before = checkpoints.find_newest(self._folder)
-            good = f"the last whole checkpoint is that of step {before.state.step}" if before else "there is no other checkpoint"
+            newest = checkpoints.find_newest(self._folder)
+            other = f"the last whole checkpoint is that of step {newest.state.step}" if newest else "there is no other checkpoint"
         except StorageError:
-            good = "which other checkpoints there are cannot be read either"
+            other = "which other checkpoints there are cannot be read either"
         if last:
-            return StorageError(f"{failure}; {good}. Make room there and train again: it goes on from that.")
-        self._tell(state, message=f"{failure}; {good}. Training goes on, and the next checkpoint is tried as usual.")
+            return StorageError(f"{failure}; {other}. Make room there and train again: it goes on from that.")
+        self._report(state, message=f"{failure}; {other}. Training goes on, and the next checkpoint is tried as usual.")
         return failure

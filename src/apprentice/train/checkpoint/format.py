@@ -41,6 +41,7 @@ from apprentice.train.state import State
 CHECKSUMS, STATE, VALIDATION = "checksums.json", "state.json", "validation.json"
 VALIDATION_AWAITED = "validation_awaited"  # fact of a checkpoint whose loss comes later, in validation.json
 MOST_AWAITED = 3  # checkpoints kept until they are validated, beyond the usual number
+WEIGHT = "weight"  # keys of weights are `weight/<parameter name>`, those of moments `exp_avg/<parameter name>` and so on
 SHARD_BYTES = 1 << 29  # size of a tensors file, which is collected in memory first
 _PART, _IN_USE = ".part-", "in-use-"
 _NOT_UNDERSTOOD = (ValueError, KeyError, TypeError, AttributeError)  # errors of a file with unexpected content

@@ -22,7 +22,7 @@ from apprentice.data.window import Probe
 from apprentice.errors import TrainingError
 from apprentice.models.loading import load_model, resolve_dtype
 from apprentice.models.reward import is_reward
-from apprentice.models.tuning.methods import TUNING_METHODS, load_trainable, trainable_parameters
+from apprentice.models.tuning.methods import TUNING_METHODS
 from apprentice.pretrained.hub import PACKAGED_MODELS, local_folder
 from apprentice.pretrained.tokenizer import Tokenizer
 from apprentice.recipe import Recipe
@@ -33,7 +33,7 @@ from apprentice.run.identity import ADAPTER, CONTRACT_FILE, public_base
 from apprentice.storage import Folder
 from apprentice.train.checkpoint.fidelity import check, score_examples
 from apprentice.train.checkpoint.format import Checkpoint, open_tensors
-from apprentice.train.engine.deepspeed import WEIGHT
+from apprentice.train.checkpoint.restore import restore_model
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -59,10 +59,8 @@ def export_model(
     the same model or says something else of the `probe`, and `FencedError` where others have the run now.
     """
     method = TUNING_METHODS[recipe.tuning.method]
-    model: Any = load_model(recipe.model.base, torch.float32, head=recipe.head, trust=recipe.model.trust)
-    model = method.wrap(model, recipe.tuning, recipe.seed).eval()
     with open_tensors(checkpoint) as read:
-        load_trainable(model, {name: read(f"{WEIGHT}/{name}") for name in trainable_parameters(model)})
+        model: Any = restore_model(recipe, read, torch.float32, attention="auto", quantized=False).eval()
     expected = score_examples(model, probe.examples)
     dtype = resolve_dtype(checkpoint.facts["dtype"])
     scratch = run.folder.make().local if run.folder.is_local else None

@@ -15,18 +15,19 @@ import torch
 from torch import nn
 
 from apprentice.errors import ApprenticeError, ResourcesError
-from apprentice.models.loading import load_model, resolve_dtype
-from apprentice.models.tuning.methods import TUNING_METHODS, load_trainable, trainable_parameters
+from apprentice.models.loading import resolve_dtype
+from apprentice.models.tuning.methods import TUNING_METHODS
 from apprentice.recipe import Recipe
 from apprentice.train.batch import Micro, PackedRows
 from apprentice.train.checkpoint.format import Checkpoint, open_tensors
+from apprentice.train.checkpoint.restore import restore_model
 from apprentice.train.distributed.resources import has_room_for_validation
 from apprentice.train.engine.collectives import Collectives
-from apprentice.train.engine.deepspeed import WEIGHT
 from apprentice.train.engine.deepspeed_config import micro_batch
 from apprentice.train.loop import validation_loss
 from apprentice.train.losses.registry import loss_of
 from apprentice.train.losses.sft import TargetLoss
+from apprentice.train.optimizer import number_formats
 
 Score = Callable[[Any], Mapping[str, float]]  # a model → held-out task → score
 
@@ -70,44 +71,34 @@ class CheckpointValidator:
         device = torch.device("cuda" if on_gpu else "cpu")
         if not on_gpu:
             torch.set_num_threads(max(1, int(self.recipe.training.resources.cpus)))
-        dtype = resolve_dtype(checkpoint.facts["dtype"])
-        model = self._model(checkpoint, dtype).to(device)
-        loss = self._loss(model, dtype, device)
+        formats = number_formats(self.recipe.training.optimizer, resolve_dtype(checkpoint.facts["dtype"]))
+        with open_tensors(checkpoint) as read:
+            model = restore_model(self.recipe, read, formats.weights).eval().to(device)
+        loss = self._loss(model, formats.autocast, device)
         if loss is not None:
             told({"validation_loss": loss})
         if self.score is not None:
             try:
-                scores = dict(self.score(self._whole(model)))
+                scores = dict(self.score(self._merge(model)))
                 told({"held_out": fmean(scores.values()), "held_out_tasks": scores})
             except ApprenticeError as error:
                 told({"message": f"the held-out tasks were not scored: {error}"})
         return loss
 
-    def _model(self, checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
-        """The model as in training (tuning method, number format), with the weights of `checkpoint`, in eval mode."""
-        recipe, method = self.recipe, TUNING_METHODS[self.recipe.tuning.method]
-        weights = torch.float32 if recipe.training.optimizer.name == "adafactor" else dtype
-        chosen: dict[str, Any] = {"four_bit": method.four_bit, "head": recipe.head, "trust": recipe.model.trust}
-        base = load_model(recipe.model.base, weights, recipe.model.attention, **chosen)
-        model = method.wrap(base, recipe.tuning, recipe.seed)
-        with open_tensors(checkpoint) as read:
-            load_trainable(model, {name: read(f"{WEIGHT}/{name}") for name in trainable_parameters(model)})
-        return model.eval()
-
-    def _loss(self, model: nn.Module, dtype: torch.dtype, device: torch.device) -> float | None:
+    def _loss(self, model: nn.Module, autocast: torch.dtype | None, device: torch.device) -> float | None:
         training = self.recipe.training
-        compute = dtype if training.optimizer.name == "adafactor" and dtype != torch.float32 else None
         micro = micro_batch(training, workers=training.max_workers, length=self.length, on_gpu=device.type != "cpu")
-        return validation_loss(_Plain(loss_of(model, training, compute).eval(), device), self.rows, micro, Collectives())
+        engine = _LossEngine(loss_of(model, training, autocast).eval(), device)
+        return validation_loss(engine, self.rows, micro, Collectives())
 
-    def _whole(self, model: Any) -> Any:
+    def _merge(self, model: Any) -> Any:
         """The model as an export would have it: adapters merged where the method can be merged."""
         merge = TUNING_METHODS[self.recipe.tuning.method].merge
         return model if merge is None else merge(model)
 
 
 @dataclass(frozen=True)
-class _Plain:
+class _LossEngine:
     """Validation loss without a DeepSpeed engine, for `validation_loss`."""
 
     loss: TargetLoss

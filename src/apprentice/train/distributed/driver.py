@@ -44,18 +44,21 @@ from apprentice.train.batch import PackedRows
 from apprentice.train.checkpoint import format as checkpoints
 from apprentice.train.checkpoint.model_export import export_model
 from apprentice.train.distributed.async_validation import CheckpointValidator, Score, validates_asynchronously
-from apprentice.train.distributed.elastic import DivisorPolicy, ElasticTrainer, find_leaving_nodes
+from apprentice.train.distributed.compat import CHECKPOINT_SNAPSHOT, PolicyTrainer
+from apprentice.train.distributed.elastic import DivisorPolicy, find_leaving_nodes
 from apprentice.train.distributed.failure import find_apprentice_error, is_lost_connection
 from apprentice.train.distributed.follower import Follower, outcome_of
-from apprentice.train.distributed.ray_worker import Job, work
+from apprentice.train.distributed.mailbox import Mailbox, RunOutcome
+from apprentice.train.distributed.ray_worker import WorkerJob, work
 from apprentice.train.distributed.resources import ResourceRequest, check_resources, required_resources, workers_that_fit
 from apprentice.train.distributed.score_reference import references
 from apprentice.train.distributed.validation_task import Validation
 from apprentice.train.memory.measure import estimate_of_finished_run
 from apprentice.train.metrics.backends import open_backends
-from apprentice.train.metrics.samples import Samples
-from apprentice.train.metrics.tracker import Mailbox, RunOutcome, Tracker
+from apprentice.train.metrics.samples import SampleReplies
+from apprentice.train.metrics.tracker import Tracker
 from apprentice.train.state import Goal
+from apprentice.train.worker_config import WorkerConfig
 
 AFTER_US_S = 10  # collectives time out so much after `hang_timeout_s`, so that a silent worker is named and ended first
 START_TIMEOUT_S = "600"  # for a worker group; with Ray Train's 60 s, a busy machine would start one again and again
@@ -158,7 +161,7 @@ def _with_reference(recipe: Recipe, run: Run, corpus: Corpus, progress: Callable
     return replace(corpus, reference=found)
 
 
-def _shares(corpus: Corpus) -> dict[int, float]:
+def _requested_shares(corpus: Corpus) -> dict[int, float]:
     found = corpus.plan.shares
     return {number: float(found[task.name]) for number, task in enumerate(corpus.tasks) if task.name in found}
 
@@ -170,7 +173,7 @@ def _check_cluster(recipe: Recipe) -> ResourceRequest:
     return ask
 
 
-def _validation(recipe: Recipe, run: Run, corpus: Corpus, score: Score | None) -> Validation:
+def _validation_task(recipe: Recipe, run: Run, corpus: Corpus, score: Score | None) -> Validation:
     """The asynchronous validation of this run."""
     rows = PackedRows.of(validation_rows(corpus, validation_limit(recipe)))
     return Validation(CheckpointValidator(recipe, rows, _row_length(corpus), score), run, recipe.training.resources)
@@ -183,7 +186,7 @@ def _catch_up(recipe: Recipe, run: Run, corpus: Corpus, tracker: Tracker, score:
         tracker.write({"attempt": 0, "step": step, "steps": step, **figures})
 
     try:
-        _validation(recipe, run, corpus, score).catch_up(told)
+        _validation_task(recipe, run, corpus, score).catch_up(told)
     except ray.exceptions.RayError as error:
         raise find_apprentice_error(error) or error from None
 
@@ -196,19 +199,27 @@ def _row_length(corpus: Corpus) -> int:
 def _fit(recipe: Recipe, run: Run, corpus: Corpus, goal: Goal, tracker: Tracker, token: FenceToken, score: Score | None) -> int:
     """Runs worker groups until the goal is reached. Returns the number of attempts."""
     workers = workers_that_fit(recipe, node_resources())
-    aside = validates_asynchronously(recipe, node_resources())
+    is_async = validates_asynchronously(recipe, node_resources())
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)  # nodes of workers may be lost
     # A call that the network lost is repeated; a mailbox that died is not restarted, since its state is lost.
     kept = {"num_cpus": 0, "scheduling_strategy": here, "max_restarts": 0, "max_task_retries": -1}
     mailbox: Any = ray.remote(Mailbox).options(**kept).remote(workers)
-    within = validation_rows(corpus, 0 if aside else validation_limit(recipe))
-    samples = Samples(corpus.layout, recipe.training.sample_instructions)
-    sizes = (_row_length(corpus), corpus.row_bytes)
-    job = Job(recipe, run, goal, mailbox, ray.put(corpus), ray.put(within), *sizes, _shares(corpus), samples, aside, token)
-    trainer = _trainer(job, corpus, _validation(recipe, run, corpus, score).config(mailbox) if aside else None)
+    rows = validation_rows(corpus, 0 if is_async else validation_limit(recipe))
+    config = WorkerConfig(
+        recipe,
+        run,
+        goal,
+        row_length=_row_length(corpus),
+        requested_shares=_requested_shares(corpus),
+        samples=SampleReplies(corpus.layout, recipe.training.sample_instructions),
+        async_validation=is_async,
+    )
+    job = WorkerJob(config, mailbox, ray.put(corpus), ray.put(rows), token)
+    validation = _validation_task(recipe, run, corpus, score).config(mailbox) if is_async else None
+    trainer = _trainer(job, _stream_options(recipe, corpus), validation)
     # Ray Train would look for the checkpoints of an earlier call; `checkpoints.find_newest` decides where to go on.
     with suppress(OSError):
-        (run.checkpoints / "checkpoint_manager_snapshot.json").delete()
+        (run.checkpoints / CHECKPOINT_SNAPSHOT).delete()
     failure: BaseException | None = None
     with Follower(mailbox, tracker, recipe.training.hang_timeout_s):
         before = signal.getsignal(signal.SIGINT)
@@ -232,43 +243,42 @@ def _fit(recipe: Recipe, run: Run, corpus: Corpus, goal: Goal, tracker: Tracker,
     return outcome.attempts
 
 
-def _trainer(job: Job, corpus: Corpus, validation: ValidationConfig | None) -> ElasticTrainer:
-    training = job.recipe.training
+def _trainer(job: WorkerJob, stream_options: ExecutionOptions, validation: ValidationConfig | None) -> PolicyTrainer:
+    recipe, run, training = job.config.recipe, job.config.run, job.config.recipe.training
     resources = {"CPU": training.resources.cpus} | ({"GPU": training.resources.gpus} if training.resources.gpus else {})
     # For `build`, which does not use `job`: that would make Ray Train's controller import all that this file imports.
-    run, mailbox, aside = job.run, job.mailbox, job.aside
-    held = job.corpus
+    mailbox, corpus, validators = job.mailbox, job.corpus, int(job.config.async_validation)
     submitted = is_job()
 
     def build() -> Any:
         """The stream of rows for a worker group. Ray Train calls it for each group, before the workers run."""
-        found = checkpoints.find_newest(run.checkpoints)
-        workers = ray.get(mailbox.begin.remote(found))
-        start = Start(found.state.window, found.state.row) if found else Start()
+        checkpoint = checkpoints.find_newest(run.checkpoints)
+        workers = ray.get(mailbox.begin_attempt.remote(checkpoint))
+        start = Start(checkpoint.state.window, checkpoint.state.row) if checkpoint else Start()
         if training.aim.rounds:
             from apprentice.train.on_policy.rollout_stream import stream_rounds  # imports the models that write replies
 
-            mailbox.stream.remote(training.grpo.actors * training.resources.cpus)
-            return stream_rounds(ray.get(held), run, start)
+            mailbox.set_stream_cpus.remote(training.grpo.actors * training.resources.cpus)
+            return stream_rounds(ray.get(corpus), run, start)
         # As many actors as there is room for now, since a node may have been lost after the run began.
         nodes = node_resources(job=submitted, without=find_leaving_nodes(ray.nodes()))
-        spare = sum(node.get("CPU", 0.0) for node in nodes) - (workers + aside) * training.resources.cpus
+        spare = sum(node.get("CPU", 0.0) for node in nodes) - (workers + validators) * training.resources.cpus
         actors = max(1, min(max(4, workers), int(spare) - 1))
-        mailbox.stream.remote(actors)
-        return train_stream(ray.get(held), start, None, actors)
+        mailbox.set_stream_cpus.remote(actors)
+        return train_stream(ray.get(corpus), start, None, actors)
 
     logging.getLogger("ray.train").setLevel(logging.WARNING)
     run_config: Any = ray.train.RunConfig  # its type hints are those of Ray Train V1
     scaling = ray.train.ScalingConfig(
         num_workers=training.max_workers, use_gpu=training.resources.gpus > 0, resources_per_worker=resources
     )
-    return ElasticTrainer(
+    return PolicyTrainer(
         partial(work, job),  # not as train_loop_config, which Ray Train's controller would unpack
-        policy=DivisorPolicy(scaling, job.recipe, mailbox),
+        policy=DivisorPolicy(scaling, recipe, mailbox),
         scaling_config=scaling,
         run_config=run_config(
-            name=job.run.checkpoints.name,
-            storage_path=str(job.run.folder),
+            name=run.checkpoints.name,
+            storage_path=str(run.folder),
             failure_config=ray.train.FailureConfig(max_failures=training.max_failures),
             logging_config=ray.train.LoggingConfig(log_level="ERROR"),
         ),
@@ -276,13 +286,13 @@ def _trainer(job: Job, corpus: Corpus, validation: ValidationConfig | None) -> E
         torch_config=TorchConfig(timeout_s=math.ceil(training.hang_timeout_s) + AFTER_US_S),
         datasets={"train": build},
         # In order and without locality, so that each step is a contiguous stretch of the stream, wherever workers run.
-        dataset_config=ray.train.DataConfig(execution_options=_stream_options(job), enable_shard_locality=False),
+        dataset_config=ray.train.DataConfig(execution_options=stream_options, enable_shard_locality=False),
     )
 
 
-def _stream_options(job: Job) -> ExecutionOptions:
+def _stream_options(recipe: Recipe, corpus: Corpus) -> ExecutionOptions:
     """Options of the stream: rows in order, and a bounded number ready ahead of training, whose cores the actors may share."""
-    step = job.recipe.training.global_batch * job.row_bytes
+    step = recipe.training.global_batch * corpus.row_bytes
     ahead = ExecutionResources.for_limits(object_store_memory=max(LEAST_AHEAD_BYTES, STEPS_AHEAD * step))
     return ExecutionOptions(preserve_order=True, resource_limits=ahead)
 

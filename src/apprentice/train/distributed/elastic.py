@@ -16,29 +16,32 @@ Ray Train's controller calls the policy, in its own process.
 
 from __future__ import annotations
 
-import signal
 import socket
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ray
-from ray._private.state import available_resources_per_node
-from ray._private.state import state as cluster
-from ray.train.torch import TorchTrainer
-from ray.train.v2._internal.execution.scaling_policy import NoopDecision, ResizeDecision, ScalingDecision, ScalingPolicy
 
 from apprentice.errors import ResourcesError
 from apprentice.ray_cluster.nodes import is_job, node_resources
 from apprentice.recipe import Recipe
-from apprentice.train.distributed.resources import required_resources, slots, workers_that_fit
+from apprentice.train.distributed.compat import (
+    NoopDecision,
+    RequestingPolicy,
+    ResizeDecision,
+    ScalingDecision,
+    draining_nodes,
+    free_resources,
+)
+from apprentice.train.distributed.resources import count_slots, required_resources, workers_that_fit
 
 LOOK_EVERY_S = 30.0  # between two checks for room to grow; growing costs the start of a worker group
 WAIT_S = 1.0  # between two checks while there is not enough room to run
 ANSWER_S = 2.0  # in which a live node accepts a connection
 
 
-class DivisorPolicy(ScalingPolicy):
+class DivisorPolicy(RequestingPolicy):
     """Scaling policy of one run. It tells `mailbox` each number of workers, and requests there the checkpoint at which to grow."""
 
     def __init__(self, scaling: Any, recipe: Recipe, mailbox: Any) -> None:
@@ -47,53 +50,52 @@ class DivisorPolicy(ScalingPolicy):
         self._mailbox = mailbox
         self._submitted = is_job()  # here, because the controller's process does not know
         self._look_every_s = LOOK_EVERY_S
-        self._looked = float("-inf")
+        self._looked_at = float("-inf")
         self._grow_to: int | None = None
-        self._told = False
+        self._is_waiting = False  # and the user was told so
 
     def _get_num_workers_for_resource_request(self) -> int:
         return self._recipe.training.max_workers
 
     def make_decision_for_non_running_worker_group(self) -> ScalingDecision:
-        self._ask_for_nodes()
-        self._mailbox.part.remote()
+        self.request_nodes()
+        self._mailbox.forget_workers.remote()
         self._grow_to = None
         workers = self._room()
         if workers == 0:
-            if not self._told:
-                self._mailbox.note.remote(f"there is no room for {self._recipe.training.min_workers} workers; waiting for nodes")
-                self._told = True
+            if not self._is_waiting:
+                self._mailbox.add_message.remote(
+                    f"there is no room for {self._recipe.training.min_workers} workers; waiting for nodes"
+                )
+                self._is_waiting = True
             time.sleep(WAIT_S)  # the controller asks again at once
             return NoopDecision()
-        self._told = False
+        self._is_waiting = False
         return self._resize(workers)
 
     def make_decision_for_running_worker_group(self, worker_group_state: Any, worker_group_status: Any) -> ScalingDecision:
-        self._ask_for_nodes()
+        self.request_nodes()
         now = time.monotonic()
-        if self._grow_to is not None and not ray.get(self._mailbox.wanted.remote()):
+        if self._grow_to is not None and not ray.get(self._mailbox.is_checkpoint_requested.remote()):
             return self._resize(self._grow_to)
-        if now - max(worker_group_state.start_time, self._looked) < self._look_every_s:
+        if now - max(worker_group_state.start_time, self._looked_at) < self._look_every_s:
             return NoopDecision()
-        self._looked = now
+        self._looked_at = now
         workers, more = worker_group_state.num_workers, self._room()
         if more and not self._stream_fits(workers):
-            self._mailbox.note.remote("a node that made rows is lost; training starts again from its checkpoint, with what is left")
+            self._mailbox.add_message.remote(
+                "a node that made rows is lost; training starts again from its checkpoint, with what is left"
+            )
             return self._resize(min(workers, more))
         self._grow_to = more if more > workers and self._free() >= more - workers else None
         if self._grow_to is not None:
-            ray.get(self._mailbox.want.remote())
+            ray.get(self._mailbox.request_checkpoint.remote())
         return NoopDecision()
-
-    def _ask_for_nodes(self) -> None:
-        """Renews the request to Ray's autoscaler for the largest number of workers."""
-        ours: Any = self
-        ours._maybe_send_resource_request()
 
     def _resize(self, workers: int) -> ResizeDecision:
         self._grow_to = None
         ray.get(self._mailbox.resize.remote(workers))
-        return ResizeDecision(num_workers=workers, resources_per_worker=self.scaling_config._resources_per_worker_not_none)
+        return self.resize(workers)
 
     def _room(self) -> int:
         """Number of workers for which the live nodes have room; 0 if fewer than the recipe's least."""
@@ -104,13 +106,13 @@ class DivisorPolicy(ScalingPolicy):
 
     def _stream_fits(self, workers: int) -> bool:
         """Whether the live nodes have CPUs for the workers, the data actors of this attempt and one of Ray Data's own tasks."""
-        there = sum(node.get("CPU", 0.0) for node in node_resources(job=self._submitted))
+        live = sum(node.get("CPU", 0.0) for node in node_resources(job=self._submitted))
         of_workers = workers * self._recipe.training.resources.cpus
-        return bool(there >= of_workers + ray.get(self._mailbox.stream_cpus.remote()) + 1)
+        return bool(live >= of_workers + ray.get(self._mailbox.stream_cpus.remote()) + 1)
 
     def _free(self) -> int:
         """Number of workers that fit into the resources free now."""
-        return slots(required_resources(self._recipe), list(available_resources_per_node().values()))
+        return count_slots(required_resources(self._recipe), free_resources())
 
 
 def find_leaving_nodes(nodes: Sequence[Mapping[str, Any]]) -> set[str]:
@@ -118,7 +120,7 @@ def find_leaving_nodes(nodes: Sequence[Mapping[str, Any]]) -> set[str]:
 
     Ray takes a while to notice that a node was killed.
     """
-    return set(cluster.get_draining_nodes()) | {node["NodeID"] for node in nodes if node["Alive"] and not _answers(node)}
+    return draining_nodes() | {node["NodeID"] for node in nodes if node["Alive"] and not _answers(node)}
 
 
 def _answers(node: Mapping[str, Any]) -> bool:
@@ -127,29 +129,3 @@ def _answers(node: Mapping[str, Any]) -> bool:
             return True
     except OSError:
         return False
-
-
-class ElasticTrainer(TorchTrainer):
-    """Ray Train's `TorchTrainer` with a scaling policy, for which it has no argument; `stopped` is true after Ctrl-C."""
-
-    stopped = False
-
-    def __init__(self, *arguments: Any, policy: ScalingPolicy, **more: Any) -> None:
-        super().__init__(*arguments, **more)
-        self._policy = policy
-
-    def _initialize_and_run_controller(self, **given: Any) -> Any:
-        inner: Any = super()
-        return inner._initialize_and_run_controller(**given | {"scaling_policy": self._policy})
-
-    def _register_sigint_handler(self, controller: Any) -> None:
-        """Notes Ctrl-C: Ray Train ends in one of several ways after it, exit code 0 among them, and none of them says so."""
-        inner: Any = super()
-        inner._register_sigint_handler(controller)
-        theirs: Any = signal.getsignal(signal.SIGINT)
-
-        def handler(number: int, frame: Any) -> None:
-            self.stopped = True
-            theirs(number, frame)
-
-        signal.signal(signal.SIGINT, handler)

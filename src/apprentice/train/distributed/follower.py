@@ -10,8 +10,9 @@ from typing import Any
 import ray
 
 from apprentice.errors import TrainingError
-from apprentice.train.distributed.heartbeat import WorkerProcess, end
-from apprentice.train.metrics.tracker import RunOutcome, Tracker
+from apprentice.train.distributed.heartbeat import WorkerProcess, kill_worker
+from apprentice.train.distributed.mailbox import RunOutcome
+from apprentice.train.metrics.tracker import Tracker
 
 POLL_S = 0.2  # between two rounds
 LAST_TRIES = 25  # rounds at the end to get the last records
@@ -28,8 +29,8 @@ class Follower:
         self._mailbox = mailbox
         self._tracker = tracker
         self._hang_timeout_s = hang_timeout_s
-        self._seen = 0  # records taken
-        self._ended: set[WorkerProcess] = set()
+        self._taken = 0  # records taken
+        self._killed: set[WorkerProcess] = set()
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="apprentice-progress", daemon=True)
 
@@ -54,17 +55,17 @@ class Follower:
     def _pass_on(self) -> bool:
         """Makes one round: kills silent workers, passes records on. False if a call was lost on the network."""
         try:
-            for who in ray.get(self._mailbox.silent.remote(self._hang_timeout_s)):
-                if who not in self._ended:
-                    self._ended.add(who)
-                    end(who)
-            records = ray.get(self._mailbox.take.remote(self._seen))
+            for worker in ray.get(self._mailbox.find_silent_workers.remote(self._hang_timeout_s)):
+                if worker not in self._killed:
+                    self._killed.add(worker)
+                    kill_worker(worker)
+            records = ray.get(self._mailbox.take_records.remote(self._taken))
         except ray.exceptions.ActorDiedError:
             raise
         except ray.exceptions.RayError as error:
             _log.warning("the figures of the run did not arrive (%s); they are asked for again", error)
             return False
-        self._seen += len(records)
+        self._taken += len(records)
         for record in records:
             try:
                 self._tracker.write(record)

@@ -18,81 +18,83 @@ import ray.train
 import ray.train.torch
 from ray.train import CheckpointUploadMode
 
-from apprentice.recipe import Recipe, Training
+from apprentice.recipe import Training
 from apprentice.run.fence import FenceToken
-from apprentice.run.folder import Run
 from apprentice.train.batch import PackedRows
 from apprentice.train.distributed.failure import find_apprentice_error
 from apprentice.train.distributed.heartbeat import Heartbeat
 from apprentice.train.engine.deepspeed_config import rows_per_worker
-from apprentice.train.state import Goal, State
+from apprentice.train.state import State
+from apprentice.train.worker_config import WorkerConfig
 
 if TYPE_CHECKING:
     from apprentice.train.checkpoint.format import Checkpoint
-    from apprentice.train.metrics.samples import Samples
 
 T = TypeVar("T")
 PREFETCHED_STEPS = 2  # batches that Ray Data fetches ahead
 
 
 @dataclass(frozen=True)
-class Job:
-    """Arguments of a worker, the same for all."""
+class WorkerJob:
+    """Arguments of `work`, the same for all workers."""
 
-    recipe: Recipe
-    run: Run
-    goal: Goal
-    mailbox: Any
+    config: WorkerConfig
+    mailbox: Any  # Ray actor
     corpus: Any  # Ray object reference
     validation: Any  # Ray object reference to the packed validation rows
-    length: int  # tokens of a packed row, on both sides of an encoder-decoder
-    row_bytes: int  # bytes of a packed row's arrays
-    shares: dict[int, float]  # task number → requested share of the examples
-    samples: Samples
-    aside: bool  # checkpoints are validated asynchronously, not by the workers
     token: FenceToken  # the right to write to the run
 
 
-def work(job: Job) -> None:
+class _RayEvents:
+    """Events of a worker: records go to the mailbox, checkpoints to Ray Train."""
+
+    def __init__(self, job: WorkerJob, attempt: int, heartbeat: Heartbeat) -> None:
+        self._job = job
+        self._attempt = attempt
+        self._heartbeat = heartbeat
+
+    def record(self, figures: dict[str, Any]) -> None:
+        self._job.mailbox.add_record.remote({"attempt": self._attempt, **figures})
+
+    def register_checkpoint(self, checkpoint: Checkpoint | None, state: State) -> None:
+        metrics = {"step": state.step, "loss": state.loss, "validation_loss": state.validation_loss}
+        handle = None
+        if checkpoint is not None:
+            filesystem, path = checkpoint.folder.filesystem()
+            handle = ray.train.Checkpoint(path, filesystem)
+        validation = self._job.config.async_validation and handle is not None
+        ray.train.report(metrics, handle, checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD, validation=validation)
+
+    def is_checkpoint_requested(self) -> bool:
+        return self._heartbeat.is_checkpoint_requested()
+
+    def is_window_empty(self, window: int) -> bool:
+        from apprentice.data.stream import render_window
+
+        return len(render_window(ray.get(self._job.corpus), window)["row"]) == 0
+
+
+def work(job: WorkerJob) -> None:
     """Runs one worker from start to end; the function that Ray Train calls in each worker process."""
-    attempt, restored, over = ray.get(job.mailbox.start.remote())
-    if over:
+    attempt, restored, has_failed = ray.get(job.mailbox.join.remote())
+    if has_failed:
         return
-    context, training = ray.train.get_context(), job.recipe.training
+    context, training = ray.train.get_context(), job.config.recipe.training
     heartbeat = Heartbeat(job.mailbox, attempt, context.get_world_rank(), training.hang_timeout_s)
     logging.getLogger("ray").setLevel(logging.WARNING)
     warnings.simplefilter("ignore")  # deprecations inside DeepSpeed and Ray, for their developers
-
-    def tell(record: dict[str, Any]) -> None:
-        job.mailbox.put.remote({"attempt": attempt, **record})
-
-    def register(saved: Checkpoint | None, state: State) -> None:
-        metrics = {"step": state.step, "loss": state.loss, "validation_loss": state.validation_loss}
-        handle = None
-        if saved is not None:
-            filesystem, path = saved.folder.filesystem()
-            handle = ray.train.Checkpoint(path, filesystem)
-        validated = job.aside and handle is not None
-        ray.train.report(metrics, handle, checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD, validation=validated)
-
     try:
         rows = _rows(training, context.get_world_size())
-        from apprentice.data.stream import render_window
         from apprentice.train.worker import run_worker  # the code of all models, imported while the stream starts
 
         validation = PackedRows.of(ray.get(job.validation))
-        device = ray.train.torch.get_device()
-        given = (job.recipe, job.run, job.goal, restored, rows, validation, job.length)
-        told: dict[str, Any] = {"tell": tell, "register": register, "wanted": heartbeat.checkpoint_wanted}
-        told["is_empty"] = lambda window: len(render_window(ray.get(job.corpus), window)["row"]) == 0
-        if context.get_world_rank() == 0:
-            told["token"] = job.token.start_group(attempt)
-        told |= {"shares": job.shares, "samples": job.samples, "validated_aside": job.aside}
-        run_worker(*given, device=device, **told)
+        token = job.token.start_group(attempt) if context.get_world_rank() == 0 else None
+        events = _RayEvents(job, attempt, heartbeat)
+        run_worker(job.config, restored, rows, validation, events, device=ray.train.torch.get_device(), token=token)
     except Exception as error:
         # Another attempt would not mend it: its workers see the error in the mailbox and end at once.
         if (ours := find_apprentice_error(error)) is not None:
-            ray.get(job.mailbox.fail.remote(ours))
+            ray.get(job.mailbox.record_failure.remote(ours))
         raise
     finally:
         heartbeat.close()
@@ -103,18 +105,18 @@ def _rows(training: Training, workers: int) -> Iterator[PackedRows]:
     shard = ray.train.get_dataset_shard("train")
     ahead = 0 if training.aim.rounds else PREFETCHED_STEPS
     count = rows_per_worker(training, workers)
-    return map(PackedRows.of, begun(shard.iter_batches(batch_size=count, prefetch_batches=ahead, batch_format="numpy")))
+    return map(PackedRows.of, start_first_batch(shard.iter_batches(batch_size=count, prefetch_batches=ahead, batch_format="numpy")))
 
 
-def begun(batches: Iterable[T]) -> Iterator[T]:
+def start_first_batch(batches: Iterable[T]) -> Iterator[T]:
     """`batches`, the first of which a thread requests at once, so that the stream starts while the model is loaded."""
     iterator = iter(batches)
     pool = ThreadPoolExecutor(1, "apprentice-first-rows")
     first = pool.submit(lambda: list(islice(iterator, 1)))
     pool.shutdown(wait=False)
 
-    def all_of_them() -> Iterator[T]:
+    def generate() -> Iterator[T]:
         yield from first.result()
         yield from iterator
 
-    return all_of_them()
+    return generate()

@@ -14,7 +14,7 @@ import torch
 
 from apprentice.errors import ResourcesError
 from apprentice.recipe import Recipe
-from apprentice.train.memory.estimate import held
+from apprentice.train.memory.estimate import estimate_memory
 
 DATA_CPUS = 2.0  # beside the workers, for an actor that makes rows and Ray Data's tasks; with one CPU they block each other
 GIB = 2**30
@@ -40,32 +40,33 @@ def required_resources(recipe: Recipe, parameters: int = 0, dtype: torch.dtype =
     training = recipe.training
     workers = training.min_workers
     trained = parameters if recipe.tuning.method == "full" else 0
-    memory = math.ceil(held(recipe, parameters, trained, dtype, workers).total) if training.resources.gpus == 0 else 0
-    ask = ResourceRequest(workers, training.resources.cpus, training.resources.gpus, memory)
+    memory = math.ceil(estimate_memory(recipe, parameters, trained, dtype, workers).total) if training.resources.gpus == 0 else 0
+    request = ResourceRequest(workers, training.resources.cpus, training.resources.gpus, memory)
     if not training.aim.rounds:
-        return ask
+        return request
     writers = training.grpo.actors
-    return replace(ask, data_cpus=writers * ask.cpus + 1, data_gpus=writers * ask.gpus)
+    return replace(request, data_cpus=writers * request.cpus + 1, data_gpus=writers * request.gpus)
 
 
-def check_resources(ask: ResourceRequest, nodes: Sequence[Mapping[str, float]]) -> None:
-    """Raises `ResourcesError`, with the resources needed and those there are, if `nodes` do not have what `ask` needs."""
+def check_resources(request: ResourceRequest, nodes: Sequence[Mapping[str, float]]) -> None:
+    """Raises `ResourcesError`, with the resources needed and those there are, if `nodes` do not have what `request` needs."""
     cpus = sum(node.get("CPU", 0.0) for node in nodes)
     gpus = sum(node.get("GPU", 0.0) for node in nodes)
     have = f"{cpus:g} CPUs and {gpus:g} GPUs on {len(nodes)} node{'s' if len(nodes) != 1 else ''}"
-    asked = f"{ask.workers} workers of {ask.cpus:g} CPUs" + (f" and {ask.gpus:g} GPUs" if ask.gpus else "")
-    more = f"{ask.data_cpus:g} more CPUs" + (f" and {ask.data_gpus:g} GPUs" if ask.data_gpus else "")
-    few = cpus < ask.workers * ask.cpus + ask.data_cpus or gpus < ask.workers * ask.gpus + ask.data_gpus
-    if slots(ask, nodes) < ask.workers or few:
+    requested = f"{request.workers} workers of {request.cpus:g} CPUs" + (f" and {request.gpus:g} GPUs" if request.gpus else "")
+    more = f"{request.data_cpus:g} more CPUs" + (f" and {request.data_gpus:g} GPUs" if request.data_gpus else "")
+    few = cpus < request.workers * request.cpus + request.data_cpus or gpus < request.workers * request.gpus + request.data_gpus
+    if count_slots(request, nodes) < request.workers or few:
         raise ResourcesError(
-            f"training asks for {asked} each, and {more} for the data; the cluster has {have}."
+            f"training asks for {requested} each, and {more} for the data; the cluster has {have}."
             " Lower training.workers or training.resources, or add nodes."
         )
     memory = sum(node.get("memory", 0.0) for node in nodes)
-    if memory and ask.workers * ask.memory > memory:
+    if memory and request.workers * request.memory > memory:
         raise ResourcesError(
-            f"training asks for at least {ask.memory / GIB:.1f} GiB of memory in each of {ask.workers} workers; the cluster has"
-            f" {memory / GIB:.1f} GiB. Use tuning.method lora, a higher training.deepspeed.stage, a smaller model or more nodes."
+            f"training asks for at least {request.memory / GIB:.1f} GiB of memory in each of {request.workers} workers;"
+            f" the cluster has {memory / GIB:.1f} GiB. Use tuning.method lora, a higher training.deepspeed.stage, a smaller"
+            " model or more nodes."
         )
 
 
@@ -78,13 +79,13 @@ def has_room_for_validation(recipe: Recipe, nodes: Sequence[Mapping[str, float]]
     return True
 
 
-def slots(ask: ResourceRequest, nodes: Sequence[Mapping[str, float]]) -> int:
+def count_slots(request: ResourceRequest, nodes: Sequence[Mapping[str, float]]) -> int:
     """Number of workers that fit on `nodes`, none spread over two nodes; `data_cpus` and `data_gpus` are not counted."""
     total = 0
     for node in nodes:
-        fits = [node.get("CPU", 0.0) // ask.cpus]
-        if ask.gpus:
-            fits.append(node.get("GPU", 0.0) // ask.gpus)
+        fits = [node.get("CPU", 0.0) // request.cpus]
+        if request.gpus:
+            fits.append(node.get("GPU", 0.0) // request.gpus)
         total += int(min(fits))
     return total
 
@@ -95,11 +96,11 @@ def workers_that_fit(recipe: Recipe, nodes: Sequence[Mapping[str, float]]) -> in
     Divisors only, so that each step has the same rows on any number of workers. Raises `ResourcesError` if none fits.
     """
     training = recipe.training
-    ask = required_resources(recipe)
+    request = required_resources(recipe)
     cpus, gpus = (sum(node.get(kind, 0.0) for node in nodes) for kind in ("CPU", "GPU"))
-    room = min(slots(ask, nodes), int((cpus - ask.data_cpus) // ask.cpus))
-    if ask.gpus:
-        room = min(room, int((gpus - ask.data_gpus) // ask.gpus))
+    room = min(count_slots(request, nodes), int((cpus - request.data_cpus) // request.cpus))
+    if request.gpus:
+        room = min(room, int((gpus - request.data_gpus) // request.gpus))
     fitting = [
         count
         for count in range(training.min_workers, training.max_workers + 1)
@@ -107,5 +108,5 @@ def workers_that_fit(recipe: Recipe, nodes: Sequence[Mapping[str, float]]) -> in
     ]
     if not fitting:
         counts = [count for count in range(training.min_workers, training.max_workers + 1) if training.max_workers % count == 0]
-        check_resources(replace(ask, workers=counts[0], memory=0), nodes)
+        check_resources(replace(request, workers=counts[0], memory=0), nodes)
     return max(fitting)

@@ -36,7 +36,7 @@ class Validation:
         """Ray Train's configuration; the figures go to `mailbox`."""
 
         def validate(checkpoint: ray.train.Checkpoint, **_: Any) -> dict[str, Any]:
-            tell: Told = mailbox.validated.remote
+            tell: Told = mailbox.add_validation.remote
             return {"validation_loss": self._validated(PurePosixPath(checkpoint.path).name, tell)}
 
         return ValidationConfig(fn=validate, ray_remote_kwargs=self._resources)

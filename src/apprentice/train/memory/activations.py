@@ -15,14 +15,16 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, masking_utils
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from apprentice.models.loading import read_config
 from apprentice.models.tuning.methods import TUNING_METHODS
 from apprentice.pretrained.architecture import family_of
 from apprentice.pretrained.hub import local_folder
 from apprentice.recipe import Recipe
+from apprentice.train.compat import storage_id, unread_positions
 from apprentice.train.losses.sft import CHUNK_NUMBERS
+from apprentice.train.optimizer import number_formats
 
 LOGIT_BYTES = 16  # for each logit at the peak: itself, its log-softmax in float32, and the gradients of the two
 _log = logging.getLogger(__name__)
@@ -61,8 +63,8 @@ def _kept(recipe: Recipe, dtype: torch.dtype, rows: int, length: int) -> tuple[f
         warnings.simplefilter("ignore")
         model = loader.from_config(config, dtype=dtype)
         wrapped: Any = TUNING_METHODS[recipe.tuning.method].wrap(model, recipe.tuning, recipe.seed).train()
-        if recipe.training.optimizer.name != "adafactor":
-            wrapped.to(dtype)  # as DeepSpeed does; with Adafactor trained weights stay float32
+        if number_formats(recipe.training.optimizer, dtype).weights == dtype:
+            wrapped.to(dtype)  # as DeepSpeed does
         ids = torch.empty((rows, length), dtype=torch.long)
         seen = torch.empty((rows, 1, length, length), dtype=torch.bool)
         given: dict[str, Any] = {"input_ids": ids, "use_cache": False}
@@ -72,28 +74,25 @@ def _kept(recipe: Recipe, dtype: torch.dtype, rows: int, length: int) -> tuple[f
         elif not virtual:  # behind virtual tokens a row is one example, given without positions
             given |= {"position_ids": ids, "attention_mask": torch.empty(seen.shape, dtype=dtype) if eager else seen}
         wrapped.get_output_embeddings().register_forward_pre_hook(lambda _, arguments: (arguments[0][:, :1], *arguments[1:]))
-        # Without a mask transformers would read the values of the positions, and there are none.
-        unread = patch.object(masking_utils, "find_packed_sequence_indices", lambda positions: None)
-        with unread, patch.object(F, "scaled_dot_product_attention", _attention):
+        with unread_positions(), patch.object(F, "scaled_dot_product_attention", _attention):
             sizes = _saved(wrapped, lambda: wrapped(**given).logits)
     return float(sum(sizes)), float(max(sizes, default=0)), config
 
 
 def _saved(model: nn.Module, run: Callable[[], Tensor]) -> list[int]:
     """Bytes of each tensor that `run()` saves for its backward pass, without the model's parameters. Shared storage counts once."""
-    own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
-    held: dict[int, torch.UntypedStorage] = {}
+    own = {storage_id(parameter) for parameter in model.parameters()}
+    saved: dict[int, torch.UntypedStorage] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in own:
-            held[storage._cdata] = storage
+        if (number := storage_id(tensor)) not in own:
+            saved[number] = tensor.untyped_storage()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         out = run()
     del out
-    return [storage.nbytes() for storage in held.values()]
+    return [storage.nbytes() for storage in saved.values()]
 
 
 class _Fused(torch.autograd.Function):

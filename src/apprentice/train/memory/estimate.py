@@ -11,6 +11,7 @@ import torch
 
 from apprentice.recipe import Recipe
 from apprentice.train.engine.deepspeed_config import engine_stage
+from apprentice.train.optimizer import moment_bytes, number_formats
 
 # Measured size of a worker's process on a CPU before it loads a model: Python, PyTorch, Ray, DeepSpeed and transformers.
 PROCESS_BYTES = 449 * 2**20
@@ -20,7 +21,7 @@ LIVE_PARAMETERS, PREFETCHED_PARAMETERS = 1e9, 5e7
 
 
 @dataclass(frozen=True)
-class Held:
+class MemoryEstimate:
     """Bytes of memory that one worker needs: of its GPU if it has one, else of the host."""
 
     weights: float
@@ -35,7 +36,7 @@ class Held:
         return self.weights + self.gradients + self.optimizer + (self.activations or 0.0) + self.process + self.checkpoint
 
 
-def held(recipe: Recipe, parameters: int, trained: int, dtype: torch.dtype, workers: int) -> Held:
+def estimate_memory(recipe: Recipe, parameters: int, trained: int, dtype: torch.dtype, workers: int) -> MemoryEstimate:
     """Memory of one of `workers` without activations, with weights, gradients and optimizer sharded as the ZeRO stage says.
 
     The model has `parameters` parameters in `dtype`, of which `trained` are trained.
@@ -43,20 +44,19 @@ def held(recipe: Recipe, parameters: int, trained: int, dtype: torch.dtype, work
     training = recipe.training
     offload = training.deepspeed.offload
     away = offload == "nvme" or (offload == "cpu" and training.resources.gpus > 0)  # in another memory than the one counted here
-    narrow = dtype != torch.float32 and training.optimizer.name != "adafactor"  # Adafactor's weights stay float32
+    narrow = number_formats(training.optimizer, dtype).weights != torch.float32
     stage = engine_stage(training, narrow=narrow)
     weights = parameters * (2 if narrow else 4) / (workers if stage == 3 else 1)
     gradients = trained * 4 / (workers if stage >= 2 else 1)
-    # Adam's two moments (Adafactor's are rows and columns, next to nothing), and float32 weights beside 16-bit ones.
-    optimizer: float = trained * ((0 if training.optimizer.name == "adafactor" else 8) + (4 if narrow else 0))
+    optimizer: float = trained * (moment_bytes(training.optimizer) + (4 if narrow else 0))  # float32 copies of 16-bit weights
     optimizer /= workers if stage >= 1 else 1
-    return Held(weights, gradients, 0.0 if away else optimizer)
+    return MemoryEstimate(weights, gradients, 0.0 if away else optimizer)
 
 
 def gathered_weight_bytes(recipe: Recipe, parameters: int, dtype: torch.dtype) -> float:
     """Bytes of gathered weights at the peak of ZeRO-3, beside each worker's shard; 0 at other stages."""
     training = recipe.training
-    narrow = dtype != torch.float32 and training.optimizer.name != "adafactor"
+    narrow = number_formats(training.optimizer, dtype).weights != torch.float32
     if engine_stage(training, narrow=narrow) < 3:
         return 0.0
     said = training.deepspeed.extra.get("zero_optimization", {})

@@ -21,7 +21,8 @@ from apprentice.pretrained.hub import local_folder
 from apprentice.recipe import Recipe
 from apprentice.train.checkpoint.format import SHARD_BYTES
 from apprentice.train.memory.activations import activations
-from apprentice.train.memory.estimate import PROCESS_BYTES, Held, gathered_weight_bytes, held
+from apprentice.train.memory.estimate import PROCESS_BYTES, MemoryEstimate, estimate_memory, gathered_weight_bytes
+from apprentice.train.optimizer import can_be_sharded
 
 GIB = 2**30
 CLEARLY_LESS = 0.9  # of the size that was too much, so that a suggested change really helps
@@ -47,10 +48,15 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def expected(recipe: Recipe, parameters: int, trained: int, dtype: torch.dtype, *, workers: int, micro: int, length: int) -> Held:
-    """Peak memory of the first of `workers`, with micro-batches of `micro` rows of `length` tokens. Other arguments: see `held`."""
+def estimate_peak_memory(
+    recipe: Recipe, parameters: int, trained: int, dtype: torch.dtype, *, workers: int, micro: int, length: int
+) -> MemoryEstimate:
+    """Peak memory of the first of `workers`, with micro-batches of `micro` rows of `length` tokens.
+
+    The other arguments are those of `estimate_memory`.
+    """
     kept = activations(recipe, dtype, micro, length)
-    found = held(recipe, parameters, trained, dtype, workers)
+    found = estimate_memory(recipe, parameters, trained, dtype, workers)
     found = replace(found, weights=found.weights + gathered_weight_bytes(recipe, parameters, dtype), activations=kept)
     if recipe.training.resources.gpus:
         return found  # process and checkpoint take no GPU memory
@@ -58,11 +64,13 @@ def expected(recipe: Recipe, parameters: int, trained: int, dtype: torch.dtype, 
     return replace(found, process=PROCESS_BYTES, checkpoint=state / workers + min(state, SHARD_BYTES))
 
 
-def estimate_of_finished_run(recipe: Recipe, length: int, found: Mapping[str, int]) -> Held:
-    """`expected` for workers that ran: `found` has the keys workers, micro (rows) and trained (parameters)."""
+def estimate_of_finished_run(recipe: Recipe, length: int, found: Mapping[str, int]) -> MemoryEstimate:
+    """`estimate_peak_memory` for workers that ran: `found` has the keys workers, micro (rows) and trained (parameters)."""
     dtype = resolve_dtype(recipe.model.dtype, "cuda" if recipe.training.resources.gpus else "cpu")
     numbers = count_parameters(local_folder(recipe.model.base))
-    return expected(recipe, numbers, found["trained"], dtype, workers=found["workers"], micro=found["micro"], length=length)
+    return estimate_peak_memory(
+        recipe, numbers, found["trained"], dtype, workers=found["workers"], micro=found["micro"], length=length
+    )
 
 
 class Change(NamedTuple):
@@ -97,7 +105,7 @@ def list_smaller_recipes(recipe: Recipe, micro: int, length: int, workers: int) 
             length,
         ),
         (
-            workers > 1 and deepspeed.stage < 3 and training.optimizer.name != "adafactor",
+            workers > 1 and deepspeed.stage < 3 and can_be_sharded(training.optimizer),
             f"training.deepspeed.stage: {deepspeed.stage + 1}",
             with_deepspeed(stage=deepspeed.stage + 1),
             micro,
@@ -142,7 +150,7 @@ def in_use(device: torch.device) -> str:
     return f" (the process had used up to {peak_memory(device) / GIB:.1f} GiB)"
 
 
-def out_of_memory(state: Held, micro: int, length: int, used: str, changes: Sequence[Change]) -> TrainingError:
+def out_of_memory(state: MemoryEstimate, micro: int, length: int, used: str, changes: Sequence[Change]) -> TrainingError:
     """The error of a worker that ran out of memory with `micro` rows of `length` tokens; `used` is the text of `in_use`."""
     rows = f"{micro} row{'s' if micro != 1 else ''} of {length} tokens"
     kept = "an unknown rest" if state.activations is None else f"{state.activations / GIB:.2f}"
@@ -173,7 +181,7 @@ class OutOfMemoryAdvisor:
         self.trained = self.parameters if self.recipe.tuning.method == "full" else 0
 
     @contextmanager
-    def explained(self) -> Iterator[None]:
+    def explain_errors(self) -> Iterator[None]:
         """Raises `TrainingError` with changes that help, instead of PyTorch's error, if memory runs out inside."""
         try:
             yield
@@ -185,12 +193,12 @@ class OutOfMemoryAdvisor:
             named = choose_changes(changes, lambda change: self._held(change).total, self._limit(state))
             raise out_of_memory(state, self.micro, self.length, in_use(self.device), named) from error
 
-    def _held(self, change: Change) -> Held:
+    def _held(self, change: Change) -> MemoryEstimate:
         trained = self.trained if change.recipe.tuning.method == self.recipe.tuning.method else 0
         kept = activations(change.recipe, self.dtype, change.micro, change.length)
-        return replace(held(change.recipe, self.parameters, trained, self.dtype, self.workers), activations=kept)
+        return replace(estimate_memory(change.recipe, self.parameters, trained, self.dtype, self.workers), activations=kept)
 
-    def _limit(self, state: Held) -> float:
+    def _limit(self, state: MemoryEstimate) -> float:
         """Bytes that a suggested change may take: 90% of the GPU, or of the estimate that was too much if that is less."""
         there = torch.cuda.mem_get_info(self.device)[1] if self.device.type == "cuda" else math.inf
         return CLEARLY_LESS * min(state.total, there)

@@ -23,12 +23,12 @@ PEAKS = {
 }
 
 
-def peak(device: str) -> float | None:
+def peak_flops(device: str) -> float | None:
     """Peak FLOP/s of the device with this name; None where it is not known."""
     return next((value for name, value in PEAKS.items() if name in device), None)
 
 
-def per_token(numbers: int, trained: int) -> float:
+def flops_per_token(numbers: int, trained: int) -> float:
     """Training FLOPs for one token, in a model of `numbers` weights of which `trained` are trained.
 
     For each weight: two in the forward pass, two for the gradient of the activation, and two for its own gradient if it is trained.

@@ -12,25 +12,27 @@ from apprentice.data.encoding.prompt_format import Layout
 
 MOST_TOKENS = 32  # in a reply
 
+NextToken = Callable[[Sequence[int], Sequence[int]], int]  # (prompt, reply so far) → id of the next token
 
-class Samples:
+
+class SampleReplies:
     """Sample replies to `instructions`, each put into the prompt format `layout`."""
 
     def __init__(self, layout: Layout, instructions: Sequence[str]) -> None:
         self._layout = layout
-        self._asked = [(text, layout.encode_prompt(layout.prompt(text))) for text in instructions]
+        self._prompts = [(text, layout.encode_prompt(layout.prompt(text))) for text in instructions]
 
-    def taken(self, likeliest: Callable[[Sequence[int], Sequence[int]], int]) -> list[dict[str, str]]:
-        """A dict with `instruction` and `reply` for each; `likeliest(prompt, reply)` gives the next token id.
+    def generate(self, next_token: NextToken) -> list[dict[str, str]]:
+        """A dict with `instruction` and `reply` for each; `next_token(prompt, reply)` gives the next token id.
 
         All workers must call it.
         """
-        return [{"instruction": text, "reply": self._reply(prompt, likeliest)} for text, prompt in self._asked]
+        return [{"instruction": text, "reply": self._reply(prompt, next_token)} for text, prompt in self._prompts]
 
-    def _reply(self, prompt: Sequence[int], likeliest: Callable[[Sequence[int], Sequence[int]], int]) -> str:
+    def _reply(self, prompt: Sequence[int], next_token: NextToken) -> str:
         reply: list[int] = []
         for _ in range(MOST_TOKENS):
-            reply.append(likeliest(prompt, reply))
+            reply.append(next_token(prompt, reply))
         stops = set(self._layout.stop_ids)
         end = next((place for place, token in enumerate(reply) if token in stops), len(reply))
         return self._layout.tokenizer.decode(reply[:end]).strip()

@@ -6,15 +6,16 @@ tensorboardX's own `SummaryWriter` writes in a thread. A full disk ends that thr
 from __future__ import annotations
 
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from apprentice.train.compat import close_without_flush
 
 FLUSH_S = 10.0  # between two flushes to disk
 
 
-class Events:
-    """A new event file in `folder`."""
+class EventFile:
+    """A new TensorBoard event file in `folder`: scalars and texts by step. Methods raise `OSError` on a full disk."""
 
     def __init__(self, folder: Path) -> None:
         from tensorboardX.event_file_writer import EventsWriter
@@ -23,7 +24,7 @@ class Events:
         self._writer = EventsWriter(str(folder / "events"))
         self._flushed_at = 0.0
 
-    def add(self, name: str, value: float, step: int) -> None:
+    def add_scalar(self, name: str, value: float, step: int) -> None:
         from tensorboardX.summary import scalar
 
         self._write(scalar(name, value), step)
@@ -46,5 +47,4 @@ class Events:
 
     def give_up(self) -> None:
         """Closes the file without raising, even if there is no room for what is still buffered."""
-        with suppress(OSError):
-            self._writer._py_recordio_writer.close()
+        close_without_flush(self._writer)

@@ -1,10 +1,8 @@
-"""Tracker and mailbox: bring the records of a running training to the driver, which writes them.
+"""Tracker: writes the records of a running training, in the driver.
 
-    worker of rank 0 ──▶ Mailbox (a Ray actor) ──▶ Tracker in the driver ──▶ steps.jsonl, TensorBoard events, status.json, progress
-
-The mailbox also holds the state that driver and workers share: the checkpoint from which the current attempt started, whether a
-checkpoint is requested, the first error that the user can mend, and which workers are silent. An attempt is one worker group, from
-start to end or failure.
+worker of rank 0 ──▶ Mailbox (a Ray actor) ──▶ Tracker ──┬─▶ steps.jsonl, TensorBoard events, status.json
+                                                         ├─▶ progress: the lines on the screen
+                                                         └─▶ metrics backends, each in a thread of its own
 """
 
 from __future__ import annotations
@@ -18,17 +16,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
-from apprentice.errors import ApprenticeError, StorageError
+from apprentice.errors import StorageError
 from apprentice.run.folder import Run
 from apprentice.run.json_lines import cut_torn_tail, read_records
-from apprentice.train.metrics.tensorboard import Events
+from apprentice.train.metrics.tensorboard import EventFile
 from apprentice.train.metrics.writer import BackendWriter
-
-if TYPE_CHECKING:  # imports torch, which takes two seconds and the mailbox does not need
-    from apprentice.train.checkpoint.format import Checkpoint
-    from apprentice.train.distributed.heartbeat import WorkerProcess
 
 STATUS_EVERY_S = 2.0  # between two writes of status.json
 _log = logging.getLogger(__name__)
@@ -50,124 +44,6 @@ SCALARS = {
     **{name: f"preference/{name}" for name in ("accuracy", "margin", "chosen_reward", "rejected_reward")},
     **{name: f"replies/{name}" for name in ("reward", "kl", "clipped", "reply_tokens")},
 }
-
-
-class RunOutcome(NamedTuple):
-    """Number of worker groups started, the error that ended the run, and a sentence for each worker that was silent."""
-
-    attempts: int
-    error: ApprenticeError | None
-    silent: list[str]
-
-
-class Mailbox:
-    """State shared by driver and workers; a Ray actor, one for each `train()` call, that outlives the worker groups."""
-
-    def __init__(self, workers: int = 1) -> None:
-        self._workers = workers
-        self._wishes = 0
-        self._wanted = False
-        self._seen: dict[int, tuple[WorkerProcess, float]] = {}  # this attempt's workers by rank: when each was last heard
-        self._hung: list[WorkerProcess] = []  # this attempt's silent workers
-        self._silent: list[str] = []
-        self._at = (0, 0)  # step of the newest record, and expected steps
-        self._stream_cpus = 0.0
-        self._attempt = 0
-        self._from: Checkpoint | None = None
-        self._error: ApprenticeError | None = None
-        self._records: list[dict[str, Any]] = []
-        self._forgotten = 0  # records that the driver has received
-
-    def resize(self, workers: int) -> None:
-        """Sets the number of workers of the next worker group."""
-        if workers != self._workers:
-            self.note(f"training goes on with {workers} worker{'s' if workers != 1 else ''} instead of {self._workers}")
-        self._workers = workers
-
-    def begin(self, checkpoint: Checkpoint | None) -> int:
-        """Begins an attempt: a worker group is about to start from `checkpoint`. Returns its number of workers."""
-        self._attempt += 1
-        self._from = checkpoint
-        self._wishes = 0
-        self.part()
-        return self._workers
-
-    def stream(self, cpus: float) -> None:
-        """Sets the number of CPUs that the data actors of this attempt hold."""
-        self._stream_cpus = cpus
-
-    def stream_cpus(self) -> float:
-        return self._stream_cpus
-
-    def part(self) -> None:
-        """Forgets the workers of an attempt that has ended."""
-        self._seen = {}
-        self._hung = []
-        self._wanted = False
-
-    def start(self) -> tuple[int, Checkpoint | None, bool]:
-        """First call of a worker: the attempt's number (from 1), the checkpoint to restore, and whether the run has failed."""
-        return self._attempt, self._from, self._error is not None
-
-    def fail(self, error: ApprenticeError) -> None:
-        """Records an error that no further attempt would mend; the first one counts."""
-        self._error = self._error or error
-
-    def put(self, record: dict[str, Any]) -> None:
-        self._at = (record["step"], record["steps"])
-        if "saved_s" in record:  # a checkpoint has been written
-            self._wanted = False
-        self._records.append(record)
-
-    def validated(self, step: int, figures: Mapping[str, Any]) -> None:
-        """Adds a record with the validation figures of the checkpoint of `step`, computed outside the workers."""
-        self._records.append({"attempt": max(self._attempt, 1), "step": step, "steps": self._at[1] or step, **figures})
-
-    def note(self, message: str) -> None:
-        """Adds a message for the user, at the current step."""
-        step, steps = self._at
-        self._records.append({"attempt": self._attempt, "step": step, "steps": steps, "message": message})
-
-    def want(self) -> None:
-        """Asks the workers for a checkpoint."""
-        self._wishes += 1
-        self._wanted = True
-
-    def wanted(self) -> bool:
-        """Whether a checkpoint was requested and none has been written since."""
-        return self._wanted
-
-    def beat(self, attempt: int, who: WorkerProcess) -> int:
-        """Takes a worker's heartbeat. Returns how many checkpoints were requested in this attempt."""
-        if attempt == self._attempt and who not in self._hung:  # a worker that is being ended no longer counts
-            self._seen[who.rank] = (who, time.monotonic())
-        return self._wishes
-
-    def leave(self, rank: int) -> None:
-        """Takes note that a worker ends normally."""
-        self._seen.pop(rank, None)
-
-    def silent(self, limit_s: float) -> list[WorkerProcess]:
-        """Workers of this attempt without a heartbeat for `limit_s` seconds.
-
-        Each is noted once, but returned by all later calls of the attempt, since an answer may be lost on the network.
-        """
-        now = time.monotonic()
-        for who in [who for who, at in self._seen.values() if now - at > limit_s]:
-            del self._seen[who.rank]
-            self._hung.append(who)
-            self._silent.append(f"{who} had not answered for {limit_s:g} seconds and was ended")
-            self.note(self._silent[-1])
-        return self._hung
-
-    def take(self, seen: int = 0) -> list[dict[str, Any]]:
-        """All records after the first `seen`, which are dropped. A call with the same `seen`, after a lost answer, repeats them."""
-        del self._records[: seen - self._forgotten]
-        self._forgotten = seen
-        return self._records
-
-    def outcome(self) -> RunOutcome:
-        return RunOutcome(self._attempt, self._error, self._silent)
 
 
 class MovingAverage:
@@ -209,7 +85,7 @@ class Tracker:
         if self._scratch is None and (torn := cut_torn_tail(self._file)):
             self._show({"message": f"{self._file} ended in {torn} bytes of a line that was never finished; they are cut off"})
         folder = run.events.local if self._scratch is None else Path(self._scratch.name)
-        self._events: Events | None = Events(folder)
+        self._events: EventFile | None = EventFile(folder)
         self._events_folder = folder
         self._told = False  # whether the user knows of a write error
         self._status_at = 0.0
@@ -275,7 +151,7 @@ class Tracker:
         try:
             for key, name in SCALARS.items():
                 if record.get(key) is not None:
-                    self._events.add(name, record[key], record["step"])
+                    self._events.add_scalar(name, record[key], record["step"])
             for sample in record.get("samples", ()):
                 self._events.add_text(f"samples/{sample['instruction']}", sample["reply"], record["step"])
         except OSError:

@@ -7,7 +7,7 @@ The result depends only on the seed, the weights and the sampling plan.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from functools import cached_property
 from itertools import chain
 from typing import Any, NamedTuple
@@ -27,15 +27,13 @@ from apprentice.inference.generation_request import GenerationRequest
 from apprentice.inference.sampler import Sampling
 from apprentice.models.loading import load_model, resolve_dtype
 from apprentice.models.reward import choice_rewards
-from apprentice.models.tuning.methods import TUNING_METHODS, load_trainable, trainable_parameters
+from apprentice.models.tuning.methods import TUNING_METHODS
 from apprentice.train.batch import PackedRows
-from apprentice.train.engine.deepspeed import WEIGHT
+from apprentice.train.checkpoint.restore import ReadTensor, restore_model
 from apprentice.train.engine.deepspeed_config import CPU_MICRO_TOKENS, GPU_MICRO_TOKENS
 from apprentice.train.losses.grpo import ReplyLogProbs, advantages
 
 AT_ONCE = 64  # slots of the scheduler: replies generated at the same time
-
-Read = Callable[[str], Tensor]  # key of a checkpoint → its tensor
 
 
 class Rollout(NamedTuple):
@@ -59,7 +57,7 @@ class RoundWriter:
         budget = GPU_MICRO_TOKENS if device.type == "cuda" else CPU_MICRO_TOKENS
         self._rows_at_once = max(1, budget // corpus.row_length)
 
-    def rows(self, window: int, part: int, read: Read | None) -> Rows:
+    def rows(self, window: int, part: int, read: ReadTensor | None) -> Rows:
         """Packed rows of part `part` of the round over the prompts of `window`.
 
         `read` gives the policy's tensors from a checkpoint; without it the policy is the base model. The columns are those of
@@ -85,28 +83,26 @@ class RoundWriter:
         columns["held"] = self._log_probabilities(self._reference, columns) if recipe.training.grpo.beta else columns["written"]
         return columns
 
-    def _policy(self, read: Read | None) -> Any:
+    def _policy(self, read: ReadTensor | None) -> Any:
         recipe = self._corpus.recipe
-        model = self._loaded(recipe.model.base)
         if read is None:
-            return place_model(model, self._device)
-        method = TUNING_METHODS[recipe.tuning.method]
-        assert method.merge is not None, "the recipe allows only methods that can be merged"
-        wrapped = method.wrap(model, recipe.tuning, recipe.seed)
-        load_trainable(wrapped, {name: read(f"{WEIGHT}/{name}") for name in trainable_parameters(wrapped)})
-        return place_model(method.merge(wrapped).requires_grad_(False).eval(), self._device)
+            return place_model(self._load(recipe.model.base), self._device)
+        merge = TUNING_METHODS[recipe.tuning.method].merge
+        assert merge is not None, "the recipe allows only methods that can be merged"
+        model = restore_model(recipe, read, self._dtype, quantized=False).to(self._device)
+        return place_model(merge(model).requires_grad_(False).eval(), self._device)
 
     @cached_property
     def _reference(self) -> Any:
-        return place_model(self._loaded(self._corpus.recipe.model.base), self._device)
+        return place_model(self._load(self._corpus.recipe.model.base), self._device)
 
     @cached_property
     def _judge(self) -> Any:
         reward = self._corpus.recipe.training.grpo.reward
         assert reward is not None, "the recipe names a reward model"
-        return place_model(self._loaded(reward, head=0), self._device)
+        return place_model(self._load(reward, head=0), self._device)
 
-    def _loaded(self, base: str, head: int | None = None) -> Any:
+    def _load(self, base: str, head: int | None = None) -> Any:
         settings = self._corpus.recipe.model
         model: Any = load_model(base, self._dtype, settings.attention, head=head, trust=settings.trust)
         return model.to(self._device).requires_grad_(False)

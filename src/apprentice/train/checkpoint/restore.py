@@ -1,0 +1,39 @@
+"""Restoring of a model: the base model, wrapped by the recipe's tuning method, with the trained weights of a checkpoint.
+
+base model ─▶ tuning method ─▶ trained weights ─┬─▶ training goes on, asynchronous validation
+                                                ├─▶ export
+                                                └─▶ rollouts of an on-policy run
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from apprentice.models.loading import load_model
+from apprentice.models.tuning.methods import TUNING_METHODS, load_trainable, trainable_parameters
+from apprentice.recipe import Recipe
+from apprentice.train.checkpoint.format import WEIGHT
+
+ReadTensor = Callable[[str], Tensor]  # key of a checkpoint → its tensor, float32
+
+
+def restore_model(
+    recipe: Recipe, read: ReadTensor | None, dtype: torch.dtype, *, attention: str | None = None, quantized: bool = True
+) -> Any:
+    """The model of `recipe` on the CPU in `dtype`, with the trained weights from `read`; without `read` as training begins.
+
+    `attention` replaces the recipe's. `quantized` says whether a method that trains over a 4-bit base gets one. Raises `ModelError`
+    if the weights do not belong to this model.
+    """
+    method = TUNING_METHODS[recipe.tuning.method]
+    four_bit = quantized and method.four_bit
+    attention = attention or recipe.model.attention
+    base = load_model(recipe.model.base, dtype, attention, four_bit=four_bit, head=recipe.head, trust=recipe.model.trust)
+    model = method.wrap(base, recipe.tuning, recipe.seed)
+    if read is not None:
+        load_trainable(model, {name: read(f"{WEIGHT}/{name}") for name in trainable_parameters(model)})
+    return model

@@ -1,0 +1,120 @@
+"""Private API of DeepSpeed, read in version 0.19.8. tests/train/engine/test_compat.py fails when another release changes it.
+
+DeepSpeed publishes how to read and set whole tensors (`safe_get_full_fp32_param` and its like), which gathers every tensor on every
+worker. Each worker's own shard, the float32 tensors that ZeRO updates, and the loss scaler have no public name:
+
+    stage 3    parameter.ds_id, .ds_tensor.ds_numel   the parameter is partitioned into parts of equal size, the last ones padded
+               parameter._z3_optimizer                reads this worker's part of the weight or of a moment, in float32
+    stage 1-2  parameter._hp_mapping                  this worker's fragment of the parameter; None where it has none
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import logging
+import os
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+
+READ_IN_VERSION = "0.19.8"
+# The float32 tensors that the optimizer updates: stage 3, stages 1 and 2, bfloat16 without ZeRO.
+MASTER_WEIGHTS = ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition")
+LOSS_SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
+def import_deepspeed(device: torch.device) -> Any:
+    """Imports DeepSpeed for `device`, with its warnings and logs turned down and without what it compiles for nothing."""
+    os.environ["DS_ACCELERATOR"] = device.type
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import deepspeed
+        from deepspeed.ops import __compatible_ops__
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # On a CPU DeepSpeed would compile a shared-memory reduction that only inference uses: half a minute of g++.
+    __compatible_ops__["deepspeed_shm_comm"] = False
+    # To check an optimizer's type DeepSpeed imports Muon, and with it PyTorch's compiler: 1.5 s for nothing.
+    with patch.object(torch, "compile", lambda function, **_: function), contextlib.suppress(ImportError):
+        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+    return deepspeed
+
+
+class LocalShard(NamedTuple):
+    """One worker's part of a flattened tensor: `numel` elements from `start`; `read()` gives them, float32 (numel,)."""
+
+    start: int
+    numel: int
+    read: Callable[[], Tensor]
+
+
+def local_shard(parameter: nn.Parameter, moment: str | None, numbers: int, rank: int) -> LocalShard:
+    """This worker's shard of a ZeRO-partitioned parameter's weight, or of its optimizer `moment`, which has `numbers` elements.
+
+    It reads DeepSpeed's own tensors, which the next step changes.
+    """
+    partitioned: Any = parameter
+    if hasattr(parameter, "ds_id"):
+        part = partitioned.ds_tensor.ds_numel
+        start = min(rank * part, numbers)
+        count = min(part, numbers - start)
+        return LocalShard(start, count, lambda: partitioned._z3_optimizer.get_local_fp32_param(parameter, moment)[:count])
+    fragment = partitioned._hp_mapping
+    if fragment is None:
+        return LocalShard(0, 0, lambda: torch.empty(0))
+    address = fragment.lp_fragment_address
+    return LocalShard(address.start, address.numel, lambda: fragment.get_hp_fragment(moment))
+
+
+def set_weight(parameter: nn.Parameter, value: Tensor) -> None:
+    """Sets this worker's shard of a ZeRO-partitioned weight from the whole tensor."""
+    from deepspeed.utils import safe_set_full_fp32_param
+
+    safe_set_full_fp32_param(parameter, value)
+
+
+def set_moment(parameter: nn.Parameter, moment: str, value: Tensor) -> None:
+    """Sets this worker's shard of an optimizer moment from the whole tensor."""
+    from deepspeed.utils import safe_set_full_optimizer_state
+
+    safe_set_full_optimizer_state(parameter, value, moment)
+
+
+def master_weights(optimizer: Any) -> list[Tensor] | None:
+    """The float32 tensors, flat, that `optimizer` (DeepSpeed's) updates; None where it updates the parameters themselves."""
+    for name in MASTER_WEIGHTS:
+        if hasattr(optimizer, name):
+            return list(getattr(optimizer, name))
+    return None
+
+
+def link_optimizer_state(optimizer: Any) -> None:
+    """Tells ZeRO where each parameter's part of the optimizer's state lies.
+
+    DeepSpeed does this itself after it has stepped the first parameter group, when the state of the others does not exist yet.
+    """
+    if hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):
+        optimizer._hp_optimizer_states_linked = False
+        optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def loss_scaler_state(optimizer: Any) -> dict[str, float]:
+    """State of float16's dynamic loss scaler."""
+    scaler = optimizer.loss_scaler
+    return {name: getattr(scaler, name) for name in LOSS_SCALER_STATE if hasattr(scaler, name)}
+
+
+def set_loss_scaler_state(optimizer: Any, state: Mapping[str, float]) -> None:
+    """Sets the state that `loss_scaler_state` gave; keys that are missing keep their value."""
+    for name in LOSS_SCALER_STATE:
+        if name in state:
+            setattr(optimizer.loss_scaler, name, state[name])
+
+
+def has_overflowed(optimizer: Any) -> bool:
+    """Whether the last float16 step overflowed, so that it was skipped and the loss scale lowered."""
+    return bool(getattr(optimizer, "overflow", False))

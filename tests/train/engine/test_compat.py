@@ -1,0 +1,44 @@
+"""The private API of DeepSpeed that we use is still that of the release in which it was read."""
+
+from __future__ import annotations
+
+import inspect
+from importlib.metadata import version
+
+import torch
+
+from apprentice.train.engine import compat
+
+
+def test_deepspeed_is_the_release_that_was_read() -> None:
+    assert version("deepspeed") == compat.READ_IN_VERSION, "read engine/compat.py against the new release, then raise its version"
+
+
+def test_deepspeed_still_has_what_we_use() -> None:
+    compat.import_deepspeed(torch.device("cpu"))
+    from deepspeed.ops import __compatible_ops__
+    from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
+    from deepspeed.runtime.zero import partition_parameters
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+    from deepspeed.utils.tensor_fragment import tensor_fragment
+
+    classes = (DeepSpeedZeroOptimizer_Stage3, DeepSpeedZeroOptimizer, BF16_Optimizer)
+    for name, optimizer in zip(compat.MASTER_WEIGHTS, classes, strict=True):
+        assert f"self.{name} = []" in inspect.getsource(optimizer)
+    assert list(inspect.signature(DeepSpeedZeroOptimizer_Stage3.get_local_fp32_param).parameters) == [
+        "self",
+        "param",
+        "optim_state_key",
+    ]
+    assert list(inspect.signature(tensor_fragment.get_hp_fragment).parameters) == ["self", "optim_state_key"]
+    assert {"lp_fragment_address"} <= set(inspect.signature(tensor_fragment).parameters)
+    for optimizer in (DeepSpeedZeroOptimizer, BF16_Optimizer):
+        assert "self._hp_optimizer_states_linked" in inspect.getsource(optimizer._lazy_init_hp_params_optimizer_state)
+    assert not hasattr(DeepSpeedZeroOptimizer_Stage3, "_lazy_init_hp_params_optimizer_state")
+    source = inspect.getsource(partition_parameters)
+    assert all(f".{name}" in source for name in ("ds_id", "ds_tensor.ds_numel"))
+    scaler = DynamicLossScaler(8.0, scale_window=2, min_scale=1.0, delayed_shift=1, consecutive_hysteresis=False)
+    assert set(compat.LOSS_SCALER_STATE) <= set(vars(scaler))
+    assert "deepspeed_shm_comm" in __compatible_ops__
