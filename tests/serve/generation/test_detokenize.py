@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from typing import SupportsIndex
 
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers.decoders import DecodeStream
 
 from apprentice.serve.generation.detokenize import IncrementalDetokenizer
 
@@ -105,3 +107,17 @@ def test_tokens_without_text_are_not_decoded_again_for_ever() -> None:
     stream = IncrementalDetokenizer(decode)
     assert "".join(stream.add(id) for id in [97, *[0] * 500, 98]) == "ab"
     assert most < 50
+
+
+def test_the_librarys_stream_loses_the_start_of_a_character_that_a_reply_ends_in() -> None:
+    """`DecodeStream` cannot be told that no token comes any more; once it can, it may take the detokenizer's place."""
+    letters = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer = Tokenizer(models.BPE({letter: id for id, letter in enumerate(sorted(letters))}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    ids = tokenizer.encode("a🙂").ids[:3]  # `max_tokens` cuts the emoji
+
+    ours = IncrementalDetokenizer(lambda ids: str(tokenizer.decode(list(ids))))
+    assert "".join([*map(ours.add, ids), ours.end()]) == tokenizer.decode(ids) == "a\ufffd"
+    stream = DecodeStream(skip_special_tokens=True)
+    assert "".join(stream.step(tokenizer, id) or "" for id in ids) == "a"
