@@ -28,12 +28,16 @@ Answer = Callable[[dict[str, Any]], tuple[Any, ...]]  # status, body, and perhap
 
 
 @contextmanager
-def server(answer: Answer, contract: bytes | None = None) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+def server(
+    answer: Answer, contract: bytes | None = None, headers_seen: list[dict[str, str]] | None = None
+) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     """An HTTP server that answers every POST with `answer(body)`; gives its address and the bodies that came."""
     seen: list[dict[str, Any]] = []
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
+            if headers_seen is not None:
+                headers_seen.append({name.lower(): value for name, value in self.headers.items()})
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             seen.append(body)
             self._send(*answer(body))
@@ -263,8 +267,32 @@ def test_answers_are_remembered_by_the_weights_and_not_by_the_name_alone(
     assert seen[-1] is None  # nobody knows what answers, so nothing is remembered
 
 
+@pytest.mark.parametrize("key", [None, "its own"])
+def test_no_key_goes_where_it_was_not_meant_to(corpus: Corpus, key: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The client would add what the environment has for OpenAI's own endpoint."""
+    for name in ("API_KEY", "ADMIN_KEY", "ORG_ID", "PROJECT_ID"):
+        monkeypatch.setenv(f"OPENAI_{name}", "of another endpoint")
+    headers: list[dict[str, str]] = []
+    with server(echo, headers_seen=headers) as (url, _):
+        [answer] = asked(EndpointScorer(EndpointAddress(url, "m", key), AnswerSettings(corpus.layout, 6)), ranked=False)
+    assert answer["prediction"] == "a reply"
+    [sent] = headers
+    assert sent.get("authorization") == (None if key is None else "Bearer its own")
+    assert "of another endpoint" not in " ".join(sent.values())
+
+
+def test_a_redirect_is_not_followed(corpus: Corpus) -> None:
+    with server(lambda _: (307, b"", {"Location": "/elsewhere"})) as (url, seen):
+        [answer] = asked(EndpointScorer(EndpointAddress(url, "m"), AnswerSettings(corpus.layout, 6)), ranked=False)
+    assert answer["unscored"] == "the endpoint answered 307: "
+    assert len(seen) == 1
+
+
 def test_the_served_model_is_found_by_asking() -> None:
     with server(echo) as (url, _):
         assert model_at(url) == model_at(f"{url}/v1") == "served"
     with pytest.raises(EvaluationError, match="no model list at"):
         model_at(url, timeout_s=1.0)
+    with pytest.raises(EvaluationError, match="no model list at"):
+        model_at("http://[", timeout_s=1.0)
+    assert weights_at(EndpointAddress("http://[", "m")) is None
