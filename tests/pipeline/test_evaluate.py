@@ -80,3 +80,22 @@ def test_a_run_is_scored_by_the_definitions_that_it_was_made_with(
     assert scored == [scored[0], scored[0], {"sums": scored[0]["sums"]}]
     with pytest.raises(RunError, match=r"task 'sums' changed since run 'tiny' was made; .*: apprentice evaluate /.*/runs/tiny\.$"):
         pipeline.evaluate_target(str(file), [], options=pipeline.EvaluationOptions(), **show)
+
+
+def test_the_recipe_of_a_bare_model_is_not_written_into_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be read-only; paths are relative to it all the same."""
+    monkeypatch.chdir(tmp_path)
+    files: list[Path] = []
+
+    def load(path: Any, overrides: Any) -> Any:
+        files.extend(tmp_path.iterdir())
+        return load_recipe(path, overrides)
+
+    monkeypatch.setattr(evaluation, "load_recipe", load)
+    options = pipeline.EvaluationOptions(tasks=("./sums.yaml", "sst2"), storage="runs")
+    recipe = evaluation._bare_recipe("./model", ["evaluation.max_examples=7"], options)
+    assert files == []
+    assert (recipe.model.base, recipe.storage) == (str(tmp_path / "model"), str(tmp_path / "runs"))
+    assert recipe.data.tasks == (str(tmp_path / "sums.yaml"), "sst2")
+    assert recipe.data.hold_out == ("./sums.yaml", "sst2")
+    assert recipe.evaluation.max_examples == 7

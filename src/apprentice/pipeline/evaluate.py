@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -294,22 +295,13 @@ def _with_tasks(recipe: Recipe, options: EvaluationOptions, find: Find = find_ta
 
 
 def _bare_recipe(model: str, overrides: Sequence[str], options: EvaluationOptions) -> Recipe:
-    """A recipe for evaluation alone: `options.tasks`, all of them held out."""
-    import tempfile
-
-    import yaml
-
-    whole = {
-        "name": "model",
-        "storage": options.storage,
-        "model": {"base": model},
-        "data": {"tasks": list(options.tasks), "hold_out": list(options.tasks)},
-        "training": {"steps": 1},
-    }
-    with tempfile.NamedTemporaryFile("w", suffix=".yaml", dir=".", prefix=".apprentice-", encoding="utf-8") as file:
-        file.write(yaml.safe_dump(whole))
-        file.flush()
-        return load_recipe(file.name, overrides)
+    """A recipe for evaluation alone: `options.tasks`, all of them held out; paths are relative to the current directory."""
+    tasks = list(options.tasks)
+    values = {"storage": options.storage, "model.base": model, "data.tasks": tasks, "data.hold_out": tasks}
+    with TemporaryDirectory(prefix="apprentice-") as scratch:
+        file = Path(scratch) / "recipe.yaml"
+        file.write_text("name: model\ntraining: {steps: 1}\n", encoding="utf-8")
+        return load_recipe(file, [*(f"{key}={json.dumps(value)}" for key, value in values.items()), *overrides])
 
 
 def _is_shipped(name: str) -> bool:
