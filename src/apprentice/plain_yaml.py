@@ -19,6 +19,7 @@ class PlainLoader(yaml.SafeLoader):
         self._depth = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
+        """Refuses a document that is nested too deep."""
         self._depth += 1
         if self._depth > MAX_DEPTH:
             raise yaml.composer.ComposerError(None, None, f"nested more than {MAX_DEPTH} deep", self.get_mark())
@@ -27,6 +28,7 @@ class PlainLoader(yaml.SafeLoader):
         return node
 
     def get_single_node(self) -> Any:
+        """Refuses a document with too many values."""
         node = super().get_single_node()
         if node is not None and _expanded(node, {}) > MAX_NODES:
             raise yaml.composer.ComposerError(
@@ -38,6 +40,7 @@ class PlainLoader(yaml.SafeLoader):
         return node
 
     def bounded_number(self, node: yaml.ScalarNode) -> int | float:
+        """The number of a scalar. Refuses one of too many digits."""
         if len(node.value) > MAX_DIGITS:
             raise yaml.constructor.ConstructorError(None, None, f"a number of more than {MAX_DIGITS} digits", node.start_mark)
         return self.construct_yaml_float(node) if node.tag.endswith("float") else self.construct_yaml_int(node)

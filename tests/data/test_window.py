@@ -12,6 +12,7 @@ from apprentice.data.corpus import Corpus
 from apprentice.data.encoding.render import Renderer
 from apprentice.data.encoding.tokenize import encode
 from apprentice.data.packing import Rows
+from apprentice.data.stream import empty_window_drops
 from apprentice.data.window import WindowRenderer
 from apprentice.errors import DataError
 from tests.data.small import CorpusOf
@@ -155,6 +156,15 @@ def test_what_is_cut_and_dropped_is_counted_on_the_first_row(corpus_of: CorpusOf
     assert set(counted["sums"]) == {"truncated_input", "truncated_exemplars", "too_long"}
     missing = sum(reasons.get("too_long", 0) for reasons in counted.values())
     assert sum(len(examples) for examples in rows["examples"]) == 128 - missing
+
+
+def test_what_a_window_without_rows_dropped_is_counted(corpus: Corpus, corpus_of: CorpusOf) -> None:
+    short = corpus_of(max_length=10)
+    counts = WindowRenderer(short).empty_window_drops(1)
+    tasks = [draw.task for draw in short.plan.draws(32, 64)]
+    assert counts == {task: {"too_long": tasks.count(task)} for task in set(tasks)}
+    assert empty_window_drops(short, 1) == counts
+    assert empty_window_drops(corpus, 1) is None
 
 
 def test_a_window_of_which_nothing_fits_has_no_rows(corpus_of: CorpusOf) -> None:

@@ -18,5 +18,6 @@ class BackpressurePause(ExecutionCallback):
     """Sleeps `PAUSE_S` after each turn of the loop in which an operator's output was under backpressure."""
 
     def on_execution_step(self, executor: Any) -> None:
+        """Called by Ray Data in each turn of its loop."""
         if has_output_backpressure(executor):
             time.sleep(PAUSE_S)

@@ -29,11 +29,13 @@ class ReferenceLogProbs:
         return better, worse
 
     def write(self, file: Folder) -> None:
+        """Writes the arrays as `.npz`."""
         stream = io.BytesIO()
         np.savez(stream, rows=self.rows, values=self.values)
         file.write_bytes(stream.getvalue())
 
     @classmethod
     def read(cls, file: Folder) -> ReferenceLogProbs:
+        """The arrays that `write` wrote."""
         with np.load(io.BytesIO(file.read_bytes()), allow_pickle=False) as arrays:
             return cls(arrays["rows"], arrays["values"])

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from apprentice.data.corpus import Corpus, make_corpus
+from apprentice.data.examples import DropCounts
 from apprentice.data.packing import Rows
 from apprentice.data.run_length import estimate_steps
 from apprentice.data.window import WindowRenderer
@@ -64,6 +65,11 @@ class Start:
 def render_window(corpus: Corpus | WindowRenderer, window: int) -> Rows:
     """The packed rows of one window (columns: see `apprentice.data.row_columns`), in this process."""
     return (corpus if isinstance(corpus, WindowRenderer) else WindowRenderer(corpus)).window(window)
+
+
+def empty_window_drops(corpus: Corpus, window: int) -> DropCounts | None:
+    """Drop counts (task → reason → examples) of a window without rows, which the stream passes over; None for one with rows."""
+    return WindowRenderer(corpus).empty_window_drops(window)
 
 
 def validation_rows(corpus: Corpus, limit_rows: int) -> Rows:

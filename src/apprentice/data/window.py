@@ -21,7 +21,7 @@ import numpy as np
 
 from apprentice.data.corpus import Corpus
 from apprentice.data.encoding.tokenize import Tokenized
-from apprentice.data.examples import ExampleReader, TokenizedDraw
+from apprentice.data.examples import DropCounts, ExampleReader, TokenizedDraw
 from apprentice.data.packing import Rows
 from apprentice.data.row_columns import assign_rows, build_columns, row_share
 from apprentice.data.sampling.permutation import key_of, permute
@@ -74,6 +74,11 @@ class WindowRenderer:
             order = permute(np.arange(len(rows)), max(len(rows), 1), key)
             rows = [rows[number] for number in order]
         return build_columns(self.corpus, examples, rows, window, counts)
+
+    def empty_window_drops(self, window: int) -> DropCounts | None:
+        """Drop counts of a window without rows, which no row carries; None for a window with rows."""
+        examples, counts = self._reader.read(self._draws(window))
+        return None if examples else counts
 
     def validation(self, limit_rows: int) -> Rows:
         """At most `limit_rows` packed rows of zero-shot validation examples, in the mixture's proportions until a task runs out.

@@ -31,6 +31,7 @@ class Round:
 
     @property
     def steps(self) -> int:
+        """Optimizer steps of one round, all passes together."""
         return self.steps_of_a_pass * self.passes
 
     @property

@@ -28,6 +28,8 @@ class Tuning(Strict):
 
 
 class WorkerRange(Strict):
+    """Least and greatest number of training workers, for elastic training."""
+
     min: Positive
     max: Positive
 
@@ -46,6 +48,8 @@ class Resources(Strict):
 
 
 class Optimizer(Strict):
+    """Optimizer, learning-rate schedule and gradient clipping."""
+
     name: Literal["adamw", "adafactor"] = Field(
         "adamw",
         description="adafactor scales each step by the size of the weights it changes, as T5 was trained; betas are AdamW's.",
@@ -82,6 +86,8 @@ class DeepSpeed(Strict):
 
 
 class Checkpointing(Strict):
+    """Frequency, number and validation of checkpoints."""
+
     every_steps: Positive = 100
     keep: Positive = 2
     best_by: Literal["validation_loss"] = "validation_loss"
@@ -136,10 +142,12 @@ class Training(Strict):
 
     @property
     def max_workers(self) -> int:
+        """Greatest number of workers; the fixed number without a range."""
         return self.workers.max if isinstance(self.workers, WorkerRange) else self.workers
 
     @property
     def min_workers(self) -> int:
+        """Least number of workers; the fixed number without a range."""
         return self.workers.min if isinstance(self.workers, WorkerRange) else self.workers
 
     @model_validator(mode="after")

@@ -267,6 +267,7 @@ class Task(TaskFileModel):
 
     @cached_property
     def inverted_templates(self) -> tuple[Template, ...]:
+        """The templates that give the answer and ask for the input."""
         return tuple(template for template in self.templates if template.inverted)
 
     @cached_property

@@ -9,6 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 
 class TaskFileModel(BaseModel):
+    """Base of the parts of a task file: frozen, unknown keys are errors."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 from collections import Counter
 from fractions import Fraction
 from itertools import pairwise
@@ -14,10 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from apprentice.data.index.task_index import TaskIndex
-from apprentice.data.sampling.plan import Draw, Plan, exemplar_rows
+from apprentice.data.sampling import plan as plan_module
+from apprentice.data.sampling.permutation import key_of
+from apprentice.data.sampling.plan import Draw, Plan, _TrainedTask, exemplar_rows
+from apprentice.data.sampling.shuffle import RowOrder
 from apprentice.data.sources.locate import Source
 from apprentice.errors import RecipeError
-from apprentice.recipe import Recipe
+from apprentice.recipe import Formats, Recipe
 from apprentice.tasks.schema import Task
 
 MIXED = {"zero_shot": 0.6, "few_shot": 0.3, "inverted": 0.1}
@@ -199,3 +203,17 @@ def test_no_positions() -> None:
     plan = make_plan(SIZES)
     assert plan.draws(5, 5) == []
     assert plan.draws(5, 6) == plan.draws(0, 6)[5:]
+
+
+def test_the_first_positions_are_those_of_the_modules_docstring() -> None:
+    trained_tasks = [
+        _TrainedTask("qa", ("ask", "tell"), (), (), RowOrder(key_of(7, "qa", "order"), np.arange(4), np.array([4]))),
+        _TrainedTask("nli", ("ask",), (), (), RowOrder(key_of(7, "nli", "order"), np.arange(2), np.array([2]))),
+    ]
+    plan = Plan(7, Formats(zero_shot=0.7, few_shot=0.3), (1, 1), trained_tasks, [3, 1])
+    lines = {cells[0]: cells[1:] for line in str(plan_module.__doc__).splitlines() if (cells := re.split(r" {2,}", line.strip()))}
+    draws = plan.draws(0, 8)
+    assert [draw.task for draw in draws] == lines["task"]
+    assert [draw.format for draw in draws] == lines["format"]
+    assert [plan.count(draw.task, draw.position) for draw in draws] == [int(count) for count in lines["count"]]
+    assert [f"{draw.pass_}, {draw.row}" for draw in draws] == lines["pass, row"]

@@ -226,6 +226,7 @@ class Layout:
         return self.encode_prompts([text])[0]
 
     def encode_prompts(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode_prompt` of many texts at once."""
         return self._started(self._encoded(texts))
 
     def encode_raw(self, text: str) -> list[int]:

@@ -48,10 +48,12 @@ def read_index(folder: Folder, task: Task) -> tuple[TaskIndex, str]:
 
 
 def index_file(folder: Folder, task: Task) -> Folder:
+    """The file of a task's index in an index folder."""
     return folder / f"{task.name}.npz"
 
 
 def index_bytes(index: TaskIndex, task: Task) -> bytes:
+    """The content of an index file: row numbers as compressed NumPy arrays, everything else and the definition's hash as JSON."""
     rows = {name: getattr(index, name) for name in ("train", "validation", "test")}
     meta = {name: value for name, value in vars(index).items() if name not in rows}
     meta |= {name: asdict(meta[name]) if meta[name] else None for name in ("train_source", "test_source")}

@@ -40,6 +40,7 @@ class ExamplePreview:
 
     @property
     def heading(self) -> str:
+        """Position, task, template and format."""
         return f"{self.position}: {self.task} · {self.template} · {self.format.replace('_', '-')}"
 
     @property
@@ -50,6 +51,7 @@ class ExamplePreview:
         return f"row {self.row} in pass {self.pass_ + 1}{shots}, {self.tokens} tokens, {self.target_tokens} of them trained on{cut}"
 
     def as_dict(self) -> dict[str, Any]:
+        """All fields, for JSON output."""
         return asdict(self)
 
 

@@ -4,7 +4,16 @@
                         count before position 6          3, 2 and 1
 
 The weights are the leaves of a Huffman tree, and each position walks from the root to a leaf. Of the first n arrivals at a node,
-round(n · left / total) go left, in exact integers. A child errs by at most ½ plus its parent's error times its part of the
+round(n · left / total) go left, in exact integers:
+
+    root (6) ──left──▶ leaf 0 (3)
+       └──right──▶ node (3) ──left──▶ leaf 2 (1)
+                       └──right──▶ leaf 1 (2)
+
+Position 3 is the fourth arrival at the root. Of the first three, round(3 · 3/6) = 2 went left; of the first four, again 2: it goes
+right. There it is the second arrival: of one, round(1/3) = 0 went left, of two, round(2/3) = 1: it goes left, to leaf 2.
+
+A child errs by at most ½ plus its parent's error times its part of the
 parent. Up a Huffman tree weights grow at least like the Fibonacci numbers, so the errors add up to less than
 ½ · (1 + 1 + 1/2 + 1/3 + 1/5 + …) < 1.7: the count of each weight is never as much as 2 away from its share, whatever the number
 of weights or positions.

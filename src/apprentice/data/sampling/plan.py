@@ -1,12 +1,20 @@
 """The sampling plan: a pure function from a position in training to task, format, template, row and exemplars.
 
-    position ──Rotation──▶ task, and count: how often the task was drawn before
+    position ──WeightedInterleave──▶ task, and count: how often the task was drawn before
     position ──key──▶ format (zero_shot, few_shot, inverted, cot) ──key──▶ template of the task that this format may use
     task, count ──RowOrder──▶ pass = count // rows of the task, and the row at place count % rows in that pass's order
-    task, row ──Pool──▶ exemplars, if the format is few_shot
+    task, row ──ExemplarPool──▶ exemplars, if the format is few_shot
 
-A task of 100 rows that is drawn for the 250th time (count 249) is in pass 2, at place 49 of that pass. Nothing has state: any
-range of positions can be computed alone, at the same cost wherever it lies and however large the datasets are.
+With seed 7, a task `qa` of 4 rows and weight 3 and a task `nli` of 2 rows and weight 1, the first positions are:
+
+    position    0          1          2          3          4          5          6          7
+    task        qa         nli        qa         qa         qa         nli        qa         qa
+    count       0          0          1          2          3          1          4          5
+    pass, row   0, 0       0, 0       0, 1       0, 3       0, 2       0, 1       1, 2       1, 1
+    format      zero_shot  few_shot   zero_shot  zero_shot  zero_shot  zero_shot  zero_shot  zero_shot
+
+Each pass has every row once, in an order of its own. Nothing has state: any range of positions can be computed alone, at the same
+cost wherever it lies and however large the datasets are.
 """
 
 from __future__ import annotations
@@ -118,6 +126,7 @@ class Plan:
         return {name: Fraction(weight, total) for name, weight in zip(self.tasks, self._interleave.weights, strict=True)}
 
     def task_at(self, position: int) -> str:
+        """Name of the task at a position."""
         return self._trained_tasks[int(self._interleave.assign(np.array([position]))[0][0])].name
 
     def count(self, task: str, position: int) -> int:

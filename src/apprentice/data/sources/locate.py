@@ -61,6 +61,7 @@ class Source:
 
     @property
     def rows(self) -> int:
+        """Number of rows."""
         return sum(self.group_rows)
 
 
