@@ -23,14 +23,15 @@ import torch.multiprocessing
 from apprentice.data.stream import Corpus, make_corpus, render_window
 from apprentice.models.loading import load_model, resolve_dtype
 from apprentice.pretrained.hub import local_folder
-from apprentice.recipe import DPO, Recipe
+from apprentice.recipe import Recipe
 from apprentice.run.folder import Run, open_run
 from apprentice.tasks.builtin import rows
 from apprentice.tasks.registry import find_tasks
 from apprentice.train.batch import PackedRows
 from apprentice.train.distributed.driver import train
 from apprentice.train.engine.deepspeed_config import micro_batch
-from apprentice.train.losses.preference import PreferenceLoss
+from apprentice.train.losses.preference import answer_log_probabilities
+from apprentice.train.losses.target_losses import TargetLosses
 
 WARM_UP = 2  # first steps, which are not measured
 RATE, RANK = 1e-4, 16
@@ -97,17 +98,17 @@ def reference_seconds(corpus: Corpus) -> float:
     recipe = corpus.recipe
     dtype = resolve_dtype(recipe.model.dtype, "cpu")
     torch.set_num_threads(1)
-    loss = PreferenceLoss(load_model(recipe.model.base, dtype), DPO()).eval()
-    packed = PackedRows.of(render_window(corpus, 0))
+    targets = TargetLosses(load_model(recipe.model.base, dtype).eval())
+    packed = PackedRows.from_columns(render_window(corpus, 0))
     size = micro_batch(recipe.training, workers=1, length=corpus.row_length, on_gpu=False)
-    micros: list[Any] = packed.micros(size)[:5]
+    batches: list[Any] = packed.micro_batches(size)[:5]
     with torch.no_grad():
-        loss.log_probabilities(*micros[0].tensors)  # warm-up
+        answer_log_probabilities(targets, batches[0])  # warm-up
         begin = time.perf_counter()
-        for micro in micros[1:]:
-            loss.log_probabilities(*micro.tensors)
+        for batch in batches[1:]:
+            answer_log_probabilities(targets, batch)
         seconds = time.perf_counter() - begin
-    return seconds / sum(len(micro.tensors[3]) // 2 for micro in micros[1:])
+    return seconds / sum(len(batch.reference) // 2 for batch in batches[1:])
 
 
 def pairs_a_step(corpus: Corpus) -> int:

@@ -144,7 +144,7 @@ def _process(_: int, folder: str) -> None:
     for number, rows in enumerate(steps):
         if number == WARM_UP:
             begin, tokens, targets = _now(device), 0, 0
-        engine.train_step(rows.micros(engine.micro), 1.0 / rows.counted, recipe.training.optimizer.learning_rate)
+        engine.train_step(rows.micro_batches(engine.micro), 1.0 / rows.loss_denominator, recipe.training.optimizer.learning_rate)
         tokens, targets = tokens + rows.tokens, targets + rows.targets
     seconds = _now(device) - begin
     found = Found(targets / seconds, tokens / seconds, peak_memory(device), engine.micro, engine.trained[0])

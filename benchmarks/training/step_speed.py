@@ -37,7 +37,7 @@ from apprentice.run.folder import Run, open_run
 from apprentice.train.batch import PackedRows
 from apprentice.train.distributed.driver import train
 from apprentice.train.engine.deepspeed_config import micro_batch, rows_per_worker
-from apprentice.train.losses.sft import TargetLoss
+from apprentice.train.losses.sft import SupervisedLoss
 from apprentice.train.optimizer import adamw, learning_rate
 from benchmarks.figures import claim_stdout, compare, report
 from benchmarks.training import dpo_speed, peer_trainers
@@ -148,7 +148,7 @@ def bare_process(rank: int, file: str, workers: int) -> None:
     wrapped = TUNING_METHODS[recipe.tuning.method].wrap(load_model(recipe.model.base, dtype), recipe.tuning, recipe.seed).train()
     parameters = trainable_parameters(wrapped)
     optimizer = adamw(parameters, training.optimizer)
-    model: Any = torch.nn.parallel.DistributedDataParallel(TargetLoss(wrapped))
+    model: Any = torch.nn.parallel.DistributedDataParallel(SupervisedLoss(wrapped))
     micro = micro_batch(training, workers=workers, length=recipe.data.packing.length, on_gpu=False)
     rows = rows_per_worker(training, workers)
     targets, begin = 0, 0.0
@@ -157,13 +157,13 @@ def bare_process(rank: int, file: str, workers: int) -> None:
             begin = time.perf_counter()
         part = slice(rank * rows, (rank + 1) * rows)
         tables = (whole.input_ids, whole.positions, whole.segment_ids, whole.loss_mask)
-        micros = PackedRows(*(table[part] for table in tables), whole.facts[part]).micros(micro)
+        micros = PackedRows(*(table[part] for table in tables), whole.facts[part]).micro_batches(micro)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(training.optimizer, step, step, len(bare.steps))
         optimizer.zero_grad()
         for number, batch in enumerate(micros, start=1):
             model.require_backward_grad_sync = number == len(micros)
-            (model(batch.input_ids, batch.positions, batch.is_target) * (workers / whole.targets)).backward()
+            (model(batch) * (workers / whole.targets)).backward()
         torch.nn.utils.clip_grad_norm_(parameters.values(), training.optimizer.clip)
         optimizer.step()
         targets += whole.targets if step >= WARM_UP else 0
@@ -189,7 +189,7 @@ def steps_of(corpus: Corpus, count: int) -> list[PackedRows]:
             columns.setdefault(name, []).extend(values)
         window += 1
     cuts = (slice(start, start + batch) for start in range(0, count * batch, batch))
-    return [PackedRows.of({name: values[cut] for name, values in columns.items()}) for cut in cuts]
+    return [PackedRows.from_columns({name: values[cut] for name, values in columns.items()}) for cut in cuts]
 
 
 def measure_bare_loop(arguments: argparse.Namespace, storage: str, numbers: Iterator[int]) -> None:

@@ -104,7 +104,7 @@ def trained(recipe: Any, run: Any, corpus: Any, told: list[dict[str, Any]], *, u
                 if step == until:
                     raise KilledError
                 step += 1
-                yield PackedRows.of({name: values[:size] for name, values in left.items()})
+                yield PackedRows.from_columns({name: values[:size] for name, values in left.items()})
                 left = {name: values[size:] for name, values in left.items()}
 
     class Events:
@@ -124,7 +124,7 @@ def trained(recipe: Any, run: Any, corpus: Any, told: list[dict[str, Any]], *, u
 
     samples = SampleReplies(corpus.layout, recipe.training.sample_instructions)
     config = WorkerConfig(recipe, run, Goal(recipe.training.steps), corpus.row_length, samples=samples)
-    validation = PackedRows.of(validation_rows(corpus, min(2, validation_limit(recipe))))
+    validation = PackedRows.from_columns(validation_rows(corpus, min(2, validation_limit(recipe))))
     run_worker(config, found, rows(recipe.training.global_batch), validation, Events(), device=torch.device("cpu"))
 
 

@@ -84,8 +84,8 @@ def ours(case: dict[str, Any], rank: int) -> dict[str, Any]:
     found: dict[str, Any] = {"loss": [], "norm": []}
     for step in range(STEPS):
         mine = packed_rows(part, first=step * ROWS + rank * part, weighted=weighted)
-        together = Collectives().sum([mine.counted])[0]
-        outcome = engine.train_step(mine.micros(micro), 1.0 / together, 1e-3)
+        together = Collectives().sum([mine.loss_denominator])[0]
+        outcome = engine.train_step(mine.micro_batches(micro), 1.0 / together, 1e-3)
         found["loss"].append(Collectives().sum([outcome.nll])[0] / together)
         found["norm"].append(outcome.grad_norm)
         if step == 0:
@@ -111,7 +111,7 @@ def carried_on(
     second.restore(state.__getitem__, STEPS, engine.loss_scaling())
     restored = state_of(second)
     part = ROWS // made["workers"]
-    mine = packed_rows(part, first=800 + rank * part).micros(made["micro"])
+    mine = packed_rows(part, first=800 + rank * part).micro_batches(made["micro"])
     outcomes = [each.train_step(mine, 0.01, 1e-3) for each in (engine, second)]
     ends = [state_of(each) for each in (engine, second)]
     return {

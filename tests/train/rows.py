@@ -52,7 +52,7 @@ def packed_columns(count: int, seed: int = 0, first: int = 0, *, weighted: bool 
 
 
 def packed_rows(count: int, seed: int = 0, first: int = 0, *, weighted: bool = False) -> PackedRows:
-    return PackedRows.of(packed_columns(count, seed, first, weighted=weighted))
+    return PackedRows.from_columns(packed_columns(count, seed, first, weighted=weighted))
 
 
 def reply_rows(count: int, seed: int = 0) -> PackedRows:
@@ -63,7 +63,7 @@ def reply_rows(count: int, seed: int = 0) -> PackedRows:
         columns[name] = rng.normal(-6.2, 0.3, (count, LENGTH)).astype(np.float32)
     columns["advantages"] = [rng.normal(0, 1, number).astype(np.float32) for number in replies]
     columns["rewards"] = [np.arange(number, dtype=np.float32) for number in replies]
-    return PackedRows.of(columns)
+    return PackedRows.from_columns(columns)
 
 
 def examples_of(rows: PackedRows) -> list[tuple[torch.Tensor, torch.Tensor]]:

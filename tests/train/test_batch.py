@@ -9,13 +9,23 @@ import numpy as np
 import pytest
 import torch
 
-from apprentice.train.batch import PackedRows, micro_batch_rows
-from tests.train.rows import packed_rows
+from apprentice.train.batch import (
+    PackedRows,
+    PreferenceBatch,
+    RolloutBatch,
+    Seq2SeqBatch,
+    SupervisedBatch,
+    micro_batch_rows,
+    move_batch,
+)
+from tests.train.losses.test_preference import pair_rows
+from tests.train.pairs import paired_rows
+from tests.train.rows import packed_rows, reply_rows
 
 
 def tiny() -> PackedRows:
     """Row 0 holds examples of 3 and 2 tokens, row 1 one of 2 tokens; a row has 7 places."""
-    return PackedRows.of(
+    return PackedRows.from_columns(
         {
             "input_ids": [np.array([5, 6, 7, 8, 9, 0, 0], np.int32), np.array([5, 6, 0, 0, 0, 0, 0], np.int32)],
             "positions": [np.array([0, 1, 2, 0, 1, 0, 1], np.int32), np.array([0, 1, 0, 1, 2, 3, 4], np.int32)],
@@ -35,8 +45,8 @@ def test_no_rows_at_all() -> None:
     names = ("input_ids", "positions", "segment_ids", "loss_mask")
     columns: dict[str, Any] = {name: np.zeros((0, 7), np.int32) for name in names}
     others = ("window", "row", "examples", "example_tasks", "example_targets", "dropped")
-    rows = PackedRows.of(columns | {name: [] for name in others})
-    assert (len(rows), rows.tokens, rows.targets, rows.micros(2)) == (0, 0, 0, [])
+    rows = PackedRows.from_columns(columns | {name: [] for name in others})
+    assert (len(rows), rows.tokens, rows.targets, rows.micro_batches(2)) == (0, 0, 0, [])
 
 
 def test_counts_and_facts() -> None:
@@ -53,11 +63,11 @@ def test_a_target_in_the_first_place_cannot_be_predicted() -> None:
 
 
 def test_micros_leave_out_common_padding() -> None:
-    both = tiny().micros(2)
+    both = tiny().micro_batches(2)
     assert [tuple(micro.input_ids.shape) for micro in both] == [(2, 5)]
     assert both[0].positions.tolist() == [[0, 1, 2, 0, 1], [0, 1, 0, 1, 2]]
     assert both[0].is_target.dtype == torch.bool
-    assert [tuple(micro.input_ids.shape) for micro in tiny().micros(1)] == [(1, 5), (1, 2)]
+    assert [tuple(micro.input_ids.shape) for micro in tiny().micro_batches(1)] == [(1, 5), (1, 2)]
 
 
 def test_shares_cover_all_rows_once() -> None:
@@ -77,7 +87,37 @@ def test_automatic_micro_batch(rows: int, length: int, budget: int, expected: in
 
 def test_weights_of_examples_are_those_of_their_targets() -> None:
     rows = replace(tiny(), weights=[np.array([1.0, 0.5], np.float32), np.array([0.25], np.float32)])
-    micro = rows.micros(2)[0]
+    micro = rows.micro_batches(2)[0]
     assert micro.is_target.tolist() == [[0, 1, 1, 0, 0.5], [0, 0.25, 0, 0, 0]]
-    assert (rows.targets, rows.counted) == (4, 2.75)
-    assert rows.share(1, 2).micros(1)[0].is_target.tolist() == [[0, 0.25]]
+    assert (rows.targets, rows.loss_denominator) == (4, 2.75)
+    assert rows.share(1, 2).micro_batches(1)[0].is_target.tolist() == [[0, 0.25]]
+
+
+def test_an_encoder_decoders_tensors_are_known_by_name() -> None:
+    rows = paired_rows(2)
+    [batch] = rows.micro_batches(2)
+    assert isinstance(batch, Seq2SeqBatch)
+    for name, array in (("segment_ids", rows.segment_ids), ("target_positions", rows.target_positions)):
+        tensor = getattr(batch, name)
+        assert array is not None
+        assert tensor.tolist() == array[:, : tensor.shape[1]].tolist()
+    assert not hasattr(batch, "positions")  # those of its prompts are not needed
+
+
+@pytest.mark.parametrize(
+    ("rows", "kind"), [(pair_rows(2), PreferenceBatch), (reply_rows(2), RolloutBatch), (tiny(), SupervisedBatch)]
+)
+def test_every_objective_has_its_own_batch(rows: PackedRows, kind: type) -> None:
+    [batch] = rows.micro_batches(len(rows))
+    assert isinstance(batch, kind)
+    moved = move_batch(batch, torch.device("meta"))
+    assert type(moved) is kind
+    assert [tensor.shape for tensor in moved] == [tensor.shape for tensor in batch]
+    assert {tensor.device.type for tensor in moved} == {"meta"}
+
+
+def test_a_batch_may_have_no_positions() -> None:
+    [_, alone] = tiny().micro_batches(1)
+    assert isinstance(alone, SupervisedBatch)
+    assert alone.positions is None
+    assert move_batch(alone, torch.device("meta")).positions is None

@@ -15,10 +15,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from apprentice.errors import TrainingError
 from apprentice.recipe import Optimizer
 from apprentice.train import loop
-from apprentice.train.batch import Micro, PackedRows
+from apprentice.train.batch import MicroBatch, PackedRows
 from apprentice.train.engine.collectives import Collectives
 from apprentice.train.loop import LoopCallback, LoopConfig, train_loop, validation_loss
-from apprentice.train.losses.sft import TargetLoss
+from apprentice.train.losses.sft import SupervisedLoss
 from apprentice.train.optimizer import adamw
 from apprentice.train.state import Goal, State, StepOutcome
 from tests.train.rows import packed_columns, packed_rows
@@ -37,20 +37,20 @@ class PlainEngine:
             num_attention_heads=2,
             attention_dropout=dropout,
         )
-        self.model = TargetLoss(LlamaForCausalLM(config)).train()
+        self.model = SupervisedLoss(LlamaForCausalLM(config)).train()
         self.optimizer = adamw(dict(self.model.named_parameters()), OPTIMIZER)
         self.rates: list[float] = []
 
-    def _nll(self, micro: Micro) -> torch.Tensor:
-        nll: torch.Tensor = self.model(micro.input_ids, micro.positions, micro.is_target)
+    def _nll(self, batch: MicroBatch) -> torch.Tensor:
+        nll: torch.Tensor = self.model(batch)
         return nll
 
-    def train_step(self, micros: Sequence[Micro], scale: float, rate: float) -> StepOutcome:
+    def train_step(self, batches: Sequence[MicroBatch], scale: float, rate: float) -> StepOutcome:
         self.rates.append(rate)
         self.optimizer.zero_grad()
         total = 0.0
-        for micro in micros:
-            nll = self._nll(micro)
+        for batch in batches:
+            nll = self._nll(batch)
             (nll * scale).backward()
             total += nll.item()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -58,9 +58,9 @@ class PlainEngine:
         self.optimizer.step()
         return StepOutcome(total, float(norm))
 
-    def validation_nll(self, micro: Micro) -> float:
+    def validation_nll(self, batch: MicroBatch) -> float:
         with torch.no_grad():
-            return self._nll(micro).item()
+            return self._nll(batch).item()
 
 
 def stream(start: int = 0, rows: int = 4) -> Iterator[PackedRows]:
@@ -161,7 +161,7 @@ def test_tokens_end_the_run_with_the_step_that_crosses() -> None:
 
 
 def test_positions_count_all_of_finished_windows() -> None:
-    first, second = PackedRows.of(packed_columns(4)), joined(packed_columns(2, first=4), packed_columns(2, window=1))
+    first, second = PackedRows.from_columns(packed_columns(4)), joined(packed_columns(2, first=4), packed_columns(2, window=1))
     end, _, _ = run(PlainEngine(), iter([first, second]), State(), config(steps=2))
     in_second_window = sum(len(fact.examples) for fact in second.facts[2:])
     assert (end.window, end.row, end.positions) == (1, 2, 1024 + in_second_window)
@@ -182,7 +182,7 @@ def joined(*parts: dict[str, Any], window_rows: int | None = None) -> PackedRows
     """The rows of one step; with `window_rows`, of windows with so many."""
     columns = {name: [value for part in parts for value in part[name]] for name in parts[0]}
     counts = {} if window_rows is None else {"window_rows": [window_rows] * len(columns["row"])}
-    return PackedRows.of(columns | counts)
+    return PackedRows.from_columns(columns | counts)
 
 
 def test_a_stream_that_begins_elsewhere_is_refused() -> None:
@@ -227,7 +227,7 @@ def test_examples_are_of_their_rows_window() -> None:
     columns = packed_columns(4)
     columns["window"] = [3] * 4
     with pytest.raises(TrainingError, match="row 0 of window 3 holds the plan's position 0, which is of window 0"):
-        run(PlainEngine(), iter([PackedRows.of(columns)]), State(window=3), config())
+        run(PlainEngine(), iter([PackedRows.from_columns(columns)]), State(window=3), config())
 
 
 def test_a_stream_that_ends_early() -> None:
@@ -240,8 +240,8 @@ def test_a_loss_that_is_no_number_stops_with_step_and_examples() -> None:
     callback = Recorder()
 
     class Broken(PlainEngine):
-        def train_step(self, micros: Sequence[Micro], scale: float, rate: float) -> StepOutcome:
-            outcome = engine.train_step(micros, scale, rate)
+        def train_step(self, batches: Sequence[MicroBatch], scale: float, rate: float) -> StepOutcome:
+            outcome = engine.train_step(batches, scale, rate)
             return StepOutcome(math.nan, outcome.grad_norm) if len(engine.rates) == 2 else outcome
 
     with pytest.raises(TrainingError, match=r"step 2: the loss or its gradient is not a number .* positions 40, 41"):
@@ -253,7 +253,7 @@ def test_a_loss_that_is_no_number_stops_with_step_and_examples() -> None:
 def test_validation_loss() -> None:
     engine = PlainEngine()
     rows = packed_rows(5)
-    expected = sum(engine.validation_nll(micro) for micro in rows.micros(1)) / rows.targets
+    expected = sum(engine.validation_nll(micro) for micro in rows.micro_batches(1)) / rows.targets
     assert validation_loss(engine, rows, 2, Collectives()) == pytest.approx(expected, rel=1e-6)
     assert validation_loss(engine, rows.share(5, 6), 2, Collectives()) is None
 

@@ -22,7 +22,7 @@ from apprentice.models.loading import count_parameters, load_model, resolve_dtyp
 from apprentice.models.tuning.methods import TUNING_METHODS
 from apprentice.pretrained.hub import local_folder
 from apprentice.train.batch import PackedRows
-from apprentice.train.losses.registry import loss_of
+from apprentice.train.losses.registry import create_loss
 
 LARGEST = 1_500_000_000  # parameters; a larger model would take this process minutes and tens of GiB
 LEAST_EXAMPLES = 5  # of a task in the window; if all of so many are cut, it is not by chance
@@ -41,7 +41,7 @@ class Speed:
 def render_first_rows(corpus: Corpus) -> PackedRows:
     """Packed rows of the first window that has any. Raises `DataError` if the first eight windows have none."""
     for window in range(8):
-        rows = PackedRows.of(render_window(corpus, window))
+        rows = PackedRows.from_columns(render_window(corpus, window))
         if len(rows):
             return rows
     raise DataError(
@@ -147,10 +147,12 @@ def compare_packing(corpus: Corpus, rows: PackedRows) -> str:
     if not several:
         return "no row of the first window holds two examples"
     row = _share(rows, min(several, key=lambda row: int((rows.segment_ids[row] > 0).sum())))
-    loss = loss_of(load_model(recipe.model.base, torch.float32, recipe.model.attention, trust=recipe.model.trust), recipe.training)
+    loss = create_loss(
+        load_model(recipe.model.base, torch.float32, recipe.model.attention, trust=recipe.model.trust), recipe.training
+    )
     with torch.no_grad():
-        together = float(loss(*row.micros(1)[0].tensors))
-        apart = sum(float(loss(*one.micros(1)[0].tensors)) for one in _alone(row))
+        together = float(loss(row.micro_batches(1)[0]))
+        apart = sum(float(loss(one.micro_batches(1)[0])) for one in _alone(row))
     if abs(together - apart) > _CLOSE * max(abs(apart), 1.0):
         raise ModelError(
             f"packed examples see each other in this model: a row's loss is {together:.5g}, its examples' alone {apart:.5g};"
@@ -192,19 +194,19 @@ def measure_speed(corpus: Corpus, rows: PackedRows) -> Speed:
     dtype = resolve_dtype(recipe.model.dtype, "cpu")
     settings: dict[str, Any] = {"head": recipe.head, "trust": recipe.model.trust}
     model = load_model(recipe.model.base, dtype, recipe.model.attention, **settings)
-    loss = loss_of(TUNING_METHODS[recipe.tuning.method].wrap(model, recipe.tuning, recipe.seed), recipe.training).train()
+    loss = create_loss(TUNING_METHODS[recipe.tuning.method].wrap(model, recipe.tuning, recipe.seed), recipe.training).train()
     fitting = [row for row in range(len(rows)) if int((rows.segment_ids[row] > 0).sum()) <= TOKENS] or [0]
     row = _share(rows, max(fitting, key=lambda row: int((rows.segment_ids[row] > 0).sum())))
     threads = torch.get_num_threads()
     torch.set_num_threads(max(1, int(recipe.training.resources.cpus)))
     try:
         with torch.no_grad():
-            loss(*row.micros(1)[0].tensors)  # warm-up
+            loss(row.micro_batches(1)[0])  # warm-up
             began = time.perf_counter()
-            loss(*row.micros(1)[0].tensors)
+            loss(row.micro_batches(1)[0])
             reading = row.tokens / (time.perf_counter() - began)
         began = time.perf_counter()
-        loss(*row.micros(1)[0].tensors).backward()
+        loss(row.micro_batches(1)[0]).backward()
         return Speed(row.tokens / (time.perf_counter() - began), reading)
     finally:
         torch.set_num_threads(threads)

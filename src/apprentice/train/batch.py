@@ -1,13 +1,18 @@
 """Batches: packed rows as NumPy arrays from the data pipeline, and micro-batches of tensors for one forward pass.
 
-Two examples of 3 and 2 tokens in a row of 6, each with one answer token:
+Two examples of 3 and 2 tokens in a row of 6, each with one answer token, and in a second row one of 2:
 
-    input_ids    a a b c d 0
-    positions    0 1 2 0 1 0      restart at 0 with each example and with the padding
-    segment_ids  1 1 1 2 2 0      number of the example in its row; 0 is padding
-    loss_mask    0 0 1 0 1 0      1 on target tokens
+    input_ids    a a b c d 0 | e f 0 0 0 0
+    positions    0 1 2 0 1 0 | 0 1 0 1 2 3      restart at 0 with each example and with the padding
+    segment_ids  1 1 1 2 2 0 | 1 1 0 0 0 0      number of the example in its row; 0 is padding
+    loss_mask    0 0 1 0 1 0 | 0 1 0 0 0 0      1 on target tokens
 
-The columns are described in `apprentice.data.window`.
+`PackedRows(…).micro_batches(2)` gives one `SupervisedBatch` of shape (2, 5), without the last column, padding in both rows; its
+`is_target` is `loss_mask` as booleans. If the examples were answers, the first row would be a pair, in a `PreferenceBatch` with
+
+    answers      0 0 0 1 1        0 is the better answer of the first pair, 1 the worse one
+
+The columns are described in `apprentice.data.window`. There is a batch type for each objective, and each loss takes its own.
 """
 
 from __future__ import annotations
@@ -15,7 +20,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -35,39 +40,81 @@ class RowFacts(NamedTuple):
     window_rows: int | None = None  # rows in the window; None where every window has the same number
 
 
-class Micro(NamedTuple):
-    """A micro-batch: the tensors of one forward pass, in the order in which the objective's loss takes them.
+class SupervisedBatch(NamedTuple):
+    """Micro-batch of objective `sft` for a causal model; all tensors are (rows, length).
 
-    sft, causal            input_ids, positions (or None), is_target
-    sft, encoder-decoder   input_ids, segment_ids, target_ids, target_positions, target_segment_ids, is_target
-    dpo, reward            input_ids, positions, answers, reference, is_target
-    grpo                   input_ids, positions, replies, written, reference, advantages, rewards, is_target
-
-    Ids, positions and numbers are int64; log-probabilities, advantages and rewards float32.
+    `positions` restart with each example of a row; they are None where each row has just one. `is_target` is boolean, or float32
+    where examples weigh differently: the weight of each target token in the loss, 0 for other tokens.
     """
 
-    tensors: tuple[Tensor | None, ...]
+    input_ids: Tensor
+    positions: Tensor | None
+    is_target: Tensor
 
-    @property
-    def input_ids(self) -> Tensor:
-        first = self.tensors[0]
-        assert first is not None
-        return first
 
-    @property
-    def positions(self) -> Tensor | None:
-        """Positions of a causal model's tokens, (rows, length), restarting with each example; None if all rows have just one."""
-        return self.tensors[1]
+class Seq2SeqBatch(NamedTuple):
+    """Micro-batch of objective `sft` for an encoder-decoder: prompts (rows, length), the others (rows, target length).
 
-    @property
-    def is_target(self) -> Tensor:
-        """Boolean: true for target tokens; or float32: the weight of each target token in the loss, 0 for all other tokens."""
-        last = self.tensors[-1]
-        assert last is not None
-        return last
+    Segments number the examples of a row on both sides; 0 is padding. `target_ids` are the labels, not shifted; `is_target` is as
+    in `SupervisedBatch`.
+    """
 
-    def to(self, device: torch.device) -> Micro:
-        return Micro(tuple(tensor if tensor is None else tensor.to(device) for tensor in self.tensors))
+    input_ids: Tensor
+    segment_ids: Tensor
+    target_ids: Tensor
+    target_positions: Tensor
+    target_segment_ids: Tensor
+    is_target: Tensor
+
+
+class PreferenceBatch(NamedTuple):
+    """Micro-batch of objectives `dpo` and `reward`; tensors are (rows, length), but `reference`.
+
+    `answers` numbers each token's answer: 2p for the better and 2p + 1 for the worse answer of pair p. `reference` has the
+    log-probability of each answer under the reference model, float32 (answers,); for `reward`, which has no such model, zeros.
+    """
+
+    input_ids: Tensor
+    positions: Tensor
+    answers: Tensor
+    reference: Tensor
+    is_target: Tensor
+
+
+class RolloutBatch(NamedTuple):
+    """Micro-batch of objective `grpo`; tensors are (rows, length), but `advantages` and `rewards`, float32 (replies,).
+
+    `replies` numbers each token's reply. `policy_log_probs` and `reference_log_probs` are each token's log-probabilities under the
+    policy that wrote it and under the reference model, float32.
+    """
+
+    input_ids: Tensor
+    positions: Tensor
+    replies: Tensor
+    policy_log_probs: Tensor
+    reference_log_probs: Tensor
+    advantages: Tensor
+    rewards: Tensor
+    is_target: Tensor
+
+
+MicroBatch = SupervisedBatch | Seq2SeqBatch | PreferenceBatch | RolloutBatch
+AnyMicroBatch = TypeVar("AnyMicroBatch", bound=MicroBatch)
+
+
+def move_batch(batch: AnyMicroBatch, device: torch.device) -> AnyMicroBatch:
+    """`batch` with its tensors on `device`."""
+    fields: dict[str, Any] = {name: None if tensor is None else tensor.to(device) for name, tensor in batch._asdict().items()}
+    return type(batch)(**fields)
+
+
+# Fields of `PackedRows` and the pipeline's columns: arrays of one shape for all rows, and arrays that differ in length.
+_SIDES = ("target_ids", "target_positions", "target_segment_ids")
+_TABLES = {name: name for name in ("input_ids", "positions", "segment_ids", "loss_mask", *_SIDES)} | {
+    "policy_log_probs": "written",
+    "reference_log_probs": "held",
+}
+_RAGGED = {"weights": "example_weights", "reference": "reference", "advantages": "advantages", "rewards": "rewards"}
 
 
 @dataclass(frozen=True)
@@ -84,20 +131,18 @@ class PackedRows:
     target_segment_ids: NDArray[Any] | None = None
     weights: list[NDArray[Any]] | None = None  # each row's (examples,): loss weight of an example's target tokens
     reference: list[NDArray[Any]] | None = None  # preferences: each row's (answers,) log-probabilities of the reference
-    # On-policy rounds: (rows, length) log-probability of each token under the policy that wrote it (`written`) and under the
-    # reference (`held`); and each row's (replies,) advantages and rewards.
-    written: NDArray[Any] | None = None
-    held: NDArray[Any] | None = None
+    # On-policy rounds: (rows, length) log-probability of each token under the policy that wrote it and under the reference model;
+    # and each row's (replies,) advantages and rewards.
+    policy_log_probs: NDArray[Any] | None = None
+    reference_log_probs: NDArray[Any] | None = None
     advantages: list[NDArray[Any]] | None = None
     rewards: list[NDArray[Any]] | None = None
 
     @classmethod
-    def of(cls, columns: Mapping[str, Any]) -> PackedRows:
+    def from_columns(cls, columns: Mapping[str, Any]) -> PackedRows:
         """From the pipeline's columns: NumPy arrays or lists with one entry for each row."""
-        sides = ("target_ids", "target_positions", "target_segment_ids")
-        found = (name for name in (*sides, "written", "held") if name in columns)
-        wanted = ("input_ids", "positions", "segment_ids", "loss_mask", *found)
-        table: dict[str, Any] = {name: _table(columns[name]) for name in wanted}
+        tables = {name: _stack(columns[column]) for name, column in _TABLES.items() if column in columns}
+        ragged = {name: [np.asarray(row) for row in columns[column]] for name, column in _RAGGED.items() if column in columns}
         names = ("window", "row", "examples", "example_tasks", "example_targets", "dropped")
         facts = [
             RowFacts(int(window), int(row), _ints(examples), _ints(tasks), _ints(targets), json.loads(dropped) if dropped else {})
@@ -105,11 +150,8 @@ class PackedRows:
         ]
         if "window_rows" in columns:
             facts = [fact._replace(window_rows=int(rows)) for fact, rows in zip(facts, columns["window_rows"], strict=True)]
-        ragged = {"weights": "example_weights"} | {name: name for name in ("reference", "advantages", "rewards")}
-        more: dict[str, Any] = {
-            name: [np.asarray(row) for row in columns[column]] for name, column in ragged.items() if column in columns
-        }
-        return cls(**table, facts=facts, **more)
+        fields: dict[str, Any] = {**tables, **ragged}
+        return cls(**fields, facts=facts)
 
     def __len__(self) -> int:
         return len(self.facts)
@@ -127,8 +169,8 @@ class PackedRows:
         return int((counted > 0).sum())
 
     @property
-    def counted(self) -> float:
-        """The loss's denominator: the number of preference pairs or replies, else the sum of the target tokens' weights."""
+    def loss_denominator(self) -> float:
+        """What the summed loss is divided by: the number of preference pairs or replies, else the sum of the targets' weights."""
         if self.reference is not None or self.advantages is not None:
             return sum(len(row.examples) for row in self.facts)
         if self.weights is None:
@@ -143,47 +185,78 @@ class PackedRows:
         each = [np.append(np.float32(0), row)[places] for row, places in zip(self.weights[rows], segments[rows], strict=True)]
         return np.stack(each).astype(np.float32) * (self.loss_mask[rows] > 0)
 
-    def _targets_of(self, cut: tuple[slice, slice]) -> Tensor:
+    def _is_target(self, cut: tuple[slice, slice]) -> Tensor:
         """The `is_target` tensor of a micro-batch: boolean, or float32 weights."""
         if self.weights is None:
             return _tensor(self.loss_mask[cut], np.bool_)
         return _tensor(self._target_weights(cut[0])[:, cut[1]], np.float32)
 
-    def micros(self, size: int) -> list[Micro]:
+    def micro_batches(self, size: int) -> list[MicroBatch]:
         """Micro-batches of `size` rows (the last may be smaller). Columns at the end that are padding in all rows are cut off."""
-        return [self._micro(slice(start, start + size)) for start in range(0, len(self), size)]
+        return [self._batch(slice(start, start + size)) for start in range(0, len(self), size)]
 
-    def _micro(self, rows: slice) -> Micro:
+    def _batch(self, rows: slice) -> MicroBatch:
         cut = (rows, _used(self.segment_ids[rows]))
-        ids = _tensor(self.input_ids[cut])
+        if self.target_ids is not None:
+            return self._seq2seq(cut)
         if self.reference is not None:
-            return self._preferences(cut, ids, self.reference[rows])
-        if self.written is not None and self.held is not None and self.advantages is not None and self.rewards is not None:
-            tables = (_tensor(table[cut], np.float32) for table in (self.written, self.held))
-            numbers, known = self._numbered(cut, self.advantages[rows])
-            rewards = _joined(self.rewards[rows])
-            is_target = _tensor(self.loss_mask[cut], np.bool_)
-            return Micro((ids, _tensor(self.positions[cut]), numbers, *tables, known, rewards, is_target))
-        if self.target_ids is None or self.target_positions is None or self.target_segment_ids is None:
-            alone = int(self.segment_ids[rows].max(initial=0)) <= 1
-            return Micro((ids, None if alone else _tensor(self.positions[cut]), self._targets_of(cut)))
-        there = (rows, _used(self.target_segment_ids[rows]))
-        sides = (self.target_ids[there], self.target_positions[there], self.target_segment_ids[there])
-        return Micro((ids, _tensor(self.segment_ids[cut]), *map(_tensor, sides), self._targets_of(there)))
+            return self._pairs(cut)
+        if self.reference_log_probs is not None:
+            return self._replies(cut)
+        one_example = int(self.segment_ids[rows].max(initial=0)) <= 1
+        positions = None if one_example else _tensor(self.positions[cut])
+        return SupervisedBatch(_tensor(self.input_ids[cut]), positions, self._is_target(cut))
 
-    def _preferences(self, cut: tuple[slice, slice], ids: Tensor, reference: list[NDArray[Any]]) -> Micro:
-        answers, known = self._numbered(cut, reference)
-        is_target = _tensor(self.loss_mask[cut], np.bool_)
-        return Micro((ids, _tensor(self.positions[cut]), answers, known, is_target))
+    def _seq2seq(self, cut: tuple[slice, slice]) -> Seq2SeqBatch:
+        assert self.target_ids is not None
+        assert self.target_positions is not None
+        assert self.target_segment_ids is not None
+        answers = (cut[0], _used(self.target_segment_ids[cut[0]]))
+        return Seq2SeqBatch(
+            input_ids=_tensor(self.input_ids[cut]),
+            segment_ids=_tensor(self.segment_ids[cut]),
+            target_ids=_tensor(self.target_ids[answers]),
+            target_positions=_tensor(self.target_positions[answers]),
+            target_segment_ids=_tensor(self.target_segment_ids[answers]),
+            is_target=self._is_target(answers),
+        )
 
-    def _numbered(self, cut: tuple[slice, slice], values: list[NDArray[Any]]) -> tuple[Tensor, Tensor]:
-        """Number of each token's answer, (rows, length), and the `values` of all answers, (answers,).
+    def _pairs(self, cut: tuple[slice, slice]) -> PreferenceBatch:
+        assert self.reference is not None
+        reference = self.reference[cut[0]]
+        return PreferenceBatch(
+            input_ids=_tensor(self.input_ids[cut]),
+            positions=_tensor(self.positions[cut]),
+            answers=self._numbers(cut, reference),
+            reference=_joined(reference),
+            is_target=_tensor(self.loss_mask[cut], np.bool_),
+        )
+
+    def _replies(self, cut: tuple[slice, slice]) -> RolloutBatch:
+        assert self.policy_log_probs is not None
+        assert self.reference_log_probs is not None
+        assert self.advantages is not None
+        assert self.rewards is not None
+        advantages = self.advantages[cut[0]]
+        return RolloutBatch(
+            input_ids=_tensor(self.input_ids[cut]),
+            positions=_tensor(self.positions[cut]),
+            replies=self._numbers(cut, advantages),
+            policy_log_probs=_tensor(self.policy_log_probs[cut], np.float32),
+            reference_log_probs=_tensor(self.reference_log_probs[cut], np.float32),
+            advantages=_joined(advantages),
+            rewards=_joined(self.rewards[cut[0]]),
+            is_target=_tensor(self.loss_mask[cut], np.bool_),
+        )
+
+    def _numbers(self, cut: tuple[slice, slice], values: list[NDArray[Any]]) -> Tensor:
+        """Number of each token's answer, (rows, length), where `values` has each row's (answers,) values.
 
         Answers are numbered through all rows: segments [1, 1, 2, 2] and [1, 2, 2, 0] give [0, 0, 1, 1] and [2, 3, 3, 1]. The number
         of a padding token means nothing.
         """
         before = np.cumsum([0, *map(len, values)])[:-1]
-        return _tensor(self.segment_ids[cut] - 1 + before[:, None]), _joined(values)
+        return _tensor(self.segment_ids[cut] - 1 + before[:, None])
 
     def share(self, rank: int, workers: int) -> PackedRows:
         """This worker's rows: every `workers`-th one, beginning with row `rank`."""
@@ -203,7 +276,7 @@ def _tensor(array: NDArray[Any], dtype: Any = np.int64) -> Tensor:
     return torch.from_numpy(array.astype(dtype))
 
 
-def _table(rows: Any) -> NDArray[Any]:
+def _stack(rows: Any) -> NDArray[Any]:
     return rows if isinstance(rows, np.ndarray) and rows.ndim == 2 else np.stack(list(rows))
 
 

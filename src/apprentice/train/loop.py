@@ -23,7 +23,7 @@ import torch
 
 from apprentice.errors import TrainingError
 from apprentice.recipe import Optimizer
-from apprentice.train.batch import Micro, PackedRows, RowFacts
+from apprentice.train.batch import MicroBatch, PackedRows, RowFacts
 from apprentice.train.engine.collectives import Collectives
 from apprentice.train.optimizer import learning_rate
 from apprentice.train.state import Goal, State, StepOutcome
@@ -34,13 +34,13 @@ RECENT_STEPS = 20  # over which speed and remaining time are averaged
 class ValidationEngine(Protocol):
     """Anything that computes the summed validation loss of a micro-batch."""
 
-    def validation_nll(self, micro: Micro) -> float: ...
+    def validation_nll(self, batch: MicroBatch) -> float: ...
 
 
 class TrainingEngine(Protocol):
     """Anything that makes optimizer steps, such as `DeepSpeedEngine`."""
 
-    def train_step(self, micros: Sequence[Micro], scale: float, rate: float) -> StepOutcome: ...
+    def train_step(self, batches: Sequence[MicroBatch], scale: float, rate: float) -> StepOutcome: ...
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,7 @@ def _one_step(
     rate = learning_rate(config.optimizer, state.step, config.goal.reached(state) * estimate, estimate)
     torch.manual_seed(_step_seed(config.seed, state.step, collectives.rank))
     counted = step.counted or 1  # a step without target tokens has loss 0; do not divide by 0
-    outcome = engine.train_step(rows.micros(config.micro_batch), 1.0 / counted, rate)
+    outcome = engine.train_step(rows.micro_batches(config.micro_batch), 1.0 / counted, rate)
     loss, *figures = (total / counted for total in collectives.sum([outcome.nll, *outcome.figures.values()]))
     _advance(state, step, config.window, loss)
     return outcome._replace(figures=dict(zip(outcome.figures, figures, strict=True))), rate
@@ -181,17 +181,17 @@ def _one_step(
 
 def validation_loss(engine: ValidationEngine, rows: PackedRows, micro: int, collectives: Collectives) -> float | None:
     """Mean loss over the target tokens (or pairs) of `rows`; None without any. All workers must call it with the same rows."""
-    if len(rows) == 0 or rows.counted == 0:
+    if len(rows) == 0 or rows.loss_denominator == 0:
         return None
-    mine = rows.share(collectives.rank, collectives.workers).micros(micro)
+    mine = rows.share(collectives.rank, collectives.workers).micro_batches(micro)
     # ZeRO-3 gathers weights in each pass, so all workers make equally many: one with fewer repeats one, uncounted.
     rounds = math.ceil(math.ceil(len(rows) / collectives.workers) / micro)
-    spare = rows.micros(micro)[0]
+    spare = rows.micro_batches(micro)[0]
     nll = 0.0
     for number in range(rounds):
         value = engine.validation_nll(mine[number] if number < len(mine) else spare)
         nll += value if number < len(mine) else 0.0
-    return collectives.sum([nll])[0] / rows.counted
+    return collectives.sum([nll])[0] / rows.loss_denominator
 
 
 def _next_rows(batches: Iterator[PackedRows], state: State) -> PackedRows:
@@ -203,7 +203,7 @@ def _next_rows(batches: Iterator[PackedRows], state: State) -> PackedRows:
 
 
 def _gather_step(rows: PackedRows, callback: LoopCallback, collectives: Collectives) -> _GlobalStep:
-    mine = (rows.facts, rows.tokens, rows.targets, rows.counted, callback.is_checkpoint_requested(), callback.has_saved())
+    mine = (rows.facts, rows.tokens, rows.targets, rows.loss_denominator, callback.is_checkpoint_requested(), callback.has_saved())
     parts, tokens, targets, counted, requests, saves = zip(*collectives.gather(mine), strict=True)
     facts = sorted((fact for part in parts for fact in part), key=lambda fact: (fact.window, fact.row))
     return _GlobalStep(facts, sum(tokens), sum(targets), sum(counted), any(requests), all(saves))

@@ -29,8 +29,8 @@ from apprentice.train.engine.collectives import Collectives
 from apprentice.train.engine.deepspeed import DeepSpeedEngine, enable_activation_checkpointing
 from apprentice.train.engine.deepspeed_config import micro_batch, rows_per_worker
 from apprentice.train.loop import LoopCallback, LoopConfig, train_loop, validation_loss
-from apprentice.train.losses.registry import loss_of
-from apprentice.train.losses.sft import TargetLoss
+from apprentice.train.losses.objective_loss import ObjectiveLoss
+from apprentice.train.losses.registry import create_loss
 from apprentice.train.memory.batch_size import has_room, largest_that_fits
 from apprentice.train.memory.estimate import estimate_memory
 from apprentice.train.memory.measure import OutOfMemoryAdvisor, peak_memory
@@ -198,7 +198,7 @@ def find_micro_batch(
     device: torch.device,
     collectives: Collectives,
     *,
-    loss: TargetLoss | None = None,
+    loss: ObjectiveLoss | None = None,
 ) -> int:
     """The largest micro-batch (rows of `length` tokens) that every worker has memory for, found by trial passes.
 
@@ -207,7 +207,7 @@ def find_micro_batch(
     training = recipe.training
     if training.activation_checkpointing:
         enable_activation_checkpointing(model)
-    loss = loss or loss_of(model, training, number_formats(training.optimizer, dtype).autocast).to(device).train()
+    loss = loss or create_loss(model, training, number_formats(training.optimizer, dtype).autocast).to(device).train()
     trained, _ = count_trainable(model)
     state = estimate_memory(recipe, 0, trained, dtype, collectives.workers)
     reserved = state.gradients + state.optimizer

@@ -16,7 +16,7 @@ from apprentice.recipe import Recipe, load_recipe
 from apprentice.storage import Folder
 from apprentice.train.checkpoint import format as checkpoints
 from apprentice.train.distributed.async_validation import CheckpointValidator, validates_asynchronously
-from apprentice.train.losses.sft import TargetLoss
+from apprentice.train.losses.sft import SupervisedLoss
 from apprentice.train.state import State
 from tests.support.recipes import tiny_recipe
 from tests.train.rows import packed_rows
@@ -58,7 +58,7 @@ def test_the_loss_is_that_of_the_weights_in_the_checkpoint(method: str, tmp_path
     tensors = [(f"weight/{name}", parameter.detach().clone()) for name, parameter in trainable_parameters(model).items()]
     saved = checkpoints.write_checkpoint(Folder.at(tmp_path / "saved"), tensors, State(step=2), {"dtype": "float32"})
     with torch.no_grad():
-        summed = sum(float(TargetLoss(model)(*micro.tensors)) for micro in rows.micros(1))
+        summed = sum(float(SupervisedLoss(model)(micro)) for micro in rows.micro_batches(1))
     told: list[dict[str, Any]] = []
     prompt = torch.tensor([[5, 6, 7]])
 

@@ -22,8 +22,8 @@ from apprentice.train.batch import PackedRows
 from apprentice.train.engine.collectives import Collectives
 from apprentice.train.engine.deepspeed import DeepSpeedEngine
 from apprentice.train.loop import validation_loss
-from apprentice.train.losses import sft
-from apprentice.train.losses.registry import loss_of
+from apprentice.train.losses import target_losses
+from apprentice.train.losses.registry import create_loss
 from apprentice.train.optimizer import make_optimizer
 from tests.train.losses.test_preference import pair_rows
 from tests.train.pair import fresh, state_of
@@ -86,8 +86,8 @@ def sharded(case: dict[str, Any], rank: int, workers: int, folder: Path) -> dict
     result: dict[str, Any] = {"loss": [], "norm": []}
     for step in range(STEPS):
         mine = rows_of(case, step, rank, workers)
-        counted = Collectives().sum([mine.counted])[0]
-        outcome = engine.train_step(mine.micros(ROWS // 2), 1.0 / counted, RATE)
+        counted = Collectives().sum([mine.loss_denominator])[0]
+        outcome = engine.train_step(mine.micro_batches(ROWS // 2), 1.0 / counted, RATE)
         result["loss"].append(Collectives().sum([outcome.nll])[0] / counted)
         result["norm"].append(outcome.grad_norm)
     result["validation"] = validation_loss(engine, rows_of(case, STEPS, 0, workers), ROWS // 2, Collectives())
@@ -99,7 +99,7 @@ def plain(case: dict[str, Any], workers: int, folder: Path) -> dict[str, Any]:
     """The same steps in one process, in plain PyTorch, with all logits at once."""
     training = settings(case, workers).model_copy(update={"activation_checkpointing": False})
     model = model_of(case, folder)
-    loss_module = loss_of(model, training).train()
+    loss_module = create_loss(model, training).train()
     parameters = trainable_parameters(model)
     optimizer = make_optimizer(parameters, training.optimizer)
     for group in optimizer.param_groups:
@@ -107,8 +107,8 @@ def plain(case: dict[str, Any], workers: int, folder: Path) -> dict[str, Any]:
     result: dict[str, Any] = {"loss": [], "norm": []}
     for step in range(STEPS):
         parts = [rows_of(case, step, rank, workers) for rank in range(workers)]
-        counted = sum(part.counted for part in parts)
-        losses = [loss_module(*micro.tensors) for part in parts for micro in part.micros(1)]
+        counted = sum(part.loss_denominator for part in parts)
+        losses = [loss_module(batch) for part in parts for batch in part.micro_batches(1)]
         loss = torch.stack(losses).sum() / counted
         optimizer.zero_grad()
         loss.backward()
@@ -117,9 +117,9 @@ def plain(case: dict[str, Any], workers: int, folder: Path) -> dict[str, Any]:
         optimizer.step()
     rows = rows_of(case, STEPS, 0, workers)
     with torch.no_grad():
-        summed = sum(float(loss_module(*micro.tensors)) for micro in rows.micros(1))
+        summed = sum(float(loss_module(batch)) for batch in rows.micro_batches(1))
     weights = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-    return result | {"validation": summed / rows.counted, "weights": weights}
+    return result | {"validation": summed / rows.loss_denominator, "weights": weights}
 
 
 def process(rank: int, workers: int, folder: str, cases: list[dict[str, Any]]) -> None:
@@ -128,7 +128,7 @@ def process(rank: int, workers: int, folder: str, cases: list[dict[str, Any]]) -
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(workers), MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=workers)
-    sft.CHUNK_NUMBERS = CHUNK * 512
+    target_losses.CHUNK_NUMBERS = CHUNK * 512
     results = []
     for case in cases:
         results.append(sharded(case, rank, workers, Path(folder)))

@@ -13,8 +13,9 @@ import pytest
 import torch
 import torch.multiprocessing
 
-from apprentice.train.losses import sft
-from apprentice.train.losses.sft import TargetLoss
+from apprentice.train.batch import SupervisedBatch
+from apprentice.train.losses import target_losses
+from apprentice.train.losses.sft import SupervisedLoss
 from tests.models.architectures import made
 from tests.train.losses import sharded_training
 from tests.train.rows import packed_rows
@@ -40,18 +41,17 @@ NAMES = ["-".join(map(str, (workers, *case.values()))) for workers, case in CASE
 @pytest.fixture
 def in_chunks(monkeypatch: pytest.MonkeyPatch) -> int:
     """Makes chunks of this number of targets."""
-    monkeypatch.setattr(sft, "CHUNK_NUMBERS", 4 * VOCABULARY)
+    monkeypatch.setattr(target_losses, "CHUNK_NUMBERS", 4 * VOCABULARY)
     return 4
 
 
-def masked(targets: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Arguments of the loss with `targets` target tokens."""
-    micro = packed_rows(2).micros(2)[0]
-    assert micro.positions is not None
-    is_target = torch.zeros_like(micro.is_target)
+def batch_of(targets: int, *, weighted: bool = False) -> SupervisedBatch:
+    """A micro-batch with `targets` target tokens; `weighted`, each counts half."""
+    batch = packed_rows(2).micro_batches(2)[0]
+    is_target = torch.zeros_like(batch.is_target)
     for place in range(targets):
         is_target[place % 2, 1 + place // 2] = True
-    return micro.input_ids, micro.positions, is_target
+    return SupervisedBatch(batch.input_ids, batch.positions, is_target.float() * 0.5 if weighted else is_target)
 
 
 def rows_computed(model: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -68,10 +68,9 @@ def test_the_output_layer_is_called_once(targets: int, weighted: bool, in_chunks
     model = made("llama")
     calls: list[int] = []
     model.get_output_embeddings().register_forward_hook(lambda *_: calls.append(1))
-    loss = TargetLoss(model)
-    ids, positions, is_target = masked(targets)
+    loss = SupervisedLoss(model)
     for passes in (1, 2, 3):
-        loss(ids, positions, is_target.float() * 0.5 if weighted else is_target).backward()
+        loss(batch_of(targets, weighted=weighted)).backward()
         assert len(calls) == passes
 
 
@@ -81,20 +80,17 @@ def test_logits_are_computed_again_only_for_gradients_not_known_before(
 ) -> None:
     model = made("llama").to(getattr(torch, dtype))
     rows = rows_computed(model, monkeypatch)
-    ids, positions, is_target = masked(10)
-    TargetLoss(model)(ids, positions, is_target.float() if weighted else is_target).backward()
+    SupervisedLoss(model)(batch_of(10, weighted=weighted)).backward()
     assert rows == [4, 4, 2] * times
 
 
 @pytest.mark.parametrize("weighted", [False, True])
 def test_automatic_casts_are_those_of_all_logits_at_once(weighted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    ids, positions, is_target = masked(31)
-    given = (ids, positions, is_target.float() * 0.5 if weighted else is_target)
     results = []
     for numbers in (2**26, 4 * VOCABULARY):
-        monkeypatch.setattr(sft, "CHUNK_NUMBERS", numbers)
+        monkeypatch.setattr(target_losses, "CHUNK_NUMBERS", numbers)
         model = made("llama")
-        loss = TargetLoss(model, torch.bfloat16)(*given)
+        loss = SupervisedLoss(model, torch.bfloat16)(batch_of(31, weighted=weighted))
         loss.backward()
         results.append((loss.detach(), model.get_output_embeddings().weight.grad))
     (whole, of_whole), (chunked, of_chunked) = results
@@ -104,12 +100,11 @@ def test_automatic_casts_are_those_of_all_logits_at_once(weighted: bool, monkeyp
 
 def test_a_layer_with_modules_of_its_own_is_called_whole(in_chunks: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model = made("qwen2")
-    given = masked(31)
-    expected = TargetLoss(model)(*given)
+    expected = SupervisedLoss(model)(batch_of(31))
     inner = model.get_output_embeddings()
     model.set_output_embeddings(torch.nn.Sequential(inner))
     rows = rows_computed(model, monkeypatch)
-    torch.testing.assert_close(TargetLoss(model)(*given), expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(SupervisedLoss(model)(batch_of(31)), expected, rtol=1e-6, atol=0)
     assert rows == [31]
 
 
@@ -117,10 +112,10 @@ def test_a_layer_with_modules_of_its_own_is_called_whole(in_chunks: int, monkeyp
 def test_nothing_is_kept_after_the_backward_pass(targets: int, in_chunks: int) -> None:
     model, kept = made("llama"), []
     model.get_output_embeddings().register_forward_pre_hook(lambda _, given: kept.append(weakref.ref(given[0])))
-    loss = TargetLoss(model)
+    loss = SupervisedLoss(model)
     gc.disable()
     try:
-        loss(*masked(targets)).backward()
+        loss(batch_of(targets)).backward()
         assert kept[0]() is None
     finally:
         gc.enable()

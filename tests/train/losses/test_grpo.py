@@ -9,41 +9,42 @@ import pytest
 import torch
 
 from apprentice.recipe import GRPO
+from apprentice.train.batch import RolloutBatch
 from apprentice.train.losses.grpo import PolicyLoss, advantages
 from tests.models.architectures import made
 from tests.train.losses.test_preference import gradients, same
 from tests.train.rows import examples_of, packed_rows
 
 
-def packed() -> tuple[dict[str, torch.Tensor], list[Any]]:
-    """The arguments of the loss for three packed rows, and each reply's ids and mask."""
+def packed() -> tuple[RolloutBatch, list[Any]]:
+    """A micro-batch of three packed rows, and each reply's ids and mask."""
     rows = packed_rows(3)
     before = np.cumsum([0, *(int(row.max()) for row in rows.segment_ids)])[:-1]
     replies = torch.from_numpy((rows.segment_ids - 1 + before[:, None]).astype(np.int64))
     shape, rng = rows.input_ids.shape, np.random.default_rng(3)
-    given = {
-        "input_ids": torch.from_numpy(rows.input_ids.astype(np.int64)),
-        "positions": torch.from_numpy(rows.positions.astype(np.int64)),
-        "replies": replies,
-        "written": torch.from_numpy(rng.normal(-6.2, 0.3, shape).astype(np.float32)),
-        "reference": torch.from_numpy(rng.normal(-6.2, 0.3, shape).astype(np.float32)),
-        "advantages": torch.from_numpy(rng.normal(0, 1, int(replies.max()) + 1).astype(np.float32)),
-        "rewards": torch.arange(int(replies.max()) + 1).float(),
-        "is_target": torch.from_numpy(rows.loss_mask > 0),
-    }
-    return given, examples_of(rows)
+    batch = RolloutBatch(
+        input_ids=torch.from_numpy(rows.input_ids.astype(np.int64)),
+        positions=torch.from_numpy(rows.positions.astype(np.int64)),
+        replies=replies,
+        policy_log_probs=torch.from_numpy(rng.normal(-6.2, 0.3, shape).astype(np.float32)),
+        reference_log_probs=torch.from_numpy(rng.normal(-6.2, 0.3, shape).astype(np.float32)),
+        advantages=torch.from_numpy(rng.normal(0, 1, int(replies.max()) + 1).astype(np.float32)),
+        rewards=torch.arange(int(replies.max()) + 1).float(),
+        is_target=torch.from_numpy(rows.loss_mask > 0),
+    )
+    return batch, examples_of(rows)
 
 
-def spelt_out(model: Any, grpo: GRPO, given: dict[str, torch.Tensor], texts: list[Any]) -> tuple[torch.Tensor, float, float]:
+def spelt_out(model: Any, grpo: GRPO, batch: RolloutBatch, texts: list[Any]) -> tuple[torch.Tensor, float, float]:
     """Loss, divergence and share of clipped tokens, summed over the replies."""
     total, divergence, clipped = torch.zeros(()), 0.0, 0.0
     for number, (ids, mask) in enumerate(texts):
-        here = (given["replies"] == number) & given["is_target"]
-        advantage = float(given["advantages"][number])
+        here = (batch.replies == number) & batch.is_target
+        advantage = float(batch.advantages[number])
         logits = model(input_ids=ids[None], use_cache=False).logits[0].float()
         own = torch.log_softmax(logits[:-1], dim=-1).gather(1, ids[1:, None])[:, 0][mask[1:]]
         each = []
-        for now, old, held in zip(own, given["written"][here], given["reference"][here], strict=True):
+        for now, old, held in zip(own, batch.policy_log_probs[here], batch.reference_log_probs[here], strict=True):
             ratio = torch.exp(now - old)
             plain, bounded = ratio * advantage, torch.clamp(ratio, 1 - grpo.clip, 1 + grpo.clip) * advantage
             apart = torch.exp(held - now) - (held - now) - 1
@@ -57,14 +58,14 @@ def spelt_out(model: Any, grpo: GRPO, given: dict[str, torch.Tensor], texts: lis
 @pytest.mark.parametrize(("beta", "clip"), [(0.04, 0.2), (0.0, 0.05)])
 def test_packed_replies_are_single_replies(beta: float, clip: float) -> None:
     grpo = GRPO(beta=beta, clip=clip)
-    given, texts = packed()
-    assert len(texts) == len(given["advantages"]) >= 6
+    batch, texts = packed()
+    assert len(texts) == len(batch.advantages) >= 6
     model = made("llama")
-    expected, divergence, clipped = spelt_out(model, grpo, given, texts)
+    expected, divergence, clipped = spelt_out(model, grpo, batch, texts)
     expected.backward()
     theirs = gradients(model)
     loss = PolicyLoss(model, grpo)
-    found = loss(**given)
+    found = loss(batch)
     found.backward()
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
     same(gradients(model), theirs)
@@ -72,7 +73,7 @@ def test_packed_replies_are_single_replies(beta: float, clip: float) -> None:
     assert float(loss.figures["clipped"]) == pytest.approx(clipped)
     assert 0 < clipped < len(texts)
     assert float(loss.figures["reward"]) == sum(range(len(texts)))
-    assert float(loss.figures["reply_tokens"]) == float(given["is_target"][:, 1:].sum())
+    assert float(loss.figures["reply_tokens"]) == float(batch.is_target[:, 1:].sum())
 
 
 def test_advantages_are_among_the_replies_to_one_prompt() -> None:

@@ -14,9 +14,9 @@ from apprentice.errors import ModelError
 from apprentice.models.loading import load_model
 from apprentice.models.reward import choice_rewards
 from apprentice.recipe import DPO
-from apprentice.train.batch import PackedRows
-from apprentice.train.losses.preference import PreferenceLoss, RewardLoss
-from apprentice.train.losses.sft import TargetLoss
+from apprentice.train.batch import PackedRows, SupervisedBatch
+from apprentice.train.losses.preference import PreferenceLoss, RewardLoss, answer_log_probabilities
+from apprentice.train.losses.sft import SupervisedLoss
 from tests.models.architectures import made
 from tests.train.rows import examples_of, packed_columns
 
@@ -39,7 +39,7 @@ def pair_rows(count: int = ROWS, seed: int = 0, **changes: Any) -> PackedRows:
         kept.append(even)
     rng = np.random.default_rng(5)
     columns["reference"] = [rng.normal(-20, 2, even).astype(np.float32) for even in kept]
-    return replace(PackedRows.of(columns), **changes).share(0, 2)
+    return replace(PackedRows.from_columns(columns), **changes).share(0, 2)
 
 
 def gradients(model: Any) -> dict[str, torch.Tensor]:
@@ -87,9 +87,8 @@ def trl_of(model: Any, folder: Path, tokenizer: Path, smoothing: float) -> Any:
 def test_loss_and_gradients_are_trls(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TQDM_DISABLE", "1")
     rows = pair_rows()
-    micro = rows.micros(ROWS)[0]
-    reference = micro.tensors[3]
-    assert reference is not None
+    micro = rows.micro_batches(ROWS)[0]
+    reference = micro.reference
     texts = examples_of(rows)
     assert len(texts) == len(reference) >= 6
     model = made("llama")
@@ -110,9 +109,9 @@ def test_loss_and_gradients_are_trls(tmp_path: Path, tiny_model: Path, monkeypat
     fresh = made("llama")
     pairs = len(reference) // 2
     loss = PreferenceLoss(fresh, DPO(beta=0.3))
-    ours = loss(*micro.tensors) / pairs
+    ours = loss(micro) / pairs
     ours.backward()
-    assert pairs == rows.counted
+    assert pairs == rows.loss_denominator
     torch.testing.assert_close(ours, theirs.float(), rtol=1e-5, atol=0)
     same(gradients(fresh), expected)
     shown = {name: float(value) / pairs for name, value in loss.figures.items()}
@@ -126,8 +125,8 @@ def test_loss_and_gradients_are_trls(tmp_path: Path, tiny_model: Path, monkeypat
 def test_packed_pairs_are_single_pairs(smoothing: float) -> None:
     rows, dpo = pair_rows(), DPO(beta=0.2, label_smoothing=smoothing)
     model = made("llama")
-    micro = rows.micros(ROWS)[0]
-    loss = PreferenceLoss(model, dpo)(*micro.tensors)
+    micro = rows.micro_batches(ROWS)[0]
+    loss = PreferenceLoss(model, dpo)(micro)
     loss.backward()
     ours = gradients(model)
     total = torch.zeros(())
@@ -148,8 +147,8 @@ def test_packed_pairs_are_single_pairs(smoothing: float) -> None:
 def test_micro_batches_add_up() -> None:
     rows, model = pair_rows(), made("llama")
     loss = PreferenceLoss(model, DPO())
-    whole = loss(*rows.micros(ROWS)[0].tensors)
-    parts = torch.stack([loss(*micro.tensors) for micro in rows.micros(1)]).sum()
+    whole = loss(rows.micro_batches(ROWS)[0])
+    parts = torch.stack([loss(micro) for micro in rows.micro_batches(1)]).sum()
     torch.testing.assert_close(whole, parts, rtol=1e-6, atol=0)
 
 
@@ -157,14 +156,12 @@ def test_a_model_against_itself_prefers_nothing() -> None:
     """With its own log-probabilities as the reference every pair costs log 2, and no answer has a reward."""
     rows, model = pair_rows(), made("llama")
     loss = PreferenceLoss(model, DPO())
-    micro = rows.micros(ROWS)[0]
-    given: Any = micro.tensors
+    micro = rows.micro_batches(ROWS)[0]
     with torch.no_grad():
-        own = loss.log_probabilities(*given)
-        ids, positions, answers, _, is_target = given
-        value = loss(ids, positions, answers, own, is_target)
-        nll = TargetLoss(model)(ids, positions, is_target)
-    assert float(value) == pytest.approx(rows.counted * np.log(2), rel=1e-6)
+        own = answer_log_probabilities(loss.targets, micro)
+        value = loss(micro._replace(reference=own))
+        nll = SupervisedLoss(model)(SupervisedBatch(micro.input_ids, micro.positions, micro.is_target))
+    assert float(value) == pytest.approx(rows.loss_denominator * np.log(2), rel=1e-6)
     assert float(loss.figures["margin"]) == pytest.approx(0.0, abs=1e-5)
     assert float(own.sum()) == pytest.approx(-float(nll), rel=1e-6)
 
@@ -177,9 +174,9 @@ def reward_model(folder: Path) -> Any:
 
 def test_rewards_of_packed_answers_are_those_of_single_ones(tmp_path: Path) -> None:
     rows, model = pair_rows(), reward_model(tmp_path)
-    micro = rows.micros(ROWS)[0]
+    micro = rows.micro_batches(ROWS)[0]
     module = RewardLoss(model)
-    loss = module(*micro.tensors)
+    loss = module(micro)
     loss.backward()
     ours = gradients(model)
     shown = float(module.figures["chosen_reward"])
@@ -207,8 +204,8 @@ def test_reward_loss_and_gradients_are_trls(tmp_path: Path, tiny_model: Path) ->
     from trl import RewardConfig, RewardTrainer
 
     rows, model = pair_rows(), reward_model(tmp_path / "model")
-    micro = rows.micros(ROWS)[0]
-    loss = RewardLoss(model)(*micro.tensors) / rows.counted
+    micro = rows.micro_batches(ROWS)[0]
+    loss = RewardLoss(model)(micro) / rows.loss_denominator
     loss.backward()
     ours = gradients(model)
     config = RewardConfig(

@@ -13,9 +13,10 @@ from torch import nn
 from apprentice.errors import RecipeError
 from apprentice.models.tuning.methods import TUNING_METHODS, trainable_parameters
 from apprentice.recipe import Training, Tuning
-from apprentice.train.losses import sft as losses
-from apprentice.train.losses.registry import loss_of as loss_for
-from apprentice.train.losses.sft import PairLoss, TargetLoss
+from apprentice.train.losses import target_losses as losses
+from apprentice.train.losses.objective_loss import ObjectiveLoss
+from apprentice.train.losses.registry import create_loss
+from apprentice.train.losses.sft import Seq2SeqLoss, SupervisedLoss
 from tests.models.architectures import CAUSAL, SEQ2SEQ, made
 from tests.train import pairs
 from tests.train.rows import counted, examples_of, packed_rows, reference_nll
@@ -24,15 +25,15 @@ CASES = [(name, attention) for name in CAUSAL for attention in ("sdpa", "eager")
 PACKED_PAIRS = [(name, attention) for name in SEQ2SEQ if name != "bart" for attention in ("sdpa", "eager")]
 
 
-def loss_of(model: Any) -> TargetLoss:
-    return loss_for(model, Training(steps=1))
+def sft_loss(model: Any) -> ObjectiveLoss:
+    return create_loss(model, Training(steps=1))
 
 
 @pytest.mark.parametrize(("name", "attention"), CASES)
 def test_packed_logits_are_unpacked_logits(name: str, attention: str) -> None:
     model = made(name, attention)
     rows = packed_rows(2)
-    micro = rows.micros(2)[0]
+    micro = rows.micro_batches(2)[0]
     with torch.no_grad():
         packed = model(input_ids=micro.input_ids, position_ids=micro.positions, use_cache=False).logits
         alone = [model(input_ids=ids[None], use_cache=False).logits[0] for ids, _ in examples_of(rows)]
@@ -50,8 +51,8 @@ def test_packed_logits_are_unpacked_logits(name: str, attention: str) -> None:
 def test_loss_and_gradients_are_those_of_single_examples(name: str, attention: str) -> None:
     model = made(name, attention)
     rows = packed_rows(2)
-    micro = rows.micros(2)[0]
-    loss = TargetLoss(model)(micro.input_ids, micro.positions, micro.is_target)
+    micro = rows.micro_batches(2)[0]
+    loss = SupervisedLoss(model)(micro)
     loss.backward()
     ours = {key: parameter.grad.clone() for key, parameter in model.named_parameters()}
     model.zero_grad()
@@ -65,8 +66,8 @@ def test_loss_and_gradients_are_those_of_single_examples(name: str, attention: s
 def test_a_target_counts_what_its_example_weighs(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(losses, "CHUNK_NUMBERS", chunk)
     model, rows = made("llama", "sdpa"), packed_rows(2, weighted=True)
-    micro = rows.micros(2)[0]
-    loss = TargetLoss(model)(*micro.tensors)
+    micro = rows.micro_batches(2)[0]
+    loss = SupervisedLoss(model)(micro)
     loss.backward()
     ours = {key: parameter.grad.clone() for key, parameter in model.named_parameters()}
     model.zero_grad()
@@ -74,19 +75,19 @@ def test_a_target_counts_what_its_example_weighs(chunk: int, monkeypatch: pytest
     reference.backward()
     torch.testing.assert_close(loss, reference, rtol=1e-6, atol=0)
     compare_gradients(model, ours)
-    assert rows.counted == pytest.approx(counted(rows))
-    assert rows.counted < rows.targets
-    assert loss < TargetLoss(model)(micro.input_ids, micro.positions, micro.is_target > 0)
+    assert rows.loss_denominator == pytest.approx(counted(rows))
+    assert rows.loss_denominator < rows.targets
+    assert loss < SupervisedLoss(model)(micro._replace(is_target=micro.is_target > 0))
 
 
 def test_a_pair_counts_what_its_example_weighs() -> None:
     rows = pairs.paired_rows(2)
     each = [np.linspace(1.0, 0.25, len(fact.examples), dtype=np.float32) for fact in rows.facts]
     weighted = replace(rows, weights=each)
-    loss = loss_of(made("t5", "sdpa"))
-    alone = torch.stack([loss(*part.micros(1)[0].tensors) for part in pairs.unpacked(rows)])
-    torch.testing.assert_close(loss(*weighted.micros(2)[0].tensors), (alone * torch.tensor(np.concatenate(each))).sum())
-    assert weighted.counted == pytest.approx(
+    loss = sft_loss(made("t5", "sdpa"))
+    alone = torch.stack([loss(part.micro_batches(1)[0]) for part in pairs.unpacked(rows)])
+    torch.testing.assert_close(loss(weighted.micro_batches(2)[0]), (alone * torch.tensor(np.concatenate(each))).sum())
+    assert weighted.loss_denominator == pytest.approx(
         sum(
             weight * count
             for fact, row in zip(rows.facts, each, strict=True)
@@ -103,10 +104,9 @@ def compare_gradients(model: Any, ours: dict[str, torch.Tensor]) -> None:
 
 def test_bfloat16_loss_is_near() -> None:
     rows = packed_rows(2)
-    micro = rows.micros(2)[0]
-    arguments = (micro.input_ids, micro.positions, micro.is_target)
-    exact = TargetLoss(made("llama", "sdpa"))(*arguments)
-    rough = TargetLoss(made("llama", "sdpa").to(torch.bfloat16))(*arguments)
+    micro = rows.micro_batches(2)[0]
+    exact = SupervisedLoss(made("llama", "sdpa"))(micro)
+    rough = SupervisedLoss(made("llama", "sdpa").to(torch.bfloat16))(micro)
     assert rough.dtype == torch.float32
     assert abs(rough.item() - exact.item()) / exact.item() < 1e-3
 
@@ -126,15 +126,14 @@ def test_a_model_without_an_output_layer_of_its_own() -> None:
             return self.inner(**arguments)
 
     model = made("llama", "sdpa")
-    micro = packed_rows(2).micros(2)[0]
-    arguments = (micro.input_ids, micro.positions, micro.is_target)
-    torch.testing.assert_close(TargetLoss(Headless(model))(*arguments), TargetLoss(model)(*arguments))
+    micro = packed_rows(2).micro_batches(2)[0]
+    torch.testing.assert_close(SupervisedLoss(Headless(model))(micro), SupervisedLoss(model)(micro))
 
 
 def test_no_target_gives_zero_and_no_trace_of_the_hook() -> None:
     model = made("llama", "sdpa")
-    micro = packed_rows(1).micros(1)[0]
-    loss = TargetLoss(model)(micro.input_ids, micro.positions, torch.zeros_like(micro.is_target))
+    micro = packed_rows(1).micro_batches(1)[0]
+    loss = SupervisedLoss(model)(micro._replace(is_target=torch.zeros_like(micro.is_target)))
     loss.backward()
     assert loss.item() == 0.0
     assert not model.get_output_embeddings()._forward_pre_hooks
@@ -143,7 +142,7 @@ def test_no_target_gives_zero_and_no_trace_of_the_hook() -> None:
 @pytest.mark.parametrize(("name", "attention"), PACKED_PAIRS)
 def test_packed_pairs_are_single_pairs(name: str, attention: str) -> None:
     model, rows = made(name, attention), pairs.paired_rows(2)
-    loss = loss_of(model)(*rows.micros(2)[0].tensors)
+    loss = sft_loss(model)(rows.micro_batches(2)[0])
     loss.backward()
     ours = {key: parameter.grad.clone() for key, parameter in model.named_parameters()}
     model.zero_grad()
@@ -157,18 +156,18 @@ def test_packed_pairs_are_single_pairs(name: str, attention: str) -> None:
 def test_one_pair_a_row(name: str) -> None:
     """Padded side by side in a batch, as BART must be trained."""
     model, rows = made(name), pairs.paired_rows(3)
-    alone = [part.micros(1)[0] for part in pairs.unpacked(rows)]
-    total = torch.stack([loss_of(model)(*micro.tensors) for micro in alone]).sum()
+    alone = [part.micro_batches(1)[0] for part in pairs.unpacked(rows)]
+    total = torch.stack([sft_loss(model)(micro) for micro in alone]).sum()
     torch.testing.assert_close(total, pairs.reference_nll(model, rows), rtol=1e-6, atol=0)
     assert len(alone) >= 6
-    assert isinstance(loss_of(model), PairLoss)
+    assert isinstance(sft_loss(model), Seq2SeqLoss)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "t5"])
 def test_in_chunks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = made(name)
     rows = pairs.paired_rows(2) if name in SEQ2SEQ else packed_rows(2)
-    whole = loss_of(model)(*rows.micros(2)[0].tensors)
+    whole = sft_loss(model)(rows.micro_batches(2)[0])
     whole.backward()
     ours = {key: parameter.grad.clone() for key, parameter in model.named_parameters()}
     model.zero_grad()
@@ -177,7 +176,7 @@ def test_in_chunks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     head = model.get_output_embeddings()
     plain = head.forward
     monkeypatch.setattr(head, "forward", lambda states: rows_seen.append(states.shape[0]) or plain(states))
-    chunked = loss_of(model)(*rows.micros(2)[0].tensors)
+    chunked = sft_loss(model)(rows.micro_batches(2)[0])
     chunked.backward()
     torch.testing.assert_close(chunked, whole, rtol=1e-6, atol=0)
     compare_gradients(model, ours)
@@ -195,18 +194,18 @@ def test_a_model_that_does_more_to_its_logits_is_not_cut_into_chunks(monkeypatch
         return output
 
     model.forward = doubled
-    arguments = packed_rows(2).micros(2)[0].tensors
-    whole = TargetLoss(model)(*arguments)
+    micro = packed_rows(2).micro_batches(2)[0]
+    whole = SupervisedLoss(model)(micro)
     monkeypatch.setattr(losses, "CHUNK_NUMBERS", 3 * 500)
-    torch.testing.assert_close(TargetLoss(model)(*arguments), whole)
+    torch.testing.assert_close(SupervisedLoss(model)(micro), whole)
 
 
 def test_flash_attention_gets_a_single_row() -> None:
-    model, arguments = made("llama"), packed_rows(2).micros(2)[0].tensors
-    loss = TargetLoss(model)
-    two_rows = loss(*arguments)
-    loss._flat = True
-    torch.testing.assert_close(loss(*arguments), two_rows, rtol=1e-6, atol=0)
+    model, micro = made("llama"), packed_rows(2).micro_batches(2)[0]
+    loss = SupervisedLoss(model)
+    two_rows = loss(micro)
+    loss.targets._is_flash = True
+    torch.testing.assert_close(loss(micro), two_rows, rtol=1e-6, atol=0)
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft 0.21 on transformers 5.23
@@ -216,9 +215,9 @@ def test_every_method_learns_from_padded_rows_what_it_learns_from_single_ones(na
     tuning = Tuning.model_validate({"method": method, "rank": 4, "virtual_tokens": 3, "width": 8})
     model = TUNING_METHODS[method].wrap(made(name), tuning, 1).eval()
     rows = pairs.unpacked(pairs.paired_rows(2) if name in SEQ2SEQ else packed_rows(2))
-    loss = loss_of(model)
-    alone = torch.stack([loss(*part.micros(1)[0].tensors) for part in rows]).sum()
-    padded = torch.stack([loss(*micro.tensors) for micro in pairs.joined(rows).micros(3)]).sum()
+    loss = sft_loss(model)
+    alone = torch.stack([loss(part.micro_batches(1)[0]) for part in rows]).sum()
+    padded = torch.stack([loss(micro) for micro in pairs.joined(rows).micro_batches(3)]).sum()
     torch.testing.assert_close(padded, alone, rtol=1e-5, atol=0)
     padded.backward()
     assert all(parameter.grad is not None for parameter in trainable_parameters(model).values())
@@ -226,4 +225,4 @@ def test_every_method_learns_from_padded_rows_what_it_learns_from_single_ones(na
     if method in ("prefix", "prompt"):
         packed = pairs.paired_rows(2) if name in SEQ2SEQ else packed_rows(2)
         with pytest.raises(RecipeError, match="must be `none` with tuning"):
-            loss(*packed.micros(2)[0].tensors)
+            loss(packed.micro_batches(2)[0])

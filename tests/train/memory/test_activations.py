@@ -12,7 +12,8 @@ from torch import Tensor
 from apprentice.models.loading import load_model
 from apprentice.models.tuning.methods import TUNING_METHODS
 from apprentice.recipe import Recipe, load_recipe
-from apprentice.train.losses.sft import TargetLoss
+from apprentice.train.batch import SupervisedBatch
+from apprentice.train.losses.sft import SupervisedLoss
 from apprentice.train.memory.activations import LOGIT_BYTES, activations
 from apprentice.train.memory.measure import estimate_peak_memory, out_of_memory
 from tests.models.architectures import made
@@ -47,7 +48,7 @@ def kept(made: Recipe, dtype: torch.dtype) -> int:
     targets = torch.zeros(ROWS, LENGTH, dtype=torch.bool)
     targets[0, 5] = True
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        TargetLoss(model)(torch.randint(3, VOCABULARY, (ROWS, LENGTH)), positions, targets)
+        SupervisedLoss(model)(SupervisedBatch(torch.randint(3, VOCABULARY, (ROWS, LENGTH)), positions, targets))
     return sum(storage.nbytes() for storage in held.values())
 
 

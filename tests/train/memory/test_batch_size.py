@@ -11,7 +11,8 @@ import torch
 
 from apprentice.recipe import load_recipe
 from apprentice.train import worker
-from apprentice.train.losses.sft import TargetLoss
+from apprentice.train.batch import SupervisedBatch
+from apprentice.train.losses.sft import SupervisedLoss
 from apprentice.train.memory.batch_size import has_room, largest_that_fits
 from tests.models.architectures import made
 from tests.support.recipes import tiny_recipe
@@ -30,18 +31,18 @@ def test_the_largest_divisor_that_fits(rows: int, most: int, expected: int) -> N
     assert all(rows % size == 0 for size in asked)
 
 
-class Narrow(TargetLoss):
+class Narrow(SupervisedLoss):
     """Has room for `room` tokens at once; counts its passes."""
 
     def __init__(self, room: int) -> None:
         super().__init__(made("llama").train())
         self.room, self.passes = room, 0
 
-    def forward(self, input_ids: torch.Tensor, *rest: Any) -> torch.Tensor:
+    def forward(self, batch: SupervisedBatch) -> torch.Tensor:
         self.passes += 1
-        if input_ids.numel() > self.room:
+        if batch.input_ids.numel() > self.room:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        return super().forward(input_ids, *rest)
+        return super().forward(batch)
 
 
 def test_a_pass_is_tried_and_leaves_nothing() -> None:
@@ -57,7 +58,7 @@ def test_a_pass_is_tried_and_leaves_nothing() -> None:
 
 def test_other_errors_are_not_taken_for_a_lack_of_room(monkeypatch: pytest.MonkeyPatch) -> None:
     loss = Narrow(128)
-    monkeypatch.setattr(TargetLoss, "forward", lambda *_: (_ for _ in ()).throw(RuntimeError("shapes differ")))
+    monkeypatch.setattr(SupervisedLoss, "forward", lambda *_: (_ for _ in ()).throw(RuntimeError("shapes differ")))
     with pytest.raises(RuntimeError, match="shapes differ"):
         has_room(loss, 1, 32, 0, torch.device("cpu"))
 

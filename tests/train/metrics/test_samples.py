@@ -14,7 +14,7 @@ from apprentice.data.encoding.prompt_format import Layout
 from apprentice.models.tuning.methods import TUNING_METHODS
 from apprentice.pretrained.tokenizer import Tokenizer
 from apprentice.recipe import Training, Tuning
-from apprentice.train.losses.registry import loss_of
+from apprentice.train.losses.registry import create_loss
 from apprentice.train.metrics.samples import MOST_TOKENS, SampleReplies
 from tests.models.architectures import made
 
@@ -42,12 +42,12 @@ def test_a_reply_ends_where_the_model_ends_it_and_takes_no_fewer_passes(tiny_mod
 )
 def test_every_kind_of_model_is_asked_as_it_generates_itself(name: str, method: Any) -> None:
     model = TUNING_METHODS[method].wrap(made(name), Tuning(method=method, rank=4, virtual_tokens=3), 3).eval()
-    loss = loss_of(model, Training(steps=1))
+    loss = create_loss(model, Training(steps=1))
     prompt, reply = [40, 41, 7, 300], []
     with torch.no_grad():
         for _ in range(4):
             texts = (torch.tensor([ids], dtype=torch.long) for ids in (prompt, reply))
-            reply.append(int(loss.logits_after(*texts)[0, -1].argmax()))
+            reply.append(int(loss.targets.logits_after(*texts)[0, -1].argmax()))
         asked = {"input_ids": torch.tensor([prompt]), "attention_mask": torch.ones(1, len(prompt), dtype=torch.long)}
         free: dict[str, Any] = dict.fromkeys(("eos_token_id", "forced_bos_token_id", "forced_eos_token_id"))
         own = model.generate(**asked, max_new_tokens=4, do_sample=False, **free)[0].tolist()

@@ -106,10 +106,10 @@ def test_log_probabilities_are_those_of_single_texts(corpus: Corpus, rows: dict[
 
 
 def test_the_first_step_learns_from_advantages_alone(corpus: Corpus, rows: dict[str, Any]) -> None:
-    packed = PackedRows.of(rows)
-    assert packed.counted == 32
+    packed = PackedRows.from_columns(rows)
+    assert packed.loss_denominator == 32
     loss = PolicyLoss(load_model(corpus.recipe.model.base, torch.float32), corpus.recipe.training.grpo)
-    total = sum(float(loss(*micro.tensors).detach()) for micro in packed.micros(4))
+    total = sum(float(loss(micro).detach()) for micro in packed.micro_batches(4))
     assert total == pytest.approx(-sum(reply["advantages"] for reply in replies_of(rows)), abs=1e-4)
     assert float(loss.figures["kl"]) == pytest.approx(0.0, abs=1e-5)
     assert float(loss.figures["clipped"]) == 0.0
@@ -130,15 +130,15 @@ def test_rows_without_a_reply_have_no_loss_and_no_gradient(
     assert len(made["row"]) == small.recipe.round.rows == 8 > replies
     assert sum(len(row) for row in made["examples"]) == replies
     assert len(replies_of(made)) == replies
-    packed = PackedRows.of(made)
+    packed = PackedRows.from_columns(made)
     empty = [row for row in range(8) if not len(made["examples"][row])]
     assert len(empty) == 8 - replies
     assert not made["segment_ids"][empty].any()
     assert not made["loss_mask"][empty].any()
     model: Any = load_model(small.recipe.model.base, torch.float32)
-    for row, micro in enumerate(packed.micros(1)):
+    for row, micro in enumerate(packed.micro_batches(1)):
         model.zero_grad()
-        loss = PolicyLoss(model, small.recipe.training.grpo)(*micro.tensors)
+        loss = PolicyLoss(model, small.recipe.training.grpo)(micro)
         loss.backward()
         learns = any(parameter.grad is not None and parameter.grad.any() for parameter in model.parameters())
         assert math.isfinite(float(loss.detach()))

@@ -11,7 +11,7 @@ from torch import Tensor
 from apprentice.data.encoding.tokenize import Tokenized
 from apprentice.errors import TrainingError
 from apprentice.models.reward import choice_rewards, is_reward
-from apprentice.train.losses.sft import PairLoss, TargetLoss
+from apprentice.train.losses.sft import Seq2SeqLoss, SupervisedLoss
 
 CLOSE = 5e-3  # nats, largest of all tokens: how far merging an adapter in float32 may move a log-probability
 CLOSE_NARROW = 0.25  # nats, mean of all tokens: how far a 16-bit number format may
@@ -25,7 +25,7 @@ def score_examples(model: Any, examples: Sequence[Tokenized]) -> Tensor:
     answers = [answer for example in examples for answer in example.answers]
     if is_reward(model):
         return torch.tensor(choice_rewards(model, [()] * len(answers), [[answer.ids] for answer in answers])).flatten()
-    loss = (PairLoss if model.config.is_encoder_decoder else TargetLoss)(model)
+    loss = (Seq2SeqLoss if model.config.is_encoder_decoder else SupervisedLoss)(model)
     with torch.no_grad():
         return torch.cat([loss.target_log_probabilities(*_parts(answer)).float().cpu() for answer in answers])
 

@@ -18,15 +18,15 @@ from apprentice.errors import ApprenticeError, ResourcesError
 from apprentice.models.loading import resolve_dtype
 from apprentice.models.tuning.methods import TUNING_METHODS
 from apprentice.recipe import Recipe
-from apprentice.train.batch import Micro, PackedRows
+from apprentice.train.batch import MicroBatch, PackedRows, move_batch
 from apprentice.train.checkpoint.format import Checkpoint, open_tensors
 from apprentice.train.checkpoint.restore import restore_model
 from apprentice.train.distributed.resources import has_room_for_validation
 from apprentice.train.engine.collectives import Collectives
 from apprentice.train.engine.deepspeed_config import micro_batch
 from apprentice.train.loop import validation_loss
-from apprentice.train.losses.registry import loss_of
-from apprentice.train.losses.sft import TargetLoss
+from apprentice.train.losses.objective_loss import ObjectiveLoss
+from apprentice.train.losses.registry import create_loss
 from apprentice.train.optimizer import number_formats
 
 Score = Callable[[Any], Mapping[str, float]]  # a model → held-out task → score
@@ -88,7 +88,7 @@ class CheckpointValidator:
     def _loss(self, model: nn.Module, autocast: torch.dtype | None, device: torch.device) -> float | None:
         training = self.recipe.training
         micro = micro_batch(training, workers=training.max_workers, length=self.length, on_gpu=device.type != "cpu")
-        engine = _LossEngine(loss_of(model, training, autocast).eval(), device)
+        engine = _LossEngine(create_loss(model, training, autocast).eval(), device)
         return validation_loss(engine, self.rows, micro, Collectives())
 
     def _merge(self, model: Any) -> Any:
@@ -101,9 +101,9 @@ class CheckpointValidator:
 class _LossEngine:
     """Validation loss without a DeepSpeed engine, for `validation_loss`."""
 
-    loss: TargetLoss
+    loss: ObjectiveLoss
     device: torch.device
 
-    def validation_nll(self, micro: Micro) -> float:
+    def validation_nll(self, batch: MicroBatch) -> float:
         with torch.no_grad():
-            return float(self.loss(*micro.to(self.device).tensors))
+            return float(self.loss(move_batch(batch, self.device)))

@@ -175,7 +175,7 @@ def _check_cluster(recipe: Recipe) -> ResourceRequest:
 
 def _validation_task(recipe: Recipe, run: Run, corpus: Corpus, score: Score | None) -> Validation:
     """The asynchronous validation of this run."""
-    rows = PackedRows.of(validation_rows(corpus, validation_limit(recipe)))
+    rows = PackedRows.from_columns(validation_rows(corpus, validation_limit(recipe)))
     return Validation(CheckpointValidator(recipe, rows, _row_length(corpus), score), run, recipe.training.resources)
 
 

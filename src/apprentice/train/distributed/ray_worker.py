@@ -87,7 +87,7 @@ def work(job: WorkerJob) -> None:
         rows = _rows(training, context.get_world_size())
         from apprentice.train.worker import run_worker  # the code of all models, imported while the stream starts
 
-        validation = PackedRows.of(ray.get(job.validation))
+        validation = PackedRows.from_columns(ray.get(job.validation))
         token = job.token.start_group(attempt) if context.get_world_rank() == 0 else None
         events = _RayEvents(job, attempt, heartbeat)
         run_worker(job.config, restored, rows, validation, events, device=ray.train.torch.get_device(), token=token)
@@ -105,7 +105,8 @@ def _rows(training: Training, workers: int) -> Iterator[PackedRows]:
     shard = ray.train.get_dataset_shard("train")
     ahead = 0 if training.aim.rounds else PREFETCHED_STEPS
     count = rows_per_worker(training, workers)
-    return map(PackedRows.of, start_first_batch(shard.iter_batches(batch_size=count, prefetch_batches=ahead, batch_format="numpy")))
+    batches = shard.iter_batches(batch_size=count, prefetch_batches=ahead, batch_format="numpy")
+    return map(PackedRows.from_columns, start_first_batch(batches))
 
 
 def start_first_batch(batches: Iterable[T]) -> Iterator[T]:

@@ -20,12 +20,13 @@ from apprentice.data.reference import ReferenceLogProbs
 from apprentice.data.window import WindowRenderer
 from apprentice.models.loading import load_model, resolve_dtype
 from apprentice.models.tuning.methods import TUNING_METHODS
-from apprentice.recipe import DPO, Recipe
+from apprentice.recipe import Recipe
 from apprentice.run.folder import Run
 from apprentice.tasks.schema import Task
-from apprentice.train.batch import PackedRows
+from apprentice.train.batch import PackedRows, PreferenceBatch, move_batch
 from apprentice.train.engine.deepspeed_config import CPU_MICRO_TOKENS, GPU_MICRO_TOKENS
-from apprentice.train.losses.preference import PreferenceLoss
+from apprentice.train.losses.preference import answer_log_probabilities
+from apprentice.train.losses.target_losses import TargetLosses
 
 STRETCH_PAIRS = 256  # pairs for one call of an actor
 
@@ -95,8 +96,8 @@ class _ReferenceActor:
         four_bit = recipe.training.dpo.reference is None and TUNING_METHODS[recipe.tuning.method].four_bit
         base = recipe.training.dpo.reference or recipe.model.base
         dtype = resolve_dtype(recipe.model.dtype, self._device.type)
-        model = load_model(base, dtype, recipe.model.attention, four_bit=four_bit, trust=recipe.model.trust)
-        self._loss = PreferenceLoss(model, DPO()).to(self._device).eval()
+        model: Any = load_model(base, dtype, recipe.model.attention, four_bit=four_bit, trust=recipe.model.trust)
+        self._targets = TargetLosses(model.to(self._device).eval())
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         stretch = self._stretches[int(batch["id"][0])]
@@ -105,11 +106,11 @@ class _ReferenceActor:
 
     def _pairs(self, task: Task, rows: tuple[int, ...]) -> tuple[Any, Any]:
         """Row numbers (pairs,) int64 and log-probabilities (pairs, 2) float32, of those `rows` that fit into a packed row."""
-        packed = PackedRows.of(self._renderer.zero_shot(task, rows))
+        packed = PackedRows.from_columns(self._renderer.zero_shot(task, rows))
         found = [np.zeros(0, np.float32)]
         with torch.no_grad():
-            for micro in packed.micros(self._at_once):
-                given: Any = micro.to(self._device).tensors
-                found.append(self._loss.log_probabilities(*given).float().cpu().numpy())
+            for batch in packed.micro_batches(self._at_once):
+                assert isinstance(batch, PreferenceBatch)
+                found.append(answer_log_probabilities(self._targets, move_batch(batch, self._device)).float().cpu().numpy())
         numbers = [row for fact in packed.facts for row in fact.examples]
         return np.array(numbers, np.int64), np.concatenate(found).reshape(-1, 2)

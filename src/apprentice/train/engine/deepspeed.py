@@ -20,14 +20,14 @@ from torch import Tensor, nn
 
 from apprentice.models.tuning.methods import count_trainable
 from apprentice.recipe import Training
-from apprentice.train.batch import Micro
+from apprentice.train.batch import MicroBatch, move_batch
 from apprentice.train.checkpoint.format import WEIGHT
 from apprentice.train.checkpoint.shard_gather import Shard
 from apprentice.train.compat import attention_name
 from apprentice.train.engine import compat
 from apprentice.train.engine.deepspeed_config import deepspeed_config
-from apprentice.train.losses.registry import loss_of
-from apprentice.train.losses.sft import TargetLoss
+from apprentice.train.losses.objective_loss import ObjectiveLoss
+from apprentice.train.losses.registry import create_loss
 from apprentice.train.optimizer import make_optimizer, moment_shapes, number_formats
 from apprentice.train.state import StepOutcome
 
@@ -55,7 +55,7 @@ class DeepSpeedEngine:
         config = deepspeed_config(training, workers=workers, micro=micro, dtype=formats.weights, trainable=numbers)
         if training.activation_checkpointing:
             enable_activation_checkpointing(model)
-        self._loss_module = loss_of(model, training, formats.autocast)
+        self._loss_module = create_loss(model, training, formats.autocast)
         wrapped = _Module(self._loss_module).to(device=device)
         self.trained = count_trainable(model)  # number of trained parameters, and their share of all
         self.attention = attention_name(model)
@@ -73,8 +73,8 @@ class DeepSpeedEngine:
         self._device = device
         self._rank = dist.get_rank()
 
-    def train_step(self, micros: Sequence[Micro], scale: float, rate: float) -> StepOutcome:
-        """One optimizer step with learning rate `rate`, on the loss of `micros` summed over all workers and times `scale`.
+    def train_step(self, batches: Sequence[MicroBatch], scale: float, rate: float) -> StepOutcome:
+        """One optimizer step with learning rate `rate`, on the loss of `batches` summed over all workers and times `scale`.
 
         All workers must give equally many micro-batches.
         """
@@ -85,11 +85,11 @@ class DeepSpeedEngine:
         norm = 0.0
         figures: Counter[str] = Counter()
         workers = self._engine.dp_world_size
-        for number, micro in enumerate(micros, start=1):
-            loss = self._loss(micro)
+        for number, batch in enumerate(batches, start=1):
+            loss = self._loss(batch)
             # DeepSpeed averages gradients over the workers; times their number, the average is the sum.
             self._engine.backward(loss * (scale * workers), scale_wrt_gas=False)
-            if number == len(micros) and not self._engine.zero_optimization():
+            if number == len(batches) and not self._engine.zero_optimization():
                 norm = self._plain_norm()
             self._engine.step()
             nll += loss.detach().double().cpu()
@@ -100,21 +100,22 @@ class DeepSpeedEngine:
             norm = 0.0 if is_skipped else float(self._engine.get_global_grad_norm())
         return StepOutcome(float(nll), norm, dict(figures))
 
-    def validation_nll(self, micro: Micro) -> float:
-        """Summed loss of `micro` on this worker. All workers must call it equally often, since ZeRO-3 gathers weights."""
+    def validation_nll(self, batch: MicroBatch) -> float:
+        """Summed loss of `batch` on this worker. All workers must call it equally often, since ZeRO-3 gathers weights."""
         self._engine.eval()
         with torch.no_grad():
-            return float(self._loss(micro))
+            return float(self._loss(batch))
 
     def likeliest(self, prompt: Sequence[int], reply: Sequence[int]) -> int:
         """Greedy next token id after `prompt` and the tokens of `reply` so far. All workers must call it."""
         self._engine.eval()
         with torch.no_grad():
-            logits = self._engine(*(torch.tensor([list(ids)], dtype=torch.long, device=self._device) for ids in (prompt, reply)))
+            texts = [torch.tensor([list(ids)], dtype=torch.long, device=self._device) for ids in (prompt, reply)]
+            logits = self._engine(texts=texts)
         return int(logits[0, -1].argmax())
 
-    def _loss(self, micro: Micro) -> Tensor:
-        loss: Tensor = self._engine(*micro.to(self._device).tensors)
+    def _loss(self, batch: MicroBatch) -> Tensor:
+        loss: Tensor = self._engine(batch=move_batch(batch, self._device))
         return loss
 
     def _plain_norm(self) -> float:
@@ -197,16 +198,14 @@ class DeepSpeedEngine:
 
 
 class _Module(nn.Module):
-    """The module that DeepSpeed wraps: returns a micro-batch's loss or, called with (prompt, reply so far), the model's logits."""
+    """The module that DeepSpeed wraps: gives a micro-batch's loss, or the model's logits for `texts`, (prompt, reply so far)."""
 
-    def __init__(self, loss: TargetLoss) -> None:
+    def __init__(self, loss: ObjectiveLoss) -> None:
         super().__init__()
         self.loss = loss
 
-    def forward(self, *tensors: Tensor | None) -> Tensor:
-        if len(tensors) == 2 and (prompt := tensors[0]) is not None and (reply := tensors[1]) is not None:
-            return self.loss.logits_after(prompt, reply)
-        result: Tensor = self.loss(*tensors)
+    def forward(self, batch: MicroBatch | None = None, texts: Sequence[Tensor] = ()) -> Tensor:
+        result: Tensor = self.loss.targets.logits_after(*texts) if batch is None else self.loss(batch)
         return result
 
 

@@ -10,12 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from apprentice.recipe import GRPO
-from apprentice.train.losses.sft import TargetLoss
+from apprentice.train.batch import RolloutBatch, SupervisedBatch
+from apprentice.train.losses.objective_loss import ObjectiveLoss
+from apprentice.train.losses.target_losses import TargetLosses
 
 SMALLEST = 1e-4  # added to the standard deviation of a group's rewards
 
 
-class PolicyLoss(TargetLoss):
+class PolicyLoss(ObjectiveLoss):
     """GRPO loss, float32: the mean over each reply's tokens, summed over the replies of a micro-batch.
 
     The loss of a token with probability π now, π₀ when it was written, ρ under the reference, in a reply with advantage A, is
@@ -26,47 +28,37 @@ class PolicyLoss(TargetLoss):
         super().__init__(model, compute)
         self._grpo = grpo
 
-    def forward(  # type: ignore[override]  # other arguments: an engine calls the loss with what its micro-batches hold
-        self,
-        input_ids: Tensor,
-        positions: Tensor | None,
-        replies: Tensor,
-        written: Tensor,
-        reference: Tensor,
-        advantages: Tensor,
-        rewards: Tensor,
-        is_target: Tensor,
-    ) -> Tensor:
-        """All arguments have shape (rows, length), except `advantages` and `rewards`, which are (replies,) float32.
+    def forward(self, batch: RolloutBatch) -> Tensor:
+        """Loss of `batch`.
 
-        `replies` numbers each token's reply, int64. `written` and `reference` are each token's log-probabilities under the policy
-        that wrote it and under the reference, float32. Sets `figures` to sums over the replies: `reward`, `reply_tokens` (number
-        of tokens), `kl` (divergence from the reference, mean over a reply's tokens) and `clipped` (share of its tokens).
+        Sets `figures` to sums over the replies: `reward`, `reply_tokens` (number of tokens), `kl` (divergence from the reference,
+        mean over a reply's tokens) and `clipped` (share of its tokens).
         """
-        own = -self._losses_at(input_ids, positions, is_target, "none")
-        owners, before, held = (table[:, 1:][is_target[:, 1:]] for table in (replies, written, reference))
-        lengths = torch.zeros_like(advantages).index_add(0, owners, torch.ones_like(own))
-        ratio, advantage = (own - before).exp(), advantages[owners]
+        own = -self.targets.causal(batch.input_ids, batch.positions, batch.is_target, "none")
+        tables = (batch.replies, batch.policy_log_probs, batch.reference_log_probs)
+        owners, before, reference = (table[:, 1:][batch.is_target[:, 1:]] for table in tables)
+        lengths = torch.zeros_like(batch.advantages).index_add(0, owners, torch.ones_like(own))
+        ratio, advantage = (own - before).exp(), batch.advantages[owners]
         clipped = ratio.clamp(1 - self._grpo.clip, 1 + self._grpo.clip)
         gain = torch.minimum(ratio * advantage, clipped * advantage)
-        apart = held - own
-        divergence = apart.exp() - apart - 1
+        distance = reference - own
+        divergence = distance.exp() - distance - 1
         share = 1 / lengths[owners]
         with torch.no_grad():
             bound = (clipped * advantage < ratio * advantage).to(share)
-            shown = {"reward": rewards, "reply_tokens": lengths, "kl": divergence * share, "clipped": bound * share}
-            self.figures = {name: values.double().sum() for name, values in shown.items()}
+            of_replies = {"reward": batch.rewards, "reply_tokens": lengths, "kl": divergence * share, "clipped": bound * share}
+            self.figures = {name: values.double().sum() for name, values in of_replies.items()}
         return ((self._grpo.beta * divergence - gain) * share).sum()
 
 
-class ReplyLogProbs(TargetLoss):
-    """Log-probability of each token of packed replies, given the tokens before it in its own example."""
+def token_log_probabilities(targets: TargetLosses, batch: SupervisedBatch) -> Tensor:
+    """Log-probability of each target token of packed replies, given the tokens before it in its own example.
 
-    def forward(self, input_ids: Tensor, positions: Tensor | None, is_target: Tensor) -> Tensor:
-        """Arguments and result have shape (rows, length); `is_target` is boolean. The result is float32, 0 where it is false."""
-        found = torch.zeros(is_target.shape, dtype=torch.float32, device=is_target.device)
-        found[:, 1:][is_target[:, 1:]] = -self._losses_at(input_ids, positions, is_target, "none")
-        return found
+    Float32 (rows, length), 0 for all other tokens.
+    """
+    log_probs = torch.zeros(batch.is_target.shape, dtype=torch.float32, device=batch.is_target.device)
+    log_probs[:, 1:][batch.is_target[:, 1:]] = -targets.causal(*batch, "none")
+    return log_probs
 
 
 def advantages(rewards: Tensor) -> Tensor:
@@ -77,5 +69,5 @@ def advantages(rewards: Tensor) -> Tensor:
     """
     if not len(rewards):
         return rewards
-    apart = rewards - rewards.mean(dim=1, keepdim=True)
-    return apart / (rewards.std(dim=1, keepdim=True) + SMALLEST)
+    distance = rewards - rewards.mean(dim=1, keepdim=True)
+    return distance / (rewards.std(dim=1, keepdim=True) + SMALLEST)

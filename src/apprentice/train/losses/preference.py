@@ -12,10 +12,12 @@ from torch.nn import functional as F
 
 from apprentice.models.reward import token_rewards
 from apprentice.recipe import DPO
-from apprentice.train.losses.sft import TargetLoss
+from apprentice.train.batch import PreferenceBatch
+from apprentice.train.losses.objective_loss import ObjectiveLoss
+from apprentice.train.losses.target_losses import TargetLosses
 
 
-class PreferenceLoss(TargetLoss):
+class PreferenceLoss(ObjectiveLoss):
     """DPO loss, float32, summed over the pairs of a micro-batch.
 
     For answers y⁺ and y⁻, policy π and reference ρ: −log σ(m), m = β · ((log π(y⁺) − log ρ(y⁺)) − (log π(y⁻) − log ρ(y⁻))); with
@@ -26,52 +28,44 @@ class PreferenceLoss(TargetLoss):
         super().__init__(model, compute)
         self._dpo = dpo
 
-    def forward(  # type: ignore[override]  # other arguments: an engine calls the loss with what its micro-batches hold
-        self, input_ids: Tensor, positions: Tensor, answers: Tensor, reference: Tensor, is_target: Tensor
-    ) -> Tensor:
-        """All arguments have shape (rows, length), except `reference`: (answers,) float32, the reference's log-probabilities.
+    def forward(self, batch: PreferenceBatch) -> Tensor:
+        """Loss of `batch`.
 
-        `answers` numbers each token's answer, int64: 2p for the better and 2p + 1 for the worse answer of pair p. Sets `figures` to
-        sums over the pairs: `accuracy` (1 if the better answer has the higher reward), `chosen_reward`, `rejected_reward` (each
-        β · (log π − log ρ)) and `margin`, their difference.
+        Sets `figures` to sums over the pairs: `accuracy` (1 if the better answer has the higher reward), `chosen_reward`,
+        `rejected_reward` (each β · (log π − log ρ)) and `margin`, their difference.
         """
-        own = self.log_probabilities(input_ids, positions, answers, reference, is_target)
-        rewards = self._dpo.beta * (own - reference).view(-1, 2)  # (pairs, 2)
+        rewards = self._dpo.beta * (answer_log_probabilities(self.targets, batch) - batch.reference).view(-1, 2)  # (pairs, 2)
         margin = rewards[:, 0] - rewards[:, 1]
         smoothing = self._dpo.label_smoothing
         loss = -(1 - smoothing) * F.logsigmoid(margin) - smoothing * F.logsigmoid(-margin)
-        self.figures = _shown(rewards)
+        self.figures = _sums(rewards)
         return loss.sum()
 
-    def log_probabilities(
-        self, input_ids: Tensor, positions: Tensor, answers: Tensor, reference: Tensor, is_target: Tensor
-    ) -> Tensor:
-        """The model's log-probability of every answer, summed over its target tokens; shape (answers,)."""
-        losses = self._losses_at(input_ids, positions, is_target, "none")
-        owners = answers[:, 1:][is_target[:, 1:]]
-        return torch.zeros_like(reference).index_add(0, owners, -losses)
 
-
-class RewardLoss(TargetLoss):
+class RewardLoss(ObjectiveLoss):
     """Bradley-Terry loss −log σ(r(y⁺) − r(y⁻)), float32, summed over the pairs of a micro-batch; r is the reward of an answer."""
 
-    def forward(  # type: ignore[override]  # as above; the values of `reference` are not used
-        self, input_ids: Tensor, positions: Tensor, answers: Tensor, reference: Tensor, is_target: Tensor
-    ) -> Tensor:
-        """Arguments and `figures` are those of `PreferenceLoss`; rewards are read at the last target token of each answer."""
-        places = torch.arange(answers.numel(), device=answers.device).view_as(answers)
-        last = torch.zeros_like(reference, dtype=torch.long)
-        last = last.scatter_reduce(0, answers[is_target], places[is_target], "amax")  # flat place of an answer's last target
-        if self._flat:
-            input_ids, positions = input_ids.reshape(1, -1), positions.reshape(1, -1)
-        with self._casting():
-            found = token_rewards(self.model, input_ids, positions)
-        rewards = found.reshape(-1)[last].view(-1, 2)
-        self.figures = _shown(rewards)
+    def forward(self, batch: PreferenceBatch) -> Tensor:
+        """Loss of `batch`. `figures` are those of `PreferenceLoss`; rewards are read at the last target token of each answer."""
+        places = torch.arange(batch.answers.numel(), device=batch.answers.device).view_as(batch.answers)
+        last = torch.zeros_like(batch.reference, dtype=torch.long)  # flat place of each answer's last target
+        last = last.scatter_reduce(0, batch.answers[batch.is_target], places[batch.is_target], "amax")
+        input_ids, positions = self.targets.flattened(batch.input_ids, batch.positions)
+        with self.targets.casting():
+            of_tokens = token_rewards(self.model, input_ids, positions)
+        rewards = of_tokens.reshape(-1)[last].view(-1, 2)
+        self.figures = _sums(rewards)
         return -F.logsigmoid(rewards[:, 0] - rewards[:, 1]).sum()
 
 
-def _shown(rewards: Tensor) -> dict[str, Tensor]:
+def answer_log_probabilities(targets: TargetLosses, batch: PreferenceBatch) -> Tensor:
+    """Log-probability of every answer, summed over its target tokens; shape (answers,)."""
+    losses = targets.causal(batch.input_ids, batch.positions, batch.is_target, "none")
+    owners = batch.answers[:, 1:][batch.is_target[:, 1:]]
+    return torch.zeros_like(batch.reference).index_add(0, owners, -losses)
+
+
+def _sums(rewards: Tensor) -> dict[str, Tensor]:
     """The figures of both losses: sums over pairs, from rewards of shape (pairs, 2), the better answer first."""
     better, worse = rewards.detach().double().unbind(dim=1)
     named = {"accuracy": better > worse, "margin": better - worse, "chosen_reward": better, "rejected_reward": worse}

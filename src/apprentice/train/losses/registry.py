@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -12,20 +13,27 @@ from torch import nn
 
 from apprentice.recipe import Training
 from apprentice.train.losses.grpo import PolicyLoss
+from apprentice.train.losses.objective_loss import ObjectiveLoss
 from apprentice.train.losses.preference import PreferenceLoss, RewardLoss
-from apprentice.train.losses.sft import PairLoss, TargetLoss
+from apprentice.train.losses.sft import Seq2SeqLoss, SupervisedLoss
 
 
-def loss_of(model: nn.Module, training: Training, compute: torch.dtype | None = None) -> TargetLoss:
+def _supervised(model: Any, training: Training, compute: torch.dtype | None) -> ObjectiveLoss:
+    return (Seq2SeqLoss if getattr(model.config, "is_encoder_decoder", False) else SupervisedLoss)(model, compute)
+
+
+# The objective's loss around a model. The last argument is the number format to multiply in, if it is not that of the weights.
+LOSSES: Mapping[str, Callable[[nn.Module, Training, torch.dtype | None], ObjectiveLoss]] = {
+    "sft": _supervised,
+    "dpo": lambda model, training, compute: PreferenceLoss(model, training.dpo, compute),
+    "reward": lambda model, _, compute: RewardLoss(model, compute),
+    "grpo": lambda model, training, compute: PolicyLoss(model, training.grpo, compute),
+}
+
+
+def create_loss(model: nn.Module, training: Training, compute: torch.dtype | None = None) -> ObjectiveLoss:
     """Loss module of `training`'s objective around `model`.
 
     `compute` is the number format to multiply in (autocast) if it is not that of the weights.
     """
-    if training.objective == "dpo":
-        return PreferenceLoss(model, training.dpo, compute)
-    if training.objective == "reward":
-        return RewardLoss(model, compute)
-    if training.objective == "grpo":
-        return PolicyLoss(model, training.grpo, compute)
-    inner: Any = model
-    return PairLoss(model, compute) if getattr(inner.config, "is_encoder_decoder", False) else TargetLoss(model, compute)
+    return LOSSES[training.objective](model, training, compute)

@@ -23,7 +23,7 @@ from apprentice.pretrained.architecture import family_of
 from apprentice.pretrained.hub import local_folder
 from apprentice.recipe import Recipe
 from apprentice.train.compat import storage_id, unread_positions
-from apprentice.train.losses.sft import CHUNK_NUMBERS
+from apprentice.train.losses.target_losses import CHUNK_NUMBERS
 from apprentice.train.optimizer import number_formats
 
 LOGIT_BYTES = 16  # for each logit at the peak: itself, its log-softmax in float32, and the gradients of the two

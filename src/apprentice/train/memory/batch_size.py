@@ -10,7 +10,8 @@ from collections.abc import Callable
 
 import torch
 
-from apprentice.train.losses.sft import TargetLoss
+from apprentice.train.batch import SupervisedBatch
+from apprentice.train.losses.objective_loss import ObjectiveLoss
 from apprentice.train.memory.measure import ran_out
 
 
@@ -27,7 +28,7 @@ def largest_that_fits(rows: int, fits: Callable[[int], bool]) -> int:
     return sizes[low]
 
 
-def has_room(loss: TargetLoss, rows: int, length: int, reserved: float, device: torch.device) -> bool:
+def has_room(loss: ObjectiveLoss, rows: int, length: int, reserved: float, device: torch.device) -> bool:
     """Whether a forward and backward pass of `rows` rows of `length` tokens fits beside `reserved` bytes. Drops the gradients.
 
     Each row is full, has two examples, and all its tokens are targets: no real row takes more.
@@ -36,7 +37,7 @@ def has_room(loss: TargetLoss, rows: int, length: int, reserved: float, device: 
         aside = torch.empty(int(reserved), dtype=torch.uint8, device=device)
         ids = torch.zeros((rows, length), dtype=torch.long, device=device)
         positions = torch.arange(length, device=device).remainder(max(1, length // 2)).expand(rows, length).contiguous()
-        loss(ids, positions, torch.ones_like(ids, dtype=torch.bool)).backward()
+        loss(SupervisedBatch(ids, positions, torch.ones_like(ids, dtype=torch.bool))).backward()
         del aside
     except RuntimeError as error:
         if not ran_out(error):

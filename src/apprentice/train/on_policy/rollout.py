@@ -28,10 +28,11 @@ from apprentice.inference.sampler import Sampling
 from apprentice.models.loading import load_model, resolve_dtype
 from apprentice.models.reward import choice_rewards
 from apprentice.models.tuning.methods import TUNING_METHODS
-from apprentice.train.batch import PackedRows
+from apprentice.train.batch import PackedRows, SupervisedBatch, move_batch
 from apprentice.train.checkpoint.restore import ReadTensor, restore_model
 from apprentice.train.engine.deepspeed_config import CPU_MICRO_TOKENS, GPU_MICRO_TOKENS
-from apprentice.train.losses.grpo import ReplyLogProbs, advantages
+from apprentice.train.losses.grpo import advantages, token_log_probabilities
+from apprentice.train.losses.target_losses import TargetLosses
 
 AT_ONCE = 64  # slots of the scheduler: replies generated at the same time
 
@@ -152,14 +153,14 @@ class RoundWriter:
 
     def _log_probabilities(self, model: Any, columns: Rows) -> NDArray[np.float32]:
         """Log-probability of every reply token under `model`, (rows, length); 0 for all other tokens."""
-        rows = PackedRows.of(columns)
-        module = ReplyLogProbs(model).eval()
+        rows = PackedRows.from_columns(columns)
+        targets = TargetLosses(model.eval())
         found = np.zeros(rows.input_ids.shape, np.float32)
         with torch.no_grad():
-            for start, micro in zip(self._starts(len(rows)), rows.micros(self._rows_at_once), strict=True):
-                ids, positions, is_target = micro.to(self._device).tensors
-                given = module(ids, positions, is_target).cpu().numpy()
-                found[start : start + self._rows_at_once, : given.shape[1]] = given
+            for start, batch in zip(self._starts(len(rows)), rows.micro_batches(self._rows_at_once), strict=True):
+                assert isinstance(batch, SupervisedBatch)
+                values = token_log_probabilities(targets, move_batch(batch, self._device)).cpu().numpy()
+                found[start : start + self._rows_at_once, : values.shape[1]] = values
         return found
 
     def _starts(self, rows: int) -> Iterator[int]:

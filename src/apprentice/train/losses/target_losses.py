@@ -1,0 +1,157 @@
+"""Negative log-likelihoods of target tokens: what the losses of all objectives but `reward` are made of.
+
+Examples packed into a row do not see each other: in causal models because positions restart, from which transformers builds the
+attention mask; in encoder-decoders because of masks that are made here from the segment ids.
+
+The output layer runs only at places whose next token is a target, usually a small part of a row, and on at most `CHUNK_NUMBERS`
+logits at once (`chunked_cross_entropy.py`). The losses are the same, without the (rows, length, vocabulary) tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from apprentice.errors import RecipeError
+from apprentice.train.batch import Seq2SeqBatch
+from apprentice.train.compat import attention_name
+from apprentice.train.losses.chunked_cross_entropy import Reduction, at_places, chunked_cross_entropy
+
+CHUNK_NUMBERS = 2**26  # logits computed at once: 256 MiB in float32
+
+
+class TargetLosses:
+    """Negative log-likelihoods (nats, float32) of target tokens under `model`.
+
+    `compute` is the number format to multiply in (autocast) if it is not that of the weights. With reduction `sum` a result is the
+    sum over all targets, with `none` it has shape (targets,), in the order of the rows.
+    """
+
+    def __init__(self, model: nn.Module, compute: torch.dtype | None = None) -> None:
+        self._model: Any = model
+        self._compute = compute
+        self._in_chunks = True  # false if the model does more to its logits than `_finished` knows,
+        self._probed = False  # which the first pass shows
+        configs = getattr(model, "peft_config", {}).values()
+        self._has_virtual_tokens = any(config.is_prompt_learning for config in configs)
+        self._is_flash = attention_name(model).startswith("flash")
+
+    def causal(self, input_ids: Tensor, positions: Tensor | None, is_target: Tensor, reduction: Reduction) -> Tensor:
+        """Losses of a causal model's targets; all arguments have shape (rows, length), `is_target` is boolean.
+
+        Without `positions` every row holds one example. Raises `RecipeError` if there are some with prefix or prompt tuning.
+        """
+        if self._has_virtual_tokens and positions is not None:
+            raise RecipeError(
+                "data.packing.strategy must be `none` with tuning.method prefix or prompt: virtual tokens ignore where the examples"
+                " of a row begin."
+            )
+        places = torch.zeros_like(is_target)
+        places[:, :-1] = is_target[:, 1:]  # the place before a target token predicts it
+        labels = input_ids[:, 1:][is_target[:, 1:]]
+        input_ids, positions = self.flattened(input_ids, positions)
+        arguments: dict[str, Any] = {"input_ids": input_ids} | ({} if positions is None else {"position_ids": positions})
+        return self._losses(lambda: self.logits(**arguments), places.reshape(input_ids.shape), labels, reduction)
+
+    def seq2seq(self, batch: Seq2SeqBatch, reduction: Reduction) -> Tensor:
+        """Losses of an encoder-decoder's targets; `batch.is_target` is boolean."""
+        shifted = batch.target_ids.roll(1, dims=1)
+        decoder_ids = torch.where(batch.target_positions == 0, self._model.config.decoder_start_token_id, shifted)
+        labels = batch.target_ids[batch.is_target]
+        if int(batch.segment_ids.max()) <= 1:  # at most one example in each row
+            seen = (batch.segment_ids > 0).long()
+            arguments = {"input_ids": batch.input_ids, "attention_mask": seen, "decoder_input_ids": decoder_ids}
+            return self._losses(lambda: self.logits(**arguments), batch.is_target, labels, reduction)
+        if self._has_virtual_tokens:
+            raise RecipeError("data.packing.strategy must be `none` with tuning.method prefix or prompt.")
+        call = self._packed_call(batch, decoder_ids)
+        return self._losses(call, batch.is_target, labels, reduction)
+
+    def logits(self, **arguments: Any) -> Tensor:
+        """Logits of one call of the model."""
+        with self.casting():
+            logits: Tensor = self._model(**arguments, use_cache=False).logits
+        return logits
+
+    def logits_after(self, prompt: Tensor, reply: Tensor) -> Tensor:
+        """Logits (1, tokens, vocabulary) for `prompt` and the `reply` so far, both (1, tokens); the last are the next token's."""
+        if not getattr(self._model.config, "is_encoder_decoder", False):
+            return self.logits(input_ids=torch.cat([prompt, reply], dim=1))
+        start = torch.full_like(prompt[:, :1], self._model.config.decoder_start_token_id)
+        return self.logits(input_ids=prompt, decoder_input_ids=torch.cat([start, reply], dim=1))
+
+    def casting(self) -> AbstractContextManager[Any]:
+        """Context of automatic casts to the number format that is computed in."""
+        if self._compute is None:
+            return nullcontext()
+        return torch.autocast(next(self._model.parameters()).device.type, dtype=self._compute)
+
+    def flattened(self, input_ids: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """All rows as one, for flash attention, which recognises restarting positions only in a batch of one row."""
+        if not self._is_flash or positions is None:
+            return input_ids, positions
+        return input_ids.reshape(1, -1), positions.reshape(1, -1)
+
+    def _packed_call(self, batch: Seq2SeqBatch, decoder_ids: Tensor) -> Callable[[], Tensor]:
+        """A call of an encoder-decoder in which no example of a row sees another one."""
+        dtype, sources, targets = next(self._model.parameters()).dtype, batch.segment_ids, batch.target_segment_ids
+        earlier = torch.ones(targets.shape[1], targets.shape[1], dtype=torch.bool, device=targets.device).tril()
+        of_encoder = _additive(sources[:, :, None] == sources[:, None], dtype)
+        of_decoder = _additive((targets[:, :, None] == targets[:, None]) & earlier, dtype)
+        across = _additive(targets[:, :, None] == sources[:, None], dtype)
+
+        def call() -> Tensor:
+            with self.casting():
+                encoded = self._model.get_encoder()(input_ids=batch.input_ids, attention_mask=of_encoder)
+            return self.logits(
+                encoder_outputs=encoded,
+                attention_mask=across,
+                decoder_input_ids=decoder_ids,
+                decoder_attention_mask=of_decoder,
+            )
+
+        return call
+
+    def _losses(self, call: Callable[[], Tensor], places: Tensor, labels: Tensor, reduction: Reduction = "sum") -> Tensor:
+        """Cross-entropy of `labels` (targets,) with the logits of `call()` at `places`, a (rows, length) mask.
+
+        The sum, or with reduction `none` one loss for each place, in order. `call()` calls the output layer once, whatever the
+        number of targets. The losses are computed there, in chunks, if `_finished` is all that the model does to its logits
+        afterwards. If not (scaling, for example), which the first pass shows in every process alike, the logits of all targets are
+        computed at once, and `call()` is made again for them in this first pass. So are they where the output layer has modules of
+        its own, LoRA's for example, and all logits of a row where the model names no output layer.
+        """
+        head = self._model.get_output_embeddings()
+        if head is None:
+            return F.cross_entropy(call()[places].float(), labels, reduction=reduction)
+        if not self._in_chunks or next(head.children(), None) is not None:
+            hook = head.register_forward_pre_hook(lambda _, given: (at_places(given[0], places), *given[1:]))
+            try:
+                return F.cross_entropy(call().float(), labels, reduction=reduction)
+            finally:
+                hook.remove()
+        size = max(1, CHUNK_NUMBERS // self._model.config.get_text_config().vocab_size)
+        settings: dict[str, Any] = {"size": size, "finish": self._finished, "casting": self.casting}
+        losses, probe, finished = chunked_cross_entropy(call, head, places, labels, reduction, **settings)
+        if not self._probed:
+            same = torch.allclose(self._finished(probe).float(), finished.float(), rtol=1e-3, atol=1e-3)
+            self._probed, self._in_chunks = True, same
+        return losses if self._in_chunks else self._losses(call, places, labels, reduction)
+
+    def _finished(self, logits: Tensor) -> Tensor:
+        """The model's processing of logits after the output layer, as far as it is known here: soft capping."""
+        cap = getattr(self._model.config.get_text_config(), "final_logit_softcapping", None)
+        return torch.tanh(logits / cap) * cap if cap else logits
+
+
+def _additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """Additive attention mask (rows, 1, queries, keys): 0 where `seen`, else the lowest number of `dtype`.
+
+    Not a boolean mask, because transformers' eager attention handles it wrongly.
+    """
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min)[:, None]
