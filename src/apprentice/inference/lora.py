@@ -66,9 +66,9 @@ def read_lora(folder: Path, model: Any) -> Lora:
     _check_kind(folder, config)
     pairs: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
-        if (found := _MATRIX.fullmatch(name.removeprefix(_PREFIX))) is None:
+        if (match := _MATRIX.fullmatch(name.removeprefix(_PREFIX))) is None:
             raise ModelError(f"the adapter in {folder} has {name!r} besides LoRA's two matrices; merge it and serve the result.")
-        pairs.setdefault(found[1], {})[found[2]] = tensor
+        pairs.setdefault(match[1], {})[match[2]] = tensor
     modules = dict(model.named_modules())
     head = model.get_output_embeddings()
     layers = {}
@@ -129,13 +129,13 @@ class LoraLayers:
         self._hooked: set[str] = set()
         self._stacked: tuple[Lora, ...] = ()
         self._stacks: dict[str, _Stack] = {}
-        self._alike: dict[str, list[str]] = {}  # the first layer that gets an input tensor → all layers that get it
+        self._same_input: dict[str, list[str]] = {}  # the first layer that gets an input tensor → all layers that get it
         # For layers that share a product: their stacked `down` matrices, the adapter of each column, the columns of each layer.
         self._joint: dict[tuple[str, ...], tuple[Tensor, tuple[int, ...], list[int]]] = {}
         self._rows: dict[bool, _Rows | None] = {}  # of the layers `apart` (True), and of all others (False)
-        self._given: Tensor | None = None
-        self._leader = ""
-        self._products: dict[str, Tensor] = {}  # of the layers that share `_given`
+        self._inputs: Tensor | None = None
+        self._first_layer = ""
+        self._products: dict[str, Tensor] = {}  # of the layers that share `_inputs`
 
     @contextmanager
     def rows(
@@ -148,22 +148,22 @@ class LoraLayers:
 
         If `adapters` has one entry, it applies to all rows, however many. `apart` has the adapters and counts of the layers apart.
         """
-        wanted = {adapter for adapter in (*adapters, *apart[0]) if adapter is not None}
-        if not wanted:
+        used = {adapter for adapter in (*adapters, *apart[0]) if adapter is not None}
+        if not used:
             yield
             return
-        if not wanted <= set(self._stacked):
-            self._stack(tuple(sorted(wanted, key=lambda adapter: adapter.number)))
-        self._rows = {False: self._owned(adapters, counts), True: self._owned(*apart)}
+        if not used <= set(self._stacked):
+            self._stack(tuple(sorted(used, key=lambda adapter: adapter.number)))
+        self._rows = {False: self._owners_of(adapters, counts), True: self._owners_of(*apart)}
         try:
             yield
         except BaseException:
             self._stacked = ()  # so that an adapter that cannot be applied is not used in the next pass
             raise
         finally:
-            self._rows, self._products, self._given = {}, {}, None
+            self._rows, self._products, self._inputs = {}, {}, None
 
-    def _owned(self, adapters: Sequence[Lora | None], counts: Sequence[int]) -> _Rows | None:
+    def _owners_of(self, adapters: Sequence[Lora | None], counts: Sequence[int]) -> _Rows | None:
         if all(adapter is None for adapter in adapters):
             return None
         places = {adapter: place for place, adapter in enumerate(self._stacked)}
@@ -180,37 +180,38 @@ class LoraLayers:
             self._stacks[name] = _Stack(torch.cat([down for _, (down, _) in own]), torch.cat([up for _, (_, up) in own]), columns)
             if name not in self._hooked:
                 self._hooked.add(name)
-                self._modules[name].register_forward_hook(lambda _, given, output, name=name: self._add(name, given[0], output))
+                self._modules[name].register_forward_hook(lambda _, inputs, output, name=name: self._add(name, inputs[0], output))
 
-    def _add(self, name: str, given: Tensor, output: Tensor) -> None:
+    def _add(self, name: str, inputs: Tensor, output: Tensor) -> None:
         rows = self._rows.get(name in self._apart)
         if rows is None or name not in self._stacks:
             return
-        count = given.shape[:-1].numel()
+        count = inputs.shape[:-1].numel()
         if count != len(rows.owners) > 1:
             raise ModelError(f"{name!r} is computed for {count} rows of {len(rows.owners)}; this model takes no adapters here.")
-        if given is not self._given:
-            self._given, self._leader = given, name
-            self._multiply(self._alike.setdefault(name, [name]), rows)
+        if inputs is not self._inputs:
+            self._inputs, self._first_layer = inputs, name
+            self._multiply(self._same_input.setdefault(name, [name]), rows)
         elif name not in self._products:
-            self._alike[self._leader].append(name)
+            self._same_input[self._first_layer].append(name)
             self._multiply([name], rows)
         output.view(count, -1).addmm_(self._products[name], self._stacks[name].up)
 
     def _multiply(self, names: Sequence[str], rows: _Rows) -> None:
         """Multiplies the input with the `down` matrices of these layers; sets columns of other adapters than the row's to 0."""
-        there = tuple(name for name in names if name in self._stacks)
-        if there not in self._joint:
-            stacks = [self._stacks[name] for name in there]
-            self._joint[there] = (
+        present = tuple(name for name in names if name in self._stacks)
+        if present not in self._joint:
+            stacks = [self._stacks[name] for name in present]
+            self._joint[present] = (
                 torch.cat([stack.down for stack in stacks]),
                 tuple(place for stack in stacks for place in stack.columns),
                 [len(stack.columns) for stack in stacks],
             )
-        assert self._given is not None
-        down, columns, sizes = self._joint[there]
-        product = torch.nn.functional.linear(self._given.reshape(-1, down.shape[1]), down).masked_fill_(rows.others(columns), 0.0)
-        self._products = dict(zip(there, product.split(sizes, dim=1), strict=True))
+        assert self._inputs is not None
+        down, columns, sizes = self._joint[present]
+        product = torch.nn.functional.linear(self._inputs.reshape(-1, down.shape[1]), down)
+        product.masked_fill_(rows.other_adapters(columns), 0.0)
+        self._products = dict(zip(present, product.split(sizes, dim=1), strict=True))
 
 
 class _Rows:
@@ -218,13 +219,13 @@ class _Rows:
 
     def __init__(self, owners: Tensor) -> None:
         self.owners = owners
-        self._others: dict[tuple[int, ...], Tensor] = {}
+        self._other_masks: dict[tuple[int, ...], Tensor] = {}
 
-    def others(self, columns: tuple[int, ...]) -> Tensor:
+    def other_adapters(self, columns: tuple[int, ...]) -> Tensor:
         """Mask (rows, columns), True where a column is not of the row's adapter; shared by layers with the same columns."""
-        if columns not in self._others:
-            self._others[columns] = self.owners[:, None] != torch.tensor(columns, device=self.owners.device)
-        return self._others[columns]
+        if columns not in self._other_masks:
+            self._other_masks[columns] = self.owners[:, None] != torch.tensor(columns, device=self.owners.device)
+        return self._other_masks[columns]
 
 
 @dataclass(frozen=True)

@@ -36,10 +36,12 @@ class Sampling:
 
     @property
     def is_greedy(self) -> bool:
+        """True if the most probable token is taken, without a random number."""
         return self.temperature == 0.0
 
     @property
     def changes_logits(self) -> bool:
+        """True if logits have to be adjusted before a token is drawn."""
         return bool(self.frequency_penalty or self.presence_penalty or self.bias)
 
 
@@ -62,13 +64,13 @@ def uniform(seed: int, step: int) -> float:
     return float(np.random.Generator(np.random.Philox(key=key, counter=[0, step, 0, 0])).random())
 
 
-def adjust(logits: Tensor, sampling: Sampling, seen: Counter[int], constraint: Constraint | None) -> Tensor:
-    """Applies bias, penalties for the tokens `seen` in the reply, and the constraint to `logits` (vocabulary).
+def adjust(logits: Tensor, sampling: Sampling, reply_counts: Counter[int], constraint: Constraint | None) -> Tensor:
+    """Applies bias, penalties and the constraint to `logits` (vocabulary); `reply_counts` is how often the reply has each token.
 
     Returns a new float32 tensor, -inf for tokens that the constraint forbids.
     """
     changed = logits.float().clone()
-    penalties = {id: sampling.presence_penalty + count * sampling.frequency_penalty for id, count in seen.items()}
+    penalties = {id: sampling.presence_penalty + count * sampling.frequency_penalty for id, count in reply_counts.items()}
     for numbers, sign in ((sampling.bias, 1.0), (penalties, -1.0)):
         if numbers:
             ids = torch.tensor(list(numbers), device=changed.device)
@@ -98,13 +100,13 @@ def draw(logits: Tensor, samplings: Sequence[Sampling], steps: Sequence[int]) ->
     probabilities = torch.softmax(logits[drawn].double() / temperatures, dim=-1)
     whole = [place for place, row in enumerate(drawn) if samplings[row].top_p >= 1.0]
     nucleus = [place for place, row in enumerate(drawn) if samplings[row].top_p < 1.0]
-    found: dict[int, int] = {}
+    ids_drawn: dict[int, int] = {}
     if whole:
-        found |= zip(whole, _at(probabilities[whole], points[whole]), strict=True)
+        ids_drawn |= zip(whole, _at(probabilities[whole], points[whole]), strict=True)
     if nucleus:
-        found |= zip(nucleus, _in_nucleus(probabilities[nucleus], shares[nucleus], points[nucleus]), strict=True)
+        ids_drawn |= zip(nucleus, _in_nucleus(probabilities[nucleus], shares[nucleus], points[nucleus]), strict=True)
     for place, row in enumerate(drawn):
-        chosen[row] = found[place]
+        chosen[row] = ids_drawn[place]
     return chosen
 
 
@@ -122,12 +124,12 @@ def _at(probabilities: Tensor, points: Tensor) -> list[int]:
 def _in_nucleus(probabilities: Tensor, shares: Tensor, points: Tensor) -> list[int]:
     """Top-p sampling: `_at` among the fewest tokens of each row that together have `shares` (rows, 1) of the probability."""
     best, ids = probabilities.topk(min(_NUCLEUS, probabilities.shape[-1]), dim=-1)
-    found = _at_best(best, ids, shares, points)
+    ids_drawn = _at_best(best, ids, shares, points)
     if best.shape[-1] < probabilities.shape[-1]:
         for row in (best.sum(dim=-1, keepdim=True) < shares)[:, 0].nonzero()[:, 0].tolist():
             one = slice(row, row + 1)
-            found[row] = _at_best(*probabilities[one].sort(dim=-1, descending=True, stable=True), shares[one], points[one])[0]
-    return found
+            ids_drawn[row] = _at_best(*probabilities[one].sort(dim=-1, descending=True, stable=True), shares[one], points[one])[0]
+    return ids_drawn
 
 
 def _at_best(best: Tensor, ids: Tensor, shares: Tensor, points: Tensor) -> list[int]:

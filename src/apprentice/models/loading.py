@@ -25,6 +25,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from apprentice.errors import ModelError, RecipeError
+from apprentice.models.compat import set_implementations
 from apprentice.models.tuning import bottleneck as adapters
 from apprentice.pretrained.architecture import FAMILIES, NO_FLOAT16, check_generates_text, family_of, gives_rewards, model_config
 from apprentice.pretrained.hub import local_folder
@@ -51,8 +52,8 @@ def resolve_dtype(name: str, device: str | None = None) -> torch.dtype:
 
 def multiplies_bfloat16() -> bool:
     """True if this machine's CPU multiplies bfloat16 in hardware, faster than float32."""
-    here = torch.cpu.get_capabilities()
-    return any(here.get(unit, False) for unit in _FAST_BFLOAT16)
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(unit, False) for unit in _FAST_BFLOAT16)
 
 
 def check_dtype(name: str, folder: Path, *, on_gpu: bool) -> None:
@@ -72,11 +73,11 @@ def resolve_attention(name: str, device: str = "cpu") -> str | None:
     `auto` is flash attention on a GPU with the package installed, else the architecture's default (sdpa, if it has that). Raises
     `ModelError` for `flash` where it cannot run.
     """
-    there = device == "cuda" and importlib.util.find_spec("flash_attn") is not None
-    if name == "flash" and not there:
+    has_flash = device == "cuda" and importlib.util.find_spec("flash_attn") is not None
+    if name == "flash" and not has_flash:
         raise ModelError("model.attention flash needs a GPU and the package flash-attn, which are not here; use auto.")
     if name == "auto":
-        return _ATTENTION["flash"] if there else None
+        return _ATTENTION["flash"] if has_flash else None
     return _ATTENTION.get(name, name)
 
 
@@ -105,22 +106,22 @@ def load_model(
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     implementation = resolve_attention(attention, "cuda" if torch.cuda.is_available() else "cpu")
-    chosen: dict[str, Any] = {}
+    options: dict[str, Any] = {}
     if four_bit:
-        chosen["quantization_config"] = BitsAndBytesConfig(
+        options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
         )
-    chosen |= {"trust_remote_code": trust, "use_safetensors": None if trust else True}
+    options |= {"trust_remote_code": trust, "use_safetensors": None if trust else True}
     loader: Any = AutoModelForSeq2SeqLM if family == "seq2seq" else AutoModelForCausalLM
     if head is not None:
         loader = AutoModelForSequenceClassification
     try:
-        chosen["config"] = read_config(folder, implementation, trust=trust)
+        options["config"] = read_config(folder, implementation, trust=trust)
         if head is not None:
-            chosen["config"].num_labels = 1
+            options["config"].num_labels = 1
         with torch.random.fork_rng():
             torch.manual_seed(head or 0)
-            model, found = loader.from_pretrained(folder, dtype=dtype, local_files_only=True, output_loading_info=True, **chosen)
+            model, report = loader.from_pretrained(folder, dtype=dtype, local_files_only=True, output_loading_info=True, **options)
     except (OSError, ValueError, ImportError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ModelError(f"{folder} cannot be loaded as a {FAMILIES[family]}: {reason}") from error
@@ -129,7 +130,7 @@ def load_model(
             f"the pickled weights in {folder} hold more than numbers, and are not read even with model.trust."
         ) from error
     fresh = {f"{SCORE}.weight"} if head is not None and not gives_rewards(folder) else set()
-    if missing := sorted(set(found["missing_keys"]) - fresh):
+    if missing := sorted(set(report["missing_keys"]) - fresh):
         raise ModelError(f"{folder} lacks weights, {missing[0]!r} among them; fetch or export the model again.")
     if head is not None and model.config.pad_token_id is None:
         model.config.pad_token_id = 0  # transformers needs one, though here the position decides which token's reward counts
@@ -141,10 +142,10 @@ def read_config(folder: Path, attention: str | None = None, *, trust: bool = Fal
     """Reads the model config in `folder`, with `attention` in transformers' name; None: sdpa if the model has it, else eager.
 
     The folder's own settings of attention and experts are ignored, in nested configs too, because transformers would fetch code by
-    such names. It is set here because the folder's `_attn_implementation` overrules a keyword of `from_pretrained` (5.23).
+    such names.
     """
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust)
-    config._attn_implementation, config._experts_implementation = attention, None
+    set_implementations(config, attention)
     return config
 
 
@@ -153,8 +154,8 @@ def build_without_weights(folder: Path, *, trust: bool = False) -> PreTrainedMod
     check_model_folder(folder, trust=trust)
     config = read_config(folder, trust=trust)
     with torch.device("meta"):
-        made: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
-    return made
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
+    return model
 
 
 def _attach(model: Any, adapter: Path) -> Any:

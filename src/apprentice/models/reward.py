@@ -24,15 +24,15 @@ def is_reward(model: Any) -> bool:
 
 def token_rewards(model: nn.Module, input_ids: Tensor, positions: Tensor | None) -> Tensor:
     """Reward at every token, float32 (rows, length); `input_ids` and `positions` are int64 of the same shape."""
-    held: list[Tensor] = []
+    outputs: list[Tensor] = []
     [layer] = [module for name, module in model.named_modules() if name.rsplit(".", 1)[-1] == SCORE]
-    hook = layer.register_forward_hook(lambda _, __, output: held.append(output))
-    given: dict[str, Any] = {"input_ids": input_ids} | ({} if positions is None else {"position_ids": positions})
+    hook = layer.register_forward_hook(lambda _, __, output: outputs.append(output))
+    inputs: dict[str, Any] = {"input_ids": input_ids} | ({} if positions is None else {"position_ids": positions})
     try:
-        model(**given, use_cache=False)
+        model(**inputs, use_cache=False)
     finally:
         hook.remove()
-    return held[-1][..., 0].float()
+    return outputs[-1][..., 0].float()
 
 
 def choice_rewards(
@@ -44,17 +44,17 @@ def choice_rewards(
     """
     texts = [[*prompt, *ids] for prompt, group in zip(prompts, choices, strict=True) for ids in group]
     order = sorted(range(len(texts)), key=lambda place: len(texts[place]))
-    found = [0.0] * len(texts)
+    values = [0.0] * len(texts)
     while order:
-        most = max(1, batch_tokens // len(texts[order[-1]]))
-        together, order = order[-most:], order[:-most]
-        lengths = torch.tensor([len(texts[place]) for place in together])
-        ids = torch.zeros(len(together), int(lengths.max()), dtype=torch.long)
-        for row, place in enumerate(together):
+        count = max(1, batch_tokens // len(texts[order[-1]]))
+        batch, order = order[-count:], order[:-count]
+        lengths = torch.tensor([len(texts[place]) for place in batch])
+        ids = torch.zeros(len(batch), int(lengths.max()), dtype=torch.long)
+        for row, place in enumerate(batch):
             ids[row, : len(texts[place])] = torch.tensor(texts[place])
         with torch.no_grad():  # the model is causal, so the padding after a text does not change its reward
             rewards = token_rewards(model, ids.to(model.device), None).cpu()
-        for place, value in zip(together, rewards[torch.arange(len(together)), lengths - 1].tolist(), strict=True):
-            found[place] = value
-    given = iter(found)
-    return [[next(given) for _ in group] for group in choices]
+        for place, value in zip(batch, rewards[torch.arange(len(batch)), lengths - 1].tolist(), strict=True):
+            values[place] = value
+    in_order = iter(values)
+    return [[next(in_order) for _ in group] for group in choices]

@@ -46,9 +46,9 @@ class ChatTemplate:
         Raises `ChatTemplateError` where the template fails over the messages.
         """
         start_rendering(self._source, {}, python_forms=True)
-        given = {"messages": list(messages), "tools": None, "documents": None, "add_generation_prompt": generate}
+        context = {"messages": list(messages), "tools": None, "documents": None, "add_generation_prompt": generate}
         try:
-            return self._compiled.render(given, strftime_now=_now if now is None else now.strftime, **variables)
+            return self._compiled.render(context, strftime_now=_now if now is None else now.strftime, **variables)
         except _FAILURES as error:
             raise ChatTemplateError(f"the chat template of {self._origin} refuses these messages: {_line(error)}.") from error
 
@@ -80,11 +80,11 @@ class _Namespace(jinja2.utils.Namespace):
         super().__setitem__(name, value)
 
 
-def _namespace(*given: Any, **named: Any) -> _Namespace:
-    made = _Namespace()
-    for name, value in dict(*given, **named).items():
-        made[name] = value
-    return made
+def _namespace(*mappings: Any, **named: Any) -> _Namespace:
+    namespace = _Namespace()
+    for name, value in dict(*mappings, **named).items():
+        namespace[name] = value
+    return namespace
 
 
 def _refuse(message: str) -> None:

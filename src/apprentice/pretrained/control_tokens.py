@@ -46,7 +46,7 @@ class ControlTokens:
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of escaped texts, no special tokens added. Raises `ModelError` if the tokenizer cannot be renamed so."""
-        named = [unescape(self._any.sub(lambda found: self._names[found[0]], text)) for text in texts]
+        named = [unescape(self._any.sub(lambda match: self._names[match[0]], text)) for text in texts]
         return [list(encoding.ids) for encoding in self._renamed.encode_batch_fast(named, add_special_tokens=False)]
 
     @cached_property

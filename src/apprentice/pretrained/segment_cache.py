@@ -39,30 +39,30 @@ class SegmentCache:
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text; special tokens in it are recognised, none are added."""
-        taken_apart = [self._apart(text) for text in texts]
+        segments_of_texts = [self._split(text) for text in texts]
         known: dict[str, array[int]] = {}
         new: dict[str, None] = {}
-        for parts in taken_apart:
+        for parts in segments_of_texts:
             for part in parts:
                 if part not in known and part not in new:
-                    if (found := self._recent.get(part) or self._older.get(part)) is None:
+                    if (ids := self._recent.get(part) or self._older.get(part)) is None:
                         new[part] = None
                     else:
-                        known[part] = found
+                        known[part] = ids
         encoded = self._backend.encode_batch_fast(list(new), add_special_tokens=False)
         known.update((part, array("i", encoding.ids)) for part, encoding in zip(new, encoded, strict=True))
         self._remember(known)
-        return [_joined([known[part] for part in parts]) for parts in taken_apart]
+        return [_joined([known[part] for part in parts]) for parts in segments_of_texts]
 
-    def _remember(self, seen: dict[str, array[int]]) -> None:
-        for part, ids in seen.items():
+    def _remember(self, segments: dict[str, array[int]]) -> None:
+        for part, ids in segments.items():
             if part not in self._recent:
                 self._recent[part] = ids
                 self._room -= len(ids)
         if self._room < 0:
             self._recent, self._older, self._room = {}, self._recent, REMEMBERED_TOKENS
 
-    def _apart(self, text: str) -> list[str]:
+    def _split(self, text: str) -> list[str]:
         sections = self._borders.split(text) if self._borders else [text]
         if self._place:
             sections = [part for section in sections for part in self._at_blank_lines(section)]
@@ -71,7 +71,7 @@ class SegmentCache:
     def _at_blank_lines(self, text: str) -> list[str]:
         if "\n\n" not in text:
             return [text]
-        places = [found.start() + self._place for found in _BLANK_LINE.finditer(text)]
+        places = [match.start() + self._place for match in _BLANK_LINE.finditer(text)]
         return [text[start:end] for start, end in pairwise([0, *places, len(text)])]
 
     def _find_borders(self) -> re.Pattern[str] | None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from apprentice.errors import ModelError
 from apprentice.pretrained.chat_template import ChatTemplate, Message
+from apprentice.pretrained.compat import resize_word_cache
 from apprentice.pretrained.control_tokens import ControlTokens
 from apprentice.pretrained.hub import local_folder
 from apprentice.pretrained.segment_cache import SegmentCache
@@ -51,8 +52,7 @@ class Tokenizer:
         self._control_tokens: dict[tuple[str, ...], ControlTokens] = {}
         self._backend.no_padding()
         self._backend.no_truncation()
-        if resize := getattr(self._backend.model, "_resize_cache", None):
-            resize(CACHED_WORDS)
+        resize_word_cache(self._backend, CACHED_WORDS)
         if self._inner.eos_token_id is None:
             raise ModelError(f"the tokenizer in {folder} has no end token (eos_token); set one in tokenizer_config.json.")
 
@@ -74,10 +74,12 @@ class Tokenizer:
 
     @property
     def end_id(self) -> int:
+        """Id of the token that ends a text."""
         return int(self._inner.eos_token_id)
 
     @property
     def end_text(self) -> str:
+        """The token that ends a text."""
         return str(self._inner.eos_token)
 
     @property
@@ -107,6 +109,7 @@ class Tokenizer:
 
     @property
     def chat_template(self) -> str | None:
+        """The chat template in Jinja; None if there is none, or several."""
         template = self._inner.chat_template
         return template if isinstance(template, str) else None
 
@@ -157,6 +160,7 @@ class Tokenizer:
         return text[: offsets[tokens][0]].rstrip() if tokens < len(offsets) else text
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
+        """Text of `ids`, without special tokens if `skip_special`."""
         return str(self._backend.decode(list(ids), skip_special_tokens=skip_special))
 
     def token_bytes(self, id: int) -> bytes:

@@ -52,8 +52,8 @@ def check_model_folder(folder: Path, *, trust: bool = False) -> None:
             f"{folder} brings its own code for the architecture {config.get('model_type')!r}, which transformers does not have."
             " Take another model, or, if you trust its author, say --trust (model.trust=true in a recipe)."
         )
-    if chosen := _implementations(config):
-        key, name = chosen[0]
+    if choices := _implementations(config):
+        key, name = choices[0]
         raise ModelError(
             f"{folder} says in its config.json that {key} is {name!r}, by which transformers may fetch code from a hub; remove the"
             " key, and say in the recipe's model.attention what is to be used."
@@ -72,11 +72,11 @@ def check_adapter_folder(folder: Path, *, trust: bool = False) -> None:
 def _implementations(value: Any) -> list[tuple[str, Any]]:
     """(key, value) of all keys in a config, nested ones too, that choose an attention or experts implementation from elsewhere."""
     if isinstance(value, list):
-        return [found for item in value for found in _implementations(item)]
+        return [choice for item in value for choice in _implementations(item)]
     if not isinstance(value, dict):
         return []
-    found = [(key, name) for key, name in value.items() if _IMPLEMENTATION.search(key) and not _is_built_in(name)]
-    return found + [inner for item in value.values() for inner in _implementations(item)]
+    choices = [(key, name) for key, name in value.items() if _IMPLEMENTATION.search(key) and not _is_built_in(name)]
+    return choices + [inner for item in value.values() for inner in _implementations(item)]
 
 
 def _is_built_in(name: Any) -> bool:

@@ -139,7 +139,7 @@ def test_every_architecture_gives_the_sums_of_full_forward_passes(name: str, att
 
 def test_choices_share_a_row_up_to_the_window_and_not_beyond(monkeypatch: pytest.MonkeyPatch) -> None:
     model = made("mistral")
-    passes: dict[str, list[list[int]]] = {"_forward": [], "_forward_apart": []}
+    passes: dict[str, list[list[int]]] = {"_forward": [], "_forward_single_choices": []}
     for name, seen in passes.items():
         forward = getattr(scoring, name)
 
@@ -149,16 +149,16 @@ def test_choices_share_a_row_up_to_the_window_and_not_beyond(monkeypatch: pytest
 
         monkeypatch.setattr(scoring, name, watched)
     choice_logprobs(model, [[5] * 60, [5] * 70], [[[7, 8, 9], [7, 8, 9], [9, 8]]] * 2)
-    assert passes == {"_forward": [[2, 1]], "_forward_apart": [[1, 1, 1]]}
+    assert passes == {"_forward": [[2, 1]], "_forward_single_choices": [[1, 1, 1]]}
 
 
 def test_a_mask_that_flash_attention_cannot_take_is_not_made() -> None:
     model = made("llama")
     model.config._attn_implementation = "flash_attention_2"
-    assert scoring._shared_tokens(model) == 0
+    assert scoring._masked_row_limit(model) == 0
 
 
 def test_the_logits_kept_of_prompts_of_different_lengths_are_bounded() -> None:
     rows = [scoring._Row(number, [5] * length, [(0, [7, 8])]) for number, length in enumerate((900, 890, 100, 90))]
-    batches = scoring._batches(rows, 4096, begin_together=True)
+    batches = scoring._batches(rows, 4096, pads_at_end=True)
     assert [[row.number for row in batch] for batch in batches] == [[0, 1], [2, 3]]

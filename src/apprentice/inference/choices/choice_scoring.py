@@ -48,24 +48,24 @@ def choice_logprobs(
         return [[unbatched_logprob(model, prompt, ids) for ids in group] for prompt, group in zip(prompts, choices, strict=True)]
     if prompts and is_encoder_decoder(model):
         return seq2seq_logprobs(model, prompts, choices, batch_tokens)
-    most = _shared_tokens(model) if prompts else None
+    limit = _masked_row_limit(model) if prompts else None
     rows = [
         _Row(number, list(prompt), part)
         for number, (prompt, group) in enumerate(zip(prompts, choices, strict=True))
-        for part in _parts(len(prompt), group, batch_tokens, most)
+        for part in _parts(len(prompt), group, batch_tokens, limit)
     ]
-    found: list[list[float]] = [[0.0] * len(group) for group in choices]
-    apart = [row for row in rows if most is not None and sum(row.size) > most]
-    shared = [row for row in rows if most is None or sum(row.size) <= most]
+    logprobs: list[list[float]] = [[0.0] * len(group) for group in choices]
+    single_choice = [row for row in rows if limit is not None and sum(row.size) > limit]
+    shared = [row for row in rows if limit is None or sum(row.size) <= limit]
     for forward, batches in (
         (_forward, _batches(shared, batch_tokens)),
-        (_forward_apart, _batches(apart, batch_tokens, begin_together=True)),
+        (_forward_single_choices, _batches(single_choice, batch_tokens, pads_at_end=True)),
     ):
         for batch in batches:
             for row, sums in zip(batch, forward(model, batch), strict=True):
                 for (place, _), value in zip(row.choices, sums, strict=True):
-                    found[row.number][place] = value
-    return found
+                    logprobs[row.number][place] = value
+    return logprobs
 
 
 @torch.inference_mode()
@@ -84,7 +84,7 @@ def unbatched_logprob(model: Any, prompt: Sequence[int], ids: Sequence[int]) -> 
     return float(logits.float().log_softmax(dim=-1).gather(1, row(ids).T).double().sum())
 
 
-def _shared_tokens(model: Any) -> int | None:
+def _masked_row_limit(model: Any) -> int | None:
     """Maximal tokens of a row in which a mask keeps choices apart; None: any number, 0: the model takes no such mask."""
     config = model.config.get_text_config()
     if attention_implementation(config) not in ("sdpa", "eager"):  # flash attention takes no such mask
@@ -96,25 +96,25 @@ def _shared_tokens(model: Any) -> int | None:
 
 
 class _Row:
-    """Row of a batch: one prompt with some or all of its choices. `side` counts the input tokens of the choices."""
+    """Row of a batch: one prompt with some or all of its choices. `choice_tokens` counts the input tokens of the choices."""
 
     def __init__(self, number: int, prompt: list[int], choices: list[tuple[int, Sequence[int]]]) -> None:
         self.number = number
         self.prompt = prompt
         self.choices = choices  # (place among all choices of the prompt, ids)
-        self.side = sum(len(ids) - 1 for _, ids in choices)
+        self.choice_tokens = sum(len(ids) - 1 for _, ids in choices)
 
     @property
     def size(self) -> tuple[int, int]:
-        return len(self.prompt), self.side
+        return len(self.prompt), self.choice_tokens
 
 
 def _parts(
-    prompt: int, group: Sequence[Sequence[int]], batch_tokens: int, most: int | None
+    prompt: int, group: Sequence[Sequence[int]], batch_tokens: int, limit: int | None
 ) -> list[list[tuple[int, Sequence[int]]]]:
-    """Splits choices, in order, so that prompt and part fit `batch_tokens` and `most`; a choice too long is a part alone."""
+    """Splits choices, in order, so that prompt and part fit `batch_tokens` and `limit`; a choice too long is a part alone."""
     parts: list[list[tuple[int, Sequence[int]]]] = []
-    whole = min(batch_tokens, batch_tokens if most is None else most)
+    whole = min(batch_tokens, batch_tokens if limit is None else limit)
     room = 0
     for place, ids in enumerate(group):
         if not parts or len(ids) - 1 > room:
@@ -125,18 +125,18 @@ def _parts(
     return parts
 
 
-def _batches(rows: list[_Row], batch_tokens: int, *, begin_together: bool = False) -> list[list[_Row]]:
+def _batches(rows: list[_Row], batch_tokens: int, *, pads_at_end: bool = False) -> list[list[_Row]]:
     """Groups rows of similar size, longest first, so that memory runs out at once or not at all.
 
-    `begin_together`: rows are padded at the end, so the logits that are needed begin in a different column for each prompt.
+    `pads_at_end`: rows are padded at the end, so the logits that are needed begin in a different column for each prompt.
     """
     batches: list[list[_Row]] = []
     widest = (0, 0)
     for row in sorted(rows, key=lambda row: (row.size, row.number), reverse=True):
         widest = (max(widest[0], row.size[0]), max(widest[1], row.size[1]))
         count = len(batches[-1]) + 1 if batches else 0
-        kept = widest[1] + 1 + (widest[0] - row.size[0] if begin_together else 0)
-        if not count or count * sum(widest) > batch_tokens or count * kept > _LOGIT_ROWS:
+        columns_kept = widest[1] + 1 + (widest[0] - row.size[0] if pads_at_end else 0)
+        if not count or count * sum(widest) > batch_tokens or count * columns_kept > _LOGIT_ROWS:
             batches.append([])
             widest = row.size
         batches[-1].append(row)
@@ -146,61 +146,64 @@ def _batches(rows: list[_Row], batch_tokens: int, *, begin_together: bool = Fals
 @torch.inference_mode()
 def _forward(model: Any, batch: list[_Row]) -> list[list[float]]:
     device = next(model.parameters()).device
-    width, side = max(len(row.prompt) for row in batch), max(row.side for row in batch)
-    ids, positions, mask = _inputs(batch, width, side, next(model.parameters()).dtype)
+    width, choice_tokens = max(len(row.prompt) for row in batch), max(row.choice_tokens for row in batch)
+    ids, positions, mask = _inputs(batch, width, choice_tokens, next(model.parameters()).dtype)
     # Prompts end in the same column, so the columns whose logits are needed are the last ones.
     logits = model(
         input_ids=ids.to(device),
         attention_mask=mask.to(device),
         position_ids=positions.to(device),
         use_cache=False,
-        logits_to_keep=side + 1,
-    ).logits[:, -side - 1 :]  # (rows, 1 + side, vocabulary); a model that keeps all of them gives more
+        logits_to_keep=choice_tokens + 1,
+    ).logits[:, -choice_tokens - 1 :]  # (rows, 1 + choice_tokens, vocabulary); a model that keeps all of them gives more
     return [_sums(logits[number], row) for number, row in enumerate(batch)]
 
 
 @torch.inference_mode()
-def _forward_apart(model: Any, batch: list[_Row]) -> list[list[float]]:
+def _forward_single_choices(model: Any, batch: list[_Row]) -> list[list[float]]:
     """`_forward` for rows of one choice each, under the model's own causal mask: padding follows the text, so no token sees it."""
     texts = [[*row.prompt, *row.choices[0][1][:-1]] for row in batch]
     width, first = max(map(len, texts)), min(len(row.prompt) for row in batch) - 1
     ids = torch.zeros(len(batch), width, dtype=torch.long)
     for line, text in enumerate(texts):
         ids[line, : len(text)] = torch.tensor(text)
-    kept = width - first
-    logits = model(input_ids=ids.to(next(model.parameters()).device), use_cache=False, logits_to_keep=kept).logits[:, -kept:]
+    columns_kept = width - first
+    device = next(model.parameters()).device
+    logits = model(input_ids=ids.to(device), use_cache=False, logits_to_keep=columns_kept).logits[:, -columns_kept:]
     return [_sums(logits[line, len(row.prompt) - 1 - first :], row) for line, row in enumerate(batch)]
 
 
-def _inputs(batch: list[_Row], width: int, side: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Ids and positions, int64 (rows, width + side), and the additive mask (rows, 1, width + side, width + side) in `dtype`.
+def _inputs(batch: list[_Row], width: int, choice_tokens: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Ids and positions, int64 (rows, length), and the additive mask (rows, 1, length, length) in `dtype`.
 
-    Prompts are padded at the start, so that all end in column `width - 1`. The module's docstring shows one row.
+    `length` is `width`, of the longest prompt, and `choice_tokens`, of the row with the most of them. Prompts are padded at the
+    start, so that all end in column `width - 1`. The module's docstring shows one row.
     """
-    length = width + side
+    length = width + choice_tokens
     ids = torch.zeros(len(batch), length, dtype=torch.long)
     positions = torch.zeros(len(batch), length, dtype=torch.long)
-    seen = torch.eye(length, dtype=torch.bool).repeat(len(batch), 1, 1)  # padding sees itself, so that no row of weights is empty
+    # Padding sees itself, so that no row of weights is empty.
+    visible = torch.eye(length, dtype=torch.bool).repeat(len(batch), 1, 1)
     for number, row in enumerate(batch):
         start = width - len(row.prompt)
         ids[number, start:width] = torch.tensor(row.prompt)
         positions[number, start:width] = torch.arange(len(row.prompt))
-        seen[number, start:width, start:width] = torch.ones(len(row.prompt), len(row.prompt), dtype=torch.bool).tril()
+        visible[number, start:width, start:width] = torch.ones(len(row.prompt), len(row.prompt), dtype=torch.bool).tril()
         at = width
         for _, choice in row.choices:
             end = at + len(choice) - 1
             ids[number, at:end] = torch.tensor(choice[:-1], dtype=torch.long)
             positions[number, at:end] = len(row.prompt) + torch.arange(end - at)
-            seen[number, at:end, start:width] = True
-            seen[number, at:end, at:end] = torch.ones(end - at, end - at, dtype=torch.bool).tril()
+            visible[number, at:end, start:width] = True
+            visible[number, at:end, at:end] = torch.ones(end - at, end - at, dtype=torch.bool).tril()
             at = end
     # An additive mask: a boolean one is silently wrong with eager attention (transformers 5.23).
-    mask = torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, torch.finfo(dtype).min)
+    mask = torch.zeros(visible.shape, dtype=dtype).masked_fill_(~visible, torch.finfo(dtype).min)
     return ids, positions, mask[:, None]
 
 
 def _sums(logits: Tensor, row: _Row) -> list[float]:
-    """Log-probability of each choice of one row; logits (1 + side, vocabulary) begin after the last token of the prompt."""
+    """Log-probability of each choice of a row; logits (1 + choice_tokens, vocabulary) begin after the last token of the prompt."""
     columns, targets, owners = [], [], []
     at = 1
     for order, (_, choice) in enumerate(row.choices):
@@ -209,7 +212,7 @@ def _sums(logits: Tensor, row: _Row) -> list[float]:
         owners += [order] * len(choice)
         at += len(choice) - 1
     used = logits[torch.tensor(columns, device=logits.device)].float()  # (tokens, vocabulary)
-    wanted = torch.tensor(targets, device=logits.device)[:, None]
-    logprobs = (used.gather(1, wanted)[:, 0] - used.logsumexp(dim=-1)).double().cpu()
+    target_ids = torch.tensor(targets, device=logits.device)[:, None]
+    logprobs = (used.gather(1, target_ids)[:, 0] - used.logsumexp(dim=-1)).double().cpu()
     sums = torch.zeros(len(row.choices), dtype=torch.float64).index_add_(0, torch.tensor(owners), logprobs)
     return [float(value) for value in sums]

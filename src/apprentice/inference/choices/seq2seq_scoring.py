@@ -20,18 +20,18 @@ def seq2seq_logprobs(
 
     `batch_tokens` bounds the tokens, padding included, of one pass of the encoder; a longer prompt runs alone.
     """
-    found: list[list[float]] = [[0.0] * len(group) for group in choices]
+    logprobs: list[list[float]] = [[0.0] * len(group) for group in choices]
     for batch in _batches([len(prompt) for prompt in prompts], batch_tokens):
-        states, mask = _encoded(model, [prompts[number] for number in batch])
-        wanted = [(line, number, place) for line, number in enumerate(batch) for place in range(len(choices[number]))]
-        wanted.sort(key=lambda item: len(choices[item[1]][item[2]]))
-        for part in _even([len(choices[number][place]) for _, number, place in wanted]):
-            lines, numbers, places = zip(*(wanted[at] for at in part), strict=True)
+        states, mask = _encode(model, [prompts[number] for number in batch])
+        items = [(line, number, place) for line, number in enumerate(batch) for place in range(len(choices[number]))]
+        items.sort(key=lambda item: len(choices[item[1]][item[2]]))
+        for part in _group_by_logits([len(choices[number][place]) for _, number, place in items]):
+            lines, numbers, places = zip(*(items[at] for at in part), strict=True)
             texts = [choices[number][place] for number, place in zip(numbers, places, strict=True)]
-            chosen = torch.tensor(lines, device=states.device)
-            for number, place, value in zip(numbers, places, _sums(model, states[chosen], mask[chosen], texts), strict=True):
-                found[number][place] = value
-    return found
+            rows = torch.tensor(lines, device=states.device)
+            for number, place, value in zip(numbers, places, _sums(model, states[rows], mask[rows], texts), strict=True):
+                logprobs[number][place] = value
+    return logprobs
 
 
 def _batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
@@ -44,7 +44,7 @@ def _batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
     return batches
 
 
-def _even(lengths: Sequence[int]) -> list[list[int]]:
+def _group_by_logits(lengths: Sequence[int]) -> list[list[int]]:
     """Groups choices (indices, in ascending order of length) so that each group has at most `_LOGIT_ROWS` rows of logits."""
     runs: list[list[int]] = []
     for place, length in enumerate(lengths):
@@ -54,7 +54,7 @@ def _even(lengths: Sequence[int]) -> list[list[int]]:
     return runs
 
 
-def _padded(model: Any, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+def _pad(model: Any, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     """Right-padded ids and attention mask (1: a token, 0: padding), int64 (prompts, longest) each."""
     device = next(model.parameters()).device
     width = max(map(len, prompts))
@@ -66,9 +66,9 @@ def _padded(model: Any, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tenso
     return ids.to(device), mask.to(device)
 
 
-def _encoded(model: Any, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+def _encode(model: Any, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     """Encoder states (prompts, longest, hidden) and their attention mask (prompts, longest)."""
-    ids, mask = _padded(model, prompts)
+    ids, mask = _pad(model, prompts)
     states: Tensor = model.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state
     return states, mask
 
@@ -77,13 +77,13 @@ def _sums(model: Any, states: Tensor, mask: Tensor, texts: Sequence[Sequence[int
     """Log-probability of each text (ids) given the encoder states (texts, longest, hidden) of the same row."""
     width = max(map(len, texts))
     labels = torch.zeros(len(texts), width, dtype=torch.long, device=states.device)
-    real = torch.zeros(len(texts), width, device=states.device)
+    is_token = torch.zeros(len(texts), width, device=states.device)
     for line, text in enumerate(texts):
         labels[line, : len(text)] = torch.tensor(list(text), device=states.device)
-        real[line, : len(text)] = 1.0
+        is_token[line, : len(text)] = 1.0
     inputs = torch.cat([torch.full_like(labels[:, :1], model.config.decoder_start_token_id), labels[:, :-1]], dim=1)
     logits = model(
         encoder_outputs=BaseModelOutput(last_hidden_state=states), attention_mask=mask, decoder_input_ids=inputs, use_cache=False
     ).logits.float()  # (texts, width, vocabulary)
     logprobs = logits.gather(2, labels[..., None])[..., 0] - logits.logsumexp(dim=-1)
-    return [float(value) for value in (logprobs.double() * real).sum(dim=1)]
+    return [float(value) for value in (logprobs.double() * is_token).sum(dim=1)]

@@ -37,10 +37,10 @@ class Bottleneck(nn.Module):
             nn.init.normal_(layer.weight, std=deviation)
             nn.init.zeros_(layer.bias)
 
-    def forward(self, given: Tensor) -> Tensor:
+    def forward(self, inputs: Tensor) -> Tensor:
         """Maps (…, hidden) to (…, hidden)."""
-        added: Tensor = self.up(nn.functional.gelu(self.down(given)))
-        return given + added
+        added: Tensor = self.up(nn.functional.gelu(self.down(inputs)))
+        return inputs + added
 
 
 def add_adapters(model: nn.Module, width: int) -> list[str]:

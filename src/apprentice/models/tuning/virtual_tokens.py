@@ -26,14 +26,14 @@ def start_from_common_words(wrapped: Any, seed: int) -> None:
     prefix = wrapped.active_peft_config.peft_type == "PREFIX_TUNING"
     if prefix and model.config.is_encoder_decoder:
         return
-    held = encoder.embedding.weight  # (virtual tokens, width); for a prefix (virtual tokens, layers × 2 × heads × width)
+    embeddings = encoder.embedding.weight  # (virtual tokens, width); for a prefix (virtual tokens, layers × 2 × heads × width)
     words = torch.randint(
-        min(COMMON, model.get_input_embeddings().num_embeddings), (len(held),), generator=torch.Generator().manual_seed(seed)
+        min(COMMON, model.get_input_embeddings().num_embeddings), (len(embeddings),), generator=torch.Generator().manual_seed(seed)
     )
     words = words.to(model.device)
-    found = _keys_and_values(model, words) if prefix else model.get_input_embeddings()(words)
-    if found.shape == held.shape:
-        held.copy_(found)
+    values = _keys_and_values(model, words) if prefix else model.get_input_embeddings()(words)
+    if values.shape == embeddings.shape:
+        embeddings.copy_(values)
 
 
 def _keys_and_values(model: Any, words: Tensor) -> Tensor:
