@@ -105,7 +105,7 @@ async def test_a_killed_replica_takes_only_its_own_requests_along(pair: Endpoint
         await asyncio.gather(*clients)
         assert victim not in await answering(http)
     lost = [[how for how in mine if how != "whole"] for mine in went]
-    assert max(map(len, lost)) == 1
+    assert max(map(len, lost)) <= 1  # none where it had just answered
     # Ray Serve's proxy writes these ends; nothing of ours is alive to say more.
     assert {how for mine in lost for how in mine} <= {"status 500", "status 503", "cut off", "ended as if it were whole"}
     assert sum(map(len, went)) >= 24

@@ -1,7 +1,8 @@
-"""What this process and those that it started listen on."""
+"""Sockets: what this process and those that it started listen on, and a free port."""
 
 from __future__ import annotations
 
+import socket
 from contextlib import suppress
 
 import psutil
@@ -17,3 +18,10 @@ def listening() -> list[tuple[str, str]]:
                 if connection.status == psutil.CONN_LISTEN:
                     found.append((process.name(), connection.laddr.ip.removeprefix("::ffff:")))
     return found
+
+
+def free_port() -> int:
+    """A TCP port of this machine that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])

@@ -7,6 +7,7 @@ from dataclasses import fields
 
 from apprentice.errors import StorageError
 from apprentice.preflight.lookup import RecipeLookup
+from apprentice.ray_cluster.autoscaler import has_autoscaler
 from apprentice.ray_cluster.nodes import call_on_every_node, node_resources
 from apprentice.ray_cluster.session import is_connected
 from apprentice.storage import Folder
@@ -66,7 +67,7 @@ def check_workers(lookup: RecipeLookup) -> str:
     from apprentice.models.loading import check_dtype, count_parameters, resolve_dtype
     from apprentice.models.tuning.methods import check_tuning
     from apprentice.train.distributed.async_validation import validates_asynchronously
-    from apprentice.train.distributed.resources import GIB, check_resources, required_resources
+    from apprentice.train.distributed.resources import GIB, check_resources, has_resources, required_resources
     from apprentice.train.engine.deepspeed_config import micro_batch
     from apprentice.train.memory.measure import estimate_peak_memory
 
@@ -78,7 +79,11 @@ def check_workers(lookup: RecipeLookup) -> str:
     dtype = resolve_dtype(recipe.model.dtype, "cuda" if on_gpu else "cpu")
     ask = required_resources(recipe, parameters, dtype)
     nodes = node_resources()
-    check_resources(ask, nodes)
+    autoscaled = ""
+    if not has_resources(ask, nodes):
+        if not has_autoscaler():
+            check_resources(ask, nodes)
+        autoscaled = "; the cluster's autoscaler is asked for nodes when training begins"
     aside = "; one more validates aside" if validates_asynchronously(recipe, nodes) else ""
     cpus = sum(node.get("CPU", 0.0) for node in nodes)
     trained = parameters if recipe.tuning.method == "full" else 0  # other methods train few parameters in comparison
@@ -92,5 +97,5 @@ def check_workers(lookup: RecipeLookup) -> str:
     beside = f"; beside them {writers} that write{'s' if writers == 1 else ''} replies, with three models each" if writers else ""
     return (
         f"{ask.workers} workers of {ask.cpus:g} CPUs{gpus} and about {each.total / GIB:.1f} GiB each ({', '.join(parts)}, with"
-        f" {micro} rows at once){beside}{aside}; {cpus:g} CPUs there"
+        f" {micro} rows at once){beside}{aside}; {cpus:g} CPUs there{autoscaled}"
     )

@@ -15,8 +15,8 @@ import math
 import os
 import signal
 import threading
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
@@ -35,6 +35,7 @@ from apprentice.data.window import WindowRenderer
 from apprentice.errors import RecipeError, TrainingError, all_causes
 from apprentice.models.loading import count_parameters, resolve_dtype
 from apprentice.pretrained.hub import local_folder
+from apprentice.ray_cluster.autoscaler import requested_nodes
 from apprentice.ray_cluster.nodes import is_job, node_resources
 from apprentice.recipe import Recipe
 from apprentice.run.fence import FenceToken, Lease, lease_run
@@ -50,7 +51,7 @@ from apprentice.train.distributed.failure import find_apprentice_error, is_lost_
 from apprentice.train.distributed.follower import Follower, outcome_of
 from apprentice.train.distributed.mailbox import Mailbox, RunOutcome
 from apprentice.train.distributed.ray_worker import WorkerJob, work
-from apprentice.train.distributed.resources import ResourceRequest, check_resources, required_resources, workers_that_fit
+from apprentice.train.distributed.resources import check_resources, has_resources, required_resources, workers_that_fit
 from apprentice.train.distributed.score_reference import references
 from apprentice.train.distributed.validation_task import Validation
 from apprentice.train.memory.measure import estimate_of_finished_run
@@ -106,7 +107,11 @@ def train(
     """
     if run.is_trained and "training" in run.status():
         return TrainResult(**run.status()["training"])
-    with lease_run(run.folder, "train", tell=lambda message: progress({"message": message})) as held:
+
+    def tell(message: str) -> None:
+        progress({"message": message})
+
+    with lease_run(run.folder, "train", tell=tell) as held, _requested_resources(recipe, tell):
         return _train(recipe, run, corpus, held, progress, score)
 
 
@@ -117,7 +122,6 @@ def _train(
     # Twice ours, so that a silent worker is first named and ended here.
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(2 * recipe.training.hang_timeout_s)
     goal = goal_of(recipe, corpus)
-    _check_cluster(recipe)
     checkpoints.delete_leftovers(run.checkpoints)
     found = checkpoints.find_newest(run.checkpoints)
     tracker = Tracker(run, progress, open_backends(recipe, run), held.is_held)
@@ -166,11 +170,14 @@ def _requested_shares(corpus: Corpus) -> dict[int, float]:
     return {number: float(found[task.name]) for number, task in enumerate(corpus.tasks) if task.name in found}
 
 
-def _check_cluster(recipe: Recipe) -> ResourceRequest:
+@contextmanager
+def _requested_resources(recipe: Recipe, tell: Callable[[str], None]) -> Iterator[None]:
+    """Within the block the cluster has what training needs: it has it, or its autoscaler adds it. Raises `ResourcesError` else."""
     dtype = resolve_dtype(recipe.model.dtype, "cuda" if recipe.training.resources.gpus else "cpu")
-    ask = required_resources(recipe, count_parameters(local_folder(recipe.model.base)), dtype)
-    check_resources(ask, node_resources())
-    return ask
+    request = required_resources(recipe, count_parameters(local_folder(recipe.model.base)), dtype)
+    with requested_nodes(request.bundles(recipe.training.max_workers), partial(has_resources, request), tell):
+        check_resources(request, node_resources())
+        yield
 
 
 def _validation_task(recipe: Recipe, run: Run, corpus: Corpus, score: Score | None) -> Validation:

@@ -31,6 +31,13 @@ class ResourceRequest:
     data_cpus: float = DATA_CPUS
     data_gpus: float = 0.0  # for the actors that write the replies of an on-policy run
 
+    def bundles(self, workers: int) -> list[dict[str, float]]:
+        """Resources (name → amount) of each of `workers` and of what makes their rows, as an autoscaler is asked for them."""
+        each = {"CPU": self.cpus} | ({"GPU": self.gpus} if self.gpus else {})
+        writers = round(self.data_gpus / self.gpus) if self.gpus else 0
+        single = max(0, math.ceil(self.data_cpus - writers * self.cpus))
+        return [*([each] * (workers + writers)), *([{"CPU": 1.0}] * single)]
+
 
 def required_resources(recipe: Recipe, parameters: int = 0, dtype: torch.dtype = torch.float32) -> ResourceRequest:
     """Resources for `recipe` at its least number of workers; `parameters` is the size of the model (0: not known).
@@ -70,13 +77,18 @@ def check_resources(request: ResourceRequest, nodes: Sequence[Mapping[str, float
         )
 
 
-def has_room_for_validation(recipe: Recipe, nodes: Sequence[Mapping[str, float]]) -> bool:
-    """Whether `nodes` have room for one worker more than the recipe's largest number."""
+def has_resources(request: ResourceRequest, nodes: Sequence[Mapping[str, float]]) -> bool:
+    """Whether `nodes` have what `request` needs."""
     try:
-        check_resources(replace(required_resources(recipe), workers=recipe.training.max_workers + 1, memory=0), nodes)
+        check_resources(request, nodes)
     except ResourcesError:
         return False
     return True
+
+
+def has_room_for_validation(recipe: Recipe, nodes: Sequence[Mapping[str, float]]) -> bool:
+    """Whether `nodes` have room for one worker more than the recipe's largest number."""
+    return has_resources(replace(required_resources(recipe), workers=recipe.training.max_workers + 1, memory=0), nodes)
 
 
 def count_slots(request: ResourceRequest, nodes: Sequence[Mapping[str, float]]) -> int:
