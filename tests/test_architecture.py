@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -44,6 +44,23 @@ PICTURES = {
     "story",
     "winning",
 }
+# Participles tell nothing as names of values. Files that still have one; this number only falls.
+PARTICIPLES = {"found", "given", "told", "held", "asked", "wanted", "written", "there"}
+FILES_WITH_PARTICIPLES = 99
+# Each name has one meaning, in all rooms. These have two until they are renamed.
+SHARED_CLASS_NAMES = {"Lease"}
+SHARED_MODULE_NAMES = {"compat", "examples", "registry"}  # `compat` is meant: one a room
+# Files besides `compat.py` that use what another package keeps to itself.
+FILES_WITH_PRIVATE_API = {
+    "evaluate/stats/metrics.py",
+    "jobs/submit.py",
+    "models/loading.py",
+    "pretrained/tokenizer.py",
+    "ray_cluster/session.py",
+    "serve/api/request_body.py",
+    "train/losses/sft.py",
+}
+OF_NAMED_TUPLES = {"_asdict", "_fields", "_make", "_replace"}
 RIDDLE = re.compile(r"^(What|Who|Whose|Where|When|How|Which|Whether)\b")
 
 MODULE_OF = {"pyyaml": "yaml"}  # where the package's name is not the module's
@@ -103,6 +120,92 @@ def test_names_and_sentences_need_no_translator() -> None:
     assert [f"{path}: begins with a question" for path, text in docstrings.items() if RIDDLE.match(text)] == []
     # Import rules are contracts in pyproject.toml; they need no sentence.
     assert [str(path) for path in files if re.search(r"[Kk]nows nothing\s+of", path.read_text(encoding="utf-8"))] == []
+
+
+def sources() -> dict[str, ast.Module]:
+    """The parsed files of the package, by their paths in it."""
+    home = ROOT / "src" / "apprentice"
+    return {path.relative_to(home).as_posix(): ast.parse(path.read_text(encoding="utf-8")) for path in python_files("src")}
+
+
+def shared_names(names: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
+    """Of (name, file): the names that several files have, with the files."""
+    places: dict[str, list[str]] = {}
+    for name, file in names:
+        places.setdefault(name, []).append(file)
+    return {name: files for name, files in places.items() if len(files) > 1}
+
+
+def test_a_name_has_one_meaning() -> None:
+    trees = sources()
+    classes = [(node.name, file) for file, tree in trees.items() for node in tree.body if isinstance(node, ast.ClassDef)]
+    assert {name: files for name, files in shared_names(classes).items() if name not in SHARED_CLASS_NAMES} == {}
+    modules = [(Path(file).stem, file) for file in trees if not file.endswith("__init__.py")]
+    assert {name: files for name, files in shared_names(modules).items() if name not in SHARED_MODULE_NAMES} == {}
+
+
+def test_public_functions_and_classes_have_docstrings() -> None:
+    silent = [
+        f"{file}:{node.lineno} {node.name}"
+        for file, tree in sources().items()
+        for node in tree.body
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and not node.name.startswith("_")
+        if not ast.get_docstring(node)
+    ]
+    assert silent == []
+
+
+def participles_of(tree: ast.Module) -> set[str]:
+    """The participles that are names of locals, fields and parameters in a file."""
+    stored = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    return PARTICIPLES & (stored | {node.arg for node in ast.walk(tree) if isinstance(node, ast.arg)})
+
+
+def test_values_are_not_named_by_participles() -> None:
+    assert participles_of(ast.parse("def f(told):\n    found: int = 1\n    for held in told: pass\n")) == {"found", "held", "told"}
+    offenders = {file: names for file, tree in sources().items() if (names := participles_of(tree))}
+    assert len(offenders) <= FILES_WITH_PARTICIPLES, offenders
+
+
+def own_private_names(tree: ast.Module) -> set[str]:
+    """The private names that a file defines: functions, classes, variables, fields, attributes of `self`."""
+    names = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)}
+    names |= {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    return names | {
+        node.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self"
+    }
+
+
+def private_api(tree: ast.Module, own: set[str]) -> list[str]:
+    """Uses of names that another package keeps to itself: imports, attributes, `getattr` and the like, operators of oneDNN."""
+
+    def private(name: object) -> bool:
+        return isinstance(name, str) and name.startswith("_") and not name.startswith("__") and name not in own | OF_NAMED_TUPLES
+
+    uses = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            uses += [alias.name for alias in node.names if any(map(private, alias.name.split(".")))]
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            parts = [*node.module.split("."), *(alias.name for alias in node.names)]
+            uses += [node.module] if any(map(private, parts)) else []
+        elif isinstance(node, ast.Attribute):
+            uses += [ast.unparse(node)] if private(node.attr) or ast.unparse(node) == "torch.ops.mkldnn" else []
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in {"getattr", "hasattr", "setattr"}:
+            uses += [ast.unparse(node) for argument in node.args[1:2] if private(getattr(argument, "value", None))]
+    return uses
+
+
+def test_private_api_of_others_is_used_in_compat_alone() -> None:
+    text = "from ray._private import a\nimport x._y\nz._w\ngetattr(z, '_v', 0)\ntorch.ops.mkldnn._linear\nself._own\nt._replace()\n"
+    assert len(private_api(ast.parse(text), {"_own"})) == 6
+    trees = sources()
+    own = {name for tree in trees.values() for name in own_private_names(tree) if name.startswith("_")}
+    own -= {"_attn_implementation", "_experts_implementation"}  # transformers'
+    offenders = {file: uses for file, tree in trees.items() if not file.endswith("compat.py") and (uses := private_api(tree, own))}
+    assert {file: uses for file, uses in offenders.items() if file not in FILES_WITH_PRIVATE_API} == {}
 
 
 def test_tests_mirror_the_source() -> None:

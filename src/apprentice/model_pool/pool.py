@@ -22,6 +22,8 @@ class FreeResources:
 
 @dataclass(frozen=True)
 class WorkerPool:
+    """The number of workers that hold the model, and what each of them reserves in Ray."""
+
     workers: int
     cpus: int  # of each
     gpus: int  # of each

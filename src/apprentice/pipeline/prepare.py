@@ -44,6 +44,7 @@ def open_for_writing(recipe: Recipe, command: str, *, restart: bool, progress: P
 
 
 def prepare_corpus(recipe: Recipe, *, restart: bool, progress: Progress) -> tuple[Run, Corpus]:
+    """Opens the run of `recipe` and builds its indices; a run that this call made is removed again where that fails."""
     progress("prepare", {"message": f"tasks of {recipe.name}"})
     was_there = (Folder.at(recipe.storage) / recipe.name / "identity.json").exists() and not restart
     run = open_run(recipe, restart=restart)

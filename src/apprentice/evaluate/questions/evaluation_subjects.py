@@ -92,6 +92,7 @@ def make_subject_settings(subject: Subject, recipe: Recipe, corpus: Corpus) -> S
 
 
 def make_answer_settings(recipe: Recipe, layout: Layout) -> AnswerSettings:
+    """What decides an answer besides weights and question: layout, reply length, and whether choices are ranked against a prior."""
     return AnswerSettings(layout, recipe.evaluation.max_new_tokens, priors=recipe.evaluation.rank_by == "pmi")
 
 

@@ -75,6 +75,7 @@ def metadata_of(table: pa.Table) -> dict[str, Any]:
 
 
 def save(table: pa.Table, out: Folder) -> None:
+    """Writes the predictions of an evaluation into the folder `out`, as Parquet."""
     buffer = io.BytesIO()
     pq.write_table(table, buffer, compression="zstd")
     (out / FILE).write_bytes(buffer.getvalue())
