@@ -119,8 +119,8 @@ def trained(recipe: Any, run: Any, corpus: Any, told: list[dict[str, Any]], *, u
         def is_checkpoint_requested(self) -> bool:
             return False
 
-        def is_window_empty(self, window: int) -> bool:
-            return False
+        def empty_window_drops(self, window: int) -> None:
+            return None
 
     samples = SampleReplies(corpus.layout, recipe.training.sample_instructions)
     config = WorkerConfig(recipe, run, Goal(recipe.training.steps), corpus.row_length, samples=samples)

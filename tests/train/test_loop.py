@@ -109,9 +109,9 @@ class Recorder(LoopCallback):
         self.settled.append(self.records[-1]["step"])
         self.calls.append("settle_save")
 
-    def is_window_empty(self, window: int) -> bool:
+    def empty_window_drops(self, window: int) -> dict[str, dict[str, int]] | None:
         self.windows.append(window)
-        return window in self.empty
+        return {"sums": {"too_long": window + 1}} if window in self.empty else None
 
 
 def run(
@@ -221,6 +221,7 @@ def test_windows_without_rows_are_passed_over() -> None:
     steps = [joined(packed_columns(4, window=1), window_rows=4), joined(packed_columns(4, window=4), window_rows=4)]
     end = train_loop(PlainEngine(), iter(steps), State(), config(steps=2), callback, collectives=Collectives())
     assert (end.window, end.row, end.window_rows, callback.windows) == (4, 4, 4, [0, 2, 3])
+    assert end.ledger.dropped == {"sums": {"too_long": 1 + 3 + 4}}
 
 
 def test_examples_are_of_their_rows_window() -> None:

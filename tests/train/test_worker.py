@@ -34,8 +34,8 @@ class Events:
     def is_checkpoint_requested(self) -> bool:
         return False
 
-    def is_window_empty(self, window: int) -> bool:
-        return False
+    def empty_window_drops(self, window: int) -> None:
+        return None
 
 
 @pytest.mark.parametrize("where", ["build_engine", "train_loop"])

@@ -25,6 +25,7 @@ from apprentice.errors import TrainingError
 from apprentice.recipe import Optimizer
 from apprentice.train.batch import MicroBatch, PackedRows, RowFacts
 from apprentice.train.engine.collectives import Collectives
+from apprentice.train.metrics.mixture_ledger import DropCounts
 from apprentice.train.optimizer import learning_rate
 from apprentice.train.state import Goal, State, StepOutcome
 
@@ -88,9 +89,9 @@ class LoopCallback:
     def after_step(self, state: State) -> None:
         """Called last in each step."""
 
-    def is_window_empty(self, window: int) -> bool:
-        """Whether a window has no rows; asked about windows that the stream skips."""
-        return False
+    def empty_window_drops(self, window: int) -> DropCounts | None:
+        """Drop counts of a window without rows, None for one with rows; asked about windows that the stream skips."""
+        return None
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,8 @@ def train_loop(
         rows = _next_rows(batches, state)
         timer.data_came()
         step = _gather_step(rows, callback, collectives)
-        _check_place(step, state, config, callback)
+        for drops in _check_place(step, state, config, callback):
+            state.ledger.add_drops(drops)
         outcome, rate = _one_step(engine, rows, step, state, config, collectives)
         timer.step_done(step.tokens)
         callback.record(
@@ -209,27 +211,42 @@ def _gather_step(rows: PackedRows, callback: LoopCallback, collectives: Collecti
     return _GlobalStep(facts, sum(tokens), sum(targets), sum(counted), any(requests), all(saves))
 
 
-def _check_place(step: _GlobalStep, state: State, config: LoopConfig, callback: LoopCallback) -> None:
-    """Raises `TrainingError` unless the step's rows are the next ones of the plan and hold only examples of their own window.
+def _check_place(step: _GlobalStep, state: State, config: LoopConfig, callback: LoopCallback) -> list[DropCounts]:
+    """Drop counts of the windows that the step's rows skip.
 
-    After row (window 3, row 4) comes (3, 5), or (4, 0) if window 3 has five rows. Windows in between must be empty ones.
+    Raises `TrainingError` unless the step's rows are the next ones of the plan and hold only examples of their own window. After
+    row (window 3, row 4) comes (3, 5), or (4, 0) if window 3 has five rows. Windows in between must be empty ones.
     """
+    skipped: list[DropCounts] = []
     window, row, rows = state.window, state.row, config.window_rows or state.window_rows
     for fact in step.rows:
         if (fact.window, fact.row) != (window, row):
             has_ended = row in (0, rows) or rows is None  # a checkpoint of an earlier version does not say
             between = range(window + (row > 0), fact.window)
-            if fact.row > 0 or fact.window <= window or not has_ended or not all(map(callback.is_window_empty, between)):
+            may_skip = fact.row == 0 and fact.window > window and has_ended
+            if not may_skip or (drops := _drops_of_empty(between, callback)) is None:
                 raise TrainingError(
                     f"step {state.step + 1}: the stream is at (window, row) {(fact.window, fact.row)} where {(window, row)} comes"
                     " next; restore the index that the run was made with, or report this as a defect of the data pipeline."
                 )
+            skipped += drops
         if foreign := [position for position in fact.examples if position // config.window != fact.window]:
             raise TrainingError(
                 f"step {state.step + 1}: row {fact.row} of window {fact.window} holds the plan's position {foreign[0]}, which is"
                 f" of window {foreign[0] // config.window}; this is a defect of the data pipeline."
             )
         window, row, rows = fact.window, fact.row + 1, config.window_rows or fact.window_rows
+    return skipped
+
+
+def _drops_of_empty(windows: range, callback: LoopCallback) -> list[DropCounts] | None:
+    """Drop counts of windows without rows; None if one of them has rows."""
+    counts: list[DropCounts] = []
+    for window in windows:
+        if (drops := callback.empty_window_drops(window)) is None:
+            return None
+        counts.append(drops)
+    return counts
 
 
 def _advance(state: State, step: _GlobalStep, window: int, loss: float) -> None:

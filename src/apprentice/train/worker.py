@@ -35,6 +35,7 @@ from apprentice.train.memory.batch_size import has_room, largest_that_fits
 from apprentice.train.memory.estimate import estimate_memory
 from apprentice.train.memory.measure import OutOfMemoryAdvisor, peak_memory
 from apprentice.train.metrics.mfu import flops_per_token, peak_flops
+from apprentice.train.metrics.mixture_ledger import DropCounts
 from apprentice.train.optimizer import number_formats
 from apprentice.train.state import Goal, State
 from apprentice.train.worker_config import WorkerConfig, WorkerEvents
@@ -136,8 +137,8 @@ class _WorkerCallback(LoopCallback):
         if self.config.samples is not None and every and state.step % every == 0:
             self.recorder.add(state, samples=self.config.samples.generate(self.engine.likeliest))
 
-    def is_window_empty(self, window: int) -> bool:
-        return self.events.is_window_empty(window)
+    def empty_window_drops(self, window: int) -> DropCounts | None:
+        return self.events.empty_window_drops(window)
 
 
 def _set_up(

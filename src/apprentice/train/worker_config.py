@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from apprentice.recipe import Recipe
 from apprentice.run.folder import Run
+from apprentice.train.metrics.mixture_ledger import DropCounts
 from apprentice.train.metrics.samples import SampleReplies
 from apprentice.train.state import Goal, State
 
@@ -44,6 +45,6 @@ class WorkerEvents(Protocol):
         """Whether a checkpoint should be made after this step."""
         ...
 
-    def is_window_empty(self, window: int) -> bool:
-        """Whether a window of the sampling plan has no rows."""
+    def empty_window_drops(self, window: int) -> DropCounts | None:
+        """Drop counts of a window of the sampling plan without rows; None for one with rows."""
         ...

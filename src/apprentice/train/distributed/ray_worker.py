@@ -24,6 +24,7 @@ from apprentice.train.batch import PackedRows
 from apprentice.train.distributed.failure import find_apprentice_error
 from apprentice.train.distributed.heartbeat import Heartbeat
 from apprentice.train.engine.deepspeed_config import rows_per_worker
+from apprentice.train.metrics.mixture_ledger import DropCounts
 from apprentice.train.state import State
 from apprentice.train.worker_config import WorkerConfig
 
@@ -68,10 +69,10 @@ class _RayEvents:
     def is_checkpoint_requested(self) -> bool:
         return self._heartbeat.is_checkpoint_requested()
 
-    def is_window_empty(self, window: int) -> bool:
-        from apprentice.data.stream import render_window
+    def empty_window_drops(self, window: int) -> DropCounts | None:
+        from apprentice.data.stream import empty_window_drops
 
-        return len(render_window(ray.get(self._job.corpus), window)["row"]) == 0
+        return empty_window_drops(ray.get(self._job.corpus), window)
 
 
 def work(job: WorkerJob) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # batch.py imports torch, which takes seconds and is not needed to count
     from apprentice.train.batch import RowFacts
 
+DropCounts = Mapping[str, Mapping[str, int]]  # task → reason → number of examples dropped or cut
 MANY_PASSES = 4  # from this pass on, repeated rows are worth clearly less than fresh ones (Muennighoff et al. 2023)
 
 
@@ -21,14 +22,19 @@ class Ledger:
     dropped: dict[str, dict[str, int]] = field(default_factory=dict)
 
     def add(self, rows: Iterable[RowFacts]) -> None:
+        """Counts the examples of packed rows, and what their windows dropped."""
         for row in rows:
             for task, targets in zip(row.tasks, row.targets, strict=True):
                 self.examples[task] = self.examples.get(task, 0) + 1
                 self.targets[task] = self.targets.get(task, 0) + targets
-            for name, reasons in row.dropped.items():
-                counts = self.dropped.setdefault(name, {})
-                for reason, count in reasons.items():
-                    counts[reason] = counts.get(reason, 0) + count
+            self.add_drops(row.dropped)
+
+    def add_drops(self, drops: DropCounts) -> None:
+        """Counts examples that a window dropped or cut."""
+        for name, reasons in drops.items():
+            counts = self.dropped.setdefault(name, {})
+            for reason, count in reasons.items():
+                counts[reason] = counts.get(reason, 0) + count
 
     def to_json(self) -> dict[str, Any]:
         return {"examples": _texts(self.examples), "targets": _texts(self.targets), "dropped": self.dropped}
