@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import ray
+import ray.exceptions
 import ray.util.state
 
-from apprentice.errors import StorageError
+from apprentice.errors import ResourcesError, StorageError
 from apprentice.preflight import check, cluster_checks
 from apprentice.ray_cluster.nodes import call_on_every_node, node_resources
 from apprentice.recipe import load_recipe
@@ -84,3 +85,38 @@ def test_what_a_node_says_of_a_probe(tmp_path):
 def test_where_there_is_one_node_nobody_is_asked(monkeypatch):
     monkeypatch.setattr(ray, "nodes", lambda: [NODES[0], NODES[2], {"NodeID": "d", "Alive": True, "Resources": {}}])
     assert call_on_every_node(lambda: 1) == {}
+
+
+class RemoteFunction:
+    """Stands in for a Ray task."""
+
+    def options(self, **_: Any) -> RemoteFunction:
+        return self
+
+    def remote(self, *_: Any) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (ray.exceptions.GetTimeoutError("timed out"), r"does not answer \(GetTimeoutError\); look at it, or take it out"),
+        (ray.exceptions.NodeDiedError("gone"), r"does not answer \(NodeDiedError\); look at it, or take it out"),
+        (
+            ray.exceptions.RayTaskError("multiplies_bfloat16", "Traceback …", ModuleNotFoundError("No module named 'torch'")),
+            r"answers, but multiplies_bfloat16 fails there \(ModuleNotFoundError: No module named 'torch'\); make the nodes alike",
+        ),
+    ],
+)
+def test_a_node_that_answers_with_an_error_is_not_silent(monkeypatch, error, words):
+    def get(*_: Any, **__: Any) -> None:
+        raise error
+
+    def multiplies_bfloat16() -> bool:
+        return True
+
+    nodes = [node | {"NodeID": node["NodeID"] * 56, "NodeManagerAddress": "10.0.0.1"} for node in NODES]
+    monkeypatch.setattr(ray, "nodes", lambda: nodes)
+    monkeypatch.setattr(ray, "remote", lambda **_: lambda _: RemoteFunction())
+    monkeypatch.setattr(ray, "get", get)
+    with pytest.raises(ResourcesError, match=rf"^node 10\.0\.0\.1 \(aaaaaa\) {words}"):
+        call_on_every_node(multiplies_bfloat16)

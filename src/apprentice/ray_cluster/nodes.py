@@ -25,14 +25,14 @@ def node_resources(*, job: bool | None = None, without: Container[str] = ()) -> 
     out. `job` says whether there may be such drivers (None: whether this process is one).
     """
     drivers = _driver_cpus() if (is_job() if job is None else job) else Counter[str]()
-    found = []
+    nodes = []
     for node in ray.nodes():
         if node["Alive"] and node["NodeID"] not in without:
             resources = {name: float(value) for name, value in node["Resources"].items()}
-            if held := drivers[node["NodeID"]]:
-                resources["CPU"] = max(0.0, resources.get("CPU", 0.0) - held)
-            found.append(resources)
-    return found
+            if reserved := drivers[node["NodeID"]]:
+                resources["CPU"] = max(0.0, resources.get("CPU", 0.0) - reserved)
+            nodes.append(resources)
+    return nodes
 
 
 def call_on_every_node(question: Callable[..., T], *arguments: Any) -> dict[str, T]:
@@ -44,35 +44,42 @@ def call_on_every_node(question: Callable[..., T], *arguments: Any) -> dict[str,
     nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0)]
     if len(nodes) < 2:
         return {}
-    ask = ray.remote(num_cpus=0, max_retries=0)(question)
-    asked = {}
+    task = ray.remote(num_cpus=0, max_retries=0)(question)
+    references = {}
     for node in nodes:
-        there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-        asked[f"{node['NodeManagerAddress']} ({node['NodeID'][:6]})"] = ask.options(scheduling_strategy=there).remote(*arguments)
-    answers = {}
-    for name, reference in asked.items():
-        try:
-            answers[name] = ray.get(reference, timeout=PATIENCE_S)
-        except ray.exceptions.RayError as error:
-            raise ResourcesError(
-                f"node {name} does not answer ({error.__class__.__name__}); look at it, or take it out of the cluster."
-            ) from error
-    return answers
+        on_this_node = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        name = f"{node['NodeManagerAddress']} ({node['NodeID'][:6]})"
+        references[name] = task.options(scheduling_strategy=on_this_node).remote(*arguments)
+    return {name: _answer_of(name, reference, question.__name__) for name, reference in references.items()}
+
+
+def _answer_of(node: str, reference: Any, question: str) -> Any:
+    try:
+        return ray.get(reference, timeout=PATIENCE_S)
+    except ray.exceptions.RayTaskError as error:
+        reason = f"{error.cause.__class__.__name__}: {' '.join(str(error.cause).split())}"
+        raise ResourcesError(
+            f"node {node} answers, but {question} fails there ({reason}); make the nodes alike, or take it out of the cluster."
+        ) from error
+    except ray.exceptions.RayError as error:
+        raise ResourcesError(
+            f"node {node} does not answer ({error.__class__.__name__}); look at it, or take it out of the cluster."
+        ) from error
 
 
 def is_job() -> bool:
     """Whether this process is the driver of a Ray job."""
-    told = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}")
-    return bool(told.get("metadata", {}).get("job_submission_id"))
+    config = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}")
+    return bool(config.get("metadata", {}).get("job_submission_id"))
 
 
 def _driver_cpus() -> Counter[str]:
     """CPUs that drivers of Ray jobs reserve, by node id."""
     from ray.util.state import list_actors
 
-    here = ray.get_runtime_context().gcs_address  # without it, any Ray on this machine is taken, and there may be two
-    supervisors = list_actors(address=here, filters=[("class_name", "=", "JobSupervisor"), ("state", "=", "ALIVE")], detail=True)
-    held: Counter[str] = Counter()
+    address = ray.get_runtime_context().gcs_address  # without it, any Ray on this machine is taken, and there may be two
+    supervisors = list_actors(address=address, filters=[("class_name", "=", "JobSupervisor"), ("state", "=", "ALIVE")], detail=True)
+    cpus: Counter[str] = Counter()
     for actor in supervisors:
-        held[str(actor.node_id)] += (actor.required_resources or {}).get("CPU", 0.0)
-    return held
+        cpus[str(actor.node_id)] += (actor.required_resources or {}).get("CPU", 0.0)
+    return cpus
