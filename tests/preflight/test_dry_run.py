@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -86,11 +87,24 @@ def test_examples_that_weigh_differently_have_the_same_loss_alone(corpus: Corpus
 def test_time_is_told_where_it_is_known(corpus: Corpus, rows: PackedRows) -> None:
     speed = dry_run.measure_speed(corpus, rows)
     assert speed.training
-    assert speed.reading
+    assert speed.reading_per_cpu
     assert " tokens/s a worker" in dry_run.describe_duration(corpus, speed)
     assert dry_run.describe_duration(corpus, Speed(None, None)).endswith("how long it takes shows after the first steps")
     spoken = [dry_run.format_duration(seconds) for seconds in (12, 100, 5399, 9000)]
     assert spoken == ["under a minute", "about 2 minutes", "about 90 minutes", "about 2.5 hours"]
+
+
+def test_reading_is_measured_with_a_workers_threads_and_told_for_one(
+    corpus: Corpus, rows: PackedRows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An evaluation spreads over all CPUs, one thread on each; the speed of a worker's four would be counted four times."""
+    seconds = iter(range(100))
+    monkeypatch.setattr(dry_run, "time", SimpleNamespace(perf_counter=lambda: float(next(seconds))))
+    resources = corpus.recipe.training.resources.model_copy(update={"cpus": 4})
+    training = corpus.recipe.training.model_copy(update={"resources": resources})
+    speed = dry_run.measure_speed(replace(corpus, recipe=corpus.recipe.model_copy(update={"training": training})), rows)
+    assert speed.training
+    assert speed.reading_per_cpu == speed.training / 4  # each pass takes a second by this clock
 
 
 def test_a_large_model_is_not_tried(corpus: Corpus, rows: PackedRows, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -134,5 +134,5 @@ def _dry_run(recipe: Recipe, scratch: Run) -> list[Finding]:
     if all(finding.ok for finding in findings):
         speed = dry_run.measure_speed(corpus, rows)
         findings.append(_finding("duration", dry_run.describe_duration, corpus, speed))
-        findings.append(_finding("evaluation", describe_evaluation, corpus, speed.reading))
+        findings.append(_finding("evaluation", describe_evaluation, corpus, speed.reading_per_cpu))
     return findings

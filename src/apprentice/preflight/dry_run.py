@@ -32,10 +32,10 @@ _CLOSE = 1e-4  # relative tolerance: the order of summation in float32 changes a
 
 @dataclass(frozen=True)
 class Speed:
-    """Speed of one worker in tokens/s, in training and in a forward pass alone; None where this process cannot measure it."""
+    """Speed on CPUs in tokens/s; None where this process cannot measure it."""
 
-    training: float | None
-    reading: float | None
+    training: float | None  # of one worker, forward and backward pass
+    reading_per_cpu: float | None  # of one CPU of a worker, forward pass alone
 
 
 def render_first_rows(corpus: Corpus) -> PackedRows:
@@ -197,19 +197,19 @@ def measure_speed(corpus: Corpus, rows: PackedRows) -> Speed:
     loss = create_loss(TUNING_METHODS[recipe.tuning.method].wrap(model, recipe.tuning, recipe.seed), recipe.training).train()
     fitting = [row for row in range(len(rows)) if int((rows.segment_ids[row] > 0).sum()) <= TOKENS] or [0]
     row = _share(rows, max(fitting, key=lambda row: int((rows.segment_ids[row] > 0).sum())))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(max(1, int(recipe.training.resources.cpus)))
+    threads_before, threads = torch.get_num_threads(), max(1, int(recipe.training.resources.cpus))
+    torch.set_num_threads(threads)
     try:
         with torch.no_grad():
             loss(row.micro_batches(1)[0])  # warm-up
             began = time.perf_counter()
             loss(row.micro_batches(1)[0])
-            reading = row.tokens / (time.perf_counter() - began)
+            reading_per_cpu = row.tokens / (time.perf_counter() - began) / threads
         began = time.perf_counter()
         loss(row.micro_batches(1)[0]).backward()
-        return Speed(row.tokens / (time.perf_counter() - began), reading)
+        return Speed(row.tokens / (time.perf_counter() - began), reading_per_cpu)
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(threads_before)
 
 
 def describe_duration(corpus: Corpus, speed: Speed) -> str:
