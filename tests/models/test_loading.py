@@ -78,6 +78,18 @@ def test_count(tiny_model: Path) -> None:
     assert count_parameters(tiny_model / "nowhere") == 0
 
 
+@pytest.mark.parametrize(("keys", "dtype"), [({}, torch.float32), ({"torch_dtype": "float16"}, torch.float16)])
+def test_pickled_weights_are_counted_by_their_size(
+    tiny_model: Path, tmp_path: Path, keys: dict[str, str], dtype: torch.dtype
+) -> None:
+    config = json.loads((tiny_model / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({key: config[key] for key in config if key != "dtype"} | keys))
+    weights = {name: tensor.to(dtype) for name, tensor in load_file(tiny_model / "model.safetensors").items()}
+    torch.save(weights | {"lm_head.weight": weights["model.embed_tokens.weight"]}, tmp_path / "pytorch_model.bin")  # tied
+    torch.save({"learning_rate": 0.1}, tmp_path / "training_args.bin")
+    assert count_parameters(tmp_path) == pytest.approx(count_parameters(tiny_model), rel=0.05)
+
+
 def test_not_a_causal_model(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "clip"}))
     with pytest.raises(ModelError, match="cannot be loaded as a causal language model"):

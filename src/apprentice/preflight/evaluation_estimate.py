@@ -44,7 +44,8 @@ def describe_evaluation(corpus: Corpus, reading_per_cpu: float | None) -> str:
         )
     if not questions:
         return "nothing can be scored: the tasks have prompts without answers"
-    left_out = f"; none of {', '.join(without_tests[:3])}{', …' if len(without_tests) > 3 else ''}, without test rows" if without_tests else ""
+    more = ", …" if len(without_tests) > 3 else ""
+    left_out = f"; none of {', '.join(without_tests[:3])}{more}, without test rows" if without_tests else ""
     cpus = sum(node.get("CPU", 0.0) for node in node_resources())
     time = "" if reading_per_cpu is None else f", {format_duration(tokens / (reading_per_cpu * max(1.0, cpus)))}, roughly"
     return f"{questions:,} questions to {'base and tuned model' if base else 'the tuned model'}{time}{left_out}"
