@@ -179,7 +179,7 @@ def count_parameters(folder: Path) -> int:
     if not size:
         return 0
     config = model_config(folder)
-    dtype = _DTYPES.get(config.get("dtype") or config.get("torch_dtype"), torch.float32)
+    dtype = _DTYPES.get(str(config.get("dtype") or config.get("torch_dtype")), torch.float32)
     return size // dtype.itemsize
 
 
