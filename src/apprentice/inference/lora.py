@@ -117,14 +117,14 @@ def _scale(config: Mapping[str, Any], name: str, rank: int) -> float:
 class LoraLayers:
     """Applies adapters to `model` by forward hooks; `rows` says which row has which adapter. One pass at a time.
 
-    The layers named in `apart` compute other rows than the rest, such as cross-attention's projections of the encoder's states.
+    The layers named in `cross_layers` compute other rows than the rest: cross-attention's projections of the encoder's states.
     Layers with the same input tensor, such as those of queries, keys and values, share one product with all their `down` matrices;
     which layers these are is found in the first pass.
     """
 
-    def __init__(self, model: Any, apart: Collection[str] = ()) -> None:
+    def __init__(self, model: Any, cross_layers: Collection[str] = ()) -> None:
         self._modules: dict[str, Any] = dict(model.named_modules())
-        self._apart = frozenset(apart)
+        self._cross_layers = frozenset(cross_layers)
         self._device = model.device
         self._hooked: set[str] = set()
         self._stacked: tuple[Lora, ...] = ()
@@ -132,7 +132,7 @@ class LoraLayers:
         self._same_input: dict[str, list[str]] = {}  # the first layer that gets an input tensor → all layers that get it
         # For layers that share a product: their stacked `down` matrices, the adapter of each column, the columns of each layer.
         self._joint: dict[tuple[str, ...], tuple[Tensor, tuple[int, ...], list[int]]] = {}
-        self._rows: dict[bool, _Rows | None] = {}  # of the layers `apart` (True), and of all others (False)
+        self._rows: dict[bool, _Rows | None] = {}  # of the cross layers (True), and of all others (False)
         self._inputs: Tensor | None = None
         self._first_layer = ""
         self._products: dict[str, Tensor] = {}  # of the layers that share `_inputs`
@@ -142,19 +142,19 @@ class LoraLayers:
         self,
         adapters: Sequence[Lora | None],
         counts: Sequence[int],
-        apart: tuple[Sequence[Lora | None], Sequence[int]] = ((), ()),
+        cross: tuple[Sequence[Lora | None], Sequence[int]] = ((), ()),
     ) -> Iterator[None]:
         """Within it, the first `counts[0]` rows of a pass have `adapters[0]`, the next `counts[1]` have `adapters[1]`, and so on.
 
-        If `adapters` has one entry, it applies to all rows, however many. `apart` has the adapters and counts of the layers apart.
+        If `adapters` has one entry, it applies to all rows, however many. `cross` has those of the cross layers.
         """
-        used = {adapter for adapter in (*adapters, *apart[0]) if adapter is not None}
+        used = {adapter for adapter in (*adapters, *cross[0]) if adapter is not None}
         if not used:
             yield
             return
         if not used <= set(self._stacked):
             self._stack(tuple(sorted(used, key=lambda adapter: adapter.number)))
-        self._rows = {False: self._owners_of(adapters, counts), True: self._owners_of(*apart)}
+        self._rows = {False: self._owners_of(adapters, counts), True: self._owners_of(*cross)}
         try:
             yield
         except BaseException:
@@ -183,7 +183,7 @@ class LoraLayers:
                 self._modules[name].register_forward_hook(lambda _, inputs, output, name=name: self._add(name, inputs[0], output))
 
     def _add(self, name: str, inputs: Tensor, output: Tensor) -> None:
-        rows = self._rows.get(name in self._apart)
+        rows = self._rows.get(name in self._cross_layers)
         if rows is None or name not in self._stacks:
             return
         count = inputs.shape[:-1].numel()

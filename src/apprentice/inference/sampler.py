@@ -102,15 +102,15 @@ def draw(logits: Tensor, samplings: Sequence[Sampling], steps: Sequence[int]) ->
     nucleus = [place for place, row in enumerate(drawn) if samplings[row].top_p < 1.0]
     ids_drawn: dict[int, int] = {}
     if whole:
-        ids_drawn |= zip(whole, _at(probabilities[whole], points[whole]), strict=True)
+        ids_drawn |= zip(whole, _sample(probabilities[whole], points[whole]), strict=True)
     if nucleus:
-        ids_drawn |= zip(nucleus, _in_nucleus(probabilities[nucleus], shares[nucleus], points[nucleus]), strict=True)
+        ids_drawn |= zip(nucleus, _sample_nucleus(probabilities[nucleus], shares[nucleus], points[nucleus]), strict=True)
     for place, row in enumerate(drawn):
         chosen[row] = ids_drawn[place]
     return chosen
 
 
-def _at(probabilities: Tensor, points: Tensor) -> list[int]:
+def _sample(probabilities: Tensor, points: Tensor) -> list[int]:
     """Inverse-CDF sampling: for each row the index where the running sum passes `points` (rows, 1) times the row's sum.
 
     An index with probability 0 is never chosen.
@@ -121,19 +121,21 @@ def _at(probabilities: Tensor, points: Tensor) -> list[int]:
     return torch.minimum(places, last).tolist()
 
 
-def _in_nucleus(probabilities: Tensor, shares: Tensor, points: Tensor) -> list[int]:
-    """Top-p sampling: `_at` among the fewest tokens of each row that together have `shares` (rows, 1) of the probability."""
+def _sample_nucleus(probabilities: Tensor, shares: Tensor, points: Tensor) -> list[int]:
+    """Top-p sampling: `_sample` among the fewest tokens of each row that together have `shares` (rows, 1) of the probability."""
     best, ids = probabilities.topk(min(_NUCLEUS, probabilities.shape[-1]), dim=-1)
-    ids_drawn = _at_best(best, ids, shares, points)
+    ids_drawn = _sample_best(best, ids, shares, points)
     if best.shape[-1] < probabilities.shape[-1]:
         for row in (best.sum(dim=-1, keepdim=True) < shares)[:, 0].nonzero()[:, 0].tolist():
             one = slice(row, row + 1)
-            ids_drawn[row] = _at_best(*probabilities[one].sort(dim=-1, descending=True, stable=True), shares[one], points[one])[0]
+            ids_drawn[row] = _sample_best(*probabilities[one].sort(dim=-1, descending=True, stable=True), shares[one], points[one])[
+                0
+            ]
     return ids_drawn
 
 
-def _at_best(best: Tensor, ids: Tensor, shares: Tensor, points: Tensor) -> list[int]:
+def _sample_best(best: Tensor, ids: Tensor, shares: Tensor, points: Tensor) -> list[int]:
     outside = best.cumsum(dim=-1) - best >= shares
     outside[:, 0] = False
-    places = _at(best.masked_fill(outside, 0.0), points)
+    places = _sample(best.masked_fill(outside, 0.0), points)
     return [int(row[place]) for row, place in zip(ids, places, strict=True)]

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 
-def convert(gguf: Path, target: Path) -> None:
+def convert_gguf(gguf: Path, target: Path) -> None:
     """Writes the dequantised model in bfloat16, and the tokenizer, to `target`."""
     model = AutoModelForCausalLM.from_pretrained(
         gguf.parent,
@@ -28,7 +28,7 @@ def convert(gguf: Path, target: Path) -> None:
 
 def main() -> None:
     """Converts the file of the first command-line argument to the folder of the second."""
-    convert(Path(sys.argv[1]), Path(sys.argv[2]))
+    convert_gguf(Path(sys.argv[1]), Path(sys.argv[2]))
 
 
 if __name__ == "__main__":

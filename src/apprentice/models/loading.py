@@ -35,7 +35,7 @@ from apprentice.run.identity import ADAPTER
 _FAST_BFLOAT16 = ("amx_bf16", "avx512_bf16")  # CPU units that multiply bfloat16, in PyTorch's names
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _ATTENTION = {"flash": "flash_attention_2", "flex": "flex_attention"}  # recipe's name → transformers' name, where they differ
-SCORE = "score"  # name of a reward model's output layer
+REWARD_HEAD = "score"  # name of a reward model's output layer
 
 
 def resolve_dtype(name: str, device: str | None = None) -> torch.dtype:
@@ -129,12 +129,12 @@ def load_model(
         raise ModelError(
             f"the pickled weights in {folder} hold more than numbers, and are not read even with model.trust."
         ) from error
-    fresh = {f"{SCORE}.weight"} if head is not None and not gives_rewards(folder) else set()
+    fresh = {f"{REWARD_HEAD}.weight"} if head is not None and not gives_rewards(folder) else set()
     if missing := sorted(set(report["missing_keys"]) - fresh):
         raise ModelError(f"{folder} lacks weights, {missing[0]!r} among them; fetch or export the model again.")
     if head is not None and model.config.pad_token_id is None:
         model.config.pad_token_id = 0  # transformers needs one, though here the position decides which token's reward counts
-    loaded: PreTrainedModel = _attach(model, folder / ADAPTER).eval()
+    loaded: PreTrainedModel = _attach_adapter(model, folder / ADAPTER).eval()
     return loaded
 
 
@@ -158,7 +158,7 @@ def build_without_weights(folder: Path, *, trust: bool = False) -> PreTrainedMod
     return model
 
 
-def _attach(model: Any, adapter: Path) -> Any:
+def _attach_adapter(model: Any, adapter: Path) -> Any:
     if (adapter / adapters.CONFIG).is_file():
         adapters.load_adapters(model, adapter)
     elif (adapter / "adapter_config.json").is_file():

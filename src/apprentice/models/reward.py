@@ -12,20 +12,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from apprentice.models.loading import SCORE
+from apprentice.models.loading import REWARD_HEAD
 
 BATCH_TOKENS = 4096
 
 
 def is_reward(model: Any) -> bool:
     """True for a reward model, which outputs a number instead of text."""
-    return hasattr(model, SCORE)
+    return hasattr(model, REWARD_HEAD)
 
 
 def token_rewards(model: nn.Module, input_ids: Tensor, positions: Tensor | None) -> Tensor:
     """Reward at every token, float32 (rows, length); `input_ids` and `positions` are int64 of the same shape."""
     outputs: list[Tensor] = []
-    [layer] = [module for name, module in model.named_modules() if name.rsplit(".", 1)[-1] == SCORE]
+    [layer] = [module for name, module in model.named_modules() if name.rsplit(".", 1)[-1] == REWARD_HEAD]
     hook = layer.register_forward_hook(lambda _, __, output: outputs.append(output))
     inputs: dict[str, Any] = {"input_ids": input_ids} | ({} if positions is None else {"position_ids": positions})
     try:

@@ -38,7 +38,7 @@ class ChatTemplate:
             self._compiled = _compiled(source)
             self._source = source
         except jinja2.TemplateError as error:
-            raise ChatTemplateError(f"the chat template of {origin} is not valid Jinja: {_line(error)}.") from error
+            raise ChatTemplateError(f"the chat template of {origin} is not valid Jinja: {_one_line(error)}.") from error
 
     def render(self, messages: Sequence[Message], *, generate: bool, now: datetime | None = None, **variables: Any) -> str:
         """The text of `messages`; `generate` adds the opening of the assistant's turn, `now` replaces the system clock.
@@ -50,10 +50,10 @@ class ChatTemplate:
         try:
             return self._compiled.render(context, strftime_now=_now if now is None else now.strftime, **variables)
         except _FAILURES as error:
-            raise ChatTemplateError(f"the chat template of {self._origin} refuses these messages: {_line(error)}.") from error
+            raise ChatTemplateError(f"the chat template of {self._origin} refuses these messages: {_one_line(error)}.") from error
 
 
-def _line(error: Exception) -> str:
+def _one_line(error: Exception) -> str:
     return " ".join(str(error).split()).rstrip(".") or type(error).__name__
 
 
@@ -87,7 +87,7 @@ def _namespace(*mappings: Any, **named: Any) -> _Namespace:
     return namespace
 
 
-def _refuse(message: str) -> None:
+def _raise_exception(message: str) -> None:
     raise jinja2.TemplateError(message)
 
 
@@ -111,7 +111,7 @@ def _indent(text: str, width: int | str = 4, first: bool = False, blank: bool = 
 _ENVIRONMENT = chat_environment(
     {"tojson": _to_json, "indent": _indent, "safe": str},
     [_Generation, jinja2.ext.loopcontrols],
-    raise_exception=_refuse,
+    raise_exception=_raise_exception,
     namespace=_namespace,
     dict=dict,
 )

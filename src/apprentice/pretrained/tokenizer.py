@@ -91,15 +91,15 @@ class Tokenizer:
     @property
     def start_ids(self) -> tuple[int, ...]:
         """Ids that the tokenizer adds before a text (`<s>`, or nothing)."""
-        return self._around[0]
+        return self._surrounding_ids[0]
 
     @property
     def finish_ids(self) -> tuple[int, ...]:
         """Ids that the tokenizer adds behind a text (the `</s>` of T5 and BART, or nothing)."""
-        return self._around[1]
+        return self._surrounding_ids[1]
 
     @cached_property
-    def _around(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def _surrounding_ids(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         plain = self._backend.encode("a", add_special_tokens=False).ids
         full = self._backend.encode("a", add_special_tokens=True).ids
         for start in range(len(full) - len(plain) + 1):

@@ -47,7 +47,7 @@ def check_model_folder(folder: Path, *, trust: bool = False) -> None:
     for adapter in (folder, folder / "adapter"):
         if (adapter / "adapter_config.json").is_file():
             check_adapter_folder(adapter)
-    if config.get("auto_map") and not _known(config):
+    if config.get("auto_map") and not _is_known(config):
         raise ModelError(
             f"{folder} brings its own code for the architecture {config.get('model_type')!r}, which transformers does not have."
             " Take another model, or, if you trust its author, say --trust (model.trust=true in a recipe)."
@@ -100,7 +100,7 @@ def _shards(folder: Path) -> list[str]:
         raise ModelError(f"{index} cannot be read ({error}); fetch the model again.") from error
 
 
-def _known(config: dict[str, Any]) -> bool:
+def _is_known(config: dict[str, Any]) -> bool:
     from transformers import CONFIG_MAPPING
 
     return config.get("model_type") in CONFIG_MAPPING

@@ -102,7 +102,7 @@ async def test_a_failure_reaches_everybody(engine: TransformersEngine, monkeypat
     def out_of_memory() -> list[NewToken]:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(engine._decoder, "step", out_of_memory)
+    monkeypatch.setattr(engine._scheduler, "step", out_of_memory)
     engine.check()
     with pytest.raises(EngineFailed, match="RuntimeError: out of memory"):
         await reply(engine, EngineRequest((5, 6), 5))

@@ -137,7 +137,7 @@ class CachedEncoderDecoder:
             model.device,
             [0] * slots,
         )
-        self._loras = LoraLayers(model, apart={f"{name}.{layer}" for name in crossing for layer in _OF_PROMPT})
+        self._loras = LoraLayers(model, cross_layers={f"{name}.{layer}" for name in crossing for layer in _OF_PROMPT})
 
     @property
     def position_bytes(self) -> int:

@@ -58,11 +58,11 @@ def add_adapters(model: nn.Module, width: int) -> list[str]:
         )
     for _, module in places:
         module.add_module(NAME, Bottleneck(hidden, width, inner.dtype))
-        module.register_forward_hook(_adapt)
+        module.register_forward_hook(_apply_adapter)
     return [name for name, _ in places]
 
 
-def _adapt(module: nn.Module, _: Any, output: Any) -> Any:
+def _apply_adapter(module: nn.Module, _: Any, output: Any) -> Any:
     adapter: Any = getattr(module, NAME)
     return (adapter(output[0]), *output[1:]) if isinstance(output, tuple) else adapter(output)
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from apprentice.errors import ModelError, RecipeError
-from apprentice.models.loading import SCORE
+from apprentice.models.loading import REWARD_HEAD
 from apprentice.models.tuning.bottleneck import add_adapters, save_adapters
 from apprentice.models.tuning.virtual_tokens import start_from_common_words
 from apprentice.recipe import Tuning
@@ -53,23 +53,23 @@ def _wrap_lora(model: PreTrainedModel, tuning: Tuning, seed: int) -> nn.Module:
         lora_dropout=tuning.dropout,
         target_modules="all-linear",
     )
-    return _with_peft(model, config, seed)
+    return _wrap_with_peft(model, config, seed)
 
 
 def _wrap_prefix(model: PreTrainedModel, tuning: Tuning, seed: int) -> nn.Module:
     from peft import PrefixTuningConfig
 
-    return _with_virtual_tokens(model, PrefixTuningConfig, tuning, seed)
+    return _wrap_with_virtual_tokens(model, PrefixTuningConfig, tuning, seed)
 
 
 def _wrap_prompt(model: PreTrainedModel, tuning: Tuning, seed: int) -> nn.Module:
     from peft import PromptTuningConfig
 
-    return _with_virtual_tokens(model, PromptTuningConfig, tuning, seed)
+    return _wrap_with_virtual_tokens(model, PromptTuningConfig, tuning, seed)
 
 
-def _with_virtual_tokens(model: PreTrainedModel, config: Any, tuning: Tuning, seed: int) -> nn.Module:
-    wrapped = _with_peft(model, config(task_type=_task_type(model), num_virtual_tokens=tuning.virtual_tokens), seed)
+def _wrap_with_virtual_tokens(model: PreTrainedModel, config: Any, tuning: Tuning, seed: int) -> nn.Module:
+    wrapped = _wrap_with_peft(model, config(task_type=_task_type(model), num_virtual_tokens=tuning.virtual_tokens), seed)
     start_from_common_words(wrapped, seed)
     return wrapped
 
@@ -83,15 +83,15 @@ def _wrap_adapter(model: PreTrainedModel, tuning: Tuning, seed: int) -> nn.Modul
 
 
 def _task_type(model: PreTrainedModel) -> Any:
-    if hasattr(model, SCORE):
+    if hasattr(model, REWARD_HEAD):
         return "SEQ_CLS"  # so that peft trains the new output layer too
     return "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
 
 
-def _with_peft(model: PreTrainedModel, config: Any, seed: int) -> nn.Module:
+def _wrap_with_peft(model: PreTrainedModel, config: Any, seed: int) -> nn.Module:
     from peft import get_peft_model
 
-    with torch.random.fork_rng(), _quiet():
+    with torch.random.fork_rng(), _without_warnings():
         torch.manual_seed(seed)  # the same first weights on every worker
         wrapped: nn.Module = get_peft_model(model, config)
     return wrapped
@@ -99,13 +99,13 @@ def _with_peft(model: PreTrainedModel, config: Any, seed: int) -> nn.Module:
 
 def _save_peft(model: Any, folder: Path, base: str) -> None:
     model.peft_config["default"].base_model_name_or_path = base  # not the folder it was loaded from here
-    with _quiet():
+    with _without_warnings():
         model.save_pretrained(folder, save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # peft's model card is an empty form
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def _without_warnings() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

@@ -71,7 +71,7 @@ class TransformersEngine:
             torch.set_num_threads(min(threads, len(os.sched_getaffinity(0))))
             device = "cuda" if torch.cuda.is_available() else "cpu"
             self._model: Any = place_model(load_model(folder, resolve_dtype(dtype), trust=trust), device)
-            self._decoder = make_scheduler(self._model, slots=max_running, context=context, kv_bytes=kv_bytes)
+            self._scheduler = make_scheduler(self._model, slots=max_running, context=context, kv_bytes=kv_bytes)
 
         self._capacity = max_running + max_queued
         self._streams: dict[int, TransformersStream] = {}
@@ -89,7 +89,7 @@ class TransformersEngine:
 
     @property
     def context(self) -> int:
-        return self._decoder.context
+        return self._scheduler.context
 
     @property
     def capacity(self) -> int:
@@ -97,7 +97,7 @@ class TransformersEngine:
 
     @property
     def vocabulary(self) -> int:
-        return self._decoder.vocabulary
+        return self._scheduler.vocabulary
 
     def load_adapter(self, folder: Path) -> Lora:
         if has_virtual_tokens(self._model):
@@ -113,7 +113,7 @@ class TransformersEngine:
 
         def attempt() -> None:
             try:
-                self._decoder.try_adapter(adapter)
+                self._scheduler.try_adapter(adapter)
                 result.set_result(None)
             except (ModelError, RuntimeError, ValueError, TypeError) as error:
                 result.set_exception(ModelError(f"the adapter in {folder} cannot be applied: {error}"))
@@ -164,7 +164,7 @@ class TransformersEngine:
 
     def _submit(self, key: int, generation: GenerationRequest) -> None:
         try:
-            self._decoder.submit(key, generation)
+            self._scheduler.submit(key, generation)
         except Exception as error:  # of whatever type, it concerns this request only
             self._fail(key, error)
 
@@ -179,21 +179,21 @@ class TransformersEngine:
     def _forget(self, key: int) -> None:
         """Drops a stream that has ended or is given up, and cancels its request in the decoder."""
         if self._streams.pop(key, None) is not None:
-            self._commands.put(lambda: self._decoder.cancel(key))
+            self._commands.put(lambda: self._scheduler.cancel(key))
 
     def stats(self) -> EngineStats:
-        decoder = self._decoder
-        running = decoder.running
+        scheduler = self._scheduler
+        running = scheduler.running
         return EngineStats(
             running,
             max(0, len(self._streams) - running),
             self._accepted,
             self._produced,
             self._prompt_tokens,
-            decoder.reused_tokens,
-            self._used_tokens / decoder.kv_tokens,
-            self._reserved_tokens / decoder.kv_tokens,
-            decoder.kv_tokens,
+            scheduler.reused_tokens,
+            self._used_tokens / scheduler.kv_tokens,
+            self._reserved_tokens / scheduler.kv_tokens,
+            scheduler.kv_tokens,
         )
 
     def check(self) -> None:
@@ -213,7 +213,7 @@ class TransformersEngine:
             return
         try:
             while self._run_commands():
-                self._send(self._decoder.step())
+                self._send(self._scheduler.step())
             self._failure = "the engine was closed"
         except BaseException as error:  # whatever ends this thread, no reply may wait for ever
             self._failure = f"{type(error).__name__}: {error}"
@@ -224,10 +224,10 @@ class TransformersEngine:
         """Sends a step's tokens to their replies, with one call into the event loop; under load some are kept for a later step."""
         self._produced += len(tokens)
         self._measure_kv()
-        for key, error in self._decoder.take_failures().items():
+        for key, error in self._scheduler.take_failures().items():
             self._fail(key, error)  # type: ignore[arg-type]  # our keys are numbers
         now = time.monotonic()
-        interval_s = pacing_seconds(self._decoder.running)
+        interval_s = pacing_seconds(self._scheduler.running)
         deliveries: list[Delivery] = []
         for token in tokens:
             # A stream that was given up is gone from the table; its cancellation is in the queue.
@@ -242,7 +242,7 @@ class TransformersEngine:
 
     def _measure_kv(self) -> None:
         """Measures how much of the KV memory is used and reserved, for `stats`."""
-        self._used_tokens, self._reserved_tokens = self._decoder.used_tokens, self._decoder.reserved_tokens
+        self._used_tokens, self._reserved_tokens = self._scheduler.used_tokens, self._scheduler.reserved_tokens
 
     def _deliver(self, deliveries: list[Delivery]) -> None:
         by_loop: dict[asyncio.AbstractEventLoop, list[Delivery]] = {}
@@ -256,7 +256,7 @@ class TransformersEngine:
     def _run_commands(self) -> bool:
         """Carries out the commands in the queue, waiting for one if there is nothing to decode; false at the command to stop."""
         while True:
-            idle = not (self._decoder.running or self._decoder.waiting)
+            idle = not (self._scheduler.running or self._scheduler.waiting)
             try:
                 command = self._commands.get(block=idle)
             except queue.Empty:
