@@ -10,7 +10,11 @@ from typing import Any
 import pytest
 import torch
 import torch.multiprocessing
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from apprentice.train.batch import SupervisedBatch
+from apprentice.train.engine.deepspeed import DeepSpeedEngine
 from tests.train import pair
 
 PLAIN: dict[str, Any] = {
@@ -100,3 +104,67 @@ def test_state_goes_out_and_in(found: list[dict[str, Any]], number: int) -> None
     assert ours["same_step"]
     assert ours["end_scaling"][0] == ours["end_scaling"][1]
     assert (ours["end_scaling"][0] is None) == (CASES[number]["dtype"] != "float16")
+
+
+class _ReadTracer(TorchDispatchMode):
+    """Notes every read of a tensor's value by the host in `events`."""
+
+    def __init__(self, events: list[str]) -> None:
+        super().__init__()
+        self._events = events
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.ops.aten._local_scalar_dense.default:
+            self._events.append("read")
+        return function(*args, **(kwargs or {}))
+
+
+class _PlainLoss(nn.Module):
+    """A loss with a figure, without a model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(2.0))
+        self.figures: dict[str, torch.Tensor] = {}
+
+    def forward(self, batch: SupervisedBatch) -> torch.Tensor:
+        self.figures = {"tokens": torch.tensor(float(batch.input_ids.numel()), dtype=torch.float64)}
+        return self.weight * batch.input_ids.float().sum()
+
+
+class _PlainEngine:
+    """What `train_step` calls of DeepSpeed's engine, at stage 0 in one process; notes its calls in `events`."""
+
+    def __init__(self, loss: nn.Module, events: list[str]) -> None:
+        self.loss, self.events, self.dp_world_size = loss, events, 1
+        self.optimizer = torch.optim.SGD(loss.parameters(), lr=0.0)
+
+    def __call__(self, batch: SupervisedBatch) -> Any:
+        self.events.append("forward")
+        return self.loss(batch)
+
+    def backward(self, loss: torch.Tensor, **_: Any) -> None:
+        loss.backward()
+
+    def step(self) -> None:
+        self.events.append("step")
+
+    def train(self) -> None:
+        self.loss.train()
+
+    def zero_optimization(self) -> bool:
+        return False
+
+
+def test_a_step_reads_its_numbers_at_its_end() -> None:
+    """A read in a micro-batch would let a GPU stand still until the host has queued the next one."""
+    events: list[str] = []
+    loss: Any = _PlainLoss()
+    engine: Any = DeepSpeedEngine.__new__(DeepSpeedEngine)
+    engine._engine, engine._loss_module, engine._device = _PlainEngine(loss, events), loss, torch.device("cpu")
+    engine._parameters, engine._scales_loss = dict(loss.named_parameters()), False
+    batches = [SupervisedBatch(torch.full((1, size), 3), None, torch.ones(1, size, dtype=torch.bool)) for size in (1, 2, 4)]
+    with _ReadTracer(events):
+        outcome = engine.train_step(batches, 0.5, 0.1)
+    assert outcome == (42.0, 10.5, {"tokens": 7.0})
+    assert events == ["forward", "step"] * 3 + ["read"] * 3

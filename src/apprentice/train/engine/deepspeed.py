@@ -10,7 +10,6 @@ import contextlib
 import io
 import math
 import warnings
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -81,9 +80,10 @@ class DeepSpeedEngine:
         self._engine.train()
         for group in self._engine.optimizer.param_groups:
             group["lr"] = rate
-        nll = torch.zeros((), dtype=torch.float64)
-        norm = 0.0
-        figures: Counter[str] = Counter()
+        # Numbers stay on the device until the step is over: reading one earlier would wait for all that is queued there.
+        nll = torch.zeros((), dtype=torch.float64, device=self._device)
+        norm: Tensor | float = 0.0
+        figures: dict[str, Tensor] = {}
         workers = self._engine.dp_world_size
         for number, batch in enumerate(batches, start=1):
             loss = self._loss(batch)
@@ -92,13 +92,13 @@ class DeepSpeedEngine:
             if number == len(batches) and not self._engine.zero_optimization():
                 norm = self._plain_norm()
             self._engine.step()
-            nll += loss.detach().double().cpu()
-            figures.update({name: float(value) for name, value in self._loss_module.figures.items()})
+            nll += loss.detach().double()
+            figures = {name: value + figures.get(name, 0.0) for name, value in self._loss_module.figures.items()}
         if self._engine.zero_optimization():
             # A float16 step that overflowed was skipped and the loss scale lowered, which is no error.
             is_skipped = self._scales_loss and compat.has_overflowed(self._engine.optimizer)
-            norm = 0.0 if is_skipped else float(self._engine.get_global_grad_norm())
-        return StepOutcome(float(nll), norm, dict(figures))
+            norm = 0.0 if is_skipped else self._engine.get_global_grad_norm()
+        return StepOutcome(float(nll), float(norm), {name: float(value) for name, value in figures.items()})
 
     def validation_nll(self, batch: MicroBatch) -> float:
         """Summed loss of `batch` on this worker. All workers must call it equally often, since ZeRO-3 gathers weights."""
@@ -118,9 +118,10 @@ class DeepSpeedEngine:
         loss: Tensor = self._engine(batch=move_batch(batch, self._device))
         return loss
 
-    def _plain_norm(self) -> float:
+    def _plain_norm(self) -> Tensor:
         norms = [parameter.grad.norm() for parameter in self._parameters.values() if parameter.grad is not None]
-        return float(torch.linalg.vector_norm(torch.stack(norms)))
+        norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+        return norm
 
     def shards(self) -> list[Shard]:
         """This worker's shards of the state: keys `weight/<name>`, `exp_avg/<name>`, … in the same order on all workers.
