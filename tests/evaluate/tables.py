@@ -7,7 +7,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from apprentice.evaluate.report.predictions import scored, with_metadata
+from apprentice.evaluate.report.predictions import score_predictions, with_metadata
 from apprentice.evaluate.stats.summary import summarise
 from apprentice.recipe import Recipe
 from apprentice.tasks.schema import Task
@@ -92,4 +92,4 @@ def report_of(table: pa.Table, resamples: int = 200) -> dict[str, Any]:
 
 
 def table(recipe: Recipe, records: Sequence[dict[str, Any]] | None = None) -> pa.Table:
-    return with_metadata(scored(predictions() if records is None else records, TASKS), facts(recipe))
+    return with_metadata(score_predictions(predictions() if records is None else records, TASKS), facts(recipe))

@@ -239,7 +239,7 @@ def test_an_interrupted_evaluation_goes_on(
     def refused(*_: Any) -> None:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr("apprentice.evaluate.run.map_tables", refused)
+    monkeypatch.setattr("apprentice.evaluate.scoring.subject_scorer.map_tables", refused)
     other = recipe.model_copy(update={"evaluation": recipe.evaluation.model_copy(update={"rank_by": "mean"})})
     again = evaluate(other, one, subjects, out, progress=lambda values: None)
     assert again.ranking.by == "mean"

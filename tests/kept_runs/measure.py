@@ -157,7 +157,7 @@ def answers(place: Path) -> dict[str, Any]:
             assert not answer["failure"], answer["failure"]
             asked[answer["place"]] = with_prediction(asked[answer["place"]], answer, recipe.evaluation.rank_by)
     blank = {"prediction": None, "choice_logprobs": None, "choice_priors": None, "unscored": "", "subject": "tuned"}
-    scored = predictions.scored([blank | question for question in asked], corpus.tasks).to_pylist()
+    scored = predictions.score_predictions([blank | question for question in asked], corpus.tasks).to_pylist()
     return {
         f"{line['task']}/{line['row']}/{line['template']}/{line['shots']}": {
             "ids": hashlib.sha256(str(question.get("prompt_ids")).encode()).hexdigest()[:16],

@@ -87,13 +87,13 @@ def test_evaluate_writes_the_three_reports(command, trained):
 @pytest.fixture
 def answered(command, trained, monkeypatch) -> Path:
     """The run of `trained`, evaluated; from now on no model is loaded: all comes from the answers that are there."""
-    from apprentice.evaluate import run as launch
+    from apprentice.evaluate.scoring import subject_scorer
 
     def refused(*_):
         raise AssertionError("a model was loaded")
 
     assert command("evaluate", trained, "--json")[0] == 0
-    monkeypatch.setattr(launch, "mapped", refused)
+    monkeypatch.setattr(subject_scorer, "map_tables", refused)
     return trained.parent / "runs" / "tiny"
 
 

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from apprentice.errors import DataError
-from apprentice.predict.rows import read, split_into_chunks
+from apprentice.predict.rows import read_chunk, split_into_chunks
 from apprentice.storage import Folder
 
 
@@ -24,7 +24,7 @@ def lines(folder: Path, *texts: str, end: str = "\n") -> Folder:
 def test_chunks_of_lines_hold_every_row_once(tmp_path: Path, count: int, end: str) -> None:
     file = lines(tmp_path, *[json.dumps({"instruction": f"é {number}"}, ensure_ascii=False) for number in range(count)], end=end)
     chunks = split_into_chunks(file, size=4)
-    found = [row for chunk in chunks for row in read(file, chunk)]
+    found = [row for chunk in chunks for row in read_chunk(file, chunk)]
     assert [(row.number, row.instruction) for row in found] == [(number, f"é {number}") for number in range(count)]
     assert len(chunks) == -(-count // 4)
 
@@ -34,7 +34,7 @@ def test_bad_lines_have_a_reason(tmp_path: Path) -> None:
         tmp_path, "{", '{"instruction": 3}', '{"input": "x"}', "[1]", '{"instruction": "a", "input": 4}', '{"instruction": " "}', ""
     )
     [chunk] = split_into_chunks(file)
-    problems = [row.problem for row in read(file, chunk)]
+    problems = [row.problem for row in read_chunk(file, chunk)]
     assert problems[0].startswith("not JSON: ")
     assert problems[1:6] == [
         "`instruction` is not a text with something in it",
@@ -52,7 +52,7 @@ def test_parquet_in_chunks_within_row_groups(tmp_path: Path) -> None:
     file = Folder.at(tmp_path / "asked.parquet")
     chunks = split_into_chunks(file, size=4)
     assert [(chunk.first, chunk.rows) for chunk in chunks] == [(0, 4), (4, 2), (6, 4)]
-    found = [row for chunk in chunks for row in read(file, chunk)]
+    found = [row for chunk in chunks for row in read_chunk(file, chunk)]
     assert [(row.number, row.instruction) for row in found] == [(n, f"i{n}") for n in range(10)]
     assert [row.input for row in found] == ["", *["x"] * 9]
 

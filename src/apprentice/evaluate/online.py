@@ -17,7 +17,7 @@ from apprentice.errors import EvaluationError
 from apprentice.evaluate.questions.evaluation_subjects import make_answer_settings, make_token_limits
 from apprentice.evaluate.questions.question_encoding import encode_questions
 from apprentice.evaluate.questions.row_selection import select_requests
-from apprentice.evaluate.report.predictions import scored
+from apprentice.evaluate.report.predictions import score_predictions
 from apprentice.evaluate.scoring.scorer import Scorer, make_blocks, with_prediction
 from apprentice.model_pool.answer_settings import AnswerSettings
 from apprentice.pretrained.hub import local_folder
@@ -42,10 +42,10 @@ class OnlineEvaluation:
                 if answer["failure"]:
                     raise EvaluationError(answer["failure"])
                 records.append(with_prediction(self.questions[answer["place"]], answer, self.rank_by))
-        found: dict[str, list[float]] = defaultdict(list)
-        for row in scored(records, self.tasks).to_pylist():
-            found[row["task"]].append(row["score"])
-        return {task: fmean(scores) for task, scores in sorted(found.items())}
+        scores_of: dict[str, list[float]] = defaultdict(list)
+        for row in score_predictions(records, self.tasks).to_pylist():
+            scores_of[row["task"]].append(row["score"])
+        return {task: fmean(scores) for task, scores in sorted(scores_of.items())}
 
 
 def prepare_online_evaluation(corpus: Corpus) -> OnlineEvaluation:

@@ -27,18 +27,18 @@ def find_free_resources() -> FreeResources:
     """
     start = time.monotonic()
     while True:
-        there, free = node_resources(), ray.available_resources()
+        nodes, free = node_resources(), ray.available_resources()
         waited = time.monotonic() - start
-        idle = free.get("CPU", 0) >= sum(node.get("CPU", 0) for node in there)
+        idle = free.get("CPU", 0) >= sum(node.get("CPU", 0) for node in nodes)
         if idle or waited > PATIENCE_S or (waited > SETTLE_S and free.get("CPU", 0) >= 1):
             break
         time.sleep(0.2)
     cpus = int(free.get("CPU", 0))
-    nodes = [int(node.get("CPU", 0)) for node in there]
-    if len(nodes) == 1:
+    node_cpus = [int(node.get("CPU", 0)) for node in nodes]
+    if len(node_cpus) == 1:
         cpus = min(cpus, len(os.sched_getaffinity(0)))  # a local session may count more CPUs than there are cores
     # On a busy cluster the free CPUs may lie on different nodes, one here and one there.
-    together = min((node for node in nodes if node), default=1) if idle else 1
+    together = min((count for count in node_cpus if count), default=1) if idle else 1
     return FreeResources(cpus, together, int(free.get("GPU", 0)), int(free.get("memory", 0)))
 
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from apprentice.model_pool.answer_settings import AnswerSettings
 
 
-def reply(model: Any, questions: Sequence[Mapping[str, Any]], answer_settings: AnswerSettings) -> list[dict[str, Any]]:
+def generate_replies(model: Any, questions: Sequence[Mapping[str, Any]], answer_settings: AnswerSettings) -> list[dict[str, Any]]:
     """Generates a reply to every question, a record with `prompt_ids`; returns records with `prediction`, in the same order.
 
     Raises `EvaluationError`, which names the question, where the model's logits are not finite.
@@ -24,15 +24,15 @@ def reply(model: Any, questions: Sequence[Mapping[str, Any]], answer_settings: A
         replies = generate(model, prompts, max_new_tokens=answer_settings.reply, stop_ids=answer_settings.layout.stop_ids)
     except NotFiniteError as error:
         raise EvaluationError(f"{question_name(questions[error.number])}: {error}") from error
-    return [{"prediction": shown(answer_settings.layout, ids)} for ids in replies]
+    return [{"prediction": reply_text(answer_settings.layout, ids)} for ids in replies]
 
 
-def shown(layout: Layout, ids: Sequence[int]) -> str:
-    """Text of a reply's token ids. In all prompt formats but `chat`, text after the reply is cut (`bounded`)."""
-    return bounded(layout, layout.tokenizer.decode(ids))
+def reply_text(layout: Layout, ids: Sequence[int]) -> str:
+    """Text of a reply's token ids. In all prompt formats but `chat`, text after the reply is cut (`cut_reply`)."""
+    return cut_reply(layout, layout.tokenizer.decode(ids))
 
 
-def bounded(layout: Layout, text: str) -> str:
+def cut_reply(layout: Layout, text: str) -> str:
     """`text` up to the exemplar separator, after which a base model goes on to invent exemplars; `chat` replies stay whole."""
     return (text if layout.name == "chat" else text.partition(SEPARATOR.strip("\n"))[0]).strip()
 

@@ -39,8 +39,8 @@ def size_pool(resources: FreeResources, weight_bytes: int, batches: int) -> Work
     if resources.gpus:
         return WorkerPool(max(1, min(resources.gpus, resources.cpus, batches)), 1, 1)
     needed = weight_bytes + OVERHEAD_BYTES
-    held = resources.memory_bytes // needed
-    if held < 1:
+    copies = resources.memory_bytes // needed
+    if copies < 1:
         raise ResourcesError(
             f"scoring needs {needed / 2**30:.1f} GiB for one copy of the model and the cluster has"
             f" {resources.memory_bytes / 2**30:.1f} GiB; choose `model.dtype: bfloat16`, a smaller model, or add a node."
@@ -48,5 +48,5 @@ def size_pool(resources: FreeResources, weight_bytes: int, batches: int) -> Work
     by_cpus = (
         resources.cpus if resources.cpus <= CPUS_PER_WORKER else resources.cpus // min(CPUS_PER_WORKER, resources.cpus_together)
     )
-    workers = max(1, min(by_cpus, held, batches))
+    workers = max(1, min(by_cpus, copies, batches))
     return WorkerPool(workers, min(resources.cpus // workers, CPUS_PER_WORKER, resources.cpus_together), 0)

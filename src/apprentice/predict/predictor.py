@@ -15,10 +15,10 @@ from apprentice.data.encoding.prompt_format import Layout
 from apprentice.data.encoding.tokenize import drop_reason, fit_prompt
 from apprentice.errors import ApprenticeError
 from apprentice.model_pool.answer_settings import AnswerSettings, TokenLimits
-from apprentice.model_pool.generate import reply
+from apprentice.model_pool.generate import generate_replies
 from apprentice.model_pool.model import load_worker_model
 from apprentice.model_pool.pool import WorkerPool
-from apprentice.predict.rows import InputRow, RowChunk, read
+from apprentice.predict.rows import InputRow, RowChunk, read_chunk
 from apprentice.recipe import Model
 from apprentice.storage import Folder
 from apprentice.tasks.schema import Example
@@ -57,10 +57,10 @@ class Predictor:
         An `ApprenticeError` ends the block: it is returned as `failure`, in a table of one row, because a retry would not help.
         """
         done = []
-        for wanted in block.to_pylist():
-            chunk = RowChunk(**wanted)
+        for fields in block.to_pylist():
+            chunk = RowChunk(**fields)
             try:
-                table = self.answered(read(self._file, chunk))
+                table = self.answer_rows(read_chunk(self._file, chunk))
             except ApprenticeError as error:
                 return pa.table({"number": [chunk.number], "rows": [0], "problems": [0], "failure": [str(error)]})
             buffer = io.BytesIO()
@@ -70,7 +70,7 @@ class Predictor:
             done.append({"number": chunk.number, "rows": chunk.rows, "problems": problems, "failure": ""})
         return pa.Table.from_pylist(done)
 
-    def answered(self, rows: Sequence[InputRow]) -> pa.Table:
+    def answer_rows(self, rows: Sequence[InputRow]) -> pa.Table:
         """Table of the rows with their replies, in order; its schema is `PART_SCHEMA`."""
         layout = self._answer_settings.layout
         records: list[dict[str, Any]] = []
@@ -94,9 +94,9 @@ class Predictor:
             record |= {"prompt_tokens": len(fitted.ids), "truncated": fitted.truncated or ""}
             questions.append((record, {"row": row.number, "prompt_ids": fitted.ids}))
         if questions:
-            replies = reply(self._model, [question for _, question in questions], self._answer_settings)
-            for (record, _), said in zip(questions, replies, strict=True):
-                record |= said
+            replies = generate_replies(self._model, [question for _, question in questions], self._answer_settings)
+            for (record, _), answer in zip(questions, replies, strict=True):
+                record |= answer
         return pa.Table.from_pylist(records, schema=PART_SCHEMA)
 
     @cached_property

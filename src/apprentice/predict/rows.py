@@ -50,15 +50,15 @@ def split_into_chunks(file: Folder, size: int = ROWS_PER_CHUNK) -> list[RowChunk
     """
     try:
         if file.name.endswith((".jsonl", ".ndjson")):
-            return _of_lines(file, size)
+            return _chunks_of_lines(file, size)
         if file.name.endswith((".parquet", ".pq")):
-            return _of_groups(file, size)
+            return _chunks_of_groups(file, size)
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"{file} cannot be read ({' '.join(str(error).split())[:200]}); check the path.") from error
     raise DataError(f"{file} is neither .jsonl nor .parquet; write one row with `instruction` (and `input`) a line.")
 
 
-def _of_lines(file: Folder, size: int) -> list[RowChunk]:
+def _chunks_of_lines(file: Folder, size: int) -> list[RowChunk]:
     fs, path = file.filesystem()
     starts, lines, place, last = [0], 0, 0, b"\n"
     with fs.open_input_stream(path) as stream:
@@ -78,7 +78,7 @@ def _of_lines(file: Folder, size: int) -> list[RowChunk]:
     ]
 
 
-def _of_groups(file: Folder, size: int) -> list[RowChunk]:
+def _chunks_of_groups(file: Folder, size: int) -> list[RowChunk]:
     fs, path = file.filesystem()
     chunks: list[RowChunk] = []
     first = 0
@@ -95,7 +95,7 @@ def _of_groups(file: Folder, size: int) -> list[RowChunk]:
     return chunks
 
 
-def read(file: Folder, chunk: RowChunk) -> list[InputRow]:
+def read_chunk(file: Folder, chunk: RowChunk) -> list[InputRow]:
     """Reads the rows of one chunk, in order; bad rows have a `problem`."""
     fs, path = file.filesystem()
     with fs.open_input_file(path) as source:
@@ -103,30 +103,30 @@ def read(file: Folder, chunk: RowChunk) -> list[InputRow]:
             table = pq.ParquetFile(source)
             columns = [name for name in ("instruction", "input") if name in table.schema_arrow.names]
             values = table.read_row_group(chunk.start, columns=columns).slice(chunk.skipped, chunk.rows).to_pylist()
-            return [_row(chunk.first + place, value) for place, value in enumerate(values)]
+            return [_check_row(chunk.first + place, value) for place, value in enumerate(values)]
         source.seek(chunk.start)
         lines = io.BufferedReader(source)
-        return [_parsed(chunk.first + place, lines.readline()) for place in range(chunk.rows)]
+        return [_parse_line(chunk.first + place, lines.readline()) for place in range(chunk.rows)]
 
 
-def _parsed(number: int, line: bytes) -> InputRow:
+def _parse_line(number: int, line: bytes) -> InputRow:
     try:
-        return _row(number, json.loads(line))
+        return _check_row(number, json.loads(line))
     except ValueError as error:  # not JSON, or not UTF-8
         return InputRow(number, problem=f"not JSON: {' '.join(str(error).split())[:100]}")
 
 
-def _row(number: int, value: Any) -> InputRow:
+def _check_row(number: int, value: Any) -> InputRow:
     if not isinstance(value, Mapping):
         return InputRow(number, problem=f"not an object but {type(value).__name__}")
-    instruction, given = value.get("instruction"), value.get("input")
+    instruction, text = value.get("instruction"), value.get("input")
     if not isinstance(instruction, str) or not instruction.strip():
         return InputRow(
             number, problem="no `instruction`" if instruction is None else "`instruction` is not a text with something in it"
         )
-    if given is not None and not isinstance(given, str):
-        return InputRow(number, instruction, problem=f"`input` is not a text but {type(given).__name__}")
-    return InputRow(number, instruction, given or "")
+    if text is not None and not isinstance(text, str):
+        return InputRow(number, instruction, problem=f"`input` is not a text but {type(text).__name__}")
+    return InputRow(number, instruction, text or "")
 
 
 def file_sha256(file: Folder) -> str:

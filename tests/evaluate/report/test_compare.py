@@ -8,7 +8,7 @@ import pytest
 
 from apprentice.errors import EvaluationError
 from apprentice.evaluate.report.compare import join_tables
-from apprentice.evaluate.report.predictions import metadata_of, scored, with_metadata
+from apprentice.evaluate.report.predictions import metadata_of, score_predictions, with_metadata
 from apprentice.evaluate.report.report_schema import Report
 from apprentice.evaluate.report.tables import task_table
 from apprentice.evaluate.report.write import html, markdown
@@ -107,7 +107,7 @@ def test_a_task_is_what_the_run_that_saw_most_of_it_makes_it(recipe: Recipe, one
         facts["tasks"]["alpha_rank"] |= {"held_out": exposure in (None, "held_out"), "exposure": exposure}
         if exposure is None:
             del facts["tasks"]["alpha_rank"]["exposure"]
-        runs[name] = with_metadata(scored(of_rows(range(8), 4), tables.TASKS), facts)
+        runs[name] = with_metadata(score_predictions(of_rows(range(8), 4), tables.TASKS), facts)
     assert metadata_of(join_tables(runs))["tasks"]["alpha_rank"]["exposure"] == both
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from apprentice.evaluate.report.predictions import scored, with_metadata
+from apprentice.evaluate.report.predictions import score_predictions, with_metadata
 from apprentice.evaluate.report.quality_gate import verdict_sentence
 from apprentice.evaluate.report.report_schema import GateVerdict
 from apprentice.recipe import Gate, Recipe
@@ -16,7 +16,7 @@ from tests.evaluate import tables
 def verdict(recipe: Recipe, **bounds: Any) -> dict[str, Any]:
     facts = tables.facts(recipe)
     facts["settings"]["gate"] = Gate(**bounds).model_dump(mode="json")
-    found = tables.report_of(with_metadata(scored(tables.predictions(), tables.TASKS), facts), resamples=200)["gate"]
+    found = tables.report_of(with_metadata(score_predictions(tables.predictions(), tables.TASKS), facts), resamples=200)["gate"]
     assert found is not None
     return dict(found)
 
@@ -57,7 +57,7 @@ def test_certain_is_the_low_end_of_the_summarys_own_interval(recipe: Recipe) -> 
     )
     for about in facts["tasks"].values():
         about |= {"kind": "ranked", "exposure": "trained_on"}  # so that one pool holds what the bound is about
-    report = tables.report_of(with_metadata(scored(tables.predictions(), tables.TASKS), facts), resamples=200)
+    report = tables.report_of(with_metadata(score_predictions(tables.predictions(), tables.TASKS), facts), resamples=200)
     [pool] = report["pools"]
     trained_on, worst, alone = report["gate"]["checks"]
     assert pool["tasks"] == 3
@@ -73,7 +73,7 @@ def test_a_task_that_is_only_scored_is_in_neither_bound(recipe: Recipe) -> None:
     facts = tables.facts(recipe)
     facts["tasks"]["beta_rank"] |= {"held_out": False, "exposure": "scored_only"}
     facts["settings"]["gate"] = Gate(held_out=0.0, trained_on=37.5).model_dump(mode="json")
-    report = tables.report_of(with_metadata(scored(tables.predictions(), tables.TASKS), facts), resamples=50)
+    report = tables.report_of(with_metadata(score_predictions(tables.predictions(), tables.TASKS), facts), resamples=50)
     assert [(check["found"], check["passed"]) for check in report["gate"]["checks"]] == [(None, False), (37.5, True)]
 
 

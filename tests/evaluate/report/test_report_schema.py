@@ -7,7 +7,7 @@ import json
 import pytest
 from pydantic import ValidationError
 
-from apprentice.evaluate.report.predictions import scored, with_metadata
+from apprentice.evaluate.report.predictions import score_predictions, with_metadata
 from apprentice.evaluate.report.report_schema import Report
 from apprentice.recipe import Gate, Recipe
 from tests.evaluate import tables
@@ -19,7 +19,7 @@ def test_a_report_has_the_published_shape(recipe: Recipe) -> None:
     records.append({**records[1], "perturbation": "case", "prediction": None, "unscored": "no answer"})
     facts = tables.facts(recipe)
     facts["settings"]["gate"] = Gate(held_out=1.0).model_dump(mode="json")
-    report = tables.report_of(with_metadata(scored(records, tables.TASKS), facts), resamples=20)
+    report = tables.report_of(with_metadata(score_predictions(records, tables.TASKS), facts), resamples=20)
     read = Report.model_validate_json(json.dumps(report))
     assert len(read.tasks) == 3
     assert read.unscored[0].reason == "no answer"

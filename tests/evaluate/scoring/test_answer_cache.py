@@ -49,7 +49,7 @@ def test_parts_are_found_by_the_next_process(tmp_path: Path) -> None:
 def test_a_finished_table_serves_too_and_parts_go(tmp_path: Path) -> None:
     answers = AnswerCache(Folder.at(tmp_path / "a"))
     answers.add([answered(0)])
-    predictions.save(predictions.scored([answered(0)], tables.TASKS), Folder.at(tmp_path / "a"))
+    predictions.save(predictions.score_predictions([answered(0)], tables.TASKS), Folder.at(tmp_path / "a"))
     answers.close()
     assert [path.name for path in (tmp_path / "a").iterdir()] == [predictions.FILE]
     assert AnswerCache(Folder.at(tmp_path / "a")).find("k0") is not None

@@ -9,7 +9,7 @@ import numpy as np
 
 from apprentice.data.corpus import Corpus
 from apprentice.data.encoding.render import Renderer
-from apprentice.evaluate.scoring.majority_baseline import majority_answer, predicted
+from apprentice.evaluate.scoring.majority_baseline import baseline_records, majority_answer
 
 
 def test_of_a_ranked_task_it_is_the_most_frequent_place(corpus: Corpus) -> None:
@@ -53,6 +53,6 @@ def test_it_answers_in_the_words_of_the_wording() -> None:
         {"task": "c", "choices": [], "dropped": "", **blank},
     ]
     majorities = {"a": {"label": 1, "text": ""}, "b": {"label": None, "text": "42"}, "c": None}
-    found = predicted(questions, majorities)
+    found = baseline_records(questions, majorities)
     assert [(answer["task"], answer["prediction"]) for answer in found] == [("a", "yes"), ("a", "same"), ("b", "42")]
     assert {(answer["subject"], answer["shots"], answer["truncated"]) for answer in found} == {("majority", 0, "")}

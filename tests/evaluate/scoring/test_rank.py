@@ -14,7 +14,7 @@ from apprentice.evaluate.questions.evaluation_subjects import make_answer_settin
 from apprentice.evaluate.questions.question_encoding import encode_questions
 from apprentice.evaluate.questions.row_selection import select_requests
 from apprentice.evaluate.scoring.answer_cache import AnswerCache
-from apprentice.evaluate.scoring.rank import ranked
+from apprentice.evaluate.scoring.rank import best_choice
 from apprentice.evaluate.scoring.scorer import Scorer, make_blocks
 from apprentice.inference.runners import causal
 from apprentice.models.loading import load_model
@@ -35,20 +35,20 @@ NAN = float("nan")
 
 @pytest.mark.parametrize(("rank_by", "wins"), [("sum", "a"), ("mean", "bb"), ("pmi", "bb")])
 def test_the_three_rankings(rank_by: str, wins: str) -> None:
-    assert ranked(RECORD, rank_by) == wins
+    assert best_choice(RECORD, rank_by) == wins
 
 
 @pytest.mark.parametrize("rank_by", ["sum", "mean", "pmi"])
 @pytest.mark.parametrize("wrong", [[NAN] * 3, [-2.0, NAN, -9.0], [-2.0, float("inf"), -1.0], [-2.0, -float("inf"), -1.0]])
 def test_numbers_that_are_not_finite_rank_nothing(rank_by: str, wrong: list[float]) -> None:
     with pytest.raises(EvaluationError, match=r"^letters row 7, wording plain: .*not finite.*: try model\.dtype"):
-        ranked(RECORD | {"choice_logprobs": wrong}, rank_by)
+        best_choice(RECORD | {"choice_logprobs": wrong}, rank_by)
 
 
 def test_a_prior_that_is_not_finite_ranks_nothing_either() -> None:
-    assert ranked(RECORD | {"choice_priors": [NAN] * 3}, "sum") == "a"  # which does not ask for it
+    assert best_choice(RECORD | {"choice_priors": [NAN] * 3}, "sum") == "a"  # which does not ask for it
     with pytest.raises(EvaluationError, match=r"^letters row 7"):
-        ranked(RECORD | {"choice_priors": [NAN] * 3}, "pmi")
+        best_choice(RECORD | {"choice_priors": [NAN] * 3}, "pmi")
 
 
 @pytest.mark.parametrize("name", ["short_reviews", "written_dates"])

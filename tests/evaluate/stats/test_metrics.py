@@ -14,7 +14,7 @@ import pytest
 from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu import corpus_bleu, corpus_chrf
 
-from apprentice.evaluate.stats.metrics import METRICS, Metric, normalised
+from apprentice.evaluate.stats.metrics import METRICS, Metric, normalise_squad
 
 SAID = [
     "The cat sat on the mat.",
@@ -61,7 +61,7 @@ def test_the_table_has_what_tasks_may_name() -> None:
     ],
 )
 def test_normal_form_is_squads(text: str, expected: str) -> None:
-    assert normalised(text) == expected
+    assert normalise_squad(text) == expected
 
 
 @pytest.mark.parametrize(

@@ -88,7 +88,7 @@ def test_a_mark_among_many_needs_more_than_one_alone(recipe: Recipe) -> None:
                 records.append(tables.record("tuned", of, row, "w0", "yes" if row < (7 if not number else 1) else "no"))
         facts = tables.facts(recipe)
         facts["tasks"] = {of.name: facts["tasks"]["alpha_rank"] for of in tasks}
-        report = tables.report_of(predictions.with_metadata(predictions.scored(records, tasks), facts), resamples=2000)
+        report = tables.report_of(predictions.with_metadata(predictions.score_predictions(records, tasks), facts), resamples=2000)
         found = {task["task"]: task["differences"]["tuned@0"] for task in report["tasks"]}
         first = found["alpha_0"]
         assert first["p"] == pytest.approx(2 / 128, abs=0.01)
@@ -102,7 +102,9 @@ def test_tables_of_earlier_versions_are_still_summed_up(recipe: Recipe, report: 
     old = tables.facts(recipe) | {"version": 1}
     for about in old["tasks"].values():
         del about["exposure"]
-    again = tables.report_of(predictions.with_metadata(predictions.scored(tables.predictions(), tables.TASKS), old), resamples=400)
+    again = tables.report_of(
+        predictions.with_metadata(predictions.score_predictions(tables.predictions(), tables.TASKS), old), resamples=400
+    )
     assert again["version"] == report["version"] == 2
     assert again["tasks"] == report["tasks"]
     assert again["headline"] == report["headline"]
@@ -111,7 +113,9 @@ def test_tables_of_earlier_versions_are_still_summed_up(recipe: Recipe, report: 
 def test_three_kinds_of_tasks_are_kept_apart(recipe: Recipe) -> None:
     facts = tables.facts(recipe)
     facts["tasks"]["beta_rank"] |= {"held_out": False, "exposure": "scored_only"}
-    report = summarise(predictions.with_metadata(predictions.scored(tables.predictions(), tables.TASKS), facts), resamples=50)
+    report = summarise(
+        predictions.with_metadata(predictions.score_predictions(tables.predictions(), tables.TASKS), facts), resamples=50
+    )
     assert [(pool.exposure, pool.held_out, pool.kind) for pool in report.pools] == [
         ("scored_only", False, "ranked"),
         ("trained_on", False, "ranked"),
@@ -140,7 +144,7 @@ def test_a_pool_of_two_tasks_averages_them_with_a_narrower_interval(recipe: Reci
     both = tables.facts(recipe)
     both["tasks"]["beta_rank"] |= {"held_out": False, "exposure": "trained_on"}
     records = tables.predictions(base=(2, 4, 4), tuned=(6, 6, 8))
-    report = tables.report_of(predictions.with_metadata(predictions.scored(records, tables.TASKS), both), resamples=1000)
+    report = tables.report_of(predictions.with_metadata(predictions.score_predictions(records, tables.TASKS), both), resamples=1000)
     pool = report["pools"][0]
     assert (pool["tasks"], pool["differences"]["tuned@0"]["mean"]) == (2, (50.0 + 25.0) / 2)
     widths = [np.ptp(entry["differences"]["tuned@0"]["interval"]) for entry in [*report["tasks"][:2], pool]]
@@ -202,7 +206,7 @@ def test_one_subject_alone_is_only_scored(recipe: Recipe) -> None:
     records = [record for record in tables.predictions() if record["subject"] != "tuned"]
     alone = tables.facts(recipe)
     alone["subjects"] = alone["subjects"][:1]
-    report = tables.report_of(predictions.with_metadata(predictions.scored(records, tables.TASKS), alone), resamples=50)
+    report = tables.report_of(predictions.with_metadata(predictions.score_predictions(records, tables.TASKS), alone), resamples=50)
     assert report["headline"] == []
     assert report["summary"]["sentence"] == "base: held-out ranked 50.0, trained-on ranked 25.0, trained-on generated 75.0"
 

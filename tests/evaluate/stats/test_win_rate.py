@@ -13,7 +13,7 @@ from apprentice.evaluate.report.predictions import metadata_of, read, save
 from apprentice.evaluate.report.report_schema import Column, Report
 from apprentice.evaluate.report.tables import judged_table
 from apprentice.evaluate.report.write import html, markdown
-from apprentice.evaluate.scoring.judge import judge_questions, likelihood_questions, request_of, written
+from apprentice.evaluate.scoring.judge import group_replies, judge_questions, likelihood_questions, request_of
 from apprentice.evaluate.stats.summary import summarise
 from apprentice.evaluate.stats.win_rate import compute_win_rates
 from apprentice.recipe import Recipe
@@ -132,7 +132,7 @@ def test_replies_become_choices(corpus: Corpus) -> None:
         tables.record("tuned", tables.TASKS[2], 2, "w0", None),
         tables.record("tuned", tables.TASKS[0], 1, "w0", "yes"),
     ]
-    replies = written(records)
+    replies = group_replies(records)
     assert {request.row: [record["subject"] for record in found] for request, found in replies.items()} == {1: ["base", "tuned"]}
     questions = [records[0] | {"choices": [], "prompt_ids": [1]}, records[2] | {"choices": [], "prompt_ids": [2]}]
     [(question, [first, second])] = judge_questions(questions, replies, layout)

@@ -22,6 +22,8 @@ from apprentice.pretrained.tokenizer import Tokenizer
 from apprentice.recipe import Recipe
 from apprentice.run.contract import read_contract, weights_sha256
 
+PromptKey = tuple[Any, ...]  # equal where questions have the same token ids
+
 
 @dataclass(frozen=True)
 class Subject:
@@ -51,9 +53,9 @@ class SubjectSettings:
     dtype: str | None = None
 
     @property
-    def prompt_key(self) -> tuple[Any, ...]:
+    def prompt_key(self) -> PromptKey:
         """Key that is equal for subjects whose questions have the same token ids."""
-        return *identity(self.answer_settings.layout), self.limits
+        return *prompt_format_key(self.answer_settings.layout), self.limits
 
 
 def check_subjects(subjects: Sequence[Subject]) -> None:
@@ -84,11 +86,11 @@ def make_subject_settings(subject: Subject, recipe: Recipe, corpus: Corpus) -> S
         dtype = str(resolve_dtype(recipe.model.dtype))
         fingerprint = _fingerprint([sha, dtype], answer_settings)
         return SubjectSettings(answer_settings, limits, fingerprint, sha, dtype.removeprefix("torch."))
-    there = weights_at(subject.endpoint)
-    if there is None:
+    served = weights_at(subject.endpoint)
+    if served is None:
         return SubjectSettings(answer_settings, limits, None)
-    weights = [subject.endpoint.url, subject.endpoint.model, *there]
-    return SubjectSettings(answer_settings, limits, _fingerprint(weights, answer_settings), there[0])
+    weights = [subject.endpoint.url, subject.endpoint.model, *served]
+    return SubjectSettings(answer_settings, limits, _fingerprint(weights, answer_settings), served[0])
 
 
 def make_answer_settings(recipe: Recipe, layout: Layout) -> AnswerSettings:
@@ -107,11 +109,16 @@ def make_token_limits(recipe: Recipe, folder: Path) -> TokenLimits:
 
 def _fingerprint(weights: list[str | None], answer_settings: AnswerSettings) -> str:
     """SHA-256 of weights and settings of answering: where it is equal, equal questions get equal answers."""
-    shape = [*identity(answer_settings.layout), answer_settings.layout.stop_ids, answer_settings.reply, answer_settings.priors]
+    shape = [
+        *prompt_format_key(answer_settings.layout),
+        answer_settings.layout.stop_ids,
+        answer_settings.reply,
+        answer_settings.priors,
+    ]
     return hashlib.sha256(json.dumps([weights, shape], default=str).encode()).hexdigest()
 
 
-def identity(layout: Layout) -> tuple[Any, ...]:
+def prompt_format_key(layout: Layout) -> tuple[Any, ...]:
     """Key that is equal for prompt formats that make the same token ids of the same texts."""
     same = layout.name, layout.system, layout.date, layout.tokenizer.fingerprint, layout.tokenizer.chat_template
     new = (layout.version, layout.control_tokens) if layout.version > 1 else ()

@@ -72,10 +72,10 @@ def perturb(example: Example, kind: str, seed: int, row: int) -> Example | None:
 def _case(example: Example, random: Random) -> Example | None:
     ways: tuple[Callable[[str], str], ...] = (str.lower, str.upper)
     changed = ways[int(random.integers(len(ways)))](example.instruction)
-    return replace(example, instruction=_kept(example, changed))
+    return replace(example, instruction=_restore_choices(example, changed))
 
 
-def _kept(example: Example, changed: str) -> str:
+def _restore_choices(example: Example, changed: str) -> str:
     """Restores the letter case of the choices in `changed`, the instruction in another case."""
     for choice in sorted(example.choices, key=len, reverse=True):
         changed = re.sub(rf"\b{re.escape(choice)}\b", _as_it_is(choice), changed, flags=re.IGNORECASE)
@@ -94,8 +94,8 @@ def _punctuation(example: Example, random: Random) -> Example | None:
 
 
 def _synonyms(example: Example, random: Random) -> Example | None:
-    def other(found: re.Match[str]) -> str:
-        word = found.group(0)
+    def other(match: re.Match[str]) -> str:
+        word = match.group(0)
         ways = SYNONYMS[word.lower()]
         chosen = ways[int(random.integers(len(ways)))]
         return chosen.capitalize() if word[0].isupper() else chosen
@@ -111,10 +111,10 @@ def _choice_order(example: Example, random: Random) -> Example | None:
     text = f"{example.instruction}\x00{example.input}"
     places = []
     for choice in example.choices:
-        found = [match.span() for match in re.finditer(rf"(?<!\w){re.escape(choice)}(?!\w)", text)]
-        if len(found) != 1:
+        spans = [match.span() for match in re.finditer(rf"(?<!\w){re.escape(choice)}(?!\w)", text)]
+        if len(spans) != 1:
             return None
-        places.append(found[0])
+        places.append(spans[0])
     ordered = sorted(range(len(places)), key=lambda number: places[number])
     overlap = any(places[left][1] > places[right][0] for left, right in pairwise(ordered))
     if len(ordered) < 2 or overlap:
@@ -123,8 +123,8 @@ def _choice_order(example: Example, random: Random) -> Example | None:
     for number in reversed(range(len(ordered))):  # from the end, so that earlier offsets stay valid
         start, end = places[ordered[number]]
         text = text[:start] + example.choices[ordered[(number + turn) % len(ordered)]] + text[end:]
-    instruction, _, given = text.partition("\x00")
-    return replace(example, instruction=instruction, input=given)
+    instruction, _, input_text = text.partition("\x00")
+    return replace(example, instruction=instruction, input=input_text)
 
 
 def _input_first(example: Example, random: Random) -> Example | None:

@@ -76,7 +76,7 @@ def _question(
 def _exemplars(request: QuestionRequest, renderer: Renderer, index: TaskIndex, seed: int) -> tuple[list[int], list[Exemplar]]:
     """Training rows and their exemplars for one request; rows that the template cannot render are left out."""
     rows: list[int] = []
-    shown: list[Exemplar] = []
+    exemplars: list[Exemplar] = []
     if request.shots:
         for row in exemplar_rows(seed, request.task, request.row, request.shots, index.train):
             try:
@@ -84,8 +84,8 @@ def _exemplars(request: QuestionRequest, renderer: Renderer, index: TaskIndex, s
             except RowError:
                 continue
             rows.append(int(row))
-            shown.append(Exemplar(solved.instruction, solved.input, solved.target))
-    return rows, shown
+            exemplars.append(Exemplar(solved.instruction, solved.input, solved.target))
+    return rows, exemplars
 
 
 def has_enough_exemplars(index: TaskIndex, shots: int) -> bool:

@@ -46,9 +46,9 @@ def select_requests(
     wordings = [names[place] for place in random.permutation(len(names))]
     per_row = len(wordings) if templates_per_row == "all" else min(templates_per_row, len(wordings))
     rows = test[random.permutation(len(test))[:max_examples]]
-    found = []
+    requests = []
     for number, row in enumerate(rows.tolist()):
-        met = [wordings[(number * per_row + turn) % len(wordings)] for turn in range(per_row)]
-        found += [QuestionRequest(task.name, row, wording, k) for wording in met for k in shots]
-        found += [QuestionRequest(task.name, row, met[0], min(shots), kind) for kind in perturbations]
-    return found
+        chosen = [wordings[(number * per_row + turn) % len(wordings)] for turn in range(per_row)]
+        requests += [QuestionRequest(task.name, row, wording, k) for wording in chosen for k in shots]
+        requests += [QuestionRequest(task.name, row, chosen[0], min(shots), kind) for kind in perturbations]
+    return requests

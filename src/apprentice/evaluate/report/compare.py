@@ -23,32 +23,34 @@ def join_tables(tables: Mapping[str, pa.Table]) -> pa.Table:
     """
     if len(tables) < 2:
         raise EvaluationError("comparing needs at least two runs of different names.")
-    facts = {name: metadata_of(table) for name, table in tables.items()}
-    common = set.intersection(*(set(found["tasks"]) for found in facts.values()))
+    metadata = {name: metadata_of(table) for name, table in tables.items()}
+    common = set.intersection(*(set(of_run["tasks"]) for of_run in metadata.values()))
     if not common:
         raise EvaluationError(f"the runs {', '.join(tables)} have no task in common, so there is nothing to compare.")
     records: list[dict[str, Any]] = []
     subjects = []
     for number, (name, table) in enumerate(tables.items()):
-        last = facts[name]["subjects"][-1]
+        last = metadata[name]["subjects"][-1]
         subjects.append({**last, "name": name})
         kept = [record for record in table.to_pylist() if record["task"] in common]
         # The log-ratio of a run is to its own base, not to the run that it is compared with here.
         records += [{**record, "subject": name, "log_ratio": None} for record in kept if record["subject"] == last["name"]]
         records += [record for record in kept if record["subject"] == MAJORITY and not number]
-    first = next(iter(facts.values()))
-    records, shared = _over_shared_questions(records, list(tables))
+    first = next(iter(metadata.values()))
+    records, shared = _keep_shared_questions(records, list(tables))
     if not shared:
         raise EvaluationError(f"the runs {', '.join(tables)} answered no question in common, so there is nothing to compare.")
     # A task that any of the runs trained on does not count as held out.
-    seen = {task: most_seen([exposure_in(found["tasks"][task])["exposure"] for found in facts.values()]) for task in shared}
+    exposures = {
+        task: most_seen([exposure_in(of_run["tasks"][task])["exposure"] for of_run in metadata.values()]) for task in shared
+    }
     tasks = {
-        task: {**about, "exposure": seen[task], "held_out": seen[task] == "held_out"}
+        task: {**about, "exposure": exposures[task], "held_out": exposures[task] == "held_out"}
         for task, about in first["tasks"].items()
         if task in shared
     }
-    judges = {found["settings"].get("judge") for found in facts.values()}
-    whole = first | {
+    judges = {of_run["settings"].get("judge") for of_run in metadata.values()}
+    joint = first | {
         "name": " and ".join(tables),
         "subjects": subjects,
         "tasks": tasks,
@@ -57,16 +59,16 @@ def join_tables(tables: Mapping[str, pa.Table]) -> pa.Table:
         "story": read_history(None),
         "not_scored": [
             {"task": task, "reason": f"not in {name}"}
-            for task in sorted(set().union(*(found["tasks"] for found in facts.values())) - common)
-            for name in facts
-            if task not in facts[name]["tasks"]
+            for task in sorted(set().union(*(of_run["tasks"] for of_run in metadata.values())) - common)
+            for name in metadata
+            if task not in metadata[name]["tasks"]
         ]
         + [{"task": task, "reason": "no question that all runs answered"} for task in sorted(common - set(shared))],
     }
-    return with_metadata(make_table(records, PREDICTION), whole)
+    return with_metadata(make_table(records, PREDICTION), joint)
 
 
-def _over_shared_questions(
+def _keep_shared_questions(
     records: Sequence[dict[str, Any]], runs: Sequence[str]
 ) -> tuple[list[dict[str, Any]], dict[str, dict[str, Any]]]:
     """Records of the questions that every column of every run answered, and for each task their number (`SharedQuestions`).
@@ -78,21 +80,21 @@ def _over_shared_questions(
         if record["subject"] != MAJORITY:
             of_column = answered[record["task"]][record["subject"], record["shots"]]
             if record["prediction"] is not None:
-                of_column.add(_question(record))
+                of_column.add(_question_key(record))
     kept, shared = {}, {}
     for task, columns in answered.items():
         everywhere = set.intersection(*columns.values()) if {run for run, _ in columns} == set(runs) else set()
         plain = [question for question in everywhere if not question[2]]
         if plain:
             kept[task] = everywhere
-            own = {run: {row for (name, _), met in columns.items() if name == run for row, *_ in met} for run in runs}
+            rows = {run: {row for (name, _), keys in columns.items() if name == run for row, *_ in keys} for run in runs}
             shared[task] = {
                 "rows": len({row for row, *_ in plain}),
                 "questions": len(plain),
-                "of": {run: len(rows) for run, rows in own.items()},
+                "of": {run: len(of_run) for run, of_run in rows.items()},
             }
-    return [record for record in records if _question(record) in kept.get(record["task"], ())], shared
+    return [record for record in records if _question_key(record) in kept.get(record["task"], ())], shared
 
 
-def _question(record: Mapping[str, Any]) -> tuple[int, str, str]:
+def _question_key(record: Mapping[str, Any]) -> tuple[int, str, str]:
     return record["row"], record["template"], record["perturbation"]

@@ -28,7 +28,7 @@ def make_metadata(
 
     No rows of the tasks `kept_out` were trained on; those of the others and of `trained_clusters` were.
     """
-    seen = exposures(tasks, kept_out, trained_clusters)
+    exposure_of = exposures(tasks, kept_out, trained_clusters)
     return {
         "version": 2,  # of the facts: 1 had no exposures
         "name": recipe.name,
@@ -44,8 +44,8 @@ def make_metadata(
                 "summary": task.summary,
                 "kind": "ranked" if task.is_ranked else "generated",
                 "metrics": list(task.metrics),
-                "held_out": seen[task.name] == "held_out",
-                "exposure": seen[task.name],
+                "held_out": exposure_of[task.name] == "held_out",
+                "exposure": exposure_of[task.name],
                 "majority": majorities[task.name],
             }
             for task in tasks

@@ -107,7 +107,7 @@ def make_table(records: Sequence[Mapping[str, Any]], schema: pa.Schema) -> pa.Ta
     return pa.Table.from_pylist([dict(record) for record in records], schema=schema)
 
 
-def scored(records: Sequence[Mapping[str, Any]], tasks: Sequence[Task]) -> pa.Table:
+def score_predictions(records: Sequence[Mapping[str, Any]], tasks: Sequence[Task]) -> pa.Table:
     """Table of predictions (`PREDICTION`) from answered questions, with a score for each prediction by its task's first metric."""
     metrics = {task.name: METRICS[task.metrics[0]] for task in tasks}
     rows = []

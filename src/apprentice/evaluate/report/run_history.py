@@ -44,7 +44,7 @@ def _point(record: Mapping[str, Any]) -> dict[str, Any]:
     return {key: record[key] for key in ("step", "loss", "validation_loss") if record.get(key) is not None}
 
 
-def summarise_contamination(found: Mapping[str, Any]) -> dict[str, Any]:
+def summarise_contamination(shared_passages: Mapping[str, Any]) -> dict[str, Any]:
     """Task → how many of its test rows share a passage with training data, from the index's report; empty where nobody looked.
 
     Training rows that were dropped say what the score would have been inflated by, and how alike the data are; those that were
@@ -57,5 +57,5 @@ def summarise_contamination(found: Mapping[str, Any]) -> dict[str, Any]:
             "dropped": sum(seen.get("training_rows_dropped", {}).values()),
             "kept": sum(seen.get("training_rows_kept", {}).values()),
         }
-        for task, seen in found.items()
+        for task, seen in shared_passages.items()
     }

@@ -25,8 +25,8 @@ ANSWER = ("prediction", "choice_logprobs", "choice_tokens", "choice_priors")
 
 def cache_key(model: str, question: Mapping[str, Any]) -> str:
     """Cache key of a question: a hash of the fingerprint `model` and of the token ids of prompt and choices."""
-    asked = [model, list(question["prompt_ids"]), [list(ids) for ids in question["choice_ids"] or []]]
-    return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:32]
+    parts = [model, list(question["prompt_ids"]), [list(ids) for ids in question["choice_ids"] or []]]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
 class AnswerCache:
@@ -54,7 +54,7 @@ class AnswerCache:
         pq.write_table(predictions.make_table(records, predictions.PREDICTION), buffer, compression="zstd")
         (self._parts / f"{self._next:06d}.parquet").write_bytes(buffer.getvalue())
         self._next += 1
-        self._known |= {record["key"]: {name: record.get(name) for name in ANSWER} for record in records if _answered(record)}
+        self._known |= {record["key"]: {name: record.get(name) for name in ANSWER} for record in records if _has_answer(record)}
 
     def close(self) -> None:
         """Deletes the parts; to be called once the table of predictions, which has all answers, is written."""
@@ -66,11 +66,11 @@ class AnswerCache:
         table = pq.read_table(io.BytesIO(file.read_bytes()))
         if {"key", *ANSWER} <= set(table.column_names):  # a table of an older version is simply not used
             for record in table.select(["key", *ANSWER]).to_pylist():
-                if _answered(record):
+                if _has_answer(record):
                     self._known[record.pop("key")] = record
 
 
-def _answered(record: Mapping[str, Any]) -> bool:
+def _has_answer(record: Mapping[str, Any]) -> bool:
     """True if the record has a key and a usable answer; one with log-probabilities that are not finite is asked again."""
     numbers = [*(record.get("choice_logprobs") or ()), *(record.get("choice_priors") or ())]
     return bool(record["key"]) and record["prediction"] is not None and all(map(math.isfinite, numbers))

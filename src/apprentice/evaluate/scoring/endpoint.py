@@ -169,7 +169,7 @@ class EndpointScorer:
         return total
 
     def _generate(self, client: OpenAI, prompt: Sequence[int]) -> str:
-        from apprentice.model_pool.generate import bounded
+        from apprentice.model_pool.generate import cut_reply
 
         layout = self._answer_settings.layout
         stop = {} if layout.name == "chat" else {"stop": [SEPARATOR.strip("\n")]}
@@ -177,7 +177,7 @@ class EndpointScorer:
         completion = self._complete(client, {"prompt": list(prompt), **limits, **stop})
         try:
             text: Any = completion.choices[0].text
-            return bounded(layout, text if isinstance(text, str) else text["text"])
+            return cut_reply(layout, text if isinstance(text, str) else text["text"])
         except (AttributeError, LookupError, TypeError) as error:
             raise UnansweredError("the endpoint's reply has no text") from error
 

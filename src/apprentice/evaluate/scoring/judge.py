@@ -21,27 +21,27 @@ def request_of(record: Mapping[str, Any]) -> QuestionRequest:
     return QuestionRequest(*(record[name] for name in QuestionRequest._fields))
 
 
-def written(records: Sequence[Record]) -> dict[QuestionRequest, list[Record]]:
+def group_replies(records: Sequence[Record]) -> dict[QuestionRequest, list[Record]]:
     """Request → the records of all subjects with a generated reply to it."""
-    found: dict[QuestionRequest, list[Record]] = defaultdict(list)
+    replies: dict[QuestionRequest, list[Record]] = defaultdict(list)
     for record in records:
         if record["prediction"] is not None and not record["choices"]:
-            found[request_of(record)].append(record)
-    return found
+            replies[request_of(record)].append(record)
+    return replies
 
 
 def judge_questions(
     questions: Sequence[Record], replies: Mapping[QuestionRequest, Sequence[Record]], layout: Layout
 ) -> ReplyQuestions:
     """Questions to the judge: `questions` in its prompt format `layout`, with all subjects' replies, end included, as choices."""
-    asked: ReplyQuestions = []
+    reply_questions: ReplyQuestions = []
     for question in questions:
         records = list(replies.get(request_of(question), ()))
         if records and not question["dropped"]:
             texts = [record["prediction"] for record in records]
             ids = [[*answer, *layout.end_ids] for answer in layout.encode_answers(texts)]
-            asked.append((question | {"choices": texts, "choice_ids": ids}, records))
-    return asked
+            reply_questions.append((question | {"choices": texts, "choice_ids": ids}, records))
+    return reply_questions
 
 
 def likelihood_questions(
@@ -51,10 +51,10 @@ def likelihood_questions(
 
     The choice lacks the end of an answer, because some replies were cut by the limit of tokens.
     """
-    asked: ReplyQuestions = []
+    reply_questions: ReplyQuestions = []
     for question in questions:
         own = [record for record in replies.get(request_of(question), ()) if record["subject"] == subject]
         ids = layout.encode_answers([record["prediction"] for record in own])
         if own and all(ids):
-            asked.append((question | {"choices": [own[0]["prediction"]], "choice_ids": ids[:1]}, own[:1]))
-    return asked
+            reply_questions.append((question | {"choices": [own[0]["prediction"]], "choice_ids": ids[:1]}, own[:1]))
+    return reply_questions

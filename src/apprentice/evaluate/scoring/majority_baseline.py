@@ -32,27 +32,29 @@ def majority_answer(corpus: Corpus, name: str) -> dict[str, Any] | None:
     random = np.random.default_rng(list(hashlib.sha256(f"majority {corpus.recipe.seed} {name}".encode()).digest()))
     rows = np.sort(random.permutation(index.train)[:SAMPLE])
     template = task.scored_templates[0].name
-    found: Counter[tuple[int | None, str]] = Counter()
+    counts: Counter[tuple[int | None, str]] = Counter()
     for row in rows:
         try:
             example = renderer.example(name, "train", int(row), template)
         except RowError:
             continue
         if not example.choices:
-            found[None, example.target] += 1
+            counts[None, example.target] += 1
         elif example.target in example.choices:
-            found[example.choices.index(example.target), ""] += 1
-    if not found:
+            counts[example.choices.index(example.target), ""] += 1
+    if not counts:
         return None
     # Ties are broken by the answer itself, so that the result does not depend on the order of rows.
-    (label, text), count = min(found.items(), key=lambda item: (-item[1], str(item[0])))
-    share = count / found.total()
+    (label, text), count = min(counts.items(), key=lambda item: (-item[1], str(item[0])))
+    share = count / counts.total()
     if label is None and share < LEAST_SHARE:
         return None
-    return {"label": label, "text": text, "share": share, "sample": found.total()}
+    return {"label": label, "text": text, "share": share, "sample": counts.total()}
 
 
-def predicted(questions: Sequence[Mapping[str, Any]], majorities: Mapping[str, dict[str, Any] | None]) -> list[dict[str, Any]]:
+def baseline_records(
+    questions: Sequence[Mapping[str, Any]], majorities: Mapping[str, dict[str, Any] | None]
+) -> list[dict[str, Any]]:
     """Records with the majority answer as `prediction`, for every question that has one."""
     answers: list[dict[str, Any]] = []
     for question in questions:

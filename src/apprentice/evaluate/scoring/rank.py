@@ -17,7 +17,7 @@ from apprentice.inference.choices.choice_ranking import RANKINGS, index_of_best
 from apprentice.model_pool.generate import question_name
 
 
-def ranked(record: Mapping[str, Any], rank_by: str) -> str:
+def best_choice(record: Mapping[str, Any], rank_by: str) -> str:
     """Text of the best choice of a record with `choices`, `choice_logprobs`, `choice_tokens` and `choice_priors`.
 
     `rank_by` is a name in `choice_ranking.RANKINGS`. Raises `EvaluationError` where a score is not finite.
@@ -37,11 +37,11 @@ def check_finite(record: Mapping[str, Any], numbers: Sequence[float]) -> None:
         )
 
 
-def choice_priors_of(
+def score_priors(
     questions: Sequence[Mapping[str, Any]], score: Callable[[Sequence[Sequence[Sequence[int]]]], list[list[float]]]
 ) -> list[list[float]]:
     """Priors of the choices of every question; `score` computes those of lists of choices, and gets each distinct list once."""
     keys = [tuple(tuple(ids) for ids in question["choice_ids"]) for question in questions]
     different = list(dict.fromkeys(keys))
-    found = dict(zip(different, score([list(map(list, key)) for key in different]), strict=True))
-    return [found[key] for key in keys]
+    prior_of = dict(zip(different, score([list(map(list, key)) for key in different]), strict=True))
+    return [prior_of[key] for key in keys]

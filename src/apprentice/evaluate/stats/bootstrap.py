@@ -76,7 +76,7 @@ def bootstrap(columns: Mapping[str, RowSums], metric: Metric, key: str, resample
         times = random.multinomial(len(rows), share, size=min(step, resamples - start)).astype(np.float64)  # (resamples, rows)
         for name, column in columns.items():
             parts[name].append(metric.value(times @ column.sums, times @ column.counts))
-    return {name: np.concatenate(found) for name, found in parts.items()}
+    return {name: np.concatenate(scores) for name, scores in parts.items()}
 
 
 def permuted_differences(ours: RowSums, theirs: RowSums, metric: Metric, key: str, permutations: int = RESAMPLES) -> Floats:

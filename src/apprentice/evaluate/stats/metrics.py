@@ -66,7 +66,7 @@ def _statistics_once(
     return statistics(prediction, references, choices)
 
 
-def normalised(text: str) -> str:
+def normalise_squad(text: str) -> str:
     """Text in SQuAD's normal form: lower case, without ASCII punctuation and the articles a, an, the; single blanks.
 
     "The  Eiffel Tower!" becomes "eiffel tower".
@@ -75,7 +75,7 @@ def normalised(text: str) -> str:
     return " ".join(_ARTICLES.sub(" ", bare).split())
 
 
-def without_punctuation(text: str) -> str:
+def strip_punctuation(text: str) -> str:
     """Text in Super-NaturalInstructions' normal form: lower case, without ASCII punctuation, single blanks; articles stay."""
     return " ".join("".join(character for character in text.lower() if character not in _PUNCTUATION).split())
 
@@ -85,23 +85,23 @@ def _accuracy(prediction: str, references: Sequence[str], choices: Sequence[str]
 
 
 def _exact_match(prediction: str, references: Sequence[str], choices: Sequence[str] = ()) -> tuple[float, ...]:
-    return (float(normalised(prediction) in [normalised(reference) for reference in references]),)
+    return (float(normalise_squad(prediction) in [normalise_squad(reference) for reference in references]),)
 
 
 def _token_f1(prediction: str, references: Sequence[str], choices: Sequence[str] = ()) -> tuple[float, ...]:
-    return (max(_overlap(normalised(prediction).split(), normalised(reference).split()) for reference in references),)
+    return (max(_overlap(normalise_squad(prediction).split(), normalise_squad(reference).split()) for reference in references),)
 
 
-def _overlap(said: list[str], right: list[str]) -> float:
+def _overlap(predicted: list[str], right: list[str]) -> float:
     """F1 of the two bags of words; as in SQuAD 2.0, an empty side agrees only with an empty side."""
-    if not said or not right:
-        return float(said == right)
-    shared = sum((Counter(said) & Counter(right)).values())
-    return 2 * shared / (len(said) + len(right))
+    if not predicted or not right:
+        return float(predicted == right)
+    shared = sum((Counter(predicted) & Counter(right)).values())
+    return 2 * shared / (len(predicted) + len(right))
 
 
 def _ni_exact_match(prediction: str, references: Sequence[str], choices: Sequence[str] = ()) -> tuple[float, ...]:
-    return (float(without_punctuation(prediction) in [without_punctuation(reference) for reference in references]),)
+    return (float(strip_punctuation(prediction) in [strip_punctuation(reference) for reference in references]),)
 
 
 def _rouge(kind: str, *, stemmer: bool = False) -> Statistics:
@@ -115,8 +115,8 @@ def _rouge(kind: str, *, stemmer: bool = False) -> Statistics:
 
 def _bleu(prediction: str, references: Sequence[str], choices: Sequence[str] = ()) -> tuple[float, ...]:
     """Matching n-grams (4), n-grams of the prediction (4), its length, that of the nearest reference; sacrebleu sums them so."""
-    found = _bleu_scorer().corpus_score([prediction], [[reference] for reference in references])
-    return (*map(float, found.counts), *map(float, found.totals), float(found.sys_len), float(found.ref_len))
+    score = _bleu_scorer().corpus_score([prediction], [[reference] for reference in references])
+    return (*map(float, score.counts), *map(float, score.totals), float(score.sys_len), float(score.ref_len))
 
 
 def _chrf(prediction: str, references: Sequence[str], choices: Sequence[str] = ()) -> tuple[float, ...]:
@@ -127,11 +127,11 @@ def _chrf(prediction: str, references: Sequence[str], choices: Sequence[str] = (
 
 def _labels(prediction: str, references: Sequence[str], choices: Sequence[str] = ()) -> tuple[float, ...]:
     """[right, predicted 0, expected 0, predicted 1, expected 1, …] over the indices of the choices, and one for other texts."""
-    said, wanted = label_of(prediction, choices), label_of(references[0], choices)
-    vector = [0.0] * (1 + 2 * max(len(choices), said + 1, wanted + 1))
-    vector[0] = float(said == wanted)
-    vector[1 + 2 * said] = 1.0
-    vector[2 + 2 * wanted] = 1.0
+    predicted, expected = label_of(prediction, choices), label_of(references[0], choices)
+    vector = [0.0] * (1 + 2 * max(len(choices), predicted + 1, expected + 1))
+    vector[0] = float(predicted == expected)
+    vector[1 + 2 * predicted] = 1.0
+    vector[2 + 2 * expected] = 1.0
     return tuple(vector)
 
 
@@ -176,12 +176,12 @@ def _corpus_chrf(sums: Floats, counts: Floats) -> Floats:
 
 def _matthews(sums: Floats, counts: Floats) -> Floats:
     """Matthews correlation of predicted and right labels, for any number of labels (Gorodkin's R_K); 0 where one is constant."""
-    right, said, wanted = sums[..., 0], sums[..., 1::2], sums[..., 2::2]
-    covariance = right * counts - (said * wanted).sum(axis=-1)
-    spread = (counts**2 - (said**2).sum(axis=-1)) * (counts**2 - (wanted**2).sum(axis=-1))
+    right, predicted, expected = sums[..., 0], sums[..., 1::2], sums[..., 2::2]
+    covariance = right * counts - (predicted * expected).sum(axis=-1)
+    spread = (counts**2 - (predicted**2).sum(axis=-1)) * (counts**2 - (expected**2).sum(axis=-1))
     with np.errstate(invalid="ignore", divide="ignore"):
-        found = np.where(spread > 0, 100.0 * covariance / np.sqrt(np.maximum(spread, 1e-12)), 0.0)
-    return np.asarray(np.where(counts > 0, found, np.nan))
+        correlation = np.where(spread > 0, 100.0 * covariance / np.sqrt(np.maximum(spread, 1e-12)), 0.0)
+    return np.asarray(np.where(counts > 0, correlation, np.nan))
 
 
 def _agreement(sums: Floats, counts: Floats) -> Floats:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from apprentice.evaluate.stats.metrics import label_of, normalised
+from apprentice.evaluate.stats.metrics import label_of, normalise_squad
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def robustness(wordings: Mapping[str, float]) -> Robustness:
 
 def comparable_answer(record: Mapping[str, Any]) -> Any:
     """Answer of a record in comparable form: the index of the choice, or the text in SQuAD's normal form."""
-    return label_of(record["prediction"], record["choices"]) if record["choices"] else normalised(record["prediction"])
+    return label_of(record["prediction"], record["choices"]) if record["choices"] else normalise_squad(record["prediction"])
 
 
 def agreement(records: Sequence[Mapping[str, Any]]) -> Agreement:

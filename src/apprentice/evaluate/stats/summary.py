@@ -70,10 +70,10 @@ def summarise(table: pa.Table, *, resamples: int = RESAMPLES) -> Report:
     metadata = metadata_of(table)
     columns = _columns(metadata["subjects"])
     by_task = _group_records(table.to_pylist())
-    records = [record for by_column in by_task.values() for found in by_column.values() for record in found]
+    records = [record for by_column in by_task.values() for of_column in by_column.values() for record in of_column]
     scored = _score_tasks(by_task, metadata, columns, resamples)
     differences = adjust_comparisons([task.comparisons for task in scored])
-    tasks = [_task_entry(task, found, columns) for task, found in zip(scored, differences, strict=True)]
+    tasks = [_task_entry(task, of_task, columns) for task, of_task in zip(scored, differences, strict=True)]
     pools = _group_entries(scored, [("kind", exposure, kind) for exposure, kind in POOLS], columns)
     clusters = dict.fromkeys(("cluster", task.metadata["exposure"], task.metadata["cluster"]) for task in scored)
     shared = metadata.get("shared")
@@ -142,8 +142,10 @@ def _score_tasks(
     for name, by_column in by_task.items():
         about = metadata["tasks"][name] | exposure_in(metadata["tasks"][name])
         metrics, key = about["metrics"], f"{metadata['seed']} {name}"
-        answers = {column: AnswerStatistics.of(found, metrics) for column, found in by_column.items()}
-        scores = {column: score_column(answers[column], found, metrics, key, resamples) for column, found in by_column.items()}
+        answers = {column: AnswerStatistics.of(of_column, metrics) for column, of_column in by_column.items()}
+        scores = {
+            column: score_column(answers[column], of_column, metrics, key, resamples) for column, of_column in by_column.items()
+        }
         comparisons = compare_columns(answers, columns, metrics[0], key, resamples)
         scored.append(_ScoredTask(name, about, by_column, scores, comparisons))
     return sorted(scored, key=lambda task: (EXPOSURES.index(task.metadata["exposure"]), task.metadata["cluster"], task.name))
@@ -168,24 +170,26 @@ def _group_entries(
     members = {
         group: [task for task in tasks if (task.metadata["exposure"], task.metadata[group[0]]) == group[1:]] for group in groups
     }
-    members = {group: found for group, found in members.items() if found}
-    differences = adjust_comparisons([compare_groups([task.comparisons for task in found], columns) for found in members.values()])
+    members = {group: in_group for group, in_group in members.items() if in_group}
+    differences = adjust_comparisons(
+        [compare_groups([task.comparisons for task in in_group], columns) for in_group in members.values()]
+    )
     return [
         GroupEntry.model_validate(
             {
                 "held_out": exposure == "held_out",
                 "exposure": exposure,
                 field: value,
-                "tasks": len(found),
+                "tasks": len(in_group),
                 "columns": {
                     column.key: mean
                     for column in columns
-                    if (mean := _group_mean([task.scores[column.key] for task in found if column.key in task.scores]))
+                    if (mean := _group_mean([task.scores[column.key] for task in in_group if column.key in task.scores]))
                 },
                 "differences": of_group,
             }
         )
-        for ((field, exposure, value), found), of_group in zip(members.items(), differences, strict=True)
+        for ((field, exposure, value), in_group), of_group in zip(members.items(), differences, strict=True)
     ]
 
 
