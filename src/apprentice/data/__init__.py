@@ -9,6 +9,6 @@
     pack        row_columns, packing               token ids of a window     packed rows
     batch       stream                             windows, on Ray Data      blocks of rows, dealt to the training workers
 
-`examples` joins render and tokenize, `window` joins plan to pack. `corpus.Corpus` is the data that all steps are made from: recipe,
-tasks, indices, plan and prompt format.
+`example_reader` joins render and tokenize, `window` joins plan to pack. `corpus.Corpus` is the data that all steps are made from:
+recipe, tasks, indices, plan and prompt format.
 """

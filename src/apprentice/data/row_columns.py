@@ -50,7 +50,7 @@ from numpy.typing import NDArray
 
 from apprentice.data.corpus import Corpus
 from apprentice.data.encoding.tokenize import Tokenized
-from apprentice.data.examples import DropCounts, TokenizedDraw
+from apprentice.data.example_reader import DropCounts, TokenizedDraw
 from apprentice.data.packing import Rows, build_encoder_decoder_rows, build_rows, pack, pack_two_sided
 
 

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from apprentice.data.corpus import Corpus, make_corpus
-from apprentice.data.examples import DropCounts
+from apprentice.data.example_reader import DropCounts
 from apprentice.data.packing import Rows
 from apprentice.data.run_length import estimate_steps
 from apprentice.data.window import WindowRenderer

@@ -1,6 +1,6 @@
 """Rendering of a window: `data.window` consecutive plan positions become packed rows, independent of every other window.
 
-    positions [w·n, (w+1)·n) ─plan─▶ draws ─examples─▶ token ids ─row_columns─▶ packed rows, reordered by (seed, window)
+    positions [w·n, (w+1)·n) ─plan─▶ draws ─example_reader─▶ token ids ─row_columns─▶ packed rows, reordered by (seed, window)
 
 With `data.window` n = 3 and rows of 8 tokens, window 1 has the positions 3, 4 and 5. If their examples have 6, 3 and 5 tokens, best
 fit makes two rows of them, which a keyed permutation puts into the order of training, such as:
@@ -21,7 +21,7 @@ import numpy as np
 
 from apprentice.data.corpus import Corpus
 from apprentice.data.encoding.tokenize import Tokenized
-from apprentice.data.examples import DropCounts, ExampleReader, TokenizedDraw
+from apprentice.data.example_reader import DropCounts, ExampleReader, TokenizedDraw
 from apprentice.data.packing import Rows
 from apprentice.data.row_columns import assign_rows, build_columns, row_share
 from apprentice.data.sampling.permutation import key_of, permute

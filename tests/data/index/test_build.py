@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -187,6 +188,22 @@ def test_what_is_frozen_is_used_again(site: Site, monkeypatch: pytest.MonkeyPatc
     assert arrays(again) == arrays(first)
     assert again.train_source is not None
     assert again.train_source.files == (str(elsewhere / "mood" / "train.parquet"),)
+
+
+def test_converted_rows_are_known_again_by_their_original(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another version of pyarrow writes the same rows with another footer."""
+    file = site.root / "own.csv"
+    file.write_text("text,label\n" + "".join(f"text {number},{number % 2}\n" for number in range(20)))
+    task = make_task(sources=[{"files": {"train": str(file)}}])
+    index = site.load_or_build_index(task)["mood"]
+    site.cache.delete()
+    monkeypatch.setattr(pq, "ParquetWriter", partial(pq.ParquetWriter, version="1.0"))
+    again = site.load_or_build_index(task)["mood"]
+    assert arrays(again) == arrays(index)
+    assert (again.train_source and again.train_source.fingerprint) != (index.train_source and index.train_source.fingerprint)
+    file.write_text(file.read_text().replace("text 7", "text 8"))
+    with pytest.raises(DataError, match=r"the train rows .* have changed"):
+        site.load_or_build_index(task)
 
 
 def test_changed_sources_and_tasks_are_refused(site: Site) -> None:

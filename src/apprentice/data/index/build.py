@@ -197,7 +197,7 @@ def _load(task: Task, recipe: Recipe, folder: Folder, cache: Folder, rules: int)
             raise
         sources = kept
     for split, old, new in zip(("train", "test"), kept, sources, strict=True):
-        same_rows = (old and old.fingerprint) == (new and new.fingerprint)
+        same_rows = new is not None and old.has_rows_of(new) if old else new is None
         if not same_rows or (old and new and any(new.columns.get(name) != column for name, column in old.columns.items())):
             found = new or old
             where = found and (found.named or found.files[0])

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from apprentice.data.sources.column_text import Reading, read, readings_of
 from apprentice.data.sources.delimited import suggest_encoding
-from apprentice.data.sources.parquet_conversion import builtin_file, is_saved_to_disk, parquet_file
+from apprentice.data.sources.parquet_conversion import builtin_file, is_saved_to_disk, original_digest, parquet_file
 from apprentice.errors import DataError, StorageError, did_you_mean
 from apprentice.run.identity import FORMAT
 from apprentice.storage import Folder
@@ -58,11 +58,16 @@ class Source:
     readings: dict[str, Reading] = field(default_factory=dict)  # field → how its values are decoded, if they are
     encoding: str | None = None  # of binary fields
     named: str | None = None  # the file as the task names it, from which `files` may have been converted
+    original: str | None = None  # digest of what `files` were converted from; None for Parquet, and in indices of earlier versions
 
     @property
     def rows(self) -> int:
         """Number of rows."""
         return sum(self.group_rows)
+
+    def has_rows_of(self, other: Source) -> bool:
+        """Whether both are the same rows: by the originals of converted files, by the files themselves otherwise."""
+        return self.fingerprint == other.fingerprint or (self.original is not None and self.original == other.original)
 
 
 class _Footer(NamedTuple):
@@ -110,6 +115,7 @@ def resolve(task: Task, split: Split, *, root: str | None, cache: Folder, rules:
         readings=readings,
         encoding=spec.encoding,
         named=spec.files[name] if spec.files is not None else None,
+        original=original_digest(files[0], cache) if len(files) == 1 else None,
     )
 
 

@@ -1,8 +1,9 @@
 """Conversion to Parquet in the cache of files without random access (CSV, JSON, Arrow) and of built-in tasks: once, streaming.
 
 A converted file's name has a hash of the original's path, size and modification time and of the reading rules, so that a changed
-original is converted again. Runs of format 1 keep their rules: CSV column types are guessed, and a JSON column has one type of
-number. Several processes may convert the same file at once: each writes a temporary file, and the last rename wins.
+original is converted again. Beside it lies a digest of the original's content, by which a run recognises its rows. Runs of format 1
+keep their rules: CSV column types are guessed, and a JSON column has one type of number. Several processes may convert the same
+file at once: each writes a temporary file, and the last rename wins.
 """
 
 from __future__ import annotations
@@ -107,6 +108,8 @@ def _converted(
     target = cache / "converted" / f"{origin.name}-{key.hexdigest()[:16]}.parquet"
     if not target.exists():
         _write(tables(), target, origin)
+    if not _digest_file(target).exists():
+        _digest_file(target).write_text(_digest_of(files, way))
     return target.uri
 
 
@@ -116,7 +119,34 @@ def builtin_file(name: str, split: str, cache: Folder) -> str:
     if not target.exists():
         rows = builtin.rows(name, cast(Literal["train", "test"], split))
         _write(iter([pa.Table.from_pylist(rows)]), target, target)
+    if not _digest_file(target).exists():
+        _digest_file(target).write_text(target.name)  # the version is in the name
     return target.uri
+
+
+def original_digest(file: str, cache: Folder) -> str | None:
+    """Digest of what a file under `cache` was converted from and how it was read; None for a file that was not converted.
+
+    It does not depend on the version of pyarrow that wrote the Parquet file, as the file's footer does.
+    """
+    converted = Folder.at(file)
+    is_converted = converted.uri.startswith(f"{cache.uri}/") and _digest_file(converted).exists()
+    return _digest_file(converted).read_text() if is_converted else None
+
+
+def _digest_file(converted: Folder) -> Folder:
+    return Folder.at(f"{converted.uri}.sha256")
+
+
+def _digest_of(files: Sequence[Folder], way: str) -> str:
+    """SHA-256 of the content of `files` and of the way that they are read."""
+    digest = hashlib.sha256(way.encode())
+    for file in files:
+        fs, path = file.filesystem()
+        with fs.open_input_stream(path, compression=None) as stream:
+            while block := stream.read(_BLOCK_BYTES):
+                digest.update(block)
+    return digest.hexdigest()
 
 
 def write_rows(rows: Sequence[dict[str, Any]], target: Folder) -> None:
