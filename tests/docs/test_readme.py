@@ -15,6 +15,7 @@ import typer
 from apprentice.cli import app
 from tests.conftest import ROOT
 
+PACKAGE = ROOT / "src" / "apprentice"
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "cluster" / "README.md"]
 
 
@@ -69,13 +70,19 @@ def test_rays_commands_show_the_token():
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda file: file.relative_to(ROOT).as_posix())
 def test_files_and_links_that_are_named_exist(document: Path):
     text = document.read_text(encoding="utf-8")
-    named = re.findall(r"`((?:src|jobs|tests|benchmarks|cluster|serve|docs)/[\w./-]*)`", text)
+    homes = [ROOT, PACKAGE]  # the maps name files of the package without its path
+    rooms = "|".join(sorted({path.name for home in homes for path in home.iterdir() if path.is_dir() and path.name[0] not in "._"}))
+    named = re.findall(rf"`((?:{rooms})/[\w./-]*)`", text)
     linked = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link]
     assert named or linked or document.parent.name == "cluster"
     for path in named:
-        assert (ROOT / path).exists(), path
+        assert any((home / path).exists() for home in homes), path
     for link in linked:
         assert (document.parent / link).exists(), link
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
 
 
 def test_the_readme_has_no_gaps():
