@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from apprentice.errors import RunError, ServingError
+from apprentice.ray_cluster.compat import make_serve_client
 from apprentice.recipe import Recipe
 from apprentice.run.folder import find_run
 
@@ -41,12 +42,11 @@ def deploy_run(run: str, recipe: Recipe, *, timeout_s: float = 600.0) -> Deploye
     seconds.
     """
     import ray
-    from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
 
     url = ray.init(ignore_reinit_error=True).dashboard_url
     if not url:
         raise ServingError("this Ray has no dashboard, through which the endpoint is deployed; start the head with one.")
-    return deploy(ServeSubmissionClient(f"http://{url}"), serve_config(f"{run}/model", recipe), timeout_s=timeout_s)
+    return deploy(make_serve_client(f"http://{url}"), serve_config(f"{run}/model", recipe), timeout_s=timeout_s)
 
 
 def deploy(client: Any, config: dict[str, Any], *, timeout_s: float) -> Deployed:

@@ -21,6 +21,7 @@ from ray.exceptions import AuthenticationError
 
 from apprentice import __version__
 from apprentice.errors import RecipeError, ResourcesError, RunError
+from apprentice.ray_cluster.compat import enable_token_auth
 from apprentice.ray_cluster.session import VERSION_VARIABLE
 from apprentice.recipe import SHIPPED, Recipe, find_recipe, load_recipe, parse_recipe
 from apprentice.run.identity import identity, identity_hash
@@ -188,11 +189,9 @@ def connect(address: str, ca: str | None = None) -> Any:
     `ca` is a file with the certificate that signed the dashboard's. A Ray token found on this machine is sent unless
     RAY_AUTH_MODE says otherwise, because a cluster started by `ray start` beside such a token asks for it.
     """
-    # Private API of Ray 2.60: `ray.init` calls it before it connects to a cluster, and Ray's client for jobs does not.
-    from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
     from ray.job_submission import JobSubmissionClient
 
-    maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+    enable_token_auth()
     return _asked(address, lambda: JobSubmissionClient(address, verify=ca or True))
 
 

@@ -1,12 +1,52 @@
-"""Private API of Ray that this room needs, in one place; read in Ray 2.60.0."""
+"""Private API of Ray, read in version 2.60.0. tests/ray_cluster/test_compat.py fails when it changes.
+
+ENABLE_RAY_CLUSTER                           where it is false, as on macOS, a local Ray listens on loopback alone
+maybe_enable_token_auth_if_token_available   what `ray.init` calls before it connects, and Ray's client for jobs does not
+ServeSubmissionClient                        client of Serve's REST API, which `serve deploy` uses
+RAY_JOB_CONFIG_JSON_ENV_VAR, JobSupervisor   how a job's driver is told what it is, and the actor that reserves its CPUs
+GcsClient, GetClusterStatusReply             what the cluster's autoscaler last wrote
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import ray
+from ray._private import ray_constants
+from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 from ray._raylet import GcsClient  # type: ignore[attr-defined]
 from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply  # type: ignore[attr-defined]
+
+JOB_CONFIG_VARIABLE = str(RAY_JOB_CONFIG_JSON_ENV_VAR)  # environment variable of a job's driver: its configuration as JSON
+JOB_SUPERVISOR = "JobSupervisor"  # class name of the actor that runs a job's driver
+
+
+@contextmanager
+def loopback_only() -> Iterator[None]:
+    """Context manager in which `ray.init` takes loopback for its node's address, so that Ray's processes listen there alone.
+
+    Ray takes it only where clusters are switched off, and replaces it where it is asked for by name. With any other address its
+    processes listen on all addresses of the machine.
+    """
+    with patch.object(ray_constants, "ENABLE_RAY_CLUSTER", False):
+        yield
+
+
+def enable_token_auth() -> None:
+    """Makes clients of this process send the Ray token found on this machine, unless RAY_AUTH_MODE says otherwise."""
+    from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
+
+    maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+
+
+def make_serve_client(url: str) -> Any:
+    """A client of Serve's REST API, through the dashboard at `url`."""
+    from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
+
+    return ServeSubmissionClient(url)
 
 
 def autoscaling_state() -> Any | None:

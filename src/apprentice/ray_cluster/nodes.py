@@ -13,6 +13,7 @@ import ray.exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from apprentice.errors import ResourcesError
+from apprentice.ray_cluster.compat import JOB_CONFIG_VARIABLE, JOB_SUPERVISOR
 
 T = TypeVar("T")
 PATIENCE_S = 120.0  # seconds that a node may take to answer; most of them are the start of a process
@@ -69,7 +70,7 @@ def _answer_of(node: str, reference: Any, question: str) -> Any:
 
 def is_job() -> bool:
     """Whether this process is the driver of a Ray job."""
-    config = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}")
+    config = json.loads(os.environ.get(JOB_CONFIG_VARIABLE) or "{}")
     return bool(config.get("metadata", {}).get("job_submission_id"))
 
 
@@ -78,7 +79,7 @@ def _driver_cpus() -> Counter[str]:
     from ray.util.state import list_actors
 
     address = ray.get_runtime_context().gcs_address  # without it, any Ray on this machine is taken, and there may be two
-    supervisors = list_actors(address=address, filters=[("class_name", "=", "JobSupervisor"), ("state", "=", "ALIVE")], detail=True)
+    supervisors = list_actors(address=address, filters=[("class_name", "=", JOB_SUPERVISOR), ("state", "=", "ALIVE")], detail=True)
     cpus: Counter[str] = Counter()
     for actor in supervisors:
         cpus[str(actor.node_id)] += (actor.required_resources or {}).get("CPU", 0.0)

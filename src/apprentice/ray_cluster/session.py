@@ -12,13 +12,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import ray
 import ray.data  # sets its loggers up anew on import, so it must come before quiet()
-from ray._private import ray_constants
 
 from apprentice.errors import ResourcesError
+from apprentice.ray_cluster.compat import loopback_only
 from apprentice.ray_cluster.process_priority import NICENESS
 
 # Environment that turns off third-party messages of no use to the user; set before workers start, so that they inherit it.
@@ -84,9 +83,7 @@ def start_local_ray(cpus: int, **settings: Any) -> None:
     for library in ("GLOO", "NCCL"):  # between the workers of a training
         os.environ.setdefault(f"{library}_SOCKET_IFNAME", "lo")
     _close_token()
-    # Ray 2.60 takes loopback for its node's address only where clusters are switched off, as they are on macOS, and replaces it
-    # where it is asked for by name. With any other, its processes listen on all addresses of the machine.
-    with patch.object(ray_constants, "ENABLE_RAY_CLUSTER", False):
+    with loopback_only():
         ray.init(
             **{"_temp_dir": str(_own_folder()), **settings},
             address="local",
