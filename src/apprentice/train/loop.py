@@ -269,11 +269,11 @@ def _step_seed(seed: int, step: int, rank: int) -> int:
 
 
 def _not_finite(state: State, step: _GlobalStep, saved_step: int) -> TrainingError:
-    shown = ", ".join(map(str, step.examples[:20])) + (" …" if len(step.examples) > 20 else "")
-    before = f"the last good checkpoint is that of step {saved_step}" if saved_step else "there is no checkpoint yet"
+    positions = ", ".join(map(str, step.examples[:20])) + (" …" if len(step.examples) > 20 else "")
+    checkpoint = f"the last good checkpoint is that of step {saved_step}" if saved_step else "there is no checkpoint yet"
     return TrainingError(
-        f"step {state.step}: the loss or its gradient is not a number (loss {state.loss}), with the plan's positions {shown};"
-        f" {before}. Try a lower training.optimizer.learning_rate, more warmup_steps, a smaller clip or model.dtype float32,"
+        f"step {state.step}: the loss or its gradient is not a number (loss {state.loss}), with the plan's positions {positions};"
+        f" {checkpoint}. Try a lower training.optimizer.learning_rate, more warmup_steps, a smaller clip or model.dtype float32,"
         " or look at these examples with `apprentice preview`."
     )
 

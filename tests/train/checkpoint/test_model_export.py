@@ -26,7 +26,7 @@ from apprentice.run.contract import read_contract, weights_sha256
 from apprentice.run.folder import Run
 from apprentice.storage import Folder
 from apprentice.train.checkpoint import model_export as exporting
-from apprentice.train.checkpoint.fidelity import check, score_examples
+from apprentice.train.checkpoint.fidelity import compare_scores, score_examples
 from apprentice.train.checkpoint.format import Checkpoint, write_checkpoint
 from apprentice.train.checkpoint.model_export import export_model
 from apprentice.train.state import State
@@ -249,11 +249,11 @@ def test_questions_alone_are_compared_by_their_own_tokens(tiny_model: Path) -> N
 def test_how_far_is_too_far(dtype: torch.dtype, apart: list[float], refused: bool) -> None:
     expected = torch.tensor([-1.0, -2.0])
     with pytest.raises(TrainingError, match="do not use it") if refused else nullcontext():
-        check(expected, expected + torch.tensor(apart), dtype, rewards=False)
+        compare_scores(expected, expected + torch.tensor(apart), dtype, rewards=False)
 
 
 def test_rewards_are_compared_in_proportion() -> None:
-    facts = check(torch.tensor([1000.0]), torch.tensor([1001.0]), torch.float32, rewards=True)
+    facts = compare_scores(torch.tensor([1000.0]), torch.tensor([1001.0]), torch.float32, rewards=True)
     assert facts["largest"] == 1.0
     with pytest.raises(TrainingError, match="rewards are"):
-        check(torch.tensor([1.0]), torch.tensor([1.01]), torch.float32, rewards=True)
+        compare_scores(torch.tensor([1.0]), torch.tensor([1.01]), torch.float32, rewards=True)

@@ -269,10 +269,10 @@ def test_a_silent_worker_is_named_and_its_run_goes_on_with_other_workers(
 
 def test_a_dead_worker_in_a_sentence() -> None:
     gone = RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [10.0.0.2]:3345")
-    assert str(launch._explained(gone, RunOutcome(3, None, []))).startswith(
+    assert str(launch._error_to_raise(gone, RunOutcome(3, None, []))).startswith(
         "a worker died, and the run had been started 3 times; look"
     )
-    named = launch._explained(gone, RunOutcome(1, None, ["worker 1 (process 7 on 10.0.0.2) had not answered"]))
+    named = launch._error_to_raise(gone, RunOutcome(1, None, ["worker 1 (process 7 on 10.0.0.2) had not answered"]))
     assert str(named).startswith("worker 1 (process 7 on 10.0.0.2) had not answered; the run had been started once; look")
 
 

@@ -15,7 +15,7 @@ from apprentice.recipe import Recipe, load_recipe
 from apprentice.train.batch import SupervisedBatch
 from apprentice.train.losses.sft import SupervisedLoss
 from apprentice.train.memory.activations import LOGIT_BYTES, activations
-from apprentice.train.memory.measure import estimate_peak_memory, out_of_memory
+from apprentice.train.memory.measure import estimate_peak_memory, out_of_memory_error
 from tests.models.architectures import made
 from tests.support.recipes import tiny_recipe
 
@@ -99,11 +99,11 @@ def test_what_nobody_knows_is_not_nothing(
         return kept
 
     for error, told in ((NotImplementedError, 0), (TypeError, 1), (AttributeError, 2)):
-        monkeypatch.setattr("apprentice.train.memory.activations._kept", fails(error))
+        monkeypatch.setattr("apprentice.train.memory.activations._saved_by_forward", fails(error))
         assert activations(made, torch.float32, ROWS, LENGTH) is None
         assert len(caplog.records) == told
         assert all(record.exc_info for record in caplog.records)
     state = estimate_peak_memory(made, 2**30, 2**30, torch.float32, workers=1, micro=1, length=LENGTH)
     assert state.activations is None
     assert state.total > 4 * 2**30
-    assert "and activations an unknown rest." in str(out_of_memory(state, 1, LENGTH, "", []))
+    assert "and activations an unknown rest." in str(out_of_memory_error(state, 1, LENGTH, "", []))

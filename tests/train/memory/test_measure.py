@@ -19,9 +19,9 @@ from apprentice.train.memory.measure import (
     choose_changes,
     estimate_peak_memory,
     free_memory,
+    is_out_of_memory,
     list_smaller_recipes,
-    out_of_memory,
-    ran_out,
+    out_of_memory_error,
 )
 from tests.support.recipes import tiny_recipe
 
@@ -121,7 +121,9 @@ def test_the_sentence(tmp_path: Path) -> None:
     made = recipe(tmp_path, training__global_batch=16)
     state = replace(estimate_memory(made, GIB, GIB // 4, torch.bfloat16, 2), activations=3 * GIB)
     assert state.total == 7 * GIB
-    error = out_of_memory(state, 8, 256, " (78.0 of 79.2 GiB of the GPU were in use)", list_smaller_recipes(made, 8, 256, 2)[:2])
+    error = out_of_memory_error(
+        state, 8, 256, " (78.0 of 79.2 GiB of the GPU were in use)", list_smaller_recipes(made, 8, 256, 2)[:2]
+    )
     assert str(error) == (
         "a worker ran out of memory with 8 rows of 256 tokens at once (78.0 of 79.2 GiB of the GPU were in use): weights take about"
         " 2.00 GiB, gradients 0.50, the optimizer 1.50 and activations 3.00. The smallest changes that help:"
@@ -164,7 +166,7 @@ def test_free_memory() -> None:
 def test_what_counts_as_running_out() -> None:
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**50)
-    assert ran_out(caught.value)
-    assert ran_out(torch.OutOfMemoryError("CUDA out of memory"))
-    assert not ran_out(RuntimeError("shapes differ"))
-    assert not ran_out(ValueError("can't allocate memory"))
+    assert is_out_of_memory(caught.value)
+    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
+    assert not is_out_of_memory(RuntimeError("shapes differ"))
+    assert not is_out_of_memory(ValueError("can't allocate memory"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -102,10 +104,10 @@ def test_a_package_that_is_not_installed_is_said_before_anything_starts(run: Run
         services.open_backends(recipe("wandb"), run)
 
 
-def told(run: Run, *feeds: BackendWriter) -> list[str]:
-    """What a person sees of two steps' figures on their way to `feeds`."""
+def told(run: Run, *writers: BackendWriter) -> list[str]:
+    """What a person sees of two steps' figures on their way to `writers`."""
     seen: list[dict[str, Any]] = []
-    tracker = Tracker(run, seen.append, feeds)
+    tracker = Tracker(run, seen.append, writers)
     for step in (1, 2):
         tracker.write(record(step))
     tracker.close()
@@ -160,14 +162,14 @@ def test_nobody_waits_for_a_service_that_hangs() -> None:
         assert goes_on.wait(60)
 
     slow = Odd(hang)
-    feed = BackendWriter("slow", lambda: slow, waiting=2)
-    feed.add({"loss": 1.0}, 1)
+    writer = BackendWriter("slow", lambda: slow, most_queued=2)
+    writer.add({"loss": 1.0}, 1)
     assert taken.wait(60)
     for step in range(2, 7):  # two of them wait, three are lost
-        feed.add({"loss": 1.0}, step)
-    assert feed.told() == ["slow does not keep up: figures from step 4 on are lost to it; training goes on."]
-    feed.close(patience_s=0.1)
-    assert feed.told() == ["slow did not answer for 0.1 seconds at the end; it lacks the last figures."]
+        writer.add({"loss": 1.0}, step)
+    assert writer.take_messages() == ["slow does not keep up: figures from step 4 on are lost to it; training goes on."]
+    writer.close(timeout_s=0.1)
+    assert writer.take_messages() == ["slow did not answer for 0.1 seconds at the end; it lacks the last figures."]
     goes_on.set()
 
 
@@ -175,14 +177,32 @@ def test_lost_figures_are_counted() -> None:
     goes_on = threading.Event()
     slow = Odd()
 
-    def opened() -> Odd:
+    def make() -> Odd:
         assert goes_on.wait(60)
         return slow
 
-    feed = BackendWriter("slow", opened, waiting=2)
+    writer = BackendWriter("slow", make, most_queued=2)
     for step in range(5):
-        feed.add({"loss": 1.0}, step)
+        writer.add({"loss": 1.0}, step)
     goes_on.set()
-    feed.close()
-    assert feed.told()[1:] == ["slow lacks 3 of the run's records, because it did not keep up."]
+    writer.close()
+    assert writer.take_messages()[1:] == ["slow lacks 3 of the run's records, because it did not keep up."]
     assert slow.took == [0, 1]
+
+
+def test_a_command_ends_though_a_backend_never_answers() -> None:
+    program = """
+import threading
+from apprentice.train.metrics.writer import BackendWriter
+
+class Hangs:
+    def add(self, values, step):
+        threading.Event().wait()
+
+writer = BackendWriter("slow", Hangs)
+writer.add({"loss": 1.0}, 1)
+writer.close(timeout_s=0.1)
+print(*writer.take_messages())
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout == "slow did not answer for 0.1 seconds at the end; it lacks the last figures.\n"

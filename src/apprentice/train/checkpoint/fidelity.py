@@ -40,21 +40,21 @@ def _parts(answer: Tokenized) -> tuple[Tensor, Tensor, Tensor]:
     return ids[:, :start], ids[:, start:], is_target[:, start:]
 
 
-def check(expected: Tensor, found: Tensor, dtype: torch.dtype, *, rewards: bool) -> dict[str, Any]:
-    """Compares `found`, from the exported model in `dtype`, with `expected`, from the trained weights in float32.
+def compare_scores(trained: Tensor, exported: Tensor, dtype: torch.dtype, *, rewards: bool) -> dict[str, Any]:
+    """Compares `exported`, from the exported model in `dtype`, with `trained`, from the trained weights in float32.
 
     Returns `of` (what was compared), `dtype`, `count`, and the `mean` and `largest` absolute difference. Raises `TrainingError` if
     the difference is too large: the largest in float32, the mean otherwise. Rewards have no fixed scale, so those above 1 are
     compared relatively.
     """
     what = "rewards" if rewards else "log-probabilities"
-    difference = (found - expected).abs()
-    scaled = difference / expected.abs().clamp(min=1) if rewards else difference
-    wide = dtype == torch.float32
-    apart = float(scaled.max() if wide else scaled.mean())
-    if not apart <= (CLOSE if wide else CLOSE_NARROW):
+    difference = (exported - trained).abs()
+    scaled = difference / trained.abs().clamp(min=1) if rewards else difference
+    is_float32 = dtype == torch.float32
+    distance = float(scaled.max() if is_float32 else scaled.mean())
+    if not distance <= (CLOSE if is_float32 else CLOSE_NARROW):
         raise TrainingError(
-            f"the exported model's {what} are {apart:.1e} from the trained model's; do not use it, and report this."
+            f"the exported model's {what} are {distance:.1e} from the trained model's; do not use it, and report this."
         )
     return {
         "of": what,

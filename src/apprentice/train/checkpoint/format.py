@@ -77,8 +77,8 @@ def write_checkpoint(
             Folder.at(part / CHECKSUMS).write_json(sums)
             _publish(part, target)
         if token is not None:
-            there = {folder.name for folder in _children(checkpoints)}
-            token.commit(name, there.__contains__)
+            existing = {folder.name for folder in _children(checkpoints)}
+            token.commit(name, existing.__contains__)
     except (OSError, SafetensorError, StorageError) as error:
         reason = getattr(error, "strerror", None) or error
         raise StorageError(f"the checkpoint of step {state.step} cannot be written to {checkpoints} ({reason})") from error
@@ -96,21 +96,21 @@ def _free_name(checkpoints: Folder, step: int) -> str:
 
 def _write_tensors(part: Path, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[Path]:
     """Writes shards of about `SHARD_BYTES`; yields each file once it is written."""
-    held: dict[str, Tensor] = {}
+    shard: dict[str, Tensor] = {}
     number = 0
     for key, tensor in tensors:
-        held[key] = tensor.contiguous()
-        if sum(value.nbytes for value in held.values()) >= SHARD_BYTES:
+        shard[key] = tensor.contiguous()
+        if sum(value.nbytes for value in shard.values()) >= SHARD_BYTES:
             number += 1
-            yield _write_shard(part, number, held)
-            held = {}
-    if held:
-        yield _write_shard(part, number + 1, held)
+            yield _write_shard(part, number, shard)
+            shard = {}
+    if shard:
+        yield _write_shard(part, number + 1, shard)
 
 
-def _write_shard(part: Path, number: int, held: dict[str, Tensor]) -> Path:
+def _write_shard(part: Path, number: int, tensors: dict[str, Tensor]) -> Path:
     file = part / f"tensors-{number:04d}.safetensors"
-    safetensors.torch.save_file(held, file)
+    safetensors.torch.save_file(tensors, file)
     return file
 
 
@@ -164,9 +164,9 @@ def find_best(checkpoints: Folder) -> Checkpoint | None:
 
     A loss that is not finite does not count.
     """
-    found = [whole for folder in _newest_first(checkpoints) if (whole := _whole(folder))]
-    place = _place_of_lowest([checkpoint.state.validation_loss for checkpoint in found])
-    return found[place or 0] if found else None
+    whole_checkpoints = [checkpoint for folder in _newest_first(checkpoints) if (checkpoint := _whole(folder))]
+    best = _place_of_lowest([checkpoint.state.validation_loss for checkpoint in whole_checkpoints])
+    return whole_checkpoints[best or 0] if whole_checkpoints else None
 
 
 def _place_of_lowest(losses: Sequence[float | None]) -> int | None:
@@ -190,19 +190,19 @@ def prune(checkpoints: Folder, keep: int, newest: Checkpoint, round_steps: int |
     """
     try:
         folders = [folder for folder in _newest_first(checkpoints) if _age(folder) <= _age(newest.folder)]
-        waiting = [folder for folder in folders if _is_awaited(folder)]
-        spared = {folder.name for folder in waiting[:MOST_AWAITED]}
+        awaiting = [folder for folder in folders if _is_awaited(folder)]
+        spared = {folder.name for folder in awaiting[:MOST_AWAITED]}
         lowest = _place_of_lowest([_validation_loss(folder) for folder in folders])
-        chosen = dict.fromkeys([0, *([] if lowest is None else [lowest]), *range(len(folders))])
-        spared |= {folders[place].name for place in list(chosen)[: max(keep, 2 if lowest else 1)]}
+        order = dict.fromkeys([0, *([] if lowest is None else [lowest]), *range(len(folders))])
+        spared |= {folders[place].name for place in list(order)[: max(keep, 2 if lowest else 1)]}
         if round_steps is not None:
-            begun = _age(newest.folder)[0] // round_steps * round_steps
-            spared |= {folder.name for folder in folders if _age(folder)[0] == begun}
-        old = [folder for folder in _newest_first(checkpoints) if folder.name not in spared and not _is_in_use(folder)]
+            round_start = _age(newest.folder)[0] // round_steps * round_steps
+            spared |= {folder.name for folder in folders if _age(folder)[0] == round_start}
+        to_delete = [folder for folder in _newest_first(checkpoints) if folder.name not in spared and not _is_in_use(folder)]
     except StorageError as error:
         _log.warning("no old checkpoint is deleted now: %s", error)
         return
-    for folder in old:
+    for folder in to_delete:
         _remove(folder)
 
 

@@ -31,7 +31,7 @@ from apprentice.run.fence import FenceToken
 from apprentice.run.folder import Run
 from apprentice.run.identity import ADAPTER, CONTRACT_FILE, public_base
 from apprentice.storage import Folder
-from apprentice.train.checkpoint.fidelity import check, score_examples
+from apprentice.train.checkpoint.fidelity import compare_scores, score_examples
 from apprentice.train.checkpoint.format import Checkpoint, open_tensors
 from apprentice.train.checkpoint.restore import restore_model
 
@@ -65,34 +65,34 @@ def export_model(
     dtype = resolve_dtype(checkpoint.facts["dtype"])
     scratch = run.folder.make().local if run.folder.is_local else None
     with tempfile.TemporaryDirectory(prefix=".export-", dir=scratch, ignore_cleanup_errors=True) as folder:
-        written, adapter = Path(folder) / "model", Path(folder) / "adapter"
+        model_folder, adapter_folder = Path(folder) / "model", Path(folder) / "adapter"
         if method.save_adapter is not None:
-            method.save_adapter(model, adapter, _public_name(recipe.model.base))
-            _contract_of_adapter(adapter, recipe, layout)
+            method.save_adapter(model, adapter_folder, _public_name(recipe.model.base))
+            _write_adapter_contract(adapter_folder, recipe, layout)
         if method.merge is None:
-            load_model(recipe.model.base, dtype, trust=recipe.model.trust).save_pretrained(written)
-            shutil.copytree(adapter, written / ADAPTER)
+            load_model(recipe.model.base, dtype, trust=recipe.model.trust).save_pretrained(model_folder)
+            shutil.copytree(adapter_folder, model_folder / ADAPTER)
         else:
             model = method.merge(model)
-            model.to(dtype).save_pretrained(written)
-        _complete(written, recipe, layout)
-        again = _loaded_again(written, model, dtype, trust=recipe.model.trust)
-        facts = check(expected, score_examples(again, probe.examples), dtype, rewards=is_reward(again))
-        del model, again
+            model.to(dtype).save_pretrained(model_folder)
+        _add_tokenizer_and_contract(model_folder, recipe, layout)
+        reloaded = _reload_and_compare(model_folder, model, dtype, trust=recipe.model.trust)
+        facts = compare_scores(expected, score_examples(reloaded, probe.examples), dtype, rewards=is_reward(reloaded))
+        del model, reloaded
         if token is not None:
             token.check()
-        shown = {"rows": probe.rows, "examples": len(probe.examples)}
-        run.export_file.write_json({"version": 1, "step": checkpoint.state.step} | shown | facts)
+        sizes = {"rows": probe.rows, "examples": len(probe.examples)}
+        run.export_file.write_json({"version": 1, "step": checkpoint.state.step} | sizes | facts)
         if method.save_adapter is not None:
-            _publish(adapter, run.adapter)
-        _publish(written, run.model)
+            _publish(adapter_folder, run.adapter)
+        _publish(model_folder, run.model)
 
 
 def _public_name(base: str) -> str:
     return PACKAGED_MODELS[base].hub_id if base in PACKAGED_MODELS else public_base(base)
 
 
-def _complete(folder: Path, recipe: Recipe, layout: Layout) -> None:
+def _add_tokenizer_and_contract(folder: Path, recipe: Recipe, layout: Layout) -> None:
     """Puts tokenizer and contract beside the weights in `folder`."""
     source = local_folder(recipe.model.base)
     for name in _TOKENIZER_FILES:
@@ -108,7 +108,7 @@ def _complete(folder: Path, recipe: Recipe, layout: Layout) -> None:
     layout_beside(folder)
 
 
-def _contract_of_adapter(folder: Path, recipe: Recipe, layout: Layout) -> None:
+def _write_adapter_contract(folder: Path, recipe: Recipe, layout: Layout) -> None:
     """Prompt contract of an adapter: its prompt format, and the hash of the base weights that it belongs to."""
     base = local_folder(recipe.model.base)
     contract = make_contract(
@@ -117,21 +117,23 @@ def _contract_of_adapter(folder: Path, recipe: Recipe, layout: Layout) -> None:
     contract.write(folder)
 
 
-def _loaded_again(folder: Path, model: Any, dtype: torch.dtype, *, trust: bool) -> Any:
+def _reload_and_compare(folder: Path, model: Any, dtype: torch.dtype, *, trust: bool) -> Any:
     """Loads the model in `folder` and checks that its weights are those of `model`, which is in memory.
 
     Raises `TrainingError` for the first that is not.
     """
-    again = load_model(folder, dtype, head=0 if is_reward(model) else None, trust=trust)
-    written = again.state_dict()
-    odd = [
+    reloaded = load_model(folder, dtype, head=0 if is_reward(model) else None, trust=trust)
+    weights = reloaded.state_dict()
+    different = [
         name
         for name, tensor in model.state_dict().items()
-        if name not in written or not torch.equal(tensor.to(dtype), written[name].to(dtype))
+        if name not in weights or not torch.equal(tensor.to(dtype), weights[name].to(dtype))
     ]
-    if odd:
-        raise TrainingError(f"{odd[0]!r} is not the same in the exported model as in training; check the disk, and export again.")
-    return again
+    if different:
+        raise TrainingError(
+            f"{different[0]!r} is not the same in the exported model as in training; check the disk, and export again."
+        )
+    return reloaded
 
 
 def _publish(source: Path, target: Folder) -> None:

@@ -38,17 +38,17 @@ def validates_asynchronously(recipe: Recipe, nodes: Sequence[Mapping[str, float]
     Raises `ResourcesError` if the recipe demands it and the nodes have no room for one more worker.
     """
     training = recipe.training
-    chosen = training.checkpoint.validation
-    if chosen == "workers" or training.aim.rounds:
+    mode = training.checkpoint.validation
+    if mode == "workers" or training.aim.rounds:
         return False
     if has_room_for_validation(recipe, nodes) and (
-        chosen == "aside" or recipe.evaluation.while_training or training.deepspeed.stage < 3
+        mode == "aside" or recipe.evaluation.while_training or training.deepspeed.stage < 3
     ):
         return True
-    if chosen == "aside" or recipe.evaluation.while_training:
-        wish = "training.checkpoint.validation aside" if chosen == "aside" else "evaluation.while_training"
+    if mode == "aside" or recipe.evaluation.while_training:
+        key = "training.checkpoint.validation aside" if mode == "aside" else "evaluation.while_training"
         raise ResourcesError(
-            f"{wish} takes the CPUs and GPUs of one more worker beside {training.max_workers}, and the cluster has no room for"
+            f"{key} takes the CPUs and GPUs of one more worker beside {training.max_workers}, and the cluster has no room for"
             " them; leave it out, lower training.workers, or add a node."
         )
     return False
@@ -63,8 +63,8 @@ class CheckpointValidator:
     length: int
     score: Score | None = None
 
-    def __call__(self, checkpoint: Checkpoint, told: Callable[[dict[str, Any]], None], *, on_gpu: bool) -> float | None:
-        """Returns the validation loss of `checkpoint`, None without rows; `told` gets each result as soon as it is there.
+    def __call__(self, checkpoint: Checkpoint, report: Callable[[dict[str, Any]], None], *, on_gpu: bool) -> float | None:
+        """Returns the validation loss of `checkpoint`, None without rows; `report` gets each result as soon as it is there.
 
         An `ApprenticeError` from `score` becomes a message, since training does not depend on the scores.
         """
@@ -76,13 +76,13 @@ class CheckpointValidator:
             model = restore_model(self.recipe, read, formats.weights).eval().to(device)
         loss = self._loss(model, formats.autocast, device)
         if loss is not None:
-            told({"validation_loss": loss})
+            report({"validation_loss": loss})
         if self.score is not None:
             try:
                 scores = dict(self.score(self._merge(model)))
-                told({"held_out": fmean(scores.values()), "held_out_tasks": scores})
+                report({"held_out": fmean(scores.values()), "held_out_tasks": scores})
             except ApprenticeError as error:
-                told({"message": f"the held-out tasks were not scored: {error}"})
+                report({"message": f"the held-out tasks were not scored: {error}"})
         return loss
 
     def _loss(self, model: nn.Module, autocast: torch.dtype | None, device: torch.device) -> float | None:

@@ -52,8 +52,8 @@ from apprentice.train.distributed.follower import Follower, outcome_of
 from apprentice.train.distributed.mailbox import Mailbox, RunOutcome
 from apprentice.train.distributed.ray_worker import WorkerJob, work
 from apprentice.train.distributed.resources import check_resources, has_resources, required_resources, workers_that_fit
-from apprentice.train.distributed.score_reference import references
-from apprentice.train.distributed.validation_task import Validation
+from apprentice.train.distributed.score_reference import compute_references
+from apprentice.train.distributed.validation_task import ValidationTask
 from apprentice.train.memory.measure import estimate_of_finished_run
 from apprentice.train.metrics.backends import open_backends
 from apprentice.train.metrics.samples import SampleReplies
@@ -61,7 +61,7 @@ from apprentice.train.metrics.tracker import Tracker
 from apprentice.train.state import Goal
 from apprentice.train.worker_config import WorkerConfig
 
-AFTER_US_S = 10  # collectives time out so much after `hang_timeout_s`, so that a silent worker is named and ended first
+COLLECTIVES_GRACE_S = 10  # collectives time out so much after `hang_timeout_s`, so that a silent worker is named and ended first
 START_TIMEOUT_S = "600"  # for a worker group; with Ray Train's 60 s, a busy machine would start one again and again
 LEAST_VALIDATION_ROWS, MOST_VALIDATION_ROWS = 8, 256
 STEPS_AHEAD = 16  # steps of rows that the stream may hold ready,
@@ -111,35 +111,35 @@ def train(
     def tell(message: str) -> None:
         progress({"message": message})
 
-    with lease_run(run.folder, "train", tell=tell) as held, _requested_resources(recipe, tell):
-        return _train(recipe, run, corpus, held, progress, score)
+    with lease_run(run.folder, "train", tell=tell) as lease, _requested_resources(recipe, tell):
+        return _train(recipe, run, corpus, lease, progress, score)
 
 
 def _train(
-    recipe: Recipe, run: Run, corpus: Corpus, held: Lease, progress: Callable[[dict[str, Any]], None], score: Score | None
+    recipe: Recipe, run: Run, corpus: Corpus, lease: Lease, progress: Callable[[dict[str, Any]], None], score: Score | None
 ) -> TrainResult:
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", START_TIMEOUT_S)
     # Twice ours, so that a silent worker is first named and ended here.
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(2 * recipe.training.hang_timeout_s)
     goal = goal_of(recipe, corpus)
     checkpoints.delete_leftovers(run.checkpoints)
-    found = checkpoints.find_newest(run.checkpoints)
-    tracker = Tracker(run, progress, open_backends(recipe, run), held.is_held)
+    newest = checkpoints.find_newest(run.checkpoints)
+    tracker = Tracker(run, progress, open_backends(recipe, run), lease.is_held)
     attempts = 1
     try:
-        if found is None or goal.reached(found.state) < 1.0:
+        if newest is None or goal.reached(newest.state) < 1.0:
             run.update_status(state="training", steps=goal.steps)
             if recipe.training.aim.reference:
                 corpus = _with_reference(recipe, run, corpus, progress)
-            attempts = _fit(recipe, run, corpus, goal, tracker, held.token, score)
+            attempts = _fit(recipe, run, corpus, goal, tracker, lease.token, score)
         if checkpoints.find_awaiting_validation(run.checkpoints):
-            _catch_up(recipe, run, corpus, tracker, score)
-        result = _finish(recipe, run, corpus, goal, tracker, held.token, attempts)
+            _validate_awaiting(recipe, run, corpus, tracker, score)
+        result = _finish(recipe, run, corpus, goal, tracker, lease.token, attempts)
         tracker.close()
         return result
     except BaseException as error:
         with suppress(OSError):  # a full disk may be what the error is about
-            if held.is_held():
+            if lease.is_held():
                 run.update_status(state="failed" if isinstance(error, Exception) else "stopped")
         with suppress(OSError):
             tracker.close()
@@ -158,16 +158,16 @@ def goal_of(recipe: Recipe, corpus: Corpus) -> Goal:
 
 
 def _with_reference(recipe: Recipe, run: Run, corpus: Corpus, progress: Callable[[dict[str, Any]], None]) -> Corpus:
-    found = references(recipe, run, corpus, workers_that_fit(recipe, node_resources()))
-    pairs = sum(len(reference.rows) for reference in found.values())
+    references = compute_references(recipe, run, corpus, workers_that_fit(recipe, node_resources()))
+    pairs = sum(len(reference.rows) for reference in references.values())
     name = public_base(recipe.training.dpo.reference or recipe.model.base)
     progress({"message": f"the reference, {name}, has given its log-probabilities of {pairs:,} pairs"})
-    return replace(corpus, reference=found)
+    return replace(corpus, reference=references)
 
 
 def _requested_shares(corpus: Corpus) -> dict[int, float]:
-    found = corpus.plan.shares
-    return {number: float(found[task.name]) for number, task in enumerate(corpus.tasks) if task.name in found}
+    shares = corpus.plan.shares
+    return {number: float(shares[task.name]) for number, task in enumerate(corpus.tasks) if task.name in shares}
 
 
 @contextmanager
@@ -180,20 +180,20 @@ def _requested_resources(recipe: Recipe, tell: Callable[[str], None]) -> Iterato
         yield
 
 
-def _validation_task(recipe: Recipe, run: Run, corpus: Corpus, score: Score | None) -> Validation:
+def _validation_task(recipe: Recipe, run: Run, corpus: Corpus, score: Score | None) -> ValidationTask:
     """The asynchronous validation of this run."""
     rows = PackedRows.from_columns(validation_rows(corpus, validation_limit(recipe)))
-    return Validation(CheckpointValidator(recipe, rows, _row_length(corpus), score), run, recipe.training.resources)
+    return ValidationTask(CheckpointValidator(recipe, rows, _row_length(corpus), score), run, recipe.training.resources)
 
 
-def _catch_up(recipe: Recipe, run: Run, corpus: Corpus, tracker: Tracker, score: Score | None) -> None:
+def _validate_awaiting(recipe: Recipe, run: Run, corpus: Corpus, tracker: Tracker, score: Score | None) -> None:
     """Validates the checkpoints whose asynchronous validation was cut off or never began."""
 
-    def told(step: int, figures: dict[str, Any]) -> None:
+    def report(step: int, figures: dict[str, Any]) -> None:
         tracker.write({"attempt": 0, "step": step, "steps": step, **figures})
 
     try:
-        _validation_task(recipe, run, corpus, score).catch_up(told)
+        _validation_task(recipe, run, corpus, score).validate_awaiting(report)
     except ray.exceptions.RayError as error:
         raise find_apprentice_error(error) or error from None
 
@@ -207,10 +207,12 @@ def _fit(recipe: Recipe, run: Run, corpus: Corpus, goal: Goal, tracker: Tracker,
     """Runs worker groups until the goal is reached. Returns the number of attempts."""
     workers = workers_that_fit(recipe, node_resources())
     is_async = validates_asynchronously(recipe, node_resources())
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)  # nodes of workers may be lost
+    on_this_node = NodeAffinitySchedulingStrategy(
+        ray.get_runtime_context().get_node_id(), soft=False
+    )  # nodes of workers may be lost
     # A call that the network lost is repeated; a mailbox that died is not restarted, since its state is lost.
-    kept = {"num_cpus": 0, "scheduling_strategy": here, "max_restarts": 0, "max_task_retries": -1}
-    mailbox: Any = ray.remote(Mailbox).options(**kept).remote(workers)
+    options = {"num_cpus": 0, "scheduling_strategy": on_this_node, "max_restarts": 0, "max_task_retries": -1}
+    mailbox: Any = ray.remote(Mailbox).options(**options).remote(workers)
     rows = validation_rows(corpus, 0 if is_async else validation_limit(recipe))
     config = WorkerConfig(
         recipe,
@@ -229,7 +231,7 @@ def _fit(recipe: Recipe, run: Run, corpus: Corpus, goal: Goal, tracker: Tracker,
         (run.checkpoints / CHECKPOINT_SNAPSHOT).delete()
     failure: BaseException | None = None
     with Follower(mailbox, tracker, recipe.training.hang_timeout_s):
-        before = signal.getsignal(signal.SIGINT)
+        earlier_handler = signal.getsignal(signal.SIGINT)
         try:
             trainer.fit()
         except (Exception, SystemExit) as error:
@@ -238,7 +240,7 @@ def _fit(recipe: Recipe, run: Run, corpus: Corpus, goal: Goal, tracker: Tracker,
             failure = error
         finally:
             if threading.current_thread() is threading.main_thread():
-                signal.signal(signal.SIGINT, before)  # Ray Train leaves its own handler behind
+                signal.signal(signal.SIGINT, earlier_handler)  # Ray Train leaves its own handler behind
     outcome = outcome_of(mailbox)
     ray.kill(mailbox)
     if outcome.error is not None:
@@ -246,7 +248,7 @@ def _fit(recipe: Recipe, run: Run, corpus: Corpus, goal: Goal, tracker: Tracker,
     if trainer.stopped:
         raise KeyboardInterrupt
     if failure is not None:
-        raise _explained(failure, outcome) from failure
+        raise _error_to_raise(failure, outcome) from failure
     return outcome.attempts
 
 
@@ -290,7 +292,7 @@ def _trainer(job: WorkerJob, stream_options: ExecutionOptions, validation: Valid
             logging_config=ray.train.LoggingConfig(log_level="ERROR"),
         ),
         validation_config=validation,
-        torch_config=TorchConfig(timeout_s=math.ceil(training.hang_timeout_s) + AFTER_US_S),
+        torch_config=TorchConfig(timeout_s=math.ceil(training.hang_timeout_s) + COLLECTIVES_GRACE_S),
         datasets={"train": build},
         # In order and without locality, so that each step is a contiguous stretch of the stream, wherever workers run.
         dataset_config=ray.train.DataConfig(execution_options=stream_options, enable_shard_locality=False),
@@ -316,7 +318,7 @@ def validation_limit(recipe: Recipe) -> int:
     return min(max(rows, training.global_batch, LEAST_VALIDATION_ROWS), MOST_VALIDATION_ROWS)
 
 
-def _explained(failure: BaseException, outcome: RunOutcome) -> BaseException:
+def _error_to_raise(failure: BaseException, outcome: RunOutcome) -> BaseException:
     """The error to raise for `failure`.
 
     That is the `ApprenticeError` inside it, a `TrainingError` with a remedy if workers died, or else the worker's own exception.

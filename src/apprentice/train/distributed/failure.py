@@ -16,10 +16,10 @@ def is_lost_connection(error: BaseException) -> bool:
 
 def find_apprentice_error(error: BaseException) -> ApprenticeError | None:
     """The `ApprenticeError` that `error` is, was caused by, or quotes in its text; None if there is none."""
-    found = [cause for cause in all_causes(error) if isinstance(cause, ApprenticeError)]
+    ours = [cause for cause in all_causes(error) if isinstance(cause, ApprenticeError)]
     # Ray may make a class that inherits from its own and ours; the plain error is deeper.
-    plain = [cause for cause in found if type(cause).__module__ == ApprenticeError.__module__]
-    return next(iter(plain or found), None) or _from_text(str(error))
+    plain = [cause for cause in ours if type(cause).__module__ == ApprenticeError.__module__]
+    return next(iter(plain or ours), None) or _from_text(str(error))
 
 
 def _from_text(text: str) -> ApprenticeError | None:

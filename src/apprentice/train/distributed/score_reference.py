@@ -1,8 +1,8 @@
 """Reference log-probabilities of all preference pairs of a run, for DPO: computed once with Ray Data and kept in the run.
 
-    stretches of rows ─▶ actors with the frozen model: packed as in training, forward only ─▶ <run>/reference/<task>.npz
+    chunks of rows ─▶ actors with the frozen model: packed as in training, forward only ─▶ <run>/reference/<task>.npz
 
-A task whose file is there already is not computed again.
+A task whose file exists is not computed again.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from apprentice.train.engine.deepspeed_config import CPU_MICRO_TOKENS, GPU_MICRO
 from apprentice.train.losses.preference import answer_log_probabilities
 from apprentice.train.losses.target_losses import TargetLosses
 
-STRETCH_PAIRS = 256  # pairs for one call of an actor
+CHUNK_PAIRS = 256  # pairs for one call of an actor
 
 
-class _Stretch(NamedTuple):
+class _Chunk(NamedTuple):
     """Rows of one task for one call of an actor."""
 
     task: int  # number in `Corpus.tasks`
     rows: tuple[int, ...]
 
 
-def references(recipe: Recipe, run: Run, corpus: Corpus, actors: int) -> dict[str, ReferenceLogProbs]:
+def compute_references(recipe: Recipe, run: Run, corpus: Corpus, actors: int) -> dict[str, ReferenceLogProbs]:
     """Task name → log-probabilities of its training and validation pairs, read from `run`, or computed now and written there.
 
     Ray must be running; each of `actors` processes reserves the CPUs and GPUs of a training worker. The reference model is
@@ -46,47 +46,47 @@ def references(recipe: Recipe, run: Run, corpus: Corpus, actors: int) -> dict[st
     """
     files = {task.name: run.reference / f"{task.name}.npz" for task in corpus.tasks if task.name in corpus.plan.shares}
     missing = [number for number, task in enumerate(corpus.tasks) if task.name in files and not files[task.name].exists()]
-    stretches = [stretch for number in missing for stretch in _stretches(corpus, number)]
-    if stretches:
-        found = _computed(recipe, corpus, stretches, actors)
+    chunks = [chunk for number in missing for chunk in _chunks(corpus, number)]
+    if chunks:
+        columns = _compute(recipe, corpus, chunks, actors)
         for number in missing:
-            rows, values = found["row"][found["task"] == number], found["values"][found["task"] == number]
+            rows, values = columns["row"][columns["task"] == number], columns["values"][columns["task"] == number]
             order = np.argsort(rows)
             ReferenceLogProbs(rows[order], values[order]).write(files[corpus.tasks[number].name])
     return {name: ReferenceLogProbs.read(file) for name, file in files.items()}
 
 
-def _stretches(corpus: Corpus, number: int) -> Iterator[_Stretch]:
+def _chunks(corpus: Corpus, number: int) -> Iterator[_Chunk]:
     index = corpus.indices[corpus.tasks[number].name]
     rows = np.sort(np.concatenate([index.train, index.validation]))
-    for start in range(0, len(rows), STRETCH_PAIRS):
-        yield _Stretch(number, tuple(rows[start : start + STRETCH_PAIRS].tolist()))
+    for start in range(0, len(rows), CHUNK_PAIRS):
+        yield _Chunk(number, tuple(rows[start : start + CHUNK_PAIRS].tolist()))
 
 
-def _computed(recipe: Recipe, corpus: Corpus, stretches: list[_Stretch], actors: int) -> dict[str, Any]:
+def _compute(recipe: Recipe, corpus: Corpus, chunks: list[_Chunk], actors: int) -> dict[str, Any]:
     """The columns task, row and values, with one entry for each pair; values is float32 (pairs, 2), the better answer first."""
     resources = recipe.training.resources
-    numbers = ray.data.range(len(stretches), override_num_blocks=len(stretches))
+    numbers = ray.data.range(len(chunks), override_num_blocks=len(chunks))
     numbers.context.enable_progress_bars = False
     computed = numbers.map_batches(
         _ReferenceActor,
-        fn_constructor_args=(recipe, ray.put(corpus), ray.put(stretches)),
+        fn_constructor_args=(recipe, ray.put(corpus), ray.put(chunks)),
         batch_size=1,
-        compute=ray.data.ActorPoolStrategy(size=min(actors, len(stretches))),
+        compute=ray.data.ActorPoolStrategy(size=min(actors, len(chunks))),
         num_cpus=resources.cpus,
         num_gpus=resources.gpus or None,
     )
     batches = list(computed.iter_batches(batch_size=None, batch_format="numpy"))
-    found = {name: np.concatenate([batch[name] for batch in batches]) for name in ("task", "row", "better", "worse")}
-    return found | {"values": np.stack([found["better"], found["worse"]], axis=1)}
+    columns = {name: np.concatenate([batch[name] for batch in batches]) for name in ("task", "row", "better", "worse")}
+    return columns | {"values": np.stack([columns["better"], columns["worse"]], axis=1)}
 
 
 class _ReferenceActor:
     """An actor with the frozen reference model."""
 
-    def __init__(self, recipe: Recipe, corpus: Any, stretches: Any) -> None:
+    def __init__(self, recipe: Recipe, corpus: Any, chunks: Any) -> None:
         self._corpus: Corpus = ray.get(corpus)
-        self._stretches: list[_Stretch] = ray.get(stretches)
+        self._chunks: list[_Chunk] = ray.get(chunks)
         self._renderer = WindowRenderer(self._corpus)
         on_gpu = recipe.training.resources.gpus > 0
         self._device = torch.device("cuda" if on_gpu else "cpu")
@@ -100,17 +100,17 @@ class _ReferenceActor:
         self._targets = TargetLosses(model.to(self._device).eval())
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        stretch = self._stretches[int(batch["id"][0])]
-        rows, values = self._pairs(self._corpus.tasks[stretch.task], stretch.rows)
-        return {"task": np.full(len(rows), stretch.task), "row": rows, "better": values[:, 0], "worse": values[:, 1]}
+        chunk = self._chunks[int(batch["id"][0])]
+        rows, values = self._pairs(self._corpus.tasks[chunk.task], chunk.rows)
+        return {"task": np.full(len(rows), chunk.task), "row": rows, "better": values[:, 0], "worse": values[:, 1]}
 
     def _pairs(self, task: Task, rows: tuple[int, ...]) -> tuple[Any, Any]:
         """Row numbers (pairs,) int64 and log-probabilities (pairs, 2) float32, of those `rows` that fit into a packed row."""
         packed = PackedRows.from_columns(self._renderer.zero_shot(task, rows))
-        found = [np.zeros(0, np.float32)]
+        parts = [np.zeros(0, np.float32)]
         with torch.no_grad():
             for batch in packed.micro_batches(self._at_once):
                 assert isinstance(batch, PreferenceBatch)
-                found.append(answer_log_probabilities(self._targets, move_batch(batch, self._device)).float().cpu().numpy())
+                parts.append(answer_log_probabilities(self._targets, move_batch(batch, self._device)).float().cpu().numpy())
         numbers = [row for fact in packed.facts for row in fact.examples]
-        return np.array(numbers, np.int64), np.concatenate(found).reshape(-1, 2)
+        return np.array(numbers, np.int64), np.concatenate(parts).reshape(-1, 2)

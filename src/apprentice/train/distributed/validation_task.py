@@ -21,14 +21,14 @@ if TYPE_CHECKING:  # it imports models, which Ray Train's controller does not ne
     from apprentice.train.checkpoint.format import Checkpoint
     from apprentice.train.distributed.async_validation import CheckpointValidator
 
-Told = Callable[[int, dict[str, Any]], Any]  # gets the checkpoint's step and figures of its validation
+ReportFigures = Callable[[int, dict[str, Any]], Any]  # gets the checkpoint's step and figures of its validation
 
 
-class Validation:
-    """Runs `aside` on checkpoints of `run`, each in a Ray task with `resources` of its own."""
+class ValidationTask:
+    """Runs `validator` on checkpoints of `run`, each in a Ray task with `resources` of its own."""
 
-    def __init__(self, aside: CheckpointValidator, run: Run, resources: Resources) -> None:
-        self._aside = ray.put(aside)
+    def __init__(self, validator: CheckpointValidator, run: Run, resources: Resources) -> None:
+        self._validator = ray.put(validator)
         self._run = run
         self._resources: dict[str, Any] = {"num_cpus": resources.cpus, "num_gpus": resources.gpus}
 
@@ -36,44 +36,44 @@ class Validation:
         """Ray Train's configuration; the figures go to `mailbox`."""
 
         def validate(checkpoint: ray.train.Checkpoint, **_: Any) -> dict[str, Any]:
-            tell: Told = mailbox.add_validation.remote
-            return {"validation_loss": self._validated(PurePosixPath(checkpoint.path).name, tell)}
+            report: ReportFigures = mailbox.add_validation.remote
+            return {"validation_loss": self._validate(PurePosixPath(checkpoint.path).name, report)}
 
         return ValidationConfig(fn=validate, ray_remote_kwargs=self._resources)
 
-    def catch_up(self, told: Told) -> None:
-        """Validates all checkpoints still awaited, oldest first. Raises the error of a validation that fails."""
+    def validate_awaiting(self, report: ReportFigures) -> None:
+        """Validates all checkpoints whose validation is not done, oldest first. Raises the error of a validation that fails."""
 
         def validate(name: str) -> list[tuple[int, dict[str, Any]]]:
             figures: list[tuple[int, dict[str, Any]]] = []
-            self._validated(name, lambda *told: figures.append(told))
+            self._validate(name, lambda *step_and_figures: figures.append(step_and_figures))
             return figures
 
         from apprentice.train.checkpoint import format as checkpoints
 
-        for found in checkpoints.find_awaiting_validation(self._run.checkpoints):
-            name = PurePosixPath(str(found.folder)).name
+        for checkpoint in checkpoints.find_awaiting_validation(self._run.checkpoints):
+            name = PurePosixPath(str(checkpoint.folder)).name
             for step, figures in ray.get(ray.remote(validate).options(**self._resources, max_retries=0).remote(name)):
-                told(step, figures)
+                report(step, figures)
 
-    def _validated(self, name: str, told: Told) -> float | None:
+    def _validate(self, name: str, report: ReportFigures) -> float | None:
         """Validation loss of the checkpoint in this folder; None without validation rows, or if the checkpoint was pruned."""
         from apprentice.train.checkpoint import format as checkpoints
 
         with checkpoints.mark_in_use(self._run.checkpoints / name):
-            found = checkpoints.find_named(self._run.checkpoints, name)
-            return None if found is None else self._validate(found, told)
+            checkpoint = checkpoints.find_named(self._run.checkpoints, name)
+            return None if checkpoint is None else self._validate_checkpoint(checkpoint, report)
 
-    def _validate(self, found: Checkpoint, told: Told) -> float | None:
+    def _validate_checkpoint(self, checkpoint: Checkpoint, report: ReportFigures) -> float | None:
         from apprentice.train.checkpoint import format as checkpoints
 
-        def tell(figures: dict[str, Any]) -> None:
+        def record_and_report(figures: dict[str, Any]) -> None:
             if "validation_loss" in figures:
-                checkpoints.record_validation(found, figures["validation_loss"])
-            told(found.state.step, figures)
+                checkpoints.record_validation(checkpoint, figures["validation_loss"])
+            report(checkpoint.state.step, figures)
 
-        aside: CheckpointValidator = ray.get(self._aside)
-        loss = aside(found, tell, on_gpu=self._resources["num_gpus"] > 0)
+        validator: CheckpointValidator = ray.get(self._validator)
+        loss = validator(checkpoint, record_and_report, on_gpu=self._resources["num_gpus"] > 0)
         if loss is None:
-            checkpoints.record_validation(found, None)
+            checkpoints.record_validation(checkpoint, None)
         return loss

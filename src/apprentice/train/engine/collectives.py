@@ -27,9 +27,9 @@ class Collectives:
         """Every worker's `value`, in order of rank, on every worker."""
         if self._group is None:
             return [value]
-        found: list[Any] = [None] * self.workers
-        dist.all_gather_object(found, value, group=self._group)
-        return found
+        values: list[Any] = [None] * self.workers
+        dist.all_gather_object(values, value, group=self._group)
+        return values
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """The sum of each of `values` over all workers, in float64, on every worker."""

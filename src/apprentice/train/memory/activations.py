@@ -38,7 +38,7 @@ def activations(recipe: Recipe, dtype: torch.dtype, rows: int, length: int, targ
     on the meta device.
     """
     try:
-        kept, largest, config = _kept(recipe, dtype, rows, length)
+        kept, largest, config = _saved_by_forward(recipe, dtype, rows, length)
     except (NotImplementedError, RuntimeError, ValueError):
         return None
     except (TypeError, AttributeError):  # a defect here or in the model's code, which must not end a run
@@ -52,7 +52,7 @@ def activations(recipe: Recipe, dtype: torch.dtype, rows: int, length: int, targ
     return kept + max(float(logits) * LOGIT_BYTES, WORKING_TENSORS * largest)
 
 
-def _kept(recipe: Recipe, dtype: torch.dtype, rows: int, length: int) -> tuple[float, float, Any]:
+def _saved_by_forward(recipe: Recipe, dtype: torch.dtype, rows: int, length: int) -> tuple[float, float, Any]:
     """Bytes of all saved tensors except logits, bytes of the largest of them, and the model's configuration."""
     folder = local_folder(recipe.model.base)
     seq2seq = family_of(folder) == "seq2seq"
@@ -66,16 +66,16 @@ def _kept(recipe: Recipe, dtype: torch.dtype, rows: int, length: int) -> tuple[f
         if number_formats(recipe.training.optimizer, dtype).weights == dtype:
             wrapped.to(dtype)  # as DeepSpeed does
         ids = torch.empty((rows, length), dtype=torch.long)
-        seen = torch.empty((rows, 1, length, length), dtype=torch.bool)
-        given: dict[str, Any] = {"input_ids": ids, "use_cache": False}
+        mask = torch.empty((rows, 1, length, length), dtype=torch.bool)
+        inputs: dict[str, Any] = {"input_ids": ids, "use_cache": False}
         virtual = any(config.is_prompt_learning for config in getattr(wrapped, "peft_config", {}).values())
         if seq2seq:
-            given["decoder_input_ids"] = ids[:, : max(1, length // 4)]
+            inputs["decoder_input_ids"] = ids[:, : max(1, length // 4)]
         elif not virtual:  # behind virtual tokens a row is one example, given without positions
-            given |= {"position_ids": ids, "attention_mask": torch.empty(seen.shape, dtype=dtype) if eager else seen}
+            inputs |= {"position_ids": ids, "attention_mask": torch.empty(mask.shape, dtype=dtype) if eager else mask}
         wrapped.get_output_embeddings().register_forward_pre_hook(lambda _, arguments: (arguments[0][:, :1], *arguments[1:]))
         with unread_positions(), patch.object(F, "scaled_dot_product_attention", _attention):
-            sizes = _saved(wrapped, lambda: wrapped(**given).logits)
+            sizes = _saved(wrapped, lambda: wrapped(**inputs).logits)
     return float(sum(sizes)), float(max(sizes, default=0)), config
 
 

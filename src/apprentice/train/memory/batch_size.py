@@ -12,7 +12,7 @@ import torch
 
 from apprentice.train.batch import SupervisedBatch
 from apprentice.train.losses.objective_loss import ObjectiveLoss
-from apprentice.train.memory.measure import ran_out
+from apprentice.train.memory.measure import is_out_of_memory
 
 
 def largest_that_fits(rows: int, fits: Callable[[int], bool]) -> int:
@@ -34,13 +34,13 @@ def has_room(loss: ObjectiveLoss, rows: int, length: int, reserved: float, devic
     Each row is full, has two examples, and all its tokens are targets: no real row takes more.
     """
     try:
-        aside = torch.empty(int(reserved), dtype=torch.uint8, device=device)
+        reserved_memory = torch.empty(int(reserved), dtype=torch.uint8, device=device)
         ids = torch.zeros((rows, length), dtype=torch.long, device=device)
         positions = torch.arange(length, device=device).remainder(max(1, length // 2)).expand(rows, length).contiguous()
         loss(SupervisedBatch(ids, positions, torch.ones_like(ids, dtype=torch.bool))).backward()
-        del aside
+        del reserved_memory
     except RuntimeError as error:
-        if not ran_out(error):
+        if not is_out_of_memory(error):
             raise
         return False
     finally:

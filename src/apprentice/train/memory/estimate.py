@@ -43,14 +43,16 @@ def estimate_memory(recipe: Recipe, parameters: int, trained: int, dtype: torch.
     """
     training = recipe.training
     offload = training.deepspeed.offload
-    away = offload == "nvme" or (offload == "cpu" and training.resources.gpus > 0)  # in another memory than the one counted here
+    is_offloaded = offload == "nvme" or (
+        offload == "cpu" and training.resources.gpus > 0
+    )  # in another memory than the one counted here
     narrow = number_formats(training.optimizer, dtype).weights != torch.float32
     stage = engine_stage(training, narrow=narrow)
     weights = parameters * (2 if narrow else 4) / (workers if stage == 3 else 1)
     gradients = trained * 4 / (workers if stage >= 2 else 1)
     optimizer: float = trained * (moment_bytes(training.optimizer) + (4 if narrow else 0))  # float32 copies of 16-bit weights
     optimizer /= workers if stage >= 1 else 1
-    return MemoryEstimate(weights, gradients, 0.0 if away else optimizer)
+    return MemoryEstimate(weights, gradients, 0.0 if is_offloaded else optimizer)
 
 
 def gathered_weight_bytes(recipe: Recipe, parameters: int, dtype: torch.dtype) -> float:
@@ -59,9 +61,9 @@ def gathered_weight_bytes(recipe: Recipe, parameters: int, dtype: torch.dtype) -
     narrow = number_formats(training.optimizer, dtype).weights != torch.float32
     if engine_stage(training, narrow=narrow) < 3:
         return 0.0
-    said = training.deepspeed.extra.get("zero_optimization", {})
-    live, fetched = (
-        said.get("stage3_max_live_parameters", LIVE_PARAMETERS),
-        said.get("stage3_prefetch_bucket_size", PREFETCHED_PARAMETERS),
+    zero_settings = training.deepspeed.extra.get("zero_optimization", {})
+    live_parameters, prefetched_parameters = (
+        zero_settings.get("stage3_max_live_parameters", LIVE_PARAMETERS),
+        zero_settings.get("stage3_prefetch_bucket_size", PREFETCHED_PARAMETERS),
     )
-    return float(min(parameters, live) + min(parameters, fetched)) * (2 if narrow else 4)
+    return float(min(parameters, live_parameters) + min(parameters, prefetched_parameters)) * (2 if narrow else 4)

@@ -1,6 +1,6 @@
 """Memory as measured: free and peak memory, and the changes of a recipe to suggest when a worker ran out.
 
-estimate.py estimates weights, gradients and optimizer; activations.py estimates activations.
+estimate.py computes weights, gradients and optimizer; activations.py computes activations.
 """
 
 from __future__ import annotations
@@ -55,21 +55,21 @@ def estimate_peak_memory(
 
     The other arguments are those of `estimate_memory`.
     """
-    kept = activations(recipe, dtype, micro, length)
-    found = estimate_memory(recipe, parameters, trained, dtype, workers)
-    found = replace(found, weights=found.weights + gathered_weight_bytes(recipe, parameters, dtype), activations=kept)
+    saved = activations(recipe, dtype, micro, length)
+    estimate = estimate_memory(recipe, parameters, trained, dtype, workers)
+    estimate = replace(estimate, weights=estimate.weights + gathered_weight_bytes(recipe, parameters, dtype), activations=saved)
     if recipe.training.resources.gpus:
-        return found  # process and checkpoint take no GPU memory
-    state = 12.0 * trained  # bytes in a checkpoint: float32 weight and two moments
-    return replace(found, process=PROCESS_BYTES, checkpoint=state / workers + min(state, SHARD_BYTES))
+        return estimate  # process and checkpoint take no GPU memory
+    checkpoint_bytes = 12.0 * trained  # bytes in a checkpoint: float32 weight and two moments
+    return replace(estimate, process=PROCESS_BYTES, checkpoint=checkpoint_bytes / workers + min(checkpoint_bytes, SHARD_BYTES))
 
 
-def estimate_of_finished_run(recipe: Recipe, length: int, found: Mapping[str, int]) -> MemoryEstimate:
-    """`estimate_peak_memory` for workers that ran: `found` has the keys workers, micro (rows) and trained (parameters)."""
+def estimate_of_finished_run(recipe: Recipe, length: int, sizes: Mapping[str, int]) -> MemoryEstimate:
+    """`estimate_peak_memory` for workers that ran: `sizes` has the keys workers, micro (rows) and trained (parameters)."""
     dtype = resolve_dtype(recipe.model.dtype, "cuda" if recipe.training.resources.gpus else "cpu")
     numbers = count_parameters(local_folder(recipe.model.base))
     return estimate_peak_memory(
-        recipe, numbers, found["trained"], dtype, workers=found["workers"], micro=found["micro"], length=length
+        recipe, numbers, sizes["trained"], dtype, workers=sizes["workers"], micro=sizes["micro"], length=length
     )
 
 
@@ -95,7 +95,7 @@ def list_smaller_recipes(recipe: Recipe, micro: int, length: int, workers: int) 
     def with_deepspeed(**values: Any) -> Recipe:
         return with_training(deepspeed=deepspeed.model_copy(update=values))
 
-    found: list[tuple[bool, str, Recipe, int, int]] = [
+    candidates: list[tuple[bool, str, Recipe, int, int]] = [
         (fewer > 0, f"training.micro_batch: {fewer} (the same steps, more passes)", recipe, fewer, length),
         (
             not training.activation_checkpointing,
@@ -127,7 +127,11 @@ def list_smaller_recipes(recipe: Recipe, micro: int, length: int, workers: int) 
         ),
         (True, f"data.packing.length: {shorter}", recipe, micro, length // 2),
     ]
-    return [Change(text, less, rows_at_once, tokens) for there, text, less, rows_at_once, tokens in found if there]
+    return [
+        Change(text, smaller, rows_at_once, tokens)
+        for is_possible, text, smaller, rows_at_once, tokens in candidates
+        if is_possible
+    ]
 
 
 def choose_changes(changes: Sequence[Change], total: Callable[[Change], float], limit: float) -> list[Change]:
@@ -137,12 +141,12 @@ def choose_changes(changes: Sequence[Change], total: Callable[[Change], float], 
     return [changes[place] for place in order[:2]]
 
 
-def ran_out(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """Whether `error` is PyTorch's for a failed allocation, on a GPU or a CPU."""
     return isinstance(error, torch.OutOfMemoryError) or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
 
 
-def in_use(device: torch.device) -> str:
+def describe_memory_in_use(device: torch.device) -> str:
     """Memory in use, as text in brackets for the end of a sentence."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
@@ -150,13 +154,16 @@ def in_use(device: torch.device) -> str:
     return f" (the process had used up to {peak_memory(device) / GIB:.1f} GiB)"
 
 
-def out_of_memory(state: MemoryEstimate, micro: int, length: int, used: str, changes: Sequence[Change]) -> TrainingError:
-    """The error of a worker that ran out of memory with `micro` rows of `length` tokens; `used` is the text of `in_use`."""
+def out_of_memory_error(state: MemoryEstimate, micro: int, length: int, used: str, changes: Sequence[Change]) -> TrainingError:
+    """The error of a worker that ran out of memory with `micro` rows of `length` tokens.
+
+    `used` is the text of `describe_memory_in_use`.
+    """
     rows = f"{micro} row{'s' if micro != 1 else ''} of {length} tokens"
-    kept = "an unknown rest" if state.activations is None else f"{state.activations / GIB:.2f}"
+    rest = "an unknown rest" if state.activations is None else f"{state.activations / GIB:.2f}"
     return TrainingError(
         f"a worker ran out of memory with {rows} at once{used}: weights take about {state.weights / GIB:.2f} GiB, gradients"
-        f" {state.gradients / GIB:.2f}, the optimizer {state.optimizer / GIB:.2f} and activations {kept}."
+        f" {state.gradients / GIB:.2f}, the optimizer {state.optimizer / GIB:.2f} and activations {rest}."
         f" The smallest changes that help: {', or '.join(change.text for change in changes)}."
     )
 
@@ -186,19 +193,19 @@ class OutOfMemoryAdvisor:
         try:
             yield
         except RuntimeError as error:
-            if not ran_out(error):
+            if not is_out_of_memory(error):
                 raise
-            state = self._held(Change("", self.recipe, self.micro, self.length))
+            estimate = self._estimate(Change("", self.recipe, self.micro, self.length))
             changes = list_smaller_recipes(self.recipe, self.micro, self.length, self.workers)
-            named = choose_changes(changes, lambda change: self._held(change).total, self._limit(state))
-            raise out_of_memory(state, self.micro, self.length, in_use(self.device), named) from error
+            helpful = choose_changes(changes, lambda change: self._estimate(change).total, self._limit(estimate))
+            raise out_of_memory_error(estimate, self.micro, self.length, describe_memory_in_use(self.device), helpful) from error
 
-    def _held(self, change: Change) -> MemoryEstimate:
+    def _estimate(self, change: Change) -> MemoryEstimate:
         trained = self.trained if change.recipe.tuning.method == self.recipe.tuning.method else 0
-        kept = activations(change.recipe, self.dtype, change.micro, change.length)
-        return replace(estimate_memory(change.recipe, self.parameters, trained, self.dtype, self.workers), activations=kept)
+        saved = activations(change.recipe, self.dtype, change.micro, change.length)
+        return replace(estimate_memory(change.recipe, self.parameters, trained, self.dtype, self.workers), activations=saved)
 
-    def _limit(self, state: MemoryEstimate) -> float:
+    def _limit(self, estimate: MemoryEstimate) -> float:
         """Bytes that a suggested change may take: 90% of the GPU, or of the estimate that was too much if that is less."""
-        there = torch.cuda.mem_get_info(self.device)[1] if self.device.type == "cuda" else math.inf
-        return CLEARLY_LESS * min(state.total, there)
+        capacity = torch.cuda.mem_get_info(self.device)[1] if self.device.type == "cuda" else math.inf
+        return CLEARLY_LESS * min(estimate.total, capacity)

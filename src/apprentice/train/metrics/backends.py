@@ -53,12 +53,12 @@ class MLflow:
 
         self._client, self._metric = MlflowClient(), Metric
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
-        known = self._client.get_experiment_by_name(name)
-        experiment = known.experiment_id if known is not None else self._client.create_experiment(name)
+        known_experiment = self._client.get_experiment_by_name(name)
+        experiment = known_experiment.experiment_id if known_experiment is not None else self._client.create_experiment(name)
         key = key_of(run)
-        found = self._client.search_runs([experiment], f"tags.apprentice = '{key}'", max_results=1)
-        if found:
-            self._id = found[0].info.run_id
+        earlier_runs = self._client.search_runs([experiment], f"tags.apprentice = '{key}'", max_results=1)
+        if earlier_runs:
+            self._id = earlier_runs[0].info.run_id
             return
         self._id = self._client.create_run(experiment, run_name=run.name, tags={"apprentice": key}).info.run_id
         params = [
@@ -109,13 +109,13 @@ def check_backends_installed(recipe: Recipe) -> None:
 def open_backends(recipe: Recipe, run: Run) -> list[BackendWriter]:
     """Starts the feed of Ray's metrics, and of each service that the recipe names. Raises as `check_backends_installed` does."""
     check_backends_installed(recipe)
-    known: dict[str, Callable[[], MetricsBackend]] = {
+    factories: dict[str, Callable[[], MetricsBackend]] = {
         "mlflow": lambda: MLflow(run, recipe),
         "wandb": lambda: WeightsAndBiases(run, recipe),
     }
     return [
         BackendWriter("Ray's metrics", lambda: RayMetrics(run)),
-        *(BackendWriter(name, known[name]) for name in recipe.training.tracking),
+        *(BackendWriter(name, factories[name]) for name in recipe.training.tracking),
     ]
 
 

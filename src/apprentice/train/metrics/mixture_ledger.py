@@ -71,7 +71,7 @@ class Ledger:
         weights = {name: float(requested[name]) * mean_targets.get(name, 0.0) for name in tasks if name in requested}
         whole = sum(weights.values()) or 1.0
         examples, targets = sum(self.examples.values()), sum(self.targets.values())
-        found: dict[str, dict[str, Any]] = {
+        tasks_report: dict[str, dict[str, Any]] = {
             name: {
                 "requested_share": round(float(requested[name]), 6),
                 "requested_share_of_target_tokens": round(weights[name] / whole, 6),
@@ -89,10 +89,10 @@ class Ledger:
         warnings = [
             f"{name}: every row was drawn {task['passes_over_its_rows']:.1f} times; more of the same adds little from the"
             f" {MANY_PASSES}th time on, so cap its share or give it more rows"
-            for name, task in found.items()
+            for name, task in tasks_report.items()
             if task["passes_over_its_rows"] > MANY_PASSES - 1
         ]
-        return {"examples": examples, "target_tokens": targets, "tasks": found, "warnings": warnings}
+        return {"examples": examples, "target_tokens": targets, "tasks": tasks_report, "warnings": warnings}
 
 
 def _texts(counts: Mapping[int, int]) -> dict[str, int]:

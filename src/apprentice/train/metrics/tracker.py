@@ -52,7 +52,7 @@ class MovingAverage:
     def __init__(self) -> None:
         self._sum = self._weight = 0.0
 
-    def after(self, value: float) -> float:
+    def update(self, value: float) -> float:
         if math.isfinite(value):
             self._sum, self._weight = 0.9 * self._sum + value, 0.9 * self._weight + 1.0
         return self._sum / self._weight if self._weight else value
@@ -61,7 +61,7 @@ class MovingAverage:
 class Tracker:
     """Writes the records in the driver, and sums tokens and seconds of all steps but the first of each attempt (warm-up).
 
-    `progress` gets every record that is news to a person; `services` get the figures of `SCALARS`; `may_write` says whether this
+    `progress` gets every record that is news to a person; `backends` get the figures of `SCALARS`; `may_write` says whether this
     process still holds the run and may write into its folder.
     """
 
@@ -69,12 +69,12 @@ class Tracker:
         self,
         run: Run,
         progress: Callable[[dict[str, Any]], None],
-        services: Sequence[BackendWriter] = (),
+        backends: Sequence[BackendWriter] = (),
         may_write: Callable[[], bool] = lambda: True,
     ) -> None:
         self._run = run
         self._progress: Callable[[dict[str, Any]], None] | None = progress
-        self._services = services
+        self._backends = backends
         self._may_write = may_write
         self._smoothed = MovingAverage()
         self._file = run.folder / "steps.jsonl"
@@ -82,14 +82,14 @@ class Tracker:
         earlier = read_records(self._file)
         self._lines = [json.dumps(record) for record in earlier] if self._scratch is not None else []  # not yet written
         self._earlier_attempts = earlier[-1]["attempt"] if earlier else 0
-        if self._scratch is None and (torn := cut_torn_tail(self._file)):
-            self._show({"message": f"{self._file} ended in {torn} bytes of a line that was never finished; they are cut off"})
+        if self._scratch is None and (torn_bytes := cut_torn_tail(self._file)):
+            self._show({"message": f"{self._file} ended in {torn_bytes} bytes of a line that was never finished; they are cut off"})
         folder = run.events.local if self._scratch is None else Path(self._scratch.name)
         self._events: EventFile | None = EventFile(folder)
         self._events_folder = folder
-        self._told = False  # whether the user knows of a write error
+        self._has_told_of_error = False  # whether the user knows of a write error
         self._status_at = 0.0
-        self._warm: set[int] = set()
+        self._warm_attempts: set[int] = set()
         self.tokens = 0
         self.seconds = 0.0
         self.waited = 0.0
@@ -103,20 +103,20 @@ class Tracker:
         """
         record = record | {"attempt": record["attempt"] + self._earlier_attempts}
         if "loss" in record:
-            record["smoothed_loss"] = self._smoothed.after(record["loss"])
+            record["smoothed_loss"] = self._smoothed.update(record["loss"])
             record["tokens_per_s_worker"] = record["tokens_per_s"] / record["workers"]
         self._lines.append(json.dumps(record))
         if "loss" in record:
             self._count(record)
         self.memory = record.get("memory", self.memory)
-        for put in (self._write_lines, lambda: self._draw(record), lambda: self._update_status(record)):
+        for write in (self._write_lines, lambda: self._write_events(record), lambda: self._update_status(record)):
             if not self._may_write():
                 break
             try:
-                put()
+                write()
             except (OSError, StorageError) as error:
-                self._tell_once(error)
-        self._pass_on({name: record[key] for key, name in SCALARS.items() if record.get(key) is not None}, record["step"])
+                self._show_error_once(error)
+        self._send_to_backends({name: record[key] for key, name in SCALARS.items() if record.get(key) is not None}, record["step"])
         if "saved_s" not in record and "memory" not in record:  # no news for a person
             self._show({key: value for key, value in record.items() if key != "examples"})
 
@@ -145,7 +145,7 @@ class Tracker:
             raise
         self._lines.clear()
 
-    def _draw(self, record: dict[str, Any]) -> None:
+    def _write_events(self, record: dict[str, Any]) -> None:
         if self._events is None:
             return
         try:
@@ -159,53 +159,53 @@ class Tracker:
             self._events = None  # half an event may be in the file, and nothing after it would be read
             raise
 
-    def _pass_on(self, values: Mapping[str, float], step: int) -> None:
-        """Gives `values` to all services, and shows their messages."""
-        for service in self._services:
+    def _send_to_backends(self, values: Mapping[str, float], step: int) -> None:
+        """Gives `values` to all backends, and shows their messages."""
+        for backend in self._backends:
             if values:
-                service.add(values, step)
-            self._tell_of(service)
+                backend.add(values, step)
+            self._show_messages(backend)
 
-    def _tell_of(self, service: BackendWriter) -> None:
-        for message in service.told():
+    def _show_messages(self, backend: BackendWriter) -> None:
+        for message in backend.take_messages():
             self._show({"message": message})
 
-    def _tell_once(self, error: OSError | StorageError) -> None:
-        if not self._told:
-            self._told = True
+    def _show_error_once(self, error: OSError | StorageError) -> None:
+        if not self._has_told_of_error:
+            self._has_told_of_error = True
             reason = getattr(error, "strerror", None) or error
             self._show({"message": f"{self._run.folder} cannot be written to ({reason}); make room there. Training goes on."})
 
     def _count(self, record: dict[str, Any]) -> None:
-        if record["attempt"] in self._warm:
+        if record["attempt"] in self._warm_attempts:
             self.tokens += record["tokens"]
             self.seconds += record["seconds"]
             self.waited += record["data_wait_s"]
-        self._warm.add(record["attempt"])
+        self._warm_attempts.add(record["attempt"])
 
     def _update_status(self, record: dict[str, Any]) -> None:
         keys = ("step", "steps", "loss") if "loss" in record else ("validation_loss", "held_out")
-        known = {key: record[key] for key in keys if record.get(key) is not None}
+        figures = {key: record[key] for key in keys if record.get(key) is not None}
         if "loss" in record:
             if time.monotonic() - self._status_at < STATUS_EVERY_S and record["step"] < record["steps"]:
                 return
             self._status_at = time.monotonic()
-        elif known:
+        elif figures:
             if record["step"] < self._run.status().get("validated_step", 0):
                 return  # a late result of an older checkpoint
-            known["validated_step"] = record["step"]
+            figures["validated_step"] = record["step"]
         else:
             return
-        self._run.update_status(state="training", **known)
+        self._run.update_status(state="training", **figures)
 
     def close(self) -> None:
-        """Closes services and files; writes what is left if this process still holds the run.
+        """Closes backends and files; writes what is left if this process still holds the run.
 
         Raises `OSError` where there is no room for the last lines.
         """
-        for service in self._services:
-            service.close()
-            self._tell_of(service)
+        for backend in self._backends:
+            backend.close()
+            self._show_messages(backend)
         if self._events is not None:
             events, self._events = self._events, None
             events.close()

@@ -38,11 +38,11 @@ AT_ONCE = 64  # slots of the scheduler: replies generated at the same time
 
 
 class Rollout(NamedTuple):
-    """A reply of the policy: token ids, with the stop token where it `ended` with one and was not cut at the longest length."""
+    """A reply of the policy: token ids, with the stop token where it `has_ended` with one and was not cut at the longest length."""
 
     prompt: Prompt
     ids: list[int]
-    ended: bool
+    has_ended: bool
 
 
 class RoundWriter:
@@ -71,15 +71,17 @@ class RoundWriter:
         policy = self._policy(read)
         replies = self._replies(policy, prompts)
         rewards = self._rewards(replies).view(-1, shape.group)
-        better = advantages(rewards).reshape(-1).numpy()
+        advantage_of_replies = advantages(rewards).reshape(-1).numpy()
         rows: list[list[int]] = []
-        for turn in range(shape.passes):
-            order = permute(np.arange(len(replies)), max(len(replies), 1), key_of(recipe.seed, "replies", window, part, turn))
+        for pass_number in range(shape.passes):
+            order = permute(
+                np.arange(len(replies)), max(len(replies), 1), key_of(recipe.seed, "replies", window, part, pass_number)
+            )
             rows += [order[row :: shape.rows_of(part)].tolist() for row in range(shape.rows_of(part))]
-        columns = self._columns(replies, rows, {"advantages": better, "rewards": rewards.reshape(-1).numpy()})
-        before = sum(shape.rows_of(other) for other in range(part)) * shape.passes
+        columns = self._columns(replies, rows, {"advantages": advantage_of_replies, "rewards": rewards.reshape(-1).numpy()})
+        first_row = sum(shape.rows_of(other) for other in range(part)) * shape.passes
         columns["window"] = np.full(len(rows), window, np.int64)
-        columns["row"] = np.arange(before, before + len(rows), dtype=np.int32)
+        columns["row"] = np.arange(first_row, first_row + len(rows), dtype=np.int32)
         columns["written"] = self._log_probabilities(policy, columns)
         columns["held"] = self._log_probabilities(self._reference, columns) if recipe.training.grpo.beta else columns["written"]
         return columns
@@ -112,27 +114,27 @@ class RoundWriter:
         """`training.grpo.group` sampled replies to each prompt, in the prompts' order; each reply has its own random seed."""
         grpo, seed = self._corpus.recipe.training.grpo, self._corpus.recipe.seed
         stops = frozenset(self._corpus.layout.stop_ids)
-        asked = [(prompt, number) for prompt in prompts for number in range(grpo.group)]
-        if not asked:
+        requests = [(prompt, number) for prompt in prompts for number in range(grpo.group)]
+        if not requests:
             return []
-        scheduler = make_scheduler(policy, slots=min(AT_ONCE, len(asked)), context=self._corpus.recipe.data.max_length)
-        for place, (prompt, number) in enumerate(asked):
+        scheduler = make_scheduler(policy, slots=min(AT_ONCE, len(requests)), context=self._corpus.recipe.data.max_length)
+        for place, (prompt, number) in enumerate(requests):
             sampling = Sampling(1.0, seed=key_of(seed, "reply", prompt.position, number))
             scheduler.submit(place, GenerationRequest(prompt.ids, grpo.max_new_tokens, stops, sampling))
-        written: dict[Hashable, list[int]] = {place: [] for place in range(len(asked))}
-        ended: dict[Hashable, bool] = {}
+        ids: dict[Hashable, list[int]] = {place: [] for place in range(len(requests))}
+        has_ended: dict[Hashable, bool] = {}
         while scheduler.running or scheduler.waiting:
             for token in scheduler.step():
-                written[token.key].append(token.id)
-                ended[token.key] = token.finish == "stop"
-        return [Rollout(prompt, written[place], ended[place]) for place, (prompt, _) in enumerate(asked)]
+                ids[token.key].append(token.id)
+                has_ended[token.key] = token.finish == "stop"
+        return [Rollout(prompt, ids[place], has_ended[place]) for place, (prompt, _) in enumerate(requests)]
 
     def _rewards(self, replies: Sequence[Rollout]) -> Tensor:
         """Reward of every reply, float32 (replies,). A reply that was cut is scored with an answer's end, like all others."""
         end = list(self._corpus.layout.end_ids)
-        texts = [(reply.ids[:-1] if reply.ended else reply.ids) + end for reply in replies]
-        found = choice_rewards(self._judge, [reply.prompt.ids for reply in replies], [[ids] for ids in texts])
-        return torch.tensor(list(chain.from_iterable(found)), dtype=torch.float32)
+        texts = [(reply.ids[:-1] if reply.has_ended else reply.ids) + end for reply in replies]
+        rewards = choice_rewards(self._judge, [reply.prompt.ids for reply in replies], [[ids] for ids in texts])
+        return torch.tensor(list(chain.from_iterable(rewards)), dtype=torch.float32)
 
     def _columns(self, replies: Sequence[Rollout], rows: Sequence[Sequence[int]], per_reply: dict[str, NDArray[Any]]) -> Rows:
         texts = [reply.prompt.ids + reply.ids for reply in replies]
