@@ -35,13 +35,17 @@ RECENT_STEPS = 20  # over which speed and remaining time are averaged
 class ValidationEngine(Protocol):
     """Anything that computes the summed validation loss of a micro-batch."""
 
-    def validation_nll(self, batch: MicroBatch) -> float: ...
+    def validation_nll(self, batch: MicroBatch) -> float:
+        """Summed loss of `batch` on this worker."""
+        ...
 
 
 class TrainingEngine(Protocol):
     """Anything that makes optimizer steps, such as `DeepSpeedEngine`."""
 
-    def train_step(self, batches: Sequence[MicroBatch], scale: float, rate: float) -> StepOutcome: ...
+    def train_step(self, batches: Sequence[MicroBatch], scale: float, rate: float) -> StepOutcome:
+        """One step with learning rate `rate`, on the loss of `batches` summed over all workers and times `scale`."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -39,10 +39,12 @@ class State:
     window_rows: int | None = None  # rows in `window`; None where no row of it was trained on, or not recorded (earlier versions)
 
     def to_json(self) -> dict[str, Any]:
+        """The state as it lies in a checkpoint's state.json."""
         return {**vars(self), "ledger": self.ledger.to_json()}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> State:
+        """The state of a checkpoint, of an earlier version too."""
         return cls(**{**value, "ledger": Ledger.from_json(value["ledger"])})
 
 

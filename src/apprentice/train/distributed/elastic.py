@@ -1,15 +1,19 @@
 """Elastic scaling policy: the number of workers while nodes come and go.
 
-It is the largest divisor of the run's largest number of workers for which there is room. With `workers` from 2 to 8:
+It is the largest divisor of the run's largest number of workers for which there is room. Example: `workers` from 2 to 8, so that 2,
+4 and 8 are possible, with one CPU each, on nodes of 4 CPUs, two of which stay for the stream of rows.
 
-    the nodes have room for 7  ─▶  4 workers (2, 4 and 8 are possible)
-    a node joins: room for 8   ─▶  ask for a checkpoint; once it is written, restart with 8
-    a node with workers fails  ─▶  restart from the newest checkpoint with what fits
-    no room for 2              ─▶  wait for nodes
+    nodes  room  decision                                                       workers
+        2     6  start with what fits                                                 4
+        3    10  a node joined: request a checkpoint, and resize once it is written   8
+        2     6  a node with workers was lost: resize at the newest checkpoint        4
+        1     2  another was lost                                                     2
+        0     0  wait for nodes                                                       0
 
-Ray Train's own elastic policy takes any number in the range, but only with a divisor does each step keep the same rows (see
-data/stream.py). Growing at a checkpoint made for it repeats no step. If a node is lost that ran only data actors, these would wait
-for ever for CPUs that the rest of the stream holds, so the worker group is restarted with what is left.
+Each step has the same rows all along: 4 workers take 8 rows each of a global batch of 32, 8 workers take 4 each, in the same order
+(see data/stream.py). With 7 workers, which Ray Train's own elastic policy would take, no such split exists. Growing at a checkpoint
+made for it repeats no step. If a node is lost that ran only data actors, these would wait for ever for CPUs that the rest of the
+stream holds, so the worker group is restarted with what is left.
 
 Ray Train's controller calls the policy, in its own process.
 """
@@ -58,6 +62,7 @@ class DivisorPolicy(RequestingPolicy):
         return self._recipe.training.max_workers
 
     def make_decision_for_non_running_worker_group(self) -> ScalingDecision:
+        """Starts a worker group with as many workers as there is room for, or waits."""
         self.request_nodes()
         self._mailbox.forget_workers.remote()
         self._grow_to = None
@@ -74,6 +79,7 @@ class DivisorPolicy(RequestingPolicy):
         return self._resize(workers)
 
     def make_decision_for_running_worker_group(self, worker_group_state: Any, worker_group_status: Any) -> ScalingDecision:
+        """Grows at the checkpoint requested for it, restarts a stream that lost a node, or leaves the group as it is."""
         self.request_nodes()
         now = time.monotonic()
         if self._grow_to is not None and not ray.get(self._mailbox.is_checkpoint_requested.remote()):

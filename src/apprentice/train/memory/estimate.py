@@ -33,6 +33,7 @@ class MemoryEstimate:
 
     @property
     def total(self) -> float:
+        """Sum of all parts; activations that are not known count as 0."""
         return self.weights + self.gradients + self.optimizer + (self.activations or 0.0) + self.process + self.checkpoint
 
 

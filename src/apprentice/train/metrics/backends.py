@@ -30,6 +30,7 @@ class RayMetrics:
         self._gauges: dict[str, Any] = {}
 
     def add(self, values: Mapping[str, float], step: int) -> None:
+        """Sets the gauges, that of `train/step` among them."""
         from ray.util.metrics import Gauge
 
         for name, value in {**values, "train/step": float(step)}.items():
@@ -68,10 +69,12 @@ class MLflow:
             self._client.log_batch(self._id, params=params[first : first + 100])
 
     def add(self, values: Mapping[str, float], step: int) -> None:
+        """Logs the figures as metrics at `step`."""
         now = int(time.time() * 1000)
         self._client.log_batch(self._id, metrics=[self._metric(name, value, now, step) for name, value in values.items()])
 
     def close(self) -> None:
+        """Marks the run as finished."""
         self._client.set_terminated(self._id)
 
 
@@ -91,9 +94,11 @@ class WeightsAndBiases:
         )
 
     def add(self, values: Mapping[str, float], step: int) -> None:
+        """Logs the figures, `step` among them."""
         self._run.log({**values, "step": step})  # as a value: W&B's own step may only grow, and a restarted run goes back
 
     def close(self) -> None:
+        """Uploads what is left and finishes the run."""
         self._run.finish()
 
 

@@ -37,10 +37,12 @@ class Ledger:
                 counts[reason] = counts.get(reason, 0) + count
 
     def to_json(self) -> dict[str, Any]:
+        """The counts as they lie in a checkpoint."""
         return {"examples": _texts(self.examples), "targets": _texts(self.targets), "dropped": self.dropped}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Ledger:
+        """The ledger of a checkpoint."""
         return cls(
             {int(task): count for task, count in value["examples"].items()},
             {int(task): count for task, count in value["targets"].items()},

@@ -25,11 +25,13 @@ class EventFile:
         self._flushed_at = 0.0
 
     def add_scalar(self, name: str, value: float, step: int) -> None:
+        """Writes one value of a curve."""
         from tensorboardX.summary import scalar
 
         self._write(scalar(name, value), step)
 
     def add_text(self, name: str, words: str, step: int) -> None:
+        """Writes a text."""
         from tensorboardX.summary import text
 
         self._write(text(name, words), step)
@@ -43,6 +45,7 @@ class EventFile:
             self._writer.flush()
 
     def close(self) -> None:
+        """Flushes and closes the file."""
         self._writer.close()
 
     def give_up(self) -> None:

@@ -53,6 +53,7 @@ class MovingAverage:
         self._sum = self._weight = 0.0
 
     def update(self, value: float) -> float:
+        """Takes the next value; returns the average with it."""
         if math.isfinite(value):
             self._sum, self._weight = 0.9 * self._sum + value, 0.9 * self._weight + 1.0
         return self._sum / self._weight if self._weight else value
