@@ -159,7 +159,7 @@ def test_what_a_config_names_is_never_used(model, tmp_path, monkeypatch, named):
     from transformers import modeling_utils
 
     from apprentice.models import loading
-    from apprentice.train.memory.activations import activations
+    from apprentice.train.memory.activations import estimate_activations
 
     fetched = []
     monkeypatch.setattr(modeling_utils, "lazy_import_flash_attention", lambda name, **_: fetched.append(name))
@@ -169,7 +169,7 @@ def test_what_a_config_names_is_never_used(model, tmp_path, monkeypatch, named):
     loaded = load_model(model, torch.float32)
     assert {module.config._attn_implementation for module in loaded.modules() if hasattr(module, "config")} == {"sdpa"}
     assert build_without_weights(model).config._attn_implementation == "sdpa"
-    assert activations(load_recipe(tiny_recipe(tmp_path, model)), torch.float32, 1, 8) > 0
+    assert estimate_activations(load_recipe(tiny_recipe(tmp_path, model)), torch.float32, 1, 8) > 0
     assert fetched == []
 
 

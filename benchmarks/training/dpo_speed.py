@@ -29,7 +29,7 @@ from apprentice.tasks.builtin import rows
 from apprentice.tasks.registry import find_tasks
 from apprentice.train.batch import PackedRows
 from apprentice.train.distributed.driver import train
-from apprentice.train.engine.deepspeed_config import micro_batch
+from apprentice.train.engine.deepspeed_config import choose_micro_batch
 from apprentice.train.losses.preference import answer_log_probabilities
 from apprentice.train.losses.target_losses import TargetLosses
 
@@ -100,7 +100,7 @@ def reference_seconds(corpus: Corpus) -> float:
     torch.set_num_threads(1)
     targets = TargetLosses(load_model(recipe.model.base, dtype).eval())
     packed = PackedRows.from_columns(render_window(corpus, 0))
-    size = micro_batch(recipe.training, workers=1, length=corpus.row_length, on_gpu=False)
+    size = choose_micro_batch(recipe.training, workers=1, length=corpus.row_length, on_gpu=False)
     batches: list[Any] = packed.micro_batches(size)[:5]
     with torch.no_grad():
         answer_log_probabilities(targets, batches[0])  # warm-up

@@ -31,7 +31,7 @@ from apprentice.pretrained.hub import local_folder
 from apprentice.recipe import Recipe
 from apprentice.train.batch import PackedRows, RowFacts
 from apprentice.train.engine.collectives import Collectives
-from apprentice.train.engine.deepspeed_config import micro_batch
+from apprentice.train.engine.deepspeed_config import choose_micro_batch
 from apprentice.train.memory.measure import peak_memory
 from apprentice.train.metrics import mfu as flops
 from apprentice.train.worker import build_engine
@@ -133,7 +133,7 @@ def _process(_: int, folder: str) -> None:
     device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
     dist.init_process_group("nccl" if on_gpu else "gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
     length = recipe.data.packing.length
-    micro = micro_batch(recipe.training, workers=1, length=length, on_gpu=on_gpu)
+    micro = choose_micro_batch(recipe.training, workers=1, length=length, on_gpu=on_gpu)
     dtype = resolve_dtype(recipe.model.dtype, device.type)
     tried = length if on_gpu and recipe.training.micro_batch == "auto" else None
     engine = build_engine(recipe, None, dtype=dtype, micro=micro, device=device, collectives=Collectives(), trial_length=tried)

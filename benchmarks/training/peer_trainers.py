@@ -27,7 +27,7 @@ from apprentice.models.tuning.methods import TUNING_METHODS
 from apprentice.pretrained.hub import local_folder
 from apprentice.recipe import Recipe
 from apprentice.train.batch import PackedRows
-from apprentice.train.engine.deepspeed_config import micro_batch, rows_per_worker
+from apprentice.train.engine.deepspeed_config import choose_micro_batch, rows_per_worker
 from apprentice.train.memory.measure import peak_memory
 
 WARM_UP = 2  # first steps, which are not measured
@@ -98,7 +98,7 @@ def _run(trainer: Any) -> tuple[int, float]:
 def _arguments(job: Job, workers: int) -> dict[str, Any]:
     training = job.recipe.training
     on_gpu = training.resources.gpus > 0
-    micro = micro_batch(training, workers=workers, length=job.recipe.data.packing.length, on_gpu=on_gpu)
+    micro = choose_micro_batch(training, workers=workers, length=job.recipe.data.packing.length, on_gpu=on_gpu)
     return {
         "output_dir": job.folder,
         "per_device_train_batch_size": micro,

@@ -36,7 +36,7 @@ from apprentice.recipe.training import Checkpointing
 from apprentice.run.folder import Run, open_run
 from apprentice.train.batch import PackedRows
 from apprentice.train.distributed.driver import train
-from apprentice.train.engine.deepspeed_config import micro_batch, rows_per_worker
+from apprentice.train.engine.deepspeed_config import choose_micro_batch, rows_per_worker
 from apprentice.train.losses.sft import SupervisedLoss
 from apprentice.train.optimizer import adamw, learning_rate
 from benchmarks.figures import claim_stdout, compare, report
@@ -149,7 +149,7 @@ def bare_process(rank: int, file: str, workers: int) -> None:
     parameters = trainable_parameters(wrapped)
     optimizer = adamw(parameters, training.optimizer)
     model: Any = torch.nn.parallel.DistributedDataParallel(SupervisedLoss(wrapped))
-    micro = micro_batch(training, workers=workers, length=recipe.data.packing.length, on_gpu=False)
+    micro = choose_micro_batch(training, workers=workers, length=recipe.data.packing.length, on_gpu=False)
     rows = rows_per_worker(training, workers)
     targets, begin = 0, 0.0
     for step, whole in enumerate(bare.steps):

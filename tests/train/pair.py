@@ -20,7 +20,7 @@ from apprentice.recipe import Training, Tuning
 from apprentice.train.checkpoint.shard_gather import ShardGatherer
 from apprentice.train.engine.collectives import Collectives
 from apprentice.train.engine.deepspeed import DeepSpeedEngine
-from apprentice.train.loop import validation_loss
+from apprentice.train.loop import compute_validation_loss
 from apprentice.train.optimizer import make_optimizer, moment_shapes
 from tests.train.rows import counted, packed_rows, reference_nll
 
@@ -96,7 +96,7 @@ def ours(case: dict[str, Any], rank: int) -> dict[str, Any]:
             }
             found["likeliest"] = [engine.likeliest(PROMPT, REPLY[:said]) for said in range(3)]
     found["scaling"] = engine.loss_scaling()
-    found["validation"] = validation_loss(engine, packed_rows(5, first=900, weighted=weighted), micro, Collectives())
+    found["validation"] = compute_validation_loss(engine, packed_rows(5, first=900, weighted=weighted), micro, Collectives())
     found |= carried_on(engine, case, training, made, rank)
     return found
 

@@ -17,7 +17,7 @@ from apprentice.recipe import Optimizer
 from apprentice.train import loop
 from apprentice.train.batch import MicroBatch, PackedRows
 from apprentice.train.engine.collectives import Collectives
-from apprentice.train.loop import LoopCallback, LoopConfig, train_loop, validation_loss
+from apprentice.train.loop import LoopCallback, LoopConfig, train_loop, compute_validation_loss
 from apprentice.train.losses.sft import SupervisedLoss
 from apprentice.train.optimizer import adamw
 from apprentice.train.state import Goal, State, StepOutcome
@@ -255,8 +255,8 @@ def test_validation_loss() -> None:
     engine = PlainEngine()
     rows = packed_rows(5)
     expected = sum(engine.validation_nll(micro) for micro in rows.micro_batches(1)) / rows.targets
-    assert validation_loss(engine, rows, 2, Collectives()) == pytest.approx(expected, rel=1e-6)
-    assert validation_loss(engine, rows.share(5, 6), 2, Collectives()) is None
+    assert compute_validation_loss(engine, rows, 2, Collectives()) == pytest.approx(expected, rel=1e-6)
+    assert compute_validation_loss(engine, rows.share(5, 6), 2, Collectives()) is None
 
 
 def test_a_requested_checkpoint_comes_at_once_and_without_validation() -> None:

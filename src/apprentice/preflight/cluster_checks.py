@@ -68,7 +68,7 @@ def check_workers(lookup: RecipeLookup) -> str:
     from apprentice.models.tuning.methods import check_tuning
     from apprentice.train.distributed.async_validation import validates_asynchronously
     from apprentice.train.distributed.resources import GIB, check_resources, has_resources, required_resources
-    from apprentice.train.engine.deepspeed_config import micro_batch
+    from apprentice.train.engine.deepspeed_config import choose_micro_batch
     from apprentice.train.memory.measure import estimate_peak_memory
 
     recipe, folder = lookup.recipe, lookup.model_folder
@@ -88,7 +88,7 @@ def check_workers(lookup: RecipeLookup) -> str:
     cpus = sum(node.get("CPU", 0.0) for node in nodes)
     trained = parameters if recipe.tuning.method == "full" else 0  # other methods train few parameters in comparison
     length = recipe.data.packing.length
-    micro = micro_batch(recipe.training, workers=ask.workers, length=length, on_gpu=on_gpu)
+    micro = choose_micro_batch(recipe.training, workers=ask.workers, length=length, on_gpu=on_gpu)
     each = estimate_peak_memory(recipe, parameters, trained, dtype, workers=ask.workers, micro=micro, length=length)
     sizes = {part.name: getattr(each, part.name) for part in fields(each)}
     parts = [f"{name} {'unknown' if size is None else f'{size / GIB:.1f}'}" for name, size in sizes.items()]

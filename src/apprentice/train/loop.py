@@ -185,7 +185,7 @@ def _one_step(
     return outcome._replace(figures=dict(zip(outcome.figures, figures, strict=True))), rate
 
 
-def validation_loss(engine: ValidationEngine, rows: PackedRows, micro: int, collectives: Collectives) -> float | None:
+def compute_validation_loss(engine: ValidationEngine, rows: PackedRows, micro: int, collectives: Collectives) -> float | None:
     """Mean loss over the target tokens (or pairs) of `rows`; None without any. All workers must call it with the same rows."""
     if len(rows) == 0 or rows.loss_denominator == 0:
         return None

@@ -27,11 +27,11 @@ from apprentice.train.checkpoint.format import Checkpoint, open_tensors
 from apprentice.train.checkpoint.restore import restore_model
 from apprentice.train.engine.collectives import Collectives
 from apprentice.train.engine.deepspeed import DeepSpeedEngine, enable_activation_checkpointing
-from apprentice.train.engine.deepspeed_config import micro_batch, rows_per_worker
-from apprentice.train.loop import LoopCallback, LoopConfig, train_loop, validation_loss
+from apprentice.train.engine.deepspeed_config import choose_micro_batch, rows_per_worker
+from apprentice.train.loop import LoopCallback, LoopConfig, train_loop, compute_validation_loss
 from apprentice.train.losses.objective_loss import ObjectiveLoss
 from apprentice.train.losses.registry import create_loss
-from apprentice.train.memory.batch_size import has_room, largest_that_fits
+from apprentice.train.memory.batch_size import fits_into_memory, find_largest_fitting
 from apprentice.train.memory.estimate import estimate_memory
 from apprentice.train.memory.measure import OutOfMemoryAdvisor, peak_memory
 from apprentice.train.metrics.mfu import flops_per_token, peak_flops
@@ -117,7 +117,7 @@ class _WorkerCallback(LoopCallback):
         return self.events.is_checkpoint_requested()
 
     def validate(self, state: State) -> float | None:
-        loss = validation_loss(self.engine, self.validation, self.engine.micro, self.collectives)
+        loss = compute_validation_loss(self.engine, self.validation, self.engine.micro, self.collectives)
         if loss is not None:
             self.recorder.add(state, validation_loss=loss)
         return loss
@@ -151,7 +151,7 @@ def _set_up(
     training, on_gpu = recipe.training, device.type != "cpu"
     check_dtype(recipe.model.dtype, local_folder(recipe.model.base), on_gpu=on_gpu)
     check_tuning(recipe.tuning, on_gpu=on_gpu)
-    micro = micro_batch(training, workers=collectives.workers, length=length, on_gpu=on_gpu)
+    micro = choose_micro_batch(training, workers=collectives.workers, length=length, on_gpu=on_gpu)
     dtype = resolve_dtype(recipe.model.dtype, device.type)
     parameters = count_parameters(local_folder(recipe.model.base))
     advisor = OutOfMemoryAdvisor(recipe, parameters, dtype, micro, length, collectives.workers, device)
@@ -214,9 +214,9 @@ def find_micro_batch(
     reserved = state.gradients + state.optimizer
 
     def fits(rows: int) -> bool:
-        return all(collectives.gather(has_room(loss, rows, length, reserved, device)))
+        return all(collectives.gather(fits_into_memory(loss, rows, length, reserved, device)))
 
-    return largest_that_fits(rows_per_worker(training, collectives.workers), fits)
+    return find_largest_fitting(rows_per_worker(training, collectives.workers), fits)
 
 
 def build_engine(

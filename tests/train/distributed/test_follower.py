@@ -15,7 +15,7 @@ from apprentice.errors import TrainingError
 from apprentice.run.folder import Run
 from apprentice.storage import Folder
 from apprentice.train.distributed import follower
-from apprentice.train.distributed.follower import Follower, outcome_of
+from apprentice.train.distributed.follower import Follower, get_outcome
 from apprentice.train.distributed.heartbeat import Heartbeat, WorkerProcess
 from apprentice.train.distributed.mailbox import Mailbox
 from apprentice.train.metrics.tracker import Tracker
@@ -107,8 +107,8 @@ def test_a_mailbox_that_died_is_one_sentence(near: Near, tmp_path: Path) -> None
     near.errors = [DEATH, DEATH]
     follow(near, tracker_for(tmp_path, lambda values: None), [])
     assert len(near.errors) == 1  # the follower does not ask a dead one again
-    assert isinstance(outcome_of(near).error, TrainingError)
-    assert outcome_of(near).error is None
+    assert isinstance(get_outcome(near).error, TrainingError)
+    assert get_outcome(near).error is None
 
 
 def test_a_worker_is_heard_again_after_a_blip(near: Near) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from apprentice.errors import RecipeError
 from apprentice.recipe import Training
-from apprentice.train.engine.deepspeed_config import deepspeed_config, micro_batch
+from apprentice.train.engine.deepspeed_config import choose_micro_batch, deepspeed_config
 
 
 def training(**values: Any) -> Training:
@@ -107,10 +107,10 @@ def test_buckets_are_no_larger_than_what_is_trained() -> None:
 
 
 def test_micro_batch() -> None:
-    assert micro_batch(training(), workers=2, length=1024, on_gpu=False) == 2
-    assert micro_batch(training(), workers=2, length=1024, on_gpu=True) == 8
-    assert micro_batch(training(micro_batch=4), workers=2, length=1024, on_gpu=False) == 4
+    assert choose_micro_batch(training(), workers=2, length=1024, on_gpu=False) == 2
+    assert choose_micro_batch(training(), workers=2, length=1024, on_gpu=True) == 8
+    assert choose_micro_batch(training(micro_batch=4), workers=2, length=1024, on_gpu=False) == 4
     with pytest.raises(RecipeError, match="micro_batch 8 does not divide the 4 rows"):
-        micro_batch(training(micro_batch=8), workers=4, length=1024, on_gpu=False)
+        choose_micro_batch(training(micro_batch=8), workers=4, length=1024, on_gpu=False)
     with pytest.raises(RecipeError, match="cannot be divided among 3 workers"):
-        micro_batch(training(), workers=3, length=1024, on_gpu=False)
+        choose_micro_batch(training(), workers=3, length=1024, on_gpu=False)

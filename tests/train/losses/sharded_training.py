@@ -21,7 +21,7 @@ from apprentice.recipe import Training
 from apprentice.train.batch import PackedRows
 from apprentice.train.engine.collectives import Collectives
 from apprentice.train.engine.deepspeed import DeepSpeedEngine
-from apprentice.train.loop import validation_loss
+from apprentice.train.loop import compute_validation_loss
 from apprentice.train.losses import target_losses
 from apprentice.train.losses.registry import create_loss
 from apprentice.train.optimizer import make_optimizer
@@ -90,7 +90,7 @@ def sharded(case: dict[str, Any], rank: int, workers: int, folder: Path) -> dict
         outcome = engine.train_step(mine.micro_batches(ROWS // 2), 1.0 / counted, RATE)
         result["loss"].append(Collectives().sum([outcome.nll])[0] / counted)
         result["norm"].append(outcome.grad_norm)
-    result["validation"] = validation_loss(engine, rows_of(case, STEPS, 0, workers), ROWS // 2, Collectives())
+    result["validation"] = compute_validation_loss(engine, rows_of(case, STEPS, 0, workers), ROWS // 2, Collectives())
     result["weights"] = {key[7:]: value for key, value in state_of(engine).items() if key.startswith("weight/")}
     return result | {"calls": Collectives().gather(len(calls))}
 

@@ -14,7 +14,7 @@ from apprentice.models.tuning.methods import TUNING_METHODS
 from apprentice.recipe import Recipe, load_recipe
 from apprentice.train.batch import SupervisedBatch
 from apprentice.train.losses.sft import SupervisedLoss
-from apprentice.train.memory.activations import LOGIT_BYTES, activations
+from apprentice.train.memory.activations import LOGIT_BYTES, estimate_activations
 from apprentice.train.memory.measure import estimate_peak_memory, out_of_memory_error
 from tests.models.architectures import made
 from tests.support.recipes import tiny_recipe
@@ -56,7 +56,7 @@ def estimate(made: Recipe, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) 
     """Without what a backward pass needs beside it."""
     with monkeypatch.context() as patch:
         patch.setattr("apprentice.train.memory.activations.WORKING_TENSORS", 0)
-        return activations(made, dtype, ROWS, LENGTH, 1)
+        return estimate_activations(made, dtype, ROWS, LENGTH, 1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -69,13 +69,13 @@ def test_what_is_kept(name: str, method: str, dtype: torch.dtype, tmp_path: Path
 
 def test_rows_logits_and_checkpointing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = recipe(tmp_path, "llama")
-    one = activations(plain, torch.float32, 1, LENGTH, 1)
-    assert activations(plain, torch.float32, 4, LENGTH, 1) == pytest.approx(4 * one, rel=0.05)
-    logits = activations(plain, torch.float32, 1, LENGTH) - one
+    one = estimate_activations(plain, torch.float32, 1, LENGTH, 1)
+    assert estimate_activations(plain, torch.float32, 4, LENGTH, 1) == pytest.approx(4 * one, rel=0.05)
+    logits = estimate_activations(plain, torch.float32, 1, LENGTH) - one
     assert 0 < logits <= LENGTH * VOCABULARY * LOGIT_BYTES
     monkeypatch.setattr("apprentice.train.memory.activations.CHUNK_NUMBERS", 8 * VOCABULARY)
-    in_chunks = activations(plain, torch.float32, 1, LENGTH)
-    assert in_chunks == activations(plain, torch.float32, 1, LENGTH, 8) < logits + one
+    in_chunks = estimate_activations(plain, torch.float32, 1, LENGTH)
+    assert in_chunks == estimate_activations(plain, torch.float32, 1, LENGTH, 8) < logits + one
     less = recipe(tmp_path, "llama", training__activation_checkpointing=True)
     half = estimate(less, torch.float32, monkeypatch)
     whole = estimate(plain, torch.float32, monkeypatch)
@@ -84,7 +84,7 @@ def test_rows_logits_and_checkpointing(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_encoder_decoders(tmp_path: Path) -> None:
-    assert activations(recipe(tmp_path, "t5"), torch.float32, ROWS, LENGTH, 1) > 2 * ROWS * LENGTH * 64 * 4
+    assert estimate_activations(recipe(tmp_path, "t5"), torch.float32, ROWS, LENGTH, 1) > 2 * ROWS * LENGTH * 64 * 4
 
 
 def test_what_nobody_knows_is_not_nothing(
@@ -100,7 +100,7 @@ def test_what_nobody_knows_is_not_nothing(
 
     for error, told in ((NotImplementedError, 0), (TypeError, 1), (AttributeError, 2)):
         monkeypatch.setattr("apprentice.train.memory.activations._saved_by_forward", fails(error))
-        assert activations(made, torch.float32, ROWS, LENGTH) is None
+        assert estimate_activations(made, torch.float32, ROWS, LENGTH) is None
         assert len(caplog.records) == told
         assert all(record.exc_info for record in caplog.records)
     state = estimate_peak_memory(made, 2**30, 2**30, torch.float32, workers=1, micro=1, length=LENGTH)

@@ -13,7 +13,7 @@ from apprentice.recipe import load_recipe
 from apprentice.train import worker
 from apprentice.train.batch import SupervisedBatch
 from apprentice.train.losses.sft import SupervisedLoss
-from apprentice.train.memory.batch_size import has_room, largest_that_fits
+from apprentice.train.memory.batch_size import fits_into_memory, find_largest_fitting
 from tests.models.architectures import made
 from tests.support.recipes import tiny_recipe
 
@@ -26,7 +26,7 @@ def test_the_largest_divisor_that_fits(rows: int, most: int, expected: int) -> N
         asked.append(size)
         return size <= most
 
-    assert largest_that_fits(rows, fits) == expected
+    assert find_largest_fitting(rows, fits) == expected
     assert len(asked) <= 3
     assert all(rows % size == 0 for size in asked)
 
@@ -48,11 +48,11 @@ class Narrow(SupervisedLoss):
 def test_a_pass_is_tried_and_leaves_nothing() -> None:
     loss, cpu = Narrow(128), torch.device("cpu")
     before = {name: value.clone() for name, value in loss.state_dict().items()}
-    assert [has_room(loss, rows, 32, 1e6, cpu) for rows in (1, 4, 5)] == [True, True, False]
+    assert [fits_into_memory(loss, rows, 32, 1e6, cpu) for rows in (1, 4, 5)] == [True, True, False]
     assert loss.passes == 3
     assert all(parameter.grad is None for parameter in loss.parameters())
     assert all(torch.equal(before[name], value) for name, value in loss.state_dict().items())
-    assert not has_room(loss, 1, 32, 2**60, cpu)  # no room for what is held aside
+    assert not fits_into_memory(loss, 1, 32, 2**60, cpu)  # no room for what is held aside
     assert loss.passes == 3
 
 
@@ -60,7 +60,7 @@ def test_other_errors_are_not_taken_for_a_lack_of_room(monkeypatch: pytest.Monke
     loss = Narrow(128)
     monkeypatch.setattr(SupervisedLoss, "forward", lambda *_: (_ for _ in ()).throw(RuntimeError("shapes differ")))
     with pytest.raises(RuntimeError, match="shapes differ"):
-        has_room(loss, 1, 32, 0, torch.device("cpu"))
+        fits_into_memory(loss, 1, 32, 0, torch.device("cpu"))
 
 
 @pytest.mark.parametrize(("others", "expected"), [(True, 4), (False, 1)])

@@ -23,8 +23,8 @@ from apprentice.train.checkpoint.format import Checkpoint, open_tensors
 from apprentice.train.checkpoint.restore import restore_model
 from apprentice.train.distributed.resources import has_room_for_validation
 from apprentice.train.engine.collectives import Collectives
-from apprentice.train.engine.deepspeed_config import micro_batch
-from apprentice.train.loop import validation_loss
+from apprentice.train.engine.deepspeed_config import choose_micro_batch
+from apprentice.train.loop import compute_validation_loss
 from apprentice.train.losses.objective_loss import ObjectiveLoss
 from apprentice.train.losses.registry import create_loss
 from apprentice.train.optimizer import number_formats
@@ -41,11 +41,10 @@ def validates_asynchronously(recipe: Recipe, nodes: Sequence[Mapping[str, float]
     mode = training.checkpoint.validation
     if mode == "workers" or training.aim.rounds:
         return False
-    if has_room_for_validation(recipe, nodes) and (
-        mode == "aside" or recipe.evaluation.while_training or training.deepspeed.stage < 3
-    ):
+    is_demanded = mode == "aside" or recipe.evaluation.while_training
+    if has_room_for_validation(recipe, nodes) and (is_demanded or training.deepspeed.stage < 3):
         return True
-    if mode == "aside" or recipe.evaluation.while_training:
+    if is_demanded:
         key = "training.checkpoint.validation aside" if mode == "aside" else "evaluation.while_training"
         raise ResourcesError(
             f"{key} takes the CPUs and GPUs of one more worker beside {training.max_workers}, and the cluster has no room for"
@@ -87,9 +86,9 @@ class CheckpointValidator:
 
     def _loss(self, model: nn.Module, autocast: torch.dtype | None, device: torch.device) -> float | None:
         training = self.recipe.training
-        micro = micro_batch(training, workers=training.max_workers, length=self.length, on_gpu=device.type != "cpu")
+        micro = choose_micro_batch(training, workers=training.max_workers, length=self.length, on_gpu=device.type != "cpu")
         engine = _LossEngine(create_loss(model, training, autocast).eval(), device)
-        return validation_loss(engine, self.rows, micro, Collectives())
+        return compute_validation_loss(engine, self.rows, micro, Collectives())
 
     def _merge(self, model: Any) -> Any:
         """The model as an export would have it: adapters merged where the method can be merged."""

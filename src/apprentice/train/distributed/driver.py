@@ -48,7 +48,7 @@ from apprentice.train.distributed.async_validation import CheckpointValidator, S
 from apprentice.train.distributed.compat import CHECKPOINT_SNAPSHOT, PolicyTrainer
 from apprentice.train.distributed.elastic import DivisorPolicy, find_leaving_nodes
 from apprentice.train.distributed.failure import find_apprentice_error, is_lost_connection
-from apprentice.train.distributed.follower import Follower, outcome_of
+from apprentice.train.distributed.follower import Follower, get_outcome
 from apprentice.train.distributed.mailbox import Mailbox, RunOutcome
 from apprentice.train.distributed.ray_worker import WorkerJob, work
 from apprentice.train.distributed.resources import check_resources, has_resources, required_resources, workers_that_fit
@@ -146,7 +146,7 @@ def _train(
         raise
 
 
-def goal_of(recipe: Recipe, corpus: Corpus) -> Goal:
+def make_goal(recipe: Recipe, corpus: Corpus) -> Goal:
     """The goal of the run. Raises `RecipeError` if the warm-up is not shorter than the run."""
     training = recipe.training
     steps = training.steps or int(estimate_steps(corpus)["steps"])
@@ -207,13 +207,12 @@ def _fit(recipe: Recipe, run: Run, corpus: Corpus, goal: Goal, tracker: Tracker,
     """Runs worker groups until the goal is reached. Returns the number of attempts."""
     workers = workers_that_fit(recipe, node_resources())
     is_async = validates_asynchronously(recipe, node_resources())
-    on_this_node = NodeAffinitySchedulingStrategy(
-        ray.get_runtime_context().get_node_id(), soft=False
-    )  # nodes of workers may be lost
-    # A call that the network lost is repeated; a mailbox that died is not restarted, since its state is lost.
+    # On this node, since nodes of workers may be lost. A call that the network lost is repeated; a mailbox that died is not
+    # restarted, since its state is lost.
+    on_this_node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     options = {"num_cpus": 0, "scheduling_strategy": on_this_node, "max_restarts": 0, "max_task_retries": -1}
     mailbox: Any = ray.remote(Mailbox).options(**options).remote(workers)
-    rows = validation_rows(corpus, 0 if is_async else validation_limit(recipe))
+    rows = validation_rows(corpus, 0 if is_async else count_validation_rows(recipe))
     config = WorkerConfig(
         recipe,
         run,
@@ -241,7 +240,7 @@ def _fit(recipe: Recipe, run: Run, corpus: Corpus, goal: Goal, tracker: Tracker,
         finally:
             if threading.current_thread() is threading.main_thread():
                 signal.signal(signal.SIGINT, earlier_handler)  # Ray Train leaves its own handler behind
-    outcome = outcome_of(mailbox)
+    outcome = get_outcome(mailbox)
     ray.kill(mailbox)
     if outcome.error is not None:
         raise outcome.error
@@ -306,7 +305,7 @@ def _stream_options(recipe: Recipe, corpus: Corpus) -> ExecutionOptions:
     return ExecutionOptions(preserve_order=True, resource_limits=ahead)
 
 
-def validation_limit(recipe: Recipe) -> int:
+def count_validation_rows(recipe: Recipe) -> int:
     """Most packed validation rows: an eighth of the rows trained on between two checkpoints, which takes about 5% of the time.
 
     0 for an on-policy run: its loss is defined only for replies that it wrote itself.

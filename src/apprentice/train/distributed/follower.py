@@ -50,7 +50,7 @@ class Follower:
                     return
                 time.sleep(POLL_S)
         except ray.exceptions.ActorDiedError:
-            return  # `outcome_of` reports it, and the workers end by themselves
+            return  # `get_outcome` reports it, and the workers end by themselves
 
     def _pass_on(self) -> bool:
         """Makes one round: kills silent workers, passes records on. False if a call was lost on the network."""
@@ -74,7 +74,7 @@ class Follower:
         return True
 
 
-def outcome_of(mailbox: Any) -> RunOutcome:
+def get_outcome(mailbox: Any) -> RunOutcome:
     """The outcome of the run as the mailbox has it; if the mailbox died, one with an error that says so."""
     try:
         outcome: RunOutcome = ray.get(mailbox.outcome.remote())

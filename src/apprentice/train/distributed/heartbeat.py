@@ -42,19 +42,19 @@ class Heartbeat:
         self._mailbox = mailbox
         self._attempt = attempt
         self._every_s = min(LONGEST_PAUSE_S, timeout_s / HEARTBEATS_PER_TIMEOUT)
-        self._patience_s = timeout_s / 2  # for one heartbeat's answer, which may be lost on the network
+        self._answer_timeout_s = timeout_s / 2  # for one heartbeat's answer, which may be lost on the network
         self._requests = 0  # checkpoint requests that the mailbox has counted
         self._granted_requests = 0  # those that were passed on to the loop
         self._preemption: object = None  # the newest notice that was passed on to the loop
         self._over = threading.Event()
         self._is_mailbox_dead = False  # true once the mailbox has died
-        self._thread = threading.Thread(target=self._beat, name="apprentice-pulse", daemon=True)
+        self._thread = threading.Thread(target=self._beat, name="apprentice-heartbeat", daemon=True)
         self._thread.start()
 
     def _beat(self) -> None:
         while True:
             try:
-                self._requests = ray.get(self._mailbox.beat.remote(self._attempt, self._worker), timeout=self._patience_s)
+                self._requests = ray.get(self._mailbox.beat.remote(self._attempt, self._worker), timeout=self._answer_timeout_s)
             except ray.exceptions.ActorDiedError:
                 self._is_mailbox_dead = True
                 return

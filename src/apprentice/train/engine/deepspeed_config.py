@@ -45,7 +45,7 @@ def rows_per_worker(training: Training, workers: int) -> int:
     return training.global_batch // workers
 
 
-def micro_batch(training: Training, *, workers: int, length: int, on_gpu: bool) -> int:
+def choose_micro_batch(training: Training, *, workers: int, length: int, on_gpu: bool) -> int:
     """Number of packed rows (of `length` tokens) in a micro-batch.
 
     Raises `RecipeError` if the recipe's number does not divide a worker's rows.
@@ -58,12 +58,12 @@ def micro_batch(training: Training, *, workers: int, length: int, on_gpu: bool) 
     return training.micro_batch
 
 
-def engine_stage(training: Training, *, narrow: bool) -> int:
-    """The ZeRO stage that is used: the recipe's, but at least 1 with `narrow` (16-bit) weights.
+def zero_stage(training: Training, *, is_16_bit: bool) -> int:
+    """The ZeRO stage that is used: the recipe's, but at least 1 with 16-bit weights.
 
     DeepSpeed accumulates bfloat16 gradients in float32 only if it partitions. Stage 1 computes the same as stage 0, in less memory.
     """
-    return max(training.deepspeed.stage, 1) if narrow else training.deepspeed.stage
+    return max(training.deepspeed.stage, 1) if is_16_bit else training.deepspeed.stage
 
 
 def deepspeed_config(training: Training, *, workers: int, micro: int, dtype: torch.dtype, trainable: int) -> dict[str, Any]:
@@ -71,7 +71,7 @@ def deepspeed_config(training: Training, *, workers: int, micro: int, dtype: tor
 
     `dtype` is the number format of the weights. Raises `RecipeError` for a key of `deepspeed.extra` that contradicts the recipe.
     """
-    stage = engine_stage(training, narrow=dtype != torch.float32)
+    stage = zero_stage(training, is_16_bit=dtype != torch.float32)
     config = {
         "train_batch_size": training.global_batch,
         "train_micro_batch_size_per_gpu": micro,

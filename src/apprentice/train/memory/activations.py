@@ -31,14 +31,14 @@ _log = logging.getLogger(__name__)
 WORKING_TENSORS = 4  # temporary tensors of a backward pass, each as large as the largest saved one
 
 
-def activations(recipe: Recipe, dtype: torch.dtype, rows: int, length: int, targets: int | None = None) -> float | None:
+def estimate_activations(recipe: Recipe, dtype: torch.dtype, rows: int, length: int, targets: int | None = None) -> float | None:
     """Peak bytes for a micro-batch of `rows` packed rows of `length` tokens, `targets` of them target tokens (None: all).
 
     With activation checkpointing these are the inputs of all layers and the inside of one. None for an architecture that cannot run
     on the meta device.
     """
     try:
-        kept, largest, config = _saved_by_forward(recipe, dtype, rows, length)
+        saved, largest, config = _saved_by_forward(recipe, dtype, rows, length)
     except (NotImplementedError, RuntimeError, ValueError):
         return None
     except (TypeError, AttributeError):  # a defect here or in the model's code, which must not end a run
@@ -47,9 +47,9 @@ def activations(recipe: Recipe, dtype: torch.dtype, rows: int, length: int, targ
     text = config.get_text_config()
     layers, vocabulary = max(1, int(text.num_hidden_layers)), int(text.vocab_size)
     if recipe.training.activation_checkpointing:
-        kept = layers * rows * length * int(text.hidden_size) * dtype.itemsize + kept / layers
+        saved = layers * rows * length * int(text.hidden_size) * dtype.itemsize + saved / layers
     logits = min(rows * length if targets is None else targets, max(1, CHUNK_NUMBERS // vocabulary)) * vocabulary
-    return kept + max(float(logits) * LOGIT_BYTES, WORKING_TENSORS * largest)
+    return saved + max(float(logits) * LOGIT_BYTES, WORKING_TENSORS * largest)
 
 
 def _saved_by_forward(recipe: Recipe, dtype: torch.dtype, rows: int, length: int) -> tuple[float, float, Any]:

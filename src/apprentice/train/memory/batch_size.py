@@ -15,7 +15,7 @@ from apprentice.train.losses.objective_loss import ObjectiveLoss
 from apprentice.train.memory.measure import is_out_of_memory
 
 
-def largest_that_fits(rows: int, fits: Callable[[int], bool]) -> int:
+def find_largest_fitting(rows: int, fits: Callable[[int], bool]) -> int:
     """The largest divisor of `rows` for which `fits` is true, by bisection; 1 (not tried) if it is true for no larger one.
 
     `fits` must be true for all divisors below one for which it is true.
@@ -28,7 +28,7 @@ def largest_that_fits(rows: int, fits: Callable[[int], bool]) -> int:
     return sizes[low]
 
 
-def has_room(loss: ObjectiveLoss, rows: int, length: int, reserved: float, device: torch.device) -> bool:
+def fits_into_memory(loss: ObjectiveLoss, rows: int, length: int, reserved: float, device: torch.device) -> bool:
     """Whether a forward and backward pass of `rows` rows of `length` tokens fits beside `reserved` bytes. Drops the gradients.
 
     Each row is full, has two examples, and all its tokens are targets: no real row takes more.

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from apprentice.recipe import Recipe
-from apprentice.train.engine.deepspeed_config import engine_stage
+from apprentice.train.engine.deepspeed_config import zero_stage
 from apprentice.train.optimizer import moment_bytes, number_formats
 
 # Measured size of a worker's process on a CPU before it loads a model: Python, PyTorch, Ray, DeepSpeed and transformers.
@@ -44,14 +44,13 @@ def estimate_memory(recipe: Recipe, parameters: int, trained: int, dtype: torch.
     """
     training = recipe.training
     offload = training.deepspeed.offload
-    is_offloaded = offload == "nvme" or (
-        offload == "cpu" and training.resources.gpus > 0
-    )  # in another memory than the one counted here
-    narrow = number_formats(training.optimizer, dtype).weights != torch.float32
-    stage = engine_stage(training, narrow=narrow)
-    weights = parameters * (2 if narrow else 4) / (workers if stage == 3 else 1)
+    # Whether the optimizer's state is in another memory than the one counted here.
+    is_offloaded = offload == "nvme" or (offload == "cpu" and training.resources.gpus > 0)
+    is_16_bit = number_formats(training.optimizer, dtype).weights != torch.float32
+    stage = zero_stage(training, is_16_bit=is_16_bit)
+    weights = parameters * (2 if is_16_bit else 4) / (workers if stage == 3 else 1)
     gradients = trained * 4 / (workers if stage >= 2 else 1)
-    optimizer: float = trained * (moment_bytes(training.optimizer) + (4 if narrow else 0))  # float32 copies of 16-bit weights
+    optimizer: float = trained * (moment_bytes(training.optimizer) + (4 if is_16_bit else 0))  # float32 copies of 16-bit weights
     optimizer /= workers if stage >= 1 else 1
     return MemoryEstimate(weights, gradients, 0.0 if is_offloaded else optimizer)
 
@@ -59,12 +58,10 @@ def estimate_memory(recipe: Recipe, parameters: int, trained: int, dtype: torch.
 def gathered_weight_bytes(recipe: Recipe, parameters: int, dtype: torch.dtype) -> float:
     """Bytes of gathered weights at the peak of ZeRO-3, beside each worker's shard; 0 at other stages."""
     training = recipe.training
-    narrow = number_formats(training.optimizer, dtype).weights != torch.float32
-    if engine_stage(training, narrow=narrow) < 3:
+    is_16_bit = number_formats(training.optimizer, dtype).weights != torch.float32
+    if zero_stage(training, is_16_bit=is_16_bit) < 3:
         return 0.0
-    zero_settings = training.deepspeed.extra.get("zero_optimization", {})
-    live_parameters, prefetched_parameters = (
-        zero_settings.get("stage3_max_live_parameters", LIVE_PARAMETERS),
-        zero_settings.get("stage3_prefetch_bucket_size", PREFETCHED_PARAMETERS),
-    )
-    return float(min(parameters, live_parameters) + min(parameters, prefetched_parameters)) * (2 if narrow else 4)
+    settings = training.deepspeed.extra.get("zero_optimization", {})
+    live = settings.get("stage3_max_live_parameters", LIVE_PARAMETERS)
+    prefetched = settings.get("stage3_prefetch_bucket_size", PREFETCHED_PARAMETERS)
+    return float(min(parameters, live) + min(parameters, prefetched)) * (2 if is_16_bit else 4)

@@ -20,7 +20,7 @@ from apprentice.models.loading import count_parameters, resolve_dtype
 from apprentice.pretrained.hub import local_folder
 from apprentice.recipe import Recipe
 from apprentice.train.checkpoint.format import SHARD_BYTES
-from apprentice.train.memory.activations import activations
+from apprentice.train.memory.activations import estimate_activations
 from apprentice.train.memory.estimate import PROCESS_BYTES, MemoryEstimate, estimate_memory, gathered_weight_bytes
 from apprentice.train.optimizer import can_be_sharded
 
@@ -55,7 +55,7 @@ def estimate_peak_memory(
 
     The other arguments are those of `estimate_memory`.
     """
-    saved = activations(recipe, dtype, micro, length)
+    saved = estimate_activations(recipe, dtype, micro, length)
     estimate = estimate_memory(recipe, parameters, trained, dtype, workers)
     estimate = replace(estimate, weights=estimate.weights + gathered_weight_bytes(recipe, parameters, dtype), activations=saved)
     if recipe.training.resources.gpus:
@@ -202,7 +202,7 @@ class OutOfMemoryAdvisor:
 
     def _estimate(self, change: Change) -> MemoryEstimate:
         trained = self.trained if change.recipe.tuning.method == self.recipe.tuning.method else 0
-        saved = activations(change.recipe, self.dtype, change.micro, change.length)
+        saved = estimate_activations(change.recipe, self.dtype, change.micro, change.length)
         return replace(estimate_memory(change.recipe, self.parameters, trained, self.dtype, self.workers), activations=saved)
 
     def _limit(self, estimate: MemoryEstimate) -> float:
