@@ -74,7 +74,7 @@ class Driver:
     def __init__(self, nodes: Nodes, folder: Path, hold: list[int]) -> None:
         self.folder = folder
         self.log = folder / f"driver-{time.monotonic_ns()}.log"
-        script = [sys.executable, str(Path(__file__).with_name("held.py")), str(folder / "recipe.yaml"), str(folder)]
+        script = [sys.executable, str(Path(__file__).with_name("paused_training.py")), str(folder / "recipe.yaml"), str(folder)]
         with self.log.open("wb") as out:
             self.process = subprocess.Popen(
                 [*script, *map(str, hold)], stdout=out, stderr=out, env=os.environ | {"RAY_ADDRESS": nodes.cluster.address}

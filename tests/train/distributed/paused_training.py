@@ -1,6 +1,6 @@
 """The command `apprentice train RECIPE` whose workers stop before chosen steps until a file lets them go on: run as a script.
 
-    python held.py RECIPE FOLDER STEP…
+    python paused_training.py RECIPE FOLDER STEP…
 
 Before step n of those named each worker writes `FOLDER/at-<n>-<rank>`, with its process and node, and waits for `FOLDER/go-<n>`.
 """
@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 
-def holding(folder: str, steps: list[int]) -> Callable[[Any], None]:
-    """What each worker runs. It goes to them by value, and with it all that it needs."""
+def pausing_worker(folder: str, steps: list[int]) -> Callable[[Any], None]:
+    """The function that each worker runs. It goes to them by value, and with it all that it needs."""
 
     def work(job: Any) -> None:
         import json
@@ -32,7 +32,7 @@ def holding(folder: str, steps: list[int]) -> Callable[[Any], None]:
         def run_worker(config: Any, restored: Any, rows: Any, *rest: Any, **more: Any) -> Any:
             rank = ray.train.get_context().get_world_rank()
 
-            def held() -> Any:
+            def paused_rows() -> Any:
                 step = restored.state.step if restored else 0
                 for batch in rows:
                     step += 1
@@ -43,7 +43,7 @@ def holding(folder: str, steps: list[int]) -> Callable[[Any], None]:
                             time.sleep(0.05)
                     yield batch
 
-            return inner(config, restored, held(), *rest, **more)
+            return inner(config, restored, paused_rows(), *rest, **more)
 
         training_worker.run_worker = run_worker
         ray_worker.work(job)
@@ -57,6 +57,6 @@ if __name__ == "__main__":
     from apprentice.train.distributed import elastic as scaling
 
     scaling.LOOK_EVERY_S = 1.0
-    launch.work = holding(sys.argv[2], [int(step) for step in sys.argv[3:]])
+    launch.work = pausing_worker(sys.argv[2], [int(step) for step in sys.argv[3:]])
     sys.argv = ["apprentice", "train", sys.argv[1]]
     main()
