@@ -17,7 +17,7 @@ from apprentice.recipe import Optimizer
 from apprentice.train import loop
 from apprentice.train.batch import MicroBatch, PackedRows
 from apprentice.train.engine.collectives import Collectives
-from apprentice.train.loop import LoopCallback, LoopConfig, train_loop, compute_validation_loss
+from apprentice.train.loop import LoopCallback, LoopConfig, compute_validation_loss, train_loop
 from apprentice.train.losses.sft import SupervisedLoss
 from apprentice.train.optimizer import adamw
 from apprentice.train.state import Goal, State, StepOutcome
@@ -240,13 +240,13 @@ def test_a_loss_that_is_no_number_stops_with_step_and_examples() -> None:
     engine = PlainEngine()
     callback = Recorder()
 
-    class Broken(PlainEngine):
+    class BrokenEngine(PlainEngine):
         def train_step(self, batches: Sequence[MicroBatch], scale: float, rate: float) -> StepOutcome:
             outcome = engine.train_step(batches, scale, rate)
             return StepOutcome(math.nan, outcome.grad_norm) if len(engine.rates) == 2 else outcome
 
     with pytest.raises(TrainingError, match=r"step 2: the loss or its gradient is not a number .* positions 40, 41"):
-        train_loop(Broken(), stream(), State(), config(every=1), callback, collectives=Collectives())
+        train_loop(BrokenEngine(), stream(), State(), config(every=1), callback, collectives=Collectives())
     assert [record["step"] for record in callback.records] == [1, 2]
     assert callback.saves == [(1, 3.0)]  # a broken model is not saved
 

@@ -37,13 +37,13 @@ def no_room() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-class Ears:
+class SaverListener:
     """What a saver said, and to whom."""
 
     def __init__(self, folder: Folder, rank: int = 0) -> None:
         self.rank = rank
-        self.told: list[tuple[int, str]] = []
-        self.took: list[dict[str, float]] = []
+        self.messages: list[tuple[int, str]] = []
+        self.durations: list[dict[str, float]] = []
         self.registered: list[tuple[bool, int]] = []
         self.gathered = 0
         self.saver = AsyncSaver(
@@ -56,7 +56,7 @@ class Ears:
         )
 
     def report(self, state: State, message: str = "", **seconds: float) -> None:
-        self.told.append((state.step, message)) if message else self.took.append(seconds)
+        self.messages.append((state.step, message)) if message else self.durations.append(seconds)
 
     def shards(self) -> list[Shard]:
         """The first worker's half of each tensor, and of the second the other."""
@@ -92,40 +92,40 @@ def test_training_goes_on_and_the_next_one_is_tried(free: int, folder: Folder, m
     monkeypatch.setattr(saving, "free_memory", lambda: float(free))
     # One tensor a file: the first fails, the others are gathered all the same.
     monkeypatch.setattr(checkpoints, "SHARD_BYTES", LARGE)
-    ears = Ears(folder)
-    ears.save(3)
-    ears.settle()
-    assert ears.registered == []  # what became of it is known to all workers when they ask, or at the next one
-    assert ears.saver.has_saved()
-    assert ears.saver.settle() is None
-    assert ears.registered == [(True, 3)]
-    assert not ears.saver.has_saved()
+    listener = SaverListener(folder)
+    listener.save(3)
+    listener.settle()
+    assert listener.registered == []  # what became of it is known to all workers when they ask, or at the next one
+    assert listener.saver.has_saved()
+    assert listener.saver.settle() is None
+    assert listener.registered == [(True, 3)]
+    assert not listener.saver.has_saved()
     with no_room():
-        ears.save(6)
-        ears.settle()
-    assert ears.gathered == 6
+        listener.save(6)
+        listener.settle()
+    assert listener.gathered == 6
     assert names(folder) == ["step-000003"]  # and no half of one
-    ((step, message),) = ears.told
+    ((step, message),) = listener.messages
     assert step == 6
     assert message.startswith(f"the checkpoint of step 6 cannot be written to {folder} (")
     assert message.endswith(
         "); the last whole checkpoint is that of step 3. Training goes on, and the next checkpoint is tried as usual."
     )
-    ears.save(9, last=True)
+    listener.save(9, last=True)
     assert names(folder) == ["step-000003", "step-000009"]
-    assert ears.registered == [(True, 3), (False, 6), (True, 9)]
-    assert len(ears.took) == 2
-    assert all(0 < took["blocked_s"] <= took["saved_s"] for took in ears.took)
-    assert [took["blocked_s"] == took["saved_s"] for took in ears.took] == [free == 0, free == 0]
+    assert listener.registered == [(True, 3), (False, 6), (True, 9)]
+    assert len(listener.durations) == 2
+    assert all(0 < durations["blocked_s"] <= durations["saved_s"] for durations in listener.durations)
+    assert [durations["blocked_s"] == durations["saved_s"] for durations in listener.durations] == [free == 0, free == 0]
 
 
 def test_the_last_one_must_be_there(folder: Folder) -> None:
-    ears = Ears(folder)
-    ears.save(3)
-    ears.settle()
+    listener = SaverListener(folder)
+    listener.save(3)
+    listener.settle()
     with no_room(), pytest.raises(StorageError, match=r"step 6 cannot .*\); the last whole .* step 3\. Make room there and train"):
-        ears.save(6, last=True)
-    assert ears.gathered == 6
+        listener.save(6, last=True)
+    assert listener.gathered == 6
     assert names(folder) == ["step-000003"]
     found = checkpoints.find_newest(folder)
     assert found is not None
@@ -133,25 +133,25 @@ def test_the_last_one_must_be_there(folder: Folder) -> None:
 
 
 def test_without_any_checkpoint(folder: Folder) -> None:
-    ears = Ears(folder)
+    listener = SaverListener(folder)
     with no_room(), pytest.raises(StorageError, match=r"; there is no other checkpoint\. Make room"):
-        ears.save(2, last=True)
+        listener.save(2, last=True)
 
 
 def second(rank: int, folder: str) -> None:
     """One of two workers, whose first has no room once and no memory for copies the next time."""
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    ears = Ears(Folder.at(Path(folder) / "checkpoints"), rank)
+    listener = SaverListener(Folder.at(Path(folder) / "checkpoints"), rank)
     with no_room():
-        ears.save(3)
-        ears.settle()
+        listener.save(3)
+        listener.settle()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(saving, "free_memory", lambda: 2.0**40 * rank)  # what one of them lacks keeps both from copying
-        ears.save(6, last=True)
-    assert ears.gathered == 6
-    assert ears.registered == [(False, 3), (rank == 0, 6)]
-    assert [step for step, _ in ears.told] == [3] * (rank == 0)
-    assert [took["blocked_s"] == took["saved_s"] for took in ears.took] == [True] * (rank == 0)
+        listener.save(6, last=True)
+    assert listener.gathered == 6
+    assert listener.registered == [(False, 3), (rank == 0, 6)]
+    assert [step for step, _ in listener.messages] == [3] * (rank == 0)
+    assert [durations["blocked_s"] == durations["saved_s"] for durations in listener.durations] == [True] * (rank == 0)
     torch.distributed.destroy_process_group()
 
 
@@ -175,15 +175,15 @@ def test_training_goes_on_while_one_is_written(folder: Folder, monkeypatch: pyte
         return write(*arguments)
 
     monkeypatch.setattr(checkpoints, "write_checkpoint", slow)
-    ears = Ears(folder)
+    listener = SaverListener(folder)
     state, weight = State(step=3, tokens=30), torch.ones(4)
-    ears.saver.save(state, [Shard("weight/a", (2, 2), 0, 4, lambda: weight)], last=False)
+    listener.saver.save(state, [Shard("weight/a", (2, 2), 0, 4, lambda: weight)], last=False)
     state.step, state.tokens = 4, 40
     state.ledger.examples[0] = 1
     weight.zero_()
     assert names(folder) == []
     may_write.set()
-    ears.saver.close()
+    listener.saver.close()
     found = checkpoints.find_newest(folder)
     assert found is not None
     assert (found.state.step, found.state.tokens, found.state.ledger.examples) == (3, 30, {})

@@ -13,25 +13,25 @@ from apprentice.recipe import load_recipe
 from apprentice.train import worker
 from apprentice.train.batch import SupervisedBatch
 from apprentice.train.losses.sft import SupervisedLoss
-from apprentice.train.memory.batch_size import fits_into_memory, find_largest_fitting
+from apprentice.train.memory.batch_size import find_largest_fitting, fits_into_memory
 from tests.models.architectures import made
 from tests.support.recipes import tiny_recipe
 
 
 @pytest.mark.parametrize(("rows", "most", "expected"), [(12, 12, 12), (12, 5, 4), (12, 1, 1), (12, 0, 1), (1, 9, 1), (7, 6, 1)])
 def test_the_largest_divisor_that_fits(rows: int, most: int, expected: int) -> None:
-    asked: list[int] = []
+    tried: list[int] = []
 
     def fits(size: int) -> bool:
-        asked.append(size)
+        tried.append(size)
         return size <= most
 
     assert find_largest_fitting(rows, fits) == expected
-    assert len(asked) <= 3
-    assert all(rows % size == 0 for size in asked)
+    assert len(tried) <= 3
+    assert all(rows % size == 0 for size in tried)
 
 
-class Narrow(SupervisedLoss):
+class LossWithRoom(SupervisedLoss):
     """Has room for `room` tokens at once; counts its passes."""
 
     def __init__(self, room: int) -> None:
@@ -46,7 +46,7 @@ class Narrow(SupervisedLoss):
 
 
 def test_a_pass_is_tried_and_leaves_nothing() -> None:
-    loss, cpu = Narrow(128), torch.device("cpu")
+    loss, cpu = LossWithRoom(128), torch.device("cpu")
     before = {name: value.clone() for name, value in loss.state_dict().items()}
     assert [fits_into_memory(loss, rows, 32, 1e6, cpu) for rows in (1, 4, 5)] == [True, True, False]
     assert loss.passes == 3
@@ -57,7 +57,7 @@ def test_a_pass_is_tried_and_leaves_nothing() -> None:
 
 
 def test_other_errors_are_not_taken_for_a_lack_of_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    loss = Narrow(128)
+    loss = LossWithRoom(128)
     monkeypatch.setattr(SupervisedLoss, "forward", lambda *_: (_ for _ in ()).throw(RuntimeError("shapes differ")))
     with pytest.raises(RuntimeError, match="shapes differ"):
         fits_into_memory(loss, 1, 32, 0, torch.device("cpu"))
@@ -68,6 +68,6 @@ def test_all_workers_take_what_fits_on_each(others: bool, expected: int, tmp_pat
     recipe = load_recipe(tiny_recipe(tmp_path, tiny_model, training__global_batch=16, tuning={"method": "full"}))
     collectives: Any = SimpleNamespace(workers=2, rank=0, gather=lambda mine: [mine, others and mine])
     model = made("llama").train()
-    patched = Narrow(4 * 96)
+    patched = LossWithRoom(4 * 96)
     assert worker.find_micro_batch(recipe, model, 96, torch.float32, torch.device("cpu"), collectives, loss=patched) == expected
     assert patched.passes == 2

@@ -18,7 +18,7 @@ from apprentice.errors import RecipeError
 from apprentice.recipe import Recipe
 from apprentice.run.folder import Run
 from apprentice.storage import Folder
-from apprentice.train.metrics import backends as services
+from apprentice.train.metrics import backends
 from apprentice.train.metrics.tracker import Tracker
 from apprentice.train.metrics.writer import BackendWriter
 from tests.train.metrics.test_tracker import record
@@ -41,7 +41,7 @@ def test_mlflow_has_the_figures_and_one_run_however_often_it_is_taken_up(
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     for step in (1, 2):
         seen: list[dict[str, Any]] = []
-        tracker = Tracker(run, seen.append, services.open_backends(recipe("mlflow"), run)[1:])
+        tracker = Tracker(run, seen.append, backends.open_backends(recipe("mlflow"), run)[1:])
         tracker.write(record(step, loss=float(step)))
         tracker.close()
         assert [one["message"] for one in seen if "message" in one] == []
@@ -67,21 +67,21 @@ def test_mlflow_has_the_figures_and_one_run_however_often_it_is_taken_up(
 def test_weights_and_biases_offline(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("WANDB_MODE", "offline"), ("WANDB_DIR", str(tmp_path)), ("WANDB_API_KEY", "0" * 40)):
         monkeypatch.setenv(name, value)
-    made = services.open_backends(recipe("wandb"), run)
+    made = backends.open_backends(recipe("wandb"), run)
     for step in range(1, 4):
         made[1].add({"train/loss": float(step)}, step)
     made[1].close()
-    assert made[1].told() == []
+    assert made[1].take_messages() == []
     import wandb
 
     wandb.teardown()  # its own process writes the last of it
-    [file] = tmp_path.rglob(f"run-{services.key_of(run)}.wandb")
+    [file] = tmp_path.rglob(f"run-{backends.key_of(run)}.wandb")
     assert b"train/loss" in file.read_bytes()
 
 
 @pytest.mark.slow
 def test_rays_metrics_have_the_figures(run: Run, ray_cluster: None) -> None:
-    made = services.open_backends(recipe(), run)
+    made = backends.open_backends(recipe(), run)
     made[0].add({"train/loss": 1.25, "speed/tokens_per_s": 50.0}, 7)
     [node] = [node for node in ray.nodes() if node["Alive"]]
     wanted = {"train_loss": "1.25", "speed_tokens_per_s": "50.0", "train_step": "7.0"}
@@ -97,14 +97,14 @@ def test_rays_metrics_have_the_figures(run: Run, ray_cluster: None) -> None:
 
 
 def test_a_package_that_is_not_installed_is_said_before_anything_starts(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(services, "find_spec", lambda name: None)
+    monkeypatch.setattr(backends, "find_spec", lambda name: None)
     with pytest.raises(
         RecipeError, match=r"training\.tracking names wandb, which is not installed here; `pip install 'apprentice\["
     ):
-        services.open_backends(recipe("wandb"), run)
+        backends.open_backends(recipe("wandb"), run)
 
 
-def told(run: Run, *writers: BackendWriter) -> list[str]:
+def messages_of(run: Run, *writers: BackendWriter) -> list[str]:
     """What a person sees of two steps' figures on their way to `writers`."""
     seen: list[dict[str, Any]] = []
     tracker = Tracker(run, seen.append, writers)
@@ -116,12 +116,12 @@ def told(run: Run, *writers: BackendWriter) -> list[str]:
 
 def test_a_service_that_cannot_be_reached_is_told_of_and_training_goes_on(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "nowhere://at/all")
-    [message] = told(run, *services.open_backends(recipe("mlflow"), run)[1:])
+    [message] = messages_of(run, *backends.open_backends(recipe("mlflow"), run)[1:])
     assert message.startswith("mlflow does not take the run's figures (")
     assert message.endswith("; training goes on.")
 
 
-class Odd:
+class ScriptedBackend:
     """A service whose calls do what they are told to."""
 
     def __init__(self, add: Callable[[], Any] = lambda: None, close: Callable[[], Any] = lambda: None) -> None:
@@ -144,13 +144,15 @@ def failing(error: Exception) -> Callable[[], Any]:
 
 
 def test_a_service_that_fails_later_is_told_of_once(run: Run) -> None:
-    broken = Odd(failing(ConnectionError("no\nroute")), failing(AssertionError("it was left before")))
-    assert told(run, BackendWriter("broken", lambda: broken)) == ["broken takes no more figures (no route); training goes on."]
+    broken = ScriptedBackend(failing(ConnectionError("no\nroute")), failing(AssertionError("it was left before")))
+    assert messages_of(run, BackendWriter("broken", lambda: broken)) == [
+        "broken takes no more figures (no route); training goes on."
+    ]
 
 
 def test_figures_that_a_service_loses_at_the_end_are_told_of(run: Run) -> None:
-    full = Odd(close=failing(TimeoutError("it did not answer")))
-    assert told(run, BackendWriter("full", lambda: full)) == ["full may lack the last figures (it did not answer)."]
+    full = ScriptedBackend(close=failing(TimeoutError("it did not answer")))
+    assert messages_of(run, BackendWriter("full", lambda: full)) == ["full may lack the last figures (it did not answer)."]
     assert full.took == [1, 2]
 
 
@@ -161,7 +163,7 @@ def test_nobody_waits_for_a_service_that_hangs() -> None:
         taken.set()
         assert goes_on.wait(60)
 
-    slow = Odd(hang)
+    slow = ScriptedBackend(hang)
     writer = BackendWriter("slow", lambda: slow, most_queued=2)
     writer.add({"loss": 1.0}, 1)
     assert taken.wait(60)
@@ -175,9 +177,9 @@ def test_nobody_waits_for_a_service_that_hangs() -> None:
 
 def test_lost_figures_are_counted() -> None:
     goes_on = threading.Event()
-    slow = Odd()
+    slow = ScriptedBackend()
 
-    def make() -> Odd:
+    def make() -> ScriptedBackend:
         assert goes_on.wait(60)
         return slow
 

@@ -21,18 +21,18 @@ from tests.models.architectures import made
 
 def test_a_reply_ends_where_the_model_ends_it_and_takes_no_fewer_passes(tiny_model: Path) -> None:
     layout = Layout("plain", Tokenizer(tiny_model))
-    said = layout.encode_answers(["a red kite"])[0]
-    asked: list[tuple[list[int], list[int]]] = []
+    answer_ids = layout.encode_answers(["a red kite"])[0]
+    calls: list[tuple[list[int], list[int]]] = []
 
-    def likeliest(prompt: Sequence[int], reply: Sequence[int]) -> int:
-        asked.append((list(prompt), list(reply)))
-        return said[len(reply)] if len(reply) < len(said) else layout.stop_ids[0]
+    def next_token(prompt: Sequence[int], reply: Sequence[int]) -> int:
+        calls.append((list(prompt), list(reply)))
+        return answer_ids[len(reply)] if len(reply) < len(answer_ids) else layout.stop_ids[0]
 
-    replies = SampleReplies(layout, ["Name a thing.", "And another."]).generate(likeliest)
+    replies = SampleReplies(layout, ["Name a thing.", "And another."]).generate(next_token)
     assert replies == [{"instruction": text, "reply": "a red kite"} for text in ("Name a thing.", "And another.")]
-    assert len(asked) == 2 * MOST_TOKENS
-    assert asked[0] == (layout.encode_prompt(layout.prompt("Name a thing.")), [])
-    assert asked[MOST_TOKENS - 1][1][: len(said)] == said
+    assert len(calls) == 2 * MOST_TOKENS
+    assert calls[0] == (layout.encode_prompt(layout.prompt("Name a thing.")), [])
+    assert calls[MOST_TOKENS - 1][1][: len(answer_ids)] == answer_ids
 
 
 @pytest.mark.filterwarnings("ignore:Position ids are not supported:UserWarning")  # PEFT's, of prompt tuning
@@ -48,9 +48,9 @@ def test_every_kind_of_model_is_asked_as_it_generates_itself(name: str, method: 
         for _ in range(4):
             texts = (torch.tensor([ids], dtype=torch.long) for ids in (prompt, reply))
             reply.append(int(loss.targets.logits_after(*texts)[0, -1].argmax()))
-        asked = {"input_ids": torch.tensor([prompt]), "attention_mask": torch.ones(1, len(prompt), dtype=torch.long)}
+        inputs = {"input_ids": torch.tensor([prompt]), "attention_mask": torch.ones(1, len(prompt), dtype=torch.long)}
         free: dict[str, Any] = dict.fromkeys(("eos_token_id", "forced_bos_token_id", "forced_eos_token_id"))
-        own = model.generate(**asked, max_new_tokens=4, do_sample=False, **free)[0].tolist()
+        own = model.generate(**inputs, max_new_tokens=4, do_sample=False, **free)[0].tolist()
     assert own[-4:] == reply
 
 
