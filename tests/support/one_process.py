@@ -123,7 +123,7 @@ def trained(recipe: Any, run: Any, corpus: Any, told: list[dict[str, Any]], *, u
 
     samples = SampleReplies(corpus.layout, recipe.training.sample_instructions)
     config = WorkerConfig(recipe, run, Goal(recipe.training.steps), corpus.row_length, samples=samples)
-    validation = PackedRows.from_columns(validation_rows(corpus, min(2, validation_limit(recipe))))
+    validation = PackedRows.from_columns(validation_rows(corpus, min(2, count_validation_rows(recipe))))
     run_worker(config, found, rows(recipe.training.global_batch), validation, Events(), device=torch.device("cpu"))
 
 

@@ -121,7 +121,7 @@ def _train(
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", START_TIMEOUT_S)
     # Twice ours, so that a silent worker is first named and ended here.
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(2 * recipe.training.hang_timeout_s)
-    goal = goal_of(recipe, corpus)
+    goal = make_goal(recipe, corpus)
     checkpoints.delete_leftovers(run.checkpoints)
     newest = checkpoints.find_newest(run.checkpoints)
     tracker = Tracker(run, progress, open_backends(recipe, run), lease.is_held)
@@ -182,7 +182,7 @@ def _requested_resources(recipe: Recipe, tell: Callable[[str], None]) -> Iterato
 
 def _validation_task(recipe: Recipe, run: Run, corpus: Corpus, score: Score | None) -> ValidationTask:
     """The asynchronous validation of this run."""
-    rows = PackedRows.from_columns(validation_rows(corpus, validation_limit(recipe)))
+    rows = PackedRows.from_columns(validation_rows(corpus, count_validation_rows(recipe)))
     return ValidationTask(CheckpointValidator(recipe, rows, _row_length(corpus), score), run, recipe.training.resources)
 
 
