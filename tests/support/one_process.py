@@ -72,6 +72,7 @@ def trained(recipe: Any, run: Any, corpus: Any, told: list[dict[str, Any]], *, u
     from apprentice.data.stream import render_window, validation_rows
     from apprentice.train.batch import PackedRows
     from apprentice.train.checkpoint import format as checkpoints
+    from apprentice.train.distributed.driver import count_validation_rows
     from apprentice.train.metrics.samples import SampleReplies
     from apprentice.train.on_policy.rollout import RoundWriter
     from apprentice.train.state import Goal, State
