@@ -10,25 +10,13 @@ import asyncio
 import itertools
 import json
 import logging
-import os
 import shutil
 import tempfile
 import time
 import weakref
-from collections.abc import Coroutine
+from collections.abc import AsyncGenerator, Coroutine
 from pathlib import Path
 from typing import Any, Self
-
-# Set before vLLM is imported, which reads them: no usage statistics are sent, and a replica's log has warnings only.
-os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-
-from vllm.engine.arg_utils import AsyncEngineArgs
-from vllm.inputs.engine import tokens_input
-from vllm.lora.request import LoRARequest
-from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
-from vllm.v1.engine.async_llm import AsyncLLM
-from vllm.v1.engine.exceptions import EngineDeadError
 
 from apprentice.errors import ModelError
 from apprentice.inference.lora import CONFIG, WEIGHTS, read_lora
@@ -44,6 +32,19 @@ from apprentice.serve.engines.base import (
     Overloaded,
     RequestFailed,
     TokenScore,
+)
+from apprentice.serve.engines.compat import (
+    AsyncEngineArgs,
+    AsyncLLM,
+    EngineDeadError,
+    EngineGenerateError,
+    LoRARequest,
+    RequestOutputKind,
+    SamplingParams,
+    StructuredOutputsParams,
+    kv_cache_tokens,
+    tokens_input,
+    use_threads,
 )
 from apprentice.serve.engines.parent_death import guard_children
 
@@ -77,11 +78,11 @@ class VllmEngine:
         self._loop = asyncio.get_running_loop()
         config = model_config(folder)
         self.context = min(context, config.get("max_position_embeddings") or context)
-        self._most = max_running + max_queued
+        self._capacity = max_running + max_queued
         self._folder, self._trust = folder, trust
         self._shape: Any = None  # the model without weights, which adapters must fit; made for the first adapter
         self._numbers = itertools.count(1)
-        self._replies: set[VllmStream] = set()
+        self._streams: set[VllmStream] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._accepted = self._prompt_tokens = self.produced = self.shared = 0
         self._failure: str | None = None
@@ -89,26 +90,25 @@ class VllmEngine:
         arguments = _arguments(
             folder, dtype, max_running=max_running, context=self.context, kv_bytes=kv_bytes, trust=trust, adapters=adapters
         )
-        _use_threads(threads)
+        use_threads(threads)
         guard_children()
         try:
             self._llm = AsyncLLM.from_engine_args(arguments)
         except (RuntimeError, ValueError, OSError) as error:
             reason = " ".join(str(error).split())[:300]
             raise ModelError(f"vLLM does not start with {folder}: {reason}") from error
-        cache = self._llm.vllm_config.cache_config
-        self._kv_tokens = int(cache.num_gpu_blocks or 0) * int(cache.block_size)
+        self._kv_tokens = kv_cache_tokens(self._llm)
         self._end_id: int | None = self._llm.get_tokenizer().eos_token_id
 
     @property
     def capacity(self) -> int:
-        return self._most
+        return self._capacity
 
     @property
     def vocabulary(self) -> int:
         return int(self._llm.model_config.get_vocab_size())
 
-    def load_adapter(self, folder: Path) -> Adapter:
+    def load_adapter(self, folder: Path) -> VllmAdapter:
         if self._shape is None:
             self._shape = build_without_weights(self._folder, trust=self._trust)
         ranks = {len(down) for down, _ in read_lora(folder, self._shape).layers.values()}
@@ -122,8 +122,8 @@ class VllmEngine:
         copy.mkdir()
         for file in (CONFIG, WEIGHTS):
             shutil.copy(folder / file, copy / file)
-        adapter = Adapter(LoRARequest(str(number), number, str(copy)))
-        weakref.finalize(adapter, self._put_away, number, copy).atexit = False
+        adapter = VllmAdapter(LoRARequest(str(number), number, str(copy)))
+        weakref.finalize(adapter, self._remove_adapter, number, copy).atexit = False
         try:
             asyncio.run_coroutine_threadsafe(self._llm.add_lora(adapter.request), self._loop).result(_LOAD_TIMEOUT_S)
         except (TimeoutError, EngineDeadError) as error:
@@ -133,71 +133,63 @@ class VllmEngine:
             raise ModelError(f"the adapter in {folder} is refused by vLLM: {reason}") from error
         return adapter
 
-    def _put_away(self, number: int, copy: Path) -> None:
+    def _remove_adapter(self, number: int, copy: Path) -> None:
         """Removes an adapter that nothing refers to any more, so that its place in vLLM is free for another."""
 
-        async def put_away() -> None:
+        async def remove() -> None:
             try:
                 await self._llm.remove_lora(number)
             except Exception as error:
-                log.debug("adapter %d is not put away: %s", number, error)
+                log.debug("adapter %d is not removed: %s", number, error)
             shutil.rmtree(copy, ignore_errors=True)
 
         if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(lambda: self._start(put_away()))
+            self._loop.call_soon_threadsafe(lambda: self.run_in_background(remove()))
 
     def generate(self, requests: list[EngineRequest]) -> list[VllmStream]:
         self.check()
-        if len(self._replies) + len(requests) > self._most:
+        if len(self._streams) + len(requests) > self._capacity:
             raise Overloaded
-        replies = [VllmStream(self, request) for request in requests]
-        self._replies.update(replies)
+        streams = [VllmStream(self, request) for request in requests]
+        self._streams.update(streams)
         self._accepted += len(requests)
         self._prompt_tokens += sum(len(request.prompt) for request in requests)
-        return replies
+        return streams
 
-    async def enter(self, request: EngineRequest) -> Any:
-        """Submits the request to vLLM; returns the queue of its outputs."""
-        return await self._llm.add_request(
-            str(next(self._numbers)),
+    def outputs(self, request: EngineRequest) -> AsyncGenerator[Any, None]:
+        """vLLM's outputs for the request, which enters when the first one is awaited; closing the generator aborts it."""
+        outputs: AsyncGenerator[Any, None] = self._llm.generate(
             tokens_input(list(request.prompt)),
             _sampling(request, self._end_id),
+            str(next(self._numbers)),
             lora_request=request.adapter and request.adapter.request,
         )
+        return outputs
 
-    def forget(self, reply: VllmStream, entering: asyncio.Task[Any] | None) -> None:
-        """Drops a reply that has ended (`entering` is None), or one that is given up, whose request is then aborted in vLLM."""
-        if reply not in self._replies:
-            return
-        self._replies.remove(reply)
-        if entering is None:
-            return
-        self._start(self._abort(entering))
+    def forget(self, stream: VllmStream) -> None:
+        """Drops a stream that has ended or is given up."""
+        self._streams.discard(stream)
 
-    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+    def run_in_background(self, work: Coroutine[Any, Any, None]) -> None:
+        """Runs `work` in the engine's event loop; a task that nobody refers to might be collected before its end."""
         task = self._loop.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _abort(self, entering: asyncio.Task[Any]) -> None:
-        try:
-            await self._llm.abort((await entering).request_id, internal=True)
-        except Exception as error:
-            log.debug("not aborted: %s", error)
-
     def pacing_seconds(self) -> float:
         """Least seconds between two groups of a reply's tokens at the present load."""
-        return pacing_seconds(len(self._replies))
+        return pacing_seconds(len(self._streams))
 
-    def failed(self) -> EngineFailed:
+    def failure(self) -> EngineFailed:
+        """The error of whoever needs the engine now that it has stopped."""
         return EngineFailed(self._failure or "vLLM's own process has ended; its log says why")
 
     def stats(self) -> EngineStats:
-        running = [reply for reply in self._replies if reply.held]
-        used = sum(reply.held for reply in running) / max(self._kv_tokens, 1)
+        running = [stream for stream in self._streams if stream.kv_tokens]
+        used = sum(stream.kv_tokens for stream in running) / max(self._kv_tokens, 1)
         return EngineStats(
             len(running),
-            len(self._replies) - len(running),
+            len(self._streams) - len(running),
             self._accepted,
             self.produced,
             self._prompt_tokens,
@@ -209,19 +201,19 @@ class VllmEngine:
 
     def check(self) -> None:
         if self._failure is not None or self._llm.errored:
-            raise self.failed()
+            raise self.failure()
 
     def close(self) -> None:
         if self._failure is not None:
             return
         self._failure = "the engine was closed"
-        for reply in self._replies:
-            reply.fail()
+        for stream in self._streams:
+            stream.stop_reading()
         self._llm.shutdown()
         self._scratch.cleanup()
 
 
-class Adapter:
+class VllmAdapter:
     """An adapter that vLLM has loaded; its copy on disk is removed when this object is collected."""
 
     def __init__(self, request: LoRARequest) -> None:
@@ -229,78 +221,99 @@ class Adapter:
 
 
 class VllmStream:
-    """Token stream of one reply from vLLM; under load a step gives several tokens."""
+    """Token stream of one reply from vLLM; under load a step gives several tokens, which vLLM has joined meanwhile."""
 
     def __init__(self, engine: VllmEngine, request: EngineRequest) -> None:
         self._engine = engine
         self._request = request
-        self._entering = asyncio.get_running_loop().create_task(engine.enter(request))
-        self.held = 0  # tokens of prompt and reply in vLLM's KV cache, as far as its outputs show
-        self._passed_on = 0.0
-        self._ended = False
-        self._prompt: tuple[TokenScore, ...] = ()
+        self._outputs = engine.outputs(request)
+        self._reading: asyncio.Task[list[NewToken]] | None = None
+        self.kv_tokens = 0  # tokens of prompt and reply in vLLM's KV cache, as far as its outputs show
+        self._sent_at = 0.0
+        self._has_ended = False
+        self._prompt_scores: tuple[TokenScore, ...] = ()
 
     def __aiter__(self) -> Self:
         return self
 
     async def __anext__(self) -> list[NewToken]:
-        if self._ended:
+        if self._has_ended:
             raise StopAsyncIteration
+        self._engine.check()
+        self._reading = asyncio.create_task(self._next_tokens())
         try:
-            try:
-                queue = await asyncio.shield(self._entering)
-            except EngineDeadError:
-                raise
-            except Exception as error:  # vLLM refuses requests by exceptions of many types
-                raise RequestFailed(" ".join(str(error).split())[:300]) from error
-            early = self._passed_on + self._engine.pacing_seconds() - time.monotonic()
-            if early > 0 and not (queue.output is not None and queue.output.finished):
-                await asyncio.sleep(early)
-            tokens: list[NewToken] = []
+            tokens = await self._reading
+        except asyncio.CancelledError:
+            self._engine.check()  # the engine was closed, and has cancelled the task
+            raise
+        self._sent_at = time.monotonic()
+        self._has_ended = tokens[-1].finish is not None
+        return tokens
+
+    async def _next_tokens(self) -> list[NewToken]:
+        """The next tokens, at least one, awaited until the load allows another group."""
+        wait_s = self._sent_at + self._engine.pacing_seconds() - time.monotonic()
+        if wait_s > 0:
+            await asyncio.sleep(wait_s)
+        tokens: list[NewToken] = []
+        try:
             while not tokens:
-                tokens = self._read(queue.get_nowait() or await queue.get())
-        except EngineDeadError as error:
-            raise self._engine.failed() from error
-        self._passed_on = time.monotonic()
-        self._ended = tokens[-1].finish is not None
+                tokens = self._read(await anext(self._outputs))
+            if tokens[-1].finish is not None:
+                await anext(self._outputs, None)  # lets vLLM's generator end; closed before that, it would abort the request
+        except (EngineDeadError, StopAsyncIteration) as error:
+            raise self._engine.failure() from error
+        except (EngineFailed, RequestFailed):
+            raise
+        except Exception as error:  # vLLM refuses requests by exceptions of many types
+            cause = error.__cause__ if isinstance(error, EngineGenerateError) else None
+            raise RequestFailed(" ".join(str(cause or error).split())[:300]) from error
         return tokens
 
     def _read(self, output: Any) -> list[NewToken]:
-        wanted, (reply,) = self._request, output.outputs
-        if wanted.score_from is not None and output.prompt_logprobs:
-            places = list(zip(wanted.prompt, output.prompt_logprobs, strict=True))[wanted.score_from :]
-            self._prompt = tuple(_score(id, found, wanted.logprobs or 0) for id, found in places)
+        request, (reply,) = self._request, output.outputs
+        if request.score_from is not None and output.prompt_logprobs:
+            places = list(zip(request.prompt, output.prompt_logprobs, strict=True))[request.score_from :]
+            self._prompt_scores = tuple(_score(id, candidates, request.logprobs or 0) for id, candidates in places)
         scores: list[TokenScore | None] = [None] * len(reply.token_ids)
-        if (most := wanted.logprobs) is not None:
-            scores = [_score(id, found, most) for id, found in zip(reply.token_ids, reply.logprobs, strict=True)]
+        if (most := request.logprobs) is not None:
+            scores = [_score(id, candidates, most) for id, candidates in zip(reply.token_ids, reply.logprobs, strict=True)]
         tokens = [NewToken(id, None, score) for id, score in zip(reply.token_ids, scores, strict=True)]
         if reply.finish_reason is not None:
             if not tokens or reply.finish_reason not in ("stop", "length"):
-                raise self._engine.failed()
+                raise self._engine.failure()
             tokens[-1] = tokens[-1]._replace(finish=reply.finish_reason)
-        if tokens and self._prompt:
-            tokens[0], self._prompt = tokens[0]._replace(prompt=self._prompt), ()
-        if not self.held:
-            self.held = len(wanted.prompt)
+        if tokens and self._prompt_scores:
+            tokens[0], self._prompt_scores = tokens[0]._replace(prompt=self._prompt_scores), ()
+        if not self.kv_tokens:
+            self.kv_tokens = len(request.prompt)
             cached = output.num_cached_tokens or 0
             self._engine.shared += cached
             if tokens:
                 tokens[0] = tokens[0]._replace(cached=cached)
-        self.held += len(tokens)
+        self.kv_tokens += len(tokens)
         self._engine.produced += len(tokens)
         return tokens
 
-    def fail(self) -> None:
-        """Ends the stream with `EngineFailed` for whoever waits for its tokens."""
-
-        def tell(entering: asyncio.Task[Any]) -> None:
-            if not entering.cancelled() and entering.exception() is None:
-                entering.result().put(EngineDeadError())
-
-        self._entering.add_done_callback(tell)
+    def stop_reading(self) -> None:
+        """Ends the wait for tokens, with `EngineFailed` once the engine is closed; vLLM aborts the request."""
+        if self._reading is not None:
+            self._reading.cancel()
 
     def close(self) -> None:
-        self._engine.forget(self, None if self._ended else self._entering)
+        """Ends the stream, and aborts its request in vLLM unless it has ended."""
+        self._engine.forget(self)
+        if not self._has_ended:
+            self._engine.run_in_background(self._abort())
+
+    async def _abort(self) -> None:
+        try:
+            if self._reading is not None:
+                self._reading.cancel()
+                await asyncio.gather(self._reading, return_exceptions=True)
+            await self._outputs.aclose()
+        except Exception as error:
+            log.debug("not aborted: %s", error)
 
 
 def _arguments(
@@ -348,31 +361,24 @@ def _sampling(request: EngineRequest, end_id: int | None) -> SamplingParams:
         ignore_eos=True,  # `stop_token_ids` end the reply
         detokenize=False,
         output_kind=RequestOutputKind.DELTA,
-        structured_outputs=None if request.constraint is None else _form(request.constraint.grammar),
+        structured_outputs=None if request.constraint is None else _structured_outputs(request.constraint.grammar),
         skip_clone=True,
     )
 
 
-def _form(grammar: str) -> StructuredOutputsParams:
+def _structured_outputs(grammar: str) -> StructuredOutputsParams:
     """Converts an llguidance grammar (Lark, or JSON that contains Lark or a JSON schema) to vLLM's parameters."""
     if not grammar.startswith("{"):
         return StructuredOutputsParams(grammar=grammar)
-    (held,) = json.loads(grammar)["grammars"]
-    if lark := held.get("lark_grammar"):
+    (source,) = json.loads(grammar)["grammars"]
+    if lark := source.get("lark_grammar"):
         return StructuredOutputsParams(grammar=lark)
-    return StructuredOutputsParams(json=held["json_schema"])
+    return StructuredOutputsParams(json=source["json_schema"])
 
 
-def _score(id: int, found: Any, most: int) -> TokenScore:
-    """Score of token `id`. `found`: token id → vLLM's rank and log-probability, for `id` and the best; None for a text's first."""
-    if found is None:
+def _score(id: int, candidates: Any, most: int) -> TokenScore:
+    """Score of token `id`; `candidates` has vLLM's rank and log-probability by id, for `id` and the best (a text's first: None)."""
+    if candidates is None:
         return TokenScore(id, None)
-    best = sorted((one.rank, other, one.logprob) for other, one in found.items() if one.rank <= most)
-    return TokenScore(id, found[id].logprob, tuple((other, logprob) for _, other, logprob in best[:most]))
-
-
-def _use_threads(threads: int) -> None:
-    """Limits vLLM on a CPU to `threads` unpinned threads, if that leaves CPUs to other processes."""
-    if threads < len(os.sched_getaffinity(0)):
-        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-        os.environ["OMP_NUM_THREADS"] = str(threads)
+    best = sorted((one.rank, other, one.logprob) for other, one in candidates.items() if one.rank <= most)
+    return TokenScore(id, candidates[id].logprob, tuple((other, logprob) for _, other, logprob in best[:most]))
