@@ -33,6 +33,7 @@ from safetensors.torch import save_file
 from transformers import T5Config, T5ForConditionalGeneration
 
 from apprentice.data.encoding.prompt_contract import layout_of, make_contract
+from apprentice.inference.generation_request import GenerationRequest
 from apprentice.models.loading import load_model, resolve_dtype
 from apprentice.pretrained.hub import local_folder
 from apprentice.pretrained.tokenizer import Tokenizer
@@ -40,7 +41,6 @@ from apprentice.ray_cluster.session import ray_session
 from apprentice.recipe import Data, Model, Recipe, Serving, Training
 from apprentice.run.contract import PromptContract
 from apprentice.serve.deployment import Endpoint, start
-from apprentice.serve.engines.base import EngineRequest
 from apprentice.serve.engines.transformers import TransformersEngine
 from benchmarks.figures import claim_stdout, compare, report
 
@@ -164,7 +164,7 @@ async def inside_ms(engine: TransformersEngine, ids: tuple[int, ...]) -> float:
     spent = []
     for number in range(SINGLES):
         began = time.perf_counter()
-        (stream,) = engine.generate([EngineRequest((number + 100, *ids), max_tokens=1)])
+        (stream,) = engine.generate([GenerationRequest((number + 100, *ids), max_new_tokens=1)])
         await anext(stream)
         stream.close()
         spent.append((time.perf_counter() - began) * 1000)

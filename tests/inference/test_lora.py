@@ -14,9 +14,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditional
 
 from apprentice.errors import ModelError
 from apprentice.inference.decoding import generate, make_scheduler
-from apprentice.inference.generation_request import GenerationRequest
+from apprentice.inference.generation_request import GenerationRequest, Sampling
 from apprentice.inference.lora import CONFIG, WEIGHTS, Lora, LoraLayers, read_lora
-from apprentice.inference.sampler import Sampling
 from apprentice.models.loading import load_model
 from tests.models.adapters import merged, random_lora
 

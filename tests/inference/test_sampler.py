@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from apprentice.inference.sampler import Sampling, draw, uniform
+from apprentice.inference.generation_request import Sampling
+from apprentice.inference.sampler import draw, uniform
 
 LOGITS = torch.log(torch.tensor([0.1, 0.5, 0.15, 0.25]))
 

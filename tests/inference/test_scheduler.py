@@ -12,11 +12,10 @@ import torch
 
 from apprentice.errors import ModelError
 from apprentice.inference.decoding import generate, make_scheduler
-from apprentice.inference.generation_request import GeneratedToken, GenerationRequest, NotFiniteError
+from apprentice.inference.generation_request import GeneratedToken, GenerationRequest, NotFiniteError, Sampling
 from apprentice.inference.kv_cache import KvCache
 from apprentice.inference.runners import causal
 from apprentice.inference.runners.causal import probe_model
-from apprentice.inference.sampler import Sampling
 from apprentice.inference.scheduler import Scheduler
 from apprentice.models.loading import load_model
 from tests.models.architectures import made

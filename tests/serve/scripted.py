@@ -4,21 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from apprentice.serve.engines.base import (
-    EngineFailed,
-    EngineRequest,
-    EngineStats,
-    NewToken,
-    Overloaded,
-    TokenScore,
-    TokenStream,
-)
+from apprentice.inference.generation_request import GeneratedToken, GenerationRequest, ScoredToken
+from apprentice.serve.engines.base import EngineFailed, EngineStats, Overloaded, TokenStream
 
 
 class ScriptedReply:
     """One reply of a `ScriptedEngine`; two tokens come at a time."""
 
-    def __init__(self, engine: ScriptedEngine, prompt: tuple[TokenScore, ...]) -> None:
+    def __init__(self, engine: ScriptedEngine, prompt: tuple[ScoredToken, ...]) -> None:
         self.engine = engine
         self.prompt = prompt
         self.place = 0
@@ -27,17 +20,17 @@ class ScriptedReply:
     def __aiter__(self) -> ScriptedReply:
         return self
 
-    async def __anext__(self) -> list[NewToken]:
+    async def __anext__(self) -> list[GeneratedToken]:
         ids = self.engine.ids[self.place : self.place + 2]
         self.place += len(ids)
         if not ids:
             raise self.engine.failure
         ends = self.place == len(self.engine.ids) and not self.engine.fails
-        scores = [TokenScore(id, -0.5 - id, ((id, -0.5 - id), (9, -9.0))) for id in ids]
-        tokens = [NewToken(id, None, score) for id, score in zip(ids, scores, strict=True)]
+        scores = [ScoredToken(id, -0.5 - id, ((id, -0.5 - id), (9, -9.0))) for id in ids]
+        tokens = [GeneratedToken("", id, None, score) for id, score in zip(ids, scores, strict=True)]
         if self.place == len(ids):
-            tokens[0] = tokens[0]._replace(prompt=self.prompt, cached=self.engine.cached)
-        return [*tokens[:-1], NewToken(ids[-1], "stop" if ends else None, scores[-1])]
+            tokens[0] = tokens[0]._replace(prompt_scores=self.prompt, reused=self.engine.cached)
+        return [*tokens[:-1], GeneratedToken("", ids[-1], "stop" if ends else None, scores[-1])]
 
     def close(self) -> None:
         self.engine.open -= self.is_open
@@ -64,7 +57,7 @@ class ScriptedEngine:
         self.cached = cached
         self.fails = fails
         self.failure = failure or EngineFailed("out of memory")
-        self.asked: list[EngineRequest] = []
+        self.asked: list[GenerationRequest] = []
         self.open = self.most = 0
         self.closed = False
 
@@ -77,7 +70,7 @@ class ScriptedEngine:
     def load_adapter(self, folder: Path) -> str:
         return folder.name
 
-    def generate(self, requests: list[EngineRequest]) -> list[TokenStream]:
+    def generate(self, requests: list[GenerationRequest]) -> list[TokenStream]:
         if not self.ids:
             raise Overloaded
         self.asked += requests
@@ -87,8 +80,8 @@ class ScriptedEngine:
         self.most = max(self.most, self.open)
         return [ScriptedReply(self, self.scores(request) if self.prompt_scores else ()) for request in requests]
 
-    def scores(self, request: EngineRequest) -> tuple[TokenScore, ...]:
-        return tuple(TokenScore(id, -1.0 if place else None) for place, id in enumerate(request.prompt))
+    def scores(self, request: GenerationRequest) -> tuple[ScoredToken, ...]:
+        return tuple(ScoredToken(id, -1.0 if place else None) for place, id in enumerate(request.prompt))
 
     def stats(self) -> EngineStats:
         return EngineStats(self.open, 0, len(self.asked), 0)

@@ -1,18 +1,14 @@
-"""Generation requests, their state while they run, and the tokens that they get."""
+"""Generation requests and the tokens that they get, for all engines; without PyTorch, so that requests can be made without it."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Collection, Hashable, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
-from torch import Tensor
+import numpy as np
 
 from apprentice.errors import ModelError
-from apprentice.inference.lora import Lora
-from apprentice.inference.sampler import GREEDY, Constraint, Sampling
-from apprentice.inference.token_scoring import ScoredToken, score_tokens
 
 Finish = Literal["stop", "length"]
 NOT_FINITE = (
@@ -22,11 +18,51 @@ NOT_FINITE = (
 
 
 @dataclass(frozen=True)
+class Sampling:
+    """Sampling settings of a request.
+
+    Temperature 0 takes the most probable token. `top_p` keeps the fewest tokens that together have that probability. Before that,
+    `bias` (token id → number) is added to the logits; tokens that the reply has already lose `presence_penalty` once, and
+    `frequency_penalty` for each occurrence.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    bias: Mapping[int, float] = field(default_factory=dict)
+
+    @property
+    def is_greedy(self) -> bool:
+        """True if the most probable token is taken, without a random number."""
+        return self.temperature == 0.0
+
+    @property
+    def changes_logits(self) -> bool:
+        """True if logits have to be adjusted before a token is drawn."""
+        return bool(self.frequency_penalty or self.presence_penalty or self.bias)
+
+
+GREEDY = Sampling()
+
+
+class Constraint(Protocol):
+    """Constraint on a reply, token by token, such as a JSON schema; it has state and belongs to one request."""
+
+    def allowed(self) -> np.ndarray:
+        """Bool array: for each token id, whether it may come next. Ids beyond its end may not; it may be longer than the logits."""
+
+    def accept(self, id: int) -> None:
+        """Advances the state by the token `id` that was chosen."""
+
+
+@dataclass(frozen=True)
 class GenerationRequest:
     """Request for a reply. It ends at one of `stop_ids`, after `max_new_tokens`, or where the context is full.
 
     `logprobs` n: each token comes with its log-probability and those of the n most probable tokens; None: without. `score_from`
-    asks for the same for the prompt's tokens from that index on. `adapter` is applied to this request alone.
+    asks for the same for the prompt's tokens from that index on. `adapter`, as the engine has loaded it, is for this request alone.
     """
 
     prompt: Sequence[int]
@@ -36,7 +72,7 @@ class GenerationRequest:
     constraint: Constraint | None = None
     logprobs: int | None = None
     score_from: int | None = None
-    adapter: Lora | None = None
+    adapter: Any = None
 
     @property
     def adapter_number(self) -> int:
@@ -53,6 +89,17 @@ class NotFiniteError(ModelError):
 
     def __reduce__(self) -> tuple[type[NotFiniteError], tuple[int]]:
         return type(self), (self.number,)
+
+
+class ScoredToken(NamedTuple):
+    """Token id with its natural log-probability under the model's unmodified logits (None for the first token of a text).
+
+    `top` has (id, log-probability) of the most probable tokens, best first.
+    """
+
+    id: int
+    logprob: float | None
+    top: tuple[tuple[int, float], ...] = ()
 
 
 class GeneratedToken(NamedTuple):
@@ -79,65 +126,3 @@ class SplitPrompt(NamedTuple):
     encoder_ids: Sequence[int]
     decoder_ids: Sequence[int]
     score_from: int | None
-
-
-@dataclass
-class RunningRequest:
-    """State of a request that has a KV slot.
-
-    The decoder has computed the tokens up to position `start`; of the `pending` ones behind them the next pass computes the first
-    `scheduled`. `reused` prompt tokens were copied from the cache.
-    """
-
-    key: Hashable
-    request: GenerationRequest
-    prompt: SplitPrompt
-    slot: int
-    pending: Sequence[int]
-    start: int = 0
-    reused: int = 0
-    scheduled: int = 0
-    produced: int = 0  # tokens of the reply so far
-    reply_counts: Counter[int] = field(default_factory=Counter)  # how often each token is in the reply, for penalties
-    prompt_scores: list[ScoredToken] = field(default_factory=list)
-
-    @property
-    def scheduled_ids(self) -> Sequence[int]:
-        """Token ids that the next pass computes."""
-        return self.pending[: self.scheduled]
-
-    @property
-    def is_prefill(self) -> bool:
-        """True while the prompt is computed: there is no token of the reply yet."""
-        return not self.produced
-
-    @property
-    def needs_all_logits(self) -> bool:
-        """True if the next pass needs the logits after every scheduled token, to score the prompt; else only after the last."""
-        return self.is_prefill and self.prompt.score_from is not None
-
-    @property
-    def logit_rows(self) -> int:
-        """Rows of logits that the next pass gives for this request."""
-        return self.scheduled if self.needs_all_logits else 1
-
-    @property
-    def used_positions(self) -> int:
-        """Positions of the KV cache that it uses, the encoder's among them."""
-        return self.start + len(self.prompt.encoder_ids) if self.start else 0
-
-    def score_prompt(self, logits: Tensor) -> None:
-        """Scores the prompt's tokens that follow the scheduled ones, from their `logits` (scheduled tokens, vocabulary)."""
-        first, ids = self.prompt.score_from or 0, self.prompt.decoder_ids
-        if self.start == first == 0:
-            self.prompt_scores.append(ScoredToken(ids[0], None))
-        begin = max(first, self.start + 1)
-        targets = ids[begin : self.start + 1 + self.scheduled]
-        rows = logits[begin - self.start - 1 :][: len(targets)]
-        self.prompt_scores += score_tokens(rows, targets, [self.request.logprobs or 0] * len(targets))
-
-    def advance(self) -> None:
-        """Notes that the scheduled tokens are computed."""
-        self.start += self.scheduled
-        self.pending = self.pending[self.scheduled :]
-        self.scheduled = 0

@@ -7,55 +7,15 @@ n alone, never on the other requests of the batch.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from apprentice.inference.generation_request import Constraint, Sampling
+
 _NUCLEUS = 512  # most probable tokens that top_p is tried on before the whole vocabulary is sorted
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """Sampling settings of a request.
-
-    Temperature 0 takes the most probable token. `top_p` keeps the fewest tokens that together have that probability. Before that,
-    `bias` (token id → number) is added to the logits; tokens that the reply has already lose `presence_penalty` once, and
-    `frequency_penalty` for each occurrence.
-    """
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int = 0
-    frequency_penalty: float = 0.0
-    presence_penalty: float = 0.0
-    bias: Mapping[int, float] = field(default_factory=dict)
-
-    @property
-    def is_greedy(self) -> bool:
-        """True if the most probable token is taken, without a random number."""
-        return self.temperature == 0.0
-
-    @property
-    def changes_logits(self) -> bool:
-        """True if logits have to be adjusted before a token is drawn."""
-        return bool(self.frequency_penalty or self.presence_penalty or self.bias)
-
-
-GREEDY = Sampling()
-
-
-class Constraint(Protocol):
-    """Constraint on a reply, token by token, such as a JSON schema; it has state and belongs to one request."""
-
-    def allowed(self) -> np.ndarray:
-        """Bool array: for each token id, whether it may come next. Ids beyond its end may not; it may be longer than the logits."""
-
-    def accept(self, id: int) -> None:
-        """Advances the state by the token `id` that was chosen."""
 
 
 def uniform(seed: int, step: int) -> float:

@@ -31,12 +31,13 @@ import torch
 from torch import Tensor
 
 from apprentice.errors import ModelError
-from apprentice.inference.generation_request import Finish, GeneratedToken, GenerationRequest, RunningRequest, SplitPrompt
+from apprentice.inference.generation_request import Finish, GeneratedToken, GenerationRequest, ScoredToken, SplitPrompt
 from apprentice.inference.kv_slots import LEAST_REUSED, KvSlots, common_prefix_length
 from apprentice.inference.lora import Lora
 from apprentice.inference.runners.model_runner import ModelRunner
+from apprentice.inference.running_request import RunningRequest
 from apprentice.inference.sampler import adjust, draw
-from apprentice.inference.token_scoring import ScoredToken, score_tokens
+from apprentice.inference.token_scoring import score_tokens
 
 # Prompt tokens computed in one step: enough to fill the cores, few enough not to delay running requests.
 PREFILL_TOKENS = 512

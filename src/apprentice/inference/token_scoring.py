@@ -3,23 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from apprentice.inference.generation_request import ScoredToken
+
 _ROWS_AT_ONCE = 128  # rows whose log-probabilities are computed at once
-
-
-class ScoredToken(NamedTuple):
-    """Token id with its natural log-probability under the model's unmodified logits (None for the first token of a text).
-
-    `top` has (id, log-probability) of the most probable tokens, best first.
-    """
-
-    id: int
-    logprob: float | None
-    top: tuple[tuple[int, float], ...] = ()
 
 
 def score_tokens(logits: Tensor, ids: Sequence[int], tops: Sequence[int]) -> list[ScoredToken]:

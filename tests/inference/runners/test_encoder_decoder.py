@@ -11,9 +11,8 @@ import torch
 from apprentice.errors import ModelError
 from apprentice.inference.choices.seq2seq_scoring import seq2seq_logprobs
 from apprentice.inference.decoding import generate, make_scheduler
-from apprentice.inference.generation_request import GeneratedToken, GenerationRequest
+from apprentice.inference.generation_request import GeneratedToken, GenerationRequest, Sampling
 from apprentice.inference.runners.encoder_decoder import probe_encoder_decoder
-from apprentice.inference.sampler import Sampling
 from apprentice.inference.scheduler import Scheduler
 from tests.models.architectures import SEQ2SEQ, made
 

@@ -10,11 +10,10 @@ import torch
 from apprentice.errors import ModelError
 from apprentice.inference.choices.choice_scoring import choice_logprobs, unbatched_logprob
 from apprentice.inference.decoding import generate, make_scheduler
-from apprentice.inference.generation_request import GeneratedToken, GenerationRequest
+from apprentice.inference.generation_request import GeneratedToken, GenerationRequest, Sampling
 from apprentice.inference.runners.causal import CausalRunner
 from apprentice.inference.runners.encoder_decoder import EncoderDecoderRunner
 from apprentice.inference.runners.unbatched import UnbatchedRunner
-from apprentice.inference.sampler import Sampling
 from apprentice.inference.scheduler import Scheduler
 from apprentice.models.model_kind import has_virtual_tokens
 from apprentice.models.tuning.methods import TUNING_METHODS

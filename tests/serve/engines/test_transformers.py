@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from apprentice.errors import ModelError
+from apprentice.inference.generation_request import GeneratedToken, GenerationRequest
 from apprentice.inference.lora import LoraLayers
-from apprentice.serve.engines.base import EngineFailed, EngineRequest, NewToken, Overloaded, RequestFailed
+from apprentice.serve.engines.base import EngineFailed, Overloaded, RequestFailed
 from apprentice.serve.engines.transformers import TransformersEngine
 from tests.models.adapters import random_lora
 
@@ -26,10 +27,10 @@ def engine(tiny_model: Path) -> Iterator[TransformersEngine]:
     running.close()
 
 
-async def reply(engine: TransformersEngine, request: EngineRequest) -> list[NewToken]:
+async def reply(engine: TransformersEngine, request: GenerationRequest) -> list[GeneratedToken]:
     (stream,) = engine.generate([request])
     try:
-        return [token async for tokens in stream for token in tokens]
+        return [token._replace(key=0) async for tokens in stream for token in tokens]
     finally:
         stream.close()
 
@@ -42,23 +43,23 @@ async def settled(engine: TransformersEngine) -> None:
 
 
 async def test_replies_are_the_same_in_company(engine: TransformersEngine) -> None:
-    requests = [EngineRequest(tuple(range(3, 3 + length)), 15) for length in (2, 30, 9)]
+    requests = [GenerationRequest(tuple(range(3, 3 + length)), 15) for length in (2, 30, 9)]
     together = await asyncio.gather(*(reply(engine, request) for request in requests))
     alone = [await reply(engine, request) for request in requests]
-    assert [[token._replace(cached=0) for token in tokens] for tokens in alone] == together
+    assert [[token._replace(reused=0) for token in tokens] for tokens in alone] == together
     assert [[token.finish for token in tokens] for tokens in together] == [[None] * 14 + ["length"]] * 3
     await settled(engine)
     assert engine.stats()[:4] == (0, 0, 6, 90)
 
 
 async def test_a_reply_that_is_given_up_frees_its_slot(engine: TransformersEngine) -> None:
-    (stream,) = engine.generate([EngineRequest((5, 6), 2000)])
+    (stream,) = engine.generate([GenerationRequest((5, 6), 2000)])
     assert (await anext(stream))[0].finish is None
     assert engine.stats().running == 1
     stream.close()
     stream.close()
     await settled(engine)
-    waiting = asyncio.create_task(reply(engine, EngineRequest((5, 6), 2000)))
+    waiting = asyncio.create_task(reply(engine, GenerationRequest((5, 6), 2000)))
     await asyncio.sleep(0)
     waiting.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -68,7 +69,7 @@ async def test_a_reply_that_is_given_up_frees_its_slot(engine: TransformersEngin
 
 
 async def test_memory_is_free_once_a_client_has_left(engine: TransformersEngine) -> None:
-    (stream,) = engine.generate([EngineRequest((5, 6), 2000)])
+    (stream,) = engine.generate([GenerationRequest((5, 6), 2000)])
     assert (await anext(stream))[0].finish is None
     assert engine.stats().kv_reserved > 0
     stream.close()
@@ -79,41 +80,41 @@ async def test_memory_is_free_once_a_client_has_left(engine: TransformersEngine)
 
 async def test_the_first_token_says_what_was_in_memory(engine: TransformersEngine) -> None:
     prompt = tuple(range(3, 103))
-    first, second = [await reply(engine, EngineRequest(prompt, 3)) for _ in range(2)]
-    assert [token.cached for token in first] == [0, 0, 0]
-    assert [token.cached for token in second] == [99, 0, 0]
+    first, second = [await reply(engine, GenerationRequest(prompt, 3)) for _ in range(2)]
+    assert [token.reused for token in first] == [0, 0, 0]
+    assert [token.reused for token in second] == [99, 0, 0]
 
 
 async def test_more_than_running_and_queued_is_overload(engine: TransformersEngine) -> None:
-    tasks = [asyncio.create_task(reply(engine, EngineRequest((5, 6), 2000))) for _ in range(3)]
+    tasks = [asyncio.create_task(reply(engine, GenerationRequest((5, 6), 2000))) for _ in range(3)]
     await asyncio.sleep(0)
     with pytest.raises(Overloaded):
-        await reply(engine, EngineRequest((5, 6), 1))
+        await reply(engine, GenerationRequest((5, 6), 1))
     with pytest.raises(Overloaded):
-        engine.generate([EngineRequest((5, 6), 1)] * 2)
+        engine.generate([GenerationRequest((5, 6), 1)] * 2)
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
     await settled(engine)
-    assert len(await reply(engine, EngineRequest((5, 6), 1))) == 1
+    assert len(await reply(engine, GenerationRequest((5, 6), 1))) == 1
 
 
 async def test_a_failure_reaches_everybody(engine: TransformersEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    def out_of_memory() -> list[NewToken]:
+    def out_of_memory() -> list[GeneratedToken]:
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr(engine._scheduler, "step", out_of_memory)
     engine.check()
     with pytest.raises(EngineFailed, match="RuntimeError: out of memory"):
-        await reply(engine, EngineRequest((5, 6), 5))
+        await reply(engine, GenerationRequest((5, 6), 5))
     with pytest.raises(EngineFailed, match="out of memory"):
         engine.check()
     with pytest.raises(EngineFailed, match="out of memory"):
-        await reply(engine, EngineRequest((5, 6), 5))
+        await reply(engine, GenerationRequest((5, 6), 5))
 
 
 async def test_a_closed_engine_fails_what_is_under_way(engine: TransformersEngine) -> None:
-    task = asyncio.create_task(reply(engine, EngineRequest((5, 6), 2000)))
+    task = asyncio.create_task(reply(engine, GenerationRequest((5, 6), 2000)))
     while not engine.stats().tokens:
         await asyncio.sleep(0.005)
     await asyncio.to_thread(engine.close)
@@ -137,13 +138,13 @@ class _Broken:
 
 
 async def test_a_request_that_cannot_be_decoded_fails_alone(engine: TransformersEngine) -> None:
-    expected = await reply(engine, EngineRequest((5, 6), 60))
-    beside = asyncio.create_task(reply(engine, EngineRequest((5, 6), 60)))
+    expected = await reply(engine, GenerationRequest((5, 6), 60))
+    beside = asyncio.create_task(reply(engine, GenerationRequest((5, 6), 60)))
     for at_once in (True, False):
         with pytest.raises(RequestFailed, match="the grammar has no end"):
-            await reply(engine, EngineRequest((7, 8), 5, constraint=_Broken(at_once=at_once)))
+            await reply(engine, GenerationRequest((7, 8), 5, constraint=_Broken(at_once=at_once)))
     with pytest.raises(RequestFailed, match="3000 leaves no room for a reply"):
-        await reply(engine, EngineRequest((5,) * 3000, 1))
+        await reply(engine, GenerationRequest((5,) * 3000, 1))
     engine.check()
     assert await beside == expected
     await settled(engine)
@@ -153,8 +154,8 @@ async def test_an_adapter_that_cannot_be_applied_is_refused_and_harms_nobody(
     engine: TransformersEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = random_lora(engine._model, tmp_path / "a", 1)
-    expected = await reply(engine, EngineRequest((5, 6), 60))
-    beside = asyncio.create_task(reply(engine, EngineRequest((5, 6), 60)))
+    expected = await reply(engine, GenerationRequest((5, 6), 60))
+    beside = asyncio.create_task(reply(engine, GenerationRequest((5, 6), 60)))
 
     def other_rows(*_: Any) -> None:
         raise ModelError("'router' is computed for 6 rows of 3; this model takes no adapters here.")
@@ -165,7 +166,7 @@ async def test_an_adapter_that_cannot_be_applied_is_refused_and_harms_nobody(
             await asyncio.to_thread(engine.load_adapter, folder)
     adapter = await asyncio.to_thread(engine.load_adapter, folder)
     assert await beside == expected
-    assert len(await reply(engine, EngineRequest((5, 6), 5, adapter=adapter))) == 5
+    assert len(await reply(engine, GenerationRequest((5, 6), 5, adapter=adapter))) == 5
 
 
 async def test_a_request_that_comes_while_the_engine_fails_is_told_so(
@@ -174,11 +175,11 @@ async def test_a_request_that_comes_while_the_engine_fails_is_told_so(
     """The decoder tells those in its table that it has failed; one that enters the table just then must not wait."""
     begin = engine._start
 
-    def fails_meanwhile(request: EngineRequest) -> Any:
+    def fails_meanwhile(request: GenerationRequest) -> Any:
         engine.close()
         return begin(request)
 
     monkeypatch.setattr(engine, "_start", fails_meanwhile)
     with pytest.raises(EngineFailed, match="the engine was closed"):
         async with asyncio.timeout(10):
-            await reply(engine, EngineRequest((5, 6), 5))
+            await reply(engine, GenerationRequest((5, 6), 5))

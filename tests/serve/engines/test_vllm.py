@@ -23,11 +23,12 @@ import torch
 
 from apprentice.data.encoding.prompt_contract import layout_beside
 from apprentice.errors import ModelError
+from apprentice.inference.generation_request import GeneratedToken, GenerationRequest, Sampling
 from apprentice.models.loading import load_model
 from apprentice.recipe import Serving
 from apprentice.serve.api.schemas.requests import CompletionRequest
 from apprentice.serve.deployment import Endpoint, start
-from apprentice.serve.engines.base import Engine, EngineFailed, EngineRequest, NewToken, Overloaded
+from apprentice.serve.engines.base import Engine, EngineFailed, Overloaded
 from apprentice.serve.engines.transformers import TransformersEngine
 from apprentice.serve.generation.grammar import GrammarCompiler
 from tests.models.adapters import random_lora
@@ -55,10 +56,10 @@ def own(chat_model: Path) -> Iterator[Engine]:
     running.close()
 
 
-async def reply(engine: Engine, request: EngineRequest) -> list[NewToken]:
+async def reply(engine: Engine, request: GenerationRequest) -> list[GeneratedToken]:
     (stream,) = engine.generate([request])
     try:
-        return [token._replace(cached=0) async for tokens in stream for token in tokens]  # which depends on what came before
+        return [token._replace(key=0, reused=0) async for tokens in stream for token in tokens]  # which depends on what came before
     finally:
         stream.close()
 
@@ -69,12 +70,12 @@ async def settled(engine: Engine) -> None:
             await asyncio.sleep(0.005)
 
 
-def ids(tokens: Sequence[NewToken]) -> list[int]:
+def ids(tokens: Sequence[GeneratedToken]) -> list[int]:
     return [token.id for token in tokens]
 
 
 async def test_replies_are_those_of_our_own_engine_alone_and_together(engine: Engine, own: Engine) -> None:
-    requests = [EngineRequest(prompt, 15, frozenset({2})) for prompt in PROMPTS]
+    requests = [GenerationRequest(prompt, 15, frozenset({2})) for prompt in PROMPTS]
     before = engine.stats()
     together = await asyncio.gather(*(reply(engine, request) for request in requests))
     assert [await reply(engine, request) for request in requests] == together
@@ -90,15 +91,15 @@ async def test_replies_are_those_of_our_own_engine_alone_and_together(engine: En
 
 async def test_a_reply_ends_with_the_context(engine: Engine) -> None:
     assert engine.context == 600
-    tokens = await reply(engine, EngineRequest(tuple(range(3, 400)) + tuple(range(3, 193)), 100))
+    tokens = await reply(engine, GenerationRequest(tuple(range(3, 400)) + tuple(range(3, 193)), 100))
     assert [token.finish for token in tokens] == [None] * 12 + ["length"]
 
 
 async def test_scores_are_those_of_our_own_engine(engine: Engine, own: Engine) -> None:
-    request = EngineRequest(PROMPTS[2], 5, logprobs=3, score_from=0)
+    request = GenerationRequest(PROMPTS[2], 5, logprobs=3, score_from=0)
     theirs, ours = await reply(engine, request), await reply(own, request)
-    mine = [*ours[0].prompt, *(token.score for token in ours)]
-    others = [*theirs[0].prompt, *(token.score for token in theirs)]
+    mine = [*ours[0].prompt_scores, *(token.score for token in ours)]
+    others = [*theirs[0].prompt_scores, *(token.score for token in theirs)]
     assert len(mine) == len(others) == 14
     assert others[0] == mine[0] == (3, None, ())
     for one, other in zip(mine[1:], others[1:], strict=True):
@@ -108,16 +109,17 @@ async def test_scores_are_those_of_our_own_engine(engine: Engine, own: Engine) -
         assert other.logprob == pytest.approx(one.logprob, abs=1e-3)
         assert dict(other.top) == pytest.approx(dict(one.top), abs=1e-3)
         assert len(other.top) == 3
-    (alone,) = await reply(engine, EngineRequest(PROMPTS[2], 1, logprobs=0, score_from=7))
-    assert [score.id for score in alone.prompt] == [10, 11]
+    (alone,) = await reply(engine, GenerationRequest(PROMPTS[2], 1, logprobs=0, score_from=7))
+    assert [score.id for score in alone.prompt_scores] == [10, 11]
 
 
 async def test_a_request_says_how_it_is_sampled(engine: Engine) -> None:
-    drawn = [ids(await reply(engine, EngineRequest((5, 6), 20, temperature=1.0, seed=seed))) for seed in (7, 7, 8, -3)]
+    drawn = [ids(await reply(engine, GenerationRequest((5, 6), 20, sampling=Sampling(1.0, seed=seed)))) for seed in (7, 7, 8, -3)]
     assert drawn[0] == drawn[1]
     assert len({tuple(one) for one in drawn}) == 3
-    assert ids(await reply(engine, EngineRequest((5, 6), 4, logit_bias={77: 100.0}))) == [77] * 4
-    assert len(set(ids(await reply(engine, EngineRequest((5, 6), 30, presence_penalty=2.0, frequency_penalty=2.0))))) > 20
+    assert ids(await reply(engine, GenerationRequest((5, 6), 4, sampling=Sampling(bias={77: 100.0})))) == [77] * 4
+    penalties = Sampling(presence_penalty=2.0, frequency_penalty=2.0)
+    assert len(set(ids(await reply(engine, GenerationRequest((5, 6), 30, sampling=penalties))))) > 20
 
 
 async def test_a_form_is_followed(engine: Engine, chat_model: Path) -> None:
@@ -132,7 +134,7 @@ async def test_a_form_is_followed(engine: Engine, chat_model: Path) -> None:
     for wish in wishes:
         asked = CompletionRequest.model_validate(WORDS | {"prompt": "x", "structured_outputs": wish})
         form = grammars.compile(grammars.grammar_of(asked))
-        tokens = await reply(engine, EngineRequest((5, 6), 60, frozenset(layout.stop_ids), constraint=form))
+        tokens = await reply(engine, GenerationRequest((5, 6), 60, frozenset(layout.stop_ids), constraint=form))
         texts.append(layout.tokenizer.decode([token.id for token in tokens if token.finish != "stop"]))
     assert texts[0] in wishes[0]["choice"]
     assert len(texts[1]) == 4
@@ -146,8 +148,8 @@ async def test_an_adapter_speaks_as_with_our_own_engine(engine: Engine, own: Eng
     theirs = [None, *[await asyncio.to_thread(engine.load_adapter, folder) for folder in folders]]
     ours = [None, *[own.load_adapter(folder) for folder in folders]]
 
-    def asked(adapters: Sequence[Any]) -> list[EngineRequest]:
-        return [EngineRequest(PROMPTS[1], 12, adapter=adapter) for adapter in adapters]
+    def asked(adapters: Sequence[Any]) -> list[GenerationRequest]:
+        return [GenerationRequest(PROMPTS[1], 12, adapter=adapter) for adapter in adapters]
 
     together = await asyncio.gather(*(reply(engine, request) for request in asked(theirs)))
     assert together == [await reply(own, request) for request in asked(ours)]
@@ -172,26 +174,26 @@ async def test_an_adapter_that_vllm_cannot_put_on_is_refused(engine: Engine, cha
     for reason, folder in wrong.items():
         with pytest.raises(ModelError, match=reason):
             await asyncio.to_thread(engine.load_adapter, folder)
-    assert len(await reply(engine, EngineRequest((5, 6), 3))) == 3
+    assert len(await reply(engine, GenerationRequest((5, 6), 3))) == 3
 
 
 async def test_a_reply_that_is_given_up_makes_room(engine: Engine) -> None:
-    streams = engine.generate([EngineRequest((5, 6, number), 500) for number in range(6)])
+    streams = engine.generate([GenerationRequest((5, 6, number), 500) for number in range(6)])
     assert (await anext(streams[0]))[0].finish is None
     with pytest.raises(Overloaded):
-        engine.generate([EngineRequest((5, 6), 1)])
+        engine.generate([GenerationRequest((5, 6), 1)])
     assert engine.stats().running + engine.stats().queued == 6
     for stream in (*streams, streams[0]):
         stream.close()
     await settled(engine)
-    assert len(await reply(engine, EngineRequest((5, 6), 1))) == 1
+    assert len(await reply(engine, GenerationRequest((5, 6), 1))) == 1
 
 
 async def test_a_closed_engine_fails_what_is_under_way(chat_model: Path) -> None:
     from apprentice.serve.engines.vllm import VllmEngine
 
     running = VllmEngine(chat_model, **LIMITS)
-    task = asyncio.create_task(reply(running, EngineRequest((5, 6), 500)))
+    task = asyncio.create_task(reply(running, GenerationRequest((5, 6), 500)))
     while not running.stats().tokens:
         await asyncio.sleep(0.005)
     running.close()

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from apprentice.serve.engines.base import EngineFailed, EngineRequest, NewToken, RequestFailed
+from apprentice.inference.generation_request import GeneratedToken, GenerationRequest
+from apprentice.serve.engines.base import EngineFailed, RequestFailed
 
 pytestmark = pytest.mark.asyncio
 LIMITS: dict[str, Any] = {"dtype": "float32", "max_running": 4, "max_queued": 2, "context": 600, "threads": 1}
@@ -108,16 +109,16 @@ def vllm_engine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         sys.modules.pop(name, None)
 
 
-async def tokens_of(stream: Any) -> list[NewToken]:
+async def tokens_of(stream: Any) -> list[GeneratedToken]:
     return [token async for tokens in stream for token in tokens]
 
 
 async def test_tokens_come_as_vllm_gives_them(vllm_engine: Any, tiny_model: Path) -> None:
     engine = vllm_engine.VllmEngine(tiny_model, **LIMITS)
-    (stream,) = engine.generate([EngineRequest((3, 4), 16)])
+    (stream,) = engine.generate([GenerationRequest((3, 4), 16)])
     tokens = await tokens_of(stream)
     stream.close()
-    assert [(token.id, token.finish, token.cached) for token in tokens] == [(5, None, 1), (6, None, 0), (7, "stop", 0)]
+    assert [(token.id, token.finish, token.reused) for token in tokens] == [(5, None, 1), (6, None, 0), (7, "stop", 0)]
     assert engine.stats()[:6] == (0, 0, 1, 3, 2, 1)
     await asyncio.sleep(0)
     assert engine._llm.aborted == []  # it has ended by itself
@@ -127,7 +128,7 @@ async def test_tokens_come_as_vllm_gives_them(vllm_engine: Any, tiny_model: Path
 
 async def test_a_refusal_is_of_this_request_and_a_dead_process_is_the_engines_end(vllm_engine: Any, tiny_model: Path) -> None:
     engine = vllm_engine.VllmEngine(tiny_model, **LIMITS)
-    refused, dead = engine.generate([EngineRequest((8,), 16), EngineRequest((7,), 16)])
+    refused, dead = engine.generate([GenerationRequest((8,), 16), GenerationRequest((7,), 16)])
     with pytest.raises(RequestFailed, match="its grammar is empty"):
         await tokens_of(refused)
     with pytest.raises(EngineFailed, match="vLLM's own process has ended"):
@@ -138,7 +139,7 @@ async def test_a_refusal_is_of_this_request_and_a_dead_process_is_the_engines_en
 @pytest.mark.parametrize("is_read", [False, True])
 async def test_a_stream_that_is_given_up_is_aborted(vllm_engine: Any, tiny_model: Path, is_read: bool) -> None:
     engine = vllm_engine.VllmEngine(tiny_model, **LIMITS)
-    (stream,) = engine.generate([EngineRequest((9,), 16)])
+    (stream,) = engine.generate([GenerationRequest((9,), 16)])
     assert [token.id for token in await anext(stream)] == [5]
     reading = asyncio.create_task(anext(stream)) if is_read else None
     await asyncio.sleep(0)
@@ -155,7 +156,7 @@ async def test_a_stream_that_is_given_up_is_aborted(vllm_engine: Any, tiny_model
 
 async def test_whoever_waits_for_tokens_learns_of_the_engines_end(vllm_engine: Any, tiny_model: Path) -> None:
     engine = vllm_engine.VllmEngine(tiny_model, **LIMITS)
-    (stream,) = engine.generate([EngineRequest((9,), 16)])
+    (stream,) = engine.generate([GenerationRequest((9,), 16)])
     await anext(stream)
     reading = asyncio.create_task(tokens_of(stream))
     await asyncio.sleep(0)
@@ -163,4 +164,4 @@ async def test_whoever_waits_for_tokens_learns_of_the_engines_end(vllm_engine: A
     with pytest.raises(EngineFailed, match="the engine was closed"):
         await reading
     with pytest.raises(EngineFailed, match="the engine was closed"):
-        engine.generate([EngineRequest((3,), 1)])
+        engine.generate([GenerationRequest((3,), 1)])

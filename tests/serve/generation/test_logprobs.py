@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from apprentice.inference.generation_request import ScoredToken
 from apprentice.pretrained.tokenizer import Tokenizer
-from apprentice.serve.engines.base import TokenScore
 from apprentice.serve.generation.logprobs import chat_logprobs, completion_logprobs
 
 
@@ -19,9 +19,9 @@ def tokenizer(tiny_model: Path) -> Tokenizer:
 def test_the_token_that_was_said_is_among_the_best(tokenizer: Tokenizer) -> None:
     said, best, other = tokenizer.encode("a")[0], tokenizer.encode("b")[0], tokenizer.encode("c")[0]
     scores = [
-        TokenScore(said, -5.0, ((best, -0.5), (other, -1.0))),
-        TokenScore(best, -0.5, ((best, -0.5), (other, -1.0))),
-        TokenScore(said, -5.0),
+        ScoredToken(said, -5.0, ((best, -0.5), (other, -1.0))),
+        ScoredToken(best, -0.5, ((best, -0.5), (other, -1.0))),
+        ScoredToken(said, -5.0),
     ]
     completion = completion_logprobs(scores, tokenizer, [0, 1, 2])
     assert completion.top_logprobs == [{"b": -0.5, "c": -1.0, "a": -5.0}, {"b": -0.5, "c": -1.0}, {"a": -5.0}]
@@ -34,7 +34,7 @@ def test_the_token_that_was_said_is_among_the_best(tokenizer: Tokenizer) -> None
 def test_parts_of_characters_keep_their_bytes(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode("🚀")
     assert len(ids) == 4
-    scores = [TokenScore(id, -1.0, ((id, -1.0),)) for id in ids]
+    scores = [ScoredToken(id, -1.0, ((id, -1.0),)) for id in ids]
     tokens = completion_logprobs(scores, tokenizer, [0] * 4).tokens
     assert tokens == ["bytes:\\xf0", "bytes:\\x9f", "bytes:\\x9a", "bytes:\\x80"]
     content = chat_logprobs(scores, tokenizer).content

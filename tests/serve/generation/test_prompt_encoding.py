@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from apprentice.data.encoding.prompt_contract import layout_beside
+from apprentice.inference.generation_request import GenerationRequest
 from apprentice.pretrained.tokenizer import Tokenizer
 from apprentice.serve.api.schemas.problems import RequestProblem
 from apprentice.serve.api.schemas.requests import ChatRequest, CompletionRequest, InstructRequest, RenderRequest
-from apprentice.serve.engines.base import EngineRequest
 from apprentice.serve.generation.prompt_encoding import EncodedPrompt, PromptEncoder
 
 
@@ -26,7 +26,7 @@ def plain(plain_model: Path) -> PromptEncoder:
     return PromptEncoder(layout_beside(plain_model), context=200, vocabulary=512)
 
 
-def flat(prompts: list[EncodedPrompt]) -> list[EngineRequest]:
+def flat(prompts: list[EncodedPrompt]) -> list[GenerationRequest]:
     """All requests to the engine, in the order of prompts and choices."""
     return [request for prompt in prompts for request in prompt.requests]
 
@@ -43,7 +43,7 @@ def test_an_instruction_has_exactly_the_ids_of_training(chat: PromptEncoder, pla
         layout = encoder.layout
         (request,) = flat(encoder.encode_instruction(InstructRequest(instruction="Count the words.", input="a b")))
         assert list(request.prompt) == layout.encode_prompt(layout.prompt("Count the words.", "a b"))
-        assert request.max_tokens == 200 - len(request.prompt)
+        assert request.max_new_tokens == 200 - len(request.prompt)
         assert request.stop_ids == frozenset(layout.stop_ids)
         (same,) = flat(encoder.encode_chat(conversation("Count the words.\n\na b")))
         assert same.prompt == request.prompt
@@ -97,12 +97,12 @@ def test_what_a_template_refuses_is_a_bad_request(chat: PromptEncoder, tmp_path:
 def test_completions_are_raw(chat: PromptEncoder) -> None:
     (request,) = flat(chat.encode_completion(CompletionRequest(prompt="Hello.", ignore_eos=True, seed=5, temperature=1.0)))
     assert list(request.prompt) == chat.layout.tokenizer.encode("Hello.")
-    assert (request.max_tokens, request.stop_ids, request.seed) == (16, frozenset(), 5)
+    assert (request.max_new_tokens, request.stop_ids, request.sampling.seed) == (16, frozenset(), 5)
     both = flat(chat.encode_completion(CompletionRequest(prompt=[[5, 6], [7]], n=2, seed=3)))
-    assert [(request.prompt, request.seed) for request in both] == [((5, 6), 3), ((5, 6), 4), ((7,), 3), ((7,), 4)]
+    assert [(request.prompt, request.sampling.seed) for request in both] == [((5, 6), 3), ((5, 6), 4), ((7,), 3), ((7,), 4)]
     (scored,) = flat(chat.encode_completion(CompletionRequest(prompt=[5], echo=True, logprobs=1, max_tokens=0)))
-    assert (scored.score_from, scored.logprobs, scored.max_tokens) == (0, 1, 1)
-    seeds = {flat(chat.encode_completion(CompletionRequest(prompt=[5])))[0].seed for _ in range(3)}
+    assert (scored.score_from, scored.logprobs, scored.max_new_tokens) == (0, 1, 1)
+    seeds = {flat(chat.encode_completion(CompletionRequest(prompt=[5])))[0].sampling.seed for _ in range(3)}
     assert len(seeds) == 3
 
 
@@ -121,4 +121,4 @@ def test_completions_are_raw(chat: PromptEncoder) -> None:
 def test_refusals(chat: PromptEncoder, asked: CompletionRequest | InstructRequest, message: str) -> None:
     with pytest.raises(RequestProblem, match=message):
         flat(chat.encode_completion(asked)) if isinstance(asked, CompletionRequest) else flat(chat.encode_instruction(asked))
-    assert flat(chat.encode_completion(CompletionRequest(prompt=[5] * 150, max_tokens=50)))[0].max_tokens == 50
+    assert flat(chat.encode_completion(CompletionRequest(prompt=[5] * 150, max_tokens=50)))[0].max_new_tokens == 50

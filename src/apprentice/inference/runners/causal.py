@@ -18,13 +18,14 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from apprentice.errors import ModelError
 from apprentice.inference.compat import using_attention
-from apprentice.inference.generation_request import NOT_FINITE, GenerationRequest, RunningRequest, SplitPrompt
+from apprentice.inference.generation_request import NOT_FINITE, GenerationRequest, SplitPrompt
 from apprentice.inference.kv_cache import KvCache, KvCacheSize
 from apprentice.inference.kv_slots import SlotAllocation
 from apprentice.inference.lora import Lora, LoraLayers
 from apprentice.inference.runners.attention_metadata import AttentionMetadata, PrefillChunk, TokenChunk
 from apprentice.inference.runners.decode_attention import attend_groups
 from apprentice.inference.runners.model_runner import count_token_ids
+from apprentice.inference.running_request import RunningRequest
 
 ATTENTION = "apprentice_causal_batch"
 

@@ -25,7 +25,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from apprentice.errors import ModelError
 from apprentice.inference.compat import using_attention
-from apprentice.inference.generation_request import NOT_FINITE, GenerationRequest, RunningRequest, SplitPrompt
+from apprentice.inference.generation_request import NOT_FINITE, GenerationRequest, SplitPrompt
 from apprentice.inference.kv_cache import KvCache, KvCacheSize
 from apprentice.inference.kv_slots import SlotAllocation
 from apprentice.inference.lora import Lora, LoraLayers
@@ -40,6 +40,7 @@ from apprentice.inference.runners.encoder_decoder_attention import (
     attend,
 )
 from apprentice.inference.runners.model_runner import count_token_ids
+from apprentice.inference.running_request import RunningRequest
 
 _CROSS_ATTENTION = ("EncDecAttention", "encoder_attn")  # its names in T5 and BART
 _OF_PROMPT = ("k", "v", "k_proj", "v_proj")  # its projections of the encoder's states

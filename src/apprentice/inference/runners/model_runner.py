@@ -7,10 +7,11 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from apprentice.inference.generation_request import GenerationRequest, RunningRequest, SplitPrompt
+from apprentice.inference.generation_request import GenerationRequest, SplitPrompt
 from apprentice.inference.kv_cache import KvCacheSize
 from apprentice.inference.kv_slots import SlotAllocation
 from apprentice.inference.lora import Lora
+from apprentice.inference.running_request import RunningRequest
 
 
 class ModelRunner(Protocol):

@@ -15,12 +15,13 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutput
 
 from apprentice.errors import ModelError
-from apprentice.inference.generation_request import GenerationRequest, RunningRequest, SplitPrompt
+from apprentice.inference.generation_request import GenerationRequest, SplitPrompt
 from apprentice.inference.kv_cache import KvCacheSize
 from apprentice.inference.kv_slots import SlotAllocation
 from apprentice.inference.lora import Lora
 from apprentice.inference.runners.encoder_decoder import split_prompt
 from apprentice.inference.runners.model_runner import count_token_ids
+from apprentice.inference.running_request import RunningRequest
 from apprentice.models.model_kind import count_virtual_tokens, has_virtual_tokens, is_encoder_decoder
 
 

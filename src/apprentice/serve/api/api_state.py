@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary
 from fastapi.responses import Response
 from starlette.requests import Request as HttpRequest
 
+from apprentice.inference.generation_request import GenerationRequest
 from apprentice.recipe import Serving
 from apprentice.serve.api.error_status import status_of
 from apprentice.serve.api.limits.accounts import Account
@@ -23,7 +24,7 @@ from apprentice.serve.api.retry_after import RetrySchedule
 from apprentice.serve.api.schemas.problems import RequestProblem
 from apprentice.serve.api.schemas.requests import GenerationFields
 from apprentice.serve.api.schemas.responses import Usage
-from apprentice.serve.engines.base import EngineRequest, Overloaded
+from apprentice.serve.engines.base import Overloaded
 from apprentice.serve.generation.prompt_encoding import EncodedPrompt, PromptEncoder
 from apprentice.serve.generation.reply_formats import ReplyFormat
 from apprentice.serve.generation.reply_service import ReplyService
@@ -143,7 +144,7 @@ class ApiState:
 
     async def _generate_a_token(self) -> None:
         for model in self.catalogue.fixed.values():
-            (tokens,) = model.engine.generate([EngineRequest((model.layout.tokenizer.end_id,), max_tokens=1)])
+            (tokens,) = model.engine.generate([GenerationRequest((model.layout.tokenizer.end_id,), max_new_tokens=1)])
             try:
                 await anext(tokens)
             finally:

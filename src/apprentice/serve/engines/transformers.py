@@ -30,19 +30,10 @@ from apprentice.inference.cpu_linear import place_model
 from apprentice.inference.decoding import make_scheduler
 from apprentice.inference.generation_request import GeneratedToken, GenerationRequest
 from apprentice.inference.lora import Lora, read_lora
-from apprentice.inference.sampler import Sampling
 from apprentice.inference.token_pacing import pacing_seconds
 from apprentice.models.loading import load_model, resolve_dtype
 from apprentice.models.model_kind import has_virtual_tokens
-from apprentice.serve.engines.base import (
-    EngineFailed,
-    EngineRequest,
-    EngineStats,
-    NewToken,
-    Overloaded,
-    RequestFailed,
-    TokenScore,
-)
+from apprentice.serve.engines.base import EngineFailed, EngineStats, Overloaded, RequestFailed
 
 log = logging.getLogger(__name__)
 
@@ -125,7 +116,7 @@ class TransformersEngine:
                 result.exception(timeout=1.0)
         result.result()
 
-    def generate(self, requests: list[EngineRequest]) -> list[TransformersStream]:
+    def generate(self, requests: list[GenerationRequest]) -> list[TransformersStream]:
         self.check()
         if len(self._streams) + len(requests) > self._capacity:
             raise Overloaded
@@ -136,35 +127,17 @@ class TransformersEngine:
             self.check()
         return streams
 
-    def _start(self, request: EngineRequest) -> TransformersStream:
+    def _start(self, request: GenerationRequest) -> TransformersStream:
         key = next(self._numbers)
         stream = self._streams[key] = TransformersStream(lambda: self._forget(key), lambda: self._failure)
         self._accepted += 1
         self._prompt_tokens += len(request.prompt)
-        sampling = Sampling(
-            request.temperature,
-            request.top_p,
-            request.seed,
-            request.frequency_penalty,
-            request.presence_penalty,
-            request.logit_bias,
-        )
-        generation = GenerationRequest(
-            request.prompt,
-            request.max_tokens,
-            request.stop_ids,
-            sampling,
-            request.constraint,
-            request.logprobs,
-            request.score_from,
-            request.adapter,
-        )
-        self._commands.put(lambda: self._submit(key, generation))
+        self._commands.put(lambda: self._submit(key, request))
         return stream
 
-    def _submit(self, key: int, generation: GenerationRequest) -> None:
+    def _submit(self, key: int, request: GenerationRequest) -> None:
         try:
-            self._scheduler.submit(key, generation)
+            self._scheduler.submit(key, request)
         except Exception as error:  # of whatever type, it concerns this request only
             self._fail(key, error)
 
@@ -234,7 +207,7 @@ class TransformersEngine:
             stream = self._streams.get(token.key)  # type: ignore[call-overload]  # our keys are numbers
             if stream is None:
                 continue
-            stream.unsent.append(_new_token(token))
+            stream.unsent.append(token)
             if token.finish or now - stream.sent_at >= interval_s:
                 deliveries.append((stream, stream.unsent))
                 stream.unsent, stream.sent_at = [], now
@@ -272,9 +245,9 @@ class TransformersStream:
 
     def __init__(self, forget: Callable[[], None], failure: Callable[[], str | None]) -> None:
         self.loop = asyncio.get_running_loop()
-        self.unsent: list[NewToken] = []  # only the decoder's thread uses these two
+        self.unsent: list[GeneratedToken] = []  # only the decoder's thread uses these two
         self.sent_at = 0.0
-        self._received: list[NewToken] = []
+        self._received: list[GeneratedToken] = []
         self.reason: str | None = None  # why this reply alone fails
         self._has_failed = False
         self._news = asyncio.Event()
@@ -285,7 +258,7 @@ class TransformersStream:
     def __aiter__(self) -> Self:
         return self
 
-    async def __anext__(self) -> list[NewToken]:
+    async def __anext__(self) -> list[GeneratedToken]:
         if self._ended:
             raise StopAsyncIteration
         await self._news.wait()
@@ -300,7 +273,7 @@ class TransformersStream:
             self._news.set()
         return tokens
 
-    def receive(self, tokens: list[NewToken] | None) -> None:
+    def receive(self, tokens: list[GeneratedToken] | None) -> None:
         """Adds tokens, in the event loop; None says that no more will come."""
         if tokens is None:
             self._has_failed = True
@@ -314,17 +287,10 @@ class TransformersStream:
 
 
 # A stream and its next tokens; None says that no more will come.
-Delivery = tuple[TransformersStream, list[NewToken] | None]
+Delivery = tuple[TransformersStream, list[GeneratedToken] | None]
 
 
 def _receive(deliveries: list[Delivery]) -> None:
     """Gives each stream its tokens, in the event loop."""
     for stream, tokens in deliveries:
         stream.receive(tokens)
-
-
-def _new_token(token: GeneratedToken) -> NewToken:
-    if token.score is None and not token.prompt_scores:
-        return NewToken(token.id, token.finish, cached=token.reused)
-    score = token.score and TokenScore(*token.score)
-    return NewToken(token.id, token.finish, score, tuple(TokenScore(*one) for one in token.prompt_scores), token.reused)

@@ -19,20 +19,13 @@ from pathlib import Path
 from typing import Any, Self
 
 from apprentice.errors import ModelError
+from apprentice.inference.generation_request import GeneratedToken, GenerationRequest, ScoredToken
 from apprentice.inference.lora import CONFIG, WEIGHTS, read_lora
 from apprentice.inference.token_pacing import pacing_seconds
 from apprentice.models.loading import build_without_weights, resolve_dtype
 from apprentice.pretrained.architecture import kv_values_per_token, model_config
 from apprentice.serve.api.schemas.requests import MOST_TOP
-from apprentice.serve.engines.base import (
-    EngineFailed,
-    EngineRequest,
-    EngineStats,
-    NewToken,
-    Overloaded,
-    RequestFailed,
-    TokenScore,
-)
+from apprentice.serve.engines.base import EngineFailed, EngineStats, Overloaded, RequestFailed
 from apprentice.serve.engines.compat import (
     AsyncEngineArgs,
     AsyncLLM,
@@ -146,7 +139,7 @@ class VllmEngine:
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(lambda: self.run_in_background(remove()))
 
-    def generate(self, requests: list[EngineRequest]) -> list[VllmStream]:
+    def generate(self, requests: list[GenerationRequest]) -> list[VllmStream]:
         self.check()
         if len(self._streams) + len(requests) > self._capacity:
             raise Overloaded
@@ -156,12 +149,16 @@ class VllmEngine:
         self._prompt_tokens += sum(len(request.prompt) for request in requests)
         return streams
 
-    def outputs(self, request: EngineRequest) -> AsyncGenerator[Any, None]:
+    def new_key(self) -> str:
+        """A key that no other request has."""
+        return str(next(self._numbers))
+
+    def outputs(self, key: str, request: GenerationRequest) -> AsyncGenerator[Any, None]:
         """vLLM's outputs for the request, which enters when the first one is awaited; closing the generator aborts it."""
         outputs: AsyncGenerator[Any, None] = self._llm.generate(
             tokens_input(list(request.prompt)),
             _sampling(request, self._end_id),
-            str(next(self._numbers)),
+            key,
             lora_request=request.adapter and request.adapter.request,
         )
         return outputs
@@ -223,20 +220,21 @@ class VllmAdapter:
 class VllmStream:
     """Token stream of one reply from vLLM; under load a step gives several tokens, which vLLM has joined meanwhile."""
 
-    def __init__(self, engine: VllmEngine, request: EngineRequest) -> None:
+    def __init__(self, engine: VllmEngine, request: GenerationRequest) -> None:
         self._engine = engine
         self._request = request
-        self._outputs = engine.outputs(request)
-        self._reading: asyncio.Task[list[NewToken]] | None = None
+        self._key = engine.new_key()
+        self._outputs = engine.outputs(self._key, request)
+        self._reading: asyncio.Task[list[GeneratedToken]] | None = None
         self.kv_tokens = 0  # tokens of prompt and reply in vLLM's KV cache, as far as its outputs show
         self._sent_at = 0.0
         self._has_ended = False
-        self._prompt_scores: tuple[TokenScore, ...] = ()
+        self._prompt_scores: tuple[ScoredToken, ...] = ()
 
     def __aiter__(self) -> Self:
         return self
 
-    async def __anext__(self) -> list[NewToken]:
+    async def __anext__(self) -> list[GeneratedToken]:
         if self._has_ended:
             raise StopAsyncIteration
         self._engine.check()
@@ -250,12 +248,12 @@ class VllmStream:
         self._has_ended = tokens[-1].finish is not None
         return tokens
 
-    async def _next_tokens(self) -> list[NewToken]:
+    async def _next_tokens(self) -> list[GeneratedToken]:
         """The next tokens, at least one, awaited until the load allows another group."""
         wait_s = self._sent_at + self._engine.pacing_seconds() - time.monotonic()
         if wait_s > 0:
             await asyncio.sleep(wait_s)
-        tokens: list[NewToken] = []
+        tokens: list[GeneratedToken] = []
         try:
             while not tokens:
                 tokens = self._read(await anext(self._outputs))
@@ -270,27 +268,27 @@ class VllmStream:
             raise RequestFailed(" ".join(str(cause or error).split())[:300]) from error
         return tokens
 
-    def _read(self, output: Any) -> list[NewToken]:
+    def _read(self, output: Any) -> list[GeneratedToken]:
         request, (reply,) = self._request, output.outputs
         if request.score_from is not None and output.prompt_logprobs:
             places = list(zip(request.prompt, output.prompt_logprobs, strict=True))[request.score_from :]
             self._prompt_scores = tuple(_score(id, candidates, request.logprobs or 0) for id, candidates in places)
-        scores: list[TokenScore | None] = [None] * len(reply.token_ids)
+        scores: list[ScoredToken | None] = [None] * len(reply.token_ids)
         if (most := request.logprobs) is not None:
             scores = [_score(id, candidates, most) for id, candidates in zip(reply.token_ids, reply.logprobs, strict=True)]
-        tokens = [NewToken(id, None, score) for id, score in zip(reply.token_ids, scores, strict=True)]
+        tokens = [GeneratedToken(self._key, id, None, score) for id, score in zip(reply.token_ids, scores, strict=True)]
         if reply.finish_reason is not None:
             if not tokens or reply.finish_reason not in ("stop", "length"):
                 raise self._engine.failure()
             tokens[-1] = tokens[-1]._replace(finish=reply.finish_reason)
         if tokens and self._prompt_scores:
-            tokens[0], self._prompt_scores = tokens[0]._replace(prompt=self._prompt_scores), ()
+            tokens[0], self._prompt_scores = tokens[0]._replace(prompt_scores=self._prompt_scores), ()
         if not self.kv_tokens:
             self.kv_tokens = len(request.prompt)
-            cached = output.num_cached_tokens or 0
-            self._engine.shared += cached
+            reused = output.num_cached_tokens or 0
+            self._engine.shared += reused
             if tokens:
-                tokens[0] = tokens[0]._replace(cached=cached)
+                tokens[0] = tokens[0]._replace(reused=reused)
         self.kv_tokens += len(tokens)
         self._engine.produced += len(tokens)
         return tokens
@@ -343,25 +341,26 @@ def _arguments(
     )
 
 
-def _sampling(request: EngineRequest, end_id: int | None) -> SamplingParams:
-    stop_ids = request.stop_ids
-    if request.constraint is not None and end_id is not None:
+def _sampling(request: GenerationRequest, end_id: int | None) -> SamplingParams:
+    sampling, stop_ids = request.sampling, frozenset(request.stop_ids)
+    constraint: Any = request.constraint  # has a `grammar` besides what `Constraint` asks for
+    if constraint is not None and end_id is not None:
         stop_ids |= {end_id}  # vLLM's own grammar matcher ends a reply with this id
     return SamplingParams(
-        max_tokens=request.max_tokens,
-        temperature=request.temperature,
-        top_p=request.top_p,
-        seed=request.seed % 2**63 if request.temperature else None,
-        frequency_penalty=request.frequency_penalty,
-        presence_penalty=request.presence_penalty,
-        logit_bias=dict(request.logit_bias) or None,
+        max_tokens=request.max_new_tokens,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        seed=sampling.seed % 2**63 if sampling.temperature else None,
+        frequency_penalty=sampling.frequency_penalty,
+        presence_penalty=sampling.presence_penalty,
+        logit_bias=dict(sampling.bias) or None,
         logprobs=request.logprobs,
         prompt_logprobs=None if request.score_from is None else request.logprobs or 0,
         stop_token_ids=sorted(stop_ids),
         ignore_eos=True,  # `stop_token_ids` end the reply
         detokenize=False,
         output_kind=RequestOutputKind.DELTA,
-        structured_outputs=None if request.constraint is None else _structured_outputs(request.constraint.grammar),
+        structured_outputs=None if constraint is None else _structured_outputs(constraint.grammar),
         skip_clone=True,
     )
 
@@ -376,9 +375,9 @@ def _structured_outputs(grammar: str) -> StructuredOutputsParams:
     return StructuredOutputsParams(json=source["json_schema"])
 
 
-def _score(id: int, candidates: Any, most: int) -> TokenScore:
+def _score(id: int, candidates: Any, most: int) -> ScoredToken:
     """Score of token `id`; `candidates` has vLLM's rank and log-probability by id, for `id` and the best (a text's first: None)."""
     if candidates is None:
-        return TokenScore(id, None)
+        return ScoredToken(id, None)
     best = sorted((one.rank, other, one.logprob) for other, one in candidates.items() if one.rank <= most)
-    return TokenScore(id, candidates[id].logprob, tuple((other, logprob) for _, other, logprob in best[:most]))
+    return ScoredToken(id, candidates[id].logprob, tuple((other, logprob) for _, other, logprob in best[:most]))

@@ -7,10 +7,11 @@ import math
 from collections.abc import Sequence
 from contextlib import aclosing
 
+from apprentice.inference.generation_request import GenerationRequest
 from apprentice.serve.api.limits.accounts import Account
 from apprentice.serve.api.schemas.problems import RequestProblem
 from apprentice.serve.api.schemas.responses import Usage
-from apprentice.serve.engines.base import EngineRequest, TokenStream
+from apprentice.serve.engines.base import TokenStream
 from apprentice.serve.generation.prompt_encoding import PromptEncoder
 from apprentice.serve.generation.served_models import ServedModel
 from apprentice.serve.generation.streams import ReplyStream
@@ -44,7 +45,7 @@ class ChoiceScorer:
         account.close(usage, None, 200)
         return [sums[first : first + len(choices)] for first in range(0, len(sums), len(choices))]
 
-    def _requests(self, prompts: Sequence[Sequence[int]], choices: Sequence[Sequence[int]]) -> list[EngineRequest]:
+    def _requests(self, prompts: Sequence[Sequence[int]], choices: Sequence[Sequence[int]]) -> list[GenerationRequest]:
         context = self._model.engine.context
         longest = max(map(len, prompts)) + max(map(len, choices))
         if longest >= context:
@@ -53,12 +54,12 @@ class ChoiceScorer:
         for ids in (*prompts, *choices):
             self._encoder.check_known(ids, param="fields")
         return [
-            EngineRequest((*prompt, *ids), max_tokens=1, logprobs=0, score_from=len(prompt), stop_ids=frozenset())
+            GenerationRequest((*prompt, *ids), max_new_tokens=1, logprobs=0, score_from=len(prompt), stop_ids=frozenset())
             for prompt in prompts
             for ids in choices
         ]
 
-    async def _sums(self, requests: Sequence[EngineRequest], deadline: float) -> list[float]:
+    async def _sums(self, requests: Sequence[GenerationRequest], deadline: float) -> list[float]:
         """The summed log-probability of each request's scored tokens."""
         sums = [0.0] * len(requests)
         opening = self._model.generate(requests[: min(_CHOICES_AT_ONCE, self._model.engine.capacity)])

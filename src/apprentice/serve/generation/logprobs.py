@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from apprentice.inference.generation_request import ScoredToken
 from apprentice.pretrained.tokenizer import Tokenizer
 from apprentice.serve.api.schemas.responses import ChatLogprobs, ChatTokenLogprob, CompletionLogprobs, TopLogprob
-from apprentice.serve.engines.base import TokenScore
 
 _LEAST = -9999.0  # stands for minus infinity, which JSON cannot express
 
 
-def completion_logprobs(scores: Sequence[TokenScore], tokenizer: Tokenizer, offsets: Sequence[int]) -> CompletionLogprobs:
+def completion_logprobs(scores: Sequence[ScoredToken], tokenizer: Tokenizer, offsets: Sequence[int]) -> CompletionLogprobs:
     """`logprobs` of a completion; `offsets` are the tokens' places in the choice's text, in characters."""
     return CompletionLogprobs(
         tokens=[_text(tokenizer, score.id) for score in scores],
@@ -25,14 +25,14 @@ def completion_logprobs(scores: Sequence[TokenScore], tokenizer: Tokenizer, offs
     )
 
 
-def chat_logprobs(scores: Sequence[TokenScore], tokenizer: Tokenizer) -> ChatLogprobs:
+def chat_logprobs(scores: Sequence[ScoredToken], tokenizer: Tokenizer) -> ChatLogprobs:
     """`logprobs` of a chat. `top_logprobs` are empty where the request asks for no best tokens, as OpenAI's are."""
 
     def top(id: int, logprob: float) -> TopLogprob:
         text = tokenizer.token_bytes(id)
         return TopLogprob(token=_spelled(text), logprob=max(logprob, _LEAST), bytes=list(text))
 
-    def entry(score: TokenScore) -> ChatTokenLogprob:
+    def entry(score: ScoredToken) -> ChatTokenLogprob:
         text = tokenizer.token_bytes(score.id)
         return ChatTokenLogprob(
             token=_spelled(text),
@@ -44,13 +44,13 @@ def chat_logprobs(scores: Sequence[TokenScore], tokenizer: Tokenizer) -> ChatLog
     return ChatLogprobs(content=[entry(score) for score in scores], refusal=None)
 
 
-def _best(score: TokenScore) -> list[tuple[int, float]]:
+def _best(score: ScoredToken) -> list[tuple[int, float]]:
     """The best tokens, and last the produced one if it is none of them."""
     is_listed = score.logprob is None or any(id == score.id for id, _ in score.top)
     return [*score.top] if is_listed else [*score.top, (score.id, score.logprob or 0.0)]
 
 
-def _by_text(score: TokenScore, tokenizer: Tokenizer) -> dict[str, float]:
+def _by_text(score: ScoredToken, tokenizer: Tokenizer) -> dict[str, float]:
     logprobs: dict[str, float] = {}
     for id, logprob in _best(score):
         logprobs.setdefault(_text(tokenizer, id), max(logprob, _LEAST))  # best first; two tokens may have the same text

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 from apprentice.data.encoding.prompt_format import Layout
 from apprentice.errors import ChatTemplateError
+from apprentice.inference.generation_request import GenerationRequest, Sampling
 from apprentice.serve.api.schemas.problems import RequestProblem
 from apprentice.serve.api.schemas.requests import (
     ChatRequest,
@@ -20,7 +21,6 @@ from apprentice.serve.api.schemas.requests import (
     Message,
     RenderRequest,
 )
-from apprentice.serve.engines.base import EngineRequest
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class EncodedPrompt:
     the engine adds to it is left out.
     """
 
-    requests: tuple[EngineRequest, ...]
+    requests: tuple[GenerationRequest, ...]
     echo: str = ""
     unechoed_tokens: int = 0
     is_only_scored: bool = False
@@ -124,7 +124,7 @@ class PromptEncoder:
 
     def _requests(
         self, body: GenerationFields, prompt: list[int], max_tokens: int | None, *, param: str, score_from: int | None = None
-    ) -> tuple[EngineRequest, ...]:
+    ) -> tuple[GenerationRequest, ...]:
         """`n` requests for replies to one prompt, which differ in their seeds only."""
         if not prompt:
             raise RequestProblem(f"`{param}` is empty; give at least one token.", param=param)
@@ -140,16 +140,20 @@ class PromptEncoder:
             )
         self.check_known(body.logit_bias, param="logit_bias")
         first_seed = secrets.randbits(62) if body.seed is None else body.seed
-        request = EngineRequest(
+        request = GenerationRequest(
             prompt=tuple(prompt),
-            max_tokens=room if max_tokens is None else max(max_tokens, 1),
+            max_new_tokens=room if max_tokens is None else max(max_tokens, 1),
             stop_ids=frozenset() if body.ignore_eos else frozenset(self.layout.stop_ids),
-            temperature=body.temperature,
-            top_p=body.top_p,
-            frequency_penalty=body.frequency_penalty,
-            presence_penalty=body.presence_penalty,
-            logit_bias=body.logit_bias,
             logprobs=body.scored_tokens,
             score_from=score_from,
         )
-        return tuple(replace(request, seed=first_seed + number) for number in range(body.n))
+        sampling = Sampling(
+            temperature=body.temperature,
+            top_p=body.top_p,
+            seed=first_seed,
+            frequency_penalty=body.frequency_penalty,
+            presence_penalty=body.presence_penalty,
+            bias=body.logit_bias,
+        )
+        seeds = range(first_seed, first_seed + body.n)
+        return tuple(replace(request, sampling=replace(sampling, seed=seed)) for seed in seeds)

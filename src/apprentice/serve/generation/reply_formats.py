@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
+from apprentice.inference.generation_request import ScoredToken
 from apprentice.pretrained.tokenizer import Tokenizer
 from apprentice.serve.api.schemas.responses import (
     ChatChoice,
@@ -20,7 +21,6 @@ from apprentice.serve.api.schemas.responses import (
     CompletionChoice,
     Usage,
 )
-from apprentice.serve.engines.base import TokenScore
 from apprentice.serve.generation.logprobs import chat_logprobs, completion_logprobs
 
 
@@ -31,7 +31,7 @@ class ChoiceTokens(NamedTuple):
     `prompt_ids` come once for each choice, with its first ids.
     """
 
-    scores: Sequence[TokenScore] | None = None
+    scores: Sequence[ScoredToken] | None = None
     offsets: Sequence[int] = ()
     ids: Sequence[int] | None = None
     prompt_ids: Sequence[int] | None = None

@@ -78,7 +78,7 @@ class ReplyService:
         prompts = await self._constrained(body, prompts)
         requests = [request for prompt in prompts for request in prompt.requests]
         prompt_tokens = sum(len(prompt.requests[0].prompt) for prompt in prompts)
-        await account.reserve(prompt_tokens + sum(request.max_tokens for request in requests))
+        await account.reserve(prompt_tokens + sum(request.max_new_tokens for request in requests))
         streams = iter(self._model.generate(requests))
         replies: list[ReplyStream] = []
         for prompt in prompts:

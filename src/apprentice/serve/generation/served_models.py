@@ -11,14 +11,15 @@ from typing import Any, Protocol
 
 from apprentice.data.encoding.prompt_format import Layout
 from apprentice.errors import did_you_mean
+from apprentice.inference.generation_request import GenerationRequest
 from apprentice.run.contract import PromptContract
 from apprentice.serve.api.schemas.problems import RequestProblem
-from apprentice.serve.engines.base import Engine, EngineRequest, TokenStream
+from apprentice.serve.engines.base import Engine, TokenStream
 
 
 @dataclass(frozen=True, eq=False)
 class ServedModel:
-    """A served model; `adapter` is what its engine expects as `EngineRequest.adapter`."""
+    """A served model; `adapter` is what its engine expects as `GenerationRequest.adapter`."""
 
     name: str
     engine: Engine
@@ -26,7 +27,7 @@ class ServedModel:
     contract: PromptContract | None = None
     adapter: Any = None
 
-    def generate(self, requests: Sequence[EngineRequest]) -> list[TokenStream]:
+    def generate(self, requests: Sequence[GenerationRequest]) -> list[TokenStream]:
         """Passes the requests to the engine, with this model's adapter. The caller must close each stream.
 
         Raises `RequestProblem` for more than the engine ever takes, `Overloaded` for more than it takes now, `EngineFailed`.

@@ -8,9 +8,10 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from functools import partial
 
+from apprentice.inference.generation_request import GeneratedToken, GenerationRequest, ScoredToken
 from apprentice.pretrained.tokenizer import Tokenizer
 from apprentice.serve.api.schemas.problems import RequestProblem
-from apprentice.serve.engines.base import EngineFailed, EngineRequest, NewToken, RequestFailed, TokenScore, TokenStream
+from apprentice.serve.engines.base import EngineFailed, RequestFailed, TokenStream
 from apprentice.serve.generation.detokenize import IncrementalDetokenizer
 
 
@@ -22,7 +23,7 @@ class ReplyChunk:
     """
 
     text: str = ""
-    scores: list[TokenScore] = field(default_factory=list)
+    scores: list[ScoredToken] = field(default_factory=list)
     offsets: list[int] = field(default_factory=list)
     ids: list[int] = field(default_factory=list)
     finish: str | None = None
@@ -47,7 +48,7 @@ class ReplyStream:
     index: int
     tokens: TokenStream
     tokenizer: Tokenizer
-    request: EngineRequest
+    request: GenerationRequest
     deadline: float  # seconds on the event loop's clock
     stops: Sequence[str] = ()
     echo: str = ""
@@ -81,16 +82,16 @@ class ReplyStream:
         finally:
             self.tokens.close()
 
-    async def _first_chunk(self, token: NewToken) -> ReplyChunk:
+    async def _first_chunk(self, token: GeneratedToken) -> ReplyChunk:
         """The echo with the prompt's scores, which come with the first token."""
-        self.cached = token.cached
-        offsets = [0] * len(token.prompt)
-        if token.prompt and self.echo:
-            ids = [score.id for score in token.prompt]
+        self.cached = token.reused
+        offsets = [0] * len(token.prompt_scores)
+        if token.prompt_scores and self.echo:
+            ids = [score.id for score in token.prompt_scores]
             offsets = await asyncio.to_thread(_text_offsets, self.tokenizer, ids, self.unechoed_tokens)
-        return ReplyChunk(self.echo, list(token.prompt), offsets)
+        return ReplyChunk(self.echo, list(token.prompt_scores), offsets)
 
-    async def _next_tokens(self) -> list[NewToken]:
+    async def _next_tokens(self) -> list[GeneratedToken]:
         try:
             async with asyncio.timeout_at(self.deadline):
                 return await anext(self.tokens)
@@ -100,7 +101,7 @@ class ReplyStream:
         except RequestFailed as error:
             raise RequestProblem(f"the request cannot be decoded: {error}", code="request_failed") from error
 
-    def _add(self, tokens: list[NewToken], detokenizer: IncrementalDetokenizer, chunk: ReplyChunk) -> bool:
+    def _add(self, tokens: list[GeneratedToken], detokenizer: IncrementalDetokenizer, chunk: ReplyChunk) -> bool:
         """Adds tokens to the chunk; true once the reply has ended."""
         for token in tokens:
             self.ids.append(token.id)

@@ -23,8 +23,7 @@ from apprentice.data.sampling.permutation import key_of, permute
 from apprentice.data.window import Prompt, WindowRenderer
 from apprentice.inference.cpu_linear import place_model
 from apprentice.inference.decoding import make_scheduler
-from apprentice.inference.generation_request import GenerationRequest
-from apprentice.inference.sampler import Sampling
+from apprentice.inference.generation_request import GenerationRequest, Sampling
 from apprentice.models.loading import load_model, resolve_dtype
 from apprentice.models.reward import choice_rewards
 from apprentice.models.tuning.methods import TUNING_METHODS

@@ -14,12 +14,13 @@ from starlette.requests import ClientDisconnect
 
 from apprentice.data.encoding.prompt_contract import layout_beside
 from apprentice.data.encoding.prompt_format import Layout
+from apprentice.inference.generation_request import GeneratedToken
 from apprentice.recipe import Serving
 from apprentice.serve.api.application import build_app
 from apprentice.serve.api.limits.api_keys import GRACE_S, REFRESH_S, ApiKeys, new_key
 from apprentice.serve.api.limits.rate_limiter import LocalRateLimits, RateLimiter
 from apprentice.serve.api.limits.shared_rate_limits import RateLimiterDeployment, SharedRateLimits
-from apprentice.serve.engines.base import EngineFailed, NewToken
+from apprentice.serve.engines.base import EngineFailed
 from apprentice.serve.generation.served_models import Catalogue, ServedModel
 from apprentice.tasks.registry import library, load_task
 from apprentice.tasks.schema import Task
@@ -62,7 +63,7 @@ class Slow(ScriptedEngine):
 
     def generate(self, requests: list[Any]) -> list[Any]:
         class Later(ScriptedReply):
-            async def __anext__(self) -> list[NewToken]:
+            async def __anext__(self) -> list[GeneratedToken]:
                 await asyncio.sleep(0)
                 return await super().__anext__()
 
@@ -171,7 +172,7 @@ async def test_a_request_that_takes_too_long_counts_once_and_in_no_histogram(lay
     class Silent(ScriptedEngine):
         def generate(self, requests: list[Any]) -> list[Any]:
             class Never(ScriptedReply):
-                async def __anext__(self) -> list[NewToken]:
+                async def __anext__(self) -> list[GeneratedToken]:
                     await asyncio.Event().wait()
                     raise AssertionError
 
