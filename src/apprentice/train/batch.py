@@ -182,8 +182,8 @@ class PackedRows:
         """Loss weight of each token of `rows`: segments [1, 1, 2, 0] with weights [1, 0.1], all targets, give [1, 1, 0.1, 0]."""
         assert self.weights is not None
         segments = self.segment_ids if self.target_segment_ids is None else self.target_segment_ids
-        each = [np.append(np.float32(0), row)[places] for row, places in zip(self.weights[rows], segments[rows], strict=True)]
-        return np.stack(each).astype(np.float32) * (self.loss_mask[rows] > 0)
+        by_row = [np.append(np.float32(0), row)[places] for row, places in zip(self.weights[rows], segments[rows], strict=True)]
+        return np.stack(by_row).astype(np.float32) * (self.loss_mask[rows] > 0)
 
     def _is_target(self, cut: tuple[slice, slice]) -> Tensor:
         """The `is_target` tensor of a micro-batch: boolean, or float32 weights."""
@@ -196,7 +196,7 @@ class PackedRows:
         return [self._batch(slice(start, start + size)) for start in range(0, len(self), size)]
 
     def _batch(self, rows: slice) -> MicroBatch:
-        cut = (rows, _used(self.segment_ids[rows]))
+        cut = (rows, _used_columns(self.segment_ids[rows]))
         if self.target_ids is not None:
             return self._seq2seq(cut)
         if self.reference is not None:
@@ -211,7 +211,7 @@ class PackedRows:
         assert self.target_ids is not None
         assert self.target_positions is not None
         assert self.target_segment_ids is not None
-        answers = (cut[0], _used(self.target_segment_ids[cut[0]]))
+        answers = (cut[0], _used_columns(self.target_segment_ids[cut[0]]))
         return Seq2SeqBatch(
             input_ids=_tensor(self.input_ids[cut]),
             segment_ids=_tensor(self.segment_ids[cut]),
@@ -228,7 +228,7 @@ class PackedRows:
             input_ids=_tensor(self.input_ids[cut]),
             positions=_tensor(self.positions[cut]),
             answers=self._numbers(cut, reference),
-            reference=_joined(reference),
+            reference=_concatenate(reference),
             is_target=_tensor(self.loss_mask[cut], np.bool_),
         )
 
@@ -244,8 +244,8 @@ class PackedRows:
             replies=self._numbers(cut, advantages),
             policy_log_probs=_tensor(self.policy_log_probs[cut], np.float32),
             reference_log_probs=_tensor(self.reference_log_probs[cut], np.float32),
-            advantages=_joined(advantages),
-            rewards=_joined(self.rewards[cut[0]]),
+            advantages=_concatenate(advantages),
+            rewards=_concatenate(self.rewards[cut[0]]),
             is_target=_tensor(self.loss_mask[cut], np.bool_),
         )
 
@@ -265,7 +265,7 @@ class PackedRows:
         return PackedRows(**parts)
 
 
-def _used(segments: NDArray[Any]) -> slice:
+def _used_columns(segments: NDArray[Any]) -> slice:
     """Columns up to the last one that is not padding in every row; at least one."""
     columns = np.flatnonzero((segments > 0).any(axis=0))
     return slice(0, int(columns[-1]) + 1 if len(columns) else 1)
@@ -280,7 +280,7 @@ def _stack(rows: Any) -> NDArray[Any]:
     return rows if isinstance(rows, np.ndarray) and rows.ndim == 2 else np.stack(list(rows))
 
 
-def _joined(values: list[NDArray[Any]]) -> Tensor:
+def _concatenate(values: list[NDArray[Any]]) -> Tensor:
     return torch.from_numpy(np.concatenate(values).astype(np.float32))
 
 

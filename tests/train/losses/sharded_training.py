@@ -78,11 +78,11 @@ def sharded(case: dict[str, Any], rank: int, workers: int, folder: Path) -> dict
     """What `STEPS` steps of the engine give; `calls` counts this process's calls of the output layer, forwards alone."""
     training = settings(case, workers)
     model = model_of(case, folder)
-    given: dict[str, Any] = {"dtype": torch.float32, "workers": workers, "micro": ROWS // 2, "device": torch.device("cpu")}
+    options: dict[str, Any] = {"dtype": torch.float32, "workers": workers, "micro": ROWS // 2, "device": torch.device("cpu")}
     calls = []
     if (head := model.get_output_embeddings()) is not None:
         head.register_forward_hook(lambda *_: calls.append(None))
-    engine = DeepSpeedEngine(model, training, **given)
+    engine = DeepSpeedEngine(model, training, **options)
     result: dict[str, Any] = {"loss": [], "norm": []}
     for step in range(STEPS):
         mine = rows_of(case, step, rank, workers)

@@ -110,13 +110,13 @@ def test_a_layer_with_modules_of_its_own_is_called_whole(in_chunks: int, monkeyp
 
 @pytest.mark.parametrize("targets", [3, 31])
 def test_nothing_is_kept_after_the_backward_pass(targets: int, in_chunks: int) -> None:
-    model, kept = made("llama"), []
-    model.get_output_embeddings().register_forward_pre_hook(lambda _, given: kept.append(weakref.ref(given[0])))
+    model, hidden = made("llama"), []
+    model.get_output_embeddings().register_forward_pre_hook(lambda _, arguments: hidden.append(weakref.ref(arguments[0])))
     loss = SupervisedLoss(model)
     gc.disable()
     try:
         loss(batch_of(targets)).backward()
-        assert kept[0]() is None
+        assert hidden[0]() is None
     finally:
         gc.enable()
 

@@ -44,12 +44,12 @@ def spelt_out(model: Any, grpo: GRPO, batch: RolloutBatch, texts: list[Any]) -> 
         logits = model(input_ids=ids[None], use_cache=False).logits[0].float()
         own = torch.log_softmax(logits[:-1], dim=-1).gather(1, ids[1:, None])[:, 0][mask[1:]]
         each = []
-        for now, old, held in zip(own, batch.policy_log_probs[here], batch.reference_log_probs[here], strict=True):
+        for now, old, reference in zip(own, batch.policy_log_probs[here], batch.reference_log_probs[here], strict=True):
             ratio = torch.exp(now - old)
             plain, bounded = ratio * advantage, torch.clamp(ratio, 1 - grpo.clip, 1 + grpo.clip) * advantage
-            apart = torch.exp(held - now) - (held - now) - 1
-            each.append(-torch.minimum(plain, bounded) + grpo.beta * apart)
-            divergence += apart.item() / len(own)
+            distance = torch.exp(reference - now) - (reference - now) - 1
+            each.append(-torch.minimum(plain, bounded) + grpo.beta * distance)
+            divergence += distance.item() / len(own)
             clipped += bool(bounded < plain) / len(own)
         total = total + torch.stack(each).mean()
     return total, divergence, clipped
@@ -65,9 +65,9 @@ def test_packed_replies_are_single_replies(beta: float, clip: float) -> None:
     expected.backward()
     theirs = gradients(model)
     loss = PolicyLoss(model, grpo)
-    found = loss(batch)
-    found.backward()
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    value = loss(batch)
+    value.backward()
+    torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-6)
     same(gradients(model), theirs)
     assert float(loss.figures["kl"]) == pytest.approx(divergence, rel=1e-4)
     assert float(loss.figures["clipped"]) == pytest.approx(clipped)
@@ -77,5 +77,5 @@ def test_packed_replies_are_single_replies(beta: float, clip: float) -> None:
 
 
 def test_advantages_are_among_the_replies_to_one_prompt() -> None:
-    found = advantages(torch.tensor([[1.0, 3.0], [5.0, 5.0]]))
-    torch.testing.assert_close(found, torch.tensor([[-(0.5**0.5), 0.5**0.5], [0.0, 0.0]]), rtol=1e-3, atol=1e-3)
+    values = advantages(torch.tensor([[1.0, 3.0], [5.0, 5.0]]))
+    torch.testing.assert_close(values, torch.tensor([[-(0.5**0.5), 0.5**0.5], [0.0, 0.0]]), rtol=1e-3, atol=1e-3)

@@ -43,9 +43,9 @@ def pair_rows(count: int = ROWS, seed: int = 0, **changes: Any) -> PackedRows:
 
 
 def gradients(model: Any) -> dict[str, torch.Tensor]:
-    found = {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+    of_parameters = {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
     model.zero_grad()
-    return found
+    return of_parameters
 
 
 def same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
@@ -54,7 +54,7 @@ def same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None
     for name, gradient in theirs.items():
         largest = float(gradient.abs().max())
         assert largest > 0, name
-        torch.testing.assert_close(ours[name], gradient, rtol=0, atol=1e-5 * largest, msg=lambda told, name=name: f"{name}: {told}")
+        torch.testing.assert_close(ours[name], gradient, rtol=0, atol=1e-5 * largest, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def trl_of(model: Any, folder: Path, tokenizer: Path, smoothing: float) -> Any:
@@ -114,11 +114,11 @@ def test_loss_and_gradients_are_trls(tmp_path: Path, tiny_model: Path, monkeypat
     assert pairs == rows.loss_denominator
     torch.testing.assert_close(ours, theirs.float(), rtol=1e-5, atol=0)
     same(gradients(fresh), expected)
-    shown = {name: float(value) / pairs for name, value in loss.figures.items()}
+    means = {name: float(value) / pairs for name, value in loss.figures.items()}
     metrics = {name: values[-1] for name, values in trainer._metrics["eval"].items()}
-    assert shown["margin"] == pytest.approx(metrics["rewards/margins"], rel=1e-4)
-    assert shown["accuracy"] == pytest.approx(metrics["rewards/accuracies"])
-    assert shown["chosen_reward"] == pytest.approx(metrics["rewards/chosen"], rel=1e-4)
+    assert means["margin"] == pytest.approx(metrics["rewards/margins"], rel=1e-4)
+    assert means["accuracy"] == pytest.approx(metrics["rewards/accuracies"])
+    assert means["chosen_reward"] == pytest.approx(metrics["rewards/chosen"], rel=1e-4)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
@@ -130,14 +130,14 @@ def test_packed_pairs_are_single_pairs(smoothing: float) -> None:
     loss.backward()
     ours = gradients(model)
     total = torch.zeros(())
-    known = np.concatenate(rows.reference or [])
+    reference = np.concatenate(rows.reference or [])
     texts = examples_of(rows)
     for place in range(0, len(texts), 2):
         own = []
         for ids, mask in texts[place : place + 2]:
             logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1].log_softmax(-1)
             own.append(logits.gather(-1, ids[1:, None])[:, 0][mask[1:]].sum())
-        margin = dpo.beta * ((own[0] - known[place]) - (own[1] - known[place + 1]))
+        margin = dpo.beta * ((own[0] - reference[place]) - (own[1] - reference[place + 1]))
         total = total - (1 - smoothing) * margin.sigmoid().log() - smoothing * (-margin).sigmoid().log()
     total.backward()
     torch.testing.assert_close(loss, total, rtol=1e-5, atol=0)
@@ -179,7 +179,7 @@ def test_rewards_of_packed_answers_are_those_of_single_ones(tmp_path: Path) -> N
     loss = module(micro)
     loss.backward()
     ours = gradients(model)
-    shown = float(module.figures["chosen_reward"])
+    chosen_reward = float(module.figures["chosen_reward"])
     alone = torch.stack([model(input_ids=ids[None]).logits[0, 0] for ids, _ in examples_of(rows)]).view(-1, 2)
     expected = -torch.nn.functional.logsigmoid(alone[:, 0] - alone[:, 1]).sum()
     expected.backward()
@@ -187,13 +187,13 @@ def test_rewards_of_packed_answers_are_those_of_single_ones(tmp_path: Path) -> N
     same(ours, gradients(model))
     assert "score.weight" in ours
     alone = alone.detach()
-    assert shown == pytest.approx(float(alone[:, 0].sum()), rel=1e-4)
+    assert chosen_reward == pytest.approx(float(alone[:, 0].sum()), rel=1e-4)
     ids = [text.tolist() for text, _ in examples_of(rows)]
     pairs = [[ids[place][3:], ids[place + 1][3:]] for place in range(0, len(ids), 2)]
     prompts = [ids[place][:3] for place in range(0, len(ids), 2)]
     same_prompt = [(prompt, [pair[0]]) for prompt, pair in zip(prompts, pairs, strict=True)]
-    found = choice_rewards(model, [prompt for prompt, _ in same_prompt], [group for _, group in same_prompt], batch_tokens=30)
-    assert [value for [value] in found] == pytest.approx(alone[:, 0].tolist(), rel=1e-4)
+    rewards = choice_rewards(model, [prompt for prompt, _ in same_prompt], [group for _, group in same_prompt], batch_tokens=30)
+    assert [value for [value] in rewards] == pytest.approx(alone[:, 0].tolist(), rel=1e-4)
 
 
 @pytest.mark.slow

@@ -35,7 +35,7 @@ class TargetLosses:
     def __init__(self, model: nn.Module, compute: torch.dtype | None = None) -> None:
         self._model: Any = model
         self._compute = compute
-        self._in_chunks = True  # false if the model does more to its logits than `_finished` knows,
+        self._in_chunks = True  # false if the model does more to its logits than `_finish_logits` knows,
         self._probed = False  # which the first pass shows
         configs = getattr(model, "peft_config", {}).values()
         self._has_virtual_tokens = any(config.is_prompt_learning for config in configs)
@@ -101,9 +101,9 @@ class TargetLosses:
         """A call of an encoder-decoder in which no example of a row sees another one."""
         dtype, sources, targets = next(self._model.parameters()).dtype, batch.segment_ids, batch.target_segment_ids
         earlier = torch.ones(targets.shape[1], targets.shape[1], dtype=torch.bool, device=targets.device).tril()
-        of_encoder = _additive(sources[:, :, None] == sources[:, None], dtype)
-        of_decoder = _additive((targets[:, :, None] == targets[:, None]) & earlier, dtype)
-        across = _additive(targets[:, :, None] == sources[:, None], dtype)
+        of_encoder = _additive_mask(sources[:, :, None] == sources[:, None], dtype)
+        of_decoder = _additive_mask((targets[:, :, None] == targets[:, None]) & earlier, dtype)
+        across = _additive_mask(targets[:, :, None] == sources[:, None], dtype)
 
         def call() -> Tensor:
             with self.casting():
@@ -121,7 +121,7 @@ class TargetLosses:
         """Cross-entropy of `labels` (targets,) with the logits of `call()` at `places`, a (rows, length) mask.
 
         The sum, or with reduction `none` one loss for each place, in order. `call()` calls the output layer once, whatever the
-        number of targets. The losses are computed there, in chunks, if `_finished` is all that the model does to its logits
+        number of targets. The losses are computed there, in chunks, if `_finish_logits` is all that the model does to its logits
         afterwards. If not (scaling, for example), which the first pass shows in every process alike, the logits of all targets are
         computed at once, and `call()` is made again for them in this first pass. So are they where the output layer has modules of
         its own, LoRA's for example, and all logits of a row where the model names no output layer.
@@ -130,28 +130,28 @@ class TargetLosses:
         if head is None:
             return F.cross_entropy(call()[places].float(), labels, reduction=reduction)
         if not self._in_chunks or next(head.children(), None) is not None:
-            hook = head.register_forward_pre_hook(lambda _, given: (at_places(given[0], places), *given[1:]))
+            hook = head.register_forward_pre_hook(lambda _, arguments: (at_places(arguments[0], places), *arguments[1:]))
             try:
                 return F.cross_entropy(call().float(), labels, reduction=reduction)
             finally:
                 hook.remove()
         size = max(1, CHUNK_NUMBERS // self._model.config.get_text_config().vocab_size)
-        settings: dict[str, Any] = {"size": size, "finish": self._finished, "casting": self.casting}
+        settings: dict[str, Any] = {"size": size, "finish": self._finish_logits, "casting": self.casting}
         losses, probe, finished = chunked_cross_entropy(call, head, places, labels, reduction, **settings)
         if not self._probed:
-            same = torch.allclose(self._finished(probe).float(), finished.float(), rtol=1e-3, atol=1e-3)
+            same = torch.allclose(self._finish_logits(probe).float(), finished.float(), rtol=1e-3, atol=1e-3)
             self._probed, self._in_chunks = True, same
         return losses if self._in_chunks else self._losses(call, places, labels, reduction)
 
-    def _finished(self, logits: Tensor) -> Tensor:
+    def _finish_logits(self, logits: Tensor) -> Tensor:
         """The model's processing of logits after the output layer, as far as it is known here: soft capping."""
         cap = getattr(self._model.config.get_text_config(), "final_logit_softcapping", None)
         return torch.tanh(logits / cap) * cap if cap else logits
 
 
-def _additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
-    """Additive attention mask (rows, 1, queries, keys): 0 where `seen`, else the lowest number of `dtype`.
+def _additive_mask(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    """Additive attention mask (rows, 1, queries, keys): 0 where `visible`, else the lowest number of `dtype`.
 
     Not a boolean mask, because transformers' eager attention handles it wrongly.
     """
-    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min)[:, None]
+    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, torch.finfo(dtype).min)[:, None]
