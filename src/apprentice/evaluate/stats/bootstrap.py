@@ -57,6 +57,7 @@ class RowSums:
         return RowSums(self.rows[kept], self.sums[kept], self.counts[kept])
 
     def score(self, metric: Metric) -> float:
+        """Score of all rows together."""
         return float(metric.value(self.sums.sum(axis=0), self.counts.sum()))
 
 

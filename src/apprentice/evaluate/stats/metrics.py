@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from apprentice.evaluate.compat import chrf_score, chrf_statistics
+
 if TYPE_CHECKING:
     from sacrebleu.metrics.bleu import BLEU
 
@@ -121,8 +123,7 @@ def _bleu(prediction: str, references: Sequence[str], choices: Sequence[str] = (
 
 def _chrf(prediction: str, references: Sequence[str], choices: Sequence[str] = ()) -> tuple[float, ...]:
     """For each order: n-grams of the prediction, of the best reference, and shared; sacrebleu sums these over a corpus."""
-    [found] = _chrf_scorer()._extract_corpus_statistics([prediction], [[reference] for reference in references])
-    return tuple(map(float, found))
+    return tuple(map(float, chrf_statistics(_chrf_scorer(), prediction, references)))
 
 
 def _labels(prediction: str, references: Sequence[str], choices: Sequence[str] = ()) -> tuple[float, ...]:
@@ -168,8 +169,7 @@ def _corpus_chrf(sums: Floats, counts: Floats) -> Floats:
     scorer = _chrf_scorer()
     flat = sums.reshape(-1, sums.shape[-1]).round().astype(int)
     scores = [
-        float(scorer._compute_f_score(row.tolist())) if count else float("nan")
-        for row, count in zip(flat, counts.reshape(-1), strict=True)
+        chrf_score(scorer, row.tolist()) if count else float("nan") for row, count in zip(flat, counts.reshape(-1), strict=True)
     ]
     return np.array(scores).reshape(counts.shape)
 
