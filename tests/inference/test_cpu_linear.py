@@ -31,8 +31,8 @@ def test_a_packed_layer_computes_what_it_did(inputs: int, outputs: int, bias: bo
     assert packed.weight.shape == (outputs, inputs)
     assert packed.weight.dtype == torch.bfloat16
     with torch.inference_mode():
-        for given in (whole, whole[0], whole[0, 0], whole.transpose(0, 1), whole[:, :0]):
-            assert packed(given).shape == (*given.shape[:-1], outputs)
+        for inputs in (whole, whole[0], whole[0, 0], whole.transpose(0, 1), whole[:, :0]):
+            assert packed(inputs).shape == (*inputs.shape[:-1], outputs)
         torch.testing.assert_close(packed(whole).float(), expected, rtol=2e-2, atol=2e-2)
         torch.testing.assert_close(packed(whole[1, 5:6]).float(), expected[1, 5:6], rtol=2e-2, atol=2e-2)
 

@@ -51,33 +51,33 @@ def folders(model: Any, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     ]
 
 
-def replies(model: Any, asked: list[tuple[list[int], Lora | None]], *, slots: int = 16, **more: Any) -> list[list[int]]:
+def replies(model: Any, questions: list[tuple[list[int], Lora | None]], *, slots: int = 16, **more: Any) -> list[list[int]]:
     scheduler = make_scheduler(model, slots=slots, context=128)
-    for number, (prompt, adapter) in enumerate(asked):
+    for number, (prompt, adapter) in enumerate(questions):
         sampling = Sampling(0.8, 0.9, seed=number) if number % 2 and more.get("sampled") else Sampling()
         scheduler.submit(number, GenerationRequest(prompt, TOKENS, sampling=sampling, adapter=adapter))
-    found: list[list[int]] = [[] for _ in asked]
+    ids: list[list[int]] = [[] for _ in questions]
     while scheduler.running or scheduler.waiting:
         for token in scheduler.step():
-            found[int(str(token.key))].append(token.id)
-    return found
+            ids[int(str(token.key))].append(token.id)
+    return ids
 
 
 def test_each_request_gets_what_its_merged_model_says(model: Any, folders: list[Path]) -> None:
     loras = [None, *(read_lora(folder, model) for folder in folders)]
     models = [model, *(merged(model, folder) for folder in folders)]
-    asked = [(prompt, number % 4) for number, prompt in enumerate([*PROMPTS, *PROMPTS[::-1]])]
-    together = replies(model, [(prompt, loras[which]) for prompt, which in asked])
-    expected = [generate(models[which], [prompt], max_new_tokens=TOKENS, stop_ids=())[0] for prompt, which in asked]
+    questions = [(prompt, number % 4) for number, prompt in enumerate([*PROMPTS, *PROMPTS[::-1]])]
+    together = replies(model, [(prompt, loras[which]) for prompt, which in questions])
+    expected = [generate(models[which], [prompt], max_new_tokens=TOKENS, stop_ids=())[0] for prompt, which in questions]
     assert together == expected
     assert len({tuple(replies(model, [(PROMPTS[2], lora)])[0]) for lora in loras}) == 4  # they do say different things
 
 
 def test_replies_alone_and_in_company_are_identical(model: Any, folders: list[Path]) -> None:
     loras = [None, *(read_lora(folder, model) for folder in folders)]
-    asked = [(prompt, loras[number * 3 % 4]) for number, prompt in enumerate(PROMPTS)]
-    together = replies(model, asked, sampled=True)
-    for number, (prompt, lora) in enumerate(asked):
+    questions = [(prompt, loras[number * 3 % 4]) for number, prompt in enumerate(PROMPTS)]
+    together = replies(model, questions, sampled=True)
+    for number, (prompt, lora) in enumerate(questions):
         waiting: list[tuple[list[int], Lora | None]] = [([3], None)] * number
         assert replies(model, [*waiting, (prompt, lora)], slots=1, sampled=True)[-1] == together[number]
 
@@ -88,13 +88,13 @@ def test_peft_says_the_same(tiny_model: Path, tmp_path: Path) -> None:
     patterns = {"alpha_pattern": {"v_proj": 3.0, r"layers\.0\.mlp\.up_proj": 40.0}}
     for number, config in enumerate(({"use_rslora": True}, patterns)):
         folder = random_lora(model, tmp_path / str(number), number, **config)
-        written = json.loads((folder / CONFIG).read_text())
+        config_file = json.loads((folder / CONFIG).read_text())
         ids = torch.tensor([PROMPTS[2]])
         with LoraLayers(model).rows([read_lora(folder, model)], [1]), torch.no_grad():
             ours = model(input_ids=ids).logits
-        if "use_rslora" not in written:
+        if "use_rslora" not in config_file:
             targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-            (folder / CONFIG).write_text(json.dumps(written | {"target_modules": targets}))
+            (folder / CONFIG).write_text(json.dumps(config_file | {"target_modules": targets}))
         with torch.no_grad():
             theirs = PeftModel.from_pretrained(load_model(tiny_model, torch.float32), folder)(input_ids=ids).logits
             bare = model(input_ids=ids).logits

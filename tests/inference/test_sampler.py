@@ -32,5 +32,5 @@ def test_temperature_zero_takes_the_most_probable() -> None:
 )
 def test_shares(sampling: Sampling, shares: list[float]) -> None:
     count = 3000
-    found = torch.bincount(torch.tensor(draw(LOGITS.expand(count, -1), [sampling] * count, range(count))), minlength=4) / count
-    assert found.tolist() == pytest.approx(shares, abs=0.03)
+    rates = torch.bincount(torch.tensor(draw(LOGITS.expand(count, -1), [sampling] * count, range(count))), minlength=4) / count
+    assert rates.tolist() == pytest.approx(shares, abs=0.03)

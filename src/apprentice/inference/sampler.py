@@ -88,9 +88,8 @@ def _sample_nucleus(probabilities: Tensor, shares: Tensor, points: Tensor) -> li
     if best.shape[-1] < probabilities.shape[-1]:
         for row in (best.sum(dim=-1, keepdim=True) < shares)[:, 0].nonzero()[:, 0].tolist():
             one = slice(row, row + 1)
-            ids_drawn[row] = _sample_best(*probabilities[one].sort(dim=-1, descending=True, stable=True), shares[one], points[one])[
-                0
-            ]
+            values, order = probabilities[one].sort(dim=-1, descending=True, stable=True)
+            ids_drawn[row] = _sample_best(values, order, shares[one], points[one])[0]
     return ids_drawn
 
 

@@ -47,25 +47,25 @@ def by_full_forwards(model: Any, prompt: list[int], choices: list[list[int]]) ->
     return sums
 
 
-def flat(found: list[list[float]]) -> np.ndarray:
-    return np.array([value for group in found for value in group])
+def flat(logprobs: list[list[float]]) -> np.ndarray:
+    return np.array([value for group in logprobs for value in group])
 
 
 def test_sums_are_those_of_full_forward_passes(model: Any) -> None:
-    asked = questions(1, 24)
-    prompts, choices = [p for p, _ in asked], [c for _, c in asked]
-    expected = [by_full_forwards(model, prompt, group) for prompt, group in asked]
-    found = choice_logprobs(model, prompts, choices)
-    assert [len(group) for group in found] == [len(group) for group in choices]
-    assert flat(found).std() > 5  # the sums differ, so equality says something
-    np.testing.assert_allclose(flat(found), flat(expected), atol=1e-4)
+    pairs = questions(1, 24)
+    prompts, choices = [p for p, _ in pairs], [c for _, c in pairs]
+    expected = [by_full_forwards(model, prompt, group) for prompt, group in pairs]
+    logprobs = choice_logprobs(model, prompts, choices)
+    assert [len(group) for group in logprobs] == [len(group) for group in choices]
+    assert flat(logprobs).std() > 5  # the sums differ, so equality says something
+    np.testing.assert_allclose(flat(logprobs), flat(expected), atol=1e-4)
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 16, 50, 300, 100_000])
 def test_company_and_batch_size_change_nothing(model: Any, batch_tokens: int) -> None:
-    asked = questions(2, 12)
-    alone = [choice_logprobs(model, [prompt], [group])[0] for prompt, group in asked]
-    together = choice_logprobs(model, [p for p, _ in asked], [c for _, c in asked], batch_tokens)
+    pairs = questions(2, 12)
+    alone = [choice_logprobs(model, [prompt], [group])[0] for prompt, group in pairs]
+    together = choice_logprobs(model, [p for p, _ in pairs], [c for _, c in pairs], batch_tokens)
     np.testing.assert_allclose(flat(together), flat(alone), atol=1e-4)
 
 
@@ -88,9 +88,9 @@ def test_the_kept_logits_are_bounded(model: Any, monkeypatch: pytest.MonkeyPatch
 
 
 def test_repeated_choices_and_prefixes(model: Any) -> None:
-    found = choice_logprobs(model, [[4, 5, 6]], [[[9, 10], [9], [9, 10], [9, 10, 11]]])[0]
-    assert found[0] == pytest.approx(found[2], abs=1e-6)
-    assert found[1] > found[0] > found[3]
+    logprobs = choice_logprobs(model, [[4, 5, 6]], [[[9, 10], [9], [9, 10], [9, 10, 11]]])[0]
+    assert logprobs[0] == pytest.approx(logprobs[2], abs=1e-6)
+    assert logprobs[1] > logprobs[0] > logprobs[3]
 
 
 @pytest.mark.parametrize(("prompts", "choices"), [([[]], [[[1]]]), ([[1]], [[[1], []]])])

@@ -49,10 +49,10 @@ def alone(model: Any, prompt: list[int], choice: list[int]) -> float:
 @pytest.mark.parametrize("batch_tokens", [8, 4096])
 def test_sums_are_those_of_one_choice_at_a_time(model: Any, batch_tokens: int) -> None:
     model.config.pad_token_id = model.config.pad_token_id or 0
-    found = choice_logprobs(model, PROMPTS, CHOICES, batch_tokens)
+    logprobs = choice_logprobs(model, PROMPTS, CHOICES, batch_tokens)
     expected = [[alone(model, prompt, choice) for choice in group] for prompt, group in zip(PROMPTS, CHOICES, strict=True)]
-    assert [len(group) for group in found] == [2, 3, 1]
-    for ours, theirs in zip(found, expected, strict=True):
+    assert [len(group) for group in logprobs] == [2, 3, 1]
+    for ours, theirs in zip(logprobs, expected, strict=True):
         assert ours == pytest.approx(theirs, abs=1e-4)
 
 

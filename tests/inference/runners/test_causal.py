@@ -94,8 +94,8 @@ def test_logits_equal_those_of_each_sequence_alone(name: str) -> None:
     assert len(seen) == 12
     for label, row in seen.items():
         word, position = label.split()
-        wanted = expected[word][9 if label == "long 10" else int(position)]
-        torch.testing.assert_close(row, wanted, rtol=1e-4, atol=1e-4)
+        own = expected[word][9 if label == "long 10" else int(position)]
+        torch.testing.assert_close(row, own, rtol=1e-4, atol=1e-4)
     assert model.config._attn_implementation == "sdpa"
 
 

@@ -30,13 +30,13 @@ def drain(scheduler: Scheduler, replies: dict[Hashable, list[GeneratedToken]]) -
             replies.setdefault(token.key, []).append(token)
 
 
-def decoded(model: Any, wanted: list[GenerationRequest], slots: int) -> list[list[GeneratedToken]]:
+def decoded(model: Any, generations: list[GenerationRequest], slots: int) -> list[list[GeneratedToken]]:
     scheduler = make_scheduler(model, slots=slots, context=128)
-    for key, generation in enumerate(wanted):
+    for key, generation in enumerate(generations):
         scheduler.submit(key, generation)
     replies: dict[Hashable, list[GeneratedToken]] = {}
     drain(scheduler, replies)
-    return [replies[key] for key in range(len(wanted))]
+    return [replies[key] for key in range(len(generations))]
 
 
 def ids(replies: list[list[GeneratedToken]]) -> list[list[int]]:
@@ -54,10 +54,10 @@ def greedy(model: Any, prompt: list[int], count: int) -> list[int]:
 
 
 def test_company_does_not_matter_and_replies_are_the_models_own(model: Any) -> None:
-    wanted = [GenerationRequest(prompt, 14) for prompt in PROMPTS]
-    alone = [ids(decoded(model, [one], 1))[0] for one in wanted]
+    generations = [GenerationRequest(prompt, 14) for prompt in PROMPTS]
+    alone = [ids(decoded(model, [one], 1))[0] for one in generations]
     for slots in (3, 10):  # with three, requests join and leave between steps
-        assert ids(decoded(model, wanted, slots)) == alone
+        assert ids(decoded(model, generations, slots)) == alone
     assert alone == [greedy(model, prompt, 14) for prompt in PROMPTS]
 
 
@@ -91,18 +91,18 @@ def test_a_reply_ends_at_its_stop_id_and_at_the_context(model: Any) -> None:
 
 
 def test_sampled_replies_do_not_depend_on_company(model: Any) -> None:
-    wanted = [GenerationRequest(prompt, 8, sampling=Sampling(0.9, 0.95, seed)) for seed, prompt in enumerate(PROMPTS)]
-    assert ids(decoded(model, wanted, 4)) == [ids(decoded(model, [one], 1))[0] for one in wanted]
+    generations = [GenerationRequest(prompt, 8, sampling=Sampling(0.9, 0.95, seed)) for seed, prompt in enumerate(PROMPTS)]
+    assert ids(decoded(model, generations, 4)) == [ids(decoded(model, [one], 1))[0] for one in generations]
 
 
 def test_choices_are_scored_as_evaluation_scores_them(model: Any) -> None:
     choices = [[7, 9, 2], [5], [8, 8, 8, 8, 2]]
     expected = [seq2seq_logprobs(model, [prompt], [choices], 4096)[0] for prompt in PROMPTS[:4]]
-    wanted = [
+    generations = [
         GenerationRequest([*prompt, *choice], 1, logprobs=0, score_from=len(prompt)) for prompt in PROMPTS[:4] for choice in choices
     ]
-    found = [sum(score.logprob or 0.0 for score in reply[0].prompt_scores) for reply in decoded(model, wanted, 5)]
-    assert found == pytest.approx([value for group in expected for value in group], abs=1e-3)
+    scores = [sum(score.logprob or 0.0 for score in reply[0].prompt_scores) for reply in decoded(model, generations, 5)]
+    assert scores == pytest.approx([value for group in expected for value in group], abs=1e-3)
 
 
 def test_cancelled_requests_give_their_slot_back(model: Any) -> None:

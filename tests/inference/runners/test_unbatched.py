@@ -36,14 +36,14 @@ def model(request: pytest.FixtureRequest) -> Any:
     return wrapped
 
 
-def logits_after(model: Any, prompt: list[int], told: list[int]) -> torch.Tensor:
-    """(1 + told, vocabulary), from one forward pass without a cache."""
+def logits_after(model: Any, prompt: list[int], reply: list[int]) -> torch.Tensor:
+    """(1 + reply, vocabulary), from one forward pass without a cache."""
     with torch.inference_mode():
         if model.config.is_encoder_decoder:
             start = [model.config.decoder_start_token_id]
-            found = model(input_ids=torch.tensor([prompt]), decoder_input_ids=torch.tensor([start + told]), use_cache=False)
-            return found.logits[0]
-        return model(input_ids=torch.tensor([prompt + told]), use_cache=False).logits[0][-len(told) - 1 :]
+            output = model(input_ids=torch.tensor([prompt]), decoder_input_ids=torch.tensor([start + reply]), use_cache=False)
+            return output.logits[0]
+        return model(input_ids=torch.tensor([prompt + reply]), use_cache=False).logits[0][-len(reply) - 1 :]
 
 
 def greedy(model: Any, prompt: list[int], count: int) -> list[int]:
@@ -58,10 +58,10 @@ def of(tokens: list[GeneratedToken], key: str) -> list[GeneratedToken]:
 
 
 def drained(scheduler: Scheduler) -> list[GeneratedToken]:
-    found: list[GeneratedToken] = []
+    tokens: list[GeneratedToken] = []
     while scheduler.running or scheduler.waiting:
-        found += scheduler.step()
-    return found
+        tokens += scheduler.step()
+    return tokens
 
 
 def test_replies_are_the_models_own(model: Any) -> None:
@@ -90,12 +90,12 @@ def test_scores_are_those_of_full_forward_passes(model: Any) -> None:
 
 
 def test_sampled_replies_do_not_depend_on_company(model: Any) -> None:
-    wanted = [GenerationRequest(prompt, 5, (), Sampling(temperature=1.0, seed=place)) for place, prompt in enumerate(PROMPTS)]
+    generations = [GenerationRequest(prompt, 5, (), Sampling(temperature=1.0, seed=place)) for place, prompt in enumerate(PROMPTS)]
     together = make_scheduler(model, slots=4, context=32)
-    for place, request in enumerate(wanted):
+    for place, request in enumerate(generations):
         together.submit(str(place), request)
     tokens = drained(together)
-    for place, request in enumerate(wanted):
+    for place, request in enumerate(generations):
         alone = make_scheduler(model, slots=1, context=32)
         alone.submit(str(place), request)
         assert [token.id for token in drained(alone)] == [token.id for token in of(tokens, str(place))]

@@ -31,8 +31,8 @@ def test_the_first_replies_are_those_after_the_words(kind: str, method: str) -> 
     with torch.no_grad():
         expected = base(input_ids=torch.cat([words[None], TEXT], dim=1)).logits[:, VIRTUAL:]
         alone = base(input_ids=TEXT).logits
-        found = wrapped_of(base, method)(input_ids=TEXT).logits[:, -TEXT.shape[1] :]
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        logits = wrapped_of(base, method)(input_ids=TEXT).logits[:, -TEXT.shape[1] :]
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
     assert float((expected - alone).abs().max()) > 1e-3
 
 
@@ -46,6 +46,6 @@ def test_a_seed_gives_the_same_beginning(method: str) -> None:
 def test_an_encoder_decoder_begins_as_words_where_they_are_read() -> None:
     model = made("t5_v1.1")
     table = model.get_input_embeddings().weight.detach()
-    held = wrapped_of(model, "prompt").prompt_encoder["default"].embedding.weight
-    assert all(bool((table == row).all(dim=1).any()) for row in held)
+    embeddings = wrapped_of(model, "prompt").prompt_encoder["default"].embedding.weight
+    assert all(bool((table == row).all(dim=1).any()) for row in embeddings)
     assert wrapped_of(made("t5_v1.1"), "prefix").prompt_encoder["default"].embedding.weight.std() > 0
