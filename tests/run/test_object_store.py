@@ -25,7 +25,7 @@ from apprentice.run.contract import read_contract
 from apprentice.run.folder import Run
 from apprentice.serve.engines.transformers import TransformersEngine
 from apprentice.serve.generation.adapters import AdapterCache, list_adapters
-from apprentice.serve.generation.served_models import Lease, ServedModel
+from apprentice.serve.generation.served_models import ModelLease, ServedModel
 from apprentice.storage import Folder
 from tests.models.adapters import random_lora
 from tests.support.object_store import BUCKET, ObjectStore, object_store
@@ -145,7 +145,7 @@ def test_adapters_in_a_store_are_served(store, tiny_model, tmp_path):
     Folder.at(f"s3://{BUCKET}/adapters/runs/ben/adapter").upload(folder)
     assert list(list_adapters(Folder.at(f"s3://{BUCKET}/adapters/runs"))) == ["ben"]
 
-    async def served() -> tuple[list[str], ServedModel, Lease | None]:
+    async def served() -> tuple[list[str], ServedModel, ModelLease | None]:
         engine = TransformersEngine(tiny_model, dtype="float32", max_running=1, max_queued=1, context=64, threads=1)
         base = ServedModel("base", engine, Layout("plain", Tokenizer(tiny_model)))
         adapters = AdapterCache(Folder.at(f"s3://{BUCKET}/adapters"), base, "0" * 64, most=1, most_waiting=1)

@@ -26,9 +26,9 @@ from apprentice.serve.api.schemas.requests import GenerationFields
 from apprentice.serve.api.schemas.responses import Usage
 from apprentice.serve.engines.base import Overloaded
 from apprentice.serve.generation.prompt_encoding import EncodedPrompt, PromptEncoder
-from apprentice.serve.generation.reply_formats import ReplyFormat
-from apprentice.serve.generation.reply_service import ReplyService
-from apprentice.serve.generation.served_models import Catalogue, Lease, ServedModel
+from apprentice.serve.generation.replies.reply_formats import ReplyFormat
+from apprentice.serve.generation.replies.reply_service import ReplyService
+from apprentice.serve.generation.served_models import Catalogue, ModelLease, ServedModel
 
 Body = TypeVar("Body", bound=GenerationFields)
 
@@ -65,7 +65,7 @@ class ApiState:
             self._services[model] = ReplyService(model)
         return self._services[model]
 
-    async def lease(self, http: HttpRequest, name: str | None) -> Lease:
+    async def lease(self, http: HttpRequest, name: str | None) -> ModelLease:
         """A lease of the model. Raises `RequestProblem` for one that is not served, or that this key may not use."""
         name = self.catalogue.default.name if name is None else name
         if not self.may_use(http, name):
@@ -108,7 +108,7 @@ class ApiState:
             account.close(None, None, status_of(error))
             raise
 
-    async def _lease_by(self, deadline: float, http: HttpRequest, name: str | None) -> Lease:
+    async def _lease_by(self, deadline: float, http: HttpRequest, name: str | None) -> ModelLease:
         try:
             async with asyncio.timeout_at(deadline):
                 return await self.lease(http, name)

@@ -44,6 +44,7 @@ class ValidatedRoute(APIRoute):
     """A route whose body is parsed and validated by this module, not by FastAPI."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """The handler that FastAPI calls, with our reading of the body around it."""
         handle = super().get_route_handler()
 
         async def handle_validated(request: Request) -> Response:

@@ -29,16 +29,16 @@ def _watch(pid: int) -> None:
 
     Descendants are kept as pidfds, because a pid may be reused by another process.
     """
-    found: dict[int, int] = {}
+    pidfds: dict[int, int] = {}
     watched = os.pidfd_open(pid)
     while not select.select([watched], [], [], _LOOK_S)[0]:
         alive = _descendants(pid) - {os.getpid()}
-        for gone in found.keys() - alive:
-            os.close(found.pop(gone))
-        for new in alive - found.keys():
+        for gone in pidfds.keys() - alive:
+            os.close(pidfds.pop(gone))
+        for new in alive - pidfds.keys():
             with suppress(ProcessLookupError):
-                found[new] = os.pidfd_open(new)
-    for descriptor in found.values():
+                pidfds[new] = os.pidfd_open(new)
+    for descriptor in pidfds.values():
         with suppress(ProcessLookupError):
             signal.pidfd_send_signal(descriptor, signal.SIGKILL)
 

@@ -80,17 +80,21 @@ class TransformersEngine:
 
     @property
     def context(self) -> int:
+        """Most tokens of prompt and reply together."""
         return self._scheduler.context
 
     @property
     def capacity(self) -> int:
+        """Most requests that run and wait together."""
         return self._capacity
 
     @property
     def vocabulary(self) -> int:
+        """Number of token ids that the model's weights have."""
         return self._scheduler.vocabulary
 
     def load_adapter(self, folder: Path) -> Lora:
+        """Loads the adapter in `folder` and tries whether the decoder takes it. Raises `ModelError`."""
         if has_virtual_tokens(self._model):
             raise ModelError("the model that is served has virtual tokens of its own, and takes no adapters; serve its base.")
         with ThreadPoolExecutor(1) as short_lived:
@@ -117,6 +121,7 @@ class TransformersEngine:
         result.result()
 
     def generate(self, requests: list[GenerationRequest]) -> list[TransformersStream]:
+        """Passes the requests to the decoder. Raises `Overloaded` or `EngineFailed`, and accepts none then."""
         self.check()
         if len(self._streams) + len(requests) > self._capacity:
             raise Overloaded
@@ -155,6 +160,7 @@ class TransformersEngine:
             self._commands.put(lambda: self._scheduler.cancel(key))
 
     def stats(self) -> EngineStats:
+        """The current gauges and counters."""
         scheduler = self._scheduler
         running = scheduler.running
         return EngineStats(
@@ -170,10 +176,12 @@ class TransformersEngine:
         )
 
     def check(self) -> None:
+        """Raises `EngineFailed` if the decoder has stopped."""
         if self._failure is not None:
             raise EngineFailed(self._failure)
 
     def close(self) -> None:
+        """Stops the decoder; replies in progress fail."""
         self._commands.put(None)
         self._thread.join(timeout=30)
 

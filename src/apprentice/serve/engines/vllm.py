@@ -95,13 +95,16 @@ class VllmEngine:
 
     @property
     def capacity(self) -> int:
+        """Most requests that run and wait together."""
         return self._capacity
 
     @property
     def vocabulary(self) -> int:
+        """Number of token ids that the model's weights have."""
         return int(self._llm.model_config.get_vocab_size())
 
     def load_adapter(self, folder: Path) -> VllmAdapter:
+        """Loads the adapter in `folder` and tries whether vLLM takes it. Raises `ModelError`."""
         if self._shape is None:
             self._shape = build_without_weights(self._folder, trust=self._trust)
         ranks = {len(down) for down, _ in read_lora(folder, self._shape).layers.values()}
@@ -140,6 +143,7 @@ class VllmEngine:
             self._loop.call_soon_threadsafe(lambda: self.run_in_background(remove()))
 
     def generate(self, requests: list[GenerationRequest]) -> list[VllmStream]:
+        """Passes the requests to vLLM. Raises `Overloaded` or `EngineFailed`, and accepts none then."""
         self.check()
         if len(self._streams) + len(requests) > self._capacity:
             raise Overloaded
@@ -182,6 +186,7 @@ class VllmEngine:
         return EngineFailed(self._failure or "vLLM's own process has ended; its log says why")
 
     def stats(self) -> EngineStats:
+        """The current gauges and counters."""
         running = [stream for stream in self._streams if stream.kv_tokens]
         used = sum(stream.kv_tokens for stream in running) / max(self._kv_tokens, 1)
         return EngineStats(
@@ -197,10 +202,12 @@ class VllmEngine:
         )
 
     def check(self) -> None:
+        """Raises `EngineFailed` if vLLM has stopped."""
         if self._failure is not None or self._llm.errored:
             raise self.failure()
 
     def close(self) -> None:
+        """Stops vLLM; replies in progress fail."""
         if self._failure is not None:
             return
         self._failure = "the engine was closed"

@@ -1,1 +1,1 @@
-"""Text generation over an engine: prompts, token streams, detokenization, grammars, log-probabilities, adapters."""
+"""Text generation over an engine: served models, adapters, prompts, grammars, detokenization, replies, tasks."""

@@ -27,7 +27,7 @@ from apprentice.errors import ApprenticeError, StorageError
 from apprentice.run.contract import read_contract
 from apprentice.serve.api.schemas.problems import RequestProblem
 from apprentice.serve.engines.base import Overloaded
-from apprentice.serve.generation.served_models import Lease, ServedModel
+from apprentice.serve.generation.served_models import ModelLease, ServedModel
 from apprentice.storage import Folder
 
 log = logging.getLogger(__name__)
@@ -99,7 +99,7 @@ class AdapterCache:
         """Names of the adapters in the folder now."""
         return list(await self._list(_FRESH_S))
 
-    async def take(self, name: str) -> Lease | None:
+    async def take(self, name: str) -> ModelLease | None:
         """A lease of the adapter, loaded if need be; None for an unknown name. Raises `RequestProblem` or `Overloaded`."""
         sources = await self._list(_FRESH_S if name in (self._sources or {}) else _AGAIN_S, name)
         if (source := sources.get(name)) is None:
@@ -116,7 +116,7 @@ class AdapterCache:
             if entry.model.done() and self._entries.get(key) is entry:
                 del self._entries[key]  # it was not loaded; the next request tries again
             raise
-        return Lease(model, lambda: self._give_back(entry))
+        return ModelLease(model, lambda: self._give_back(entry))
 
     async def _entry(self, key: tuple[str, str], source: AdapterFolder) -> _CachedAdapter:
         """The adapter's entry, with one more user; the adapter is loaded if it is not in memory. Raises `Overloaded`.

@@ -13,8 +13,8 @@ from apprentice.serve.api.schemas.problems import RequestProblem
 from apprentice.serve.api.schemas.responses import Usage
 from apprentice.serve.engines.base import TokenStream
 from apprentice.serve.generation.prompt_encoding import PromptEncoder
+from apprentice.serve.generation.replies.streams import ReplyStream
 from apprentice.serve.generation.served_models import ServedModel
-from apprentice.serve.generation.streams import ReplyStream
 
 _CHOICES_AT_ONCE = 8  # choices of one question that are scored at a time, so that it does not fill the engine
 

@@ -42,7 +42,7 @@ class ServedModel:
         return list(self.engine.generate(list(requests)))
 
 
-class Lease:
+class ModelLease:
     """The right of one request to use a model; as a context manager it gives the model. `release` may be called again."""
 
     def __init__(self, model: ServedModel, on_release: Callable[[], None] | None = None) -> None:
@@ -68,7 +68,7 @@ class DynamicModels(Protocol):
     async def names(self) -> list[str]:
         """Names of all that are available now."""
 
-    async def take(self, name: str) -> Lease | None:
+    async def take(self, name: str) -> ModelLease | None:
         """A lease of the model, loaded if need be; None if there is none of that name.
 
         Raises `RequestProblem` or `Overloaded`.
@@ -93,13 +93,13 @@ class Catalogue:
         dynamic = await self._dynamic.names() if self._dynamic is not None else []
         return [*self.fixed, *(name for name in dynamic if name not in self.fixed)]
 
-    async def take(self, name: str | None, is_allowed: Callable[[str], bool] = lambda name: True) -> Lease:
+    async def take(self, name: str | None, is_allowed: Callable[[str], bool] = lambda name: True) -> ModelLease:
         """A lease of the model `name` (None: the default). Error messages name only models that `is_allowed` admits.
 
         Raises `RequestProblem` for a model that is not served or cannot be used, `Overloaded` where too many wait for adapters.
         """
         if name is None or name in self.fixed:
-            return Lease(self.fixed[name] if name is not None else self.default)
+            return ModelLease(self.fixed[name] if name is not None else self.default)
         lease = await self._dynamic.take(name) if self._dynamic is not None else None
         if lease is None:
             known = [other for other in await self.names() if is_allowed(other)]

@@ -15,7 +15,7 @@ from apprentice.serve.api.limits.accounts import Account
 from apprentice.serve.api.schemas.problems import RequestProblem
 from apprentice.serve.api.schemas.requests import InstructRequest, RenderRequest, TaskRequest
 from apprentice.serve.generation.choice_logprobs import ChoiceScorer
-from apprentice.serve.generation.reply_service import ReplyService
+from apprentice.serve.generation.replies.reply_service import ReplyService
 from apprentice.tasks.describe import sample_row
 from apprentice.tasks.schema import Task, Template
 from apprentice.tasks.templates.expressions import Expression

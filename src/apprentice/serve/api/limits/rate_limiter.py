@@ -89,10 +89,13 @@ class LocalRateLimits:
         self._limiter = limiter or RateLimiter()
 
     async def admit(self, name: str, requests_per_minute: int | None, tokens_per_minute: int | None) -> LimitStatus:
+        """Counts a request of the key in this process, if it is admitted."""
         return self._limiter.admit(name, requests_per_minute, tokens_per_minute)
 
     async def reserve(self, name: str, tokens_per_minute: int, tokens: int) -> LimitStatus:
+        """Takes the tokens that a request may use in this process, if they are left."""
         return self._limiter.reserve(name, tokens_per_minute, tokens)
 
     def settle(self, name: str, tokens_per_minute: int, reserved: int, used: int) -> None:
+        """Puts back, in this process, what a request has reserved and not used."""
         self._limiter.settle(name, tokens_per_minute, reserved, used)

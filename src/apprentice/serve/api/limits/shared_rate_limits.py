@@ -44,12 +44,15 @@ class SharedRateLimits:
         self._handle = handle
 
     async def admit(self, name: str, requests_per_minute: int | None, tokens_per_minute: int | None) -> LimitStatus:
+        """Counts a request of the key in the shared limiter, if it is admitted."""
         return await self._call(self._handle.admit, name, requests_per_minute, tokens_per_minute)
 
     async def reserve(self, name: str, tokens_per_minute: int, tokens: int) -> LimitStatus:
+        """Takes the tokens that a request may use in the shared limiter, if they are left."""
         return await self._call(self._handle.reserve, name, tokens_per_minute, tokens)
 
     def settle(self, name: str, tokens_per_minute: int, reserved: int, used: int) -> None:
+        """Puts back, in the shared limiter, what a request has reserved and not used."""
         try:
             self._handle.settle.remote(name, tokens_per_minute, reserved, used)
         except Exception as error:  # within a minute the bucket is full again anyway

@@ -15,7 +15,7 @@ from apprentice.serve.api.schemas.problems import RequestProblem
 from apprentice.serve.api.schemas.requests import InstructRequest, RenderRequest, TaskRequest
 from apprentice.serve.generation.choice_logprobs import ChoiceScorer
 from apprentice.serve.generation.prompt_encoding import PromptEncoder
-from apprentice.serve.generation.reply_formats import CompletionFormat
+from apprentice.serve.generation.replies.reply_formats import CompletionFormat
 from apprentice.serve.generation.task_answers import answer_task, describe_task, render_task
 from apprentice.tasks.schema import Task
 

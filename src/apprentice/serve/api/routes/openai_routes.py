@@ -11,7 +11,7 @@ from starlette.requests import Request as HttpRequest
 from apprentice.serve.api.api_state import ApiState
 from apprentice.serve.api.schemas.requests import ChatRequest, CompletionRequest
 from apprentice.serve.generation.prompt_encoding import PromptEncoder
-from apprentice.serve.generation.reply_formats import ChatFormat, CompletionFormat
+from apprentice.serve.generation.replies.reply_formats import ChatFormat, CompletionFormat
 
 
 def add_openai_routes(app: FastAPI, state: ApiState) -> None:

@@ -164,6 +164,7 @@ class CompletionRequest(GenerationFields):
 
     @property
     def scored_tokens(self) -> int | None:
+        """How many of the best tokens are scored beside each token: `logprobs`."""
         return self.logprobs
 
 
@@ -218,6 +219,7 @@ class ChatRequest(GenerationFields):
 
     @property
     def scored_tokens(self) -> int | None:
+        """How many of the best tokens are scored beside each token: `top_logprobs`, if `logprobs` is true."""
         return self.top_logprobs if self.logprobs else None
 
 
@@ -230,6 +232,7 @@ class InstructRequest(GenerationFields):
 
     @property
     def scored_tokens(self) -> int | None:
+        """How many of the best tokens are scored beside each token: `logprobs`."""
         return self.logprobs
 
 

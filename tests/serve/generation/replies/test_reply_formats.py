@@ -7,7 +7,7 @@ from pathlib import Path
 
 from apprentice.pretrained.tokenizer import Tokenizer
 from apprentice.serve.api.schemas.responses import Usage
-from apprentice.serve.generation.reply_formats import ChatFormat, ChoiceTokens, CompletionFormat
+from apprentice.serve.generation.replies.reply_formats import ChatFormat, ChoiceTokens, CompletionFormat
 
 
 def test_bodies_have_openais_shape(tiny_model: Path) -> None:

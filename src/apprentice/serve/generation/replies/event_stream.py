@@ -10,9 +10,9 @@ from starlette.types import Receive, Scope, Send
 from apprentice.serve.api.error_status import CLIENT_CLOSED, problem_of, status_of
 from apprentice.serve.api.schemas.requests import GenerationFields
 from apprentice.serve.api.schemas.responses import LAST_EVENT, event
-from apprentice.serve.generation.reply_formats import ChoiceTokens, ReplyFormat
-from apprentice.serve.generation.reply_group import ReplyGroup
-from apprentice.serve.generation.streams import ReplyChunk, ReplyStream
+from apprentice.serve.generation.replies.reply_formats import ChoiceTokens, ReplyFormat
+from apprentice.serve.generation.replies.reply_group import ReplyGroup
+from apprentice.serve.generation.replies.streams import ReplyChunk, ReplyStream
 
 
 def choice_tokens(body: GenerationFields, chunk: ReplyChunk, prompt_ids: Sequence[int] | None) -> ChoiceTokens:

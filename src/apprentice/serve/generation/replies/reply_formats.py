@@ -21,7 +21,7 @@ from apprentice.serve.api.schemas.responses import (
     CompletionChoice,
     Usage,
 )
-from apprentice.serve.generation.logprobs import chat_logprobs, completion_logprobs
+from apprentice.serve.generation.replies.logprobs import chat_logprobs, completion_logprobs
 
 
 class ChoiceTokens(NamedTuple):
@@ -73,12 +73,15 @@ class CompletionFormat(ReplyFormat):
     _id_prefix = "cmpl"
 
     def whole(self, choices: Sequence[tuple[str, str, ChoiceTokens]], usage: Usage) -> Completion:
+        """The body of a completion with all `choices`."""
         return self._body([self._choice(index, *choice) for index, choice in enumerate(choices)], {"usage": usage})
 
     def chunk(self, index: int, text: str, finish: str | None, tokens: ChoiceTokens, *, is_first: bool = False) -> Completion:
+        """The body of the next part of a completion."""
         return self._body([self._choice(index, text, finish, tokens)], {})
 
     def usage_chunk(self, usage: Usage) -> Completion:
+        """The last body of a streamed completion."""
         return self._body([], {"usage": usage})
 
     def _body(self, choices: list[CompletionChoice], more: Mapping[str, Any]) -> Completion:
@@ -98,6 +101,7 @@ class ChatFormat(ReplyFormat):
     _id_prefix = "chatcmpl"
 
     def whole(self, choices: Sequence[tuple[str, str, ChoiceTokens]], usage: Usage) -> ChatCompletion:
+        """The body of a chat completion with all `choices`."""
         prompt_ids = choices[0][2].prompt_ids
         return ChatCompletion(
             **self._head,
@@ -115,12 +119,14 @@ class ChatFormat(ReplyFormat):
     def chunk(
         self, index: int, text: str, finish: str | None, tokens: ChoiceTokens, *, is_first: bool = False
     ) -> ChatCompletionChunk:
+        """The body of the next part of a chat completion."""
         role: dict[str, Any] = {"role": "assistant"} if is_first else {}
         content: dict[str, Any] = {"content": text} if is_first or text else {}
         choice = ChatChunkChoice(index=index, delta=ChatDelta(**role, **content), finish_reason=finish, **self._details(tokens))
         return self._chunk([choice], _ids(prompt_token_ids=tokens.prompt_ids))
 
     def usage_chunk(self, usage: Usage) -> ChatCompletionChunk:
+        """The last body of a streamed chat completion."""
         return self._chunk([], {"usage": usage})
 
     def _chunk(self, choices: list[ChatChunkChoice], more: Mapping[str, Any]) -> ChatCompletionChunk:

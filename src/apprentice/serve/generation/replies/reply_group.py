@@ -8,7 +8,7 @@ from typing import Self
 
 from apprentice.serve.api.limits.accounts import Account
 from apprentice.serve.api.schemas.responses import Usage
-from apprentice.serve.generation.streams import ReplyChunk, ReplyStream, merge_replies
+from apprentice.serve.generation.replies.streams import ReplyChunk, ReplyStream, merge_replies
 
 
 class ReplyGroup:

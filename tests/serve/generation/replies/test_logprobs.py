@@ -8,7 +8,7 @@ import pytest
 
 from apprentice.inference.generation_request import ScoredToken
 from apprentice.pretrained.tokenizer import Tokenizer
-from apprentice.serve.generation.logprobs import chat_logprobs, completion_logprobs
+from apprentice.serve.generation.replies.logprobs import chat_logprobs, completion_logprobs
 
 
 @pytest.fixture(scope="module")

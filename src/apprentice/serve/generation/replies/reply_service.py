@@ -11,13 +11,13 @@ from fastapi.responses import JSONResponse, Response
 from apprentice.serve.api.error_status import status_of
 from apprentice.serve.api.limits.accounts import Account
 from apprentice.serve.api.schemas.requests import GenerationFields
-from apprentice.serve.generation.event_stream import EventStream, ReplyEvents, choice_tokens
 from apprentice.serve.generation.grammar import GrammarCompiler
 from apprentice.serve.generation.prompt_encoding import EncodedPrompt, PromptEncoder
-from apprentice.serve.generation.reply_formats import CompletionFormat, ReplyFormat
-from apprentice.serve.generation.reply_group import ReplyGroup
+from apprentice.serve.generation.replies.event_stream import EventStream, ReplyEvents, choice_tokens
+from apprentice.serve.generation.replies.reply_formats import CompletionFormat, ReplyFormat
+from apprentice.serve.generation.replies.reply_group import ReplyGroup
+from apprentice.serve.generation.replies.streams import ReplyChunk, ReplyStream
 from apprentice.serve.generation.served_models import ServedModel
-from apprentice.serve.generation.streams import ReplyChunk, ReplyStream
 
 
 class ReplyService:
