@@ -16,7 +16,8 @@ from apprentice.serve import compat
 def test_the_controller_has_the_name_and_methods_that_are_called() -> None:
     assert (compat.SERVE_CONTROLLER_NAME, compat.SERVE_NAMESPACE) == ("SERVE_CONTROLLER_ACTOR", "serve")
     assert "wait" in inspect.signature(controller.ServeController.graceful_shutdown).parameters
-    assert list(inspect.signature(controller.ServeController.get_http_config).parameters) == ["self"]
+    parameters = set(inspect.signature(controller.ServeController.get_http_config).parameters)
+    assert parameters - {"_ray_trace_ctx"} == {"self"}  # which Ray adds where the class has become an actor in this process
 
 
 def test_replicas_open_their_port_through_the_function_that_is_replaced() -> None:
