@@ -112,9 +112,9 @@ def select_tasks(
     `TaskSnapshot.find` of a run gives the tasks as they were when the run was made. Raises `TaskError` for an unknown name, for a
     name in `hold_out` that no task or cluster has, and, with `to_train`, if nothing is left to train on.
     """
-    found = {task.name: task for entry in entries for task in find(entry, folder)}
-    tasks = tuple(found.values())
-    known = {*found, *(task.cluster for task in tasks)}
+    by_name = {task.name: task for entry in entries for task in find(entry, folder)}
+    tasks = tuple(by_name.values())
+    known = {*by_name, *(task.cluster for task in tasks)}
     for name in hold_out:
         if name not in known:
             raise TaskError(f"data.hold_out: {name!r} is neither a task nor a cluster of this recipe.{did_you_mean(name, known)}")

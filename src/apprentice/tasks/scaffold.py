@@ -84,10 +84,10 @@ def guess(
         instruction = _first([column for column in columns if column not in (answer, *inputs)], INSTRUCTIONS)
     own = tuple(choices) if choices and label is not None and {*choices} <= {*columns} - {label} else ()
     used = {instruction, answer, label, *own, *unprintable}
-    given = tuple(inputs) or tuple(column for column in columns if column not in used and not _is_number(column))
-    if not given and instruction is None and not own:
+    input_columns = tuple(inputs) or tuple(column for column in columns if column not in used and not _is_number(column))
+    if not input_columns and instruction is None and not own:
         raise TaskError(f"{file} has no column besides {answer or label!r}, so there is nothing to ask about.")
-    return Columns(given, instruction, answer, label, own)
+    return Columns(input_columns, instruction, answer, label, own)
 
 
 def _first(columns: Sequence[str], names: Sequence[str]) -> str | None:
@@ -133,13 +133,13 @@ def draft(
     source: dict[str, Any] = {"files": dict(files)} | ({"columns": renamed} if renamed else {})
     content: dict[str, Any] = {"name": name, "cluster": "own", "sources": [source]}
     shown = {column: _printed(column, named[column], rows) for column in filter(None, (columns.instruction, *columns.inputs))}
-    given = _inputs(columns, shown)
+    input_template = _inputs(columns, shown)
     if columns.label is not None and columns.choices:
         content |= _with_own_choices(columns, named, rows)
-        templates = _choosing_own(given)
+        templates = _choosing_own(input_template)
     elif columns.label is not None:
         content |= _with_choices(columns, named[columns.label], rows, choices)
-        templates = _choosing(content["choices"], given)
+        templates = _choosing(content["choices"], input_template)
     else:
         assert columns.answer is not None
         if choices:
@@ -148,7 +148,7 @@ def draft(
         short = sum(len(text.split()) for text in texts) <= SHORT * len(texts)
         content |= {"answer": f"{{{{ {answer} }}}}"} | ({"references": right} if right else {})
         content["metrics"] = ["exact_match", "token_f1"] if short else ["rouge_l"]
-        templates = _writing(columns, shown, given)
+        templates = _writing(columns, shown, input_template)
     sample = {field: rows[0][column] for field, column in fields.items()}
     return content | {"sample": sample, "templates": templates}
 
@@ -197,20 +197,20 @@ def _inputs(columns: Columns, shown: Mapping[str, str]) -> str:
 
 
 def _with_choices(columns: Columns, field: str, rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, Any]:
-    found = _labels(str(columns.label), rows)
-    if not 2 <= len(found) <= MOST_CHOICES:
+    labels = _labels(str(columns.label), rows)
+    if not 2 <= len(labels) <= MOST_CHOICES:
         raise TaskError(
-            f"column {field!r} holds {len(found)} different values; labels are 2 to {MOST_CHOICES}."
+            f"column {field!r} holds {len(labels)} different values; labels are 2 to {MOST_CHOICES}."
             " Say --answer COLUMN instead if its texts are to be written, not chosen."
         )
-    if names and len(names) != len(found):
-        raise TaskError(f"--choices gives {len(names)} names, but column {field!r} holds {len(found)} values: {_shown(found)}.")
-    if not names and (all(map(_is_number_text, found)) or suggested_choices(columns, rows)):
-        raise _unclear(columns, found, rows)
-    counted = found == list(range(len(found))) and not any(isinstance(value, bool) for value in found)
+    if names and len(names) != len(labels):
+        raise TaskError(f"--choices gives {len(names)} names, but column {field!r} holds {len(labels)} values: {_shown(labels)}.")
+    if not names and (all(map(_is_number_text, labels)) or suggested_choices(columns, rows)):
+        raise _unclear(columns, labels, rows)
+    counted = labels == list(range(len(labels))) and not any(isinstance(value, bool) for value in labels)
     return {
-        "choices": list(names) or [str(value) for value in found],
-        "label": field if counted else f"{found!r}.index({field})",
+        "choices": list(names) or [str(value) for value in labels],
+        "label": field if counted else f"{labels!r}.index({field})",
         "metrics": ["accuracy"],
     }
 
@@ -219,8 +219,8 @@ def _labels(column: str, rows: Sequence[Mapping[str, Any]]) -> list[Any]:
     """The distinct values of a column, sorted; numbers, also those that CSV holds as text, come before texts."""
     if odd := [row[column] for row in rows if not is_text(row[column])]:
         raise TaskError(_no_text(column, odd[0], "name the column of labels with --label, or that of texts to write with --answer"))
-    found = {row[column] for row in rows}
-    return sorted(found, key=lambda value: (0, float(value), "") if _is_number_text(value) else (1, 0.0, str(value)))
+    labels = {row[column] for row in rows}
+    return sorted(labels, key=lambda value: (0, float(value), "") if _is_number_text(value) else (1, 0.0, str(value)))
 
 
 def _is_number_text(value: Any) -> bool:
@@ -229,19 +229,19 @@ def _is_number_text(value: Any) -> bool:
     return isinstance(spelt, int | float) and not isinstance(spelt, bool)
 
 
-def _unclear(columns: Columns, found: Sequence[Any], rows: Sequence[Mapping[str, Any]]) -> UnclearLabelsError:
-    values = tuple(map(str, found))
+def _unclear(columns: Columns, labels: Sequence[Any], rows: Sequence[Mapping[str, Any]]) -> UnclearLabelsError:
+    values = tuple(map(str, labels))
     own = suggested_choices(columns, rows)
-    said = f"the labels in column {columns.label!r} are {_shown(found)}, which say nothing to a model"
-    given = f"give each a name, in this order, as in --choices {','.join(f'name{value}' for value in values[:3])}"
-    given += ",…" if len(values) > 3 else ""
+    fact = f"the labels in column {columns.label!r} are {_shown(labels)}, which say nothing to a model"
+    remedy = f"give each a name, in this order, as in --choices {','.join(f'name{value}' for value in values[:3])}"
+    remedy += ",…" if len(values) > 3 else ""
     stand = (
         f"; if {_shown(own)} hold{'s' if len(own) == 1 else ''} what a row chooses from, --choices {','.join(own)}" if own else ""
     )
     keep = f"; to learn them as they are, --choices {','.join(values)}" if len(values) <= LISTED else ""
-    question = f"The labels in column {columns.label!r} are {_shown(found)}. Their names in this order, with commas between"
+    question = f"The labels in column {columns.label!r} are {_shown(labels)}. Their names in this order, with commas between"
     question += f", or {','.join(own)} if each row's choices stand there" if own else ""
-    return UnclearLabelsError(f"{said}; {given}{stand}{keep}.", f"{question} (Enter keeps them as they are)", values)
+    return UnclearLabelsError(f"{fact}; {remedy}{stand}{keep}.", f"{question} (Enter keeps them as they are)", values)
 
 
 def suggested_choices(columns: Columns, rows: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
@@ -255,14 +255,14 @@ def suggested_choices(columns: Columns, rows: Sequence[Mapping[str, Any]]) -> tu
             return (column,) if _places(columns, (column,), rows) is not None else ()
         if match := re.fullmatch(r"(.*?)[ _-]?(\d|[a-jA-J])", column):
             series.setdefault(match[1], []).append(column)
-    for found in series.values():
-        ends = [column[-1].lower() for column in sorted(found)]
+    for column_names in series.values():
+        ends = [column[-1].lower() for column in sorted(column_names)]
         if (
-            len(found) > 1
+            len(column_names) > 1
             and "".join(ends) in ("0123456789"[: len(ends)], "123456789"[: len(ends)], LETTERS[: len(ends)].lower())
-            and _places(columns, found, rows) is not None
+            and _places(columns, column_names, rows) is not None
         ):
-            return tuple(sorted(found))
+            return tuple(sorted(column_names))
     return ()
 
 
@@ -272,14 +272,14 @@ def _places(columns: Columns, own: Sequence[str], rows: Sequence[Mapping[str, An
     None if the labels are neither numbers nor letters of the choices.
     """
     number = max(len(row[own[0]]) for row in rows) if len(own) == 1 else len(own)
-    found = _labels(str(columns.label), rows)
-    kind = type(found[0])
+    labels = _labels(str(columns.label), rows)
+    kind = type(labels[0])
     for start in (0, 1):
         numbers: list[Any] = [kind(place) for place in range(start, start + number)] if kind in (int, str) else []
-        if {*found} <= {*numbers}:
+        if {*labels} <= {*numbers}:
             return numbers
     for letters in (LETTERS, LETTERS.lower()):
-        if {*found} <= {*letters[:number]}:
+        if {*labels} <= {*letters[:number]}:
             return list(letters[:number])
     return None
 
@@ -310,8 +310,8 @@ def _with_own_choices(columns: Columns, named: Mapping[str, str], rows: Sequence
     return {"choices": choices, "label": expression, "metrics": ["accuracy"]}
 
 
-def _choosing_own(given: str) -> list[dict[str, Any]]:
-    listed = f"{given}\n\n".lstrip() + "- {{ choices | join('\n- ') }}"
+def _choosing_own(inputs: str) -> list[dict[str, Any]]:
+    listed = f"{inputs}\n\n".lstrip() + "- {{ choices | join('\n- ') }}"
     return [
         {"name": "choose", "instruction": "Choose the answer that fits best.", "input": listed},
         {"name": "which", "instruction": "Which of these is right?", "input": listed},
@@ -323,22 +323,22 @@ def _shown(values: Sequence[Any]) -> str:
     return ", ".join(map(str, values[:LISTED])) + (", …" if len(values) > LISTED else "")
 
 
-def _choosing(choices: Sequence[str], given: str) -> list[dict[str, Any]]:
+def _choosing(choices: Sequence[str], inputs: str) -> list[dict[str, Any]]:
     listed = f": {', '.join(choices)}" if len(choices) <= LISTED else ""
     return [
-        {"name": "choose", "instruction": f"Choose the label that fits{listed}.", "input": given},
-        {"name": "which", "instruction": f"Which label does this deserve{listed}?", "input": given},
-        {"name": "sort", "instruction": f"Sort this under one heading{listed}. Answer with the heading alone.", "input": given},
+        {"name": "choose", "instruction": f"Choose the label that fits{listed}.", "input": inputs},
+        {"name": "which", "instruction": f"Which label does this deserve{listed}?", "input": inputs},
+        {"name": "sort", "instruction": f"Sort this under one heading{listed}. Answer with the heading alone.", "input": inputs},
     ]
 
 
-def _writing(columns: Columns, shown: Mapping[str, str], given: str) -> list[dict[str, Any]]:
+def _writing(columns: Columns, shown: Mapping[str, str], inputs: str) -> list[dict[str, Any]]:
     if columns.instruction is not None:
-        asked: dict[str, Any] = {"name": "as_written", "instruction": f"{{{{ {shown[columns.instruction]} }}}}"}
-        return [asked | ({"input": given} if given else {})]
+        template: dict[str, Any] = {"name": "as_written", "instruction": f"{{{{ {shown[columns.instruction]} }}}}"}
+        return [template | ({"input": inputs} if inputs else {})]
     what = str(columns.answer).strip().lower()
     return [
-        {"name": "write", "instruction": f"Write the {what} for this.", "input": given},
-        {"name": "what", "instruction": f"What is the {what}?", "input": given},
-        {"name": "give", "instruction": f"Read this and give the {what}.", "input": given},
+        {"name": "write", "instruction": f"Write the {what} for this.", "input": inputs},
+        {"name": "what", "instruction": f"What is the {what}?", "input": inputs},
+        {"name": "give", "instruction": f"Read this and give the {what}.", "input": inputs},
     ]

@@ -310,10 +310,10 @@ class Task(TaskFileModel):
     @cached_property
     def _expressions(self) -> dict[str, Wording | Expression]:
         sources = {"choices": self.choices, "label": self.label, "references": self.references, "keep": self.keep}
-        found: dict[str, Wording | Expression] = {
+        compiled: dict[str, Wording | Expression] = {
             place: Expression(source) for place, source in sources.items() if isinstance(source, str)
         }
-        return found | ({} if self.answer is None else {"answer": Wording(self.answer)})
+        return compiled | ({} if self.answer is None else {"answer": Wording(self.answer)})
 
     def name_of(self, template: Template) -> str:
         """File, line, task and template for a message, as far as they are known."""
@@ -357,14 +357,14 @@ class Task(TaskFileModel):
                 old = template._python_forms
                 right = self._expressions["references"](values if old else row, python_forms=old)
                 references = tuple(template.text(text).strip() for text in right)
-        instruction, given, output = (part(values, python_forms=template._python_forms) for part in template.parts)
+        instruction, input_text, output = (part(values, python_forms=template._python_forms) for part in template.parts)
         if not output:
             raise RowError("empty_answer", f"task {self.name!r}, template {template.name!r}: the answer is empty.")
-        if REPLACEMENT_CHARACTER in f"{instruction}{given}{output}":
+        if REPLACEMENT_CHARACTER in f"{instruction}{input_text}{output}":
             raise RowError("broken_character", f"task {self.name!r}: the row holds U+FFFD.")
         if template.inverted or template.cot or not choices:
-            return Example(self.name, template.name, instruction, given, output, (), references or (output,))
-        return Example(self.name, template.name, instruction, given, output, choices, (output,))
+            return Example(self.name, template.name, instruction, input_text, output, (), references or (output,))
+        return Example(self.name, template.name, instruction, input_text, output, choices, (output,))
 
     def _choices(self, values: Mapping[str, Any], template: Template) -> tuple[str, ...]:
         if self.choices is None:

@@ -60,11 +60,11 @@ def read_turns(render: Render, control: re.Pattern[str], fallback: str) -> Turns
     `ContractError` where the template writes a question in one way before an answer and in another before an opened turn, so that
     no prompt would match the text that is trained on.
     """
-    asked = {"role": "user", "content": _QUESTION}
-    answered = [asked, {"role": "assistant", "content": _ANSWER}]
-    opened = render([asked], True)
-    last, _, behind_last = render(answered, False).partition(_ANSWER)
-    inner, _, behind_inner = render([*answered, {"role": "user", "content": _NEXT}], True).partition(_ANSWER)
+    question = {"role": "user", "content": _QUESTION}
+    conversation = [question, {"role": "assistant", "content": _ANSWER}]
+    opened = render([question], True)
+    last, _, behind_last = render(conversation, False).partition(_ANSWER)
+    inner, _, behind_inner = render([*conversation, {"role": "user", "content": _NEXT}], True).partition(_ANSWER)
     before, alike = (inner, True) if inner.startswith(opened) else (last, inner == last)
     common = _common_start(opened, before)
     if _QUESTION not in common:

@@ -96,14 +96,14 @@ class Layout:
         Raises `ChatTemplateError` where the chat template refuses the question.
         """
         if self.name == "chat":
-            asked = _user_text(instruction, input)
-            if self._around and not exemplars and asked == asked.strip():
-                return self._text(asked).join(self._around)
+            question = _user_text(instruction, input)
+            if self._around and not exemplars and question == question.strip():
+                return self._text(question).join(self._around)
             turns = [(_user_text(shot.instruction, shot.input), shot.answer) for shot in exemplars]
-            return self.chat_prompt([*_messages(turns), {"role": "user", "content": asked}])
-        shown = [self._single(shot.instruction, shot.input) + self._text(shot.answer) for shot in exemplars]
+            return self.chat_prompt([*_messages(turns), {"role": "user", "content": question}])
+        solved = [self._single(shot.instruction, shot.input) + self._text(shot.answer) for shot in exemplars]
         head = f"{self._text(self.system)}\n\n" if self.system else ""
-        return head + SEPARATOR.join([*shown, self._single(instruction, input)])
+        return head + SEPARATOR.join([*solved, self._single(instruction, input)])
 
     def chat_prompt(self, messages: Sequence[Mapping[str, str]]) -> str:
         """The chat template's text for OpenAI-style messages, up to where the answer starts, to be encoded by `encode_prompt`.
@@ -120,16 +120,16 @@ class Layout:
         return [*system, *messages]
 
     def _templated(self, messages: Sequence[Mapping[str, str]], *, generate: bool) -> str:
-        told = [dict(message, content=self._text(message["content"])) for message in messages]
-        return self._rendered(told, generate=generate, parts=self._takes_parts)
+        escaped = [dict(message, content=self._text(message["content"])) for message in messages]
+        return self._rendered(escaped, generate=generate, parts=self._takes_parts)
 
     def _rendered(self, messages: Sequence[Mapping[str, Any]], *, generate: bool, parts: bool = False) -> str:
         """The chat template's text for these messages, unescaped; with `parts`, contents are lists of one text part."""
-        seen = {"quality": self.quality} if self.quality else {}
+        variables = {"quality": self.quality} if self.quality else {}
         day = self.date if self.version > 1 else self.day
         now = datetime.fromisoformat(day) if day is not None else None
-        said = [dict(one, content=[{"type": "text", "text": one["content"]}]) if parts else dict(one) for one in messages]
-        return self.tokenizer.apply_chat_template(said, generate=generate, now=now, date_string=self.date, **seen)
+        shaped = [dict(one, content=[{"type": "text", "text": one["content"]}]) if parts else dict(one) for one in messages]
+        return self.tokenizer.apply_chat_template(shaped, generate=generate, now=now, date_string=self.date, **variables)
 
     @cached_property
     def _takes_parts(self) -> bool:
@@ -164,8 +164,8 @@ class Layout:
         special = self.tokenizer.special_texts
         if self.name != "chat":
             return special
-        said = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
-        text = self._rendered(said, generate=True, parts=self._takes_parts)
+        conversation = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+        text = self._rendered(conversation, generate=True, parts=self._takes_parts)
         others = [token for token in self.tokenizer.other_added_texts if token not in _THOUGHT and not token.isspace()]
         return *special, *(token for token in others if token in text and not token.isalnum())
 
@@ -202,8 +202,8 @@ class Layout:
         behind = parts[1:]
         if len(behind) != len(answers) or rebuilt != self.chat_prompt(stripped) or not all(part.startswith(end) for part in behind):
             return [(self.encode_prompt(text), False)]
-        asked = [parts[0], *(self._behind(part.removeprefix(end)) for part in behind)]
-        rests = self.encode_prompts([*(part.removesuffix(space) for part in asked[:-1]), asked[-1]])
+        between = [parts[0], *(self._behind(part.removeprefix(end)) for part in behind)]
+        rests = self.encode_prompts([*(part.removesuffix(space) for part in between[:-1]), between[-1]])
         pieces = [(rests[0], False)]
         for answer, rest in zip(self.encode_answers(answers), rests[1:], strict=True):
             pieces += [(answer + list(self._inner_end_ids), True), (rest, False)]
@@ -318,6 +318,6 @@ def _user_text(instruction: str, input: str) -> str:
 def _messages(turns: Sequence[tuple[str, str]]) -> list[dict[str, str]]:
     return [
         message
-        for asked, answer in turns
-        for message in ({"role": "user", "content": asked}, {"role": "assistant", "content": answer})
+        for question, answer in turns
+        for message in ({"role": "user", "content": question}, {"role": "assistant", "content": answer})
     ]

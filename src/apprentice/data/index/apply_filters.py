@@ -82,13 +82,13 @@ def report_contamination(candidates: Sequence[TaskRows], recipe: Recipe, run: Ru
 
     Raises `DataError` if a source cannot be read.
     """
-    looking = Filters(decontaminate=True, ngram=recipe.data.filters.ngram)
+    filters = Filters(decontaminate=True, ngram=recipe.data.filters.ngram)
     mixture = recipe.data.mixture.model_copy(update={"max_rows": None})
-    data = recipe.data.model_copy(update={"filters": looking, "mixture": mixture})
+    data = recipe.data.model_copy(update={"filters": filters, "mixture": mixture})
     report = apply_filters(candidates, recipe.model_copy(update={"data": data}), run)[1]
     assert report is not None, "passages were looked for"
-    for found in report["tasks"].values():
-        found["training_rows_kept"] = found.pop("training_rows_dropped")
+    for counts in report["tasks"].values():
+        counts["training_rows_kept"] = counts.pop("training_rows_dropped")
     return report
 
 

@@ -199,8 +199,8 @@ def _load(task: Task, recipe: Recipe, folder: Folder, cache: Folder, rules: int)
     for split, old, new in zip(("train", "test"), kept, sources, strict=True):
         same_rows = new is not None and old.has_rows_of(new) if old else new is None
         if not same_rows or (old and new and any(new.columns.get(name) != column for name, column in old.columns.items())):
-            found = new or old
-            where = found and (found.named or found.files[0])
+            source = new or old
+            where = source and (source.named or source.files[0])
             raise DataError(
                 f"task {task.name!r}: the {split} {'columns' if same_rows else 'rows'} ({where}) have changed since the run's"
                 " index was frozen; put the old file back, start over with --restart, or choose another `name`."

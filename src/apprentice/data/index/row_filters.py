@@ -146,16 +146,16 @@ def _label(task: Task, row: Mapping[str, Any]) -> int:
 
 def _shared_passages(rows: Sequence[Mapping[str, Any]], length: int, tests: Keys) -> Keys:
     """For each row the hash of its first passage that a test row has too, or 0."""
-    found = np.zeros(len(rows), np.uint64)
+    passages = np.zeros(len(rows), np.uint64)
     if not len(tests):
-        return found
+        return passages
     hashes, owners, starts = ngrams([words_of(row, only_texts=True) for row in rows], length)
     at = np.minimum(np.searchsorted(tests, hashes), len(tests) - 1)
     hit = np.flatnonzero(tests[at] == hashes)
     hit = hit[np.lexsort((starts[hit], owners[hit]))]
     first_owners, first = np.unique(owners[hit], return_index=True)
-    found[first_owners] = hashes[hit[first]]
-    return found
+    passages[first_owners] = hashes[hit[first]]
+    return passages
 
 
 def _duplicates(digests: Keys, stays: NDArray[np.bool_]) -> NDArray[np.bool_]:

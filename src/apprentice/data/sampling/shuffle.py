@@ -74,13 +74,13 @@ class RowOrder:
         """Source row numbers at `places` of each pass; a place is the start of a buffer plus a permuted offset in it."""
         if not self.has_buffers:
             return self.kept[places]
-        found = np.empty_like(places)
+        indices = np.empty_like(places)
         for pass_ in set(passes.tolist()):
             here = passes == pass_
             order, starts, _ = self._pass(pass_)
             group = np.searchsorted(starts, places[here], side="right") - 1
-            found[here] = self._firsts[order[group]] + places[here] - starts[group]
-        return self.kept[found]
+            indices[here] = self._firsts[order[group]] + places[here] - starts[group]
+        return self.kept[indices]
 
     def _shuffled(self, pass_: int) -> _Pass:
         key = draw(self.key, np.array([_GROUP_ROUND + pass_]))
@@ -112,6 +112,6 @@ def draw_rows(orders: Sequence[RowOrder], which: Numbers, counts: Numbers) -> tu
 def group_equal(labels: Numbers) -> tuple[Numbers, list[tuple[int, slice]]]:
     """The stable sorting order of `labels`, and (label, its slice of the sorted array) for each distinct label."""
     order = np.argsort(labels, kind="stable")
-    found, starts = np.unique(labels[order], return_index=True)
+    distinct, starts = np.unique(labels[order], return_index=True)
     bounds = pairwise([*starts.tolist(), len(labels)])
-    return order, [(label, slice(start, end)) for label, (start, end) in zip(found.tolist(), bounds, strict=True)]
+    return order, [(label, slice(start, end)) for label, (start, end) in zip(distinct.tolist(), bounds, strict=True)]

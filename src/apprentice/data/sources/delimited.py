@@ -37,9 +37,9 @@ def text_batches(file: Folder, delimiter: str, encoding: str | None, block_bytes
     except (pa.ArrowException, OSError, UnicodeError) as error:
         if encoding is None and (place := describe_invalid_utf8(file)) is not None:
             raise DataError(place) from error
-        said = " ".join(str(error).split())
+        message = " ".join(str(error).split())
         raise DataError(
-            f"{file} cannot be read as {kind}{f' in {encoding}' if encoding else ''}: {said}; mend the file."
+            f"{file} cannot be read as {kind}{f' in {encoding}' if encoding else ''}: {message}; mend the file."
         ) from error
 
 

@@ -47,18 +47,18 @@ def arrow_tables(batches: Callable[[], Iterable[Rows]], name: str, rules: int) -
     for batch in batches():
         keys = list(dict.fromkeys(chain.from_iterable(batch)))
         try:
-            found = pa.schema([(key, _type_of([row.get(key) for row in batch])) for key in keys])
-            schema = pa.unify_schemas([schema, found], promote_options="permissive")
+            batch_schema = pa.schema([(key, _type_of([row.get(key) for row in batch])) for key in keys])
+            schema = pa.unify_schemas([schema, batch_schema], promote_options="permissive")
         except (pa.ArrowException, OverflowError) as error:
             raise DataError(f"{name}: a key has values of different types: {error}; give each key one type.") from error
         _collect_number_kinds(batch, (), kinds)
-    kept = {path[0] for path, kind in kinds.items() if "big" in kind or (rules >= 2 and len(kind) > 1)}
-    stored = pa.schema(
-        [mark_reading(pa.field(field.name, pa.string()), "json") if field.name in kept else field for field in schema]
+    json_columns = {path[0] for path, kind in kinds.items() if "big" in kind or (rules >= 2 and len(kind) > 1)}
+    stored_schema = pa.schema(
+        [mark_reading(pa.field(field.name, pa.string()), "json") if field.name in json_columns else field for field in schema]
     )
     for batch in batches():
-        rows = [_as_json(row, kept, schema) for row in batch] if kept else batch
-        yield pa.Table.from_pylist(rows, schema=stored)
+        rows = [_as_json(row, json_columns, schema) for row in batch] if json_columns else batch
+        yield pa.Table.from_pylist(rows, schema=stored_schema)
 
 
 def _type_of(values: list[Any]) -> pa.DataType:

@@ -142,7 +142,7 @@ def _readings(
 
     Raises `DataError` for a binary column of a task that names no encoding.
     """
-    found: dict[str, Reading] = {}
+    readings: dict[str, Reading] = {}
     for file, footer in zip(files, footers, strict=True):
         for name, column in columns.items():
             reading = footer.readings.get(column)
@@ -153,8 +153,8 @@ def _readings(
                 raise DataError(
                     f"task {task.name!r}: column {column!r} of {file} holds bytes, not text: {suggest_encoding(sample)}"
                 )
-            found[name] = reading
-    return found
+            readings[name] = reading
+    return readings
 
 
 def _first_value(file: str, column: str) -> bytes:
@@ -202,8 +202,8 @@ def _files(task: Task, spec: SourceSpec, name: str, root: str | None, cache: Fol
         return _hub_files(task, spec, name, absent)
     folder = Folder.at(root or "") / (spec.dataset or "")
     whole = folder / f"{name}.parquet"
-    if found := [whole.uri] if whole.exists() else _parquet_in(folder, name):
-        return found
+    if parquet_files := [whole.uri] if whole.exists() else _parquet_in(folder, name):
+        return parquet_files
     if is_saved_to_disk(folder / name):
         return [parquet_file((folder / name).uri, cache, task.name)]
     raise DataError(f"task {task.name!r}: {whole} does not exist; put it there or correct data.root.")
@@ -222,8 +222,8 @@ def _hub_files(task: Task, spec: SourceSpec, name: str, absent: list[str]) -> li
     before = "".join(f"{reason}; " for reason in absent)
     try:
         for folder in (at / (spec.config or "default"), at / "data", at):
-            if found := _parquet_in(folder, name):
-                return found
+            if parquet_files := _parquet_in(folder, name):
+                return parquet_files
         is_there = at.exists()
     except _FAILED as error:
         raise DataError(
@@ -268,9 +268,9 @@ def _retrying(file: str, action: Callable[[], T]) -> T:
         except UNREACHED as error:
             if pause is None:
                 attempts = len(RETRY_PAUSES_S) + 1
-                said = " ".join(str(error).split()) or type(error).__name__
+                message = " ".join(str(error).split()) or type(error).__name__
                 raise DataError(
-                    f"{file} cannot be read, tried {attempts} times: {said}; check the file and the network."
+                    f"{file} cannot be read, tried {attempts} times: {message}; check the file and the network."
                 ) from error
             time.sleep(pause)
         except (pa.ArrowException, StorageError) as error:
@@ -288,9 +288,9 @@ def _footer(file: str) -> _Footer:
             stream.seek(max(0, size - 8 - length))
             digest = hashlib.sha256(f"{size}\n".encode() + stream.read(length)).hexdigest()
             stream.seek(0)
-            found = pq.ParquetFile(stream)
-            groups = tuple(found.metadata.row_group(number).num_rows for number in range(found.metadata.num_row_groups))
-            return _Footer(groups, tuple(found.schema_arrow.names), readings_of(found.schema_arrow), digest)
+            parquet = pq.ParquetFile(stream)
+            groups = tuple(parquet.metadata.row_group(number).num_rows for number in range(parquet.metadata.num_row_groups))
+            return _Footer(groups, tuple(parquet.schema_arrow.names), readings_of(parquet.schema_arrow), digest)
 
     return _retrying(file, read)
 
@@ -317,21 +317,23 @@ class Reader:
 
         Raises `DataError` with the name of a file that cannot be read or has changed, `ValueError` for a number out of range.
         """
-        wanted = np.asarray(ids, dtype=np.int64)
-        if wanted.size and not 0 <= wanted.min() <= wanted.max() < self.source.rows:
-            raise ValueError(f"task {self.source.task!r} has {self.source.rows} {self.source.split} rows; asked for {wanted.max()}")
-        groups = np.searchsorted(self._ends, wanted, side="right")
-        found: list[dict[str, Any]] = [{}] * len(wanted)
+        numbers = np.asarray(ids, dtype=np.int64)
+        if numbers.size and not 0 <= numbers.min() <= numbers.max() < self.source.rows:
+            raise ValueError(
+                f"task {self.source.task!r} has {self.source.rows} {self.source.split} rows; asked for {numbers.max()}"
+            )
+        groups = np.searchsorted(self._ends, numbers, side="right")
+        rows_in_order: list[dict[str, Any]] = [{}] * len(numbers)
         for group in np.unique(groups):
             places = np.flatnonzero(groups == group)
             start = int(self._ends[group]) - self.source.group_rows[group]
-            rows = self._read_group(int(group)).take(pa.array(wanted[places] - start)).to_pylist()
+            rows = self._read_group(int(group)).take(pa.array(numbers[places] - start)).to_pylist()
             for place, row in zip(places, rows, strict=True):
-                found[place] = row
+                rows_in_order[place] = row
         for name, reading in self.source.readings.items():
-            for row in found:
+            for row in rows_in_order:
                 row[name] = read(row[name], reading, self.source.encoding)
-        return found
+        return rows_in_order
 
     def _read_group_anew(self, number: int) -> pa.Table:
         place = bisect_right(self._first_groups, number) - 1

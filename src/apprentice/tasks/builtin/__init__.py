@@ -46,12 +46,12 @@ def rows(name: str, split: Literal["train", "test"]) -> list[dict[str, Any]]:
         raise TaskError(f"builtin: {name!r} is not built in.{did_you_mean(name, GENERATORS)} Built in are {', '.join(GENERATORS)}.")
     if split not in ROWS:
         raise TaskError(f"builtin {name!r} has no split {split!r}.{did_you_mean(split, ROWS)} Its splits are {', '.join(ROWS)}.")
-    made: dict[tuple[str, ...], dict[str, Any]] = {}
+    row_of_words: dict[tuple[str, ...], dict[str, Any]] = {}
     rng = SeededRandom(f"{VERSION}/{name}")
-    while len(made) < sum(ROWS.values()):
-        row = GENERATORS[name](rng, len(made))
-        made.setdefault(_words(next(iter(row.values()))), row)
-    table = list(made.values())
+    while len(row_of_words) < sum(ROWS.values()):
+        row = GENERATORS[name](rng, len(row_of_words))
+        row_of_words.setdefault(_words(next(iter(row.values()))), row)
+    table = list(row_of_words.values())
     # Generators cycle through their labels, which balances each split; shuffling removes the order of labels.
     return rng.shuffled(table[: ROWS["train"]]) if split == "train" else rng.shuffled(table[ROWS["train"] :])
 

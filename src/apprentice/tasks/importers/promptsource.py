@@ -191,9 +191,9 @@ def _metrics(templates: Any) -> tuple[Metric, ...]:
 
     Accuracy if at least half of these templates have answer choices, `exact_match` if no known metric is named.
     """
-    own = [found for found in templates if (found.get("metadata") or {}).get("original_task") is not False] or list(templates)
-    named = [name for found in own for name in (found.get("metadata") or {}).get("metrics") or ()]
-    if 2 * sum(1 for found in own if found.get("answer_choices")) >= len(own):
+    own = [one for one in templates if (one.get("metadata") or {}).get("original_task") is not False] or list(templates)
+    named = [name for template in own for name in (template.get("metadata") or {}).get("metrics") or ()]
+    if 2 * sum(1 for template in own if template.get("answer_choices")) >= len(own):
         return ("accuracy",)
     known = sorted({name for name in named if name in _METRICS and name != "Accuracy"}, key=lambda name: (-named.count(name), name))
     return tuple(dict.fromkeys(metric for name in known for metric in _METRICS[name])) or ("exact_match",)

@@ -118,8 +118,8 @@ def charged_list(items: Any) -> list[Any]:
     if isinstance(items, str | Mapping | range | _CONTAINERS):
         spend(len(items))
         return list(items)
-    found = []
+    charged = []
     for item in items:
         spend(2)
-        found.append(item)
-    return found
+        charged.append(item)
+    return charged

@@ -53,9 +53,9 @@ def _joined(parts: list[Any]) -> str:
 
 def _steps(items: Any, each: int) -> Any:
     """The items for a loop, charged beforehand; a copy, so that the list cannot grow during the loop."""
-    found = items if isinstance(items, range) else charged_list(items)
-    spend(len(found) * each)
-    return found
+    sequence = items if isinstance(items, range) else charged_list(items)
+    spend(len(sequence) * each)
+    return sequence
 
 
 def _copied(value: Any) -> Any:
@@ -132,9 +132,9 @@ class _Limits(SandboxedEnvironment):
                 spend(weight(arguments[0]) + len(arguments[0]) * len(owner) // CHARACTERS)
         elif isinstance(owner, list | tuple | Mapping):
             spend(weight(owner) * len(owner).bit_length() if name in _COMPARING else len(owner))
-        found = super().call(context, obj, *arguments, **options)
-        spend(size(found))
-        return found
+        result = super().call(context, obj, *arguments, **options)
+        spend(size(result))
+        return result
 
 
 class _Immutable(ImmutableSandboxedEnvironment, _Limits):
