@@ -84,6 +84,19 @@ def test_logits_are_computed_again_only_for_gradients_not_known_before(
     assert rows == [4, 4, 2] * times
 
 
+@pytest.mark.parametrize("targets", [3, 31])
+def test_validation_computes_no_gradients(targets: int, in_chunks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, outputs = made("llama"), []
+    head = model.get_output_embeddings()
+    plain = head.forward
+    monkeypatch.setattr(head, "forward", lambda states: outputs.append(plain(states)) or outputs[-1])
+    monkeypatch.setattr(torch.autograd, "grad", None)
+    with torch.no_grad():
+        SupervisedLoss(model)(batch_of(targets))
+    assert outputs
+    assert not any(logits.requires_grad for logits in outputs)
+
+
 @pytest.mark.parametrize("weighted", [False, True])
 def test_automatic_casts_are_those_of_all_logits_at_once(weighted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     results = []

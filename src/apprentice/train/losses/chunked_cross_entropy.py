@@ -47,7 +47,10 @@ def chunked_cross_entropy(
     def forward(hidden: Tensor, *_: Any) -> Tensor:
         """Takes the place of the output layer's computation: keeps the losses, and gives the model `probe` in place of logits."""
         function: Any = _Losses  # PyTorch's `apply` has no types
-        results.append(function.apply(chunks, at_places(hidden, places), *chunks.parameters))
+        inputs = (at_places(hidden, places), *chunks.parameters)
+        # Asked here: inside a Function gradients are off, and `needs_input_grad` is true without them as well.
+        with_gradients = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
+        results.append(function.apply(chunks, with_gradients, *inputs))
         probe: Tensor = results[0][1]
         return probe
 
@@ -121,10 +124,9 @@ class _Losses(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(context: Any, chunks: _Chunks, states: Tensor, *parameters: Tensor) -> Any:
+    def forward(context: Any, chunks: _Chunks, with_gradients: bool, states: Tensor, *parameters: Tensor) -> Any:
         context.chunks, context.of_one, context.are_computed = chunks, None, False
         parts = chunks.split(states)
-        with_gradients = any(context.needs_input_grad)
         if with_gradients and len(parts) == 1:
             with torch.enable_grad():
                 loss = chunks.loss(*parts[0])
@@ -148,7 +150,7 @@ class _Losses(torch.autograd.Function):
             gradients = [gradient * upstream for gradient in context.saved_tensors]
         else:
             _, gradients = context.chunks.losses_and_gradients(*context.saved_tensors, upstream)
-        return None, *gradients
+        return None, None, *gradients
 
 
 def at_places(hidden: Tensor, places: Tensor) -> Tensor:
