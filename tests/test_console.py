@@ -50,7 +50,7 @@ screen = Screen()
 for number in range(20000):
     screen.say(f"{number} → é")
     screen.progress("train", {"step": number, "done": True})
-    screen.warn("a warning")
+    screen.error("a warning", beside_result=True)
 print("a library prints")
 screen.result({}, "the result")
 sys.exit(screen.failed(RuntimeError("ours")) - 3)

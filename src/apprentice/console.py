@@ -84,14 +84,10 @@ class Screen:
         elif text:
             _write(sys.stdout, f"{text}\n", is_result=True)
 
-    def warn(self, message: str) -> None:
-        """Writes an error line without changing the result, which stays valid."""
+    def error(self, message: str, *, beside_result: bool = False) -> None:
+        """Writes an error line, and with `as_json` the JSON object; `beside_result` says that a result is written already."""
         self._end_live()
-        _write(sys.stderr, f"error: {message}\n")
-
-    def error(self, message: str) -> None:
-        self._end_live()
-        if self.as_json:
+        if self.as_json and not beside_result:
             _write(sys.stdout, json.dumps({"error": message}, ensure_ascii=False) + "\n")
         _write(sys.stderr, f"error: {message}\n")
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 
 import pytest
@@ -47,6 +49,15 @@ def test_help_lists_every_command(command):
         "recipe-schema",
     ]:
         assert name in out
+
+
+def test_help_that_is_not_read_to_its_end_is_no_failure():
+    read, write = os.pipe()
+    os.close(read)
+    program = "import sys; sys.argv = ['apprentice', '--help']; from apprentice.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", program], stdout=write, stderr=subprocess.PIPE, check=False)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 def test_wrong_usage_is_two(command):

@@ -65,5 +65,8 @@ def main() -> None:
     except KeyboardInterrupt:
         screen.error("stopped by Ctrl-C; a run goes on where it was when the same command is given again.")
         sys.exit(1)
+    except SystemExit as end:
+        is_help_cut_off = "--help" in sys.argv and isinstance(end.__context__, BrokenPipeError)  # as by `| head -1`
+        sys.exit(0 if is_help_cut_off else end.code)
     except Exception as error:
         sys.exit(screen.failed(error))

@@ -132,6 +132,6 @@ def _show(screen: Any, found: dict[str, Any], folder: Any) -> None:
     if found["gate"] and not found["gate"]["passed"]:
         failed.append(verdict_sentence(GateVerdict.model_validate(found["gate"])))
     for line in failed:
-        screen.warn(line)
+        screen.error(line, beside_result=True)
     if failed:
         raise typer.Exit(1)
