@@ -9,11 +9,14 @@ of the command line.
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import os
 import signal
 import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
 
 from apprentice import __version__, pipeline
 from apprentice.console import Screen
@@ -83,7 +86,43 @@ def evaluation_identity(recipe: Recipe, version: int = FORMAT, find: Find = find
 
 
 PR_SET_PDEATHSIG = 1  # prctl(2): sets the signal that this process gets when its parent ends
-STAGES = {"prepare": prepare, "train": train, "evaluate": evaluate, "pipeline": run_pipeline}
+PROGRAM = "python -m apprentice.jobs"
+STAGES = {"prepare": prepare, "train": train, "evaluate": evaluate}
+
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help="Runs one stage of the pipeline as a Ray job.")
+Recipes = Annotated[
+    list[str], typer.Option("--recipe", help="Recipe file, or the name of one that is shipped; several make a chain.", metavar="R")
+]
+Overrides = Annotated[list[str] | None, typer.Argument(help="Overrides, such as storage=/shared/runs.", metavar="KEY=VALUE")]
+
+
+@app.command("prepare")
+def prepare_command(recipe: Recipes, overrides: Overrides = None) -> None:
+    """Freeze the index of each task; prints the run folder."""
+    _run("prepare", recipe, overrides)
+
+
+@app.command("train")
+def train_command(recipe: Recipes, overrides: Overrides = None) -> None:
+    """Fine-tune, or resume the run; prints the run folder."""
+    _run("train", recipe, overrides)
+
+
+@app.command("evaluate")
+def evaluate_command(recipe: Recipes, overrides: Overrides = None) -> None:
+    """Score the run beside its base model; prints the report's folder."""
+    _run("evaluate", recipe, overrides)
+
+
+@app.command("pipeline")
+def pipeline_command(
+    recipe: Recipes,
+    overrides: Overrides = None,
+    deploy: Annotated[bool, typer.Option("--deploy", help="Serve the last model on this cluster afterwards.")] = False,
+) -> None:
+    """Prepare, train, evaluate and, with --deploy, serve; skips what was finished with the same identity."""
+    _run("pipeline", recipe, overrides, deploy=deploy)
 
 
 def run_job(stage: str, words: list[str] | None = None) -> None:
@@ -91,23 +130,23 @@ def run_job(stage: str, words: list[str] | None = None) -> None:
 
     Ends the process with the command line's exit code where a stage fails.
     """
-    parser = argparse.ArgumentParser()
-    parser.add_argument(
-        "--recipe", required=True, action="append", help="recipe file, or the name of one that is shipped; several make a chain"
-    )
-    if stage == "pipeline":
-        parser.add_argument("--deploy", action="store_true", help="serve the last model on this cluster afterwards")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides, such as storage=/shared/runs")
-    arguments = parser.parse_args(words)
+    try:
+        app([stage, *(sys.argv[1:] if words is None else words)], prog_name=PROGRAM)
+    except SystemExit as end:
+        if end.code:
+            raise
+
+
+def _run(stage: str, names: Sequence[str], overrides: Sequence[str] | None, *, deploy: bool = False) -> None:
     screen = Screen()
     _end_with_the_shell()
     try:
         _same_version()
-        recipes = [load_recipe(find_recipe(name), arguments.overrides) for name in arguments.recipe]
+        recipes = [load_recipe(find_recipe(name), overrides or []) for name in names]
         pipeline.check_order(recipes)
         for recipe in recipes:
             if stage == "pipeline":
-                run_pipeline(recipe, screen, deploy=arguments.deploy and recipe is recipes[-1])
+                run_pipeline(recipe, screen, deploy=deploy and recipe is recipes[-1])
             else:
                 STAGES[stage](recipe, screen)
     except Exception as error:
@@ -140,11 +179,4 @@ def _same_version() -> None:
 
 def main() -> None:
     """Entry point of `python -m apprentice.jobs STAGE …`."""
-    if len(sys.argv) < 2 or sys.argv[1] not in STAGES:
-        print(f"usage: python -m apprentice.jobs {{{','.join(STAGES)}}} --recipe R [key=value …]", file=sys.stderr)
-        sys.exit(2)
-    run_job(sys.argv[1], sys.argv[2:])
-
-
-if __name__ == "__main__":
-    main()
+    app(prog_name=PROGRAM)
