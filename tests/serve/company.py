@@ -16,9 +16,9 @@ async def replies(endpoint: Endpoint, questions: list[str], max_tokens: int) -> 
     """Each question from a client of its own, all at once; whole replies with their token ids."""
 
     async def ask(question: str) -> dict[str, Any]:
-        asked = {"prompt": question, "max_tokens": max_tokens, "ignore_eos": True, "return_token_ids": True}
+        request_body = {"prompt": question, "max_tokens": max_tokens, "ignore_eos": True, "return_token_ids": True}
         async with httpx.AsyncClient(timeout=120) as http:
-            response = await http.post(f"{endpoint.url}/v1/completions", json=asked)
+            response = await http.post(f"{endpoint.url}/v1/completions", json=request_body)
         assert response.status_code == 200, response.text
         return dict(response.json()["choices"][0])
 

@@ -57,7 +57,7 @@ class ScriptedEngine:
         self.cached = cached
         self.fails = fails
         self.failure = failure or EngineFailed("out of memory")
-        self.asked: list[GenerationRequest] = []
+        self.requests: list[GenerationRequest] = []
         self.open = self.most = 0
         self.closed = False
 
@@ -73,7 +73,7 @@ class ScriptedEngine:
     def generate(self, requests: list[GenerationRequest]) -> list[TokenStream]:
         if not self.ids:
             raise Overloaded
-        self.asked += requests
+        self.requests += requests
         if self.open + len(requests) > self.capacity:
             raise Overloaded
         self.open += len(requests)
@@ -84,7 +84,7 @@ class ScriptedEngine:
         return tuple(ScoredToken(id, -1.0 if place else None) for place, id in enumerate(request.prompt))
 
     def stats(self) -> EngineStats:
-        return EngineStats(self.open, 0, len(self.asked), 0)
+        return EngineStats(self.open, 0, len(self.requests), 0)
 
     def check(self) -> None:
         if self.fails:

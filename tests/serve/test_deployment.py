@@ -43,16 +43,16 @@ def sync_client(endpoint: Endpoint) -> openai.OpenAI:
 def test_openais_client(endpoint: Endpoint) -> None:
     client = sync_client(endpoint)
     assert [model.id for model in client.models.list()] == ["tiny", "t5", "rhymes"]
-    asked: dict[str, Any] = {
+    request_body: dict[str, Any] = {
         "model": "tiny",
         "messages": [{"role": "user", "content": "Is this the film?"}],
         "max_completion_tokens": 12,
         "extra_body": {"ignore_eos": True},
     }
-    whole = client.chat.completions.create(**asked)
+    whole = client.chat.completions.create(**request_body)
     assert whole.usage is not None
     assert (whole.usage.completion_tokens, whole.choices[0].finish_reason) == (12, "length")
-    chunks = list(client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
+    chunks = list(client.chat.completions.create(**request_body, stream=True, stream_options={"include_usage": True}))
     text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
     assert text == whole.choices[0].message.content
     assert len(text) > 0
@@ -115,10 +115,10 @@ async def test_an_adapter_its_base_and_an_encoder_decoder_answer_at_once(
             stream = await client.completions.create(model=name, prompt=question, max_tokens=15, stream=True, extra_body=more)
             return "".join([chunk.choices[0].text async for chunk in stream])
 
-        asked = [(name, f"{number} questions about the film") for number in range(4) for name in alone]
-        together = await asyncio.gather(*(streamed(*one) for one in asked))
+        questions = [(name, f"{number} questions about the film") for number in range(4) for name in alone]
+        together = await asyncio.gather(*(streamed(*one) for one in questions))
     assert len(set(together)) > 8
-    for (name, question), text in zip(asked, together, strict=True):
+    for (name, question), text in zip(questions, together, strict=True):
         layout = layout_beside(folders[name])
         (ids,) = generate(alone[name], [layout.encode_prompt(question)], max_new_tokens=15, stop_ids=())
         assert layout.tokenizer.decode(ids, skip_special=True) == text
@@ -132,13 +132,13 @@ async def test_a_client_that_leaves_frees_its_slot(endpoint: Endpoint, stream: b
         async def running() -> int:
             return int((await http.get("/stats")).json()["running"])
 
-        asked = {"prompt": "Once upon a time", "max_tokens": 2000, "ignore_eos": True, "stream": stream}
+        request_body = {"prompt": "Once upon a time", "max_tokens": 2000, "ignore_eos": True, "stream": stream}
 
         async def leave_early() -> None:
             async with httpx.AsyncClient(base_url=endpoint.url, timeout=60) as leaving:
                 if not stream:
-                    await leaving.post("/v1/completions", json=asked)
-                async with leaving.stream("POST", "/v1/completions", json=asked) as response:
+                    await leaving.post("/v1/completions", json=request_body)
+                async with leaving.stream("POST", "/v1/completions", json=request_body) as response:
                     async for _ in response.aiter_lines():
                         await asyncio.Event().wait()
 
@@ -159,9 +159,9 @@ async def test_a_client_that_leaves_frees_its_slot(endpoint: Endpoint, stream: b
 
 @pytest.mark.asyncio
 async def test_more_than_running_and_queued_is_status_429(endpoint: Endpoint) -> None:
-    asked = {"prompt": "a", "max_tokens": 300, "ignore_eos": True}
+    request_body = {"prompt": "a", "max_tokens": 300, "ignore_eos": True}
     async with httpx.AsyncClient(base_url=endpoint.url, timeout=120) as http:
-        responses = await asyncio.gather(*(http.post("/v1/completions", json=asked) for _ in range(40)))
+        responses = await asyncio.gather(*(http.post("/v1/completions", json=request_body) for _ in range(40)))
     statuses = sorted(response.status_code for response in responses)
     assert statuses.count(200) >= 20  # 16 run and 4 wait; some of the others come when the first have left
     assert set(statuses) == {200, 429}
@@ -169,10 +169,13 @@ async def test_more_than_running_and_queued_is_status_429(endpoint: Endpoint) ->
 
 def test_the_endpoints_numbers_are_among_rays_metrics(endpoint: Endpoint) -> None:
     """Where Prometheus looks, and under the names that the dashboard asks for."""
-    asked = {"prompt": "a", "max_tokens": 3, "ignore_eos": True}
+    request_body = {"prompt": "a", "max_tokens": 3, "ignore_eos": True}
     for _ in range(2):  # the second finds the first one's prompt in memory
-        assert httpx.post(f"{endpoint.url}/v1/completions", json=asked | {"prompt": "a b c " * 40}, timeout=60).status_code == 200
-    assert httpx.post(f"{endpoint.url}/v1/completions", json=asked | {"n": 100}, timeout=60).status_code == 400
+        assert (
+            httpx.post(f"{endpoint.url}/v1/completions", json=request_body | {"prompt": "a b c " * 40}, timeout=60).status_code
+            == 200
+        )
+    assert httpx.post(f"{endpoint.url}/v1/completions", json=request_body | {"n": 100}, timeout=60).status_code == 400
     [node] = [node for node in ray.nodes() if node["Alive"]]
     replica = httpx.get(f"{endpoint.url}/stats").json()["replica"]
     deadline = time.monotonic() + 60

@@ -69,8 +69,8 @@ def test_a_reply_streams_in_by_keyboard_alone(page: Page, endpoint: Endpoint) ->
     set_most(page, 12)
     page.keyboard.press("Control+Enter")
     written(page)
-    asked = {"instruction": "Which topic is this about?", "input": "The goalkeeper dived.", "max_tokens": 12}
-    answer = httpx.post(f"{endpoint.url}/v1/instruct", json=asked).json()
+    request_body = {"instruction": "Which topic is this about?", "input": "The goalkeeper dived.", "max_tokens": 12}
+    answer = httpx.post(f"{endpoint.url}/v1/instruct", json=request_body).json()
     assert page.locator(".reply").text_content() == answer["choices"][0]["text"]
     expect(page.locator(".pace")).to_have_text(re.compile(rf"^{answer['usage']['completion_tokens']} tokens · [\d.]+ tokens/s$"))
     expect(page.locator(".error")).to_be_hidden()
@@ -150,8 +150,8 @@ def test_a_task_is_filled_in_shown_as_the_model_reads_it_and_ranked(page: Page, 
     page.click("#reads > summary")
     fields = {"text": "The striker scored twice."}
     wording = page.locator("#wording").input_value()
-    asked = {"task": "ag_news", "fields": fields, "template": wording}
-    rendered = httpx.post(f"{endpoint.url}/v1/render", json=asked).json()
+    request_body = {"task": "ag_news", "fields": fields, "template": wording}
+    rendered = httpx.post(f"{endpoint.url}/v1/render", json=request_body).json()
     expect(page.locator("#reads-text")).to_have_text(rendered["text"])
     expect(page.locator("#reads-count")).to_have_text(f"{len(rendered['token_ids'])} tokens")
     page.click("#run")
@@ -209,8 +209,8 @@ def test_two_models_answer_side_by_side(page: Page, endpoint: Endpoint) -> None:
         written(page, 2)
         answers = []
         for name in (first, "rhymes"):
-            asked = {"model": name, "instruction": "Name three colours.", "max_tokens": 6}
-            answers.append(httpx.post(f"{endpoint.url}/v1/instruct", json=asked).json()["choices"][0]["text"])
+            request_body = {"model": name, "instruction": "Name three colours.", "max_tokens": 6}
+            answers.append(httpx.post(f"{endpoint.url}/v1/instruct", json=request_body).json()["choices"][0]["text"])
         assert page.locator(".reply").all_text_contents() == answers
         assert answers[0] != answers[1]
     page.click("#reads > summary")

@@ -29,10 +29,10 @@ def pair(ray_cluster: None, chat_model: Path) -> Iterator[Endpoint]:
         yield running
 
 
-async def outcome(http: httpx.AsyncClient, asked: dict[str, Any]) -> str:
+async def outcome(http: httpx.AsyncClient, request_body: dict[str, Any]) -> str:
     """How one streamed reply went: `whole`, or how its client was told that it is not."""
     try:
-        async with http.stream("POST", "/v1/completions", json=asked) as response:
+        async with http.stream("POST", "/v1/completions", json=request_body) as response:
             if response.status_code != 200:
                 return f"status {response.status_code}"
             async for line in response.aiter_lines():

@@ -54,7 +54,7 @@ def test_a_prompt_that_comes_again_is_in_memory(client: openai.OpenAI) -> None:
 
 def test_replies_of_a_given_form(client: openai.OpenAI) -> None:
     schema = {"type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"], "additionalProperties": False}
-    asked = client.chat.completions.create(
+    completion = client.chat.completions.create(
         model="tiny",
         messages=[{"role": "user", "content": "Say it."}],
         response_format={"type": "json_schema", "json_schema": {"name": "answer", "schema": schema, "strict": True}},
@@ -62,7 +62,7 @@ def test_replies_of_a_given_form(client: openai.OpenAI) -> None:
         temperature=1.0,
         seed=1,
     )
-    assert set(json.loads(asked.choices[0].message.content or "")) == {"ok"}
+    assert set(json.loads(completion.choices[0].message.content or "")) == {"ok"}
     replies = client.completions.create(
         model="tiny",
         prompt="Which?",
@@ -79,12 +79,12 @@ def test_replies_of_a_given_form(client: openai.OpenAI) -> None:
 
 
 def test_the_stream_helper_gathers_the_same_reply(client: openai.OpenAI) -> None:
-    asked = {"model": "tiny", "messages": [{"role": "user", "content": "Which topic?"}], "max_completion_tokens": 8, "n": 2}
-    whole = client.chat.completions.create(**asked, temperature=1.0, seed=5)  # type: ignore[call-overload]
+    request_body = {"model": "tiny", "messages": [{"role": "user", "content": "Which topic?"}], "max_completion_tokens": 8, "n": 2}
+    whole = client.chat.completions.create(**request_body, temperature=1.0, seed=5)  # type: ignore[call-overload]
     texts = [choice.message.content for choice in whole.choices]
     assert [choice.finish_reason for choice in whole.choices] == ["length", "length"]
     gathered = ["", ""]
-    with client.chat.completions.stream(**asked, temperature=1.0, seed=5) as stream:  # type: ignore[arg-type]
+    with client.chat.completions.stream(**request_body, temperature=1.0, seed=5) as stream:  # type: ignore[arg-type]
         for event in stream:  # the helper's whole completion would be refused: these replies were cut off
             if event.type == "chunk":
                 for choice in event.chunk.choices:

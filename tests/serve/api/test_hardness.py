@@ -40,9 +40,9 @@ async def until_running(http: httpx.AsyncClient, wanted: int) -> None:
 
 
 async def test_slow_readers_and_half_sent_bodies_disturb_nobody(endpoint: Endpoint) -> None:
-    asked = json.dumps({"prompt": "a", "max_tokens": 1900, "ignore_eos": True, "stream": True})
+    request_body = json.dumps({"prompt": "a", "max_tokens": 1900, "ignore_eos": True, "stream": True})
     async with httpx.AsyncClient(base_url=endpoint.url, timeout=60) as http:
-        writers = [await half_open(endpoint, asked) for _ in range(4)]
+        writers = [await half_open(endpoint, request_body) for _ in range(4)]
         await until_running(http, 4)
         writers += [await half_open(endpoint, '{"prompt": ', 1000) for _ in range(20)]
         replies = await asyncio.gather(*(http.post("/v1/completions", json=SHORT) for _ in range(8)))

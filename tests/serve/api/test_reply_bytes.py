@@ -88,8 +88,8 @@ async def replies(layout: Layout, requests: list[tuple[str, str, Any]]) -> dict[
         ("overloaded", ScriptedEngine([])),
     ):
         for more in ({}, USAGE):
-            asked = {"prompt": "a"} | more
-            found[f"{name} {json.dumps(asked)}"] = await reply(engine, layout, "POST", "/v1/completions", asked)
+            request_body = {"prompt": "a"} | more
+            found[f"{name} {json.dumps(request_body)}"] = await reply(engine, layout, "POST", "/v1/completions", request_body)
     return found
 
 

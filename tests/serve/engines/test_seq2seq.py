@@ -35,7 +35,7 @@ async def http(t5_model: Path) -> AsyncIterator[httpx.AsyncClient]:
 
 
 async def test_replies_alone_and_in_company_are_identical(http: httpx.AsyncClient) -> None:
-    asked = [
+    bodies = [
         {
             "instruction": f"Count to {number}.",
             "input": "one two " * number,
@@ -49,10 +49,10 @@ async def test_replies_alone_and_in_company_are_identical(http: httpx.AsyncClien
     async def text(body: dict[str, Any]) -> str:
         return str((await http.post("/v1/instruct", json=body)).json()["choices"][0]["text"])
 
-    together = await asyncio.gather(*(text(body) for body in asked))
-    assert [await text(body) for body in asked] == list(together)
+    together = await asyncio.gather(*(text(body) for body in bodies))
+    assert [await text(body) for body in bodies] == list(together)
     assert len(set(together)) > 4
-    stream = await http.post("/v1/instruct", json=asked[1] | {"stream": True})
+    stream = await http.post("/v1/instruct", json=bodies[1] | {"stream": True})
     assert "".join(chunk["choices"][0]["text"] for chunk in events(stream.text)[:-1]) == together[1]
 
 

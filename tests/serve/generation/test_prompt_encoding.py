@@ -50,14 +50,14 @@ def test_an_instruction_has_exactly_the_ids_of_training(chat: PromptEncoder, pla
 
 
 def test_turns_are_for_layouts_that_have_them(chat: PromptEncoder, plain: PromptEncoder) -> None:
-    asked = conversation("Hello.", "Hi!", "Who are you?")
-    prompt = chat.layout.tokenizer.decode(flat(chat.encode_chat(asked))[0].prompt, skip_special=False)
+    request_body = conversation("Hello.", "Hi!", "Who are you?")
+    prompt = chat.layout.tokenizer.decode(flat(chat.encode_chat(request_body))[0].prompt, skip_special=False)
     assert prompt.endswith(
         "user\nHello.<|im_end|>\n<|im_start|>assistant\nHi!<|im_end|>\n"
         "<|im_start|>user\nWho are you?<|im_end|>\n<|im_start|>assistant\n"
     )
     with pytest.raises(RequestProblem, match="layout `plain`, which has no turns; send exactly one user message"):
-        flat(plain.encode_chat(asked))
+        flat(plain.encode_chat(request_body))
     with pytest.raises(RequestProblem, match="the last message must be the user's"):
         flat(chat.encode_chat(conversation("Hello.", "Hi!")))
 
@@ -107,7 +107,7 @@ def test_completions_are_raw(chat: PromptEncoder) -> None:
 
 
 @pytest.mark.parametrize(
-    ("asked", "message"),
+    ("request_body", "message"),
     [
         (CompletionRequest(prompt=""), "`prompt` is empty"),
         (CompletionRequest(prompt=[5, 100_000]), "token id 100000 is outside the vocabulary of 512"),
@@ -118,7 +118,9 @@ def test_completions_are_raw(chat: PromptEncoder) -> None:
         (InstructRequest(instruction="a" * 300), "the reply may have 1; at most 200 fit together"),
     ],
 )
-def test_refusals(chat: PromptEncoder, asked: CompletionRequest | InstructRequest, message: str) -> None:
+def test_refusals(chat: PromptEncoder, request_body: CompletionRequest | InstructRequest, message: str) -> None:
     with pytest.raises(RequestProblem, match=message):
-        flat(chat.encode_completion(asked)) if isinstance(asked, CompletionRequest) else flat(chat.encode_instruction(asked))
+        flat(chat.encode_completion(request_body)) if isinstance(request_body, CompletionRequest) else flat(
+            chat.encode_instruction(request_body)
+        )
     assert flat(chat.encode_completion(CompletionRequest(prompt=[5] * 150, max_tokens=50)))[0].max_new_tokens == 50

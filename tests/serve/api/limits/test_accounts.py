@@ -78,8 +78,8 @@ async def test_many_at_once_do_not_use_more_than_a_minute_has(layout: Layout, tm
     prompt = len(layout.tokenizer.encode("Hello"))
     each = prompt + len(engine.ids)
     async with guarded.client(engine, layout) as http:
-        asked = {"prompt": "Hello", "max_tokens": 100 - prompt}
-        answers = await asyncio.gather(*(http.post("/v1/completions", json=asked) for _ in range(96)))
+        request_body = {"prompt": "Hello", "max_tokens": 100 - prompt}
+        answers = await asyncio.gather(*(http.post("/v1/completions", json=request_body) for _ in range(96)))
         statuses = [answer.status_code for answer in answers]
         assert (statuses.count(200), statuses.count(429), engine.most) == (10, 86, 10)
         waits = [int(answer.headers["retry-after"]) for answer in answers if answer.status_code == 429]
@@ -92,9 +92,11 @@ async def test_many_at_once_do_not_use_more_than_a_minute_has(layout: Layout, tm
 
 async def test_a_refused_or_failed_request_gives_back_what_it_reserved(layout: Layout, tmp_path: Path) -> None:
     guarded = Guarded(tmp_path / "keys.yaml", 150)
-    asked = {"prompt": "Hello", "max_tokens": 90}
+    request_body = {"prompt": "Hello", "max_tokens": 90}
     async with guarded.client(ScriptedEngine([]), layout) as http:
-        assert [(await http.post("/v1/completions", json=asked)).json()["error"]["code"] for _ in range(3)] == ["overloaded"] * 3
+        assert [(await http.post("/v1/completions", json=request_body)).json()["error"]["code"] for _ in range(3)] == [
+            "overloaded"
+        ] * 3
     assert guarded.limiter.reserve("anna", 150, 150).wait_s == 0.0
 
 
@@ -129,7 +131,7 @@ async def test_a_question_takes_few_places_however_many_choices_it_has(layout: L
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as http:
         answer = await http.post("/v1/tasks/many", json={"fields": {"text": "a goal"}})
     assert answer.status_code == 200, answer.text
-    assert len({choice["choice"] for choice in answer.json()["choices"]}) == len(engine.asked) == 77
+    assert len({choice["choice"] for choice in answer.json()["choices"]}) == len(engine.requests) == 77
     assert (engine.most, engine.open) == (8, 0)
 
 
@@ -205,7 +207,7 @@ class _Up:
         self.limiter = limiter
 
     def __getattr__(self, name: str) -> Any:
-        return SimpleNamespace(remote=lambda *asked: asyncio.ensure_future(getattr(self.limiter, name)(*asked)))
+        return SimpleNamespace(remote=lambda *arguments: asyncio.ensure_future(getattr(self.limiter, name)(*arguments)))
 
 
 async def test_a_limiter_that_is_down_is_an_answer_in_openais_shape(layout: Layout, tmp_path: Path) -> None:
@@ -215,7 +217,7 @@ async def test_a_limiter_that_is_down_is_an_answer_in_openais_shape(layout: Layo
         answer = await http.post("/v1/completions", json={"prompt": "a"})
     assert (answer.status_code, answer.json()["error"]["code"], answer.headers["retry-after"]) == (503, "limits_unavailable", "5")
     assert "x-request-id" in answer.headers
-    assert engine.asked == []
+    assert engine.requests == []
     shared = RateLimiterDeployment()
     async with guarded.client(engine, layout, limits=SharedRateLimits(_Up(shared))) as http:
         assert (await http.post("/v1/completions", json={"prompt": "a", "max_tokens": 20})).status_code == 200
@@ -229,8 +231,8 @@ async def test_answers_tell_what_is_left_of_the_limits(layout: Layout, tmp_path:
     guarded = Guarded(tmp_path / "keys.yaml", 600, 2)
     prompt = len(layout.tokenizer.encode("Hello"))
     async with guarded.client(ScriptedEngine([5, layout.stop_ids[0]]), layout) as http:
-        asked = {"prompt": "Hello", "max_tokens": 100 - prompt, "stream": stream}
-        first = (await http.post("/v1/completions", json=asked)).headers
+        request_body = {"prompt": "Hello", "max_tokens": 100 - prompt, "stream": stream}
+        first = (await http.post("/v1/completions", json=request_body)).headers
         found = {name.removeprefix("x-ratelimit-"): value for name, value in first.items() if name.startswith("x-ratelimit-")}
         assert found == {
             "limit-requests": "2",
@@ -240,8 +242,8 @@ async def test_answers_tell_what_is_left_of_the_limits(layout: Layout, tmp_path:
             "remaining-tokens": "500",
             "reset-tokens": "10s",
         }
-        await http.post("/v1/completions", json=asked)
-        refused = await http.post("/v1/completions", json=asked)
+        await http.post("/v1/completions", json=request_body)
+        refused = await http.post("/v1/completions", json=request_body)
         assert (refused.status_code, refused.headers["x-ratelimit-remaining-requests"]) == (429, "0")
         assert "x-ratelimit-limit-requests" not in (await http.get("/v1/models")).headers  # asks for nothing that is counted
 

@@ -48,20 +48,20 @@ def events(text: str) -> list[Any]:
 async def test_a_whole_reply(layout: Layout) -> None:
     engine = ScriptedEngine([*layout.tokenizer.encode("Good day."), layout.stop_ids[0]])
     async with client(engine, layout) as http:
-        asked = {"model": "tiny", "prompt": "Hello", "max_tokens": 50, "return_token_ids": True}
-        body = (await http.post("/v1/completions", json=asked)).json()
+        request_body = {"model": "tiny", "prompt": "Hello", "max_tokens": 50, "return_token_ids": True}
+        body = (await http.post("/v1/completions", json=request_body)).json()
     ids = {"prompt_token_ids": layout.tokenizer.encode("Hello"), "token_ids": engine.ids}
     assert body["choices"] == [{"index": 0, "text": "Good day.", "finish_reason": "stop", "logprobs": None, **ids}]
     assert body["usage"]["completion_tokens"] == len(engine.ids)
-    assert body["usage"]["prompt_tokens"] == len(engine.asked[0].prompt) == len(layout.tokenizer.encode("Hello"))
+    assert body["usage"]["prompt_tokens"] == len(engine.requests[0].prompt) == len(layout.tokenizer.encode("Hello"))
     assert engine.open == 0
 
 
 async def test_a_streamed_reply(layout: Layout) -> None:
     engine = ScriptedEngine([*layout.tokenizer.encode("Good day."), layout.stop_ids[0]])
-    asked = {"messages": [{"role": "user", "content": "Hello"}], "stream": True, "stream_options": {"include_usage": True}}
+    request_body = {"messages": [{"role": "user", "content": "Hello"}], "stream": True, "stream_options": {"include_usage": True}}
     async with client(engine, layout) as http:
-        response = await http.post("/v1/chat/completions", json=asked)
+        response = await http.post("/v1/chat/completions", json=request_body)
     assert response.headers["content-type"].startswith("text/event-stream")
     *chunks, usage, done = events(response.text)
     assert "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks) == "Good day."
@@ -75,9 +75,9 @@ async def test_a_streamed_reply(layout: Layout) -> None:
 @pytest.mark.parametrize("stream", [False, True])
 async def test_a_stop_string_ends_the_reply_and_frees_the_place(layout: Layout, stream: bool) -> None:
     engine = ScriptedEngine(layout.tokenizer.encode("one two three four"))
-    asked = {"instruction": "Count.", "stop": ["thr"], "stream": stream}
+    request_body = {"instruction": "Count.", "stop": ["thr"], "stream": stream}
     async with client(engine, layout) as http:
-        response = await http.post("/v1/instruct", json=asked)
+        response = await http.post("/v1/instruct", json=request_body)
     choices = [chunk["choices"][0] for chunk in events(response.text)[:-1]] if stream else response.json()["choices"]
     assert "".join(choice["text"] for choice in choices) == "one two "
     assert (choices[-1]["finish_reason"], engine.open) == ("stop", 0)
@@ -126,14 +126,18 @@ async def test_ids_that_the_weights_do_not_have_are_refused(layout: Layout) -> N
     chat = {"messages": [{"role": "user", "content": "abc"}]}
     fields = {"fields": {"text": "abc"}}
     async with client(engine, layout, tasks=[task]) as http:
-        asked = [("completions", {"prompt": "abc"}), ("completions", {"prompt": [engine.vocabulary]}), ("chat/completions", chat)]
-        asked += [("instruct", {"instruction": "abc"}), ("tasks/ag_news", fields)]
-        asked += [("completions", {"prompt": "a", "logit_bias": {engine.vocabulary: 1}})]
-        for path, body in asked:
+        bodies = [
+            ("completions", {"prompt": "abc"}),
+            ("completions", {"prompt": [engine.vocabulary]}),
+            ("chat/completions", chat),
+        ]
+        bodies += [("instruct", {"instruction": "abc"}), ("tasks/ag_news", fields)]
+        bodies += [("completions", {"prompt": "a", "logit_bias": {engine.vocabulary: 1}})]
+        for path, body in bodies:
             response = await http.post(f"/v1/{path}", json=body)
             assert response.status_code == 400
             assert f"is outside the vocabulary of {engine.vocabulary}" in response.json()["error"]["message"]
-    assert engine.asked == []
+    assert engine.requests == []
 
 
 @pytest.mark.parametrize(
@@ -197,9 +201,9 @@ async def test_the_engine_ends_with_the_application(layout: Layout) -> None:
 @pytest.mark.parametrize("stream", [False, True])
 async def test_several_prompts_and_choices_stand_side_by_side(layout: Layout, stream: bool) -> None:
     engine = ScriptedEngine([*layout.tokenizer.encode("Good day."), layout.stop_ids[0]])
-    asked = {"prompt": ["one", "two three"], "n": 2, "echo": True, "logprobs": 2, "max_tokens": 50, "stream": stream}
+    request_body = {"prompt": ["one", "two three"], "n": 2, "echo": True, "logprobs": 2, "max_tokens": 50, "stream": stream}
     async with client(engine, layout) as http:
-        response = await http.post("/v1/completions", json=asked)
+        response = await http.post("/v1/completions", json=request_body)
     choices = [chunk["choices"][0] for chunk in events(response.text)[:-1]] if stream else response.json()["choices"]
     texts = ["".join(choice["text"] for choice in choices if choice["index"] == index) for index in range(4)]
     assert texts == ["oneGood day.", "oneGood day.", "two threeGood day.", "two threeGood day."]
@@ -220,9 +224,9 @@ ODD = "Größe 🚀 café"
 async def test_scores_say_where_each_token_stands(layout: Layout, stream: bool, stop: list[str]) -> None:
     ids = layout.tokenizer.encode(ODD)
     engine = ScriptedEngine([*ids, layout.stop_ids[0]], prompt_scores=True)
-    asked = {"prompt": ODD, "echo": True, "logprobs": 1, "max_tokens": 50, "stream": stream, "stop": stop}
+    request_body = {"prompt": ODD, "echo": True, "logprobs": 1, "max_tokens": 50, "stream": stream, "stop": stop}
     async with client(engine, layout) as http:
-        response = await http.post("/v1/completions", json=asked)
+        response = await http.post("/v1/completions", json=request_body)
     choices = [chunk["choices"][0] for chunk in events(response.text)[:-1]] if stream else response.json()["choices"]
     assert "".join(choice["text"] for choice in choices) == ODD * 2
     found = [choice["logprobs"] for choice in choices if choice["logprobs"]]
@@ -255,25 +259,25 @@ async def test_the_ids_of_prompt_and_reply_are_given_in_vllms_fields(layout: Lay
             if prompt := body.get("prompt_token_ids") or choice.get("prompt_token_ids"):
                 assert choice["index"] not in prompts  # once for each choice
                 prompts[choice["index"]] = prompt
-    assert list(found.values()) == [engine.ids] * len(engine.asked)
-    assert [prompts[place] for place in sorted(prompts)] == [list(request.prompt) for request in engine.asked]
+    assert list(found.values()) == [engine.ids] * len(engine.requests)
+    assert [prompts[place] for place in sorted(prompts)] == [list(request.prompt) for request in engine.requests]
 
 
 async def test_usage_tells_what_was_in_memory_already(layout: Layout) -> None:
     engine = ScriptedEngine([5, layout.stop_ids[0]], cached=3)
     async with client(engine, layout) as http:
         whole = (await http.post("/v1/completions", json={"prompt": ["one", "two"], "n": 2})).json()["usage"]
-        asked = {"prompt": "one", "stream": True, "stream_options": {"include_usage": True}}
-        streamed = events((await http.post("/v1/completions", json=asked)).text)[-2]["usage"]
+        request_body = {"prompt": "one", "stream": True, "stream_options": {"include_usage": True}}
+        streamed = events((await http.post("/v1/completions", json=request_body)).text)[-2]["usage"]
     assert whole["prompt_tokens_details"] == {"cached_tokens": 6}  # each prompt counts once, as in `prompt_tokens`
     assert streamed["prompt_tokens_details"] == {"cached_tokens": 3}
 
 
 async def test_chat_scores_have_bytes_and_no_end_token(layout: Layout) -> None:
     engine = ScriptedEngine([*layout.tokenizer.encode("é!"), layout.stop_ids[0]])
-    asked = {"messages": [{"role": "user", "content": "Hello"}], "logprobs": True, "top_logprobs": 2}
+    request_body = {"messages": [{"role": "user", "content": "Hello"}], "logprobs": True, "top_logprobs": 2}
     async with client(engine, layout) as http:
-        content = (await http.post("/v1/chat/completions", json=asked)).json()["choices"][0]["logprobs"]["content"]
+        content = (await http.post("/v1/chat/completions", json=request_body)).json()["choices"][0]["logprobs"]["content"]
     assert bytes(byte for entry in content for byte in entry["bytes"]).decode() == "é!"
     assert {len(entry["top_logprobs"]) for entry in content} == {2}
 
@@ -443,9 +447,9 @@ async def test_a_task_can_be_filled_in_and_seen(layout: Layout) -> None:
     task = load_task(library()["ag_news"])
     async with client(ScriptedEngine([5]), layout, tasks=[task]) as http:
         (described,) = (await http.get("/v1/tasks")).json()["data"]
-        asked = {"task": "ag_news", "template": described["templates"][1], "fields": described["sample"]}
-        rendered = (await http.post("/v1/render", json=asked)).json()
-        forged = (await http.post("/v1/render", json=asked | {"fields": {"text": "<|im_end|>"}})).json()
+        request_body = {"task": "ag_news", "template": described["templates"][1], "fields": described["sample"]}
+        rendered = (await http.post("/v1/render", json=request_body)).json()
+        forged = (await http.post("/v1/render", json=request_body | {"fields": {"text": "<|im_end|>"}})).json()
         refused = await http.post("/v1/render", json={"fields": {}})
         unknown = await http.post("/v1/render", json={"task": "ag_new", "fields": {}})
         empty = await http.post("/v1/render", json={"task": "ag_news"})
@@ -467,10 +471,10 @@ async def test_under_a_prefix_what_is_open_is_open_and_what_is_guarded_is_guarde
     under = httpx.ASGITransport(app, root_path="/second")
     async with httpx.AsyncClient(transport=under, base_url="http://test/second/") as http:
         assert (await http.get("health")).status_code == 200
-        asked: dict[str, Any] = {"prompt": "abc"}
-        assert (await http.post("v1/completions", json=asked)).status_code == 401
+        request_body: dict[str, Any] = {"prompt": "abc"}
+        assert (await http.post("v1/completions", json=request_body)).status_code == 401
         allowed = {"Authorization": f"Bearer {key}"}
-        assert (await http.post("v1/completions", json=asked, headers=allowed)).status_code == 200
-        wrong = await http.post("v1/completions", json=asked | {"max_tokenz": 3}, headers=allowed)
+        assert (await http.post("v1/completions", json=request_body, headers=allowed)).status_code == 200
+        wrong = await http.post("v1/completions", json=request_body | {"max_tokenz": 3}, headers=allowed)
         assert wrong.json()["error"]["param"] == "max_tokenz"
         assert "Did you mean 'max_tokens'?" in wrong.json()["error"]["message"]

@@ -25,7 +25,7 @@ def refusal(kind: type[GenerationFields], body: dict[str, Any]) -> dict[str, Any
 
 
 def test_what_asks_for_nothing_is_let_through() -> None:
-    asked = ChatRequest.model_validate(
+    request_body = ChatRequest.model_validate(
         {
             "messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}],
             "n": 1,
@@ -36,8 +36,8 @@ def test_what_asks_for_nothing_is_let_through() -> None:
             "stop": "x",
         }
     )
-    assert asked.messages[0].text == "ab"
-    assert (asked.temperature, asked.stops, asked.max_tokens) == (0.0, ["x"], None)
+    assert request_body.messages[0].text == "ab"
+    assert (request_body.temperature, request_body.stops, request_body.max_tokens) == (0.0, ["x"], None)
     assert CompletionRequest(prompt="a").max_tokens == 16
     assert InstructRequest(instruction="a").input == ""
 
@@ -59,10 +59,10 @@ def test_what_asks_for_nothing_is_let_through() -> None:
 )
 def test_what_clients_send_besides_is_no_reason_to_refuse(extra: dict[str, Any]) -> None:
     turns = {"messages": [{"role": "user", "content": "a", "name": "anna"}]}
-    plain, asked = ChatRequest.model_validate(turns), ChatRequest.model_validate(turns | extra)
+    plain, request_body = ChatRequest.model_validate(turns), ChatRequest.model_validate(turns | extra)
     unused = {"user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"}
     told = {"stream", "stream_options"}
-    assert asked.model_dump(exclude=unused | told) == plain.model_dump(exclude=unused | told)
+    assert request_body.model_dump(exclude=unused | told) == plain.model_dump(exclude=unused | told)
 
 
 def test_answers_come_back_as_clients_keep_them() -> None:
@@ -74,8 +74,8 @@ def test_answers_come_back_as_clients_keep_them() -> None:
         kept,
         {"role": "user", "content": "c"},
     ]
-    asked = ChatRequest.model_validate({"messages": turns})
-    assert [turn.speaker for turn in asked.messages] == ["system", "user", "assistant", "user"]
+    request_body = ChatRequest.model_validate({"messages": turns})
+    assert [turn.speaker for turn in request_body.messages] == ["system", "user", "assistant", "user"]
 
 
 @pytest.mark.parametrize(
