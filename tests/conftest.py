@@ -89,10 +89,10 @@ def shared_data() -> Path:
 @pytest.fixture(scope="session")
 def chromium() -> str:
     """The path of the browser, for `playwright.chromium.launch(executable_path=…)`."""
-    found = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if found is None:
+    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if browser is None:
         pytest.skip("needs chromium (Debian: apt-get install chromium)")
-    return found
+    return browser
 
 
 @pytest.fixture(scope="session")

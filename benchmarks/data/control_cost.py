@@ -42,14 +42,14 @@ def simulate(workers: int, step_s: float, block_s: float, steps: int = 40) -> fl
     takes 1 s, the time of 100 blocks.
     """
     free = 0.0  # time at which the splitter has served all requests
-    asked = [0.0] * AHEAD  # time at which the blocks of each step are requested
+    request_times = [0.0] * AHEAD  # time at which the blocks of each step are requested
     began: list[float] = []
     over = 0.0
     for step in range(steps):
-        free = max(free, asked[step]) + workers * block_s
+        free = max(free, request_times[step]) + workers * block_s
         start = max(free, over)
         began.append(start)
-        asked.append(start)
+        request_times.append(start)
         over = start + step_s
     half = steps // 2
     return (began[-1] - began[half]) / (steps - 1 - half)

@@ -53,14 +53,16 @@ def main() -> None:
             print(name, *variant.data.tasks, file=sys.stderr)
         return
     reports = {name: _scored(name, variant) for name, variant in variants.items()}
-    rows = [row for name, found in reports.items() for row in figures_of(name, found)]
+    rows = [row for name, document in reports.items() for row in figures_of(name, document)]
     for row in rows:
         report(
             f"claims.{row['variant']}.{row['pool']}", row["difference"], unit="points", interval=row["interval"], base=row["base"],
             tuned=row["tuned"], spread=row["spread"], tasks=row["tasks"],
         )  # fmt: skip
-    asked = {name: _every_wording(variants[name], chosen.out) for name in (next(iter(variants)), _ONE_WORDING.format(recipe.name))}
-    lines = [line for name, found in asked.items() for line in wordings_of(name, found)]
+    all_wordings = {
+        name: _every_wording(variants[name], chosen.out) for name in (next(iter(variants)), _ONE_WORDING.format(recipe.name))
+    }
+    lines = [line for name, document in all_wordings.items() for line in wordings_of(name, document)]
     for line in lines:
         report(f"claims.wordings.{line['variant']}.{line['model']}", line["mean"], unit="points", **line)
     (chosen.out / "claims.md").write_text(f"{table_of(rows)}\n{table_of_wordings(lines)}", encoding="utf-8")
@@ -73,15 +75,15 @@ def variants_of(recipe: Recipe, hold_out: Sequence[str], clusters: Sequence[int]
     All data for each held-out cluster; then, with the first of these held out, one wording for each task, and fewer clusters.
     """
     tasks, _ = select_tasks(recipe.data.tasks, (), Path.cwd())
-    found = {f"{recipe.name}-without-{cluster}": _variant(recipe, tasks, cluster, "") for cluster in hold_out}
+    variants = {f"{recipe.name}-without-{cluster}": _variant(recipe, tasks, cluster, "") for cluster in hold_out}
     first = hold_out[0]
-    found[_ONE_WORDING.format(recipe.name)] = _variant(recipe, _one_wording(tasks, first, folder), first, "one-wording")
+    variants[_ONE_WORDING.format(recipe.name)] = _variant(recipe, _one_wording(tasks, first, folder), first, "one-wording")
     order = list(dict.fromkeys(task.cluster for task in tasks if first not in (task.cluster, task.name)))
     for number in clusters:
         if 0 < number < len(order):  # the first variant has all of them
             kept = [task for task in tasks if task.cluster in order[:number] or first in (task.cluster, task.name)]
-            found[f"{recipe.name}-{number}-clusters"] = _variant(recipe, kept, first, f"{number}-clusters")
-    return {name: variant.model_copy(update={"name": name}) for name, variant in found.items()}
+            variants[f"{recipe.name}-{number}-clusters"] = _variant(recipe, kept, first, f"{number}-clusters")
+    return {name: variant.model_copy(update={"name": name}) for name, variant in variants.items()}
 
 
 def _variant(recipe: Recipe, tasks: Sequence[Task | str], cluster: str, kind: str) -> Recipe:
@@ -123,18 +125,18 @@ def _every_wording(recipe: Recipe, folder: Path) -> dict[str, Any]:
     names = tuple(sorted(held_out))
     data = recipe.data.model_copy(update={"tasks": names, "hold_out": names})
     evaluation = recipe.evaluation.model_copy(update={"templates_per_row": "all", "shots": (0,), "baseline_shots": (0,)})
-    asked = recipe.model_copy(update={"data": data, "evaluation": evaluation})
+    variant_recipe = recipe.model_copy(update={"data": data, "evaluation": evaluation})
     options = pipeline.EvaluationOptions(out=folder / f"{recipe.name}-wordings")
-    return pipeline.evaluate_run(asked, options=options, progress=lambda stage, values: None)[0]
+    return pipeline.evaluate_run(variant_recipe, options=options, progress=lambda stage, values: None)[0]
 
 
-def wordings_of(variant: str, found: Mapping[str, Any]) -> list[dict[str, Any]]:
+def wordings_of(variant: str, document: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Scores of base and tuned model over all wordings of the held-out tasks: mean, worst and spread, averaged over tasks."""
-    keys = [column["key"] for column in found["columns"] if column["subject"] != "majority"]
+    keys = [column["key"] for column in document["columns"] if column["subject"] != "majority"]
     return [
         {"variant": variant, "model": key.split("@")[0], "tasks": pool["tasks"], "mean": cell["mean"]}
         | {name: cell[name] for name in ("worst", "spread", "consistency")}
-        for pool in found["pools"]
+        for pool in document["pools"]
         for key in keys
         if (cell := pool["columns"].get(key))
     ]
@@ -152,12 +154,12 @@ def table_of_wordings(lines: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(shown) + "\n"
 
 
-def figures_of(variant: str, found: Mapping[str, Any]) -> list[dict[str, Any]]:
+def figures_of(variant: str, document: Mapping[str, Any]) -> list[dict[str, Any]]:
     """One record for each pool of tasks: base and tuned mean, their difference with its interval, the spread over wordings."""
-    tuned = found["columns"][-1]["key"]
-    base = next(column["against"] for column in found["columns"] if column["key"] == tuned)
+    tuned = document["columns"][-1]["key"]
+    base = next(column["against"] for column in document["columns"] if column["key"] == tuned)
     lines = []
-    for pool in found["pools"]:
+    for pool in document["pools"]:
         if tuned not in pool["differences"]:
             continue
         difference = pool["differences"][tuned]

@@ -64,9 +64,9 @@ def line_of(recipe: Recipe, earlier: Mapping[str, Any]) -> Line:
     run = open_run(recipe)
     with PeakMemory() as memory:
         trained = pipeline.train_run(recipe, progress=progress)
-    held = earlier.get("memory_mib") if trained["already"] else memory.peak / MIB
-    found = pipeline.evaluate_run(recipe, progress=progress)[0]
-    return {**trained_of(recipe), "memory_mib": held, **facts_of(run), "pools": pools_of(found)}
+    memory_mib = earlier.get("memory_mib") if trained["already"] else memory.peak / MIB
+    document = pipeline.evaluate_run(recipe, progress=progress)[0]
+    return {**trained_of(recipe), "memory_mib": memory_mib, **facts_of(run), "pools": pools_of(document)}
 
 
 def trained_of(recipe: Recipe) -> Line:
@@ -93,10 +93,10 @@ def _size(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
-def pools_of(found: Mapping[str, Any]) -> dict[str, Line]:
+def pools_of(document: Mapping[str, Any]) -> dict[str, Line]:
     """Pool of tasks → base and tuned mean, and their difference with its interval."""
-    tuned = found["columns"][-1]["key"]
-    base = found["columns"][-1]["against"]
+    tuned = document["columns"][-1]["key"]
+    base = document["columns"][-1]["against"]
     return {
         f"{'held_out' if pool['held_out'] else 'trained_on'}_{pool['kind']}": {
             "tasks": pool["tasks"],
@@ -105,7 +105,7 @@ def pools_of(found: Mapping[str, Any]) -> dict[str, Line]:
             "difference": pool["differences"][tuned]["mean"],
             "interval": pool["differences"][tuned]["interval"],
         }
-        for pool in found["pools"]
+        for pool in document["pools"]
         if tuned in pool["differences"]
     }
 
@@ -190,12 +190,17 @@ def picture_of(lines: Mapping[str, Line]) -> str:
     FigureCanvasSVG(figure)
     gain, speed = figure.subplots(1, 2, sharey=True, width_ratios=[3, 1])
     for shift, (pool, colour) in enumerate(POOLS.items()):
-        held = [(place, lines[name]["pools"][pool]) for place, name in enumerate(names) if pool in lines[name]["pools"]]
-        heights = [place + 0.22 * (shift - 1) for place, _ in held]
-        for height, (_, found) in zip(heights, held, strict=True):
-            gain.plot(found["interval"], [height, height], color=colour, linewidth=1.6)
+        pool_scores = [(place, lines[name]["pools"][pool]) for place, name in enumerate(names) if pool in lines[name]["pools"]]
+        heights = [place + 0.22 * (shift - 1) for place, _ in pool_scores]
+        for height, (_, scores) in zip(heights, pool_scores, strict=True):
+            gain.plot(scores["interval"], [height, height], color=colour, linewidth=1.6)
         gain.plot(
-            [found["difference"] for _, found in held], heights, "o", color=colour, markersize=5, label=pool.replace("_", " ")
+            [scores["difference"] for _, scores in pool_scores],
+            heights,
+            "o",
+            color=colour,
+            markersize=5,
+            label=pool.replace("_", " "),
         )
     gain.axvline(0, color="#7b8794", linewidth=0.8)
     gain.set_yticks(range(len(names)), [name.replace("_", " ") for name in names])

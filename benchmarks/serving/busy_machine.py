@@ -73,12 +73,12 @@ def neighbours(count: int) -> Iterator[None]:
 
 
 def reply(url: str, tokens: int) -> tuple[float, float]:
-    asked = {"prompt": PASSAGE, "max_tokens": tokens, "ignore_eos": True, "stream": True}
+    body = {"prompt": PASSAGE, "max_tokens": tokens, "ignore_eos": True, "stream": True}
     began = time.perf_counter()
     first = last = began + LONGEST_S
     came = 0
     try:
-        with httpx.stream("POST", f"{url}/v1/completions", json=asked, timeout=LONGEST_S) as response:
+        with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=LONGEST_S) as response:
             for line in response.iter_lines():
                 if line.startswith("data: {"):
                     last = time.perf_counter()

@@ -62,18 +62,18 @@ def main() -> None:
     parser.add_argument("--only", choices=["causal", "overhead", "adapters", "seq2seq"], help="One of the measurements.")
     chosen = parser.parse_args()
     folder = Path(chosen.model).absolute() if chosen.model else local_folder("smollm2-135m-instruct")
-    wanted = {chosen.only} if chosen.only else {"causal", "overhead", "adapters", "seq2seq"}
+    parts = {chosen.only} if chosen.only else {"causal", "overhead", "adapters", "seq2seq"}
     with ray_session(), tempfile.TemporaryDirectory() as made:
-        if wanted != {"seq2seq"}:
+        if parts != {"seq2seq"}:
             adapters = four_adapters(folder, Path(made) / "adapters")
             with serving(folder, REQUESTS, adapters) as endpoint:
-                if "causal" in wanted:
+                if "causal" in parts:
                     measure_causal(endpoint, chosen.tokens, chosen.runs)
-                if "overhead" in wanted:
+                if "overhead" in parts:
                     measure_overhead(endpoint, folder, chosen.runs)
-                if "adapters" in wanted:
+                if "adapters" in parts:
                     measure_adapters(endpoint, chosen.tokens, chosen.runs)
-        if "seq2seq" in wanted:
+        if "seq2seq" in parts:
             t5 = t5_small(folder, Path(made) / "t5")
             with serving(t5, len(MIXED)) as endpoint:
                 measure_seq2seq(endpoint, t5, chosen.runs)
@@ -152,9 +152,9 @@ async def over_http_ms(endpoint: Endpoint, ids: tuple[int, ...]) -> float:
     spent = []
     async with httpx.AsyncClient(timeout=600) as http:
         for number in range(SINGLES):
-            asked = {"prompt": [number + 100, *ids], "max_tokens": 1}  # a new first token: no cached prefix fits
+            body = {"prompt": [number + 100, *ids], "max_tokens": 1}  # a new first token: no cached prefix fits
             began = time.perf_counter()
-            (await http.post(f"{endpoint.url}/v1/completions", json=asked)).raise_for_status()
+            (await http.post(f"{endpoint.url}/v1/completions", json=body)).raise_for_status()
             spent.append((time.perf_counter() - began) * 1000)
     return statistics.median(spent)
 
@@ -175,10 +175,10 @@ async def first_tokens_ms(endpoint: Endpoint, *, at_once: int) -> float:
     """Median time in ms to the first event of `at_once` streamed replies."""
 
     async def ask(http: httpx.AsyncClient, number: int) -> float:
-        asked = {"prompt": f"{time.time_ns()} {number}. {PASSAGE * 2}", "max_tokens": 16, "stream": True, "ignore_eos": True}
+        body = {"prompt": f"{time.time_ns()} {number}. {PASSAGE * 2}", "max_tokens": 16, "stream": True, "ignore_eos": True}
         began = time.perf_counter()
         first = 0.0
-        async with http.stream("POST", f"{endpoint.url}/v1/completions", json=asked) as response:
+        async with http.stream("POST", f"{endpoint.url}/v1/completions", json=body) as response:
             async for _ in response.aiter_lines():
                 first = first or time.perf_counter() - began
         return first * 1000
@@ -217,8 +217,8 @@ def measure_seq2seq(endpoint: Endpoint, folder: Path, runs: int) -> None:
 
 async def mixed_tokens_per_s(endpoint: Endpoint, prompts: list[list[int]]) -> float:
     async def ask(http: httpx.AsyncClient, prompt: list[int], tokens: int) -> int:
-        asked = {"prompt": prompt, "max_tokens": tokens, "ignore_eos": True}
-        response = await http.post(f"{endpoint.url}/v1/completions", json=asked)
+        body = {"prompt": prompt, "max_tokens": tokens, "ignore_eos": True}
+        response = await http.post(f"{endpoint.url}/v1/completions", json=body)
         response.raise_for_status()
         return int(response.json()["usage"]["completion_tokens"])
 
@@ -231,11 +231,11 @@ async def mixed_tokens_per_s(endpoint: Endpoint, prompts: list[list[int]]) -> fl
 def generated_per_s(model: Any, prompts: list[list[int]]) -> float:
     began = time.perf_counter()
     for first in range(0, len(prompts), 8):
-        batch, wanted = prompts[first : first + 8], [tokens for _, tokens in MIXED[first : first + 8]]
+        batch, reply_lengths = prompts[first : first + 8], [tokens for _, tokens in MIXED[first : first + 8]]
         width = max(map(len, batch))
         ids = torch.tensor([[*prompt, *[0] * (width - len(prompt))] for prompt in batch])
         mask = torch.tensor([[1] * len(prompt) + [0] * (width - len(prompt)) for prompt in batch])
-        longest = max(wanted)
+        longest = max(reply_lengths)
         with torch.inference_mode():
             model.generate(input_ids=ids, attention_mask=mask, min_new_tokens=longest, max_new_tokens=longest, do_sample=False)
     return sum(tokens for _, tokens in MIXED) / (time.perf_counter() - began)
@@ -247,9 +247,9 @@ async def tokens_per_s(endpoint: Endpoint, tokens: int, *, at_once: int, models:
 
     async def ask(http: httpx.AsyncClient, number: int) -> int:
         prompt = f"{number}. {PASSAGE * (number % 4)}The captain"
-        asked = {"model": models[number % len(models)], "prompt": prompt, "max_tokens": tokens, "ignore_eos": True}
+        body = {"model": models[number % len(models)], "prompt": prompt, "max_tokens": tokens, "ignore_eos": True}
         async with room:
-            response = await http.post(f"{endpoint.url}/v1/completions", json=asked)
+            response = await http.post(f"{endpoint.url}/v1/completions", json=body)
         response.raise_for_status()
         return int(response.json()["usage"]["completion_tokens"])
 

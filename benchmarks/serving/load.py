@@ -213,11 +213,11 @@ def descendants(pid: int) -> Sequence[int]:
         if entry.name.isdecimal():
             with contextlib.suppress(OSError, IndexError):
                 parents[int(entry.name)] = int(Path(entry.path, "stat").read_text().rpartition(")")[2].split()[1])
-    found, last = [pid], 0
-    while last < len(found):
-        found += [child for child, parent in parents.items() if parent == found[last]]
+    processes, last = [pid], 0
+    while last < len(processes):
+        processes += [child for child, parent in parents.items() if parent == processes[last]]
         last += 1
-    return found[1:]
+    return processes[1:]
 
 
 def title(pid: int) -> str:

@@ -57,19 +57,19 @@ def main() -> None:
         serve(folder, *chosen.serve.split(":"))
         return
     python = Path(chosen.vllm).absolute() / "bin" / "python"
-    wanted = [chosen.only] if chosen.only else ["vllm", "transformers", "ingress"]
+    peer_names = [chosen.only] if chosen.only else ["vllm", "transformers", "ingress"]
     if not python.is_file():
         for figure in ("vs_vllm_cpu", "ttft_vs_vllm_cpu", "vllm_ingress_vs_vllm"):
             report(f"serving.{figure}", None, why=f"there is no {python}; `make vllm` makes it")
-        wanted = [one for one in wanted if one == "transformers"]
+        peer_names = [one for one in peer_names if one == "transformers"]
     measures = {"vllm": measure_vllm, "transformers": measure_transformers, "ingress": measure_ingress}
-    for one in wanted:
+    for one in peer_names:
         measures[one](folder, str(python), chosen.runs)
 
 
-def model_folder(given: str | None) -> Path:
-    if given:
-        return Path(given).absolute()
+def model_folder(model: str | None) -> Path:
+    if model:
+        return Path(model).absolute()
     from apprentice.pretrained.hub import local_folder
 
     return local_folder("smollm2-135m-instruct")
@@ -103,7 +103,7 @@ class Server(NamedTuple):
     """A server: the command that starts it on a port, and the request fields that keep a reply from ending early."""
 
     command: Callable[[int], list[str]]
-    asked: dict[str, Any]
+    fields: dict[str, Any]
 
 
 def ours(folder: Path, python: str, engine: str) -> Server:
@@ -144,14 +144,14 @@ class Running(NamedTuple):
     """A running server: its URL, and the request fields of `Server`."""
 
     url: str
-    asked: dict[str, Any]
+    fields: dict[str, Any]
 
 
 @contextmanager
-def servers(*wanted: Server) -> Iterator[list[Running]]:
+def servers(*commands: Server) -> Iterator[list[Running]]:
     """Starts all servers beside each other, warms them up, and stops them on leaving."""
     with ExitStack() as stack:
-        yield [stack.enter_context(running(server)) for server in wanted]
+        yield [stack.enter_context(running(server)) for server in commands]
 
 
 @contextmanager
@@ -162,11 +162,11 @@ def running(server: Server) -> Iterator[Running]:
     beside = os.pathsep.join([str(Path(words[0]).parent), os.environ.get("PATH", "")])
     process = subprocess.Popen(words, stdout=sys.stderr, env=os.environ | quiet | {"PATH": beside})
     try:
-        found = Running(f"http://127.0.0.1:{port}", server.asked)
-        wait_until_ready(found.url, process)
+        endpoint = Running(f"http://127.0.0.1:{port}", server.fields)
+        wait_until_ready(endpoint.url, process)
         for _ in range(2):
-            tokens_per_s(found)
-        yield found
+            tokens_per_s(endpoint)
+        yield endpoint
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(60)
@@ -224,9 +224,9 @@ def client() -> httpx.AsyncClient:
 async def stream(http: httpx.AsyncClient, server: Running, number: int, tokens: int) -> tuple[int, float]:
     """One streamed reply: its number of tokens, as the server counts them, and the seconds to its first event."""
     prompt = f"{number}. {PASSAGE * (1 + number % 3)}The captain"
-    asked = {"prompt": prompt, "max_tokens": tokens, "temperature": 0, "stream": True, "stream_options": {"include_usage": True}}
+    body = {"prompt": prompt, "max_tokens": tokens, "temperature": 0, "stream": True, "stream_options": {"include_usage": True}}
     began, first, last = time.perf_counter(), 0.0, b""
-    async with http.stream("POST", f"{server.url}/v1/completions", json=asked | server.asked) as response:
+    async with http.stream("POST", f"{server.url}/v1/completions", json=body | server.fields) as response:
         async for piece in response.aiter_raw():
             first = first or time.perf_counter() - began
             last = (last + piece)[-2000:]

@@ -39,17 +39,17 @@ RATE, RANK = 1e-4, 16
 
 def write_pairs(file: Path) -> list[dict[str, str]]:
     """Writes preference records on the questions of all built-in tasks, interleaved, as JSON lines; returns them."""
-    asked = []
+    numbered_pairs = []
     for task in find_tasks("quickstart", file.parent):
         template = task.scored_templates[0]
         examples = [task.render(row, template) for row in rows(task.name, "train")]
         for number, example in enumerate(examples):
             other = next(later for later in examples[number + 1 :] + examples if later.target != example.target)
             prompt = "\n\n".join(part for part in (example.instruction, example.input) if part)
-            asked.append((number, {"prompt": prompt, "chosen": example.target, "rejected": other.target}))
-    found = [record for _, record in sorted(asked, key=lambda pair: pair[0])]
-    file.write_text("".join(json.dumps(record) + "\n" for record in found))
-    return found
+            numbered_pairs.append((number, {"prompt": prompt, "chosen": example.target, "rejected": other.target}))
+    records = [record for _, record in sorted(numbered_pairs, key=lambda pair: pair[0])]
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return records
 
 
 def recipe_of(arguments: argparse.Namespace, storage: str, name: str, steps: int) -> Recipe:
@@ -113,8 +113,8 @@ def reference_seconds(corpus: Corpus) -> float:
 
 def pairs_a_step(corpus: Corpus) -> int:
     """Mean number of pairs in one of our steps, as TRL's batch size."""
-    held = [len(examples) for examples in render_window(corpus, 0)["examples"]]
-    return max(1, round(corpus.recipe.training.global_batch * sum(held) / len(held)))
+    pair_counts = [len(examples) for examples in render_window(corpus, 0)["examples"]]
+    return max(1, round(corpus.recipe.training.global_batch * sum(pair_counts) / len(pair_counts)))
 
 
 def trl(arguments: argparse.Namespace, storage: str, batch: int) -> float:
@@ -135,7 +135,7 @@ def trl_process(_: int, arguments: argparse.Namespace, storage: str, batch: int,
 
     lines = (Path(storage) / "pairs.jsonl").read_text().splitlines()
     needed = [json.loads(line) for line in lines][: batch * (arguments.steps + WARM_UP)]
-    told = [
+    trl_rows = [
         {
             "prompt": [{"role": "user", "content": record["prompt"]}],
             "chosen": [{"role": "assistant", "content": record["chosen"]}],
@@ -174,7 +174,7 @@ def trl_process(_: int, arguments: argparse.Namespace, storage: str, batch: int,
     trainer = DPOTrainer(
         model=load_model(place, dtype),
         args=config,
-        train_dataset=Dataset.from_list(told),
+        train_dataset=Dataset.from_list(trl_rows),
         processing_class=AutoTokenizer.from_pretrained(place),
         peft_config=LoraConfig(task_type="CAUSAL_LM", r=RANK, lora_alpha=2 * RANK, target_modules="all-linear"),
         callbacks=[clock],

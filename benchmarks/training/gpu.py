@@ -60,7 +60,7 @@ LARGE, TINY = Shape(2048, 5632, 22, 32, 8), Shape(64, 128, 2, 4, 2)
 
 
 @dataclass(frozen=True)
-class Found:
+class Measurement:
     """Measurements of a training process over the steps after the warm-up."""
 
     targets_per_s: float
@@ -117,12 +117,12 @@ def recipe_of(arguments: argparse.Namespace, folder: Path, method: str) -> Recip
     )
 
 
-def measured(recipe: Recipe, steps: list[PackedRows]) -> Found:
+def measured(recipe: Recipe, steps: list[PackedRows]) -> Measurement:
     """Trains on `steps` in a fresh process and returns its measurements."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "job").write_bytes(pickle.dumps((recipe, steps)))
         torch.multiprocessing.spawn(_process, (folder,), nprocs=1)
-        return Found(**json.loads((Path(folder) / "found").read_text()))
+        return Measurement(**json.loads((Path(folder) / "found").read_text()))
 
 
 def _process(_: int, folder: str) -> None:
@@ -147,8 +147,8 @@ def _process(_: int, folder: str) -> None:
         engine.train_step(rows.micro_batches(engine.micro), 1.0 / rows.loss_denominator, recipe.training.optimizer.learning_rate)
         tokens, targets = tokens + rows.tokens, targets + rows.targets
     seconds = _now(device) - begin
-    found = Found(targets / seconds, tokens / seconds, peak_memory(device), engine.micro, engine.trained[0])
-    (Path(folder) / "found").write_text(json.dumps(asdict(found)))
+    measurement = Measurement(targets / seconds, tokens / seconds, peak_memory(device), engine.micro, engine.trained[0])
+    (Path(folder) / "found").write_text(json.dumps(asdict(measurement)))
     dist.destroy_process_group()
 
 
@@ -159,10 +159,10 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def utilisation(found: Found, numbers: int, embedding: int, peak: float) -> float:
+def utilisation(measurement: Measurement, numbers: int, embedding: int, peak: float) -> float:
     """Share of `peak` FLOP/s; the embedding does not count, since it is trained with the whole model but never multiplied."""
-    trained = found.trained - (embedding if found.trained == numbers else 0)
-    return flops.flops_per_token(numbers - embedding, trained) * found.tokens_per_s / peak
+    trained = measurement.trained - (embedding if measurement.trained == numbers else 0)
+    return flops.flops_per_token(numbers - embedding, trained) * measurement.tokens_per_s / peak
 
 
 def run(arguments: argparse.Namespace, folder: Path) -> None:
@@ -174,20 +174,20 @@ def run(arguments: argparse.Namespace, folder: Path) -> None:
     steps = [rows_of(arguments.rows, arguments.length, vocabulary, seed) for seed in range(arguments.steps + WARM_UP)]
     peak, full = flops.peak_flops(name), None
     for method in ("full", "lora"):
-        found = measured(recipe_of(arguments, folder, method), steps)
-        full = full or found
+        measurement = measured(recipe_of(arguments, folder, method), steps)
+        full = full or measurement
         facts: dict[str, Any] = {
             "device": name,
             "numbers": numbers,
-            "tokens_per_s": round(found.tokens_per_s, 1),
-            "peak_memory_gib": round(found.peak_memory / GIB, 2),
-            "rows_at_once": found.micro,
+            "tokens_per_s": round(measurement.tokens_per_s, 1),
+            "peak_memory_gib": round(measurement.peak_memory / GIB, 2),
+            "rows_at_once": measurement.micro,
             "runs": 1,
         }
         if peak is None:
             report(f"gpu.mfu_{method}", None, why=f"the peak of {name} is not known", **facts)
         else:
-            report(f"gpu.mfu_{method}", utilisation(found, numbers, embedding, peak), unit="ratio", **facts, goal=GOAL)
+            report(f"gpu.mfu_{method}", utilisation(measurement, numbers, embedding, peak), unit="ratio", **facts, goal=GOAL)
     assert full is not None
     report("gpu.peak_memory_gib", full.peak_memory / GIB, unit="GiB", device=name, runs=1)
     if find_spec("trl") is None:
@@ -199,7 +199,7 @@ def run(arguments: argparse.Namespace, folder: Path) -> None:
     report("gpu.vs_trl", full.targets_per_s / peer, unit="ratio", **sides, device=name, runs=1, goal=TRL_GOAL)
 
 
-def main(given: list[str]) -> None:
+def main(words: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tiny", action="store_true", help="a tiny shape, on a CPU too: to see that it runs")
     parser.add_argument("--tokenizer", default="smollm2-135m-instruct", help="a model whose tokenizer is taken")
@@ -209,7 +209,7 @@ def main(given: list[str]) -> None:
     parser.add_argument("--micro", type=int, default=0, help="rows at once; 0: as many as fit")
     parser.add_argument("--checkpointing", action="store_true", help="keep only the inputs of layers")
     parser.add_argument("--steps", type=int, default=10)
-    arguments = parser.parse_args(given)
+    arguments = parser.parse_args(words)
     if not (torch.cuda.is_available() or arguments.tiny):
         why = "there is no GPU here; --tiny shows on a CPU that it would run"
         for figure in FIGURES:

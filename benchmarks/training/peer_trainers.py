@@ -80,19 +80,19 @@ def _process(rank: int, file: str, workers: int) -> None:
 
 def _run(trainer: Any) -> tuple[int, float]:
     """Target tokens of this process, and seconds, over the steps after the warm-up."""
-    found = {"targets": 0, "begin": 0.0}
+    counts = {"targets": 0, "begin": 0.0}
     inner = trainer.training_step
 
     def training_step(model: Any, inputs: Any, *rest: Any, **more: Any) -> Any:
-        if trainer.state.global_step == WARM_UP and not found["begin"]:
-            found["begin"] = time.perf_counter()
+        if trainer.state.global_step == WARM_UP and not counts["begin"]:
+            counts["begin"] = time.perf_counter()
         if trainer.state.global_step >= WARM_UP:
-            found["targets"] += int((inputs["labels"][..., 1:] != -100).sum())
+            counts["targets"] += int((inputs["labels"][..., 1:] != -100).sum())
         return inner(model, inputs, *rest, **more)
 
     trainer.training_step = training_step
     trainer.train()
-    return int(found["targets"]), time.perf_counter() - found["begin"]
+    return int(counts["targets"]), time.perf_counter() - counts["begin"]
 
 
 def _arguments(job: Job, workers: int) -> dict[str, Any]:
@@ -166,10 +166,10 @@ def _trl(job: Job, workers: int) -> Any:
 
 def examples(steps: list[PackedRows]) -> list[dict[str, list[int]]]:
     """The examples of all rows: their token ids, and which of these are targets."""
-    found = []
+    trl_examples = []
     for step in steps:
         for ids, segments, mask in zip(step.input_ids, step.segment_ids, step.loss_mask, strict=True):
             for segment in range(1, int(segments.max()) + 1):
                 here = segments == segment
-                found.append({"input_ids": ids[here].tolist(), "completion_mask": mask[here].astype(int).tolist()})
-    return found
+                trl_examples.append({"input_ids": ids[here].tolist(), "completion_mask": mask[here].astype(int).tolist()})
+    return trl_examples

@@ -25,9 +25,9 @@ def test_rows_are_full_and_all_but_first_tokens_are_predicted() -> None:
 
 
 def test_the_embedding_is_no_arithmetic() -> None:
-    whole = gpu.Found(targets_per_s=0.0, tokens_per_s=10.0, peak_memory=0, micro=1, trained=1000)
+    whole = gpu.Measurement(targets_per_s=0.0, tokens_per_s=10.0, peak_memory=0, micro=1, trained=1000)
     assert gpu.utilisation(whole, 1000, 200, 96_000.0) == pytest.approx(6 * 800 * 10 / 96_000)
-    lora = gpu.Found(targets_per_s=0.0, tokens_per_s=10.0, peak_memory=0, micro=1, trained=50)
+    lora = gpu.Measurement(targets_per_s=0.0, tokens_per_s=10.0, peak_memory=0, micro=1, trained=50)
     assert gpu.utilisation(lora, 1000, 200, 96_000.0) == pytest.approx((4 * 800 + 2 * 50) * 10 / 96_000)
 
 

@@ -120,7 +120,7 @@ class Tried:
         around = [whole.partition(part) for whole, part in zip(self.their_mask, self.trained, strict=True)]
         if not all(part for _, part, _ in around):
             return "differs"
-        before, after = (list(dict.fromkeys(found[side] for found in around if found[side])) for side in (0, 2))
+        before, after = (list(dict.fromkeys(entry[side] for entry in around if entry[side])) for side in (0, 2))
         more = [f"before: {_code(*before)}"] * bool(before) + [f"behind: {_code(*after)}"] * bool(after)
         return "; ".join(more) or "equal"
 
@@ -145,12 +145,12 @@ def tried(name: str, folder: Path) -> Tried:
     layout = Layout("chat", stand_in(name, source, folder))
     [ours] = encode(layout, [(EXAMPLE, ())], 10_000)
     assert ours is not None
-    given: list[Any] = MESSAGES
+    messages: list[Any] = MESSAGES
     if layout.turns is not None and layout._takes_parts:
-        given = [message | {"content": [{"type": "text", "text": message["content"]}]} for message in MESSAGES]
+        messages = [message | {"content": [{"type": "text", "text": message["content"]}]} for message in MESSAGES]
     marks = re.search(r"\{%-?\s*generation\s*-?%\}", source) is not None
     encoded = layout.tokenizer._inner.apply_chat_template(
-        given, tokenize=True, return_dict=True, return_assistant_tokens_mask=marks, date_string=layout.date
+        messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=marks, date_string=layout.date
     )
     return Tried(name, layout, ours, list(encoded["input_ids"]), list(encoded.get("assistant_masks", [])) if marks else [])
 

@@ -48,12 +48,12 @@ class Block:
 def blocks_of(page: Path) -> list[Block]:
     """All fenced blocks of `page`, in order."""
     text = page.read_text(encoding="utf-8")
-    found = []
+    blocks = []
     for match in FENCE.finditer(text):
         title = re.search(r'title="([^"]*)"', match[3])
         body = re.sub(rf"^{match[1]}", "", match[4], flags=re.MULTILINE)
-        found.append(Block(match[2], title[1] if title else "", body, text[: match.start()].count("\n") + 1))
-    return found
+        blocks.append(Block(match[2], title[1] if title else "", body, text[: match.start()].count("\n") + 1))
+    return blocks
 
 
 def commands_in(text: str) -> list[str]:
@@ -130,8 +130,8 @@ class Reader:
     def _serve(self, words: list[str]) -> str:
         from apprentice import pipeline
 
-        given = dict(check_command(["apprentice", "serve", *words]).params)
-        running = pipeline.run_endpoint(**given | {"port": 0}, progress=lambda stage, values: None)
+        options = dict(check_command(["apprentice", "serve", *words]).params)
+        running = pipeline.run_endpoint(**options | {"port": 0}, progress=lambda stage, values: None)
         self.address = self._open.enter_context(running).removeprefix("http://")
         return ""
 

@@ -41,8 +41,8 @@ class ObjectStore:
     def objects(self) -> dict[str, bytes]:
         """The bucket's, by key."""
         store = S3FileSystem(access_key=self.key_id, secret_key=self.secret, endpoint_override=self.url, region=REGION)
-        found = store.get_file_info(FileSelector(BUCKET, recursive=True))
-        return {file.path.removeprefix(f"{BUCKET}/"): store.open_input_file(file.path).read() for file in found if file.is_file}
+        entries = store.get_file_info(FileSelector(BUCKET, recursive=True))
+        return {file.path.removeprefix(f"{BUCKET}/"): store.open_input_file(file.path).read() for file in entries if file.is_file}
 
 
 @contextmanager

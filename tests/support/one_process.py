@@ -38,8 +38,8 @@ def answered(recipe: Any) -> dict[str, Any]:
 
     run = open_run(recipe)
     corpus = make_corpus(recipe, run, parallel=False)
-    told: list[dict[str, Any]] = []
-    trained(recipe, run, corpus, told)
+    records: list[dict[str, Any]] = []
+    trained(recipe, run, corpus, records)
     best = checkpoints.find_best(run.checkpoints)
     assert best is not None
     export_model(recipe, run, best, corpus.layout, WindowRenderer(corpus).probe(1))
@@ -49,23 +49,23 @@ def answered(recipe: Any) -> dict[str, Any]:
         engine = TransformersEngine(folder, dtype="float32", max_running=2, max_queued=2, context=256, threads=1)
         app = build_app(Catalogue([ServedModel(recipe.name, engine, layout_beside(folder))]))
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as http:
-            asked = {"instruction": "Name a colour.", "input": "", "max_tokens": 4, "ignore_eos": True}
-            reply = await http.post("/v1/instruct", json=asked)
+            body = {"instruction": "Name a colour.", "input": "", "max_tokens": 4, "ignore_eos": True}
+            reply = await http.post("/v1/instruct", json=body)
         engine.close()
         return {"status": reply.status_code, **reply.json()}
 
     head = recipe.head
     loaded = load_model(folder, torch.float32, head=head)
     return {
-        "losses": [record["loss"] for record in told if "loss" in record],
-        "message": next(record["message"] for record in told if "message" in record),
+        "losses": [record["loss"] for record in records if "loss" in record],
+        "message": next(record["message"] for record in records if "message" in record),
         "reply": asyncio.run(ask()) if head is None else None,
         "kind": type(loaded.get_base_model() if hasattr(loaded, "get_base_model") else loaded).__name__,
     }
 
 
-def trained(recipe: Any, run: Any, corpus: Any, told: list[dict[str, Any]], *, until: int | None = None) -> None:
-    """Trains from the last checkpoint on, if there is one; every record goes to `told`. Raises `KilledError` after step `until`."""
+def trained(recipe: Any, run: Any, corpus: Any, records: list[dict[str, Any]], *, until: int | None = None) -> None:
+    """Trains from the last checkpoint, if there is one; each record goes to `records`. Raises `KilledError` after step `until`."""
     import numpy as np
     import torch
 
@@ -79,8 +79,8 @@ def trained(recipe: Any, run: Any, corpus: Any, told: list[dict[str, Any]], *, u
     from apprentice.train.worker import run_worker
     from apprentice.train.worker_config import WorkerConfig
 
-    found = checkpoints.find_newest(run.checkpoints)
-    begin = found.state if found is not None else State()
+    checkpoint = checkpoints.find_newest(run.checkpoints)
+    begin = checkpoint.state if checkpoint is not None else State()
 
     def made(window: int) -> Any:
         if not recipe.training.aim.rounds:
@@ -111,7 +111,7 @@ def trained(recipe: Any, run: Any, corpus: Any, told: list[dict[str, Any]], *, u
         """Records of the run; checkpoints are registered nowhere."""
 
         def record(self, figures: dict[str, Any]) -> None:
-            told.append(figures)
+            records.append(figures)
 
         def register_checkpoint(self, checkpoint: Any, state: State) -> None:
             pass
@@ -125,7 +125,7 @@ def trained(recipe: Any, run: Any, corpus: Any, told: list[dict[str, Any]], *, u
     samples = SampleReplies(corpus.layout, recipe.training.sample_instructions)
     config = WorkerConfig(recipe, run, Goal(recipe.training.steps), corpus.row_length, samples=samples)
     validation = PackedRows.from_columns(validation_rows(corpus, min(2, count_validation_rows(recipe))))
-    run_worker(config, found, rows(recipe.training.global_batch), validation, Events(), device=torch.device("cpu"))
+    run_worker(config, checkpoint, rows(recipe.training.global_batch), validation, Events(), device=torch.device("cpu"))
 
 
 def round_of(run: Any, window: int) -> dict[str, Any] | None:
@@ -171,25 +171,25 @@ def gone_on(recipe: Any) -> dict[str, Any]:
         )
 
     def end(run: Run) -> dict[str, Any]:
-        found = checkpoints.find_newest(run.checkpoints)
-        assert found is not None
-        with checkpoints.open_tensors(found) as read:
-            return {key: read(key) for key in checkpoints.list_keys(found)}
+        checkpoint = checkpoints.find_newest(run.checkpoints)
+        assert checkpoint is not None
+        with checkpoints.open_tensors(checkpoint) as read:
+            return {key: read(key) for key in checkpoints.list_keys(checkpoint)}
 
-    told: dict[str, list[dict[str, Any]]] = {"whole": [], "before": [], "after": []}
+    records: dict[str, list[dict[str, Any]]] = {"whole": [], "before": [], "after": []}
     run = open_run(recipe)
-    trained(recipe, run, made(run), told["whole"])
+    trained(recipe, run, made(run), records["whole"])
     other = Run(run.folder / "other")
     if recipe.training.objective != "reward":
         recipe = recipe.model_copy(update={"training": recipe.training.model_copy(update={"sample_every_steps": 2})})
     try:
-        trained(recipe, other, made(other), told["before"], until=3)
+        trained(recipe, other, made(other), records["before"], until=3)
     except KilledError:
         torch.rand(100)  # whatever happened in between
-        trained(recipe, other, made(other), told["after"])
+        trained(recipe, other, made(other), records["after"])
     first, second = end(run), end(other)
     differ = [name for name in first.keys() | second.keys() if not torch.equal(first[name], second[name])]
-    return {**told, "tensors": len(first), "differ": differ}
+    return {**records, "tensors": len(first), "differ": differ}
 
 
 def process(_: int, folder: str, files: dict[str, list[Any]], what: Callable[[Any], dict[str, Any]] = answered) -> None:
@@ -204,10 +204,10 @@ def process(_: int, folder: str, files: dict[str, list[Any]], what: Callable[[An
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
     for name, (file, changes) in files.items():
-        found: dict[str, Any]
+        result: dict[str, Any]
         try:
-            found = what(load_recipe(Path(file), changes))
+            result = what(load_recipe(Path(file), changes))
         except Exception as error:  # so that one recipe does not hide the others
-            found = {"error": f"{type(error).__name__}: {error}"}
-        (Path(folder) / f"{name}.json").write_text(json.dumps(found))
+            result = {"error": f"{type(error).__name__}: {error}"}
+        (Path(folder) / f"{name}.json").write_text(json.dumps(result))
     dist.destroy_process_group()

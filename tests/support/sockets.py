@@ -10,14 +10,14 @@ import psutil
 
 def listening() -> list[tuple[str, str]]:
     """(process, address) of each listening socket, IPv4 addresses as such."""
-    found = []
+    listeners = []
     own = psutil.Process()
     for process in (own, *own.children(recursive=True)):
         with suppress(psutil.NoSuchProcess):
             for connection in process.net_connections("inet"):
                 if connection.status == psutil.CONN_LISTEN:
-                    found.append((process.name(), connection.laddr.ip.removeprefix("::ffff:")))
-    return found
+                    listeners.append((process.name(), connection.laddr.ip.removeprefix("::ffff:")))
+    return listeners
 
 
 def free_port() -> int:
