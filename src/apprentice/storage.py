@@ -38,8 +38,8 @@ def is_uri(path: str) -> bool:
 def refuse_credentials(uri: str) -> None:
     """Raises `StorageError` for `scheme://user:password@…`, since recipes, run folders and job metadata would show the password."""
     scheme, _, rest = uri.partition("://")
-    user, found, _ = rest.partition("/")[0].rpartition("@")
-    if found and ":" in user:
+    user, at_sign, _ = rest.partition("/")[0].rpartition("@")
+    if at_sign and ":" in user:
         raise StorageError(
             f"{scheme}://… has a password in it, which recipes, logs and run folders would show; give it by the environment"
             " (AWS_SECRET_ACCESS_KEY, GOOGLE_APPLICATION_CREDENTIALS, or the option for a key) instead."
@@ -111,10 +111,12 @@ class Folder:
 
     @property
     def name(self) -> str:
+        """The last part of the path."""
         return self.uri.rstrip("/").rsplit("/", 1)[-1]
 
     @property
     def is_local(self) -> bool:
+        """Whether this is on a local disk (or a mounted file system), not behind a URI."""
         return not is_uri(self.uri)
 
     @property
@@ -126,6 +128,7 @@ class Folder:
 
     @property
     def parent(self) -> Folder:
+        """The folder that this is in."""
         return Folder(self.uri.rstrip("/").rsplit("/", 1)[0])
 
     def filesystem(self) -> tuple[pafs.FileSystem, str]:
@@ -145,6 +148,7 @@ class Folder:
         return fs, path
 
     def exists(self) -> bool:
+        """Whether a file or folder is there."""
         fs, path = self.filesystem()
         return bool(fs.get_file_info(path).type != pafs.FileType.NotFound)
 
@@ -169,10 +173,11 @@ class Folder:
         infos = fs.get_file_info(pafs.FileSelector(path, recursive=True, allow_not_found=True))
         files = [info for info in infos if info.is_file]
         with ThreadPoolExecutor(max_workers=8) as pool:
-            found = pool.map(lambda info: _version(fs, info), files)
-            return {info.path.removeprefix(path).lstrip("/"): version for info, version in zip(files, found, strict=True)}
+            versions = pool.map(lambda info: _version(fs, info), files)
+            return {info.path.removeprefix(path).lstrip("/"): version for info, version in zip(files, versions, strict=True)}
 
     def read_bytes(self) -> bytes:
+        """The content of the file. Raises `MissingError` if it does not exist."""
         fs, path = self.filesystem()
         try:
             with fs.open_input_stream(path) as stream:
@@ -181,9 +186,11 @@ class Folder:
             raise MissingError(f"{self.uri} does not exist.") from error
 
     def read_text(self) -> str:
+        """The content of the file, decoded as UTF-8."""
         return self.read_bytes().decode("utf-8")
 
     def read_json(self) -> Any:
+        """The content of the file, parsed as JSON."""
         return json.loads(self.read_bytes())
 
     def write_bytes(self, data: bytes) -> None:
@@ -218,9 +225,11 @@ class Folder:
         return True
 
     def write_text(self, text: str) -> None:
+        """Writes the file atomically, encoded as UTF-8."""
         self.write_bytes(text.encode("utf-8"))
 
     def write_json(self, value: Any) -> None:
+        """Writes `value` atomically as indented JSON."""
         self.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
     def upload(self, source: Path) -> None:

@@ -33,13 +33,13 @@ def init(
     names = tuple(name.strip() for name in choices.split(",")) if choices else ()
     table = pipeline.TableDescription(instruction, tuple(input or ()), answer, label, names, encoding)
     ask = (lambda question: str(typer.prompt(question, default="", show_default=False))) if screen.can_ask else None
-    found = pipeline.create_project(file, out, table, test=test, base=base, ask=ask)
-    columns = "".join(f"\n  {kind:<12} {cell(value)}" for kind, value in found["columns"].items())
-    left_out = f", {found['left_out']} left out that lack a value" if found["left_out"] else ""
+    summary = pipeline.create_project(file, out, table, test=test, base=base, ask=ask)
+    columns = "".join(f"\n  {kind:<12} {cell(value)}" for kind, value in summary["columns"].items())
+    left_out = f", {summary['left_out']} left out that lack a value" if summary["left_out"] else ""
     screen.result(
-        found,
-        f"{found['train_rows']} training and {found['test_rows']} test rows{left_out}; columns:{columns}\n"
-        f"Look at the wordings in {found['task']}, then: apprentice check {found['recipe']}",
+        summary,
+        f"{summary['train_rows']} training and {summary['test_rows']} test rows{left_out}; columns:{columns}\n"
+        f"Look at the wordings in {summary['task']}, then: apprentice check {summary['recipe']}",
     )
 
 
@@ -63,11 +63,11 @@ def tasks(name: Annotated[str | None, typer.Argument(help="A task's name, or a c
     from apprentice.tasks.registry import find_tasks, library, load_task
 
     screen = screen_for(json)
-    found = [load_task(path) for path in library().values()] if name is None else find_tasks(name, Path.cwd())
-    if name is not None and len(found) == 1:
-        screen.result(found[0].model_dump(mode="json", exclude_none=True), describe(found[0]))
+    chosen = [load_task(path) for path in library().values()] if name is None else find_tasks(name, Path.cwd())
+    if name is not None and len(chosen) == 1:
+        screen.result(chosen[0].model_dump(mode="json", exclude_none=True), describe(chosen[0]))
         return
-    found.sort(key=lambda task: (task.cluster, task.name))
+    chosen.sort(key=lambda task: (task.cluster, task.name))
     rows = [
         {
             "name": task.name,
@@ -79,14 +79,14 @@ def tasks(name: Annotated[str | None, typer.Argument(help="A task's name, or a c
             "train_rows": training_rows(task),
             "summary": task.summary,
         }
-        for task in found
+        for task in chosen
     ]
     if not json:
         screen.show(task_table(rows, UNKNOWN))
-    clusters = len({task.cluster for task in found})
+    clusters = len({task.cluster for task in chosen})
     screen.result(
         {"tasks": rows},
-        f"\n{len(found)} tasks in {clusters} cluster{'s' * (clusters > 1)}; `apprentice tasks NAME` shows one with its wordings",
+        f"\n{len(chosen)} tasks in {clusters} cluster{'s' * (clusters > 1)}; `apprentice tasks NAME` shows one with its wordings",
     )
 
 

@@ -43,8 +43,8 @@ def evaluate(
         restart=restart,
         storage=storage,
     )
-    found, folder = pipeline.evaluate_target(target, with_trust(overrides, trust), options=options, progress=screen.progress)
-    _show(screen, found, folder)
+    result, folder = pipeline.evaluate_target(target, with_trust(overrides, trust), options=options, progress=screen.progress)
+    _show(screen, result, folder)
 
 
 def report(
@@ -111,17 +111,17 @@ def predict(
     screen.result(result, f"{result['rows']} rows in {result['parts']} parts{bad}\n{result['out']}")
 
 
-def _show(screen: Any, found: dict[str, Any], folder: Any) -> None:
+def _show(screen: Any, result: dict[str, Any], folder: Any) -> None:
     """Prints a report; exits with code 1 if questions have no answer or the quality gate was not passed."""
     from apprentice.evaluate.report.quality_gate import verdict_sentence
     from apprentice.evaluate.report.report_schema import GateVerdict
 
     text = (folder / "report.md").read_text()
-    screen.result(found, f"{text}\n{folder / 'report.html'}")
+    screen.result(result, f"{text}\n{folder / 'report.html'}")
     failed = []
-    if found["unscored"]:
-        lost = found["unscored"]
-        remembered = all(subject["weights_sha256"] for subject in found["subjects"] if subject["name"] == lost[0]["subject"])
+    if result["unscored"]:
+        lost = result["unscored"]
+        remembered = all(subject["weights_sha256"] for subject in result["subjects"] if subject["name"] == lost[0]["subject"])
         again = "the same command asks only for these"
         if not remembered:
             again = "the same command asks all again, as the endpoint does not say which weights answer"
@@ -129,8 +129,8 @@ def _show(screen: Any, found: dict[str, Any], folder: Any) -> None:
             f"{len(lost)} questions have no answer (the first: {lost[0]['task']} row {lost[0]['row']}, {lost[0]['reason']});"
             f" all others are in the report, and {again}."
         )
-    if found["gate"] and not found["gate"]["passed"]:
-        failed.append(verdict_sentence(GateVerdict.model_validate(found["gate"])))
+    if result["gate"] and not result["gate"]["passed"]:
+        failed.append(verdict_sentence(GateVerdict.model_validate(result["gate"])))
     for line in failed:
         screen.error(line, beside_result=True)
     if failed:

@@ -44,11 +44,11 @@ def runs(storage: Storage = "./runs", json: Json = False) -> None:
     from apprentice import pipeline
 
     screen = screen_for(json)
-    found = pipeline.list_runs(storage)
+    listed = pipeline.list_runs(storage)
     if not json:
         columns = ["name", "state", "step", "loss", "validation_loss", "score", "updated"]
-        screen.show(table_of(columns, [[_shown(run, column) for column in columns] for run in found]))
-    screen.result({"runs": found})
+        screen.show(table_of(columns, [[_shown(run, column) for column in columns] for run in listed]))
+    screen.result({"runs": listed})
 
 
 def _shown(run: Mapping[str, Any], column: str) -> str:

@@ -57,26 +57,26 @@ def deploy(client: Any, config: dict[str, Any], *, timeout_s: float) -> Deployed
     """
     [application] = config["applications"]
     name, deadline, message = application["name"], time.monotonic() + timeout_s, ""
-    asked: dict[str, Any] | None = None
+    deployed: dict[str, Any] | None = None
     while True:
-        there = client.get_serve_details()
-        found = there["applications"].get(name, {})
+        details = client.get_serve_details()
+        application_details = details["applications"].get(name, {})
         # Serve replaces its whole list of applications: another client that deployed at the same time may have dropped ours.
-        if asked is None or not found:
-            asked = beside_others(config, there)
-            client.deploy_applications(asked)
+        if deployed is None or not application_details:
+            deployed = beside_others(config, details)
+            client.deploy_applications(deployed)
             continue
-        message = str(found.get("message", "")).strip()
-        if found.get("status") == "RUNNING":
-            port = (there.get("http_options") or config["http_options"])["port"]  # the port of a Serve that ran already stays
-            return Deployed(name, port, found.get("route_prefix") or asked["applications"][-1]["route_prefix"])
-        if found.get("status") == "DEPLOY_FAILED" or time.monotonic() > deadline:
+        message = str(application_details.get("message", "")).strip()
+        if application_details.get("status") == "RUNNING":
+            port = (details.get("http_options") or config["http_options"])["port"]  # the port of a Serve that ran already stays
+            return Deployed(name, port, application_details.get("route_prefix") or deployed["applications"][-1]["route_prefix"])
+        if application_details.get("status") == "DEPLOY_FAILED" or time.monotonic() > deadline:
             lines = message.splitlines()
             raise ServingError(f"the endpoint does not come up: {lines[-1] if lines else 'no reason was given'}")
         time.sleep(POLL_S)
 
 
-def beside_others(config: Mapping[str, Any], there: Mapping[str, Any]) -> dict[str, Any]:
+def beside_others(config: Mapping[str, Any], details: Mapping[str, Any]) -> dict[str, Any]:
     """`config` plus the applications that Serve runs already, unchanged, because a deployment replaces Serve's whole list.
 
     `there` is the result of Ray's `get_serve_details`. Ours comes last, under the route `/`, or under `/<name>` if another
@@ -86,15 +86,19 @@ def beside_others(config: Mapping[str, Any], there: Mapping[str, Any]) -> dict[s
     [application] = config["applications"]
     name = application["name"]
     others = [
-        found["deployed_app_config"]
-        for other, found in there["applications"].items()
-        if other != name and found.get("deployed_app_config") and not _is_earlier(found["deployed_app_config"], application)
+        application_details["deployed_app_config"]
+        for other, application_details in details["applications"].items()
+        if other != name
+        and application_details.get("deployed_app_config")
+        and not _is_earlier(application_details["deployed_app_config"], application)
     ]
-    taken = {found.get("route_prefix") for other, found in there["applications"].items() if other != name}
+    taken = {
+        application_details.get("route_prefix") for other, application_details in details["applications"].items() if other != name
+    }
     taken -= {
-        found.get("route_prefix")
-        for found in there["applications"].values()
-        if found.get("deployed_app_config") and _is_earlier(found["deployed_app_config"], application)
+        application_details.get("route_prefix")
+        for application_details in details["applications"].values()
+        if application_details.get("deployed_app_config") and _is_earlier(application_details["deployed_app_config"], application)
     }
     ours = dict(application)
     if ours["route_prefix"] in taken:

@@ -61,18 +61,20 @@ def run_pipeline(recipe: Recipe, screen: Screen, *, deploy: bool = False) -> Non
     with ray_session():
         result = pipeline.train_run(recipe, progress=screen.progress)  # prepares first, if need be
         screen.say(pipeline.training_sentence(result) if not result["already"] else "trained already, with the same identity")
-        wanted = evaluation_identity(recipe, run.format, run.tasks().find_again)
-        if run.status().get("evaluated") == wanted and (run.report / "report.json").exists():
+        identity_of_report = evaluation_identity(recipe, run.format, run.tasks().find_again)
+        if run.status().get("evaluated") == identity_of_report and (run.report / "report.json").exists():
             screen.say("evaluated already, with the same settings")
         else:
             report, _ = pipeline.evaluate_run(recipe, progress=screen.progress)
-            run.update_status(evaluated=wanted)
+            run.update_status(evaluated=identity_of_report)
             screen.say(report["summary"]["sentence"])
         if recipe.evaluation.gate is not None:
             pipeline.check_gate(run.model)
         if deploy:
-            there = deploy_run(str(run.folder), recipe)
-            screen.say(f"deployed as the Serve application {there.name!r}, port {there.port} of every node, path {there.path}")
+            deployed = deploy_run(str(run.folder), recipe)
+            screen.say(
+                f"deployed as the Serve application {deployed.name!r}, port {deployed.port} of every node, path {deployed.path}"
+            )
     screen.result({}, str(run.folder))
 
 

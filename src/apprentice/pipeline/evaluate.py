@@ -137,12 +137,12 @@ def _came_from(recipe: Recipe, model: Path) -> bool:
 def trained_clusters(recipe: Recipe, find: Find = find_tasks) -> frozenset[str]:
     """Clusters that the run of `recipe` trains on, with those of the earlier runs it starts from, where these still exist."""
     tasks, kept_out = select_tasks(recipe.data.entries, recipe.data.hold_out, Path.cwd(), to_train=False, find=find)
-    found = frozenset(task.cluster for task in tasks if task.name not in kept_out)
+    clusters = frozenset(task.cluster for task in tasks if task.name not in kept_out)
     if recipe.model.base.startswith(RUN):
         before = Run(Folder.at(recipe.model.base.removeprefix(RUN)))
         with suppress(TaskError):  # its tasks' files may be gone
-            found |= trained_clusters(before.recipe(), before.tasks().find) if before.recipe_file.exists() else frozenset()
-    return found
+            clusters |= trained_clusters(before.recipe(), before.tasks().find) if before.recipe_file.exists() else frozenset()
+    return clusters
 
 
 def _all_held_out(recipe: Recipe) -> Recipe:
@@ -368,12 +368,12 @@ def check_gate(model: Folder) -> None:
         raise EvaluationError(
             f"{model} has no verdict of a gate; give its recipe an `evaluation.gate` and score it with `apprentice evaluate`."
         )
-    found = file.read_json()
-    if contract is None or found["weights_sha256"] != contract.weights_sha256:
+    verdict_values = file.read_json()
+    if contract is None or verdict_values["weights_sha256"] != contract.weights_sha256:
         raise EvaluationError(f"the verdict in {model} is about other weights; score the model again.")
-    if not found["passed"]:
+    if not verdict_values["passed"]:
         from apprentice.evaluate.report.quality_gate import verdict_sentence
         from apprentice.evaluate.report.report_schema import GateVerdict
 
-        verdict = GateVerdict.model_validate({name: found[name] for name in GateVerdict.model_fields})
+        verdict = GateVerdict.model_validate({name: verdict_values[name] for name in GateVerdict.model_fields})
         raise EvaluationError(f"{model} did not pass: {verdict_sentence(verdict)}.")

@@ -127,9 +127,9 @@ def _rows(file: Path, scratch: str, encoding: str | None) -> Iterator[dict[str, 
     from apprentice.data.sources.parquet_conversion import parquet_file
 
     try:
-        found = pq.ParquetFile(parquet_file(str(file), Folder.at(scratch), "own", encoding=encoding))
-        readings = {column: way for column, way in readings_of(found.schema_arrow).items() if way != "cell"}
-        for batch in found.iter_batches():
+        table = pq.ParquetFile(parquet_file(str(file), Folder.at(scratch), "own", encoding=encoding))
+        readings = {column: way for column, way in readings_of(table.schema_arrow).items() if way != "cell"}
+        for batch in table.iter_batches():
             for row in batch.to_pylist():
                 yield row | {column: read(row[column], way, encoding) for column, way in readings.items()}
     except ApprenticeError as error:

@@ -98,8 +98,8 @@ def _scores(report: Mapping[str, Any] | None) -> str:
     lines = ["## Scores", "", str(report["summary"]["sentence"]), ""]
     lines += [f"| task | metric | {' | '.join(column['title'] for column in columns)} |", f"|---|---|{'---:|' * len(columns)}"]
     for task in report["tasks"]:
-        found = [task["columns"].get(column["key"], {}).get("score") for column in columns]
-        shown = " | ".join("–" if score is None else f"{score:.1f}" for score in found)
+        scores = [task["columns"].get(column["key"], {}).get("score") for column in columns]
+        shown = " | ".join("–" if score is None else f"{score:.1f}" for score in scores)
         exposure = exposure_in(task)["exposure"]
         tag = "" if exposure == "trained_on" else f" ({exposure.replace('_', ' ')})"
         lines.append(f"| `{task['task']}`{tag} | {task['metric']} | {shown} |")

@@ -43,7 +43,7 @@ def run(storage: str, *, short: bool, screen: Screen) -> dict[str, Any]:
         with _timed(took, "evaluate"):
             report, place = pipeline.evaluate_run(recipe, progress=screen.progress)
         with _timed(took, "serve"), pipeline.run_endpoint(trained["run"], port=0, progress=screen.progress) as url:
-            replies = [_ask(url, recipe, asked, given) for asked, given in ASKED]
+            replies = [_ask(url, recipe, asked, input) for asked, input in ASKED]
     result = {
         "run": trained["run"],
         "model": str(folder),

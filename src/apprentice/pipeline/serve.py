@@ -136,12 +136,12 @@ def find_contract(folder: Path, contract: str | None, recipe: str | None, storag
     """
     if contract is not None:
         run = find_run(contract, storage)
-        found = read_contract(run.model if run is not None else Path(contract))
-        if found is None:
+        named = read_contract(run.model if run is not None else Path(contract))
+        if named is None:
             raise ContractError(
                 f"{contract!r} is not a run or folder with a prompt contract (apprentice.json); name a trained run."
             )
-        return found
+        return named
     if recipe is not None:
         settings = load_recipe(find_recipe(recipe))
         return make_contract(settings, layout_of(settings, Tokenizer(folder)), folder)

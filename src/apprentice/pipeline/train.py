@@ -98,8 +98,8 @@ def format_loss(value: float | None) -> str:
 
 def list_runs(storage: str) -> list[dict[str, Any]]:
     """Name, state and latest metrics of every run in `storage`."""
-    found = [Run(folder) for folder in Folder.at(storage).children() if (folder / "identity.json").exists()]
-    return [{"name": run.name, "state": "prepared"} | _status(run) for run in found]
+    listed = [Run(folder) for folder in Folder.at(storage).children() if (folder / "identity.json").exists()]
+    return [{"name": run.name, "state": "prepared"} | _status(run) for run in listed]
 
 
 def _status(run: Run) -> dict[str, Any]:

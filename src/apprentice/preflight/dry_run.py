@@ -172,15 +172,15 @@ def _alone(row: PackedRows) -> list[PackedRows]:
 
 
 def _only(row: PackedRows, segment: int) -> PackedRows:
-    kept = row.segment_ids[0] == segment
-    mine: dict[str, Any] = {"input_ids": row.input_ids[:, kept], "positions": row.positions[:, kept]}
+    in_row = row.segment_ids[0] == segment
+    mine: dict[str, Any] = {"input_ids": row.input_ids[:, in_row], "positions": row.positions[:, in_row]}
     mine["segment_ids"] = np.ones_like(mine["input_ids"])
     mine["weights"] = None if row.weights is None else [row.weights[0][segment - 1 : segment]]
     if row.target_ids is None or row.target_positions is None or row.target_segment_ids is None:
-        return replace(row, **mine, loss_mask=row.loss_mask[:, kept])
-    there = row.target_segment_ids[0] == segment
-    mine |= {"target_ids": row.target_ids[:, there], "target_positions": row.target_positions[:, there]}
-    return replace(row, **mine, target_segment_ids=np.ones_like(mine["target_ids"]), loss_mask=row.loss_mask[:, there])
+        return replace(row, **mine, loss_mask=row.loss_mask[:, in_row])
+    in_segment = row.target_segment_ids[0] == segment
+    mine |= {"target_ids": row.target_ids[:, in_segment], "target_positions": row.target_positions[:, in_segment]}
+    return replace(row, **mine, target_segment_ids=np.ones_like(mine["target_ids"]), loss_mask=row.loss_mask[:, in_segment])
 
 
 def measure_speed(corpus: Corpus, rows: PackedRows) -> Speed:
@@ -214,8 +214,8 @@ def measure_speed(corpus: Corpus, rows: PackedRows) -> Speed:
 
 def describe_duration(corpus: Corpus, speed: Speed) -> str:
     """One sentence on the number of tokens in training, and the time it takes where the speed is known."""
-    found = estimate_steps(corpus)
-    tokens, targets = found["steps"] * found["tokens_per_step"], found["steps"] * found["target_tokens_per_step"]
+    estimate = estimate_steps(corpus)
+    tokens, targets = estimate["steps"] * estimate["tokens_per_step"], estimate["steps"] * estimate["target_tokens_per_step"]
     size = f"about {tokens:,.0f} tokens, {targets:,.0f} of them trained on"
     if speed.training is None:
         return f"{size}; how long it takes shows after the first steps"

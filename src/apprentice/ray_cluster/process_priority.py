@@ -30,8 +30,8 @@ def raise_priority() -> None:
     except ProcessLookupError:
         pass  # a thread that has just ended
     except PermissionError:
-        found = os.getpriority(os.PRIO_PROCESS, 0)
-        log.warning("this replica runs at niceness %d, behind all other work; start Ray's nodes with %s=0", found, NICENESS)
+        niceness = os.getpriority(os.PRIO_PROCESS, 0)
+        log.warning("this replica runs at niceness %d, behind all other work; start Ray's nodes with %s=0", niceness, NICENESS)
 
 
 def limit_thread_spinning(threads: int) -> None:

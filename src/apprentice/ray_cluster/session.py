@@ -53,16 +53,16 @@ def _greeting_kept_back() -> Iterator[None]:
     """Holds standard error back while Ray starts, and prints it at the end without Ray's lines about its log level."""
     sys.stderr.flush()
     screen = os.dup(2)
-    with tempfile.TemporaryFile() as written:
-        os.dup2(written.fileno(), 2)
+    with tempfile.TemporaryFile() as output:
+        os.dup2(output.fileno(), 2)
         try:
             yield
         finally:
             sys.stderr.flush()
             os.dup2(screen, 2)
             os.close(screen)
-            written.seek(0)
-            os.write(2, b"".join(line for line in written if b"RAY_BACKEND_LOG_LEVEL" not in line))
+            output.seek(0)
+            os.write(2, b"".join(line for line in output if b"RAY_BACKEND_LOG_LEVEL" not in line))
 
 
 def _connect(niceness: int | None) -> None:
@@ -109,8 +109,8 @@ def _own_folder() -> Path:
     """
     folder = Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()) / f"apprentice-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
-    found = folder.lstat()
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+    status = folder.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
         raise ResourcesError(f"{folder} is not a folder that you alone can read; remove it, or name another place in RAY_TMPDIR.")
     return folder / "ray"
 

@@ -60,6 +60,7 @@ class PromptContract(BaseModel):
         return self.model_copy(update={"weights_sha256": "", "base_sha256": None})
 
     def write(self, folder: Path) -> None:
+        """Writes the contract into the model folder `folder`."""
         (Folder.at(folder) / CONTRACT_FILE).write_text(self.model_dump_json(indent=2) + "\n")
 
 

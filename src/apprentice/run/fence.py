@@ -62,6 +62,7 @@ class Holder:
 
     @classmethod
     def here(cls, command: str) -> Holder:
+        """This process as the holder of a run, which `command` names to others."""
         now = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
         pid = os.getpid()
         return cls(command, socket.gethostname(), pid, _machine(), _started(pid) or "", os.environ.get(JOB_VARIABLE), now)
@@ -80,6 +81,7 @@ class Holder:
 
     @property
     def way_to_stop(self) -> str:
+        """The command that stops the holder, for messages."""
         return f"`ray job stop {self.job}`" if self.job else f"`kill {self.pid}` on {self.host}"
 
 
@@ -119,10 +121,12 @@ class FenceEntry:
     id: str  # random; identifies one's own entry where the store's answer to its creation was lost
 
     def to_json(self) -> dict[str, Any]:
+        """The entry as the content of its file."""
         return {"format": 1, **asdict(self)}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> FenceEntry:
+        """The entry in a file's content; keys of later versions are ignored."""
         known = {name: value[name] for name in cls.__dataclass_fields__}
         return cls(**known | {"holder": Holder(**value["holder"]), "checkpoints": tuple(value["checkpoints"])})
 
@@ -135,6 +139,7 @@ class FenceLog:
 
     @property
     def folder(self) -> Folder:
+        """The folder of the log's entries and heartbeats."""
         return self.run / FENCE
 
     def look(self) -> tuple[FenceEntry | None, int]:
@@ -150,6 +155,7 @@ class FenceLog:
         return None, max(numbers, default=0) + 1
 
     def last(self) -> FenceEntry | None:
+        """The newest readable entry; None without one."""
         return self.look()[0]
 
     def _file(self, number: int) -> Folder:
@@ -249,6 +255,7 @@ class Lease:
         self._thread = threading.Thread(target=self._renew_again, name="apprentice-fence", daemon=True)
 
     def start(self) -> None:
+        """Writes the first heartbeat, and starts the thread that writes the others."""
         self.renew()
         self._thread.start()
 
@@ -311,20 +318,20 @@ def lease_run(
     `tell` gets a message while it waits for a holder without heartbeats; `clock` (seconds) and `wait` are replaced in tests.
     Raises `FencedError` if another process holds the run. A holder whose heartbeat stands still for `EXPIRY_S` is taken over.
     """
-    held, depth = _HELD.get(run.uri, (None, 0))
-    if held is None:
-        held = Lease(_take(FenceLog(run), Holder.here(command), tell, clock, wait), run, clock)
-    _HELD[run.uri] = (held, depth + 1)
+    lease, depth = _HELD.get(run.uri, (None, 0))
+    if lease is None:
+        lease = Lease(_take(FenceLog(run), Holder.here(command), tell, clock, wait), run, clock)
+    _HELD[run.uri] = (lease, depth + 1)
     try:
         if not depth:
-            held.start()
-        yield held
+            lease.start()
+        yield lease
     finally:
         if depth:
-            _HELD[run.uri] = (held, depth)
+            _HELD[run.uri] = (lease, depth)
         else:
             del _HELD[run.uri]
-            held.release()
+            lease.release()
 
 
 def _take(log: FenceLog, holder: Holder, tell: Tell, clock: Callable[[], float], wait: Callable[[float], None]) -> FenceEntry:
@@ -358,7 +365,7 @@ def wait_until_free(
     last = log.last()
     if last is None or last.released or last.holder.is_gone or run.uri in _HELD:
         return last
-    seen, since, told = log.beat(last.attempt), clock(), False
+    first_beat, since, announced = log.beat(last.attempt), clock(), False
     while clock() - since < EXPIRY_S:
         wait(POLL_S)
         try:
@@ -369,15 +376,15 @@ def wait_until_free(
             continue
         if now is None or now.released:
             return now
-        if now.number != last.number or beat != seen:
+        if now.number != last.number or beat != first_beat:
             raise FencedError(
                 f"run {run.name!r} is held by {now.holder}; two at once would spoil it. Wait for its end, or stop it with"
                 f" {now.holder.way_to_stop} and give the same command again: it is taken over when no sign of life has come for"
                 f" {EXPIRY_S:g} seconds."
             )
-        if not told and clock() - since > 2 * HEARTBEAT_S:
+        if not announced and clock() - since > 2 * HEARTBEAT_S:
             tell(
                 f"{last.holder} holds the run and gives no sign of life; it is taken over in {EXPIRY_S - 2 * HEARTBEAT_S:g} seconds"
             )
-            told = True
+            announced = True
     return last

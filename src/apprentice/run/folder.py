@@ -34,6 +34,7 @@ class Run:
 
     @property
     def name(self) -> str:
+        """The run's name, which is its folder's."""
         return self.folder.name
 
     @property
@@ -44,46 +45,57 @@ class Run:
 
     @property
     def recipe_file(self) -> Folder:
+        """The recipe as resolved, in YAML."""
         return self.folder / "recipe.yaml"
 
     @property
     def tasks_file(self) -> Folder:
+        """The definitions of the run's tasks, a JSON object a line."""
         return self.folder / "tasks.jsonl"
 
     @property
     def index(self) -> Folder:
+        """The folder of the frozen index: the usable rows of each task."""
         return self.folder / "index"
 
     @property
     def reference(self) -> Folder:
+        """The folder of the reference model's log-probabilities, for DPO."""
         return self.folder / "reference"
 
     @property
     def rounds(self) -> Folder:
+        """The folder of the rounds of an on-policy run."""
         return self.folder / "rounds"
 
     @property
     def checkpoints(self) -> Folder:
+        """The folder of the checkpoints."""
         return self.folder / "checkpoints"
 
     @property
     def model(self) -> Folder:
+        """The folder of the exported model, with its prompt contract."""
         return self.folder / "model"
 
     @property
     def adapter(self) -> Folder:
+        """The folder of the exported adapter, where the tuning method trains one."""
         return self.folder / "adapter"
 
     @property
     def report(self) -> Folder:
+        """The folder of the run's own evaluation."""
         return self.folder / "report"
 
     @property
     def events(self) -> Folder:
+        """The folder of TensorBoard's files."""
         return self.folder / "events"
 
     @property
     def ledger_file(self) -> Folder:
+        """Requested and realised share of each task."""
         return self.folder / "ledger.json"
 
     @property
@@ -116,6 +128,7 @@ class Run:
                 child.delete()
 
     def update_status(self, **values: Any) -> None:
+        """Sets keys of status.json and the time of the update; other keys stay."""
         (self.folder / "status.json").write_json(
             self.status() | values | {"updated": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
         )

@@ -94,15 +94,15 @@ def _paths(recipe: Recipe) -> list[Any]:
 
 def _definitions(entries: Sequence[Entry], find: Find, *, anywhere: bool) -> dict[str, str]:
     """Task → the hash of its definition (16 hex digits), in the recipe's order."""
-    found: dict[str, str] = {}
+    definitions: dict[str, str] = {}
     for entry in entries:
         try:
-            found |= {task.name: definition_of(task)[:16] for task in find(entry, Path.cwd())}
+            definitions |= {task.name: definition_of(task)[:16] for task in find(entry, Path.cwd())}
         except TaskError:
             if not anywhere:
                 raise
-            found[json.dumps(entry, sort_keys=True)] = "not on this machine"
-    return found
+            definitions[json.dumps(entry, sort_keys=True)] = "not on this machine"
+    return definitions
 
 
 def _model(base: str) -> str:
@@ -140,8 +140,8 @@ def _sha256(path: str) -> str:
 def differences(recipe: Recipe, old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """The differences of two identities, each in a few words for messages; empty if they are those of one run."""
     # A key added in a later version is missing in the old identity; at its default it changes nothing.
-    written = flatten(recipe.model_dump(mode="json", exclude_defaults=True))
-    later = {key for key in new.keys() - old.keys() if key not in written and not key.startswith(_TASK)}
+    set_keys = flatten(recipe.model_dump(mode="json", exclude_defaults=True))
+    later = {key for key in new.keys() - old.keys() if key not in set_keys and not key.startswith(_TASK)}
     changed = sorted(key for key in (old.keys() | new.keys()) - later if old.get(key) != new.get(key))
     return [_difference(key, old.get(key), new.get(key)) for key in changed]
 
