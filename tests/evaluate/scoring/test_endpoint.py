@@ -80,7 +80,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(asking, name, value)
 
 
-def asked(scorer: EndpointScorer, count: int = 1, *, ranked: bool = True) -> list[dict[str, Any]]:
+def ask(scorer: EndpointScorer, count: int = 1, *, ranked: bool = True) -> list[dict[str, Any]]:
     question: dict[str, Any] = {"prompt_ids": [5, 6, 7], "choices": ["no", "yes"], "choice_ids": [[8, 2], [9, 9, 2]]}
     if not ranked:
         question |= {"choices": [], "choice_ids": []}
@@ -96,7 +96,7 @@ def echo(body: dict[str, Any]) -> tuple[int, bytes]:
 
 def test_choices_are_summed_over_their_own_tokens(corpus: Corpus) -> None:
     with server(echo) as (url, seen):
-        [found] = asked(EndpointScorer(EndpointAddress(url, "m"), AnswerSettings(corpus.layout, 6)))
+        [found] = ask(EndpointScorer(EndpointAddress(url, "m"), AnswerSettings(corpus.layout, 6)))
     assert found["choice_logprobs"] == pytest.approx([-1.0, -2.0])
     assert (found["unscored"], found["choice_priors"]) == (None, None)
     assert [body["prompt"] for body in seen] == [[5, 6, 7, 8, 2], [5, 6, 7, 9, 9, 2]]
@@ -108,15 +108,15 @@ def test_priors_are_asked_once_for_equal_choices(corpus: Corpus) -> None:
     scorer = EndpointScorer(EndpointAddress("http://127.0.0.1:9", "m"), answer_settings)
     with server(echo) as (url, seen):
         scorer = EndpointScorer(EndpointAddress(url, "m"), answer_settings)
-        [first] = asked(scorer)
-        asked(scorer)
+        [first] = ask(scorer)
+        ask(scorer)
     assert first["choice_priors"] == pytest.approx([-1.0, -2.0])
     assert len(seen) == 2 + 2 + 2
 
 
 def test_replies_are_text(corpus: Corpus) -> None:
     with server(echo) as (url, seen):
-        [found] = asked(EndpointScorer(EndpointAddress(f"{url}/v1", "m"), AnswerSettings(corpus.layout, 6)), ranked=False)
+        [found] = ask(EndpointScorer(EndpointAddress(f"{url}/v1", "m"), AnswerSettings(corpus.layout, 6)), ranked=False)
     assert found["prediction"] == "a reply"
     assert (seen[0]["max_tokens"], seen[0]["temperature"]) == (6, 0)
 
@@ -139,7 +139,7 @@ NONSENSE = {
 def test_nonsense_is_unscored_at_once(corpus: Corpus, name: str) -> None:
     answer, words = NONSENSE[name]
     with server(answer) as (url, seen):
-        [found] = asked(EndpointScorer(EndpointAddress(url, "m"), AnswerSettings(corpus.layout, 6)))
+        [found] = ask(EndpointScorer(EndpointAddress(url, "m"), AnswerSettings(corpus.layout, 6)))
     assert found["choice_logprobs"] is None
     assert re.search(words, found["unscored"]), found
     assert len(seen) == 1
@@ -159,7 +159,7 @@ def test_what_may_pass_is_asked_again_until_patience_ends(
     monkeypatch.setattr(asking, "PATIENCE_S", 1.0)
     monkeypatch.setattr(asking, "FAULT_PATIENCE_S", 1.0)
     with server(answer) as (url, seen):
-        [found] = asked(EndpointScorer(EndpointAddress(url, "m"), AnswerSettings(corpus.layout, 6)))
+        [found] = ask(EndpointScorer(EndpointAddress(url, "m"), AnswerSettings(corpus.layout, 6)))
     assert re.fullmatch(rf"{words}, for \d s", found["unscored"])
     assert len(seen) > 2
 
@@ -169,12 +169,12 @@ def test_an_outage_that_is_shorter_than_patience_loses_nothing(corpus: Corpus, m
     monkeypatch.setattr(asking, "PATIENCE_S", 60.0)
     calls = []
 
-    def down_at_first(asked_body: dict[str, Any]) -> tuple[Any, ...]:
+    def down_at_first(body_sent: dict[str, Any]) -> tuple[Any, ...]:
         calls.append(1)
-        return (503, b"") if len(calls) <= 4 * asking.AT_ONCE else echo(asked_body)
+        return (503, b"") if len(calls) <= 4 * asking.AT_ONCE else echo(body_sent)
 
     with server(down_at_first) as (url, _):
-        found = asked(EndpointScorer(EndpointAddress(url, "m"), AnswerSettings(corpus.layout, 6)), 40)
+        found = ask(EndpointScorer(EndpointAddress(url, "m"), AnswerSettings(corpus.layout, 6)), 40)
     assert [answer["choice_logprobs"] for answer in found] == [pytest.approx([-1.0, -2.0])] * 40
     assert not any(answer["unscored"] for answer in found)
 
@@ -185,13 +185,13 @@ def test_the_endpoint_says_when_to_come_back(corpus: Corpus, after: str, monkeyp
     slept: list[float] = []
     calls = []
 
-    def busy_once(asked_body: dict[str, Any]) -> tuple[Any, ...]:
+    def busy_once(body_sent: dict[str, Any]) -> tuple[Any, ...]:
         calls.append(1)
-        return (429, b"", {"Retry-After": after}) if len(calls) == 1 else echo(asked_body)
+        return (429, b"", {"Retry-After": after}) if len(calls) == 1 else echo(body_sent)
 
     with server(busy_once) as (url, _):
         scorer = EndpointScorer(EndpointAddress(url, "m"), AnswerSettings(corpus.layout, 6), sleep=slept.append)
-        [found] = asked(scorer, ranked=False)
+        [found] = ask(scorer, ranked=False)
     assert found["prediction"] == "a reply"
     assert slept == [7.0 if after == "7" else 0.0]
 
@@ -200,7 +200,7 @@ def test_one_that_asks_for_more_than_patience_is_not_waited_for(corpus: Corpus) 
     slept: list[float] = []
     with server(lambda _: (429, b"", {"Retry-After": "3600"})) as (url, seen):
         scorer = EndpointScorer(EndpointAddress(url, "m"), AnswerSettings(corpus.layout, 6), sleep=slept.append)
-        [found] = asked(scorer)
+        [found] = ask(scorer)
     assert found["unscored"] == "the endpoint answered 429, for 0 s, and asks to come back in 3600 s"
     assert (slept, len(seen)) == ([], 1)
 
@@ -208,34 +208,34 @@ def test_one_that_asks_for_more_than_patience_is_not_waited_for(corpus: Corpus) 
 def test_one_that_stays_down_is_given_up_and_found_again_when_it_is_back(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
     up = threading.Event()
 
-    def answer(asked_body: dict[str, Any]) -> tuple[Any, ...]:
-        return echo(asked_body) if up.is_set() else (503, b"")
+    def answer(body_sent: dict[str, Any]) -> tuple[Any, ...]:
+        return echo(body_sent) if up.is_set() else (503, b"")
 
     with server(answer) as (url, seen):
         scorer = EndpointScorer(EndpointAddress(url, "m"), AnswerSettings(corpus.layout, 6))
-        found = asked(scorer, 200)
+        found = ask(scorer, 200)
         assert len(found) == 200
         reasons = r"the endpoint (answered 503|did not answer \(\w+\)).*|not asked: the endpoint had not answered for 0 s"
         assert all(re.fullmatch(reasons, given["unscored"]) for given in found)
         tried = len(seen)
-        asked(scorer, 200)  # nobody waits for long any more: at most one try a question
+        ask(scorer, 200)  # nobody waits for long any more: at most one try a question
         assert len(seen) - tried <= 200
         up.set()
-        [first] = asked(scorer)
+        [first] = ask(scorer)
         assert first["choice_logprobs"] == pytest.approx([-1.0, -2.0])
         monkeypatch.setattr(asking, "PATIENCE_S", 60.0)  # a busy machine may lose a connection now
-        assert [answer["unscored"] for answer in asked(scorer, 40)] == [None] * 40
+        assert [answer["unscored"] for answer in ask(scorer, 40)] == [None] * 40
 
 
 def test_one_that_is_slow_is_not_waited_for(corpus: Corpus) -> None:
     released = threading.Event()
 
-    def slow(asked_body: dict[str, Any]) -> tuple[int, bytes]:
+    def slow(body_sent: dict[str, Any]) -> tuple[int, bytes]:
         released.wait(30)
-        return echo(asked_body)
+        return echo(body_sent)
 
     with server(slow) as (url, seen):
-        [found] = asked(EndpointScorer(EndpointAddress(url, "m", timeout_s=0.2), AnswerSettings(corpus.layout, 6)))
+        [found] = ask(EndpointScorer(EndpointAddress(url, "m", timeout_s=0.2), AnswerSettings(corpus.layout, 6)))
         released.set()
     assert re.fullmatch(r"the endpoint did not answer \(ReadTimeout\), for \d s", found["unscored"])
     assert seen
@@ -274,7 +274,7 @@ def test_no_key_goes_where_it_was_not_meant_to(corpus: Corpus, key: str | None, 
         monkeypatch.setenv(f"OPENAI_{name}", "of another endpoint")
     headers: list[dict[str, str]] = []
     with server(echo, headers_seen=headers) as (url, _):
-        [answer] = asked(EndpointScorer(EndpointAddress(url, "m", key), AnswerSettings(corpus.layout, 6)), ranked=False)
+        [answer] = ask(EndpointScorer(EndpointAddress(url, "m", key), AnswerSettings(corpus.layout, 6)), ranked=False)
     assert answer["prediction"] == "a reply"
     [sent] = headers
     assert sent.get("authorization") == (None if key is None else "Bearer its own")
@@ -283,7 +283,7 @@ def test_no_key_goes_where_it_was_not_meant_to(corpus: Corpus, key: str | None, 
 
 def test_a_redirect_is_not_followed(corpus: Corpus) -> None:
     with server(lambda _: (307, b"", {"Location": "/elsewhere"})) as (url, seen):
-        [answer] = asked(EndpointScorer(EndpointAddress(url, "m"), AnswerSettings(corpus.layout, 6)), ranked=False)
+        [answer] = ask(EndpointScorer(EndpointAddress(url, "m"), AnswerSettings(corpus.layout, 6)), ranked=False)
     assert answer["unscored"] == "the endpoint answered 307: "
     assert len(seen) == 1
 
