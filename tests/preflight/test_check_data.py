@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from apprentice.data.corpus import Corpus, make_corpus
-from apprentice.errors import DataError
+from apprentice.errors import DataError, RecipeError
 from apprentice.preflight import check, cluster_checks, evaluation_estimate
 from apprentice.preflight.evaluation_estimate import describe_evaluation
 from apprentice.recipe import Recipe, load_recipe
@@ -113,6 +113,13 @@ def test_no_test_rows_are_not_ready(tmp_path: Path, tiny_model: Path, monkeypatc
     assert describe_evaluation(corpus_of(recipe, tmp_path / "asked"), None).startswith(
         "nothing can be scored: the tasks have prompts"
     )
+
+
+def test_warm_up_that_is_not_shorter_than_a_run_of_tokens(tmp_path: Path, tiny_model: Path) -> None:
+    goal = {"training__steps": None, "training__tokens": 2000, "training__optimizer": {"warmup_steps": 50}}
+    recipe = load_recipe(tiny_recipe(tmp_path, tiny_model, **goal))
+    with pytest.raises(RecipeError, match=r"warmup_steps 50 is not shorter than the run, which has \d+ steps; lower it"):
+        check.check_index(recipe, corpus_of(recipe, tmp_path))
 
 
 def test_a_changed_file_is_named_as_the_task_names_it(tmp_path: Path, tiny_model: Path) -> None:

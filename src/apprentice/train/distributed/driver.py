@@ -32,7 +32,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from apprentice.data.run_length import positions_of_epochs
 from apprentice.data.stream import Corpus, Start, estimate_steps, train_stream, validation_rows
 from apprentice.data.window import WindowRenderer
-from apprentice.errors import RecipeError, TrainingError, all_causes
+from apprentice.errors import TrainingError, all_causes
 from apprentice.models.loading import count_parameters, resolve_dtype
 from apprentice.pretrained.hub import local_folder
 from apprentice.ray_cluster.autoscaler import requested_nodes
@@ -147,11 +147,9 @@ def _train(
 
 
 def make_goal(recipe: Recipe, corpus: Corpus) -> Goal:
-    """The goal of the run. Raises `RecipeError` if the warm-up is not shorter than the run."""
+    """The goal of the run; where it ends by tokens or epochs, its number of steps is an estimate."""
     training = recipe.training
     steps = training.steps or int(estimate_steps(corpus)["steps"])
-    if training.optimizer.warmup_steps >= steps:
-        raise RecipeError(f"warmup_steps {training.optimizer.warmup_steps} is not shorter than the run's {steps} steps; lower it.")
     if training.epochs is None:
         return Goal(steps, tokens=training.tokens)
     return Goal(steps, positions=positions_of_epochs(corpus))
