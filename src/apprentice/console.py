@@ -66,7 +66,7 @@ class Screen:
         if self._log.isatty():
             stays = bool(values.get("done"))
             if not stays:
-                line = _fitted(stage, values, shutil.get_terminal_size().columns - 1)  # a line that wraps cannot be replaced
+                line = _shorten_line(stage, values, shutil.get_terminal_size().columns - 1)  # a line that wraps cannot be replaced
             _write(self._log, f"\r\033[K{line}" + ("\n" if stays else ""))
             self._live = not stays
             self._stage = stage
@@ -127,14 +127,14 @@ def _write(stream: TextIO, text: str, *, is_result: bool = False) -> None:
         encoding = stream.encoding or "ascii"
         _write(stream, text.encode(encoding, "replace").decode(encoding), is_result=is_result)
     except OSError as error:
-        _let_go(stream)
+        _redirect_to_null(stream)
         if is_result and full_disk_sentence(error):
             raise
     except ValueError:  # the stream is closed
         return
 
 
-def _let_go(stream: TextIO) -> None:
+def _redirect_to_null(stream: TextIO) -> None:
     """Redirects `stream` to the null device, so that neither libraries nor the interpreter's exit fail on it."""
     with suppress(OSError, ValueError):  # not every stream has a file descriptor
         nothing = os.open(os.devnull, os.O_WRONLY)
@@ -146,7 +146,7 @@ def _line(stage: str, values: Mapping[str, Any]) -> str:
     return f"{stage:<9} " + "  ".join(text for key, value in values.items() if (text := _shown(key, value)))
 
 
-def _fitted(stage: str, values: Mapping[str, Any], room: int) -> str:
+def _shorten_line(stage: str, values: Mapping[str, Any], room: int) -> str:
     """The progress line in at most `room` characters: the last values are dropped first, `eta_s` never."""
     left = dict(values)
     while len(_line(stage, left)) > room and (spare := [key for key in left if key != "eta_s"]):

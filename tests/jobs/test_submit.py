@@ -150,7 +150,7 @@ def test_what_is_sent(dashboard, tmp_path, monkeypatch):
 )
 def test_a_live_job_is_followed_and_a_dead_one_gets_the_next_attempt(dashboard, tmp_path, statuses, number, attached):
     recipe = tiny_recipe(tmp_path, Path("/models/tiny"))
-    stem = submit.job_stem(load_recipe(recipe))
+    stem = submit.job_prefix(load_recipe(recipe))
     dashboard.statuses = {f"{stem}-{place + 1}": status for place, status in enumerate(statuses)} | {"another-7": "RUNNING"}
     sent = submit.submit(str(recipe), [], address=ADDRESS, folder=tmp_path)
     assert (sent.job, sent.attached) == (f"{stem}-{number}", attached)
@@ -159,11 +159,11 @@ def test_a_live_job_is_followed_and_a_dead_one_gets_the_next_attempt(dashboard, 
 
 def test_the_id_is_the_runs(tmp_path):
     recipe = tiny_recipe(tmp_path, Path("/models/tiny"))
-    stem = submit.job_stem(load_recipe(recipe))
+    stem = submit.job_prefix(load_recipe(recipe))
     assert stem.startswith("tiny-")
-    assert submit.job_stem(load_recipe(recipe, ["training.resources.cpus=2"])) == stem  # hardware is not the run's
-    assert submit.job_stem(load_recipe(recipe, ["seed=4"])) != stem
-    assert submit.job_stem(load_recipe(recipe, ["storage=/elsewhere"])) != stem
+    assert submit.job_prefix(load_recipe(recipe, ["training.resources.cpus=2"])) == stem  # hardware is not the run's
+    assert submit.job_prefix(load_recipe(recipe, ["seed=4"])) != stem
+    assert submit.job_prefix(load_recipe(recipe, ["storage=/elsewhere"])) != stem
 
 
 def test_another_version_on_the_cluster_is_refused(monkeypatch):
@@ -335,7 +335,7 @@ def test_what_is_not_packed_is_what_ray_leaves_out(place, tmp_path):
     from ray._private.runtime_env.packaging import _get_excludes  # Ray 2.60
 
     left_out = bool(_get_excludes(tmp_path, list(submit.NOT_PACKED))(tmp_path / place))
-    assert submit._stays_here(tmp_path / place, tmp_path) == left_out == (place != "x.csv")
+    assert submit._is_excluded(tmp_path / place, tmp_path) == left_out == (place != "x.csv")
 
 
 class Refusing(Dashboard):

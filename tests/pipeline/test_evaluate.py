@@ -44,7 +44,7 @@ def test_other_tasks_have_a_report_of_their_own(run: Run, monkeypatch: pytest.Mo
         return {"summary": summary, "gate": {"passed": len(known) == 1}, "created": "now", "columns": columns, "tasks": []}
 
     monkeypatch.setattr(evaluation, "ray_session", lambda: pytest.MonkeyPatch.context())
-    monkeypatch.setattr(evaluation, "_evaluated", evaluated)
+    monkeypatch.setattr(evaluation, "_score_subjects", evaluated)
     show = {"progress": lambda *_: None}
     pipeline.evaluate_target(str(run.folder), [], options=pipeline.EvaluationOptions(), **show)
     pipeline.evaluate_target(str(run.folder), [], options=pipeline.EvaluationOptions(tasks=("sst2", "ag_news")), **show)

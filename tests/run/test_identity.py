@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from apprentice.errors import RunError, TaskError
-from apprentice.jobs.submit import job_stem
+from apprentice.jobs.submit import job_prefix
 from apprentice.recipe import Recipe
 from apprentice.run.folder import Run, open_run
 from apprentice.run.identity import identity, model_sha256
@@ -150,12 +150,12 @@ def test_a_base_that_was_trained_again_is_another_one(tmp_path: Path) -> None:
 def test_what_is_on_the_cluster_alone_is_known_by_its_name_when_a_job_is_sent(tmp_path: Path) -> None:
     with pytest.raises(TaskError, match="does not exist"):
         identity(recipe_in(tmp_path, ["sst2", "/cluster/task.yaml"]))
-    stems = [job_stem(recipe_in(tmp_path, ["sst2", place])) for place in ("/cluster/task.yaml", "/cluster/other.yaml")]
+    stems = [job_prefix(recipe_in(tmp_path, ["sst2", place])) for place in ("/cluster/task.yaml", "/cluster/other.yaml")]
     assert len(set(stems)) == 2
     one, same, other = (package(tmp_path / name) for name in ("a", "b", "c"))
     (tmp_path / "b" / "notes.md").write_text("Changed between two submissions.")
-    assert job_stem(one) == job_stem(same) == job_stem(other)
-    assert job_stem(package(tmp_path / "d", answer="{{ a - b }}")) != job_stem(one)
+    assert job_prefix(one) == job_prefix(same) == job_prefix(other)
+    assert job_prefix(package(tmp_path / "d", answer="{{ a - b }}")) != job_prefix(one)
 
 
 @pytest.mark.parametrize("name", NAMES)

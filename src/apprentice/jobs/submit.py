@@ -57,7 +57,7 @@ class Submission:
     attached: bool
 
 
-def check_places(file: Path, overrides: Sequence[str]) -> Recipe:
+def check_paths(file: Path, overrides: Sequence[str]) -> Recipe:
     """The recipe with its paths as they are written.
 
     Raises `RecipeError` for a relative path, which on a cluster would mean another place on each node.
@@ -104,16 +104,16 @@ def submit(
     answers or it refuses us, and `RunError` where somebody else submits the same run at this moment.
     """
     file, working = find_recipe(name), (folder or Path.cwd()).absolute()
-    written, recipe = check_places(file, overrides), load_recipe(file, overrides)
+    written, recipe = check_paths(file, overrides), load_recipe(file, overrides)
     where = _in_package(file, working, written, recipe)
     client = connect(address, ca)
     run = str(Folder.at(recipe.storage) / recipe.name)
-    stem = job_stem(recipe)
+    stem = job_prefix(recipe)
     for _ in range(2):  # a second time if somebody else submitted the same attempt first
-        earlier = _asked(address, lambda: [job.submission_id for job in client.list_jobs() if job.submission_id])
+        earlier = _call_dashboard(address, lambda: [job.submission_id for job in client.list_jobs() if job.submission_id])
         attempts = sorted(int(found[1]) for one in earlier if (found := re.fullmatch(re.escape(stem) + r"-(\d+)", one)))
         last = f"{stem}-{attempts[-1]}" if attempts else None
-        if last and _asked(address, partial(client.get_job_status, last)) in LIVE:
+        if last and _call_dashboard(address, partial(client.get_job_status, last)) in LIVE:
             return Submission(last, run, attached=True)
         job = f"{stem}-{attempts[-1] + 1 if attempts else 1}"
         words = ["python", "-m", "apprentice.jobs", "pipeline", "--recipe", where, *(["--deploy"] if deploy else []), *overrides]
@@ -125,7 +125,7 @@ def submit(
     raise RunError(f"somebody else submits run {recipe.name!r} at the same time; give the command again to follow their job.")
 
 
-def job_stem(recipe: Recipe) -> str:
+def job_prefix(recipe: Recipe) -> str:
     """The prefix that the ids of all jobs of a run share: `<name>-<hash of identity and storage>`."""
     place = {"storage": recipe.storage, "name": recipe.name}
     return f"{re.sub('[^A-Za-z0-9_.-]', '-', recipe.name)}-{identity_hash(identity(recipe, anywhere=True) | place)}"
@@ -139,16 +139,16 @@ def _in_package(file: Path, working: Path, written: Recipe, recipe: Recipe) -> s
     if file.parent == SHIPPED:
         return file.stem
     # A path that loading made absolute lies beside the recipe; one written as absolute is a path on the cluster.
-    relative = [Path(found) for said, found in zip(_tasks(written), _tasks(recipe), strict=True) if found != said]
+    relative = [Path(found) for said, found in zip(_task_entries(written), _task_entries(recipe), strict=True) if found != said]
     for needed in (file.absolute(), *relative):
         if not needed.resolve().is_relative_to(working.resolve()):
             raise RecipeError(
                 f"{needed} is not under {working}, and only that folder is sent to the cluster; give the command in a folder"
                 " that holds both."
             )
-    tables = [path for file in relative if file.suffix in (".yaml", ".yml") for path in _tables(file)]
+    tables = [path for file in relative if file.suffix in (".yaml", ".yml") for path in _data_files(file)]
     for needed in (*relative, *tables):
-        if _stays_here(needed, working):
+        if _is_excluded(needed, working):
             raise RecipeError(
                 f"{needed} is not sent to the cluster (runs, weights and Parquet files stay here); put it where every node finds"
                 " it, and name that place, or keep the rows as JSONL or CSV."
@@ -156,14 +156,14 @@ def _in_package(file: Path, working: Path, written: Recipe, recipe: Recipe) -> s
     return str(file.resolve().relative_to(working.resolve()))
 
 
-def _tables(task_file: Path) -> Iterator[Path]:
+def _data_files(task_file: Path) -> Iterator[Path]:
     """Paths of the data files that the tasks in a task file, or in the files of a glob, name."""
     for task in find_tasks(str(task_file), task_file.parent):
         for source in task.sources:
             yield from map(Path, (source.files or {}).values())
 
 
-def _stays_here(path: Path, working: Path) -> bool:
+def _is_excluded(path: Path, working: Path) -> bool:
     """Whether a path under `working` matches a pattern of `NOT_PACKED`."""
     place = path.resolve()
     if not place.is_relative_to(working.resolve()):
@@ -177,7 +177,7 @@ def _stays_here(path: Path, working: Path) -> bool:
     )
 
 
-def _tasks(recipe: Recipe) -> list[str]:
+def _task_entries(recipe: Recipe) -> list[str]:
     """All strings in `data.tasks`: names, paths, and the paths of collections."""
     entries = ([task] if isinstance(task, str) else task.model_dump().values() for task in recipe.data.tasks)
     return [text for entry in entries for text in entry if isinstance(text, str)]
@@ -192,10 +192,10 @@ def connect(address: str, ca: str | None = None) -> Any:
     from ray.job_submission import JobSubmissionClient
 
     enable_token_auth()
-    return _asked(address, lambda: JobSubmissionClient(address, verify=ca or True))
+    return _call_dashboard(address, lambda: JobSubmissionClient(address, verify=ca or True))
 
 
-def _asked(address: str, question: Callable[[], Any]) -> Any:
+def _call_dashboard(address: str, question: Callable[[], Any]) -> Any:
     """The result of a call to the dashboard; failed connections, certificates and tokens become `ResourcesError`."""
     try:
         return question()
@@ -247,7 +247,7 @@ def _send(client: Any, address: str, job: str, words: list[str], working: Path, 
         )
 
     try:
-        _asked(address, send)
+        _call_dashboard(address, send)
     except RuntimeError as error:
         if "already exists" in str(error):
             raise RunError(job) from error
@@ -280,7 +280,7 @@ def follow(submission: Submission, *, address: str, ca: str | None = None, say: 
             break
         time.sleep(POLL_S)
     if status != "SUCCEEDED":
-        raise RunError(f"job {submission.job} {_ending(client, submission.job, str(status.value))}")
+        raise RunError(f"job {submission.job} {_describe_end(client, submission.job, str(status.value))}")
 
 
 class _Log:
@@ -309,7 +309,7 @@ class _Log:
             self._open = ""
 
 
-def _ending(client: Any, job: str, status: str) -> str:
+def _describe_end(client: Any, job: str, status: str) -> str:
     errors = [line for line in client.get_job_logs(job).splitlines() if line.startswith("error: ")]
     if status == "STOPPED":
         return "was stopped; give the same command again and the run goes on."
@@ -323,8 +323,8 @@ def stop(job: str, *, address: str, ca: str | None = None) -> None:
     """
     client = connect(address, ca)
     deadline = time.monotonic() + STOP_S
-    while _asked(address, partial(client.get_job_status, job)) in LIVE:
+    while _call_dashboard(address, partial(client.get_job_status, job)) in LIVE:
         if time.monotonic() > deadline:
             raise RunError(f"job {job} still runs {STOP_S:.0f} s after it was told to stop; try: ray job stop {job}")
-        _asked(address, partial(client.stop_job, job))
+        _call_dashboard(address, partial(client.stop_job, job))
         time.sleep(POLL_S)

@@ -81,7 +81,7 @@ def evaluate_run(
     place = Folder.at(options.out) if options.out else place
     with ray_session():
         trained = trained_clusters(trained_by or recipe, run.tasks().find)
-        report = _evaluated(recipe, run, subjects, place, run, known, options.restart, trained, progress)
+        report = _score_subjects(recipe, run, subjects, place, run, known, options.restart, trained, progress)
     if options.against is None and endpoint is None and not options.tasks:
         run.update_status(score=report["summary"]["score"], score_metrics=list_score_metrics(report))
         _store_verdict(run.model, report)
@@ -110,7 +110,7 @@ def evaluate_model(
     The report goes to `out`, by default `reports/<model>`. All tasks count as held out, unless one of the evaluated models
     comes from the run of `recipe`. `trained_by` is as in `evaluate_run`.
     """
-    with _whole_model(model, trust=recipe.model.trust) as (name, folder):
+    with _merge_if_adapter(model, trust=recipe.model.trust) as (name, folder):
         place = Folder.at(out or Path("reports") / name)
         endpoint = _endpoint(options)
         subjects = [_subject("model" if endpoint is None else "endpoint", folder, recipe.evaluation.shots, endpoint)]
@@ -125,7 +125,7 @@ def evaluate_model(
         else:
             recipe = _all_held_out(recipe)
         with ray_session(), temporary_run(recipe, keep_cache=True) as scratch:
-            return _evaluated(recipe, scratch, subjects, place, None, known, options.restart, trained, progress), place
+            return _score_subjects(recipe, scratch, subjects, place, None, known, options.restart, trained, progress), place
 
 
 def _came_from(recipe: Recipe, model: Path) -> bool:
@@ -151,7 +151,7 @@ def _all_held_out(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"data": recipe.data.model_copy(update={"hold_out": held_out})})
 
 
-def _evaluated(
+def _score_subjects(
     recipe: Recipe,
     indexed: Run,
     subjects: Sequence[Subject],
@@ -211,7 +211,7 @@ def _other(options: EvaluationOptions, *, trust: bool) -> tuple[str, Path, list[
 
 
 @contextmanager
-def _whole_model(model: str, *, trust: bool) -> Iterator[tuple[str, Path]]:
+def _merge_if_adapter(model: str, *, trust: bool) -> Iterator[tuple[str, Path]]:
     """Yields a model's name and folder; an adapter (PEFT folder) is merged into its base in a temporary folder."""
     folder = Path(model).expanduser()
     if not (folder / "adapter_config.json").is_file():

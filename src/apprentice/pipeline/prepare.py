@@ -46,13 +46,13 @@ def open_for_writing(recipe: Recipe, command: str, *, restart: bool, progress: P
 def prepare_corpus(recipe: Recipe, *, restart: bool, progress: Progress) -> tuple[Run, Corpus]:
     """Opens the run of `recipe` and builds its indices; a run that this call made is removed again where that fails."""
     progress("prepare", {"message": f"tasks of {recipe.name}"})
-    was_there = (Folder.at(recipe.storage) / recipe.name / "identity.json").exists() and not restart
+    existed = (Folder.at(recipe.storage) / recipe.name / "identity.json").exists() and not restart
     run = open_run(recipe, restart=restart)
     try:
         corpus = make_corpus(recipe, run)
         check.check_index(recipe, corpus)
     except ApprenticeError:
-        if not was_there:  # this call made the run: leave no half-made one behind
+        if not existed:  # this call made the run: leave no half-made one behind
             run.folder.delete()
         raise
     progress(

@@ -71,7 +71,7 @@ def run_endpoint(
         "beside": tuple(beside or ()) or None,
     }
     settings = settings.model_copy(update={key: value for key, value in chosen.items() if value is not None})
-    words = None if run is not None else find_contract(folder, contract, recipe, storage) or _of_an_adapter(folder, settings)
+    words = None if run is not None else find_contract(folder, contract, recipe, storage) or _contract_of_adapter(folder, settings)
     spoken = run.recipe() if run is not None else load_recipe(find_recipe(recipe)) if recipe is not None else None
     tasks = find_own_tasks(spoken, progress, run.tasks().find if run is not None else find_tasks) if spoken is not None else []
     name = run.name if run is not None else folder.name
@@ -99,7 +99,7 @@ def _model_spec(target: str, storage: str, words: PromptContract | None, *, trus
     return ModelSpec(run.name if run is not None else Path(target).name, folder, words, trust)
 
 
-def _of_an_adapter(folder: Path, settings: Serving) -> PromptContract | None:
+def _contract_of_adapter(folder: Path, settings: Serving) -> PromptContract | None:
     """Prompt contract for a bare base without one: that of the first of its adapters that has one."""
     if settings.adapters is None or read_contract(folder) is not None:
         return None

@@ -51,10 +51,10 @@ def call_on_every_node(question: Callable[..., T], *arguments: Any) -> dict[str,
         on_this_node = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
         name = f"{node['NodeManagerAddress']} ({node['NodeID'][:6]})"
         references[name] = task.options(scheduling_strategy=on_this_node).remote(*arguments)
-    return {name: _answer_of(name, reference, question.__name__) for name, reference in references.items()}
+    return {name: _get_answer(name, reference, question.__name__) for name, reference in references.items()}
 
 
-def _answer_of(node: str, reference: Any, question: str) -> Any:
+def _get_answer(node: str, reference: Any, question: str) -> Any:
     try:
         return ray.get(reference, timeout=PATIENCE_S)
     except ray.exceptions.RayTaskError as error:

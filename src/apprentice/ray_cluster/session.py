@@ -49,7 +49,7 @@ def quiet() -> None:
 
 
 @contextmanager
-def _greeting_kept_back() -> Iterator[None]:
+def _filter_startup_output() -> Iterator[None]:
     """Holds standard error back while Ray starts, and prints it at the end without Ray's lines about its log level."""
     sys.stderr.flush()
     screen = os.dup(2)
@@ -136,7 +136,7 @@ def ray_session(niceness: int | None = None) -> Iterator[None]:
     if scripts not in os.environ.get("PATH", "").split(os.pathsep):
         os.environ["PATH"] = os.pathsep.join([scripts, os.environ.get("PATH", "")])
     try:
-        with _greeting_kept_back():
+        with _filter_startup_output():
             _connect(niceness)
     except Exception as error:  # Ray raises exceptions of many types here
         raise ResourcesError(

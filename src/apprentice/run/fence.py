@@ -80,7 +80,7 @@ class Holder:
         return started is None or started not in ("", self.started)
 
     @property
-    def way_to_stop(self) -> str:
+    def stop_command(self) -> str:
         """The command that stops the holder, for messages."""
         return f"`ray job stop {self.job}`" if self.job else f"`kill {self.pid}` on {self.host}"
 
@@ -301,7 +301,7 @@ class Lease:
                 log.add(_after(last, number, released=True))
 
 
-_HELD: dict[str, tuple[Lease, int]] = {}  # run URI → (lease of this process, nesting depth of `lease_run`)
+_LEASES: dict[str, tuple[Lease, int]] = {}  # run URI → (lease of this process, nesting depth of `lease_run`)
 
 
 @contextmanager
@@ -318,19 +318,19 @@ def lease_run(
     `tell` gets a message while it waits for a holder without heartbeats; `clock` (seconds) and `wait` are replaced in tests.
     Raises `FencedError` if another process holds the run. A holder whose heartbeat stands still for `EXPIRY_S` is taken over.
     """
-    lease, depth = _HELD.get(run.uri, (None, 0))
+    lease, depth = _LEASES.get(run.uri, (None, 0))
     if lease is None:
         lease = Lease(_take(FenceLog(run), Holder.here(command), tell, clock, wait), run, clock)
-    _HELD[run.uri] = (lease, depth + 1)
+    _LEASES[run.uri] = (lease, depth + 1)
     try:
         if not depth:
             lease.start()
         yield lease
     finally:
         if depth:
-            _HELD[run.uri] = (lease, depth)
+            _LEASES[run.uri] = (lease, depth)
         else:
-            del _HELD[run.uri]
+            del _LEASES[run.uri]
             lease.release()
 
 
@@ -363,7 +363,7 @@ def wait_until_free(
     """
     log = FenceLog(run)
     last = log.last()
-    if last is None or last.released or last.holder.is_gone or run.uri in _HELD:
+    if last is None or last.released or last.holder.is_gone or run.uri in _LEASES:
         return last
     first_beat, since, announced = log.beat(last.attempt), clock(), False
     while clock() - since < EXPIRY_S:
@@ -379,7 +379,7 @@ def wait_until_free(
         if now.number != last.number or beat != first_beat:
             raise FencedError(
                 f"run {run.name!r} is held by {now.holder}; two at once would spoil it. Wait for its end, or stop it with"
-                f" {now.holder.way_to_stop} and give the same command again: it is taken over when no sign of life has come for"
+                f" {now.holder.stop_command} and give the same command again: it is taken over when no sign of life has come for"
                 f" {EXPIRY_S:g} seconds."
             )
         if not announced and clock() - since > 2 * HEARTBEAT_S:
