@@ -44,9 +44,9 @@ PICTURES = {
     "story",
     "winning",
 }
-# Participles tell nothing as names of values. Files that still have one; this number only falls.
+# Participles tell nothing as names of values.
 PARTICIPLES = {"found", "given", "told", "held", "asked", "wanted", "written", "there"}
-FILES_WITH_PARTICIPLES = 33
+FILES_WITH_PARTICIPLES = {"evaluate/report/report_schema.py"}  # `found` is a key of report.json
 # Each name has one meaning, in all rooms. These have two until they are renamed.
 SHARED_CLASS_NAMES: set[str] = set()
 SHARED_MODULE_NAMES = {"compat", "registry"}  # `compat` is meant: one a room
@@ -156,7 +156,7 @@ def participles_of(tree: ast.Module) -> set[str]:
 def test_values_are_not_named_by_participles() -> None:
     assert participles_of(ast.parse("def f(told):\n    found: int = 1\n    for held in told: pass\n")) == {"found", "held", "told"}
     offenders = {file: names for file, tree in sources().items() if (names := participles_of(tree))}
-    assert len(offenders) <= FILES_WITH_PARTICIPLES, offenders
+    assert {file for file in offenders if file not in FILES_WITH_PARTICIPLES} == set(), offenders
 
 
 def own_private_names(tree: ast.Module) -> set[str]:

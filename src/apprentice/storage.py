@@ -206,7 +206,7 @@ class Folder:
             finally:
                 part.unlink(missing_ok=True)
             return
-        with _whole(fs, path) as written, fs.open_output_stream(written) as stream:
+        with _whole(fs, path) as temporary, fs.open_output_stream(temporary) as stream:
             stream.write(data)
 
     def create(self, data: bytes) -> bool:

@@ -143,9 +143,9 @@ def build_rows(
     in_prompt.reshape(-1)[side.places] = prompt_lengths[side.examples]
     loss_mask = ((side.segments > 0) & (side.positions >= in_prompt)).astype(np.uint8)
     if untrained is not None and len(untrained):
-        asked = np.zeros(len(ids), np.int32)
-        asked[untrained] = 1
-        loss_mask &= _side(asked, np.cumsum(lengths) - lengths, lengths, rows, row_length, 0).ids == 0
+        is_untrained = np.zeros(len(ids), np.int32)
+        is_untrained[untrained] = 1
+        loss_mask &= _side(is_untrained, np.cumsum(lengths) - lengths, lengths, rows, row_length, 0).ids == 0
     return {"input_ids": side.ids, "positions": side.positions, "segment_ids": side.segments, "loss_mask": loss_mask}
 
 

@@ -104,14 +104,14 @@ def submit(
     answers or it refuses us, and `RunError` where somebody else submits the same run at this moment.
     """
     file, working = find_recipe(name), (folder or Path.cwd()).absolute()
-    written, recipe = check_paths(file, overrides), load_recipe(file, overrides)
-    where = _in_package(file, working, written, recipe)
+    as_written, recipe = check_paths(file, overrides), load_recipe(file, overrides)
+    where = _in_package(file, working, as_written, recipe)
     client = connect(address, ca)
     run = str(Folder.at(recipe.storage) / recipe.name)
     stem = job_prefix(recipe)
     for _ in range(2):  # a second time if somebody else submitted the same attempt first
         earlier = _call_dashboard(address, lambda: [job.submission_id for job in client.list_jobs() if job.submission_id])
-        attempts = sorted(int(found[1]) for one in earlier if (found := re.fullmatch(re.escape(stem) + r"-(\d+)", one)))
+        attempts = sorted(int(match[1]) for one in earlier if (match := re.fullmatch(re.escape(stem) + r"-(\d+)", one)))
         last = f"{stem}-{attempts[-1]}" if attempts else None
         if last and _call_dashboard(address, partial(client.get_job_status, last)) in LIVE:
             return Submission(last, run, attached=True)
@@ -131,7 +131,7 @@ def job_prefix(recipe: Recipe) -> str:
     return f"{re.sub('[^A-Za-z0-9_.-]', '-', recipe.name)}-{identity_hash(identity(recipe, anywhere=True) | place)}"
 
 
-def _in_package(file: Path, working: Path, written: Recipe, recipe: Recipe) -> str:
+def _in_package(file: Path, working: Path, as_written: Recipe, recipe: Recipe) -> str:
     """Path of the recipe inside the package that is sent, or its name if it is shipped with apprentice.
 
     Raises `RecipeError` if the recipe, a task file or a table of rows beside it would not be sent.
@@ -139,7 +139,9 @@ def _in_package(file: Path, working: Path, written: Recipe, recipe: Recipe) -> s
     if file.parent == SHIPPED:
         return file.stem
     # A path that loading made absolute lies beside the recipe; one written as absolute is a path on the cluster.
-    relative = [Path(found) for said, found in zip(_task_entries(written), _task_entries(recipe), strict=True) if found != said]
+    relative = [
+        Path(loaded) for entry, loaded in zip(_task_entries(as_written), _task_entries(recipe), strict=True) if loaded != entry
+    ]
     for needed in (file.absolute(), *relative):
         if not needed.resolve().is_relative_to(working.resolve()):
             raise RecipeError(

@@ -18,7 +18,7 @@ from apprentice.recipe import Recipe, find_recipe, load_recipe
 from apprentice.storage import Folder
 
 SHORT = ("name=quickstart-short", "training.steps=4", "training.optimizer.warmup_steps=1", "evaluation.max_examples=4")
-ASKED = (
+QUESTIONS = (
     ("Is the customer happy or unhappy? Answer with one word.", "The kettle arrived late, leaks, and the handle is loose."),
     (
         "Where did it happen? Answer with words from the text.",
@@ -43,7 +43,7 @@ def run(storage: str, *, short: bool, screen: Screen) -> dict[str, Any]:
         with _timed(took, "evaluate"):
             report, place = pipeline.evaluate_run(recipe, progress=screen.progress)
         with _timed(took, "serve"), pipeline.run_endpoint(trained["run"], port=0, progress=screen.progress) as url:
-            replies = [_ask(url, recipe, asked, input) for asked, input in ASKED]
+            replies = [_ask(url, recipe, instruction, text) for instruction, text in QUESTIONS]
     result = {
         "run": trained["run"],
         "model": str(folder),
@@ -64,18 +64,18 @@ def _timed(took: dict[str, float], stage: str) -> Iterator[None]:
     took[stage] = time.monotonic() - start
 
 
-def _ask(url: str, recipe: Recipe, instruction: str, given: str) -> dict[str, str]:
+def _ask(url: str, recipe: Recipe, instruction: str, text: str) -> dict[str, str]:
     """Sends one instruction over HTTP with the `openai` client, as any other program would."""
     from openai import OpenAI
 
     with OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=300.0) as client:
         reply = client.chat.completions.create(
             model=recipe.name,
-            messages=[{"role": "user", "content": f"{instruction}\n\n{given}"}],
+            messages=[{"role": "user", "content": f"{instruction}\n\n{text}"}],
             max_tokens=recipe.evaluation.max_new_tokens,
             temperature=0.0,
         )
-    return {"instruction": instruction, "input": given, "reply": (reply.choices[0].message.content or "").strip()}
+    return {"instruction": instruction, "input": text, "reply": (reply.choices[0].message.content or "").strip()}
 
 
 def _show(result: Mapping[str, Any], screen: Screen) -> None:

@@ -106,19 +106,19 @@ def _contract_of_adapter(folder: Path, settings: Serving) -> PromptContract | No
     from apprentice.serve.generation.adapters import list_adapters
 
     contracts = (read_contract(place.folder) for place in list_adapters(Folder.at(settings.adapters)).values())
-    return next((found for found in contracts if found is not None), None)
+    return next((contract for contract in contracts if contract is not None), None)
 
 
 def find_own_tasks(recipe: Recipe, progress: Progress, find: Find = find_tasks) -> list[Task]:
     """The tasks in the recipe's own files, to be offered by their fields; a file that no longer loads is reported and skipped."""
-    found: list[Task] = []
+    tasks: list[Task] = []
     for entry in recipe.data.entries:
         if isinstance(entry, str) and entry.endswith((".yaml", ".yml")):
             try:
-                found += find(entry, Path.cwd())
+                tasks += find(entry, Path.cwd())
             except TaskError as error:
                 progress("serve", {"message": f"not under /v1/tasks: {error}"})
-    return found
+    return tasks
 
 
 def _serving_for_bare(recipe: str | None, contract: str | None, storage: str) -> Serving:

@@ -37,8 +37,8 @@ def _step_line(values: Mapping[str, Any]) -> dict[str, Any]:
     if "samples" in values:
         shown = [f"\n            {sample['instruction']}\n            → {sample['reply']}" for sample in values["samples"]]
         return {"step": f"{values['step']}/{values['steps']}", "message": f"replies{''.join(shown)}", "done": True}
-    if found := {name: values[name] for name in ("validation_loss", "held_out") if name in values}:
-        return {"step": f"{values['step']}/{values['steps']}", **found, "done": True}
+    if figures := {name: values[name] for name in ("validation_loss", "held_out") if name in values}:
+        return {"step": f"{values['step']}/{values['steps']}", **figures, "done": True}
     return {
         "step": f"{values['step']}/{values['steps']}",
         "loss": values["loss"],

@@ -46,9 +46,9 @@ def check_tasks(lookup: RecipeLookup) -> str:
             f"task {unanswered[0]!r} has prompts without answers, from which only training.objective grpo learns and with which"
             " nothing can be scored; leave it out of data.tasks, or name another objective."
         )
-    if recipe.training.aim.head and (written := [task.name for task in tasks if not task.is_ranked]):
+    if recipe.training.aim.head and (generated := [task.name for task in tasks if not task.is_ranked]):
         raise RecipeError(
-            f"training.objective {objective} makes a model that writes nothing, and task {written[0]!r} is scored by what is"
+            f"training.objective {objective} makes a model that writes nothing, and task {generated[0]!r} is scored by what is"
             " written; leave it out of data.tasks, or take one whose choices are ranked."
         )
     return count_exposures(tasks, held_out)

@@ -231,10 +231,10 @@ def _line(node: yaml.Node | None, keys: Sequence[Any]) -> int:
     line = 1
     for key in keys:
         if isinstance(node, yaml.MappingNode):
-            found = next((pair for pair in node.value if pair[0].value == str(key)), None)
-            if found is None:
+            pair_of_key = next((pair for pair in node.value if pair[0].value == str(key)), None)
+            if pair_of_key is None:
                 break
-            line, node = found[0].start_mark.line + 1, found[1]
+            line, node = pair_of_key[0].start_mark.line + 1, pair_of_key[1]
         elif isinstance(node, yaml.SequenceNode) and isinstance(key, int) and key < len(node.value):
             node = node.value[key]
             line = node.start_mark.line + 1

@@ -162,8 +162,8 @@ class Training(Strict):
             raise ValueError("objective grpo writes its own answers, so nothing says where `tokens` or `epochs` end; give `steps`")
         if self.objective == "reward" and self.sample_every_steps:
             raise ValueError("`sample_every_steps` shows replies, and a reward model writes none; leave it out")
-        given = [end for end in (self.steps, self.tokens, self.epochs) if end is not None]
-        if len(given) != 1:
+        ends = [end for end in (self.steps, self.tokens, self.epochs) if end is not None]
+        if len(ends) != 1:
             raise ValueError("give exactly one of `steps`, `tokens` and `epochs`")
         if self.global_batch % self.max_workers:
             raise ValueError(

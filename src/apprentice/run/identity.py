@@ -78,7 +78,7 @@ def identity(recipe: Recipe, version: int = FORMAT, *, anywhere: bool = False, f
         return kept | {key: public_base(base) for key, base in named.items()} | {"data.tasks": _paths(recipe)}
     del kept["data.promptsource"]  # a folder, whose content is in the tasks' definitions
     definitions = _definitions(recipe.data.entries, find, anywhere=anywhere)
-    tasks = {"data.tasks": list(definitions), **{f"{_TASK}{name}": found for name, found in definitions.items()}}
+    tasks = {"data.tasks": list(definitions), **{f"{_TASK}{name}": definition for name, definition in definitions.items()}}
     return kept | {key: _model(base) for key, base in named.items()} | tasks
 
 

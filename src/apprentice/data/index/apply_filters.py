@@ -95,7 +95,7 @@ def report_contamination(candidates: Sequence[TaskRows], recipe: Recipe, run: Ru
 def _test_passages(candidates: Sequence[TaskRows], settings: Filters, run: RunCalls) -> PassageIndex:
     labels = [number for number, one in enumerate(candidates) for _ in _chunks(one.test)]
     calls = ((_reader(one.test_source), part, settings.ngram) for one in candidates for part in _chunks(one.test))
-    return merge_passages([(number, *found) for number, found in zip(labels, run(_test_part, calls), strict=True)])
+    return merge_passages([(number, *result) for number, result in zip(labels, run(_test_part, calls), strict=True)])
 
 
 def _measured(task: Task, reader: Reader, numbers: Numbers, settings: Filters, tests: Keys) -> RowMeasures:

@@ -34,7 +34,7 @@ def passage_questions(rng: SeededRandom, number: int) -> dict[str, Any]:
     year, job = str(rng.between(1801, 1999)), rng.one(JOBS)
     thing = f"{rng.one(ADJECTIVES)} {rng.one(TREASURES)}"
     dish, animal, month = rng.one(DISHES), rng.one(ANIMALS), rng.one(MONTHS)
-    passage, asked = rng.one(
+    passage, questions = rng.one(
         [
             (
                 f"The museum of {town} opened in {year}. It was founded by {person}, {job} from {elsewhere}. "
@@ -82,7 +82,7 @@ def passage_questions(rng: SeededRandom, number: int) -> dict[str, Any]:
             ),
         ]
     )
-    question, answer = asked[number % len(asked)]
+    question, answer = questions[number % len(questions)]
     return {"passage": passage, "question": question, "answer": answer}
 
 

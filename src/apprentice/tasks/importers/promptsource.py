@@ -135,8 +135,8 @@ def template_files(name: str, root: str | None) -> list[Path]:
             return [place]
         if (place / "templates.yaml").is_file():
             return [place / "templates.yaml"]
-        if found := sorted(place.glob("**/templates.yaml")):
-            return found
+        if files := sorted(place.glob("**/templates.yaml")):
+            return files
     if not places:
         raise TaskError(f"data.tasks: promptsource {name!r} is a name, and data.promptsource does not say where the templates lie.")
     known = [str(file.parent.relative_to(root)) for file in sorted(Path(root).glob("**/templates.yaml"))] if root else []
@@ -155,7 +155,7 @@ def load_templates(file: Path) -> Task:
     dataset, subset = str(content.get("dataset") or file.parent.name), content.get("subset")
     near = [f"{dataset}/{subset}", str(subset)] if subset else [dataset]
     try:
-        templates = tuple(_template(key, found) for key, found in content["templates"].items())
+        templates = tuple(_template(key, entry) for key, entry in content["templates"].items())
         names = [template.name for template in templates]
         return Task(
             name="promptsource_" + re.sub(r"[^a-z0-9]+", "_", "_".join(filter(None, [dataset, subset])).lower()).strip("_"),

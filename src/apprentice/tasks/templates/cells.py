@@ -24,8 +24,8 @@ class Cell(str):
         text = self.strip()
         if text in _NOTHING:
             return None
-        if found := _NUMBER.fullmatch(text):
-            return float(text) if "." in text or found[2] else int(text)
+        if match := _NUMBER.fullmatch(text):
+            return float(text) if "." in text or match[2] else int(text)
         return _TRUTHS.get(text.lower(), str(self))
 
     @property

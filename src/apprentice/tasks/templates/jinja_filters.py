@@ -44,16 +44,16 @@ def _metered(call: Callable[..., Any], name: str, *, prints: bool) -> Callable[.
 
     With `prints`, a first argument that has no text form is refused.
     """
-    given = 1 if hasattr(call, "jinja_pass_arg") else 0  # Jinja passes its context or environment first
+    first = 1 if hasattr(call, "jinja_pass_arg") else 0  # Jinja passes its context or environment first
 
     @functools.wraps(call)
     def metered(*arguments: Any, **options: Any) -> Any:
         arguments = tuple(charged_list(argument) if hasattr(argument, "__next__") else argument for argument in arguments)
         weigh = size if name in _SHALLOW else cost
-        work = sum(weigh(argument) for argument in (*arguments[given:], *options.values()))
+        work = sum(weigh(argument) for argument in (*arguments[first:], *options.values()))
         spend(1 + work * (work.bit_length() if name in _SORTING else 1))
         if prints:
-            check_text(arguments[given])
+            check_text(arguments[first])
         return call(*arguments, **options)
 
     return metered
@@ -82,9 +82,9 @@ def _round(value: float, precision: int = 0, method: Literal["common", "ceil", "
 def _int(value: Any, default: int = 0, base: int = 10) -> int:
     if isinstance(value, str | bytes) and len(value) > _MAX_DIGITS:
         raise jinja2.TemplateRuntimeError(f"'int' reads at most {_MAX_DIGITS} digits")
-    found = int(do_int(value, default, base))
-    within_bits(found)
-    return found
+    number = int(do_int(value, default, base))
+    within_bits(number)
+    return number
 
 
 def _sum(environment: Any, iterable: Any, attribute: Any = None, start: float = 0) -> Any:

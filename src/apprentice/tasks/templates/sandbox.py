@@ -202,7 +202,7 @@ def compile_template(environment: jinja2.Environment, source: str) -> tuple[node
     """
     try:
         parsed = environment.parse(source)
-        if private := [found.name for found in parsed.find_all(nodes.Filter) if found.name.startswith("_")]:
+        if private := [node.name for node in parsed.find_all(nodes.Filter) if node.name.startswith("_")]:
             raise jinja2.TemplateSyntaxError(f"No filter named {private[0]!r}.", 1)
         code = environment.compile(_Guard(environment).visit(environment.parse(source)))
     except (RecursionError, MemoryError, SyntaxError, ValueError, OverflowError) as error:

@@ -129,16 +129,16 @@ def _publish(part: Path, target: Folder) -> None:
 def find_newest(checkpoints: Folder) -> Checkpoint | None:
     """The newest whole checkpoint, from which a run goes on; None if there is none."""
     for folder in _newest_first(checkpoints):
-        if found := _whole(folder):
-            return found
+        if checkpoint := _whole(folder):
+            return checkpoint
     return None
 
 
 def find_of_step(checkpoints: Folder, step: int) -> Checkpoint | None:
     """The whole checkpoint after `step` steps; None if there is none."""
     for folder in _newest_first(checkpoints):
-        if _age(folder)[0] == step and _is_there(folder / CHECKSUMS) and (found := _whole(folder)):
-            return found
+        if _age(folder)[0] == step and _is_there(folder / CHECKSUMS) and (checkpoint := _whole(folder)):
+            return checkpoint
     return None
 
 
@@ -150,7 +150,7 @@ def find_named(checkpoints: Folder, name: str) -> Checkpoint | None:
 
 def find_awaiting_validation(checkpoints: Folder) -> list[Checkpoint]:
     """The whole checkpoints whose asynchronous validation is not done, oldest first."""
-    return [found for folder in reversed(_newest_first(checkpoints)) if _is_awaited(folder) and (found := _whole(folder))]
+    return [checkpoint for folder in reversed(_newest_first(checkpoints)) if _is_awaited(folder) and (checkpoint := _whole(folder))]
 
 
 def record_validation(checkpoint: Checkpoint, loss: float | None) -> None:

@@ -156,13 +156,13 @@ class RoundWriter:
         """Log-probability of every reply token under `model`, (rows, length); 0 for all other tokens."""
         rows = PackedRows.from_columns(columns)
         targets = TargetLosses(model.eval())
-        found = np.zeros(rows.input_ids.shape, np.float32)
+        log_probabilities = np.zeros(rows.input_ids.shape, np.float32)
         with torch.no_grad():
             for start, batch in zip(self._starts(len(rows)), rows.micro_batches(self._rows_at_once), strict=True):
                 assert isinstance(batch, SupervisedBatch)
                 values = token_log_probabilities(targets, move_batch(batch, self._device)).cpu().numpy()
-                found[start : start + self._rows_at_once, : values.shape[1]] = values
-        return found
+                log_probabilities[start : start + self._rows_at_once, : values.shape[1]] = values
+        return log_probabilities
 
     def _starts(self, rows: int) -> Iterator[int]:
         return iter(range(0, rows, self._rows_at_once))

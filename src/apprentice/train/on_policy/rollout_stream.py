@@ -89,8 +89,8 @@ def wait_for_checkpoint(run: Run, step: int) -> Checkpoint:
     """
     while True:
         passed = checkpoints.find_newest_step(run.checkpoints) > step
-        if (found := checkpoints.find_of_step(run.checkpoints, step)) is not None:
-            return found
+        if (checkpoint := checkpoints.find_of_step(run.checkpoints, step)) is not None:
+            return checkpoint
         if passed:
             raise TrainingError(
                 f"the replies of the round after step {step} are not all written, and the checkpoint of that step, whose model"
