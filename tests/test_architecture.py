@@ -47,11 +47,7 @@ PICTURES = {
 # Participles tell nothing as names of values.
 PARTICIPLES = {"found", "given", "told", "held", "asked", "wanted", "written", "there"}
 FILES_WITH_PARTICIPLES = {"evaluate/report/report_schema.py"}  # `found` is a key of report.json
-# Each name has one meaning, in all rooms. These have two until they are renamed.
-SHARED_CLASS_NAMES: set[str] = set()
-SHARED_MODULE_NAMES = {"compat", "registry"}  # `compat` is meant: one a room
-# Files besides `compat.py` that use what another package keeps to itself.
-FILES_WITH_PRIVATE_API = {"serve/api/request_body.py"}
+SHARED_MODULE_NAMES = {"compat"}  # one a room; every other name has one meaning in all rooms
 OF_NAMED_TUPLES = {"_asdict", "_fields", "_make", "_replace"}
 RIDDLE = re.compile(r"^(What|Who|Whose|Where|When|How|Which|Whether)\b")
 
@@ -131,7 +127,7 @@ def shared_names(names: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
 def test_a_name_has_one_meaning() -> None:
     trees = sources()
     classes = [(node.name, file) for file, tree in trees.items() for node in tree.body if isinstance(node, ast.ClassDef)]
-    assert {name: files for name, files in shared_names(classes).items() if name not in SHARED_CLASS_NAMES} == {}
+    assert shared_names(classes) == {}
     modules = [(Path(file).stem, file) for file in trees if not file.endswith("__init__.py")]
     assert {name: files for name, files in shared_names(modules).items() if name not in SHARED_MODULE_NAMES} == {}
 
@@ -197,7 +193,7 @@ def test_private_api_of_others_is_used_in_compat_alone() -> None:
     own = {name for tree in trees.values() for name in own_private_names(tree) if name.startswith("_")}
     own -= {"_attn_implementation", "_experts_implementation"}  # transformers'
     offenders = {file: uses for file, tree in trees.items() if not file.endswith("compat.py") and (uses := private_api(tree, own))}
-    assert {file: uses for file, uses in offenders.items() if file not in FILES_WITH_PRIVATE_API} == {}
+    assert offenders == {}
 
 
 def test_tests_mirror_the_source() -> None:

@@ -22,7 +22,7 @@ from apprentice.models.loading import count_parameters, load_model, resolve_dtyp
 from apprentice.models.tuning.methods import TUNING_METHODS
 from apprentice.pretrained.hub import local_folder
 from apprentice.train.batch import PackedRows
-from apprentice.train.losses.registry import create_loss
+from apprentice.train.losses.loss_registry import create_loss
 
 LARGEST = 1_500_000_000  # parameters; a larger model would take this process minutes and tens of GiB
 LEAST_EXAMPLES = 5  # of a task in the window; if all of so many are cut, it is not by chance

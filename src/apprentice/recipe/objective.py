@@ -1,6 +1,6 @@
 """Training objectives (sft, dpo, reward, grpo) as plain data, and the recipe's `dpo` and `grpo` blocks.
 
-The loss of each objective is in `apprentice.train.losses.registry`.
+The loss of each objective is in `apprentice.train.losses.loss_registry`.
 """
 
 from __future__ import annotations

@@ -29,8 +29,8 @@ from apprentice.train.engine.collectives import Collectives
 from apprentice.train.engine.deepspeed import DeepSpeedEngine, enable_activation_checkpointing
 from apprentice.train.engine.deepspeed_config import choose_micro_batch, rows_per_worker
 from apprentice.train.loop import LoopCallback, LoopConfig, compute_validation_loss, train_loop
+from apprentice.train.losses.loss_registry import create_loss
 from apprentice.train.losses.objective_loss import ObjectiveLoss
-from apprentice.train.losses.registry import create_loss
 from apprentice.train.memory.batch_size import find_largest_fitting, fits_into_memory
 from apprentice.train.memory.estimate import estimate_memory
 from apprentice.train.memory.measure import OutOfMemoryAdvisor, peak_memory

@@ -23,7 +23,7 @@ from apprentice.train.engine.collectives import Collectives
 from apprentice.train.engine.deepspeed import DeepSpeedEngine
 from apprentice.train.loop import compute_validation_loss
 from apprentice.train.losses import target_losses
-from apprentice.train.losses.registry import create_loss
+from apprentice.train.losses.loss_registry import create_loss
 from apprentice.train.optimizer import make_optimizer
 from tests.train.losses.test_preference import pair_rows
 from tests.train.pair import fresh, state_of

@@ -14,8 +14,8 @@ from apprentice.errors import RecipeError
 from apprentice.models.tuning.methods import TUNING_METHODS, trainable_parameters
 from apprentice.recipe import Training, Tuning
 from apprentice.train.losses import target_losses as losses
+from apprentice.train.losses.loss_registry import create_loss
 from apprentice.train.losses.objective_loss import ObjectiveLoss
-from apprentice.train.losses.registry import create_loss
 from apprentice.train.losses.sft import Seq2SeqLoss, SupervisedLoss
 from tests.models.architectures import CAUSAL, SEQ2SEQ, made
 from tests.train import pairs

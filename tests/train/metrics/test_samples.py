@@ -14,7 +14,7 @@ from apprentice.data.encoding.prompt_format import Layout
 from apprentice.models.tuning.methods import TUNING_METHODS
 from apprentice.pretrained.tokenizer import Tokenizer
 from apprentice.recipe import Training, Tuning
-from apprentice.train.losses.registry import create_loss
+from apprentice.train.losses.loss_registry import create_loss
 from apprentice.train.metrics.samples import MOST_TOKENS, SampleReplies
 from tests.models.architectures import made
 

@@ -35,9 +35,9 @@ class _ValidatedRequest(Request):
     field: Any = None
 
     async def json(self) -> Any:
-        if not hasattr(self, "_json"):
-            self._json = await run_in_thread_if_large(self, _read, await self.body(), self.field)
-        return self._json
+        if not hasattr(self, "_validated"):
+            self._validated = await run_in_thread_if_large(self, _read, await self.body(), self.field)
+        return self._validated
 
 
 class ValidatedRoute(APIRoute):

@@ -25,8 +25,8 @@ from apprentice.train.distributed.resources import has_room_for_validation
 from apprentice.train.engine.collectives import Collectives
 from apprentice.train.engine.deepspeed_config import choose_micro_batch
 from apprentice.train.loop import compute_validation_loss
+from apprentice.train.losses.loss_registry import create_loss
 from apprentice.train.losses.objective_loss import ObjectiveLoss
-from apprentice.train.losses.registry import create_loss
 from apprentice.train.optimizer import number_formats
 
 Score = Callable[[Any], Mapping[str, float]]  # a model → held-out task → score

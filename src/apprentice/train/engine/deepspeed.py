@@ -25,8 +25,8 @@ from apprentice.train.checkpoint.shard_gather import Shard
 from apprentice.train.compat import attention_name
 from apprentice.train.engine import compat
 from apprentice.train.engine.deepspeed_config import deepspeed_config
+from apprentice.train.losses.loss_registry import create_loss
 from apprentice.train.losses.objective_loss import ObjectiveLoss
-from apprentice.train.losses.registry import create_loss
 from apprentice.train.optimizer import make_optimizer, moment_shapes, number_formats
 from apprentice.train.state import StepOutcome
 
