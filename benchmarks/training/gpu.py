@@ -1,9 +1,13 @@
 """Training on one GPU: the share of its peak FLOP/s that our step uses (MFU), the memory it takes, and the speed against TRL.
 
-The model is a Llama shape of about 1.2B parameters with random weights in bfloat16, trained whole and with LoRA on packed rows
-of 4,096 tokens; the peer is TRL's SFTTrainer. Ours is the engine that a run's worker builds, in one process and without Ray.
-Every token but an example's first is predicted. The input embedding, which is a look-up and no product, does not count.
-`--tiny` runs the same with a tiny shape, on a CPU too.
+The model is a Llama shape of about 1.2B parameters with random weights in bfloat16, trained whole and with LoRA, at ZeRO stages 2
+and 3, on packed rows of 4,096 tokens with examples of very different lengths; the peer is TRL's SFTTrainer. Ours is the engine that
+a run's worker builds, in one process and without Ray. Every token but an example's first is predicted.
+
+MFU counts the linear layers alone; the input embedding, which is a look-up and no product, does not count. `mfu_with_attention`
+adds the pairs of tokens that the model uses. What attention really multiplies depends on its implementation, which is named:
+`attention_tflop` has both ends for a step, with masks over whole rows and within the examples. `--tiny` runs the same with a tiny
+shape, on a CPU too.
 """
 
 from __future__ import annotations
@@ -14,7 +18,6 @@ import os
 import pickle
 import sys
 import tempfile
-import time
 import warnings
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
@@ -37,26 +40,17 @@ from apprentice.train.metrics import mfu as flops
 from apprentice.train.worker import build_engine
 from benchmarks.figures import claim_stdout, report
 from benchmarks.training import peer_trainers
+from benchmarks.training.flop_counts import LlamaShape, attention_flops, causal_pairs, example_lengths
+from benchmarks.training.peer_trainers import device_of, time_on
 
 WARM_UP = 2  # first steps, which are not measured
-EXAMPLES = 4  # in a row
-GOAL, TRL_GOAL = 0.5, 1.0
-FIGURES = ("gpu.mfu_full", "gpu.mfu_lora", "gpu.peak_memory_gib", "gpu.vs_trl")
-GIB = 2**30
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Shape of a Llama model."""
-
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-
-
-LARGE, TINY = Shape(2048, 5632, 22, 32, 8), Shape(64, 128, 2, 4, 2)
+MEAN_EXAMPLE = 1 / 8  # of a row
+CASES = {"full": ("full", 2), "full_zero3": ("full", 3), "lora": ("lora", 2), "lora_zero3": ("lora", 3)}  # method, ZeRO stage
+GOALS = {"full": 0.45, "lora": 0.40}
+TRL_GOAL, MEMORY_GOAL = 1.2, 1.0
+FIGURES = (*(f"gpu.mfu_{case}" for case in CASES), "gpu.peak_memory_gib", "gpu.vs_trl", "gpu.memory_vs_trl")
+GIB, TERA = 2**30, 1e12
+LARGE, TINY = LlamaShape(2048, 5632, 22, 32, 8, 0), LlamaShape(64, 128, 2, 4, 2, 0)  # the tokenizer says how many words
 
 
 @dataclass(frozen=True)
@@ -68,34 +62,37 @@ class Measurement:
     peak_memory: int  # bytes
     micro: int  # rows in a micro-batch
     trained: int
+    attention: str  # transformers' name of its implementation
 
 
-def make_model(shape: Shape, tokenizer: str, folder: Path) -> int:
+def make_model(shape: LlamaShape, tokenizer: str, folder: Path) -> LlamaShape:
     """Writes a model of `shape` with random weights, and the tokenizer of the model `tokenizer`, into `folder`.
 
-    Returns the number of parameters of its input embedding.
+    Returns the shape with the tokenizer's number of words.
     """
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    from transformers import AutoTokenizer, LlamaForCausalLM
 
     words = AutoTokenizer.from_pretrained(local_folder(tokenizer))
     words.save_pretrained(folder)
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=len(words), max_position_embeddings=4096, tie_word_embeddings=False, **asdict(shape))
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
-    return len(words) * shape.hidden_size
+    shape = shape._replace(vocab_size=len(words))
+    LlamaForCausalLM(shape.config()).to(torch.bfloat16).save_pretrained(folder)
+    return shape
 
 
-def rows_of(count: int, length: int, vocabulary: int, seed: int) -> PackedRows:
-    """`count` full packed rows of `length` tokens, each of `EXAMPLES` examples of equal length with random token ids."""
-    size = length // EXAMPLES
-    ids = np.random.default_rng(seed).integers(3, vocabulary, (count, size * EXAMPLES)).astype(np.int32)
-    places = np.broadcast_to(np.arange(size * EXAMPLES), ids.shape)
-    counted = (places % size > 0).astype(np.uint8)
-    facts = [RowFacts(0, row, list(range(EXAMPLES)), [0] * EXAMPLES, [size - 1] * EXAMPLES, {}) for row in range(count)]
-    return PackedRows(ids, (places % size).astype(np.int32), (places // size + 1).astype(np.int32), counted, facts)
+def rows_of(lengths: list[list[int]], vocabulary: int, seed: int) -> PackedRows:
+    """Full packed rows with examples of these `lengths`, all rows equally long, and random token ids."""
+    ids = np.random.default_rng(seed).integers(3, vocabulary, (len(lengths), sum(lengths[0]))).astype(np.int32)
+    positions = np.stack([np.concatenate([np.arange(size) for size in row]) for row in lengths]).astype(np.int32)
+    segments = np.stack([np.repeat(np.arange(1, len(row) + 1), row) for row in lengths]).astype(np.int32)
+    facts = [
+        RowFacts(0, number, list(range(len(row))), [0] * len(row), [size - 1 for size in row], {})
+        for number, row in enumerate(lengths)
+    ]
+    return PackedRows(ids, positions, segments, (positions > 0).astype(np.uint8), facts)
 
 
-def recipe_of(arguments: argparse.Namespace, folder: Path, method: str) -> Recipe:
+def recipe_of(arguments: argparse.Namespace, folder: Path, method: str, stage: int) -> Recipe:
     """A recipe for one worker, with one GPU where there is one."""
     return Recipe.model_validate(
         {
@@ -112,6 +109,7 @@ def recipe_of(arguments: argparse.Namespace, folder: Path, method: str) -> Recip
                 "micro_batch": arguments.micro or "auto",
                 "activation_checkpointing": arguments.checkpointing,
                 "optimizer": {"learning_rate": 1e-5},
+                "deepspeed": {"stage": stage},
             },
         }
     )
@@ -128,9 +126,9 @@ def measured(recipe: Recipe, steps: list[PackedRows]) -> Measurement:
 def _process(_: int, folder: str) -> None:
     warnings.simplefilter("ignore")
     recipe, steps = pickle.loads((Path(folder) / "job").read_bytes())
-    on_gpu = recipe.training.resources.gpus > 0
+    device = device_of(recipe)
+    on_gpu = device.type == "cuda"
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
-    device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
     dist.init_process_group("nccl" if on_gpu else "gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
     length = recipe.data.packing.length
     micro = choose_micro_batch(recipe.training, workers=1, length=length, on_gpu=on_gpu)
@@ -143,20 +141,15 @@ def _process(_: int, folder: str) -> None:
     begin = 0.0
     for number, rows in enumerate(steps):
         if number == WARM_UP:
-            begin, tokens, targets = _now(device), 0, 0
+            begin, tokens, targets = time_on(device), 0, 0
         engine.train_step(rows.micro_batches(engine.micro), 1.0 / rows.loss_denominator, recipe.training.optimizer.learning_rate)
         tokens, targets = tokens + rows.tokens, targets + rows.targets
-    seconds = _now(device) - begin
-    measurement = Measurement(targets / seconds, tokens / seconds, peak_memory(device), engine.micro, engine.trained[0])
+    seconds = time_on(device) - begin
+    measurement = Measurement(
+        targets / seconds, tokens / seconds, peak_memory(device), engine.micro, engine.trained[0], engine.attention
+    )
     (Path(folder) / "found").write_text(json.dumps(asdict(measurement)))
     dist.destroy_process_group()
-
-
-def _now(device: torch.device) -> float:
-    """The time in seconds, once the device has finished its queued work."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def utilisation(measurement: Measurement, numbers: int, embedding: int, peak: float) -> float:
@@ -167,36 +160,75 @@ def utilisation(measurement: Measurement, numbers: int, embedding: int, peak: fl
 
 def run(arguments: argparse.Namespace, folder: Path) -> None:
     """Measures and reports everything."""
-    embedding = make_model(TINY if arguments.tiny else LARGE, arguments.tokenizer, folder)
-    numbers = count_parameters(folder)
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    vocabulary = embedding // (TINY if arguments.tiny else LARGE).hidden_size
-    steps = [rows_of(arguments.rows, arguments.length, vocabulary, seed) for seed in range(arguments.steps + WARM_UP)]
-    peak, full = flops.peak_flops(name), None
-    for method in ("full", "lora"):
-        measurement = measured(recipe_of(arguments, folder, method), steps)
-        full = full or measurement
-        facts: dict[str, Any] = {
-            "device": name,
-            "numbers": numbers,
-            "tokens_per_s": round(measurement.tokens_per_s, 1),
-            "peak_memory_gib": round(measurement.peak_memory / GIB, 2),
-            "rows_at_once": measurement.micro,
-            "runs": 1,
-        }
-        if peak is None:
-            report(f"gpu.mfu_{method}", None, why=f"the peak of {name} is not known", **facts)
-        else:
-            report(f"gpu.mfu_{method}", utilisation(measurement, numbers, embedding, peak), unit="ratio", **facts, goal=GOAL)
-    assert full is not None
-    report("gpu.peak_memory_gib", full.peak_memory / GIB, unit="GiB", device=name, runs=1)
-    if find_spec("trl") is None:
-        report("gpu.vs_trl", None, why="trl is not installed here")
+    shape = make_model(TINY if arguments.tiny else LARGE, arguments.tokenizer, folder)
+    lengths = [
+        example_lengths(arguments.rows, arguments.length, int(MEAN_EXAMPLE * arguments.length), seed)
+        for seed in range(arguments.steps + WARM_UP)
+    ]
+    steps = [rows_of(rows, shape.vocab_size, seed) for seed, rows in enumerate(lengths)]
+    measurements = {}
+    for case, (method, stage) in CASES.items():
+        measurements[case] = measured(recipe_of(arguments, folder, method, stage), steps)
+        report_mfu(case, measurements[case], shape, count_parameters(folder), lengths)
+    full = measurements["full"]
+    report("gpu.peak_memory_gib", full.peak_memory / GIB, unit="GiB", device=device_name(), runs=1)
+    report_trl(arguments, folder, steps, full)
+
+
+def device_name() -> str:
+    """Name of the GPU, or `CPU`."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+
+
+def report_mfu(case: str, measurement: Measurement, shape: LlamaShape, numbers: int, lengths: list[list[list[int]]]) -> None:
+    """Reports the MFU of a case; `lengths` are the examples of each step's rows."""
+    peak, tokens = flops.peak_flops(device_name()), sum(size for rows in lengths for row in rows for size in row)
+    causal = attention_flops(shape, sum(map(causal_pairs, lengths)))
+    dense = attention_flops(shape, sum(sum(row) ** 2 for rows in lengths for row in rows))
+    facts: dict[str, Any] = {
+        "device": device_name(),
+        "numbers": numbers,
+        "tokens_per_s": round(measurement.tokens_per_s, 1),
+        "peak_memory_gib": round(measurement.peak_memory / GIB, 2),
+        "rows_at_once": measurement.micro,
+        "examples_a_row": round(sum(len(row) for rows in lengths for row in rows) / sum(map(len, lengths)), 1),
+        "attention": measurement.attention,
+        "attention_tflop": {name: round(value / len(lengths) / TERA, 4) for name, value in (("rows", dense), ("examples", causal))},
+        "runs": 1,
+    }
+    figure = f"gpu.mfu_{case}"
+    if peak is None:
+        report(figure, None, why=f"the peak of {device_name()} is not known", **facts)
         return
-    same = recipe_of(argparse.Namespace(**vars(arguments) | {"micro": full.micro}), folder, "full")
-    peer = peer_trainers.measured("trl", same, steps).tokens_per_s
-    sides: dict[str, Any] = {"ours": round(full.targets_per_s, 1), "peer": {"name": "trl SFTTrainer", "value": round(peer, 1)}}
-    report("gpu.vs_trl", full.targets_per_s / peer, unit="ratio", **sides, device=name, runs=1, goal=TRL_GOAL)
+    mfu = utilisation(measurement, numbers, shape.vocab_size * shape.hidden_size, peak)
+    facts["mfu_with_attention"] = round(mfu + causal / tokens * measurement.tokens_per_s / peak, 4)
+    report(figure, mfu, unit="ratio", **facts, goal=GOALS[case.removesuffix("_zero3")])
+
+
+def report_trl(arguments: argparse.Namespace, folder: Path, steps: list[PackedRows], full: Measurement) -> None:
+    """Reports our speed and memory against TRL's, with as many rows at once as ours or, where they do not fit, half as many."""
+    if find_spec("trl") is None:
+        for figure in FIGURES[-2:]:
+            report(figure, None, why="trl is not installed here")
+        return
+    micro = full.micro
+    while True:
+        recipe = recipe_of(argparse.Namespace(**vars(arguments) | {"micro": micro}), folder, "full", 2)
+        try:
+            peer = peer_trainers.measured("trl", recipe, steps)
+            break
+        except torch.multiprocessing.ProcessRaisedException as error:
+            if "OutOfMemoryError" not in str(error) or micro == 1:
+                raise
+            micro = max(size for size in range(1, micro) if arguments.rows % size == 0)
+    facts: dict[str, Any] = {"rows_at_once": micro, "attention": peer.attention, "liger": peer.has_liger, "packing": "bfd"}
+    value = {"name": "trl SFTTrainer", "value": round(peer.tokens_per_s, 1), **facts}
+    shared: dict[str, Any] = {"unit": "ratio", "device": device_name(), "runs": 1}
+    speed = full.targets_per_s / peer.tokens_per_s
+    report("gpu.vs_trl", speed, **shared, ours=round(full.targets_per_s, 1), peer=value, goal=TRL_GOAL)
+    gib = {"name": "trl SFTTrainer", "value": round(peer.peak_memory / GIB, 2)}
+    memory = full.peak_memory / peer.peak_memory
+    report("gpu.memory_vs_trl", memory, **shared, ours=round(full.peak_memory / GIB, 2), peer=gib, goal=MEMORY_GOAL)
 
 
 def main(words: list[str]) -> None:

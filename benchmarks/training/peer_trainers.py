@@ -2,6 +2,9 @@
 
 Weights, dtype, LoRA, rows of a step, processes and threads are the same. Trainer gets our rows as they are; TRL packs the
 examples itself. Only steady steps count, and only target tokens.
+
+On a GPU, TRL runs as its users run it: packing, bfloat16 products over float32 weights (its default; over bfloat16 weights with
+LoRA), and flash attention and Liger's kernels where these packages are installed.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import tempfile
 import time
 import warnings
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +31,7 @@ from apprentice.models.tuning.methods import TUNING_METHODS
 from apprentice.pretrained.hub import local_folder
 from apprentice.recipe import Recipe
 from apprentice.train.batch import PackedRows
+from apprentice.train.compat import attention_name
 from apprentice.train.engine.deepspeed_config import choose_micro_batch, rows_per_worker
 from apprentice.train.memory.measure import peak_memory
 
@@ -44,10 +49,12 @@ class Job:
 
 
 class Measured(NamedTuple):
-    """Speed in target tokens/s, and the peak resident memory, in bytes, of the process with the most."""
+    """Speed in target tokens/s, and the peak memory, in bytes, of the process with the most: resident, or on its GPU."""
 
     tokens_per_s: float
     peak_memory: int
+    attention: str
+    has_liger: bool
 
 
 def measured(peer: str, recipe: Recipe, steps: list[PackedRows]) -> Measured:
@@ -69,30 +76,45 @@ def _process(rank: int, file: str, workers: int) -> None:
         dist.init_process_group("gloo", init_method=f"file://{job.folder}/store", rank=rank, world_size=workers)
     with contextlib.redirect_stdout(sys.stderr):  # the peers print their metrics, and standard output is for our figures
         trainer = _trl(job, workers) if job.peer == "trl" else _trainer(job, workers)
-        targets, seconds = _run(trainer)
-    total, most = torch.tensor([targets], dtype=torch.float64), torch.tensor([peak_memory(torch.device("cpu"))])
+        targets, seconds = _run(trainer, device_of(job.recipe))
+    total, most = torch.tensor([targets], dtype=torch.float64), torch.tensor([peak_memory(device_of(job.recipe))])
     if workers > 1:
         dist.all_reduce(total)
         dist.all_reduce(most, dist.ReduceOp.MAX)
     if rank == 0:
-        (Path(job.folder) / "measured").write_text(json.dumps([float(total) / seconds, int(most)]))
+        measurement = Measured(float(total) / seconds, int(most), attention_name(trainer.model), trainer.args.use_liger_kernel)
+        (Path(job.folder) / "measured").write_text(json.dumps(measurement))
 
 
-def _run(trainer: Any) -> tuple[int, float]:
+def device_of(recipe: Recipe) -> torch.device:
+    """The device that `recipe` asks for."""
+    return torch.device("cuda", 0) if recipe.training.resources.gpus else torch.device("cpu")
+
+
+def time_on(device: torch.device) -> float:
+    """The time in seconds, once `device` has finished its queued work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _run(trainer: Any, device: torch.device) -> tuple[int, float]:
     """Target tokens of this process, and seconds, over the steps after the warm-up."""
-    counts = {"targets": 0, "begin": 0.0}
+    targets: list[Any] = []  # numbers on the device, which are read after the last step
+    begin: list[float] = []
     inner = trainer.training_step
 
     def training_step(model: Any, inputs: Any, *rest: Any, **more: Any) -> Any:
-        if trainer.state.global_step == WARM_UP and not counts["begin"]:
-            counts["begin"] = time.perf_counter()
+        if trainer.state.global_step == WARM_UP and not begin:
+            begin.append(time_on(device))
         if trainer.state.global_step >= WARM_UP:
-            counts["targets"] += int((inputs["labels"][..., 1:] != -100).sum())
+            targets.append((inputs["labels"][..., 1:] != -100).sum())
         return inner(model, inputs, *rest, **more)
 
     trainer.training_step = training_step
     trainer.train()
-    return int(counts["targets"]), time.perf_counter() - counts["begin"]
+    seconds = time_on(device) - begin[0]
+    return sum(map(int, targets)), seconds
 
 
 def _arguments(job: Job, workers: int) -> dict[str, Any]:
@@ -106,11 +128,12 @@ def _arguments(job: Job, workers: int) -> dict[str, Any]:
         "max_steps": len(job.steps),
         "learning_rate": training.optimizer.learning_rate,
         "max_grad_norm": training.optimizer.clip,
-        "bf16": False,
+        "bf16": on_gpu,
+        "use_liger_kernel": on_gpu and find_spec("liger_kernel") is not None,
         "use_cpu": not on_gpu,
         "ddp_backend": "gloo" if workers > 1 else None,
-        "gradient_checkpointing": False,
-        "dataloader_pin_memory": False,
+        "gradient_checkpointing": training.activation_checkpointing,
+        "dataloader_pin_memory": on_gpu,
         "report_to": [],
         "save_strategy": "no",
         "logging_steps": 10**6,
@@ -119,9 +142,11 @@ def _arguments(job: Job, workers: int) -> dict[str, Any]:
 
 
 def _model(job: Job) -> Any:
-    return load_model(
-        job.recipe.model.base, resolve_dtype(job.recipe.model.dtype, "cuda" if job.recipe.training.resources.gpus else "cpu")
-    )
+    model = job.recipe.model
+    if not job.recipe.training.resources.gpus:
+        return load_model(model.base, resolve_dtype(model.dtype, "cpu"))
+    dtype = torch.float32 if job.recipe.tuning.method == "full" else torch.bfloat16
+    return load_model(model.base, dtype, "flash" if find_spec("flash_attn") is not None else "sdpa")
 
 
 def _trainer(job: Job, workers: int) -> Any:
