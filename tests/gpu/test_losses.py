@@ -34,7 +34,7 @@ from tests.train import pairs
 from tests.train.rows import packed_rows, reply_rows
 
 PACKING_MODELS = [*CAUSAL, "t5"]
-NEAR = {torch.float32: 2e-4, torch.bfloat16: 0.08}  # nats; losses are about 6.2
+NEAR = {torch.float32: 2e-4, torch.bfloat16: 0.05}  # nats; losses are about 6.2
 
 
 def each_loss(model: Any, rows: PackedRows, device: torch.device) -> Tensor:
