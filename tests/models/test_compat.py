@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from apprentice.models.compat import set_implementations
+from apprentice.models.compat import has_hub_kernels, installed_flash_attention, set_implementations
 from tests.models.architectures import made
 
 
@@ -25,3 +27,8 @@ def test_the_name_that_is_set_is_the_loaded_models(tmp_path: Path, attention: st
     model = AutoModelForCausalLM.from_pretrained(tmp_path, config=config)
     assert model.config._attn_implementation == expected
     assert model.model.layers[0].self_attn.config._attn_implementation == expected
+
+
+def test_what_is_installed_for_flash_attention() -> None:
+    assert installed_flash_attention() <= ({2, 3, 4} if torch.cuda.is_available() else set())
+    assert has_hub_kernels() is (importlib.util.find_spec("kernels") is not None)

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from apprentice.errors import ModelError, RecipeError
-from apprentice.models.loading import check_dtype, count_parameters, load_model, resolve_attention, resolve_dtype
+from apprentice.models.loading import check_dtype, count_parameters, load_model, resolve_dtype
 from apprentice.pretrained.architecture import family_of
 from tests.models.architectures import CAUSAL, SEQ2SEQ, made
 
@@ -39,15 +39,6 @@ def test_float16_is_refused_where_it_fails(tmp_path: Path) -> None:
         check_dtype("float16", tmp_path / "bart", on_gpu=False)
     check_dtype("float16", tmp_path / "bart", on_gpu=True)
     check_dtype("bfloat16", tmp_path / "t5", on_gpu=False)
-
-
-def test_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert [resolve_attention(name) for name in ("auto", "sdpa", "eager", "flex")] == [None, "sdpa", "eager", "flex_attention"]
-    with pytest.raises(ModelError, match="flash needs a GPU and the package flash-attn"):
-        resolve_attention("flash", "cuda")
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
-    assert resolve_attention("auto", "cuda") == resolve_attention("flash", "cuda") == "flash_attention_2"
-    assert resolve_attention("auto", "cpu") is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -5,7 +5,15 @@ tests/models/test_compat.py fails where it is gone or means something else.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
+
+from transformers.models.auto import auto_factory
+from transformers.utils import (
+    is_flash_attn_2_available,
+    is_flash_attn_3_available,
+    is_flash_attn_4_available,
+    is_kernels_available,
+)
 
 
 def set_implementations(config: Any, attention: str | None) -> None:
@@ -15,3 +23,36 @@ def set_implementations(config: Any, attention: str | None) -> None:
     `_attn_implementation` of the folder's config.json overrules it.
     """
     config._attn_implementation, config._experts_implementation = attention, None
+
+
+class AttentionSupport(NamedTuple):
+    """What a model class says of its attention: whether flash and flex attention may be used, and whether keywords reach it."""
+
+    flash: bool
+    flex: bool
+    keywords: bool
+
+
+def attention_support(model_class: Any) -> AttentionSupport:
+    """What `model_class` says of its attention (transformers 5.23); nothing for None, a class that the model brings itself."""
+    names = ("_supports_flash_attn", "_supports_flex_attn", "_supports_attention_backend")
+    return AttentionSupport(*(bool(getattr(model_class, name, False)) for name in names))
+
+
+def model_class_of(loader: Any, config: Any) -> Any:
+    """The class that `loader`, one of transformers' `Auto…` classes, makes of `config`; None if it has none (transformers 5.23)."""
+    try:
+        return auto_factory._get_model_class(config, loader._model_mapping)
+    except KeyError:
+        return None
+
+
+def installed_flash_attention() -> frozenset[int]:
+    """Versions of the flash-attention packages that are installed and that transformers would take on this machine's GPU."""
+    checks = {2: is_flash_attn_2_available, 3: is_flash_attn_3_available, 4: is_flash_attn_4_available}
+    return frozenset(version for version, is_available in checks.items() if is_available())
+
+
+def has_hub_kernels() -> bool:
+    """Whether the package `kernels` is installed, with which transformers fetches flash attention from the hub."""
+    return bool(is_kernels_available())

@@ -1,11 +1,10 @@
 """Model loading: base weights or an exported run to a causal, sequence-to-sequence or reward model in memory.
 
-`dtype: auto` is the number format that the hardware multiplies fast; `attention: auto` the fastest implementation that runs here.
+`dtype: auto` is the number format that the hardware multiplies fast; how the attention is chosen is in `attention.py`.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import struct
@@ -25,7 +24,8 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from apprentice.errors import ModelError, RecipeError
-from apprentice.models.compat import set_implementations
+from apprentice.models.attention import PackedCompute, choose_attention
+from apprentice.models.compat import model_class_of, set_implementations
 from apprentice.models.tuning import bottleneck as adapters
 from apprentice.pretrained.architecture import FAMILIES, NO_FLOAT16, check_generates_text, family_of, gives_rewards, model_config
 from apprentice.pretrained.hub import local_folder
@@ -34,7 +34,6 @@ from apprentice.run.identity import ADAPTER
 
 _FAST_BFLOAT16 = ("amx_bf16", "avx512_bf16")  # CPU units that multiply bfloat16, in PyTorch's names
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-_ATTENTION = {"flash": "flash_attention_2", "flex": "flex_attention"}  # recipe's name → transformers' name, where they differ
 REWARD_HEAD = "score"  # name of a reward model's output layer
 
 
@@ -67,20 +66,6 @@ def check_dtype(name: str, folder: Path, *, on_gpu: bool) -> None:
         raise RecipeError("model.dtype float16 is for GPUs, and training.resources.gpus is 0; use auto, bfloat16 or float32.")
 
 
-def resolve_attention(name: str, device: str = "cpu") -> str | None:
-    """transformers' name of the attention implementation `name` on `device`; None leaves the choice to the architecture.
-
-    `auto` is flash attention on a GPU with the package installed, else the architecture's default (sdpa, if it has that). Raises
-    `ModelError` for `flash` where it cannot run.
-    """
-    has_flash = device == "cuda" and importlib.util.find_spec("flash_attn") is not None
-    if name == "flash" and not has_flash:
-        raise ModelError("model.attention flash needs a GPU and the package flash-attn, which are not here; use auto.")
-    if name == "auto":
-        return _ATTENTION["flash"] if has_flash else None
-    return _ATTENTION.get(name, name)
-
-
 def load_model(
     base: str | Path,
     dtype: torch.dtype,
@@ -89,14 +74,16 @@ def load_model(
     four_bit: bool = False,
     head: int | None = None,
     trust: bool = False,
+    packed: PackedCompute | None = None,
 ) -> PreTrainedModel:
     """Loads the model `base` (folder, hub id or packaged model) on the CPU, in evaluation mode.
 
     `apprentice.pretrained.architecture` decides whether it is causal or sequence-to-sequence. An adapter exported beside the
     weights is attached. `four_bit` quantizes the weights to NF4, which needs a GPU. `head` loads a reward model instead; if the
-    folder has none, the output layer is initialised with `head` as seed. Raises `ModelError` if the model cannot be found, is no
-    language model (or cannot give rewards), or lacks weights; and, unless `trust`, if it would read a pickle or run code of the
-    model's own.
+    folder has none, the output layer is initialised with `head` as seed. `packed` says where packed rows will run through it; None
+    means any other purpose, for which `attention` `auto` and `flash` are the architecture's default. Raises `ModelError` if the
+    model cannot be found, is no language model (or cannot give rewards), or lacks weights; and, unless `trust`, if it would read a
+    pickle or run code of the model's own.
     """
     folder = local_folder(str(base), trust=trust)
     check_model_folder(folder, trust=trust)
@@ -105,7 +92,6 @@ def load_model(
         check_generates_text(folder)
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
-    implementation = resolve_attention(attention, "cuda" if torch.cuda.is_available() else "cpu")
     options: dict[str, Any] = {}
     if four_bit:
         options["quantization_config"] = BitsAndBytesConfig(
@@ -116,9 +102,10 @@ def load_model(
     if head is not None:
         loader = AutoModelForSequenceClassification
     try:
-        options["config"] = read_config(folder, implementation, trust=trust)
+        config = options["config"] = read_config(folder, trust=trust)
+        set_implementations(config, choose_attention(attention, packed, config, model_class_of(loader, config)))
         if head is not None:
-            options["config"].num_labels = 1
+            config.num_labels = 1
         with torch.random.fork_rng():
             torch.manual_seed(head or 0)
             model, report = loader.from_pretrained(folder, dtype=dtype, local_files_only=True, output_loading_info=True, **options)

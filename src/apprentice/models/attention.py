@@ -1,0 +1,135 @@
+"""Choice of a model's attention: by device, number format, architecture and purpose, not by which package is installed.
+
+Packed rows (training, log-probabilities, validation) run on a GPU as one flat sequence, through kernels that are told where its
+examples begin; no (length, length) tensor exists. Whatever else is done with a model (export, scoring, writing), and everything on
+CPUs, has the architecture's default. What `auto` tries in turn for packed rows of a causal model on a GPU:
+
+    flash_attention_4, _3    packages made for GPUs of capability 10 and 9
+    varlen                   PyTorch's own (`varlen.py`)
+    flash_attention_2        the package, for dropout and soft caps, which PyTorch's has not
+    flex_attention           for soft caps
+    None                     the architecture's default, with masks
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from apprentice.errors import ModelError
+from apprentice.models import compat
+from apprentice.models.varlen import VARLEN, has_varlen, register_varlen
+from apprentice.pretrained.architecture import mixing_obstacle
+
+FLEX = "flex_attention"
+_NARROW = (torch.bfloat16, torch.float16)  # all that flash kernels multiply
+_OLDEST = (8, 0)  # compute capability from which on they run
+_LARGEST_HEAD = 256
+_LOSE_KEYWORDS = ("nemotron",)  # types whose layers do not hand on what their attention is told; of 121 read in transformers 5.23
+_DROPOUTS = ("attention_dropout", "attn_pdrop")  # names of the dropout of attention weights in configs
+
+
+@dataclass(frozen=True)
+class PackedCompute:
+    """Where packed rows run through a model: type of device, number format, and a GPU's compute capability."""
+
+    device: str
+    dtype: torch.dtype
+    capability: tuple[int, int] = (0, 0)
+
+    @classmethod
+    def on(cls, device: torch.device, dtype: torch.dtype) -> PackedCompute:
+        """That of packed rows on `device` of this machine."""
+        return cls(device.type, dtype, torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0))
+
+
+def choose_attention(word: str, packed: PackedCompute | None, config: Any, model_class: Any) -> str | None:
+    """transformers' name of the attention that the recipe's `word` means; None leaves it to the architecture.
+
+    `packed` is None for any purpose but packed rows. `model_class` is the model's class in transformers, or None if it brings its
+    own. Raises `ModelError` for `flash` where it cannot run.
+    """
+    if word in ("sdpa", "eager"):
+        return word
+    if word == "flex":
+        return FLEX
+    if word == "flash":
+        return None if packed is None else _flash(packed, config, model_class)
+    if packed is None or packed.device != "cuda":
+        return None
+    return _fastest(packed, config, model_class)
+
+
+def is_flat(name: str) -> bool:
+    """Whether the attention `name` takes packed rows as one flat sequence: varlen, flash attention's packages and kernels do."""
+    return name == VARLEN or "flash" in name
+
+
+def _flash(packed: PackedCompute, config: Any, model_class: Any) -> str:
+    """The name that `flash` means for packed rows: the newest package for this GPU, else a kernel that transformers fetches."""
+    installed, has_kernels = compat.installed_flash_attention(), compat.has_hub_kernels()
+    if packed.device != "cuda" or not (installed or has_kernels):
+        raise ModelError("model.attention flash needs a GPU and the package flash-attn, which are not here; use auto.")
+    if not compat.attention_support(model_class).flash or not _fits_flash(packed, config):
+        dtype = str(packed.dtype).removeprefix("torch.")
+        raise ModelError(f"model.attention flash cannot run {config.model_type} in {dtype} on this GPU; use auto.")
+    versions = _packages(packed, config, newest_only=False)
+    for version in versions:
+        if version in installed:
+            return f"flash_attention_{version}"
+    if has_kernels:
+        return f"flash_attention_{versions[0]}"
+    raise ModelError(f"model.attention flash: no installed package does what {config.model_type} needs on this GPU; use auto.")
+
+
+def _fastest(packed: PackedCompute, config: Any, model_class: Any) -> str | None:
+    """The first of the module's list that runs this architecture here."""
+    support, installed = compat.attention_support(model_class), compat.installed_flash_attention()
+    if config.is_encoder_decoder or config.model_type in _LOSE_KEYWORDS or mixing_obstacle(config.to_dict()) is not None:
+        return None
+    if support.flash and support.keywords and _fits_flash(packed, config):
+        for version in _packages(packed, config, newest_only=True):
+            if version in installed:
+                return f"flash_attention_{version}"
+        if has_varlen() and not _soft_cap(config) and not _dropout(config) and _head_size(config) % 8 == 0:
+            register_varlen()
+            return VARLEN
+        if 2 in installed:
+            return "flash_attention_2"
+    return FLEX if support.flex and _soft_cap(config) and not _dropout(config) else None
+
+
+def _packages(packed: PackedCompute, config: Any, *, newest_only: bool) -> list[int]:
+    """Versions of flash attention's packages that do what the model needs on this GPU, the fastest first."""
+    major, needs_old = packed.capability[0], bool(_dropout(config))
+    versions = [] if newest_only else [2]
+    if major == 9 and not needs_old:
+        versions.insert(0, 3)
+    if major >= 10 and not needs_old and not _soft_cap(config) and _head_size(config) <= 128:
+        versions.insert(0, 4)
+    return versions
+
+
+def _fits_flash(packed: PackedCompute, config: Any) -> bool:
+    """Whether the kernels of flash attention run on this GPU, in this number format, with heads as large as the model's."""
+    return packed.dtype in _NARROW and packed.capability >= _OLDEST and _head_size(config) <= _LARGEST_HEAD
+
+
+def _head_size(config: Any) -> int:
+    """Size of the largest head of queries in any layer."""
+    text = config.get_text_config()
+    named = [value for name, value in text.to_dict().items() if name.endswith("head_dim") and isinstance(value, int)]
+    parts = (getattr(text, "qk_nope_head_dim", 0) or 0) + (getattr(text, "qk_rope_head_dim", 0) or 0)
+    return max([*named, parts]) or int(text.hidden_size) // int(text.num_attention_heads)
+
+
+def _soft_cap(config: Any) -> float | None:
+    cap: float | None = getattr(config.get_text_config(), "attn_logit_softcapping", None)
+    return cap
+
+
+def _dropout(config: Any) -> float:
+    text = config.get_text_config()
+    return max(float(getattr(text, name, None) or 0.0) for name in _DROPOUTS)
