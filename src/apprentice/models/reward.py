@@ -22,14 +22,13 @@ def is_reward(model: Any) -> bool:
     return hasattr(model, REWARD_HEAD)
 
 
-def token_rewards(model: nn.Module, input_ids: Tensor, positions: Tensor | None) -> Tensor:
-    """Reward at every token, float32 (rows, length); `input_ids` and `positions` are int64 of the same shape."""
+def token_rewards(model: nn.Module, input_ids: Tensor, **arguments: Any) -> Tensor:
+    """Reward at every token, float32 (rows, length); `input_ids` is int64 of that shape, `arguments` are others of the model."""
     outputs: list[Tensor] = []
     [layer] = [module for name, module in model.named_modules() if name.rsplit(".", 1)[-1] == REWARD_HEAD]
     hook = layer.register_forward_hook(lambda _, __, output: outputs.append(output))
-    inputs: dict[str, Any] = {"input_ids": input_ids} | ({} if positions is None else {"position_ids": positions})
     try:
-        model(**inputs, use_cache=False)
+        model(input_ids=input_ids, **arguments, use_cache=False)
     finally:
         hook.remove()
     return outputs[-1][..., 0].float()
@@ -53,7 +52,7 @@ def choice_rewards(
         for row, place in enumerate(batch):
             ids[row, : len(texts[place])] = torch.tensor(texts[place])
         with torch.no_grad():  # the model is causal, so the padding after a text does not change its reward
-            rewards = token_rewards(model, ids.to(model.device), None).cpu()
+            rewards = token_rewards(model, ids.to(model.device)).cpu()
         for place, value in zip(batch, rewards[torch.arange(len(batch)), lengths - 1].tolist(), strict=True):
             values[place] = value
     in_order = iter(values)

@@ -27,6 +27,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from apprentice.train.sequence_bounds import SequenceBounds
+
 
 class RowFacts(NamedTuple):
     """Bookkeeping of one packed row: its place in the stream and the examples in it."""
@@ -44,12 +46,14 @@ class SupervisedBatch(NamedTuple):
     """Micro-batch of objective `sft` for a causal model; all tensors are (rows, length).
 
     `positions` restart with each example of a row; they are None where each row has just one. `is_target` is boolean, or float32
-    where examples weigh differently: the weight of each target token in the loss, 0 for other tokens.
+    where examples weigh differently: the weight of each target token in the loss, 0 for other tokens. `bounds` are those of the
+    sequences that `positions` tell apart.
     """
 
     input_ids: Tensor
     positions: Tensor | None
     is_target: Tensor
+    bounds: SequenceBounds | None = None
 
 
 class Seq2SeqBatch(NamedTuple):
@@ -79,6 +83,7 @@ class PreferenceBatch(NamedTuple):
     answers: Tensor
     reference: Tensor
     is_target: Tensor
+    bounds: SequenceBounds | None = None
 
 
 class RolloutBatch(NamedTuple):
@@ -96,6 +101,7 @@ class RolloutBatch(NamedTuple):
     advantages: Tensor
     rewards: Tensor
     is_target: Tensor
+    bounds: SequenceBounds | None = None
 
 
 MicroBatch = SupervisedBatch | Seq2SeqBatch | PreferenceBatch | RolloutBatch
@@ -204,8 +210,10 @@ class PackedRows:
         if self.reference_log_probs is not None:
             return self._replies(cut)
         one_example = int(self.segment_ids[rows].max(initial=0)) <= 1
-        positions = None if one_example else _tensor(self.positions[cut])
-        return SupervisedBatch(_tensor(self.input_ids[cut]), positions, self._is_target(cut))
+        if one_example:
+            return SupervisedBatch(_tensor(self.input_ids[cut]), None, self._is_target(cut))
+        positions = self.positions[cut]
+        return SupervisedBatch(_tensor(self.input_ids[cut]), _tensor(positions), self._is_target(cut), SequenceBounds.of(positions))
 
     def _seq2seq(self, cut: tuple[slice, slice]) -> Seq2SeqBatch:
         assert self.target_ids is not None
@@ -230,6 +238,7 @@ class PackedRows:
             answers=self._numbers(cut, reference),
             reference=_concatenate(reference),
             is_target=_tensor(self.loss_mask[cut], np.bool_),
+            bounds=SequenceBounds.of(self.positions[cut]),
         )
 
     def _replies(self, cut: tuple[slice, slice]) -> RolloutBatch:
@@ -247,6 +256,7 @@ class PackedRows:
             advantages=_concatenate(advantages),
             rewards=_concatenate(self.rewards[cut[0]]),
             is_target=_tensor(self.loss_mask[cut], np.bool_),
+            bounds=SequenceBounds.of(self.positions[cut]),
         )
 
     def _numbers(self, cut: tuple[slice, slice], values: list[NDArray[Any]]) -> Tensor:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from apprentice.models.attention import PackedCompute
 from apprentice.models.loading import check_dtype, count_parameters, resolve_dtype
 from apprentice.models.tuning.methods import check_tuning, count_trainable
 from apprentice.pretrained.architecture import family_of
@@ -236,7 +237,7 @@ def build_engine(
     """
     weights = number_formats(recipe.training.optimizer, dtype).weights
     with open_tensors(restored) if restored is not None else nullcontext() as read:
-        model = restore_model(recipe, read, weights)
+        model = restore_model(recipe, read, weights, packed=PackedCompute.on(device, dtype))
         if trial_length is not None:
             micro = find_micro_batch(recipe, model, trial_length, dtype, device, collectives)
         engine = DeepSpeedEngine(model, recipe.training, dtype=dtype, workers=collectives.workers, micro=micro, device=device)

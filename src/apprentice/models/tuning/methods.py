@@ -30,13 +30,15 @@ class TuningMethod:
 
     `wrap(model, tuning, seed)` freezes the base and adds trainable weights. `save_adapter(model, folder, base)` writes the added
     weights and the name of the base model. `merge(model)` returns a plain model with the same outputs; a method without it is
-    exported as base weights with the adapter beside them. `four_bit` quantizes the frozen base to 4 bits.
+    exported as base weights with the adapter beside them. `four_bit` quantizes the frozen base to 4 bits. With `virtual_tokens`
+    trained vectors stand before every row, which therefore holds one example.
     """
 
     wrap: Callable[[PreTrainedModel, Tuning, int], nn.Module]
     merge: Callable[[Any], PreTrainedModel] | None = None
     save_adapter: Callable[[Any, Path, str], None] | None = None
     four_bit: bool = False
+    virtual_tokens: bool = False
 
 
 def _wrap_full(model: PreTrainedModel, tuning: Tuning, seed: int) -> nn.Module:
@@ -120,8 +122,8 @@ TUNING_METHODS: dict[str, TuningMethod] = {
     "full": TuningMethod(_wrap_full, merge=lambda model: model),
     "lora": TuningMethod(_wrap_lora, _merge_lora, _save_peft),
     "qlora": TuningMethod(_wrap_lora, _merge_lora, _save_peft, four_bit=True),
-    "prefix": TuningMethod(_wrap_prefix, save_adapter=_save_peft),
-    "prompt": TuningMethod(_wrap_prompt, save_adapter=_save_peft),
+    "prefix": TuningMethod(_wrap_prefix, save_adapter=_save_peft, virtual_tokens=True),
+    "prompt": TuningMethod(_wrap_prompt, save_adapter=_save_peft, virtual_tokens=True),
     "adapter": TuningMethod(_wrap_adapter, save_adapter=save_adapters),
 }
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from apprentice.models.attention import PackedCompute
 from apprentice.models.loading import load_model
 from apprentice.models.tuning.methods import TUNING_METHODS, load_trainable, trainable_parameters
 from apprentice.recipe import Recipe
@@ -22,17 +23,25 @@ ReadTensor = Callable[[str], Tensor]  # key of a checkpoint → its tensor, floa
 
 
 def restore_model(
-    recipe: Recipe, read: ReadTensor | None, dtype: torch.dtype, *, attention: str | None = None, quantized: bool = True
+    recipe: Recipe,
+    read: ReadTensor | None,
+    dtype: torch.dtype,
+    *,
+    attention: str | None = None,
+    quantized: bool = True,
+    packed: PackedCompute | None = None,
 ) -> Any:
     """The model of `recipe` on the CPU in `dtype`, with the trained weights from `read`; without `read` as training begins.
 
-    `attention` replaces the recipe's. `quantized` says whether a method that trains over a 4-bit base gets one. Raises `ModelError`
-    if the weights do not belong to this model.
+    `attention` replaces the recipe's. `quantized` says whether a method that trains over a 4-bit base gets one. `packed` says where
+    packed rows will run through it, None that it is for other work. Raises `ModelError` if the weights do not belong to this model.
     """
     method = TUNING_METHODS[recipe.tuning.method]
     four_bit = quantized and method.four_bit
     attention = attention or recipe.model.attention
-    base = load_model(recipe.model.base, dtype, attention, four_bit=four_bit, head=recipe.head, trust=recipe.model.trust)
+    settings: dict[str, Any] = {"four_bit": four_bit, "head": recipe.head, "trust": recipe.model.trust}
+    packed = None if method.virtual_tokens else packed  # keys that no query belongs to: masks only
+    base = load_model(recipe.model.base, dtype, attention, **settings, packed=packed)
     model = method.wrap(base, recipe.tuning, recipe.seed)
     if read is not None:
         load_trainable(model, {name: read(f"{WEIGHT}/{name}") for name in trainable_parameters(model)})

@@ -28,6 +28,7 @@ from apprentice.train.loop import compute_validation_loss
 from apprentice.train.losses.loss_registry import create_loss
 from apprentice.train.losses.objective_loss import ObjectiveLoss
 from apprentice.train.optimizer import number_formats
+from apprentice.train.packed_attention import packed_attention
 
 Score = Callable[[Any], Mapping[str, float]]  # a model → held-out task → score
 
@@ -73,7 +74,8 @@ class CheckpointValidator:
         formats = number_formats(self.recipe.training.optimizer, resolve_dtype(checkpoint.facts["dtype"]))
         with open_tensors(checkpoint) as read:
             model = restore_model(self.recipe, read, formats.weights).eval().to(device)
-        loss = self._loss(model, formats.autocast, device)
+        with packed_attention(model, self.recipe.model.attention, device, formats.autocast or formats.weights):
+            loss = self._loss(model, formats.autocast, device)
         if loss is not None:
             report({"validation_loss": loss})
         if self.score is not None:

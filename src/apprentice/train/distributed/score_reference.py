@@ -18,6 +18,7 @@ import torch
 from apprentice.data.corpus import Corpus
 from apprentice.data.reference import ReferenceLogProbs
 from apprentice.data.window import WindowRenderer
+from apprentice.models.attention import PackedCompute
 from apprentice.models.loading import load_model, resolve_dtype
 from apprentice.models.tuning.methods import TUNING_METHODS
 from apprentice.recipe import Recipe
@@ -96,7 +97,9 @@ class _ReferenceActor:
         four_bit = recipe.training.dpo.reference is None and TUNING_METHODS[recipe.tuning.method].four_bit
         base = recipe.training.dpo.reference or recipe.model.base
         dtype = resolve_dtype(recipe.model.dtype, self._device.type)
-        model: Any = load_model(base, dtype, recipe.model.attention, four_bit=four_bit, trust=recipe.model.trust)
+        settings: dict[str, Any] = {"four_bit": four_bit, "trust": recipe.model.trust}
+        packed = PackedCompute.on(self._device, dtype)
+        model: Any = load_model(base, dtype, recipe.model.attention, **settings, packed=packed)
         self._targets = TargetLosses(model.to(self._device).eval())
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:

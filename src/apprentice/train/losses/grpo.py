@@ -34,7 +34,7 @@ class PolicyLoss(ObjectiveLoss):
         Sets `figures` to sums over the replies: `reward`, `reply_tokens` (number of tokens), `kl` (divergence from the reference,
         mean over a reply's tokens) and `clipped` (share of its tokens).
         """
-        own = -self.targets.causal(batch.input_ids, batch.positions, batch.is_target, "none")
+        own = -self.targets.causal(batch.input_ids, batch.positions, batch.is_target, "none", batch.bounds)
         tables = (batch.replies, batch.policy_log_probs, batch.reference_log_probs)
         owners, before, reference = (table[:, 1:][batch.is_target[:, 1:]] for table in tables)
         lengths = torch.zeros_like(batch.advantages).index_add(0, owners, torch.ones_like(own))
@@ -57,7 +57,8 @@ def token_log_probabilities(targets: TargetLosses, batch: SupervisedBatch) -> Te
     Float32 (rows, length), 0 for all other tokens.
     """
     log_probs = torch.zeros(batch.is_target.shape, dtype=torch.float32, device=batch.is_target.device)
-    log_probs[:, 1:][batch.is_target[:, 1:]] = -targets.causal(*batch, "none")
+    ids, positions, is_target, bounds = batch
+    log_probs[:, 1:][is_target[:, 1:]] = -targets.causal(ids, positions, is_target, "none", bounds)
     return log_probs
 
 

@@ -50,9 +50,9 @@ class RewardLoss(ObjectiveLoss):
         places = torch.arange(batch.answers.numel(), device=batch.answers.device).view_as(batch.answers)
         last = torch.zeros_like(batch.reference, dtype=torch.long)  # flat place of each answer's last target
         last = last.scatter_reduce(0, batch.answers[batch.is_target], places[batch.is_target], "amax")
-        input_ids, positions = self.targets.flattened(batch.input_ids, batch.positions)
+        arguments = self.targets.model_arguments(batch.input_ids, batch.positions, batch.bounds)
         with self.targets.casting():
-            of_tokens = token_rewards(self.model, input_ids, positions)
+            of_tokens = token_rewards(self.model, **arguments)
         rewards = of_tokens.reshape(-1)[last].view(-1, 2)
         self.figures = _sums(rewards)
         return -F.logsigmoid(rewards[:, 0] - rewards[:, 1]).sum()
@@ -60,7 +60,7 @@ class RewardLoss(ObjectiveLoss):
 
 def answer_log_probabilities(targets: TargetLosses, batch: PreferenceBatch) -> Tensor:
     """Log-probability of every answer, summed over its target tokens; shape (answers,)."""
-    losses = targets.causal(batch.input_ids, batch.positions, batch.is_target, "none")
+    losses = targets.causal(batch.input_ids, batch.positions, batch.is_target, "none", batch.bounds)
     owners = batch.answers[:, 1:][batch.is_target[:, 1:]]
     return torch.zeros_like(batch.reference).index_add(0, owners, -losses)
 

@@ -15,10 +15,10 @@ class SupervisedLoss(ObjectiveLoss):
 
     def forward(self, batch: SupervisedBatch) -> Tensor:
         """Loss of `batch`. Raises `RecipeError` if its rows hold several examples with prefix or prompt tuning."""
-        ids, positions, is_target = batch
+        ids, positions, is_target, bounds = batch
         if is_target.dtype == torch.bool:
-            return self.targets.causal(ids, positions, is_target, "sum")
-        losses = self.targets.causal(ids, positions, is_target > 0, "none")
+            return self.targets.causal(ids, positions, is_target, "sum", bounds)
+        losses = self.targets.causal(ids, positions, is_target > 0, "none", bounds)
         return (losses * _weights(is_target[:, 1:])).sum()
 
     def target_log_probabilities(self, prompt: Tensor, reply: Tensor, is_target: Tensor) -> Tensor:

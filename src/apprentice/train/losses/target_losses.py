@@ -1,7 +1,8 @@
 """Negative log-likelihoods of target tokens: what the losses of all objectives but `reward` are made of.
 
 Examples packed into a row do not see each other: in causal models because positions restart, from which transformers builds the
-attention mask; in encoder-decoders because of masks that are made here from the segment ids.
+attention mask, or, where the attention takes all rows as one flat sequence (`apprentice.models.attention`), because of the bounds
+that it is given; in encoder-decoders because of masks that are made here from the segment ids.
 
 The output layer runs only at places whose next token is a target, usually a small part of a row, and on at most `CHUNK_NUMBERS`
 logits at once (`chunked_cross_entropy.py`). The losses are the same, without the (rows, length, vocabulary) tensor.
@@ -18,9 +19,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from apprentice.errors import RecipeError
+from apprentice.models.attention import is_flat
 from apprentice.train.batch import Seq2SeqBatch
 from apprentice.train.compat import attention_name
 from apprentice.train.losses.chunked_cross_entropy import Reduction, at_places, chunked_cross_entropy
+from apprentice.train.sequence_bounds import SequenceBounds
 
 CHUNK_NUMBERS = 2**26  # logits computed at once: 256 MiB in float32
 
@@ -39,12 +42,20 @@ class TargetLosses:
         self._probed = False  # which the first pass shows
         configs = getattr(model, "peft_config", {}).values()
         self._has_virtual_tokens = any(config.is_prompt_learning for config in configs)
-        self._is_flash = attention_name(model).startswith("flash")
+        self._is_flash = is_flat(attention_name(model))
 
-    def causal(self, input_ids: Tensor, positions: Tensor | None, is_target: Tensor, reduction: Reduction) -> Tensor:
-        """Losses of a causal model's targets; all arguments have shape (rows, length), `is_target` is boolean.
+    def causal(
+        self,
+        input_ids: Tensor,
+        positions: Tensor | None,
+        is_target: Tensor,
+        reduction: Reduction,
+        bounds: SequenceBounds | None = None,
+    ) -> Tensor:
+        """Losses of a causal model's targets; all tensors have shape (rows, length), `is_target` is boolean.
 
-        Without `positions` every row holds one example. Raises `RecipeError` if there are some with prefix or prompt tuning.
+        Without `positions` every row holds one example; `bounds` are those that `positions` show, if they are known. Raises
+        `RecipeError` if there are some with prefix or prompt tuning.
         """
         if self._has_virtual_tokens and positions is not None:
             raise RecipeError(
@@ -54,9 +65,9 @@ class TargetLosses:
         places = torch.zeros_like(is_target)
         places[:, :-1] = is_target[:, 1:]  # the place before a target token predicts it
         labels = input_ids[:, 1:][is_target[:, 1:]]
-        input_ids, positions = self.flattened(input_ids, positions)
-        arguments: dict[str, Any] = {"input_ids": input_ids} | ({} if positions is None else {"position_ids": positions})
-        return self._losses(lambda: self.logits(**arguments), places.reshape(input_ids.shape), labels, reduction)
+        arguments = self.model_arguments(input_ids, positions, bounds)
+        places = places.reshape(arguments["input_ids"].shape)
+        return self._losses(lambda: self.logits(**arguments), places, labels, reduction)
 
     def seq2seq(self, batch: Seq2SeqBatch, reduction: Reduction) -> Tensor:
         """Losses of an encoder-decoder's targets; `batch.is_target` is boolean."""
@@ -81,7 +92,7 @@ class TargetLosses:
     def logits_after(self, prompt: Tensor, reply: Tensor) -> Tensor:
         """Logits (1, tokens, vocabulary) for `prompt` and the `reply` so far, both (1, tokens); the last are the next token's."""
         if not getattr(self._model.config, "is_encoder_decoder", False):
-            return self.logits(input_ids=torch.cat([prompt, reply], dim=1))
+            return self.logits(**self.model_arguments(torch.cat([prompt, reply], dim=1), None, None))
         start = torch.full_like(prompt[:, :1], self._model.config.decoder_start_token_id)
         return self.logits(input_ids=prompt, decoder_input_ids=torch.cat([start, reply], dim=1))
 
@@ -91,11 +102,17 @@ class TargetLosses:
             return nullcontext()
         return torch.autocast(next(self._model.parameters()).device.type, dtype=self._compute)
 
-    def flattened(self, input_ids: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """All rows as one, for flash attention, which recognises restarting positions only in a batch of one row."""
-        if not self._is_flash or positions is None:
-            return input_ids, positions
-        return input_ids.reshape(1, -1), positions.reshape(1, -1)
+    def model_arguments(self, input_ids: Tensor, positions: Tensor | None, bounds: SequenceBounds | None) -> dict[str, Any]:
+        """Arguments of the model for rows (rows, length): as they are, or as one, with `bounds`, for attention that needs that.
+
+        Without `positions` a row is one sequence. Without `bounds` they are read from `positions`, for which the host waits.
+        """
+        if not self._is_flash:
+            return {"input_ids": input_ids} | ({} if positions is None else {"position_ids": positions})
+        if positions is None:
+            return {"input_ids": input_ids} | SequenceBounds.of_rows(*input_ids.shape, input_ids.device).keywords()
+        bounds = bounds or SequenceBounds.of(positions.cpu().numpy()).to(positions.device)
+        return {"input_ids": input_ids.reshape(1, -1), "position_ids": positions.reshape(1, -1)} | bounds.keywords()
 
     def _packed_call(self, batch: Seq2SeqBatch, decoder_ids: Tensor) -> Callable[[], Tensor]:
         """A call of an encoder-decoder in which no example of a row sees another one."""

@@ -32,6 +32,7 @@ from apprentice.train.checkpoint.restore import ReadTensor, restore_model
 from apprentice.train.engine.deepspeed_config import CPU_MICRO_TOKENS, GPU_MICRO_TOKENS
 from apprentice.train.losses.grpo import advantages, token_log_probabilities
 from apprentice.train.losses.target_losses import TargetLosses
+from apprentice.train.packed_attention import packed_attention
 
 AT_ONCE = 64  # slots of the scheduler: replies generated at the same time
 
@@ -155,9 +156,9 @@ class RoundWriter:
     def _log_probabilities(self, model: Any, columns: Rows) -> NDArray[np.float32]:
         """Log-probability of every reply token under `model`, (rows, length); 0 for all other tokens."""
         rows = PackedRows.from_columns(columns)
-        targets = TargetLosses(model.eval())
         log_probabilities = np.zeros(rows.input_ids.shape, np.float32)
-        with torch.no_grad():
+        with torch.no_grad(), packed_attention(model, self._corpus.recipe.model.attention, self._device, self._dtype):
+            targets = TargetLosses(model.eval())
             for start, batch in zip(self._starts(len(rows)), rows.micro_batches(self._rows_at_once), strict=True):
                 assert isinstance(batch, SupervisedBatch)
                 values = token_log_probabilities(targets, move_batch(batch, self._device)).cpu().numpy()

@@ -1,0 +1,42 @@
+"""Bounds of sequences, made on the host."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from apprentice.train.batch import PreferenceBatch, RolloutBatch, SupervisedBatch, move_batch
+from apprentice.train.sequence_bounds import SequenceBounds
+from tests.train.losses.test_preference import pair_rows
+from tests.train.rows import packed_rows, reply_rows
+
+
+def test_bounds() -> None:
+    bounds = SequenceBounds.of(np.array([[0, 1, 2, 0], [0, 1, 0, 1]]))
+    assert (bounds.starts.tolist(), bounds.longest) == ([0, 3, 4, 6, 8], 3)
+    assert bounds.starts.dtype == torch.int32
+    assert bounds.keywords() == {
+        "cu_seq_lens_q": bounds.starts,
+        "cu_seq_lens_k": bounds.starts,
+        "max_length_q": 3,
+        "max_length_k": 3,
+    }
+
+
+def test_rows_of_one_sequence() -> None:
+    bounds = SequenceBounds.of_rows(3, 5, torch.device("cpu"))
+    assert (bounds.starts.tolist(), bounds.longest) == ([0, 5, 10, 15], 5)
+    assert bounds.starts.dtype == torch.int32
+
+
+def test_every_batch_of_packed_rows_brings_them() -> None:
+    for rows, kind in ((packed_rows(2), SupervisedBatch), (pair_rows(2), PreferenceBatch), (reply_rows(2), RolloutBatch)):
+        [batch] = rows.micro_batches(2)
+        assert isinstance(batch, kind)
+        assert batch.bounds is not None
+        assert batch.positions is not None
+        expected = SequenceBounds.of(batch.positions.numpy())
+        assert (batch.bounds.starts.tolist(), batch.bounds.longest) == (expected.starts.tolist(), expected.longest)
+        moved = move_batch(batch, torch.device("meta"))
+        assert moved.bounds is not None
+        assert (moved.bounds.device.type, moved.bounds.longest) == ("meta", expected.longest)
