@@ -26,6 +26,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
+from apprentice.models.attention import PackedCompute
 from apprentice.models.loading import load_model, resolve_dtype
 from apprentice.models.tuning.methods import TUNING_METHODS
 from apprentice.pretrained.hub import local_folder
@@ -146,7 +147,8 @@ def _model(job: Job) -> Any:
     if not job.recipe.training.resources.gpus:
         return load_model(model.base, resolve_dtype(model.dtype, "cpu"))
     dtype = torch.float32 if job.recipe.tuning.method == "full" else torch.bfloat16
-    return load_model(model.base, dtype, "flash" if find_spec("flash_attn") is not None else "sdpa")
+    packed = PackedCompute.on(torch.device("cuda"), torch.bfloat16)
+    return load_model(model.base, dtype, "flash" if find_spec("flash_attn") is not None else "sdpa", packed=packed)
 
 
 def _trainer(job: Job, workers: int) -> Any:

@@ -17,6 +17,7 @@ import transformers as hf
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from apprentice.models.attention import PackedCompute
 from apprentice.models.loading import load_model
 from apprentice.train.batch import MicroBatch, PackedRows, move_batch
 
@@ -49,7 +50,7 @@ def llama(*, layers: int = 2, hidden: int = 64, inner: int = 96, vocabulary: int
 def loaded(model: Any, folder: Path, dtype: torch.dtype, device: torch.device, attention: str = "auto") -> Any:
     """`model` as a run loads it: written into `folder`, read with the recipe's word for attention, moved to `device`."""
     model.save_pretrained(folder)
-    return load_model(folder, dtype, attention).to(device)
+    return load_model(folder, dtype, attention, packed=PackedCompute.on(device, dtype)).to(device)
 
 
 def only_batch(rows: PackedRows, device: torch.device) -> Any:

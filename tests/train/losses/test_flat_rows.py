@@ -16,7 +16,7 @@ from transformers import AutoModelForSequenceClassification
 from apprentice.models import varlen
 from apprentice.recipe import Training
 from apprentice.train.batch import PackedRows
-from apprentice.train.losses.registry import create_loss
+from apprentice.train.losses.loss_registry import create_loss
 from apprentice.train.losses.target_losses import TargetLosses
 from apprentice.train.sequence_bounds import SequenceBounds
 from tests.models.architectures import CAUSAL, made
