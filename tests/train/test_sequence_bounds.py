@@ -24,7 +24,7 @@ def test_bounds() -> None:
 
 
 def test_rows_of_one_sequence() -> None:
-    bounds = SequenceBounds.of_rows(3, 5, torch.device("cpu"))
+    bounds = SequenceBounds.of_rows(torch.zeros(3, 5, dtype=torch.long))
     assert (bounds.starts.tolist(), bounds.longest) == ([0, 5, 10, 15], 5)
     assert bounds.starts.dtype == torch.int32
 

@@ -71,8 +71,8 @@ def varlen_attention(
         raise ModelError(f"{type(module).__name__} is not told where the examples of a row begin; set model.attention to sdpa.")
     rows, _, length, _ = query.shape
     dtype = _common_dtype(query, value)
-    flat = (states.transpose(1, 2).flatten(0, 1).to(dtype) for states in (query, key, value))
-    out = _attend(*flat, cu_seq_lens_q, max_length_q, scaling, sliding_window)
+    query, key, value = (states.transpose(1, 2).flatten(0, 1).to(dtype) for states in (query, key, value))
+    out = _attend(query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window)
     return out.unflatten(0, (rows, length)), None
 
 

@@ -32,9 +32,10 @@ class SequenceBounds:
         return cls(torch.from_numpy(starts), int(np.diff(starts).max()))
 
     @classmethod
-    def of_rows(cls, rows: int, length: int, device: torch.device) -> SequenceBounds:
-        """Those of `rows` rows of `length` tokens that hold one sequence each."""
-        return cls(torch.arange(0, rows * length + 1, length, dtype=torch.int32, device=device), length)
+    def of_rows(cls, input_ids: Tensor) -> SequenceBounds:
+        """Those of rows (rows, length) that hold one sequence each."""
+        rows, length = input_ids.shape
+        return cls(torch.arange(0, rows * length + 1, length, dtype=torch.int32, device=input_ids.device), length)
 
     @property
     def device(self) -> torch.device:

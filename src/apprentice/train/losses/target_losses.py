@@ -110,7 +110,7 @@ class TargetLosses:
         if not self._is_flash:
             return {"input_ids": input_ids} | ({} if positions is None else {"position_ids": positions})
         if positions is None:
-            return {"input_ids": input_ids} | SequenceBounds.of_rows(*input_ids.shape, input_ids.device).keywords()
+            return {"input_ids": input_ids} | SequenceBounds.of_rows(input_ids).keywords()
         bounds = bounds or SequenceBounds.of(positions.cpu().numpy()).to(positions.device)
         return {"input_ids": input_ids.reshape(1, -1), "position_ids": positions.reshape(1, -1)} | bounds.keywords()
 
