@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file
 
@@ -112,3 +113,25 @@ def test_a_pickle_of_the_hub_is_read_if_it_is_trusted(hub_with: Any, tiny_model:
     folder = hub.local_folder("org/pickled", trust=True)
     (folder / "pytorch_model.bin").unlink()
     assert (hub.local_folder(str(folder), trust=True) / "pytorch_model.bin").is_file()
+
+
+def test_of_a_hub_model_the_config_alone_can_be_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, str]] = []
+
+    def hf_hub_download(base: str, file: str, *, local_dir: Path) -> str:
+        asked.append((base, file))
+        if base == "org/none":
+            raise LocalEntryNotFoundError("no network")
+        local_dir.mkdir(parents=True)
+        (local_dir / file).write_bytes(b"{}")
+        return str(local_dir / file)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", hf_hub_download)
+    monkeypatch.setattr(hub, "user_cache", lambda: tmp_path / "cache")
+    folder = hub.config_folder("org/big-70b")
+    assert [file.name for file in folder.iterdir()] == ["config.json"]
+    assert hub.config_folder(str(folder)) == folder
+    assert asked == [("org/big-70b", "config.json")]
+    assert hub.describe_download("org/big-70b") is not None  # the weights are still to be fetched
+    with pytest.raises(ModelError, match=r"the config\.json of model 'org/none' cannot be fetched from the hub"):
+        hub.config_folder("org/none")

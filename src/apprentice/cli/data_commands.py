@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from apprentice.cli.options import Json, Overrides, RecipeFile, Restart, Storage, Trust, cell, read_recipe, screen_for, task_table
+from apprentice.console import Screen
 
 
 def init(
@@ -43,17 +44,41 @@ def init(
     )
 
 
-def check(recipe: RecipeFile, overrides: Overrides = None, trust: Trust = False, json: Json = False) -> None:
-    """Check everything that can be known before a GPU is reserved; exit code 1 if the recipe is not ready."""
+def check(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    hardware: Annotated[
+        str | None,
+        typer.Option(
+            help="Estimate instead whether and how fast it would train on these GPUs: 8xH100-80GB, or nodes too, 4x8xH100-80GB."
+            " Needs no Ray, no GPU and of the model only config.json."
+        ),
+    ] = None,
+    trust: Trust = False,
+    json: Json = False,
+) -> None:
+    """Check everything that can be known before a GPU is reserved; exit code 1 if the recipe is not ready, or would not fit."""
     from apprentice import pipeline
 
     screen = screen_for(json)
+    if hardware is not None:
+        _check_hardware(pipeline.estimate_on_hardware(read_recipe(recipe, overrides, trust=trust), hardware), screen)
+        return
     findings = pipeline.check_recipe(read_recipe(recipe, overrides, trust=trust))
     for finding in findings:
         screen.say(f"{'ok ' if finding.ok else 'NO '} {finding.subject:<10} {finding.message}")
     ready = all(finding.ok for finding in findings)
     screen.result({"ready": ready, "findings": [finding.as_dict() for finding in findings]}, "ready" if ready else "not ready")
     if not ready:
+        raise typer.Exit(1)
+
+
+def _check_hardware(report: Any, screen: Screen) -> None:
+    for mark, subject, sentence in report.lines():
+        screen.say(f"{mark:<3} {subject:<10} {sentence}")
+    fits = report.estimate.fits
+    screen.result(report.as_dict(), "fits" if fits else "does not fit")
+    if not fits:
         raise typer.Exit(1)
 
 

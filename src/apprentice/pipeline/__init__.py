@@ -19,7 +19,15 @@ from apprentice.pipeline.evaluate import (
 from apprentice.pipeline.export import export_run
 from apprentice.pipeline.init import TableDescription, create_project
 from apprentice.pipeline.predict import predict_file
-from apprentice.pipeline.prepare import Progress, check_recipe, prepare_run, preview_examples, preview_html, trace_examples
+from apprentice.pipeline.prepare import (
+    Progress,
+    check_recipe,
+    estimate_on_hardware,
+    prepare_run,
+    preview_examples,
+    preview_html,
+    trace_examples,
+)
 from apprentice.pipeline.serve import ask_endpoint, run_endpoint, wait_for_stop
 from apprentice.pipeline.train import format_loss, list_runs, stopped_sentence, train_run, training_sentence
 
@@ -34,6 +42,7 @@ __all__ = [
     "check_recipe",
     "compare_runs",
     "create_project",
+    "estimate_on_hardware",
     "evaluate_model",
     "evaluate_run",
     "evaluate_target",

@@ -66,6 +66,13 @@ def check_recipe(recipe: Recipe) -> list[check.Finding]:
     return check.check(recipe, ray_session)
 
 
+def estimate_on_hardware(recipe: Recipe, hardware: str) -> Any:
+    """The estimate of a recipe on hardware that is not here (`apprentice.preflight.hardware.hardware_report`)."""
+    from apprentice.preflight.hardware.hardware_report import report_on_hardware  # imports PyTorch
+
+    return report_on_hardware(recipe, hardware)
+
+
 def preview_examples(recipe: Recipe, number: int) -> list[Any]:
     """The first `number` examples of the sampling plan, as the model will see them (`apprentice.data.inspect.preview`)."""
     from apprentice.data.inspect import preview as view

@@ -111,6 +111,25 @@ def local_folder(base: str, *, trust: bool = False) -> Path:
     return _fetch_from_hub(base, trust=trust)
 
 
+def config_folder(base: str) -> Path:
+    """A local folder with the config.json of `base`; of a hub model nothing else is fetched. Raises `ModelError`."""
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    if base in PACKAGED_MODELS or is_uri(base) or base.startswith((RUN, ".", "/", "~")) or Path(base).is_dir():
+        return local_folder(base)
+    try:
+        if isinstance(cached := try_to_load_from_cache(base, "config.json"), str):
+            return Path(cached).parent
+        # Not into the hub client's cache, where a config.json means that the weights are there too.
+        return Path(hf_hub_download(base, "config.json", local_dir=user_cache() / "configs" / quote(base, safe=""))).parent
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise ModelError(
+            f"the config.json of model {base!r} cannot be fetched from the hub ({error.__class__.__name__}); check the name, the"
+            " network and HF_TOKEN, or give a local folder with it."
+        ) from error
+
+
 def is_from_hub(folder: Path) -> bool:
     """Whether `folder` is a snapshot in the hub client's cache."""
     return _SNAPSHOT.fullmatch(str(folder)) is not None

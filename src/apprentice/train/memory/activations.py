@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 from unittest.mock import patch
 
@@ -31,14 +32,52 @@ _log = logging.getLogger(__name__)
 WORKING_TENSORS = 4  # temporary tensors of a backward pass, each as large as the largest saved one
 
 
+@dataclass(frozen=True)
+class SavedTensors:
+    """Tensors but logits that a forward pass of `tokens` tokens saves: bytes of all and of the largest, and the model's sizes."""
+
+    tokens: int
+    saved: float
+    largest: float
+    layers: int
+    hidden_size: int
+    vocabulary: int
+    itemsize: int
+
+    def times(self, rows: int) -> SavedTensors:
+        """The same for a micro-batch of `rows` times as many rows."""
+        return replace(self, tokens=rows * self.tokens, saved=rows * self.saved, largest=rows * self.largest)
+
+    def peak_bytes(self, *, checkpointing: bool, targets: int | None = None) -> float:
+        """Peak bytes of activations. With checkpointing these are the inputs of all layers and the inside of one."""
+        saved = self.saved
+        if checkpointing:
+            saved = self.layers * self.tokens * self.hidden_size * self.itemsize + saved / self.layers
+        at_once = max(1, CHUNK_NUMBERS // self.vocabulary)
+        logits = min(self.tokens if targets is None else targets, at_once) * self.vocabulary
+        return saved + max(float(logits) * LOGIT_BYTES, WORKING_TENSORS * self.largest)
+
+
 def estimate_activations(recipe: Recipe, dtype: torch.dtype, rows: int, length: int, targets: int | None = None) -> float | None:
     """Peak bytes for a micro-batch of `rows` packed rows of `length` tokens, `targets` of them target tokens (None: all).
 
-    With activation checkpointing these are the inputs of all layers and the inside of one. None for an architecture that cannot run
-    on the meta device.
+    None for an architecture that cannot run on the meta device.
+    """
+    tensors = measure_saved_tensors(recipe, dtype, rows, length)
+    if tensors is None:
+        return None
+    return tensors.peak_bytes(checkpointing=recipe.training.activation_checkpointing, targets=targets)
+
+
+def measure_saved_tensors(
+    recipe: Recipe, dtype: torch.dtype, rows: int, length: int, *, has_mask: bool = True
+) -> SavedTensors | None:
+    """What a forward pass of `rows` packed rows of `length` tokens saves; None if the architecture cannot run on the meta device.
+
+    `has_mask` says whether attention of a causal model gets a (length, length) mask, or knows where examples begin without one.
     """
     try:
-        saved, largest, config = _saved_by_forward(recipe, dtype, rows, length)
+        saved, largest, config = _saved_by_forward(recipe, dtype, rows, length, has_mask)
     except (NotImplementedError, RuntimeError, ValueError):
         return None
     except (TypeError, AttributeError):  # a defect here or in the model's code, which must not end a run
@@ -46,13 +85,10 @@ def estimate_activations(recipe: Recipe, dtype: torch.dtype, rows: int, length: 
         return None
     text = config.get_text_config()
     layers, vocabulary = max(1, int(text.num_hidden_layers)), int(text.vocab_size)
-    if recipe.training.activation_checkpointing:
-        saved = layers * rows * length * int(text.hidden_size) * dtype.itemsize + saved / layers
-    logits = min(rows * length if targets is None else targets, max(1, CHUNK_NUMBERS // vocabulary)) * vocabulary
-    return saved + max(float(logits) * LOGIT_BYTES, WORKING_TENSORS * largest)
+    return SavedTensors(rows * length, saved, largest, layers, int(text.hidden_size), vocabulary, dtype.itemsize)
 
 
-def _saved_by_forward(recipe: Recipe, dtype: torch.dtype, rows: int, length: int) -> tuple[float, float, Any]:
+def _saved_by_forward(recipe: Recipe, dtype: torch.dtype, rows: int, length: int, has_mask: bool) -> tuple[float, float, Any]:
     """Bytes of all saved tensors except logits, bytes of the largest of them, and the model's configuration."""
     folder = local_folder(recipe.model.base)
     seq2seq = family_of(folder) == "seq2seq"
@@ -72,7 +108,9 @@ def _saved_by_forward(recipe: Recipe, dtype: torch.dtype, rows: int, length: int
         if seq2seq:
             inputs["decoder_input_ids"] = ids[:, : max(1, length // 4)]
         elif not virtual:  # behind virtual tokens a row is one example, given without positions
-            inputs |= {"position_ids": ids, "attention_mask": torch.empty(mask.shape, dtype=dtype) if eager else mask}
+            inputs |= {"position_ids": ids}
+            if has_mask or eager:
+                inputs |= {"attention_mask": torch.empty(mask.shape, dtype=dtype) if eager else mask}
         wrapped.get_output_embeddings().register_forward_pre_hook(lambda _, arguments: (arguments[0][:, :1], *arguments[1:]))
         with unread_positions(), patch.object(F, "scaled_dot_product_attention", _attention):
             sizes = _saved(wrapped, lambda: wrapped(**inputs).logits)

@@ -48,7 +48,9 @@ def estimate_memory(recipe: Recipe, parameters: int, trained: int, dtype: torch.
     is_offloaded = offload == "nvme" or (offload == "cpu" and training.resources.gpus > 0)
     is_16_bit = number_formats(training.optimizer, dtype).weights != torch.float32
     stage = zero_stage(training, is_16_bit=is_16_bit)
-    weights = parameters * (2 if is_16_bit else 4) / (workers if stage == 3 else 1)
+    # Weights of stage 3 that wait elsewhere come back as `gathered_weight_bytes`.
+    is_fetched = training.deepspeed.offload_parameters != "none" and training.resources.gpus > 0
+    weights = 0.0 if is_fetched else parameters * (2 if is_16_bit else 4) / (workers if stage == 3 else 1)
     gradients = trained * 4 / (workers if stage >= 2 else 1)
     optimizer: float = trained * (moment_bytes(training.optimizer) + (4 if is_16_bit else 0))  # float32 copies of 16-bit weights
     optimizer /= workers if stage >= 1 else 1

@@ -56,6 +56,13 @@ def estimate_peak_memory(
     The other arguments are those of `estimate_memory`.
     """
     saved = estimate_activations(recipe, dtype, micro, length)
+    return add_to_activations(saved, recipe, parameters, trained, dtype, workers=workers)
+
+
+def add_to_activations(
+    saved: float | None, recipe: Recipe, parameters: int, trained: int, dtype: torch.dtype, *, workers: int
+) -> MemoryEstimate:
+    """Peak memory of the first of `workers`, whose activations take `saved` bytes; otherwise `estimate_peak_memory`."""
     estimate = estimate_memory(recipe, parameters, trained, dtype, workers)
     estimate = replace(estimate, weights=estimate.weights + gathered_weight_bytes(recipe, parameters, dtype), activations=saved)
     if recipe.training.resources.gpus:

@@ -1,0 +1,159 @@
+"""Roofline of an optimizer step: FLOPs over the GPU's peak, bytes over the bandwidth of memory, links, network and host.
+
+Each part is divided by the share of the makers' figure that such work reaches; docs/decisions/training.md says where the shares are
+from. Collectives of a micro-batch run beside its products, so the longer of the two counts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from apprentice.preflight.hardware.devices import GB, Hardware
+from apprentice.recipe import Recipe
+from apprentice.train.engine.deepspeed_config import rows_per_worker, zero_stage
+from apprentice.train.memory.model_size import ModelSize
+
+# Shares of the makers' figures that are reached; that of products is in the table of devices.
+FUSED_ATTENTION, MASKED_ATTENTION, MEMORY, LINKS = 0.4, 0.25, 0.8, 0.7
+# Times that a saved activation is written or read: twice itself, twice its gradient; twice more where it is computed again.
+PASSES_OVER_ACTIVATIONS, PASSES_WHEN_COMPUTED_AGAIN = 4, 2
+ATTENTION_BACKWARD = 2.5  # times the forward pass, since fused attention computes its scores again
+GRADIENT_BYTES = 4  # a number: gradients are added up and reduced in float32
+UPDATE_BYTES = 30  # a trained number: float32 weight, two moments and gradient read, the first three written, and its 16-bit copy
+STATE_BYTES = 12  # of them float32 weight and moments, which `offload: nvme` reads and writes
+HOST_BYTES_PER_CPU = 8 * GB  # bytes/s that one core moves through memory
+DISK = 6 * GB  # bytes/s of a node's local disks
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of one optimizer step, by what they are spent on."""
+
+    products: float
+    attention: float
+    memory: float  # activations and gradients through the GPU's memory
+    collectives: float  # what products do not hide
+    optimizer: float
+    host: float  # what offloading moves and computes
+
+    @property
+    def total(self) -> float:
+        """Sum of all parts."""
+        return float(sum(getattr(self, part.name) for part in fields(self)))
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """A micro-batch of one worker: `rows` rows of `length` tokens, of which none attends over more than `span`.
+
+    `saved` is the number of bytes of its activations without activation checkpointing. `is_masked` says that attention computes
+    the scores of all pairs of tokens of a row and masks those of other examples.
+    """
+
+    rows: int
+    length: int
+    target_length: int
+    span: int
+    saved: float
+    is_masked: bool
+
+
+def attends_over_whole_rows(recipe: Recipe) -> bool:
+    """Whether attention of a causal model computes whole rows with a mask, and not each example of a row for itself."""
+    return recipe.model.attention in ("sdpa", "eager")
+
+
+def estimate_step_time(recipe: Recipe, size: ModelSize, batch: MicroBatch, hardware: Hardware) -> StepTime:
+    """Time of one optimizer step of `recipe`, whose workers are the GPUs of `hardware`, in micro-batches of `batch`."""
+    training = recipe.training
+    workers = training.max_workers
+    passes = rows_per_worker(training, workers) // batch.rows
+    products, attention, memory = _pass_times(recipe, size, batch, hardware)
+    beside, after = _collective_times(recipe, size, hardware)
+    hidden = products + attention + memory
+    shard = size.trained / workers
+    offload = training.deepspeed.offload
+    update = 0.0 if offload != "none" else UPDATE_BYTES * shard / (hardware.device.bandwidth * MEMORY)
+    return StepTime(
+        products=passes * products,
+        attention=passes * attention,
+        memory=passes * memory,
+        collectives=passes * max(0.0, beside - hidden) + after,
+        optimizer=update,
+        host=_offload_time(recipe, size, hardware, passes),
+    )
+
+
+def model_flops(size: ModelSize, rows: int, length: int, target_length: int) -> float:
+    """FLOPs of forward and backward pass for MFU: products with weights alone, nothing computed twice."""
+    row = sum(
+        tokens * (4.0 * products.weights + 2.0 * products.trained)
+        for tokens, products in ((length, size.products), (target_length, size.target_products))
+    )
+    return rows * row
+
+
+def _pass_times(recipe: Recipe, size: ModelSize, batch: MicroBatch, hardware: Hardware) -> tuple[float, float, float]:
+    """Seconds of products, of attention, and of memory traffic beside them, in one forward and backward pass."""
+    device, again = hardware.device, recipe.training.activation_checkpointing
+    peak = device.bfloat16_peak if size.dtype.itemsize == 2 else device.float32_peak
+    bandwidth = device.bandwidth * MEMORY
+    flops = model_flops(size, batch.rows, batch.length, batch.target_length)
+    if again:
+        flops += 2.0 * batch.rows * (batch.length * size.products.weights + batch.target_length * size.target_products.weights)
+    read = (4 if again else 3) * size.parameters * size.weight_bytes  # weights, once in each forward and twice in the backward pass
+    scores = _attention_flops(size, batch) * (1.0 + ATTENTION_BACKWARD + again)
+    share = MASKED_ATTENTION if batch.is_masked else FUSED_ATTENTION
+    moved = (PASSES_OVER_ACTIVATIONS + PASSES_WHEN_COMPUTED_AGAIN * again) * batch.saved
+    gradients = (size.weight_bytes + 2 * GRADIENT_BYTES) * size.trained  # each is read, and added to what is there
+    return max(flops / (peak * device.products_share), read / bandwidth), scores / (peak * share), (moved + gradients) / bandwidth
+
+
+def _attention_flops(size: ModelSize, batch: MicroBatch) -> float:
+    """FLOPs of a forward pass for scores and their sums of values, over all layers and rows."""
+    a_pair = 4.0 * size.attention_width * size.layers  # for one query and one key
+    if batch.target_length:  # encoder-decoder: both sides with a mask
+        both = batch.length**2 + batch.target_length**2 + batch.target_length * batch.length
+        return a_pair * batch.rows * both
+    causal = float(batch.length) * batch.span / 2  # a token sees those before it
+    pairs = float(batch.length) ** 2 if batch.is_masked else causal
+    return a_pair * batch.rows * pairs
+
+
+def _collective_times(recipe: Recipe, size: ModelSize, hardware: Hardware) -> tuple[float, float]:
+    """Seconds of collectives beside each micro-batch, and after the last one of a step."""
+    stage = zero_stage(recipe.training, is_16_bit=size.is_16_bit)
+    gradients = _collective_time(GRADIENT_BYTES * size.trained, hardware)
+    trained = _collective_time(size.weight_bytes * size.trained, hardware)
+    if stage == 3:  # weights are gathered for both passes, gradients scattered
+        return 2 * _collective_time(size.weight_bytes * size.parameters, hardware) + gradients, 0.0
+    if stage == 2:  # DeepSpeed all-reduces each micro-batch's buckets, and drops what is another worker's
+        return 2 * gradients, trained
+    return 0.0, 2 * gradients + (trained if stage else 0.0)
+
+
+def _collective_time(size: float, hardware: Hardware) -> float:
+    """Seconds in which every GPU gathers `size` bytes of which each has a share, or reduces and scatters them."""
+    total, nodes = hardware.total_gpus, hardware.nodes
+    inside = size * (total - 1) / total / hardware.device.link
+    between = size * (nodes - 1) / nodes / hardware.network  # all GPUs of a node take in what the other nodes have once
+    return max(inside, between) / LINKS
+
+
+def _offload_time(recipe: Recipe, size: ModelSize, hardware: Hardware, passes: int) -> float:
+    """Seconds that offloading adds: bytes to the host and back, the update on the host's CPUs, and its disks."""
+    deepspeed, workers = recipe.training.deepspeed, recipe.training.max_workers
+    seconds = 0.0
+    if deepspeed.offload != "none":
+        shard = size.trained / workers
+        cpus = min(recipe.training.resources.cpus, hardware.cpus / hardware.gpus)
+        seconds += (GRADIENT_BYTES + size.weight_bytes) * shard / (hardware.device.host_link * LINKS)
+        seconds += UPDATE_BYTES * shard / (cpus * HOST_BYTES_PER_CPU)
+        if deepspeed.offload == "nvme":
+            seconds += 2 * STATE_BYTES * shard * hardware.gpus / DISK
+    if deepspeed.offload_parameters != "none":
+        shard = size.weight_bytes * size.parameters / workers
+        seconds += passes * 2 * shard / (hardware.device.host_link * LINKS)
+        if deepspeed.offload_parameters == "nvme":
+            seconds += passes * 2 * shard * hardware.gpus / DISK
+    return seconds

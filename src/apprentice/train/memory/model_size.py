@@ -1,0 +1,103 @@
+"""Size of a model with its tuning method, from config.json alone: its parameters, those trained, and the products of a token.
+
+The model is built on PyTorch's meta device, so a model of any size takes no memory.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+from apprentice.errors import ModelError
+from apprentice.models.loading import read_config
+from apprentice.models.tuning.methods import TUNING_METHODS
+from apprentice.pretrained.architecture import family_of
+from apprentice.pretrained.hub import local_folder
+from apprentice.recipe import Recipe
+from apprentice.train.optimizer import number_formats
+
+
+@dataclass(frozen=True)
+class Products:
+    """Numbers of weights with which one token is multiplied: all of them, and those that are trained."""
+
+    weights: float = 0.0
+    trained: float = 0.0
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """Sizes of a model as it is trained.
+
+    `products` are those of a token of a row; `target_products` those of a token of the decoder's side, of an encoder-decoder only.
+    `attention_width` is the number of heads times the numbers in each.
+    """
+
+    parameters: int
+    trained: int
+    products: Products
+    target_products: Products
+    layers: int
+    attention_width: int
+    dtype: torch.dtype  # of the products
+    weight_bytes: int  # 2 or 4 a weight
+
+    @property
+    def is_16_bit(self) -> bool:
+        """Whether the weights have 16 bits."""
+        return self.weight_bytes == 2
+
+
+def measure_model_size(recipe: Recipe, dtype: torch.dtype) -> ModelSize:
+    """Size of the recipe's model, with products in `dtype`. Raises `ModelError` if no model can be built from its config.json."""
+    folder = local_folder(recipe.model.base)
+    loader: Any = AutoModelForSeq2SeqLM if family_of(folder) == "seq2seq" else AutoModelForCausalLM
+    try:
+        with warnings.catch_warnings(), torch.device("meta"):
+            warnings.simplefilter("ignore")
+            config = read_config(folder)
+            base = loader.from_config(config, dtype=dtype)
+            model: Any = TUNING_METHODS[recipe.tuning.method].wrap(base, recipe.tuning, recipe.seed)
+    except (OSError, ValueError, NotImplementedError) as error:
+        raise ModelError(
+            f"{folder} has a config.json from which no model can be built: {' '.join(str(error).split())[:200]}"
+        ) from error
+    text = config.get_text_config()
+    width = int(getattr(text, "head_dim", None) or getattr(text, "d_kv", None) or text.hidden_size // text.num_attention_heads)
+    encoder, rest = _products(model, text, in_encoder=True), _products(model, text, in_encoder=False)
+    is_pair = bool(config.is_encoder_decoder)
+    return ModelSize(
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        trained=sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
+        products=encoder if is_pair else rest,
+        target_products=rest if is_pair else Products(),
+        layers=int(text.num_hidden_layers),
+        attention_width=int(text.num_attention_heads) * width,
+        dtype=dtype,
+        weight_bytes=number_formats(recipe.training.optimizer, dtype).weights.itemsize,
+    )
+
+
+def _products(model: Any, config: Any, *, in_encoder: bool) -> Products:
+    """The products of one token with the weights in the encoder, or with all others. Looking up an embedding is no product."""
+    output = model.get_output_embeddings().weight
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)} - {id(output)}
+    weights = trained = 0.0
+    for name, parameter in model.named_parameters():
+        if parameter.dim() < 2 or id(parameter) in embeddings or ("encoder" in name.split(".")) != in_encoder:
+            continue
+        numbers = parameter.numel() * _active_share(parameter, config)
+        weights += numbers
+        trained += numbers if parameter.requires_grad else 0.0
+    return Products(weights, trained)
+
+
+def _active_share(parameter: nn.Parameter, config: Any) -> float:
+    """Share of a weight that a token meets: all of a matrix; of the experts in a three-dimensional weight those it is sent to."""
+    experts = getattr(config, "num_experts_per_tok", None)
+    return min(1.0, experts / parameter.shape[0]) if experts and parameter.dim() == 3 else 1.0

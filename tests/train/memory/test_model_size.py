@@ -1,0 +1,74 @@
+"""A model's size from its config.json alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+
+from apprentice.errors import ModelError
+from apprentice.models.loading import load_model
+from apprentice.models.tuning.methods import TUNING_METHODS, count_trainable
+from apprentice.recipe import Recipe, load_recipe
+from apprentice.train.memory.model_size import measure_model_size
+from tests.models.architectures import made
+from tests.support.big_models import big_llama
+from tests.support.recipes import tiny_recipe
+
+
+def recipe(folder: Path, model: Path, method: str = "full", **more: Any) -> Recipe:
+    return load_recipe(tiny_recipe(folder, model, tuning={"method": method, "rank": 4}, **more))
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "adapter", "prompt"])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_it_counts_what_the_loaded_model_has(name: str, method: str, tmp_path: Path) -> None:
+    made(name).save_pretrained(tmp_path / name)
+    chosen = recipe(tmp_path, tmp_path / name, method)
+    model = TUNING_METHODS[method].wrap(load_model(chosen.model.base, torch.float32), chosen.tuning, 0)
+    size = measure_model_size(chosen, torch.float32)
+    assert size.trained == count_trainable(model)[0]
+    assert size.parameters == sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_products_leave_out_embeddings_that_are_looked_up(tmp_path: Path) -> None:
+    size = measure_model_size(recipe(tmp_path, big_llama(tmp_path, "8b")), torch.bfloat16)
+    assert size.parameters == size.trained == 8_030_261_248
+    norms, embedding = 65 * 4096, 128256 * 4096
+    assert size.products.weights == size.products.trained == size.parameters - norms - embedding
+    assert (size.layers, size.attention_width, size.weight_bytes, size.is_16_bit) == (32, 4096, 2, True)
+    tied = measure_model_size(recipe(tmp_path, big_llama(tmp_path, "1b")), torch.bfloat16)
+    assert tied.products.weights == tied.parameters - 33 * 2048  # the output layer multiplies with the embedding
+
+
+def test_of_lora_few_products_are_trained(tmp_path: Path) -> None:
+    size = measure_model_size(recipe(tmp_path, big_llama(tmp_path, "1b"), "lora"), torch.bfloat16)
+    assert size.products.trained == size.trained < 0.01 * size.products.weights
+
+
+def test_a_token_meets_only_the_experts_it_is_sent_to(tmp_path: Path) -> None:
+    sizes: dict[str, Any] = {"vocab_size": 500, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    hf.MixtralConfig(
+        **sizes, num_attention_heads=2, num_key_value_heads=1, num_local_experts=8, num_experts_per_tok=2
+    ).save_pretrained(tmp_path / "moe")
+    size = measure_model_size(recipe(tmp_path, tmp_path / "moe"), torch.float32)
+    experts = 2 * 8 * 3 * 64 * 96
+    rest = size.parameters - experts - 500 * 64 - 5 * 64
+    assert size.products.weights == rest + experts / 4
+
+
+def test_an_encoder_decoder_has_two_sides(tmp_path: Path) -> None:
+    made("t5").save_pretrained(tmp_path / "t5")
+    size = measure_model_size(recipe(tmp_path, tmp_path / "t5"), torch.float32)
+    assert 0 < size.products.weights < size.target_products.weights  # the decoder also attends to the encoder, and has the head
+    assert size.weight_bytes == 4
+
+
+def test_a_config_of_no_model(tmp_path: Path) -> None:
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "config.json").write_text('{"model_type": "nothing-known"}')
+    with pytest.raises(ModelError, match=r"odd has a config.json from which no model can be built"):
+        measure_model_size(recipe(tmp_path, tmp_path / "odd"), torch.float32)
