@@ -113,7 +113,6 @@ def test_the_same_arithmetic_gives_the_memory_measured_on_cpus(stage: int, metho
         "data__max_length": 512,
         "training__workers": 2,
         "training__deepspeed": {"stage": stage},
-        "model__attention": "sdpa",
     }
     chosen = recipe(tmp_path, smollm2(tmp_path), method, **changes)
     memory = HardwareEstimator(parse_hardware("1xL4-24GB")).worker_memory(chosen, 2)  # without GPUs nothing of the L4 counts

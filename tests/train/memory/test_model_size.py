@@ -44,6 +44,26 @@ def test_products_leave_out_embeddings_that_are_looked_up(tmp_path: Path) -> Non
     assert tied.products.weights == tied.parameters - 33 * 2048  # the output layer multiplies with the embedding
 
 
+@pytest.mark.parametrize(
+    ("name", "word", "dtype", "gpus", "is_masked"),
+    [
+        ("llama", "auto", torch.bfloat16, 1, False),
+        ("llama", "auto", torch.bfloat16, 0, True),
+        ("llama", "auto", torch.float32, 1, True),
+        ("llama", "flash", torch.bfloat16, 1, False),
+        ("llama", "flex", torch.bfloat16, 1, False),
+        ("llama", "sdpa", torch.bfloat16, 1, True),
+        ("t5", "auto", torch.bfloat16, 1, True),
+    ],
+)
+def test_attention_is_the_one_that_training_chooses(
+    name: str, word: str, dtype: torch.dtype, gpus: int, is_masked: bool, tmp_path: Path
+) -> None:
+    made(name).save_pretrained(tmp_path / name)
+    chosen = recipe(tmp_path, tmp_path / name, model__attention=word, training__resources={"gpus": gpus})
+    assert measure_model_size(chosen, dtype).is_masked is is_masked
+
+
 def test_of_lora_few_products_are_trained(tmp_path: Path) -> None:
     size = measure_model_size(recipe(tmp_path, big_llama(tmp_path, "1b"), "lora"), torch.bfloat16)
     assert size.products.trained == size.trained < 0.01 * size.products.weights

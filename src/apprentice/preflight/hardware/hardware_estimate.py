@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from apprentice.errors import RecipeError
 from apprentice.models.loading import resolve_dtype
 from apprentice.preflight.hardware.devices import Hardware
-from apprentice.preflight.hardware.roofline import MicroBatch, StepTime, attends_over_whole_rows, estimate_step_time, model_flops
+from apprentice.preflight.hardware.roofline import MicroBatch, StepTime, estimate_step_time, model_flops
 from apprentice.pretrained.hub import config_folder
 from apprentice.recipe import Recipe
 from apprentice.train.checkpoint.format import SHARD_BYTES
@@ -130,7 +130,7 @@ class HardwareEstimator:
         length, targets = recipe.data.packing.length, target_length(recipe, size)
         span = min(length, recipe.data.max_length)
         saved = self._saved_by_row(recipe)
-        batch = MicroBatch(micro, length, targets, span, saved.saved * micro if saved else 0.0, attends_over_whole_rows(recipe))
+        batch = MicroBatch(micro, length, targets, span, saved.saved * micro if saved else 0.0)
         step = estimate_step_time(recipe, size, batch, self.hardware)
         return HardwareEstimate(recipe, self.hardware, size, micro, gpu, self._host(recipe, size), step, _steps(recipe))
 
@@ -147,8 +147,8 @@ class HardwareEstimator:
         length = recipe.data.packing.length
         key = (recipe.tuning.method, length)
         if key not in self._saved:
-            dtype, has_mask = self.size(recipe).dtype, attends_over_whole_rows(recipe)
-            self._saved[key] = measure_saved_tensors(recipe, dtype, 1, length, has_mask=has_mask)
+            size = self.size(recipe)
+            self._saved[key] = measure_saved_tensors(recipe, size.dtype, 1, length, has_mask=size.is_masked)
         return self._saved[key]
 
     def worker_memory(self, recipe: Recipe, micro: int) -> MemoryEstimate:

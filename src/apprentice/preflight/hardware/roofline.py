@@ -46,8 +46,7 @@ class StepTime:
 class MicroBatch:
     """A micro-batch of one worker: `rows` rows of `length` tokens, of which none attends over more than `span`.
 
-    `saved` is the number of bytes of its activations without activation checkpointing. `is_masked` says that attention computes
-    the scores of all pairs of tokens of a row and masks those of other examples.
+    `saved` is the number of bytes of its activations without activation checkpointing.
     """
 
     rows: int
@@ -55,12 +54,6 @@ class MicroBatch:
     target_length: int
     span: int
     saved: float
-    is_masked: bool
-
-
-def attends_over_whole_rows(recipe: Recipe) -> bool:
-    """Whether attention of a causal model computes whole rows with a mask, and not each example of a row for itself."""
-    return recipe.model.attention in ("sdpa", "eager")
 
 
 def estimate_step_time(recipe: Recipe, size: ModelSize, batch: MicroBatch, hardware: Hardware) -> StepTime:
@@ -103,7 +96,7 @@ def _pass_times(recipe: Recipe, size: ModelSize, batch: MicroBatch, hardware: Ha
         flops += 2.0 * batch.rows * (batch.length * size.products.weights + batch.target_length * size.target_products.weights)
     read = (4 if again else 3) * size.parameters * size.weight_bytes  # weights, once in each forward and twice in the backward pass
     scores = _attention_flops(size, batch) * (1.0 + ATTENTION_BACKWARD + again)
-    share = MASKED_ATTENTION if batch.is_masked else FUSED_ATTENTION
+    share = MASKED_ATTENTION if size.is_masked else FUSED_ATTENTION
     moved = (PASSES_OVER_ACTIVATIONS + PASSES_WHEN_COMPUTED_AGAIN * again) * batch.saved
     gradients = (size.weight_bytes + 2 * GRADIENT_BYTES) * size.trained  # each is read, and added to what is there
     return max(flops / (peak * device.products_share), read / bandwidth), scores / (peak * share), (moved + gradients) / bandwidth
@@ -116,7 +109,7 @@ def _attention_flops(size: ModelSize, batch: MicroBatch) -> float:
         both = batch.length**2 + batch.target_length**2 + batch.target_length * batch.length
         return a_pair * batch.rows * both
     causal = float(batch.length) * batch.span / 2  # a token sees those before it
-    pairs = float(batch.length) ** 2 if batch.is_masked else causal
+    pairs = float(batch.length) ** 2 if size.is_masked else causal
     return a_pair * batch.rows * pairs
 
 

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from apprentice.errors import ModelError
+from apprentice.models.attention import FLEX, PackedCompute, choose_attention, is_flat
 from apprentice.models.loading import read_config
 from apprentice.models.tuning.methods import TUNING_METHODS
 from apprentice.pretrained.architecture import family_of
@@ -46,6 +47,7 @@ class ModelSize:
     attention_width: int
     dtype: torch.dtype  # of the products
     weight_bytes: int  # 2 or 4 a weight
+    is_masked: bool  # whether attention computes whole packed rows with a mask, and not each example of a row for itself
 
     @property
     def is_16_bit(self) -> bool:
@@ -80,7 +82,16 @@ def measure_model_size(recipe: Recipe, dtype: torch.dtype) -> ModelSize:
         attention_width=int(text.num_attention_heads) * width,
         dtype=dtype,
         weight_bytes=number_formats(recipe.training.optimizer, dtype).weights.itemsize,
+        is_masked=_is_masked(recipe, dtype, base),
     )
+
+
+def _is_masked(recipe: Recipe, dtype: torch.dtype, model: Any) -> bool:
+    """Whether packed rows need a mask: on CPUs, and on GPUs (Ampere or newer) where no kernel takes flat rows."""
+    device = "cuda" if recipe.training.resources.gpus else "cpu"
+    word = "auto" if recipe.model.attention == "flash" else recipe.model.attention  # its package is needed there, not here
+    name = choose_attention(word, PackedCompute(device, dtype, (8, 0)), model.config, type(model))
+    return name is None or not (is_flat(name) or name == FLEX)
 
 
 def _products(model: Any, config: Any, *, in_encoder: bool) -> Products:
