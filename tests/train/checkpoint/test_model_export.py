@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from contextlib import nullcontext
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,18 @@ def test_export_model(tiny_model: Path, tmp_path: Path, method: str) -> None:
         "dtype": "float32",
     }
     assert 0 <= facts["mean"] <= facts["largest"] < 1e-4
+
+
+def test_export_does_not_take_flash_attention_where_it_is_installed(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its models are on the CPU in float32."""
+    made = recipe(tiny_model, "full")
+    run, checkpoint, _ = trained(tmp_path, made, "float32")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *_: object() if name == "flash_attn" else find_spec(name))
+    export_model(made, run, checkpoint, layout_of(tiny_model), PROBE)
+    assert run.is_trained
 
 
 def test_bfloat16_runs_are_saved_in_bfloat16(tiny_model: Path, tmp_path: Path) -> None:

@@ -14,8 +14,10 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForSequenceClassification
 
 from apprentice.models import varlen
-from apprentice.recipe import Training
+from apprentice.models.tuning.methods import TUNING_METHODS
+from apprentice.recipe import Training, Tuning
 from apprentice.train.batch import PackedRows
+from apprentice.train.engine.deepspeed import enable_activation_checkpointing
 from apprentice.train.losses.loss_registry import create_loss
 from apprentice.train.losses.target_losses import TargetLosses
 from apprentice.train.sequence_bounds import SequenceBounds
@@ -107,9 +109,15 @@ def test_the_loss_and_gradients_are_those_of_masks(name: str) -> None:
 
 
 @pytest.mark.usefixtures("stand_in")
-@pytest.mark.parametrize("name", [name for name in FLAT if getattr(made(name).config, "sliding_window", None)])
+@pytest.mark.parametrize("name", ["mistral", "qwen2", "qwen3", "gemma3"])
 def test_windows_are_kept(name: str) -> None:
-    compare(built(name, sliding_window=3), Training(steps=1), packed_rows(2))
+    layers = {} if name == "mistral" else {"layer_types": ["sliding_attention", "full_attention"]}
+    narrow, wide = (built(name, sliding_window=window, **layers) for window in (3, 64))
+    compare(narrow, Training(steps=1), packed_rows(2))
+    compare(wide, Training(steps=1), packed_rows(2))
+    batch = packed_rows(2).micro_batches(2)[0]
+    with torch.no_grad():
+        assert create_loss(narrow, Training(steps=1))(batch) != create_loss(wide, Training(steps=1))(batch)
 
 
 @pytest.mark.usefixtures("stand_in")
@@ -119,6 +127,15 @@ def test_windows_are_kept(name: str) -> None:
 def test_every_objective_runs_flat(objective: str, rows: PackedRows) -> None:
     block = {"grpo": {"reward": "judge"}} if objective == "grpo" else {}
     compare(made("llama"), Training.model_validate({"steps": 1, "objective": objective} | block), rows)
+
+
+@pytest.mark.usefixtures("stand_in")
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")
+@pytest.mark.parametrize("method", ["lora", "adapter"])
+def test_bounds_go_through_a_tuning_method_and_activation_checkpointing(method: str) -> None:
+    model = TUNING_METHODS[method].wrap(made("llama"), Tuning.model_validate({"method": method, "rank": 4, "width": 8}), 1)
+    enable_activation_checkpointing(model)
+    compare(model.train(), Training(steps=1), packed_rows(2))
 
 
 @pytest.mark.usefixtures("stand_in")
@@ -150,7 +167,7 @@ def compare(model: Any, training: Training, rows: PackedRows) -> None:
         model.zero_grad()
         loss = create_loss(model, training)(rows.micro_batches(2)[0])
         loss.backward()
-        results.append((loss.detach(), [parameter.grad.clone() for parameter in model.parameters()]))
+        results.append((loss.detach(), [parameter.grad.clone() for parameter in model.parameters() if parameter.requires_grad]))
     (masked, gradients), (flat, flat_gradients) = results
     torch.testing.assert_close(flat, masked, rtol=1e-5, atol=1e-5)
     for ours, expected in zip(flat_gradients, gradients, strict=True):
