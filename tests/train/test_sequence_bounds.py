@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from deepspeed.runtime.zero.utils import apply_to_tensors_only
 
 from apprentice.train.batch import PreferenceBatch, RolloutBatch, SupervisedBatch, move_batch
 from apprentice.train.sequence_bounds import SequenceBounds
@@ -27,6 +28,14 @@ def test_rows_of_one_sequence() -> None:
     bounds = SequenceBounds.of_rows(torch.zeros(3, 5, dtype=torch.long))
     assert (bounds.starts.tolist(), bounds.longest) == ([0, 5, 10, 15], 5)
     assert bounds.starts.dtype == torch.int32
+
+
+def test_deepspeed_goes_through_them_without_a_warning() -> None:
+    bounds, warnings = SequenceBounds.of(np.array([[0, 1, 0]])), list[str]()
+    doubled = apply_to_tensors_only(lambda tensor: tensor * 2, (bounds,), warning_msg_fn=lambda value: warnings.append(str(value)))
+    assert doubled[0].starts.tolist() == [0, 4, 6]
+    assert doubled[0].longest == 2
+    assert not warnings
 
 
 def test_every_batch_of_packed_rows_brings_them() -> None:

@@ -5,8 +5,7 @@ They are made on the host, where the rows come from, so that no layer has to ask
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,11 +13,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 
-@dataclass(frozen=True)
-class SequenceBounds:
+class SequenceBounds(NamedTuple):
     """Where sequences begin and end in the rows laid end to end: `starts`, int32 (sequences + 1,), and the `longest`'s tokens.
 
-    Positions [0 1 2 0] and [0 1 0 1] give starts [0 3 4 6 8] and longest 3. The padding of a row is a sequence of its own.
+    Positions [0 1 2 0] and [0 1 0 1] give starts [0 3 4 6 8] and longest 3. The padding of a row is a sequence of its own. It is a
+    tuple because DeepSpeed goes through what modules are given at stage 3, and warns of types that it does not know.
     """
 
     starts: Tensor
