@@ -208,6 +208,16 @@ def test_length_of_the_run(tmp_path: Path) -> None:
     assert by_epochs.hours == pytest.approx(1000 * by_epochs.step.total / 3600)
 
 
+def test_gpus_that_write_replies_train_nothing(tmp_path: Path) -> None:
+    chosen = recipe(tmp_path, big_llama(tmp_path, "1b"), training__global_batch=60)
+    grpo = chosen.training.grpo.model_copy(update={"actors": 2})
+    training = chosen.training.model_copy(update={"objective": "grpo", "grpo": grpo})
+    on_policy = chosen.model_copy(update={"training": training})
+    assert place_recipe(on_policy, parse_hardware("8xH100-80GB")).training.max_workers == 6
+    with pytest.raises(RecipeError, match=r"grpo.actors 2 take all GPUs of 2xH100-80GB"):
+        place_recipe(on_policy, parse_hardware("2xH100-80GB"))
+
+
 def test_batches_that_cannot_be_divided(tmp_path: Path) -> None:
     model = big_llama(tmp_path, "1b")
     with pytest.raises(RecipeError, match=r"global_batch 60 cannot be divided among 8 workers"):

@@ -66,6 +66,14 @@ def test_more_nodes_are_an_advice_too(tmp_path: Path) -> None:
     assert more.estimate.fits
 
 
+def test_adafactor_cannot_be_split_up_and_adamw_can(tmp_path: Path) -> None:
+    adafactor: dict[str, Any] = {"training__optimizer": {"name": "adafactor"}, "training__activation_checkpointing": True}
+    report = report_on_hardware(recipe(tmp_path, big_llama(tmp_path, "8b"), **adafactor), "8xA100-40GB")
+    ways = [str(way) for way in report.variants]
+    assert any("training.deepspeed.stage=" in way and "training.optimizer.name=adamw" in way for way in ways), ways
+    assert all(way.changes_learning or way.other_hardware for way in report.variants)
+
+
 def test_settings_are_written_as_overrides(tmp_path: Path, tiny_model: Path) -> None:
     chosen = recipe(tmp_path, tiny_model)
     setting = Setting("training.activation_checkpointing", True)
@@ -76,12 +84,25 @@ def test_settings_are_written_as_overrides(tmp_path: Path, tiny_model: Path) -> 
     assert apply_settings(chosen, (Setting("training.deepspeed.offload_parameters", "cpu"),)) is None  # needs stage 3
 
 
+def test_settings_keep_the_rest_of_a_recipe(tmp_path: Path, tiny_model: Path) -> None:
+    groups = {"one": {"share": 2.0, "tasks": ["sst2"]}, "other": {"share": 1.0, "tasks": ["agnews"], "cap": 5}}
+    chosen = recipe(tmp_path, tiny_model, data__mixture={"groups": groups})
+    placed = place_recipe(chosen, parse_hardware("8xL4-24GB"))
+    changed = apply_settings(placed, (Setting("training.deepspeed.stage", 3), Setting("tuning.method", "lora", True)))
+    assert changed is not None
+    assert changed.data == chosen.data
+    assert changed.training.max_workers == 8
+    assert changed.training.resources.gpus == 1
+    assert changed.training.deepspeed.stage == 3
+
+
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made("llama").save_pretrained(tmp_path / "llama")
     for file in (tmp_path / "llama").glob("*.safetensors"):
         file.unlink()
     file = str(recipe_file(tmp_path, tmp_path / "llama", data__packing={"length": 128}, data__max_length=64))
     monkeypatch.setitem(sys.modules, "deepspeed", None)
+    monkeypatch.setattr("ray.init", None)
     run = CliRunner().invoke(app, ["check", file, "--hardware", "8xL4-24GB"])
     assert run.exit_code == 0, run.output
     lines = run.stdout.splitlines()

@@ -60,12 +60,12 @@ def find_fitting_variants(estimate: HardwareEstimate, estimator: HardwareEstimat
 
 def apply_settings(recipe: Recipe, settings: tuple[Setting, ...]) -> Recipe | None:
     """`recipe` with `settings`; None if they contradict it."""
-    content = recipe.model_dump()
+    content = recipe.model_dump(exclude_unset=True)  # some keys may not stand beside others, not even with their defaults
     for setting in settings:
         *parents, last = setting.key.split(".")
         block: Any = content
         for parent in parents:
-            block = block[parent]
+            block = block.setdefault(parent, {})
         block[last] = setting.value
     try:
         return Recipe.model_validate(content)
@@ -101,34 +101,29 @@ def _fastest(estimate: HardwareEstimate, estimator: HardwareEstimator, choices: 
 
 
 def _choices(estimate: HardwareEstimate) -> Mapping[str, list[Setting]]:
-    """Settings to try, by their keys: each takes less memory than what the recipe has."""
+    """Settings to try, by their keys: each takes less memory than what there is. Some need others, which the recipe checks."""
     training, data = estimate.recipe.training, estimate.recipe.data
     deepspeed, workers = training.deepspeed, training.max_workers
     rows = rows_per_worker(training, workers)
     is_fixed = isinstance(training.micro_batch, int)  # `auto` is as small as need be
     smaller = [size for size in range(1, estimate.micro) if rows % size == 0] if is_fixed else []
-    shards = can_be_sharded(training.optimizer)
     lowest = deepspeed.stage + 1 if workers > 1 else max(2, deepspeed.stage + 1)  # alone only for what offloading asks for
-    choices = {
-        "training.micro_batch": [Setting("training.micro_batch", size) for size in smaller],
-        "training.deepspeed.stage": [Setting("training.deepspeed.stage", stage) for stage in range(lowest, 4) if shards],
-        "training.activation_checkpointing": []
-        if training.activation_checkpointing
-        else [Setting("training.activation_checkpointing", True)],
-        "training.deepspeed.offload": [Setting("training.deepspeed.offload", "cpu")]
-        if shards and deepspeed.offload == "none"
-        else [],
-        "training.deepspeed.offload_parameters": [Setting("training.deepspeed.offload_parameters", "cpu")]
-        if shards and deepspeed.offload_parameters == "none"
-        else [],
-        "tuning.method": [Setting("tuning.method", "lora", True)] if estimate.recipe.tuning.method == "full" else [],
-        "data.packing.length": [
-            Setting("data.packing.length", length, True)
-            for length in (data.packing.length // 2, data.packing.length // 4)
-            if length >= data.max_length
-        ],
-    }
-    return {key: settings for key, settings in choices.items() if settings}
+    shorter = [length for length in (data.packing.length // 2, data.packing.length // 4) if length >= data.max_length]
+    again = training.activation_checkpointing
+    settings = [
+        *(Setting("training.micro_batch", size) for size in smaller),
+        *(Setting("training.deepspeed.stage", stage) for stage in range(lowest, 4)),
+        *([] if again else [Setting("training.activation_checkpointing", True)]),
+        *([] if deepspeed.offload != "none" else [Setting("training.deepspeed.offload", "cpu")]),
+        *([] if deepspeed.offload_parameters != "none" else [Setting("training.deepspeed.offload_parameters", "cpu")]),
+        *([Setting("tuning.method", "lora", True)] if estimate.recipe.tuning.method == "full" else []),
+        *([Setting("training.optimizer.name", "adamw", True)] if not can_be_sharded(training.optimizer) else []),
+        *(Setting("data.packing.length", length, True) for length in shorter),
+    ]
+    choices: dict[str, list[Setting]] = {}
+    for setting in settings:
+        choices.setdefault(setting.key, []).append(setting)
+    return choices
 
 
 def _more_nodes(estimate: HardwareEstimate) -> FittingVariant | None:

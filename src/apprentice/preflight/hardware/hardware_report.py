@@ -103,7 +103,7 @@ class HardwareReport:
     def _run(self) -> str:
         made = self.estimate
         length = f"{made.steps or UNKNOWN_STEPS:,} steps"
-        why = "" if made.steps else "; how many there are is known once `apprentice prepare` has made the index"
+        why = "" if made.steps else "; `apprentice prepare` says how many steps the run has"
         return f"{length}: {made.hours:,.2f} hours, {made.hours * made.hardware.total_gpus:,.1f} GPU-hours{why}"
 
 
