@@ -11,7 +11,6 @@ Counted by PyTorch on the meta device, where nothing is computed, so a CPU count
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -143,4 +142,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     claim_stdout()
-    sys.exit(main())
+    main()
