@@ -19,7 +19,7 @@ from apprentice.errors import ResourcesError
 from apprentice.preflight import cluster_checks
 from apprentice.preflight.lookup import RecipeLookup
 from apprentice.ray_cluster import autoscaler
-from apprentice.ray_cluster.autoscaler import requested_nodes
+from apprentice.ray_cluster.autoscaler import request_nodes
 from apprentice.ray_cluster.compat import autoscaling_state
 from apprentice.recipe import load_recipe
 from tests.support.recipes import tiny_recipe
@@ -29,17 +29,17 @@ HEAD_ID = "f" * 51 + "00000"  # the provider names its nodes so
 DRIVER = """
 import json, os, sys
 import ray
-from apprentice.ray_cluster.autoscaler import requested_nodes
+from apprentice.ray_cluster.autoscaler import request_nodes
 from apprentice.ray_cluster.nodes import node_resources
 
 def gpus(nodes):
     return sum(node.get("GPU", 0) for node in nodes)
 
 ray.init(sys.argv[1], log_to_driver=False, logging_level="ERROR")
-for wanted in (2, 2, 5):
+for count in (2, 2, 5):
     reports = []
-    with requested_nodes([{"CPU": 2.0, "GPU": 1.0}] * wanted, lambda nodes: gpus(nodes) >= wanted, reports.append):
-        print(json.dumps({"gpus": gpus(node_resources()), "reports": reports}), flush=True)
+    request_nodes([{"CPU": 2.0, "GPU": 1.0}] * count, lambda nodes: gpus(nodes) >= count, reports.append)
+    print(json.dumps({"gpus": gpus(node_resources()), "reports": reports}), flush=True)
 """
 
 
@@ -121,9 +121,8 @@ def test_nodes_are_asked_for_and_waited_for_and_what_cannot_be_is_not_waited_for
 
 def test_a_cluster_without_an_autoscaler_is_not_asked(ray_cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert autoscaling_state() is None
-    monkeypatch.setattr(autoscaler, "request_resources", lambda **_: pytest.fail("asked"))
-    with requested_nodes([{"GPU": 1.0}], lambda nodes: False, pytest.fail):
-        pass
+    monkeypatch.setattr(autoscaler, "placement_group", lambda *_: pytest.fail("asked"))
+    request_nodes([{"GPU": 1.0}], lambda nodes: False, pytest.fail)
 
 
 def test_check_says_that_nodes_will_come(monkeypatch: pytest.MonkeyPatch, tiny_model: Path, tmp_path: Path) -> None:

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 import ray
-from ray.autoscaler.sdk import request_resources
+from ray.util import placement_group, remove_placement_group
 
-from apprentice.ray_cluster.compat import autoscaling_state
+from apprentice.ray_cluster.compat import autoscaling_state, is_infeasible
 from apprentice.ray_cluster.nodes import node_resources
 
 Nodes = Sequence[dict[str, float]]  # Ray's resources (name → amount) of each node
@@ -22,43 +21,34 @@ POLL_S = 2.0
 WAIT_S = 1800.0  # a cloud's node with GPUs and an image of 10 GB takes 5 to 15 minutes
 
 
-@contextmanager
-def requested_nodes(
-    bundles: Sequence[dict[str, float]], has_enough: Callable[[Nodes], bool], report: Callable[[str], None]
-) -> Iterator[None]:
-    """Asks the autoscaler for nodes with room for `bundles`, waits for them, and withdraws the request when the `with` block ends.
+def request_nodes(bundles: Sequence[dict[str, float]], has_enough: Callable[[Nodes], bool], report: Callable[[str], None]) -> None:
+    """Asks the autoscaler for nodes with room for `bundles` (resources by name, each on one node), and waits for them.
 
     Returns at once where the nodes have enough already, where the cluster has no autoscaler, and where its autoscaler says that it
     can never have as much; after `WAIT_S` seconds it gives up. So the caller checks the resources itself, as without an autoscaler.
-    `report` is called with a sentence when the wait begins. Ray keeps one such request for a cluster: the newest one counts.
+    `report` is called with a sentence when the wait begins.
+
+    The request is a placement group, which Ray gives up when this process ends in any way; `ray.autoscaler.sdk.request_resources`
+    would go on holding nodes for a process that was killed, and knows one request for a whole cluster.
     """
-    before = autoscaling_state()
-    if before is None or has_enough(node_resources()):
-        yield
+    if has_enough(node_resources()) or not has_autoscaler():
         return
-    request_resources(bundles=list(bundles))
+    group = placement_group(list(bundles))
     try:
-        _wait(before.last_seen_cluster_resource_state_version, has_enough, report, _describe(bundles))
-        yield
+        _wait(group.id.hex(), has_enough, report, _describe(bundles))
     finally:
         if ray.is_initialized():
-            request_resources(bundles=[])
+            remove_placement_group(group)
 
 
-def _wait(version: int, has_enough: Callable[[Nodes], bool], report: Callable[[str], None], request: str) -> None:
-    """Returns when the nodes have enough, when they never will, or after `WAIT_S` seconds.
-
-    `version` is that of the cluster's state which the autoscaler saw last before the request.
-    """
+def _wait(group: str, has_enough: Callable[[Nodes], bool], report: Callable[[str], None], request: str) -> None:
+    """Returns when the nodes have enough, when they can never have room for the placement group `group`, or after `WAIT_S` s."""
     began = time.monotonic()
     is_reported = False
     while not has_enough(node_resources()) and time.monotonic() - began < WAIT_S:
-        state = autoscaling_state()
-        # The cluster's state gets a new version whenever the autoscaler asks for it; the one after next surely has the request.
-        is_answer = state is not None and state.last_seen_cluster_resource_state_version >= version + 2
-        if state is not None and is_answer and state.infeasible_cluster_resource_constraints:
+        if is_infeasible(group):
             return
-        if is_answer and not is_reported:
+        if time.monotonic() - began >= POLL_S and not is_reported:
             report(f"waiting for nodes: the cluster's autoscaler was asked for {request}, and may take minutes")
             is_reported = True
         time.sleep(POLL_S)

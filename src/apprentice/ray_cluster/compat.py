@@ -15,6 +15,7 @@ from typing import Any
 from unittest.mock import patch
 
 import ray
+import ray.exceptions
 from ray._private import ray_constants
 from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 from ray._raylet import GcsClient  # type: ignore[attr-defined]
@@ -58,3 +59,12 @@ def autoscaling_state() -> Any | None:
         if reply.HasField("autoscaling_state") and reply.autoscaling_state.autoscaler_state_version
         else None
     )
+
+
+def is_infeasible(group: str) -> bool:
+    """Whether the autoscaler has said that no nodes that it may add have room for the placement group with the id `group` (hex)."""
+    try:
+        state = autoscaling_state()
+    except ray.exceptions.RpcError:  # a head that does not answer now may answer the next time
+        return False
+    return state is not None and any(group in request.details for request in state.infeasible_gang_resource_requests)

@@ -15,8 +15,8 @@ import math
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
@@ -35,7 +35,7 @@ from apprentice.data.window import WindowRenderer
 from apprentice.errors import TrainingError, all_causes
 from apprentice.models.loading import count_parameters, resolve_dtype
 from apprentice.pretrained.hub import local_folder
-from apprentice.ray_cluster.autoscaler import requested_nodes
+from apprentice.ray_cluster.autoscaler import request_nodes
 from apprentice.ray_cluster.nodes import is_job, node_resources
 from apprentice.recipe import Recipe
 from apprentice.run.fence import FenceToken, Lease, lease_run
@@ -111,7 +111,8 @@ def train(
     def tell(message: str) -> None:
         progress({"message": message})
 
-    with lease_run(run.folder, "train", tell=tell) as lease, _requested_resources(recipe, tell):
+    with lease_run(run.folder, "train", tell=tell) as lease:
+        _find_resources(recipe, tell)
         return _train(recipe, run, corpus, lease, progress, score)
 
 
@@ -168,14 +169,12 @@ def _requested_shares(corpus: Corpus) -> dict[int, float]:
     return {number: float(shares[task.name]) for number, task in enumerate(corpus.tasks) if task.name in shares}
 
 
-@contextmanager
-def _requested_resources(recipe: Recipe, tell: Callable[[str], None]) -> Iterator[None]:
-    """Within the block the cluster has what training needs: it has it, or its autoscaler adds it. Raises `ResourcesError` else."""
+def _find_resources(recipe: Recipe, tell: Callable[[str], None]) -> None:
+    """Returns when the cluster has what training needs: it has it, or its autoscaler adds it. Raises `ResourcesError` else."""
     dtype = resolve_dtype(recipe.model.dtype, "cuda" if recipe.training.resources.gpus else "cpu")
     request = required_resources(recipe, count_parameters(local_folder(recipe.model.base)), dtype)
-    with requested_nodes(request.bundles(recipe.training.max_workers), partial(has_resources, request), tell):
-        check_resources(request, node_resources())
-        yield
+    request_nodes(request.bundles(), partial(has_resources, request), tell)
+    check_resources(request, node_resources())
 
 
 def _validation_task(recipe: Recipe, run: Run, corpus: Corpus, score: Score | None) -> ValidationTask:

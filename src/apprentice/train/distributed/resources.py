@@ -31,12 +31,12 @@ class ResourceRequest:
     data_cpus: float = DATA_CPUS
     data_gpus: float = 0.0  # for the actors that write the replies of an on-policy run
 
-    def bundles(self, workers: int) -> list[dict[str, float]]:
-        """Resources (name → amount) of each of `workers` and of what makes their rows, as an autoscaler is asked for them."""
+    def bundles(self) -> list[dict[str, float]]:
+        """Resources (name → amount) of each worker and of what makes their rows, as an autoscaler is asked for them."""
         each = {"CPU": self.cpus} | ({"GPU": self.gpus} if self.gpus else {})
         writers = round(self.data_gpus / self.gpus) if self.gpus else 0
         single = max(0, math.ceil(self.data_cpus - writers * self.cpus))
-        return [*([each] * (workers + writers)), *([{"CPU": 1.0}] * single)]
+        return [*([each] * (self.workers + writers)), *([{"CPU": 1.0}] * single)]
 
 
 def required_resources(recipe: Recipe, parameters: int = 0, dtype: torch.dtype = torch.float32) -> ResourceRequest:
