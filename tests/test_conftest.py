@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import UNEXPECTED_SKIP
+
 CONFTEST = Path(__file__).with_name("conftest.py")
 
 
@@ -26,8 +28,8 @@ def run_pytest(folder: Path, body: str, *, ci: bool) -> subprocess.CompletedProc
     [
         ("assert 1 == 1", True, 0),
         ("pytest.skip('felt like it')", False, 0),
-        ("pytest.skip('felt like it')", True, 1),
-        ("pytest.importorskip('no_such_module_anywhere')", True, 1),
+        ("pytest.skip('felt like it')", True, UNEXPECTED_SKIP),
+        ("pytest.importorskip('no_such_module_anywhere')", True, UNEXPECTED_SKIP),
         ("pytest.skip('needs a GPU')", True, 0),
         ("pytest.skip('needs ../shared/data')", True, 0),
         ("pytest.xfail('known')", True, 0),
@@ -42,7 +44,7 @@ def test_only_expected_skips_pass_in_ci(tmp_path: Path, body: str, ci: bool, cod
 def test_missing_data_is_no_excuse_where_it_is_there(tmp_path: Path) -> None:
     (tmp_path / "shared" / "data").mkdir(parents=True)
     done = run_pytest(tmp_path, "pytest.skip('needs ../shared/data')", ci=True)
-    assert done.returncode == 1
+    assert done.returncode == UNEXPECTED_SKIP
     assert "UNEXPECTED SKIP" in done.stdout
 
 

@@ -73,7 +73,7 @@ def trained_of(recipe: Recipe) -> Line:
     """Number of trained parameters, and their share of all."""
     model = load_model(recipe.model.base, resolve_dtype(recipe.model.dtype, "cpu"), trust=recipe.model.trust)
     numbers, share = count_trainable(TUNING_METHODS[recipe.tuning.method].wrap(model, recipe.tuning, recipe.seed))
-    return {"trained": numbers, "count_trainable": share}
+    return {"trained": numbers, "trained_share": share}
 
 
 def facts_of(run: Run) -> Line:
@@ -160,7 +160,7 @@ def table_of(lines: Mapping[str, Line]) -> str:
     for name, line in lines.items():
         memory = "–" if line["memory_mib"] is None else f"{line['memory_mib'] / 1024:.1f} GiB"
         cells = [
-            f"{line['trained']:,} ({line['count_trainable']:.2%})",
+            f"{line['trained']:,} ({line['trained_share']:.2%})",
             memory,
             f"{line['tokens_per_s']:.0f}",
             f"{line['checkpoint_mib']:.1f} MiB",
@@ -169,10 +169,6 @@ def table_of(lines: Mapping[str, Line]) -> str:
         ]
         rows.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(rows) + "\n"
-
-
-def _spoken(pool: str) -> str:
-    return pool.replace("_", " ")
 
 
 def _score(pool: Line) -> str:

@@ -78,7 +78,7 @@ def test_methods_side_by_side() -> None:
         "trained_on_ranked": (25.0, 75.0),
         "trained_on_generated": (75.0, 100.0),
     }
-    line = {"trained": 1234, "count_trainable": 0.0123, "memory_mib": 2048.0, "tokens_per_s": 321.6, "checkpoint_mib": 1.5}
+    line = {"trained": 1234, "trained_share": 0.0123, "memory_mib": 2048.0, "tokens_per_s": 321.6, "checkpoint_mib": 1.5}
     lines = {
         "lora": {**line, "kept_mib": 0.5, "pools": pools},
         "full": {**line, "memory_mib": None, "kept_mib": 9.0, "pools": pools},

@@ -1,7 +1,8 @@
 """Devices, models and measures of the tests in this folder.
 
-Every test runs twice: on a GPU with `pytest -m gpu`, and on the CPU, in a smaller size, with the quick tests. The code is the same,
-so no line of a test is first run on a GPU. Only losses, models and the engine are imported: neither Ray nor the data pipeline.
+Nearly every test runs twice: on a GPU with `pytest -m gpu`, and on the CPU, in a smaller size, with the quick tests (those of the
+engine by hand, with `-m long`), so that most lines have been run before a GPU is at hand. Only losses, models and the engine are
+imported: neither Ray nor the data pipeline.
 """
 
 from __future__ import annotations

@@ -16,10 +16,11 @@ from apprentice.inference.compat import (
     using_attention,
 )
 from apprentice.inference.cpu_linear import can_pack
+from tests.conftest import NEEDS_BFLOAT16
 from tests.models.architectures import made
 
 
-@pytest.mark.skipif(not can_pack(), reason="this CPU has no bfloat16 products in hardware, so nothing is packed")
+@pytest.mark.skipif(not can_pack(), reason=NEEDS_BFLOAT16)
 @pytest.mark.parametrize("has_bias", [False, True])
 def test_a_packed_weight_has_its_shape_and_multiplies_as_before(has_bias: bool) -> None:
     weight = torch.randn(48, 32, generator=torch.Generator().manual_seed(1)).bfloat16()

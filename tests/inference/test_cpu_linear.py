@@ -14,8 +14,9 @@ from apprentice.inference.kv_cache import KvCache
 from apprentice.inference.runners.attention_metadata import TokenChunk
 from apprentice.inference.runners.causal import compute_logits, probe_model
 from apprentice.models.loading import load_model
+from tests.conftest import NEEDS_BFLOAT16
 
-pytestmark = pytest.mark.skipif(not can_pack(), reason="this CPU has no products in bfloat16")
+pytestmark = pytest.mark.skipif(not can_pack(), reason=NEEDS_BFLOAT16)
 SHAPES = [(64, 1), (7, 3), (64, 192), (576, 1536)]  # inputs and outputs
 
 

@@ -74,6 +74,14 @@ def test_a_type_that_loses_the_bounds_has_the_default() -> None:
     assert choose_attention("auto", HOPPER, config, compat.model_class_of(AutoModelForCausalLM, config)) is None
 
 
+@pytest.mark.parametrize("name", ["gptj", "gpt_neo"])
+def test_flash_is_refused_to_types_that_do_not_hear_where_examples_begin(packages: Any, name: str) -> None:
+    packages(2)
+    config = AutoConfig.for_model(name)
+    with pytest.raises(ModelError, match=rf"flash cannot run {name} in bfloat16 on this GPU; use auto"):
+        choose_attention("flash", AMPERE, config, compat.model_class_of(AutoModelForCausalLM, config))
+
+
 def test_flash_attention_is_refused_to_t5(packages: Any) -> None:
     packages(2)
     with pytest.raises(ModelError, match=r"flash cannot run t5 in bfloat16 on this GPU; use auto"):

@@ -27,15 +27,17 @@ from tests.support.sockets import free_port
 
 HEAD_ID = "f" * 51 + "00000"  # the provider names its nodes so
 DRIVER = """
-import json, os, sys
+import json, sys, time
 import ray
-from apprentice.ray_cluster.autoscaler import request_nodes
+from apprentice.ray_cluster.autoscaler import has_autoscaler, request_nodes
 from apprentice.ray_cluster.nodes import node_resources
 
 def gpus(nodes):
     return sum(node.get("GPU", 0) for node in nodes)
 
 ray.init(sys.argv[1], log_to_driver=False, logging_level="ERROR")
+while not has_autoscaler():  # it writes its first state some seconds after the cluster has begun
+    time.sleep(0.2)
 for count in (2, 2, 5):
     reports = []
     request_nodes([{"CPU": 2.0, "GPU": 1.0}] * count, lambda nodes: gpus(nodes) >= count, reports.append)

@@ -27,7 +27,7 @@ def within(model: Any, word: str, device: torch.device, dtype: torch.dtype = tor
     before = model.config._attn_implementation
     with packed_attention(model, word, device, dtype):
         name = model.config._attn_implementation
-        assert TargetLosses(model)._is_flash is (name == "varlen")
+        assert TargetLosses(model)._is_flat is (name == "varlen")
     assert model.config._attn_implementation == before
     return str(name)
 

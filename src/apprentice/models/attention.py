@@ -72,7 +72,10 @@ def _flash(packed: PackedCompute, config: Any, model_class: Any) -> str:
     installed, has_kernels = compat.installed_flash_attention(), compat.has_hub_kernels()
     if packed.device != "cuda" or not (installed or has_kernels):
         raise ModelError("model.attention flash needs a GPU and the package flash-attn, which are not here; use auto.")
-    if not compat.attention_support(model_class).flash or not _fits_flash(packed, config):
+    support = compat.attention_support(model_class)
+    # Without keywords a layer does not hear where examples begin, and would attend to all before it.
+    hears_bounds = config.is_encoder_decoder or support.keywords
+    if not (support.flash and hears_bounds and _fits_flash(packed, config)):
         dtype = str(packed.dtype).removeprefix("torch.")
         raise ModelError(f"model.attention flash cannot run {config.model_type} in {dtype} on this GPU; use auto.")
     versions = _packages(packed, config, newest_only=False)

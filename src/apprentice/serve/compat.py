@@ -50,7 +50,7 @@ def proxies_host() -> str:
 
 def shut_down_serve(timeout_s: float = 60.0) -> None:
     """Ends Serve. `serve.shutdown()` alone waits in the controller until that is killed, which Ray reports as a failure."""
-    with contextlib.suppress(ValueError, ray.exceptions.RayActorError):
+    with contextlib.suppress(ValueError, ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
         ray.get(_controller().graceful_shutdown.remote(wait=False), timeout=timeout_s)
     deadline = time.monotonic() + timeout_s
     while serve_is_running() and time.monotonic() < deadline:

@@ -16,6 +16,7 @@ import pytest
 from apprentice.data.index import build as index_module
 from apprentice.data.index.build import is_held_out, load_or_build_index
 from apprentice.data.index.task_index import TaskIndex
+from apprentice.data.sources import parquet_conversion
 from apprentice.errors import DataError
 from apprentice.pretrained.tokenizer import Tokenizer
 from apprentice.recipe import Recipe
@@ -202,6 +203,42 @@ def test_converted_rows_are_known_again_by_their_original(site: Site, monkeypatc
     assert arrays(again) == arrays(index)
     assert (again.train_source and again.train_source.fingerprint) != (index.train_source and index.train_source.fingerprint)
     file.write_text(file.read_text().replace("text 7", "text 8"))
+    with pytest.raises(DataError, match=r"the train rows .* have changed"):
+        site.load_or_build_index(task)
+
+
+def test_another_encoding_is_other_rows_though_the_original_is_the_same(site: Site) -> None:
+    file = site.root / "own.arrow"
+    table = pa.table({"text": pa.array([f"text {number} é".encode("cp1252") for number in range(20)]), "label": [0, 1] * 10})
+    with pa.ipc.new_file(file, table.schema) as writer:
+        writer.write_table(table)
+    task = make_task(sources=[{"files": {"train": str(file)}, "encoding": "cp1252"}])
+    site.load_or_build_index(task)
+    site.load_or_build_index(task)
+    with pytest.raises(DataError, match=r"the train rows .* have changed"):
+        site.load_or_build_index(make_task(sources=[{"files": {"train": str(file)}, "encoding": "cp1251"}]))
+
+
+def test_rows_of_a_file_that_changes_while_it_is_converted_are_not_known_by_its_new_content(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = site.root / "own.csv"
+
+    def content(word: str) -> str:
+        return "text,label\n" + "".join(f"{word} {number},{number % 2}\n" for number in range(20))
+
+    def write_and_replace(*arguments: Any) -> None:
+        write(*arguments)
+        file.write_text(content("a new text"))
+
+    file.write_text(content("text"))
+    task = make_task(sources=[{"files": {"train": str(file)}}])
+    write = parquet_conversion._write
+    with monkeypatch.context() as patch:
+        patch.setattr(parquet_conversion, "_write", write_and_replace)
+        index = site.load_or_build_index(task)["mood"]
+    assert index.train_source is not None
+    assert index.train_source.original is None
     with pytest.raises(DataError, match=r"the train rows .* have changed"):
         site.load_or_build_index(task)
 

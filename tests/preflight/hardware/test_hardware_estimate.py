@@ -224,3 +224,10 @@ def test_batches_that_cannot_be_divided(tmp_path: Path) -> None:
         place_recipe(recipe(tmp_path, model, training__global_batch=60), parse_hardware("8xH100-80GB"))
     fewer = place_recipe(recipe(tmp_path, model, training__micro_batch=32), parse_hardware("8xH100-80GB"))
     assert fewer.training.micro_batch == 8
+
+
+def test_4_bit_weights_are_refused_in_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(
+        RecipeError, match=r"--hardware does not know the memory of 4-bit weights \(qlora\); try tuning.method=lora"
+    ):
+        estimate(recipe(tmp_path, big_llama(tmp_path, "8b"), "qlora"), "8xH100-80GB")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import shutil
+import weakref
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -184,6 +186,18 @@ async def test_no_more_are_in_memory_than_allowed(engine: TransformersEngine, ch
     again.release()
     with await catalogue.take("a") as model:
         assert model is again.model
+
+
+async def test_an_adapter_that_was_put_out_leaves_the_memory(engine: TransformersEngine, chat_model: Path, folder: Path) -> None:
+    catalogue = served(engine, chat_model, folder, most=1)
+    async with client(catalogue) as http:
+        assert len(await ids(http, "a")) == 8
+        with await catalogue.take("a") as model:
+            reference = weakref.ref(model)
+        del model
+        assert len(await ids(http, "b")) == 8
+        gc.collect()
+        assert reference() is None
 
 
 async def test_who_needs_a_place_gets_one_though_all_adapters_are_busy(

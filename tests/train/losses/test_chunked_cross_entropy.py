@@ -6,6 +6,7 @@ import gc
 import os
 import time
 import weakref
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch.multiprocessing
 
 from apprentice.train.batch import SupervisedBatch
 from apprentice.train.losses import target_losses
+from apprentice.train.losses.chunked_cross_entropy import chunked_cross_entropy
 from apprentice.train.losses.sft import SupervisedLoss
 from tests.models.architectures import made
 from tests.train.losses import sharded_training
@@ -187,3 +189,26 @@ def test_split_training_is_training_in_one_process(results: list[dict[str, Any]]
     flat, plain_flat = (torch.cat([each["weights"][name].flatten() for name in plain["weights"]]) for each in (ours, plain))
     assert (flat - plain_flat).norm() <= 1e-5 * plain_flat.norm()
     assert len(set(ours["calls"])) == 1
+
+
+def test_many_chunks_in_bfloat16_lose_no_more_than_one() -> None:
+    """The output layer's gradient is summed over chunks in float32."""
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(1, 1024, 64, generator=generator).bfloat16()
+    weight = (torch.randn(1000, 64, generator=generator) * 0.2).bfloat16()
+    labels = torch.randint(1000, (1024,), generator=generator)
+    exact = weight.double().requires_grad_()
+    torch.nn.functional.cross_entropy(states[0].double() @ exact.T, labels, reduction="sum").backward()
+
+    def error(size: int) -> float:
+        head = torch.nn.Linear(64, 1000, bias=False, dtype=torch.bfloat16)
+        head.weight.data.copy_(weight)
+        places = torch.ones(1, 1024, dtype=torch.bool)
+        settings: dict[str, Any] = {"size": size, "finish": lambda logits: logits, "casting": nullcontext}
+        loss, _, _ = chunked_cross_entropy(lambda: head(states), head, places, labels, "sum", **settings)
+        loss.backward()
+        assert exact.grad is not None
+        assert head.weight.grad is not None
+        return float((head.weight.grad.double() - exact.grad).norm() / exact.grad.norm())
+
+    assert error(8) < 1.5 * error(1024), (error(8), error(1024))

@@ -204,7 +204,7 @@ def test_flash_attention_gets_a_single_row() -> None:
     model, micro = made("llama"), packed_rows(2).micro_batches(2)[0]
     loss = SupervisedLoss(model)
     two_rows = loss(micro)
-    loss.targets._is_flash = True
+    loss.targets._is_flat = True
     torch.testing.assert_close(loss(micro), two_rows, rtol=1e-6, atol=0)
 
 

@@ -1,7 +1,7 @@
-"""Application of the row filters to whole tasks: reads rows in chunks, lets `filters` choose, and reports contamination.
+"""Application of the row filters to whole tasks: reads rows in chunks, lets `row_filters` choose, and reports contamination.
 
     chunks of test rows ──passages_of──▶ hashes of all test passages
-    chunks of training rows ──measure──▶ numbers a row ──choose──▶ rows kept, one task at a time
+    chunks of training rows ──measure_rows──▶ numbers a row ──choose_rows──▶ rows kept, one task at a time
 
 The caller passes a `RunCalls` function, which executes the calls for the chunks in this process or on Ray.
 """

@@ -1,7 +1,7 @@
 """Row filters: drop training rows by length, duplication, passages shared with test rows, label balance and number of rows.
 
-    measure   a chunk of rows → numbers a row: words, digest, MinHash signature, label, passage shared with a test row
-    choose    the numbers of a whole task → rows kept, and the number of rows that each filter dropped
+    measure_rows   a chunk of rows → numbers a row: words, digest, MinHash signature, label, passage shared with a test row
+    choose_rows    the numbers of a whole task → rows kept, and the number of rows that each filter dropped
 
 Only these numbers are kept of a row (some 20 bytes; 280 for near duplicates), so that memory does not grow with the length of
 rows. All functions are pure functions of rows and settings.

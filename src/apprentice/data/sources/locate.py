@@ -1,6 +1,6 @@
 """Sources: resolves a task's declared places to one list of Parquet files, and reads rows of these by number.
 
-Files without random access (JSONL, CSV …) and built-in tasks are converted to Parquet once, by `convert`.
+Files without random access (JSONL, CSV …) and built-in tasks are converted to Parquet once, by `parquet_conversion`.
 """
 
 from __future__ import annotations
@@ -67,7 +67,11 @@ class Source:
 
     def has_rows_of(self, other: Source) -> bool:
         """Whether both are the same rows: by the originals of converted files, by the files themselves otherwise."""
-        return self.fingerprint == other.fingerprint or (self.original is not None and self.original == other.original)
+        if self.fingerprint == other.fingerprint:
+            return True
+        is_same_original = self.original is not None and self.original == other.original
+        # Binary values are decoded when they are read, so their encoding is not part of the converted file.
+        return is_same_original and (self.readings, self.encoding) == (other.readings, other.encoding)
 
 
 class _Footer(NamedTuple):
@@ -115,7 +119,7 @@ def resolve(task: Task, split: Split, *, root: str | None, cache: Folder, rules:
         readings=readings,
         encoding=spec.encoding,
         named=spec.files[name] if spec.files is not None else None,
-        original=original_digest(files[0], cache) if len(files) == 1 else None,
+        original=_retrying(files[0], lambda: original_digest(files[0], cache)) if len(files) == 1 else None,
     )
 
 

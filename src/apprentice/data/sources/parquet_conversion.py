@@ -27,7 +27,7 @@ import pyarrow.parquet as pq
 
 from apprentice.data.sources.delimited import describe_invalid_utf8, text_batches
 from apprentice.data.sources.json_columns import ESCAPED_SURROGATE, arrow_tables, replace_surrogates
-from apprentice.errors import DataError, StorageError
+from apprentice.errors import DataError, MissingError, StorageError
 from apprentice.run.identity import FORMAT
 from apprentice.storage import Folder
 from apprentice.tasks import builtin
@@ -98,6 +98,18 @@ def _converted(
     origin: Folder, files: Sequence[Folder], cache: Folder, tables: Callable[[], Iterator[pa.Table]], way: str = ""
 ) -> str:
     """The converted file of `origin`; written from `tables` unless it exists for these `files` and this `way` of reading."""
+    key = _key(origin, files, way)
+    target = cache / "converted" / f"{origin.name}-{key[:16]}.parquet"
+    if not target.exists():
+        _write(tables(), target, origin)
+        digest = _digest_of(files, way)
+        if _key(origin, files, way) == key:  # else the originals changed meanwhile, and nobody knows which content was converted
+            _digest_file(target).write_text(digest)
+    return target.uri
+
+
+def _key(origin: Folder, files: Sequence[Folder], way: str) -> str:
+    """SHA-256 of paths, sizes and modification times of `files`, and of the way that they are read."""
     key = hashlib.sha256()
     for file in files:
         fs, inside = file.filesystem()
@@ -105,12 +117,7 @@ def _converted(
         if info.type != pafs.FileType.File:
             raise DataError(f"{file} does not exist; put it back, or save {origin} again.")
         key.update(f"{file.uri}\n{info.size}\n{info.mtime_ns}\n{ROWS_PER_GROUP}{way}".encode())
-    target = cache / "converted" / f"{origin.name}-{key.hexdigest()[:16]}.parquet"
-    if not target.exists():
-        _write(tables(), target, origin)
-    if not _digest_file(target).exists():
-        _digest_file(target).write_text(_digest_of(files, way))
-    return target.uri
+    return key.hexdigest()
 
 
 def builtin_file(name: str, split: str, cache: Folder) -> str:
@@ -119,7 +126,6 @@ def builtin_file(name: str, split: str, cache: Folder) -> str:
     if not target.exists():
         rows = builtin.rows(name, cast(Literal["train", "test"], split))
         _write(iter([pa.Table.from_pylist(rows)]), target, target)
-    if not _digest_file(target).exists():
         _digest_file(target).write_text(target.name)  # the version is in the name
     return target.uri
 
@@ -130,8 +136,12 @@ def original_digest(file: str, cache: Folder) -> str | None:
     It does not depend on the version of pyarrow that wrote the Parquet file, as the file's footer does.
     """
     converted = Folder.at(file)
-    is_converted = converted.uri.startswith(f"{cache.uri}/") and _digest_file(converted).exists()
-    return _digest_file(converted).read_text() if is_converted else None
+    if not converted.uri.startswith(f"{cache.uri}/"):
+        return None
+    try:
+        return _digest_file(converted).read_text()
+    except MissingError:  # converted by an earlier version, or from a file that changed meanwhile
+        return None
 
 
 def _digest_file(converted: Folder) -> Folder:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 
 from apprentice.errors import RecipeError
 from apprentice.models.loading import resolve_dtype
+from apprentice.models.tuning.methods import TUNING_METHODS
 from apprentice.preflight.hardware.devices import Hardware
 from apprentice.preflight.hardware.roofline import MicroBatch, StepTime, estimate_step_time, model_flops
 from apprentice.pretrained.hub import config_folder
@@ -95,6 +96,8 @@ def place_recipe(recipe: Recipe, hardware: Hardware) -> Recipe:
     Raises `RecipeError` if the batch cannot be divided among the workers, `ModelError` if there is no such model.
     """
     training = recipe.training
+    if TUNING_METHODS[recipe.tuning.method].four_bit:
+        raise RecipeError(f"--hardware does not know the memory of 4-bit weights ({recipe.tuning.method}); try tuning.method=lora.")
     workers = hardware.total_gpus - (training.grpo.actors if training.aim.rounds else 0)
     if workers < 1:
         raise RecipeError(f"grpo.actors {training.grpo.actors} take all GPUs of {hardware}; lower them, or name more GPUs.")
@@ -119,8 +122,8 @@ class HardwareEstimator:
 
     def __init__(self, hardware: Hardware) -> None:
         self.hardware = hardware
-        self._sizes: dict[tuple[str, str], ModelSize] = {}
-        self._saved: dict[tuple[str, int], SavedTensors | None] = {}  # by one row
+        self._sizes: dict[tuple[str, ...], ModelSize] = {}
+        self._saved: dict[tuple[str, str, int], SavedTensors | None] = {}  # by one row
 
     def estimate(self, recipe: Recipe) -> HardwareEstimate:
         """The estimate of `recipe`, which `place_recipe` made."""
@@ -136,7 +139,7 @@ class HardwareEstimator:
 
     def size(self, recipe: Recipe) -> ModelSize:
         """Size of the recipe's model with its tuning method."""
-        key = (recipe.model.base, recipe.tuning.method)
+        key = (recipe.model.base, recipe.tuning.method, recipe.training.optimizer.name)  # which decides on the weights' format
         if key not in self._sizes:
             on = "cuda" if recipe.training.resources.gpus else "cpu"
             self._sizes[key] = measure_model_size(recipe, resolve_dtype(recipe.model.dtype, on))
@@ -145,7 +148,7 @@ class HardwareEstimator:
     def _saved_by_row(self, recipe: Recipe) -> SavedTensors | None:
         """What the forward pass of one row saves; None if not known."""
         length = recipe.data.packing.length
-        key = (recipe.tuning.method, length)
+        key = (recipe.tuning.method, recipe.training.optimizer.name, length)
         if key not in self._saved:
             size = self.size(recipe)
             self._saved[key] = measure_saved_tensors(recipe, size.dtype, 1, length, has_mask=size.is_masked)

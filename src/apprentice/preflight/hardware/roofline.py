@@ -140,7 +140,9 @@ def _offload_time(recipe: Recipe, size: ModelSize, hardware: Hardware, passes: i
     if deepspeed.offload != "none":
         shard = size.trained / workers
         cpus = min(recipe.training.resources.cpus, hardware.cpus / hardware.gpus)
-        seconds += (GRADIENT_BYTES + size.weight_bytes) * shard / (hardware.device.host_link * LINKS)
+        # Each pass puts its gradients into the host's buffer, and all but the first fetch what is there to add to it.
+        moved = (2 * passes - 1) * GRADIENT_BYTES + size.weight_bytes
+        seconds += moved * shard / (hardware.device.host_link * LINKS)
         seconds += UPDATE_BYTES * shard / (cpus * HOST_BYTES_PER_CPU)
         if deepspeed.offload == "nvme":
             seconds += 2 * STATE_BYTES * shard * hardware.gpus / DISK

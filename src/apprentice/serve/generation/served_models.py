@@ -63,7 +63,7 @@ class ModelLease:
 
 
 class DynamicModels(Protocol):
-    """Protocol of a set of models that come and go; `adapters.Adapters` is one."""
+    """Protocol of a set of models that come and go; `adapters.AdapterCache` is one."""
 
     async def names(self) -> list[str]:
         """Names of all that are available now."""

@@ -100,7 +100,7 @@ class CheckpointValidator:
 
 @dataclass(frozen=True)
 class _LossEngine:
-    """Validation loss without a DeepSpeed engine, for `validation_loss`."""
+    """Validation loss without a DeepSpeed engine, for `compute_validation_loss`."""
 
     loss: ObjectiveLoss
     device: torch.device

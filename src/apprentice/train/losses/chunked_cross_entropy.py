@@ -103,16 +103,18 @@ class _Chunks:
         of_chunks = [upstream] * len(self._labels) if self.reduction == "sum" else upstream.split(self._size)
         losses: list[Tensor] = []
         of_states: list[Tensor] = []
-        of_parameters = [torch.zeros_like(parameter) for parameter in self.parameters]
+        # In float32, since sums of many chunks in bfloat16 lose the small ones.
+        of_parameters = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in self.parameters]
         for (part, labels), gradient in zip(self.split(states), of_chunks, strict=True):
             with torch.enable_grad():
                 loss = self.loss(part, labels)
-            of_part, *of_layer = torch.autograd.grad(loss, [part, *self.parameters], gradient)
+            of_part, *of_chunk = torch.autograd.grad(loss, [part, *self.parameters], gradient)
             losses.append(loss.detach())
             of_states.append(of_part)
-            for total, more in zip(of_parameters, of_layer, strict=True):
+            for total, more in zip(of_parameters, of_chunk, strict=True):
                 total.add_(more)
-        return self.joined(losses), [torch.cat(of_states), *of_parameters]
+        of_layer = [total.to(parameter.dtype) for total, parameter in zip(of_parameters, self.parameters, strict=True)]
+        return self.joined(losses), [torch.cat(of_states), *of_layer]
 
 
 class _Losses(torch.autograd.Function):

@@ -42,7 +42,7 @@ class TargetLosses:
         self._probed = False  # which the first pass shows
         configs = getattr(model, "peft_config", {}).values()
         self._has_virtual_tokens = any(config.is_prompt_learning for config in configs)
-        self._is_flash = is_flat(attention_name(model))
+        self._is_flat = is_flat(attention_name(model))
 
     def causal(
         self,
@@ -107,7 +107,7 @@ class TargetLosses:
 
         Without `positions` a row is one sequence. Without `bounds` they are read from `positions`, for which the host waits.
         """
-        if not self._is_flash:
+        if not self._is_flat:
             return {"input_ids": input_ids} | ({} if positions is None else {"position_ids": positions})
         if positions is None:
             return {"input_ids": input_ids} | SequenceBounds.of_rows(input_ids).keywords()

@@ -62,7 +62,7 @@ def estimate_peak_memory(
 def add_to_activations(
     saved: float | None, recipe: Recipe, parameters: int, trained: int, dtype: torch.dtype, *, workers: int
 ) -> MemoryEstimate:
-    """Peak memory of the first of `workers`, whose activations take `saved` bytes; otherwise `estimate_peak_memory`."""
+    """Peak memory of the first of `workers`, as `estimate_peak_memory`, with activations of `saved` bytes (None: not known)."""
     estimate = estimate_memory(recipe, parameters, trained, dtype, workers)
     estimate = replace(estimate, weights=estimate.weights + gathered_weight_bytes(recipe, parameters, dtype), activations=saved)
     if recipe.training.resources.gpus:

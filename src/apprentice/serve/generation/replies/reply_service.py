@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import weakref
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -25,8 +26,14 @@ class ReplyService:
 
     def __init__(self, model: ServedModel) -> None:
         self.encoder = PromptEncoder(model.layout, model.engine.context, model.engine.vocabulary)
-        self._model = model
+        self._weak_model = weakref.ref(model)  # services are kept for as long as their models are, by others
         self._grammars = GrammarCompiler(model.layout)
+
+    @property
+    def _model(self) -> ServedModel:
+        model = self._weak_model()
+        assert model is not None, "a reply needs a lease of its model"
+        return model
 
     async def respond(
         self, body: GenerationFields, prompts: Sequence[EncodedPrompt], format_type: type[ReplyFormat], account: Account
