@@ -12,7 +12,11 @@ from apprentice.recipe.strict import Positive, Share, Strict
 class _Strategy(Strict):
     """Shares of the tasks, or of the groups of tasks, in a mixture or a group."""
 
-    strategy: Literal["equal", "proportional", "temperature", "weights"] = "proportional"
+    strategy: Literal["equal", "proportional", "temperature", "weights"] = Field(
+        "proportional",
+        description="What a task's share follows: equal for all; its rows up to `cap`; its rows to the power 1 / `temperature`; or"
+        " `weights`.",
+    )
     cap: Positive | None = Field(None, description="Rows at which a task's size stops counting (T5's K; FLAN's rate of 3,000).")
     temperature: float = Field(2.0, gt=0.0, description="Shares go with size ** (1 / temperature).")
     weights: dict[str, Annotated[float, Field(gt=0.0)]] | None = Field(None, description="Task → weight, for `weights`.")
@@ -57,9 +61,9 @@ class Mixture(_Strategy):
 class Formats(Strict):
     """Share of plan positions drawn in each format; the shares add up to 1."""
 
-    zero_shot: Share = 1.0
-    few_shot: Share = 0.0
-    inverted: Share = 0.0
+    zero_shot: Share = Field(1.0, description="Of an instruction alone.")
+    few_shot: Share = Field(0.0, description="Of an instruction with solved exemplars before it.")
+    inverted: Share = Field(0.0, description="Of inverted wordings, which give the answer and ask for the input.")
     cot: Share = Field(0.0, description="Reasoning before the answer (chain of thought), where a task has such wordings.")
 
     @model_validator(mode="after")
@@ -169,7 +173,9 @@ class Data(Strict):
     promptsource: str | None = Field(None, description="Folder of PromptSource's templates: <promptsource>/<name>/templates.yaml.")
     hold_out: tuple[str, ...] = Field((), description="Clusters or tasks never trained on, always scored.")
     validation: Share = Field(0.02, description="Share of training rows, chosen by hash, that are never trained on.")
-    layout: Literal["plain", "alpaca", "chat"] = "chat"
+    layout: Literal["plain", "alpaca", "chat"] = Field(
+        "chat", description="How instruction, input and answer become one prompt; chat uses the model's chat template."
+    )
     system: str = Field("", description="System text; empty: the layout's own.")
     chat_template: str | None = Field(
         None, description="Chat template (Jinja) in place of the tokenizer's own; it is saved with the model."

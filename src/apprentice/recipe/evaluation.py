@@ -26,13 +26,15 @@ class Gate(Strict):
 class Evaluation(Strict):
     """The scoring of the test rows of every task."""
 
-    shots: tuple[Annotated[int, Field(ge=0)], ...] = Field((0,), min_length=1)
+    shots: tuple[Annotated[int, Field(ge=0)], ...] = Field(
+        (0,), min_length=1, description="Numbers of exemplars; every test row is asked with each of them."
+    )
     max_examples: Positive = Field(100, description="Test rows per task.")
     templates_per_row: Positive | Literal["all"] = Field(1, description="Wordings that each row meets.")
     while_training: Annotated[int, Field(ge=0)] = Field(
         0, description="Test rows of each held-out task that are scored at each checkpoint, aside; 0: none."
     )
-    max_new_tokens: Positive = 64
+    max_new_tokens: Positive = Field(64, description="Tokens of a reply at most.")
     baseline_shots: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(
         None, description="Exemplars for the base model; empty list: no base model; default: as `shots`."
     )

@@ -34,7 +34,7 @@ class Recipe(Strict):
     """One execution of the whole pipeline."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Name of the run's folder.")
-    seed: int = 0
+    seed: int = Field(0, description="Of all draws: the sampling plan, new weights and dropout.")
     storage: str = Field(
         "./runs", description="Where runs lie: a folder or URI that every node reaches; left out: `runs` in the current directory."
     )

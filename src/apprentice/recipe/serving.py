@@ -12,8 +12,8 @@ from apprentice.recipe.strict import Positive, Strict
 class Replicas(Strict):
     """Least and greatest number of replicas of the engine."""
 
-    min: Positive = 1
-    max: Positive = 1
+    min: Positive = Field(1, description="Replicas that always run.")
+    max: Positive = Field(1, description="Replicas at most, under load.")
 
 
 class Serving(Strict):
@@ -22,11 +22,13 @@ class Serving(Strict):
     engine: Literal["auto", "transformers", "vllm"] = Field(
         "auto", description="What decodes: `transformers`, our own, which `auto` takes, or `vllm` (an extra) for causal models."
     )
-    host: str = "127.0.0.1"
-    port: Annotated[int, Field(ge=0, le=65535)] = 8000
+    host: str = Field("127.0.0.1", description="Address that the endpoint listens on; 0.0.0.0 for every one of the machine.")
+    port: Annotated[int, Field(ge=0, le=65535)] = Field(8000, description="Port of the endpoint; 0 takes a free one.")
     replicas: Replicas = Replicas()
     max_running: Positive = Field(32, description="Requests decoded together by one replica.")
-    max_queued_requests: Positive = 64
+    max_queued_requests: Positive = Field(
+        64, description="Requests that may wait in a replica; further ones are refused with status 429."
+    )
     context: Positive = Field(2048, description="Tokens of prompt and reply together.")
     threads: Positive | None = Field(
         None,

@@ -19,7 +19,11 @@ SAMPLES = (
 class Tuning(Strict):
     """The tuning method: which weights are trained."""
 
-    method: Literal["full", "lora", "qlora", "prefix", "prompt", "adapter"] = "lora"
+    method: Literal["full", "lora", "qlora", "prefix", "prompt", "adapter"] = Field(
+        "lora",
+        description="full: every weight; lora: two small matrices beside each linear layer; qlora: the same over a base in 4 bits;"
+        " prefix, prompt: trained vectors before every row; adapter: a small layer inside each block.",
+    )
     rank: Positive = Field(16, description="Of LoRA's two matrices.")
     alpha: float | None = Field(None, description="LoRA scale × rank; default 2 × rank.")
     dropout: Share = Field(0.0, description="Of LoRA's input.")
@@ -30,8 +34,8 @@ class Tuning(Strict):
 class WorkerRange(Strict):
     """Least and greatest number of training workers, for elastic training."""
 
-    min: Positive
-    max: Positive
+    min: Positive = Field(description="Training goes on while there are so many.")
+    max: Positive = Field(description="Training uses at most so many.")
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -43,8 +47,8 @@ class WorkerRange(Strict):
 class Resources(Strict):
     """CPUs and GPUs that each training worker reserves in Ray."""
 
-    cpus: float = Field(1.0, gt=0.0)
-    gpus: float = Field(0.0, ge=0.0)
+    cpus: float = Field(1.0, gt=0.0, description="CPUs of a worker; its threads are as many.")
+    gpus: float = Field(0.0, ge=0.0, description="GPUs of a worker; 0 trains on CPUs.")
 
 
 class Optimizer(Strict):
@@ -54,19 +58,25 @@ class Optimizer(Strict):
         "adamw",
         description="adafactor scales each step by the size of the weights it changes, as T5 was trained; betas are AdamW's.",
     )
-    learning_rate: float = Field(2e-4, gt=0.0)
-    schedule: Literal["cosine", "linear", "constant", "inverse_sqrt"] = "cosine"
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
-    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
-    betas: tuple[Share, Share] = (0.9, 0.999)
-    epsilon: float = Field(1e-8, gt=0.0)
+    learning_rate: float = Field(2e-4, gt=0.0, description="The greatest, just after the warm-up.")
+    schedule: Literal["cosine", "linear", "constant", "inverse_sqrt"] = Field(
+        "cosine", description="How the learning rate goes on after the warm-up; cosine and linear end at 0."
+    )
+    warmup_steps: Annotated[int, Field(ge=0)] = Field(0, description="Steps in which the learning rate rises from 0.")
+    weight_decay: Annotated[float, Field(ge=0.0)] = Field(
+        0.0, description="Share of each weight taken off in a step, times the learning rate."
+    )
+    betas: tuple[Share, Share] = Field((0.9, 0.999), description="Decay of the averages of the gradient and of its square.")
+    epsilon: float = Field(1e-8, gt=0.0, description="Added to the root of the average square, against division by 0.")
     clip: float = Field(1.0, ge=0.0, description="Largest gradient norm; 0 turns clipping off.")
 
 
 class DeepSpeed(Strict):
     """DeepSpeed's ZeRO stage, and offloading of optimizer state and parameters."""
 
-    stage: Literal[0, 1, 2, 3] = 2
+    stage: Literal[0, 1, 2, 3] = Field(
+        2, description="What the workers split among them: 1 the optimizer's state, 2 gradients too, 3 weights too; 0 nothing."
+    )
     offload: Literal["none", "cpu", "nvme"] = Field("none", description="Where the optimizer's state lies, if not on the GPU.")
     offload_parameters: Literal["none", "cpu", "nvme"] = Field("none", description="Where weights wait; stage 3 only.")
     nvme_path: str | None = Field(None, description="Folder on a local disk, for `nvme`.")
@@ -88,9 +98,9 @@ class DeepSpeed(Strict):
 class Checkpointing(Strict):
     """Frequency, number and validation of checkpoints."""
 
-    every_steps: Positive = 100
-    keep: Positive = 2
-    best_by: Literal["validation_loss"] = "validation_loss"
+    every_steps: Positive = Field(100, description="Steps between two checkpoints.")
+    keep: Positive = Field(2, description="Checkpoints that are kept, the newest and the best among them.")
+    best_by: Literal["validation_loss"] = Field("validation_loss", description="What the exported checkpoint has the least of.")
     validation: Literal["auto", "workers", "aside"] = Field(
         "auto",
         description="Who takes the validation loss: the workers, between two steps; or a task aside, on the resources of one more"
@@ -108,9 +118,12 @@ class Training(Strict):
     )
     dpo: DPO = DPO()
     grpo: GRPO = GRPO()
-    workers: Positive | WorkerRange = 1
+    workers: Positive | WorkerRange = Field(
+        1,
+        description="Number of training processes, or `{min, max}` for elastic training, which goes on with those that are there.",
+    )
     resources: Resources = Resources()
-    steps: Positive | None = None
+    steps: Positive | None = Field(None, description="Optimizer steps of the whole run.")
     tokens: Positive | None = Field(None, description="Real tokens, padding excluded; the step that crosses is finished.")
     epochs: float | None = Field(None, gt=0.0, description="Each kept row up to its cap once per epoch.")
     global_batch: Positive = Field(8, description="Packed rows per optimizer step over all workers.")
@@ -128,7 +141,9 @@ class Training(Strict):
     tracking: tuple[Literal["mlflow", "wandb"], ...] = Field(
         (), description="Where figures go besides TensorBoard and Ray's metrics; each needs the extra of its name."
     )
-    max_failures: Annotated[int, Field(ge=0)] = 3
+    max_failures: Annotated[int, Field(ge=0)] = Field(
+        3, description="How often training is started again after a lost worker before the command fails."
+    )
     hang_timeout_s: float = Field(
         1800.0,
         gt=0.0,
