@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from apprentice.cli import app
 from apprentice.errors import RecipeError
-from apprentice.recipe import SHIPPED, Recipe, dump_recipe, find_recipe, load_recipe
+from apprentice.recipe import SHIPPED, Recipe, data_parallel_size, dump_recipe, find_recipe, load_recipe
 
 SMALL = """\
 name: small
@@ -206,3 +206,13 @@ def test_a_fault_of_the_file_is_told_of_its_line_whatever_is_overridden(write) -
     file = write(SMALL.replace("steps:", "stps:"))
     with pytest.raises(RecipeError, match=rf"^{file}:\d+: training\.stps: not a key of a recipe"):
         load_recipe(file, ["training.workers=2"])
+
+
+@pytest.mark.parametrize(("workers", "sharing", "groups"), [(8, 1, 8), (8, 4, 2), (2, 2, 1)])
+def test_workers_that_share_rows_count_once(workers: int, sharing: int, groups: int) -> None:
+    assert data_parallel_size(workers, sharing) == groups
+
+
+def test_workers_that_make_no_whole_groups_are_refused() -> None:
+    with pytest.raises(RecipeError, match=r"6 workers cannot share rows in groups of 4 .* choose a multiple of 4"):
+        data_parallel_size(6, 4)

@@ -12,7 +12,16 @@ from apprentice.recipe.objective import DPO, GRPO, OBJECTIVES, Objective
 from apprentice.recipe.recipe import Model, Recipe
 from apprentice.recipe.recipe_file import RUN, SHIPPED, dump_recipe, find_recipe, load_recipe, parse_recipe
 from apprentice.recipe.serving import Replicas, Serving
-from apprentice.recipe.training import Checkpointing, DeepSpeed, Optimizer, Resources, Training, Tuning, WorkerRange
+from apprentice.recipe.training import (
+    Checkpointing,
+    DeepSpeed,
+    Optimizer,
+    Resources,
+    Training,
+    Tuning,
+    WorkerRange,
+    data_parallel_size,
+)
 
 __all__ = [
     "DPO",
@@ -42,6 +51,7 @@ __all__ = [
     "Training",
     "Tuning",
     "WorkerRange",
+    "data_parallel_size",
     "dump_recipe",
     "find_recipe",
     "load_recipe",

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from apprentice.errors import RecipeError
 from apprentice.recipe.objective import DPO, GRPO, OBJECTIVES, Objective, ObjectiveName
 from apprentice.recipe.strict import Positive, Share, Strict
 
@@ -14,6 +15,19 @@ SAMPLES = (
     "Is this review positive or negative? The film was a waste of an evening.",
     "Translate into German: Good morning, where is the station?",
 )
+
+
+def data_parallel_size(workers: int, sequence_parallel: int) -> int:
+    """Number of groups of workers that read rows of their own: `sequence_parallel` of `workers` workers share each row.
+
+    Raises `RecipeError` if the workers make no whole groups.
+    """
+    if workers % sequence_parallel:
+        raise RecipeError(
+            f"{workers} workers cannot share rows in groups of {sequence_parallel} (training.sequence_parallel); choose a multiple"
+            f" of {sequence_parallel} for training.workers."
+        )
+    return workers // sequence_parallel
 
 
 class Tuning(Strict):
