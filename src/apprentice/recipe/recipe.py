@@ -67,6 +67,15 @@ class Recipe(Strict):
         return self
 
     @model_validator(mode="after")
+    def _quantized_weights_are_whole(self) -> Self:
+        if self.tuning.method == "qlora" and self.training.deepspeed.stage == 3:
+            raise ValueError(
+                "tuning.method qlora keeps weights in 4 bits, which training.deepspeed.stage 3 cannot split up;"
+                " use stage 2 or lower, or tuning.method lora"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _rounds_fit(self) -> Self:
         if not self.training.aim.rounds:
             return self

@@ -212,7 +212,7 @@ def find_micro_batch(
     loss = loss or create_loss(model, training, number_formats(training.optimizer, dtype).autocast).to(device).train()
     trained, _ = count_trainable(model)
     state = estimate_memory(recipe, 0, trained, dtype, collectives.workers)
-    reserved = state.gradients + state.optimizer
+    reserved = state.gradients + state.optimizer + state.buffers
 
     def fits(rows: int) -> bool:
         return all(collectives.gather(fits_into_memory(loss, rows, length, reserved, device)))

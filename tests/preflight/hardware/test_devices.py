@@ -6,7 +6,7 @@ import pytest
 
 from apprentice.errors import ResourcesError
 from apprentice.preflight.hardware.devices import DEVICES, parse_hardware
-from apprentice.train.metrics.mfu import PEAKS
+from apprentice.train.metrics.mfu import peak_flops
 
 
 @pytest.mark.parametrize(
@@ -49,5 +49,5 @@ def test_every_device_has_sound_figures_and_a_source() -> None:
         assert 0 < device.products_share < 1
         assert device.float32_peak < device.bfloat16_peak
         assert device.host_link <= device.link < device.bandwidth
-        if (kind := name.split("-")[0]) in PEAKS:
-            assert device.bfloat16_peak == PEAKS[kind]
+        kind = name.split("-")[0].replace("RTX", "GeForce RTX ")
+        assert device.bfloat16_peak == peak_flops(f"NVIDIA {kind}")

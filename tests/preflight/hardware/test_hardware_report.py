@@ -62,7 +62,7 @@ def test_more_nodes_are_an_advice_too(tmp_path: Path) -> None:
     chosen = recipe(tmp_path, big_llama(tmp_path, "1b"), training__deepspeed={"stage": 3})
     ways = report_on_hardware(chosen, "1xL4-24GB").variants
     (more,) = (way for way in ways if way.other_hardware)
-    assert str(more) == "--hardware 2x1xL4-24GB"
+    assert str(more) == "--hardware 4x1xL4-24GB"
     assert more.estimate.fits
 
 

@@ -16,6 +16,7 @@ from apprentice.recipe import Recipe
 from apprentice.train.engine.deepspeed_config import rows_per_worker
 from apprentice.train.optimizer import can_be_sharded
 
+_SMALLER_METHODS = {"full": ("lora", "qlora"), "lora": ("qlora",)}  # tuning methods that take less memory
 MOST_WAYS = 4
 MOST_NODES = 64
 
@@ -116,7 +117,7 @@ def _choices(estimate: HardwareEstimate) -> Mapping[str, list[Setting]]:
         *([] if again else [Setting("training.activation_checkpointing", True)]),
         *([] if deepspeed.offload != "none" else [Setting("training.deepspeed.offload", "cpu")]),
         *([] if deepspeed.offload_parameters != "none" else [Setting("training.deepspeed.offload_parameters", "cpu")]),
-        *([Setting("tuning.method", "lora", True)] if estimate.recipe.tuning.method == "full" else []),
+        *(Setting("tuning.method", method, True) for method in _SMALLER_METHODS.get(estimate.recipe.tuning.method, ())),
         *([Setting("training.optimizer.name", "adamw", True)] if not can_be_sharded(training.optimizer) else []),
         *(Setting("data.packing.length", length, True) for length in shorter),
     ]

@@ -10,6 +10,7 @@ import re
 from dataclasses import dataclass
 
 from apprentice.errors import ResourcesError, did_you_mean
+from apprentice.train.metrics.mfu import PEAKS
 
 GB, TERA = 1e9, 1e12
 PCIE_4, PCIE_5 = 32 * GB, 64 * GB  # bytes/s of 16 lanes in one direction
@@ -37,44 +38,44 @@ class Device:
 # NVLink and network are what the data sheet gives for both directions or in bits, divided.
 DEVICES: dict[str, Device] = {
     "A100-40GB": Device(
-        *(40 * GB, 1555 * GB, 312 * TERA, 19.5 * TERA, 300 * GB, PCIE_4),
+        *(40 * GB, 1555 * GB, PEAKS["A100"], 19.5 * TERA, 300 * GB, PCIE_4),
         *(8, 200 * GB, 1000 * GB, 128),
         "NVIDIA A100 data sheet; DGX A100 (320 GB) user guide",
         products_share=0.65,
     ),
     "A100-80GB": Device(
-        *(80 * GB, 2039 * GB, 312 * TERA, 19.5 * TERA, 300 * GB, PCIE_4),
+        *(80 * GB, 2039 * GB, PEAKS["A100"], 19.5 * TERA, 300 * GB, PCIE_4),
         *(8, 200 * GB, 2000 * GB, 128),
         "NVIDIA A100 data sheet (SXM); DGX A100 (640 GB) user guide",
         products_share=0.65,
     ),
     "H100-80GB": Device(
-        *(80 * GB, 3350 * GB, 989 * TERA, 67 * TERA, 450 * GB, PCIE_5),
+        *(80 * GB, 3350 * GB, PEAKS["H100"], 67 * TERA, 450 * GB, PCIE_5),
         *(8, 400 * GB, 2000 * GB, 112),
         "NVIDIA H100 data sheet (SXM); DGX H100 user guide",
     ),
     "H200-141GB": Device(
-        *(141 * GB, 4800 * GB, 989 * TERA, 67 * TERA, 450 * GB, PCIE_5),
+        *(141 * GB, 4800 * GB, PEAKS["H200"], 67 * TERA, 450 * GB, PCIE_5),
         *(8, 400 * GB, 2000 * GB, 112),
         "NVIDIA H200 data sheet (SXM); DGX H200 user guide",
     ),
     "B200-180GB": Device(
-        *(180 * GB, 8000 * GB, 2250 * TERA, 75 * TERA, 900 * GB, PCIE_5),
+        *(180 * GB, 8000 * GB, PEAKS["B200"], 75 * TERA, 900 * GB, PCIE_5),
         *(8, 400 * GB, 2000 * GB, 112),
         "NVIDIA HGX B200 specifications; DGX B200 user guide",
     ),
     "L40S-48GB": Device(
-        *(48 * GB, 864 * GB, 362 * TERA, 91.6 * TERA, PCIE_4, PCIE_4),
+        *(48 * GB, 864 * GB, PEAKS["L40S"], 91.6 * TERA, PCIE_4, PCIE_4),
         *(8, 50 * GB, 1536 * GB, 96),
         "NVIDIA L40S data sheet; Amazon EC2 g6e.48xlarge",
     ),
     "L4-24GB": Device(
-        *(24 * GB, 300 * GB, 121 * TERA, 30.3 * TERA, PCIE_4, PCIE_4),
+        *(24 * GB, 300 * GB, PEAKS["L4"], 30.3 * TERA, PCIE_4, PCIE_4),
         *(8, 12.5 * GB, 768 * GB, 96),
         "NVIDIA L4 data sheet; Amazon EC2 g6.48xlarge",
     ),
     "RTX4090-24GB": Device(
-        *(24 * GB, 1008 * GB, 165.2 * TERA, 82.6 * TERA, PCIE_4, PCIE_4),
+        *(24 * GB, 1008 * GB, PEAKS["RTX 4090"], 82.6 * TERA, PCIE_4, PCIE_4),
         *(8, 1.25 * GB, 512 * GB, 64),
         "NVIDIA Ada GPU architecture white paper; the node is an assumption: 64 cores, 512 GB, 10 Gbit/s Ethernet",
     ),

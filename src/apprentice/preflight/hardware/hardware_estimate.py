@@ -7,7 +7,6 @@ from dataclasses import dataclass, fields
 
 from apprentice.errors import RecipeError
 from apprentice.models.loading import resolve_dtype
-from apprentice.models.tuning.methods import TUNING_METHODS
 from apprentice.preflight.hardware.devices import Hardware
 from apprentice.preflight.hardware.roofline import MicroBatch, StepTime, estimate_step_time, model_flops
 from apprentice.pretrained.hub import config_folder
@@ -16,11 +15,11 @@ from apprentice.train.checkpoint.format import SHARD_BYTES
 from apprentice.train.engine.deepspeed_config import choose_micro_batch, rows_per_worker
 from apprentice.train.memory.activations import SavedTensors, measure_saved_tensors
 from apprentice.train.memory.batch_size import find_largest_fitting
-from apprentice.train.memory.estimate import MemoryEstimate
+from apprentice.train.memory.estimate import MemoryEstimate, offloaded_bytes
 from apprentice.train.memory.measure import add_to_activations
 from apprentice.train.memory.model_size import ModelSize, measure_model_size
 
-USABLE = 0.9  # of a GPU's and a host's memory; the rest is CUDA's, NCCL's, DeepSpeed's buckets, fragmentation, and the system's
+USABLE = 0.9  # of a GPU's and a host's memory; the rest is CUDA's, fragmentation, and the system's
 GPU_PROCESS_BYTES = 3 * 2**30  # in the host's memory, of a worker that uses a GPU; an assumption
 UNKNOWN_STEPS = 1000  # what is counted instead, where only the index can tell how long a run is
 
@@ -96,8 +95,6 @@ def place_recipe(recipe: Recipe, hardware: Hardware) -> Recipe:
     Raises `RecipeError` if the batch cannot be divided among the workers, `ModelError` if there is no such model.
     """
     training = recipe.training
-    if TUNING_METHODS[recipe.tuning.method].four_bit:
-        raise RecipeError(f"--hardware does not know the memory of 4-bit weights ({recipe.tuning.method}); try tuning.method=lora.")
     workers = hardware.total_gpus - (training.grpo.actors if training.aim.rounds else 0)
     if workers < 1:
         raise RecipeError(f"grpo.actors {training.grpo.actors} take all GPUs of {hardware}; lower them, or name more GPUs.")
@@ -151,7 +148,7 @@ class HardwareEstimator:
         key = (recipe.tuning.method, recipe.training.optimizer.name, length)
         if key not in self._saved:
             size = self.size(recipe)
-            self._saved[key] = measure_saved_tensors(recipe, size.dtype, 1, length, has_mask=size.is_masked)
+            self._saved[key] = measure_saved_tensors(recipe, size.dtype, 1, length)
         return self._saved[key]
 
     def worker_memory(self, recipe: Recipe, micro: int) -> MemoryEstimate:
@@ -159,7 +156,8 @@ class HardwareEstimator:
         size, workers = self.size(recipe), recipe.training.max_workers
         row = self._saved_by_row(recipe)
         saved = row.times(micro).peak_bytes(checkpointing=recipe.training.activation_checkpointing) if row else None
-        return add_to_activations(saved, recipe, size.parameters, size.trained, size.dtype, workers=workers)
+        sizes = (size.parameters, size.trained, size.dtype)
+        return add_to_activations(saved, recipe, *sizes, workers=workers, quantized=size.quantized)
 
     def _micro_batch(self, recipe: Recipe, size: ModelSize) -> int:
         """The recipe's micro-batch; for `auto` the largest that fits, where training tries it, else what training takes."""
@@ -174,12 +172,8 @@ class HardwareEstimator:
         return choose_micro_batch(training, workers=training.max_workers, length=length, on_gpu=True)
 
     def _host(self, recipe: Recipe, size: ModelSize) -> HostMemory:
-        deepspeed, workers, here = recipe.training.deepspeed, recipe.training.max_workers, self.hardware.gpus
-        offloaded = 0.0
-        if deepspeed.offload == "cpu":  # float32 weight, two moments and a gradient of each trained number
-            offloaded += 16.0 * size.trained / workers * here
-        if deepspeed.offload_parameters == "cpu":
-            offloaded += size.weight_bytes * size.parameters / workers * here
+        workers, here = recipe.training.max_workers, self.hardware.gpus
+        offloaded = offloaded_bytes(recipe, size.parameters, size.trained, size.dtype, workers) * here
         processes = float(GPU_PROCESS_BYTES * here)
         copy = 12.0 * size.trained
         checkpoint = copy / workers * here + min(copy, SHARD_BYTES)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields
 from apprentice.preflight.hardware.devices import GB, Hardware
 from apprentice.recipe import Recipe
 from apprentice.train.engine.deepspeed_config import rows_per_worker, zero_stage
+from apprentice.train.memory.estimate import NF4_BYTES
 from apprentice.train.memory.model_size import ModelSize
 
 # Shares of the makers' figures that are reached; that of products is in the table of devices.
@@ -94,12 +95,17 @@ def _pass_times(recipe: Recipe, size: ModelSize, batch: MicroBatch, hardware: Ha
     flops = model_flops(size, batch.rows, batch.length, batch.target_length)
     if again:
         flops += 2.0 * batch.rows * (batch.length * size.products.weights + batch.target_length * size.target_products.weights)
-    read = (4 if again else 3) * size.parameters * size.weight_bytes  # weights, once in each forward and twice in the backward pass
+    read = (4 if again else 3) * _bytes_of_weights(size)  # once in each forward and twice in the backward pass
     scores = _attention_flops(size, batch) * (1.0 + ATTENTION_BACKWARD + again)
     share = MASKED_ATTENTION if size.is_masked else FUSED_ATTENTION
     moved = (PASSES_OVER_ACTIVATIONS + PASSES_WHEN_COMPUTED_AGAIN * again) * batch.saved
     gradients = (size.weight_bytes + 2 * GRADIENT_BYTES) * size.trained  # each is read, and added to what is there
     return max(flops / (peak * device.products_share), read / bandwidth), scores / (peak * share), (moved + gradients) / bandwidth
+
+
+def _bytes_of_weights(size: ModelSize) -> float:
+    """Bytes that move when every weight is used once; one in 4 bits is read, written in 16 bits, and read again."""
+    return (size.parameters - size.quantized) * size.weight_bytes + size.quantized * (NF4_BYTES + 2 * size.weight_bytes)
 
 
 def _attention_flops(size: ModelSize, batch: MicroBatch) -> float:

@@ -35,7 +35,7 @@ _DECIDED_BY = {
     "zero_optimization.offload_optimizer.device": "training.deepspeed.offload",
     "zero_optimization.offload_param.device": "training.deepspeed.offload_parameters",
 }
-_LARGEST_BUCKET = 50_000_000  # elements reduced at once; DeepSpeed keeps a buffer of this size
+LARGEST_BUCKET = 50_000_000  # elements reduced at once; DeepSpeed keeps a buffer of this size
 
 
 def rows_per_worker(training: Training, workers: int) -> int:
@@ -81,7 +81,7 @@ def deepspeed_config(training: Training, *, workers: int, micro: int, dtype: tor
         "fp16": {"enabled": dtype == torch.float16},
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
-        "zero_optimization": _zero(training.deepspeed, stage, min(max(trainable, 1), _LARGEST_BUCKET)),
+        "zero_optimization": _zero(training.deepspeed, stage, min(max(trainable, 1), LARGEST_BUCKET)),
         "zero_allow_untested_optimizer": True,  # PyTorch's fused AdamW is as fast as DeepSpeed's and needs no compiler
         "zero_force_ds_cpu_optimizer": False,
     }

@@ -25,6 +25,7 @@ from apprentice.pretrained.hub import local_folder
 from apprentice.recipe import Recipe
 from apprentice.train.compat import storage_id, unread_positions
 from apprentice.train.losses.target_losses import CHUNK_NUMBERS
+from apprentice.train.memory.model_size import packs_with_mask
 from apprentice.train.optimizer import number_formats
 
 LOGIT_BYTES = 16  # for each logit at the peak: itself, its log-softmax in float32, and the gradients of the two
@@ -69,15 +70,13 @@ def estimate_activations(recipe: Recipe, dtype: torch.dtype, rows: int, length: 
     return tensors.peak_bytes(checkpointing=recipe.training.activation_checkpointing, targets=targets)
 
 
-def measure_saved_tensors(
-    recipe: Recipe, dtype: torch.dtype, rows: int, length: int, *, has_mask: bool = True
-) -> SavedTensors | None:
+def measure_saved_tensors(recipe: Recipe, dtype: torch.dtype, rows: int, length: int) -> SavedTensors | None:
     """What a forward pass of `rows` packed rows of `length` tokens saves; None if the architecture cannot run on the meta device.
 
-    `has_mask` says whether attention of a causal model gets a (length, length) mask, or knows where examples begin without one.
+    Attention of a causal model gets a (length, length) mask only where training on the recipe's hardware would make one.
     """
     try:
-        saved, largest, config = _saved_by_forward(recipe, dtype, rows, length, has_mask)
+        saved, largest, config = _saved_by_forward(recipe, dtype, rows, length)
     except (NotImplementedError, RuntimeError, ValueError):
         return None
     except (TypeError, AttributeError):  # a defect here or in the model's code, which must not end a run
@@ -88,7 +87,7 @@ def measure_saved_tensors(
     return SavedTensors(rows * length, saved, largest, layers, int(text.hidden_size), vocabulary, dtype.itemsize)
 
 
-def _saved_by_forward(recipe: Recipe, dtype: torch.dtype, rows: int, length: int, has_mask: bool) -> tuple[float, float, Any]:
+def _saved_by_forward(recipe: Recipe, dtype: torch.dtype, rows: int, length: int) -> tuple[float, float, Any]:
     """Bytes of all saved tensors except logits, bytes of the largest of them, and the model's configuration."""
     folder = local_folder(recipe.model.base)
     seq2seq = family_of(folder) == "seq2seq"
@@ -109,7 +108,7 @@ def _saved_by_forward(recipe: Recipe, dtype: torch.dtype, rows: int, length: int
             inputs["decoder_input_ids"] = ids[:, : max(1, length // 4)]
         elif not virtual:  # behind virtual tokens a row is one example, given without positions
             inputs |= {"position_ids": ids}
-            if has_mask or eager:
+            if eager or packs_with_mask(recipe, dtype, model):
                 inputs |= {"attention_mask": torch.empty(mask.shape, dtype=dtype) if eager else mask}
         wrapped.get_output_embeddings().register_forward_pre_hook(lambda _, arguments: (arguments[0][:, :1], *arguments[1:]))
         with unread_positions(), patch.object(F, "scaled_dot_product_attention", _attention):

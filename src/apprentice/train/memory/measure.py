@@ -22,6 +22,7 @@ from apprentice.recipe import Recipe
 from apprentice.train.checkpoint.format import SHARD_BYTES
 from apprentice.train.memory.activations import estimate_activations
 from apprentice.train.memory.estimate import PROCESS_BYTES, MemoryEstimate, estimate_memory, gathered_weight_bytes
+from apprentice.train.memory.model_size import count_quantized
 from apprentice.train.optimizer import can_be_sharded
 
 GIB = 2**30
@@ -56,14 +57,15 @@ def estimate_peak_memory(
     The other arguments are those of `estimate_memory`.
     """
     saved = estimate_activations(recipe, dtype, micro, length)
-    return add_to_activations(saved, recipe, parameters, trained, dtype, workers=workers)
+    quantized = count_quantized(recipe)
+    return add_to_activations(saved, recipe, parameters, trained, dtype, workers=workers, quantized=quantized)
 
 
 def add_to_activations(
-    saved: float | None, recipe: Recipe, parameters: int, trained: int, dtype: torch.dtype, *, workers: int
+    saved: float | None, recipe: Recipe, parameters: int, trained: int, dtype: torch.dtype, *, workers: int, quantized: int
 ) -> MemoryEstimate:
     """Peak memory of the first of `workers`, as `estimate_peak_memory`, with activations of `saved` bytes (None: not known)."""
-    estimate = estimate_memory(recipe, parameters, trained, dtype, workers)
+    estimate = estimate_memory(recipe, parameters, trained, dtype, workers, quantized=quantized)
     estimate = replace(estimate, weights=estimate.weights + gathered_weight_bytes(recipe, parameters, dtype), activations=saved)
     if recipe.training.resources.gpus:
         return estimate  # process and checkpoint take no GPU memory
@@ -210,7 +212,8 @@ class OutOfMemoryAdvisor:
     def _estimate(self, change: Change) -> MemoryEstimate:
         trained = self.trained if change.recipe.tuning.method == self.recipe.tuning.method else 0
         saved = estimate_activations(change.recipe, self.dtype, change.micro, change.length)
-        return replace(estimate_memory(change.recipe, self.parameters, trained, self.dtype, self.workers), activations=saved)
+        sizes = (self.parameters, trained, self.dtype, self.workers)
+        return replace(estimate_memory(change.recipe, *sizes, quantized=count_quantized(change.recipe)), activations=saved)
 
     def _limit(self, estimate: MemoryEstimate) -> float:
         """Bytes that a suggested change may take: 90% of the GPU, or of the estimate that was too much if that is less."""

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers.pytorch_utils import Conv1D
 
 from apprentice.errors import ModelError
 from apprentice.models.attention import FLEX, PackedCompute, choose_attention, is_flat
@@ -46,8 +47,9 @@ class ModelSize:
     layers: int
     attention_width: int
     dtype: torch.dtype  # of the products
-    weight_bytes: int  # 2 or 4 a weight
+    weight_bytes: int  # 2 or 4 a weight, but for those in 4 bits
     is_masked: bool  # whether attention computes whole packed rows with a mask, and not each example of a row for itself
+    quantized: int = 0  # number of weights in 4 bits
 
     @property
     def is_16_bit(self) -> bool:
@@ -64,6 +66,7 @@ def measure_model_size(recipe: Recipe, dtype: torch.dtype) -> ModelSize:
             warnings.simplefilter("ignore")
             config = read_config(folder)
             base = loader.from_config(config, dtype=dtype)
+            quantized = _count_quantizable(base) if TUNING_METHODS[recipe.tuning.method].four_bit else 0
             model: Any = TUNING_METHODS[recipe.tuning.method].wrap(base, recipe.tuning, recipe.seed)
     except (OSError, ValueError, NotImplementedError) as error:
         raise ModelError(
@@ -82,11 +85,24 @@ def measure_model_size(recipe: Recipe, dtype: torch.dtype) -> ModelSize:
         attention_width=int(text.num_attention_heads) * width,
         dtype=dtype,
         weight_bytes=number_formats(recipe.training.optimizer, dtype).weights.itemsize,
-        is_masked=_is_masked(recipe, dtype, base),
+        is_masked=packs_with_mask(recipe, dtype, base),
+        quantized=quantized,
     )
 
 
-def _is_masked(recipe: Recipe, dtype: torch.dtype, model: Any) -> bool:
+def count_quantized(recipe: Recipe) -> int:
+    """Number of weights that the tuning method keeps in 4 bits. Raises what `measure_model_size` does."""
+    return measure_model_size(recipe, torch.bfloat16).quantized if TUNING_METHODS[recipe.tuning.method].four_bit else 0
+
+
+def _count_quantizable(model: Any) -> int:
+    """Number of weights that bitsandbytes quantizes as transformers has it: matrices of linear layers but the output layer's."""
+    output = model.get_output_embeddings()
+    linear = (module for module in model.modules() if isinstance(module, nn.Linear | Conv1D) and module is not output)
+    return sum(module.weight.numel() for module in linear)
+
+
+def packs_with_mask(recipe: Recipe, dtype: torch.dtype, model: Any) -> bool:
     """Whether packed rows need a mask: on CPUs, and on GPUs (Ampere or newer) where no kernel takes flat rows."""
     device = "cuda" if recipe.training.resources.gpus else "cpu"
     word = "auto" if recipe.model.attention == "flash" else recipe.model.attention  # its package is needed there, not here
