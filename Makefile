@@ -10,6 +10,7 @@ PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 TORCH_INDEX_URL ?=
 OURS := src jobs
 CODE := src tests jobs serve benchmarks docs
+TEST_PROCESSES ?= 2
 QUICK := not slow and not cluster and not browser and not gpu and not long
 
 .PHONY: help setup setup-dev demo test check audit docs bench peers vllm test-vllm clean
@@ -24,8 +25,8 @@ setup-dev: $(VENV)/.installed-dev ## the same, with what the tests and checks ne
 demo: setup ## the whole pipeline on a real 135M model: data, training, evaluation, serving
 	@$(BIN)/apprentice quickstart
 
-test: setup-dev ## the quick tests
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "$(QUICK)"
+test: setup-dev ## the quick tests, TEST_PROCESSES=2 files of them at a time
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile -m "$(QUICK)"
 
 check: setup-dev ## style, types, import rules, known mistakes, lengths
 	@$(BIN)/ruff check $(CODE)

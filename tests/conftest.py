@@ -43,7 +43,7 @@ class ExpectedSkipsOnly:
     """In CI (`CI=true`) a skipped test fails the session, unless its reason is one that this machine cannot change."""
 
     def __init__(self) -> None:
-        self.unexpected: list[str] = []
+        self.unexpected: dict[str, None] = {}  # in order; where several processes collect, each tells of a module's skip
 
     def _see(self, report: pytest.TestReport | pytest.CollectReport) -> None:
         if not report.skipped or hasattr(report, "wasxfail"):
@@ -52,7 +52,7 @@ class ExpectedSkipsOnly:
         reason = reason.removeprefix("Skipped: ")
         never = (NEEDS_BFLOAT16, NEEDS_GPU, NEEDS_MOUNT, NEEDS_VLLM)
         if not reason.startswith(never) and (not reason.startswith(NEEDS_DATA) or DATA_FOLDER.is_dir()):
-            self.unexpected.append(f"{report.nodeid}: {reason}")
+            self.unexpected[f"{report.nodeid}: {reason}"] = None
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         self._see(report)
@@ -61,7 +61,11 @@ class ExpectedSkipsOnly:
         self._see(report)
 
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
-        if self.unexpected and session.exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
+        if self.unexpected and session.exitstatus in (
+            pytest.ExitCode.OK,
+            pytest.ExitCode.TESTS_FAILED,
+            pytest.ExitCode.NO_TESTS_COLLECTED,
+        ):
             session.exitstatus = UNEXPECTED_SKIP  # of its own, because `.ci/run` gives failed tests a second chance
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
@@ -70,7 +74,7 @@ class ExpectedSkipsOnly:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if os.environ.get("CI") == "true":
+    if os.environ.get("CI") == "true" and not hasattr(config, "workerinput"):  # pytest-xdist's processes report to the first one
         config.pluginmanager.register(ExpectedSkipsOnly(), "expected_skips_only")
 
 

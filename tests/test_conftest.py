@@ -13,13 +13,13 @@ from tests.conftest import UNEXPECTED_SKIP
 CONFTEST = Path(__file__).with_name("conftest.py")
 
 
-def run_pytest(folder: Path, body: str, *, ci: bool) -> subprocess.CompletedProcess[str]:
+def run_pytest(folder: Path, body: str, *options: str, ci: bool) -> subprocess.CompletedProcess[str]:
     """Runs one test with `body` in a checkout of its own, which has no ../shared/data."""
     tests = folder / "checkout" / "tests"
     tests.mkdir(parents=True)
     (tests / "conftest.py").write_text(CONFTEST.read_text())
     (tests / "test_one.py").write_text(f"import pytest\n\ndef test_one():\n    {body}\n")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tests)]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *options, str(tests)]
     return subprocess.run(command, capture_output=True, text=True, check=False, env={"CI": "true" if ci else ""}, cwd=folder)
 
 
@@ -39,6 +39,12 @@ def test_only_expected_skips_pass_in_ci(tmp_path: Path, body: str, ci: bool, cod
     done = run_pytest(tmp_path, body, ci=ci)
     assert done.returncode == code, done.stdout + done.stderr
     assert ("UNEXPECTED SKIP" in done.stdout) == bool(code)
+
+
+@pytest.mark.parametrize("body", ["pytest.skip('felt like it')", "pass\n\npytest.importorskip('no_such_module_anywhere')"])
+def test_a_skip_in_a_process_of_several_is_counted_once(tmp_path: Path, body: str) -> None:
+    done = run_pytest(tmp_path, body, "-n", "2", ci=True)
+    assert (done.returncode, done.stdout.count("UNEXPECTED SKIP")) == (UNEXPECTED_SKIP, 1), done.stdout + done.stderr
 
 
 def test_missing_data_is_no_excuse_where_it_is_there(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import select
 import shutil
 import sys
 import time
@@ -140,6 +141,18 @@ def _redirect_to_null(stream: TextIO) -> None:
         nothing = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nothing, stream.fileno())
         os.close(nothing)
+
+
+def is_unread(stream: TextIO | None) -> bool:
+    """True if `stream` is a pipe whose reader has ended, as `head` does."""
+    if stream is None:  # closed before the process began
+        return False
+    try:
+        poll = select.poll()
+        poll.register(stream.fileno(), 0)
+    except (OSError, ValueError):  # closed, or not a file of the system's
+        return False
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def _line(stage: str, values: Mapping[str, Any]) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
 
@@ -51,13 +53,59 @@ def test_help_lists_every_command(command):
         assert name in out
 
 
-def test_help_that_is_not_read_to_its_end_is_no_failure():
+def program(*words: str) -> list[str]:
+    """The command line of a process of its own that is `apprentice …`."""
+    code = f"import sys; sys.argv = ['apprentice', *{words!r}]; from apprentice.cli import main; main()"
+    return [sys.executable, "-c", code]
+
+
+@pytest.mark.parametrize(("words", "closed", "code"), [(["--help"], "stdout", 0), (["nonsense"], "stderr", 2)])
+def test_a_text_that_is_not_read_to_its_end_is_no_failure_of_its_own(words, closed, code):
     read, write = os.pipe()
     os.close(read)
-    program = "import sys; sys.argv = ['apprentice', '--help']; from apprentice.cli import main; main()"
-    done = subprocess.run([sys.executable, "-c", program], stdout=write, stderr=subprocess.PIPE, check=False)
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | {closed: write}
+    done = subprocess.run(program(*words), **streams, check=False)
     os.close(write)
-    assert (done.returncode, done.stderr) == (0, b"")
+    assert (done.returncode, done.stdout or b"", done.stderr or b"") == (code, b"", b"")
+
+
+def test_a_connection_that_breaks_is_no_reader_that_has_gone(command, monkeypatch):
+    def broken(*_: object, **__: object) -> None:
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr(cli.training_commands, "read_recipe", broken)
+    code, _, err = command("train", "flan_mini")
+    assert code == 3
+    assert "BrokenPipeError" in err
+    assert "please report it" in err
+
+
+def test_ctrl_c_is_one_sentence():
+    """A real SIGINT, while the command waits for an endpoint that takes its question and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        url = f"http://127.0.0.1:{server.getsockname()[1]}"
+        waiting = subprocess.Popen(
+            program("ask", "Say yes.", "--url", url, "--json"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        server.settimeout(60)
+        connection, _ = server.accept()
+        with connection:
+            assert connection.recv(1)
+            waiting.send_signal(signal.SIGINT)
+            out, err = waiting.communicate(timeout=60)
+    sentence = "stopped by Ctrl-C; the same command begins again."
+    assert (waiting.returncode, json.loads(out), err) == (1, {"error": sentence}, f"error: {sentence}\n")
+
+
+@pytest.mark.parametrize("name", cli.AFTER_CTRL_C)
+def test_ctrl_c_tells_how_to_go_on(command, monkeypatch, name):
+    def stopped(*_: object, **__: object) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+    for group in (cli.training_commands, cli.data_commands, cli.evaluation_commands):
+        monkeypatch.setattr(group, "screen_for", stopped)
+    code, out, err = command(name, *["some"] * {"quickstart": 0, "export": 2, "predict": 2}.get(name, 1))
+    assert (code, out, err) == (1, "", f"error: stopped by Ctrl-C; {cli.AFTER_CTRL_C[name]}\n")
 
 
 def test_wrong_usage_is_two(command):

@@ -151,6 +151,9 @@ def _run(stage: str, names: Sequence[str], overrides: Sequence[str] | None, *, d
                 run_pipeline(recipe, screen, deploy=deploy and recipe is recipes[-1])
             else:
                 STAGES[stage](recipe, screen)
+    except KeyboardInterrupt:
+        screen.error("stopped by Ctrl-C; the same command goes on with the run.")
+        sys.exit(1)
     except Exception as error:
         sys.exit(screen.failed(error))
 
