@@ -99,8 +99,8 @@ def cli_page() -> str:
     root = typer.main.get_command(app)
     parts = [
         "# The command line",
-        "Exit codes: 0 done, 1 the user can mend it, or Ctrl-C (one sentence), 2 wrong usage, 3 a fault of ours. With `--json` standard"
-        " output holds exactly one JSON object, and everything else goes to standard error.",
+        "Exit codes: 0 done, 1 the user can mend it, or Ctrl-C (one sentence), 2 wrong usage, 3 a fault of ours. With `--json`"
+        " standard output holds exactly one JSON object, and everything else goes to standard error.",
     ]
     for name, command in root.commands.items():  # type: ignore[attr-defined]
         parts += [f"## `apprentice {name}`", (command.help or "").strip(), _parameters(command)]
