@@ -26,7 +26,7 @@ demo: setup ## the whole pipeline on a real 135M model: data, training, evaluati
 	@$(BIN)/apprentice quickstart
 
 test: setup-dev ## the quick tests, TEST_PROCESSES=2 files of them at a time
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile -m "$(QUICK)"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder -m "$(QUICK)"
 
 check: setup-dev ## style, types, import rules, known mistakes, lengths
 	@$(BIN)/ruff check $(CODE)
