@@ -16,7 +16,7 @@ from apprentice.cli import app
 from tests.conftest import ROOT
 
 PACKAGE = ROOT / "src" / "apprentice"
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "cluster" / "README.md"]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "docs" / "code_map.md", ROOT / "cluster" / "README.md"]
 
 
 def blocks(file: Path) -> list[str]:
