@@ -5,9 +5,9 @@
 
 from __future__ import annotations
 
-import json
 import math
-import struct
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError  # nosec B403
 from typing import Any
@@ -27,6 +27,8 @@ from apprentice.errors import ModelError, RecipeError
 from apprentice.models.attention import PackedCompute, choose_attention
 from apprentice.models.compat import model_class_of, set_implementations
 from apprentice.models.tuning import bottleneck as adapters
+from apprentice.models.weights.safetensors_reader import read_header
+from apprentice.models.weights.split_model import ModelSplitter, load_split_model
 from apprentice.pretrained.architecture import FAMILIES, NO_FLOAT16, check_generates_text, family_of, gives_rewards, model_config
 from apprentice.pretrained.hub import local_folder
 from apprentice.pretrained.trust import check_model_folder
@@ -75,15 +77,17 @@ def load_model(
     head: int | None = None,
     trust: bool = False,
     packed: PackedCompute | None = None,
+    splitter: ModelSplitter | None = None,
 ) -> PreTrainedModel:
     """Loads the model `base` (folder, hub id or packaged model) on the CPU, in evaluation mode.
 
     `apprentice.pretrained.architecture` decides whether it is causal or sequence-to-sequence. An adapter exported beside the
     weights is attached. `four_bit` quantizes the weights to NF4, which needs a GPU. `head` loads a reward model instead; if the
     folder has none, the output layer is initialised with `head` as seed. `packed` says where packed rows will run through it; None
-    means any other purpose, for which `attention` `auto` and `flash` are the architecture's default. Raises `ModelError` if the
-    model cannot be found, is no language model (or cannot give rewards), or lacks weights; and, unless `trust`, if it would read a
-    pickle or run code of the model's own.
+    means any other purpose, for which `attention` `auto` and `flash` are the architecture's default. With a `splitter` the model is
+    split among processes as it is built, which `find_split_obstacle` must allow. Raises `ModelError` if the model cannot be found,
+    is no language model (or cannot give rewards), or lacks weights; and, unless `trust`, if it would read a pickle or run code of
+    the model's own.
     """
     folder = local_folder(str(base), trust=trust)
     check_model_folder(folder, trust=trust)
@@ -103,12 +107,18 @@ def load_model(
         loader = AutoModelForSequenceClassification
     try:
         config = options["config"] = read_config(folder, trust=trust)
-        set_implementations(config, choose_attention(attention, packed, config, model_class_of(loader, config)))
+        model_class = model_class_of(loader, config)
+        set_implementations(config, choose_attention(attention, packed, config, model_class))
         if head is not None:
             config.num_labels = 1
+        if splitter is None:
+            options |= {"dtype": dtype, "local_files_only": True, "output_loading_info": True}
+            load: Callable[[], Any] = partial(loader.from_pretrained, folder, **options)
+        else:
+            load = partial(load_split_model, folder, model_class, config, dtype, splitter)
         with torch.random.fork_rng():
             torch.manual_seed(head or 0)
-            model, report = loader.from_pretrained(folder, dtype=dtype, local_files_only=True, output_loading_info=True, **options)
+            model, report = load()
     except (OSError, ValueError, ImportError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ModelError(f"{folder} cannot be loaded as a {FAMILIES[family]}: {reason}") from error
@@ -171,7 +181,5 @@ def count_parameters(folder: Path) -> int:
 
 
 def _count_in_header(file: Path) -> int:
-    with file.open("rb") as stream:
-        (size,) = struct.unpack("<Q", stream.read(8))
-        header = json.loads(stream.read(size))
-    return sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
+    header, _ = read_header(file)
+    return sum(math.prod(entry["shape"]) for entry in header.values())

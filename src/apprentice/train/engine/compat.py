@@ -5,6 +5,7 @@ worker. Each worker's own shard, the float32 tensors that ZeRO updates, and the 
 
     stage 3    parameter.ds_id, .ds_tensor.ds_numel   the parameter is partitioned into parts of equal size, the last ones padded
                parameter._z3_optimizer                reads this worker's part of the weight or of a moment, in float32
+               Init._convert_to_deepspeed_param       makes a parameter one that is partitioned; its part is ds_tensor
     stage 1-2  parameter._hp_mapping                  this worker's fragment of the parameter; None where it has none
 """
 
@@ -42,6 +43,82 @@ def import_deepspeed(device: torch.device) -> Any:
     with patch.object(torch, "compile", lambda function, **_: function), contextlib.suppress(ImportError):
         importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
     return deepspeed
+
+
+def zero_init(config: Mapping[str, Any]) -> Any:
+    """DeepSpeed's `zero.Init` for `config`, with which `split_parameter` splits. All workers must call it.
+
+    It is not entered as a context: that would allocate each parameter whole, and send it from the first worker to the others.
+    """
+    import deepspeed
+
+    return deepspeed.zero.Init(config_dict_or_path=dict(config))
+
+
+def split_parameter(init: Any, parameter: nn.Parameter, fill: Callable[[int, Tensor], None]) -> None:
+    """Makes `parameter` one that ZeRO-3 has partitioned; `fill(start, out)` gives a range of its flattened values.
+
+    Only this worker's part of it is asked for, and only that part has memory then. All workers must call it in the same order.
+    """
+    numbers = parameter.numel()
+    init._convert_to_deepspeed_param(parameter)
+    split: Any = parameter
+    size = split.aligned_size() // split.ds_zero_partition_world_size
+    part = torch.zeros(size, dtype=parameter.dtype, device=init.remote_device)
+    if init.pin_memory and part.device.type == "cpu":
+        part = part.pin_memory()
+    start = min(split.ds_zero_partition_rank * size, numbers)
+    fill(start, part[: min(size, numbers - start)])
+    part.ds_numel, part.status, part.final_location = size, PARTITION_AVAILABLE, None
+    split.ds_tensor, split.ds_numel_aligned = part, split.aligned_size()
+    split.partition()  # frees what the parameter itself has
+
+
+def whole_shape(parameter: nn.Parameter) -> torch.Size:
+    """Shape of a parameter, which ZeRO-3 empties when it partitions it."""
+    shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
+    return shape
+
+
+def is_split(parameter: nn.Parameter) -> bool:
+    """Whether ZeRO-3 has partitioned `parameter`."""
+    return hasattr(parameter, "ds_id")
+
+
+def set_split_value(parameter: nn.Parameter, value: Tensor) -> None:
+    """Sets this worker's part of a partitioned parameter from the whole tensor `value`."""
+    split: Any = parameter
+    size = split.ds_tensor.ds_numel
+    values = value.flatten()[split.ds_zero_partition_rank * size :][:size]
+    split.ds_tensor[: len(values)].copy_(values)
+
+
+class GatherOnUse:
+    """Hooks that gather the partitioned parameters of each module of `model` while it runs, for passes before there is an engine.
+
+    They serve forward passes without gradients. All workers must run the same ones.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._handles: list[Any] = []
+        for module in model.modules():
+            own = [parameter for parameter in module.parameters(recurse=False) if is_split(parameter)]
+            if own:
+                self._add_hooks(module, own)
+
+    def _add_hooks(self, module: nn.Module, parameters: list[nn.Parameter]) -> None:
+        from deepspeed.zero import GatheredParameters
+
+        gathered: Any = GatheredParameters(parameters)
+        self._handles += [
+            module.register_forward_pre_hook(lambda *_: gathered.__enter__()),
+            module.register_forward_hook(lambda *_: gathered.__exit__(None, None, None), always_call=True),
+        ]
+
+    def remove(self) -> None:
+        """Takes the hooks away."""
+        for handle in self._handles:
+            handle.remove()
 
 
 class LocalShard(NamedTuple):

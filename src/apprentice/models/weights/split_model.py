@@ -1,0 +1,150 @@
+"""Loading of a model that is split among processes as it is built: none of them ever holds the whole of it.
+
+    meta device ─▶ names and shapes ─▶ parameters without memory ─▶ ties, buffers, missing weights ─▶ each parameter split, and its
+                                                                                                      share read from the files
+
+The names in files and those of parameters, ties, buffers and initialisation are transformers' own (`apprentice.models.compat`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from apprentice.models.compat import Conversion, UnfilledModel, build_on_meta, find_conversions
+from apprentice.models.weights.parameter_source import (
+    ConvertedSource,
+    FileRun,
+    FileSource,
+    MemorySource,
+    ParameterSource,
+    row_numbers,
+    runs_of_rows,
+)
+from apprentice.models.weights.safetensors_reader import SafetensorsReader, weight_files
+from apprentice.pretrained.architecture import model_config
+from apprentice.run.identity import ADAPTER
+
+
+class ModelSplitter(Protocol):
+    """Splits parameters among the processes of a group, all of which call it alike."""
+
+    def are_equal(self, one: ParameterSource, other: ParameterSource, numel: int, dtype: torch.dtype) -> bool:
+        """Whether two parameters of `numel` elements have the same values in `dtype`."""
+
+    def split(self, parameter: nn.Parameter, source: ParameterSource) -> None:
+        """Makes `parameter`, which has a shape and no memory, one that is split, and reads this process's share from `source`."""
+
+    def count_bytes(self, count: int) -> None:
+        """Notes that this process has read `count` bytes of weights."""
+
+
+def find_split_obstacle(folder: Path, *, four_bit: bool = False) -> str | None:
+    """Why the model in `folder` cannot be split as it is loaded; None where it can.
+
+    Raises `ModelError` for a folder without a readable config.json.
+    """
+    config = model_config(folder)
+    if four_bit or config.get("quantization_config"):
+        return "its weights are quantised"
+    if config.get("auto_map"):
+        return "it brings code of its own"
+    if (folder / ADAPTER).is_dir():
+        return "an adapter lies beside its weights"
+    if not weight_files(folder):
+        return "its weights are not in safetensors files (load it with transformers and save it once)"
+    return None
+
+
+def load_split_model(
+    folder: Path, model_class: Any, config: Any, dtype: torch.dtype, splitter: ModelSplitter
+) -> tuple[PreTrainedModel, dict[str, set[str]]]:
+    """Loads the weights in `folder` into a `model_class` of `config` in `dtype`, split by `splitter`; the model is on the CPU.
+
+    Returns the model, in evaluation mode, and, as `from_pretrained` does, `missing_keys`: names of weights that the files lack and
+    that were initialised. All processes must call it with the same state of the random number generator. Raises `ModelError` for
+    files that cannot be read.
+    """
+    reader = SafetensorsReader(weight_files(folder))
+    unfilled = UnfilledModel(build_on_meta(model_class, config, dtype))
+    parameters = dict(unfilled.model.named_parameters())
+    buffers = dict(unfilled.model.named_buffers())
+    sources: dict[str, ParameterSource] = {}
+    by_parameter: dict[nn.Parameter, ParameterSource] = {}
+    for name, shape, source in list(_find_sources(reader, unfilled.model)):
+        if name in buffers:
+            unfilled.put(name, _read_whole(source, shape, buffers[name].dtype))
+        elif name in parameters:
+            parameter = _without_memory(shape, dtype)
+            sources[name] = by_parameter[parameter] = source
+            unfilled.put(name, parameter)
+    for target, other in unfilled.tied_pairs():
+        if not splitter.are_equal(sources[target], sources[other], parameters[target].numel(), dtype):
+            unfilled.keep_apart(target)
+    missing = unfilled.finish()
+    for parameter in unfilled.model.parameters():
+        splitter.split(parameter, by_parameter.get(parameter) or MemorySource(parameter.data))
+    splitter.count_bytes(reader.bytes_read)
+    return unfilled.model.eval(), {"missing_keys": missing}
+
+
+class _FoundSource(NamedTuple):
+    name: str
+    shape: tuple[int, ...]
+    source: ParameterSource
+
+
+def _find_sources(reader: SafetensorsReader, model: PreTrainedModel) -> Iterator[_FoundSource]:
+    """Where the values of each parameter and buffer of `model` are that a file has."""
+    for step in find_conversions(model, reader.entries):
+        shapes = [reader.entries[name].shape for name in step.names]
+        if step.converter is None:
+            yield _FoundSource(
+                step.target, shapes[0], FileSource(reader, [FileRun(step.names[0], 0, reader.entries[step.names[0]].numel)])
+            )
+        else:
+            yield from _find_converted(reader, model, step, shapes)
+
+
+def _find_converted(
+    reader: SafetensorsReader, model: PreTrainedModel, step: Conversion, shapes: list[tuple[int, ...]]
+) -> Iterator[_FoundSource]:
+    """Sources of the parameters that `step` makes of tensors with `shapes`."""
+    width = shapes[0][-1]
+    made = step.convert([torch.empty(shape, device="meta") for shape in shapes], model)
+    numbers = row_numbers(shapes) if step.moves_rows() else None
+    moved = {} if numbers is None else step.convert(numbers, model)
+    for name, value in made.items():
+        rows = moved.get(name)
+        if rows is not None and (*rows.shape[:-1], rows.shape[-1] * width) == value.shape and rows.shape[-1] == 1:
+            yield _FoundSource(name, tuple(value.shape), FileSource(reader, runs_of_rows(rows, step.names, shapes)))
+        else:
+            yield _FoundSource(name, tuple(value.shape), ConvertedSource(_Converter(reader, model, step, name)))
+
+
+class _Converter(NamedTuple):
+    """Makes parameter `name` of whole tensors."""
+
+    reader: SafetensorsReader
+    model: PreTrainedModel
+    step: Conversion
+    name: str
+
+    def __call__(self) -> Tensor:
+        return self.step.convert([self.reader.read(name) for name in self.step.names], self.model)[self.name]
+
+
+def _without_memory(shape: tuple[int, ...], dtype: torch.dtype) -> nn.Parameter:
+    """A parameter of `shape` on the CPU, all of whose elements are the same number in memory."""
+    return nn.Parameter(torch.zeros((), dtype=dtype).expand(shape))
+
+
+def _read_whole(source: ParameterSource, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    values = torch.empty(torch.Size(shape).numel(), dtype=dtype)
+    source.fill(0, values)
+    return values.view(shape)
