@@ -116,7 +116,7 @@ class Conversion:
 
 
 def build_on_meta(model_class: Any, config: Any, dtype: torch.dtype) -> PreTrainedModel:
-    """The model of `config` on the meta device, its tied weights not tied yet, as `from_pretrained` makes it (transformers 5.23)."""
+    """The model of `config` on the meta device, its tied weights still apart, as `from_pretrained` makes it (transformers 5.23)."""
     with ContextManagers(model_class.get_init_context(dtype, False, False, False)):
         model: PreTrainedModel = model_class(deepcopy(config))
     return model

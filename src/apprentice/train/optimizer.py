@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from apprentice.recipe import Optimizer
+from apprentice.train.engine.compat import whole_shape
 
 
 def learning_rate(optimizer: Optimizer, step: int, reached: float, steps: float) -> float:
@@ -83,8 +84,8 @@ def moment_shapes(optimizer: Optimizer, shape: torch.Size) -> dict[str, list[int
 
 def adamw(parameters: Mapping[str, nn.Parameter], optimizer: Optimizer) -> torch.optim.AdamW:
     """Fused AdamW over `parameters`. Weight decay applies to tensors of two or more dimensions, not to norms and biases."""
-    matrices = [parameter for parameter in parameters.values() if parameter.dim() >= 2]
-    others = [parameter for parameter in parameters.values() if parameter.dim() < 2]
+    matrices = [parameter for parameter in parameters.values() if len(whole_shape(parameter)) >= 2]
+    others = [parameter for parameter in parameters.values() if len(whole_shape(parameter)) < 2]
     if optimizer.weight_decay == 0.0:
         matrices, others = [*matrices, *others], []
     groups: list[dict[str, Any]] = [{"params": matrices, "weight_decay": optimizer.weight_decay}]

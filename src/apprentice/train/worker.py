@@ -16,7 +16,7 @@ from torch import nn
 
 from apprentice.models.attention import PackedCompute
 from apprentice.models.loading import check_dtype, count_parameters, resolve_dtype
-from apprentice.models.tuning.methods import check_tuning, count_trainable
+from apprentice.models.tuning.methods import TUNING_METHODS, check_tuning, count_trainable
 from apprentice.pretrained.architecture import family_of
 from apprentice.pretrained.hub import local_folder
 from apprentice.recipe import Recipe
@@ -29,6 +29,7 @@ from apprentice.train.checkpoint.restore import restore_model
 from apprentice.train.engine.collectives import Collectives
 from apprentice.train.engine.deepspeed import DeepSpeedEngine, enable_activation_checkpointing
 from apprentice.train.engine.deepspeed_config import choose_micro_batch, rows_per_worker
+from apprentice.train.engine.model_splitter import create_splitter, find_loading_obstacle
 from apprentice.train.loop import LoopCallback, LoopConfig, compute_validation_loss, train_loop
 from apprentice.train.losses.loss_registry import create_loss
 from apprentice.train.losses.objective_loss import ObjectiveLoss
@@ -233,12 +234,18 @@ def build_engine(
     """The engine over the base model with the recipe's tuning method, new or with the state of the checkpoint `restored`.
 
     `micro` is the number of packed rows in a micro-batch. With `trial_length`, the tokens of a packed row, the largest micro-batch
-    that fits into memory is looked for and used instead.
+    that fits into memory is looked for and used instead, except where the model is split as it is loaded (stage 3): a trial pass
+    needs all of it.
     """
     weights = number_formats(recipe.training.optimizer, dtype).weights
+    base, four_bit = local_folder(recipe.model.base, trust=recipe.model.trust), TUNING_METHODS[recipe.tuning.method].four_bit
+    splitter = create_splitter(
+        recipe.training, base, four_bit=four_bit, weights=weights, micro=micro, device=device, collectives=collectives
+    )
     with open_tensors(restored) if restored is not None else nullcontext() as read:
-        model = restore_model(recipe, read, weights, packed=PackedCompute.on(device, dtype))
-        if trial_length is not None:
+        first = read if splitter is None else None  # the engine restores a split model part by part
+        model = restore_model(recipe, first, weights, packed=PackedCompute.on(device, dtype), splitter=splitter)
+        if trial_length is not None and splitter is None:
             micro = find_micro_batch(recipe, model, trial_length, dtype, device, collectives)
         engine = DeepSpeedEngine(model, recipe.training, dtype=dtype, workers=collectives.workers, micro=micro, device=device)
         if restored is not None and read is not None:
@@ -250,4 +257,14 @@ def _describe(recipe: Recipe, engine: DeepSpeedEngine, dtype: str) -> str:
     """The first message of a run: tuning method, trained parameters, dtype, attention, micro-batch."""
     count, share = engine.trained
     rows = f"{engine.micro} row{'s' if engine.micro != 1 else ''} at once"
-    return f"{recipe.tuning.method}: {count:,} numbers trained, {share:.2%} of all; {dtype}, attention {engine.attention}, {rows}"
+    numbers = f"{recipe.tuning.method}: {count:,} numbers trained, {share:.2%} of all"
+    return f"{numbers}; {dtype}, attention {engine.attention}, {rows}{_describe_whole_loading(recipe)}"
+
+
+def _describe_whole_loading(recipe: Recipe) -> str:
+    """Why the workers of a run at stage 3 did not split the model as they loaded it; nothing where they did."""
+    if recipe.training.deepspeed.stage < 3:
+        return ""
+    base, four_bit = local_folder(recipe.model.base, trust=recipe.model.trust), TUNING_METHODS[recipe.tuning.method].four_bit
+    obstacle = find_loading_obstacle(recipe.training, base, four_bit=four_bit)
+    return "" if obstacle is None else f"; each worker loaded the whole model before it was split, because {obstacle}"

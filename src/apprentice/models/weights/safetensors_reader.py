@@ -1,8 +1,8 @@
 """Reader of a model folder's safetensors files: headers at once, numbers by ranges of a flattened tensor.
 
 A file is 8 bytes with the header's length, the header (JSON: name → dtype, shape, place of the bytes), then the numbers
-(https://github.com/huggingface/safetensors#format). Ranges are read with ordinary reads and not mapped into memory, so that the bytes
-that a process asks of the disk can be counted.
+(https://github.com/huggingface/safetensors#format). Ranges are read with ordinary reads and not mapped into memory, so that the
+bytes that a process asks of the disk can be counted.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class TensorEntry:
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files with the weights in `folder`, as transformers finds them; none where there are no such files.
 
-    Others may lie beside them, such as an adapter's or the maker's own format. Raises `ModelError` for an index that cannot be read.
+    Others may lie beside them, such as an adapter's. Raises `ModelError` for an index that cannot be read.
     """
     if (folder / SINGLE_FILE).is_file():
         return [folder / SINGLE_FILE]

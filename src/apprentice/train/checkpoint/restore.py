@@ -8,6 +8,7 @@ base model ─▶ tuning method ─▶ trained weights ─┬─▶ training goe
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from apprentice.models.loading import load_model
 from apprentice.models.tuning.methods import TUNING_METHODS, load_trainable, trainable_parameters
 from apprentice.recipe import Recipe
 from apprentice.train.checkpoint.format import WEIGHT
+from apprentice.train.engine.model_splitter import ZeroSplitter
 
 ReadTensor = Callable[[str], Tensor]  # key of a checkpoint → its tensor, float32
 
@@ -30,19 +32,22 @@ def restore_model(
     attention: str | None = None,
     quantized: bool = True,
     packed: PackedCompute | None = None,
+    splitter: ZeroSplitter | None = None,
 ) -> Any:
     """The model of `recipe` on the CPU in `dtype`, with the trained weights from `read`; without `read` as training begins.
 
     `attention` replaces the recipe's. `quantized` says whether a method that trains over a 4-bit base gets one. `packed` says where
-    packed rows will run through it, None that it is for other work. Raises `ModelError` if the weights do not belong to this model.
+    packed rows will run through it, None that it is for other work. With a `splitter` the base model is split among the workers as
+    it is loaded; `read` must be None then. Raises `ModelError` if the weights do not belong to this model.
     """
     method = TUNING_METHODS[recipe.tuning.method]
     four_bit = quantized and method.four_bit
     attention = attention or recipe.model.attention
     settings: dict[str, Any] = {"four_bit": four_bit, "head": recipe.head, "trust": recipe.model.trust}
     packed = None if method.virtual_tokens else packed  # keys that no query belongs to: masks only
-    base = load_model(recipe.model.base, dtype, attention, **settings, packed=packed)
-    model = method.wrap(base, recipe.tuning, recipe.seed)
+    base = load_model(recipe.model.base, dtype, attention, **settings, packed=packed, splitter=splitter)
+    with nullcontext() if splitter is None else splitter.gather_on_use(base):  # virtual tokens begin as what words give in the base
+        model = method.wrap(base, recipe.tuning, recipe.seed)
     if read is not None:
         load_trainable(model, {name: read(f"{WEIGHT}/{name}") for name in trainable_parameters(model)})
     return model

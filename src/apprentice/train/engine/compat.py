@@ -51,7 +51,9 @@ def zero_init(config: Mapping[str, Any]) -> Any:
     It is not entered as a context: that would allocate each parameter whole, and send it from the first worker to the others.
     """
     import deepspeed
+    from deepspeed.accelerator import get_accelerator
 
+    deepspeed.init_distributed(get_accelerator().communication_backend_name(), dist_init_required=False)
     return deepspeed.zero.Init(config_dict_or_path=dict(config))
 
 
@@ -60,16 +62,18 @@ def split_parameter(init: Any, parameter: nn.Parameter, fill: Callable[[int, Ten
 
     Only this worker's part of it is asked for, and only that part has memory then. All workers must call it in the same order.
     """
+    from deepspeed.runtime.zero.partition_parameters import PartitionedParamStatus
+
     numbers = parameter.numel()
     init._convert_to_deepspeed_param(parameter)
     split: Any = parameter
     size = split.aligned_size() // split.ds_zero_partition_world_size
-    part = torch.zeros(size, dtype=parameter.dtype, device=init.remote_device)
+    part: Any = torch.zeros(size, dtype=parameter.dtype, device=init.remote_device)
     if init.pin_memory and part.device.type == "cpu":
         part = part.pin_memory()
     start = min(split.ds_zero_partition_rank * size, numbers)
     fill(start, part[: min(size, numbers - start)])
-    part.ds_numel, part.status, part.final_location = size, PARTITION_AVAILABLE, None
+    part.ds_numel, part.status, part.final_location = size, PartitionedParamStatus.AVAILABLE, None
     split.ds_tensor, split.ds_numel_aligned = part, split.aligned_size()
     split.partition()  # frees what the parameter itself has
 
@@ -85,8 +89,17 @@ def is_split(parameter: nn.Parameter) -> bool:
     return hasattr(parameter, "ds_id")
 
 
+def cast_unsplit(model: nn.Module, dtype: torch.dtype) -> None:
+    """Casts to `dtype` the parameters that were added to a split model; DeepSpeed casts those of a model that is not split."""
+    parameters = list(model.parameters())
+    if any(is_split(parameter) for parameter in parameters):
+        for parameter in parameters:
+            if not is_split(parameter) and parameter.is_floating_point():
+                parameter.data = parameter.data.to(dtype)
+
+
 def set_split_value(parameter: nn.Parameter, value: Tensor) -> None:
-    """Sets this worker's part of a partitioned parameter from the whole tensor `value`."""
+    """Sets this worker's part of a partitioned parameter, as forward passes use it, from the whole tensor `value`."""
     split: Any = parameter
     size = split.ds_tensor.ds_numel
     values = value.flatten()[split.ds_zero_partition_rank * size :][:size]
@@ -107,9 +120,9 @@ class GatherOnUse:
                 self._add_hooks(module, own)
 
     def _add_hooks(self, module: nn.Module, parameters: list[nn.Parameter]) -> None:
-        from deepspeed.zero import GatheredParameters
+        import deepspeed
 
-        gathered: Any = GatheredParameters(parameters)
+        gathered: Any = deepspeed.zero.GatheredParameters(parameters)
         self._handles += [
             module.register_forward_pre_hook(lambda *_: gathered.__enter__()),
             module.register_forward_hook(lambda *_: gathered.__exit__(None, None, None), always_call=True),
@@ -152,6 +165,8 @@ def set_weight(parameter: nn.Parameter, value: Tensor) -> None:
     from deepspeed.utils import safe_set_full_fp32_param
 
     safe_set_full_fp32_param(parameter, value)
+    if is_split(parameter):  # ZeRO-3 computes with the weights of another number format, and sets them only after a step
+        set_split_value(parameter, value)
 
 
 def set_moment(parameter: nn.Parameter, moment: str, value: Tensor) -> None:

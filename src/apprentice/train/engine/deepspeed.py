@@ -17,7 +17,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from apprentice.models.tuning.methods import count_trainable
 from apprentice.recipe import Training
 from apprentice.train.batch import MicroBatch, move_batch
 from apprentice.train.checkpoint.format import WEIGHT
@@ -49,19 +48,21 @@ class DeepSpeedEngine:
     ) -> None:
         deepspeed = compat.import_deepspeed(device)
         trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-        numbers = sum(parameter.numel() for parameter in trained.values())
+        numbers = sum(compat.whole_shape(parameter).numel() for parameter in trained.values())
+        total = sum(compat.whole_shape(parameter).numel() for parameter in model.parameters())
         formats = number_formats(training.optimizer, dtype)
         config = deepspeed_config(training, workers=workers, micro=micro, dtype=formats.weights, trainable=numbers)
         if training.activation_checkpointing:
             enable_activation_checkpointing(model)
         self._loss_module = create_loss(model, training, formats.autocast)
+        compat.cast_unsplit(model, formats.weights)
         wrapped = _Module(self._loss_module).to(device=device)
-        self.trained = count_trainable(model)  # number of trained parameters, and their share of all
+        self.trained = numbers, numbers / max(total, 1)  # number of trained parameters, and their share of all
         self.attention = attention_name(model)
         self.micro = micro
         self._optimizer_settings = training.optimizer
         self._scales_loss = formats.weights == torch.float16
-        self._shapes = {name: parameter.shape for name, parameter in trained.items()}  # ZeRO-3 empties the parameters
+        self._shapes = {name: compat.whole_shape(parameter) for name, parameter in trained.items()}
         # DeepSpeed warns of its own use of PyTorch and prints the memory it uses: nothing a user can act on.
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
