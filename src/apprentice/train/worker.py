@@ -33,9 +33,9 @@ from apprentice.train.engine.model_splitter import create_splitter, find_loading
 from apprentice.train.loop import LoopCallback, LoopConfig, compute_validation_loss, train_loop
 from apprentice.train.losses.loss_registry import create_loss
 from apprentice.train.losses.objective_loss import ObjectiveLoss
-from apprentice.train.memory.batch_size import find_largest_fitting, fits_into_memory
+from apprentice.train.memory.batch_size import find_largest_fitting, fits_by_estimate, fits_into_memory
 from apprentice.train.memory.estimate import estimate_memory
-from apprentice.train.memory.measure import OutOfMemoryAdvisor, peak_memory
+from apprentice.train.memory.measure import OutOfMemoryAdvisor, peak_memory, total_memory
 from apprentice.train.metrics.mfu import flops_per_token, peak_flops
 from apprentice.train.metrics.mixture_ledger import DropCounts
 from apprentice.train.optimizer import number_formats
@@ -221,6 +221,17 @@ def find_micro_batch(
     return find_largest_fitting(rows_per_worker(training, collectives.workers), fits)
 
 
+def estimate_micro_batch(recipe: Recipe, length: int, dtype: torch.dtype, collectives: Collectives, memory: float) -> int:
+    """The largest micro-batch (rows of `length` tokens) that is estimated to fit every worker's GPU; this worker's has `memory`.
+
+    All workers must call it.
+    """
+    parameters = count_parameters(local_folder(recipe.model.base))
+    least = min(collectives.gather(memory))
+    fits = fits_by_estimate(recipe, parameters, dtype, collectives.workers, length, least)
+    return find_largest_fitting(rows_per_worker(recipe.training, collectives.workers), fits)
+
+
 def build_engine(
     recipe: Recipe,
     restored: Checkpoint | None,
@@ -234,8 +245,7 @@ def build_engine(
     """The engine over the base model with the recipe's tuning method, new or with the state of the checkpoint `restored`.
 
     `micro` is the number of packed rows in a micro-batch. With `trial_length`, the tokens of a packed row, the largest micro-batch
-    that fits into memory is looked for and used instead, except where the model is split as it is loaded (stage 3): a trial pass
-    needs all of it.
+    that fits into memory is looked for and used instead.
     """
     weights = number_formats(recipe.training.optimizer, dtype).weights
     base, four_bit = local_folder(recipe.model.base, trust=recipe.model.trust), TUNING_METHODS[recipe.tuning.method].four_bit
@@ -247,6 +257,8 @@ def build_engine(
         model = restore_model(recipe, first, weights, packed=PackedCompute.on(device, dtype), splitter=splitter)
         if trial_length is not None and splitter is None:
             micro = find_micro_batch(recipe, model, trial_length, dtype, device, collectives)
+        elif trial_length is not None:
+            micro = estimate_micro_batch(recipe, trial_length, dtype, collectives, total_memory(device))
         engine = DeepSpeedEngine(model, recipe.training, dtype=dtype, workers=collectives.workers, micro=micro, device=device)
         if restored is not None and read is not None:
             engine.restore(read, restored.state.step, restored.state.loss_scaling)

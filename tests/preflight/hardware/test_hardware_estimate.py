@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from apprentice.errors import RecipeError
+from apprentice.models.weights.safetensors_reader import PIECE_BYTES
 from apprentice.preflight.hardware.devices import Hardware, parse_hardware
 from apprentice.preflight.hardware.hardware_estimate import HardwareEstimate, HardwareEstimator, place_recipe
 from apprentice.recipe import Recipe, load_recipe
@@ -54,10 +55,14 @@ def test_8b_lora_on_one_gpu_fits_and_full_does_not(tmp_path: Path) -> None:
 
 
 def test_70b_on_4_nodes(tmp_path: Path) -> None:
-    made = estimate(recipe(tmp_path, big_llama(tmp_path, "70b"), training__activation_checkpointing=True), "4x8xH100-80GB")
+    model = big_llama(tmp_path, "70b")
+    made = estimate(recipe(tmp_path, model, training__activation_checkpointing=True), "4x8xH100-80GB")
     assert made.fits
     assert made.gpu.gradients + made.gpu.optimizer == pytest.approx(16 * made.size.trained / 32)
-    assert made.host.loading == pytest.approx(8 * 2 * made.size.parameters)  # each worker reads all of it
+    assert made.host.loading == 8 * PIECE_BYTES  # each worker reads its share to its GPU
+    for whole in ({"stage": 2}, {"stage": 3, "extra": {"zero_optimization": {"zero_hpz_partition_size": 8}}}):
+        each_reads_all = estimate(recipe(tmp_path, model, training__deepspeed=whole, training__micro_batch=1), "4x8xH100-80GB")
+        assert each_reads_all.host.loading == pytest.approx(8 * 2 * made.size.parameters)
     assert 0.2 < made.mfu < 0.6
 
 

@@ -13,7 +13,9 @@ from apprentice.recipe import load_recipe
 from apprentice.train import worker
 from apprentice.train.batch import SupervisedBatch
 from apprentice.train.losses.sft import SupervisedLoss
-from apprentice.train.memory.batch_size import find_largest_fitting, fits_into_memory
+from apprentice.train.memory.batch_size import USABLE_GPU_MEMORY, find_largest_fitting, fits_into_memory
+from apprentice.train.memory.measure import estimate_peak_memory
+from apprentice.train.memory.model_size import measure_model_size
 from tests.models.architectures import made
 from tests.support.recipes import tiny_recipe
 
@@ -71,3 +73,25 @@ def test_all_workers_take_what_fits_on_each(others: bool, expected: int, tmp_pat
     patched = LossWithRoom(4 * 96)
     assert worker.find_micro_batch(recipe, model, 96, torch.float32, torch.device("cpu"), collectives, loss=patched) == expected
     assert patched.passes == 2
+
+
+def test_of_a_split_model_the_estimate_decides(tmp_path: Path, tiny_model: Path) -> None:
+    recipe = load_recipe(
+        tiny_recipe(
+            tmp_path, tiny_model, training__global_batch=16, training__resources={"gpus": 1}, training__deepspeed={"stage": 3}
+        )
+    )
+
+    def most(mine: float, other: float) -> int:
+        collectives: Any = SimpleNamespace(workers=2, rank=0, gather=lambda value: [value, other])
+        return worker.estimate_micro_batch(recipe, 256, torch.float32, collectives, mine)
+
+    numbers = measure_model_size(recipe, torch.float32)
+    parts = {"workers": 2, "length": 256}
+    sizes = (recipe, numbers.parameters, numbers.trained, torch.float32)
+    needed = {rows: estimate_peak_memory(*sizes, micro=rows, **parts).total / USABLE_GPU_MEMORY for rows in (2, 4, 8)}
+    assert needed[2] < needed[4] < needed[8]
+    assert most(needed[8] + 1, needed[8] + 1) == 8
+    assert most(needed[4] + 1, needed[8] + 1) == 4  # of all workers' GPUs the smallest counts
+    assert most(needed[8] + 1, needed[4] - 1) == 2
+    assert most(0.0, needed[8] + 1) == 1

@@ -7,12 +7,14 @@ from dataclasses import dataclass, fields
 
 from apprentice.errors import RecipeError
 from apprentice.models.loading import resolve_dtype
+from apprentice.models.weights.safetensors_reader import PIECE_BYTES
 from apprentice.preflight.hardware.devices import Hardware
 from apprentice.preflight.hardware.roofline import MicroBatch, StepTime, estimate_step_time, model_flops
 from apprentice.pretrained.hub import config_folder
 from apprentice.recipe import Recipe
 from apprentice.train.checkpoint.format import SHARD_BYTES
 from apprentice.train.engine.deepspeed_config import choose_micro_batch, rows_per_worker
+from apprentice.train.engine.model_splitter import find_stage_obstacle
 from apprentice.train.memory.activations import SavedTensors, measure_saved_tensors
 from apprentice.train.memory.batch_size import find_largest_fitting
 from apprentice.train.memory.estimate import MemoryEstimate, offloaded_bytes
@@ -28,7 +30,8 @@ UNKNOWN_STEPS = 1000  # what is counted instead, where only the index can tell h
 class HostMemory:
     """Bytes of a node's host memory for all of its workers.
 
-    Either they load, and each has the whole model for a while, or they train; `total` is the larger of the two.
+    Either they load, or they train; `total` is the larger of the two. At stage 3 what a worker reads goes to its GPU in pieces;
+    below it each has the whole model for a while.
     """
 
     loading: float
@@ -179,7 +182,9 @@ class HardwareEstimator:
         checkpoint = copy / workers * here + min(copy, SHARD_BYTES)
         if checkpoint > (self.hardware.host_memory - processes - offloaded) / 2:
             checkpoint = 0.0  # written while training waits, without a copy
-        return HostMemory(float(size.weight_bytes * size.parameters * here), processes, offloaded, checkpoint)
+        splits = recipe.training.deepspeed.stage == 3 and not size.quantized and find_stage_obstacle(recipe.training) is None
+        loading = float(here * (PIECE_BYTES if splits else size.weight_bytes * size.parameters))
+        return HostMemory(loading, processes, offloaded, checkpoint)
 
 
 def _steps(recipe: Recipe) -> int | None:

@@ -1,7 +1,8 @@
 """Micro-batch size for `micro_batch: auto` on a GPU: the most packed rows for which there is memory, found by trial passes.
 
 Passes are tried before DeepSpeed starts, with the memory that it will need reserved, so that no worker waits in a collective for
-one that ran out. Another micro-batch size changes sums only in their last digits.
+one that ran out. A model that was split as it was loaded cannot be tried so: there an estimate of the memory decides. Another
+micro-batch size changes sums only in their last digits.
 """
 
 from __future__ import annotations
@@ -10,9 +11,13 @@ from collections.abc import Callable
 
 import torch
 
+from apprentice.recipe import Recipe
 from apprentice.train.batch import SupervisedBatch
 from apprentice.train.losses.objective_loss import ObjectiveLoss
-from apprentice.train.memory.measure import is_out_of_memory
+from apprentice.train.memory.measure import estimate_peak_memory, is_out_of_memory
+from apprentice.train.memory.model_size import measure_model_size
+
+USABLE_GPU_MEMORY = 0.9  # of a GPU's memory; the rest is CUDA's, and fragmentation
 
 
 def find_largest_fitting(rows: int, fits: Callable[[int], bool]) -> int:
@@ -26,6 +31,22 @@ def find_largest_fitting(rows: int, fits: Callable[[int], bool]) -> int:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(sizes[middle]) else (low, middle)
     return sizes[low]
+
+
+def fits_by_estimate(
+    recipe: Recipe, parameters: int, dtype: torch.dtype, workers: int, length: int, memory: float
+) -> Callable[[int], bool]:
+    """A function of a number of rows of `length` tokens: whether a micro-batch of so many is estimated to fit a GPU with `memory`.
+
+    The model has `parameters` parameters in `dtype`. Where the activations are not known no number fits.
+    """
+    trained = measure_model_size(recipe, dtype).trained
+
+    def fits(rows: int) -> bool:
+        estimate = estimate_peak_memory(recipe, parameters, trained, dtype, workers=workers, micro=rows, length=length)
+        return estimate.activations is not None and estimate.total <= USABLE_GPU_MEMORY * memory
+
+    return fits
 
 
 def fits_into_memory(loss: ObjectiveLoss, rows: int, length: int, reserved: float, device: torch.device) -> bool:

@@ -49,6 +49,11 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def total_memory(device: torch.device) -> float:
+    """Bytes of memory of the GPU `device`."""
+    return float(torch.cuda.get_device_properties(device).total_memory)
+
+
 def estimate_peak_memory(
     recipe: Recipe, parameters: int, trained: int, dtype: torch.dtype, *, workers: int, micro: int, length: int
 ) -> MemoryEstimate:
