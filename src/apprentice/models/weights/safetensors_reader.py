@@ -62,7 +62,7 @@ def weight_files(folder: Path) -> list[Path]:
         return []
     try:
         names = set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{folder / INDEX} cannot be read ({error}); fetch or export the model again.") from error
     return [folder / name for name in sorted(names)]
 
