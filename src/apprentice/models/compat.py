@@ -28,7 +28,7 @@ from transformers.core_model_loading import (
 )
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.models.auto import auto_factory
-from transformers.utils import ContextManagers
+from transformers.utils.generic import ContextManagers
 from transformers.utils.import_utils import (
     is_flash_attn_2_available,
     is_flash_attn_3_available,

@@ -29,11 +29,11 @@ class ParameterSource(Protocol):
 
 
 class FileRun(NamedTuple):
-    """`count` elements of the tensor `name` in a file, from the flattened place `start` on."""
+    """`numel` elements of the tensor `name` in a file, from the flattened place `start` on."""
 
     name: str
     start: int
-    count: int
+    numel: int
 
 
 class FileSource:
@@ -46,11 +46,11 @@ class FileSource:
     def fill(self, start: int, out: Tensor) -> None:
         """Copies the range of `out`'s length from `start` on; reads those bytes and no others."""
         end, place = start + out.numel(), 0
-        for name, first, count in self._runs:
-            low, high = max(start, place), min(end, place + count)
+        for name, first, numel in self._runs:
+            low, high = max(start, place), min(end, place + numel)
             if low < high:
                 self._reader.read_into(name, first + low - place, out[low - start : high - start])
-            place += count
+            place += numel
 
 
 class ConvertedSource:

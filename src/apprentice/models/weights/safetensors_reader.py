@@ -113,7 +113,8 @@ class SafetensorsReader:
             stream.seek(entry.start + start * entry.dtype.itemsize)
             for first in range(0, out.numel(), at_once):
                 piece = buffer[: out.numel() - first]
-                self._fill(stream, memoryview(piece.view(torch.uint8).numpy()), entry.file)
+                data: Any = piece.view(torch.uint8).numpy()
+                self._fill(stream, memoryview(data), entry.file)
                 out[first : first + len(piece)].copy_(piece)
 
     def read(self, name: str) -> Tensor:

@@ -9,6 +9,7 @@ The names in files and those of parameters, ties, buffers and initialisation are
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -124,19 +125,12 @@ def _find_converted(
         if rows is not None and (*rows.shape[:-1], rows.shape[-1] * width) == value.shape and rows.shape[-1] == 1:
             yield _FoundSource(name, tuple(value.shape), FileSource(reader, runs_of_rows(rows, step.names, shapes)))
         else:
-            yield _FoundSource(name, tuple(value.shape), ConvertedSource(_Converter(reader, model, step, name)))
+            yield _FoundSource(name, tuple(value.shape), ConvertedSource(partial(_convert_whole, reader, model, step, name)))
 
 
-class _Converter(NamedTuple):
-    """Makes parameter `name` of whole tensors."""
-
-    reader: SafetensorsReader
-    model: PreTrainedModel
-    step: Conversion
-    name: str
-
-    def __call__(self) -> Tensor:
-        return self.step.convert([self.reader.read(name) for name in self.step.names], self.model)[self.name]
+def _convert_whole(reader: SafetensorsReader, model: PreTrainedModel, step: Conversion, name: str) -> Tensor:
+    """Parameter `name` as `step` makes it of whole tensors."""
+    return step.convert([reader.read(tensor) for tensor in step.names], model)[name]
 
 
 def _without_memory(shape: tuple[int, ...], dtype: torch.dtype) -> nn.Parameter:
