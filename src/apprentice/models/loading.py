@@ -6,8 +6,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError  # nosec B403
 from typing import Any
@@ -106,19 +104,13 @@ def load_model(
     if head is not None:
         loader = AutoModelForSequenceClassification
     try:
-        config = options["config"] = read_config(folder, trust=trust)
-        model_class = model_class_of(loader, config)
-        set_implementations(config, choose_attention(attention, packed, config, model_class))
+        config = read_config(folder, trust=trust)
+        set_implementations(config, choose_attention(attention, packed, config, model_class_of(loader, config)))
         if head is not None:
             config.num_labels = 1
-        if splitter is None:
-            options |= {"dtype": dtype, "local_files_only": True, "output_loading_info": True}
-            load: Callable[[], Any] = partial(loader.from_pretrained, folder, **options)
-        else:
-            load = partial(load_split_model, folder, model_class, config, dtype, splitter)
         with torch.random.fork_rng():
             torch.manual_seed(head or 0)
-            model, report = load()
+            model, missing_keys = _load_weights(loader, folder, config, dtype, options, splitter)
     except (OSError, ValueError, ImportError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ModelError(f"{folder} cannot be loaded as a {FAMILIES[family]}: {reason}") from error
@@ -127,12 +119,26 @@ def load_model(
             f"the pickled weights in {folder} hold more than numbers, and are not read even with model.trust."
         ) from error
     fresh = {f"{REWARD_HEAD}.weight"} if head is not None and not gives_rewards(folder) else set()
-    if missing := sorted(set(report["missing_keys"]) - fresh):
+    if missing := sorted(missing_keys - fresh):
         raise ModelError(f"{folder} lacks weights, {missing[0]!r} among them; fetch or export the model again.")
     if head is not None and model.config.pad_token_id is None:
         model.config.pad_token_id = 0  # transformers needs one, though here the position decides which token's reward counts
     loaded: PreTrainedModel = _attach_adapter(model, folder / ADAPTER).eval()
     return loaded
+
+
+def _load_weights(
+    loader: Any, folder: Path, config: Any, dtype: torch.dtype, options: dict[str, Any], splitter: ModelSplitter | None
+) -> tuple[Any, set[str]]:
+    """The model of `config` with the weights in `folder`, and the names of those that are missing and were initialised.
+
+    `options` are those of `from_pretrained`, which loads it where there is no `splitter`.
+    """
+    if splitter is not None:
+        return load_split_model(folder, model_class_of(loader, config), config, dtype, splitter)
+    options = options | {"config": config, "dtype": dtype, "local_files_only": True, "output_loading_info": True}
+    model, report = loader.from_pretrained(folder, **options)
+    return model, set(report["missing_keys"])
 
 
 def read_config(folder: Path, attention: str | None = None, *, trust: bool = False) -> Any:

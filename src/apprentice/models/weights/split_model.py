@@ -64,12 +64,11 @@ def find_split_obstacle(folder: Path, *, four_bit: bool = False) -> str | None:
 
 def load_split_model(
     folder: Path, model_class: Any, config: Any, dtype: torch.dtype, splitter: ModelSplitter
-) -> tuple[PreTrainedModel, dict[str, set[str]]]:
+) -> tuple[PreTrainedModel, set[str]]:
     """Loads the weights in `folder` into a `model_class` of `config` in `dtype`, split by `splitter`; the model is on the CPU.
 
-    Returns the model, in evaluation mode, and, as `from_pretrained` does, `missing_keys`: names of weights that the files lack and
-    that were initialised. All processes must call it with the same state of the random number generator. Raises `ModelError` for
-    files that cannot be read.
+    Returns the model, in evaluation mode, and the names of the weights that the files lack and that were initialised. All processes
+    must call it with the same state of the random number generator. Raises `ModelError` for files that cannot be read.
     """
     reader = SafetensorsReader(weight_files(folder))
     unfilled = UnfilledModel(build_on_meta(model_class, config, dtype))
@@ -91,7 +90,7 @@ def load_split_model(
     for parameter in unfilled.model.parameters():
         splitter.split(parameter, by_parameter.get(parameter) or MemorySource(parameter.data))
     splitter.count_bytes(reader.bytes_read)
-    return unfilled.model.eval(), {"missing_keys": missing}
+    return unfilled.model.eval(), missing
 
 
 class _FoundSource(NamedTuple):
