@@ -11,7 +11,7 @@ import torch
 import transformers as hf
 from torch import Tensor
 
-from apprentice.train.batch import SupervisedBatch
+from apprentice.train.batch import SupervisedBatch, target_places
 from apprentice.train.compat import attention_name
 from apprentice.train.losses.sft import SupervisedLoss
 from apprentice.train.losses.target_losses import TargetLosses
@@ -108,9 +108,9 @@ def _with_windows(name: str) -> Any:
 
 
 def _losses(model: Any, ids: Tensor, positions: Tensor, device: torch.device) -> Tensor:
-    is_target = torch.ones_like(ids, dtype=torch.bool).to(device)
+    batch = SupervisedBatch(ids.to(device), positions.to(device), torch.ones_like(ids, dtype=torch.bool).to(device))
     with torch.no_grad():
-        return TargetLosses(model).causal(ids.to(device), positions.to(device), is_target, "none").cpu()
+        return TargetLosses(model).causal(batch.input_ids, batch.positions, target_places(batch), "none").cpu()
 
 
 @on_devices()
@@ -118,10 +118,9 @@ def test_one_example_makes_no_tensor_of_length_by_length(device: torch.device, t
     check_no_square(device, tmp_path, examples=1)
 
 
-@pytest.mark.gpu
-def test_a_packed_row_makes_no_tensor_of_length_by_length(tmp_path: Path) -> None:
-    """On CPUs rows have masks; on a GPU they must not, at the lengths that are trained there."""
-    check_no_square(GPU, tmp_path, examples=8)
+@on_devices()
+def test_a_packed_row_makes_no_tensor_of_length_by_length(device: torch.device, tmp_path: Path) -> None:
+    check_no_square(device, tmp_path, examples=8)
 
 
 def check_no_square(device: torch.device, folder: Path, *, examples: int) -> None:

@@ -186,7 +186,7 @@ def test_a_step_of_zero_3_without_targets_in_one_micro_batch(device: torch.devic
     join(device)
     engine = engine_of(tuned("full", torch.bfloat16), training(3, checkpointing=True), torch.bfloat16, device)
     first, second = packed_rows(ROWS).micro_batches(MICRO)
-    second = second._replace(is_target=torch.zeros_like(second.is_target))  # type: ignore[union-attr]
+    second = second._replace(is_target=torch.zeros_like(second.is_target), places=None)  # type: ignore[union-attr]
     outcome = engine.train_step([first, second], 0.01, RATE)
     assert outcome.nll > 0
     assert 0 < outcome.grad_norm < float("inf")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -134,12 +135,20 @@ def test_a_micro_batch_that_does_not_fit_is_not_taken(device: torch.device) -> N
     assert find_largest_fitting(12, lambda rows: fits_into_memory(loss, rows, 32, 0.0 if rows <= 4 else 2.0**50, device)) == 4
 
 
+def resident_memory() -> int:
+    """Bytes of this process in host memory now."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
 @on_devices()
 def test_memory_is_measured_where_the_model_is(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     before = peak_memory(device)
-    block = torch.ones(2**30 if device.type == "cuda" else 2**20, dtype=torch.uint8, device=device)
-    grown = peak_memory(device) - before
-    assert grown >= 0 if device.type == "cpu" else block.nbytes <= grown < 2 * block.nbytes
+    size = 2**30 if device.type == "cuda" else 2**26
+    # A process's peak does not fall, so on the CPU what fits under an earlier peak is taken first.
+    below = 0 if device.type == "cuda" else before - resident_memory()
+    block = torch.ones(below + size, dtype=torch.uint8, device=device)
+    assert 0.9 * size <= peak_memory(device) - before < 2 * size
+    del block
     assert ("of the GPU were in use" in describe_memory_in_use(device)) == (device.type == "cuda")

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from apprentice.errors import ModelError
 from apprentice.models import attention, compat, varlen
-from apprentice.models.attention import PackedCompute, choose_attention, is_flat
+from apprentice.models.attention import PackedCompute, choose_attention, has_masks, is_flat
 from apprentice.models.loading import load_model
 from tests.models.architectures import CAUSAL, MIXING, SEQ2SEQ, made
 
@@ -53,20 +53,35 @@ def test_words(packages: Any) -> None:
 
 
 @pytest.mark.parametrize("versions", [(), (2,), (2, 3, 4)])
-def test_other_purposes_and_cpus_have_the_default(packages: Any, versions: tuple[int, ...]) -> None:
+def test_other_purposes_have_the_default_and_cpus_examples_by_themselves(packages: Any, versions: tuple[int, ...]) -> None:
     packages(*versions, kernels=True)
-    assert {chosen(name, packed) for name in (*CAUSAL, *SEQ2SEQ) for packed in (None, CPU)} == {None}
+    assert {chosen(name, None) for name in (*CAUSAL, *SEQ2SEQ)} == {None}
+    assert {name: chosen(name, CPU) for name in CAUSAL} == dict.fromkeys(CAUSAL, "segments") | {"gemma2": None}  # soft caps
     assert chosen("llama", None, "flash") is None  # of a recipe whose training asks for it
+
+
+def test_t5_has_its_own_on_every_device_and_other_encoder_decoders_the_default() -> None:
+    expected = {"t5": "t5_segments", "t5_v1.1": "t5_segments", "mt5": "t5_segments", "bart": None}
+    for packed in (CPU, HOPPER, PackedCompute("cuda", FP32, (7, 5))):
+        assert {name: chosen(name, packed) for name in SEQ2SEQ} == expected
+    config = AutoConfig.for_model("umt5")  # a bias for each layer
+    assert choose_attention("auto", CPU, config, compat.model_class_of(AutoModelForSeq2SeqLM, config)) is None
+
+
+def test_who_has_masks() -> None:
+    names = ("varlen", "segments", "t5_segments", "flex_attention", "flash_attention_2")
+    assert not any(map(has_masks, names))
+    assert all(map(has_masks, (None, "sdpa", "eager")))
 
 
 def test_packed_rows_on_a_gpu_need_no_package() -> None:
     assert {name: chosen(name) for name in CAUSAL} == dict.fromkeys(CAUSAL, "varlen") | {"gemma2": "flex_attention"}  # soft caps
 
 
-@pytest.mark.parametrize("name", [*MIXING, *SEQ2SEQ])
+@pytest.mark.parametrize("name", [*MIXING, "bart"])
 def test_whatever_is_installed_these_have_the_default(packages: Any, name: str) -> None:
     packages(2, 3, 4, kernels=True)
-    assert chosen(name, HOPPER) is None
+    assert chosen(name, HOPPER) is chosen(name, CPU) is None
 
 
 def test_a_type_that_loses_the_bounds_has_the_default() -> None:
@@ -151,7 +166,7 @@ def test_a_model_that_brings_its_own_class_has_the_default(packages: Any) -> Non
 
 
 def test_flat_names() -> None:
-    assert all(map(is_flat, ("varlen", "flash_attention_2", "flash_attention_4", "kernels-community/vllm-flash-attn3")))
+    assert all(map(is_flat, ("varlen", "segments", "flash_attention_2", "flash_attention_4", "kernels-community/vllm-flash-attn3")))
     assert not any(map(is_flat, ("sdpa", "eager", "flex_attention")))
 
 
@@ -164,7 +179,7 @@ def test_where_packed_rows_run(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_chosen_attention_is_the_loaded_models(tiny_model: Path) -> None:
     assert load_model(tiny_model, BF16, packed=HOPPER).config._attn_implementation == "varlen"
     assert load_model(tiny_model, BF16, packed=HOPPER, head=0).config._attn_implementation == "varlen"
-    assert load_model(tiny_model, BF16, packed=CPU).config._attn_implementation == "sdpa"
+    assert load_model(tiny_model, BF16, packed=CPU).config._attn_implementation == "segments"
 
 
 def test_a_model_for_other_work_loads_where_flash_attention_is_installed(

@@ -27,7 +27,7 @@ def within(model: Any, word: str, device: torch.device, dtype: torch.dtype = tor
     before = model.config._attn_implementation
     with packed_attention(model, word, device, dtype):
         name = model.config._attn_implementation
-        assert TargetLosses(model)._is_flat is (name == "varlen")
+        assert TargetLosses(model)._is_flat is (name in ("varlen", "segments"))
     assert model.config._attn_implementation == before
     return str(name)
 
@@ -37,10 +37,19 @@ def test_it_is_changed_on_a_gpu_and_changed_back(method: str) -> None:
     model = TUNING_METHODS[method].wrap(made("llama"), Tuning.model_validate({"method": method}), 1)
     assert within(model, "auto", GPU) == within(model, "flash", GPU) == "varlen"
     assert within(model, "eager", GPU) == "eager"
-    assert within(model, "auto", CPU) == within(model, "flash", CPU) == within(model, "auto", GPU, torch.float32) == "sdpa"
+    assert within(model, "auto", GPU, torch.float32) == "sdpa"
+    assert within(model, "auto", CPU) == within(model, "flash", CPU) == "segments"
 
 
-def test_t5_and_virtual_tokens_keep_theirs() -> None:
-    assert within(made("t5"), "auto", GPU) == "sdpa"
+def test_both_sides_of_t5_are_changed_and_changed_back() -> None:
+    model = made("t5")
+    sides = (model, model.encoder, model.decoder)
+    for device in (GPU, CPU):
+        with packed_attention(model, "auto", device, torch.float32):
+            assert {side.config._attn_implementation for side in sides} == {"t5_segments"}
+        assert {side.config._attn_implementation for side in sides} == {"sdpa"}
+
+
+def test_virtual_tokens_keep_theirs() -> None:
     prefix = TUNING_METHODS["prefix"].wrap(made("llama"), Tuning.model_validate({"method": "prefix"}), 1)
     assert within(prefix, "auto", GPU) == "sdpa"

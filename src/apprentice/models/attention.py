@@ -1,14 +1,16 @@
 """Choice of a model's attention: by device, number format, architecture and purpose, not by which package is installed.
 
-Packed rows (training, log-probabilities, validation) run on a GPU as one flat sequence, through kernels that are told where its
-examples begin; no (length, length) tensor exists. Whatever else is done with a model (export, scoring, writing), and everything on
-CPUs, has the architecture's default. What `auto` tries in turn for packed rows of a causal model on a GPU:
+Packed rows (training, log-probabilities, validation) of a causal model run as one flat sequence, whose examples the attention is
+told; no (length, length) tensor exists. Whatever else is done with a model (export, scoring, writing) has the architecture's
+default. What `auto` tries in turn for packed rows:
 
-    flash_attention_4, _3    packages made for GPUs of capability 10 and 9
-    varlen                   PyTorch's own (`varlen.py`)
-    flash_attention_2        the package, for dropout and soft caps, which PyTorch's has not
-    flex_attention           for soft caps
-    None                     the architecture's default, with masks
+    on a GPU    flash_attention_4, _3    packages made for GPUs of capability 10 and 9
+                varlen                   PyTorch's own (`varlen.py`)
+                flash_attention_2        the package, for dropout and soft caps, which PyTorch's has not
+                flex_attention           for soft caps
+    on CPUs     segments                 each example by itself (`segments.py`)
+    on both     t5_segments              the same in T5 and mT5, with their biases (`t5_segments.py`)
+                None                     the architecture's default, with masks
 """
 
 from __future__ import annotations
@@ -20,6 +22,8 @@ import torch
 
 from apprentice.errors import ModelError
 from apprentice.models import compat
+from apprentice.models.segments import SEGMENTS, register_segments
+from apprentice.models.t5_segments import T5_SEGMENTS, TYPES, register_t5_segments
 from apprentice.models.varlen import VARLEN, has_varlen, register_varlen
 from apprentice.pretrained.architecture import mixing_obstacle
 
@@ -57,14 +61,23 @@ def choose_attention(word: str, packed: PackedCompute | None, config: Any, model
         return FLEX
     if word == "flash":
         return None if packed is None else _flash(packed, config, model_class)
-    if packed is None or packed.device != "cuda":
+    if packed is None or model_class is None:
         return None
-    return _fastest(packed, config, model_class)
+    if config.is_encoder_decoder:
+        return _of_encoder_decoder(config, model_class)
+    if config.model_type in _LOSE_KEYWORDS or mixing_obstacle(config.to_dict()) is not None:
+        return None
+    return _fastest(packed, config, model_class) if packed.device == "cuda" else _on_cpu(config, model_class)
 
 
 def is_flat(name: str) -> bool:
-    """Whether the attention `name` takes packed rows as one flat sequence: varlen, flash attention's packages and kernels do."""
-    return name == VARLEN or "flash" in name
+    """Whether the attention `name` takes packed rows of a causal model as one flat sequence, with bounds in place of masks."""
+    return name in (VARLEN, SEGMENTS) or "flash" in name
+
+
+def has_masks(name: str | None) -> bool:
+    """Whether the attention `name` (None: the architecture's default) computes whole packed rows, with a mask."""
+    return name is None or not (is_flat(name) or name in (FLEX, T5_SEGMENTS))
 
 
 def _flash(packed: PackedCompute, config: Any, model_class: Any) -> str:
@@ -87,11 +100,26 @@ def _flash(packed: PackedCompute, config: Any, model_class: Any) -> str:
     raise ModelError(f"model.attention flash: no installed package does what {config.model_type} needs on this GPU; use auto.")
 
 
-def _fastest(packed: PackedCompute, config: Any, model_class: Any) -> str | None:
-    """The first of the module's list that runs this architecture here."""
-    support, installed = compat.attention_support(model_class), compat.installed_flash_attention()
-    if config.is_encoder_decoder or config.model_type in _LOSE_KEYWORDS or mixing_obstacle(config.to_dict()) is not None:
+def _of_encoder_decoder(config: Any, model_class: Any) -> str | None:
+    """Attention by examples for T5's class that writes; no other encoder-decoder packs, or has biases that layers share."""
+    if config.model_type not in TYPES or not model_class.__name__.endswith("ForConditionalGeneration"):
         return None
+    register_t5_segments()
+    return T5_SEGMENTS
+
+
+def _on_cpu(config: Any, model_class: Any) -> str | None:
+    """Attention by examples for what needs no more than causal attention and windows, as flash attention does."""
+    support = compat.attention_support(model_class)
+    if not (support.flash and support.keywords) or _soft_cap(config):
+        return None
+    register_segments()
+    return SEGMENTS
+
+
+def _fastest(packed: PackedCompute, config: Any, model_class: Any) -> str | None:
+    """The first of the module's list that runs this causal architecture on this GPU."""
+    support, installed = compat.attention_support(model_class), compat.installed_flash_attention()
     if support.flash and support.keywords and _fits_flash(packed, config):
         for version in _packages(packed, config, newest_only=True):
             if version in installed:

@@ -12,7 +12,11 @@ Two examples of 3 and 2 tokens in a row of 6, each with one answer token, and in
 
     answers      0 0 0 1 1        0 is the better answer of the first pair, 1 the worse one
 
-The columns are described in `apprentice.data.window`. There is a batch type for each objective, and each loss takes its own.
+and `places`, where the targets lie in the rows laid end to end, is [2 4 6]: (0, 2), (0, 4) and (1, 1). The loss of a target is
+computed at its own place in an encoder-decoder's answers, and one place before it in a causal model.
+
+The columns are described in `apprentice.data.window`. There is a batch type for each objective, and each loss takes its own. What
+the host must know of a batch is found before the batch goes to a GPU, since asking there would wait for all that is queued.
 """
 
 from __future__ import annotations
@@ -27,7 +31,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from apprentice.train.sequence_bounds import SequenceBounds
+from apprentice.train.sequence_bounds import ExampleSizes, SequenceBounds, copy_to
 
 
 class RowFacts(NamedTuple):
@@ -47,13 +51,15 @@ class SupervisedBatch(NamedTuple):
 
     `positions` restart with each example of a row; they are None where each row has just one. `is_target` is boolean, or float32
     where examples weigh differently: the weight of each target token in the loss, 0 for other tokens. `bounds` are those of the
-    sequences that `positions` tell apart.
+    sequences that `positions` tell apart, `places` those of the targets, int64 (targets,). Without them a loss finds them itself,
+    for which the host waits. So in the other types.
     """
 
     input_ids: Tensor
     positions: Tensor | None
     is_target: Tensor
     bounds: SequenceBounds | None = None
+    places: Tensor | None = None
 
 
 class Seq2SeqBatch(NamedTuple):
@@ -69,6 +75,8 @@ class Seq2SeqBatch(NamedTuple):
     target_positions: Tensor
     target_segment_ids: Tensor
     is_target: Tensor
+    sizes: ExampleSizes | None = None
+    places: Tensor | None = None
 
 
 class PreferenceBatch(NamedTuple):
@@ -84,6 +92,7 @@ class PreferenceBatch(NamedTuple):
     reference: Tensor
     is_target: Tensor
     bounds: SequenceBounds | None = None
+    places: Tensor | None = None
 
 
 class RolloutBatch(NamedTuple):
@@ -102,6 +111,7 @@ class RolloutBatch(NamedTuple):
     rewards: Tensor
     is_target: Tensor
     bounds: SequenceBounds | None = None
+    places: Tensor | None = None
 
 
 MicroBatch = SupervisedBatch | Seq2SeqBatch | PreferenceBatch | RolloutBatch
@@ -110,8 +120,21 @@ AnyMicroBatch = TypeVar("AnyMicroBatch", bound=MicroBatch)
 
 def move_batch(batch: AnyMicroBatch, device: torch.device) -> AnyMicroBatch:
     """`batch` with its tensors on `device`."""
-    fields: dict[str, Any] = {name: None if tensor is None else tensor.to(device) for name, tensor in batch._asdict().items()}
-    return type(batch)(**fields)
+
+    def moved(field: Any) -> Any:
+        return copy_to(field, device) if isinstance(field, Tensor) else field if field is None else field.to(device)
+
+    return type(batch)(**{name: moved(field) for name, field in batch._asdict().items()})
+
+
+def target_places(batch: MicroBatch) -> Tensor:
+    """Places of the targets of `batch` in its rows laid end to end, (targets,). The first token of a causal row is none."""
+    if batch.places is not None:
+        return batch.places
+    is_target = batch.is_target > 0
+    if not isinstance(batch, Seq2SeqBatch):
+        is_target = torch.cat([torch.zeros_like(is_target[:, :1]), is_target[:, 1:]], dim=1)
+    return is_target.flatten().nonzero()[:, 0]
 
 
 # Fields of `PackedRows` and the pipeline's columns: arrays of one shape for all rows, and arrays that differ in length.
@@ -197,6 +220,16 @@ class PackedRows:
             return _tensor(self.loss_mask[cut], np.bool_)
         return _tensor(self._target_weights(cut[0])[:, cut[1]], np.float32)
 
+    def _places(self, cut: tuple[slice, slice]) -> Tensor:
+        """The `places` of a micro-batch."""
+        is_target = self.loss_mask[cut] > 0
+        if self.weights is not None:
+            is_target &= self._target_weights(cut[0])[:, cut[1]] > 0
+        if self.target_ids is None:
+            is_target = is_target.copy()
+            is_target[:, 0] = False
+        return torch.from_numpy(np.flatnonzero(is_target))
+
     def micro_batches(self, size: int) -> list[MicroBatch]:
         """Micro-batches of `size` rows (the last may be smaller). Columns at the end that are padding in all rows are cut off."""
         return [self._batch(slice(start, start + size)) for start in range(0, len(self), size)]
@@ -209,11 +242,12 @@ class PackedRows:
             return self._pairs(cut)
         if self.reference_log_probs is not None:
             return self._replies(cut)
+        ids, is_target, places = _tensor(self.input_ids[cut]), self._is_target(cut), self._places(cut)
         one_example = int(self.segment_ids[rows].max(initial=0)) <= 1
         if one_example:
-            return SupervisedBatch(_tensor(self.input_ids[cut]), None, self._is_target(cut))
+            return SupervisedBatch(ids, None, is_target, places=places)
         positions = self.positions[cut]
-        return SupervisedBatch(_tensor(self.input_ids[cut]), _tensor(positions), self._is_target(cut), SequenceBounds.of(positions))
+        return SupervisedBatch(ids, _tensor(positions), is_target, SequenceBounds.of(positions), places)
 
     def _seq2seq(self, cut: tuple[slice, slice]) -> Seq2SeqBatch:
         assert self.target_ids is not None
@@ -227,6 +261,8 @@ class PackedRows:
             target_positions=_tensor(self.target_positions[answers]),
             target_segment_ids=_tensor(self.target_segment_ids[answers]),
             is_target=self._is_target(answers),
+            sizes=ExampleSizes.of(self.segment_ids[cut], self.target_segment_ids[answers]),
+            places=self._places(answers),
         )
 
     def _pairs(self, cut: tuple[slice, slice]) -> PreferenceBatch:
@@ -239,6 +275,7 @@ class PackedRows:
             reference=_concatenate(reference),
             is_target=_tensor(self.loss_mask[cut], np.bool_),
             bounds=SequenceBounds.of(self.positions[cut]),
+            places=self._places(cut),
         )
 
     def _replies(self, cut: tuple[slice, slice]) -> RolloutBatch:
@@ -257,6 +294,7 @@ class PackedRows:
             rewards=_concatenate(self.rewards[cut[0]]),
             is_target=_tensor(self.loss_mask[cut], np.bool_),
             bounds=SequenceBounds.of(self.positions[cut]),
+            places=self._places(cut),
         )
 
     def _numbers(self, cut: tuple[slice, slice], values: list[NDArray[Any]]) -> Tensor:

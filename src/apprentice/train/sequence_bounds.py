@@ -1,4 +1,4 @@
-"""Bounds of the sequences in a micro-batch, for attention that runs over its rows laid end to end.
+"""Bounds of the sequences in a micro-batch, for attention that runs over its rows laid end to end or example by example.
 
 They are made on the host, where the rows come from, so that no layer has to ask a GPU how long its sequences are.
 """
@@ -11,6 +11,52 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+
+def copy_to(tensor: Tensor, device: torch.device) -> Tensor:
+    """`tensor` on `device`. A copy to a GPU is only queued; pinned memory, from which it is made, stays until it is done."""
+    if device.type != "cuda" or tensor.device.type != "cpu":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+class ExampleSizes(NamedTuple):
+    """Tokens of each example in an encoder-decoder's rows, on the host: for each row those of its examples, then of its padding.
+
+    Segments [1 1 2 0] with answers [1 2 2 0 0] give prompts ((2, 1, 1),) and answers ((1, 2, 2),).
+    """
+
+    prompts: tuple[tuple[int, ...], ...]
+    answers: tuple[tuple[int, ...], ...]
+
+    @classmethod
+    def of(cls, segments: NDArray[Any], answer_segments: NDArray[Any]) -> ExampleSizes:
+        """From the segments of both sides, (rows, length) and (rows, answer length); 0 is padding, at the end of a row."""
+        counts = np.maximum(segments.max(axis=1, initial=0), answer_segments.max(axis=1, initial=0)).tolist()
+        return cls(*(tuple(map(_sizes, side, counts)) for side in (segments, answer_segments)))
+
+    @classmethod
+    def of_one_example(cls, prompt: Tensor, answer: Tensor) -> ExampleSizes:
+        """Those of rows (rows, length) that hold one example each and no padding."""
+        return cls(*(((side.shape[1], 0),) * len(side) for side in (prompt, answer)))
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether some row holds several examples."""
+        return any(len(row) > 2 for row in self.prompts)
+
+    def to(self, _: torch.device) -> ExampleSizes:
+        """The same: sizes stay on the host."""
+        return self
+
+    def keywords(self) -> dict[str, Any]:
+        """The sizes as keyword arguments of `t5_segment_attention`."""
+        return {"prompt_sizes": self.prompts, "answer_sizes": self.answers}
+
+
+def _sizes(segments: NDArray[Any], count: int) -> tuple[int, ...]:
+    padding, *sizes = np.bincount(segments, minlength=count + 1).tolist()
+    return (*sizes, padding)
 
 
 class SequenceBounds(NamedTuple):
@@ -48,7 +94,7 @@ class SequenceBounds(NamedTuple):
 
     def to(self, device: torch.device) -> SequenceBounds:
         """The same with `starts` on `device`."""
-        return SequenceBounds(self.starts.to(device), self.longest)
+        return SequenceBounds(copy_to(self.starts, device), self.longest)
 
     def keywords(self) -> dict[str, Any]:
         """The bounds as transformers' keyword arguments for flash attention, which `varlen_attention` takes as well."""

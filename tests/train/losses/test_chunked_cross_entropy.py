@@ -16,7 +16,7 @@ import torch.multiprocessing
 
 from apprentice.train.batch import SupervisedBatch
 from apprentice.train.losses import target_losses
-from apprentice.train.losses.chunked_cross_entropy import chunked_cross_entropy
+from apprentice.train.losses.chunked_cross_entropy import TargetPlaces, chunked_cross_entropy
 from apprentice.train.losses.sft import SupervisedLoss
 from tests.models.architectures import made
 from tests.train.losses import sharded_training
@@ -203,7 +203,7 @@ def test_many_chunks_in_bfloat16_lose_no_more_than_one() -> None:
     def error(size: int) -> float:
         head = torch.nn.Linear(64, 1000, bias=False, dtype=torch.bfloat16)
         head.weight.data.copy_(weight)
-        places = torch.ones(1, 1024, dtype=torch.bool)
+        places = TargetPlaces(torch.arange(1024), 1024)
         settings: dict[str, Any] = {"size": size, "finish": lambda logits: logits, "casting": nullcontext}
         loss, _, _ = chunked_cross_entropy(lambda: head(states), head, places, labels, "sum", **settings)
         loss.backward()

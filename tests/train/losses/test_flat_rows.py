@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForSequenceClassification
 
 from apprentice.models import varlen
+from apprentice.models.segments import register_segments
 from apprentice.models.tuning.methods import TUNING_METHODS
 from apprentice.recipe import Training, Tuning
 from apprentice.train.batch import PackedRows
@@ -82,6 +83,7 @@ def _index(tensor: Tensor, index: Any) -> Tensor:
 @pytest.fixture
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
     varlen.register_varlen()
+    register_segments()
     monkeypatch.setattr(varlen, "varlen_attn", varlen_attn)
 
 
@@ -103,18 +105,20 @@ def arguments_of(model: Any, device: str) -> dict[str, Any]:
 
 
 @pytest.mark.usefixtures("stand_in")
+@pytest.mark.parametrize("attention", ["varlen", "segments"])
 @pytest.mark.parametrize("name", FLAT)
-def test_the_loss_and_gradients_are_those_of_masks(name: str) -> None:
-    compare(made(name), Training(steps=1), packed_rows(2))
+def test_the_loss_and_gradients_are_those_of_masks(name: str, attention: str) -> None:
+    compare(made(name), Training(steps=1), packed_rows(2), attention)
 
 
 @pytest.mark.usefixtures("stand_in")
+@pytest.mark.parametrize("attention", ["varlen", "segments"])
 @pytest.mark.parametrize("name", ["mistral", "qwen2", "qwen3", "gemma3"])
-def test_windows_are_kept(name: str) -> None:
+def test_windows_are_kept(name: str, attention: str) -> None:
     layers = {} if name == "mistral" else {"layer_types": ["sliding_attention", "full_attention"]}
     narrow, wide = (built(name, sliding_window=window, **layers) for window in (3, 64))
-    compare(narrow, Training(steps=1), packed_rows(2))
-    compare(wide, Training(steps=1), packed_rows(2))
+    compare(narrow, Training(steps=1), packed_rows(2), attention)
+    compare(wide, Training(steps=1), packed_rows(2), attention)
     batch = packed_rows(2).micro_batches(2)[0]
     with torch.no_grad():
         assert create_loss(narrow, Training(steps=1))(batch) != create_loss(wide, Training(steps=1))(batch)
@@ -126,7 +130,8 @@ def test_windows_are_kept(name: str) -> None:
 )
 def test_every_objective_runs_flat(objective: str, rows: PackedRows) -> None:
     block = {"grpo": {"reward": "judge"}} if objective == "grpo" else {}
-    compare(made("llama"), Training.model_validate({"steps": 1, "objective": objective} | block), rows)
+    for attention in ("varlen", "segments"):
+        compare(made("llama"), Training.model_validate({"steps": 1, "objective": objective} | block), rows, attention)
 
 
 @pytest.mark.usefixtures("stand_in")
@@ -136,6 +141,7 @@ def test_bounds_go_through_a_tuning_method_and_activation_checkpointing(method: 
     model = TUNING_METHODS[method].wrap(made("llama"), Tuning.model_validate({"method": method, "rank": 4, "width": 8}), 1)
     enable_activation_checkpointing(model)
     compare(model.train(), Training(steps=1), packed_rows(2))
+    compare(model.train(), Training(steps=1), packed_rows(2), "segments")
 
 
 @pytest.mark.usefixtures("stand_in")
@@ -160,16 +166,16 @@ def test_rows_of_one_example_and_samples_run_flat_too() -> None:
     torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
 
 
-def compare(model: Any, training: Training, rows: PackedRows) -> None:
+def compare(model: Any, training: Training, rows: PackedRows, flat: str = "varlen") -> None:
     results = []
-    for attention in ("eager", "varlen"):
+    for attention in ("eager", flat):
         model.config._attn_implementation = attention
         model.zero_grad()
         loss = create_loss(model, training)(rows.micro_batches(2)[0])
         loss.backward()
         results.append((loss.detach(), [parameter.grad.clone() for parameter in model.parameters() if parameter.requires_grad]))
-    (masked, gradients), (flat, flat_gradients) = results
-    torch.testing.assert_close(flat, masked, rtol=1e-5, atol=1e-5)
+    (masked, gradients), (flat_loss, flat_gradients) = results
+    torch.testing.assert_close(flat_loss, masked, rtol=1e-5, atol=1e-5)
     for ours, expected in zip(flat_gradients, gradients, strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
 

@@ -133,7 +133,7 @@ def test_a_model_without_an_output_layer_of_its_own() -> None:
 def test_no_target_gives_zero_and_no_trace_of_the_hook() -> None:
     model = made("llama", "sdpa")
     micro = packed_rows(1).micro_batches(1)[0]
-    loss = SupervisedLoss(model)(micro._replace(is_target=torch.zeros_like(micro.is_target)))
+    loss = SupervisedLoss(model)(micro._replace(is_target=torch.zeros_like(micro.is_target), places=None))
     loss.backward()
     assert loss.item() == 0.0
     assert not model.get_output_embeddings()._forward_pre_hooks

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 from unittest.mock import patch
 
 import torch
@@ -23,10 +23,23 @@ Reduction = Literal["sum", "none"]
 PROBE = 50.0  # largest of the numbers that show what a model does to its logits
 
 
+class TargetPlaces(NamedTuple):
+    """Places whose hidden states predict targets, int64 (targets,), in rows of `length` tokens laid end to end."""
+
+    places: Tensor
+    length: int
+
+    def take(self, states: Tensor) -> Tensor:
+        """The `states` (rows, length, size) at these places, (targets, size). Virtual tokens may stand before each row."""
+        virtual = states.shape[1] - self.length  # those of prompt tuning
+        places = self.places + (self.places // self.length + 1) * virtual if virtual else self.places
+        return states.flatten(0, 1)[places]
+
+
 def chunked_cross_entropy(
     call: Callable[[], Tensor],
     head: nn.Module,
-    places: Tensor,
+    places: TargetPlaces,
     labels: Tensor,
     reduction: Reduction,
     *,
@@ -34,7 +47,7 @@ def chunked_cross_entropy(
     finish: Callable[[Tensor], Tensor],
     casting: Callable[[], AbstractContextManager[Any]],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Cross-entropy of `labels` (targets,) with the logits of a model at `places`, a (rows, length) mask, `size` targets at once.
+    """Cross-entropy of `labels` (targets,) with the logits of a model at `places`, `size` targets at once.
 
     `call()` calls the model and gives its logits, for which the model calls its output layer `head` once. `finish` is what the
     model does to the logits of `head` afterwards, and `casting()` the context of automatic casts. Returns the sum (with reduction
@@ -47,7 +60,7 @@ def chunked_cross_entropy(
     def forward(hidden: Tensor, *_: Any) -> Tensor:
         """Takes the place of the output layer's computation: keeps the losses, and gives the model `probe` in place of logits."""
         function: Any = _Losses  # PyTorch's `apply` has no types
-        inputs = (at_places(hidden, places), *chunks.parameters)
+        inputs = (places.take(hidden), *chunks.parameters)
         # Asked here: inside a Function gradients are off, and `needs_input_grad` is true without them as well.
         with_gradients = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
         results.append(function.apply(chunks, with_gradients, *inputs))
@@ -153,9 +166,3 @@ class _Losses(torch.autograd.Function):
         else:
             _, gradients = context.chunks.losses_and_gradients(*context.saved_tensors, upstream)
         return None, None, *gradients
-
-
-def at_places(hidden: Tensor, places: Tensor) -> Tensor:
-    """The hidden states (targets, hidden) at `places`, a (rows, length) mask. Virtual tokens may stand before the row."""
-    virtual = hidden.shape[1] - places.shape[1]  # those of prompt tuning
-    return hidden[F.pad(places, (virtual, 0))]

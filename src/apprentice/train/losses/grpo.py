@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from apprentice.recipe import GRPO
-from apprentice.train.batch import RolloutBatch, SupervisedBatch
+from apprentice.train.batch import RolloutBatch, SupervisedBatch, target_places
 from apprentice.train.losses.objective_loss import ObjectiveLoss
 from apprentice.train.losses.target_losses import TargetLosses
 
@@ -34,9 +34,10 @@ class PolicyLoss(ObjectiveLoss):
         Sets `figures` to sums over the replies: `reward`, `reply_tokens` (number of tokens), `kl` (divergence from the reference,
         mean over a reply's tokens) and `clipped` (share of its tokens).
         """
-        own = -self.targets.causal(batch.input_ids, batch.positions, batch.is_target, "none", batch.bounds)
+        places = target_places(batch)
+        own = -self.targets.causal(batch.input_ids, batch.positions, places, "none", batch.bounds)
         tables = (batch.replies, batch.policy_log_probs, batch.reference_log_probs)
-        owners, before, reference = (table[:, 1:][batch.is_target[:, 1:]] for table in tables)
+        owners, before, reference = (table.flatten()[places] for table in tables)
         lengths = torch.zeros_like(batch.advantages).index_add(0, owners, torch.ones_like(own))
         ratio, advantage = (own - before).exp(), batch.advantages[owners]
         clipped = ratio.clamp(1 - self._grpo.clip, 1 + self._grpo.clip)
@@ -57,8 +58,8 @@ def token_log_probabilities(targets: TargetLosses, batch: SupervisedBatch) -> Te
     Float32 (rows, length), 0 for all other tokens.
     """
     log_probs = torch.zeros(batch.is_target.shape, dtype=torch.float32, device=batch.is_target.device)
-    ids, positions, is_target, bounds = batch
-    log_probs[:, 1:][is_target[:, 1:]] = -targets.causal(ids, positions, is_target, "none", bounds)
+    places = target_places(batch)
+    log_probs.view(-1)[places] = -targets.causal(batch.input_ids, batch.positions, places, "none", batch.bounds)
     return log_probs
 
 

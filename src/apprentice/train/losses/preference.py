@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from apprentice.models.reward import token_rewards
 from apprentice.recipe import DPO
-from apprentice.train.batch import PreferenceBatch
+from apprentice.train.batch import PreferenceBatch, target_places
 from apprentice.train.losses.objective_loss import ObjectiveLoss
 from apprentice.train.losses.target_losses import TargetLosses
 
@@ -47,9 +47,9 @@ class RewardLoss(ObjectiveLoss):
 
     def forward(self, batch: PreferenceBatch) -> Tensor:
         """Loss of `batch`. `figures` are those of `PreferenceLoss`; rewards are read at the last target token of each answer."""
-        places = torch.arange(batch.answers.numel(), device=batch.answers.device).view_as(batch.answers)
+        places = target_places(batch)
         last = torch.zeros_like(batch.reference, dtype=torch.long)  # flat place of each answer's last target
-        last = last.scatter_reduce(0, batch.answers[batch.is_target], places[batch.is_target], "amax")
+        last = last.scatter_reduce(0, batch.answers.flatten()[places], places, "amax")
         arguments = self.targets.model_arguments(batch.input_ids, batch.positions, batch.bounds)
         with self.targets.casting():
             of_tokens = token_rewards(self.model, **arguments)
@@ -60,8 +60,9 @@ class RewardLoss(ObjectiveLoss):
 
 def answer_log_probabilities(targets: TargetLosses, batch: PreferenceBatch) -> Tensor:
     """Log-probability of every answer, summed over its target tokens; shape (answers,)."""
-    losses = targets.causal(batch.input_ids, batch.positions, batch.is_target, "none", batch.bounds)
-    owners = batch.answers[:, 1:][batch.is_target[:, 1:]]
+    places = target_places(batch)
+    losses = targets.causal(batch.input_ids, batch.positions, places, "none", batch.bounds)
+    owners = batch.answers.flatten()[places]
     return torch.zeros_like(batch.reference).index_add(0, owners, -losses)
 
 

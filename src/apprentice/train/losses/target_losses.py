@@ -2,7 +2,8 @@
 
 Examples packed into a row do not see each other: in causal models because positions restart, from which transformers builds the
 attention mask, or, where the attention takes all rows as one flat sequence (`apprentice.models.attention`), because of the bounds
-that it is given; in encoder-decoders because of masks that are made here from the segment ids.
+that it is given; in encoder-decoders because of the sizes that their attention is given, or of masks that are made here from the
+segment ids.
 
 The output layer runs only at places whose next token is a target, usually a small part of a row, and on at most `CHUNK_NUMBERS`
 logits at once (`chunked_cross_entropy.py`). The losses are the same, without the (rows, length, vocabulary) tensor.
@@ -20,10 +21,11 @@ from torch.nn import functional as F
 
 from apprentice.errors import RecipeError
 from apprentice.models.attention import is_flat
-from apprentice.train.batch import Seq2SeqBatch
+from apprentice.models.t5_segments import T5_SEGMENTS, add_bias_by_distance
+from apprentice.train.batch import Seq2SeqBatch, target_places
 from apprentice.train.compat import attention_name
-from apprentice.train.losses.chunked_cross_entropy import Reduction, at_places, chunked_cross_entropy
-from apprentice.train.sequence_bounds import SequenceBounds
+from apprentice.train.losses.chunked_cross_entropy import Reduction, TargetPlaces, chunked_cross_entropy
+from apprentice.train.sequence_bounds import ExampleSizes, SequenceBounds
 
 CHUNK_NUMBERS = 2**26  # logits computed at once: 256 MiB in float32
 
@@ -43,16 +45,19 @@ class TargetLosses:
         configs = getattr(model, "peft_config", {}).values()
         self._has_virtual_tokens = any(config.is_prompt_learning for config in configs)
         self._is_flat = is_flat(attention_name(model))
+        self._takes_sizes = attention_name(model) == T5_SEGMENTS
+        if self._takes_sizes:
+            add_bias_by_distance(model)
 
     def causal(
         self,
         input_ids: Tensor,
         positions: Tensor | None,
-        is_target: Tensor,
+        places: Tensor,
         reduction: Reduction,
         bounds: SequenceBounds | None = None,
     ) -> Tensor:
-        """Losses of a causal model's targets; all tensors have shape (rows, length), `is_target` is boolean.
+        """Losses of a causal model's targets at `places` of the rows laid end to end; other tensors have shape (rows, length).
 
         Without `positions` every row holds one example; `bounds` are those that `positions` show, if they are known. Raises
         `RecipeError` if there are some with prefix or prompt tuning.
@@ -62,26 +67,28 @@ class TargetLosses:
                 "data.packing.strategy must be `none` with tuning.method prefix or prompt: virtual tokens ignore where the examples"
                 " of a row begin."
             )
-        places = torch.zeros_like(is_target)
-        places[:, :-1] = is_target[:, 1:]  # the place before a target token predicts it
-        labels = input_ids[:, 1:][is_target[:, 1:]]
+        labels = input_ids.flatten()[places]
         arguments = self.model_arguments(input_ids, positions, bounds)
-        places = places.reshape(arguments["input_ids"].shape)
-        return self._losses(lambda: self.logits(**arguments), places, labels, reduction)
+        # The place before a target token predicts it.
+        length = arguments["input_ids"].shape[1]
+        return self._losses(lambda: self.logits(**arguments), TargetPlaces(places - 1, length), labels, reduction)
 
     def seq2seq(self, batch: Seq2SeqBatch, reduction: Reduction) -> Tensor:
-        """Losses of an encoder-decoder's targets; `batch.is_target` is boolean."""
+        """Losses of an encoder-decoder's targets. Raises `RecipeError` for packed rows with prefix or prompt tuning."""
         shifted = batch.target_ids.roll(1, dims=1)
         decoder_ids = torch.where(batch.target_positions == 0, self._model.config.decoder_start_token_id, shifted)
-        labels = batch.target_ids[batch.is_target]
-        if int(batch.segment_ids.max()) <= 1:  # at most one example in each row
-            seen = (batch.segment_ids > 0).long()
-            arguments = {"input_ids": batch.input_ids, "attention_mask": seen, "decoder_input_ids": decoder_ids}
-            return self._losses(lambda: self.logits(**arguments), batch.is_target, labels, reduction)
-        if self._has_virtual_tokens:
+        sizes = batch.sizes or ExampleSizes.of(batch.segment_ids.cpu().numpy(), batch.target_segment_ids.cpu().numpy())
+        if sizes.is_packed and self._has_virtual_tokens:
             raise RecipeError("data.packing.strategy must be `none` with tuning.method prefix or prompt.")
-        call = self._packed_call(batch, decoder_ids)
-        return self._losses(call, batch.is_target, labels, reduction)
+        arguments = {"input_ids": batch.input_ids, "decoder_input_ids": decoder_ids}
+        if self._takes_sizes:
+            arguments |= sizes.keywords()
+        elif not sizes.is_packed:
+            arguments["attention_mask"] = (batch.segment_ids > 0).long()
+        is_masked = sizes.is_packed and not self._takes_sizes
+        call = self._masked_call(batch, decoder_ids) if is_masked else lambda: self.logits(**arguments)
+        places, length = target_places(batch), decoder_ids.shape[1]
+        return self._losses(call, TargetPlaces(places, length), batch.target_ids.flatten()[places], reduction)
 
     def logits(self, **arguments: Any) -> Tensor:
         """Logits of one call of the model."""
@@ -94,7 +101,9 @@ class TargetLosses:
         if not getattr(self._model.config, "is_encoder_decoder", False):
             return self.logits(**self.model_arguments(torch.cat([prompt, reply], dim=1), None, None))
         start = torch.full_like(prompt[:, :1], self._model.config.decoder_start_token_id)
-        return self.logits(input_ids=prompt, decoder_input_ids=torch.cat([start, reply], dim=1))
+        arguments = {"input_ids": prompt, "decoder_input_ids": torch.cat([start, reply], dim=1)}
+        sizes = ExampleSizes.of_one_example(*arguments.values()).keywords() if self._takes_sizes else {}
+        return self.logits(**arguments, **sizes)
 
     def casting(self) -> AbstractContextManager[Any]:
         """Context of automatic casts to the number format that is computed in."""
@@ -114,8 +123,8 @@ class TargetLosses:
         bounds = bounds or SequenceBounds.of(positions.cpu().numpy()).to(positions.device)
         return {"input_ids": input_ids.reshape(1, -1), "position_ids": positions.reshape(1, -1)} | bounds.keywords()
 
-    def _packed_call(self, batch: Seq2SeqBatch, decoder_ids: Tensor) -> Callable[[], Tensor]:
-        """A call of an encoder-decoder in which no example of a row sees another one."""
+    def _masked_call(self, batch: Seq2SeqBatch, decoder_ids: Tensor) -> Callable[[], Tensor]:
+        """A call of an encoder-decoder in which masks keep the examples of a row from each other."""
         dtype, sources, targets = next(self._model.parameters()).dtype, batch.segment_ids, batch.target_segment_ids
         earlier = torch.ones(targets.shape[1], targets.shape[1], dtype=torch.bool, device=targets.device).tril()
         of_encoder = _additive_mask(sources[:, :, None] == sources[:, None], dtype)
@@ -134,8 +143,8 @@ class TargetLosses:
 
         return call
 
-    def _losses(self, call: Callable[[], Tensor], places: Tensor, labels: Tensor, reduction: Reduction = "sum") -> Tensor:
-        """Cross-entropy of `labels` (targets,) with the logits of `call()` at `places`, a (rows, length) mask.
+    def _losses(self, call: Callable[[], Tensor], places: TargetPlaces, labels: Tensor, reduction: Reduction) -> Tensor:
+        """Cross-entropy of `labels` (targets,) with the logits of `call()` at `places`.
 
         The sum, or with reduction `none` one loss for each place, in order. `call()` calls the output layer once, whatever the
         number of targets. The losses are computed there, in chunks, if `_finish_logits` is all that the model does to its logits
@@ -145,9 +154,9 @@ class TargetLosses:
         """
         head = self._model.get_output_embeddings()
         if head is None:
-            return F.cross_entropy(call()[places].float(), labels, reduction=reduction)
+            return F.cross_entropy(places.take(call()).float(), labels, reduction=reduction)
         if not self._in_chunks or next(head.children(), None) is not None:
-            hook = head.register_forward_pre_hook(lambda _, arguments: (at_places(arguments[0], places), *arguments[1:]))
+            hook = head.register_forward_pre_hook(lambda _, arguments: (places.take(arguments[0]), *arguments[1:]))
             try:
                 return F.cross_entropy(call().float(), labels, reduction=reduction)
             finally:

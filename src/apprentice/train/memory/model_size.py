@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.pytorch_utils import Conv1D
 
 from apprentice.errors import ModelError
-from apprentice.models.attention import FLEX, PackedCompute, choose_attention, is_flat
+from apprentice.models.attention import PackedCompute, choose_attention, has_masks
 from apprentice.models.loading import read_config
 from apprentice.models.tuning.methods import TUNING_METHODS
 from apprentice.pretrained.architecture import family_of
@@ -103,11 +103,10 @@ def _count_quantizable(model: Any) -> int:
 
 
 def packs_with_mask(recipe: Recipe, dtype: torch.dtype, model: Any) -> bool:
-    """Whether packed rows need a mask: on CPUs, and on GPUs (Ampere or newer) where no kernel takes flat rows."""
+    """Whether packed rows need a mask: on CPUs or on GPUs (Ampere or newer)."""
     device = "cuda" if recipe.training.resources.gpus else "cpu"
     word = "auto" if recipe.model.attention == "flash" else recipe.model.attention  # its package is needed there, not here
-    name = choose_attention(word, PackedCompute(device, dtype, (8, 0)), model.config, type(model))
-    return name is None or not (is_flat(name) or name == FLEX)
+    return has_masks(choose_attention(word, PackedCompute(device, dtype, (8, 0)), model.config, type(model)))
 
 
 def _products(model: Any, config: Any, *, in_encoder: bool) -> Products:

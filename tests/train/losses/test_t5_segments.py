@@ -1,0 +1,154 @@
+"""T5's packed pass without biases over whole rows: the losses of masks, and no tensor as large as a row's length squared."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
+
+from apprentice.errors import ModelError
+from apprentice.models.t5_segments import register_t5_segments
+from apprentice.models.tuning.methods import TUNING_METHODS
+from apprentice.recipe import Training, Tuning
+from apprentice.train.batch import PackedRows, Seq2SeqBatch
+from apprentice.train.engine.deepspeed import enable_activation_checkpointing
+from apprentice.train.losses.loss_registry import create_loss
+from apprentice.train.losses.target_losses import TargetLosses
+from apprentice.train.sequence_bounds import ExampleSizes
+from tests.models.architectures import made
+from tests.train import pairs
+from tests.train.losses.test_flat_rows import NoDeviceGuards, SquareTensors
+from tests.train.rows import packed_rows
+
+T5 = ("t5", "t5_v1.1", "mt5")
+LENGTH, EXAMPLE = 384, 96  # tokens of a row and of an example, on both sides
+SIZES = ExampleSizes(((EXAMPLE,) * 4 + (0,),) * 2, ((EXAMPLE,) * 3 + (50, LENGTH - 3 * EXAMPLE - 50),) * 2)
+
+
+@pytest.fixture(autouse=True)
+def known() -> None:
+    register_t5_segments()
+
+
+def set_attention(model: Any, name: str) -> None:
+    for module in model.modules():
+        if hasattr(getattr(module, "config", None), "_attn_implementation"):
+            module.config._attn_implementation = name
+
+
+def compare(model: Any, rows: PackedRows) -> None:
+    results = []
+    for attention in ("sdpa", "t5_segments"):
+        set_attention(model, attention)
+        model.zero_grad()
+        loss = create_loss(model, Training(steps=1))(rows.micro_batches(2)[0])
+        loss.backward()
+        results.append((loss.detach(), [parameter.grad.clone() for parameter in model.parameters() if parameter.requires_grad]))
+    (masked, gradients), (ours, our_gradients) = results
+    torch.testing.assert_close(ours, masked, rtol=1e-5, atol=1e-5)
+    for gradient, expected in zip(our_gradients, gradients, strict=True):
+        torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", T5)
+def test_the_loss_and_gradients_are_those_of_masks(name: str) -> None:
+    compare(made(name), pairs.paired_rows(2))
+    compare(made(name), pairs.joined(pairs.unpacked(pairs.paired_rows(2))))
+
+
+def test_long_padding_on_either_side_changes_nothing() -> None:
+    rows = pairs.paired_rows(2)
+    rows.target_segment_ids[1, 4:], rows.loss_mask[1, 4:] = 0, 0  # type: ignore[index]
+    rows.segment_ids[1, 7:] = 0
+    compare(made("t5"), rows)
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")
+@pytest.mark.parametrize("method", ["full", "lora", "adapter"])
+def test_sizes_go_through_a_tuning_method_and_activation_checkpointing(method: str) -> None:
+    model = TUNING_METHODS[method].wrap(made("t5"), Tuning.model_validate({"method": method, "rank": 4, "width": 8}), 1)
+    enable_activation_checkpointing(model)
+    compare(model.train(), pairs.paired_rows(2))
+
+
+def test_weighted_targets_and_samples_too() -> None:
+    rows = replace(pairs.paired_rows(2), weights=packed_rows(2, weighted=True).weights)
+    model = made("t5")
+    compare(model, rows)
+    logits = []
+    for attention in ("sdpa", "t5_segments"):
+        set_attention(model, attention)
+        ids = torch.arange(3, 12)[None]
+        logits.append(TargetLosses(model).logits_after(ids[:, :5], ids[:, 5:]))
+    torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
+
+
+def test_a_batch_without_sizes_is_measured() -> None:
+    model = made("t5", "t5_segments")
+    loss, [batch] = create_loss(model, Training(steps=1)), pairs.paired_rows(2).micro_batches(2)
+    assert isinstance(batch, Seq2SeqBatch)
+    assert loss(batch._replace(sizes=None, places=None)) == loss(batch)
+
+
+def test_without_sizes_it_refuses() -> None:
+    ids = torch.arange(3, 9)[None]
+    with pytest.raises(ModelError, match=r"T5Attention is not told where the examples of a row begin"):
+        made("t5", "t5_segments")(input_ids=ids, decoder_input_ids=ids)
+
+
+def narrow(name: str, attention: str) -> Any:
+    """The model `name` with fewer logits than a row has tokens."""
+    config = made(name).config
+    config.vocab_size = 128
+    model = type(made(name))(config)
+    model.set_attn_implementation(attention)
+    return model.eval()
+
+
+def arguments_of(device: str) -> dict[str, Any]:
+    ids = torch.zeros(2, LENGTH, dtype=torch.long, device=device)
+    return {"input_ids": ids, "decoder_input_ids": ids, **SIZES.keywords(), "use_cache": False}
+
+
+def shapes_only(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **_: Any) -> Tensor:
+    """A stand-in for fused attention, which gives gradients to all that it is given."""
+    bias = 0 if attn_mask is None else attn_mask.sum()
+    return query + (key.sum() + value.sum() + bias)
+
+
+@pytest.mark.parametrize("name", T5)
+@pytest.mark.parametrize(("attention", "has_squares"), [("t5_segments", False), ("sdpa", True)])
+def test_no_pass_has_a_square_tensor(name: str, attention: str, has_squares: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(F, "scaled_dot_product_attention", shapes_only)
+    model = narrow(name, attention).to("meta").train()
+    TargetLosses(model)  # gives the layers their hooks
+    arguments = {name: value for name, value in arguments_of("meta").items() if not (has_squares and name.endswith("sizes"))}
+    with SquareTensors(LENGTH) as squares:
+        model(**arguments).logits.sum().backward()
+    without = {name for name, parameter in model.named_parameters() if parameter.grad is None}
+    assert without <= {"shared.weight"}  # on the meta device the sides' embeddings are their own
+    assert squares.calls > 60
+    assert bool(squares.shapes) is has_squares
+
+
+@pytest.mark.parametrize("name", T5)
+def test_a_forward_pass_on_a_gpu_has_no_square_tensor(name: str) -> None:
+    model = narrow(name, "t5_segments")
+    TargetLosses(model)
+    with FakeTensorMode(), torch.no_grad():
+        for module in model.modules():
+            for key, tensor in module._parameters.items():
+                if tensor is not None:
+                    fake = torch.empty(tensor.shape, dtype=torch.bfloat16, device="cuda")
+                    module._parameters[key] = nn.Parameter(fake, requires_grad=False)
+        arguments = arguments_of("cuda")
+        with NoDeviceGuards(), SquareTensors(LENGTH) as squares:
+            logits = model(**arguments).logits
+        assert (logits.device.type, logits.dtype) == ("cuda", torch.bfloat16)
+    assert squares.calls > 20
+    assert not squares.shapes
