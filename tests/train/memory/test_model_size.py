@@ -48,12 +48,14 @@ def test_products_leave_out_embeddings_that_are_looked_up(tmp_path: Path) -> Non
     ("name", "word", "dtype", "gpus", "is_masked"),
     [
         ("llama", "auto", torch.bfloat16, 1, False),
-        ("llama", "auto", torch.bfloat16, 0, True),
+        ("llama", "auto", torch.bfloat16, 0, False),
+        ("llama", "sdpa", torch.bfloat16, 0, True),
         ("llama", "auto", torch.float32, 1, True),
         ("llama", "flash", torch.bfloat16, 1, False),
         ("llama", "flex", torch.bfloat16, 1, False),
         ("llama", "sdpa", torch.bfloat16, 1, True),
-        ("t5", "auto", torch.bfloat16, 1, True),
+        ("t5", "auto", torch.bfloat16, 1, False),
+        ("t5", "sdpa", torch.bfloat16, 1, True),
     ],
 )
 def test_attention_is_the_one_that_training_chooses(

@@ -97,7 +97,7 @@ def _pass_times(recipe: Recipe, size: ModelSize, batch: MicroBatch, hardware: Ha
         flops += 2.0 * batch.rows * (batch.length * size.products.weights + batch.target_length * size.target_products.weights)
     read = (4 if again else 3) * _bytes_of_weights(size)  # once in each forward and twice in the backward pass
     scores = _attention_flops(size, batch) * (1.0 + ATTENTION_BACKWARD + again)
-    share = MASKED_ATTENTION if size.is_masked else FUSED_ATTENTION
+    share = MASKED_ATTENTION if size.is_masked or batch.target_length else FUSED_ATTENTION
     moved = (PASSES_OVER_ACTIVATIONS + PASSES_WHEN_COMPUTED_AGAIN * again) * batch.saved
     gradients = (size.weight_bytes + 2 * GRADIENT_BYTES) * size.trained  # each is read, and added to what is there
     return max(flops / (peak * device.products_share), read / bandwidth), scores / (peak * share), (moved + gradients) / bandwidth
@@ -111,9 +111,9 @@ def _bytes_of_weights(size: ModelSize) -> float:
 def _attention_flops(size: ModelSize, batch: MicroBatch) -> float:
     """FLOPs of a forward pass for scores and their sums of values, over all layers and rows."""
     a_pair = 4.0 * size.attention_width * size.layers  # for one query and one key
-    if batch.target_length:  # encoder-decoder: both sides with a mask
+    if batch.target_length:  # encoder-decoder: of whole rows with a mask, else of examples
         both = batch.length**2 + batch.target_length**2 + batch.target_length * batch.length
-        return a_pair * batch.rows * both
+        return a_pair * batch.rows * both * (1.0 if size.is_masked else batch.span / batch.length)
     causal = float(batch.length) * batch.span / 2  # a token sees those before it
     pairs = float(batch.length) ** 2 if size.is_masked else causal
     return a_pair * batch.rows * pairs
