@@ -55,12 +55,12 @@ def segment_attention(
         raise ModelError(f"{type(module).__name__} is not told where the examples of a row begin; set model.attention to sdpa.")
     sizes = cu_seq_lens_q.diff().tolist()
     parts = []
-    for states in zip(*(cut_into_segments(states, sizes) for states in (query, key, value)), strict=True):
-        length = states[0].shape[2]
+    for own, others, contents in zip(*(cut_into_segments(states, sizes) for states in (query, key, value)), strict=True):
+        length = own.shape[2]
         band = None if sliding_window is None or sliding_window >= length else _band(length, sliding_window, query.device)
         parts.append(
             F.scaled_dot_product_attention(
-                *states, attn_mask=band, dropout_p=dropout, is_causal=band is None, scale=scaling, enable_gqa=True
+                own, others, contents, attn_mask=band, dropout_p=dropout, is_causal=band is None, scale=scaling, enable_gqa=True
             )
         )
     return join_segments(parts, len(query)), None
@@ -76,7 +76,8 @@ def cut_into_segments(states: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:
 
 def join_segments(parts: Sequence[Tensor], rows: int) -> Tensor:
     """Reverse of `cut_into_segments`, with heads behind the length: (rows, length, heads, head size)."""
-    return torch.cat([part.transpose(1, 2) for part in parts], dim=1).unflatten(1, (rows, -1))[0]
+    joined: Tensor = torch.cat([part.transpose(1, 2) for part in parts], dim=1).unflatten(1, (rows, -1))[0]
+    return joined
 
 
 def _band(length: int, window: int, device: torch.device) -> Tensor:

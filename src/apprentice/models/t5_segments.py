@@ -76,12 +76,12 @@ def t5_segment_attention(
     keys, values = (cut_into_segments(states, list(chain(*of_keys))) for states in (key, value))
     is_padding = [number == len(row) - 1 for row in of_queries for number in range(len(row))]
     parts = []
-    for padding, *states in zip(is_padding, queries, keys, values, strict=True):
-        if padding or 0 in (states[0].shape[2], states[1].shape[2]):
-            parts.append(torch.zeros_like(states[0]))
+    for padding, own, others, contents in zip(is_padding, queries, keys, values, strict=True):
+        if padding or 0 in (own.shape[2], others.shape[2]):
+            parts.append(torch.zeros_like(own))
             continue
-        bias = _spread_out(position_bias.to(query.dtype), *states[:2], causal=module.is_causal) if position_bias.numel() else None
-        parts.append(F.scaled_dot_product_attention(*states, attn_mask=bias, dropout_p=dropout, scale=scaling))
+        bias = _spread_out(position_bias.to(own.dtype), own, others, causal=module.is_causal) if position_bias.numel() else None
+        parts.append(F.scaled_dot_product_attention(own, others, contents, attn_mask=bias, dropout_p=dropout, scale=scaling))
     return join_segments(parts, len(query)), None
 
 

@@ -28,6 +28,7 @@ def packed_attention(model: Any, word: str, device: torch.device, dtype: torch.d
     # The two sides of an encoder-decoder have configs of their own.
     configs = {id(side.config): side.config for side in model.modules() if isinstance(side, PreTrainedModel)}
     with ExitStack() as stack:
-        for config in configs.values() if name is not None else ():
-            stack.enter_context(using_attention(config, name))
+        if name is not None:
+            for config in configs.values():
+                stack.enter_context(using_attention(config, name))
         yield
