@@ -55,12 +55,12 @@ def segment_attention(
         raise ModelError(f"{type(module).__name__} is not told where the examples of a row begin; set model.attention to sdpa.")
     sizes = cu_seq_lens_q.diff().tolist()
     parts = []
-    for own, others, contents in zip(*(cut_into_segments(states, sizes) for states in (query, key, value)), strict=True):
-        length = own.shape[2]
+    for queries, keys, values in zip(*(cut_into_segments(states, sizes) for states in (query, key, value)), strict=True):
+        length = queries.shape[2]
         band = None if sliding_window is None or sliding_window >= length else _band(length, sliding_window, query.device)
         parts.append(
             F.scaled_dot_product_attention(
-                own, others, contents, attn_mask=band, dropout_p=dropout, is_causal=band is None, scale=scaling, enable_gqa=True
+                queries, keys, values, attn_mask=band, dropout_p=dropout, is_causal=band is None, scale=scaling, enable_gqa=True
             )
         )
     return join_segments(parts, len(query)), None
