@@ -13,7 +13,7 @@ CODE := src tests jobs serve benchmarks docs
 TEST_PROCESSES ?= 2
 QUICK := not slow and not cluster and not browser and not gpu and not long
 
-.PHONY: help setup setup-dev demo test check audit docs bench peers vllm test-vllm clean
+.PHONY: help setup setup-dev demo test check types house imports mistakes style audit docs bench peers vllm test-vllm clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,12 +29,24 @@ test: setup-dev ## the quick tests, TEST_PROCESSES=2 files of them at a time
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder -m "$(QUICK)"
 
 check: setup-dev ## style, types, import rules, known mistakes, lengths
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target --keep-going types house imports mistakes style
+
+# The parts of `check`, the longest first; two run at a time.
+types:
+	@$(BIN)/mypy
+
+house:
+	@$(BIN)/python -m pytest -q tests/test_architecture.py
+
+imports:
+	@$(BIN)/lint-imports --no-logo
+
+mistakes:
+	@$(BIN)/bandit -q -c pyproject.toml -r $(OURS)
+
+style:
 	@$(BIN)/ruff check $(CODE)
 	@$(BIN)/ruff format --check $(CODE)
-	@$(BIN)/mypy
-	@$(BIN)/lint-imports --no-logo
-	@$(BIN)/bandit -q -c pyproject.toml -r $(OURS)
-	@$(BIN)/python -m pytest -q tests/test_architecture.py
 
 audit: setup-dev ## known weaknesses of what is installed (asks the advisory database, so it needs the network) and of our code
 	@$(BIN)/bandit -q -c pyproject.toml -r $(OURS)
