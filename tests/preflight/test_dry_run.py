@@ -10,11 +10,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from apprentice.data.corpus import Corpus
 from apprentice.errors import DataError, ModelError
+from apprentice.models.loading import load_model
 from apprentice.preflight import dry_run
-from apprentice.preflight.dry_run import Speed
+from apprentice.preflight.dry_run import DryRunModel, Speed
 from apprentice.train.batch import PackedRows
 from tests.data.small import make_small_corpus
 
@@ -22,6 +24,11 @@ from tests.data.small import make_small_corpus
 @pytest.fixture(scope="module")
 def corpus(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Corpus:
     return make_small_corpus(tmp_path_factory.mktemp("dry_run"), tiny_model)
+
+
+@pytest.fixture
+def base(corpus: Corpus) -> DryRunModel:
+    return DryRunModel(corpus.recipe)
 
 
 @pytest.fixture(scope="module")
@@ -70,22 +77,22 @@ def test_a_task_that_is_cut_or_dropped_whole_is_refused(tiny_model: Path, tmp_pa
     assert "of stories" in told("exemplars", formats=few_shot, max_length=150, shots=[5, 5])
 
 
-def test_packing_that_mixes_examples_is_refused(corpus: Corpus, rows: PackedRows) -> None:
-    assert dry_run.compare_packing(corpus, rows).endswith("in one row and each alone they have the same loss")
+def test_packing_that_mixes_examples_is_refused(corpus: Corpus, rows: PackedRows, base: DryRunModel) -> None:
+    assert dry_run.compare_packing(corpus, rows, base).endswith("in one row and each alone they have the same loss")
     straight = np.broadcast_to(np.arange(rows.positions.shape[1], dtype=rows.positions.dtype), rows.positions.shape)
     with pytest.raises(ModelError, match="packed examples see each other"):
-        dry_run.compare_packing(corpus, replace(rows, positions=straight))
+        dry_run.compare_packing(corpus, replace(rows, positions=straight), base)
 
 
-def test_examples_that_weigh_differently_have_the_same_loss_alone(corpus: Corpus, rows: PackedRows) -> None:
+def test_examples_that_weigh_differently_have_the_same_loss_alone(corpus: Corpus, rows: PackedRows, base: DryRunModel) -> None:
     weights = [np.linspace(1.0, 0.1, len(row.examples), dtype=np.float32) for row in rows.facts]
-    plain, weighted = (dry_run.compare_packing(corpus, each) for each in (rows, replace(rows, weights=weights)))
+    plain, weighted = (dry_run.compare_packing(corpus, each, base) for each in (rows, replace(rows, weights=weights)))
     assert weighted == plain
     assert weighted.endswith("in one row and each alone they have the same loss")
 
 
-def test_time_is_told_where_it_is_known(corpus: Corpus, rows: PackedRows) -> None:
-    speed = dry_run.measure_speed(corpus, rows)
+def test_time_is_told_where_it_is_known(corpus: Corpus, rows: PackedRows, base: DryRunModel) -> None:
+    speed = dry_run.measure_speed(corpus, rows, base)
     assert speed.training
     assert speed.reading_per_cpu
     assert " tokens/s a worker" in dry_run.describe_duration(corpus, speed)
@@ -95,19 +102,30 @@ def test_time_is_told_where_it_is_known(corpus: Corpus, rows: PackedRows) -> Non
 
 
 def test_reading_is_measured_with_a_workers_threads_and_told_for_one(
-    corpus: Corpus, rows: PackedRows, monkeypatch: pytest.MonkeyPatch
+    corpus: Corpus, rows: PackedRows, base: DryRunModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An evaluation spreads over all CPUs, one thread on each; the speed of a worker's four would be counted four times."""
     seconds = iter(range(100))
     monkeypatch.setattr(dry_run, "time", SimpleNamespace(perf_counter=lambda: float(next(seconds))))
     resources = corpus.recipe.training.resources.model_copy(update={"cpus": 4})
     training = corpus.recipe.training.model_copy(update={"resources": resources})
-    speed = dry_run.measure_speed(replace(corpus, recipe=corpus.recipe.model_copy(update={"training": training})), rows)
+    speed = dry_run.measure_speed(replace(corpus, recipe=corpus.recipe.model_copy(update={"training": training})), rows, base)
     assert speed.training
     assert speed.reading_per_cpu == speed.training / 4  # each pass takes a second by this clock
 
 
-def test_a_large_model_is_not_tried(corpus: Corpus, rows: PackedRows, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_model_is_read_once(corpus: Corpus, rows: PackedRows, base: DryRunModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    loads: list[Any] = []
+    monkeypatch.setattr(
+        dry_run, "load_model", lambda *arguments, **settings: loads.append(arguments) or load_model(*arguments, **settings)
+    )
+    dry_run.compare_packing(corpus, rows, base)
+    assert dry_run.measure_speed(corpus, rows, base).training
+    assert len(loads) == 1
+    assert base.load(torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_a_large_model_is_not_tried(corpus: Corpus, rows: PackedRows, base: DryRunModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dry_run, "count_parameters", lambda folder: 7_000_000_000)
-    assert dry_run.compare_packing(corpus, rows) == "not tried: the model has 7.0 billion numbers, too many for this process"
-    assert dry_run.measure_speed(corpus, rows) == Speed(None, None)
+    assert dry_run.compare_packing(corpus, rows, base) == "not tried: the model has 7.0 billion numbers, too many for this process"
+    assert dry_run.measure_speed(corpus, rows, base) == Speed(None, None)

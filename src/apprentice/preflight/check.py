@@ -126,13 +126,14 @@ def _dry_run(recipe: Recipe, scratch: Run) -> list[Finding]:
     except ApprenticeError as error:
         return [Finding("training", False, str(error))]
     findings = [_finding("training", check_index, recipe, corpus)]
+    base = dry_run.DryRunModel(recipe)
     if recipe.training.aim.rounds:
         findings.append(_finding("rows", dry_run.describe_prompts, corpus, rows))
     else:
         findings.append(_finding("rows", dry_run.describe_rows, corpus, rows))
-        findings.append(_finding("packing", dry_run.compare_packing, corpus, rows))
+        findings.append(_finding("packing", dry_run.compare_packing, corpus, rows, base))
     if all(finding.ok for finding in findings):
-        speed = dry_run.measure_speed(corpus, rows)
+        speed = dry_run.measure_speed(corpus, rows, base)
         findings.append(_finding("duration", dry_run.describe_duration, corpus, speed))
         findings.append(_finding("evaluation", describe_evaluation, corpus, speed.reading_per_cpu))
     return findings

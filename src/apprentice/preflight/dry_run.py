@@ -21,6 +21,7 @@ from apprentice.errors import DataError, ModelError
 from apprentice.models.loading import count_parameters, load_model, resolve_dtype
 from apprentice.models.tuning.methods import TUNING_METHODS
 from apprentice.pretrained.hub import local_folder
+from apprentice.recipe import Recipe
 from apprentice.train.batch import PackedRows
 from apprentice.train.losses.loss_registry import create_loss
 
@@ -36,6 +37,21 @@ class Speed:
 
     training: float | None  # of one worker, forward and backward pass
     reading_per_cpu: float | None  # of one CPU of a worker, forward pass alone
+
+
+class DryRunModel:
+    """The base model of `recipe`, read from its files once."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self._recipe = recipe
+        self._model: Any = None
+
+    def load(self, dtype: torch.dtype) -> Any:
+        """The model in `dtype`. It is the same object each time, and takes what was made of it before to that dtype."""
+        if self._model is None:
+            settings: dict[str, Any] = {"head": self._recipe.head, "trust": self._recipe.model.trust}
+            self._model = load_model(self._recipe.model.base, dtype, self._recipe.model.attention, **settings)
+        return self._model.to(dtype)
 
 
 def render_first_rows(corpus: Corpus) -> PackedRows:
@@ -131,7 +147,7 @@ def _check_ends(corpus: Corpus, rows: PackedRows) -> None:
         raise DataError(f"an example of row {row.row} in window {row.window} does not end with a token that is trained on.")
 
 
-def compare_packing(corpus: Corpus, rows: PackedRows) -> str:
+def compare_packing(corpus: Corpus, rows: PackedRows, base: DryRunModel) -> str:
     """One sentence on whether a packed row has the same loss, in float32, as its examples each in a row of its own.
 
     Raises `ModelError` if it has not, that is, if the model lets packed examples attend to each other.
@@ -147,9 +163,7 @@ def compare_packing(corpus: Corpus, rows: PackedRows) -> str:
     if not several:
         return "no row of the first window holds two examples"
     row = _share(rows, min(several, key=lambda row: int((rows.segment_ids[row] > 0).sum())))
-    loss = create_loss(
-        load_model(recipe.model.base, torch.float32, recipe.model.attention, trust=recipe.model.trust), recipe.training
-    )
+    loss = create_loss(base.load(torch.float32), recipe.training)
     with torch.no_grad():
         together = float(loss(row.micro_batches(1)[0]))
         apart = sum(float(loss(one.micro_batches(1)[0])) for one in _alone(row))
@@ -183,7 +197,7 @@ def _only(row: PackedRows, segment: int) -> PackedRows:
     return replace(row, **mine, target_segment_ids=np.ones_like(mine["target_ids"]), loss_mask=row.loss_mask[:, in_segment])
 
 
-def measure_speed(corpus: Corpus, rows: PackedRows) -> Speed:
+def measure_speed(corpus: Corpus, rows: PackedRows, base: DryRunModel) -> Speed:
     """Measures a CPU worker's speed on one row: a forward pass, then a forward and backward pass, with a worker's threads.
 
     Not measured (both None) for workers with GPUs, models too large for this process, QLoRA, and on-policy training.
@@ -192,8 +206,7 @@ def measure_speed(corpus: Corpus, rows: PackedRows) -> Speed:
     if recipe.training.resources.gpus or _too_large(corpus) or recipe.tuning.method == "qlora" or recipe.training.aim.rounds:
         return Speed(None, None)
     dtype = resolve_dtype(recipe.model.dtype, "cpu")
-    settings: dict[str, Any] = {"head": recipe.head, "trust": recipe.model.trust}
-    model = load_model(recipe.model.base, dtype, recipe.model.attention, **settings)
+    model = base.load(dtype)
     loss = create_loss(TUNING_METHODS[recipe.tuning.method].wrap(model, recipe.tuning, recipe.seed), recipe.training).train()
     fitting = [row for row in range(len(rows)) if int((rows.segment_ids[row] > 0).sum()) <= TOKENS] or [0]
     row = _share(rows, max(fitting, key=lambda row: int((rows.segment_ids[row] > 0).sum())))
