@@ -53,7 +53,11 @@ def settings(case: dict[str, Any]) -> Training:
             "steps": STEPS,
             "global_batch": ROWS,
             "micro_batch": ROWS // case["workers"] // case["accumulation"],
-            "optimizer": {"name": case["optimizer"], "learning_rate": 1e-3, "weight_decay": 0.01, "clip": case["clip"]},
+            "optimizer": {
+                "name": case["optimizer"],
+                "states": case.get("states", "float32"),
+                **{"learning_rate": 1e-3, "weight_decay": 0.01, "clip": case["clip"]},
+            },
             "deepspeed": {"stage": case["stage"], "extra": extra},
             "activation_checkpointing": case["accumulation"] == 3,
         }

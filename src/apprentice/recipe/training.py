@@ -83,6 +83,9 @@ class Optimizer(Strict):
     betas: tuple[Share, Share] = Field((0.9, 0.999), description="Decay of the averages of the gradient and of its square.")
     epsilon: float = Field(1e-8, gt=0.0, description="Added to the root of the average square, against division by 0.")
     clip: float = Field(1.0, ge=0.0, description="Largest gradient norm; 0 turns clipping off.")
+    states: Literal["float32", "bfloat16", "8bit"] = Field(
+        "float32", description="Number format of AdamW's two moments: 8, 4 or about 2 bytes for each trained number."
+    )
 
 
 class DeepSpeed(Strict):
@@ -206,6 +209,15 @@ class Training(Strict):
             raise ValueError(
                 f"adafactor needs whole matrices, and ZeRO stage {self.deepspeed.stage} gives it flat pieces of them;"
                 " set deepspeed.stage to 0, or use adamw"
+            )
+        if self.optimizer.states != "float32" and self.optimizer.name != "adamw":
+            raise ValueError(
+                f"optimizer.states {self.optimizer.states} is AdamW's, and the optimizer is {self.optimizer.name}; leave it out"
+            )
+        if self.optimizer.states != "float32" and self.deepspeed.offload == "nvme":
+            raise ValueError(
+                f"offload nvme moves float32 states, and optimizer.states is {self.optimizer.states};"
+                " use float32, or offload to cpu"
             )
         if self.steps is not None and self.optimizer.warmup_steps >= self.steps:
             raise ValueError(f"warmup_steps {self.optimizer.warmup_steps} is not shorter than the run's {self.steps} steps")

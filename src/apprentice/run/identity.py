@@ -43,7 +43,10 @@ NOT_IDENTITY = (
     "serving",
 )
 # Keys added in later versions: left out at their defaults, so that older runs keep their identity.
-LATER = ("training.objective", "training.dpo", "training.grpo", "data.chat_template", "data.qualities", "data.control_tokens")
+LATER = (
+    *("training.objective", "training.dpo", "training.grpo", "training.optimizer.states"),
+    *("data.chat_template", "data.qualities", "data.control_tokens"),
+)
 # Format of a run folder. 1: before the number was stored. 2: new rules for encoding, CSV and identity, in new runs only.
 FORMAT = 2
 CONTRACT_FILE = "apprentice.json"

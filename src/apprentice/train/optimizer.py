@@ -2,7 +2,8 @@
 
 Whatever is different for Adafactor is decided here:
 
-    AdamW      two moments a weight; 16-bit weights have float32 copies, which it updates; works on any shard of a tensor
+    AdamW      two moments a weight, in float32 or less; 16-bit weights have float32 copies, which it updates; works on any shard
+               of a tensor
     Adafactor  a row and a column of moments for each matrix; updates float32 weights in place; needs whole matrices
 """
 
@@ -13,10 +14,11 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from apprentice.recipe import Optimizer
 from apprentice.train.engine.compat import whole_shape
+from apprentice.train.low_precision_adamw import LowPrecisionAdamW, state_bytes
 
 
 def learning_rate(optimizer: Optimizer, step: int, reached: float, steps: float) -> float:
@@ -51,9 +53,11 @@ def number_formats(optimizer: Optimizer, dtype: torch.dtype) -> NumberFormats:
     return NumberFormats(dtype, None)
 
 
-def moment_bytes(optimizer: Optimizer) -> int:
+def moment_bytes(optimizer: Optimizer) -> float:
     """Bytes of optimizer state for a weight; 0 for Adafactor, whose rows and columns are next to nothing."""
-    return 0 if _updates_in_place(optimizer) else 8
+    if _updates_in_place(optimizer):
+        return 0.0
+    return 8.0 if optimizer.states == "float32" else state_bytes(optimizer.states)
 
 
 def can_be_sharded(optimizer: Optimizer) -> bool:
@@ -82,8 +86,35 @@ def moment_shapes(optimizer: Optimizer, shape: torch.Size) -> dict[str, list[int
     return {"row_var": [*shape[:-1], 1], "col_var": [*shape[:-2], 1, shape[-1]]}
 
 
-def adamw(parameters: Mapping[str, nn.Parameter], optimizer: Optimizer) -> torch.optim.AdamW:
-    """Fused AdamW over `parameters`. Weight decay applies to tensors of two or more dimensions, not to norms and biases."""
+def begin_state(optimizer: torch.optim.Optimizer, settings: Optimizer, parameter: Tensor, steps: int) -> None:
+    """Sets the state that `optimizer` has of `parameter` to moments of 0 after `steps` steps."""
+    if isinstance(optimizer, LowPrecisionAdamW):
+        optimizer.begin_state(parameter, steps)
+        return
+    shapes = moment_shapes(settings, parameter.shape)
+    optimizer.state[parameter] = {"step": torch.tensor(float(steps), device=parameter.device)} | {
+        key: parameter.new_zeros(shape) for key, shape in shapes.items()
+    }
+
+
+def read_moment(optimizer: torch.optim.Optimizer, moment: Tensor) -> Tensor:
+    """Values of `moment`, a flat part of a tensor of the optimizer's state; it is they, or stands for them in 8 bits."""
+    return optimizer.read(moment) if isinstance(optimizer, LowPrecisionAdamW) else moment
+
+
+def write_moment(optimizer: torch.optim.Optimizer, moment: Tensor, values: Tensor) -> None:
+    """Sets `moment`, as in `read_moment`, to `values`."""
+    if isinstance(optimizer, LowPrecisionAdamW):
+        optimizer.write(moment, values)
+    else:
+        moment.copy_(values)
+
+
+def adamw(parameters: Mapping[str, nn.Parameter], optimizer: Optimizer) -> torch.optim.Optimizer:
+    """AdamW over `parameters`, fused where its moments are float32.
+
+    Weight decay applies to tensors of two or more dimensions, not to norms and biases.
+    """
     matrices = [parameter for parameter in parameters.values() if len(whole_shape(parameter)) >= 2]
     others = [parameter for parameter in parameters.values() if len(whole_shape(parameter)) < 2]
     if optimizer.weight_decay == 0.0:
@@ -91,4 +122,7 @@ def adamw(parameters: Mapping[str, nn.Parameter], optimizer: Optimizer) -> torch
     groups: list[dict[str, Any]] = [{"params": matrices, "weight_decay": optimizer.weight_decay}]
     if others:
         groups.append({"params": others, "weight_decay": 0.0})
-    return torch.optim.AdamW(groups, lr=optimizer.learning_rate, betas=optimizer.betas, eps=optimizer.epsilon, fused=True)
+    settings: dict[str, Any] = {"lr": optimizer.learning_rate, "betas": optimizer.betas, "eps": optimizer.epsilon}
+    if optimizer.states != "float32":
+        return LowPrecisionAdamW(groups, optimizer.states, **settings)
+    return torch.optim.AdamW(groups, **settings, fused=True)

@@ -27,9 +27,10 @@ def test_deepspeed_still_has_what_we_use() -> None:
     classes = (DeepSpeedZeroOptimizer_Stage3, DeepSpeedZeroOptimizer, BF16_Optimizer)
     for name, optimizer in zip(compat.MASTER_WEIGHTS, classes, strict=True):
         assert f"self.{name} = []" in inspect.getsource(optimizer)
-    assert list(inspect.signature(DeepSpeedZeroOptimizer_Stage3.get_local_fp32_param).parameters) == [
+    assert list(inspect.signature(DeepSpeedZeroOptimizer_Stage3._get_fp32_opt_state_partition).parameters) == [
         "self",
         "param",
+        "release_swap_buffers",
         "optim_state_key",
     ]
     assert list(inspect.signature(tensor_fragment.get_hp_fragment).parameters) == ["self", "optim_state_key"]

@@ -9,10 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 from apprentice.preflight.hardware.devices import GB, Hardware
-from apprentice.recipe import Recipe
+from apprentice.recipe import Recipe, Training
 from apprentice.train.engine.deepspeed_config import rows_per_worker, zero_stage
 from apprentice.train.memory.estimate import NF4_BYTES
 from apprentice.train.memory.model_size import ModelSize
+from apprentice.train.optimizer import moment_bytes
 
 # Shares of the makers' figures that are reached; that of products is in the table of devices.
 FUSED_ATTENTION, MASKED_ATTENTION, MEMORY, LINKS = 0.4, 0.25, 0.8, 0.7
@@ -20,7 +21,9 @@ FUSED_ATTENTION, MASKED_ATTENTION, MEMORY, LINKS = 0.4, 0.25, 0.8, 0.7
 PASSES_OVER_ACTIVATIONS, PASSES_WHEN_COMPUTED_AGAIN = 4, 2
 ATTENTION_BACKWARD = 2.5  # times the forward pass, since fused attention computes its scores again
 GRADIENT_BYTES = 4  # a number: gradients are added up and reduced in float32
-UPDATE_BYTES = 30  # a trained number: float32 weight, two moments and gradient read, the first three written, and its 16-bit copy
+UPDATE_BYTES = (
+    14  # a trained number: float32 weight and gradient read, the weight written, and its 16-bit copy; besides its moments
+)
 STATE_BYTES = 12  # of them float32 weight and moments, which `offload: nvme` reads and writes
 HOST_BYTES_PER_CPU = 8 * GB  # bytes/s that one core moves through memory
 DISK = 6 * GB  # bytes/s of a node's local disks
@@ -67,7 +70,7 @@ def estimate_step_time(recipe: Recipe, size: ModelSize, batch: MicroBatch, hardw
     hidden = products + attention + memory
     shard = size.trained / workers
     offload = training.deepspeed.offload
-    update = 0.0 if offload != "none" else UPDATE_BYTES * shard / (hardware.device.bandwidth * MEMORY)
+    update = 0.0 if offload != "none" else _update_bytes(training) * shard / (hardware.device.bandwidth * MEMORY)
     return StepTime(
         products=passes * products,
         attention=passes * attention,
@@ -76,6 +79,11 @@ def estimate_step_time(recipe: Recipe, size: ModelSize, batch: MicroBatch, hardw
         optimizer=update,
         host=_offload_time(recipe, size, hardware, passes),
     )
+
+
+def _update_bytes(training: Training) -> float:
+    """Bytes that the update of a trained number moves; moments are read and written."""
+    return UPDATE_BYTES + 2 * moment_bytes(training.optimizer)
 
 
 def model_flops(size: ModelSize, rows: int, length: int, target_length: int) -> float:
@@ -149,7 +157,7 @@ def _offload_time(recipe: Recipe, size: ModelSize, hardware: Hardware, passes: i
         # Each pass puts its gradients into the host's buffer, and all but the first fetch what is there to add to it.
         moved = (2 * passes - 1) * GRADIENT_BYTES + size.weight_bytes
         seconds += moved * shard / (hardware.device.host_link * LINKS)
-        seconds += UPDATE_BYTES * shard / (cpus * HOST_BYTES_PER_CPU)
+        seconds += _update_bytes(recipe.training) * shard / (cpus * HOST_BYTES_PER_CPU)
         if deepspeed.offload == "nvme":
             seconds += 2 * STATE_BYTES * shard * hardware.gpus / DISK
     if deepspeed.offload_parameters != "none":

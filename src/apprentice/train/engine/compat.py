@@ -152,7 +152,9 @@ def local_shard(parameter: nn.Parameter, moment: str | None, numbers: int, rank:
         part = partitioned.ds_tensor.ds_numel
         start = min(rank * part, numbers)
         count = min(part, numbers - start)
-        return LocalShard(start, count, lambda: partitioned._z3_optimizer.get_local_fp32_param(parameter, moment)[:count])
+        zero = partitioned._z3_optimizer
+        options = {"release_swap_buffers": True, "optim_state_key": moment}
+        return LocalShard(start, count, lambda: zero._get_fp32_opt_state_partition(parameter, **options)[0][:count])
     fragment = partitioned._hp_mapping
     if fragment is None:
         return LocalShard(0, 0, lambda: torch.empty(0))

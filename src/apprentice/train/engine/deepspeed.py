@@ -26,7 +26,8 @@ from apprentice.train.engine import compat
 from apprentice.train.engine.deepspeed_config import deepspeed_config
 from apprentice.train.losses.loss_registry import create_loss
 from apprentice.train.losses.objective_loss import ObjectiveLoss
-from apprentice.train.optimizer import make_optimizer, moment_shapes, number_formats
+from apprentice.train.low_precision_adamw import LowPrecisionAdamW
+from apprentice.train.optimizer import begin_state, make_optimizer, moment_shapes, number_formats, read_moment, write_moment
 from apprentice.train.state import StepOutcome
 
 
@@ -142,10 +143,12 @@ class DeepSpeedEngine:
 
     def _local_shard(self, parameter: nn.Parameter, moment: str | None, numbers: int) -> compat.LocalShard:
         if self._engine.zero_optimization():
-            return compat.local_shard(parameter, moment, numbers, self._rank)
-        # Stage 0: every worker has all, and the first one saves it.
-        whole = parameter if moment is None else self._plain_state(parameter)[moment]
-        return compat.LocalShard(0, numbers if self._rank == 0 else 0, whole.flatten)
+            local = compat.local_shard(parameter, moment, numbers, self._rank)
+        else:  # stage 0: every worker has all, and the first one saves it
+            whole = parameter if moment is None else self._plain_state(parameter)[moment]
+            local = compat.LocalShard(0, numbers if self._rank == 0 else 0, whole.flatten)
+        read, inner = local.read, self._inner_optimizer()
+        return local if moment is None else local._replace(read=lambda: read_moment(inner, read()))
 
     def loss_scaling(self) -> dict[str, float] | None:
         """State of float16's loss scaler, and `steps`, the number of steps not skipped; None for other number formats."""
@@ -170,11 +173,19 @@ class DeepSpeedEngine:
             else:
                 parameter.data.copy_(weight)
             for key in moment_shapes(self._optimizer_settings, self._shapes[name]):
-                moment = read(f"{key}/{name}").to(self._device)
-                if sharded:
-                    compat.set_moment(parameter, key, moment)
-                else:
-                    self._plain_state(parameter)[key].copy_(moment)
+                self._restore_moment(parameter, key, read(f"{key}/{name}"))
+
+    def _restore_moment(self, parameter: nn.Parameter, key: str, moment: Tensor) -> None:
+        inner = self._inner_optimizer()
+        if not self._engine.zero_optimization():
+            write_moment(inner, self._plain_state(parameter)[key].view(-1), moment.flatten().to(self._device))
+        elif isinstance(inner, LowPrecisionAdamW):
+            local = compat.local_shard(parameter, key, moment.numel(), self._rank)
+            if local.numel:
+                part = local.read()
+                write_moment(inner, part, moment.flatten()[local.start :][: local.numel].to(part.device))
+        else:
+            compat.set_moment(parameter, key, moment.to(self._device))
 
     def _plain_state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         state: dict[str, Tensor] = self._engine.optimizer.state[parameter]
@@ -193,9 +204,7 @@ class DeepSpeedEngine:
         """Creates the optimizer's state: zeros, and a count of `steps`. Optimizers do so in their first step, which is too late."""
         inner = self._inner_optimizer()
         for master in compat.master_weights(self._engine.optimizer) or self._parameters.values():
-            inner.state[master] = {"step": torch.tensor(float(steps), device=master.device)} | {
-                key: master.new_zeros(shape) for key, shape in moment_shapes(self._optimizer_settings, master.shape).items()
-            }
+            begin_state(inner, self._optimizer_settings, master, steps)
         compat.link_optimizer_state(self._engine.optimizer)
 
 
