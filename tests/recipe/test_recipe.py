@@ -129,6 +129,18 @@ def test_a_dumped_recipe_loads_to_the_same(write, tmp_path):
         ("  global_batch: 4", "  global_batch: 5", 6, "global_batch 5 cannot be divided among 2 workers"),
         ("  global_batch: 4", "  global_batch: 4\n  micro_batch: 4", 6, "micro_batch 4 does not divide the 2 rows"),
         ("  steps: 10", "  steps: 10\n  optimizer: {warmup_steps: 10}", 6, "warmup_steps 10 is not shorter"),
+        (
+            "  steps: 10",
+            "  steps: 10\n  optimizer: {name: adafactor, states: 8bit}\n  deepspeed: {stage: 0}",
+            6,
+            "optimizer.states 8bit is AdamW's, and the optimizer is adafactor",
+        ),
+        (
+            "  steps: 10",
+            "  steps: 10\n  optimizer: {states: 8bit}\n  deepspeed: {stage: 3, offload: nvme, nvme_path: /fast}",
+            6,
+            "offload nvme moves float32 states, and optimizer.states is 8bit",
+        ),
         ("  workers: 2", "  workers: {min: 4, max: 2}", 7, "min 4 is more than max 2"),
         ("{length: 1024}", "{length: 512}", 3, "max_length 1024 is more than packing.length 512"),
         ("  packing", "  formats: {zero_shot: 0.5}\n  packing", 5, "add up to 0.5, not to 1"),

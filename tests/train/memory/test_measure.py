@@ -55,6 +55,12 @@ def test_each_stage_shares_out_more(stage: int, dtype: torch.dtype, expected: tu
     assert found.total == sum(expected)
 
 
+def test_states_in_fewer_bytes(tmp_path: Path) -> None:
+    for states, moments in (("float32", 8), ("bfloat16", 4), ("8bit", 2 + 8 / 256)):
+        made = recipe(tmp_path, training__optimizer={"states": states})
+        assert estimate_memory(made, 1000, 1000, torch.bfloat16, 2).optimizer == 500 * (4 + moments)
+
+
 def test_frozen_weights_adafactor_and_offload(tmp_path: Path) -> None:
     found = estimate_memory(recipe(tmp_path), 1000, 10, torch.bfloat16, 1)
     assert (found.weights, found.gradients, found.optimizer) == (2000, 40, 120)
