@@ -98,7 +98,7 @@ class LowPrecisionAdamW(torch.optim.Optimizer):
     def _write_codes(self, moment: Tensor, values: Tensor) -> None:
         scale, code_values, before = self._scale_of(moment)
         end = before + moment.numel()
-        whole = _whole(moment)[moment.storage_offset() - before :][: -(-end // BLOCK) * BLOCK]
+        whole = _whole(moment)[_offset(moment) - before :][: -(-end // BLOCK) * BLOCK]
         if before or end < whole.numel():  # blocks at the ends hold other numbers too, which are encoded again with the new scale
             ahead, behind = self._block(whole[:BLOCK]), self._block(whole[(end - 1) // BLOCK * BLOCK :])
             values = torch.cat([ahead[:before], values, behind[behind.numel() - (whole.numel() - end) :]])
@@ -115,11 +115,11 @@ class LowPrecisionAdamW(torch.optim.Optimizer):
 
     def _block(self, codes: Tensor) -> Tensor:
         """Values of a block of `codes`: those written since the last step, exactly, else what the codes say."""
-        written = self._shared.get((codes.untyped_storage().data_ptr(), codes.storage_offset()))
+        written = self._shared.get((codes.untyped_storage().data_ptr(), _offset(codes)))
         return self.read(codes) if written is None else written
 
     def _set_block(self, codes: Tensor, values: Tensor) -> None:
-        self._shared[codes.untyped_storage().data_ptr(), codes.storage_offset()] = values
+        self._shared[codes.untyped_storage().data_ptr(), _offset(codes)] = values
 
     def _scale_of(self, moment: Tensor) -> tuple[Tensor, Tensor, int]:
         """Scales of the blocks in which the codes `moment` lie, values of all codes, and codes of the first block before them."""
@@ -134,12 +134,16 @@ class LowPrecisionAdamW(torch.optim.Optimizer):
                 for name, signed in MOMENTS.items()
             }
         scale, values = self._scales[address]
-        first, before = divmod(moment.storage_offset(), BLOCK)
-        return scale[first : -(-(moment.storage_offset() + moment.numel()) // BLOCK)], values, before
+        first, before = divmod(_offset(moment), BLOCK)
+        return scale[first : -(-(_offset(moment) + moment.numel()) // BLOCK)], values, before
 
 
 def _chunks(numbers: int) -> Iterator[slice]:
     return (slice(start, min(start + CHUNK, numbers)) for start in range(0, numbers, CHUNK))
+
+
+def _offset(moment: Tensor) -> int:
+    return int(moment.storage_offset())
 
 
 def _whole(moment: Tensor) -> Tensor:
