@@ -115,8 +115,8 @@ class LowPrecisionAdamW(torch.optim.Optimizer):
 
     def _block(self, codes: Tensor) -> Tensor:
         """Values of a block of `codes`: those written since the last step, exactly, else what the codes say."""
-        written = self._shared.get((codes.untyped_storage().data_ptr(), _offset(codes)))
-        return self.read(codes) if written is None else written
+        values = self._shared.get((codes.untyped_storage().data_ptr(), _offset(codes)))
+        return self.read(codes) if values is None else values
 
     def _set_block(self, codes: Tensor, values: Tensor) -> None:
         self._shared[codes.untyped_storage().data_ptr(), _offset(codes)] = values
