@@ -151,7 +151,9 @@ def answers(place: Path) -> dict[str, Any]:
     spoken = make_subject_settings(subject, recipe, corpus)
     requests, _ = _requests(recipe, corpus, [subject])
     asked = encode_questions(corpus, sorted(requests), spoken.answer_settings.layout, spoken.limits).to_pylist()
-    scorer = Scorer(lambda: load_worker_model(subject.folder, recipe.model, WorkerPool(1, 1, 0)), "tuned", spoken.answer_settings)
+    scorer = Scorer(
+        lambda: load_worker_model(subject.folder, recipe.model, WorkerPool(1, 1, 0), 0), "tuned", spoken.answer_settings
+    )
     for block in make_blocks([(i, question) for i, question in enumerate(asked) if not question["dropped"]], 1):
         for answer in scorer(block).to_pylist():
             assert not answer["failure"], answer["failure"]

@@ -69,7 +69,7 @@ def test_to_predict(rewarding: Path, tmp_path: Path) -> None:
 
 def test_to_be_scored_by_what_it_writes(rewarding: Path) -> None:
     question = {"place": 0, "prompt_ids": [5, 6, 7], "choices": [], "choice_ids": []}
-    load = partial(load_worker_model, rewarding, Model(base=str(rewarding), dtype="float32"), WorkerPool(1, 1, 0))
+    load = partial(load_worker_model, rewarding, Model(base=str(rewarding), dtype="float32"), WorkerPool(1, 1, 0), 0)
     scorer = Scorer(load, str(rewarding), AnswerSettings(Layout("chat", Tokenizer(rewarding)), 6))
     [found] = scorer(make_table([question], QUESTION_BLOCK)).to_pylist()
     assert found["failure"] == (

@@ -262,10 +262,6 @@ def test_a_replica_decodes_with_the_threads_that_it_is_given(chat_model: Path, m
     monkeypatch.setenv("OMP_NUM_THREADS", "7")  # in the task that builds an application it is Ray's
     assert application({"model": str(chat_model), "cpus": 2})._bound_deployment.init_args[3] == 2
     assert deployment._threads_of_environment() == 7
-    monkeypatch.setattr(deployment.ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 6.0}}])
-    for threads, replicas, reserved in ((None, 1, 6), (4, 1, 4), (7, 1, 6), (2, 2, 2), (None, 2, 3)):
-        serving = Serving(threads=threads, replicas={"min": replicas, "max": replicas})  # type: ignore[arg-type]
-        assert deployment._replica_resources(serving, None) == {"num_cpus": reserved}
     for said in ("", "0", "many"):
         monkeypatch.setenv("OMP_NUM_THREADS", said)
         assert deployment._threads_of_environment() is None

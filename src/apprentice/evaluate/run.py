@@ -74,11 +74,7 @@ def evaluate(
     started = time.time()
     check_subjects(subjects)
     requests, not_scored = _requests(recipe, corpus, subjects)
-    resources = find_free_resources()
-    original, recipe = recipe, recipe.model_copy(update={"model": resolve_model_dtype(recipe.model, resources)})
-    scorers = [
-        SubjectScorer(subject, make_subject_settings(subject, recipe, corpus), recipe, resources, progress) for subject in subjects
-    ]
+    scorers = _make_scorers(recipe, corpus, subjects, progress)
     majorities = _majorities(corpus, sorted({request.task for request in requests}))
     answers = AnswerCache(out, known)
     questions: dict[PromptKey, list[Record]] = {}
@@ -96,7 +92,7 @@ def evaluate(
     first = next(iter(questions.values()))
     plain = [question for question in first if question["shots"] == least and not question["perturbation"]]
     records += majority.baseline_records(plain, majorities)
-    metadata = make_metadata(original, corpus.tasks, corpus.held_out, majorities, started, trained_clusters) | {
+    metadata = make_metadata(recipe, corpus.tasks, corpus.held_out, majorities, started, trained_clusters) | {
         "subjects": [subject_entry(scorer.subject, scorer.settings) for scorer in scorers],
         "not_scored": not_scored,
         "test_rows": {name: len(corpus.indices[name].test) for name in majorities},
@@ -111,6 +107,15 @@ def evaluate(
     write_report(report, out)
     progress({"message": report.summary.sentence, "done": True})
     return report
+
+
+def _make_scorers(recipe: Recipe, corpus: Corpus, subjects: Sequence[Subject], progress: Progress) -> list[SubjectScorer]:
+    """A scorer of each subject on the cluster's free resources, all with one resolved dtype."""
+    gpus, split = recipe.training.resources.gpus, recipe.serving.tensor_parallel
+    resources = find_free_resources(lambda message: progress({"message": message}), gpus=gpus, tensor_parallel=split)
+    recipe = recipe.model_copy(update={"model": resolve_model_dtype(recipe.model, resources)})
+    settings = [make_subject_settings(subject, recipe, corpus, on_gpu=resources.gpus > 0) for subject in subjects]
+    return [SubjectScorer(*pair, recipe, resources, progress) for pair in zip(subjects, settings, strict=True)]
 
 
 def _requests(recipe: Recipe, corpus: Corpus, subjects: Sequence[Subject]) -> tuple[list[QuestionRequest], list[dict[str, str]]]:
@@ -177,7 +182,9 @@ def _judge(
             f"evaluation.judge {public_base(str(recipe.evaluation.judge))} is no reward model; name a run with"
             " `training.objective: reward`, or another model that gives an answer a number."
         )
-    judge = replace(base, subject=subject, settings=make_subject_settings(subject, recipe, corpus)).without_priors()
+    judge = replace(
+        base, subject=subject, settings=make_subject_settings(subject, recipe, corpus, on_gpu=base.resources.gpus > 0)
+    ).without_priors()
     layout = judge.settings.answer_settings.layout
     rewarded = judge_questions(_encode(corpus, list(replies), layout, judge.settings.limits), replies, layout)
     for record, reward in judge.value_replies(rewarded):

@@ -23,7 +23,7 @@ from apprentice import __version__
 from apprentice.errors import RecipeError, ResourcesError, RunError
 from apprentice.ray_cluster.compat import enable_token_auth
 from apprentice.ray_cluster.session import VERSION_VARIABLE
-from apprentice.recipe import SHIPPED, Recipe, find_recipe, load_recipe, parse_recipe
+from apprentice.recipe import SHIPPED, Recipe, find_recipe, load_recipe, parse_recipe, shipped_name
 from apprentice.run.identity import identity, identity_hash
 from apprentice.storage import Folder, is_uri
 from apprentice.tasks.registry import find_tasks
@@ -136,8 +136,8 @@ def _in_package(file: Path, working: Path, as_written: Recipe, recipe: Recipe) -
 
     Raises `RecipeError` if the recipe, a task file or a table of rows beside it would not be sent.
     """
-    if file.parent == SHIPPED:
-        return file.stem
+    if file.is_relative_to(SHIPPED):
+        return shipped_name(file)
     # A path that loading made absolute lies beside the recipe; one written as absolute is a path on the cluster.
     relative = [
         Path(loaded) for entry, loaded in zip(_task_entries(as_written), _task_entries(recipe), strict=True) if loaded != entry

@@ -4,42 +4,83 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pyarrow as pa
 import ray
 
-from apprentice.errors import ApprenticeError
+from apprentice.errors import ApprenticeError, ResourcesError
+from apprentice.model_pool.host_memory import host_bytes, memory_to_reserve
+from apprentice.model_pool.model import gpu_bytes
 from apprentice.model_pool.pool import FreeResources, WorkerPool
 from apprentice.models.loading import multiplies_bfloat16
+from apprentice.ray_cluster.autoscaler import has_autoscaler, request_nodes
 from apprentice.ray_cluster.nodes import call_on_every_node, node_resources
 from apprentice.recipe import Model
 
 SETTLE_S = 5.0  # wait at most this long for resources that an earlier stage is still releasing …
-PATIENCE_S = 60.0  # … and at most this long for a single CPU
+PATIENCE_S = 60.0  # … and at most this long for a single CPU, and for the GPUs of one worker
+POLL_S = 0.2
+NO_GPUS = "the recipe asks for GPUs (training.resources.gpus {gpus:g}) and this cluster has none: CPUs answer instead"
 
 
-def find_free_resources() -> FreeResources:
-    """Free resources of the cluster.
+def find_free_resources(tell: Callable[[str], None], *, gpus: float = 0.0, tensor_parallel: int = 1) -> FreeResources:
+    """Free resources of the cluster, for workers that are split over `tensor_parallel` GPUs; `gpus` is what the recipe asks for.
 
-    Earlier stages may still be releasing theirs, so this waits up to `SETTLE_S` for all CPUs, up to `PATIENCE_S` for one.
+    Earlier stages may still be releasing theirs, so this waits up to `SETTLE_S` for all CPUs and GPUs, up to `PATIENCE_S` for one
+    CPU and, where the recipe asks for GPUs, for those of one worker. An autoscaler is asked for GPUs that are not there. A recipe
+    that asks for GPUs on a cluster without any is answered on CPUs, and `tell` is called with a sentence that says so; where all
+    GPUs stay taken, `ResourcesError` is raised.
     """
+    if gpus:
+        request_nodes([{"CPU": 1.0, "GPU": float(tensor_parallel)}], has_gpus(tensor_parallel), tell)
     start = time.monotonic()
     while True:
         nodes, free = node_resources(), ray.available_resources()
         waited = time.monotonic() - start
-        idle = free.get("CPU", 0) >= sum(node.get("CPU", 0) for node in nodes)
-        if idle or waited > PATIENCE_S or (waited > SETTLE_S and free.get("CPU", 0) >= 1):
+        gpus_there = max((int(node.get("GPU", 0)) for node in nodes), default=0)
+        needed = min(tensor_parallel, gpus_there) if gpus or tensor_parallel > 1 else 0
+        has_room = free.get("CPU", 0) >= 1 and free.get("GPU", 0) >= needed
+        idle = all(free.get(kind, 0) >= sum(node.get(kind, 0) for node in nodes) for kind in ("CPU", "GPU"))
+        if idle or waited > PATIENCE_S or (waited > SETTLE_S and has_room):
             break
-        time.sleep(0.2)
-    cpus = int(free.get("CPU", 0))
-    node_cpus = [int(node.get("CPU", 0)) for node in nodes]
-    if len(node_cpus) == 1:
-        cpus = min(cpus, len(os.sched_getaffinity(0)))  # a local session may count more CPUs than there are cores
-    # On a busy cluster the free CPUs may lie on different nodes, one here and one there.
-    together = min((count for count in node_cpus if count), default=1) if idle else 1
-    return FreeResources(cpus, together, int(free.get("GPU", 0)), int(free.get("memory", 0)))
+        time.sleep(POLL_S)
+    free_gpus = int(free.get("GPU", 0))
+    if free_gpus < needed:
+        total = sum(int(node.get("GPU", 0)) for node in nodes)
+        raise ResourcesError(
+            f"the recipe asks for GPUs (training.resources.gpus {gpus:g}, serving.tensor_parallel {tensor_parallel}), and of the"
+            f" cluster's {total} only {free_gpus} are free; wait for what runs on them, or set both to ask for fewer."
+        )
+    if gpus and not gpus_there:
+        tell(NO_GPUS.format(gpus=gpus))
+    return FreeResources(
+        _usable_cpus(nodes, int(free.get("CPU", 0))),
+        # On a busy cluster the free CPUs may lie on different nodes, one here and one there.
+        min((int(node["CPU"]) for node in nodes if int(node.get("CPU", 0))), default=1) if idle else 1,
+        free_gpus,
+        int(free.get("memory", 0)),
+        gpus_there,
+        largest_gpu_bytes() if free_gpus else None,
+    )
+
+
+def has_gpus(count: int) -> Callable[[Sequence[dict[str, float]]], bool]:
+    """A function of the nodes' resources that says whether one of them has `count` GPUs."""
+    return lambda nodes: any(node.get("GPU", 0.0) >= count for node in nodes)
+
+
+def _usable_cpus(nodes: Sequence[dict[str, float]], free: int) -> int:
+    """The free CPUs; a local session may count more than there are cores."""
+    return min(free, len(os.sched_getaffinity(0))) if len(nodes) == 1 else free
+
+
+def largest_gpu_bytes() -> int | None:
+    """Memory of the cluster's largest GPU in bytes, as the nodes say that have one; None where none can say."""
+    ask = ray.remote(num_cpus=0)(gpu_bytes)
+    sizes = list(call_on_every_node(gpu_bytes).values()) or [ray.get(ask.remote())]
+    return max((size for size in sizes if size), default=None)
 
 
 def resolve_model_dtype(model: Model, resources: FreeResources) -> Model:
@@ -57,8 +98,17 @@ def resolve_model_dtype(model: Model, resources: FreeResources) -> Model:
     return model.model_copy(update={"dtype": "bfloat16" if all(fast) else "float32"})
 
 
+def reserve_memory(weight_bytes: int, purpose: str) -> int | None:
+    """Ray's option `memory` for a task or an actor that loads `weight_bytes` of weights; `purpose` names it in an error.
+
+    None where the nodes report no memory. Raises `ResourcesError` where no node has as much, and none can be added.
+    """
+    return memory_to_reserve(host_bytes(weight_bytes), node_resources(), purpose, has_autoscaler)
+
+
 def map_tables(tables: Sequence[pa.Table], worker: type, arguments: tuple[Any, ...], pool: WorkerPool) -> Iterator[pa.Table]:
     """Maps each table through a pool of actors of class `worker`, built with `arguments`; yields the results as they arrive."""
+    memory = memory_to_reserve(pool.memory, node_resources(), "a worker", has_autoscaler) if pool.memory else None
     dataset = ray.data.from_arrow(list(tables)).map_batches(
         worker,
         batch_size=None,  # one table, one call
@@ -67,6 +117,7 @@ def map_tables(tables: Sequence[pa.Table], worker: type, arguments: tuple[Any, .
         compute=ray.data.ActorPoolStrategy(size=pool.workers),
         num_cpus=pool.cpus,
         num_gpus=pool.gpus,
+        memory=memory,
     )
     dataset.context.enable_progress_bars = False
     yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)

@@ -1,4 +1,4 @@
-"""Greedy generation of predictions: replies of the model as text, up to the end that the prompt format prescribes."""
+"""Answers of a worker's model, a transformers model or a `VllmModel`: greedy replies as text, and the scores of choices."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from apprentice.data.encoding.prompt_format import SEPARATOR, Layout
 from apprentice.errors import EvaluationError
+from apprentice.inference.choices.choice_scoring import choice_logprobs
 from apprentice.inference.decoding import generate
 from apprentice.inference.generation_request import NotFiniteError
+from apprentice.model_pool.vllm_model import VllmModel
 
 if TYPE_CHECKING:
     from apprentice.model_pool.answer_settings import AnswerSettings
@@ -21,10 +23,18 @@ def generate_replies(model: Any, questions: Sequence[Mapping[str, Any]], answer_
     """
     prompts = [list(question["prompt_ids"]) for question in questions]
     try:
-        replies = generate(model, prompts, max_new_tokens=answer_settings.reply, stop_ids=answer_settings.layout.stop_ids)
+        limits: dict[str, Any] = {"max_new_tokens": answer_settings.reply, "stop_ids": answer_settings.layout.stop_ids}
+        replies = model.generate(prompts, **limits) if isinstance(model, VllmModel) else generate(model, prompts, **limits)
     except NotFiniteError as error:
         raise EvaluationError(f"{question_name(questions[error.number])}: {error}") from error
     return [{"prediction": reply_text(answer_settings.layout, ids)} for ids in replies]
+
+
+def score_choices(model: Any, prompts: Sequence[Sequence[int]], choices: Sequence[Sequence[Sequence[int]]]) -> list[list[float]]:
+    """Natural log-probability of every choice (token ids) after its prompt; `choices[i]` are those of `prompts[i]`."""
+    if isinstance(model, VllmModel):
+        return model.choice_logprobs(prompts, choices)
+    return choice_logprobs(model, prompts, choices)
 
 
 def reply_text(layout: Layout, ids: Sequence[int]) -> str:

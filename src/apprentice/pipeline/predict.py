@@ -12,7 +12,7 @@ from apprentice.pipeline.serve import find_contract
 from apprentice.pretrained.architecture import check_generates_text, model_config
 from apprentice.pretrained.hub import local_folder
 from apprentice.ray_cluster.session import ray_session
-from apprentice.recipe import Model, find_recipe, load_recipe
+from apprentice.recipe import Model, Serving, find_recipe, load_recipe
 from apprentice.run.folder import find_run
 from apprentice.storage import Folder
 
@@ -45,10 +45,8 @@ def predict_file(
     run = find_run(target, storage)
     if run is not None and not run.is_trained:
         raise RunError(f"run {run.name!r} has no trained model yet; train it first.")
-    if run is not None:
-        model = run.recipe().model
-    else:
-        model = load_recipe(find_recipe(recipe)).model if recipe is not None else Model(base=target)
+    settings = run.recipe() if run is not None else load_recipe(find_recipe(recipe)) if recipe is not None else None
+    model = settings.model if settings is not None else Model(base=target)
     model = model.model_copy(update={"trust": model.trust or trust})
     folder = local_folder(str(run.model) if run is not None else target, trust=model.trust)
     check_generates_text(folder)
@@ -67,5 +65,7 @@ def predict_file(
             layout,
             limits,
             restart=restart,
+            serving=settings.serving if settings is not None else Serving(),
+            gpus=settings.training.resources.gpus if settings is not None else 0.0,
             progress=lambda values: progress("predict", values),
         )

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from apprentice.data.encoding.prompt_contract import layout_of, make_contract
 from apprentice.errors import ContractError, RunError, ServingError, TaskError
@@ -76,12 +76,13 @@ def run_endpoint(
     tasks = find_own_tasks(spoken, progress, run.tasks().find if run is not None else find_tasks) if spoken is not None else []
     name = run.name if run is not None else folder.name
     others = [_model_spec(other, storage, words or read_contract(folder), trust=trust) for other in settings.beside]
-    deployment.check(folder, settings, words, insecure=insecure, beside=others, trust=trust)
+    models: dict[str, Any] = {"beside": others, "trust": trust, "insecure": insecure}
+    deployment.check(folder, settings, words, name=name, **models)
     with ray_session(niceness=0):  # Ray's default, 15, starves the endpoint beside any other work on the machine
         progress("serve", {"message": f"loading {folder}"})
-        running = deployment.start(
-            folder, settings, model_name=name, contract=words, insecure=insecure, tasks=tasks, beside=others, trust=trust
-        )
+        models |= {"is_checked": True, "gpus": spoken.training.resources.gpus if spoken is not None else 0.0}
+        models["tell"] = lambda message: progress("serve", {"message": message})
+        running = deployment.start(folder, settings, model_name=name, contract=words, tasks=tasks, **models)
         try:
             yield running.url
         finally:

@@ -10,6 +10,7 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,30 +21,43 @@ from apprentice.data.encoding.prompt_format import Layout
 from apprentice.errors import EvaluationError
 from apprentice.model_pool.actors import find_free_resources, map_tables, resolve_model_dtype
 from apprentice.model_pool.answer_settings import TokenLimits
-from apprentice.model_pool.model import weight_bytes
-from apprentice.model_pool.pool import size_pool
+from apprentice.model_pool.engine_choice import choose_pool_engine
+from apprentice.model_pool.model import plan_pool
 from apprentice.predict.predictor import Predictor, part_file
 from apprentice.predict.rows import file_sha256, split_into_chunks
-from apprentice.recipe import Model
+from apprentice.recipe import Model, Serving
 from apprentice.run.contract import weights_sha256
 from apprentice.storage import Folder
 
 STATE_FILE = "predict.json"  # input, model and settings that the parts in a folder were made from
 BAD_ROWS_FILE = "bad_rows.jsonl"
+_DEFAULTS = Serving()
 Progress = Callable[[dict[str, Any]], None]
 
 
 def predict(
-    file: Folder, out: Folder, folder: Path, model: Model, layout: Layout, limits: TokenLimits, *, restart: bool, progress: Progress
+    file: Folder,
+    out: Folder,
+    folder: Path,
+    model: Model,
+    layout: Layout,
+    limits: TokenLimits,
+    *,
+    restart: bool,
+    progress: Progress,
+    serving: Serving = _DEFAULTS,
+    gpus: float = 0.0,
 ) -> dict[str, Any]:
     """Writes replies of the model in `folder` to every row of `file`, as Parquet parts in `out`; returns a summary.
 
     Rows without a reply are listed in `bad_rows.jsonl`. A second call with the same arguments computes only the missing parts;
-    `restart` deletes `out` first. Raises `DataError` for a file that cannot be read, `EvaluationError` where `out` has replies
-    to another input, model or setting, or the model cannot answer, `ResourcesError` where no worker fits.
+    `restart` deletes `out` first. `serving` names the engine and how many GPUs the model is split over, `gpus` is what the recipe
+    asks for. Raises `DataError` for a file that cannot be read, `EvaluationError` where `out` has replies to another input, model
+    or setting, or the model cannot answer, `ResourcesError` where no worker fits, `ServingError` where the model cannot be split.
     """
     chunks = split_into_chunks(file)
-    resources = find_free_resources()
+    resources = find_free_resources(partial(_tell, progress), gpus=gpus, tensor_parallel=serving.tensor_parallel)
+    choice = choose_pool_engine(serving, folder, on_gpu=resources.gpus > 0)
     model = resolve_model_dtype(model, resources)
     state: dict[str, Any] = {
         "input": str(file),
@@ -54,6 +68,7 @@ def predict(
         "max_new_tokens": limits.reply,
         "prompt_tokens": limits.prompt,
         "rows": sum(chunk.rows for chunk in chunks),
+        **({"engine": choice.name} if choice.name == "vllm" else {}),  # our own was the only one before
     }
     if restart:
         out.delete()
@@ -65,9 +80,9 @@ def predict(
     started, done = time.monotonic(), 0
     total = sum(chunk.rows for chunk in left)
     if left:
-        pool = size_pool(resources, weight_bytes(folder, model, gpu=resources.gpus > 0), len(left))
+        pool, words = plan_pool(folder, model.dtype, choice, serving, resources, len(left))
         tables = [pa.Table.from_pylist([asdict(chunk)]) for chunk in left]
-        progress({"message": f"loading on {pool.workers} worker{'s' if pool.workers > 1 else ''}"})
+        progress({"message": words})
         for block in map_tables(tables, Predictor, (folder, model, layout, limits, file, out, pool), pool):
             for line in block.to_pylist():
                 if line["failure"]:
@@ -78,6 +93,10 @@ def predict(
     result = {"out": str(out), "rows": state["rows"], "parts": len(chunks), "bad_rows": bad, "made_now": done}
     progress({"message": f"{state['rows'] - bad} of {state['rows']} rows have a reply", "done": True})
     return result
+
+
+def _tell(progress: Progress, message: str) -> None:
+    progress({"message": message})
 
 
 def _check_state(out: Folder, state: dict[str, Any]) -> None:

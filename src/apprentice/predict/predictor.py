@@ -101,4 +101,4 @@ class Predictor:
 
     @cached_property
     def _model(self) -> Any:
-        return load_worker_model(self._folder, self._settings, self._pool)
+        return load_worker_model(self._folder, self._settings, self._pool, self._limits.prompt + self._limits.reply)

@@ -60,8 +60,8 @@ def _check_length(recipe: Recipe, folder: Path) -> None:
 
 def _check_engine(recipe: Recipe, folder: Path) -> None:
     """Raises `ServingError` if the recipe's serving engine, installed or not, cannot decode the model that the recipe trains."""
+    from apprentice.model_pool.engine_choice import check_decodes
     from apprentice.models.tuning.methods import TUNING_METHODS
-    from apprentice.serve.engines.factory import check_decodes
 
     engine, method = recipe.serving.engine, recipe.tuning.method
     check_decodes(engine, folder)

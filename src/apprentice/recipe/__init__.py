@@ -10,7 +10,7 @@ from apprentice.recipe.data import Collection, Data, Filters, Formats, Group, Mi
 from apprentice.recipe.evaluation import Evaluation, Gate
 from apprentice.recipe.objective import DPO, GRPO, OBJECTIVES, Objective
 from apprentice.recipe.recipe import Model, Recipe
-from apprentice.recipe.recipe_file import RUN, SHIPPED, dump_recipe, find_recipe, load_recipe, parse_recipe
+from apprentice.recipe.recipe_file import RUN, SHIPPED, dump_recipe, find_recipe, load_recipe, parse_recipe, shipped_name
 from apprentice.recipe.serving import Replicas, Serving
 from apprentice.recipe.training import (
     Checkpointing,
@@ -56,4 +56,5 @@ __all__ = [
     "find_recipe",
     "load_recipe",
     "parse_recipe",
+    "shipped_name",
 ]

@@ -25,7 +25,8 @@ SHIPPED = Path(__file__).resolve().parents[1] / "recipes"
 
 def find_recipe(name: str) -> Path:
     """The recipe file that `name` means: an existing path, or the name of a shipped recipe. Raises `RecipeError` for neither."""
-    shipped = {file.stem: file for file in sorted(SHIPPED.glob("*.yaml"))}
+    files = sorted([*SHIPPED.glob("*.yaml"), *SHIPPED.glob("large/*.yaml")])
+    shipped = {shipped_name(file): file for file in files}
     if Path(name).is_file():
         return Path(name)
     if name in shipped:
@@ -33,6 +34,11 @@ def find_recipe(name: str) -> Path:
     raise RecipeError(
         f"{name!r} is not a file and not a recipe that is shipped ({', '.join(shipped)}).{did_you_mean(name, shipped)}"
     )
+
+
+def shipped_name(file: Path) -> str:
+    """Name of a shipped recipe's file: its path among the shipped ones, without the suffix ("large/serve_8b")."""
+    return file.relative_to(SHIPPED).with_suffix("").as_posix()
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

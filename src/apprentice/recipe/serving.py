@@ -20,7 +20,8 @@ class Serving(Strict):
     """The HTTP endpoint that serves the trained model."""
 
     engine: Literal["auto", "transformers", "vllm"] = Field(
-        "auto", description="What decodes: `transformers`, our own, which `auto` takes, or `vllm` (an extra) for causal models."
+        "auto",
+        description="What decodes: `vllm` (an extra) for causal models, `transformers`, our own, or `auto`: vLLM on a GPU.",
     )
     host: str = Field("127.0.0.1", description="Address that the endpoint listens on; 0.0.0.0 for every one of the machine.")
     port: Annotated[int, Field(ge=0, le=65535)] = Field(8000, description="Port of the endpoint; 0 takes a free one.")
@@ -33,6 +34,10 @@ class Serving(Strict):
     threads: Positive | None = Field(
         None,
         description="CPU threads that one replica decodes with; left out: OMP_NUM_THREADS, or else its share of the CPUs.",
+    )
+    tensor_parallel: Positive = Field(
+        1,
+        description="GPUs of one node that vLLM splits each copy of the model over, in serve, predict and evaluate.",
     )
     kv_memory_gb: Annotated[float, Field(gt=0.0)] | None = Field(
         None, description="Memory for keys and values of one replica, in 10**9 bytes; left out: what max_running contexts take."

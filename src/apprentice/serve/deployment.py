@@ -12,8 +12,8 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,16 +25,22 @@ from ray.serve.schema import ApplicationStatus, LoggingConfig
 
 from apprentice.data.encoding.prompt_contract import layout_beside
 from apprentice.errors import ResourcesError, ServingError
+from apprentice.model_pool.actors import NO_GPUS, has_gpus, largest_gpu_bytes
+from apprentice.model_pool.engine_choice import check_engine, choose_engine
+from apprentice.model_pool.host_memory import GIB, memory_to_reserve
+from apprentice.model_pool.model import weight_bytes
 from apprentice.pretrained.architecture import check_generates_text
 from apprentice.pretrained.hub import local_folder
 from apprentice.pretrained.trust import check_model_folder
+from apprentice.ray_cluster.autoscaler import has_autoscaler, request_nodes
+from apprentice.ray_cluster.nodes import node_resources
 from apprentice.recipe import Replicas, Serving
 from apprentice.run.contract import PromptContract, read_contract
 from apprentice.serve.api.limits.api_keys import ApiKeys, check_guarded, keys_file_of_environment
 from apprentice.serve.api.limits.shared_rate_limits import RateLimiterDeployment
 from apprentice.serve.compat import serve_is_running, shut_down_serve
-from apprentice.serve.engines.factory import check_engine
 from apprentice.serve.generation.adapters import list_adapters
+from apprentice.serve.placement import Placement, place_replica
 from apprentice.serve.replica import ModelSpec, Replica, concurrent_requests
 from apprentice.storage import Folder
 from apprentice.tasks.registry import find_tasks
@@ -44,6 +50,10 @@ APP_NAME = "apprentice"
 _OTHER_REQUESTS = 10_000  # requests besides those that run or wait: health, /stats, the pages, and those that are refused
 _RESOURCES_TIMEOUT_S = 30.0
 _LOGGING = LoggingConfig(log_level="WARNING", enable_access_log=False)
+
+
+def _say_nothing(_: str) -> None:
+    """Reports nothing; the default of `start`."""
 
 
 @dataclass(frozen=True)
@@ -76,14 +86,16 @@ def check(
     insecure: bool = False,
     beside: Sequence[ModelSpec] = (),
     trust: bool = False,
+    name: str = "",
 ) -> None:
     """Checks everything that can be known before anything starts. Needs no Ray.
 
     Raises `ContractError` (no prompt contract, or one that cannot be reproduced), `ModelError` (a folder that must be trusted and
     is not, or a reward model), `ServingError` (host, keys, port, names, engine) or `StorageError` (adapters that cannot be listed).
+    `name` is the first model's. All weights are read, and compared with their prompt contracts.
     """
     check_guarded(serving.host, insecure=insecure)
-    _check_models([ModelSpec("", folder, contract, trust), *beside], serving)
+    _check_models([ModelSpec(name, folder, contract, trust), *beside], serving)
     if serving.port:
         _free_port(serving.host, serving.port)
 
@@ -95,7 +107,7 @@ def _check_models(models: Sequence[ModelSpec], serving: Serving) -> None:
     for model in models:
         check_model_folder(model.folder, trust=model.trust)
         check_generates_text(model.folder)
-        check_engine(serving.engine, model.folder)
+        check_engine(serving.engine, model.folder, serving.tensor_parallel)
         layout_beside(model.folder, model.contract)
     if serving.adapters is not None:
         list_adapters(Folder.at(serving.adapters))
@@ -114,33 +126,37 @@ def start(
     tasks: Sequence[Task] = (),
     beside: Sequence[ModelSpec] = (),
     trust: bool = False,
+    is_checked: bool = False,
+    gpus: float = 0.0,
+    tell: Callable[[str], None] = _say_nothing,
 ) -> Endpoint:
     """Serves the model in `folder` on the Ray that the caller is connected to, and returns once the endpoint answers.
 
     `beside` are further models, loaded by the same replicas. `tasks` are added to the library's tasks at `/v1/tasks`. Port 0 takes
-    a free one. `insecure` allows an address other than loopback without keys. Each replica reserves a GPU if a node has one, and
-    `cpus` CPUs (None: 1 beside a GPU; else the largest node's, divided by the largest number of replicas, but not more than its
-    threads). It decodes with `serving.threads` threads; if unset, with `cpus`; then with OMP_NUM_THREADS; then with all CPUs that
-    it reserves.
+    a free one. `insecure` allows an address other than loopback without keys. Each replica reserves GPUs if a node has one,
+    memory, and CPUs, as `place_replica` says. It decodes with `serving.threads` threads; if unset, with `cpus`; then with
+    OMP_NUM_THREADS; then with all CPUs that it reserves. `is_checked` says that `check` was just called, which reads all weights.
+    `gpus` are those that the recipe asks for: an autoscaler is asked for them, and where there are none, `tell` is called with a
+    sentence that says so, as it is with the engine that is taken, and the reason.
 
-    Raises what `check` raises before anything starts; `ResourcesError` where the cluster has too few free CPUs (or GPUs);
-    `ServingError` where it serves something already, or the endpoint does not answer within `timeout_s` seconds. Nothing is left
-    running after an error.
+    Raises what `check` raises before anything starts; `ResourcesError` where the cluster has too few free CPUs (or GPUs), or
+    a model fits no GPU or node; `ServingError` where it serves something already, or the endpoint does not answer within
+    `timeout_s` seconds. Nothing is left running after an error.
     """
     models = [ModelSpec(model_name, folder, contract, trust), *beside]
-    check(folder, serving, contract, insecure=insecure, beside=beside, trust=trust)
-    _check_models(models, serving)
+    if not is_checked:
+        check(folder, serving, contract, insecure=insecure, beside=beside, trust=trust, name=model_name)
     if serve_is_running():
         raise ServingError("this Ray cluster serves something already; stop that endpoint first, or use another cluster.")
     port = serving.port or _free_port(serving.host, 0)
     serving = serving.model_copy(update={"threads": serving.threads or cpus or _threads_of_environment()})
-    resources = _replica_resources(serving, cpus)
-    _wait_for_resources(resources, serving.replicas.min, min(timeout_s, _RESOURCES_TIMEOUT_S))
+    placement = _place_on_cluster(models, serving, dtype, cpus, gpus, tell)
+    _wait_for_resources(placement, serving.replicas.min, min(timeout_s, _RESOURCES_TIMEOUT_S))
     endpoint = Endpoint(f"http://{_host_in_url(serving.host)}:{port}", model_name)
     try:
         with _quiet():
             serve.start(proxy_location="HeadOnly", http_options=HTTPOptions(host=serving.host, port=port), logging_config=_LOGGING)
-            application = _application(models, serving, dtype, resources, tasks, insecure=insecure)
+            application = _application(models, serving, dtype, placement, tasks, insecure=insecure)
             serve.run_many(
                 [serve.RunTarget(application, name=APP_NAME, logging_config=_LOGGING)], wait_for_applications_running=False
             )
@@ -176,7 +192,9 @@ class AppArguments(BaseModel):
     keys_file: str = Field("", description="The keys file on every node; empty: the one that APPRENTICE_API_KEYS_FILE names.")
     insecure: bool = Field(False, description="Whoever reaches the proxies' address may ask, though there are no keys.")
     cpus: float = Field(1.0, gt=0.0, description="CPUs that each replica reserves, and decodes with.")
-    gpus: float = Field(0.0, ge=0.0)
+    gpus: float = Field(0.0, ge=0.0, description="GPUs that each replica reserves, all on one node.")
+    memory_gb: float = Field(0.0, ge=0.0, description="Host memory that each replica reserves, in 10**9 bytes; 0: none.")
+    tensor_parallel: int = Field(1, ge=1, description="GPUs that vLLM splits each model over: as many as `gpus`.")
 
 
 def application(args: dict[str, Any]) -> serve.Application:
@@ -195,12 +213,24 @@ def application(args: dict[str, Any]) -> serve.Application:
     models += [_model_spec(place, "", contract or read_contract(models[0].folder)) for place in arguments.beside]
     serving = Serving.model_validate(arguments.model_dump(include=set(Serving.model_fields)))
     _check_models(models, serving)
-    resources = {"num_cpus": arguments.cpus, "num_gpus": arguments.gpus}
+    placement = _placement_of(arguments, models, serving)
     keys_file = Path(arguments.keys_file).expanduser().absolute() if arguments.keys_file else None
     if keys_file is not None:
         ApiKeys(keys_file)  # checks the file; replicas check the host: only they know which one Serve listens on
     tasks = [task for file in arguments.tasks for task in find_tasks(file, Path.cwd())]
-    return _application(models, serving, arguments.dtype, resources, tasks, keys_file, insecure=arguments.insecure)
+    return _application(models, serving, arguments.dtype, placement, tasks, keys_file, insecure=arguments.insecure)
+
+
+def _placement_of(arguments: AppArguments, models: Sequence[ModelSpec], serving: Serving) -> Placement:
+    """The placement that a config file's arguments name. Raises `ServingError` for fewer GPUs than the models are split over."""
+    split = serving.tensor_parallel
+    if arguments.gpus and split > 1 and arguments.gpus != split:
+        raise ServingError(
+            f"args of the Serve application: gpus {arguments.gpus:g} are not the {split} of tensor_parallel; give both one number."
+        )
+    for model in models:
+        choose_engine(serving, model.folder, on_gpu=arguments.gpus > 0)
+    return Placement(arguments.cpus, arguments.gpus, int(arguments.memory_gb * 1e9))
 
 
 def _model_spec(place: str, name: str, contract: PromptContract | None) -> ModelSpec:
@@ -214,7 +244,7 @@ def _application(
     models: Sequence[ModelSpec],
     serving: Serving,
     dtype: str,
-    resources: dict[str, float],
+    placement: Placement,
     tasks: Sequence[Task],
     keys_file: Path | None = None,
     *,
@@ -224,13 +254,14 @@ def _application(
     scaling: dict[str, Any] = {"num_replicas": least}
     if most > least:
         # Less than a replica decodes at once, so that another one starts before requests wait long.
-        on_gpu = resources.get("num_gpus", 0) > 0
-        ongoing = max(1, concurrent_requests(models[0].folder, serving, dtype, on_gpu=on_gpu, engines=len(models)) * 3 // 4)
+        running = concurrent_requests(models[0].folder, serving, dtype, on_gpu=placement.gpus > 0, engines=len(models))
+        ongoing = max(1, running * 3 // 4)
         target = {"min_replicas": least, "max_replicas": most, "target_ongoing_requests": ongoing}
         scaling = {"autoscaling_config": target}
     deployment = serve.deployment(
         name="apprentice",
-        ray_actor_options=resources,
+        ray_actor_options=placement.actor_options,
+        **placement.group_options,
         # The replica itself answers requests beyond its queue, with 429, so Serve must let them in.
         max_ongoing_requests=serving.max_running + serving.max_queued_requests + _OTHER_REQUESTS,
         max_constructor_retry_count=1,
@@ -240,16 +271,29 @@ def _application(
     keys_file = keys_file or keys_file_of_environment()
     shared = keys_file is not None and most > 1
     limits = serve.deployment(name="limits", ray_actor_options={"num_cpus": 0})(RateLimiterDeployment).bind() if shared else None
-    threads = serving.threads or max(1, int(resources["num_cpus"]))
-    return deployment.bind(models, serving, dtype, threads, keys_file, limits, tasks, insecure)
+    threads = serving.threads or max(1, int(placement.cpus))
+    return deployment.bind(models, serving, dtype, threads, keys_file, limits, tasks, insecure, placement.gpus > 0)
 
 
-def _replica_resources(serving: Serving, cpus: int | None) -> dict[str, float]:
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    if any(node.get("GPU", 0) >= 1 for node in nodes):
-        return {"num_cpus": cpus or 1, "num_gpus": 1}
-    share = max(1, int(max(node.get("CPU", 0) for node in nodes) // max(serving.replicas.min, serving.replicas.max)))
-    return {"num_cpus": cpus or min(share, serving.threads or share)}
+def _place_on_cluster(
+    models: Sequence[ModelSpec], serving: Serving, dtype: str, cpus: int | None, gpus: float, tell: Callable[[str], None]
+) -> Placement:
+    """Placement of a replica on this cluster. `tell` is called with each model's engine, and where GPUs are missing."""
+    split = serving.tensor_parallel
+    if gpus or split > 1:
+        request_nodes([{"CPU": 1.0, "GPU": float(split)}] * serving.replicas.min, has_gpus(split), tell)
+    nodes = node_resources()
+    on_gpu = has_gpus(1)(nodes)
+    if gpus and not on_gpu:
+        tell(NO_GPUS.format(gpus=gpus))
+    engines = []
+    for model in models:
+        choice = choose_engine(serving, model.folder, on_gpu=on_gpu)
+        engines.append(choice.name)
+        tell(f"{model.name}: {choice}")
+    weights = sum(weight_bytes(model.folder, dtype, gpu=on_gpu) for model in models)
+    placement = place_replica(serving, nodes, cpus, weights, engines=engines, gpu_bytes=largest_gpu_bytes() if on_gpu else None)
+    return replace(placement, memory=memory_to_reserve(placement.memory, nodes, "a replica", has_autoscaler) or 0)
 
 
 def _threads_of_environment() -> int | None:
@@ -258,18 +302,24 @@ def _threads_of_environment() -> int | None:
     return int(threads) if threads.isdecimal() and int(threads) > 0 else None
 
 
-def _wait_for_resources(resources: dict[str, float], replicas: int, timeout_s: float) -> None:
-    """Waits until the cluster has the replicas' CPUs (or GPUs) free: an earlier program may still be releasing its own.
+def _wait_for_resources(placement: Placement, replicas: int, timeout_s: float) -> None:
+    """Waits until the cluster has the replicas' CPUs, GPUs and memory free: an earlier program may still be releasing its own.
 
     Raises `ResourcesError` after `timeout_s` seconds.
     """
-    kind = "GPU" if resources.get("num_gpus") else "CPU"
-    needed = resources[f"num_{kind.lower()}s"] * replicas
+    needed = {"GPUs" if placement.gpus else "CPUs": (placement.gpus or placement.cpus) * replicas}
+    needed["GiB of memory"] = placement.memory * replicas / GIB
     deadline = time.monotonic() + timeout_s
-    while (free := ray.available_resources().get(kind, 0.0)) < needed:
+    while True:
+        resources = ray.available_resources()
+        free = {"CPUs": resources.get("CPU", 0.0), "GPUs": resources.get("GPU", 0.0)}
+        free["GiB of memory"] = resources.get("memory", 0.0) / GIB
+        few = next((kind for kind, amount in needed.items() if free[kind] < amount), None)
+        if few is None:
+            return
         if time.monotonic() > deadline:
             raise ResourcesError(
-                f"{replicas} replica(s) need {needed:g} {kind}s and the cluster has {free:g} free; end what runs there,"
+                f"{replicas} replica(s) need {needed[few]:.3g} {few} and the cluster has {free[few]:.3g} free; end what runs there,"
                 " or lower serving.replicas."
             )
         time.sleep(0.2)

@@ -5,6 +5,7 @@ Runs inside Ray Serve. Each engine runs beside the event loop, in a thread or in
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +14,8 @@ from typing import Any, NamedTuple
 from ray import serve
 
 from apprentice.data.encoding.prompt_contract import layout_beside
-from apprentice.pretrained.architecture import kv_values_per_token, model_config
+from apprentice.model_pool.engine_choice import choose_engine
+from apprentice.pretrained.architecture import family_of, kv_values_per_token, model_config
 from apprentice.pretrained.hub import local_folder
 from apprentice.ray_cluster.process_priority import limit_thread_spinning, raise_priority
 from apprentice.recipe import Serving
@@ -29,6 +31,8 @@ from apprentice.serve.generation.served_models import Catalogue, ServedModel
 from apprentice.storage import Folder
 from apprentice.tasks.registry import library, load_task
 from apprentice.tasks.schema import Task
+
+log = logging.getLogger("apprentice.requests")
 
 
 class ModelSpec(NamedTuple):
@@ -48,7 +52,7 @@ class Replica:
     """Ray Serve's deployment class: loads `models` and answers requests for them.
 
     The first model takes the adapters of `serving.adapters`. `threads` CPU threads are shared by all engines. `limits` is a handle
-    of the rate limiter that all replicas share (None: this replica counts itself).
+    of the rate limiter that all replicas share (None: this replica counts itself). `on_gpu` says whether it has reserved GPUs.
     """
 
     def __init__(
@@ -61,6 +65,7 @@ class Replica:
         limits: Any,
         tasks: Sequence[Task],
         insecure: bool = False,
+        on_gpu: bool = False,
     ) -> None:
         _log_requests()
         raise_priority()
@@ -75,7 +80,7 @@ class Replica:
             model.folder if model.folder.is_dir() and not model.trust else local_folder(str(model.folder), trust=model.trust)
             for model in models
         ]
-        served = start_models(models, folders, serving, dtype, threads)
+        served = start_models(models, folders, serving, dtype, threads, on_gpu=on_gpu)
         adapters = None
         if serving.adapters is not None:
             contract = read_contract(folders[0])  # its hash was compared with the weights just now
@@ -107,14 +112,17 @@ class Replica:
 
 
 def start_models(
-    specs: Sequence[ModelSpec], folders: Sequence[Path], serving: Serving, dtype: str, threads: int
+    specs: Sequence[ModelSpec], folders: Sequence[Path], serving: Serving, dtype: str, threads: int, *, on_gpu: bool = False
 ) -> list[ServedModel]:
     """Starts an engine for each model and returns the models; engines share threads and KV memory in equal parts."""
     limit_thread_spinning(threads)
     models: list[ServedModel] = []
     for spec, folder in zip(specs, folders, strict=True):
         layout = layout_beside(folder, spec.contract)
+        choice = choose_engine(serving, folder, on_gpu=on_gpu)
+        log.info(json.dumps({"model": spec.name, "engine": choice.name, "reason": choice.reason}))
         engine = start_engine(
+            choice.name,
             folder,
             serving,
             dtype=dtype,
@@ -122,6 +130,7 @@ def start_models(
             trust=spec.trust,
             with_adapters=serving.adapters is not None and not models,
             engines=len(specs),
+            on_gpu=on_gpu,
         )
         contract = read_contract(folder) or (spec.contract and spec.contract.for_other_weights())
         models.append(ServedModel(spec.name, engine, layout, contract))
@@ -137,15 +146,16 @@ def concurrent_requests(folder: Path, serving: Serving, dtype: str, *, on_gpu: b
     if serving.kv_bytes is None or numbers is None:
         return serving.max_running
     kv_bytes = serving.kv_bytes // engines
-    is_halved = dtype != "float32" and (on_gpu or serving.engine == "vllm")  # our own engine's KV cache is float32 on CPUs
-    bytes_per_token = numbers * (2 if is_halved else 4)
+    is_vllm = choose_engine(serving, folder, on_gpu=on_gpu).name == "vllm"
+    is_halved = dtype != "float32" and (on_gpu or is_vllm)  # our own engine's KV cache is float32 on CPUs
+    sides = 2 if family_of(folder) == "seq2seq" else 1  # an encoder-decoder keeps keys and values of its prompt, and of its reply
+    bytes_per_token = sides * numbers * (2 if is_halved else 4)
     return max(1, min(serving.max_running, 2 * kv_bytes // (bytes_per_token * serving.context)))
 
 
 def _log_requests() -> None:
-    """Sets up the request log: one JSON line on standard error for each request, without prompts or replies."""
-    logger = logging.getLogger("apprentice.requests")
-    if not logger.handlers:
-        logger.addHandler(logging.StreamHandler())
-        logger.setLevel(logging.INFO)
-        logger.propagate = False
+    """Sets up the request log on standard error: a JSON line for each engine, and for each request, without prompts or replies."""
+    if not log.handlers:
+        log.addHandler(logging.StreamHandler())
+        log.setLevel(logging.INFO)
+        log.propagate = False

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from apprentice.errors import ServingError
+from apprentice.model_pool import engine_choice
 from apprentice.pretrained.architecture import kv_values_per_token, model_config
 from apprentice.recipe import Serving
 from apprentice.serve.deployment import check
@@ -40,7 +41,9 @@ def test_vllm_is_an_extra(chat_model: Path) -> None:
         check(chat_model, WITH_VLLM)
 
 
-def test_a_replica_decodes_as_many_as_its_memory_holds_in_the_type_that_it_keeps(chat_model: Path) -> None:
+def test_a_replica_decodes_as_many_as_its_memory_holds_in_the_type_that_it_keeps(
+    chat_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     numbers = kv_values_per_token(model_config(chat_model))
     assert numbers is not None
     context, replies = 256, 12  # of half a context, in float32
@@ -48,9 +51,23 @@ def test_a_replica_decodes_as_many_as_its_memory_holds_in_the_type_that_it_keeps
     assert concurrent_requests(chat_model, Serving(**memory), "auto", on_gpu=False) == replies
     assert concurrent_requests(chat_model, Serving(**memory), "auto", on_gpu=True) == 2 * replies
     assert concurrent_requests(chat_model, Serving(**memory), "float32", on_gpu=True) == replies
+    monkeypatch.setattr(engine_choice.importlib.util, "find_spec", lambda _: object())  # vLLM is installed
     assert concurrent_requests(chat_model, Serving(**memory, engine="vllm"), "auto", on_gpu=False) == 2 * replies
     assert concurrent_requests(chat_model, Serving(max_running=64), "auto", on_gpu=False) == 64
     assert concurrent_requests(chat_model, Serving(**memory), "auto", on_gpu=False, engines=2) == replies // 2
+
+
+def test_an_encoder_decoder_keeps_keys_and_values_of_prompt_and_reply(t5_model: Path) -> None:
+    numbers = kv_values_per_token(model_config(t5_model))
+    assert numbers is not None
+    context, replies = 256, 12
+    serving = Serving(kv_memory_gb=2 * numbers * 4 * context * replies / 2 / 1e9, context=context, max_running=64)
+    assert concurrent_requests(t5_model, serving, "float32", on_gpu=False) == replies
+    engine = transformers_engine.TransformersEngine(
+        t5_model, dtype="float32", max_running=64, max_queued=1, context=context, threads=1, kv_bytes=serving.kv_bytes
+    )
+    assert engine.stats().kv_tokens == pytest.approx(replies * context, rel=0.01)  # of both sides, each half a context
+    engine.close()
 
 
 def test_engines_side_by_side_share_threads_and_memory(

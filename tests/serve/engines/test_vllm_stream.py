@@ -14,6 +14,7 @@ import pytest
 
 from apprentice.inference.generation_request import GeneratedToken, GenerationRequest
 from apprentice.serve.engines.base import EngineFailed, RequestFailed
+from tests.support.vllm_signatures import AsyncEngineArgs, SamplingParams
 
 pytestmark = pytest.mark.asyncio
 LIMITS: dict[str, Any] = {"dtype": "float32", "max_running": 4, "max_queued": 2, "context": 600, "threads": 1}
@@ -42,10 +43,13 @@ class StandInLLM:
         self.began: list[str] = []
         self.aborted: list[str] = []
         self.is_shut_down = False
+        self.arguments: dict[str, Any] = {}
 
     @classmethod
-    def from_engine_args(cls, _: Any) -> StandInLLM:
-        return cls()
+    def from_engine_args(cls, arguments: Any) -> StandInLLM:
+        made = cls()
+        made.arguments = vars(arguments)
+        return made
 
     def get_tokenizer(self) -> Any:
         return SimpleNamespace(eos_token_id=2)
@@ -78,14 +82,14 @@ def vllm_engine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     parts: dict[str, dict[str, Any]] = {
         "vllm": {},
         "vllm.engine": {},
-        "vllm.engine.arg_utils": {"AsyncEngineArgs": Parameters},
+        "vllm.engine.arg_utils": {"AsyncEngineArgs": AsyncEngineArgs},
         "vllm.inputs": {},
         "vllm.inputs.engine": {"tokens_input": lambda ids: ids},
         "vllm.lora": {},
         "vllm.lora.request": {"LoRARequest": Parameters},
         "vllm.sampling_params": {
             "RequestOutputKind": SimpleNamespace(DELTA=1),
-            "SamplingParams": Parameters,
+            "SamplingParams": SamplingParams,
             "StructuredOutputsParams": Parameters,
         },
         "vllm.v1": {},
@@ -124,6 +128,19 @@ async def test_tokens_come_as_vllm_gives_them(vllm_engine: Any, tiny_model: Path
     assert engine._llm.aborted == []  # it has ended by itself
     engine.close()
     assert engine._llm.is_shut_down
+
+
+async def test_the_models_limits_and_gpus_are_vllms_arguments(vllm_engine: Any, tiny_model: Path) -> None:
+    settings: dict[str, Any] = {"device": "cuda", "tensor_parallel": 2, "adapters": 3, "kv_bytes": 8000}
+    engine = vllm_engine.VllmEngine(tiny_model, **LIMITS, **settings)
+    arguments = engine._llm.arguments
+    assert {name: arguments[name] for name in ("tensor_parallel_size", "distributed_executor_backend", "dtype")} == {
+        "tensor_parallel_size": 2,
+        "distributed_executor_backend": "mp",
+        "dtype": "float32",
+    }
+    assert (arguments["kv_cache_memory_bytes"], arguments["max_loras"]) == (4000, 4)
+    engine.close()
 
 
 async def test_a_refusal_is_of_this_request_and_a_dead_process_is_the_engines_end(vllm_engine: Any, tiny_model: Path) -> None:

@@ -16,6 +16,7 @@ from apprentice.errors import EvaluationError
 from apprentice.evaluate.scoring import majority_baseline as majority
 from apprentice.evaluate.scoring.endpoint import EndpointAddress, weights_at
 from apprentice.model_pool.answer_settings import AnswerSettings, TokenLimits
+from apprentice.model_pool.engine_choice import OWN_ENGINE, EngineChoice, choose_pool_engine
 from apprentice.models.loading import resolve_dtype
 from apprentice.pretrained.architecture import RELATIVE_POSITIONS, model_config
 from apprentice.pretrained.tokenizer import Tokenizer
@@ -43,7 +44,7 @@ class SubjectSettings:
     """Settings of asking a subject: prompt format, limits, and a fingerprint of all that shapes its answers besides the question.
 
     Answers are cached under `fingerprint`; it is None for an endpoint that does not report its weights, whose answers are not
-    cached. `weights` is the SHA-256 of the weights, if known; `dtype` the dtype of a local model.
+    cached. `weights` is the SHA-256 of the weights, if known; `dtype` the dtype of a local model, `engine` what decodes it.
     """
 
     answer_settings: AnswerSettings
@@ -51,6 +52,7 @@ class SubjectSettings:
     fingerprint: str | None
     weights: str | None = None
     dtype: str | None = None
+    engine: EngineChoice = OWN_ENGINE
 
     @property
     def prompt_key(self) -> PromptKey:
@@ -67,11 +69,11 @@ def check_subjects(subjects: Sequence[Subject]) -> None:
         )
 
 
-def make_subject_settings(subject: Subject, recipe: Recipe, corpus: Corpus) -> SubjectSettings:
+def make_subject_settings(subject: Subject, recipe: Recipe, corpus: Corpus, *, on_gpu: bool = False) -> SubjectSettings:
     """Prompt format and limits of a subject: from the folder's prompt contract, or for a bare model from the recipe.
 
-    The recipe's `model.dtype` must be the dtype of the workers, because `auto` would be resolved for the calling machine. Raises
-    `ModelError`.
+    The recipe's `model.dtype` must be the dtype of the workers, because `auto` would be resolved for the calling machine. `on_gpu`
+    says whether they have GPUs. Raises `ModelError`, and `ServingError` where the model cannot be split as the recipe asks.
     """
     if read_contract(subject.folder) is not None:
         layout = layout_beside(subject.folder)
@@ -84,8 +86,10 @@ def make_subject_settings(subject: Subject, recipe: Recipe, corpus: Corpus) -> S
         contract = read_contract(subject.folder)
         sha = contract.weights_sha256 if contract is not None else weights_sha256(subject.folder)
         dtype = str(resolve_dtype(recipe.model.dtype))
-        fingerprint = _fingerprint([sha, dtype], answer_settings)
-        return SubjectSettings(answer_settings, limits, fingerprint, sha, dtype.removeprefix("torch."))
+        engine = choose_pool_engine(recipe.serving, subject.folder, on_gpu=on_gpu)
+        # The engines' sums differ in their last digits. Answers of our own were cached before there was another.
+        fingerprint = _fingerprint([sha, dtype, *(["vllm"] if engine.name == "vllm" else [])], answer_settings)
+        return SubjectSettings(answer_settings, limits, fingerprint, sha, dtype.removeprefix("torch."), engine)
     served = weights_at(subject.endpoint)
     if served is None:
         return SubjectSettings(answer_settings, limits, None)

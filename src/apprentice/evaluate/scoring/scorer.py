@@ -12,9 +12,8 @@ import pyarrow as pa
 from apprentice.errors import ApprenticeError, EvaluationError
 from apprentice.evaluate.report.predictions import ENCODED_QUESTION, make_table
 from apprentice.evaluate.scoring.rank import best_choice, check_finite, score_priors
-from apprentice.inference.choices.choice_scoring import choice_logprobs
 from apprentice.model_pool.answer_settings import AnswerSettings
-from apprentice.model_pool.generate import generate_replies
+from apprentice.model_pool.generate import generate_replies, score_choices
 from apprentice.models.reward import choice_rewards, is_reward
 
 LEAST_TOGETHER, MOST_TOGETHER = 16, 64  # questions in a block: enough for a batch, few enough to spread over workers
@@ -52,14 +51,14 @@ class Scorer:
 
     def _score_choices(self, questions: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         choices = [question["choice_ids"] for question in questions]
-        scores = choice_rewards if is_reward(self._model) else choice_logprobs
+        scores = choice_rewards if is_reward(self._model) else score_choices
         sums = scores(self._model, [question["prompt_ids"] for question in questions], choices)
         for question, values in zip(questions, sums, strict=True):
             check_finite(question, values)
         if not self._answer_settings.priors:
             return [{"choice_logprobs": values} for values in sums]
         empty = self._answer_settings.empty_prompt
-        priors = score_priors(questions, lambda lists: choice_logprobs(self._model, [empty] * len(lists), lists))
+        priors = score_priors(questions, lambda lists: score_choices(self._model, [empty] * len(lists), lists))
         return [{"choice_logprobs": values, "choice_priors": prior} for values, prior in zip(sums, priors, strict=True)]
 
     def _generate(self, questions: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -20,8 +20,8 @@ from apprentice.evaluate.scoring.judge import ReplyQuestions
 from apprentice.evaluate.scoring.rank import best_choice
 from apprentice.evaluate.scoring.scorer import LEAST_TOGETHER, Scorer, make_blocks, with_prediction
 from apprentice.model_pool.actors import map_tables
-from apprentice.model_pool.model import load_worker_model, weight_bytes
-from apprentice.model_pool.pool import FreeResources, WorkerPool, size_pool
+from apprentice.model_pool.model import load_worker_model, plan_pool
+from apprentice.model_pool.pool import FreeResources, WorkerPool
 from apprentice.recipe import Recipe
 
 Progress = Callable[[dict[str, Any]], None]
@@ -87,21 +87,29 @@ class SubjectScorer:
         """
         if not questions:
             return
-        worker, arguments, pool = self._make_pool(len(questions))
+        worker, arguments, pool = self._make_pool(questions)
         for table in map_tables(make_blocks(questions, pool.workers), worker, arguments, pool):
             block = table.to_pylist()
             if failure := next((answer["failure"] for answer in block if answer["failure"]), None):
                 raise EvaluationError(f"{self.subject.name}: {failure}")
             yield block
 
-    def _make_pool(self, questions: int) -> tuple[type, tuple[Any, ...], WorkerPool]:
+    def _make_pool(self, questions: Sequence[tuple[int, Record]]) -> tuple[type, tuple[Any, ...], WorkerPool]:
         """Class of the workers, the arguments that they are built with, and the size of their pool."""
         subject, answer_settings = self.subject, self.settings.answer_settings
         if subject.endpoint is not None:
             self.progress({"message": f"{subject.name}: asking {subject.endpoint.url}"})
             return EndpointScorer, (subject.endpoint, answer_settings), WorkerPool(1, 1, 0)
-        model_bytes = weight_bytes(subject.folder, self.recipe.model, gpu=self.resources.gpus > 0)
-        pool = size_pool(self.resources, model_bytes, math.ceil(questions / LEAST_TOGETHER))
-        self.progress({"message": f"{subject.name}: loading on {pool.workers} worker{'s' if pool.workers > 1 else ''}"})
-        load = partial(load_worker_model, subject.folder, self.recipe.model, pool)
+        batches = math.ceil(len(questions) / LEAST_TOGETHER)
+        pool, words = plan_pool(
+            subject.folder, self.recipe.model.dtype, self.settings.engine, self.recipe.serving, self.resources, batches
+        )
+        self.progress({"message": f"{subject.name}: {words}"})
+        longest = max(question["prompt_tokens"] + _answer_tokens(question, answer_settings.reply) for _, question in questions)
+        load = partial(load_worker_model, subject.folder, self.recipe.model, pool, longest)
         return Scorer, (load, str(subject.folder), answer_settings), pool
+
+
+def _answer_tokens(question: Record, reply: int) -> int:
+    """Most tokens that follow the question's prompt: its longest choice, or `reply` where the answer is written."""
+    return max(map(len, question["choice_ids"]), default=0) if question["choices"] else reply

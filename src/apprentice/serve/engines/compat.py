@@ -30,7 +30,6 @@ __all__ = [
     "StructuredOutputsParams",
     "kv_cache_tokens",
     "tokens_input",
-    "use_threads",
 ]
 
 
@@ -38,10 +37,3 @@ def kv_cache_tokens(llm: Any) -> int:
     """Tokens that the KV cache of the engine `llm` has room for, of all requests together."""
     cache = llm.vllm_config.cache_config
     return int(cache.num_gpu_blocks or 0) * int(cache.block_size)
-
-
-def use_threads(threads: int) -> None:
-    """Limits vLLM on a CPU to `threads` unpinned threads, if that leaves CPUs to other processes."""
-    if threads < len(os.sched_getaffinity(0)):
-        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-        os.environ["OMP_NUM_THREADS"] = str(threads)

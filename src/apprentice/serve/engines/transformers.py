@@ -41,7 +41,8 @@ log = logging.getLogger(__name__)
 class TransformersEngine:
     """`Engine` over the model in `folder`: decodes up to `max_running` requests together while up to `max_queued` more wait.
 
-    `dtype` is `auto`, `bfloat16` or `float32`. The KV cache takes at most `kv_bytes` bytes (None: `max_running` contexts).
+    `dtype` is `auto`, `bfloat16` or `float32`; `device` "cpu" or "cuda" (None: a GPU if there is one). The KV cache takes at most
+    `kv_bytes` bytes (None: `max_running` contexts).
     `threads` CPU threads do the arithmetic, but no more than there are CPUs. Raises `ModelError` if the model cannot be loaded or
     decoded.
     """
@@ -57,11 +58,16 @@ class TransformersEngine:
         threads: int,
         kv_bytes: int | None = None,
         trust: bool = False,
+        device: str | None = None,
     ) -> None:
         def load() -> None:
             torch.set_num_threads(min(threads, len(os.sched_getaffinity(0))))
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-            self._model: Any = place_model(load_model(folder, resolve_dtype(dtype), trust=trust), device)
+            place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+            if place == "cuda" and not torch.cuda.is_available():
+                raise ModelError(
+                    "the replica has a GPU of Ray's, and PyTorch sees none; install PyTorch's CUDA build and a driver that fits it."
+                )
+            self._model: Any = place_model(load_model(folder, resolve_dtype(dtype, place), trust=trust), place)
             self._scheduler = make_scheduler(self._model, slots=max_running, context=context, kv_bytes=kv_bytes)
 
         self._capacity = max_running + max_queued

@@ -16,14 +16,16 @@ import time
 import weakref
 from collections.abc import AsyncGenerator, Coroutine
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from apprentice.errors import ModelError
 from apprentice.inference.generation_request import GeneratedToken, GenerationRequest, ScoredToken
 from apprentice.inference.lora import CONFIG, WEIGHTS, read_lora
 from apprentice.inference.token_pacing import pacing_seconds
-from apprentice.models.loading import build_without_weights, resolve_dtype
-from apprentice.pretrained.architecture import kv_values_per_token, model_config
+from apprentice.model_pool.parent_death import guard_children
+from apprentice.model_pool.vllm_arguments import prepare_environment, vllm_arguments
+from apprentice.models.loading import build_without_weights
+from apprentice.pretrained.architecture import model_config
 from apprentice.serve.api.schemas.requests import MOST_TOP
 from apprentice.serve.engines.base import EngineFailed, EngineStats, Overloaded, RequestFailed
 from apprentice.serve.engines.compat import (
@@ -37,22 +39,21 @@ from apprentice.serve.engines.compat import (
     StructuredOutputsParams,
     kv_cache_tokens,
     tokens_input,
-    use_threads,
 )
-from apprentice.serve.engines.parent_death import guard_children
 
 log = logging.getLogger(__name__)
 MOST_RANK = 64  # largest rank of an adapter: vLLM reserves room for it in every layer at the start
 _LOAD_TIMEOUT_S = 300.0
-_BLOCK = 128  # tokens in one of vLLM's KV blocks on a CPU; a GPU's blocks are smaller
 
 
 class VllmEngine:
     """`Engine` over the model in `folder`: decodes up to `max_running` requests together while up to `max_queued` more wait.
 
-    Must be made in the event loop that uses it. `dtype` is `auto`, `bfloat16` or `float32`. The KV cache takes `kv_bytes` bytes
-    (None: `max_running` contexts). On a CPU, `threads` threads do the arithmetic; if those are all CPUs, vLLM leaves one to its
-    scheduler. `adapters` is how many LoRA adapters may be in memory at once (0: none). Raises `ModelError` if vLLM does not start.
+    Must be made in the event loop that uses it. `dtype` is `auto`, `bfloat16` or `float32`. The model is split over
+    `tensor_parallel` GPUs, or processes on a CPU. The KV cache takes `kv_bytes` bytes (None: on GPUs its share of what is free with
+    `engines` engines beside each other, on a CPU `max_running` contexts). On a CPU, `threads` threads do the arithmetic; if those
+    are all CPUs, vLLM leaves one to its scheduler. `adapters` is how many LoRA adapters may be in memory at once (0: none). Raises
+    `ModelError` if vLLM does not start.
     """
 
     def __init__(
@@ -67,6 +68,9 @@ class VllmEngine:
         kv_bytes: int | None = None,
         trust: bool = False,
         adapters: int = 0,
+        device: Literal["cpu", "cuda"] = "cpu",
+        tensor_parallel: int = 1,
+        engines: int = 1,
     ) -> None:
         self._loop = asyncio.get_running_loop()
         config = model_config(folder)
@@ -80,10 +84,19 @@ class VllmEngine:
         self._accepted = self._prompt_tokens = self.produced = self.shared = 0
         self._failure: str | None = None
         self._scratch = tempfile.TemporaryDirectory(prefix="apprentice-vllm-")
-        arguments = _arguments(
-            folder, dtype, max_running=max_running, context=self.context, kv_bytes=kv_bytes, trust=trust, adapters=adapters
+        settings = vllm_arguments(
+            folder,
+            device=device,
+            dtype=dtype,
+            max_running=max_running,
+            context=self.context,
+            kv_bytes=kv_bytes,
+            trust=trust,
+            tensor_parallel=tensor_parallel,
+            engines=engines,
         )
-        use_threads(threads)
+        arguments = _endpoint_arguments(settings, adapters)
+        prepare_environment(max(1, threads // tensor_parallel))
         guard_children()
         try:
             self._llm = AsyncLLM.from_engine_args(arguments)
@@ -321,26 +334,15 @@ class VllmStream:
             log.debug("not aborted: %s", error)
 
 
-def _arguments(
-    folder: Path, dtype: str, *, max_running: int, context: int, kv_bytes: int | None, trust: bool, adapters: int
-) -> AsyncEngineArgs:
-    kind = resolve_dtype(dtype)
-    if kv_bytes is None and (numbers := kv_values_per_token(model_config(folder))) is not None:
-        kv_bytes = numbers * kind.itemsize * max_running * -(-context // _BLOCK) * _BLOCK
+def _endpoint_arguments(settings: dict[str, Any], adapters: int) -> AsyncEngineArgs:
+    """vLLM's arguments for an endpoint: `settings` of the model, with grammars, scores and room for `adapters` LoRA adapters."""
     loras: dict[str, Any] = {}
     if adapters:
         # One slot more than adapters: on a CPU, vLLM 0.29 applies the adapter in the last slot to rows without an adapter.
         places = adapters + 1
         loras = {"enable_lora": True, "max_lora_rank": MOST_RANK, "max_loras": places, "max_cpu_loras": places}
     return AsyncEngineArgs(
-        model=str(folder),
-        dtype=str(kind).removeprefix("torch."),
-        max_model_len=context,
-        max_num_seqs=max_running,
-        kv_cache_memory_bytes=kv_bytes,
-        load_format="auto" if trust else "safetensors",
-        trust_remote_code=trust,
-        generation_config="vllm",  # sampling parameters come with each request, not from the model's folder
+        **settings,
         structured_outputs_config={"backend": "guidance"},
         max_logprobs=MOST_TOP,
         disable_log_stats=True,

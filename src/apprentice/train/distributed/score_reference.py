@@ -18,9 +18,12 @@ import torch
 from apprentice.data.corpus import Corpus
 from apprentice.data.reference import ReferenceLogProbs
 from apprentice.data.window import WindowRenderer
+from apprentice.model_pool.actors import reserve_memory
+from apprentice.model_pool.model import weight_bytes
 from apprentice.models.attention import PackedCompute
 from apprentice.models.loading import load_model, resolve_dtype
 from apprentice.models.tuning.methods import TUNING_METHODS
+from apprentice.pretrained.hub import local_folder
 from apprentice.recipe import Recipe
 from apprentice.run.folder import Run
 from apprentice.tasks.schema import Task
@@ -67,6 +70,8 @@ def _chunks(corpus: Corpus, number: int) -> Iterator[_Chunk]:
 def _compute(recipe: Recipe, corpus: Corpus, chunks: list[_Chunk], actors: int) -> dict[str, Any]:
     """The columns task, row and values, with one entry for each pair; values is float32 (pairs, 2), the better answer first."""
     resources = recipe.training.resources
+    base = local_folder(recipe.training.dpo.reference or recipe.model.base)
+    weights = weight_bytes(base, recipe.model.dtype, gpu=resources.gpus > 0)
     numbers = ray.data.range(len(chunks), override_num_blocks=len(chunks))
     numbers.context.enable_progress_bars = False
     computed = numbers.map_batches(
@@ -76,6 +81,7 @@ def _compute(recipe: Recipe, corpus: Corpus, chunks: list[_Chunk], actors: int) 
         compute=ray.data.ActorPoolStrategy(size=min(actors, len(chunks))),
         num_cpus=resources.cpus,
         num_gpus=resources.gpus or None,
+        memory=reserve_memory(weights, "an actor of the reference model"),
     )
     batches = list(computed.iter_batches(batch_size=None, batch_format="numpy"))
     columns = {name: np.concatenate([batch[name] for batch in batches]) for name in ("task", "row", "better", "worse")}

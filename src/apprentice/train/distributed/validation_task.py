@@ -14,6 +14,8 @@ import ray
 import ray.train
 from ray.train import ValidationConfig
 
+from apprentice.pretrained.hub import local_folder
+from apprentice.recipe import Recipe
 from apprentice.recipe.training import Resources
 from apprentice.run.folder import Run
 
@@ -25,12 +27,16 @@ ReportFigures = Callable[[int, dict[str, Any]], Any]  # gets the checkpoint's st
 
 
 class ValidationTask:
-    """Runs `validator` on checkpoints of `run`, each in a Ray task with `resources` of its own."""
+    """Runs `validator` on checkpoints of `run`, each in a Ray task with `resources` of its own, and memory for the model.
+
+    Raises `ResourcesError` where no node has as much memory.
+    """
 
     def __init__(self, validator: CheckpointValidator, run: Run, resources: Resources) -> None:
         self._validator = ray.put(validator)
         self._run = run
         self._resources: dict[str, Any] = {"num_cpus": resources.cpus, "num_gpus": resources.gpus}
+        self._resources["memory"] = _memory(validator.recipe)
 
     def config(self, mailbox: Any) -> ValidationConfig:
         """Ray Train's configuration; the figures go to `mailbox`."""
@@ -77,3 +83,12 @@ class ValidationTask:
         if loss is None:
             checkpoints.record_validation(checkpoint, None)
         return loss
+
+
+def _memory(recipe: Recipe) -> int | None:
+    """Ray's option `memory` for a task that holds the recipe's model."""
+    from apprentice.model_pool.actors import reserve_memory  # imports PyTorch, which Ray Train's controller does not need
+    from apprentice.model_pool.model import weight_bytes
+
+    weights = weight_bytes(local_folder(recipe.model.base), recipe.model.dtype, gpu=recipe.training.resources.gpus > 0)
+    return reserve_memory(weights, "the validation of a checkpoint")

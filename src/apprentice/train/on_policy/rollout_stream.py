@@ -22,6 +22,10 @@ import torch
 from apprentice.data.corpus import Corpus
 from apprentice.data.stream import Start, arrow_table, repartition_by_step
 from apprentice.errors import TrainingError
+from apprentice.model_pool.actors import reserve_memory
+from apprentice.model_pool.model import weight_bytes
+from apprentice.pretrained.hub import local_folder
+from apprentice.recipe import Recipe
 from apprentice.run.folder import Run
 from apprentice.storage import Folder
 from apprentice.train.checkpoint import format as checkpoints
@@ -48,8 +52,16 @@ def stream_rounds(corpus: Corpus, run: Run, start: Start) -> ray.data.Dataset:
         compute=ray.data.ActorPoolStrategy(size=shape.parts),
         num_cpus=resources.cpus,
         num_gpus=resources.gpus or None,
+        memory=reserve_memory(_weight_bytes(recipe), "an actor that writes replies"),
     )
     return repartition_by_step(rows, recipe)
+
+
+def _weight_bytes(recipe: Recipe) -> int:
+    """Bytes of the models that a writer of replies holds: the policy, the reward model, and the reference where it is needed."""
+    grpo, on_gpu = recipe.training.grpo, recipe.training.resources.gpus > 0
+    bases = [recipe.model.base, *([grpo.reward] if grpo.reward else []), *([recipe.model.base] if grpo.beta else [])]
+    return sum(weight_bytes(local_folder(base), recipe.model.dtype, gpu=on_gpu) for base in bases)
 
 
 class _RoundActor:

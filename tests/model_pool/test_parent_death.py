@@ -16,7 +16,7 @@ from tests.conftest import ROOT
 # A process whose children are started by a thread that ends, one of them by a fork without another program.
 PARENT = """
 import multiprocessing, subprocess, sys, threading, time
-from apprentice.serve.engines.parent_death import guard_children
+from apprentice.model_pool.parent_death import guard_children
 guard_children()
 def start():
     subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
@@ -42,7 +42,7 @@ def test_children_outlive_their_thread_and_end_with_their_process() -> None:
         assert parent.stdout.readline() == b"started\n"
         deadline = time.monotonic() + 30
         below = psutil.Process(parent.pid).children()
-        (watcher,) = [child for child in below if "apprentice.serve.engines.parent_death" in child.cmdline()]
+        (watcher,) = [child for child in below if "apprentice.model_pool.parent_death" in child.cmdline()]
         others = [child for child in below if child != watcher]
         assert len(others) == 2
         while watched(watcher) < 3:

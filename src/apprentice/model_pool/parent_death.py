@@ -1,6 +1,6 @@
-"""Kills the processes that a replica started once the replica is gone, however it ended.
+"""Kills the processes that a worker or a replica started once it is gone, however it ended.
 
-Otherwise vLLM's processes would keep their memory when a replica is killed. A watcher process beside the replica follows its
+Otherwise vLLM's processes would keep their memory when it is killed. A watcher process beside it follows its
 descendants and kills those that outlive it; nothing is patched in vLLM. A parent-death signal (`PR_SET_PDEATHSIG`) does not serve
 here: it is sent when the thread that started the process ends, even if its process goes on.
 """
@@ -20,7 +20,7 @@ _LOOK_S = 0.2  # seconds between two looks for new descendants
 
 def guard_children() -> None:
     """Starts a watcher that kills all descendants of this process, present and future, once this process is gone."""
-    command = [sys.executable, "-m", "apprentice.serve.engines.parent_death", str(os.getpid())]
+    command = [sys.executable, "-m", "apprentice.model_pool.parent_death", str(os.getpid())]
     subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
 
 

@@ -1,0 +1,83 @@
+"""The wait for free resources, GPUs among them, over a stand-in for the cluster."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from apprentice.errors import ResourcesError
+from apprentice.model_pool import actors
+from apprentice.model_pool.actors import find_free_resources
+from apprentice.model_pool.pool import FreeResources
+
+GPU_NODE = {"CPU": 16.0, "GPU": 8.0, "memory": 100.0}
+CPU_NODE = {"CPU": 4.0, "memory": 10.0}
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[float]]:
+    """Sets the nodes, and their free CPUs and GPUs at each look, the last for ever; returns the looks' times in seconds."""
+
+    def make(nodes: list[dict[str, float]], *free: tuple[float, float]) -> list[float]:
+        looks: list[float] = []
+        clock = [0.0]
+
+        def available() -> dict[str, float]:
+            looks.append(clock[0])
+            cpus, gpus = free[min(len(looks), len(free)) - 1]
+            return {"CPU": cpus, "GPU": gpus, "memory": 100.0}
+
+        def sleep(seconds: float) -> None:
+            clock[0] += seconds
+
+        stand_in: Any = type("ray", (), {"available_resources": staticmethod(available)})
+        monkeypatch.setattr(actors, "ray", stand_in)
+        monkeypatch.setattr(actors, "node_resources", lambda: nodes)
+        monkeypatch.setattr(actors, "request_nodes", lambda *_: None)
+        monkeypatch.setattr(actors, "largest_gpu_bytes", lambda: 80)
+        monkeypatch.setattr(actors.time, "sleep", sleep)
+        monkeypatch.setattr(actors.time, "monotonic", lambda: clock[0])
+        return looks
+
+    return make
+
+
+def said() -> tuple[list[str], Callable[[str], None]]:
+    lines: list[str] = []
+    return lines, lines.append
+
+
+def test_gpus_that_training_still_releases_are_waited_for(cluster: Callable[..., list[float]]) -> None:
+    looks = cluster([GPU_NODE], (16, 0), (16, 0), (16, 3), (16, 8))
+    lines, tell = said()
+    assert find_free_resources(tell, gpus=1.0) == FreeResources(actors._usable_cpus([GPU_NODE], 16), 16, 8, 100, 8, 80)
+    assert len(looks) == 4
+    assert lines == []
+
+
+def test_after_a_while_the_gpus_of_one_worker_are_enough(cluster: Callable[..., list[float]]) -> None:
+    looks = cluster([GPU_NODE], (16, 4))
+    assert find_free_resources(lambda _: None, gpus=1.0, tensor_parallel=4).gpus == 4
+    assert actors.SETTLE_S < looks[-1] < actors.SETTLE_S + 1
+
+
+def test_gpus_that_stay_taken_are_told_and_no_cpu_answers_instead(cluster: Callable[..., list[float]]) -> None:
+    looks = cluster([GPU_NODE], (16, 2))
+    with pytest.raises(ResourcesError, match=r"of the cluster's 8 only 2 are free; wait for what runs on them"):
+        find_free_resources(lambda _: None, gpus=1.0, tensor_parallel=4)
+    assert looks[-1] > actors.PATIENCE_S
+
+
+def test_a_recipe_without_gpus_takes_cpus_where_others_have_the_gpus(cluster: Callable[..., list[float]]) -> None:
+    looks = cluster([GPU_NODE], (8, 0))
+    assert find_free_resources(lambda _: None).gpus == 0
+    assert looks[-1] < actors.SETTLE_S + 1
+
+
+def test_a_cluster_without_gpus_answers_a_recipe_that_asks_for_them_aloud(cluster: Callable[..., list[float]]) -> None:
+    cluster([CPU_NODE, CPU_NODE], (8, 0))
+    lines, tell = said()
+    assert find_free_resources(tell, gpus=8.0) == FreeResources(8, 4, 0, 100, 0, None)
+    assert lines == ["the recipe asks for GPUs (training.resources.gpus 8) and this cluster has none: CPUs answer instead"]

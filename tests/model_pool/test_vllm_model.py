@@ -1,0 +1,122 @@
+"""Arguments for vLLM, and a worker's model over a recording stand-in for its package."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+from apprentice.errors import ModelError
+from apprentice.inference.generation_request import NotFiniteError
+from apprentice.model_pool import vllm_model
+from apprentice.model_pool.vllm_arguments import vllm_arguments
+from apprentice.model_pool.vllm_model import VllmModel
+from tests.support.big_models import big_llama
+from tests.support.vllm_signatures import NAMES, SamplingParams
+
+SETTINGS: dict[str, Any] = {"dtype": "auto", "max_running": 32, "context": 8192, "kv_bytes": None, "trust": False}
+
+
+def test_an_8b_model_on_one_gpu(tmp_path: Path) -> None:
+    folder = big_llama(tmp_path, "8b")
+    assert vllm_arguments(folder, device="cuda", **SETTINGS) == {
+        "model": str(folder),
+        "dtype": "bfloat16",
+        "max_model_len": 8192,
+        "max_num_seqs": 32,
+        "kv_cache_memory_bytes": None,  # what the weights leave free
+        "load_format": "safetensors",
+        "trust_remote_code": False,
+        "generation_config": "vllm",
+    }
+
+
+def test_a_70b_model_over_8_gpus(tmp_path: Path) -> None:
+    folder = big_llama(tmp_path, "70b")
+    arguments = vllm_arguments(folder, device="cuda", **SETTINGS, tensor_parallel=8)
+    assert arguments["tensor_parallel_size"] == 8
+    assert arguments["distributed_executor_backend"] == "mp"  # in a placement group vLLM's default would be Ray's workers
+    assert arguments["kv_cache_memory_bytes"] is None
+    bounded = vllm_arguments(folder, device="cuda", **SETTINGS | {"kv_bytes": 64 * 10**9}, tensor_parallel=8)
+    assert bounded["kv_cache_memory_bytes"] == 8 * 10**9  # of each GPU
+    assert set(bounded) <= set(NAMES["AsyncEngineArgs"])
+
+
+def test_engines_beside_each_other_share_a_gpu(tmp_path: Path) -> None:
+    arguments = vllm_arguments(big_llama(tmp_path, "1b"), device="cuda", **SETTINGS, engines=2)
+    assert arguments["gpu_memory_utilization"] == 0.46
+    assert set(arguments) <= set(NAMES["AsyncEngineArgs"])
+
+
+def test_on_a_cpu_the_kv_cache_holds_the_contexts_in_each_process(tmp_path: Path) -> None:
+    """A process of a split model has its part of the 8 key heads, and at least one."""
+    folder = big_llama(tmp_path, "8b")
+    settings = SETTINGS | {"dtype": "bfloat16", "context": 1000, "max_running": 2}
+    a_token = 2 * 32 * 8 * 128 * 2  # keys and values, layers, heads, width, bytes
+    sizes = {
+        split: vllm_arguments(folder, device="cpu", **settings, tensor_parallel=split)["kv_cache_memory_bytes"]
+        for split in (1, 2, 8, 16)
+    }
+    assert sizes == {1: a_token * 2048, 2: a_token * 1024, 8: a_token * 256, 16: a_token * 256}
+
+
+class StandInLLM:
+    """Replies to each prompt with its first id and the stop id 2; scores each token by minus its position."""
+
+    made: dict[str, Any]
+    failure: Exception | None = None
+    logprob = -0.5
+
+    def __init__(self, **arguments: Any) -> None:
+        assert set(arguments) <= {*NAMES["LLM"], *NAMES["AsyncEngineArgs"]}
+        if self.failure is not None:
+            raise self.failure
+        type(self).made = arguments
+
+    def generate(self, prompts: list[dict[str, Any]], sampling: SamplingParams, *, use_tqdm: bool) -> list[Any]:
+        outputs = []
+        for prompt in (prompt["prompt_token_ids"] for prompt in prompts):
+            ids = [prompt[0], 2][: sampling.max_tokens]
+            scores = [{id: SimpleNamespace(logprob=self.logprob)} for id in ids]
+            reply = SimpleNamespace(token_ids=ids, logprobs=scores, finish_reason="stop" if ids[-1] == 2 else "length")
+            places = [None, *({id: SimpleNamespace(logprob=-float(place))} for place, id in enumerate(prompt[1:], 1))]
+            outputs.append(SimpleNamespace(outputs=[reply], prompt_logprobs=places))
+        return outputs
+
+
+@pytest.fixture
+def model(monkeypatch: pytest.MonkeyPatch, tiny_model: Path) -> VllmModel:
+    module = ModuleType("vllm")
+    vars(module).update({"LLM": StandInLLM, "SamplingParams": SamplingParams})
+    monkeypatch.setitem(sys.modules, "vllm", module)
+    monkeypatch.setattr(vllm_model, "guard_children", lambda: None)
+    for name in ("VLLM_NO_USAGE_STATS", "VLLM_LOGGING_LEVEL", "VLLM_ALLOW_LONG_MAX_MODEL_LEN"):
+        monkeypatch.setenv(name, "1")
+    return VllmModel(tiny_model, device="cuda", dtype="bfloat16", context=600, threads=1, tensor_parallel=2)
+
+
+def test_a_worker_gives_vllm_its_gpus_and_limits(model: VllmModel) -> None:
+    made = StandInLLM.made
+    assert (made["tensor_parallel_size"], made["max_model_len"], made["max_num_batched_tokens"]) == (2, 601, 2048)
+    assert model.generate([[5, 6], [7]], max_new_tokens=4, stop_ids={2}) == [[5], [7]]
+    assert model.generate([[5, 6]], max_new_tokens=1, stop_ids={2}) == [[5]]
+    assert model.generate([], max_new_tokens=1, stop_ids={2}) == []
+
+
+def test_choices_are_scored_by_their_own_tokens_in_order(model: VllmModel) -> None:
+    assert model.choice_logprobs([[5, 6], [7]], [[[1], [1, 2]], [[3, 4, 5]]]) == [[-2.0, -5.0], [-6.0]]
+
+
+def test_logits_that_are_not_finite_are_told(model: VllmModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(StandInLLM, "logprob", float("nan"))
+    with pytest.raises(NotFiniteError):
+        model.generate([[5, 6]], max_new_tokens=1, stop_ids={2})
+
+
+def test_a_model_that_vllm_refuses_is_one_sentence(model: VllmModel, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(StandInLLM, "failure", ValueError("no\nroom"))
+    with pytest.raises(ModelError, match=r"^vLLM does not start with .*: no room$"):
+        VllmModel(tiny_model, device="cuda", dtype="bfloat16", context=600, threads=1)
