@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
-from typing import Any, TypeVar
+from typing import TypeVar
 from weakref import WeakKeyDictionary
 
 from fastapi.responses import Response
@@ -21,6 +21,7 @@ from apprentice.serve.api.middleware import key_of, limit_state_of
 from apprentice.serve.api.request_body import run_in_thread_if_large
 from apprentice.serve.api.request_metrics import SAMPLE_S, RequestMetrics
 from apprentice.serve.api.retry_after import RetrySchedule
+from apprentice.serve.api.schemas.descriptions import ModelDescription
 from apprentice.serve.api.schemas.problems import RequestProblem
 from apprentice.serve.api.schemas.requests import GenerationFields
 from apprentice.serve.api.schemas.responses import Usage
@@ -54,10 +55,10 @@ class ApiState:
             self.metrics.sample()
             await asyncio.sleep(SAMPLE_S)
 
-    def describe_model(self, name: str) -> dict[str, Any]:
+    def describe_model(self, name: str) -> ModelDescription:
         """A model as `/v1/models` lists it; an adapter has its base as `parent`."""
-        description = {"id": name, "object": "model", "created": self._created, "owned_by": "apprentice"}
-        return description if name in self.engines else description | {"parent": self.catalogue.default.name}
+        parent = {} if name in self.engines else {"parent": self.catalogue.default.name}
+        return ModelDescription(id=name, object="model", created=self._created, owned_by="apprentice", **parent)
 
     def service(self, model: ServedModel) -> ReplyService:
         """The reply service of the model, made at its first request."""

@@ -170,4 +170,4 @@ def respond(problem: RequestProblem) -> JSONResponse:
     headers = {} if problem.retry_after_s is None else {"Retry-After": str(problem.retry_after_s)}
     if problem.status == 401:
         headers["WWW-Authenticate"] = "Bearer"  # RFC 9110 asks for it, and some clients send no key before they read it
-    return JSONResponse(problem.body, status_code=problem.status, headers=headers)
+    return JSONResponse(problem.body.to_dict(), status_code=problem.status, headers=headers)

@@ -12,6 +12,7 @@ from apprentice.data.encoding.prompt_format import Layout
 from apprentice.errors import ChatTemplateError, did_you_mean
 from apprentice.inference.choices.choice_ranking import RANKINGS, index_of_best
 from apprentice.serve.api.limits.accounts import Account
+from apprentice.serve.api.schemas.descriptions import RankedChoice, RenderedPrompt, TaskAnswer, TaskDescription
 from apprentice.serve.api.schemas.problems import RequestProblem
 from apprentice.serve.api.schemas.requests import InstructRequest, RenderRequest, TaskRequest
 from apprentice.serve.generation.choice_logprobs import ChoiceScorer
@@ -29,38 +30,38 @@ class Question(NamedTuple):
     choices: tuple[str, ...]
 
 
-def describe_task(task: Task) -> dict[str, Any]:
+def describe_task(task: Task) -> TaskDescription:
     """Description of a task for `/v1/tasks`: its fields, a sample row, its choices and templates."""
     names = frozenset().union(*(_needed_fields(task, template) for template in task.scored_templates))
     sample = sample_row(task) or {}
-    return {
-        "id": task.name,
-        "object": "task",
-        "cluster": task.cluster,
-        "summary": task.summary,
-        "fields": sorted(names),
-        "sample": {name: sample[name] for name in sorted(names & sample.keys())} or None,
-        "choices": list(task.choices) if isinstance(task.choices, tuple) else None,
-        "templates": [template.name for template in task.scored_templates],
-    }
+    return TaskDescription(
+        id=task.name,
+        object="task",
+        cluster=task.cluster,
+        summary=task.summary,
+        fields=sorted(names),
+        sample={name: sample[name] for name in sorted(names & sample.keys())} or None,
+        choices=list(task.choices) if isinstance(task.choices, tuple) else None,
+        templates=[template.name for template in task.scored_templates],
+    )
 
 
-def render_task(task: Task, body: RenderRequest, layout: Layout) -> dict[str, Any]:
+def render_task(task: Task, body: RenderRequest, layout: Layout) -> RenderedPrompt:
     """Prompt (text and token ids), instruction, input and choices for a row of the task. Raises `RequestProblem`."""
     question = _question(task, _template(task, body.template), body.fields or {})
     text = _prompt(layout, question)
-    return {
-        "text": layout.shown(text),
-        "token_ids": layout.encode_prompt(text),
-        "instruction": question.instruction,
-        "input": question.input,
-        "choices": list(question.choices),
-    }
+    return RenderedPrompt(
+        text=layout.shown(text),
+        token_ids=layout.encode_prompt(text),
+        instruction=question.instruction,
+        input=question.input,
+        choices=list(question.choices),
+    )
 
 
 async def answer_task(
     task: Task, body: TaskRequest, layout: Layout, replies: ReplyService, scorer: ChoiceScorer, account: Account
-) -> dict[str, Any]:
+) -> TaskAnswer:
     """The rendered prompt with the choices, ranked as the model's contract says, or with a generated reply where there are none.
 
     `probability` is the softmax of the ranking's scores; `logprob` is always the choice's summed log-probability. Closes `account`
@@ -70,7 +71,7 @@ async def answer_task(
     # In a thread, because a row may be large and a template may take a second.
     question = await asyncio.to_thread(_question, task, template, body.fields)
     text = await asyncio.to_thread(_prompt, layout, question)
-    answer: dict[str, Any] = {
+    fields: dict[str, Any] = {
         "object": "task.answer",
         "task": task.name,
         "template": template.name,
@@ -81,26 +82,26 @@ async def answer_task(
     if not question.choices:
         instruction = InstructRequest(instruction=question.instruction, input=question.input, max_tokens=body.max_tokens)
         prompts = await asyncio.to_thread(replies.encoder.encode_instruction, instruction)
-        return answer | {"answer": await replies.text(instruction, prompts, account)}
+        return TaskAnswer(**fields, answer=await replies.text(instruction, prompts, account))
     prompt_ids = await asyncio.to_thread(layout.encode_prompt, text)
-    return answer | await _ranked_choices(question.choices, prompt_ids, layout, scorer, account)
+    best, ranked = await _rank_choices(question.choices, prompt_ids, layout, scorer, account)
+    return TaskAnswer(**fields, answer=question.choices[best], ranked_by=scorer.rank_by, choices=ranked)
 
 
-async def _ranked_choices(
+async def _rank_choices(
     choices: tuple[str, ...], prompt: list[int], layout: Layout, scorer: ChoiceScorer, account: Account
-) -> dict[str, Any]:
-    """The best choice, and all with their probabilities."""
+) -> tuple[int, list[RankedChoice]]:
+    """Index of the best choice, and all with their probabilities, in their order."""
     ids = [(*encoded, *layout.end_ids) for encoded in await asyncio.to_thread(layout.encode_answers, list(choices))]
     prompts = [prompt, *([layout.empty_prompt] if scorer.rank_by == "pmi" else [])]
     sums, *priors = await scorer.logprobs(prompts, ids, account)
     scores = RANKINGS[scorer.rank_by](sums, [len(encoded) for encoded in ids], priors[0] if priors else ())
-    winner = index_of_best(scores)
-    weights = [math.exp(value - scores[winner]) for value in scores]
-    ranked = [
-        {"choice": choice, "probability": weight / sum(weights), "logprob": value}
+    best = index_of_best(scores)
+    weights = [math.exp(value - scores[best]) for value in scores]
+    return best, [
+        RankedChoice(choice=choice, probability=weight / sum(weights), logprob=value)
         for choice, weight, value in zip(choices, weights, sums, strict=True)
     ]
-    return {"answer": choices[winner], "ranked_by": scorer.rank_by, "choices": ranked}
 
 
 def _prompt(layout: Layout, question: Question) -> str:

@@ -21,7 +21,7 @@ from apprentice.serve.api.schemas.requests import (
 def refusal(kind: type[GenerationFields], body: dict[str, Any]) -> dict[str, Any]:
     with pytest.raises(ValidationError) as caught:
         kind.model_validate(body)
-    return dict(problem_of_fields(caught.value.errors(), list(kind.model_fields)).body["error"])
+    return dict(problem_of_fields(caught.value.errors(), list(kind.model_fields)).body.error.to_dict())
 
 
 def test_what_asks_for_nothing_is_let_through() -> None:

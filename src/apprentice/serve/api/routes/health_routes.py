@@ -9,6 +9,7 @@ from fastapi import FastAPI
 from starlette.requests import Request as HttpRequest
 
 from apprentice.serve.api.api_state import ApiState
+from apprentice.serve.api.schemas.descriptions import Health, Readiness
 from apprentice.serve.api.schemas.problems import RequestProblem
 from apprentice.serve.engines.base import EngineFailed
 
@@ -19,17 +20,17 @@ def add_health_routes(app: FastAPI, state: ApiState) -> None:
     """Adds `/health`, `/ready` and `/stats` to `app`."""
 
     @app.get("/health")
-    async def health() -> dict[str, Any]:
+    async def health() -> Health:
         for engine in state.engines.values():
             engine.check()
         default = state.catalogue.default
-        return {"status": "ok", "model": default.name, "layout": default.layout.name, "context": default.engine.context}
+        return Health(status="ok", model=default.name, layout=default.layout.name, context=default.engine.context)
 
     @app.get("/ready")
-    async def ready() -> dict[str, Any]:
+    async def ready() -> Readiness:
         try:
             if await state.is_ready():
-                return {"status": "ready"}
+                return Readiness(status="ready")
         except EngineFailed as failure:
             log.warning("not ready: %s", failure)
         raise RequestProblem("the engine has not answered yet.", status=503, kind="server_error", code="not_ready")

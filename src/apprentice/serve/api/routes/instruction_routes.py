@@ -11,6 +11,7 @@ from starlette.requests import Request as HttpRequest
 from apprentice.errors import did_you_mean
 from apprentice.serve.api.api_state import ApiState
 from apprentice.serve.api.request_body import run_in_thread_if_large
+from apprentice.serve.api.schemas.descriptions import RenderedPrompt, TaskAnswer, TaskList
 from apprentice.serve.api.schemas.problems import RequestProblem
 from apprentice.serve.api.schemas.requests import InstructRequest, RenderRequest, TaskRequest
 from apprentice.serve.generation.choice_logprobs import ChoiceScorer
@@ -33,16 +34,16 @@ def add_instruction_routes(app: FastAPI, state: ApiState, tasks: dict[str, Task]
     async def instruct(http: HttpRequest, body: InstructRequest) -> Response:
         return await state.respond(http, body, PromptEncoder.encode_instruction, CompletionFormat)
 
-    @app.post("/v1/render", response_model=dict[str, Any])
+    @app.post("/v1/render", response_model=RenderedPrompt)
     async def render(http: HttpRequest, body: RenderRequest) -> Response:
         with await state.lease(http, body.model) as model:
             encoder = state.service(model).encoder
 
             def rendered() -> Response:
                 if body.task is not None:
-                    return JSONResponse(render_task(task_named(body.task), body, model.layout))
+                    return JSONResponse(render_task(task_named(body.task), body, model.layout).to_dict())
                 text, ids = encoder.render(body)
-                return JSONResponse({"text": text, "token_ids": ids})
+                return JSONResponse(RenderedPrompt(text=text, token_ids=ids).to_dict())
 
             return await run_in_thread_if_large(http, rendered)
 
@@ -54,11 +55,11 @@ def add_instruction_routes(app: FastAPI, state: ApiState, tasks: dict[str, Task]
             return leased.contract.model_dump(mode="json")
 
     @app.get("/v1/tasks")
-    async def list_tasks() -> dict[str, Any]:
-        return {"object": "list", "data": [describe_task(task) for task in tasks.values()]}
+    async def list_tasks() -> TaskList:
+        return TaskList(object="list", data=[describe_task(task) for task in tasks.values()])
 
-    @app.post("/v1/tasks/{name}")
-    async def ask_task(http: HttpRequest, name: str, body: TaskRequest) -> dict[str, Any]:
+    @app.post("/v1/tasks/{name}", response_model_exclude_unset=True)
+    async def ask_task(http: HttpRequest, name: str, body: TaskRequest) -> TaskAnswer:
         async with state.account(http, body.model) as (model, account):
             service = state.service(model)
             scorer = ChoiceScorer(model, service.encoder)

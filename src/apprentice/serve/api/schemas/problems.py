@@ -7,6 +7,22 @@ from collections.abc import Sequence
 from typing import Any
 
 from apprentice.errors import did_you_mean
+from apprentice.serve.api.schemas.responses import ResponseBody
+
+
+class ErrorFields(ResponseBody):
+    """What went wrong, OpenAI's word for its kind, the field that it is about, and a code for programs."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(ResponseBody):
+    """Body of every error, in OpenAI's shape."""
+
+    error: ErrorFields
 
 
 class RequestProblem(Exception):  # noqa: N818 - a fault of the request, sent to the client
@@ -25,7 +41,7 @@ class RequestProblem(Exception):  # noqa: N818 - a fault of the request, sent to
         super().__init__(message)
         self.status = status
         self.retry_after_s = retry_after_s
-        self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+        self.body = ErrorBody(error=ErrorFields(message=message, type=kind, param=param, code=code))
 
 
 # Type names that pydantic puts between keys where a value may have several types. Keys named `functions` or `list` do not match.

@@ -9,7 +9,7 @@ from starlette.types import Receive, Scope, Send
 
 from apprentice.serve.api.error_status import CLIENT_CLOSED, problem_of, status_of
 from apprentice.serve.api.schemas.requests import GenerationFields
-from apprentice.serve.api.schemas.responses import LAST_EVENT, event
+from apprentice.serve.api.schemas.responses import LAST_EVENT
 from apprentice.serve.generation.replies.reply_formats import ChoiceTokens, ReplyFormat
 from apprentice.serve.generation.replies.reply_group import ReplyGroup
 from apprentice.serve.generation.replies.streams import ReplyChunk, ReplyStream
@@ -49,7 +49,7 @@ class ReplyEvents:
                 yield self._bodies.usage_chunk(self._group.usage).to_event()
         except Exception as error:
             status = status_of(error)
-            yield event(problem_of(error).body)
+            yield problem_of(error).body.to_event()
         self.status = status
         yield LAST_EVENT
 
