@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 BLOCK_S = 0.008  # seconds of the splitter for one block: 100 to 150 blocks/s were measured with Ray 2.60 on two cores
-AHEAD = 2  # steps that a worker requests in advance: `PREFETCHED_STEPS` in train/distributed/ray_worker.py
+AHEAD = 2  # steps that a worker requests in advance: `PREFETCHED_STEPS` in train/distributed/row_streams/lane_reader.py
 POLL_S = 2.0  # seconds between two polls of each worker by Ray Train's controller
 LEAST_ACTORS = 4  # limit on actors that make windows, or one a worker if these are more: train/distributed/driver.py
 ACTOR_TOKENS_PER_S = 700_000  # of one such actor with a fast tokenizer, as measured

@@ -51,6 +51,14 @@ def test_columns_arrive_as_they_left(ray_cluster: None, corpus: Corpus) -> None:
         assert [np.asarray(value).tolist() for value in batch[name]] == [np.asarray(value).tolist() for value in column], name
 
 
+def test_a_lane_is_every_other_window(ray_cluster: None, corpus_of: CorpusOf) -> None:
+    """Lane 1 of two, taken up in the middle of window 3; its blocks hold what a worker reads of it in a step."""
+    lane = corpus_of({"workers": 2, "steps": 5, "global_batch": 8}, lanes=2)
+    stream = train_stream(lane, Start(3, 2), windows=2)
+    assert read(stream) == expected(lane, range(3, 4), 2) + expected(lane, range(5, 6))
+    assert lane.recipe.lanes.block_rows == 4
+
+
 @pytest.fixture(scope="module")
 def for_four(corpus_of: CorpusOf) -> Corpus:
     """Blocks of 2 rows, steps of 8."""

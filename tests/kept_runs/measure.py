@@ -103,7 +103,7 @@ def resumed(place: Path) -> dict[str, Any]:
     steps = [record for record in told if "loss" in record]
     figures = ("step", "loss", "grad_norm", "examples", "tokens", "target_tokens", "reward", "kl")
     return {
-        "from": [last.state.step, last.state.window, last.state.row],
+        "from": [last.state.step, last.state.lanes[0].window, last.state.lanes[0].row],
         "rows": rows,
         "steps": [{name: record[name] for name in figures if name in record} for record in steps],
         "validation": [record["validation_loss"] for record in told if "validation_loss" in record],
@@ -118,12 +118,13 @@ def _rows(corpus: Any, run: Any, state: Any) -> Iterator[str]:
     from apprentice.data.stream import render_window
     from tests.support import one_process
 
-    for window in count(state.window):
+    [place] = state.lanes
+    for window in count(place.window):
         rounds = corpus.recipe.training.aim.rounds
         columns = one_process.round_of(run, window) if rounds else render_window(corpus, window)
         if columns is None:
             return
-        for row in range(state.row if window == state.window else 0, len(columns["row"])):
+        for row in range(place.row if window == place.window else 0, len(columns["row"])):
             digest = hashlib.sha256()
             for name in ("input_ids", "segment_ids", "loss_mask"):
                 digest.update(bytes(str([int(value) for value in columns[name][row]]), "ascii"))

@@ -81,6 +81,7 @@ def trained(recipe: Any, run: Any, corpus: Any, records: list[dict[str, Any]], *
 
     checkpoint = checkpoints.find_newest(run.checkpoints)
     begin = checkpoint.state if checkpoint is not None else State()
+    [place] = begin.lanes
 
     def made(window: int) -> Any:
         if not recipe.training.aim.rounds:
@@ -96,8 +97,8 @@ def trained(recipe: Any, run: Any, corpus: Any, records: list[dict[str, Any]], *
 
     def rows(size: int) -> Iterator[PackedRows]:
         step, left = begin.step, None
-        for window in count(begin.window):
-            first = begin.row if window == begin.window else 0
+        for window in count(place.window):
+            first = place.row if window == place.window else 0
             columns = {name: values[first:] for name, values in made(window).items()}
             left = columns if left is None else {name: np.concatenate([left[name], columns[name]]) for name in columns}
             while len(left["row"]) >= size:

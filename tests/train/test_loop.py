@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -17,6 +18,7 @@ from apprentice.recipe import Optimizer
 from apprentice.train import loop
 from apprentice.train.batch import MicroBatch, PackedRows
 from apprentice.train.engine.collectives import Collectives
+from apprentice.train.lane_position import LanePosition, WindowShape, start_of_lanes
 from apprentice.train.loop import LoopCallback, LoopConfig, compute_validation_loss, train_loop
 from apprentice.train.losses.sft import SupervisedLoss
 from apprentice.train.optimizer import adamw
@@ -70,7 +72,7 @@ def stream(start: int = 0, rows: int = 4) -> Iterator[PackedRows]:
 
 
 def config(steps: int = 5, micro: int = 2, every: int = 2, **goal: Any) -> LoopConfig:
-    return LoopConfig(7, Goal(steps, **goal), OPTIMIZER, micro, every, window=1024)
+    return LoopConfig(7, Goal(steps, **goal), OPTIMIZER, micro, every, WindowShape(1024))
 
 
 class Recorder(LoopCallback):
@@ -136,7 +138,7 @@ def test_five_steps() -> None:
     assert [record["step"] for record in records] == [1, 2, 3, 4, 5]
     assert {record["steps"] for record in records} == {5}
     assert saves == [2, 4, 5]
-    assert (end.step, end.window, end.row) == (5, 0, 20)
+    assert (end.step, end.lanes[0][:2]) == (5, (0, 20))
     assert (end.tokens, end.target_tokens) == (rows.tokens, rows.targets)
     assert [ids for record in records for ids in record["examples"]] == [ids for fact in rows.facts for ids in fact.examples]
     assert end.validation_loss == 3.0
@@ -164,7 +166,7 @@ def test_positions_count_all_of_finished_windows() -> None:
     first, second = PackedRows.from_columns(packed_columns(4)), joined(packed_columns(2, first=4), packed_columns(2, window=1))
     end, _, _ = run(PlainEngine(), iter([first, second]), State(), config(steps=2))
     in_second_window = sum(len(fact.examples) for fact in second.facts[2:])
-    assert (end.window, end.row, end.positions) == (1, 2, 1024 + in_second_window)
+    assert (end.lanes[0][:2], end.positions) == ((1, 2), 1024 + in_second_window)
 
 
 def test_going_on_with_dropout_is_as_if_uninterrupted() -> None:
@@ -173,7 +175,7 @@ def test_going_on_with_dropout_is_as_if_uninterrupted() -> None:
     engine = PlainEngine(dropout=0.2)
     state, before, _ = run(engine, stream(), State(), replace(config(steps=2), optimizer=constant))
     torch.rand(100)  # whatever happened in between
-    rest = run(engine, stream(start=state.row), state, replace(config(), optimizer=constant))[1]
+    rest = run(engine, stream(start=state.lanes[0].row), state, replace(config(), optimizer=constant))[1]
     assert (len(before), len(rest)) == (2, 3)
     assert [record["loss"] for record in before + rest] == [record["loss"] for record in whole]
 
@@ -187,13 +189,14 @@ def joined(*parts: dict[str, Any], window_rows: int | None = None) -> PackedRows
 
 def test_a_stream_that_begins_elsewhere_is_refused() -> None:
     with pytest.raises(TrainingError, match=r"step 3: the stream is at \(window, row\) \(0, 4\) where \(0, 8\) comes next"):
-        run(PlainEngine(), stream(start=4), State(step=2, row=8), config())
+        run(PlainEngine(), stream(start=4), State(step=2, lanes=(LanePosition(row=8),)), config())
 
 
 def test_the_end_of_a_window_goes_on_in_the_next() -> None:
     rows = joined(packed_columns(4, window=3))
-    end, _, _ = run(PlainEngine(), iter([rows]), State(step=4, window=2, row=9), config(steps=5))  # of an earlier version
-    assert (end.window, end.row) == (3, 4)
+    of_an_earlier_version = State(step=4, lanes=(LanePosition(2, 9),))
+    end, _, _ = run(PlainEngine(), iter([rows]), of_an_earlier_version, config(steps=5))
+    assert end.lanes[0][:2] == (3, 4)
 
 
 WRONG = {
@@ -220,7 +223,7 @@ def test_windows_without_rows_are_passed_over() -> None:
     callback = Recorder(empty=(0, 2, 3))
     steps = [joined(packed_columns(4, window=1), window_rows=4), joined(packed_columns(4, window=4), window_rows=4)]
     end = train_loop(PlainEngine(), iter(steps), State(), config(steps=2), callback, collectives=Collectives())
-    assert (end.window, end.row, end.window_rows, callback.windows) == (4, 4, 4, [0, 2, 3])
+    assert (end.lanes[0][:3], callback.windows) == ((4, 4, 4), [0, 2, 3])
     assert end.ledger.dropped == {"sums": {"too_long": 1 + 3 + 4}}
 
 
@@ -228,7 +231,7 @@ def test_examples_are_of_their_rows_window() -> None:
     columns = packed_columns(4)
     columns["window"] = [3] * 4
     with pytest.raises(TrainingError, match="row 0 of window 3 holds the plan's position 0, which is of window 0"):
-        run(PlainEngine(), iter([PackedRows.from_columns(columns)]), State(window=3), config())
+        run(PlainEngine(), iter([PackedRows.from_columns(columns)]), State(lanes=(LanePosition(3),)), config())
 
 
 def test_a_stream_that_ends_early() -> None:
@@ -269,3 +272,26 @@ def test_a_save_is_settled_at_the_next_step_after_it_was_written() -> None:
     callback = Recorder(finished=[False, False, True, False, True])
     train_loop(PlainEngine(), stream(), State(), config(every=4), callback, collectives=Collectives())
     assert callback.settled == [3, 5]
+
+
+def lane_stream(*starts: int, rows: int = 2) -> Iterator[PackedRows]:
+    """Steps of `rows` rows of each lane: of window 0 and of window 1, from `starts` on."""
+    places = list(starts)
+    while True:
+        yield joined(*(packed_columns(rows, first=start, window=lane) for lane, start in enumerate(places)))
+        places = [start + rows for start in places]
+
+
+def test_two_lanes_go_on_where_each_of_them_was() -> None:
+    of_two = replace(config(), window=WindowShape(1024, lanes=2), optimizer=OPTIMIZER.model_copy(update={"schedule": "constant"}))
+    whole = run(PlainEngine(), lane_stream(0, 0), State(lanes=start_of_lanes(2)), of_two)[1]
+    engine = PlainEngine()
+    state, before, _ = run(engine, lane_stream(0, 0), State(lanes=start_of_lanes(2)), replace(of_two, goal=Goal(2)))
+    assert [place[:2] for place in state.lanes] == [(0, 4), (1, 4)]
+    taken_up = State.from_json(json.loads(json.dumps(state.to_json())))
+    rest = run(engine, lane_stream(*(place.row for place in taken_up.lanes)), taken_up, of_two)[1]
+    assert [record["examples"] for record in before + rest] == [record["examples"] for record in whole]
+    assert [record["loss"] for record in before + rest] == [record["loss"] for record in whole]
+    assert whole[0]["examples"][0] < 1024 <= whole[0]["examples"][4]  # rows of the lanes in turn
+    with pytest.raises(TrainingError, match=r"step 3: the stream is at \(window, row\) \(1, 2\) where \(1, 4\) comes next"):
+        run(engine, lane_stream(4, 2), State(step=2, lanes=state.lanes), of_two)

@@ -9,6 +9,8 @@ block every optimizer step is one contiguous range of rows, whatever the number 
     rows        0 1 2 3 │ 4 5 6 7 │ …      steps
     2 workers   A B A B │ A B A B │ …
     4 workers   A B C D │ A B C D │ …
+
+With several lanes (recipe/lanes.py) there are as many streams, each of every L-th window and for its part of the workers.
 """
 
 from __future__ import annotations
@@ -56,7 +58,7 @@ SPARE_WINDOWS = 64  # added to four times the windows that the run is estimated 
 
 @dataclass(frozen=True)
 class Start:
-    """The start of a stream: window and row of the first packed row that was not yet trained on."""
+    """The start of a lane's stream: window and row of the lane's first packed row that was not yet trained on."""
 
     window: int = 0
     row: int = 0
@@ -77,18 +79,25 @@ def validation_rows(corpus: Corpus, limit_rows: int) -> Rows:
     return WindowRenderer(corpus).validation(limit_rows)
 
 
-def train_stream(corpus: Corpus, start: Start = Start(), windows: int | None = None, concurrency: int = 1) -> ray.data.Dataset:
-    """The packed rows from `start` on, in order, as a dataset with blocks of `global_batch / max_workers` rows.
+def train_stream(
+    corpus: Corpus,
+    start: Start = Start(),
+    windows: int | None = None,
+    concurrency: int = 1,
+    shared: ray.ObjectRef[Corpus] | None = None,
+) -> ray.data.Dataset:
+    """The packed rows of the lane of window `start.window` from `start` on, in order, in blocks of `Lanes.block_rows` rows.
 
     `windows` is the number of windows to read; the default is enough to outlast the run. `concurrency` is the number of
-    rendering actors, one CPU each. Ray must be initialised. Columns: see `apprentice.data.row_columns`.
+    rendering actors, one CPU each. `shared` is `corpus` in Ray's object store, if it lies there already. Ray must be initialised.
+    Columns: see `apprentice.data.row_columns`.
     """
     import ray.data  # here, because the import takes seconds, and windows can be rendered without it
 
-    estimate = estimate_steps(corpus)
+    estimate, lanes = estimate_steps(corpus), corpus.recipe.lanes
     if windows is None:
-        needed = ceil(estimate["steps"] * corpus.recipe.training.global_batch / estimate["rows_per_window"])
-        windows = 4 * max(1, needed - start.window) + SPARE_WINDOWS
+        needed = ceil(estimate["steps"] * lanes.rows / estimate["rows_per_window"])
+        windows = 4 * max(1, needed - start.window // lanes.count) + SPARE_WINDOWS
     windows_per_object = min(WINDOWS_PER_OBJECT, max(1, windows // concurrency))
     windows_per_block = max(windows_per_object, min(WINDOWS_PER_BLOCK, ceil(windows / MAX_BLOCKS)))
     numbers = ray.data.range(windows, concurrency=1, override_num_blocks=ceil(windows / windows_per_block))
@@ -96,7 +105,7 @@ def train_stream(corpus: Corpus, start: Start = Start(), windows: int | None = N
     numbers.context.target_max_block_size = ceil((windows_per_object - 0.5) * estimate["rows_per_window"] * corpus.row_bytes)
     rows = numbers.map_batches(
         _WindowActor,
-        fn_constructor_args=(ray.put(corpus), start),
+        fn_constructor_args=(shared or ray.put(corpus), start),
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(size=concurrency),
         num_cpus=1,
@@ -105,14 +114,13 @@ def train_stream(corpus: Corpus, start: Start = Start(), windows: int | None = N
 
 
 def repartition_by_step(rows: ray.data.Dataset, recipe: Recipe) -> ray.data.Dataset:
-    """`rows` in order, repartitioned into blocks of `global_batch / max_workers` rows."""
+    """`rows` in order, repartitioned into blocks of `Lanes.block_rows` rows."""
     from apprentice.data.backpressure import BackpressurePause
 
     rows.context.enable_progress_bars = False
     rows.context.execution_options.preserve_order = True
     rows.context.custom_execution_callback_classes = [BackpressurePause]
-    unit = recipe.training.global_batch // recipe.training.max_workers
-    stream: ray.data.Dataset = rows.repartition(target_num_rows_per_block=unit, strict=True)
+    stream: ray.data.Dataset = rows.repartition(target_num_rows_per_block=recipe.lanes.block_rows, strict=True)
     return stream
 
 
@@ -125,11 +133,12 @@ class _WindowActor:
         # One tokenizer thread an actor, since the actors share the cores. Read when the tokenizer first encodes a batch.
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
         self._renderer = WindowRenderer(ray.get(corpus))
+        self._lanes = self._renderer.corpus.recipe.data.lanes
         self._start = start
         gc.freeze()  # modules and corpus stay: the many collections that a window causes need not traverse them
 
     def __call__(self, batch: Mapping[str, Any]) -> pa.Table:
-        window = self._start.window + int(batch["id"][0])
+        window = self._start.window + self._lanes * int(batch["id"][0])
         rows = self._renderer.window(window)
         first = self._start.row if window == self._start.window else 0
         return arrow_table({name: column[first:] for name, column in rows.items()})

@@ -68,7 +68,7 @@ class WindowRenderer:
         rows, recipe = assign_rows(self.corpus, examples), self.corpus.recipe
         key = key_of(recipe.seed, "rows", window)
         if self.corpus.strategy == "none":
-            rows = _group_by_length(examples, rows, recipe.training.global_batch, key)
+            rows = _group_by_length(examples, rows, recipe.lanes.rows, key)
         else:
             # Best fit puts the longest examples into the first rows; without a shuffle, lengths would come in waves.
             order = permute(np.arange(len(rows)), max(len(rows), 1), key)
@@ -142,7 +142,7 @@ class WindowRenderer:
 def _group_by_length(examples: Sequence[TokenizedDraw], rows: list[list[int]], group_rows: int, key: int) -> list[list[int]]:
     """Orders unpacked rows: groups of `group_rows` rows of similar length, the groups in an order keyed by `key`.
 
-    A step takes one such group and pads little, while the order of lengths over training stays random.
+    A step takes one such group of each lane and pads little, while the order of lengths over training stays random.
     """
     ascending = sorted(rows, key=lambda row: examples[row[0]].tokens.size)
     groups = [ascending[start : start + group_rows] for start in range(0, len(ascending), group_rows)]

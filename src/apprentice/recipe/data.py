@@ -201,6 +201,11 @@ class Data(Strict):
     shots: tuple[Positive, Positive] = Field((1, 3), description="Least and most exemplars of a few-shot example.")
     packing: Packing = Packing()
     window: Positive = Field(1024, description="Positions of the plan that are rendered and packed together.")
+    lanes: Positive = Field(
+        1,
+        description="Independent streams of windows, each with its share of every step's rows and its share of the workers. One"
+        " feeds about a hundred workers; the order of examples depends on this number, and not on that of the workers.",
+    )
     max_bad_rows: Share = Field(0.001, description="Share of a task's rows that may be unusable before the run stops.")
 
     @property

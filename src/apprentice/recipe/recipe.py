@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from apprentice.recipe.data import Data
 from apprentice.recipe.evaluation import Evaluation
+from apprentice.recipe.lanes import Lanes
 from apprentice.recipe.round import Round
 from apprentice.recipe.serving import Serving
 from apprentice.recipe.strict import Strict
@@ -56,6 +57,36 @@ class Recipe(Strict):
         data, grpo = self.data, self.training.grpo
         per_row = max(1, data.packing.length // data.max_length)
         return Round(data.window, grpo.group, per_row, self.training.global_batch, grpo.actors, grpo.passes)
+
+    @property
+    def lanes(self) -> Lanes:
+        """The lanes of the run's rows, and who reads them."""
+        return Lanes(self.data.lanes, self.training.global_batch, self.training.max_workers)
+
+    @property
+    def worker_numbers(self) -> list[int]:
+        """Numbers of workers, ascending, that training may run with: each step has the same rows on all of them."""
+        training = self.training
+        return [count for count in range(training.min_workers, training.max_workers + 1) if self.lanes.fit(count)]
+
+    @model_validator(mode="after")
+    def _lanes_fit(self) -> Self:
+        lanes, workers = self.data.lanes, self.training.max_workers
+        if lanes > 1 and self.training.aim.rounds:
+            raise ValueError(
+                f"data.lanes {lanes} would split up rounds, which objective grpo makes one after another; leave it out"
+            )
+        if self.training.global_batch % lanes:
+            raise ValueError(
+                f"global_batch {self.training.global_batch} cannot be divided among {lanes} lanes, of which each step takes equally"
+                f" many rows; choose a multiple of {lanes}, or other data.lanes"
+            )
+        if not self.lanes.fit(workers):
+            raise ValueError(
+                f"{workers} workers cannot read {lanes} lanes evenly: one number must divide the other; choose data.lanes or"
+                " training.workers so"
+            )
+        return self
 
     @model_validator(mode="after")
     def _scored_aside(self) -> Self:

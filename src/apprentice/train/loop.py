@@ -25,6 +25,7 @@ from apprentice.errors import TrainingError
 from apprentice.recipe import Optimizer
 from apprentice.train.batch import MicroBatch, PackedRows, RowFacts
 from apprentice.train.engine.collectives import Collectives
+from apprentice.train.lane_position import LanePosition, WindowShape, advance_position, in_step_order, skipped_drops
 from apprentice.train.metrics.mixture_ledger import DropCounts
 from apprentice.train.optimizer import learning_rate
 from apprentice.train.state import Goal, State, StepOutcome
@@ -57,9 +58,8 @@ class LoopConfig:
     optimizer: Optimizer
     micro_batch: int  # packed rows
     checkpoint_every_steps: int
-    window: int  # positions of the sampling plan in a window
+    window: WindowShape
     requested_shares: Mapping[int, float] = field(default_factory=dict)  # task number → share of the examples
-    window_rows: int | None = None  # packed rows in each window, where all have the same number
     mfu_per_token: float | None = None  # MFU for each token a second; None where the devices' peak is not known
 
 
@@ -102,7 +102,7 @@ class LoopCallback:
 class _GlobalStep:
     """One optimizer step, put together from all workers."""
 
-    rows: list[RowFacts]  # of all workers, in the order of the stream
+    rows: list[RowFacts]  # of all workers, row r of lane r mod lanes
     tokens: int
     targets: int
     counted: float  # the loss's denominator: weighted target tokens, preference pairs or replies
@@ -113,6 +113,10 @@ class _GlobalStep:
     def examples(self) -> list[int]:
         """Positions of the sampling plan in these rows."""
         return [position for row in self.rows for position in row.examples]
+
+    def by_lane(self, state: State) -> list[tuple[LanePosition, list[RowFacts]]]:
+        """Each lane's position in `state`, and its rows in the order of its stream."""
+        return [(place, self.rows[lane :: len(state.lanes)]) for lane, place in enumerate(state.lanes)]
 
 
 def train_loop(
@@ -134,9 +138,10 @@ def train_loop(
     while config.goal.reached(state) < 1.0:
         rows = _next_rows(batches, state)
         timer.data_came()
-        step = _gather_step(rows, callback, collectives)
-        for drops in _check_place(step, state, config, callback):
-            state.ledger.add_drops(drops)
+        step = _gather_step(rows, len(state.lanes), callback, collectives)
+        for place, facts in step.by_lane(state):
+            for drops in skipped_drops(place, facts, config.window, state.step + 1, callback.empty_window_drops):
+                state.ledger.add_drops(drops)
         outcome, rate = _one_step(engine, rows, step, state, config, collectives)
         timer.step_done(step.tokens)
         callback.record(
@@ -208,59 +213,16 @@ def _next_rows(batches: Iterator[PackedRows], state: State) -> PackedRows:
         raise TrainingError(f"{message}; this is a defect of the data pipeline.") from None
 
 
-def _gather_step(rows: PackedRows, callback: LoopCallback, collectives: Collectives) -> _GlobalStep:
+def _gather_step(rows: PackedRows, lanes: int, callback: LoopCallback, collectives: Collectives) -> _GlobalStep:
     mine = (rows.facts, rows.tokens, rows.targets, rows.loss_denominator, callback.is_checkpoint_requested(), callback.has_saved())
     parts, tokens, targets, counted, requests, saves = zip(*collectives.gather(mine), strict=True)
-    facts = sorted((fact for part in parts for fact in part), key=lambda fact: (fact.window, fact.row))
+    facts = in_step_order([fact for part in parts for fact in part], lanes)
     return _GlobalStep(facts, sum(tokens), sum(targets), sum(counted), any(requests), all(saves))
 
 
-def _check_place(step: _GlobalStep, state: State, config: LoopConfig, callback: LoopCallback) -> list[DropCounts]:
-    """Drop counts of the windows that the step's rows skip.
-
-    Raises `TrainingError` unless the step's rows are the next ones of the plan and hold only examples of their own window. After
-    row (window 3, row 4) comes (3, 5), or (4, 0) if window 3 has five rows. Windows in between must be empty ones.
-    """
-    skipped: list[DropCounts] = []
-    window, row, rows = state.window, state.row, config.window_rows or state.window_rows
-    for fact in step.rows:
-        if (fact.window, fact.row) != (window, row):
-            has_ended = row in (0, rows) or rows is None  # a checkpoint of an earlier version does not say
-            between = range(window + (row > 0), fact.window)
-            may_skip = fact.row == 0 and fact.window > window and has_ended
-            if not may_skip or (drops := _drops_of_empty(between, callback)) is None:
-                raise TrainingError(
-                    f"step {state.step + 1}: the stream is at (window, row) {(fact.window, fact.row)} where {(window, row)} comes"
-                    " next; restore the index that the run was made with, or report this as a defect of the data pipeline."
-                )
-            skipped += drops
-        if foreign := [position for position in fact.examples if position // config.window != fact.window]:
-            raise TrainingError(
-                f"step {state.step + 1}: row {fact.row} of window {fact.window} holds the plan's position {foreign[0]}, which is"
-                f" of window {foreign[0] // config.window}; this is a defect of the data pipeline."
-            )
-        window, row, rows = fact.window, fact.row + 1, config.window_rows or fact.window_rows
-    return skipped
-
-
-def _drops_of_empty(windows: range, callback: LoopCallback) -> list[DropCounts] | None:
-    """Drop counts of windows without rows; None if one of them has rows."""
-    counts: list[DropCounts] = []
-    for window in windows:
-        if (drops := callback.empty_window_drops(window)) is None:
-            return None
-        counts.append(drops)
-    return counts
-
-
-def _advance(state: State, step: _GlobalStep, window: int, loss: float) -> None:
-    last = step.rows[-1].window
-    if last != state.window or state.positions < last * window:
-        state.positions = last * window  # all positions of earlier windows are done, dropped ones too
-    state.positions += sum(len(row.examples) for row in step.rows if row.window == last)
+def _advance(state: State, step: _GlobalStep, window: WindowShape, loss: float) -> None:
+    state.lanes = tuple(advance_position(place, facts, window) for place, facts in step.by_lane(state))
     state.step += 1
-    state.window, state.row = step.rows[-1].window, step.rows[-1].row + 1
-    state.window_rows = step.rows[-1].window_rows
     state.tokens += step.tokens
     state.target_tokens += step.targets
     state.loss = loss

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from apprentice.train.lane_position import LanePosition, start_of_lanes
 from apprentice.train.metrics.mixture_ledger import Ledger
 
 
@@ -24,28 +25,34 @@ class StepOutcome(NamedTuple):
 
 @dataclass
 class State:
-    """Training state after `step` optimizer steps. `window` and `row` name the packed row that comes next."""
+    """Training state after `step` optimizer steps, with the position of each lane."""
 
     step: int = 0
-    window: int = 0
-    row: int = 0
+    lanes: tuple[LanePosition, ...] = start_of_lanes(1)
     tokens: int = 0  # without padding
     target_tokens: int = 0
-    positions: int = 0  # of the sampling plan: all of earlier windows, and the examples of `window` trained on so far
     loss: float = 0.0  # mean over the last step's targets
     validation_loss: float | None = None  # at the last checkpoint
     ledger: Ledger = field(default_factory=Ledger)
     loss_scaling: dict[str, float] | None = None  # float16 only: the state of the dynamic loss scaler
-    window_rows: int | None = None  # rows in `window`; None where no row of it was trained on, or not recorded (earlier versions)
+
+    @property
+    def positions(self) -> int:
+        """Positions of the sampling plan that all lanes together have done."""
+        return sum(lane.positions for lane in self.lanes)
 
     def to_json(self) -> dict[str, Any]:
-        """The state as it lies in a checkpoint's state.json."""
-        return {**vars(self), "ledger": self.ledger.to_json()}
+        """The state as it lies in a checkpoint's state.json: a single lane's position as keys of its own, as ever."""
+        value = {**vars(self), "ledger": self.ledger.to_json()}
+        lanes = value.pop("lanes")
+        return value | (lanes[0]._asdict() if len(lanes) == 1 else {"lanes": [lane._asdict() for lane in lanes]})
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> State:
         """The state of a checkpoint, of an earlier version too."""
-        return cls(**{**value, "ledger": Ledger.from_json(value["ledger"])})
+        fields = {**value, "ledger": Ledger.from_json(value["ledger"])}
+        single = {name: fields.pop(name) for name in LanePosition._fields if name in fields}
+        return cls(**fields | {"lanes": tuple(LanePosition(**lane) for lane in fields.get("lanes", [single]))})
 
 
 @dataclass(frozen=True)

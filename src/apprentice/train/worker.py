@@ -30,6 +30,7 @@ from apprentice.train.engine.collectives import Collectives
 from apprentice.train.engine.deepspeed import DeepSpeedEngine, enable_activation_checkpointing
 from apprentice.train.engine.deepspeed_config import choose_micro_batch, rows_per_worker
 from apprentice.train.engine.model_splitter import create_splitter, find_loading_obstacle
+from apprentice.train.lane_position import WindowShape, start_of_lanes
 from apprentice.train.loop import LoopCallback, LoopConfig, compute_validation_loss, train_loop
 from apprentice.train.losses.loss_registry import create_loss
 from apprentice.train.losses.objective_loss import ObjectiveLoss
@@ -62,7 +63,7 @@ def run_worker(
     recipe = config.recipe
     if device.type == "cpu":
         torch.set_num_threads(max(1, int(recipe.training.resources.cpus)))
-    state = State() if restored is None else replace(restored.state)
+    state = State(lanes=start_of_lanes(recipe.data.lanes)) if restored is None else replace(restored.state)
     engine, advisor = _set_up(recipe, restored, config.row_length, device=device, collectives=collectives)
     recorder = _Recorder(config.goal, events if collectives.rank == 0 else None)
     dtype = str(advisor.dtype).removeprefix("torch.")
@@ -174,9 +175,8 @@ def _loop_config(config: WorkerConfig, micro: int, mfu_per_token: float | None) 
         optimizer=training.optimizer,
         micro_batch=micro,
         checkpoint_every_steps=training.checkpoint.every_steps,
-        window=recipe.data.window,
+        window=WindowShape(recipe.data.window, recipe.data.lanes, recipe.round.rows if training.aim.rounds else None),
         requested_shares=config.requested_shares,
-        window_rows=recipe.round.rows if training.aim.rounds else None,
         mfu_per_token=mfu_per_token,
     )
 

@@ -13,13 +13,14 @@ from apprentice.run import fence
 from apprentice.run.fence import FencedError, FenceToken, Holder
 from apprentice.storage import Folder
 from apprentice.train.checkpoint import format as checkpoints
+from apprentice.train.lane_position import LanePosition
 from apprentice.train.state import State
 
 
 def saved(folder: Folder, step: int, validation_loss: float | None = None) -> checkpoints.Checkpoint:
     tensors = [("weight/a", torch.full((2, 3), float(step))), ("exp_avg/a", torch.zeros(2, 3))]
     return checkpoints.write_checkpoint(
-        folder, tensors, State(step=step, row=step, validation_loss=validation_loss), {"dtype": "float32"}
+        folder, tensors, State(step=step, lanes=(LanePosition(row=step),), validation_loss=validation_loss), {"dtype": "float32"}
     )
 
 
@@ -40,7 +41,7 @@ def test_round_trip(folder: Folder) -> None:
     assert found is not None
     assert (found.folder.name, found.state, found.facts) == (
         "step-000012",
-        State(step=12, row=12, validation_loss=0.5),
+        State(step=12, lanes=(LanePosition(row=12),), validation_loss=0.5),
         {"dtype": "float32"},
     )
     with checkpoints.open_tensors(found) as read:

@@ -12,6 +12,7 @@ from apprentice.preflight.hardware.devices import Hardware
 from apprentice.preflight.hardware.roofline import MicroBatch, StepTime, estimate_step_time, model_flops
 from apprentice.pretrained.hub import config_folder
 from apprentice.recipe import Recipe
+from apprentice.recipe.lanes import Lanes
 from apprentice.train.checkpoint.format import SHARD_BYTES
 from apprentice.train.engine.deepspeed_config import choose_micro_batch, rows_per_worker
 from apprentice.train.engine.model_splitter import find_stage_obstacle
@@ -95,7 +96,7 @@ class HardwareEstimate:
 def place_recipe(recipe: Recipe, hardware: Hardware) -> Recipe:
     """`recipe` with one worker a GPU of `hardware`, besides the GPUs that write replies, and its model's config.json at hand.
 
-    Raises `RecipeError` if the batch cannot be divided among the workers, `ModelError` if there is no such model.
+    Raises `RecipeError` if the batch or the lanes cannot be divided among the workers, `ModelError` if there is no such model.
     """
     training = recipe.training
     workers = hardware.total_gpus - (training.grpo.actors if training.aim.rounds else 0)
@@ -104,6 +105,8 @@ def place_recipe(recipe: Recipe, hardware: Hardware) -> Recipe:
     resources = training.resources.model_copy(update={"gpus": 1.0})
     placed = training.model_copy(update={"workers": workers, "resources": resources})
     rows = rows_per_worker(placed, workers)
+    if not Lanes(recipe.data.lanes, training.global_batch, workers).fit(workers):
+        raise RecipeError(f"{workers} workers on {hardware} cannot read {recipe.data.lanes} lanes evenly; choose other data.lanes.")
     if isinstance(training.micro_batch, int) and rows % training.micro_batch:
         placed = placed.model_copy(update={"micro_batch": math.gcd(rows, training.micro_batch)})
     model = recipe.model.model_copy(update={"base": str(config_folder(recipe.model.base))})

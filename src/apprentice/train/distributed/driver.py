@@ -24,19 +24,19 @@ from typing import Any
 import ray
 import ray.train
 import ray.train.torch
-from ray.data import ExecutionOptions, ExecutionResources
+from ray.data import ExecutionOptions
 from ray.train import ValidationConfig
 from ray.train.torch import TorchConfig
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from apprentice.data.run_length import positions_of_epochs
-from apprentice.data.stream import Corpus, Start, estimate_steps, train_stream, validation_rows
+from apprentice.data.stream import Corpus, estimate_steps, validation_rows
 from apprentice.data.window import WindowRenderer
 from apprentice.errors import TrainingError, all_causes
 from apprentice.models.loading import count_parameters, resolve_dtype
 from apprentice.pretrained.hub import local_folder
 from apprentice.ray_cluster.autoscaler import request_nodes
-from apprentice.ray_cluster.nodes import is_job, node_resources
+from apprentice.ray_cluster.nodes import node_resources
 from apprentice.recipe import Recipe
 from apprentice.run.fence import FenceToken, Lease, lease_run
 from apprentice.run.folder import Run
@@ -46,12 +46,13 @@ from apprentice.train.checkpoint import format as checkpoints
 from apprentice.train.checkpoint.model_export import export_model
 from apprentice.train.distributed.async_validation import CheckpointValidator, Score, validates_asynchronously
 from apprentice.train.distributed.compat import CHECKPOINT_SNAPSHOT, PolicyTrainer
-from apprentice.train.distributed.elastic import DivisorPolicy, find_leaving_nodes
+from apprentice.train.distributed.elastic import DivisorPolicy
 from apprentice.train.distributed.failure import find_apprentice_error, is_lost_connection
 from apprentice.train.distributed.follower import Follower, get_outcome
 from apprentice.train.distributed.mailbox import Mailbox, RunOutcome
 from apprentice.train.distributed.ray_worker import WorkerJob, work
 from apprentice.train.distributed.resources import check_resources, has_resources, required_resources, workers_that_fit
+from apprentice.train.distributed.row_streams.lane_streams import LaneConfig, LaneStreams, stream_options
 from apprentice.train.distributed.score_reference import compute_references
 from apprentice.train.distributed.validation_task import ValidationTask
 from apprentice.train.memory.measure import estimate_of_finished_run
@@ -64,8 +65,6 @@ from apprentice.train.worker_config import WorkerConfig
 COLLECTIVES_GRACE_S = 10  # collectives time out so much after `hang_timeout_s`, so that a silent worker is named and ended first
 START_TIMEOUT_S = "600"  # for a worker group; with Ray Train's 60 s, a busy machine would start one again and again
 LEAST_VALIDATION_ROWS, MOST_VALIDATION_ROWS = 8, 256
-STEPS_AHEAD = 16  # steps of rows that the stream may hold ready,
-LEAST_AHEAD_BYTES = 64 * 2**20  # or this much where they are smaller
 
 
 @dataclass(frozen=True)
@@ -221,7 +220,7 @@ def _fit(recipe: Recipe, run: Run, corpus: Corpus, goal: Goal, tracker: Tracker,
     )
     job = WorkerJob(config, mailbox, ray.put(corpus), ray.put(rows), token)
     validation = _validation_task(recipe, run, corpus, score).config(mailbox) if is_async else None
-    trainer = _trainer(job, _stream_options(recipe, corpus), validation)
+    trainer = _trainer(job, stream_options(recipe, corpus.row_bytes), validation)
     # Ray Train would look for the checkpoints of an earlier call; `checkpoints.find_newest` decides where to go on.
     with suppress(OSError):
         (run.checkpoints / CHECKPOINT_SNAPSHOT).delete()
@@ -248,30 +247,10 @@ def _fit(recipe: Recipe, run: Run, corpus: Corpus, goal: Goal, tracker: Tracker,
     return outcome.attempts
 
 
-def _trainer(job: WorkerJob, stream_options: ExecutionOptions, validation: ValidationConfig | None) -> PolicyTrainer:
+def _trainer(job: WorkerJob, options: ExecutionOptions, validation: ValidationConfig | None) -> PolicyTrainer:
     recipe, run, training = job.config.recipe, job.config.run, job.config.recipe.training
     resources = {"CPU": training.resources.cpus} | ({"GPU": training.resources.gpus} if training.resources.gpus else {})
-    # For `build`, which does not use `job`: that would make Ray Train's controller import all that this file imports.
-    mailbox, corpus, validators = job.mailbox, job.corpus, int(job.config.async_validation)
-    submitted = is_job()
-
-    def build() -> Any:
-        """The stream of rows for a worker group. Ray Train calls it for each group, before the workers run."""
-        checkpoint = checkpoints.find_newest(run.checkpoints)
-        workers = ray.get(mailbox.begin_attempt.remote(checkpoint))
-        start = Start(checkpoint.state.window, checkpoint.state.row) if checkpoint else Start()
-        if training.aim.rounds:
-            from apprentice.train.on_policy.rollout_stream import stream_rounds  # imports the models that write replies
-
-            mailbox.set_stream_cpus.remote(training.grpo.actors * training.resources.cpus)
-            return stream_rounds(ray.get(corpus), run, start)
-        # As many actors as there is room for now, since a node may have been lost after the run began.
-        nodes = node_resources(job=submitted, without=find_leaving_nodes(ray.nodes()))
-        spare = sum(node.get("CPU", 0.0) for node in nodes) - (workers + validators) * training.resources.cpus
-        actors = max(1, min(max(4, workers), int(spare) - 1))
-        mailbox.set_stream_cpus.remote(actors)
-        return train_stream(ray.get(corpus), start, None, actors)
-
+    streams = LaneStreams(recipe, run, job.mailbox, job.corpus, int(job.config.async_validation))
     logging.getLogger("ray.train").setLevel(logging.WARNING)
     run_config: Any = ray.train.RunConfig  # its type hints are those of Ray Train V1
     scaling = ray.train.ScalingConfig(
@@ -279,7 +258,7 @@ def _trainer(job: WorkerJob, stream_options: ExecutionOptions, validation: Valid
     )
     return PolicyTrainer(
         partial(work, job),  # not as train_loop_config, which Ray Train's controller would unpack
-        policy=DivisorPolicy(scaling, recipe, mailbox),
+        policy=DivisorPolicy(scaling, recipe, job.mailbox),
         scaling_config=scaling,
         run_config=run_config(
             name=run.checkpoints.name,
@@ -289,17 +268,9 @@ def _trainer(job: WorkerJob, stream_options: ExecutionOptions, validation: Valid
         ),
         validation_config=validation,
         torch_config=TorchConfig(timeout_s=math.ceil(training.hang_timeout_s) + COLLECTIVES_GRACE_S),
-        datasets={"train": build},
-        # In order and without locality, so that each step is a contiguous stretch of the stream, wherever workers run.
-        dataset_config=ray.train.DataConfig(execution_options=stream_options, enable_shard_locality=False),
+        datasets=streams.datasets(),
+        dataset_config=LaneConfig(recipe.lanes, options),
     )
-
-
-def _stream_options(recipe: Recipe, corpus: Corpus) -> ExecutionOptions:
-    """Options of the stream: rows in order, and a bounded number ready ahead of training, whose cores the actors may share."""
-    step = recipe.training.global_batch * corpus.row_bytes
-    ahead = ExecutionResources.for_limits(object_store_memory=max(LEAST_AHEAD_BYTES, STEPS_AHEAD * step))
-    return ExecutionOptions(preserve_order=True, resource_limits=ahead)
 
 
 def count_validation_rows(recipe: Recipe) -> int:
@@ -357,7 +328,7 @@ def _finish(
     left_out = {name: {**index.rejects, **index.filtered} for name, index in corpus.indices.items()}
     run.ledger_file.write_json(state.ledger.report(names, shares, rows, means, left_out))
     run.update_status(state="exporting")
-    probe = WindowRenderer(corpus).probe(last.state.window + 1)
+    probe = WindowRenderer(corpus).probe(max(lane.window for lane in last.state.lanes) + 1)
     # In a process of its own, so that its memory is freed.
     task: Any = ray.remote(export_model)
     exporting = task.options(num_cpus=1, max_retries=0).remote(recipe, run, best, corpus.layout, probe, token)

@@ -1,6 +1,7 @@
 """Elastic scaling policy: the number of workers while nodes come and go.
 
-It is the largest divisor of the run's largest number of workers for which there is room. Example: `workers` from 2 to 8, so that 2,
+It is the largest divisor of the run's largest number of workers for which there is room; with several lanes (recipe/lanes.py), one
+that divides their number or that it divides. Example: `workers` from 2 to 8, so that 2,
 4 and 8 are possible, with one CPU each, on nodes of 4 CPUs, two of which stay for the stream of rows.
 
     nodes  room  decision                                                       workers
@@ -70,7 +71,7 @@ class DivisorPolicy(RequestingPolicy):
         if workers == 0:
             if not self._is_waiting:
                 self._mailbox.add_message.remote(
-                    f"there is no room for {self._recipe.training.min_workers} workers; waiting for nodes"
+                    f"there is no room for {self._recipe.worker_numbers[0]} workers; waiting for nodes"
                 )
                 self._is_waiting = True
             time.sleep(WAIT_S)  # the controller asks again at once

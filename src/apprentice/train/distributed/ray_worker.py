@@ -7,32 +7,25 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import ray
 import ray.train
 import ray.train.torch
 from ray.train import CheckpointUploadMode
 
-from apprentice.recipe import Training
 from apprentice.run.fence import FenceToken
 from apprentice.train.batch import PackedRows
 from apprentice.train.distributed.failure import find_apprentice_error
 from apprentice.train.distributed.heartbeat import Heartbeat
-from apprentice.train.engine.deepspeed_config import rows_per_worker
+from apprentice.train.distributed.row_streams.lane_reader import read_rows
 from apprentice.train.metrics.mixture_ledger import DropCounts
 from apprentice.train.state import State
 from apprentice.train.worker_config import WorkerConfig
 
 if TYPE_CHECKING:
     from apprentice.train.checkpoint.format import Checkpoint
-
-T = TypeVar("T")
-PREFETCHED_STEPS = 2  # batches that Ray Data fetches ahead
 
 
 @dataclass(frozen=True)
@@ -85,7 +78,7 @@ def work(job: WorkerJob) -> None:
     logging.getLogger("ray").setLevel(logging.WARNING)
     warnings.simplefilter("ignore")  # deprecations inside DeepSpeed and Ray, for their developers
     try:
-        rows = _rows(training, context.get_world_size())
+        rows = read_rows(job.config.recipe, context.get_world_rank(), context.get_world_size())
         from apprentice.train.worker import run_worker  # the code of all models, imported while the stream starts
 
         validation = PackedRows.from_columns(ray.get(job.validation))
@@ -99,26 +92,3 @@ def work(job: WorkerJob) -> None:
         raise
     finally:
         heartbeat.close()
-
-
-def _rows(training: Training, workers: int) -> Iterator[PackedRows]:
-    """This worker's packed rows; each item holds its rows of one optimizer step."""
-    shard = ray.train.get_dataset_shard("train")
-    ahead = 0 if training.aim.rounds else PREFETCHED_STEPS
-    count = rows_per_worker(training, workers)
-    batches = shard.iter_batches(batch_size=count, prefetch_batches=ahead, batch_format="numpy")
-    return map(PackedRows.from_columns, start_first_batch(batches))
-
-
-def start_first_batch(batches: Iterable[T]) -> Iterator[T]:
-    """`batches`, the first of which a thread requests at once, so that the stream starts while the model is loaded."""
-    iterator = iter(batches)
-    pool = ThreadPoolExecutor(1, "apprentice-first-rows")
-    first = pool.submit(lambda: list(islice(iterator, 1)))
-    pool.shutdown(wait=False)
-
-    def generate() -> Iterator[T]:
-        yield from first.result()
-        yield from iterator
-
-    return generate()

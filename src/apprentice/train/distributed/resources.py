@@ -16,7 +16,9 @@ from apprentice.errors import ResourcesError
 from apprentice.recipe import Recipe
 from apprentice.train.memory.estimate import estimate_memory
 
-DATA_CPUS = 2.0  # beside the workers, for an actor that makes rows and Ray Data's tasks; with one CPU they block each other
+# CPUs beside the workers: one for Ray Data's tasks, and one for each lane's actor that makes rows. With one for both, tasks and
+# actors block each other.
+TASK_CPUS = 1.0
 GIB = 2**30
 
 
@@ -28,7 +30,7 @@ class ResourceRequest:
     cpus: float
     gpus: float
     memory: int  # bytes
-    data_cpus: float = DATA_CPUS
+    data_cpus: float = TASK_CPUS + 1
     data_gpus: float = 0.0  # for the actors that write the replies of an on-policy run
 
     def bundles(self) -> list[dict[str, float]]:
@@ -40,19 +42,20 @@ class ResourceRequest:
 
 
 def required_resources(recipe: Recipe, parameters: int = 0, dtype: torch.dtype = torch.float32) -> ResourceRequest:
-    """Resources for `recipe` at its least number of workers; `parameters` is the size of the model (0: not known).
+    """Resources for `recipe` at the least number of workers it may run with; `parameters` is the size of the model (0: not known).
 
     `memory` is that of the host, and 0 if the recipe uses GPUs.
     """
     training = recipe.training
-    workers = training.min_workers
+    workers = recipe.worker_numbers[0]
     trained = parameters if recipe.tuning.method == "full" else 0
     memory = math.ceil(estimate_memory(recipe, parameters, trained, dtype, workers).total) if training.resources.gpus == 0 else 0
-    request = ResourceRequest(workers, training.resources.cpus, training.resources.gpus, memory)
+    data_cpus = TASK_CPUS + recipe.data.lanes
+    request = ResourceRequest(workers, training.resources.cpus, training.resources.gpus, memory, data_cpus)
     if not training.aim.rounds:
         return request
     writers = training.grpo.actors
-    return replace(request, data_cpus=writers * request.cpus + 1, data_gpus=writers * request.gpus)
+    return replace(request, data_cpus=writers * request.cpus + TASK_CPUS, data_gpus=writers * request.gpus)
 
 
 def check_resources(request: ResourceRequest, nodes: Sequence[Mapping[str, float]]) -> None:
@@ -103,22 +106,13 @@ def count_slots(request: ResourceRequest, nodes: Sequence[Mapping[str, float]]) 
 
 
 def workers_that_fit(recipe: Recipe, nodes: Sequence[Mapping[str, float]]) -> int:
-    """The largest number of workers in the recipe's range that fits and divides its largest number.
-
-    Divisors only, so that each step has the same rows on any number of workers. Raises `ResourcesError` if none fits.
-    """
-    training = recipe.training
+    """The largest of the recipe's numbers of workers for which there is room. Raises `ResourcesError` if there is none."""
     request = required_resources(recipe)
     cpus, gpus = (sum(node.get(kind, 0.0) for node in nodes) for kind in ("CPU", "GPU"))
     room = min(count_slots(request, nodes), int((cpus - request.data_cpus) // request.cpus))
     if request.gpus:
         room = min(room, int((gpus - request.data_gpus) // request.gpus))
-    fitting = [
-        count
-        for count in range(training.min_workers, training.max_workers + 1)
-        if training.max_workers % count == 0 and count <= room
-    ]
+    fitting = [count for count in recipe.worker_numbers if count <= room]
     if not fitting:
-        counts = [count for count in range(training.min_workers, training.max_workers + 1) if training.max_workers % count == 0]
-        check_resources(replace(request, workers=counts[0], memory=0), nodes)
+        check_resources(replace(request, workers=recipe.worker_numbers[0], memory=0), nodes)
     return max(fitting)
