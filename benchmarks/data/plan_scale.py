@@ -7,6 +7,8 @@
                       tasks, between the sum of their draws and the closed form
 `scale.plan_mib`      size of the plan as it is sent to each of them: it holds the row groups, not the rows
 `scale.step_s`        a step with one second of arithmetic, for 8 to 4,096 workers (simulated; a block costs 8 ms, as measured)
+`scale.data_wait`     share of the time that 4,096 workers wait for data, for several numbers of lanes (simulated likewise, with
+                      exponential times of blocks); what a splitter really does is measured by `benchmarks.data.lane_speed`
 
 The same is printed on standard error as a table: the cost for each number of workers, the first bottleneck, and its remedy.
 """
@@ -34,10 +36,13 @@ from benchmarks.data.control_cost import (
     BLOCK_S,
     DISK_BYTES_PER_S,
     LEAST_ACTORS,
+    MOST_WAIT,
     checkpoint_bytes,
+    fewest_lanes,
     messages,
     rows_that_hide,
     simulate,
+    wait_share,
 )
 from benchmarks.figures import claim_stdout, report
 
@@ -48,6 +53,7 @@ FAR = 10**12
 ALL_ROWS = 10**10  # rows of the larger number of tasks together
 WORKERS = 4096
 MANY = (8, 64, 512, WORKERS)
+LANES = (1, 16, 32, 64)
 ROW_TOKENS, WORKER_TOKENS_PER_S = 2048, 10_000  # a GPU that trains 7 billion parameters
 EVERY = 500  # steps between checkpoints
 MODELS = {"135M, full": 134_515_008, "7B, LoRA": 40_000_000, "7B, full": 7_000_000_000}
@@ -117,7 +123,8 @@ def scale_table(window: float, plan_mib: float, block_s: float) -> str:
         makers = -(-workers * WORKER_TOKENS_PER_S // ACTOR_TOKENS_PER_S)
         rows = rows_that_hide(workers, block_s, ROW_TOKENS / WORKER_TOKENS_PER_S)
         slow = "the splitter" if lasts > 1.05 else "nothing"
-        change = f"`training.global_batch: {rows * workers:,}` or more ({rows} rows of each worker)" if lasts > 1.05 else ""
+        longer = f"`training.global_batch: {rows * workers:,}` or more ({rows} rows of each worker)"
+        change = f"`data.lanes: {fewest_lanes(workers, 1.0, block_s)}`, or {longer}" if lasts > 1.05 else ""
         lines.append(
             f"| {workers:,} | {sent.total:,.0f} | {sent.blocks:,.0f} | {lasts:.2f} s | {makers} of at most"
             f" {max(LEAST_ACTORS, workers):,} | {makers * plan_mib:.0f} MiB | {slow} | {change} |"
@@ -158,6 +165,10 @@ def main() -> None:
     for workers in MANY:
         facts = {"workers": workers, "messages": round(messages(workers, 1.0, EVERY).total), "block_ms": 1000 * BLOCK_S}
         report("scale.step_s", simulate(workers, 1.0, BLOCK_S), unit="s", simulated=True, **facts, runs=1)
+    for lanes in LANES:
+        value = wait_share(WORKERS, 1.0, BLOCK_S, lanes)
+        goal = MOST_WAIT if lanes == LANES[-1] else None
+        report("scale.data_wait", value, unit="share", simulated=True, workers=WORKERS, lanes=lanes, runs=1, goal=goal)
     print(scale_table(window, plan_mib, BLOCK_S), file=sys.stderr)
 
 
