@@ -5,45 +5,15 @@ tests/models/test_compat.py fails where it is gone or means something else.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from copy import deepcopy
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor
-from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    Chunk,
-    Concatenate,
-    MergeModulelist,
-    Split,
-    SplitModulelist,
-    WeightConverter,
-    WeightRenaming,
-    dot_natural_key,
-    rename_source_key,
-    set_param_for_module,
-)
-from transformers.modeling_utils import LoadStateDictConfig
 from transformers.models.auto import auto_factory
-from transformers.utils.generic import ContextManagers
 from transformers.utils.import_utils import (
     is_flash_attn_2_available,
     is_flash_attn_3_available,
     is_flash_attn_4_available,
     is_kernels_available,
 )
-from transformers.utils.loading_report import LoadStateDictInfo
-
-_ROW_MOVES = (
-    Chunk,
-    Concatenate,
-    MergeModulelist,
-    Split,
-    SplitModulelist,
-)  # operations that move whole rows, or fail on their numbers
 
 
 def set_implementations(config: Any, attention: str | None) -> None:
@@ -86,91 +56,3 @@ def installed_flash_attention() -> frozenset[int]:
 def has_hub_kernels() -> bool:
     """Whether the package `kernels` is installed, with which transformers fetches flash attention from the hub."""
     return bool(is_kernels_available())
-
-
-@dataclass
-class Conversion:
-    """A step of reading a checkpoint: its tensors `names` become parameter `target`, or several, `target` among them.
-
-    `patterns` are those of transformers that the names matched; without a `converter` the only tensor is taken as it is.
-    """
-
-    target: str
-    converter: WeightConverter | None
-    names: list[str] = field(default_factory=list)
-    patterns: list[str] = field(default_factory=list)
-
-    def moves_rows(self) -> bool:
-        """Whether the operations only move rows, so that they do the same to numbers of rows."""
-        return self.converter is not None and all(type(operation) in _ROW_MOVES for operation in self.converter.operations)
-
-    def convert(self, tensors: Sequence[Tensor], model: PreTrainedModel) -> dict[str, Tensor]:
-        """The parameters made of `tensors`, in the order of `names`."""
-        if self.converter is None:
-            return {self.target: tensors[0]}
-        step = deepcopy(self.converter)
-        for name, pattern, tensor in zip(self.names, self.patterns, tensors, strict=True):
-            step.add_tensor(self.target, name, pattern, cast(Any, tensor))
-        results = step.convert(self.target, model=model, config=model.config)
-        return {name: value[0] if isinstance(value, list) else value for name, value in results.items()}
-
-
-def build_on_meta(model_class: Any, config: Any, dtype: torch.dtype) -> PreTrainedModel:
-    """The model of `config` on the meta device, its tied weights still apart, as `from_pretrained` makes it (transformers 5.23)."""
-    with ContextManagers(model_class.get_init_context(dtype, False, False, False)):
-        model: PreTrainedModel = model_class(deepcopy(config))
-    return model
-
-
-def find_conversions(model: PreTrainedModel, names: Iterable[str]) -> list[Conversion]:
-    """The steps by which `from_pretrained` makes the parameters of `model` from checkpoint tensors `names` (transformers 5.23).
-
-    Names that belong to no parameter are left out, as there.
-    """
-    state = model.state_dict()
-    mapping = get_model_conversion_mapping(model)
-    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
-    steps: dict[str, Conversion] = {}
-    for name in sorted(names, key=dot_natural_key):
-        target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
-        if target not in state and name in state:
-            target, pattern = rename_source_key(name, [], [], model.base_model_prefix, state)
-        if target not in state or (pattern is None and target in steps):
-            continue
-        step = steps.setdefault(target, Conversion(target, by_pattern[pattern] if pattern is not None else None))
-        step.names.append(name)
-        step.patterns.append(pattern or name)
-    return list(steps.values())
-
-
-class UnfilledModel:
-    """A model from `build_on_meta` into which tensors are put one by one, as `from_pretrained` does (transformers 5.23)."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model
-        self._info = LoadStateDictInfo(set(model.state_dict()), set(), set(), [], {}, set())
-
-    def put(self, name: str, tensor: Tensor) -> None:
-        """Puts `tensor` in the place of parameter or buffer `name`. One of another shape is left out, and `finish` raises."""
-        set_param_for_module(self.model, name, tensor, self._info, cast(Any, None))
-
-    def tied_pairs(self) -> list[tuple[str, str]]:
-        """Names of parameters that are to be tied, (target, source), both of which were put in."""
-        missing = self._info.missing_keys
-        pairs = self.model.all_tied_weights_keys.items()
-        return [(target, source) for target, source in pairs if target not in missing and source not in missing]
-
-    def keep_apart(self, target: str) -> None:
-        """Leaves parameter `target` untied, whatever the config says."""
-        self.model.all_tied_weights_keys.pop(target)
-
-    def finish(self) -> set[str]:
-        """Ties weights, initialises what was not put in and buffers that no checkpoint holds; returns the names not put in.
-
-        Raises `RuntimeError` for a tensor of another shape than the parameter's.
-        """
-        config = LoadStateDictConfig(device_map={"": "cpu"})
-        info = type(self.model)._finalize_model_loading(self.model, config, self._info)
-        return set(info.missing_keys)

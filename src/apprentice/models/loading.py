@@ -26,7 +26,7 @@ from apprentice.models.attention import PackedCompute, choose_attention
 from apprentice.models.compat import model_class_of, set_implementations
 from apprentice.models.tuning import bottleneck as adapters
 from apprentice.models.weights.safetensors_reader import read_header
-from apprentice.models.weights.split_model import ModelSplitter, load_split_model
+from apprentice.models.weights.splitter import ModelSplitter
 from apprentice.pretrained.architecture import FAMILIES, NO_FLOAT16, check_generates_text, family_of, gives_rewards, model_config
 from apprentice.pretrained.hub import local_folder
 from apprentice.pretrained.trust import check_model_folder
@@ -135,6 +135,8 @@ def _load_weights(
     `options` are those of `from_pretrained`, which loads it where there is no `splitter`.
     """
     if splitter is not None:
+        from apprentice.models.weights.split_model import load_split_model  # which older transformers cannot import
+
         return load_split_model(folder, model_class_of(loader, config), config, dtype, splitter)
     options = options | {"config": config, "dtype": dtype, "local_files_only": True, "output_loading_info": True}
     model, report = loader.from_pretrained(folder, **options)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from apprentice.errors import ModelError
 from apprentice.models.loading import load_model
-from apprentice.models.weights.split_model import find_split_obstacle
+from apprentice.models.weights.splitter import find_split_obstacle
 from tests.models.architectures import CAUSAL, MIXING, SEQ2SEQ, made
 from tests.models.weights.in_parts import load_in_parts
 
@@ -154,7 +154,7 @@ def test_a_weight_of_another_shape(tiny_model: Path, tmp_path: Path) -> None:
         load_in_parts(tmp_path / "model", torch.float32, 2)
 
 
-def test_what_cannot_be_split(tiny_model: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_split(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def folder(name: str, config: dict[str, Any]) -> Path:
         shutil.copytree(tiny_model, tmp_path / name)
         known = json.loads((tiny_model / "config.json").read_text())
@@ -170,3 +170,5 @@ def test_what_cannot_be_split(tiny_model: Path, tmp_path: Path) -> None:
     (folder("pickled", {}) / "model.safetensors").rename(tmp_path / "pickled" / "pytorch_model.bin")
     obstacle = "its weights are not in safetensors files (load it with transformers and save it once)"
     assert find_split_obstacle(tmp_path / "pickled") == obstacle
+    monkeypatch.setattr(hf, "__version__", "5.17.1")
+    assert find_split_obstacle(tiny_model) == "transformers 5.17.1 is older than 5.23"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from importlib.metadata import version
 
 import torch
@@ -39,7 +40,12 @@ def test_deepspeed_still_has_what_we_use() -> None:
         assert "self._hp_optimizer_states_linked" in inspect.getsource(optimizer._lazy_init_hp_params_optimizer_state)
     assert not hasattr(DeepSpeedZeroOptimizer_Stage3, "_lazy_init_hp_params_optimizer_state")
     source = inspect.getsource(partition_parameters)
-    assert all(f".{name}" in source for name in ("ds_id", "ds_tensor.ds_numel"))
+    assert all(f".{name}" in source for name in ("ds_id", "ds_tensor.ds_numel", "ds_numel_aligned", "ds_shape"))
+    assert all(f"self.{name} = " in source for name in ("remote_device", "local_device", "pin_memory"))
+    # What a split parameter of ours must have too, before it is partitioned for the first time.
+    first = inspect.getsource(partition_parameters.Init._partition_param)
+    assert set(re.findall(r"param\.ds_tensor\.(\w+) = ", first)) == {"ds_numel", "status", "final_location"}
+    assert set(re.findall(r"param\.(ds_\w+) = ", first)) == {"ds_tensor", "ds_numel_aligned"}
     scaler = DynamicLossScaler(8.0, scale_window=2, min_scale=1.0, delayed_shift=1, consecutive_hysteresis=False)
     assert set(compat.LOSS_SCALER_STATE) <= set(vars(scaler))
     assert "deepspeed_shm_comm" in __compatible_ops__

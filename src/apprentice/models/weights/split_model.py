@@ -3,7 +3,7 @@
     meta device ─▶ names and shapes ─▶ parameters without memory ─▶ ties, buffers, missing weights ─▶ each parameter split, and its
                                                                                                       share read from the files
 
-The names in files and those of parameters, ties, buffers and initialisation are transformers' own (`apprentice.models.compat`).
+The names in files and those of parameters, ties, buffers and initialisation are transformers' own (`compat.py`).
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from apprentice.models.compat import Conversion, UnfilledModel, build_on_meta, find_conversions
+from apprentice.models.weights.compat import Conversion, UnfilledModel, build_on_meta, find_conversions
 from apprentice.models.weights.parameter_source import (
     ConvertedSource,
     FileRun,
@@ -28,38 +28,7 @@ from apprentice.models.weights.parameter_source import (
     runs_of_rows,
 )
 from apprentice.models.weights.safetensors_reader import SafetensorsReader, weight_files
-from apprentice.pretrained.architecture import model_config
-from apprentice.run.identity import ADAPTER
-
-
-class ModelSplitter(Protocol):
-    """Splits parameters among the processes of a group, all of which call it alike."""
-
-    def are_equal(self, one: ParameterSource, other: ParameterSource, numel: int, dtype: torch.dtype) -> bool:
-        """Whether two parameters of `numel` elements have the same values in `dtype`."""
-
-    def split(self, parameter: nn.Parameter, source: ParameterSource) -> None:
-        """Makes `parameter`, which has a shape and no memory, one that is split, and reads this process's share from `source`."""
-
-    def count_bytes(self, count: int) -> None:
-        """Notes that this process has read `count` bytes of weights."""
-
-
-def find_split_obstacle(folder: Path, *, four_bit: bool = False) -> str | None:
-    """Why the model in `folder` cannot be split as it is loaded; None where it can.
-
-    Raises `ModelError` for a folder without a readable config.json.
-    """
-    config = model_config(folder)
-    if four_bit or config.get("quantization_config"):
-        return "its weights are quantised"
-    if config.get("auto_map"):
-        return "it brings code of its own"
-    if (folder / ADAPTER).is_dir():
-        return "an adapter lies beside its weights"
-    if not weight_files(folder):
-        return "its weights are not in safetensors files (load it with transformers and save it once)"
-    return None
+from apprentice.models.weights.splitter import ModelSplitter
 
 
 def load_split_model(

@@ -76,6 +76,7 @@ def split_parameter(init: Any, parameter: nn.Parameter, fill: Callable[[int, Ten
     part.ds_numel, part.status, part.final_location = size, PartitionedParamStatus.AVAILABLE, None
     split.ds_tensor, split.ds_numel_aligned = part, split.aligned_size()
     split.partition()  # frees what the parameter itself has
+    parameter.data = parameter.data.to(init.local_device)
 
 
 def whole_shape(parameter: nn.Parameter) -> torch.Size:

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from apprentice.models.weights.parameter_source import ParameterSource
-from apprentice.models.weights.split_model import find_split_obstacle
+from apprentice.models.weights.splitter import find_split_obstacle
 from apprentice.recipe import Training
 from apprentice.train.engine import compat
 from apprentice.train.engine.collectives import Collectives
@@ -59,7 +59,11 @@ class ZeroSplitter:
 
     @contextlib.contextmanager
     def gather_on_use(self, model: nn.Module) -> Iterator[None]:
-        """Inside it, forward passes without gradients run through the split `model`. All workers must run the same ones."""
+        """Inside it, forward passes without gradients run through the split `model`. All workers must run the same ones.
+
+        Parts of it that are not split go to the device where weights are gathered.
+        """
+        model.to(self._zero_init.local_device)
         hooks = compat.GatherOnUse(model)
         try:
             yield
