@@ -309,14 +309,14 @@ def test_help_is_light() -> None:
 
 def top_level_imports(room: str) -> set[str]:
     """The packages that the files of `room` import, anywhere in them."""
-    found: set[str] = set()
+    packages: set[str] = set()
     for path in python_files(room):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Import):
-                found |= {alias.name.split(".")[0] for alias in node.names}
+                packages |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-                found.add(node.module.split(".")[0])
-    return found - set(sys.stdlib_module_names) - {"apprentice"}
+                packages.add(node.module.split(".")[0])
+    return packages - set(sys.stdlib_module_names) - {"apprentice"}
 
 
 def test_dependencies_are_declared_used_and_explained() -> None:

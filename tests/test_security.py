@@ -214,25 +214,25 @@ def test_trust_is_one_word_on_every_command_that_loads_a_model(monkeypatch, tmp_
     from apprentice import cli, pipeline
     from apprentice.jobs import submit
 
-    told: dict[str, object] = {}
+    options: dict[str, object] = {}
 
     def sent(recipe: str, overrides: list[str], **_: object) -> submit.Submission:
-        told["submit"] = overrides
+        options["submit"] = overrides
         return submit.Submission("", "", False)
 
     train = {"run": "", "steps": 0}
-    monkeypatch.setattr(pipeline, "train_run", lambda recipe, **_: told.update(train=recipe.model.trust) or train)
+    monkeypatch.setattr(pipeline, "train_run", lambda recipe, **_: options.update(train=recipe.model.trust) or train)
     monkeypatch.setattr(pipeline, "training_sentence", lambda result: "")
-    monkeypatch.setattr(pipeline, "prepare_run", lambda recipe, **_: told.update(prepare=recipe.model.trust) or {})
-    monkeypatch.setattr(pipeline, "check_recipe", lambda recipe: told.update(check=recipe.model.trust) or [])
-    monkeypatch.setattr(pipeline, "evaluate_target", lambda target, overrides, **_: told.update(evaluate=overrides) or ({}, ""))
-    monkeypatch.setattr(pipeline, "predict_file", lambda *_, trust, **__: told.update(predict=trust) or {})
+    monkeypatch.setattr(pipeline, "prepare_run", lambda recipe, **_: options.update(prepare=recipe.model.trust) or {})
+    monkeypatch.setattr(pipeline, "check_recipe", lambda recipe: options.update(check=recipe.model.trust) or [])
+    monkeypatch.setattr(pipeline, "evaluate_target", lambda target, overrides, **_: options.update(evaluate=overrides) or ({}, ""))
+    monkeypatch.setattr(pipeline, "predict_file", lambda *_, trust, **__: options.update(predict=trust) or {})
     monkeypatch.setattr(
-        pipeline, "run_endpoint", lambda *_, trust, **__: told.update(serve=trust) or nullcontext("http://127.0.0.1:1")
+        pipeline, "run_endpoint", lambda *_, trust, **__: options.update(serve=trust) or nullcontext("http://127.0.0.1:1")
     )
     monkeypatch.setattr(pipeline, "wait_for_stop", lambda: None)
     monkeypatch.setattr(
-        submit, "submit", lambda recipe, overrides, **_: told.update(submit=overrides) or submit.Submission("", "", False)
+        submit, "submit", lambda recipe, overrides, **_: options.update(submit=overrides) or submit.Submission("", "", False)
     )
     recipe = str(tiny_recipe(tmp_path, Path("/models/tiny")))
     words = {
@@ -245,10 +245,10 @@ def test_trust_is_one_word_on_every_command_that_loads_a_model(monkeypatch, tmp_
         "submit": [recipe],
     }
     for trust, expected, overrides in (([], False, []), (["--trust"], True, ["model.trust=true"])):
-        told.clear()
+        options.clear()
         for command, targets in words.items():
             CliRunner().invoke(cli.app, [command, *targets, *trust])
-        assert told == {command: overrides if command in ("evaluate", "submit") else expected for command in words}
+        assert options == {command: overrides if command in ("evaluate", "submit") else expected for command in words}
 
 
 def test_a_trusted_models_pickles_tell_it_from_others(model, tmp_path):
@@ -273,10 +273,10 @@ def test_trust_holds_for_the_models_beside_too(model, tiny_model, tmp_path, monk
     from apprentice.serve import deployment
 
     pickled(model)
-    told: list[tuple[bool, list[bool]]] = []
+    loads: list[tuple[bool, list[bool]]] = []
 
     def start(*_, beside, trust, **__):
-        told.append((trust, [offer.trust for offer in beside]))
+        loads.append((trust, [offer.trust for offer in beside]))
         raise KeyboardInterrupt
 
     monkeypatch.setattr(deployment, "start", start)
@@ -286,7 +286,7 @@ def test_trust_holds_for_the_models_beside_too(model, tiny_model, tmp_path, monk
         pass
     with pytest.raises(KeyboardInterrupt), pipeline.run_endpoint(str(tiny_model), trust=True, **served):
         pass
-    assert told == [(True, [True])]
+    assert loads == [(True, [True])]
 
 
 def test_a_wheel_gives_one_member_and_nothing_else(tmp_path, monkeypatch):
@@ -316,7 +316,7 @@ FORBIDDEN = {
 
 def test_nothing_in_the_package_can_unpickle_unpack_or_evaluate():
     files = sorted((ROOT / "src" / "apprentice").rglob("*.py")) + sorted((ROOT / "jobs").glob("*.py"))
-    found, calls = [], 0
+    offences, calls = [], 0
     for file in files:
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             names: list[str] = []
@@ -330,8 +330,8 @@ def test_nothing_in_the_package_can_unpickle_unpack_or_evaluate():
                 names = [alias.name for alias in node.names]
             elif isinstance(node, ast.ImportFrom):
                 names = [f"{node.module}.{alias.name}" for alias in node.names]
-            found += [f"{file.relative_to(ROOT)}:{node.lineno}: {name}" for name in names if name in FORBIDDEN | {"shell"}]
-    assert found == []
+            offences += [f"{file.relative_to(ROOT)}:{node.lineno}: {name}" for name in names if name in FORBIDDEN | {"shell"}]
+    assert offences == []
     assert calls > 3000
 
 

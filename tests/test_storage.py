@@ -60,8 +60,8 @@ def test_cache_place_can_be_chosen(monkeypatch, tmp_path):
 def test_hdfs_without_hadoop_is_one_sentence(monkeypatch):
     for name in ("JAVA_HOME", "HADOOP_HOME", "ARROW_LIBHDFS_DIR"):
         monkeypatch.setenv(name, "/nowhere")
-    wanted = r"^hdfs://namenode:8020/rows needs Hadoop's client on this machine, whose lib\w+ is not found: install Java .*\.$"
-    with pytest.raises(StorageError, match=wanted) as caught:
+    pattern = r"^hdfs://namenode:8020/rows needs Hadoop's client on this machine, whose lib\w+ is not found: install Java .*\.$"
+    with pytest.raises(StorageError, match=pattern) as caught:
         Folder.at("hdfs://namenode:8020/rows").exists()
     assert "\n" not in str(caught.value)
 
@@ -116,11 +116,11 @@ def test_an_uploaded_file_appears_whole(tmp_path, monkeypatch):
     monkeypatch.setattr(Folder, "filesystem", lambda self: (fs, self.uri.removeprefix("hdfs://host/")))
     rename = storage._rename
 
-    def told(system: pafs.FileSystem, part: str, path: str) -> None:
+    def notify(system: pafs.FileSystem, part: str, path: str) -> None:
         moved.append((part, path))
         rename(system, part, path)
 
-    monkeypatch.setattr(storage, "_rename", told)
+    monkeypatch.setattr(storage, "_rename", notify)
     (tmp_path / "rows").write_bytes(b"rows")
     file = Folder.at("hdfs://host/cache/rows.parquet")
     for _ in range(2):

@@ -19,10 +19,10 @@ from tests.support.recipes import tiny_recipe
 
 def test_each_question_has_its_runs(tiny_model: Path, tmp_path: Path) -> None:
     recipe = load_recipe(tiny_recipe(tmp_path, tiny_model))
-    found = claims.variants_of(recipe, ["sentiment", "topic"], [2, 0], tmp_path)
-    assert list(found) == ["tiny-without-sentiment", "tiny-without-topic", "tiny-one-wording", "tiny-2-clusters"]
-    assert [variant.name for variant in found.values()] == list(found)
-    chosen = {name: select_tasks(variant.data.tasks, variant.data.hold_out, tmp_path) for name, variant in found.items()}
+    variants = claims.variants_of(recipe, ["sentiment", "topic"], [2, 0], tmp_path)
+    assert list(variants) == ["tiny-without-sentiment", "tiny-without-topic", "tiny-one-wording", "tiny-2-clusters"]
+    assert [variant.name for variant in variants.values()] == list(variants)
+    chosen = {name: select_tasks(variant.data.tasks, variant.data.hold_out, tmp_path) for name, variant in variants.items()}
     names = {name: {task.name for task in tasks} for name, (tasks, _) in chosen.items()}
     assert names["tiny-one-wording"] == names["tiny-without-sentiment"] == names["tiny-without-topic"]
     assert all(held_out == {"short_reviews", "message_moods"} for name, (_, held_out) in chosen.items() if "topic" not in name)
@@ -50,8 +50,8 @@ def test_the_table_shows_base_tuned_and_interval() -> None:
 
 def test_every_wording_of_the_held_out_tasks_is_shown() -> None:
     recipe = Recipe.model_validate({"name": "x", "model": {"base": "b"}, "data": {"tasks": ["a"]}, "training": {"steps": 1}})
-    found = tables.report_of(tables.table(recipe))
-    held_out = claims.wordings_of("all", found | {"pools": [pool for pool in found["pools"] if pool["held_out"]]})
+    report = tables.report_of(tables.table(recipe))
+    held_out = claims.wordings_of("all", report | {"pools": [pool for pool in report["pools"] if pool["held_out"]]})
     assert [(line["model"], line["mean"]) for line in held_out] == [("base", 50.0), ("tuned", 50.0)]
     shown = claims.table_of_wordings(held_out).splitlines()
     assert len(shown) == 4
@@ -93,8 +93,8 @@ def test_methods_side_by_side() -> None:
 
 def test_memory_counts_the_training_workers_alone() -> None:
     class Process:
-        def __init__(self, name: str, held: int) -> None:
-            self.name, self.held = name, held
+        def __init__(self, name: str, held_out: int) -> None:
+            self.name, self.held = name, held_out
 
         def cmdline(self) -> list[str]:
             return [self.name]

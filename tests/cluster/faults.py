@@ -243,9 +243,9 @@ def play(fault: Fault, model: Path, folder: Path) -> str:
 
 def lines_of(text: str) -> dict[str, str]:
     """What the table in `text` says of each fault, by the first column."""
-    found = re.search(re.escape(HEAD) + r"((?:\|.*\n)*)", text)
-    assert found is not None, f"there is no table in {TABLE}"
-    return {line.split(" | ")[0].removeprefix("| "): line for line in found[1].splitlines()}
+    table = re.search(re.escape(HEAD) + r"((?:\|.*\n)*)", text)
+    assert table is not None, f"there is no table in {TABLE}"
+    return {line.split(" | ")[0].removeprefix("| "): line for line in table[1].splitlines()}
 
 
 def write(fault: Fault, line: str) -> None:
@@ -253,9 +253,9 @@ def write(fault: Fault, line: str) -> None:
     text = TABLE.read_text(encoding="utf-8")
     known = lines_of(text)
     whole = {one.what: f"| {one.what} | not run since it was written | | |" for one in FAULTS.values()} | known | {fault.what: line}
-    there = HEAD + "".join(f"{line}\n" for line in known.values())
+    before = HEAD + "".join(f"{line}\n" for line in known.values())
     now = HEAD + "".join(f"{whole[one.what]}\n" for one in FAULTS.values())
-    TABLE.write_text(text.replace(there, now), encoding="utf-8")
+    TABLE.write_text(text.replace(before, now), encoding="utf-8")
 
 
 def main() -> None:

@@ -25,10 +25,10 @@ OUTGOING = 4  # PACKET_OUTGOING: what we wrote ourselves
 
 def make_plain(device: str) -> None:
     """From now on the device hands out frames as they travel: with checksums, none larger than its MTU."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asked:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for offload in OFFLOADS:
             value = ctypes.create_string_buffer(struct.pack("II", offload, 0))
-            fcntl.ioctl(asked, SIOCETHTOOL, struct.pack("16sP16x", device.encode(), ctypes.addressof(value)))
+            fcntl.ioctl(probe, SIOCETHTOOL, struct.pack("16sP16x", device.encode(), ctypes.addressof(value)))
 
 
 def forward(port: str, bridge: str, delay_s: float, loss: float) -> None:

@@ -170,11 +170,11 @@ class Hosts:
     def pids(self, host: Host) -> list[int]:
         """Processes of a host: in its namespace, or of the sessions that were started for it."""
         if self.real:
-            found = subprocess.run(["ip", "netns", "pids", host.name], capture_output=True, text=True, check=False)
-            return [int(pid) for pid in found.stdout.split()]
+            listed = subprocess.run(["ip", "netns", "pids", host.name], capture_output=True, text=True, check=False)
+            return [int(pid) for pid in listed.stdout.split()]
         sessions = ",".join(str(process.pid) for process in host.started)
-        found = subprocess.run(["ps", "-o", "pid=", "-s", sessions], capture_output=True, text=True, check=False)
-        return [int(pid) for pid in found.stdout.split()]
+        listed = subprocess.run(["ps", "-o", "pid=", "-s", sessions], capture_output=True, text=True, check=False)
+        return [int(pid) for pid in listed.stdout.split()]
 
     def running(self, what: str) -> list[Host]:
         """The hosts on which an actor of Ray's runs whose name has `what` in it."""
@@ -261,10 +261,10 @@ def _wire(made: Hosts, tag: str, count: int) -> None:
         made.hosts.append(Host(name, f"10.77.0.{number + 1}", ["ip", "netns", "exec", name]))
         _ip(*inside, "link", "add", f"p{name}", "type", "veth", "peer", "name", "eth0", "netns", name)
         _ip(*inside, "link", "set", f"p{name}", "master", "br0", "up")
-        there = ("netns", "exec", name, "ip")
-        _ip(*there, "address", "add", f"10.77.0.{number + 1}/24", "dev", "eth0")
-        _ip(*there, "link", "set", "eth0", "up")
-        _ip(*there, "link", "set", "lo", "up")
+        inside_host = ("netns", "exec", name, "ip")
+        _ip(*inside_host, "address", "add", f"10.77.0.{number + 1}/24", "dev", "eth0")
+        _ip(*inside_host, "link", "set", "eth0", "up")
+        _ip(*inside_host, "link", "set", "lo", "up")
 
 
 def _unwire(made: Hosts) -> None:

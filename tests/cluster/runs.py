@@ -62,8 +62,8 @@ class Training:
     def end(self) -> tuple[int, str]:
         """Exit code, and the sentence on standard error; where there is none, the end of all that was said."""
         out, err = self.process.communicate(timeout=LONGEST_S)
-        found = re.findall(r"^error: (.*)", err, re.MULTILINE)
-        return self.process.returncode, found[-1] if found else (out + err)[-3000:]
+        sentences = re.findall(r"^error: (.*)", err, re.MULTILINE)
+        return self.process.returncode, sentences[-1] if sentences else (out + err)[-3000:]
 
 
 @dataclass
@@ -87,8 +87,10 @@ class Place:
     def submit(self, *words: str, **overrides: object) -> Training:
         """`apprentice submit RECIPE --follow` on the head."""
         recipe = self.recipe(**overrides)
-        told = ["submit", recipe.name, *words, "--address", self.made.dashboard, "--follow", "--json"]
-        return Training(self.made.begin(self.made.hosts[0], "-c", SUBMIT, str(self.folder), *told), self.folder / "runs" / "tiny")
+        command = ["submit", recipe.name, *words, "--address", self.made.dashboard, "--follow", "--json"]
+        return Training(
+            self.made.begin(self.made.hosts[0], "-c", SUBMIT, str(self.folder), *command), self.folder / "runs" / "tiny"
+        )
 
     def loser(self) -> Host:
         """A host besides the head that trains."""

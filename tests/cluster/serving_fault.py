@@ -57,6 +57,6 @@ def serving_host_dies(place: Place, within_s: float) -> tuple[str, float]:
     made.kill(serving_hosts[-1])
     out, err = load.communicate(timeout=LONGEST_S)
     assert load.returncode == 0, err
-    told = json.loads(out.splitlines()[-1])
-    assert (told["answered"], len(told["texts"])) == (COUNT, 1)
-    return f"all of {COUNT} requests are answered alike, {told['again']} tries of them by another host", told["longest"]
+    outcome = json.loads(out.splitlines()[-1])
+    assert (outcome["answered"], len(outcome["texts"])) == (COUNT, 1)
+    return f"all of {COUNT} requests are answered alike, {outcome['again']} tries of them by another host", outcome["longest"]

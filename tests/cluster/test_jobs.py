@@ -185,19 +185,19 @@ def test_a_live_job_is_followed_and_a_dead_one_gets_the_next_attempt(head, tiny_
     command = [sys.executable, "-c", FOLLOWED, recipe.name, head]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path, env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout.splitlines()[-1])
-    first, second, third = told["jobs"]
+    outcome = json.loads(done.stdout.splitlines()[-1])
+    first, second, third = outcome["jobs"]
     assert (first, third) == (second, first[:-1] + "2")
-    assert told["attached"] == [False, True, False]
-    assert "was stopped; give the same command again" in told["ending"]
+    assert outcome["attached"] == [False, True, False]
+    assert "was stopped; give the same command again" in outcome["ending"]
     assert drivers_of(first) == drivers_of(third) == []  # the third was stopped before its driver had begun
 
 
 def drivers_of(job: str) -> list[str]:
     """Processes that work on the job, besides Ray's own."""
-    found = []
+    commands = []
     for process in Path("/proc").iterdir():
         with suppress(OSError):
             if process.name.isdigit() and job.encode() in (process / "environ").read_bytes():
-                found.append((process / "cmdline").read_text().replace("\0", " "))
-    return [command for command in found if "apprentice.jobs" in command]
+                commands.append((process / "cmdline").read_text().replace("\0", " "))
+    return [command for command in commands if "apprentice.jobs" in command]

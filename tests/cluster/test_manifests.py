@@ -197,11 +197,11 @@ def test_jobs_name_scripts_recipes_and_keys_that_exist(overlay):
 
 def mounts(spec: dict[str, Any]) -> set[str]:
     """Paths that every worker of a cluster has mounted."""
-    found = [
+    paths = [
         {mount["mountPath"] for mount in group["template"]["spec"]["containers"][0]["volumeMounts"]}
         for group in spec["workerGroupSpecs"]
     ]
-    return set.intersection(*found)
+    return set.intersection(*paths)
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
@@ -209,9 +209,9 @@ def test_the_endpoint_is_the_projects_serve_file(overlay):
     """`serveConfigV2` is serve/config.yaml but for what a cluster needs; it names a run that the jobs make."""
     (service,) = of_kind(overlay, "RayService")
     here = yaml.safe_load(service["spec"]["serveConfigV2"])
-    there = yaml.safe_load((ROOT / "serve" / "config.yaml").read_text())
-    (ours,), (theirs,) = here.pop("applications"), there.pop("applications")
-    assert here == there | {"proxy_location": "EveryNode", "http_options": {"host": "0.0.0.0", "port": 8000}}
+    content = yaml.safe_load((ROOT / "serve" / "config.yaml").read_text())
+    (ours,), (theirs,) = here.pop("applications"), content.pop("applications")
+    assert here == content | {"proxy_location": "EveryNode", "http_options": {"host": "0.0.0.0", "port": 8000}}
     module, name = ours["import_path"].split(":")
     assert hasattr(import_module(module), name)
     assert {key: value for key, value in ours.items() if key != "args"} == {k: v for k, v in theirs.items() if k != "args"}
@@ -379,10 +379,10 @@ def test_kueue_has_room_for_each_job():
         assert job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == local["metadata"]["name"]
         groups = [(1, job["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"])]
         groups += [(group["replicas"], group["template"]["spec"]) for group in job["spec"]["rayClusterSpec"]["workerGroupSpecs"]]
-        asked = [(count, pod["containers"][0]["resources"]["requests"]) for count, pod in groups]
-        assert sum(count * int(request["cpu"]) for count, request in asked) <= quota["cpu"]
-        assert sum(count * bytes_of(request["memory"]) for count, request in asked) <= bytes_of(quota["memory"])
-        assert sum(count * int(request.get("nvidia.com/gpu", 0)) for count, request in asked) == 2
+        demands = [(count, pod["containers"][0]["resources"]["requests"]) for count, pod in groups]
+        assert sum(count * int(request["cpu"]) for count, request in demands) <= quota["cpu"]
+        assert sum(count * bytes_of(request["memory"]) for count, request in demands) <= bytes_of(quota["memory"])
+        assert sum(count * int(request.get("nvidia.com/gpu", 0)) for count, request in demands) == 2
 
 
 def test_the_dashboard_shows_metrics_that_ray_has():

@@ -21,8 +21,8 @@ DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "docs" / "code
 
 def blocks(file: Path) -> list[str]:
     """The lines of all `bash` blocks of a document, comments removed."""
-    found = re.findall(r"```bash\n(.*?)```", file.read_text(encoding="utf-8"), flags=re.DOTALL)
-    return [words for block in found for line in block.splitlines() if (words := line.split("  #")[0].strip())]
+    texts = re.findall(r"```bash\n(.*?)```", file.read_text(encoding="utf-8"), flags=re.DOTALL)
+    return [words for block in texts for line in block.splitlines() if (words := line.split("  #")[0].strip())]
 
 
 COMMANDS = [(file.relative_to(ROOT).as_posix(), line) for file in DOCUMENTS for line in blocks(file)]

@@ -57,18 +57,18 @@ def record(subject: str, of: Task, row: int, wording: str, prediction: str | Non
 
 def predictions(base: Sequence[int] = (2, 4, 4), tuned: Sequence[int] = (6, 4, 8)) -> list[dict[str, Any]]:
     """Of the 8 rows of each task the first so many are right in both wordings; 5-shot base is as base, but only for alpha."""
-    found = []
+    records = []
     for of, few, many in zip(TASKS, base, tuned, strict=True):
         for row in range(ROWS):
             for wording in WORDINGS:
                 wrong, right = ("no", "yes") if of.is_ranked else ("blue house", "red house")
-                found.append(record("base", of, row, wording, right if row < few else wrong))
-                found.append(record("tuned", of, row, wording, right if row < many else wrong))
+                records.append(record("base", of, row, wording, right if row < few else wrong))
+                records.append(record("tuned", of, row, wording, right if row < many else wrong))
                 if of.name == "alpha_rank":
-                    found.append(record("base", of, row, wording, right if row < few else wrong, 5, exemplars=[1, 2, 3]))
+                    records.append(record("base", of, row, wording, right if row < few else wrong, 5, exemplars=[1, 2, 3]))
                 if of.is_ranked:
-                    found.append(record("majority", of, row, wording, "no"))
-    return found
+                    records.append(record("majority", of, row, wording, "no"))
+    return records
 
 
 def facts(recipe: Recipe) -> dict[str, Any]:

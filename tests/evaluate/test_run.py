@@ -65,7 +65,7 @@ def evaluated(
 
 
 @pytest.mark.parametrize(
-    ("asked", "gpus", "nodes", "computed"),
+    ("number_format", "gpus", "nodes", "computed"),
     [
         ("auto", 1, {}, "bfloat16"),  # whatever the driver's own hardware is
         ("auto", 0, {"a": True, "b": True}, "bfloat16"),
@@ -75,10 +75,10 @@ def evaluated(
     ],
 )
 def test_the_number_format_is_that_of_the_workers(
-    asked: str, gpus: int, nodes: dict[str, bool], computed: str, monkeypatch: pytest.MonkeyPatch
+    number_format: str, gpus: int, nodes: dict[str, bool], computed: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(actors, "call_on_every_node", lambda question: nodes)
-    model = Model.model_validate({"base": "m", "dtype": asked})
+    model = Model.model_validate({"base": "m", "dtype": number_format})
     assert actors.resolve_model_dtype(model, FreeResources(4, 4, gpus, 1 << 34)).dtype == computed
 
 
@@ -89,12 +89,12 @@ def of(records: Records, subject: str, shots: int) -> Records:
 @pytest.mark.slow
 def test_every_subject_meets_the_same_questions(evaluated: tuple[dict[str, Any], Path, Records]) -> None:
     records = evaluated[2]
-    asked = {
+    questions = {
         (name, shots): sorted((record["task"], record["row"], record["template"]) for record in of(records, name, shots))
         for name, shots in (("base", 0), ("base", 2), ("tuned", 0))
     }
-    assert len(asked["base", 0]) == 40
-    assert asked["base", 0] == asked["tuned", 0] == asked["base", 2]
+    assert len(questions["base", 0]) == 40
+    assert questions["base", 0] == questions["tuned", 0] == questions["base", 2]
     prompts = [[record["prompt"] for record in of(records, name, 0)] for name in ("base", "tuned")]
     assert prompts[0] == prompts[1]
 
@@ -254,10 +254,10 @@ def test_a_reward_model_judges_what_was_written(
     (judge / "model.safetensors").unlink()
     rewarding: Any = load_model(tiny_model, torch.float32, head=3)
     rewarding.save_pretrained(judge)
-    asked = recipe.model_copy(update={"evaluation": recipe.evaluation.model_copy(update={"judge": str(judge)})})
+    judging = recipe.model_copy(update={"evaluation": recipe.evaluation.model_copy(update={"judge": str(judge)})})
     subjects = [Subject("base", tiny_model, (0, 2)), Subject("tuned", tuned, (0,))]
     settings: dict[str, Any] = {"known": [Folder.at(evaluated[1])], "progress": lambda values: None}
-    report = evaluate(asked, corpus, subjects, Folder.at(tmp_path / "out"), **settings)
+    report = evaluate(judging, corpus, subjects, Folder.at(tmp_path / "out"), **settings)
     assert report.judged is not None
     lines = {line.held_out: line for line in report.judged.lines}
     assert lines[False].questions == sum(not record["choices"] for record in of(evaluated[2], "tuned", 0))
@@ -279,7 +279,7 @@ def test_a_reward_model_judges_what_was_written(
     assert compared > 3
     with pytest.raises(EvaluationError, match=r"is no reward model; name a run with `training\.objective: reward`"):
         evaluate(
-            asked.model_copy(update={"evaluation": asked.evaluation.model_copy(update={"judge": str(tiny_model)})}),
+            judging.model_copy(update={"evaluation": judging.evaluation.model_copy(update={"judge": str(tiny_model)})}),
             corpus,
             subjects,
             Folder.at(tmp_path / "out"),

@@ -66,20 +66,20 @@ def measure(_: int, folder: str, result: str) -> None:
     torch.set_num_threads(1)
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
-    found: dict[str, Any] = {}
+    figures: dict[str, Any] = {}
     for name, looks in {
         FINISHED: (answers, served, exported),
         LORA: (answers, served, exported),
         STOPPED: (resumed,),
         ROUNDS: (resumed,),
     }.items():
-        found[name] = {}
+        figures[name] = {}
         for look in looks:
             try:
-                found[name][look.__name__] = look(Path(folder) / "runs" / name)
+                figures[name][look.__name__] = look(Path(folder) / "runs" / name)
             except Exception as error:  # so that one promise that is broken does not hide the others
-                found[name][look.__name__] = {"error": f"{type(error).__name__}: {error}"}
-    Path(result).write_text(json.dumps(found, indent=1), encoding="utf-8")
+                figures[name][look.__name__] = {"error": f"{type(error).__name__}: {error}"}
+    Path(result).write_text(json.dumps(figures, indent=1), encoding="utf-8")
     dist.destroy_process_group()
 
 
@@ -96,17 +96,17 @@ def resumed(place: Path) -> dict[str, Any]:
     corpus = make_corpus(recipe, run, parallel=False)
     last = checkpoints.find_newest(run.checkpoints)
     assert last is not None
-    wanted = recipe.training.global_batch * ((recipe.training.steps or 0) - last.state.step)
-    told: list[dict[str, Any]] = []
-    rows = [digest for _, digest in zip(range(wanted), _rows(corpus, run, last.state), strict=False)]
-    one_process.trained(recipe, run, corpus, told)
-    steps = [record for record in told if "loss" in record]
+    row_count = recipe.training.global_batch * ((recipe.training.steps or 0) - last.state.step)
+    progress: list[dict[str, Any]] = []
+    rows = [digest for _, digest in zip(range(row_count), _rows(corpus, run, last.state), strict=False)]
+    one_process.trained(recipe, run, corpus, progress)
+    steps = [record for record in progress if "loss" in record]
     figures = ("step", "loss", "grad_norm", "examples", "tokens", "target_tokens", "reward", "kl")
     return {
         "from": [last.state.step, last.state.lanes[0].window, last.state.lanes[0].row],
         "rows": rows,
         "steps": [{name: record[name] for name in figures if name in record} for record in steps],
-        "validation": [record["validation_loss"] for record in told if "validation_loss" in record],
+        "validation": [record["validation_loss"] for record in progress if "validation_loss" in record],
         "trained_rows": {name: index.train.tolist() for name, index in corpus.indices.items()},
         "rejects": {name: index.rejects for name, index in corpus.indices.items()},
     }
@@ -151,23 +151,23 @@ def answers(place: Path) -> dict[str, Any]:
     subject = Subject("tuned", run.model.local, recipe.evaluation.shots)
     spoken = make_subject_settings(subject, recipe, corpus)
     requests, _ = _requests(recipe, corpus, [subject])
-    asked = encode_questions(corpus, sorted(requests), spoken.answer_settings.layout, spoken.limits).to_pylist()
+    questions = encode_questions(corpus, sorted(requests), spoken.answer_settings.layout, spoken.limits).to_pylist()
     scorer = Scorer(
         lambda: load_worker_model(subject.folder, recipe.model, WorkerPool(1, 1, 0), 0), "tuned", spoken.answer_settings
     )
-    for block in make_blocks([(i, question) for i, question in enumerate(asked) if not question["dropped"]], 1):
+    for block in make_blocks([(i, question) for i, question in enumerate(questions) if not question["dropped"]], 1):
         for answer in scorer(block).to_pylist():
             assert not answer["failure"], answer["failure"]
-            asked[answer["place"]] = with_prediction(asked[answer["place"]], answer, recipe.evaluation.rank_by)
+            questions[answer["place"]] = with_prediction(questions[answer["place"]], answer, recipe.evaluation.rank_by)
     blank = {"prediction": None, "choice_logprobs": None, "choice_priors": None, "unscored": "", "subject": "tuned"}
-    scored = predictions.score_predictions([blank | question for question in asked], corpus.tasks).to_pylist()
+    scored = predictions.score_predictions([blank | question for question in questions], corpus.tasks).to_pylist()
     return {
         f"{line['task']}/{line['row']}/{line['template']}/{line['shots']}": {
             "ids": hashlib.sha256(str(question.get("prompt_ids")).encode()).hexdigest()[:16],
             "choice_ids": question.get("choice_ids"),
             **{name: line[name] for name in ("dropped", "exemplars", "prediction", "choice_logprobs", "score")},
         }
-        for question, line in zip(asked, scored, strict=True)
+        for question, line in zip(questions, scored, strict=True)
     }
 
 
@@ -192,7 +192,7 @@ def served(place: Path) -> dict[str, Any]:
                 assert reply.status_code == 200, reply.text
                 return reply.json()
 
-            wordings = [{"instruction": asked, "input": given} for asked, given in INSTRUCTIONS]
+            wordings = [{"instruction": instruction, "input": input_text} for instruction, input_text in INSTRUCTIONS]
             more = {"max_tokens": 8, "ignore_eos": True, "return_token_ids": True}
             prompts = [(await post("/v1/render", **wording))["token_ids"] for wording in wordings]
             replies = [(await post("/v1/instruct", **wording, **more))["choices"][0]["token_ids"] for wording in wordings]

@@ -17,7 +17,7 @@ CLOSE: dict[str, Any] = {"rel_tol": 1e-4, "abs_tol": 1e-5}  # another CPU adds i
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def figures(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """What the code at hand gives, in one process for all of it: to start one takes longer than all that it does."""
     import torch.multiprocessing
 
@@ -31,9 +31,9 @@ def expected() -> Any:
     return json.loads(EXPECTED.read_text(encoding="utf-8"))
 
 
-def part(found: Any, name: str, look: str) -> Any:
-    assert "error" not in found[name][look], found[name][look]["error"]
-    return found[name][look]
+def part(figures: Any, name: str, look: str) -> Any:
+    assert "error" not in figures[name][look], figures[name][look]["error"]
+    return figures[name][look]
 
 
 def is_close(one: Any, other: Any) -> bool:
@@ -48,16 +48,16 @@ def is_close(one: Any, other: Any) -> bool:
 
 
 @pytest.mark.parametrize("name", [STOPPED, ROUNDS])
-def test_it_resumes_with_the_same_rows(name: str, found: Any, expected: Any) -> None:
-    now, then = part(found, name, "resumed"), expected[name]["resumed"]
+def test_it_resumes_with_the_same_rows(name: str, figures: Any, expected: Any) -> None:
+    now, then = part(figures, name, "resumed"), expected[name]["resumed"]
     for what in ("from", "trained_rows", "rejects", "rows"):
         assert now[what] == then[what], what
     assert len(set(then["rows"])) >= 8
 
 
 @pytest.mark.parametrize("name", [STOPPED, ROUNDS])
-def test_it_resumes_with_the_same_losses(name: str, found: Any, expected: Any) -> None:
-    now, then = part(found, name, "resumed"), expected[name]["resumed"]
+def test_it_resumes_with_the_same_losses(name: str, figures: Any, expected: Any) -> None:
+    now, then = part(figures, name, "resumed"), expected[name]["resumed"]
     assert [step["step"] for step in now["steps"]] == ([5, 6, 7, 8] if name == STOPPED else [4])
     assert is_close(now["steps"], then["steps"]), now["steps"]
     assert is_close(now["validation"], then["validation"])
@@ -73,8 +73,8 @@ def test_what_is_expected_is_what_an_undisturbed_run_did(expected: Any) -> None:
 
 
 @pytest.mark.parametrize("name", [FINISHED, LORA])
-def test_it_evaluates_to_the_same_numbers(name: str, found: Any, expected: Any) -> None:
-    now, then = part(found, name, "answers"), expected[name]["answers"]
+def test_it_evaluates_to_the_same_numbers(name: str, figures: Any, expected: Any) -> None:
+    now, then = part(figures, name, "answers"), expected[name]["answers"]
     assert now.keys() == then.keys()
     for question, answer in then.items():
         assert is_close(now[question], answer), (question, now[question], answer)
@@ -82,8 +82,8 @@ def test_it_evaluates_to_the_same_numbers(name: str, found: Any, expected: Any) 
 
 
 @pytest.mark.parametrize("name", [FINISHED, LORA])
-def test_it_exports_the_same(name: str, found: Any, expected: Any) -> None:
-    now, then = dict(part(found, name, "exported")), dict(expected[name]["exported"])
+def test_it_exports_the_same(name: str, figures: Any, expected: Any) -> None:
+    now, then = dict(part(figures, name, "exported")), dict(expected[name]["exported"])
     assert now.pop("apart") < 1e-6  # a merged adapter is a product, which another CPU may round otherwise
     if name == LORA:
         now.pop("same")
@@ -91,5 +91,5 @@ def test_it_exports_the_same(name: str, found: Any, expected: Any) -> None:
 
 
 @pytest.mark.parametrize("name", [FINISHED, LORA])
-def test_it_is_served_with_the_same_ids(name: str, found: Any, expected: Any) -> None:
-    assert part(found, name, "served") == expected[name]["served"]
+def test_it_is_served_with_the_same_ids(name: str, figures: Any, expected: Any) -> None:
+    assert part(figures, name, "served") == expected[name]["served"]

@@ -73,8 +73,8 @@ def test_a_table_becomes_a_task_and_a_recipe(command: Command, tiny_model: Path,
 
 
 def test_instructions_with_answers_in_json_lines(command: Command, tiny_model: Path, tmp_path: Path) -> None:
-    asked = ["Say it in German.", "Name its colour."]
-    rows = [{"id": n, "instruction": asked[n % 2], "input": f"thing {n}", "output": f"Ding {n}, rot"} for n in range(30)]
+    instructions = ["Say it in German.", "Name its colour."]
+    rows = [{"id": n, "instruction": instructions[n % 2], "input": f"thing {n}", "output": f"Ding {n}, rot"} for n in range(30)]
     (tmp_path / "help.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     code, out, err = command("init", "help.jsonl", "--base", tiny_model, "--json")
     assert code == 0, err
@@ -107,8 +107,8 @@ def test_test_rows_of_ones_own(command: Command, tmp_path: Path) -> None:
     (tmp_path / "test.jsonl").write_text('{"Review": "Late", "Stars": "bad"}\n')
     code, out, err = command("init", "My reviews.csv", "--label", "Stars", "--test", "test.jsonl", "--out", "there", "--json")
     assert code == 0, err
-    found = json.loads(out)
-    assert (found["train_rows"], found["test_rows"], found["recipe"]) == (40, 1, "there/recipe.yaml")
+    result = json.loads(out)
+    assert (result["train_rows"], result["test_rows"], result["recipe"]) == (40, 1, "there/recipe.yaml")
 
 
 @pytest.mark.parametrize(
@@ -158,8 +158,8 @@ def test_answers_in_lists_are_learnt_by_the_first(command: Command, tmp_path: Pa
     (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     code, out, err = command("init", "own.jsonl", "--json")
     assert (code, json.loads(out)["left_out"]) == (0, 1), err
-    task, found = made(tmp_path / "own")
-    examples = [task.render(row, task.templates[0]) for row in found]
+    task, findings = made(tmp_path / "own")
+    examples = [task.render(row, task.templates[0]) for row in findings]
     assert {(example.instruction, example.references) for example in examples} == {
         (f"q {n}", (str(n), f"n{n}")) for n in range(1, 20)
     }
@@ -183,18 +183,18 @@ def test_it_asks_on_a_terminal_what_numbers_mean(
     assert code == 1
     assert "give each a name, in this order, as in --choices name0,name1; if choice1, choice2 hold what a row chooses from" in err
     assert not (tmp_path / "own").exists()
-    asked: list[str] = []
+    prompts: list[str] = []
 
     def replied(question: str, **_: Any) -> str:
-        asked.append(question)
+        prompts.append(question)
         return reply
 
     monkeypatch.setattr("typer.prompt", replied)
     monkeypatch.setattr("apprentice.console.Screen.can_ask", True)
     code, _, err = command("init", "own.csv")
     assert code == 0, err
-    assert len(asked) == 1
-    assert asked[0].startswith(
+    assert len(prompts) == 1
+    assert prompts[0].startswith(
         "The labels in column 'label' are 0, 1. Their names in this order, with commas between, or choice1,choice2"
     )
     assert yaml.safe_load((tmp_path / "own/task.yaml").read_text())["choices"] == choices

@@ -121,12 +121,12 @@ def test_against_another_model(command, answered, tiny_model):
     """The other model is the run's base here, so its answers are known too, and the difference is that of the run's report."""
     code, out, err = command("evaluate", answered, "--against", tiny_model, "--json")
     assert code == 0, err
-    found, plain = json.loads(out), json.loads((answered / "report" / "report.json").read_text())
-    assert [subject["name"] for subject in found["subjects"]] == [tiny_model.name, "tuned"]
-    assert [task["differences"]["tuned@0"]["mean"] for task in found["tasks"]] == [
+    report, plain = json.loads(out), json.loads((answered / "report" / "report.json").read_text())
+    assert [subject["name"] for subject in report["subjects"]] == [tiny_model.name, "tuned"]
+    assert [task["differences"]["tuned@0"]["mean"] for task in report["tasks"]] == [
         task["differences"]["tuned@0"]["mean"] for task in plain["tasks"]
     ]
-    assert len(found["tasks"]) == 11
+    assert len(report["tasks"]) == 11
     assert (answered / "report" / f"against-{tiny_model.name}" / "report.html").is_file()
     assert json.loads((answered / "report" / "report.json").read_text()) == plain
 
@@ -136,9 +136,9 @@ def test_runs_are_compared(command, answered, tmp_path):
     try:
         code, out, err = command("compare", answered, other, "--out", tmp_path / "both", "--json")
         assert code == 0, err
-        found = json.loads(out)
-        assert [column["title"] for column in found["columns"]] == ["majority", "tiny", "other"]
-        assert [task["differences"]["other@0"]["mean"] for task in found["tasks"]] == [0.0] * 11
+        report = json.loads(out)
+        assert [column["title"] for column in report["columns"]] == ["majority", "tiny", "other"]
+        assert [task["differences"]["other@0"]["mean"] for task in report["tasks"]] == [0.0] * 11
         assert (tmp_path / "both" / "report.html").is_file()
     finally:
         shutil.rmtree(other)
@@ -178,13 +178,13 @@ def test_a_bare_model_on_named_tasks(command, tiny_model, tmp_path, monkeypatch)
 def test_tasks_count_as_trained_on_only_for_what_was_trained_on_them(command, trained, tiny_model, tmp_path):
     words = ["--recipe", trained, "--tasks", "short_reviews", "--tasks", "written_dates", "--json", "evaluation.max_examples=2"]
     run = trained.parent / "runs" / "tiny"
-    found = {}
+    held_out = {}
     for target in (tiny_model, run / "model", run / "adapter"):
         code, out, err = command("evaluate", target, *words, "--out", tmp_path / target.name)
         assert code == 0, err
-        found[target.name] = {task["task"]: task["held_out"] for task in json.loads(out)["tasks"]}
+        held_out[target.name] = {task["task"]: task["held_out"] for task in json.loads(out)["tasks"]}
     tuned = dict.fromkeys(("short_reviews", "written_dates"), False)
-    assert found == {tiny_model.name: dict.fromkeys(tuned, True), "model": tuned, "adapter": tuned}
+    assert held_out == {tiny_model.name: dict.fromkeys(tuned, True), "model": tuned, "adapter": tuned}
 
 
 def test_an_endpoint_that_is_down_is_one_sentence(command, trained):
@@ -198,13 +198,13 @@ def test_an_endpoint_that_is_down_is_one_sentence(command, trained):
 def test_serve_answers_and_stops(trained, tiny_model, tmp_path):
     """A bare base, and over it the run's adapter, whose words it takes."""
     runs = trained.parent / "runs"
-    asked = {"instruction": "Name a colour.", "max_tokens": 4, "ignore_eos": True}
+    body = {"instruction": "Name a colour.", "max_tokens": 4, "ignore_eos": True}
     with pipeline.run_endpoint(
         str(tiny_model), adapters=str(runs), storage=str(tmp_path), progress=lambda stage, values: None
     ) as url:
         reply = pipeline.ask_endpoint(url, "Name a colour.", "", max_tokens=4)
         models = [model["id"] for model in httpx.get(f"{url}/v1/models").json()["data"]]
-        answers = [httpx.post(f"{url}/v1/instruct", json=asked | {"model": name}, timeout=60) for name in models]
+        answers = [httpx.post(f"{url}/v1/instruct", json=body | {"model": name}, timeout=60) for name in models]
         layout = httpx.get(f"{url}/v1/contract", params={"model": "tiny"}).json()["layout"]
     assert isinstance(reply, str)
     assert models == [tiny_model.name, "tiny"]
@@ -243,11 +243,11 @@ def test_check_of_a_good_recipe(command, tiny_model, tmp_path):
         "duration",
         "evaluation",
     ]
-    told = {finding["subject"]: finding["message"] for finding in result["findings"]}
-    assert "each example's end among them" in told["rows"]
-    assert told["packing"].endswith("in one row and each alone they have the same loss")
-    assert "tokens/s a worker" in told["duration"]
-    assert re.match(r"[0-9,]+ questions to base and tuned model, ", told["evaluation"])
+    messages = {finding["subject"]: finding["message"] for finding in result["findings"]}
+    assert "each example's end among them" in messages["rows"]
+    assert messages["packing"].endswith("in one row and each alone they have the same loss")
+    assert "tokens/s a worker" in messages["duration"]
+    assert re.match(r"[0-9,]+ questions to base and tuned model, ", messages["evaluation"])
     assert not (tmp_path / "runs").exists()
 
 

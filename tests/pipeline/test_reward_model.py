@@ -71,8 +71,8 @@ def test_to_be_scored_by_what_it_writes(rewarding: Path) -> None:
     question = {"place": 0, "prompt_ids": [5, 6, 7], "choices": [], "choice_ids": []}
     load = partial(load_worker_model, rewarding, Model(base=str(rewarding), dtype="float32"), WorkerPool(1, 1, 0), 0)
     scorer = Scorer(load, str(rewarding), AnswerSettings(Layout("chat", Tokenizer(rewarding)), 6))
-    [found] = scorer(make_table([question], QUESTION_BLOCK)).to_pylist()
-    assert found["failure"] == (
+    [answer] = scorer(make_table([question], QUESTION_BLOCK)).to_pylist()
+    assert answer["failure"] == (
         f"{rewarding} is a reward model and writes nothing, but some tasks are scored by what is written; leave out those that"
         " have no choices."
     )
@@ -81,8 +81,8 @@ def test_to_be_scored_by_what_it_writes(rewarding: Path) -> None:
 def test_a_recipe_that_would_have_one_scored_so(tiny_model: Path, tmp_path: Path) -> None:
     pairs = {"preferences": str(write_pairs(tmp_path / "pairs.jsonl"))}
 
-    def looked(held: str) -> str:
-        chosen = {"data__tasks": [pairs, held], "data__hold_out": [held], "data__formats": {}, "data__max_length": 96}
+    def looked(place: str) -> str:
+        chosen = {"data__tasks": [pairs, place], "data__hold_out": [place], "data__formats": {}, "data__max_length": 96}
         return run_check("tasks", load_recipe(tiny_recipe(tmp_path, tiny_model, training__objective="reward", **chosen)))
 
     assert looked("sst2") == "2 tasks, 1 of them held out"

@@ -111,11 +111,11 @@ def test_a_killed_worker_goes_on_with_the_replies_that_are_there(
 
 def weights(*runs: Run) -> dict[str, list[torch.Tensor]]:
     """Key → the tensors of the last checkpoint of each run."""
-    found: dict[str, list[torch.Tensor]] = {}
+    tensors: dict[str, list[torch.Tensor]] = {}
     for run in runs:
         last = checkpoints.find_newest(run.checkpoints)
         assert last is not None
         with checkpoints.open_tensors(last) as read:
             for key in checkpoints.list_keys(last):
-                found.setdefault(key, []).append(read(key))
-    return found
+                tensors.setdefault(key, []).append(read(key))
+    return tensors

@@ -26,11 +26,11 @@ def test_a_recipes_own_task_files_can_be_asked_and_a_lost_one_is_told(tmp_path: 
             "training": {"steps": 1},
         }
     )
-    told: list[dict[str, Any]] = []
-    found = find_own_tasks(recipe, lambda _, values: told.append(values))
-    assert [task.name for task in found] == ["my_news"]
-    assert [values["message"][:22] for values in told] == ["not under /v1/tasks: /"]
-    assert "lost.yaml does not exist" in told[0]["message"]
+    messages: list[dict[str, Any]] = []
+    tasks = find_own_tasks(recipe, lambda _, values: messages.append(values))
+    assert [task.name for task in tasks] == ["my_news"]
+    assert [values["message"][:22] for values in messages] == ["not under /v1/tasks: /"]
+    assert "lost.yaml does not exist" in messages[0]["message"]
 
 
 def test_a_run_is_asked_by_the_tasks_that_it_was_made_with(tmp_path: Path, tiny_model: Path) -> None:
@@ -39,6 +39,6 @@ def test_a_run_is_asked_by_the_tasks_that_it_was_made_with(tmp_path: Path, tiny_
     run = open_run(recipe)
     (tmp_path / "sums.yaml").unlink()
     load_task.cache_clear()
-    told: list[dict[str, Any]] = []
-    assert [task.name for task in find_own_tasks(recipe, lambda _, values: told.append(values), run.tasks().find)] == ["sums"]
-    assert not told
+    messages: list[dict[str, Any]] = []
+    assert [task.name for task in find_own_tasks(recipe, lambda _, values: messages.append(values), run.tasks().find)] == ["sums"]
+    assert not messages

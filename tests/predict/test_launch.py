@@ -31,10 +31,10 @@ def test_it_goes_on_where_it_stopped(ray_cluster: None, tiny_model: Path, tmp_pa
 
     def run(reply: int = 5, *, restart: bool = False) -> dict[str, Any]:
         limits = TokenLimits(200, reply)
-        found: dict[str, Any] = launch.predict(
+        result: dict[str, Any] = launch.predict(
             Folder.at(file), out, tiny_model, model, layout, limits, restart=restart, progress=lambda values: None
         )
-        return found
+        return result
 
     result = run()
     assert (result["rows"], result["parts"], result["bad_rows"], result["made_now"]) == (10, 3, 1, 10)

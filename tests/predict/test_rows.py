@@ -24,8 +24,8 @@ def lines(folder: Path, *texts: str, end: str = "\n") -> Folder:
 def test_chunks_of_lines_hold_every_row_once(tmp_path: Path, count: int, end: str) -> None:
     file = lines(tmp_path, *[json.dumps({"instruction": f"é {number}"}, ensure_ascii=False) for number in range(count)], end=end)
     chunks = split_into_chunks(file, size=4)
-    found = [row for chunk in chunks for row in read_chunk(file, chunk)]
-    assert [(row.number, row.instruction) for row in found] == [(number, f"é {number}") for number in range(count)]
+    read_rows = [row for chunk in chunks for row in read_chunk(file, chunk)]
+    assert [(row.number, row.instruction) for row in read_rows] == [(number, f"é {number}") for number in range(count)]
     assert len(chunks) == -(-count // 4)
 
 
@@ -52,9 +52,9 @@ def test_parquet_in_chunks_within_row_groups(tmp_path: Path) -> None:
     file = Folder.at(tmp_path / "asked.parquet")
     chunks = split_into_chunks(file, size=4)
     assert [(chunk.first, chunk.rows) for chunk in chunks] == [(0, 4), (4, 2), (6, 4)]
-    found = [row for chunk in chunks for row in read_chunk(file, chunk)]
-    assert [(row.number, row.instruction) for row in found] == [(n, f"i{n}") for n in range(10)]
-    assert [row.input for row in found] == ["", *["x"] * 9]
+    read_rows = [row for chunk in chunks for row in read_chunk(file, chunk)]
+    assert [(row.number, row.instruction) for row in read_rows] == [(n, f"i{n}") for n in range(10)]
+    assert [row.input for row in read_rows] == ["", *["x"] * 9]
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:

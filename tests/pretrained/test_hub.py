@@ -116,10 +116,10 @@ def test_a_pickle_of_the_hub_is_read_if_it_is_trusted(hub_with: Any, tiny_model:
 
 
 def test_of_a_hub_model_the_config_alone_can_be_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[str, str]] = []
+    requests: list[tuple[str, str]] = []
 
     def hf_hub_download(base: str, file: str, *, local_dir: Path) -> str:
-        asked.append((base, file))
+        requests.append((base, file))
         if base == "org/none":
             raise LocalEntryNotFoundError("no network")
         local_dir.mkdir(parents=True)
@@ -131,7 +131,7 @@ def test_of_a_hub_model_the_config_alone_can_be_fetched(tmp_path: Path, monkeypa
     folder = hub.config_folder("org/big-70b")
     assert [file.name for file in folder.iterdir()] == ["config.json"]
     assert hub.config_folder(str(folder)) == folder
-    assert asked == [("org/big-70b", "config.json")]
+    assert requests == [("org/big-70b", "config.json")]
     assert hub.describe_download("org/big-70b") is not None  # the weights are still to be fetched
     with pytest.raises(ModelError, match=r"the config\.json of model 'org/none' cannot be fetched from the hub"):
         hub.config_folder("org/none")

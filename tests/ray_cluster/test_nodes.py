@@ -31,10 +31,10 @@ class Supervisor:
 
 
 def test_drivers_of_jobs_hold_cpus_that_ray_data_does_not_know_of(monkeypatch):
-    asked: list[Any] = []
+    addresses: list[Any] = []
 
     def list_actors(**arguments: Any) -> list[Supervisor]:
-        asked.append(arguments)
+        addresses.append(arguments)
         return [Supervisor("b", {"CPU": 1.0}), Supervisor("b", None), Supervisor("a", {"CPU": 0.5})]
 
     monkeypatch.setattr(ray, "nodes", lambda: NODES)
@@ -42,10 +42,10 @@ def test_drivers_of_jobs_hold_cpus_that_ray_data_does_not_know_of(monkeypatch):
     monkeypatch.setattr(ray.util.state, "list_actors", list_actors)
     monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR", raising=False)
     assert node_resources() == [{"CPU": 4.0, "memory": 8.0}, {"CPU": 2.0, "GPU": 1.0}]
-    assert asked == []  # a local session has no dashboard to ask
+    assert addresses == []  # a local session has no dashboard to ask
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps({"metadata": {"job_submission_id": "x-1"}}))
     assert node_resources() == [{"CPU": 3.5, "memory": 8.0}, {"CPU": 1.0, "GPU": 1.0}]
-    (one,) = asked
+    (one,) = addresses
     assert one["address"] == "10.0.0.1:6379"  # this cluster's, should the machine have another Ray too
     assert one["filters"] == [("class_name", "=", "JobSupervisor"), ("state", "=", "ALIVE")]
 

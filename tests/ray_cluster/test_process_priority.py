@@ -37,7 +37,7 @@ def test_a_replica_is_no_nicer_than_it_was_told(monkeypatch: pytest.MonkeyPatch,
 
 
 @pytest.mark.parametrize(
-    ("running", "told", "expected"),
+    ("running", "environment", "expected"),
     [
         ([1, 1, 1], {}, None),  # ourselves alone
         ([5, 1, 4], {}, None),  # a burst
@@ -48,7 +48,7 @@ def test_a_replica_is_no_nicer_than_it_was_told(monkeypatch: pytest.MonkeyPatch,
     ],
 )
 def test_threads_spin_little_where_others_want_the_cpus(
-    running: list[int], told: dict[str, str], expected: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    running: list[int], environment: dict[str, str], expected: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     left = list(running)
     load = tmp_path / "loadavg"
@@ -66,7 +66,7 @@ def test_threads_spin_little_where_others_want_the_cpus(
     for name in (SPINS, "OMP_WAIT_POLICY"):
         monkeypatch.setenv(name, "")  # so that it is put back
         monkeypatch.delenv(name)
-    for name, value in told.items():
+    for name, value in environment.items():
         monkeypatch.setenv(name, value)
     limit_thread_spinning(2)
     assert os.environ.get(SPINS) == expected

@@ -48,9 +48,9 @@ def test_a_local_session_is_quiet_and_nobody_elses(tmp_path: Path) -> None:
         check=True,
         env=environment | {"HOME": str(tmp_path)},
     )
-    first, nice, told, last = done.stdout.splitlines()
+    first, nice, message, last = done.stdout.splitlines()
     assert (first, nice, last, done.stderr) == ("True True", "True", "False", "of ours: kept\n")
-    facts = json.loads(told)
+    facts = json.loads(message)
     assert len({name for name, _ in facts["sockets"]}) >= 5  # the driver, GCS, raylet, agents
     assert [(name, address) for name, address in facts["sockets"] if not address.startswith("127.")] == []
     assert facts["token"] == "token"
@@ -74,6 +74,6 @@ def test_rays_folder_is_this_users_alone(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_the_shared_cluster_listens_on_loopback_alone(ray_cluster: None) -> None:
-    found = listening()
-    assert len(found) >= 5
-    assert [(name, address) for name, address in found if not address.startswith("127.")] == []
+    addresses = listening()
+    assert len(addresses) >= 5
+    assert [(name, address) for name, address in addresses if not address.startswith("127.")] == []

@@ -80,7 +80,7 @@ def test_there_are_recipes():
 
 @pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
 def test_recipe_loads_and_its_tasks_exist(file: Path):
-    there(file.stem)
+    skip_without_data(file.stem)
     recipe = load_recipe(file)
     tasks, held_out = select_tasks(recipe.data.entries, recipe.data.hold_out, file.parent)
     assert len(tasks) >= (2 if file.stem in SINGLE_SET else 8)
@@ -123,7 +123,7 @@ WANTED_MODELS = {
 
 @pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
 def test_check_says_what_it_would_download_with_the_hub_out_of_reach(file, tmp_path, monkeypatch):
-    there(file.stem)
+    skip_without_data(file.stem)
     monkeypatch.setenv("APPRENTICE_CACHE", str(tmp_path / "empty"))
     recipe = load_recipe(file, [f"storage={tmp_path}", "data.root=null"])
     tasks, _ = select_tasks(recipe.data.entries, recipe.data.hold_out, file.parent)
@@ -133,11 +133,11 @@ def test_check_says_what_it_would_download_with_the_hub_out_of_reach(file, tmp_p
         sets |= {"/".join(filter(None, (spec["hub"], spec["config"]))) for spec in named if spec["hub"]}
     said = check.run_check("downloads", recipe)
     model = WANTED_MODELS[file.stem]
-    wanted = [model] if model is not None else []
+    downloads = [model] if model is not None else []
     if sets:
         plural = "s" if len(sets) > 1 else ""
-        wanted.append(f"{len(sets)} dataset{plural} from the hub ({', '.join(sorted(sets))}; sizes unknown)")
-    assert said == "; ".join(wanted)
+        downloads.append(f"{len(sets)} dataset{plural} from the hub ({', '.join(sorted(sets))}; sizes unknown)")
+    assert said == "; ".join(downloads)
     assert file.stem in ("quickstart", "tk_instruct") or sets
 
 
@@ -174,7 +174,7 @@ def tiny(name: str, tokenizer: Path, folder: Path) -> list[str]:
     ]
 
 
-def there(name: str) -> None:
+def skip_without_data(name: str) -> None:
     """Skips where the files that the recipe needs are absent."""
     if name in REAL and not DATA_FOLDER.is_dir():
         pytest.skip(NEEDS_DATA)
@@ -186,7 +186,7 @@ def test_recipe_makes_packed_rows_in_its_layout(name, tiny_model, tmp_path):
     from apprentice.run.folder import Run
     from apprentice.storage import Folder
 
-    there(name)
+    skip_without_data(name)
     recipe = load_recipe(SHIPPED / f"{name}.yaml", tiny(name, tiny_model, tmp_path))
     corpus = make_corpus(recipe, Run(Folder.at(tmp_path / "scratch")), parallel=False)
     rows = render_window(corpus, 0)
@@ -245,20 +245,20 @@ def answers(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", MODELS)
 def test_recipe_runs_to_an_answer(name, answers):
-    there(name)
-    found = json.loads((answers / f"{name}.json").read_text())
-    assert "error" not in found, found["error"]
-    assert len(found["losses"]) == 2
+    skip_without_data(name)
+    outcome = json.loads((answers / f"{name}.json").read_text())
+    assert "error" not in outcome, outcome["error"]
+    assert len(outcome["losses"]) == 2
     shipped = load_recipe(SHIPPED / f"{name}.yaml")
     # Advantages lie around 0, and so does the loss that follows them.
-    assert all((-2 if shipped.training.aim.rounds else 0) < loss < 20 for loss in found["losses"])
-    assert found["message"].startswith(f"{shipped.tuning.method}: ")
-    assert found["kind"].lower().startswith(MODELS[name].partition("_v")[0].replace("_", ""))
+    assert all((-2 if shipped.training.aim.rounds else 0) < loss < 20 for loss in outcome["losses"])
+    assert outcome["message"].startswith(f"{shipped.tuning.method}: ")
+    assert outcome["kind"].lower().startswith(MODELS[name].partition("_v")[0].replace("_", ""))
     if shipped.training.aim.head:
-        assert found["reply"] is None  # it gives numbers
+        assert outcome["reply"] is None  # it gives numbers
         return
-    assert found["reply"]["status"] == 200
-    assert found["reply"]["usage"]["completion_tokens"] == 4
+    assert outcome["reply"]["status"] == 200
+    assert outcome["reply"]["usage"]["completion_tokens"] == 4
 
 
 @pytest.mark.long  # each recipe's run is in the test above, Ray's way in tests/pipeline/
@@ -288,8 +288,8 @@ def test_openchat_leaves_a_folder_that_transformers_asks_in_the_best_class(answe
 
     folder = answers / "openchat" / "runs" / "openchat" / "model"
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    asked = [{"role": "user", "content": "Hello"}]
-    told = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
-    assert told == f"{tokenizer.bos_token}GPT4 User: Hello{tokenizer.eos_token}GPT4 Assistant:"
-    poor = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True, quality="GPT3")
-    assert poor == told.replace("GPT4", "GPT3")
+    conversation = [{"role": "user", "content": "Hello"}]
+    text = tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+    assert text == f"{tokenizer.bos_token}GPT4 User: Hello{tokenizer.eos_token}GPT4 Assistant:"
+    poor = tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True, quality="GPT3")
+    assert poor == text.replace("GPT4", "GPT3")

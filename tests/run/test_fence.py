@@ -50,8 +50,8 @@ class Clock:
 
 @pytest.fixture(scope="module")
 def store() -> Iterator[ObjectStore]:
-    with object_store() as found:
-        yield found
+    with object_store() as bucket:
+        yield bucket
 
 
 @pytest.fixture(params=["disk", "s3"])
@@ -100,18 +100,18 @@ def test_without_links_the_file_is_created_all_the_same(disk: Folder, monkeypatc
 
 
 def test_one_holds_it_and_the_next_may_after_that(run: Folder) -> None:
-    with lease_run(run, "train") as held:
-        assert held.is_held()
+    with lease_run(run, "train") as lease:
+        assert lease.is_held()
         with lease_run(run, "train") as again:  # the same process
-            assert again is held
+            assert again is lease
         entry = FenceLog(run).last()
         assert entry is not None
         assert (entry.attempt, entry.released, entry.holder.pid) == (1, False, os.getpid())
     entry = FenceLog(run).last()
     assert entry is not None
     assert (entry.number, entry.released) == (2, True)
-    with lease_run(run, "train") as held:  # which waits for nothing
-        assert held.token.attempt == 3
+    with lease_run(run, "train") as lease:  # which waits for nothing
+        assert lease.token.attempt == 3
     assert [child.name for child in (run / "fence").children()] == [f"00000{number}.json" for number in range(1, 5)]
 
 
@@ -129,11 +129,11 @@ def test_a_second_is_told_who_holds_it(run: Folder) -> None:
 
 
 def test_a_counter_that_stands_still_is_taken_over(run: Folder) -> None:
-    first, clock, told = taken(run), Clock(), list[str]()
-    with lease_run(run, "train", clock=clock, wait=clock.wait, tell=told.append) as held:
+    first, clock, messages = taken(run), Clock(), list[str]()
+    with lease_run(run, "train", clock=clock, wait=clock.wait, tell=messages.append) as lease:
         assert clock.now == EXPIRY_S
-        assert told == [f"{ELSEWHERE} holds the run and gives no sign of life; it is taken over in 50 seconds"]
-        assert held.token.attempt == 2
+        assert messages == [f"{ELSEWHERE} holds the run and gives no sign of life; it is taken over in 50 seconds"]
+        assert lease.token.attempt == 2
         with pytest.raises(
             FencedError, match=rf"run 'tiny' has been taken over by `train` \(process {os.getpid()} on .*follow that one"
         ):
@@ -171,8 +171,8 @@ def test_a_process_of_this_machine_that_is_gone_is_taken_over_at_once(disk: Fold
     assert not replace(entry.holder, machine="another").is_gone
     process.send_signal(signal.SIGKILL)
     os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # dead, and nobody has asked how it ended
-    with lease_run(disk, "train", wait=lambda _: pytest.fail("nobody is there to wait for")) as held:
-        assert held.token.attempt == 2
+    with lease_run(disk, "train", wait=lambda _: pytest.fail("nobody is there to wait for")) as lease:
+        assert lease.token.attempt == 2
     process.wait()
     process.stdout.close()
 
@@ -192,11 +192,11 @@ def test_of_many_at_once_one_takes_over(run: Folder, monkeypatch: pytest.MonkeyP
     first = [take(0)]
     assert first == [2]
     with ThreadPoolExecutor(4) as threads:
-        found = [number for number in threads.map(take, range(1, 5)) if number is not None]
+        winners = [number for number in threads.map(take, range(1, 5)) if number is not None]
     entry = FenceLog(run).last()
     assert entry is not None
-    assert len(set(found)) == len(found)  # one after the other, each after it saw the one before stand still
-    assert entry.number == max(found)
+    assert len(set(winners)) == len(winners)  # one after the other, each after it saw the one before stand still
+    assert entry.number == max(winners)
 
 
 def test_what_an_overtaken_attempt_saves_does_not_count(run: Folder) -> None:
@@ -204,8 +204,8 @@ def test_what_an_overtaken_attempt_saves_does_not_count(run: Folder) -> None:
     first.commit("step-000003.2", lambda _: True)
     assert committed_checkpoints(run) == {"step-000003.2"}
     clock = Clock()
-    with lease_run(run, "train", clock=clock, wait=clock.wait) as held:
-        second = held.token.start_group(1)
+    with lease_run(run, "train", clock=clock, wait=clock.wait) as lease:
+        second = lease.token.start_group(1)
         with pytest.raises(FencedError, match="has been taken over by"):
             first.commit("step-000006.2", lambda _: True)
         with pytest.raises(FencedError, match="has been taken over by"):
@@ -254,14 +254,14 @@ def test_workers_that_were_given_up_commit_nothing(disk: Folder) -> None:
 def test_who_was_away_for_a_while_asks_before_it_writes(disk: Folder) -> None:
     clock = Clock()
     entry = fence._take(FenceLog(disk), ELSEWHERE, lambda _: None, clock, clock.wait)
-    held = Lease(entry, disk, clock)
-    held.renew()
+    lease = Lease(entry, disk, clock)
+    lease.renew()
     clock.now += EXPIRY_S
-    assert held.is_held()  # and says so itself
+    assert lease.is_held()  # and says so itself
     assert FenceLog(disk).beat(1) == b"2\n"
     clock.now += EXPIRY_S
     with lease_run(disk, "train", clock=clock, wait=clock.wait):
-        assert not held.is_held()
+        assert not lease.is_held()
         last = FenceLog(disk).last()
         assert last is not None
         assert (last.attempt, last.released) == (2, False)
@@ -271,8 +271,8 @@ def test_what_a_run_of_an_earlier_version_saved_counts(disk: Folder) -> None:
     assert committed_checkpoints(disk) is None
     for name in ("step-000003", "step-000006", "step-000006.2"):
         (disk / "checkpoints" / name).make()
-    with lease_run(disk, "train") as held:
-        assert held.token.attempt == 3  # no folder has this number at its end
+    with lease_run(disk, "train") as lease:
+        assert lease.token.attempt == 3  # no folder has this number at its end
         assert committed_checkpoints(disk) == {"step-000003", "step-000006", "step-000006.2"}
 
 
@@ -281,11 +281,11 @@ def test_a_run_that_came_to_nothing_leaves_nothing(tmp_path: Path) -> None:
     with lease_run(run, "prepare"):
         assert (run / "fence").exists()
     assert not run.exists()
-    with lease_run(run, "prepare") as held:
+    with lease_run(run, "prepare") as lease:
         run.delete()
-        assert held.is_held()
-        held.renew()
-        assert not held.is_held()
+        assert lease.is_held()
+        lease.renew()
+        assert not lease.is_held()
     assert not run.exists()
 
 

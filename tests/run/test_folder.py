@@ -77,11 +77,11 @@ def test_the_same_run_is_opened_again_and_another_is_refused(tmp_path):
 def test_a_key_that_a_later_version_brought_changes_nothing_until_it_is_used(tmp_path):
     run = open_run(recipe(tmp_path))
     file = run.folder / "identity.json"
-    written = file.read_json()
-    del written["keys"]["tuning.dropout"]  # as a version without that key wrote it
-    file.write_json(written)
+    content = file.read_json()
+    del content["keys"]["tuning.dropout"]  # as a version without that key wrote it
+    file.write_json(content)
     assert open_run(recipe(tmp_path)).name == "r"
-    file.write_json(written)
+    file.write_json(content)
     with pytest.raises(RunError, match=r"tuning\.dropout \(None → 0\.1\)"):
         open_run(recipe(tmp_path, tuning__dropout=0.1))
 
@@ -116,9 +116,9 @@ def test_an_adapter_beside_the_weights_counts_with_them(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"base")
     bare = weights_sha256(tmp_path)
     (tmp_path / "adapter").mkdir()
-    told = set()
+    hashes = set()
     for content in (b"one", b"other"):
         (tmp_path / "adapter" / "adapter_model.safetensors").write_bytes(content)
-        told.add(weights_sha256(tmp_path))
-    assert len(told) == 2
-    assert bare not in told
+        hashes.add(weights_sha256(tmp_path))
+    assert len(hashes) == 2
+    assert bare not in hashes

@@ -84,22 +84,22 @@ def test_collections_are_known_by_what_is_in_their_files(tmp_path: Path) -> None
     assert identity(collections(tmp_path / "there")) == here
     assert str(tmp_path) not in json.dumps(here)
     reworded = identity(collections(tmp_path / "reworded", templates=FILE.replace("Same as", "Like")))
-    told = identity(collections(tmp_path / "told", instructions=CONTENT | {"Definition": "Say it twice."}))
+    changed = identity(collections(tmp_path / "told", instructions=CONTENT | {"Definition": "Say it twice."}))
     assert {key for key in here if reworded[key] != here[key]} == {"data.tasks.promptsource_glue_toy"}
-    assert {key for key in here if told[key] != here[key]} == {"data.tasks.task1_new"}
+    assert {key for key in here if changed[key] != here[key]} == {"data.tasks.task1_new"}
 
 
 def test_the_tasks_are_kept_with_the_run(tmp_path: Path) -> None:
     recipe = collections(tmp_path / "here")
     run = open_run(recipe)
-    found = [(entry, loading.find_tasks(entry, tmp_path)) for entry in recipe.data.entries]
+    listed = [(entry, loading.find_tasks(entry, tmp_path)) for entry in recipe.data.entries]
     shutil.rmtree(tmp_path / "here")
     kept = run.tasks()
-    for entry, tasks in found:
+    for entry, tasks in listed:
         again = kept.find(entry, tmp_path)
         assert again == tasks
         assert [type(task.templates[0]) for task in again] == [type(task.templates[0]) for task in tasks]
-    assert kept.find("promptsource_glue_toy", tmp_path) == found[0][1], "by its name, too"
+    assert kept.find("promptsource_glue_toy", tmp_path) == listed[0][1], "by its name, too"
     assert kept.find("squad", tmp_path) == loading.find_tasks("squad", tmp_path)
     with pytest.raises(TaskError, match="'sst3' is not a task"):
         kept.find("sst3", tmp_path)

@@ -34,10 +34,10 @@ from tests.support.recipes import tiny_recipe
 
 @pytest.fixture
 def store(monkeypatch, tmp_path) -> Iterator[ObjectStore]:
-    with object_store() as found:
-        for name, value in {**found.environment, "APPRENTICE_CACHE": str(tmp_path / "cache")}.items():
+    with object_store() as running:
+        for name, value in {**running.environment, "APPRENTICE_CACHE": str(tmp_path / "cache")}.items():
             monkeypatch.setenv(name, value)
-        yield found
+        yield running
 
 
 def test_folders_in_a_store(store, tmp_path):
@@ -95,7 +95,7 @@ def test_the_road_with_its_storage_in_a_store(store, tiny_model, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.strip().endswith(f"{storage}/tiny")
     keys = [key.removeprefix("runs/tiny/") for key in store.objects if key.startswith("runs/tiny/")]
-    wanted = {
+    expected = {
         "recipe.yaml",
         "status.json",
         "ledger.json",
@@ -104,7 +104,7 @@ def test_the_road_with_its_storage_in_a_store(store, tiny_model, tmp_path):
         "report/report.html",
         "adapter/adapter_config.json",
     }
-    assert wanted <= set(keys)
+    assert expected <= set(keys)
     assert any(key.startswith("checkpoints/step-") for key in keys)
     assert not [place for place in (tmp_path / "runs", Path("s3:")) if place.exists()]
 
@@ -114,9 +114,9 @@ def test_the_road_with_its_storage_in_a_store(store, tiny_model, tmp_path):
     assert "evaluated already" in again.stdout
     assert store.secret not in done.stdout + done.stderr + again.stdout + again.stderr + str(store.objects)
 
-    found, place = pipeline.rebuild_report(f"{storage}/tiny", "./runs")
-    assert len(found["tasks"]) >= 8
-    assert json.loads((place / "report.json").read_text())["summary"] == found["summary"]
+    report, place = pipeline.rebuild_report(f"{storage}/tiny", "./runs")
+    assert len(report["tasks"]) >= 8
+    assert json.loads((place / "report.json").read_text())["summary"] == report["summary"]
     run = Run(Folder.at(f"{storage}/tiny"))
     folder = hub.local_folder(str(run.model))
     assert read_contract(folder) == read_contract(run.model)

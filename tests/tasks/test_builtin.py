@@ -131,16 +131,16 @@ def test_copying_does_not_score(name: str) -> None:
 
 
 def test_extracted_answers_stand_in_their_passage() -> None:
-    found = [row["answer"] in row["passage"] for row in rows("passage_questions", "train")]
-    assert found == [True] * 400
+    stands = [row["answer"] in row["passage"] for row in rows("passage_questions", "train")]
+    assert stands == [True] * 400
 
 
 def test_word_problems_are_right() -> None:
     checked = Counter[str]()
     for row in rows("word_problems", "train"):
-        told = sorted(int(number) for number in re.findall(r"\d+", row["problem"]))
+        numbers = sorted(int(number) for number in re.findall(r"\d+", row["problem"]))
         first, sign, second, _, result = row["calculation"].split()
-        assert sorted([int(first), int(second)]) == told
+        assert sorted([int(first), int(second)]) == numbers
         assert int(result) == int(first) + int(second) * (1 if sign == "+" else -1)
         assert int(result) > 0
         checked[sign] += 1
@@ -148,10 +148,10 @@ def test_word_problems_are_right() -> None:
 
 
 def test_written_dates_are_right() -> None:
-    found = [
+    right_dates = [
         datetime.strptime(row["written"], "%d %B %Y").date().isoformat() == row["date"] for row in rows("written_dates", "train")
     ]
-    assert found == [True] * 400
+    assert right_dates == [True] * 400
 
 
 def test_labels_are_balanced_and_do_not_follow_the_row_number() -> None:

@@ -163,7 +163,7 @@ def test_no_two_tasks_share_a_wording() -> None:
     such as "Translate from German to English" and "Translate from Spanish to English" (0.8)."""
     every = [load_task(path) for path in library().values()]
     words = [(task.name, own_words(f"{one.instruction} {one.input}")) for task in every for one in task.templates]
-    words = [(name, found) for name, found in words if found]
+    words = [(name, phrases) for name, phrases in words if phrases]
     assert len(words) >= 700
     alike, compared = [], 0
     for (name, one), (other_name, other) in combinations(words, 2):
@@ -214,7 +214,7 @@ def test_every_wording_serves_every_label(name: str) -> None:
             texts[template.name].add(f"{example.instruction}{example.input}{example.target}")
             if template.output == "{{ answer }}":
                 assert example.target == (template.choices or task.choices)[number], (template.name, choice)
-    assert {name for name, found in texts.items() if len(found) < len(task.choices)} == set()
+    assert {name for name, wordings in texts.items() if len(wordings) < len(task.choices)} == set()
 
 
 def test_rows_that_lack_something_make_sense_too() -> None:
@@ -254,10 +254,10 @@ def test_every_wording_renders_a_row_of_our_own(name: str) -> None:
 
 
 def test_all_references_count() -> None:
-    found = {name: TASKS[name].render(row, TASKS[name].templates[0]).references for name, (row, _) in ROWS.items()}
-    assert found["squad"] == ("London", "in London")
-    assert found["web_questions"] == ("Jane Austen", "Austen")
-    assert found["natural_instructions"] == ("cold", "cool")
+    references = {name: TASKS[name].render(row, TASKS[name].templates[0]).references for name, (row, _) in ROWS.items()}
+    assert references["squad"] == ("London", "in London")
+    assert references["web_questions"] == ("Jane Austen", "Austen")
+    assert references["natural_instructions"] == ("cold", "cool")
     one_text = ROWS["natural_instructions"][0] | {"targets": "cold"}  # as the hub has it
     task = TASKS["natural_instructions"]
     assert task.render(one_text, task.templates[0]).references == ("cold",)

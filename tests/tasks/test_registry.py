@@ -19,7 +19,7 @@ templates: [{name: ask, instruction: "{{ question }}"}]
 """
 
 
-def written(folder: Path, text: str, name: str = "mine.yaml") -> Path:
+def write_task(folder: Path, text: str, name: str = "mine.yaml") -> Path:
     path = folder / name
     path.write_text(text, encoding="utf-8")
     return path
@@ -62,15 +62,15 @@ def test_a_name_like_no_other_gets_no_suggestion() -> None:
 
 
 def test_own_files_lie_beside_the_task_file(tmp_path: Path) -> None:
-    (task,) = find_tasks(str(written(tmp_path, GOOD)), Path("/elsewhere"))
+    (task,) = find_tasks(str(write_task(tmp_path, GOOD)), Path("/elsewhere"))
     assert task.sources[0].files == {"train": str(tmp_path / "data/rows.csv"), "test": str(tmp_path / "data/more.csv")}
     assert (task.sources[1].dataset, task.sources[1].files) == ("mine", None)
 
 
 def test_a_glob_finds_files_beside_the_recipe(tmp_path: Path) -> None:
     (tmp_path / "tasks").mkdir()
-    written(tmp_path / "tasks", GOOD.replace("name: mine", "name: second"), "b.yaml")
-    written(tmp_path / "tasks", GOOD, "a.yaml")
+    write_task(tmp_path / "tasks", GOOD.replace("name: mine", "name: second"), "b.yaml")
+    write_task(tmp_path / "tasks", GOOD, "a.yaml")
     assert [task.name for task in find_tasks("./tasks/*.yaml", tmp_path)] == ["mine", "second"]
 
 
@@ -84,7 +84,7 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
 
 
 def test_a_file_that_is_not_yaml(tmp_path: Path) -> None:
-    assert "cannot be read as YAML" in message_of(written(tmp_path, "name: [unclosed"))
+    assert "cannot be read as YAML" in message_of(write_task(tmp_path, "name: [unclosed"))
 
 
 def test_a_file_that_is_not_text(tmp_path: Path) -> None:
@@ -108,4 +108,4 @@ def test_a_file_that_is_not_text(tmp_path: Path) -> None:
 )
 def test_a_wrong_key_or_value_is_named_with_its_place(tmp_path: Path, old: str, new: str, place: str) -> None:
     assert GOOD.count(old) == 1
-    assert place in message_of(written(tmp_path, GOOD.replace(old, new)))
+    assert place in message_of(write_task(tmp_path, GOOD.replace(old, new)))

@@ -92,9 +92,9 @@ def test_answers_to_write() -> None:
     pairs = [{"City": "Paris", "Year": 1900, "answer": "yes"}]
     content = draft("own", Columns(("City", "Year"), answer="answer"), pairs, FILES)
     assert content["metrics"] == ["exact_match", "token_f1"]
-    asked = rendered(content, {"city": "Paris", "year": 1900, "answer": "yes"})
-    assert asked[1] == ("What is the answer?", "City: Paris\nYear: 1900", "yes")
-    assert len(asked) == 3
+    example = rendered(content, {"city": "Paris", "year": 1900, "answer": "yes"})
+    assert example[1] == ("What is the answer?", "City: Paris\nYear: 1900", "yes")
+    assert len(example) == 3
 
 
 @pytest.mark.parametrize(
@@ -158,9 +158,9 @@ def test_choices_that_stand_in_columns(
     columns = guess(list(row), "own.csv", label=label, choices=own.split(","))
     assert columns.choices == tuple(own.split(","))
     content = draft("own", columns, rows, FILES)
-    told = rendered(content, {field: row[column] for field, column in fields_of(columns).items()})
-    assert len(told) == 3
-    assert all(given.endswith(listed) and target == right for _, given, target in told)
+    examples = rendered(content, {field: row[column] for field, column in fields_of(columns).items()})
+    assert len(examples) == 3
+    assert all(text.endswith(listed) and target == right for _, text, target in examples)
 
 
 def test_choices_in_columns_with_the_label_as_text() -> None:

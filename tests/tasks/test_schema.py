@@ -193,8 +193,8 @@ def test_a_task_travels_between_processes(warm: bool) -> None:
     task = ranked()
     if warm:
         rendered(task, REVIEW, "yes_no")  # compiled parts are now cached inside
-    there = pickle.loads(pickle.dumps(task))
-    assert [rendered(there, REVIEW, name) for name in there.template_by_name] == [
+    copy = pickle.loads(pickle.dumps(task))
+    assert [rendered(copy, REVIEW, name) for name in copy.template_by_name] == [
         rendered(ranked(), REVIEW, name) for name in ("plain", "yes_no", "write")
     ]
 

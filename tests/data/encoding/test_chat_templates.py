@@ -21,37 +21,38 @@ OTHERWISE = ("qwen3", "glm4moe")  # the last answer as an earlier one; an end th
 
 @pytest.mark.parametrize("name", sources())
 def test_a_template_is_learnt_as_the_documentation_says(name: str, tmp_path: Path) -> None:
-    found = tried(name, tmp_path)
-    layout = found.layout
+    outcome = tried(name, tmp_path)
+    layout = outcome.layout
     rows = [line for line in PAGE.read_text(encoding="utf-8").splitlines() if line.startswith(f"| {name} |")]
-    assert rows == [found.row], "the page's table is what `python -m tests.support.chat_templates` prints"
+    assert rows == [outcome.row], "the page's table is what `python -m tests.support.chat_templates` prints"
     # Every answer with an end that is a token, and generation stops there.
-    stops = {found.text([id]) for id in layout.stop_ids}
-    answers = ["So."] if found.ours.truncated == LAST_TURN_ONLY else ["Because.", "So."]
-    assert len(found.trained) == len(answers)
-    assert all(text.startswith(answer) for answer, text in zip(answers, found.trained, strict=True))
-    assert all(any(text.endswith(stop) for stop in stops) for text in found.trained)
+    stops = {outcome.text([id]) for id in layout.stop_ids}
+    answers = ["So."] if outcome.ours.truncated == LAST_TURN_ONLY else ["Because.", "So."]
+    assert len(outcome.trained) == len(answers)
+    assert all(text.startswith(answer) for answer, text in zip(answers, outcome.trained, strict=True))
+    assert all(any(text.endswith(stop) for stop in stops) for text in outcome.trained)
     assert all(layout.tokenizer.is_added(id) for id in layout.stop_ids)
     # What is asked is how the row that was learnt begins.
-    assert found.ours.ids[: len(layout.encode_chat(MESSAGES[:-1]))] == layout.encode_chat(MESSAGES[:-1])
-    if found.ours.truncated is None:
-        assert found.ours.ids[: found.ours.prompt_length] == layout.encode_prompt(layout.prompt(MESSAGES[0]["content"]))
-    _check_text(found)
+    assert outcome.ours.ids[: len(layout.encode_chat(MESSAGES[:-1]))] == layout.encode_chat(MESSAGES[:-1])
+    if outcome.ours.truncated is None:
+        assert outcome.ours.ids[: outcome.ours.prompt_length] == layout.encode_prompt(layout.prompt(MESSAGES[0]["content"]))
+    _check_text(outcome)
 
 
-def _check_text(found: Tried) -> None:
-    whole = found.layout._rendered(MESSAGES, generate=False, parts=found.layout._takes_parts)
-    if not found.name.startswith(CLOCKS):
-        given = [
-            dict(one, content=[{"type": "text", "text": one["content"]}]) if found.layout._takes_parts else one for one in MESSAGES
+def _check_text(outcome: Tried) -> None:
+    whole = outcome.layout._rendered(MESSAGES, generate=False, parts=outcome.layout._takes_parts)
+    if not outcome.name.startswith(CLOCKS):
+        texts = [
+            dict(one, content=[{"type": "text", "text": one["content"]}]) if outcome.layout._takes_parts else one
+            for one in MESSAGES
         ]
-        theirs = found.layout.tokenizer._inner.apply_chat_template(given, tokenize=False, date_string=found.layout.date)
+        theirs = outcome.layout.tokenizer._inner.apply_chat_template(texts, tokenize=False, date_string=outcome.layout.date)
         assert whole == theirs
-    if found.name.startswith(WITHOUT_A_SPACE):
+    if outcome.name.startswith(WITHOUT_A_SPACE):
         whole = whole.replace(" Because.", "Because.").replace(" So.", "So.")
-    if found.name not in OTHERWISE:
-        ours = found.text(found.ours.ids)
-        if found.name.startswith("phi3"):  # its marks swallow the newlines
+    if outcome.name not in OTHERWISE:
+        ours = outcome.text(outcome.ours.ids)
+        if outcome.name.startswith("phi3"):  # its marks swallow the newlines
             whole = whole.replace("|>\n", "|>")
         assert whole.startswith(ours)
 
@@ -83,7 +84,7 @@ def test_a_question_that_a_template_refuses_hinders_no_other(name: str, tmp_path
     with pytest.raises(ChatTemplateError, match=r"refuses these messages: No user query found in messages\.$"):
         layout.prompt("<tool_response>f</tool_response>")
     refused = Example("t", "c", "<tool_response>f</tool_response>", "", "x")
-    assert [found is None for found in encode(layout, [(refused, ()), (EXAMPLE, ())], 10_000)] == [True, False]
+    assert [encoded is None for encoded in encode(layout, [(refused, ()), (EXAMPLE, ())], 10_000)] == [True, False]
     assert drop_reason(layout, refused) == "refused_by_template"
 
 

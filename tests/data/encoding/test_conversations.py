@@ -70,8 +70,8 @@ def test_a_served_conversation_has_the_ids_of_training(layout: Layout) -> None:
     (tokens,) = encode(layout, [(EXAMPLE, ())], 500)
     assert tokens is not None
     messages = [{"role": "system", "content": "Be brief."}]
-    for asked, answer in (*EXAMPLE.history, ("And 3?", "Nine.")):
-        messages.append({"role": "user", "content": asked})
+    for question, answer in (*EXAMPLE.history, ("And 3?", "Nine.")):
+        messages.append({"role": "user", "content": question})
         prompt = layout.encode_chat(messages)
         assert tokens.ids[: len(prompt)] == prompt
         learnt = layout.encode_answers([answer])[0] + list(layout.end_ids)

@@ -171,8 +171,8 @@ def test_tasks_without_pairs_are_refused(tiny_model, tmp_path):
     data = recipe.data.model_copy(update=tasks)
     with pytest.raises(RecipeError, match=r"dpo learns from preferences, and task 'message_moods' has no rejected answers"):
         run_check("tasks", recipe.model_copy(update={"data": data}))
-    held = data.model_copy(update={"hold_out": ("message_moods",)})
-    assert run_check("tasks", recipe.model_copy(update={"data": held})) == "2 tasks, 1 of them held out"
+    data_of_held_out = data.model_copy(update={"hold_out": ("message_moods",)})
+    assert run_check("tasks", recipe.model_copy(update={"data": data_of_held_out})) == "2 tasks, 1 of them held out"
 
 
 def test_a_reference_with_another_tokenizer_is_refused(tiny_model, tmp_path):

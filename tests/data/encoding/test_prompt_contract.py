@@ -150,9 +150,9 @@ def test_a_day_that_an_old_contract_does_not_name_is_found(folder: Path) -> None
     recipe = recipe_of(folder)
     layout = replace(layout_of(recipe, Tokenizer(folder), version=1), day=then)
     make_contract(recipe, layout, folder).write(folder)
-    found = layout_beside(folder)
-    assert (found.version, found.day) == (1, then)
-    assert found.encode_prompt(found.prompt("Why?")) == layout.encode_prompt(layout.prompt("Why?"))
+    layout_read = layout_beside(folder)
+    assert (layout_read.version, layout_read.day) == (1, then)
+    assert layout_read.encode_prompt(layout_read.prompt("Why?")) == layout.encode_prompt(layout.prompt("Why?"))
     make_contract(recipe, layout_of(recipe, Tokenizer(folder)), folder).write(folder)
     assert layout_beside(folder).prompt("Why?").startswith("01 January 2025\n")  # new ones name theirs
     rewrite(folder, date="2024-12-31")

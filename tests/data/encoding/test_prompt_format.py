@@ -42,11 +42,11 @@ def test_plain(tokenizer: Tokenizer) -> None:
 
 def test_alpaca(tokenizer: Tokenizer) -> None:
     layout = Layout("alpaca", tokenizer)
-    given = f"{ALPACA}, paired with an input that provides further context. {ASK}\n\n### Instruction:\nAdd.\n\n### Input:\n"
-    assert layout.prompt("Add.", "4 and 5") == f"{given}4 and 5\n\n### Response:\n"
+    with_input = f"{ALPACA}, paired with an input that provides further context. {ASK}\n\n### Instruction:\nAdd.\n\n### Input:\n"
+    assert layout.prompt("Add.", "4 and 5") == f"{with_input}4 and 5\n\n### Response:\n"
     assert layout.prompt("Say hello.") == f"{ALPACA}. {ASK}\n\n### Instruction:\nSay hello.\n\n### Response:\n"
     assert layout.prompt("Add.", "4 and 5", [SHOT]) == (
-        f"{given}1 and 2\n\n### Response:\n3\n\n###\n\n{given}4 and 5\n\n### Response:\n"
+        f"{with_input}1 and 2\n\n### Response:\n3\n\n###\n\n{with_input}4 and 5\n\n### Response:\n"
     )
 
 
@@ -58,8 +58,8 @@ def test_chat(tokenizer: Tokenizer) -> None:
         f"{own}<|im_start|>user\nAdd.\n\n1 and 2<|im_end|>\n<|im_start|>assistant\n3<|im_end|>\n"
         "<|im_start|>user\nAdd.\n\n4 and 5<|im_end|>\n<|im_start|>assistant\n"
     )
-    asked = Layout("chat", tokenizer, system="Be brief.").prompt("Say hello.")
-    assert asked == "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nSay hello.<|im_end|>\n<|im_start|>assistant\n"
+    prompt = Layout("chat", tokenizer, system="Be brief.").prompt("Say hello.")
+    assert prompt == "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nSay hello.<|im_end|>\n<|im_start|>assistant\n"
     assert layout.end_ids == (2,)
 
 

@@ -49,19 +49,19 @@ def test_many_draws_are_as_one_by_one(corpus: Corpus, renderer: Renderer) -> Non
 
 
 def test_a_source_is_read_once_for_all_draws(renderer: Renderer, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[list[int]] = []
+    reads: list[list[int]] = []
     rows = Reader.rows
 
     def noted(self: Reader, ids: list[int]) -> list[dict[str, object]]:
-        asked.append([int(number) for number in ids])
+        reads.append([int(number) for number in ids])
         return rows(self, ids)
 
     monkeypatch.setattr(Reader, "rows", noted)
-    found = renderer.render_draws(
+    examples = renderer.render_draws(
         [draw(9, shots=(1,)), draw(3, "stories", "mood"), draw(1, shots=(9, 5)), draw(3, "stories", "ending")]
     )
-    assert len(found) == 4
-    assert asked == [[1, 5, 9], [3]]
+    assert len(examples) == 4
+    assert reads == [[1, 5, 9], [3]]
 
 
 def test_what_cannot_be_rendered(corpus_of: CorpusOf) -> None:

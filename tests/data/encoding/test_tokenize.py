@@ -36,13 +36,13 @@ def one(layout: Layout, max_length: int, shots: list[Exemplar] | None = None, it
 
 
 def test_prompt_answer_and_end(layout: Layout) -> None:
-    found = one(layout, 1000, SHOTS)
-    assert found is not None
+    encoded = one(layout, 1000, SHOTS)
+    assert encoded is not None
     text = layout.prompt("Is it good?", WORDS, SHOTS)
-    assert found.ids[: found.prompt_length] == layout.encode_prompt(text)
-    assert found.ids[found.prompt_length :] == [*layout.tokenizer.encode("yes"), *layout.end_ids]
-    assert found.ids[-1] == layout.tokenizer.end_id
-    assert (found.exemplars_used, found.truncated) == (3, None)
+    assert encoded.ids[: encoded.prompt_length] == layout.encode_prompt(text)
+    assert encoded.ids[encoded.prompt_length :] == [*layout.tokenizer.encode("yes"), *layout.end_ids]
+    assert encoded.ids[-1] == layout.tokenizer.end_id
+    assert (encoded.exemplars_used, encoded.truncated) == (3, None)
 
 
 def test_many_at_once_are_as_one_by_one(layout: Layout) -> None:
@@ -54,10 +54,10 @@ def test_exemplars_go_first_and_from_the_last(layout: Layout) -> None:
     lengths = [len(layout.encode_prompt(layout.prompt("Is it good?", WORDS, SHOTS[:used]))) for used in range(4)]
     answer = len(layout.tokenizer.encode("yes")) + len(layout.end_ids)
     for used in range(4):
-        found = one(layout, lengths[used] + answer, SHOTS)
-        assert found is not None
-        assert found.ids[: found.prompt_length] == layout.encode_prompt(layout.prompt("Is it good?", WORDS, SHOTS[:used]))
-        assert (found.exemplars_used, found.truncated) == (used, CUT_EXEMPLARS if used < 3 else None)
+        encoded = one(layout, lengths[used] + answer, SHOTS)
+        assert encoded is not None
+        assert encoded.ids[: encoded.prompt_length] == layout.encode_prompt(layout.prompt("Is it good?", WORDS, SHOTS[:used]))
+        assert (encoded.exemplars_used, encoded.truncated) == (used, CUT_EXEMPLARS if used < 3 else None)
 
 
 def test_then_the_input_from_its_end_and_nothing_else(layout: Layout) -> None:
@@ -67,17 +67,17 @@ def test_then_the_input_from_its_end_and_nothing_else(layout: Layout) -> None:
     assert least is not None
     seen = 0
     for max_length in range(len(least.ids), len(whole.ids)):
-        found = one(layout, max_length, SHOTS)
-        assert found is not None
-        assert len(found.ids) <= max_length
-        assert (found.exemplars_used, found.truncated) == (0, CUT_INPUT)
-        prompt = layout.tokenizer.decode(found.ids[: found.prompt_length], skip_special=False)
+        encoded = one(layout, max_length, SHOTS)
+        assert encoded is not None
+        assert len(encoded.ids) <= max_length
+        assert (encoded.exemplars_used, encoded.truncated) == (0, CUT_INPUT)
+        prompt = layout.tokenizer.decode(encoded.ids[: encoded.prompt_length], skip_special=False)
         kept = next(
             WORDS[:size] for size in range(len(WORDS), -1, -1) if layout.prompt("Is it good?", WORDS[:size].rstrip()) == prompt
         )
         assert WORDS.startswith(kept)
-        assert found.ids[found.prompt_length :] == whole.ids[whole.prompt_length :]
-        assert len(found.ids) > max_length - 12 or not kept  # not much more is cut than has to be
+        assert encoded.ids[encoded.prompt_length :] == whole.ids[whole.prompt_length :]
+        assert len(encoded.ids) > max_length - 12 or not kept  # not much more is cut than has to be
         seen += 1
     assert seen > 50
     assert one(layout, len(least.ids) - 1, SHOTS) is None

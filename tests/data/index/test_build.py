@@ -301,10 +301,10 @@ def test_ray_gives_the_same_index(site: Site, ray_cluster: None, monkeypatch: py
 
 def test_an_error_in_a_ray_worker_is_still_one_sentence(site: Site, ray_cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
     file = site.root / "mood" / "train.parquet"
-    found = index_module.resolve
+    resolve = index_module.resolve
 
     def resolve_and_lose(task: Task, split: Any, **rest: Any) -> Any:
-        source = found(task, split, **rest)
+        source = resolve(task, split, **rest)
         if split == "test":
             file.unlink()
         return source

@@ -20,12 +20,12 @@ def test_words_of_a_row() -> None:
 @given(rows=st.lists(st.lists(WORDS, max_size=3), max_size=6))
 def test_equal_passages_and_no_others_have_equal_hashes(rows: list[list[list[str]]]) -> None:
     hashes, owners, starts = ngrams(rows, 5)
-    found = {}
+    passages = {}
     for hash_, owner, start in zip(hashes.tolist(), owners.tolist(), starts.tolist(), strict=True):
         flat = [word for text in rows[owner] for word in text]
         length = 5 if len(flat) >= 5 else len(flat)
-        found[owner, start] = tuple(flat[start : start + length])
-        assert found.setdefault(hash_, found[owner, start]) == found[owner, start]
+        passages[owner, start] = tuple(flat[start : start + length])
+        assert passages.setdefault(hash_, passages[owner, start]) == passages[owner, start]
     expected = set()
     for owner, row in enumerate(rows):
         flat, place = [word for text in row for word in text], 0
@@ -34,8 +34,8 @@ def test_equal_passages_and_no_others_have_equal_hashes(rows: list[list[list[str
         for text in row:
             expected |= {(owner, place + at) for at in range(len(text) - 4)}
             place += len(text)
-    assert {key for key in found if isinstance(key, tuple)} == expected
-    assert len({value for key, value in found.items() if isinstance(key, tuple)}) == len(np.unique(hashes))
+    assert {key for key in passages if isinstance(key, tuple)} == expected
+    assert len({value for key, value in passages.items() if isinstance(key, tuple)}) == len(np.unique(hashes))
 
 
 def test_hashes_are_the_same_in_every_process() -> None:

@@ -129,14 +129,14 @@ def test_boilerplate_of_many_test_rows_is_no_passage(tmp_path: Path, tiny_model:
 def test_ray_gives_the_same(ray_cluster: None, tmp_path: Path, tiny_model: Path) -> None:
     filters = {"decontaminate": True, "duplicates": "near", "label_balance": 2.0}
     tests = [{"text": f"It was known that {STORY}.", "glad": 1}]
-    found = []
+    reports = []
     for name, parallel in (("one", False), ("two", True)):
         (tmp_path / name).mkdir()
         rows = [{"text": f"{word} {number} goes by", "glad": number % 2} for number in range(50) for word in ("moon", "sun")]
         index = corpus_with(tmp_path / name, tiny_model, ROWS + rows, tests, parallel=parallel, filters=filters).indices["mood"]
-        found.append((index.train.tolist(), index.filtered))
-    assert found[0] == found[1]
-    assert found[0][1]["in_a_test_row"] == 3
+        reports.append((index.train.tolist(), index.filtered))
+    assert reports[0] == reports[1]
+    assert reports[0][1]["in_a_test_row"] == 3
 
 
 def test_at_most_so_many_rows_in_whole_stretches() -> None:

@@ -79,18 +79,18 @@ def test_flan_2022() -> None:
     """The five sub-mixtures in the published proportion, each dealing its share to its own tasks in its own way."""
     sizes = {f"{name}_{number}": Size(1000 * (number + 1), name) for name in FLAN_2022 for number in range(3)}
     groups = {name: {"share": share, "tasks": [name], "cap": 2000} for name, share in FLAN_2022.items()}
-    found = grouped(groups, sizes)
-    assert {name: sum(found[f"{name}_{number}"] for number in range(3)) for name in FLAN_2022} == {
+    shares_of_tasks = grouped(groups, sizes)
+    assert {name: sum(shares_of_tasks[f"{name}_{number}"] for number in range(3)) for name in FLAN_2022} == {
         name: Fraction(share, 100) for name, share in FLAN_2022.items()
     }
-    assert [found[f"cot_{number}"] for number in range(3)] == [Fraction(5, 100) * Fraction(part, 5) for part in (1, 2, 2)]
+    assert [shares_of_tasks[f"cot_{number}"] for number in range(3)] == [Fraction(5, 100) * Fraction(part, 5) for part in (1, 2, 2)]
 
 
 def test_groups_in_groups() -> None:
     inner = {"a": {"share": 1, "tasks": ["x"]}, "b": {"share": 3, "tasks": ["y", "z"], "strategy": "equal"}}
     sizes = {"x": Size(5), "y": Size(10), "z": Size(1000), "w": Size(7)}
-    found = grouped({"outer": {"share": 0.6, "groups": inner}, "other": {"share": 0.4, "tasks": ["w"]}}, sizes)
-    assert found == {"x": Fraction(3, 20), "y": Fraction(9, 40), "z": Fraction(9, 40), "w": Fraction(2, 5)}
+    shares_of_tasks = grouped({"outer": {"share": 0.6, "groups": inner}, "other": {"share": 0.4, "tasks": ["w"]}}, sizes)
+    assert shares_of_tasks == {"x": Fraction(3, 20), "y": Fraction(9, 40), "z": Fraction(9, 40), "w": Fraction(2, 5)}
 
 
 def test_a_group_without_rows_leaves_its_share_to_the_others() -> None:

@@ -13,9 +13,9 @@ from apprentice.data.sampling.shuffle import BUFFER_GROUPS, RowOrder, draw_rows
 
 
 def rows(order: RowOrder, start: int, stop: int) -> Numbers:
-    found, passes = draw_rows([order], np.zeros(stop - start, dtype=np.int64), np.arange(start, stop))
+    drawn, passes = draw_rows([order], np.zeros(stop - start, dtype=np.int64), np.arange(start, stop))
     assert passes.tolist() == [count // len(order) for count in range(start, stop)]
-    return found
+    return drawn
 
 
 def make(group_rows: list[int], kept_share: float = 1.0, seed: int = 0) -> RowOrder:
@@ -35,8 +35,8 @@ def make(group_rows: list[int], kept_share: float = 1.0, seed: int = 0) -> RowOr
 def test_every_pass_has_each_row_once(group_rows: list[int], kept_share: float, seed: int, pass_: int) -> None:
     order = make(group_rows, kept_share, seed)
     size = len(order)
-    found = rows(order, pass_ * size, (pass_ + 1) * size)
-    assert sorted(found.tolist()) == order.kept[:].tolist()
+    drawn = rows(order, pass_ * size, (pass_ + 1) * size)
+    assert sorted(drawn.tolist()) == order.kept[:].tolist()
 
 
 @settings(deadline=None)
@@ -70,7 +70,7 @@ def test_several_orders_at_once_are_each_what_they_are_alone() -> None:
     orders = [make([50] * 20, 0.5, seed=1), make([7], seed=2), make([9] * 9, seed=3)]
     which = np.array([0, 1, 2, 2, 1, 0, 0, 1] * 50)
     counts = np.concatenate([np.cumsum(which == number)[:, None] for number in range(3)], axis=1)[np.arange(len(which)), which] - 1
-    found, _ = draw_rows(orders, which, counts)
+    drawn, _ = draw_rows(orders, which, counts)
     for number, order in enumerate(orders):
         mine = which == number
-        assert found[mine].tolist() == rows(order, 0, int(mine.sum())).tolist()
+        assert drawn[mine].tolist() == rows(order, 0, int(mine.sum())).tolist()

@@ -54,9 +54,9 @@ def choosing(file: Path, label: str, **changes: Any) -> Task:
 
 
 def source_of(task: Task, folder: Path, rules: int = 2) -> Source:
-    found = resolve(task, "train", root=None, cache=Folder.at(folder / "cache"), rules=rules)
-    assert found is not None
-    return found
+    source = resolve(task, "train", root=None, cache=Folder.at(folder / "cache"), rules=rules)
+    assert source is not None
+    return source
 
 
 def examples(task: Task, folder: Path, rules: int = 2) -> list[Example]:
@@ -69,13 +69,13 @@ def test_text_in_csv_stays_what_was_written(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(parquet_conversion, "_BLOCK_BYTES", 64)
     file = tmp_path / f"own.{kind}"
     file.write_text(CSV.replace(",", "\t") if kind == "tsv" else CSV)
-    told = examples(writing(file), tmp_path)
-    assert [example.target for example in told] == SAID
-    assert [example.instruction for example in told] == [f"Say it: {said}" for said in SAID]
+    shown = examples(writing(file), tmp_path)
+    assert [example.target for example in shown] == SAID
+    assert [example.instruction for example in shown] == [f"Say it: {said}" for said in SAID]
 
 
 @pytest.mark.parametrize(
-    ("column", "written", "printed"),
+    ("column", "cells", "printed"),
     [
         ("0\n0.5\n", ["0", "0.5"], ["0.0", "0.5"]),
         ("true\nfalse\n", ["true", "false"], ["True", "False"]),
@@ -84,11 +84,11 @@ def test_text_in_csv_stays_what_was_written(tmp_path: Path, monkeypatch: pytest.
     ],
 )
 def test_runs_of_format_1_go_on_with_guessed_types(
-    tmp_path: Path, column: str, written: list[str], printed: list[str] | None
+    tmp_path: Path, column: str, cells: list[str], printed: list[str] | None
 ) -> None:
     file = tmp_path / "own.csv"
     file.write_text("text,said\n" + "".join(f"text {number},{line}\n" for number, line in enumerate(column.split("\n")) if line))
-    assert [example.target for example in examples(writing(file), tmp_path, rules=2)] == written
+    assert [example.target for example in examples(writing(file), tmp_path, rules=2)] == cells
     old = [example.target for example in examples(writing(file), tmp_path, rules=1)]
     assert old == (printed or ["2020-01-02 10:00:00", "2020-01-03 11:30:00"])
     prints = [source_of(writing(file), tmp_path, rules).fingerprint for rules in (1, 2)]
@@ -105,12 +105,12 @@ def test_the_file_of_a_run_of_format_1_is_the_one_it_was_made_with(tmp_path: Pat
     runs = {rules: Run(Folder.at(tmp_path / f"run{rules}")) for rules in (1, 2)}
     for rules, run in runs.items():
         (run.folder / "identity.json").write_json({"keys": {}} | ({"format": 2} if rules == 2 else {}))
-    found = {rules: make_corpus(recipe, run, parallel=False).indices["own"].train_source for rules, run in runs.items()}
-    assert [source and source.readings for source in found.values()] == [{}, {}]
-    assert found[1] == source_of(writing(file), tmp_path / "runs", rules=1)
-    assert found[2] == source_of(writing(file), tmp_path / "runs", rules=2)
-    assert found[1] != found[2]
-    assert make_corpus(recipe, runs[1], parallel=False).indices["own"].train_source == found[1]
+    sources = {rules: make_corpus(recipe, run, parallel=False).indices["own"].train_source for rules, run in runs.items()}
+    assert [source and source.readings for source in sources.values()] == [{}, {}]
+    assert sources[1] == source_of(writing(file), tmp_path / "runs", rules=1)
+    assert sources[2] == source_of(writing(file), tmp_path / "runs", rules=2)
+    assert sources[1] != sources[2]
+    assert make_corpus(recipe, runs[1], parallel=False).indices["own"].train_source == sources[1]
 
 
 @pytest.mark.parametrize(
@@ -129,9 +129,9 @@ def test_the_file_of_a_run_of_format_1_is_the_one_it_was_made_with(tmp_path: Pat
 def test_a_label_sees_the_numbers_that_cells_spell(tmp_path: Path, label: str, expected: list[str]) -> None:
     file = tmp_path / "own.csv"
     file.write_text("text,said,label,stars,fine\na,01,1,5.0,true\nb,1.0,0,1,false\nc,x,1,2,false\nd,x,0,4,true\n")
-    told = examples(choosing(file, label), tmp_path)
-    assert [example.target for example in told] == expected
-    assert [example.input for example in told][:2] == ["a 01", "b 1.0"]
+    shown = examples(choosing(file, label), tmp_path)
+    assert [example.target for example in shown] == expected
+    assert [example.input for example in shown][:2] == ["a 01", "b 1.0"]
 
 
 def test_templates_see_text_where_a_label_sees_a_number(tmp_path: Path) -> None:
@@ -166,13 +166,13 @@ def test_numbers_in_json_stay_what_they_are(tmp_path: Path, monkeypatch: pytest.
     }
     task = writing(file).model_copy(update={"templates": (writing(file).templates[0].model_validate(template),)})
     source = source_of(task, tmp_path)
-    found = Reader(source).rows(range(5))
-    assert [(row["said"], type(row["said"])) for row in found] == [(n, type(n)) for n in said]
-    assert [(row["whole"], row["half"]) for row in found] == [(7, 0.5)] * 5
-    assert found[1]["text"] == {"n": 0.5, "of": [0.5, 1.5], "and": None}
-    told = [task.render(found[row], task.templates[0]) for row in (0, 1, 3)]
-    assert [example.target for example in told] == ["0", "0.5", "12345678901234567890123"]
-    assert [example.instruction for example in told] == ["0 0 False", "0.5 0.5 True", f"{said[3]} {said[3]} True"]
+    raw_rows = Reader(source).rows(range(5))
+    assert [(row["said"], type(row["said"])) for row in raw_rows] == [(n, type(n)) for n in said]
+    assert [(row["whole"], row["half"]) for row in raw_rows] == [(7, 0.5)] * 5
+    assert raw_rows[1]["text"] == {"n": 0.5, "of": [0.5, 1.5], "and": None}
+    shown = [task.render(raw_rows[row], task.templates[0]) for row in (0, 1, 3)]
+    assert [example.target for example in shown] == ["0", "0.5", "12345678901234567890123"]
+    assert [example.instruction for example in shown] == ["0 0 False", "0.5 0.5 True", f"{said[3]} {said[3]} True"]
     assert {name: pq.read_schema(source.files[0]).field(name).type for name in ("whole", "half")} == {
         "whole": pa.int64(),
         "half": pa.float64(),
@@ -232,8 +232,8 @@ def test_a_file_in_another_encoding_is_refused_with_the_one_that_reads_it(
     with pytest.raises(DataError) as error:
         source_of(writing(tmp_path / name), tmp_path)
     assert message in str(error.value)
-    told = examples(writing(tmp_path / name, encoding=encoding), tmp_path)
-    assert [(example.input, example.target) for example in told] == [("tea 1", "yes"), ("café 2", "no")]
+    shown = examples(writing(tmp_path / name, encoding=encoding), tmp_path)
+    assert [(example.input, example.target) for example in shown] == [("tea 1", "yes"), ("café 2", "no")]
 
 
 def test_encodings_that_cannot_be_guessed_or_do_not_read_the_file(tmp_path: Path) -> None:

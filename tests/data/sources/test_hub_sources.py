@@ -34,7 +34,7 @@ class Hub:
     url: str = ""
     refusals: int = 0  # how many of the next answers are 429
     stuck: threading.Event = field(default_factory=threading.Event)  # while it is not set, files are not sent
-    asked: list[str] = field(default_factory=list)
+    requests: list[str] = field(default_factory=list)
 
     def answer(self, path: str, authorization: str | None, span: str | None) -> tuple[int, bytes, dict[str, str]]:
         self.asked.append(path)
@@ -69,13 +69,13 @@ class Hub:
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    found = Hub(tmp_path / "hub")
-    found.stuck.set()
+    running = Hub(tmp_path / "hub")
+    running.stuck.set()
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             path = unquote(urlsplit(self.path).path)
-            status, content, headers = found.answer(path, self.headers.get("Authorization"), self.headers.get("Range"))
+            status, content, headers = running.answer(path, self.headers.get("Authorization"), self.headers.get("Range"))
             self.send_response(status)
             for name, value in {"Content-Length": str(len(content)), **headers}.items():
                 self.send_header(name, value)
@@ -88,19 +88,19 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=http.serve_forever, daemon=True)
     thread.start()
-    found.url = f"http://127.0.0.1:{http.server_port}"
-    monkeypatch.setattr(constants, "ENDPOINT", found.url)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", found.url + "/{repo_id}/resolve/{revision}/{filename}")
+    running.url = f"http://127.0.0.1:{http.server_port}"
+    monkeypatch.setattr(constants, "ENDPOINT", running.url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", running.url + "/{repo_id}/resolve/{revision}/{filename}")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.3)
     monkeypatch.setattr(_http.time, "sleep", lambda seconds: None)
     monkeypatch.setattr(sources, "RETRY_PAUSES_S", (0.0,))
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     huggingface_hub.HfFileSystem.clear_instance_cache()
-    write(found.root / "plain" / "train" / "0000.parquet", ROWS[:6])
-    write(found.root / "plain" / "train" / "0001.parquet", ROWS[6:])
-    yield found
-    found.stuck.set()
+    write(running.root / "plain" / "train" / "0000.parquet", ROWS[:6])
+    write(running.root / "plain" / "train" / "0001.parquet", ROWS[6:])
+    yield running
+    running.stuck.set()
     http.shutdown()
     http.server_close()
     thread.join()

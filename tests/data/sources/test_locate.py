@@ -83,8 +83,8 @@ def test_the_fingerprint_is_of_the_content_not_of_the_place(tmp_path: Path, cach
     write(tmp_path / "one" / "mood" / "train.parquet")
     write(tmp_path / "two" / "mood" / "train.parquet")
     write(tmp_path / "three" / "mood" / "train.parquet", [*ROWS[:9], {"text": "other", "label": 1, "idx": 9}])
-    found = [resolve(make_task(), "train", root=str(tmp_path / place), cache=cache) for place in ("one", "two", "three")]
-    prints = [source.fingerprint for source in found if source]
+    sources = [resolve(make_task(), "train", root=str(tmp_path / place), cache=cache) for place in ("one", "two", "three")]
+    prints = [source.fingerprint for source in sources if source]
     assert prints[0] == prints[1] != prints[2]
 
 
@@ -151,9 +151,9 @@ def test_files_are_converted_once(
     assert source is not None
     assert source.group_rows == (4, 4, 2)
     assert Reader(source).rows([8]) == [{"text": 'text 8,\n"quoted"', "label": "0" if name.endswith(".csv") else 0}]
-    written = Path(source.files[0]).stat().st_mtime_ns
+    modified = Path(source.files[0]).stat().st_mtime_ns
     assert resolve(task, "train", root=None, cache=cache) == source
-    assert Path(source.files[0]).stat().st_mtime_ns == written
+    assert Path(source.files[0]).stat().st_mtime_ns == modified
     assert resolve(task, "test", root=None, cache=cache) is None
     assert [path.name for path in cache.local.rglob("*.part")] == []
 
@@ -196,8 +196,8 @@ def test_a_saved_dataset_under_the_root(tmp_path: Path, cache: Folder) -> None:
 
     whole = datasets.DatasetDict({"train": datasets.Dataset.from_list(ROWS), "test": datasets.Dataset.from_list(ROWS[:3])})
     whole.save_to_disk(tmp_path / "mood")
-    found = [resolve(make_task(), split, root=str(tmp_path), cache=cache) for split in ("train", "test")]
-    assert [source and source.rows for source in found] == [10, 3]
+    sources = [resolve(make_task(), split, root=str(tmp_path), cache=cache) for split in ("train", "test")]
+    assert [source and source.rows for source in sources] == [10, 3]
     with pytest.raises(DataError, match=r"mood is a folder without state\.json; name the folder of one split: test, train\."):
         parquet_conversion.parquet_file(str(tmp_path / "mood"), cache, "mood")
     [file] = (tmp_path / "mood" / "train").glob("*.arrow")

@@ -34,8 +34,8 @@ def test_a_change_is_seeded_and_keeps_the_answer(kind: str) -> None:
 
 
 def test_what_each_does() -> None:
-    found = {kind: perturb(EXAMPLE, kind, 1, 7) for kind in PERTURBATIONS}
-    texts = {kind: example.instruction for kind, example in found.items() if example}
+    perturbed = {kind: perturb(EXAMPLE, kind, 1, 7) for kind in PERTURBATIONS}
+    texts = {kind: example.instruction for kind, example in perturbed.items() if example}
     assert texts["choice_order"] == "Is the review negative or positive?"
     assert texts["input_first"] == "A warm film.\n\nIs the review positive or negative?"
     assert texts["case"] in ("is the review positive or negative?", "IS THE REVIEW positive OR negative?")
@@ -55,16 +55,16 @@ def test_what_cannot_be_changed_is_not_asked() -> None:
 
 
 def test_answers_are_not_exchanged_for_synonyms() -> None:
-    asked = Example("t", "w", "Which topic is this text about?", "", "text", ("text", "other"), ("text",))
-    changed = perturb(asked, "synonyms", 1, 1)
+    example = Example("t", "w", "Which topic is this text about?", "", "text", ("text", "other"), ("text",))
+    changed = perturb(example, "synonyms", 1, 1)
     assert changed is not None
     assert "this text about" in changed.instruction
 
 
 def test_three_choices_all_move(corpus: Corpus) -> None:
-    asked = Example("t", "w", "Say yes, no or maybe.", "", "no", ("yes", "no", "maybe"), ("no",))
-    found = {example.instruction for row in range(20) if (example := perturb(asked, "choice_order", 1, row))}
-    assert found == {"Say no, maybe or yes.", "Say maybe, yes or no."}
+    original = Example("t", "w", "Say yes, no or maybe.", "", "no", ("yes", "no", "maybe"), ("no",))
+    instructions = {example.instruction for row in range(20) if (example := perturb(original, "choice_order", 1, row))}
+    assert instructions == {"Say no, maybe or yes.", "Say maybe, yes or no."}
 
 
 def test_on_real_wordings(corpus: Corpus) -> None:

@@ -53,8 +53,8 @@ def test_columns_and_differences_are_over_the_same_rows(recipe: Recipe) -> None:
     [alpha] = report["tasks"]
     cells = {key: (cell["score"], cell["rows"]) for key, cell in alpha["columns"].items()}
     assert cells == {"majority@0": (0.0, 25), "one@0": (20.0, 25), "other@0": (60.0, 25)}
-    found = alpha["differences"]["other@0"]
-    assert (found["mean"], found["rows"]) == (pytest.approx(cells["other@0"][0] - cells["one@0"][0]), 25)
+    difference = alpha["differences"]["other@0"]
+    assert (difference["mean"], difference["rows"]) == (pytest.approx(cells["other@0"][0] - cells["one@0"][0]), 25)
     assert report["shared"] == {"alpha_rank": {"rows": 25, "questions": 25, "of": {"one": 40, "other": 30}}}
     for page in (markdown(compared), html(compared)):
         assert "alpha_rank: all columns are over the 25 rows that every run answered (one 40, other 30)." in page

@@ -16,9 +16,9 @@ from tests.evaluate import tables
 def verdict(recipe: Recipe, **bounds: Any) -> dict[str, Any]:
     facts = tables.facts(recipe)
     facts["settings"]["gate"] = Gate(**bounds).model_dump(mode="json")
-    found = tables.report_of(with_metadata(score_predictions(tables.predictions(), tables.TASKS), facts), resamples=200)["gate"]
-    assert found is not None
-    return dict(found)
+    report = tables.report_of(with_metadata(score_predictions(tables.predictions(), tables.TASKS), facts), resamples=200)["gate"]
+    assert report is not None
+    return dict(report)
 
 
 def test_without_a_gate_there_is_no_verdict(recipe: Recipe) -> None:
@@ -26,7 +26,7 @@ def test_without_a_gate_there_is_no_verdict(recipe: Recipe) -> None:
 
 
 @pytest.mark.parametrize(
-    ("bounds", "passed", "found"),
+    ("bounds", "passed", "value"),
     [
         ({"held_out": 0.0}, True, 0.0),
         ({"held_out": 2.0}, False, 0.0),
@@ -42,11 +42,11 @@ def test_without_a_gate_there_is_no_verdict(recipe: Recipe) -> None:
         ({"tasks": {"no_such_task": 1.0}}, False, None),
     ],
 )
-def test_bounds(recipe: Recipe, bounds: dict[str, Any], passed: bool, found: float | None) -> None:
+def test_bounds(recipe: Recipe, bounds: dict[str, Any], passed: bool, value: float | None) -> None:
     checked = verdict(recipe, **bounds)
     assert checked["passed"] is passed
-    if found is not None:
-        assert checked["checks"][0]["found"] == pytest.approx(found)
+    if value is not None:
+        assert checked["checks"][0]["found"] == pytest.approx(value)
 
 
 def test_certain_is_the_low_end_of_the_summarys_own_interval(recipe: Recipe) -> None:

@@ -36,7 +36,7 @@ def test_a_report_has_the_published_shape(recipe: Recipe) -> None:
 def test_perturbed_questions_do_not_enter_scores(recipe: Recipe) -> None:
     records = tables.predictions()
     wrong = [{**record, "perturbation": "case", "prediction": "no"} for record in records if record["subject"] == "tuned"]
-    plain, more = (tables.report_of(tables.table(recipe, found), resamples=20) for found in (records, records + wrong))
+    plain, more = (tables.report_of(tables.table(recipe, kept), resamples=20) for kept in (records, records + wrong))
     for before, after in zip(plain["tasks"], more["tasks"], strict=True):
         for key, cell in before["columns"].items():
             assert (cell["score"], cell["questions"]) == (after["columns"][key]["score"], after["columns"][key]["questions"])

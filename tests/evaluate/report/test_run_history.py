@@ -71,11 +71,11 @@ def test_contamination_stands_beside_the_score(recipe: Recipe) -> None:
     assert summarise_contamination({}) == {}
     dropped = {"test_rows": 40, "shared": 3, "share": 0.075, "training_rows_dropped": {"x": 2, "y": 2}}
     kept = {"test_rows": 20, "shared": 2, "share": 0.1, "training_rows_kept": {"x": 5}}
-    found = summarise_contamination({"alpha_rank": dropped, "beta_rank": kept})
-    assert found["alpha_rank"] == {"rows": 3, "of": 40, "dropped": 4, "kept": 0}
+    summary = summarise_contamination({"alpha_rank": dropped, "beta_rank": kept})
+    assert summary["alpha_rank"] == {"rows": 3, "of": 40, "dropped": 4, "kept": 0}
     report = summarise(tables.table(recipe), resamples=20)
     for task in report.tasks:
-        task.contaminated = Contamination(**found[task.task]) if task.task in found else None
+        task.contaminated = Contamination(**summary[task.task]) if task.task in summary else None
     header, rows = task_table(report)
     assert header[-1] == "test rows seen in training data"
     shown = {row[0].text: row[-1].text for row in rows}

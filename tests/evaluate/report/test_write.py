@@ -95,9 +95,9 @@ def test_what_was_cut_is_said(recipe: Recipe) -> None:
         record["truncated"] = "truncated_input"
     for record in records[-4:]:
         record |= {"dropped": "too_long", "prediction": None}
-    found = remarks(summarise(tables.table(recipe, records), resamples=10))
-    assert found[0] == "base: 2 of 48 prompts were cut to fit (alpha_rank 2)."
-    assert found[1] == "base: 2 of 48 questions could not be asked (gamma_text 2)."
+    lines = remarks(summarise(tables.table(recipe, records), resamples=10))
+    assert lines[0] == "base: 2 of 48 prompts were cut to fit (alpha_rank 2)."
+    assert lines[1] == "base: 2 of 48 questions could not be asked (gamma_text 2)."
 
 
 class Page(HTMLParser):

@@ -84,8 +84,8 @@ def ask(scorer: EndpointScorer, count: int = 1, *, ranked: bool = True) -> list[
     question: dict[str, Any] = {"prompt_ids": [5, 6, 7], "choices": ["no", "yes"], "choice_ids": [[8, 2], [9, 9, 2]]}
     if not ranked:
         question |= {"choices": [], "choice_ids": []}
-    found: list[dict[str, Any]] = scorer(make_table([{"place": n, **question} for n in range(count)], QUESTION_BLOCK)).to_pylist()
-    return found
+    answers: list[dict[str, Any]] = scorer(make_table([{"place": n, **question} for n in range(count)], QUESTION_BLOCK)).to_pylist()
+    return answers
 
 
 def echo(body: dict[str, Any]) -> tuple[int, bytes]:
@@ -96,9 +96,9 @@ def echo(body: dict[str, Any]) -> tuple[int, bytes]:
 
 def test_choices_are_summed_over_their_own_tokens(corpus: Corpus) -> None:
     with server(echo) as (url, seen):
-        [found] = ask(EndpointScorer(EndpointAddress(url, "m"), AnswerSettings(corpus.layout, 6)))
-    assert found["choice_logprobs"] == pytest.approx([-1.0, -2.0])
-    assert (found["unscored"], found["choice_priors"]) == (None, None)
+        [answer] = ask(EndpointScorer(EndpointAddress(url, "m"), AnswerSettings(corpus.layout, 6)))
+    assert answer["choice_logprobs"] == pytest.approx([-1.0, -2.0])
+    assert (answer["unscored"], answer["choice_priors"]) == (None, None)
     assert [body["prompt"] for body in seen] == [[5, 6, 7, 8, 2], [5, 6, 7, 9, 9, 2]]
     assert all((body["model"], body["echo"], body["logprobs"]) == ("m", True, 1) for body in seen)
 
@@ -116,8 +116,8 @@ def test_priors_are_asked_once_for_equal_choices(corpus: Corpus) -> None:
 
 def test_replies_are_text(corpus: Corpus) -> None:
     with server(echo) as (url, seen):
-        [found] = ask(EndpointScorer(EndpointAddress(f"{url}/v1", "m"), AnswerSettings(corpus.layout, 6)), ranked=False)
-    assert found["prediction"] == "a reply"
+        [answer] = ask(EndpointScorer(EndpointAddress(f"{url}/v1", "m"), AnswerSettings(corpus.layout, 6)), ranked=False)
+    assert answer["prediction"] == "a reply"
     assert (seen[0]["max_tokens"], seen[0]["temperature"]) == (6, 0)
 
 
@@ -139,9 +139,9 @@ NONSENSE = {
 def test_nonsense_is_unscored_at_once(corpus: Corpus, name: str) -> None:
     answer, words = NONSENSE[name]
     with server(answer) as (url, seen):
-        [found] = ask(EndpointScorer(EndpointAddress(url, "m"), AnswerSettings(corpus.layout, 6)))
-    assert found["choice_logprobs"] is None
-    assert re.search(words, found["unscored"]), found
+        [reply] = ask(EndpointScorer(EndpointAddress(url, "m"), AnswerSettings(corpus.layout, 6)))
+    assert reply["choice_logprobs"] is None
+    assert re.search(words, reply["unscored"]), reply
     assert len(seen) == 1
 
 
@@ -159,8 +159,8 @@ def test_what_may_pass_is_asked_again_until_patience_ends(
     monkeypatch.setattr(asking, "PATIENCE_S", 1.0)
     monkeypatch.setattr(asking, "FAULT_PATIENCE_S", 1.0)
     with server(answer) as (url, seen):
-        [found] = ask(EndpointScorer(EndpointAddress(url, "m"), AnswerSettings(corpus.layout, 6)))
-    assert re.fullmatch(rf"{words}, for \d s", found["unscored"])
+        [reply] = ask(EndpointScorer(EndpointAddress(url, "m"), AnswerSettings(corpus.layout, 6)))
+    assert re.fullmatch(rf"{words}, for \d s", reply["unscored"])
     assert len(seen) > 2
 
 
@@ -174,9 +174,9 @@ def test_an_outage_that_is_shorter_than_patience_loses_nothing(corpus: Corpus, m
         return (503, b"") if len(calls) <= 4 * asking.AT_ONCE else echo(body_sent)
 
     with server(down_at_first) as (url, _):
-        found = ask(EndpointScorer(EndpointAddress(url, "m"), AnswerSettings(corpus.layout, 6)), 40)
-    assert [answer["choice_logprobs"] for answer in found] == [pytest.approx([-1.0, -2.0])] * 40
-    assert not any(answer["unscored"] for answer in found)
+        answers = ask(EndpointScorer(EndpointAddress(url, "m"), AnswerSettings(corpus.layout, 6)), 40)
+    assert [answer["choice_logprobs"] for answer in answers] == [pytest.approx([-1.0, -2.0])] * 40
+    assert not any(answer["unscored"] for answer in answers)
 
 
 @pytest.mark.parametrize("after", ["7", "Wed, 21 Oct 2015 07:28:00 GMT"])
@@ -191,8 +191,8 @@ def test_the_endpoint_says_when_to_come_back(corpus: Corpus, after: str, monkeyp
 
     with server(busy_once) as (url, _):
         scorer = EndpointScorer(EndpointAddress(url, "m"), AnswerSettings(corpus.layout, 6), sleep=slept.append)
-        [found] = ask(scorer, ranked=False)
-    assert found["prediction"] == "a reply"
+        [answer] = ask(scorer, ranked=False)
+    assert answer["prediction"] == "a reply"
     assert slept == [7.0 if after == "7" else 0.0]
 
 
@@ -200,8 +200,8 @@ def test_one_that_asks_for_more_than_patience_is_not_waited_for(corpus: Corpus) 
     slept: list[float] = []
     with server(lambda _: (429, b"", {"Retry-After": "3600"})) as (url, seen):
         scorer = EndpointScorer(EndpointAddress(url, "m"), AnswerSettings(corpus.layout, 6), sleep=slept.append)
-        [found] = ask(scorer)
-    assert found["unscored"] == "the endpoint answered 429, for 0 s, and asks to come back in 3600 s"
+        [answer] = ask(scorer)
+    assert answer["unscored"] == "the endpoint answered 429, for 0 s, and asks to come back in 3600 s"
     assert (slept, len(seen)) == ([], 1)
 
 
@@ -213,10 +213,10 @@ def test_one_that_stays_down_is_given_up_and_found_again_when_it_is_back(corpus:
 
     with server(answer) as (url, seen):
         scorer = EndpointScorer(EndpointAddress(url, "m"), AnswerSettings(corpus.layout, 6))
-        found = ask(scorer, 200)
-        assert len(found) == 200
+        answers = ask(scorer, 200)
+        assert len(answers) == 200
         reasons = r"the endpoint (answered 503|did not answer \(\w+\)).*|not asked: the endpoint had not answered for 0 s"
-        assert all(re.fullmatch(reasons, given["unscored"]) for given in found)
+        assert all(re.fullmatch(reasons, one["unscored"]) for one in answers)
         tried = len(seen)
         ask(scorer, 200)  # nobody waits for long any more: at most one try a question
         assert len(seen) - tried <= 200
@@ -235,9 +235,9 @@ def test_one_that_is_slow_is_not_waited_for(corpus: Corpus) -> None:
         return echo(body_sent)
 
     with server(slow) as (url, seen):
-        [found] = ask(EndpointScorer(EndpointAddress(url, "m", timeout_s=0.2), AnswerSettings(corpus.layout, 6)))
+        [answer] = ask(EndpointScorer(EndpointAddress(url, "m", timeout_s=0.2), AnswerSettings(corpus.layout, 6)))
         released.set()
-    assert re.fullmatch(r"the endpoint did not answer \((Read|Connect)Timeout\), for \d+ s", found["unscored"])
+    assert re.fullmatch(r"the endpoint did not answer \((Read|Connect)Timeout\), for \d+ s", answer["unscored"])
     assert seen
 
 

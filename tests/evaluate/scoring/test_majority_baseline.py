@@ -30,10 +30,10 @@ def test_of_a_generated_task_it_is_a_frequent_answer_or_nothing(corpus: Corpus) 
     template = next(task for task in corpus.tasks if task.name == "passage_questions").scored_templates[0].name
     rows = corpus.indices["passage_questions"].train
     answers = Counter(renderer.example("passage_questions", "train", int(row), template).target for row in rows)
-    found = majority_answer(corpus, "passage_questions")
-    assert found is not None
-    assert found["label"] is None
-    assert answers[found["text"]] == max(answers.values()) == round(found["share"] * len(rows))
+    frequent = majority_answer(corpus, "passage_questions")
+    assert frequent is not None
+    assert frequent["label"] is None
+    assert answers[frequent["text"]] == max(answers.values()) == round(frequent["share"] * len(rows))
     # Dates are all different: no answer is frequent.
     assert majority_answer(corpus, "written_dates") is None
 
@@ -53,6 +53,6 @@ def test_it_answers_in_the_words_of_the_wording() -> None:
         {"task": "c", "choices": [], "dropped": "", **blank},
     ]
     majorities = {"a": {"label": 1, "text": ""}, "b": {"label": None, "text": "42"}, "c": None}
-    found = baseline_records(questions, majorities)
-    assert [(answer["task"], answer["prediction"]) for answer in found] == [("a", "yes"), ("a", "same"), ("b", "42")]
-    assert {(answer["subject"], answer["shots"], answer["truncated"]) for answer in found} == {("majority", 0, "")}
+    records = baseline_records(questions, majorities)
+    assert [(answer["task"], answer["prediction"]) for answer in records] == [("a", "yes"), ("a", "same"), ("b", "42")]
+    assert {(answer["subject"], answer["shots"], answer["truncated"]) for answer in records} == {("majority", 0, "")}

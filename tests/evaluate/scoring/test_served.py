@@ -133,8 +133,8 @@ def test_the_harness_ranks_through_the_endpoint(model: Path, url: str, tmp_path:
     for sample in samples:
         prompt = tokenizer.encode(sample["doc"]["text"])
         [expected] = choice_logprobs(loaded, [prompt], [[tokenizer.encode(f" {topic}") for topic in TOPICS]])
-        found = [float(answer[0][0]) for answer in sample["resps"]]
-        assert found == pytest.approx(expected, abs=1e-3)
+        logprobs = [float(answer[0][0]) for answer in sample["resps"]]
+        assert logprobs == pytest.approx(expected, abs=1e-3)
 
 
 def test_the_harness_generates_through_the_chat_route(model: Path, url: str, tmp_path: Path, corpus: Corpus) -> None:

@@ -30,12 +30,12 @@ def sums(scores: np.ndarray) -> RowSums:
 
 
 def test_predictions_are_grouped_by_row() -> None:
-    found = RowSums.of([7, 3, 7, 9], [(1.0, 2.0), (0.0, 1.0), (0.5, 4.0), (1.0, 1.0)])
-    assert found.rows.tolist() == [3, 7, 9]
-    assert found.sums.tolist() == [[0.0, 1.0], [1.5, 6.0], [1.0, 1.0]]
-    assert found.counts.tolist() == [1.0, 2.0, 1.0]
-    assert found.only(np.array([9, 7, 1])).rows.tolist() == [7, 9]
-    assert found.score(ACCURACY) == pytest.approx(62.5)
+    sums = RowSums.of([7, 3, 7, 9], [(1.0, 2.0), (0.0, 1.0), (0.5, 4.0), (1.0, 1.0)])
+    assert sums.rows.tolist() == [3, 7, 9]
+    assert sums.sums.tolist() == [[0.0, 1.0], [1.5, 6.0], [1.0, 1.0]]
+    assert sums.counts.tolist() == [1.0, 2.0, 1.0]
+    assert sums.only(np.array([9, 7, 1])).rows.tolist() == [7, 9]
+    assert sums.score(ACCURACY) == pytest.approx(62.5)
 
 
 def test_the_same_key_gives_the_same_draws_and_another_key_others() -> None:

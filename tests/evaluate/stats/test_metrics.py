@@ -199,15 +199,15 @@ def test_people_who_answered_squad(shared_data: Path) -> None:
 
 def test_people_who_summed_up_dialogues(shared_data: Path) -> None:
     """One person's summary against two others' of the same dialogue: ROUGE of rouge-score, BLEU and chrF of sacrebleu."""
-    found: dict[str, list[str]] = {}
+    summaries: dict[str, list[str]] = {}
     for row in pq.read_table(shared_data / "dialogsum" / "test.parquet", columns=["dialogue", "summary"]).to_pylist():
-        found.setdefault(row["dialogue"], []).append(row["summary"])
-    told = [(said, right) for said, *right in found.values() if len(right) == 2][:120]
-    assert len(told) == 120
-    said, right = [pair[0] for pair in told], [pair[1] for pair in told]
+        summaries.setdefault(row["dialogue"], []).append(row["summary"])
+    pairs = [(said, right) for said, *right in summaries.values() if len(right) == 2][:120]
+    assert len(pairs) == 120
+    said, right = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
     for name, kind in (("rouge_1", "rouge1"), ("rouge_2", "rouge2"), ("rouge_l", "rougeL")):
         scorer = RougeScorer([kind])
-        best = [max(scorer.score(reference, text)[kind].fmeasure for reference in references) for text, references in told]
+        best = [max(scorer.score(reference, text)[kind].fmeasure for reference in references) for text, references in pairs]
         assert score(name, said, right) == pytest.approx(100 * float(np.mean(best)))
     columns = [[references[place] for references in right] for place in (0, 1)]
     assert score("bleu", said, right) == pytest.approx(corpus_bleu(said, columns).score)

@@ -69,10 +69,10 @@ def test_better_needs_interval_and_test(recipe: Recipe) -> None:
         tables.report_of(tables.table(recipe, tables.predictions(base=(8 - gained, 4, 4), tuned=(8, 4, 4))), resamples=400)
         for gained in (4, 8)
     )
-    found = [report["tasks"][1]["differences"]["tuned@0"] for report in (few, many)]
-    assert [entry["verdict"] for entry in found] == ["unclear", "better"]
-    assert found[0]["p"] == pytest.approx(1 / 8, abs=0.05)
-    assert found[1]["p"] == pytest.approx(1 / 128, abs=0.015)
+    differences = [report["tasks"][1]["differences"]["tuned@0"] for report in (few, many)]
+    assert [entry["verdict"] for entry in differences] == ["unclear", "better"]
+    assert differences[0]["p"] == pytest.approx(1 / 8, abs=0.05)
+    assert differences[1]["p"] == pytest.approx(1 / 128, abs=0.015)
     assert "task tuned is better than base: +100.0 points" in many["headline"][1]
 
 
@@ -89,8 +89,8 @@ def test_a_mark_among_many_needs_more_than_one_alone(recipe: Recipe) -> None:
         facts = tables.facts(recipe)
         facts["tasks"] = {of.name: facts["tasks"]["alpha_rank"] for of in tasks}
         report = tables.report_of(predictions.with_metadata(predictions.score_predictions(records, tasks), facts), resamples=2000)
-        found = {task["task"]: task["differences"]["tuned@0"] for task in report["tasks"]}
-        first = found["alpha_0"]
+        differences = {task["task"]: task["differences"]["tuned@0"] for task in report["tasks"]}
+        first = differences["alpha_0"]
         assert first["p"] == pytest.approx(2 / 128, abs=0.01)
         assert first["p_adjusted"] == pytest.approx(first["p"] * count, rel=1e-6)
         assert first["verdict"] == verdict

@@ -28,9 +28,9 @@ COLUMNS = [
 
 def win_rates(records: list[dict[str, Any]], exposure: str, resamples: int = 500) -> list[dict[str, Any]]:
     """Lines of the report."""
-    found = compute_win_rates("run:judge", records, COLUMNS, {"gamma_text": exposure}, resamples)
-    assert found.judge == "run:judge"
-    lines: list[dict[str, Any]] = found.model_dump(mode="json")["lines"]
+    rates = compute_win_rates("run:judge", records, COLUMNS, {"gamma_text": exposure}, resamples)
+    assert rates.judge == "run:judge"
+    lines: list[dict[str, Any]] = rates.model_dump(mode="json")["lines"]
     return lines
 
 
@@ -72,10 +72,10 @@ def test_the_wordings_of_a_row_are_one_case() -> None:
 def test_winning_always_is_not_certain_and_few_wins_are_no_mark() -> None:
     def line(rows: int) -> dict[str, Any]:
         records = [said(name, row, "text", reward) for row in range(rows) for name, reward in (("base", 0.0), ("tuned", 1.0))]
-        [found] = compute_win_rates("judge", records, COLUMNS, {"gamma_text": "held_out"}, resamples=2000).model_dump(mode="json")[
+        [rate] = compute_win_rates("judge", records, COLUMNS, {"gamma_text": "held_out"}, resamples=2000).model_dump(mode="json")[
             "lines"
         ]
-        return dict(found)
+        return dict(rate)
 
     assert (line(20)["win_rate"], line(20)["interval"]) == (100.0, pytest.approx([83.9, 100.0], abs=0.05))
     assert line(20)["p"] < 0.01
@@ -133,7 +133,7 @@ def test_replies_become_choices(corpus: Corpus) -> None:
         tables.record("tuned", tables.TASKS[0], 1, "w0", "yes"),
     ]
     replies = group_replies(records)
-    assert {request.row: [record["subject"] for record in found] for request, found in replies.items()} == {1: ["base", "tuned"]}
+    assert {request.row: [record["subject"] for record in group] for request, group in replies.items()} == {1: ["base", "tuned"]}
     questions = [records[0] | {"choices": [], "prompt_ids": [1]}, records[2] | {"choices": [], "prompt_ids": [2]}]
     [(question, [first, second])] = judge_questions(questions, replies, layout)
     assert (first, second) == (records[0], records[1])

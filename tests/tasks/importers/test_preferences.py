@@ -60,9 +60,9 @@ def test_every_way_of_writing_says_the_same(way):
 
 def test_earlier_turns_and_a_system_text():
     before = [{"role": "system", "content": "Be brief."}, user("Hello."), said("Hi."), user("Two and two?")]
-    found = example(chosen=[*before, said("Four.")], rejected=[*before, said("Five.")])
-    assert (found.system, found.history, found.instruction) == ("Be brief.", (("Hello.", "Hi."),), "Two and two?")
-    assert (found.target, found.rejected) == ("Four.", "Five.")
+    pair = example(chosen=[*before, said("Four.")], rejected=[*before, said("Five.")])
+    assert (pair.system, pair.history, pair.instruction) == ("Be brief.", (("Hello.", "Hi."),), "Two and two?")
+    assert (pair.target, pair.rejected) == ("Four.", "Five.")
 
 
 def test_choices_do_not_tell_which_is_better():

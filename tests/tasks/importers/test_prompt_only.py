@@ -16,15 +16,18 @@ from tests.support.recipes import tiny_recipe
 from tests.train.on_policy.test_rollout import RoundWriter, corpus_of, torch
 
 
-def asked(row: dict[str, object]) -> Example:
+def question_of(row: dict[str, object]) -> Example:
     [task] = prompt_only_tasks({"prompts": "questions.jsonl"})
     return task.templates[0].example(task.name, row)
 
 
 def test_a_text_and_messages_are_questions():
-    assert (asked({"prompt": "Name a colour."}).instruction, asked({"prompt": "Name a colour."}).history) == ("Name a colour.", ())
-    told = [("system", "Be kind."), ("user", "Hello"), ("assistant", "Hi!"), ("user", "Who are you?")]
-    example = asked({"prompt": [{"role": role, "content": text} for role, text in told]})
+    assert (question_of({"prompt": "Name a colour."}).instruction, question_of({"prompt": "Name a colour."}).history) == (
+        "Name a colour.",
+        (),
+    )
+    turns = [("system", "Be kind."), ("user", "Hello"), ("assistant", "Hi!"), ("user", "Who are you?")]
+    example = question_of({"prompt": [{"role": role, "content": text} for role, text in turns]})
     assert (example.instruction, example.history, example.system) == ("Who are you?", (("Hello", "Hi!"),), "Be kind.")
     assert (example.target, example.choices, example.references) == ("", (), ())
 
@@ -35,7 +38,7 @@ def test_a_text_and_messages_are_questions():
 )
 def test_what_asks_nothing_is_a_bad_row(prompt, reason):
     with pytest.raises(RowError) as caught:
-        asked({"prompt": prompt})
+        question_of({"prompt": prompt})
     assert caught.value.reason == reason
 
 
@@ -58,6 +61,6 @@ def test_other_objectives_and_evaluation_refuse_them(tiny_model, tmp_path, quest
     words = r"task 'prompts_questions' has prompts without answers, from which only training\.objective grpo learns"
     with pytest.raises(RecipeError, match=words):
         run_check("tasks", load_recipe(tiny_recipe(tmp_path, tiny_model, data__tasks=[*questions, "quickstart"])))
-    held = {"data__tasks": [*questions, "quickstart"], "data__hold_out": ["prompts_questions"]}
+    data = {"data__tasks": [*questions, "quickstart"], "data__hold_out": ["prompts_questions"]}
     with pytest.raises(RecipeError, match=words):
-        run_check("tasks", load_recipe(round_recipe(tmp_path, tiny_model, **held)))
+        run_check("tasks", load_recipe(round_recipe(tmp_path, tiny_model, **data)))

@@ -191,17 +191,17 @@ def test_every_fitting_template_renders_every_row(templates: Path, shared_data: 
             if t.name in lacking
             for field in t.names - set(table.column_names)
         )
-        given = Counter[str]()
+        counts = Counter[str]()
         for row in table.to_pylist():
             for template in task.templates:
                 if template.name not in lacking:
                     try:
                         task.render(row, template)
-                        given["rendered"] += 1
+                        counts["rendered"] += 1
                     except RowError as error:
-                        given[error.reason] += 1
-        assert set(given) <= {"rendered", "skipped"}, given
-        assert given["rendered"] > table.num_rows
+                        counts[error.reason] += 1
+        assert set(counts) <= {"rendered", "skipped"}, counts
+        assert counts["rendered"] > table.num_rows
 
 
 def letters(text: str) -> str:
@@ -223,7 +223,7 @@ def test_p3_gave_the_same_for_the_same_rows(
         for row in pq.read_table(shared_data / "t0_p3_sample" / f"{part}.parquet").to_pylist():
             if row["dataset"] == name:
                 expected.setdefault(row["template"], {})[letters(row["inputs_pretokenized"])] = row["targets_pretokenized"]
-    found = 0
+    compared = 0
     for part in ("train", "test"):
         for row in pq.read_table(shared_data / dataset / f"{part}.parquet").to_pylist():
             for template, answers in expected.items():
@@ -233,5 +233,5 @@ def test_p3_gave_the_same_for_the_same_rows(
                     continue
                 if (target := answers.get(letters(example.instruction))) is not None:
                     assert letters(example.target) == letters(target)
-                    found += 1
-    assert found >= least
+                    compared += 1
+    assert compared >= least

@@ -47,8 +47,8 @@ def test_from_a_file_to_examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert source is not None
     assert task.name == f"{kind}_my_rows"
     examples = [task.render(row, task.templates[0]) for row in Reader(source).rows([0, 1])]
-    asked = ("Add.\n1 and 2", "") if kind == "p3" else ("Add.", "1 and 2")
-    assert [(one.instruction, one.input, one.target) for one in examples] == [(*asked, "3"), ("Greet.", "", "Hi.")]
+    question = ("Add.\n1 and 2", "") if kind == "p3" else ("Add.", "1 and 2")
+    assert [(one.instruction, one.input, one.target) for one in examples] == [(*question, "3"), ("Greet.", "", "Hi.")]
 
 
 def test_a_column_that_may_be_missing(tmp_path: Path) -> None:

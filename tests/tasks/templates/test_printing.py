@@ -20,14 +20,14 @@ ROW = {"text": "Ten and ten?", "words": ["a", "b"], "answers": ["20", "twenty"],
 ROW |= {"deep": [["a"], None]}
 
 
-def task_of(instruction: str = "Ask.", answer: str = "{{ answers[0] }}", given: str = "{{ text }}", **changes: Any) -> Task:
+def task_of(instruction: str = "Ask.", answer: str = "{{ answers[0] }}", input_text: str = "{{ text }}", **changes: Any) -> Task:
     content: dict[str, Any] = {
         "name": "own",
         "cluster": "own",
         "sources": [{"dataset": "own"}],
         "answer": answer,
         "metrics": ["exact_match"],
-        "templates": [{"name": "ask", "instruction": instruction, "input": given}],
+        "templates": [{"name": "ask", "instruction": instruction, "input": input_text}],
     }
     return Task.model_validate(content | changes)
 
@@ -73,7 +73,7 @@ def refusal(task: Task, row: dict[str, Any] | None = None) -> str:
 )
 def test_what_only_python_could_print_is_a_bad_row(said: str, message: str) -> None:
     old = {"answer": "x", "instruction": said}
-    for task in (task_of(answer=said), task_of(instruction=said), task_of(given=said), task_of(**old)):
+    for task in (task_of(answer=said), task_of(instruction=said), task_of(input_text=said), task_of(**old)):
         assert message in refusal(task)
         as_ever = pickle.loads(pickle.dumps(task.of_format(1)))
         example = as_ever.render(ROW, as_ever.templates[0])
