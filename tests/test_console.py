@@ -97,3 +97,17 @@ def test_a_live_line_that_is_too_long_keeps_the_time_that_is_left(monkeypatch, c
     assert line.startswith("train     step 3/60  loss 1.235")
     assert "eta 1:15" in line
     assert shown in line
+
+
+def test_what_is_waited_for_is_replaced_by_the_next_line(capsys: pytest.CaptureFixture[str]) -> None:
+    screen = Screen()
+    with screen.waiting("the model"):
+        screen.say("ok data")
+    assert capsys.readouterr().out == "ok data\n"
+    on_a_terminal = io.StringIO()
+    on_a_terminal.isatty = lambda: True
+    screen._log = on_a_terminal
+    with screen.waiting("the model"):
+        screen.say("ok data")
+    screen.say("ready")
+    assert on_a_terminal.getvalue() == "… the model\r\033[Kok data\n… the model\r\033[Kready\n"

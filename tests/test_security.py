@@ -224,7 +224,7 @@ def test_trust_is_one_word_on_every_command_that_loads_a_model(monkeypatch, tmp_
     monkeypatch.setattr(pipeline, "train_run", lambda recipe, **_: options.update(train=recipe.model.trust) or train)
     monkeypatch.setattr(pipeline, "training_sentence", lambda result: "")
     monkeypatch.setattr(pipeline, "prepare_run", lambda recipe, **_: options.update(prepare=recipe.model.trust) or {})
-    monkeypatch.setattr(pipeline, "check_recipe", lambda recipe: options.update(check=recipe.model.trust) or [])
+    monkeypatch.setattr(pipeline, "check_recipe", lambda recipe, fast: options.update(check=recipe.model.trust) or [])
     monkeypatch.setattr(pipeline, "evaluate_target", lambda target, overrides, **_: options.update(evaluate=overrides) or ({}, ""))
     monkeypatch.setattr(pipeline, "predict_file", lambda *_, trust, **__: options.update(predict=trust) or {})
     monkeypatch.setattr(

@@ -10,8 +10,8 @@ import shutil
 import sys
 import time
 import traceback
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
 from apprentice import __version__
@@ -35,6 +35,7 @@ class Screen:
         self._log = sys.stderr if as_json else sys.stdout
         self._stage = ""
         self._live = False
+        self._waiting_for = ""  # shown on a terminal in a line that any other output replaces
         self._last = 0.0
 
     @property
@@ -46,6 +47,23 @@ class Screen:
         """Writes a line of text."""
         self._end_live()
         _write(self._log, f"{text}\n")
+        self._show_waiting()
+
+    @contextmanager
+    def waiting(self, what: str) -> Iterator[None]:
+        """Shows on a terminal, below the lines that a `with` block writes, that `what` is being looked at; nothing elsewhere."""
+        self._waiting_for = what if self._log.isatty() else ""
+        self._show_waiting()
+        try:
+            yield
+        finally:
+            self._end_live()
+            self._waiting_for = ""
+
+    def _show_waiting(self) -> None:
+        if self._waiting_for:
+            columns = shutil.get_terminal_size().columns - 1
+            _write(self._log, f"… {self._waiting_for}"[:columns])
 
     def show(self, renderable: Any) -> None:
         """Writes a rich table or panel."""
@@ -109,6 +127,8 @@ class Screen:
         return 3
 
     def _end_live(self) -> None:
+        if self._waiting_for:
+            _write(self._log, "\r\033[K")
         if self._live:
             _write(self._log, "\n")
             self._live = False

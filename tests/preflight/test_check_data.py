@@ -48,7 +48,7 @@ def nothing() -> Iterator[None]:
 def test_a_missing_column_is_told_without_ray_and_with_the_users_own_files(tmp_path: Path, tiny_model: Path) -> None:
     templates = [{"name": "ask", "instruction": "Good or bad?", "input": "{{ texts }}"}]
     recipe = own_recipe(tmp_path, tiny_model, {"templates": templates})
-    findings = check.check(recipe, no_ray)
+    findings = list(check.check(recipe, no_ray))
     assert [finding.subject for finding in findings if not finding.ok] == ["sources"]
     assert findings[-1].message == (
         f"task 'sst2' ({tmp_path}/own.yaml): template 'ask' names 'texts', but {tmp_path}/own.csv has no column 'texts'."
@@ -59,7 +59,7 @@ def test_a_missing_column_is_told_without_ray_and_with_the_users_own_files(tmp_p
 
 def test_a_missing_task_file_is_told_once(tmp_path: Path, tiny_model: Path) -> None:
     recipe = load_recipe(tiny_recipe(tmp_path, tiny_model, data__tasks=["./none.yaml"], data__hold_out=[]))
-    findings = check.check(recipe, no_ray)
+    findings = list(check.check(recipe, no_ray))
     assert [(finding.subject, "none.yaml does not exist" in finding.message) for finding in findings if not finding.ok] == [
         ("tasks", True)
     ]
@@ -71,7 +71,7 @@ def test_a_good_recipe_goes_on_with_ray_and_leaves_nothing_behind(
     monkeypatch.setattr(cluster_checks, "node_resources", lambda: [{"CPU": 8.0}])
     monkeypatch.setattr(check, "_dry_run", dry_run_here)
     recipe = own_recipe(tmp_path, tiny_model, {})
-    findings = check.check(recipe, nothing)
+    findings = list(check.check(recipe, nothing))
     assert [(finding.subject, finding.ok) for finding in findings] == [
         (name, True) for name in ("tasks", "downloads", "model", "sources", "storage", "resources", "evaluation")
     ]
@@ -128,3 +128,13 @@ def test_a_changed_file_is_named_as_the_task_names_it(tmp_path: Path, tiny_model
     (tmp_path / "own.csv").write_text("text,label\nother,0\n")
     with pytest.raises(DataError, match=rf"task 'sst2': the train rows \({tmp_path}/own\.csv\) have changed since"):
         corpus_of(recipe, tmp_path)
+
+
+def test_each_finding_is_told_as_soon_as_it_is_known(tmp_path: Path, tiny_model: Path) -> None:
+    """`--fast` ends before Ray; without it, Ray is asked for only after the last finding that needs none was taken."""
+    recipe = own_recipe(tmp_path, tiny_model, {})
+    assert [finding.subject for finding in check.check(recipe, no_ray, fast=True)] == ["tasks", "downloads", "model", "sources"]
+    findings = check.check(recipe, no_ray)
+    assert [next(findings).subject for _ in range(4)] == ["tasks", "downloads", "model", "sources"]
+    with pytest.raises(AssertionError, match="Ray was started"):
+        next(findings)

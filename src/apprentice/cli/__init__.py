@@ -12,13 +12,12 @@ from typing import Annotated
 import typer
 
 from apprentice import __version__
-from apprentice.cli import cluster_commands, data_commands, evaluation_commands, serving_commands, training_commands
+from apprentice.cli import cluster_commands, data_commands, evaluation_commands, serving_commands, setup_commands, training_commands
 from apprentice.console import Screen, is_unread
 
 app = typer.Typer(
     no_args_is_help=True,
     invoke_without_command=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 
@@ -52,7 +51,9 @@ for command in (
     serving_commands.ask,
     serving_commands.key,
     cluster_commands.submit,
-    data_commands.recipe_schema,
+    setup_commands.doctor,
+    setup_commands.recipe,
+    setup_commands.recipe_schema,
 ):
     app.command(command.__name__.replace("_", "-"))(command)
 

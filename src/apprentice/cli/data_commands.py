@@ -1,4 +1,4 @@
-"""Commands on tasks and data: init, check, tasks, preview, trace, prepare, recipe-schema."""
+"""Commands on tasks and data: init, check, tasks, preview, trace, prepare."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from apprentice.cli.completion import complete_run
 from apprentice.cli.options import Json, Overrides, RecipeFile, Restart, Storage, Trust, cell, read_recipe, screen_for, task_table
 from apprentice.console import Screen
 
@@ -54,6 +55,7 @@ def check(
             " Needs no Ray, no GPU and of the model only config.json."
         ),
     ] = None,
+    fast: Annotated[bool, typer.Option("--fast", help="Only what needs neither Ray nor a pass of the model.")] = False,
     trust: Trust = False,
     json: Json = False,
 ) -> None:
@@ -64,11 +66,14 @@ def check(
     if hardware is not None:
         _check_hardware(pipeline.estimate_on_hardware(read_recipe(recipe, overrides, trust=trust), hardware), screen)
         return
-    findings = pipeline.check_recipe(read_recipe(recipe, overrides, trust=trust))
-    for finding in findings:
-        screen.say(f"{'ok ' if finding.ok else 'NO '} {finding.subject:<10} {finding.message}")
+    findings = []
+    with screen.waiting("the data, the model, then Ray and a pass of the model" if not fast else "the data and the model"):
+        for finding in pipeline.check_recipe(read_recipe(recipe, overrides, trust=trust), fast=fast):
+            findings.append(finding)
+            screen.say(f"{'ok ' if finding.ok else 'NO '} {finding.subject:<10} {finding.message}")
     ready = all(finding.ok for finding in findings)
-    screen.result({"ready": ready, "findings": [finding.as_dict() for finding in findings]}, "ready" if ready else "not ready")
+    verdict = "not ready" if not ready else "ready" if not fast else "ready as far as it was looked at (--fast)"
+    screen.result({"ready": ready, "findings": [finding.as_dict() for finding in findings]}, verdict)
     if not ready:
         raise typer.Exit(1)
 
@@ -138,7 +143,7 @@ def preview(
 
 
 def trace(
-    run: Annotated[str, typer.Argument(help="A run: its name, or its folder.")],
+    run: Annotated[str, typer.Argument(help="A run: its name, or its folder.", autocompletion=complete_run)],
     step: Annotated[int | None, typer.Option(help="An optimizer step, counted from 1.")] = None,
     position: Annotated[int | None, typer.Option(min=0, help="A position of the plan.")] = None,
     storage: Storage = "./runs",
@@ -169,12 +174,3 @@ def prepare(
     screen.result(
         result, f"{result['train_rows']} training rows of {result['tasks']} tasks, {result['steps']} steps\n{result['run']}"
     )
-
-
-def recipe_schema() -> None:
-    """Print the JSON Schema of a recipe, for editors."""
-    import json
-
-    from apprentice.recipe import Recipe
-
-    screen_for(False).result({}, json.dumps(Recipe.model_json_schema(), indent=2))

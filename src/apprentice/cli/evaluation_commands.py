@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from apprentice.cli.completion import complete_run
 from apprentice.cli.options import Json, Overrides, Storage, Trust, screen_for, with_trust
 
 Out = Annotated[Path | None, typer.Option(help="Where the report goes; a run keeps its own.")]
@@ -48,7 +49,9 @@ def evaluate(
 
 
 def report(
-    target: Annotated[str, typer.Argument(help="A run, or a folder with predictions.parquet.", metavar="RUN|FOLDER")],
+    target: Annotated[
+        str, typer.Argument(help="A run, or a folder with predictions.parquet.", metavar="RUN|FOLDER", autocompletion=complete_run)
+    ],
     storage: Storage = "./runs",
     json: Json = False,
 ) -> None:
@@ -68,7 +71,12 @@ def report_schema() -> None:
 
 
 def compare(
-    targets: Annotated[list[str], typer.Argument(help="Runs that were scored; the first is what the others meet.", metavar="RUN")],
+    targets: Annotated[
+        list[str],
+        typer.Argument(
+            help="Runs that were scored; the first is what the others meet.", metavar="RUN", autocompletion=complete_run
+        ),
+    ],
     out: Out = None,
     storage: Storage = "./runs",
     json: Json = False,
@@ -80,7 +88,9 @@ def compare(
 
 
 def predict(
-    target: Annotated[str, typer.Argument(help="A run or a model (folder or hub id).", metavar="RUN|MODEL")],
+    target: Annotated[
+        str, typer.Argument(help="A run or a model (folder or hub id).", metavar="RUN|MODEL", autocompletion=complete_run)
+    ],
     file: Annotated[str, typer.Argument(help="JSONL or Parquet with `instruction` and, if need be, `input`; a path or URI.")],
     out: Annotated[str | None, typer.Option(help="Folder for the replies; beside the file by default.")] = None,
     max_tokens: Annotated[int, typer.Option(help="Longest reply, in tokens.")] = 128,

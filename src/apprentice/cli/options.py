@@ -6,10 +6,17 @@ from typing import Annotated, Any
 
 import typer
 
+from apprentice.cli.completion import complete_override, complete_recipe
 from apprentice.console import Screen
 
-RecipeFile = Annotated[str, typer.Argument(help="Recipe file, or the name of one that is shipped.", metavar="RECIPE")]
-Overrides = Annotated[list[str] | None, typer.Argument(help="Overrides: key.path=value …", metavar="KEY=VALUE")]
+RecipeFile = Annotated[
+    str,
+    typer.Argument(help="Recipe file, or the name of one that is shipped.", metavar="RECIPE", autocompletion=complete_recipe),
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(help="Overrides: key.path=value …", metavar="KEY=VALUE", autocompletion=complete_override),
+]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output, nothing else there.")]
 Restart = Annotated[bool, typer.Option(help="Start the run over, removing what is there.")]
 Trust = Annotated[

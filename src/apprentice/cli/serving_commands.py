@@ -6,11 +6,14 @@ from typing import Annotated, Literal
 
 import typer
 
+from apprentice.cli.completion import complete_run
 from apprentice.cli.options import Json, Storage, Trust, screen_for
 
 
 def serve(
-    target: Annotated[str, typer.Argument(help="A run or a model (folder or hub id).", metavar="RUN|MODEL")],
+    target: Annotated[
+        str, typer.Argument(help="A run or a model (folder or hub id).", metavar="RUN|MODEL", autocompletion=complete_run)
+    ],
     host: Annotated[str | None, typer.Option(help="Address to listen on; loopback by default.")] = None,
     port: Annotated[int | None, typer.Option(help="Port; 0 takes a free one.")] = None,
     engine: Annotated[

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from apprentice.cli.completion import complete_run
 from apprentice.cli.options import Json, Overrides, RecipeFile, Restart, Storage, Trust, cell, read_recipe, screen_for, table_of
 
 
@@ -58,7 +59,7 @@ def _shown(run: Mapping[str, Any], column: str) -> str:
 
 
 def export(
-    run: Annotated[str, typer.Argument(help="Name or folder of a trained run.", metavar="RUN")],
+    run: Annotated[str, typer.Argument(help="Name or folder of a trained run.", metavar="RUN", autocompletion=complete_run)],
     folder: Annotated[str, typer.Argument(help="New folder for the model.", metavar="DIR")],
     storage: Storage = "./runs",
     json: Json = False,

@@ -61,9 +61,17 @@ def prepare_corpus(recipe: Recipe, *, restart: bool, progress: Progress) -> tupl
     return run, corpus
 
 
-def check_recipe(recipe: Recipe) -> list[check.Finding]:
-    """The findings of all preflight checks (`apprentice.preflight.check`)."""
-    return check.check(recipe, ray_session)
+def check_recipe(recipe: Recipe, *, fast: bool = False) -> Iterator[check.Finding]:
+    """The findings of all preflight checks, one by one (`apprentice.preflight.check`)."""
+    return check.check(recipe, ray_session, fast=fast)
+
+
+def examine_machine(storage: str) -> Iterator[Any]:
+    """The diagnoses of this machine, one by one (`apprentice.preflight.doctor`)."""
+    from apprentice.preflight.doctor import examine  # imports PyTorch
+
+    quiet()
+    return examine(storage, ray_session)
 
 
 def estimate_on_hardware(recipe: Recipe, hardware: str) -> Any:

@@ -7,7 +7,7 @@ stage stops before it has written or reserved anything.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -46,23 +46,20 @@ class Finding:
         return asdict(self)
 
 
-def check(recipe: Recipe, connected: Callable[[], AbstractContextManager[None]]) -> list[Finding]:
-    """Runs all checks, in the order in which a person would correct them, and leaves no files behind.
+def check(recipe: Recipe, connected: Callable[[], AbstractContextManager[None]], *, fast: bool = False) -> Iterator[Finding]:
+    """Yields the findings of all checks, in the order in which a person would correct them, and leaves no files behind.
 
     Checks that need Ray run only after all others passed, inside `connected()`; a dry run of the data and the model comes
-    last.
+    last. With `fast` those before it are all.
     """
     lookup = RecipeLookup(recipe)
     with cache_cleared(recipe):
-        findings = _find(CHECKS_WITHOUT_RAY, lookup)
-        if not all(finding.ok for finding in findings):
-            return findings
+        if not (yield from _find(CHECKS_WITHOUT_RAY, lookup)) or fast:
+            return
         with connected():
-            findings += _find(CHECKS_WITH_RAY, lookup)
-            if all(finding.ok for finding in findings):
+            if (yield from _find(CHECKS_WITH_RAY, lookup)):
                 with tempfile.TemporaryDirectory(prefix="apprentice-") as folder:
-                    findings += _dry_run(recipe, Run(Folder.at(folder) / recipe.name))
-    return findings
+                    yield from _dry_run(recipe, Run(Folder.at(folder) / recipe.name))
 
 
 def run_check(subject: str, recipe: Recipe) -> str:
@@ -98,14 +95,16 @@ def check_index(recipe: Recipe, corpus: Corpus) -> str:
     return f"{steps} steps of {recipe.training.global_batch} rows of {corpus.row_length} tokens"
 
 
-def _find(checks: Mapping[str, Check], lookup: RecipeLookup) -> list[Finding]:
-    """The findings of `checks`; a failure that several share, such as a missing task file, is listed once."""
-    findings: list[Finding] = []
+def _find(checks: Mapping[str, Check], lookup: RecipeLookup) -> Generator[Finding, None, bool]:
+    """Yields the findings of `checks`, a failure that several share, such as a missing task file, once; returns if all passed."""
+    failures: set[str] = set()
     for subject, check_subject in checks.items():
         finding = _finding(subject, check_subject, lookup)
-        if finding.ok or finding.message not in {earlier.message for earlier in findings}:
-            findings.append(finding)
-    return findings
+        if finding.ok or finding.message not in failures:
+            yield finding
+        if not finding.ok:
+            failures.add(finding.message)
+    return not failures
 
 
 def _finding(subject: str, check_subject: Callable[..., str], *arguments: Any) -> Finding:
@@ -115,7 +114,7 @@ def _finding(subject: str, check_subject: Callable[..., str], *arguments: Any) -
         return Finding(subject, False, str(error))
 
 
-def _dry_run(recipe: Recipe, scratch: Run) -> list[Finding]:
+def _dry_run(recipe: Recipe, scratch: Run) -> Iterator[Finding]:
     """Findings from a dry run: the frozen index, a first window of rows and one pass of the model."""
     from apprentice.preflight import dry_run  # these import PyTorch
     from apprentice.preflight.evaluation_estimate import describe_evaluation
@@ -124,16 +123,18 @@ def _dry_run(recipe: Recipe, scratch: Run) -> list[Finding]:
         corpus = make_corpus(recipe, scratch)
         rows = dry_run.render_first_rows(corpus)
     except ApprenticeError as error:
-        return [Finding("training", False, str(error))]
+        yield Finding("training", False, str(error))
+        return
     findings = [_finding("training", check_index, recipe, corpus)]
+    yield findings[-1]
     base = dry_run.DryRunModel(recipe)
+    about_rows: dict[str, tuple[Any, ...]] = {"rows": (dry_run.describe_rows,), "packing": (dry_run.compare_packing, base)}
     if recipe.training.aim.rounds:
-        findings.append(_finding("rows", dry_run.describe_prompts, corpus, rows))
-    else:
-        findings.append(_finding("rows", dry_run.describe_rows, corpus, rows))
-        findings.append(_finding("packing", dry_run.compare_packing, corpus, rows, base))
+        about_rows = {"rows": (dry_run.describe_prompts,)}
+    for subject, (describe, *more) in about_rows.items():
+        findings.append(_finding(subject, describe, corpus, rows, *more))
+        yield findings[-1]
     if all(finding.ok for finding in findings):
         speed = dry_run.measure_speed(corpus, rows, base)
-        findings.append(_finding("duration", dry_run.describe_duration, corpus, speed))
-        findings.append(_finding("evaluation", describe_evaluation, corpus, speed.reading_per_cpu))
-    return findings
+        yield _finding("duration", dry_run.describe_duration, corpus, speed)
+        yield _finding("evaluation", describe_evaluation, corpus, speed.reading_per_cpu)

@@ -61,11 +61,14 @@ def _check_length(recipe: Recipe, folder: Path) -> None:
 def _check_engine(recipe: Recipe, folder: Path) -> None:
     """Raises `ServingError` if the recipe's serving engine, installed or not, cannot decode the model that the recipe trains."""
     from apprentice.model_pool.engine_choice import check_decodes
-    from apprentice.models.tuning.methods import TUNING_METHODS
 
     engine, method = recipe.serving.engine, recipe.tuning.method
     check_decodes(engine, folder)
-    if engine == "vllm" and TUNING_METHODS[method].merge is None:
+    if engine != "vllm":
+        return
+    from apprentice.models.tuning.methods import TUNING_METHODS  # imports PyTorch
+
+    if TUNING_METHODS[method].merge is None:
         raise ServingError(
             f"serving.engine vllm would leave out what tuning.method {method} trains, which cannot become part of the weights; use"
             " serving.engine transformers, or tuning.method lora."
