@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import os
 
+import pytest
 import ray
-from ray._private import ray_constants, services
+from ray._private import node, ray_constants, services
 from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 from ray.dashboard.modules.job import job_supervisor
 from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
@@ -22,6 +24,32 @@ def test_a_node_without_clusters_is_on_loopback() -> None:
     with compat.loopback_only():
         assert services.get_node_ip_address() == "127.0.0.1"
     assert ray_constants.ENABLE_RAY_CLUSTER is True
+
+
+def test_a_local_start_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`ray.init` looks for its node through the module, and takes the time for its port from the environment."""
+    assert [*inspect.signature(services.get_node).parameters] == ["gcs_address", "node_id"]
+    source = inspect.getsource(node)
+    assert "ray._private.services.get_node(" in source
+    assert "except RuntimeError" in source
+    variable = compat.PORT_WAIT_VARIABLE
+    assert f'os.environ.get("{variable}", default_wait)' in source
+    answers = iter([RuntimeError("not there yet"), RuntimeError("not there yet"), None])
+
+    def get_node(gcs_address: str, node_id: str) -> str:
+        if (error := next(answers)) is not None:
+            raise error
+        return node_id
+
+    monkeypatch.setattr(services, "get_node", get_node)
+    monkeypatch.delenv("OURS", raising=False)
+    with compat.patient_start(300):
+        monkeypatch.setenv("OURS", "kept")  # as ray.init sets RAY_AUTH_MODE
+        assert services.get_node("address", "id") == "id"
+        assert os.environ[variable] == "300"
+    assert services.get_node is get_node
+    assert variable not in os.environ
+    assert os.environ["OURS"] == "kept"
 
 
 def test_tokens_can_be_enabled_without_a_warning() -> None:

@@ -6,11 +6,13 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
 from apprentice.errors import ResourcesError
+from apprentice.ray_cluster import session
 from apprentice.ray_cluster.session import _own_folder
 from tests.support.sockets import listening
 
@@ -77,3 +79,21 @@ def test_the_shared_cluster_listens_on_loopback_alone(ray_cluster: None) -> None
     addresses = listening()
     assert len(addresses) >= 5
     assert [(name, address) for name, address in addresses if not address.startswith("127.")] == []
+
+
+def test_a_slow_start_is_is_written_of_at_once(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    is_written = threading.Event()
+    write = os.write
+
+    def watched_write(descriptor: int, text: bytes) -> int:
+        count = write(descriptor, text)
+        is_written.set()
+        return count
+
+    monkeypatch.setattr(session, "SLOW_START_S", 0.0)
+    monkeypatch.setattr(session.os, "write", watched_write)
+    with session._filter_startup_output():
+        assert is_written.wait(60)
+        os.write(2, b"of Ray\n")
+        assert capfd.readouterr().err.startswith("Ray is slow to start on this busy machine; it is waited for, up to 5 minutes.")
+    assert capfd.readouterr().err == "of Ray\n"

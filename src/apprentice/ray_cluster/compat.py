@@ -1,6 +1,7 @@
 """Private API of Ray, read in version 2.60.0. tests/ray_cluster/test_compat.py fails when it changes.
 
 ENABLE_RAY_CLUSTER                           where it is false, as on macOS, a local Ray listens on loopback alone
+RAY_gcs_server_port_wait_time_s, get_node     how long `ray.init` waits for the processes of a local Ray
 maybe_enable_token_auth_if_token_available   what `ray.init` calls before it connects, and Ray's client for jobs does not
 ServeSubmissionClient                        client of Serve's REST API, which `serve deploy` uses
 RAY_JOB_CONFIG_JSON_ENV_VAR, JobSupervisor   how a job's driver is told what it is, and the actor that reserves its CPUs
@@ -9,6 +10,7 @@ GcsClient, GetClusterStatusReply             what the cluster's autoscaler last 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,12 +18,14 @@ from unittest.mock import patch
 
 import ray
 import ray.exceptions
-from ray._private import ray_constants
+from ray._private import ray_constants, services
 from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 from ray._raylet import GcsClient  # type: ignore[attr-defined]
 from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply  # type: ignore[attr-defined]
+from tenacity import retry, retry_if_exception_type, stop_after_delay, wait_fixed
 
 JOB_CONFIG_VARIABLE = str(RAY_JOB_CONFIG_JSON_ENV_VAR)  # environment variable of a job's driver: its configuration as JSON
+PORT_WAIT_VARIABLE = "RAY_gcs_server_port_wait_time_s"  # environment variable: how long Ray waits for its head's port
 JOB_SUPERVISOR = "JobSupervisor"  # class name of the actor that runs a job's driver
 
 
@@ -34,6 +38,22 @@ def loopback_only() -> Iterator[None]:
     """
     with patch.object(ray_constants, "ENABLE_RAY_CLUSTER", False):
         yield
+
+
+@contextmanager
+def patient_start(timeout_s: int) -> Iterator[None]:
+    """Context manager in which `ray.init` waits up to `timeout_s` seconds for each process of a local Ray, instead of 30."""
+    is_late = {"retry": retry_if_exception_type(RuntimeError), "stop": stop_after_delay(timeout_s), "wait": wait_fixed(0.1)}
+    patient_get_node = retry(**is_late, reraise=True)(services.get_node)
+    earlier = os.environ.get(PORT_WAIT_VARIABLE)
+    os.environ[PORT_WAIT_VARIABLE] = str(timeout_s)
+    try:
+        with patch.object(services, "get_node", patient_get_node):
+            yield
+    finally:
+        os.environ.pop(PORT_WAIT_VARIABLE)
+        if earlier is not None:
+            os.environ[PORT_WAIT_VARIABLE] = earlier
 
 
 def enable_token_auth() -> None:

@@ -7,6 +7,7 @@ import os
 import stat
 import sys
 import tempfile
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ import ray
 import ray.data  # sets its loggers up anew on import, so it must come before quiet()
 
 from apprentice.errors import ResourcesError
-from apprentice.ray_cluster.compat import loopback_only
+from apprentice.ray_cluster.compat import loopback_only, patient_start
 from apprentice.ray_cluster.process_priority import NICENESS
 
 # Environment that turns off third-party messages of no use to the user; set before workers start, so that they inherit it.
@@ -36,6 +37,9 @@ QUIET = {
     "GLOO_LOG_LEVEL": "ERROR",
 }
 VERSION_VARIABLE = "APPRENTICE_VERSION"  # environment variable: the version of apprentice that submitted a job
+SLOW_START_S = 30.0  # after which a start of Ray is told of
+START_TIMEOUT_S = 300  # for each process of a local Ray; with Ray's own 30 s, a busy machine would start none
+SLOW_START = f"Ray is slow to start on this busy machine; it is waited for, up to {START_TIMEOUT_S // 60} minutes.\n"
 SPARE_CPUS = 2  # logical CPUs of a local session beside the machine's own, for the light processes next to training
 
 
@@ -50,14 +54,22 @@ def quiet() -> None:
 
 @contextmanager
 def _filter_startup_output() -> Iterator[None]:
-    """Holds standard error back while Ray starts, and prints it at the end without Ray's lines about its log level."""
+    """Holds standard error back while Ray starts, and prints it at the end without Ray's lines about its log level.
+
+    A start that takes long is told of at once, after `SLOW_START_S` seconds.
+    """
     sys.stderr.flush()
     screen = os.dup(2)
+    slow_start = threading.Timer(SLOW_START_S, os.write, (screen, SLOW_START.encode()))
+    slow_start.daemon = True
     with tempfile.TemporaryFile() as output:
         os.dup2(output.fileno(), 2)
+        slow_start.start()
         try:
             yield
         finally:
+            slow_start.cancel()
+            slow_start.join()
             sys.stderr.flush()
             os.dup2(screen, 2)
             os.close(screen)
@@ -83,7 +95,7 @@ def start_local_ray(cpus: int, **settings: Any) -> None:
     for library in ("GLOO", "NCCL"):  # between the workers of a training
         os.environ.setdefault(f"{library}_SOCKET_IFNAME", "lo")
     _close_token()
-    with loopback_only():
+    with loopback_only(), patient_start(START_TIMEOUT_S):
         ray.init(
             **{"_temp_dir": str(_own_folder()), **settings},
             address="local",
