@@ -43,8 +43,8 @@ def loopback_only() -> Iterator[None]:
 @contextmanager
 def patient_start(timeout_s: int) -> Iterator[None]:
     """Context manager in which `ray.init` waits up to `timeout_s` seconds for each process of a local Ray, instead of 30."""
-    is_late = {"retry": retry_if_exception_type(RuntimeError), "stop": stop_after_delay(timeout_s), "wait": wait_fixed(0.1)}
-    patient_get_node = retry(**is_late, reraise=True)(services.get_node)
+    waits = retry(retry=retry_if_exception_type(RuntimeError), stop=stop_after_delay(timeout_s), wait=wait_fixed(0.1), reraise=True)
+    patient_get_node = waits(services.get_node)
     earlier = os.environ.get(PORT_WAIT_VARIABLE)
     os.environ[PORT_WAIT_VARIABLE] = str(timeout_s)
     try:
