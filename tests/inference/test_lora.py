@@ -15,8 +15,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditional
 from apprentice.errors import ModelError
 from apprentice.inference.decoding import generate, make_scheduler
 from apprentice.inference.generation_request import GenerationRequest, Sampling
-from apprentice.inference.lora import CONFIG, WEIGHTS, Lora, LoraLayers, read_lora
+from apprentice.inference.lora import Lora, LoraLayers, read_lora
 from apprentice.models.loading import load_model
+from apprentice.run.identity import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from tests.models.adapters import merged, random_lora
 
 PROMPTS = [[(11 * length + 7 * place) % 509 + 3 for place in range(length)] for length in (1, 5, 40, 13, 2, 27, 8, 60)]
@@ -88,13 +89,13 @@ def test_peft_says_the_same(tiny_model: Path, tmp_path: Path) -> None:
     patterns = {"alpha_pattern": {"v_proj": 3.0, r"layers\.0\.mlp\.up_proj": 40.0}}
     for number, config in enumerate(({"use_rslora": True}, patterns)):
         folder = random_lora(model, tmp_path / str(number), number, **config)
-        config_file = json.loads((folder / CONFIG).read_text())
+        config_file = json.loads((folder / ADAPTER_CONFIG).read_text())
         ids = torch.tensor([PROMPTS[2]])
         with LoraLayers(model).rows([read_lora(folder, model)], [1]), torch.no_grad():
             ours = model(input_ids=ids).logits
         if "use_rslora" not in config_file:
             targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-            (folder / CONFIG).write_text(json.dumps(config_file | {"target_modules": targets}))
+            (folder / ADAPTER_CONFIG).write_text(json.dumps(config_file | {"target_modules": targets}))
         with torch.no_grad():
             theirs = PeftModel.from_pretrained(load_model(tiny_model, torch.float32), folder)(input_ids=ids).logits
             bare = model(input_ids=ids).logits
@@ -108,8 +109,8 @@ def test_layers_that_lie_on_their_side_take_adapters_too(tmp_path: Path) -> None
         model = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=16, n_layer=1, n_head=2, n_positions=32)).eval()
         shapes = {"A": (2, 16), "B": (48, 2)}
         tensors = {f"base_model.model.transformer.h.0.attn.c_attn.lora_{key}.weight": torch.randn(shapes[key]) for key in "AB"}
-    save_file(tensors, tmp_path / WEIGHTS)
-    (tmp_path / CONFIG).write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 2, "fan_in_fan_out": True}))
+    save_file(tensors, tmp_path / ADAPTER_WEIGHTS)
+    (tmp_path / ADAPTER_CONFIG).write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 2, "fan_in_fan_out": True}))
     ids = torch.tensor([[1, 2, 3]])
     layers = LoraLayers(model)
     with torch.no_grad(), layers.rows([read_lora(tmp_path, model)], [1]):
@@ -142,7 +143,7 @@ def test_what_is_no_lora_of_this_base_is_refused(tiny_model: Path, tmp_path: Pat
     folder = random_lora(model, tmp_path / "a", 1, **config)
     assert config or read_lora(folder, model).layers
     if change is not None:
-        save_file(load_file(folder / WEIGHTS) | {f"base_model.model.{change[0]}": change[1]}, folder / WEIGHTS)
+        save_file(load_file(folder / ADAPTER_WEIGHTS) | {f"base_model.model.{change[0]}": change[1]}, folder / ADAPTER_WEIGHTS)
     with pytest.raises(ModelError, match=message):
         read_lora(folder, model)
 
@@ -150,6 +151,6 @@ def test_what_is_no_lora_of_this_base_is_refused(tiny_model: Path, tmp_path: Pat
 def test_a_half_written_adapter_is_refused(tiny_model: Path, tmp_path: Path) -> None:
     model = load_model(tiny_model, torch.float32)
     folder = random_lora(model, tmp_path / "a", 1)
-    (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:200])
+    (folder / ADAPTER_WEIGHTS).write_bytes((folder / ADAPTER_WEIGHTS).read_bytes()[:200])
     with pytest.raises(ModelError, match="cannot be read"):
         read_lora(folder, model)

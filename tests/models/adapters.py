@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from apprentice.inference.lora import CONFIG, WEIGHTS
+from apprentice.run.identity import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 ALPHA = 8
 
@@ -25,7 +25,7 @@ def random_lora(model: Any, folder: Path, seed: int, *, rank: int = 4, only: str
             for key, shape in (("A", (rank, module.in_features)), ("B", (module.out_features, rank))):
                 tensors[f"base_model.model.{name}.lora_{key}.weight"] = torch.randn(shape, generator=made) * 0.15
     folder.mkdir(parents=True)
-    save_file(tensors, folder / WEIGHTS)
+    save_file(tensors, folder / ADAPTER_WEIGHTS)
     chosen = {
         "peft_type": "LORA",
         "r": rank,
@@ -33,7 +33,7 @@ def random_lora(model: Any, folder: Path, seed: int, *, rank: int = 4, only: str
         "base_model_name_or_path": "tiny",
         "target_modules": "all-linear",
     }
-    (folder / CONFIG).write_text(json.dumps(chosen | config))
+    (folder / ADAPTER_CONFIG).write_text(json.dumps(chosen | config))
     return folder
 
 
@@ -43,8 +43,8 @@ def merged(model: Any, folder: Path) -> Any:
 
     other = copy.deepcopy(model)
     modules = dict(other.named_modules())
-    rank = json.loads((folder / CONFIG).read_text())["r"]
-    tensors = load_file(folder / WEIGHTS)
+    rank = json.loads((folder / ADAPTER_CONFIG).read_text())["r"]
+    tensors = load_file(folder / ADAPTER_WEIGHTS)
     with torch.no_grad():
         for name in tensors:
             if name.endswith("lora_A.weight"):

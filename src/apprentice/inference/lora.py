@@ -32,8 +32,8 @@ from torch import Tensor
 
 from apprentice.errors import ModelError
 from apprentice.pretrained.trust import check_adapter_folder
+from apprentice.run.identity import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _MATRIX = re.compile(r"(.+)\.lora_([AB])\.weight")
 # Initialisations of LoRA that change the base's own weights, so that the saved matrices do not fit the original base.
@@ -59,8 +59,8 @@ def read_lora(folder: Path, model: Any) -> Lora:
     """
     check_adapter_folder(folder)
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        tensors = load_file(folder / WEIGHTS)
+        config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        tensors = load_file(folder / ADAPTER_WEIGHTS)
     except (OSError, ValueError, SafetensorError) as error:
         raise ModelError(f"the adapter in {folder} cannot be read ({error.__class__.__name__}); save it again.") from error
     _check_kind(folder, config)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from apprentice.inference.cpu_linear import place_model
+from apprentice.model_pool.device import reserved_device
 from apprentice.model_pool.engine_choice import EngineChoice
 from apprentice.model_pool.pool import FreeResources, WorkerPool, size_pool
 from apprentice.model_pool.vllm_model import VllmModel
@@ -36,7 +37,7 @@ def load_worker_model(folder: Path, settings: Model, pool: WorkerPool, context: 
     A transformers model, or a `VllmModel` for prompts and replies of `context` tokens together, as the pool's engine says.
     """
     torch.set_num_threads(pool.cpus)
-    device: Literal["cpu", "cuda"] = "cuda" if pool.gpus else "cpu"
+    device = reserved_device(pool.gpus)
     if pool.engine == "vllm":
         return VllmModel(
             folder,

@@ -30,7 +30,7 @@ from apprentice.models.weights.splitter import ModelSplitter
 from apprentice.pretrained.architecture import FAMILIES, NO_FLOAT16, check_generates_text, family_of, gives_rewards, model_config
 from apprentice.pretrained.hub import local_folder
 from apprentice.pretrained.trust import check_model_folder
-from apprentice.run.identity import ADAPTER
+from apprentice.run.identity import ADAPTER, ADAPTER_CONFIG
 
 _FAST_BFLOAT16 = ("amx_bf16", "avx512_bf16")  # CPU units that multiply bfloat16, in PyTorch's names
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -166,7 +166,7 @@ def build_without_weights(folder: Path, *, trust: bool = False) -> PreTrainedMod
 def _attach_adapter(model: Any, adapter: Path) -> Any:
     if (adapter / adapters.CONFIG).is_file():
         adapters.load_adapters(model, adapter)
-    elif (adapter / "adapter_config.json").is_file():
+    elif (adapter / ADAPTER_CONFIG).is_file():
         from peft import PeftModel
 
         return PeftModel.from_pretrained(model, adapter)

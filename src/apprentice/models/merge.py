@@ -15,6 +15,7 @@ from apprentice.errors import ModelError
 from apprentice.models.loading import load_model
 from apprentice.pretrained.hub import local_folder
 from apprentice.pretrained.trust import check_adapter_folder
+from apprentice.run.identity import ADAPTER_CONFIG
 
 
 def merge_adapter(adapter: Path, target: Path, *, trust: bool = False) -> Path:
@@ -25,7 +26,7 @@ def merge_adapter(adapter: Path, target: Path, *, trust: bool = False) -> Path:
     from peft import PeftModel
 
     check_adapter_folder(adapter, trust=trust)
-    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    config = json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     name = config.get("base_model_name_or_path")
     if not name:
         raise ModelError(f"{adapter} does not say which base model it belongs to (base_model_name_or_path).")

@@ -20,7 +20,7 @@ from apprentice.recipe import RUN, Recipe, find_recipe, load_recipe
 from apprentice.run.contract import read_contract
 from apprentice.run.fence import wait_until_free
 from apprentice.run.folder import Run, find_run
-from apprentice.run.identity import GATE_FILE
+from apprentice.run.identity import ADAPTER_CONFIG, GATE_FILE
 from apprentice.storage import Folder, refuse_credentials
 from apprentice.tasks.registry import Find, find_tasks, select_tasks
 
@@ -214,7 +214,7 @@ def _other(options: EvaluationOptions, *, trust: bool) -> tuple[str, Path, list[
 def _merge_if_adapter(model: str, *, trust: bool) -> Iterator[tuple[str, Path]]:
     """Yields a model's name and folder; an adapter (PEFT folder) is merged into its base in a temporary folder."""
     folder = Path(model).expanduser()
-    if not (folder / "adapter_config.json").is_file():
+    if not (folder / ADAPTER_CONFIG).is_file():
         whole = local_folder(model, trust=trust)
         yield whole.name, whole
         return

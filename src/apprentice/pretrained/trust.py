@@ -14,6 +14,7 @@ from typing import Any
 from apprentice.errors import ModelError
 from apprentice.pretrained.architecture import model_config
 from apprentice.pretrained.hub import is_from_hub
+from apprentice.run.identity import ADAPTER_CONFIG
 
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 # transformers 5.23 reads `attn_implementation`, `_attn_implementation`, and the same of `experts`; older ones `…_internal` too.
@@ -45,7 +46,7 @@ def check_model_folder(folder: Path, *, trust: bool = False) -> None:
             " are not fetched. Take another model, or, if you trust its author, say --trust (model.trust=true in a recipe)."
         )
     for adapter in (folder, folder / "adapter"):
-        if (adapter / "adapter_config.json").is_file():
+        if (adapter / ADAPTER_CONFIG).is_file():
             check_adapter_folder(adapter)
     if config.get("auto_map") and not _is_known(config):
         raise ModelError(

@@ -51,6 +51,7 @@ LATER = (
 FORMAT = 2
 CONTRACT_FILE = "apprentice.json"
 GATE_FILE = "gate.json"  # beside the weights: whether they passed their recipe's quality gate
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # files of a PEFT adapter
 ADAPTER = "adapter"  # folder beside a model's weights, with an adapter that cannot be merged into them
 # Files of a model folder that shape learning besides the weights. Reports, cards and generation settings do not.
 _MODEL_FILES = ("config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*", "*.py")

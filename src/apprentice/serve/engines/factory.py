@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from apprentice.model_pool.device import reserved_device
 from apprentice.model_pool.engine_choice import EngineName
 from apprentice.recipe import Serving
 from apprentice.serve.engines.base import Engine
@@ -26,10 +27,10 @@ def start_engine(
 
     `engines` is how many engines share the `threads` and the KV memory in equal parts. `with_adapters` makes vLLM reserve room for
     `serving.max_adapters` adapters. `on_gpu` says whether this process has GPUs. Raises `ModelError` where the engine does not
-    start.
+    start, `ResourcesError` where PyTorch does not see the GPUs.
     """
     settings: dict[str, Any] = {
-        "device": "cuda" if on_gpu else "cpu",
+        "device": reserved_device(on_gpu),
         "dtype": dtype,
         "max_running": serving.max_running,
         "max_queued": serving.max_queued_requests,

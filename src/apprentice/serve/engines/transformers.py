@@ -63,10 +63,6 @@ class TransformersEngine:
         def load() -> None:
             torch.set_num_threads(min(threads, len(os.sched_getaffinity(0))))
             place = device or ("cuda" if torch.cuda.is_available() else "cpu")
-            if place == "cuda" and not torch.cuda.is_available():
-                raise ModelError(
-                    "the replica has a GPU of Ray's, and PyTorch sees none; install PyTorch's CUDA build and a driver that fits it."
-                )
             self._model: Any = place_model(load_model(folder, resolve_dtype(dtype, place), trust=trust), place)
             self._scheduler = make_scheduler(self._model, slots=max_running, context=context, kv_bytes=kv_bytes)
 

@@ -20,12 +20,13 @@ from typing import Any, Literal, Self
 
 from apprentice.errors import ModelError
 from apprentice.inference.generation_request import GeneratedToken, GenerationRequest, ScoredToken
-from apprentice.inference.lora import CONFIG, WEIGHTS, read_lora
+from apprentice.inference.lora import read_lora
 from apprentice.inference.token_pacing import pacing_seconds
 from apprentice.model_pool.parent_death import guard_children
 from apprentice.model_pool.vllm_arguments import prepare_environment, vllm_arguments
 from apprentice.models.loading import build_without_weights
 from apprentice.pretrained.architecture import model_config
+from apprentice.run.identity import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from apprentice.serve.api.schemas.requests import MOST_TOP
 from apprentice.serve.engines.base import EngineFailed, EngineStats, Overloaded, RequestFailed
 from apprentice.serve.engines.compat import (
@@ -121,7 +122,7 @@ class VllmEngine:
         if self._shape is None:
             self._shape = build_without_weights(self._folder, trust=self._trust)
         ranks = {len(down) for down, _ in read_lora(folder, self._shape).layers.values()}
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
         if config.get("alpha_pattern") or len(ranks) > 1:
             raise ModelError(f"the adapter in {folder} has ranks or scales of its own for some layers, which vLLM has not.")
         if max(ranks, default=0) > MOST_RANK:
@@ -129,7 +130,7 @@ class VllmEngine:
         number = next(self._numbers)
         copy = Path(self._scratch.name) / str(number)  # vLLM reads the files again after it evicted the adapter
         copy.mkdir()
-        for file in (CONFIG, WEIGHTS):
+        for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
             shutil.copy(folder / file, copy / file)
         adapter = VllmAdapter(LoRARequest(str(number), number, str(copy)))
         weakref.finalize(adapter, self._remove_adapter, number, copy).atexit = False

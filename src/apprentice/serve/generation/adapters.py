@@ -25,13 +25,13 @@ import pyarrow.fs as pafs
 from apprentice.data.encoding.prompt_contract import layout_over
 from apprentice.errors import ApprenticeError, StorageError
 from apprentice.run.contract import read_contract
+from apprentice.run.identity import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from apprentice.serve.api.schemas.problems import RequestProblem
 from apprentice.serve.engines.base import Overloaded
 from apprentice.serve.generation.served_models import ModelLease, ServedModel
 from apprentice.storage import Folder
 
 log = logging.getLogger(__name__)
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _FRESH_S = 5.0  # seconds for which a listing is used
 _AGAIN_S = 1.0  # seconds for which it is used when a requested name is not in it
 _LISTING_S = 1.0  # seconds that a request for a known name waits for a new listing
@@ -53,7 +53,9 @@ def list_adapters(folder: Folder) -> dict[str, AdapterFolder]:
         infos = fs.get_file_info(pafs.FileSelector(path))
         names = sorted(str(info.base_name) for info in infos if info.type == pafs.FileType.Directory)
         subfolders = [f"{name}{inner}" for name in names if not name.startswith(".") for inner in ("", "/adapter")]
-        files = fs.get_file_info([f"{path}/{subfolder}/{file}" for subfolder in subfolders for file in (CONFIG, WEIGHTS)])
+        files = fs.get_file_info(
+            [f"{path}/{subfolder}/{file}" for subfolder in subfolders for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)]
+        )
     except OSError as error:
         raise StorageError(f"the adapters in {folder} cannot be listed ({error.__class__.__name__}); check the path.") from error
     adapters: dict[str, AdapterFolder] = {}

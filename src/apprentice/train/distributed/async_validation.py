@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from apprentice.errors import ApprenticeError, ResourcesError
+from apprentice.model_pool.device import reserved_device
 from apprentice.models.loading import resolve_dtype
 from apprentice.models.tuning.methods import TUNING_METHODS
 from apprentice.recipe import Recipe
@@ -68,7 +69,7 @@ class CheckpointValidator:
 
         An `ApprenticeError` from `score` becomes a message, since training does not depend on the scores.
         """
-        device = torch.device("cuda" if on_gpu else "cpu")
+        device = torch.device(reserved_device(on_gpu))
         if not on_gpu:
             torch.set_num_threads(max(1, int(self.recipe.training.resources.cpus)))
         formats = number_formats(self.recipe.training.optimizer, resolve_dtype(checkpoint.facts["dtype"]))

@@ -79,7 +79,10 @@ def work(job: WorkerJob) -> None:
     warnings.simplefilter("ignore")  # deprecations inside DeepSpeed and Ray, for their developers
     try:
         rows = read_rows(job.config.recipe, context.get_world_rank(), context.get_world_size())
+        from apprentice.model_pool.device import reserved_device
         from apprentice.train.worker import run_worker  # the code of all models, imported while the stream starts
+
+        reserved_device(training.resources.gpus)  # Ray's `get_device` is the CPU where PyTorch sees no GPU
 
         validation = PackedRows.from_columns(ray.get(job.validation))
         token = job.token.start_group(attempt) if context.get_world_rank() == 0 else None

@@ -19,6 +19,7 @@ from apprentice.data.corpus import Corpus
 from apprentice.data.reference import ReferenceLogProbs
 from apprentice.data.window import WindowRenderer
 from apprentice.model_pool.actors import reserve_memory
+from apprentice.model_pool.device import reserved_device
 from apprentice.model_pool.model import weight_bytes
 from apprentice.models.attention import PackedCompute
 from apprentice.models.loading import load_model, resolve_dtype
@@ -96,7 +97,7 @@ class _ReferenceActor:
         self._chunks: list[_Chunk] = ray.get(chunks)
         self._renderer = WindowRenderer(self._corpus)
         on_gpu = recipe.training.resources.gpus > 0
-        self._device = torch.device("cuda" if on_gpu else "cpu")
+        self._device = torch.device(reserved_device(recipe.training.resources.gpus))
         if not on_gpu:
             torch.set_num_threads(max(1, int(recipe.training.resources.cpus)))
         self._at_once = max(1, (GPU_MICRO_TOKENS if on_gpu else CPU_MICRO_TOKENS) // self._corpus.row_length)

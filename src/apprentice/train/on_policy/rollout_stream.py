@@ -23,6 +23,7 @@ from apprentice.data.corpus import Corpus
 from apprentice.data.stream import Start, arrow_table, repartition_by_step
 from apprentice.errors import TrainingError
 from apprentice.model_pool.actors import reserve_memory
+from apprentice.model_pool.device import reserved_device
 from apprentice.model_pool.model import weight_bytes
 from apprentice.pretrained.hub import local_folder
 from apprentice.recipe import Recipe
@@ -73,7 +74,7 @@ class _RoundActor:
         resources = self._corpus.recipe.training.resources
         if not resources.gpus:
             torch.set_num_threads(max(1, int(resources.cpus)))
-        self._writer = RoundWriter(self._corpus, torch.device("cuda" if resources.gpus else "cpu"))
+        self._writer = RoundWriter(self._corpus, torch.device(reserved_device(resources.gpus)))
 
     def __call__(self, batch: Mapping[str, Any]) -> pa.Table:
         shape = self._corpus.recipe.round
