@@ -6,7 +6,6 @@ import json
 import os
 import secrets
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -21,18 +20,13 @@ import yaml
 from tests.conftest import ROOT
 from tests.data.small import write_tasks
 from tests.support.recipes import tiny_recipe
+from tests.support.sockets import free_port
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 # A cluster of its own, guarded by a token as Ray does by itself where the user has one.
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
 ENVIRONMENT |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 RAY = str(Path(sys.executable).with_name("ray"))
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture(scope="module")

@@ -8,9 +8,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-import os
 import tarfile
-import warnings
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
@@ -52,9 +50,10 @@ def unpack(folder: Path) -> Path:
 
 def measure(_: int, folder: str, result: str) -> None:
     """For torch.multiprocessing: writes to the file `result` what each run in `folder` gives."""
-    import torch
     import torch.distributed as dist
     from transformers.utils import chat_template_utils
+
+    from tests.support.process_group import join_group
 
     class Clock(datetime):
         @classmethod
@@ -62,10 +61,7 @@ def measure(_: int, folder: str, result: str) -> None:
             return MADE
 
     chat_template_utils.datetime = Clock  # type: ignore[attr-defined]
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
+    join_group(folder)
     figures: dict[str, Any] = {}
     for name, looks in {
         FINISHED: (answers, served, exported),

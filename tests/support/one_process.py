@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Any
+
+from tests.support.process_group import join_group
 
 
 class KilledError(Exception):
@@ -195,15 +195,11 @@ def gone_on(recipe: Any) -> dict[str, Any]:
 
 def process(_: int, folder: str, files: dict[str, list[Any]], what: Callable[[Any], dict[str, Any]] = answered) -> None:
     """For torch.multiprocessing: `what` of every recipe of `files` (name → file, overrides), into `folder`/<name>.json."""
-    import torch
-    import torch.distributed as dist
+    import torch.distributed
 
     from apprentice.recipe import load_recipe
 
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
+    join_group(folder)
     for name, (file, changes) in files.items():
         result: dict[str, Any]
         try:
@@ -211,4 +207,4 @@ def process(_: int, folder: str, files: dict[str, list[Any]], what: Callable[[An
         except Exception as error:  # so that one recipe does not hide the others
             result = {"error": f"{type(error).__name__}: {error}"}
         (Path(folder) / f"{name}.json").write_text(json.dumps(result))
-    dist.destroy_process_group()
+    torch.distributed.destroy_process_group()

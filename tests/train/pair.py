@@ -5,8 +5,6 @@ The processes are plain ones with torch.distributed over gloo, without Ray.
 
 from __future__ import annotations
 
-import os
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,7 @@ from apprentice.train.engine.collectives import Collectives
 from apprentice.train.engine.deepspeed import DeepSpeedEngine
 from apprentice.train.loop import compute_validation_loss
 from apprentice.train.optimizer import make_optimizer, moment_shapes
+from tests.support.process_group import join_group
 from tests.train.rows import counted, packed_rows, reference_nll
 
 STEPS = 4
@@ -164,10 +163,7 @@ def norm_of(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> 
 
 
 def process(rank: int, workers: int, folder: str, cases: list[dict[str, Any]]) -> None:
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(workers), MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=workers)
+    join_group(folder, rank, workers)
     # DeepSpeed looks for instructions that multiply float16 fast; slow ones do for a test.
     CPU_Accelerator.is_fp16_supported = lambda _: True
     found = [ours(case, rank) for case in cases]

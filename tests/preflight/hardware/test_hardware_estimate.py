@@ -19,19 +19,11 @@ from apprentice.train.memory.estimate import NF4_BYTES
 from tests.conftest import ROOT
 from tests.models.architectures import made
 from tests.support.big_models import big_llama, mpt_like, smollm2
-from tests.support.recipes import tiny_recipe
+from tests.support.recipes import gpu_recipe, tiny_recipe
 
 
 def recipe(folder: Path, model: Path, method: str = "full", **changes: Any) -> Recipe:
-    options: dict[str, Any] = {
-        "data__packing": {"length": 4096},
-        "data__max_length": 2048,
-        "model__dtype": "bfloat16",
-        "training__global_batch": 64,
-        "training__deepspeed": {"stage": 3},
-        "tuning": {"method": method},
-    }
-    return load_recipe(tiny_recipe(folder, model, **options | changes))
+    return load_recipe(gpu_recipe(folder, model, method, **changes))
 
 
 def estimate(chosen: Recipe, hardware: str | Hardware) -> HardwareEstimate:

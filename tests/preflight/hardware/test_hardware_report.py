@@ -19,19 +19,11 @@ from apprentice.preflight.hardware.hardware_report import report_on_hardware
 from apprentice.recipe import Recipe, load_recipe
 from tests.models.architectures import made
 from tests.support.big_models import big_llama
-from tests.support.recipes import tiny_recipe
+from tests.support.recipes import gpu_recipe
 
 
 def recipe_file(folder: Path, model: Path, method: str = "full", **changes: Any) -> Path:
-    options: dict[str, Any] = {
-        "data__packing": {"length": 4096},
-        "data__max_length": 2048,
-        "model__dtype": "bfloat16",
-        "training__global_batch": 64,
-        "training__deepspeed": {"stage": 0},
-        "tuning": {"method": method},
-    }
-    return tiny_recipe(folder, model, **options | changes)
+    return gpu_recipe(folder, model, method, **{"training__deepspeed": {"stage": 0}} | changes)
 
 
 def recipe(folder: Path, model: Path, method: str = "full", **changes: Any) -> Recipe:
