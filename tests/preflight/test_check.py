@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from apprentice.data.corpus import make_corpus
 from apprentice.data.sources import parquet_conversion
-from apprentice.errors import ContractError, RecipeError, ResourcesError, ServingError, StorageError
+from apprentice.errors import ContractError, ModelError, RecipeError, ResourcesError, ServingError, StorageError
 from apprentice.models import loading
 from apprentice.preflight import check, cluster_checks
 from apprentice.recipe import load_recipe
@@ -107,6 +107,14 @@ def test_a_model_and_a_layout_that_do_not_fit_are_refused(tmp_path: Path, tiny_m
     short = tiny_model_of("gpt_neox", tiny_model, tmp_path / "short")
     with pytest.raises(RecipeError, match=r"data.max_length 600 is more than the 512 positions of .*short; lower it"):
         model_point(tmp_path / "long", short, data__max_length=600, data__packing={"length": 1024})
+
+
+def test_a_model_whose_rows_cannot_be_shared_is_refused(tmp_path: Path, tiny_model: Path) -> None:
+    shares = {"training__workers": 4, "training__sequence_parallel": 4}
+    with pytest.raises(ModelError, match=r"^training\.sequence_parallel 4 does not divide the 2 attention heads of llama"):
+        check.run_check("model", load_recipe(tiny_recipe(tmp_path, tiny_model, **shares)))
+    halved = {"training__workers": 4, "training__sequence_parallel": 2}
+    assert "layout" in check.run_check("model", load_recipe(tiny_recipe(tmp_path, tiny_model, **halved)))
 
 
 def test_what_a_chat_template_does_otherwise_is_said(tmp_path: Path, tiny_model: Path) -> None:

@@ -225,6 +225,30 @@ def test_workers_that_share_rows_count_once(workers: int, sharing: int, groups: 
     assert data_parallel_size(workers, sharing) == groups
 
 
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        ("  sequence_parallel: 4", "2 workers cannot share rows in groups of 4"),
+        ("  sequence_parallel: 2\n  objective: dpo", "sequence_parallel is for objective sft, and dpo needs whole rows"),
+        ("  sequence_parallel: 2\n  checkpoint: {validation: aside}", "validation aside gives whole rows to one worker"),
+        ("  sequence_parallel: 2\ntuning: {method: prompt}", "puts virtual tokens before a row"),
+        ("  sequence_parallel: 2\nevaluation: {while_training: 2}", "while_training gives whole rows to one worker"),
+    ],
+)
+def test_rows_that_cannot_be_shared_are_refused(write, more: str, sentence: str) -> None:
+    with pytest.raises(RecipeError, match=sentence):
+        load_recipe(write(f"{SMALL}{more}\n"))
+
+
+def test_rows_that_workers_share_need_a_batch_for_each_group(write) -> None:
+    shared = SMALL.replace("workers: 2", "workers: 8") + "  sequence_parallel: 2\n"
+    assert load_recipe(write(shared)).training.max_readers == 4
+    with pytest.raises(RecipeError, match="global_batch 2 cannot be divided among 4 groups of 2 workers that share rows"):
+        load_recipe(write(shared.replace("global_batch: 4", "global_batch: 2")))
+    with pytest.raises(RecipeError, match=r"has an attention of its own, and model\.attention is sdpa"):
+        load_recipe(write(shared), ["model.attention=sdpa"])
+
+
 def test_workers_that_make_no_whole_groups_are_refused() -> None:
     with pytest.raises(RecipeError, match=r"6 workers cannot share rows in groups of 4 .* choose a multiple of 4"):
         data_parallel_size(6, 4)

@@ -24,6 +24,7 @@ from apprentice.errors import ModelError
 from apprentice.models import compat
 from apprentice.models.segments import SEGMENTS, register_segments
 from apprentice.models.t5_segments import T5_SEGMENTS, TYPES, register_t5_segments
+from apprentice.models.ulysses import ULYSSES, register_ulysses
 from apprentice.models.varlen import VARLEN, has_varlen, register_varlen
 from apprentice.pretrained.architecture import mixing_obstacle
 
@@ -37,24 +38,30 @@ _DROPOUTS = ("attention_dropout", "attn_pdrop")  # names of the dropout of atten
 
 @dataclass(frozen=True)
 class PackedCompute:
-    """Where packed rows run through a model: type of device, number format, and a GPU's compute capability."""
+    """Where packed rows run through a model: type of device, number format, a GPU's compute capability, workers that share rows."""
 
     device: str
     dtype: torch.dtype
     capability: tuple[int, int] = (0, 0)
+    sequence_parallel: int = 1
 
     @classmethod
-    def on(cls, device: torch.device, dtype: torch.dtype) -> PackedCompute:
+    def on(cls, device: torch.device, dtype: torch.dtype, sequence_parallel: int = 1) -> PackedCompute:
         """That of packed rows on `device` of this machine."""
-        return cls(device.type, dtype, torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0))
+        capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+        return cls(device.type, dtype, capability, sequence_parallel)
 
 
 def choose_attention(word: str, packed: PackedCompute | None, config: Any, model_class: Any) -> str | None:
     """transformers' name of the attention that the recipe's `word` means; None leaves it to the architecture.
 
     `packed` is None for any purpose but packed rows. `model_class` is the model's class in transformers, or None if it brings its
-    own. Raises `ModelError` for `flash` where it cannot run.
+    own. Raises `ModelError` for `flash` where it cannot run, and for a model whose rows workers cannot share.
     """
+    if packed is not None and packed.sequence_parallel > 1:
+        check_shared_rows(packed.sequence_parallel, config, model_class)
+        register_ulysses()
+        return ULYSSES
     if word in ("sdpa", "eager"):
         return word
     if word == "flex":
@@ -72,12 +79,33 @@ def choose_attention(word: str, packed: PackedCompute | None, config: Any, model
 
 def is_flat(name: str) -> bool:
     """Whether the attention `name` takes packed rows of a causal model as one flat sequence, with bounds in place of masks."""
-    return name in (VARLEN, SEGMENTS) or "flash" in name
+    return name in (VARLEN, SEGMENTS, ULYSSES) or "flash" in name
 
 
 def has_masks(name: str | None) -> bool:
     """Whether the attention `name` (None: the architecture's default) computes whole packed rows, with a mask."""
     return name is None or not (is_flat(name) or name in (FLEX, T5_SEGMENTS))
+
+
+def check_shared_rows(workers: int, config: Any, model_class: Any) -> None:
+    """Raises `ModelError` unless `workers` workers can share the rows of a model (training.sequence_parallel)."""
+    support, heads = compat.attention_support(model_class), int(getattr(config.get_text_config(), "num_attention_heads", 0) or 0)
+    if config.is_encoder_decoder:
+        raise ModelError(
+            f"training.sequence_parallel {workers} is for causal models, and {config.model_type} is an encoder-decoder; set it to"
+            " 1."
+        )
+    hears_bounds = support.flash and support.keywords and config.model_type not in _LOSE_KEYWORDS
+    if mixing_obstacle(config.to_dict()) is not None or not hears_bounds or _soft_cap(config):
+        raise ModelError(
+            f"training.sequence_parallel {workers} cannot be used with {config.model_type}, whose attention takes more than tokens"
+            " and their bounds, or other layers mix tokens; set it to 1."
+        )
+    if heads % workers:
+        raise ModelError(
+            f"training.sequence_parallel {workers} does not divide the {heads} attention heads of {config.model_type}, which"
+            " workers that share a row divide among them; choose a divisor."
+        )
 
 
 def _flash(packed: PackedCompute, config: Any, model_class: Any) -> str:

@@ -22,7 +22,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from apprentice.errors import ModelError, RecipeError
-from apprentice.models.attention import PackedCompute, choose_attention
+from apprentice.models.attention import PackedCompute, check_shared_rows, choose_attention
 from apprentice.models.compat import model_class_of, set_implementations
 from apprentice.models.tuning import bottleneck as adapters
 from apprentice.models.weights.safetensors_reader import read_header
@@ -152,6 +152,12 @@ def read_config(folder: Path, attention: str | None = None, *, trust: bool = Fal
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust)
     set_implementations(config, attention)
     return config
+
+
+def check_rows_can_be_shared(folder: Path, workers: int, *, trust: bool = False) -> None:
+    """Raises `ModelError` unless `workers` workers can share the rows of the model in `folder` (training.sequence_parallel)."""
+    config = read_config(folder, trust=trust)
+    check_shared_rows(workers, config, model_class_of(AutoModelForCausalLM, config))
 
 
 def build_without_weights(folder: Path, *, trust: bool = False) -> PreTrainedModel:

@@ -70,7 +70,7 @@ def varlen_attention(
     if cu_seq_lens_q is None or max_length_q is None:
         raise ModelError(f"{type(module).__name__} is not told where the examples of a row begin; set model.attention to sdpa.")
     rows, _, length, _ = query.shape
-    dtype = _common_dtype(query, value)
+    dtype = common_dtype(query, value)
     query, key, value = (states.transpose(1, 2).flatten(0, 1).to(dtype) for states in (query, key, value))
     out = _attend(query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window)
     return out.unflatten(0, (rows, length)), None
@@ -98,7 +98,7 @@ def _attend(
     return out if width == out.shape[-1] else out[..., :width]
 
 
-def _common_dtype(query: Tensor, value: Tensor) -> torch.dtype:
+def common_dtype(query: Tensor, value: Tensor) -> torch.dtype:
     """The number format to multiply in: autocast's, else that of the values. Rotary positions or norms may widen the others."""
     device = query.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):

@@ -32,6 +32,7 @@ def check_model(lookup: RecipeLookup) -> str:
     _check_length(recipe, tokenizer.folder)
     check_auxiliary_models(recipe, tokenizer)
     _check_engine(recipe, tokenizer.folder)
+    _check_shared_rows(recipe, tokenizer.folder)
     if not recipe.training.aim.head:
         check_generates_text(tokenizer.folder)
     line = " → ".join([*ancestors, public_base(recipe.model.base)])
@@ -73,6 +74,14 @@ def _check_engine(recipe: Recipe, folder: Path) -> None:
             f"serving.engine vllm would leave out what tuning.method {method} trains, which cannot become part of the weights; use"
             " serving.engine transformers, or tuning.method lora."
         )
+
+
+def _check_shared_rows(recipe: Recipe, folder: Path) -> None:
+    """Raises `ModelError` if workers are to share rows of a model whose rows they cannot share."""
+    if recipe.training.sequence_parallel > 1:
+        from apprentice.models.loading import check_rows_can_be_shared
+
+        check_rows_can_be_shared(folder, recipe.training.sequence_parallel, trust=recipe.model.trust)
 
 
 def _check_chat_template(layout: Layout) -> None:

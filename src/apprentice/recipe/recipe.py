@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
@@ -61,17 +62,18 @@ class Recipe(Strict):
     @property
     def lanes(self) -> Lanes:
         """The lanes of the run's rows, and who reads them."""
-        return Lanes(self.data.lanes, self.training.global_batch, self.training.max_workers)
+        return Lanes(self.data.lanes, self.training.global_batch, self.training.max_readers)
 
     @property
     def worker_numbers(self) -> list[int]:
         """Numbers of workers, ascending, that training may run with: each step has the same rows on all of them."""
         training = self.training
-        return [count for count in range(training.min_workers, training.max_workers + 1) if self.lanes.fit(count)]
+        least = math.ceil(training.min_workers / training.sequence_parallel)
+        return [count * training.sequence_parallel for count in range(least, training.max_readers + 1) if self.lanes.fit(count)]
 
     @model_validator(mode="after")
     def _lanes_fit(self) -> Self:
-        lanes, workers = self.data.lanes, self.training.max_workers
+        lanes, readers = self.data.lanes, self.training.max_readers
         if lanes > 1 and self.training.aim.rounds:
             raise ValueError(
                 f"data.lanes {lanes} would split up rounds, which objective grpo makes one after another; leave it out"
@@ -81,9 +83,10 @@ class Recipe(Strict):
                 f"global_batch {self.training.global_batch} cannot be divided among {lanes} lanes, of which each step takes equally"
                 f" many rows; choose a multiple of {lanes}, or other data.lanes"
             )
-        if not self.lanes.fit(workers):
+        if not self.lanes.fit(readers):
+            whose = "workers" if self.training.sequence_parallel == 1 else "groups of workers that share rows"
             raise ValueError(
-                f"{workers} workers cannot read {lanes} lanes evenly: one number must divide the other; choose data.lanes or"
+                f"{readers} {whose} cannot read {lanes} lanes evenly: one number must divide the other; choose data.lanes or"
                 " training.workers so"
             )
         return self
@@ -103,6 +106,26 @@ class Recipe(Strict):
             raise ValueError(
                 "tuning.method qlora keeps weights in 4 bits, which training.deepspeed.stage 3 cannot split up;"
                 " use stage 2 or lower, or tuning.method lora"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _rows_can_be_shared(self) -> Self:
+        if self.training.sequence_parallel == 1:
+            return self
+        if self.model.attention != "auto":
+            raise ValueError(
+                f"training.sequence_parallel has an attention of its own, and model.attention is {self.model.attention};"
+                " leave that out"
+            )
+        if self.tuning.method in ("prefix", "prompt"):
+            raise ValueError(
+                f"tuning.method {self.tuning.method} puts virtual tokens before a row, which training.sequence_parallel cannot"
+                " divide; use lora, or leave the one or the other out"
+            )
+        if self.evaluation.while_training:
+            raise ValueError(
+                "evaluation.while_training gives whole rows to one worker, and training.sequence_parallel shares them; leave it out"
             )
         return self
 

@@ -139,6 +139,11 @@ class Training(Strict):
         1,
         description="Number of training processes, or `{min, max}` for elastic training, which goes on with those that are there.",
     )
+    sequence_parallel: Positive = Field(
+        1,
+        description="Workers that share each row, for rows too long for one: each computes a part of its tokens, and within"
+        " attention a part of the heads (Ulysses). Objective sft of causal models. What is learned does not depend on it.",
+    )
     resources: Resources = Resources()
     steps: Positive | None = Field(None, description="Optimizer steps of the whole run.")
     tokens: Positive | None = Field(None, description="Real tokens, padding excluded; the step that crosses is finished.")
@@ -182,6 +187,23 @@ class Training(Strict):
         """Least number of workers; the fixed number without a range."""
         return self.workers.min if isinstance(self.workers, WorkerRange) else self.workers
 
+    @property
+    def max_readers(self) -> int:
+        """Greatest number of workers, or of groups of workers that share rows, that read rows of their own."""
+        return data_parallel_size(self.max_workers, self.sequence_parallel)
+
+    @model_validator(mode="after")
+    def _rows_can_be_shared(self) -> Self:
+        if self.sequence_parallel == 1:
+            return self
+        if self.objective != "sft":
+            raise ValueError(f"sequence_parallel is for objective sft, and {self.objective} needs whole rows; leave it out")
+        if self.checkpoint.validation == "aside":
+            raise ValueError(
+                "checkpoint.validation aside gives whole rows to one worker, and sequence_parallel shares them; leave it out"
+            )
+        return self
+
     @model_validator(mode="after")
     def _one_end_and_even_batch(self) -> Self:
         if self.objective != "dpo" and self.dpo != DPO():
@@ -197,12 +219,18 @@ class Training(Strict):
         ends = [end for end in (self.steps, self.tokens, self.epochs) if end is not None]
         if len(ends) != 1:
             raise ValueError("give exactly one of `steps`, `tokens` and `epochs`")
-        if self.global_batch % self.max_workers:
+        if self.max_workers % self.sequence_parallel:
             raise ValueError(
-                f"global_batch {self.global_batch} cannot be divided among {self.max_workers} workers;"
-                f" choose a multiple of {self.max_workers}"
+                f"{self.max_workers} workers cannot share rows in groups of {self.sequence_parallel} (sequence_parallel); choose a"
+                f" multiple of {self.sequence_parallel} for workers"
             )
-        rows = self.global_batch // self.max_workers
+        if self.global_batch % self.max_readers:
+            whose = "workers" if self.sequence_parallel == 1 else f"groups of {self.sequence_parallel} workers that share rows"
+            raise ValueError(
+                f"global_batch {self.global_batch} cannot be divided among {self.max_readers} {whose};"
+                f" choose a multiple of {self.max_readers}"
+            )
+        rows = self.global_batch // self.max_readers
         if isinstance(self.micro_batch, int) and rows % self.micro_batch:
             raise ValueError(f"micro_batch {self.micro_batch} does not divide the {rows} rows of one worker; choose a divisor")
         if self.optimizer.name == "adafactor" and self.deepspeed.stage != 0:

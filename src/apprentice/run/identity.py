@@ -29,6 +29,7 @@ NOT_IDENTITY = (
     "model.attention",
     "model.trust",
     "training.workers",
+    "training.sequence_parallel",
     "training.resources",
     "training.micro_batch",
     "training.deepspeed",

@@ -62,6 +62,21 @@ class SupervisedBatch(NamedTuple):
     places: Tensor | None = None
 
 
+class SequencePart(NamedTuple):
+    """One worker's part of a `SupervisedBatch` that several workers share: `input_ids` and `positions` are (1, its tokens).
+
+    `places` (targets,) are those of its tokens that predict a target, `labels` and `weights` (targets,) those targets and, where
+    examples weigh differently, their weights in the loss. `bounds` are those of the whole micro-batch laid end to end.
+    """
+
+    input_ids: Tensor
+    positions: Tensor
+    places: Tensor
+    labels: Tensor
+    weights: Tensor | None
+    bounds: SequenceBounds
+
+
 class Seq2SeqBatch(NamedTuple):
     """Micro-batch of objective `sft` for an encoder-decoder: prompts (rows, length), the others (rows, target length).
 
@@ -114,7 +129,7 @@ class RolloutBatch(NamedTuple):
     places: Tensor | None = None
 
 
-MicroBatch = SupervisedBatch | Seq2SeqBatch | PreferenceBatch | RolloutBatch
+MicroBatch = SupervisedBatch | SequencePart | Seq2SeqBatch | PreferenceBatch | RolloutBatch
 AnyMicroBatch = TypeVar("AnyMicroBatch", bound=MicroBatch)
 
 
@@ -127,7 +142,7 @@ def move_batch(batch: AnyMicroBatch, device: torch.device) -> AnyMicroBatch:
     return type(batch)(**{name: moved(field) for name, field in batch._asdict().items()})
 
 
-def target_places(batch: MicroBatch) -> Tensor:
+def target_places(batch: SupervisedBatch | Seq2SeqBatch | PreferenceBatch | RolloutBatch) -> Tensor:
     """Places of the targets of `batch` in its rows laid end to end, (targets,). The first token of a causal row is none."""
     if batch.places is not None:
         return batch.places

@@ -194,9 +194,9 @@ def compute_validation_loss(engine: ValidationEngine, rows: PackedRows, micro: i
     """Mean loss over the target tokens (or pairs) of `rows`; None without any. All workers must call it with the same rows."""
     if len(rows) == 0 or rows.loss_denominator == 0:
         return None
-    mine = rows.share(collectives.rank, collectives.workers).micro_batches(micro)
+    mine = rows.share(collectives.reader, collectives.readers).micro_batches(micro)
     # ZeRO-3 gathers weights in each pass, so all workers make equally many: one with fewer repeats one, uncounted.
-    rounds = math.ceil(math.ceil(len(rows) / collectives.workers) / micro)
+    rounds = math.ceil(math.ceil(len(rows) / collectives.readers) / micro)
     spare = rows.micro_batches(micro)[0]
     nll = 0.0
     for number in range(rounds):
@@ -215,7 +215,10 @@ def _next_rows(batches: Iterator[PackedRows], state: State) -> PackedRows:
 
 def _gather_step(rows: PackedRows, lanes: int, callback: LoopCallback, collectives: Collectives) -> _GlobalStep:
     mine = (rows.facts, rows.tokens, rows.targets, rows.loss_denominator, callback.is_checkpoint_requested(), callback.has_saved())
-    parts, tokens, targets, counted, requests, saves = zip(*collectives.gather(mine), strict=True)
+    answers = collectives.gather(mine)
+    *_, requests, saves = zip(*answers, strict=True)
+    each_once = answers[:: collectives.workers // collectives.readers]  # workers that share rows say the same of them
+    parts, tokens, targets, counted, *_ = zip(*each_once, strict=True)
     facts = in_step_order([fact for part in parts for fact in part], lanes)
     return _GlobalStep(facts, sum(tokens), sum(targets), sum(counted), any(requests), all(saves))
 

@@ -30,6 +30,7 @@ from apprentice.train.engine.collectives import Collectives
 from apprentice.train.engine.deepspeed import DeepSpeedEngine, enable_activation_checkpointing
 from apprentice.train.engine.deepspeed_config import choose_micro_batch, rows_per_worker
 from apprentice.train.engine.model_splitter import create_splitter, find_loading_obstacle
+from apprentice.train.engine.sequence_group import SequenceGroup
 from apprentice.train.lane_position import WindowShape, start_of_lanes
 from apprentice.train.loop import LoopCallback, LoopConfig, compute_validation_loss, train_loop
 from apprentice.train.losses.loss_registry import create_loss
@@ -56,15 +57,19 @@ def run_worker(
 ) -> State:
     """Trains until the goal; returns the last state, the same on all workers. `TrainingError` says how to need less memory.
 
-    `rows` are this worker's: each item holds its packed rows of one optimizer step. `token` is the first worker's right to commit
+    `rows` are this worker's: each item holds its packed rows of one optimizer step. Of workers that share rows, only the first one
+    is asked for them. `token` is the first worker's right to commit
     checkpoints to the run.
     """
-    collectives = Collectives()
     recipe = config.recipe
+    collectives = Collectives(recipe.training.sequence_parallel)
+    group = SequenceGroup.join(recipe.training.sequence_parallel)
+    if group is not None:
+        rows = group.share(rows)
     if device.type == "cpu":
         torch.set_num_threads(max(1, int(recipe.training.resources.cpus)))
     state = State(lanes=start_of_lanes(recipe.data.lanes)) if restored is None else replace(restored.state)
-    engine, advisor = _set_up(recipe, restored, config.row_length, device=device, collectives=collectives)
+    engine, advisor = _set_up(recipe, restored, config.row_length, device=device, collectives=collectives, group=group)
     recorder = _Recorder(config.goal, events if collectives.rank == 0 else None)
     dtype = str(advisor.dtype).removeprefix("torch.")
     recorder.add(state, message=_describe(recipe, engine, dtype))
@@ -145,7 +150,13 @@ class _WorkerCallback(LoopCallback):
 
 
 def _set_up(
-    recipe: Recipe, restored: Checkpoint | None, length: int, *, device: torch.device, collectives: Collectives
+    recipe: Recipe,
+    restored: Checkpoint | None,
+    length: int,
+    *,
+    device: torch.device,
+    collectives: Collectives,
+    group: SequenceGroup | None,
 ) -> tuple[DeepSpeedEngine, OutOfMemoryAdvisor]:
     """Builds the engine, and the watch that explains errors of memory.
 
@@ -160,9 +171,8 @@ def _set_up(
     advisor = OutOfMemoryAdvisor(recipe, parameters, dtype, micro, length, collectives.workers, device)
     with advisor.explain_errors():
         trial_length = length if on_gpu and _can_try(recipe) else None
-        engine = build_engine(
-            recipe, restored, dtype=dtype, micro=micro, device=device, collectives=collectives, trial_length=trial_length
-        )
+        settings: dict[str, Any] = {"dtype": dtype, "micro": micro, "device": device, "collectives": collectives}
+        engine = build_engine(recipe, restored, **settings, trial_length=trial_length, group=group)
     advisor.micro, advisor.trained = engine.micro, engine.trained[0]
     return engine, advisor
 
@@ -241,11 +251,12 @@ def build_engine(
     device: torch.device,
     collectives: Collectives,
     trial_length: int | None = None,
+    group: SequenceGroup | None = None,
 ) -> DeepSpeedEngine:
     """The engine over the base model with the recipe's tuning method, new or with the state of the checkpoint `restored`.
 
     `micro` is the number of packed rows in a micro-batch. With `trial_length`, the tokens of a packed row, the largest micro-batch
-    that fits into memory is looked for and used instead.
+    that fits into memory is looked for and used instead. `group` are the workers that share rows with this one.
     """
     weights = number_formats(recipe.training.optimizer, dtype).weights
     base, four_bit = local_folder(recipe.model.base, trust=recipe.model.trust), TUNING_METHODS[recipe.tuning.method].four_bit
@@ -254,12 +265,14 @@ def build_engine(
     )
     with open_tensors(restored) if restored is not None else nullcontext() as read:
         first = read if splitter is None else None  # the engine restores a split model part by part
-        model = restore_model(recipe, first, weights, packed=PackedCompute.on(device, dtype), splitter=splitter)
-        if trial_length is not None and splitter is None:
+        packed = PackedCompute.on(device, dtype, recipe.training.sequence_parallel)
+        model = restore_model(recipe, first, weights, packed=packed, splitter=splitter)
+        if trial_length is not None and splitter is None and group is None:
             micro = find_micro_batch(recipe, model, trial_length, dtype, device, collectives)
-        elif trial_length is not None:
+        elif trial_length is not None:  # one worker that ran out in a trial would leave the others waiting
             micro = estimate_micro_batch(recipe, trial_length, dtype, collectives, total_memory(device))
-        engine = DeepSpeedEngine(model, recipe.training, dtype=dtype, workers=collectives.workers, micro=micro, device=device)
+        settings: dict[str, Any] = {"dtype": dtype, "workers": collectives.workers, "micro": micro, "device": device}
+        engine = DeepSpeedEngine(model, recipe.training, **settings, sequence_group=group)
         if restored is not None and read is not None:
             engine.restore(read, restored.state.step, restored.state.loss_scaling)
     return engine

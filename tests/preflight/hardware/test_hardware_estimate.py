@@ -236,3 +236,29 @@ def test_4_bit_weights_take_a_quarter_of_the_memory(tmp_path: Path) -> None:
     assert narrow.step.total >= wide.step.total
     with pytest.raises(RecipeError, match=r"4 bits, which training.deepspeed.stage 3 cannot split up; use stage 2 or lower"):
         recipe(tmp_path, model, "qlora", training__deepspeed={"stage": 3})
+
+
+def test_workers_that_share_rows_hold_a_part_of_the_activations_and_exchange_heads(tmp_path: Path) -> None:
+    model = big_llama(tmp_path, "8b")
+    long: dict[str, Any] = {
+        "data__packing": {"length": 262144},
+        "data__max_length": 262144,
+        "training__global_batch": 8,
+        "training__micro_batch": 1,
+        "training__activation_checkpointing": True,
+        "training__workers": 8,
+    }
+    alone = estimate(recipe(tmp_path, model, **long), "8xH100-80GB")
+    shared = estimate(recipe(tmp_path, model, **long, training__sequence_parallel=8), "8xH100-80GB")
+    assert alone.gpu.activations is not None
+    assert shared.gpu.activations is not None
+    assert shared.gpu.activations == pytest.approx(alone.gpu.activations / 8, rel=0.1)
+    assert not alone.fits
+    assert shared.fits
+    # Eight times as many passes, each with an eighth of the products; the exchange comes on top.
+    assert shared.step.products == pytest.approx(alone.step.products)
+    assert shared.step.attention == pytest.approx(alone.step.attention)
+    width = shared.size.attention_width * 2
+    moved = 4 * 3 * shared.size.layers * width * 262144 / 8 * 7 / 8  # bytes of a worker: four tensors, three times, seven eighths
+    assert shared.step.collectives >= 8 * moved / (450e9 * 0.7)
+    assert not shared.size.is_masked

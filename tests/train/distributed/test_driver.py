@@ -124,6 +124,24 @@ def test_a_whole_run(undisturbed: Any, tiny_model: Path) -> None:
     assert (run.adapter / "adapter_model.safetensors").exists()
 
 
+def test_workers_that_share_rows_train_as_those_with_rows_of_their_own(undisturbed: Any, tmp_path: Path, tiny_model: Path) -> None:
+    """Step by step, from the stream to the exported model: `training.sequence_parallel`."""
+    _, alone, seen_alone = undisturbed
+    _, shared, seen = trained(recipe(tmp_path, tiny_model, training__sequence_parallel=2))
+    for key in ("step", "examples", "tokens", "target_tokens"):
+        assert [step[key] for step in steps_of(shared)] == [step[key] for step in steps_of(alone)]
+    for key in ("loss", "grad_norm"):
+        assert [step[key] for step in steps_of(shared)] == pytest.approx([step[key] for step in steps_of(alone)], rel=1e-4)
+    losses, losses_alone = (
+        [record["validation_loss"] for record in records if "validation_loss" in record] for records in (seen, seen_alone)
+    )
+    assert losses == pytest.approx(losses_alone, rel=1e-4)
+    assert len(losses) == 3
+    weights, weights_alone = (AutoModelForCausalLM.from_pretrained(run.model.local).state_dict() for run in (shared, alone))
+    for name, weight in weights_alone.items():
+        assert (weights[name] - weight).norm() <= 1e-4 * weight.norm()
+
+
 def test_checkpoints_are_validated_aside_while_training_goes_on(undisturbed: Any, tmp_path: Path, tiny_model: Path) -> None:
     """The same losses as the workers', the held-out tasks' scores, and what a stop left undone is made up for."""
     _, _, within = undisturbed

@@ -100,3 +100,12 @@ def test_an_autoscaler_is_asked_for_workers_writers_and_the_data() -> None:
     assert writing.bundles() == [{"CPU": 8.0, "GPU": 1.0}] * 5 + [{"CPU": 1.0}]
     total = {name: sum(bundle.get(name, 0) for bundle in writing.bundles()) for name in ("CPU", "GPU")}
     check_resources(writing, [total] * 1)
+
+
+def test_workers_that_share_rows_come_in_whole_groups() -> None:
+    ranged = recipe(workers={"min": 1, "max": 8}, sequence_parallel=2, global_batch=8)
+    assert ranged.worker_numbers == [2, 4, 8]
+    assert required_resources(ranged).workers == 2
+    assert [workers_that_fit(ranged, [{"CPU": cpus}]) for cpus in (4.0, 5.0, 6.0, 9.0, 10.0)] == [2, 2, 4, 4, 8]
+    with pytest.raises(ResourcesError, match="training asks for 2 workers of 1 CPUs each"):
+        workers_that_fit(ranged, [{"CPU": 3.0}])

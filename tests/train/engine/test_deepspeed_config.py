@@ -27,6 +27,14 @@ def test_sizes_multiply() -> None:
     assert made["gradient_accumulation_steps"] == 4
 
 
+def test_workers_that_share_rows_take_part_in_each_others_rows() -> None:
+    made = deepspeed_config(training(workers=4, sequence_parallel=2), workers=4, micro=2, dtype=torch.float32, trainable=1000)
+    assert made["gradient_accumulation_steps"] == 4  # of the eight rows of a group
+    assert made["train_batch_size"] == 32  # rows of each worker, as DeepSpeed counts them
+    long = training(workers=4, sequence_parallel=4, global_batch=4)
+    assert [choose_micro_batch(long, workers=4, length=size, on_gpu=True) for size in (8192, 32768)] == [4, 1]
+
+
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_stage_and_clipping(stage: int) -> None:
     made = config(deepspeed={"stage": stage}, optimizer={"clip": 0.5})

@@ -11,7 +11,7 @@ from apprentice.models.weights.safetensors_reader import PIECE_BYTES
 from apprentice.preflight.hardware.devices import Hardware
 from apprentice.preflight.hardware.roofline import MicroBatch, StepTime, estimate_step_time, model_flops
 from apprentice.pretrained.hub import config_folder
-from apprentice.recipe import Recipe
+from apprentice.recipe import Recipe, data_parallel_size
 from apprentice.recipe.lanes import Lanes
 from apprentice.train.checkpoint.format import SHARD_BYTES
 from apprentice.train.engine.deepspeed_config import choose_micro_batch, rows_per_worker
@@ -105,7 +105,8 @@ def place_recipe(recipe: Recipe, hardware: Hardware) -> Recipe:
     resources = training.resources.model_copy(update={"gpus": 1.0})
     placed = training.model_copy(update={"workers": workers, "resources": resources})
     rows = rows_per_worker(placed, workers)
-    if not Lanes(recipe.data.lanes, training.global_batch, workers).fit(workers):
+    readers = data_parallel_size(workers, training.sequence_parallel)
+    if not Lanes(recipe.data.lanes, training.global_batch, readers).fit(readers):
         raise RecipeError(f"{workers} workers on {hardware} cannot read {recipe.data.lanes} lanes evenly; choose other data.lanes.")
     if isinstance(training.micro_batch, int) and rows % training.micro_batch:
         placed = placed.model_copy(update={"micro_batch": math.gcd(rows, training.micro_batch)})

@@ -67,6 +67,7 @@ def estimate_step_time(recipe: Recipe, size: ModelSize, batch: MicroBatch, hardw
     passes = rows_per_worker(training, workers) // batch.rows
     products, attention, memory = _pass_times(recipe, size, batch, hardware)
     beside, after = _collective_times(recipe, size, hardware)
+    exchanged = _exchange_time(recipe, size, batch, hardware)
     hidden = products + attention + memory
     shard = size.trained / workers
     offload = training.deepspeed.offload
@@ -75,7 +76,7 @@ def estimate_step_time(recipe: Recipe, size: ModelSize, batch: MicroBatch, hardw
         products=passes * products,
         attention=passes * attention,
         memory=passes * memory,
-        collectives=passes * max(0.0, beside - hidden) + after,
+        collectives=passes * (max(0.0, beside - hidden) + exchanged) + after,
         optimizer=update,
         host=_offload_time(recipe, size, hardware, passes),
     )
@@ -105,10 +106,12 @@ def _pass_times(recipe: Recipe, size: ModelSize, batch: MicroBatch, hardware: Ha
         flops += 2.0 * batch.rows * (batch.length * size.products.weights + batch.target_length * size.target_products.weights)
     read = (4 if again else 3) * _bytes_of_weights(size)  # once in each forward and twice in the backward pass
     scores = _attention_flops(size, batch) * (1.0 + ATTENTION_BACKWARD + again)
+    sharing = recipe.training.sequence_parallel  # workers, of which each computes its part of a row's tokens
     share = MASKED_ATTENTION if size.is_masked or batch.target_length else FUSED_ATTENTION
     moved = (PASSES_OVER_ACTIVATIONS + PASSES_WHEN_COMPUTED_AGAIN * again) * batch.saved
     gradients = (size.weight_bytes + 2 * GRADIENT_BYTES) * size.trained  # each is read, and added to what is there
-    return max(flops / (peak * device.products_share), read / bandwidth), scores / (peak * share), (moved + gradients) / bandwidth
+    products = max(flops / sharing / (peak * device.products_share), read / bandwidth)
+    return products, scores / sharing / (peak * share), (moved + gradients) / bandwidth
 
 
 def _bytes_of_weights(size: ModelSize) -> float:
@@ -137,6 +140,18 @@ def _collective_times(recipe: Recipe, size: ModelSize, hardware: Hardware) -> tu
     if stage == 2:  # DeepSpeed all-reduces each micro-batch's buckets, and drops what is another worker's
         return 2 * gradients, trained
     return 0.0, 2 * gradients + (trained if stage else 0.0)
+
+
+def _exchange_time(recipe: Recipe, size: ModelSize, batch: MicroBatch, hardware: Hardware) -> float:
+    """Seconds of the all-to-alls around attention in a micro-batch whose rows workers share; products wait for them.
+
+    Each layer swaps queries, keys, values and results, and their gradients (keys as if they had as many heads as queries).
+    """
+    sharing, again = recipe.training.sequence_parallel, recipe.training.activation_checkpointing
+    width = size.attention_width * size.dtype.itemsize
+    each = 4.0 * (2 + again) * size.layers * width * batch.rows * batch.length / sharing  # bytes that a worker holds
+    link = hardware.device.link if sharing <= hardware.gpus else hardware.network / hardware.gpus
+    return each * (sharing - 1) / sharing / (link * LINKS)
 
 
 def _collective_time(size: float, hardware: Hardware) -> float:

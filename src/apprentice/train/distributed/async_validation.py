@@ -41,7 +41,7 @@ def validates_asynchronously(recipe: Recipe, nodes: Sequence[Mapping[str, float]
     """
     training = recipe.training
     mode = training.checkpoint.validation
-    if mode == "workers" or training.aim.rounds:
+    if mode == "workers" or training.aim.rounds or training.sequence_parallel > 1:
         return False
     is_demanded = mode == "aside" or recipe.evaluation.while_training
     if has_room_for_validation(recipe, nodes) and (is_demanded or training.deepspeed.stage < 3):

@@ -269,7 +269,7 @@ def _trainer(job: WorkerJob, options: ExecutionOptions, validation: ValidationCo
         validation_config=validation,
         torch_config=TorchConfig(timeout_s=math.ceil(training.hang_timeout_s) + COLLECTIVES_GRACE_S),
         datasets=streams.datasets(),
-        dataset_config=LaneConfig(recipe.lanes, options),
+        dataset_config=LaneConfig(recipe.lanes, options, training.sequence_parallel),
     )
 
 

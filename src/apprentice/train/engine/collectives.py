@@ -11,16 +11,23 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from apprentice.recipe import data_parallel_size
+
 T = TypeVar("T")
 
 
 class Collectives:
-    """The workers of a run; a process without torch.distributed is the only one. All workers must create it together."""
+    """The workers of a run; a process without torch.distributed is the only one. All workers must create it together.
 
-    def __init__(self) -> None:
+    `sequence_parallel` neighbours share rows: of `readers` groups that have rows of their own, this worker is in group `reader`.
+    """
+
+    def __init__(self, sequence_parallel: int = 1) -> None:
         together = dist.is_available() and dist.is_initialized()
         self.rank = dist.get_rank() if together else 0
         self.workers = dist.get_world_size() if together else 1
+        self.readers = data_parallel_size(self.workers, sequence_parallel)
+        self.reader = self.rank // sequence_parallel
         self._group: Any = dist.new_group(backend="gloo") if self.workers > 1 else None
 
     def gather(self, value: T) -> list[T]:

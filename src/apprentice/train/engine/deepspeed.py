@@ -18,12 +18,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from apprentice.recipe import Training
-from apprentice.train.batch import MicroBatch, move_batch
+from apprentice.train.batch import MicroBatch, SupervisedBatch, move_batch
 from apprentice.train.checkpoint.format import WEIGHT
 from apprentice.train.checkpoint.shard_gather import Shard
 from apprentice.train.compat import attention_name
 from apprentice.train.engine import compat
 from apprentice.train.engine.deepspeed_config import deepspeed_config
+from apprentice.train.engine.sequence_group import SequenceGroup
 from apprentice.train.losses.loss_registry import create_loss
 from apprentice.train.losses.objective_loss import ObjectiveLoss
 from apprentice.train.low_precision_adamw import LowPrecisionAdamW
@@ -35,6 +36,7 @@ class DeepSpeedEngine:
     """DeepSpeed around `model` and its loss on `device`, in each of `workers` processes of one torch.distributed group.
 
     `micro` is the number of packed rows in a micro-batch; `dtype` the number format to multiply in, whatever that of the weights.
+    With `sequence_group` its workers share rows: all are given the same micro-batches, and each has a part of their loss.
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class DeepSpeedEngine:
         workers: int,
         micro: int,
         device: torch.device,
+        sequence_group: SequenceGroup | None = None,
     ) -> None:
         deepspeed = compat.import_deepspeed(device)
         trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -55,7 +58,9 @@ class DeepSpeedEngine:
         config = deepspeed_config(training, workers=workers, micro=micro, dtype=formats.weights, trainable=numbers)
         if training.activation_checkpointing:
             enable_activation_checkpointing(model)
-        self._loss_module = create_loss(model, training, formats.autocast)
+        self._sequence_group = sequence_group
+        group = None if sequence_group is None else sequence_group.devices
+        self._loss_module = create_loss(model, training, formats.autocast, group=group)
         compat.cast_unsplit(model, formats.weights)
         wrapped = _Module(self._loss_module).to(device=device)
         self.trained = numbers, numbers / max(total, 1)  # number of trained parameters, and their share of all
@@ -117,6 +122,8 @@ class DeepSpeedEngine:
         return int(logits[0, -1].argmax())
 
     def _loss(self, batch: MicroBatch) -> Tensor:
+        if self._sequence_group is not None and isinstance(batch, SupervisedBatch):
+            batch = self._sequence_group.part(batch)
         loss: Tensor = self._engine(batch=move_batch(batch, self._device))
         return loss
 

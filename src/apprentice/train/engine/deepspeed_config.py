@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from apprentice.errors import RecipeError
-from apprentice.recipe import DeepSpeed, Training
+from apprentice.recipe import DeepSpeed, Training, data_parallel_size
 from apprentice.train.batch import micro_batch_rows
 
 # Most tokens in a micro-batch for `micro_batch: auto`. On a CPU more costs memory and brings no speed.
@@ -39,10 +40,15 @@ LARGEST_BUCKET = 50_000_000  # elements reduced at once; DeepSpeed keeps a buffe
 
 
 def rows_per_worker(training: Training, workers: int) -> int:
-    """Packed rows of one optimizer step for each worker. Raises `RecipeError` if `workers` does not divide `global_batch`."""
-    if training.global_batch % workers:
-        raise RecipeError(f"global_batch {training.global_batch} cannot be divided among {workers} workers; choose a multiple.")
-    return training.global_batch // workers
+    """Packed rows of one optimizer step for each worker, or for each group of workers that share rows.
+
+    Raises `RecipeError` if `global_batch` cannot be divided among them.
+    """
+    readers = data_parallel_size(workers, training.sequence_parallel)
+    if training.global_batch % readers:
+        whose = "workers" if readers == workers else f"groups of {training.sequence_parallel} workers that share rows"
+        raise RecipeError(f"global_batch {training.global_batch} cannot be divided among {readers} {whose}; choose a multiple.")
+    return training.global_batch // readers
 
 
 def choose_micro_batch(training: Training, *, workers: int, length: int, on_gpu: bool) -> int:
@@ -52,6 +58,7 @@ def choose_micro_batch(training: Training, *, workers: int, length: int, on_gpu:
     """
     rows = rows_per_worker(training, workers)
     if training.micro_batch == "auto":
+        length = math.ceil(length / training.sequence_parallel)  # tokens of a row on one worker
         return micro_batch_rows(rows, length, GPU_MICRO_TOKENS if on_gpu else CPU_MICRO_TOKENS)
     if rows % training.micro_batch:
         raise RecipeError(f"micro_batch {training.micro_batch} does not divide the {rows} rows of one worker; choose a divisor.")
@@ -73,7 +80,7 @@ def deepspeed_config(training: Training, *, workers: int, micro: int, dtype: tor
     """
     stage = zero_stage(training, is_16_bit=dtype != torch.float32)
     config = {
-        "train_batch_size": training.global_batch,
+        "train_batch_size": training.global_batch * training.sequence_parallel,  # as DeepSpeed counts: each worker has rows
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": rows_per_worker(training, workers) // micro,
         "gradient_clipping": training.optimizer.clip,

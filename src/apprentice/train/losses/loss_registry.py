@@ -16,6 +16,7 @@ from apprentice.train.losses.grpo import PolicyLoss
 from apprentice.train.losses.objective_loss import ObjectiveLoss
 from apprentice.train.losses.preference import PreferenceLoss, RewardLoss
 from apprentice.train.losses.sft import Seq2SeqLoss, SupervisedLoss
+from apprentice.train.losses.shared_rows import SharedRowsLoss
 
 
 def _supervised(model: Any, training: Training, compute: torch.dtype | None) -> ObjectiveLoss:
@@ -31,9 +32,12 @@ LOSSES: Mapping[str, Callable[[nn.Module, Training, torch.dtype | None], Objecti
 }
 
 
-def create_loss(model: nn.Module, training: Training, compute: torch.dtype | None = None) -> ObjectiveLoss:
+def create_loss(model: nn.Module, training: Training, compute: torch.dtype | None = None, *, group: Any = None) -> ObjectiveLoss:
     """Loss module of `training`'s objective around `model`.
 
-    `compute` is the number format to multiply in (autocast) if it is not that of the weights.
+    `compute` is the number format to multiply in (autocast) if it is not that of the weights. `group` is the process group of the
+    workers that share this worker's rows, if it shares them; the loss then takes `SequencePart`s.
     """
+    if group is not None:
+        return SharedRowsLoss(model, group, compute)
     return LOSSES[training.objective](model, training, compute)

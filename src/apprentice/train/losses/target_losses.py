@@ -11,7 +11,7 @@ logits at once (`chunked_cross_entropy.py`). The losses are the same, without th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -72,6 +72,10 @@ class TargetLosses:
         # The place before a target token predicts it.
         length = arguments["input_ids"].shape[1]
         return self._losses(lambda: self.logits(**arguments), TargetPlaces(places - 1, length), labels, reduction)
+
+    def at_places(self, arguments: Mapping[str, Any], places: TargetPlaces, labels: Tensor, reduction: Reduction) -> Tensor:
+        """Losses of `labels` (targets,), predicted at `places`, in a call of the model with `arguments`."""
+        return self._losses(lambda: self.logits(**arguments), places, labels, reduction)
 
     def seq2seq(self, batch: Seq2SeqBatch, reduction: Reduction) -> Tensor:
         """Losses of an encoder-decoder's targets. Raises `RecipeError` for packed rows with prefix or prompt tuning."""

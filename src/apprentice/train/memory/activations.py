@@ -7,6 +7,7 @@ are added up. This needs no formula, and so holds for every architecture and tun
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -73,8 +74,10 @@ def estimate_activations(recipe: Recipe, dtype: torch.dtype, rows: int, length: 
 def measure_saved_tensors(recipe: Recipe, dtype: torch.dtype, rows: int, length: int) -> SavedTensors | None:
     """What a forward pass of `rows` packed rows of `length` tokens saves; None if the architecture cannot run on the meta device.
 
-    Attention of a causal model gets a (length, length) mask only where training on the recipe's hardware would make one.
+    Attention of a causal model gets a (length, length) mask only where training on the recipe's hardware would make one. Of rows
+    that workers share it is what one of them saves.
     """
+    length = math.ceil(length / recipe.training.sequence_parallel)
     try:
         saved, largest, config = _saved_by_forward(recipe, dtype, rows, length)
     except (NotImplementedError, RuntimeError, ValueError):

@@ -18,7 +18,7 @@ import torch
 from apprentice.errors import TrainingError
 from apprentice.models.loading import count_parameters, resolve_dtype
 from apprentice.pretrained.hub import local_folder
-from apprentice.recipe import Recipe
+from apprentice.recipe import Recipe, data_parallel_size
 from apprentice.train.checkpoint.format import SHARD_BYTES
 from apprentice.train.memory.activations import estimate_activations
 from apprentice.train.memory.estimate import PROCESS_BYTES, MemoryEstimate, estimate_memory, gathered_weight_bytes
@@ -99,7 +99,7 @@ class Change(NamedTuple):
 def list_smaller_recipes(recipe: Recipe, micro: int, length: int, workers: int) -> list[Change]:
     """Changes of the recipe that take less memory, the least intrusive first."""
     training, deepspeed = recipe.training, recipe.training.deepspeed
-    rows = training.global_batch // workers
+    rows = training.global_batch // data_parallel_size(workers, training.sequence_parallel)
     fewer = max((size for size in range(1, micro) if rows % size == 0), default=0)
     shorter = recipe.data.packing.length // 2
 

@@ -106,7 +106,8 @@ def packs_with_mask(recipe: Recipe, dtype: torch.dtype, model: Any) -> bool:
     """Whether packed rows need a mask: on CPUs or on GPUs (Ampere or newer)."""
     device = "cuda" if recipe.training.resources.gpus else "cpu"
     word = "auto" if recipe.model.attention == "flash" else recipe.model.attention  # its package is needed there, not here
-    return has_masks(choose_attention(word, PackedCompute(device, dtype, (8, 0)), model.config, type(model)))
+    packed = PackedCompute(device, dtype, (8, 0), recipe.training.sequence_parallel)
+    return has_masks(choose_attention(word, packed, model.config, type(model)))
 
 
 def _products(model: Any, config: Any, *, in_encoder: bool) -> Products:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import ray.train
 
-from apprentice.recipe import Recipe
+from apprentice.recipe import Recipe, data_parallel_size
 from apprentice.train.batch import PackedRows
 from apprentice.train.distributed.row_streams.lane_streams import lane_names
 
@@ -18,8 +18,14 @@ PREFETCHED_STEPS = 2  # batches that Ray Data fetches ahead
 
 
 def read_rows(recipe: Recipe, rank: int, workers: int) -> Iterator[PackedRows]:
-    """The packed rows of worker `rank`; each item holds its rows of one optimizer step. Called once, in a worker of Ray Train."""
-    lanes = recipe.lanes
+    """The packed rows of worker `rank`; each item holds its rows of one optimizer step. Called once, in a worker of Ray Train.
+
+    Of workers that share rows the first one reads, for all of them; the others have none here.
+    """
+    sharing, lanes = recipe.training.sequence_parallel, recipe.lanes
+    if rank % sharing:
+        return iter(())
+    rank, workers = rank // sharing, data_parallel_size(workers, sharing)
     mine = lanes.of_worker(rank, workers)
     names = lane_names(lanes.count)
     # The first worker asks for every lane: Ray Train divides a dataset among the workers when it does.

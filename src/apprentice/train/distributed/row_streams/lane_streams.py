@@ -20,7 +20,7 @@ from ray.train import DataConfig
 from apprentice.data.corpus import Corpus
 from apprentice.data.stream import Start, train_stream
 from apprentice.ray_cluster.nodes import is_job, node_resources
-from apprentice.recipe import Recipe
+from apprentice.recipe import Recipe, data_parallel_size
 from apprentice.recipe.lanes import Lanes
 from apprentice.run.folder import Run
 from apprentice.train.checkpoint import format as checkpoints
@@ -95,12 +95,14 @@ def stream_options(recipe: Recipe, row_bytes: int) -> ExecutionOptions:
 class LaneConfig(DataConfig):
     """Ray Train's division of datasets among workers: each lane's among its readers alone (see recipe/lanes.py).
 
-    In order and without locality, so that each step is a contiguous stretch of each lane's stream, wherever workers run.
+    In order and without locality, so that each step is a contiguous stretch of each lane's stream, wherever workers run. Of each
+    `sequence_parallel` neighbours, who share rows, only the first one may read.
     """
 
-    def __init__(self, lanes: Lanes, options: ExecutionOptions) -> None:
+    def __init__(self, lanes: Lanes, options: ExecutionOptions, sequence_parallel: int = 1) -> None:
         super().__init__(execution_options=options, enable_shard_locality=False)
         self._lanes = lanes
+        self._sequence_parallel = sequence_parallel
 
     def configure(self, datasets: dict[str, Any], world_size: int, *_: Any, **__: Any) -> list[dict[str, DataIterator]]:
         """For each worker: name → what it reads of that lane, or of a lane that it does not read, the first reader's part.
@@ -109,8 +111,10 @@ class LaneConfig(DataConfig):
         """
         by_worker: list[dict[str, DataIterator]] = [{} for _ in range(world_size)]
         for name, dataset in datasets.items():
-            readers = self._lanes.readers(lane_names(self._lanes.count).index(name), world_size)
+            groups = data_parallel_size(world_size, self._sequence_parallel)
+            readers = self._lanes.readers(lane_names(self._lanes.count).index(name), groups)
             parts = super().configure({name: dataset}, len(readers), None, None)
             for rank in range(world_size):
-                by_worker[rank][name] = parts[readers.index(rank) if rank in readers else 0][name]
+                group = rank // self._sequence_parallel
+                by_worker[rank][name] = parts[readers.index(group) if group in readers else 0][name]
         return by_worker

@@ -1,0 +1,65 @@
+"""Attention whose rows workers share: what one process shows of it. tests/train/engine/test_shared_rows.py has the rest."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from apprentice.errors import ModelError
+from apprentice.models import varlen
+from apprentice.models.attention import PackedCompute, choose_attention, is_flat
+from apprentice.models.ulysses import ULYSSES, ulysses_attention
+from apprentice.models.varlen import varlen_attention
+from tests.models import varlen_stand_in
+from tests.models.architectures import made
+
+LAYER: Any = SimpleNamespace(is_causal=True)
+BOUNDS: dict[str, Any] = {"cu_seq_lens_q": torch.tensor([0, 3, 4, 10], dtype=torch.int32), "max_length_q": 6}
+
+
+def states(heads: int, size: int = 8) -> torch.Tensor:
+    return torch.randn(1, heads, 10, size, generator=torch.Generator().manual_seed(heads))
+
+
+@pytest.mark.parametrize("window", [None, 1, 2, 50])
+def test_whole_sequences_are_attended_to_as_varlen_does(monkeypatch: pytest.MonkeyPatch, window: int | None) -> None:
+    monkeypatch.setattr(varlen, "varlen_attn", varlen_stand_in.varlen_attn)
+    arguments: dict[str, Any] = {"scaling": 0.3, "sliding_window": window} | BOUNDS
+    query, key, value = states(4), states(2), states(2, 5)
+    ours, _ = ulysses_attention(LAYER, query, key, value, None, **arguments)
+    expected, _ = varlen_attention(LAYER, query, key, value, None, **arguments)
+    torch.testing.assert_close(ours, expected)
+
+
+@pytest.mark.parametrize("arguments", [{"softcap": 50.0}, {"s_aux": torch.zeros(2)}, {"is_causal": False}, {"cu_seq_lens_q": None}])
+def test_what_it_has_not_is_not_left_out_silently(arguments: dict[str, Any]) -> None:
+    with pytest.raises(ModelError):
+        ulysses_attention(LAYER, states(2), states(2), states(2), None, **(BOUNDS | arguments))
+
+
+def choose(name: str, workers: int) -> str | None:
+    model = made(name)
+    return choose_attention("auto", PackedCompute("cpu", torch.float32, sequence_parallel=workers), model.config, type(model))
+
+
+def test_it_is_chosen_where_workers_share_rows() -> None:
+    assert choose("llama", 2) == ULYSSES
+    assert is_flat(ULYSSES)
+    assert choose("llama", 1) != ULYSSES
+
+
+@pytest.mark.parametrize(
+    ("name", "workers", "reason"),
+    [
+        ("llama", 3, "3 does not divide the [0-9]+ attention heads of llama"),
+        ("gemma2", 2, "2 cannot be used with gemma2"),
+        ("t5", 2, "2 is for causal models, and t5 is an encoder-decoder"),
+        ("bloom", 2, "2 cannot be used with bloom"),
+    ],
+)
+def test_models_whose_rows_cannot_be_shared_are_refused(name: str, workers: int, reason: str) -> None:
+    with pytest.raises(ModelError, match=rf"training\.sequence_parallel {reason}"):
+        choose(name, workers)
