@@ -5,10 +5,12 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
-from tests.conftest import UNEXPECTED_SKIP
+from tests.conftest import UNEXPECTED_SKIP, pytest_collection_modifyitems
 
 CONFTEST = Path(__file__).with_name("conftest.py")
 
@@ -45,6 +47,16 @@ def test_only_expected_skips_pass_in_ci(tmp_path: Path, body: str, ci: bool, cod
 def test_a_skip_in_a_process_of_several_is_counted_once(tmp_path: Path, body: str) -> None:
     done = run_pytest(tmp_path, body, "-n", "2", ci=True)
     assert (done.returncode, done.stdout.count("UNEXPECTED SKIP")) == (UNEXPECTED_SKIP, 1), done.stdout + done.stderr
+
+
+def test_files_of_long_tests_come_first_where_processes_share_them() -> None:
+    def item(path: str, *markers: str) -> Any:
+        return SimpleNamespace(path=Path(path), get_closest_marker=lambda name: name in markers or None)
+
+    items = [item("a"), item("b"), item("b"), item("c", "slow"), item("d", "slow", "cluster"), item("d")]
+    for config, order in ((SimpleNamespace(), "abbcdd"), (SimpleNamespace(workerinput={}), "ddbbac")):
+        pytest_collection_modifyitems(cast(Any, config), items)
+        assert "".join(str(item.path) for item in items) == order
 
 
 def test_missing_data_is_no_excuse_where_it_is_there(tmp_path: Path) -> None:
