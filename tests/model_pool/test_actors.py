@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from apprentice.errors import ResourcesError
 from apprentice.model_pool import actors
 from apprentice.model_pool.actors import find_free_resources
-from apprentice.model_pool.pool import FreeResources
+from apprentice.model_pool.pool import FreeResources, WorkerPool
 
 GPU_NODE = {"CPU": 16.0, "GPU": 8.0, "memory": 100.0}
 CPU_NODE = {"CPU": 4.0, "memory": 10.0}
@@ -81,3 +82,33 @@ def test_a_cluster_without_gpus_answers_a_recipe_that_asks_for_them_aloud(cluste
     lines, tell = said()
     assert find_free_resources(tell, gpus=8.0) == FreeResources(8, 4, 0, 100, 0, None)
     assert lines == ["the recipe asks for GPUs (training.resources.gpus 8) and this cluster has none: CPUs answer instead"]
+
+
+def test_workers_reserve_the_memory_of_their_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    options: dict[str, Any] = {}
+
+    class Dataset:
+        context = SimpleNamespace()
+
+        def map_batches(self, worker: type, **given: Any) -> Dataset:
+            options.update(given)
+            return self
+
+        def iter_batches(self, **_: Any) -> Iterator[Any]:
+            return iter(())
+
+    data = SimpleNamespace(from_arrow=lambda _: Dataset(), ActorPoolStrategy=lambda size: size)
+    monkeypatch.setattr(actors, "ray", SimpleNamespace(data=data))
+    monkeypatch.setattr(actors, "node_resources", lambda: [GPU_NODE])
+    assert list(actors.map_tables([], object, (), WorkerPool(2, 1, 4, 90, "vllm", 4))) == []
+    assert {name: options[name] for name in ("compute", "num_cpus", "num_gpus", "memory")} == {
+        "compute": 2,
+        "num_cpus": 1,
+        "num_gpus": 4,
+        "memory": 90,
+    }
+    monkeypatch.setattr(actors, "has_autoscaler", lambda: False)
+    with pytest.raises(ResourcesError, match="a worker needs"):
+        list(actors.map_tables([], object, (), WorkerPool(2, 1, 4, 110, "vllm", 4)))
+    assert list(actors.map_tables([], object, (), WorkerPool(1, 1, 0))) == []  # of an endpoint: it holds no model
+    assert options["memory"] is None
