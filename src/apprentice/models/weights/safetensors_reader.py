@@ -92,6 +92,7 @@ class SafetensorsReader:
 
     def __init__(self, files: Sequence[Path]) -> None:
         self.bytes_read = 0
+        self._buffer = torch.empty(PIECE_BYTES, dtype=torch.uint8)  # one for all reads, so that they leave no holes in the heap
         self.entries: dict[str, TensorEntry] = {}
         for file in files:
             try:
@@ -107,8 +108,8 @@ class SafetensorsReader:
     def read_into(self, name: str, start: int, out: Tensor) -> None:
         """Copies the elements of tensor `name` from the flattened place `start` on into `out` (numel,), in its dtype and device."""
         entry = self.entries[name]
-        at_once = max(1, PIECE_BYTES // entry.dtype.itemsize)
-        buffer = torch.empty(min(at_once, out.numel()), dtype=entry.dtype)
+        buffer = self._buffer.view(entry.dtype)
+        at_once = len(buffer)
         with entry.file.open("rb", buffering=0) as stream:
             stream.seek(entry.start + start * entry.dtype.itemsize)
             for first in range(0, out.numel(), at_once):
