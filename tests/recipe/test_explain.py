@@ -11,7 +11,7 @@ from apprentice.cli import app
 from apprentice.errors import RecipeError
 from apprentice.recipe import Recipe, load_recipe
 from apprentice.recipe.explain import all_keys, explain_key
-from apprentice.recipe.recipe_file import SHIPPED
+from apprentice.recipe.recipe_file import shipped_recipes
 
 
 def test_every_key_is_explained() -> None:
@@ -27,7 +27,7 @@ def test_a_key_of_a_block() -> None:
     explanation = explain_key("training.optimizer.learning_rate")
     assert (explanation.type, explanation.is_required, explanation.default) == ("number above 0", False, "0.0002")
     assert explanation.example_from is not None
-    assert load_recipe(SHIPPED / f"{explanation.example_from}.yaml").training.optimizer.learning_rate == float(
+    assert load_recipe(shipped_recipes()[explanation.example_from]).training.optimizer.learning_rate == float(
         explanation.example or ""
     )
 

@@ -14,12 +14,15 @@ from apprentice.model_pool.host_memory import GIB
 from apprentice.model_pool.model import plan_pool
 from apprentice.model_pool.pool import FreeResources
 from apprentice.model_pool.vllm_arguments import vllm_arguments
+from apprentice.preflight.hardware.hardware_report import report_on_hardware
 from apprentice.pretrained.architecture import kv_values_per_token, model_config
 from apprentice.recipe import Recipe, Serving, find_recipe, load_recipe
 from apprentice.serve.placement import place_replica
+from apprentice.tasks.registry import select_tasks
 from tests.conftest import ROOT
-from tests.support.big_models import big_llama
+from tests.support.big_models import big_llama, big_t5
 
+PAGE = (ROOT / "docs" / "guides" / "large_models.md").read_text(encoding="utf-8")
 GPU_BYTES = 80 * 10**9
 NODE = {"CPU": 112.0, "GPU": 8.0, "memory": 1000.0 * GIB}
 PARAMETERS = {"8b": 8_030_261_248, "70b": 70_553_706_496}
@@ -80,11 +83,43 @@ def test_a_70b_model_on_one_gpu_is_one_sentence_before_anything_loads(tmp_path: 
         plan_pool(folder, "bfloat16", choice, Serving(), FREE, 100)
 
 
+TRAINED_ON = {
+    "full_1b": "1xH100-80GB",
+    "lora_1b": "1xH100-80GB",
+    "full_8b_one_gpu": "1xH100-80GB",
+    "lora_8b": "1xH100-80GB",
+    "full_8b": "8xH100-80GB",
+    "full_70b": "4x8xH100-80GB",
+    "lora_70b": "4x8xH100-80GB",
+    "flan_t5_xl": "8xH100-80GB",
+    "flan_t5_xxl": "8xH100-80GB",
+    "dpo_8b": "8xH100-80GB",
+    "reward_8b": "8xH100-80GB",
+    "grpo_8b": "8xH100-80GB",
+}
+
+
+@pytest.mark.parametrize(("name", "hardware"), TRAINED_ON.items())
+def test_training_fits_the_hardware_that_it_is_made_for(name: str, hardware: str, tmp_path: Path) -> None:
+    """Weights, sharding, activations and host memory of the model's real sizes, and the page says the same."""
+    size = next(part for part in reversed(name.split("_")) if part in ("1b", "8b", "70b", "xl", "xxl"))
+    base = big_t5(tmp_path, size) if "t5" in name else big_llama(tmp_path, size)
+    recipe = load_recipe(find_recipe(f"large/{name}"), [f"model.base={base}"])
+    tasks, held_out = select_tasks(recipe.data.entries, recipe.data.hold_out, tmp_path)
+    assert held_out
+    assert len(tasks) > len(held_out)
+    estimate = report_on_hardware(recipe, hardware).estimate
+    assert estimate.fits
+    assert estimate.hardware.total_gpus == recipe.training.max_workers + (recipe.training.grpo.actors if name == "grpo_8b" else 0)
+    figures = f"{estimate.gpu.total / 1e9:.0f} GB | {estimate.host.total / 1e9:.0f} GB | {estimate.tokens_per_s:,.0f}"
+    assert f"| `large/{name}` |" in PAGE
+    assert figures in next(line for line in PAGE.splitlines() if f"| `large/{name}` |" in line), figures
+
+
 def test_the_page_has_the_recipes_and_the_figures() -> None:
-    page = (ROOT / "docs" / "guides" / "large_models.md").read_text(encoding="utf-8")
     for file in (ROOT / "src" / "apprentice" / "recipes" / "large").glob("*.yaml"):
-        assert f"| `large/{file.stem}` |" in page, file
+        assert f"| `large/{file.stem}` |" in PAGE, file
     figures: dict[str, Any] = {size: 2 * count / 1e9 for size, count in PARAMETERS.items()}
-    assert f"{figures['8b']:.1f} GB of weights" in page
-    assert f"{figures['70b']:.0f} GB of weights" in page
-    assert f"{figures['70b'] / 8:.1f} GB" in page
+    assert f"{figures['8b']:.1f} GB of weights" in PAGE
+    assert f"{figures['70b']:.0f} GB of weights" in PAGE
+    assert f"{figures['70b'] / 8:.1f} GB" in PAGE

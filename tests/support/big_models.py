@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from transformers import GPTNeoXConfig, LlamaConfig
+from transformers import GPTNeoXConfig, LlamaConfig, T5Config
 
 _LLAMA = {
     "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "head_dim": 64, "tie_word_embeddings": True},
@@ -18,6 +18,18 @@ def big_llama(folder: Path, size: str) -> Path:
     options = {"num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": False} | _LLAMA[size]
     LlamaConfig(vocab_size=128256, max_position_embeddings=131072, **options).save_pretrained(folder / f"llama-{size}")
     return folder / f"llama-{size}"
+
+
+_T5 = {"xl": {"d_model": 2048, "d_ff": 5120, "num_heads": 32}, "xxl": {"d_model": 4096, "d_ff": 10240, "num_heads": 64}}
+
+
+def big_t5(folder: Path, size: str) -> Path:
+    """A folder with the config.json of a T5 1.1 of `size`: xl or xxl."""
+    config = T5Config(
+        vocab_size=32128, d_kv=64, num_layers=24, feed_forward_proj="gated-gelu", tie_word_embeddings=False, **_T5[size]
+    )
+    config.save_pretrained(folder / f"t5-{size}")
+    return folder / f"t5-{size}"
 
 
 def smollm2(folder: Path) -> Path:

@@ -10,9 +10,9 @@ import typer
 
 def complete_recipe(incomplete: str) -> list[str]:
     """Names of shipped recipes that begin with `incomplete`; the shell itself completes file names where there are none."""
-    from apprentice.recipe.recipe_file import SHIPPED
+    from apprentice.recipe.recipe_file import shipped_recipes
 
-    return [file.stem for file in sorted(SHIPPED.glob("*.yaml")) if file.stem.startswith(incomplete)]
+    return [name for name in shipped_recipes() if name.startswith(incomplete)]
 
 
 def complete_key(incomplete: str) -> list[str]:

@@ -139,7 +139,7 @@ def _open_files() -> Diagnosis:
 
 
 def _shared_memory() -> Diagnosis:
-    folder = Path("/dev/shm")  # nosec B108: Ray's own place
+    folder = Path("/dev/shm")  # where Ray keeps its objects  # nosec B108
     size = shutil.disk_usage(folder).total if folder.is_dir() else 0
     if size < LEAST_SHARED_MEMORY:
         return Diagnosis(

@@ -15,7 +15,7 @@ import yaml
 from apprentice.errors import RecipeError, did_you_mean
 from apprentice.plain_yaml import load_yaml
 from apprentice.recipe.recipe import Recipe
-from apprentice.recipe.recipe_file import SHIPPED
+from apprentice.recipe.recipe_file import shipped_recipes
 
 Schema = Mapping[str, Any]
 
@@ -194,4 +194,4 @@ def _example(key: str, node: Schema) -> tuple[str | None, str | None]:
 
 @cache
 def _shipped_recipes() -> dict[str, Any]:
-    return {file.stem: load_yaml(file.read_text(encoding="utf-8")) for file in sorted(SHIPPED.glob("*.yaml"))}
+    return {name: load_yaml(file.read_text(encoding="utf-8")) for name, file in shipped_recipes().items()}

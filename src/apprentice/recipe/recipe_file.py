@@ -25,8 +25,7 @@ SHIPPED = Path(__file__).resolve().parents[1] / "recipes"
 
 def find_recipe(name: str) -> Path:
     """The recipe file that `name` means: an existing path, or the name of a shipped recipe. Raises `RecipeError` for neither."""
-    files = sorted([*SHIPPED.glob("*.yaml"), *SHIPPED.glob("large/*.yaml")])
-    shipped = {shipped_name(file): file for file in files}
+    shipped = shipped_recipes()
     if Path(name).is_file():
         return Path(name)
     if name in shipped:
@@ -34,6 +33,12 @@ def find_recipe(name: str) -> Path:
     raise RecipeError(
         f"{name!r} is not a file and not a recipe that is shipped ({', '.join(shipped)}).{did_you_mean(name, shipped)}"
     )
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """The shipped recipes' files by name ("quickstart", "large/serve_8b")."""
+    files = sorted([*SHIPPED.glob("*.yaml"), *SHIPPED.glob("large/*.yaml")])
+    return {shipped_name(file): file for file in files}
 
 
 def shipped_name(file: Path) -> str:
