@@ -80,13 +80,17 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Where pytest-xdist gives files to several processes, those whose tests take minutes come first, then those with many tests:
-    so the processes end at about the same time."""
+    """Orders the files that pytest-xdist gives to several processes, so that these end at about the same time.
+
+    Files whose tests take minutes and start clusters come first, then those that use the session's, then the others; of equals
+    those with more tests.
+    """
     if not hasattr(config, "workerinput"):
         return
     long = {item.path for item in items if item.get_closest_marker("slow") and item.get_closest_marker("cluster")}
+    on_ray = {item.path for item in items if "ray_cluster" in getattr(item, "fixturenames", ())}
     tests = Counter(item.path for item in items)
-    items.sort(key=lambda item: (item.path not in long, -tests[item.path], item.path))
+    items.sort(key=lambda item: (item.path not in long, item.path not in on_ray, -tests[item.path], item.path))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -50,11 +50,11 @@ def test_a_skip_in_a_process_of_several_is_counted_once(tmp_path: Path, body: st
 
 
 def test_files_of_long_tests_come_first_where_processes_share_them() -> None:
-    def item(path: str, *markers: str) -> Any:
-        return SimpleNamespace(path=Path(path), get_closest_marker=lambda name: name in markers or None)
+    def item(path: str, *markers: str, fixtures: tuple[str, ...] = ()) -> Any:
+        return SimpleNamespace(path=Path(path), fixturenames=fixtures, get_closest_marker=lambda name: name in markers or None)
 
-    items = [item("a"), item("b"), item("b"), item("c", "slow"), item("d", "slow", "cluster"), item("d")]
-    for config, order in ((SimpleNamespace(), "abbcdd"), (SimpleNamespace(workerinput={}), "ddbbac")):
+    items = [item("a"), item("b"), item("b"), item("c", fixtures=("ray_cluster",)), item("d", "slow", "cluster"), item("d")]
+    for config, order in ((SimpleNamespace(), "abbcdd"), (SimpleNamespace(workerinput={}), "ddcbba")):
         pytest_collection_modifyitems(cast(Any, config), items)
         assert "".join(str(item.path) for item in items) == order
 
