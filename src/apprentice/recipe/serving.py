@@ -40,7 +40,9 @@ class Serving(Strict):
         description="GPUs of one node that vLLM splits each copy of the model over, in serve, predict and evaluate.",
     )
     kv_memory_gb: Annotated[float, Field(gt=0.0)] | None = Field(
-        None, description="Memory for keys and values of one replica, in 10**9 bytes; left out: what max_running contexts take."
+        None,
+        description="Memory for keys and values of one replica, in 10**9 bytes; left out: what max_running contexts take, and with"
+        " vLLM on GPUs what the weights leave free.",
     )
     adapters: str | None = Field(
         None, description="Folder or URI with LoRA adapters of the model, each in a folder that is its name in requests."
