@@ -81,6 +81,17 @@ MIXING: dict[str, Callable[[], Any]] = {
         hf.FalconConfig(vocab_size=VOCABULARY, hidden_size=64, num_hidden_layers=2, num_attention_heads=2, alibi=True)
     ),
 }
+_EXPERTS: dict[str, Any] = {"num_key_value_heads": 1, "num_experts_per_tok": 2}
+# Mixture-of-experts models. A token is sent to two of four experts.
+EXPERTS: dict[str, Callable[[], Any]] = {
+    "mixtral": lambda: hf.MixtralForCausalLM(hf.MixtralConfig(**_SIZES, **_EXPERTS, num_local_experts=4)),
+    "qwen2_moe": lambda: hf.Qwen2MoeForCausalLM(
+        hf.Qwen2MoeConfig(**_SIZES, **_EXPERTS, num_experts=4, moe_intermediate_size=32, shared_expert_intermediate_size=48)
+    ),
+    "qwen3_moe": lambda: hf.Qwen3MoeForCausalLM(
+        hf.Qwen3MoeConfig(**_SIZES, **_EXPERTS, head_dim=32, num_experts=4, moe_intermediate_size=32)
+    ),
+}
 SEQ2SEQ: dict[str, Callable[[], Any]] = {
     "t5": lambda: hf.T5ForConditionalGeneration(hf.T5Config(**_T5)),
     "t5_v1.1": lambda: hf.T5ForConditionalGeneration(hf.T5Config(**_T5, feed_forward_proj="gated-gelu", tie_word_embeddings=False)),
@@ -93,7 +104,7 @@ def made(name: str, attention: str | None = None) -> Any:
     """The model `name`, the same random weights every time, in evaluation mode."""
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        model = (CAUSAL | MIXING | SEQ2SEQ)[name]()
+        model = (CAUSAL | MIXING | EXPERTS | SEQ2SEQ)[name]()
     if attention is not None:
         model.set_attn_implementation(attention)
     return model.eval()

@@ -38,6 +38,33 @@ class Events:
         return None
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_optimizer_steps_on_the_cores_of_the_worker(
+    device: str, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside a GPU too, where it may be offloaded to the host. Engine and optimizer run in the thread that builds them."""
+    resources = {"cpus": 3, "gpus": 1 if device == "cuda" else 0}
+    recipe = load_recipe(tiny_recipe(tmp_path, tiny_model, training__workers=1, training__resources=resources))
+    threads = []
+
+    class BuiltError(Exception):
+        pass
+
+    def build(*_: Any, **__: Any) -> Any:
+        threads.append(torch.get_num_threads())
+        raise BuiltError
+
+    monkeypatch.setattr(worker, "build_engine", build)
+    before = torch.get_num_threads()
+    try:
+        config = WorkerConfig(recipe, open_run(recipe), Goal(2), 256)
+        with pytest.raises(BuiltError):
+            worker.run_worker(config, None, iter([]), packed_rows(1), Events(), device=torch.device(device))
+    finally:
+        torch.set_num_threads(before)
+    assert threads == [3]
+
+
 @pytest.mark.parametrize("where", ["build_engine", "train_loop"])
 def test_out_of_memory_is_one_sentence(where: str, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = load_recipe(tiny_recipe(tmp_path, tiny_model, training__workers=1, tuning={"method": "full"}))

@@ -43,6 +43,24 @@ class Tuning(Strict):
     dropout: Share = Field(0.0, description="Of LoRA's input.")
     virtual_tokens: Positive = Field(20, description="Of prefix and prompt tuning.")
     width: Positive = Field(64, description="Of the bottleneck adapter's inner layer.")
+    experts: bool = Field(
+        False,
+        description="Whether LoRA tunes the experts of every mixture-of-experts model; without, only where peft does so by itself"
+        " (Mixtral and Qwen3-MoE, but not Qwen2-MoE).",
+    )
+
+    @model_validator(mode="after")
+    def _experts_fit(self) -> Self:
+        if self.experts and self.method != "lora":
+            raise ValueError(
+                f"tuning.experts adds LoRA's matrices to experts, and tuning.method is {self.method}; use lora, or leave it out"
+            )
+        if self.experts and self.dropout:
+            raise ValueError(
+                "tuning.experts adds LoRA's matrices to the experts' weights and not to their inputs, which dropout is of;"
+                " set tuning.dropout to 0"
+            )
+        return self
 
 
 class WorkerRange(Strict):
@@ -155,6 +173,11 @@ class Training(Strict):
     activation_checkpointing: bool = Field(
         False, description="Keep only each layer's input and compute the rest again: less memory, a third more time."
     )
+    router_loss: float = Field(
+        0.0,
+        ge=0.0,
+        description="Weight of the load-balancing loss of a mixture-of-experts model, beside that of objective sft; 0: none.",
+    )
     checkpoint: Checkpointing = Checkpointing()
     sample_every_steps: Annotated[int, Field(ge=0)] = Field(
         0, description="Steps after which the replies to `sample_instructions` are shown; 0: never."
@@ -210,6 +233,8 @@ class Training(Strict):
             raise ValueError(f"the block `dpo` belongs to `objective: dpo`, and the objective is {self.objective}")
         if self.objective != "grpo" and self.grpo != GRPO():
             raise ValueError(f"the block `grpo` belongs to `objective: grpo`, and the objective is {self.objective}")
+        if self.objective != "sft" and self.router_loss:
+            raise ValueError(f"`router_loss` belongs to `objective: sft`, and the objective is {self.objective}; leave it out")
         if self.objective == "grpo" and self.grpo.reward is None:
             raise ValueError("objective grpo learns from what a reward model says; name one in `grpo.reward`, such as run:NAME")
         if self.objective == "grpo" and self.steps is None:

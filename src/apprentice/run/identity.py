@@ -46,6 +46,7 @@ NOT_IDENTITY = (
 # Keys added in later versions: left out at their defaults, so that older runs keep their identity.
 LATER = (
     *("training.objective", "training.dpo", "training.grpo", "training.optimizer.states"),
+    *("training.router_loss", "tuning.experts"),
     *("data.chat_template", "data.qualities", "data.control_tokens", "data.lanes"),
 )
 # Format of a run folder. 1: before the number was stored. 2: new rules for encoding, CSV and identity, in new runs only.

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from apprentice.errors import ModelError
 from apprentice.models.attention import PackedCompute
 from apprentice.models.loading import check_dtype, count_parameters, resolve_dtype
 from apprentice.models.tuning.methods import TUNING_METHODS, check_tuning, count_trainable
@@ -38,6 +39,7 @@ from apprentice.train.losses.objective_loss import ObjectiveLoss
 from apprentice.train.memory.batch_size import find_largest_fitting, fits_by_estimate, fits_into_memory
 from apprentice.train.memory.estimate import estimate_memory
 from apprentice.train.memory.measure import OutOfMemoryAdvisor, peak_memory, total_memory
+from apprentice.train.memory.model_size import measure_model_size
 from apprentice.train.metrics.mfu import flops_per_token, peak_flops
 from apprentice.train.metrics.mixture_ledger import DropCounts
 from apprentice.train.optimizer import number_formats
@@ -66,8 +68,8 @@ def run_worker(
     group = SequenceGroup.join(recipe.training.sequence_parallel)
     if group is not None:
         rows = group.share(rows)
-    if device.type == "cpu":
-        torch.set_num_threads(max(1, int(recipe.training.resources.cpus)))
+    # Also beside a GPU, where an offloaded optimizer steps on the host; Ray leaves one thread.
+    torch.set_num_threads(max(1, int(recipe.training.resources.cpus)))
     state = State(lanes=start_of_lanes(recipe.data.lanes)) if restored is None else replace(restored.state)
     engine, advisor = _set_up(recipe, restored, config.row_length, device=device, collectives=collectives, group=group)
     recorder = _Recorder(config.goal, events if collectives.rank == 0 else None)
@@ -85,7 +87,7 @@ def run_worker(
     )
     callback = _WorkerCallback(config, engine, validation, recorder, saver, events, collectives)
     with advisor.explain_errors(), closing(saver):
-        loop_config = _loop_config(config, engine.micro, _mfu_per_token(device, advisor, collectives.workers))
+        loop_config = _loop_config(config, engine.micro, _mfu_per_token(device, recipe, collectives.workers))
         state = train_loop(engine, rows, state, loop_config, callback, collectives=collectives)
         peak = max(collectives.gather(peak_memory(device)))
         memory = {"peak": peak, "micro": engine.micro, "trained": engine.trained[0], "workers": collectives.workers}
@@ -191,10 +193,19 @@ def _loop_config(config: WorkerConfig, micro: int, mfu_per_token: float | None) 
     )
 
 
-def _mfu_per_token(device: torch.device, advisor: OutOfMemoryAdvisor, workers: int) -> float | None:
-    """Model FLOPs utilisation of one token a second on all workers together; None where the device's peak is not known."""
+def _mfu_per_token(device: torch.device, recipe: Recipe, workers: int) -> float | None:
+    """Model FLOPs utilisation of one token a second on all workers together, over the numbers that a token meets.
+
+    None where the device's peak is not known, or the model's size cannot be told from its config.json.
+    """
     peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-    return None if peak is None else flops_per_token(advisor.parameters, advisor.trained) / (peak * workers)
+    if peak is None:
+        return None
+    try:
+        active = measure_model_size(recipe, resolve_dtype(recipe.model.dtype, device.type)).active
+    except ModelError:
+        return None
+    return flops_per_token(active.weights, active.trained) / (peak * workers)
 
 
 def _can_try(recipe: Recipe) -> bool:

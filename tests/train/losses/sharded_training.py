@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 
 from apprentice.models.loading import load_model
-from apprentice.models.tuning.methods import trainable_parameters
-from apprentice.recipe import Training
+from apprentice.models.tuning.methods import TUNING_METHODS, trainable_parameters
+from apprentice.recipe import Training, Tuning
 from apprentice.train.batch import PackedRows
 from apprentice.train.engine.collectives import Collectives
 from apprentice.train.engine.deepspeed import DeepSpeedEngine
@@ -25,6 +25,7 @@ from apprentice.train.loop import compute_validation_loss
 from apprentice.train.losses import target_losses
 from apprentice.train.losses.loss_registry import create_loss
 from apprentice.train.optimizer import make_optimizer
+from tests.models.architectures import made
 from tests.train.losses.test_preference import pair_rows
 from tests.train.pair import fresh, state_of
 from tests.train.rows import packed_rows, reply_rows
@@ -45,7 +46,8 @@ def settings(case: dict[str, Any], workers: int) -> Training:
             "micro_batch": ROWS // 2,
             "objective": "sft" if case["objective"] == "weighted" else case["objective"],
             "optimizer": {"name": "adamw", "learning_rate": RATE, "weight_decay": 0.01, "clip": 0.0},
-            "deepspeed": {"stage": 3, "extra": every_parameter},
+            "deepspeed": {"stage": case.get("stage", 3), "extra": every_parameter},
+            "router_loss": case.get("router_loss", 0.0),
             "activation_checkpointing": case["checkpointing"],
             **grpo,
         }
@@ -53,7 +55,11 @@ def settings(case: dict[str, Any], workers: int) -> Training:
 
 
 def model_of(case: dict[str, Any], folder: Path) -> Any:
-    """A tiny Llama with the tuning method of `case`; for the objective `reward` with a new last layer."""
+    """The model of `case`, else a tiny Llama, with its tuning method; for the objective `reward` with a new last layer."""
+    if "model" in case:
+        return TUNING_METHODS[case["method"]].wrap(
+            made(case["model"]), Tuning(method=case["method"], rank=4, experts=case["method"] == "lora"), 3
+        )
     if case["objective"] != "reward":
         return fresh(case["method"], torch.float32)
     return load_model(folder / "reward", torch.float32, head=3)

@@ -44,6 +44,23 @@ def test_products_leave_out_embeddings_that_are_looked_up(tmp_path: Path) -> Non
     assert tied.products.weights == tied.parameters - 33 * 2048  # the output layer multiplies with the embedding
 
 
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_a_token_meets_the_experts_that_it_is_sent_to(method: str, tmp_path: Path) -> None:
+    """Two of four; LoRA's matrices beside experts are divided likewise."""
+    made("qwen2_moe").save_pretrained(tmp_path / "moe")
+    chosen = load_recipe(tiny_recipe(tmp_path, tmp_path / "moe", tuning={"method": method, "experts": method == "lora"}))
+    size = measure_model_size(chosen, torch.float32)
+    model = TUNING_METHODS[method].wrap(load_model(chosen.model.base, torch.float32), chosen.tuning, 0)
+    of_experts = {name: parameter for name, parameter in model.named_parameters() if ".experts." in name}
+    assert len(of_experts) == {"full": 4, "lora": 12}[method]
+    idle = sum(parameter.numel() for parameter in of_experts.values()) / 2
+    idle_trained = sum(parameter.numel() for parameter in of_experts.values() if parameter.requires_grad) / 2
+    assert size.active.weights == size.parameters - idle
+    assert size.active.trained == size.trained - idle_trained > 0
+    dense = measure_model_size(recipe(tmp_path, big_llama(tmp_path, "1b")), torch.bfloat16)
+    assert (dense.active.weights, dense.active.trained) == (dense.parameters, dense.trained)
+
+
 @pytest.mark.parametrize(
     ("name", "word", "dtype", "gpus", "is_masked"),
     [

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from apprentice.errors import ModelError, RecipeError
 from apprentice.models.loading import REWARD_HEAD
 from apprentice.models.tuning.bottleneck import add_adapters, save_adapters
+from apprentice.models.tuning.experts import expert_parameters
 from apprentice.models.tuning.virtual_tokens import start_from_common_words
 from apprentice.recipe import Tuning
 
@@ -48,12 +49,16 @@ def _wrap_full(model: PreTrainedModel, tuning: Tuning, seed: int) -> nn.Module:
 def _wrap_lora(model: PreTrainedModel, tuning: Tuning, seed: int) -> nn.Module:
     from peft import LoraConfig
 
+    experts = expert_parameters(model) if tuning.experts else []
+    if tuning.experts and not experts:
+        raise RecipeError(f"tuning.experts is for mixture-of-experts models, and {model.config.model_type} has none; leave it out.")
     config = LoraConfig(
         task_type=_task_type(model),
         r=tuning.rank,
         lora_alpha=tuning.alpha or 2 * tuning.rank,  # type: ignore[arg-type]  # a float is fine
         lora_dropout=tuning.dropout,
         target_modules="all-linear",
+        target_parameters=experts or None,
     )
     return _wrap_with_peft(model, config, seed)
 

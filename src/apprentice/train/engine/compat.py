@@ -16,7 +16,7 @@ import importlib
 import logging
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -177,6 +177,14 @@ def set_moment(parameter: nn.Parameter, moment: str, value: Tensor) -> None:
     from deepspeed.utils import safe_set_full_optimizer_state
 
     safe_set_full_optimizer_state(parameter, value, moment)
+
+
+def gather_at_once(modules: Iterable[nn.Module]) -> None:
+    """Has ZeRO-3 gather all parameters in one of `modules` when it is called, and not those of each inner module that is called."""
+    from deepspeed.utils import set_z3_leaf_module
+
+    for module in modules:
+        set_z3_leaf_module(module, True)
 
 
 def master_weights(optimizer: Any) -> list[Tensor] | None:

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from apprentice.models.tuning.experts import modules_used_as_one
 from apprentice.recipe import Training
 from apprentice.train.batch import MicroBatch, SupervisedBatch, move_batch
 from apprentice.train.checkpoint.format import WEIGHT
@@ -62,6 +63,7 @@ class DeepSpeedEngine:
         group = None if sequence_group is None else sequence_group.devices
         self._loss_module = create_loss(model, training, formats.autocast, group=group)
         compat.cast_unsplit(model, formats.weights)
+        compat.gather_at_once(modules_used_as_one(model))
         wrapped = _Module(self._loss_module).to(device=device)
         self.trained = numbers, numbers / max(total, 1)  # number of trained parameters, and their share of all
         self.attention = attention_name(model)

@@ -15,11 +15,14 @@ from apprentice.recipe import Training
 from apprentice.train.losses.grpo import PolicyLoss
 from apprentice.train.losses.objective_loss import ObjectiveLoss
 from apprentice.train.losses.preference import PreferenceLoss, RewardLoss
+from apprentice.train.losses.router_balance import RouterBalancedLoss
 from apprentice.train.losses.sft import Seq2SeqLoss, SupervisedLoss
 from apprentice.train.losses.shared_rows import SharedRowsLoss
 
 
 def _supervised(model: Any, training: Training, compute: torch.dtype | None) -> ObjectiveLoss:
+    if training.router_loss:
+        return RouterBalancedLoss(model, training.router_loss, compute)
     return (Seq2SeqLoss if getattr(model.config, "is_encoder_decoder", False) else SupervisedLoss)(model, compute)
 
 

@@ -6,7 +6,7 @@ The model is built on PyTorch's meta device, so a model of any size takes no mem
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from apprentice.errors import ModelError
 from apprentice.models.attention import PackedCompute, choose_attention, has_masks
 from apprentice.models.loading import read_config
+from apprentice.models.tuning.experts import active_share
 from apprentice.models.tuning.methods import TUNING_METHODS
 from apprentice.pretrained.architecture import family_of
 from apprentice.pretrained.hub import local_folder
@@ -50,6 +51,7 @@ class ModelSize:
     weight_bytes: int  # 2 or 4 a weight, but for those in 4 bits
     is_masked: bool  # whether attention computes whole packed rows with a mask, and not each example of a row for itself
     quantized: int = 0  # number of weights in 4 bits
+    active: Products = field(default_factory=Products)  # numbers that a token meets, embeddings and norms among them
 
     @property
     def is_16_bit(self) -> bool:
@@ -87,6 +89,7 @@ def measure_model_size(recipe: Recipe, dtype: torch.dtype) -> ModelSize:
         weight_bytes=number_formats(recipe.training.optimizer, dtype).weights.itemsize,
         is_masked=packs_with_mask(recipe, dtype, base),
         quantized=quantized,
+        active=_count_active(model, text),
     )
 
 
@@ -118,13 +121,16 @@ def _products(model: Any, config: Any, *, in_encoder: bool) -> Products:
     for name, parameter in model.named_parameters():
         if parameter.dim() < 2 or id(parameter) in embeddings or ("encoder" in name.split(".")) != in_encoder:
             continue
-        numbers = parameter.numel() * _active_share(parameter, config)
+        numbers = parameter.numel() * active_share(name, parameter, config)
         weights += numbers
         trained += numbers if parameter.requires_grad else 0.0
     return Products(weights, trained)
 
 
-def _active_share(parameter: nn.Parameter, config: Any) -> float:
-    """Share of a weight that a token meets: all of a matrix; of the experts in a three-dimensional weight those it is sent to."""
-    experts = getattr(config, "num_experts_per_tok", None)
-    return min(1.0, experts / parameter.shape[0]) if experts and parameter.dim() == 3 else 1.0
+def _count_active(model: Any, config: Any) -> Products:
+    """Numbers that a token meets, of all parameters and of those that are trained: of experts, the ones it is sent to."""
+    counts = [
+        (parameter.numel() * active_share(name, parameter, config), parameter.requires_grad)
+        for name, parameter in model.named_parameters()
+    ]
+    return Products(sum(count for count, _ in counts), sum(count for count, is_trained in counts if is_trained))

@@ -35,7 +35,7 @@ def peak_flops(device: str) -> float | None:
     return next((peak for name, peak in PEAKS.items() if re.search(rf"\b{name}\b", device)), None)
 
 
-def flops_per_token(numbers: int, trained: int) -> float:
+def flops_per_token(numbers: float, trained: float) -> float:
     """Training FLOPs for one token, in a model of `numbers` weights of which `trained` are trained.
 
     For each weight: two in the forward pass, two for the gradient of the activation, and two for its own gradient if it is trained.
