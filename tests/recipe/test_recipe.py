@@ -129,6 +129,8 @@ def test_a_dumped_recipe_loads_to_the_same(write, tmp_path):
         ("  global_batch: 4", "  global_batch: 5", 6, "global_batch 5 cannot be divided among 2 workers"),
         ("  global_batch: 4", "  global_batch: 4\n  micro_batch: 4", 6, "micro_batch 4 does not divide the 2 rows"),
         ("  steps: 10", "  steps: 10\n  optimizer: {warmup_steps: 10}", 6, "warmup_steps 10 is not shorter"),
+        ("  steps: 10", "  steps: 10\n  router_loss: 0.1\n  sequence_parallel: 2", 6, "`router_loss` is taken over whole rows"),
+        ("  steps: 10", "  steps: 10\n  router_loss: 0.1\n  objective: reward", 6, "`router_loss` belongs to `objective: sft`"),
         (
             "  steps: 10",
             "  steps: 10\n  optimizer: {name: adafactor, states: 8bit}\n  deepspeed: {stage: 0}",

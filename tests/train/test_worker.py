@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +16,7 @@ from apprentice.run.folder import open_run
 from apprentice.train import worker
 from apprentice.train.checkpoint.format import Checkpoint
 from apprentice.train.state import Goal, State
-from apprentice.train.worker_config import WorkerConfig
+from apprentice.train.worker_config import MicroBatchTooLargeError, WorkerConfig
 from tests.support.recipes import tiny_recipe
 from tests.train.rows import packed_rows
 
@@ -67,7 +68,8 @@ def test_the_optimizer_steps_on_the_cores_of_the_worker(
 
 @pytest.mark.parametrize("where", ["build_engine", "train_loop"])
 def test_out_of_memory_is_one_sentence(where: str, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = load_recipe(tiny_recipe(tmp_path, tiny_model, training__workers=1, tuning={"method": "full"}))
+    fixed = {"training__workers": 1, "training__micro_batch": 4}
+    recipe = load_recipe(tiny_recipe(tmp_path, tiny_model, **fixed, tuning={"method": "full"}))
     engine = SimpleNamespace(trained=(1000, 0.5), micro=4, attention="sdpa", state=lambda: iter(()))
 
     def full(*_: Any, **__: Any) -> Any:
@@ -83,6 +85,29 @@ def test_out_of_memory_is_one_sentence(where: str, tmp_path: Path, tiny_model: P
         worker.run_worker(config, None, iter([packed_rows(4)]), packed_rows(1), events, device=torch.device("cpu"))
     assert "training.micro_batch: 2 (the same steps, more passes), or training.activation_checkpointing: true" in str(caught.value)
     assert len(events.records) == (where == "train_loop")
+
+
+@pytest.mark.parametrize(("limit", "micro"), [(None, 4), (2, 2), (3, 2), (1, 1)])
+def test_out_of_memory_in_a_step_asks_for_fewer_rows_at_once(
+    limit: int | None, micro: int, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While `micro_batch: auto` can take fewer; the limit may not divide a worker's four rows."""
+    recipe = load_recipe(tiny_recipe(tmp_path, tiny_model, training__workers=1, tuning={"method": "full"}))
+
+    def build(*_: Any, micro: int, **__: Any) -> Any:
+        return SimpleNamespace(trained=(1000, 0.5), micro=micro, attention="sdpa", state=lambda: iter(()))
+
+    def full(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+    monkeypatch.setattr(worker, "build_engine", build)
+    monkeypatch.setattr(worker, "train_loop", full)
+    config = WorkerConfig(recipe, open_run(recipe), Goal(2), 256, largest_micro_batch=limit)
+    with pytest.raises(TrainingError if micro == 1 else MicroBatchTooLargeError) as caught:
+        worker.run_worker(config, None, iter([packed_rows(4)]), packed_rows(1), Events(), device=torch.device("cpu"))
+    if micro > 1:
+        assert caught.value.micro == pickle.loads(pickle.dumps(caught.value)).micro == micro
+        assert isinstance(caught.value.__cause__, TrainingError)  # what is said if no attempt is left
 
 
 def test_other_errors_stay_what_they_are(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -235,6 +235,11 @@ class Training(Strict):
             raise ValueError(f"the block `grpo` belongs to `objective: grpo`, and the objective is {self.objective}")
         if self.objective != "sft" and self.router_loss:
             raise ValueError(f"`router_loss` belongs to `objective: sft`, and the objective is {self.objective}; leave it out")
+        if self.router_loss and self.sequence_parallel > 1:
+            raise ValueError(
+                f"`router_loss` is taken over whole rows, and sequence_parallel {self.sequence_parallel} gives a worker parts of them;"
+                " leave one of them out"
+            )
         if self.objective == "grpo" and self.grpo.reward is None:
             raise ValueError("objective grpo learns from what a reward model says; name one in `grpo.reward`, such as run:NAME")
         if self.objective == "grpo" and self.steps is None:

@@ -7,22 +7,22 @@ that has joined a torch.distributed group alike.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import closing, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from apprentice.errors import ModelError
+from apprentice.errors import ModelError, TrainingError
 from apprentice.models.attention import PackedCompute
 from apprentice.models.loading import check_dtype, count_parameters, resolve_dtype
 from apprentice.models.tuning.methods import TUNING_METHODS, check_tuning, count_trainable
 from apprentice.pretrained.architecture import family_of
 from apprentice.pretrained.hub import local_folder
-from apprentice.recipe import Recipe
+from apprentice.recipe import Recipe, Training
 from apprentice.run.fence import FenceToken
-from apprentice.train.batch import PackedRows
+from apprentice.train.batch import PackedRows, micro_batch_rows
 from apprentice.train.checkpoint import format as checkpoints
 from apprentice.train.checkpoint.async_saver import AsyncSaver
 from apprentice.train.checkpoint.format import Checkpoint, open_tensors
@@ -38,13 +38,13 @@ from apprentice.train.losses.loss_registry import create_loss
 from apprentice.train.losses.objective_loss import ObjectiveLoss
 from apprentice.train.memory.batch_size import find_largest_fitting, fits_by_estimate, fits_into_memory
 from apprentice.train.memory.estimate import estimate_memory
-from apprentice.train.memory.measure import OutOfMemoryAdvisor, peak_memory, total_memory
+from apprentice.train.memory.measure import OutOfMemoryAdvisor, is_out_of_memory, peak_memory, total_memory
 from apprentice.train.memory.model_size import measure_model_size
 from apprentice.train.metrics.mfu import flops_per_token, peak_flops
 from apprentice.train.metrics.mixture_ledger import DropCounts
 from apprentice.train.optimizer import number_formats
 from apprentice.train.state import Goal, State
-from apprentice.train.worker_config import WorkerConfig, WorkerEvents
+from apprentice.train.worker_config import MicroBatchTooLargeError, WorkerConfig, WorkerEvents
 
 
 def run_worker(
@@ -71,7 +71,7 @@ def run_worker(
     # Also beside a GPU, where an offloaded optimizer steps on the host; Ray leaves one thread.
     torch.set_num_threads(max(1, int(recipe.training.resources.cpus)))
     state = State(lanes=start_of_lanes(recipe.data.lanes)) if restored is None else replace(restored.state)
-    engine, advisor = _set_up(recipe, restored, config.row_length, device=device, collectives=collectives, group=group)
+    engine, advisor = _set_up(config, restored, device=device, collectives=collectives, group=group)
     recorder = _Recorder(config.goal, events if collectives.rank == 0 else None)
     dtype = str(advisor.dtype).removeprefix("torch.")
     recorder.add(state, message=_describe(recipe, engine, dtype))
@@ -86,7 +86,7 @@ def run_worker(
         token=token,
     )
     callback = _WorkerCallback(config, engine, validation, recorder, saver, events, collectives)
-    with advisor.explain_errors(), closing(saver):
+    with _ask_for_fewer_rows(recipe.training, engine.micro), advisor.explain_errors(), closing(saver):
         loop_config = _loop_config(config, engine.micro, _mfu_per_token(device, recipe, collectives.workers))
         state = train_loop(engine, rows, state, loop_config, callback, collectives=collectives)
         peak = max(collectives.gather(peak_memory(device)))
@@ -152,9 +152,8 @@ class _WorkerCallback(LoopCallback):
 
 
 def _set_up(
-    recipe: Recipe,
+    config: WorkerConfig,
     restored: Checkpoint | None,
-    length: int,
     *,
     device: torch.device,
     collectives: Collectives,
@@ -164,19 +163,36 @@ def _set_up(
 
     Raises what `check` would for a number format or tuning method that the base model or the hardware does not support.
     """
+    recipe, length = config.recipe, config.row_length
     training, on_gpu = recipe.training, device.type != "cpu"
     check_dtype(recipe.model.dtype, local_folder(recipe.model.base), on_gpu=on_gpu)
     check_tuning(recipe.tuning, on_gpu=on_gpu)
-    micro = choose_micro_batch(training, workers=collectives.workers, length=length, on_gpu=on_gpu)
+    limit = config.largest_micro_batch if training.micro_batch == "auto" else None
+    if limit is None:
+        micro = choose_micro_batch(training, workers=collectives.workers, length=length, on_gpu=on_gpu)
+    else:
+        micro = micro_batch_rows(rows_per_worker(training, collectives.workers), 1, limit)
     dtype = resolve_dtype(recipe.model.dtype, device.type)
     parameters = count_parameters(local_folder(recipe.model.base))
     advisor = OutOfMemoryAdvisor(recipe, parameters, dtype, micro, length, collectives.workers, device)
     with advisor.explain_errors():
-        trial_length = length if on_gpu and _can_try(recipe) else None
+        trial_length = length if limit is None and on_gpu and _can_try(recipe) else None
         settings: dict[str, Any] = {"dtype": dtype, "micro": micro, "device": device, "collectives": collectives}
         engine = build_engine(recipe, restored, **settings, trial_length=trial_length, group=group)
     advisor.micro, advisor.trained = engine.micro, engine.trained[0]
     return engine, advisor
+
+
+@contextmanager
+def _ask_for_fewer_rows(training: Training, micro: int) -> Iterator[None]:
+    """Raises `MicroBatchTooLargeError` instead of the error of memory raised inside, if `auto` may take less than `micro` rows."""
+    try:
+        yield
+    except TrainingError as error:
+        cause = error.__cause__
+        if training.micro_batch == "auto" and micro > 1 and cause is not None and is_out_of_memory(cause):
+            raise MicroBatchTooLargeError(micro) from error
+        raise
 
 
 def _loop_config(config: WorkerConfig, micro: int, mfu_per_token: float | None) -> LoopConfig:

@@ -30,6 +30,21 @@ class WorkerConfig:
     requested_shares: Mapping[int, float] = field(default_factory=dict)  # task number → share of the examples
     samples: SampleReplies | None = None  # made every `training.sample_every_steps` steps
     async_validation: bool = False  # checkpoints are validated later, by another process
+    largest_micro_batch: int | None = None  # packed rows that `micro_batch: auto` may take at most; None: not limited
+
+
+class MicroBatchTooLargeError(RuntimeError):
+    """Running out of memory in a step with `micro` packed rows at once, where `micro_batch: auto` may take fewer.
+
+    Its cause is the `TrainingError` that says what else helps.
+    """
+
+    def __init__(self, micro: int) -> None:
+        super().__init__(f"memory ran out with {micro} rows at once")
+        self.micro = micro
+
+    def __reduce__(self) -> Any:
+        return (type(self), (self.micro,))
 
 
 class WorkerEvents(Protocol):

@@ -29,6 +29,23 @@ def test_mailbox() -> None:
     assert mailbox.outcome() == (2, first, [])
 
 
+def test_running_out_of_memory_halves_the_micro_batch_once() -> None:
+    mailbox = Mailbox(2)
+    mailbox.begin_attempt(None)
+    assert mailbox.largest_micro_batch() is None
+    for _ in range(2):  # both workers ran out in the same step
+        mailbox.halve_micro_batch(6)
+    assert mailbox.largest_micro_batch() == 3
+    mailbox.halve_micro_batch(3)
+    assert mailbox.largest_micro_batch() == 1
+    messages = [record["message"] for record in mailbox.take_records()]
+    assert len(messages) == 2
+    assert messages[0] == (
+        "a worker ran out of memory with 6 rows at once; training goes on from its newest checkpoint with 3, the same rows in each"
+        " step"
+    )
+
+
 def test_the_wish_for_a_checkpoint() -> None:
     mailbox = Mailbox(2)
     assert mailbox.begin_attempt(None) == 2

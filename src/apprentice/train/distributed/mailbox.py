@@ -40,6 +40,7 @@ class Mailbox:
         self._sentences: list[str] = []
         self._step = (0, 0)  # step of the newest record, and expected steps
         self._stream_cpus = 0.0
+        self._largest_micro_batch: int | None = None  # rows at once that have not run out of memory
         self._attempt = 0
         self._from: Checkpoint | None = None
         self._error: ApprenticeError | None = None
@@ -81,6 +82,19 @@ class Mailbox:
     def record_failure(self, error: ApprenticeError) -> None:
         """Records an error that no further attempt would mend; the first one counts."""
         self._error = self._error or error
+
+    def halve_micro_batch(self, micro: int) -> None:
+        """Limits the micro-batch of later attempts to half of `micro` rows, with which a worker ran out of memory."""
+        if self._largest_micro_batch is None or self._largest_micro_batch >= micro:
+            self._largest_micro_batch = micro // 2
+            self.add_message(
+                f"a worker ran out of memory with {micro} rows at once; training goes on from its newest checkpoint with"
+                f" {micro // 2}, the same rows in each step"
+            )
+
+    def largest_micro_batch(self) -> int | None:
+        """Most packed rows that a micro-batch may have; None where no worker has run out of memory."""
+        return self._largest_micro_batch
 
     def add_record(self, record: dict[str, Any]) -> None:
         """Adds a record of a worker."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -22,7 +22,7 @@ from apprentice.train.distributed.heartbeat import Heartbeat
 from apprentice.train.distributed.row_streams.lane_reader import read_rows
 from apprentice.train.metrics.mixture_ledger import DropCounts
 from apprentice.train.state import State
-from apprentice.train.worker_config import WorkerConfig
+from apprentice.train.worker_config import MicroBatchTooLargeError, WorkerConfig
 
 if TYPE_CHECKING:
     from apprentice.train.checkpoint.format import Checkpoint
@@ -87,7 +87,12 @@ def work(job: WorkerJob) -> None:
         validation = PackedRows.from_columns(ray.get(job.validation))
         token = job.token.start_group(attempt) if context.get_world_rank() == 0 else None
         events = _RayEvents(job, attempt, heartbeat)
-        run_worker(job.config, restored, rows, validation, events, device=ray.train.torch.get_device(), token=token)
+        config = replace(job.config, largest_micro_batch=ray.get(job.mailbox.largest_micro_batch.remote()))
+        run_worker(config, restored, rows, validation, events, device=ray.train.torch.get_device(), token=token)
+    except MicroBatchTooLargeError as error:
+        # A step cannot be done again in place: the other workers wait in its collectives. So a new group starts, with fewer rows.
+        ray.get(job.mailbox.halve_micro_batch.remote(error.micro))
+        raise
     except Exception as error:
         # Another attempt would not mend it: its workers see the error in the mailbox and end at once.
         if (ours := find_apprentice_error(error)) is not None:
