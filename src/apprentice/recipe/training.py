@@ -237,8 +237,8 @@ class Training(Strict):
             raise ValueError(f"`router_loss` belongs to `objective: sft`, and the objective is {self.objective}; leave it out")
         if self.router_loss and self.sequence_parallel > 1:
             raise ValueError(
-                f"`router_loss` is taken over whole rows, and sequence_parallel {self.sequence_parallel} gives a worker parts of them;"
-                " leave one of them out"
+                f"`router_loss` is taken over whole rows, and sequence_parallel {self.sequence_parallel} gives a worker parts"
+                " of them; leave one of them out"
             )
         if self.objective == "grpo" and self.grpo.reward is None:
             raise ValueError("objective grpo learns from what a reward model says; name one in `grpo.reward`, such as run:NAME")
