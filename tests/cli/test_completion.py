@@ -32,7 +32,7 @@ def complete(words: str, folder: Path) -> list[str]:
     [
         ("apprentice do", ["doctor"]),
         ("apprentice train quick", ["quickstart"]),
-        ("apprentice train quickstart training.optimizer.s", ["training.optimizer.schedule="]),
+        ("apprentice train quickstart training.optimizer.sc", ["training.optimizer.schedule="]),
         ("apprentice train quickstart tuning.method=p", ["tuning.method=prefix", "tuning.method=prompt"]),
         ("apprentice export my-", ["my-run"]),
         ("apprentice recipe serving.p", ["serving.port"]),
