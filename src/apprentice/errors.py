@@ -14,7 +14,8 @@
     ├── EvaluationError        nothing to score, or scores that cannot be made
     ├── ServingError           the endpoint: port in use, engine that does not fit the model
     └── StorageError           a path that cannot be read or written
-        └── MissingError       the store answered, and nothing lies there
+        ├── MissingError       the store answered, and nothing lies there
+        └── DamagedError       the store answered with other bytes than were written
 
 Each message states the fact, the reason and the remedy. Any other exception that reaches the command line is a bug (exit code 3).
 """
@@ -91,6 +92,10 @@ class StorageError(ApprenticeError):
 
 class MissingError(StorageError):
     """A path does not exist."""
+
+
+class DamagedError(StorageError):
+    """A file does not hold the bytes that were written."""
 
 
 def all_causes(error: BaseException) -> Iterator[BaseException]:

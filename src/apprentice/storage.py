@@ -167,6 +167,12 @@ class Folder:
         infos = fs.get_file_info(pafs.FileSelector(path, allow_not_found=True))
         return [self / info.base_name for info in sorted(infos, key=lambda info: str(info.base_name))]
 
+    def sizes(self) -> dict[str, int]:
+        """Name → bytes of the files directly inside, by one request; empty if the folder does not exist."""
+        fs, path = self.filesystem()
+        infos = fs.get_file_info(pafs.FileSelector(path, allow_not_found=True))
+        return {info.base_name: info.size for info in infos if info.is_file}
+
     def versions(self) -> dict[str, str]:
         """Path inside the folder → version of the file: its ETag in object stores, elsewhere size and modification time."""
         fs, path = self.filesystem()

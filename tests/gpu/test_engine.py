@@ -14,18 +14,17 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
-from apprentice.models.tuning.methods import TUNING_METHODS, load_trainable, trainable_parameters
+from apprentice.models.tuning.methods import TUNING_METHODS, trainable_parameters
 from apprentice.recipe import Training, Tuning
 from apprentice.storage import Folder
-from apprentice.train.checkpoint.format import find_newest, open_tensors, write_checkpoint
-from apprentice.train.checkpoint.shard_gather import ShardGatherer
-from apprentice.train.engine.collectives import Collectives
+from apprentice.train.checkpoint.format import find_newest
+from apprentice.train.checkpoint.shard_reader import open_tensors
 from apprentice.train.engine.deepspeed import DeepSpeedEngine
 from apprentice.train.optimizer import make_optimizer
 from apprentice.train.state import State
 from tests.gpu.on_devices import BOTH_DTYPES, llama, on_devices
+from tests.support.checkpoints import save, state_of
 from tests.train.rows import packed_rows, reference_nll
 
 ROWS, MICRO, RATE = 4, 2, 1e-3
@@ -83,10 +82,6 @@ def step(engine: DeepSpeedEngine, first: int = 0, rate: float = RATE) -> tuple[f
     rows = packed_rows(ROWS, first=first)
     outcome = engine.train_step(rows.micro_batches(MICRO), 1.0 / rows.targets, rate)
     return outcome.nll / rows.targets, outcome.grad_norm
-
-
-def state_of(engine: DeepSpeedEngine) -> dict[str, Tensor]:
-    return dict(ShardGatherer(Collectives()).gather([shard.copy_to_host() for shard in engine.shards()]))
 
 
 def plain_steps(method: str, settings: Training, steps: int) -> list[tuple[float, float]]:
@@ -166,14 +161,13 @@ def test_a_checkpoint_goes_out_and_in(dtype: torch.dtype, stage: int, device: to
     for number in range(2):
         step(engine, number * ROWS)
     state = state_of(engine)
-    write_checkpoint(Folder.at(tmp_path), state.items(), State(step=2), {})
+    save(Folder.at(tmp_path), state.items(), State(step=2), {})
     checkpoint = find_newest(Folder.at(tmp_path))
     assert checkpoint is not None
     fresh = tuned("full", dtype)
-    with open_tensors(checkpoint) as read:
-        load_trainable(fresh, {name: read(f"weight/{name}") for name in trainable_parameters(fresh)})
-        other = engine_of(fresh, training(5 - stage), dtype, device)  # written at stage 2, read at stage 3
-        other.restore(read, checkpoint.state.step)
+    other = engine_of(fresh, training(5 - stage), dtype, device)  # written at stage 2, read at stage 3
+    with open_tensors(checkpoint) as reader:
+        other.restore(reader, checkpoint.state.step)
     restored = state_of(other)
     assert restored.keys() == state.keys()
     assert all(torch.equal(restored[key], value) for key, value in state.items())

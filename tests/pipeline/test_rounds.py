@@ -18,6 +18,7 @@ from apprentice.run.contract import read_contract
 from apprentice.run.folder import Run, open_run
 from apprentice.storage import Folder
 from apprentice.train.checkpoint import format as checkpoints
+from apprentice.train.checkpoint.shard_reader import open_tensors
 from apprentice.train.distributed import driver as launch
 from tests.support.on_policy import round_recipe
 from tests.support.preferences import write_pairs
@@ -91,16 +92,25 @@ def test_rounds_lie_in_the_run(chain: Path) -> None:
 def test_a_killed_worker_goes_on_with_the_replies_that_are_there(
     chain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed in the second round, whose replies are written already: they are not written again."""
+    """Killed in the second round, whose replies are written already: they are not written again, and need no checkpoint."""
     monkeypatch.setattr(launch, "work", dying(tmp_path / "died", 4))
     (tmp_path / "recipe").mkdir()
-    made = load_recipe(recipe_of_rounds(chain, tmp_path / "recipe", name="killed", training__max_failures=1))
+    made = load_recipe(
+        recipe_of_rounds(
+            chain, tmp_path / "recipe", name="killed", training__checkpoint={"every_steps": 4}, training__max_failures=1
+        )
+    )
     run = open_run(made)
     result = launch.train(made, run, make_corpus(made, run), progress=lambda values: None)
     assert (tmp_path / "died").exists()
     assert result.restarts == 1
     steps, undisturbed = steps_of(run), {step["step"]: step for step in steps_of(Run(Folder.at(chain / "runs" / "rounds")))}
-    assert [step["step"] for step in steps] == [1, 2, 3, 3, 4]
+    assert [step["step"] for step in steps] == [1, 2, 3, 1, 2, 3, 4]
+    snapshot = checkpoints.find_weights(run.checkpoints, 2)
+    assert snapshot is not None
+    assert [child.name for child in run.checkpoints.children() if child.name.startswith("weights-")] == [snapshot.folder.name]
+    with open_tensors(snapshot) as reader:
+        assert {key.partition("/")[0] for key in reader.shapes} == {"weight"}
     for step in steps:
         assert step["examples"] == undisturbed[step["step"]]["examples"]
         for name in ("loss", "reward", "kl"):
@@ -115,7 +125,7 @@ def weights(*runs: Run) -> dict[str, list[torch.Tensor]]:
     for run in runs:
         last = checkpoints.find_newest(run.checkpoints)
         assert last is not None
-        with checkpoints.open_tensors(last) as read:
-            for key in checkpoints.list_keys(last):
-                tensors.setdefault(key, []).append(read(key))
+        with open_tensors(last) as reader:
+            for key in reader.shapes:
+                tensors.setdefault(key, []).append(reader.read(key))
     return tensors

@@ -21,7 +21,6 @@ WRONG = [
     ({"training__objective": "sft"}, "the block `grpo` belongs to `objective: grpo`, and the objective is sft"),
     ({"training__steps": None, "training__epochs": 1}, "nothing says where `tokens` or `epochs` end; give `steps`"),
     ({"training__grpo__max_new_tokens": 96}, "max_new_tokens 96 leaves no room for a prompt in data.max_length 96"),
-    ({"training__checkpoint__every_steps": 3}, "with 4 replies each takes 2 steps, .* checkpoint.every_steps 3 must divide that"),
     ({"training__grpo__actors": 9}, "grpo.actors 9 are more than the 8 prompts of a round"),
     ({"tuning__method": "prompt"}, "objective grpo tunes with full, lora or qlora; tuning.method is prompt"),
     ({"data__formats": {"zero_shot": 0.5, "few_shot": 0.5}}, "objective grpo shows no exemplars and inverts nothing"),

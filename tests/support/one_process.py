@@ -72,6 +72,7 @@ def trained(recipe: Any, run: Any, corpus: Any, records: list[dict[str, Any]], *
     from apprentice.data.stream import render_window, validation_rows
     from apprentice.train.batch import PackedRows
     from apprentice.train.checkpoint import format as checkpoints
+    from apprentice.train.checkpoint.shard_reader import open_tensors
     from apprentice.train.distributed.driver import count_validation_rows
     from apprentice.train.metrics.samples import SampleReplies
     from apprentice.train.on_policy.rollout import RoundWriter
@@ -91,9 +92,10 @@ def trained(recipe: Any, run: Any, corpus: Any, records: list[dict[str, Any]], *
         writer = RoundWriter(corpus, torch.device("cpu"))
         if window == 0:
             return writer.rows(0, 0, None)
-        before = checkpoints.find_of_step(run.checkpoints, window * recipe.round.steps)
-        with checkpoints.open_tensors(before) as read:
-            return writer.rows(window, 0, read)
+        before = checkpoints.find_weights(run.checkpoints, window * recipe.round.steps)
+        assert before is not None
+        with open_tensors(before) as reader:
+            return writer.rows(window, 0, reader.read)
 
     def rows(size: int) -> Iterator[PackedRows]:
         step, left = begin.step, None
@@ -161,6 +163,7 @@ def gone_on(recipe: Any) -> dict[str, Any]:
     from apprentice.data.stream import make_corpus
     from apprentice.run.folder import Run, open_run
     from apprentice.train.checkpoint import format as checkpoints
+    from apprentice.train.checkpoint.shard_reader import open_tensors
 
     def made(run: Run) -> Any:
         corpus = make_corpus(recipe, run, parallel=False)
@@ -174,8 +177,8 @@ def gone_on(recipe: Any) -> dict[str, Any]:
     def end(run: Run) -> dict[str, Any]:
         checkpoint = checkpoints.find_newest(run.checkpoints)
         assert checkpoint is not None
-        with checkpoints.open_tensors(checkpoint) as read:
-            return {key: read(key) for key in checkpoints.list_keys(checkpoint)}
+        with open_tensors(checkpoint) as reader:
+            return {key: reader.read(key) for key in reader.shapes}
 
     records: dict[str, list[dict[str, Any]]] = {"whole": [], "before": [], "after": []}
     run = open_run(recipe)

@@ -13,13 +13,13 @@ import torch.distributed as dist
 from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from apprentice.models.tuning.methods import TUNING_METHODS, load_trainable, trainable_parameters
+from apprentice.models.tuning.methods import TUNING_METHODS, trainable_parameters
 from apprentice.recipe import Training, Tuning
-from apprentice.train.checkpoint.shard_gather import ShardGatherer
 from apprentice.train.engine.collectives import Collectives
 from apprentice.train.engine.deepspeed import DeepSpeedEngine
 from apprentice.train.loop import compute_validation_loss
 from apprentice.train.optimizer import make_optimizer, moment_shapes
+from tests.support.checkpoints import StateReader, state_of
 from tests.support.process_group import join_group
 from tests.train.rows import counted, packed_rows, reference_nll
 
@@ -63,12 +63,6 @@ def settings(case: dict[str, Any]) -> Training:
     )
 
 
-def state_of(engine: DeepSpeedEngine) -> dict[str, torch.Tensor]:
-    """The whole state, on every worker, as the first puts it together for a checkpoint."""
-    collectives = Collectives()
-    return collectives.gather(dict(ShardGatherer(collectives).gather([piece.copy_to_host() for piece in engine.shards()])))[0]
-
-
 def weights_of(engine: DeepSpeedEngine) -> dict[str, torch.Tensor]:
     return {key.removeprefix("weight/"): value for key, value in state_of(engine).items() if key.startswith("weight/")}
 
@@ -109,9 +103,8 @@ def carried_on(
 ) -> dict[str, Any]:
     state = state_of(engine)
     model = fresh(case["method"], torch.float32 if case["optimizer"] == "adafactor" else made["dtype"])
-    load_trainable(model, {key.removeprefix("weight/"): value for key, value in state.items() if key.startswith("weight/")})
     second = DeepSpeedEngine(model, training, **made)
-    second.restore(state.__getitem__, STEPS, engine.loss_scaling())
+    second.restore(StateReader(state), STEPS, engine.loss_scaling())
     restored = state_of(second)
     part = ROWS // made["workers"]
     mine = packed_rows(part, first=800 + rank * part).micro_batches(made["micro"])

@@ -141,11 +141,6 @@ class Recipe(Strict):
             )
         if training.grpo.actors > data.window:
             raise ValueError(f"grpo.actors {training.grpo.actors} are more than the {data.window} prompts of a round (data.window)")
-        if self.round.steps % training.checkpoint.every_steps:
-            raise ValueError(
-                f"a round of {data.window} prompts with {training.grpo.group} replies each takes {self.round.steps} steps, and the"
-                f" next one's replies need its weights; checkpoint.every_steps {training.checkpoint.every_steps} must divide that"
-            )
         if self.tuning.method not in ("full", "lora", "qlora"):
             raise ValueError(f"objective grpo tunes with full, lora or qlora; tuning.method is {self.tuning.method}")
         if data.qualities is not None:

@@ -3,7 +3,8 @@
     rows of one step ─▶ agree with all workers ─▶ are they the next rows of the plan? ─▶ optimizer step ─▶ record ─▶ checkpoint
 
 The engine and the rows are arguments, and everything else that the loop tells or asks goes to a `LoopCallback`, so it runs under
-Ray Train and in a plain process alike. In a run of 5 steps with a checkpoint every 2, the callback's methods are called so:
+Ray Train and in a plain process alike. `share_weights` follows each `record`, and `after_step` ends each step; else, in a run of 5
+steps with a checkpoint every 2, the callback's methods are called so:
 
     record(1)  record(2) validate save(2)  record(3) settle_save  record(4) validate save(4)  record(5) settle_save
     validate save(5)
@@ -75,6 +76,9 @@ class LoopCallback:
     def is_checkpoint_requested(self) -> bool:
         """Whether a checkpoint should follow this step; if so on any worker, it does at once, without validation."""
         return False
+
+    def share_weights(self, state: State) -> None:
+        """Gives the weights to whoever needs them beside training; called in each step, before a checkpoint is saved."""
 
     def validate(self, state: State) -> float | None:
         """Validation loss; asked every `checkpoint_every_steps` steps and at the end, just before `save`."""
@@ -151,6 +155,7 @@ def train_loop(
             raise _not_finite(state, step, saved_step)
         if step.has_saved:
             callback.settle_save()
+        callback.share_weights(state)
         is_due = state.step % config.checkpoint_every_steps == 0 or config.goal.reached(state) == 1.0
         if is_due or step.is_checkpoint_requested:
             state.validation_loss = callback.validate(state) if is_due else None

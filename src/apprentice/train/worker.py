@@ -7,7 +7,7 @@ that has joined a torch.distributed group alike.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,8 +25,10 @@ from apprentice.run.fence import FenceToken
 from apprentice.train.batch import PackedRows, micro_batch_rows
 from apprentice.train.checkpoint import format as checkpoints
 from apprentice.train.checkpoint.async_saver import AsyncSaver
-from apprentice.train.checkpoint.format import Checkpoint, open_tensors
+from apprentice.train.checkpoint.format import Checkpoint
 from apprentice.train.checkpoint.restore import restore_model
+from apprentice.train.checkpoint.shard_reader import open_tensors
+from apprentice.train.checkpoint.shard_writer import save_weights
 from apprentice.train.engine.collectives import Collectives
 from apprentice.train.engine.deepspeed import DeepSpeedEngine, enable_activation_checkpointing
 from apprentice.train.engine.deepspeed_config import choose_micro_batch, rows_per_worker
@@ -85,7 +87,7 @@ def run_worker(
         round_steps=recipe.round.steps if recipe.training.aim.rounds else None,
         token=token,
     )
-    callback = _WorkerCallback(config, engine, validation, recorder, saver, events, collectives)
+    callback = _WorkerCallback(config, engine, validation, recorder, saver, events, collectives, token)
     with _ask_for_fewer_rows(recipe.training, engine.micro), advisor.explain_errors(), closing(saver):
         loop_config = _loop_config(config, engine.micro, _mfu_per_token(device, recipe, collectives.workers))
         state = train_loop(engine, rows, state, loop_config, callback, collectives=collectives)
@@ -118,6 +120,7 @@ class _WorkerCallback(LoopCallback):
     saver: AsyncSaver
     events: WorkerEvents
     collectives: Collectives
+    token: FenceToken | None
 
     def record(self, figures: dict[str, Any]) -> None:
         if self.collectives.rank == 0:
@@ -125,6 +128,11 @@ class _WorkerCallback(LoopCallback):
 
     def is_checkpoint_requested(self) -> bool:
         return self.events.is_checkpoint_requested()
+
+    def share_weights(self, state: State) -> None:
+        recipe, goal = self.config.recipe, self.config.goal
+        if recipe.training.aim.rounds and state.step % recipe.round.steps == 0 and goal.reached(state) < 1.0:
+            save_weights(self.config.run.checkpoints, self.engine.weight_shards(), state, self.token, self.collectives)
 
     def validate(self, state: State) -> float | None:
         loss = compute_validation_loss(self.engine, self.validation, self.engine.micro, self.collectives)
@@ -290,18 +298,17 @@ def build_engine(
     splitter = create_splitter(
         recipe.training, base, four_bit=four_bit, weights=weights, micro=micro, device=device, collectives=collectives
     )
-    with open_tensors(restored) if restored is not None else nullcontext() as read:
-        first = read if splitter is None else None  # the engine restores a split model part by part
-        packed = PackedCompute.on(device, dtype, recipe.training.sequence_parallel)
-        model = restore_model(recipe, first, weights, packed=packed, splitter=splitter)
-        if trial_length is not None and splitter is None and group is None:
-            micro = find_micro_batch(recipe, model, trial_length, dtype, device, collectives)
-        elif trial_length is not None:  # one worker that ran out in a trial would leave the others waiting
-            micro = estimate_micro_batch(recipe, trial_length, dtype, collectives, total_memory(device))
-        settings: dict[str, Any] = {"dtype": dtype, "workers": collectives.workers, "micro": micro, "device": device}
-        engine = DeepSpeedEngine(model, recipe.training, **settings, sequence_group=group)
-        if restored is not None and read is not None:
-            engine.restore(read, restored.state.step, restored.state.loss_scaling)
+    packed = PackedCompute.on(device, dtype, recipe.training.sequence_parallel)
+    model = restore_model(recipe, None, weights, packed=packed, splitter=splitter)
+    if trial_length is not None and splitter is None and group is None:
+        micro = find_micro_batch(recipe, model, trial_length, dtype, device, collectives)
+    elif trial_length is not None:  # one worker that ran out in a trial would leave the others waiting
+        micro = estimate_micro_batch(recipe, trial_length, dtype, collectives, total_memory(device))
+    settings: dict[str, Any] = {"dtype": dtype, "workers": collectives.workers, "micro": micro, "device": device}
+    engine = DeepSpeedEngine(model, recipe.training, **settings, sequence_group=group)
+    if restored is not None:
+        with open_tensors(restored) as reader:
+            engine.restore(reader, restored.state.step, restored.state.loss_scaling)
     return engine
 
 

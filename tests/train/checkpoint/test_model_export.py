@@ -28,9 +28,10 @@ from apprentice.run.folder import Run
 from apprentice.storage import Folder
 from apprentice.train.checkpoint import model_export as exporting
 from apprentice.train.checkpoint.fidelity import compare_scores, score_examples
-from apprentice.train.checkpoint.format import Checkpoint, write_checkpoint
+from apprentice.train.checkpoint.format import Checkpoint
 from apprentice.train.checkpoint.model_export import export_model
 from apprentice.train.state import State
+from tests.support.checkpoints import save
 
 IDS = torch.tensor([[5, 6, 7, 8]])
 PROBE = Probe(
@@ -67,7 +68,7 @@ def trained(folder: Path, made: Recipe, dtype: str) -> tuple[Run, Checkpoint, An
     load_trainable(model, weights)
     run = Run(Folder.at(folder / "run"))
     tensors = ((f"weight/{name}", value) for name, value in weights.items())
-    return run, write_checkpoint(run.checkpoints, tensors, State(step=3), {"dtype": dtype}), model
+    return run, save(run.checkpoints, tensors, State(step=3), {"dtype": dtype}), model
 
 
 def told(model: Any) -> torch.Tensor:

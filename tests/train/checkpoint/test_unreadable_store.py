@@ -16,7 +16,9 @@ from apprentice import storage
 from apprentice.errors import StorageError
 from apprentice.storage import Folder
 from apprentice.train.checkpoint import format as checkpoints
+from apprentice.train.checkpoint.shard_reader import open_tensors
 from apprentice.train.state import State
+from tests.support.checkpoints import save
 from tests.support.object_store import BUCKET, object_store
 
 DOWN = OSError("When reading information for key 'a' in bucket 'b': AWS Error SLOW_DOWN during GetObject operation: 503")
@@ -39,7 +41,7 @@ def folder(tmp_path: Path) -> Folder:
 
 
 def saved(folder: Folder, step: int, loss: float | None = None, **facts: Any) -> checkpoints.Checkpoint:
-    return checkpoints.write_checkpoint(folder, [("weight/a", torch.zeros(1))], State(step=step, validation_loss=loss), facts)
+    return save(folder, [("weight/a", torch.zeros(1))], State(step=step, validation_loss=loss), facts)
 
 
 def names(folder: Folder) -> list[str]:
@@ -119,7 +121,7 @@ def test_nothing_is_deleted_while_the_store_cannot_be_read(
 
 def test_damaged_ones_that_were_passed_over_never_push_out_what_came_after(folder: Folder) -> None:
     saved(folder, 9, 0.1)
-    (folder / "step-000009" / "tensors-0001.safetensors").write_bytes(b"damaged")
+    (folder / "step-000009" / "tensors-0000-00.safetensors").write_bytes(b"damaged")
     before = checkpoints.find_newest(folder)
     assert before is not None
     assert before.state.step == 6
@@ -149,9 +151,9 @@ def test_what_somebody_reads_is_not_deleted(folder: Folder) -> None:
     newest = saved(folder, 9)
     oldest = checkpoints.find_named(folder, "step-000003")
     assert oldest is not None
-    with checkpoints.open_tensors(oldest) as read:
+    with open_tensors(oldest) as reader:
         checkpoints.prune(folder, 1, newest)
-        assert read("weight/a").tolist() == [0.0]
+        assert reader.read("weight/a").tolist() == [0.0]
         assert names(folder) == ["step-000003", "step-000009"]
     checkpoints.prune(folder, 1, newest)
     assert names(folder) == ["step-000009"]
@@ -176,8 +178,8 @@ def test_a_reader_that_comes_while_it_is_deleted_reads_on(folder: Folder, monkey
         with monkeypatch.context() as patch:
             patch.setattr(Folder, "delete", slow)
             checkpoints.prune(folder, 2, newest)
-        with checkpoints.open_tensors(found) as tensors:
-            assert len(tensors("weight/a")) == 1
+        with open_tensors(found) as reader:
+            assert len(reader.read("weight/a")) == 1
         assert checkpoints.find_named(folder, doomed.name) is None
     checkpoints.delete_leftovers(folder)
     assert names(folder) == ["step-000006", "step-000009"]

@@ -14,10 +14,10 @@ from apprentice.models.loading import load_model
 from apprentice.models.tuning.methods import TUNING_METHODS, trainable_parameters
 from apprentice.recipe import Recipe, load_recipe
 from apprentice.storage import Folder
-from apprentice.train.checkpoint import format as checkpoints
 from apprentice.train.distributed.async_validation import CheckpointValidator, validates_asynchronously
 from apprentice.train.losses.sft import SupervisedLoss
 from apprentice.train.state import State
+from tests.support.checkpoints import save
 from tests.support.recipes import tiny_recipe
 from tests.train.rows import packed_rows
 
@@ -56,7 +56,7 @@ def test_the_loss_is_that_of_the_weights_in_the_checkpoint(method: str, tmp_path
         for parameter in trainable_parameters(model).values():
             parameter += 0.05 * torch.randn_like(parameter)
     tensors = [(f"weight/{name}", parameter.detach().clone()) for name, parameter in trainable_parameters(model).items()]
-    saved = checkpoints.write_checkpoint(Folder.at(tmp_path / "saved"), tensors, State(step=2), {"dtype": "float32"})
+    saved = save(Folder.at(tmp_path / "saved"), tensors, State(step=2), {"dtype": "float32"})
     with torch.no_grad():
         summed = sum(float(SupervisedLoss(model)(micro)) for micro in rows.micro_batches(1))
     told: list[dict[str, Any]] = []
@@ -78,7 +78,7 @@ def test_tasks_that_cannot_be_scored_stop_nothing(tmp_path: Path, tiny_model: Pa
     made = recipe(tmp_path, tiny_model, tuning={"method": "full"})
     model = load_model(tiny_model, torch.float32)
     tensors = [(f"weight/{name}", value.detach()) for name, value in model.named_parameters()]
-    saved = checkpoints.write_checkpoint(Folder.at(tmp_path / "saved"), tensors, State(step=2), {"dtype": "float32"})
+    saved = save(Folder.at(tmp_path / "saved"), tensors, State(step=2), {"dtype": "float32"})
     told: list[dict[str, Any]] = []
 
     def score(_: Any) -> dict[str, float]:

@@ -10,7 +10,8 @@ import torch
 
 from apprentice.errors import ResourcesError
 from apprentice.recipe import Recipe
-from apprentice.train.distributed.resources import GIB, check_resources, required_resources, workers_that_fit
+from apprentice.train.distributed.resources import GIB, check_resources, export_memory, required_resources, workers_that_fit
+from apprentice.train.memory.estimate import PROCESS_BYTES
 
 
 def recipe(**training: Any) -> Recipe:
@@ -81,6 +82,14 @@ def test_too_little_memory() -> None:
     ask = required_resources(recipe(), 10**9)
     with pytest.raises(ResourcesError, match=r"at least 9.3 GiB of memory in each of 2 workers; the cluster has 8.0 GiB"):
         check_resources(ask, [{"CPU": 8.0, "memory": 8.0 * GIB}])
+
+
+def test_an_export_lands_where_its_memory_is_and_is_never_refused() -> None:
+    nodes = [{"CPU": 8.0, "memory": 8.0 * GIB}, {"CPU": 8.0, "memory": 64.0 * GIB}]
+    assert export_memory(10**9, torch.bfloat16, nodes) == 6 * 10**9 + PROCESS_BYTES
+    assert export_memory(8 * 10**9, torch.float32, nodes) == 8 * 8 * 10**9 + PROCESS_BYTES
+    assert export_memory(70 * 10**9, torch.bfloat16, nodes) == 64 * GIB
+    assert export_memory(10**9, torch.bfloat16, [{"CPU": 8.0}]) is None
 
 
 def test_a_range_of_workers_takes_the_most_that_fit_and_divide() -> None:

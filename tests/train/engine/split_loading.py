@@ -31,8 +31,8 @@ from apprentice.train.engine.collectives import Collectives
 from apprentice.train.engine.deepspeed import DeepSpeedEngine
 from apprentice.train.engine.model_splitter import create_splitter
 from apprentice.train.state import State
+from tests.support.checkpoints import state_of
 from tests.train.losses.test_preference import pair_rows
-from tests.train.pair import state_of
 from tests.train.pairs import paired_rows
 from tests.train.rows import packed_rows
 

@@ -35,6 +35,20 @@ def test_deepspeed_still_has_what_we_use() -> None:
         "optim_state_key",
     ]
     assert list(inspect.signature(tensor_fragment.get_hp_fragment).parameters) == ["self", "optim_state_key"]
+    assert list(inspect.signature(DeepSpeedZeroOptimizer_Stage3._get_fp32_opt_state_partition).parameters) == [
+        "self",
+        "param",
+        "release_swap_buffers",
+        "optim_state_key",
+    ]
+    for name in ("_swappable_optimizer_subgroup", "_optimizer_states_and_gradient_swap_out"):
+        assert callable(getattr(DeepSpeedZeroOptimizer_Stage3, name))
+    step = inspect.getsource(DeepSpeedZeroOptimizer_Stage3)
+    assert all(f"self.{name}(" in step for name in ("_partition_all_parameters", "_reassign_or_swap_out_partitioned_parameters"))
+    assert "self.persistent_parameters[0].all_gather(" in step
+    assert not hasattr(DeepSpeedZeroOptimizer_Stage3, "update_lp_params")
+    for optimizer in (DeepSpeedZeroOptimizer, BF16_Optimizer):
+        assert list(inspect.signature(optimizer.update_lp_params).parameters) == ["self"]
     assert {"lp_fragment_address"} <= set(inspect.signature(tensor_fragment).parameters)
     for optimizer in (DeepSpeedZeroOptimizer, BF16_Optimizer):
         assert "self._hp_optimizer_states_linked" in inspect.getsource(optimizer._lazy_init_hp_params_optimizer_state)

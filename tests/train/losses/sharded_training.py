@@ -26,8 +26,9 @@ from apprentice.train.losses import target_losses
 from apprentice.train.losses.loss_registry import create_loss
 from apprentice.train.optimizer import make_optimizer
 from tests.models.architectures import made
+from tests.support.checkpoints import state_of
 from tests.train.losses.test_preference import pair_rows
-from tests.train.pair import fresh, state_of
+from tests.train.pair import fresh
 from tests.train.rows import packed_rows, reply_rows
 
 STEPS, ROWS, RATE = 3, 4, 1e-3  # ROWS of one step for each process

@@ -11,7 +11,7 @@ import torch
 
 from apprentice.errors import TrainingError
 from apprentice.recipe import Recipe, load_recipe
-from apprentice.train.checkpoint.format import SHARD_BYTES
+from apprentice.train.checkpoint.shard_writer import WINDOW_BYTES
 from apprentice.train.engine.deepspeed_config import LARGEST_BUCKET
 from apprentice.train.memory.estimate import (
     NCCL_BYTES,
@@ -124,8 +124,8 @@ def test_process_and_checkpoint_are_in_the_hosts_memory(tmp_path: Path, tiny_mod
     rows = {"workers": 2, "micro": 2, "length": 256}
     here = estimate_peak_memory(made, 10**9, 10**9, torch.bfloat16, **rows)
     assert here.process == PROCESS_BYTES
-    assert here.checkpoint == 6 * 10**9 + SHARD_BYTES
-    assert estimate_peak_memory(made, 1000, 1000, torch.bfloat16, **rows).checkpoint == 6000 + 12000
+    assert here.checkpoint == 6 * 10**9 + WINDOW_BYTES
+    assert estimate_peak_memory(made, 1000, 1000, torch.bfloat16, **rows).checkpoint == 6000 + 6000
     on_gpu = load_recipe(tiny_recipe(tmp_path, tiny_model, tuning={"method": "full"}, training__resources={"gpus": 1}))
     there = estimate_peak_memory(on_gpu, 10**9, 10**9, torch.bfloat16, **rows)
     assert (there.process, there.checkpoint) == (0, 0)

@@ -1,4 +1,4 @@
-"""Whose weights write a round: its checkpoint is waited for while it may come, and not a moment longer."""
+"""Whose weights write a round: its weights are waited for while they may come, and not a moment longer."""
 
 from __future__ import annotations
 
@@ -6,13 +6,19 @@ import threading
 from pathlib import Path
 
 import pytest
+import torch
 
 from apprentice.errors import TrainingError
 from apprentice.run.folder import Run
 from apprentice.storage import Folder
 from apprentice.train.checkpoint import format as checkpoints
+from apprentice.train.checkpoint.shard_reader import open_tensors
+from apprentice.train.checkpoint.shard_writer import save_weights
+from apprentice.train.engine.collectives import Collectives
 from apprentice.train.on_policy import rollout_stream as rollout
-from apprentice.train.on_policy.rollout_stream import wait_for_checkpoint
+from apprentice.train.on_policy.rollout_stream import wait_for_weights
+from apprentice.train.state import State
+from tests.support.checkpoints import whole_shards
 from tests.train.checkpoint.test_format import saved
 
 
@@ -25,10 +31,10 @@ def test_it_waits_for_the_workers(run: Run, monkeypatch: pytest.MonkeyPatch) -> 
     saved(run.checkpoints, 2)
     looked = threading.Semaphore(0)
     monkeypatch.setattr(rollout, "WAIT_S", 0.001)
-    inner = checkpoints.find_of_step
-    monkeypatch.setattr(checkpoints, "find_of_step", lambda *given: (looked.release(), inner(*given))[1])
+    inner = checkpoints.find_weights
+    monkeypatch.setattr(checkpoints, "find_weights", lambda *given: (looked.release(), inner(*given))[1])
     found = []
-    waiting = threading.Thread(target=lambda: found.append(wait_for_checkpoint(run, 4)))
+    waiting = threading.Thread(target=lambda: found.append(wait_for_weights(run, 4)))
     waiting.start()
     for _ in range(3):
         assert looked.acquire(timeout=60)
@@ -41,12 +47,40 @@ def test_it_waits_for_the_workers(run: Run, monkeypatch: pytest.MonkeyPatch) -> 
 def test_one_that_is_gone_is_an_error(run: Run) -> None:
     saved(run.checkpoints, 5)
     with pytest.raises(TrainingError, match=r"^the replies of the round after step 4 are not all written, .* run 'run' over with"):
-        wait_for_checkpoint(run, 4)
+        wait_for_weights(run, 4)
 
 
 def test_one_that_is_damaged_is_an_error(run: Run) -> None:
     damaged = saved(run.checkpoints, 4)
     (damaged.folder / checkpoints.STATE).write_text("{")
     saved(run.checkpoints, 5)
-    with pytest.raises(TrainingError, match="is damaged or gone"):
-        wait_for_checkpoint(run, 4)
+    with pytest.raises(TrainingError, match="are damaged or gone"):
+        wait_for_weights(run, 4)
+
+
+def snapshot(run: Run, step: int) -> None:
+    """Weights as the workers write them after a round's last step, in bfloat16."""
+    shards = whole_shards([("weight/a", torch.full((2, 3), float(step), dtype=torch.bfloat16))])
+    save_weights(run.checkpoints, shards, State(step=step), None, Collectives())
+
+
+def test_a_round_needs_the_weights_alone(run: Run) -> None:
+    """The newest snapshot is enough: once it is there, the rows of all earlier rounds are. Checkpoints come and go as they like."""
+    snapshot(run, 4)
+    checkpoints.prune(run.checkpoints, 1, saved(run.checkpoints, 3))
+    with open_tensors(wait_for_weights(run, 4)) as reader:
+        assert set(reader.shapes) == {"weight/a"}
+        assert torch.equal(reader.read("weight/a"), torch.full((2, 3), 4.0, dtype=torch.bfloat16))
+        snapshot(run, 8)
+        assert checkpoints.find_weights(run.checkpoints, 4) is not None  # while somebody reads it
+    snapshot(run, 12)
+    assert [child.name for child in run.checkpoints.children()] == ["step-000003", "weights-000012"]
+    assert wait_for_weights(run, 12).state.step == 12
+    newest = checkpoints.find_newest(run.checkpoints)
+    assert newest is not None
+    assert newest.state.step == 3  # a run never goes on from weights alone
+    with pytest.raises(TrainingError, match="are damaged or gone"):
+        wait_for_weights(run, 8)
+    (run.checkpoints / "weights-000020" / "index.json").write_text("{}")  # whose writer was killed
+    checkpoints.delete_leftovers(run.checkpoints)
+    assert [child.name for child in run.checkpoints.children()] == ["step-000003", "weights-000012"]

@@ -13,7 +13,7 @@ from apprentice.preflight.hardware.roofline import MicroBatch, StepTime, estimat
 from apprentice.pretrained.hub import config_folder
 from apprentice.recipe import Recipe, data_parallel_size
 from apprentice.recipe.lanes import Lanes
-from apprentice.train.checkpoint.format import SHARD_BYTES
+from apprentice.train.checkpoint.shard_writer import WINDOW_BYTES
 from apprentice.train.engine.deepspeed_config import choose_micro_batch, rows_per_worker
 from apprentice.train.engine.model_splitter import find_stage_obstacle
 from apprentice.train.memory.activations import SavedTensors, measure_saved_tensors
@@ -183,7 +183,7 @@ class HardwareEstimator:
         offloaded = offloaded_bytes(recipe, size.parameters, size.trained, size.dtype, workers) * here
         processes = float(GPU_PROCESS_BYTES * here)
         copy = 12.0 * size.trained
-        checkpoint = copy / workers * here + min(copy, SHARD_BYTES)
+        checkpoint = (copy / workers + min(copy / workers, WINDOW_BYTES)) * here
         if checkpoint > (self.hardware.host_memory - processes - offloaded) / 2:
             checkpoint = 0.0  # written while training waits, without a copy
         splits = recipe.training.deepspeed.stage == 3 and not size.quantized and find_stage_obstacle(recipe.training) is None

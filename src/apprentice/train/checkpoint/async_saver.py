@@ -1,17 +1,17 @@
-"""Async saver: each worker copies its shards of the state; the first worker gathers and writes them while training goes on.
+"""Async saver: each worker copies its shards of the state and writes them to storage while training goes on.
 
     training thread   step 8 │ save: settle, copy │ step 9 │ step 10 │ settle: register │ step 11
-    writing thread                                └ gather, write, prune ┘
+    writing thread                                └ write, wait for the others, commit, prune ┘
 
 Example: two workers save after step 8, and writing takes one and a half steps.
 
     save(8)      both wait for the save before, copy their shards to host memory (1 s for 10 GB) and go on with step 9
-    in a thread  worker 1 sends its shards; worker 0 puts the tensors together, writes `step-000008.1` and deletes the oldest
+    in a thread  both write their files into `step-000008.1`; worker 0 adds the index, commits, and deletes the oldest checkpoint
     after 9      worker 0 has not saved yet, so nothing happens
     after 10     both have (`has_saved`): both call `settle`, which registers the checkpoint with Ray Train
 
 Where memory has no room for the copies, the save is done before step 9. A checkpoint that cannot be written is reported, and the
-next one is tried as usual; only the last one must succeed. All workers take part in gathering, even if the first one cannot write.
+next one is tried as usual; only the last one must succeed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from apprentice.run.fence import FenceToken
 from apprentice.storage import Folder
 from apprentice.train.checkpoint import format as checkpoints
 from apprentice.train.checkpoint.format import Checkpoint
-from apprentice.train.checkpoint.shard_gather import Shard, ShardGatherer, has_room_for_copies
+from apprentice.train.checkpoint.shard import Shard, has_room_for_copies
+from apprentice.train.checkpoint.shard_writer import write_checkpoint
 from apprentice.train.engine.collectives import Collectives
 from apprentice.train.memory.measure import free_memory
 from apprentice.train.state import State
@@ -74,7 +75,7 @@ class AsyncSaver:
         self._token = token
         self._register = register
         self._collectives = collectives
-        self._gatherer = ShardGatherer(collectives)
+        self._writers = Collectives()  # a group of its own, for the thread
         self._thread = ThreadPoolExecutor(1, "apprentice-checkpoint")
         self._pending: tuple[State, Future[_SaveResult]] | None = None  # the last save that was not settled
 
@@ -115,16 +116,10 @@ class AsyncSaver:
         return result.failure
 
     def _write(self, shards: Sequence[Shard], state: State, begin: float, blocked_s: float | None, last: bool) -> _SaveResult:
-        tensors = self._gatherer.gather(shards)
-        checkpoint = None
         try:
-            if self._collectives.rank == 0:
-                checkpoint = checkpoints.write_checkpoint(self._folder, tensors, state, self._facts, self._token)
+            checkpoint = write_checkpoint(self._folder, shards, state, self._facts, self._token, collectives=self._writers)
         except StorageError as error:
             return _SaveResult(None, self._explain(error, state, last))
-        finally:
-            for _ in tensors:  # gathering needs all workers, even after a failed write
-                pass
         if checkpoint is not None:
             checkpoints.prune(self._folder, self._keep, checkpoint, self._round_steps)
             saved_s = time.perf_counter() - begin

@@ -1,17 +1,25 @@
-"""Checkpoint format: float32 weights and optimizer moments by parameter name in safetensors, the state as JSON, checksums.
+"""Checkpoint format, and finding, keeping and deleting checkpoints.
 
-    <checkpoints>/step-000040.2/  after 40 steps, written by the worker group whose fence token is 2
-      state.json          training state (step, next packed row, token counts, ledger) and facts (dtype, tuning method)
-      tensors-0001.safetensors …
-      checksums.json      sha256 of the files above; written last, so a folder without it is no checkpoint
-      validation.json     the loss of an asynchronous validation, written later
-      in-use-<…>          marker of a reader; the checkpoint is not deleted while there is one
+    <checkpoints>/step-000040.2/       after 40 steps, written by the worker group whose fence token is 2
+      state.json                       training state (step, next packed row, token counts, ledger) and facts (dtype, tuning method)
+      tensors-0003-00.safetensors …    what worker 3 holds: parts of the float32 weights and of the optimizer's state, flattened
+      tensors-0003-00.safetensors.sha256   digests of that file in pieces
+      index.json                       which bytes of which file hold which elements (`shard_index.py`)
+      checksums.json                   sha256 of index.json and state.json; written last, so a folder without it is no checkpoint
+      validation.json                  the loss of an asynchronous validation, written later
+      in-use-<…>                       marker of a reader; the checkpoint is not deleted while there is one
+      damaged                          a reader found other bytes than were written; the checkpoint is passed over
+
+In format 1, of earlier versions, tensors-0001.safetensors … hold whole tensors, and checksums.json has all files.
+
+    <checkpoints>/weights-000048.2/    the weights alone, after step 48, for an on-policy run's next replies; same files
 
 A checkpoint counts once the run's fence lists it; in a run of an earlier version without a fence, once it has `checksums.json`. Its
 content does not depend on the number of workers or the ZeRO stage.
 
-"Whole" below means: all files are there and have their checksums. Reading a checkpoint raises `StorageError` if the store does not
-answer; a damaged one is logged as a warning and passed over.
+"Whole" below means: all files are there in their size, and what describes them has its checksums. Tensors are verified when they
+are read, in format 1 before. Reading a checkpoint raises `StorageError` if the store does not answer; a damaged one is logged as a
+warning and passed over.
 """
 
 from __future__ import annotations
@@ -20,30 +28,25 @@ import hashlib
 import json
 import logging
 import math
-import os
-import tempfile
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import safetensors.torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
-
 from apprentice.errors import MissingError, StorageError
-from apprentice.run.fence import FenceToken, committed_checkpoints
+from apprentice.run.fence import committed_checkpoints
 from apprentice.storage import Folder, with_retries
+from apprentice.train.checkpoint.shard_index import ShardIndex
 from apprentice.train.state import State
 
-CHECKSUMS, STATE, VALIDATION = "checksums.json", "state.json", "validation.json"
+CHECKSUMS, INDEX, STATE, VALIDATION, DAMAGED = "checksums.json", "index.json", "state.json", "validation.json", "damaged"
+STEP, WEIGHTS = "step", "weights"  # kinds of checkpoints, and beginnings of their folders' names
 VALIDATION_AWAITED = "validation_awaited"  # fact of a checkpoint whose loss comes later, in validation.json
 MOST_AWAITED = 3  # checkpoints kept until they are validated, beyond the usual number
 WEIGHT = "weight"  # keys of weights are `weight/<parameter name>`, those of moments `exp_avg/<parameter name>` and so on
-SHARD_BYTES = 1 << 29  # size of a tensors file, which is collected in memory first
-_PART, _IN_USE = ".part-", "in-use-"
+HASHED_BYTES = 1 << 24  # read at a time of a file that is verified whole
+_PART, _IN_USE = ".part-", "in-use-"  # the former is of earlier versions
 _NOT_UNDERSTOOD = (ValueError, KeyError, TypeError, AttributeError)  # errors of a file with unexpected content
 _log = logging.getLogger(__name__)
 
@@ -55,75 +58,6 @@ class Checkpoint:
     folder: Folder
     state: State
     facts: dict[str, Any]  # dtype and tuning method (for an export on other hardware), whether its validation is awaited
-
-
-def write_checkpoint(
-    checkpoints: Folder, tensors: Iterable[tuple[str, Tensor]], state: State, facts: dict[str, Any], token: FenceToken | None = None
-) -> Checkpoint:
-    """Writes one checkpoint, streaming `tensors` (key, tensor), and returns it once it counts.
-
-    Its folder is `step-<n>.<token>`; without a token `step-<n>`, or `step-<n>.<k>` if that is taken. Raises `StorageError` if it
-    cannot be written, such as on a full disk. Raises `FencedError` if another process has taken the run; then it does not count.
-    """
-    try:
-        name = f"step-{state.step:06d}.{token.writer}" if token else _free_name(checkpoints, state.step)
-        target = checkpoints / name
-        scratch = checkpoints.make().local if checkpoints.is_local else None  # on the same disk, so that a rename is enough
-        with tempfile.TemporaryDirectory(prefix=_PART, dir=scratch, ignore_cleanup_errors=True) as folder:
-            part = Path(folder)
-            sums = {file.name: _sha256(file) for file in _write_tensors(part, tensors)}
-            Folder.at(part / STATE).write_json({"state": state.to_json(), "facts": facts})
-            sums[STATE] = _sha256(part / STATE)
-            Folder.at(part / CHECKSUMS).write_json(sums)
-            _publish(part, target)
-        if token is not None:
-            existing = {folder.name for folder in _children(checkpoints)}
-            token.commit(name, existing.__contains__)
-    except (OSError, SafetensorError, StorageError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise StorageError(f"the checkpoint of step {state.step} cannot be written to {checkpoints} ({reason})") from error
-    return Checkpoint(target, state, facts)
-
-
-def _free_name(checkpoints: Folder, step: int) -> str:
-    taken = {folder.name for folder in _children(checkpoints)}
-    name, number = f"step-{step:06d}", 1
-    while name in taken:
-        number += 1
-        name = f"step-{step:06d}.{number}"
-    return name
-
-
-def _write_tensors(part: Path, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[Path]:
-    """Writes shards of about `SHARD_BYTES`; yields each file once it is written."""
-    shard: dict[str, Tensor] = {}
-    number = 0
-    for key, tensor in tensors:
-        shard[key] = tensor.contiguous()
-        if sum(value.nbytes for value in shard.values()) >= SHARD_BYTES:
-            number += 1
-            yield _write_shard(part, number, shard)
-            shard = {}
-    if shard:
-        yield _write_shard(part, number + 1, shard)
-
-
-def _write_shard(part: Path, number: int, tensors: dict[str, Tensor]) -> Path:
-    file = part / f"tensors-{number:04d}.safetensors"
-    safetensors.torch.save_file(tensors, file)
-    return file
-
-
-def _publish(part: Path, target: Folder) -> None:
-    if target.is_local:
-        os.replace(part, target.local)
-        return
-    try:
-        for file in sorted(part.iterdir(), key=lambda file: file.name == CHECKSUMS):
-            (target / file.name).upload(file)
-    except OSError:
-        _remove(target)
-        raise
 
 
 def find_newest(checkpoints: Folder) -> Checkpoint | None:
@@ -153,6 +87,14 @@ def find_awaiting_validation(checkpoints: Folder) -> list[Checkpoint]:
     return [checkpoint for folder in reversed(_newest_first(checkpoints)) if _is_awaited(folder) and (checkpoint := _whole(folder))]
 
 
+def find_weights(checkpoints: Folder, step: int) -> Checkpoint | None:
+    """The weights after `step` steps: a snapshot, or a whole checkpoint, as earlier versions had; None if there is neither."""
+    for folder in _newest_first(checkpoints, WEIGHTS):
+        if _age(folder)[0] == step and (snapshot := _whole(folder)):
+            return snapshot
+    return find_of_step(checkpoints, step)
+
+
 def record_validation(checkpoint: Checkpoint, loss: float | None) -> None:
     """Writes the loss of an asynchronous validation (None without validation rows), unless `checkpoint` was deleted meanwhile."""
     if _is_there(checkpoint.folder / CHECKSUMS):
@@ -175,9 +117,9 @@ def _place_of_lowest(losses: Sequence[float | None]) -> int | None:
     return min(numbers)[1] if numbers else None
 
 
-def find_newest_step(checkpoints: Folder) -> int:
-    """Step of the newest checkpoint, even if it is damaged; 0 if there is none."""
-    return next((_age(folder)[0] for folder in _newest_first(checkpoints) if _is_there(folder / CHECKSUMS)), 0)
+def find_newest_step(checkpoints: Folder, kind: str = STEP) -> int:
+    """Step of the newest checkpoint, or snapshot of the weights, even if it is damaged; 0 if there is none."""
+    return next((_age(folder)[0] for folder in _newest_first(checkpoints, kind) if _is_there(folder / CHECKSUMS)), 0)
 
 
 def prune(checkpoints: Folder, keep: int, newest: Checkpoint, round_steps: int | None = None) -> None:
@@ -203,10 +145,21 @@ def prune(checkpoints: Folder, keep: int, newest: Checkpoint, round_steps: int |
         _log.warning("no old checkpoint is deleted now: %s", error)
         return
     for folder in to_delete:
-        _remove(folder)
+        remove(folder)
 
 
-def _remove(folder: Folder) -> None:
+def prune_weights(checkpoints: Folder, newest: Checkpoint) -> None:
+    """Deletes the snapshots of weights but `newest`: the rows of all earlier rounds are written, since training has used them."""
+    try:
+        to_delete = [folder for folder in _newest_first(checkpoints, WEIGHTS) if folder != newest.folder and not _is_in_use(folder)]
+    except StorageError as error:
+        _log.warning("no old weights are deleted now: %s", error)
+        return
+    for folder in to_delete:
+        remove(folder)
+
+
+def remove(folder: Folder) -> None:
     """Deletes a checkpoint, its checksums first, so that a half-deleted folder is no checkpoint.
 
     If a reader marked it in the meantime, or the store does not say, the other files stay until a later `delete_leftovers`.
@@ -246,6 +199,13 @@ def mark_in_use(checkpoint: Folder) -> Iterator[None]:
             mark.delete()
 
 
+def mark_damaged(checkpoint: Folder, reason: str) -> None:
+    """Marks a checkpoint whose bytes are not those that were written, so that it is passed over from now on."""
+    with suppress(OSError, StorageError):  # where no mark can be written, each reader finds the damage anew
+        if (checkpoint / CHECKSUMS).exists():
+            (checkpoint / DAMAGED).write_text(reason)
+
+
 def _is_in_use(checkpoint: Folder) -> bool:
     return any(file.name.startswith(_IN_USE) for file in _children(checkpoint))
 
@@ -257,25 +217,25 @@ def delete_leftovers(checkpoints: Folder) -> None:
     """
     counted = committed_checkpoints(checkpoints.parent)
     for folder in _children(checkpoints):
-        if not folder.name.startswith(("step-", _PART)):
+        if not folder.name.startswith((f"{STEP}-", f"{WEIGHTS}-", _PART)):
             continue
         for mark in _children(folder):
             if mark.name.startswith(_IN_USE):
                 _delete(mark)
         overtaken = counted is not None and folder.name not in counted
         if folder.name.startswith(_PART) or overtaken or not _is_there(folder / CHECKSUMS):
-            _remove(folder)
+            remove(folder)
 
 
-def _newest_first(checkpoints: Folder) -> list[Folder]:
+def _newest_first(checkpoints: Folder, kind: str = STEP) -> list[Folder]:
     counted = committed_checkpoints(checkpoints.parent)
-    folders = [folder for folder in _children(checkpoints) if folder.name.startswith("step-")]
+    folders = [folder for folder in _children(checkpoints) if folder.name.startswith(f"{kind}-")]
     folders = [folder for folder in folders if counted is None or folder.name in counted]
     return sorted(folders, key=_age, reverse=True)
 
 
 def _age(folder: Folder) -> tuple[int, int]:
-    step, _, again = folder.name.removeprefix("step-").partition(".")
+    step, _, again = folder.name.partition("-")[2].partition(".")
     return int(step), int(again or 1)
 
 
@@ -292,11 +252,17 @@ def _json(file: Folder) -> Any:
 
 
 def _whole(folder: Folder) -> Checkpoint | None:
-    """The checkpoint in `folder`; None, with a warning, if a file is missing, has another checksum, or cannot be parsed."""
+    """The checkpoint in `folder`; None, with a warning, if a file is missing, has another checksum or size, or cannot be parsed."""
     try:
         sums = _json(folder / CHECKSUMS)
-        damaged = [name for name, digest in sums.items() if _folder_sha256(folder / name) != digest]
+        sizes = with_retries(folder, folder.sizes)
+        damaged = [name for name, digest in sums.items() if _sha256(folder / name) != digest]
+        if INDEX in sums and not damaged:
+            files = ShardIndex.from_json(_json(folder / INDEX)).files
+            damaged = [file.name for file in files if sizes.get(file.name) != file.bytes or file.digests_file not in sizes]
         content = _json(folder / STATE)
+        if DAMAGED in sizes:
+            damaged = [(folder / DAMAGED).read_text()]
         if not damaged and STATE in sums:
             state = State.from_json(content["state"])
             if _is_there(folder / VALIDATION):
@@ -325,37 +291,13 @@ def _validation_loss(folder: Folder) -> float | None:
     return None if loss is None else float(loss)
 
 
-@contextmanager
-def open_tensors(checkpoint: Checkpoint) -> Iterator[Callable[[str], Tensor]]:
-    """Context with a function key → float32 tensor, which reads one tensor at a time.
+def _sha256(file: Folder) -> str:
+    def read() -> str:
+        fs, path = file.filesystem()
+        digest = hashlib.sha256()
+        with fs.open_input_stream(path) as stream:
+            while data := stream.read(HASHED_BYTES):
+                digest.update(data)
+        return digest.hexdigest()
 
-    A checkpoint in an object store is first downloaded into a temporary folder.
-    """
-    with tempfile.TemporaryDirectory() as scratch, mark_in_use(checkpoint.folder):
-        folder = checkpoint.folder.local if checkpoint.folder.is_local else checkpoint.folder.download(Path(scratch))
-        files: dict[str, Any] = {}
-        for path in sorted(folder.glob("*.safetensors")):
-            files.update(dict.fromkeys(_names(path), safe_open(path, framework="pt")))
-        yield lambda key: files[key].get_tensor(key)
-
-
-def list_keys(checkpoint: Checkpoint) -> list[str]:
-    """The keys of all tensors in `checkpoint`."""
-    with tempfile.TemporaryDirectory() as scratch, mark_in_use(checkpoint.folder):
-        folder = checkpoint.folder.local if checkpoint.folder.is_local else checkpoint.folder.download(Path(scratch))
-        return [key for path in sorted(folder.glob("*.safetensors")) for key in _names(path)]
-
-
-def _names(path: Path) -> list[str]:
-    file: Any = safe_open(path, framework="pt")
-    return list(file.keys())
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _folder_sha256(file: Folder) -> str:
-    read = (lambda: _sha256(file.local)) if file.is_local else (lambda: hashlib.sha256(file.read_bytes()).hexdigest())
     return with_retries(file, read)

@@ -32,8 +32,9 @@ from apprentice.run.folder import Run
 from apprentice.run.identity import ADAPTER, CONTRACT_FILE, public_base
 from apprentice.storage import Folder
 from apprentice.train.checkpoint.fidelity import compare_scores, score_examples
-from apprentice.train.checkpoint.format import Checkpoint, open_tensors
+from apprentice.train.checkpoint.format import Checkpoint
 from apprentice.train.checkpoint.restore import restore_model
+from apprentice.train.checkpoint.shard_reader import open_tensors
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -59,8 +60,8 @@ def export_model(
     the same model or says something else of the `probe`, and `FencedError` where others have the run now.
     """
     method = TUNING_METHODS[recipe.tuning.method]
-    with open_tensors(checkpoint) as read:
-        model: Any = restore_model(recipe, read, torch.float32, attention="auto", quantized=False).eval()
+    with open_tensors(checkpoint) as reader:
+        model: Any = restore_model(recipe, reader.read, torch.float32, attention="auto", quantized=False).eval()
     expected = score_examples(model, probe.examples)
     dtype = resolve_dtype(checkpoint.facts["dtype"])
     scratch = run.folder.make().local if run.folder.is_local else None

@@ -20,8 +20,9 @@ from apprentice.models.loading import resolve_dtype
 from apprentice.models.tuning.methods import TUNING_METHODS
 from apprentice.recipe import Recipe
 from apprentice.train.batch import MicroBatch, PackedRows, move_batch
-from apprentice.train.checkpoint.format import Checkpoint, open_tensors
+from apprentice.train.checkpoint.format import Checkpoint
 from apprentice.train.checkpoint.restore import restore_model
+from apprentice.train.checkpoint.shard_reader import open_tensors
 from apprentice.train.distributed.resources import has_room_for_validation
 from apprentice.train.engine.collectives import Collectives
 from apprentice.train.engine.deepspeed_config import choose_micro_batch
@@ -73,8 +74,8 @@ class CheckpointValidator:
         if not on_gpu:
             torch.set_num_threads(max(1, int(self.recipe.training.resources.cpus)))
         formats = number_formats(self.recipe.training.optimizer, resolve_dtype(checkpoint.facts["dtype"]))
-        with open_tensors(checkpoint) as read:
-            model = restore_model(self.recipe, read, formats.weights).eval().to(device)
+        with open_tensors(checkpoint) as reader:
+            model = restore_model(self.recipe, reader.read, formats.weights).eval().to(device)
         with packed_attention(model, self.recipe.model.attention, device, formats.autocast or formats.weights):
             loss = self._loss(model, formats.autocast, device)
         if loss is not None:

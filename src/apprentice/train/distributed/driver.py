@@ -51,7 +51,13 @@ from apprentice.train.distributed.failure import find_apprentice_error, is_lost_
 from apprentice.train.distributed.follower import Follower, get_outcome
 from apprentice.train.distributed.mailbox import Mailbox, RunOutcome
 from apprentice.train.distributed.ray_worker import WorkerJob, work
-from apprentice.train.distributed.resources import check_resources, has_resources, required_resources, workers_that_fit
+from apprentice.train.distributed.resources import (
+    check_resources,
+    export_memory,
+    has_resources,
+    required_resources,
+    workers_that_fit,
+)
 from apprentice.train.distributed.row_streams.lane_streams import LaneConfig, LaneStreams, stream_options
 from apprentice.train.distributed.score_reference import compute_references
 from apprentice.train.distributed.validation_task import ValidationTask
@@ -331,7 +337,9 @@ def _finish(
     probe = WindowRenderer(corpus).probe(max(lane.window for lane in last.state.lanes) + 1)
     # In a process of its own, so that its memory is freed.
     task: Any = ray.remote(export_model)
-    exporting = task.options(num_cpus=1, max_retries=0).remote(recipe, run, best, corpus.layout, probe, token)
+    size = count_parameters(local_folder(recipe.model.base)), resolve_dtype(best.facts["dtype"])
+    options = {"num_cpus": 1, "memory": export_memory(*size, node_resources()), "max_retries": 0}
+    exporting = task.options(**options).remote(recipe, run, best, corpus.layout, probe, token)
     memory = tracker.memory and tracker.memory | {
         "expected": round(estimate_of_finished_run(recipe, _row_length(corpus), tracker.memory).total)
     }

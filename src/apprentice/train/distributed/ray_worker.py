@@ -15,6 +15,7 @@ import ray.train
 import ray.train.torch
 from ray.train import CheckpointUploadMode
 
+from apprentice.errors import DamagedError
 from apprentice.run.fence import FenceToken
 from apprentice.train.batch import PackedRows
 from apprentice.train.distributed.failure import find_apprentice_error
@@ -95,7 +96,8 @@ def work(job: WorkerJob) -> None:
         raise
     except Exception as error:
         # Another attempt would not mend it: its workers see the error in the mailbox and end at once.
-        if (ours := find_apprentice_error(error)) is not None:
+        # But after a damaged checkpoint it goes on from the one before.
+        if (ours := find_apprentice_error(error)) is not None and not isinstance(ours, DamagedError):
             ray.get(job.mailbox.record_failure.remote(ours))
         raise
     finally:

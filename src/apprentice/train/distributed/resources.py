@@ -14,7 +14,7 @@ import torch
 
 from apprentice.errors import ResourcesError
 from apprentice.recipe import Recipe
-from apprentice.train.memory.estimate import estimate_memory
+from apprentice.train.memory.estimate import PROCESS_BYTES, estimate_memory
 
 # CPUs beside the workers: one for Ray Data's tasks, and one for each lane's actor that makes rows. With one for both, tasks and
 # actors block each other.
@@ -87,6 +87,16 @@ def has_resources(request: ResourceRequest, nodes: Sequence[Mapping[str, float]]
     except ResourcesError:
         return False
     return True
+
+
+def export_memory(parameters: int, dtype: torch.dtype, nodes: Sequence[Mapping[str, float]]) -> int | None:
+    """Ray's option `memory` (bytes) for the task that exports a model of so many parameters in `dtype`.
+
+    It holds the trained model in float32, and the written one that is compared with it. That is asked for, but never more than the
+    largest node has: a training that is over is not refused its export. None where no node reports its memory.
+    """
+    largest = max((int(node.get("memory", 0.0)) for node in nodes), default=0)
+    return min(parameters * (4 + dtype.itemsize) + PROCESS_BYTES, largest) or None
 
 
 def has_room_for_validation(recipe: Recipe, nodes: Sequence[Mapping[str, float]]) -> bool:

@@ -7,6 +7,7 @@ lost, stays marked as awaited and is validated at the end of the run.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ import ray
 import ray.train
 from ray.train import ValidationConfig
 
+from apprentice.errors import DamagedError
 from apprentice.pretrained.hub import local_folder
 from apprentice.recipe import Recipe
 from apprentice.recipe.training import Resources
@@ -63,12 +65,14 @@ class ValidationTask:
                 report(step, figures)
 
     def _validate(self, name: str, report: ReportFigures) -> float | None:
-        """Validation loss of the checkpoint in this folder; None without validation rows, or if the checkpoint was pruned."""
+        """Validation loss of the checkpoint in this folder; None without validation rows, or if it was pruned or is damaged."""
         from apprentice.train.checkpoint import format as checkpoints
 
         with checkpoints.mark_in_use(self._run.checkpoints / name):
             checkpoint = checkpoints.find_named(self._run.checkpoints, name)
-            return None if checkpoint is None else self._validate_checkpoint(checkpoint, report)
+            with suppress(DamagedError):  # it is marked so, and passed over from now on
+                return None if checkpoint is None else self._validate_checkpoint(checkpoint, report)
+            return None
 
     def _validate_checkpoint(self, checkpoint: Checkpoint, report: ReportFigures) -> float | None:
         from apprentice.train.checkpoint import format as checkpoints

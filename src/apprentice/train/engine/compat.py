@@ -4,7 +4,7 @@ DeepSpeed publishes how to read and set whole tensors (`safe_get_full_fp32_param
 worker. Each worker's own shard, the float32 tensors that ZeRO updates, and the loss scaler have no public name:
 
     stage 3    parameter.ds_id, .ds_tensor.ds_numel   the parameter is partitioned into parts of equal size, the last ones padded
-               parameter._z3_optimizer                reads this worker's part of the weight or of a moment, in float32
+               parameter._z3_optimizer                reads and finds this worker's part of the weight or of a moment, in float32
                Init._convert_to_deepspeed_param       makes a parameter one that is partitioned; its part is ds_tensor
     stage 1-2  parameter._hp_mapping                  this worker's fragment of the parameter; None where it has none
 """
@@ -99,14 +99,6 @@ def cast_unsplit(model: nn.Module, dtype: torch.dtype) -> None:
                 parameter.data = parameter.data.to(dtype)
 
 
-def set_split_value(parameter: nn.Parameter, value: Tensor) -> None:
-    """Sets this worker's part of a partitioned parameter, as forward passes use it, from the whole tensor `value`."""
-    split: Any = parameter
-    size = split.ds_tensor.ds_numel
-    values = value.flatten()[split.ds_zero_partition_rank * size :][:size]
-    split.ds_tensor[: len(values)].copy_(values)
-
-
 class GatherOnUse:
     """Hooks that gather the partitioned parameters of each module of `model` while it runs, for passes before there is an engine.
 
@@ -136,17 +128,21 @@ class GatherOnUse:
 
 
 class LocalShard(NamedTuple):
-    """One worker's part of a flattened tensor: `numel` elements from `start`; `read()` gives them, float32 (numel,)."""
+    """One worker's part of a flattened tensor: `numel` elements from `start`.
+
+    `read()` gives them, float32 (numel,); `update(change)` has `change` set what it gives in place.
+    """
 
     start: int
     numel: int
     read: Callable[[], Tensor]
+    update: Callable[[Callable[[Tensor], object]], object]
 
 
 def local_shard(parameter: nn.Parameter, moment: str | None, numbers: int, rank: int) -> LocalShard:
     """This worker's shard of a ZeRO-partitioned parameter's weight, or of its optimizer `moment`, which has `numbers` elements.
 
-    It reads DeepSpeed's own tensors, which the next step changes.
+    It reads and updates DeepSpeed's own tensors, which the next step changes.
     """
     partitioned: Any = parameter
     if hasattr(parameter, "ds_id"):
@@ -154,29 +150,46 @@ def local_shard(parameter: nn.Parameter, moment: str | None, numbers: int, rank:
         start = min(rank * part, numbers)
         count = min(part, numbers - start)
         zero = partitioned._z3_optimizer
-        options = {"release_swap_buffers": True, "optim_state_key": moment}
-        return LocalShard(start, count, lambda: zero._get_fp32_opt_state_partition(parameter, **options)[0][:count])
+
+        def find(*, release: bool) -> tuple[Tensor, int]:
+            partition, group = zero._get_fp32_opt_state_partition(parameter, release_swap_buffers=release, optim_state_key=moment)
+            return partition.detach()[:count], group
+
+        def update(change: Callable[[Tensor], object]) -> None:
+            values, group = find(release=False)
+            change(values)
+            if zero._swappable_optimizer_subgroup(group):
+                zero._optimizer_states_and_gradient_swap_out(group)
+
+        return LocalShard(start, count, lambda: find(release=True)[0], update)
     fragment = partitioned._hp_mapping
     if fragment is None:
-        return LocalShard(0, 0, lambda: torch.empty(0))
+        return LocalShard(0, 0, lambda: torch.empty(0), lambda _: None)
     address = fragment.lp_fragment_address
-    return LocalShard(address.start, address.numel, lambda: fragment.get_hp_fragment(moment))
+
+    def find_fragment() -> Tensor:
+        values: Tensor = fragment.get_hp_fragment(moment).detach()
+        return values
+
+    def update_fragment(change: Callable[[Tensor], object]) -> None:
+        change(find_fragment())
+
+    return LocalShard(address.start, address.numel, find_fragment, update_fragment)
 
 
-def set_weight(parameter: nn.Parameter, value: Tensor) -> None:
-    """Sets this worker's shard of a ZeRO-partitioned weight from the whole tensor."""
-    from deepspeed.utils import safe_set_full_fp32_param
+def update_compute_weights(optimizer: Any) -> None:
+    """Sets the weights that a forward pass uses from the float32 ones, as at the end of a step. All workers must call it.
 
-    safe_set_full_fp32_param(parameter, value)
-    if is_split(parameter):  # ZeRO-3 computes with the weights of another number format, and sets them only after a step
-        set_split_value(parameter, value)
-
-
-def set_moment(parameter: nn.Parameter, moment: str, value: Tensor) -> None:
-    """Sets this worker's shard of an optimizer moment from the whole tensor."""
-    from deepspeed.utils import safe_set_full_optimizer_state
-
-    safe_set_full_optimizer_state(parameter, value, moment)
+    `optimizer` is DeepSpeed's, of ZeRO.
+    """
+    if hasattr(optimizer, "update_lp_params"):
+        optimizer.update_lp_params()
+        return
+    optimizer._partition_all_parameters()
+    for group in range(len(optimizer.fp16_groups)):
+        optimizer._reassign_or_swap_out_partitioned_parameters(group)
+    if optimizer.persistent_parameters:
+        optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
 
 
 def gather_at_once(modules: Iterable[nn.Module]) -> None:

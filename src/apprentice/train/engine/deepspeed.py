@@ -1,7 +1,7 @@
 """DeepSpeed engine behind a small interface: an optimizer step, a validation pass, and the training state by parameter name.
 
-The state is the float32 weights and the optimizer's moments. It is saved from each worker's shards and restored from whole tensors,
-by parameter name, so that a checkpoint means the same on any number of workers and at any ZeRO stage.
+The state is the float32 weights and the optimizer's moments. Each worker saves its shards of it, and restores them from ranges of a
+checkpoint's tensors, by parameter name, so that a checkpoint means the same on any number of workers and at any ZeRO stage.
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ import contextlib
 import io
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,14 +23,13 @@ from apprentice.models.tuning.experts import modules_used_as_one
 from apprentice.recipe import Training
 from apprentice.train.batch import MicroBatch, SupervisedBatch, move_batch
 from apprentice.train.checkpoint.format import WEIGHT
-from apprentice.train.checkpoint.shard_gather import Shard
+from apprentice.train.checkpoint.shard import RangeReader, Shard, TensorRange, check_shapes
 from apprentice.train.compat import attention_name
 from apprentice.train.engine import compat
 from apprentice.train.engine.deepspeed_config import deepspeed_config
 from apprentice.train.engine.sequence_group import SequenceGroup
 from apprentice.train.losses.loss_registry import create_loss
 from apprentice.train.losses.objective_loss import ObjectiveLoss
-from apprentice.train.low_precision_adamw import LowPrecisionAdamW
 from apprentice.train.optimizer import begin_state, make_optimizer, moment_shapes, number_formats, read_moment, write_moment
 from apprentice.train.state import StepOutcome
 
@@ -62,6 +63,7 @@ class DeepSpeedEngine:
         self._sequence_group = sequence_group
         group = None if sequence_group is None else sequence_group.devices
         self._loss_module = create_loss(model, training, formats.autocast, group=group)
+        self._load_dtypes = {name: parameter.dtype for name, parameter in trained.items()}
         compat.cast_unsplit(model, formats.weights)
         compat.gather_at_once(modules_used_as_one(model))
         wrapped = _Module(self._loss_module).to(device=device)
@@ -143,19 +145,32 @@ class DeepSpeedEngine:
             self._begin_optimizer_state(0)
         compat.link_optimizer_state(self._engine.optimizer)
         shards = []
+        for key, shape, local in self._local_state():
+            if not self._engine.zero_optimization():  # every worker has all, and each saves an equal part of it
+                first, last = (local.numel * rank // dist.get_world_size() for rank in (self._rank, self._rank + 1))
+                local = local._replace(start=first, numel=last - first, read=partial(_read_part, local.read, first, last))
+            shards.append(Shard(key, shape, local.start, local.numel, local.read))
+        return shards
+
+    def weight_shards(self) -> list[Shard]:
+        """This worker's shards of the weights alone, in the number formats in which such a model is loaded."""
+        dtypes = {f"{WEIGHT}/{name}": dtype for name, dtype in self._load_dtypes.items()}
+        return [replace(shard, dtype=dtypes[shard.key]) for shard in self.shards() if shard.key in dtypes]
+
+    def _local_state(self) -> Iterator[tuple[str, tuple[int, ...], compat.LocalShard]]:
+        """Key, shape and this worker's part of every tensor of the state, in the same order on all workers."""
         for name, parameter in self._parameters.items():
             shapes = {None: self._shapes[name]} | moment_shapes(self._optimizer_settings, self._shapes[name])
             for moment, shape in shapes.items():
                 local = self._local_shard(parameter, moment, math.prod(shape))
-                shards.append(Shard(f"{moment or WEIGHT}/{name}", tuple(shape), *local))
-        return shards
+                yield f"{moment or WEIGHT}/{name}", tuple(shape), local
 
     def _local_shard(self, parameter: nn.Parameter, moment: str | None, numbers: int) -> compat.LocalShard:
         if self._engine.zero_optimization():
             local = compat.local_shard(parameter, moment, numbers, self._rank)
-        else:  # stage 0: every worker has all, and the first one saves it
-            whole = parameter if moment is None else self._plain_state(parameter)[moment]
-            local = compat.LocalShard(0, numbers if self._rank == 0 else 0, whole.flatten)
+        else:
+            whole = (parameter.data if moment is None else self._plain_state(parameter)[moment]).view(-1)
+            local = compat.LocalShard(0, numbers, lambda: whole, lambda change: change(whole))
         read, inner = local.read, self._inner_optimizer()
         return local if moment is None else local._replace(read=lambda: read_moment(inner, read()))
 
@@ -165,36 +180,30 @@ class DeepSpeedEngine:
             return None
         return compat.loss_scaler_state(self._engine.optimizer) | {"steps": self._steps_made()}
 
-    def restore(self, read: Callable[[str], Tensor], steps: int, scaling: Mapping[str, float] | None = None) -> None:
-        """Restores the state: `read(key)` gives a whole tensor, `steps` is the number of optimizer steps made.
+    def restore(self, tensors: RangeReader, steps: int, scaling: Mapping[str, float] | None = None) -> None:
+        """Restores the state from this worker's ranges of `tensors`, and from it the weights that forward passes use.
 
-        `scaling` is the result of `loss_scaling`; without it the loss scale starts anew.
+        `steps` is the number of optimizer steps made. `scaling` is the result of `loss_scaling`; without it the loss scale starts
+        anew. All workers must call it. Raises `ModelError` if the tensors do not belong to this model.
         """
         if scaling is not None and self._scales_loss:
             steps = int(scaling["steps"])
             compat.set_loss_scaler_state(self._engine.optimizer, scaling)
         self._begin_optimizer_state(steps)
-        sharded = self._engine.zero_optimization()
-        for name, parameter in self._parameters.items():
-            weight = read(f"{WEIGHT}/{name}").to(self._device)
-            if sharded:
-                compat.set_weight(parameter, weight)
-            else:
-                parameter.data.copy_(weight)
-            for key in moment_shapes(self._optimizer_settings, self._shapes[name]):
-                self._restore_moment(parameter, key, read(f"{key}/{name}"))
-
-    def _restore_moment(self, parameter: nn.Parameter, key: str, moment: Tensor) -> None:
-        inner = self._inner_optimizer()
-        if not self._engine.zero_optimization():
-            write_moment(inner, self._plain_state(parameter)[key].view(-1), moment.flatten().to(self._device))
-        elif isinstance(inner, LowPrecisionAdamW):
-            local = compat.local_shard(parameter, key, moment.numel(), self._rank)
+        state = list(self._local_state())
+        check_shapes(tensors.shapes, {key: shape for key, shape, _ in state})
+        ranges = [TensorRange(key, local.start, local.numel) for key, _, local in state]
+        for (key, _, local), values in zip(state, tensors.read_ranges(ranges), strict=True):
             if local.numel:
-                part = local.read()
-                write_moment(inner, part, moment.flatten()[local.start :][: local.numel].to(part.device))
+                local.update(partial(self._set_values, values, is_weight=key.startswith(f"{WEIGHT}/")))
+        if self._engine.zero_optimization():
+            compat.update_compute_weights(self._engine.optimizer)
+
+    def _set_values(self, values: Tensor, target: Tensor, *, is_weight: bool) -> None:
+        if is_weight:
+            target.copy_(values)
         else:
-            compat.set_moment(parameter, key, moment.to(self._device))
+            write_moment(self._inner_optimizer(), target, values.to(target.device))
 
     def _plain_state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         state: dict[str, Tensor] = self._engine.optimizer.state[parameter]
@@ -227,6 +236,10 @@ class _Module(nn.Module):
     def forward(self, batch: MicroBatch | None = None, texts: Sequence[Tensor] = ()) -> Tensor:
         result: Tensor = self.loss.targets.logits_after(*texts) if batch is None else self.loss(batch)
         return result
+
+
+def _read_part(read: Callable[[], Tensor], first: int, last: int) -> Tensor:
+    return read()[first:last]
 
 
 def enable_activation_checkpointing(model: nn.Module) -> None:

@@ -19,7 +19,7 @@ from apprentice.errors import TrainingError
 from apprentice.models.loading import count_parameters, resolve_dtype
 from apprentice.pretrained.hub import local_folder
 from apprentice.recipe import Recipe, data_parallel_size
-from apprentice.train.checkpoint.format import SHARD_BYTES
+from apprentice.train.checkpoint.shard_writer import WINDOW_BYTES
 from apprentice.train.memory.activations import estimate_activations
 from apprentice.train.memory.estimate import PROCESS_BYTES, MemoryEstimate, estimate_memory, gathered_weight_bytes
 from apprentice.train.memory.model_size import count_quantized
@@ -74,8 +74,8 @@ def add_to_activations(
     estimate = replace(estimate, weights=estimate.weights + gathered_weight_bytes(recipe, parameters, dtype), activations=saved)
     if recipe.training.resources.gpus:
         return estimate  # process and checkpoint take no GPU memory
-    checkpoint_bytes = 12.0 * trained  # bytes in a checkpoint: float32 weight and two moments
-    return replace(estimate, process=PROCESS_BYTES, checkpoint=checkpoint_bytes / workers + min(checkpoint_bytes, SHARD_BYTES))
+    share = 12.0 * trained / workers  # of a checkpoint's bytes: float32 weight and two moments
+    return replace(estimate, process=PROCESS_BYTES, checkpoint=share + min(share, WINDOW_BYTES))
 
 
 def estimate_of_finished_run(recipe: Recipe, length: int, sizes: Mapping[str, int]) -> MemoryEstimate:

@@ -1,9 +1,9 @@
 """Stream of rows of an on-policy run: rounds made by Ray Data actors, each with the weights at the end of the round before.
 
-    number of a round ─▶ actors that wait for its checkpoint, then write, score and pack replies ─▶ <run>/rounds/ ─▶ the workers
+    number of a round ─▶ actors that wait for its weights, then write, score and pack replies ─▶ <run>/rounds/ ─▶ the workers
 
-Rounds are kept in the run's folder: one that is there is read, not made again. Training workers just take rows; the checkpoint
-after a round's last step lets the actors begin the next round.
+Rounds are kept in the run's folder: one that is there is read, not made again. Training workers just take rows; the snapshot of the
+weights that they write after a round's last step lets the actors begin the next round.
 """
 
 from __future__ import annotations
@@ -31,15 +31,16 @@ from apprentice.run.folder import Run
 from apprentice.storage import Folder
 from apprentice.train.checkpoint import format as checkpoints
 from apprentice.train.checkpoint.format import Checkpoint
+from apprentice.train.checkpoint.shard_reader import open_tensors
 from apprentice.train.on_policy.rollout import RoundWriter
 
-WAIT_S = 0.2  # between two checks for a new checkpoint
+WAIT_S = 0.2  # between two checks for new weights
 
 
 def stream_rounds(corpus: Corpus, run: Run, start: Start) -> ray.data.Dataset:
     """The rows of all rounds from `start` on, in order and in blocks as `train_stream` gives them. Ray must be running.
 
-    Readers must not prefetch beyond the current step: a round's rows wait for a checkpoint that only training makes.
+    Readers must not prefetch beyond the current step: a round's rows wait for weights that only training makes.
     """
     recipe = corpus.recipe
     steps, shape = recipe.training.steps or 0, recipe.round
@@ -91,23 +92,23 @@ class _RoundActor:
         step = window * self._corpus.recipe.round.steps
         if step == 0:
             return arrow_table(self._writer.rows(window, part, None))
-        with checkpoints.open_tensors(wait_for_checkpoint(self._run, step)) as read:
-            return arrow_table(self._writer.rows(window, part, read))
+        with open_tensors(wait_for_weights(self._run, step)) as reader:
+            return arrow_table(self._writer.rows(window, part, reader.read))
 
 
-def wait_for_checkpoint(run: Run, step: int) -> Checkpoint:
-    """Waits for the checkpoint after `step` and returns it. If the workers are gone, Ray ends this process with the stream.
+def wait_for_weights(run: Run, step: int) -> Checkpoint:
+    """Waits for the weights after `step` and returns them. If the workers are gone, Ray ends this process with the stream.
 
-    Raises `TrainingError` if there is a newer checkpoint and not this one: it will never come.
+    Raises `TrainingError` if there are newer ones, or a newer checkpoint, and not these: they will never come.
     """
     while True:
-        passed = checkpoints.find_newest_step(run.checkpoints) > step
-        if (checkpoint := checkpoints.find_of_step(run.checkpoints, step)) is not None:
-            return checkpoint
+        passed = any(checkpoints.find_newest_step(run.checkpoints, kind) > step for kind in (checkpoints.STEP, checkpoints.WEIGHTS))
+        if (weights := checkpoints.find_weights(run.checkpoints, step)) is not None:
+            return weights
         if passed:
             raise TrainingError(
-                f"the replies of the round after step {step} are not all written, and the checkpoint of that step, whose model"
-                f" was writing them, is damaged or gone; start run {run.name!r} over with --restart."
+                f"the replies of the round after step {step} are not all written, and the weights of that step, which were"
+                f" writing them, are damaged or gone; start run {run.name!r} over with --restart."
             )
         time.sleep(WAIT_S)
 
