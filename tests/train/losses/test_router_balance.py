@@ -80,7 +80,7 @@ def test_models_without_experts_are_refused() -> None:
         create_loss(made("llama"), settings(0.1))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_experts_split_up_train_as_in_one_process(tmp_path: Path) -> None:
     """Workers' tokens go to different experts; each worker must call and gather the same all the same."""
     results = trained(2, tmp_path, SPLIT)
