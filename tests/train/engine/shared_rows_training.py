@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ from apprentice.train.engine.sequence_group import SequenceGroup
 from apprentice.train.loop import compute_validation_loss
 from apprentice.train.losses import target_losses
 from apprentice.train.optimizer import make_optimizer
+from tests.support.process_group import join_group
 from tests.train.pair import state_of
 from tests.train.rows import counted, packed_rows, reference_nll
 
@@ -134,10 +133,7 @@ def plain(case: dict[str, Any]) -> dict[str, Any]:
 
 def process(rank: int, workers: int, folder: str, cases: list[dict[str, Any]]) -> None:
     """One of `workers` processes: trains every case of `cases`; the first one saves the results as they come."""
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(workers), MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=workers)
+    join_group(folder, rank, workers)
     target_losses.CHUNK_NUMBERS = CHUNK * 512
     results = []
     for case in cases:
