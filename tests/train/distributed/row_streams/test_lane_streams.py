@@ -13,11 +13,14 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+import ray.train
+from ray.train import DataConfig
 
 from apprentice.data.stream import make_corpus, repartition_by_step
 from apprentice.recipe import Recipe, load_recipe
 from apprentice.run.folder import open_run
 from apprentice.train.distributed import driver as launch
+from apprentice.train.distributed.row_streams.lane_reader import read_rows
 from apprentice.train.distributed.row_streams.lane_streams import LaneConfig, actors_of_lane, lane_names, stream_options
 from tests.support.recipes import tiny_recipe
 from tests.train.distributed.row_streams.lane_runs import examples_of_plan, steps_of
@@ -43,6 +46,28 @@ def test_actors_that_make_rows() -> None:
     assert [actors_of_lane(1, 8, spare) for spare in (0, 2, 5)] == [1, 1, 4]
     assert [actors_of_lane(lanes, 8, 100) for lanes in (2, 3, 16)] == [4, 3, 1]
     assert [actors_of_lane(4, 64, spare) for spare in (5, 8, 9)] == [1, 1, 2]
+
+
+def test_of_workers_that_share_rows_the_first_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two lanes and eight workers, of whom neighbours share rows: four groups, so two of them read each lane."""
+
+    def split(_: Any, datasets: dict[str, Any], parts: int, *__: Any) -> list[dict[str, Any]]:
+        return [{name: (name, part, parts) for name in datasets} for part in range(parts)]
+
+    monkeypatch.setattr(DataConfig, "configure", split)
+    made = Recipe.model_validate(
+        recipe(2, 8).model_dump(exclude_unset=True)
+        | {"training": {"workers": 8, "steps": 5, "global_batch": GLOBAL_BATCH, "sequence_parallel": 2}}
+    )
+    config = LaneConfig(made.lanes, stream_options(made, 100), made.training.sequence_parallel)
+    names = lane_names(2)
+    divided = config.configure(dict.fromkeys(names), 8, None, None)
+    assert [divided[rank][names[rank // 2 % 2]][1:] for rank in (0, 2, 4, 6)] == [(0, 2), (0, 2), (1, 2), (1, 2)]
+    asked: list[str] = []
+    monkeypatch.setattr(ray.train, "get_dataset_shard", asked.append)
+    for rank in (1, 3, 5, 7):
+        assert list(read_rows(made, rank, 8)) == []
+    assert not asked
 
 
 @pytest.mark.slow
