@@ -45,6 +45,12 @@ def package(folder: Path, **changes: Any) -> Recipe:
     return recipe_in(folder, [str(folder / "task.yaml")])
 
 
+def test_workers_that_share_rows_make_no_other_run(tmp_path: Path) -> None:
+    alone = recipe_in(tmp_path, ["sst2"])
+    shared = {"training": {"steps": 5, "workers": 4, "sequence_parallel": 2}}
+    assert identity(Recipe.model_validate(alone.model_dump(exclude_unset=True) | shared)) == identity(alone)
+
+
 def test_a_task_file_that_moved_is_the_same_run(tmp_path: Path) -> None:
     open_run(package(tmp_path / "_ray_pkg_1"))
     run = open_run(package(tmp_path / "_ray_pkg_2"))
