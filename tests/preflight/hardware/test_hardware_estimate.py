@@ -222,6 +222,8 @@ def test_batches_that_cannot_be_divided(tmp_path: Path) -> None:
     model = big_llama(tmp_path, "1b")
     with pytest.raises(RecipeError, match=r"global_batch 60 cannot be divided among 8 workers"):
         place_recipe(recipe(tmp_path, model, training__global_batch=60), parse_hardware("8xH100-80GB"))
+    with pytest.raises(RecipeError, match=r"8 workers on 8xH100-80GB cannot read 6 lanes evenly; choose other data.lanes"):
+        place_recipe(recipe(tmp_path, model, data__lanes=6, training__global_batch=48), parse_hardware("8xH100-80GB"))
     fewer = place_recipe(recipe(tmp_path, model, training__micro_batch=32), parse_hardware("8xH100-80GB"))
     assert fewer.training.micro_batch == 8
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from apprentice.errors import ResourcesError
-from apprentice.recipe import Recipe
+from apprentice.recipe import Recipe, WorkerRange
 from apprentice.train.distributed.resources import GIB, check_resources, export_memory, required_resources, workers_that_fit
 from apprentice.train.memory.estimate import PROCESS_BYTES
 
@@ -118,3 +118,14 @@ def test_workers_that_share_rows_come_in_whole_groups() -> None:
     assert [workers_that_fit(ranged, [{"CPU": cpus}]) for cpus in (4.0, 5.0, 6.0, 9.0, 10.0)] == [2, 2, 4, 4, 8]
     with pytest.raises(ResourcesError, match="training asks for 2 workers of 1 CPUs each"):
         workers_that_fit(ranged, [{"CPU": 3.0}])
+
+
+def test_each_lane_needs_a_cpu_and_the_least_workers_must_fit_the_lanes() -> None:
+    made = recipe(workers={"min": 2, "max": 8})
+    of_four = made.model_copy(update={"data": made.data.model_copy(update={"lanes": 4})})
+    assert (required_resources(made).data_cpus, required_resources(of_four).data_cpus) == (2.0, 5.0)
+    of_elastic = made.model_copy(update={"training": made.training.model_copy(update={"workers": WorkerRange(min=3, max=8)})})
+    assert required_resources(of_elastic).workers == 4  # 3 do not divide 8
+    assert [workers_that_fit(of_four, [{"CPU": float(cpus)}]) for cpus in (7, 9, 12, 13)] == [2, 4, 4, 8]
+    with pytest.raises(ResourcesError, match="2 workers of 1 CPUs each, and 5 more CPUs for the data; the cluster has 6 CPUs"):
+        workers_that_fit(of_four, [{"CPU": 6.0}])

@@ -25,7 +25,7 @@ from apprentice.recipe.lanes import Lanes
 from apprentice.run.folder import Run
 from apprentice.train.checkpoint import format as checkpoints
 from apprentice.train.distributed.elastic import find_leaving_nodes
-from apprentice.train.lane_position import LanePosition, start_of_lanes
+from apprentice.train.lane_position import start_of_lanes
 
 STEPS_AHEAD = 16  # steps of rows that a stream may hold ready,
 LEAST_AHEAD_BYTES = 64 * 2**20  # or this much where they are smaller
@@ -48,8 +48,7 @@ class LaneStreams:
         self._recipe, self._run, self._mailbox, self._corpus = recipe, run, mailbox, corpus
         self._validators = validators
         self._submitted = is_job()  # here, because the controller's process does not know
-        self._places: tuple[LanePosition, ...] = ()
-        self._actors = 1  # of each lane
+        self._streams: list[Any] = []  # of the newest group
 
     def datasets(self) -> dict[str, Callable[[], Any]]:
         """Name → function that makes a lane's stream. Ray Train calls them in order for each group, before its workers run."""
@@ -57,28 +56,27 @@ class LaneStreams:
 
     def _build(self, lane: int) -> Any:
         if lane == 0:
-            self._begin_attempt()
-        place = self._places[lane]
-        start = Start(place.window, place.row)
-        if self._recipe.training.aim.rounds:
-            from apprentice.train.on_policy.rollout_stream import stream_rounds  # imports the models that write replies
+            self._streams = self._begin_attempt()
+        return self._streams[lane]
 
-            return stream_rounds(ray.get(self._corpus), self._run, start)
-        return train_stream(ray.get(self._corpus), start, None, self._actors, self._corpus)
-
-    def _begin_attempt(self) -> None:
+    def _begin_attempt(self) -> list[Any]:
+        """The streams of all lanes from the newest checkpoint on."""
         checkpoint = checkpoints.find_newest(self._run.checkpoints)
         workers = ray.get(self._mailbox.begin_attempt.remote(checkpoint))
-        training, lanes = self._recipe.training, self._recipe.data.lanes
-        self._places = checkpoint.state.lanes if checkpoint else start_of_lanes(lanes)
+        corpus, training, lanes = ray.get(self._corpus), self._recipe.training, self._recipe.data.lanes
+        places = checkpoint.state.lanes if checkpoint else start_of_lanes(lanes)
+        starts = [Start(place.window, place.row) for place in places]
         if training.aim.rounds:
+            from apprentice.train.on_policy.rollout_stream import stream_rounds  # imports the models that write replies
+
             self._mailbox.set_stream_cpus.remote(training.grpo.actors * training.resources.cpus)
-            return
+            return [stream_rounds(corpus, self._run, start) for start in starts]
         # As many actors as there is room for now, since a node may have been lost after the run began.
         nodes = node_resources(job=self._submitted, without=find_leaving_nodes(ray.nodes()))
         spare = sum(node.get("CPU", 0.0) for node in nodes) - (workers + self._validators) * training.resources.cpus
-        self._actors = actors_of_lane(lanes, workers, int(spare))
-        self._mailbox.set_stream_cpus.remote(lanes * self._actors)
+        actors = actors_of_lane(lanes, workers, int(spare))
+        self._mailbox.set_stream_cpus.remote(lanes * actors)
+        return [train_stream(corpus, start, None, actors, self._corpus) for start in starts]
 
 
 def actors_of_lane(lanes: int, workers: int, spare_cpus: int) -> int:
