@@ -176,7 +176,7 @@ def test_a_step_reads_its_numbers_at_its_end() -> None:
     loss: Any = _PlainLoss()
     engine: Any = DeepSpeedEngine.__new__(DeepSpeedEngine)
     engine._engine, engine._loss_module, engine._device = _PlainEngine(loss, events), loss, torch.device("cpu")
-    engine._parameters, engine._scales_loss = dict(loss.named_parameters()), False
+    engine._parameters, engine._scales_loss, engine._sequence_group = dict(loss.named_parameters()), False, None
     batches = [SupervisedBatch(torch.full((1, size), 3), None, torch.ones(1, size, dtype=torch.bool)) for size in (1, 2, 4)]
     with _ReadTracer(events):
         outcome = engine.train_step(batches, 0.5, 0.1)
