@@ -19,8 +19,8 @@ from apprentice.train.engine.sequence_group import SequenceGroup
 from apprentice.train.loop import compute_validation_loss
 from apprentice.train.losses import target_losses
 from apprentice.train.optimizer import make_optimizer
+from tests.support.checkpoints import StateReader, state_of
 from tests.support.process_group import join_group
-from tests.train.pair import state_of
 from tests.train.rows import counted, packed_rows, reference_nll
 
 STEPS, ROWS, RATE = 3, 4, 1e-3  # ROWS of one step of all workers
@@ -100,7 +100,7 @@ def shared(case: dict[str, Any]) -> dict[str, Any]:
     }
     if case["resumes"]:
         alone, collectives = engine_of(case, 1, weights_of(before))
-        alone.restore(before.__getitem__, STEPS - 1)
+        alone.restore(StateReader(before), STEPS - 1)
         restored = state_of(alone)
         result["restored"] = all(torch.equal(before[key], restored[key]) for key in before)
         result["resumed_loss"] = step(alone, collectives, case, STEPS - 1)
