@@ -103,12 +103,12 @@ def worker_error(plan: Plan) -> float:
     """
     first = FAR // TURN
     sent = pickle.loads(pickle.dumps(plan))
-    seen: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     for worker in np.random.default_rng(0).permutation(WORKERS).tolist():
         start = (first + worker) * TURN
-        seen.update(draw.task for draw in sent.draws(start, start + TURN))
+        counts.update(draw.task for draw in sent.draws(start, start + TURN))
     start, stop = first * TURN, (first + WORKERS) * TURN
-    return float(max(abs(seen[task] - (plan.count(task, stop) - plan.count(task, start))) for task in plan.tasks))
+    return float(max(abs(counts[task] - (plan.count(task, stop) - plan.count(task, start))) for task in plan.tasks))
 
 
 def scale_table(window: float, plan_mib: float, block_s: float) -> str:

@@ -110,10 +110,10 @@ def _generation(model: Any, tokenizer: Tokenizer, texts: list[str], runs: int) -
             ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in batch])
             mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in batch])
             with torch.inference_mode():
-                made = model.generate(
+                generated = model.generate(
                     ids, attention_mask=mask, max_new_tokens=REPLY, do_sample=False, eos_token_id=sorted(stops), pad_token_id=0
                 )
-            for line in made[:, width:].tolist():
+            for line in generated[:, width:].tolist():
                 end = next((place for place, token in enumerate(line) if token in stops), len(line))
                 replies.append(line[:end])
         return replies

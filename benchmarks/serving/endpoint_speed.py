@@ -92,12 +92,12 @@ def four_adapters(base: Path, folder: Path) -> Path:
     """Writes random LoRA adapters of rank 16 for all linear layers of the base, in PEFT's format; returns `folder`."""
     model = load_model(base, torch.float32)
     for seed, name in enumerate(ADAPTERS):
-        made = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(seed)
         tensors = {}
         for layer, module in model.model.named_modules():
             if isinstance(module, torch.nn.Linear):
                 for key, shape in (("A", (16, module.in_features)), ("B", (module.out_features, 16))):
-                    tensors[f"base_model.model.model.{layer}.lora_{key}.weight"] = torch.randn(shape, generator=made) * 0.01
+                    tensors[f"base_model.model.model.{layer}.lora_{key}.weight"] = torch.randn(shape, generator=generator) * 0.01
         (folder / name).mkdir(parents=True)
         save_file(tensors, folder / name / "adapter_model.safetensors")
         config = {"peft_type": "LORA", "r": 16, "lora_alpha": 32, "base_model_name_or_path": base.name}
@@ -255,8 +255,8 @@ async def tokens_per_s(endpoint: Endpoint, tokens: int, *, at_once: int, models:
 
     async with httpx.AsyncClient(timeout=600) as http:
         began = time.perf_counter()
-        made = sum(await asyncio.gather(*(ask(http, number) for number in range(REQUESTS))))
-        return made / (time.perf_counter() - began)
+        token_count = sum(await asyncio.gather(*(ask(http, number) for number in range(REQUESTS))))
+        return token_count / (time.perf_counter() - began)
 
 
 if __name__ == "__main__":

@@ -199,8 +199,8 @@ def tokens_per_s(server: Running) -> float:
         await asyncio.sleep(QUIET_S)
         async with client() as http:
             began = time.perf_counter()
-            made = await asyncio.gather(*(stream(http, server, number, 64 + number % 17) for number in range(AT_ONCE)))
-            return sum(tokens for tokens, _ in made) / (time.perf_counter() - began)
+            token_counts = await asyncio.gather(*(stream(http, server, number, 64 + number % 17) for number in range(AT_ONCE)))
+            return sum(tokens for tokens, _ in token_counts) / (time.perf_counter() - began)
 
     return asyncio.run(all_of_them())
 

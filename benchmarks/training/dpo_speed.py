@@ -83,10 +83,10 @@ def recipe_of(arguments: argparse.Namespace, storage: str, name: str, steps: int
 
 def ours(arguments: argparse.Namespace, storage: str, name: str) -> float:
     """Pairs/s of our run's steady steps, with the reference pass included."""
-    made = recipe_of(arguments, storage, name, arguments.steps + WARM_UP)
-    run = open_run(made)
-    corpus = make_corpus(made, run)
-    train(made, run, corpus, progress=lambda _: None)
+    recipe = recipe_of(arguments, storage, name, arguments.steps + WARM_UP)
+    run = open_run(recipe)
+    corpus = make_corpus(recipe, run)
+    train(recipe, run, corpus, progress=lambda _: None)
     records = [json.loads(line) for line in (run.folder / "steps.jsonl").read_text().splitlines()]
     steady = [record for record in records if record.get("step", 0) > WARM_UP and "loss" in record]
     pairs = sum(len(record["examples"]) for record in steady)
@@ -189,5 +189,5 @@ def trl_process(_: int, arguments: argparse.Namespace, storage: str, batch: int,
 def corpus_of(arguments: argparse.Namespace, storage: str) -> Corpus:
     """The corpus of our runs; writes the pairs first."""
     write_pairs(Path(storage) / "pairs.jsonl")
-    made = recipe_of(arguments, storage, "pairs", arguments.steps + WARM_UP)
-    return make_corpus(made, Run(open_run(made).folder), parallel=False)
+    recipe = recipe_of(arguments, storage, "pairs", arguments.steps + WARM_UP)
+    return make_corpus(recipe, Run(open_run(recipe).folder), parallel=False)

@@ -78,9 +78,9 @@ def recipe_of(arguments: argparse.Namespace, storage: str, name: str) -> Recipe:
 
 def ours(arguments: argparse.Namespace, storage: str, number: int) -> float:
     """Target tokens/s of our run's steady steps."""
-    made = recipe_of(arguments, storage, f"ours-{number}")
-    run = open_run(made)
-    train(made, run, make_corpus(made, run), progress=lambda _: None)
+    recipe = recipe_of(arguments, storage, f"ours-{number}")
+    run = open_run(recipe)
+    train(recipe, run, make_corpus(recipe, run), progress=lambda _: None)
     records = [json.loads(line) for line in (run.folder / "steps.jsonl").read_text().splitlines()]
     steady = [record for record in records if record.get("step", 0) > WARM_UP and "loss" in record]
     return float(sum(record["target_tokens"] for record in steady) / sum(record["seconds"] for record in steady))
@@ -88,9 +88,9 @@ def ours(arguments: argparse.Namespace, storage: str, number: int) -> float:
 
 def startup_s(arguments: argparse.Namespace, storage: str, number: int) -> tuple[float, float]:
     """Seconds from the call until the first step begins, and until it ends."""
-    made = recipe_of(arguments, storage, f"startup-{number}")
-    run = open_run(made)
-    corpus = make_corpus(made, run)
+    recipe = recipe_of(arguments, storage, f"startup-{number}")
+    run = open_run(recipe)
+    corpus = make_corpus(recipe, run)
     steps: list[tuple[float, float]] = []
     begin = time.perf_counter()
 
@@ -98,7 +98,7 @@ def startup_s(arguments: argparse.Namespace, storage: str, number: int) -> tuple
         if "loss" in record:
             steps.append((time.perf_counter() - begin, record["seconds"]))
 
-    train(made, run, corpus, progress=seen)
+    train(recipe, run, corpus, progress=seen)
     made_at, took = steps[0]
     return made_at - took, made_at
 
@@ -108,11 +108,11 @@ def save_block(arguments: argparse.Namespace, storage: str) -> tuple[float, floa
 
     Whole model with AdamW's state, saved during training.
     """
-    made = recipe_of(arguments, storage, "saves")
-    training = made.training.model_copy(update={"steps": 6, "checkpoint": Checkpointing(every_steps=2, keep=1)})
-    made = made.model_copy(update={"tuning": made.tuning.model_copy(update={"method": "full"}), "training": training})
-    run = open_run(made)
-    train(made, run, make_corpus(made, run), progress=lambda _: None)
+    recipe = recipe_of(arguments, storage, "saves")
+    training = recipe.training.model_copy(update={"steps": 6, "checkpoint": Checkpointing(every_steps=2, keep=1)})
+    recipe = recipe.model_copy(update={"tuning": recipe.tuning.model_copy(update={"method": "full"}), "training": training})
+    run = open_run(recipe)
+    train(recipe, run, make_corpus(recipe, run), progress=lambda _: None)
     records = [json.loads(line) for line in (run.folder / "steps.jsonl").read_text().splitlines()]
     saves = [record for record in records if "saved_s" in record and record["step"] < 6]
     return statistics.median(save["blocked_s"] for save in saves), statistics.median(save["saved_s"] for save in saves)
@@ -175,8 +175,8 @@ def bare_process(rank: int, file: str, workers: int) -> None:
 
 def first_steps(arguments: argparse.Namespace, storage: str) -> list[PackedRows]:
     """The packed rows of our first steps, for the peers."""
-    made = recipe_of(arguments, storage, "rows")
-    return steps_of(make_corpus(made, Run(open_run(made).folder), parallel=False), arguments.steps + WARM_UP)
+    recipe = recipe_of(arguments, storage, "rows")
+    return steps_of(make_corpus(recipe, Run(open_run(recipe).folder), parallel=False), arguments.steps + WARM_UP)
 
 
 def steps_of(corpus: Corpus, count: int) -> list[PackedRows]:
@@ -204,23 +204,23 @@ def measure_bare_loop(arguments: argparse.Namespace, storage: str, numbers: Iter
 
 
 def measure_peer(figure: str, name: str, goal: float, arguments: argparse.Namespace, storage: str, numbers: Iterator[int]) -> None:
-    made, steps = recipe_of(arguments, storage, "peers"), first_steps(arguments, storage)
+    recipe, steps = recipe_of(arguments, storage, "peers"), first_steps(arguments, storage)
     compare(
         f"training.vs_{figure}",
         lambda: ours(arguments, storage, next(numbers)),
         name,
-        lambda: peer_trainers.measured(figure, made, steps).tokens_per_s,
+        lambda: peer_trainers.measured(figure, recipe, steps).tokens_per_s,
         runs=arguments.runs,
         goal=goal,
     )
 
 
 def measure_memory(arguments: argparse.Namespace, storage: str, _: Iterator[int]) -> None:
-    made = recipe_of(arguments, storage, "memory")
-    run = open_run(made)
-    mine = train(made, run, make_corpus(made, run), progress=lambda _: None).peak_memory
+    recipe = recipe_of(arguments, storage, "memory")
+    run = open_run(recipe)
+    mine = train(recipe, run, make_corpus(recipe, run), progress=lambda _: None).peak_memory
     assert mine is not None
-    theirs = peer_trainers.measured("trl", made, first_steps(arguments, storage)).peak_memory
+    theirs = peer_trainers.measured("trl", recipe, first_steps(arguments, storage)).peak_memory
     peer = {"name": "trl SFTTrainer, packing", "mib": theirs // MIB}
     report("training.memory_vs_trl", mine / theirs, unit="ratio", ours_mib=mine // MIB, peer=peer, runs=1, goal=MEMORY_GOAL)
 

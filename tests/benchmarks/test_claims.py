@@ -105,5 +105,5 @@ def test_memory_counts_the_training_workers_alone() -> None:
             return SimpleNamespace(pss=self.held)
 
     worker = "ray::RayTrainWorker.run"
-    seen = [Process(worker, 5), Process(worker, 7), Process("raylet", 100), Process(worker, -1)]
-    assert sum(map(methods._held, seen)) == 12
+    processes = [Process(worker, 5), Process(worker, 7), Process("raylet", 100), Process(worker, -1)]
+    assert sum(map(methods._held, processes)) == 12

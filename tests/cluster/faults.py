@@ -48,7 +48,7 @@ def nothing(place: Place, within_s: float) -> tuple[str, float]:
     began = time.monotonic()
     training = place.submit()
     training.reach(1)
-    trained_on = len(place.made.running("RayTrainWorker"))
+    trained_on = len(place.cluster.running("RayTrainWorker"))
     place.restarts(training)
     assert (training.run / "report" / "report.html").is_file()
     assert trained_on == 2
@@ -58,7 +58,7 @@ def nothing(place: Place, within_s: float) -> tuple[str, float]:
 def host_is_killed(place: Place, within_s: float) -> tuple[str, float]:
     training = place.begin()
     training.reach(10)
-    place.made.kill(place.loser())
+    place.cluster.kill(place.loser())
     seconds = training.next_step(within_s)
     assert place.restarts(training) == 1
     return "training starts its workers again without that host, from the newest checkpoint", seconds
@@ -69,12 +69,12 @@ def link_is_cut(place: Place, within_s: float) -> tuple[str, float]:
     training = place.begin(training__steps=3 * STEPS)
     training.reach(10)
     host = place.loser()
-    place.made.link(host, up=False)
+    place.cluster.link(host, up=False)
     seconds = training.next_step(within_s)
-    place.made.link(host, up=True)
-    place.made.kill(host)
-    place.made.start(host, CPUS)
-    place.made.wait_for(3)
+    place.cluster.link(host, up=True)
+    place.cluster.kill(host)
+    place.cluster.start(host, CPUS)
+    place.cluster.wait_for(3)
     assert training.process.poll() is None
     assert place.restarts(training, 3 * STEPS) == 1
     return "Ray gives the host up and training goes on without it, as above; the host can join again meanwhile", seconds
@@ -84,9 +84,9 @@ def link_is_down_for_a_moment(place: Place, within_s: float) -> tuple[str, float
     training = place.begin()
     training.reach(10)
     host = place.loser()
-    place.made.link(host, up=False)
+    place.cluster.link(host, up=False)
     time.sleep(10)
-    place.made.link(host, up=True)
+    place.cluster.link(host, up=True)
     seconds = training.next_step(within_s)
     assert place.restarts(training) == 0
     return "training waits, and goes on when the link is back", seconds
@@ -95,7 +95,7 @@ def link_is_down_for_a_moment(place: Place, within_s: float) -> tuple[str, float
 def link_is_slow(place: Place, within_s: float) -> tuple[str, float]:
     training = place.begin(training__steps=16)
     training.reach(6)
-    with place.made.slow_link(place.loser(), 0.2, 0.05):
+    with place.cluster.slow_link(place.loser(), 0.2, 0.05):
         began = time.monotonic()
         seconds = training.next_step(within_s)
         training.reach(12)
@@ -108,10 +108,10 @@ def link_is_slow(place: Place, within_s: float) -> tuple[str, float]:
 def gcs_is_restarted(place: Place, within_s: float) -> tuple[str, float]:
     training = place.begin()
     training.reach(10)
-    place.made.restart_gcs(down_s=5)
+    place.cluster.restart_gcs(down_s=5)
     seconds = training.next_step(within_s)
     restarts = place.restarts(training)
-    place.made.wait_for(3)
+    place.cluster.wait_for(3)
     assert restarts == 0
     return "training goes on, and so does the cluster", seconds
 
@@ -131,12 +131,12 @@ sys.stdin.read()
 
 
 def object_stores_are_filled(place: Place, within_s: float) -> tuple[str, float]:
-    made, pipe = place.made, subprocess.PIPE
+    cluster, pipe = place.cluster, subprocess.PIPE
     training = place.begin()
     training.reach(6)
-    command = [*made.hosts[0].prefix, sys.executable, "-c", FILL]
+    command = [*cluster.hosts[0].prefix, sys.executable, "-c", FILL]
     kept = {"stdin": pipe, "stdout": pipe, "stderr": subprocess.DEVNULL}
-    with subprocess.Popen(command, **kept, text=True, env=made.environment, cwd=made.folder) as filler:
+    with subprocess.Popen(command, **kept, text=True, env=cluster.environment, cwd=cluster.folder) as filler:
         assert filler.stdout is not None
         assert filler.stdin is not None
         assert "full\n" in filler.stdout  # Ray tells of what it puts on disk there, too
@@ -176,7 +176,7 @@ def storage_is_not_shared(place: Place, within_s: float) -> tuple[str, float]:
     code, said = place.begin(storage=str(storage)).end
     seconds = time.monotonic() - began
     assert code == 1, f"{code}: {said}"
-    assert f"1 of 3 nodes do not see what is written here, {place.made.hosts[-1].address} (" in said
+    assert f"1 of 3 nodes do not see what is written here, {place.cluster.hosts[-1].address} (" in said
     assert list(storage.iterdir()) == []
     return f"the command ends before it has written anything: “{plain(said, storage)}”", seconds
 
@@ -213,9 +213,9 @@ def small_disk(folder: Path) -> Iterator[None]:
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-def missing(fault: Fault, made: Hosts) -> str | None:
+def missing(fault: Fault, cluster: Hosts) -> str | None:
     """Why the fault cannot be done here; None if it can."""
-    if "links" in fault.needs and not made.real:
+    if "links" in fault.needs and not cluster.real:
         return "needs network namespaces"
     if "redis" in fault.needs and REDIS is None:
         return "needs redis-server"
@@ -227,16 +227,16 @@ def missing(fault: Fault, made: Hosts) -> str | None:
 def play(fault: Fault, model: Path, folder: Path) -> str:
     """The fault's line of the table. Raises `AssertionError` where it ends otherwise than it should."""
     with ExitStack() as stack:
-        made = stack.enter_context(hosts(3))
-        if (reason := missing(fault, made)) is not None:
+        cluster = stack.enter_context(hosts(3))
+        if (reason := missing(fault, cluster)) is not None:
             return f"| {fault.what} | not run: {reason} | | |"
         if "disk" in fault.needs:
             stack.enter_context(small_disk(folder / SMALL))
-        made.redis = "redis" in fault.needs
-        guard(made, folder / "keys.yaml")
+        cluster.redis = "redis" in fault.needs
+        guard(cluster, folder / "keys.yaml")
         (folder / UNSEEN).mkdir()
-        made.start_all(CPUS, hidden=folder / UNSEEN if "unseen" in fault.needs else None)
-        sentence, seconds = fault.do(Place(made, folder, model), fault.within_s)
+        cluster.start_all(CPUS, hidden=folder / UNSEEN if "unseen" in fault.needs else None)
+        sentence, seconds = fault.do(Place(cluster, folder, model), fault.within_s)
     assert seconds <= fault.within_s, f"{sentence}, but after {seconds:.0f} s"
     return f"| {fault.what} | {sentence} | {seconds:.0f} s | {fault.within_s:.0f} s |"
 

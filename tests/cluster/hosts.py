@@ -231,34 +231,34 @@ def hosts(count: int) -> Iterator[Hosts]:
     tag = secrets.token_hex(2)
     folder = Path(tempfile.gettempdir()) / f"h{tag}"
     folder.mkdir()
-    made = Hosts(folder, real=True)
+    cluster = Hosts(folder, real=True)
     try:
         try:
-            _wire(made, tag, count)
+            _wire(cluster, tag, count)
         except (OSError, subprocess.CalledProcessError) as error:
-            _unwire(made)
-            made.real, made.hosts = False, [Host(f"n{tag}{number}", "127.0.0.1", []) for number in range(count)]
+            _unwire(cluster)
+            cluster.real, cluster.hosts = False, [Host(f"n{tag}{number}", "127.0.0.1", []) for number in range(count)]
             print(f"network namespaces are not permitted here ({error}): several raylets on loopback instead", file=sys.stderr)
-        yield made
+        yield cluster
     finally:
-        for host in made.hosts:
-            made.kill(host)
-        _unwire(made)
+        for host in cluster.hosts:
+            cluster.kill(host)
+        _unwire(cluster)
         subprocess.run(["rm", "-rf", str(folder)], check=False)
         signal.signal(signal.SIGTERM, before)
 
 
-def _wire(made: Hosts, tag: str, count: int) -> None:
+def _wire(cluster: Hosts, tag: str, count: int) -> None:
     """A namespace for the switch, one for each host, and a veth pair between the two."""
-    made.switch = f"s{tag}"
-    _ip("netns", "add", made.switch)
-    inside = ("netns", "exec", made.switch, "ip")
+    cluster.switch = f"s{tag}"
+    _ip("netns", "add", cluster.switch)
+    inside = ("netns", "exec", cluster.switch, "ip")
     _ip(*inside, "link", "add", "br0", "type", "bridge")
     _ip(*inside, "link", "set", "br0", "up")
     for number in range(count):
         name = f"n{tag}{number}"
         _ip("netns", "add", name)
-        made.hosts.append(Host(name, f"10.77.0.{number + 1}", ["ip", "netns", "exec", name]))
+        cluster.hosts.append(Host(name, f"10.77.0.{number + 1}", ["ip", "netns", "exec", name]))
         _ip(*inside, "link", "add", f"p{name}", "type", "veth", "peer", "name", "eth0", "netns", name)
         _ip(*inside, "link", "set", f"p{name}", "master", "br0", "up")
         inside_host = ("netns", "exec", name, "ip")
@@ -267,7 +267,7 @@ def _wire(made: Hosts, tag: str, count: int) -> None:
         _ip(*inside_host, "link", "set", "lo", "up")
 
 
-def _unwire(made: Hosts) -> None:
-    for name in (*(host.name for host in made.hosts if made.real), made.switch):
+def _unwire(cluster: Hosts) -> None:
+    for name in (*(host.name for host in cluster.hosts if cluster.real), cluster.switch):
         if name:
             subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)

@@ -55,8 +55,8 @@ class Training:
     def next_step(self, within_s: float) -> float:
         """Seconds until a step is made after now; what was on its way is not taken for one."""
         time.sleep(1.0)
-        seen = len(self.steps())
-        return 1.0 + self.wait(lambda: len(self.steps()) > seen, within_s)
+        before = len(self.steps())
+        return 1.0 + self.wait(lambda: len(self.steps()) > before, within_s)
 
     @cached_property
     def end(self) -> tuple[int, str]:
@@ -70,7 +70,7 @@ class Training:
 class Place:
     """A cluster that is up, and what runs on it need."""
 
-    made: Hosts
+    cluster: Hosts
     folder: Path
     model: Path
 
@@ -81,28 +81,28 @@ class Place:
     def begin(self, **overrides: object) -> Training:
         """`apprentice train`, as a job runs it, on the head."""
         recipe = self.recipe(**overrides)
-        process = self.made.begin(self.made.hosts[0], "-m", "apprentice.jobs", "train", "--recipe", str(recipe))
+        process = self.cluster.begin(self.cluster.hosts[0], "-m", "apprentice.jobs", "train", "--recipe", str(recipe))
         return Training(process, Path(str(overrides.get("storage", self.folder / "runs"))) / "tiny")
 
     def submit(self, *words: str, **overrides: object) -> Training:
         """`apprentice submit RECIPE --follow` on the head."""
         recipe = self.recipe(**overrides)
-        command = ["submit", recipe.name, *words, "--address", self.made.dashboard, "--follow", "--json"]
+        command = ["submit", recipe.name, *words, "--address", self.cluster.dashboard, "--follow", "--json"]
         return Training(
-            self.made.begin(self.made.hosts[0], "-c", SUBMIT, str(self.folder), *command), self.folder / "runs" / "tiny"
+            self.cluster.begin(self.cluster.hosts[0], "-c", SUBMIT, str(self.folder), *command), self.folder / "runs" / "tiny"
         )
 
     def loser(self) -> Host:
         """A host besides the head that trains."""
-        return next(host for host in self.made.running("RayTrainWorker") if host is not self.made.hosts[0])
+        return next(host for host in self.cluster.running("RayTrainWorker") if host is not self.cluster.hosts[0])
 
     def restarts(self, training: Training, steps: int = STEPS) -> int:
         """How often a run started its workers again that has ended well, with the rows that it should have had."""
         code, said = training.end
-        assert code == 0, f"{code}: {said}\n{self.made.logs()}"
-        made, plan = training.steps(), planned(training.run, steps)
-        assert {step for step, _ in made} == set(plan)
-        assert [step for step, positions in made if positions != plan[step]] == [], "steps with other rows"
+        assert code == 0, f"{code}: {said}\n{self.cluster.logs()}"
+        steps_made, plan = training.steps(), planned(training.run, steps)
+        assert {step for step, _ in steps_made} == set(plan)
+        assert [step for step, positions in steps_made if positions != plan[step]] == [], "steps with other rows"
         return int(json.loads((training.run / "status.json").read_text())["training"]["restarts"])
 
 

@@ -37,24 +37,24 @@ print(json.dumps({"answered": len(texts), "texts": sorted(set(texts)), "again": 
 PORT, COUNT = 8123, 200
 
 
-def guard(made: Hosts, file: Path) -> None:
+def guard(cluster: Hosts, file: Path) -> None:
     """Makes the cluster's token a key of its endpoints, too: without keys none listens to other hosts."""
-    file.write_text(json.dumps({"keys": [{"name": "tests", "sha256": hashlib.sha256(made.token.encode()).hexdigest()}]}))
-    made.variables[KEYS_FILE] = str(file)
+    file.write_text(json.dumps({"keys": [{"name": "tests", "sha256": hashlib.sha256(cluster.token.encode()).hexdigest()}]}))
+    cluster.variables[KEYS_FILE] = str(file)
 
 
 def serving_host_dies(place: Place, within_s: float) -> tuple[str, float]:
-    made = place.made
+    cluster = place.cluster
     serving = {"serving__host": "0.0.0.0", "serving__port": PORT, "serving__replicas": {"min": 2, "max": 2}}
     code, said = place.submit("--deploy", training__steps=4, **serving).end
-    assert code == 0, said + made.logs()
-    urls = [f"http://{host.address}:{PORT}" for host in made.hosts]
-    load = made.begin(made.hosts[0], "-c", LOAD, made.token, str(COUNT), *urls)
+    assert code == 0, said + cluster.logs()
+    urls = [f"http://{host.address}:{PORT}" for host in cluster.hosts]
+    load = cluster.begin(cluster.hosts[0], "-c", LOAD, cluster.token, str(COUNT), *urls)
     assert load.stdout is not None
     assert any(line == "50\n" for line in load.stdout)
-    serving_hosts = made.running("ServeReplica:apprentice")
+    serving_hosts = cluster.running("ServeReplica:apprentice")
     assert len(serving_hosts) == 2
-    made.kill(serving_hosts[-1])
+    cluster.kill(serving_hosts[-1])
     out, err = load.communicate(timeout=LONGEST_S)
     assert load.returncode == 0, err
     outcome = json.loads(out.splitlines()[-1])

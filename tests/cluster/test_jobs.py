@@ -98,14 +98,14 @@ def test_the_road_is_submitted_followed_and_deployed_and_given_again_does_nothin
     assert len(json.loads((run / "report" / "report.json").read_text())["tasks"]) >= 8
     assert "train     step 3/3" in done.stderr
 
-    made = {path: path.stat().st_mtime_ns for name in ("model", "report") for path in (run / name).iterdir()}
+    modified = {path: path.stat().st_mtime_ns for name in ("model", "report") for path in (run / name).iterdir()}
     (tmp_path / "notes.md").write_text("So that Ray unpacks the folder, with the task's file in it, elsewhere.")
     again = submit(recipe, head, "--deploy", HF_TOKEN=SECRET)
     assert again.returncode == 0, again.stdout + again.stderr
     assert json.loads(again.stdout)["job"] == result["job"][:-1] + "2"
     assert "trained already" in again.stderr
     assert "evaluated already" in again.stderr
-    assert made == {path: path.stat().st_mtime_ns for path in made}
+    assert modified == {path: path.stat().st_mtime_ns for path in modified}
     reply = httpx.post(
         f"http://127.0.0.1:{yaml.safe_load(recipe.read_text())['serving']['port']}/v1/instruct",
         json={"instruction": "Name a colour.", "input": "", "max_tokens": 4}, timeout=120,

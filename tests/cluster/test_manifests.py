@@ -103,11 +103,11 @@ def test_an_overlay_has_everything(overlay):
 def test_core_kinds_fit_kubernetes(overlay):
     import kubernetes_validate
 
-    seen = of_kind(overlay, *CORE)
-    assert {item["kind"] for item in seen} == CORE
+    objects = of_kind(overlay, *CORE)
+    assert {item["kind"] for item in objects} == CORE
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
-        for item in seen:
+        for item in objects:
             kubernetes_validate.validate(item, KUBERNETES, strict=True)
 
 
@@ -116,13 +116,13 @@ def test_pods_fit_kubernetes(overlay):
     """The CRDs leave the head's `template` half open, so each template is held against the core schema as a pod too."""
     import kubernetes_validate
 
-    seen = 0
+    pod_count = 0
     for name, template in pods(overlay):
         pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "pod"} | template["metadata"], "spec": template["spec"]}
         kubernetes_validate.validate(pod, KUBERNETES, strict=True)
-        seen += 1
+        pod_count += 1
         assert name
-    assert seen >= 13
+    assert pod_count >= 13
 
 
 def schema_of(kind: str) -> dict[str, Any]:
@@ -150,12 +150,12 @@ def _closed(schema: Any) -> Any:
 @pytest.mark.parametrize("kind", sorted(RAY))
 def test_ray_kinds_fit_the_crds(kind):
     validator = jsonschema.Draft7Validator(schema_of(kind))
-    seen = 0
+    kind_count = 0
     for overlay in OVERLAYS:
         for item in of_kind(overlay, kind):
             assert [f"{overlay} {list(error.path)}: {error.message}" for error in validator.iter_errors(item)] == []
-            seen += 1
-    assert seen == {"RayCluster": 4, "RayJob": 16, "RayService": 4}[kind]
+            kind_count += 1
+    assert kind_count == {"RayCluster": 4, "RayJob": 16, "RayService": 4}[kind]
     wrong = json.loads(json.dumps(item)) | {"spec": item["spec"] | {"noSuchField": 1}}
     assert not validator.is_valid(wrong)
 
@@ -238,7 +238,7 @@ def test_clusters_are_safe(overlay):
             pod = group["template"]["spec"]
             shm = next(volume for volume in pod["volumes"] if volume["name"] == "shm")["emptyDir"]["sizeLimit"]
             assert int(group["rayStartParams"]["object-store-memory"]) < bytes_of(shm) < bytes_of(limits(pod)["memory"])
-    seen = 0
+    cluster_count = 0
     for name, template in pods(overlay):
         pod = template["spec"]
         assert pod["securityContext"]["runAsNonRoot"] is True, name
@@ -252,8 +252,8 @@ def test_clusters_are_safe(overlay):
             assert set(probed) <= ports, name
             if "nvidia.com/gpu" in container["resources"]["limits"]:
                 assert container["resources"]["requests"] == container["resources"]["limits"], name
-            seen += 1
-    assert seen >= 13
+            cluster_count += 1
+    assert cluster_count >= 13
 
 
 def _probes(container: dict[str, Any], kind: str) -> list[dict[str, Any]]:

@@ -123,16 +123,16 @@ def test_examples_come_back_out_of_the_rows(lengths: list[int], data: st.DataObj
     starts = np.cumsum([0, *lengths])
     packing = pack(lengths, 40)
     rows = build_rows(ids, np.array(lengths, np.int64), np.array(prompts, np.int64), packing, 40, pad_id=0)
-    seen = 0
+    example_count = 0
     for number, row in enumerate(packing):
         for segment, index in enumerate(row, start=1):
             here = rows["segment_ids"][number] == segment
             assert rows["input_ids"][number, here].tolist() == ids[starts[index] : starts[index + 1]].tolist()
             assert rows["positions"][number, here].tolist() == list(range(lengths[index]))
             assert rows["loss_mask"][number, here].tolist() == [0] * prompts[index] + [1] * (lengths[index] - prompts[index])
-            seen += 1
+            example_count += 1
         padding = rows["segment_ids"][number] == 0
         assert not rows["input_ids"][number, padding].any()
         assert not rows["loss_mask"][number, padding].any()
         assert rows["positions"][number, padding].tolist() == list(range(int(padding.sum())))
-    assert seen == len(lengths)
+    assert example_count == len(lengths)

@@ -107,7 +107,7 @@ def test_an_encoder_decoder_has_prompts_and_answers_apart(pairs_of: CorpusOf, st
     length = 200 if strategy == "none" else 256
     assert rows["input_ids"].shape == rows["positions"].shape == rows["segment_ids"].shape == (len(rows["row"]), length)
     assert rows["target_ids"].shape == rows["target_segment_ids"].shape == rows["loss_mask"].shape == (len(rows["row"]), 40)
-    seen = {}
+    segment_of = {}
     for number in range(len(rows["row"])):
         for segment, position in enumerate(rows["examples"][number].tolist(), start=1):
             prompt = rows["input_ids"][number, rows["segment_ids"][number] == segment].tolist()
@@ -116,11 +116,11 @@ def test_an_encoder_decoder_has_prompts_and_answers_apart(pairs_of: CorpusOf, st
             assert (prompt, answer) == (tokens.ids[: tokens.prompt_length], tokens.ids[tokens.prompt_length :])
             assert prompt[-1] == answer[-1] == 2  # both sides end as texts do
             assert rows["example_targets"][number][segment - 1] == len(answer)
-            seen[position] = segment
-    assert sorted(seen) == sorted(expected)
-    assert len(seen) > 25
+            segment_of[position] = segment
+    assert sorted(segment_of) == sorted(expected)
+    assert len(segment_of) > 25
     assert np.array_equal(rows["loss_mask"] > 0, rows["target_segment_ids"] > 0)
-    assert (max(seen.values()) > 1) == (strategy != "none")
+    assert (max(segment_of.values()) > 1) == (strategy != "none")
 
 
 def test_an_answer_that_its_side_cannot_hold_is_dropped(pairs_of: CorpusOf) -> None:

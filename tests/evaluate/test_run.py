@@ -53,13 +53,13 @@ def evaluated(
     out = tmp_path_factory.mktemp("report")
     run = Run(Folder.at(recipe.storage) / recipe.name)
     (run.folder / "steps.jsonl").write_text('{"step": 1, "loss": 3.0}\n{"step": 2, "loss": 2.0}\n')
-    seen: list[dict[str, Any]] = []
+    progress: list[dict[str, Any]] = []
     subjects = [Subject("base", tiny_model, (0, 2)), Subject("tuned", tuned, (0,))]
-    report = evaluate(recipe, corpus, subjects, Folder.at(out), run=run, progress=seen.append).as_json()
-    assert seen[-1] == {"message": report["summary"]["sentence"], "done": True}
+    report = evaluate(recipe, corpus, subjects, Folder.at(out), run=run, progress=progress.append).as_json()
+    assert progress[-1] == {"message": report["summary"]["sentence"], "done": True}
     assert [(subject["dtype"], len(subject["weights_sha256"])) for subject in report["subjects"]] == [("float32", 64)] * 2
     assert any(
-        line["message"] == "base: 80 of 80 questions" for line in seen
+        line["message"] == "base: 80 of 80 questions" for line in progress
     )  # 4 tasks, 5 rows, 2 wordings, 2 numbers of exemplars
     return report, out, predictions.read(Folder.at(out)).to_pylist()
 
@@ -230,9 +230,9 @@ def test_an_interrupted_evaluation_goes_on(
     with pytest.raises(KeyboardInterrupt):
         evaluate(recipe, one, subjects, out, progress=stop)
     assert [part.name for part in (out / "parts").children()] == ["000001.parquet"]
-    seen: list[str] = []
-    report = evaluate(recipe, one, subjects, out, progress=lambda values: seen.append(values["message"]))
-    assert seen[1] == "base: 10 of 20 answers were there already"
+    messages: list[str] = []
+    report = evaluate(recipe, one, subjects, out, progress=lambda values: messages.append(values["message"]))
+    assert messages[1] == "base: 10 of 20 answers were there already"
     assert [task.columns for task in report.tasks] == [task.columns for task in whole.tasks]
     assert not (out / "parts").exists()
 

@@ -67,13 +67,13 @@ def test_requests_join_between_steps_and_leave_at_once(model: Any, monkeypatch: 
     compute_logits = causal.compute_logits
     monkeypatch.setattr(causal, "compute_logits", counting)
     scheduler.submit("a", GenerationRequest(PROMPTS[1], 4))
-    seen = [[token[:3:2] for token in scheduler.step()]]
+    steps = [[token[:3:2] for token in scheduler.step()]]
     scheduler.submit("b", GenerationRequest(PROMPTS[4], 1))
     scheduler.submit("c", GenerationRequest(PROMPTS[8], 2))
     assert (scheduler.running, scheduler.waiting) == (1, 2)
     while scheduler.running or scheduler.waiting:
-        seen.append([token[:3:2] for token in scheduler.step()])
-    assert seen == [[("a", None)], [("a", None), ("b", "length")], [("a", None), ("c", None)], [("a", "length"), ("c", "length")]]
+        steps.append([token[:3:2] for token in scheduler.step()])
+    assert steps == [[("a", None)], [("a", None), ("b", "length")], [("a", None), ("c", None)], [("a", "length"), ("c", "length")]]
     # Every step is one pass over the weights; c takes b's place in the very next one.
     assert rows == [[5], [1, 2], [1, 3], [1, 1]]
 

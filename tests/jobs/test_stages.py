@@ -17,17 +17,17 @@ from tests.support.recipes import tiny_recipe
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     """The stages that were run: (stage, the run's name, the recipe's seed, deploy)."""
-    made: list[tuple[Any, ...]] = []
+    calls_made: list[tuple[Any, ...]] = []
 
     def train(recipe: Recipe, screen: Screen) -> None:
-        made.append(("train", recipe.name, recipe.seed, False))
+        calls_made.append(("train", recipe.name, recipe.seed, False))
 
     def whole(recipe: Recipe, screen: Screen, *, deploy: bool) -> None:
-        made.append(("pipeline", recipe.name, recipe.seed, deploy))
+        calls_made.append(("pipeline", recipe.name, recipe.seed, deploy))
 
     monkeypatch.setitem(stages.STAGES, "train", train)
     monkeypatch.setattr(stages, "run_pipeline", whole)
-    return made
+    return calls_made
 
 
 def two_recipes(folder: Path) -> list[str]:

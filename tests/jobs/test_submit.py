@@ -195,11 +195,11 @@ def test_the_report_is_named_by_what_was_learned_and_how_it_was_scored(tmp_path)
 
 
 def test_what_is_deployed_is_the_projects_serve_file(tmp_path):
-    made = deploy.serve_config("/runs/tiny/model", load_recipe(tiny_recipe(tmp_path, Path("/models/tiny"))))
+    config = deploy.serve_config("/runs/tiny/model", load_recipe(tiny_recipe(tmp_path, Path("/models/tiny"))))
     shipped = yaml.safe_load((ROOT / "serve" / "config.yaml").read_text())
-    assert set(made) == set(shipped)
-    assert set(made["applications"][0]) == set(shipped["applications"][0])
-    assert AppArguments.model_validate(made["applications"][0]["args"]).max_running == 4
+    assert set(config) == set(shipped)
+    assert set(config["applications"][0]) == set(shipped["applications"][0])
+    assert AppArguments.model_validate(config["applications"][0]["args"]).max_running == 4
 
 
 def test_a_run_beside_is_deployed_by_its_place(tmp_path):
@@ -210,9 +210,9 @@ def test_a_run_beside_is_deployed_by_its_place(tmp_path):
         jobs.run_pipeline(recipe, Screen(), deploy=True)
     assert not (tmp_path / "runs" / "tiny").exists()
     (tmp_path / "runs" / "other" / "model" / "apprentice.json").write_text("{}")
-    made = deploy.serve_config("/runs/tiny/model", recipe)["applications"][0]["args"]
-    assert made["beside"] == [str(tmp_path / "runs" / "other" / "model"), "org/model", "/models/base"]
-    AppArguments.model_validate(made)
+    arguments = deploy.serve_config("/runs/tiny/model", recipe)["applications"][0]["args"]
+    assert arguments["beside"] == [str(tmp_path / "runs" / "other" / "model"), "org/model", "/models/base"]
+    AppArguments.model_validate(arguments)
 
 
 def test_nothing_is_deployed_for_everybody(tmp_path, monkeypatch):
@@ -223,8 +223,8 @@ def test_nothing_is_deployed_for_everybody(tmp_path, monkeypatch):
     guard = tmp_path / "keys.yaml"
     guard.write_text(f"keys:\n{new_key('ada')[1]}")
     monkeypatch.setenv(KEYS_FILE, str(guard))
-    made = deploy.serve_config("/runs/tiny/model", open_to_all)
-    assert made["applications"][0]["args"]["keys_file"] == str(guard)
+    config = deploy.serve_config("/runs/tiny/model", open_to_all)
+    assert config["applications"][0]["args"]["keys_file"] == str(guard)
 
 
 OURS = "apprentice.serve.app:app"

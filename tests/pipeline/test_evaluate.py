@@ -27,11 +27,11 @@ from tests.support.recipes import tiny_recipe
 def run(tmp_path: Path, tiny_model: Path) -> Run:
     """As training leaves one."""
     recipe = load_recipe(tiny_recipe(tmp_path, tiny_model))
-    made = open_run(recipe)
-    shutil.copytree(tiny_model, made.model.local)
-    layout = layout_of(recipe, Tokenizer(made.model.local))
-    make_contract(recipe, layout, made.model.local, run=recipe.name).write(made.model.local)
-    return made
+    opened = open_run(recipe)
+    shutil.copytree(tiny_model, opened.model.local)
+    layout = layout_of(recipe, Tokenizer(opened.model.local))
+    make_contract(recipe, layout, opened.model.local, run=recipe.name).write(opened.model.local)
+    return opened
 
 
 def test_other_tasks_have_a_report_of_their_own(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

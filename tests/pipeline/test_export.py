@@ -26,15 +26,15 @@ from tests.support.recipes import tiny_recipe
 def run(tmp_path: Path, tiny_model: Path) -> Run:
     """As training and evaluation leave one."""
     recipe = load_recipe(tiny_recipe(tmp_path, tiny_model, data__tasks=["sst2", "ag_news", "trec"], data__hold_out=["sentiment"]))
-    made = open_run(recipe)
-    place = made.model.local
+    opened = open_run(recipe)
+    place = opened.model.local
     shutil.copytree(tiny_model, place)
     make_contract(recipe, layout_of(recipe, Tokenizer(place)), place, ancestors=("org/base",), run=recipe.name).write(place)
     tasks = {"ag_news": {"share_of_examples": 0.75}, "trec": {"share_of_examples": 0.25}}
-    made.ledger_file.write_json({"examples": 1200, "target_tokens": 3456, "tasks": tasks})
+    opened.ledger_file.write_json({"examples": 1200, "target_tokens": 3456, "tasks": tasks})
     facts = {"rows": "validation", "examples": 8, "of": "log-probabilities", "dtype": "bfloat16", "count": 123}
-    made.export_file.write_json({"version": 1, "step": 4, **facts, "mean": 0.0031, "largest": 0.021})
-    return made
+    opened.export_file.write_json({"version": 1, "step": 4, **facts, "mean": 0.0031, "largest": 0.021})
+    return opened
 
 
 REPORT = {
@@ -83,10 +83,10 @@ def test_what_is_exported_loads_and_says_what_it_is(run: Run, tmp_path: Path) ->
 
 def test_a_card_of_tasks_whose_files_are_gone(tmp_path: Path, tiny_model: Path) -> None:
     write_tasks(tmp_path)
-    made = open_run(load_recipe(tiny_recipe(tmp_path, tiny_model, data__tasks=["./sums.yaml", "sst2"], data__hold_out=[])))
-    recipe = made.recipe()
-    shutil.copytree(tiny_model, made.model.local)
-    make_contract(recipe, layout_of(recipe, Tokenizer(made.model.local)), made.model.local).write(made.model.local)
+    run = open_run(load_recipe(tiny_recipe(tmp_path, tiny_model, data__tasks=["./sums.yaml", "sst2"], data__hold_out=[])))
+    recipe = run.recipe()
+    shutil.copytree(tiny_model, run.model.local)
+    make_contract(recipe, layout_of(recipe, Tokenizer(run.model.local)), run.model.local).write(run.model.local)
     (tmp_path / "sums.yaml").unlink()
     load_task.cache_clear()
     pipeline.export_run("tiny", str(tmp_path / "out"), storage=str(tmp_path / "runs"))

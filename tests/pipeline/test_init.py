@@ -131,7 +131,7 @@ def test_mistakes_are_one_sentence_and_nothing_is_written(command: Command, tmp_
     assert sorted(path.name for path in tmp_path.iterdir()) == ["My reviews.csv", "few.jsonl", "vague.csv"]
 
 
-def made(folder: Path) -> tuple[Task, list[dict[str, Any]]]:
+def task_of(folder: Path) -> tuple[Task, list[dict[str, Any]]]:
     """The task that `init` wrote there, and all its rows as the task sees them."""
     task = load_task((folder / "task.yaml").resolve())
     cache = Folder.at(folder / "cache")
@@ -144,12 +144,12 @@ def test_what_was_written_stays_so_in_csv_and_json(command: Command, tmp_path: P
     lines = [f"text {n},{said[n % 7]}" for n in range(21)]
     (tmp_path / "own.csv").write_text("\n".join(["question,answer", *lines]))
     assert command("init", "own.csv")[0] == 0
-    task, rows = made(tmp_path / "own")
+    task, rows = task_of(tmp_path / "own")
     assert {task.render(row, task.templates[0]).target for row in rows} == {*said}
     numbers = [0, 0.5, 3, 12345678901234567890123]
     (tmp_path / "more.jsonl").write_text("".join(f'{{"question": "q {n}", "answer": {numbers[n % 4]}}}\n' for n in range(20)))
     assert command("init", "more.jsonl")[0] == 0
-    task, rows = made(tmp_path / "more")
+    task, rows = task_of(tmp_path / "more")
     assert {task.render(row, task.templates[0]).target for row in rows} == {*map(str, numbers)}
 
 
@@ -158,7 +158,7 @@ def test_answers_in_lists_are_learnt_by_the_first(command: Command, tmp_path: Pa
     (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     code, out, err = command("init", "own.jsonl", "--json")
     assert (code, json.loads(out)["left_out"]) == (0, 1), err
-    task, findings = made(tmp_path / "own")
+    task, findings = task_of(tmp_path / "own")
     examples = [task.render(row, task.templates[0]) for row in findings]
     assert {(example.instruction, example.references) for example in examples} == {
         (f"q {n}", (str(n), f"n{n}")) for n in range(1, 20)
@@ -198,7 +198,7 @@ def test_it_asks_on_a_terminal_what_numbers_mean(
         "The labels in column 'label' are 0, 1. Their names in this order, with commas between, or choice1,choice2"
     )
     assert yaml.safe_load((tmp_path / "own/task.yaml").read_text())["choices"] == choices
-    task, rows = made(tmp_path / "own")
+    task, rows = task_of(tmp_path / "own")
     right = {"late,early": {"late", "early"}, "": {"0", "1"}}.get(reply, {"a", "b"})
     assert {task.render(row, task.templates[0]).target for row in rows} == right
 
@@ -218,5 +218,5 @@ def test_a_table_in_another_encoding(command: Command, tmp_path: Path) -> None:
     assert code == 1
     assert "own.csv:2 is not UTF-8: b'q 0,caf\\xe9 0'; with --encoding cp1252 it reads 'q 0,café 0'." in err
     assert command("init", "own.csv", "--encoding", "cp1252")[0] == 0
-    task, rows = made(tmp_path / "own")
+    task, rows = task_of(tmp_path / "own")
     assert {task.render(row, task.templates[0]).target for row in rows} == {f"café {n}" for n in range(20)}

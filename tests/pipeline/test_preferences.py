@@ -94,13 +94,13 @@ def test_evaluation_ranks_held_out_pairs(trained: Path) -> None:
 
 
 def test_a_reward_model_is_scored_and_never_asked_to_write(trained: Path, tiny_model: Path, tmp_path: Path) -> None:
-    made = load_recipe(recipe_file(tmp_path, tiny_model, training__objective="reward", training__workers=1))
-    result, run = fitted(made)
+    recipe = load_recipe(recipe_file(tmp_path, tiny_model, training__objective="reward", training__workers=1))
+    result, run = fitted(recipe)
     steps = steps_of(run)
     assert result.steps == len(steps) == STEPS
     assert steps[-1]["loss"] < steps[0]["loss"]
     assert not run.reference.exists()
-    report, _ = pipeline.evaluate_run(made, progress=lambda stage, values: None)
+    report, _ = pipeline.evaluate_run(recipe, progress=lambda stage, values: None)
     [task] = report["tasks"]
     assert task["columns"]["tuned@0"]["score"] == 100.0
     assert task["columns"]["tuned@0"]["metrics"]["length_bias"] == 0.0
@@ -112,9 +112,9 @@ def test_a_reward_model_is_scored_and_never_asked_to_write(trained: Path, tiny_m
         pytest.fail("it is served")
 
 
-def fitted(made: Recipe) -> tuple[launch.TrainResult, Run]:
-    run = open_run(made)
-    return launch.train(made, run, make_corpus(made, run), progress=lambda values: None), run
+def fitted(recipe: Recipe) -> tuple[launch.TrainResult, Run]:
+    run = open_run(recipe)
+    return launch.train(recipe, run, make_corpus(recipe, run), progress=lambda values: None), run
 
 
 def test_a_killed_worker_changes_nothing(trained: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,8 +34,8 @@ def rewarding(tiny_model: Path, tmp_path: Path) -> Path:
     """A model that gives answers a number."""
     folder = tmp_path / "rewarding"
     shutil.copytree(tiny_model, folder)
-    made: Any = load_model(tiny_model, torch.float32, head=3)
-    made.save_pretrained(folder)
+    model: Any = load_model(tiny_model, torch.float32, head=3)
+    model.save_pretrained(folder)
     return folder
 
 

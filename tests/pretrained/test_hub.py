@@ -73,9 +73,9 @@ class Hub:
 @pytest.fixture
 def hub_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     def make(files: dict[str, bytes]) -> Hub:
-        made = Hub(tmp_path / "cache", files)
-        monkeypatch.setattr("huggingface_hub.snapshot_download", made.snapshot_download)
-        return made
+        hub = Hub(tmp_path / "cache", files)
+        monkeypatch.setattr("huggingface_hub.snapshot_download", hub.snapshot_download)
+        return hub
 
     return make
 

@@ -62,26 +62,26 @@ def test_ids_are_those_of_the_whole_text(backend: Tokenizer, texts: list[str]) -
     ("pattern", "parts"), [(GPT2, ["One.\n", "\nTwo."]), (LLAMA3, ["One.\n\n", "Two."])], ids=["gpt2", "llama3"]
 )
 def test_a_blank_line_parts_a_text_where_the_tokenizer_does(pattern: str, parts: list[str]) -> None:
-    seen: list[str] = []
-    SegmentCache(Spy(trained(pattern), seen), [SPECIAL]).encode(["One.\n\nTwo."])
-    assert seen == parts
+    texts: list[str] = []
+    SegmentCache(Spy(trained(pattern), texts), [SPECIAL]).encode(["One.\n\nTwo."])
+    assert texts == parts
 
 
 def test_a_passage_is_encoded_once() -> None:
-    seen: list[str] = []
-    spied = SegmentCache(Spy(trained(GPT2), seen), [SPECIAL])
+    texts: list[str] = []
+    spied = SegmentCache(Spy(trained(GPT2), texts), [SPECIAL])
     spied.encode(["One.\n\nTwo.", "One.\n\nThree."])
     spied.encode(["Four.\n\nTwo."])
-    assert seen == ["One.\n", "\nTwo.", "\nThree.", "Four.\n"]
+    assert texts == ["One.\n", "\nTwo.", "\nThree.", "Four.\n"]
 
 
 def test_what_did_not_come_again_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(passages, "REMEMBERED_TOKENS", 1)
-    seen: list[str] = []
-    spied = SegmentCache(Spy(trained(GPT2), seen), [SPECIAL])
+    texts: list[str] = []
+    spied = SegmentCache(Spy(trained(GPT2), texts), [SPECIAL])
     for text in ["Was it?", "yes", "Was it?", "7 of 10", "yes"]:
         spied.encode([text])
-    assert seen == ["Was it?", "yes", "7 of 10", "yes"]
+    assert texts == ["Was it?", "yes", "7 of 10", "yes"]
 
 
 @pytest.mark.parametrize(
@@ -105,9 +105,9 @@ def test_texts_stay_whole_where_parts_would_be_encoded_otherwise(
 class Spy:
     """A tokenizer that writes down which texts it encodes in batches."""
 
-    def __init__(self, backend: Tokenizer, seen: list[str]) -> None:
+    def __init__(self, backend: Tokenizer, texts: list[str]) -> None:
         self.backend = backend
-        self.seen = seen
+        self.seen = texts
 
     @property
     def pre_tokenizer(self) -> pre_tokenizers.PreTokenizer:

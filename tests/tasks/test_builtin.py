@@ -95,9 +95,9 @@ def test_every_wording_renders_every_test_row(name: str) -> None:
     task = TASKS[name]
     assert len(task.templates) >= 8
     assert len(task.inverted_templates) == 2
-    made = [task.render(row, template) for template in task.templates for row in rows(name, "test")]
-    assert len(made) == 100 * len(task.templates)
-    for example in made:
+    examples = [task.render(row, template) for template in task.templates for row in rows(name, "test")]
+    assert len(examples) == 100 * len(task.templates)
+    for example in examples:
         assert example.instruction
         assert example.target
         assert not example.choices or example.target in example.choices

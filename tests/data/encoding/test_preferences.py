@@ -57,7 +57,7 @@ def test_a_row_holds_whole_pairs(tiny_model, tmp_path):
     corpus = corpus_of(tmp_path, tiny_model)
     rows = WindowRenderer(corpus).window(0)
     decode = corpus.layout.tokenizer.decode
-    seen: list[int] = []
+    positions: list[int] = []
     assert max(len(examples) for examples in rows["examples"]) >= 2
     for place, examples in enumerate(rows["examples"]):
         segments = rows["segment_ids"][place]
@@ -74,8 +74,8 @@ def test_a_row_holds_whole_pairs(tiny_model, tmp_path):
             assert texts[0][0] == texts[1][0]
             assert record["prompt"] in texts[0][0]
             assert [answer for _, answer in texts] == [f"{record[side]}<|im_end|>" for side in ("chosen", "rejected")]
-            seen.append(position)
-    assert sorted(seen) == list(range(16))
+            positions.append(position)
+    assert sorted(positions) == list(range(16))
     targets = [int(count) for counts in rows["example_targets"] for count in counts]
     assert sum(targets) == int(rows["loss_mask"].sum())
 

@@ -56,7 +56,7 @@ def test_every_example_shows_its_class_and_counts_what_that_says(tiny_model, tmp
     recipe = recipe_of(tmp_path, tiny_model, data__hold_out=["headline_topics"])
     corpus = corpus_of(recipe, tmp_path)
     rows = render_window(corpus, 0)
-    seen = dict.fromkeys(("GPT4", "GPT3"), 0)
+    counts = dict.fromkeys(("GPT4", "GPT3"), 0)
     for ids, segments, tasks, weights in zip(
         *(rows[name] for name in ("input_ids", "segment_ids", "example_tasks", "example_weights")), strict=True
     ):
@@ -67,8 +67,8 @@ def test_every_example_shows_its_class_and_counts_what_that_says(tiny_model, tmp
             assert f"{quality} User: " in text
             assert f"{'GPT4' if quality == 'GPT3' else 'GPT3'} User: " not in text
             assert weight == np.float32(recipe.data.qualities[quality].weight)
-            seen[quality] += 1
-    assert min(seen.values()) >= 10
+            counts[quality] += 1
+    assert min(counts.values()) >= 10
 
 
 def test_the_model_is_asked_in_the_first_class_and_its_folder_needs_nothing_else(tiny_model, tmp_path):

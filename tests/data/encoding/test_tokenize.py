@@ -65,7 +65,7 @@ def test_then_the_input_from_its_end_and_nothing_else(layout: Layout) -> None:
     least = one(layout, 1000, item=example(input=""))
     assert whole is not None
     assert least is not None
-    seen = 0
+    shortened = 0
     for max_length in range(len(least.ids), len(whole.ids)):
         encoded = one(layout, max_length, SHOTS)
         assert encoded is not None
@@ -78,8 +78,8 @@ def test_then_the_input_from_its_end_and_nothing_else(layout: Layout) -> None:
         assert WORDS.startswith(kept)
         assert encoded.ids[encoded.prompt_length :] == whole.ids[whole.prompt_length :]
         assert len(encoded.ids) > max_length - 12 or not kept  # not much more is cut than has to be
-        seen += 1
-    assert seen > 50
+        shortened += 1
+    assert shortened > 50
     assert one(layout, len(least.ids) - 1, SHOTS) is None
 
 
@@ -88,15 +88,15 @@ def test_answers_are_never_cut(plain: Layout) -> None:
 
 
 def test_characters_are_never_halved(plain: Layout) -> None:
-    seen = 0
+    shortened = 0
     for room in range(14, 60):
         fitted = fit_prompt(plain, example("🙂你好é" * 8), [], room)
         if fitted is not None:
             text = plain.tokenizer.decode(fitted.ids)
             assert "\ufffd" not in text
             assert plain.prompt("Is it good?", "🙂你好é" * 8).startswith(text.rstrip())
-            seen += 1
-    assert seen > 20
+            shortened += 1
+    assert shortened > 20
 
 
 @settings(max_examples=60, deadline=None)

@@ -17,10 +17,10 @@ from tests.data.small import CorpusOf
 def test_the_examples_of_a_step(corpus_of: CorpusOf) -> None:
     corpus = corpus_of()
     run = open_run(corpus.recipe)
-    made = [{"step": 1, "examples": [9, 4]}, {"step": 2, "examples": [7]}, {"step": 2, "validation_loss": 1.0}]
+    records = [{"step": 1, "examples": [9, 4]}, {"step": 2, "examples": [7]}, {"step": 2, "validation_loss": 1.0}]
     again = {"step": 2, "examples": [5, 70_001]}  # after a restart: what counts is the last time
     (run.folder / "steps.jsonl").write_text(
-        "".join(json.dumps(line) + "\n" for line in [*made, again]) + '{"step": 3, "exam'
+        "".join(json.dumps(line) + "\n" for line in [*records, again]) + '{"step": 3, "exam'
     )  # a torn tail
     storage = corpus.recipe.storage
     shown = pipeline.trace_examples("small", storage, step=2, position=None)

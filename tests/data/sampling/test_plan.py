@@ -82,13 +82,13 @@ def test_chunks_do_not_matter(start: int, stop: int, cut: int) -> None:
 @given(start=st.integers(0, 10**12))
 def test_counts_and_passes_are_closed_form(start: int) -> None:
     plan = make_plan(SIZES)
-    seen = {task: plan.count(task, start) for task in plan.tasks}
+    counts = {task: plan.count(task, start) for task in plan.tasks}
     for draw in plan.draws(start, start + 100):
         assert plan.task_at(draw.position) == draw.task
-        assert draw.pass_ == seen[draw.task] // (SIZES[draw.task] * 9 // 10)
-        seen[draw.task] += 1
-    assert seen == {task: plan.count(task, start + 100) for task in plan.tasks}
-    assert all(abs(count - (start + 100) * plan.shares[task]) <= 2 for task, count in seen.items())
+        assert draw.pass_ == counts[draw.task] // (SIZES[draw.task] * 9 // 10)
+        counts[draw.task] += 1
+    assert counts == {task: plan.count(task, start + 100) for task in plan.tasks}
+    assert all(abs(count - (start + 100) * plan.shares[task]) <= 2 for task, count in counts.items())
 
 
 def test_each_row_comes_once_per_pass() -> None:
@@ -123,10 +123,10 @@ def test_reasoning_is_drawn_where_a_task_has_such_wordings() -> None:
     tasks = [Task.model_validate(content), make_task("plain")]
     rates = {"zero_shot": 0.5, "few_shot": 0.1, "inverted": 0.1, "cot": 0.3}
     draws = make_plan({"thinks": 500, "plain": 500}, tasks, formats=rates).draws(0, 10_000)
-    seen = {name: Counter(draw.format for draw in draws if draw.task == name) for name in ("thinks", "plain")}
-    assert [seen["thinks"][name] / seen["thinks"].total() for name in rates] == pytest.approx(list(rates.values()), abs=0.02)
-    assert seen["plain"]["cot"] == 0
-    assert seen["plain"]["zero_shot"] / seen["plain"].total() == pytest.approx(0.8, abs=0.02)
+    formats = {name: Counter(draw.format for draw in draws if draw.task == name) for name in ("thinks", "plain")}
+    assert [formats["thinks"][name] / formats["thinks"].total() for name in rates] == pytest.approx(list(rates.values()), abs=0.02)
+    assert formats["plain"]["cot"] == 0
+    assert formats["plain"]["zero_shot"] / formats["plain"].total() == pytest.approx(0.8, abs=0.02)
     assert {draw.template for draw in draws if draw.format == "cot"} == {"aloud"}
     assert "aloud" not in {draw.template for draw in draws if draw.format != "cot"}
 

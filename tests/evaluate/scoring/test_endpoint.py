@@ -32,19 +32,19 @@ def server(
     answer: Answer, contract: bytes | None = None, headers_seen: list[dict[str, str]] | None = None
 ) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     """An HTTP server that answers every POST with `answer(body)`; gives its address and the bodies that came."""
-    seen: list[dict[str, Any]] = []
+    requests: list[dict[str, Any]] = []
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             if headers_seen is not None:
                 headers_seen.append({name.lower(): value for name, value in self.headers.items()})
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            seen.append(body)
+            requests.append(body)
             self._send(*answer(body))
 
         def do_GET(self) -> None:
             if self.path.startswith("/v1/contract"):
-                seen.append({"path": self.path})
+                requests.append({"path": self.path})
                 self._send(404 if contract is None else 200, contract or b"")
             else:
                 self._send(200, json.dumps({"data": [{"id": "served"}]}).encode())
@@ -67,7 +67,7 @@ def server(
     thread = threading.Thread(target=http.serve_forever, args=(0.01,), daemon=True)
     thread.start()
     try:
-        yield f"http://127.0.0.1:{http.server_port}", seen
+        yield f"http://127.0.0.1:{http.server_port}", requests
     finally:
         http.shutdown()
         http.server_close()
@@ -95,30 +95,30 @@ def echo(body: dict[str, Any]) -> tuple[int, bytes]:
 
 
 def test_choices_are_summed_over_their_own_tokens(corpus: Corpus) -> None:
-    with server(echo) as (url, seen):
+    with server(echo) as (url, requests):
         [answer] = ask(EndpointScorer(EndpointAddress(url, "m"), AnswerSettings(corpus.layout, 6)))
     assert answer["choice_logprobs"] == pytest.approx([-1.0, -2.0])
     assert (answer["unscored"], answer["choice_priors"]) == (None, None)
-    assert [body["prompt"] for body in seen] == [[5, 6, 7, 8, 2], [5, 6, 7, 9, 9, 2]]
-    assert all((body["model"], body["echo"], body["logprobs"]) == ("m", True, 1) for body in seen)
+    assert [body["prompt"] for body in requests] == [[5, 6, 7, 8, 2], [5, 6, 7, 9, 9, 2]]
+    assert all((body["model"], body["echo"], body["logprobs"]) == ("m", True, 1) for body in requests)
 
 
 def test_priors_are_asked_once_for_equal_choices(corpus: Corpus) -> None:
     answer_settings = AnswerSettings(corpus.layout, 6, priors=True)
     scorer = EndpointScorer(EndpointAddress("http://127.0.0.1:9", "m"), answer_settings)
-    with server(echo) as (url, seen):
+    with server(echo) as (url, requests):
         scorer = EndpointScorer(EndpointAddress(url, "m"), answer_settings)
         [first] = ask(scorer)
         ask(scorer)
     assert first["choice_priors"] == pytest.approx([-1.0, -2.0])
-    assert len(seen) == 2 + 2 + 2
+    assert len(requests) == 2 + 2 + 2
 
 
 def test_replies_are_text(corpus: Corpus) -> None:
-    with server(echo) as (url, seen):
+    with server(echo) as (url, requests):
         [answer] = ask(EndpointScorer(EndpointAddress(f"{url}/v1", "m"), AnswerSettings(corpus.layout, 6)), ranked=False)
     assert answer["prediction"] == "a reply"
-    assert (seen[0]["max_tokens"], seen[0]["temperature"]) == (6, 0)
+    assert (requests[0]["max_tokens"], requests[0]["temperature"]) == (6, 0)
 
 
 def body(text: str, status: int = 200) -> Answer:
@@ -138,11 +138,11 @@ NONSENSE = {
 @pytest.mark.parametrize("name", NONSENSE)
 def test_nonsense_is_unscored_at_once(corpus: Corpus, name: str) -> None:
     answer, words = NONSENSE[name]
-    with server(answer) as (url, seen):
+    with server(answer) as (url, requests):
         [reply] = ask(EndpointScorer(EndpointAddress(url, "m"), AnswerSettings(corpus.layout, 6)))
     assert reply["choice_logprobs"] is None
     assert re.search(words, reply["unscored"]), reply
-    assert len(seen) == 1
+    assert len(requests) == 1
 
 
 @pytest.mark.parametrize(
@@ -158,10 +158,10 @@ def test_what_may_pass_is_asked_again_until_patience_ends(
 ) -> None:
     monkeypatch.setattr(asking, "PATIENCE_S", 1.0)
     monkeypatch.setattr(asking, "FAULT_PATIENCE_S", 1.0)
-    with server(answer) as (url, seen):
+    with server(answer) as (url, requests):
         [reply] = ask(EndpointScorer(EndpointAddress(url, "m"), AnswerSettings(corpus.layout, 6)))
     assert re.fullmatch(rf"{words}, for \d s", reply["unscored"])
-    assert len(seen) > 2
+    assert len(requests) > 2
 
 
 def test_an_outage_that_is_shorter_than_patience_loses_nothing(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,11 +198,11 @@ def test_the_endpoint_says_when_to_come_back(corpus: Corpus, after: str, monkeyp
 
 def test_one_that_asks_for_more_than_patience_is_not_waited_for(corpus: Corpus) -> None:
     slept: list[float] = []
-    with server(lambda _: (429, b"", {"Retry-After": "3600"})) as (url, seen):
+    with server(lambda _: (429, b"", {"Retry-After": "3600"})) as (url, requests):
         scorer = EndpointScorer(EndpointAddress(url, "m"), AnswerSettings(corpus.layout, 6), sleep=slept.append)
         [answer] = ask(scorer)
     assert answer["unscored"] == "the endpoint answered 429, for 0 s, and asks to come back in 3600 s"
-    assert (slept, len(seen)) == ([], 1)
+    assert (slept, len(requests)) == ([], 1)
 
 
 def test_one_that_stays_down_is_given_up_and_found_again_when_it_is_back(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,15 +211,15 @@ def test_one_that_stays_down_is_given_up_and_found_again_when_it_is_back(corpus:
     def answer(body_sent: dict[str, Any]) -> tuple[Any, ...]:
         return echo(body_sent) if up.is_set() else (503, b"")
 
-    with server(answer) as (url, seen):
+    with server(answer) as (url, requests):
         scorer = EndpointScorer(EndpointAddress(url, "m"), AnswerSettings(corpus.layout, 6))
         answers = ask(scorer, 200)
         assert len(answers) == 200
         reasons = r"the endpoint (answered 503|did not answer \(\w+\)).*|not asked: the endpoint had not answered for 0 s"
         assert all(re.fullmatch(reasons, one["unscored"]) for one in answers)
-        tried = len(seen)
+        tried = len(requests)
         ask(scorer, 200)  # nobody waits for long any more: at most one try a question
-        assert len(seen) - tried <= 200
+        assert len(requests) - tried <= 200
         up.set()
         [first] = ask(scorer)
         assert first["choice_logprobs"] == pytest.approx([-1.0, -2.0])
@@ -234,17 +234,17 @@ def test_one_that_is_slow_is_not_waited_for(corpus: Corpus) -> None:
         released.wait(30)
         return echo(body_sent)
 
-    with server(slow) as (url, seen):
+    with server(slow) as (url, requests):
         [answer] = ask(EndpointScorer(EndpointAddress(url, "m", timeout_s=0.2), AnswerSettings(corpus.layout, 6)))
         released.set()
     assert re.fullmatch(r"the endpoint did not answer \((Read|Connect)Timeout\), for \d+ s", answer["unscored"])
-    assert seen
+    assert requests
 
 
 def test_the_weights_are_those_that_the_endpoint_names() -> None:
-    with server(echo, b'{"weights_sha256": "abc", "base_sha256": "def"}') as (url, seen):
+    with server(echo, b'{"weights_sha256": "abc", "base_sha256": "def"}') as (url, requests):
         assert weights_at(EndpointAddress(f"{url}/v1", "a model")) == ("abc", "def")
-    assert seen == [{"path": "/v1/contract?model=a+model"}]
+    assert requests == [{"path": "/v1/contract?model=a+model"}]
     assert weights_at(EndpointAddress(url, "m"), timeout_s=1.0) is None  # down by now
     for contract in (None, b"<html>", b"[]", b"{}", b'{"weights_sha256": ""}', b'{"weights_sha256": null}'):
         with server(echo, contract) as (url, _):
@@ -256,15 +256,15 @@ def test_answers_are_remembered_by_the_weights_and_not_by_the_name_alone(
 ) -> None:
     """The same address and name, while what answers there changes."""
     subject = Subject("endpoint", tiny_model, (0,), EndpointAddress("http://there", "m"))
-    seen = []
+    requests = []
     for weights in (("old", None), ("new", None), ("old", None), ("old", "base"), None):
         monkeypatch.setattr(evaluation_subjects, "weights_at", lambda _, weights=weights: weights)
         subject_settings = make_subject_settings(subject, recipe, corpus)
         assert subject_entry(subject, subject_settings)["weights_sha256"] == (weights and weights[0])
-        seen.append(subject_settings.fingerprint)
-    assert seen[0] == seen[2]
-    assert len({*seen}) == 4
-    assert seen[-1] is None  # nobody knows what answers, so nothing is remembered
+        requests.append(subject_settings.fingerprint)
+    assert requests[0] == requests[2]
+    assert len({*requests}) == 4
+    assert requests[-1] is None  # nobody knows what answers, so nothing is remembered
 
 
 @pytest.mark.parametrize("key", [None, "its own"])
@@ -282,10 +282,10 @@ def test_no_key_goes_where_it_was_not_meant_to(corpus: Corpus, key: str | None, 
 
 
 def test_a_redirect_is_not_followed(corpus: Corpus) -> None:
-    with server(lambda _: (307, b"", {"Location": "/elsewhere"})) as (url, seen):
+    with server(lambda _: (307, b"", {"Location": "/elsewhere"})) as (url, requests):
         [answer] = ask(EndpointScorer(EndpointAddress(url, "m"), AnswerSettings(corpus.layout, 6)), ranked=False)
     assert answer["unscored"] == "the endpoint answered 307: "
-    assert len(seen) == 1
+    assert len(requests) == 1
 
 
 def test_the_served_model_is_found_by_asking() -> None:

@@ -25,15 +25,15 @@ from apprentice.storage import Folder
 @pytest.fixture(autouse=True)
 def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Workers run in this process; gives the names of those that were made."""
-    made: list[str] = []
+    folders: list[str] = []
 
     def map_tables(tables: Sequence[pa.Table], worker: type, arguments: tuple[Any, ...], pool: WorkerPool) -> Iterator[pa.Table]:
-        made.append(worker.__name__)
+        folders.append(worker.__name__)
         one = worker(*arguments)
         return (one(table) for table in tables)
 
     monkeypatch.setattr(subject_scorer, "map_tables", map_tables)
-    return made
+    return folders
 
 
 def scorer_of(corpus: Corpus, folder: Path, messages: list[str]) -> SubjectScorer:

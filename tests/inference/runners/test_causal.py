@@ -67,7 +67,7 @@ def test_logits_equal_those_of_each_sequence_alone(name: str) -> None:
     probe_model(model)
     memory = KvCache(slots=5, context=32)
     long, short, late = numbers(23, 1), numbers(9, 2), numbers(6, 3)
-    seen = {}
+    rows_of = {}
     steps: list[list[tuple[str, TokenChunk]]] = [
         [("long 10", TokenChunk(3, 0, long[:10])), ("short 0", TokenChunk(0, 0, short[:1]))],
         [
@@ -88,11 +88,11 @@ def test_logits_equal_those_of_each_sequence_alone(name: str) -> None:
     ]
     for step in steps:
         logits = compute_logits(model, memory, [segment for _, segment in step])
-        seen |= {label: row for (label, _), row in zip(step, logits, strict=True)}
+        rows_of |= {label: row for (label, _), row in zip(step, logits, strict=True)}
     texts = {"long": long, "short": short, "late": late, "again": short}
     expected = {word: alone(model, ids) for word, ids in texts.items()}
-    assert len(seen) == 12
-    for label, row in seen.items():
+    assert len(rows_of) == 12
+    for label, row in rows_of.items():
         word, position = label.split()
         own = expected[word][9 if label == "long 10" else int(position)]
         torch.testing.assert_close(row, own, rtol=1e-4, atol=1e-4)

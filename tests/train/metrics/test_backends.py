@@ -40,11 +40,11 @@ def test_mlflow_has_the_figures_and_one_run_however_often_it_is_taken_up(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "store").as_uri())
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     for step in (1, 2):
-        seen: list[dict[str, Any]] = []
-        tracker = Tracker(run, seen.append, backends.open_backends(recipe("mlflow"), run)[1:])
+        requests: list[dict[str, Any]] = []
+        tracker = Tracker(run, requests.append, backends.open_backends(recipe("mlflow"), run)[1:])
         tracker.write(record(step, loss=float(step)))
         tracker.close()
-        assert [one["message"] for one in seen if "message" in one] == []
+        assert [one["message"] for one in requests if "message" in one] == []
     from mlflow import MlflowClient
 
     client = MlflowClient()
@@ -67,11 +67,11 @@ def test_mlflow_has_the_figures_and_one_run_however_often_it_is_taken_up(
 def test_weights_and_biases_offline(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("WANDB_MODE", "offline"), ("WANDB_DIR", str(tmp_path)), ("WANDB_API_KEY", "0" * 40)):
         monkeypatch.setenv(name, value)
-    made = backends.open_backends(recipe("wandb"), run)
+    opened = backends.open_backends(recipe("wandb"), run)
     for step in range(1, 4):
-        made[1].add({"train/loss": float(step)}, step)
-    made[1].close()
-    assert made[1].take_messages() == []
+        opened[1].add({"train/loss": float(step)}, step)
+    opened[1].close()
+    assert opened[1].take_messages() == []
     import wandb
 
     wandb.teardown()  # its own process writes the last of it
@@ -81,8 +81,8 @@ def test_weights_and_biases_offline(run: Run, tmp_path: Path, monkeypatch: pytes
 
 @pytest.mark.slow
 def test_rays_metrics_have_the_figures(run: Run, ray_cluster: None) -> None:
-    made = backends.open_backends(recipe(), run)
-    made[0].add({"train/loss": 1.25, "speed/tokens_per_s": 50.0}, 7)
+    opened = backends.open_backends(recipe(), run)
+    opened[0].add({"train/loss": 1.25, "speed/tokens_per_s": 50.0}, 7)
     [node] = [node for node in ray.nodes() if node["Alive"]]
     wanted = {"train_loss": "1.25", "speed_tokens_per_s": "50.0", "train_step": "7.0"}
     deadline = time.monotonic() + 60
@@ -106,12 +106,12 @@ def test_a_package_that_is_not_installed_is_said_before_anything_starts(run: Run
 
 def messages_of(run: Run, *writers: BackendWriter) -> list[str]:
     """What a person sees of two steps' figures on their way to `writers`."""
-    seen: list[dict[str, Any]] = []
-    tracker = Tracker(run, seen.append, writers)
+    records: list[dict[str, Any]] = []
+    tracker = Tracker(run, records.append, writers)
     for step in (1, 2):
         tracker.write(record(step))
     tracker.close()
-    return [one["message"] for one in seen if "message" in one]
+    return [one["message"] for one in records if "message" in one]
 
 
 def test_a_service_that_cannot_be_reached_is_told_of_and_training_goes_on(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,8 +36,8 @@ def record(step: int, attempt: int = 1, **more: Any) -> dict[str, Any]:
 
 def test_tracker(tmp_path: Path) -> None:
     run = Run(Folder.at(tmp_path / "run").make())
-    seen: list[dict[str, Any]] = []
-    tracker = Tracker(run, seen.append)
+    records: list[dict[str, Any]] = []
+    tracker = Tracker(run, records.append)
     for given in (record(1), record(2), record(2, attempt=2), record(3, attempt=2)):
         tracker.write(given)
     tracker.write({"attempt": 2, "step": 4, "steps": 4, "validation_loss": 1.5})
@@ -45,7 +45,7 @@ def test_tracker(tmp_path: Path) -> None:
     lines = [json.loads(line) for line in (tmp_path / "run" / "steps.jsonl").read_text().splitlines()]
     assert [(line["attempt"], line["step"]) for line in lines] == [(1, 1), (1, 2), (2, 2), (2, 3), (2, 4)]
     assert lines[3]["examples"] == [3]
-    assert [("examples" in one) for one in seen] == [False] * 5
+    assert [("examples" in one) for one in records] == [False] * 5
     assert (tracker.tokens, tracker.seconds, tracker.waited) == (200, 4.0, 1.0)  # the first step of each attempt warms up
     assert run.status()["validation_loss"] == 1.5
     assert run.status()["state"] == "training"
@@ -53,23 +53,23 @@ def test_tracker(tmp_path: Path) -> None:
 
 
 def test_smoothed_loss_and_speed_of_one_worker(tmp_path: Path) -> None:
-    seen: list[dict[str, Any]] = []
-    tracker = Tracker(Run(Folder.at(tmp_path / "run").make()), seen.append)
+    records: list[dict[str, Any]] = []
+    tracker = Tracker(Run(Folder.at(tmp_path / "run").make()), records.append)
     for step, loss in ((1, 4.0), (2, 2.0), (3, float("nan"))):
         tracker.write(record(step, loss=loss))
     tracker.close()
-    assert [one["smoothed_loss"] for one in seen] == pytest.approx([4.0, (0.9 * 4.0 + 2.0) / 1.9, (0.9 * 4.0 + 2.0) / 1.9])
-    assert {one["tokens_per_s_worker"] for one in seen} == {25.0}
+    assert [one["smoothed_loss"] for one in records] == pytest.approx([4.0, (0.9 * 4.0 + 2.0) / 1.9, (0.9 * 4.0 + 2.0) / 1.9])
+    assert {one["tokens_per_s_worker"] for one in records} == {25.0}
 
 
 def test_replies_are_kept_shown_and_drawn(tmp_path: Path) -> None:
     run = Run(Folder.at(tmp_path / "run").make())
-    seen: list[dict[str, Any]] = []
-    tracker = Tracker(run, seen.append)
+    records: list[dict[str, Any]] = []
+    tracker = Tracker(run, records.append)
     samples = [{"instruction": "Name a bird.", "reply": "a kite"}]
     tracker.write({"attempt": 1, "step": 2, "steps": 4, "samples": samples})
     tracker.close()
-    assert seen == [{"attempt": 1, "step": 2, "steps": 4, "samples": samples}]
+    assert records == [{"attempt": 1, "step": 2, "steps": 4, "samples": samples}]
     assert json.loads((tmp_path / "run" / "steps.jsonl").read_text())["samples"] == samples
     [events] = (tmp_path / "run" / "events").iterdir()
     assert b"a kite" in events.read_bytes()
@@ -91,9 +91,9 @@ def test_a_torn_last_line_is_cut_and_told(tmp_path: Path, torn: bytes) -> None:
     run = Run(Folder.at(tmp_path / "run").make())
     file = tmp_path / "run" / "steps.jsonl"
     file.write_bytes(json.dumps(record(1)).encode() + b"\n" + torn)
-    seen: list[dict[str, Any]] = []
-    tracker = Tracker(run, seen.append)
-    assert [one["message"] for one in seen] == [
+    records: list[dict[str, Any]] = []
+    tracker = Tracker(run, records.append)
+    assert [one["message"] for one in records] == [
         f"{file} ended in {len(torn)} bytes of a line that was never finished; they are cut off"
     ]
     tracker.write(record(2))
@@ -105,12 +105,12 @@ def test_a_torn_last_line_is_cut_and_told(tmp_path: Path, torn: bytes) -> None:
 def test_a_last_line_without_its_end_of_line_is_whole(tmp_path: Path) -> None:
     run = Run(Folder.at(tmp_path / "run").make())
     (tmp_path / "run" / "steps.jsonl").write_text(json.dumps(record(1)))
-    seen: list[dict[str, Any]] = []
-    tracker = Tracker(run, seen.append)
+    records: list[dict[str, Any]] = []
+    tracker = Tracker(run, records.append)
     tracker.write(record(2))
     tracker.close()
     assert [one["step"] for one in read_records(run.folder / "steps.jsonl")] == [1, 2]
-    assert [one for one in seen if "message" in one] == []
+    assert [one for one in records if "message" in one] == []
 
 
 def test_a_validation_that_comes_late_is_not_the_runs(tmp_path: Path) -> None:
@@ -135,23 +135,23 @@ def test_the_list_of_runs_has_the_validation_loss_of_what_was_exported(tmp_path:
 
 def test_who_has_lost_the_run_writes_nothing_to_it(tmp_path: Path) -> None:
     run = Run(Folder.at(tmp_path / "run").make())
-    seen: list[dict[str, Any]] = []
+    records: list[dict[str, Any]] = []
     held = True
-    tracker = Tracker(run, seen.append, (), lambda: held)
+    tracker = Tracker(run, records.append, (), lambda: held)
     tracker.write(record(1))
     held = False
     tracker.write(record(4))
     tracker.write({"attempt": 1, "step": 4, "steps": 4, "validation_loss": 1.5})
     tracker.close()
-    assert [one["step"] for one in seen] == [1, 4, 4]
+    assert [one["step"] for one in records] == [1, 4, 4]
     assert [one["step"] for one in read_records(run.folder / "steps.jsonl")] == [1]
     assert (run.status()["step"], "validation_loss" in run.status()) == (1, False)
 
 
 def test_a_full_disk_stops_nothing_and_what_it_refused_is_written_later(tmp_path: Path) -> None:
     run = Run(Folder.at(tmp_path / "run").make())
-    seen: list[dict[str, Any]] = []
-    tracker = Tracker(run, seen.append)
+    records: list[dict[str, Any]] = []
+    tracker = Tracker(run, records.append)
     tracker.write(record(1))
     resource.setrlimit(resource.RLIMIT_FSIZE, (1, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))  # every write fails
     try:
@@ -159,7 +159,7 @@ def test_a_full_disk_stops_nothing_and_what_it_refused_is_written_later(tmp_path
             tracker.write(record(step))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-    assert [one["message"] for one in seen if "message" in one] == [
+    assert [one["message"] for one in records if "message" in one] == [
         f"{tmp_path / 'run'} cannot be written to (File too large); make room there. Training goes on."
     ]
     tracker.write(record(40))
