@@ -73,9 +73,9 @@ class Hub:
 @pytest.fixture
 def hub_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     def make(files: dict[str, bytes]) -> Hub:
-        hub = Hub(tmp_path / "cache", files)
-        monkeypatch.setattr("huggingface_hub.snapshot_download", hub.snapshot_download)
-        return hub
+        fake_hub = Hub(tmp_path / "cache", files)
+        monkeypatch.setattr("huggingface_hub.snapshot_download", fake_hub.snapshot_download)
+        return fake_hub
 
     return make
 
