@@ -47,7 +47,7 @@ def settings(case: dict[str, Any], workers: int, sharing: int) -> Training:
     )
 
 
-def model_of(case: dict[str, Any], sharing: int) -> Any:
+def model_of(case: dict[str, Any], sharing: int, attention: str = "auto") -> Any:
     """A random model of 4 heads, with `case`'s heads of keys and values; `sharing` workers share its rows."""
     from transformers import AutoModelForCausalLM
 
@@ -55,7 +55,7 @@ def model_of(case: dict[str, Any], sharing: int) -> Any:
     shape: dict[str, Any] = {**sizes, "num_key_value_heads": case["kv_heads"], "initializer_range": 0.1}
     config = MistralConfig(**shape, sliding_window=WINDOW) if case["window"] else LlamaConfig(**shape)
     packed = PackedCompute("cpu", torch.float32, sequence_parallel=sharing)
-    set_implementations(config, choose_attention("auto", packed, config, model_class_of(AutoModelForCausalLM, config)))
+    set_implementations(config, choose_attention(attention, packed, config, model_class_of(AutoModelForCausalLM, config)))
     torch.manual_seed(0)
     return TUNING_METHODS[case["method"]].wrap(AutoModelForCausalLM.from_config(config), Tuning(method=case["method"], rank=4), 3)
 
@@ -110,7 +110,7 @@ def shared(case: dict[str, Any]) -> dict[str, Any]:
 
 def plain(case: dict[str, Any]) -> dict[str, Any]:
     """The same steps in plain PyTorch, every example by itself."""
-    model = model_of(case, 1)
+    model = model_of(case, 1, "sdpa")  # needs no bounds of examples
     parameters = trainable_parameters(model)
     optimizer = make_optimizer(parameters, settings(case, 1, 1).optimizer)
     for group in optimizer.param_groups:
