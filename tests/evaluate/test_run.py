@@ -15,8 +15,10 @@ import torch
 from apprentice.data.corpus import Corpus
 from apprentice.data.encoding.prompt_contract import make_contract
 from apprentice.errors import DataError, EvaluationError
+from apprentice.evaluate import run as evaluate_run
 from apprentice.evaluate.report import predictions
-from apprentice.evaluate.run import Subject, _requests, evaluate
+from apprentice.evaluate.run import Subject, _make_scorers, _requests, evaluate
+from apprentice.evaluate.scoring.endpoint import EndpointAddress
 from apprentice.evaluate.stats.summary import summarise
 from apprentice.inference.choices.choice_scoring import choice_logprobs
 from apprentice.model_pool import actors
@@ -285,3 +287,24 @@ def test_a_reward_model_judges_what_was_written(
             Folder.at(tmp_path / "out"),
             **settings,
         )
+
+
+def test_an_endpoint_alone_waits_for_no_gpus(
+    recipe: Recipe, corpus: Corpus, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be served from the very GPUs that the recipe asks for."""
+    requests: list[dict[str, Any]] = []
+
+    def find(_: Any, **amounts: Any) -> FreeResources:
+        requests.append(amounts)
+        return FreeResources(1, 1, 0, 0)
+
+    monkeypatch.setattr(evaluate_run, "find_free_resources", find)
+    monkeypatch.setattr(evaluate_run, "resolve_model_dtype", lambda model, _: model)
+    monkeypatch.setattr(evaluate_run, "make_subject_settings", lambda *_, **__: None)
+    training = recipe.training.model_copy(update={"resources": recipe.training.resources.model_copy(update={"gpus": 1.0})})
+    on_gpus = recipe.model_copy(update={"training": training})
+    endpoint = Subject("endpoint", tiny_model, endpoint=EndpointAddress("http://127.0.0.1:1", "m", None))
+    for subjects in ([endpoint], [Subject("base", tiny_model), endpoint]):
+        _make_scorers(on_gpus, corpus, subjects, lambda _: None)
+    assert requests == [{"gpus": 0.0, "tensor_parallel": 1}, {"gpus": 1.0, "tensor_parallel": 1}]

@@ -202,6 +202,22 @@ def test_what_is_deployed_is_the_projects_serve_file(tmp_path):
     assert AppArguments.model_validate(config["applications"][0]["args"]).max_running == 4
 
 
+@pytest.mark.parametrize(
+    ("keys", "deployed_keys"),
+    [
+        ({}, {}),
+        ({"training__resources": {"cpus": 1, "gpus": 1}}, {"gpus": 1}),
+        ({"serving__tensor_parallel": 4}, {"tensor_parallel": 4, "gpus": 4}),
+        ({"serving__tensor_parallel": 2, "serving__engine": "vllm"}, {"tensor_parallel": 2}),  # over processes on CPUs
+    ],
+)
+def test_what_was_trained_on_gpus_is_deployed_on_gpus(tmp_path, keys, deployed_keys):
+    config = deploy.serve_config("/runs/tiny/model", load_recipe(tiny_recipe(tmp_path, Path("/models/tiny"), **keys)))
+    arguments = config["applications"][0]["args"]
+    assert {name: arguments[name] for name in ("tensor_parallel", "gpus") if name in arguments} == deployed_keys
+    AppArguments.model_validate(arguments)
+
+
 def test_a_run_beside_is_deployed_by_its_place(tmp_path):
     (tmp_path / "runs" / "other" / "model").mkdir(parents=True)
     (tmp_path / "runs" / "other" / "identity.json").write_text("{}")

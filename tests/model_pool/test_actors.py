@@ -10,7 +10,7 @@ import pytest
 
 from apprentice.errors import ResourcesError
 from apprentice.model_pool import actors
-from apprentice.model_pool.actors import find_free_resources
+from apprentice.model_pool.actors import find_free_resources, has_gpus
 from apprentice.model_pool.pool import FreeResources, WorkerPool
 
 GPU_NODE = {"CPU": 16.0, "GPU": 8.0, "memory": 100.0}
@@ -69,6 +69,13 @@ def test_gpus_that_stay_taken_are_told_and_no_cpu_answers_instead(cluster: Calla
     with pytest.raises(ResourcesError, match=r"of the cluster's 8 only 2 are free; wait for what runs on them"):
         find_free_resources(lambda _: None, gpus=1.0, tensor_parallel=4)
     assert looks[-1] > actors.PATIENCE_S
+
+
+def test_each_worker_has_its_gpus_on_one_node() -> None:
+    nodes = [CPU_NODE, GPU_NODE, {"CPU": 4.0, "GPU": 3.0}]
+    assert [has_gpus(4, workers)(nodes) for workers in (1, 2, 3)] == [True, True, False]
+    assert [has_gpus(1, workers)(nodes) for workers in (11, 12)] == [True, False]
+    assert not has_gpus(1)([CPU_NODE])
 
 
 def test_a_recipe_without_gpus_takes_cpus_where_others_have_the_gpus(cluster: Callable[..., list[float]]) -> None:

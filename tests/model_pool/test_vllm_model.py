@@ -46,8 +46,11 @@ def test_a_70b_model_over_8_gpus(tmp_path: Path) -> None:
 
 
 def test_engines_beside_each_other_share_a_gpu(tmp_path: Path) -> None:
-    arguments = vllm_arguments(big_llama(tmp_path, "1b"), device="cuda", **SETTINGS, engines=2)
-    assert arguments["gpu_memory_utilization"] == 0.46
+    """Also where their KV memory is given: vLLM 0.29 refuses to start where less than its share of the GPU is free."""
+    for kv_bytes in (None, 10**9):
+        settings = SETTINGS | {"kv_bytes": kv_bytes}
+        arguments = vllm_arguments(big_llama(tmp_path, "1b"), device="cuda", **settings, engines=2)
+        assert (arguments["gpu_memory_utilization"], arguments["kv_cache_memory_bytes"]) == (0.46, kv_bytes)
     assert set(arguments) <= set(NAMES["AsyncEngineArgs"])
 
 

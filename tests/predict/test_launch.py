@@ -53,3 +53,14 @@ def test_it_goes_on_where_it_stopped(ray_cluster: None, tiny_model: Path, tmp_pa
     with pytest.raises(EvaluationError, match="max_new_tokens changed"):
         run(6)
     assert run(6, restart=True)["made_now"] == 10
+
+
+def test_parts_of_two_engines_are_not_mixed(tmp_path: Path) -> None:
+    """An earlier version, which did not store the engine, had our own alone."""
+    out = Folder.at(tmp_path)
+    for stored, engine in (({"engine": "vllm"}, "transformers"), ({}, "vllm"), ({"engine": "transformers"}, "vllm")):
+        (out / launch.STATE_FILE).write_json({"dtype": "bfloat16", **stored})
+        with pytest.raises(EvaluationError, match=r"something else \(engine changed\)"):
+            launch._check_state(out, {"dtype": "bfloat16", "engine": engine})
+    (out / launch.STATE_FILE).write_json({"dtype": "bfloat16"})
+    launch._check_state(out, {"dtype": "bfloat16", "engine": "transformers"})

@@ -285,6 +285,14 @@ def test_a_model_over_several_gpus_is_one_placement_group_of_each_replica(
         application(arguments | {"gpus": 0})
 
 
+def test_replicas_on_a_part_of_a_gpu_leave_the_rest_of_its_memory(chat_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_choice.importlib.util, "find_spec", lambda _: object())  # vLLM is installed
+    engines = {
+        gpus: application({"model": str(chat_model), "gpus": gpus})._bound_deployment.init_args[1].engine for gpus in (0.5, 1)
+    }
+    assert engines == {0.5: "transformers", 1: "auto"}
+
+
 def test_the_weights_are_read_once_before_the_start(chat_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[Path] = []
 

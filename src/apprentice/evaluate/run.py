@@ -112,6 +112,8 @@ def evaluate(
 def _make_scorers(recipe: Recipe, corpus: Corpus, subjects: Sequence[Subject], progress: Progress) -> list[SubjectScorer]:
     """A scorer of each subject on the cluster's free resources, all with one resolved dtype."""
     gpus, split = recipe.training.resources.gpus, recipe.serving.tensor_parallel
+    if all(subject.endpoint for subject in subjects):
+        gpus, split = 0.0, 1  # they may be served from the very GPUs
     resources = find_free_resources(lambda message: progress({"message": message}), gpus=gpus, tensor_parallel=split)
     recipe = recipe.model_copy(update={"model": resolve_model_dtype(recipe.model, resources)})
     settings = [make_subject_settings(subject, recipe, corpus, on_gpu=resources.gpus > 0) for subject in subjects]

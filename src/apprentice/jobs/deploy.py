@@ -17,6 +17,7 @@ _APP = "apprentice.serve.app:app"
 _DEPLOYED = {
     "engine",
     "threads",
+    "tensor_parallel",
     "kv_memory_gb",
     "adapters",
     "max_adapters",
@@ -118,7 +119,8 @@ def _is_earlier(deployed: Mapping[str, Any], ours: Mapping[str, Any]) -> bool:
 def serve_config(model: str, recipe: Recipe) -> dict[str, Any]:
     """The Serve configuration of the model folder `model`, in the form of `serve/config.yaml`.
 
-    It holds the recipe's serving keys and the path of the keys file that guards the endpoint. Raises `ServingError` for a host
+    It holds the recipe's serving keys, a GPU (or as many as the model is split over) for each replica where training asks for GPUs,
+    and the path of the keys file that guards the endpoint. Raises `ServingError` for a host
     that is reachable from outside without keys (every node would answer anybody), and `RunError` for a run in `serving.beside`
     without a trained model.
     """
@@ -127,6 +129,8 @@ def serve_config(model: str, recipe: Recipe) -> dict[str, Any]:
     serving = recipe.serving
     keys_file = check_guarded(serving.host)
     beside = [_place(name, recipe) for name in serving.beside]
+    # A named vLLM may split a model over processes on CPUs; else only GPUs can.
+    on_gpu = recipe.training.resources.gpus > 0 or (serving.tensor_parallel > 1 and serving.engine == "auto")
     arguments = {
         "model": model,
         "name": recipe.name,
@@ -135,6 +139,7 @@ def serve_config(model: str, recipe: Recipe) -> dict[str, Any]:
         "max_queued_requests": serving.max_queued_requests,
         "context": serving.context,
         **serving.model_dump(include=_DEPLOYED, exclude_defaults=True),
+        **({"gpus": serving.tensor_parallel} if on_gpu else {}),
         **({"beside": beside} if beside else {}),
     }
     if keys_file is not None:

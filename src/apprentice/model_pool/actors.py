@@ -66,9 +66,9 @@ def find_free_resources(tell: Callable[[str], None], *, gpus: float = 0.0, tenso
     )
 
 
-def has_gpus(count: int) -> Callable[[Sequence[dict[str, float]]], bool]:
-    """A function of the nodes' resources that says whether one of them has `count` GPUs."""
-    return lambda nodes: any(node.get("GPU", 0.0) >= count for node in nodes)
+def has_gpus(count: int, workers: int = 1) -> Callable[[Sequence[dict[str, float]]], bool]:
+    """A function of the nodes' resources that says whether `workers` workers find `count` GPUs of one node each."""
+    return lambda nodes: sum(int(node.get("GPU", 0.0)) // count for node in nodes) >= workers
 
 
 def _usable_cpus(nodes: Sequence[dict[str, float]], free: int) -> int:

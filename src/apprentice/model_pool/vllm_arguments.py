@@ -49,7 +49,8 @@ def vllm_arguments(
         arguments["kv_cache_memory_bytes"] = _kv_bytes(
             folder, kind.itemsize, max_running * context_in_blocks(context), tensor_parallel
         )
-    if device == "cuda" and kv_bytes is None and engines > 1:
+    if device == "cuda" and engines > 1:
+        # With `kv_bytes`, too: an engine does not start where less than this share of the GPU is free.
         arguments["gpu_memory_utilization"] = round(GPU_SHARE / engines, 3)
     if tensor_parallel > 1:
         # Named, because vLLM would take Ray's workers in a placement group, and they want a bundle for each GPU. The GPUs of one

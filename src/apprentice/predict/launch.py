@@ -68,7 +68,7 @@ def predict(
         "max_new_tokens": limits.reply,
         "prompt_tokens": limits.prompt,
         "rows": sum(chunk.rows for chunk in chunks),
-        **({"engine": choice.name} if choice.name == "vllm" else {}),  # our own was the only one before
+        "engine": choice.name,
     }
     if restart:
         out.delete()
@@ -103,7 +103,8 @@ def _check_state(out: Folder, state: dict[str, Any]) -> None:
     file = out / STATE_FILE
     if not file.exists():
         return
-    old = {"dtype": state["dtype"], **file.read_json()}  # earlier versions did not store the dtype
+    # Earlier versions did not store the dtype, and later ones not the engine, which was our own.
+    old = {"dtype": state["dtype"], "engine": "transformers", **file.read_json()}
     if changed := sorted(key for key in state.keys() - {"input"} if old.get(key) != state[key]):
         raise EvaluationError(
             f"{out} holds replies to something else ({', '.join(changed)} changed);"

@@ -214,6 +214,9 @@ def application(args: dict[str, Any]) -> serve.Application:
     serving = Serving.model_validate(arguments.model_dump(include=set(Serving.model_fields)))
     _check_models(models, serving)
     placement = _placement_of(arguments, models, serving)
+    if 0 < arguments.gpus < 1 and serving.engine == "auto":
+        # Others have the rest of that GPU, and vLLM takes nearly all of its memory.
+        serving = serving.model_copy(update={"engine": "transformers"})
     keys_file = Path(arguments.keys_file).expanduser().absolute() if arguments.keys_file else None
     if keys_file is not None:
         ApiKeys(keys_file)  # checks the file; replicas check the host: only they know which one Serve listens on
@@ -281,7 +284,8 @@ def _place_on_cluster(
     """Placement of a replica on this cluster. `tell` is called with each model's engine, and where GPUs are missing."""
     split = serving.tensor_parallel
     if gpus or split > 1:
-        request_nodes([{"CPU": 1.0, "GPU": float(split)}] * serving.replicas.min, has_gpus(split), tell)
+        least = serving.replicas.min
+        request_nodes([{"CPU": 1.0, "GPU": float(split)}] * least, has_gpus(split, least), tell)
     nodes = node_resources()
     on_gpu = has_gpus(1)(nodes)
     if gpus and not on_gpu:
