@@ -26,5 +26,15 @@ def test_the_largest_node_decides() -> None:
     assert memory_to_reserve(15 * GIB, NODES, "the export", lambda: True) == 15 * GIB  # an autoscaler may add a node
 
 
+def test_a_node_without_the_cpus_and_gpus_does_not_count() -> None:
+    """A head to which KubeRay gives no CPUs takes no task, however much memory it has."""
+    nodes = [{"CPU": 0.0, "memory": 64.0 * GIB}, *NODES, {"CPU": 8.0, "GPU": 1.0, "memory": 10.0 * GIB}]
+    with pytest.raises(ResourcesError, match=r"the largest node has 14\.0 GiB"):
+        memory_to_reserve(15 * GIB, nodes, "the export", lambda: False)
+    with pytest.raises(ResourcesError, match=r"the largest node has 10\.0 GiB"):
+        memory_to_reserve(12 * GIB, nodes, "a worker", lambda: False, gpus=1.0)
+    assert memory_to_reserve(10 * GIB, nodes, "a worker", lambda: False, gpus=1.0) == 10 * GIB
+
+
 def test_nodes_that_report_no_memory_reserve_none() -> None:
     assert memory_to_reserve(15 * GIB, [{"CPU": 8.0}], "the export", lambda: False) is None

@@ -98,17 +98,20 @@ def resolve_model_dtype(model: Model, resources: FreeResources) -> Model:
     return model.model_copy(update={"dtype": "bfloat16" if all(fast) else "float32"})
 
 
-def reserve_memory(weight_bytes: int, purpose: str) -> int | None:
+def reserve_memory(weight_bytes: int, purpose: str, *, cpus: float, gpus: float) -> int | None:
     """Ray's option `memory` for a task or an actor that loads `weight_bytes` of weights; `purpose` names it in an error.
 
-    None where the nodes report no memory. Raises `ResourcesError` where no node has as much, and none can be added.
+    None where the nodes report no memory. Raises `ResourcesError` where no node with `cpus` and `gpus` has as much, and none can be
+    added.
     """
-    return memory_to_reserve(host_bytes(weight_bytes), node_resources(), purpose, has_autoscaler)
+    return memory_to_reserve(host_bytes(weight_bytes), node_resources(), purpose, has_autoscaler, cpus=cpus, gpus=gpus)
 
 
 def map_tables(tables: Sequence[pa.Table], worker: type, arguments: tuple[Any, ...], pool: WorkerPool) -> Iterator[pa.Table]:
     """Maps each table through a pool of actors of class `worker`, built with `arguments`; yields the results as they arrive."""
-    memory = memory_to_reserve(pool.memory, node_resources(), "a worker", has_autoscaler) if pool.memory else None
+    memory = None
+    if pool.memory:
+        memory = memory_to_reserve(pool.memory, node_resources(), "a worker", has_autoscaler, cpus=pool.cpus, gpus=pool.gpus)
     dataset = ray.data.from_arrow(list(tables)).map_batches(
         worker,
         batch_size=None,  # one table, one call

@@ -297,7 +297,8 @@ def _place_on_cluster(
         tell(f"{model.name}: {choice}")
     weights = sum(weight_bytes(model.folder, dtype, gpu=on_gpu) for model in models)
     placement = place_replica(serving, nodes, cpus, weights, engines=engines, gpu_bytes=largest_gpu_bytes() if on_gpu else None)
-    return replace(placement, memory=memory_to_reserve(placement.memory, nodes, "a replica", has_autoscaler) or 0)
+    reserved = {"cpus": placement.cpus, "gpus": placement.gpus}
+    return replace(placement, memory=memory_to_reserve(placement.memory, nodes, "a replica", has_autoscaler, **reserved) or 0)
 
 
 def _threads_of_environment() -> int | None:

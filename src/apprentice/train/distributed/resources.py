@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from apprentice.errors import ResourcesError
+from apprentice.model_pool.host_memory import largest_memory
 from apprentice.recipe import Recipe
 from apprentice.train.memory.estimate import PROCESS_BYTES, estimate_memory
 
@@ -93,10 +94,9 @@ def export_memory(parameters: int, dtype: torch.dtype, nodes: Sequence[Mapping[s
     """Ray's option `memory` (bytes) for the task that exports a model of so many parameters in `dtype`.
 
     It holds the trained model in float32, and the written one that is compared with it. That is asked for, but never more than the
-    largest node has: a training that is over is not refused its export. None where no node reports its memory.
+    largest node with a CPU has: a training that is over is not refused its export. None where no node reports its memory.
     """
-    largest = max((int(node.get("memory", 0.0)) for node in nodes), default=0)
-    return min(parameters * (4 + dtype.itemsize) + PROCESS_BYTES, largest) or None
+    return min(parameters * (4 + dtype.itemsize) + PROCESS_BYTES, largest_memory(nodes, cpus=1.0)) or None
 
 
 def has_room_for_validation(recipe: Recipe, nodes: Sequence[Mapping[str, float]]) -> bool:

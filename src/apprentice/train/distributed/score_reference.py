@@ -82,7 +82,7 @@ def _compute(recipe: Recipe, corpus: Corpus, chunks: list[_Chunk], actors: int) 
         compute=ray.data.ActorPoolStrategy(size=min(actors, len(chunks))),
         num_cpus=resources.cpus,
         num_gpus=resources.gpus or None,
-        memory=reserve_memory(weights, "an actor of the reference model"),
+        memory=reserve_memory(weights, "an actor of the reference model", cpus=resources.cpus, gpus=resources.gpus),
     )
     batches = list(computed.iter_batches(batch_size=None, batch_format="numpy"))
     columns = {name: np.concatenate([batch[name] for batch in batches]) for name in ("task", "row", "better", "worse")}

@@ -94,5 +94,6 @@ def _memory(recipe: Recipe) -> int | None:
     from apprentice.model_pool.actors import reserve_memory  # imports PyTorch, which Ray Train's controller does not need
     from apprentice.model_pool.model import weight_bytes
 
-    weights = weight_bytes(local_folder(recipe.model.base), recipe.model.dtype, gpu=recipe.training.resources.gpus > 0)
-    return reserve_memory(weights, "the validation of a checkpoint")
+    resources = recipe.training.resources
+    weights = weight_bytes(local_folder(recipe.model.base), recipe.model.dtype, gpu=resources.gpus > 0)
+    return reserve_memory(weights, "the validation of a checkpoint", cpus=resources.cpus, gpus=resources.gpus)

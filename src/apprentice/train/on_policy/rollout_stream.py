@@ -54,7 +54,7 @@ def stream_rounds(corpus: Corpus, run: Run, start: Start) -> ray.data.Dataset:
         compute=ray.data.ActorPoolStrategy(size=shape.parts),
         num_cpus=resources.cpus,
         num_gpus=resources.gpus or None,
-        memory=reserve_memory(_weight_bytes(recipe), "an actor that writes replies"),
+        memory=reserve_memory(_weight_bytes(recipe), "an actor that writes replies", cpus=resources.cpus, gpus=resources.gpus),
     )
     return repartition_by_step(rows, recipe)
 
