@@ -89,6 +89,15 @@ def test_a_type_that_loses_the_bounds_has_the_default() -> None:
     assert choose_attention("auto", HOPPER, config, compat.model_class_of(AutoModelForCausalLM, config)) is None
 
 
+@pytest.mark.parametrize("name", ["flint", "granite_swa", "granitemoe_swa", "mimo_v2_flash"])
+def test_attention_sinks_are_not_lost(packages: Any, name: str) -> None:
+    config = AutoConfig.for_model(name)
+    for versions in ((), (2, 3)):
+        packages(*versions)
+        for packed in (CPU, AMPERE, HOPPER):
+            assert choose_attention("auto", packed, config, compat.model_class_of(AutoModelForCausalLM, config)) is None
+
+
 @pytest.mark.parametrize("name", ["gptj", "gpt_neo"])
 def test_flash_is_refused_to_types_that_do_not_hear_where_examples_begin(packages: Any, name: str) -> None:
     packages(2)
@@ -197,7 +206,7 @@ def test_transformers_says_what_a_class_supports(name: str) -> None:
     loader = AutoModelForSeq2SeqLM if name == "t5" else AutoModelForCausalLM
     model_class = compat.model_class_of(loader, config)
     assert model_class is type(made(name))
-    assert compat.attention_support(model_class) == (name != "t5", True, name != "t5")
-    assert compat.attention_support(None) == (False, False, False)
+    assert compat.attention_support(model_class) == (name != "t5", True, name != "gemma2", name != "t5")
+    assert compat.attention_support(None) == (False, False, False, False)
     assert compat.model_class_of(loader, AutoConfig.for_model("clip")) is None
     assert attention.FLEX == "flex_attention"

@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoConfig, GraniteSWAForCausalLM, LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from apprentice.errors import ModelError
 from apprentice.models import varlen
-from apprentice.models.attention import PackedCompute, choose_attention, is_flat
+from apprentice.models.attention import PackedCompute, check_shared_rows, choose_attention, is_flat
 from apprentice.models.ulysses import ULYSSES, ulysses_attention
 from apprentice.models.varlen import varlen_attention
 from tests.models import varlen_stand_in
@@ -63,3 +65,35 @@ def test_it_is_chosen_where_workers_share_rows() -> None:
 def test_models_whose_rows_cannot_be_shared_are_refused(name: str, workers: int, reason: str) -> None:
     with pytest.raises(ModelError, match=rf"training\.sequence_parallel {reason}"):
         choose(name, workers)
+
+
+def test_attention_sinks_are_refused() -> None:
+    config = AutoConfig.for_model("granite_swa")
+    with pytest.raises(
+        ModelError, match=r"training\.sequence_parallel 2 cannot be used with granite_swa, whose attention takes more"
+    ):
+        check_shared_rows(2, config, GraniteSWAForCausalLM)
+
+
+FACTORS = {"short_factor": [1.0] * 16, "long_factor": [4.0] * 16, "original_max_position_embeddings": 64}
+
+
+@pytest.mark.parametrize("rope", [{"rope_type": "longrope", "factor": 2.0, **FACTORS}, {"rope_type": "dynamic", "factor": 2.0}])
+@pytest.mark.parametrize("by_layer", [False, True])
+def test_rotary_positions_that_depend_on_whole_rows_are_refused(rope: dict[str, Any], by_layer: bool) -> None:
+    model = made("llama")
+    check_shared_rows(2, model.config, type(model))
+    model.config.rope_parameters = {"full_attention": rope} if by_layer else rope
+    kind = rope["rope_type"]
+    with pytest.raises(ModelError, match=rf"2 cannot be used with llama, whose rotary positions \({kind}\) depend on the length"):
+        check_shared_rows(2, model.config, type(model))
+
+
+def test_frequencies_of_a_part_are_not_those_of_its_row() -> None:
+    """Why such models are refused: should transformers change this, they need not be."""
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 2.0, **FACTORS}
+    config = LlamaConfig(hidden_size=64, num_attention_heads=2, max_position_embeddings=128, rope_parameters=rope)
+    rotary = LlamaRotaryEmbedding(config)
+    whole, _ = rotary(torch.zeros(1), torch.arange(100)[None])
+    part, _ = rotary(torch.zeros(1), torch.arange(50)[None])
+    assert not torch.allclose(part, whole[:, :50])

@@ -33,6 +33,7 @@ _NARROW = (torch.bfloat16, torch.float16)  # all that flash kernels multiply
 _OLDEST = (8, 0)  # compute capability from which on they run
 _LARGEST_HEAD = 256
 _LOSE_KEYWORDS = ("nemotron",)  # types whose layers do not hand on what their attention is told; of 121 read in transformers 5.23
+_ROW_ROPE = ("dynamic", "longrope")  # types of rotary positions whose frequencies depend on the longest example of a row
 _DROPOUTS = ("attention_dropout", "attn_pdrop")  # names of the dropout of attention weights in configs
 
 
@@ -95,11 +96,16 @@ def check_shared_rows(workers: int, config: Any, model_class: Any) -> None:
             f"training.sequence_parallel {workers} is for causal models, and {config.model_type} is an encoder-decoder; set it to"
             " 1."
         )
-    hears_bounds = support.flash and support.keywords and config.model_type not in _LOSE_KEYWORDS
-    if mixing_obstacle(config.to_dict()) is not None or not hears_bounds or _soft_cap(config):
+    is_plain = _takes_bounds_alone(support, config) and config.model_type not in _LOSE_KEYWORDS
+    if mixing_obstacle(config.to_dict()) is not None or not is_plain:
         raise ModelError(
             f"training.sequence_parallel {workers} cannot be used with {config.model_type}, whose attention takes more than tokens"
             " and their bounds, or other layers mix tokens; set it to 1."
+        )
+    if kinds := _rope_types(config) & set(_ROW_ROPE):
+        raise ModelError(
+            f"training.sequence_parallel {workers} cannot be used with {config.model_type}, whose rotary positions"
+            f" ({min(kinds)}) depend on the length of whole rows, of which each worker has a part; set it to 1."
         )
     if heads % workers:
         raise ModelError(
@@ -137,9 +143,8 @@ def _of_encoder_decoder(config: Any, model_class: Any) -> str | None:
 
 
 def _on_cpu(config: Any, model_class: Any) -> str | None:
-    """Attention by examples for what needs no more than causal attention and windows, as flash attention does."""
-    support = compat.attention_support(model_class)
-    if not (support.flash and support.keywords) or _soft_cap(config):
+    """Attention by examples for what needs no more than causal attention and windows."""
+    if not _takes_bounds_alone(compat.attention_support(model_class), config):
         return None
     register_segments()
     return SEGMENTS
@@ -148,6 +153,8 @@ def _on_cpu(config: Any, model_class: Any) -> str | None:
 def _fastest(packed: PackedCompute, config: Any, model_class: Any) -> str | None:
     """The first of the module's list that runs this causal architecture on this GPU."""
     support, installed = compat.attention_support(model_class), compat.installed_flash_attention()
+    if not (support.sdpa or _soft_cap(config)):
+        return None  # attention sinks, which most of the list have not
     if support.flash and support.keywords and _fits_flash(packed, config):
         for version in _packages(packed, config, newest_only=True):
             if version in installed:
@@ -158,6 +165,11 @@ def _fastest(packed: PackedCompute, config: Any, model_class: Any) -> str | None
         if 2 in installed:
             return "flash_attention_2"
     return FLEX if support.flex and _soft_cap(config) and not _dropout(config) else None
+
+
+def _takes_bounds_alone(support: compat.AttentionSupport, config: Any) -> bool:
+    """Whether attention is told bounds, and needs no more than them and a window: neither soft caps nor attention sinks."""
+    return support.flash and support.keywords and support.sdpa and not _soft_cap(config)
 
 
 def _packages(packed: PackedCompute, config: Any, *, newest_only: bool) -> list[int]:
@@ -187,6 +199,12 @@ def _head_size(config: Any) -> int:
 def _soft_cap(config: Any) -> float | None:
     cap: float | None = getattr(config.get_text_config(), "attn_logit_softcapping", None)
     return cap
+
+
+def _rope_types(config: Any) -> set[str]:
+    """Types of the rotary positions in all layers; a config has one set of parameters, or one for each type of layer."""
+    parameters = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    return {str(part["rope_type"]) for part in (parameters, *parameters.values()) if isinstance(part, dict) and "rope_type" in part}
 
 
 def _dropout(config: Any) -> float:

@@ -26,16 +26,17 @@ def set_implementations(config: Any, attention: str | None) -> None:
 
 
 class AttentionSupport(NamedTuple):
-    """What a model class says of its attention: whether flash and flex attention may be used, and whether keywords reach it."""
+    """What a model class says of its attention: whether flash, flex and SDPA kernels may be used, and whether keywords reach it."""
 
     flash: bool
     flex: bool
+    sdpa: bool
     keywords: bool
 
 
 def attention_support(model_class: Any) -> AttentionSupport:
     """What `model_class` says of its attention (transformers 5.23); nothing for None, a class that the model brings itself."""
-    names = ("_supports_flash_attn", "_supports_flex_attn", "_supports_attention_backend")
+    names = ("_supports_flash_attn", "_supports_flex_attn", "_supports_sdpa", "_supports_attention_backend")
     return AttentionSupport(*(bool(getattr(model_class, name, False)) for name in names))
 
 
