@@ -105,6 +105,19 @@ def test_parts_are_written_as_the_whole_is() -> None:
     assert torch.equal(optimizer.read(parts[130:700]), optimizer.read(parts)[130:700])
 
 
+def test_a_state_begun_again_is_the_one_that_is_read_and_written() -> None:
+    """Also where the new tensors lie where earlier ones of other weights lay."""
+    weights = [nn.Parameter(torch.zeros(size * BLOCK)) for size in (2, 2, 2)]
+    optimizer: Any = make_optimizer({str(place): weight for place, weight in enumerate(weights)}, settings("8bit"))
+    for _ in range(20):
+        for weight in weights:
+            begin_state(optimizer, settings("8bit"), weight, 0)
+        for weight in reversed(weights):
+            for name in ("exp_avg", "exp_avg_sq"):
+                optimizer.write(optimizer.state[weight][name], torch.ones_like(weight))
+                assert optimizer.state[weight][f"{name}_scale"].eq(1).all()
+
+
 @pytest.mark.parametrize("states", KINDS)
 def test_large_tensors_are_updated_in_chunks(states: str, monkeypatch: pytest.MonkeyPatch) -> None:
     at_once, _ = trained(states, steps=3)

@@ -15,6 +15,7 @@ from apprentice.recipe import load_recipe
 from apprentice.run.folder import open_run
 from apprentice.train import worker
 from apprentice.train.checkpoint.format import Checkpoint
+from apprentice.train.distributed.failure import find_apprentice_error
 from apprentice.train.state import Goal, State
 from apprentice.train.worker_config import MicroBatchTooLargeError, WorkerConfig
 from tests.support.recipes import tiny_recipe
@@ -106,8 +107,11 @@ def test_out_of_memory_in_a_step_asks_for_fewer_rows_at_once(
     with pytest.raises(TrainingError if micro == 1 else MicroBatchTooLargeError) as caught:
         worker.run_worker(config, None, iter([packed_rows(4)]), packed_rows(1), Events(), device=torch.device("cpu"))
     if micro > 1:
-        assert caught.value.micro == pickle.loads(pickle.dumps(caught.value)).micro == micro
-        assert isinstance(caught.value.__cause__, TrainingError)  # what is said if no attempt is left
+        brought = pickle.loads(pickle.dumps(caught.value))  # as Ray brings it to the driver
+        assert caught.value.micro == brought.micro == micro
+        said = find_apprentice_error(brought)  # if no attempt is left
+        assert isinstance(said, TrainingError)
+        assert "The smallest changes that help" in str(said)
 
 
 def test_other_errors_stay_what_they_are(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -47,6 +47,8 @@ class LowPrecisionAdamW(torch.optim.Optimizer):
                 state[name].fill_(int(_code_values(MOMENTS[name]).eq(0).nonzero()))
                 state[f"{name}_scale"] = parameter.new_zeros(-(-parameter.numel() // BLOCK), dtype=torch.float32)
         self.state[parameter] = state
+        self._scales.clear()  # an earlier state's, whose addresses the new one may have
+        self._shared.clear()
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]

@@ -199,7 +199,7 @@ def _ask_for_fewer_rows(training: Training, micro: int) -> Iterator[None]:
     except TrainingError as error:
         cause = error.__cause__
         if training.micro_batch == "auto" and micro > 1 and cause is not None and is_out_of_memory(cause):
-            raise MicroBatchTooLargeError(micro) from error
+            raise MicroBatchTooLargeError(micro, error) from error
         raise
 
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
+from apprentice.errors import TrainingError
 from apprentice.recipe import Recipe
 from apprentice.run.folder import Run
 from apprentice.train.metrics.mixture_ledger import DropCounts
@@ -36,15 +37,15 @@ class WorkerConfig:
 class MicroBatchTooLargeError(RuntimeError):
     """Running out of memory in a step with `micro` packed rows at once, where `micro_batch: auto` may take fewer.
 
-    Its cause is the `TrainingError` that says what else helps.
+    `cause` is the error that says what else helps; an attribute, since `__cause__` does not go from one process to another.
     """
 
-    def __init__(self, micro: int) -> None:
+    def __init__(self, micro: int, cause: TrainingError) -> None:
         super().__init__(f"memory ran out with {micro} rows at once")
-        self.micro = micro
+        self.micro, self.cause = micro, cause
 
     def __reduce__(self) -> Any:
-        return (type(self), (self.micro,))
+        return (type(self), (self.micro, self.cause))
 
 
 class WorkerEvents(Protocol):

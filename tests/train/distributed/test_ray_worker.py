@@ -36,7 +36,7 @@ def test_the_next_attempt_has_half_as_many_rows_at_once(tmp_path: Path, tiny_mod
     def run(config: WorkerConfig, *_: Any, **__: Any) -> None:
         limits.append(config.largest_micro_batch)
         if len(limits) < 3:
-            raise MicroBatchTooLargeError(8 // len(limits)) from TrainingError("a worker ran out of memory")
+            raise MicroBatchTooLargeError(8 // len(limits), TrainingError("a worker ran out of memory"))
 
     monkeypatch.setattr(ray_worker.ray, "get", lambda value: value)
     monkeypatch.setattr(

@@ -161,10 +161,11 @@ def test_the_smallest_changes_come_first(tmp_path: Path) -> None:
     ]
 
 
-def test_every_change_is_a_recipe(tmp_path: Path) -> None:
-    made = recipe(tmp_path, training__global_batch=16, tuning={"method": "full"}, training__resources={"gpus": 1})
+@pytest.mark.parametrize(("method", "number"), [("full", 6), ("qlora", 4)])
+def test_every_change_is_a_recipe(method: str, number: int, tmp_path: Path) -> None:
+    made = recipe(tmp_path, training__global_batch=16, tuning={"method": method}, training__resources={"gpus": 1})
     changes = list_smaller_recipes(made, 8, 256, 2)
-    assert len(changes) == 6
+    assert len(changes) == number
     for change in changes:
         key, _, value = change.text.partition(" (")[0].partition(": ")
         values = [f"{key}={value}", *(["data.max_length=128"] if key.startswith("data") else [])]

@@ -14,7 +14,7 @@ from apprentice.models.loading import load_model
 from apprentice.models.tuning.methods import TUNING_METHODS, count_trainable
 from apprentice.recipe import Recipe, load_recipe
 from apprentice.train.memory.model_size import measure_model_size
-from tests.models.architectures import made
+from tests.models.architectures import CAUSAL, EXPERTS, MIXING, SEQ2SEQ, made
 from tests.support.big_models import big_llama
 from tests.support.recipes import tiny_recipe
 
@@ -32,6 +32,15 @@ def test_it_counts_what_the_loaded_model_has(name: str, method: str, tmp_path: P
     size = measure_model_size(chosen, torch.float32)
     assert size.trained == count_trainable(model)[0]
     assert size.parameters == sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("name", [*CAUSAL, *MIXING, *EXPERTS, *SEQ2SEQ])
+def test_models_of_every_architecture_have_a_size(name: str, tmp_path: Path) -> None:
+    """Those without attention too: training on a GPU measures them for MFU."""
+    made(name).config.save_pretrained(tmp_path / name)
+    size = measure_model_size(recipe(tmp_path, tmp_path / name, training__resources={"gpus": 1}), torch.bfloat16)
+    assert size.products.weights > 0
+    assert (size.attention_width == 0) == (name == "mamba")
 
 
 def test_products_leave_out_embeddings_that_are_looked_up(tmp_path: Path) -> None:

@@ -75,7 +75,8 @@ def measure_model_size(recipe: Recipe, dtype: torch.dtype) -> ModelSize:
             f"{folder} has a config.json from which no model can be built: {' '.join(str(error).split())[:200]}"
         ) from error
     text = config.get_text_config()
-    width = int(getattr(text, "head_dim", None) or getattr(text, "d_kv", None) or text.hidden_size // text.num_attention_heads)
+    heads = int(getattr(text, "num_attention_heads", None) or 0)  # none in state-space models
+    width = int(getattr(text, "head_dim", None) or getattr(text, "d_kv", None) or text.hidden_size // max(heads, 1))
     encoder, rest = _products(model, text, in_encoder=True), _products(model, text, in_encoder=False)
     is_pair = bool(config.is_encoder_decoder)
     return ModelSize(
@@ -84,7 +85,7 @@ def measure_model_size(recipe: Recipe, dtype: torch.dtype) -> ModelSize:
         products=encoder if is_pair else rest,
         target_products=rest if is_pair else Products(),
         layers=int(text.num_hidden_layers),
-        attention_width=int(text.num_attention_heads) * width,
+        attention_width=heads * width,
         dtype=dtype,
         weight_bytes=number_formats(recipe.training.optimizer, dtype).weights.itemsize,
         is_masked=packs_with_mask(recipe, dtype, base),
