@@ -138,7 +138,7 @@ def scale_table(window: float, plan_mib: float, block_s: float) -> str:
         f" {window:.0f} ms to draw a window of {WINDOW:,} examples of 10,000 tasks, on"
         f" any number of workers. Assumed: {WORKER_TOKENS_PER_S:,} tokens/s of each worker, rows of {ROW_TOKENS:,} tokens, and"
         f" {ACTOR_TOKENS_PER_S:,} tokens/s of a process that makes windows. A checkpoint is as large on any number of workers,"
-        f" and one of them writes it; at {DISK_BYTES_PER_S / 1e9:g} GB/s: {sizes}."
+        f" and each writes its share; with a storage that takes {DISK_BYTES_PER_S / 1e9:g} GB/s from all of them together: {sizes}."
     )
     return "\n".join([*lines, "", note])
 
