@@ -17,7 +17,9 @@ from apprentice.errors import DataError, ModelError
 from apprentice.models.loading import load_model
 from apprentice.preflight import dry_run
 from apprentice.preflight.dry_run import DryRunModel, Speed
+from apprentice.recipe import Tuning
 from apprentice.train.batch import PackedRows
+from apprentice.train.compat import attention_name
 from tests.data.small import make_small_corpus
 
 
@@ -82,6 +84,16 @@ def test_packing_that_mixes_examples_is_refused(corpus: Corpus, rows: PackedRows
     straight = np.broadcast_to(np.arange(rows.positions.shape[1], dtype=rows.positions.dtype), rows.positions.shape)
     with pytest.raises(ModelError, match="packed examples see each other"):
         dry_run.compare_packing(corpus, replace(rows, positions=straight), base)
+
+
+def test_the_attention_is_that_of_training_on_cpus(corpus: Corpus, tiny_model: Path) -> None:
+    def attention(**changes: Any) -> str:
+        return attention_name(DryRunModel(corpus.recipe.model_copy(update=changes)).load(torch.float32))
+
+    assert attention() == "segments"
+    flash = corpus.recipe.model.model_copy(update={"attention": "flash"})
+    assert attention(model=flash) == "segments"  # of GPUs that are not here
+    assert attention(tuning=Tuning(method="prefix")) == "sdpa"
 
 
 def test_examples_that_weigh_differently_have_the_same_loss_alone(corpus: Corpus, rows: PackedRows, base: DryRunModel) -> None:

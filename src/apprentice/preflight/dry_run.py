@@ -18,6 +18,7 @@ import torch
 from apprentice.data.encoding.tokenize import CUT_EXEMPLARS, CUT_INPUT, CUT_TURNS, LAST_TURN_ONLY
 from apprentice.data.stream import Corpus, estimate_steps, render_window
 from apprentice.errors import DataError, ModelError
+from apprentice.models.attention import PackedCompute
 from apprentice.models.loading import count_parameters, load_model, resolve_dtype
 from apprentice.models.tuning.methods import TUNING_METHODS
 from apprentice.pretrained.hub import local_folder
@@ -47,10 +48,16 @@ class DryRunModel:
         self._model: Any = None
 
     def load(self, dtype: torch.dtype) -> Any:
-        """The model in `dtype`. It is the same object each time, and takes what was made of it before to that dtype."""
+        """The model in `dtype`, with the attention that packed rows have on CPUs.
+
+        It is the same object each time, and takes what was made of it before to that dtype.
+        """
         if self._model is None:
             settings: dict[str, Any] = {"head": self._recipe.head, "trust": self._recipe.model.trust}
-            self._model = load_model(self._recipe.model.base, dtype, self._recipe.model.attention, **settings)
+            if not TUNING_METHODS[self._recipe.tuning.method].virtual_tokens:
+                settings["packed"] = PackedCompute("cpu", dtype)
+            word = "auto" if self._recipe.model.attention == "flash" else self._recipe.model.attention  # it needs a GPU
+            self._model = load_model(self._recipe.model.base, dtype, word, **settings)
         return self._model.to(dtype)
 
 
