@@ -69,6 +69,17 @@ def test_count(tiny_model: Path) -> None:
     assert count_parameters(tiny_model / "nowhere") == 0
 
 
+def test_only_the_files_that_are_loaded_are_counted(tiny_model: Path, tmp_path: Path) -> None:
+    weights = load_file(tiny_model / "model.safetensors")
+    save_file(weights, tmp_path / "consolidated.safetensors")  # the maker's own format
+    save_file(weights, tmp_path / "model.safetensors")
+    assert count_parameters(tmp_path) == count_parameters(tiny_model)
+    (tmp_path / "model.safetensors").rename(tmp_path / "model-1.safetensors")
+    places = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}  # the second one is still to come
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(places))
+    assert count_parameters(tmp_path) == count_parameters(tiny_model)
+
+
 @pytest.mark.parametrize(("keys", "dtype"), [({}, torch.float32), ({"torch_dtype": "float16"}, torch.float16)])
 def test_pickled_weights_are_counted_by_their_size(
     tiny_model: Path, tmp_path: Path, keys: dict[str, str], dtype: torch.dtype

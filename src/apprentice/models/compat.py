@@ -48,6 +48,16 @@ def model_class_of(loader: Any, config: Any) -> Any:
         return None
 
 
+def config_of_class(model_class: Any, config: Any) -> Any:
+    """The part of `config` that `model_class` is made of, as `from_pretrained` of an `Auto…` class takes it (transformers 5.23).
+
+    Where a model of text and pictures gives its text model, that is the text's config.
+    """
+    text_class = config.sub_configs.get("text_config")
+    is_of_text = text_class is not None and getattr(model_class, "config_class", None) is text_class
+    return config.get_text_config() if is_of_text else config
+
+
 def installed_flash_attention() -> frozenset[int]:
     """Versions of the flash-attention packages that are installed and that transformers would take on this machine's GPU."""
     checks = {2: is_flash_attn_2_available, 3: is_flash_attn_3_available, 4: is_flash_attn_4_available}

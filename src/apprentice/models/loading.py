@@ -23,9 +23,9 @@ from transformers.utils import logging as transformers_logging
 
 from apprentice.errors import ModelError, RecipeError
 from apprentice.models.attention import PackedCompute, check_shared_rows, choose_attention
-from apprentice.models.compat import model_class_of, set_implementations
+from apprentice.models.compat import config_of_class, model_class_of, set_implementations
 from apprentice.models.tuning import bottleneck as adapters
-from apprentice.models.weights.safetensors_reader import read_header
+from apprentice.models.weights.safetensors_reader import read_header, weight_files
 from apprentice.models.weights.splitter import ModelSplitter
 from apprentice.pretrained.architecture import FAMILIES, NO_FLOAT16, check_generates_text, family_of, gives_rewards, model_config
 from apprentice.pretrained.hub import local_folder
@@ -134,10 +134,11 @@ def _load_weights(
 
     `options` are those of `from_pretrained`, which loads it where there is no `splitter`.
     """
-    if splitter is not None:
+    model_class = model_class_of(loader, config)
+    if splitter is not None and model_class is not None:  # without a class `from_pretrained` says what there would be
         from apprentice.models.weights.split_model import load_split_model  # which older transformers cannot import
 
-        return load_split_model(folder, model_class_of(loader, config), config, dtype, splitter)
+        return load_split_model(folder, model_class, config_of_class(model_class, config), dtype, splitter)
     options = options | {"config": config, "dtype": dtype, "local_files_only": True, "output_loading_info": True}
     model, report = loader.from_pretrained(folder, **options)
     return model, set(report["missing_keys"])
@@ -182,9 +183,11 @@ def _attach_adapter(model: Any, adapter: Path) -> Any:
 def count_parameters(folder: Path) -> int:
     """Number of parameters in the weight files of `folder`; 0 if there are no files.
 
-    Safetensors say it in their headers. Pickles are not opened: their size is divided by that of a number in the config's dtype.
+    Safetensors say it in their headers; those that are not loaded, such as `consolidated.safetensors`, are left out. Pickles are
+    not opened: their size is divided by that of a number in the config's dtype.
     """
-    if files := sorted(folder.glob("*.safetensors")):
+    loaded = [file for file in weight_files(folder) if file.is_file()]
+    if files := loaded or sorted(folder.glob("*.safetensors")):
         return sum(_count_in_header(file) for file in files)
     size = sum(file.stat().st_size for file in folder.glob("pytorch_model*.bin"))
     if not size:

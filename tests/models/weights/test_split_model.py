@@ -114,6 +114,39 @@ def test_only_the_other_of_a_tied_pair_in_the_file(tmp_path: Path) -> None:
     assert_same(tmp_path)
 
 
+def test_buffers_that_stay_in_float32(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = hf.Dots1Config(
+        **_EXPERTS, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=8, n_shared_experts=1, first_k_dense_replace=1
+    )
+    made_model = hf.Dots1ForCausalLM(config)
+    for name, buffer in made_model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.copy_(8 + torch.arange(4) / 1000)  # bfloat16 cannot tell them apart
+    made_model.save_pretrained(tmp_path)
+    model, _, _ = assert_same(tmp_path, torch.bfloat16)
+    biases = [buffer for name, buffer in model.named_buffers() if name.endswith("e_score_correction_bias")]
+    assert biases
+    assert all(len(set(bias.tolist())) == 4 for bias in biases)
+
+
+def test_the_text_model_of_a_model_of_several_parts(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    text = {**_EXPERTS, "intermediate_size_mlp": 24, "head_dim": 8, "num_local_experts": 2, "pad_token_id": 0}
+    config = hf.Llama4Config(text_config=text)
+    hf.Llama4ForCausalLM(config.text_config).save_pretrained(tmp_path)
+    config.save_pretrained(tmp_path)
+    assert_same(tmp_path)
+
+
+def test_a_model_that_gives_no_rewards(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    text = hf.CohereConfig(**_EXPERTS, pad_token_id=0)
+    hf.CohereForCausalLM(text).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="cannot be loaded as a causal language model: Unrecognized configuration class"):
+        load_in_parts(tmp_path, torch.float32, 2, head=1)
+
+
 def test_a_reward_models_new_head_is_the_same_everywhere(tmp_path: Path) -> None:
     made("llama").save_pretrained(tmp_path)
     model, expected, _ = assert_same(tmp_path, head=7)
@@ -167,6 +200,10 @@ def test_what_cannot_be_split(tiny_model: Path, tmp_path: Path, monkeypatch: pyt
     assert find_split_obstacle(folder("code", {"auto_map": {"AutoModel": "a.B"}})) == "it brings code of its own"
     (folder("adapter", {}) / "adapter").mkdir()
     assert find_split_obstacle(tmp_path / "adapter") == "an adapter lies beside its weights"
+    (folder("embedded", {}) / "adapter_config.json").write_text("{}")
+    assert find_split_obstacle(tmp_path / "embedded") == "an adapter lies beside its weights"
+    named = folder("named", {"transformers_weights": "other.safetensors"})
+    assert find_split_obstacle(named) == "its config.json names the file of its weights"
     (folder("pickled", {}) / "model.safetensors").rename(tmp_path / "pickled" / "pytorch_model.bin")
     obstacle = "its weights are not in safetensors files (load it with transformers and save it once)"
     assert find_split_obstacle(tmp_path / "pickled") == obstacle

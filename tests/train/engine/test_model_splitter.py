@@ -11,8 +11,12 @@ import torch
 import torch.multiprocessing
 from safetensors.torch import load_file
 
+from apprentice.errors import ModelError
 from apprentice.recipe import Training
-from apprentice.train.engine.model_splitter import find_loading_obstacle, find_stage_obstacle
+from apprentice.train.engine import compat
+from apprentice.train.engine.collectives import Collectives
+from apprentice.train.engine.deepspeed_config import LARGEST_BUCKET
+from apprentice.train.engine.model_splitter import create_splitter, find_loading_obstacle, find_stage_obstacle
 from tests.models.architectures import made
 from tests.train.engine import split_loading
 
@@ -88,3 +92,35 @@ def test_what_is_loaded_whole_at_stage_3(tiny_model: Path) -> None:
     assert find_loading_obstacle(training(), tiny_model) is None
     assert find_loading_obstacle(training(), tiny_model, four_bit=True) == "its weights are quantised"
     assert find_loading_obstacle(nvme, tiny_model) is not None
+
+
+class Neighbours:
+    """Collectives of a worker whose neighbour sees `theirs`."""
+
+    workers = 2
+
+    def __init__(self, theirs: object) -> None:
+        self._theirs = theirs
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value, self._theirs]
+
+
+@pytest.mark.parametrize("theirs", ["its weights are quantised", {"model.safetensors": 1}])
+def test_workers_that_see_other_files_do_not_wait_for_one_another(tiny_model: Path, theirs: object) -> None:
+    settings: dict[str, Any] = {"four_bit": False, "weights": torch.float32, "micro": 1, "device": torch.device("cpu")}
+    neighbours: Any = Neighbours(theirs)
+    with pytest.raises(ModelError, match="is not the same on all workers"):
+        create_splitter(training(), tiny_model, **settings, collectives=neighbours)
+
+
+@pytest.mark.parametrize("size", [20_000_000, LARGEST_BUCKET])
+def test_a_bucket_of_the_recipe_is_that_of_the_splitter(tiny_model: Path, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    configs = []
+    monkeypatch.setattr(compat, "import_deepspeed", lambda _: None)
+    monkeypatch.setattr(compat, "zero_init", configs.append)
+    collectives = Collectives()
+    settings: dict[str, Any] = {"four_bit": False, "weights": torch.float32, "micro": 1, "device": torch.device("cpu")}
+    bucket = {"zero_optimization": {"reduce_bucket_size": size}}
+    create_splitter(training(extra=bucket), tiny_model, **settings, collectives=collectives)
+    assert configs[0]["zero_optimization"]["reduce_bucket_size"] == size

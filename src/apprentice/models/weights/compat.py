@@ -22,6 +22,7 @@ from transformers.core_model_loading import (
     SplitModulelist,
     WeightConverter,
     WeightRenaming,
+    build_glob_alternation,
     dot_natural_key,
     rename_source_key,
     set_param_for_module,
@@ -71,6 +72,17 @@ def build_on_meta(model_class: Any, config: Any, dtype: torch.dtype) -> PreTrain
     with ContextManagers(model_class.get_init_context(dtype, False, False, False)):
         model: PreTrainedModel = model_class(deepcopy(config))
     return model
+
+
+def buffer_dtypes(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """The dtype of each buffer of `model`, from `build_on_meta` in `dtype`, once loaded: a class may keep some in float32."""
+    kept: dict[str, torch.dtype] = model._get_dtype_plan(dtype)
+    pattern, names, _ = build_glob_alternation(list(kept))
+    dtypes = {}
+    for name, buffer in model.named_buffers():
+        match = pattern.search(name) if kept else None
+        dtypes[name] = kept[names[str(match.lastgroup)]] if match is not None else buffer.dtype
+    return dtypes
 
 
 def find_conversions(model: PreTrainedModel, names: Iterable[str]) -> list[Conversion]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from apprentice.models.weights.compat import Conversion, UnfilledModel, build_on_meta, find_conversions
+from apprentice.models.weights.compat import Conversion, UnfilledModel, buffer_dtypes, build_on_meta, find_conversions
 from apprentice.models.weights.parameter_source import (
     ConvertedSource,
     FileRun,
@@ -42,12 +42,12 @@ def load_split_model(
     reader = SafetensorsReader(weight_files(folder))
     unfilled = UnfilledModel(build_on_meta(model_class, config, dtype))
     parameters = dict(unfilled.model.named_parameters())
-    buffers = dict(unfilled.model.named_buffers())
+    buffers = buffer_dtypes(unfilled.model, dtype)
     sources: dict[str, ParameterSource] = {}
     by_parameter: dict[nn.Parameter, ParameterSource] = {}
     for name, shape, source in list(_find_sources(reader, unfilled.model)):
         if name in buffers:
-            unfilled.put(name, _read_whole(source, shape, buffers[name].dtype))
+            unfilled.put(name, _read_whole(source, shape, buffers[name]))
         elif name in parameters:
             parameter = _without_memory(shape, dtype)
             sources[name] = by_parameter[parameter] = source

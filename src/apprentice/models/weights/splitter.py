@@ -12,7 +12,7 @@ from torch import nn
 from apprentice.models.weights.parameter_source import ParameterSource
 from apprentice.models.weights.safetensors_reader import weight_files
 from apprentice.pretrained.architecture import model_config
-from apprentice.run.identity import ADAPTER
+from apprentice.run.identity import ADAPTER, ADAPTER_CONFIG
 
 OLDEST_TRANSFORMERS = (5, 23)  # whose way of loading `compat.py` follows
 
@@ -42,7 +42,9 @@ def find_split_obstacle(folder: Path, *, four_bit: bool = False) -> str | None:
         return "its weights are quantised"
     if config.get("auto_map"):
         return "it brings code of its own"
-    if (folder / ADAPTER).is_dir():
+    if config.get("transformers_weights"):
+        return "its config.json names the file of its weights"
+    if (folder / ADAPTER).is_dir() or (folder / ADAPTER_CONFIG).is_file():
         return "an adapter lies beside its weights"
     if not weight_files(folder):
         return "its weights are not in safetensors files (load it with transformers and save it once)"

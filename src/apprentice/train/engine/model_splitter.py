@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from apprentice.errors import ModelError
 from apprentice.models.weights.parameter_source import ParameterSource
+from apprentice.models.weights.safetensors_reader import weight_files
 from apprentice.models.weights.splitter import find_split_obstacle
 from apprentice.recipe import Training
 from apprentice.train.engine import compat
@@ -99,12 +101,26 @@ def create_splitter(
 ) -> ZeroSplitter | None:
     """The splitter for the model in folder `base`, whose `weights` have that dtype; None where every worker loads it whole.
 
-    That is so below stage 3, and for what `find_loading_obstacle` says. All workers must call it.
+    That is so below stage 3, and for what `find_loading_obstacle` says. All workers must call it. Raises `ModelError` if their
+    files differ: parts of several models would become one, or a worker wait for others that load the model whole.
     """
-    if training.deepspeed.stage < 3 or find_loading_obstacle(training, base, four_bit=four_bit) is not None:
+    if training.deepspeed.stage < 3:
+        return None
+    obstacle = find_loading_obstacle(training, base, four_bit=four_bit)
+    views = collectives.gather(obstacle or _file_sizes(base))
+    if any(view != views[0] for view in views):
+        raise ModelError(f"the model in {base} is not the same on all workers; give every machine the same files and packages.")
+    if obstacle is not None:
         return None
     compat.import_deepspeed(device)
-    config = deepspeed_config(training, workers=collectives.workers, micro=micro, dtype=weights, trainable=1)
+    bucket = training.deepspeed.extra.get("zero_optimization", {}).get("reduce_bucket_size")
+    trainable = bucket if isinstance(bucket, int) else 1  # loading has no gradients; of the recipe's bucket the engine judges
+    config = deepspeed_config(training, workers=collectives.workers, micro=micro, dtype=weights, trainable=trainable)
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         return ZeroSplitter(compat.zero_init(config), collectives)
+
+
+def _file_sizes(base: Path) -> dict[str, int]:
+    """Bytes of each file with the weights in folder `base`, by name; -1 for a file that is missing."""
+    return {file.name: file.stat().st_size if file.is_file() else -1 for file in weight_files(base)}
