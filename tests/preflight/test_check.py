@@ -34,8 +34,8 @@ def test_the_memory_of_each_worker_is_estimated_on_gpus_too(
     recipe = load_recipe(tiny_recipe(tmp_path, tiny_model, tuning={"method": "full"}, **changes))
     # 2 bytes of weights and 4 of gradients a number, and half of 12 for the optimizer at stage 1 with two workers
     assert check.run_check("resources", recipe) == (
-        "2 workers of 1 CPUs, 1 GPUs and about 12.0 GiB each (weights 2.0, gradients 4.0, optimizer 6.0,"
-        " activations 0.0, process 0.0, checkpoint 0.0, with 2 rows at once); 8 CPUs there"
+        "2 workers of 1 CPUs, 1 GPUs and about 13.4 GiB each (weights 2.0, gradients 4.0, optimizer 6.0,"
+        " activations 0.0, buffers 1.4, process 0.0, checkpoint 0.0, with 2 rows at once); 8 CPUs there"
     )
     on_cpus = load_recipe(tiny_recipe(tmp_path, tiny_model, tuning={"method": "full"}, **changes | {"training__resources": {}}))
     told = check.run_check("resources", on_cpus)

@@ -37,7 +37,7 @@ class Hub:
     requests: list[str] = field(default_factory=list)
 
     def answer(self, path: str, authorization: str | None, span: str | None) -> tuple[int, bytes, dict[str, str]]:
-        self.asked.append(path)
+        self.requests.append(path)
         if authorization != f"Bearer {TOKEN}":
             return 401, b"", {"X-Error-Code": "RepoNotFound"}
         if self.refusals:

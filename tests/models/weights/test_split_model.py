@@ -207,5 +207,5 @@ def test_what_cannot_be_split(tiny_model: Path, tmp_path: Path, monkeypatch: pyt
     (folder("pickled", {}) / "model.safetensors").rename(tmp_path / "pickled" / "pytorch_model.bin")
     obstacle = "its weights are not in safetensors files (load it with transformers and save it once)"
     assert find_split_obstacle(tmp_path / "pickled") == obstacle
-    monkeypatch.setattr(hf, "__version__", "5.17.1")
+    monkeypatch.setattr("apprentice.models.weights.splitter.transformers.__version__", "5.17.1")
     assert find_split_obstacle(tiny_model) == "transformers 5.17.1 is older than 5.23"
