@@ -39,8 +39,8 @@ def test_the_memory_of_each_worker_is_estimated_on_gpus_too(
     )
     on_cpus = load_recipe(tiny_recipe(tmp_path, tiny_model, tuning={"method": "full"}, **changes | {"training__resources": {}}))
     told = check.run_check("resources", on_cpus)
-    assert "about 18.9 GiB each" in told
-    assert "activations 0.0, process 0.4, checkpoint 6.5, with" in told
+    assert "about 18.5 GiB each" in told
+    assert "activations 0.0, buffers 0.0, process 0.4, checkpoint 6.1, with" in told
 
 
 def test_rows_are_converted_once(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
