@@ -14,7 +14,7 @@ from torch import Tensor
 from apprentice.models.tuning.methods import TUNING_METHODS, trainable_parameters
 from apprentice.recipe import Optimizer, Tuning
 from apprentice.train.batch import SupervisedBatch
-from apprentice.train.engine.deepspeed import enable_activation_checkpointing
+from apprentice.train.engine.activation_checkpointing import enable_activation_checkpointing
 from apprentice.train.losses.sft import SupervisedLoss
 from apprentice.train.memory.batch_size import find_largest_fitting, fits_into_memory
 from apprentice.train.memory.measure import describe_memory_in_use, peak_memory
@@ -90,7 +90,7 @@ def test_activation_checkpointing_saves_memory_and_changes_nothing(device: torch
     for is_on in (False, True):
         model = loaded(llama(layers=4, hidden=128), tmp_path, torch.float32, device).train()
         if is_on:
-            enable_activation_checkpointing(model)
+            enable_activation_checkpointing(model, True)
         loss = SupervisedLoss(model)
         loss(batch).backward()  # so that gradients are there already
         peak = working_bytes(lambda loss=loss: loss(batch).backward(), device)

@@ -10,12 +10,24 @@ from torch import nn
 from transformers import masking_utils
 
 from apprentice.train import compat
+from apprentice.train.engine.activation_checkpointing import enable_activation_checkpointing
 from tests.models.architectures import made
 
 
 def test_attention_name() -> None:
     assert compat.attention_name(made("llama")) in {"sdpa", "eager"}
     assert compat.attention_name(nn.Linear(1, 1)) == "eager"
+
+
+def test_a_layer_calls_the_checkpoint_function() -> None:
+    model = made("llama").train()
+    enable_activation_checkpointing(model, True)
+    calls: list[int] = []
+    layers = [layer for layer in model.modules() if getattr(layer, "gradient_checkpointing", False) and hasattr(layer, "self_attn")]
+    for layer in layers:
+        compat.set_checkpoint_function(layer, lambda forward, *inputs: calls.append(len(inputs)) or forward(*inputs))
+    model(input_ids=torch.tensor([[1, 2, 3]]))
+    assert calls == [1] * len(layers) != []
 
 
 def test_views_share_a_storage_id_on_the_meta_device() -> None:

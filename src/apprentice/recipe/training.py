@@ -170,8 +170,10 @@ class Training(Strict):
     micro_batch: Positive | Literal["auto"] = Field("auto", description="Packed rows at once on one worker.")
     optimizer: Optimizer = Optimizer()
     deepspeed: DeepSpeed = DeepSpeed()
-    activation_checkpointing: bool = Field(
-        False, description="Keep only each layer's input and compute the rest again: less memory, a third more time."
+    activation_checkpointing: bool | Literal["selective", "offload"] = Field(
+        False,
+        description="Keep only each layer's input and compute the rest again: less memory, a third more time. selective: in every"
+        " second layer; offload: the inputs wait in the host's memory, where a worker has a GPU.",
     )
     router_loss: float = Field(
         0.0,
@@ -194,6 +196,11 @@ class Training(Strict):
         gt=0.0,
         description="Seconds after which a worker that does not answer is named and ended, and a collective is given up.",
     )
+
+    @property
+    def computed_again(self) -> float:
+        """Share of the layers whose forward pass is computed again in the backward pass."""
+        return 0.5 if self.activation_checkpointing == "selective" else float(bool(self.activation_checkpointing))
 
     @property
     def aim(self) -> Objective:

@@ -29,8 +29,9 @@ from apprentice.train.checkpoint.format import Checkpoint
 from apprentice.train.checkpoint.restore import restore_model
 from apprentice.train.checkpoint.shard_reader import open_tensors
 from apprentice.train.checkpoint.shard_writer import save_weights
+from apprentice.train.engine.activation_checkpointing import enable_activation_checkpointing
 from apprentice.train.engine.collectives import Collectives
-from apprentice.train.engine.deepspeed import DeepSpeedEngine, enable_activation_checkpointing
+from apprentice.train.engine.deepspeed import DeepSpeedEngine
 from apprentice.train.engine.deepspeed_config import choose_micro_batch, rows_per_worker
 from apprentice.train.engine.model_splitter import create_splitter, find_loading_obstacle
 from apprentice.train.engine.sequence_group import SequenceGroup
@@ -253,8 +254,7 @@ def find_micro_batch(
     All workers must call it. `loss` replaces the loss module of the recipe.
     """
     training = recipe.training
-    if training.activation_checkpointing:
-        enable_activation_checkpointing(model)
+    enable_activation_checkpointing(model, training.activation_checkpointing)
     loss = loss or create_loss(model, training, number_formats(training.optimizer, dtype).autocast).to(device).train()
     trained, _ = count_trainable(model)
     state = estimate_memory(recipe, 0, trained, dtype, collectives.workers)

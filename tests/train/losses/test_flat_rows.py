@@ -18,7 +18,7 @@ from apprentice.models.segments import register_segments
 from apprentice.models.tuning.methods import TUNING_METHODS
 from apprentice.recipe import Training, Tuning
 from apprentice.train.batch import PackedRows
-from apprentice.train.engine.deepspeed import enable_activation_checkpointing
+from apprentice.train.engine.activation_checkpointing import enable_activation_checkpointing
 from apprentice.train.losses.loss_registry import create_loss
 from apprentice.train.losses.target_losses import TargetLosses
 from apprentice.train.sequence_bounds import SequenceBounds
@@ -139,7 +139,7 @@ def test_every_objective_runs_flat(objective: str, rows: PackedRows) -> None:
 @pytest.mark.parametrize("method", ["lora", "adapter"])
 def test_bounds_go_through_a_tuning_method_and_activation_checkpointing(method: str) -> None:
     model = TUNING_METHODS[method].wrap(made("llama"), Tuning.model_validate({"method": method, "rank": 4, "width": 8}), 1)
-    enable_activation_checkpointing(model)
+    enable_activation_checkpointing(model, True)
     compare(model.train(), Training(steps=1), packed_rows(2))
     compare(model.train(), Training(steps=1), packed_rows(2), "segments")
 

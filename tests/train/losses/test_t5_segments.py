@@ -16,7 +16,7 @@ from apprentice.models.t5_segments import register_t5_segments
 from apprentice.models.tuning.methods import TUNING_METHODS
 from apprentice.recipe import Training, Tuning
 from apprentice.train.batch import PackedRows, Seq2SeqBatch
-from apprentice.train.engine.deepspeed import enable_activation_checkpointing
+from apprentice.train.engine.activation_checkpointing import enable_activation_checkpointing
 from apprentice.train.losses.loss_registry import create_loss
 from apprentice.train.losses.target_losses import TargetLosses
 from apprentice.train.sequence_bounds import ExampleSizes
@@ -72,7 +72,7 @@ def test_long_padding_on_either_side_changes_nothing() -> None:
 @pytest.mark.parametrize("method", ["full", "lora", "adapter"])
 def test_sizes_go_through_a_tuning_method_and_activation_checkpointing(method: str) -> None:
     model = TUNING_METHODS[method].wrap(made("t5"), Tuning.model_validate({"method": method, "rank": 4, "width": 8}), 1)
-    enable_activation_checkpointing(model)
+    enable_activation_checkpointing(model, True)
     compare(model.train(), pairs.paired_rows(2))
 
 

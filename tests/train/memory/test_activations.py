@@ -81,6 +81,10 @@ def test_rows_logits_and_checkpointing(tmp_path: Path, monkeypatch: pytest.Monke
     whole = estimate(plain, torch.float32, monkeypatch)
     layers, inputs = 2, ROWS * LENGTH * 64 * 4
     assert half == pytest.approx(whole / layers + layers * inputs, rel=0.02)
+    every_second = recipe(tmp_path, "llama", training__activation_checkpointing="selective")
+    assert estimate(every_second, torch.float32, monkeypatch) == pytest.approx(whole / 2 + whole / layers + inputs, rel=0.02)
+    on_host = recipe(tmp_path, "llama", training__activation_checkpointing="offload")
+    assert estimate(on_host, torch.float32, monkeypatch) == pytest.approx(whole / layers + 2 * inputs, rel=0.02)
 
 
 def test_encoder_decoders(tmp_path: Path) -> None:

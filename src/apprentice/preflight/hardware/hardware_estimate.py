@@ -137,9 +137,10 @@ class HardwareEstimator:
         length, targets = recipe.data.packing.length, target_length(recipe, size)
         span = min(length, recipe.data.max_length)
         saved = self._saved_by_row(recipe)
-        batch = MicroBatch(micro, length, targets, span, saved.saved * micro if saved else 0.0)
+        tensors = saved.times(micro) if saved else None
+        batch = MicroBatch(micro, length, targets, span, *((tensors.saved, tensors.inputs) if tensors else (0.0, 0.0)))
         step = estimate_step_time(recipe, size, batch, self.hardware)
-        return HardwareEstimate(recipe, self.hardware, size, micro, gpu, self._host(recipe, size), step, _steps(recipe))
+        return HardwareEstimate(recipe, self.hardware, size, micro, gpu, self._host(recipe, size, batch), step, _steps(recipe))
 
     def size(self, recipe: Recipe) -> ModelSize:
         """Size of the recipe's model with its tuning method."""
@@ -162,7 +163,7 @@ class HardwareEstimator:
         """Memory of the first worker with micro-batches of `micro` rows."""
         size, workers = self.size(recipe), recipe.training.max_workers
         row = self._saved_by_row(recipe)
-        saved = row.times(micro).peak_bytes(checkpointing=recipe.training.activation_checkpointing) if row else None
+        saved = row.times(micro).peak_bytes(recipe.training) if row else None
         sizes = (size.parameters, size.trained, size.dtype)
         return add_to_activations(saved, recipe, *sizes, workers=workers, quantized=size.quantized)
 
@@ -178,9 +179,11 @@ class HardwareEstimator:
             return find_largest_fitting(rows_per_worker(training, training.max_workers), fits)
         return choose_micro_batch(training, workers=training.max_workers, length=length, on_gpu=True)
 
-    def _host(self, recipe: Recipe, size: ModelSize) -> HostMemory:
+    def _host(self, recipe: Recipe, size: ModelSize, batch: MicroBatch) -> HostMemory:
         workers, here = recipe.training.max_workers, self.hardware.gpus
         offloaded = offloaded_bytes(recipe, size.parameters, size.trained, size.dtype, workers) * here
+        if recipe.training.activation_checkpointing == "offload":
+            offloaded += batch.inputs * here
         processes = float(GPU_PROCESS_BYTES * here)
         copy = 12.0 * size.trained
         checkpoint = (copy / workers + min(copy / workers, WINDOW_BYTES)) * here

@@ -50,7 +50,7 @@ class StepTime:
 class MicroBatch:
     """A micro-batch of one worker: `rows` rows of `length` tokens, of which none attends over more than `span`.
 
-    `saved` is the number of bytes of its activations without activation checkpointing.
+    `saved` is the number of bytes of its activations without activation checkpointing, `inputs` of those that are layers' inputs.
     """
 
     rows: int
@@ -58,6 +58,7 @@ class MicroBatch:
     target_length: int
     span: int
     saved: float
+    inputs: float
 
 
 def estimate_step_time(recipe: Recipe, size: ModelSize, batch: MicroBatch, hardware: Hardware) -> StepTime:
@@ -78,7 +79,7 @@ def estimate_step_time(recipe: Recipe, size: ModelSize, batch: MicroBatch, hardw
         memory=passes * memory,
         collectives=passes * (max(0.0, beside - hidden) + exchanged) + after,
         optimizer=update,
-        host=_offload_time(recipe, size, hardware, passes),
+        host=_offload_time(recipe, size, hardware, passes) + passes * _inputs_time(training, batch, hardware),
     )
 
 
@@ -98,13 +99,15 @@ def model_flops(size: ModelSize, rows: int, length: int, target_length: int) -> 
 
 def _pass_times(recipe: Recipe, size: ModelSize, batch: MicroBatch, hardware: Hardware) -> tuple[float, float, float]:
     """Seconds of products, of attention, and of memory traffic beside them, in one forward and backward pass."""
-    device, again = hardware.device, recipe.training.activation_checkpointing
+    device, again = hardware.device, recipe.training.computed_again
     peak = device.bfloat16_peak if size.dtype.itemsize == 2 else device.float32_peak
     bandwidth = device.bandwidth * MEMORY
     flops = model_flops(size, batch.rows, batch.length, batch.target_length)
     if again:
-        flops += 2.0 * batch.rows * (batch.length * size.products.weights + batch.target_length * size.target_products.weights)
-    read = (4 if again else 3) * _bytes_of_weights(size)  # once in each forward and twice in the backward pass
+        flops += (
+            2.0 * again * batch.rows * (batch.length * size.products.weights + batch.target_length * size.target_products.weights)
+        )
+    read = (3 + again) * _bytes_of_weights(size)  # once in each forward and twice in the backward pass
     scores = _attention_flops(size, batch) * (1.0 + ATTENTION_BACKWARD + again)
     sharing = recipe.training.sequence_parallel  # workers, of which each computes its part of a row's tokens
     share = MASKED_ATTENTION if size.is_masked or batch.target_length else FUSED_ATTENTION
@@ -147,7 +150,7 @@ def _exchange_time(recipe: Recipe, size: ModelSize, batch: MicroBatch, hardware:
 
     Each layer swaps queries, keys, values and results, and their gradients (keys as if they had as many heads as queries).
     """
-    sharing, again = recipe.training.sequence_parallel, recipe.training.activation_checkpointing
+    sharing, again = recipe.training.sequence_parallel, recipe.training.computed_again
     width = size.attention_width * size.dtype.itemsize
     each = 4.0 * (2 + again) * size.layers * width * batch.rows * batch.length / sharing  # bytes that a worker holds
     link = hardware.device.link if sharing <= hardware.gpus else hardware.network / hardware.gpus
@@ -160,6 +163,11 @@ def _collective_time(size: float, hardware: Hardware) -> float:
     inside = size * (total - 1) / total / hardware.device.link
     between = size * (nodes - 1) / nodes / hardware.network  # all GPUs of a node take in what the other nodes have once
     return max(inside, between) / LINKS
+
+
+def _inputs_time(training: Training, batch: MicroBatch, hardware: Hardware) -> float:
+    """Seconds in which the inputs of a micro-batch's layers go to the host and come back."""
+    return 2 * batch.inputs / (hardware.device.host_link * LINKS) if training.activation_checkpointing == "offload" else 0.0
 
 
 def _offload_time(recipe: Recipe, size: ModelSize, hardware: Hardware, passes: int) -> float:

@@ -26,6 +26,7 @@ from apprentice.train.checkpoint.format import WEIGHT
 from apprentice.train.checkpoint.shard import RangeReader, Shard, TensorRange, check_shapes
 from apprentice.train.compat import attention_name
 from apprentice.train.engine import compat
+from apprentice.train.engine.activation_checkpointing import enable_activation_checkpointing
 from apprentice.train.engine.deepspeed_config import deepspeed_config
 from apprentice.train.engine.sequence_group import SequenceGroup
 from apprentice.train.losses.loss_registry import create_loss
@@ -58,8 +59,7 @@ class DeepSpeedEngine:
         total = sum(compat.whole_shape(parameter).numel() for parameter in model.parameters())
         formats = number_formats(training.optimizer, dtype)
         config = deepspeed_config(training, workers=workers, micro=micro, dtype=formats.weights, trainable=numbers)
-        if training.activation_checkpointing:
-            enable_activation_checkpointing(model)
+        enable_activation_checkpointing(model, training.activation_checkpointing)
         self._sequence_group = sequence_group
         group = None if sequence_group is None else sequence_group.devices
         self._loss_module = create_loss(model, training, formats.autocast, group=group)
@@ -240,9 +240,3 @@ class _Module(nn.Module):
 
 def _read_part(read: Callable[[], Tensor], first: int, last: int) -> Tensor:
     return read()[first:last]
-
-
-def enable_activation_checkpointing(model: nn.Module) -> None:
-    """Turns on activation checkpointing: `model` keeps only the input of each layer for the backward pass."""
-    plain: Any = model
-    plain.gradient_checkpointing_enable({"use_reentrant": False})

@@ -23,7 +23,7 @@ from apprentice.models.loading import read_config
 from apprentice.models.tuning.methods import TUNING_METHODS
 from apprentice.pretrained.architecture import family_of
 from apprentice.pretrained.hub import local_folder
-from apprentice.recipe import Recipe
+from apprentice.recipe import Recipe, Training
 from apprentice.train.compat import storage_id, unread_positions
 from apprentice.train.losses.target_losses import CHUNK_NUMBERS
 from apprentice.train.memory.model_size import packs_with_mask
@@ -50,11 +50,21 @@ class SavedTensors:
         """The same for a micro-batch of `rows` times as many rows."""
         return replace(self, tokens=rows * self.tokens, saved=rows * self.saved, largest=rows * self.largest)
 
-    def peak_bytes(self, *, checkpointing: bool, targets: int | None = None) -> float:
-        """Peak bytes of activations. With checkpointing these are the inputs of all layers and the inside of one."""
-        saved = self.saved
-        if checkpointing:
-            saved = self.layers * self.tokens * self.hidden_size * self.itemsize + saved / self.layers
+    @property
+    def inputs(self) -> float:
+        """Bytes of the inputs of all layers."""
+        return float(self.layers * self.tokens * self.hidden_size * self.itemsize)
+
+    def peak_bytes(self, training: Training, targets: int | None = None) -> float:
+        """Peak bytes of activations on the training device.
+
+        With activation checkpointing these are the inputs of the layers that are computed again and the inside of one of them, or
+        its input alone where the others wait on the host; of all other layers it is the inside.
+        """
+        again, saved = training.computed_again, self.saved
+        if again:
+            inputs = self.inputs * (2 / self.layers if training.activation_checkpointing == "offload" else again)
+            saved = inputs + saved * (1.0 - again) + saved / self.layers
         at_once = max(1, CHUNK_NUMBERS // self.vocabulary)
         logits = min(self.tokens if targets is None else targets, at_once) * self.vocabulary
         return saved + max(float(logits) * LOGIT_BYTES, WORKING_TENSORS * self.largest)
@@ -68,7 +78,7 @@ def estimate_activations(recipe: Recipe, dtype: torch.dtype, rows: int, length: 
     tensors = measure_saved_tensors(recipe, dtype, rows, length)
     if tensors is None:
         return None
-    return tensors.peak_bytes(checkpointing=recipe.training.activation_checkpointing, targets=targets)
+    return tensors.peak_bytes(recipe.training, targets)
 
 
 def measure_saved_tensors(recipe: Recipe, dtype: torch.dtype, rows: int, length: int) -> SavedTensors | None:
