@@ -15,10 +15,11 @@ from apprentice.storage import Folder
 from apprentice.train.checkpoint import format as checkpoints
 from apprentice.train.checkpoint.shard import Shard
 from apprentice.train.checkpoint.shard_reader import open_tensors
-from apprentice.train.checkpoint.shard_writer import write_checkpoint
+from apprentice.train.checkpoint.shard_writer import save_weights, write_checkpoint
+from apprentice.train.engine.collectives import Collectives
 from apprentice.train.lane_position import LanePosition
 from apprentice.train.state import State
-from tests.support.checkpoints import save
+from tests.support.checkpoints import save, whole_shards
 
 
 def saved(folder: Folder, step: int, validation_loss: float | None = None) -> checkpoints.Checkpoint:
@@ -108,6 +109,16 @@ def test_best_and_prune(folder: Folder) -> None:
     assert steps(folder) == ["step-000002", "step-000004"]  # the newest to go on from, the best to export
 
 
+def test_a_damaged_one_takes_no_place_of_those_that_are_kept(folder: Folder) -> None:
+    best, damaged = saved(folder, 1, 0.5), saved(folder, 2, 0.3)
+    saved(folder, 3, 0.7)
+    checkpoints.mark_damaged(damaged.folder, "some bytes changed")
+    newest = saved(folder, 4, 0.6)
+    checkpoints.prune(folder, 1, newest)
+    assert steps(folder) == ["step-000001", "step-000004"]
+    assert checkpoints.find_best(folder) == best
+
+
 def test_what_began_the_round_is_kept_until_the_next_one(folder: Folder) -> None:
     for step in range(1, 8):
         checkpoints.prune(folder, 1, saved(folder, step), round_steps=4)
@@ -163,6 +174,24 @@ def test_a_damaged_one_that_is_passed_over_is_saved_again_under_the_next_token(t
     again = save(folder, tensors, State(step=6), {}, taken(run, 2))
     assert [first.folder.name, again.folder.name] == ["step-000006.2", "step-000006.5"]
     assert checkpoints.find_newest(folder) == again
+
+
+def test_what_another_thread_commits_meanwhile_stays_committed(
+    tmp_path: Path, folder: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The saver's thread commits a checkpoint while the training thread commits the weights for a round's replies."""
+    token, tensors, add = taken(Folder.at(tmp_path), 1), [("weight/a", torch.zeros(1))], fence.FenceLog.add
+    earlier = save(folder, tensors, State(step=4), {}, token)
+    checkpoints.remove(earlier.folder)
+
+    def late(self: fence.FenceLog, entry: fence.FenceEntry) -> bool:
+        monkeypatch.setattr(fence.FenceLog, "add", add)
+        save_weights(folder, whole_shards(tensors), State(step=8), token, Collectives())
+        return add(self, entry)
+
+    monkeypatch.setattr(fence.FenceLog, "add", late)
+    save(folder, tensors, State(step=8), {}, token)
+    assert fence.committed_checkpoints(Folder.at(tmp_path)) == {"step-000008.2", "weights-000008.2"}
 
 
 def waiting(folder: Folder, step: int) -> checkpoints.Checkpoint:

@@ -267,6 +267,18 @@ def test_files_that_are_not_whole_are_seen_before_they_are_read(what: str, folde
     assert checkpoints.find_newest(folder) == earlier
 
 
+@pytest.mark.parametrize("is_gone", [True, False], ids=["all", "some files"])
+def test_a_checkpoint_that_is_deleted_before_it_is_opened_is_none_of_format_1(is_gone: bool, folder: Folder) -> None:
+    checkpoint = write_from(folder, state(), 2, 3)
+    for name in (checkpoints.CHECKSUMS, checkpoints.INDEX):
+        (checkpoint.folder / name).delete()
+    if is_gone:
+        checkpoint.folder.delete()
+    with pytest.raises(DamagedError, match=r"index\.json: is not there"), open_tensors(checkpoint):
+        pass
+    assert (checkpoint.folder / checkpoints.DAMAGED).exists() is False
+
+
 def test_a_later_format_is_no_damage(folder: Folder) -> None:
     newest = save(folder, state().items(), State(step=1), {})
     file = newest.folder / checkpoints.INDEX

@@ -128,10 +128,12 @@ def prune(checkpoints: Folder, keep: int, newest: Checkpoint, round_steps: int |
     Kept are `keep` checkpoints: `newest`, from which the run goes on, the best, and the newest of the others; where newest and best
     differ, both are kept even if `keep` is 1. Kept besides are the newest `MOST_AWAITED` that wait for their validation, all that
     are in use, and, with `round_steps` (the steps of an on-policy round), the one whose model writes the current round's replies,
-    since some of these may not be written yet. Checkpoints later than `newest` were passed over as damaged and are deleted.
+    since some of these may not be written yet. Checkpoints that are marked as damaged are deleted, and those later than `newest`,
+    which were passed over as damaged.
     """
     try:
         folders = [folder for folder in _newest_first(checkpoints) if _age(folder) <= _age(newest.folder)]
+        folders = [folder for folder in folders if not _is_there(folder / DAMAGED)]
         awaiting = [folder for folder in folders if _is_awaited(folder)]
         spared = {folder.name for folder in awaiting[:MOST_AWAITED]}
         lowest = _place_of_lowest([_validation_loss(folder) for folder in folders])
@@ -262,7 +264,7 @@ def _whole(folder: Folder) -> Checkpoint | None:
             damaged = [file.name for file in files if sizes.get(file.name) != file.bytes or file.digests_file not in sizes]
         content = _json(folder / STATE)
         if DAMAGED in sizes:
-            damaged = [(folder / DAMAGED).read_text()]
+            damaged = [with_retries(folder, (folder / DAMAGED).read_text)]
         if not damaged and STATE in sums:
             state = State.from_json(content["state"])
             if _is_there(folder / VALIDATION):

@@ -16,7 +16,7 @@ import math
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from threading import Lock
 from typing import Any
 
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from apprentice.errors import DamagedError, MissingError
 from apprentice.storage import Folder, with_retries
-from apprentice.train.checkpoint.format import INDEX, Checkpoint, mark_damaged, mark_in_use
+from apprentice.train.checkpoint.format import CHECKSUMS, INDEX, Checkpoint, mark_damaged, mark_in_use
 from apprentice.train.checkpoint.shard import TensorRange
 from apprentice.train.checkpoint.shard_index import DIGEST_BYTES, PIECE_BYTES, ShardIndex, TensorPart
 
@@ -47,8 +47,7 @@ class TensorReader:
         try:
             index = with_retries(folder / INDEX, (folder / INDEX).read_bytes)
         except MissingError:
-            names = [file.name for file in with_retries(folder, folder.children) if file.name.endswith(".safetensors")]
-            self._index = ShardIndex.from_safetensors({name: self._reads(name) for name in names})
+            self._index = ShardIndex.from_safetensors({name: self._reads(name) for name in self._files_of_format_1()})
         else:
             self._index = ShardIndex.from_json(json.loads(index))
         self._sums = {file.name: file for file in self._index.files}
@@ -94,6 +93,16 @@ class TensorReader:
             finally:
                 for read in ahead:
                     read.cancel()
+
+    def _files_of_format_1(self) -> list[str]:
+        """Names of the tensors files of a checkpoint without an index; one that has been deleted meanwhile has none."""
+        sums = self._folder / CHECKSUMS
+        names: list[str] = []
+        with suppress(MissingError):
+            names = [name for name in json.loads(with_retries(sums, sums.read_bytes)) if name.endswith(".safetensors")]
+        if not names:
+            self._fail(INDEX, "is not there")
+        return names
 
     def _read_bytes(self, part: TensorPart, nbytes: int, first: int, target: memoryview) -> None:
         """Reads bytes of a part of `nbytes` bytes, from the byte `first` on, into `target`; verifies the pieces that hold them."""

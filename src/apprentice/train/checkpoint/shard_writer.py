@@ -80,8 +80,8 @@ def write_checkpoint(
         raise _unwritten(state, checkpoints, error) from error
     if token is not None:
         try:
-            existing = {folder.name for folder in with_retries(checkpoints, checkpoints.children)}
-            token.commit(name, existing.__contains__)
+            # Asked anew after each look at the fence: a round's weights may be committed from another thread meanwhile.
+            token.commit(name, lambda earlier: with_retries(checkpoints, (checkpoints / earlier).exists))
         except (OSError, StorageError) as error:
             raise _unwritten(state, checkpoints, error) from error
     return Checkpoint(target, state, facts)
