@@ -223,8 +223,8 @@ class FenceToken:
     def commit(self, checkpoint: str, kept: Callable[[str], bool]) -> None:
         """Adds an entry that lists `checkpoint` behind those earlier ones for which `kept` is true.
 
-        `kept` is called again for each attempt, since another thread may have committed something before it. Raises `FencedError` if
-        overtaken.
+        `kept` is called again for each attempt, since another thread may have committed something before it.
+        Raises `FencedError` if overtaken.
         """
         while True:
             last, number = self.check()

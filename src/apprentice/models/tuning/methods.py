@@ -155,13 +155,17 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 @torch.no_grad()
 def load_trainable(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Copies `weights` into the trainable parameters of `model`. Raises `ModelError` unless names and shapes are the same."""
+    """Copies `weights` into the trainable parameters of `model`, getting one at a time.
+
+    Raises `ModelError` unless names and shapes are the same.
+    """
     parameters = trainable_parameters(model)
     if parameters.keys() != weights.keys():
         odd = sorted(parameters.keys() ^ weights.keys())
         raise ModelError(f"the saved weights are not those of this model: {odd[0]!r} is in only one of them; use the run's recipe.")
     for name, parameter in parameters.items():
-        if parameter.shape != weights[name].shape:
-            shapes = f"{tuple(weights[name].shape)} is not {tuple(parameter.shape)}"
+        weight = weights[name]
+        if parameter.shape != weight.shape:
+            shapes = f"{tuple(weight.shape)} is not {tuple(parameter.shape)}"
             raise ModelError(f"the saved weights are not those of this model: {name!r} {shapes}; use the recipe of the run.")
-        parameter.copy_(weights[name])
+        parameter.copy_(weight)

@@ -7,7 +7,7 @@ base model ─▶ tuning method ─▶ trained weights ─┬─▶ training goe
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -49,5 +49,21 @@ def restore_model(
     with nullcontext() if splitter is None else splitter.gather_on_use(base):  # virtual tokens begin as what words give in the base
         model = method.wrap(base, recipe.tuning, recipe.seed)
     if read is not None:
-        load_trainable(model, {name: read(f"{WEIGHT}/{name}") for name in trainable_parameters(model)})
+        load_trainable(model, _SavedWeights(trainable_parameters(model), read))
     return model
+
+
+class _SavedWeights(Mapping[str, Tensor]):
+    """A checkpoint's weights by parameter name, each read when it is asked for, so that memory never has all of them twice."""
+
+    def __init__(self, names: Iterable[str], read: ReadTensor) -> None:
+        self._names, self._read = list(names), read
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._read(f"{WEIGHT}/{name}")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
