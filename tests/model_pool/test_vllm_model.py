@@ -120,6 +120,8 @@ def test_logits_that_are_not_finite_are_told(model: VllmModel, monkeypatch: pyte
 
 
 def test_a_model_that_vllm_refuses_is_one_sentence(model: VllmModel, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(StandInLLM, "failure", ValueError("no\nroom"))
-    with pytest.raises(ModelError, match=r"^vLLM does not start with .*: no room$"):
+    monkeypatch.setattr(StandInLLM, "failure", ValueError("no\nroom."))
+    with pytest.raises(
+        ModelError, match=r"^vLLM does not start with .*: no room; its log says why\..* or use serving\.engine transformers\.$"
+    ):
         VllmModel(tiny_model, device="cuda", dtype="bfloat16", context=600, threads=1)

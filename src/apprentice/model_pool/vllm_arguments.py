@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 from typing import Any, Literal
 
+from apprentice.errors import ModelError
 from apprentice.models.loading import resolve_dtype
 from apprentice.pretrained.architecture import kv_values_per_token, model_config
 
@@ -88,3 +89,12 @@ def prepare_environment(threads: int | None = None) -> None:
     if threads is not None and threads < len(os.sched_getaffinity(0)):
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         os.environ["OMP_NUM_THREADS"] = str(threads)
+
+
+def start_failure(folder: Path, error: Exception) -> ModelError:
+    """The error for a vLLM that does not start with the model in `folder`: most often the model or the GPU is not for it."""
+    reason = " ".join(str(error).split())[:300].rstrip(".")
+    return ModelError(
+        f"vLLM does not start with {folder}: {reason}; its log says why. End what else holds memory of its GPUs (it takes nearly"
+        " all), or use serving.engine transformers."
+    )

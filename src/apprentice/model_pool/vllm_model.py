@@ -11,10 +11,9 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from apprentice.errors import ModelError
 from apprentice.inference.generation_request import NotFiniteError
 from apprentice.model_pool.parent_death import guard_children
-from apprentice.model_pool.vllm_arguments import prepare_environment, vllm_arguments
+from apprentice.model_pool.vllm_arguments import prepare_environment, start_failure, vllm_arguments
 
 MOST_RUNNING = 64  # requests decoded together: the largest block of questions
 BATCH_TOKENS = 2048  # of one forward pass: a choice's score takes the logits of all its tokens, four bytes a word of the vocabulary
@@ -49,8 +48,7 @@ class VllmModel:
         try:
             self._llm: Any = vllm.LLM(**arguments, max_num_batched_tokens=BATCH_TOKENS)
         except (RuntimeError, ValueError, OSError) as error:
-            reason = " ".join(str(error).split())[:300]
-            raise ModelError(f"vLLM does not start with {folder}: {reason}") from error
+            raise start_failure(folder, error) from error
 
     def generate(self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, stop_ids: Collection[int]) -> list[list[int]]:
         """Greedy replies to `prompts` (token ids), in their order, without the stop id that ended them.

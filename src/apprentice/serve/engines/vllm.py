@@ -23,7 +23,7 @@ from apprentice.inference.generation_request import GeneratedToken, GenerationRe
 from apprentice.inference.lora import read_lora
 from apprentice.inference.token_pacing import pacing_seconds
 from apprentice.model_pool.parent_death import guard_children
-from apprentice.model_pool.vllm_arguments import prepare_environment, vllm_arguments
+from apprentice.model_pool.vllm_arguments import prepare_environment, start_failure, vllm_arguments
 from apprentice.models.loading import build_without_weights
 from apprentice.pretrained.architecture import model_config
 from apprentice.run.identity import ADAPTER_CONFIG, ADAPTER_WEIGHTS
@@ -103,8 +103,7 @@ class VllmEngine:
         try:
             self._llm = AsyncLLM.from_engine_args(arguments)
         except (RuntimeError, ValueError, OSError) as error:
-            reason = " ".join(str(error).split())[:300]
-            raise ModelError(f"vLLM does not start with {folder}: {reason}") from error
+            raise start_failure(folder, error) from error
         self._kv_tokens = kv_cache_tokens(self._llm)
         self._end_id: int | None = self._llm.get_tokenizer().eos_token_id
 
