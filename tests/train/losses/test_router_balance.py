@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +75,17 @@ def test_gradients_are_the_same_however_rows_are_divided(name: str) -> None:
     assert float(loss.figures["router_loss"]) > 0
     with torch.no_grad():
         assert float(loss.eval()(rows.micro_batches(4)[0])) == pytest.approx(value.item(), rel=1e-6)
+
+
+def test_a_loss_leaves_nothing_in_the_model() -> None:
+    """Trial passes of `micro_batch: auto` make a loss of their own, whose logits must not stay."""
+    model = made("mixtral")
+    trial = create_loss(model, settings(0.5)).train()
+    trial(packed_rows(2).micro_batches(2)[0])
+    reference = weakref.ref(trial)
+    del trial
+    gc.collect()
+    assert reference() is None
 
 
 def test_models_without_experts_are_refused() -> None:

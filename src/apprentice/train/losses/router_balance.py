@@ -35,18 +35,23 @@ class RouterBalancedLoss(SupervisedLoss):
         self._weight, self._choices = weight, int(config.num_experts_per_tok)
         self._router_logits: tuple[Tensor, ...] = ()
         config.output_router_logits = True
-        base: nn.Module = model.get_base_model() if hasattr(model, "get_base_model") else model
-        base.register_forward_hook(self._keep_router_logits)
 
     def _keep_router_logits(self, module: nn.Module, arguments: Any, output: Any) -> None:
         self._router_logits = output.router_logits
 
     def forward(self, batch: SupervisedBatch) -> Tensor:
         """Loss of `batch`, as in `SupervisedLoss`."""
-        loss = super().forward(batch)
-        logits, self._router_logits = self._router_logits, ()
         if not self.training:
-            return loss
+            return super().forward(batch)
+        model: Any = self.model
+        base: nn.Module = model.get_base_model() if hasattr(model, "get_base_model") else model
+        # For this pass alone: trial passes make a loss of their own around the model, whose hook would keep its logits for ever.
+        hook = base.register_forward_hook(self._keep_router_logits)
+        try:
+            loss = super().forward(batch)
+        finally:
+            hook.remove()
+        logits, self._router_logits = self._router_logits, ()
         balance = balance_loss(logits, batch.is_target, self._choices)
         self.figures = {"router_loss": balance.detach().double()}
         return loss + self._weight * (balance - balance.detach())
