@@ -41,8 +41,8 @@ def test_running_out_of_memory_halves_the_micro_batch_once() -> None:
     messages = [record["message"] for record in mailbox.take_records()]
     assert len(messages) == 2
     assert messages[0] == (
-        "a worker ran out of memory with 6 rows at once; training goes on from its newest checkpoint with 3, the same rows in each"
-        " step"
+        "a worker ran out of memory with 6 rows at once; training goes on from its newest checkpoint with at most 3, the same rows"
+        " in each step"
     )
 
 

@@ -89,7 +89,7 @@ class Mailbox:
             self._largest_micro_batch = micro // 2
             self.add_message(
                 f"a worker ran out of memory with {micro} rows at once; training goes on from its newest checkpoint with"
-                f" {micro // 2}, the same rows in each step"
+                f" at most {micro // 2}, the same rows in each step"
             )
 
     def largest_micro_batch(self) -> int | None:
