@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import re
+import sys
 from importlib.metadata import version
+from types import SimpleNamespace
 
+import pytest
 import torch
+from torch import nn
 
 from apprentice.train.engine import compat
 
@@ -63,3 +68,19 @@ def test_deepspeed_still_has_what_we_use() -> None:
     scaler = DynamicLossScaler(8.0, scale_window=2, min_scale=1.0, delayed_shift=1, consecutive_hysteresis=False)
     assert set(compat.LOSS_SCALER_STATE) <= set(vars(scaler))
     assert "deepspeed_shm_comm" in __compatible_ops__
+
+
+def test_copies_of_a_module_made_meanwhile_gather_nothing_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    events = []
+    gathered = SimpleNamespace(__enter__=lambda: events.append("gather"), __exit__=lambda *_: events.append("split"))
+    monkeypatch.setitem(sys.modules, "deepspeed", SimpleNamespace(zero=SimpleNamespace(GatheredParameters=lambda _: gathered)))
+    head = nn.Linear(2, 1)
+    head.weight.ds_id = 0  # type: ignore[assignment]
+    hooks = compat.GatherOnUse(head)
+    head(torch.zeros(2))
+    assert events == ["gather", "split"]
+    copied = copy.deepcopy(head)  # as peft does with the output layer of a reward model
+    hooks.remove()
+    head(torch.zeros(2))
+    copied(torch.zeros(2))
+    assert events == ["gather", "split"]

@@ -102,11 +102,13 @@ def cast_unsplit(model: nn.Module, dtype: torch.dtype) -> None:
 class GatherOnUse:
     """Hooks that gather the partitioned parameters of each module of `model` while it runs, for passes before there is an engine.
 
-    They serve forward passes without gradients. All workers must run the same ones.
+    They serve forward passes without gradients. All workers must run the same ones. A copy of a module that is made meanwhile, as
+    peft makes one of a new output layer, keeps its hooks, which do nothing after `remove`.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._handles: list[Any] = []
+        self._is_on = True
         for module in model.modules():
             own = [parameter for parameter in module.parameters(recurse=False) if is_split(parameter)]
             if own:
@@ -116,13 +118,23 @@ class GatherOnUse:
         import deepspeed
 
         gathered: Any = deepspeed.zero.GatheredParameters(parameters)
+
+        def gather(*_: Any) -> None:
+            if self._is_on:
+                gathered.__enter__()
+
+        def split(*_: Any) -> None:
+            if self._is_on:
+                gathered.__exit__(None, None, None)
+
         self._handles += [
-            module.register_forward_pre_hook(lambda *_: gathered.__enter__()),
-            module.register_forward_hook(lambda *_: gathered.__exit__(None, None, None), always_call=True),
+            module.register_forward_pre_hook(gather),
+            module.register_forward_hook(split, always_call=True),
         ]
 
     def remove(self) -> None:
         """Takes the hooks away."""
+        self._is_on = False
         for handle in self._handles:
             handle.remove()
 
