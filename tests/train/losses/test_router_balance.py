@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as hf
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from apprentice.errors import RecipeError
@@ -91,6 +92,18 @@ def test_a_loss_leaves_nothing_in_the_model() -> None:
 def test_models_without_experts_are_refused() -> None:
     with pytest.raises(RecipeError, match=r"router_loss balances the load of experts, and llama has none; leave it out"):
         create_loss(made("llama"), settings(0.1))
+    sizes: dict[str, Any] = {
+        "vocab_size": 50,
+        "d_model": 16,
+        "d_kv": 8,
+        "d_ff": 16,
+        "num_layers": 2,
+        "num_heads": 2,
+        "num_experts": 2,
+    }
+    pair = hf.SwitchTransformersForConditionalGeneration(hf.SwitchTransformersConfig(**sizes))
+    with pytest.raises(RecipeError, match=r"router_loss is for causal models, and switch_transformers is none; leave it out"):
+        create_loss(pair, settings(0.1))
 
 
 @pytest.mark.long

@@ -24,12 +24,14 @@ class RouterBalancedLoss(SupervisedLoss):
     """`SupervisedLoss` whose gradient is also that of `weight` times the load-balancing loss, while it trains.
 
     Its value stays the negative log-likelihood; `figures` has the load-balancing loss as `router_loss`. Raises `RecipeError` for a
-    model without experts.
+    model without experts, and for an encoder-decoder.
     """
 
     def __init__(self, model: Any, weight: float, compute: torch.dtype | None = None) -> None:
         super().__init__(model, compute)
         config = model.config
+        if config.is_encoder_decoder:
+            raise RecipeError(f"training.router_loss is for causal models, and {config.model_type} is none; leave it out.")
         if not hasattr(config, "router_aux_loss_coef"):
             raise RecipeError(f"training.router_loss balances the load of experts, and {config.model_type} has none; leave it out.")
         self._weight, self._choices = weight, int(config.num_experts_per_tok)
