@@ -1,8 +1,9 @@
 """Restoring of a model: the base model, wrapped by the recipe's tuning method, with the trained weights of a checkpoint.
 
-base model ─▶ tuning method ─▶ trained weights ─┬─▶ training goes on, asynchronous validation
-                                                ├─▶ export
-                                                └─▶ rollouts of an on-policy run
+base model ─▶ tuning method ─┬─▶ trained weights ─┬─▶ asynchronous validation
+                             │                    ├─▶ export
+                             │                    └─▶ rollouts of an on-policy run
+                             └─▶ training, whose engine restores weights and optimizer state itself
 """
 
 from __future__ import annotations
