@@ -6,9 +6,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from apprentice.cli.completion import complete_run
 from apprentice.recipe.explain import all_keys, takes_value
 
 PROGRAM = "import sys; sys.argv[0] = 'apprentice'; from apprentice.cli import main; main()"
@@ -44,6 +47,15 @@ def test_bash_completes(words: str, offers: list[str], tmp_path: Path) -> None:
     (run / "identity.json").write_text("{}")
     (tmp_path / "runs" / "cache").mkdir()
     assert [offer for offer in complete(words, tmp_path) if not offer.startswith("serving.promp")] == offers
+
+
+@pytest.mark.parametrize(("incomplete", "offers"), [("", ["a-run", "b[1]"]), ("b[", ["b[1]"]), ("/home/", []), ("../", [])])
+def test_runs_are_completed_whatever_is_typed(incomplete: str, offers: list[str], tmp_path: Path) -> None:
+    for name in ("a-run", "b[1]"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "identity.json").write_text("{}")
+    context: Any = SimpleNamespace(params={"storage": str(tmp_path)})
+    assert complete_run(context, incomplete) == offers
 
 
 def test_a_block_takes_no_value() -> None:

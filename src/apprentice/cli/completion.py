@@ -39,4 +39,4 @@ def complete_run(context: typer.Context, incomplete: str) -> list[str]:
     folder = Path(context.params.get("storage") or "./runs")
     if not folder.is_dir():
         return []
-    return sorted(file.parent.name for file in folder.glob(f"{incomplete}*/identity.json"))
+    return sorted(file.parent.name for file in folder.glob("*/identity.json") if file.parent.name.startswith(incomplete))
