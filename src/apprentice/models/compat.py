@@ -67,3 +67,19 @@ def installed_flash_attention() -> frozenset[int]:
 def has_hub_kernels() -> bool:
     """Whether the package `kernels` is installed, with which transformers fetches flash attention from the hub."""
     return bool(is_kernels_available())
+
+
+def liger_types() -> frozenset[str]:
+    """Model types that the installed liger-kernel has kernels for; none where it is not installed (0.8.5)."""
+    try:
+        from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+    except ImportError:  # or Triton, which it needs, is missing
+        return frozenset()
+    return frozenset(MODEL_TYPE_TO_APPLY_LIGER_FN)
+
+
+def use_liger(model: Any) -> None:
+    """Replaces the kernels of the layers of `model`, a model of transformers, but not its loss (liger-kernel 0.8.5)."""
+    from liger_kernel.transformers.monkey_patch import _apply_liger_kernel_to_instance
+
+    _apply_liger_kernel_to_instance(model=model, cross_entropy=False, fused_linear_cross_entropy=False)
