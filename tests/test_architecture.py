@@ -54,7 +54,7 @@ RIDDLE = re.compile(r"^(What|Who|Whose|Where|When|How|Which|Whether)\b")
 
 MODULE_OF = {"pyyaml": "yaml"}  # where the package's name is not the module's
 NEEDED_BY_OTHERS = {"accelerate", "gguf", "ninja"}  # transformers and DeepSpeed ask for them when they need them
-OPTIONAL = {"mlflow", "vllm", "wandb"}  # behind extras
+OPTIONAL = {"liger_kernel", "mlflow", "vllm", "wandb"}  # behind extras
 
 
 def python_files(*rooms: str) -> list[Path]:

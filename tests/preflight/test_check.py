@@ -117,6 +117,13 @@ def test_a_model_whose_rows_cannot_be_shared_is_refused(tmp_path: Path, tiny_mod
     assert "layout" in check.run_check("model", load_recipe(tiny_recipe(tmp_path, tiny_model, **halved)))
 
 
+def test_layers_that_are_not_compiled_are_refused(tmp_path: Path, tiny_model: Path) -> None:
+    t5 = tiny_model_of("t5_v1.1", tiny_model, tmp_path / "t5-tiny")
+    with pytest.raises(ModelError, match=r"^training\.compile is for causal models without experts, and t5 is an encoder-decoder"):
+        check.run_check("model", load_recipe(tiny_recipe(tmp_path, t5, training__compile=True)))
+    assert "layout" in check.run_check("model", load_recipe(tiny_recipe(tmp_path, tiny_model, training__compile=True)))
+
+
 def test_what_a_chat_template_does_otherwise_is_said(tmp_path: Path, tiny_model: Path) -> None:
     templates = {name: sources()[name].read_text() for name in ("qwen3_5_think", "deepseekv3")}
     line = model_point(tmp_path / "closed", tiny_model, data__chat_template=templates["qwen3_5_think"])

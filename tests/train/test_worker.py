@@ -114,6 +114,39 @@ def test_out_of_memory_in_a_step_asks_for_fewer_rows_at_once(
         assert "The smallest changes that help" in str(said)
 
 
+@pytest.mark.parametrize(
+    ("keys", "calls"),
+    [
+        ({}, ["load", "kernels auto", "trial", "engine"]),
+        ({"training__kernels": "none"}, ["load", "kernels none", "trial", "engine"]),
+        ({"training__deepspeed": {"stage": 3}}, ["split", "kernels auto", "estimate", "engine"]),
+        ({"training__compile": True}, ["load", "kernels none", "trial", "compile", "engine"]),
+    ],
+)
+def test_when_layers_are_given_kernels_and_compiled(
+    keys: dict[str, Any], calls: list[str], tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kernels on models that were split as they were loaded, too; trial passes see layers before these are compiled."""
+    order: list[str] = []
+
+    def note(name: str, call: str, result: Any) -> None:
+        monkeypatch.setattr(worker, name, lambda *_, **__: (order.append(call), result)[1])
+
+    recipe = load_recipe(tiny_recipe(tmp_path, tiny_model, training__workers=1, **keys))
+    is_split = recipe.training.deepspeed.stage == 3
+    monkeypatch.setattr(worker, "create_splitter", lambda *_, **__: object() if is_split else None)
+    note("restore_model", "split" if is_split else "load", "model")
+    monkeypatch.setattr(worker, "use_kernels", lambda _, word, device: order.append(f"kernels {word}"))
+    note("compile_layers", "compile", 2)
+    note("find_micro_batch", "trial", 2)
+    note("estimate_micro_batch", "estimate", 2)
+    monkeypatch.setattr(worker, "total_memory", lambda _: 1e9)
+    note("DeepSpeedEngine", "engine", None)
+    settings: dict[str, Any] = {"dtype": torch.float32, "micro": 1, "device": torch.device("cpu"), "trial_length": 256}
+    worker.build_engine(recipe, None, **settings, collectives=SimpleNamespace(workers=1))
+    assert order == calls
+
+
 def test_other_errors_stay_what_they_are(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(*_: Any, **__: Any) -> Any:
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")

@@ -83,3 +83,9 @@ def use_liger(model: Any) -> None:
     from liger_kernel.transformers.monkey_patch import _apply_liger_kernel_to_instance
 
     _apply_liger_kernel_to_instance(model=model, cross_entropy=False, fused_linear_cross_entropy=False)
+
+
+def transformer_layers(model: Any) -> list[Any]:
+    """The layers of `model`, a model of transformers: modules of the classes that it keeps on one device (transformers 5.23)."""
+    names = set(getattr(model, "_no_split_modules", None) or ())
+    return [module for module in model.modules() if type(module).__name__ in names]

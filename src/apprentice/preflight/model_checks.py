@@ -33,6 +33,7 @@ def check_model(lookup: RecipeLookup) -> str:
     check_auxiliary_models(recipe, tokenizer)
     _check_engine(recipe, tokenizer.folder)
     _check_shared_rows(recipe, tokenizer.folder)
+    _check_layers(recipe, tokenizer.folder)
     if not recipe.training.aim.head:
         check_generates_text(tokenizer.folder)
     line = " → ".join([*ancestors, public_base(recipe.model.base)])
@@ -82,6 +83,15 @@ def _check_shared_rows(recipe: Recipe, folder: Path) -> None:
         from apprentice.models.loading import check_rows_can_be_shared
 
         check_rows_can_be_shared(folder, recipe.training.sequence_parallel, trust=recipe.model.trust)
+
+
+def _check_layers(recipe: Recipe, folder: Path) -> None:
+    """Raises `ModelError` if layers are to be compiled that cannot be."""
+    if recipe.training.compile:
+        from apprentice.models.acceleration.compilation import check_compiles
+        from apprentice.models.loading import read_config
+
+        check_compiles(read_config(folder, trust=recipe.model.trust))
 
 
 def _check_chat_template(layout: Layout) -> None:

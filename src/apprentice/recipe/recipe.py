@@ -110,6 +110,15 @@ class Recipe(Strict):
         return self
 
     @model_validator(mode="after")
+    def _rows_have_few_lengths(self) -> Self:
+        if self.training.compile and self.tuning.method in ("prefix", "prompt"):
+            raise ValueError(
+                f"tuning.method {self.tuning.method} puts virtual tokens before a row, which training.compile has no code for;"
+                " use lora, or set training.compile to false"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _rows_can_be_shared(self) -> Self:
         if self.training.sequence_parallel == 1:
             return self

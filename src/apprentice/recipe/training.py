@@ -180,6 +180,16 @@ class Training(Strict):
         ge=0.0,
         description="Weight of the load-balancing loss of a mixture-of-experts model, beside that of objective sft; 0: none.",
     )
+    kernels: Literal["auto", "liger", "none"] = Field(
+        "auto",
+        description="Kernels of norms, rotary positions and MLPs. auto: Liger's on a GPU where the extra `liger` is installed and"
+        " fits the model, but not with `compile`.",
+    )
+    compile: bool = Field(
+        False,
+        description="Compile each layer of a causal model with torch.compile, for rows padded to quarters of their length. The"
+        " first steps take minutes. Not with deepspeed.stage 3, sequence_parallel or mixtures of experts.",
+    )
     checkpoint: Checkpointing = Checkpointing()
     sample_every_steps: Annotated[int, Field(ge=0)] = Field(
         0, description="Steps after which the replies to `sample_instructions` are shown; 0: never."
@@ -231,6 +241,29 @@ class Training(Strict):
         if self.checkpoint.validation == "aside":
             raise ValueError(
                 "checkpoint.validation aside gives whole rows to one worker, and sequence_parallel shares them; leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _layers_can_be_fast(self) -> Self:
+        if self.kernels == "liger" and not self.resources.gpus:
+            raise ValueError("kernels liger needs a GPU, and resources.gpus is 0; use auto")
+        if self.compile and self.kernels == "liger":
+            raise ValueError("compile makes kernels of its own of what kernels liger replaces; leave one of them out")
+        if self.compile and self.deepspeed.stage == 3:
+            raise ValueError(
+                "compile cannot be combined with deepspeed.stage 3, which gathers weights inside of each layer; set compile to"
+                " false, or a lower stage"
+            )
+        if self.compile and self.activation_checkpointing == "offload":
+            raise ValueError(
+                "compile cannot be combined with activation_checkpointing offload, which moves inputs inside of each layer; use"
+                " selective or true, or set compile to false"
+            )
+        if self.compile and self.sequence_parallel > 1:
+            raise ValueError(
+                f"compile cannot be combined with sequence_parallel {self.sequence_parallel}, whose workers exchange tokens inside"
+                " of each layer; leave one of them out"
             )
         return self
 

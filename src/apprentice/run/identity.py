@@ -34,6 +34,8 @@ NOT_IDENTITY = (
     "training.micro_batch",
     "training.deepspeed",
     "training.activation_checkpointing",
+    "training.kernels",
+    "training.compile",
     "training.checkpoint",
     "training.max_failures",
     "training.hang_timeout_s",

@@ -22,6 +22,7 @@ the host must know of a batch is found before the batch goes to a GPU, since ask
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
@@ -245,12 +246,21 @@ class PackedRows:
             is_target[:, 0] = False
         return torch.from_numpy(np.flatnonzero(is_target))
 
-    def micro_batches(self, size: int) -> list[MicroBatch]:
-        """Micro-batches of `size` rows (the last may be smaller). Columns at the end that are padding in all rows are cut off."""
-        return [self._batch(slice(start, start + size)) for start in range(0, len(self), size)]
+    def micro_batches(self, size: int, lengths: int | None = None) -> list[MicroBatch]:
+        """Micro-batches of `size` rows (the last may be smaller). Columns at the end that are padding in all rows are cut off.
 
-    def _batch(self, rows: slice) -> MicroBatch:
-        cut = (rows, _used_columns(self.segment_ids[rows]))
+        With `lengths`, for compiled causal models, the rest has one of that many lengths, and bounds have one of a few shapes.
+        """
+        return [self._batch(slice(start, start + size), lengths) for start in range(0, len(self), size)]
+
+    def _batch(self, rows: slice, lengths: int | None) -> MicroBatch:
+        batch = self._cut_batch((rows, _used_columns(self.segment_ids[rows], lengths)))
+        if lengths is None or isinstance(batch, Seq2SeqBatch) or batch.bounds is None:
+            return batch
+        return batch._replace(bounds=batch.bounds.padded(batch.input_ids.shape[1]))
+
+    def _cut_batch(self, cut: tuple[slice, slice]) -> MicroBatch:
+        rows = cut[0]
         if self.target_ids is not None:
             return self._seq2seq(cut)
         if self.reference is not None:
@@ -328,10 +338,14 @@ class PackedRows:
         return PackedRows(**parts)
 
 
-def _used_columns(segments: NDArray[Any]) -> slice:
-    """Columns up to the last one that is not padding in every row; at least one."""
+def _used_columns(segments: NDArray[Any], lengths: int | None = None) -> slice:
+    """Columns up to the last one that is not padding in every row; at least one. With `lengths`, so many parts of all columns."""
     columns = np.flatnonzero((segments > 0).any(axis=0))
-    return slice(0, int(columns[-1]) + 1 if len(columns) else 1)
+    used = int(columns[-1]) + 1 if len(columns) else 1
+    if lengths is None:
+        return slice(0, used)
+    part = math.ceil(segments.shape[1] / lengths)
+    return slice(0, min(segments.shape[1], math.ceil(used / part) * part))
 
 
 def _tensor(array: NDArray[Any], dtype: Any = np.int64) -> Tensor:

@@ -62,6 +62,7 @@ class LoopConfig:
     window: WindowShape
     requested_shares: Mapping[int, float] = field(default_factory=dict)  # task number → share of the examples
     mfu_per_token: float | None = None  # MFU for each token a second; None where the devices' peak is not known
+    lengths: int | None = None  # number of different lengths that micro-batches may have; None: any
 
 
 class LoopCallback:
@@ -189,20 +190,25 @@ def _one_step(
     rate = learning_rate(config.optimizer, state.step, config.goal.reached(state) * estimate, estimate)
     torch.manual_seed(_step_seed(config.seed, state.step, collectives.rank))
     counted = step.counted or 1  # a step without target tokens has loss 0; do not divide by 0
-    outcome = engine.train_step(rows.micro_batches(config.micro_batch), 1.0 / counted, rate)
+    outcome = engine.train_step(rows.micro_batches(config.micro_batch, config.lengths), 1.0 / counted, rate)
     loss, *figures = (total / counted for total in collectives.sum([outcome.nll, *outcome.figures.values()]))
     _advance(state, step, config.window, loss)
     return outcome._replace(figures=dict(zip(outcome.figures, figures, strict=True))), rate
 
 
-def compute_validation_loss(engine: ValidationEngine, rows: PackedRows, micro: int, collectives: Collectives) -> float | None:
-    """Mean loss over the target tokens (or pairs) of `rows`; None without any. All workers must call it with the same rows."""
+def compute_validation_loss(
+    engine: ValidationEngine, rows: PackedRows, micro: int, collectives: Collectives, lengths: int | None = None
+) -> float | None:
+    """Mean loss over the target tokens (or pairs) of `rows`; None without any. All workers must call it with the same rows.
+
+    `micro` and `lengths` are those of `LoopConfig`.
+    """
     if len(rows) == 0 or rows.loss_denominator == 0:
         return None
-    mine = rows.share(collectives.reader, collectives.readers).micro_batches(micro)
+    mine = rows.share(collectives.reader, collectives.readers).micro_batches(micro, lengths)
     # ZeRO-3 gathers weights in each pass, so all workers make equally many: one with fewer repeats one, uncounted.
     rounds = math.ceil(math.ceil(len(rows) / collectives.readers) / micro)
-    spare = rows.micro_batches(micro)[0]
+    spare = rows.micro_batches(micro, lengths)[0]
     nll = 0.0
     for number in range(rounds):
         value = engine.validation_nll(mine[number] if number < len(mine) else spare)

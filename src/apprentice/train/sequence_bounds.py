@@ -82,6 +82,12 @@ class SequenceBounds(NamedTuple):
         rows, length = input_ids.shape
         return cls(torch.arange(0, rows * length + 1, length, dtype=torch.int32, device=input_ids.device), length)
 
+    def padded(self, longest: int) -> SequenceBounds:
+        """The same with empty sequences at the end, so that their number is a power of two, and `longest`, which may be more."""
+        sequences = len(self.starts) - 1
+        empty = (1 << (sequences - 1).bit_length()) - sequences
+        return SequenceBounds(torch.cat([self.starts, self.starts[-1:].expand(empty)]), longest)
+
     @property
     def device(self) -> torch.device:
         """Device of `starts`."""

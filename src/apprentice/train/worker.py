@@ -15,6 +15,8 @@ import torch
 from torch import nn
 
 from apprentice.errors import ModelError, TrainingError
+from apprentice.models.acceleration.compilation import LENGTHS, compile_layers
+from apprentice.models.acceleration.kernels import use_kernels
 from apprentice.models.attention import PackedCompute
 from apprentice.models.loading import check_dtype, count_parameters, resolve_dtype
 from apprentice.models.tuning.methods import TUNING_METHODS, check_tuning, count_trainable
@@ -136,7 +138,8 @@ class _WorkerCallback(LoopCallback):
             save_weights(self.config.run.checkpoints, self.engine.weight_shards(), state, self.token, self.collectives)
 
     def validate(self, state: State) -> float | None:
-        loss = compute_validation_loss(self.engine, self.validation, self.engine.micro, self.collectives)
+        lengths = _row_lengths(self.config.recipe.training)
+        loss = compute_validation_loss(self.engine, self.validation, self.engine.micro, self.collectives, lengths)
         if loss is not None:
             self.recorder.add(state, validation_loss=loss)
         return loss
@@ -215,7 +218,13 @@ def _loop_config(config: WorkerConfig, micro: int, mfu_per_token: float | None) 
         window=WindowShape(recipe.data.window, recipe.data.lanes, recipe.round.rows if training.aim.rounds else None),
         requested_shares=config.requested_shares,
         mfu_per_token=mfu_per_token,
+        lengths=_row_lengths(training),
     )
+
+
+def _row_lengths(training: Training) -> int | None:
+    """Number of different lengths that micro-batches may have; None: any."""
+    return LENGTHS if training.compile else None
 
 
 def _mfu_per_token(device: torch.device, recipe: Recipe, workers: int) -> float | None:
@@ -300,10 +309,14 @@ def build_engine(
     )
     packed = PackedCompute.on(device, dtype, recipe.training.sequence_parallel)
     model = restore_model(recipe, None, weights, packed=packed, splitter=splitter)
+    # Compiled layers fuse these operations by themselves.
+    use_kernels(model, "none" if recipe.training.compile else recipe.training.kernels, device)
     if trial_length is not None and splitter is None and group is None:
         micro = find_micro_batch(recipe, model, trial_length, dtype, device, collectives)
     elif trial_length is not None:  # one worker that ran out in a trial would leave the others waiting
         micro = estimate_micro_batch(recipe, trial_length, dtype, collectives, total_memory(device))
+    if recipe.training.compile:  # after the trials, whose shapes would each take minutes
+        compile_layers(model)
     settings: dict[str, Any] = {"dtype": dtype, "workers": collectives.workers, "micro": micro, "device": device}
     engine = DeepSpeedEngine(model, recipe.training, **settings, sequence_group=group)
     if restored is not None:

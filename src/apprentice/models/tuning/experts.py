@@ -20,11 +20,16 @@ def expert_parameters(model: nn.Module) -> list[str]:
     return sorted(set(names))
 
 
+def count_experts(config: Any) -> int:
+    """Number of experts in a layer of a model of `config`; 0 without any."""
+    return next((int(value) for key in _COUNTS if (value := getattr(config, key, None))), 0)
+
+
 def active_share(name: str, parameter: nn.Parameter, config: Any) -> float:
     """Share of the parameter `name` that a token meets: of experts, and of LoRA's matrices beside them, those it is sent to."""
     used = getattr(config, "num_experts_per_tok", None)
     is_of_experts = len(_shape(parameter)) == 3 or "experts" in name.split(".")
-    count = next((value for key in _COUNTS if (value := getattr(config, key, None))), None)
+    count = count_experts(config)
     return min(1.0, used / count) if used and count and is_of_experts else 1.0
 
 

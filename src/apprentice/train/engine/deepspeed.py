@@ -71,6 +71,7 @@ class DeepSpeedEngine:
         self.attention = attention_name(model)
         self.micro = micro
         self._optimizer_settings = training.optimizer
+        self._is_compiled = training.compile
         self._scales_loss = formats.weights == torch.float16
         self._shapes = {name: compat.whole_shape(parameter) for name, parameter in trained.items()}
         # DeepSpeed warns of its own use of PyTorch and prints the memory it uses: nothing a user can act on.
@@ -120,7 +121,9 @@ class DeepSpeedEngine:
     def likeliest(self, prompt: Sequence[int], reply: Sequence[int]) -> int:
         """Greedy next token id after `prompt` and the tokens of `reply` so far. All workers must call it."""
         self._engine.eval()
-        with torch.no_grad():
+        # Every text has a length of its own, for which compiled layers would be compiled once more.
+        eagerly = torch.compiler.set_stance("force_eager") if self._is_compiled else contextlib.nullcontext()
+        with torch.no_grad(), eagerly:
             texts = [torch.tensor([list(ids)], dtype=torch.long, device=self._device) for ids in (prompt, reply)]
             logits = self._engine(texts=texts)
         return int(logits[0, -1].argmax())

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from apprentice.errors import ModelError
+from apprentice.models.acceleration.kernels import Kernels, choose_liger, use_kernels
 from apprentice.models.compat import liger_types
-from apprentice.models.kernels import Kernels, choose_liger, use_kernels
 from apprentice.models.tuning.methods import TUNING_METHODS
 from apprentice.recipe import Tuning
 from tests.models.architectures import made
@@ -21,12 +21,16 @@ GPU, CPU = torch.device("cuda"), torch.device("cpu")
 WORDS: tuple[Kernels, ...] = ("auto", "liger", "none")
 
 
+def config_of(name: str) -> Any:
+    return made(name).config
+
+
 @pytest.fixture
 def liger(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """A stand-in for liger-kernel 0.8.5 that knows llama; the arguments of its calls."""
+    """A stand-in for liger-kernel 0.8.5 that has few architectures; the arguments of its calls."""
     calls: list[dict[str, Any]] = []
     module: Any = ModuleType("liger_kernel.transformers.monkey_patch")
-    module.MODEL_TYPE_TO_APPLY_LIGER_FN = {"llama": None}
+    module.MODEL_TYPE_TO_APPLY_LIGER_FN = {"llama": None, "gemma2": None, "mixtral": None}
     module._apply_liger_kernel_to_instance = lambda **arguments: calls.append(arguments)
     for name in ("liger_kernel", "liger_kernel.transformers"):
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
@@ -36,21 +40,44 @@ def liger(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
 @pytest.mark.usefixtures("liger")
 def test_choices_with_the_package() -> None:
-    assert [choose_liger(word, GPU, "llama") for word in WORDS] == [True, True, False]
-    assert not choose_liger("auto", GPU, "gpt2")
-    assert not choose_liger("auto", CPU, "llama")
-    with pytest.raises(ModelError, match=r"kernels liger: the installed package does not know gpt2; use auto\."):
-        choose_liger("liger", GPU, "gpt2")
+    assert [choose_liger(word, GPU, config_of("llama")) for word in WORDS] == [True, True, False]
+    assert not choose_liger("auto", CPU, config_of("llama"))
     with pytest.raises(ModelError, match=r"kernels liger needs a GPU, and training runs on CPUs; use auto\."):
-        choose_liger("liger", CPU, "llama")
+        choose_liger("liger", CPU, config_of("llama"))
+
+
+@pytest.mark.usefixtures("liger")
+@pytest.mark.parametrize("name", ["gpt2", "t5", "qwen3", "mixtral"])
+def test_architectures_that_the_package_lacks_or_does_otherwise(name: str) -> None:
+    """The stand-in has no qwen3; Mixtral's experts are replaced in a way that LoRA on experts does not survive."""
+    assert not choose_liger("auto", GPU, config_of(name))
+    with pytest.raises(ModelError, match=f"kernels liger has no kernels that are known to fit {name}; use auto"):
+        choose_liger("liger", GPU, config_of(name))
+
+
+@pytest.mark.usefixtures("liger")
+def test_an_activation_that_the_kernel_does_not_compute() -> None:
+    other = config_of("llama")
+    other.hidden_act = "gelu"
+    assert not choose_liger("auto", GPU, other)
+    with pytest.raises(ModelError, match=r"kernels liger has another activation than this llama model; use auto\."):
+        choose_liger("liger", GPU, other)
+
+
+@pytest.mark.usefixtures("liger")
+def test_gemmas_files_name_their_activation_twice() -> None:
+    gemma = config_of("gemma2")
+    gemma.hidden_act = "gelu_pytorch_tanh"
+    assert choose_liger("auto", GPU, gemma)
 
 
 def test_choices_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "liger_kernel", None)
     assert liger_types() == frozenset()
-    assert not choose_liger("auto", GPU, "llama")
-    with pytest.raises(ModelError, match=r"needs the package liger-kernel; install apprentice\[liger\], or use auto\."):
-        choose_liger("liger", GPU, "llama")
+    assert not choose_liger("auto", GPU, config_of("llama"))
+    missing = r"the package liger-kernel, which is not installed here; pip install 'apprentice\[liger\]', or use auto\."
+    with pytest.raises(ModelError, match=missing):
+        choose_liger("liger", GPU, config_of("llama"))
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])

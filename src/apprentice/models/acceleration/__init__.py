@@ -1,0 +1,1 @@
+"""Faster layers of a model in training: fused kernels, and compilation."""
