@@ -163,9 +163,12 @@ async def test_a_client_that_leaves_frees_its_slot(endpoint: Endpoint, stream: b
 async def test_more_than_running_and_queued_is_status_429(endpoint: Endpoint) -> None:
     request_body = {"prompt": "a", "max_tokens": 300, "ignore_eos": True}
     async with httpx.AsyncClient(base_url=endpoint.url, timeout=120) as http:
-        responses = await asyncio.gather(*(http.post("/v1/completions", json=request_body) for _ in range(40)))
-    statuses = sorted(response.status_code for response in responses)
-    assert statuses.count(200) >= 20  # 16 run and 4 wait; some of the others come when the first have left
+        for _ in range(20):  # on a busy machine the first may have left before the last come
+            responses = await asyncio.gather(*(http.post("/v1/completions", json=request_body) for _ in range(40)))
+            statuses = sorted(response.status_code for response in responses)
+            assert statuses.count(200) >= 20  # 16 run and 4 wait; some of the others come when the first have left
+            if 429 in statuses:
+                break
     assert set(statuses) == {200, 429}
 
 
@@ -182,16 +185,17 @@ def test_the_endpoints_numbers_are_among_rays_metrics(endpoint: Endpoint) -> Non
     replica = httpx.get(f"{endpoint.url}/stats").json()["replica"]
     deadline = time.monotonic() + 60
     found: dict[str, set[str]] = {}
+    statuses: set[str] = set()
     while time.monotonic() < deadline:
-        if exported_names() <= found.keys() and len(found["ray_apprentice_requests_total"]) > 1:
+        if exported_names() <= found.keys() and statuses >= {"200", "400"}:
             break
         time.sleep(0.5)
         text = httpx.get(f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics").text
         for line in text.splitlines():
             if line.startswith("ray_apprentice_") and 'model="tiny"' in line and f'replica="{replica}"' in line:
                 found.setdefault(line.partition("{")[0], set()).add(line)
+                statuses |= set(re.findall(r'requests_total.*status="(\d+)"', line))
     assert exported_names() <= found.keys()
-    statuses = {status for line in found["ray_apprentice_requests_total"] for status in re.findall(r'status="(\d+)"', line)}
     assert statuses >= {"200", "400"}
     assert httpx.get(f"{endpoint.url}/metrics").status_code == 404  # it would be one replica's alone
 
