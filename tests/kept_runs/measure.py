@@ -51,8 +51,8 @@ def unpack(folder: Path) -> Path:
 def measure(_: int, folder: str, result: str) -> None:
     """For torch.multiprocessing: writes to the file `result` what each run in `folder` gives."""
     import torch.distributed as dist
-    from transformers.utils import chat_template_utils
 
+    from apprentice.pretrained import chat_template
     from tests.support.process_group import join_group
 
     class Clock(datetime):
@@ -60,7 +60,7 @@ def measure(_: int, folder: str, result: str) -> None:
         def now(cls, tz: Any = None) -> datetime:
             return MADE
 
-    chat_template_utils.datetime = Clock  # type: ignore[attr-defined]
+    chat_template.datetime = Clock  # type: ignore[misc]
     join_group(folder)
     figures: dict[str, Any] = {}
     for name, looks in {
