@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import inspect
 import os
+import subprocess
+import sys
+from types import SimpleNamespace
 
 import pytest
 import ray
@@ -50,6 +53,26 @@ def test_a_local_start_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     assert services.get_node is get_node
     assert variable not in os.environ
     assert os.environ["OURS"] == "kept"
+
+
+def test_a_node_whose_raylet_has_ended_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "process_info = ray._private.services.start_raylet(" in inspect.getsource(node)
+    assert "process" in services.ProcessInfo._fields
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    looks: list[str] = []
+
+    def get_node(gcs_address: str, node_id: str) -> None:
+        looks.append(node_id)
+        raise RuntimeError("not there")
+
+    monkeypatch.setattr(services, "start_raylet", lambda: SimpleNamespace(process=ended))
+    monkeypatch.setattr(services, "get_node", get_node)
+    with compat.patient_start(300):
+        services.start_raylet()
+        with pytest.raises(RuntimeError, match="not there"):
+            services.get_node("address", "id")
+    assert looks == ["id"]
 
 
 def test_tokens_can_be_enabled_without_a_warning() -> None:

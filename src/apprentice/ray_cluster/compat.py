@@ -1,7 +1,7 @@
 """Private API of Ray, read in version 2.60.0. tests/ray_cluster/test_compat.py fails when it changes.
 
 ENABLE_RAY_CLUSTER                           where it is false, as on macOS, a local Ray listens on loopback alone
-RAY_gcs_server_port_wait_time_s, get_node     how long `ray.init` waits for the processes of a local Ray
+RAY_gcs_server_port_wait_time_s, get_node, start_raylet   how long `ray.init` waits for the processes of a local Ray
 maybe_enable_token_auth_if_token_available   what `ray.init` calls before it connects, and Ray's client for jobs does not
 ServeSubmissionClient                        client of Serve's REST API, which `serve deploy` uses
 RAY_JOB_CONFIG_JSON_ENV_VAR, JobSupervisor   how a job's driver is told what it is, and the actor that reserves its CPUs
@@ -11,6 +11,7 @@ GcsClient, GetClusterStatusReply             what the cluster's autoscaler last 
 from __future__ import annotations
 
 import os
+import subprocess  # nosec B404
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -22,7 +23,7 @@ from ray._private import ray_constants, services
 from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 from ray._raylet import GcsClient  # type: ignore[attr-defined]
 from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply  # type: ignore[attr-defined]
-from tenacity import retry, retry_if_exception_type, stop_after_delay, wait_fixed
+from tenacity import retry, retry_if_exception, stop_after_delay, wait_fixed
 
 JOB_CONFIG_VARIABLE = str(RAY_JOB_CONFIG_JSON_ENV_VAR)  # environment variable of a job's driver: its configuration as JSON
 PORT_WAIT_VARIABLE = "RAY_gcs_server_port_wait_time_s"  # environment variable: how long Ray waits for its head's port
@@ -42,13 +43,26 @@ def loopback_only() -> Iterator[None]:
 
 @contextmanager
 def patient_start(timeout_s: int) -> Iterator[None]:
-    """Context manager in which `ray.init` waits up to `timeout_s` seconds for each process of a local Ray, instead of 30."""
-    waits = retry(retry=retry_if_exception_type(RuntimeError), stop=stop_after_delay(timeout_s), wait=wait_fixed(0.1), reraise=True)
-    patient_get_node = waits(services.get_node)
+    """Context manager in which `ray.init` waits up to `timeout_s` seconds for each process of a local Ray, instead of 30.
+
+    A node whose raylet has ended is not waited for.
+    """
+    raylets: list[subprocess.Popen[bytes]] = []
+    start_raylet = services.start_raylet
+
+    def watched_start(*arguments: Any, **options: Any) -> Any:
+        info = start_raylet(*arguments, **options)
+        raylets.append(info.process)
+        return info
+
+    def may_still_come(error: BaseException) -> bool:
+        return isinstance(error, RuntimeError) and all(raylet.poll() is None for raylet in raylets)
+
+    waits = retry(retry=retry_if_exception(may_still_come), stop=stop_after_delay(timeout_s), wait=wait_fixed(0.1), reraise=True)
     earlier = os.environ.get(PORT_WAIT_VARIABLE)
     os.environ[PORT_WAIT_VARIABLE] = str(timeout_s)
     try:
-        with patch.object(services, "get_node", patient_get_node):
+        with patch.object(services, "get_node", waits(services.get_node)), patch.object(services, "start_raylet", watched_start):
             yield
     finally:
         os.environ.pop(PORT_WAIT_VARIABLE)

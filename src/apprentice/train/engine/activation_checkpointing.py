@@ -1,9 +1,10 @@
 """Activation checkpointing: layers that keep only their input for the backward pass, and compute the rest again there.
 
-    true        every layer                          selective   every second layer: half the time of `true`, about half its gain
+    true        every layer
+    selective   every second layer, which costs half the time of `true` and saves about half the memory
     offload     every layer, and its input waits in the host's memory
 
-Chen et al. 2016 (arXiv 1604.06174); every second layer as in TorchTitan (arXiv 2410.06511), section 2.1.3.
+Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost" (arXiv 1604.06174).
 """
 
 from __future__ import annotations
@@ -29,8 +30,9 @@ def enable_activation_checkpointing(model: nn.Module, kind: bool | Literal["sele
     if kind is False:
         return
     plain: Any = model
-    named_newly = getattr(plain, "activation_checkpointing_enable", None)  # transformers 5.23
-    (named_newly or plain.gradient_checkpointing_enable)({"use_reentrant": False})
+    # The second is the first one's name before transformers 5.23.
+    enable = getattr(plain, "activation_checkpointing_enable", None) or plain.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
     if kind is True:
         return
     layers: list[Any] = [
