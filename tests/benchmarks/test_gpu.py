@@ -96,7 +96,7 @@ def test_the_same_with_a_tiny_shape(tiny_model: Path) -> None:
     for line in lines[: len(gpu.CASES)]:
         assert line["tokens_per_s"] > 0
         assert line["peak_memory_gib"] > 0.01
-        assert line["attention"] == "sdpa"
+        assert line["attention"] == "segments"
         assert line["attention_tflop"]["rows"] > line["attention_tflop"]["examples"]
     assert [line["value"] > 0 for line in lines[-3:]] == [True] * 3
     assert lines[-2]["peer"]["attention"] == "sdpa"

@@ -69,12 +69,15 @@ def waiting(ballast: Path, before: int) -> Callable[[launch.WorkerJob], None]:
 
 
 def trained(run: Run, heard: Callable[[str], None] = lambda message: None) -> tuple[launch.TrainResult | StorageError, list[str]]:
-    """What came of training into a disk that is full from the first step on, and what was said of it."""
+    """What came of training into a disk that is full from the first step on, and what was said of its checkpoints.
+
+    While a checkpoint fills the disk up, the lines of steps.jsonl may find no room either and wait: that is another message.
+    """
     made = run.recipe()
     told: list[str] = []
 
     def progress(record: dict[str, Any]) -> None:
-        if "cannot be written" in record.get("message", ""):
+        if record.get("message", "").startswith("the checkpoint of step"):
             told.append(record["message"])
             heard(told[-1])
 
