@@ -48,6 +48,7 @@ PICTURES = {
 # Participles tell nothing as names of values.
 PARTICIPLES = {"found", "given", "told", "held", "asked", "wanted", "written", "there"}
 FILES_WITH_PARTICIPLES = {"evaluate/report/report_schema.py"}  # `found` is a key of report.json
+OTHER_ROOMS = ("tests", "benchmarks", "docs", "jobs", "serve")
 SHARED_MODULE_NAMES = {"compat"}  # one a room; every other name has one meaning in all rooms
 OF_NAMED_TUPLES = {"_asdict", "_fields", "_make", "_replace"}
 RIDDLE = re.compile(r"^(What|Who|Whose|Where|When|How|Which|Whether)\b")
@@ -155,6 +156,8 @@ def test_values_are_not_named_by_participles() -> None:
     assert participles_of(ast.parse("def f(told):\n    found: int = 1\n    for held in told: pass\n")) == {"found", "held", "told"}
     offenders = {file: names for file, tree in sources().items() if (names := participles_of(tree))}
     assert {file for file in offenders if file not in FILES_WITH_PARTICIPLES} == set(), offenders
+    others = {path: participles_of(ast.parse(path.read_text(encoding="utf-8"))) for path in python_files(*OTHER_ROOMS)}
+    assert {path: names for path, names in others.items() if names} == {}
 
 
 def own_private_names(tree: ast.Module) -> set[str]:

@@ -82,9 +82,9 @@ def test_auto_packs_where_that_is_exact(corpus_of: CorpusOf, pairs_of: CorpusOf,
     (hybrid / "config.json").write_text('{"model_type": "new", "layer_types": ["linear_attention", "full_attention"]}')
     plain = recipe.model_copy(update={"data": recipe.data.model_copy(update={"packing": Packing(length=256)})})
     assert (packing_strategy(plain, hybrid), packing_strategy(plain, hybrid, 1)) == ("none", "best_fit")
-    asked = recipe.model_copy(update={"data": recipe.data.model_copy(update={"packing": Packing(length=256, strategy="greedy")})})
+    greedy = recipe.model_copy(update={"data": recipe.data.model_copy(update={"packing": Packing(length=256, strategy="greedy")})})
     with pytest.raises(RecipeError, match=r"strategy greedy would .* see each other: the positions of bart count .*choose `none`"):
-        packing_strategy(asked, bart)
+        packing_strategy(greedy, bart)
     with pytest.raises(RecipeError, match=r"target_length is for encoder-decoders, and .* leave it out"):
         corpus_of(packing={"length": 256, "target_length": 32})
 

@@ -27,28 +27,28 @@ def same(one: Rows, other: Rows) -> bool:
 
 def examples_in(rows: Rows) -> dict[int, tuple[list[int], list[int], int, int]]:
     """Position → (ids, mask, task, targets) as the rows hold them."""
-    found = {}
+    examples = {}
     for number in range(len(rows["row"])):
         labels = zip(rows["examples"][number], rows["example_tasks"][number], rows["example_targets"][number], strict=True)
         for segment, (position, task, targets) in enumerate(labels, start=1):
             here = rows["segment_ids"][number] == segment
             ids, mask = rows["input_ids"][number, here], rows["loss_mask"][number, here]
-            found[int(position)] = (ids.tolist(), mask.tolist(), int(task), int(targets))
-    return found
+            examples[int(position)] = (ids.tolist(), mask.tolist(), int(task), int(targets))
+    return examples
 
 
 def test_every_position_of_the_plan_once_and_whole(corpus: Corpus) -> None:
     draws = corpus.plan.draws(64, 96)
     expected = encode(corpus.layout, [Renderer(corpus.tasks, corpus.indices).render_draw(draw) for draw in draws], 200)
     rows = WindowRenderer(corpus).window(2)
-    found = examples_in(rows)
-    assert sorted(found) == list(range(64, 96))
+    examples = examples_in(rows)
+    assert sorted(examples) == list(range(64, 96))
     numbers = {task.name: number for number, task in enumerate(corpus.tasks)}
     for draw, tokens in zip(draws, expected, strict=True):
         assert tokens is not None
         targets = len(tokens.ids) - tokens.prompt_length
         mask = [0] * tokens.prompt_length + [1] * targets
-        assert found[draw.position] == (tokens.ids, mask, numbers[draw.task], targets)
+        assert examples[draw.position] == (tokens.ids, mask, numbers[draw.task], targets)
     assert len(rows["row"]) < 32
     assert rows["window"].tolist() == [2] * len(rows["row"])
     assert rows["row"].tolist() == list(range(len(rows["row"])))
@@ -100,8 +100,8 @@ def test_an_encoder_decoder_has_prompts_and_answers_apart(pairs_of: CorpusOf, st
     corpus = pairs_of(packing={"length": 256, "target_length": 40, "strategy": strategy})
     assert (corpus.family, corpus.strategy, corpus.target_length) == ("seq2seq", strategy, 40)
     draws = corpus.plan.draws(32, 64)
-    given = [Renderer(corpus.tasks, corpus.indices).render_draw(draw) for draw in draws]
-    encoded = zip(draws, encode(corpus.layout, given, 200, 40), strict=True)
+    rendered = [Renderer(corpus.tasks, corpus.indices).render_draw(draw) for draw in draws]
+    encoded = zip(draws, encode(corpus.layout, rendered, 200, 40), strict=True)
     expected = {draw.position: tokens for draw, tokens in encoded if tokens is not None}
     rows = WindowRenderer(corpus).window(1)
     length = 200 if strategy == "none" else 256

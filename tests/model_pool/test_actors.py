@@ -97,8 +97,8 @@ def test_workers_reserve_the_memory_of_their_pool(monkeypatch: pytest.MonkeyPatc
     class Dataset:
         context = SimpleNamespace()
 
-        def map_batches(self, worker: type, **given: Any) -> Dataset:
-            options.update(given)
+        def map_batches(self, worker: type, **resources: Any) -> Dataset:
+            options.update(resources)
             return self
 
         def iter_batches(self, **_: Any) -> Iterator[Any]:

@@ -67,9 +67,9 @@ def test_dropout_falls_on_the_weights_of_examples() -> None:
     ],
 )
 def test_what_it_does_not_do_is_refused(arguments: dict[str, Any], word: str) -> None:
-    given = {name: states(2) for name in ("query", "key", "value")} | {"attention_mask": None, "cu_seq_lens_q": STARTS} | arguments
+    inputs = {name: states(2) for name in ("query", "key", "value")} | {"attention_mask": None, "cu_seq_lens_q": STARTS} | arguments
     with pytest.raises(ModelError, match=f"segments attention is .*{word}.*; set model.attention to sdpa"):
-        segment_attention(LAYER, **given)
+        segment_attention(LAYER, **inputs)
 
 
 def test_lost_bounds_are_no_missing_bounds() -> None:

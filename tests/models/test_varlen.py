@@ -73,9 +73,9 @@ def test_it_multiplies_in_the_values_number_format_or_autocasts(monkeypatch: pyt
     ],
 )
 def test_what_the_kernel_has_not_is_not_left_out_silently(arguments: dict[str, Any], word: str) -> None:
-    given = {name: states(1, 2, 4) for name in ("query", "key", "value")} | {"attention_mask": None} | arguments
+    inputs = {name: states(1, 2, 4) for name in ("query", "key", "value")} | {"attention_mask": None} | arguments
     with pytest.raises(ModelError, match=f"varlen attention is .*{word}.*; set model.attention to sdpa"):
-        varlen_attention(LAYER, **given)
+        varlen_attention(LAYER, **inputs)
 
 
 def test_lost_bounds_are_no_missing_bounds() -> None:

@@ -37,9 +37,9 @@ def test_what_a_recipe_cannot_mean_is_one_sentence(changes, words, tmp_path):
 
 @pytest.fixture
 def recipe(tiny_model: Path, tmp_path: Path) -> Recipe:
-    found = load_recipe(round_recipe(tmp_path, tiny_model))
-    assert run_check("model", found)
-    return found
+    with_rounds = load_recipe(round_recipe(tmp_path, tiny_model))
+    assert run_check("model", with_rounds)
+    return with_rounds
 
 
 def with_reward(recipe: Recipe, reward: Path) -> Recipe:

@@ -38,9 +38,9 @@ def test_the_memory_of_each_worker_is_estimated_on_gpus_too(
         " activations 0.0, buffers 1.4, process 0.0, checkpoint 0.0, with 2 rows at once); 8 CPUs there"
     )
     on_cpus = load_recipe(tiny_recipe(tmp_path, tiny_model, tuning={"method": "full"}, **changes | {"training__resources": {}}))
-    told = check.run_check("resources", on_cpus)
-    assert "about 18.5 GiB each" in told
-    assert "activations 0.0, buffers 0.0, process 0.4, checkpoint 6.1, with" in told
+    finding = check.run_check("resources", on_cpus)
+    assert "about 18.5 GiB each" in finding
+    assert "activations 0.0, buffers 0.0, process 0.4, checkpoint 6.1, with" in finding
 
 
 def test_rows_are_converted_once(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,11 +48,11 @@ def test_rows_are_converted_once(tmp_path: Path, tiny_model: Path, monkeypatch: 
     pairs = write_pairs(tmp_path / "pairs.jsonl")
     preferred = {"data__tasks": [{"preferences": str(pairs)}], "data__hold_out": [], "data__formats": {}}
     recipe = load_recipe(tiny_recipe(tmp_path, tiny_model, **preferred, data__max_length=96, training__objective="dpo"))
-    written: list[str] = []
+    probe_names: list[str] = []
     inner = parquet_conversion._write
 
     def write(tables: Any, target: Any, origin: Any) -> None:
-        written.append(target.name)
+        probe_names.append(target.name)
         inner(tables, target, origin)
 
     def no(_: Any) -> str:
@@ -64,11 +64,11 @@ def test_rows_are_converted_once(tmp_path: Path, tiny_model: Path, monkeypatch: 
     with pytest.raises(ResourcesError):
         check.check_before_writing(recipe, lambda: None)
     assert not (tmp_path / "runs").exists()
-    assert len(written) == 1
+    assert len(probe_names) == 1
     monkeypatch.setattr(check, "CHECKS_WITH_RAY", {})
     check.check_before_writing(recipe, lambda: None)
     make_corpus(recipe, Run(Folder.at(tmp_path / "runs" / "tiny")), parallel=False)
-    assert len(written) == 2
+    assert len(probe_names) == 2
     (tmp_path / "file").write_text("")
     nowhere = recipe.model_copy(update={"storage": str(tmp_path / "file")})
     with pytest.raises(
@@ -97,9 +97,9 @@ def test_a_model_and_a_layout_that_do_not_fit_are_refused(tmp_path: Path, tiny_m
     with pytest.raises(ContractError, match=r"has no chat template; use layout `plain` or `alpaca`, or give data.chat_template"):
         model_point(tmp_path / "without", bare)
     assert "layout plain" in model_point(tmp_path / "plain", bare, data__layout="plain")
-    given = "{% for message in messages %}{{ message.content + eos_token }}{% endfor %}"
-    assert "layout chat" in model_point(tmp_path / "given", bare, data__chat_template=given)
-    strict = "{% if messages[0].role != 'user' %}{{ raise_exception('Turns begin with the user') }}{% endif %}" + given
+    template = "{% for message in messages %}{{ message.content + eos_token }}{% endfor %}"
+    assert "layout chat" in model_point(tmp_path / "given", bare, data__chat_template=template)
+    strict = "{% if messages[0].role != 'user' %}{{ raise_exception('Turns begin with the user') }}{% endif %}" + template
     with pytest.raises(ContractError, match=r"refuses a question after data.system: Turns begin with the user\. Leave out"):
         model_point(tmp_path / "strict", bare, data__chat_template=strict, data__system="Be brief.")
     with pytest.raises(RecipeError, match=r"data.packing.target_length is for encoder-decoders"):

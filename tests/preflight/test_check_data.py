@@ -99,8 +99,8 @@ def test_no_test_rows_are_not_ready(tmp_path: Path, tiny_model: Path, monkeypatc
     with pytest.raises(DataError, match=r"^none of the recipe's tasks has test rows, so nothing can be scored; give one a test"):
         describe_evaluation(corpus_of(recipe, tmp_path / "alone"), None)
     recipe = own_recipe(tmp_path, tiny_model, {}, "quickstart")
-    told = describe_evaluation(corpus_of(recipe, tmp_path / "together"), None)
-    assert told.endswith("; none of sst2, without test rows")
+    description = describe_evaluation(corpus_of(recipe, tmp_path / "together"), None)
+    assert description.endswith("; none of sst2, without test rows")
     (tmp_path / "asked.jsonl").write_text('{"prompt": "Which herb?"}\n' * 3)
     changes = {
         "training__objective": "grpo",

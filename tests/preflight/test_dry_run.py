@@ -39,12 +39,12 @@ def rows(corpus: Corpus) -> PackedRows:
 
 
 def test_the_rows_are_told_in_one_sentence(corpus: Corpus, rows: PackedRows) -> None:
-    told = dry_run.describe_rows(corpus, rows)
+    description = dry_run.describe_rows(corpus, rows)
     examples = sum(len(row.examples) for row in rows.facts)
-    assert told.startswith(f"{examples} examples in {len(rows)} rows, ")
-    assert re.search(r"\(\d+ an example of \w+, \d+ of \w+\), each example's end among them; cut or dropped: ", told)
+    assert description.startswith(f"{examples} examples in {len(rows)} rows, ")
+    assert re.search(r"\(\d+ an example of \w+, \d+ of \w+\), each example's end among them; cut or dropped: ", description)
     dropped = sum(count for row in rows.facts for reasons in row.dropped.values() for count in reasons.values())
-    assert told.endswith("nothing") is (dropped == 0)
+    assert description.endswith("nothing") is (dropped == 0)
 
 
 def test_an_end_that_is_not_trained_on_is_found(corpus: Corpus, rows: PackedRows) -> None:
@@ -61,22 +61,22 @@ def test_a_task_without_targets_is_named(corpus: Corpus, rows: PackedRows) -> No
 
 
 def test_a_task_that_is_cut_or_dropped_whole_is_refused(tiny_model: Path, tmp_path: Path) -> None:
-    def told(name: str, **data: Any) -> str:
+    def description(name: str, **data: Any) -> str:
         (tmp_path / name).mkdir()
         corpus = make_small_corpus(tmp_path / name, tiny_model, **data)
         return dry_run.describe_rows(corpus, dry_run.render_first_rows(corpus))
 
     formats = {"zero_shot": 1.0, "few_shot": 0.0, "inverted": 0.0}
-    assert "cut or dropped: nothing" in told("whole", formats=formats)
+    assert "cut or dropped: nothing" in description("whole", formats=formats)
     with pytest.raises(DataError) as error:
-        told("cut", formats=formats, max_length=60)
+        description("cut", formats=formats, max_length=60)
     assert re.fullmatch(
         r"task 'stories': all of its (\d+) examples in the first window are cut or dropped \(\1 truncated input\); raise"
         r" data\.max_length \(60\), shorten the wordings, or leave the task out of data\.tasks\.",
         str(error.value),
     )
     few_shot = {"zero_shot": 0.0, "few_shot": 1.0, "inverted": 0.0}
-    assert "of stories" in told("exemplars", formats=few_shot, max_length=150, shots=[5, 5])
+    assert "of stories" in description("exemplars", formats=few_shot, max_length=150, shots=[5, 5])
 
 
 def test_packing_that_mixes_examples_is_refused(corpus: Corpus, rows: PackedRows, base: DryRunModel) -> None:

@@ -57,10 +57,10 @@ class Counted:
 
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch) -> Counted:
-    found = Counted()
+    counts = Counted()
     for kind in ("Counter", "Gauge", "Histogram"):
-        monkeypatch.setattr(request_metrics.metrics, kind, found.kind)
-    return found
+        monkeypatch.setattr(request_metrics.metrics, kind, counts.kind)
+    return counts
 
 
 @pytest.fixture(scope="session")

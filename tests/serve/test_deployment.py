@@ -184,18 +184,18 @@ def test_the_endpoints_numbers_are_among_rays_metrics(endpoint: Endpoint) -> Non
     [node] = [node for node in ray.nodes() if node["Alive"]]
     replica = httpx.get(f"{endpoint.url}/stats").json()["replica"]
     deadline = time.monotonic() + 60
-    found: dict[str, set[str]] = {}
+    series: dict[str, set[str]] = {}
     statuses: set[str] = set()
     while time.monotonic() < deadline:
-        if exported_names() <= found.keys() and statuses >= {"200", "400"}:
+        if exported_names() <= series.keys() and statuses >= {"200", "400"}:
             break
         time.sleep(0.5)
         text = httpx.get(f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics").text
         for line in text.splitlines():
             if line.startswith("ray_apprentice_") and 'model="tiny"' in line and f'replica="{replica}"' in line:
-                found.setdefault(line.partition("{")[0], set()).add(line)
+                series.setdefault(line.partition("{")[0], set()).add(line)
                 statuses |= set(re.findall(r'requests_total.*status="(\d+)"', line))
-    assert exported_names() <= found.keys()
+    assert exported_names() <= series.keys()
     assert statuses >= {"200", "400"}
     assert httpx.get(f"{endpoint.url}/metrics").status_code == 404  # it would be one replica's alone
 
@@ -235,11 +235,11 @@ def test_the_config_file_is_one_of_ray_serves_and_names_the_builder() -> None:
     (app,) = config.applications
     AppArguments.model_validate(app.args)
     module, name = app.import_path.split(":")
-    found = importlib.util.spec_from_file_location(module, ROOT / f"{module.replace('.', '/')}.py")
-    assert found is not None
-    assert found.loader is not None
-    loaded = importlib.util.module_from_spec(found)
-    found.loader.exec_module(loaded)
+    spec = importlib.util.spec_from_file_location(module, ROOT / f"{module.replace('.', '/')}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
     assert getattr(loaded, name) is application
 
 

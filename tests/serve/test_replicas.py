@@ -51,9 +51,9 @@ async def answering(http: httpx.AsyncClient) -> set[str]:
 
 
 async def test_replicas_and_their_limiter_listen_on_loopback(pair: Endpoint) -> None:
-    found = listening()
-    assert {name for name, _ in found if "Replica" in name}
-    assert [(name, address) for name, address in found if not address.startswith("127.")] == []
+    listeners = listening()
+    assert {name for name, _ in listeners if "Replica" in name}
+    assert [(name, address) for name, address in listeners if not address.startswith("127.")] == []
 
 
 async def test_a_rolling_update_fails_no_request(pair: Endpoint, chat_model: Path) -> None:

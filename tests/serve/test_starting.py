@@ -62,7 +62,7 @@ def test_a_config_file_opens_no_endpoint_without_keys(ray_cluster: None, chat_mo
         with pytest.raises(RuntimeError, match="Deploying application apprentice failed"):
             serve.run(application({"model": str(chat_model), "dtype": "float32"}), name=APP_NAME)
         state = serve.status().applications[APP_NAME]
-        told = " ".join(deployment.message for deployment in state.deployments.values())
-        assert "the host '0.0.0.0' is not this machine alone, and no keys guard the endpoint" in told
+        message = " ".join(deployment.message for deployment in state.deployments.values())
+        assert "the host '0.0.0.0' is not this machine alone, and no keys guard the endpoint" in message
     finally:
         serve.shutdown()

@@ -78,24 +78,24 @@ def ours(case: dict[str, Any], rank: int) -> dict[str, Any]:
     model = fresh(case["method"], torch.float32 if case["optimizer"] == "adafactor" else dtype)
     before = {name: parameter.detach().clone() for name, parameter in trainable_parameters(model).items()}
     engine = DeepSpeedEngine(model, training, **made)
-    found: dict[str, Any] = {"loss": [], "norm": []}
+    values: dict[str, Any] = {"loss": [], "norm": []}
     for step in range(STEPS):
         mine = packed_rows(part, first=step * ROWS + rank * part, weighted=weighted)
         together = Collectives().sum([mine.loss_denominator])[0]
         outcome = engine.train_step(mine.micro_batches(micro), 1.0 / together, 1e-3)
-        found["loss"].append(Collectives().sum([outcome.nll])[0] / together)
-        found["norm"].append(outcome.grad_norm)
+        values["loss"].append(Collectives().sum([outcome.nll])[0] / together)
+        values["norm"].append(outcome.grad_norm)
         if step == 0:
-            found["update"] = norm_of(before, weights_of(engine))
+            values["update"] = norm_of(before, weights_of(engine))
             # Adam's first moment is a tenth of the first gradient.
-            found["gradients"] = {
+            values["gradients"] = {
                 key.removeprefix("exp_avg/"): value * 10 for key, value in state_of(engine).items() if "exp_avg/" in key
             }
-            found["likeliest"] = [engine.likeliest(PROMPT, REPLY[:said]) for said in range(3)]
-    found["scaling"] = engine.loss_scaling()
-    found["validation"] = compute_validation_loss(engine, packed_rows(5, first=900, weighted=weighted), micro, Collectives())
-    found |= carried_on(engine, case, training, made, rank)
-    return found
+            values["likeliest"] = [engine.likeliest(PROMPT, REPLY[:said]) for said in range(3)]
+    values["scaling"] = engine.loss_scaling()
+    values["validation"] = compute_validation_loss(engine, packed_rows(5, first=900, weighted=weighted), micro, Collectives())
+    values |= carried_on(engine, case, training, made, rank)
+    return values
 
 
 def carried_on(
@@ -129,25 +129,25 @@ def reference(method: str, clip: float, optimizer_name: str, weighted: bool) -> 
     chosen = {"workers": 1, "accumulation": 1, "stage": 0, "clip": clip, "optimizer": optimizer_name}
     optimizer = make_optimizer(parameters, settings(chosen).optimizer)
     before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-    found: dict[str, Any] = {"loss": [], "norm": []}
+    values: dict[str, Any] = {"loss": [], "norm": []}
     for step in range(STEPS):
         rows = packed_rows(ROWS, first=step * ROWS, weighted=weighted)
         loss = reference_nll(model, rows) / counted(rows)
         optimizer.zero_grad()
         loss.backward()
-        found["loss"].append(loss.item())
-        found["norm"].append(torch.nn.utils.clip_grad_norm_(parameters.values(), clip or 1e9).item())
+        values["loss"].append(loss.item())
+        values["norm"].append(torch.nn.utils.clip_grad_norm_(parameters.values(), clip or 1e9).item())
         if step == 0:
-            found["gradients"] = {name: parameter.grad.clone() for name, parameter in parameters.items()}
+            values["gradients"] = {name: parameter.grad.clone() for name, parameter in parameters.items()}
         optimizer.step()
         if step == 0:
-            found["update"] = norm_of(before, {name: parameter.detach() for name, parameter in parameters.items()})
+            values["update"] = norm_of(before, {name: parameter.detach() for name, parameter in parameters.items()})
             texts = (torch.tensor([PROMPT + REPLY[:said]]) for said in range(3))
-            found["likeliest"] = [int(model(text).logits[0, -1].argmax()) for text in texts]
+            values["likeliest"] = [int(model(text).logits[0, -1].argmax()) for text in texts]
     rows = packed_rows(5, first=900, weighted=weighted)
     with torch.no_grad():
-        found["validation"] = reference_nll(model, rows).item() / counted(rows)
-    return found
+        values["validation"] = reference_nll(model, rows).item() / counted(rows)
+    return values
 
 
 def norm_of(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> float:
@@ -159,8 +159,8 @@ def process(rank: int, workers: int, folder: str, cases: list[dict[str, Any]]) -
     join_group(folder, rank, workers)
     # DeepSpeed looks for instructions that multiply float16 fast; slow ones do for a test.
     CPU_Accelerator.is_fp16_supported = lambda _: True
-    found = [ours(case, rank) for case in cases]
+    values = [ours(case, rank) for case in cases]
     if rank == 0:
-        torch.save(found, Path(folder) / "found.pt")
+        torch.save(values, Path(folder) / "values.pt")
     dist.barrier()
     dist.destroy_process_group()

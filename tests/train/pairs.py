@@ -20,17 +20,17 @@ def paired_rows(count: int) -> PackedRows:
     one_sided = packed_rows(count)
     prompts, answers = (np.zeros((3, count, size), np.int32) for size in (one_sided.input_ids.shape[1], TARGET_LENGTH))
     for row in range(count):
-        at, there = 0, 0
+        at, answer_start = 0, 0
         for segment in range(1, int(one_sided.segment_ids[row].max()) + 1):
             here = one_sided.segment_ids[row] == segment
-            asked = here & (one_sided.loss_mask[row] == 0)
-            told = here & (one_sided.loss_mask[row] == 1)
-            for side, mask, start in ((prompts, asked, at), (answers, told, there)):
+            prompt_mask = here & (one_sided.loss_mask[row] == 0)
+            answer_mask = here & (one_sided.loss_mask[row] == 1)
+            for side, mask, start in ((prompts, prompt_mask, at), (answers, answer_mask, answer_start)):
                 part = slice(start, start + int(mask.sum()))
                 side[0, row, part] = one_sided.input_ids[row][mask]
                 side[1, row, part] = np.arange(mask.sum())
                 side[2, row, part] = segment
-            at, there = at + int(asked.sum()), there + int(told.sum())
+            at, answer_start = at + int(prompt_mask.sum()), answer_start + int(answer_mask.sum())
     return replace(
         one_sided,
         input_ids=prompts[0],
@@ -45,31 +45,31 @@ def paired_rows(count: int) -> PackedRows:
 
 def unpacked(rows: PackedRows) -> list[PackedRows]:
     """Every example in a row of its own, one-sided rows cut to its tokens."""
-    found = []
+    rows_of_sides = []
     for row in range(len(rows)):
         for segment in range(1, int(rows.segment_ids[row].max()) + 1):
             here = rows.segment_ids[row] == segment
-            there = here if rows.target_segment_ids is None else rows.target_segment_ids[row] == segment
+            target_here = here if rows.target_segment_ids is None else rows.target_segment_ids[row] == segment
             cut: dict[str, Any] = {name: getattr(rows, name)[row][here][None] for name in ("input_ids", "positions")}
             cut["segment_ids"] = np.ones_like(cut["input_ids"])
-            cut["loss_mask"] = rows.loss_mask[row][there][None]
+            cut["loss_mask"] = rows.loss_mask[row][target_here][None]
             if rows.target_ids is not None and rows.target_positions is not None:
-                cut["target_ids"] = rows.target_ids[row][there][None]
-                cut["target_positions"] = rows.target_positions[row][there][None]
+                cut["target_ids"] = rows.target_ids[row][target_here][None]
+                cut["target_positions"] = rows.target_positions[row][target_here][None]
                 cut["target_segment_ids"] = np.ones_like(cut["target_ids"])
-            found.append(PackedRows(**cut, facts=[rows.facts[row]]))
-    return found
+            rows_of_sides.append(PackedRows(**cut, facts=[rows.facts[row]]))
+    return rows_of_sides
 
 
 def reference_nll(model: Any, rows: PackedRows) -> torch.Tensor:
     """The sum over target tokens, each example in transformers' own forward pass with labels."""
     total = torch.zeros(())
     for ids, mask in examples_of(packed_rows(len(rows))):
-        asked, told = ids[~mask][None], ids[mask][None]
+        prompt, answer = ids[~mask][None], ids[mask][None]
         start = torch.full((1, 1), model.config.decoder_start_token_id)
-        decoder = torch.cat([start, told[:, :-1]], dim=1)
-        logits = model(input_ids=asked, decoder_input_ids=decoder, use_cache=False).logits[0]
-        total = total + F.cross_entropy(logits.float(), told[0], reduction="sum")
+        decoder = torch.cat([start, answer[:, :-1]], dim=1)
+        logits = model(input_ids=prompt, decoder_input_ids=decoder, use_cache=False).logits[0]
+        total = total + F.cross_entropy(logits.float(), answer[0], reduction="sum")
     return total
 
 

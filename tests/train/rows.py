@@ -68,12 +68,12 @@ def reply_rows(count: int, seed: int = 0) -> PackedRows:
 
 def examples_of(rows: PackedRows) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """(ids, target mask) of every example by itself."""
-    found = []
+    examples = []
     for ids, segments, mask in zip(rows.input_ids, rows.segment_ids, rows.loss_mask, strict=True):
         for segment in range(1, int(segments.max()) + 1):
             here = segments == segment
-            found.append((torch.tensor(ids[here], dtype=torch.long), torch.tensor(mask[here] > 0)))
-    return found
+            examples.append((torch.tensor(ids[here], dtype=torch.long), torch.tensor(mask[here] > 0)))
+    return examples
 
 
 def reference_nll(model: Any, rows: PackedRows) -> torch.Tensor:

@@ -27,8 +27,8 @@ def recipe(folder: Path, model: Path, method: str = "full", **changes: Any) -> R
 
 
 def estimate(chosen: Recipe, hardware: str | Hardware) -> HardwareEstimate:
-    there = parse_hardware(hardware) if isinstance(hardware, str) else hardware
-    return HardwareEstimator(there).estimate(place_recipe(chosen, there))
+    machines = parse_hardware(hardware) if isinstance(hardware, str) else hardware
+    return HardwareEstimator(machines).estimate(place_recipe(chosen, machines))
 
 
 def test_8b_full_on_8_gpus_fits_with_stage_3_and_not_with_stage_0(tmp_path: Path) -> None:
@@ -75,18 +75,18 @@ def test_70b_on_4_nodes(tmp_path: Path) -> None:
 def test_step_time_is_near_published_runs(
     sizes: tuple[int, int], length: int, rows: int, again: bool, hardware: str, measured: int, tmp_path: Path
 ) -> None:
-    there = parse_hardware(hardware)
+    machines = parse_hardware(hardware)
     changes: dict[str, Any] = {
         "data__packing": {"length": length},
         "data__max_length": length,
-        "training__global_batch": rows * there.total_gpus,
+        "training__global_batch": rows * machines.total_gpus,
         "training__micro_batch": rows,
         "training__workers": 1,
         "training__activation_checkpointing": again,
     }
-    made = estimate(recipe(tmp_path, mpt_like(tmp_path, *sizes), **changes), there)
-    assert made.tokens_per_s / there.total_gpus == pytest.approx(measured, rel=0.2)
-    assert made.gpu.total < there.device.memory  # these runs fitted
+    made = estimate(recipe(tmp_path, mpt_like(tmp_path, *sizes), **changes), machines)
+    assert made.tokens_per_s / machines.total_gpus == pytest.approx(measured, rel=0.2)
+    assert made.gpu.total < machines.device.memory  # these runs fitted
 
 
 MEASURED_ON_CPUS = [
@@ -182,9 +182,9 @@ def test_attention_over_whole_rows_does_more_and_keeps_a_mask(tmp_path: Path) ->
 def test_an_encoder_decoder_and_float32(tmp_path: Path) -> None:
     made("t5").save_pretrained(tmp_path / "t5")
     chosen = recipe(tmp_path, tmp_path / "t5", model__dtype="float32", data__packing={"length": 96}, data__max_length=96)
-    there = parse_hardware("1xH100-80GB")
-    slow = estimate(chosen, there)
-    half = replace(there, device=replace(there.device, float32_peak=there.device.float32_peak / 2))
+    machines = parse_hardware("1xH100-80GB")
+    slow = estimate(chosen, machines)
+    half = replace(machines, device=replace(machines.device, float32_peak=machines.device.float32_peak / 2))
     assert slow.size.weight_bytes == 4
     assert estimate(chosen, half).step.attention == pytest.approx(2 * slow.step.attention)
 

@@ -31,11 +31,11 @@ def recipe(folder: Path, model: Path, method: str = "full", **changes: Any) -> R
 
 
 def test_advice_leads_to_what_fits_and_is_no_longer_than_need_be(tmp_path: Path) -> None:
-    chosen, there = recipe(tmp_path, big_llama(tmp_path, "1b"), data__packing={"length": 8192}), parse_hardware("8xL4-24GB")
+    chosen, machines = recipe(tmp_path, big_llama(tmp_path, "1b"), data__packing={"length": 8192}), parse_hardware("8xL4-24GB")
     report = report_on_hardware(chosen, "8xL4-24GB")
     assert not report.estimate.fits
     assert report.variants
-    placed, estimator = place_recipe(chosen, there), HardwareEstimator(there)
+    placed, estimator = place_recipe(chosen, machines), HardwareEstimator(machines)
     for way in report.variants:
         if way.other_hardware:
             continue

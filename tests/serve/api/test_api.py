@@ -25,14 +25,14 @@ def test_echoed_scores_are_the_models(client: openai.OpenAI, chat_model: Path) -
     ids = Tokenizer(chat_model).encode("Is the review positive or negative?")
     (choice,) = client.completions.create(model="tiny", prompt=[ids], max_tokens=1, echo=True, logprobs=1).choices
     assert choice.logprobs is not None
-    found = choice.logprobs.token_logprobs
-    assert found is not None
+    scores = choice.logprobs.token_logprobs
+    assert scores is not None
     with torch.inference_mode():
         logits = load_model(chat_model, torch.float32)(input_ids=torch.tensor([ids])).logits[0]
     expected = torch.log_softmax(logits, dim=-1)[range(len(ids) - 1), ids[1:]].tolist()
-    assert found[0] is None
-    assert found[1:-1] == pytest.approx(expected, abs=1e-3)
-    assert len(found) == len(ids) + 1
+    assert scores[0] is None
+    assert scores[1:-1] == pytest.approx(expected, abs=1e-3)
+    assert len(scores) == len(ids) + 1
 
 
 def test_a_request_has_one_id(endpoint: Endpoint) -> None:
@@ -106,5 +106,5 @@ def test_a_task_ranks_its_choices(endpoint: Endpoint) -> None:
         assert (missing.status_code, "'sentence' is missing" in missing.text) == (400, True)
         unknown = http.post("/v1/tasks/../sst", json={"fields": {}})
         assert unknown.status_code in (404, 405)
-        written = http.post("/v1/tasks/squad", json={"fields": {"context": "A. B.", "question": "Who?"}, "max_tokens": 4}).json()
-        assert isinstance(written["answer"], str)
+        reply = http.post("/v1/tasks/squad", json={"fields": {"context": "A. B.", "question": "Who?"}, "max_tokens": 4}).json()
+        assert isinstance(reply["answer"], str)

@@ -33,9 +33,9 @@ async def running(http: httpx.AsyncClient) -> int:
     return int(stats["running"] + stats["queued"])
 
 
-async def until_running(http: httpx.AsyncClient, wanted: int) -> None:
+async def until_running(http: httpx.AsyncClient, number: int) -> None:
     async with asyncio.timeout(30):
-        while await running(http) != wanted:
+        while await running(http) != number:
             await asyncio.sleep(0.02)
 
 

@@ -41,8 +41,8 @@ def test_nothing_made_up_is_a_fault_of_ours(chat_model: Path) -> None:
 
         check()
 
-    for found in schema.get_all_operations():
-        operation = found.ok()
+    for result in schema.get_all_operations():
+        operation = result.ok()
         ask(operation.as_strategy(generation_mode=GenerationMode.POSITIVE))
         if operation.body:
             ask(operation.as_strategy(generation_mode=GenerationMode.NEGATIVE))

@@ -77,11 +77,11 @@ async def reply(engine: ScriptedEngine, layout: Layout, method: str, path: str, 
 
 async def replies(layout: Layout, requests: list[tuple[str, str, Any]]) -> dict[str, dict[str, Any]]:
     ids = [*layout.tokenizer.encode(TEXT), layout.stop_ids[0]]
-    found: dict[str, dict[str, Any]] = {}
+    all_replies: dict[str, dict[str, Any]] = {}
     for method, path, body in requests:
         engine = ScriptedEngine(ids, prompt_scores=True, cached=1)
         engine.context = 1000
-        found[f"{method} {path} {json.dumps(body)}"] = await reply(engine, layout, method, path, body)
+        all_replies[f"{method} {path} {json.dumps(body)}"] = await reply(engine, layout, method, path, body)
     for name, engine in (
         ("failed", ScriptedEngine(ids, fails=True, failure=EngineFailed("out of memory"))),
         ("faulty", ScriptedEngine(ids, fails=True, failure=ValueError("a fault"))),
@@ -89,16 +89,16 @@ async def replies(layout: Layout, requests: list[tuple[str, str, Any]]) -> dict[
     ):
         for more in ({}, USAGE):
             request_body = {"prompt": "a"} | more
-            found[f"{name} {json.dumps(request_body)}"] = await reply(engine, layout, "POST", "/v1/completions", request_body)
-    return found
+            all_replies[f"{name} {json.dumps(request_body)}"] = await reply(engine, layout, "POST", "/v1/completions", request_body)
+    return all_replies
 
 
 @pytest.mark.parametrize("kind", ["chat", "plain"])
 async def test_replies_have_the_bytes_that_they_had(kind: str, chat_model: Path, plain_model: Path) -> None:
     requests = REQUESTS if kind == "chat" else REQUESTS[:3] + REQUESTS[12:18]
-    found = await replies(layout_beside(chat_model if kind == "chat" else plain_model), requests)
+    all_replies = await replies(layout_beside(chat_model if kind == "chat" else plain_model), requests)
     golden = json.loads(GOLDEN.read_text(encoding="utf-8")) if GOLDEN.is_file() else {}
     if os.environ.get("WRITE_REPLY_BYTES"):
-        GOLDEN.write_text(json.dumps(golden | {kind: found}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        GOLDEN.write_text(json.dumps(golden | {kind: all_replies}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         return
-    assert found == golden[kind]
+    assert all_replies == golden[kind]

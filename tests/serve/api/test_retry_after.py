@@ -11,9 +11,9 @@ def test_times_are_spread_at_half_the_pace_of_the_replies() -> None:
     for number in range(1000):  # 100 in a second
         now = number / 100
         retry_schedule.record_end()
-    given = [retry_schedule.next_s() for _ in range(500)]
-    assert given == sorted(given)
-    assert (given[0], given[49], given[99], given[-1]) == (1, 1, 2, 10)
+    delays = [retry_schedule.next_s() for _ in range(500)]
+    assert delays == sorted(delays)
+    assert (delays[0], delays[49], delays[99], delays[-1]) == (1, 1, 2, 10)
     now += 5.0
     assert retry_schedule.next_s() == 6  # after those that are to come yet
     now += 100.0  # all have come, and no reply has ended lately

@@ -132,8 +132,8 @@ async def test_a_form_is_followed(engine: Engine, chat_model: Path) -> None:
     ]
     texts = []
     for wish in wishes:
-        asked = CompletionRequest.model_validate(WORDS | {"prompt": "x", "structured_outputs": wish})
-        form = grammars.compile(grammars.grammar_of(asked))
+        completion = CompletionRequest.model_validate(WORDS | {"prompt": "x", "structured_outputs": wish})
+        form = grammars.compile(grammars.grammar_of(completion))
         tokens = await reply(engine, GenerationRequest((5, 6), 60, frozenset(layout.stop_ids), constraint=form))
         texts.append(layout.tokenizer.decode([token.id for token in tokens if token.finish != "stop"]))
     assert texts[0] in wishes[0]["choice"]
@@ -148,20 +148,20 @@ async def test_an_adapter_speaks_as_with_our_own_engine(engine: Engine, own: Eng
     theirs = [None, *[await asyncio.to_thread(engine.load_adapter, folder) for folder in folders]]
     ours = [None, *[own.load_adapter(folder) for folder in folders]]
 
-    def asked(adapters: Sequence[Any]) -> list[GenerationRequest]:
+    def requests_for(adapters: Sequence[Any]) -> list[GenerationRequest]:
         return [GenerationRequest(PROMPTS[1], 12, adapter=adapter) for adapter in adapters]
 
-    together = await asyncio.gather(*(reply(engine, request) for request in asked(theirs)))
-    assert together == [await reply(own, request) for request in asked(ours)]
+    together = await asyncio.gather(*(reply(engine, request) for request in requests_for(theirs)))
+    assert together == [await reply(own, request) for request in requests_for(ours)]
     assert len({tuple(ids(tokens)) for tokens in together}) == 3
     last = theirs[1:]
     for seed in range(3, 6):  # each takes the place of one that nobody has any more
         del theirs[:], last[:1]
         folder = random_lora(model, tmp_path / str(seed), seed)
         last.append(await asyncio.to_thread(engine.load_adapter, folder))
-        pair = await asyncio.gather(*(reply(engine, request) for request in asked([None, *last])))
+        pair = await asyncio.gather(*(reply(engine, request) for request in requests_for([None, *last])))
         assert pair[0] == together[0]
-        assert pair[-1] == await reply(own, asked([own.load_adapter(folder)])[0])
+        assert pair[-1] == await reply(own, requests_for([own.load_adapter(folder)])[0])
 
 
 async def test_an_adapter_that_vllm_cannot_put_on_is_refused(engine: Engine, chat_model: Path, tmp_path: Path) -> None:
@@ -226,8 +226,8 @@ async def test_the_endpoint_is_the_same_over_vllm(endpoint: Endpoint, own: Engin
     async with httpx.AsyncClient(base_url=endpoint.url, timeout=60) as http:
         answer = (await http.post("/v1/tasks/sst2", json={"fields": {"sentence": "A delight."}})).json()
         assert sum(choice["probability"] for choice in answer["choices"]) == pytest.approx(1.0)
-        asked = {"instruction": "Is this the film?", "max_tokens": 400, "ignore_eos": True}
-        statuses = [one.status_code for one in await asyncio.gather(*(http.post("/v1/instruct", json=asked) for _ in range(12)))]
+        question = {"instruction": "Is this the film?", "max_tokens": 400, "ignore_eos": True}
+        statuses = [one.status_code for one in await asyncio.gather(*(http.post("/v1/instruct", json=question) for _ in range(12)))]
         assert set(statuses) == {200, 429}
         assert statuses.count(200) >= 6
 

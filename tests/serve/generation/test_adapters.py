@@ -159,7 +159,7 @@ async def test_adapters_come_go_and_change_without_a_restart(
 
 async def test_no_more_are_in_memory_than_allowed(engine: TransformersEngine, chat_model: Path, folder: Path) -> None:
     catalogue = served(engine, chat_model, folder, most=1, waiting=2)
-    held = await catalogue.take("a")
+    lease = await catalogue.take("a")
     waiting = [asyncio.create_task(catalogue.take(name)) for name in ("b", "a")]
     await asyncio.sleep(0.1)
     assert [task.done() for task in waiting] == [
@@ -174,15 +174,15 @@ async def test_no_more_are_in_memory_than_allowed(engine: TransformersEngine, ch
         assert (full.status_code, full.json()["error"]["code"]) == (429, "overloaded")
         assert len(await ids(http)) == 8  # the base waits for nobody
         assert len(await ids(http, "a")) == 8
-    held.release()
-    held.release()
+    lease.release()
+    lease.release()
     leased = await waiting[0]
     assert (leased.model.name, waiting[2].done()) == ("b", False)
     waiting[2].cancel()
     await asyncio.gather(waiting[2], return_exceptions=True)
     leased.release()
     again = await asyncio.wait_for(catalogue.take("a"), 10)
-    assert again.model is not held.model  # it had to be read again
+    assert again.model is not lease.model  # it had to be read again
     again.release()
     with await catalogue.take("a") as model:
         assert model is again.model
@@ -217,10 +217,10 @@ async def test_who_needs_a_place_gets_one_though_all_adapters_are_busy(
             mine.release()
             (await following).release()
 
-    held = [await catalogue.take("a"), await catalogue.take("b")]
+    leases = [await catalogue.take("a"), await catalogue.take("b")]
     crowds = [asyncio.create_task(busy(name)) for name in ("a", "a", "b", "b")]
     await asyncio.sleep(0)
-    for lease in held:
+    for lease in leases:
         lease.release()
     async with asyncio.timeout(10):
         (await catalogue.take("run")).release()
@@ -232,11 +232,11 @@ async def test_the_time_of_a_request_holds_while_it_waits_for_an_adapter(
     engine: TransformersEngine, chat_model: Path, folder: Path
 ) -> None:
     catalogue = served(engine, chat_model, folder, most=1)
-    held = await catalogue.take("a")
+    lease = await catalogue.take("a")
     async with client(catalogue, serving=Serving(request_timeout_s=0.1)) as http:
         late = await http.post("/v1/instruct", json=ASKED | {"model": "b"})
         assert (late.status_code, late.json()["error"]["code"]) == (504, "request_timeout")
-    held.release()
+    lease.release()
     async with client(catalogue) as http:
         assert len(await ids(http, "b")) == 8
 
@@ -262,12 +262,12 @@ async def test_a_store_that_does_not_answer_once_refuses_nothing_for_good(
             assert down.headers["retry-after"] == "1"
         assert len(await ids(http, "a")) == 8
     # What is refused for good is told anew each time: an error that is raised again grows by a traceback.
-    told = []
+    refusals = []
     for _ in range(2):
         with pytest.raises(RequestProblem) as refusal:
             await catalogue.take("alien")
-        told.append(refusal.value)
-    assert told[0] is not told[1]
+        refusals.append(refusal.value)
+    assert refusals[0] is not refusals[1]
     assert attempts.count("alien") == 1
 
 

@@ -122,9 +122,9 @@ def test_the_last_one_must_be_there(folder: Folder) -> None:
     with no_room(), pytest.raises(StorageError, match=r"step 6 cannot .*\); the last whole .* step 3\. Make room there and train"):
         listener.save(6, last=True)
     assert names(folder) == ["step-000003"]
-    found = checkpoints.find_newest(folder)
-    assert found is not None
-    assert found.state.step == 3
+    newest = checkpoints.find_newest(folder)
+    assert newest is not None
+    assert newest.state.step == 3
 
 
 def test_without_any_checkpoint(folder: Folder) -> None:
@@ -151,10 +151,10 @@ def second(rank: int, folder: str) -> None:
 
 def test_each_worker_writes_its_part(tmp_path: Path, folder: Folder) -> None:
     torch.multiprocessing.spawn(second, (str(tmp_path),), nprocs=2)
-    found = checkpoints.find_newest(folder)
-    assert found is not None
-    assert found.state.step == 6
-    with open_tensors(found) as reader:
+    newest = checkpoints.find_newest(folder)
+    assert newest is not None
+    assert newest.state.step == 6
+    with open_tensors(newest) as reader:
         for name in "abc":
             assert torch.equal(reader.read(f"weight/{name}"), torch.tensor([[1.0], [2.0]]).expand(2, LARGE))
 
@@ -178,8 +178,8 @@ def test_training_goes_on_while_one_is_written(folder: Folder, monkeypatch: pyte
     assert names(folder) == []
     may_write.set()
     listener.saver.close()
-    found = checkpoints.find_newest(folder)
-    assert found is not None
-    assert (found.state.step, found.state.tokens, found.state.ledger.examples) == (3, 30, {})
-    with open_tensors(found) as reader:
+    newest = checkpoints.find_newest(folder)
+    assert newest is not None
+    assert (newest.state.step, newest.state.tokens, newest.state.ledger.examples) == (3, 30, {})
+    with open_tensors(newest) as reader:
         assert reader.read("weight/a").tolist() == [[1, 1], [1, 1]]

@@ -42,14 +42,14 @@ def test_round_trip(folder: Folder) -> None:
     assert checkpoints.find_newest(folder) is None
     saved(folder, 3)
     saved(folder, 12, 0.5)
-    found = checkpoints.find_newest(folder)
-    assert found is not None
-    assert (found.folder.name, found.state, found.facts) == (
+    newest = checkpoints.find_newest(folder)
+    assert newest is not None
+    assert (newest.folder.name, newest.state, newest.facts) == (
         "step-000012",
         State(step=12, lanes=(LanePosition(row=12),), validation_loss=0.5),
         {"dtype": "float32"},
     )
-    with open_tensors(found) as reader:
+    with open_tensors(newest) as reader:
         assert torch.equal(reader.read("weight/a"), torch.full((2, 3), 12.0))
         assert torch.equal(reader.read("exp_avg/a"), torch.zeros(2, 3))
 
@@ -66,9 +66,9 @@ def test_the_damaged_newest_is_passed_over(folder: Folder, damage: str, caplog: 
         case "state":
             (newest / "state.json").write_text("{}")
     with caplog.at_level(logging.WARNING):
-        found = checkpoints.find_newest(folder)
-    assert found is not None
-    assert found.state.step == 3
+        newest = checkpoints.find_newest(folder)
+    assert newest is not None
+    assert newest.state.step == 3
     assert len(caplog.records) == 1
     assert "step-000006 is damaged" in caplog.text
 
@@ -77,9 +77,9 @@ def test_a_step_saved_again_is_the_newer(folder: Folder) -> None:
     saved(folder, 6)
     again = saved(folder, 6)
     assert again.folder.name == "step-000006.2"
-    found = checkpoints.find_newest(folder)
-    assert found is not None
-    assert found.folder == again.folder
+    newest = checkpoints.find_newest(folder)
+    assert newest is not None
+    assert newest.folder == again.folder
 
 
 def test_an_interrupted_save_leaves_nothing_that_counts(folder: Folder) -> None:
@@ -155,9 +155,9 @@ def test_what_an_attempt_saves_lies_under_its_token_and_counts_while_the_run_is_
     second = taken(run, 2)
     with pytest.raises(FencedError, match=r"taken over by `train` \(process 2 on node-b\)"):
         save(folder, tensors, State(step=9), {}, first)
-    found = checkpoints.find_newest(folder)
-    assert found is not None
-    assert found.folder.name == "step-000006.3"
+    newest = checkpoints.find_newest(folder)
+    assert newest is not None
+    assert newest.folder.name == "step-000006.3"
     assert checkpoints.find_of_step(folder, 9) is None
     checkpoints.delete_leftovers(folder)  # as the second does when it begins
     assert steps(folder) == ["step-000003", "step-000006.3"]
@@ -202,7 +202,7 @@ def waiting(folder: Folder, step: int) -> checkpoints.Checkpoint:
 
 def test_a_validation_that_comes_later_counts_as_if_it_had_been_there(folder: Folder) -> None:
     first, second = waiting(folder, 1), waiting(folder, 2)
-    assert [found.state.step for found in checkpoints.find_awaiting_validation(folder)] == [1, 2]
+    assert [checkpoint.state.step for checkpoint in checkpoints.find_awaiting_validation(folder)] == [1, 2]
     checkpoints.record_validation(first, 0.5)
     checkpoints.record_validation(second, 0.7)
     assert checkpoints.find_awaiting_validation(folder) == []
@@ -216,9 +216,9 @@ def test_what_waits_for_its_validation_is_spared_within_bounds(folder: Folder) -
     for step in range(1, 7):
         last = waiting(folder, step)
         checkpoints.prune(folder, 1, last)
-    assert [found.state.step for found in checkpoints.find_awaiting_validation(folder)] == [4, 5, 6]
+    assert [checkpoint.state.step for checkpoint in checkpoints.find_awaiting_validation(folder)] == [4, 5, 6]
     assert checkpoints.find_named(folder, "step-000001") is None
-    for number, found in enumerate(checkpoints.find_awaiting_validation(folder)):
-        checkpoints.record_validation(found, None if number == 1 else 1.0 + number)
+    for number, checkpoint in enumerate(checkpoints.find_awaiting_validation(folder)):
+        checkpoints.record_validation(checkpoint, None if number == 1 else 1.0 + number)
     checkpoints.prune(folder, 1, last)
     assert steps(folder) == ["step-000004", "step-000006"]

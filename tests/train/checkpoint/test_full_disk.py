@@ -74,17 +74,17 @@ def trained(run: Run, heard: Callable[[str], None] = lambda message: None) -> tu
     While a checkpoint fills the disk up, the lines of steps.jsonl may find no room either and wait: that is another message.
     """
     made = run.recipe()
-    told: list[str] = []
+    messages: list[str] = []
 
     def progress(record: dict[str, Any]) -> None:
         if record.get("message", "").startswith("the checkpoint of step"):
-            told.append(record["message"])
-            heard(told[-1])
+            messages.append(record["message"])
+            heard(messages[-1])
 
     try:
-        return launch.train(made, run, make_corpus(made, run), progress=progress), told
+        return launch.train(made, run, make_corpus(made, run), progress=progress), messages
     except StorageError as error:
-        return error, told
+        return error, messages
 
 
 def test_a_run_goes_on_while_its_disk_is_full(
@@ -95,10 +95,10 @@ def test_a_run_goes_on_while_its_disk_is_full(
     make_corpus(made, run)
     ballast = fill(disk)
     monkeypatch.setattr(launch, "work", waiting(ballast, 5))
-    result, told = trained(run, lambda message: ballast.unlink())
+    result, messages = trained(run, lambda message: ballast.unlink())
     assert isinstance(result, launch.TrainResult)
     assert (result.steps, result.restarts, len(steps_of(run))) == (8, 0, 8)
-    [message] = told
+    [message] = messages
     assert re.match(r"the checkpoint of step 3 cannot be written to .* \(.*space.*\); there is no other checkpoint\.", message)
     assert {folder.name for folder in run.checkpoints.children() if folder.name.startswith("step-")} == {
         "step-000006.2",
@@ -110,11 +110,11 @@ def test_a_run_goes_on_while_its_disk_is_full(
     make_corpus(other, run)
     fill(disk)
     monkeypatch.undo()
-    result, told = trained(run)
+    result, messages = trained(run)
     assert isinstance(result, StorageError)
     assert re.match(
         r"the checkpoint of step 8 cannot .* there is no other checkpoint\. Make room there and train again", str(result)
     )
-    assert [re.findall(r"step (\d)", message)[0] for message in told] == ["3", "6"]
+    assert [re.findall(r"step (\d)", message)[0] for message in messages] == ["3", "6"]
     assert [step["step"] for step in steps_of(run)] == list(range(1, 9))
     assert run.status()["state"] == "failed"

@@ -73,13 +73,13 @@ def trained(folder: Path, made: Recipe, dtype: str) -> tuple[Run, Checkpoint, An
 
 def told(model: Any) -> torch.Tensor:
     """The log-probabilities of the probe's target tokens, by a plain forward pass."""
-    found = []
+    rows = []
     for number, places in TARGETS:
         ids = torch.tensor([PROBE.examples[number].ids])
         with torch.no_grad():
             logits = model(input_ids=ids, use_cache=False).logits[0, -ids.shape[1] :]
-        found += [logits[place - 1].float().log_softmax(-1)[ids[0, place]] for place in places]
-    return torch.stack(found)
+        rows += [logits[place - 1].float().log_softmax(-1)[ids[0, place]] for place in places]
+    return torch.stack(rows)
 
 
 def layout_of(model: Path) -> Layout:
@@ -198,9 +198,9 @@ def test_an_encoder_decoder_is_held_against_what_was_trained(t5_folder: Path, tm
         prompt, reply = (
             torch.tensor([part]) for part in (example.ids[: example.prompt_length], example.ids[example.prompt_length :])
         )
-        given = {"input_ids": prompt, "decoder_input_ids": torch.cat([torch.tensor([[0]]), reply[:, :-1]], dim=1)}
+        inputs = {"input_ids": prompt, "decoder_input_ids": torch.cat([torch.tensor([[0]]), reply[:, :-1]], dim=1)}
         with torch.no_grad():
-            logits = [one(**given, use_cache=False).logits.float().log_softmax(-1) for one in (alone, model)]
+            logits = [one(**inputs, use_cache=False).logits.float().log_softmax(-1) for one in (alone, model)]
         apart.append((logits[0] - logits[1])[0].gather(1, reply.T).abs().flatten())
     facts = run.export_file.read_json()
     assert facts["count"] == len(torch.cat(apart)) == 5

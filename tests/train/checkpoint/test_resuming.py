@@ -22,7 +22,7 @@ FIGURES = ("loss", "grad_norm", "learning_rate", "margin", "accuracy", "chosen_r
 
 
 @pytest.fixture(scope="module")
-def found(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def outcomes(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What each case came to, in one process for all: to start it takes longer than a case."""
     folder = tmp_path_factory.mktemp("resuming")
     pairs = write_pairs(folder / "pairs.jsonl")
@@ -52,8 +52,8 @@ def found(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
-def test_a_killed_run_ends_as_if_it_had_not_been(name: str, found: Path) -> None:
-    seen = json.loads((found / f"{name}.json").read_text())
+def test_a_killed_run_ends_as_if_it_had_not_been(name: str, outcomes: Path) -> None:
+    seen = json.loads((outcomes / f"{name}.json").read_text())
     assert "error" not in seen, seen["error"]
     whole, before, after = ([step for step in seen[part] if "loss" in step] for part in ("whole", "before", "after"))
     assert [[step["step"] for step in steps] for steps in (whole, before, after)] == [[1, 2, 3, 4, 5], [1, 2, 3], [3, 4, 5]]

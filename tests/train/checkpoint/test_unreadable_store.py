@@ -65,9 +65,9 @@ def failing(monkeypatch: pytest.MonkeyPatch, what: str, times: float) -> None:
 @pytest.mark.parametrize("what", ["read_bytes", "exists", "children"])
 def test_it_is_asked_again(what: str, folder: Folder, waited: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
     failing(monkeypatch, what, 2)
-    found = checkpoints.find_newest(folder)
-    assert found is not None
-    assert found.state.step == 6
+    newest = checkpoints.find_newest(folder)
+    assert newest is not None
+    assert newest.state.step == 6
     assert waited == [1.0, 2.0]
 
 
@@ -103,9 +103,9 @@ def test_credentials_that_expired(waited: list[float], monkeypatch: pytest.Monke
         with pytest.raises(StorageError, match=r"does not answer \(.*AWS Error INVALID_ACCESS_KEY_ID"):
             checkpoints.find_newest(folder)
         monkeypatch.setenv("AWS_ACCESS_KEY_ID", store.key_id)
-        found = checkpoints.find_newest(folder)
-        assert found is not None
-        assert found.state.step == 3
+        newest = checkpoints.find_newest(folder)
+        assert newest is not None
+        assert newest.state.step == 3
 
 
 def test_nothing_is_deleted_while_the_store_cannot_be_read(
@@ -136,9 +136,9 @@ def test_a_loss_that_is_no_number_never_wins(tmp_path: Path) -> None:
     folder = Folder.at(tmp_path / "checkpoints")
     for step, loss in enumerate((float("nan"), 0.4, float("inf"), float("-inf"), float("nan")), start=1):
         last = saved(folder, step, loss)
-    found = checkpoints.find_best(folder)
-    assert found is not None
-    assert found.state.step == 2
+    best = checkpoints.find_best(folder)
+    assert best is not None
+    assert best.state.step == 2
     checkpoints.prune(folder, 1, last)
     assert names(folder) == ["step-000002", "step-000005"]
     (folder / "step-000002").delete()
@@ -167,8 +167,8 @@ def test_a_reader_that_comes_while_it_is_deleted_reads_on(folder: Folder, monkey
     delete = Folder.delete
 
     with contextlib.ExitStack() as reading:
-        found = checkpoints.find_named(folder, doomed.name)
-        assert found is not None
+        checkpoint = checkpoints.find_named(folder, doomed.name)
+        assert checkpoint is not None
 
         def slow(self: Folder) -> None:
             if self == doomed / "checksums.json":
@@ -178,7 +178,7 @@ def test_a_reader_that_comes_while_it_is_deleted_reads_on(folder: Folder, monkey
         with monkeypatch.context() as patch:
             patch.setattr(Folder, "delete", slow)
             checkpoints.prune(folder, 2, newest)
-        with open_tensors(found) as reader:
+        with open_tensors(checkpoint) as reader:
             assert len(reader.read("weight/a")) == 1
         assert checkpoints.find_named(folder, doomed.name) is None
     checkpoints.delete_leftovers(folder)
@@ -208,9 +208,9 @@ def test_what_cannot_be_deleted_stays_and_ends_nothing(
         checkpoints.delete_leftovers(folder)
     assert "cannot be deleted now" in caplog.text
     assert names(folder) == ["step-000003", "step-000006", "step-000009"]
-    found = checkpoints.find_newest(folder)
-    assert found is not None
-    assert found.state.step == 9
+    newest = checkpoints.find_newest(folder)
+    assert newest is not None
+    assert newest.state.step == 9
     checkpoints.delete_leftovers(folder)
     assert names(folder) == ["step-000009"]
 

@@ -35,10 +35,10 @@ def test_aside_where_there_is_room(tmp_path: Path, tiny_model: Path) -> None:
     assert not validates_asynchronously(split, ROOM)
     within = recipe(tmp_path, tiny_model, training__checkpoint={"every_steps": 2, "validation": "workers"})
     assert not validates_asynchronously(within, ROOM)
-    told = recipe(tmp_path, tiny_model, training__checkpoint={"every_steps": 2, "validation": "aside"})
-    assert validates_asynchronously(told, ROOM)
+    made_aside = recipe(tmp_path, tiny_model, training__checkpoint={"every_steps": 2, "validation": "aside"})
+    assert validates_asynchronously(made_aside, ROOM)
     with pytest.raises(ResourcesError, match=r"^training\.checkpoint\.validation aside takes the CPUs and GPUs of one more worker"):
-        validates_asynchronously(told, NO_ROOM)
+        validates_asynchronously(made_aside, NO_ROOM)
     scored = recipe(tmp_path, tiny_model, evaluation__while_training=2)
     with pytest.raises(ResourcesError, match=r"^evaluation\.while_training takes the CPUs"):
         validates_asynchronously(scored, NO_ROOM)
@@ -59,7 +59,7 @@ def test_the_loss_is_that_of_the_weights_in_the_checkpoint(method: str, tmp_path
     saved = save(Folder.at(tmp_path / "saved"), tensors, State(step=2), {"dtype": "float32"})
     with torch.no_grad():
         summed = sum(float(SupervisedLoss(model)(micro)) for micro in rows.micro_batches(1))
-    told: list[dict[str, Any]] = []
+    records: list[dict[str, Any]] = []
     prompt = torch.tensor([[5, 6, 7]])
 
     def score(scored: Any) -> dict[str, float]:
@@ -67,11 +67,11 @@ def test_the_loss_is_that_of_the_weights_in_the_checkpoint(method: str, tmp_path
             apart = (scored(input_ids=prompt).logits - model(input_ids=prompt).logits).abs().max()
         return {"a": float(apart), "b": 2.0}
 
-    loss = CheckpointValidator(made, rows, rows.input_ids.shape[1], score)(saved, told.append, on_gpu=False)
+    loss = CheckpointValidator(made, rows, rows.input_ids.shape[1], score)(saved, records.append, on_gpu=False)
     assert loss == pytest.approx(summed / rows.targets, rel=1e-5)
-    assert told[0] == {"validation_loss": loss}
-    assert told[1]["held_out_tasks"]["a"] == pytest.approx(0.0, abs=1e-4)
-    assert told[1]["held_out"] == pytest.approx(1.0, abs=1e-4)
+    assert records[0] == {"validation_loss": loss}
+    assert records[1]["held_out_tasks"]["a"] == pytest.approx(0.0, abs=1e-4)
+    assert records[1]["held_out"] == pytest.approx(1.0, abs=1e-4)
 
 
 def test_tasks_that_cannot_be_scored_stop_nothing(tmp_path: Path, tiny_model: Path) -> None:
@@ -79,11 +79,11 @@ def test_tasks_that_cannot_be_scored_stop_nothing(tmp_path: Path, tiny_model: Pa
     model = load_model(tiny_model, torch.float32)
     tensors = [(f"weight/{name}", value.detach()) for name, value in model.named_parameters()]
     saved = save(Folder.at(tmp_path / "saved"), tensors, State(step=2), {"dtype": "float32"})
-    told: list[dict[str, Any]] = []
+    records: list[dict[str, Any]] = []
 
     def score(_: Any) -> dict[str, float]:
         raise EvaluationError("it writes nothing.")
 
     nothing = packed_rows(4, first=900).share(5, 6)
-    assert CheckpointValidator(made, nothing, 256, score)(saved, told.append, on_gpu=False) is None
-    assert told == [{"message": "the held-out tasks were not scored: it writes nothing."}]
+    assert CheckpointValidator(made, nothing, 256, score)(saved, records.append, on_gpu=False) is None
+    assert records == [{"message": "the held-out tasks were not scored: it writes nothing."}]

@@ -152,16 +152,16 @@ def test_checkpoints_are_validated_aside_while_training_goes_on(undisturbed: Any
     seen: list[dict[str, Any]] = []
     score = prepare_online_evaluation(corpus)
     result = launch.train(made, run, corpus, progress=seen.append, score=score)
-    expected, found = (
+    expected, validation_losses = (
         {record["step"]: record["validation_loss"] for record in records if "validation_loss" in record}
         for records in (within, seen)
     )
-    assert found == {step: pytest.approx(loss, rel=1e-4) for step, loss in expected.items()}
-    assert set(found) == {3, 6, 8}
+    assert validation_losses == {step: pytest.approx(loss, rel=1e-4) for step, loss in expected.items()}
+    assert set(validation_losses) == {3, 6, 8}
     scored = {record["step"]: record["held_out_tasks"] for record in seen if "held_out" in record}
     assert set(scored) == {3, 6, 8}
     assert set(scored[8]) == {question["task"] for question in score.questions}
-    assert result.validation_loss == min(found.values())
+    assert result.validation_loss == min(validation_losses.values())
     assert run.status()["validation_loss"] == result.validation_loss  # of the model that was exported
 
     newest = checkpoints.find_named(run.checkpoints, "step-000008.2")
@@ -170,7 +170,7 @@ def test_checkpoints_are_validated_aside_while_training_goes_on(undisturbed: Any
     shutil.rmtree(run.model.local)
     again: list[dict[str, Any]] = []
     second = launch.train(made, run, corpus, progress=again.append)
-    assert [record["validation_loss"] for record in again if "validation_loss" in record] == [found[8]]
+    assert [record["validation_loss"] for record in again if "validation_loss" in record] == [validation_losses[8]]
     assert (second.validation_loss, run.is_trained) == (result.validation_loss, True)
 
 

@@ -40,9 +40,9 @@ def test_raised_from() -> None:
         except RowError as row:
             raise ValueError("later") from row
     except ValueError as error:
-        found = find_apprentice_error(error)
-    assert isinstance(found, RowError)
-    assert found.reason == "null"
+        error_of_ours = find_apprentice_error(error)
+    assert isinstance(error_of_ours, RowError)
+    assert error_of_ours.reason == "null"
 
 
 def test_nothing_of_ours_and_no_endless_walk() -> None:
@@ -60,7 +60,7 @@ def test_lost_peer() -> None:
 
 def test_only_the_text_came_through() -> None:
     text = 'ray::MapWorker()\n  File "x.py", line 3\napprentice.errors.DataError: /a/b.parquet is gone.\n\nThe above exception …'
-    found = find_apprentice_error(RuntimeError(text))
-    assert type(found) is DataError
-    assert str(found) == "/a/b.parquet is gone."
+    error_of_ours = find_apprentice_error(RuntimeError(text))
+    assert type(error_of_ours) is DataError
+    assert str(error_of_ours) == "/a/b.parquet is gone."
     assert find_apprentice_error(RuntimeError("apprentice.errors.NoSuchError: x")) is None

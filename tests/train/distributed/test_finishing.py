@@ -24,8 +24,8 @@ from tests.train.checkpoint.test_format import saved
 
 def finish(run: Run) -> None:
     nothing: Any = None  # what comes after is not reached
-    with lease_run(run.folder, "train") as held:
-        _finish(nothing, run, nothing, Goal(4), nothing, held.token, 1)
+    with lease_run(run.folder, "train") as lease:
+        _finish(nothing, run, nothing, Goal(4), nothing, lease.token, 1)
 
 
 def test_no_checkpoint_that_can_be_read_is_no_ctrl_c(tmp_path: Path) -> None:

@@ -24,10 +24,10 @@ NOTICE_S = 45  # that a node has left when it is told to go
 ASKED_OFTEN = {"health_check_period_ms": 500, "health_check_initial_delay_ms": 500}
 
 
-def eventually(what: str, found: Callable[[], Any], seconds: float = 400.0) -> Any:
+def eventually(what: str, condition: Callable[[], Any], seconds: float = 400.0) -> Any:
     """The first true value of `found()`."""
     deadline = time.monotonic() + seconds
-    while not (value := found()):
+    while not (value := condition()):
         assert time.monotonic() < deadline, f"{what}: not within {seconds:g} seconds"
         time.sleep(0.05)
     return value
@@ -82,10 +82,10 @@ class Driver:
                 [*script, *map(str, hold)], stdout=out, stderr=out, env=os.environ | {"RAY_ADDRESS": nodes.cluster.address}
             )
 
-    def until(self, what: str, found: Callable[[], Any]) -> Any:
+    def until(self, what: str, condition: Callable[[], Any]) -> Any:
         def alive() -> Any:
             assert self.process.poll() is None, self.log.read_text()
-            return found()
+            return condition()
 
         try:
             return eventually(what, alive)

@@ -53,16 +53,16 @@ NAMES = ["-".join(str(value) for value in case.values()) for case in CASES]
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What the processes saw, for all cases one after the other: starting them takes longer than a case."""
     os.environ["OMP_NUM_THREADS"] = "1"
     seen: dict[int, Any] = {}
     for workers in sorted({case["workers"] for case in CASES}):
         numbers = [number for number, case in enumerate(CASES) if case["workers"] == workers]
         folder = tmp_path_factory.mktemp("group")
-        given = (workers, str(folder), [CASES[number] for number in numbers])
-        torch.multiprocessing.spawn(pair.process, given, nprocs=workers)
-        seen |= dict(zip(numbers, torch.load(Path(folder) / "found.pt"), strict=True))
+        arguments = (workers, str(folder), [CASES[number] for number in numbers])
+        torch.multiprocessing.spawn(pair.process, arguments, nprocs=workers)
+        seen |= dict(zip(numbers, torch.load(Path(folder) / "values.pt"), strict=True))
     return [seen[number] for number in range(len(CASES))]
 
 
@@ -73,8 +73,8 @@ def reference(method: str, clip: float, optimizer: str, weighted: bool) -> dict[
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", range(len(CASES)), ids=NAMES)
-def test_equals_plain_pytorch(found: list[dict[str, Any]], number: int) -> None:
-    case, ours = CASES[number], found[number]
+def test_equals_plain_pytorch(outcomes: list[dict[str, Any]], number: int) -> None:
+    case, ours = CASES[number], outcomes[number]
     plain = reference(case["method"], case["clip"], case["optimizer"], case.get("weighted", False))
     assert len(ours["loss"]) == pair.STEPS
     if "scale" in case:
@@ -111,8 +111,8 @@ def test_equals_plain_pytorch(found: list[dict[str, Any]], number: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", range(len(CASES)), ids=NAMES)
-def test_state_goes_out_and_in(found: list[dict[str, Any]], number: int) -> None:
-    ours = found[number]
+def test_state_goes_out_and_in(outcomes: list[dict[str, Any]], number: int) -> None:
+    ours = outcomes[number]
     assert ours["whole"]
     assert ours["restored"]
     assert ours["same_step"]

@@ -109,8 +109,8 @@ def process(rank: int, folder: str) -> None:
     empty = anonymous()
     with PeakAnonymous() as memory:
         model = load_model(base, dtype, packed=PackedCompute.on(CPU, dtype), splitter=splitter)
-    held = anonymous()
-    result = {"empty": empty, "peak": max(memory.peak, held), "held": held, "bytes_read": splitter.bytes_read}
+    resident = anonymous()
+    result = {"empty": empty, "peak": max(memory.peak, resident), "held": resident, "bytes_read": splitter.bytes_read}
     results = collectives.gather(
         result | {"wrong": differing(model, base, rank), "numbers": sum(p.ds_numel for p in model.parameters())}
     )

@@ -167,8 +167,8 @@ def trained(workers: int, folder: Path, cases: list[dict[str, Any]]) -> list[dic
     saved, last, deadline = place / "results.pt", 0.0, time.monotonic() + LIMIT_S
     try:
         while not group.join(timeout=1.0) and time.monotonic() < deadline:
-            if saved.exists() and (written := saved.stat().st_mtime) > last:
-                last, deadline = written, time.monotonic() + LIMIT_S
+            if saved.exists() and (modified := saved.stat().st_mtime) > last:
+                last, deadline = modified, time.monotonic() + LIMIT_S
     finally:
         for process in group.processes:
             if process.is_alive():

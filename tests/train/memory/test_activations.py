@@ -35,12 +35,12 @@ def kept(made: Recipe, dtype: torch.dtype) -> int:
     model = TUNING_METHODS[made.tuning.method].wrap(load_model(made.model.base, dtype), made.tuning, 0).train()
     model.to(dtype)  # which DeepSpeed does
     own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
-    held: dict[int, torch.UntypedStorage] = {}
+    storages: dict[int, torch.UntypedStorage] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage._cdata not in own:
-            held[storage._cdata] = storage
+            storages[storage._cdata] = storage
         return tensor
 
     packed = made.tuning.method not in ("prefix", "prompt")
@@ -49,7 +49,7 @@ def kept(made: Recipe, dtype: torch.dtype) -> int:
     targets[0, 5] = True
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         SupervisedLoss(model)(SupervisedBatch(torch.randint(3, VOCABULARY, (ROWS, LENGTH)), positions, targets))
-    return sum(storage.nbytes() for storage in held.values())
+    return sum(storage.nbytes() for storage in storages.values())
 
 
 def estimate(made: Recipe, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> float | None:
@@ -102,10 +102,10 @@ def test_what_nobody_knows_is_not_nothing(
 
         return kept
 
-    for error, told in ((NotImplementedError, 0), (TypeError, 1), (AttributeError, 2)):
+    for error, warnings in ((NotImplementedError, 0), (TypeError, 1), (AttributeError, 2)):
         monkeypatch.setattr("apprentice.train.memory.activations._saved_by_forward", fails(error))
         assert estimate_activations(made, torch.float32, ROWS, LENGTH) is None
-        assert len(caplog.records) == told
+        assert len(caplog.records) == warnings
         assert all(record.exc_info for record in caplog.records)
     state = estimate_peak_memory(made, 2**30, 2**30, torch.float32, workers=1, micro=1, length=LENGTH)
     assert state.activations is None

@@ -50,9 +50,9 @@ def recipe(folder: Path, **changes: Any) -> Recipe:
     ],
 )
 def test_each_stage_shares_out_more(stage: int, dtype: torch.dtype, expected: tuple[int, ...], tmp_path: Path) -> None:
-    found = estimate_memory(recipe(tmp_path, training__deepspeed={"stage": stage}), 1000, 1000, dtype, 2)
-    assert (found.weights, found.gradients, found.optimizer) == expected
-    assert found.total == sum(expected)
+    memory = estimate_memory(recipe(tmp_path, training__deepspeed={"stage": stage}), 1000, 1000, dtype, 2)
+    assert (memory.weights, memory.gradients, memory.optimizer) == expected
+    assert memory.total == sum(expected)
 
 
 def test_states_in_fewer_bytes(tmp_path: Path) -> None:
@@ -62,8 +62,8 @@ def test_states_in_fewer_bytes(tmp_path: Path) -> None:
 
 
 def test_frozen_weights_adafactor_and_offload(tmp_path: Path) -> None:
-    found = estimate_memory(recipe(tmp_path), 1000, 10, torch.bfloat16, 1)
-    assert (found.weights, found.gradients, found.optimizer) == (2000, 40, 120)
+    memory = estimate_memory(recipe(tmp_path), 1000, 10, torch.bfloat16, 1)
+    assert (memory.weights, memory.gradients, memory.optimizer) == (2000, 40, 120)
     slim = recipe(tmp_path, training__optimizer={"name": "adafactor"}, training__deepspeed={"stage": 0})
     assert estimate_memory(slim, 1000, 1000, torch.bfloat16, 2).optimizer == 0
     on_disk = {"stage": 3, "offload": "nvme", "nvme_path": "/fast"}
@@ -76,8 +76,8 @@ def test_frozen_weights_adafactor_and_offload(tmp_path: Path) -> None:
         (on_disk, 0, 0, 2000),
     ):
         away = recipe(tmp_path, training__deepspeed=deepspeed, training__resources={"gpus": gpus})
-        there = estimate_memory(away, 1000, 1000, torch.bfloat16, 2)
-        assert (there.optimizer, there.gradients) == (optimizer, gradients)
+        elsewhere = estimate_memory(away, 1000, 1000, torch.bfloat16, 2)
+        assert (elsewhere.optimizer, elsewhere.gradients) == (optimizer, gradients)
 
 
 def test_what_is_offloaded_lies_on_the_host_once(tmp_path: Path) -> None:
@@ -127,13 +127,13 @@ def test_process_and_checkpoint_are_in_the_hosts_memory(tmp_path: Path, tiny_mod
     assert here.checkpoint == 6 * 10**9 + WINDOW_BYTES
     assert estimate_peak_memory(made, 1000, 1000, torch.bfloat16, **rows).checkpoint == 6000 + 6000
     on_gpu = load_recipe(tiny_recipe(tmp_path, tiny_model, tuning={"method": "full"}, training__resources={"gpus": 1}))
-    there = estimate_peak_memory(on_gpu, 10**9, 10**9, torch.bfloat16, **rows)
-    assert (there.process, there.checkpoint) == (0, 0)
+    on_device = estimate_peak_memory(on_gpu, 10**9, 10**9, torch.bfloat16, **rows)
+    assert (on_device.process, on_device.checkpoint) == (0, 0)
     mask = 2 * 256 * 256 * 2
     masked = load_recipe(tiny_recipe(tmp_path, tiny_model, tuning={"method": "full"}, model__attention="sdpa"))
     with_masks = estimate_peak_memory(masked, 10**9, 10**9, torch.bfloat16, **rows).activations
     # Each of two layers keeps a mask where attention is not told bounds.
-    assert 0 < there.activations == here.activations < with_masks - mask
+    assert 0 < on_device.activations == here.activations < with_masks - mask
 
 
 def test_the_smallest_changes_come_first(tmp_path: Path) -> None:

@@ -50,17 +50,17 @@ def test_mlflow_has_the_figures_and_one_run_however_often_it_is_taken_up(
     client = MlflowClient()
     experiment = client.get_experiment_by_name("apprentice")
     assert experiment is not None
-    [found] = client.search_runs([experiment.experiment_id])
-    assert found.info.run_name == "kite"
-    assert found.data.params["training.optimizer.learning_rate"] == "0.0003"
-    history = client.get_metric_history(found.info.run_id, "train/loss")
+    [mlflow_run] = client.search_runs([experiment.experiment_id])
+    assert mlflow_run.info.run_name == "kite"
+    assert mlflow_run.data.params["training.optimizer.learning_rate"] == "0.0003"
+    history = client.get_metric_history(mlflow_run.info.run_id, "train/loss")
     assert sorted((point.step, point.value) for point in history) == [(1, 1.0), (2, 2.0)]
     assert {
         "train/smoothed_loss",
         "train/grad_norm",
         "speed/tokens_per_s",
         "speed/tokens_per_s_worker",
-    } <= found.data.metrics.keys()
+    } <= mlflow_run.data.metrics.keys()
 
 
 @pytest.mark.slow
@@ -84,16 +84,16 @@ def test_rays_metrics_have_the_figures(run: Run, ray_cluster: None) -> None:
     opened = backends.open_backends(recipe(), run)
     opened[0].add({"train/loss": 1.25, "speed/tokens_per_s": 50.0}, 7)
     [node] = [node for node in ray.nodes() if node["Alive"]]
-    wanted = {"train_loss": "1.25", "speed_tokens_per_s": "50.0", "train_step": "7.0"}
+    expected = {"train_loss": "1.25", "speed_tokens_per_s": "50.0", "train_step": "7.0"}
     deadline = time.monotonic() + 60
     while True:
         text = httpx.get(f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics").text
         lines = [line for line in text.splitlines() if line.startswith("ray_apprentice_") and 'run="kite"' in line]
-        found = {line.partition("{")[0].removeprefix("ray_apprentice_"): line.rsplit(" ", 1)[1] for line in lines}
-        if found == wanted or time.monotonic() > deadline:
+        gauges = {line.partition("{")[0].removeprefix("ray_apprentice_"): line.rsplit(" ", 1)[1] for line in lines}
+        if gauges == expected or time.monotonic() > deadline:
             break
         time.sleep(0.5)
-    assert found == wanted
+    assert gauges == expected
 
 
 def test_a_package_that_is_not_installed_is_said_before_anything_starts(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

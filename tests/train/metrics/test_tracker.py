@@ -38,8 +38,8 @@ def test_tracker(tmp_path: Path) -> None:
     run = Run(Folder.at(tmp_path / "run").make())
     records: list[dict[str, Any]] = []
     tracker = Tracker(run, records.append)
-    for given in (record(1), record(2), record(2, attempt=2), record(3, attempt=2)):
-        tracker.write(given)
+    for step_record in (record(1), record(2), record(2, attempt=2), record(3, attempt=2)):
+        tracker.write(step_record)
     tracker.write({"attempt": 2, "step": 4, "steps": 4, "validation_loss": 1.5})
     tracker.close()
     lines = [json.loads(line) for line in (tmp_path / "run" / "steps.jsonl").read_text().splitlines()]
@@ -136,10 +136,10 @@ def test_the_list_of_runs_has_the_validation_loss_of_what_was_exported(tmp_path:
 def test_who_has_lost_the_run_writes_nothing_to_it(tmp_path: Path) -> None:
     run = Run(Folder.at(tmp_path / "run").make())
     records: list[dict[str, Any]] = []
-    held = True
-    tracker = Tracker(run, records.append, (), lambda: held)
+    has_lease = True
+    tracker = Tracker(run, records.append, (), lambda: has_lease)
     tracker.write(record(1))
-    held = False
+    has_lease = False
     tracker.write(record(4))
     tracker.write({"attempt": 1, "step": 4, "steps": 4, "validation_loss": 1.5})
     tracker.close()

@@ -56,13 +56,13 @@ def rows(corpus: Corpus) -> dict[str, Any]:
 
 def replies_of(rows: dict[str, Any]) -> list[dict[str, Any]]:
     """Every reply of the rows: its position, advantage, reward, and ids, mask and log-probabilities of its example."""
-    found = []
+    of_rollout = []
     for row in range(len(rows["row"])):
         for number, position in enumerate(rows["examples"][row]):
             here = rows["segment_ids"][row] == number + 1
             one = {name: rows[name][row][here] for name in ("input_ids", "loss_mask", "written", "held")}
-            found.append(one | {name: rows[name][row][number] for name in ("advantages", "rewards")} | {"position": position})
-    return found
+            of_rollout.append(one | {name: rows[name][row][number] for name in ("advantages", "rewards")} | {"position": position})
+    return of_rollout
 
 
 def test_every_prompt_of_the_window_has_its_replies(corpus: Corpus, rows: dict[str, Any]) -> None:
@@ -88,8 +88,8 @@ def test_rewards_and_advantages_are_those_of_the_texts(corpus: Corpus, rows: dic
     np.testing.assert_allclose([reply["rewards"] for reply in replies], expected, rtol=1e-4, atol=1e-5)
     for position in range(8):
         group = [reply for reply in replies if reply["position"] == position]
-        wanted = advantages(torch.tensor([[reply["rewards"] for reply in group]]))[0]
-        np.testing.assert_allclose([reply["advantages"] for reply in group], wanted, rtol=1e-4, atol=1e-5)
+        expected = advantages(torch.tensor([[reply["rewards"] for reply in group]]))[0]
+        np.testing.assert_allclose([reply["advantages"] for reply in group], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_log_probabilities_are_those_of_single_texts(corpus: Corpus, rows: dict[str, Any]) -> None:
@@ -162,5 +162,5 @@ def test_passes_and_parts_hold_the_same_replies(corpus: Corpus, tiny_model: Path
     parts = [writer.rows(0, part, None) for part in range(2)]
     assert [part["row"].tolist() for part in parts] == [list(range(16)), list(range(16, 32))]
     once = sorted(bytes(reply["input_ids"]) for reply in replies_of(rows))
-    found = sorted(bytes(reply["input_ids"]) for part in parts for reply in replies_of(part))
-    assert found == sorted(once + once)
+    rollout_ids = sorted(bytes(reply["input_ids"]) for part in parts for reply in replies_of(part))
+    assert rollout_ids == sorted(once + once)

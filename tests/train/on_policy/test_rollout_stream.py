@@ -32,16 +32,16 @@ def test_it_waits_for_the_workers(run: Run, monkeypatch: pytest.MonkeyPatch) -> 
     looked = threading.Semaphore(0)
     monkeypatch.setattr(rollout, "WAIT_S", 0.001)
     inner = checkpoints.find_weights
-    monkeypatch.setattr(checkpoints, "find_weights", lambda *given: (looked.release(), inner(*given))[1])
-    found = []
-    waiting = threading.Thread(target=lambda: found.append(wait_for_weights(run, 4)))
+    monkeypatch.setattr(checkpoints, "find_weights", lambda *arguments: (looked.release(), inner(*arguments))[1])
+    snapshots = []
+    waiting = threading.Thread(target=lambda: snapshots.append(wait_for_weights(run, 4)))
     waiting.start()
     for _ in range(3):
         assert looked.acquire(timeout=60)
-    assert found == []
+    assert snapshots == []
     saved(run.checkpoints, 4)
     waiting.join(60)
-    assert [checkpoint.state.step for checkpoint in found] == [4]
+    assert [checkpoint.state.step for checkpoint in snapshots] == [4]
 
 
 def test_one_that_is_gone_is_an_error(run: Run) -> None:

@@ -233,8 +233,8 @@ async def test_answers_tell_what_is_left_of_the_limits(layout: Layout, tmp_path:
     async with guarded.client(ScriptedEngine([5, layout.stop_ids[0]]), layout) as http:
         request_body = {"prompt": "Hello", "max_tokens": 100 - prompt, "stream": stream}
         first = (await http.post("/v1/completions", json=request_body)).headers
-        found = {name.removeprefix("x-ratelimit-"): value for name, value in first.items() if name.startswith("x-ratelimit-")}
-        assert found == {
+        rate_limits = {name.removeprefix("x-ratelimit-"): value for name, value in first.items() if name.startswith("x-ratelimit-")}
+        assert rate_limits == {
             "limit-requests": "2",
             "remaining-requests": "1",
             "reset-requests": "30s",

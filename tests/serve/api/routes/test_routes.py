@@ -229,9 +229,9 @@ async def test_scores_say_where_each_token_stands(layout: Layout, stream: bool, 
         response = await http.post("/v1/completions", json=request_body)
     choices = [chunk["choices"][0] for chunk in events(response.text)[:-1]] if stream else response.json()["choices"]
     assert "".join(choice["text"] for choice in choices) == ODD * 2
-    found = [choice["logprobs"] for choice in choices if choice["logprobs"]]
-    tokens = [token for each in found for token in each["tokens"]][:-1]  # without the end token
-    offsets = [offset for each in found for offset in each["text_offset"]]
+    scores = [choice["logprobs"] for choice in choices if choice["logprobs"]]
+    tokens = [token for each in scores for token in each["tokens"]][:-1]  # without the end token
+    offsets = [offset for each in scores for offset in each["text_offset"]]
     raw = [
         bytes(token, "utf-8").decode("unicode_escape").encode("latin-1") if token.startswith("bytes:") else token.encode()
         for token in tokens
@@ -251,15 +251,15 @@ async def test_the_ids_of_prompt_and_reply_are_given_in_vllms_fields(layout: Lay
     async with client(engine, layout) as http:
         response = await http.post(path, json={**words, "n": 2, "max_tokens": 50, "return_token_ids": True, "stream": stream})
     bodies = events(response.text)[:-1] if stream else [response.json()]
-    found: dict[int, list[int]] = {}
+    ids_of: dict[int, list[int]] = {}
     prompts: dict[int, list[int]] = {}
     for body in bodies:
         for choice in body["choices"]:
-            found.setdefault(choice["index"], []).extend(choice.get("token_ids", []))
+            ids_of.setdefault(choice["index"], []).extend(choice.get("token_ids", []))
             if prompt := body.get("prompt_token_ids") or choice.get("prompt_token_ids"):
                 assert choice["index"] not in prompts  # once for each choice
                 prompts[choice["index"]] = prompt
-    assert list(found.values()) == [engine.ids] * len(engine.requests)
+    assert list(ids_of.values()) == [engine.ids] * len(engine.requests)
     assert [prompts[place] for place in sorted(prompts)] == [list(request.prompt) for request in engine.requests]
 
 

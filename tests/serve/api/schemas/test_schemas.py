@@ -61,8 +61,8 @@ def test_what_clients_send_besides_is_no_reason_to_refuse(extra: dict[str, Any])
     turns = {"messages": [{"role": "user", "content": "a", "name": "anna"}]}
     plain, request_body = ChatRequest.model_validate(turns), ChatRequest.model_validate(turns | extra)
     unused = {"user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"}
-    told = {"stream", "stream_options"}
-    assert request_body.model_dump(exclude=unused | told) == plain.model_dump(exclude=unused | told)
+    streaming = {"stream", "stream_options"}
+    assert request_body.model_dump(exclude=unused | streaming) == plain.model_dump(exclude=unused | streaming)
 
 
 def test_answers_come_back_as_clients_keep_them() -> None:
@@ -163,7 +163,7 @@ def test_a_refusal_costs_no_more_for_many_faults(kind: type[BaseModel], body: di
 
 def unbounded(schema: Any, path: str) -> list[str]:
     """The places of a JSON schema that take a text, a list or a number without an end."""
-    found: list[str] = []
+    places: list[str] = []
     if isinstance(schema, list):
         return [place for item in schema for place in unbounded(item, path)]
     if not isinstance(schema, dict):
@@ -176,13 +176,13 @@ def unbounded(schema: Any, path: str) -> list[str]:
     }
     kind = schema.get("type")
     if isinstance(kind, str) and kind in ends and not any(end in schema for end in ends[kind]):
-        found.append(path)
+        places.append(path)
     for key, inner in schema.items():
         if key in ("properties", "$defs"):
-            found += [place for name, each in inner.items() for place in unbounded(each, f"{path}.{name}")]
+            places += [place for name, each in inner.items() for place in unbounded(each, f"{path}.{name}")]
         elif key not in ("default", "enum", "const"):
-            found += unbounded(inner, path)
-    return found
+            places += unbounded(inner, path)
+    return places
 
 
 @pytest.mark.parametrize("kind", [CompletionRequest, ChatRequest, InstructRequest, RenderRequest, TaskRequest])

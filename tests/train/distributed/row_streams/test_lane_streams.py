@@ -63,11 +63,11 @@ def test_of_workers_that_share_rows_the_first_reads(monkeypatch: pytest.MonkeyPa
     names = lane_names(2)
     divided = config.configure(dict.fromkeys(names), 8, None, None)
     assert [divided[rank][names[rank // 2 % 2]][1:] for rank in (0, 2, 4, 6)] == [(0, 2), (0, 2), (1, 2), (1, 2)]
-    asked: list[str] = []
-    monkeypatch.setattr(ray.train, "get_dataset_shard", asked.append)
+    requests: list[str] = []
+    monkeypatch.setattr(ray.train, "get_dataset_shard", requests.append)
     for rank in (1, 3, 5, 7):
         assert list(read_rows(made, rank, 8)) == []
-    assert not asked
+    assert not requests
 
 
 @pytest.mark.slow
