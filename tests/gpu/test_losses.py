@@ -30,7 +30,7 @@ from tests.gpu.on_devices import (
     working_bytes,
 )
 from tests.models.architectures import CAUSAL, made
-from tests.train import pairs
+from tests.train import encoder_decoder_rows
 from tests.train.rows import packed_rows, reply_rows
 
 PACKING_MODELS = [*CAUSAL, "t5"]
@@ -47,7 +47,7 @@ def each_loss(model: Any, rows: PackedRows, device: torch.device) -> Tensor:
 
 
 def rows_for(name: str) -> PackedRows:
-    return pairs.paired_rows(2) if name == "t5" else packed_rows(2)
+    return encoder_decoder_rows.paired_rows(2) if name == "t5" else packed_rows(2)
 
 
 @on_devices()
@@ -57,7 +57,7 @@ def test_packed_examples_have_the_losses_of_single_ones(
     name: str, dtype: torch.dtype, device: torch.device, tmp_path: Path
 ) -> None:
     rows, model = rows_for(name), loaded(made(name), tmp_path, dtype, device)
-    single = torch.cat([each_loss(model, one, device) for one in pairs.unpacked(rows)])
+    single = torch.cat([each_loss(model, one, device) for one in encoder_decoder_rows.unpacked(rows)])
     torch.testing.assert_close(each_loss(model, rows, device), single, rtol=0, atol=NEAR[dtype])
 
 
@@ -89,7 +89,7 @@ def _loss_and_gradients(objective: str, device: torch.device) -> tuple[Tensor, d
     model = made("t5" if objective == "t5" else "llama").to(device)
     loss: Any
     if objective == "t5":
-        loss, batch = Seq2SeqLoss(model), only_batch(pairs.paired_rows(2), device)
+        loss, batch = Seq2SeqLoss(model), only_batch(encoder_decoder_rows.paired_rows(2), device)
     elif objective == "dpo":
         loss, batch = PreferenceLoss(model, DPO()), _pairs(device)
     elif objective == "grpo":

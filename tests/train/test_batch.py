@@ -18,8 +18,8 @@ from apprentice.train.batch import (
     micro_batch_rows,
     move_batch,
 )
-from tests.train.losses.test_preference import pair_rows
-from tests.train.pairs import paired_rows
+from tests.train.encoder_decoder_rows import paired_rows
+from tests.train.preference_rows import pair_rows
 from tests.train.rows import packed_rows, reply_rows
 
 

@@ -10,7 +10,7 @@ from deepspeed.runtime.zero.utils import apply_to_tensors_only
 
 from apprentice.train.batch import PreferenceBatch, RolloutBatch, SupervisedBatch, move_batch
 from apprentice.train.sequence_bounds import ExampleSizes, SequenceBounds, copy_to
-from tests.train.losses.test_preference import pair_rows
+from tests.train.preference_rows import pair_rows
 from tests.train.rows import packed_rows, reply_rows
 
 

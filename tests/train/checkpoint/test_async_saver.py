@@ -23,6 +23,7 @@ from apprentice.train.checkpoint.shard import Shard
 from apprentice.train.checkpoint.shard_reader import open_tensors
 from apprentice.train.engine.collectives import Collectives
 from apprentice.train.state import State
+from tests.support.process_group import join_group
 
 LARGE = 100_000  # numbers of each tensor: 400 kB
 
@@ -135,7 +136,7 @@ def test_without_any_checkpoint(folder: Folder) -> None:
 
 def second(rank: int, folder: str) -> None:
     """One of two workers, whose first has no room once and no memory for copies the next time."""
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    join_group(folder, rank, 2)
     listener = SaverListener(Folder.at(Path(folder) / "checkpoints"), rank)
     with no_room():
         listener.save(3)

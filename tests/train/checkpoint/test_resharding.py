@@ -20,7 +20,7 @@ from apprentice.train.engine.deepspeed import DeepSpeedEngine
 from apprentice.train.state import State
 from tests.support.checkpoints import state_of
 from tests.support.process_group import join_group
-from tests.train import pair
+from tests.train import reference_training
 from tests.train.rows import packed_rows
 
 GROUPS = ((4, 2, "float32"), (2, 3, "float32"), (3, 2, "float32"), (3, 3, "bfloat16"), (2, 1, "bfloat16"))  # workers, stage, dtype
@@ -35,11 +35,11 @@ def train(rank: int, number: int, folder: str) -> None:
     join_group(place, rank, workers)
     case = {"workers": workers, "accumulation": 1, "stage": stage, "clip": 1.0, "optimizer": "adamw"}
     engine = DeepSpeedEngine(
-        pair.fresh("full", dtype),
-        pair.settings(case),
+        reference_training.fresh("full", dtype),
+        reference_training.settings(case),
         dtype=dtype,
         workers=workers,
-        micro=pair.ROWS // workers,
+        micro=reference_training.ROWS // workers,
         device=torch.device("cpu"),
     )
     checkpoints = Folder.at(folder) / "checkpoints"
@@ -53,8 +53,8 @@ def train(rank: int, number: int, folder: str) -> None:
         report["validation"] = engine.validation_nll(packed_rows(2, first=900).micro_batches(2)[0])
 
     def step(step: int) -> tuple[float, float]:
-        part = pair.ROWS // workers
-        mine = packed_rows(part, first=step * pair.ROWS + rank * part)
+        part = reference_training.ROWS // workers
+        mine = packed_rows(part, first=step * reference_training.ROWS + rank * part)
         outcome = engine.train_step(mine.micro_batches(part), 1e-3, 1e-3)
         return Collectives().sum([outcome.nll])[0], outcome.grad_norm
 

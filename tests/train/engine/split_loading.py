@@ -5,8 +5,6 @@ Every parameter is split (`stage3_param_persistence_threshold: 0`).
 
 from __future__ import annotations
 
-import os
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,8 +30,9 @@ from apprentice.train.engine.deepspeed import DeepSpeedEngine
 from apprentice.train.engine.model_splitter import create_splitter
 from apprentice.train.state import State
 from tests.support.checkpoints import state_of
-from tests.train.losses.test_preference import pair_rows
-from tests.train.pairs import paired_rows
+from tests.support.process_group import join_group
+from tests.train.encoder_decoder_rows import paired_rows
+from tests.train.preference_rows import pair_rows
 from tests.train.rows import packed_rows
 
 ROWS, CPU = 4, torch.device("cpu")
@@ -170,10 +169,7 @@ def trained(case: dict[str, Any], recipe: Recipe, dtype: torch.dtype, collective
 
 def process(rank: int, workers: int, folder: str, cases: list[dict[str, Any]]) -> None:
     """One of `workers` processes; the first one saves the results."""
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(workers), MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=workers)
+    join_group(folder, rank, workers)
     results = []
     for number, case in enumerate(cases):
         collectives = Collectives()

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from apprentice.train.batch import SupervisedBatch
 from apprentice.train.engine.deepspeed import DeepSpeedEngine
-from tests.train import pair
+from tests.train import reference_training
 
 PLAIN: dict[str, Any] = {
     "workers": 2,
@@ -61,14 +61,14 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
         numbers = [number for number, case in enumerate(CASES) if case["workers"] == workers]
         folder = tmp_path_factory.mktemp("group")
         arguments = (workers, str(folder), [CASES[number] for number in numbers])
-        torch.multiprocessing.spawn(pair.process, arguments, nprocs=workers)
+        torch.multiprocessing.spawn(reference_training.process, arguments, nprocs=workers)
         seen |= dict(zip(numbers, torch.load(Path(folder) / "values.pt"), strict=True))
     return [seen[number] for number in range(len(CASES))]
 
 
 @cache
 def reference(method: str, clip: float, optimizer: str, weighted: bool) -> dict[str, Any]:
-    return pair.reference(method, clip, optimizer, weighted)
+    return reference_training.reference(method, clip, optimizer, weighted)
 
 
 @pytest.mark.slow
@@ -76,11 +76,11 @@ def reference(method: str, clip: float, optimizer: str, weighted: bool) -> dict[
 def test_equals_plain_pytorch(outcomes: list[dict[str, Any]], number: int) -> None:
     case, ours = CASES[number], outcomes[number]
     plain = reference(case["method"], case["clip"], case["optimizer"], case.get("weighted", False))
-    assert len(ours["loss"]) == pair.STEPS
+    assert len(ours["loss"]) == reference_training.STEPS
     if "scale" in case:
         assert ours["loss"][0] == pytest.approx(plain["loss"][0], rel=1e-3)
         made = 1 if case["scale"] == 2**20 else 0
-        assert (ours["scaling"]["cur_iter"], ours["scaling"]["steps"]) == (pair.STEPS, made)
+        assert (ours["scaling"]["cur_iter"], ours["scaling"]["steps"]) == (reference_training.STEPS, made)
         assert ours["scaling"]["cur_scale"] < case["scale"]
         return
     if case["dtype"] != "float32":

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import warnings
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any
@@ -25,6 +24,7 @@ from apprentice.models.loading import load_model
 from apprentice.recipe import Training
 from apprentice.train.engine.collectives import Collectives
 from apprentice.train.engine.model_splitter import create_splitter
+from tests.support.process_group import join_group
 
 WORKERS, CPU, FILES = 4, torch.device("cpu"), 6
 
@@ -97,10 +97,7 @@ def differing(model: Any, folder: Path, rank: int) -> list[str]:
 
 
 def process(rank: int, folder: str) -> None:
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(WORKERS), MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORKERS)
+    join_group(folder, rank, WORKERS)
     collectives, dtype, base = Collectives(), torch.bfloat16, Path(folder) / "model"
     training = Training.model_validate({"workers": WORKERS, "steps": 1, "global_batch": WORKERS, "deepspeed": {"stage": 3}})
     splitter = create_splitter(training, base, four_bit=False, weights=dtype, micro=1, device=CPU, collectives=collectives)

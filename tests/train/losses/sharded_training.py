@@ -6,8 +6,6 @@ waits for ever. The last process has no target token at all where the objective 
 
 from __future__ import annotations
 
-import os
-import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,8 +25,9 @@ from apprentice.train.losses.loss_registry import create_loss
 from apprentice.train.optimizer import make_optimizer
 from tests.models.architectures import made
 from tests.support.checkpoints import state_of
-from tests.train.losses.test_preference import pair_rows
-from tests.train.pair import fresh
+from tests.support.process_group import join_group
+from tests.train.preference_rows import pair_rows
+from tests.train.reference_training import fresh
 from tests.train.rows import packed_rows, reply_rows
 
 STEPS, ROWS, RATE = 3, 4, 1e-3  # ROWS of one step for each process
@@ -131,10 +130,7 @@ def plain(case: dict[str, Any], workers: int, folder: Path) -> dict[str, Any]:
 
 def process(rank: int, workers: int, folder: str, cases: list[dict[str, Any]]) -> None:
     """One of `workers` processes: trains every case of `cases`; the first one saves the results as they come."""
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(workers), MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=workers)
+    join_group(folder, rank, workers)
     target_losses.CHUNK_NUMBERS = CHUNK * 512
     results = []
     for case in cases:

@@ -24,8 +24,8 @@ from apprentice.train.losses.target_losses import TargetLosses
 from apprentice.train.sequence_bounds import SequenceBounds
 from tests.models.architectures import CAUSAL, made
 from tests.models.varlen_stand_in import varlen_attn
-from tests.train import pairs
-from tests.train.losses.test_preference import pair_rows
+from tests.train import encoder_decoder_rows
+from tests.train.preference_rows import pair_rows
 from tests.train.rows import packed_rows, reply_rows
 
 LENGTH, EXAMPLE = 384, 96  # tokens of a row and of an example in it
@@ -157,7 +157,7 @@ def test_rewards_are_those_of_masks() -> None:
 @pytest.mark.usefixtures("stand_in")
 def test_rows_of_one_example_and_samples_run_flat_too() -> None:
     model = made("llama")
-    compare(model, Training(steps=1), pairs.joined(pairs.unpacked(packed_rows(2))))
+    compare(model, Training(steps=1), encoder_decoder_rows.joined(encoder_decoder_rows.unpacked(packed_rows(2))))
     logits = []
     for attention in ("eager", "varlen"):
         model.config._attn_implementation = attention

@@ -17,8 +17,8 @@ from apprentice.train.losses import target_losses
 from apprentice.train.losses.loss_registry import create_loss
 from tests.gpu.on_devices import CPU, count_host_waits
 from tests.models.architectures import made
-from tests.train import pairs
-from tests.train.losses.test_preference import pair_rows
+from tests.train import encoder_decoder_rows
+from tests.train.preference_rows import pair_rows
 from tests.train.rows import packed_rows, reply_rows
 
 
@@ -42,7 +42,7 @@ def rewards() -> Any:
 OBJECTIVES = {
     "sft": (causal, packed_rows(2), {}),
     "weighted": (causal, packed_rows(2, weighted=True), {}),
-    "seq2seq": (lambda: made("t5", "t5_segments"), pairs.paired_rows(2), {}),
+    "seq2seq": (lambda: made("t5", "t5_segments"), encoder_decoder_rows.paired_rows(2), {}),
     "dpo": (causal, pair_rows(2), {"objective": "dpo"}),
     "reward": (rewards, pair_rows(2), {"objective": "reward"}),
     "grpo": (causal, reply_rows(2), {"objective": "grpo", "grpo": {"reward": "judge"}}),

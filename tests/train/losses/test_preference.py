@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,32 +13,12 @@ from apprentice.errors import ModelError
 from apprentice.models.loading import load_model
 from apprentice.models.reward import choice_rewards
 from apprentice.recipe import DPO
-from apprentice.train.batch import PackedRows, SupervisedBatch
+from apprentice.train.batch import SupervisedBatch
 from apprentice.train.losses.preference import PreferenceLoss, RewardLoss, answer_log_probabilities
 from apprentice.train.losses.sft import SupervisedLoss
 from tests.models.architectures import made
-from tests.train.rows import examples_of, packed_columns
-
-ROWS = 3
-
-
-def pair_rows(count: int = ROWS, seed: int = 0, **changes: Any) -> PackedRows:
-    """Packed rows of one or two pairs: both answers of a pair have the same prompt, as data/window.py makes them."""
-    columns = packed_columns(2 * count, seed)
-    names = ("input_ids", "positions", "segment_ids", "loss_mask")
-    kept = []
-    for place in range(2 * count):
-        segments = columns["segment_ids"][place]
-        even = int(segments.max()) // 2 * 2
-        for name in names:
-            columns[name][place] = np.where(segments <= even, columns[name][place], 0)
-        columns["examples"][place] = columns["examples"][place][: even // 2]
-        columns["example_tasks"][place] = columns["example_tasks"][place][: even // 2]
-        columns["example_targets"][place] = [1] * (even // 2)
-        kept.append(even)
-    rng = np.random.default_rng(5)
-    columns["reference"] = [rng.normal(-20, 2, even).astype(np.float32) for even in kept]
-    return replace(PackedRows.from_columns(columns), **changes).share(0, 2)
+from tests.train.preference_rows import ROWS, pair_rows
+from tests.train.rows import examples_of
 
 
 def gradients(model: Any) -> dict[str, torch.Tensor]:

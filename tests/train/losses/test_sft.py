@@ -18,7 +18,7 @@ from apprentice.train.losses.loss_registry import create_loss
 from apprentice.train.losses.objective_loss import ObjectiveLoss
 from apprentice.train.losses.sft import Seq2SeqLoss, SupervisedLoss
 from tests.models.architectures import CAUSAL, SEQ2SEQ, made
-from tests.train import pairs
+from tests.train import encoder_decoder_rows
 from tests.train.rows import counted, examples_of, packed_rows, reference_nll
 
 CASES = [(name, attention) for name in CAUSAL for attention in ("sdpa", "eager") if (name, attention) != ("gemma2", "sdpa")]
@@ -81,11 +81,11 @@ def test_a_target_counts_what_its_example_weighs(chunk: int, monkeypatch: pytest
 
 
 def test_a_pair_counts_what_its_example_weighs() -> None:
-    rows = pairs.paired_rows(2)
+    rows = encoder_decoder_rows.paired_rows(2)
     each = [np.linspace(1.0, 0.25, len(fact.examples), dtype=np.float32) for fact in rows.facts]
     weighted = replace(rows, weights=each)
     loss = sft_loss(made("t5", "sdpa"))
-    alone = torch.stack([loss(part.micro_batches(1)[0]) for part in pairs.unpacked(rows)])
+    alone = torch.stack([loss(part.micro_batches(1)[0]) for part in encoder_decoder_rows.unpacked(rows)])
     torch.testing.assert_close(loss(weighted.micro_batches(2)[0]), (alone * torch.tensor(np.concatenate(each))).sum())
     assert weighted.loss_denominator == pytest.approx(
         sum(
@@ -141,12 +141,12 @@ def test_no_target_gives_zero_and_no_trace_of_the_hook() -> None:
 
 @pytest.mark.parametrize(("name", "attention"), PACKED_PAIRS)
 def test_packed_pairs_are_single_pairs(name: str, attention: str) -> None:
-    model, rows = made(name, attention), pairs.paired_rows(2)
+    model, rows = made(name, attention), encoder_decoder_rows.paired_rows(2)
     loss = sft_loss(model)(rows.micro_batches(2)[0])
     loss.backward()
     ours = {key: parameter.grad.clone() for key, parameter in model.named_parameters()}
     model.zero_grad()
-    reference = pairs.reference_nll(model, rows)
+    reference = encoder_decoder_rows.reference_nll(model, rows)
     reference.backward()
     torch.testing.assert_close(loss, reference, rtol=1e-6, atol=0)
     compare_gradients(model, ours)
@@ -155,10 +155,10 @@ def test_packed_pairs_are_single_pairs(name: str, attention: str) -> None:
 @pytest.mark.parametrize("name", SEQ2SEQ)
 def test_one_pair_a_row(name: str) -> None:
     """Padded side by side in a batch, as BART must be trained."""
-    model, rows = made(name), pairs.paired_rows(3)
-    alone = [part.micro_batches(1)[0] for part in pairs.unpacked(rows)]
+    model, rows = made(name), encoder_decoder_rows.paired_rows(3)
+    alone = [part.micro_batches(1)[0] for part in encoder_decoder_rows.unpacked(rows)]
     total = torch.stack([sft_loss(model)(micro) for micro in alone]).sum()
-    torch.testing.assert_close(total, pairs.reference_nll(model, rows), rtol=1e-6, atol=0)
+    torch.testing.assert_close(total, encoder_decoder_rows.reference_nll(model, rows), rtol=1e-6, atol=0)
     assert len(alone) >= 6
     assert isinstance(sft_loss(model), Seq2SeqLoss)
 
@@ -166,7 +166,7 @@ def test_one_pair_a_row(name: str) -> None:
 @pytest.mark.parametrize("name", ["llama", "gemma2", "t5"])
 def test_in_chunks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = made(name)
-    rows = pairs.paired_rows(2) if name in SEQ2SEQ else packed_rows(2)
+    rows = encoder_decoder_rows.paired_rows(2) if name in SEQ2SEQ else packed_rows(2)
     whole = sft_loss(model)(rows.micro_batches(2)[0])
     whole.backward()
     ours = {key: parameter.grad.clone() for key, parameter in model.named_parameters()}
@@ -214,15 +214,15 @@ def test_flash_attention_gets_a_single_row() -> None:
 def test_every_method_learns_from_padded_rows_what_it_learns_from_single_ones(name: str, method: str) -> None:
     tuning = Tuning.model_validate({"method": method, "rank": 4, "virtual_tokens": 3, "width": 8})
     model = TUNING_METHODS[method].wrap(made(name), tuning, 1).eval()
-    rows = pairs.unpacked(pairs.paired_rows(2) if name in SEQ2SEQ else packed_rows(2))
+    rows = encoder_decoder_rows.unpacked(encoder_decoder_rows.paired_rows(2) if name in SEQ2SEQ else packed_rows(2))
     loss = sft_loss(model)
     alone = torch.stack([loss(part.micro_batches(1)[0]) for part in rows]).sum()
-    padded = torch.stack([loss(micro) for micro in pairs.joined(rows).micro_batches(3)]).sum()
+    padded = torch.stack([loss(micro) for micro in encoder_decoder_rows.joined(rows).micro_batches(3)]).sum()
     torch.testing.assert_close(padded, alone, rtol=1e-5, atol=0)
     padded.backward()
     assert all(parameter.grad is not None for parameter in trainable_parameters(model).values())
     assert any(parameter.grad.abs().max() > 0 for parameter in trainable_parameters(model).values())
     if method in ("prefix", "prompt"):
-        packed = pairs.paired_rows(2) if name in SEQ2SEQ else packed_rows(2)
+        packed = encoder_decoder_rows.paired_rows(2) if name in SEQ2SEQ else packed_rows(2)
         with pytest.raises(RecipeError, match="must be `none` with tuning"):
             loss(packed.micro_batches(2)[0])

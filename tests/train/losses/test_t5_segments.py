@@ -21,7 +21,7 @@ from apprentice.train.losses.loss_registry import create_loss
 from apprentice.train.losses.target_losses import TargetLosses
 from apprentice.train.sequence_bounds import ExampleSizes
 from tests.models.architectures import made
-from tests.train import pairs
+from tests.train import encoder_decoder_rows
 from tests.train.losses.test_flat_rows import NoDeviceGuards, SquareTensors
 from tests.train.rows import packed_rows
 
@@ -57,12 +57,12 @@ def compare(model: Any, rows: PackedRows) -> None:
 
 @pytest.mark.parametrize("name", T5)
 def test_the_loss_and_gradients_are_those_of_masks(name: str) -> None:
-    compare(made(name), pairs.paired_rows(2))
-    compare(made(name), pairs.joined(pairs.unpacked(pairs.paired_rows(2))))
+    compare(made(name), encoder_decoder_rows.paired_rows(2))
+    compare(made(name), encoder_decoder_rows.joined(encoder_decoder_rows.unpacked(encoder_decoder_rows.paired_rows(2))))
 
 
 def test_long_padding_on_either_side_changes_nothing() -> None:
-    rows = pairs.paired_rows(2)
+    rows = encoder_decoder_rows.paired_rows(2)
     rows.target_segment_ids[1, 4:], rows.loss_mask[1, 4:] = 0, 0  # type: ignore[index]
     rows.segment_ids[1, 7:] = 0
     compare(made("t5"), rows)
@@ -73,11 +73,11 @@ def test_long_padding_on_either_side_changes_nothing() -> None:
 def test_sizes_go_through_a_tuning_method_and_activation_checkpointing(method: str) -> None:
     model = TUNING_METHODS[method].wrap(made("t5"), Tuning.model_validate({"method": method, "rank": 4, "width": 8}), 1)
     enable_activation_checkpointing(model, True)
-    compare(model.train(), pairs.paired_rows(2))
+    compare(model.train(), encoder_decoder_rows.paired_rows(2))
 
 
 def test_weighted_targets_and_samples_too() -> None:
-    rows = replace(pairs.paired_rows(2), weights=packed_rows(2, weighted=True).weights)
+    rows = replace(encoder_decoder_rows.paired_rows(2), weights=packed_rows(2, weighted=True).weights)
     model = made("t5")
     compare(model, rows)
     logits = []
@@ -90,7 +90,7 @@ def test_weighted_targets_and_samples_too() -> None:
 
 def test_a_batch_without_sizes_is_measured() -> None:
     model = made("t5", "t5_segments")
-    loss, [batch] = create_loss(model, Training(steps=1)), pairs.paired_rows(2).micro_batches(2)
+    loss, [batch] = create_loss(model, Training(steps=1)), encoder_decoder_rows.paired_rows(2).micro_batches(2)
     assert isinstance(batch, Seq2SeqBatch)
     assert loss(batch._replace(sizes=None, places=None)) == loss(batch)
 
