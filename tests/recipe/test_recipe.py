@@ -179,6 +179,8 @@ def test_a_dumped_recipe_loads_to_the_same(write, tmp_path):
         ("  packing", "  formats: {zero_shot: 0.5}\n  packing", 5, "add up to 0.5, not to 1"),
         ("  packing", "  mixture: {groups: {flan: {shar: 1, tasks: [nli]}}}\n  packing", 5, "Did you mean 'share'?"),
         ("  steps: 10", "  steps: 10\n  objective: dpo", 1, "packing.length 1024 must be at least twice max_length 1024"),
+        ("  steps: 10", "  steps: 10\n  objective: orpo", 1, "packing.length 1024 must be at least twice max_length 1024"),
+        ("  steps: 10", "  steps: 10\n  simpo: {beta: 0.2}", 6, "the block `simpo` belongs to `objective: simpo`"),
         ("  steps: 10", "  steps: 10\n  dpo: {beta: 0.2}", 6, "the block `dpo` belongs to `objective: dpo`"),
         ("name: small", "name: a/b", 1, "name:"),
         ("model: {base: smollm2-135m-instruct}\n", "", 1, "model: this key is needed"),

@@ -149,8 +149,9 @@ def packing_strategy(recipe: Recipe, folder: Path, run_format: int = FORMAT) -> 
             f"data.packing.target_length is for encoder-decoders, and {recipe.model.base} continues one text; leave it out."
         )
     reason = packing_obstacle(folder, by_layers=run_format >= 2) or _VIRTUAL.get(recipe.tuning.method)
-    together = {"dpo": "both answers of a pair", "reward": "both answers of a pair", "grpo": "several replies"}
-    if (what := together.get(recipe.training.objective)) and (reason is not None or family_of(folder) == "seq2seq"):
+    aim = recipe.training.aim
+    what = "both answers of a pair" if aim.pairs else "several replies" if aim.rounds else None
+    if what and (reason is not None or family_of(folder) == "seq2seq"):
         reason = reason or "an encoder reads a prompt once for each answer"
         raise RecipeError(
             f"training.objective {recipe.training.objective} puts {what} into one row, where they would see each"

@@ -71,8 +71,7 @@ def check_paths(file: Path, overrides: Sequence[str]) -> Recipe:
     ]
     models = [
         ("model.base", recipe.model.base),
-        ("training.dpo.reference", recipe.training.dpo.reference),
-        ("training.grpo.reward", recipe.training.grpo.reward),
+        *recipe.training.models.items(),
         ("evaluation.judge", recipe.evaluation.judge),
         *(("serving.beside", name) for name in recipe.serving.beside),
     ]

@@ -1,4 +1,4 @@
-"""Checks of the models that a recipe names beside its base: DPO's reference, and the reward model of on-policy training."""
+"""Checks of the models that a recipe names beside its base: a reference, and the reward model of on-policy training."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ def check_auxiliary_models(recipe: Recipe, tokenizer: Tokenizer) -> None:
 
     A reward model must also give a number for a reply, and be trained with the recipe's prompt format.
     """
-    if reference := recipe.training.dpo.reference:
-        _check_tokens("training.dpo.reference", reference, recipe, tokenizer, " Leave it out (the base is the reference), or name")
+    if reference := recipe.training.reference:
+        key = f"training.{recipe.training.objective}.reference"
+        _check_tokens(key, reference, recipe, tokenizer, " Leave it out (the base is the reference), or name")
     if reward := recipe.training.grpo.reward:
         folder = local_folder(reward)
         if not gives_rewards(folder):

@@ -57,8 +57,8 @@ def check_tasks(lookup: RecipeLookup) -> str:
 def list_downloads(lookup: RecipeLookup) -> str:
     """Names the models and datasets that the run would download."""
     recipe = lookup.recipe
-    names = (recipe.model.base, recipe.training.dpo.reference, recipe.training.grpo.reward)
-    models = dict.fromkeys(model for name in names if name and (model := describe_download(name)))
+    names = (recipe.model.base, *recipe.training.models.values())
+    models = dict.fromkeys(model for name in names if (model := describe_download(name)))
     sets = sorted({name for task in lookup.tasks if (name := on_the_hub(task, recipe.data.root))})
     downloads = [f"model {model}" for model in models]
     if sets:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from apprentice.recipe.data import Collection, Data, Filters, Formats, Group, Mixture, Packing, Quality
 from apprentice.recipe.evaluation import Evaluation, Gate
-from apprentice.recipe.objective import DPO, GRPO, OBJECTIVES, Objective
+from apprentice.recipe.objective import DPO, GRPO, IPO, MODEL_KEYS, OBJECTIVES, ORPO, Objective, SimPO
 from apprentice.recipe.recipe import Model, Recipe
 from apprentice.recipe.recipe_file import RUN, SHIPPED, dump_recipe, find_recipe, load_recipe, parse_recipe, shipped_name
 from apprentice.recipe.serving import Replicas, Serving
@@ -26,7 +26,10 @@ from apprentice.recipe.training import (
 __all__ = [
     "DPO",
     "GRPO",
+    "IPO",
+    "MODEL_KEYS",
     "OBJECTIVES",
+    "ORPO",
     "RUN",
     "SHIPPED",
     "Checkpointing",
@@ -48,6 +51,7 @@ __all__ = [
     "Replicas",
     "Resources",
     "Serving",
+    "SimPO",
     "Training",
     "Tuning",
     "WorkerRange",

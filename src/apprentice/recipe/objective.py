@@ -1,4 +1,4 @@
-"""Training objectives (sft, dpo, reward, grpo) as plain data, and the recipe's `dpo` and `grpo` blocks.
+"""Training objectives as plain data, and the recipe's blocks of their settings, each named like its objective.
 
 The loss of each objective is in `apprentice.train.losses.loss_registry`.
 """
@@ -12,7 +12,7 @@ from pydantic import Field
 
 from apprentice.recipe.strict import Strict
 
-ObjectiveName = Literal["sft", "dpo", "reward", "grpo"]
+ObjectiveName = Literal["sft", "dpo", "ipo", "simpo", "orpo", "reward", "grpo"]
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,9 @@ class Objective:
 OBJECTIVES: dict[ObjectiveName, Objective] = {
     "sft": Objective(),
     "dpo": Objective(pairs=True, reference=True),
+    "ipo": Objective(pairs=True, reference=True),
+    "simpo": Objective(pairs=True),
+    "orpo": Objective(pairs=True),
     "reward": Objective(pairs=True, head=True),
     "grpo": Objective(rounds=True),
 }
@@ -47,6 +50,26 @@ class DPO(Strict):
     reference: str | None = Field(
         None, description="Model that is held to, named as `model.base` is; default: the base, which the run starts from."
     )
+
+
+class IPO(Strict):
+    """Settings of identity preference optimisation (IPO, Azar et al. 2023)."""
+
+    beta: float = Field(0.1, gt=0.0, description="How strongly the model is held to the reference: pairs part by 1 / (2 × beta).")
+    reference: str | None = Field(None, description="As in `dpo`.")
+
+
+class SimPO(Strict):
+    """Settings of simple preference optimisation (SimPO, Meng et al. 2024), which has no reference."""
+
+    beta: float = Field(2.0, gt=0.0, description="Scale of an answer's reward, its mean log-probability a token.")
+    gamma: float = Field(1.0, ge=0.0, description="Margin by which the better answer's reward should be higher.")
+
+
+class ORPO(Strict):
+    """Settings of odds ratio preference optimisation (ORPO, Hong et al. 2024), which has no reference."""
+
+    weight: float = Field(0.1, gt=0.0, description="Of the odds ratio's loss, beside that of the better answer; the paper's λ.")
 
 
 class GRPO(Strict):
@@ -64,3 +87,7 @@ class GRPO(Strict):
     actors: Annotated[int, Field(ge=1)] = Field(
         1, description="Processes that write and score replies, each for its part of the prompts, with a worker's resources."
     )
+
+
+# Keys of these blocks that name a model, as `model.base` does.
+MODEL_KEYS = ("dpo.reference", "ipo.reference", "grpo.reward")

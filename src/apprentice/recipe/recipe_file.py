@@ -13,12 +13,13 @@ from pydantic import BaseModel, ValidationError
 from apprentice.errors import RecipeError, did_you_mean, requirement_of
 from apprentice.plain_yaml import load_yaml
 from apprentice.recipe.data import COLLECTION_KEYS, Collection
+from apprentice.recipe.objective import MODEL_KEYS
 from apprentice.recipe.recipe import Recipe
 from apprentice.storage import is_uri, refuse_credentials
 
 RUN = "run:"  # prefix of a model that another run trained
 _PATHS = ("storage", "data.root", "data.promptsource", "serving.adapters")
-_MODELS = ("model.base", "training.dpo.reference", "training.grpo.reward", "evaluation.judge")  # each a name, or a path
+_MODELS = ("model.base", *(f"training.{key}" for key in MODEL_KEYS), "evaluation.judge")  # each a name, or a path
 _PATH_STARTS, _TASK_FILES = (".", "/", "~"), (".yaml", ".yml")  # how paths of models begin, and those of task files end
 SHIPPED = Path(__file__).resolve().parents[1] / "recipes"
 
@@ -171,12 +172,12 @@ def _with_absolute_paths(recipe: Recipe, folder: Path) -> Recipe:
 
     model = recipe.model.model_copy(update={"base": located_base(recipe.model.base)})
     changed: dict[str, Any] = {"storage": storage, "data": data, "model": model}
-    if reference := recipe.training.dpo.reference:
-        dpo = recipe.training.dpo.model_copy(update={"reference": located_base(reference)})
-        changed["training"] = recipe.training.model_copy(update={"dpo": dpo})
-    if reward := recipe.training.grpo.reward:
-        grpo = recipe.training.grpo.model_copy(update={"reward": located_base(reward)})
-        changed["training"] = recipe.training.model_copy(update={"grpo": grpo})
+    if models := recipe.training.models:
+        blocks = {}
+        for dotted, name in models.items():
+            _, block, key = dotted.split(".")
+            blocks[block] = getattr(recipe.training, block).model_copy(update={key: located_base(name)})
+        changed["training"] = recipe.training.model_copy(update=blocks)
     if recipe.serving.adapters or recipe.serving.beside:
         adapters, beside = recipe.serving.adapters, recipe.serving.beside
         places = {"adapters": adapters and absolute(adapters), "beside": tuple(_locate_model(one, absolute) for one in beside)}

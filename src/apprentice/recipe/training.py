@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from apprentice.errors import RecipeError
-from apprentice.recipe.objective import DPO, GRPO, OBJECTIVES, Objective, ObjectiveName
+from apprentice.recipe.objective import DPO, GRPO, IPO, MODEL_KEYS, OBJECTIVES, ORPO, Objective, ObjectiveName, SimPO
 from apprentice.recipe.strict import Positive, Share, Strict
 
 SAMPLES = (
@@ -148,10 +148,13 @@ class Training(Strict):
 
     objective: ObjectiveName = Field(
         "sft",
-        description="sft: answers; dpo: pairs of a better and a worse answer; reward: a model that scores answers, from pairs;"
-        " grpo: the model's own replies, which a reward model compares.",
+        description="sft: answers; dpo, ipo, simpo, orpo: pairs of a better and a worse answer; reward: a model that scores"
+        " answers, from pairs; grpo: the model's own replies, which a reward model compares.",
     )
     dpo: DPO = DPO()
+    ipo: IPO = IPO()
+    simpo: SimPO = SimPO()
+    orpo: ORPO = ORPO()
     grpo: GRPO = GRPO()
     workers: Positive | WorkerRange = Field(
         1,
@@ -218,6 +221,17 @@ class Training(Strict):
         return OBJECTIVES[self.objective]
 
     @property
+    def reference(self) -> str | None:
+        """The objective's reference model, where it names one; else the base is the reference."""
+        return getattr(getattr(self, self.objective, None), "reference", None)
+
+    @property
+    def models(self) -> dict[str, str]:
+        """Models that the objective's settings name: dotted key in the recipe → name."""
+        values = {key: getattr(getattr(self, key.split(".")[0]), key.split(".")[1]) for key in MODEL_KEYS}
+        return {f"training.{key}": name for key, name in values.items() if name}
+
+    @property
     def max_workers(self) -> int:
         """Greatest number of workers; the fixed number without a range."""
         return self.workers.max if isinstance(self.workers, WorkerRange) else self.workers
@@ -269,10 +283,9 @@ class Training(Strict):
 
     @model_validator(mode="after")
     def _one_end_and_even_batch(self) -> Self:
-        if self.objective != "dpo" and self.dpo != DPO():
-            raise ValueError(f"the block `dpo` belongs to `objective: dpo`, and the objective is {self.objective}")
-        if self.objective != "grpo" and self.grpo != GRPO():
-            raise ValueError(f"the block `grpo` belongs to `objective: grpo`, and the objective is {self.objective}")
+        for name in OBJECTIVES.keys() & type(self).model_fields.keys() - {self.objective}:
+            if (block := getattr(self, name)) != type(block)():
+                raise ValueError(f"the block `{name}` belongs to `objective: {name}`, and the objective is {self.objective}")
         if self.objective != "sft" and self.router_loss:
             raise ValueError(f"`router_loss` belongs to `objective: sft`, and the objective is {self.objective}; leave it out")
         if self.router_loss and self.sequence_parallel > 1:

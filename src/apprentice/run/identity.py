@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from apprentice.errors import TaskError
-from apprentice.recipe import RUN, Recipe
+from apprentice.recipe import OBJECTIVES, RUN, Recipe
 from apprentice.storage import Folder
 from apprentice.tasks.definition import definition_of
 from apprentice.tasks.registry import Entry, Find, find_tasks
@@ -47,7 +47,7 @@ NOT_IDENTITY = (
 )
 # Keys added in later versions: left out at their defaults, so that older runs keep their identity.
 LATER = (
-    *("training.objective", "training.dpo", "training.grpo", "training.optimizer.states"),
+    *("training.objective", *(f"training.{name}" for name in OBJECTIVES), "training.optimizer.states"),
     *("training.router_loss", "tuning.experts"),
     *("data.chat_template", "data.qualities", "data.control_tokens", "data.lanes"),
 )
@@ -76,12 +76,7 @@ def identity(recipe: Recipe, version: int = FORMAT, *, anywhere: bool = False, f
     if recipe.data.qualities is not None:  # as an ordered list, because of equal weights the first class is the best
         kept = {key: value for key, value in kept.items() if not key.startswith("data.qualities.")}
         kept["data.qualities"] = [[name, *one.model_dump(mode="json").values()] for name, one in recipe.data.qualities.items()]
-    models = {
-        "model.base": recipe.model.base,
-        "training.dpo.reference": recipe.training.dpo.reference,
-        "training.grpo.reward": recipe.training.grpo.reward,
-    }
-    named = {key: base for key, base in models.items() if base}
+    named = {"model.base": recipe.model.base, **recipe.training.models}
     if version == 1:
         return kept | {key: public_base(base) for key, base in named.items()} | {"data.tasks": _paths(recipe)}
     del kept["data.promptsource"]  # a folder, whose content is in the tasks' definitions

@@ -67,7 +67,7 @@ def model_of(case: dict[str, Any], folder: Path) -> Any:
 
 def rows_of(case: dict[str, Any], step: int, rank: int, workers: int) -> PackedRows:
     """Rows of one step and process. Process 0 has many target tokens, the last one of an sft case none."""
-    if case["objective"] in ("dpo", "reward"):
+    if case["objective"] in ("dpo", "orpo", "reward"):
         return pair_rows(ROWS, seed=step * workers + rank)
     if case["objective"] == "grpo":
         return reply_rows(ROWS, seed=step * workers + rank)

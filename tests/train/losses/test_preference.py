@@ -36,8 +36,8 @@ def same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None
         torch.testing.assert_close(ours[name], gradient, rtol=0, atol=1e-5 * largest, msg=lambda text, name=name: f"{name}: {text}")
 
 
-def trl_of(model: Any, folder: Path, tokenizer: Path, smoothing: float) -> Any:
-    """TRL's trainer over `model`, with the reference's log-probabilities given."""
+def trl_of(model: Any, folder: Path, tokenizer: Path, loss_type: str = "sigmoid") -> Any:
+    """TRL's trainer over `model` with beta 0.3, with the reference's log-probabilities given."""
     from datasets import Dataset
     from transformers import PreTrainedTokenizerFast
     from trl import DPOConfig, DPOTrainer
@@ -45,8 +45,7 @@ def trl_of(model: Any, folder: Path, tokenizer: Path, smoothing: float) -> Any:
     config = DPOConfig(
         output_dir=str(folder),
         beta=0.3,
-        label_smoothing=smoothing,
-        loss_type=["sigmoid"],
+        loss_type=[loss_type],
         precompute_ref_log_probs=True,
         report_to=[],
         use_cpu=True,
@@ -71,7 +70,7 @@ def test_loss_and_gradients_are_trls(tmp_path: Path, tiny_model: Path, monkeypat
     texts = examples_of(rows)
     assert len(texts) == len(reference) >= 6
     model = made("llama")
-    trainer = trl_of(model, tmp_path, tiny_model, 0.0)
+    trainer = trl_of(model, tmp_path, tiny_model)
     order = [*range(0, len(texts), 2), *range(1, len(texts), 2)]  # TRL's batch: the better answers, then the worse
     padded = torch.nn.utils.rnn.pad_sequence
     batch = {

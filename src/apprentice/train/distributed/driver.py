@@ -164,7 +164,7 @@ def make_goal(recipe: Recipe, corpus: Corpus) -> Goal:
 def _with_reference(recipe: Recipe, run: Run, corpus: Corpus, progress: Callable[[dict[str, Any]], None]) -> Corpus:
     references = compute_references(recipe, run, corpus, workers_that_fit(recipe, node_resources()))
     pairs = sum(len(reference.rows) for reference in references.values())
-    name = public_base(recipe.training.dpo.reference or recipe.model.base)
+    name = public_base(recipe.training.reference or recipe.model.base)
     progress({"message": f"the reference, {name}, has given its log-probabilities of {pairs:,} pairs"})
     return replace(corpus, reference=references)
 

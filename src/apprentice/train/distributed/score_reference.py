@@ -47,7 +47,7 @@ def compute_references(recipe: Recipe, run: Run, corpus: Corpus, actors: int) ->
     """Task name → log-probabilities of its training and validation pairs, read from `run`, or computed now and written there.
 
     Ray must be running; each of `actors` processes reserves the CPUs and GPUs of a training worker. The reference model is
-    `training.dpo.reference`, or else the base model before tuning.
+    `reference` of the objective's block, or else the base model before tuning.
     """
     files = {task.name: run.reference / f"{task.name}.npz" for task in corpus.tasks if task.name in corpus.plan.shares}
     missing = [number for number, task in enumerate(corpus.tasks) if task.name in files and not files[task.name].exists()]
@@ -71,7 +71,7 @@ def _chunks(corpus: Corpus, number: int) -> Iterator[_Chunk]:
 def _compute(recipe: Recipe, corpus: Corpus, chunks: list[_Chunk], actors: int) -> dict[str, Any]:
     """The columns task, row and values, with one entry for each pair; values is float32 (pairs, 2), the better answer first."""
     resources = recipe.training.resources
-    base = local_folder(recipe.training.dpo.reference or recipe.model.base)
+    base = local_folder(recipe.training.reference or recipe.model.base)
     weights = weight_bytes(base, recipe.model.dtype, gpu=resources.gpus > 0)
     numbers = ray.data.range(len(chunks), override_num_blocks=len(chunks))
     numbers.context.enable_progress_bars = False
@@ -101,8 +101,8 @@ class _ReferenceActor:
         if not on_gpu:
             torch.set_num_threads(max(1, int(recipe.training.resources.cpus)))
         self._at_once = max(1, (GPU_MICRO_TOKENS if on_gpu else CPU_MICRO_TOKENS) // self._corpus.row_length)
-        four_bit = recipe.training.dpo.reference is None and TUNING_METHODS[recipe.tuning.method].four_bit
-        base = recipe.training.dpo.reference or recipe.model.base
+        four_bit = recipe.training.reference is None and TUNING_METHODS[recipe.tuning.method].four_bit
+        base = recipe.training.reference or recipe.model.base
         dtype = resolve_dtype(recipe.model.dtype, self._device.type)
         settings: dict[str, Any] = {"four_bit": four_bit, "trust": recipe.model.trust}
         packed = PackedCompute.on(self._device, dtype)

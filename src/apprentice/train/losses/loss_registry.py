@@ -14,7 +14,7 @@ from torch import nn
 from apprentice.recipe import Training
 from apprentice.train.losses.grpo import PolicyLoss
 from apprentice.train.losses.objective_loss import ObjectiveLoss
-from apprentice.train.losses.preference import PreferenceLoss, RewardLoss
+from apprentice.train.losses.preference import IPOLoss, ORPOLoss, PreferenceLoss, RewardLoss, SimPOLoss
 from apprentice.train.losses.router_balance import RouterBalancedLoss
 from apprentice.train.losses.sft import Seq2SeqLoss, SupervisedLoss
 from apprentice.train.losses.shared_rows import SharedRowsLoss
@@ -30,6 +30,9 @@ def _supervised(model: Any, training: Training, compute: torch.dtype | None) -> 
 LOSSES: Mapping[str, Callable[[nn.Module, Training, torch.dtype | None], ObjectiveLoss]] = {
     "sft": _supervised,
     "dpo": lambda model, training, compute: PreferenceLoss(model, training.dpo, compute),
+    "ipo": lambda model, training, compute: IPOLoss(model, training.ipo, compute),
+    "simpo": lambda model, training, compute: SimPOLoss(model, training.simpo, compute),
+    "orpo": lambda model, training, compute: ORPOLoss(model, training.orpo, compute),
     "reward": lambda model, _, compute: RewardLoss(model, compute),
     "grpo": lambda model, training, compute: PolicyLoss(model, training.grpo, compute),
 }
