@@ -107,6 +107,9 @@ def test_keys_that_came_later_count_once_they_are_used(tmp_path):
     assert not [key for key in before if key.startswith(("training.objective", "training.dpo"))]
     dpo = identity(recipe(tmp_path, data__max_length=512, training__objective="dpo", training__dpo={"beta": 0.2}))
     assert {key: dpo[key] for key in dpo.keys() - before.keys()} == {"training.objective": "dpo", "training.dpo.beta": 0.2}
+    tuned = identity(recipe(tmp_path, tuning={"rslora": True}, training__optimizer={"loraplus_ratio": 16.0}))
+    added = {key: tuned[key] for key in tuned.keys() - before.keys()}
+    assert added == {"tuning.rslora": True, "training.optimizer.loraplus_ratio": 16.0}
     open_run(recipe(tmp_path, data__max_length=512))
     with pytest.raises(RunError, match=r"training\.objective \(None → 'dpo'\)"):
         open_run(recipe(tmp_path, data__max_length=512, training__objective="dpo"))

@@ -28,7 +28,7 @@ ROWS = 12  # of one step, over all workers
 PROMPT, REPLY = list(range(40, 52)), [7, 300]
 
 
-def fresh(method: str, dtype: torch.dtype) -> Any:
+def fresh(method: str, dtype: torch.dtype, **tuning: Any) -> Any:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=512,
@@ -39,7 +39,9 @@ def fresh(method: str, dtype: torch.dtype) -> Any:
         initializer_range=0.1,
         tie_word_embeddings=True,
     )
-    return TUNING_METHODS[method].wrap(LlamaForCausalLM(config).to(dtype), Tuning(method=method, rank=4), 3)  # type: ignore[arg-type]
+    return TUNING_METHODS[method].wrap(
+        LlamaForCausalLM(config).to(dtype), Tuning.model_validate({"method": method, "rank": 4} | tuning), 3
+    )
 
 
 def settings(case: dict[str, Any]) -> Training:

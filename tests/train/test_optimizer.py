@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from apprentice.recipe import Optimizer
-from apprentice.train.optimizer import adamw, learning_rate, make_optimizer, moment_shapes
+from apprentice.train.optimizer import adamw, learning_rate, make_optimizer, moment_shapes, set_learning_rate
 
 
 def rates(schedule: str, steps: int, warmup: int) -> list[float]:
@@ -40,6 +40,18 @@ def test_only_matrices_decay() -> None:
         (0.0, [(2,)]),
     ]
     assert len(adamw(dict(layer.named_parameters()), Optimizer()).param_groups) == 1
+
+
+def test_second_matrices_of_lora_learn_faster() -> None:
+    parameters = {f"layer.lora_{side}.default.weight": nn.Parameter(torch.ones(2, 2)) for side in "AB"}
+    parameters["layer.bias"] = nn.Parameter(torch.ones(2))
+    optimizer = adamw(parameters, Optimizer(learning_rate=0.1, loraplus_ratio=16.0, weight_decay=0.5))
+    set_learning_rate(optimizer, 0.25)
+    rates = {name: group["lr"] for group in optimizer.param_groups for name, p in parameters.items() if p is group["params"][0]}
+    assert rates == {"layer.lora_A.default.weight": 0.25, "layer.lora_B.default.weight": 4.0, "layer.bias": 0.25}
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.5, 0.5, 0.0]
+    plain = adamw(parameters, Optimizer(learning_rate=0.1))
+    assert [sorted(group) for group in plain.param_groups] == [sorted(torch.optim.AdamW([torch.ones(1)]).param_groups[0])]
 
 
 def test_settings_arrive() -> None:

@@ -101,7 +101,21 @@ class Recipe(Strict):
         return self
 
     @model_validator(mode="after")
-    def _quantized_weights_are_whole(self) -> Self:
+    def _lora_is_tuned(self) -> Self:
+        if self.training.optimizer.loraplus_ratio != 1.0 and self.tuning.method not in ("lora", "qlora"):
+            raise ValueError(
+                f"training.optimizer.loraplus_ratio is of LoRA's matrices, and tuning.method is {self.tuning.method}; use lora, or"
+                " leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _weights_are_whole(self) -> Self:
+        if self.tuning.dora and self.training.deepspeed.stage == 3:
+            raise ValueError(
+                "tuning.dora takes lengths of whole weights, which training.deepspeed.stage 3 splits up; use stage 2 or lower, or"
+                " leave tuning.dora out"
+            )
         if self.tuning.method == "qlora" and self.training.deepspeed.stage == 3:
             raise ValueError(
                 "tuning.method qlora keeps weights in 4 bits, which training.deepspeed.stage 3 cannot split up;"

@@ -39,8 +39,18 @@ class Tuning(Strict):
         " prefix, prompt: trained vectors before every row; adapter: a small layer inside each block.",
     )
     rank: Positive = Field(16, description="Of LoRA's two matrices.")
-    alpha: float | None = Field(None, description="LoRA scale × rank; default 2 × rank.")
+    alpha: float | None = Field(
+        None, description="LoRA scale × rank, default 2 × rank; with `rslora` scale × √rank, default 16, whatever the rank."
+    )
     dropout: Share = Field(0.0, description="Of LoRA's input.")
+    rslora: bool = Field(
+        False, description="Whether LoRA's scale is alpha / √rank, so that high ranks learn as fast (rsLoRA, Kalajdzievski 2023)."
+    )
+    dora: bool = Field(
+        False,
+        description="Whether LoRA turns weights only, and a vector for each layer learns their lengths (DoRA, Liu et al. 2024):"
+        " nearer to full tuning at low ranks, and slower.",
+    )
     virtual_tokens: Positive = Field(20, description="Of prefix and prompt tuning.")
     width: Positive = Field(64, description="Of the bottleneck adapter's inner layer.")
     experts: bool = Field(
@@ -48,6 +58,22 @@ class Tuning(Strict):
         description="Whether LoRA tunes the experts of every mixture-of-experts model; without, only where peft does so by itself"
         " (Mixtral and Qwen3-MoE, but not Qwen2-MoE).",
     )
+
+    @property
+    def keeps_weights_whole(self) -> bool:
+        """Whether each worker needs the base's weights whole, which ZeRO-3 splits up."""
+        return self.method == "qlora" or self.dora
+
+    @model_validator(mode="after")
+    def _variants_fit(self) -> Self:
+        for name in ("rslora", "dora"):
+            if getattr(self, name) and self.method not in ("lora", "qlora"):
+                raise ValueError(f"tuning.{name} is a kind of LoRA, and tuning.method is {self.method}; use lora, or leave it out")
+        if self.dora and self.experts:
+            raise ValueError(
+                "tuning.dora measures the weights of linear layers, and tuning.experts tunes others; leave one of them out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _experts_fit(self) -> Self:
@@ -101,6 +127,12 @@ class Optimizer(Strict):
     betas: tuple[Share, Share] = Field((0.9, 0.999), description="Decay of the averages of the gradient and of its square.")
     epsilon: float = Field(1e-8, gt=0.0, description="Added to the root of the average square, against division by 0.")
     clip: float = Field(1.0, ge=0.0, description="Largest gradient norm; 0 turns clipping off.")
+    loraplus_ratio: float = Field(
+        1.0,
+        gt=0.0,
+        description="Learning rate of LoRA's second matrices, which begin at 0, as a multiple of the others' (LoRA+, Hayou et al."
+        " 2024, who found 16 good).",
+    )
     states: Literal["float32", "bfloat16", "8bit"] = Field(
         "float32", description="Number format of AdamW's two moments: 8, 4 or about 2 bytes for each trained number."
     )
@@ -324,6 +356,11 @@ class Training(Strict):
         if self.optimizer.states != "float32" and self.optimizer.name != "adamw":
             raise ValueError(
                 f"optimizer.states {self.optimizer.states} is AdamW's, and the optimizer is {self.optimizer.name}; leave it out"
+            )
+        if self.optimizer.loraplus_ratio != 1.0 and self.optimizer.name != "adamw":
+            raise ValueError(
+                f"optimizer.loraplus_ratio is AdamW's, and the optimizer is {self.optimizer.name}, whose steps are in proportion to"
+                " the weights already; leave it out"
             )
         if self.optimizer.states != "float32" and self.deepspeed.offload == "nvme":
             raise ValueError(

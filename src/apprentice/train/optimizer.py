@@ -20,6 +20,9 @@ from apprentice.recipe import Optimizer
 from apprentice.train.engine.compat import whole_shape
 from apprentice.train.low_precision_adamw import LowPrecisionAdamW, state_bytes
 
+RATIO = "rate_ratio"  # key of a parameter group: its learning rate as a multiple of the run's
+LORA_B = ".lora_B."  # in the names of LoRA's second matrices, as peft has them
+
 
 def learning_rate(optimizer: Optimizer, step: int, reached: float, steps: float) -> float:
     """Learning rate of the next step after `step` finished ones, in a run of about `steps`.
@@ -110,18 +113,28 @@ def write_moment(optimizer: torch.optim.Optimizer, moment: Tensor, values: Tenso
         moment.copy_(values)
 
 
+def set_learning_rate(optimizer: Any, rate: float) -> None:
+    """Sets the learning rate of the next step; groups with a `RATIO` get that multiple of it. A wrapped optimizer will do."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group.get(RATIO, 1.0)
+
+
 def adamw(parameters: Mapping[str, nn.Parameter], optimizer: Optimizer) -> torch.optim.Optimizer:
     """AdamW over `parameters`, fused where its moments are float32.
 
-    Weight decay applies to tensors of two or more dimensions, not to norms and biases.
+    Weight decay applies to tensors of two or more dimensions, not to norms and biases. LoRA's second matrices have a group of their
+    own where their learning rate is another.
     """
-    matrices = [parameter for parameter in parameters.values() if len(whole_shape(parameter)) >= 2]
-    others = [parameter for parameter in parameters.values() if len(whole_shape(parameter)) < 2]
-    if optimizer.weight_decay == 0.0:
-        matrices, others = [*matrices, *others], []
-    groups: list[dict[str, Any]] = [{"params": matrices, "weight_decay": optimizer.weight_decay}]
-    if others:
-        groups.append({"params": others, "weight_decay": 0.0})
+    grouped: dict[tuple[float, float], list[nn.Parameter]] = {(optimizer.weight_decay, 1.0): []}  # (decay, ratio) → parameters
+    for name, parameter in sorted(parameters.items(), key=lambda item: len(whole_shape(item[1])) < 2):  # matrices first
+        decay = optimizer.weight_decay if len(whole_shape(parameter)) >= 2 else 0.0
+        ratio = optimizer.loraplus_ratio if LORA_B in name else 1.0
+        grouped.setdefault((decay, ratio), []).append(parameter)
+    groups: list[dict[str, Any]] = []
+    for (decay, ratio), members in grouped.items():
+        if members:
+            group = {"params": members, "weight_decay": decay, "lr": optimizer.learning_rate * ratio}
+            groups.append(group | ({} if ratio == 1.0 else {RATIO: ratio}))
     settings: dict[str, Any] = {"lr": optimizer.learning_rate, "betas": optimizer.betas, "eps": optimizer.epsilon}
     if optimizer.states != "float32":
         return LowPrecisionAdamW(groups, optimizer.states, **settings)

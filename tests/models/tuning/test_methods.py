@@ -59,9 +59,33 @@ def test_alpha(tiny_model: Path, alpha: float | None, scale: float) -> None:
     assert model.base_model.model.model.layers[0].self_attn.q_proj.scaling["default"] == scale
 
 
+@pytest.mark.parametrize(("rank", "alpha", "scale"), [(4, None, 8.0), (64, None, 2.0), (4, 6.0, 3.0)])
+def test_the_scale_of_rslora_falls_with_the_root_of_the_rank(
+    tiny_model: Path, rank: int, alpha: float | None, scale: float
+) -> None:
+    model = wrapped(tiny_model, "lora", rank=rank, alpha=alpha, rslora=True)
+    assert model.base_model.model.model.layers[0].self_attn.q_proj.scaling["default"] == scale
+
+
+def test_dora_trains_the_length_of_every_row_of_a_weight_too(tiny_model: Path) -> None:
+    model = wrapped(tiny_model, "lora", dora=True)
+    lengths = {name: values for name, values in trainable_parameters(model).items() if "lora_magnitude_vector" in name}
+    assert len(lengths) == 2 * 7  # layers, projections
+    name, values = next(iter(lengths.items()))
+    weight = model.get_submodule(name.partition(".lora_magnitude_vector")[0]).base_layer.weight
+    torch.testing.assert_close(values.detach(), weight.norm(dim=1), rtol=1e-5, atol=0)
+    with torch.no_grad():  # it begins as the base
+        torch.testing.assert_close(
+            model(input_ids=IDS).logits, load_model(tiny_model, torch.float32)(input_ids=IDS).logits, rtol=0, atol=1e-5
+        )
+
+
+@pytest.mark.parametrize("variant", [{}, {"rslora": True}, {"dora": True}], ids=["lora", "rslora", "dora"])
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft 0.21 on transformers 5.23
-def test_lora_loads_with_peft_alone_and_merges_to_the_same_logits(tiny_model: Path, tmp_path: Path) -> None:
-    model = wrapped(tiny_model, "lora")
+def test_lora_loads_with_peft_alone_and_merges_to_the_same_logits(
+    variant: dict[str, bool], tiny_model: Path, tmp_path: Path
+) -> None:
+    model = wrapped(tiny_model, "lora", **variant)
     load_trainable(model, disturbed(model))
     method = TUNING_METHODS["lora"]
     assert method.save_adapter is not None

@@ -22,7 +22,7 @@ from apprentice.train.engine.deepspeed import DeepSpeedEngine
 from apprentice.train.loop import compute_validation_loss
 from apprentice.train.losses import target_losses
 from apprentice.train.losses.loss_registry import create_loss
-from apprentice.train.optimizer import make_optimizer
+from apprentice.train.optimizer import make_optimizer, set_learning_rate
 from tests.models.architectures import made
 from tests.support.checkpoints import state_of
 from tests.support.process_group import join_group
@@ -45,7 +45,8 @@ def settings(case: dict[str, Any], workers: int) -> Training:
             "global_batch": ROWS * workers,
             "micro_batch": ROWS // 2,
             "objective": "sft" if case["objective"] == "weighted" else case["objective"],
-            "optimizer": {"name": "adamw", "learning_rate": RATE, "weight_decay": 0.01, "clip": 0.0},
+            "optimizer": {"name": "adamw", "learning_rate": RATE, "weight_decay": 0.01, "clip": 0.0}
+            | {"loraplus_ratio": case.get("ratio", 1.0)},
             "deepspeed": {"stage": case.get("stage", 3), "extra": every_parameter},
             "router_loss": case.get("router_loss", 0.0),
             "activation_checkpointing": case["checkpointing"],
@@ -61,7 +62,7 @@ def model_of(case: dict[str, Any], folder: Path) -> Any:
             made(case["model"]), Tuning(method=case["method"], rank=4, experts=case["method"] == "lora"), 3
         )
     if case["objective"] != "reward":
-        return fresh(case["method"], torch.float32)
+        return fresh(case["method"], torch.float32, dora=case.get("dora", False))
     return load_model(folder / "reward", torch.float32, head=3)
 
 
@@ -108,8 +109,7 @@ def plain(case: dict[str, Any], workers: int, folder: Path) -> dict[str, Any]:
     loss_module = create_loss(model, training).train()
     parameters = trainable_parameters(model)
     optimizer = make_optimizer(parameters, training.optimizer)
-    for group in optimizer.param_groups:
-        group["lr"] = RATE
+    set_learning_rate(optimizer, RATE)
     result: dict[str, Any] = {"loss": [], "norm": []}
     for step in range(STEPS):
         parts = [rows_of(case, step, rank, workers) for rank in range(workers)]

@@ -28,8 +28,9 @@ PLAIN: dict[str, Any] = {"objective": "sft", "method": "full", "checkpointing": 
 CASES: list[tuple[int, dict[str, Any]]] = [
     (2, PLAIN),
     (2, PLAIN | {"checkpointing": True}),
-    (2, PLAIN | {"method": "lora"}),
+    (2, PLAIN | {"method": "lora", "ratio": 16.0}),
     (2, PLAIN | {"method": "lora", "checkpointing": True}),
+    (2, PLAIN | {"method": "lora", "stage": 2, "dora": True, "ratio": 16.0}),
     (2, PLAIN | {"objective": "weighted"}),
     (2, PLAIN | {"objective": "dpo"}),
     (2, PLAIN | {"objective": "orpo"}),

@@ -67,6 +67,12 @@ def test_what_is_kept(name: str, method: str, dtype: torch.dtype, tmp_path: Path
     assert estimate(chosen, dtype, monkeypatch) == pytest.approx(kept(chosen, dtype), rel=0.1)
 
 
+def test_what_dora_keeps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = recipe(tmp_path, "llama", "lora")
+    chosen = chosen.model_copy(update={"tuning": chosen.tuning.model_copy(update={"dora": True})})
+    assert estimate(chosen, torch.float32, monkeypatch) == pytest.approx(kept(chosen, torch.float32), rel=0.1)
+
+
 def test_rows_logits_and_checkpointing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = recipe(tmp_path, "llama")
     one = estimate_activations(plain, torch.float32, 1, LENGTH, 1)

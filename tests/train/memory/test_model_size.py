@@ -53,6 +53,16 @@ def test_products_leave_out_embeddings_that_are_looked_up(tmp_path: Path) -> Non
     assert tied.products.weights == tied.parameters - 33 * 2048  # the output layer multiplies with the embedding
 
 
+def test_lengths_of_dora_are_counted(tmp_path: Path) -> None:
+    model = big_llama(tmp_path, "8b")
+    lora, dora = (
+        measure_model_size(load_recipe(tiny_recipe(tmp_path, model, tuning={"method": "lora", "dora": dora})), torch.bfloat16)
+        for dora in (False, True)
+    )
+    rows = 32 * (4096 + 1024 + 1024 + 4096 + 14336 + 14336 + 4096)  # layers, rows of each linear layer's weight
+    assert dora.trained - lora.trained == dora.parameters - lora.parameters == rows
+
+
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_a_token_meets_the_experts_that_it_is_sent_to(method: str, tmp_path: Path) -> None:
     """Two of four; LoRA's matrices beside experts are divided likewise."""

@@ -24,6 +24,8 @@ from apprentice.models.tuning.experts import expert_parameters
 from apprentice.models.tuning.virtual_tokens import start_from_common_words
 from apprentice.recipe import Tuning
 
+RSLORA_ALPHA = 16  # the same for all ranks, as in the paper's experiments
+
 
 @dataclass(frozen=True)
 class TuningMethod:
@@ -55,8 +57,10 @@ def _wrap_lora(model: PreTrainedModel, tuning: Tuning, seed: int) -> nn.Module:
     config = LoraConfig(
         task_type=_task_type(model),
         r=tuning.rank,
-        lora_alpha=tuning.alpha or 2 * tuning.rank,  # type: ignore[arg-type]  # a float is fine
+        lora_alpha=tuning.alpha or (RSLORA_ALPHA if tuning.rslora else 2 * tuning.rank),  # type: ignore[arg-type]  # a float is fine
         lora_dropout=tuning.dropout,
+        use_rslora=tuning.rslora,
+        use_dora=tuning.dora,
         target_modules="all-linear",
         target_parameters=experts or None,
     )

@@ -11,7 +11,7 @@ from apprentice.models.weights.safetensors_reader import PIECE_BYTES
 from apprentice.preflight.hardware.devices import Hardware
 from apprentice.preflight.hardware.roofline import MicroBatch, StepTime, estimate_step_time, model_flops
 from apprentice.pretrained.hub import config_folder
-from apprentice.recipe import Recipe, data_parallel_size
+from apprentice.recipe import Recipe, Tuning, data_parallel_size
 from apprentice.recipe.lanes import Lanes
 from apprentice.train.checkpoint.shard_writer import WINDOW_BYTES
 from apprentice.train.engine.deepspeed_config import choose_micro_batch, rows_per_worker
@@ -126,8 +126,8 @@ class HardwareEstimator:
 
     def __init__(self, hardware: Hardware) -> None:
         self.hardware = hardware
-        self._sizes: dict[tuple[str, ...], ModelSize] = {}
-        self._saved: dict[tuple[str, str, int], SavedTensors | None] = {}  # by one row
+        self._sizes: dict[tuple[str, Tuning, str], ModelSize] = {}
+        self._saved: dict[tuple[Tuning, str, int], SavedTensors | None] = {}  # by one row
 
     def estimate(self, recipe: Recipe) -> HardwareEstimate:
         """The estimate of `recipe`, which `place_recipe` made."""
@@ -144,7 +144,7 @@ class HardwareEstimator:
 
     def size(self, recipe: Recipe) -> ModelSize:
         """Size of the recipe's model with its tuning method."""
-        key = (recipe.model.base, recipe.tuning.method, recipe.training.optimizer.name)  # which decides on the weights' format
+        key = (recipe.model.base, recipe.tuning, recipe.training.optimizer.name)  # which decides on the weights' format
         if key not in self._sizes:
             on = "cuda" if recipe.training.resources.gpus else "cpu"
             self._sizes[key] = measure_model_size(recipe, resolve_dtype(recipe.model.dtype, on))
@@ -153,7 +153,7 @@ class HardwareEstimator:
     def _saved_by_row(self, recipe: Recipe) -> SavedTensors | None:
         """What the forward pass of one row saves; None if not known."""
         length = recipe.data.packing.length
-        key = (recipe.tuning.method, recipe.training.optimizer.name, length)
+        key = (recipe.tuning, recipe.training.optimizer.name, length)
         if key not in self._saved:
             size = self.size(recipe)
             self._saved[key] = measure_saved_tensors(recipe, size.dtype, 1, length)

@@ -31,7 +31,15 @@ from apprentice.train.engine.deepspeed_config import deepspeed_config
 from apprentice.train.engine.sequence_group import SequenceGroup
 from apprentice.train.losses.loss_registry import create_loss
 from apprentice.train.losses.objective_loss import ObjectiveLoss
-from apprentice.train.optimizer import begin_state, make_optimizer, moment_shapes, number_formats, read_moment, write_moment
+from apprentice.train.optimizer import (
+    begin_state,
+    make_optimizer,
+    moment_shapes,
+    number_formats,
+    read_moment,
+    set_learning_rate,
+    write_moment,
+)
 from apprentice.train.state import StepOutcome
 
 
@@ -90,8 +98,7 @@ class DeepSpeedEngine:
         All workers must give equally many micro-batches.
         """
         self._engine.train()
-        for group in self._engine.optimizer.param_groups:
-            group["lr"] = rate
+        set_learning_rate(self._engine.optimizer, rate)
         # Numbers stay on the device until the step is over: reading one earlier would wait for all that is queued there.
         nll = torch.zeros((), dtype=torch.float64, device=self._device)
         norm: Tensor | float = 0.0

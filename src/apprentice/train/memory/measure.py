@@ -102,7 +102,7 @@ def list_smaller_recipes(recipe: Recipe, micro: int, length: int, workers: int) 
     rows = training.global_batch // data_parallel_size(workers, training.sequence_parallel)
     fewer = max((size for size in range(1, micro) if rows % size == 0), default=0)
     shorter = recipe.data.packing.length // 2
-    highest = 2 if recipe.tuning.method == "qlora" else 3  # weights in 4 bits cannot be split up
+    highest = 2 if recipe.tuning.keeps_weights_whole else 3
 
     def with_training(**values: Any) -> Recipe:
         return recipe.model_copy(update={"training": training.model_copy(update=values)})
