@@ -215,6 +215,16 @@ class Folder:
         with _whole(fs, path) as temporary, fs.open_output_stream(temporary) as stream:
             stream.write(data)
 
+    @contextmanager
+    def open_writer(self) -> Iterator[Any]:
+        """Context manager with a stream that writes the file piece by piece; elsewhere than on object stores it appears whole.
+
+        There a block that fails leaves what it has written, so that another file must say which ones count.
+        """
+        fs, path = self.filesystem()
+        with _whole(fs, path) as part, fs.open_output_stream(part) as stream:
+            yield stream
+
     def create(self, data: bytes) -> bool:
         """Creates the file with `data`; returns False, and writes nothing, if it exists already.
 

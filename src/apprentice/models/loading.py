@@ -31,6 +31,7 @@ from apprentice.pretrained.architecture import FAMILIES, NO_FLOAT16, check_gener
 from apprentice.pretrained.hub import local_folder
 from apprentice.pretrained.trust import check_model_folder
 from apprentice.run.identity import ADAPTER, ADAPTER_CONFIG
+from apprentice.storage import Folder
 
 _FAST_BFLOAT16 = ("amx_bf16", "avx512_bf16")  # CPU units that multiply bfloat16, in PyTorch's names
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -76,6 +77,7 @@ def load_model(
     trust: bool = False,
     packed: PackedCompute | None = None,
     splitter: ModelSplitter | None = None,
+    weights: Folder | None = None,
 ) -> PreTrainedModel:
     """Loads the model `base` (folder, hub id or packaged model) on the CPU, in evaluation mode.
 
@@ -83,9 +85,9 @@ def load_model(
     weights is attached. `four_bit` quantizes the weights to NF4, which needs a GPU. `head` loads a reward model instead; if the
     folder has none, the output layer is initialised with `head` as seed. `packed` says where packed rows will run through it; None
     means any other purpose, for which `attention` `auto` and `flash` are the architecture's default. With a `splitter` the model is
-    split among processes as it is built, which `find_split_obstacle` must allow. Raises `ModelError` if the model cannot be found,
-    is no language model (or cannot give rewards), or lacks weights; and, unless `trust`, if it would read a pickle or run code of
-    the model's own.
+    split as it is built, which `find_split_obstacle` must allow; then `weights` may name another place of the files with the
+    weights. Raises `ModelError` if the model cannot be found, is no language model (or cannot give rewards), or lacks weights;
+    and, unless `trust`, if it would read a pickle or run code of the model's own.
     """
     folder = local_folder(str(base), trust=trust)
     check_model_folder(folder, trust=trust)
@@ -110,7 +112,7 @@ def load_model(
             config.num_labels = 1
         with torch.random.fork_rng():
             torch.manual_seed(head or 0)
-            model, missing_keys = _load_weights(loader, folder, config, dtype, options, splitter)
+            model, missing_keys = _load_weights(loader, folder, config, dtype, options, splitter, weights)
     except (OSError, ValueError, ImportError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ModelError(f"{folder} cannot be loaded as a {FAMILIES[family]}: {reason}") from error
@@ -128,7 +130,13 @@ def load_model(
 
 
 def _load_weights(
-    loader: Any, folder: Path, config: Any, dtype: torch.dtype, options: dict[str, Any], splitter: ModelSplitter | None
+    loader: Any,
+    folder: Path,
+    config: Any,
+    dtype: torch.dtype,
+    options: dict[str, Any],
+    splitter: ModelSplitter | None,
+    weights: Folder | None,
 ) -> tuple[Any, set[str]]:
     """The model of `config` with the weights in `folder`, and the names of those that are missing and were initialised.
 
@@ -138,7 +146,7 @@ def _load_weights(
     if splitter is not None and model_class is not None:  # without a class `from_pretrained` says what there would be
         from apprentice.models.weights.split_model import load_split_model  # which older transformers cannot import
 
-        return load_split_model(folder, model_class, config_of_class(model_class, config), dtype, splitter)
+        return load_split_model(folder, model_class, config_of_class(model_class, config), dtype, splitter, weights)
     options = options | {"config": config, "dtype": dtype, "local_files_only": True, "output_loading_info": True}
     model, report = loader.from_pretrained(folder, **options)
     return model, set(report["missing_keys"])

@@ -1,4 +1,4 @@
-"""Merges a PEFT adapter into its base model and writes one plain model folder."""
+"""Merging of adapters into their base model: a PEFT folder into a plain model folder, or single tensors as they are read."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 
 from apprentice.errors import ModelError
 from apprentice.models.loading import load_model
+from apprentice.models.weights.streamed_weights import StreamedWeights
 from apprentice.pretrained.hub import local_folder
 from apprentice.pretrained.trust import check_adapter_folder
 from apprentice.run.identity import ADAPTER_CONFIG
@@ -49,3 +50,18 @@ def merge_adapter(adapter: Path, target: Path, *, trust: bool = False) -> Path:
         ):
             shutil.copy(file, target / file.name)
     return target
+
+
+def merge_streamed(model: Any, weights: StreamedWeights) -> Any:
+    """The plain model in `model`, whose weights are streamed: what its tuning method adds is merged whenever a weight is read.
+
+    Each layer is merged by its own `merge` of peft, so that the numbers are those of `merge_and_unload`.
+    """
+    from peft.tuners.lora.layer import ParamWrapper
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    for layer in layers:
+        inner: Any = layer.get_base_layer()
+        weights.merge_on_read(getattr(inner, layer.parameter_name) if isinstance(layer, ParamWrapper) else inner.weight, layer)
+    return model.unload() if layers else model

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 from contextlib import nullcontext
-from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -21,17 +21,21 @@ from apprentice.data.window import Probe
 from apprentice.errors import TrainingError
 from apprentice.models.loading import load_model
 from apprentice.models.tuning.methods import TUNING_METHODS, load_trainable, trainable_parameters
+from apprentice.models.weights import streamed_weights
+from apprentice.models.weights.streamed_weights import StreamedWeights
 from apprentice.pretrained.tokenizer import Tokenizer
 from apprentice.recipe import Recipe
 from apprentice.run.contract import read_contract, weights_sha256
 from apprentice.run.folder import Run
 from apprentice.storage import Folder
-from apprentice.train.checkpoint import model_export as exporting
+from apprentice.train.checkpoint import model_export, model_writer
 from apprentice.train.checkpoint.fidelity import compare_scores, score_examples
 from apprentice.train.checkpoint.format import Checkpoint
 from apprentice.train.checkpoint.model_export import export_model
+from apprentice.train.checkpoint.model_writer import StreamedWriter
 from apprentice.train.state import State
 from tests.support.checkpoints import save
+from tests.support.object_store import BUCKET, object_store
 
 IDS = torch.tensor([[5, 6, 7, 8]])
 PROBE = Probe(
@@ -42,6 +46,12 @@ PROBE = Probe(
     ),
 )
 TARGETS = ((0, (4, 5)), (1, (2, 3, 6, 7)))  # example → the places of its target tokens
+
+
+@pytest.fixture(autouse=True)
+def _streamed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Matrices of tiny models are streamed too, but not a reward model's head."""
+    monkeypatch.setattr(streamed_weights, "LEAST_NUMBERS", 256)
 
 
 def recipe(model: Path, method: str, objective: str = "sft") -> Recipe:
@@ -164,8 +174,7 @@ def test_a_merge_that_loses_the_adapter_is_not_published(
 ) -> None:
     made = recipe(tiny_model, "lora")
     run, checkpoint, _ = trained(tmp_path, made, dtype)
-    forgetful = replace(TUNING_METHODS["lora"], merge=lambda model: load_model(tiny_model, torch.float32))
-    monkeypatch.setitem(TUNING_METHODS, "lora", forgetful)
+    monkeypatch.setattr(StreamedWeights, "merge_on_read", lambda *_: None)
     with pytest.raises(TrainingError, match=r"log-probabilities are .* from the trained model's; do not use it"):
         export_model(made, run, checkpoint, layout_of(tiny_model), PROBE)
     assert not run.export_file.exists()
@@ -176,10 +185,10 @@ def test_what_does_not_load_again_is_not_published(tiny_model: Path, tmp_path: P
     made = recipe(tiny_model, "full")
     run, checkpoint, _ = trained(tmp_path, made, "float32")
 
-    def loads_something_else(base: Any, dtype: torch.dtype, attention: str = "auto", **_: Any) -> Any:
+    def loads_something_else(base: Any, dtype: torch.dtype, **_: Any) -> Any:
         return load_model(tiny_model, dtype)
 
-    monkeypatch.setattr(exporting, "load_model", loads_something_else)
+    monkeypatch.setattr(model_writer, "load_model", loads_something_else)
     with pytest.raises(TrainingError, match="is not the same in the exported model"):
         export_model(made, run, checkpoint, layout_of(tiny_model), PROBE)
     assert not run.export_file.exists()
@@ -208,6 +217,8 @@ def test_an_encoder_decoder_is_held_against_what_was_trained(t5_folder: Path, tm
     assert (facts["mean"], facts["largest"]) == pytest.approx(expected, rel=0.05, abs=1e-5)
 
 
+BETTER, WORSE = [9, 40, 41, 7, 2], [9, 40, 41, 8, 8, 2]
+REWARDED = Probe("validation", (Tokenized(BETTER, 3, 0, None, rejected=Tokenized(WORSE, 3, 0, None)),))
 PAIRS = Probe("training", (Tokenized([40, 41, 42, 2, 7, 8, 2], 4, 0, None), Tokenized([30, 31, 2, 33, 2], 3, 0, None)))
 
 
@@ -228,17 +239,81 @@ def t5_folder(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 def test_a_reward_model_is_held_against_what_was_trained(tiny_model: Path, tmp_path: Path, method: str) -> None:
     made = recipe(tiny_model, method, objective="reward")
     run, checkpoint, model = trained(tmp_path, made, "bfloat16")
-    better, worse = [9, 40, 41, 7, 2], [9, 40, 41, 8, 8, 2]
-    probe = Probe("validation", (Tokenized(better, 3, 0, None, rejected=Tokenized(worse, 3, 0, None)),))
-    export_model(made, run, checkpoint, layout_of(tiny_model), probe)
+    export_model(made, run, checkpoint, layout_of(tiny_model), REWARDED)
     alone = load_model(run.model.local, torch.bfloat16, head=0)
     with torch.no_grad():
-        rewards = [[float(one(input_ids=torch.tensor([ids])).logits) for ids in (better, worse)] for one in (alone, model)]
+        rewards = [[float(one(input_ids=torch.tensor([ids])).logits) for ids in (BETTER, WORSE)] for one in (alone, model)]
     apart = [abs(one - other) for one, other in zip(*rewards, strict=True)]
     facts = run.export_file.read_json()
     assert (facts["of"], facts["count"], facts["examples"]) == ("rewards", 2, 1)
     assert (facts["mean"], facts["largest"]) == pytest.approx((sum(apart) / 2, max(apart)), rel=0.1, abs=1e-3)
     assert facts["largest"] > 0
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft 0.21 on transformers 5.23
+@pytest.mark.parametrize(("method", "objective"), [(name, "sft") for name in TUNING_METHODS] + [("lora", "reward")])
+@pytest.mark.parametrize("family", ["causal", "seq2seq"])
+def test_streamed_and_whole_exports_are_the_same_to_the_byte(
+    tiny_model: Path, t5_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, method: str, objective: str
+) -> None:
+    if (family, objective) == ("seq2seq", "reward"):
+        return
+    base, probe = (tiny_model, PROBE) if family == "causal" else (t5_folder, PAIRS)
+    probe = REWARDED if objective == "reward" else probe
+    layout = layout_of(base) if family == "causal" else Layout("plain", Tokenizer(base), "seq2seq")
+    made = recipe(base, method, objective)
+    run, checkpoint, _ = trained(tmp_path, made, "bfloat16")
+    for way, obstacle in (("streamed", None), ("whole", "a reason")):
+        monkeypatch.setattr(model_export, "find_split_obstacle", lambda _, obstacle=obstacle: obstacle)
+        export_model(made, run, checkpoint, layout, probe)
+        for name in ("model", "adapter", "export.json"):
+            if (run.folder / name).exists():
+                (run.folder / name).local.rename(tmp_path / f"{way}-{name}")
+    assert files_of(tmp_path / "streamed-model") == files_of(tmp_path / "whole-model") != {}
+    assert files_of(tmp_path / "streamed-adapter") == files_of(tmp_path / "whole-adapter")
+    assert (tmp_path / "streamed-export.json").read_text() == (tmp_path / "whole-export.json").read_text()
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft 0.21 on transformers 5.23
+def test_an_export_goes_to_an_object_store_without_a_copy_on_the_disk(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    largest_files: list[int] = []
+    publish = model_export._publish
+
+    def publish_and_look(source: Path, *rest: Any, **options: Any) -> None:
+        largest_files.append(sum(file.stat().st_size for file in source.glob("*.safetensors")))
+        publish(source, *rest, **options)
+
+    with object_store() as store:
+        for name, value in store.environment.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(model_export, "_publish", publish_and_look)
+        for method, objective in (("lora", "sft"), ("prefix", "sft"), ("lora", "reward")):
+            made = recipe(tiny_model, method, objective)
+            here, checkpoint, _ = trained(tmp_path / f"{method}-{objective}", made, "bfloat16")
+            there = Run(Folder.at(f"s3://{BUCKET}/{method}-{objective}"))
+            (there.model / "old.safetensors").write_bytes(b"of an export before")
+            for run in (here, there):
+                export_model(made, run, checkpoint, layout_of(tiny_model), PROBE if objective == "sft" else REWARDED)
+            assert files_of(here.model.local) == files_of(there.model.download(tmp_path / "down" / f"{method}-{objective}"))
+            assert files_of(here.adapter.local) == files_of(there.adapter.download(tmp_path / "down" / f"{method}-{objective}-a"))
+            assert largest_files[-1] == 0
+            assert largest_files[1] > 0  # on a disk
+        with monkeypatch.context() as patch:
+            patch.setattr(StreamedWeights, "merge_on_read", lambda *_: None)
+            with pytest.raises(TrainingError, match="do not use it"):
+                export_model(made, there, checkpoint, layout_of(tiny_model), REWARDED)
+            assert there.is_trained  # the earlier export is as it was
+        monkeypatch.setattr(StreamedWriter, "reload_and_score", None)
+        with pytest.raises(TypeError):
+            export_model(made, there, checkpoint, layout_of(tiny_model), REWARDED)
+        assert not there.is_trained  # its weights are not known to be right
 
 
 def test_questions_alone_are_compared_by_their_own_tokens(tiny_model: Path) -> None:

@@ -90,6 +90,8 @@ def test_an_export_lands_where_its_memory_is_and_is_never_refused() -> None:
     assert export_memory(8 * 10**9, torch.float32, nodes) == 8 * 8 * 10**9 + PROCESS_BYTES
     assert export_memory(70 * 10**9, torch.bfloat16, nodes) == 64 * GIB
     assert export_memory(10**9, torch.bfloat16, [{"CPU": 8.0}]) is None
+    assert export_memory(8 * 10**9, torch.bfloat16, nodes, largest=10**9) == 12 * 10**9 + PROCESS_BYTES
+    assert export_memory(10**6, torch.bfloat16, nodes, largest=10**6) == 6 * 10**6 + PROCESS_BYTES  # no more than the whole
     head = {"memory": 500.0 * GIB}  # no CPU: the export would wait there for ever
     assert export_memory(70 * 10**9, torch.bfloat16, [head, *nodes]) == 64 * GIB
 

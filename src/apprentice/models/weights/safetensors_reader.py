@@ -11,6 +11,7 @@ import json
 import math
 import struct
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from apprentice.errors import ModelError
+from apprentice.storage import Folder
 
 SINGLE_FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PIECE_BYTES = 1 << 24  # read at once
@@ -40,7 +42,7 @@ _DTYPES = {
 class TensorEntry:
     """A tensor in a safetensors file: `start` is the place of its first byte in the file."""
 
-    file: Path
+    file: Path | Folder
     dtype: torch.dtype
     shape: tuple[int, ...]
     start: int
@@ -67,17 +69,38 @@ def weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in sorted(names)]
 
 
-def read_header(file: Path) -> tuple[dict[str, Any], int]:
+def stored_weight_files(folder: Folder) -> list[Folder]:
+    """All safetensors files in a folder of an object store, or of a disk."""
+    return [file for file in folder.children() if file.name.endswith(".safetensors")]
+
+
+def _open(file: Path | Folder) -> AbstractContextManager[Any]:
+    """The file, opened to be read in any order and without a buffer."""
+    if isinstance(file, Path):
+        return file.open("rb", buffering=0)
+    fs, path = file.filesystem()
+    opened: AbstractContextManager[Any] = fs.open_input_file(path)
+    return opened
+
+
+def _size(file: Path | Folder) -> int:
+    if isinstance(file, Path):
+        return file.stat().st_size
+    fs, path = file.filesystem()
+    return int(fs.get_file_info(path).size)
+
+
+def read_header(file: Path | Folder) -> tuple[dict[str, Any], int]:
     """The header of a safetensors file without its metadata, and the place of the first number.
 
     Raises `OSError` or `ValueError` for a file that is none.
     """
-    with file.open("rb") as stream:
+    with _open(file) as stream:
         start = stream.read(8)
         if len(start) < 8:
             raise ValueError(f"{file.name} is no safetensors file")
         (size,) = struct.unpack("<Q", start)
-        if size > file.stat().st_size:
+        if size > _size(file):
             raise ValueError(f"{file.name} is no safetensors file")
         header: dict[str, Any] = json.loads(stream.read(size))
     header.pop("__metadata__", None)
@@ -90,17 +113,18 @@ class SafetensorsReader:
     Raises `ModelError` for a file that is cut off, is no safetensors file, or has numbers of an unknown format.
     """
 
-    def __init__(self, files: Sequence[Path]) -> None:
+    def __init__(self, files: Sequence[Path | Folder]) -> None:
         self.bytes_read = 0
         self._buffer = torch.empty(PIECE_BYTES, dtype=torch.uint8)  # one for all reads, so that they leave no holes in the heap
         self.entries: dict[str, TensorEntry] = {}
         for file in files:
             try:
                 header, first = read_header(file)
+                size = _size(file)
                 for name, entry in header.items():
                     start, end = entry["data_offsets"]
                     self.entries[name] = TensorEntry(file, _DTYPES[entry["dtype"]], tuple(entry["shape"]), first + start)
-                    if first + end > file.stat().st_size:
+                    if first + end > size:
                         raise ValueError(f"it ends before {name!r}")
             except (OSError, ValueError, KeyError, TypeError) as error:
                 raise ModelError(f"the weights in {file} cannot be read ({error}); fetch or export the model again.") from error
@@ -110,7 +134,7 @@ class SafetensorsReader:
         entry = self.entries[name]
         buffer = self._buffer.view(entry.dtype)
         at_once = len(buffer)
-        with entry.file.open("rb", buffering=0) as stream:
+        with _open(entry.file) as stream:
             stream.seek(entry.start + start * entry.dtype.itemsize)
             for first in range(0, out.numel(), at_once):
                 piece = buffer[: out.numel() - first]
@@ -125,7 +149,7 @@ class SafetensorsReader:
         self.read_into(name, 0, whole)
         return whole.view(entry.shape)
 
-    def _fill(self, stream: Any, room: memoryview, file: Path) -> None:
+    def _fill(self, stream: Any, room: memoryview, file: Path | Folder) -> None:
         filled = 0
         while filled < len(room):
             count = stream.readinto(room[filled:])

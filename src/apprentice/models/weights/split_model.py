@@ -17,7 +17,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from apprentice.models.weights.compat import Conversion, UnfilledModel, buffer_dtypes, build_on_meta, find_conversions
+from apprentice.models.weights.compat import (
+    Conversion,
+    UnfilledModel,
+    buffer_dtypes,
+    build_on_meta,
+    find_conversions,
+    read_generation_config,
+)
 from apprentice.models.weights.parameter_source import (
     ConvertedSource,
     FileRun,
@@ -27,19 +34,26 @@ from apprentice.models.weights.parameter_source import (
     row_numbers,
     runs_of_rows,
 )
-from apprentice.models.weights.safetensors_reader import SafetensorsReader, weight_files
+from apprentice.models.weights.safetensors_reader import SafetensorsReader, stored_weight_files, weight_files
 from apprentice.models.weights.splitter import ModelSplitter
+from apprentice.storage import Folder
 
 
 def load_split_model(
-    folder: Path, model_class: Any, config: Any, dtype: torch.dtype, splitter: ModelSplitter
+    folder: Path,
+    model_class: Any,
+    config: Any,
+    dtype: torch.dtype,
+    splitter: ModelSplitter,
+    weights: Folder | None = None,
 ) -> tuple[PreTrainedModel, set[str]]:
     """Loads the weights in `folder` into a `model_class` of `config` in `dtype`, split by `splitter`; the model is on the CPU.
 
-    Returns the model, in evaluation mode, and the names of the weights that the files lack and that were initialised. All processes
-    must call it with the same state of the random number generator. Raises `ModelError` for files that cannot be read.
+    `weights` names another place of the files of weights, all of which belong to the model. Returns the model, in evaluation mode,
+    and the names of the weights that the files lack and that were initialised. All processes must call it with the same state of
+    the random number generator. Raises `ModelError` for files that cannot be read.
     """
-    reader = SafetensorsReader(weight_files(folder))
+    reader = SafetensorsReader(weight_files(folder) if weights is None else stored_weight_files(weights))
     unfilled = UnfilledModel(build_on_meta(model_class, config, dtype))
     parameters = dict(unfilled.model.named_parameters())
     buffers = buffer_dtypes(unfilled.model, dtype)
@@ -56,6 +70,7 @@ def load_split_model(
         if not splitter.are_equal(sources[target], sources[other], parameters[target].numel(), dtype):
             unfilled.keep_apart(target)
     missing = unfilled.finish()
+    read_generation_config(unfilled.model, folder)
     for parameter in unfilled.model.parameters():
         splitter.split(parameter, by_parameter.get(parameter) or MemorySource(parameter.data))
     splitter.count_bytes(reader.bytes_read)

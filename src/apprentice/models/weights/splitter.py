@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol
 
@@ -28,6 +29,13 @@ class ModelSplitter(Protocol):
 
     def count_bytes(self, count: int) -> None:
         """Notes that this process has read `count` bytes of weights."""
+
+
+class GatheringSplitter(ModelSplitter, Protocol):
+    """A splitter that lets forward passes run through what it has split."""
+
+    def gather_on_use(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Inside it, forward passes without gradients run through the split `model`."""
 
 
 def find_split_obstacle(folder: Path, *, four_bit: bool = False) -> str | None:

@@ -18,9 +18,9 @@ from torch import Tensor
 from apprentice.models.attention import PackedCompute
 from apprentice.models.loading import load_model
 from apprentice.models.tuning.methods import TUNING_METHODS, load_trainable, trainable_parameters
+from apprentice.models.weights.splitter import GatheringSplitter
 from apprentice.recipe import Recipe
 from apprentice.train.checkpoint.format import WEIGHT
-from apprentice.train.engine.model_splitter import ZeroSplitter
 
 ReadTensor = Callable[[str], Tensor]  # key of a checkpoint → its tensor, float32
 
@@ -33,12 +33,12 @@ def restore_model(
     attention: str | None = None,
     quantized: bool = True,
     packed: PackedCompute | None = None,
-    splitter: ZeroSplitter | None = None,
+    splitter: GatheringSplitter | None = None,
 ) -> Any:
     """The model of `recipe` on the CPU in `dtype`, with the trained weights from `read`; without `read` as training begins.
 
     `attention` replaces the recipe's. `quantized` says whether a method that trains over a 4-bit base gets one. `packed` says where
-    packed rows will run through it, None that it is for other work. With a `splitter` the base model is split among the workers as
+    packed rows will run through it, None that it is for other work. With a `splitter` the base model is split as
     it is loaded; `read` must be None then. Raises `ModelError` if the weights do not belong to this model.
     """
     method = TUNING_METHODS[recipe.tuning.method]

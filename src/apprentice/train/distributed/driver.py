@@ -34,6 +34,7 @@ from apprentice.data.stream import Corpus, estimate_steps, validation_rows
 from apprentice.data.window import WindowRenderer
 from apprentice.errors import TrainingError, all_causes
 from apprentice.models.loading import count_parameters, resolve_dtype
+from apprentice.models.weights.splitter import find_split_obstacle
 from apprentice.pretrained.hub import local_folder
 from apprentice.ray_cluster.autoscaler import request_nodes
 from apprentice.ray_cluster.nodes import node_resources
@@ -62,6 +63,7 @@ from apprentice.train.distributed.row_streams.lane_streams import LaneConfig, La
 from apprentice.train.distributed.score_reference import compute_references
 from apprentice.train.distributed.validation_task import ValidationTask
 from apprentice.train.memory.measure import estimate_of_finished_run
+from apprentice.train.memory.model_size import measure_model_size
 from apprentice.train.metrics.backends import open_backends
 from apprentice.train.metrics.samples import SampleReplies
 from apprentice.train.metrics.tracker import Tracker
@@ -337,10 +339,12 @@ def _finish(
     probe = WindowRenderer(corpus).probe(max(lane.window for lane in last.state.lanes) + 1)
     # In a process of its own, so that its memory is freed.
     task: Any = ray.remote(export_model)
-    size = count_parameters(local_folder(recipe.model.base)), resolve_dtype(best.facts["dtype"])
-    options = {"num_cpus": 1, "memory": export_memory(*size, node_resources()), "max_retries": 0}
+    base, dtype = local_folder(recipe.model.base), resolve_dtype(best.facts["dtype"])
+    largest = measure_model_size(recipe, dtype).largest_module if find_split_obstacle(base) is None else None
+    memory = export_memory(count_parameters(base), dtype, node_resources(), largest=largest)
+    options = {"num_cpus": 1, "memory": memory, "max_retries": 0}
     exporting = task.options(**options).remote(recipe, run, best, corpus.layout, probe, token)
-    memory = tracker.memory and tracker.memory | {
+    peaks = tracker.memory and tracker.memory | {
         "expected": round(estimate_of_finished_run(recipe, _row_length(corpus), tracker.memory).total)
     }
     try:
@@ -357,7 +361,7 @@ def _finish(
         wait_share=tracker.waited / tracker.seconds if tracker.seconds else 0.0,
         restarts=attempts - 1,
         exported_step=best.state.step,
-        **({"peak_memory": memory["peak"], "expected_memory": memory["expected"]} if memory else {}),
+        **({"peak_memory": peaks["peak"], "expected_memory": peaks["expected"]} if peaks else {}),
     )
     at = {"step": state.step, "steps": state.step, "loss": state.loss}
     exported = {"validation_loss": best.state.validation_loss, "validated_step": best.state.step}

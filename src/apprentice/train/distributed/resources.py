@@ -90,13 +90,19 @@ def has_resources(request: ResourceRequest, nodes: Sequence[Mapping[str, float]]
     return True
 
 
-def export_memory(parameters: int, dtype: torch.dtype, nodes: Sequence[Mapping[str, float]]) -> int | None:
+def export_memory(
+    parameters: int, dtype: torch.dtype, nodes: Sequence[Mapping[str, float]], *, largest: int | None = None
+) -> int | None:
     """Ray's option `memory` (bytes) for the task that exports a model of so many parameters in `dtype`.
 
-    It holds the trained model in float32, and the written one that is compared with it. That is asked for, but never more than the
-    largest node with a CPU has: a training that is over is not refused its export. None where no node reports its memory.
+    An export by single tensors holds a module with `largest` numbers three times in float32 at most: read, what is merged into it,
+    and cast. Without `largest` it holds the trained model in float32, and the written one that is compared with it. That is asked
+    for, but never more than the largest node with a CPU has: a training that is over is not refused its export. None where no node
+    reports its memory.
     """
-    return min(parameters * (4 + dtype.itemsize) + PROCESS_BYTES, largest_memory(nodes, cpus=1.0)) or None
+    whole = parameters * (4 + dtype.itemsize)
+    weights = whole if largest is None else min(3 * 4 * largest, whole)
+    return min(weights + PROCESS_BYTES, largest_memory(nodes, cpus=1.0)) or None
 
 
 def has_room_for_validation(recipe: Recipe, nodes: Sequence[Mapping[str, float]]) -> bool:

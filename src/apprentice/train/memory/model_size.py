@@ -51,6 +51,7 @@ class ModelSize:
     weight_bytes: int  # 2 or 4 a weight, but for those in 4 bits
     is_masked: bool  # whether attention computes whole packed rows with a mask, and not each example of a row for itself
     quantized: int = 0  # number of weights in 4 bits
+    largest_module: int = 0  # most numbers in a module's own parameters, such as an embedding or the experts of a layer
     active: Products = field(default_factory=Products)  # numbers that a token meets, embeddings and norms among them
 
     @property
@@ -90,6 +91,7 @@ def measure_model_size(recipe: Recipe, dtype: torch.dtype) -> ModelSize:
         weight_bytes=number_formats(recipe.training.optimizer, dtype).weights.itemsize,
         is_masked=packs_with_mask(recipe, dtype, base),
         quantized=quantized,
+        largest_module=max(sum(own.numel() for own in module.parameters(recurse=False)) for module in model.modules()),
         active=_count_active(model, text),
     )
 
