@@ -23,6 +23,7 @@ SIZES = {"vocab_size": 32_000, "hidden_size": 2048, "intermediate_size": 8192, "
 LARGEST = 32_000 * 2048  # numbers of the embedding
 EXPORT = """
 import json, resource, sys
+from pathlib import Path
 from apprentice.data.encoding.prompt_format import Layout
 from apprentice.data.encoding.tokenize import Tokenized
 from apprentice.data.window import Probe
@@ -36,7 +37,7 @@ from apprentice.train.checkpoint.model_export import export_model
 recipe = Recipe.model_validate(json.loads(sys.argv[1]))
 run = Run(Folder.at(sys.argv[2]))
 probe = Probe("validation", tuple(Tokenized(list(range(3, 3 + size)), 4, 0, None) for size in (30, 64)))
-export_model(recipe, run, find_newest(run.checkpoints), Layout("chat", Tokenizer(recipe.model.base)), probe)
+export_model(recipe, run, find_newest(run.checkpoints), Layout("chat", Tokenizer(Path(recipe.model.base))), probe)
 print(json.dumps({"peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}))
 """
 
