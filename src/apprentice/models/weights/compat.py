@@ -195,8 +195,7 @@ def plan_saving(model: PreTrainedModel, folder: Path) -> SavePlan:
         plan.metadata = metadata
 
     state = {name: value.to("meta") for name, value in model.state_dict().items()}
-    replaced = {"revert_weight_conversion": revert, "safe_save_file": keep}
-    with patch.multiple(modeling_utils, **replaced):
+    with patch.object(modeling_utils, "revert_weight_conversion", revert), patch.object(modeling_utils, "safe_save_file", keep):
         model.save_pretrained(folder, state_dict=state)
     return plan
 

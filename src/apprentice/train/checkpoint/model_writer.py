@@ -140,7 +140,8 @@ class WholeWriter:
     def merge(self) -> None:
         """As in `ModelWriter`."""
         if self._method.merge is not None:
-            self._model = self._method.merge(self._model).to(self._dtype)
+            merged: nn.Module = self._method.merge(self._model)
+            self._model = merged.to(self._dtype)
 
     def score_merged(self, examples: Examples) -> Tensor:
         """As in `ModelWriter`."""
