@@ -297,23 +297,23 @@ def test_an_export_goes_to_an_object_store_without_a_copy_on_the_disk(
         for method, objective in (("lora", "sft"), ("prefix", "sft"), ("lora", "reward")):
             made = recipe(tiny_model, method, objective)
             here, checkpoint, _ = trained(tmp_path / f"{method}-{objective}", made, "bfloat16")
-            there = Run(Folder.at(f"s3://{BUCKET}/{method}-{objective}"))
-            (there.model / "old.safetensors").write_bytes(b"of an export before")
-            for run in (here, there):
+            stored = Run(Folder.at(f"s3://{BUCKET}/{method}-{objective}"))
+            (stored.model / "old.safetensors").write_bytes(b"of an export before")
+            for run in (here, stored):
                 export_model(made, run, checkpoint, layout_of(tiny_model), PROBE if objective == "sft" else REWARDED)
-            assert files_of(here.model.local) == files_of(there.model.download(tmp_path / "down" / f"{method}-{objective}"))
-            assert files_of(here.adapter.local) == files_of(there.adapter.download(tmp_path / "down" / f"{method}-{objective}-a"))
+            assert files_of(here.model.local) == files_of(stored.model.download(tmp_path / "down" / f"{method}-{objective}"))
+            assert files_of(here.adapter.local) == files_of(stored.adapter.download(tmp_path / "down" / f"{method}-{objective}-a"))
             assert largest_files[-1] == 0
             assert largest_files[1] > 0  # on a disk
         with monkeypatch.context() as patch:
             patch.setattr(StreamedWeights, "merge_on_read", lambda *_: None)
             with pytest.raises(TrainingError, match="do not use it"):
-                export_model(made, there, checkpoint, layout_of(tiny_model), REWARDED)
-            assert there.is_trained  # the earlier export is as it was
+                export_model(made, stored, checkpoint, layout_of(tiny_model), REWARDED)
+            assert stored.is_trained  # the earlier export is as it was
         monkeypatch.setattr(StreamedWriter, "reload_and_score", None)
         with pytest.raises(TypeError):
-            export_model(made, there, checkpoint, layout_of(tiny_model), REWARDED)
-        assert not there.is_trained  # its weights are not known to be right
+            export_model(made, stored, checkpoint, layout_of(tiny_model), REWARDED)
+        assert not stored.is_trained  # its weights are not known to be right
 
 
 def test_questions_alone_are_compared_by_their_own_tokens(tiny_model: Path) -> None:
