@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ from typer.testing import CliRunner
 
 from apprentice import pipeline
 from apprentice.cli import app
+from apprentice.errors import RunError
 from apprentice.pipeline.evaluate import list_score_metrics
 from apprentice.recipe import load_recipe
 from apprentice.run.folder import Run
+from apprentice.run.time_ledger import TimeLedger
 from apprentice.storage import Folder
 from apprentice.train.checkpoint import format as checkpoint
 from tests.support.recipes import tiny_recipe
@@ -75,3 +78,19 @@ def test_a_score_is_shown_with_the_metrics_that_it_is_the_mean_of(tmp_path: Path
     lines = {line.split()[0]: line for line in shown.splitlines()}
     assert "60 (accuracy, rouge_l, exact_match)" in lines["new"]
     assert "60 (" not in lines["old"]
+
+
+def test_a_run_is_shown_with_the_time_it_took(tmp_path: Path) -> None:
+    run = Run(Folder.at(tmp_path / "kite").make())
+    (run.folder / "identity.json").write_text("{}")
+    ledger = TimeLedger(seconds={"steps": 90.0, "starting": 10.0}, faults=1)
+    run.update_status(state="training", step=7, steps=60, loss=1.25, time=asdict(ledger))
+    arguments = ["runs", "kite", "--storage", str(tmp_path)]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0
+    assert "name kite, state training, step 7, loss 1.25" in result.stdout
+    assert "goodput 90.0%, 1 fault; of 100 s: steps 90.0%, starting 10.0%" in result.stdout
+    values = json.loads(CliRunner().invoke(app, [*arguments, "--json"]).stdout)
+    assert (values["goodput"], values["time"]["faults"]) == (0.9, 1)
+    with pytest.raises(RunError, match=r"'gull' is not a run in .*; `apprentice runs` lists them"):
+        pipeline.describe_run("gull", str(tmp_path))

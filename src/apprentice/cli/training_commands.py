@@ -10,6 +10,8 @@ import typer
 from apprentice.cli.completion import complete_run
 from apprentice.cli.options import Json, Overrides, RecipeFile, Restart, Storage, Trust, cell, read_recipe, screen_for, table_of
 
+COLUMNS = ["name", "state", "step", "loss", "validation_loss", "score", "updated"]
+
 
 def quickstart(
     short: Annotated[bool, typer.Option(help="A few steps only, to see that everything works.")] = False,
@@ -40,15 +42,25 @@ def train(
     screen.result(result, pipeline.training_sentence(result) + f"\n{result['run']}")
 
 
-def runs(storage: Storage = "./runs", json: Json = False) -> None:
-    """List the runs: name, state, steps, loss, score."""
+def runs(
+    run: Annotated[
+        str | None, typer.Argument(help="Name or folder of one run: shows where its time went.", autocompletion=complete_run)
+    ] = None,
+    storage: Storage = "./runs",
+    json: Json = False,
+) -> None:
+    """List the runs: name, state, steps, loss, score; or show one, with its goodput."""
     from apprentice import pipeline
 
     screen = screen_for(json)
+    if run is not None:
+        described = pipeline.describe_run(run, storage)
+        shown = [f"{column} {_shown(described, column)}" for column in COLUMNS if described.get(column) is not None]
+        screen.result(described, ", ".join(shown) + f"\n{described['sentence']}\n{described['run']}")
+        return
     listed = pipeline.list_runs(storage)
     if not json:
-        columns = ["name", "state", "step", "loss", "validation_loss", "score", "updated"]
-        screen.show(table_of(columns, [[_shown(run, column) for column in columns] for run in listed]))
+        screen.show(table_of(COLUMNS, [[_shown(values, column) for column in COLUMNS] for values in listed]))
     screen.result({"runs": listed})
 
 

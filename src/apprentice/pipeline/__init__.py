@@ -30,7 +30,7 @@ from apprentice.pipeline.prepare import (
     trace_examples,
 )
 from apprentice.pipeline.serve import ask_endpoint, run_endpoint, wait_for_stop
-from apprentice.pipeline.train import format_loss, list_runs, stopped_sentence, train_run, training_sentence
+from apprentice.pipeline.train import describe_run, format_loss, list_runs, stopped_sentence, train_run, training_sentence
 
 __all__ = [
     "EvaluationOptions",
@@ -43,6 +43,7 @@ __all__ = [
     "check_recipe",
     "compare_runs",
     "create_project",
+    "describe_run",
     "estimate_on_hardware",
     "evaluate_model",
     "evaluate_run",

@@ -6,10 +6,12 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
+from apprentice.errors import RunError
 from apprentice.pipeline.prepare import Progress, open_for_writing
 from apprentice.recipe import Recipe
-from apprentice.run.folder import Run
+from apprentice.run.folder import Run, find_run
 from apprentice.run.json_lines import read_records
+from apprentice.run.time_ledger import TimeLedger
 from apprentice.storage import Folder
 
 
@@ -27,7 +29,8 @@ def train_run(recipe: Recipe, *, restart: bool = False, progress: Progress) -> d
         score = prepare_online_evaluation(corpus) if recipe.evaluation.while_training else None
         result = launch.train(recipe, run, corpus, progress=lambda values: progress("train", _step_line(values)), score=score)
         run.update_status(state="trained")
-        return {"run": str(run.folder), "already": False, **asdict(result), "warnings": run.ledger_file.read_json()["warnings"]}
+        facts = {"goodput": _time(run).goodput, "warnings": run.ledger_file.read_json()["warnings"]}
+        return {"run": str(run.folder), "already": False, **asdict(result), **facts}
 
 
 def _step_line(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -65,6 +68,7 @@ def training_sentence(result: Mapping[str, Any]) -> str:
         f"{result['steps']} steps, loss {result['loss']:.3f}, validation loss {format_loss(result['validation_loss'])},"
         f" {result['tokens_per_s']:.0f} tokens/s, waited for data {result['wait_share']:.1%} of the time"
         + _memory(result.get("peak_memory"), result.get("expected_memory"))
+        + f", goodput {result['goodput']:.1%}"
         + "".join(f"\nwarning: {line}" for line in result["warnings"])
     )
 
@@ -100,6 +104,20 @@ def list_runs(storage: str) -> list[dict[str, Any]]:
     """Name, state and latest metrics of every run in `storage`."""
     listed = [Run(folder) for folder in Folder.at(storage).children() if (folder / "identity.json").exists()]
     return [{"name": run.name, "state": "prepared"} | _status(run) for run in listed]
+
+
+def describe_run(name: str, storage: str) -> dict[str, Any]:
+    """What status.json says of a run, and in `sentence` where its time went. Raises `RunError` if there is no such run."""
+    run = find_run(name, storage)
+    if run is None:
+        raise RunError(f"{name!r} is not a run in {storage}; `apprentice runs` lists them.")
+    described = {"name": run.name, "run": str(run.folder), "state": "prepared"} | _status(run)
+    return described | {"goodput": _time(run).goodput, "sentence": _time(run).describe()}
+
+
+def _time(run: Run) -> TimeLedger:
+    """The run's ledger of time; an empty one for a run that has none."""
+    return TimeLedger.from_status(run.status()) or TimeLedger()
 
 
 def _status(run: Run) -> dict[str, Any]:

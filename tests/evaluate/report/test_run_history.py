@@ -28,7 +28,7 @@ def test_a_long_curve_is_thinned_and_validation_is_kept(tmp_path: Path) -> None:
     assert story["history"][-1] == {"step": 2000, "validation_loss": 0.5}
     assert story["ledger"] == {"tasks": {}}
     assert story["export"] is None  # a run of an earlier version
-    assert read_history(None) == {"history": [], "ledger": None, "export": None}
+    assert read_history(None) == {"history": [], "ledger": None, "export": None, "time": None}
 
 
 EXPORT = {

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from apprentice.evaluate.online import prepare_online_evaluation
 from apprentice.models.loading import load_model
 from apprentice.recipe import Recipe, load_recipe
 from apprentice.run.folder import Run, open_run
+from apprentice.run.time_ledger import TimeLedger
 from apprentice.train.checkpoint import format as checkpoints
 from apprentice.train.distributed import driver as launch
 from apprentice.train.distributed.mailbox import RunOutcome
@@ -50,11 +52,18 @@ def recipe(folder: Path, model: Path, **values: Any) -> Recipe:
 
 
 def trained(made: Recipe) -> tuple[launch.TrainResult, Run, list[dict[str, Any]]]:
-    """The result, the run, and what `progress` saw."""
+    """The result, the run, and what `progress` saw. The run's ledger of time holds all the time."""
     run = open_run(made)
     seen: list[dict[str, Any]] = []
-    result = launch.train(made, run, make_corpus(made, run), progress=seen.append)
+    corpus, earlier, began = make_corpus(made, run), time_of(run), time.time()
+    result = launch.train(made, run, corpus, progress=seen.append)
+    wall = time.time() - began if earlier.at == 0 else sum(earlier.seconds.values()) + time.time() - earlier.at
+    assert sum(time_of(run).seconds.values()) == pytest.approx(wall, rel=0.01, abs=0.5)
     return result, run, seen
+
+
+def time_of(run: Run) -> TimeLedger:
+    return TimeLedger.from_status(run.status()) or TimeLedger()
 
 
 def steps_of(run: Run) -> list[dict[str, Any]]:
@@ -117,6 +126,11 @@ def test_a_whole_run(undisturbed: Any, tiny_model: Path) -> None:
     ]
     assert run.status()["state"] == "trained"
     assert len(list(run.events.local.iterdir())) == 1
+    seconds, made = time_of(run).seconds, sum(step["seconds"] - step["data_wait_s"] for step in steps)
+    assert seconds["steps"] == pytest.approx(made, abs=0.05 * STEPS)  # records take milliseconds to the driver's node
+    assert all(seconds[kind] > 0 for kind in ("steps", "data", "checkpoints", "validation", "starting"))
+    assert seconds["lost_steps"] == seconds["down"] == seconds["stopped"] == time_of(run).faults == 0
+    assert steps[-1]["goodput"] > time_of(run).goodput > 0  # which counts the export too
     tuned = AutoModelForCausalLM.from_pretrained(run.model.local).state_dict()
     base = AutoModelForCausalLM.from_pretrained(tiny_model).state_dict()
     assert any(not torch.equal(tuned[name], base[name]) for name in base)
@@ -263,6 +277,9 @@ def test_a_killed_worker(undisturbed: Any, tmp_path: Path, tiny_model: Path, mon
         assert step["loss"] == pytest.approx(expected[step["step"]]["loss"], rel=1e-5)
     assert result.loss == pytest.approx(undisturbed[0].loss, rel=1e-5)
     assert run.ledger_file.read_json() == undisturbed[1].ledger_file.read_json()
+    lost = sum(step["seconds"] - step["data_wait_s"] for step in first[3:])  # steps 4 and 5 are made again
+    assert time_of(run).seconds["lost_steps"] >= lost - 0.1
+    assert (time_of(run).faults, time_of(run).seconds["down"]) == (1, 0)
 
 
 def test_a_silent_worker_is_named_and_its_run_goes_on_with_other_workers(
@@ -277,6 +294,8 @@ def test_a_silent_worker_is_named_and_its_run_goes_on_with_other_workers(
         ):
             trained(recipe(tmp_path, tiny_model, training__max_failures=0, training__hang_timeout_s=15))
     result, run, _ = trained(recipe(tmp_path, tiny_model, training__workers=1, training__deepspeed=SHARDED))
+    assert time_of(run).faults == 2  # the worker's, and the run's that had no attempt left
+    assert time_of(run).seconds["down"] > 0 == time_of(run).seconds["stopped"]
     steps = steps_of(run)
     assert [step["step"] for step in steps] == [1, 2, 3, 4, 5, 4, 5, 6, 7, 8]
     expected = {step["step"]: step for step in steps_of(undisturbed[1])}

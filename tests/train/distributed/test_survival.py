@@ -146,6 +146,7 @@ def test_a_run_outlives_its_driver_and_its_nodes(nodes: Nodes, tmp_path: Path, t
     from apprentice.data.stream import make_corpus, render_window
     from apprentice.recipe import load_recipe
     from apprentice.run.folder import open_run
+    from apprentice.run.time_ledger import TimeLedger
 
     training = {"workers": {"min": 1, "max": 4}, "resources": {"cpus": 2}, "steps": STEPS, "global_batch": 4}
     training |= {"checkpoint": {"every_steps": EVERY, "keep": 9}, "optimizer": {"learning_rate": 0.001, "warmup_steps": 1}}
@@ -206,3 +207,8 @@ def test_a_run_outlives_its_driver_and_its_nodes(nodes: Nodes, tmp_path: Path, t
     assert {step["step"] for step in steps} == set(range(1, STEPS + 1))
     assert run.ledger_file.read_json()["examples"] == sum(map(len, expected))
     assert run.is_trained
+
+    ledger = TimeLedger.from_status(run.status())
+    assert ledger is not None
+    assert ledger.faults >= 3  # the driver, a node with a worker, and one that made rows
+    assert all(ledger.seconds[kind] > 0 for kind in ("steps", "lost_steps", "starting", "down"))

@@ -279,7 +279,7 @@ class Report(_Entry):
     subjects: list[SubjectEntry]
     not_scored: list[UnscoredTask]
     test_rows: dict[str, int] = {}
-    story: dict[Literal["history", "ledger", "export"], Any]
+    story: dict[Literal["history", "ledger", "export", "time"], Any]
     shared: dict[str, SharedQuestions] | None = Field(None, description="Task → what compared runs have in common.")
     confidence: float
     resamples: int

@@ -7,20 +7,26 @@ from typing import Any
 
 from apprentice.run.folder import Run
 from apprentice.run.json_lines import read_records
+from apprentice.run.time_ledger import TimeLedger
 from apprentice.storage import Folder
 
 MOST_POINTS = 400  # of the curve: more are not seen in a picture
 
 
 def read_history(run: Run | None) -> dict[str, Any]:
-    """`history` (a record per step and per validation, thinned evenly), `ledger` and `export`; empty for a bare model."""
+    """`history` (a record per step and per validation, thinned evenly), `ledger`, `export` and `time`; empty for a bare model."""
     if run is None:
-        return {"history": [], "ledger": None, "export": None}
+        return {"history": [], "ledger": None, "export": None, "time": None}
     history = [_point(record) for record in read_records(run.folder / "steps.jsonl")]
     steps = [record for record in history if "loss" in record]
     kept = {id(record) for record in steps[:: max(1, len(steps) // MOST_POINTS)]}
     history = [record for record in history if "loss" not in record or id(record) in kept]
-    return {"history": history, "ledger": _content(run.ledger_file), "export": _content(run.export_file)}
+    return {
+        "history": history,
+        "ledger": _content(run.ledger_file),
+        "export": _content(run.export_file),
+        "time": run.status().get("time"),
+    }
 
 
 def _content(file: Folder) -> dict[str, Any] | None:
@@ -38,6 +44,12 @@ def export_sentence(facts: Mapping[str, Any] | None) -> str | None:
         f" {facts['rows']} rows: the {facts['of']} of {facts['count']} {what} differ by {facts['mean']:.1e}{unit} in the mean and"
         f" by {facts['largest']:.1e}{unit} at most."
     )
+
+
+def time_sentence(time: Mapping[str, Any] | None) -> str | None:
+    """Sentence on where a run's wall time went, from the `time` of its status.json; None for runs that did not record it."""
+    ledger = TimeLedger.from_status({} if time is None else {"time": time})
+    return None if ledger is None else f"Where the training's time went: {ledger.describe()}."
 
 
 def _point(record: Mapping[str, Any]) -> dict[str, Any]:

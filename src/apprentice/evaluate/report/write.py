@@ -15,7 +15,7 @@ from apprentice.evaluate.report.examples import select_extremes
 from apprentice.evaluate.report.plots import mixture_bars, shot_curves, training_curve, wording_dots
 from apprentice.evaluate.report.quality_gate import verdict_sentence
 from apprentice.evaluate.report.report_schema import Report
-from apprentice.evaluate.report.run_history import export_sentence
+from apprentice.evaluate.report.run_history import export_sentence, time_sentence
 from apprentice.evaluate.report.tables import (
     TAGS,
     cluster_table,
@@ -138,7 +138,7 @@ def _plots(report: Report) -> list[tuple[str, str, str]]:
 
 
 def remarks(report: Report) -> list[str]:
-    """Remarks below the scores: cut and dropped questions, the export's difference, tasks that were not scored."""
+    """Remarks below the scores: cut and dropped questions, the export's difference, the training's time, unscored tasks."""
     lines = _question_remarks(report)
     for name, seen in (report.shared or {}).items():
         if any(count > seen.rows for count in seen.of.values()):
@@ -152,8 +152,8 @@ def remarks(report: Report) -> list[str]:
             lines.append(
                 f"{task.task}: {seen_rows.rows} of {seen_rows.of} test rows share a passage with training rows, which were {fate}."
             )
-    if sentence := export_sentence(report.story.get("export")):
-        lines.append(sentence)
+    story = report.story
+    lines += [line for line in (export_sentence(story.get("export")), time_sentence(story.get("time"))) if line]
     return lines + [f"{item.task}: {item.reason}." for item in report.not_scored]
 
 

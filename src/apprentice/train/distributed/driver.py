@@ -42,6 +42,7 @@ from apprentice.recipe import Recipe
 from apprentice.run.fence import FenceToken, Lease, lease_run
 from apprentice.run.folder import Run
 from apprentice.run.identity import public_base
+from apprentice.run.time_ledger import TimeLedger
 from apprentice.train.batch import PackedRows
 from apprentice.train.checkpoint import format as checkpoints
 from apprentice.train.checkpoint.model_export import export_model
@@ -66,6 +67,7 @@ from apprentice.train.memory.measure import estimate_of_finished_run
 from apprentice.train.memory.model_size import measure_model_size
 from apprentice.train.metrics.backends import open_backends
 from apprentice.train.metrics.samples import SampleReplies
+from apprentice.train.metrics.time_keeper import TimeKeeper
 from apprentice.train.metrics.tracker import Tracker
 from apprentice.train.state import Goal
 from apprentice.train.worker_config import WorkerConfig
@@ -119,36 +121,40 @@ def train(
         progress({"message": message})
 
     with lease_run(run.folder, "train", tell=tell) as lease:
-        _find_resources(recipe, tell)
-        return _train(recipe, run, corpus, lease, progress, score)
+        time_keeper = TimeKeeper(TimeLedger.from_status(run.status()))
+        with time_keeper.spending("nodes"):
+            _find_resources(recipe, tell)
+        tracker = Tracker(run, progress, open_backends(recipe, run), lease.is_held, time_keeper)
+        return _train(recipe, run, corpus, lease, tracker, score)
 
 
-def _train(
-    recipe: Recipe, run: Run, corpus: Corpus, lease: Lease, progress: Callable[[dict[str, Any]], None], score: Score | None
-) -> TrainResult:
+def _train(recipe: Recipe, run: Run, corpus: Corpus, lease: Lease, tracker: Tracker, score: Score | None) -> TrainResult:
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", START_TIMEOUT_S)
     # Twice ours, so that a silent worker is first named and ended here.
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(2 * recipe.training.hang_timeout_s)
     goal = make_goal(recipe, corpus)
     checkpoints.delete_leftovers(run.checkpoints)
     newest = checkpoints.find_newest(run.checkpoints)
-    tracker = Tracker(run, progress, open_backends(recipe, run), lease.is_held)
     attempts = 1
     try:
         if newest is None or goal.reached(newest.state) < 1.0:
             run.update_status(state="training", steps=goal.steps)
             if recipe.training.aim.reference:
-                corpus = _with_reference(recipe, run, corpus, progress)
+                corpus = _with_reference(recipe, run, corpus, tracker.show)
             attempts = _fit(recipe, run, corpus, goal, tracker, lease.token, score)
         if checkpoints.find_awaiting_validation(run.checkpoints):
-            _validate_awaiting(recipe, run, corpus, tracker, score)
-        result = _finish(recipe, run, corpus, goal, tracker, lease.token, attempts)
+            with tracker.time.spending("validation"):
+                _validate_awaiting(recipe, run, corpus, tracker, score)
+        with tracker.time.spending("checkpoints"):
+            result = _finish(recipe, run, corpus, goal, tracker, lease.token, attempts)
+        tracker.write_time("person")
         tracker.close()
         return result
     except BaseException as error:
         with suppress(OSError):  # a full disk may be what the error is about
             if lease.is_held():
                 run.update_status(state="failed" if isinstance(error, Exception) else "stopped")
+                tracker.write_time("fault" if isinstance(error, Exception) else "person")
         with suppress(OSError):
             tracker.close()
         raise

@@ -70,7 +70,7 @@ class DivisorPolicy(RequestingPolicy):
         workers = self._room()
         if workers == 0:
             if not self._is_waiting:
-                self._mailbox.add_message.remote(
+                self._mailbox.wait_for_nodes.remote(
                     f"there is no room for {self._recipe.worker_numbers[0]} workers; waiting for nodes"
                 )
                 self._is_waiting = True

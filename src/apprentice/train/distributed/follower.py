@@ -45,6 +45,7 @@ class Follower:
         try:
             while not self._over.wait(POLL_S):
                 self._pass_on()
+                self._tracker.keep_time()
             for _ in range(LAST_TRIES):
                 if self._pass_on():
                     return

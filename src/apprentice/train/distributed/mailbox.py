@@ -3,8 +3,9 @@
     workers ── records, errors, heartbeats ──▶ Mailbox ──▶ Follower in the driver
     driver  ── checkpoint to start from, number of workers, request for a checkpoint ──▶ Mailbox ──▶ workers
 
-An attempt is one worker group, from start to end or failure; a mailbox outlives them all. It imports no torch, which takes two
-seconds and which it does not need.
+An attempt is one worker group, from start to end or failure; a mailbox outlives them all. It stamps records with the time of its
+node, from which the driver, on the same node, enters the ledger of time. It imports no torch, which takes two seconds and which
+it does not need.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ class Mailbox:
         self._stream_cpus = 0.0
         self._largest_micro_batch: int | None = None  # rows at once that have not run out of memory
         self._attempt = 0
+        self._is_training = False  # whether the attempt's workers have neither failed nor come to the end
         self._from: Checkpoint | None = None
         self._error: ApprenticeError | None = None
         self._records: list[dict[str, Any]] = []
@@ -58,7 +60,9 @@ class Mailbox:
         self._attempt += 1
         self._from = checkpoint
         self._requests = 0
-        self.forget_workers()
+        self._is_training = True
+        self._begin_phase("starting")
+        self._clear_workers()
         return self._workers
 
     def set_stream_cpus(self, cpus: float) -> None:
@@ -70,7 +74,21 @@ class Mailbox:
         return self._stream_cpus
 
     def forget_workers(self) -> None:
-        """Forgets the workers of an attempt that has ended."""
+        """Forgets the workers of an attempt that has failed."""
+        if self._is_training:
+            self._is_training = False
+            self._begin_phase("starting", is_fault=True)
+        self._clear_workers()
+
+    def wait_for_nodes(self, message: str) -> None:
+        """Notes that training waits for nodes from now on, and tells the user so."""
+        self._begin_phase("nodes")
+        self.add_message(message)
+
+    def _begin_phase(self, phase: str, *, is_fault: bool = False) -> None:
+        self._records.append({"phase": phase, "is_fault": is_fault, "at": time.monotonic()})
+
+    def _clear_workers(self) -> None:
         self._heard = {}
         self._silent_workers = []
         self._is_requested = False
@@ -101,7 +119,9 @@ class Mailbox:
         self._step = (record["step"], record["steps"])
         if "saved_s" in record:  # a checkpoint has been written
             self._is_requested = False
-        self._records.append(record)
+        if "memory" in record:  # the last one of an attempt
+            self._is_training = False
+        self._records.append(record | {"at": time.monotonic()})
 
     def add_validation(self, step: int, figures: Mapping[str, Any]) -> None:
         """Adds a record with the validation figures of the checkpoint of `step`, computed outside the workers."""

@@ -1,6 +1,7 @@
 """Tracker: writes the records of a running training, in the driver.
 
-worker of rank 0 ──▶ Mailbox (a Ray actor) ──▶ Tracker ──┬─▶ steps.jsonl, TensorBoard events, status.json
+worker of rank 0 ──▶ Mailbox (a Ray actor) ──▶ Tracker ──┬─▶ steps.jsonl, TensorBoard events, status.json (and in it the ledger
+                                                         │   of time)
                                                          ├─▶ progress: the lines on the screen
                                                          └─▶ metrics backends, each in a thread of its own
 """
@@ -15,16 +16,20 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from apprentice.errors import StorageError
 from apprentice.run.folder import Run
 from apprentice.run.json_lines import cut_torn_tail, read_records
+from apprentice.run.time_ledger import TimeLedger
 from apprentice.train.metrics.tensorboard import EventFile
+from apprentice.train.metrics.time_keeper import TimeKeeper
 from apprentice.train.metrics.writer import BackendWriter
 
 STATUS_EVERY_S = 2.0  # between two writes of status.json
+TIME_EVERY_S = 10.0  # between two writes of the ledger of time while no step is made
 _log = logging.getLogger(__name__)
 SCALARS = {
     "loss": "train/loss",
@@ -37,6 +42,7 @@ SCALARS = {
     "mfu": "speed/mfu",
     "eta_s": "speed/eta_s",
     "data_wait": "speed/data_wait",
+    "goodput": "speed/goodput",
     "validation_loss": "validation/loss",
     "held_out": "validation/held_out_score",
     "saved_s": "checkpoint/seconds",
@@ -63,7 +69,7 @@ class Tracker:
     """Writes the records in the driver, and sums tokens and seconds of all steps but the first of each attempt (warm-up).
 
     `progress` gets every record that is news to a person; `backends` get the figures of `SCALARS`; `may_write` says whether this
-    process still holds the run and may write into its folder.
+    process still holds the run and may write into its folder; `time_keeper` follows the time of the call.
     """
 
     def __init__(
@@ -72,6 +78,7 @@ class Tracker:
         progress: Callable[[dict[str, Any]], None],
         backends: Sequence[BackendWriter] = (),
         may_write: Callable[[], bool] = lambda: True,
+        time_keeper: TimeKeeper | None = None,
     ) -> None:
         self._run = run
         self._progress: Callable[[dict[str, Any]], None] | None = progress
@@ -84,12 +91,13 @@ class Tracker:
         self._lines = [json.dumps(record) for record in earlier] if self._scratch is not None else []  # not yet written
         self._earlier_attempts = earlier[-1]["attempt"] if earlier else 0
         if self._scratch is None and (torn_bytes := cut_torn_tail(self._file)):
-            self._show({"message": f"{self._file} ended in {torn_bytes} bytes of a line that was never finished; they are cut off"})
+            self.show({"message": f"{self._file} ended in {torn_bytes} bytes of a line that was never finished; they are cut off"})
         folder = run.events.local if self._scratch is None else Path(self._scratch.name)
         self._events: EventFile | None = EventFile(folder)
         self._events_folder = folder
         self._has_told_of_error = False  # whether the user knows of a write error
         self._status_at = 0.0
+        self.time = time_keeper or TimeKeeper(TimeLedger.from_status(run.status()))
         self._warm_attempts: set[int] = set()
         self.tokens = 0
         self.seconds = 0.0
@@ -102,10 +110,14 @@ class Tracker:
         `attempt` is counted on from earlier calls of `train()` on this run. A full disk is reported once and stops nothing: lines
         of steps.jsonl wait for room; status and TensorBoard events of that time are lost.
         """
+        if self.time.take(record):
+            self.write_time()
+            return
         record = record | {"attempt": record["attempt"] + self._earlier_attempts}
         if "loss" in record:
             record["smoothed_loss"] = self._smoothed.update(record["loss"])
             record["tokens_per_s_worker"] = record["tokens_per_s"] / record["workers"]
+            record["goodput"] = round(self.time.ledger.goodput, 4)
         self._lines.append(json.dumps(record))
         if "loss" in record:
             self._count(record)
@@ -119,9 +131,9 @@ class Tracker:
                 self._show_error_once(error)
         self._send_to_backends({name: record[key] for key, name in SCALARS.items() if record.get(key) is not None}, record["step"])
         if "saved_s" not in record and "memory" not in record:  # no news for a person
-            self._show({key: value for key, value in record.items() if key != "examples"})
+            self.show({key: value for key, value in record.items() if key != "examples"})
 
-    def _show(self, values: dict[str, Any]) -> None:
+    def show(self, values: dict[str, Any]) -> None:
         """Calls `progress`. If it raises, that is logged and it is not called again; training goes on."""
         if self._progress is None:
             return
@@ -169,13 +181,13 @@ class Tracker:
 
     def _show_messages(self, backend: BackendWriter) -> None:
         for message in backend.take_messages():
-            self._show({"message": message})
+            self.show({"message": message})
 
     def _show_error_once(self, error: OSError | StorageError) -> None:
         if not self._has_told_of_error:
             self._has_told_of_error = True
             reason = getattr(error, "strerror", None) or error
-            self._show({"message": f"{self._run.folder} cannot be written to ({reason}); make room there. Training goes on."})
+            self.show({"message": f"{self._run.folder} cannot be written to ({reason}); make room there. Training goes on."})
 
     def _count(self, record: dict[str, Any]) -> None:
         if record["attempt"] in self._warm_attempts:
@@ -197,7 +209,24 @@ class Tracker:
             figures["validated_step"] = record["step"]
         else:
             return
-        self._run.update_status(state="training", **figures)
+        self._run.update_status(state="training", **figures, time=asdict(self.time.ledger))
+
+    def keep_time(self) -> None:
+        """Enters the time until now where no step is made, every `TIME_EVERY_S` seconds."""
+        if time.monotonic() - self._status_at >= TIME_EVERY_S:
+            self.time.pass_time()
+            self.write_time()
+
+    def write_time(self, end: str | None = None) -> None:
+        """Writes the ledger of time into status.json; with `end`, "person" or "fault", as one of a call that ended so."""
+        if end is not None:
+            self.time.end(end)
+        self._status_at = time.monotonic()
+        if self._may_write():
+            try:
+                self._run.update_status(time=asdict(self.time.ledger))
+            except (OSError, StorageError) as error:
+                self._show_error_once(error)
 
     def close(self) -> None:
         """Closes backends and files; writes what is left if this process still holds the run.
