@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from apprentice.errors import ContractError, RunError
 from apprentice.recipe import Recipe
-from apprentice.run.contract import read_contract, weights_sha256
+from apprentice.run.contract import PromptContract, read_contract, weights_sha256
 from apprentice.run.folder import Run, find_run, open_run
 from apprentice.run.identity import identity
 from apprentice.storage import Folder
@@ -125,3 +126,9 @@ def test_an_adapter_beside_the_weights_counts_with_them(tmp_path):
         hashes.add(weights_sha256(tmp_path))
     assert len(hashes) == 2
     assert bare not in hashes
+
+
+def test_the_contracts_committed_schema_is_that_of_the_class() -> None:
+    """`apprentice contract-schema > docs/contract.schema.json` writes it again."""
+    file = Path(__file__).parents[2] / "docs" / "contract.schema.json"
+    assert json.loads(file.read_text(encoding="utf-8")) == PromptContract.model_json_schema()

@@ -12,7 +12,15 @@ from typing import Annotated
 import typer
 
 from apprentice import __version__
-from apprentice.cli import cluster_commands, data_commands, evaluation_commands, serving_commands, setup_commands, training_commands
+from apprentice.cli import (
+    cluster_commands,
+    contract_commands,
+    data_commands,
+    evaluation_commands,
+    serving_commands,
+    setup_commands,
+    training_commands,
+)
 from apprentice.console import Screen, is_unread
 
 app = typer.Typer(
@@ -47,6 +55,8 @@ for command in (
     evaluation_commands.report_schema,
     evaluation_commands.predict,
     training_commands.export,
+    contract_commands.verify,
+    contract_commands.contract_schema,
     serving_commands.serve,
     serving_commands.ask,
     serving_commands.key,

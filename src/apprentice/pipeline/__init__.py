@@ -31,6 +31,7 @@ from apprentice.pipeline.prepare import (
 )
 from apprentice.pipeline.serve import ask_endpoint, run_endpoint, wait_for_stop
 from apprentice.pipeline.train import describe_run, format_loss, list_runs, stopped_sentence, train_run, training_sentence
+from apprentice.pipeline.verify import verify_contract
 
 __all__ = [
     "EvaluationOptions",
@@ -62,5 +63,6 @@ __all__ = [
     "trace_examples",
     "train_run",
     "training_sentence",
+    "verify_contract",
     "wait_for_stop",
 ]

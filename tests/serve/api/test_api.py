@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import openai
 import pytest
 import torch
 
+from apprentice import pipeline
 from apprentice.models.loading import load_model
 from apprentice.pretrained.tokenizer import Tokenizer
 from apprentice.serve.deployment import Endpoint
@@ -33,6 +35,25 @@ def test_echoed_scores_are_the_models(client: openai.OpenAI, chat_model: Path) -
     assert scores[0] is None
     assert scores[1:-1] == pytest.approx(expected, abs=1e-3)
     assert len(scores) == len(ids) + 1
+
+
+def test_the_endpoint_keeps_its_contract_and_another_one_shows(endpoint: Endpoint, chat_model: Path, tmp_path: Path) -> None:
+    result = pipeline.verify_contract(endpoint.url, str(chat_model), model="tiny")
+    assert result["kind"] == "apprentice"
+    assert {finding["verdict"] for finding in result["findings"]} == {"same"}
+    template = Tokenizer(chat_model).chat_template
+    contract = json.loads((chat_model / "apprentice.json").read_text()) | {"chat_template": f"-{template}", "stop_ids": [2, 5]}
+    contract["chat_template_sha256"] = hashlib.sha256(contract["chat_template"].encode()).hexdigest()
+    contract["golden"][0]["ids"].insert(0, 5)
+    (tmp_path / "apprentice.json").write_text(json.dumps(contract))
+    result = pipeline.verify_contract(f"{endpoint.url}/v1", str(tmp_path), model="tiny")
+    drifted = [finding for finding in result["findings"] if finding["verdict"] == "drifted"]
+    assert [(one["check"], one["subject"]) for one in drifted] == [
+        ("chat template", "sha256"),
+        ("stops", "stop_ids"),
+        ("token ids", "Is the review positive or negative?"),
+        ("stops", "token 5"),
+    ]
 
 
 def test_a_request_has_one_id(endpoint: Endpoint) -> None:

@@ -96,10 +96,10 @@ class Layout:
         Raises `ChatTemplateError` where the chat template refuses the question.
         """
         if self.name == "chat":
-            question = _user_text(instruction, input)
+            question = user_text(instruction, input)
             if self._around and not exemplars and question == question.strip():
                 return self._text(question).join(self._around)
-            turns = [(_user_text(shot.instruction, shot.input), shot.answer) for shot in exemplars]
+            turns = [(user_text(shot.instruction, shot.input), shot.answer) for shot in exemplars]
             return self.chat_prompt([*_messages(turns), {"role": "user", "content": question}])
         solved = [self._single(shot.instruction, shot.input) + self._text(shot.answer) for shot in exemplars]
         head = f"{self._text(self.system)}\n\n" if self.system else ""
@@ -305,13 +305,14 @@ class Layout:
     def _single(self, instruction: str, input: str) -> str:
         instruction, input = self._text(instruction), self._text(input)
         if self.name == "plain":
-            return f"{_user_text(instruction, input)}\n"
+            return f"{user_text(instruction, input)}\n"
         if input:
             return f"{_ALPACA_WITH_INPUT}\n\n### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
         return f"{_ALPACA}\n\n### Instruction:\n{instruction}\n\n### Response:\n"
 
 
-def _user_text(instruction: str, input: str) -> str:
+def user_text(instruction: str, input: str) -> str:
+    """What the user says: instruction and input, with an empty line between them."""
     return "\n\n".join(part for part in (instruction, input) if part)
 
 
