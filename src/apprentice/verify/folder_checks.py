@@ -15,11 +15,11 @@ from apprentice.models.greedy import reply_greedily
 from apprentice.pretrained.tokenizer import Tokenizer
 from apprentice.run.contract import GoldenPrompt, weights_sha256
 from apprentice.verify.contract_place import GREEDY_TOKENS, ContractPlace
-from apprentice.verify.findings import Finding, compare_ids, compare_values, unseen
+from apprentice.verify.observations import Observation, compare_ids, compare_values, unseen
 
 
-def check_folder(folder: Path, place: ContractPlace, *, trust: bool = False) -> Iterator[Finding]:
-    """All findings about the model in `folder`. Raises `ModelError` if it has no tokenizer."""
+def check_folder(folder: Path, place: ContractPlace, *, trust: bool = False) -> Iterator[Observation]:
+    """All observations of the model in `folder`. Raises `ModelError` if it has no tokenizer."""
     contract, tokenizer = place.contract, Tokenizer(folder)
     has_weights = any(folder.glob("*.safetensors")) or any(folder.glob("*.bin"))
     if has_weights:
@@ -34,7 +34,7 @@ def check_folder(folder: Path, place: ContractPlace, *, trust: bool = False) -> 
     try:
         layout = _layout(place, tokenizer)
     except ContractError as error:
-        yield Finding("prompt format", contract.layout, "drifted", str(error))
+        yield Observation("prompt format", contract.layout, "drifted", str(error))
         return
     for golden in contract.golden:
         yield compare_ids(golden.instruction, golden.ids, _encode(layout, golden))
@@ -59,7 +59,7 @@ def _encode(layout: Layout, golden: GoldenPrompt) -> list[int]:
     return layout.encode_chat([*turns, {"role": "user", "content": golden.instruction}])
 
 
-def _check_generation_stops(folder: Path, stop_ids: tuple[int, ...]) -> Iterator[Finding]:
+def _check_generation_stops(folder: Path, stop_ids: tuple[int, ...]) -> Iterator[Observation]:
     """Where other software looks for the tokens that end a reply."""
     ids: set[int] = set()
     for name in ("generation_config.json", "config.json"):
@@ -69,12 +69,12 @@ def _check_generation_stops(folder: Path, stop_ids: tuple[int, ...]) -> Iterator
     missing = sorted(set(stop_ids) - ids)
     if missing:
         detail = f"{missing} end replies, and neither generation_config.json nor config.json names them (eos_token_id)"
-        yield Finding("stops", "eos_token_id", "drifted", detail)
+        yield Observation("stops", "eos_token_id", "drifted", detail)
     else:
-        yield Finding("stops", "eos_token_id", "same", f"{sorted(stop_ids)}")
+        yield Observation("stops", "eos_token_id", "same", f"{sorted(stop_ids)}")
 
 
-def _check_greedy_text(folder: Path, place: ContractPlace, *, has_weights: bool, trust: bool) -> Iterator[Finding]:
+def _check_greedy_text(folder: Path, place: ContractPlace, *, has_weights: bool, trust: bool) -> Iterator[Observation]:
     if not has_weights or not place.has_weights or folder.resolve() == place.folder.resolve():
         yield unseen("greedy text", "all", "two folders with weights are needed, the contract's and another")
         return

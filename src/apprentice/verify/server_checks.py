@@ -8,15 +8,15 @@ from collections.abc import Iterator
 from apprentice.models.greedy import GreedyReply
 from apprentice.run.contract import GoldenPrompt
 from apprentice.verify.contract_place import GREEDY_TOKENS, ContractPlace
-from apprentice.verify.findings import Finding, compare_ids, compare_values, unseen
+from apprentice.verify.observations import Observation, compare_ids, compare_values, unseen
 from apprentice.verify.servers import Apprentice, Server
 
 TIE = 0.25  # logits; where the two best are nearer, a server in a 16-bit format may take the other
 BIAS = 100.0  # makes any token the most probable
 
 
-def check_server(server: Server, place: ContractPlace, *, trust: bool = False) -> Iterator[Finding]:
-    """All findings about `server`."""
+def check_server(server: Server, place: ContractPlace, *, trust: bool = False) -> Iterator[Observation]:
+    """All observations of `server`."""
     if isinstance(server, Apprentice):
         yield from _check_own_contract(server, place)
     else:
@@ -29,7 +29,7 @@ def check_server(server: Server, place: ContractPlace, *, trust: bool = False) -
     yield from _check_greedy_text(server, place, trust=trust)
 
 
-def _check_own_contract(server: Apprentice, place: ContractPlace) -> Iterator[Finding]:
+def _check_own_contract(server: Apprentice, place: ContractPlace) -> Iterator[Observation]:
     """Our own endpoint says which contract it follows."""
     seen, expected = server.contract(), place.contract.model_dump(mode="json")
     yield compare_values("weights", "sha256", expected["weights_sha256"], seen["weights_sha256"])
@@ -40,7 +40,7 @@ def _check_own_contract(server: Apprentice, place: ContractPlace) -> Iterator[Fi
     yield compare_values("stops", "stop_ids", expected["stop_ids"], seen["stop_ids"])
 
 
-def _check_template(server: Server, place: ContractPlace) -> Finding:
+def _check_template(server: Server, place: ContractPlace) -> Observation:
     if place.contract.layout != "chat":
         return unseen("chat template", "sha256", f"layout `{place.contract.layout}` has none")
     template = server.chat_template()
@@ -51,7 +51,7 @@ def _check_template(server: Server, place: ContractPlace) -> Finding:
     )
 
 
-def _check_prompt(server: Server, place: ContractPlace, golden: GoldenPrompt) -> Finding:
+def _check_prompt(server: Server, place: ContractPlace, golden: GoldenPrompt) -> Observation:
     subject = golden.instruction if not golden.history else f"{golden.instruction} (after {len(golden.history)} turns)"
     is_chat = place.contract.layout == "chat"
     messages, text = (place.messages(golden), None) if is_chat else (None, place.text(golden))
@@ -69,11 +69,11 @@ def _check_prompt(server: Server, place: ContractPlace, golden: GoldenPrompt) ->
     if count is None:
         return unseen("token ids", subject, f"{server.name} shows neither token ids nor their number")
     if count != len(golden.ids):
-        return Finding("token ids", subject, "drifted", f"{len(golden.ids)} ids expected, {count} counted")
+        return Observation("token ids", subject, "drifted", f"{len(golden.ids)} ids expected, {count} counted")
     return unseen("token ids", subject, f"{server.name} shows their number alone, which is right ({count})")
 
 
-def _check_special_tokens(server: Server, place: ContractPlace) -> Iterator[Finding]:
+def _check_special_tokens(server: Server, place: ContractPlace) -> Iterator[Observation]:
     """Texts of the stop tokens are these tokens for the server's tokenizer."""
     if place.layout is None:
         yield unseen("special tokens", "stop tokens", "no tokenizer lies beside the contract")
@@ -86,25 +86,27 @@ def _check_special_tokens(server: Server, place: ContractPlace) -> Iterator[Find
             yield unseen("special tokens", text, f"{server.name} encodes no text for others")
         else:
             own = [*tokenizer.start_ids, token, *tokenizer.finish_ids]
-            verdict: Finding = compare_ids(text, own, ids)
+            verdict: Observation = compare_ids(text, own, ids)
             is_same = verdict.verdict == "same" or list(ids) == [token]
-            yield Finding("special tokens", text, "same" if is_same else "drifted", str(ids) if is_same else f"{[token]} is {ids}")
+            yield Observation(
+                "special tokens", text, "same" if is_same else "drifted", str(ids) if is_same else f"{[token]} is {ids}"
+            )
 
 
-def _check_stop(server: Server, place: ContractPlace, token: int) -> Finding:
+def _check_stop(server: Server, place: ContractPlace, token: int) -> Observation:
     """A reply that is made to begin with a stop token must end there."""
     ids, subject = place.contract.golden[0].ids, f"token {token}"
     plain, forced = server.complete(ids, 3), server.complete(ids, 3, {token: BIAS})
     if plain is None or forced is None:
         return unseen("stops", subject, f"{server.name} continues no token ids, or biases none")
     if forced[1] == "stop":
-        return Finding("stops", subject, "same", "a reply ends with it")
+        return Observation("stops", subject, "same", "a reply ends with it")
     if forced == plain:
         return unseen("stops", subject, f"{server.name} ignores `logit_bias`")
-    return Finding("stops", subject, "drifted", f"a reply goes on after it: {forced[0]!r}")
+    return Observation("stops", subject, "drifted", f"a reply goes on after it: {forced[0]!r}")
 
 
-def _check_greedy_text(server: Server, place: ContractPlace, *, trust: bool) -> Iterator[Finding]:
+def _check_greedy_text(server: Server, place: ContractPlace, *, trust: bool) -> Iterator[Observation]:
     if place.layout is None or not place.has_weights:
         yield unseen("greedy text", "all", "no weights lie beside the contract, to say what it should be")
         return
@@ -117,15 +119,15 @@ def _check_greedy_text(server: Server, place: ContractPlace, *, trust: bool) -> 
         yield _compare_texts(place, golden.instruction, reply, answer[0] if answer else "")
 
 
-def _compare_texts(place: ContractPlace, subject: str, reply: GreedyReply, seen: str) -> Finding:
+def _compare_texts(place: ContractPlace, subject: str, reply: GreedyReply, seen: str) -> Observation:
     """The same text, or one that parts from it where the two best tokens are nearly equal."""
     assert place.layout is not None
     decode = place.layout.tokenizer.decode
     expected = decode(reply.ids)
     if expected.strip() == seen.strip():
-        return Finding("greedy text", subject, "same", repr(expected))
+        return Observation("greedy text", subject, "same", repr(expected))
     length = sum(seen.strip().startswith(decode(reply.ids[: count + 1]).strip()) for count in range(len(reply.ids)))
     margin = reply.margins[min(length, len(reply.margins) - 1)]
     if margin < TIE:
-        return Finding("greedy text", subject, "same", f"the first {length} tokens; then the two best are {margin:.2f} apart")
-    return Finding("greedy text", subject, "drifted", f"{expected!r} is {seen!r}, though by {margin:.2f} less likely")
+        return Observation("greedy text", subject, "same", f"the first {length} tokens; then the two best are {margin:.2f} apart")
+    return Observation("greedy text", subject, "drifted", f"{expected!r} is {seen!r}, though by {margin:.2f} less likely")
