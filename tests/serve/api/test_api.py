@@ -40,7 +40,8 @@ def test_echoed_scores_are_the_models(client: openai.OpenAI, chat_model: Path) -
 def test_the_endpoint_keeps_its_contract_and_another_one_shows(endpoint: Endpoint, chat_model: Path, tmp_path: Path) -> None:
     result = pipeline.verify_contract(endpoint.url, str(chat_model), model="tiny")
     assert result["kind"] == "apprentice"
-    assert {finding["verdict"] for finding in result["findings"]} == {"same"}
+    unlike = {(finding["check"], finding["verdict"]) for finding in result["findings"] if finding["verdict"] != "same"}
+    assert unlike == {("special tokens", "cannot be seen")}  # it encodes no text for others
     template = Tokenizer(chat_model).chat_template
     contract = json.loads((chat_model / "apprentice.json").read_text()) | {"chat_template": f"-{template}", "stop_ids": [2, 5]}
     contract["chat_template_sha256"] = hashlib.sha256(contract["chat_template"].encode()).hexdigest()
