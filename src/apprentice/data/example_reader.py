@@ -12,6 +12,7 @@ from apprentice.data.encoding.render import Rendered, Renderer
 from apprentice.data.encoding.tokenize import Tokenized
 from apprentice.data.sampling.plan import Draw
 from apprentice.errors import RowError
+from apprentice.tasks.schema import Example
 
 DropCounts = dict[str, Counter[str]]  # task → reason → number of examples dropped or cut
 
@@ -23,6 +24,7 @@ class TokenizedDraw(NamedTuple):
     task: int  # number in `Corpus.tasks`
     row: int  # in the task's training source
     tokens: Tokenized
+    example: Example  # that was tokenized
 
 
 class ExampleReader:
@@ -49,7 +51,7 @@ class ExampleReader:
         encoded = self._encoder.encode([result for _, result in rendered])
         for (draw, result), tokens in zip(rendered, encoded, strict=True):
             if tokens is not None:
-                examples.append(TokenizedDraw(draw.position, self._task_number[draw.task], draw.row, tokens))
+                examples.append(TokenizedDraw(draw.position, self._task_number[draw.task], draw.row, tokens, result.example))
             if reason := self._encoder.drop_reason(*result) if tokens is None else tokens.truncated:
                 counts.setdefault(draw.task, Counter())[reason] += 1
         return examples, counts

@@ -39,7 +39,10 @@ class Prompt(NamedTuple):
 
     position: int  # in the plan
     task: int  # number in `Corpus.tasks`
+    row: int  # in the task's training source
     ids: list[int]
+    text: str  # instruction and input
+    references: tuple[str, ...]  # all answers that count as right; none where the task has no answers
 
 
 class Probe(NamedTuple):
@@ -109,7 +112,7 @@ class WindowRenderer:
     def prompts(self, window: int) -> list[Prompt]:
         """The prompts of one window of an on-policy run, in plan order; prompts that do not fit are left out."""
         examples, _ = self._reader.read(self._draws(window))
-        return [Prompt(example.number, example.task, example.tokens.ids) for example in examples]
+        return [_prompt(example) for example in examples]
 
     def probe(self, windows: int) -> Probe:
         """The shortest of the first validation examples, or of those in the first `windows` of training where there are none.
@@ -137,6 +140,13 @@ class WindowRenderer:
     def _validation_draws(self) -> Iterator[list[Draw]]:
         corpus, recipe = self.corpus, self.corpus.recipe
         return validation_draws(corpus.plan, corpus.tasks, corpus.indices, recipe.seed, recipe.data.window)
+
+
+def _prompt(draw: TokenizedDraw) -> Prompt:
+    example = draw.example
+    text = "\n\n".join(filter(None, (example.instruction, example.input)))
+    references = tuple(filter(None, example.references or (example.target,)))
+    return Prompt(draw.number, draw.task, draw.row, draw.tokens.ids, text, references)
 
 
 def _group_by_length(examples: Sequence[TokenizedDraw], rows: list[list[int]], group_rows: int, key: int) -> list[list[int]]:

@@ -26,7 +26,7 @@ def check_order(recipes: Sequence[Recipe]) -> None:
             raise RecipeError(
                 f"two of the recipes are called {recipe.name!r} and would share one run; give each a name of its own."
             )
-        beside = {"is held to": recipe.training.reference, "is rewarded by": recipe.training.grpo.reward}
+        beside = {"is held to": recipe.training.reference, "is rewarded by": recipe.training.grpo.reward_model}
         for what, name in {"starts from": recipe.model.base, **beside}.items():
             if name and name.startswith(RUN):
                 _check_base(recipe, what, name, earlier)

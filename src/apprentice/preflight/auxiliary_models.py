@@ -19,7 +19,7 @@ def check_auxiliary_models(recipe: Recipe, tokenizer: Tokenizer) -> None:
     if reference := recipe.training.reference:
         key = f"training.{recipe.training.objective}.reference"
         _check_tokens(key, reference, recipe, tokenizer, " Leave it out (the base is the reference), or name")
-    if reward := recipe.training.grpo.reward:
+    if reward := recipe.training.grpo.reward_model:
         folder = local_folder(reward)
         if not gives_rewards(folder):
             raise RecipeError(

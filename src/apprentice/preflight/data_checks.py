@@ -6,6 +6,7 @@ from apprentice.data.encoding.quality import assign_classes
 from apprentice.data.sources.locate import on_the_hub, resolve
 from apprentice.errors import RecipeError
 from apprentice.preflight.lookup import RecipeLookup
+from apprentice.preflight.reward_checks import check_rewards
 from apprentice.pretrained.hub import describe_download
 from apprentice.storage import Folder
 from apprentice.tasks.exposure import count_exposures
@@ -46,6 +47,7 @@ def check_tasks(lookup: RecipeLookup) -> str:
             f"task {unanswered[0]!r} has prompts without answers, from which only training.objective grpo learns and with which"
             " nothing can be scored; leave it out of data.tasks, or name another objective."
         )
+    check_rewards(recipe.training.grpo.reward_terms, [task for task in tasks if task.name not in held_out])
     if recipe.training.aim.head and (generated := [task.name for task in tasks if not task.is_ranked]):
         raise RecipeError(
             f"training.objective {objective} makes a model that writes nothing, and task {generated[0]!r} is scored by what is"

@@ -11,6 +11,7 @@ from apprentice.recipe.evaluation import Evaluation, Gate
 from apprentice.recipe.objective import DPO, GRPO, IPO, MODEL_KEYS, OBJECTIVES, ORPO, Objective, SimPO
 from apprentice.recipe.recipe import Model, Recipe
 from apprentice.recipe.recipe_file import RUN, SHIPPED, dump_recipe, find_recipe, load_recipe, parse_recipe, shipped_name
+from apprentice.recipe.reward_terms import PYTHON, RewardTerm
 from apprentice.recipe.serving import Replicas, Serving
 from apprentice.recipe.training import (
     Checkpointing,
@@ -30,6 +31,7 @@ __all__ = [
     "MODEL_KEYS",
     "OBJECTIVES",
     "ORPO",
+    "PYTHON",
     "RUN",
     "SHIPPED",
     "Checkpointing",
@@ -50,6 +52,7 @@ __all__ = [
     "Recipe",
     "Replicas",
     "Resources",
+    "RewardTerm",
     "Serving",
     "SimPO",
     "Training",

@@ -6,10 +6,11 @@ The loss of each objective is in `apprentice.train.losses.loss_registry`.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from apprentice.recipe.reward_terms import Reward, RewardTerm, reward_terms
 from apprentice.recipe.strict import Strict
 
 ObjectiveName = Literal["sft", "dpo", "ipo", "simpo", "orpo", "reward", "grpo"]
@@ -73,20 +74,72 @@ class ORPO(Strict):
 
 
 class GRPO(Strict):
-    """Settings of group relative policy optimisation (GRPO, Shao et al. 2024): rounds of replies scored by a reward model.
+    """Settings of group relative policy optimisation (GRPO, Shao et al. 2024): rounds of replies, scored anew in each.
 
-    The prompts of a round are one window of the sampling plan (`data.window`).
+    The prompts of a round are one window of the sampling plan (`data.window`). Corrections: DAPO (Yu et al. 2025, arXiv 2503.14476,
+    sections 3.1 to 3.4) and Dr. GRPO (Liu et al. 2025, arXiv 2503.20783, section 3).
     """
 
-    reward: str | None = Field(None, description="The reward model, named as `model.base` is; it must be given.")
+    reward: Reward | None = Field(
+        None,
+        description="The reward model, named as `model.base` is; or a term, or a list of terms, such as `{function: math}`. It must"
+        " be given.",
+    )
     group: Annotated[int, Field(ge=2)] = Field(8, description="Replies to each prompt, which are compared with each other.")
     passes: Annotated[int, Field(ge=1)] = Field(1, description="How often a round's replies are learnt from.")
     beta: float = Field(0.04, ge=0.0, description="How strongly the policy is held to the reference, which is the base.")
     clip: float = Field(0.2, gt=0.0, lt=1.0, description="Part by which a token's probability may change within a round.")
+    clip_high: float | None = Field(
+        None, gt=0.0, description="Part by which it may rise, where that is another (DAPO's clip-higher, such as 0.28)."
+    )
+    loss_mean: Literal["replies", "tokens", "max_new_tokens"] = Field(
+        "replies",
+        description="What the loss is a mean over. replies: a reply's tokens, then replies; tokens: all tokens of a step (DAPO);"
+        " max_new_tokens: each reply's sum over `max_new_tokens`, however long it is (Dr. GRPO).",
+    )
+    scale_rewards: bool = Field(
+        True, description="Divide a reply's advantage by the standard deviation of its group's rewards; false: Dr. GRPO's."
+    )
+    redraws: Annotated[int, Field(ge=0)] | None = Field(
+        None,
+        description="DAPO's dynamic sampling: a group whose replies have one reward teaches nothing; it is drawn anew at most so"
+        " often, and then left out. Without this key such groups stay.",
+    )
+    overlong_tokens: Annotated[int, Field(ge=0)] = Field(
+        0,
+        description="Last tokens of `max_new_tokens` in which a reply's reward falls evenly by up to 1 (DAPO's overlong shaping).",
+    )
+    staleness: Literal[0, 1] = Field(
+        0,
+        description="Rounds by which the weights that write replies may be behind. 1: a round is written while the one before is"
+        " learnt from; 0: writers and workers wait for each other.",
+    )
     max_new_tokens: Annotated[int, Field(ge=1)] = Field(128, description="Tokens of a reply.")
     actors: Annotated[int, Field(ge=1)] = Field(
         1, description="Processes that write and score replies, each for its part of the prompts, with a worker's resources."
     )
+
+    @property
+    def reward_terms(self) -> tuple[RewardTerm, ...]:
+        """The terms that a reply's reward is the weighted sum of."""
+        return reward_terms(self.reward)
+
+    @property
+    def reward_model(self) -> str | None:
+        """The reward model; None where functions alone give rewards."""
+        return next((term.model for term in self.reward_terms if term.model), None)
+
+    @model_validator(mode="after")
+    def _is_whole(self) -> Self:
+        if self.reward is not None and not self.reward_terms:
+            raise ValueError("`reward` lists no terms; name a reward model, or a function such as {function: math}")
+        if sum(term.model is not None for term in self.reward_terms) > 1:
+            raise ValueError("`reward` names more than one reward model; leave one, beside any number of functions")
+        if self.overlong_tokens > self.max_new_tokens:
+            raise ValueError(
+                f"overlong_tokens {self.overlong_tokens} are more than a reply's max_new_tokens {self.max_new_tokens}; lower them"
+            )
+        return self
 
 
 # Keys of these blocks that name a model, as `model.base` does.

@@ -15,11 +15,14 @@ from apprentice.plain_yaml import load_yaml
 from apprentice.recipe.data import COLLECTION_KEYS, Collection
 from apprentice.recipe.objective import MODEL_KEYS
 from apprentice.recipe.recipe import Recipe
+from apprentice.recipe.reward_terms import with_reward_model
 from apprentice.storage import is_uri, refuse_credentials
 
 RUN = "run:"  # prefix of a model that another run trained
 _PATHS = ("storage", "data.root", "data.promptsource", "serving.adapters")
-_MODELS = ("model.base", *(f"training.{key}" for key in MODEL_KEYS), "evaluation.judge")  # each a name, or a path
+_REWARD = "training.grpo.reward"
+_MODELS = ("model.base", *(f"training.{key}" for key in MODEL_KEYS), f"{_REWARD}.model", "evaluation.judge")  # names, or paths
+_BRANCHES = ("int", "str", "WorkerRange", "Collection", "RewardTerm")  # of unions, in the places of pydantic's errors
 _PATH_STARTS, _TASK_FILES = (".", "/", "~"), (".yaml", ".yml")  # how paths of models begin, and those of task files end
 SHIPPED = Path(__file__).resolve().parents[1] / "recipes"
 
@@ -119,6 +122,8 @@ def _resolve_override_paths(override: str) -> str:
             return [_locate_entry(entry, absolute) for entry in content]
         if isinstance(content, dict):
             return {name: from_here(f"{key}.{name}", inner) for name, inner in content.items()}
+        if key == _REWARD and isinstance(content, list):
+            return [from_here(key, term) for term in content]
         if key == "serving.beside" and isinstance(content, list):
             return [_locate_model(entry, absolute) for entry in content]
         if key in _MODELS:
@@ -176,7 +181,9 @@ def _with_absolute_paths(recipe: Recipe, folder: Path) -> Recipe:
         blocks = {}
         for dotted, name in models.items():
             _, block, key = dotted.split(".")
-            blocks[block] = getattr(recipe.training, block).model_copy(update={key: located_base(name)})
+            settings = getattr(recipe.training, block)
+            place = with_reward_model(settings.reward, located_base(name)) if dotted == _REWARD else located_base(name)
+            blocks[block] = settings.model_copy(update={key: place})
         changed["training"] = recipe.training.model_copy(update=blocks)
     if recipe.serving.adapters or recipe.serving.beside:
         adapters, beside = recipe.serving.adapters, recipe.serving.beside
@@ -210,11 +217,7 @@ def _sentence(error: ValidationError, file: Path, text: str, overrides: Sequence
 
 def _keys_of(place: Sequence[str | int]) -> list[str | int]:
     """The keys in the location of a pydantic error, without the names of union branches."""
-    return [
-        part
-        for part in place
-        if isinstance(part, int) or (part.replace("_", "").isalnum() and part not in ("int", "str", "WorkerRange", "Collection"))
-    ]
+    return [part for part in place if isinstance(part, int) or (part.replace("_", "").isalnum() and part not in _BRANCHES)]
 
 
 def _shown(value: Any) -> str:

@@ -181,7 +181,7 @@ class Training(Strict):
     objective: ObjectiveName = Field(
         "sft",
         description="sft: answers; dpo, ipo, simpo, orpo: pairs of a better and a worse answer; reward: a model that scores"
-        " answers, from pairs; grpo: the model's own replies, which a reward model compares.",
+        " answers, from pairs; grpo: the model's own replies, which a reward model or functions score.",
     )
     dpo: DPO = DPO()
     ipo: IPO = IPO()
@@ -261,6 +261,7 @@ class Training(Strict):
     def models(self) -> dict[str, str]:
         """Models that the objective's settings name: dotted key in the recipe → name."""
         values = {key: getattr(getattr(self, key.split(".")[0]), key.split(".")[1]) for key in MODEL_KEYS}
+        values["grpo.reward"] = self.grpo.reward_model
         return {f"training.{key}": name for key, name in values.items() if name}
 
     @property
@@ -326,7 +327,10 @@ class Training(Strict):
                 " of them; leave one of them out"
             )
         if self.objective == "grpo" and self.grpo.reward is None:
-            raise ValueError("objective grpo learns from what a reward model says; name one in `grpo.reward`, such as run:NAME")
+            raise ValueError(
+                "objective grpo learns from what a reward model says; name one in `grpo.reward`, such as run:NAME, or a function,"
+                " such as {function: math}"
+            )
         if self.objective == "grpo" and self.steps is None:
             raise ValueError("objective grpo writes its own answers, so nothing says where `tokens` or `epochs` end; give `steps`")
         if self.objective == "reward" and self.sample_every_steps:

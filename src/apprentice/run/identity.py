@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from apprentice.errors import TaskError
-from apprentice.recipe import OBJECTIVES, RUN, Recipe
+from apprentice.recipe import OBJECTIVES, RUN, Recipe, RewardTerm
+from apprentice.run.reward_source import source_sha256
 from apprentice.storage import Folder
 from apprentice.tasks.definition import definition_of
 from apprentice.tasks.registry import Entry, Find, find_tasks
@@ -78,6 +79,10 @@ def identity(recipe: Recipe, version: int = FORMAT, *, anywhere: bool = False, f
         kept = {key: value for key, value in kept.items() if not key.startswith("data.qualities.")}
         kept["data.qualities"] = [[name, *one.model_dump(mode="json").values()] for name, one in recipe.data.qualities.items()]
     named = {"model.base": recipe.model.base, **recipe.training.models}
+    if not isinstance(recipe.training.grpo.reward, str) and (terms := recipe.training.grpo.reward_terms):
+        named.pop("training.grpo.reward", None)
+        kept = {key: value for key, value in kept.items() if not _within(key, ("training.grpo.reward",))}
+        kept["training.grpo.reward"] = [_reward_term(term) for term in terms]
     if version == 1:
         return kept | {key: public_base(base) for key, base in named.items()} | {"data.tasks": _paths(recipe)}
     del kept["data.promptsource"]  # a folder, whose content is in the tasks' definitions
@@ -117,6 +122,15 @@ def _model(base: str) -> str:
         return f"{public_base(base)}{weights}"
     folder = Path(base).expanduser()
     return f"folder@{model_sha256(folder)[:16]}" if (folder / "config.json").is_file() else base
+
+
+def _reward_term(term: RewardTerm) -> dict[str, Any]:
+    """A reward's term in the identity: models and functions by content, without its limits."""
+    keys = term.model_dump(mode="json", exclude_defaults=True, exclude={"cpu_s", "memory_gib"})
+    if term.model:
+        return keys | {"model": _model(term.model)}
+    digest = source_sha256(term.function or "")
+    return keys | ({"function": f"{term.function}@{digest[:16]}"} if digest else {})
 
 
 def model_sha256(folder: Path) -> str:

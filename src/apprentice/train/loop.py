@@ -63,6 +63,7 @@ class LoopConfig:
     requested_shares: Mapping[int, float] = field(default_factory=dict)  # task number → share of the examples
     mfu_per_token: float | None = None  # MFU for each token a second; None where the devices' peak is not known
     lengths: int | None = None  # number of different lengths that micro-batches may have; None: any
+    is_token_mean: bool = False  # the loss is divided by the step's target tokens, whatever its rows count
 
 
 class LoopCallback:
@@ -189,10 +190,13 @@ def _one_step(
     estimate = config.goal.steps
     rate = learning_rate(config.optimizer, state.step, config.goal.reached(state) * estimate, estimate)
     torch.manual_seed(_step_seed(config.seed, state.step, collectives.rank))
-    counted = step.counted or 1  # a step without target tokens has loss 0; do not divide by 0
+    counted = (
+        step.targets if config.is_token_mean else step.counted
+    ) or 1  # a step without target tokens has loss 0; do not divide by 0
     outcome = engine.train_step(rows.micro_batches(config.micro_batch, config.lengths), 1.0 / counted, rate)
-    loss, *figures = (total / counted for total in collectives.sum([outcome.nll, *outcome.figures.values()]))
-    _advance(state, step, config.window, loss)
+    nll, *figures = collectives.sum([outcome.nll, *outcome.figures.values()])
+    figures = [total / (step.counted or 1) for total in figures]
+    _advance(state, step, config.window, nll / counted)
     return outcome._replace(figures=dict(zip(outcome.figures, figures, strict=True))), rate
 
 

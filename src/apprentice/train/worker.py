@@ -27,7 +27,7 @@ from apprentice.run.fence import FenceToken
 from apprentice.train.batch import PackedRows, micro_batch_rows
 from apprentice.train.checkpoint import format as checkpoints
 from apprentice.train.checkpoint.async_saver import AsyncSaver
-from apprentice.train.checkpoint.format import Checkpoint
+from apprentice.train.checkpoint.format import Checkpoint, KeptRounds
 from apprentice.train.checkpoint.restore import restore_model
 from apprentice.train.checkpoint.shard_reader import open_tensors
 from apprentice.train.checkpoint.shard_writer import save_weights
@@ -87,7 +87,7 @@ def run_worker(
         collectives=collectives,
         report=recorder.add,
         register=events.register_checkpoint,
-        round_steps=recipe.round.steps if recipe.training.aim.rounds else None,
+        kept_rounds=_kept_rounds(recipe),
         token=token,
     )
     callback = _WorkerCallback(config, engine, validation, recorder, saver, events, collectives, token)
@@ -135,7 +135,10 @@ class _WorkerCallback(LoopCallback):
     def share_weights(self, state: State) -> None:
         recipe, goal = self.config.recipe, self.config.goal
         if recipe.training.aim.rounds and state.step % recipe.round.steps == 0 and goal.reached(state) < 1.0:
-            save_weights(self.config.run.checkpoints, self.engine.weight_shards(), state, self.token, self.collectives)
+            earliest = state.step - recipe.training.grpo.staleness * recipe.round.steps
+            save_weights(
+                self.config.run.checkpoints, self.engine.weight_shards(), state, self.token, self.collectives, earliest=earliest
+            )
 
     def validate(self, state: State) -> float | None:
         lengths = _row_lengths(self.config.recipe.training)
@@ -219,7 +222,13 @@ def _loop_config(config: WorkerConfig, micro: int, mfu_per_token: float | None) 
         requested_shares=config.requested_shares,
         mfu_per_token=mfu_per_token,
         lengths=_row_lengths(training),
+        is_token_mean=training.aim.rounds and training.grpo.loss_mean == "tokens",
     )
+
+
+def _kept_rounds(recipe: Recipe) -> KeptRounds | None:
+    """The rounds of an on-policy run whose weights may still write replies."""
+    return KeptRounds(recipe.round.steps, 1 + recipe.training.grpo.staleness) if recipe.training.aim.rounds else None
 
 
 def _row_lengths(training: Training) -> int | None:

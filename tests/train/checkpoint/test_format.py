@@ -121,10 +121,10 @@ def test_a_damaged_one_takes_no_place_of_those_that_are_kept(folder: Folder) -> 
 
 def test_what_began_the_round_is_kept_until_the_next_one(folder: Folder) -> None:
     for step in range(1, 8):
-        checkpoints.prune(folder, 1, saved(folder, step), round_steps=4)
+        checkpoints.prune(folder, 1, saved(folder, step), rounds=checkpoints.KeptRounds(4, 1))
         assert steps(folder) == sorted({f"step-{step:06d}", *(["step-000004"] if step >= 4 else [])})
         assert checkpoints.find_newest_step(folder) == step
-    checkpoints.prune(folder, 1, saved(folder, 8), round_steps=4)
+    checkpoints.prune(folder, 1, saved(folder, 8), rounds=checkpoints.KeptRounds(4, 1))
     assert steps(folder) == ["step-000008"]
 
 
@@ -186,7 +186,7 @@ def test_what_another_thread_commits_meanwhile_stays_committed(
 
     def late(self: fence.FenceLog, entry: fence.FenceEntry) -> bool:
         monkeypatch.setattr(fence.FenceLog, "add", add)
-        save_weights(folder, whole_shards(tensors), State(step=8), token, Collectives())
+        save_weights(folder, whole_shards(tensors), State(step=8), token, Collectives(), earliest=8)
         return add(self, entry)
 
     monkeypatch.setattr(fence.FenceLog, "add", late)

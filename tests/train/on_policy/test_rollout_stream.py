@@ -61,7 +61,7 @@ def test_one_that_is_damaged_is_an_error(run: Run) -> None:
 def snapshot(run: Run, step: int) -> None:
     """Weights as the workers write them after a round's last step, in bfloat16."""
     shards = whole_shards([("weight/a", torch.full((2, 3), float(step), dtype=torch.bfloat16))])
-    save_weights(run.checkpoints, shards, State(step=step), None, Collectives())
+    save_weights(run.checkpoints, shards, State(step=step), None, Collectives(), earliest=step)
 
 
 def test_a_round_needs_the_weights_alone(run: Run) -> None:

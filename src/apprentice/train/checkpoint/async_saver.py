@@ -51,7 +51,7 @@ class AsyncSaver:
                  written; `report(state, saved_s=…, blocked_s=…)` with the seconds that one took and that training waited for it
     register     called on all workers for every save, by `settle`: with the checkpoint on the first worker and None on the others,
                  or with None on all if it could not be written
-    round_steps  steps of an on-policy round: the checkpoint at which the current round began is kept too
+    kept_rounds  rounds of an on-policy run: the checkpoints at which the current ones began are kept too
     token        the first worker's right to commit; once another process has taken the run, a save ends in `FencedError`
     """
 
@@ -64,12 +64,12 @@ class AsyncSaver:
         collectives: Collectives,
         report: Callable[..., None],
         register: Callable[[Checkpoint | None, State], None],
-        round_steps: int | None = None,
+        kept_rounds: checkpoints.KeptRounds | None = None,
         token: FenceToken | None = None,
     ) -> None:
         self._folder = folder
         self._keep = keep
-        self._round_steps = round_steps
+        self._kept_rounds = kept_rounds
         self._facts = facts
         self._report = report
         self._token = token
@@ -121,7 +121,7 @@ class AsyncSaver:
         except StorageError as error:
             return _SaveResult(None, self._explain(error, state, last))
         if checkpoint is not None:
-            checkpoints.prune(self._folder, self._keep, checkpoint, self._round_steps)
+            checkpoints.prune(self._folder, self._keep, checkpoint, self._kept_rounds)
             saved_s = time.perf_counter() - begin
             self._report(state, saved_s=saved_s, blocked_s=saved_s if blocked_s is None else blocked_s)
         return _SaveResult(checkpoint, None)

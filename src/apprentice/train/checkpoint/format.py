@@ -32,7 +32,7 @@ import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from apprentice.errors import MissingError, StorageError
 from apprentice.run.fence import committed_checkpoints
@@ -58,6 +58,17 @@ class Checkpoint:
     folder: Folder
     state: State
     facts: dict[str, Any]  # dtype and tuning method (for an export on other hardware), whether its validation is awaited
+
+
+class KeptRounds(NamedTuple):
+    """Rounds of an on-policy run whose weights are kept: the last `rounds` of them, each of `steps` steps."""
+
+    steps: int
+    rounds: int
+
+    def begins(self, step: int) -> set[int]:
+        """The steps at which the rounds began that are kept at `step`."""
+        return {(step // self.steps - back) * self.steps for back in range(self.rounds)}
 
 
 def find_newest(checkpoints: Folder) -> Checkpoint | None:
@@ -122,13 +133,13 @@ def find_newest_step(checkpoints: Folder, kind: str = STEP) -> int:
     return next((_age(folder)[0] for folder in _newest_first(checkpoints, kind) if _is_there(folder / CHECKSUMS)), 0)
 
 
-def prune(checkpoints: Folder, keep: int, newest: Checkpoint, round_steps: int | None = None) -> None:
+def prune(checkpoints: Folder, keep: int, newest: Checkpoint, rounds: KeptRounds | None = None) -> None:
     """Deletes old checkpoints. What cannot be deleted now is left; deleting never ends a run.
 
     Kept are `keep` checkpoints: `newest`, from which the run goes on, the best, and the newest of the others; where newest and best
     differ, both are kept even if `keep` is 1. Kept besides are the newest `MOST_AWAITED` that wait for their validation, all that
-    are in use, and, with `round_steps` (the steps of an on-policy round), the one whose model writes the current round's replies,
-    since some of these may not be written yet. Checkpoints that are marked as damaged are deleted, and those later than `newest`,
+    are in use, and, with `rounds`, those whose models write the replies of on-policy rounds, since some of these may not be written
+    yet. Checkpoints that are marked as damaged are deleted, and those later than `newest`,
     which were passed over as damaged.
     """
     try:
@@ -139,9 +150,9 @@ def prune(checkpoints: Folder, keep: int, newest: Checkpoint, round_steps: int |
         lowest = _place_of_lowest([_validation_loss(folder) for folder in folders])
         order = dict.fromkeys([0, *([] if lowest is None else [lowest]), *range(len(folders))])
         spared |= {folders[place].name for place in list(order)[: max(keep, 2 if lowest else 1)]}
-        if round_steps is not None:
-            round_start = _age(newest.folder)[0] // round_steps * round_steps
-            spared |= {folder.name for folder in folders if _age(folder)[0] == round_start}
+        if rounds is not None:
+            begins = rounds.begins(_age(newest.folder)[0])
+            spared |= {folder.name for folder in folders if _age(folder)[0] in begins}
         to_delete = [folder for folder in _newest_first(checkpoints) if folder.name not in spared and not _is_in_use(folder)]
     except StorageError as error:
         _log.warning("no old checkpoint is deleted now: %s", error)
@@ -150,10 +161,15 @@ def prune(checkpoints: Folder, keep: int, newest: Checkpoint, round_steps: int |
         remove(folder)
 
 
-def prune_weights(checkpoints: Folder, newest: Checkpoint) -> None:
-    """Deletes the snapshots of weights but `newest`: the rows of all earlier rounds are written, since training has used them."""
+def prune_weights(checkpoints: Folder, newest: Checkpoint, earliest: int) -> None:
+    """Deletes the snapshots of weights but `newest` and those from step `earliest` on that are older than it.
+
+    The rows that others wrote are there, since training has used them.
+    """
+    last = _age(newest.folder)[0]
     try:
-        to_delete = [folder for folder in _newest_first(checkpoints, WEIGHTS) if folder != newest.folder and not _is_in_use(folder)]
+        others = [folder for folder in _newest_first(checkpoints, WEIGHTS) if folder != newest.folder]
+        to_delete = [folder for folder in others if not earliest <= _age(folder)[0] < last and not _is_in_use(folder)]
     except StorageError as error:
         _log.warning("no old weights are deleted now: %s", error)
         return

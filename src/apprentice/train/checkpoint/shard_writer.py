@@ -88,15 +88,21 @@ def write_checkpoint(
 
 
 def save_weights(
-    checkpoints: Folder, shards: Sequence[Shard], state: State, token: FenceToken | None, collectives: Collectives
+    checkpoints: Folder,
+    shards: Sequence[Shard],
+    state: State,
+    token: FenceToken | None,
+    collectives: Collectives,
+    *,
+    earliest: int,
 ) -> None:
-    """Writes a snapshot of the weights alone, from all workers' `shards`, and deletes the earlier ones.
+    """Writes a snapshot of the weights alone, from all workers' `shards`, and deletes those before step `earliest`.
 
     All workers must call it; it returns once the snapshot counts. Raises what `write_checkpoint` does.
     """
     snapshot = write_checkpoint(checkpoints, shards, state, {}, token, collectives=collectives, kind=WEIGHTS)
     if snapshot is not None:
-        prune_weights(checkpoints, snapshot)
+        prune_weights(checkpoints, snapshot, earliest)
 
 
 def _unwritten(state: State, checkpoints: Folder, error: Exception) -> StorageError:

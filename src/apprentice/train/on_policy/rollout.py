@@ -1,4 +1,4 @@
-"""Rollout of one on-policy round: the policy replies to prompts, a reward model scores, and the replies become packed rows.
+"""Rollout of one on-policy round: the policy replies to prompts, the reward scores, and the replies become packed rows.
 
     prompts of a window ─▶ replies sampled from the policy ─▶ rewards, advantages ─▶ rows with each token's log-probabilities
 
@@ -7,10 +7,12 @@ The result depends only on the seed, the weights and the sampling plan.
 
 from __future__ import annotations
 
+import json
+from collections import Counter
 from collections.abc import Hashable, Iterator, Sequence
 from functools import cached_property
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,35 +27,30 @@ from apprentice.inference.cpu_linear import place_model
 from apprentice.inference.decoding import make_scheduler
 from apprentice.inference.generation_request import GenerationRequest, Sampling
 from apprentice.models.loading import load_model, resolve_dtype
-from apprentice.models.reward import choice_rewards
 from apprentice.models.tuning.methods import TUNING_METHODS
 from apprentice.train.batch import PackedRows, SupervisedBatch, move_batch
 from apprentice.train.checkpoint.restore import ReadTensor, restore_model
 from apprentice.train.engine.deepspeed_config import CPU_MICRO_TOKENS, GPU_MICRO_TOKENS
 from apprentice.train.losses.grpo import advantages, token_log_probabilities
 from apprentice.train.losses.target_losses import TargetLosses
+from apprentice.train.on_policy.reply_rewards import ReplyRewards, Rollout
 from apprentice.train.packed_attention import packed_attention
 
+EQUAL_REWARDS = "equal_rewards"  # reason under which the mixture ledger counts groups that were left out
 AT_ONCE = 64  # slots of the scheduler: replies generated at the same time
-
-
-class Rollout(NamedTuple):
-    """A reply of the policy: token ids, with the stop token where it `has_ended` with one and was not cut at the longest length."""
-
-    prompt: Prompt
-    ids: list[int]
-    has_ended: bool
 
 
 class RoundWriter:
     """Makes the rows of on-policy rounds on one device.
 
-    Between rounds it keeps only the loaded reward model and reference, so a round's rows do not depend on earlier calls.
+    Between rounds it keeps only the reward's functions and model and the reference, so a round's rows do not depend on earlier
+    calls.
     """
 
     def __init__(self, corpus: Corpus, device: torch.device) -> None:
         self._corpus, self._device = corpus, device
         self._renderer = WindowRenderer(corpus)
+        self._rewards = ReplyRewards(corpus, lambda name: place_model(self._load(name, head=0), device))
         self._dtype = resolve_dtype(corpus.recipe.model.dtype, device.type)
         budget = GPU_MICRO_TOKENS if device.type == "cuda" else CPU_MICRO_TOKENS
         self._rows_at_once = max(1, budget // corpus.row_length)
@@ -64,14 +61,13 @@ class RoundWriter:
         `read` gives the policy's tensors from a checkpoint; without it the policy is the base model. The columns are those of
         `apprentice.data.window` and four more: `written` and `held`, float32 (length,), each reply token's log-probability under
         the policy and under the reference; `advantages` and `rewards`, float32 (replies,). Each of the round's `passes` goes over
-        all replies in an order of its own.
+        all replies in an order of its own. Row 0 of the part says how many groups `training.grpo.redraws` left out.
         """
         shape, recipe = self._corpus.recipe.round, self._corpus.recipe
         prompts = self._renderer.prompts(window)[part :: shape.parts]
         policy = self._policy(read)
-        replies = self._replies(policy, prompts)
-        rewards = self._rewards(replies).view(-1, shape.group)
-        advantage_of_replies = advantages(rewards).reshape(-1).numpy()
+        replies, rewards, left_out = self._scored_replies(policy, prompts)
+        advantage_of_replies = advantages(rewards, scale_rewards=recipe.training.grpo.scale_rewards).reshape(-1).numpy()
         rows: list[list[int]] = []
         for pass_number in range(shape.passes):
             order = permute(
@@ -82,6 +78,8 @@ class RoundWriter:
         first_row = sum(shape.rows_of(other) for other in range(part)) * shape.passes
         columns["window"] = np.full(len(rows), window, np.int64)
         columns["row"] = np.arange(first_row, first_row + len(rows), dtype=np.int32)
+        if left_out and rows:
+            columns["dropped"][0] = json.dumps({task: {EQUAL_REWARDS: left_out[task]} for task in sorted(left_out)})
         columns["written"] = self._log_probabilities(policy, columns)
         columns["held"] = self._log_probabilities(self._reference, columns) if recipe.training.grpo.beta else columns["written"]
         return columns
@@ -99,22 +97,44 @@ class RoundWriter:
     def _reference(self) -> Any:
         return place_model(self._load(self._corpus.recipe.model.base), self._device)
 
-    @cached_property
-    def _judge(self) -> Any:
-        reward = self._corpus.recipe.training.grpo.reward
-        assert reward is not None, "the recipe names a reward model"
-        return place_model(self._load(reward, head=0), self._device)
-
     def _load(self, base: str, head: int | None = None) -> Any:
         settings = self._corpus.recipe.model
         model: Any = load_model(base, self._dtype, settings.attention, head=head, trust=settings.trust)
         return model.to(self._device).requires_grad_(False)
 
-    def _replies(self, policy: Any, prompts: Sequence[Prompt]) -> list[Rollout]:
+    def _scored_replies(self, policy: Any, prompts: Sequence[Prompt]) -> tuple[list[Rollout], Tensor, Counter[str]]:
+        """Replies to the prompts, their rewards (prompts, group), and the number of groups left out: task → groups.
+
+        Groups whose replies all have one reward are drawn anew, and then left out, as `training.grpo.redraws` says; it is DAPO's
+        dynamic sampling (Yu et al. 2025, section 3.2), which draws other prompts instead.
+        """
+        grpo, left_out = self._corpus.recipe.training.grpo, Counter[str]()
+        replies = self._replies(policy, prompts)
+        rewards = self._rewards.score(replies).view(-1, grpo.group)
+        if grpo.redraws is None:
+            return replies, rewards, left_out
+        for attempt in range(1, grpo.redraws + 1):
+            places = _equal_groups(rewards)
+            if not places:
+                break
+            drawn = self._replies(policy, [prompts[place] for place in places], attempt)
+            rewards[places] = self._rewards.score(drawn).view(-1, grpo.group)
+            for number, place in enumerate(places):
+                replies[place * grpo.group : (place + 1) * grpo.group] = drawn[number * grpo.group : (number + 1) * grpo.group]
+        equal = set(_equal_groups(rewards))
+        left_out.update(self._corpus.tasks[prompts[place].task].name for place in equal)
+        kept = [place for place in range(len(prompts)) if place not in equal]
+        return (
+            [reply for place in kept for reply in replies[place * grpo.group : (place + 1) * grpo.group]],
+            rewards[kept],
+            left_out,
+        )
+
+    def _replies(self, policy: Any, prompts: Sequence[Prompt], attempt: int = 0) -> list[Rollout]:
         """`training.grpo.group` sampled replies to each prompt, in the prompts' order; each reply has its own random seed."""
         grpo, seed = self._corpus.recipe.training.grpo, self._corpus.recipe.seed
         stops = frozenset(self._corpus.layout.stop_ids)
-        requests = [(prompt, number) for prompt in prompts for number in range(grpo.group)]
+        requests = [(prompt, number) for prompt in prompts for number in range(attempt * grpo.group, (attempt + 1) * grpo.group)]
         if not requests:
             return []
         scheduler = make_scheduler(policy, slots=min(AT_ONCE, len(requests)), context=self._corpus.recipe.data.max_length)
@@ -128,13 +148,6 @@ class RoundWriter:
                 ids[token.key].append(token.id)
                 has_ended[token.key] = token.finish == "stop"
         return [Rollout(prompt, ids[place], has_ended[place]) for place, (prompt, _) in enumerate(requests)]
-
-    def _rewards(self, replies: Sequence[Rollout]) -> Tensor:
-        """Reward of every reply, float32 (replies,). A reply that was cut is scored with an answer's end, like all others."""
-        end = list(self._corpus.layout.end_ids)
-        texts = [(reply.ids[:-1] if reply.has_ended else reply.ids) + end for reply in replies]
-        rewards = choice_rewards(self._judge, [reply.prompt.ids for reply in replies], [[ids] for ids in texts])
-        return torch.tensor(list(chain.from_iterable(rewards)), dtype=torch.float32)
 
     def _columns(self, replies: Sequence[Rollout], rows: Sequence[Sequence[int]], per_reply: dict[str, NDArray[Any]]) -> Rows:
         texts = [reply.prompt.ids + reply.ids for reply in replies]
@@ -167,3 +180,8 @@ class RoundWriter:
 
     def _starts(self, rows: int) -> Iterator[int]:
         return iter(range(0, rows, self._rows_at_once))
+
+
+def _equal_groups(rewards: Tensor) -> list[int]:
+    """Numbers of the groups in `rewards` (prompts, group) whose replies all have one reward."""
+    return (rewards == rewards[:, :1]).all(dim=1).nonzero()[:, 0].tolist()

@@ -1,5 +1,7 @@
 """Stream of rows of an on-policy run: rounds made by Ray Data actors, each with the weights at the end of the round before.
 
+With `grpo.staleness` 1 the weights are one round older, so a round is written while the one before it is trained on.
+
     number of a round ─▶ actors that wait for its weights, then write, score and pack replies ─▶ <run>/rounds/ ─▶ the workers
 
 Rounds are kept in the run's folder: one that is there is read, not made again. Training workers just take rows; the snapshot of the
@@ -62,7 +64,7 @@ def stream_rounds(corpus: Corpus, run: Run, start: Start) -> ray.data.Dataset:
 def _weight_bytes(recipe: Recipe) -> int:
     """Bytes of the models that a writer of replies holds: the policy, the reward model, and the reference where it is needed."""
     grpo, on_gpu = recipe.training.grpo, recipe.training.resources.gpus > 0
-    bases = [recipe.model.base, *([grpo.reward] if grpo.reward else []), *([recipe.model.base] if grpo.beta else [])]
+    bases = [recipe.model.base, *([grpo.reward_model] if grpo.reward_model else []), *([recipe.model.base] if grpo.beta else [])]
     return sum(weight_bytes(local_folder(base), recipe.model.dtype, gpu=on_gpu) for base in bases)
 
 
@@ -89,7 +91,8 @@ class _RoundActor:
         return rows.slice(min(max(0, trained_on), len(rows)))
 
     def _made(self, window: int, part: int) -> pa.Table:
-        step = window * self._corpus.recipe.round.steps
+        recipe = self._corpus.recipe
+        step = max(0, window - recipe.training.grpo.staleness) * recipe.round.steps
         if step == 0:
             return arrow_table(self._writer.rows(window, part, None))
         with open_tensors(wait_for_weights(self._run, step)) as reader:
