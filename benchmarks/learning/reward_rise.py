@@ -3,8 +3,9 @@
     python -m benchmarks.learning.reward_rise [--seeds 1 2 3] [--out DIR] [KEY=VALUE …]
 
 A random Llama of under a million numbers is tuned on `word_problems` by supervised steps until it is right now and then; the recipe
-`sums` goes on from there, once for each seed. The rise is the mean reward of the last ten rounds less that of the first ten. Its
-interval is of 95% by Student's t over the seeds, whose prompts, replies and order all differ.
+`sums` goes on from there, once for each seed. The rise is the mean reward of the last ten rounds less that of the first ten, with an
+interval of 95%: of one seed by Welch's t over the prompts' groups, of all by Student's t over the seeds, whose prompts, replies and
+order all differ.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import argparse
 import io
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,13 @@ from apprentice.tasks.builtin import rows
 from benchmarks.figures import claim_stdout, report
 
 ENDS = 10  # rounds at either end that are compared
-TINY = ("model.dtype=float32", "tuning.method=full", "training.checkpoint={every_steps: 1000, keep: 1}")
+TINY = (
+    "model.dtype=float32",
+    "tuning.method=full",
+    "training.checkpoint={every_steps: 1000, keep: 1}",
+    "data.tasks=[word_problems]",
+    "data.hold_out=[]",
+)
 SUPERVISED = (
     "name=sums-sft",
     "training.objective=sft",
@@ -83,12 +90,18 @@ def progress(stage: str, values: Mapping[str, Any]) -> None:
         print(stage, shown, file=sys.stderr, flush=True)
 
 
-def round_rewards(recipe: Recipe) -> list[float]:
-    """Mean reward of each round of a finished run, in order; of the replies that were learnt from."""
+def round_rewards(recipe: Recipe) -> list[list[float]]:
+    """For each round of a finished run, in order, the mean reward of the replies to each of its prompts."""
     rounds = open_run(recipe).rounds
-    files = sorted(file.name for file in rounds.children())
-    tables = [pq.read_table(io.BytesIO((rounds / name).read_bytes())) for name in files]
-    return [float(np.mean([reward for row in table["rewards"].to_pylist() for reward in row])) for table in tables]
+    means = []
+    for name in sorted(file.name for file in rounds.children()):
+        table = pq.read_table(io.BytesIO((rounds / name).read_bytes()), columns=["examples", "rewards"])
+        of_prompt: dict[int, list[float]] = {}
+        for examples, rewards in zip(table["examples"].to_pylist(), table["rewards"].to_pylist(), strict=True):
+            for position, reward in zip(examples, rewards, strict=True):
+                of_prompt.setdefault(position, []).append(reward)
+        means.append([float(np.mean(rewards)) for rewards in of_prompt.values()])
+    return means
 
 
 def main() -> None:
@@ -109,12 +122,18 @@ def main() -> None:
         recipe = load_recipe(sums, named)
         pipeline.train_run(recipe, progress=progress)
         rewards = round_rewards(recipe)
-        first, last = float(np.mean(rewards[:ENDS])), float(np.mean(rewards[-ENDS:]))
-        rises.append(last - first)
-        report(f"reward_rise.{seed}", rises[-1], unit="reward", rounds=len(rewards), first=round(first, 3), last=round(last, 3))
+        first, last = (np.concatenate(ends) for ends in (rewards[:ENDS], rewards[-ENDS:]))
+        rises.append(float(last.mean() - first.mean()))
+        interval = stats.ttest_ind(last, first, equal_var=False).confidence_interval(0.95)
+        ends = {"first": round(float(first.mean()), 3), "last": round(float(last.mean()), 3)}
+        report(f"reward_rise.{seed}", rises[-1], unit="reward", interval=_rounded(interval), rounds=len(rewards), **ends)
     if len(rises) > 1:
-        low, high = stats.t.interval(0.95, len(rises) - 1, np.mean(rises), stats.sem(rises))
-        report("reward_rise", float(np.mean(rises)), unit="reward", interval=[round(low, 3), round(high, 3)], seeds=len(rises))
+        interval = stats.t.interval(0.95, len(rises) - 1, np.mean(rises), stats.sem(rises))
+        report("reward_rise", float(np.mean(rises)), unit="reward", interval=_rounded(interval), seeds=len(rises))
+
+
+def _rounded(interval: Iterable[float]) -> list[float]:
+    return [round(float(end), 3) for end in interval]
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from tests.support import one_process
 from tests.support.stand_ins import tiny_model_of, write_datasets
 
 RECIPES = sorted(SHIPPED.glob("*.yaml"))
-SINGLE_SET = {"alpaca", "dolly", "openchat", "zephyr_sft", "zephyr", "instructgpt_sft", "instructgpt_reward", "instructgpt"}
+SINGLE_SET = {"alpaca", "dolly", "openchat", "zephyr_sft", "zephyr", "instructgpt_sft", "instructgpt_reward", "instructgpt", "sums"}
 # What Mistral 7B Instruct v0.2's model card shows for two turns: [INST] … [/INST] answer</s>[INST] … [/INST]
 INST = (
     "{% for message in messages %}{% if message['role'] == 'user' %}[INST] {{ message['content'] }} [/INST]"
@@ -46,6 +46,7 @@ MODELS = {
     "instructgpt_sft": "gpt_neox",
     "instructgpt_reward": "gpt_neox",
     "instructgpt": "gpt_neox",
+    "sums": "llama",
 }
 FAR = ("mistral_instruct",)
 PAIRS = ("flan", "flan_t5", "t0", "t0_bart", "tk_instruct")  # prompts and answers on two sides of a row
@@ -113,6 +114,7 @@ WANTED_MODELS = {
     "prefix_tuning": SMOLLM,
     "prompt_tuning": SMOLLM,
     "quickstart": SMOLLM,
+    "sums": SMOLLM,
     "t0": T5,
     "t0_bart": "model facebook/bart-large (estimate 1.6 GB: 0.41 billion parameters of 4 bytes)",
     "tk_instruct": T5,
@@ -159,7 +161,8 @@ def tiny(name: str, tokenizer: Path, folder: Path) -> list[str]:
         "data.packing.length=384",
         *(["data.packing.target_length=96"] if shipped.data.packing.target_length else []),
         f"data.window={4 if shipped.training.aim.rounds else 64}",
-        *([f"training.grpo={GRPO}"] if shipped.training.aim.rounds else []),
+        *([f"training.grpo={GRPO}"] if name == "instructgpt" else []),
+        *(["training.grpo.group=2", "training.grpo.max_new_tokens=4"] if name == "sums" else []),
         "training.checkpoint.every_steps=2",
         "training.workers=1",
         "training.resources={cpus: 1, gpus: 0}",

@@ -4,7 +4,7 @@ What is done with a block depends on its language:
 
     bash      `apprentice …` in this process on the tests' Ray, `apprentice serve …` until the page ends, all else by bash;
               a block whose title begins with "on a " needs a machine that tests lack: its commands are only parsed
-    python    executed; a page has one namespace
+    python    executed; a page has one namespace; with a title: a file of that name too
     text      right after bash or python: what it printed, where … stands for anything
     yaml      with a title: a file of that name, and it must be a recipe or a task; without: part of one, and it must fit
     csv, jsonl, json, jinja   with a title: a file of that name
@@ -81,7 +81,7 @@ class Reader:
 
     def run(self, block: Block) -> None:
         """Raises `AssertionError`, or what the block's code raises, where the block is not true."""
-        if block.language in FILES or (block.language == "yaml" and block.title):
+        if block.language in FILES or (block.language in ("yaml", "python") and block.title):
             Path(block.title).write_text(self._there(block.text), encoding="utf-8")
         if block.language == "yaml":
             check_yaml(block, self.folder)

@@ -29,6 +29,7 @@ def round_recipe(folder: Path, model: Path, **changes: Any) -> Path:
     """Two rounds over questions about colours; the reward model is made in `folder` unless `changes` name one."""
     if "training__grpo__reward" not in changes:
         changes["training__grpo__reward"] = str(reward_model(folder / "reward", model))
+    folder.mkdir(exist_ok=True)
     file = write_pairs(folder / "pairs.jsonl")
     chosen: dict[str, Any] = ROUND | {
         "data__tasks": [{"preferences": str(file), "test": str(file)}],

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import weakref
 from collections.abc import Sequence
 from contextlib import suppress
 from multiprocessing import Pipe
@@ -62,6 +63,7 @@ class RewardProcess:
             start_new_session=True,
         )
         theirs.close()
+        self._end = weakref.finalize(self, _end_process, self._process, self._pipe)  # also when nobody has this object any more
         answer = self._answer()
         if "error" in answer:
             self.close()
@@ -89,10 +91,7 @@ class RewardProcess:
         """Ends the process with all that it started."""
         if self._process is None:
             return
-        self._pipe.close()
-        with suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
+        self._end()
         self._process = None
 
     def _answer(self) -> dict[str, Any]:
@@ -125,3 +124,10 @@ class RewardProcess:
         return TrainingError(
             f"reward function {self.term.name} {reason}, on {where}; correct the function or training.grpo.reward."
         )
+
+
+def _end_process(process: subprocess.Popen[bytes], pipe: Any) -> None:
+    pipe.close()
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()

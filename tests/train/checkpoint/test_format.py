@@ -128,6 +128,13 @@ def test_what_began_the_round_is_kept_until_the_next_one(folder: Folder) -> None
     assert steps(folder) == ["step-000008"]
 
 
+def test_of_replies_that_may_be_stale_the_weights_of_two_rounds_are_kept(folder: Folder) -> None:
+    for step in range(1, 8):
+        checkpoints.prune(folder, 1, saved(folder, step), rounds=checkpoints.KeptRounds(2, 2))
+        begins = {step // 2 * 2, step // 2 * 2 - 2} - {0, -2}
+        assert steps(folder) == sorted(f"step-{number:06d}" for number in {step, *begins})
+
+
 def test_without_validation_the_newest_is_best(folder: Folder) -> None:
     for step in (1, 2, 3):
         last = saved(folder, step)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from apprentice.recipe import GRPO
-from apprentice.train.batch import RolloutBatch
+from apprentice.train.batch import RolloutBatch, target_places
 from apprentice.train.losses.grpo import PolicyLoss, advantages
 from tests.models.architectures import made
 from tests.train.losses.test_preference import gradients, same
@@ -46,18 +46,28 @@ def spelt_out(model: Any, grpo: GRPO, batch: RolloutBatch, texts: list[Any]) -> 
         each = []
         for now, old, reference in zip(own, batch.policy_log_probs[here], batch.reference_log_probs[here], strict=True):
             ratio = torch.exp(now - old)
-            plain, bounded = ratio * advantage, torch.clamp(ratio, 1 - grpo.clip, 1 + grpo.clip) * advantage
+            highest = 1 + (grpo.clip if grpo.clip_high is None else grpo.clip_high)
+            plain, bounded = ratio * advantage, torch.clamp(ratio, 1 - grpo.clip, highest) * advantage
             distance = torch.exp(reference - now) - (reference - now) - 1
             each.append(-torch.minimum(plain, bounded) + grpo.beta * distance)
             divergence += distance.item() / len(own)
             clipped += bool(bounded < plain) / len(own)
-        total = total + torch.stack(each).mean()
+        lengths = {"replies": len(each), "tokens": 1, "max_new_tokens": grpo.max_new_tokens}
+        total = total + torch.stack(each).sum() / lengths[grpo.loss_mean]
     return total, divergence, clipped
 
 
-@pytest.mark.parametrize(("beta", "clip"), [(0.04, 0.2), (0.0, 0.05)])
-def test_packed_replies_are_single_replies(beta: float, clip: float) -> None:
-    grpo = GRPO(beta=beta, clip=clip)
+SETTINGS = [
+    GRPO(beta=0.04, clip=0.2),
+    GRPO(beta=0.0, clip=0.05),
+    GRPO(beta=0.04, clip=0.05, clip_high=0.4),  # DAPO's clip-higher
+    GRPO(beta=0.0, clip=0.2, loss_mean="tokens"),  # DAPO's token-level loss
+    GRPO(beta=0.04, clip=0.2, loss_mean="max_new_tokens", max_new_tokens=40),  # Dr. GRPO's constant length
+]
+
+
+@pytest.mark.parametrize("grpo", SETTINGS)
+def test_packed_replies_are_single_replies(grpo: GRPO) -> None:
     batch, texts = packed()
     assert len(texts) == len(batch.advantages) >= 6
     model = made("llama")
@@ -74,6 +84,33 @@ def test_packed_replies_are_single_replies(beta: float, clip: float) -> None:
     assert 0 < clipped < len(texts)
     assert float(loss.figures["reward"]) == sum(range(len(texts)))
     assert float(loss.figures["reply_tokens"]) == float(batch.is_target[:, 1:].sum())
+
+
+def test_a_token_may_rise_further_than_it_may_fall() -> None:
+    """Of tokens whose probability rose by 30%, none is clipped by 0.4; of those that fell by 30%, all of bad replies are by 0.2."""
+    batch, texts = packed()
+    model = made("llama")
+    own = torch.zeros_like(batch.policy_log_probs)
+    own.view(-1)[target_places(batch)] = (
+        -PolicyLoss(model, GRPO())
+        .targets.causal(batch.input_ids, batch.positions, target_places(batch), "none", batch.bounds)
+        .detach()
+    )
+    clipped = {}
+    for change, advantage in ((1.3, 1.0), (0.7, -1.0)):
+        moved = batch._replace(
+            policy_log_probs=own - float(np.log(change)), advantages=torch.full_like(batch.advantages, advantage)
+        )
+        for high in (None, 0.4):
+            loss = PolicyLoss(model, GRPO(clip=0.2, clip_high=high))
+            loss(moved)
+            clipped[change, high] = float(loss.figures["clipped"]) / len(texts)
+    assert clipped == pytest.approx({(1.3, None): 1.0, (1.3, 0.4): 0.0, (0.7, None): 1.0, (0.7, 0.4): 1.0})
+
+
+def test_advantages_are_not_scaled_where_that_is_asked() -> None:
+    rewards = torch.tensor([[1.0, 3.0], [5.0, 5.0], [0.0, 0.5]])
+    torch.testing.assert_close(advantages(rewards, scale_rewards=False), torch.tensor([[-1.0, 1.0], [0.0, 0.0], [-0.25, 0.25]]))
 
 
 def test_advantages_are_among_the_replies_to_one_prompt() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from apprentice.recipe.round import Round
 from apprentice.run.folder import Run, open_run
 from apprentice.train.batch import PackedRows
 from apprentice.train.losses.grpo import PolicyLoss, advantages
+from apprentice.train.on_policy.reply_rewards import ReplyRewards
 from apprentice.train.on_policy.rollout import RoundWriter
 from tests.support.on_policy import round_recipe
 
@@ -146,6 +149,81 @@ def test_rows_without_a_reply_have_no_loss_and_no_gradient(
             assert not learns
             assert float(loss.detach()) == 0.0
     assert arrow_table(made).num_rows == 8
+
+
+SUMS: dict[str, Any] = {
+    "data__tasks": ["word_problems"],
+    "data__max_length": 160,
+    "data__packing": {"length": 320},
+    "training__grpo__beta": 0.0,
+}
+
+
+def of_rewards(folder: Path, model: Path, reward: Any, **changes: Any) -> tuple[Corpus, list[dict[str, Any]], dict[str, Any]]:
+    """The corpus, replies and rows of a first round over word problems with this reward."""
+    small = corpus_of(folder, model, **SUMS, training__grpo__reward=reward, **changes)
+    made = RoundWriter(small, torch.device("cpu")).rows(0, 0, None)
+    return small, replies_of(made), made
+
+
+LENGTHS = """
+def length(completions, prompts, references, tasks):
+    assert all(task == "word_problems" for task in tasks)
+    assert all(" = " in right and len(rights) == 1 for rights in references for right in rights)
+    assert len(prompts) == len(completions)
+    return [len(completion) for completion in completions]
+"""
+
+
+def test_a_reward_is_the_weighted_sum_of_functions_over_the_texts(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "lengths.py").write_text(LENGTHS)
+    monkeypatch.chdir(tmp_path)
+    terms = [{"function": "python:lengths:length", "weight": 0.5}, {"function": "regex", "pattern": "[^a-z]*", "weight": -2}]
+    small, replies, _ = of_rewards(tmp_path, tiny_model, terms, training__grpo__overlong_tokens=4)
+    assert len(replies) == 32
+    for reply in replies:
+        ids = reply["input_ids"][reply["loss_mask"] > 0].tolist()
+        text = small.layout.tokenizer.decode(ids)
+        overlong = max(0, len(ids) - 4) / 4  # of 8 tokens at most, the last 4
+        expected = 0.5 * len(text) - 2 * bool(re.fullmatch("[^a-z]*", text.strip())) - overlong
+        assert reply["rewards"] == pytest.approx(expected)
+    assert any(len(reply["loss_mask"].nonzero()[0]) == 8 for reply in replies)
+
+
+def test_groups_of_one_reward_are_left_out_and_counted(tiny_model: Path, tmp_path: Path) -> None:
+    """A random model never gets a sum right, so that no group teaches; without `redraws` all replies stay, with advantage 0."""
+    _, replies, made = of_rewards(tmp_path, tiny_model, {"function": "math"}, training__grpo__redraws=1)
+    assert replies == []
+    assert len(made["row"]) == 16  # as ever, so that the steps stay what they are
+    assert json.loads(made["dropped"][0]) == {"word_problems": {"equal_rewards": 8}}
+    assert not any(made["dropped"][1:])
+    assert PackedRows.from_columns(made).loss_denominator == 0
+    _, replies, made = of_rewards(tmp_path / "all", tiny_model, {"function": "math"})
+    assert [reply["advantages"] for reply in replies] == [0.0] * 32
+    assert not any(made["dropped"])
+
+
+def test_a_group_of_one_reward_is_drawn_anew(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first draw of the first two prompts is worth the same; the second one is not, and takes its place."""
+    texts: list[list[str]] = []
+
+    def score(self: Any, replies: Any) -> torch.Tensor:
+        texts.append([str(reply.ids) for reply in replies])
+        values = torch.arange(len(replies)).float()
+        if len(texts) == 1:
+            values[:8] = 7.0
+        return values
+
+    monkeypatch.setattr(ReplyRewards, "score", score)
+    _, replies, made = of_rewards(tmp_path, tiny_model, {"function": "math"}, training__grpo__redraws=3)
+    assert [len(drawn) for drawn in texts] == [32, 8]
+    assert set(texts[0][:8]) != set(texts[1])  # other seeds
+    assert not any(made["dropped"])
+    ids = sorted(str(reply["input_ids"][reply["loss_mask"] > 0].tolist()) for reply in replies)
+    assert ids == sorted(texts[1] + texts[0][8:])
+    assert sorted(float(reply["rewards"]) for reply in replies) == sorted([*range(8), *range(8, 32)])
 
 
 def test_the_same_round_again_is_the_same(corpus: Corpus, rows: dict[str, Any]) -> None:
