@@ -3,9 +3,9 @@
     python -m benchmarks.learning.reward_rise [--seeds 1 2 3] [--out DIR] [KEY=VALUE …]
 
 A random Llama of under a million numbers is tuned on `word_problems` by supervised steps until it is right now and then; the recipe
-`sums` goes on from there, once for each seed. The rise is the mean reward of the last ten rounds less that of the first ten, with an
-interval of 95%: of one seed by Welch's t over the prompts' groups, of all by Student's t over the seeds, whose prompts, replies and
-order all differ.
+`sums` goes on from there, once for each seed. The rise is the mean reward of the last ten rounds less that of the first ten. Its
+interval is of 95%: of one seed by Welch's t over the prompts' groups, of all by Student's t over the seeds, whose prompts, replies
+and order all differ.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ SUPERVISED = (
     "training.global_batch=8",
     "training.optimizer={learning_rate: 3.0e-3, schedule: constant, warmup_steps: 20}",
 )
+POLICY = ("model.base=run:sums-sft", "training.optimizer.learning_rate=5.0e-4")
 TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -118,7 +119,7 @@ def main() -> None:
     pipeline.train_run(load_recipe(sums, [out, f"model.base={model.absolute()}", *TINY, *SUPERVISED]), progress=progress)
     rises = []
     for seed in chosen.seeds:
-        named = [out, "model.base=run:sums-sft", *TINY, f"name=sums-{seed}", f"seed={seed}", *chosen.overrides]
+        named = [out, *TINY, *POLICY, f"name=sums-{seed}", f"seed={seed}", *chosen.overrides]
         recipe = load_recipe(sums, named)
         pipeline.train_run(recipe, progress=progress)
         rewards = round_rewards(recipe)
