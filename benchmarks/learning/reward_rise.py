@@ -39,11 +39,11 @@ SUPERVISED = (
     "name=sums-sft",
     "training.objective=sft",
     "training.grpo={}",
-    "training.steps=300",
+    "training.steps=800",
     "training.global_batch=8",
-    "training.optimizer={learning_rate: 3.0e-3, schedule: constant, warmup_steps: 20}",
+    "training.optimizer={learning_rate: 3.0e-3, schedule: cosine, warmup_steps: 20}",
 )
-POLICY = ("model.base=run:sums-sft", "training.optimizer.learning_rate=5.0e-4")
+POLICY = ("model.base=run:sums-sft", "training.optimizer.learning_rate=2.0e-4")
 TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"

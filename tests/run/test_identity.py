@@ -51,6 +51,30 @@ def test_workers_that_share_rows_make_no_other_run(tmp_path: Path) -> None:
     assert identity(Recipe.model_validate(alone.model_dump(exclude_unset=True) | shared)) == identity(alone)
 
 
+def of_reward(folder: Path, reward: Any) -> dict[str, Any]:
+    alone = recipe_in(folder, ["sst2"]).model_dump(exclude_unset=True)
+    return identity(Recipe.model_validate(alone | {"training": {"steps": 5, "objective": "grpo", "grpo": {"reward": reward}}}))
+
+
+def test_a_reward_is_known_by_what_it_computes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package" / "__init__.py").write_text("raise RuntimeError('nobody runs this')")
+    module = tmp_path / "package" / "mine.py"
+    module.write_text("def f(**others): return []")
+    monkeypatch.chdir(tmp_path)
+    own = {"function": "python:package.mine:f"}
+    first = of_reward(tmp_path, own)["training.grpo.reward"]
+    assert first[0]["function"].startswith("python:package.mine:f@")
+    assert of_reward(tmp_path, own | {"cpu_s": 3, "memory_gib": 1})["training.grpo.reward"] == first
+    assert of_reward(tmp_path, [own])["training.grpo.reward"] == first
+    assert of_reward(tmp_path, own | {"weight": 2})["training.grpo.reward"] != first
+    module.write_text("def f(**others): return [1]")
+    assert of_reward(tmp_path, own)["training.grpo.reward"] != first
+    assert of_reward(tmp_path, {"function": "python:elsewhere:f"})["training.grpo.reward"] == [{"function": "python:elsewhere:f"}]
+    assert of_reward(tmp_path, [{"model": "run:/x/judge"}])["training.grpo.reward"] == [{"model": "run:judge"}]
+    assert of_reward(tmp_path, "run:/x/judge")["training.grpo.reward"] == "run:judge"  # as ever
+
+
 def test_a_task_file_that_moved_is_the_same_run(tmp_path: Path) -> None:
     open_run(package(tmp_path / "_ray_pkg_1"))
     run = open_run(package(tmp_path / "_ray_pkg_2"))
