@@ -170,11 +170,11 @@ class _Expression:
                 raise ValueError
             self._depth -= 1
             return value
-        token = self._next()
-        if not token or token in "*/^()+-**":
+        number = self._next()
+        if not number or number in "*/^()+-**":
             raise ValueError
         self._place += 1
-        return Fraction(token.replace(",", ""))
+        return Fraction(number.replace(",", ""))
 
 
 def _small(value: Fraction) -> Fraction:
