@@ -5,7 +5,8 @@
     ../worker.py   model, engine and checkpoints in that process
     ../loop.py     the steps
 
-Ray Train restarts the worker group after a failure, at most `training.max_failures` times, from the newest checkpoint.
+Ray Train restarts the worker group after a failure, at most `training.max_failures` times, from the newest checkpoint. Restarts with
+smaller micro-batches, after memory ran out, are not counted.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ from apprentice.train.checkpoint.model_export import export_model
 from apprentice.train.distributed.async_validation import CheckpointValidator, Score, validates_asynchronously
 from apprentice.train.distributed.compat import CHECKPOINT_SNAPSHOT, PolicyTrainer
 from apprentice.train.distributed.elastic import DivisorPolicy
-from apprentice.train.distributed.failure import find_apprentice_error, is_lost_connection
+from apprentice.train.distributed.failure import find_apprentice_error, is_lost_connection, is_memory_shortage
 from apprentice.train.distributed.follower import Follower, get_outcome
 from apprentice.train.distributed.mailbox import Mailbox, RunOutcome
 from apprentice.train.distributed.ray_worker import WorkerJob, work
@@ -273,6 +274,7 @@ def _trainer(job: WorkerJob, options: ExecutionOptions, validation: ValidationCo
     return PolicyTrainer(
         partial(work, job),  # not as train_loop_config, which Ray Train's controller would unpack
         policy=DivisorPolicy(scaling, recipe, job.mailbox),
+        is_free=is_memory_shortage,
         scaling_config=scaling,
         run_config=run_config(
             name=run.checkpoints.name,

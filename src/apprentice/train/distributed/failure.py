@@ -6,12 +6,18 @@ import re
 
 from apprentice import errors
 from apprentice.errors import ApprenticeError, all_causes
+from apprentice.train.worker_config import MicroBatchTooLargeError
 
 
 def is_lost_connection(error: BaseException) -> bool:
     """True for a connection error between workers (gloo, NCCL): what a worker sees when another one is gone."""
     words = ("gloo", "NCCL", "Connection reset by peer", "Connection closed by peer")
     return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+
+
+def is_memory_shortage(error: BaseException) -> bool:
+    """True where a worker asked for smaller micro-batches: training starts again with them, and there are only so many halves."""
+    return any(isinstance(cause, MicroBatchTooLargeError) for cause in all_causes(error))
 
 
 def find_apprentice_error(error: BaseException) -> ApprenticeError | None:
