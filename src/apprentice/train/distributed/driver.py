@@ -5,8 +5,8 @@
     ../worker.py   model, engine and checkpoints in that process
     ../loop.py     the steps
 
-Ray Train restarts the worker group after a failure, at most `training.max_failures` times, from the newest checkpoint. Restarts with
-smaller micro-batches, after memory ran out, are not counted.
+Ray Train restarts the worker group after a failure, at most `training.max_failures` times, from the newest checkpoint. Restarts
+with smaller micro-batches, after memory ran out, are not counted.
 """
 
 from __future__ import annotations
