@@ -71,7 +71,7 @@ def test_the_optimizer_steps_on_the_cores_of_the_worker(
 def test_out_of_memory_is_one_sentence(where: str, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fixed = {"training__workers": 1, "training__micro_batch": 4}
     recipe = load_recipe(tiny_recipe(tmp_path, tiny_model, **fixed, tuning={"method": "full"}))
-    engine = SimpleNamespace(trained=(1000, 0.5), micro=4, attention="sdpa", state=lambda: iter(()))
+    engine = SimpleNamespace(trained=(1000, 0.5), micro=4, attention="sdpa", has_liger=False, state=lambda: iter(()))
 
     def full(*_: Any, **__: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
@@ -96,7 +96,7 @@ def test_out_of_memory_in_a_step_asks_for_fewer_rows_at_once(
     recipe = load_recipe(tiny_recipe(tmp_path, tiny_model, training__workers=1, tuning={"method": "full"}))
 
     def build(*_: Any, micro: int, **__: Any) -> Any:
-        return SimpleNamespace(trained=(1000, 0.5), micro=micro, attention="sdpa", state=lambda: iter(()))
+        return SimpleNamespace(trained=(1000, 0.5), micro=micro, attention="sdpa", has_liger=False, state=lambda: iter(()))
 
     def full(*_: Any, **__: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")

@@ -335,11 +335,12 @@ def build_engine(
 
 
 def _describe(recipe: Recipe, engine: DeepSpeedEngine, dtype: str) -> str:
-    """The first message of a run: tuning method, trained parameters, dtype, attention, micro-batch."""
+    """The first message of a run: tuning method, trained parameters, dtype, attention, Liger's kernels where it has them, micro-batch."""
     count, share = engine.trained
     rows = f"{engine.micro} row{'s' if engine.micro != 1 else ''} at once"
     numbers = f"{recipe.tuning.method}: {count:,} numbers trained, {share:.2%} of all"
-    return f"{numbers}; {dtype}, attention {engine.attention}, {rows}{_describe_whole_loading(recipe)}"
+    kernels = ", kernels liger" if engine.has_liger else ""
+    return f"{numbers}; {dtype}, attention {engine.attention}{kernels}, {rows}{_describe_whole_loading(recipe)}"
 
 
 def _describe_whole_loading(recipe: Recipe) -> str:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from types import ModuleType
+from types import MethodType, ModuleType
 from typing import Any
 
 import pytest
 import torch
 
 from apprentice.errors import ModelError
-from apprentice.models.acceleration.kernels import Kernels, choose_liger, use_kernels
+from apprentice.models.acceleration.kernels import Kernels, choose_liger, has_liger, use_kernels
 from apprentice.models.compat import liger_types
 from apprentice.models.tuning.methods import TUNING_METHODS
 from apprentice.recipe import Tuning
@@ -110,3 +110,16 @@ def test_the_package_replaces_norms_and_mlps(name: str, expected: set[str]) -> N
     assert use_kernels(model, "liger", GPU)
     assert {kind for module, kind in classes.items() if "forward" in vars(module)} == expected
     assert model.forward.__func__ is forward
+
+
+def test_a_model_with_a_kernel_of_ligers() -> None:
+    """Liger binds its functions to the layers of a loaded model."""
+    model = made("llama")
+    assert not has_liger(model)
+
+    def forward(self: Any, states: Any) -> Any:
+        return states
+
+    forward.__module__ = "liger_kernel.transformers.rms_norm"
+    model.model.norm.forward = MethodType(forward, model.model.norm)
+    assert has_liger(model)

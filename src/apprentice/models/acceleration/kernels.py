@@ -55,6 +55,12 @@ def use_kernels(model: Any, word: Kernels, device: torch.device) -> bool:
     return is_liger
 
 
+def has_liger(model: torch.nn.Module) -> bool:
+    """Whether some layer of `model` computes with a kernel of Liger's."""
+    forwards = (getattr(module.forward, "__func__", module.forward) for module in model.modules())
+    return any(forward.__module__.partition(".")[0] == "liger_kernel" for forward in forwards)
+
+
 def _has_usual_activation(config: Any) -> bool:
     """Whether the MLP's activation is that of the architecture: Liger computes that one, whatever a config says."""
     usual = type(config)()

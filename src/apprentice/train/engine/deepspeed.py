@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from apprentice.models.acceleration.kernels import has_liger
 from apprentice.models.tuning.experts import modules_used_as_one
 from apprentice.recipe import Training
 from apprentice.train.batch import MicroBatch, SupervisedBatch, move_batch
@@ -77,6 +78,7 @@ class DeepSpeedEngine:
         wrapped = _Module(self._loss_module).to(device=device)
         self.trained = numbers, numbers / max(total, 1)  # number of trained parameters, and their share of all
         self.attention = attention_name(model)
+        self.has_liger = has_liger(model)
         self.micro = micro
         self._optimizer_settings = training.optimizer
         self._is_compiled = training.compile
