@@ -335,7 +335,7 @@ def build_engine(
 
 
 def _describe(recipe: Recipe, engine: DeepSpeedEngine, dtype: str) -> str:
-    """The first message of a run: tuning method, trained parameters, dtype, attention, Liger's kernels where it has them, micro-batch."""
+    """The first message of a run: tuning method, trained parameters, dtype, attention, kernels if Liger's, micro-batch."""
     count, share = engine.trained
     rows = f"{engine.micro} row{'s' if engine.micro != 1 else ''} at once"
     numbers = f"{recipe.tuning.method}: {count:,} numbers trained, {share:.2%} of all"
