@@ -13,7 +13,7 @@ CODE := src tests jobs serve benchmarks docs
 TEST_PROCESSES ?= 2
 QUICK := not slow and not cluster and not browser and not gpu and not long
 
-.PHONY: help setup setup-dev demo test check types house imports mistakes style audit docs bench peers vllm test-vllm clean
+.PHONY: help setup setup-dev demo test check types house imports mistakes style audit docs reference bench peers vllm test-vllm clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -52,6 +52,9 @@ audit: setup-dev ## known weaknesses of what is installed (asks the advisory dat
 	@$(BIN)/bandit -q -c pyproject.toml -r $(OURS)
 	@$(BIN)/pip-audit --strict --no-deps --disable-pip -r constraints.txt || \
 	  { echo "pip-audit found weaknesses (listed above), or could not reach the advisory database: it needs the network." >&2; exit 1; }
+
+reference: setup-dev ## docs/reference, made anew from the code
+	@$(BIN)/python docs/build/reference.py
 
 docs: setup-dev ## the documentation, strictly built into site/
 	@$(BIN)/mkdocs build --quiet --strict

@@ -1,26 +1,57 @@
-"""MkDocs hook: the reference pages, written from the code when the documentation is built.
+"""Writes docs/reference: the reference pages and the JSON Schemas, made from the code; `make reference` runs it.
 
-The recipe's page comes from its pydantic models, the command line's from Typer, the HTTP page from the endpoint's OpenAPI
-description. Nothing here says what a key or a command means: that stands once, beside the code.
+The pages of recipe and task file come from their pydantic models, the command line's from Typer, the HTTP page from the endpoint's
+OpenAPI description, that of the Python API from signatures and docstrings. Nothing here says what a key or a command means: that
+stands once, beside the code. A test holds the committed files equal to what this makes.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, get_args
 
 import typer
-from mkdocs.structure.files import File, Files
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+FOLDER = Path(__file__).parents[1] / "reference"
+# Members that are shown of classes that others use too; of the API's own classes all are.
+SHOWN = {
+    "Run": {"name", "is_trained", "recipe", "status", "model", "adapter", "checkpoints", "report"},
+    "Task": {"render", "fields", "is_ranked", "scored_templates", "train_rows"},
+}
+PUBLIC_NAMES = {"InteractiveRecipe": "Recipe", "InteractiveRun": "Run", "pd.DataFrame": "DataFrame"}
+EDITORS = """\
+Editors with the YAML language server (VS Code with its YAML extension, Neovim, Emacs, JetBrains) complete and check a {kind} with
+its JSON Schema, [{name}.schema.json]({name}.schema.json). Write it beside the file and name it in the first line:
 
-def on_files(files: Files, config: Any) -> Files:
-    """Adds the three pages to what MkDocs found in `docs/`."""
-    for name, page in {"recipe": recipe_page, "cli": cli_page, "http": http_page}.items():
-        files.append(File.generated(config, f"reference/{name}.md", content=page()))
-    return files
+    apprentice {name}-schema > {name}.schema.json
+
+    # yaml-language-server: $schema={name}.schema.json
+"""
+
+
+def reference_files() -> dict[str, str]:
+    """The name of each file of the reference → its content."""
+    from apprentice.recipe import Recipe
+    from apprentice.tasks.schema import Task
+
+    pages = {"recipe": recipe_page, "task": task_page, "cli": cli_page, "http": http_page, "python": python_page}
+    schemas = {"recipe": Recipe, "task": Task}
+    return {f"{name}.md": page() for name, page in pages.items()} | {
+        f"{name}.schema.json": json.dumps(model.model_json_schema(), indent=2) + "\n" for name, model in schemas.items()
+    }
+
+
+def main() -> None:
+    """Writes the files."""
+    FOLDER.mkdir(exist_ok=True)
+    for name, content in reference_files().items():
+        (FOLDER / name).write_text(content, encoding="utf-8")
 
 
 def recipe_page() -> str:
@@ -31,10 +62,32 @@ def recipe_page() -> str:
     parts = [
         "# The recipe",
         "Made from the recipe's own models. An unknown key is refused with the nearest right name; any key can be set on the"
-        " command line as `key.path=value`. `apprentice recipe-schema` prints the JSON Schema for editors.",
+        " command line as `key.path=value`. `apprentice recipe KEY` explains a key.",
+        EDITORS.format(kind="recipe", name="recipe").strip(),
     ]
     for path, model in _blocks("", Recipe):
         title = f"`{path}`" if path else "The whole"
+        parts += [f"## {title}", (model.__doc__ or "").strip(), _table(path, model, schema)]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def task_page() -> str:
+    """Every key of a task file, a table for the task, a source and a template."""
+    from apprentice.tasks import schema as task_schema
+    from apprentice.tasks.source_spec import SourceSpec
+
+    schema = task_schema.Task.model_json_schema()
+    parts = [
+        "# The task file",
+        "Made from the task's own models; [Your own task](../guides/own_task.md) shows how one is written.",
+        EDITORS.format(kind="task file", name="task").strip(),
+        inspect.cleandoc(task_schema.__doc__ or ""),
+    ]
+    for title, path, model in (
+        ("The task", "", task_schema.Task),
+        ("`sources`", "s", SourceSpec),
+        ("`templates`", "t", task_schema.Template),
+    ):
         parts += [f"## {title}", (model.__doc__ or "").strip(), _table(path, model, schema)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -149,3 +202,81 @@ def http_page() -> str:
             fields.append(f"| `{field}` | {_type(shape).replace('|', chr(92) + '|')} | {default} |")
         parts += [f"## {name}", " ".join(schemas[name].get("description", "").split()), "\n".join(fields)]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+class _Annotation:
+    """A type hint, which a signature shows as it stands in the code."""
+
+    def __init__(self, text: object) -> None:
+        self.text = str(text)
+
+    def __repr__(self) -> str:
+        return self.text
+
+
+def python_page() -> str:
+    """Every public name of `import apprentice`, with signature and docstring."""
+    import apprentice
+
+    objects = {name: getattr(apprentice, name) for name in apprentice.__all__ if name != "__version__"}
+    errors = {name: value for name, value in objects.items() if isinstance(value, type) and issubclass(value, Exception)}
+    parts = ["# The Python API", _docstring(apprentice)]
+    for name, value in objects.items():
+        if name in errors:
+            continue
+        title = name if inspect.isclass(value) else f"{name}(…)"
+        is_plain = inspect.isclass(value) and not dataclasses.is_dataclass(value)
+        parts += [f"## `{title}`", "" if is_plain else _code(name, value), _docstring(value)]
+        parts += [text for member in _members(name, value) for text in _member_parts(name, value, member)]
+    table = ["| error | raised for |", "|---|---|"]
+    table += [f"| `{name}` | {_cell(_docstring(value))} |" for name, value in errors.items()]
+    page = "\n\n".join(part for part in [*parts, "## Errors", "\n".join(table)] if part) + "\n"
+    for name, public in PUBLIC_NAMES.items():
+        page = page.replace(name, public)
+    return page
+
+
+def _members(public_name: str, value: Any) -> list[str]:
+    """The methods and properties of a class that are shown, in their order in the code."""
+    names: dict[str, None] = {}
+    for base in value.__mro__ if inspect.isclass(value) else ():
+        is_ours = base.__module__.startswith("apprentice.python_api")
+        shown = {name: member for name, member in vars(base).items() if is_ours or name in SHOWN.get(public_name, ())}
+        names |= dict.fromkeys(name for name, member in shown.items() if not name.startswith("_") and _is_documented(member))
+    return list(names)
+
+
+def _is_documented(member: Any) -> bool:
+    function = getattr(member, "fget", None) or getattr(member, "func", None) or getattr(member, "__func__", member)
+    return inspect.isfunction(function) and bool(function.__doc__)
+
+
+def _member_parts(owner: str, value: type, name: str) -> list[str]:
+    static = inspect.getattr_static(value, name)
+    function = getattr(static, "fget", None) or getattr(static, "func", None)
+    shown = (
+        f"    {owner}.{name}: {inspect.signature(function).return_annotation}"
+        if function
+        else _code(f"{owner}.{name}", getattr(value, name))
+    )
+    return [f"### `{owner}.{name}`", shown, _docstring(function or static)]
+
+
+def _code(name: str, function: Any) -> str:
+    signature = inspect.signature(function)
+    hints = [
+        one.replace(annotation=_Annotation(one.annotation)) if one.annotation is not one.empty else one
+        for one in signature.parameters.values()
+    ]
+    shown = [one for one in hints if one.name != "self"]
+    result = signature.return_annotation
+    tail = f" -> {result}" if result is not signature.empty else ""
+    return f"    {name}{signature.replace(parameters=shown, return_annotation=signature.empty)}{tail}"
+
+
+def _docstring(value: Any) -> str:
+    return inspect.cleandoc(getattr(value, "__doc__", None) or "")
+
+
+if __name__ == "__main__":
+    main()

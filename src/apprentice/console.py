@@ -12,6 +12,7 @@ import time
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import cache
 from typing import Any, TextIO
 
 from apprentice import __version__
@@ -132,6 +133,21 @@ class Screen:
         if self._live:
             _write(self._log, "\n")
             self._live = False
+
+
+@cache
+def _screen_on(stream: TextIO) -> Screen:
+    """The screen of programs that use `print_progress` while this is their standard output."""
+    return Screen()
+
+
+def print_progress(stage: str, values: Mapping[str, Any]) -> None:
+    """Prints the progress of a stage as the command line does: pass it as `progress`."""
+    _screen_on(sys.stdout).progress(stage, values)
+
+
+def ignore_progress(stage: str, values: Mapping[str, Any]) -> None:
+    """Shows nothing of the progress of a stage."""
 
 
 def _write(stream: TextIO, text: str, *, is_result: bool = False) -> None:

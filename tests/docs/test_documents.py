@@ -50,6 +50,9 @@ def test_the_reference_names_every_key_command_and_route(site):
     commands = (site / "reference" / "cli" / "index.html").read_text()
     for command in cli.app.registered_commands:
         assert f"<code>apprentice {command.name}</code>" in commands, command.name
+    python = (site / "reference" / "python" / "index.html").read_text()
+    for name in ("Recipe.load", "Recipe.train", "TrainingProcess.metrics", "Run.open", "Run.serve", "Task.render"):
+        assert f"<code>{name}</code>" in python, name
     routes = (site / "reference" / "http" / "index.html").read_text()
     for route in ("POST /v1/completions", "POST /v1/chat/completions", "POST /v1/instruct", "GET /health", "max_tokens"):
         assert route in routes, route

@@ -307,3 +307,15 @@ def test_rows_that_workers_share_need_a_batch_for_each_group(write) -> None:
 def test_workers_that_make_no_whole_groups_are_refused() -> None:
     with pytest.raises(RecipeError, match=r"6 workers cannot share rows in groups of 4 .* choose a multiple of 4"):
         data_parallel_size(6, 4)
+
+
+def test_a_mixture_of_groups_is_restored_from_its_dump(tmp_path: Path) -> None:
+    (tmp_path / "groups.yaml").write_text(
+        "name: a\nmodel: {base: m}\ntraining: {steps: 1}\n"
+        "data: {tasks: [quickstart], mixture: {groups: {one: {share: 1, tasks: [topic]}, two: {share: 2, tasks: [nli]}}}}\n"
+    )
+    recipe = load_recipe(tmp_path / "groups.yaml")
+    (tmp_path / "again.yaml").write_text(dump_recipe(recipe))
+    assert load_recipe(tmp_path / "again.yaml") == recipe
+    with pytest.raises(RecipeError, match="each group has its own `strategy`"):
+        load_recipe(tmp_path / "again.yaml", ["data.mixture.cap=7"])

@@ -9,6 +9,8 @@ import pytest
 from pydantic import ValidationError
 
 from apprentice.errors import RowError
+from apprentice.tasks.definition import definition_of
+from apprentice.tasks.registry import library, load_task
 from apprentice.tasks.schema import Example, Task, missing_fields
 from apprentice.tasks.source_spec import SourceSpec
 
@@ -216,7 +218,7 @@ def test_a_task_travels_between_processes(warm: bool) -> None:
         ({"templates": [{"name": "a", "instruction": "x", "colour": 1}]}, "Extra inputs are not permitted"),
         ({"templates": [{"name": "a", "instruction": "x"}] * 2}, "two templates are called 'a'"),
         ({"templates": [{"name": "a", "instruction": "x", "choices": ["one"]}]}, "as many choices as the task"),
-        ({"choices": "endings", "templates": RANKED["templates"][1:2]}, "the task's are not a fixed list"),
+        ({"templates": [{"name": "a", "instruction": "x", "choices": "endings["}]}, "not a Jinja2 expression"),
         ({"sources": [{"dataset": "a", "hub": "b/c"}]}, "exactly one of"),
         ({"sources": [{"splits": {"train": "train"}}]}, "exactly one of"),
         ({"sources": [{"dataset": "a", "splits": {"dev": "dev"}}]}, "Input should be 'train' or 'test'"),
@@ -225,6 +227,57 @@ def test_a_task_travels_between_processes(warm: bool) -> None:
 def test_a_wrong_task_is_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         ranked(**changes)
+
+
+VARYING: dict[str, Any] = {
+    "choices": "endings",
+    "label": "right",
+    "templates": [
+        {"name": "whole", "instruction": "How does it go on?", "input": "{{ start }}"},
+        {
+            "name": "letters",
+            "instruction": "Which letter?",
+            "input": "{{ start }} {% for ending in endings %}({{ choices[loop.index0] }}) {{ ending }} {% endfor %}",
+            "choices": ["A", "B", "C", "D"],
+        },
+        {"name": "numbers", "instruction": "Which number?", "choices": "numbers[:endings | length]"},
+        {"name": "last", "instruction": "Which last word?", "choices": "endings | map('lower') | list"},
+    ],
+}
+ROW = {"start": "He sat", "endings": ["Down", "up", "still"], "right": 1, "numbers": ["1", "2", "3", "4"]}
+
+
+def test_a_wording_may_have_choices_of_its_own_where_those_of_the_rows_vary() -> None:
+    task = ranked(**VARYING)
+    examples = {name: task.render(ROW, name) for name in task.template_by_name}
+    assert {name: (example.target, example.choices) for name, example in examples.items()} == {
+        "whole": ("up", ("Down", "up", "still")),
+        "letters": ("B", ("A", "B", "C")),
+        "numbers": ("2", ("1", "2", "3")),
+        "last": ("up", ("down", "up", "still")),
+    }
+    assert examples["letters"].input == "He sat (A) Down (B) up (C) still"
+    assert task.fields == {"start", "endings", "right", "numbers"}
+    assert ("numbers", "numbers") in missing_fields(task, SourceSpec(dataset="d"), ["start", "endings", "right"])
+    assert pickle.loads(pickle.dumps(task)).render(ROW, "letters") == examples["letters"]
+
+
+def test_too_few_choices_of_its_own_are_an_error_of_the_row() -> None:
+    task = ranked(**VARYING)
+    with pytest.raises(RowError, match=r"template 'letters': it has 4 choices of its own, and the row has 5\.?$") as caught:
+        task.render(ROW | {"endings": list("vwxyz")}, "letters")
+    assert caught.value.reason == "template"
+    with pytest.raises(RowError, match="template 'numbers': it has 4 choices of its own, and the row has 5"):
+        task.render(ROW | {"endings": list("vwxyz")}, "numbers")
+    with pytest.raises(ValidationError, match="template 'a' has `choices`, and the task has none"):
+        generated(templates=[{"name": "a", "instruction": "x", "choices": ["A"]}])
+
+
+def test_choices_of_its_own_shape_the_definition_and_old_definitions_stay() -> None:
+    task = ranked(**VARYING)
+    other = ranked(**VARYING | {"templates": [*VARYING["templates"][:-1], VARYING["templates"][3] | {"choices": "endings"}]})
+    assert definition_of(task) != definition_of(other)
+    assert definition_of(load_task(library()["sst2"])) == "dd466c2d315a35d3c6e604cd57c10ee0b40464bc58c058c9978051ab8537ddf9"
 
 
 def test_a_wrong_answer_is_refused() -> None:

@@ -64,6 +64,7 @@ for command in (
     setup_commands.doctor,
     setup_commands.recipe,
     setup_commands.recipe_schema,
+    setup_commands.task_schema,
 ):
     app.command(command.__name__.replace("_", "-"))(command)
 

@@ -1,4 +1,4 @@
-"""Commands about this machine and the recipe's keys: doctor, recipe, recipe-schema."""
+"""Commands about this machine and the keys of recipes and task files: doctor, recipe, recipe-schema, task-schema."""
 
 from __future__ import annotations
 
@@ -49,3 +49,12 @@ def recipe_schema() -> None:
     from apprentice.recipe import Recipe
 
     screen_for(False).result({}, json.dumps(Recipe.model_json_schema(), indent=2))
+
+
+def task_schema() -> None:
+    """Print the JSON Schema of a task file, for editors."""
+    import json
+
+    from apprentice.tasks.schema import Task
+
+    screen_for(False).result({}, json.dumps(Task.model_json_schema(), indent=2))

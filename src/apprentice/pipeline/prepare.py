@@ -97,6 +97,14 @@ def preview_html(recipe: Recipe, rows: int) -> str:
         return row_view.to_html(row_view.rows_of(make_corpus(recipe, run), rows))
 
 
+def packed_window(recipe: Recipe, window: int) -> Mapping[str, Any]:
+    """The arrays of one window of packed rows, as training gets them (`apprentice.data.window`)."""
+    from apprentice.data.window import WindowRenderer
+
+    with ray_session(), temporary_run(recipe) as run:
+        return WindowRenderer(make_corpus(recipe, run)).window(window)
+
+
 def trace_examples(name: str, storage: str, *, step: int | None, position: int | None) -> list[Any]:
     """The examples of one optimizer step of a run, or the example at one position of its sampling plan.
 

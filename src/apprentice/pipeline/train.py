@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -15,19 +15,27 @@ from apprentice.run.time_ledger import TimeLedger
 from apprentice.storage import Folder
 
 
-def train_run(recipe: Recipe, *, restart: bool = False, progress: Progress) -> dict[str, Any]:
+def train_run(
+    recipe: Recipe, *, restart: bool = False, progress: Progress, record: Callable[[Mapping[str, Any]], None] | None = None
+) -> dict[str, Any]:
     """Fine-tunes, or resumes a run that stopped; returns the run folder and the last metrics.
 
-    `already` is true in the result if the run was trained before this call.
+    `already` is true in the result if the run was trained before this call. `record` is called with each record of the training
+    loop (`apprentice.train.distributed.driver.train`).
     """
     from apprentice.evaluate.online import prepare_online_evaluation
     from apprentice.train.distributed import driver as launch
+
+    def show(values: Mapping[str, Any]) -> None:
+        if record is not None:
+            record(values)
+        progress("train", _step_line(values))
 
     with open_for_writing(recipe, "train", restart=restart, progress=progress) as (run, corpus):
         if run.is_trained:
             return {"run": str(run.folder), "already": True, **_status(run)}
         score = prepare_online_evaluation(corpus) if recipe.evaluation.while_training else None
-        result = launch.train(recipe, run, corpus, progress=lambda values: progress("train", _step_line(values)), score=score)
+        result = launch.train(recipe, run, corpus, progress=show, score=score)
         run.update_status(state="trained")
         facts = {"goodput": _time(run).goodput, "warnings": run.ledger_file.read_json()["warnings"]}
         return {"run": str(run.folder), "already": False, **asdict(result), **facts}

@@ -36,6 +36,7 @@ QUIET = {
     "DS_LOG_LEVEL": "error",
     "GLOO_LOG_LEVEL": "ERROR",
 }
+LOCAL_RAY_VARIABLE = "APPRENTICE_LOCAL_RAY"  # environment variable: the address of another process's local Ray, to be joined
 VERSION_VARIABLE = "APPRENTICE_VERSION"  # environment variable: the version of apprentice that submitted a job
 SLOW_START_S = 30.0  # after which a start of Ray is told of
 START_TIMEOUT_S = 300  # for each process of a local Ray; with Ray's own 30 s, a busy machine would start none
@@ -82,6 +83,10 @@ def _connect(niceness: int | None) -> None:
         os.environ.setdefault(NICENESS, str(niceness))
     if os.environ.get("RAY_ADDRESS"):
         ray.init(logging_level=logging.ERROR, log_to_driver=False)
+        return
+    if address := os.environ.get(LOCAL_RAY_VARIABLE):
+        with loopback_only():  # else Ray looks for it at the machine's other address
+            ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
         return
     cpus = len(os.sched_getaffinity(0)) + SPARE_CPUS
     os.environ.setdefault("RAY_worker_maximum_startup_concurrency", str(cpus))  # Ray warns of many processes, and counts only cores
@@ -130,6 +135,14 @@ def _own_folder() -> Path:
 def is_connected() -> bool:
     """Whether this process is connected to Ray."""
     return bool(ray.is_initialized())
+
+
+def joining_environment() -> dict[str, str]:
+    """The environment with which another process of this machine joins the Ray that this one is connected to; empty without one."""
+    if not is_connected():
+        return {}
+    address = str(ray.get_runtime_context().gcs_address)
+    return {LOCAL_RAY_VARIABLE if address.startswith("127.0.0.1:") else "RAY_ADDRESS": address}
 
 
 @contextmanager

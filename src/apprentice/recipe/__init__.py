@@ -10,7 +10,16 @@ from apprentice.recipe.data import Collection, Data, Filters, Formats, Group, Mi
 from apprentice.recipe.evaluation import Evaluation, Gate
 from apprentice.recipe.objective import DPO, GRPO, IPO, MODEL_KEYS, OBJECTIVES, ORPO, Objective, SimPO
 from apprentice.recipe.recipe import Model, Recipe
-from apprentice.recipe.recipe_file import RUN, SHIPPED, dump_recipe, find_recipe, load_recipe, parse_recipe, shipped_name
+from apprentice.recipe.recipe_file import (
+    RUN,
+    SHIPPED,
+    dump_recipe,
+    find_recipe,
+    load_recipe,
+    make_recipe,
+    parse_recipe,
+    shipped_name,
+)
 from apprentice.recipe.reward_terms import PYTHON, RewardTerm
 from apprentice.recipe.serving import Replicas, Serving
 from apprentice.recipe.training import (
@@ -62,6 +71,7 @@ __all__ = [
     "dump_recipe",
     "find_recipe",
     "load_recipe",
+    "make_recipe",
     "parse_recipe",
     "shipped_name",
 ]

@@ -29,7 +29,8 @@ class _Strategy(Strict):
     def _weights_belong(self) -> Self:
         if (self.strategy == "weights") != (self.weights is not None):
             raise ValueError("`weights` belongs to `strategy: weights`, and only to it")
-        if self.groups is not None and self.model_fields_set & {"strategy", "cap", "temperature", "weights"}:
+        own = ("strategy", "cap", "temperature", "weights")
+        if self.groups is not None and any(getattr(self, key) != type(self).model_fields[key].default for key in own):
             raise ValueError("with `groups`, each group has its own `strategy`, `cap`, `temperature` or `weights`; move them there")
         if self.groups is not None and not self.groups:
             raise ValueError("`groups` names no group")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +81,20 @@ def parse_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         return Recipe.model_validate(content)
     except ValidationError as error:
         raise RecipeError(_sentence(error, file, text, overrides)) from error
+
+
+def make_recipe(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
+    """A recipe from the values of its keys, with overrides applied and its paths, relative to the current directory, made absolute.
+
+    Raises `RecipeError` with key, reason and the nearest known key.
+    """
+    content, applied = dict(values), [*map(_resolve_override_paths, overrides)]
+    for override in applied:
+        _apply(content, override)
+    try:
+        return _with_absolute_paths(Recipe.model_validate(content), Path.cwd())
+    except ValidationError as error:
+        raise RecipeError(_sentence(error, None, "", applied)) from error
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -194,7 +208,8 @@ def _with_absolute_paths(recipe: Recipe, folder: Path) -> Recipe:
     return recipe.model_copy(update=changed)
 
 
-def _sentence(error: ValidationError, file: Path, text: str, overrides: Sequence[str]) -> str:
+def _sentence(error: ValidationError, file: Path | None, text: str, overrides: Sequence[str]) -> str:
+    """One sentence on the first fault of a recipe; `text` is the content of `file`, which a recipe made in Python lacks."""
     errors = error.errors()
     # An unknown key comes first, since a missing key is often the same one misspelt.
     unknown = next((error for error in errors if error["type"] == "extra_forbidden"), errors[0])
@@ -206,7 +221,8 @@ def _sentence(error: ValidationError, file: Path, text: str, overrides: Sequence
     dotted = ".".join(str(key) for key in keys)
     # The last override of a key applies.
     matching = [override for override in overrides if f"{dotted}.".startswith(f"{_parse_override(override)[0]}.")]
-    place = f"override {matching[-1]!r}" if matching else f"{file}:{_line(yaml.compose(text), keys)}"
+    place = f"{file}:{_line(yaml.compose(text), keys)}" if file is not None else "recipe"
+    place = f"override {matching[-1]!r}" if matching else place
     where = f"{place}: {dotted + ': ' if dotted else ''}"
     if first["type"] == "extra_forbidden":
         known = _fields_at(keys[:-1])

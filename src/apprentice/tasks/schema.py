@@ -30,27 +30,30 @@
 A task without `choices` gives `answer` (a template, such as `{{ answers.text[0] }}`) and is scored by generation;
 `references` (an expression that gives a list) names all answers that count as right. Expressions, and the task's
 `answer`, see the row as it is. Templates also see `answer` and, in a task with choices, `choices` and `label`; these hide
-fields of the row with the same names. A template may have `choices` of its own (same length and order as the task's),
-and `input` may be left out. A template with `cot: true` (chain of thought) asks for the reasoning and then the answer, and
-its `output` gives both; it is trained on, not scored, unless the task has no other.
+fields of the row with the same names. A template may have `choices` of its own, a list or an expression, in the order of the
+task's; a list such as [A, B, C, D] is cut to the number of a row's choices. `input` may be left out. A template with `cot: true`
+(chain of thought) asks for the reasoning and then the answer, and its `output` gives both; it is trained on, not scored, unless
+the task has no other.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, Self
 
 import jinja2
-from pydantic import Field, PrivateAttr, SerializeAsAny, field_validator, model_validator
+from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
-from apprentice.errors import RowError
+from apprentice.errors import RowError, TaskError, did_you_mean
 from apprentice.tasks.source_spec import SourceSpec, TaskFileModel
+from apprentice.tasks.template import REPLACEMENT_CHARACTER, Example, Template, checked_expression, compiled_wording
 from apprentice.tasks.templates.cells import Cell
 from apprentice.tasks.templates.expressions import Expression, Wording
 from apprentice.tasks.templates.line_numbers import template_lines
-from apprentice.tasks.templates.printing import PythonForm, text_of, unknown_label
+from apprentice.tasks.templates.printing import PythonForm, unknown_label
+
+__all__ = ["Example", "Metric", "Task", "Template", "missing_fields"]
 
 Metric = Literal[
     "accuracy",
@@ -67,110 +70,6 @@ Metric = Literal[
     "ni_rouge_l",
     "ni_exact_match",
 ]
-REPLACEMENT_CHARACTER = "�"
-
-
-@dataclass(frozen=True, slots=True)
-class Example:
-    """A rendered template: instruction, input and target, with the task and template that it came from."""
-
-    task: str
-    template: str
-    instruction: str
-    input: str
-    target: str
-    choices: tuple[str, ...] = ()  # empty: scored by generation
-    references: tuple[str, ...] = ()  # all answers that count as right
-    history: tuple[tuple[str, str], ...] = ()  # earlier (question, answer) pairs of a conversation; the answers are trained on too
-    system: str = ""  # the conversation's own system text
-    rejected: str = ""  # the worse answer of a preference pair
-
-    @property
-    def has_turns(self) -> bool:
-        """True if only a chat format can express it: it has a history or a system text."""
-        return bool(self.history or self.system)
-
-
-def _compiled(text: str) -> str:
-    """`text` itself, checked to be a valid template. Raises `ValueError`."""
-    try:
-        Wording(text)
-    except jinja2.TemplateSyntaxError as error:
-        raise ValueError(f"not a Jinja2 template: {error.message}") from error
-    return text
-
-
-class Template(TaskFileModel):
-    """One wording of a task."""
-
-    name: str
-    instruction: str
-    input: str = ""
-    output: str = "{{ answer }}"
-    choices: tuple[str, ...] | None = None
-    inverted: bool = Field(False, description="The answer is given and the input is asked for.")
-    cot: bool = Field(False, description="Chain of thought: the output holds the reasoning and then the answer.")
-    _python_forms: bool = PrivateAttr(default=False)  # runs of format 1 print lists as Python writes them
-
-    def of_format_1(self) -> Self:
-        """The template as runs of format 1 render it."""
-        copy = self.model_copy()
-        copy._python_forms = True
-        return copy
-
-    def text(self, value: Any) -> str:
-        """A row's value as text. Raises `PythonForm` for a list, a mapping, bytes and None."""
-        return str(value) if self._python_forms else text_of(value)
-
-    @model_validator(mode="after")
-    def _one_kind(self) -> Self:
-        if self.inverted and self.cot:
-            raise ValueError("a template is `inverted` or `cot`, not both")
-        return self
-
-    @field_validator("instruction", "input", "output")
-    @classmethod
-    def _compiles(cls, text: str) -> str:
-        return _compiled(text)
-
-    @cached_property
-    def parts(self) -> tuple[Wording, Wording, Wording]:
-        """Instruction, input and output, compiled."""
-        return Wording(self.instruction), Wording(self.input), Wording(self.output)
-
-    @property
-    def names(self) -> frozenset[str]:
-        """Names of all variables that the three parts use."""
-        return frozenset().union(*(part.names for part in self.parts))
-
-    @property
-    def is_whole(self) -> bool:
-        """True if `example` makes examples from rows by itself, without the task's answer and choices."""
-        return False
-
-    @property
-    def has_turns(self) -> bool:
-        """True if its examples may be conversations of several turns."""
-        return False
-
-    @property
-    def has_pairs(self) -> bool:
-        """True if its examples have a rejected answer too."""
-        return False
-
-    @property
-    def has_answer(self) -> bool:
-        """False if its examples are prompts without answers."""
-        return True
-
-    @property
-    def optional_names(self) -> frozenset[str]:
-        """Those of `names` that a source may lack, or that may be null; empty unless the template `is_whole`."""
-        return frozenset()
-
-    def example(self, task: str, row: Mapping[str, Any]) -> Example:
-        """The example of one row of `task`, for templates that are whole. Raises `RowError`."""
-        raise NotImplementedError
 
 
 class Task(TaskFileModel):
@@ -203,17 +102,12 @@ class Task(TaskFileModel):
     @field_validator("choices", "label", "references", "keep")
     @classmethod
     def _is_expression(cls, source: Any) -> Any:
-        try:
-            if isinstance(source, str):
-                Expression(source)
-        except jinja2.TemplateSyntaxError as error:
-            raise ValueError(f"not a Jinja2 expression: {error.message}") from error
-        return source
+        return checked_expression(source)
 
     @field_validator("answer")
     @classmethod
     def _is_wording(cls, source: str | None) -> str | None:
-        return source and _compiled(source)
+        return source and compiled_wording(source)
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -225,9 +119,12 @@ class Task(TaskFileModel):
         if doubles := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"two templates are called {doubles[0]!r}")
         for template in self.templates:
-            if template.choices is not None and not isinstance(self.choices, tuple):
-                raise ValueError(f"template {template.name!r} has `choices`, but the task's are not a fixed list")
-            if template.choices is not None and len(template.choices) != len(self.choices or ()):
+            if template.choices is not None and self.choices is None:
+                raise ValueError(
+                    f"template {template.name!r} has `choices`, and the task has none; remove them, or give it a `label`"
+                )
+            are_lists = isinstance(template.choices, tuple) and isinstance(self.choices, tuple)
+            if are_lists and len(template.choices or ()) != len(self.choices or ()):
                 raise ValueError(f"template {template.name!r} must have as many choices as the task")
         return self
 
@@ -279,7 +176,8 @@ class Task(TaskFileModel):
     def fields(self) -> frozenset[str]:
         """The row fields that its templates and expressions use."""
         worded = frozenset().union(*(template.names for template in self.templates)) - self.given_names
-        return worded.union(*(part.names for part in self._expressions.values()))
+        chosen = frozenset().union(*(template.choices_names for template in self.templates))
+        return worded.union(chosen, *(part.names for part in self._expressions.values()))
 
     @cached_property
     def optional_fields(self) -> frozenset[str]:
@@ -320,12 +218,15 @@ class Task(TaskFileModel):
         line = template_lines(self.origin).get(template.name) if self.origin else None
         return f"{f'{self.origin}:{line}: ' if line else ''}task {self.name!r}, template {template.name!r}"
 
-    def render(self, row: Mapping[str, Any], template: Template) -> Example:
-        """The example that `template` makes of `row` (field → value).
+    def render(self, row: Mapping[str, Any], template: Template | str) -> Example:
+        """The example that `template`, or the one of this name, makes of `row` (field → value).
 
-        Raises `RowError` with reason `missing`, `null`, `unknown_label`, `empty_answer`, `broken_character`, `python_form` or
-        `template`, and with reason `skipped` if `keep` is false for the row or a whole template does not apply to it.
+        Raises `TaskError` for an unknown name, and `RowError` with reason `missing`, `null`, `unknown_label`, `empty_answer`,
+        `broken_character`, `python_form` or `template`, and with reason `skipped` if `keep` is false for the row or a whole
+        template does not apply to it.
         """
+        if isinstance(template, str):
+            template = self._named(template)
         for field in () if self.is_whole else self.fields:
             if row.get(field) is None:
                 reason = "null" if field in row else "missing"
@@ -335,6 +236,13 @@ class Task(TaskFileModel):
         except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, RecursionError) as error:
             message = f"{self.name_of(template)}: {error}"
             raise RowError("python_form" if isinstance(error, PythonForm) else "template", message) from error
+
+    def _named(self, name: str) -> Template:
+        if name not in self.template_by_name:
+            near = did_you_mean(name, self.template_by_name)
+            known = ", ".join(self.template_by_name)
+            raise TaskError(f"task {self.name!r} has no template {name!r}.{near} It has {known}.")
+        return self.template_by_name[name]
 
     def _render(self, row: Mapping[str, Any], template: Template) -> Example:
         if template.is_whole:
@@ -346,7 +254,7 @@ class Task(TaskFileModel):
         values = dict(row)
         if "keep" in self._expressions and not self._expressions["keep"](self._counted("keep", values), python_forms=True):
             raise RowError("skipped", f"task {self.name!r}: the row is left out, since {self.keep!r} is false of it.")
-        choices = self._choices(values, template)
+        choices = self.choices_for(values, template)
         references: tuple[str, ...] = ()
         if choices:
             label = self._label(values, choices)
@@ -366,15 +274,26 @@ class Task(TaskFileModel):
             return Example(self.name, template.name, instruction, input_text, output, (), references or (output,))
         return Example(self.name, template.name, instruction, input_text, output, choices, (output,))
 
-    def _choices(self, values: Mapping[str, Any], template: Template) -> tuple[str, ...]:
+    def choices_for(self, row: Mapping[str, Any], template: Template) -> tuple[str, ...]:
+        """The choices that `template` offers for `row`: its own, or else the task's; empty for a task without choices.
+
+        Raises `ValueError` if its own are fewer than the task's, or an expression that gives more, and what expressions raise.
+        """
         if self.choices is None:
             return ()
-        if template.choices is not None:
-            return template.choices
-        if isinstance(self.choices, tuple):
-            return self.choices
-        choices = self._expressions["choices"](values, python_forms=template._python_forms)
-        return tuple(template.text(choice).strip() for choice in choices)
+        python_forms = template._python_forms
+
+        def listed(expression: Wording | Expression) -> tuple[str, ...]:
+            return tuple(template.text(choice).strip() for choice in expression(row, python_forms=python_forms))
+
+        choices = self.choices if isinstance(self.choices, tuple) else listed(self._expressions["choices"])
+        if template.choices is None:
+            return choices
+        expression = template.choices_expression
+        own = listed(expression) if expression is not None else tuple(template.choices)[: len(choices)]
+        if len(own) != len(choices):
+            raise ValueError(f"it has {len(own)} choices of its own, and the row has {len(choices)}")
+        return own
 
     def _label(self, values: Mapping[str, Any], choices: Sequence[str]) -> int:
         counted = self._counted("label", values)
@@ -395,6 +314,6 @@ class Task(TaskFileModel):
 def missing_fields(task: Task, spec: SourceSpec, available: Sequence[str]) -> list[tuple[str, str]]:
     """(template name or `task`, field) for every required field that a source with the columns `available` lacks."""
     offered = {field for field in task.fields if spec.columns.get(field, field) in available}
-    worded = [(template.name, template.names - task.given_names) for template in task.templates]
+    worded = [(template.name, template.names - task.given_names | template.choices_names) for template in task.templates]
     named = [*worded, *(("task", part.names) for part in task._expressions.values())]
     return [(place, field) for place, names in named for field in sorted(names - offered - task.optional_fields)]

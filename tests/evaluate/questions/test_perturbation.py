@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from apprentice.data.corpus import Corpus
@@ -80,3 +82,13 @@ def test_on_real_wordings(corpus: Corpus) -> None:
                     assert other.target == example.target
                     changed += 1
     assert changed > 50
+
+
+@pytest.mark.parametrize("text", ["(A) a bird (B) a tree", "A. a bird\nB. a tree", "A: a bird, B: a tree"])
+def test_letters_before_the_answers_stay_where_they_are(text: str) -> None:
+    letters = Example("t", "letters", f"Which one sings?\n{text}", "", "A", ("A", "B"), ("A",))
+    assert perturb(letters, "choice_order", 1, 1) is None
+    words = replace(letters, instruction="Which one sings? Say A or B.")
+    changed = perturb(words, "choice_order", 1, 1)
+    assert changed is not None
+    assert changed.instruction == "Which one sings? Say B or A."

@@ -55,6 +55,7 @@ SYNONYMS: dict[str, tuple[str, ...]] = {
 _BEFORE = ("Please help me with this. ", "Could you please do the following? ", "I would be grateful for your help. ")
 _AFTER = (" Thank you!", " Thanks a lot.", " Many thanks in advance.")
 _ENDS = (".", "!", "?", ":")
+_ENUMERATOR = re.compile(r"[).:]\s+\S")  # behind a letter or number that stands before what it names
 
 
 def perturb(example: Example, kind: str, seed: int, row: int) -> Example | None:
@@ -107,7 +108,10 @@ def _synonyms(example: Example, random: Random) -> Example | None:
 
 
 def _choice_order(example: Example, random: Random) -> Example | None:
-    """Rotates the choices in the text that lists them; None unless each occurs in it exactly once, without overlap."""
+    """Rotates the choices in the text that lists them; None unless each occurs in it exactly once, without overlap.
+
+    Letters that stand before the answers, as in "A: a bird", name them by their places: to rotate them would change the answer.
+    """
     text = f"{example.instruction}\x00{example.input}"
     places = []
     for choice in example.choices:
@@ -115,6 +119,8 @@ def _choice_order(example: Example, random: Random) -> Example | None:
         if len(spans) != 1:
             return None
         places.append(spans[0])
+    if all(end - start <= 2 and _ENUMERATOR.match(text, end) for start, end in places):
+        return None
     ordered = sorted(range(len(places)), key=lambda number: places[number])
     overlap = any(places[left][1] > places[right][0] for left, right in pairwise(ordered))
     if len(ordered) < 2 or overlap:

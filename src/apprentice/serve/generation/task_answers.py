@@ -122,10 +122,10 @@ def _template(task: Task, name: str | None) -> Template:
 
 
 def _needed_fields(task: Task, template: Template) -> frozenset[str]:
-    """Fields of a row that the template's instruction and input, or the task's own choices, are made of."""
+    """Fields of a row that the template's instruction and input, its choices and the task's are made of."""
     asking = template.parts[0].names | template.parts[1].names
-    own = Expression(task.choices).names if isinstance(task.choices, str) and template.choices is None else frozenset()
-    return (asking - {"choices"}) | own
+    chosen = Expression(task.choices).names if isinstance(task.choices, str) else frozenset()
+    return (asking - {"choices"}) | chosen | template.choices_names
 
 
 def _question(task: Task, template: Template, fields: dict[str, Any]) -> Question:
@@ -134,11 +134,9 @@ def _question(task: Task, template: Template, fields: dict[str, Any]) -> Questio
         message = f"`fields`: {missing[0]!r} is missing; this wording of {task.name!r} needs {', '.join(needed)}."
         raise RequestProblem(message, param="fields", code="missing")
     try:
-        choices = template.choices or task.choices or ()
-        if isinstance(choices, str):
-            choices = tuple(str(choice).strip() for choice in Expression(choices)(fields))
+        choices = task.choices_for(fields, template)
         values = fields | ({"choices": choices} if choices else {})
         instruction, input, _ = template.parts
-        return Question(instruction(values), input(values), tuple(choices))
+        return Question(instruction(values), input(values), choices)
     except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
         raise RequestProblem(f"`fields`: they do not fit the task's wording: {error}.", param="fields") from error
