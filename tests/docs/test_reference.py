@@ -1,4 +1,4 @@
-"""The committed JSON Schemas: whatever is shipped fits them, and what is wrong does not."""
+"""The committed reference is what the code says; whatever is shipped fits the JSON Schemas, and what is wrong does not."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from apprentice.cli import app
 from apprentice.plain_yaml import load_yaml
 from apprentice.recipe.recipe_file import shipped_recipes
 from apprentice.tasks.registry import library
+from docs.build import reference
 from tests.conftest import ROOT
 
 FILES = {"recipe": list(shipped_recipes().values()), "task": list(library().values())}
@@ -23,6 +24,13 @@ def validator(kind: str) -> Any:
     schema = json.loads((ROOT / "docs" / "reference" / f"{kind}.schema.json").read_text())
     jsonschema.Draft202012Validator.check_schema(schema)
     return jsonschema.Draft202012Validator(schema)
+
+
+def test_the_committed_reference_is_what_the_code_says() -> None:
+    made = reference.reference_files()
+    old = [name for name, text in made.items() if (reference.FOLDER / name).read_text(encoding="utf-8") != text]
+    assert old == [], "say `make reference`, or run docs/build/reference.py, and commit what it writes"
+    assert {file.name for file in reference.FOLDER.iterdir()} == set(made)
 
 
 @pytest.mark.parametrize("kind", ["recipe", "task"])
