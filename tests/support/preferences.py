@@ -23,3 +23,13 @@ def pairs(count: int = 40) -> list[dict[str, Any]]:
 def write_pairs(file: Path, rows: list[dict[str, Any]] | None = None) -> Path:
     file.write_text("".join(json.dumps(row) + "\n" for row in (pairs() if rows is None else rows)))
     return file
+
+
+def labelled(count: int = 40) -> list[dict[str, Any]]:
+    """As many answers, each labelled desirable or not: the better or the worse one of a pair."""
+    sides = (("chosen", True), ("rejected", False))
+    return [
+        {"prompt": pair["prompt"], "completion": pair[side], "label": label}
+        for number, pair in enumerate(pairs(count))
+        for side, label in [sides[number % 2]]
+    ]

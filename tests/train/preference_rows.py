@@ -13,8 +13,11 @@ from tests.train.rows import packed_columns
 ROWS = 3
 
 
-def pair_rows(count: int = ROWS, seed: int = 0, **changes: Any) -> PackedRows:
-    """Packed rows of one or two pairs: both answers of a pair have the same prompt, as data/window.py makes them."""
+def pair_rows(count: int = ROWS, seed: int = 0, *, labelled: bool = False, **changes: Any) -> PackedRows:
+    """Packed rows of one or two pairs: both answers of a pair have the same prompt, as data/window.py makes them.
+
+    With `labelled`, labelled answers with another row's beside each.
+    """
     columns = packed_columns(2 * count, seed)
     names = ("input_ids", "positions", "segment_ids", "loss_mask")
     kept = []
@@ -28,5 +31,7 @@ def pair_rows(count: int = ROWS, seed: int = 0, **changes: Any) -> PackedRows:
         columns["example_targets"][place] = [1] * (even // 2)
         kept.append(even)
     rng = np.random.default_rng(5)
+    if labelled:
+        columns["desirable"] = [(np.arange(even // 2) + place) % 2 for place, even in enumerate(kept)]
     columns["reference"] = [rng.normal(-20, 2, even).astype(np.float32) for even in kept]
     return replace(PackedRows.from_columns(columns), **changes).share(0, 2)

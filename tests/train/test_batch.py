@@ -15,9 +15,9 @@ from apprentice.train.batch import (
     RolloutBatch,
     Seq2SeqBatch,
     SupervisedBatch,
-    micro_batch_rows,
     move_batch,
 )
+from apprentice.train.engine.deepspeed_config import micro_batch_rows
 from tests.train.encoder_decoder_rows import paired_rows
 from tests.train.preference_rows import pair_rows
 from tests.train.rows import packed_rows, reply_rows

@@ -53,8 +53,13 @@ class Corpus:
 
     @property
     def has_pairs(self) -> bool:
-        """True if each example is a preference pair: a better and a worse answer to one prompt."""
+        """True if each example is two answers to one prompt."""
         return self.recipe.training.aim.pairs
+
+    @property
+    def partner_seed(self) -> int | None:
+        """Seed of each row's partner, whose answer it is compared with; None unless the objective has labelled answers."""
+        return self.recipe.seed if self.recipe.training.aim.labels else None
 
     @property
     def plan(self) -> Plan:
@@ -149,8 +154,7 @@ def packing_strategy(recipe: Recipe, folder: Path, run_format: int = FORMAT) -> 
             f"data.packing.target_length is for encoder-decoders, and {recipe.model.base} continues one text; leave it out."
         )
     reason = packing_obstacle(folder, by_layers=run_format >= 2) or _VIRTUAL.get(recipe.tuning.method)
-    aim = recipe.training.aim
-    what = "both answers of a pair" if aim.pairs else "several replies" if aim.rounds else None
+    what = recipe.training.aim.company.partition(",")[0]
     if what and (reason is not None or family_of(folder) == "seq2seq"):
         reason = reason or "an encoder reads a prompt once for each answer"
         raise RecipeError(

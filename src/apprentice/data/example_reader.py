@@ -31,7 +31,7 @@ class ExampleReader:
     """Reads draws of a corpus as tokenized examples; keeps sources open."""
 
     def __init__(self, corpus: Corpus) -> None:
-        self._renderer = Renderer(corpus.tasks, corpus.indices)
+        self._renderer = Renderer(corpus.tasks, corpus.indices, partner_seed=corpus.partner_seed)
         self._encoder = ExampleEncoder(corpus)
         self._task_number = {task.name: number for number, task in enumerate(corpus.tasks)}
 

@@ -13,6 +13,7 @@ For an encoder-decoder a row has two sides, and an example has the same segment 
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
@@ -168,6 +169,32 @@ def build_encoder_decoder_rows(
     columns = {"input_ids": prompts.ids, "positions": prompts.positions, "segment_ids": prompts.segments}
     columns |= {"target_ids": answers.ids, "target_positions": answers.positions, "target_segment_ids": answers.segments}
     return columns | {"loss_mask": (answers.segments > 0).astype(np.uint8)}
+
+
+def select_answers(tables: Rows, side: int) -> Rows:
+    """The first (`side` 0) or the second (1) answer of every pair in packed rows, moved to the left of each row.
+
+    `tables` are those of `build_rows`, where segments 1 and 2 of a row are the first pair: segments [1, 1, 2, 3, 4, 0] become
+    [1, 1, 2, 0, 0, 0] on side 0 and [1, 2, 0, 0, 0, 0] on side 1. Padding has id 0.
+    """
+    segments = tables["segment_ids"]
+    keep = (segments > 0) & ((segments - 1) % 2 == side)
+    order = np.argsort(~keep, axis=1, kind="stable")
+    moved = {name: np.take_along_axis(table, order, axis=1) for name, table in tables.items()}
+    kept = np.take_along_axis(keep, order, axis=1)
+    of_padding = np.arange(keep.shape[1]) - kept.sum(axis=1, keepdims=True)
+    moved["segment_ids"] = (moved["segment_ids"] + 1) // 2
+    return {name: np.where(kept, table, of_padding if name == "positions" else 0) for name, table in moved.items()}
+
+
+def used_columns(segments: NDArray[Any], lengths: int | None = None) -> slice:
+    """Columns up to the last one that is not padding in every row; at least one. With `lengths`, so many parts of all columns."""
+    columns = np.flatnonzero((segments > 0).any(axis=0))
+    used = int(columns[-1]) + 1 if len(columns) else 1
+    if lengths is None:
+        return slice(0, used)
+    part = math.ceil(segments.shape[1] / lengths)
+    return slice(0, min(segments.shape[1], math.ceil(used / part) * part))
 
 
 class _Side(NamedTuple):

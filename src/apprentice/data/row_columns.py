@@ -24,6 +24,10 @@ the first pair, 3 and 4 the second. Such rows have one column more:
 
     reference        float32 (any,)     log-probabilities of the answers by the reference model, two a pair; zeros without one
 
+A labelled answer (`kto`) is such a pair too, whose second answer is another row's, and has a column more:
+
+    desirable        uint8 (any,)       1 for a desirable answer, one an example
+
 Where the recipe names classes of mixed-quality data (`data.qualities`), there is one more column:
 
     example_weights  float32 (any,)     weight in the loss of each example's target tokens
@@ -116,6 +120,8 @@ def _example_columns(corpus: Corpus, examples: Sequence[TokenizedDraw], rows: Se
     if corpus.has_pairs:
         pairs = np.array([_reference_log_probs(corpus, example) for example in examples], np.float32)
         values["reference"] = pairs.reshape(-1, 2)[order]
+    if corpus.recipe.training.aim.labels:
+        values["desirable"] = np.array([example.tokens.is_desirable for example in examples], np.uint8)[order]
     ends = np.cumsum([len(row) for row in rows], dtype=np.int64)
     parts = {name: np.split(column, ends[:-1]) if rows else [] for name, column in values.items()}
     return {name: _ragged([part.reshape(-1) for part in column]) for name, column in parts.items()}

@@ -49,6 +49,7 @@ _TYPES = {
     "example_targets": pa.list_(pa.int32()),
     "example_weights": pa.list_(pa.float32()),
     "reference": pa.list_(pa.float32()),
+    "desirable": pa.list_(pa.uint8()),
     "advantages": pa.list_(pa.float32()),
     "rewards": pa.list_(pa.float32()),
     "dropped": pa.string(),

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
+
 from apprentice.data.encoding.quality import assign_classes
 from apprentice.data.sources.locate import on_the_hub, resolve
 from apprentice.errors import RecipeError
 from apprentice.preflight.lookup import RecipeLookup
 from apprentice.preflight.reward_checks import check_rewards
 from apprentice.pretrained.hub import describe_download
+from apprentice.recipe import Recipe
 from apprentice.storage import Folder
 from apprentice.tasks.exposure import count_exposures
+from apprentice.tasks.importers.unpaired import has_labels
 from apprentice.tasks.leaks import leaks
+from apprentice.tasks.schema import Task
 
 
 def check_tasks(lookup: RecipeLookup) -> str:
@@ -35,7 +40,12 @@ def check_tasks(lookup: RecipeLookup) -> str:
     if recipe.data.qualities is not None:
         assign_classes(recipe.data.qualities, tasks)
     objective = recipe.training.objective
-    without_pairs = [task.name for task in tasks if recipe.training.aim.pairs and task.name not in held_out and not task.has_pairs]
+    _check_labels(recipe, tasks, held_out)
+    without_pairs = [
+        task.name
+        for task in tasks
+        if recipe.training.aim.pairs and not recipe.training.aim.labels and task.name not in held_out and not task.has_pairs
+    ]
     if without_pairs:
         raise RecipeError(
             f"training.objective {objective} learns from preferences, and task {without_pairs[0]!r} has no rejected answers; name"
@@ -54,6 +64,27 @@ def check_tasks(lookup: RecipeLookup) -> str:
             " written; leave it out of data.tasks, or take one whose choices are ranked."
         )
     return count_exposures(tasks, held_out)
+
+
+def _check_labels(recipe: Recipe, tasks: Sequence[Task], held_out: Collection[str]) -> None:
+    """Raises `RecipeError` where labelled answers are needed and missing, or would be taken for good ones."""
+    objective, is_labelled = recipe.training.objective, recipe.training.aim.labels
+    for task in tasks:
+        if is_labelled and not has_labels(task) and task.name not in held_out:
+            raise RecipeError(
+                f"training.objective {objective} learns from labelled answers, and those of task {task.name!r} have no labels; name"
+                " files of them in data.tasks (`{unpaired: answers.jsonl}`), or hold the task out."
+            )
+        if has_labels(task) and not is_labelled:
+            raise RecipeError(
+                f"task {task.name!r} has answers that are labelled undesirable, and training.objective {objective} would take them"
+                " for good ones; take kto, or leave the task out of data.tasks."
+            )
+        if has_labels(task) and task.name in held_out:
+            raise RecipeError(
+                f"task {task.name!r} is held out, and nothing can be scored with answers of which some are undesirable; leave it"
+                " out of data.hold_out."
+            )
 
 
 def list_downloads(lookup: RecipeLookup) -> str:

@@ -7,6 +7,7 @@ from apprentice.errors import DataError
 from apprentice.evaluate.questions.row_selection import select_requests
 from apprentice.preflight.dry_run import format_duration
 from apprentice.ray_cluster.nodes import node_resources
+from apprentice.tasks.importers.unpaired import has_labels
 
 READ_PER_DECODED = 8  # decoding one token takes as long as reading so many of a prompt: measured for 16 to 32 replies at once
 
@@ -37,13 +38,15 @@ def describe_evaluation(corpus: Corpus, reading_per_cpu: float | None) -> str:
             questions += len(requests)
             tokens += len(requests) * (min(index.mean_tokens * (1 + shots), length) + decoding)
     without_tests = [task.name for task in corpus.tasks if not len(corpus.indices[task.name].test)]
-    if not questions and any(task.has_answers for task in corpus.tasks):
+    if not questions and any(task.has_answers and not has_labels(task) for task in corpus.tasks):
         raise DataError(
             "none of the recipe's tasks has test rows, so nothing can be scored; give one a test split, in `files` or `splits` of"
             " its source, or as `test` of an entry such as `{alpaca: FILE, test: FILE}`."
         )
     if not questions:
-        return "nothing can be scored: the tasks have prompts without answers"
+        return (
+            f"nothing can be scored: the tasks have prompts {'with labelled' if has_labels(corpus.tasks[0]) else 'without'} answers"
+        )
     more = ", …" if len(without_tests) > 3 else ""
     left_out = f"; none of {', '.join(without_tests[:3])}{more}, without test rows" if without_tests else ""
     cpus = sum(node.get("CPU", 0.0) for node in node_resources())

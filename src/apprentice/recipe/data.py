@@ -116,6 +116,7 @@ COLLECTION_KEYS: dict[str, tuple[str, ...]] = {
     "natural_instructions": ("definition", "positive", "negative", "explanations", "official_splits"),
     **dict.fromkeys(("conversations", "alpaca", "dolly", "self_instruct", "p3"), ("test",)),
     "preferences": ("test", "splits"),
+    "unpaired": (),
     "prompts": (),
 }
 
@@ -132,6 +133,9 @@ class Collection(Strict):
         None,
         description="File with columns prompt, chosen and rejected: texts or messages, where the prompt may stand in the other two."
         " With `splits`, a dataset under `data.root` or on the hub: `HuggingFaceH4/ultrafeedback_binarized`.",
+    )
+    unpaired: str | None = Field(
+        None, description="File with columns prompt, completion and label: answers that are desirable (true) or not (false)."
     )
     prompts: str | None = Field(None, description="File with the column prompt, a text or messages: questions without answers.")
     alpaca: str | None = Field(None, description="File with columns instruction, input and output.")

@@ -179,7 +179,7 @@ class Recipe(Strict):
         objective, data = self.training.objective, self.data
         if 2 * data.max_length > data.packing.length:
             raise ValueError(
-                f"training.objective {objective} puts both answers of a pair, each with its prompt, into one row: packing.length"
+                f"training.objective {objective} puts {self.training.aim.company} into one row: packing.length"
                 f" {data.packing.length} must be at least twice max_length {data.max_length}"
             )
         if self.training.aim.head and self.tuning.method not in ("full", "lora", "qlora"):

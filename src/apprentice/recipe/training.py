@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from apprentice.errors import RecipeError
-from apprentice.recipe.objective import DPO, GRPO, IPO, MODEL_KEYS, OBJECTIVES, ORPO, Objective, ObjectiveName, SimPO
+from apprentice.recipe.objective import DPO, GRPO, IPO, KTO, MODEL_KEYS, OBJECTIVES, ORPO, Objective, ObjectiveName, SimPO
 from apprentice.recipe.strict import Positive, Share, Strict
 
 SAMPLES = (
@@ -180,13 +180,15 @@ class Training(Strict):
 
     objective: ObjectiveName = Field(
         "sft",
-        description="sft: answers; dpo, ipo, simpo, orpo: pairs of a better and a worse answer; reward: a model that scores"
-        " answers, from pairs; grpo: the model's own replies, which a reward model or functions score.",
+        description="sft: answers; dpo, ipo, simpo, orpo: pairs of a better and a worse answer; kto: answers labelled desirable"
+        " or not; reward: a model that scores answers, from pairs; grpo: the model's own replies, which a reward model or functions"
+        " score.",
     )
     dpo: DPO = DPO()
     ipo: IPO = IPO()
     simpo: SimPO = SimPO()
     orpo: ORPO = ORPO()
+    kto: KTO = KTO()
     grpo: GRPO = GRPO()
     workers: Positive | WorkerRange = Field(
         1,

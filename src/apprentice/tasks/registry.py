@@ -18,6 +18,7 @@ from apprentice.tasks.importers.preferences import preference_tasks
 from apprentice.tasks.importers.prompt_only import prompt_only_tasks
 from apprentice.tasks.importers.promptsource import promptsource_tasks
 from apprentice.tasks.importers.records import KINDS, record_tasks
+from apprentice.tasks.importers.unpaired import unpaired_tasks
 from apprentice.tasks.schema import Task, Template
 from apprentice.tasks.source_spec import SourceSpec
 
@@ -31,6 +32,7 @@ IMPORTERS: dict[str, Callable[[Mapping[str, Any]], list[Task]]] = {
     "natural_instructions": instruction_tasks,
     "conversations": conversation_tasks,
     "preferences": preference_tasks,
+    "unpaired": unpaired_tasks,
     "prompts": prompt_only_tasks,
     **dict.fromkeys(KINDS, record_tasks),
 }

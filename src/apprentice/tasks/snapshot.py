@@ -17,6 +17,7 @@ from apprentice.tasks.importers.preferences import PreferenceTemplate
 from apprentice.tasks.importers.prompt_only import PromptOnlyTemplate
 from apprentice.tasks.importers.promptsource import PromptSourceTemplate
 from apprentice.tasks.importers.records import KINDS, RecordTemplate
+from apprentice.tasks.importers.unpaired import UnpairedTemplate
 from apprentice.tasks.registry import IMPORTERS, Entry, Find, find_tasks
 from apprentice.tasks.schema import Task, Template
 
@@ -26,6 +27,7 @@ _TEMPLATES: dict[str, type[Template]] = {
     "natural_instructions": InstanceTemplate,
     "conversations": ConversationTemplate,
     "preferences": PreferenceTemplate,
+    "unpaired": UnpairedTemplate,
     "prompts": PromptOnlyTemplate,
     **dict.fromkeys(KINDS, RecordTemplate),
 }

@@ -31,6 +31,7 @@ class Example:
     history: tuple[tuple[str, str], ...] = ()  # earlier (question, answer) pairs of a conversation; the answers are trained on too
     system: str = ""  # the conversation's own system text
     rejected: str = ""  # the worse answer of a preference pair
+    is_desirable: bool | None = None  # label of the answer; None where answers have none
 
     @property
     def has_turns(self) -> bool:

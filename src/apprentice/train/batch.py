@@ -22,9 +22,8 @@ the host must know of a batch is found before the batch goes to a GPU, since ask
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -32,6 +31,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from apprentice.data.packing import select_answers, used_columns
 from apprentice.train.sequence_bounds import ExampleSizes, SequenceBounds, copy_to
 
 
@@ -111,6 +111,24 @@ class PreferenceBatch(NamedTuple):
     places: Tensor | None = None
 
 
+class LabelledBatch(NamedTuple):
+    """Micro-batch of objective `kto`; `answers` numbers each token's answer, and what has one entry an answer is (answers,).
+
+    `reference` has the log-probability of each answer under the reference model, float32; `desirable` its label, boolean.
+    `baseline` is the divergence from the reference that answers are compared with, in nats, float32 without dimensions.
+    """
+
+    input_ids: Tensor
+    positions: Tensor
+    answers: Tensor
+    reference: Tensor
+    desirable: Tensor
+    baseline: Tensor
+    is_target: Tensor
+    bounds: SequenceBounds | None = None
+    places: Tensor | None = None
+
+
 class RolloutBatch(NamedTuple):
     """Micro-batch of objective `grpo`; tensors are (rows, length), but `advantages` and `rewards`, float32 (replies,).
 
@@ -130,7 +148,7 @@ class RolloutBatch(NamedTuple):
     places: Tensor | None = None
 
 
-MicroBatch = SupervisedBatch | SequencePart | Seq2SeqBatch | PreferenceBatch | RolloutBatch
+MicroBatch = SupervisedBatch | SequencePart | Seq2SeqBatch | PreferenceBatch | LabelledBatch | RolloutBatch
 AnyMicroBatch = TypeVar("AnyMicroBatch", bound=MicroBatch)
 
 
@@ -143,7 +161,7 @@ def move_batch(batch: AnyMicroBatch, device: torch.device) -> AnyMicroBatch:
     return type(batch)(**{name: moved(field) for name, field in batch._asdict().items()})
 
 
-def target_places(batch: SupervisedBatch | Seq2SeqBatch | PreferenceBatch | RolloutBatch) -> Tensor:
+def target_places(batch: SupervisedBatch | Seq2SeqBatch | PreferenceBatch | LabelledBatch | RolloutBatch) -> Tensor:
     """Places of the targets of `batch` in its rows laid end to end, (targets,). The first token of a causal row is none."""
     if batch.places is not None:
         return batch.places
@@ -159,7 +177,13 @@ _TABLES = {name: name for name in ("input_ids", "positions", "segment_ids", "los
     "policy_log_probs": "written",
     "reference_log_probs": "held",
 }
-_RAGGED = {"weights": "example_weights", "reference": "reference", "advantages": "advantages", "rewards": "rewards"}
+_RAGGED = {
+    "weights": "example_weights",
+    "reference": "reference",
+    "desirable": "desirable",
+    "advantages": "advantages",
+    "rewards": "rewards",
+}
 
 
 @dataclass(frozen=True)
@@ -176,6 +200,7 @@ class PackedRows:
     target_segment_ids: NDArray[Any] | None = None
     weights: list[NDArray[Any]] | None = None  # each row's (examples,): loss weight of an example's target tokens
     reference: list[NDArray[Any]] | None = None  # preferences: each row's (answers,) log-probabilities of the reference
+    desirable: list[NDArray[Any]] | None = None  # labelled answers: each row's (examples,) labels
     # On-policy rounds: (rows, length) log-probability of each token under the policy that wrote it and under the reference model;
     # and each row's (replies,) advantages and rewards.
     policy_log_probs: NDArray[Any] | None = None
@@ -190,7 +215,11 @@ class PackedRows:
         ragged = {name: [np.asarray(row) for row in columns[column]] for name, column in _RAGGED.items() if column in columns}
         names = ("window", "row", "examples", "example_tasks", "example_targets", "dropped")
         facts = [
-            RowFacts(int(window), int(row), _ints(examples), _ints(tasks), _ints(targets), json.loads(dropped) if dropped else {})
+            RowFacts(
+                *(int(window), int(row)),
+                *([*map(int, examples)], [*map(int, tasks)], [*map(int, targets)]),
+                json.loads(dropped) if dropped else {},
+            )
             for window, row, examples, tasks, targets, dropped in zip(*(columns[name] for name in names), strict=True)
         ]
         if "window_rows" in columns:
@@ -249,12 +278,25 @@ class PackedRows:
     def micro_batches(self, size: int, lengths: int | None = None) -> list[MicroBatch]:
         """Micro-batches of `size` rows (the last may be smaller). Columns at the end that are padding in all rows are cut off.
 
-        With `lengths`, for compiled causal models, the rest has one of that many lengths, and bounds have one of a few shapes.
+        With `lengths`, for compiled causal models, the rest has one of that many lengths, and bounds have one of a few shapes. Of
+        labelled answers only they are in the batches, and not the other rows' answers beside them.
         """
-        return [self._batch(slice(start, start + size), lengths) for start in range(0, len(self), size)]
+        rows = self if self.desirable is None else self._one_of_two(0)
+        return [rows._batch(slice(start, start + size), lengths) for start in range(0, len(rows), size)]
+
+    def mismatched_batches(self, size: int, lengths: int | None = None) -> list[MicroBatch]:
+        """As `micro_batches`, with the other rows' answers that stand beside labelled ones."""
+        return replace(self._one_of_two(1), desirable=None).micro_batches(size, lengths)
+
+    def _one_of_two(self, side: int) -> PackedRows:
+        """The rows with the first (0) or the second (1) answer of each example, moved to the left of the row."""
+        assert self.reference is not None
+        names = ("input_ids", "positions", "segment_ids", "loss_mask")
+        tables: dict[str, Any] = select_answers({name: getattr(self, name) for name in names}, side)
+        return replace(self, **tables, reference=[values[side::2] for values in self.reference])
 
     def _batch(self, rows: slice, lengths: int | None) -> MicroBatch:
-        batch = self._cut_batch((rows, _used_columns(self.segment_ids[rows], lengths)))
+        batch = self._cut_batch((rows, used_columns(self.segment_ids[rows], lengths)))
         if lengths is None or isinstance(batch, Seq2SeqBatch) or batch.bounds is None:
             return batch
         return batch._replace(bounds=batch.bounds.padded(batch.input_ids.shape[1]))
@@ -263,6 +305,8 @@ class PackedRows:
         rows = cut[0]
         if self.target_ids is not None:
             return self._seq2seq(cut)
+        if self.desirable is not None:
+            return self._labelled(cut, self.desirable[rows])
         if self.reference is not None:
             return self._pairs(cut)
         if self.reference_log_probs is not None:
@@ -278,7 +322,7 @@ class PackedRows:
         assert self.target_ids is not None
         assert self.target_positions is not None
         assert self.target_segment_ids is not None
-        answers = (cut[0], _used_columns(self.target_segment_ids[cut[0]]))
+        answers = (cut[0], used_columns(self.target_segment_ids[cut[0]]))
         return Seq2SeqBatch(
             input_ids=_tensor(self.input_ids[cut]),
             segment_ids=_tensor(self.segment_ids[cut]),
@@ -302,6 +346,11 @@ class PackedRows:
             bounds=SequenceBounds.of(self.positions[cut]),
             places=self._places(cut),
         )
+
+    def _labelled(self, cut: tuple[slice, slice], desirable: list[NDArray[Any]]) -> LabelledBatch:
+        answers = self._pairs(cut)._asdict()
+        labels = torch.from_numpy(np.concatenate(desirable).astype(np.bool_))
+        return LabelledBatch(**answers, desirable=labels, baseline=torch.zeros(()))
 
     def _replies(self, cut: tuple[slice, slice]) -> RolloutBatch:
         assert self.policy_log_probs is not None
@@ -338,16 +387,6 @@ class PackedRows:
         return PackedRows(**parts)
 
 
-def _used_columns(segments: NDArray[Any], lengths: int | None = None) -> slice:
-    """Columns up to the last one that is not padding in every row; at least one. With `lengths`, so many parts of all columns."""
-    columns = np.flatnonzero((segments > 0).any(axis=0))
-    used = int(columns[-1]) + 1 if len(columns) else 1
-    if lengths is None:
-        return slice(0, used)
-    part = math.ceil(segments.shape[1] / lengths)
-    return slice(0, min(segments.shape[1], math.ceil(used / part) * part))
-
-
 def _tensor(array: NDArray[Any], dtype: Any = np.int64) -> Tensor:
     # A copy, because the arrays may be read-only views of shared memory, which torch does not take.
     return torch.from_numpy(array.astype(dtype))
@@ -359,15 +398,3 @@ def _stack(rows: Any) -> NDArray[Any]:
 
 def _concatenate(values: list[NDArray[Any]]) -> Tensor:
     return torch.from_numpy(np.concatenate(values).astype(np.float32))
-
-
-def _ints(values: Sequence[Any]) -> list[int]:
-    return [int(value) for value in values]
-
-
-def micro_batch_rows(rows: int, length: int, budget: int) -> int:
-    """Rows in a micro-batch for `micro_batch: auto`: the largest divisor of `rows` with at most `budget` tokens; at least 1.
-
-    `rows` are one worker's packed rows of a step, of `length` tokens each.
-    """
-    return max(size for size in range(1, rows + 1) if rows % size == 0 and (size == 1 or size * length <= budget))

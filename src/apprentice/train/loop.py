@@ -26,7 +26,9 @@ from apprentice.errors import TrainingError
 from apprentice.recipe import Optimizer
 from apprentice.train.batch import MicroBatch, PackedRows, RowFacts
 from apprentice.train.engine.collectives import Collectives
+from apprentice.train.engine.forward_passes import ForwardEngine, sum_losses
 from apprentice.train.lane_position import LanePosition, WindowShape, advance_position, in_step_order, skipped_drops
+from apprentice.train.losses.kto import measure_baseline, with_baseline
 from apprentice.train.metrics.mixture_ledger import DropCounts
 from apprentice.train.optimizer import learning_rate
 from apprentice.train.state import Goal, State, StepOutcome
@@ -34,15 +36,7 @@ from apprentice.train.state import Goal, State, StepOutcome
 RECENT_STEPS = 20  # over which speed and remaining time are averaged
 
 
-class ValidationEngine(Protocol):
-    """Anything that computes the summed validation loss of a micro-batch."""
-
-    def validation_nll(self, batch: MicroBatch) -> float:
-        """Summed loss of `batch` on this worker."""
-        ...
-
-
-class TrainingEngine(Protocol):
+class TrainingEngine(ForwardEngine, Protocol):
     """Anything that makes optimizer steps, such as `DeepSpeedEngine`."""
 
     def train_step(self, batches: Sequence[MicroBatch], scale: float, rate: float) -> StepOutcome:
@@ -193,7 +187,10 @@ def _one_step(
     counted = (
         step.targets if config.is_token_mean else step.counted
     ) or 1  # a step without target tokens has loss 0; do not divide by 0
-    outcome = engine.train_step(rows.micro_batches(config.micro_batch, config.lengths), 1.0 / counted, rate)
+    batches = rows.micro_batches(config.micro_batch, config.lengths)
+    if rows.desirable is not None:
+        batches = with_baseline(batches, measure_baseline(engine, rows, config.micro_batch, collectives, config.lengths))
+    outcome = engine.train_step(batches, 1.0 / counted, rate)
     nll, *figures = collectives.sum([outcome.nll, *outcome.figures.values()])
     figures = [total / (step.counted or 1) for total in figures]
     _advance(state, step, config.window, nll / counted)
@@ -201,7 +198,7 @@ def _one_step(
 
 
 def compute_validation_loss(
-    engine: ValidationEngine, rows: PackedRows, micro: int, collectives: Collectives, lengths: int | None = None
+    engine: ForwardEngine, rows: PackedRows, micro: int, collectives: Collectives, lengths: int | None = None
 ) -> float | None:
     """Mean loss over the target tokens (or pairs) of `rows`; None without any. All workers must call it with the same rows.
 
@@ -209,15 +206,15 @@ def compute_validation_loss(
     """
     if len(rows) == 0 or rows.loss_denominator == 0:
         return None
-    mine = rows.share(collectives.reader, collectives.readers).micro_batches(micro, lengths)
+    share = rows.share(collectives.reader, collectives.readers)
     # ZeRO-3 gathers weights in each pass, so all workers make equally many: one with fewer repeats one, uncounted.
     rounds = math.ceil(math.ceil(len(rows) / collectives.readers) / micro)
-    spare = rows.micro_batches(micro, lengths)[0]
-    nll = 0.0
-    for number in range(rounds):
-        value = engine.validation_nll(mine[number] if number < len(mine) else spare)
-        nll += value if number < len(mine) else 0.0
-    return collectives.sum([nll])[0] / rows.loss_denominator
+    spare = rows.share(0, len(rows))
+    mine, more = share.micro_batches(micro, lengths), spare.micro_batches(micro, lengths)
+    if rows.desirable is not None:
+        baseline = measure_baseline(engine, share, micro, collectives, lengths, spare=spare, rounds=rounds)
+        mine, more = with_baseline(mine, baseline), with_baseline(more, baseline)
+    return sum_losses(engine, mine, more[0], rounds, collectives) / rows.loss_denominator
 
 
 def _next_rows(batches: Iterator[PackedRows], state: State) -> PackedRows:

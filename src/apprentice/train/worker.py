@@ -24,7 +24,7 @@ from apprentice.pretrained.architecture import family_of
 from apprentice.pretrained.hub import local_folder
 from apprentice.recipe import Recipe, Training
 from apprentice.run.fence import FenceToken
-from apprentice.train.batch import PackedRows, micro_batch_rows
+from apprentice.train.batch import PackedRows
 from apprentice.train.checkpoint import format as checkpoints
 from apprentice.train.checkpoint.async_saver import AsyncSaver
 from apprentice.train.checkpoint.format import Checkpoint, KeptRounds
@@ -34,7 +34,7 @@ from apprentice.train.checkpoint.shard_writer import save_weights
 from apprentice.train.engine.activation_checkpointing import enable_activation_checkpointing
 from apprentice.train.engine.collectives import Collectives
 from apprentice.train.engine.deepspeed import DeepSpeedEngine
-from apprentice.train.engine.deepspeed_config import choose_micro_batch, rows_per_worker
+from apprentice.train.engine.deepspeed_config import choose_micro_batch, micro_batch_rows, rows_per_worker
 from apprentice.train.engine.model_splitter import create_splitter, find_loading_obstacle
 from apprentice.train.engine.sequence_group import SequenceGroup
 from apprentice.train.lane_position import WindowShape, start_of_lanes

@@ -21,6 +21,7 @@ from apprentice.train.engine.collectives import Collectives
 from apprentice.train.engine.deepspeed import DeepSpeedEngine
 from apprentice.train.loop import compute_validation_loss
 from apprentice.train.losses import target_losses
+from apprentice.train.losses.kto import measure_baseline, with_baseline
 from apprentice.train.losses.loss_registry import create_loss
 from apprentice.train.optimizer import make_optimizer, set_learning_rate
 from tests.models.architectures import made
@@ -68,8 +69,8 @@ def model_of(case: dict[str, Any], folder: Path) -> Any:
 
 def rows_of(case: dict[str, Any], step: int, rank: int, workers: int) -> PackedRows:
     """Rows of one step and process. Process 0 has many target tokens, the last one of an sft case none."""
-    if case["objective"] in ("dpo", "orpo", "reward"):
-        return pair_rows(ROWS, seed=step * workers + rank)
+    if case["objective"] in ("dpo", "orpo", "kto", "reward"):
+        return pair_rows(ROWS, seed=step * workers + rank, labelled=case["objective"] == "kto")
     if case["objective"] == "grpo":
         return reply_rows(ROWS, seed=step * workers + rank)
     rows = packed_rows(ROWS, first=(step * workers + rank) * ROWS, weighted=case["objective"] == "weighted")
@@ -94,7 +95,10 @@ def sharded(case: dict[str, Any], rank: int, workers: int, folder: Path) -> dict
     for step in range(STEPS):
         mine = rows_of(case, step, rank, workers)
         counted = Collectives().sum([mine.loss_denominator])[0]
-        outcome = engine.train_step(mine.micro_batches(ROWS // 2), 1.0 / counted, RATE)
+        batches = mine.micro_batches(ROWS // 2)
+        if mine.desirable is not None:
+            batches = with_baseline(batches, measure_baseline(engine, mine, ROWS // 2, Collectives()))
+        outcome = engine.train_step(batches, 1.0 / counted, RATE)
         result["loss"].append(Collectives().sum([outcome.nll])[0] / counted)
         result["norm"].append(outcome.grad_norm)
     result["validation"] = compute_validation_loss(engine, rows_of(case, STEPS, 0, workers), ROWS // 2, Collectives())
@@ -114,7 +118,7 @@ def plain(case: dict[str, Any], workers: int, folder: Path) -> dict[str, Any]:
     for step in range(STEPS):
         parts = [rows_of(case, step, rank, workers) for rank in range(workers)]
         counted = sum(part.loss_denominator for part in parts)
-        losses = [loss_module(batch) for part in parts for batch in part.micro_batches(1)]
+        losses = [loss_module(batch) for part in parts for batch in labelled(part.micro_batches(1), parts, loss_module)]
         loss = torch.stack(losses).sum() / counted
         optimizer.zero_grad()
         loss.backward()
@@ -123,9 +127,18 @@ def plain(case: dict[str, Any], workers: int, folder: Path) -> dict[str, Any]:
         optimizer.step()
     rows = rows_of(case, STEPS, 0, workers)
     with torch.no_grad():
-        summed = sum(float(loss_module(batch)) for batch in rows.micro_batches(1))
+        summed = sum(float(loss_module(batch)) for batch in labelled(rows.micro_batches(1), [rows], loss_module))
     weights = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     return result | {"validation": summed / rows.loss_denominator, "weights": weights}
+
+
+def labelled(batches: list[Any], rows: list[PackedRows], loss: Any) -> list[Any]:
+    """The `batches` with the mean divergence from the reference over all mismatched answers of `rows`, where there are labels."""
+    if rows[0].desirable is None:
+        return batches
+    with torch.no_grad():
+        total = sum(float(loss(batch)) for part in rows for batch in part.mismatched_batches(1))
+    return with_baseline(batches, max(0.0, total / sum(part.loss_denominator for part in rows)))
 
 
 def process(rank: int, workers: int, folder: str, cases: list[dict[str, Any]]) -> None:

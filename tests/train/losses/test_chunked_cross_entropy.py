@@ -34,6 +34,7 @@ CASES: list[tuple[int, dict[str, Any]]] = [
     (2, PLAIN | {"objective": "weighted"}),
     (2, PLAIN | {"objective": "dpo"}),
     (2, PLAIN | {"objective": "orpo"}),
+    (2, PLAIN | {"objective": "kto"}),
     (2, PLAIN | {"objective": "reward"}),
     (2, PLAIN | {"objective": "grpo", "method": "lora"}),
     (4, PLAIN),

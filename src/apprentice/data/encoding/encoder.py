@@ -1,4 +1,4 @@
-"""Tokenization as a recipe's objective needs it: prompt and answer, both answers of a pair, or a prompt alone."""
+"""Tokenization as a recipe's objective needs it: prompt and answer, two answers to a prompt, or a prompt alone."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from apprentice.data.corpus import Corpus
 from apprentice.data.encoding.prompt_format import Exemplar, Layout
 from apprentice.data.encoding.quality import layout_of_each_class
-from apprentice.data.encoding.tokenize import Tokenized, drop_reason, encode, encode_pairs, encode_prompts
+from apprentice.data.encoding.tokenize import Tokenized, drop_reason, encode, encode_labelled, encode_pairs, encode_prompts
 from apprentice.tasks.schema import Example
 
 
@@ -30,6 +30,8 @@ class ExampleEncoder:
         if training.aim.rounds:
             room = data.max_length - training.grpo.max_new_tokens
             return encode_prompts(self._layout, [example for example, _ in items], room)
+        if training.aim.labels:
+            return encode_labelled(self._layout, items, data.max_length)
         if training.aim.pairs:
             return encode_pairs(self._layout, [example for example, _ in items], data.max_length)
         if not self._class_of:

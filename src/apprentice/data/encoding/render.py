@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from apprentice.data.encoding.prompt_format import Exemplar
 from apprentice.data.index.task_index import TaskIndex
+from apprentice.data.sampling.exemplars import ExemplarPool
 from apprentice.data.sampling.plan import Draw
 from apprentice.data.sources.locate import Reader, Split
 from apprentice.errors import DataError, RowError
@@ -23,13 +24,24 @@ class Rendered(NamedTuple):
 
 
 class Renderer:
-    """Renders rows of `tasks` by row number; opens the sources in `indices` when they are first read, and keeps them open."""
+    """Renders rows of `tasks` by row number; opens the sources in `indices` when they are first read, and keeps them open.
 
-    def __init__(self, tasks: Sequence[Task], indices: Mapping[str, TaskIndex], cached_groups: int = CACHED_GROUPS) -> None:
+    With a `partner_seed` every draw without exemplars gets one, another training row of its task that the seed decides on.
+    """
+
+    def __init__(
+        self,
+        tasks: Sequence[Task],
+        indices: Mapping[str, TaskIndex],
+        cached_groups: int = CACHED_GROUPS,
+        partner_seed: int | None = None,
+    ) -> None:
         self._tasks = {task.name: task for task in tasks}
+        self._partner_seed = partner_seed
         self._indices = indices
         self._cached_groups = cached_groups
         self._readers: dict[tuple[str, Split], Reader] = {}
+        self._pools: dict[str, ExemplarPool] = {}
 
     def example(self, task: str, split: Split, row: int, template: str) -> Example:
         """One row rendered by one template. Raises `RowError` if it cannot be rendered, `DataError` if it cannot be read."""
@@ -45,6 +57,8 @@ class Renderer:
 
     def render_draws(self, draws: Sequence[Draw]) -> list[Rendered | RowError]:
         """Every draw rendered, in order; the `RowError` in place of one that cannot be. Exemplars that cannot be are left out."""
+        if self._partner_seed is not None:
+            draws = [draw if draw.shots else draw._replace(shots=self._partner(draw, self._partner_seed)) for draw in draws]
         numbers_of: dict[str, set[int]] = {}
         for draw in draws:
             numbers_of.setdefault(draw.task, set()).update((draw.row, *draw.shots))
@@ -66,6 +80,11 @@ class Renderer:
                 continue
             exemplars.append(Exemplar(shown.instruction, shown.input, shown.target))
         return Rendered(example, exemplars)
+
+    def _partner(self, draw: Draw, seed: int) -> tuple[int, ...]:
+        if draw.task not in self._pools:
+            self._pools[draw.task] = ExemplarPool(seed, draw.task, self._indices[draw.task].train)
+        return self._pools[draw.task].of_row(draw.row, 1)
 
     def _rows(self, task: str, split: Split, numbers: Iterable[int]) -> dict[int, dict[str, Any]]:
         """Row number → row. Numbers are sorted first, so that every row group is read once."""

@@ -37,7 +37,8 @@ class Tokenized:
     exemplars_used: int
     truncated: str | None  # `CUT_EXEMPLARS`, `CUT_INPUT`, `CUT_TURNS` or `LAST_TURN_ONLY`; None where nothing was cut
     untrained: tuple[tuple[int, int], ...] = ()  # [start, stop) of a conversation's later questions, behind `prompt_length`
-    rejected: Tokenized | None = None  # of a pair: the same prompt with the worse answer
+    rejected: Tokenized | None = None  # of a pair: the same prompt with the worse answer; of a labelled answer: with another row's
+    is_desirable: bool | None = None  # label of the answer
 
     @property
     def answers(self) -> tuple[Tokenized, ...]:
@@ -147,6 +148,31 @@ def encode_pairs(layout: Layout, examples: Sequence[Example], max_length: int) -
             continue
         both = [Tokenized(fitted.ids + ids + end, len(fitted.ids), 0, fitted.truncated) for ids in (chosen, rejected)]
         tokenized.append(replace(both[0], rejected=both[1]))
+    return tokenized
+
+
+def encode_labelled(layout: Layout, items: Sequence[tuple[Example, Sequence[Exemplar]]], max_length: int) -> list[Tokenized | None]:
+    """Token ids of labelled answers, at most `max_length` each; in `rejected` the same prompt with the exemplar's answer.
+
+    The exemplar's answer is cut where it is too long, so that it decides on nothing. None for a dropped example (see
+    `drop_reason`). Earlier turns of a conversation belong to the prompt.
+    """
+    examples = [example for example, _ in items]
+    answers = layout.encode_answers([example.target for example in examples])
+    others = layout.encode_answers([shots[0].answer if shots else "" for _, shots in items])
+    end = list(layout.end_ids)
+    rooms = [max_length - len(answer) - len(end) for answer in answers]
+    tokenized: list[Tokenized | None] = []
+    prompts = _fit_prompts(layout, examples, rooms)
+    for example, fitted, answer, other in zip(examples, prompts, answers, others, strict=True):
+        if fitted is None:
+            tokenized.append(None)
+            continue
+        room = max_length - len(fitted.ids) - len(end)
+        mine, mismatched = (
+            Tokenized(fitted.ids + ids + end, len(fitted.ids), 0, fitted.truncated) for ids in (answer, other[:room])
+        )
+        tokenized.append(replace(mine, rejected=mismatched, is_desirable=example.is_desirable))
     return tokenized
 
 

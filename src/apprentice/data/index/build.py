@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from apprentice.data.encoding.prompt_contract import layout_of
-from apprentice.data.encoding.prompt_format import Layout
-from apprentice.data.encoding.tokenize import encode, encode_pairs
+from apprentice.data.encoding.prompt_format import Exemplar, Layout
+from apprentice.data.encoding.tokenize import encode, encode_labelled, encode_pairs
 from apprentice.data.index.apply_filters import TaskRows, apply_filters, report_contamination
 from apprentice.data.index.row_filters import FilterResult
 from apprentice.data.index.task_index import INDEX_FILE, TaskIndex, index_bytes, index_file, indexed_tasks, read_index
@@ -352,8 +352,12 @@ def _mean_tokens(task: Task, source: Source | None, kept: Numbers, layout: Layou
     usable = [example for example in examples if example is not None]
     if not usable:
         return 0.0, 0.0
-    if recipe.training.aim.pairs and task.has_pairs:
-        pairs = [tokens for tokens in encode_pairs(layout, usable, recipe.data.max_length) if tokens]
+    aim = recipe.training.aim
+    if aim.labels or (aim.pairs and task.has_pairs):
+        beside = [Exemplar("", "", example.target) for example in [*usable[1:], *usable[:1]]]  # another row's answers
+        length, items = recipe.data.max_length, [(example, [other]) for example, other in zip(usable, beside, strict=True)]
+        tokenized = encode_labelled(layout, items, length) if aim.labels else encode_pairs(layout, usable, length)
+        pairs = [tokens for tokens in tokenized if tokens]
         return float(np.mean([pair.size for pair in pairs] or [0])), float(np.mean([pair.target_tokens for pair in pairs] or [0]))
     if any(example.has_turns for example in usable):
         encoded = [tokens for tokens in encode(layout, [(example, ()) for example in usable], recipe.data.max_length) if tokens]

@@ -37,6 +37,7 @@ class ExamplePreview:
     target_tokens: int
     truncated: str  # reason of the cut or drop, or empty
     rejected: str = ""  # of a pair: the worse answer
+    desirable: bool | None = None  # label of the answer, where it has one
 
     @property
     def heading(self) -> str:
@@ -48,7 +49,9 @@ class ExamplePreview:
         """One line with source row, exemplars, lengths in tokens, and the reason of a cut."""
         shots = f", exemplars {', '.join(map(str, self.shots[: self.exemplars]))}" if self.exemplars else ""
         cut = f", {self.truncated.replace('_', ' ')}" if self.truncated else ""
-        return f"row {self.row} in pass {self.pass_ + 1}{shots}, {self.tokens} tokens, {self.target_tokens} of them trained on{cut}"
+        label = "" if self.desirable is None else ", desirable" if self.desirable else ", undesirable"
+        size = f"{self.tokens} tokens, {self.target_tokens} of them trained on"
+        return f"row {self.row} in pass {self.pass_ + 1}{shots}, {size}{label}{cut}"
 
     def as_dict(self) -> dict[str, Any]:
         """All fields, for JSON output."""
@@ -57,7 +60,7 @@ class ExamplePreview:
 
 def preview(corpus: Corpus, number: int) -> list[ExamplePreview]:
     """The first `number` usable examples of the plan; fewer if more than nine in ten are dropped."""
-    renderer, encoder = Renderer(corpus.tasks, corpus.indices), ExampleEncoder(corpus)
+    renderer, encoder = Renderer(corpus.tasks, corpus.indices, partner_seed=corpus.partner_seed), ExampleEncoder(corpus)
     previews: list[ExamplePreview] = []
     for start in range(0, 10 * number, number):
         draws = corpus.plan.draws(start, start + number)
@@ -88,7 +91,7 @@ def to_text(previews: Sequence[ExamplePreview]) -> Text:
 
 def trace(corpus: Corpus, positions: Sequence[int]) -> list[ExamplePreview]:
     """The examples at these plan positions; a dropped one has no tokens, and its reason in `truncated`."""
-    renderer, encoder = Renderer(corpus.tasks, corpus.indices), ExampleEncoder(corpus)
+    renderer, encoder = Renderer(corpus.tasks, corpus.indices, partner_seed=corpus.partner_seed), ExampleEncoder(corpus)
     draws = [drawn for position in positions for drawn in corpus.plan.draws(position, position + 1)]
     previews = []
     for draw, item in zip(draws, renderer.render_draws(draws), strict=True):
@@ -126,5 +129,6 @@ def _preview_of(corpus: Corpus, draw: Draw, tokens: Tokenized) -> ExamplePreview
         tokens=tokens.size,
         target_tokens=tokens.target_tokens,
         truncated=tokens.truncated or "",
-        rejected="" if tokens.rejected is None else _trained(tokens.rejected, decode),
+        rejected="" if tokens.rejected is None or tokens.is_desirable is not None else _trained(tokens.rejected, decode),
+        desirable=tokens.is_desirable,
     )

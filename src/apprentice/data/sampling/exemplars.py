@@ -35,6 +35,14 @@ class ExemplarPool:
     def __len__(self) -> int:
         return len(self.rows)
 
+    def of_row(self, row: int, count: int) -> tuple[int, ...]:
+        """Source row numbers of the first `count` exemplars of `row`; fewer if there are fewer."""
+        if not len(self) or count < 1:
+            return ()
+        own = np.array([row])
+        places = exemplar_places(np.array([len(self)]), draw(self.key, own), min(count + 1, len(self)))
+        return exclude_own_row(own, self.rows[places], np.array([count]))[0]
+
 
 def exemplar_places(sizes: Numbers, keys: Keys, count: int) -> Numbers:
     """(len(keys), count) int64 places in pools of `sizes`, distinct within a line; `count` is at most the smallest size.
@@ -56,9 +64,4 @@ def exemplar_rows(seed: int, task: str, row: int, k: int, kept: Numbers) -> tupl
 
     Exemplars for a smaller `k` are the first of those for a larger one; `row` itself is never among them.
     """
-    pool = ExemplarPool(seed, task, kept)
-    if not len(pool) or k < 1:
-        return ()
-    own = np.array([row])
-    places = exemplar_places(np.array([len(pool)]), draw(pool.key, own), min(k + 1, len(pool)))
-    return exclude_own_row(own, pool.rows[places], np.array([k]))[0]
+    return ExemplarPool(seed, task, kept).of_row(row, k)

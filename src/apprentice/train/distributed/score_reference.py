@@ -8,6 +8,7 @@ A task whose file exists is not computed again.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -116,7 +117,8 @@ class _ReferenceActor:
 
     def _pairs(self, task: Task, rows: tuple[int, ...]) -> tuple[Any, Any]:
         """Row numbers (pairs,) int64 and log-probabilities (pairs, 2) float32, of those `rows` that fit into a packed row."""
-        packed = PackedRows.from_columns(self._renderer.zero_shot(task, rows))
+        # Labelled answers and the other rows' answers beside them are pairs here.
+        packed = replace(PackedRows.from_columns(self._renderer.zero_shot(task, rows)), desirable=None)
         parts = [np.zeros(0, np.float32)]
         with torch.no_grad():
             for batch in packed.micro_batches(self._at_once):

@@ -10,7 +10,6 @@ import torch
 
 from apprentice.errors import RecipeError
 from apprentice.recipe import DeepSpeed, Training, data_parallel_size
-from apprentice.train.batch import micro_batch_rows
 
 # Most tokens in a micro-batch for `micro_batch: auto`. On a CPU more costs memory and brings no speed.
 CPU_MICRO_TOKENS = 2048
@@ -123,3 +122,11 @@ def _with_extra(config: dict[str, Any], extra: Mapping[str, Any], path: str) -> 
         else:
             merged[key] = value
     return merged
+
+
+def micro_batch_rows(rows: int, length: int, budget: int) -> int:
+    """Rows in a micro-batch for `micro_batch: auto`: the largest divisor of `rows` with at most `budget` tokens; at least 1.
+
+    `rows` are one worker's packed rows of a step, of `length` tokens each.
+    """
+    return max(size for size in range(1, rows + 1) if rows % size == 0 and (size == 1 or size * length <= budget))

@@ -13,6 +13,7 @@ from torch import nn
 
 from apprentice.recipe import Training
 from apprentice.train.losses.grpo import PolicyLoss
+from apprentice.train.losses.kto import KTOLoss
 from apprentice.train.losses.objective_loss import ObjectiveLoss
 from apprentice.train.losses.preference import IPOLoss, ORPOLoss, PreferenceLoss, RewardLoss, SimPOLoss
 from apprentice.train.losses.router_balance import RouterBalancedLoss
@@ -33,6 +34,7 @@ LOSSES: Mapping[str, Callable[[nn.Module, Training, torch.dtype | None], Objecti
     "ipo": lambda model, training, compute: IPOLoss(model, training.ipo, compute),
     "simpo": lambda model, training, compute: SimPOLoss(model, training.simpo, compute),
     "orpo": lambda model, training, compute: ORPOLoss(model, training.orpo, compute),
+    "kto": lambda model, training, compute: KTOLoss(model, training.kto, compute),
     "reward": lambda model, _, compute: RewardLoss(model, compute),
     "grpo": lambda model, training, compute: PolicyLoss(model, training.grpo, compute),
 }

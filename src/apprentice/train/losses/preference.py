@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from apprentice.models.reward import token_rewards
 from apprentice.recipe import DPO, IPO, ORPO, SimPO
-from apprentice.train.batch import PreferenceBatch, target_places
+from apprentice.train.batch import LabelledBatch, PreferenceBatch, target_places
 from apprentice.train.losses.objective_loss import ObjectiveLoss
 from apprentice.train.losses.target_losses import TargetLosses
 
@@ -137,7 +137,7 @@ class RewardLoss(ObjectiveLoss):
         return -F.logsigmoid(rewards[:, 0] - rewards[:, 1]).sum()
 
 
-def answer_log_probabilities(targets: TargetLosses, batch: PreferenceBatch) -> Tensor:
+def answer_log_probabilities(targets: TargetLosses, batch: PreferenceBatch | LabelledBatch) -> Tensor:
     """Log-probability of every answer, summed over its target tokens; shape (answers,)."""
     places = target_places(batch)
     losses = targets.causal(batch.input_ids, batch.positions, places, "none", batch.bounds)
