@@ -91,8 +91,13 @@ def test_forms_of_a_record(tmp_path):
     assert has_labels(task)
     [template] = task.templates
     talk = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Yes?"}, {"role": "user", "content": "A herb?"}]
-    told = template.example("t", {"prompt": talk, "completion": [{"role": "assistant", "content": "Mint."}], "label": 0})
-    assert (told.instruction, told.target, told.history, told.is_desirable) == ("A herb?", "Mint.", (("Hello", "Yes?"),), False)
+    example = template.example("t", {"prompt": talk, "completion": [{"role": "assistant", "content": "Mint."}], "label": 0})
+    assert (example.instruction, example.target, example.history, example.is_desirable) == (
+        "A herb?",
+        "Mint.",
+        (("Hello", "Yes?"),),
+        False,
+    )
     assert template.example("t", {"prompt": "A herb?", "completion": "Mint.", "label": "True"}).is_desirable is True
     for row, reason in (
         ({"prompt": "A?", "completion": "B", "label": None}, "null"),
