@@ -34,16 +34,18 @@ TINY = (
     "training.checkpoint={every_steps: 1000, keep: 1}",
     "data.tasks=[word_problems]",
     "data.hold_out=[]",
+    "data.max_length=192",  # the tokenizer has short tokens
+    "data.packing.length=768",
 )
 SUPERVISED = (
     "name=sums-sft",
     "training.objective=sft",
     "training.grpo={}",
-    "training.steps=800",
+    "training.steps=300",
     "training.global_batch=8",
     "training.optimizer={learning_rate: 3.0e-3, schedule: cosine, warmup_steps: 20}",
 )
-POLICY = ("model.base=run:sums-sft", "training.optimizer.learning_rate=2.0e-4")
+POLICY = ("model.base=run:sums-sft", "training.optimizer.learning_rate=3.0e-4")
 TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"

@@ -119,6 +119,46 @@ def test_a_killed_worker_goes_on_with_the_replies_that_are_there(
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5, msg=key)
 
 
+@pytest.mark.long
+def test_stale_rounds_go_on_after_a_kill_as_if_nothing_had_been(
+    ray_cluster: None, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three rounds, each written by the weights before the round before it; killed in the second; a checkpoint a round."""
+    shape: dict[str, Any] = {
+        "training__grpo__reward": {"function": "regex", "pattern": "[^e]*"},
+        "training__grpo__staleness": 1,
+        "training__steps": 6,
+        "training__max_failures": 1,
+        "training__checkpoint": {"every_steps": 2, "keep": 1},
+    }
+    runs = []
+    for name in ("undisturbed", "killed"):
+        folder = tmp_path / name
+        folder.mkdir()
+        if name == "killed":
+            monkeypatch.setattr(launch, "work", dying(tmp_path / "died", 4))
+        made = load_recipe(round_recipe(folder, tiny_model, name=name, **shape))
+        runs.append(open_run(made))
+        result = launch.train(made, runs[-1], make_corpus(made, runs[-1]), progress=lambda values: None)
+        assert result.restarts == (name == "killed")
+    undisturbed, killed = ({step["step"]: step for step in steps_of(run)} for run in runs)
+    assert len(undisturbed) == len(killed) == 6
+    for number, step in undisturbed.items():
+        assert killed[number]["examples"] == step["examples"]
+        for figure in ("loss", "reward", "clipped", "reply_tokens"):
+            assert killed[number][figure] == pytest.approx(step[figure], rel=1e-4, abs=1e-5)
+    first, second, third = (replies_in(runs[0], window) for window in range(3))
+    assert [replies_in(runs[1], window) for window in range(3)] == [first, second, third]
+    for key, (one, other) in weights(*runs).items():
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5, msg=key)
+
+
+def replies_in(run: Run, window: int) -> list[list[int]]:
+    """The token ids of a round's rows."""
+    column = pq.read_table((run.rounds / f"{window:06d}-0.parquet").local)["input_ids"]
+    return [list(ids) for ids in column.to_pylist()]
+
+
 def weights(*runs: Run) -> dict[str, list[torch.Tensor]]:
     """Key → the tensors of the last checkpoint of each run."""
     tensors: dict[str, list[torch.Tensor]] = {}
