@@ -76,6 +76,14 @@ def test_a_function_of_the_user_has_all_columns(process: RewardProcess) -> None:
     assert process.score(REPLIES[:1]) == [12]
 
 
+def test_a_module_lies_where_the_command_was_given(my_rewards: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A writer on the same machine, or one that shares its files, has another current folder."""
+    monkeypatch.chdir("/")
+    reward_process = RewardProcess(RewardTerm(function="python:my_rewards:length"), str(tmp_path))
+    assert reward_process.score(REPLIES) == [12, 10]
+    reward_process.close()
+
+
 @pytest.mark.parametrize("process", ["python:my_rewards:pids"], indirect=True)
 def test_it_runs_elsewhere_in_one_process(process: RewardProcess) -> None:
     [first, second], [third] = process.score(REPLIES), process.score(REPLIES[:1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -45,6 +46,7 @@ class Corpus:
 
     reference: Mapping[str, ReferenceLogProbs] | None = None  # task → log-probabilities of its pairs by the reference model
     contamination: Mapping[str, Any] = field(default_factory=dict)  # task → report on test rows that share text with training rows
+    working_folder: str = field(default_factory=os.getcwd)  # of the command, where the user's own modules may lie
 
     @cached_property
     def qualities(self) -> dict[str, str]:

@@ -39,10 +39,14 @@ class Reply(NamedTuple):
 
 
 class RewardProcess:
-    """The process that runs the function of one term, started when it is first needed, and again after an error ended it."""
+    """The process that runs the function of one term, started when it is first needed, and again after an error ended it.
 
-    def __init__(self, term: RewardTerm) -> None:
+    A module of the user's is looked for on Python's path, in the current folder, and then in `folder`.
+    """
+
+    def __init__(self, term: RewardTerm, folder: str | None = None) -> None:
         self.term = term
+        self._folder = folder or os.getcwd()
         self._process: subprocess.Popen[bytes] | None = None
         self._pipe: Any = None
 
@@ -51,7 +55,7 @@ class RewardProcess:
         if self._process is not None:
             return
         self._pipe, theirs = Pipe()
-        path = [*filter(None, sys.path), os.getcwd()]  # the current folder last, so that it hides no module
+        path = [*filter(None, sys.path), os.getcwd(), self._folder]  # folders last, so that they hide no module
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-m", "apprentice.rewards.reward_worker", str(theirs.fileno()), self.term.model_dump_json()],
             pass_fds=[theirs.fileno()],

@@ -31,7 +31,8 @@ class ReplyRewards:
     def __init__(self, corpus: Corpus, load_judge: Callable[[str], Any]) -> None:
         self._corpus, self._load_judge = corpus, load_judge
         self._grpo = corpus.recipe.training.grpo
-        self._processes = {place: RewardProcess(term) for place, term in enumerate(self._terms) if term.function}
+        folder = corpus.working_folder
+        self._processes = {place: RewardProcess(term, folder) for place, term in enumerate(self._terms) if term.function}
 
     @property
     def _terms(self) -> Sequence[RewardTerm]:
