@@ -45,7 +45,11 @@ SUPERVISED = (
     "training.global_batch=8",
     "training.optimizer={learning_rate: 3.0e-3, schedule: cosine, warmup_steps: 20}",
 )
-POLICY = ("model.base=run:sums-sft", "training.optimizer.learning_rate=3.0e-4")
+# A large epsilon keeps AdamW from giving numbers with a small, noisy gradient the same step as the others.
+POLICY = (
+    "model.base=run:sums-sft",
+    "training.optimizer={learning_rate: 1.0e-3, epsilon: 1.0e-2, schedule: constant, warmup_steps: 4}",
+)
 TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
