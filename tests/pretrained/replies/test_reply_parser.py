@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 
 from apprentice.pretrained.chat_template import ChatTemplate
-from apprentice.pretrained.replies.probe import TOOLS, ToolSupport, read_reply_format
-from apprentice.pretrained.replies.reply_format import OWN_CALLS, ReplyFormat, ThoughtFormat, ToolCall
 from apprentice.pretrained.replies.reply_parser import ParsedReply, ReplyDelta, ReplyParser, parse_reply
+from apprentice.pretrained.replies.reply_syntax import OWN_CALLS, ReplySyntax, ThoughtSyntax
+from apprentice.pretrained.replies.template_probe import TOOLS, ToolSupport, read_reply_syntax
+from apprentice.tasks.dialogue import ToolCall
 from tests.support.chat_templates import sources
 
 KINDS = {
@@ -34,11 +35,11 @@ CALLS = (
     ToolCall("probe_alpha", json.dumps({"probe_key": "a \"b\" {c} 'd'", "probe_count": 3})),
     ToolCall("probe_beta", json.dumps({"probe_key": "é, ]", "probe_count": -1})),
 )
-HERMES = ReplyFormat(OWN_CALLS, ThoughtFormat("<think>\n", "\n</think>\n\n"))
+HERMES = ReplySyntax(OWN_CALLS, ThoughtSyntax("<think>\n", "\n</think>\n\n"))
 
 
 @cache
-def form_of(name: str) -> ReplyFormat:
+def form_of(name: str) -> ReplySyntax:
     source = sources()[name].read_text()
     template = ChatTemplate(source, name)
 
@@ -46,10 +47,10 @@ def form_of(name: str) -> ReplyFormat:
         shown = [dict(message) for message in messages]
         return template.render(shown, generate=generate, tools=tools, now=datetime(2025, 1, 1), bos_token="<s>", eos_token="</s>")
 
-    return read_reply_format(render, source, CONTROL)
+    return read_reply_syntax(render, source, CONTROL)
 
 
-def in_pieces(form: ReplyFormat, text: str, size: int, tools: Any = TOOLS) -> list[ReplyDelta]:
+def in_pieces(form: ReplySyntax, text: str, size: int, tools: Any = TOOLS) -> list[ReplyDelta]:
     parser = ReplyParser(form, tools)
     deltas = [delta for start in range(0, len(text), size) for delta in parser.feed(text[start : start + size])]
     return deltas + parser.finish()
@@ -147,7 +148,7 @@ def test_arguments_stream_as_they_come_and_content_is_not_kept_back() -> None:
 def test_without_tools_a_call_is_text_and_a_thought_is_a_thought() -> None:
     text = '<think>\nHm.\n</think>\n\n<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>'
     assert parse_reply(HERMES, text) == ParsedReply(text.partition("\n\n")[2], "Hm.")
-    assert parse_reply(ReplyFormat(), text) == ParsedReply(text)
+    assert parse_reply(ReplySyntax(), text) == ParsedReply(text)
 
 
 def test_a_reply_may_begin_within_a_thought_and_may_end_there() -> None:

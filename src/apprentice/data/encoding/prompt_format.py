@@ -18,12 +18,16 @@ from functools import cached_property
 from typing import Any, Literal, get_args
 
 from apprentice.data.encoding.chat_turns import Turns, read_turns
+from apprentice.data.encoding.dialogue_format import DialogueFormat
+from apprentice.data.encoding.dialogue_template import AssistantTurn, DialogueTemplate
 from apprentice.errors import ChatTemplateError, ContractError
 from apprentice.pretrained.architecture import Family, family_of
 from apprentice.pretrained.control_tokens import BREAK, ControlTokens, unescape
+from apprentice.pretrained.replies.reply_syntax import ReplySyntax
 from apprentice.pretrained.tokenizer import Tokenizer
 
 LayoutName = Literal["plain", "alpaca", "chat"]
+Reasoning = Literal["train", "mask", "drop"]
 LAYOUT_VERSION = 2  # of new runs; raised whenever a layout's ids change. Version 1: no `turns`, control tokens in texts are tokens
 LAYOUT_VERSIONS = (1, 2)  # versions that old contracts and runs have, and that are still supported
 SEPARATOR = "\n\n###\n\n"
@@ -64,7 +68,8 @@ class Layout:
     `system` is the system prompt (empty: the template's own default). `date` (`YYYY-MM-DD`) replaces today's date in chat templates
     that insert one; they see it as `date_string`. `quality` is the quality class passed to chat templates under that name (empty:
     none is passed, as for replies). `version` is one of `LAYOUT_VERSIONS`. `control_tokens` are control tokens that stay tokens
-    when they occur in texts. Raises `ContractError` for an unknown name, a missing chat template or an unknown control token.
+    when they occur in texts. `reasoning` says what becomes of thoughts (`data.reasoning`); None: they are text like any other.
+    Raises `ContractError` for an unknown name, a missing chat template or an unknown control token.
     """
 
     name: LayoutName
@@ -74,6 +79,7 @@ class Layout:
     quality: str = ""
     version: int = LAYOUT_VERSION
     control_tokens: tuple[str, ...] = ()
+    reasoning: Reasoning | None = None
     day: str | None = None  # today's date for chat templates in version 1 (`YYYY-MM-DD`); None: the system clock's
 
     def __post_init__(self) -> None:
@@ -105,17 +111,55 @@ class Layout:
         head = f"{self._text(self.system)}\n\n" if self.system else ""
         return head + SEPARATOR.join([*solved, self._single(instruction, input)])
 
-    def chat_prompt(self, messages: Sequence[Mapping[str, str]]) -> str:
+    def chat_prompt(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()) -> str:
         """The chat template's text for OpenAI-style messages, up to where the answer starts, to be encoded by `encode_prompt`.
 
-        Raises `ContractError` for a layout other than `chat`, `ChatTemplateError` where the template refuses the messages.
+        Raises `ContractError` for a layout other than `chat` or tools that its template drops, `ChatTemplateError` where the
+        template refuses the messages.
         """
         if self.name != "chat":
             raise ContractError(f"layout `{self.name}` has no turns; it takes one instruction.")
+        if self._is_dialogue(messages, tools):
+            return self.dialogue_template(tools).prompt(self._with_system(messages), tools)
         text = self._templated(self._with_system(messages), generate=True)
         return text if self.turns is None else self.turns.opened(text)
 
-    def _with_system(self, messages: Sequence[Mapping[str, str]]) -> list[Mapping[str, str]]:
+    def _is_dialogue(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]) -> bool:
+        """True if thoughts are left to replies, or there are functions, calls or results."""
+        return self.leaves_thoughts or bool(tools) or any(one.get("tool_calls") or one["role"] == "tool" for one in messages)
+
+    @property
+    def leaves_thoughts(self) -> bool:
+        """True if replies may begin with a thought, which prompts leave to them."""
+        return self.reasoning in ("train", "mask")
+
+    @cached_property
+    def dialogues(self) -> DialogueFormat | None:
+        """How conversations with functions and thoughts are written; None for layouts without turns, and in version 1."""
+        if self.turns is None:
+            return None
+        source = self.tokenizer.chat_template or ""
+        return DialogueFormat(self._render_dialogue, self._text, self.turns, source, self._control, self.leaves_thoughts)
+
+    @property
+    def reply_syntax(self) -> ReplySyntax:
+        """How replies write calls and thoughts; empty for layouts without turns."""
+        return ReplySyntax() if self.dialogues is None else self.dialogues.reply_syntax
+
+    def dialogue_template(self, tools: Sequence[Mapping[str, Any]]) -> DialogueTemplate:
+        """Writes conversations with functions and thoughts. Raises `ContractError` where `tools` cannot be shown."""
+        if self.dialogues is None:
+            raise ContractError("functions and thoughts need `layout: chat`, and a run of this version.")
+        if tools and self.dialogues.fault is not None:
+            raise ContractError(f"the chat template in {self.tokenizer.folder} {self.dialogues.fault}")
+        return self.dialogues.template
+
+    def _render_dialogue(
+        self, messages: Sequence[Mapping[str, Any]], *, tools: Sequence[Mapping[str, Any]] | None, generate: bool
+    ) -> str:
+        return self._rendered(messages, generate=generate, parts=self._takes_parts, tools=tools)
+
+    def _with_system(self, messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
         system = [{"role": "system", "content": self.system}] if self.system and messages[0]["role"] != "system" else []
         return [*system, *messages]
 
@@ -123,9 +167,9 @@ class Layout:
         escaped = [dict(message, content=self._text(message["content"])) for message in messages]
         return self._rendered(escaped, generate=generate, parts=self._takes_parts)
 
-    def _rendered(self, messages: Sequence[Mapping[str, Any]], *, generate: bool, parts: bool = False) -> str:
+    def _rendered(self, messages: Sequence[Mapping[str, Any]], *, generate: bool, parts: bool = False, **variables: Any) -> str:
         """The chat template's text for these messages, unescaped; with `parts`, contents are lists of one text part."""
-        variables = {"quality": self.quality} if self.quality else {}
+        variables |= {"quality": self.quality} if self.quality else {}
         day = self.date if self.version > 1 else self.day
         now = datetime.fromisoformat(day) if day is not None else None
         shaped = [dict(one, content=[{"type": "text", "text": one["content"]}]) if parts else dict(one) for one in messages]
@@ -153,7 +197,11 @@ class Layout:
         def render(messages: Sequence[Mapping[str, Any]], generate: bool) -> str:
             return self._templated(self._with_system(messages), generate=generate)
 
-        return read_turns(render, re.compile("|".join(map(re.escape, self.control_names)) or "(?!)"), self.tokenizer.end_text)
+        return read_turns(render, self._control, self.tokenizer.end_text)
+
+    @property
+    def _control(self) -> re.Pattern[str]:
+        return re.compile("|".join(map(re.escape, self.control_names)) or "(?!)")
 
     @cached_property
     def control_names(self) -> tuple[str, ...]:
@@ -182,12 +230,17 @@ class Layout:
         """A prompt's text without its escape characters, for people to read."""
         return unescape(prompt)
 
-    def chat_pieces(self, messages: Sequence[Mapping[str, str]]) -> list[tuple[list[int], bool]]:
+    def chat_pieces(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()
+    ) -> list[tuple[list[int], bool]]:
         """Token ids of a conversation with the assistant's turn opened, as (ids, is an earlier answer with its end) pieces.
 
         Answers are encoded separately, as they are in training and generation, so that a conversation that goes on keeps its ids.
         Where the chat template changes earlier answers, the result is one piece that is no answer.
         """
+        if self.name == "chat" and self._is_dialogue(messages, tools):
+            template, whole = self.dialogue_template(tools), self._with_system(messages)
+            return self.encode_turns(template.prompt(whole, tools), template.turns(whole, tools))
         text = self.chat_prompt(messages)
         answers = [message["content"].strip() for message in messages if message["role"] == "assistant"]
         if not answers or (self.turns is not None and not self.turns.alike):
@@ -209,14 +262,31 @@ class Layout:
             pieces += [(answer + list(self._inner_end_ids), True), (rest, False)]
         return pieces
 
+    def encode_turns(self, prompt: str, earlier: Sequence[AssistantTurn]) -> list[tuple[list[int], bool]]:
+        """Pieces, as of `chat_pieces`, of a prompt that `dialogue_template` wrote behind these turns of the assistant."""
+        pieces: list[tuple[list[int], bool]] = []
+        for piece in DialogueTemplate.split(prompt, earlier):
+            if isinstance(piece, str):
+                swallowed = bool(pieces) and self.tokenizer.strips_space_after(pieces[-1][0][-1])
+                pieces.append((self.encode_prompt(piece.lstrip() if swallowed else piece), False))
+            else:
+                turn, end = piece
+                pieces.append(([id for ids in self.encode_turn(turn, end) for id in ids], True))
+        return pieces
+
+    def encode_turn(self, turn: AssistantTurn, end: str) -> tuple[list[int], list[int]]:
+        """Ids of a turn's thought, and of its text with its end."""
+        thought, body, ending = self._encoded([turn.thought, turn.body, end])
+        return thought, body + ending
+
     def _behind(self, text: str) -> str:
         """`text` without leading white space where the end token of the answer before it takes that along (`rstrip`)."""
         swallowed = self.version > 1 and self.tokenizer.strips_space_after(self._inner_end_ids[-1])
         return text.lstrip() if swallowed else text
 
-    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
         """Ids of a conversation with the assistant's turn opened. Raises `ContractError` for a layout other than `chat`."""
-        return [id for ids, _ in self.chat_pieces(messages) for id in ids]
+        return [id for ids, _ in self.chat_pieces(messages, tools) for id in ids]
 
     def encode_prompt(self, text: str) -> list[int]:
         """Ids of a text from `prompt` or `chat_prompt`, with the tokenizer's start ids except for `chat` (its template adds them).
@@ -288,6 +358,13 @@ class Layout:
         """Ids at which generation ends, sorted: the end token, and the last ids of `end_ids` and of an inner answer's end."""
         inner = self._inner_end_ids[-1] if self.name == "chat" else self.tokenizer.end_id
         return tuple(sorted({self.tokenizer.end_id, self.end_ids[-1], inner}))
+
+    @cached_property
+    def call_stop_ids(self) -> tuple[int, ...]:
+        """`stop_ids` and the last id behind a turn of calls, which other templates than ChatML's end in another way."""
+        calls = self.reply_syntax.calls
+        ids = self.tokenizer.encode(calls.turn_end) if calls is not None and calls.turn_end else []
+        return tuple(sorted({*self.stop_ids, *ids[-1:]}))
 
     @cached_property
     def _around(self) -> tuple[str, str] | None:

@@ -1,4 +1,4 @@
-"""Readers of one function call's text, for each kind of call format."""
+"""Readers of one function call's text, for each kind of call syntax."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from apprentice.pretrained.replies.reply_format import CallFormat, ToolCall
+from apprentice.pretrained.replies.reply_syntax import CallSyntax
+from apprentice.tasks.dialogue import ToolCall
 
 _JSON_WORDS = {"true": True, "false": False, "null": None}
 
@@ -38,7 +39,7 @@ class JsonScanner:
         return None
 
 
-def object_call(form: CallFormat, text: str) -> ToolCall | None:
+def object_call(form: CallSyntax, text: str) -> ToolCall | None:
     """The call in the JSON object `text`, its keys in any order; None if it is none."""
     try:
         value = json.loads(text)
@@ -51,7 +52,7 @@ def object_call(form: CallFormat, text: str) -> ToolCall | None:
     return ToolCall(name, arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False))
 
 
-def field_call(form: CallFormat, text: str, schemas: Mapping[str, Mapping[str, Any]]) -> ToolCall | None:
+def field_call(form: CallSyntax, text: str, schemas: Mapping[str, Mapping[str, Any]]) -> ToolCall | None:
     """The call in `text`, whose arguments stand in tags, with their types from the function's schema; None if it is none."""
     middle, opening = form.middle.strip(), form.key_opening.strip()
     head = re.match(rf"\s*([\w.\-/:]+)\s*{re.escape(middle)}\s*", text)

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from apprentice.pretrained.replies.call_reading import JsonScanner, field_call, object_call, python_call, python_end
-from apprentice.pretrained.replies.reply_format import ReplyFormat, ToolCall, tool_schemas
+from apprentice.pretrained.replies.reply_syntax import ReplySyntax, tool_schemas
+from apprentice.tasks.dialogue import ToolCall
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +38,7 @@ class ReplyDelta:
 
 
 def parse_reply(
-    form: ReplyFormat, text: str, tools: Sequence[Mapping[str, Any]] | None = None, *, is_in_thought: bool = False
+    form: ReplySyntax, text: str, tools: Sequence[Mapping[str, Any]] | None = None, *, is_in_thought: bool = False
 ) -> ParsedReply:
     """The parts of the complete reply `text`; see `ReplyParser` for the arguments."""
     parser = ReplyParser(form, tools, is_in_thought=is_in_thought)
@@ -58,10 +59,10 @@ class ReplyParser:
     """Incremental parser of one reply in the format `form`.
 
     Calls are looked for only where `tools` (OpenAI's form) were offered; their schemas give arguments without quotes their types.
-    `is_in_thought` says that the prompt ended within a thought (`ReplyFormat.is_in_thought`).
+    `is_in_thought` says that the prompt ended within a thought (`ReplySyntax.is_in_thought`).
     """
 
-    def __init__(self, form: ReplyFormat, tools: Sequence[Mapping[str, Any]] | None = None, *, is_in_thought: bool = False) -> None:
+    def __init__(self, form: ReplySyntax, tools: Sequence[Mapping[str, Any]] | None = None, *, is_in_thought: bool = False) -> None:
         self._calls = form.calls if tools else None
         self._thoughts = form.thoughts
         self._schemas = tool_schemas(tools or ())

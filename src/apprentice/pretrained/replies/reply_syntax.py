@@ -1,11 +1,11 @@
-"""Reply format: the texts that a chat template writes around function calls and around thoughts.
+"""Reply syntax: the texts that a chat template writes around function calls and around thoughts.
 
     <tool_call>⏎{"name": "weather", "arguments": {"city": "Oslo"}}⏎</tool_call>      kind `object`
     [TOOL_CALLS]weather[ARGS]{"city": "Oslo"}                                         kind `named`
     <function=weather>⏎<parameter=city>⏎Oslo⏎</parameter>⏎</function>                 kind `fields`
     <|tool_call_start|>[weather(city="Oslo")]<|tool_call_end|>                        kind `python`
 
-`probe.read_reply_format` finds it by rendering; no model's name is looked at.
+`template_probe.read_reply_syntax` finds it by rendering; no model's name is looked at.
 """
 
 from __future__ import annotations
@@ -15,33 +15,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from apprentice.tasks.dialogue import ToolCall
+
 CallKind = Literal["object", "named", "fields", "python"]
 
 
 @dataclass(frozen=True, slots=True)
-class ToolCall:
-    """A call of a function; `arguments` is the text of a JSON object, or what a model wrote in its place."""
-
-    name: str
-    arguments: str
-
-    @property
-    def values(self) -> dict[str, Any] | None:
-        """The arguments by name; None where they are no JSON object."""
-        try:
-            values = json.loads(self.arguments)
-        except (ValueError, RecursionError):
-            return None
-        return values if isinstance(values, dict) else None
-
-    def as_dict(self) -> dict[str, Any]:
-        """{"name": …, "arguments": {…}}; arguments that are no JSON object stay a text."""
-        values = self.values
-        return {"name": self.name, "arguments": self.arguments if values is None else values}
-
-
-@dataclass(frozen=True, slots=True)
-class CallFormat:
+class CallSyntax:
     """Texts around function calls.
 
     One call is `begin` + `opening` + name + `middle` + arguments + `closing` + `end`; several calls have `between` in place of
@@ -84,7 +64,7 @@ class CallFormat:
 
 
 @dataclass(frozen=True, slots=True)
-class ThoughtFormat:
+class ThoughtSyntax:
     """Texts around a thought: `opening` (`<think>⏎`), the thought, `closing` (`⏎</think>⏎⏎`), then the answer.
 
     `is_rendered` is true where the template itself writes a message's `reasoning_content`; elsewhere the tags stand in the answer's
@@ -102,11 +82,11 @@ class ThoughtFormat:
 
 
 @dataclass(frozen=True, slots=True)
-class ReplyFormat:
+class ReplySyntax:
     """How a template's replies write calls and thoughts; None for what the template has no form for."""
 
-    calls: CallFormat | None = None
-    thoughts: ThoughtFormat | None = None
+    calls: CallSyntax | None = None
+    thoughts: ThoughtSyntax | None = None
     answer_opening: str = (
         ""  # before an answer in words, where a prompt with functions leaves that to the reply (gpt-oss's channel)
     )
@@ -126,7 +106,7 @@ class ReplyFormat:
 
 
 # Our own form for templates that know no functions: that of Hermes (NousResearch) and Qwen.
-OWN_CALLS = CallFormat(
+OWN_CALLS = CallSyntax(
     "object",
     begin="<tool_call>\n",
     opening='{"name": "',

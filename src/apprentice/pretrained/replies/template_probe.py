@@ -1,4 +1,4 @@
-"""Probe of a chat template for its reply format: short conversations with calls and thoughts are rendered and looked at."""
+"""Probe of a chat template for its reply syntax: short conversations with calls and thoughts are rendered and looked at."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from itertools import takewhile
 from typing import Any, Protocol
 
 from apprentice.errors import ChatTemplateError
-from apprentice.pretrained.replies.reply_format import CallFormat, ReplyFormat, ThoughtFormat
+from apprentice.pretrained.replies.reply_syntax import CallSyntax, ReplySyntax, ThoughtSyntax
 
-Message = Mapping[str, Any]
 _QUESTION = {"role": "user", "content": "\u2402question\u2403"}
 _NAMES = ("probe_alpha", "probe_beta")
 _KEYS = ("probe_key", "probe_count")
@@ -38,16 +37,18 @@ TOOLS: tuple[dict[str, Any], ...] = tuple(
 )
 
 
-class Render(Protocol):
+class RenderChat(Protocol):
     """Renders messages by a chat template; `generate` opens the assistant's turn. Raises `ChatTemplateError`."""
 
-    def __call__(self, messages: Sequence[Message], *, tools: Sequence[Mapping[str, Any]] | None, generate: bool) -> str: ...
+    def __call__(
+        self, messages: Sequence[Mapping[str, Any]], *, tools: Sequence[Mapping[str, Any]] | None, generate: bool
+    ) -> str: ...
 
 
 class ToolSupport:
     """What a chat template shows of a conversation with functions: the list of functions, calls, and results."""
 
-    def __init__(self, render: Render) -> None:
+    def __init__(self, render: RenderChat) -> None:
         self.has_text_arguments = False
         self._render = render
         self.shows_tools = _SHOWN in self._text([_QUESTION], TOOLS, generate=True)
@@ -91,30 +92,30 @@ class ToolSupport:
         turn = _turn(1, self.has_text_arguments)[0] | {"reasoning_content": _THOUGHT, "thinking": _THOUGHT}
         return self._text([_QUESTION, turn], TOOLS).partition(_THOUGHT)[2]
 
-    def _text(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], *, generate: bool = False) -> str:
+    def _text(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]], *, generate: bool = False) -> str:
         try:
             return self._render(messages, tools=tools, generate=generate)
         except ChatTemplateError:
             return ""
 
 
-def read_reply_format(render: Render, source: str, control: re.Pattern[str]) -> ReplyFormat:
-    """The reply format of the template that `render` renders and `source` is the text of; `control` matches its control tokens.
+def read_reply_syntax(render: RenderChat, source: str, control: re.Pattern[str]) -> ReplySyntax:
+    """The reply syntax of the template that `render` renders and `source` is the text of; `control` matches its control tokens.
 
     `calls` is None where the template does not show functions, their calls and their results, all three.
     """
     support = ToolSupport(render)
-    thoughts = read_thought_format(render, source)
-    calls = read_call_format(support, thoughts, control) if support.is_whole else None
+    thoughts = read_thought_syntax(render, source)
+    calls = read_call_syntax(support, thoughts, control) if support.is_whole else None
     if calls is None or thoughts is None or not thoughts.is_rendered:
-        return ReplyFormat(calls, thoughts)
+        return ReplySyntax(calls, thoughts)
     behind = support.behind_thought()
     call_closing = behind[: behind.index(calls.begin)] if calls.begin and calls.begin in behind else ""
     differs = bool(call_closing.strip()) and not call_closing.strip().startswith(thoughts.closing.strip())
-    return ReplyFormat(calls, replace(thoughts, call_closing=call_closing) if differs else thoughts)
+    return ReplySyntax(calls, replace(thoughts, call_closing=call_closing) if differs else thoughts)
 
 
-def read_call_format(support: ToolSupport, thoughts: ThoughtFormat | None, control: re.Pattern[str]) -> CallFormat | None:
+def read_call_syntax(support: ToolSupport, thoughts: ThoughtSyntax | None, control: re.Pattern[str]) -> CallSyntax | None:
     """The form of calls; None where calls are written in a way that is not known."""
     body = support.one
     for read in _READERS:
@@ -127,7 +128,7 @@ def read_call_format(support: ToolSupport, thoughts: ThoughtFormat | None, contr
         begin = body[:start]
         if thoughts is not None and thoughts.closing.strip() in begin:  # an empty thought before the calls
             begin = begin.rpartition(thoughts.closing.strip())[2].lstrip()
-        return CallFormat(
+        return CallSyntax(
             begin=begin,
             between=_between(support.two, stop, texts["opening"]) if support.two else end + begin,
             end=end,
@@ -139,7 +140,7 @@ def read_call_format(support: ToolSupport, thoughts: ThoughtFormat | None, contr
     return None
 
 
-def read_thought_format(render: Render, source: str) -> ThoughtFormat | None:
+def read_thought_syntax(render: RenderChat, source: str) -> ThoughtSyntax | None:
     """The form of thoughts; None for a template that has none."""
     thought = {"role": "assistant", "content": _ANSWER, "reasoning_content": _THOUGHT, "thinking": _THOUGHT}
     try:
@@ -151,8 +152,8 @@ def read_thought_format(render: Render, source: str) -> ThoughtFormat | None:
     if is_shown and _ANSWER in behind:
         lead = before[len(_common_start(opened, before)) :]
         tag = re.search(r"<[\w|]*think[\w|]*>\s*$", before)  # the opened turn may hold the tag already
-        return ThoughtFormat(tag[0] if tag else lead, behind.partition(_ANSWER)[0])
-    return ThoughtFormat("<think>\n", "\n</think>\n\n", is_rendered=False) if "</think>" in source else None
+        return ThoughtSyntax(tag[0] if tag else lead, behind.partition(_ANSWER)[0])
+    return ThoughtSyntax("<think>\n", "\n</think>\n\n", is_rendered=False) if "</think>" in source else None
 
 
 def _turn(count: int, as_text: bool) -> list[dict[str, Any]]:
@@ -169,10 +170,10 @@ def _turn(count: int, as_text: bool) -> list[dict[str, Any]]:
     return [{"role": "assistant", "content": "", "tool_calls": calls}, *results]
 
 
-_Parts = tuple[int, int, dict[str, Any]]  # start and stop of the first call in a text, and its texts
+_CallParts = tuple[int, int, dict[str, Any]]  # start and stop of the first call in a text, and its texts
 
 
-def _read_object(body: str) -> _Parts | None:
+def _read_object(body: str) -> _CallParts | None:
     """A JSON object with the function's name and the arguments as two of its values."""
     for match in re.finditer(r"\{", body):
         value, length = _decode(body[match.start() :])
@@ -191,7 +192,7 @@ def _read_object(body: str) -> _Parts | None:
     return None
 
 
-def _read_named(body: str) -> _Parts | None:
+def _read_named(body: str) -> _CallParts | None:
     """The function's name, and behind it the arguments as a JSON object."""
     start = body.find(_NAMES[0])
     position = body.find("{", start)
@@ -204,7 +205,7 @@ def _read_named(body: str) -> _Parts | None:
     return start, position + length, {"kind": "named", "opening": "", "middle": middle, "closing": ""}
 
 
-def _read_fields(body: str) -> _Parts | None:
+def _read_fields(body: str) -> _CallParts | None:
     """Each argument in tags of its own."""
     pattern = (
         rf"{_NAMES[0]}(?P<head>.*?){_KEYS[0]}(?P<eq>[^\w\"']+?|.*?>)probe-value(?P<gap>.*?){_KEYS[1]}(?P=eq){_VALUES[_KEYS[1]]}"
@@ -229,7 +230,7 @@ def _read_fields(body: str) -> _Parts | None:
     return match.start(), match.end() + len(value_closing), texts
 
 
-def _read_python(body: str) -> _Parts | None:
+def _read_python(body: str) -> _CallParts | None:
     """A call as Python writes it."""
     match = re.search(rf"{_NAMES[0]}\({_KEYS[0]}=[\"']probe-value[\"'], ?{_KEYS[1]}={_VALUES[_KEYS[1]]}\)", body)
     return match and (match.start(), match.end(), {"kind": "python", "opening": "", "middle": "(", "closing": ")"})
