@@ -17,7 +17,19 @@ from tests.support import one_process
 from tests.support.stand_ins import tiny_model_of, write_datasets
 
 RECIPES = sorted(SHIPPED.glob("*.yaml"))
-SINGLE_SET = {"alpaca", "dolly", "openchat", "zephyr_sft", "zephyr", "instructgpt_sft", "instructgpt_reward", "instructgpt", "sums"}
+SINGLE_SET = {
+    "alpaca",
+    "dolly",
+    "openchat",
+    "zephyr_sft",
+    "zephyr",
+    "instructgpt_sft",
+    "instructgpt_reward",
+    "instructgpt",
+    "sums",
+    "tool_calls",
+    "reasoning",
+}
 # What Mistral 7B Instruct v0.2's model card shows for two turns: [INST] … [/INST] answer</s>[INST] … [/INST]
 INST = (
     "{% for message in messages %}{% if message['role'] == 'user' %}[INST] {{ message['content'] }} [/INST]"
@@ -114,10 +126,12 @@ WANTED_MODELS = {
     "prefix_tuning": SMOLLM,
     "prompt_tuning": SMOLLM,
     "quickstart": SMOLLM,
+    "reasoning": SMOLLM,
     "sums": SMOLLM,
     "t0": T5,
     "t0_bart": "model facebook/bart-large (estimate 1.6 GB: 0.41 billion parameters of 4 bytes)",
     "tk_instruct": T5,
+    "tool_calls": SMOLLM,
     "zephyr": None,  # goes on from a run
     "zephyr_sft": MISTRAL,
 }
@@ -140,7 +154,7 @@ def test_check_says_what_it_would_download_with_the_hub_out_of_reach(file, tmp_p
         plural = "s" if len(sets) > 1 else ""
         downloads.append(f"{len(sets)} dataset{plural} from the hub ({', '.join(sorted(sets))}; sizes unknown)")
     assert said == "; ".join(downloads)
-    assert file.stem in ("quickstart", "sums", "tk_instruct") or sets
+    assert file.stem in ("quickstart", "reasoning", "sums", "tk_instruct", "tool_calls") or sets
 
 
 def tiny(name: str, tokenizer: Path, folder: Path) -> list[str]:

@@ -28,9 +28,11 @@ A labelled answer (`kto`) is such a pair too, whose second answer is another row
 
     desirable        uint8 (any,)       1 for a desirable answer, one an example
 
+A conversation whose prompts change between its turns is several segments in one row, one behind another.
+
 Where the recipe names classes of mixed-quality data (`data.qualities`), there is one more column:
 
-    example_weights  float32 (any,)     weight in the loss of each example's target tokens
+    example_weights  float32 (any,)     weight in the loss of each segment's target tokens
 
 All rows have these columns, in which a pair counts as one example:
 
@@ -46,7 +48,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from itertools import chain
+from itertools import accumulate, chain
 from typing import Any
 
 import numpy as np
@@ -103,7 +105,8 @@ def _token_columns(corpus: Corpus, examples: Sequence[TokenizedDraw], rows: Sequ
     pad_id = corpus.layout.tokenizer.pad_id
     if corpus.target_length is not None:
         return build_encoder_decoder_rows(ids, lengths, prompts, rows, (corpus.row_length, corpus.target_length), pad_id)
-    segments = [[2 * place + side for place in row for side in (0, 1)] for row in rows] if corpus.has_pairs else rows
+    firsts = [0, *accumulate(len(example.tokens.answers) for example in examples)]
+    segments = [[segment for place in row for segment in range(firsts[place], firsts[place + 1])] for row in rows]
     return build_rows(ids, lengths, prompts, segments, corpus.row_length, pad_id, _untrained_offsets(texts, lengths))
 
 
@@ -115,8 +118,6 @@ def _example_columns(corpus: Corpus, examples: Sequence[TokenizedDraw], rows: Se
         "example_tasks": _int64(example.task for example in examples)[order].astype(np.int32),
         "example_targets": _int64(example.tokens.target_tokens for example in examples)[order].astype(np.int32),
     }
-    if corpus.qualities:
-        values["example_weights"] = np.array([_loss_weight(corpus, example) for example in examples], np.float32)[order]
     if corpus.has_pairs:
         pairs = np.array([_reference_log_probs(corpus, example) for example in examples], np.float32)
         values["reference"] = pairs.reshape(-1, 2)[order]
@@ -124,7 +125,12 @@ def _example_columns(corpus: Corpus, examples: Sequence[TokenizedDraw], rows: Se
         values["desirable"] = np.array([example.tokens.is_desirable for example in examples], np.uint8)[order]
     ends = np.cumsum([len(row) for row in rows], dtype=np.int64)
     parts = {name: np.split(column, ends[:-1]) if rows else [] for name, column in values.items()}
-    return {name: _ragged([part.reshape(-1) for part in column]) for name, column in parts.items()}
+    columns = {name: _ragged([part.reshape(-1) for part in column]) for name, column in parts.items()}
+    if corpus.qualities:
+        weights = [[_loss_weight(corpus, one)] * len(one.tokens.answers) for one in examples]
+        by_row = [chain.from_iterable(weights[place] for place in row) for row in rows]
+        columns["example_weights"] = _ragged([np.fromiter(row, np.float32) for row in by_row])
+    return columns
 
 
 def _loss_weight(corpus: Corpus, example: TokenizedDraw) -> float:

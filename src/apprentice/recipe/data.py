@@ -128,7 +128,11 @@ class Collection(Strict):
         None, description="`glue/mrpc` under `data.promptsource`, or a path to a templates.yaml or a folder of them."
     )
     natural_instructions: str | None = Field(None, description="Task files of Super-NaturalInstructions: a path or a glob.")
-    conversations: str | None = Field(None, description="File with ShareGPT's `conversations` or OpenAI's `messages`.")
+    conversations: str | None = Field(
+        None,
+        description="File with ShareGPT's `conversations` or OpenAI's `messages`, functions and their calls among them, or with"
+        " xLAM's columns query, tools and answers.",
+    )
     preferences: str | None = Field(
         None,
         description="File with columns prompt, chosen and rejected: texts or messages, where the prompt may stand in the other two."
@@ -190,6 +194,12 @@ class Data(Strict):
         description="Control tokens of the tokenizer that the rows' texts mean as such. All others are text in what people"
         " wrote: `<|im_end|>` in a question ends no turn.",
     )
+    reasoning: Literal["train", "mask", "drop"] | None = Field(
+        None,
+        description="What becomes of thoughts in answers, `<think>` parts and `reasoning_content`: train learns them, mask shows"
+        " them and learns only what follows, drop leaves them out. By default `<think>` parts are text like any other, and"
+        " `reasoning_content` is not read.",
+    )
     qualities: dict[str, Quality] | None = Field(
         None,
         min_length=1,
@@ -227,6 +237,10 @@ class Data(Strict):
             raise ValueError(f"max_length {self.max_length} is more than packing.length {self.packing.length}")
         if self.chat_template is not None and self.layout != "chat":
             raise ValueError(f"`chat_template` belongs to `layout: chat`, and the layout is {self.layout}")
+        if self.reasoning is not None and self.layout != "chat":
+            raise ValueError(
+                f"`reasoning` belongs to `layout: chat`, whose template writes thoughts, and the layout is {self.layout}"
+            )
         if self.shots[0] > self.shots[1]:
             raise ValueError(f"shots: least {self.shots[0]} is more than most {self.shots[1]}")
         return self

@@ -110,6 +110,15 @@ class Recipe(Strict):
         return self
 
     @model_validator(mode="after")
+    def _thoughts_are_learnt(self) -> Self:
+        if self.training.aim.pairs and self.data.reasoning in ("train", "mask"):
+            raise ValueError(
+                f"data.reasoning {self.data.reasoning} sets thoughts apart from answers, and training.objective"
+                f" {self.training.objective} compares answers as they are; say drop, or leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _weights_are_whole(self) -> Self:
         if self.tuning.dora and self.training.deepspeed.stage == 3:
             raise ValueError(

@@ -23,6 +23,15 @@ class GoldenPrompt(BaseModel):
     history: tuple[tuple[str, str], ...] = ()
 
 
+class GoldenConversation(BaseModel):
+    """A golden conversation with functions: messages and tools as JSON texts in OpenAI's form, and the ids of its prompt."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    messages: tuple[str, ...]
+    tools: tuple[str, ...]
+    ids: tuple[int, ...]
+
+
 class PromptContract(BaseModel):
     """The prompt contract, `apprentice.json`: everything needed to encode a request with the token ids of training.
 
@@ -42,6 +51,9 @@ class PromptContract(BaseModel):
     truncation: str = "exemplars from the last, then input from its end; instruction and answer never"
     end_ids: tuple[int, ...]
     stop_ids: tuple[int, ...]
+    reasoning: Literal["train", "mask", "drop"] | None = Field(
+        None, description="data.reasoning; with train and mask, prompts leave a thought to the reply."
+    )
     rank_by: Literal["sum", "mean", "pmi"] = Field("sum", description="How the choices of a task are compared.")
     tokenizer_sha256: str
     chat_template_sha256: str | None
@@ -54,6 +66,7 @@ class PromptContract(BaseModel):
     ancestors: tuple[str, ...] = Field((), description="Base models and runs this one comes from, oldest first.")
     run: str = ""
     golden: tuple[GoldenPrompt, ...]
+    golden_tools: GoldenConversation | None = Field(None, description="None where the chat template cannot show functions.")
 
     def for_other_weights(self) -> PromptContract:
         """The same contract for other weights that have none of their own, without hashes of weights."""

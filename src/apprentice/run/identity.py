@@ -51,7 +51,7 @@ LATER = (
     *("training.objective", *(f"training.{name}" for name in OBJECTIVES), "training.optimizer.states"),
     *("training.router_loss", "tuning.experts", "tuning.rslora", "tuning.dora"),
     "training.optimizer.loraplus_ratio",
-    *("data.chat_template", "data.qualities", "data.control_tokens", "data.lanes"),
+    *("data.chat_template", "data.qualities", "data.control_tokens", "data.reasoning", "data.lanes"),
 )
 # Format of a run folder. 1: before the number was stored. 2: new rules for encoding, CSV and identity, in new runs only.
 FORMAT = 2

@@ -53,6 +53,23 @@ class Dialogue:
     tools: tuple[str, ...] = ()
 
 
+def are_same_calls(one: tuple[ToolCall, ...], other: tuple[ToolCall, ...]) -> bool:
+    """True if both call the same functions with equal arguments, in any order; 1 is 1.0 and neither "1" nor true."""
+    return sorted(map(_canonical, one)) == sorted(map(_canonical, other))
+
+
+def _canonical(call: ToolCall) -> str:
+    return json.dumps(_plain(call.as_dict()), sort_keys=True)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_plain(inner) for inner in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
 def write_calls(calls: tuple[ToolCall, ...]) -> str:
     """Calls as a JSON list of names and arguments."""
     return json.dumps([call.as_dict() for call in calls], ensure_ascii=False)

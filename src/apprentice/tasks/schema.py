@@ -69,6 +69,7 @@ Metric = Literal[
     "length_bias",
     "ni_rouge_l",
     "ni_exact_match",
+    "tool_calls",
 ]
 
 
@@ -247,7 +248,15 @@ class Task(TaskFileModel):
     def _render(self, row: Mapping[str, Any], template: Template) -> Example:
         if template.is_whole:
             example = template.example(self.name, row)
-            texts = (example.instruction, example.input, example.target, example.rejected, example.history, example.system)
+            texts = (
+                example.instruction,
+                example.input,
+                example.target,
+                example.rejected,
+                example.history,
+                example.system,
+                example.dialogue,
+            )
             if any(REPLACEMENT_CHARACTER in str(text) for text in texts):
                 raise RowError("broken_character", f"task {self.name!r}: the row holds U+FFFD.")
             return example
@@ -271,7 +280,8 @@ class Task(TaskFileModel):
         if REPLACEMENT_CHARACTER in f"{instruction}{input_text}{output}":
             raise RowError("broken_character", f"task {self.name!r}: the row holds U+FFFD.")
         if template.inverted or template.cot or not choices:
-            return Example(self.name, template.name, instruction, input_text, output, (), references or (output,))
+            example = Example(self.name, template.name, instruction, input_text, output, (), references or (output,))
+            return template.with_tools(example, values)
         return Example(self.name, template.name, instruction, input_text, output, choices, (output,))
 
     def choices_for(self, row: Mapping[str, Any], template: Template) -> tuple[str, ...]:

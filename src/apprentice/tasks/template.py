@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Self
 
 import jinja2
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 
+from apprentice.tasks.dialogue import Dialogue
+from apprentice.tasks.importers.dialogue_rows import worded_dialogue
 from apprentice.tasks.source_spec import TaskFileModel
 from apprentice.tasks.templates.expressions import Expression, Wording
 from apprentice.tasks.templates.printing import text_of
@@ -32,11 +34,12 @@ class Example:
     system: str = ""  # the conversation's own system text
     rejected: str = ""  # the worse answer of a preference pair
     is_desirable: bool | None = None  # label of the answer; None where answers have none
+    dialogue: Dialogue | None = None  # of a conversation with functions or thoughts: all of it, in place of history and system
 
     @property
     def has_turns(self) -> bool:
-        """True if only a chat format can express it: it has a history or a system text."""
-        return bool(self.history or self.system)
+        """True if only a chat format can express it: it has a history, a system text or functions."""
+        return bool(self.history or self.system or self.dialogue)
 
 
 def compiled_wording(text: str) -> str:
@@ -72,6 +75,11 @@ class Template(TaskFileModel):
     )
     inverted: bool = Field(False, description="The answer is given and the input is asked for.")
     cot: bool = Field(False, description="Chain of thought: the output holds the reasoning and then the answer.")
+    tools: str | None = Field(
+        None,
+        description="Expression over the row: functions that may be called, in OpenAI's form; the output is then a JSON list of"
+        " calls, each with name and arguments, or words.",
+    )
     _python_forms: bool = PrivateAttr(default=False)  # runs of format 1 print lists as Python writes them
 
     def of_format_1(self) -> Self:
@@ -90,7 +98,7 @@ class Template(TaskFileModel):
             raise ValueError("a template is `inverted` or `cot`, not both")
         return self
 
-    @field_validator("choices")
+    @field_validator("choices", "tools")
     @classmethod
     def _is_expression(cls, source: Any) -> Any:
         return checked_expression(source)
@@ -107,8 +115,9 @@ class Template(TaskFileModel):
 
     @property
     def names(self) -> frozenset[str]:
-        """Names of all variables that the three parts use."""
-        return frozenset().union(*(part.names for part in self.parts))
+        """Names of all variables that the three parts and `tools` use."""
+        listed = Expression(self.tools).names if self.tools is not None else frozenset()
+        return listed.union(*(part.names for part in self.parts))
 
     @cached_property
     def choices_expression(self) -> Expression | None:
@@ -127,8 +136,8 @@ class Template(TaskFileModel):
 
     @property
     def has_turns(self) -> bool:
-        """True if its examples may be conversations of several turns."""
-        return False
+        """True if its examples may be conversations of several turns, or have functions."""
+        return self.tools is not None
 
     @property
     def has_pairs(self) -> bool:
@@ -144,6 +153,16 @@ class Template(TaskFileModel):
     def optional_names(self) -> frozenset[str]:
         """Those of `names` that a source may lack, or that may be null; empty unless the template `is_whole`."""
         return frozenset()
+
+    def with_tools(self, example: Example, row: Mapping[str, Any]) -> Example:
+        """`example` with the functions of `tools`, and its target read as calls of them. Raises `RowError`."""
+        if self.tools is None:
+            return example
+        functions = Expression(self.tools)(row, python_forms=self._python_forms)
+        dialogue = worded_dialogue(example.task, (example.instruction, example.input), example.target, functions)
+        answer = dialogue.turns[-1].answer
+        references = (answer,) if example.references == (example.target,) else example.references
+        return replace(example, target=answer, references=references, dialogue=dialogue)
 
     def example(self, task: str, row: Mapping[str, Any]) -> Example:
         """The example of one row of `task`, for templates that are whole. Raises `RowError`."""

@@ -20,6 +20,19 @@ from apprentice.errors import ContractError
 Render = Callable[[Sequence[Mapping[str, Any]], bool], str]  # (messages, add the opening of the assistant's turn) → text
 _QUESTION, _ANSWER, _NEXT = "\u2402question\u2403", "\u2402answer\u2403", "\u2402next\u2403"
 
+# Probe questions: texts that chat templates are known to react to, and others that they might.
+PROBE_QUESTIONS = (
+    "a",
+    "B\n\nc",
+    "<think>d</think>e",
+    "<tool_response>f</tool_response>",
+    "{{ g }}",
+    "<|h|>",
+    "</s>",
+    "[INST] i [/INST]",
+    "é字",
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Turns:

@@ -16,7 +16,7 @@ class ExampleEncoder:
 
     def __init__(self, corpus: Corpus) -> None:
         self._recipe, self._layout = corpus.recipe, corpus.layout
-        self._sizes = (corpus.recipe.data.max_length, corpus.target_length)
+        self._sizes = (corpus.recipe.data.max_length, corpus.target_length, corpus.row_length)
         self._class_of = corpus.qualities
         qualities = corpus.recipe.data.qualities
         self._layout_of_class: dict[str, Layout] = layout_of_each_class(qualities, corpus.layout) if qualities else {}

@@ -7,15 +7,17 @@ reproduce the golden ids is refused. Its schema is `run.contract.PromptContract`
 from __future__ import annotations
 
 import hashlib
+import json
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import date, timedelta
 from pathlib import Path
 
 from apprentice.data.encoding.prompt_format import LAYOUT_VERSION, LAYOUT_VERSIONS, Layout
-from apprentice.errors import ContractError
+from apprentice.errors import ChatTemplateError, ContractError
 from apprentice.pretrained.tokenizer import Tokenizer
 from apprentice.recipe import Recipe
-from apprentice.run.contract import GoldenPrompt, PromptContract, read_contract, weights_sha256
+from apprentice.run.contract import GoldenConversation, GoldenPrompt, PromptContract, read_contract, weights_sha256
 from apprentice.run.identity import public_base
 
 # Non-ASCII, an empty input, white space at the edges, digits, and text that looks like a heading.
@@ -29,6 +31,29 @@ _DAYS_BACK = 3 * 366  # no model of layout version 1 is older
 # Earlier turns of a golden chat: an answer of several lines, and one that a template might change.
 _HISTORY = (("Name a colour.", "Blue.\n\nOr „grün“."), ("Another?", "<think>red</think> Red"))
 
+# A golden conversation with functions: a call and its result, an answer, and another question; with text that looks like tags.
+_FUNCTION = {
+    "name": "find_city",
+    "description": "Finds a city’s <tools>.",
+    "parameters": {
+        "type": "object",
+        "properties": {"name": {"type": "string"}, "limit": {"type": "integer"}},
+        "required": ["name"],
+    },
+}
+_CALL = {"name": "find_city", "arguments": {"name": 'São Paulo\n"<tool_call>"', "limit": 1}}
+_TOOLS = (json.dumps({"type": "function", "function": _FUNCTION}, ensure_ascii=False),)
+_MESSAGES = tuple(
+    json.dumps(message, ensure_ascii=False)
+    for message in (
+        {"role": "user", "content": "Where is São Paulo?"},
+        {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "id": "call00000", "function": _CALL}]},
+        {"role": "tool", "tool_call_id": "call00000", "content": '["23° S, 46° W"]'},
+        {"role": "assistant", "content": "At 23° S."},
+        {"role": "user", "content": "And Oslo?"},
+    )
+)
+
 
 def layout_version(run_format: int) -> int:
     """The layout version of runs of this format; a run keeps the prompts that it began with."""
@@ -39,7 +64,15 @@ def layout_of(recipe: Recipe, tokenizer: Tokenizer, version: int = LAYOUT_VERSIO
     """The layout of `recipe`; `version` is that of its run (see `layout_version`)."""
     data = recipe.data
     tokenizer = tokenizer.with_template(data.chat_template)
-    return Layout(data.layout, tokenizer, data.system, version=version, control_tokens=data.control_tokens)
+    layout = Layout(
+        data.layout, tokenizer, data.system, version=version, control_tokens=data.control_tokens, reasoning=data.reasoning
+    )
+    if layout.leaves_thoughts and layout.reply_syntax.thoughts is None:
+        raise ContractError(
+            f"data.reasoning is {data.reasoning}, but the chat template in {tokenizer.folder} has no thoughts, so nothing would"
+            " tell them from answers; give one that has them in data.chat_template, or say `reasoning: drop`."
+        )
+    return layout
 
 
 def make_contract(
@@ -72,6 +105,7 @@ def make_contract(
         max_length=recipe.data.max_length,
         end_ids=layout.end_ids,
         stop_ids=layout.stop_ids,
+        reasoning=layout.reasoning,
         rank_by=recipe.evaluation.rank_by,
         tokenizer_sha256=layout.tokenizer.fingerprint,
         chat_template_sha256=_template_sha256(layout.tokenizer.chat_template),
@@ -82,6 +116,7 @@ def make_contract(
         ancestors=(*ancestors, public_base(recipe.model.base)),
         run=run,
         golden=tuple(golden),
+        golden_tools=_golden_tools(layout),
     )
 
 
@@ -140,6 +175,7 @@ def layout_under(contract: PromptContract, tokenizer: Tokenizer) -> Layout:
         contract.date,
         version=contract.layout_version,
         control_tokens=contract.control_tokens,
+        reasoning=contract.reasoning,
     )
     if _differs(layout, contract) is not None and layout.version == 1 and "strftime_now" in (tokenizer.chat_template or ""):
         layout = _on_its_day(layout, contract)
@@ -148,7 +184,26 @@ def layout_under(contract: PromptContract, tokenizer: Tokenizer) -> Layout:
             f"the prompt for {golden.instruction[:40]!r} gets other token ids here than in training;"
             " restore the tokenizer and the library versions of the run."
         )
+    if (tools := contract.golden_tools) is not None and _tool_prompt_ids(layout, tools.messages, tools.tools) != tools.ids:
+        raise ContractError(
+            "the prompt of a conversation with functions gets other token ids here than in training; restore the tokenizer, the"
+            " chat template and the library versions of the run."
+        )
     return layout
+
+
+def _golden_tools(layout: Layout) -> GoldenConversation | None:
+    """The golden conversation with functions; None where they cannot be shown."""
+    if layout.dialogues is None or layout.dialogues.fault is not None:
+        return None
+    try:
+        return GoldenConversation(messages=_MESSAGES, tools=_TOOLS, ids=_tool_prompt_ids(layout, _MESSAGES, _TOOLS))
+    except ChatTemplateError:
+        return None
+
+
+def _tool_prompt_ids(layout: Layout, messages: Sequence[str], tools: Sequence[str]) -> tuple[int, ...]:
+    return tuple(layout.encode_chat([json.loads(one) for one in messages], [json.loads(one) for one in tools]))
 
 
 def _differs(layout: Layout, contract: PromptContract) -> GoldenPrompt | None:

@@ -17,7 +17,7 @@ from datetime import datetime
 from functools import cached_property
 from typing import Any, Literal, get_args
 
-from apprentice.data.encoding.chat_turns import Turns, read_turns
+from apprentice.data.encoding.chat_turns import PROBE_QUESTIONS, Turns, read_turns
 from apprentice.data.encoding.dialogue_format import DialogueFormat
 from apprentice.data.encoding.dialogue_template import AssistantTurn, DialogueTemplate
 from apprentice.errors import ChatTemplateError, ContractError
@@ -32,18 +32,6 @@ LAYOUT_VERSION = 2  # of new runs; raised whenever a layout's ids change. Versio
 LAYOUT_VERSIONS = (1, 2)  # versions that old contracts and runs have, and that are still supported
 SEPARATOR = "\n\n###\n\n"
 _MARK = "\u2402answer\u2403"  # stands for an answer or a question while the text around it is looked up
-# Probe questions: texts that chat templates are known to react to, and others that they might.
-_QUESTIONS = (
-    "a",
-    "B\n\nc",
-    "<think>d</think>e",
-    "<tool_response>f</tool_response>",
-    "{{ g }}",
-    "<|h|>",
-    "</s>",
-    "[INST] i [/INST]",
-    "é字",
-)
 _THOUGHT = ("<think>", "</think>")
 _ALPACA_WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
@@ -120,8 +108,8 @@ class Layout:
         if self.name != "chat":
             raise ContractError(f"layout `{self.name}` has no turns; it takes one instruction.")
         if self._is_dialogue(messages, tools):
-            return self.dialogue_template(tools).prompt(self._with_system(messages), tools)
-        text = self._templated(self._with_system(messages), generate=True)
+            return self.dialogue_template(tools).prompt(self.with_system(messages), tools)
+        text = self._templated(self.with_system(messages), generate=True)
         return text if self.turns is None else self.turns.opened(text)
 
     def _is_dialogue(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]) -> bool:
@@ -146,6 +134,11 @@ class Layout:
         """How replies write calls and thoughts; empty for layouts without turns."""
         return ReplySyntax() if self.dialogues is None else self.dialogues.reply_syntax
 
+    @cached_property
+    def opens_thought(self) -> bool:
+        """True if prompts end within a thought, which the reply goes on with."""
+        return self.leaves_thoughts and self.reply_syntax.is_in_thought(self.chat_prompt([{"role": "user", "content": "a"}]))
+
     def dialogue_template(self, tools: Sequence[Mapping[str, Any]]) -> DialogueTemplate:
         """Writes conversations with functions and thoughts. Raises `ContractError` where `tools` cannot be shown."""
         if self.dialogues is None:
@@ -159,7 +152,8 @@ class Layout:
     ) -> str:
         return self._rendered(messages, generate=generate, parts=self._takes_parts, tools=tools)
 
-    def _with_system(self, messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    def with_system(self, messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+        """`messages` behind the layout's own system text, unless they begin with one."""
         system = [{"role": "system", "content": self.system}] if self.system and messages[0]["role"] != "system" else []
         return [*system, *messages]
 
@@ -195,7 +189,7 @@ class Layout:
             return None
 
         def render(messages: Sequence[Mapping[str, Any]], generate: bool) -> str:
-            return self._templated(self._with_system(messages), generate=generate)
+            return self._templated(self.with_system(messages), generate=generate)
 
         return read_turns(render, self._control, self.tokenizer.end_text)
 
@@ -239,7 +233,7 @@ class Layout:
         Where the chat template changes earlier answers, the result is one piece that is no answer.
         """
         if self.name == "chat" and self._is_dialogue(messages, tools):
-            template, whole = self.dialogue_template(tools), self._with_system(messages)
+            template, whole = self.dialogue_template(tools), self.with_system(messages)
             return self.encode_turns(template.prompt(whole, tools), template.turns(whole, tools))
         text = self.chat_prompt(messages)
         answers = [message["content"].strip() for message in messages if message["role"] == "assistant"]
@@ -370,7 +364,7 @@ class Layout:
     def _around(self) -> tuple[str, str] | None:
         """Texts that the chat template writes before and after a single question; None if they depend on the question."""
         before, _, after = self.chat_prompt([{"role": "user", "content": _MARK}]).partition(_MARK)
-        return (before, after) if all(self._asks(text) == before + self._text(text) + after for text in _QUESTIONS) else None
+        return (before, after) if all(self._asks(text) == before + self._text(text) + after for text in PROBE_QUESTIONS) else None
 
     def _asks(self, question: str) -> str | None:
         """The prompt of a single question; None where the template refuses it."""

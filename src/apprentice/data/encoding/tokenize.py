@@ -6,11 +6,20 @@ never cut. An example that still does not fit is dropped.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from apprentice.data.encoding.dialogue_segments import (
+    Segment,
+    dialogue_of,
+    encode_segments,
+    messages_of,
+    split_thought,
+    without_thoughts,
+)
 from apprentice.data.encoding.prompt_format import Exemplar, Layout
 from apprentice.errors import ChatTemplateError
 from apprentice.tasks.schema import Example
@@ -39,21 +48,22 @@ class Tokenized:
     untrained: tuple[tuple[int, int], ...] = ()  # [start, stop) of a conversation's later questions, behind `prompt_length`
     rejected: Tokenized | None = None  # of a pair: the same prompt with the worse answer; of a labelled answer: with another row's
     is_desirable: bool | None = None  # label of the answer
+    others: tuple[Tokenized, ...] = ()  # of a conversation whose prompts change between turns: its further segments
 
     @property
     def answers(self) -> tuple[Tokenized, ...]:
-        """(itself,), or for a pair (itself, rejected)."""
-        return (self,) if self.rejected is None else (self, self.rejected)
+        """(itself,), for a pair (itself, rejected), or all segments of a conversation."""
+        return (self, *self.others) if self.rejected is None else (self, self.rejected)
 
     @property
     def size(self) -> int:
-        """Number of tokens; for a pair, those of both answers, each with its prompt."""
+        """Number of tokens; for a pair, those of both answers, each with its prompt; for a conversation, those of all segments."""
         return sum(len(answer.ids) for answer in self.answers)
 
     @property
     def target_tokens(self) -> int:
-        """Number of tokens that are trained on; for a pair, those of both answers."""
-        untrained = sum(stop - start for start, stop in self.untrained)
+        """Number of tokens that are trained on, in all of `answers`."""
+        untrained = sum(stop - start for answer in self.answers for start, stop in answer.untrained)
         return sum(len(answer.ids) - answer.prompt_length for answer in self.answers) - untrained
 
 
@@ -66,25 +76,33 @@ class FittedPrompt(NamedTuple):
 
 
 def encode(
-    layout: Layout, items: Sequence[tuple[Example, Sequence[Exemplar]]], max_length: int, target_length: int | None = None
+    layout: Layout,
+    items: Sequence[tuple[Example, Sequence[Exemplar]]],
+    max_length: int,
+    target_length: int | None = None,
+    row_length: int | None = None,
 ) -> list[Tokenized | None]:
     """Token ids of every (example, exemplars), at most `max_length` tokens each; None for a dropped one (see `drop_reason`).
 
-    With a `target_length`, for encoder-decoders, `max_length` bounds the prompt alone and `target_length` the answer.
+    With a `target_length`, for encoder-decoders, `max_length` bounds the prompt alone and `target_length` the answer. The segments
+    of a conversation have at most `row_length` tokens together (default: `max_length`).
     All prompts are tokenized in one batch, and all answers in another.
     """
+    if layout.reasoning == "drop":
+        items = [(without_thoughts(example), exemplars) for example, exemplars in items]
     if any(example.has_turns for example, _ in items):
         single = iter(encode(layout, [item for item in items if not item[0].has_turns], max_length, target_length))
-        return [_conversation(layout, item[0], max_length) if item[0].has_turns else next(single) for item in items]
+        room = row_length or max_length
+        return [_conversation(layout, item[0], max_length, room) if item[0].has_turns else next(single) for item in items]
     prompts = _prompts(layout, items)
-    answers = layout.encode_answers([example.target for example, _ in items])
+    thoughts, answers = _encode_targets(layout, [example.target for example, _ in items])
     end = list(layout.end_ids)
     tokenized: list[Tokenized | None] = []
-    for (example, shots), prompt, answer in zip(items, prompts, answers, strict=True):
+    for (example, shots), prompt, thought, answer in zip(items, prompts, thoughts, answers, strict=True):
         if prompt is None or _has_second_thought(layout, example):
             tokenized.append(None)
             continue
-        answer += end
+        answer = thought + answer + end
         # A causal answer shares `max_length` with its prompt; an encoder-decoder's has a side of its own.
         room, answer_room = (max_length - len(answer), max_length) if target_length is None else (max_length, target_length)
         fitted: FittedPrompt | None = FittedPrompt(prompt, len(shots), None)
@@ -92,8 +110,27 @@ def encode(
             fitted = None
         elif len(prompt) > room:
             fitted = fit_prompt(layout, example, shots, room)
-        tokenized.append(fitted and Tokenized(fitted.ids + answer, len(fitted.ids), fitted.exemplars_used, fitted.truncated))
+        if fitted is None:
+            tokenized.append(None)
+            continue
+        learnt_from = len(fitted.ids) + (len(thought) if layout.reasoning == "mask" else 0)
+        tokenized.append(Tokenized(fitted.ids + answer, learnt_from, fitted.exemplars_used, fitted.truncated))
     return tokenized
+
+
+def _encode_targets(layout: Layout, targets: Sequence[str]) -> tuple[list[list[int]], list[list[int]]]:
+    """Ids of every answer's thought, and of the rest; all is rest where thoughts are no matter of their own."""
+    syntax = layout.reply_syntax.thoughts
+    if not layout.leaves_thoughts or syntax is None:
+        return [[] for _ in targets], layout.encode_answers(targets)
+    is_open = layout.opens_thought
+    thoughts, rests = [], []
+    for target in targets:
+        thought, rest = split_thought(target)
+        text = "" if thought is None and not is_open else syntax.write(thought or "", "")
+        thoughts.append(text.removeprefix(syntax.opening) if is_open else text)
+        rests.append(rest)
+    return layout.encode_answers(thoughts), layout.encode_answers(rests)
 
 
 def drop_reason(layout: Layout, example: Example, exemplars: Sequence[Exemplar] = ()) -> str:
@@ -109,13 +146,16 @@ def drop_reason(layout: Layout, example: Example, exemplars: Sequence[Exemplar] 
 
 def _has_second_thought(layout: Layout, example: Example) -> bool:
     turns = layout.turns
+    if layout.leaves_thoughts:
+        return False
     return turns is not None and turns.closes_a_thought and any("</think>" in text for text in (example.target, example.rejected))
 
 
 def _prompt_text(layout: Layout, example: Example, exemplars: Sequence[Exemplar]) -> str:
     """The text of an example's prompt. Raises `ChatTemplateError` where the chat template refuses it."""
     if example.has_turns:
-        return layout.chat_prompt(_messages(example))
+        messages, tools = chat_of(layout, example)
+        return layout.chat_prompt(messages, tools)
     return layout.prompt(example.instruction, example.input, exemplars)
 
 
@@ -195,8 +235,16 @@ def _fit_prompts(layout: Layout, examples: Sequence[Example], rooms: Sequence[in
     return prompts_in_room
 
 
-def _messages(example: Example) -> list[dict[str, str]]:
-    """A conversation up to its last question, as OpenAI-style messages."""
+def chat_of(layout: Layout, example: Example) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """A conversation up to its last answer, as OpenAI-style messages, and its functions."""
+    if example.dialogue is not None or layout.leaves_thoughts:
+        dialogue = dialogue_of(example)
+        return messages_of(dialogue)[:-1], [json.loads(tool) for tool in dialogue.tools]
+    return _messages(example), []
+
+
+def _messages(example: Example) -> list[dict[str, Any]]:
+    """A plain conversation up to its last question, as OpenAI-style messages."""
     system = [{"role": "system", "content": example.system}] if example.system else []
     turns = [
         {"role": role, "content": text} for turn in example.history for role, text in zip(("user", "assistant"), turn, strict=True)
@@ -204,8 +252,10 @@ def _messages(example: Example) -> list[dict[str, str]]:
     return [*system, *turns, {"role": "user", "content": example.instruction}]
 
 
-def _conversation(layout: Layout, example: Example, max_length: int) -> Tokenized | None:
+def _conversation(layout: Layout, example: Example, max_length: int, row_length: int) -> Tokenized | None:
     """A conversation in which every answer is trained on; one that is too long loses its last turns, or is dropped if none fits."""
+    if example.dialogue is not None or layout.leaves_thoughts:
+        return _dialogue(layout, example, max_length, row_length)
     try:
         pieces = layout.chat_pieces(_messages(example))
     except ChatTemplateError:
@@ -223,6 +273,24 @@ def _conversation(layout: Layout, example: Example, max_length: int) -> Tokenize
     return Tokenized([id for piece, _ in pieces for id in piece], bounds[1], 0, truncated, untrained)
 
 
+def _dialogue(layout: Layout, example: Example, max_length: int, row_length: int) -> Tokenized | None:
+    """A conversation with functions or thoughts, in as many segments as its prompts change."""
+    dialogue = dialogue_of(example)
+    try:
+        tools = [json.loads(tool) for tool in dialogue.tools]
+        segments, is_cut = encode_segments(layout, messages_of(dialogue), tools, max_length)
+    except ChatTemplateError:
+        return None
+    while segments and sum(len(segment.ids) for segment in segments) > row_length:
+        segments, is_cut = segments[:-1], True
+    parts = [_tokenized(segment, CUT_TURNS if is_cut else None) for segment in segments]
+    return replace(parts[0], others=tuple(parts[1:])) if parts else None
+
+
+def _tokenized(segment: Segment, truncated: str | None) -> Tokenized:
+    return Tokenized(segment.ids, segment.prompt_length, 0, truncated, segment.untrained)
+
+
 def fit_prompt(layout: Layout, example: Example, exemplars: Sequence[Exemplar], max_prompt_tokens: int) -> FittedPrompt | None:
     """The prompt of `example` in at most `max_prompt_tokens`; None where the instruction alone is too long or is refused."""
     try:
@@ -233,7 +301,7 @@ def fit_prompt(layout: Layout, example: Example, exemplars: Sequence[Exemplar], 
 
 def _fit(layout: Layout, example: Example, exemplars: Sequence[Exemplar], max_prompt_tokens: int) -> FittedPrompt | None:
     if example.has_turns:
-        ids = layout.encode_chat(_messages(example))
+        ids = layout.encode_chat(*chat_of(layout, example))
         return FittedPrompt(ids, 0, None) if len(ids) <= max_prompt_tokens else None
     ids = []
     for used in range(len(exemplars), -1, -1):

@@ -73,6 +73,20 @@ def to_html(rows: Sequence[RowView]) -> str:
     )
 
 
+def _first_segments(corpus: Corpus, rows: Rows, place: int) -> list[int]:
+    """The first segment of each example of a row, and one more; a pair is two segments, and a conversation may be several."""
+    trained = rows["loss_mask"][place] > 0
+    owners = rows["segment_ids" if corpus.target_length is None else "target_segment_ids"][place]
+    counts = np.bincount(owners[trained], minlength=1)[1:]  # targets of each segment
+    firsts, segment = [1], 0
+    for targets in rows["example_targets"][place].tolist():
+        while targets > 0 and segment < len(counts):
+            targets -= int(counts[segment])
+            segment += 1
+        firsts.append(segment + 1)
+    return firsts
+
+
 def _view(corpus: Corpus, rows: Rows, place: int) -> RowView:
     sides_of = (
         [("input_ids", "segment_ids")]
@@ -83,11 +97,11 @@ def _view(corpus: Corpus, rows: Rows, place: int) -> RowView:
         ]
     )
     segments = []
-    answers = 2 if corpus.has_pairs else 1
+    firsts = _first_segments(corpus, rows, place)
     for number, position in enumerate(rows["examples"][place].tolist(), start=1):
         parts: list[tuple[str, int, bool]] = []
         for ids, owners in sides_of:
-            here = -(-rows[owners][place] // answers) == number  # a pair is two segments
+            here = (rows[owners][place] >= firsts[number - 1]) & (rows[owners][place] < firsts[number])
             apart = owners == "segment_ids" and len(sides_of) == 2  # an encoder's side, which has no loss mask
             mask = np.zeros(int(here.sum())) if apart else rows["loss_mask"][place][here]
             parts += _parts(corpus, rows[ids][place][here].tolist(), mask.tolist())

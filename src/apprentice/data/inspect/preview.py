@@ -16,6 +16,7 @@ from apprentice.errors import RowError
 if TYPE_CHECKING:
     from rich.text import Text
 
+_SEGMENTS = "\n"  # between the segments of a conversation
 OPEN, CLOSE = "⟦", "⟧"  # around trained-on text, for outputs without colours
 
 
@@ -113,6 +114,11 @@ def _trained(tokens: Tokenized, decode: Callable[..., str]) -> str:
     return text + decode(tokens.ids[done:], skip_special=False)
 
 
+def _whole(tokens: Tokenized, decode: Callable[..., str]) -> str:
+    """A further segment of a conversation: its prompt stands between ⟧ and ⟦."""
+    return f"{CLOSE}{decode(tokens.ids[: tokens.prompt_length], skip_special=False)}{OPEN}{_trained(tokens, decode)}"
+
+
 def _preview_of(corpus: Corpus, draw: Draw, tokens: Tokenized) -> ExamplePreview:
     decode = corpus.layout.tokenizer.decode
     return ExamplePreview(
@@ -125,7 +131,7 @@ def _preview_of(corpus: Corpus, draw: Draw, tokens: Tokenized) -> ExamplePreview
         shots=draw.shots,
         pass_=draw.pass_,
         prompt=decode(tokens.ids[: tokens.prompt_length], skip_special=False),
-        trained=_trained(tokens, decode),
+        trained=_SEGMENTS.join([_trained(tokens, decode), *(_whole(segment, decode) for segment in tokens.others)]),
         tokens=tokens.size,
         target_tokens=tokens.target_tokens,
         truncated=tokens.truncated or "",

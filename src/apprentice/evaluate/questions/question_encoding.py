@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 
 from apprentice.data.corpus import Corpus
+from apprentice.data.encoding.dialogue_segments import without_thoughts
 from apprentice.data.encoding.prompt_format import Exemplar, Layout
 from apprentice.data.encoding.render import Renderer
 from apprentice.data.encoding.tokenize import drop_reason, fit_prompt
@@ -51,6 +52,8 @@ def _question(
         if changed is None:
             return record | {"dropped": NOTHING_TO_CHANGE}
         example = changed
+    if layout.reasoning is not None:
+        example = without_thoughts(example)  # the answer behind the thought is scored
     rows, exemplars = _exemplars(request, renderer, index, seed)
     answers = layout.encode_answers(example.choices) if example.choices else []
     if not all(answers):
@@ -70,6 +73,7 @@ def _question(
         "truncated": fitted.truncated or "",
         "prompt_ids": fitted.ids,
         "choice_ids": choice_ids,
+        "tools": f"[{', '.join(example.dialogue.tools)}]" if example.dialogue is not None and example.dialogue.tools else None,
     }
 
 

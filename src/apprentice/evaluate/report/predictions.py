@@ -39,7 +39,14 @@ QUESTION = pa.schema(
         ("dropped", pa.string()),  # why the question was not asked, or empty
     ]
 )
-ENCODED_QUESTION = pa.schema([*QUESTION, ("prompt_ids", pa.list_(pa.int32())), ("choice_ids", pa.list_(pa.list_(pa.int32())))])
+ENCODED_QUESTION = pa.schema(
+    [
+        *QUESTION,
+        ("prompt_ids", pa.list_(pa.int32())),
+        ("choice_ids", pa.list_(pa.list_(pa.int32()))),
+        ("tools", pa.string()),  # functions that may be called, as a JSON list; null without
+    ]
+)
 PREDICTION = pa.schema(
     [
         ("subject", pa.string()),

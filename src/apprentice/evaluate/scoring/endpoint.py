@@ -139,7 +139,7 @@ class EndpointScorer:
     def _answer(self, client: OpenAI, question: Mapping[str, Any]) -> dict[str, Any]:
         try:
             if not question["choices"]:
-                return {"place": question["place"], "prediction": self._generate(client, question["prompt_ids"])}
+                return {"place": question["place"], "prediction": self._generate(client, question)}
             sums = self._score_choices(client, question["prompt_ids"], question["choice_ids"])
             priors = self._prior(client, question["choice_ids"]) if self._answer_settings.priors else None
             return {"place": question["place"], "choice_logprobs": sums, "choice_priors": priors}
@@ -168,16 +168,17 @@ class EndpointScorer:
             raise UnansweredError(f"the endpoint gave {len(values)} log-probabilities for {len(ids)} tokens, or impossible ones")
         return total
 
-    def _generate(self, client: OpenAI, prompt: Sequence[int]) -> str:
-        from apprentice.model_pool.generate import cut_reply
+    def _generate(self, client: OpenAI, question: Mapping[str, Any]) -> str:
+        from apprentice.model_pool.generate import answer_in, cut_reply
 
         layout = self._answer_settings.layout
         stop = {} if layout.name == "chat" else {"stop": [SEPARATOR.strip("\n")]}
         limits = {"max_tokens": self._answer_settings.reply, "temperature": 0}
-        completion = self._complete(client, {"prompt": list(prompt), **limits, **stop})
+        completion = self._complete(client, {"prompt": list(question["prompt_ids"]), **limits, **stop})
         try:
-            text: Any = completion.choices[0].text
-            return cut_reply(layout, text if isinstance(text, str) else text["text"])
+            answer: Any = completion.choices[0].text
+            text = cut_reply(layout, answer if isinstance(answer, str) else answer["text"])
+            return answer_in(layout, text, question) if question.get("tools") or layout.leaves_thoughts else text
         except (AttributeError, LookupError, TypeError) as error:
             raise UnansweredError("the endpoint's reply has no text") from error
 

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from apprentice.evaluate.compat import chrf_score, chrf_statistics
+from apprentice.tasks.dialogue import are_same_calls, read_calls
 
 if TYPE_CHECKING:
     from sacrebleu.metrics.bleu import BLEU
@@ -88,6 +89,12 @@ def _accuracy(prediction: str, references: Sequence[str], choices: Sequence[str]
 
 def _exact_match(prediction: str, references: Sequence[str], choices: Sequence[str] = ()) -> tuple[float, ...]:
     return (float(normalise_squad(prediction) in [normalise_squad(reference) for reference in references]),)
+
+
+def _same_calls(prediction: str, references: Sequence[str], choices: Sequence[str] = ()) -> tuple[float, ...]:
+    """1 if the prediction makes the calls of a reference; see `model_pool.generate.answer_in` for their form."""
+    calls = read_calls(prediction)
+    return (float(any(are_same_calls(calls, read_calls(reference)) for reference in references)),)
 
 
 def _token_f1(prediction: str, references: Sequence[str], choices: Sequence[str] = ()) -> tuple[float, ...]:
@@ -244,5 +251,7 @@ METRICS: dict[str, Metric] = {
     "length_bias": Metric("length bias", _longer, _mean, single="accuracy", least=-100.0),
     # As Super-NaturalInstructions scores: with a stemmer, and articles count.
     "ni_rouge_l": Metric("ROUGE-L (NI)", _rouge("rougeL", stemmer=True), _mean),
+    # By the parsed form: names and arguments by type, parallel calls in any order; where no call is right, none must be made.
+    "tool_calls": Metric("calls", _same_calls, _mean, binary=True),
     "ni_exact_match": Metric("exact match (NI)", _ni_exact_match, _mean, binary=True),
 }

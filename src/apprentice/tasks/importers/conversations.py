@@ -1,5 +1,7 @@
 """Importer of conversation files: ShareGPT's `conversations` and OpenAI's `messages`, trained on every turn of the assistant.
 
+Conversations with functions, and xLAM's records, are read by `dialogue_rows`.
+
     {"messages": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Good morning."}]}
     {"conversations": [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Good morning."}], "system": "Be kind."}
 
@@ -13,19 +15,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 from apprentice.errors import RowError
+from apprentice.tasks.importers.dialogue_rows import ROLES, read_dialogue
 from apprentice.tasks.importers.records import record_task
 from apprentice.tasks.schema import Example, Task, Template
-
-ROLES = {
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "model": "assistant",
-    "system": "system",
-    "developer": "system",
-}
 
 
 class ColumnTemplate(Template):
@@ -54,11 +46,19 @@ class ColumnTemplate(Template):
 class ConversationTemplate(ColumnTemplate):
     """A conversation's last question and answer are the example; the earlier turns are its history."""
 
-    COLUMNS = frozenset(["messages", "conversations", "system"])  # a row has one of the first two
+    # A row has messages, conversations, or query and answers.
+    COLUMNS = frozenset(["messages", "conversations", "system", "tools", "functions", "query", "answers"])
     OPTIONAL = COLUMNS
 
     def example(self, task: str, row: Mapping[str, Any]) -> Example:
-        """The example of one conversation. Raises `RowError` with reason `null`, `unknown_role`, `turns` or `empty_answer`."""
+        """The example of one conversation.
+
+        Raises `RowError` with reason `null`, `unknown_role`, `turns` or `empty_answer`, and as `read_dialogue` does.
+        """
+        if (dialogue := read_dialogue(task, row)) is not None:
+            questions = [turn.content for turn in dialogue.turns if turn.role == "user"]
+            answer = dialogue.turns[-1].answer
+            return Example(task, self.name, questions[-1], "", answer, (), (answer,), dialogue=dialogue)
         messages = row.get("messages") or row.get("conversations")
         if not messages:
             raise RowError("null", f"task {task!r}: the row has neither `messages` nor `conversations`.")
