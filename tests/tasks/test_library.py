@@ -74,7 +74,8 @@ ROWS: dict[str, tuple[dict[str, Any], str]] = {
         "An old bridge is shut.",
     ),
 }
-FILES = {name: path for name, path in library().items() if path.parent != BUILTIN}
+SEEDED = BUILTIN.parent / "seeded"  # made by functions, as those of the mixture are
+FILES = {name: path for name, path in library().items() if path.parent not in (BUILTIN, SEEDED)}
 TASKS = {name: load_task(path) for name, path in FILES.items()}
 REAL_ROWS = 200
 GENERATION_METRICS = {
