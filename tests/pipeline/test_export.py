@@ -59,7 +59,12 @@ def test_what_is_exported_loads_and_says_what_it_is(run: Run, tmp_path: Path) ->
     place = tmp_path / "out" / "model"
     assert result["folder"] == str(place)
     assert result["bytes"] == sum(file.stat().st_size for file in place.iterdir())
-    assert {file.name for file in place.iterdir()} == {file.name for file in run.model.local.iterdir()} | {"README.md"}
+    assert {file.name for file in place.iterdir()} == {file.name for file in run.model.local.iterdir()} | {
+        "README.md",
+        "equivalence.json",
+    }
+    assert json.loads((place / "equivalence.json").read_text())["read_by"] == "bytes"
+    assert "The weights are, byte for byte, those of the run." in (place / "README.md").read_text()
     assert AutoModelForCausalLM.from_pretrained(place).num_parameters() > 0
     assert layout_beside(place).name == "chat"
     card = (place / "README.md").read_text()

@@ -73,12 +73,25 @@ def _shown(run: Mapping[str, Any], column: str) -> str:
 def export(
     run: Annotated[str, typer.Argument(help="Name or folder of a trained run.", metavar="RUN", autocompletion=complete_run)],
     folder: Annotated[str, typer.Argument(help="New folder for the model.", metavar="DIR")],
+    form: Annotated[
+        str, typer.Option("--format", help="safetensors, adapter (without its base), gguf, or gguf:q8_0, f16, bf16, f32.")
+    ] = "safetensors",
+    tolerance: Annotated[
+        float, typer.Option(min=0.0, help="Largest mean divergence from the run's model, in nats a token, on its validation rows.")
+    ] = 0.05,
+    push: Annotated[
+        str | None, typer.Option(help="Also upload to this repository of the Hugging Face hub.", metavar="HUB_ID")
+    ] = None,
+    public: Annotated[bool, typer.Option("--public", help="Let everybody read the repository; it is private otherwise.")] = False,
     storage: Storage = "./runs",
     json: Json = False,
 ) -> None:
-    """Export merged safetensors, tokenizer and prompt contract into one folder, with a model card."""
+    """Export weights, tokenizer and prompt contract into one folder, with a model card and a certificate of equivalence."""
     from apprentice import pipeline
 
     screen = screen_for(json)
-    result = pipeline.export_run(run, folder, storage=storage)
-    screen.result(result, f"{result['bytes'] / 1e6:.0f} MB\n{result['folder']}")
+    options = pipeline.ExportOptions(format=form, tolerance=tolerance, push=push, public=public)
+    result = pipeline.export_run(run, folder, storage=storage, options=options)
+    divergence = result["equivalence"]["mean_kl"]["value"]
+    lines = [f"{result['bytes'] / 1e6:.0f} MB, {divergence:.1e} nats a token from the run's model", result["folder"]]
+    screen.result(result, "\n".join([*lines, *([result["url"]] if "url" in result else [])]))

@@ -114,10 +114,10 @@ class WindowRenderer:
         examples, _ = self._reader.read(self._draws(window))
         return [_prompt(example) for example in examples]
 
-    def probe(self, windows: int) -> Probe:
+    def probe(self, windows: int, most: int = PROBE_EXAMPLES, most_tokens: int = PROBE_TOKENS) -> Probe:
         """The shortest of the first validation examples, or of those in the first `windows` of training where there are none.
 
-        The same ones at each call: at least one, at most `PROBE_EXAMPLES` with `PROBE_TOKENS` together. Raises `DataError` if no
+        The same ones at each call: at least one, at most `most` with `most_tokens` together. Raises `DataError` if no
         row can be used.
         """
         sources: dict[Literal["validation", "training"], Iterable[list[Draw]]] = {
@@ -127,9 +127,9 @@ class WindowRenderer:
         for rows, chunks in sources.items():
             for draws in chunks:
                 if examples := self._reader.read(draws)[0][:PROBE_AMONG]:
-                    ascending = sorted((example.tokens for example in examples), key=lambda tokens: tokens.size)[:PROBE_EXAMPLES]
+                    ascending = sorted((example.tokens for example in examples), key=lambda tokens: tokens.size)[:most]
                     totals = list(accumulate(tokens.size for tokens in ascending))
-                    fitting = sum(total <= PROBE_TOKENS for total in totals)
+                    fitting = sum(total <= most_tokens for total in totals)
                     return Probe(rows, tuple(ascending[: max(1, fitting)]))
         raise DataError("none of the run's rows can be used any more, so the export cannot be checked; put its data back.")
 

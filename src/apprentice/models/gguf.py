@@ -1,4 +1,4 @@
-"""Converter of a GGUF file to a safetensors folder with its tokenizer: `python -m apprentice.models.gguf FILE FOLDER`.
+"""Reader of GGUF files, and converter to a safetensors folder with tokenizer: `python -m apprentice.models.gguf FILE FOLDER`.
 
 A program of its own, so that the memory of the conversion is freed when it ends.
 """
@@ -9,18 +9,25 @@ import sys
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
+
+
+def load_gguf(gguf: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The dequantised model in the file `gguf`, in `dtype`."""
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        gguf.parent,
+        gguf_file=gguf.name,
+        quantization_config=GgufConfig(dequantize=True),
+        dtype=dtype,
+        attn_implementation="eager",
+    )
+    model.eval()
+    return model
 
 
 def convert_gguf(gguf: Path, target: Path) -> None:
     """Writes the dequantised model in bfloat16, and the tokenizer, to `target`."""
-    model = AutoModelForCausalLM.from_pretrained(
-        gguf.parent,
-        gguf_file=gguf.name,
-        quantization_config=GgufConfig(dequantize=True),
-        dtype=torch.bfloat16,
-        attn_implementation="eager",
-    )
+    model = load_gguf(gguf, torch.bfloat16)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)

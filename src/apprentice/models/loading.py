@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from pathlib import Path
 from pickle import UnpicklingError  # nosec B403
 from typing import Any
@@ -129,6 +130,16 @@ def load_model(
     return loaded
 
 
+def load_float32(folder: Path, *, trust: bool = False) -> PreTrainedModel:
+    """Loads the model in `folder` in float32. Raises what `load_model` does."""
+    return load_model(folder, torch.float32, trust=trust)
+
+
+def load_adapted(base: str | Path, adapter: Path, *, trust: bool = False) -> Any:
+    """Loads the model `base` in float32 with the adapter in the folder `adapter`. Raises what `load_model` does."""
+    return _attach_adapter(load_float32(local_folder(str(base), trust=trust), trust=trust), adapter).eval()
+
+
 def _load_weights(
     loader: Any,
     folder: Path,
@@ -184,7 +195,9 @@ def _attach_adapter(model: Any, adapter: Path) -> Any:
     elif (adapter / ADAPTER_CONFIG).is_file():
         from peft import PeftModel
 
-        return PeftModel.from_pretrained(model, adapter)
+        with warnings.catch_warnings():  # peft uses a deprecated attribute of transformers
+            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+            return PeftModel.from_pretrained(model, adapter)
     return model
 
 

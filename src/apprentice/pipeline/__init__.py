@@ -16,7 +16,7 @@ from apprentice.pipeline.evaluate import (
     evaluate_target,
     rebuild_report,
 )
-from apprentice.pipeline.export import export_run
+from apprentice.pipeline.export.run_export import ExportOptions, export_run
 from apprentice.pipeline.init import TableDescription, create_project
 from apprentice.pipeline.predict import predict_file
 from apprentice.pipeline.prepare import (
@@ -36,6 +36,7 @@ from apprentice.pipeline.verify import verify_contract
 
 __all__ = [
     "EvaluationOptions",
+    "ExportOptions",
     "Progress",
     "TableDescription",
     "ask_endpoint",

@@ -29,14 +29,18 @@ def model_card(
     tasks: Sequence[Task],
     held_out: set[str] | frozenset[str],
     kind: str,
+    equivalence: str = "",
 ) -> str:
-    """README.md, in Markdown with the hub's metadata before it; `kind` is `text-generation` or `text2text-generation`."""
+    """README.md, in Markdown with the hub's metadata before it; `kind` is `text-generation` or `text2text-generation`.
+
+    `equivalence` says how far the files are from the run's model.
+    """
     parts = [
         _metadata(contract, tasks, held_out, kind),
         f"# {recipe.name}",
         _origin(recipe, contract),
         _speaking(contract),
-        _training(recipe, ledger, exported),
+        _training(recipe, ledger, exported, equivalence),
         _data(ledger, tasks, held_out),
         _scores(report),
         _licences(contract, tasks, held_out),
@@ -73,11 +77,12 @@ def _speaking(contract: PromptContract) -> str:
     )
 
 
-def _training(recipe: Recipe, ledger: Mapping[str, Any], exported: Mapping[str, Any] | None) -> str:
+def _training(recipe: Recipe, ledger: Mapping[str, Any], exported: Mapping[str, Any] | None, equivalence: str) -> str:
     content = recipe.model_dump(mode="json", exclude_defaults=True, exclude={"storage": True, "data": {"root"}})
     text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True).strip()
     seen = f"{ledger['examples']:,} examples with {ledger['target_tokens']:,} tokens of answers."
     compared = export_sentence(exported) or f"How far these weights are from the trained ones is {UNKNOWN}."
+    compared = f"{compared} {equivalence}".strip()
     return f"## Training\n\n{seen} {compared}\n\nThe recipe, without what is at its default:\n\n```yaml\n{text}\n```"
 
 
