@@ -94,11 +94,14 @@ class AliveBytes:
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft 0.21 on transformers 5.23
-@pytest.mark.parametrize("name", ["llama", "gpt2", "t5", "mixtral"])
-def test_lora_is_merged_as_peft_does_and_one_tensor_is_in_memory(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [("llama", {}), ("llama", {"dora": True, "rslora": True}), ("gpt2", {}), ("t5", {}), ("mixtral", {"experts": True})],
+)
+def test_lora_is_merged_as_peft_does_and_one_tensor_is_in_memory(name: str, changes: dict[str, bool], tmp_path: Path) -> None:
     torch.manual_seed(0)
     (MIXTURES[name]() if name in MIXTURES else made(name)).save_pretrained(tmp_path / "base")
-    tuning = Tuning.model_validate({"method": "lora", "rank": 4, "experts": name in MIXTURES})
+    tuning = Tuning.model_validate({"method": "lora", "rank": 4} | changes)
     alive = AliveBytes()
     weights = StreamedWeights(least=8, tell_memory=alive)
     whole, streamed = (
@@ -108,7 +111,7 @@ def test_lora_is_merged_as_peft_does_and_one_tensor_is_in_memory(name: str, tmp_
     generator = torch.Generator().manual_seed(1)
     for one, other in zip(whole.parameters(), streamed.parameters(), strict=True):
         if one.requires_grad:
-            one.data = other.data = torch.randn(one.shape, generator=generator)
+            one.data = other.data = torch.rand(one.shape, generator=generator)
     ids = torch.tensor([[3, 4, 5, 6]])
     inputs = {"input_ids": ids} | ({"decoder_input_ids": ids} if name == "t5" else {})
     with torch.no_grad(), weights.gather_on_use(streamed):

@@ -114,7 +114,9 @@ class StreamedWeights:
         """Inside it, forward passes without gradients run through `model`, each module's own parameters in memory meanwhile."""
         handles: list[Any] = []
         for module in model.modules():
-            if own := [parameter for parameter in module.parameters(recurse=False) if parameter in self._sources]:
+            inner: Any = module
+            layer = inner.get_base_layer() if hasattr(module, "get_base_layer") else module  # whose weight DoRA's length is of
+            if own := [parameter for parameter in layer.parameters(recurse=False) if parameter in self._sources]:
                 handles += self._add_hooks(module, own)
         try:
             yield
