@@ -99,6 +99,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     made.url = f"http://127.0.0.1:{http.server_port}"
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", made.url)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)  # a protocol of its own, which nothing here speaks
     thread = threading.Thread(target=http.serve_forever, args=(0.01,), daemon=True)
     thread.start()
     yield made
@@ -149,5 +150,6 @@ def test_a_public_repository_is_asked_for(hub: Hub, folder: Path) -> None:
 def test_a_hub_that_does_not_answer(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)  # a protocol of its own, which nothing here speaks
     with pytest.raises(StorageError, match="is not on the hub as me/model"):
         push_folder(folder, "me/model", private=True)
