@@ -15,6 +15,9 @@ import pytest
 from apprentice.errors import StorageError
 from apprentice.pipeline.export.hub_upload import push_folder
 
+# huggingface_hub sends an LFS object to its client, httpx2, in a way that this calls old.
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload raw bytes/text content:DeprecationWarning")
+
 
 class Hub:
     """A hub in memory: repositories (name → whether it is private), LFS objects, and the files of each commit."""
@@ -35,7 +38,7 @@ class Hub:
             body = json.loads(data)
             name = f"{body.get('organization') or 'me'}/{body['name']}"
             if name in self.private:
-                return 409, {"error": "You already created this model repo"}
+                return 409, {"error": "You already created this model repo", "url": f"{self.url}/{name}"}
             self.private[name] = body["visibility"] == "private"
             return 200, {"url": f"{self.url}/{name}", "name": name}
         if path.endswith("/preupload/main"):

@@ -13,9 +13,7 @@ def push_folder(folder: Path, repository: str, *, private: bool) -> str:
     It is one commit: readers see all files or none. What an upload that failed has stored is not sent again. Raises `StorageError`
     if the hub refuses or does not answer, and for a public repository where `private` is asked for.
     """
-    from httpx2 import HTTPError  # huggingface_hub's client
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
 
     api = HfApi()
     try:
@@ -23,7 +21,9 @@ def push_folder(folder: Path, repository: str, *, private: bool) -> str:
         if private and not api.model_info(repository).private:
             raise StorageError(f"{repository} is public on the hub; say --public to upload there, or name another repository.")
         commit = api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Export of apprentice")
-    except (HfHubHTTPError, HTTPError, OSError, ValueError) as error:
+    except StorageError:
+        raise
+    except Exception as error:  # its own, those of its HTTP client, and RuntimeError for an upload that failed
         reason = " ".join(str(error).split())[:200]
         raise StorageError(
             f"{folder} is whole, but is not on the hub as {repository} ({reason}); log in with `hf auth login`, and give the same"
