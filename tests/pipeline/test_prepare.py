@@ -16,7 +16,7 @@ from apprentice import pipeline
 from apprentice.data.corpus import make_corpus
 from apprentice.errors import DataError, RunError
 from apprentice.pipeline import prepare as preparation
-from apprentice.pipeline.init import TableDescription, create_project
+from apprentice.pipeline.project.init import TableDescription, create_project
 from apprentice.preflight import check
 from apprentice.recipe import Recipe, load_recipe
 from apprentice.run import fence

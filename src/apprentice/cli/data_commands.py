@@ -13,7 +13,10 @@ from apprentice.console import Screen
 
 
 def init(
-    file: Annotated[Path, typer.Argument(help="Your rows: CSV, JSON lines, Parquet or Arrow.", metavar="FILE")],
+    file: Annotated[
+        Path,
+        typer.Argument(help="Your rows: CSV, JSON lines, Parquet or Arrow; or owner/name of a dataset on the hub.", metavar="FILE"),
+    ],
     instruction: Annotated[str | None, typer.Option(help="Column with what is asked, if each row says it.")] = None,
     input: Annotated[list[str] | None, typer.Option(help="Column that is shown with the question; repeatable.")] = None,
     answer: Annotated[str | None, typer.Option(help="Column with the text to write.")] = None,
@@ -41,7 +44,8 @@ def init(
     screen.result(
         summary,
         f"{summary['train_rows']} training and {summary['test_rows']} test rows{left_out}; columns:{columns}\n"
-        f"Look at the wordings in {summary['task']}, then: apprentice check {summary['recipe']}",
+        f"{'Next' if summary['task'] is None else 'Look at the wordings in ' + summary['task'] + ', then'}:"
+        f" apprentice check {summary['recipe']}",
     )
 
 

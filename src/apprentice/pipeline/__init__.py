@@ -17,7 +17,6 @@ from apprentice.pipeline.evaluate import (
     rebuild_report,
 )
 from apprentice.pipeline.export.run_export import ExportOptions, export_run
-from apprentice.pipeline.init import TableDescription, create_project
 from apprentice.pipeline.predict import predict_file
 from apprentice.pipeline.prepare import (
     Progress,
@@ -30,6 +29,7 @@ from apprentice.pipeline.prepare import (
     preview_html,
     trace_examples,
 )
+from apprentice.pipeline.project.init import TableDescription, create_project
 from apprentice.pipeline.serve import ask_endpoint, run_endpoint, wait_for_stop
 from apprentice.pipeline.train import describe_run, format_loss, list_runs, stopped_sentence, train_run, training_sentence
 from apprentice.pipeline.verify import verify_contract

@@ -50,6 +50,14 @@ class UnclearLabelsError(TaskError):
         self.values = values
 
 
+class UnclearColumnError(TaskError):
+    """It cannot be guessed which of `columns` is to be learnt."""
+
+    def __init__(self, message: str, columns: tuple[str, ...]) -> None:
+        super().__init__(message)
+        self.columns = columns
+
+
 def guess(
     columns: Sequence[str],
     file: str,
@@ -76,9 +84,10 @@ def guess(
         answer = _first(columns, ANSWERS)
         label = _first(columns, LABELS) if answer is None else None
     if answer is None and label is None:
-        raise TaskError(
+        raise UnclearColumnError(
             f"it is not clear which column of {file} is to be learnt; its columns are {', '.join(columns)}."
-            " Say --label COLUMN for labels to choose from, or --answer COLUMN for texts to write."
+            " Say --label COLUMN for labels to choose from, or --answer COLUMN for texts to write.",
+            tuple(columns),
         )
     if instruction is None and answer is not None:
         instruction = _first([column for column in columns if column not in (answer, *inputs)], INSTRUCTIONS)

@@ -203,7 +203,7 @@ def _files(task: Task, spec: SourceSpec, name: str, root: str | None, cache: Fol
     if spec.files is not None:
         return [parquet_file(spec.files[name], cache, task.name, encoding=spec.encoding, rules=rules)]
     if spec.hub is not None:
-        return _hub_files(task, spec, name, absent)
+        return hub_files(task.name, spec, name, absent)
     folder = Folder.at(root or "") / (spec.dataset or "")
     whole = folder / f"{name}.parquet"
     if parquet_files := [whole.uri] if whole.exists() else _parquet_in(folder, name):
@@ -220,7 +220,11 @@ def _parquet_in(folder: Folder, name: str) -> list[str]:
     return [child.uri for child in (*beside, *inside) if child.name.endswith(".parquet")]
 
 
-def _hub_files(task: Task, spec: SourceSpec, name: str, absent: list[str]) -> list[str]:
+def hub_files(task: str, spec: SourceSpec, name: str, absent: Sequence[str] = ()) -> list[str]:
+    """The Parquet files of the split `name` of a dataset on the hub; `absent` says why earlier sources were not taken.
+
+    Raises `DataError` where the hub or the dataset cannot be reached, or it has no such split.
+    """
     # The hub keeps a Parquet copy of every dataset in the branch `~parquet`, one folder for each configuration.
     at = Folder(f"hf://datasets/{spec.hub}@{spec.revision or '~parquet'}")
     before = "".join(f"{reason}; " for reason in absent)
@@ -231,16 +235,16 @@ def _hub_files(task: Task, spec: SourceSpec, name: str, absent: list[str]) -> li
         is_there = at.exists()
     except _FAILED as error:
         raise DataError(
-            f"task {task.name!r}: {before}dataset {spec.hub!r} cannot be reached on the hub ({error.__class__.__name__});"
+            f"task {task!r}: {before}dataset {spec.hub!r} cannot be reached on the hub ({error.__class__.__name__});"
             " correct data.root, or check the network and HF_TOKEN."
         ) from error
     if not is_there:
         raise DataError(
-            f"task {task.name!r}: {before}dataset {spec.hub!r} is not on the hub, or it is private; correct its name or"
+            f"task {task!r}: {before}dataset {spec.hub!r} is not on the hub, or it is private; correct its name or"
             " `revision`, or give a token that may read it in HF_TOKEN."
         )
     raise DataError(
-        f"task {task.name!r}: {before}dataset {spec.hub!r} has no Parquet files on the hub for split {name!r} of configuration"
+        f"task {task!r}: {before}dataset {spec.hub!r} has no Parquet files on the hub for split {name!r} of configuration"
         f" {spec.config or 'default'!r}; correct `splits` or `config` of that source."
     )
 

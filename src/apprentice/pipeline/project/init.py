@@ -14,9 +14,11 @@ from typing import Any
 import yaml
 
 from apprentice.errors import ApprenticeError, DataError, RowError
+from apprentice.pipeline.project.ready_tables import hub_rows, is_hub_name, ready_columns, ready_kind
 from apprentice.recipe import Recipe
 from apprentice.storage import Folder
-from apprentice.tasks.scaffold import Columns, UnclearLabelsError, draft, guess, is_printable
+from apprentice.tasks.registry import find_tasks
+from apprentice.tasks.scaffold import Columns, UnclearColumnError, UnclearLabelsError, draft, guess, is_printable
 from apprentice.tasks.schema import Task
 from apprentice.tasks.source_spec import known_encoding
 
@@ -51,6 +53,8 @@ def create_project(
 ) -> dict[str, Any]:
     """Writes a folder with `task.yaml`, `recipe.yaml`, `train.parquet` and `test.parquet`; returns a summary of it.
 
+    `file` is a table, or the name of a dataset on the hub, of which at most 100,000 training rows are copied. A table of
+    conversations (`messages`) or of preference pairs (`chosen`, `rejected`) needs no task file, unless a column is named.
     A tenth of the rows, at most 500, becomes the test split, chosen by a hash of each row's content, unless `test` names a
     file of test rows. Rows that some wording cannot render are left out and counted. `ask` puts a question to the user and
     returns the reply; without it, unclear labels are an error. Raises `DataError` or `TaskError`, and then writes nothing.
@@ -64,22 +68,17 @@ def create_project(
     except ValueError as error:
         raise DataError(f"--encoding: {error}.") from error
     with tempfile.TemporaryDirectory(prefix="apprentice-") as scratch:
-        rows = list(_rows(file, scratch, said.encoding))
+        rows = list(hub_rows(str(file)) if is_hub_name(file) else _rows(file, scratch, said.encoding))
         tested = list(_rows(test, scratch, said.encoding)) if test is not None else None
     if len(rows) < LEAST_ROWS:
         raise DataError(f"{file} holds {len(rows)} rows; {LEAST_ROWS} are the least that can be learnt from and tested.")
-    try:
-        columns, whole, content = _drafted(name, rows, file, said)
-    except UnclearLabelsError as unclear:
-        if ask is None:
-            raise
-        names = tuple(part.strip() for part in ask(unclear.question).split(",") if part.strip())
-        columns, whole, content = _drafted(name, rows, file, replace(said, choices=names or unclear.values))
+    if (kind := ready_kind(rows[0])) is not None and said.answer is said.label is None:
+        return _create_ready(kind, name, folder, rows, tested, base)
+    columns, whole, content = _drafted_with(ask, name, rows, file, said)
     task = Task.model_validate(content)
     usable = [row for row in whole if _renders(task, row)]
     if tested is None:
-        tests = {_hash(row) for row in sorted(usable, key=_hash)[: min(MOST_TESTED, max(1, round(TEST_SHARE * len(usable))))]}
-        train, tested = [row for row in usable if _hash(row) not in tests], [row for row in usable if _hash(row) in tests]
+        train, tested = _split(usable)
     else:
         train, tested = usable, [row for row in _whole(tested, columns) if _renders(task, row)]
     if not train or not tested:
@@ -95,6 +94,71 @@ def create_project(
         "test_rows": len(tested),
         "left_out": len(rows) - len(usable),
     }
+
+
+def _create_ready(
+    kind: str, name: str, folder: Path, rows: Sequence[Mapping[str, Any]], tested: Sequence[Mapping[str, Any]] | None, base: str
+) -> dict[str, Any]:
+    """Writes a folder for conversations or preference pairs, which need no task file; returns a summary of it."""
+    columns = ready_columns(kind, rows[0])
+    entry = {kind: "./train.parquet", "test": "./test.parquet", "cluster": "own"}
+    [task] = find_tasks(entry, folder)
+
+    def usable(table: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        kept = [{column: row.get(column) for column in columns} for row in table]
+        return [row for row in kept if _renders(task, row)]
+
+    train, tests = (usable(rows), usable(tested)) if tested is not None else _split(usable(rows))
+    if not train or not tests:
+        raise DataError(
+            f"no {'training' if not train else 'test'} rows of {kind} are left; look at the columns {', '.join(columns)}."
+        )
+    recipe = _recipe(name, Columns((), answer=columns[0]), base)
+    recipe["data"]["tasks"] = [entry]
+    if kind == "preferences":
+        recipe["training"] |= {"objective": "dpo", "optimizer": {"learning_rate": 5.0e-5, "warmup_steps": 6}}
+    _write(folder, None, recipe, train, tests)
+    return {
+        "folder": str(folder),
+        "recipe": str(folder / "recipe.yaml"),
+        "task": None,
+        "columns": {kind: columns},
+        "choices": None,
+        "train_rows": len(train),
+        "test_rows": len(tests),
+        "left_out": len(rows) - len(train) - (0 if tested is not None else len(tests)),
+    }
+
+
+def _split(usable: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Training and test rows, chosen by a hash of each row's content."""
+    tests = {_hash(row) for row in sorted(usable, key=_hash)[: min(MOST_TESTED, max(1, round(TEST_SHARE * len(usable))))]}
+    return [row for row in usable if _hash(row) not in tests], [row for row in usable if _hash(row) in tests]
+
+
+def _drafted_with(
+    ask: Callable[[str], str] | None, name: str, rows: Sequence[Mapping[str, Any]], file: Path, said: TableDescription
+) -> tuple[Columns, list[dict[str, Any]], dict[str, Any]]:
+    """As `_drafted`, with a question for what is not clear: the column to learn, what it holds, and the names of its labels."""
+    try:
+        return _drafted(name, rows, file, said)
+    except UnclearColumnError as unclear:
+        if ask is None:
+            raise
+        column = ask(f"Which column is to be learnt ({', '.join(unclear.columns)})").strip()
+        if not column:
+            raise
+        values = len({str(row.get(column)) for row in rows[:SEEN]})
+        question = (
+            f"{column!r} holds {values} different values. Is it a label to choose from, or an answer to write (label, answer)"
+        )
+        said = replace(said, **{"label" if ask(question).strip().lower().startswith("l") else "answer": column})
+        return _drafted_with(ask, name, rows, file, said)
+    except UnclearLabelsError as unclear:
+        if ask is None:
+            raise
+        names = tuple(part.strip() for part in ask(unclear.question).split(",") if part.strip())
+        return _drafted(name, rows, file, replace(said, choices=names or unclear.values))
 
 
 def _drafted(
@@ -186,7 +250,7 @@ def _recipe(name: str, columns: Columns, base: str) -> dict[str, Any]:
 
 
 def _write(
-    folder: Path, content: Mapping[str, Any], recipe: Mapping[str, Any], train: Sequence[Any], tested: Sequence[Any]
+    folder: Path, content: Mapping[str, Any] | None, recipe: Mapping[str, Any], train: Sequence[Any], tested: Sequence[Any]
 ) -> None:
     from apprentice.data.sources.parquet_conversion import write_rows
 
@@ -194,12 +258,13 @@ def _write(
     folder.mkdir(parents=True, exist_ok=True)
     for split, rows in (("train", train), ("test", tested)):
         write_rows(rows, Folder.at(folder / f"{split}.parquet"))
-    (folder / "task.yaml").write_text(
-        "# Reword these, and add more: about ten wordings, and as different as people would say them, make a model that\n"
-        "# follows the instruction and not one fixed string. `apprentice tasks ./task.yaml` shows them on the sample row.\n"
-        + yaml.safe_dump(dict(content), sort_keys=False, allow_unicode=True, width=120),
-        encoding="utf-8",
-    )
+    if content is not None:
+        (folder / "task.yaml").write_text(
+            "# Reword these, and add more: about ten wordings, and as different as people would say them, make a model that\n"
+            "# follows the instruction and not one fixed string. `apprentice tasks ./task.yaml` shows them on the sample row.\n"
+            + yaml.safe_dump(dict(content), sort_keys=False, allow_unicode=True, width=120),
+            encoding="utf-8",
+        )
     (folder / "recipe.yaml").write_text(
         "# A first recipe for one machine without a GPU; `apprentice check recipe.yaml` says whether it is ready.\n"
         + yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True),
