@@ -152,7 +152,8 @@ def _drafted_with(
         question = (
             f"{column!r} holds {values} different values. Is it a label to choose from, or an answer to write (label, answer)"
         )
-        said = replace(said, **{"label" if ask(question).strip().lower().startswith("l") else "answer": column})
+        is_label = ask(question).strip().lower().startswith("l")
+        said = replace(said, label=column) if is_label else replace(said, answer=column)
         return _drafted_with(ask, name, rows, file, said)
     except UnclearLabelsError as unclear:
         if ask is None:
