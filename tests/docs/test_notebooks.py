@@ -12,6 +12,7 @@ from tests.conftest import ROOT
 
 NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
 MODEL, STEPS = "smollm2-135m-instruct", '"training.steps=60"'
+LONG = {"own_table_to_endpoint"}  # trains, evaluates and serves; run by hand
 SHORT = '"training.steps=2", "training.optimizer.warmup_steps=1"'
 
 
@@ -31,7 +32,9 @@ def test_a_notebook_is_kept_without_outputs(file: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.cluster
-@pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
+@pytest.mark.parametrize(
+    "file", [pytest.param(file, id=file.stem, marks=[pytest.mark.long] * (file.stem in LONG)) for file in NOTEBOOKS]
+)
 def test_a_notebook_runs(file: Path, tiny_model: Path, ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from nbclient import NotebookClient
 
