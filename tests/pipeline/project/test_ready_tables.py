@@ -34,8 +34,8 @@ def test_conversations_become_a_recipe_without_a_task_file(tmp_path: Path, monke
     rows = [{"id": number, "messages": turns(number)} for number in range(20)]
     rows.append({"id": 20, "messages": [{"role": "assistant", "content": "I begin."}]})  # no question: left out
     recipe = create_project(lines_of(rows, tmp_path / "talk.jsonl"))
-    written = yaml.safe_load((tmp_path / "talk/recipe.yaml").read_text())
-    assert written["data"]["tasks"] == [{"conversations": "./train.parquet", "test": "./test.parquet", "cluster": "own"}]
+    recipe_file = yaml.safe_load((tmp_path / "talk/recipe.yaml").read_text())
+    assert recipe_file["data"]["tasks"] == [{"conversations": "./train.parquet", "test": "./test.parquet", "cluster": "own"}]
     assert not (tmp_path / "talk/task.yaml").exists()
     [train, test] = [pq.read_table(tmp_path / f"talk/{split}.parquet").to_pylist() for split in ("train", "test")]
     assert (len(train), len(test)) == (18, 2)
