@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,25 @@ def test_whatever_is_installed_these_have_the_default(packages: Any, name: str) 
 def test_a_type_that_loses_the_bounds_has_the_default() -> None:
     config = AutoConfig.for_model("nemotron")
     assert choose_attention("auto", HOPPER, config, compat.model_class_of(AutoModelForCausalLM, config)) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "window"),
+    [
+        ("phimoe", {"sliding_window": 8}),
+        ("qwen2_moe", {"sliding_window": 8, "use_sliding_window": True}),
+        ("doge", {"sliding_window": 8}),
+    ],
+)
+def test_a_window_that_is_in_the_mask_alone_is_not_lost(packages: Any, name: str, window: dict[str, Any]) -> None:
+    packages(2, 3)
+    config = AutoConfig.for_model(name, **window)
+    model_class = compat.model_class_of(AutoModelForCausalLM, config)
+    assert all(choose_attention("auto", packed, config, model_class) is None for packed in (CPU, AMPERE, HOPPER))
+    with pytest.raises(ModelError, match=f"flash cannot run {name} "):
+        choose_attention("flash", AMPERE, config, model_class)
+    with pytest.raises(ModelError, match=f"sequence_parallel 2 cannot be used with {name}"):
+        choose_attention("auto", replace(CPU, sequence_parallel=2), config, model_class)
 
 
 @pytest.mark.parametrize("name", ["flint", "granite_swa", "granitemoe_swa", "mimo_v2_flash"])

@@ -23,6 +23,7 @@ from tests.conftest import ROOT
 from tests.support.big_models import big_llama, big_t5
 
 PAGE = (ROOT / "docs" / "guides" / "large_models.md").read_text(encoding="utf-8")
+MEMORY_PAGE = (ROOT / "docs" / "guides" / "memory.md").read_text(encoding="utf-8")
 GPU_BYTES = 80 * 10**9
 NODE = {"CPU": 112.0, "GPU": 8.0, "memory": 1000.0 * GIB}
 PARAMETERS = {"8b": 8_030_261_248, "70b": 70_553_706_496}
@@ -114,6 +115,17 @@ def test_training_fits_the_hardware_that_it_is_made_for(name: str, hardware: str
     figures = f"{estimate.gpu.total / 1e9:.0f} GB | {estimate.host.total / 1e9:.0f} GB | {estimate.tokens_per_s:,.0f}"
     assert f"| `large/{name}` |" in PAGE
     assert figures in next(line for line in PAGE.splitlines() if f"| `large/{name}` |" in line), figures
+
+
+@pytest.mark.parametrize(("tokens", "sharing"), [(131_072, 1), (131_072, 2), (131_072, 8), (262_144, 4)])
+def test_the_figures_of_long_rows(tokens: int, sharing: int, tmp_path: Path) -> None:
+    """Rows of one example each, one of a group at once; a length that does not fit has no speed."""
+    changes = {"model.base": big_llama(tmp_path, "8b"), "data.packing.length": tokens, "data.max_length": tokens}
+    changes |= {"training.sequence_parallel": sharing, "training.micro_batch": 1, "training.global_batch": 8}
+    recipe = load_recipe(find_recipe("large/full_8b"), [f"{key}={value}" for key, value in changes.items()])
+    estimate = report_on_hardware(recipe, "8xH100-80GB").estimate
+    speed = f"yes | {round(estimate.tokens_per_s, -2):,.0f} |" if estimate.fits else "no | |"
+    assert f"| {tokens:,} | {sharing} | {estimate.gpu.total / 1e9:.0f} GB | {speed}" in MEMORY_PAGE, speed
 
 
 def test_the_page_has_the_recipes_and_the_figures() -> None:

@@ -33,6 +33,7 @@ _NARROW = (torch.bfloat16, torch.float16)  # all that flash kernels multiply
 _OLDEST = (8, 0)  # compute capability from which on they run
 _LARGEST_HEAD = 256
 _LOSE_KEYWORDS = ("nemotron",)  # types whose layers do not hand on what their attention is told; of 121 read in transformers 5.23
+_LOSE_WINDOWS = ("phimoe", "qwen2_moe", "doge")  # types whose sliding window is in their mask alone, in transformers 5.23
 _ROW_ROPE = ("dynamic", "longrope")  # types of rotary positions whose frequencies depend on the longest example of a row
 _DROPOUTS = ("attention_dropout", "attn_pdrop")  # names of the dropout of attention weights in configs
 
@@ -73,7 +74,7 @@ def choose_attention(word: str, packed: PackedCompute | None, config: Any, model
         return None
     if config.is_encoder_decoder:
         return _of_encoder_decoder(config, model_class)
-    if config.model_type in _LOSE_KEYWORDS or mixing_obstacle(config.to_dict()) is not None:
+    if not _hands_on(config) or mixing_obstacle(config.to_dict()) is not None:
         return None
     return _fastest(packed, config, model_class) if packed.device == "cuda" else _on_cpu(config, model_class)
 
@@ -96,7 +97,7 @@ def check_shared_rows(workers: int, config: Any, model_class: Any) -> None:
             f"training.sequence_parallel {workers} is for causal models, and {config.model_type} is an encoder-decoder; set it to"
             " 1."
         )
-    is_plain = _takes_bounds_alone(support, config) and config.model_type not in _LOSE_KEYWORDS
+    is_plain = _takes_bounds_alone(support, config) and _hands_on(config)
     if mixing_obstacle(config.to_dict()) is not None or not is_plain:
         raise ModelError(
             f"training.sequence_parallel {workers} cannot be used with {config.model_type}, whose attention takes more than tokens"
@@ -121,7 +122,7 @@ def _flash(packed: PackedCompute, config: Any, model_class: Any) -> str:
         raise ModelError("model.attention flash needs a GPU and the package flash-attn, which are not here; use auto.")
     support = compat.attention_support(model_class)
     # Without keywords a layer does not hear where examples begin, and would attend to all before it.
-    hears_bounds = config.is_encoder_decoder or support.keywords
+    hears_bounds = config.is_encoder_decoder or (support.keywords and _hands_on(config))
     if not (support.flash and hears_bounds and _fits_flash(packed, config)):
         dtype = str(packed.dtype).removeprefix("torch.")
         raise ModelError(f"model.attention flash cannot run {config.model_type} in {dtype} on this GPU; use auto.")
@@ -170,6 +171,12 @@ def _fastest(packed: PackedCompute, config: Any, model_class: Any) -> str | None
 def _takes_bounds_alone(support: compat.AttentionSupport, config: Any) -> bool:
     """Whether attention is told bounds, and needs no more than them and a window: neither soft caps nor attention sinks."""
     return support.flash and support.keywords and support.sdpa and not _soft_cap(config)
+
+
+def _hands_on(config: Any) -> bool:
+    """Whether the layers hand on to their attention what it cannot do without where there is no mask: bounds, and a window."""
+    has_window = bool(getattr(config, "sliding_window", None))
+    return config.model_type not in _LOSE_KEYWORDS and not (has_window and config.model_type in _LOSE_WINDOWS)
 
 
 def _packages(packed: PackedCompute, config: Any, *, newest_only: bool) -> list[int]:

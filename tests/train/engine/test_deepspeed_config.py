@@ -96,6 +96,7 @@ def test_extra_keys_are_passed_through() -> None:
         ({"zero_optimization": {"stage": 3}}, r"extra.zero_optimization.stage is 3, and training.deepspeed.stage makes it 2"),
         ({"bf16": {"enabled": True}}, r"extra.bf16.enabled is True, and model.dtype makes it False"),
         ({"optimizer": {"type": "Adam"}}, r"extra.optimizer is decided by training.optimizer"),
+        ({"zero_optimization": {"mics_shard_size": 4}}, r"extra.zero_optimization.mics_shard_size divides the state among some"),
         ({"data_types": "fp16"}, r"extra.data_types is 'fp16', and the recipe makes it"),
     ],
 )

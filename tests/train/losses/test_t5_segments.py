@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,10 +13,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from apprentice.errors import ModelError
+from apprentice.models import t5_segments
 from apprentice.models.t5_segments import register_t5_segments
 from apprentice.models.tuning.methods import TUNING_METHODS
 from apprentice.recipe import Training, Tuning
 from apprentice.train.batch import PackedRows, Seq2SeqBatch
+from apprentice.train.compat import storage_id
 from apprentice.train.engine.activation_checkpointing import enable_activation_checkpointing
 from apprentice.train.losses.loss_registry import create_loss
 from apprentice.train.losses.target_losses import TargetLosses
@@ -59,6 +62,40 @@ def compare(model: Any, rows: PackedRows) -> None:
 def test_the_loss_and_gradients_are_those_of_masks(name: str) -> None:
     compare(made(name), encoder_decoder_rows.paired_rows(2))
     compare(made(name), encoder_decoder_rows.joined(encoder_decoder_rows.unpacked(encoder_decoder_rows.paired_rows(2))))
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_long_examples_are_computed_in_blocks(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(t5_segments, "BLOCK", 3)
+    model = TUNING_METHODS[method].wrap(made("t5"), Tuning.model_validate({"method": method, "rank": 4}), 1)
+    compare(model, encoder_decoder_rows.paired_rows(2))
+    compare(model, encoder_decoder_rows.joined(encoder_decoder_rows.unpacked(encoder_decoder_rows.paired_rows(2))))
+
+
+@pytest.mark.parametrize("block", [64, 256])
+@pytest.mark.parametrize("is_decoder", [False, True])
+def test_nothing_of_length_times_length_is_kept_for_a_long_example(
+    is_decoder: bool, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither as one tensor nor in parts, where one row is one example."""
+    monkeypatch.setattr(t5_segments, "BLOCK", block)
+    length, heads, kept = 4 * 64, 2, dict[int, int]()
+    module = SimpleNamespace(is_decoder=is_decoder, is_causal=is_decoder)
+    states = [torch.randn(1, heads, length, 4, requires_grad=True) for _ in range(3)]
+    bias = torch.randn(1, heads, 1, 2 * length - 1, requires_grad=True)
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[storage_id(tensor)] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    sizes: Any = ((length, 0),)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        out, _ = t5_segments.t5_segment_attention(
+            module, *states, None, scaling=1.0, position_bias=bias, prompt_sizes=sizes, answer_sizes=sizes
+        )
+    assert (sum(kept.values()) < heads * length * length) is (block < length)  # a quarter of its bytes
+    out.sum().backward()
+    assert bias.grad is not None
 
 
 def test_long_padding_on_either_side_changes_nothing() -> None:
@@ -122,12 +159,16 @@ def shapes_only(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | N
 
 
 @pytest.mark.parametrize("name", T5)
+@pytest.mark.parametrize("sizes", [SIZES, ExampleSizes(((LENGTH, 0),) * 2, ((LENGTH, 0),) * 2)], ids=["packed", "single"])
 @pytest.mark.parametrize(("attention", "has_squares"), [("t5_segments", False), ("sdpa", True)])
-def test_no_pass_has_a_square_tensor(name: str, attention: str, has_squares: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_pass_has_a_square_tensor(
+    name: str, attention: str, has_squares: bool, sizes: ExampleSizes, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(F, "scaled_dot_product_attention", shapes_only)
     model = narrow(name, attention).to("meta").train()
     TargetLosses(model)  # gives the layers their hooks
-    arguments = {name: value for name, value in arguments_of("meta").items() if not (has_squares and name.endswith("sizes"))}
+    arguments = arguments_of("meta") | sizes.keywords()
+    arguments = {name: value for name, value in arguments.items() if not (has_squares and name.endswith("sizes"))}
     with SquareTensors(LENGTH) as squares:
         model(**arguments).logits.sum().backward()
     without = {name for name, parameter in model.named_parameters() if parameter.grad is None}

@@ -23,6 +23,10 @@ _OURS = {
     "steps_per_print": "apprentice, which shows every step",
     "activation_checkpointing": "training.activation_checkpointing",
 }
+# Keys of DeepSpeed that do not go together with what is done here, and why.
+_UNFIT = {
+    "zero_optimization.mics_shard_size": "divides the state among some of the workers, and a checkpoint holds an equal part of each"
+}
 # Keys that `extra` may only repeat with the same value, and the key that decides them.
 _DECIDED_BY = {
     "train_batch_size": "training.global_batch",
@@ -112,6 +116,8 @@ def _with_extra(config: dict[str, Any], extra: Mapping[str, Any], path: str) -> 
         name = f"{path}{key}"
         if name in _OURS:
             raise RecipeError(f"training.deepspeed.extra.{name} is decided by {_OURS[name]}; leave it out.")
+        if name in _UNFIT:
+            raise RecipeError(f"training.deepspeed.extra.{name} {_UNFIT[name]}; leave it out.")
         if isinstance(value, Mapping) and isinstance(config.get(key, {}), dict):
             merged[key] = _with_extra(config.get(key, {}), value, f"{name}.")
         elif key in config and config[key] != value:
