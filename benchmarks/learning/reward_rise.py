@@ -45,10 +45,10 @@ SUPERVISED = (
     "training.global_batch=8",
     "training.optimizer={learning_rate: 3.0e-3, schedule: cosine, warmup_steps: 20}",
 )
-# A large epsilon keeps AdamW from giving numbers with a small, noisy gradient the same step as the others.
 POLICY = (
     "model.base=run:sums-sft",
-    "training.optimizer={learning_rate: 1.0e-3, epsilon: 1.0e-2, schedule: constant, warmup_steps: 4}",
+    "data.mixture.max_rows=16",  # so that each comes back about once a round
+    "training.optimizer={learning_rate: 5.0e-4, schedule: constant, warmup_steps: 4, betas: [0.9, 0.95]}",
 )
 TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
