@@ -15,7 +15,7 @@ from apprentice.data.encoding.quality import assign_classes
 from apprentice.data.index.build import contamination_in, index_scored_tasks, load_or_build_index
 from apprentice.data.index.task_index import TaskIndex, indexed_tasks
 from apprentice.data.packing import Strategy
-from apprentice.data.reference import ReferenceLogProbs
+from apprentice.data.reference import ReferenceLogProbs, TeacherLogProbs
 from apprentice.data.sampling.plan import Plan
 from apprentice.errors import DataError, RecipeError
 from apprentice.pretrained.architecture import Family, family_of, packing_obstacle
@@ -45,6 +45,7 @@ class Corpus:
     strategy: Strategy = "best_fit"  # of packing, with `auto` resolved
 
     reference: Mapping[str, ReferenceLogProbs] | None = None  # task → log-probabilities of its pairs by the reference model
+    teacher: Mapping[str, TeacherLogProbs] | None = None  # task → likeliest tokens of its targets by the teacher
     contamination: Mapping[str, Any] = field(default_factory=dict)  # task → report on test rows that share text with training rows
     working_folder: str = field(default_factory=os.getcwd)  # of the command, where the user's own modules may lie
 

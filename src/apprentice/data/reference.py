@@ -1,4 +1,4 @@
-"""Reference log-probabilities for DPO: what a frozen model gives to both answers of each pair, stored with the run as `.npz`."""
+"""Log-probabilities of frozen models, stored with the run as `.npz`: a reference's of answers, and a teacher's of tokens."""
 
 from __future__ import annotations
 
@@ -39,3 +39,33 @@ class ReferenceLogProbs:
         """The arrays that `write` wrote."""
         with np.load(io.BytesIO(file.read_bytes()), allow_pickle=False) as arrays:
             return cls(arrays["rows"], arrays["values"])
+
+
+@dataclass(frozen=True, eq=False)
+class TeacherLogProbs:
+    """A teacher's likeliest k tokens at each target token of one task's rows, for distillation."""
+
+    rows: Numbers  # (rows,) row numbers in the task's training source, ascending
+    ends: Numbers  # (rows,) number of targets of the rows up to each one, its own included
+    ids: NDArray[np.int32]  # (targets, k)
+    values: NDArray[np.float32]  # (targets, k + 1): log-probabilities of these tokens, and that of all others together
+
+    def of(self, row: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+        """The (ids, values) of one source row. Raises `DataError` if the row has none."""
+        place = int(np.searchsorted(self.rows, row))
+        if place == len(self.rows) or self.rows[place] != row:
+            raise DataError(f"the run's folder `reference` says nothing of row {row}; delete it, and train again.")
+        part = slice(int(self.ends[place - 1]) if place else 0, int(self.ends[place]))
+        return self.ids[part], self.values[part]
+
+    def write(self, file: Folder) -> None:
+        """Writes the arrays as `.npz`."""
+        stream = io.BytesIO()
+        np.savez(stream, rows=self.rows, ends=self.ends, ids=self.ids, values=self.values)
+        file.write_bytes(stream.getvalue())
+
+    @classmethod
+    def read(cls, file: Folder) -> TeacherLogProbs:
+        """The arrays that `write` wrote."""
+        with np.load(io.BytesIO(file.read_bytes()), allow_pickle=False) as arrays:
+            return cls(arrays["rows"], arrays["ends"], arrays["ids"], arrays["values"])

@@ -30,6 +30,11 @@ A labelled answer (`kto`) is such a pair too, whose second answer is another row
 
 A conversation whose prompts change between its turns is several segments in one row, one behind another.
 
+With a teacher (`distill`) rows have what it makes of each of their target tokens, in order:
+
+    teacher_ids        int32 (any,)     the likeliest k tokens, k numbers a target
+    teacher_log_probs  float32 (any,)   their log-probabilities and that of all other tokens together, k + 1 numbers a target
+
 Where the recipe names classes of mixed-quality data (`data.qualities`), there is one more column:
 
     example_weights  float32 (any,)     weight in the loss of each segment's target tokens
@@ -47,7 +52,7 @@ All rows have these columns, in which a pair counts as one example:
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate, chain
 from typing import Any
 
@@ -58,6 +63,8 @@ from apprentice.data.corpus import Corpus
 from apprentice.data.encoding.tokenize import Tokenized
 from apprentice.data.example_reader import DropCounts, TokenizedDraw
 from apprentice.data.packing import Rows, build_encoder_decoder_rows, build_rows, pack, pack_two_sided
+from apprentice.data.reference import TeacherLogProbs
+from apprentice.errors import DataError
 
 
 def assign_rows(corpus: Corpus, examples: Sequence[TokenizedDraw]) -> list[list[int]]:
@@ -87,6 +94,8 @@ def build_columns(
 ) -> Rows:
     """The columns (see above) of the packed rows `rows` of `examples`; `counts` are the drops of their window."""
     columns = _token_columns(corpus, examples, rows) | _example_columns(corpus, examples, rows)
+    if corpus.teacher is not None:
+        columns |= _teacher_columns(corpus, corpus.teacher, examples, rows)
     columns["window"] = np.full(len(rows), window, np.int64)
     columns["row"] = np.arange(len(rows), dtype=np.int32)
     columns["window_rows"] = np.full(len(rows), len(rows), np.int32)
@@ -131,6 +140,18 @@ def _example_columns(corpus: Corpus, examples: Sequence[TokenizedDraw], rows: Se
         by_row = [chain.from_iterable(weights[place] for place in row) for row in rows]
         columns["example_weights"] = _ragged([np.fromiter(row, np.float32) for row in by_row])
     return columns
+
+
+def _teacher_columns(
+    corpus: Corpus, teacher: Mapping[str, TeacherLogProbs], examples: Sequence[TokenizedDraw], rows: Sequence[Sequence[int]]
+) -> Rows:
+    """The teacher's columns. Raises `DataError` where it has read other targets than the rows have."""
+    known = [teacher[corpus.tasks[example.task].name].of(example.row) for example in examples]
+    for example, (ids, _) in zip(examples, known, strict=True):
+        if len(ids) != example.tokens.target_tokens:
+            raise DataError(f"the run's folder `reference` has other targets of row {example.row}; delete it, and train again.")
+    by_row = [[np.concatenate([known[place][part].ravel() for place in row]) for row in rows] for part in (0, 1)]
+    return {"teacher_ids": _ragged(by_row[0]), "teacher_log_probs": _ragged(by_row[1])}
 
 
 def _loss_weight(corpus: Corpus, example: TokenizedDraw) -> float:

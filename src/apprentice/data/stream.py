@@ -50,6 +50,8 @@ _TYPES = {
     "example_weights": pa.list_(pa.float32()),
     "reference": pa.list_(pa.float32()),
     "desirable": pa.list_(pa.uint8()),
+    "teacher_ids": pa.list_(pa.int32()),
+    "teacher_log_probs": pa.list_(pa.float32()),
     "advantages": pa.list_(pa.float32()),
     "rewards": pa.list_(pa.float32()),
     "dropped": pa.string(),

@@ -17,8 +17,14 @@ def check_auxiliary_models(recipe: Recipe, tokenizer: Tokenizer) -> None:
     A reward model must also give a number for a reply, and be trained with the recipe's prompt format.
     """
     if reference := recipe.training.reference:
-        key = f"training.{recipe.training.objective}.reference"
-        _check_tokens(key, reference, recipe, tokenizer, " Leave it out (the base is the reference), or name")
+        key = f"training.{recipe.training.objective}.{'teacher' if recipe.training.aim.teacher else 'reference'}"
+        remedy = " Name" if recipe.training.aim.teacher else " Leave it out (the base is the reference), or name"
+        _check_tokens(key, reference, recipe, tokenizer, remedy)
+        if recipe.training.aim.teacher and family_of(tokenizer.folder) != "causal":
+            raise RecipeError(
+                f"training.objective distill compares causal models token by token, and model.base"
+                f" {public_base(recipe.model.base)} reads prompts with an encoder; use objective sft on the teacher's replies."
+            )
     if reward := recipe.training.grpo.reward_model:
         folder = local_folder(reward)
         if not gives_rewards(folder):

@@ -51,6 +51,12 @@ def check_tasks(lookup: RecipeLookup) -> str:
             f"training.objective {objective} learns from preferences, and task {without_pairs[0]!r} has no rejected answers; name"
             " files of preferences in data.tasks (`{preferences: pairs.jsonl}`), or hold the task out."
         )
+    worded = [task.name for task in tasks if recipe.training.aim.teacher and task.name not in held_out and len(task.templates) > 1]
+    if worded:
+        raise RecipeError(
+            f"training.objective {objective} has the teacher read each row once, and task {worded[0]!r} has several wordings; take"
+            " files of finished instructions or conversations, or leave one template in the task."
+        )
     unanswered = [task.name for task in tasks if not task.has_answers and (task.name in held_out or not recipe.training.aim.rounds)]
     if unanswered:
         raise RecipeError(

@@ -22,7 +22,7 @@ from apprentice.models.attention import PackedCompute
 from apprentice.models.loading import count_parameters, load_model, resolve_dtype
 from apprentice.models.tuning.methods import TUNING_METHODS
 from apprentice.pretrained.hub import local_folder
-from apprentice.recipe import Recipe
+from apprentice.recipe import Recipe, Training
 from apprentice.train.batch import PackedRows
 from apprentice.train.losses.loss_registry import create_loss
 
@@ -170,7 +170,7 @@ def compare_packing(corpus: Corpus, rows: PackedRows, base: DryRunModel) -> str:
     if not several:
         return "no row of the first window holds two examples"
     row = _share(rows, min(several, key=lambda row: int((rows.segment_ids[row] > 0).sum())))
-    loss = create_loss(base.load(torch.float32), recipe.training)
+    loss = create_loss(base.load(torch.float32), _trial_training(recipe))
     with torch.no_grad():
         together = float(loss(row.micro_batches(1)[0]))
         apart = sum(float(loss(one.micro_batches(1)[0])) for one in _alone(row))
@@ -181,6 +181,12 @@ def compare_packing(corpus: Corpus, rows: PackedRows, base: DryRunModel) -> str:
         )
     number = len(row.facts[0].examples)
     return f"the {number} examples of a row do not see each other: in one row and each alone they have the same loss"
+
+
+def _trial_training(recipe: Recipe) -> Training:
+    """The training settings of a trial pass; without a teacher, who has read nothing yet."""
+    training = recipe.training
+    return training.model_copy(update={"objective": "sft"}) if training.aim.teacher else training
 
 
 def _share(rows: PackedRows, row: int) -> PackedRows:
@@ -214,7 +220,9 @@ def measure_speed(corpus: Corpus, rows: PackedRows, base: DryRunModel) -> Speed:
         return Speed(None, None)
     dtype = resolve_dtype(recipe.model.dtype, "cpu")
     model = base.load(dtype)
-    loss = create_loss(TUNING_METHODS[recipe.tuning.method].wrap(model, recipe.tuning, recipe.seed), recipe.training).train()
+    loss = create_loss(
+        TUNING_METHODS[recipe.tuning.method].wrap(model, recipe.tuning, recipe.seed), _trial_training(recipe)
+    ).train()
     fitting = [row for row in range(len(rows)) if int((rows.segment_ids[row] > 0).sum()) <= TOKENS] or [0]
     row = _share(rows, max(fitting, key=lambda row: int((rows.segment_ids[row] > 0).sum())))
     threads_before, threads = torch.get_num_threads(), max(1, int(recipe.training.resources.cpus))

@@ -89,6 +89,12 @@ def model_config(folder: Path) -> dict[str, Any]:
         raise ModelError(f"{folder} is not a model folder: its config.json cannot be read ({error}).") from error
 
 
+def vocabulary_size(folder: Path) -> int:
+    """Number of tokens that the model in `folder` gives logits for."""
+    config = model_config(folder)
+    return int((config.get("text_config") or config)["vocab_size"])
+
+
 def kv_values_per_token(config: dict[str, Any]) -> int | None:
     """Numbers in one token's KV cache over all layers; None where `config` has none of the usual keys."""
     inner = config.get("text_config") or config

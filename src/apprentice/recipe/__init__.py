@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from apprentice.recipe.data import Collection, Data, Filters, Formats, Group, Mixture, Packing, Quality
 from apprentice.recipe.evaluation import Evaluation, Gate
-from apprentice.recipe.objective import DPO, GRPO, IPO, KTO, MODEL_KEYS, OBJECTIVES, ORPO, Objective, SimPO
+from apprentice.recipe.objective import DPO, GRPO, IPO, KTO, MODEL_KEYS, OBJECTIVES, ORPO, Distill, Objective, SimPO
 from apprentice.recipe.recipe import Model, Recipe
 from apprentice.recipe.recipe_file import (
     RUN,
@@ -48,6 +48,7 @@ __all__ = [
     "Collection",
     "Data",
     "DeepSpeed",
+    "Distill",
     "Evaluation",
     "Filters",
     "Formats",

@@ -182,6 +182,16 @@ class Recipe(Strict):
         return self
 
     @model_validator(mode="after")
+    def _teacher_fits(self) -> Self:
+        if not self.training.aim.teacher:
+            return self
+        if self.data.formats.zero_shot != 1.0:
+            raise ValueError("objective distill shows no exemplars and inverts nothing; leave out data.formats")
+        if self.data.qualities is not None:
+            raise ValueError("data.qualities weigh the tokens of answers, and objective distill learns a teacher's; leave them out")
+        return self
+
+    @model_validator(mode="after")
     def _pairs_fit(self) -> Self:
         if not self.training.aim.pairs:
             return self

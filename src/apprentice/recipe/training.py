@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from apprentice.errors import RecipeError
-from apprentice.recipe.objective import DPO, GRPO, IPO, KTO, MODEL_KEYS, OBJECTIVES, ORPO, Objective, ObjectiveName, SimPO
+from apprentice.recipe.objective import DPO, GRPO, IPO, KTO, MODEL_KEYS, OBJECTIVES, ORPO, Distill, Objective, ObjectiveName, SimPO
 from apprentice.recipe.strict import Positive, Share, Strict
 
 SAMPLES = (
@@ -181,14 +181,15 @@ class Training(Strict):
     objective: ObjectiveName = Field(
         "sft",
         description="sft: answers; dpo, ipo, simpo, orpo: pairs of a better and a worse answer; kto: answers labelled desirable"
-        " or not; reward: a model that scores answers, from pairs; grpo: the model's own replies, which a reward model or functions"
-        " score.",
+        " or not; distill: answers, with a teacher's probabilities of each of their tokens; reward: a model that scores answers,"
+        " from pairs; grpo: the model's own replies, which a reward model or functions score.",
     )
     dpo: DPO = DPO()
     ipo: IPO = IPO()
     simpo: SimPO = SimPO()
     orpo: ORPO = ORPO()
     kto: KTO = KTO()
+    distill: Distill = Distill()
     grpo: GRPO = GRPO()
     workers: Positive | WorkerRange = Field(
         1,
@@ -256,8 +257,9 @@ class Training(Strict):
 
     @property
     def reference(self) -> str | None:
-        """The objective's reference model, where it names one; else the base is the reference."""
-        return getattr(getattr(self, self.objective, None), "reference", None)
+        """The objective's frozen model, a reference or a teacher, where it names one; else the base is the reference."""
+        block = getattr(self, self.objective, None)
+        return getattr(block, "reference", None) or getattr(block, "teacher", None)
 
     @property
     def models(self) -> dict[str, str]:
@@ -328,6 +330,8 @@ class Training(Strict):
                 f"`router_loss` is taken over whole rows, and sequence_parallel {self.sequence_parallel} gives a worker parts"
                 " of them; leave one of them out"
             )
+        if self.objective == "distill" and self.distill.teacher is None:
+            raise ValueError("objective distill learns what a teacher thinks; name one in `distill.teacher`, such as run:NAME")
         if self.objective == "grpo" and self.grpo.reward is None:
             raise ValueError(
                 "objective grpo learns from what a reward model says; name one in `grpo.reward`, such as run:NAME, or a function,"

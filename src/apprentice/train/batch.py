@@ -15,8 +15,8 @@ Two examples of 3 and 2 tokens in a row of 6, each with one answer token, and in
 and `places`, where the targets lie in the rows laid end to end, is [2 4 6]: (0, 2), (0, 4) and (1, 1). The loss of a target is
 computed at its own place in an encoder-decoder's answers, and one place before it in a causal model.
 
-The columns are described in `apprentice.data.window`. There is a batch type for each objective, and each loss takes its own. What
-the host must know of a batch is found before the batch goes to a GPU, since asking there would wait for all that is queued.
+The columns are described in `apprentice.data.row_columns`. What the host must know of a batch is found before it goes to a GPU,
+since asking there would wait for all that is queued.
 """
 
 from __future__ import annotations
@@ -61,6 +61,8 @@ class SupervisedBatch(NamedTuple):
     is_target: Tensor
     bounds: SequenceBounds | None = None
     places: Tensor | None = None
+    teacher_ids: Tensor | None = None  # for `distill`: a teacher's likeliest tokens at each target, (targets, k)
+    teacher_log_probs: Tensor | None = None  # (targets, k + 1): theirs, and that of all others
 
 
 class SequencePart(NamedTuple):
@@ -112,10 +114,9 @@ class PreferenceBatch(NamedTuple):
 
 
 class LabelledBatch(NamedTuple):
-    """Micro-batch of objective `kto`; `answers` numbers each token's answer, and what has one entry an answer is (answers,).
+    """Micro-batch of objective `kto`: as a `PreferenceBatch`, but with one answer an example.
 
-    `reference` has the log-probability of each answer under the reference model, float32; `desirable` its label, boolean.
-    `baseline` is the divergence from the reference that answers are compared with, in nats, float32 without dimensions.
+    `desirable` (answers,) are labels, boolean; `baseline` () is the divergence from the reference to compare with, in nats.
     """
 
     input_ids: Tensor
@@ -177,13 +178,8 @@ _TABLES = {name: name for name in ("input_ids", "positions", "segment_ids", "los
     "policy_log_probs": "written",
     "reference_log_probs": "held",
 }
-_RAGGED = {
-    "weights": "example_weights",
-    "reference": "reference",
-    "desirable": "desirable",
-    "advantages": "advantages",
-    "rewards": "rewards",
-}
+_BY_EXAMPLE = ("reference", "desirable", "advantages", "rewards", "teacher_ids", "teacher_log_probs")
+_RAGGED = {"weights": "example_weights"} | {name: name for name in _BY_EXAMPLE}
 
 
 @dataclass(frozen=True)
@@ -200,6 +196,8 @@ class PackedRows:
     target_segment_ids: NDArray[Any] | None = None
     weights: list[NDArray[Any]] | None = None  # each row's (examples,): loss weight of an example's target tokens
     reference: list[NDArray[Any]] | None = None  # preferences: each row's (answers,) log-probabilities of the reference
+    teacher_ids: list[NDArray[Any]] | None = None  # each row's (targets, k), laid end to end
+    teacher_log_probs: list[NDArray[Any]] | None = None  # each row's (targets, k + 1), likewise
     desirable: list[NDArray[Any]] | None = None  # labelled answers: each row's (examples,) labels
     # On-policy rounds: (rows, length) log-probability of each token under the policy that wrote it and under the reference model;
     # and each row's (replies,) advantages and rewards.
@@ -216,9 +214,7 @@ class PackedRows:
         names = ("window", "row", "examples", "example_tasks", "example_targets", "dropped")
         facts = [
             RowFacts(
-                *(int(window), int(row)),
-                *([*map(int, examples)], [*map(int, tasks)], [*map(int, targets)]),
-                json.loads(dropped) if dropped else {},
+                int(window), int(row), [*map(int, examples)], [*map(int, tasks)], [*map(int, targets)], json.loads(dropped or "{}")
             )
             for window, row, examples, tasks, targets, dropped in zip(*(columns[name] for name in names), strict=True)
         ]
@@ -313,10 +309,14 @@ class PackedRows:
             return self._replies(cut)
         ids, is_target, places = _tensor(self.input_ids[cut]), self._is_target(cut), self._places(cut)
         one_example = int(self.segment_ids[rows].max(initial=0)) <= 1
+        teacher: tuple[Tensor, ...] = ()
+        if self.teacher_ids is not None and self.teacher_log_probs is not None:
+            tables = (_concatenate(self.teacher_ids[rows]).long(), _concatenate(self.teacher_log_probs[rows]))
+            teacher = tuple(table.view(len(places), -1) if len(places) else table[:, None] for table in tables)
         if one_example:
-            return SupervisedBatch(ids, None, is_target, places=places)
+            return SupervisedBatch(ids, None, is_target, None, places, *teacher)
         positions = self.positions[cut]
-        return SupervisedBatch(ids, _tensor(positions), is_target, SequenceBounds.of(positions), places)
+        return SupervisedBatch(ids, _tensor(positions), is_target, SequenceBounds.of(positions), places, *teacher)
 
     def _seq2seq(self, cut: tuple[slice, slice]) -> Seq2SeqBatch:
         assert self.target_ids is not None

@@ -62,7 +62,7 @@ from apprentice.train.distributed.resources import (
     workers_that_fit,
 )
 from apprentice.train.distributed.row_streams.lane_streams import LaneConfig, LaneStreams, stream_options
-from apprentice.train.distributed.score_reference import compute_references
+from apprentice.train.distributed.score_reference import compute_references, compute_teacher
 from apprentice.train.distributed.validation_task import ValidationTask
 from apprentice.train.memory.measure import estimate_of_finished_run
 from apprentice.train.memory.model_size import measure_model_size
@@ -138,10 +138,12 @@ def _train(recipe: Recipe, run: Run, corpus: Corpus, lease: Lease, tracker: Trac
     newest = checkpoints.find_newest(run.checkpoints)
     attempts = 1
     try:
-        if newest is None or goal.reached(newest.state) < 1.0:
+        is_unfinished = newest is None or goal.reached(newest.state) < 1.0
+        if is_unfinished:
             run.update_status(state="training", steps=goal.steps)
-            if recipe.training.aim.reference:
-                corpus = _with_reference(recipe, run, corpus, tracker.show)
+        if is_unfinished or checkpoints.find_awaiting_validation(run.checkpoints):  # which reads the same rows
+            corpus = _with_frozen_model(recipe, run, corpus, tracker.show)
+        if is_unfinished:
             attempts = _fit(recipe, run, corpus, goal, tracker, lease.token, score)
         if checkpoints.find_awaiting_validation(run.checkpoints):
             with tracker.time.spending("validation"):
@@ -170,10 +172,20 @@ def make_goal(recipe: Recipe, corpus: Corpus) -> Goal:
     return Goal(steps, positions=positions_of_epochs(corpus))
 
 
-def _with_reference(recipe: Recipe, run: Run, corpus: Corpus, progress: Callable[[dict[str, Any]], None]) -> Corpus:
-    references = compute_references(recipe, run, corpus, workers_that_fit(recipe, node_resources()))
-    pairs = sum(len(reference.rows) for reference in references.values())
+def _with_frozen_model(recipe: Recipe, run: Run, corpus: Corpus, progress: Callable[[dict[str, Any]], None]) -> Corpus:
+    """The corpus with what the objective's reference or teacher says of its rows, if it has one."""
+    aim = recipe.training.aim
+    if not aim.reference and not aim.teacher:
+        return corpus
+    actors = workers_that_fit(recipe, node_resources())
     name = public_base(recipe.training.reference or recipe.model.base)
+    if aim.teacher:
+        teacher = compute_teacher(recipe, run, corpus, actors)
+        targets = sum(len(log_probs.ids) for log_probs in teacher.values())
+        progress({"message": f"the teacher, {name}, has given its log-probabilities at {targets:,} tokens"})
+        return replace(corpus, teacher=teacher)
+    references = compute_references(recipe, run, corpus, actors)
+    pairs = sum(len(reference.rows) for reference in references.values())
     progress({"message": f"the reference, {name}, has given its log-probabilities of {pairs:,} pairs"})
     return replace(corpus, reference=references)
 

@@ -66,7 +66,7 @@ class SequenceGroup:
 
 def cut_batch(batch: SupervisedBatch, rank: int, size: int) -> SequencePart:
     """Part `rank` of `size` equal parts of `batch`, whose rows are laid end to end and padded to a multiple of `size` tokens."""
-    ids, positions, is_target, bounds, _ = batch
+    ids, positions, is_target, bounds = batch[:4]
     rows, length = ids.shape
     if positions is None or bounds is None:  # every row is one example
         positions = torch.arange(length).expand(rows, length)

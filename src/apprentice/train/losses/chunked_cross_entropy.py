@@ -23,6 +23,15 @@ Reduction = Literal["sum", "none"]
 PROBE = 50.0  # largest of the numbers that show what a model does to its logits
 
 
+Labels = Any  # of some targets: what a criterion compares their logits with, and what `split(size)` cuts into parts
+Criterion = Callable[[Tensor, Labels, Reduction], Tensor]  # losses from logits (targets, vocabulary), float32
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, reduction: Reduction) -> Tensor:
+    """The criterion of token ids (targets,)."""
+    return F.cross_entropy(logits, labels, reduction=reduction)
+
+
 class TargetPlaces(NamedTuple):
     """Places whose hidden states predict targets, int64 (targets,), in rows of `length` tokens laid end to end."""
 
@@ -40,21 +49,24 @@ def chunked_cross_entropy(
     call: Callable[[], Tensor],
     head: nn.Module,
     places: TargetPlaces,
-    labels: Tensor,
+    labels: Labels,
     reduction: Reduction,
     *,
     size: int,
     finish: Callable[[Tensor], Tensor],
     casting: Callable[[], AbstractContextManager[Any]],
+    criterion: Criterion = cross_entropy,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Cross-entropy of `labels` (targets,) with the logits of a model at `places`, `size` targets at once.
+
+    Another `criterion` takes labels of its own.
 
     `call()` calls the model and gives its logits, for which the model calls its output layer `head` once. `finish` is what the
     model does to the logits of `head` afterwards, and `casting()` the context of automatic casts. Returns the sum (with reduction
     `none` one loss for each target), `probe`, and what the model made of `probe`, both (1, vocabulary): where the latter is not
     `finish(probe)`, the losses are wrong.
     """
-    chunks = _Chunks(head, labels, reduction, size, finish, casting)
+    chunks = _Chunks(head, labels, reduction, size, finish, casting, criterion)
     results: list[tuple[Tensor, Tensor]] = []
 
     def forward(hidden: Tensor, *_: Any) -> Tensor:
@@ -80,29 +92,31 @@ class _Chunks:
     def __init__(
         self,
         head: nn.Module,
-        labels: Tensor,
+        labels: Labels,
         reduction: Reduction,
         size: int,
         finish: Callable[[Tensor], Tensor],
         casting: Callable[[], AbstractContextManager[Any]],
+        criterion: Criterion,
     ) -> None:
         self.parameters = [parameter for parameter in head.parameters() if parameter.requires_grad]
         self.reduction = reduction
         self.probe: Tensor  # set by `loss`
+        self._criterion = criterion
         self._logits: Callable[[Tensor], Tensor] = head.forward
         self._labels, self._size, self._finish, self._casting = labels.split(size), size, finish, casting
 
-    def split(self, states: Tensor) -> list[tuple[Tensor, Tensor]]:
+    def split(self, states: Tensor) -> list[tuple[Tensor, Labels]]:
         """The (states, labels) of each chunk; the states are leaves of a graph of their own."""
         parts = states.detach().split(self._size)
         return [(part.requires_grad_(), labels) for part, labels in zip(parts, self._labels, strict=True)]
 
-    def loss(self, states: Tensor, labels: Tensor) -> Tensor:
+    def loss(self, states: Tensor, labels: Labels) -> Tensor:
         """Loss of one chunk; `states` is (targets, hidden)."""
         with self._casting():
             logits = self._logits(states)
             self.probe = torch.linspace(-PROBE, PROBE, logits.shape[-1], dtype=logits.dtype, device=logits.device)[None]
-            return F.cross_entropy(self._finish(logits).float(), labels, reduction=self.reduction)
+            return self._criterion(self._finish(logits).float(), labels, self.reduction)
 
     def joined(self, losses: Sequence[Tensor]) -> Tensor:
         """The losses of all chunks as one tensor."""

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from apprentice.recipe import Training
+from apprentice.train.losses.distill import DistillationLoss
 from apprentice.train.losses.grpo import PolicyLoss
 from apprentice.train.losses.kto import KTOLoss
 from apprentice.train.losses.objective_loss import ObjectiveLoss
@@ -35,6 +36,7 @@ LOSSES: Mapping[str, Callable[[nn.Module, Training, torch.dtype | None], Objecti
     "simpo": lambda model, training, compute: SimPOLoss(model, training.simpo, compute),
     "orpo": lambda model, training, compute: ORPOLoss(model, training.orpo, compute),
     "kto": lambda model, training, compute: KTOLoss(model, training.kto, compute),
+    "distill": lambda model, training, compute: DistillationLoss(model, training.distill, compute),
     "reward": lambda model, _, compute: RewardLoss(model, compute),
     "grpo": lambda model, training, compute: PolicyLoss(model, training.grpo, compute),
 }

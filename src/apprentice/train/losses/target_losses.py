@@ -17,14 +17,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from apprentice.errors import RecipeError
 from apprentice.models.attention import is_flat
 from apprentice.models.t5_segments import T5_SEGMENTS, add_bias_by_distance
 from apprentice.train.batch import Seq2SeqBatch, target_places
 from apprentice.train.compat import attention_name
-from apprentice.train.losses.chunked_cross_entropy import Reduction, TargetPlaces, chunked_cross_entropy
+from apprentice.train.losses.chunked_cross_entropy import (
+    Criterion,
+    Labels,
+    Reduction,
+    TargetPlaces,
+    chunked_cross_entropy,
+    cross_entropy,
+)
 from apprentice.train.sequence_bounds import ExampleSizes, SequenceBounds
 
 CHUNK_NUMBERS = 2**26  # logits computed at once: 256 MiB in float32
@@ -73,9 +79,27 @@ class TargetLosses:
         length = arguments["input_ids"].shape[1]
         return self._losses(lambda: self.logits(**arguments), TargetPlaces(places - 1, length), labels, reduction)
 
-    def at_places(self, arguments: Mapping[str, Any], places: TargetPlaces, labels: Tensor, reduction: Reduction) -> Tensor:
+    def at_places(
+        self,
+        arguments: Mapping[str, Any],
+        places: TargetPlaces,
+        labels: Labels,
+        reduction: Reduction,
+        criterion: Criterion = cross_entropy,
+    ) -> Tensor:
         """Losses of `labels` (targets,), predicted at `places`, in a call of the model with `arguments`."""
-        return self._losses(lambda: self.logits(**arguments), places, labels, reduction)
+        return self._losses(lambda: self.logits(**arguments), places, labels, reduction, criterion)
+
+    def logits_at(self, arguments: Mapping[str, Any], places: TargetPlaces) -> Tensor:
+        """Logits (targets, vocabulary) at `places`, in a call of the model with `arguments` that computes no others."""
+        head = self._model.get_output_embeddings()
+        if head is None:
+            return places.take(self.logits(**arguments))
+        hook = head.register_forward_pre_hook(lambda _, inputs: (places.take(inputs[0]), *inputs[1:]))
+        try:
+            return self.logits(**arguments)
+        finally:
+            hook.remove()
 
     def seq2seq(self, batch: Seq2SeqBatch, reduction: Reduction) -> Tensor:
         """Losses of an encoder-decoder's targets. Raises `RecipeError` for packed rows with prefix or prompt tuning."""
@@ -147,8 +171,15 @@ class TargetLosses:
 
         return call
 
-    def _losses(self, call: Callable[[], Tensor], places: TargetPlaces, labels: Tensor, reduction: Reduction) -> Tensor:
-        """Cross-entropy of `labels` (targets,) with the logits of `call()` at `places`.
+    def _losses(
+        self,
+        call: Callable[[], Tensor],
+        places: TargetPlaces,
+        labels: Labels,
+        reduction: Reduction,
+        criterion: Criterion = cross_entropy,
+    ) -> Tensor:
+        """Cross-entropy of `labels` (targets,), or another criterion, with the logits of `call()` at `places`.
 
         The sum, or with reduction `none` one loss for each place, in order. `call()` calls the output layer once, whatever the
         number of targets. The losses are computed there, in chunks, if `_finish_logits` is all that the model does to its logits
@@ -158,20 +189,21 @@ class TargetLosses:
         """
         head = self._model.get_output_embeddings()
         if head is None:
-            return F.cross_entropy(places.take(call()).float(), labels, reduction=reduction)
+            return criterion(places.take(call()).float(), labels, reduction)
         if not self._in_chunks or next(head.children(), None) is not None:
             hook = head.register_forward_pre_hook(lambda _, arguments: (places.take(arguments[0]), *arguments[1:]))
             try:
-                return F.cross_entropy(call().float(), labels, reduction=reduction)
+                return criterion(call().float(), labels, reduction)
             finally:
                 hook.remove()
         size = max(1, CHUNK_NUMBERS // self._model.config.get_text_config().vocab_size)
         settings: dict[str, Any] = {"size": size, "finish": self._finish_logits, "casting": self.casting}
+        settings["criterion"] = criterion
         losses, probe, finished = chunked_cross_entropy(call, head, places, labels, reduction, **settings)
         if not self._probed:
             same = torch.allclose(self._finish_logits(probe).float(), finished.float(), rtol=1e-3, atol=1e-3)
             self._probed, self._in_chunks = True, same
-        return losses if self._in_chunks else self._losses(call, places, labels, reduction)
+        return losses if self._in_chunks else self._losses(call, places, labels, reduction, criterion)
 
     def _finish_logits(self, logits: Tensor) -> Tensor:
         """The model's processing of logits after the output layer, as far as it is known here: soft capping."""
