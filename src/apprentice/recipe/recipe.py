@@ -185,6 +185,8 @@ class Recipe(Strict):
     def _teacher_fits(self) -> Self:
         if not self.training.aim.teacher:
             return self
+        if self.training.distill.teacher is None:
+            raise ValueError("objective distill learns what a teacher thinks; name one in `distill.teacher`, such as run:NAME")
         if self.data.formats.zero_shot != 1.0:
             raise ValueError("objective distill shows no exemplars and inverts nothing; leave out data.formats")
         if self.data.qualities is not None:

@@ -330,8 +330,6 @@ class Training(Strict):
                 f"`router_loss` is taken over whole rows, and sequence_parallel {self.sequence_parallel} gives a worker parts"
                 " of them; leave one of them out"
             )
-        if self.objective == "distill" and self.distill.teacher is None:
-            raise ValueError("objective distill learns what a teacher thinks; name one in `distill.teacher`, such as run:NAME")
         if self.objective == "grpo" and self.grpo.reward is None:
             raise ValueError(
                 "objective grpo learns from what a reward model says; name one in `grpo.reward`, such as run:NAME, or a function,"
