@@ -55,6 +55,7 @@ REPORT = {
 def test_what_is_exported_loads_and_says_what_it_is(run: Run, tmp_path: Path) -> None:
     run.report.make()
     (run.report / "report.json").write_json(REPORT)
+    run.update_status(time={"seconds": {"steps": 80.0, "lost_steps": 20.0}, "faults": 1})
     result = pipeline.export_run("tiny", str(tmp_path / "out" / "model"), storage=str(tmp_path / "runs"))
     place = tmp_path / "out" / "model"
     assert result["folder"] == str(place)
@@ -78,6 +79,7 @@ def test_what_is_exported_loads_and_says_what_it_is(run: Run, tmp_path: Path) ->
     assert "| `sst2` (held out) | accuracy | 50.0 | 62.5 |" in lines
     assert "| `trec` | accuracy | – | – |" in lines
     assert "1,200 examples with 3,456 tokens of answers." in card
+    assert "Where the training's time went: goodput 80.0%, 1 fault; of 100 s: steps 80.0%, lost steps 20.0%." in card
     assert "on 8 validation rows: the log-probabilities of 123 tokens differ by 3.1e-03 nats in the mean" in card
     shown = yaml.safe_load(card.split("```yaml\n")[1].split("```")[0])
     assert shown["tuning"] == {"rank": 4}

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from apprentice import __version__
-from apprentice.evaluate.report.run_history import export_sentence
+from apprentice.evaluate.report.run_history import export_sentence, time_sentence
 from apprentice.recipe import Recipe
 from apprentice.run.contract import PromptContract
 from apprentice.tasks.exposure import exposure_in, exposures
@@ -30,17 +30,18 @@ def model_card(
     held_out: set[str] | frozenset[str],
     kind: str,
     equivalence: str = "",
+    time: Mapping[str, Any] | None = None,
 ) -> str:
     """README.md, in Markdown with the hub's metadata before it; `kind` is `text-generation` or `text2text-generation`.
 
-    `equivalence` says how far the files are from the run's model.
+    `equivalence` says how far the files are from the run's model; `time` is the run's ledger of time, as status.json has it.
     """
     parts = [
         _metadata(contract, tasks, held_out, kind),
         f"# {recipe.name}",
         _origin(recipe, contract),
         _speaking(contract),
-        _training(recipe, ledger, exported, equivalence),
+        _training(recipe, ledger, exported, " ".join(filter(None, (equivalence, time_sentence(time))))),
         _data(ledger, tasks, held_out),
         _scores(report),
         _licences(contract, tasks, held_out),
@@ -77,12 +78,12 @@ def _speaking(contract: PromptContract) -> str:
     )
 
 
-def _training(recipe: Recipe, ledger: Mapping[str, Any], exported: Mapping[str, Any] | None, equivalence: str) -> str:
+def _training(recipe: Recipe, ledger: Mapping[str, Any], exported: Mapping[str, Any] | None, sentences: str) -> str:
     content = recipe.model_dump(mode="json", exclude_defaults=True, exclude={"storage": True, "data": {"root"}})
     text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True).strip()
     seen = f"{ledger['examples']:,} examples with {ledger['target_tokens']:,} tokens of answers."
     compared = export_sentence(exported) or f"How far these weights are from the trained ones is {UNKNOWN}."
-    compared = f"{compared} {equivalence}".strip()
+    compared = f"{compared} {sentences}".strip()
     return f"## Training\n\n{seen} {compared}\n\nThe recipe, without what is at its default:\n\n```yaml\n{text}\n```"
 
 

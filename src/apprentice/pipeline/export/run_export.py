@@ -110,4 +110,5 @@ def _card(run: Run, contract: PromptContract, certificate: EquivalenceCertificat
         held_out,
         kind,
         certificate.sentence(),
+        run.status().get("time"),
     )
