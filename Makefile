@@ -87,6 +87,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	@$(PIP) install -c constraints.txt -e '.[dev]'
+	@$(PIP) install --upgrade --no-deps -c constraints.txt --target $(VENV)/qlora bitsandbytes # peft would import it in each process
 	@touch $@
 
 $(VENV)/bin/python:

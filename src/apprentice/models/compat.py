@@ -1,4 +1,4 @@
-"""Private API of transformers that loading uses, with the version it was read in.
+"""Private API of transformers and bitsandbytes that loading uses, with the version it was read in.
 
 tests/models/test_compat.py fails where it is gone or means something else.
 """
@@ -23,6 +23,17 @@ def set_implementations(config: Any, attention: str | None) -> None:
     `_attn_implementation` of the folder's config.json overrules it.
     """
     config._attn_implementation, config._experts_implementation = attention, None
+
+
+def keep_weights_as_stored(model: Any) -> None:
+    """Keeps the linear layers in 4 bits of `model` from repacking their weights for a CPU's AVX512-BF16 (bitsandbytes 0.50).
+
+    They would at the first forward pass in evaluation mode, and then compute in bfloat16 for good: training would go on with other
+    weights after its first validation than before.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 class AttentionSupport(NamedTuple):

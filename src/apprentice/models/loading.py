@@ -24,7 +24,7 @@ from transformers.utils import logging as transformers_logging
 
 from apprentice.errors import ModelError, RecipeError
 from apprentice.models.attention import PackedCompute, check_shared_rows, choose_attention
-from apprentice.models.compat import config_of_class, model_class_of, set_implementations
+from apprentice.models.compat import config_of_class, keep_weights_as_stored, model_class_of, set_implementations
 from apprentice.models.tuning import bottleneck as adapters
 from apprentice.models.weights.safetensors_reader import read_header, weight_files
 from apprentice.models.weights.splitter import ModelSplitter
@@ -83,7 +83,7 @@ def load_model(
     """Loads the model `base` (folder, hub id or packaged model) on the CPU, in evaluation mode.
 
     `apprentice.pretrained.architecture` decides whether it is causal or sequence-to-sequence. An adapter exported beside the
-    weights is attached. `four_bit` quantizes the weights to NF4, which needs a GPU. `head` loads a reward model instead; if the
+    weights is attached. `four_bit` quantizes the weights to NF4, by bitsandbytes. `head` loads a reward model instead; if the
     folder has none, the output layer is initialised with `head` as seed. `packed` says where packed rows will run through it; None
     means any other purpose, for which `attention` `auto` and `flash` are the architecture's default. With a `splitter` the model is
     split as it is built, which `find_split_obstacle` must allow; then `weights` may name another place of the files with the
@@ -114,6 +114,8 @@ def load_model(
         with torch.random.fork_rng():
             torch.manual_seed(head or 0)
             model, missing_keys = _load_weights(loader, folder, config, dtype, options, splitter, weights)
+            if four_bit:
+                keep_weights_as_stored(model)
     except (OSError, ValueError, ImportError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ModelError(f"{folder} cannot be loaded as a {FAMILIES[family]}: {reason}") from error

@@ -74,7 +74,7 @@ def check_workers(lookup: RecipeLookup) -> str:
     recipe, folder = lookup.recipe, lookup.model_folder
     on_gpu = recipe.training.resources.gpus > 0
     check_dtype(recipe.model.dtype, folder, on_gpu=on_gpu)
-    check_tuning(recipe.tuning, on_gpu=on_gpu)
+    check_tuning(recipe.tuning)
     parameters = count_parameters(folder)
     dtype = resolve_dtype(recipe.model.dtype, "cuda" if on_gpu else "cpu")
     ask = required_resources(recipe, parameters, dtype)

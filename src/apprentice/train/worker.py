@@ -181,7 +181,7 @@ def _set_up(
     recipe, length = config.recipe, config.row_length
     training, on_gpu = recipe.training, device.type != "cpu"
     check_dtype(recipe.model.dtype, local_folder(recipe.model.base), on_gpu=on_gpu)
-    check_tuning(recipe.tuning, on_gpu=on_gpu)
+    check_tuning(recipe.tuning)
     limit = config.largest_micro_batch if training.micro_batch == "auto" else None
     if limit is None:
         micro = choose_micro_batch(training, workers=collectives.workers, length=length, on_gpu=on_gpu)

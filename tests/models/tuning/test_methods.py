@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
@@ -128,11 +130,13 @@ def test_what_cannot_be_merged_loads_from_beside_the_weights(name: str, method: 
     assert 0 < share < 0.2
 
 
-def test_four_bits_need_a_gpu() -> None:
-    with pytest.raises(RecipeError, match=r"qlora keeps the base model in 4 bits, .*use lora"):
-        check_tuning(Tuning(method="qlora"), on_gpu=False)
-    check_tuning(Tuning(method="qlora"), on_gpu=True)
-    check_tuning(Tuning(method="lora"), on_gpu=False)
+@pytest.mark.parametrize("is_installed", [False, True])
+def test_four_bits_need_bitsandbytes(is_installed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = ModuleSpec("bitsandbytes", None) if is_installed else None
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: found)
+    with nullcontext() if is_installed else pytest.raises(RecipeError, match=r"bitsandbytes, which is not installed; .*use lora"):
+        check_tuning(Tuning(method="qlora"))
+    check_tuning(Tuning(method="lora"))
 
 
 def test_other_weights_are_refused(tiny_model: Path) -> None:

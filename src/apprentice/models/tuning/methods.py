@@ -6,6 +6,7 @@ the same for all. Trainable parameters are those with `requires_grad`.
 
 from __future__ import annotations
 
+import importlib.util
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -137,12 +138,12 @@ TUNING_METHODS: dict[str, TuningMethod] = {
 }
 
 
-def check_tuning(tuning: Tuning, *, on_gpu: bool) -> None:
-    """Raises `RecipeError` for a method in 4 bits without a GPU."""
-    if TUNING_METHODS[tuning.method].four_bit and not on_gpu:
+def check_tuning(tuning: Tuning) -> None:
+    """Raises `RecipeError` for a method in 4 bits where bitsandbytes is not installed."""
+    if TUNING_METHODS[tuning.method].four_bit and importlib.util.find_spec("bitsandbytes") is None:
         raise RecipeError(
-            f"tuning.method {tuning.method} keeps the base model in 4 bits, which only GPUs compute with, and"
-            " training.resources.gpus is 0; use lora, or give each worker a GPU."
+            f"tuning.method {tuning.method} keeps the base model in 4 bits by the package bitsandbytes, which is not installed;"
+            " pip install 'apprentice[qlora]', or use lora."
         )
 
 
