@@ -8,11 +8,13 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
-from apprentice.errors import ModelError
+from apprentice.errors import ModelError, ResourcesError
 from apprentice.inference.generation_request import NotFiniteError
 from apprentice.model_pool import vllm_model
-from apprentice.model_pool.vllm_arguments import vllm_arguments
+from apprentice.model_pool.host_memory import GIB
+from apprentice.model_pool.vllm_arguments import find_free_share, vllm_arguments
 from apprentice.model_pool.vllm_model import VllmModel
 from tests.support.big_models import big_llama
 from tests.support.vllm_signatures import NAMES, SamplingParams
@@ -78,10 +80,19 @@ class StandInLLM:
         if self.failure is not None:
             raise self.failure
         type(self).made = arguments
+        self.calls: list[Any] = []
+        self.samplings: list[SamplingParams] = []
 
-    def generate(self, prompts: list[dict[str, Any]], sampling: SamplingParams, *, use_tqdm: bool) -> list[Any]:
+    def collective_rpc(self, method: str, *, kwargs: dict[str, Any]) -> None:
+        self.calls.append((method, kwargs))
+
+    def reset_prefix_cache(self) -> None:
+        self.calls.append(("reset_prefix_cache", {}))
+
+    def generate(self, prompts: list[dict[str, Any]], samplings: list[SamplingParams], *, use_tqdm: bool) -> list[Any]:
         outputs = []
-        for prompt in (prompt["prompt_token_ids"] for prompt in prompts):
+        for prompt, sampling in zip((prompt["prompt_token_ids"] for prompt in prompts), samplings, strict=True):
+            self.samplings.append(sampling)
             ids = [prompt[0], 2][: sampling.max_tokens]
             scores = [{id: SimpleNamespace(logprob=self.logprob)} for id in ids]
             reply = SimpleNamespace(token_ids=ids, logprobs=scores, finish_reason="stop" if ids[-1] == 2 else "length")
@@ -96,6 +107,8 @@ def model(monkeypatch: pytest.MonkeyPatch, tiny_model: Path) -> VllmModel:
     vars(module).update({"LLM": StandInLLM, "SamplingParams": SamplingParams})
     monkeypatch.setitem(sys.modules, "vllm", module)
     monkeypatch.setattr(vllm_model, "guard_children", lambda: None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda number: ((76 - 32 * number) * GIB, 80 * GIB))
     for name in ("VLLM_NO_USAGE_STATS", "VLLM_LOGGING_LEVEL", "VLLM_ALLOW_LONG_MAX_MODEL_LEN"):
         monkeypatch.setenv(name, "1")
     return VllmModel(tiny_model, device="cuda", dtype="bfloat16", context=600, threads=1, tensor_parallel=2)
@@ -107,6 +120,26 @@ def test_a_worker_gives_vllm_its_gpus_and_limits(model: VllmModel) -> None:
     assert model.generate([[5, 6], [7]], max_new_tokens=4, stop_ids={2}) == [[5], [7]]
     assert model.generate([[5, 6]], max_new_tokens=1, stop_ids={2}) == [[5]]
     assert model.generate([], max_new_tokens=1, stop_ids={2}) == []
+
+
+def test_it_takes_what_is_free_of_the_gpu_with_the_least(model: VllmModel, tmp_path: Path) -> None:
+    """Of 80 GiB 44 are free on the second; one stays for the process's context. Where nearly all is free, vLLM's share stays."""
+    assert StandInLLM.made["gpu_memory_utilization"] == round(43 / 80, 3)
+    assert find_free_share(3 * GIB) == 40 / 80
+    folder = big_llama(tmp_path, "1b")
+    assert "gpu_memory_utilization" not in vllm_arguments(folder, device="cuda", **SETTINGS, free_share=0.97)
+    assert vllm_arguments(folder, device="cuda", **SETTINGS, engines=2, free_share=0.3)["gpu_memory_utilization"] == 0.3
+    with pytest.raises(ResourcesError, match=r"^44\.0 of a GPU's 80\.0 GiB are free, and what runs there beside vLLM needs 51\.0;"):
+        find_free_share(50 * GIB)
+
+
+def test_replies_are_sampled_with_seeds_and_new_weights_end_old_keys_and_values(model: VllmModel, tmp_path: Path) -> None:
+    replies = model.sample([[5, 6], [7]], [3, 2**63 + 4], max_new_tokens=4, stop_ids={2})
+    assert replies == [([5, 2], True), ([7, 2], True)]
+    assert [(each.seed, each.temperature, each.stop_token_ids) for each in model._llm.samplings] == [(3, 1.0, [2]), (4, 1.0, [2])]
+    assert model.sample([[5, 6]], [1], max_new_tokens=1, stop_ids={2}) == [([5], False)]
+    model.load_weights(tmp_path)
+    assert model._llm.calls == [("reload_weights", {"weights_path": str(tmp_path)}), ("reset_prefix_cache", {})]
 
 
 def test_choices_are_scored_by_their_own_tokens_in_order(model: VllmModel) -> None:

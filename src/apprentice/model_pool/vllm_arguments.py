@@ -10,11 +10,15 @@ import os
 from pathlib import Path
 from typing import Any, Literal
 
-from apprentice.errors import ModelError
+import torch
+
+from apprentice.errors import ModelError, ResourcesError
+from apprentice.model_pool.host_memory import GIB
 from apprentice.models.loading import resolve_dtype
 from apprentice.pretrained.architecture import kv_values_per_token, model_config
 
 BLOCK_TOKENS = 128  # in one of vLLM's KV blocks on a CPU; a GPU's blocks are smaller
+CONTEXT_BYTES = 1 << 30  # of CUDA and NCCL in each of vLLM's processes, an assumption
 GPU_SHARE = 0.92  # of a GPU's memory that vLLM takes for weights, activations and KV cache together; its own default
 
 
@@ -29,11 +33,13 @@ def vllm_arguments(
     trust: bool,
     tensor_parallel: int = 1,
     engines: int = 1,
+    free_share: float = 1.0,
 ) -> dict[str, Any]:
     """Arguments for the model in `folder`, which is split over `tensor_parallel` GPUs, or processes on a CPU.
 
     `kv_bytes` is the memory for keys and values of the whole model; None takes, on GPUs, what the weights leave free, shared by
-    `engines` engines in equal parts, and on CPUs `max_running` contexts of `context` tokens.
+    `engines` engines in equal parts, and on CPUs `max_running` contexts of `context` tokens. `free_share` is the part of a GPU's
+    memory that may be taken at most, as `find_free_share` gives it.
     """
     kind = resolve_dtype(dtype, device)
     arguments: dict[str, Any] = {
@@ -50,14 +56,31 @@ def vllm_arguments(
         arguments["kv_cache_memory_bytes"] = _kv_bytes(
             folder, kind.itemsize, max_running * context_in_blocks(context), tensor_parallel
         )
-    if device == "cuda" and engines > 1:
+    share = min(GPU_SHARE / engines, free_share)
+    if device == "cuda" and share < GPU_SHARE:
         # With `kv_bytes`, too: an engine does not start where less than this share of the GPU is free.
-        arguments["gpu_memory_utilization"] = round(GPU_SHARE / engines, 3)
+        arguments["gpu_memory_utilization"] = round(share, 3)
     if tensor_parallel > 1:
         # Named, because vLLM would take Ray's workers in a placement group, and they want a bundle for each GPU. The GPUs of one
         # node are one bundle here: processes beside each other need no Ray between them.
         arguments |= {"tensor_parallel_size": tensor_parallel, "distributed_executor_backend": "mp"}
     return arguments
+
+
+def find_free_share(others: int = 0) -> float:
+    """The part of the memory of this process's GPUs that an engine may take: what is free now, but for `others` bytes.
+
+    Of the GPU with the least. Raises `ResourcesError` where nothing is left.
+    """
+    sizes = [torch.cuda.mem_get_info(number) for number in range(torch.cuda.device_count())]
+    free, total = min(sizes, key=lambda size: size[0] / size[1])
+    share = (free - others - CONTEXT_BYTES) / total
+    if share <= 0:
+        raise ResourcesError(
+            f"{free / GIB:.1f} of a GPU's {total / GIB:.1f} GiB are free, and what runs there beside vLLM needs"
+            f" {(others + CONTEXT_BYTES) / GIB:.1f}; end what else holds its memory, or use serving.engine transformers."
+        )
+    return share
 
 
 def context_in_blocks(context: int) -> int:

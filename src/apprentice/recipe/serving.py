@@ -37,7 +37,7 @@ class Serving(Strict):
     )
     tensor_parallel: Positive = Field(
         1,
-        description="GPUs of one node that vLLM splits each copy of the model over, in serve, predict and evaluate.",
+        description="GPUs of one node that vLLM splits each copy of the model over: serve, predict, evaluate, GRPO's replies.",
     )
     kv_memory_gb: Annotated[float, Field(gt=0.0)] | None = Field(
         None,

@@ -8,16 +8,21 @@ from typing import Any
 
 import pytest
 
+from apprentice.data.stream import Start
 from apprentice.errors import ResourcesError
-from apprentice.model_pool import actors
+from apprentice.model_pool import actors, engine_choice
 from apprentice.model_pool.host_memory import GIB
 from apprentice.models.loading import count_parameters
 from apprentice.recipe import Recipe, load_recipe
 from apprentice.run.folder import Run
 from apprentice.storage import Folder
 from apprentice.train.distributed import score_reference, validation_task
+from apprentice.train.distributed.resources import check_resources, required_resources
 from apprentice.train.distributed.validation_task import ValidationTask
 from apprentice.train.on_policy import rollout_stream
+from apprentice.train.on_policy.rollout import weight_bytes_of_writer
+from apprentice.train.on_policy.writer_engine import describe_writers
+from tests.support.on_policy import round_recipe
 from tests.support.recipes import tiny_recipe
 
 
@@ -79,4 +84,27 @@ def test_a_writer_of_replies_holds_the_policy_the_reward_model_and_the_reference
 ) -> None:
     grpo = recipe.training.grpo.model_copy(update={"reward": str(tiny_model), "beta": beta})
     made = recipe.model_copy(update={"training": recipe.training.model_copy(update={"grpo": grpo})})
-    assert rollout_stream._weight_bytes(made) == models * 4 * count_parameters(tiny_model)
+    assert weight_bytes_of_writer(made) == models * 4 * count_parameters(tiny_model)
+
+
+@pytest.mark.parametrize(("is_installed", "gpus"), [(True, 4), (False, 1)])
+def test_a_writer_reserves_the_gpus_that_vllm_splits_the_policy_over(
+    is_installed: bool, gpus: int, tmp_path: Path, tiny_model: Path, dataset: RecordingDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = {"serving__tensor_parallel": 4, "training__resources": {"gpus": 1}, "training__grpo__reward": str(tiny_model)}
+    made = load_recipe(round_recipe(tmp_path, tiny_model, **changes))
+    monkeypatch.setattr(engine_choice.importlib.util, "find_spec", lambda _: is_installed or None)
+    monkeypatch.setattr(engine_choice, "_check_heads", lambda *_: None)  # the tiny model has two
+    monkeypatch.setattr(actors, "node_resources", lambda: [{"CPU": 64.0, "GPU": 8.0, "memory": 64.0 * GIB}])
+    monkeypatch.setattr(rollout_stream, "repartition_by_step", lambda rows, _: rows)
+    rollout_stream.stream_rounds(SimpleNamespace(recipe=made), None, Start(0, 0))  # type: ignore[arg-type]
+    assert dataset.options["num_gpus"] == gpus
+    engine = dataset.options["fn_constructor_args"][-1]
+    assert (engine.choice.name, engine.tensor_parallel) == (("vllm", 4) if is_installed else ("transformers", 1))
+    assert ("package vllm, which is not installed" in describe_writers(made, engine)) is not is_installed
+    asked = required_resources(made)
+    assert asked.data_gpus == gpus
+    assert asked.bundles()[2:3] == [{"CPU": 1.0, "GPU": float(gpus)}]
+    if is_installed:
+        with pytest.raises(ResourcesError, match=r"writes replies asks for 4 GPUs of one node .*, and the largest node has 3"):
+            check_resources(asked, [{"CPU": 8.0, "GPU": 3.0}] * 3)

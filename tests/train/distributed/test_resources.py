@@ -109,7 +109,7 @@ def test_an_autoscaler_is_asked_for_workers_writers_and_the_data() -> None:
     request = required_resources(recipe(resources={"cpus": 8, "gpus": 1}))
     assert request.bundles() == [{"CPU": 8.0, "GPU": 1.0}] * 2 + [{"CPU": 1.0}] * 2
     assert required_resources(recipe()).bundles() == [{"CPU": 1.0}] * 4
-    writing = replace(request, data_cpus=3 * 8 + 1, data_gpus=3)
+    writing = replace(request, data_cpus=3 * 8 + 1, data_gpus=3, writers=3)
     assert writing.bundles() == [{"CPU": 8.0, "GPU": 1.0}] * 5 + [{"CPU": 1.0}]
     total = {name: sum(bundle.get(name, 0) for bundle in writing.bundles()) for name in ("CPU", "GPU")}
     check_resources(writing, [total] * 1)

@@ -11,19 +11,25 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from apprentice.data.corpus import Corpus, make_corpus
 from apprentice.data.stream import arrow_table
 from apprentice.data.window import WindowRenderer
+from apprentice.model_pool.engine_choice import EngineChoice
 from apprentice.models.loading import load_model
 from apprentice.models.reward import choice_rewards
+from apprentice.models.tuning.methods import trainable_parameters
 from apprentice.recipe import load_recipe
 from apprentice.recipe.round import Round
 from apprentice.run.folder import Run, open_run
 from apprentice.train.batch import PackedRows
+from apprentice.train.checkpoint.restore import restore_model
 from apprentice.train.losses.grpo import PolicyLoss, advantages
+from apprentice.train.on_policy import rollout
 from apprentice.train.on_policy.reply_rewards import ReplyRewards
 from apprentice.train.on_policy.rollout import RoundWriter
+from apprentice.train.on_policy.writer_engine import WriterEngine
 from tests.support.on_policy import round_recipe
 
 
@@ -242,3 +248,40 @@ def test_passes_and_parts_hold_the_same_replies(corpus: Corpus, tiny_model: Path
     once = sorted(bytes(reply["input_ids"]) for reply in replies_of(rows))
     rollout_ids = sorted(bytes(reply["input_ids"]) for part in parts for reply in replies_of(part))
     assert rollout_ids == sorted(once + once)
+
+
+class RecordingVllm:
+    """Stands for `VllmModel`: replies to each prompt with one token and the stop id, and keeps what it is given."""
+
+    def __init__(self, folder: Path, **settings: Any) -> None:
+        self.settings, self.weights, self.prompts = settings, [load_file(folder / "model.safetensors")], []
+
+    def load_weights(self, folder: Path) -> None:
+        self.weights.append(load_file(folder / "model.safetensors"))
+
+    def sample(self, prompts: Any, seeds: Any, *, max_new_tokens: int, stop_ids: Any) -> list[tuple[list[int], bool]]:
+        self.prompts.append(list(zip(prompts, seeds, strict=True)))
+        return [([9, next(iter(stop_ids))], True) for _ in prompts]
+
+
+def test_vllm_writes_with_the_weights_of_each_rounds_snapshot(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It starts once; the adapter is merged into what it is given. The log-probabilities are our model's."""
+    monkeypatch.setattr(rollout, "VllmModel", RecordingVllm)
+    engine = WriterEngine(EngineChoice("vllm", "asked for"), 2.0, is_split=True)
+    writer = RoundWriter(corpus, torch.device("cpu"), engine)
+    first = writer.rows(0, 0, None)
+    vllm: Any = writer._vllm
+    assert vllm.settings["tensor_parallel"] == 2
+    assert vllm.settings["context"] == corpus.recipe.data.max_length
+    assert vllm.settings["others"] > 2 * 2**30
+    assert len({seed for _, seed in vllm.prompts[0]}) == len(vllm.prompts[0]) == 32
+    assert (first["written"] != 0).sum() == 2 * 32
+    model = restore_model(corpus.recipe, None, torch.float32)
+    trained = {f"weight/{name}": torch.full_like(value, 0.02) for name, value in trainable_parameters(model).items()}
+    writer.rows(1, 0, trained.__getitem__)
+    assert writer._vllm is vllm
+    base, again, merged = vllm.weights
+    assert all(torch.equal(base[name], again[name]) for name in base)
+    assert merged.keys() == base.keys()
+    changed = {name for name in base if not torch.equal(base[name], merged[name])}
+    assert changed == {name for name in base if "proj" in name}

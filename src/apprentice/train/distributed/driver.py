@@ -70,6 +70,7 @@ from apprentice.train.metrics.backends import open_backends
 from apprentice.train.metrics.samples import SampleReplies
 from apprentice.train.metrics.time_keeper import TimeKeeper
 from apprentice.train.metrics.tracker import Tracker
+from apprentice.train.on_policy.writer_engine import choose_writer_engine, describe_writers
 from apprentice.train.state import Goal
 from apprentice.train.worker_config import WorkerConfig
 
@@ -201,6 +202,8 @@ def _find_resources(recipe: Recipe, tell: Callable[[str], None]) -> None:
     request = required_resources(recipe, count_parameters(local_folder(recipe.model.base)), dtype)
     request_nodes(request.bundles(), partial(has_resources, request), tell)
     check_resources(request, node_resources())
+    if recipe.training.aim.rounds and (request.gpus or recipe.serving.tensor_parallel > 1):
+        tell(describe_writers(recipe, choose_writer_engine(recipe)))
 
 
 def _validation_task(recipe: Recipe, run: Run, corpus: Corpus, score: Score | None) -> ValidationTask:

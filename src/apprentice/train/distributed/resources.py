@@ -16,6 +16,7 @@ from apprentice.errors import ResourcesError
 from apprentice.model_pool.host_memory import largest_memory
 from apprentice.recipe import Recipe
 from apprentice.train.memory.estimate import PROCESS_BYTES, estimate_memory
+from apprentice.train.on_policy.writer_engine import choose_writer_engine
 
 # CPUs beside the workers: one for Ray Data's tasks, and one for each lane's actor that makes rows. With one for both, tasks and
 # actors block each other.
@@ -32,14 +33,15 @@ class ResourceRequest:
     gpus: float
     memory: int  # bytes
     data_cpus: float = TASK_CPUS + 1
-    data_gpus: float = 0.0  # for the actors that write the replies of an on-policy run
+    data_gpus: float = 0.0  # for the actors that write the replies of an on-policy run,
+    writers: int = 0  # of which there are so many
 
     def bundles(self) -> list[dict[str, float]]:
         """Resources (name → amount) of each worker and of what makes their rows, as an autoscaler is asked for them."""
         each = {"CPU": self.cpus} | ({"GPU": self.gpus} if self.gpus else {})
-        writers = round(self.data_gpus / self.gpus) if self.gpus else 0
-        single = max(0, math.ceil(self.data_cpus - writers * self.cpus))
-        return [*([each] * (self.workers + writers)), *([{"CPU": 1.0}] * single)]
+        single = max(0, math.ceil(self.data_cpus - self.writers * self.cpus))
+        writer = {"CPU": self.cpus} | ({"GPU": self.data_gpus / self.writers} if self.data_gpus else {})
+        return [*([each] * self.workers), *([writer] * self.writers), *([{"CPU": 1.0}] * single)]
 
 
 def required_resources(recipe: Recipe, parameters: int = 0, dtype: torch.dtype = torch.float32) -> ResourceRequest:
@@ -56,7 +58,9 @@ def required_resources(recipe: Recipe, parameters: int = 0, dtype: torch.dtype =
     if not training.aim.rounds:
         return request
     writers = training.grpo.actors
-    return replace(request, data_cpus=writers * request.cpus + TASK_CPUS, data_gpus=writers * request.gpus)
+    is_split = recipe.serving.tensor_parallel > 1  # else every engine has a worker's GPUs, and none need be chosen
+    data_gpus = writers * (choose_writer_engine(recipe).gpus if is_split else request.gpus)
+    return replace(request, data_cpus=writers * request.cpus + TASK_CPUS, data_gpus=data_gpus, writers=writers)
 
 
 def check_resources(request: ResourceRequest, nodes: Sequence[Mapping[str, float]]) -> None:
@@ -71,6 +75,12 @@ def check_resources(request: ResourceRequest, nodes: Sequence[Mapping[str, float
         raise ResourcesError(
             f"training asks for {requested} each, and {more} for the data; the cluster has {have}."
             " Lower training.workers or training.resources, or add nodes."
+        )
+    a_writer = request.data_gpus / max(request.writers, 1)
+    if a_writer > (most := max((node.get("GPU", 0.0) for node in nodes), default=0.0)):
+        raise ResourcesError(
+            f"each process that writes replies asks for {a_writer:g} GPUs of one node (serving.tensor_parallel), and the largest"
+            f" node has {most:g}; lower it, or add a node with more GPUs."
         )
     memory = sum(node.get("memory", 0.0) for node in nodes)
     if memory and request.workers * request.memory > memory:

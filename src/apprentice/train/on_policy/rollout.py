@@ -8,10 +8,12 @@ The result depends only on the seed, the weights and the sampling plan.
 from __future__ import annotations
 
 import json
+import tempfile
 from collections import Counter
 from collections.abc import Hashable, Iterator, Sequence
 from functools import cached_property
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,14 +28,20 @@ from apprentice.data.window import Prompt, WindowRenderer
 from apprentice.inference.cpu_linear import place_model
 from apprentice.inference.decoding import make_scheduler
 from apprentice.inference.generation_request import GenerationRequest, Sampling
+from apprentice.model_pool.model import weight_bytes
+from apprentice.model_pool.pool import GPU_OVERHEAD_BYTES
+from apprentice.model_pool.vllm_model import VllmModel
 from apprentice.models.loading import load_model, resolve_dtype
 from apprentice.models.tuning.methods import TUNING_METHODS
+from apprentice.pretrained.hub import local_folder
+from apprentice.recipe import Recipe
 from apprentice.train.batch import PackedRows, SupervisedBatch, move_batch
 from apprentice.train.checkpoint.restore import ReadTensor, restore_model
 from apprentice.train.engine.deepspeed_config import CPU_MICRO_TOKENS, GPU_MICRO_TOKENS
 from apprentice.train.losses.grpo import advantages, token_log_probabilities
 from apprentice.train.losses.target_losses import TargetLosses
 from apprentice.train.on_policy.reply_rewards import ReplyRewards, Rollout
+from apprentice.train.on_policy.writer_engine import OWN_WRITER, WriterEngine
 from apprentice.train.packed_attention import packed_attention
 
 EQUAL_REWARDS = "equal_rewards"  # reason under which the mixture ledger counts groups that were left out
@@ -47,8 +55,8 @@ class RoundWriter:
     calls.
     """
 
-    def __init__(self, corpus: Corpus, device: torch.device) -> None:
-        self._corpus, self._device = corpus, device
+    def __init__(self, corpus: Corpus, device: torch.device, engine: WriterEngine = OWN_WRITER) -> None:
+        self._corpus, self._device, self._engine = corpus, device, engine
         self._renderer = WindowRenderer(corpus)
         self._rewards = ReplyRewards(corpus, lambda name: place_model(self._load(name, head=0), device))
         self._dtype = resolve_dtype(corpus.recipe.model.dtype, device.type)
@@ -65,6 +73,7 @@ class RoundWriter:
         """
         shape, recipe = self._corpus.recipe.round, self._corpus.recipe
         prompts = self._renderer.prompts(window)[part :: shape.parts]
+        _ = self._vllm  # before other models take memory of its GPU
         policy = self._policy(read)
         replies, rewards, left_out = self._scored_replies(policy, prompts)
         advantage_of_replies = advantages(rewards, scale_rewards=recipe.training.grpo.scale_rewards).reshape(-1).numpy()
@@ -87,11 +96,35 @@ class RoundWriter:
     def _policy(self, read: ReadTensor | None) -> Any:
         recipe = self._corpus.recipe
         if read is None:
+            if self._vllm is not None:
+                self._vllm.load_weights(local_folder(recipe.model.base))
             return place_model(self._load(recipe.model.base), self._device)
         merge = TUNING_METHODS[recipe.tuning.method].merge
         assert merge is not None, "the recipe allows only methods that can be merged"
         model = restore_model(recipe, read, self._dtype, quantized=False).to(self._device)
-        return place_model(merge(model).requires_grad_(False).eval(), self._device)
+        policy = merge(model).requires_grad_(False).eval()
+        if self._vllm is not None:
+            with tempfile.TemporaryDirectory() as folder:
+                policy.save_pretrained(folder)
+                self._vllm.load_weights(Path(folder))
+        return place_model(policy, self._device)
+
+    @cached_property
+    def _vllm(self) -> VllmModel | None:
+        """The policy in vLLM, beside which the models that score replies have room; None where our own engine writes."""
+        recipe = self._corpus.recipe
+        if self._engine.choice.name != "vllm":
+            return None
+        return VllmModel(
+            local_folder(recipe.model.base),
+            device="cuda" if self._device.type == "cuda" else "cpu",
+            dtype=str(self._dtype).removeprefix("torch."),
+            context=recipe.data.max_length,
+            threads=max(1, int(recipe.training.resources.cpus)),
+            tensor_parallel=self._engine.tensor_parallel,
+            trust=recipe.model.trust,
+            others=weight_bytes_of_writer(recipe) + GPU_OVERHEAD_BYTES,
+        )
 
     @cached_property
     def _reference(self) -> Any:
@@ -137,6 +170,11 @@ class RoundWriter:
         requests = [(prompt, number) for prompt in prompts for number in range(attempt * grpo.group, (attempt + 1) * grpo.group)]
         if not requests:
             return []
+        if self._vllm is not None:
+            ids_of_prompts = [prompt.ids for prompt, _ in requests]
+            seeds = [key_of(seed, "reply", prompt.position, number) for prompt, number in requests]
+            written = self._vllm.sample(ids_of_prompts, seeds, max_new_tokens=grpo.max_new_tokens, stop_ids=stops)
+            return [Rollout(prompt, *reply) for (prompt, _), reply in zip(requests, written, strict=True)]
         scheduler = make_scheduler(policy, slots=min(AT_ONCE, len(requests)), context=self._corpus.recipe.data.max_length)
         for place, (prompt, number) in enumerate(requests):
             sampling = Sampling(1.0, seed=key_of(seed, "reply", prompt.position, number))
@@ -185,3 +223,10 @@ class RoundWriter:
 def _equal_groups(rewards: Tensor) -> list[int]:
     """Numbers of the groups in `rewards` (prompts, group) whose replies all have one reward."""
     return (rewards == rewards[:, :1]).all(dim=1).nonzero()[:, 0].tolist()
+
+
+def weight_bytes_of_writer(recipe: Recipe) -> int:
+    """Bytes of the models that a writer of replies holds: the policy, the reward model, and the reference where it is needed."""
+    grpo, on_gpu = recipe.training.grpo, recipe.training.resources.gpus > 0
+    bases = [recipe.model.base, *([grpo.reward_model] if grpo.reward_model else []), *([recipe.model.base] if grpo.beta else [])]
+    return sum(weight_bytes(local_folder(base), recipe.model.dtype, gpu=on_gpu) for base in bases)

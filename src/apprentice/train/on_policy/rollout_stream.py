@@ -26,15 +26,13 @@ from apprentice.data.stream import Start, arrow_table, repartition_by_step
 from apprentice.errors import TrainingError
 from apprentice.model_pool.actors import reserve_memory
 from apprentice.model_pool.device import reserved_device
-from apprentice.model_pool.model import weight_bytes
-from apprentice.pretrained.hub import local_folder
-from apprentice.recipe import Recipe
 from apprentice.run.folder import Run
 from apprentice.storage import Folder
 from apprentice.train.checkpoint import format as checkpoints
 from apprentice.train.checkpoint.format import Checkpoint
 from apprentice.train.checkpoint.shard_reader import open_tensors
-from apprentice.train.on_policy.rollout import RoundWriter
+from apprentice.train.on_policy.rollout import RoundWriter, weight_bytes_of_writer
+from apprentice.train.on_policy.writer_engine import WriterEngine, choose_writer_engine
 
 WAIT_S = 0.2  # between two checks for new weights
 
@@ -48,36 +46,31 @@ def stream_rounds(corpus: Corpus, run: Run, start: Start) -> ray.data.Dataset:
     steps, shape = recipe.training.steps or 0, recipe.round
     items = max(1, -(-steps // shape.steps) - start.window) * shape.parts
     numbers = ray.data.range(items, concurrency=1, override_num_blocks=items)  # a block each: handed on once made
-    resources = recipe.training.resources
+    resources, engine = recipe.training.resources, choose_writer_engine(recipe)
     rows = numbers.map_batches(
         _RoundActor,
-        fn_constructor_args=(ray.put(corpus), run, start),
+        fn_constructor_args=(ray.put(corpus), run, start, engine),
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(size=shape.parts),
         num_cpus=resources.cpus,
-        num_gpus=resources.gpus or None,
-        memory=reserve_memory(_weight_bytes(recipe), "an actor that writes replies", cpus=resources.cpus, gpus=resources.gpus),
+        num_gpus=engine.gpus or None,  # of one node, as Ray gives them
+        memory=reserve_memory(
+            weight_bytes_of_writer(recipe), "an actor that writes replies", cpus=resources.cpus, gpus=engine.gpus
+        ),
     )
     return repartition_by_step(rows, recipe)
-
-
-def _weight_bytes(recipe: Recipe) -> int:
-    """Bytes of the models that a writer of replies holds: the policy, the reward model, and the reference where it is needed."""
-    grpo, on_gpu = recipe.training.grpo, recipe.training.resources.gpus > 0
-    bases = [recipe.model.base, *([grpo.reward_model] if grpo.reward_model else []), *([recipe.model.base] if grpo.beta else [])]
-    return sum(weight_bytes(local_folder(base), recipe.model.dtype, gpu=on_gpu) for base in bases)
 
 
 class _RoundActor:
     """An actor that makes one part of a round for each call, or reads it if it was made before."""
 
-    def __init__(self, corpus: ray.ObjectRef[Corpus], run: Run, start: Start) -> None:
+    def __init__(self, corpus: ray.ObjectRef[Corpus], run: Run, start: Start, engine: WriterEngine) -> None:
         self._corpus = ray.get(corpus)
         self._run, self._start = run, start
         resources = self._corpus.recipe.training.resources
         if not resources.gpus:
             torch.set_num_threads(max(1, int(resources.cpus)))
-        self._writer = RoundWriter(self._corpus, torch.device(reserved_device(resources.gpus)))
+        self._writer = RoundWriter(self._corpus, torch.device(reserved_device(resources.gpus)), engine)
 
     def __call__(self, batch: Mapping[str, Any]) -> pa.Table:
         shape = self._corpus.recipe.round
