@@ -15,12 +15,16 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from apprentice.models.attention import PackedCompute
+from apprentice.models.loading import load_model
 from apprentice.models.tuning.methods import TUNING_METHODS, trainable_parameters
 from apprentice.recipe import Training, Tuning
 from apprentice.storage import Folder
 from apprentice.train.checkpoint.format import find_newest
 from apprentice.train.checkpoint.shard_reader import open_tensors
+from apprentice.train.engine.collectives import Collectives
 from apprentice.train.engine.deepspeed import DeepSpeedEngine
+from apprentice.train.engine.model_splitter import create_splitter
 from apprentice.train.optimizer import make_optimizer
 from apprentice.train.state import State
 from tests.gpu.on_devices import BOTH_DTYPES, llama, on_devices
@@ -185,3 +189,30 @@ def test_a_step_of_zero_3_without_targets_in_one_micro_batch(device: torch.devic
     assert outcome.nll > 0
     assert 0 < outcome.grad_norm < float("inf")
     assert engine.validation_nll(second) == 0.0
+
+
+@ENGINES
+@BOTH_DTYPES
+def test_a_model_that_is_split_as_it_is_loaded(dtype: torch.dtype, device: torch.device, join: Join, tmp_path: Path) -> None:
+    """Its parts lie on the device from the beginning, each byte of the file is read once, and its steps are a whole model's."""
+    needed = "needs the transformers of constraints.txt"
+    pytest.importorskip("apprentice.models.weights.split_model", reason=needed, exc_type=ImportError)
+    join(device)
+    llama(hidden=64).to(dtype).save_pretrained(tmp_path)
+    settings = training(3)
+    chosen: dict[str, Any] = {"four_bit": False, "weights": dtype, "micro": MICRO, "device": device}
+    splitter = create_splitter(settings, tmp_path, **chosen, collectives=Collectives())
+    assert splitter is not None
+    model: Any = load_model(tmp_path, dtype, packed=PackedCompute.on(device, dtype), splitter=splitter)
+    parts = [parameter.ds_tensor for parameter in model.parameters()]
+    assert {(part.device.type, part.dtype) for part in parts} == {(device.type, dtype)}
+    assert all(parameter.numel() == 0 for parameter in model.parameters())
+    assert splitter.bytes_read == sum(parameter.ds_numel for parameter in model.parameters()) * dtype.itemsize
+    whole = llama(hidden=64).to(dtype)
+    for part, parameter in zip(parts, whole.parameters(), strict=True):
+        assert torch.equal(part.cpu()[: parameter.numel()], parameter.detach().flatten())
+    engine = engine_of(model.train(), settings, dtype, device)
+    values = [step(engine, number * ROWS) for number in range(2)]
+    for (loss, norm), (expected, of_reference) in zip(values, plain_steps("full", settings, 2), strict=True):
+        assert loss == pytest.approx(expected, rel=1e-4 if dtype == torch.float32 else 1e-2)
+        assert norm == pytest.approx(of_reference, rel=1e-3 if dtype == torch.float32 else 5e-2)

@@ -75,7 +75,9 @@ def train(recipe: Recipe, collectives: Collectives) -> dict[str, Any]:
         "differ": [name for name in first.keys() | second.keys() if not torch.equal(first[name], second[name])],
         "trained": [name for name, parameter in model.named_parameters() if parameter.requires_grad],
         "moved": [name for name, parameter in model.named_parameters() if not torch.equal(parameter, before.get(name, parameter))],
-        "repacks": [module.support_avx512bf16_for_cpu for module in model.modules() if type(module).__name__ == "Linear4bit"],
+        "repacks": [
+            module.support_avx512bf16_for_cpu for module in model.modules() if hasattr(module, "support_avx512bf16_for_cpu")
+        ],
         "bytes": bytes_of_weights(model),
         "numbers": engine.trained[0],
     }
