@@ -114,8 +114,6 @@ def load_model(
         with torch.random.fork_rng():
             torch.manual_seed(head or 0)
             model, missing_keys = _load_weights(loader, folder, config, dtype, options, splitter, weights)
-            if four_bit:
-                keep_weights_as_stored(model)
     except (OSError, ValueError, ImportError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ModelError(f"{folder} cannot be loaded as a {FAMILIES[family]}: {reason}") from error
@@ -162,6 +160,8 @@ def _load_weights(
         return load_split_model(folder, model_class, config_of_class(model_class, config), dtype, splitter, weights)
     options = options | {"config": config, "dtype": dtype, "local_files_only": True, "output_loading_info": True}
     model, report = loader.from_pretrained(folder, **options)
+    if "quantization_config" in options:
+        keep_weights_as_stored(model)
     return model, set(report["missing_keys"])
 
 
