@@ -173,8 +173,8 @@ class RoundWriter:
         if self._vllm is not None:
             ids_of_prompts = [prompt.ids for prompt, _ in requests]
             seeds = [key_of(seed, "reply", prompt.position, number) for prompt, number in requests]
-            written = self._vllm.sample(ids_of_prompts, seeds, max_new_tokens=grpo.max_new_tokens, stop_ids=stops)
-            return [Rollout(prompt, *reply) for (prompt, _), reply in zip(requests, written, strict=True)]
+            replies = self._vllm.sample(ids_of_prompts, seeds, max_new_tokens=grpo.max_new_tokens, stop_ids=stops)
+            return [Rollout(prompt, *reply) for (prompt, _), reply in zip(requests, replies, strict=True)]
         scheduler = make_scheduler(policy, slots=min(AT_ONCE, len(requests)), context=self._corpus.recipe.data.max_length)
         for place, (prompt, number) in enumerate(requests):
             sampling = Sampling(1.0, seed=key_of(seed, "reply", prompt.position, number))
