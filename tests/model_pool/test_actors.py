@@ -37,6 +37,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[float]]:
         monkeypatch.setattr(actors, "ray", stand_in)
         monkeypatch.setattr(actors, "node_resources", lambda: nodes)
         monkeypatch.setattr(actors, "request_nodes", lambda *_: None)
+        monkeypatch.setattr(actors, "has_autoscaler", lambda: False)
         monkeypatch.setattr(actors, "largest_gpu_bytes", lambda: 80)
         monkeypatch.setattr(actors.time, "sleep", sleep)
         monkeypatch.setattr(actors.time, "monotonic", lambda: clock[0])
@@ -68,6 +69,34 @@ def test_gpus_that_stay_taken_are_told_and_no_cpu_answers_instead(cluster: Calla
     looks = cluster([GPU_NODE], (16, 2))
     with pytest.raises(ResourcesError, match=r"of the cluster's 8 only 2 are free; wait for what runs on them"):
         find_free_resources(lambda _: None, gpus=1.0, tensor_parallel=4)
+    assert looks[-1] > actors.PATIENCE_S
+
+
+@pytest.mark.parametrize("grows", [True, False])
+def test_an_autoscaler_adds_a_node_for_gpus_that_stay_taken(
+    grows: bool, cluster: Callable[..., list[float]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The wait goes by what is free: the nodes have enough GPUs, and others use them."""
+    nodes = [GPU_NODE]
+    looks = cluster(nodes, (16, 2))
+    asked: list[Any] = []
+
+    def request(bundles: Any, has_enough: Any, tell: Any) -> None:
+        if has_enough(nodes):
+            return
+        asked.append(bundles)
+        if grows:
+            nodes.append(GPU_NODE)
+            monkeypatch.setattr(actors.ray, "available_resources", lambda: {"CPU": 32.0, "GPU": 10.0, "memory": 200.0})
+
+    monkeypatch.setattr(actors, "has_autoscaler", lambda: True)
+    monkeypatch.setattr(actors, "request_nodes", request)
+    if grows:
+        assert find_free_resources(lambda _: None, gpus=1.0, tensor_parallel=4).gpus == 10
+    else:
+        with pytest.raises(ResourcesError, match="only 2 are free"):
+            find_free_resources(lambda _: None, gpus=1.0, tensor_parallel=4)
+    assert asked == [[{"CPU": 1.0, "GPU": 4.0}]]
     assert looks[-1] > actors.PATIENCE_S
 
 

@@ -30,8 +30,8 @@ def find_free_resources(tell: Callable[[str], None], *, gpus: float = 0.0, tenso
 
     Earlier stages may still be releasing theirs, so this waits up to `SETTLE_S` for all CPUs and GPUs, up to `PATIENCE_S` for one
     CPU and, where the recipe asks for GPUs, for those of one worker. An autoscaler is asked for GPUs that are not there. A recipe
-    that asks for GPUs on a cluster without any is answered on CPUs, and `tell` is called with a sentence that says so; where all
-    GPUs stay taken, `ResourcesError` is raised.
+    that asks for GPUs on a cluster without any is answered on CPUs, and `tell` is called with a sentence that says so. Where all
+    GPUs stay taken, an autoscaler is asked for another node, and without one `ResourcesError` is raised.
     """
     if gpus:
         request_nodes([{"CPU": 1.0, "GPU": float(tensor_parallel)}], has_gpus(tensor_parallel), tell)
@@ -46,6 +46,11 @@ def find_free_resources(tell: Callable[[str], None], *, gpus: float = 0.0, tenso
         if idle or waited > PATIENCE_S or (waited > SETTLE_S and has_room):
             break
         time.sleep(POLL_S)
+    if free.get("GPU", 0) < needed and has_autoscaler():
+        # A node more for it: where the nodes' own are free meanwhile, that is as good.
+        bundle = {"CPU": 1.0, "GPU": float(needed)}
+        request_nodes([bundle], lambda _: ray.available_resources().get("GPU", 0) >= needed, tell)
+        nodes, free, idle = node_resources(), ray.available_resources(), False
     free_gpus = int(free.get("GPU", 0))
     if free_gpus < needed:
         total = sum(int(node.get("GPU", 0)) for node in nodes)

@@ -14,6 +14,7 @@ from apprentice.models.loading import load_model
 from apprentice.models.tuning.methods import TUNING_METHODS, trainable_parameters
 from apprentice.recipe import Recipe, load_recipe
 from apprentice.storage import Folder
+from apprentice.train.distributed import async_validation
 from apprentice.train.distributed.async_validation import CheckpointValidator, validates_asynchronously
 from apprentice.train.losses.sft import SupervisedLoss
 from apprentice.train.state import State
@@ -44,6 +45,24 @@ def test_aside_where_there_is_room(tmp_path: Path, tiny_model: Path) -> None:
         validates_asynchronously(scored, NO_ROOM)
     with pytest.raises(ValidationError, match=r"scores checkpoints in a task aside, and this run has none"):
         Recipe.model_validate(within.model_dump() | {"evaluation": {"while_training": 2}})
+
+
+@pytest.mark.parametrize(("memory", "has_autoscaler"), [(0.5, False), (0.5, True), (2.0, False)])
+def test_the_workers_validate_where_no_node_has_memory_for_a_task_beside_them(
+    memory: float, has_autoscaler: bool, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(async_validation, "has_autoscaler", lambda: has_autoscaler)
+    messages: list[str] = []
+    nodes = [{**node, "memory": memory * 2**30} for node in ROOM]
+    is_aside = memory > 1 or has_autoscaler
+    assert validates_asynchronously(recipe(tmp_path, tiny_model), nodes, messages.append) == is_aside
+    expected = (
+        "the workers validate checkpoints, and training waits meanwhile: a task beside them needs 1.0 GiB of memory on one node"
+    )
+    assert [message.partition(",")[0] for message in messages] == ([] if is_aside else [expected.partition(",")[0]])
+    assert all("the largest has 0.5" in message for message in messages)
+    demanded = recipe(tmp_path, tiny_model, training__checkpoint={"every_steps": 2, "validation": "aside"})
+    assert validates_asynchronously(demanded, nodes)  # the task says what it lacks
 
 
 @pytest.mark.parametrize("method", ["full", "lora", "adapter"])

@@ -111,6 +111,7 @@ def _choices(estimate: HardwareEstimate) -> Mapping[str, list[Setting]]:
     lowest = deepspeed.stage + 1 if workers > 1 else max(2, deepspeed.stage + 1)  # alone only for what offloading asks for
     shorter = [length for length in (data.packing.length // 2, data.packing.length // 4) if length >= data.max_length]
     again = training.activation_checkpointing
+    may_narrow = training.optimizer.name == "adamw" and training.optimizer.states == "float32"
     settings = [
         *(Setting("training.micro_batch", size) for size in smaller),
         *(Setting("training.deepspeed.stage", stage) for stage in range(lowest, 4)),
@@ -118,6 +119,7 @@ def _choices(estimate: HardwareEstimate) -> Mapping[str, list[Setting]]:
         *([] if deepspeed.offload != "none" else [Setting("training.deepspeed.offload", "cpu")]),
         *([] if deepspeed.offload_parameters != "none" else [Setting("training.deepspeed.offload_parameters", "cpu")]),
         *(Setting("tuning.method", method, True) for method in _SMALLER_METHODS.get(estimate.recipe.tuning.method, ())),
+        *([Setting("training.optimizer.states", "8bit", True)] if may_narrow else []),
         *([Setting("training.optimizer.name", "adamw", True)] if not can_be_sharded(training.optimizer) else []),
         *(Setting("data.packing.length", length, True) for length in shorter),
     ]

@@ -16,8 +16,12 @@ from torch import nn
 
 from apprentice.errors import ApprenticeError, ResourcesError
 from apprentice.model_pool.device import reserved_device
+from apprentice.model_pool.host_memory import GIB, host_bytes, largest_memory
+from apprentice.model_pool.model import weight_bytes
 from apprentice.models.loading import resolve_dtype
 from apprentice.models.tuning.methods import TUNING_METHODS
+from apprentice.pretrained.hub import local_folder
+from apprentice.ray_cluster.autoscaler import has_autoscaler
 from apprentice.recipe import Recipe
 from apprentice.train.batch import MicroBatch, PackedRows, move_batch
 from apprentice.train.checkpoint.format import Checkpoint
@@ -35,10 +39,13 @@ from apprentice.train.packed_attention import packed_attention
 Score = Callable[[Any], Mapping[str, float]]  # a model → held-out task → score
 
 
-def validates_asynchronously(recipe: Recipe, nodes: Sequence[Mapping[str, float]]) -> bool:
+def validates_asynchronously(
+    recipe: Recipe, nodes: Sequence[Mapping[str, float]], tell: Callable[[str], None] = lambda _: None
+) -> bool:
     """Whether checkpoints are validated asynchronously; `nodes` are the Ray resources of each node.
 
-    Raises `ResourcesError` if the recipe demands it and the nodes have no room for one more worker.
+    Where only memory is lacking for it, `tell` is called with a sentence, and the workers validate. Raises `ResourcesError` if the
+    recipe demands it and the nodes have no room for one more worker.
     """
     training = recipe.training
     mode = training.checkpoint.validation
@@ -46,7 +53,10 @@ def validates_asynchronously(recipe: Recipe, nodes: Sequence[Mapping[str, float]
         return False
     is_demanded = mode == "aside" or recipe.evaluation.while_training
     if has_room_for_validation(recipe, nodes) and (is_demanded or training.deepspeed.stage < 3):
-        return True
+        obstacle = None if is_demanded else _find_memory_obstacle(recipe, nodes)
+        if obstacle is not None:
+            tell(f"the workers validate checkpoints, and training waits meanwhile: {obstacle}")
+        return obstacle is None
     if is_demanded:
         key = "training.checkpoint.validation aside" if mode == "aside" else "evaluation.while_training"
         raise ResourcesError(
@@ -54,6 +64,16 @@ def validates_asynchronously(recipe: Recipe, nodes: Sequence[Mapping[str, float]
             " them; leave it out, lower training.workers, or add a node."
         )
     return False
+
+
+def _find_memory_obstacle(recipe: Recipe, nodes: Sequence[Mapping[str, float]]) -> str | None:
+    """Why no node has memory for the task that validates; None where one has, or an autoscaler may add it."""
+    resources = recipe.training.resources
+    weights = weight_bytes(local_folder(recipe.model.base), recipe.model.dtype, gpu=resources.gpus > 0)
+    needed, largest = host_bytes(weights), largest_memory(nodes, cpus=resources.cpus, gpus=resources.gpus)
+    if not largest or needed <= largest or has_autoscaler():
+        return None
+    return f"a task beside them needs {needed / GIB:.1f} GiB of memory on one node, and the largest has {largest / GIB:.1f}"
 
 
 @dataclass(frozen=True)

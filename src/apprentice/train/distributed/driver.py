@@ -232,7 +232,7 @@ def _row_length(corpus: Corpus) -> int:
 def _fit(recipe: Recipe, run: Run, corpus: Corpus, goal: Goal, tracker: Tracker, token: FenceToken, score: Score | None) -> int:
     """Runs worker groups until the goal is reached. Returns the number of attempts."""
     workers = workers_that_fit(recipe, node_resources())
-    is_async = validates_asynchronously(recipe, node_resources())
+    is_async = validates_asynchronously(recipe, node_resources(), lambda message: tracker.show({"message": message}))
     # On this node, since nodes of workers may be lost. A call that the network lost is repeated; a mailbox that died is not
     # restarted, since its state is lost.
     on_this_node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
