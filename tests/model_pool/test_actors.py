@@ -79,12 +79,12 @@ def test_an_autoscaler_adds_a_node_for_gpus_that_stay_taken(
     """The wait goes by what is free: the nodes have enough GPUs, and others use them."""
     nodes = [GPU_NODE]
     looks = cluster(nodes, (16, 2))
-    asked: list[Any] = []
+    requests: list[Any] = []
 
     def request(bundles: Any, has_enough: Any, tell: Any) -> None:
         if has_enough(nodes):
             return
-        asked.append(bundles)
+        requests.append(bundles)
         if grows:
             nodes.append(GPU_NODE)
             monkeypatch.setattr(actors.ray, "available_resources", lambda: {"CPU": 32.0, "GPU": 10.0, "memory": 200.0})
@@ -96,7 +96,7 @@ def test_an_autoscaler_adds_a_node_for_gpus_that_stay_taken(
     else:
         with pytest.raises(ResourcesError, match="only 2 are free"):
             find_free_resources(lambda _: None, gpus=1.0, tensor_parallel=4)
-    assert asked == [[{"CPU": 1.0, "GPU": 4.0}]]
+    assert requests == [[{"CPU": 1.0, "GPU": 4.0}]]
     assert looks[-1] > actors.PATIENCE_S
 
 

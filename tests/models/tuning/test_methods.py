@@ -132,8 +132,8 @@ def test_what_cannot_be_merged_loads_from_beside_the_weights(name: str, method: 
 
 @pytest.mark.parametrize("is_installed", [False, True])
 def test_four_bits_need_bitsandbytes(is_installed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = ModuleSpec("bitsandbytes", None) if is_installed else None
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: found)
+    spec = ModuleSpec("bitsandbytes", None) if is_installed else None
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: spec)
     with nullcontext() if is_installed else pytest.raises(RecipeError, match=r"bitsandbytes, which is not installed; .*use lora"):
         check_tuning(Tuning(method="qlora"))
     check_tuning(Tuning(method="lora"))

@@ -102,9 +102,9 @@ def test_a_writer_reserves_the_gpus_that_vllm_splits_the_policy_over(
     engine = dataset.options["fn_constructor_args"][-1]
     assert (engine.choice.name, engine.tensor_parallel) == (("vllm", 4) if is_installed else ("transformers", 1))
     assert ("package vllm, which is not installed" in describe_writers(made, engine)) is not is_installed
-    asked = required_resources(made)
-    assert asked.data_gpus == gpus
-    assert asked.bundles()[2:3] == [{"CPU": 1.0, "GPU": float(gpus)}]
+    request = required_resources(made)
+    assert request.data_gpus == gpus
+    assert request.bundles()[2:3] == [{"CPU": 1.0, "GPU": float(gpus)}]
     if is_installed:
         with pytest.raises(ResourcesError, match=r"writes replies asks for 4 GPUs of one node .*, and the largest node has 3"):
-            check_resources(asked, [{"CPU": 8.0, "GPU": 3.0}] * 3)
+            check_resources(request, [{"CPU": 8.0, "GPU": 3.0}] * 3)
