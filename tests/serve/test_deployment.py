@@ -72,13 +72,13 @@ def test_nothing_listens_beyond_this_machine(endpoint: Endpoint) -> None:
 
 def test_openais_client_understands_errors(endpoint: Endpoint) -> None:
     client = sync_client(endpoint)
-    with pytest.raises(openai.BadRequestError, match=r"`tools` is not supported here\.") as refused:
+    with pytest.raises(openai.BadRequestError, match=r"`functions` is not supported here\.") as refused:
         client.chat.completions.create(
             model="tiny",
             messages=[{"role": "user", "content": "a"}],
-            tools=[{"type": "function", "function": {"name": "f"}}],
+            functions=[{"name": "f"}],
         )
-    assert (refused.value.param, refused.value.code) == ("tools", "unsupported_parameter")
+    assert (refused.value.param, refused.value.code) == ("functions", "unsupported_parameter")
     with pytest.raises(openai.NotFoundError, match="Did you mean 'tiny'"):
         client.completions.create(model="tinny", prompt="a")
 

@@ -16,7 +16,9 @@ import numpy as np
 from apprentice.data.encoding.prompt_format import Layout
 from apprentice.errors import ModelError
 from apprentice.serve.api.schemas.problems import RequestProblem
-from apprentice.serve.api.schemas.requests import GenerationFields
+from apprentice.serve.api.schemas.requests import ChatRequest, GenerationFields
+from apprentice.serve.generation.replies.reply_parts import PartReader
+from apprentice.serve.generation.tool_grammar import ToolGrammar
 
 
 class GrammarCompiler:
@@ -25,9 +27,26 @@ class GrammarCompiler:
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
 
-    @property
-    def _tokenizer(self) -> llguidance.LLTokenizer:
-        return _tokenizer(str(self._layout.tokenizer.folder / "tokenizer.json"), tuple(self._layout.stop_ids))
+    def tool_grammar_of(self, body: ChatRequest, reader: PartReader) -> str | None:
+        """Grammar of a reply that may or must call functions; None where it is free, and only read.
+
+        Raises `RequestProblem` for a call that is asked for and cannot be forced.
+        """
+        grammar = ToolGrammar(reader.layout)
+        if not body.callable_tools or not (grammar.can_force if body.must_call else grammar.can_follow):
+            if body.must_call:
+                raise RequestProblem(
+                    "`tool_choice`: this model's chat template writes calls in a way that cannot be forced; leave it at `auto`.",
+                    param="tool_choice",
+                )
+            return None
+        lark = grammar.write(
+            body.callable_tools,
+            must_call=body.must_call,
+            is_parallel=body.parallel_tool_calls,
+            is_in_thought=reader.is_in_thought,
+        )
+        return str(llguidance.LLMatcher.grammar_from_lark(lark))
 
     @staticmethod
     def grammar_of(body: GenerationFields) -> str:
@@ -45,15 +64,17 @@ class GrammarCompiler:
             return str(matcher.grammar_from_regex(outputs.regex))
         return str(matcher.grammar_from_json_schema(json.dumps(outputs.json_)))
 
-    def compile(self, grammar: str) -> GrammarConstraint:
-        """A new constraint at the start of `grammar`; takes milliseconds, so not in an event loop.
+    def compile(self, grammar: str, stop_ids: tuple[int, ...] = ()) -> GrammarConstraint:
+        """A new constraint at the start of `grammar`, ended by `stop_ids` (none: the layout's); takes milliseconds.
 
         Raises `RequestProblem` where llguidance cannot follow the grammar.
         """
-        matcher = llguidance.LLMatcher(self._tokenizer, grammar, log_level=0)
+        stop_ids = stop_ids or tuple(self._layout.stop_ids)
+        tokenizer = _tokenizer(str(self._layout.tokenizer.folder / "tokenizer.json"), stop_ids)
+        matcher = llguidance.LLMatcher(tokenizer, grammar, log_level=0)
         if matcher.is_error():
             raise RequestProblem(f"the form of the reply cannot be followed: {_reason(matcher)}.", code="invalid_form")
-        return GrammarConstraint(matcher, self._tokenizer.vocab_size, self._layout.stop_ids, grammar)
+        return GrammarConstraint(matcher, tokenizer.vocab_size, stop_ids, grammar)
 
 
 def _reason(matcher: Any) -> str:

@@ -6,8 +6,10 @@ Needs a tokenizer and no engine.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
 
 from apprentice.data.encoding.prompt_format import Layout
 from apprentice.errors import ChatTemplateError
@@ -21,6 +23,7 @@ from apprentice.serve.api.schemas.requests import (
     Message,
     RenderRequest,
 )
+from apprentice.serve.generation.replies.reply_parts import PartReader
 
 
 @dataclass(frozen=True)
@@ -28,13 +31,15 @@ class EncodedPrompt:
     """The engine requests for one prompt, one for each of its `n` choices, and the `echo` that each reply begins with.
 
     `echo` leaves out `unechoed_tokens` at the prompt's start. With `is_only_scored` the reply is the echo alone, and the token that
-    the engine adds to it is left out.
+    the engine adds to it is left out. `reader` reads the parts of the replies to a
+    conversation with functions or thoughts.
     """
 
     requests: tuple[GenerationRequest, ...]
     echo: str = ""
     unechoed_tokens: int = 0
     is_only_scored: bool = False
+    reader: PartReader | None = None
 
 
 @dataclass(frozen=True)
@@ -75,8 +80,31 @@ class PromptEncoder:
 
     def encode_chat(self, body: ChatRequest) -> list[EncodedPrompt]:
         """A conversation under the chat template; in a format without turns, one user message, which is the instruction."""
+        if body.enables_thinking is not None and body.enables_thinking != self.layout.leaves_thoughts:
+            body = body.model_copy(update={"chat_template_kwargs": None})
+            return self._with_other_thoughts.encode_chat(body)
         max_tokens = body.max_completion_tokens or body.max_tokens
-        return [EncodedPrompt(self._requests(body, self._conversation(body.messages)[1], max_tokens, param="messages"))]
+        tools = body.offered_tools
+        text, ids = self._conversation(body.messages, tools)
+        requests = self._requests(body, ids, max_tokens, param="messages")
+        if not tools and not self.layout.leaves_thoughts:
+            return [EncodedPrompt(requests)]
+        if not body.ignore_eos:
+            requests = tuple(replace(request, stop_ids=frozenset(self.layout.call_stop_ids)) for request in requests)
+        is_in_thought = self.layout.leaves_thoughts and self.layout.reply_syntax.is_in_thought(text)
+        return [EncodedPrompt(requests, reader=PartReader(self.layout, tuple(tools), is_in_thought))]
+
+    @cached_property
+    def _with_other_thoughts(self) -> PromptEncoder:
+        """The encoder of replies with thoughts, for a model that was trained without, and the other way about."""
+        if self.layout.leaves_thoughts:
+            return replace(self, layout=replace(self.layout, reasoning="drop"))
+        if self.layout.reply_syntax.thoughts is None:
+            raise RequestProblem(
+                "`chat_template_kwargs.enable_thinking`: this model's chat template has no thoughts; leave it out.",
+                param="chat_template_kwargs.enable_thinking",
+            )
+        return replace(self, layout=replace(self.layout, reasoning="mask"))
 
     def encode_instruction(self, body: InstructRequest) -> list[EncodedPrompt]:
         """Instruction and input in the prompt format of training."""
@@ -105,13 +133,14 @@ class PromptEncoder:
             raise RequestProblem(f"`{param}`: {error}", param=param) from error
         return self.layout.shown(text), self.layout.encode_prompt(text)
 
-    def _conversation(self, turns: Sequence[Message]) -> tuple[str, list[int]]:
-        messages = [{"role": message.speaker, "content": message.text} for message in turns]
-        if messages[-1]["role"] != "user":
-            raise RequestProblem("`messages`: the last message must be the user's.", param="messages")
+    def _conversation(self, turns: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> tuple[str, list[int]]:
+        messages = [message.turn for message in turns]
+        if messages[-1]["role"] not in ("user", "tool"):
+            raise RequestProblem("`messages`: the last message must be the user's, or a result of a call.", param="messages")
+        self._check_tools(messages, tools)
         if self.layout.name == "chat":
             try:
-                return self.layout.shown(self.layout.chat_prompt(messages)), self.layout.encode_chat(messages)
+                return self.layout.shown(self.layout.chat_prompt(messages, tools)), self.layout.encode_chat(messages, tools)
             except ChatTemplateError as error:
                 raise RequestProblem(f"`messages`: {error}", param="messages") from error
         if len(messages) > 1:
@@ -121,6 +150,22 @@ class PromptEncoder:
                 param="messages",
             )
         return self._instruction(messages[0]["content"], "", param="messages")
+
+    def _check_tools(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]) -> None:
+        """Refuses functions, calls and results that the model could not read."""
+        has_calls = any(message.get("tool_calls") or message["role"] == "tool" for message in messages)
+        if not tools and not has_calls:
+            return
+        dialogues, param = self.layout.dialogues, "tools" if tools else "messages"
+        if dialogues is None:
+            reason = (
+                f"this model was trained in the layout `{self.layout.name}`, version {self.layout.version}, which has no functions;"
+            )
+            raise RequestProblem(f"`{param}`: {reason} leave them out.", param=param, code="tools_not_supported")
+        if dialogues.fault is not None:
+            raise RequestProblem(
+                f"`{param}`: this model's chat template {dialogues.fault}", param=param, code="tools_not_supported"
+            )
 
     def _requests(
         self, body: GenerationFields, prompt: list[int], max_tokens: int | None, *, param: str, score_from: int | None = None

@@ -51,7 +51,7 @@ def test_what_asks_for_nothing_is_let_through() -> None:
         {"safety_identifier": "someone"},
         {"prompt_cache_key": "system-1", "prompt_cache_retention": "24h"},
         {"functions": [], "function_call": "none"},
-        {"tools": [], "tool_choice": "auto", "parallel_tool_calls": False},
+        {"tools": [], "tool_choice": "auto", "parallel_tool_calls": True},
         {"user": "someone", "verbosity": "medium", "reasoning_effort": None, "prediction": None, "audio": None},
         {"stream": True, "stream_options": {"include_usage": True, "include_obfuscation": False}},
         {"top_k": -1, "min_p": 0, "repetition_penalty": 1},
@@ -81,15 +81,13 @@ def test_answers_come_back_as_clients_keep_them() -> None:
 @pytest.mark.parametrize(
     "turn",
     [
-        {"role": "tool", "content": "7", "tool_call_id": "x"},
         {"role": "function", "name": "add", "content": "7"},
-        {"role": "assistant", "content": None, "tool_calls": [{"id": "x", "type": "function", "function": {"name": "add"}}]},
         {"role": "assistant", "content": None, "function_call": {"name": "add", "arguments": ""}},
     ],
 )
-def test_a_history_of_tools_is_refused_by_its_name(turn: dict[str, Any]) -> None:
+def test_openais_old_form_of_calls_is_refused_by_its_name(turn: dict[str, Any]) -> None:
     error = refusal(ChatRequest, {"messages": [{"role": "user", "content": "a"}, turn]})
-    assert error["message"].startswith("`messages.1`: tools are not supported here, so their calls and results cannot be read")
+    assert error["message"].startswith("`messages.1`: `function_call` and the role `function` are OpenAI's old form")
 
 
 @pytest.mark.parametrize(

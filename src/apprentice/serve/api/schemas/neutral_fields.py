@@ -22,5 +22,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "repetition_penalty": (1.0,),
     "top_k": (-1, 0),
 }
+# Of chats, where these fields say something as soon as there are functions.
+NEUTRAL_CHAT = {key: values for key, values in NEUTRAL.items() if key not in ("tool_choice", "parallel_tool_calls")}
 NEUTRAL_STREAM: dict[str, tuple[Any, ...]] = {"include_obfuscation": (False,)}
 NEUTRAL_TURN: dict[str, tuple[Any, ...]] = {"annotations": ([],), "tool_calls": ([],)}

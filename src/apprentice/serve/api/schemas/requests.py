@@ -27,15 +27,14 @@ from apprentice.serve.api.schemas.field_types import (
     TokenIds,
     bounded_list,
 )
-from apprentice.serve.api.schemas.neutral_fields import NEUTRAL, NEUTRAL_STREAM, NEUTRAL_TURN
+from apprentice.serve.api.schemas.neutral_fields import NEUTRAL, NEUTRAL_CHAT, NEUTRAL_STREAM, NEUTRAL_TURN
+from apprentice.serve.api.schemas.tools import MOST_TOOLS, CallOfTurn, NamedTool, Tool, ToolChoice
 
 MOST_TOP = 20  # best tokens scored beside each token
 MOST_CHOICES = 128  # replies that one request may ask for
 MOST_MESSAGES = 4096  # messages of a conversation, and parts of one message
 _MANY = bounded_list(MOST_CHOICES)
 _UNUSED = "Accepted and not used."
-
-_TOOL_ROLES = ("tool", "function")
 
 
 class StreamOptions(StrictFields):
@@ -176,21 +175,37 @@ class TextPart(StrictFields):
 
 
 class Message(StrictFields):
-    """A turn of a conversation. `developer` is OpenAI's newer word for `system`. A reply's message may be sent back as a turn."""
+    """A turn of a conversation. `developer` is OpenAI's newer word for `system`. A reply's message may be sent back as a turn.
+
+    A turn of the assistant may have `tool_calls`, and each of them is answered by a turn with the role `tool`.
+    """
 
     neutral = NEUTRAL_TURN
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Text | Annotated[list[TextPart], bounded_list(MOST_MESSAGES)]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Text | Annotated[list[TextPart], bounded_list(MOST_MESSAGES)] = ""
     name: Name | None = Field(None, description=_UNUSED)
+    reasoning_content: Text | None = Field(None, description="The thought of an assistant's turn.")
+    tool_calls: Annotated[list[CallOfTurn], bounded_list(MOST_TOOLS)] | None = None
+    tool_call_id: Name | None = None
 
     @model_validator(mode="before")
     @classmethod
-    def _without_tools(cls, values: Any) -> Any:
-        if isinstance(values, Mapping) and (
-            values.get("role") in _TOOL_ROLES or values.get("tool_calls") or values.get("function_call")
-        ):
-            raise ValueError("tools are not supported here, so their calls and results cannot be read; leave such messages out")
+    def _without_old_calls(cls, values: Any) -> Any:
+        if isinstance(values, Mapping) and (values.get("role") == "function" or values.get("function_call")):
+            raise ValueError("`function_call` and the role `function` are OpenAI's old form; send `tool_calls` and the role `tool`")
         return values
+
+    @model_validator(mode="after")
+    def _fits_its_role(self) -> Self:
+        if self.role != "assistant" and (self.tool_calls or self.reasoning_content is not None):
+            raise ValueError(f"`tool_calls` and `reasoning_content` are the assistant's, and this turn is the {self.role}'s")
+        if (self.role == "tool") != (self.tool_call_id is not None):
+            raise ValueError(
+                "`tool_call_id` is given exactly where the role is `tool`: it names the call that the result belongs to"
+            )
+        if "content" not in self.model_fields_set and not self.tool_calls:
+            raise ValueError("`content` is missing; only a turn with `tool_calls` goes without")
+        return self
 
     @property
     def speaker(self) -> str:
@@ -202,14 +217,89 @@ class Message(StrictFields):
         """The content as one text."""
         return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
 
+    @property
+    def turn(self) -> dict[str, Any]:
+        """The turn as chat templates read it."""
+        more: dict[str, Any] = {"reasoning_content": self.reasoning_content, "tool_call_id": self.tool_call_id}
+        more["tool_calls"] = [call.model_dump() for call in self.tool_calls] if self.tool_calls else None
+        return {"role": self.speaker, "content": self.text} | {key: value for key, value in more.items() if value is not None}
+
+
+class TemplateVariables(StrictFields):
+    """vLLM's `chat_template_kwargs`, the one that is known here: whether a reply may begin with a thought."""
+
+    enable_thinking: bool | None = None
+
 
 class ChatRequest(GenerationFields):
-    """A conversation that ends with the user's turn."""
+    """A conversation that ends with the user's turn, or with a result of a call."""
 
+    neutral = NEUTRAL_CHAT
     messages: Annotated[list[Message], bounded_list(MOST_MESSAGES, least=1)]
+    tools: Annotated[list[Tool], bounded_list(MOST_TOOLS)] = Field(default_factory=list)
+    tool_choice: ToolChoice = "auto"
+    chat_template_kwargs: TemplateVariables | None = None
+    parallel_tool_calls: bool = True
     max_completion_tokens: TokenCount | None = None
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_TOP)] = 0
+
+    @model_validator(mode="after")
+    def _choice_fits(self) -> Self:
+        names = [tool.function.name for tool in self.tools]
+        if len(set(names)) < len(names):
+            raise ValueError("two functions in `tools` have the same name; a call could mean either")
+        if self.must_call and not self.tools:
+            raise ValueError("`tool_choice` asks for a call, and there are no `tools`; give them, or leave it out")
+        if isinstance(self.tool_choice, NamedTool) and self.tool_choice.function.name not in names:
+            raise ValueError(
+                f"`tool_choice` names the function {self.tool_choice.function.name!r}, and `tools` has {', '.join(names)}"
+            )
+        contradiction = next((key for key in ("response_format", "structured_outputs", "ignore_eos") if getattr(self, key)), None)
+        if contradiction is not None and self.offered_tools:
+            raise ValueError(
+                f"`{contradiction}` and functions that may be called contradict each other; leave one of them out, or set"
+                ' `tool_choice` to "none"'
+            )
+        if self.must_call and self.stops:
+            raise ValueError("`stop` could cut a call that `tool_choice` asks for; leave it out")
+        return self
+
+    @model_validator(mode="after")
+    def _results_have_calls(self) -> Self:
+        waiting: set[str] = set()
+        for place, message in enumerate(self.messages):
+            if message.role != "tool":
+                waiting = {call.id for call in message.tool_calls or ()}
+            elif message.tool_call_id not in waiting:
+                raise ValueError(
+                    f"`messages.{place}` is the result of the call {message.tool_call_id!r}, which no turn before it made;"
+                    " send the assistant's turn with its `tool_calls` first"
+                )
+            waiting -= {str(message.tool_call_id)}
+        return self
+
+    @property
+    def enables_thinking(self) -> bool | None:
+        """Whether the reply may begin with a thought; None: as the model was trained."""
+        return None if self.chat_template_kwargs is None else self.chat_template_kwargs.enable_thinking
+
+    @property
+    def must_call(self) -> bool:
+        """Whether the reply has to be a call."""
+        return self.tool_choice == "required" or isinstance(self.tool_choice, NamedTool)
+
+    @property
+    def offered_tools(self) -> list[dict[str, Any]]:
+        """The functions that the reply may call, as chat templates read them; none if `tool_choice` is `none`."""
+        return [] if self.tool_choice == "none" else [tool.shown for tool in self.tools]
+
+    @property
+    def callable_tools(self) -> list[Tool]:
+        """The functions that the reply may call; one if `tool_choice` names it."""
+        if isinstance(self.tool_choice, NamedTool):
+            return [tool for tool in self.tools if tool.function.name == self.tool_choice.function.name]
+        return [] if self.tool_choice == "none" else self.tools
 
     @model_validator(mode="after")
     def _scores_fit(self) -> Self:

@@ -107,18 +107,53 @@ class Completion(ResponseBody):
     usage: Usage | None = None
 
 
+class CalledFunction(ResponseBody):
+    """A function that the model calls, and its arguments as JSON."""
+
+    name: str
+    arguments: str
+
+
+class FunctionCall(ResponseBody):
+    """A call; its result is sent back under its `id`."""
+
+    id: str
+    type: Literal["function"]
+    function: CalledFunction
+
+
+class FunctionDelta(ResponseBody):
+    """The function of a call, or the next part of its arguments."""
+
+    name: str = ""
+    arguments: str = ""
+
+
+class CallDelta(ResponseBody):
+    """The next part of the call number `index`; its first part has the id."""
+
+    index: int
+    id: str = ""
+    type: Literal["function"] = "function"
+    function: FunctionDelta
+
+
 class ChatMessage(ResponseBody):
-    """The message of a whole reply."""
+    """The message of a whole reply; `content` is null beside calls alone, `reasoning_content` is the thought."""
 
     role: Literal["assistant"]
-    content: str
+    content: str | None
+    reasoning_content: str = ""
+    tool_calls: list[FunctionCall] = []
 
 
 class ChatDelta(ResponseBody):
     """The next part of a reply's message; the first part names the role."""
 
     role: Literal["assistant"] = "assistant"
-    content: str = ""
+    content: str | None = ""
+    reasoning_content: str = ""
+    tool_calls: list[CallDelta] = []
 
 
 class ChatChoice(ResponseBody):

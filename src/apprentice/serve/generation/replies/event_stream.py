@@ -9,8 +9,8 @@ from starlette.types import Receive, Scope, Send
 
 from apprentice.serve.api.error_status import CLIENT_CLOSED, problem_of, status_of
 from apprentice.serve.api.schemas.requests import GenerationFields
-from apprentice.serve.api.schemas.responses import LAST_EVENT
-from apprentice.serve.generation.replies.reply_formats import ChoiceTokens, ReplyFormat
+from apprentice.serve.api.schemas.responses import LAST_EVENT, ChatCompletionChunk, Completion
+from apprentice.serve.generation.replies.reply_formats import ChatFormat, ChoiceTokens, ReplyFormat
 from apprentice.serve.generation.replies.reply_group import ReplyGroup
 from apprentice.serve.generation.replies.streams import ReplyChunk, ReplyStream
 
@@ -58,10 +58,13 @@ class ReplyEvents:
         if (earlier := self._unsent.pop(index, None)) is not None:
             earlier.append(chunk)
             chunk = earlier
-        if not (chunk.text or is_first or chunk.finish):
+        is_empty = not chunk.text if chunk.parts is None else not chunk.parts
+        if is_empty and not is_first and not chunk.finish:
             self._unsent[index] = chunk
             return []
         self._begun.add(index)
+        if chunk.parts is not None:
+            return self._part_events(reply, chunk, is_first=is_first)
         tokens = choice_tokens(self._body, chunk, reply.request.prompt if is_first else None)
         tokens = tokens._replace(scores=tokens.scores or None)
         bodies = []
@@ -69,6 +72,26 @@ class ReplyEvents:
             bodies.append(self._bodies.chunk(index, chunk.text, None, tokens, is_first=is_first))
         if chunk.finish:
             bodies.append(self._bodies.chunk(index, "", chunk.finish, ChoiceTokens()))
+        return self._sent(bodies)
+
+    def _part_events(self, reply: ReplyStream, chunk: ReplyChunk, *, is_first: bool) -> list[str]:
+        """Events of a chunk that is read: the role, each part, and the end; the first of them has the tokens."""
+        assert isinstance(self._bodies, ChatFormat)
+        index, parts = reply.index, list(chunk.parts or ())
+        tokens = choice_tokens(self._body, chunk, reply.request.prompt if is_first else None)
+        tokens = tokens._replace(scores=tokens.scores or None)
+        bodies: list[ChatCompletionChunk] = []
+        if is_first or (not parts and (tokens.scores or tokens.ids)):
+            bodies.append(self._bodies.chunk(index, "", None, tokens, is_first=is_first))
+            tokens = ChoiceTokens()
+        for part in parts:
+            bodies.append(self._bodies.part_chunk(index, part, tokens))
+            tokens = ChoiceTokens()
+        if chunk.finish:
+            bodies.append(self._bodies.chunk(index, "", chunk.finish, ChoiceTokens()))
+        return self._sent(bodies)
+
+    def _sent(self, bodies: Sequence[Completion | ChatCompletionChunk]) -> list[str]:
         if self._body.streams_usage:
             for body in bodies:
                 body.usage = None  # as `null`: it comes with the last chunk

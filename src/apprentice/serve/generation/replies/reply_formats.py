@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 from apprentice.inference.generation_request import ScoredToken
+from apprentice.pretrained.replies.reply_parser import ReplyDelta
 from apprentice.pretrained.tokenizer import Tokenizer
 from apprentice.serve.api.schemas.responses import (
     ChatChoice,
@@ -22,6 +23,7 @@ from apprentice.serve.api.schemas.responses import (
     Usage,
 )
 from apprentice.serve.generation.replies.logprobs import chat_logprobs, completion_logprobs
+from apprentice.serve.generation.replies.reply_parts import delta_of, message_of
 
 
 class ChoiceTokens(NamedTuple):
@@ -35,6 +37,15 @@ class ChoiceTokens(NamedTuple):
     offsets: Sequence[int] = ()
     ids: Sequence[int] | None = None
     prompt_ids: Sequence[int] | None = None
+
+
+class WholeReply(NamedTuple):
+    """A whole choice; `parts` are those of a chat's reply that is read, whose `text` they are."""
+
+    text: str
+    finish: str
+    tokens: ChoiceTokens
+    parts: Sequence[ReplyDelta] | None = None
 
 
 class ReplyFormat(ABC):
@@ -52,8 +63,8 @@ class ReplyFormat(ABC):
         }
 
     @abstractmethod
-    def whole(self, choices: Sequence[tuple[str, str, ChoiceTokens]], usage: Usage) -> Completion | ChatCompletion:
-        """The body with all `choices`, each (text, finish reason, tokens)."""
+    def whole(self, choices: Sequence[WholeReply], usage: Usage) -> Completion | ChatCompletion:
+        """The body with all `choices`."""
 
     @abstractmethod
     def chunk(
@@ -72,9 +83,9 @@ class CompletionFormat(ReplyFormat):
     scores_end_token = True
     _id_prefix = "cmpl"
 
-    def whole(self, choices: Sequence[tuple[str, str, ChoiceTokens]], usage: Usage) -> Completion:
+    def whole(self, choices: Sequence[WholeReply], usage: Usage) -> Completion:
         """The body of a completion with all `choices`."""
-        return self._body([self._choice(index, *choice) for index, choice in enumerate(choices)], {"usage": usage})
+        return self._body([self._choice(index, *choice[:3]) for index, choice in enumerate(choices)], {"usage": usage})
 
     def chunk(self, index: int, text: str, finish: str | None, tokens: ChoiceTokens, *, is_first: bool = False) -> Completion:
         """The body of the next part of a completion."""
@@ -100,17 +111,20 @@ class ChatFormat(ReplyFormat):
     scores_end_token = False
     _id_prefix = "chatcmpl"
 
-    def whole(self, choices: Sequence[tuple[str, str, ChoiceTokens]], usage: Usage) -> ChatCompletion:
+    def whole(self, choices: Sequence[WholeReply], usage: Usage) -> ChatCompletion:
         """The body of a chat completion with all `choices`."""
-        prompt_ids = choices[0][2].prompt_ids
+        prompt_ids = choices[0].tokens.prompt_ids
         return ChatCompletion(
             **self._head,
             object="chat.completion",
             choices=[
                 ChatChoice(
-                    index=index, message=ChatMessage(role="assistant", content=text), finish_reason=finish, **self._details(tokens)
+                    index=index,
+                    message=ChatMessage(role="assistant", content=one.text) if one.parts is None else message_of(one.parts),
+                    finish_reason=one.finish,
+                    **self._details(one.tokens),
                 )
-                for index, (text, finish, tokens) in enumerate(choices)
+                for index, one in enumerate(choices)
             ],
             usage=usage,
             **_ids(prompt_token_ids=prompt_ids),
@@ -123,6 +137,11 @@ class ChatFormat(ReplyFormat):
         role: dict[str, Any] = {"role": "assistant"} if is_first else {}
         content: dict[str, Any] = {"content": text} if is_first or text else {}
         choice = ChatChunkChoice(index=index, delta=ChatDelta(**role, **content), finish_reason=finish, **self._details(tokens))
+        return self._chunk([choice], _ids(prompt_token_ids=tokens.prompt_ids))
+
+    def part_chunk(self, index: int, part: ReplyDelta, tokens: ChoiceTokens) -> ChatCompletionChunk:
+        """The body of the next part of a reply that is read."""
+        choice = ChatChunkChoice(index=index, delta=delta_of(part), finish_reason=None, **self._details(tokens))
         return self._chunk([choice], _ids(prompt_token_ids=tokens.prompt_ids))
 
     def usage_chunk(self, usage: Usage) -> ChatCompletionChunk:

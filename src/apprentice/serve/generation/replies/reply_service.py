@@ -11,11 +11,11 @@ from fastapi.responses import JSONResponse, Response
 
 from apprentice.serve.api.error_status import status_of
 from apprentice.serve.api.limits.accounts import Account
-from apprentice.serve.api.schemas.requests import GenerationFields
+from apprentice.serve.api.schemas.requests import ChatRequest, GenerationFields
 from apprentice.serve.generation.grammar import GrammarCompiler
 from apprentice.serve.generation.prompt_encoding import EncodedPrompt, PromptEncoder
 from apprentice.serve.generation.replies.event_stream import EventStream, ReplyEvents, choice_tokens
-from apprentice.serve.generation.replies.reply_formats import CompletionFormat, ReplyFormat
+from apprentice.serve.generation.replies.reply_formats import CompletionFormat, ReplyFormat, WholeReply
 from apprentice.serve.generation.replies.reply_group import ReplyGroup
 from apprentice.serve.generation.replies.streams import ReplyChunk, ReplyStream
 from apprentice.serve.generation.served_models import ServedModel
@@ -48,7 +48,7 @@ class ReplyService:
         if not body.stream:
             wholes = await self._gather(group)
             choices = [
-                (whole.text, reply.finish, choice_tokens(body, whole, reply.request.prompt))
+                WholeReply(whole.text, reply.finish, choice_tokens(body, whole, reply.request.prompt), whole.parts)
                 for reply, whole in zip(group.replies, wholes, strict=True)
             ]
             return JSONResponse(bodies.whole(choices, group.usage).to_dict())
@@ -101,19 +101,26 @@ class ReplyService:
                     unechoed_tokens=prompt.unechoed_tokens,
                     is_only_scored=prompt.is_only_scored,
                     scores_end_token=format_type.scores_end_token,
+                    reader=prompt.reader,
                 )
                 replies.append(reply)
         return ReplyGroup(replies, len(prompts), account)
 
     async def _constrained(self, body: GenerationFields, prompts: Sequence[EncodedPrompt]) -> Sequence[EncodedPrompt]:
         """The prompts, with a constraint for each of their requests if the body asks for a form of the reply."""
-        if not body.is_constrained:
+        has_tools = isinstance(body, ChatRequest) and bool(body.offered_tools)
+        if not body.is_constrained and not has_tools:
             return prompts
-        grammar = await asyncio.to_thread(self._grammars.grammar_of, body)
-        constrained = []
-        for prompt in prompts:
-            requests = [
-                replace(request, constraint=await asyncio.to_thread(self._grammars.compile, grammar)) for request in prompt.requests
-            ]
-            constrained.append(replace(prompt, requests=tuple(requests)))
-        return constrained
+        return [await asyncio.to_thread(self._constrain, body, prompt) for prompt in prompts]
+
+    def _constrain(self, body: GenerationFields, prompt: EncodedPrompt) -> EncodedPrompt:
+        """The prompt, with a constraint for each of its requests; takes milliseconds, so not in an event loop."""
+        grammars = self._grammars
+        if isinstance(body, ChatRequest) and prompt.reader is not None and prompt.reader.tools:
+            grammar = grammars.tool_grammar_of(body, prompt.reader)
+        else:
+            grammar = grammars.grammar_of(body)
+        if grammar is None:
+            return prompt
+        requests = (replace(one, constraint=grammars.compile(grammar, tuple(sorted(one.stop_ids)))) for one in prompt.requests)
+        return replace(prompt, requests=tuple(requests))

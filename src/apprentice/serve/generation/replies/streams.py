@@ -9,10 +9,12 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from apprentice.inference.generation_request import GeneratedToken, GenerationRequest, ScoredToken
+from apprentice.pretrained.replies.reply_parser import ReplyDelta, ReplyParser
 from apprentice.pretrained.tokenizer import Tokenizer
 from apprentice.serve.api.schemas.problems import RequestProblem
 from apprentice.serve.engines.base import EngineFailed, RequestFailed, TokenStream
 from apprentice.serve.generation.detokenize import IncrementalDetokenizer
+from apprentice.serve.generation.replies.reply_parts import PartReader, has_calls
 
 
 @dataclass
@@ -27,6 +29,7 @@ class ReplyChunk:
     offsets: list[int] = field(default_factory=list)
     ids: list[int] = field(default_factory=list)
     finish: str | None = None
+    parts: list[ReplyDelta] | None = None  # of `text`, where the reply is read
 
     def append(self, other: ReplyChunk) -> None:
         """Adds the chunk that follows this one."""
@@ -35,6 +38,8 @@ class ReplyChunk:
         self.offsets += other.offsets
         self.ids += other.ids
         self.finish = other.finish
+        if other.parts is not None:
+            self.parts = [*(self.parts or ()), *other.parts]
 
 
 @dataclass
@@ -55,9 +60,11 @@ class ReplyStream:
     unechoed_tokens: int = 0
     is_only_scored: bool = False
     scores_end_token: bool = True
+    reader: PartReader | None = None  # reads the parts of a chat's reply
     finish: str = "length"
     ids: list[int] = field(default_factory=list)  # all that were produced, the end token included
     cached: int = 0  # tokens of the prompt that were in the KV cache
+    _has_calls: bool = False
 
     async def chunks(self) -> AsyncGenerator[ReplyChunk, None]:
         """The reply in chunks as its text becomes certain; a chunk's text is often empty.
@@ -65,7 +72,8 @@ class ReplyStream:
         Closing the generator frees the engine's slot. Raises `RequestProblem` after the deadline or where this request cannot be
         decoded, `EngineFailed` where the engine stops.
         """
-        detokenizer = IncrementalDetokenizer(self.tokenizer.decode, self.stops)
+        detokenizer = IncrementalDetokenizer(self.reader.decode() if self.reader else self.tokenizer.decode, self.stops)
+        parser = self.reader.parser() if self.reader else None
         is_first = True
         try:
             while True:
@@ -76,11 +84,20 @@ class ReplyStream:
                 if has_ended:
                     chunk.text += "" if self.is_only_scored else detokenizer.end()
                     chunk.finish = self.finish
+                if parser is not None:
+                    self._read(chunk, parser)
                 yield chunk
                 if has_ended:
                     return
         finally:
             self.tokens.close()
+
+    def _read(self, chunk: ReplyChunk, parser: ReplyParser) -> None:
+        """Reads the parts of the chunk's text; a reply that ends with calls is finished by them."""
+        chunk.parts = [*parser.feed(chunk.text), *(parser.finish() if chunk.finish else ())]
+        self._has_calls = self._has_calls or has_calls(chunk.parts)
+        if chunk.finish == "stop" and self._has_calls:
+            self.finish = chunk.finish = "tool_calls"
 
     async def _first_chunk(self, token: GeneratedToken) -> ReplyChunk:
         """The echo with the prompt's scores, which come with the first token."""
