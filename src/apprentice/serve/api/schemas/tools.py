@@ -10,7 +10,7 @@ from pydantic import Field, field_validator
 from apprentice.serve.api.schemas.field_types import Name, Schema, StrictFields, Text
 
 MOST_TOOLS = 128
-FunctionName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.\-]{1,64}$")]
+FunctionName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.\-]+$", min_length=1, max_length=64)]
 
 
 class FunctionDefinition(StrictFields):
