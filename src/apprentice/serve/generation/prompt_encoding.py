@@ -136,7 +136,7 @@ class PromptEncoder:
     def _conversation(self, turns: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> tuple[str, list[int]]:
         messages = [message.turn for message in turns]
         if messages[-1]["role"] not in ("user", "tool"):
-            raise RequestProblem("`messages`: the last message must be the user's, or a result of a call.", param="messages")
+            raise RequestProblem("`messages`: the last message must be the user's.", param="messages")
         self._check_tools(messages, tools)
         if self.layout.name == "chat":
             try:
