@@ -48,7 +48,7 @@ def test_nothing_made_up_is_a_fault_of_ours(chat_model: Path) -> None:
             ask(operation.as_strategy(generation_mode=GenerationMode.NEGATIVE))
     assert len(answered) == 11
     for path in ("/v1/completions", "/v1/chat/completions", "/v1/instruct", "/v1/render"):
-        # A schema cannot say that a conversation ends with the user's turn, or that functions fit its calls, so few made-up chats are right.
+        # A schema cannot say how a conversation ends, or that functions fit its calls, so few made-up chats are right.
         assert {400} | ({200} if "chat" not in path else set()) <= set(answered[path])
         assert len(answered[path]) >= EXAMPLES
     assert engine.open == 0
