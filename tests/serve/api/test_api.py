@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import httpx
 import openai
 import pytest
 import torch
+from pydantic import BaseModel, Field
 
 from apprentice import pipeline
 from apprentice.models.loading import load_model
@@ -130,3 +132,32 @@ def test_a_task_ranks_its_choices(endpoint: Endpoint) -> None:
         assert unknown.status_code in (404, 405)
         reply = http.post("/v1/tasks/squad", json={"fields": {"context": "A. B.", "question": "Who?"}, "max_tokens": 4}).json()
         assert isinstance(reply["answer"], str)
+
+
+def test_the_openai_packages_tool_helpers(client: openai.OpenAI) -> None:
+    """A loop of an agent over a model of random weights: the grammar alone makes the calls right."""
+
+    class Weather(BaseModel):
+        """The weather of a city."""
+
+        city: Literal["Oslo", "Rome"]
+        days: Annotated[int, Field(ge=1, le=9)]
+
+    tool = openai.pydantic_function_tool(Weather, name="weather")
+    messages: list[Any] = [{"role": "user", "content": "Will it rain?"}]
+    more: dict[str, Any] = {"model": "tiny", "tools": [tool], "tool_choice": "required", "parallel_tool_calls": False, "seed": 3}
+    for _ in range(2):
+        (choice,) = client.chat.completions.parse(messages=messages, temperature=1.0, **more).choices
+        assert choice.finish_reason == "tool_calls"
+        (call,) = choice.message.tool_calls or []
+        assert isinstance(call.function.parsed_arguments, Weather)
+        turn = choice.message.model_dump(include={"role", "content"}) | {
+            "tool_calls": [call.model_dump(exclude={"function": {"parsed_arguments"}})]
+        }
+        messages += [turn, {"role": "tool", "tool_call_id": call.id, "content": "It rains."}]
+    with client.chat.completions.stream(messages=messages, temperature=1.0, **more) as stream:
+        done = [event for event in stream if event.type == "tool_calls.function.arguments.done"]
+        streamed = stream.get_final_completion().choices[0].message.tool_calls or []
+    whole = client.chat.completions.parse(messages=messages, temperature=1.0, **more).choices[0].message.tool_calls or []
+    assert [event.name for event in done] == ["weather"]
+    assert [one.function.parsed_arguments for one in streamed] == [one.function.parsed_arguments for one in whole]
