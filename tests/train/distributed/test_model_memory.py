@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
 from apprentice.data.stream import Start
@@ -59,8 +60,8 @@ class RecordingDataset:
         self.options = options
         return self
 
-    def iter_batches(self, **_: Any) -> list[dict[str, Any]]:
-        return [{name: [0.0] for name in ("task", "row", "better", "worse")}]
+    def iter_batches(self, **_: Any) -> list[pa.Table]:
+        return [pa.table({"task": [0], "row": [0], "values": [[0.0, 0.0]]})]
 
 
 @pytest.fixture
@@ -74,7 +75,8 @@ def dataset(monkeypatch: pytest.MonkeyPatch) -> RecordingDataset:
 
 
 def test_the_reference(recipe: Recipe, tiny_model: Path, dataset: RecordingDataset) -> None:
-    score_reference._compute(recipe, None, [score_reference._Chunk(0, (1,))], 2)  # type: ignore[arg-type]
+    chunks, actor = [score_reference._Chunk(0, (1,))], score_reference._ReferenceActor
+    score_reference._compute(recipe, None, chunks, 2, actor)  # type: ignore[arg-type]
     assert dataset.options["memory"] == 4 * count_parameters(tiny_model) + GIB
 
 
