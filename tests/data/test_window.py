@@ -236,6 +236,5 @@ def test_no_row_to_probe(corpus_of: CorpusOf) -> None:
         WindowRenderer(corpus_of(max_length=10)).probe(2)
 
 
-def test_one_long_example_is_enough(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("apprentice.data.window.PROBE_TOKENS", 1)
-    assert len(WindowRenderer(corpus).probe(1).examples) == 1
+def test_one_long_example_is_enough(corpus: Corpus) -> None:
+    assert len(WindowRenderer(corpus).probe(1, most_tokens=1).examples) == 1
