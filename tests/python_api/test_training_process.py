@@ -88,6 +88,29 @@ def test_a_fault_is_no_error_of_the_user(start: Start, events: str, said: str) -
         start(events).wait(60)
 
 
+def test_a_line_cut_by_a_kill_leaves_nobody_waiting(start: Start) -> None:
+    training = start('sys.stdout.write(\'{"record": {"st\'); sys.stdout.flush(); sys.exit(9)')
+    with pytest.raises(RuntimeError, match="exit code 9"):
+        training.wait(20)
+
+
+def test_a_progress_function_that_fails_is_told_of_and_the_training_goes_on(
+    start: Start, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls: list[str] = []
+
+    def show(stage: str, values: Any) -> None:
+        calls.append(stage)
+        raise ValueError("of the user")
+
+    told_twice = "tell(progress=['prepare', {}]); " * 2
+    training = start(f"{told_twice}tell(record={STEP}); tell(result={{'run': 'x'}})", progress=show)
+    assert training.wait(20).name == "quickstart"
+    assert list(training.metrics()) == [STEP]
+    assert calls == ["prepare"]
+    assert "ValueError: of the user" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("outcome", "event"),
     [

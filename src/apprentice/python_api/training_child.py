@@ -17,6 +17,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any, TextIO
 
 from apprentice.errors import ApprenticeError, full_disk_sentence
@@ -29,22 +30,26 @@ def main() -> None:
     os.dup2(2, 1)  # what libraries print is no part of the protocol
 
     def tell(kind: str, value: Any) -> None:
-        events.write(json.dumps({kind: value}, default=str) + "\n")
-        events.flush()
+        with suppress(BrokenPipeError):  # the program that began it has ended, and the stop comes by standard input
+            events.write(json.dumps({kind: value}, default=str) + "\n")
+            events.flush()
 
     order = json.loads(sys.stdin.readline())
-    threading.Thread(target=_stop_at_end, args=(sys.stdin,), daemon=True).start()
-    tell(*train(Recipe.model_validate(order["recipe"]), restart=order["restart"], tell=tell))
+    tell(*train(Recipe.model_validate(order["recipe"]), restart=order["restart"], tell=tell, input_stream=sys.stdin))
 
 
-def train(recipe: Recipe, *, restart: bool, tell: Callable[[str, Any], None]) -> tuple[str, Any]:
-    """Trains and returns the last event: its kind and its value."""
+def train(
+    recipe: Recipe, *, restart: bool, tell: Callable[[str, Any], None], input_stream: TextIO | None = None
+) -> tuple[str, Any]:
+    """Trains until it is done or `input_stream` ends, and returns the last event: its kind and its value."""
     from apprentice import pipeline
 
     def show(stage: str, values: Mapping[str, Any]) -> None:
         tell("progress", [stage, dict(values)])
 
     try:
+        if input_stream is not None:  # not before: a stop that comes while modules are imported would be a fault
+            threading.Thread(target=_stop_at_end, args=(input_stream,), daemon=True).start()
         return "result", pipeline.train_run(
             recipe, restart=restart, progress=show, record=lambda values: tell("record", dict(values))
         )

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
@@ -63,11 +64,13 @@ class TrainingProcess:
         assert self._process.stdout is not None
         outcome = None
         for line in self._process.stdout:
+            if not line.endswith("\n"):  # the process was killed within it
+                break
             [(kind, value)] = json.loads(line).items()
             if kind in _LAST_EVENTS:
                 outcome = kind, value
-            elif kind == "progress" and self._progress is not None:
-                self._progress(*value)
+            elif kind == "progress":
+                self._show_progress(*value)
             elif kind == "record":
                 with self._news:
                     self._records.append(value)
@@ -78,6 +81,16 @@ class TrainingProcess:
         with self._news:
             self._outcome = outcome or ("fault", f"the process of the training ended with exit code {code}")
             self._news.notify_all()
+
+    def _show_progress(self, stage: str, values: Mapping[str, Any]) -> None:
+        """Calls `progress`; one that fails is told of on standard error, and not called again."""
+        if self._progress is None:
+            return
+        try:
+            self._progress(stage, values)
+        except Exception:
+            self._progress = None
+            traceback.print_exc()
 
     def _close_input(self) -> None:
         assert self._process.stdin is not None
