@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import resource
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -133,6 +135,21 @@ def test_a_failure_is_one_sentence(process: RewardProcess, words: str) -> None:
 def test_a_function_that_cannot_be_made(process: RewardProcess, words: str) -> None:
     with pytest.raises(TrainingError, match=f"^reward function {process.term.function}: {words}"):
         process.start()
+
+
+@pytest.mark.parametrize("kind", [resource.RLIMIT_AS, resource.RLIMIT_CPU])
+def test_limits_of_the_machine_are_kept(kind: int, tmp_path: Path) -> None:
+    """As on clusters that start jobs with `ulimit`: a process may lower such a limit, and not raise it."""
+    hard = 1 << 30 if kind == resource.RLIMIT_AS else 5  # below what the term allows
+    code = (
+        f"import resource; resource.setrlimit({kind}, ({hard}, {hard}))\n"
+        "from apprentice.recipe import RewardTerm\n"
+        "from apprentice.rewards import reward_worker\n"
+        "reward_worker._limit(RewardTerm(function='math'))()\n"
+        f"print(*resource.getrlimit({kind}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.split() == [str(hard)] * 2, done.stderr
 
 
 @pytest.mark.slow  # two seconds of processor time

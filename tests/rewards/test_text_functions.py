@@ -32,6 +32,11 @@ PERSON = {
         ({"function": "json_schema", "json_schema": {}}, "Infinity", 0.0),  # not JSON, whatever the schema allows
         ({"function": "json_schema", "json_schema": PERSON}, "[" * 100_000, 0.0),
         ({"function": "json_schema", "json_schema": PERSON}, "Ana", 0.0),
+        # What the model writes ends no training, however deep or large it is.
+        ({"function": "json_schema", "json_schema": {"items": {"$ref": "#"}}}, "[" * 300 + "]" * 300, 0.0),
+        ({"function": "json_schema", "json_schema": {"multipleOf": 0.01}}, "1e999", 0.0),
+        ({"function": "json_schema", "json_schema": {"multipleOf": 0.01}}, "9" * 400, 0.0),
+        ({"function": "json_schema", "json_schema": {"anyOf": [{"type": "null"}, {"not": {"$ref": "#/anyOf/0"}}]}}, "1", 1.0),
     ],
 )
 def test_what_a_reply_is_worth(keys: dict[str, Any], reply: str, reward: float) -> None:
@@ -43,6 +48,7 @@ def test_what_a_reply_is_worth(keys: dict[str, Any], reply: str, reward: float) 
     [
         ({"type": "nonsense"}, "the schema is no JSON Schema: 'nonsense' is not valid"),
         ({"items": [{"$ref": "https://example.org/a.json"}]}, "refers to 'https://example.org/a.json' outside itself"),
+        ({"anyOf": [{}], "not": {"$ref": "#/anyOf/1"}}, "refers to '#/anyOf/1', which is not in it"),
         ({"$ref": "#/$defs/nobody"}, "refers to '#/\\$defs/nobody', which is not in it"),
     ],
 )

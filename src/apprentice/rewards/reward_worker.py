@@ -106,15 +106,23 @@ def _shown(value: Any) -> str:
 def _limit(term: RewardTerm) -> Callable[[], None]:
     """Sets the limits of this process; gives a function that lets it have `term.cpu_s` more seconds from now on."""
     pages = int(Path("/proc/self/statm").read_text().split()[0])
-    most = pages * resource.getpagesize() + int(term.memory_gib * (1 << 30))
+    most = _allowed(resource.RLIMIT_AS, pages * resource.getpagesize() + int(term.memory_gib * (1 << 30)))
     resource.setrlimit(resource.RLIMIT_AS, (most, most))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
     def allow_more() -> None:
         # The soft limit counts the process's time since its start.
-        resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(time.process_time()) + term.cpu_s, resource.RLIM_INFINITY))
+        _, hard = resource.getrlimit(resource.RLIMIT_CPU)
+        seconds = _allowed(resource.RLIMIT_CPU, math.ceil(time.process_time()) + term.cpu_s)
+        resource.setrlimit(resource.RLIMIT_CPU, (seconds, hard))
 
     return allow_more
+
+
+def _allowed(kind: int, most: int) -> int:
+    """`most`, or the hard limit that this process was started with, which it may not raise, where that is lower."""
+    _, hard = resource.getrlimit(kind)
+    return most if hard == resource.RLIM_INFINITY else min(most, hard)
 
 
 def serve(pipe: Connection, term: RewardTerm) -> None:

@@ -50,10 +50,9 @@ def _json_schema(schema: dict[str, Any]) -> TextFunction:
 
     def fits(reply: str, references: Sequence[str]) -> float:
         try:
-            value = json.loads(reply, parse_constant=_refuse)
-        except (ValueError, RecursionError):
+            return float(validator.is_valid(json.loads(reply, parse_constant=_refuse)))
+        except (ValueError, RecursionError, OverflowError):  # no JSON, or too deep or too large a number to compare
             return 0.0
-        return float(validator.is_valid(value))
 
     return fits
 
@@ -66,10 +65,17 @@ def _check_references(node: Any, schema: dict[str, Any]) -> None:
                 raise ValueError(f"the schema refers to {value!r} outside itself; put that under $defs")
             place: Any = schema
             for part in value.split("/")[1:]:
-                place = place.get(part.replace("~1", "/").replace("~0", "~")) if isinstance(place, dict) else None
+                place = _inside(place, part.replace("~1", "/").replace("~0", "~"))
             if place is None:
                 raise ValueError(f"the schema refers to {value!r}, which is not in it")
         _check_references(value, schema)
+
+
+def _inside(node: Any, key: str) -> Any:
+    """What `node` holds under one part of a JSON pointer (RFC 6901); None if nothing."""
+    if isinstance(node, list):
+        return node[int(key)] if key.isdecimal() and int(key) < len(node) else None
+    return node.get(key) if isinstance(node, dict) else None
 
 
 def _refuse(constant: str) -> Any:
